@@ -1,0 +1,59 @@
+"""Tasks: their schema, readers, splits, prompts and batches, and the built-in suite.
+
+Importing this package loads neither torch nor transformers; `AnswerCollator` comes with torch at its first use.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from badit.data.prompts import (
+    ChatTemplate,
+    Prompt,
+    PromptEncoding,
+    build_prompt,
+    encode_answer,
+    encode_example,
+    encode_prompt,
+    end_of_turn_id,
+    example_length,
+    prompt_text,
+)
+from badit.data.readers import load_tasks
+from badit.data.schema import Demonstration, Instance, Task
+from badit.data.splits import hold_out, limit, mixture
+from badit.data.suite import ABILITIES, builtin_tasks
+
+if TYPE_CHECKING:
+    from badit.data.collation import AnswerCollator
+
+__all__ = [
+    "ABILITIES",
+    "AnswerCollator",
+    "ChatTemplate",
+    "Demonstration",
+    "Instance",
+    "Prompt",
+    "PromptEncoding",
+    "Task",
+    "build_prompt",
+    "builtin_tasks",
+    "encode_answer",
+    "encode_example",
+    "encode_prompt",
+    "end_of_turn_id",
+    "example_length",
+    "hold_out",
+    "limit",
+    "load_tasks",
+    "mixture",
+    "prompt_text",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "AnswerCollator":
+        from badit.data.collation import AnswerCollator
+
+        return AnswerCollator
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

