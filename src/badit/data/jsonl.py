@@ -4,15 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import get_args
+from typing import Annotated, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from badit.data.files import parse_json, read_text
 from badit.data.schema import OUTPUT_NAMES, Instance, Outputs, Split, Task, TaskName, first_problem, shown
 from badit.errors import BaditError, nearest
 
 SPLITS: tuple[Split, ...] = get_args(Split)
+
+
+def _not_blank(outputs: tuple[str, ...]) -> tuple[str, ...]:
+    if not any(output.strip() for output in outputs):
+        raise ValueError("must hold at least one answer that is not blank")
+    return outputs
 
 
 class _Line(BaseModel):
@@ -22,7 +28,8 @@ class _Line(BaseModel):
     task: TaskName
     instruction: str = Field(min_length=1)
     input: str = ""
-    outputs: Outputs = Field(validation_alias=OUTPUT_NAMES)
+    # Stricter than an instance of the published benchmark: here a blank answer is a slip that can be mended.
+    outputs: Annotated[Outputs, AfterValidator(_not_blank)] = Field(validation_alias=OUTPUT_NAMES)
     id: str | None = None
     split: Split | None = None
 

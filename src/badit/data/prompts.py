@@ -1,18 +1,19 @@
 """From a task's instance to token ids: the prompt's text, its truncation, and the answer's end.
 
 A prompt has three pieces, and a long one is cut in the middle one: the definition says what to do and the closing
-"Output: " says that it is time to do it, while the end of a long input is what an answer can best do without.
+"Output: " says that it is time to do it, so the end of the input gives way.
 Prompt and answer are tokenised apart, so that the tokens a model is trained to continue are the very tokens it is
 asked to continue at evaluation.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 from badit.data.schema import Instance, Task
+from badit.data.truncation import shortened
 from badit.errors import BaditError, nearest
 
 if TYPE_CHECKING:
@@ -81,17 +82,19 @@ def encode_prompt(
         BaditError: no template with "always", or no room for the prompt's last piece.
     """
     pieces = Prompt("", prompt, "") if isinstance(prompt, str) else prompt
-    text = _shortened(tokenizer, pieces, max_source_tokens)
+    text = shortened(*pieces, fits=lambda text: len(_tokens(tokenizer, text)) <= max_source_tokens)
+    if text is None:
+        raise BaditError(f"max_source_tokens: {max_source_tokens} has no room for the end {pieces.tail!r}; raise it")
     if _uses_template(tokenizer, chat_template):
         turn = [{"role": "user", "content": text}]
-        # Templates write BOS themselves, and transformers tokenises what they render without adding another.
-        ids = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=True, return_dict=False)
-        return list(ids)  # pyright: ignore[reportArgumentType, reportReturnType]
+        # Templates write BOS themselves, so what they render is tokenised without adding another.
+        rendered = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
+        return _tokens(tokenizer, str(rendered))
     ids = _tokens(tokenizer, text)
     # Special tokens by hand: some tokenizers would close the prompt with EOS, which ends it before the answer.
-    bos = tokenizer.bos_token_id
-    adds_bos = bos is not None and tokenizer("")["input_ids"][:1] == [bos]
-    return [bos, *ids] if adds_bos and ids[:1] != [bos] else ids
+    bos: list[Any] = [tokenizer.bos_token_id]
+    adds_bos = tokenizer("")["input_ids"][:1] == bos
+    return bos + ids if adds_bos and ids[:1] != bos else ids
 
 
 def encode_answer(
@@ -102,6 +105,8 @@ def encode_answer(
     chat_template: ChatTemplate = "auto",
 ) -> list[int]:
     """Token ids of an answer, at most `max_answer_tokens` of them, and the token that ends the turn after those."""
+    if max_answer_tokens < 0:
+        raise BaditError(f"max_answer_tokens: must be 0 or more, not {max_answer_tokens}")
     ids = _tokens(tokenizer, answer)[:max_answer_tokens]
     return [*ids, end_of_turn_id(tokenizer, chat_template)]
 
@@ -112,7 +117,7 @@ def end_of_turn_id(tokenizer: PreTrainedTokenizerBase, chat_template: ChatTempla
     Raises:
         BaditError: the tokenizer has neither.
     """
-    end = None
+    end: Any = None
     if _uses_template(tokenizer, chat_template):
         end = _end_in_template(tokenizer, tokenizer.get_chat_template())
     if end is None:
@@ -135,7 +140,7 @@ def encode_example(
 ) -> dict[str, Any]:
     """One instance for a causal language model.
 
-    The answer to train on is the first reference: the official collections put the original one first, and the
+    The answer to train on is the first reference, so that an instance is one example however many references it has;
     evaluation takes the best over all of them.
 
     Returns:
@@ -175,37 +180,6 @@ def _uses_template(tokenizer: PreTrainedTokenizerBase, chat_template: ChatTempla
 def _tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     # verbose=False: a text about to be cut is no reason to warn that it is longer than the model's window.
     return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]  # pyright: ignore[reportReturnType]
-
-
-def _shortened(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, max_tokens: int) -> str:
-    """The prompt's text in at most `max_tokens` tokens: cut at the end of the input, and if need be of the head."""
-
-    def fits(text: str) -> bool:
-        return len(_tokens(tokenizer, text)) <= max_tokens
-
-    head, content, tail = prompt
-    if fits(prompt.text):
-        return prompt.text
-    if fits(head + tail):
-        return head + _longest_prefix(content, lambda part: fits(head + part + tail)) + tail
-    if fits(tail):
-        return _longest_prefix(head, lambda part: fits(part + tail)) + tail
-    raise BaditError(f"max_source_tokens: {max_tokens} leave no room for the prompt's end {tail!r}; raise it")
-
-
-def _longest_prefix(text: str, fits: Callable[[str], bool]) -> str:
-    """By bisection, a prefix that fits, given that the empty one does and the whole does not.
-
-    Characters are cut and the result is tokenised anew, since tokens may merge across a cut.
-    """
-    fitting, too_long = 0, len(text)
-    while too_long - fitting > 1:
-        middle = (fitting + too_long) // 2
-        if fits(text[:middle]):
-            fitting = middle
-        else:
-            too_long = middle
-    return text[:fitting]
 
 
 @lru_cache(maxsize=8)

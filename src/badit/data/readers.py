@@ -72,7 +72,7 @@ def _catalog(source: str | Path, format: str) -> Catalog:
                 return _read_already(tasks_from_jsonl(path))
     except OSError as error:
         raise BaditError(f"{shown(path)}: cannot be read ({error.strerror})") from None
-    raise BaditError(f"{shown(path)}: no <task>/train.json, tasks/*.json or .jsonl here; see load_tasks for the layouts")
+    raise BaditError(f"{shown(path)}: no tasks found; expected <task>/train.json, tasks/*.json or a .jsonl")
 
 
 def _detected(path: Path) -> str:
@@ -162,7 +162,9 @@ def _resolve_one(wanted: str, known: list[str]) -> str:
     if _number(wanted, r"(?:task)?(\d+)") is None or not matches:
         raise BaditError(f"tasks: unknown task {wanted!r:.60}{nearest(wanted, known)}")
     if len(matches) > 1:
-        raise BaditError(f"tasks: {wanted!r:.60} fits {len(matches)} tasks, such as {matches[0]!r:.130}; give a full name")
+        raise BaditError(
+            f"tasks: {wanted!r:.60} fits {len(matches)} tasks, such as {matches[0]!r:.130}; give a full name"
+        )
     return matches[0]
 
 

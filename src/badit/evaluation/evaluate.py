@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -21,8 +20,6 @@ if TYPE_CHECKING:
     from badit.data.schema import Instance, Task
 
 Split = Literal["validation", "test"]
-
-_FILE_NAME = re.compile(r"\w[\w.+-]*")
 
 
 def evaluate_tasks(
@@ -97,8 +94,8 @@ def write_predictions(folder: str | Path, predictions: Iterable[Prediction]) -> 
     """
     groups = group_by_task(predictions)
     for task in groups:
-        if not _FILE_NAME.fullmatch(task):
-            raise BaditError(f"task {task!r}: its name cannot be a file's; use letters, digits and . _ + -")
+        if not task.strip() or task.startswith(".") or not task.isprintable() or set(task) & set("/\\"):
+            raise BaditError(f"task {task!r:.60}: cannot be a file name; use letters, digits, - and _")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for task, group in groups.items():

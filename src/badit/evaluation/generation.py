@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from tqdm.auto import tqdm
@@ -27,12 +27,12 @@ def generate_answers(
 ) -> list[str]:
     """Answer each prompt greedily, up to the first end-of-turn token or `max_new_tokens`.
 
-    The prompts are sorted by length, which keeps the padding small, and the longest come first: memory peaks in the first
-    batch, and the time left that the progress bar shows is an overestimate rather than an underestimate. They are padded
-    on the left, and the padding is masked, so an answer does not depend on its batch (up to floating-point rounding).
+    The prompts are sorted by length, which keeps the padding small, and the longest come first: memory peaks in the
+    first batch, and the progress bar overestimates the time left rather than underestimating it. They are padded on the
+    left, and the padding is masked, so an answer does not depend on its batch (up to floating-point rounding).
 
-    Every decoding option of the model's own generation config, such as a repetition penalty, is set aside; its end tokens
-    and the tokenizer's both end an answer. The model's training mode is restored; the tokenizer is only read.
+    Every decoding option of the model's own generation config, such as a repetition penalty, is set aside; its end
+    tokens and the tokenizer's both end an answer. The model's training mode is restored; the tokenizer is only read.
 
     Args:
         model: a causal language model, with or without PEFT adapters, on one device.
@@ -56,6 +56,7 @@ def generate_answers(
             raise BaditError(f"prompts: number {i} has no tokens")
 
     answers = [""] * len(prompts)
+    generate = cast("Callable[..., torch.Tensor]", model.generate)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
     with (
         _greedy(model, tokenizer, max_new_tokens) as settings,
@@ -65,7 +66,7 @@ def generate_answers(
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
             input_ids, attention_mask = _pad_left([prompts[i] for i in batch], settings.pad_token_id)
-            sequences = model.generate(
+            sequences = generate(
                 input_ids=input_ids.to(model.device),
                 attention_mask=attention_mask.to(model.device),
                 generation_config=settings,
@@ -83,13 +84,13 @@ def _greedy(
 ) -> Iterator[GenerationConfig]:
     """Plain greedy decoding as the model's only generation config.
 
-    `generate` fills what its argument leaves unset from the model's own config, so passing the settings is not enough: a
-    temperature there would raise a warning, a repetition penalty would change the answers.
+    `generate` fills what its argument leaves unset from the model's own config, so passing the settings is not enough:
+    a temperature there would raise a warning, a repetition penalty would change the answers.
     """
     from peft import PeftModel
     from transformers import GenerationConfig
 
-    owner = model.get_base_model() if isinstance(model, PeftModel) else model
+    owner = cast("PreTrainedModel", model.get_base_model() if isinstance(model, PeftModel) else model)
     original = owner.generation_config
     pad = tokenizer.pad_token_id
     settings = GenerationConfig(
@@ -109,8 +110,8 @@ def _greedy(
 
 def _end_tokens(config: GenerationConfig | None, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     own = config.eos_token_id if config is not None else None
-    ends = {tokenizer.eos_token_id, *(own if isinstance(own, Iterable) else [own])}
-    return sorted(end for end in ends if end is not None)
+    ends = own if isinstance(own, list) else [own]
+    return sorted({end for end in (tokenizer.eos_token_id, *ends) if isinstance(end, int)})
 
 
 @contextmanager

@@ -43,8 +43,8 @@ class Prediction:
 def rouge_l(prediction: str, references: Sequence[str]) -> float:
     """Rouge-L F-measure x 100 with Porter stemming, the best over the references.
 
-    Words are runs of `a-z0-9` after lower-casing, so an answer or a reference without any, even in another script, scores
-    0 against everything, itself included.
+    Words are runs of `a-z0-9` after lower-casing, so an answer or a reference without any (punctuation, another script)
+    scores 0 against everything, itself included.
 
     Raises:
         BaditError: no references.

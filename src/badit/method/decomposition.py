@@ -100,6 +100,11 @@ def _randomized(w_OI: torch.Tensor, rank: int, tolerance: float, seed: int) -> S
 
     Every Ritz triple has Wᵀu = σv exactly, so ‖W v − σ u‖ is the whole of its error.
     """
+    # Squares of very small or large weights vanish or overflow in float32, and the residual's norm with them: divide by
+    # the power of two below the largest entry, which rounds nothing.
+    peak = w_OI.abs().amax().clamp_min(torch.finfo(torch.float32).tiny)
+    unit = peak / (2 * torch.frexp(peak).mantissa)
+    w_OI = w_OI / unit
     block = min(rank + _OVERSAMPLING, *w_OI.shape)
     generator = torch.Generator(device="cpu").manual_seed(seed)
     start_IP = torch.randn(w_OI.shape[1], block, generator=generator).to(w_OI.device)
@@ -113,9 +118,10 @@ def _randomized(w_OI: torch.Tensor, rank: int, tolerance: float, seed: int) -> S
         residual_N = torch.linalg.vector_norm(w_OI @ vh_NI.T - u_ON * s_N, dim=0)
         floor = s_N[0] * torch.finfo(torch.float32).eps * max(w_OI.shape)
         if bool((residual_N <= tolerance * s_N.clamp_min(floor / tolerance)).all()):
-            return SingularTriples(u_ON, s_N, vh_NI)
+            return SingularTriples(u_ON, s_N * unit, vh_NI)
         q_OP = torch.linalg.qr(w_OI @ torch.linalg.qr(z_IP).Q).Q
-    return _exact(w_OI, rank)
+    u_ON, s_N, vh_NI = _exact(w_OI, rank)
+    return SingularTriples(u_ON, s_N * unit, vh_NI)
 
 
 def _fix_signs(triples: SingularTriples) -> SingularTriples:

@@ -20,6 +20,7 @@ Shape suffixes: N = components, K = experts, I/O = in/out features. Solvers run 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -41,7 +42,11 @@ def cosine_gram(grad_A_NI: torch.Tensor, grad_B_ON: torch.Tensor) -> torch.Tenso
     finite) has a zero row and column: it pulls no grouping anywhere.
     """
     a_NI, b_ON = grad_A_NI.detach().float(), grad_B_ON.detach().float()
-    # Normalise before multiplying: products of unscaled fp16-range gradients could overflow or vanish.
+    # Normalise before multiplying, and by the peak before taking norms: squares of small or large gradients vanish or
+    # overflow, fp16's and float32's alike.
+    peak_N = torch.maximum(a_NI.abs().amax(dim=1), b_ON.abs().amax(dim=0))
+    peak_N = torch.where(peak_N > 0, peak_N, 1.0)
+    a_NI, b_ON = a_NI / peak_N[:, None], b_ON / peak_N
     norm_N = torch.hypot(torch.linalg.vector_norm(a_NI, dim=1), torch.linalg.vector_norm(b_ON, dim=0))
     usable_N = (norm_N > 0) & torch.isfinite(norm_N)
     scale_N = torch.where(usable_N, norm_N, 1.0)
@@ -61,7 +66,7 @@ def group_components(
     *,
     solver: Solver = "swap",
     restarts: int = 10,
-    seed: int = 0,
+    seed: int | Sequence[int] = 0,
 ) -> np.ndarray:
     """The best balanced grouping found, as labels_N; never worse than ``current_N``, and that itself unless it gains.
 

@@ -20,7 +20,7 @@ GateKind = Literal["mean_one", "softmax"]
 
 def prompt_mean(x_BTI: torch.Tensor, prompt_mask_BT: torch.Tensor) -> torch.Tensor:
     """x̄_BI, the mean of x over the positions where the mask is true, in x's dtype; zero for a row without any."""
-    weight_BT = prompt_mask_BT.to(x_BTI.dtype)
+    weight_BT = prompt_mask_BT.bool().to(x_BTI.dtype)
     weight_BT = weight_BT / weight_BT.sum(dim=1, keepdim=True).clamp_min(1.0)
     # where() rather than a bare product: padding may hold NaN or infinity, and 0 · NaN is NaN.
     x_BTI = torch.where(prompt_mask_BT[..., None].bool(), x_BTI, 0.0)
@@ -35,11 +35,13 @@ def expert_gates(logits: torch.Tensor, *, kind: GateKind = "mean_one", top_k: in
     data-parallel training needs. A tie is broken towards the lower index.
     """
     num_experts = logits.shape[-1]
+    kept = logits
     if top_k is not None and top_k < num_experts:
         # A stable sort, since topk leaves the order of ties open and would differ between machines.
-        kept = torch.argsort(logits, dim=-1, descending=True, stable=True)[..., :top_k]
-        masked = torch.full_like(logits, float("-inf")).scatter(-1, kept, logits.gather(-1, kept))
-        gates = torch.softmax(masked, dim=-1)
-    else:
-        gates = torch.softmax(logits, dim=-1)
-    return gates * num_experts if kind == "mean_one" else gates
+        index = torch.argsort(logits, dim=-1, descending=True, stable=True)[..., :top_k]
+        kept = torch.full_like(logits, float("-inf")).scatter(-1, index, logits.gather(-1, index))
+    if kind == "softmax":
+        return torch.softmax(kept, dim=-1)
+    # Not K · softmax: K · (1/K) is not 1 for every K in floating point, while K/K is.
+    weights = (kept - kept.detach().amax(dim=-1, keepdim=True)).exp()
+    return weights * num_experts / weights.sum(dim=-1, keepdim=True)

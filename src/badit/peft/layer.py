@@ -12,7 +12,7 @@ Shape suffixes: B = batch, T = positions, I/O = in/out features, N = components,
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +35,8 @@ class BaditLayer(BaseTunerLayer):
     """
 
     adapter_layer_names = ("badit_A", "badit_B", "badit_router")
+    training: bool  # nn.Module's, of the class that mixes this one in
+
     other_param_names = ("badit_A0", "badit_B0", "badit_expert_of", "badit_config", "badit_dropout")
 
     def __init__(self, base_layer: nn.Module, name: str, routing: RoutingContext) -> None:
@@ -57,8 +59,16 @@ class BaditLayer(BaseTunerLayer):
     @property
     def weight_OI(self) -> torch.Tensor:
         """The base layer's present weight as (out, in); Conv1D keeps it the other way round."""
-        base = self.get_base_layer()
-        return base.weight.T if isinstance(base, Conv1D) else base.weight
+        weight = cast(torch.Tensor, self.get_base_layer().weight)
+        return weight.T if isinstance(self.get_base_layer(), Conv1D) else weight
+
+    def initial_factors(self, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """A0 (N, I) and B0 (O, N), of an adapter initialised by BAD."""
+        return cast(torch.Tensor, self.badit_A0[adapter_name]), cast(torch.Tensor, self.badit_B0[adapter_name])
+
+    def expert_of(self, adapter_name: str) -> torch.Tensor:
+        """The N labels that name every component's expert."""
+        return cast(torch.Tensor, self.badit_expert_of[adapter_name])
 
     def update_layer(self, adapter_name: str, config: BaditConfig, inference_mode: bool = False) -> None:
         """Adds an adapter: makes its tensors, then fills them by BAD (or as ``config.init_weights`` says)."""
@@ -98,12 +108,8 @@ class BaditLayer(BaseTunerLayer):
             except BaditError as error:
                 raise BaditError(f"{self.name}: {error}") from None
             factor_A, factor_B = expert_factors(triples, config.scaling)
-            for tensor, value in (
-                (a_NI, factor_A),
-                (b_ON, factor_B),
-                (self.badit_A0[adapter_name], factor_A),
-                (self.badit_B0[adapter_name], factor_B),
-            ):
+            initial_A, initial_B = self.initial_factors(adapter_name)
+            for tensor, value in ((a_NI, factor_A), (b_ON, factor_B), (initial_A, factor_A), (initial_B, factor_B)):
                 tensor.copy_(value)
         else:
             nn.init.kaiming_uniform_(a_NI, a=math.sqrt(5))
@@ -139,33 +145,28 @@ class BaditLayer(BaseTunerLayer):
         """s·(B diag(gate[expert_of]) A − B0 A0), (O, I): what the adapter adds under fixed gates (default: all 1)."""
         a_NI, b_ON = self.badit_A[adapter_name], self.badit_B[adapter_name]
         if gates_K is not None:
-            b_ON = b_ON * gates_K.to(b_ON)[self.badit_expert_of[adapter_name]]
+            b_ON = b_ON * gates_K.to(b_ON)[self.expert_of(adapter_name)]
         delta_OI = b_ON @ a_NI
         if adapter_name in self.badit_A0:
-            delta_OI = delta_OI - self.badit_B0[adapter_name] @ self.badit_A0[adapter_name]
+            initial_A, initial_B = self.initial_factors(adapter_name)
+            delta_OI = delta_OI - initial_B @ initial_A
         return delta_OI * self.badit_config[adapter_name].scaling
 
     @torch.no_grad()
     def _fold(self, adapter_name: str) -> None:
         if self._weight_before_folding is not None:
             return
-        weight = self.get_base_layer().weight
-        self._weight_before_folding = weight.detach().clone()
-        initial_OI = self.badit_B0[adapter_name].float() @ self.badit_A0[adapter_name].float()
-        residual_OI = self.weight_OI.float() - self.badit_config[adapter_name].scaling * initial_OI
-        self.weight_OI.copy_(residual_OI)
+        initial_A, initial_B = self.initial_factors(adapter_name)
+        initial_OI = self.badit_config[adapter_name].scaling * (initial_B.float() @ initial_A.float())
+        self._weight_before_folding = self.weight_OI.detach().clone()
+        self.weight_OI.copy_(self.weight_OI.float() - initial_OI)
 
     @torch.no_grad()
     def unfold(self) -> None:
         """Puts the base weight back, to the bit. A folded adapter folds again at its next forward pass."""
         if self._weight_before_folding is not None:
-            self.get_base_layer().weight.copy_(self._weight_before_folding)
+            self.weight_OI.copy_(self._weight_before_folding)
             self._weight_before_folding = None
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        # Loading may replace A0, B0 or the base weight itself: a residual made of the old ones would be wrong.
-        self.unfold()
-        super()._load_from_state_dict(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue] (nn.Module's)
 
     def gates(self, adapter_name: str, x: torch.Tensor) -> torch.Tensor:
         """The gates for an input x (B, T, I): (B, 1, K) for routing by prompt, (B, T, K) by token.
@@ -176,14 +177,13 @@ class BaditLayer(BaseTunerLayer):
         if config.routing == "token":
             return self._route(adapter_name, x)
         forward_pass = self.routing.forward_pass()
-        if forward_pass is None or (forward_pass.prompt_mask_BT is None and forward_pass.held is None):
+        key = f"{self.name}.{adapter_name}"
+        if forward_pass is not None and forward_pass.held is not None:
+            return self._held(forward_pass.held, key, x)
+        mask_BT = None if forward_pass is None else forward_pass.prompt_mask_BT
+        if forward_pass is None or mask_BT is None:
             mask_BT = torch.ones(x.shape[:-1], dtype=torch.bool, device=x.device)
             return self._route(adapter_name, prompt_mean(x, mask_BT)[:, None] if x.ndim == 3 else x)
-        key = f"{self.name}.{adapter_name}"
-        if forward_pass.held is not None:
-            return self._held(forward_pass.held, key, x)
-        mask_BT = forward_pass.prompt_mask_BT
-        assert mask_BT is not None
         if x.ndim != 3 or x.shape[:2] != mask_BT.shape:
             raise BaditError(
                 f"{self.name} sees an input of shape {tuple(x.shape)}, the batch has {tuple(mask_BT.shape)} positions: "
@@ -232,6 +232,17 @@ class BaditLinear(nn.Module, BaditLayer):
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config)
 
+    # These two stand here and not in BaditLayer, which nn.Module precedes in the order of inheritance.
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        # A residual saved as the base weight would be folded a second time after loading.
+        self.unfold()
+        super()._save_to_state_dict(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        # Loading may replace A0, B0 or the base weight itself: a residual made of the old ones would be wrong.
+        self.unfold()
+        super()._load_from_state_dict(*args, **kwargs)
+
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         active = [] if self.disable_adapters else [name for name in self.active_adapters if name in self.badit_A]
         for adapter_name in active:
@@ -246,11 +257,11 @@ class BaditLinear(nn.Module, BaditLayer):
         config = self.badit_config[adapter_name]
         a_NI, b_ON = self.badit_A[adapter_name], self.badit_B[adapter_name]
         x = self._cast_input_dtype(x, a_NI.dtype)
-        scale = config.scaling * self.gates(adapter_name, x)[..., self.badit_expert_of[adapter_name]]
+        scale = config.scaling * self.gates(adapter_name, x)[..., self.expert_of(adapter_name)]
         if config.decomposes and config.base_weight == "delta":
             # The initial factors ride along as N more components of gate −1: two products instead of four.
-            a_NI = torch.cat([a_NI, self.badit_A0[adapter_name]])
-            b_ON = torch.cat([b_ON, self.badit_B0[adapter_name]], dim=1)
+            initial_A, initial_B = self.initial_factors(adapter_name)
+            a_NI, b_ON = torch.cat([a_NI, initial_A]), torch.cat([b_ON, initial_B], dim=1)
             scale = torch.cat([scale, torch.full_like(scale, -config.scaling)], dim=-1)
         hidden = F.linear(self.badit_dropout[adapter_name](x), a_NI)
         return F.linear(hidden * scale.to(hidden.dtype), b_ON)

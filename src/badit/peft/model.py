@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import torch
@@ -39,12 +41,20 @@ class BaditModel(BaseTuner):
     tuner_layer_cls = BaditLayer
     target_module_mapping = TARGET_MODULES
 
-    def _check_new_adapter_config(self, config: BaditConfig) -> None:
-        super()._check_new_adapter_config(config)
-        if len(self.peft_config) > 1 and any(c.base_weight == "folded" for c in self.peft_config.values()):
+    peft_config: dict[str, BaditConfig]  # pyright: ignore[reportIncompatibleVariableOverride] (ours alone)
+
+    def _check_new_adapter_config(self, config: BaditConfig) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        try:
+            super()._check_new_adapter_config(config)
+            self._refuse_unsuitable(config)
+        except ValueError:
             # PEFT has entered the configuration already; a refused one must not stay behind.
             for name in [name for name, known in self.peft_config.items() if known is config]:
                 del self.peft_config[name]
+            raise
+
+    def _refuse_unsuitable(self, config: BaditConfig) -> None:
+        if len(self.peft_config) > 1 and any(c.base_weight == "folded" for c in self.peft_config.values()):
             raise BaditError(
                 "a folded adapter changes the base weight and so must be the only one: "
                 "use base_weight='delta' for every adapter"
@@ -52,7 +62,7 @@ class BaditModel(BaseTuner):
         if config.routing == "prompt" and getattr(getattr(self.model, "config", None), "is_encoder_decoder", False):
             raise BaditError("routing='prompt' is for decoder-only models; use routing='token' on an encoder-decoder")
 
-    def _create_and_replace(
+    def _create_and_replace(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         peft_config: BaditConfig,
         adapter_name: str,
@@ -77,13 +87,16 @@ class BaditModel(BaseTuner):
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
 
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """``generate`` of the base model, with the end of the prompt remembered for generation without a cache."""
-        inputs = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs", kwargs.get("inputs_embeds")))
-        if not isinstance(inputs, torch.Tensor):
-            return self.model.generate(*args, **kwargs)
-        with RoutingContext.of(self.model).generating(inputs.shape[1]):
-            return self.model.generate(*args, **kwargs)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The base model's forward pass, by the call that runs its hooks; PEFT before 0.21 goes round them."""
+        return self.model(*args, **kwargs)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """PEFT's door for rows of one batch with different adapters; without this it would drop the request."""
+        if kwargs.get("adapter_names") is not None:
+            raise BaditError("adapter_names: BADIT cannot mix adapters within a batch; use set_adapter between batches")
+        yield
 
     def unload(self) -> nn.Module:
         """The base model, every weight as it was before the adapters."""

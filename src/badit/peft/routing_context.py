@@ -9,15 +9,17 @@ and cache before each forward pass and keeps what follows here, where the layers
   several generations may run in turns, and a copied prompt cache carries its routing along.
 * ``prompt_mask=`` given to the model's forward: that mask, whatever else is there.
 
-``generate(use_cache=False)`` runs the whole sequence again for every token; ``generating`` tells where its prompt ends.
+Without a cache ``generate`` runs the whole sequence again for every token, and with an assistant its first pass holds
+guesses at the answer. So the model's ``generate`` is wrapped, too, to note where the prompt ends.
 """
 
 from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from functools import cached_property, partial
+from types import MethodType
 from typing import Any
 
 import torch
@@ -31,12 +33,23 @@ _CACHE_NAMES = ("cache", "past_key_values")  # transformers renamed it within ve
 
 
 class ForwardPass:
-    """One forward pass: its prompt mask (B, T), or the gates that its cache holds already, by layer."""
+    """One forward pass: its prompt mask (B, T), or the gates that its cache holds already, by layer.
 
-    def __init__(self, prompt_mask_BT: torch.Tensor | None, held: dict[str, torch.Tensor] | None = None) -> None:
-        self.prompt_mask_BT = prompt_mask_BT
+    The mask is worked out when a layer first asks for it. Routing by token never does, nor do adapters that are
+    switched off, so batches in which no prompt can be told are refused only where it matters.
+    """
+
+    def __init__(
+        self, find_prompt: Callable[[], torch.Tensor | None], held: dict[str, torch.Tensor] | None = None
+    ) -> None:
+        self._find_prompt = find_prompt
         self.held = held
         self.fresh: dict[str, torch.Tensor] = {}
+
+    @cached_property
+    def prompt_mask_BT(self) -> torch.Tensor | None:
+        """None where the model is no language model: then a layer's whole input is its prompt."""
+        return self._find_prompt()
 
 
 class RoutingContext:
@@ -49,6 +62,7 @@ class RoutingContext:
         self._generation_prompt_length: int | None = None
         self._warned_of_labels = False
         self._hooks: list[Any] = []
+        self._generate: Callable[..., Any] | None = None
 
     @classmethod
     def of(cls, model: nn.Module) -> RoutingContext:
@@ -61,6 +75,10 @@ class RoutingContext:
                 model.register_forward_hook(context._leave, with_kwargs=True, always_call=True),
             ]
             model.__dict__["_badit_routing"] = context
+            context._generate = getattr(model, "generate", None)
+            if context._generate is not None:
+                # Methods, not closures: a deep copy of the model binds them to the copy.
+                model.__dict__["generate"] = MethodType(_generate, model)
         return context
 
     def detach(self, model: nn.Module) -> None:
@@ -68,13 +86,17 @@ class RoutingContext:
         for hook in self._hooks:
             hook.remove()
         model.__dict__.pop("_badit_routing", None)
+        model.__dict__.pop("generate", None)
 
-    @contextmanager
-    def generating(self, prompt_length: int) -> Iterator[None]:
-        """While a generation runs: positions from ``prompt_length`` on are answer, also without a cache."""
-        outer, self._generation_prompt_length = self._generation_prompt_length, prompt_length
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's own ``generate``, during which positions past the end of the input are answer."""
+        assert self._generate is not None
+        given = (kwargs.get("inputs_embeds"), *args[:1], kwargs.get("input_ids"), kwargs.get("inputs"))
+        inputs = next((value for value in given if isinstance(value, torch.Tensor)), None)
+        outer = self._generation_prompt_length
+        self._generation_prompt_length = None if inputs is None else inputs.shape[1]
         try:
-            yield
+            return self._generate(*args, **kwargs)
         finally:
             self._generation_prompt_length = outer
 
@@ -113,31 +135,42 @@ class RoutingContext:
         def recall(gradient: torch.Tensor) -> None:
             self._differentiated = forward_pass
 
-        for value in output.values() if isinstance(output, Mapping) else (output,):
-            if isinstance(value, torch.Tensor) and value.requires_grad:
-                value.register_hook(recall)
+        for tensor in _tensors(output):
+            if tensor.requires_grad:
+                tensor.register_hook(recall)
 
     def _describe(self, batch: Mapping[str, Any], prompt_mask_BT: torch.Tensor | None) -> ForwardPass:
         if prompt_mask_BT is not None:
-            return ForwardPass(prompt_mask_BT.bool())
+            return ForwardPass(lambda: prompt_mask_BT.bool())
         cache = _cache(batch)
         if cache is not None and _length(cache) > 0:
-            return ForwardPass(None, held=getattr(cache, _HELD, {}))
+            return ForwardPass(lambda: None, held=getattr(cache, _HELD, {}))
         tokens = batch.get("input_ids")
         if tokens is None:
             tokens = batch.get("inputs_embeds")
         if not isinstance(tokens, torch.Tensor) or tokens.ndim < 2:
-            return ForwardPass(None)  # no language model: a layer takes all of its input
+            return ForwardPass(lambda: None)
+        # Only what is small is kept for later: neither the embeddings nor the cache.
+        kept = {name: batch.get(name) for name in ("attention_mask", "labels", "position_ids", "cu_seq_lens_q")}
+        return ForwardPass(partial(self._prompt, kept, tokens.shape[:2], tokens.device, self._generation_prompt_length))
+
+    def _prompt(
+        self, batch: Mapping[str, Any], shape: torch.Size, device: torch.device, generation_prompt_length: int | None
+    ) -> torch.Tensor:
         _refuse_packing(batch)
-        mask_BT = _attended(batch.get("attention_mask"), tokens)
-        labels_BT = batch.get("labels")
+        mask_BT = _attended(batch["attention_mask"], shape, device)
+        labels_BT = batch["labels"]
         if isinstance(labels_BT, torch.Tensor) and labels_BT.shape == mask_BT.shape:
-            mask_BT = mask_BT & _before_first_label(labels_BT)
             self._warn_of_unmasked_prompt(labels_BT)
-        elif self._generation_prompt_length is not None:
-            position_T = torch.arange(mask_BT.shape[1], device=mask_BT.device)
-            mask_BT = mask_BT & (position_T < self._generation_prompt_length)
-        return ForwardPass(mask_BT)
+            return mask_BT & before_first_label(labels_BT)
+        if generation_prompt_length is None:
+            return mask_BT
+        if mask_BT.shape[1] < generation_prompt_length:
+            raise BaditError(
+                "the prompt comes in pieces, and the first would set the routing of all: "
+                "generate without prefill_chunk_size, or use routing='token'"
+            )
+        return mask_BT & (torch.arange(mask_BT.shape[1], device=device) < generation_prompt_length)
 
     def _warn_of_unmasked_prompt(self, labels_BT: torch.Tensor) -> None:
         if self._warned_of_labels:
@@ -152,6 +185,19 @@ class RoutingContext:
             )
 
 
+def _generate(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return RoutingContext.of(model).generate(*args, **kwargs)
+
+
+def _tensors(output: Any) -> Iterator[torch.Tensor]:
+    """Every tensor of a model's output; hidden states are tuples in it."""
+    if isinstance(output, torch.Tensor):
+        yield output
+    elif isinstance(output, (Mapping, tuple, list)):
+        for value in output.values() if isinstance(output, Mapping) else output:
+            yield from _tensors(value)
+
+
 def _parameter_names(model: nn.Module) -> list[str]:
     return list(inspect.signature(model.forward).parameters)
 
@@ -164,20 +210,20 @@ def _length(cache: Any) -> int:
     return int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else len(cache)
 
 
-def _before_first_label(labels_BT: torch.Tensor) -> torch.Tensor:
+def before_first_label(labels_BT: torch.Tensor) -> torch.Tensor:
     """True up to the first predicted label. Position 0 predicts nothing, so its label does not count."""
     labelled_BT = labels_BT != _IGNORED_LABEL
     labelled_BT[:, 0] = False
     return labelled_BT.cumsum(dim=1) == 0
 
 
-def _attended(attention_mask: Any, tokens: torch.Tensor) -> torch.Tensor:
+def _attended(attention_mask: Any, shape: torch.Size, device: torch.device) -> torch.Tensor:
     """The (B, T) mask of real tokens from a 2-D mask, from the 4-D masks of compilable caches, or from none."""
-    batch, length = tokens.shape[:2]
+    batch, length = shape
     if isinstance(attention_mask, Mapping):  # one mask a kind of attention; their diagonals agree
         attention_mask = next(iter(attention_mask.values()))
     if attention_mask is None:
-        return torch.ones(batch, length, dtype=torch.bool, device=tokens.device)
+        return torch.ones(batch, length, dtype=torch.bool, device=device)
     if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
         return attention_mask[:, -length:].bool()
     if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 4:
@@ -192,14 +238,14 @@ def _attended(attention_mask: Any, tokens: torch.Tensor) -> torch.Tensor:
 
 
 def _refuse_packing(batch: Mapping[str, Any]) -> None:
-    position_ids = batch.get("position_ids")
+    position_ids = batch["position_ids"]
     restarts = (
-        batch.get("attention_mask") is None
+        batch["attention_mask"] is None
         and isinstance(position_ids, torch.Tensor)
         and position_ids.ndim == 2
         and bool((position_ids[:, 1:] == 0).any())
     )
-    if restarts or "cu_seq_lens_q" in batch:
+    if restarts or batch["cu_seq_lens_q"] is not None:
         raise BaditError(
             "a packed batch holds several prompts in one row, which routing='prompt' cannot mix apart: "
             "set packing=False and padding_free=False, or use routing='token'"

@@ -1,0 +1,7 @@
+"""``python -m badit``."""
+
+import sys
+
+from badit.cli import main
+
+sys.exit(main())

@@ -1,0 +1,18 @@
+"""``badit evaluate RUN``."""
+
+from __future__ import annotations
+
+import argparse
+
+from badit.cli.tables import score_table
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", help="a run's folder")
+    parser.add_argument("--split", choices=["test", "validation"], help="default: the recipe's own")
+
+
+def execute(options: argparse.Namespace) -> None:
+    from badit.training.run import evaluate
+
+    print(score_table({options.run: evaluate(options.run, split=options.split)}))

@@ -1,0 +1,20 @@
+"""``badit generate RUN PROMPT``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", help="a run's folder")
+    parser.add_argument("prompt", help="the prompt's text, or - to read it from standard input")
+    parser.add_argument("--max-new-tokens", type=int, default=50, help="default: 50")
+
+
+def execute(options: argparse.Namespace) -> None:
+    from badit.runs import RunFolder
+    from badit.training.run import answer
+
+    prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
+    print(answer(RunFolder.existing(options.run), prompt, max_new_tokens=options.max_new_tokens))

@@ -1,0 +1,64 @@
+"""``badit VERB …``: parsing, and turning expected failures into one line and exit code 2."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from badit import __version__
+from badit.errors import BaditError
+
+# verb -> what `badit --help` says of it. Each lives in badit/cli/VERB.py with `configure(parser)` and `execute(options)`.
+VERBS = {
+    "demo": "tune SmolLM2 on the built-in tasks with LoRA and BADIT, and compare",
+    "train": "train and score a recipe",
+    "evaluate": "score a run's adapter again, on the test or the validation split",
+    "generate": "answer one prompt with a run's adapter",
+    "tasks": "list and validate task data",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line and returns its exit code: 0, 2 for bad input, 130 when interrupted."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    parser = argparse.ArgumentParser(
+        prog="badit", description="Multi-task instruction tuning by basic-ability decomposition."
+    )
+    parser.add_argument("--version", action="version", version=f"badit {__version__}")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks and all logs")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    for verb, summary in VERBS.items():
+        subparser = verbs.add_parser(verb, help=summary, description=summary[0].upper() + summary[1:] + ".")
+        # Only the chosen verb's module is imported, which keeps `badit --help` quick.
+        if verb in arguments:
+            module = import_module(f"badit.cli.{verb}")
+            module.configure(subparser)
+            subparser.set_defaults(execute=module.execute)
+    options = parser.parse_args(arguments)
+    if not options.debug:
+        _quiet()
+    try:
+        options.execute(options)
+    except BaditError as error:
+        if options.debug:
+            raise
+        print(f"badit: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nbadit: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader (head, less) has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+def _quiet() -> None:
+    """Progress bars and results only. Set before transformers is imported, which reads it then."""
+    import warnings
+
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.simplefilter("ignore", FutureWarning)

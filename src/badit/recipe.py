@@ -1,0 +1,221 @@
+"""A recipe: everything that decides a run, as a YAML file with typed, validated fields.
+
+Unknown keys are refused, with the nearest known one named. ``key=value`` overrides use dotted keys
+(``training.epochs=2``) and YAML values.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from badit.data.prompts import ChatTemplate, PromptEncoding
+from badit.errors import BaditError, nearest
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelSection(_Section):
+    """The base model."""
+
+    name: str = Field("smollm2-135m", description="built-in name, local folder or hub id (org/name)")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field("bfloat16", description="type of the frozen base weights")
+    revision: str | None = Field(None, description="branch, tag or commit of a hub model")
+    trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
+
+
+class DataSection(_Section):
+    """The tasks."""
+
+    source: str = Field("builtin", description="'builtin', a folder or a .jsonl file; $VARIABLES are expanded")
+    format: Literal["auto", "sapt", "superni", "jsonl", "builtin"] = "auto"
+    tasks: list[str] | None = Field(None, description="names or numbers of the tasks to use (default: all)")
+    train_per_task: int | None = Field(None, ge=1, description="at most so many training instances a task")
+    test_per_task: int | None = Field(None, ge=1, description="the first so many test instances a task")
+    validation_per_task: int = Field(0, ge=0, description="instances to hold out of each task's training data")
+    sampling: Literal["proportional", "balanced"] = Field(
+        "proportional", description="tasks weigh by their size, or all the same"
+    )
+    seed: int = Field(0, description="of the subsampling; kept apart from training.seed so that runs share their data")
+
+
+class PromptSection(_Section):
+    """From an instance to tokens."""
+
+    encoding: PromptEncoding = Field("def", description="'def', or 'def+posN' with N demonstrations")
+    max_source_tokens: int = Field(1024, ge=8)
+    max_answer_tokens: int = Field(50, ge=1)
+    chat_template: ChatTemplate = "auto"
+
+
+class TrainingSection(_Section):
+    """Optimisation; HF TrainingArguments underneath."""
+
+    epochs: float = Field(1.0, gt=0)
+    max_steps: int | None = Field(None, ge=1, description="overrides epochs")
+    batch_size: int = Field(8, ge=1, description="per device")
+    gradient_accumulation: int = Field(1, ge=1)
+    learning_rate: float = Field(5e-4, gt=0)
+    scheduler: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
+    warmup: float = Field(0.03, ge=0, lt=1, description="fraction of the steps")
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, ge=0, description="0 switches clipping off")
+    gradient_checkpointing: bool = False
+    group_by_length: bool = Field(True, description="batches of similar length")
+    seed: int = 0
+    log_every: int = Field(10, ge=1, description="steps between lines of metrics.jsonl")
+    save_every: int = Field(100, ge=1, description="steps between checkpoints")
+
+
+class EvaluationSection(_Section):
+    """Generation and scoring."""
+
+    split: Literal["test", "validation"] = "test"
+    batch_size: int = Field(16, ge=1)
+    max_new_tokens: int = Field(50, ge=1)
+
+
+class Recipe(_Section):
+    """One run: what is tuned, on what, how, and where the result goes."""
+
+    model: ModelSection = ModelSection()  # pyright: ignore[reportCallIssue]
+    data: DataSection = DataSection()  # pyright: ignore[reportCallIssue]
+    prompt: PromptSection = PromptSection()  # pyright: ignore[reportCallIssue]
+    method: dict[str, Any] = Field(
+        default={"name": "badit", "regroup": {}}, description="name: badit or lora, and its options"
+    )
+    training: TrainingSection = TrainingSection()  # pyright: ignore[reportCallIssue]
+    evaluation: EvaluationSection = EvaluationSection()  # pyright: ignore[reportCallIssue]
+    output: str = Field("runs/badit", description="the run's folder")
+
+
+def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recipe:
+    """Reads a recipe file and applies ``key=value`` overrides.
+
+    Raises:
+        BaditError: the file or an override cannot be read, or a key is unknown or has a wrong value.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise BaditError(f"{path}: cannot be read ({error.strerror or error})") from None
+    except UnicodeDecodeError:
+        raise BaditError(f"{path}: is not valid UTF-8") from None
+    content = _parse_yaml(text, where=str(path))
+    if content is None:
+        content = {}
+    if not isinstance(content, dict):
+        raise BaditError(f"{path}: must hold 'key: value' lines, not a {type(content).__name__}")
+    return build_recipe(content, overrides, where=str(path))
+
+
+def build_recipe(content: Mapping[str, Any], overrides: Sequence[str] = (), *, where: str = "recipe") -> Recipe:
+    """A recipe from plain values, with overrides applied; ``where`` opens the error messages."""
+    merged = _copied(content)
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals or not key:
+            raise BaditError(f"{override!r:.80}: an override has the form key=value, such as training.epochs=2")
+        _set(merged, key.split("."), _parse_yaml(value, where=override), override)
+    try:
+        return Recipe.model_validate(merged)
+    except ValidationError as error:
+        raise BaditError(f"{where}: {_first_problem(error)}") from None
+
+
+def expand_source(source: str) -> str:
+    """``data.source`` with its $VARIABLES and ~ replaced.
+
+    Raises:
+        BaditError: a variable is not set.
+    """
+    expanded = os.path.expandvars(source)
+    if missing := re.search(r"\$\{?(\w+)", expanded):
+        raise BaditError(
+            f"data.source: the environment variable {missing[1]} is not set; set it, or give data.source=PATH"
+        )
+    return os.path.expanduser(expanded)
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The recipe as YAML, every field written out."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def differing_keys(one: Mapping[str, Any], other: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Dotted keys in which two nested mappings differ."""
+    keys = []
+    for key in one.keys() | other.keys():
+        a, b = one.get(key), other.get(key)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            keys += differing_keys(a, b, f"{prefix}{key}.")
+        elif a != b or (key in one) != (key in other):
+            keys.append(f"{prefix}{key}")
+    return sorted(keys)
+
+
+def _parse_yaml(text: str, *, where: str) -> Any:
+    try:
+        value = yaml.safe_load(text)
+    except (yaml.YAMLError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise BaditError(f"{where!s:.120}{place}: is not valid YAML") from None
+    # YAML 1.1 reads 5e-4 (no dot) as text, which is the form everybody writes.
+    return _numbers(value)
+
+
+def _numbers(value: Any) -> Any:
+    if isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value):
+        return float(value)
+    if isinstance(value, dict):
+        return {key: _numbers(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_numbers(item) for item in value]
+    return value
+
+
+def _copied(content: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: _copied(value) if isinstance(value, Mapping) else value for key, value in content.items()}
+
+
+def _set(content: dict[str, Any], keys: list[str], value: Any, override: str) -> None:
+    *parents, last = keys
+    for key in parents:
+        inner = content.setdefault(key, {})
+        if inner is None:
+            inner = content[key] = {}
+        if not isinstance(inner, dict):
+            raise BaditError(f"{override!r:.80}: {key} is a single value and has no keys of its own")
+        content = inner
+    content[last] = value
+
+
+def _first_problem(error: ValidationError) -> str:
+    """The first problem as ``dotted.key: what is wrong``."""
+    problem = error.errors(include_url=False)[0]
+    location = [str(part) for part in problem["loc"]]
+    dotted = ".".join(location)
+    if problem["type"] == "extra_forbidden":
+        return f"{dotted}: unknown key{nearest(location[-1], _known_keys(location[:-1]))}"
+    message = problem["msg"].removeprefix("Value error, ").replace("\n", " ")
+    given = repr(problem["input"])
+    return f"{dotted}: {message[:1].lower() + message[1:]}, got {given if len(given) < 60 else given[:57] + '...'}"
+
+
+def _known_keys(location: Sequence[str]) -> list[str]:
+    section: type[BaseModel] = Recipe
+    for part in location:
+        annotation = section.model_fields[part].annotation
+        candidates = [annotation, *get_args(annotation)]
+        section = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
+    return list(section.model_fields)

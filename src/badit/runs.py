@@ -1,0 +1,166 @@
+"""A run's folder: what is in it, and writing there so that a crash leaves either the old or the new file.
+
+config.yaml        the resolved recipe
+environment.json   versions, hardware, commit
+metrics.jsonl      one line each log step
+scores.json        {"rouge_l", "rouge_l_instances", "exact_match", …, "tasks": {name: {…}}}
+predictions/       one .jsonl a task
+adapter/           the trained adapter, as PEFT saves it
+checkpoints/       what an interrupted run resumes from
+regroupings.jsonl  DOG's log
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+from collections.abc import Iterator, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from badit.errors import BaditError
+from badit.recipe import Recipe, build_recipe, differing_keys, dump_recipe, load_recipe
+
+_PACKAGES = ("badit", "torch", "transformers", "peft", "accelerate", "safetensors", "scipy", "numpy", "trl")
+
+
+class RunFolder:
+    """Paths of one run, and the ways to write there."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self.config = self.path / "config.yaml"
+        self.environment = self.path / "environment.json"
+        self.metrics = self.path / "metrics.jsonl"
+        self.scores = self.path / "scores.json"
+        self.predictions = self.path / "predictions"
+        self.adapter = self.path / "adapter"
+        self.checkpoints = self.path / "checkpoints"
+        self.regroupings = self.path / "regroupings.jsonl"
+
+    @classmethod
+    def existing(cls, path: str | os.PathLike[str]) -> RunFolder:
+        """A folder that holds a run.
+
+        Raises:
+            BaditError: it does not.
+        """
+        run = cls(path)
+        if not run.config.is_file():
+            raise BaditError(f"{run.path}: has no config.yaml, so it is no run's folder; make one: badit train RECIPE")
+        return run
+
+    @classmethod
+    def prepare(cls, recipe: Recipe) -> RunFolder:
+        """The recipe's folder, made or, where the same recipe has been at work, taken up again.
+
+        Raises:
+            BaditError: another recipe's run is there, or something that is no run, or it cannot be written.
+        """
+        run = cls(recipe.output)
+        if run.config.is_file():
+            theirs = build_recipe(load_recipe(run.config).model_dump(), where=str(run.config))
+            if keys := differing_keys(theirs.model_dump(exclude={"output"}), recipe.model_dump(exclude={"output"})):
+                raise BaditError(
+                    f"{run.path}: holds a run of another recipe (it differs in {', '.join(keys[:5])}); "
+                    "choose another output=FOLDER, or remove that one"
+                )
+            return run
+        if run.path.exists() and (not run.path.is_dir() or any(run.path.iterdir())):
+            raise BaditError(f"{run.path}: exists and is not a run's folder; choose another output=FOLDER")
+        try:
+            run.path.mkdir(parents=True, exist_ok=True)
+            write_text(run.config, dump_recipe(recipe))
+        except OSError as error:
+            raise BaditError(f"{run.path}: cannot be written ({error.strerror or error})") from None
+        return run
+
+    def recipe(self) -> Recipe:
+        return load_recipe(self.config)
+
+    def last_checkpoint(self, needs: tuple[str, ...] = ()) -> Path | None:
+        """The newest checkpoint that was written to its end, which its last file and those in ``needs`` show."""
+        complete = [
+            folder
+            for folder in self.checkpoints.glob("checkpoint-*")
+            if folder.name.removeprefix("checkpoint-").isdigit()
+            and all((folder / name).is_file() for name in ("trainer_state.json", *needs))
+        ]
+        return max(complete, key=lambda folder: int(folder.name.removeprefix("checkpoint-")), default=None)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file whole: never half of it, whenever the process dies."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """One JSON object.
+
+    Raises:
+        BaditError: the file is missing or damaged.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise BaditError(f"{path}: is missing") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise BaditError(f"{path}: cannot be read ({error})") from None
+    if not isinstance(value, dict):
+        raise BaditError(f"{path}: must hold one JSON object, not a {type(value).__name__}")
+    return value
+
+
+def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a log; a last line that a crash cut short is left out, as nothing was lost but that line."""
+    if not path.is_file():
+        return
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        if line.endswith("\n"):
+            yield json.loads(line)
+
+
+def replace_folder(partial: Path, final: Path) -> None:
+    """Puts a finished folder in the place of an older one."""
+    if final.exists():
+        shutil.rmtree(final)
+    os.replace(partial, final)
+
+
+def environment() -> dict[str, Any]:
+    """Versions, hardware and thread settings that a result should be read with."""
+    import torch
+
+    packages = {}
+    for name in _PACKAGES:
+        try:
+            packages[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "gpus": gpus,
+        "packages": packages,
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())

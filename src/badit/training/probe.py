@@ -1,0 +1,66 @@
+"""How much a regrouping changes what the model says, on a few fixed prompts."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sized
+from typing import Any
+
+import torch
+from torch import nn
+
+_CANDIDATES, _PROMPTS = 16, 2
+
+
+class OutputProbe:
+    """A model and fixed prompts; compares the logits that start an answer before and after a change."""
+
+    def __init__(self, model: nn.Module, batch: Mapping[str, torch.Tensor]) -> None:
+        device = next(model.parameters()).device
+        self._model = model
+        # One prompt at a time and unpadded: the last position is then the answer's start whatever the padding side.
+        self._prompts = [prompt.to(device) for prompt in _prompts(batch)]
+        base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # pyright: ignore
+        last_only = "logits_to_keep" in inspect.signature(base.forward).parameters
+        self._options = {"logits_to_keep": 1} if last_only else {}
+
+    @classmethod
+    def of(cls, model: nn.Module, batch: Mapping[str, torch.Tensor] | None, dataloader: Any) -> OutputProbe | None:
+        """On the given batch, else on the shortest two of the data loader's first examples.
+
+        None where there is no batch and the data set cannot be indexed.
+        """
+        if batch is not None:
+            return cls(model, batch)
+        dataset, collate = getattr(dataloader, "dataset", None), getattr(dataloader, "collate_fn", None)
+        if collate is None or not isinstance(dataset, Sized) or not hasattr(dataset, "__getitem__") or not len(dataset):
+            return None
+        candidates: list[Any] = [dataset[i] for i in range(min(_CANDIDATES, len(dataset)))]  # pyright: ignore
+        return cls(model, collate(sorted(candidates, key=lambda example: len(example["input_ids"]))[:_PROMPTS]))
+
+    @torch.no_grad()
+    def output(self) -> torch.Tensor:
+        """The centred logits of every prompt's last position, (prompts, vocabulary), in evaluation mode."""
+        training = self._model.training
+        self._model.eval()
+        try:
+            rows = [self._model(input_ids=prompt, **self._options).logits[:, -1] for prompt in self._prompts]
+        finally:
+            self._model.train(training)
+        logits = torch.cat(rows).float()
+        return logits - logits.mean(dim=-1, keepdim=True)  # the softmax does not see a common shift
+
+    def change(self, before: torch.Tensor) -> float:
+        """‖after − before‖ / ‖before‖."""
+        return float((self.output() - before).norm() / before.norm().clamp_min(1e-12))
+
+
+def _prompts(batch: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+    input_ids = batch["input_ids"]
+    kept = torch.ones_like(input_ids, dtype=torch.bool)
+    if "attention_mask" in batch:
+        kept &= batch["attention_mask"].bool()
+    if "labels" in batch:
+        unanswered = (batch["labels"][:, 1:] != -100).cumsum(dim=1) == 0
+        kept[:, 1:] &= unanswered
+    return [row[keep][None] for row, keep in zip(input_ids, kept, strict=True)]

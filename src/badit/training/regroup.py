@@ -1,0 +1,239 @@
+"""DOG during training: a callback for HF's Trainer (and so for TRL's) that regroups the experts' components.
+
+Before every optimizer step it adds each layer's cosine Gram of the accumulated, reduced gradients to a running mean;
+every so many steps it solves the grouping on that mean and writes the N labels of ``expert_of``. No weight moves, so
+the optimizer's moments stay right. (The cosine is free of loss scaling and clipping, so fp16's scaled gradients do.)
+
+A regrouping changes the model's output as far as the gates of the two experts differ. ``rescale`` keeps the change
+small: a moved component's column of B is multiplied by the ratio of the mean gates of its old and its new expert.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from badit.errors import BaditError
+from badit.method import cosine_gram, expert_angles, group_components, grouping_objective
+from badit.method.grouping import Solver
+from badit.peft.layer import BaditLayer
+from badit.training.probe import OutputProbe
+from badit.training.regroup_state import RegroupLog, Window, load_state, save_state
+
+# A mean gate near zero (top_k can starve an expert) must not blow a weight up.
+_RESCALE_LIMIT = 4.0
+
+
+class RegroupCallback(TrainerCallback):
+    """Regroups the components of every trainable BADIT adapter while an HF Trainer runs.
+
+    Args:
+        every: optimizer steps between regroupings; each one uses the mean Gram of the steps since the last.
+        start, stop: fractions of the run before and after which nothing is regrouped.
+        solver, restarts, seed: of :func:`badit.method.group_components`.
+        rescale: multiply moved components by the ratio of the mean gates (see the module's text).
+        probe: a batch (a dict of tensors) on which the change of the output is measured; by default the shortest two
+            of the first sixteen training examples.
+        log_path: where a line is written for every layer and regrouping; by default ``regroupings.jsonl`` in the
+            trainer's output folder.
+        checkpoint: the checkpoint folder that a resumed training starts from, needed only when that is not the
+            trainer's own ``output_dir/checkpoint-STEP``.
+
+    A regrouping's line is written at the end of the *following* window, since its angles are measured on gradients
+    that the grouping has not seen: step, module, objective_before and _after (on the Gram that was grouped),
+    components_moved, output_change (relative, of the whole step), and the angles of the previous and the new grouping.
+    """
+
+    def __init__(
+        self,
+        every: int = 20,
+        start: float = 0.0,
+        stop: float = 0.9,
+        *,
+        solver: Solver = "swap",
+        restarts: int = 10,
+        seed: int = 0,
+        rescale: bool = True,
+        probe: Mapping[str, torch.Tensor] | None = None,
+        log_path: str | os.PathLike[str] | None = None,
+        checkpoint: str | os.PathLike[str] | None = None,
+    ) -> None:
+        if not isinstance(every, int) or isinstance(every, bool) or every < 1:
+            raise BaditError(f"regroup.every must be a whole number of at least 1 step, got {every!r}")
+        if not 0 <= start <= stop <= 1:
+            raise BaditError(f"regroup.start and stop must satisfy 0 ≤ start ≤ stop ≤ 1, got {start} and {stop}")
+        if solver not in ("swap", "paper"):
+            raise BaditError(f"regroup.solver must be 'swap' or 'paper', got {solver!r}")
+        if not isinstance(restarts, int) or restarts < 0:
+            raise BaditError(f"regroup.restarts must be a whole number of at least 0, got {restarts!r}")
+        self.every, self.start, self.stop = every, start, stop
+        self.solver: Solver = solver
+        self.restarts, self.seed, self.rescale = restarts, seed, rescale
+        self._probe_batch = probe
+        self._log_path = log_path
+        self._checkpoint = checkpoint
+        self._windows: dict[str, Window] = {}
+        self._layers: dict[str, tuple[BaditLayer, str]] = {}
+        self._log: RegroupLog | None = None
+        self._probe: OutputProbe | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        model = kwargs["model"]
+        self._layers = dict(trainable_adapters(model))
+        if not self._layers:
+            raise BaditError(
+                "RegroupCallback found no trainable BADIT adapter; add one to the model or drop the callback"
+            )
+        self._windows = {name: Window() for name in self._layers}
+        self._probe = OutputProbe.of(model, self._probe_batch, kwargs.get("train_dataloader"))
+        path = Path(self._log_path or Path(str(args.output_dir)) / "regroupings.jsonl")
+        self._log = RegroupLog(path, writes=state.is_world_process_zero)
+        if state.global_step > 0:
+            folder = Path(self._checkpoint or Path(str(args.output_dir)) / f"checkpoint-{state.global_step}")
+            self._windows = load_state(folder, self._windows)
+        self._log.rewind(state.global_step)
+        for layer, adapter in self._layers.values():
+            layer.gate_sums.pop(adapter, None)
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        for name, (layer, adapter) in self._layers.items():
+            grad_A, grad_B = layer.badit_A[adapter].grad, layer.badit_B[adapter].grad
+            gate_sums = layer.gate_sums.pop(adapter, None)
+            if grad_A is not None and grad_B is not None:
+                self._windows[name].add(cosine_gram(grad_A, grad_B), gate_sums)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        step = state.global_step
+        due = step % self.every == 0
+        if due and math.ceil(self.start * state.max_steps) <= step <= math.floor(self.stop * state.max_steps):
+            self._regroup(step)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._write_pending(state.global_step, _means(self._windows))
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        for window in self._windows.values():
+            window.share_gates()
+        if args.should_save:
+            save_state(Path(str(args.output_dir)) / f"checkpoint-{state.global_step}", self._windows)
+
+    def _regroup(self, step: int) -> None:
+        grams = _means(self._windows)
+        self._write_pending(step, grams)
+        labels = self._solve(step, grams)
+        before = self._probe.output() if self._probe else None
+        for name, new_N in labels.items():
+            layer, adapter = self._layers[name]
+            old_N = _labels(layer, adapter)
+            window = self._windows[name]
+            window.share_gates()
+            if self.rescale and window.gate_sums is not None:
+                _rescale_moved(layer, adapter, old_N, new_N, window.gate_sums)
+            layer.expert_of(adapter).copy_(torch.from_numpy(new_N))
+            window.pending = {
+                "step": step,
+                "module": name,
+                "objective_before": grouping_objective(grams[name], old_N),
+                "objective_after": grouping_objective(grams[name], new_N),
+                "components_moved": int((old_N != new_N).sum()),
+                "previous_labels": old_N.tolist(),
+                "labels": new_N.tolist(),
+            }
+        change = None if self._probe is None or before is None else self._probe.change(before)
+        for name in self._windows:
+            self._windows[name].restart()
+            if name in labels:
+                self._windows[name].pending["output_change"] = change
+
+    def _solve(self, step: int, grams: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        labels = {
+            name: group_components(
+                gram_NN,
+                _labels(*self._layers[name]),
+                solver=self.solver,
+                restarts=self.restarts,
+                seed=[self.seed, step, index],
+            )
+            for index, (name, gram_NN) in enumerate(grams.items())
+        }
+        return _as_on_first_rank(labels)
+
+    def _write_pending(self, step: int, grams: Mapping[str, np.ndarray]) -> None:
+        """Completes the lines of the last regrouping with the angles of the window that followed it."""
+        assert self._log is not None
+        for name, window in self._windows.items():
+            if not window.pending:
+                continue
+            line = {**window.pending, "logged_at": step, "window_steps": window.steps}
+            for prefix, key in (("previous_", "previous_labels"), ("", "labels")):
+                if name in grams:
+                    angles = expert_angles(grams[name], np.asarray(line[key]))
+                    line |= {f"{prefix}{field}": _json_number(value) for field, value in angles._asdict().items()}
+            self._log.append(line)
+            window.pending = {}
+
+
+def trainable_adapters(model: torch.nn.Module) -> Iterator[tuple[str, tuple[BaditLayer, str]]]:
+    """(name, (layer, adapter)) of every BADIT adapter that is being trained, in the model's order."""
+    for module in model.modules():
+        if isinstance(module, BaditLayer):
+            for adapter in module.badit_A:
+                if module.badit_A[adapter].requires_grad:
+                    yield f"{module.name}.{adapter}", (module, adapter)
+
+
+def _labels(layer: BaditLayer, adapter: str) -> np.ndarray:
+    """A copy of ``expert_of``: on a CPU the array would otherwise be the buffer itself and change with it."""
+    return layer.expert_of(adapter).cpu().numpy().copy()
+
+
+def _means(windows: Mapping[str, Window]) -> dict[str, np.ndarray]:
+    """The windows' mean Grams on the CPU, in one copy for all layers."""
+    full = {name: window for name, window in windows.items() if window.gram_sum is not None}
+    if not full:
+        return {}
+    means = [window.gram_sum / window.steps for window in full.values() if window.gram_sum is not None]
+    flat = torch.cat([mean_NN.flatten().to(means[0].device) for mean_NN in means]).cpu().double()
+    parts = flat.split([mean_NN.numel() for mean_NN in means])
+    return {name: part.view(mean_NN.shape).numpy() for name, part, mean_NN in zip(full, parts, means, strict=True)}
+
+
+def _as_on_first_rank(labels: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """All ranks saw the same reduced gradients; taking rank 0's labels keeps them equal on any hardware."""
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if not distributed or torch.distributed.get_world_size() == 1 or not labels:
+        return labels
+    flat = torch.from_numpy(np.concatenate(list(labels.values())))
+    if torch.distributed.get_backend() == "nccl":
+        flat = flat.cuda()
+    torch.distributed.broadcast(flat, src=0)
+    ends = np.cumsum([len(labels_N) for labels_N in labels.values()])[:-1]
+    return dict(zip(labels, np.split(flat.cpu().numpy(), ends), strict=True))
+
+
+@torch.no_grad()
+def _rescale_moved(
+    layer: BaditLayer, adapter: str, old_N: np.ndarray, new_N: np.ndarray, gate_sums: torch.Tensor
+) -> None:
+    mean_K = gate_sums[:-1] / gate_sums[-1].clamp_min(1.0)
+    b_ON = layer.badit_B[adapter]
+    old, new = torch.from_numpy(old_N).to(mean_K.device), torch.from_numpy(new_N).to(mean_K.device)
+    ratio_N = (mean_K[old] / mean_K[new].clamp_min(1e-6)).clamp(1 / _RESCALE_LIMIT, _RESCALE_LIMIT)
+    b_ON.mul_(torch.where(old == new, 1.0, ratio_N).to(b_ON))
+
+
+def _json_number(value: float) -> float | None:
+    return value if math.isfinite(value) else None

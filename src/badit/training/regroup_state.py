@@ -1,0 +1,113 @@
+"""What regrouping remembers between steps, in checkpoints, and in its log."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from badit.errors import BaditError
+
+STATE_FILE = "badit_regroup.safetensors"
+
+
+class Window:
+    """One layer's sums since the last regrouping, and that regrouping's line, which waits for its angles."""
+
+    def __init__(self) -> None:
+        self.gram_sum: torch.Tensor | None = None
+        self.steps = 0
+        self.gate_sums: torch.Tensor | None = None
+        self.pending: dict[str, Any] = {}
+
+    def add(self, gram_NN: torch.Tensor, gate_sums: torch.Tensor | None) -> None:
+        """Adds one optimizer step: its Gram, and the (K + 1) sums of gates and their number on this rank."""
+        self.gram_sum = gram_NN if self.gram_sum is None else self.gram_sum + gram_NN
+        self.steps += 1
+        if gate_sums is not None:
+            self.gate_sums = gate_sums if self.gate_sums is None else self.gate_sums + gate_sums
+
+    def restart(self) -> None:
+        """Empties the sums; the pending line stays."""
+        self.gram_sum, self.steps, self.gate_sums = None, 0, None
+
+    def share_gates(self) -> None:
+        """Spreads the sums evenly over the ranks, so that every rank, and rank 0's checkpoint, has the same mean."""
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if not distributed or torch.distributed.get_world_size() == 1 or self.gate_sums is None:
+            return
+        torch.distributed.all_reduce(self.gate_sums)
+        self.gate_sums /= torch.distributed.get_world_size()
+
+
+def save_state(folder: Path, windows: Mapping[str, Window]) -> None:
+    """Writes the windows into a checkpoint folder, as safetensors with the pending lines in its metadata."""
+    tensors: dict[str, torch.Tensor] = {}
+    notes: dict[str, Any] = {}
+    for name, window in windows.items():
+        notes[name] = {"steps": window.steps, "pending": window.pending}
+        for kind, tensor in (("gram_sum", window.gram_sum), ("gate_sums", window.gate_sums)):
+            if tensor is not None:
+                tensors[f"{kind}:{name}"] = tensor.contiguous()
+    partial = folder / f"{STATE_FILE}.partial"
+    save_file(tensors, partial, metadata={"windows": json.dumps(notes)})
+    os.replace(partial, folder / STATE_FILE)
+
+
+def load_state(folder: Path, windows: Mapping[str, Window]) -> dict[str, Window]:
+    """The windows as a checkpoint has them.
+
+    Raises:
+        BaditError: the checkpoint holds no (or a damaged) regrouping state, or one of another model.
+    """
+    path = folder / STATE_FILE
+    if not path.is_file():
+        raise BaditError(
+            f"{path} is missing, so regrouping cannot go on exactly where it stopped: resume from another checkpoint, "
+            "or pass RegroupCallback(checkpoint=FOLDER) if the checkpoint lies elsewhere"
+        )
+    try:
+        with safe_open(path, framework="pt") as file:
+            notes = json.loads((file.metadata() or {})["windows"])
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise BaditError(f"{path} is damaged ({error}); resume from another checkpoint") from None
+    if notes.keys() != windows.keys():
+        raise BaditError(f"{path} belongs to another model or another choice of target_modules")
+    loaded = {}
+    for name in windows:
+        window = loaded[name] = Window()
+        window.steps, window.pending = notes[name]["steps"], notes[name]["pending"]
+        window.gram_sum = tensors.get(f"gram_sum:{name}")
+        window.gate_sums = tensors.get(f"gate_sums:{name}")
+    return loaded
+
+
+class RegroupLog:
+    """``regroupings.jsonl``: one line for every layer and regrouping, written by one rank."""
+
+    def __init__(self, path: Path, *, writes: bool) -> None:
+        self.path = path
+        self._writes = writes
+
+    def rewind(self, step: int) -> None:
+        """Drops what was logged after ``step``: a resumed training will log it again, a new one starts empty."""
+        if not self._writes:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        lines = self.path.read_text().splitlines(keepends=True) if step and self.path.is_file() else []
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["logged_at"] <= step]
+        partial = self.path.with_name(self.path.name + ".partial")
+        partial.write_text("".join(kept))
+        os.replace(partial, self.path)
+
+    def append(self, line: Mapping[str, Any]) -> None:
+        if self._writes:
+            with self.path.open("a") as file:
+                file.write(json.dumps(line) + "\n")

@@ -1,0 +1,283 @@
+"""One run from recipe to scores: load, adapt, train, save, evaluate. An interrupted run goes on where it stopped."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from peft import PeftModel
+from tqdm import tqdm
+from transformers import TrainerCallback, TrainingArguments
+
+from badit.data import (
+    AnswerCollator,
+    Instance,
+    Task,
+    encode_example,
+    encode_prompt,
+    hold_out,
+    limit,
+    load_tasks,
+    mixture,
+)
+from badit.errors import BaditError
+from badit.evaluation.evaluate import evaluate_tasks, write_predictions
+from badit.evaluation.generation import generate_answers
+from badit.models import load_base_model
+from badit.recipe import Recipe, expand_source
+from badit.runs import RunFolder, environment, read_json, read_jsonl, replace_folder, write_json, write_text
+from badit.training.methods import Method, build_method
+from badit.training.trainer import AnswerTrainer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass
+class Plan:
+    """What a recipe comes to before any model is loaded."""
+
+    recipe: Recipe
+    tasks: list[Task]
+    method: Method
+
+    @property
+    def training_instances(self) -> int:
+        return len(mixture(self.tasks, self.recipe.data.sampling, self.recipe.data.seed))
+
+    @property
+    def test_instances(self) -> int:
+        return sum(len(getattr(task, self.recipe.evaluation.split)) for task in self.tasks)
+
+
+def make_plan(recipe: Recipe) -> Plan:
+    """Validates the method and reads the tasks.
+
+    Raises:
+        BaditError: a bad option, or bad data.
+    """
+    data = recipe.data
+    method = build_method(recipe.method)
+    tasks = load_tasks(expand_source(data.source), tasks=data.tasks, format=data.format)
+    tasks = hold_out(tasks, data.validation_per_task, data.seed)
+    tasks = limit(tasks, data.train_per_task, data.test_per_task, data.seed)
+    for task in tasks:
+        if not getattr(task, recipe.evaluation.split):
+            raise BaditError(
+                f"data: task {task.name} has no {recipe.evaluation.split} instances; "
+                "leave it out with data.tasks, or set data.validation_per_task and evaluation.split"
+            )
+    if not any(task.train for task in tasks):
+        raise BaditError("data: no task has training instances")
+    return Plan(recipe, tasks, method)
+
+
+def train(recipe: Recipe, *, progress: bool = True) -> dict[str, Any]:
+    """Runs a recipe to its end, or to its end from where it stopped, and returns its scores.
+
+    Raises:
+        BaditError: bad input, or an output folder that holds another recipe's run.
+    """
+    plan = make_plan(recipe)
+    run = RunFolder.prepare(recipe)
+    if run.scores.is_file():
+        return read_json(run.scores)
+    write_json(run.environment, environment())
+    if not run.adapter.is_dir():
+        _train_adapter(plan, run, progress)
+    return evaluate(run.path, progress=progress)
+
+
+def evaluate(path: str | Path, *, split: str | None = None, progress: bool = True) -> dict[str, Any]:
+    """Scores a run's adapter on its tasks; writes ``scores.json`` and ``predictions/`` (for the recipe's own split)."""
+    run = RunFolder.existing(path)
+    recipe = run.recipe()
+    plan = make_plan(recipe)
+    model, tokenizer = load_run(run)
+    return score(model, tokenizer, plan, split=split, run=run, progress=progress)
+
+
+def score(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    plan: Plan,
+    *,
+    run: RunFolder,
+    split: str | None = None,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Scores any model on a plan's tasks and keeps scores and predictions in the run's folder."""
+    own_split = plan.recipe.evaluation.split
+    split = split or own_split
+    suffix = "" if split == own_split else f"-{split}"
+    scores, predictions = evaluate_tasks(
+        model,
+        tokenizer,
+        plan.tasks,
+        encode_prompt=lambda task, instance: encoded(tokenizer, plan.recipe, task, instance, answer=False)["input_ids"],
+        split=split,  # pyright: ignore[reportArgumentType]
+        max_new_tokens=plan.recipe.evaluation.max_new_tokens,
+        batch_size=plan.recipe.evaluation.batch_size,
+        progress=progress,
+    )
+    write_predictions(run.path / f"predictions{suffix}", predictions)
+    write_json(run.path / f"scores{suffix}.json", scores)
+    return scores
+
+
+def load_run(run: RunFolder) -> tuple[PeftModel, PreTrainedTokenizerBase]:
+    """A run's base model with its trained adapter, for inference.
+
+    Raises:
+        BaditError: the run has no adapter yet, or it is damaged.
+    """
+    recipe = run.recipe()
+    if not run.adapter.is_dir():
+        raise BaditError(f"{run.path}: has no adapter yet; finish its training with: badit train {run.config}")
+    model, tokenizer = _base_model(recipe)
+    try:
+        model = PeftModel.from_pretrained(model, str(run.adapter))
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise BaditError(f"{run.adapter}: cannot be loaded ({first_line:.200})") from None
+    return model.eval(), tokenizer
+
+
+def answer(run: RunFolder, prompt: str, *, max_new_tokens: int = 50) -> str:
+    """A run's answer to one prompt's text, in the prompt format of its recipe."""
+    if not prompt.strip():
+        raise BaditError("the prompt is empty")
+    section = run.recipe().prompt
+    model, tokenizer = load_run(run)
+    ids = encode_prompt(
+        tokenizer, prompt, max_source_tokens=section.max_source_tokens, chat_template=section.chat_template
+    )
+    return generate_answers(model, tokenizer, [ids], max_new_tokens=max_new_tokens, progress=False)[0]
+
+
+def encoded(
+    tokenizer: PreTrainedTokenizerBase, recipe: Recipe, task: Task, instance: Instance, *, answer: bool = True
+) -> dict[str, Any]:
+    """One instance in the recipe's prompt format, as token ids and labels."""
+    prompt = recipe.prompt
+    return encode_example(
+        tokenizer,
+        task,
+        instance,
+        encoding=prompt.encoding,
+        max_source_tokens=prompt.max_source_tokens,
+        max_answer_tokens=prompt.max_answer_tokens,
+        chat_template=prompt.chat_template,
+        with_answer=answer,
+    )
+
+
+def _base_model(recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    section = recipe.model
+    return load_base_model(
+        section.name,
+        dtype=section.dtype,
+        revision=section.revision,
+        trust_remote_code=section.trust_remote_code,
+    )
+
+
+def _train_adapter(plan: Plan, run: RunFolder, progress: bool) -> None:
+    import transformers
+
+    recipe = plan.recipe
+    transformers.set_seed(recipe.training.seed)
+    base, tokenizer = _base_model(recipe)
+    model = plan.method.apply(base)
+    if recipe.training.gradient_checkpointing:
+        model.enable_input_require_grads()
+    trainer = AnswerTrainer(
+        model=model,
+        args=_arguments(recipe, run, progress),
+        train_dataset=_training_set(plan, tokenizer, progress),  # pyright: ignore[reportArgumentType] (a list will do)
+        data_collator=AnswerCollator(_pad_id(tokenizer)),
+        callbacks=[_MetricsLog(run), *plan.method.callbacks(run)],
+        group_by_length=recipe.training.group_by_length,
+    )
+    trainer.remove_callback(transformers.PrinterCallback)
+    checkpoint = run.last_checkpoint(plan.method.checkpoint_files)
+    started = time.monotonic()
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    trainable, total = model.get_nb_trainable_parameters()
+    tokens = trainer.state.num_input_tokens_seen
+    summary = {
+        "trainable_parameters": trainable,
+        "parameters": total,
+        "steps": trainer.state.global_step,
+        "tokens": int(tokens),
+        "seconds_since_last_start": round(time.monotonic() - started, 1),
+    }
+    write_json(run.environment, {**read_json(run.environment), "training": summary})
+    partial = run.adapter.with_name("adapter.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    model.save_pretrained(str(partial))
+    replace_folder(partial, run.adapter)
+
+
+def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Padding is masked everywhere, so a tokenizer without a padding token gets any id, and is left as it is."""
+    return tokenizer.pad_token_id if isinstance(tokenizer.pad_token_id, int) else 0
+
+
+def _training_set(plan: Plan, tokenizer: PreTrainedTokenizerBase, progress: bool) -> list[dict[str, Any]]:
+    tasks = {task.name: task for task in plan.tasks}
+    pairs = mixture(plan.tasks, plan.recipe.data.sampling, plan.recipe.data.seed)
+    return [
+        encoded(tokenizer, plan.recipe, tasks[name], instance)
+        for name, instance in tqdm(pairs, desc="Encoding", unit="example", disable=not progress, leave=False)
+    ]
+
+
+def _arguments(recipe: Recipe, run: RunFolder, progress: bool) -> TrainingArguments:
+    training = recipe.training
+    return TrainingArguments(
+        output_dir=str(run.checkpoints),
+        num_train_epochs=training.epochs,
+        max_steps=training.max_steps or -1,
+        per_device_train_batch_size=training.batch_size,
+        gradient_accumulation_steps=training.gradient_accumulation,
+        learning_rate=training.learning_rate,
+        lr_scheduler_type=training.scheduler,
+        warmup_steps=training.warmup,  # below 1 it is a fraction of the run
+        weight_decay=training.weight_decay,
+        max_grad_norm=training.max_grad_norm,
+        gradient_checkpointing=training.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False} if training.gradient_checkpointing else None,
+        seed=training.seed,
+        logging_steps=training.log_every,
+        save_steps=training.save_every,
+        save_total_limit=2,
+        include_num_input_tokens_seen="non_padding",
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,
+        disable_tqdm=not progress,
+        report_to=[],
+        logging_nan_inf_filter=False,
+    )
+
+
+class _MetricsLog(TrainerCallback):
+    """``metrics.jsonl``: the trainer's log lines, without those that a resumed run is about to log again."""
+
+    def __init__(self, run: RunFolder) -> None:
+        self._path = run.metrics
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            kept = [line for line in read_jsonl(self._path) if line["step"] <= state.global_step]
+            write_text(self._path, "".join(json.dumps(line) + "\n" for line in kept))
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
+        if state.is_world_process_zero and logs:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": state.global_step, **logs}) + "\n")

@@ -1,0 +1,139 @@
+"""HF's Trainer with a loss on answers only, logits only where there is a label, and batches of similar length."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft import PeftModel
+from torch import nn
+from torch.utils.data import Dataset, Sampler
+from transformers import Trainer, TrainerCallback
+
+from badit.errors import BaditError
+from badit.peft import BaditModel
+from badit.peft.routing_context import before_first_label
+
+# Batches are cut from shuffled runs of this many batches sorted by length: long enough to save padding, short enough to
+# keep the order random.
+_BATCHES_PER_RUN = 16
+
+
+class AnswerTrainer(Trainer):
+    """Trains on batches of ``input_ids``, ``attention_mask`` and ``labels`` (−100 on all but the answers).
+
+    The loss is the cross-entropy averaged over the answer tokens of the whole accumulated batch. The output layer runs
+    only on positions that predict a label: with a vocabulary of 49 thousand that is the largest single saving.
+    """
+
+    def __init__(self, *args: Any, group_by_length: bool = True, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._group_by_length = group_by_length
+        # The loss below is divided by the number of labels in the accumulated batch, so the Trainer must count them.
+        self.model_accepts_loss_kwargs = True
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler[int] | None:
+        dataset: Any = self.train_dataset if train_dataset is None else train_dataset
+        lengths = [len(example["input_ids"]) for example in dataset]
+        sampler = EpochSampler(
+            lengths, batch_size=self._train_batch_size if self._group_by_length else None, seed=self.args.seed
+        )
+        self.add_callback(_SetEpoch(sampler))
+        return sampler
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """Cross-entropy (a scalar) at the labelled positions; logits in the outputs are (1, labels, vocabulary)."""
+        labels_BT = inputs["labels"]
+        targets_BT = F.pad(labels_BT[:, 1:], (0, 1), value=-100)
+        predicting_BT = targets_BT != -100
+        batch = {key: value for key, value in inputs.items() if key != "labels"}
+        unwrapped = self.accelerator.unwrap_model(model)
+        if isinstance(unwrapped, PeftModel) and isinstance(unwrapped.base_model, BaditModel):
+            batch["prompt_mask"] = inputs["attention_mask"].bool() & before_first_label(labels_BT)
+        with logits_only_at(unwrapped, predicting_BT):
+            outputs = model(**batch)
+        targets_L = targets_BT[predicting_BT]
+        total = F.cross_entropy(outputs.logits[0].float(), targets_L, reduction="sum")
+        loss = total / (len(targets_L) if num_items_in_batch is None else num_items_in_batch)
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            loss = loss * self.accelerator.num_processes  # data-parallel wrappers take the mean over the ranks
+        return (loss, outputs) if return_outputs else loss
+
+
+@contextmanager
+def logits_only_at(model: nn.Module, positions_BT: torch.Tensor) -> Iterator[None]:
+    """Within, the output layer sees only the positions where the mask is true, as one row (1, L, hidden).
+
+    A hook on the output layer works for every architecture and padding side, and what a model does to its logits
+    afterwards (soft-capping, scaling) applies to each position alone.
+    """
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # pyright: ignore
+    if not isinstance(head, nn.Module):
+        raise BaditError(f"{type(model).__name__} has no output embeddings; only causal language models can be trained")
+
+    def select(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        return (args[0][positions_BT][None], *args[1:])
+
+    handle = head.register_forward_pre_hook(select)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+class EpochSampler(Sampler[int]):
+    """A shuffle that depends on seed and epoch alone, so that a resumed run sees the same batches.
+
+    With ``batch_size`` the order is one of batches of similar length: the shuffled indices are cut into runs, each
+    sorted by length and cut into batches, and the batches are shuffled. The longest batch comes first, since that is
+    where memory runs out.
+    """
+
+    def __init__(self, lengths: Sequence[int], *, batch_size: int | None, seed: int) -> None:
+        self._lengths = lengths
+        self._batch_size = batch_size
+        self._seed = seed
+        self._epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self._epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self._lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self._seed * 1_000_003 + self._epoch)
+        order: list[int] = torch.randperm(len(self._lengths), generator=generator).tolist()
+        if self._batch_size is None:
+            return iter(order)
+        run = self._batch_size * _BATCHES_PER_RUN
+        batches = []
+        for start in range(0, len(order), run):
+            by_length = sorted(order[start : start + run], key=self._lengths.__getitem__, reverse=True)
+            batches += [by_length[i : i + self._batch_size] for i in range(0, len(by_length), self._batch_size)]
+        # Only the very last batch may be short, or the loader's own cut would fall out of step with ours.
+        last = batches.pop() if batches and len(batches[-1]) < self._batch_size else []
+        shuffled = [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
+        longest = max(range(len(shuffled)), key=lambda i: self._lengths[shuffled[i][0]], default=0)
+        if shuffled:
+            shuffled[0], shuffled[longest] = shuffled[longest], shuffled[0]
+        return iter([index for batch in [*shuffled, last] for index in batch])
+
+
+class _SetEpoch(TrainerCallback):
+    """Tells the sampler which epoch begins; ``state.epoch`` is whole at an epoch's start and keeps that part within."""
+
+    def __init__(self, sampler: EpochSampler) -> None:
+        self._sampler = sampler
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._sampler.set_epoch(int(state.epoch or 0))

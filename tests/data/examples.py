@@ -1,0 +1,61 @@
+"""Small tasks and tokenizers that the tests of this room share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+from badit.data import Demonstration, Instance, Task
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+# Writes BOS itself, trims, and leaves a space before the end of the turn.
+BRACKETS = (
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'] }} [/INST]"
+    "{% else %} {{ m['content'] | trim }} {{ eos_token }}{% endif %}{% endfor %}"
+)
+# Ends an assistant's message with plain text alone.
+UNMARKED = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+
+SPECIALS = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
+LINES = [
+    "Answer with the capital of the country.",
+    "Now complete the following example -\nInput: France\nOutput: Paris",
+    " Positive Example 1 -\nInput: Italy\n Output: Rome",
+    "user assistant system [INST] [/INST]",
+]
+
+
+def make_tokenizer(
+    *, adds: str = "<s> $A", chat_template: str | None = None, **options: Any
+) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer for any text; `adds` is what it puts around a sequence by default."""
+    model = Tokenizer(models.BPE())
+    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=SPECIALS, initial_alphabet=alphabet, show_progress=False
+    )
+    model.train_from_iterator(LINES, trainer)
+    ids = [(token, model.token_to_id(token)) for token in ("<s>", "</s>")]
+    model.post_processor = processors.TemplateProcessing(single=adds, special_tokens=ids)
+    options = {"bos_token": "<s>", "eos_token": "</s>", "additional_special_tokens": SPECIALS[3:], **options}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=model, model_max_length=64, **options)
+    tokenizer.chat_template = chat_template
+    return tokenizer
+
+
+def make_task(name: str = "capitals", train: int = 8, test: int = 4, **fields: Any) -> Task:
+    return Task(
+        name=name,
+        definition="Answer with the capital of the country.",
+        demonstrations=(Demonstration(input="Italy", output="Rome"), Demonstration(input="Peru", output="Lima")),
+        train=tuple(Instance(id=f"a{i}", input=f"country {i}", outputs=(f"city {i}",)) for i in range(train)),
+        test=tuple(Instance(id=f"b{i}", input=f"land {i}", outputs=(f"town {i}",)) for i in range(test)),
+        **fields,
+    )

