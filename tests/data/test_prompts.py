@@ -3,7 +3,6 @@ from __future__ import annotations
 import logging
 
 import pytest
-from data.examples import BRACKETS, CHATML, UNMARKED, make_task, make_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,6 +17,7 @@ from badit.data import (
     prompt_text,
 )
 from badit.errors import BaditError
+from data.examples import BRACKETS, CHATML, UNMARKED, make_task, make_tokenizer
 
 TASK = make_task()
 FRANCE = Instance(id="x", input="France", outputs=("Paris", "City of Paris"))

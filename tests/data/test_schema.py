@@ -5,12 +5,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from data.examples import make_task
 from pydantic import ValidationError
 
 from badit.data import Instance, Task
 from badit.data.schema import task_from_superni
 from badit.errors import BaditError
+from data.examples import make_task
 
 FILE = Path("capitals.json")
 

@@ -3,12 +3,12 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
-from data.examples import make_task
 from hypothesis import given
 from hypothesis import strategies as st
 
 from badit.data import hold_out, limit, mixture
 from badit.errors import BaditError
+from data.examples import make_task
 
 SIZES = st.lists(st.integers(0, 30), min_size=1, max_size=5)
 

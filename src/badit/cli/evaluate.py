@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from badit.cli.quiet import quiet_loading
 from badit.cli.tables import score_table
 
 
@@ -15,4 +16,5 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def execute(options: argparse.Namespace) -> None:
     from badit.training.run import evaluate
 
+    quiet_loading()
     print(score_table({options.run: evaluate(options.run, split=options.split)}))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 
+from badit.cli.quiet import quiet_loading
+
 
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", help="a run's folder")
@@ -16,5 +18,6 @@ def execute(options: argparse.Namespace) -> None:
     from badit.runs import RunFolder
     from badit.training.run import answer
 
+    quiet_loading()
     prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
     print(answer(RunFolder.existing(options.run), prompt, max_new_tokens=options.max_new_tokens))

@@ -9,9 +9,10 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from badit import __version__
+from badit.cli.quiet import quiet_environment
 from badit.errors import BaditError
 
-# verb -> what `badit --help` says of it. Each lives in badit/cli/VERB.py with `configure(parser)` and `execute(options)`.
+# verb -> what `badit --help` says of it. badit/cli/VERB.py has its `configure(parser)` and `execute(options)`.
 VERBS = {
     "demo": "tune SmolLM2 on the built-in tasks with LoRA and BADIT, and compare",
     "train": "train and score a recipe",
@@ -39,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             subparser.set_defaults(execute=module.execute)
     options = parser.parse_args(arguments)
     if not options.debug:
-        _quiet()
+        quiet_environment()
     try:
         options.execute(options)
     except BaditError as error:
@@ -53,12 +54,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader (head, less) has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
-
-
-def _quiet() -> None:
-    """Progress bars and results only. Set before transformers is imported, which reads it then."""
-    import warnings
-
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    warnings.simplefilter("ignore", FutureWarning)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from badit.cli.quiet import quiet_loading
 from badit.cli.tables import score_table
 
 
@@ -18,6 +19,7 @@ def execute(options: argparse.Namespace) -> None:
     from badit.recipe import dump_recipe, load_recipe
     from badit.training.run import make_plan, train
 
+    quiet_loading()
     recipe = load_recipe(options.recipe, options.overrides)
     if options.dry_run:
         plan = make_plan(recipe)

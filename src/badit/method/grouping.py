@@ -235,13 +235,14 @@ def _swap_until_optimal(gram_NN: np.ndarray, labels_N: np.ndarray, num_experts: 
     diagonal_N = np.diag(gram_NN)
     pair_NN = 2 * (diagonal_N[:, None] + diagonal_N[None, :]) - 4 * gram_NN
     rows_N = np.arange(len(labels_N))
+    noise = 1e-9 * max(1.0, float(np.abs(gram_NN).max()))  # a gain below it could be rounding, and undo itself for ever
     while True:
         # move_NN[i, j]: what i gains by going from its own group to j's
         move_NN = sums_NK[:, labels_N] - sums_NK[rows_N, labels_N][:, None]
         gain_NN = 2 * (move_NN + move_NN.T) + pair_NN
         gain_NN[labels_N[:, None] == labels_N[None, :]] = 0.0
         i, j = np.unravel_index(gain_NN.argmax(), gain_NN.shape)
-        if gain_NN[i, j] <= 1e-9:
+        if gain_NN[i, j] <= noise:
             return labels_N
         a, b = labels_N[i], labels_N[j]
         exchange_N = gram_NN[:, j] - gram_NN[:, i]

@@ -8,12 +8,15 @@ from dataclasses import dataclass, field
 from typing import Any, get_args
 
 from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTuner
 
 from badit.errors import BaditError
 from badit.method.decomposition import SvdMethod
 from badit.method.routing import GateKind
 from badit.peft.registration import peft_type
 
+# Older versions save a bias for the methods that they know by name only.
+_PEFT_SAVES_BIASES = hasattr(BaseTuner, "_get_learnable_bias_state_dict")
 _INIT_WEIGHTS = (True, False, "bad", "lora")
 _ROUTING = ("prompt", "token")
 _BASE_WEIGHT = ("delta", "folded")
@@ -120,6 +123,8 @@ class BaditConfig(PeftConfig):
         _one_of("init_weights", self.init_weights, _INIT_WEIGHTS)
         _one_of("svd_method", self.svd_method, get_args(SvdMethod))
         _one_of("bias", self.bias, ("none", "all", "badit_only"))
+        if self.bias != "none" and not _PEFT_SAVES_BIASES:
+            raise BaditError("bias must be 'none' with PEFT before 0.21, which would not save the trained biases")
         if self.base_weight == "folded" and not self.decomposes:
             raise BaditError("base_weight='folded' needs init_weights='bad': without BAD there is no residual to write")
         if isinstance(self.target_modules, str) and self.target_modules != "all-linear":

@@ -87,12 +87,15 @@ class BaditLayer(BaseTunerLayer):
         to_be_loaded = self.badit_A[adapter_name].is_meta or (config.decomposes and config.inference_mode)
         if not to_be_loaded:
             self._initialise(adapter_name, config)
+        self.badit_expert_of[adapter_name] = torch.arange(config.num_experts).repeat_interleave(config.r)
         self._move_adapter_to_device_of_base_layer(adapter_name)
-        # After the move, which in older PEFT versions casts integers to the base layer's dtype.
-        self.badit_expert_of[adapter_name] = torch.arange(
-            config.num_experts, device=self.weight_OI.device
-        ).repeat_interleave(config.r)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        labels = self.expert_of(adapter_name)
+        super()._move_adapter_to_device_of_base_layer(adapter_name, device)
+        # PEFT before 0.21 casts integers to the base layer's dtype as well.
+        self.badit_expert_of[adapter_name] = labels.to(self.expert_of(adapter_name).device)
 
     @torch.no_grad()
     def _initialise(self, adapter_name: str, config: BaditConfig) -> None:

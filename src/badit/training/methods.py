@@ -2,6 +2,7 @@
 
     method: {name: badit, num_experts: 8, r: 4, regroup: {every: 20}}     # regroup: null trains without DOG
     method: {name: lora, r: 32}
+    method: {name: base}                                                  # the base model as it is, to compare with
 
 The options of a method are the fields of its PEFT configuration, so there is no second list of them to keep.
 """
@@ -37,11 +38,16 @@ class Method:
     """A method of a recipe: its PEFT configuration, its callbacks, and what its checkpoints hold besides HF's files."""
 
     name: str
-    config: PeftConfig
+    config: PeftConfig | None
     regroup: dict[str, Any] | None = None
+
+    @property
+    def trains(self) -> bool:
+        return self.config is not None
 
     def apply(self, model: PreTrainedModel) -> PeftModel:
         """The base model with fresh, trainable adapters. LoRA without ``target_modules`` adapts what BADIT would."""
+        assert self.config is not None
         if self.config.target_modules is None:  # pyright: ignore[reportAttributeAccessIssue]
             default = TARGET_MODULES.get(model.config.model_type)
             if default is None:
@@ -88,7 +94,12 @@ def _lora(options: dict[str, Any]) -> Method:
     return Method("lora", _config(LoraConfig, options))
 
 
-_METHODS: dict[str, Callable[[dict[str, Any]], Method]] = {"badit": _badit, "lora": _lora}
+def _base(options: dict[str, Any]) -> Method:
+    _refuse_unknown("method", options, set())
+    return Method("base", None)
+
+
+_METHODS: dict[str, Callable[[dict[str, Any]], Method]] = {"badit": _badit, "lora": _lora, "base": _base}
 
 
 def _config(config_cls: type[Any], options: dict[str, Any]) -> PeftConfig:

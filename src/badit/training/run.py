@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peft import PeftModel
 from tqdm import tqdm
-from transformers import TrainerCallback, TrainingArguments
+from transformers import TrainingArguments
 
 from badit.data import (
     AnswerCollator,
@@ -30,7 +28,8 @@ from badit.evaluation.evaluate import evaluate_tasks, write_predictions
 from badit.evaluation.generation import generate_answers
 from badit.models import load_base_model
 from badit.recipe import Recipe, expand_source
-from badit.runs import RunFolder, environment, read_json, read_jsonl, replace_folder, write_json, write_text
+from badit.runs import RunFolder, environment, read_json, replace_folder, write_json
+from badit.training.callbacks import MetricsLog, ProgressBar, StopOnSignal
 from badit.training.methods import Method, build_method
 from badit.training.trainer import AnswerTrainer
 
@@ -88,7 +87,7 @@ def train(recipe: Recipe, *, progress: bool = True) -> dict[str, Any]:
     if run.scores.is_file():
         return read_json(run.scores)
     write_json(run.environment, environment())
-    if not run.adapter.is_dir():
+    if plan.method.trains and not run.adapter.is_dir():
         _train_adapter(plan, run, progress)
     return evaluate(run.path, progress=progress)
 
@@ -130,13 +129,15 @@ def score(
     return scores
 
 
-def load_run(run: RunFolder) -> tuple[PeftModel, PreTrainedTokenizerBase]:
-    """A run's base model with its trained adapter, for inference.
+def load_run(run: RunFolder) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
+    """A run's base model with its trained adapter (if its method trains one), for inference.
 
     Raises:
         BaditError: the run has no adapter yet, or it is damaged.
     """
     recipe = run.recipe()
+    if not build_method(recipe.method).trains:
+        return _base_model(recipe)
     if not run.adapter.is_dir():
         raise BaditError(f"{run.path}: has no adapter yet; finish its training with: badit train {run.config}")
     model, tokenizer = _base_model(recipe)
@@ -198,16 +199,18 @@ def _train_adapter(plan: Plan, run: RunFolder, progress: bool) -> None:
         model.enable_input_require_grads()
     trainer = AnswerTrainer(
         model=model,
-        args=_arguments(recipe, run, progress),
+        args=_arguments(recipe, run),
         train_dataset=_training_set(plan, tokenizer, progress),  # pyright: ignore[reportArgumentType] (a list will do)
         data_collator=AnswerCollator(_pad_id(tokenizer)),
-        callbacks=[_MetricsLog(run), *plan.method.callbacks(run)],
+        callbacks=[MetricsLog(run.metrics), *([ProgressBar()] if progress else []), *plan.method.callbacks(run)],
         group_by_length=recipe.training.group_by_length,
     )
-    trainer.remove_callback(transformers.PrinterCallback)
+    trainer.remove_callback(transformers.PrinterCallback)  # prints the log lines, which metrics.jsonl has
     checkpoint = run.last_checkpoint(plan.method.checkpoint_files)
     started = time.monotonic()
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    with StopOnSignal() as stop:
+        trainer.add_callback(stop)
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     trainable, total = model.get_nb_trainable_parameters()
     tokens = trainer.state.num_input_tokens_seen
     summary = {
@@ -215,12 +218,15 @@ def _train_adapter(plan: Plan, run: RunFolder, progress: bool) -> None:
         "parameters": total,
         "steps": trainer.state.global_step,
         "tokens": int(tokens),
-        "seconds_since_last_start": round(time.monotonic() - started, 1),
+        "seconds": round(time.monotonic() - started, 1),
     }
     write_json(run.environment, {**read_json(run.environment), "training": summary})
     partial = run.adapter.with_name("adapter.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(str(partial))
+    # The name that the recipe gives; a built-in model's own would be a folder of this machine's cache. From a name PEFT
+    # would look the embeddings up on a hub, to see whether to save them too: they are frozen.
+    model.peft_config["default"].base_model_name_or_path = recipe.model.name
+    model.save_pretrained(str(partial), save_embedding_layers=False)
     replace_folder(partial, run.adapter)
 
 
@@ -238,7 +244,7 @@ def _training_set(plan: Plan, tokenizer: PreTrainedTokenizerBase, progress: bool
     ]
 
 
-def _arguments(recipe: Recipe, run: RunFolder, progress: bool) -> TrainingArguments:
+def _arguments(recipe: Recipe, run: RunFolder) -> TrainingArguments:
     training = recipe.training
     return TrainingArguments(
         output_dir=str(run.checkpoints),
@@ -260,24 +266,7 @@ def _arguments(recipe: Recipe, run: RunFolder, progress: bool) -> TrainingArgume
         include_num_input_tokens_seen="non_padding",
         remove_unused_columns=False,
         dataloader_pin_memory=False,
-        disable_tqdm=not progress,
+        disable_tqdm=True,
         report_to=[],
         logging_nan_inf_filter=False,
     )
-
-
-class _MetricsLog(TrainerCallback):
-    """``metrics.jsonl``: the trainer's log lines, without those that a resumed run is about to log again."""
-
-    def __init__(self, run: RunFolder) -> None:
-        self._path = run.metrics
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.is_world_process_zero:
-            kept = [line for line in read_jsonl(self._path) if line["step"] <= state.global_step]
-            write_text(self._path, "".join(json.dumps(line) + "\n" for line in kept))
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
-        if state.is_world_process_zero and logs:
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": state.global_step, **logs}) + "\n")

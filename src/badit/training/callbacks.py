@@ -1,0 +1,93 @@
+"""What a run adds to HF's Trainer: its metrics file, one progress bar, and a stop that loses nothing."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Mapping
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from tqdm import tqdm
+from transformers import TrainerCallback
+
+from badit.runs import read_jsonl, write_text
+
+
+class MetricsLog(TrainerCallback):
+    """Appends the trainer's log lines to a file, less those that a resumed run is about to log again."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            kept = [line for line in read_jsonl(self._path) if line["step"] <= state.global_step]
+            write_text(self._path, "".join(json.dumps(line) + "\n" for line in kept))
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
+        if state.is_world_process_zero and logs:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+
+
+class ProgressBar(TrainerCallback):
+    """One bar with the time left and the latest loss."""
+
+    def __init__(self) -> None:
+        self._bar: tqdm | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            total = state.max_steps
+            self._bar = tqdm(total=total, initial=state.global_step, desc="Training", unit="step", dynamic_ncols=True)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._bar is not None:
+            self._bar.update()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
+        if self._bar is not None and logs and "loss" in logs:
+            self._bar.set_postfix(loss=f"{logs['loss']:.3f}", refresh=False)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+class StopOnSignal(TrainerCallback):
+    """On Ctrl-C or SIGTERM: finishes the step, saves a checkpoint, then stops. A second signal stops at once.
+
+    It must be the last callback, so that the others' state is in the checkpoint by the time it stops.
+    """
+
+    _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+    def __init__(self) -> None:
+        self._asked = False
+        self._former: dict[int, Any] = {}
+
+    def __enter__(self) -> StopOnSignal:
+        try:
+            self._former = {number: signal.signal(number, self._handle) for number in self._SIGNALS}
+        except ValueError:  # only the main thread may set handlers; elsewhere a caller has its own way to stop
+            self._former = {}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._former.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self._asked:
+            raise KeyboardInterrupt
+        self._asked = True
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._asked:
+            control.should_save = True
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._asked:
+            raise KeyboardInterrupt

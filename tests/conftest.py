@@ -1,0 +1,139 @@
+"""Fixtures of every room: tiny random models of six families, the small real model, and a run that takes seconds."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedConfig,
+    Qwen3Config,
+)
+
+from data.examples import CHATML, make_tokenizer
+
+VOCABULARY = 100
+_WINDOW = 4  # shorter than the tests' prompts, so that windowed layers really forget
+_MIXED_LAYERS = ["sliding_attention", "full_attention"]
+
+# Weights larger than a fresh model's, so that a wrong gate or mask moves the logits by far more than rounding does.
+_COMMON: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "initializer_range": 0.2,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+}
+_DECODER: dict[str, Any] = {
+    **_COMMON,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 128,
+}
+
+
+def _config(family: str) -> PreTrainedConfig:
+    if family == "llama":
+        return LlamaConfig(**_DECODER)
+    if family == "qwen3":
+        return Qwen3Config(**_DECODER, use_sliding_window=True, sliding_window=_WINDOW, layer_types=_MIXED_LAYERS)
+    if family == "gemma2":
+        return Gemma2Config(**_DECODER, query_pre_attn_scalar=8, sliding_window=_WINDOW, layer_types=_MIXED_LAYERS)
+    if family == "gemma3":
+        return Gemma3TextConfig(**_DECODER, query_pre_attn_scalar=8, sliding_window=_WINDOW, layer_types=_MIXED_LAYERS)
+    if family == "mistral":
+        return MistralConfig(**_DECODER, sliding_window=_WINDOW)
+    if family == "gpt2":
+        no_dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+        return GPT2Config(**_COMMON, n_embd=32, n_inner=48, n_layer=2, n_head=4, n_positions=128, **no_dropout)
+    raise ValueError(f"no tiny model of family {family!r}")
+
+
+@pytest.fixture(autouse=True)
+def _fixed_seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def tiny_model() -> Callable[..., Any]:
+    """A factory: ``tiny_model("llama")`` is a random causal language model, the same at every call, in eval mode."""
+
+    def make(family: str, *, dtype: torch.dtype = torch.float32, seed: int = 0, **overrides: Any) -> Any:
+        config = _config(family)
+        for name, value in overrides.items():
+            setattr(config, name, value)
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        return model.eval()
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def _smollm2_once() -> tuple[Any, Any]:
+    from badit.models import load_base_model
+
+    return load_base_model("smollm2-135m", dtype="float32")
+
+
+@pytest.fixture
+def smollm2(_smollm2_once: tuple[Any, Any]) -> tuple[Any, Any]:
+    """SmolLM2-135M-Instruct in float32 and its tokenizer; a copy, so a test may adapt and train it."""
+    model, tokenizer = _smollm2_once
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.padding_side = "left"
+    return copy.deepcopy(model), tokenizer
+
+
+@pytest.fixture
+def model_folder(tmp_path: Path, tiny_model: Callable[..., Any]) -> Path:
+    folder = tmp_path / "model"
+    tokenizer = make_tokenizer(chat_template=CHATML)
+    model = tiny_model("llama")
+    model.resize_token_embeddings(len(tokenizer))
+    model.config.eos_token_id = tokenizer.eos_token_id
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def task_file(tmp_path: Path) -> Path:
+    path = tmp_path / "tasks.jsonl"
+    lines = []
+    for task, verb in (("cities", "capital"), ("rivers", "river")):
+        for i in range(16):
+            split = "test" if i >= 12 else "train"
+            line = {"task": task, "instruction": f"Name the {verb}.", "input": f"land {i} " * (1 + i % 4)}
+            lines.append({**line, "output": f"{verb} {i}", "split": split})
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+@pytest.fixture
+def recipe_values(tmp_path: Path, model_folder: Path, task_file: Path) -> dict[str, Any]:
+    """24 training instances in batches of 4: six steps an epoch, twelve in all."""
+    return {
+        "model": {"name": str(model_folder), "dtype": "float32"},
+        "data": {"source": str(task_file)},
+        "method": {"name": "badit", "num_experts": 4, "r": 2, "lora_dropout": 0.1, "regroup": {"every": 3}},
+        "training": {"epochs": 2, "batch_size": 4, "learning_rate": 0.01, "log_every": 1, "save_every": 5},
+        "evaluation": {"batch_size": 4, "max_new_tokens": 4},
+        "output": str(tmp_path / "run"),
+    }

@@ -1,0 +1,325 @@
+"""BAD: singular triples and expert factors against numpy's SVD, and the randomised method's own promise."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import reference
+from badit.errors import BaditError
+from badit.method import decomposition, expert_factors, top_singular_triples
+
+PROPERTY = settings(deadline=None, max_examples=40)
+
+_SEED = st.integers(0, 2**32 - 1)
+_EPS = torch.finfo(torch.float32).eps
+
+# Singular values (descending) of a weight with n of them.
+_SPECTRA = {
+    "flat": lambda n: np.ones(n),
+    "nearly flat": lambda n: np.linspace(1.0, 0.9, n),
+    "slow": lambda n: 1 / np.sqrt(np.arange(1, n + 1)),
+    "steep": lambda n: 2.0 ** -np.arange(n),
+    "clustered": lambda n: 0.8 ** (np.arange(n) // 6),
+    "outlier": lambda n: np.concatenate([[1e4], np.linspace(1.0, 0.8, n - 1)]),
+    "rank deficient": lambda n: np.where(np.arange(n) < 9, 1.0 - np.arange(n) / 20, 0.0),
+    "rank one": lambda n: np.where(np.arange(n) < 1, 1.0, 0.0),
+    "zero": lambda n: np.zeros(n),
+}
+
+
+def weight_with(spectrum, shape, seed=0):
+    """A float32 weight with these singular values and random singular vectors."""
+    rng = np.random.default_rng(seed)
+    count = min(shape)
+    u, v = (np.linalg.qr(rng.standard_normal((size, count)))[0] for size in shape)
+    return torch.tensor((u * _SPECTRA[spectrum](count)) @ v.T, dtype=torch.float32)
+
+
+def gaussian(shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def residuals(weight, triples):
+    """‖W v − σ u‖ of every triple, in float64, and the σ."""
+    u, s, vh = (reference.float64(part) for part in triples)
+    return np.linalg.norm(reference.float64(weight) @ vh.T - u * s, axis=0), s
+
+
+def assert_orthonormal(triples, atol=1e-5):
+    identity = np.eye(len(triples.s_N))
+    np.testing.assert_allclose(triples.u_ON.T @ triples.u_ON, identity, atol=atol)
+    np.testing.assert_allclose(triples.vh_NI @ triples.vh_NI.T, identity, atol=atol)
+
+
+def product(triples):
+    return (triples.u_ON * triples.s_N) @ triples.vh_NI
+
+
+# --- the exact method ---
+
+
+@PROPERTY
+@given(st.integers(1, 20), st.integers(1, 20), st.data())
+def test_exact_triples_equal_those_of_numpy(rows, columns, data):
+    rank, seed = data.draw(st.integers(1, min(rows, columns))), data.draw(_SEED)
+    weight = gaussian((rows, columns), seed)
+    triples = top_singular_triples(weight, rank, method="exact")
+    u, s, vh = reference.singular_triples(weight, rank)
+    assert triples.u_ON.shape == u.shape
+    assert triples.vh_NI.shape == vh.shape
+    np.testing.assert_allclose(triples.s_N, s, atol=1e-5 * s[0])
+    assert_orthonormal(triples)
+    residual, _ = residuals(weight, triples)
+    transposed, _ = residuals(weight.T, (triples.vh_NI.T, triples.s_N, triples.u_ON.T))
+    np.testing.assert_allclose([residual, transposed], 0.0, atol=1e-5 * s[0])
+
+
+@pytest.mark.parametrize("method", ["exact", "randomized"])
+@pytest.mark.parametrize("shape", [(60, 90), (90, 60), (70, 70)])
+def test_separated_triples_equal_those_of_numpy_one_by_one(shape, method):
+    weight = weight_with("slow", shape)
+    triples = top_singular_triples(weight, 6, method=method, tolerance=1e-5)
+    u, s, vh = reference.singular_triples(weight, 6)
+    sign = np.sign((u * triples.u_ON.numpy()).sum(axis=0))
+    np.testing.assert_allclose(triples.s_N, s, rtol=1e-5)
+    np.testing.assert_allclose(triples.u_ON, u * sign, atol=1e-4)
+    np.testing.assert_allclose(triples.vh_NI, vh * sign[:, None], atol=1e-4)
+
+
+# --- the randomised method ---
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-20, 1.0, 1e20, 1e30])
+@pytest.mark.parametrize("shape", [(150, 230), (230, 150)])
+@pytest.mark.parametrize("spectrum", sorted(_SPECTRA))
+def test_every_randomised_triple_is_within_the_tolerance(spectrum, shape, scale):
+    weight, rank, tolerance = weight_with(spectrum, shape) * scale, 16, 1e-3
+    triples = top_singular_triples(weight, rank, method="randomized", tolerance=tolerance)
+    residual, s = residuals(weight, triples)
+    # Below float32's resolution of the largest σ the directions are noise, and a relative residual means nothing.
+    noise = 2 * _EPS * max(shape) * s[0]
+    assert (residual <= np.maximum(1.001 * tolerance * s, noise)).all()
+    assert_orthonormal(triples)
+    assert (np.diff(s) <= 0).all()
+    truth = scale * _SPECTRA[spectrum](min(shape))[:rank]
+    np.testing.assert_allclose(s, truth, rtol=2 * tolerance, atol=noise)
+
+
+def test_a_fixed_number_of_passes_would_fail_on_a_flat_spectrum():
+    weight, rank = gaussian((300, 400)), 16
+    for passes in (2, 4):
+        assert max_relative_residual(weight, fixed_passes(weight, rank, passes)) > 0.05
+    ours = top_singular_triples(weight, rank, method="randomized", tolerance=1e-3)
+    assert max_relative_residual(weight, ours) <= 1.001e-3
+
+
+def max_relative_residual(weight, triples):
+    residual, s = residuals(weight, triples)
+    return (residual / s).max()
+
+
+def fixed_passes(weight, rank, passes):
+    """What is usually done: subspace iteration for so many passes, and hope."""
+    q = torch.linalg.qr(weight @ gaussian((weight.shape[1], rank + 16), seed=1)).Q
+    for _ in range(passes):
+        q = torch.linalg.qr(weight @ torch.linalg.qr(weight.T @ q).Q).Q
+    u, s, vh = torch.linalg.svd(q.T @ weight, full_matrices=False)
+    return decomposition.SingularTriples((q @ u)[:, :rank], s[:rank], vh[:rank])
+
+
+@pytest.mark.parametrize("tolerance", [1e-1, 1e-2, 1e-4])
+def test_the_tolerance_asked_for_is_the_one_kept(tolerance):
+    weight = gaussian((200, 300), seed=3)
+    triples = top_singular_triples(weight, 12, method="randomized", tolerance=tolerance)
+    worst = max_relative_residual(weight, triples)
+    assert worst <= 1.01 * tolerance
+    assert worst > tolerance / 1000, "iterated far beyond what was asked"
+
+
+@PROPERTY
+@given(st.integers(2, 40), st.integers(2, 40), st.data())
+def test_randomised_triples_span_the_leading_part(rows, columns, data):
+    rank, seed = data.draw(st.integers(1, min(rows, columns))), data.draw(_SEED)
+    weight = gaussian((rows, columns), seed)
+    triples = top_singular_triples(weight, rank, method="randomized", tolerance=1e-3, seed=seed)
+    residual, s = residuals(weight, triples)
+    assert (residual <= 1.01e-3 * s + 1e-5 * s[0]).all()
+    np.testing.assert_allclose(s, reference.singular_triples(weight, rank)[1], rtol=2e-3, atol=1e-5 * s[0])
+    assert_orthonormal(triples)
+
+
+@pytest.mark.parametrize("scale", [2.0**-100, 1.0, 2.0**100])
+def test_when_the_passes_run_out_the_exact_triples_are_returned(monkeypatch, scale):
+    monkeypatch.setattr(decomposition, "_MAX_PASSES", 1)
+    weight = gaussian((80, 100))
+    triples = top_singular_triples(weight * scale, 5, method="randomized")
+    exact = top_singular_triples(weight, 5, method="exact")
+    torch.testing.assert_close(triples.u_ON, exact.u_ON)
+    torch.testing.assert_close(triples.s_N, exact.s_N * scale)
+    torch.testing.assert_close(triples.vh_NI, exact.vh_NI)
+
+
+@pytest.mark.parametrize("exponent", [-110, -30, 30, 110])
+def test_scaling_the_weight_scales_the_singular_values_and_nothing_else(exponent):
+    weight = gaussian((80, 100))
+    plain = top_singular_triples(weight, 5, method="randomized")
+    scaled = top_singular_triples(weight * 2.0**exponent, 5, method="randomized")
+    assert torch.equal(scaled.u_ON, plain.u_ON)
+    assert torch.equal(scaled.s_N, plain.s_N * 2.0**exponent)
+    assert torch.equal(scaled.vh_NI, plain.vh_NI)
+
+
+def test_the_start_depends_on_the_seed_alone():
+    weight = gaussian((120, 160))
+    torch.manual_seed(1)
+    first = top_singular_triples(weight, 8, method="randomized", seed=5)
+    state = torch.get_rng_state()
+    torch.manual_seed(2)
+    again = top_singular_triples(weight, 8, method="randomized", seed=5)
+    other = top_singular_triples(weight, 8, method="randomized", seed=6)
+    torch.manual_seed(1)
+    assert torch.equal(torch.get_rng_state(), state), "the global generator was drawn from"
+    assert all(torch.equal(one, two) for one, two in zip(first, again, strict=True))
+    assert not torch.equal(first.u_ON, other.u_ON)
+    torch.testing.assert_close(first.s_N, other.s_N, rtol=1e-3, atol=0)
+
+
+def test_auto_iterates_only_where_both_sides_are_large_against_the_rank(monkeypatch):
+    monkeypatch.setattr(decomposition, "_EXACT_UP_TO", 32)
+    for shape, rank, method in [
+        ((32, 90), 4, "exact"),
+        ((90, 32), 4, "exact"),
+        ((80, 90), 20, "exact"),
+        ((80, 90), 4, "randomized"),
+    ]:
+        weight = gaussian(shape)
+        auto = top_singular_triples(weight, rank, tolerance=1e-1)
+        named = top_singular_triples(weight, rank, method=method, tolerance=1e-1)
+        assert all(torch.equal(one, two) for one, two in zip(auto, named, strict=True))
+        exact = top_singular_triples(weight, rank, method="exact")
+        assert torch.equal(auto.u_ON, exact.u_ON) == (method == "exact")
+
+
+# --- both ---
+
+
+@pytest.mark.parametrize("method", ["exact", "randomized"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_triples_are_float32_whatever_the_weight(dtype, method):
+    weight = gaussian((50, 40)).to(dtype).requires_grad_()
+    triples = top_singular_triples(weight, 6, method=method)
+    expected = top_singular_triples(weight.detach().float(), 6, method=method)
+    for part, reference_part in zip(triples, expected, strict=True):
+        assert part.dtype == torch.float32
+        assert not part.requires_grad
+        assert torch.equal(part, reference_part)
+
+
+@pytest.mark.parametrize("method", ["exact", "randomized"])
+def test_the_weight_is_left_alone_and_may_be_a_view(method):
+    stored = gaussian((40, 60))
+    kept = stored.clone()
+    triples = top_singular_triples(stored.T, 5, method=method)
+    assert torch.equal(stored, kept)
+    assert all(part.is_contiguous() for part in triples)
+    expected = top_singular_triples(stored.T.contiguous(), 5, method=method)
+    torch.testing.assert_close(product(triples), product(expected), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["exact", "randomized"])
+def test_signs_are_settled_by_the_largest_entry_of_u(method):
+    weight = weight_with("slow", (50, 70))
+    triples = top_singular_triples(weight, 8, method=method, tolerance=1e-5)
+    peaks = triples.u_ON.gather(0, triples.u_ON.abs().argmax(dim=0, keepdim=True))
+    assert (peaks > 0).all()
+    mirrored = top_singular_triples(-weight, 8, method=method, tolerance=1e-5)
+    torch.testing.assert_close(mirrored.u_ON, triples.u_ON, rtol=0, atol=1e-4)
+    torch.testing.assert_close(mirrored.vh_NI, -triples.vh_NI, rtol=0, atol=1e-4)
+
+
+def test_both_methods_give_the_same_factors():
+    weight = weight_with("slow", (90, 70))
+    exact = top_singular_triples(weight, 6, method="exact")
+    randomised = top_singular_triples(weight, 6, method="randomized", tolerance=1e-6)
+    for one, two in zip(expert_factors(exact, 8.0), expert_factors(randomised, 8.0), strict=True):
+        torch.testing.assert_close(one, two, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("weight", "options", "message"),
+    [
+        (torch.ones(4), {}, r"only a 2-D weight can be decomposed, this one has shape \(4,\)"),
+        (torch.ones(2, 3, 4), {}, r"only a 2-D weight .* \(2, 3, 4\)"),
+        (torch.ones(4, 9), {"rank": 5}, r"num_experts × r = 5 .* \(4, 9\): at most 4 exist; lower num_experts or r"),
+        (torch.ones(4, 9), {"rank": 0}, "num_experts × r = 0"),
+        (torch.ones(4, 9), {"tolerance": 0.0}, "svd_tolerance must be positive, got 0.0"),
+        (torch.ones(4, 9), {"tolerance": -1e-3}, "svd_tolerance must be positive"),
+        (torch.ones(4, 9), {"tolerance": float("nan")}, "svd_tolerance must be positive"),
+        (torch.full((4, 9), float("nan")), {}, "NaN or infinite"),
+        (torch.diag(torch.tensor([1.0, float("inf")])), {"rank": 1}, "NaN or infinite"),
+        (torch.ones(4, 9), {"method": "lanczos"}, "must be auto, exact or randomized, got 'lanczos'"),
+    ],
+)
+def test_what_cannot_be_decomposed_is_refused(weight, options, message):
+    with pytest.raises(BaditError, match=message):
+        top_singular_triples(weight, **{"rank": 2, **options})
+
+
+# --- expert factors ---
+
+
+@PROPERTY
+@given(st.integers(1, 4), st.integers(1, 3), st.floats(1e-3, 1e3), _SEED)
+def test_factors_equal_the_papers_split(num_experts, r, scaling, seed):
+    weight, rank = gaussian((14, 17), seed), num_experts * r
+    factor_A, factor_B = expert_factors(top_singular_triples(weight, rank), scaling)
+    experts, residual = reference.decompose(weight, num_experts, r, scaling)
+    u, s, vh = reference.singular_triples(weight, rank)
+    np.testing.assert_allclose(scaling * (factor_B @ factor_A), (u * s) @ vh, atol=2e-5 * s[0])
+    np.testing.assert_allclose(weight - scaling * (factor_B @ factor_A), residual, atol=2e-5 * s[0])
+    np.testing.assert_allclose(factor_A.norm(dim=1), np.sqrt(s / scaling), rtol=1e-4)
+    np.testing.assert_allclose(factor_B.norm(dim=0), np.sqrt(s / scaling), rtol=1e-4)
+    for k, (b_k, a_k) in enumerate(experts):
+        run = slice(k * r, (k + 1) * r)
+        assert factor_A[run].shape == a_k.shape
+        assert factor_B[:, run].shape == b_k.shape
+
+
+@pytest.mark.parametrize("method", ["exact", "randomized"])
+@pytest.mark.parametrize("scaling", [0.5, 8.0])
+def test_each_expert_holds_its_own_run_of_triples(scaling, method):
+    weight = weight_with("slow", (40, 60))
+    factor_A, factor_B = expert_factors(top_singular_triples(weight, 12, method=method, tolerance=1e-5), scaling)
+    experts, _ = reference.decompose(weight, 4, 3, scaling)
+    for k, (b_k, a_k) in enumerate(experts):
+        run = slice(3 * k, 3 * k + 3)
+        np.testing.assert_allclose(factor_B[:, run] @ factor_A[run], b_k @ a_k, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["exact", "randomized"])
+@pytest.mark.parametrize("spectrum", ["flat", "slow", "clustered", "rank deficient"])
+def test_experts_are_orthogonal_to_one_another(spectrum, method):
+    weight = weight_with(spectrum, (50, 40))
+    factor_A, factor_B = expert_factors(top_singular_triples(weight, 12, method=method), 2.0)
+    for k in range(4):
+        for other in range(k):
+            one, two = slice(3 * k, 3 * k + 3), slice(3 * other, 3 * other + 3)
+            np.testing.assert_allclose(factor_A[one] @ factor_A[two].T, 0.0, atol=1e-5)
+            np.testing.assert_allclose(factor_B[:, one].T @ factor_B[:, two], 0.0, atol=1e-5)
+
+
+def test_what_remains_is_the_rest_of_the_spectrum():
+    weight = weight_with("slow", (40, 30))
+    factor_A, factor_B = expert_factors(top_singular_triples(weight, 8), 4.0)
+    rest = np.linalg.svd(weight - 4.0 * factor_B @ factor_A, compute_uv=False)
+    np.testing.assert_allclose(rest[:22], _SPECTRA["slow"](30)[8:], atol=1e-5)
+    np.testing.assert_allclose(rest[22:], 0.0, atol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_factors_of_tiny_and_huge_weights_still_multiply_to_them(scale):
+    weight = weight_with("rank deficient", (50, 40))
+    factor_A, factor_B = expert_factors(top_singular_triples(weight * scale, 12, method="randomized"), 2.0)
+    np.testing.assert_allclose(2.0 * (factor_B @ factor_A) / scale, weight, atol=1e-3)

@@ -1,0 +1,509 @@
+"""DOG: the Gram-space solvers against the loops in ``reference``, which work on the gradients themselves."""
+
+import itertools
+import math
+import threading
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import reference
+from badit.errors import BaditError
+from badit.method import cosine_gram, expert_angles, group_components, grouping, grouping_objective, match_labels
+
+PROPERTY = settings(deadline=None, max_examples=40)
+
+_SEED = st.integers(0, 2**32 - 1)
+_EXPERTS_AND_SIZE = st.tuples(st.integers(1, 5), st.integers(1, 4))
+_SOLVER = st.sampled_from(["swap", "paper"])
+
+# Gradients (components, dimensions) on which clustering is degenerate, beside the ordinary ones.
+_GRADIENTS = {
+    "random": lambda rng, n: rng.standard_normal((n, 7)),
+    "few dimensions": lambda rng, n: rng.standard_normal((n, 2)),
+    "zero": lambda rng, n: np.zeros((n, 3)),
+    "some zero": lambda rng, n: rng.standard_normal((n, 5)) * (rng.random((n, 1)) < 0.5),
+    "all equal": lambda rng, n: np.ones((n, 1)) * rng.standard_normal((1, 6)),
+    "duplicate": lambda rng, n: rng.standard_normal((3, 5))[rng.integers(0, 3, n)],
+    "antipodal": lambda rng, n: rng.choice([-1.0, 1.0], (n, 1)) * rng.standard_normal((2, 4))[rng.integers(0, 2, n)],
+    "rank one": lambda rng, n: rng.choice([-1.0, 1.0], (n, 1)) * rng.standard_normal((1, 4)),
+    "orthogonal": lambda rng, n: np.eye(n),
+}
+_KIND = st.sampled_from(sorted(_GRADIENTS))
+
+
+def unit_gradients(kind, components, seed):
+    gradients = _GRADIENTS[kind](np.random.default_rng(seed), components)
+    return reference.unit_gradients(gradients, np.zeros((0, components)))
+
+
+def contiguous(num_experts, size):
+    return np.repeat(np.arange(num_experts), size)
+
+
+def assert_balanced(labels, num_experts, size):
+    assert labels.shape == (num_experts * size,)
+    assert np.issubdtype(labels.dtype, np.integer)
+    assert np.bincount(labels, minlength=num_experts).tolist() == [size] * num_experts
+
+
+def planted_gradients(seed, num_experts=8, size=4, dimensions=200, noise=0.06):
+    """Noisy copies of orthogonal directions, in shuffled order; returns them with the true labels."""
+    rng = np.random.default_rng(seed)
+    directions = np.linalg.qr(rng.standard_normal((dimensions, num_experts)))[0].T
+    labels = rng.permutation(contiguous(num_experts, size))
+    gradients = directions[labels] + noise * rng.standard_normal((len(labels), dimensions))
+    return gradients / np.linalg.norm(gradients, axis=1, keepdims=True), labels
+
+
+# --- cosine_gram ---
+
+
+def gradient_pair(seed, components=6, in_features=9, out_features=5):
+    generator = torch.Generator().manual_seed(seed)
+    return (
+        torch.randn(components, in_features, generator=generator),
+        torch.randn(out_features, components, generator=generator),
+    )
+
+
+@PROPERTY
+@given(st.integers(1, 8), st.integers(1, 6), st.integers(1, 6), _SEED)
+def test_gram_equals_the_cosines_pair_by_pair(components, in_features, out_features, seed):
+    grad_A, grad_B = gradient_pair(seed, components, in_features, out_features)
+    gram = cosine_gram(grad_A, grad_B)
+    assert gram.dtype == torch.float32
+    np.testing.assert_allclose(gram, reference.cosine_gram(grad_A, grad_B), atol=2e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_gram_is_float32_whatever_the_gradients(dtype):
+    grad_A, grad_B = (grad.to(dtype) for grad in gradient_pair(0))
+    gram = cosine_gram(grad_A.requires_grad_(), grad_B)
+    assert gram.dtype == torch.float32
+    assert not gram.requires_grad
+    np.testing.assert_allclose(gram, reference.cosine_gram(grad_A, grad_B), atol=2e-6)
+
+
+@PROPERTY
+@given(st.lists(st.integers(-30, 30), min_size=6, max_size=6), _SEED)
+def test_gram_ignores_the_length_of_every_gradient(exponents, seed):
+    grad_A, grad_B = gradient_pair(seed)
+    scale = torch.tensor([10.0**exponent for exponent in exponents])
+    torch.testing.assert_close(
+        cosine_gram(grad_A * scale[:, None], grad_B * scale), cosine_gram(grad_A, grad_B), rtol=0, atol=2e-6
+    )
+
+
+@pytest.mark.parametrize("scale", [1e-36, 1e-30, 1e-20, 1e20, 1e30, 1e37])
+def test_gram_ignores_the_scale_of_the_loss(scale):
+    grad_A, grad_B = gradient_pair(1)
+    torch.testing.assert_close(cosine_gram(grad_A * scale, grad_B * scale), cosine_gram(grad_A, grad_B))
+
+
+def test_gram_keeps_the_balance_of_A_and_B_within_a_component():
+    grad_A, grad_B = gradient_pair(2)
+    np.testing.assert_allclose(cosine_gram(grad_A, 7 * grad_B), reference.cosine_gram(grad_A, 7 * grad_B), atol=2e-6)
+    assert not torch.allclose(cosine_gram(grad_A, 7 * grad_B), cosine_gram(grad_A, grad_B), atol=1e-2)
+
+
+@pytest.mark.parametrize("poison", [0.0, float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("side", ["A", "B"])
+def test_a_component_without_a_usable_gradient_has_a_zero_row(poison, side):
+    grad_A, grad_B = gradient_pair(3)
+    if poison == 0.0:
+        grad_A[2], grad_B[:, 2] = 0.0, 0.0
+    elif side == "A":
+        grad_A[2, 4] = poison
+    else:
+        grad_B[1, 2] = poison
+    gram = cosine_gram(grad_A, grad_B)
+    assert (gram[2] == 0).all()
+    assert (gram[:, 2] == 0).all()
+    others = [0, 1, 3, 4, 5]
+    np.testing.assert_allclose(gram, reference.cosine_gram(grad_A, grad_B), atol=2e-6)
+    np.testing.assert_allclose(gram[others][:, others].diagonal(), 1.0, atol=2e-6)
+
+
+def test_gram_of_zero_gradients_is_zero():
+    assert torch.equal(cosine_gram(torch.zeros(4, 3), torch.zeros(2, 4)), torch.zeros(4, 4))
+
+
+@PROPERTY
+@given(st.integers(1, 6), _SEED)
+def test_sums_of_grams_are_positive_semidefinite(steps, seed):
+    total = sum(cosine_gram(*gradient_pair(seed + step, 8, 3, 2)).double() for step in range(steps))
+    assert torch.equal(total, total.T)
+    assert torch.linalg.eigvalsh(total).min() >= -1e-5 * steps
+
+
+# --- objective ---
+
+
+@PROPERTY
+@given(_EXPERTS_AND_SIZE, _KIND, _SEED)
+def test_objective_equals_the_squared_group_sums(shape, kind, seed):
+    num_experts, size = shape
+    gradients = unit_gradients(kind, num_experts * size, seed)
+    labels = np.random.default_rng(seed).permutation(contiguous(num_experts, size))
+    objective = grouping_objective(gradients @ gradients.T, labels)
+    assert objective == pytest.approx(reference.objective(gradients, labels), abs=1e-9)
+
+
+@PROPERTY
+@given(_EXPERTS_AND_SIZE, _KIND, _SEED)
+def test_the_exchange_formula_equals_computing_the_objective_twice(shape, kind, seed):
+    num_experts, size = shape
+    gradients = unit_gradients(kind, num_experts * size, seed)
+    labels = np.random.default_rng(seed).permutation(contiguous(num_experts, size))
+    gram = gradients @ gradients.T
+    S = gram @ np.eye(num_experts)[labels]
+    for i, j in np.argwhere(labels[:, None] != labels[None, :]):
+        a, b = labels[i], labels[j]
+        gain = 2 * (S[i, b] - S[i, a] + S[j, a] - S[j, b]) + 2 * (gram[i, i] + gram[j, j]) - 4 * gram[i, j]
+        assert gain == pytest.approx(reference.exchange_gain(gradients, labels, i, j), abs=1e-9)
+
+
+# --- group_components: what holds for any Gram ---
+
+
+@PROPERTY
+@given(_EXPERTS_AND_SIZE, _KIND, _SOLVER, _SEED)
+def test_grouping_is_an_exact_partition_and_never_worse(shape, kind, solver, seed):
+    num_experts, size = shape
+    gradients = unit_gradients(kind, num_experts * size, seed)
+    current = np.random.default_rng(seed).permutation(contiguous(num_experts, size))
+    kept = current.copy()
+    labels = group_components(gradients @ gradients.T, current, solver=solver, restarts=3, seed=seed)
+    assert_balanced(labels, num_experts, size)
+    assert np.array_equal(current, kept)
+    before, after = reference.objective(gradients, current), reference.objective(gradients, labels)
+    assert after > before or np.array_equal(labels, current)
+
+
+@PROPERTY
+@given(_EXPERTS_AND_SIZE, st.integers(-12, 12), _SOLVER, _SEED)
+def test_grouping_is_an_exact_partition_for_any_symmetric_matrix(shape, exponent, solver, seed):
+    num_experts, size = shape
+    rng = np.random.default_rng(seed)
+    matrix = 10.0**exponent * rng.choice([-1.0, 1.0, 0.5, rng.standard_normal()], (num_experts * size,) * 2)
+    matrix = matrix + matrix.T
+    current = contiguous(num_experts, size)
+    labels = group_components(matrix, current, solver=solver, restarts=2, seed=seed)
+    assert_balanced(labels, num_experts, size)
+    assert grouping_objective(matrix, labels) >= grouping_objective(matrix, current)
+
+
+@pytest.mark.parametrize("solver", ["swap", "paper"])
+@pytest.mark.parametrize("kind", ["zero", "all equal", "orthogonal"])
+def test_labels_stay_where_every_grouping_is_as_good(kind, solver):
+    gradients = unit_gradients(kind, 12, 0)
+    current = np.random.default_rng(0).permutation(contiguous(3, 4))
+    assert np.array_equal(group_components(gradients @ gradients.T, current, solver=solver), current)
+
+
+@pytest.mark.parametrize("solver", ["swap", "paper"])
+@pytest.mark.parametrize(("num_experts", "size"), [(1, 5), (5, 1)])
+def test_labels_stay_where_there_is_only_one_grouping(num_experts, size, solver):
+    gradients = unit_gradients("random", 5, 1)
+    current = np.random.default_rng(1).permutation(contiguous(num_experts, size))
+    assert np.array_equal(group_components(gradients @ gradients.T, current, solver=solver), current)
+
+
+@pytest.mark.parametrize("solver", ["swap", "paper"])
+def test_rounding_noise_moves_nothing(solver):
+    gradients = unit_gradients("all equal", 12, 0)
+    noise = 1e-9 * np.random.default_rng(2).standard_normal((12, 12))
+    current = contiguous(3, 4)
+    assert np.array_equal(group_components(gradients @ gradients.T + noise, current, solver=solver), current)
+
+
+@pytest.mark.parametrize("solver", ["swap", "paper"])
+@pytest.mark.parametrize("seed", range(5))
+def test_a_seed_determines_the_grouping(seed, solver):
+    gradients = unit_gradients("random", 24, seed)
+    gram, current = gradients @ gradients.T, contiguous(6, 4)
+    first = group_components(gram, current, solver=solver, seed=seed)
+    np.random.seed(seed)  # the global generator must not matter
+    assert np.array_equal(group_components(gram.copy(), current, solver=solver, seed=seed), first)
+
+
+def test_the_seed_reaches_the_starts():
+    gradients = np.random.default_rng(0).standard_normal((60, 50))
+    gram, current = gradients @ gradients.T / 50, contiguous(15, 4)
+    results = {tuple(group_components(gram, current, restarts=1, seed=seed)) for seed in range(8)}
+    assert len(results) > 1
+
+
+def test_a_float32_gram_and_a_list_of_labels_are_taken():
+    gradients, _ = planted_gradients(0)
+    gram = gradients @ gradients.T
+    expected = group_components(gram, contiguous(8, 4))
+    assert np.array_equal(group_components(gram.astype(np.float32), contiguous(8, 4).tolist()), expected)
+
+
+@pytest.mark.parametrize(
+    ("gram", "labels", "message"),
+    [
+        (np.eye(4), [0, 0, 1, 1, 1, 0], r"shape \(4, 4\), the labels name 6 components"),
+        (np.ones((4, 3)), [0, 0, 1, 1], r"shape \(4, 3\)"),
+        (np.full((4, 4), np.nan), [0, 0, 1, 1], "NaN or infinite"),
+        (np.diag([1.0, np.inf, 1.0, 1.0]), [0, 0, 1, 1], "NaN or infinite"),
+        (np.eye(4), [0, 0, 0, 1], r"same number of components, got sizes \[3, 1\]"),
+        (np.eye(4), [0, 0, 2, 2], r"same number of components, got sizes \[2, 0, 2\]"),
+        (np.eye(4), [-1, -1, 0, 0], "same number of components"),
+        (np.zeros((0, 0)), [], "same number of components"),
+    ],
+)
+def test_inputs_that_do_not_fit_are_refused(gram, labels, message):
+    with pytest.raises(BaditError, match=message):
+        group_components(gram, np.array(labels, dtype=np.int64))
+
+
+def test_an_unknown_solver_is_refused():
+    with pytest.raises(BaditError, match="'swap' or 'paper', got 'greedy'"):
+        group_components(np.eye(4), contiguous(2, 2), solver="greedy")
+
+
+# --- group_components: quality ---
+
+
+@pytest.mark.parametrize(("components", "num_experts"), [(6, 3), (8, 2), (8, 4), (9, 3), (10, 2)])
+def test_the_swap_solver_finds_the_optimum_of_small_cases(components, num_experts):
+    current, found = contiguous(num_experts, components // num_experts), 0
+    for seed in range(30):
+        gradients = unit_gradients("random" if seed % 2 else "few dimensions", components, seed)
+        labels = group_components(gradients @ gradients.T, current, seed=seed)
+        objective, best = reference.objective(gradients, labels), reference.best_objective(gradients, num_experts)
+        assert objective >= 0.97 * best
+        found += objective >= best - 1e-5
+    assert found >= 29
+
+
+@PROPERTY
+@given(st.sampled_from([(2, 4), (3, 3), (4, 2), (4, 3)]), _KIND, st.integers(0, 3), _SEED)
+def test_no_exchange_improves_a_grouping_of_the_swap_solver(shape, kind, restarts, seed):
+    num_experts, size = shape
+    gradients = unit_gradients(kind, num_experts * size, seed)
+    labels = group_components(gradients @ gradients.T, contiguous(num_experts, size), restarts=restarts, seed=seed)
+    gain, _, _ = reference.best_exchange(gradients, labels)
+    assert gain <= 1e-6 * max(1.0, reference.objective(gradients, labels))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_exchanges_climb_as_the_naive_ones_do(seed):
+    gradients = unit_gradients("random", 12, seed)
+    start = np.random.default_rng(seed).permutation(contiguous(3, 4))
+    kept = start.copy()
+    labels = grouping._swap_until_optimal(gradients @ gradients.T, start, 3)
+    assert np.array_equal(labels, reference.exchange_until_optimal(gradients, start))
+    assert np.array_equal(start, kept)
+
+
+def test_the_swap_solver_is_at_least_the_papers_from_a_bad_grouping():
+    paper_optimal, stuck = 0, 0
+    for seed in range(12):
+        gradients, planted = planted_gradients(seed)
+        gram, bad = gradients @ gradients.T, contiguous(8, 4)
+        best = reference.objective(gradients, planted)
+        assert reference.objective(gradients, bad) < 0.6 * best
+        swap = reference.objective(gradients, group_components(gram, bad, seed=seed))
+        paper = reference.objective(gradients, group_components(gram, bad, solver="paper", seed=seed))
+        assert swap >= paper - 1e-6
+        assert swap == pytest.approx(best)
+        paper_optimal += paper == pytest.approx(best)
+        stuck += np.array_equal(grouping._polar_assignment(gram, bad, 8, 4), bad)
+    assert paper_optimal < 12, "the paper's solver did as well: the comparison shows nothing"
+    assert stuck >= 4, "the bad grouping was expected to be a fixed point of the paper's loop, often"
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_without_restarts_the_swap_solver_climbs_from_the_present_grouping(seed):
+    gradients = unit_gradients("random", 12, seed)
+    current = np.random.default_rng(seed).permutation(contiguous(3, 4))
+    expected = match_labels(reference.exchange_until_optimal(gradients, current), current)
+    assert np.array_equal(group_components(gradients @ gradients.T, current, restarts=0, seed=99), expected)
+
+
+def test_a_small_gain_is_taken():
+    gram = np.eye(4)
+    gram[[0, 1, 2, 3], [1, 0, 3, 2]] = 0.5
+    gram[[0, 2, 1, 3], [2, 0, 3, 1]] = 0.5001
+    labels = group_components(gram, np.array([0, 0, 1, 1]))
+    assert labels[0] == labels[2] != labels[1] == labels[3]
+
+
+@pytest.mark.parametrize(
+    ("seed", "num_experts", "size", "scale"), [(32, 5, 1, 1e9), (85, 4, 1, 1e11), (336, 2, 4, 1e10), (360, 5, 4, 1e8)]
+)
+def test_exchanges_come_to_an_end_on_ties_in_large_numbers(seed, num_experts, size, scale):
+    rng = np.random.default_rng(seed)
+    matrix = scale * rng.choice([-1.0, 1.0, 0.5, rng.standard_normal()], (num_experts * size,) * 2)
+    # In a thread, so that exchanges which undo one another for ever fail here rather than hang.
+    thread = threading.Thread(
+        target=group_components,
+        args=(matrix + matrix.T, contiguous(num_experts, size)),
+        kwargs={"seed": seed},
+        daemon=True,
+    )
+    thread.start()
+    thread.join(timeout=30)
+    assert not thread.is_alive()
+
+
+@pytest.mark.parametrize("solver", ["swap", "paper"])
+def test_each_solver_finds_well_separated_groups(solver):
+    gradients, planted = planted_gradients(0, num_experts=3, size=4, noise=0.01)
+    labels = group_components(gradients @ gradients.T, contiguous(3, 4), solver=solver, restarts=3)
+    assert np.array_equal(match_labels(labels, planted), planted)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_one_round_of_the_papers_loop_equals_it_on_real_vectors(seed):
+    gradients = unit_gradients("random", 20, seed)
+    labels = np.random.default_rng(seed).permutation(contiguous(4, 5))
+    similarity = reference.polar_similarity(gradients, labels, 4)
+    found = grouping._polar_assignment(gradients @ gradients.T, labels, 4, 5, max_rounds=1)
+    assert np.array_equal(found, reference.assign_balanced(similarity, 5))
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_the_papers_loop_equals_it_on_real_vectors(seed):
+    gradients, planted = planted_gradients(seed, num_experts=4, size=5, dimensions=30, noise=0.3)
+    start = np.roll(planted, seed)
+    start[:2] = start[2]  # k-means hands over groups of unequal sizes
+    expected = reference.polar_grouping(gradients, start, 4, 5)
+    assert_balanced(expected, 4, 5)
+    assert np.array_equal(grouping._polar_assignment(gradients @ gradients.T, start, 4, 5), expected)
+
+
+@PROPERTY
+@given(st.integers(2, 5), st.integers(2, 4), _SEED)
+def test_polar_targets_need_only_the_gram(num_experts, size, seed):
+    gradients = np.random.default_rng(seed).standard_normal((num_experts * size, 30))
+    onehot = np.eye(num_experts)[contiguous(num_experts, size)]
+    gram = gradients @ gradients.T
+    values, vectors = np.linalg.eigh(onehot.T @ gram @ onehot)
+    in_gram_space = gram @ onehot @ (vectors / np.sqrt(values)) @ vectors.T
+    on_vectors = reference.polar_similarity(gradients, contiguous(num_experts, size), num_experts)
+    np.testing.assert_allclose(in_gram_space, on_vectors, atol=1e-8)
+
+
+@PROPERTY
+@given(st.integers(1, 4), _SEED)
+def test_centroid_similarity_equals_it_on_real_vectors(num_experts, seed):
+    gradients = unit_gradients("random", 10, seed)
+    labels = np.random.default_rng(seed).integers(0, num_experts, 10)  # any sizes, some groups may be empty
+    np.testing.assert_allclose(
+        grouping._centroid_similarity(gradients @ gradients.T, labels, num_experts),
+        reference.centroid_similarity(gradients, labels, num_experts),
+        atol=1e-9,
+    )
+
+
+# --- labels ---
+
+
+@PROPERTY
+@given(_EXPERTS_AND_SIZE, _SEED)
+def test_matching_undoes_a_renaming(shape, seed):
+    num_experts, size = shape
+    rng = np.random.default_rng(seed)
+    current = rng.permutation(contiguous(num_experts, size))
+    assert np.array_equal(match_labels(rng.permutation(num_experts)[current], current), current)
+
+
+@PROPERTY
+@given(st.tuples(st.integers(1, 4), st.integers(1, 4)), _SEED)
+def test_matching_keeps_the_groups_and_the_largest_overlap(shape, seed):
+    num_experts, size = shape
+    rng = np.random.default_rng(seed)
+    labels, current = (rng.permutation(contiguous(num_experts, size)) for _ in range(2))
+    matched = match_labels(labels, current)
+    assert np.array_equal(matched[:, None] == matched[None, :], labels[:, None] == labels[None, :])
+    largest = max(
+        sum(int(names[label] == present) for label, present in zip(labels, current, strict=True))
+        for names in itertools.permutations(range(num_experts))
+    )
+    assert int((matched == current).sum()) == largest
+
+
+@pytest.mark.parametrize("solver", ["swap", "paper"])
+@pytest.mark.parametrize("seed", range(5))
+def test_nothing_moves_where_the_present_grouping_is_the_planted_one_renamed(seed, solver):
+    gradients, planted = planted_gradients(seed)
+    current = np.random.default_rng(seed).permutation(8)[planted]
+    assert np.array_equal(group_components(gradients @ gradients.T, current, solver=solver, seed=seed), current)
+
+
+@pytest.mark.parametrize("solver", ["swap", "paper"])
+def test_a_regrouping_keeps_as_many_names_as_it_can(solver):
+    regrouped = 0
+    for seed in range(12):
+        gradients = unit_gradients("random", 12, seed)
+        current = np.random.default_rng(seed).permutation(contiguous(4, 3))
+        labels = group_components(gradients @ gradients.T, current, solver=solver, seed=seed)
+        kept = int((labels == current).sum())
+        assert kept == max(
+            int((np.array(names)[labels] == current).sum()) for names in itertools.permutations(range(4))
+        )
+        regrouped += kept < 12
+    assert regrouped >= 6
+
+
+def test_a_regrouping_moves_only_the_components_that_were_misplaced():
+    gradients, planted = planted_gradients(3)
+    current = planted.copy()
+    i, j = int(np.flatnonzero(planted == 0)[0]), int(np.flatnonzero(planted == 5)[0])
+    current[i], current[j] = current[j], current[i]
+    assert np.array_equal(group_components(gradients @ gradients.T, current), planted)
+
+
+# --- expert_angles ---
+
+
+@PROPERTY
+@given(_EXPERTS_AND_SIZE, _KIND, _SEED)
+def test_angles_equal_those_pair_by_pair(shape, kind, seed):
+    num_experts, size = shape
+    gradients = unit_gradients(kind, num_experts * size, seed)
+    labels = np.random.default_rng(seed).permutation(contiguous(num_experts, size))
+    found, expected = expert_angles(gradients @ gradients.T, labels), reference.angles(gradients, labels)
+    np.testing.assert_allclose(found[:2], expected[:2], atol=1e-4)  # arccos near ±1 turns 1e-16 into 1e-6 degrees
+    np.testing.assert_allclose(found[2:], expected[2:], atol=1e-9)
+
+
+def test_signed_angles_hide_opposites_and_absolute_cosines_do_not():
+    gram = np.array([[1.0, 0.9, -0.9], [0.9, 1.0, -0.8], [-0.9, -0.8, 1.0]])
+    angles = expert_angles(gram, np.array([0, 0, 0]))
+    assert angles.intra_abs_cos == pytest.approx(2.6 / 3)
+    expected = np.degrees(np.arccos([0.9, -0.9, -0.8])).mean()
+    assert angles.intra_degrees == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("labels", "gram", "intra", "inter"),
+    [
+        ([0, 1, 2], np.eye(3), math.nan, 90.0),  # experts of one component have no pair within
+        ([0, 0, 0], np.eye(3), 90.0, math.nan),  # a single expert has none between
+        ([0, 1], np.zeros((2, 2)), math.nan, math.nan),  # zero gradients have no angle
+        ([0, 0, 1, 1], np.diag([1.0, 1.0, 1.0, 0.0]), 90.0, 90.0),
+        ([0, 0, 1, 1], np.diag([1.0, 0.0, 1.0, 0.0]), math.nan, 90.0),
+    ],
+)
+def test_angles_are_nan_where_there_is_no_pair(labels, gram, intra, inter):
+    angles = expert_angles(gram, np.array(labels))
+    assert angles.intra_degrees == pytest.approx(intra, nan_ok=True)
+    assert angles.inter_degrees == pytest.approx(inter, nan_ok=True)
+    assert math.isnan(angles.intra_abs_cos) == math.isnan(intra)
+    assert math.isnan(angles.inter_abs_cos) == math.isnan(inter)
+
+
+def test_cosines_rounded_past_one_give_angles_of_zero_and_a_half_turn():
+    over = np.float32(1.0 + 2e-7)
+    gram = np.array([[over, over, -over], [over, over, -over], [-over, -over, over]], dtype=np.float32)
+    angles = expert_angles(gram, np.array([0, 0, 1]))
+    assert angles == (0.0, 180.0, 1.0, 1.0)

@@ -1,0 +1,167 @@
+"""Routing: gates and the prompt's mean against the loops in ``reference``, and what the rest relies on."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import reference
+from badit.method import expert_gates, prompt_mean
+
+PROPERTY = settings(deadline=None, max_examples=60)
+
+_LOGIT = st.floats(-10, 10, width=32)
+_LOGITS = st.integers(1, 12).flatmap(
+    lambda k: st.lists(st.lists(_LOGIT, min_size=k, max_size=k), min_size=1, max_size=3)
+)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("num_experts", [*range(1, 65), 97, 128])
+def test_a_router_at_zero_gives_gates_of_exactly_one(num_experts, dtype):
+    gates = expert_gates(torch.zeros(2, num_experts, dtype=dtype))
+    assert gates.dtype == dtype
+    assert (gates == 1.0).all()
+
+
+@pytest.mark.parametrize("logit", [-80.0, 3.7, 1e4])
+def test_equal_logits_give_gates_of_exactly_one(logit):
+    assert (expert_gates(torch.full((3, 41), logit)) == 1.0).all()
+
+
+@PROPERTY
+@given(_LOGITS)
+def test_mean_one_gates_are_k_times_the_softmax(rows):
+    gates = expert_gates(torch.tensor(rows))
+    np.testing.assert_allclose(gates.mean(dim=-1), 1.0, atol=1e-6)
+    np.testing.assert_allclose(gates, reference.expert_gates(rows), rtol=1e-5)
+
+
+@PROPERTY
+@given(_LOGITS)
+def test_softmax_gates_sum_to_one(rows):
+    gates = expert_gates(torch.tensor(rows), kind="softmax")
+    np.testing.assert_allclose(gates.sum(dim=-1), 1.0, atol=1e-6)
+    np.testing.assert_allclose(gates, reference.expert_gates(rows, "softmax"), rtol=1e-5)
+
+
+@PROPERTY
+@given(_LOGITS, st.integers(1, 12), st.sampled_from(["mean_one", "softmax"]))
+def test_top_k_keeps_exactly_k_gates_and_the_sum(rows, top_k, kind):
+    logits = torch.tensor(rows)
+    num_experts = logits.shape[-1]
+    gates = expert_gates(logits, kind=kind, top_k=top_k)
+    assert ((gates != 0).sum(dim=-1) == min(top_k, num_experts)).all()
+    np.testing.assert_allclose(gates.sum(dim=-1), num_experts if kind == "mean_one" else 1.0, rtol=1e-6)
+    np.testing.assert_allclose(gates, reference.expert_gates(rows, kind, top_k), rtol=1e-5)
+
+
+def test_gates_depend_on_their_own_row_only_and_ignore_a_common_shift():
+    logits = torch.randn(2, 5, 6, generator=torch.Generator().manual_seed(0))
+    gates = expert_gates(logits, top_k=3)
+    assert gates.shape == logits.shape
+    torch.testing.assert_close(gates[1, 2], expert_gates(logits[1, 2], top_k=3))
+    torch.testing.assert_close(gates, expert_gates(logits + 20, top_k=3), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["mean_one", "softmax"])
+def test_logits_far_apart_give_finite_gates(kind):
+    logits = torch.tensor([[1e30, -1e30, 0.0], [-3e38, -3e38, 3e38]])
+    total = 3.0 if kind == "mean_one" else 1.0
+    expected = torch.tensor([[total, 0.0, 0.0], [0.0, 0.0, total]])
+    torch.testing.assert_close(expert_gates(logits, kind=kind), expected)
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 3])
+def test_ties_go_to_the_lower_index(top_k):
+    gates = expert_gates(torch.zeros(4, 8), top_k=top_k)
+    expected = torch.zeros(4, 8)
+    expected[:, :top_k] = 8 / top_k
+    torch.testing.assert_close(gates, expected)
+    tie_below_the_best = expert_gates(torch.tensor([0.0, 1.0, 0.0, 0.0]), top_k=2)
+    assert tie_below_the_best.nonzero().flatten().tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("kind", ["mean_one", "softmax"])
+def test_gradients_equal_those_of_the_plain_softmax(kind):
+    logits = torch.randn(3, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    weight = torch.arange(15, dtype=torch.float64).reshape(3, 5)
+    (gradient,) = torch.autograd.grad((expert_gates(logits, kind=kind) * weight).sum(), logits)
+    plain = torch.softmax(logits, dim=-1) * (5 if kind == "mean_one" else 1)
+    (expected,) = torch.autograd.grad((plain * weight).sum(), logits)
+    torch.testing.assert_close(gradient, expected)
+
+
+@pytest.mark.parametrize("kind", ["mean_one", "softmax"])
+def test_dropped_experts_stay_in_the_graph_with_a_zero_gradient(kind):
+    logits = torch.tensor([[0.5, 2.0, -1.0, 1.0]], requires_grad=True)
+    gates = expert_gates(logits, kind=kind, top_k=2)
+    (gates * torch.tensor([3.0, 1.0, 7.0, 2.0])).sum().backward()
+    assert logits.grad is not None
+    assert torch.isfinite(logits.grad).all()
+    assert (logits.grad[0, [0, 2]] == 0).all()
+    assert (logits.grad[0, [1, 3]] != 0).all()
+
+
+@PROPERTY
+@given(st.integers(1, 4), st.integers(1, 6), st.integers(1, 5), st.integers(0, 2**32 - 1))
+def test_prompt_mean_equals_the_loop(batch, positions, features, seed):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(batch, positions, features, generator=generator)
+    mask = torch.rand(batch, positions, generator=generator) < 0.6
+    means = prompt_mean(x, mask)
+    assert means.dtype == x.dtype
+    np.testing.assert_allclose(means, reference.prompt_mean(x, mask), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf"), float("-inf"), 1e38])
+def test_masked_positions_change_nothing(poison):
+    x = torch.randn(2, 6, 3, generator=torch.Generator().manual_seed(2))
+    mask = torch.tensor([[0, 0, 1, 1, 1, 0], [1, 0, 0, 0, 0, 0]], dtype=torch.bool)
+    poisoned = x.masked_fill(~mask[..., None], poison)
+    assert torch.equal(prompt_mean(poisoned, mask), prompt_mean(x, mask))
+
+
+def test_masked_positions_receive_no_gradient():
+    mask = torch.tensor([[True, True, False]])
+    x = torch.full((1, 3, 2), 2.0)
+    x[0, 2] = float("nan")
+    x.requires_grad_()
+    prompt_mean(x, mask).sum().backward()
+    assert x.grad is not None
+    torch.testing.assert_close(x.grad, torch.tensor([[[0.5, 0.5], [0.5, 0.5], [0.0, 0.0]]]))
+
+
+def test_a_row_without_prompt_has_a_mean_of_zero():
+    x = torch.full((2, 3, 4), float("nan"))
+    x[1] = 5.0
+    means = prompt_mean(x, torch.tensor([[False] * 3, [True] * 3]))
+    torch.testing.assert_close(means, torch.tensor([[0.0] * 4, [5.0] * 4]))
+
+
+@pytest.mark.parametrize("mask_dtype", [torch.bool, torch.int64, torch.float32])
+def test_any_non_zero_mask_value_means_prompt(mask_dtype):
+    x = torch.tensor([[[1.0], [3.0], [100.0]]])
+    mask = torch.tensor([[2, 1, 0]]).to(mask_dtype)
+    torch.testing.assert_close(prompt_mean(x, mask), torch.tensor([[2.0]]))
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 2e-2), (torch.float16, 3e-3)])
+def test_prompt_mean_of_half_precision_over_a_long_prompt(dtype, tolerance):
+    x = (1 + torch.randn(1, 1500, 4, generator=torch.Generator().manual_seed(3))).to(dtype)
+    mask = torch.ones(1, 1500, dtype=torch.bool)
+    means = prompt_mean(x, mask)
+    assert means.dtype == dtype
+    np.testing.assert_allclose(means.float(), reference.prompt_mean(x, mask), rtol=tolerance)
+
+
+def test_padding_on_either_side_gives_the_same_mean():
+    x = torch.randn(1, 4, 3, generator=torch.Generator().manual_seed(4))
+    padding = torch.zeros(1, 3, 3)
+    real, pad = torch.ones(1, 4, dtype=torch.bool), torch.zeros(1, 3, dtype=torch.bool)
+    plain = prompt_mean(x, real)
+    left = prompt_mean(torch.cat([padding, x], dim=1), torch.cat([pad, real], dim=1))
+    right = prompt_mean(torch.cat([x, padding], dim=1), torch.cat([real, pad], dim=1))
+    torch.testing.assert_close(left, plain)
+    torch.testing.assert_close(right, plain)

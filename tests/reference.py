@@ -1,0 +1,274 @@
+"""The method's formulas as written down: loops over components and experts, float64, no cleverness.
+
+The fast code in ``badit`` is held against these. Tensors and arrays are taken alike; arrays come back.
+Components are rows i of A (N, in) and columns i of B (out, N); a component's gradient is the two, concatenated.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.optimize import linear_sum_assignment
+
+
+def float64(values: Any) -> np.ndarray:
+    """Any tensor or array as a float64 array."""
+    if isinstance(values, torch.Tensor):
+        return values.detach().to("cpu", torch.float64).numpy()
+    return np.asarray(values, dtype=np.float64)
+
+
+def integers(values: Any) -> np.ndarray:
+    if isinstance(values, torch.Tensor):
+        values = values.detach().cpu().numpy()
+    return np.asarray(values, dtype=np.int64)
+
+
+def members(labels: Any, expert: int) -> list[int]:
+    """The components of one expert."""
+    return [i for i, label in enumerate(integers(labels)) if label == expert]
+
+
+# --- decomposition (BAD) ---
+
+
+def singular_triples(weight: Any, rank: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """U (out, rank), σ (rank), Vᵀ (rank, in) of the leading triples."""
+    u, s, vh = np.linalg.svd(float64(weight), full_matrices=False)
+    return u[:, :rank], s[:rank], vh[:rank]
+
+
+def decompose(
+    weight: Any, num_experts: int, r: int, scaling: float
+) -> tuple[list[tuple[np.ndarray, np.ndarray]], np.ndarray]:
+    """W = s Σ_k B_k A_k + Ŵ: the experts' pairs (B_k, A_k) from the k-th run of r triples, and the residual Ŵ."""
+    u, s, vh = singular_triples(weight, num_experts * r)
+    experts, residual = [], float64(weight).copy()
+    for k in range(num_experts):
+        run = slice(k * r, (k + 1) * r)
+        root = np.diag(np.sqrt(s[run] / scaling))
+        b_k, a_k = u[:, run] @ root, root @ vh[run]
+        experts.append((b_k, a_k))
+        residual = residual - scaling * (b_k @ a_k)
+    return experts, residual
+
+
+# --- grouping (DOG) ---
+
+
+def unit_gradients(grad_A: Any, grad_B: Any) -> np.ndarray:
+    """Rows ĝ_i (N, in + out); zeros for a gradient that is zero or not finite."""
+    grad_A, grad_B = float64(grad_A), float64(grad_B)
+    rows = []
+    for i in range(len(grad_A)):
+        gradient = np.concatenate([grad_A[i], grad_B[:, i]])
+        length = math.sqrt(sum(float(value) ** 2 for value in gradient))
+        usable = math.isfinite(length) and length > 0
+        rows.append(gradient / length if usable else np.zeros_like(gradient))
+    return np.array(rows)
+
+
+def cosine_gram(grad_A: Any, grad_B: Any) -> np.ndarray:
+    unit = unit_gradients(grad_A, grad_B)
+    gram = np.empty((len(unit), len(unit)))
+    for i, j in itertools.product(range(len(unit)), repeat=2):
+        gram[i, j] = float(np.dot(unit[i], unit[j]))
+    return gram
+
+
+def objective(gradients: np.ndarray, labels: Any) -> float:
+    """Σ_k ‖Σ_{i ∈ k} ĝ_i‖², on the gradients themselves."""
+    total = 0.0
+    for k in sorted(set(integers(labels).tolist())):
+        group_sum = np.zeros(gradients.shape[1])
+        for i in members(labels, k):
+            group_sum = group_sum + gradients[i]
+        total += float(group_sum @ group_sum)
+    return total
+
+
+def balanced_partitions(components: int, num_experts: int) -> Iterator[np.ndarray]:
+    """Every partition into equal groups once, named in the order of their first components."""
+    size = components // num_experts
+
+    def fill(labels: list[int], expert: int) -> Iterator[np.ndarray]:
+        free = [i for i in range(components) if labels[i] < 0]
+        if not free:
+            yield np.array(labels)
+            return
+        for others in itertools.combinations(free[1:], size - 1):
+            chosen = list(labels)
+            for i in (free[0], *others):
+                chosen[i] = expert
+            yield from fill(chosen, expert + 1)
+
+    yield from fill([-1] * components, 0)
+
+
+def best_objective(gradients: np.ndarray, num_experts: int) -> float:
+    """The optimum over all balanced partitions, by trying each."""
+    return max(objective(gradients, labels) for labels in balanced_partitions(len(gradients), num_experts))
+
+
+def exchange_gain(gradients: np.ndarray, labels: Any, i: int, j: int) -> float:
+    """What the objective gains when i and j change places, by computing it before and after."""
+    exchanged = integers(labels).copy()
+    exchanged[i], exchanged[j] = exchanged[j], exchanged[i]
+    return objective(gradients, exchanged) - objective(gradients, labels)
+
+
+def best_exchange(gradients: np.ndarray, labels: Any) -> tuple[float, int, int]:
+    """The largest gain of any exchange, and its pair."""
+    pairs = itertools.combinations(range(len(gradients)), 2)
+    return max((exchange_gain(gradients, labels, i, j), i, j) for i, j in pairs)
+
+
+def exchange_until_optimal(gradients: np.ndarray, labels: Any) -> np.ndarray:
+    labels = integers(labels).copy()
+    while True:
+        gain, i, j = best_exchange(gradients, labels)
+        if gain <= 1e-9:
+            return labels
+        labels[i], labels[j] = labels[j], labels[i]
+
+
+def centroid_similarity(gradients: np.ndarray, labels: Any, num_experts: int) -> np.ndarray:
+    """⟨ĝ_i, c_k⟩ with unit centroids c_k; zero for an empty group."""
+    similarity = np.zeros((len(gradients), num_experts))
+    for k in range(num_experts):
+        group = members(labels, k)
+        if group:
+            centroid = gradients[group].sum(axis=0)
+            for i, gradient in enumerate(gradients):
+                similarity[i, k] = float(gradient @ centroid) / float(np.linalg.norm(centroid))
+    return similarity
+
+
+def polar_similarity(gradients: np.ndarray, labels: Any, num_experts: int) -> np.ndarray:
+    """The paper's targets: C (dimensions, K) of the groups' sums, C = U Σ Vᵀ, Q = U Vᵀ; returns ⟨ĝ_i, q_k⟩."""
+    C = np.stack([gradients[members(labels, k)].sum(axis=0) for k in range(num_experts)], axis=1)
+    u, _, vh = np.linalg.svd(C, full_matrices=False)
+    Q = u @ vh
+    similarity = np.empty((len(gradients), num_experts))
+    for i, k in itertools.product(range(len(gradients)), range(num_experts)):
+        similarity[i, k] = float(gradients[i] @ Q[:, k])
+    return similarity
+
+
+def assign_balanced(similarity: np.ndarray, size: int) -> np.ndarray:
+    """max Σ_ik π_ik similarity_ik with exactly ``size`` components an expert, one slot after another."""
+    slots = [k for k in range(similarity.shape[1]) for _ in range(size)]
+    cost = np.array([[-similarity[i, k] for k in slots] for i in range(len(similarity))])
+    labels = np.empty(len(similarity), dtype=np.int64)
+    for i, slot in zip(*linear_sum_assignment(cost), strict=True):
+        labels[i] = slots[slot]
+    return labels
+
+
+def polar_grouping(gradients: np.ndarray, labels: Any, num_experts: int, size: int, rounds: int = 50) -> np.ndarray:
+    """The paper's loop: targets, assignment, until nothing changes."""
+    labels = integers(labels)
+    for _ in range(rounds):
+        new = assign_balanced(polar_similarity(gradients, labels, num_experts), size)
+        if (new == labels).all():
+            break
+        labels = new
+    return labels
+
+
+def angles(gradients: np.ndarray, labels: Any) -> tuple[float, float, float, float]:
+    """Mean angle in degrees within and between experts, then mean |cos| within and between; zero gradients left out."""
+    labels = integers(labels)
+    degrees: dict[bool, list[float]] = {True: [], False: []}
+    sizes: dict[bool, list[float]] = {True: [], False: []}
+    for i, j in itertools.combinations(range(len(gradients)), 2):
+        if not gradients[i].any() or not gradients[j].any():
+            continue
+        cosine = max(-1.0, min(1.0, float(gradients[i] @ gradients[j])))
+        same = bool(labels[i] == labels[j])
+        degrees[same].append(math.degrees(math.acos(cosine)))
+        sizes[same].append(abs(cosine))
+
+    def mean(values: list[float]) -> float:
+        return sum(values) / len(values) if values else math.nan
+
+    return mean(degrees[True]), mean(degrees[False]), mean(sizes[True]), mean(sizes[False])
+
+
+# --- routing ---
+
+
+def prompt_mean(x: Any, mask: Any) -> np.ndarray:
+    """x̄ (batch, features): the mean over the positions where the mask is true, zeros where it is nowhere true."""
+    x, mask = float64(x), integers(mask)
+    means = np.zeros((x.shape[0], x.shape[2]))
+    for b in range(x.shape[0]):
+        prompt = [x[b, t] for t in range(x.shape[1]) if mask[b, t]]
+        if prompt:
+            means[b] = sum(prompt) / len(prompt)
+    return means
+
+
+def expert_gates(logits: Any, kind: str = "mean_one", top_k: int | None = None) -> np.ndarray:
+    """Gates (..., K): the softmax over the ``top_k`` largest logits, lower index first on ties, times K if mean_one."""
+    logits = float64(logits)
+    num_experts = logits.shape[-1]
+    gates = np.zeros_like(logits)
+    for where in np.ndindex(*logits.shape[:-1]):
+        row = logits[where].tolist()
+        kept = sorted(range(num_experts), key=lambda k: (-row[k], k))[:top_k]
+        total = sum(math.exp(row[k] - max(row)) for k in kept)
+        for k in kept:
+            gates[(*where, k)] = math.exp(row[k] - max(row)) / total * (num_experts if kind == "mean_one" else 1)
+    return gates
+
+
+# --- the adapted layer ---
+
+
+def badit_linear(
+    x: Any,
+    W: Any,
+    bias: Any | None,
+    A: Any,
+    B: Any,
+    A0: Any | None,
+    B0: Any | None,
+    expert_of: Any,
+    gates: Any,
+    scaling: float,
+) -> np.ndarray:
+    """y = W x + bias + s Σ_k gate_k B_k A_k x − s Σ_k B0_k A0_k x, one position and one expert at a time.
+
+    Args:
+        x: inputs (..., in).
+        W: the base weight (out, in), with ``bias`` (out) or None.
+        A: the adapter's rows (N, in), and ``B`` its columns (out, N).
+        A0: the frozen initial factors, with ``B0``; both None for an adapter that did not decompose its weight.
+        expert_of: the label of each of the N components.
+        gates: (..., K), broadcast over the leading dimensions of x: (K), (batch, 1, K), (batch, positions, K).
+        scaling: s = lora_alpha / r.
+    """
+    x, W, A, B = float64(x), float64(W), float64(A), float64(B)
+    gates = float64(gates)
+    num_experts = gates.shape[-1]
+    gates = np.broadcast_to(gates, (*x.shape[:-1], num_experts))
+    y = np.zeros((*x.shape[:-1], W.shape[0]))
+    for where in np.ndindex(*x.shape[:-1]):
+        y[where] = W @ x[where]
+        if bias is not None:
+            y[where] += float64(bias)
+        for k in range(num_experts):
+            index = members(expert_of, k)
+            y[where] += scaling * gates[(*where, k)] * (B[:, index] @ (A[index] @ x[where]))
+        if A0 is not None and B0 is not None:
+            r = len(A) // num_experts
+            for k in range(num_experts):  # the initial experts are runs of r, wherever regrouping has moved components
+                index = list(range(k * r, (k + 1) * r))
+                y[where] -= scaling * (float64(B0)[:, index] @ (float64(A0)[index] @ x[where]))
+    return y

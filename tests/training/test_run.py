@@ -1,0 +1,225 @@
+"""A run from recipe to scores on a tiny model: its folder, its resuming, its refusals."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from badit.errors import BaditError
+from badit.recipe import build_recipe
+from badit.runs import RunFolder
+from badit.training import run as run_module
+from badit.training.run import answer, evaluate, make_plan, train
+from training.trainers import StopAt
+
+Values = dict[str, Any]
+
+
+def adapter_of(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "adapter" / "adapter_model.safetensors")
+
+
+def test_a_run_leaves_all_its_files(recipe_values: Values) -> None:
+    recipe = build_recipe(recipe_values)
+    scores = train(recipe, progress=False)
+    run = RunFolder.existing(recipe.output)
+    assert json.loads(run.scores.read_text()) == scores
+    assert set(scores["tasks"]) == {"cities", "rivers"}
+    assert {"rouge_l", "rouge_l_instances", "exact_match"} <= scores.keys()
+    assert {file.name for file in run.predictions.iterdir()} == {"cities.jsonl", "rivers.jsonl"}
+    assert run.recipe() == recipe
+    environment = json.loads(run.environment.read_text())
+    assert environment["training"]["steps"] == 12
+    assert environment["packages"]["torch"] == torch.__version__
+    steps = [json.loads(line)["step"] for line in run.metrics.read_text().splitlines()]
+    assert steps == [*range(1, 13), 12]
+    assert run.regroupings.read_text().count("\n") == 2 * 3
+    assert {file.suffix for file in run.adapter.iterdir()} == {".safetensors", ".json", ".md"}
+    config = json.loads((run.adapter / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == recipe.model.name
+    assert not list(run.path.glob("*.partial"))
+
+
+def test_a_finished_run_is_not_done_again(recipe_values: Values, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = build_recipe(recipe_values)
+    scores = train(recipe, progress=False)
+    monkeypatch.setattr(run_module, "load_base_model", lambda *a, **k: pytest.fail("loaded a model"))
+    assert train(recipe, progress=False) == scores
+
+
+@pytest.mark.parametrize("stopped_at", [4, 8, 12])
+def test_an_interrupted_run_ends_as_one_that_was_not(
+    recipe_values: Values, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stopped_at: int
+) -> None:
+    whole = build_recipe({**recipe_values, "output": str(tmp_path / "whole")})
+    expected = train(whole, progress=False)
+
+    recipe = build_recipe(recipe_values)
+    with monkeypatch.context() as patch:
+        method = run_module.Method
+        callbacks = method.callbacks
+        patch.setattr(method, "callbacks", lambda self, run: [*callbacks(self, run), StopAt(stopped_at)])
+        with pytest.raises(KeyboardInterrupt):
+            train(recipe, progress=False)
+    assert not (tmp_path / "run" / "scores.json").exists()
+    assert train(recipe, progress=False) == expected
+
+    one, other = adapter_of(tmp_path / "whole"), adapter_of(tmp_path / "run")
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    for name in ("regroupings.jsonl", "predictions/cities.jsonl"):
+        assert (tmp_path / "whole" / name).read_text() == (tmp_path / "run" / name).read_text()
+    steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [*range(1, 13), 12]
+
+
+def test_a_checkpoint_cut_short_is_passed_over(recipe_values: Values, tmp_path: Path) -> None:
+    recipe = build_recipe(recipe_values)
+    run = RunFolder.prepare(recipe)
+    for step, files in ((5, ("trainer_state.json", "extra")), (10, ("trainer_state.json",)), (15, ())):
+        folder = run.checkpoints / f"checkpoint-{step}"
+        folder.mkdir(parents=True)
+        for name in files:
+            (folder / name).touch()
+    (run.checkpoints / "checkpoint-tmp").mkdir()
+    assert run.last_checkpoint(("extra",)) == run.checkpoints / "checkpoint-5"
+    assert run.last_checkpoint() == run.checkpoints / "checkpoint-10"
+
+
+def test_another_recipes_folder_is_refused(recipe_values: Values) -> None:
+    train(build_recipe(recipe_values), progress=False)
+    other = build_recipe(recipe_values, ["training.epochs=3"])
+    with pytest.raises(BaditError, match=r"differs in training\.epochs"):
+        train(other, progress=False)
+
+
+def test_a_folder_of_something_else_is_refused(recipe_values: Values, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.tex").touch()
+    with pytest.raises(BaditError, match="not a run's folder"):
+        train(build_recipe(recipe_values), progress=False)
+
+
+@pytest.mark.parametrize(
+    "method", [{"name": "lora", "r": 8}, {"name": "badit", "num_experts": 4, "r": 2, "regroup": None}]
+)
+def test_other_methods(recipe_values: Values, method: Values, tmp_path: Path) -> None:
+    train(build_recipe({**recipe_values, "method": method}), progress=False)
+    tensors = adapter_of(tmp_path / "run")
+    assert not (tmp_path / "run" / "regroupings.jsonl").exists()
+    if method["name"] == "lora":
+        assert {name.split(".")[-2] for name in tensors} == {"lora_A", "lora_B"}
+        assert all("gate_proj" in name for name in tensors)
+    else:
+        labels = [tensor.tolist() for name, tensor in tensors.items() if "expert_of" in name]
+        assert labels == [[0, 0, 1, 1, 2, 2, 3, 3]] * 2
+
+
+def test_the_base_model_is_scored_without_training(recipe_values: Values, tmp_path: Path) -> None:
+    scores = train(build_recipe({**recipe_values, "method": {"name": "base"}}), progress=False)
+    assert set(scores["tasks"]) == {"cities", "rivers"}
+    assert not (tmp_path / "run" / "adapter").exists()
+    assert evaluate(tmp_path / "run", progress=False) == scores
+
+
+def test_the_validation_split_is_scored_apart(recipe_values: Values, tmp_path: Path) -> None:
+    recipe = build_recipe(recipe_values, ["data.validation_per_task=2"])
+    test_scores = train(recipe, progress=False)
+    validation = evaluate(tmp_path / "run", split="validation", progress=False)
+    assert validation["tasks"]["cities"]["instances"] == 2
+    assert json.loads((tmp_path / "run" / "scores.json").read_text()) == test_scores
+    assert json.loads((tmp_path / "run" / "scores-validation.json").read_text()) == validation
+
+
+def test_an_answer_to_a_prompt(recipe_values: Values, tmp_path: Path) -> None:
+    train(build_recipe(recipe_values), progress=False)
+    run = RunFolder.existing(tmp_path / "run")
+    assert isinstance(answer(run, "Name the capital.", max_new_tokens=3), str)
+    with pytest.raises(BaditError, match="prompt is empty"):
+        answer(run, " \n")
+
+
+def test_a_damaged_adapter_is_named(recipe_values: Values, tmp_path: Path) -> None:
+    train(build_recipe(recipe_values), progress=False)
+    (tmp_path / "run" / "adapter" / "adapter_model.safetensors").write_bytes(b"cut short")
+    with pytest.raises(BaditError, match=r"adapter: cannot be loaded"):
+        evaluate(tmp_path / "run", progress=False)
+
+
+def test_a_run_without_adapter_or_config_is_named(recipe_values: Values, tmp_path: Path) -> None:
+    with pytest.raises(BaditError, match=r"no config\.yaml"):
+        evaluate(tmp_path / "nothing")
+    RunFolder.prepare(build_recipe(recipe_values))
+    with pytest.raises(BaditError, match="no adapter yet"):
+        evaluate(tmp_path / "run")
+
+
+def test_every_data_option_reaches_the_plan(recipe_values: Values) -> None:
+    def plan(*overrides: str) -> Any:
+        return make_plan(build_recipe(recipe_values, list(overrides)))
+
+    assert plan().training_instances == 24
+    assert plan().test_instances == 8
+    assert plan("data.train_per_task=5").training_instances == 10
+    assert plan("data.test_per_task=1").test_instances == 2
+    assert [task.name for task in plan("data.tasks=[rivers]").tasks] == ["rivers"]
+    assert plan("data.validation_per_task=2").training_instances == 20
+    held_out = plan("data.validation_per_task=2", "evaluation.split=validation")
+    assert held_out.test_instances == 4
+    other = plan("data.validation_per_task=2", "evaluation.split=validation", "data.seed=1")
+    assert held_out.tasks[0].validation != other.tasks[0].validation
+
+
+def test_a_split_without_instances_is_refused(recipe_values: Values) -> None:
+    with pytest.raises(BaditError, match="has no validation instances"):
+        make_plan(build_recipe(recipe_values, ["evaluation.split=validation"]))
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        ({"name": "badet"}, r"method\.name: unknown method 'badet' \(did you mean 'badit'\?\)"),
+        ({"name": "badit", "num_expert": 4}, r"method\.num_expert: unknown key \(did you mean 'num_experts'\?\)"),
+        ({"name": "badit", "peft_type": "LORA"}, r"method\.peft_type: unknown key"),
+        ({"name": "badit", "num_experts": 0}, r"method: num_experts must be"),
+        ({"name": "badit", "regroup": {"evry": 3}}, r"method\.regroup\.evry: unknown key \(did you mean 'every'\?\)"),
+        ({"name": "badit", "regroup": {"every": 0}}, r"method: regroup\.every must be"),
+        ({"name": "badit", "regroup": 3}, r"method\.regroup: must be a mapping"),
+        ({"name": "lora", "num_experts": 4}, r"method\.num_experts: unknown key"),
+        ({"name": "base", "r": 4}, r"method\.r: unknown key"),
+    ],
+)
+def test_bad_methods_are_named(recipe_values: Values, method: Values, message: str) -> None:
+    with pytest.raises(BaditError, match=message):
+        make_plan(build_recipe({**recipe_values, "method": method}))
+
+
+def test_training_options_reach_the_trainer(recipe_values: Values, tmp_path: Path) -> None:
+    overrides = [
+        "training.max_steps=2",
+        "training.gradient_accumulation=2",
+        "training.scheduler=constant",
+        "training.warmup=0",
+        "training.learning_rate=1e-2",
+        "training.gradient_checkpointing=true",
+        "training.group_by_length=false",
+        "data.sampling=balanced",
+        "model.dtype=bfloat16",
+        "prompt.encoding=def+pos1",
+        "prompt.chat_template=never",
+        "prompt.max_source_tokens=40",
+        "prompt.max_answer_tokens=2",
+    ]
+    train(build_recipe(recipe_values, overrides), progress=False)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["learning_rate"] for line in lines if "learning_rate" in line] == [0.01, 0.01]
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["training"]["learning_rate"] == 0.01
+    prompts = [
+        json.loads(line)["prompt"] for line in (tmp_path / "run/predictions/cities.jsonl").read_text().splitlines()
+    ]
+    assert not any("<|im_start|>" in prompt for prompt in prompts)

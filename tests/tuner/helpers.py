@@ -1,0 +1,126 @@
+"""Steps that the tuner's tests share: adapting a tiny model, random adapter weights, decoding by hand."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model
+
+from badit.peft import BaditConfig, BaditLayer
+
+FAMILIES = ("llama", "qwen3", "gemma2", "gemma3", "mistral", "gpt2")
+SMALL: dict[str, Any] = {"num_experts": 3, "r": 2, "lora_alpha": 4, "lora_dropout": 0.0, "task_type": "CAUSAL_LM"}
+
+
+def config(**options: Any) -> BaditConfig:
+    """A small configuration: K = 3, r = 2, scaling 2, no dropout."""
+    return BaditConfig(**{**SMALL, **options})
+
+
+def adapt(model: Any, **options: Any) -> PeftModel:
+    """The model with a small adapter at step 0, in eval mode."""
+    return get_peft_model(model, config(**options)).eval()
+
+
+def layers(model: torch.nn.Module) -> list[BaditLayer]:
+    """The adapted layers, first to last."""
+    return [module for module in model.modules() if isinstance(module, BaditLayer)]
+
+
+@torch.no_grad()
+def randomise(model: Any, adapter: str = "default", seed: int = 0) -> Any:
+    """Moves A and B off their start, makes the router decide, and shuffles the grouping: an adapter after training."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def noise(tensor: torch.Tensor, size: float) -> torch.Tensor:
+        return (size * torch.randn(tensor.shape, generator=generator)).to(tensor.dtype)
+
+    for layer in layers(model):
+        if adapter not in layer.badit_A:
+            continue
+        a, b, router = layer.badit_A[adapter], layer.badit_B[adapter], layer.badit_router[adapter]
+        a.add_(noise(a, 0.1))
+        b.add_(noise(b, 0.1))
+        router.copy_(noise(router, 2.0 / router.shape[1] ** 0.5))
+        labels = layer.expert_of(adapter)
+        labels.copy_(labels[torch.randperm(len(labels), generator=generator)])
+    return model
+
+
+def adapted(model: Any, **options: Any) -> PeftModel:
+    """The model with an adapter as after training: gates differ clearly between prompts."""
+    return randomise(adapt(model, **options))
+
+
+def cache_name(model: Any) -> str:
+    """The forward argument that takes a cache, which transformers renames within version 5."""
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    return "cache" if "cache" in inspect.signature(inner.forward).parameters else "past_key_values"
+
+
+def positions(mask: torch.Tensor) -> torch.Tensor:
+    """Position ids that do not count padding."""
+    return (mask.cumsum(dim=1) - 1).clamp(min=0)
+
+
+def forward(model: Any, ids: torch.Tensor, mask: torch.Tensor, cache: Any = None, **options: Any) -> Any:
+    """One call on the newest tokens of a padded batch; ``mask`` covers the cached ones as well."""
+    if cache is not None:
+        options[cache_name(model)] = cache
+    return model(input_ids=ids, attention_mask=mask, position_ids=positions(mask)[:, -ids.shape[1] :], **options)
+
+
+@torch.no_grad()
+def teacher_forced(model: Any, ids: torch.Tensor, mask: torch.Tensor, prompt_length: int) -> torch.Tensor:
+    """Logits of a training-like forward pass: prompt and answer together, labels on the answer."""
+    labels = ids.masked_fill(mask == 0, -100)
+    labels[:, :prompt_length] = -100
+    return forward(model, ids, mask, labels=labels).logits
+
+
+@torch.no_grad()
+def cached_steps(model: Any, ids: torch.Tensor, mask: torch.Tensor, prompt_length: int, cache: Any) -> torch.Tensor:
+    """Logits from the prompt's last position on: the prompt in one call, then one token at a time."""
+    bounds = [(0, prompt_length), *((end - 1, end) for end in range(prompt_length + 1, ids.shape[1] + 1))]
+    steps = [
+        forward(model, ids[:, start:end], mask[:, :end], cache, use_cache=True).logits[:, -1:] for start, end in bounds
+    ]
+    return torch.cat(steps, dim=1)
+
+
+@torch.no_grad()
+def greedy_by_hand(model: Any, ids: torch.Tensor, mask: torch.Tensor, new_tokens: int) -> torch.Tensor:
+    """Greedy continuation with every token chosen from a full teacher-forced pass, without any cache."""
+    prompt_length = ids.shape[1]
+    for _ in range(new_tokens):
+        # The newest position has no label yet: a stand-in keeps the prompt's end where it is.
+        stand_in, one = torch.full_like(ids[:, :1], 3), torch.ones_like(mask[:, :1])
+        full, full_mask = torch.cat([ids, stand_in], dim=1), torch.cat([mask, one], dim=1)
+        logits = teacher_forced(model, full, full_mask, prompt_length)[:, -2]
+        ids, mask = torch.cat([ids, logits.argmax(-1, keepdim=True)], dim=1), full_mask
+    return ids
+
+
+def padded(rows: list[list[int]], side: str = "left") -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of tokens as one batch and its mask."""
+    width = max(len(row) for row in rows)
+    ids, mask = torch.zeros(2, len(rows), width, dtype=torch.long)
+    for i, row in enumerate(rows):
+        where = slice(width - len(row), width) if side == "left" else slice(0, len(row))
+        ids[i, where], mask[i, where] = torch.tensor(row), 1
+    return ids, mask
+
+
+def random_rows(*lengths: int, seed: int = 0) -> list[list[int]]:
+    """Rows of random tokens (never the special ones)."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(3, 100, (length,), generator=generator).tolist() for length in lengths]
+
+
+def enable_checkpointing(model: Any, reentrant: bool) -> None:
+    """Gradient checkpointing, which transformers renames within version 5."""
+    inner = model.get_base_model()
+    enable = getattr(inner, "activation_checkpointing_enable", None) or inner.gradient_checkpointing_enable
+    enable({"use_reentrant": reentrant})

@@ -1,0 +1,109 @@
+"""Six model families: where the adapter goes, and that step 0 is the base model."""
+
+import pytest
+import torch
+
+from badit.errors import BaditError
+from tuner.helpers import FAMILIES, adapt, adapted, forward, layers, padded, random_rows
+
+IDS, MASK = padded(random_rows(6, 11, 9))
+
+
+def logits(model, ids=IDS, mask=MASK):
+    with torch.no_grad():
+        return forward(model, ids, mask).logits[mask.bool()].float()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_default_target_is_the_gate_projection(tiny_model, family):
+    expected = "transformer.h.{}.mlp.c_fc" if family == "gpt2" else "model.layers.{}.mlp.gate_proj"
+    assert [layer.name for layer in layers(adapt(tiny_model(family)))] == [expected.format(i) for i in range(2)]
+
+
+@pytest.mark.parametrize("targets", [None, "all-linear"])
+@pytest.mark.parametrize(("base_weight", "tolerance"), [("delta", 1e-5), ("folded", 1e-4)])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_step_0_equals_the_base_model(tiny_model, family, base_weight, tolerance, targets):
+    base = logits(tiny_model(family))
+    model = adapt(tiny_model(family), base_weight=base_weight, target_modules=targets)
+    torch.testing.assert_close(logits(model), base, atol=tolerance, rtol=0)
+    assert base.std() > 0.5  # the tolerance means something
+
+
+@pytest.mark.parametrize("base_weight", ["delta", "folded"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_step_0_equals_a_bf16_base_model(tiny_model, family, base_weight):
+    base = logits(tiny_model(family, dtype=torch.bfloat16))
+    model = adapt(tiny_model(family, dtype=torch.bfloat16), base_weight=base_weight)
+    assert {p.dtype for n, p in model.named_parameters() if "badit_" in n} == {torch.float32}
+    assert {b.dtype for n, b in model.named_buffers() if "_A0" in n or "_B0" in n} == {torch.float32}
+    assert {layer.expert_of("default").dtype for layer in layers(model)} == {torch.int64}
+    assert layers(model)[0].weight_OI.dtype == torch.bfloat16
+    difference = (logits(model) - base).abs()
+    assert difference.max() <= (0.02 if base_weight == "delta" else 0.3)
+    assert difference.mean() <= 0.03
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_all_linear_adapts_every_linear_but_the_head(tiny_model, family):
+    names = {layer.name.split(".")[-1] for layer in layers(adapt(tiny_model(family), target_modules="all-linear"))}
+    if family == "gpt2":
+        assert names == {"c_attn", "c_proj", "c_fc"}
+    else:
+        assert names == {*(f"{x}_proj" for x in "qkvo"), "gate_proj", "up_proj", "down_proj"}
+
+
+@pytest.mark.parametrize("base_weight", ["delta", "folded"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_adapted_model_is_the_model_with_its_mixture_written_in(tiny_model, family, base_weight):
+    """For one prompt the gates are fixed, so the same weights written into a plain model must give the same logits."""
+    ids, mask = padded(random_rows(9))
+    model = adapted(tiny_model(family), base_weight=base_weight, target_modules="all-linear")
+    gates, plain = {}, tiny_model(family)
+    for layer in layers(model):
+
+        def spy(adapter, x, layer=layer, route=layer._route):
+            gates[layer.name] = route(adapter, x)[0, 0]
+            return gates[layer.name]
+
+        layer._route = spy
+    expected = logits(model, ids, mask)
+    with torch.no_grad():
+        for layer in layers(model):
+            delta = layer.get_delta_weight("default", gates[layer.name])
+            plain.get_submodule(layer.name).weight.add_(delta.T if family == "gpt2" else delta)
+    torch.testing.assert_close(logits(plain, ids, mask), expected, atol=1e-3, rtol=1e-4)
+    assert (logits(tiny_model(family), ids, mask) - expected).abs().max() > 0.5
+
+
+def test_an_encoder_decoder_routes_by_token_only():
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    t5 = T5Config(
+        vocab_size=50, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=0, pad_token_id=0
+    )
+    options = {"target_modules": ["wi"], "task_type": None}
+    with pytest.raises(BaditError, match="decoder-only models; use routing='token'"):
+        adapt(T5ForConditionalGeneration(t5), **options)
+    base = T5ForConditionalGeneration(t5).eval()
+    ids = IDS.clamp(max=49)
+    with torch.no_grad():
+        before = base(input_ids=ids, attention_mask=MASK, labels=ids).logits
+        model = adapt(base, **options, routing="token")
+        after = model(input_ids=ids, attention_mask=MASK, labels=ids).logits
+    torch.testing.assert_close(after, before, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen3", "gemma2", "gemma3_text", "mistral", "gpt2"])
+def test_every_family_has_a_default_target(model_type):
+    from badit.peft import BaditModel
+
+    assert model_type in BaditModel.target_module_mapping
+
+
+def test_a_model_without_a_default_target_asks_for_target_modules(tiny_model, monkeypatch):
+    from badit.peft import BaditModel
+
+    monkeypatch.delitem(BaditModel.target_module_mapping, "llama")
+    with pytest.raises(ValueError, match="target_modules"):
+        adapt(tiny_model("llama"))

@@ -1,0 +1,210 @@
+"""`generate` chooses the tokens that a teacher-forced pass would, in every way of running it."""
+
+import copy
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from badit.errors import BaditError
+from tuner.helpers import FAMILIES, adapted, cache_name, forward, greedy_by_hand, padded, random_rows
+
+ROWS = random_rows(5, 9, 7)
+NEW = 6
+
+
+def generate(model, ids, mask, new_tokens=NEW, **options):
+    return model.generate(
+        input_ids=ids, attention_mask=mask, max_new_tokens=new_tokens, do_sample=False, pad_token_id=0, **options
+    )
+
+
+@pytest.mark.parametrize("options", [{}, {"use_cache": False}, {"cache_implementation": "static"}], ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_equals_teacher_forcing(tiny_model, family, options):
+    model = adapted(tiny_model(family))
+    ids, mask = padded(ROWS)
+    assert torch.equal(generate(model, ids, mask, **options), greedy_by_hand(model, ids, mask, NEW))
+
+
+@pytest.mark.parametrize("options", [{}, {"use_cache": False}], ids=str)
+@pytest.mark.parametrize("base_weight", ["delta", "folded"])
+def test_greedy_with_every_linear_adapted(tiny_model, base_weight, options):
+    model = adapted(tiny_model("qwen3"), base_weight=base_weight, target_modules="all-linear")
+    ids, mask = padded(ROWS)
+    assert torch.equal(generate(model, ids, mask, **options), greedy_by_hand(model, ids, mask, NEW))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_row_generates_what_it_generates_alone(tiny_model, family):
+    model = adapted(tiny_model(family))
+    together = generate(model, *padded(ROWS))[:, -NEW:]
+    for row, expected in zip(ROWS, together, strict=True):
+        assert torch.equal(generate(model, *padded([row]))[0, -NEW:], expected)
+
+
+@pytest.mark.parametrize("options", [{}, {"use_cache": False}], ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_beams_equal_the_beams_of_a_batch_of_one(tiny_model, family, options):
+    model = adapted(tiny_model(family))
+    together = generate(model, *padded(ROWS), num_beams=3, **options)[:, -NEW:]
+    for row, expected in zip(ROWS, together, strict=True):
+        assert torch.equal(generate(model, *padded([row]), num_beams=3)[0, -NEW:], expected)
+
+
+def test_several_sequences_a_prompt_share_its_routing(tiny_model):
+    model = adapted(tiny_model("llama"))
+    ids, mask = padded(ROWS)
+    found = generate(model, ids, mask, num_beams=3, num_return_sequences=3)
+    assert torch.equal(found[::3], generate(model, ids, mask, num_beams=3))
+
+
+def test_several_calls_in_a_row_with_other_batch_sizes(tiny_model):
+    model = adapted(tiny_model("llama"))
+    for rows in (ROWS, ROWS[:1], random_rows(4, 6, 3, 8, 5, seed=5), ROWS):
+        ids, mask = padded(rows)
+        for options in ({}, {"cache_implementation": "static"}, {"use_cache": False}):
+            assert torch.equal(generate(model, ids, mask, **options), greedy_by_hand(model, ids, mask, NEW))
+
+
+def test_inputs_embeds_and_positional_input(tiny_model):
+    model = adapted(tiny_model("llama"))
+    ids, mask = padded(ROWS)
+    expected = generate(model, ids, mask)
+    embedded = model.get_input_embeddings()(ids)
+    options = {"attention_mask": mask, "max_new_tokens": NEW, "do_sample": False, "pad_token_id": 0}
+    for use_cache in (True, False):
+        assert torch.equal(model.base_model.generate(ids, use_cache=use_cache, **options), expected)
+        new = model.generate(inputs_embeds=embedded, use_cache=use_cache, **options)
+        assert torch.equal(new, expected[:, -NEW:])
+
+
+def test_right_padding_is_warned_of_by_transformers(tiny_model, caplog):
+    import logging
+
+    from transformers.utils import logging as transformers_logging
+
+    model = adapted(tiny_model("llama"))
+    transformers_logging.enable_propagation()
+    try:
+        with caplog.at_level(logging.WARNING, logger="transformers"):
+            generate(model, *padded(ROWS, "right"))
+    finally:
+        transformers_logging.disable_propagation()
+    assert "right-padding was detected" in caplog.text
+
+
+@torch.no_grad()
+def continue_by_hand(model, cache, ids, mask, steps):
+    """Greedy steps from a prefilled cache; yields every new token, so that two runs can take turns."""
+    for _ in range(steps):
+        mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
+        ids = forward(model, ids, mask, cache, use_cache=True).logits[:, -1:].argmax(-1)
+        yield ids
+
+
+@torch.no_grad()
+def prefill(model, ids, mask):
+    cache = DynamicCache(config=model.get_base_model().config)
+    return cache, forward(model, ids, mask, cache, use_cache=True).logits[:, -1:].argmax(-1)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_copied_prompt_cache_carries_its_routing(tiny_model, family):
+    model = adapted(tiny_model(family))
+    ids, mask = padded(ROWS)
+    cache, first = prefill(model, ids, mask)
+    expected = greedy_by_hand(model, ids, mask, NEW)[:, -NEW:]
+    for _ in range(2):
+        tokens = [first, *continue_by_hand(model, copy.deepcopy(cache), first, mask, NEW - 1)]
+        assert torch.equal(torch.cat(tokens, dim=1), expected)
+
+
+def test_generate_continues_from_a_copied_prompt_cache(tiny_model):
+    """The prompt cache of a shared beginning: its routing stays, whatever text is appended."""
+    model = adapted(tiny_model("llama"))
+    ids, mask = padded(random_rows(6, 6))
+    cache, _ = prefill(model, ids, mask)
+    longer = torch.cat([ids, torch.tensor([[7, 8], [9, 10]])], dim=1)
+    options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    name = cache_name(model)
+    found = [
+        model.generate(
+            input_ids=longer, attention_mask=torch.ones_like(longer), **options, **{name: copy.deepcopy(cache)}
+        )
+        for _ in range(2)
+    ]
+    assert torch.equal(found[0], found[1])
+    expected = longer
+    with torch.no_grad():
+        for _ in range(4):
+            all_of_it = torch.ones_like(expected)
+            prompt = all_of_it.clone()
+            prompt[:, 6:] = 0
+            token = forward(model, expected, all_of_it, prompt_mask=prompt).logits[:, -1:].argmax(-1)
+            expected = torch.cat([expected, token], dim=1)
+    assert torch.equal(found[0], expected)
+
+
+def test_two_generations_in_turns(tiny_model):
+    model = adapted(tiny_model("llama"))
+    batches = [padded(ROWS), padded(random_rows(8, 4, seed=9))]
+    expected = [greedy_by_hand(model, ids, mask, NEW)[:, -NEW:] for ids, mask in batches]
+    runs, tokens = [], []
+    for ids, mask in batches:
+        cache, first = prefill(model, ids, mask)
+        runs.append(continue_by_hand(model, cache, first, mask, NEW - 1))
+        tokens.append([first])
+    for _ in range(NEW - 1):
+        for run, mine in zip(runs, tokens, strict=True):
+            mine.append(next(run))
+    for mine, theirs in zip(tokens, expected, strict=True):
+        assert torch.equal(torch.cat(mine, dim=1), theirs)
+
+
+def test_a_cache_that_is_reset_is_routed_anew(tiny_model):
+    from transformers import StaticCache
+
+    model = adapted(tiny_model("llama"))
+    cache = StaticCache(config=model.get_base_model().config, max_cache_len=24)
+    for row in ROWS:
+        ids, mask = padded([row])
+        cache.reset()
+        with torch.no_grad():
+            first = forward(model, ids, mask, cache, use_cache=True).logits[:, -1:].argmax(-1)
+        tokens = [first, *continue_by_hand(model, cache, first, mask, NEW - 1)]
+        assert torch.equal(torch.cat(tokens, dim=1), greedy_by_hand(model, ids, mask, NEW)[:, -NEW:])
+
+
+def test_a_prompt_in_pieces_is_refused(tiny_model):
+    model = adapted(tiny_model("llama"))
+    with pytest.raises(BaditError, match="without prefill_chunk_size, or use routing='token'"):
+        generate(model, *padded(ROWS), prefill_chunk_size=4)
+    by_token = adapted(tiny_model("llama"), routing="token")
+    ids, mask = padded(ROWS)
+    assert torch.equal(generate(by_token, ids, mask, prefill_chunk_size=4), generate(by_token, ids, mask))
+
+
+def test_candidate_tokens_do_not_join_the_prompt(tiny_model):
+    """Prompt lookup's first pass holds the prompt and guesses at the answer."""
+    model = adapted(tiny_model("llama"))
+    ids, mask = padded([[5, 6, 7, 8, 5, 6, 7, 8, 5, 6]])
+    assert torch.equal(generate(model, ids, mask, 12, prompt_lookup_num_tokens=3), generate(model, ids, mask, 12))
+
+
+def test_adapters_switched_off_generate_as_the_base_model(tiny_model):
+    model = adapted(tiny_model("llama"))
+    ids, mask = padded(ROWS)
+    expected = generate(tiny_model("llama"), ids, mask)
+    with model.disable_adapter():
+        assert torch.equal(generate(model, ids, mask), expected)
+    assert not torch.equal(generate(model, ids, mask), expected)
+
+
+def test_rows_with_adapters_of_their_own_are_refused(tiny_model):
+    model = adapted(tiny_model("llama"))
+    ids, mask = padded(ROWS)
+    with pytest.raises(BaditError, match="adapter_names: BADIT cannot mix adapters within a batch"):
+        generate(model, ids, mask, adapter_names=["default"] * 3)
+    with pytest.raises(BaditError, match="adapter_names"):
+        model(input_ids=ids, adapter_names=["default"] * 3)

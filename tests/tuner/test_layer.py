@@ -1,0 +1,236 @@
+"""One adapted layer against the naive loop over experts: values, gradients, dtypes, folding."""
+
+import itertools
+
+import pytest
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+import reference
+from badit.errors import BaditError
+from badit.peft.layer import BaditLinear
+from badit.peft.routing_context import ForwardPass, RoutingContext
+from tuner.helpers import config, randomise
+
+IN, OUT, EXPERTS, RANK = 12, 10, 3, 2
+KINDS = ("linear", "linear without bias", "conv1d")
+
+
+def naive_gates(layer, x, mask):
+    """Each position's gates (batch, positions, K), by the written-down formulas."""
+    options = layer.badit_config["default"]
+    seen = reference.prompt_mean(x, mask)[:, None].repeat(x.shape[1], axis=1) if options.routing == "prompt" else x
+    logits = reference.float64(seen) @ reference.float64(layer.badit_router["default"]).T
+    return reference.expert_gates(logits, options.gates, options.top_k)
+
+
+def naive_forward(layer, x, mask):
+    """y = W x + b + s·Σ_k gate_k B_k A_k x − s·B0 A0 x, one expert and one position at a time."""
+    options, base = layer.badit_config["default"], layer.get_base_layer()
+    weight = base.weight.T if isinstance(base, Conv1D) else base.weight
+    a, b, expert_of = layer.badit_A["default"], layer.badit_B["default"], layer.expert_of("default")
+    subtracts = options.decomposes and options.base_weight == "delta"
+    a0, b0 = layer.initial_factors("default") if subtracts else (None, None)
+    gates = naive_gates(layer, x, mask)
+    y = reference.badit_linear(x, weight, base.bias, a, b, a0, b0, expert_of, gates, options.scaling)
+    return torch.from_numpy(y)
+
+
+def differentiable_forward(layer, x, mask):
+    """The same by a loop over experts that autograd can follow."""
+    options = layer.badit_config["default"]
+    a, b, router = (p["default"] for p in (layer.badit_A, layer.badit_B, layer.badit_router))
+    seen = x
+    if options.routing == "prompt":
+        seen = torch.stack([row[prompt].mean(dim=0) for row, prompt in zip(x, mask, strict=True)])[:, None]
+    logits = seen @ router.T
+    if options.top_k is not None:
+        weak = logits.argsort(dim=-1)[..., : -options.top_k]
+        logits = logits.scatter(-1, weak, float("-inf"))
+    gates = logits.softmax(dim=-1) * (options.num_experts if options.gates == "mean_one" else 1)
+    y = layer.get_base_layer()(x)
+    for k in range(options.num_experts):
+        mine = layer.expert_of("default") == k
+        y = y + options.scaling * gates[..., k : k + 1] * (x @ a[mine].T @ b[:, mine].T)
+    if options.decomposes and options.base_weight == "delta":
+        a0, b0 = layer.initial_factors("default")
+        y = y - options.scaling * (x @ a0.T @ b0.T)
+    return y
+
+
+def make(kind="linear", *, dtype=torch.float64, at_start=False, **options):
+    if kind == "conv1d":
+        base = Conv1D(OUT, IN)
+        nn.init.normal_(base.weight)
+        nn.init.normal_(base.bias)
+    else:
+        base = nn.Linear(IN, OUT, bias=kind == "linear")
+    base.requires_grad_(False)
+    layer = BaditLinear(base.to(dtype), "layer", RoutingContext(), "default", config(**options))
+    layer.set_adapter("default")
+    if not at_start:
+        randomise(layer)
+    return layer.eval()
+
+
+def batch(dtype=torch.float64):
+    x = torch.randn(3, 5, IN, dtype=dtype)
+    mask = torch.tensor([[0, 1, 1, 0, 0], [1, 1, 1, 1, 1], [0, 0, 0, 1, 0]]).bool()
+    return x, mask
+
+
+def run(layer, x, mask):
+    layer.routing._running = ForwardPass(lambda: mask)
+    try:
+        return layer(x)
+    finally:
+        layer.routing._running = None
+
+
+@pytest.mark.parametrize("base_weight", ["delta", "folded"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("routing", "gates", "top_k"), list(itertools.product(["prompt", "token"], ["mean_one", "softmax"], [None, 1, 2]))
+)
+def test_forward_equals_the_loop_over_experts(kind, base_weight, routing, gates, top_k):
+    layer = make(kind, base_weight=base_weight, routing=routing, gates=gates, top_k=top_k)
+    x, mask = batch()
+    output = run(layer, x, mask)  # folds first, so that the naive form reads the residual
+    torch.testing.assert_close(output, naive_forward(layer, x, mask), atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("init_weights", ["lora", False])
+def test_forward_without_decomposition_equals_the_loop(init_weights):
+    layer = make(init_weights=init_weights)
+    x, mask = batch()
+    torch.testing.assert_close(run(layer, x, mask), naive_forward(layer, x, mask), atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("base_weight", "tolerance"), [("delta", 1e-5), ("folded", 1e-4)])
+def test_step_0_is_the_base_layer(kind, base_weight, tolerance):
+    layer = make(kind, dtype=torch.float32, at_start=True, base_weight=base_weight)
+    x, mask = batch(torch.float32)
+    before = layer.get_base_layer()(x)
+    torch.testing.assert_close(run(layer, x, mask), before, atol=tolerance, rtol=0)
+
+
+def test_what_lies_outside_the_prompt_does_not_matter_to_the_gates():
+    layer, (x, mask) = make(), batch()
+    changed = torch.where(mask[..., None], x, torch.nan)
+    expected, found = run(layer, x, mask), run(layer, changed, mask)
+    torch.testing.assert_close(found[mask], expected[mask])
+
+
+def test_an_input_without_positions_has_one_gate_a_row():
+    layer, x = make(), torch.randn(4, IN, dtype=torch.float64)
+    alone = torch.cat([layer(row[None]) for row in x])
+    torch.testing.assert_close(layer(x), alone)
+    torch.testing.assert_close(layer(x), layer(x[:, None])[:, 0])
+
+
+def test_an_input_that_is_not_the_batch_is_refused():
+    layer, (x, mask) = make(), batch()
+    with pytest.raises(BaditError, match=r"layer sees an input of shape \(3, 4, 12\).*leave it out of target_modules"):
+        run(layer, x[:, :4], mask)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("linear", {}),
+        ("conv1d", {}),
+        ("linear", {"base_weight": "folded"}),
+        ("linear", {"routing": "token", "top_k": 2}),
+        ("linear", {"gates": "softmax", "init_weights": "lora"}),
+    ],
+)
+def test_gradients_equal_the_naive_ones_and_finite_differences(kind, options):
+    layer = make(kind, **options).double()
+    x, mask = batch()
+    trained = [layer.badit_A["default"], layer.badit_B["default"], layer.badit_router["default"]]
+    upstream = torch.randn(3, 5, OUT, dtype=torch.float64)
+    run(layer, x, mask)
+    naive = torch.autograd.grad((differentiable_forward(layer, x, mask) * upstream).sum(), trained)
+    found = torch.autograd.grad((run(layer, x, mask) * upstream).sum(), trained)
+    for ours, theirs in zip(found, naive, strict=True):
+        assert theirs.abs().max() > 1e-3
+        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
+
+    gradient, step = found[2], 1e-3  # the router's: its path is the longest (its softmax runs in float32)
+    numeric = torch.zeros_like(gradient)
+    with torch.no_grad():
+        for index in itertools.product(*map(range, gradient.shape)):
+            values = []
+            for sign in (1, -1):
+                trained[2][index] += sign * step
+                values.append((run(layer, x, mask) * upstream).sum())
+                trained[2][index] -= sign * step
+            numeric[index] = (values[0] - values[1]) / (2 * step)
+    torch.testing.assert_close(gradient, numeric, atol=2e-2, rtol=1e-2)
+
+
+def test_the_input_gets_the_naive_gradient_too():
+    layer, (x, mask) = make(), batch()
+    x.requires_grad_(True)
+    upstream = torch.randn(3, 5, OUT, dtype=torch.float64)
+    (found,) = torch.autograd.grad((run(layer, x, mask) * upstream).sum(), x)
+    (naive,) = torch.autograd.grad((differentiable_forward(layer, x, mask) * upstream).sum(), x)
+    torch.testing.assert_close(found, naive, atol=1e-6, rtol=1e-5)
+
+
+def test_get_delta_weight_is_the_layer_under_fixed_gates(monkeypatch):
+    layer, (x, mask) = make(), batch()
+    gates = torch.tensor([0.5, 2.0, 0.0], dtype=torch.float64)
+    monkeypatch.setattr(layer, "_route", lambda adapter, x: gates.expand(*x.shape[:-1], EXPERTS))
+    expected = run(layer, x, mask) - layer.get_base_layer()(x)
+    torch.testing.assert_close(x @ layer.get_delta_weight("default", gates).T, expected, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(layer.get_delta_weight("default"), layer.get_delta_weight("default", torch.ones(3)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_unfold_restores_the_weight_to_the_bit(kind):
+    layer = make(kind, dtype=torch.bfloat16, base_weight="folded")
+    base = layer.get_base_layer()
+    before = base.weight.clone()
+    run(layer, *batch(torch.bfloat16))
+    assert not torch.equal(base.weight, before)
+    layer.unfold()
+    assert torch.equal(base.weight, before)
+    layer.unfold()
+    assert torch.equal(base.weight, before)
+
+
+def test_a_further_adapter_decomposes_the_weight_and_not_the_residual():
+    layer = make(dtype=torch.float32, base_weight="folded")
+    run(layer, *batch(torch.float32))
+    layer.update_layer("second", config())
+    first, second = (layer.initial_factors(name)[0] for name in ("default", "second"))
+    torch.testing.assert_close(first, second)
+
+
+def test_bf16_base_keeps_the_adapter_in_fp32_when_asked():
+    layer = make(dtype=torch.bfloat16, at_start=True)
+    for parameters in (layer.badit_A, layer.badit_B, layer.badit_router):
+        parameters.float()
+    for buffers in (layer.badit_A0, layer.badit_B0):
+        buffers.float()
+    x, mask = batch(torch.bfloat16)
+    output = run(layer, x, mask)
+    assert output.dtype == torch.bfloat16
+    torch.testing.assert_close(output, layer.get_base_layer()(x), atol=2e-2, rtol=0)
+
+
+def test_gate_sums_count_training_passes_only():
+    layer, (x, mask) = make(), batch()
+    run(layer, x, mask)
+    assert layer.gate_sums == {}
+    layer.train()
+    with torch.no_grad():
+        run(layer, x, mask)
+    assert layer.gate_sums == {}
+    run(layer, x, mask)
+    run(layer, x, mask)
+    assert layer.gate_sums["default"][-1] == 6
+    torch.testing.assert_close(layer.gate_sums["default"][:-1].sum(), torch.tensor(18.0))

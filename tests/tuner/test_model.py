@@ -1,0 +1,221 @@
+"""Adapters added, switched, deleted and taken off again: the base model is never the worse for it."""
+
+import copy
+
+import pytest
+import torch
+from peft import LoraConfig, PeftMixedModel, get_peft_model
+
+from badit.errors import BaditError
+from tuner.helpers import FAMILIES, adapt, adapted, config, forward, layers, padded, random_rows, randomise
+
+IDS, MASK = padded(random_rows(6, 11, 9))
+
+
+def logits(model):
+    with torch.no_grad():
+        return forward(model, IDS, MASK).logits
+
+
+def weights(model):
+    """The base model's weights by their names there."""
+    return {
+        name.removeprefix("base_model.model.").replace(".base_layer.", "."): value.clone()
+        for name, value in [*model.named_parameters(), *model.named_buffers()]
+        if "badit_" not in name
+    }
+
+
+def assert_same_weights(one, other):
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        assert torch.equal(value, other[name]), name
+
+
+def with_two(base, **second):
+    model = adapted(base)
+    model.add_adapter("second", config(**{"num_experts": 4, **second}))
+    return randomise(model, "second", seed=1)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_adapters_are_switched_and_both_at_once_add_up(tiny_model, family):
+    model = with_two(tiny_model(family))
+    first = logits(model)
+    torch.testing.assert_close(first, logits(adapted(tiny_model(family))))
+    model.set_adapter("second")
+    alone = randomise(adapt(tiny_model(family), num_experts=4), seed=1)
+    torch.testing.assert_close(logits(model), logits(alone))
+    layer, x = layers(model)[0], torch.randn(2, 5, 32)
+    outputs = {}
+    with torch.no_grad():
+        for names in (["default"], ["second"], ["default", "second"]):
+            model.base_model.set_adapter(names)
+            outputs[len(outputs)] = layer(x) - layer.get_base_layer()(x)
+    torch.testing.assert_close(outputs[2], outputs[0] + outputs[1], atol=1e-4, rtol=1e-4)
+    model.set_adapter("default")
+    assert torch.equal(logits(model), first)
+
+
+def test_both_at_once_decode_as_they_are_teacher_forced(tiny_model):
+    from transformers import DynamicCache
+
+    from tuner.helpers import cached_steps, teacher_forced
+
+    model = with_two(tiny_model("llama"), routing="prompt")
+    model.base_model.set_adapter(["default", "second"])
+    forced = teacher_forced(model, IDS, MASK, 8)[:, 7:]
+    assert torch.equal(MASK[:, 7], torch.ones(3, dtype=torch.long))
+    torch.testing.assert_close(cached_steps(model, IDS, MASK, 8, DynamicCache()), forced, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("base_weight", ["delta", "folded"])
+def test_disabled_is_the_base_model_to_the_bit(tiny_model, family, base_weight):
+    model = adapted(tiny_model(family), base_weight=base_weight, target_modules="all-linear")
+    expected = logits(model)
+    with model.disable_adapter():
+        assert torch.equal(logits(model), logits(tiny_model(family)))
+        assert_same_weights(weights(model), weights(tiny_model(family)))
+    assert torch.equal(logits(model), expected)
+
+
+def test_delete_adapter(tiny_model):
+    model = with_two(tiny_model("llama"))
+    model.delete_adapter("second")
+    assert list(model.peft_config) == ["default"]
+    assert not [name for name in model.state_dict() if "second" in name]
+    torch.testing.assert_close(logits(model), logits(adapted(tiny_model("llama"))))
+    for layer in layers(model):
+        assert list(layer.badit_config) == ["default"]
+        assert list(layer.badit_expert_of) == ["default"]
+
+
+@pytest.mark.parametrize("step", ["delete", "set", "add", "unload", "disable"])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_folded_base_weight_comes_back_to_the_bit(tiny_model, family, dtype, step):
+    model = adapted(tiny_model(family, dtype=dtype), base_weight="folded")
+    expected = logits(model)
+    assert not torch.equal(
+        layers(model)[0].weight_OI,
+        adapt(tiny_model(family, dtype=dtype)).get_submodule("base_model.model." + layers(model)[0].name).weight_OI,
+    )
+    if step == "delete":
+        model.delete_adapter("default")
+    elif step == "set":
+        model.set_adapter("default")
+    elif step == "add":
+        with pytest.raises(BaditError):
+            model.add_adapter("second", config())
+        for layer in layers(model):
+            layer.unfold()
+    elif step == "unload":
+        model = model.unload()
+    else:
+        model.base_model.disable_adapter_layers()
+    assert_same_weights(weights(model), weights(tiny_model(family, dtype=dtype)))
+    if step == "disable":
+        model.base_model.enable_adapter_layers()
+    if step in ("set", "add", "disable"):
+        assert torch.equal(logits(model), expected)
+
+
+@pytest.mark.parametrize("kinds", [("folded", "delta"), ("delta", "folded"), ("folded", "folded")])
+def test_a_second_adapter_beside_a_folded_one_is_refused_and_the_first_goes_on(tiny_model, kinds):
+    model = adapted(tiny_model("llama"), base_weight=kinds[0])
+    expected = logits(model)
+    for _ in range(2):
+        with pytest.raises(BaditError, match="must be the only one: use base_weight='delta'"):
+            model.add_adapter("second", config(base_weight=kinds[1]))
+        assert list(model.peft_config) == ["default"]
+        assert torch.equal(logits(model), expected)
+    if kinds[0] == "delta":
+        model.add_adapter("second", config())
+        model.set_adapter("second")
+
+
+def test_a_refused_adapter_leaves_no_configuration_behind(tiny_model):
+    """Also where PEFT does not roll back itself, as when transformers adds an adapter to its own model."""
+    tuner = adapted(tiny_model("llama")).base_model
+    tuner.peft_config["second"] = config(base_weight="folded")
+    with pytest.raises(BaditError, match="must be the only one"):
+        tuner.inject_adapter(tuner.model, "second")
+    assert list(tuner.peft_config) == ["default"]
+
+
+@pytest.mark.parametrize("base_weight", ["delta", "folded"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_unload_leaves_no_trace(tiny_model, family, base_weight):
+    base = tiny_model(family)
+    modules = [type(module) for module in base.modules()]
+    own = set(vars(base))
+    model = adapted(base, base_weight=base_weight, target_modules="all-linear")
+    logits(model)
+    unloaded = model.unload()
+    assert unloaded is base
+    assert_same_weights(weights(unloaded), weights(tiny_model(family)))
+    assert torch.equal(logits(unloaded), logits(tiny_model(family)))
+    assert [type(module) for module in unloaded.modules()] == modules
+    for module in unloaded.modules():
+        assert not module._forward_pre_hooks
+        assert not module._forward_hooks
+    assert not {name for name in set(vars(unloaded)) - own if "badit" in name or name == "generate"}
+    torch.testing.assert_close(logits(adapt(unloaded)), logits(tiny_model(family)), atol=1e-5, rtol=0)
+
+
+def test_merging_is_refused(tiny_model):
+    model = adapted(tiny_model("llama"))
+    expected = logits(model)
+    refused = [
+        model.merge_and_unload,
+        model.merge_adapter,
+        model.base_model.merge_adapter,
+        layers(model)[0].merge,
+        lambda: model.merge_and_unload(safe_merge=True, adapter_names=["default"]),
+    ]
+    for merge in refused:
+        with pytest.raises(BaditError, match=r"keep it as an adapter \(unload\(\).*get_delta_weight\(adapter, gates\)"):
+            merge()
+    assert torch.equal(logits(model), expected)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_number_of_trainable_parameters(tiny_model, family):
+    model = adapt(tiny_model(family))
+    # Two layers: A is (6, 32), B is (48, 6), the router (3, 32). A0 and B0 are buffers.
+    trainable = 2 * (6 * 32 + 48 * 6 + 3 * 32)
+    plain = sum(p.numel() for p in tiny_model(family).parameters())
+    assert model.get_nb_trainable_parameters() == (trainable, plain + trainable)
+
+
+@pytest.mark.parametrize("base_weight", ["delta", "folded"])
+def test_a_deep_copy_is_independent(tiny_model, base_weight):
+    model = adapted(tiny_model("llama"), base_weight=base_weight)
+    expected = logits(model)
+    copied = copy.deepcopy(model)
+    assert torch.equal(logits(copied), expected)
+    randomise(copied, seed=5)
+    changed = logits(copied)
+    assert not torch.equal(changed, expected)
+    assert torch.equal(logits(model), expected)
+    options = {"input_ids": IDS, "attention_mask": MASK, "max_new_tokens": 4, "do_sample": False, "use_cache": False}
+    tokens = copied.generate(**options)
+    assert not torch.equal(model.generate(**options), tokens)
+    unloaded = model.unload()
+    assert not unloaded._forward_pre_hooks
+    assert torch.equal(logits(copied), changed)
+    assert torch.equal(copied.generate(**options), tokens)
+    assert not copied.unload()._forward_pre_hooks
+
+
+def test_mixing_with_other_methods_is_refused_by_peft(tiny_model):
+    with pytest.raises(ValueError, match="not compatible"):
+        PeftMixedModel(tiny_model("llama"), config(), "default")
+    model = get_peft_model(tiny_model("llama"), LoraConfig(target_modules=["q_proj"]), mixed=True)
+    with pytest.raises(ValueError, match="not compatible"):
+        model.add_adapter("badit", config())
+
+
+def test_a_layer_says_what_it_is(tiny_model):
+    assert "badit.BaditLinear" in repr(adapt(tiny_model("llama")))

@@ -1,0 +1,251 @@
+"""Routing means the same in training and in generation, whatever the padding, the batch-mates and the cache.
+
+All with a router that decides and a shuffled grouping, so that a gate taken from the wrong tokens shows.
+"""
+
+import copy
+
+import pytest
+import torch
+from peft import get_peft_model
+from transformers import DynamicCache, StaticCache
+
+from badit.errors import BaditError
+from tuner.helpers import (
+    FAMILIES,
+    adapted,
+    cache_name,
+    cached_steps,
+    config,
+    forward,
+    layers,
+    padded,
+    positions,
+    random_rows,
+    teacher_forced,
+)
+
+PROMPTS = random_rows(5, 9, 7)
+ANSWERS = random_rows(6, 6, 6, seed=1)
+LENGTH = 9
+CLOSE = {"atol": 1e-4, "rtol": 1e-4}
+
+
+def with_answers(answers=ANSWERS):
+    """Left-padded prompts, each followed by an answer of six tokens."""
+    return padded([prompt + answer for prompt, answer in zip(PROMPTS, answers, strict=True)])
+
+
+def new_cache(kind, model):
+    inner = model.get_base_model().config
+    return DynamicCache(config=inner) if kind == "dynamic" else StaticCache(config=inner, max_cache_len=24)
+
+
+def plain(model, ids, mask, **options):
+    with torch.no_grad():
+        return forward(model, ids, mask, **options).logits
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gates_differ_between_prompts(tiny_model, family):
+    """What makes the other tests able to fail."""
+    model = adapted(tiny_model(family))
+    cache = new_cache("dynamic", model)
+    plain(model, *padded(PROMPTS), cache=cache, use_cache=True)
+    for gates in cache.badit_gates.values():
+        assert (gates[0] - gates[1]).abs().max() > 0.1
+        assert (gates - 1).abs().max() > 0.3
+
+
+@pytest.mark.parametrize("base_weight", ["delta", "folded"])
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_teacher_forcing_equals_cached_decoding(tiny_model, family, kind, base_weight):
+    model = adapted(tiny_model(family), base_weight=base_weight, target_modules="all-linear")
+    ids, mask = with_answers()
+    forced = teacher_forced(model, ids, mask, LENGTH)[:, LENGTH - 1 :]
+    torch.testing.assert_close(cached_steps(model, ids, mask, LENGTH, new_cache(kind, model)), forced, **CLOSE)
+    # The trap: without labels the answer would join the routing, and the logits move.
+    assert (plain(model, ids, mask)[:, LENGTH - 1 :] - forced).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_routing_by_token_and_top_k_also_decode_as_trained(tiny_model, family):
+    for options in ({"routing": "token"}, {"top_k": 1}, {"gates": "softmax"}):
+        model = adapted(tiny_model(family), **options)
+        ids, mask = with_answers()
+        forced = teacher_forced(model, ids, mask, LENGTH)[:, LENGTH - 1 :]
+        torch.testing.assert_close(cached_steps(model, ids, mask, LENGTH, DynamicCache()), forced, **CLOSE)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_padding_and_batch_mates_do_not_matter(tiny_model, family, side):
+    model = adapted(tiny_model(family))
+    rows = [prompt + answer for prompt, answer in zip(PROMPTS, random_rows(2, 6, 3, seed=1), strict=True)]
+    ids, mask = padded(rows, side)
+    labels = torch.full_like(ids, -100)
+    for i, (prompt, row) in enumerate(zip(PROMPTS, rows, strict=True)):
+        answer = mask[i].nonzero()[len(prompt) : len(row), 0]
+        labels[i, answer] = ids[i, answer]
+    together = plain(model, ids, mask, labels=labels)
+    for i, (prompt, row) in enumerate(zip(PROMPTS, rows, strict=True)):
+        alone = teacher_forced(model, *padded([row]), len(prompt))[0]
+        torch.testing.assert_close(together[i][mask[i].bool()], alone, **CLOSE)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_answer_does_not_change_the_gates(tiny_model, family):
+    model = adapted(tiny_model(family))
+    first = teacher_forced(model, *with_answers(), LENGTH)
+    second = teacher_forced(model, *with_answers(random_rows(6, 6, 6, seed=2)), LENGTH)
+    real = with_answers()[1][:, :LENGTH].bool()
+    torch.testing.assert_close(first[:, :LENGTH][real], second[:, :LENGTH][real], **CLOSE)
+    assert (first[:, LENGTH:] - second[:, LENGTH:]).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("eager", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_four_dimensional_masks_route_like_the_two_dimensional(tiny_model, family, eager):
+    """`generate` hands such masks to models with compilable caches; rows of padding attend to nothing there."""
+    from transformers.masking_utils import create_masks_for_generate
+
+    model = adapted(tiny_model(family, **({"_attn_implementation": "eager"} if eager else {})))
+    ids, mask = padded(PROMPTS)
+    inner, cache = model.get_base_model(), new_cache("static", model)
+    embedded, name = inner.get_input_embeddings()(ids), cache_name(model)
+    four = create_masks_for_generate(
+        config=inner.config, inputs_embeds=embedded, attention_mask=mask, position_ids=positions(mask), **{name: cache}
+    )
+    with torch.no_grad():
+        found = model(
+            input_ids=ids, attention_mask=four, position_ids=positions(mask), use_cache=True, **{name: cache}
+        ).logits
+    torch.testing.assert_close(found[mask.bool()], plain(model, ids, mask)[mask.bool()], **CLOSE)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_inputs_embeds(tiny_model, family):
+    model = adapted(tiny_model(family))
+    ids, mask = padded(PROMPTS)
+    embedded = model.get_input_embeddings()(ids)
+    with torch.no_grad():
+        found = model(inputs_embeds=embedded, attention_mask=mask, position_ids=positions(mask)).logits
+    torch.testing.assert_close(found, plain(model, ids, mask), **CLOSE)
+
+
+def test_no_mask_means_all_of_it_and_arguments_may_be_positional(tiny_model):
+    model = adapted(tiny_model("llama"))
+    ids, mask = padded(random_rows(7, 7))
+    expected = plain(model, ids, mask)
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, expected, **CLOSE)
+        torch.testing.assert_close(model.get_base_model()(ids, mask).logits, expected, **CLOSE)
+
+
+def test_prompt_mask_overrides_labels_and_attention_mask(tiny_model):
+    model = adapted(tiny_model("llama"))
+    ids, mask = with_answers()
+    prompt = mask.clone()
+    prompt[:, LENGTH:] = 0
+    expected = teacher_forced(model, ids, mask, LENGTH)
+    labels = ids.masked_fill(mask == 0, -100)
+    torch.testing.assert_close(plain(model, ids, mask, prompt_mask=prompt), expected, **CLOSE)
+    torch.testing.assert_close(plain(model, ids, mask, prompt_mask=prompt.bool(), labels=labels), expected, **CLOSE)
+
+
+def test_every_position_labelled_warns_once(tiny_model):
+    model = adapted(tiny_model("llama"))
+    ids, mask = padded(random_rows(6, 6))
+    with pytest.warns(UserWarning, match="every position carries a label"):
+        found = plain(model, ids, mask, labels=ids)
+    plain(model, ids, mask, labels=ids)  # silent, or the warning would be an error
+    first_only = torch.zeros_like(mask)
+    first_only[:, 0] = 1
+    torch.testing.assert_close(found, plain(model, ids, mask, prompt_mask=first_only), **CLOSE)
+
+
+def packed():
+    ids = torch.tensor(random_rows(9))
+    return {"input_ids": ids, "position_ids": torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]]), "use_cache": False}
+
+
+def test_packed_batches_are_refused(tiny_model):
+    model = adapted(tiny_model("llama"))
+    with pytest.raises(BaditError, match="packing=False and padding_free=False, or use routing='token'"):
+        model(**packed())
+    lengths = torch.tensor([0, 4, 9], dtype=torch.int32)
+    with pytest.raises(BaditError, match="packing=False"):
+        model(input_ids=packed()["input_ids"], cu_seq_lens_q=lengths, cu_seq_lens_k=lengths)
+
+
+def test_packed_batches_pass_where_no_prompt_is_needed(tiny_model):
+    model, batch = adapted(tiny_model("llama")), packed()
+    with torch.no_grad():
+        base = tiny_model("llama")(**batch).logits
+        with model.disable_adapter():
+            assert torch.equal(model(**batch).logits, base)
+        by_token = adapted(tiny_model("llama"), routing="token")
+        apart = by_token(input_ids=batch["input_ids"][:, 4:]).logits
+        torch.testing.assert_close(by_token(**batch).logits[:, 4:], apart, **CLOSE)
+
+
+def test_routing_by_token_does_not_warn_of_labels(tiny_model):
+    ids, mask = padded(random_rows(6, 6))
+    plain(adapted(tiny_model("llama"), routing="token"), ids, mask, labels=ids)
+
+
+def test_an_unreadable_mask_is_refused(tiny_model):
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    ids = padded(PROMPTS)[0]
+    model = adapted(tiny_model("llama"), target_modules=["q_proj"])  # asks for its gates before the attention runs
+    mask = create_block_mask(lambda b, h, q, k: q >= k, B=3, H=None, Q_LEN=LENGTH, KV_LEN=LENGTH, device="cpu")
+    with pytest.raises(BaditError, match=r"attention mask of type BlockMask.*prompt_mask="):
+        model(input_ids=ids, attention_mask=mask)
+
+
+def test_a_cache_filled_without_the_adapter_is_refused(tiny_model):
+    model, cache = adapted(tiny_model("llama")), DynamicCache()
+    ids, mask = with_answers()
+    with model.disable_adapter():
+        plain(model, ids[:, :LENGTH], mask[:, :LENGTH], cache=cache, use_cache=True)
+    with pytest.raises(BaditError, match="this cache was filled without the adapter"):
+        plain(model, ids[:, LENGTH : LENGTH + 1], mask[:, : LENGTH + 1], cache=cache, use_cache=True)
+
+
+def test_a_cache_filled_by_another_adapter_is_refused(tiny_model):
+    model, cache = adapted(tiny_model("llama")), DynamicCache()
+    model.add_adapter("other", config())
+    ids, mask = with_answers()
+    plain(model, ids[:, :LENGTH], mask[:, :LENGTH], cache=cache, use_cache=True)
+    model.set_adapter("other")
+    with pytest.raises(BaditError, match="this cache was filled without the adapter"):
+        plain(model, ids[:, LENGTH : LENGTH + 1], mask[:, : LENGTH + 1], cache=cache, use_cache=True)
+
+
+def test_a_cache_of_another_batch_size_is_refused(tiny_model):
+    model, cache = adapted(tiny_model("llama")), DynamicCache()
+    ids, mask = with_answers()
+    plain(model, ids[:, :LENGTH], mask[:, :LENGTH], cache=cache, use_cache=True)
+    cache.batch_select_indices(torch.tensor([0, 1]))
+    with pytest.raises(BaditError, match="filled with a batch of 3, the present batch has 2 rows"):
+        plain(model, ids[:2, LENGTH : LENGTH + 1], mask[:2, : LENGTH + 1], cache=cache, use_cache=True)
+
+
+def test_a_failed_pass_leaves_no_trace(tiny_model):
+    model = adapted(tiny_model("llama"))
+    ids, mask = padded(PROMPTS)
+    expected = plain(model, ids, mask)
+    with pytest.raises(IndexError):
+        plain(model, ids + 1000, mask)
+    layer = layers(model)[0]
+    assert layer.routing.forward_pass() is None
+    torch.testing.assert_close(plain(model, ids, mask), expected)
+
+
+def test_two_models_do_not_share_their_routing(tiny_model):
+    one = adapted(tiny_model("llama"))
+    two = copy.deepcopy(one)
+    three = get_peft_model(tiny_model("llama"), config())
+    assert len({id(layers(model)[0].routing) for model in (one, two, three)}) == 3
