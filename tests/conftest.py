@@ -106,7 +106,7 @@ def model_folder(tmp_path: Path, tiny_model: Callable[..., Any]) -> Path:
     folder = tmp_path / "model"
     tokenizer = make_tokenizer(chat_template=CHATML)
     model = tiny_model("llama")
-    model.resize_token_embeddings(len(tokenizer))
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     model.config.eos_token_id = tokenizer.eos_token_id
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

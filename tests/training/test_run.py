@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from badit.errors import BaditError
 from badit.recipe import build_recipe
@@ -146,8 +146,20 @@ def test_an_answer_to_a_prompt(recipe_values: Values, tmp_path: Path) -> None:
 
 def test_a_damaged_adapter_is_named(recipe_values: Values, tmp_path: Path) -> None:
     train(build_recipe(recipe_values), progress=False)
-    (tmp_path / "run" / "adapter" / "adapter_model.safetensors").write_bytes(b"cut short")
+    weights = tmp_path / "run" / "adapter" / "adapter_model.safetensors"
+    # Copies, since the loaded tensors are the file's own pages, which the next line cuts off.
+    tensors = {name: tensor.clone() for name, tensor in load_file(weights).items()}
+
+    weights.write_bytes(b"cut short")
     with pytest.raises(BaditError, match=r"adapter: cannot be loaded"):
+        evaluate(tmp_path / "run", progress=False)
+
+    save_file({name: tensor for name, tensor in tensors.items() if "router" not in name}, weights)
+    with pytest.raises(BaditError, match=r"adapter: cannot be loaded .Found missing adapter keys"):
+        evaluate(tmp_path / "run", progress=False)
+
+    weights.rename(weights.with_name("adapter_model.bin"))
+    with pytest.raises(BaditError, match=r"adapter: has no adapter_model\.safetensors"):
         evaluate(tmp_path / "run", progress=False)
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 import time
-from dataclasses import dataclass
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peft import PeftModel
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers import TrainingArguments
 
@@ -37,7 +40,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-@dataclass
+@dataclasses.dataclass
 class Plan:
     """What a recipe comes to before any model is loaded."""
 
@@ -140,10 +143,14 @@ def load_run(run: RunFolder) -> tuple[PreTrainedModel | PeftModel, PreTrainedTok
         return _base_model(recipe)
     if not run.adapter.is_dir():
         raise BaditError(f"{run.path}: has no adapter yet; finish its training with: badit train {run.config}")
+    if not (run.adapter / SAFETENSORS_WEIGHTS_NAME).is_file():  # PEFT would go on to look for a pickled file
+        raise BaditError(f"{run.adapter}: has no {SAFETENSORS_WEIGHTS_NAME}; remove the folder to train it anew")
     model, tokenizer = _base_model(recipe)
     try:
-        model = PeftModel.from_pretrained(model, str(run.adapter))
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="Found missing adapter keys")
+            model = PeftModel.from_pretrained(model, str(run.adapter))
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, UserWarning) as error:
         first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise BaditError(f"{run.adapter}: cannot be loaded ({first_line:.200})") from None
     return model.eval(), tokenizer
@@ -244,6 +251,13 @@ def _training_set(plan: Plan, tokenizer: PreTrainedTokenizerBase, progress: bool
     ]
 
 
+def _checkpointing(on: bool) -> dict[str, Any]:
+    """TrainingArguments for gradient checkpointing, which transformers renamed within version 5."""
+    known = {field.name for field in dataclasses.fields(TrainingArguments)}
+    name = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
+    return {name: True, f"{name}_kwargs": {"use_reentrant": False}} if on else {}
+
+
 def _arguments(recipe: Recipe, run: RunFolder) -> TrainingArguments:
     training = recipe.training
     return TrainingArguments(
@@ -257,8 +271,7 @@ def _arguments(recipe: Recipe, run: RunFolder) -> TrainingArguments:
         warmup_steps=training.warmup,  # below 1 it is a fraction of the run
         weight_decay=training.weight_decay,
         max_grad_norm=training.max_grad_norm,
-        gradient_checkpointing=training.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False} if training.gradient_checkpointing else None,
+        **_checkpointing(training.gradient_checkpointing),
         seed=training.seed,
         logging_steps=training.log_every,
         save_steps=training.save_every,
