@@ -31,7 +31,13 @@ def adapted(model: Any, **options: Any) -> Any:
 
 
 def make_trainer(
-    model: Any, folder: Path, callbacks: list[TrainerCallback], *, count: int = 24, **options: Any
+    model: Any,
+    folder: Path,
+    callbacks: list[TrainerCallback],
+    *,
+    count: int = 24,
+    group_by_length: bool = True,
+    **options: Any,
 ) -> AnswerTrainer:
     arguments = {"num_train_epochs": 2, "per_device_train_batch_size": 4, "learning_rate": 0.01, "save_steps": 5}
     return AnswerTrainer(
@@ -48,6 +54,7 @@ def make_trainer(
         train_dataset=examples(count),
         data_collator=AnswerCollator(0),
         callbacks=callbacks,
+        group_by_length=group_by_length,
     )
 
 

@@ -22,6 +22,7 @@ SAMPLES = 3
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", default="runs/demo", help="where the three runs go (default: runs/demo)")
     parser.add_argument("--epochs", type=float, default=1.0, help="passes over the training data (default: 1)")
+    parser.add_argument("--seed", type=int, default=0, help="of the adapters, the batches and dropout (default: 0)")
     parser.epilog = "Run it again to go on after an interruption; remove the output folder to start over."
 
 
@@ -35,7 +36,7 @@ def execute(options: argparse.Namespace) -> None:
     scores: dict[str, dict[str, Any]] = {}
     for name, method in METHODS.items():
         print(f"── {name} ──", flush=True)
-        recipe = build_recipe(demo_recipe(method, f"{options.output}/{name.lower()}", options.epochs))
+        recipe = build_recipe(demo_recipe(method, f"{options.output}/{name.lower()}", options.epochs, options.seed))
         scores[name] = train(recipe)
         runs[name] = RunFolder(recipe.output)
     print("\nScores on unseen instances of the 16 built-in tasks (EM: exact match)\n")
@@ -46,13 +47,13 @@ def execute(options: argparse.Namespace) -> None:
     print(f"\nRuns: {options.output}")
 
 
-def demo_recipe(method: Mapping[str, Any], output: str, epochs: float) -> dict[str, Any]:
+def demo_recipe(method: Mapping[str, Any], output: str, epochs: float, seed: int) -> dict[str, Any]:
     """One method's run of the demo."""
     return {
         "model": {"name": "smollm2-135m", "dtype": "bfloat16"},
         "data": {"source": "builtin", "train_per_task": 40, "test_per_task": 10},
         "method": dict(method),
-        "training": {"epochs": epochs, "batch_size": 8, "learning_rate": 5e-4, "log_every": 5, "save_every": 40},
+        "training": {"epochs": epochs, "seed": seed, "learning_rate": 5e-4, "log_every": 5, "save_every": 40},
         "evaluation": {"batch_size": 32, "max_new_tokens": 16},
         "output": output,
     }

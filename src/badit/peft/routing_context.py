@@ -109,7 +109,8 @@ class RoutingContext:
 
     def _enter(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         prompt_mask_BT = kwargs.pop("prompt_mask", None)
-        batch = {**dict(zip(_parameter_names(model), args, strict=False)), **kwargs}
+        named = dict(zip(_parameter_names(model), args, strict=False)) if args else {}
+        batch = {**named, **kwargs}
         self._running = self._describe(batch, prompt_mask_BT)
         if torch.is_grad_enabled():
             self._differentiated = self._running
