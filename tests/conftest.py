@@ -79,8 +79,9 @@ def tiny_model() -> Callable[..., Any]:
             setattr(config, name, value)
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-        return model.eval()
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        # Cast afterwards: weights drawn in another type would be other weights.
+        return model.to(dtype).eval()
 
     return make
 

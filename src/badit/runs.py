@@ -16,6 +16,7 @@ import json
 import os
 import platform
 import shutil
+import subprocess
 from collections.abc import Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
@@ -148,6 +149,7 @@ def environment() -> dict[str, Any]:
             continue
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
+        "commit": _commit(),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "processor": _processor(),
@@ -156,6 +158,18 @@ def environment() -> dict[str, Any]:
         "gpus": gpus,
         "packages": packages,
     }
+
+
+def _commit() -> str | None:
+    """The commit of the checkout that badit is imported from; None for an installed package or without git."""
+    root = Path(__file__).parents[2]
+    if not (root / ".git").exists():
+        return None
+    command = ["git", "-C", str(root), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
 
 
 def _processor() -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ def test_a_run_leaves_all_its_files(recipe_values: Values) -> None:
     assert run.recipe() == recipe
     environment = json.loads(run.environment.read_text())
     assert environment["training"]["steps"] == 12
-    assert environment["packages"]["torch"] == torch.__version__
+    assert environment["packages"]["torch"] == version("torch")
     steps = [json.loads(line)["step"] for line in run.metrics.read_text().splitlines()]
     assert steps == [*range(1, 13), 12]
     assert run.regroupings.read_text().count("\n") == 2 * 3
