@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from badit.peft import BaditConfig, BaditModel
     from badit.recipe import load_recipe
     from badit.training.regroup import RegroupCallback
-    from badit.training.run import evaluate, train
+    from badit.training.run import train
+    from badit.training.scoring import evaluate
 
 __version__ = "0.1.0"
 
@@ -30,7 +31,7 @@ _HOMES = {
     "BaditError": "badit.errors",
     "BaditModel": "badit.peft",
     "RegroupCallback": "badit.training.regroup",
-    "evaluate": "badit.training.run",
+    "evaluate": "badit.training.scoring",
     "load_base_model": "badit.models",
     "load_recipe": "badit.recipe",
     "load_tasks": "badit.data",

@@ -15,8 +15,11 @@ from safetensors.torch import load_file, save_file
 from badit.errors import BaditError
 from badit.recipe import build_recipe
 from badit.runs import RunFolder
-from badit.training import run as run_module
-from badit.training.run import answer, evaluate, make_plan, train
+from badit.training import plan as plan_module
+from badit.training.methods import Method
+from badit.training.plan import make_plan
+from badit.training.run import train
+from badit.training.scoring import answer, evaluate
 from training.trainers import StopAt
 
 Values = dict[str, Any]
@@ -50,7 +53,7 @@ def test_a_run_leaves_all_its_files(recipe_values: Values) -> None:
 def test_a_finished_run_is_not_done_again(recipe_values: Values, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = build_recipe(recipe_values)
     scores = train(recipe, progress=False)
-    monkeypatch.setattr(run_module, "load_base_model", lambda *a, **k: pytest.fail("loaded a model"))
+    monkeypatch.setattr(plan_module, "load_base_model", lambda *a, **k: pytest.fail("loaded a model"))
     assert train(recipe, progress=False) == scores
 
 
@@ -63,9 +66,8 @@ def test_an_interrupted_run_ends_as_one_that_was_not(
 
     recipe = build_recipe(recipe_values)
     with monkeypatch.context() as patch:
-        method = run_module.Method
-        callbacks = method.callbacks
-        patch.setattr(method, "callbacks", lambda self, run: [*callbacks(self, run), StopAt(stopped_at)])
+        callbacks = Method.callbacks
+        patch.setattr(Method, "callbacks", lambda self, run: [*callbacks(self, run), StopAt(stopped_at)])
         with pytest.raises(KeyboardInterrupt):
             train(recipe, progress=False)
     assert not (tmp_path / "run" / "scores.json").exists()
@@ -189,8 +191,10 @@ def test_every_data_option_reaches_the_plan(recipe_values: Values) -> None:
 
 
 def test_a_split_without_instances_is_refused(recipe_values: Values) -> None:
-    with pytest.raises(BaditError, match="has no validation instances"):
+    with pytest.raises(BaditError, match=r"has no validation instances; .* or set data\.validation_per_task"):
         make_plan(build_recipe(recipe_values, ["evaluation.split=validation"]))
+    with pytest.raises(BaditError, match="has no validation instances"):
+        make_plan(build_recipe(recipe_values), split="validation")
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def execute(options: argparse.Namespace) -> None:
-    from badit.training.run import evaluate
+    from badit.training.scoring import evaluate
 
     quiet_loading()
     print(score_table({options.run: evaluate(options.run, split=options.split)}))

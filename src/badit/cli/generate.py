@@ -16,7 +16,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def execute(options: argparse.Namespace) -> None:
     from badit.runs import RunFolder
-    from badit.training.run import answer
+    from badit.training.scoring import answer
 
     quiet_loading()
     prompt = sys.stdin.read() if options.prompt == "-" else options.prompt

@@ -17,7 +17,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def execute(options: argparse.Namespace) -> None:
     from badit.recipe import dump_recipe, load_recipe
-    from badit.training.run import make_plan, train
+    from badit.training.plan import make_plan
+    from badit.training.run import train
 
     quiet_loading()
     recipe = load_recipe(options.recipe, options.overrides)

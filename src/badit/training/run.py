@@ -1,82 +1,26 @@
-"""One run from recipe to scores: load, adapt, train, save, evaluate. An interrupted run goes on where it stopped."""
+"""One run from recipe to scores: load, adapt, train, save, score. An interrupted run goes on where it stopped."""
 
 from __future__ import annotations
 
 import dataclasses
 import shutil
 import time
-import warnings
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peft import PeftModel
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from safetensors import SafetensorError
+import transformers
 from tqdm import tqdm
 from transformers import TrainingArguments
 
-from badit.data import (
-    AnswerCollator,
-    Instance,
-    Task,
-    encode_example,
-    encode_prompt,
-    hold_out,
-    limit,
-    load_tasks,
-    mixture,
-)
-from badit.errors import BaditError
-from badit.evaluation.evaluate import evaluate_tasks, write_predictions
-from badit.evaluation.generation import generate_answers
-from badit.models import load_base_model
-from badit.recipe import Recipe, expand_source
+from badit.data import AnswerCollator, mixture
+from badit.recipe import Recipe
 from badit.runs import RunFolder, environment, read_json, replace_folder, write_json
 from badit.training.callbacks import MetricsLog, ProgressBar, StopOnSignal
-from badit.training.methods import Method, build_method
+from badit.training.plan import Plan, base_model, encoded, make_plan
+from badit.training.scoring import evaluate
 from badit.training.trainer import AnswerTrainer
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-
-@dataclasses.dataclass
-class Plan:
-    """What a recipe comes to before any model is loaded."""
-
-    recipe: Recipe
-    tasks: list[Task]
-    method: Method
-
-    @property
-    def training_instances(self) -> int:
-        return len(mixture(self.tasks, self.recipe.data.sampling, self.recipe.data.seed))
-
-    @property
-    def test_instances(self) -> int:
-        return sum(len(getattr(task, self.recipe.evaluation.split)) for task in self.tasks)
-
-
-def make_plan(recipe: Recipe) -> Plan:
-    """Validates the method and reads the tasks.
-
-    Raises:
-        BaditError: a bad option, or bad data.
-    """
-    data = recipe.data
-    method = build_method(recipe.method)
-    tasks = load_tasks(expand_source(data.source), tasks=data.tasks, format=data.format)
-    tasks = hold_out(tasks, data.validation_per_task, data.seed)
-    tasks = limit(tasks, data.train_per_task, data.test_per_task, data.seed)
-    for task in tasks:
-        if not getattr(task, recipe.evaluation.split):
-            raise BaditError(
-                f"data: task {task.name} has no {recipe.evaluation.split} instances; "
-                "leave it out with data.tasks, or set data.validation_per_task and evaluation.split"
-            )
-    if not any(task.train for task in tasks):
-        raise BaditError("data: no task has training instances")
-    return Plan(recipe, tasks, method)
+    from transformers import PreTrainedTokenizerBase
 
 
 def train(recipe: Recipe, *, progress: bool = True) -> dict[str, Any]:
@@ -89,118 +33,17 @@ def train(recipe: Recipe, *, progress: bool = True) -> dict[str, Any]:
     run = RunFolder.prepare(recipe)
     if run.scores.is_file():
         return read_json(run.scores)
-    write_json(run.environment, environment())
-    if plan.method.trains and not run.adapter.is_dir():
-        _train_adapter(plan, run, progress)
+    if not run.adapter.is_dir():
+        write_json(run.environment, environment())
+        if plan.method.trains:
+            _train_adapter(plan, run, progress)
     return evaluate(run.path, progress=progress)
 
 
-def evaluate(path: str | Path, *, split: str | None = None, progress: bool = True) -> dict[str, Any]:
-    """Scores a run's adapter on its tasks; writes ``scores.json`` and ``predictions/`` (for the recipe's own split)."""
-    run = RunFolder.existing(path)
-    recipe = run.recipe()
-    plan = make_plan(recipe)
-    model, tokenizer = load_run(run)
-    return score(model, tokenizer, plan, split=split, run=run, progress=progress)
-
-
-def score(
-    model: PreTrainedModel | PeftModel,
-    tokenizer: PreTrainedTokenizerBase,
-    plan: Plan,
-    *,
-    run: RunFolder,
-    split: str | None = None,
-    progress: bool = True,
-) -> dict[str, Any]:
-    """Scores any model on a plan's tasks and keeps scores and predictions in the run's folder."""
-    own_split = plan.recipe.evaluation.split
-    split = split or own_split
-    suffix = "" if split == own_split else f"-{split}"
-    scores, predictions = evaluate_tasks(
-        model,
-        tokenizer,
-        plan.tasks,
-        encode_prompt=lambda task, instance: encoded(tokenizer, plan.recipe, task, instance, answer=False)["input_ids"],
-        split=split,  # pyright: ignore[reportArgumentType]
-        max_new_tokens=plan.recipe.evaluation.max_new_tokens,
-        batch_size=plan.recipe.evaluation.batch_size,
-        progress=progress,
-    )
-    write_predictions(run.path / f"predictions{suffix}", predictions)
-    write_json(run.path / f"scores{suffix}.json", scores)
-    return scores
-
-
-def load_run(run: RunFolder) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
-    """A run's base model with its trained adapter (if its method trains one), for inference.
-
-    Raises:
-        BaditError: the run has no adapter yet, or it is damaged.
-    """
-    recipe = run.recipe()
-    if not build_method(recipe.method).trains:
-        return _base_model(recipe)
-    if not run.adapter.is_dir():
-        raise BaditError(f"{run.path}: has no adapter yet; finish its training with: badit train {run.config}")
-    if not (run.adapter / SAFETENSORS_WEIGHTS_NAME).is_file():  # PEFT would go on to look for a pickled file
-        raise BaditError(f"{run.adapter}: has no {SAFETENSORS_WEIGHTS_NAME}; remove the folder to train it anew")
-    model, tokenizer = _base_model(recipe)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("error", message="Found missing adapter keys")
-            model = PeftModel.from_pretrained(model, str(run.adapter))
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, UserWarning) as error:
-        first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise BaditError(f"{run.adapter}: cannot be loaded ({first_line:.200})") from None
-    return model.eval(), tokenizer
-
-
-def answer(run: RunFolder, prompt: str, *, max_new_tokens: int = 50) -> str:
-    """A run's answer to one prompt's text, in the prompt format of its recipe."""
-    if not prompt.strip():
-        raise BaditError("the prompt is empty")
-    section = run.recipe().prompt
-    model, tokenizer = load_run(run)
-    ids = encode_prompt(
-        tokenizer, prompt, max_source_tokens=section.max_source_tokens, chat_template=section.chat_template
-    )
-    return generate_answers(model, tokenizer, [ids], max_new_tokens=max_new_tokens, progress=False)[0]
-
-
-def encoded(
-    tokenizer: PreTrainedTokenizerBase, recipe: Recipe, task: Task, instance: Instance, *, answer: bool = True
-) -> dict[str, Any]:
-    """One instance in the recipe's prompt format, as token ids and labels."""
-    prompt = recipe.prompt
-    return encode_example(
-        tokenizer,
-        task,
-        instance,
-        encoding=prompt.encoding,
-        max_source_tokens=prompt.max_source_tokens,
-        max_answer_tokens=prompt.max_answer_tokens,
-        chat_template=prompt.chat_template,
-        with_answer=answer,
-    )
-
-
-def _base_model(recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    section = recipe.model
-    return load_base_model(
-        section.name,
-        dtype=section.dtype,
-        revision=section.revision,
-        trust_remote_code=section.trust_remote_code,
-    )
-
-
 def _train_adapter(plan: Plan, run: RunFolder, progress: bool) -> None:
-    import transformers
-
     recipe = plan.recipe
     transformers.set_seed(recipe.training.seed)
-    base, tokenizer = _base_model(recipe)
+    base, tokenizer = base_model(recipe)
     model = plan.method.apply(base)
     if recipe.training.gradient_checkpointing:
         model.enable_input_require_grads()
