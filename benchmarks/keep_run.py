@@ -1,4 +1,4 @@
-"""Keeps a finished run as a committed result: its configuration, environment, metrics and raw scores.
+"""Keeps a finished run as a committed result: configuration, environment, metrics, raw scores, regroupings by step.
 
     python benchmarks/keep_run.py runs/superni-cpu superni-cpu/badit
 
@@ -8,10 +8,13 @@ copies them to benchmarks/results/superni-cpu/badit. The adapter and the predict
 from __future__ import annotations
 
 import argparse
+import json
+from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 from badit.recipe import build_recipe, dump_recipe
-from badit.runs import RunFolder, write_text
+from badit.runs import RunFolder, read_jsonl, write_text
 
 RESULTS = Path(__file__).parent / "results"
 KEPT = ("environment.json", "metrics.jsonl", "scores.json")
@@ -24,9 +27,24 @@ def keep(run: RunFolder, name: str) -> Path:
     for file in KEPT:
         if (run.path / file).is_file():
             write_text(target / file, (run.path / file).read_text())
+    if regroupings := mean_over_modules(run.regroupings):
+        write_text(target / "regroupings.jsonl", "".join(json.dumps(line) + "\n" for line in regroupings))
     recipe = build_recipe(run.recipe().model_dump(), [f"output=runs/{name}"])
     write_text(target / "config.yaml", dump_recipe(recipe))
     return target
+
+
+def mean_over_modules(log: Path) -> list[dict[str, Any]]:
+    """One line a regrouping instead of one for every layer too: the mean of each number."""
+    by_step: dict[int, list[dict[str, Any]]] = defaultdict(list)
+    for line in read_jsonl(log):
+        by_step[line["step"]].append(line)
+    means = []
+    for step, lines in by_step.items():
+        numbers = [key for key, value in lines[0].items() if isinstance(value, float | int) and key != "step"]
+        mean = {key: round(sum(line[key] for line in lines) / len(lines), 4) for key in numbers}
+        means.append({"step": step, "modules": len(lines), **mean})
+    return means
 
 
 if __name__ == "__main__":
