@@ -1,0 +1,44 @@
+"""The demo over several seeds: mean and spread of its three methods.
+
+    python benchmarks/demo.py --seeds 0 1 2 --runs runs/demo
+
+runs what is not done yet and writes benchmarks/results/demo: each run's configuration, environment and scores, and
+summary.json, whose raw values per seed the README's table is made from.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from typing import Any
+
+from keep_run import RESULTS, keep
+
+from badit.cli import main
+from badit.cli.demo import METHODS
+from badit.runs import RunFolder, read_json, write_json
+
+
+def summarise(runs: str, seeds: list[int]) -> dict[str, Any]:
+    """Keeps the finished runs and returns mean, standard deviation and raw values of each method's two scores."""
+    summary: dict[str, Any] = {"seeds": seeds, "methods": {}}
+    for method in map(str.lower, METHODS):
+        kept = [keep(RunFolder.existing(f"{runs}-{seed}/{method}"), f"demo/{seed}/{method}") for seed in seeds]
+        scores = [read_json(folder / "scores.json") for folder in kept]
+        summary["methods"][method] = {key: _spread([one[key] for one in scores]) for key in ("rouge_l", "exact_match")}
+    return summary
+
+
+def _spread(values: list[float]) -> dict[str, Any]:
+    return {"mean": statistics.mean(values), "std": statistics.stdev(values), "values": values}
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--runs", default="runs/demo", help="the runs go to RUNS-SEED (default: runs/demo)")
+    options = parser.parse_args()
+    for seed in options.seeds:
+        if code := main(["demo", "--seed", str(seed), "--output", f"{options.runs}-{seed}"]):
+            raise SystemExit(code)
+    write_json(RESULTS / "demo" / "summary.json", summarise(options.runs, options.seeds))
