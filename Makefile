@@ -11,7 +11,7 @@ WORKERS ?= 2
 demo: $(VENV)/.demo  ## SmolLM2 tuned on the built-in tasks by LoRA and by BADIT
 	$(BIN)/badit demo
 
-test: $(VENV)/.dev test-lowest-peft  ## all tests, and the tuner's again on the lowest supported PEFT
+test: $(VENV)/.dev test-lowest-peft  ## all tests, and those of the adapters and their training again on the lowest supported PEFT
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile tests
 
 check: lint test  ## what CI checks
@@ -25,7 +25,7 @@ lint: $(VENV)/.dev
 # --no-deps: only PEFT itself changes; the folder goes before the virtual environment's packages.
 LOWEST_PEFT := $(VENV)/peft-0.19.0
 test-lowest-peft: $(VENV)/.dev $(LOWEST_PEFT)
-	PYTHONPATH=$(LOWEST_PEFT) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile tests/tuner
+	PYTHONPATH=$(LOWEST_PEFT) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile tests/tuner tests/baselines tests/training
 
 $(LOWEST_PEFT): $(VENV)/.dev
 	$(BIN)/pip install --quiet --no-deps --target $@ peft==0.19.0

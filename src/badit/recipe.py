@@ -90,7 +90,8 @@ class Recipe(_Section):
     data: DataSection = DataSection()  # pyright: ignore[reportCallIssue]
     prompt: PromptSection = PromptSection()  # pyright: ignore[reportCallIssue]
     method: dict[str, Any] = Field(
-        default={"name": "badit", "regroup": {}}, description="name: badit or lora, and its options"
+        default={"name": "badit", "regroup": {}},
+        description="name: badit, base or one of badit.baselines.RIVALS, and its options",
     )
     training: TrainingSection = TrainingSection()  # pyright: ignore[reportCallIssue]
     evaluation: EvaluationSection = EvaluationSection()  # pyright: ignore[reportCallIssue]

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, get_args
+from typing import ClassVar, get_args
 
-from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
 
 from badit.errors import BaditError
 from badit.method.decomposition import SvdMethod
 from badit.method.routing import GateKind
-from badit.peft.registration import peft_type
+from badit.peft.base_config import ExpertConfig, is_number, one_of
 
 # Older versions save a bias for the methods that they know by name only.
 _PEFT_SAVES_BIASES = hasattr(BaseTuner, "_get_learnable_bias_state_dict")
@@ -23,7 +20,7 @@ _BASE_WEIGHT = ("delta", "folded")
 
 
 @dataclass
-class BaditConfig(PeftConfig):
+class BaditConfig(ExpertConfig):
     """BADIT: ``num_experts`` orthogonal LoRA experts of rank ``r`` in every target module, mixed by a router.
 
     Use it with ``get_peft_model`` as any PEFT configuration, and add ``badit.RegroupCallback()`` to the trainer for
@@ -33,20 +30,8 @@ class BaditConfig(PeftConfig):
     gates, ``gates="softmax"``.
     """
 
-    num_experts: int = field(default=8, metadata={"help": "Number of experts, K (the paper's basic abilities)."})
-    r: int = field(default=4, metadata={"help": "Rank of one expert; the adapter's total rank is num_experts × r."})
-    lora_alpha: float = field(default=32, metadata={"help": "LoRA's alpha; the scaling is lora_alpha / r."})
-    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout on the adapter's input, in training only."})
-    target_modules: list[str] | str | None = field(
-        default=None,
-        metadata={
-            "help": "Names of the modules to adapt, a regex, or 'all-linear'. "
-            "Default: the MLP's gate projection (the paper's), or its first projection where there is no gate."
-        },
-    )
-    exclude_modules: list[str] | str | None = field(
-        default=None, metadata={"help": "Names of modules, or a regex, to leave out of target_modules."}
-    )
+    method: ClassVar[str] = "BADIT"
+
     routing: str = field(
         default="prompt",
         metadata={
@@ -91,48 +76,23 @@ class BaditConfig(PeftConfig):
         default=1e-3, metadata={"help": "Largest relative residual ‖Wv − σu‖/σ of any triple of the randomized SVD."}
     )
     bias: str = field(default="none", metadata={"help": "Biases to train: 'none', 'all' or 'badit_only'."})
-    modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "Further modules to train whole and save with the adapter."}
-    )
-    layers_to_transform: list[int] | int | None = field(
-        default=None, metadata={"help": "Indices of the layers to adapt (default: all)."}
-    )
-    layers_pattern: list[str] | str | None = field(
-        default=None, metadata={"help": "Name of the layer list that layers_to_transform counts in."}
-    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = peft_type()
-        self.target_modules = _as_set(self.target_modules)
-        self.exclude_modules = _as_set(self.exclude_modules)
-        for name in ("num_experts", "r"):
-            if not _is_int(getattr(self, name)) or getattr(self, name) < 1:
-                raise BaditError(f"{name} must be a whole number of at least 1, got {getattr(self, name)!r}")
-        if not _is_number(self.lora_alpha) or not self.lora_alpha > 0:
-            raise BaditError(f"lora_alpha must be a positive number, got {self.lora_alpha!r}")
-        if not _is_number(self.lora_dropout) or not 0 <= self.lora_dropout < 1:
-            raise BaditError(f"lora_dropout must be at least 0 and below 1, got {self.lora_dropout!r}")
-        if not _is_number(self.svd_tolerance) or not self.svd_tolerance > 0:
+        if not is_number(self.svd_tolerance) or not self.svd_tolerance > 0:
             raise BaditError(f"svd_tolerance must be a positive number, got {self.svd_tolerance!r}")
-        if self.top_k is not None and (not _is_int(self.top_k) or not 1 <= self.top_k <= self.num_experts):
-            raise BaditError(f"top_k must be between 1 and num_experts = {self.num_experts}, got {self.top_k!r}")
-        _one_of("routing", self.routing, _ROUTING)
-        _one_of("gates", self.gates, get_args(GateKind))
-        _one_of("base_weight", self.base_weight, _BASE_WEIGHT)
-        _one_of("init_weights", self.init_weights, _INIT_WEIGHTS)
-        _one_of("svd_method", self.svd_method, get_args(SvdMethod))
-        _one_of("bias", self.bias, ("none", "all", "badit_only"))
+        if self.top_k is not None:
+            self._refuse_top_k_beyond_experts(self.top_k)
+        one_of("routing", self.routing, _ROUTING)
+        one_of("gates", self.gates, get_args(GateKind))
+        one_of("base_weight", self.base_weight, _BASE_WEIGHT)
+        one_of("init_weights", self.init_weights, _INIT_WEIGHTS)
+        one_of("svd_method", self.svd_method, get_args(SvdMethod))
+        one_of("bias", self.bias, ("none", "all", "badit_only"))
         if self.bias != "none" and not _PEFT_SAVES_BIASES:
             raise BaditError("bias must be 'none' with PEFT before 0.21, which would not save the trained biases")
         if self.base_weight == "folded" and not self.decomposes:
             raise BaditError("base_weight='folded' needs init_weights='bad': without BAD there is no residual to write")
-        if isinstance(self.target_modules, str) and self.target_modules != "all-linear":
-            for name in ("layers_to_transform", "layers_pattern"):
-                if getattr(self, name) is not None:
-                    raise BaditError(f"{name} does not go with a target_modules regex; write the layers into the regex")
-        if self.layers_pattern is not None and self.layers_to_transform is None:
-            raise BaditError("layers_pattern needs layers_to_transform: it names the list that those indices count in")
 
     @property
     def decomposes(self) -> bool:
@@ -140,29 +100,6 @@ class BaditConfig(PeftConfig):
         return self.init_weights is True or self.init_weights == "bad"
 
     @property
-    def num_components(self) -> int:
-        """N = K·r, the adapter's total rank."""
-        return self.num_experts * self.r
-
-    @property
-    def scaling(self) -> float:
-        """LoRA's s = lora_alpha / r."""
-        return self.lora_alpha / self.r
-
-
-def _as_set(names: Any) -> Any:
-    return set(names) if isinstance(names, (list, tuple)) else names
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _one_of(name: str, value: Any, allowed: Iterable[Any]) -> None:
-    # `1 == True`, so compare types too: init_weights=1 is a mistake, not a choice.
-    if not any(value == choice and type(value) is type(choice) for choice in allowed):
-        raise BaditError(f"{name} must be one of {', '.join(repr(choice) for choice in allowed)}, got {value!r}")
+    def subtracted_share(self) -> float:
+        """All of it, unless the base weight is rid of it already."""
+        return 1.0 if self.decomposes and self.base_weight == "delta" else 0.0

@@ -1,7 +1,7 @@
 """From a recipe's ``method`` section to a model that is ready to train.
 
     method: {name: badit, num_experts: 8, r: 4, regroup: {every: 20}}     # regroup: null trains without DOG
-    method: {name: lora, r: 32}
+    method: {name: lora, r: 32}                                           # or another of badit.baselines.RIVALS
     method: {name: base}                                                  # the base model as it is, to compare with
 
 The options of a method are the fields of its PEFT configuration, so there is no second list of them to keep.
@@ -12,14 +12,17 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from peft import LoraConfig, PeftConfig, get_peft_model
 from transformers import TrainerCallback
 
+from badit.baselines import RIVALS
+from badit.baselines.lora import refuse_unsuitable
 from badit.errors import BaditError, nearest
 from badit.peft import BaditConfig
-from badit.peft.model import TARGET_MODULES
+from badit.peft.base_model import TARGET_MODULES
 from badit.runs import RunFolder
 from badit.training.regroup import RegroupCallback
 from badit.training.regroup_state import STATE_FILE
@@ -46,8 +49,10 @@ class Method:
         return self.config is not None
 
     def apply(self, model: PreTrainedModel) -> PeftModel:
-        """The base model with fresh, trainable adapters. LoRA without ``target_modules`` adapts what BADIT would."""
+        """The base model with fresh, trainable adapters. PEFT's own methods adapt what BADIT would by default."""
         assert self.config is not None
+        if isinstance(self.config, LoraConfig):
+            refuse_unsuitable(self.config, model)
         if self.config.target_modules is None:  # pyright: ignore[reportAttributeAccessIssue]
             default = TARGET_MODULES.get(model.config.model_type)
             if default is None:
@@ -73,7 +78,7 @@ def build_method(section: Mapping[str, Any]) -> Method:
     """
     options = dict(section)
     name = options.pop("name", "badit")
-    if name not in _METHODS:
+    if not isinstance(name, str) or name not in _METHODS:
         known = ", ".join(_METHODS)
         raise BaditError(f"method.name: unknown method {name!r:.60}{nearest(name, _METHODS)}; known: {known}")
     return _METHODS[name](options)
@@ -90,8 +95,11 @@ def _badit(options: dict[str, Any]) -> Method:
     return Method("badit", _config(BaditConfig, options), regroup)
 
 
-def _lora(options: dict[str, Any]) -> Method:
-    return Method("lora", _config(LoraConfig, options))
+def _rival(name: str, options: dict[str, Any]) -> Method:
+    rival = RIVALS[name]
+    for key in options.keys() & rival.settled.keys():
+        raise BaditError(f"method.{key}: is what the name {name} stands for ({rival.settled[key]}); leave it out")
+    return Method(name, _config(rival.config_cls, options, rival.settled))
 
 
 def _base(options: dict[str, Any]) -> Method:
@@ -99,12 +107,17 @@ def _base(options: dict[str, Any]) -> Method:
     return Method("base", None)
 
 
-_METHODS: dict[str, Callable[[dict[str, Any]], Method]] = {"badit": _badit, "lora": _lora, "base": _base}
+_METHODS: dict[str, Callable[[dict[str, Any]], Method]] = {
+    "badit": _badit,
+    **{name: partial(_rival, name) for name in RIVALS},
+    "base": _base,
+}
 
 
-def _config(config_cls: type[Any], options: dict[str, Any]) -> PeftConfig:
-    _refuse_unknown("method", options, {field.name for field in dataclasses.fields(config_cls)} - _INTERNAL)
-    return _built(lambda: config_cls(task_type="CAUSAL_LM", **options))
+def _config(config_cls: type[Any], options: dict[str, Any], settled: Mapping[str, Any] | None = None) -> PeftConfig:
+    known = {field.name for field in dataclasses.fields(config_cls)} - _INTERNAL - (settled or {}).keys()
+    _refuse_unknown("method", options, known)
+    return _built(lambda: config_cls(task_type="CAUSAL_LM", **options, **(settled or {})))
 
 
 def _refuse_unknown(where: str, options: Mapping[str, Any], known: set[str]) -> None:

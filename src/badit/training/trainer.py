@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.data import Dataset, Sampler
 from transformers import Trainer, TrainerCallback
 
+from badit.baselines import MixtureModel
 from badit.errors import BaditError
 from badit.peft import BaditModel
 from badit.peft.routing_context import before_first_label
@@ -25,8 +26,9 @@ _BATCHES_PER_RUN = 16
 class AnswerTrainer(Trainer):
     """Trains on batches of ``input_ids``, ``attention_mask`` and ``labels`` (−100 on all but the answers).
 
-    The loss is the cross-entropy averaged over the answer tokens of the whole accumulated batch. The output layer runs
-    only on positions that predict a label: with a vocabulary of 49 thousand that is the largest single saving.
+    The loss is the cross-entropy averaged over the answer tokens of the whole accumulated batch. A mixture of experts
+    with a balance loss adds the mean of that over the micro-batches. The output layer runs only on positions that
+    predict a label: with a vocabulary of 49 thousand that is the largest single saving.
     """
 
     def __init__(self, *args: Any, group_by_length: bool = True, **kwargs: Any) -> None:
@@ -66,6 +68,11 @@ class AnswerTrainer(Trainer):
         loss = total / (len(targets_L) if num_items_in_batch is None else num_items_in_batch)
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # data-parallel wrappers take the mean over the ranks
+        if model.training and isinstance(unwrapped, PeftModel) and isinstance(unwrapped.base_model, MixtureModel):
+            balance = unwrapped.base_model.balance_loss(inputs["attention_mask"])
+            # Given the number of items, the Trainer leaves it to us to average over the micro-batches.
+            parts = 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps
+            loss = loss if balance is None else loss + balance / parts
         return (loss, outputs) if return_outputs else loss
 
 

@@ -1,0 +1,111 @@
+"""What the configurations of BADIT and of its rivals share: several LoRA experts on every target module."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from peft import PeftConfig
+
+from badit.errors import BaditError
+from badit.peft.registration import peft_type
+
+
+@dataclass
+class ExpertConfig(PeftConfig):
+    """``num_experts`` LoRA experts of rank ``r``, and where they go. A method names itself and adds its own fields."""
+
+    method: ClassVar[str]  # its name in PEFT's registry, in capitals
+
+    num_experts: int = field(default=8, metadata={"help": "Number of experts, K."})
+    r: int = field(default=4, metadata={"help": "Rank of one expert; the adapter's total rank is num_experts × r."})
+    lora_alpha: float = field(default=32, metadata={"help": "LoRA's alpha; the scaling is lora_alpha / r."})
+    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout on the adapter's input, in training only."})
+    target_modules: list[str] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Names of the modules to adapt, a regex, or 'all-linear'. "
+            "Default: the MLP's gate projection (as in the paper), or its first projection where there is no gate."
+        },
+    )
+    exclude_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Names of modules, or a regex, to leave out of target_modules."}
+    )
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Further modules to train whole and save with the adapter."}
+    )
+    layers_to_transform: list[int] | int | None = field(
+        default=None, metadata={"help": "Indices of the layers to adapt (default: all)."}
+    )
+    layers_pattern: list[str] | str | None = field(
+        default=None, metadata={"help": "Name of the layer list that layers_to_transform counts in."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = peft_type(self.method)
+        self.target_modules = _as_set(self.target_modules)
+        self.exclude_modules = _as_set(self.exclude_modules)
+        for name in ("num_experts", "r"):
+            if not is_int(getattr(self, name)) or getattr(self, name) < 1:
+                raise BaditError(f"{name} must be a whole number of at least 1, got {getattr(self, name)!r}")
+        if not is_number(self.lora_alpha) or not self.lora_alpha > 0:
+            raise BaditError(f"lora_alpha must be a positive number, got {self.lora_alpha!r}")
+        if not is_number(self.lora_dropout) or not 0 <= self.lora_dropout < 1:
+            raise BaditError(f"lora_dropout must be at least 0 and below 1, got {self.lora_dropout!r}")
+        if isinstance(self.target_modules, str) and self.target_modules != "all-linear":
+            for name in ("layers_to_transform", "layers_pattern"):
+                if getattr(self, name) is not None:
+                    raise BaditError(f"{name} does not go with a target_modules regex; write the layers into the regex")
+        if self.layers_pattern is not None and self.layers_to_transform is None:
+            raise BaditError("layers_pattern needs layers_to_transform: it names the list that those indices count in")
+
+    @property
+    def scaling(self) -> float:
+        """LoRA's s = lora_alpha / r."""
+        return self.lora_alpha / self.r
+
+    @property
+    def num_components(self) -> int:
+        """N = K·r, the adapter's total rank: the columns of B."""
+        return self.num_experts * self.r
+
+    @property
+    def rows_of_A(self) -> int:
+        """N, or fewer where the experts share their A."""
+        return self.num_components
+
+    @property
+    def decomposes(self) -> bool:
+        """Whether the experts start as singular triples of the base weight, and not with LoRA's random A and zero B."""
+        return False
+
+    @property
+    def subtracted_share(self) -> float:
+        """The share of the initial experts, s·B0 A0, that the forward pass takes off again."""
+        return 0.0
+
+    def _refuse_top_k_beyond_experts(self, top_k: Any) -> None:
+        if not is_int(top_k) or not 1 <= top_k <= self.num_experts:
+            raise BaditError(f"top_k must be between 1 and num_experts = {self.num_experts}, got {top_k!r}")
+
+
+def _as_set(names: Any) -> Any:
+    return set(names) if isinstance(names, (list, tuple)) else names
+
+
+def is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def one_of(name: str, value: Any, allowed: Iterable[Any]) -> None:
+    """Refuses a value that is none of the field's choices."""
+    # `1 == True`, so compare types too: init_weights=1 is a mistake, not a choice.
+    if not any(value == choice and type(value) is type(choice) for choice in allowed):
+        raise BaditError(f"{name} must be one of {', '.join(repr(choice) for choice in allowed)}, got {value!r}")

@@ -1,0 +1,129 @@
+"""One adapted layer, as BADIT and its rivals share it:  y = W x + s · (B (g ∘ A x) − share · B0 A0 x).
+
+All experts are one LoRA of rank N = K·r whose components are scaled by gates, so there is no loop over experts and no
+copy of x for each. A method says how its experts start and which gate a component gets.
+
+A0 and B0 are the frozen initial factors of methods that start from the base weight. Subtracting them in the forward
+pass leaves that weight as it was.
+
+Shape suffixes: I/O = in/out features, K = experts, N = components, R = rows of A (N, or r where experts share one A).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from badit.errors import BaditError
+
+
+class ExpertLayer(BaseTunerLayer):
+    """State of the adapters on one base layer. Names carry the ``badit_`` prefix, or PEFT would not save them.
+
+    badit_A (R, I), badit_B (O, N) and badit_router (K, I) are trained; badit_A0 and badit_B0 (the initial factors, of
+    methods that decompose the weight) are saved buffers.
+    """
+
+    adapter_layer_names = ("badit_A", "badit_B", "badit_router")
+    other_param_names = ("badit_A0", "badit_B0", "badit_config", "badit_dropout")
+    training: bool  # nn.Module's, of the class that mixes this one in
+
+    def __init__(self, base_layer: nn.Module, name: str) -> None:
+        self.base_layer = base_layer
+        self.name = name
+        self.badit_A = nn.ParameterDict()
+        self.badit_B = nn.ParameterDict()
+        self.badit_router = nn.ParameterDict()
+        self.badit_A0 = BufferDict(persistent=True)
+        self.badit_B0 = BufferDict(persistent=True)
+        self.badit_config: dict[str, Any] = {}
+        self.badit_dropout = nn.ModuleDict()
+        self._disable_adapters = False
+        self.merged_adapters = []
+
+    @property
+    def weight_OI(self) -> torch.Tensor:
+        """The base layer's present weight as (out, in); Conv1D keeps it the other way round."""
+        weight = cast(torch.Tensor, self.get_base_layer().weight)
+        return weight.T if isinstance(self.get_base_layer(), Conv1D) else weight
+
+    def initial_factors(self, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """A0 (N, I) and B0 (O, N), of an adapter that decomposed its weight."""
+        return cast(torch.Tensor, self.badit_A0[adapter_name]), cast(torch.Tensor, self.badit_B0[adapter_name])
+
+    def update_layer(self, adapter_name: str, config: Any, inference_mode: bool = False) -> None:
+        """Adds an adapter: makes its tensors, then fills them as its method starts."""
+        out_features, in_features = self.weight_OI.shape
+        components = config.num_components
+        self.badit_config[adapter_name] = config
+        self.badit_A[adapter_name] = nn.Parameter(torch.zeros(config.rows_of_A, in_features))
+        self.badit_B[adapter_name] = nn.Parameter(torch.zeros(out_features, components))
+        self.badit_router[adapter_name] = nn.Parameter(torch.zeros(config.num_experts, in_features))
+        self.badit_dropout[adapter_name] = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
+        if config.decomposes:
+            self.badit_A0[adapter_name] = torch.zeros(components, in_features)
+            self.badit_B0[adapter_name] = torch.zeros(out_features, components)
+        # On the meta device, and in an adapter that is only read, the values are about to be loaded: no need of an SVD.
+        to_be_loaded = self.badit_A[adapter_name].is_meta or (config.decomposes and config.inference_mode)
+        if not to_be_loaded:
+            self._initialise(adapter_name, config)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    @torch.no_grad()
+    def _initialise(self, adapter_name: str, config: Any) -> None:
+        a_RI, b_ON = self.badit_A[adapter_name], self.badit_B[adapter_name]
+        if not config.decomposes:
+            nn.init.kaiming_uniform_(a_RI, a=math.sqrt(5))
+            return
+        try:
+            factor_A, factor_B = self._decompose(config)
+        except BaditError as error:
+            raise BaditError(f"{self.name}: {error}") from None
+        initial_A, initial_B = self.initial_factors(adapter_name)
+        for tensor, value in ((a_RI, factor_A), (b_ON, factor_B), (initial_A, factor_A), (initial_B, factor_B)):
+            tensor.copy_(value)
+
+    def _decompose(self, config: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """The initial A (N, I) and B (O, N) from the base weight."""
+        raise NotImplementedError
+
+    def _component_gates(self, adapter_name: str, x: torch.Tensor) -> torch.Tensor:
+        """The gates (…, N) of the components for an input x (…, I)."""
+        raise NotImplementedError
+
+    def unmerge(self) -> None:
+        """Nothing to do: an adapter whose gates depend on the input is never merged."""
+
+    def _adapted(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The base layer's output, and what each active adapter adds to it."""
+        result = self.base_layer(x, *args, **kwargs)
+        for adapter_name in self._running_adapters:
+            result = result + self._delta(adapter_name, x).to(result.dtype)
+        return result
+
+    @property
+    def _running_adapters(self) -> list[str]:
+        return [] if self.disable_adapters else [name for name in self.active_adapters if name in self.badit_A]
+
+    def _delta(self, adapter_name: str, x: torch.Tensor) -> torch.Tensor:
+        config = self.badit_config[adapter_name]
+        a_RI, b_ON = self.badit_A[adapter_name], self.badit_B[adapter_name]
+        x = self._cast_input_dtype(x, a_RI.dtype)
+        scale = config.scaling * self._component_gates(adapter_name, x)
+        if config.subtracted_share:
+            # The initial factors ride along as N more components of a negative gate: two products instead of four.
+            initial_A, initial_B = self.initial_factors(adapter_name)
+            a_RI, b_ON = torch.cat([a_RI, initial_A]), torch.cat([b_ON, initial_B], dim=1)
+            scale = torch.cat([scale, torch.full_like(scale, -config.scaling * config.subtracted_share)], dim=-1)
+        hidden = F.linear(self.badit_dropout[adapter_name](x), a_RI)
+        # Where experts share the rows of A, each of them takes all R: N gates in N / R runs. Else there is one run.
+        scale = scale.to(hidden.dtype).unflatten(-1, (-1, hidden.shape[-1]))
+        return F.linear((hidden[..., None, :] * scale).flatten(-2), b_ON)

@@ -1,0 +1,154 @@
+"""One layer of each mixture against the loop over its experts, and what it starts from."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+import reference
+from badit.baselines.layer import MixtureLinear
+from badit.errors import BaditError
+from baselines import naive
+from baselines.naive import MIXTURES, config, randomise
+
+IN, OUT = 20, 18  # the chunks of four experts have 4 directions, of which rank 2 takes half
+KINDS = ("linear", "linear without bias", "conv1d")
+
+
+def make(rival, kind="linear", *, dtype=torch.float64, at_start=False, **options):
+    if kind == "conv1d":
+        base = Conv1D(OUT, IN)
+        nn.init.normal_(base.weight)
+        nn.init.normal_(base.bias)
+    else:
+        base = nn.Linear(IN, OUT, bias=kind == "linear")
+    base.requires_grad_(False)
+    layer = MixtureLinear(base.to(dtype), "layer", "default", config(rival, **options))
+    layer.set_adapter("default")
+    return (layer if at_start else randomise(layer)).eval()
+
+
+def batch(dtype=torch.float64):
+    return torch.randn(3, 5, IN, dtype=dtype)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("rival", MIXTURES)
+def test_forward_equals_the_loop_over_experts(rival, kind):
+    layer, x = make(rival, kind), batch()
+    torch.testing.assert_close(layer(x), naive.forward(rival, layer, x), atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(layer(x[:, 0]), layer(x)[:, 0])
+    assert (layer(x) - layer.get_base_layer()(x)).abs().mean() > 0.03
+
+
+@pytest.mark.parametrize("rival", MIXTURES)
+def test_gradients_equal_the_naive_ones(rival):
+    layer, x = make(rival).double(), batch().requires_grad_(True)
+    options = layer.badit_config["default"]
+    a, b, router = trained = [p["default"] for p in (layer.badit_A, layer.badit_B, layer.badit_router)]
+    logits = x @ router.T
+    if rival == "goat":
+        logits = logits.scatter(-1, logits.argsort(dim=-1)[..., : -options.top_k], float("-inf"))
+    gates, y = logits.softmax(dim=-1), layer.get_base_layer()(x)
+    for k in range(options.num_experts):
+        run = slice(2 * k, 2 * k + 2)
+        y = y + options.scaling * gates[..., k : k + 1] * (x @ (a if rival == "hydralora" else a[run]).T @ b[:, run].T)
+    if rival == "goat":
+        a0, b0 = layer.initial_factors("default")
+        y = y - options.scaling / options.num_experts * (x @ a0.T @ b0.T)
+    upstream = torch.randn(3, 5, OUT, dtype=torch.float64)
+    expected = torch.autograd.grad((y * upstream).sum(), [*trained, x])
+    found = torch.autograd.grad((layer(x) * upstream).sum(), [*trained, x])
+    for ours, theirs in zip(found, expected, strict=True):
+        assert theirs.abs().max() > 1e-3
+        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("rival", ["loramoe", "hydralora"])
+def test_step_0_is_the_base_layer_to_the_bit(rival, kind):
+    layer, x = make(rival, kind, dtype=torch.float32, at_start=True), batch(torch.float32)
+    assert torch.equal(layer(x), layer.get_base_layer()(x))
+    bound = 1 / math.sqrt(IN)  # kaiming(√5)
+    for parameter in (layer.badit_A["default"], layer.badit_router["default"]):
+        assert 0.8 * bound < parameter.abs().max().item() <= bound
+        assert parameter.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.3)
+    assert not layer.badit_B["default"].any()
+
+
+@pytest.mark.parametrize("rival", MIXTURES)
+def test_shapes(rival):
+    layer = make(rival)
+    components, rows = {"loramoe": (6, 6), "hydralora": (6, 2), "goat": (8, 8)}[rival]
+    assert layer.badit_A["default"].shape == (rows, IN)
+    assert layer.badit_B["default"].shape == (OUT, components)
+    assert layer.badit_router["default"].shape == (config(rival).num_experts, IN)
+    assert ("default" in layer.badit_A0) == (rival == "goat")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("rho", [10.0, 2.0])
+def test_goat_starts_from_stretches_of_the_spectrum(kind, rho):
+    layer = make("goat", kind, dtype=torch.float32, at_start=True, rho=rho)
+    a, b = layer.badit_A["default"], layer.badit_B["default"]
+    start = naive.goat_start(reference.float64(layer.weight_OI), 4, 2, 2.0, rho)
+    found = naive.experts("goat", reference.float64(a), reference.float64(b), 4)
+    for (b_k, a_k), (found_b, found_a) in zip(start, found, strict=True):
+        torch.testing.assert_close(torch.tensor(found_b @ found_a), torch.tensor(b_k @ a_k), atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(torch.tensor(abs(found_a)), torch.tensor(abs(a_k)), atol=1e-5, rtol=1e-5)
+    assert torch.equal(layer.initial_factors("default")[0], a)
+    assert torch.equal(layer.initial_factors("default")[1], b)
+
+
+def test_goat_at_step_0_is_as_far_from_the_base_layer_as_it_says():
+    """It adds (1/ρ) Σ_k (g_k − 1/K) P_k, of norm at most (1 − 1/K) σ₁/ρ, and nothing where all gates are alike."""
+    layer, x = make("goat", at_start=True), batch()
+    added = layer(x) - layer.get_base_layer()(x)
+    parts = [20.0 * b @ a for b, a in naive.goat_start(reference.float64(layer.weight_OI), 4, 2, 2.0, 10.0)]
+    gates, expected = naive.gates(layer, x), torch.zeros_like(added)
+    for k, part in enumerate(parts):
+        expected += torch.tensor(gates[..., k] - 0.25)[..., None] * (x @ torch.tensor(part).T) / 10
+    torch.testing.assert_close(added, expected, atol=1e-6, rtol=1e-5)
+    sigma = torch.linalg.svdvals(layer.weight_OI)[0]
+    assert added.norm(dim=-1).max() > 1e-3
+    assert (added.norm(dim=-1) <= 0.75 * sigma / 10 * x.norm(dim=-1)).all()
+    dense = make("goat", at_start=True, top_k=4)
+    with torch.no_grad():
+        dense.badit_router["default"].zero_()
+    torch.testing.assert_close(dense(x), dense.get_base_layer()(x), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 3])
+def test_goat_uses_top_k_experts_a_token_and_keeps_all_in_the_graph(top_k):
+    layer, x = make("goat", top_k=top_k), batch()
+    gates = layer._component_gates("default", x)[..., ::2]
+    assert ((gates > 0).sum(dim=-1) == top_k).all()
+    torch.testing.assert_close(gates.sum(dim=-1), torch.ones(3, 5))
+    layer(x).sum().backward()
+    assert all(p["default"].grad is not None for p in (layer.badit_A, layer.badit_B, layer.badit_router))
+
+
+def test_goat_refuses_a_weight_too_small_for_its_rank():
+    with pytest.raises(BaditError, match=r"layer: a weight of shape \(18, 20\) has 4 directions .* at most r = 16$"):
+        make("goat", r=24)
+
+
+@pytest.mark.parametrize("rival", MIXTURES)
+def test_bf16_base_with_an_fp32_adapter(rival):
+    layer, exact = make(rival, dtype=torch.bfloat16), make(rival)
+    for name in ("badit_A", "badit_B", "badit_router", "badit_A0", "badit_B0"):
+        getattr(layer, name).float()
+    output = layer(batch(torch.bfloat16))
+    assert output.dtype == torch.bfloat16
+    assert output.isfinite().all()
+    assert exact(batch()).dtype == torch.float64
+
+
+def test_dropout_acts_in_training_only_and_not_on_the_gates():
+    layer, x = make("loramoe", lora_dropout=0.5), batch()
+    assert torch.equal(layer(x), layer(x))
+    layer.train()
+    assert not torch.equal(layer(x), layer(x))
+    assert torch.equal(layer._component_gates("default", x), layer._component_gates("default", x))

@@ -1,0 +1,192 @@
+"""Every rival by its name in a recipe: its options, its refusals, and a run from training to scores."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+
+from badit.baselines import RIVALS
+from badit.errors import BaditError
+from badit.recipe import build_recipe
+from badit.runs import RunFolder
+from badit.training.methods import Method, build_method
+from badit.training.run import train
+from badit.training.scoring import evaluate, load_run
+from baselines.naive import SMALL
+from tuner.helpers import padded, random_rows
+
+# PEFT 0.19 looks for the saved configuration of a base model that was never saved.
+pytestmark = pytest.mark.filterwarnings("ignore:Could not find a config file in  - :UserWarning")
+
+Values = dict[str, Any]
+OPTIONS: dict[str, Values] = {
+    **SMALL, **{name: {"r": 4, "lora_alpha": 8, "lora_dropout": 0.1} for name in RIVALS if name not in SMALL}
+}  # fmt: skip
+IDS, MASK = padded(random_rows(6, 11, 9))
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=IDS, attention_mask=MASK).logits[MASK.bool()]
+
+
+def test_the_names() -> None:
+    assert set(RIVALS) == {"lora", "pissa", "olora", "dora", "rslora", "loramoe", "hydralora", "goat"}
+
+
+@pytest.mark.parametrize("name", RIVALS)
+def test_a_run(recipe_values: Values, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    recipe = build_recipe({**recipe_values, "method": {"name": name, **OPTIONS[name]}})
+    trained: list[Any] = []
+    apply = Method.apply
+
+    def kept(self: Any, model: Any) -> Any:
+        trained.append(apply(self, model))
+        return trained[-1]
+
+    monkeypatch.setattr(Method, "apply", kept)
+    scores = train(recipe, progress=False)
+    assert set(scores["tasks"]) == {"cities", "rivers"}
+    losses = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert losses[10]["loss"] < losses[0]["loss"]
+    tensors = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    assert all("gate_proj" in name for name in tensors)
+    assert evaluate(tmp_path / "run", progress=False) == scores
+    loaded, _ = load_run(RunFolder.existing(tmp_path / "run"))
+    ids = IDS % 60
+    with torch.no_grad():
+        assert torch.equal(loaded(input_ids=ids).logits, trained[0].eval()(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize("name", ["goat", "pissa"])
+def test_an_interrupted_run_ends_as_one_that_was_not(
+    recipe_values: Values, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    from training.trainers import StopAt
+
+    values = {**recipe_values, "method": {"name": name, **OPTIONS[name]}}
+    expected = train(build_recipe({**values, "output": str(tmp_path / "whole")}), progress=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(Method, "callbacks", lambda self, run: [StopAt(8)])
+        with pytest.raises(KeyboardInterrupt):
+            train(build_recipe(values), progress=False)
+    assert train(build_recipe(values), progress=False) == expected
+    one, other = (load_file(tmp_path / run / "adapter/adapter_model.safetensors") for run in ("whole", "run"))
+    assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+@pytest.mark.parametrize("name", RIVALS)
+def test_every_option_reaches_the_configuration(name: str) -> None:
+    options = {**OPTIONS[name], "target_modules": ["q_proj"], "lora_dropout": 0.3}
+    config = build_method({"name": name, **options}).config
+    assert isinstance(config, RIVALS[name].config_cls)
+    for key, value in {**options, **RIVALS[name].settled, "target_modules": {"q_proj"}}.items():
+        assert getattr(config, key) == value
+
+
+def test_published_defaults() -> None:
+    def found(name: str, *keys: str) -> list[Any]:
+        return [getattr(build_method({"name": name}).config, key) for key in keys]
+
+    assert found("loramoe", "num_experts", "r", "lora_alpha", "balance_weight") == [8, 4, 32, 0]
+    assert found("hydralora", "num_experts", "r", "lora_alpha") == [4, 4, 32]
+    assert found("goat", "num_experts", "top_k", "rho", "balance_weight") == [8, 2, 10, 1e-3]
+    assert found("goat", "scaling", "num_components") == found("loramoe", "scaling", "num_components")
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        (
+            {"name": "hidralora"},
+            r"unknown method 'hidralora' \(did you mean 'hydralora'\?\); known: badit, lora, pissa",
+        ),
+        ({"name": ["goat"]}, r"unknown method \['goat'\]"),
+        (
+            {"name": "pissa", "init_lora_weights": True},
+            r"init_lora_weights: is what the name pissa stands for \(pissa\)",
+        ),
+        ({"name": "dora", "use_dora": False}, r"method\.use_dora: is what the name dora stands for"),
+        ({"name": "rslora", "use_rslora": True}, r"method\.use_rslora: .*leave it out"),
+        ({"name": "olora", "rank": 4}, r"method\.rank: unknown key"),
+        ({"name": "loramoe", "num_expert": 4}, r"num_expert: unknown key \(did you mean 'num_experts'\?\)"),
+        ({"name": "loramoe", "top_k": 2}, r"method\.top_k: unknown key"),
+        ({"name": "loramoe", "balance_weight": -1}, r"method: balance_weight must be a number of at least 0, got -1"),
+        ({"name": "hydralora", "balance_weight": 1}, r"method\.balance_weight: unknown key"),
+        ({"name": "hydralora", "regroup": {}}, r"method\.regroup: unknown key"),
+        ({"name": "hydralora", "r": 0}, r"method: r must be a whole number of at least 1, got 0"),
+        ({"name": "goat", "rho": 0}, r"method: rho must be a positive number, got 0"),
+        ({"name": "goat", "top_k": 9}, r"method: top_k must be between 1 and num_experts = 8, got 9"),
+        ({"name": "goat", "top_k": None}, r"method: top_k must be between 1 and num_experts = 8, got None"),
+        ({"name": "goat", "r": 12}, r"method: r = 12 is GOAT's total rank: it must be a multiple of num_experts = 8"),
+    ],
+)
+def test_mistakes_are_named_on_one_line(method: Values, message: str) -> None:
+    with pytest.raises(BaditError, match=message) as caught:
+        build_method(method)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", RIVALS)
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3"])
+def test_step_0_in_several_families(tiny_model: Any, name: str, family: str) -> None:
+    options = {**OPTIONS[name], **({"fan_in_fan_out": True} if family == "gpt2" and name not in SMALL else {})}
+    method = build_method({"name": name, **options})
+    if (name, family) == ("olora", "gpt2"):
+        with pytest.raises(BaditError, match=r"olora cannot adapt the Conv1D layers.*take pissa instead"):
+            method.apply(tiny_model(family))
+        return
+    model = method.apply(tiny_model(family)).eval()
+    target = "c_fc" if family == "gpt2" else "gate_proj"
+    assert all(target in key for key, parameter in model.named_parameters() if parameter.requires_grad)
+    difference = (logits(model) - logits(tiny_model(family))).abs().max()
+    assert difference <= (1.0 if name == "goat" else 1e-4)
+
+
+@pytest.mark.parametrize("name", ["pissa", "olora"])
+def test_an_adapter_that_changes_the_base_weight_is_loaded_as_it_was(
+    tiny_model: Any, tmp_path: Path, name: str
+) -> None:
+    model = build_method({"name": name, **OPTIONS[name]}).apply(tiny_model("llama")).eval()
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter), alpha=1.0 if "lora_A" in key else 0.5)
+    model.save_pretrained(str(tmp_path))
+    loaded = PeftModel.from_pretrained(tiny_model("llama"), str(tmp_path)).eval()
+    assert torch.equal(logits(loaded), logits(model))
+    for one, other in zip(model.base_model.parameters(), loaded.base_model.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_pissa_starts_from_the_leading_triples(tiny_model: Any) -> None:
+    weight = tiny_model("llama").model.layers[0].mlp.gate_proj.weight
+    model = build_method({"name": "pissa", **OPTIONS["pissa"]}).apply(tiny_model("llama"))
+    layer = model.base_model.model.model.layers[0].mlp.gate_proj
+    u, s, vh = torch.linalg.svd(weight, full_matrices=False)
+    leading = u[:, :4] * s[:4] @ vh[:4]
+    product = 2.0 * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+    torch.testing.assert_close(product, leading, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(layer.base_layer.weight, weight - leading, atol=1e-5, rtol=1e-4)
+
+
+def test_the_quick_pissa_cannot_be_loaded_exactly(tiny_model: Any, tmp_path: Path) -> None:
+    """Why the name stands for the exact one."""
+    config = LoraConfig(r=4, target_modules=["gate_proj"], init_lora_weights="pissa_niter_1", task_type="CAUSAL_LM")
+    model = get_peft_model(tiny_model("llama"), config)
+    model.save_pretrained(str(tmp_path))
+    loaded = PeftModel.from_pretrained(tiny_model("llama"), str(tmp_path))
+    assert (logits(loaded) - logits(model)).abs().max() > 1e-3
+
+
+def test_the_options_are_the_fields_that_the_name_leaves_open() -> None:
+    for name, rival in RIVALS.items():
+        fields = {field.name for field in dataclasses.fields(rival.config_cls)}
+        assert rival.settled.keys() <= fields, name
