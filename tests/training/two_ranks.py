@@ -31,6 +31,10 @@ def main(folder: Path, batch_size: int) -> None:
     trainer.train()
     state = {name: tensor.contiguous() for name, tensor in model.state_dict().items() if "badit_" in name}
     save_file(state, folder / f"rank-{os.environ.get('RANK', '0')}.safetensors")
+    if torch.distributed.is_initialized():
+        # Together and in order: a rank whose peer has gone first aborts in gloo's own threads.
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
