@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from peft import PeftModel
 from transformers import TrainingArguments
 
 from badit.cli.main import VERBS
@@ -53,15 +54,20 @@ def test_every_link_and_every_path_of_the_tree_exists() -> None:
             assert (folder / name).exists(), name
 
 
-def test_the_snippet_runs(tiny_model: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_snippets_run(tiny_model: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     args = TrainingArguments(
         output_dir="out", max_steps=3, use_cpu=True, report_to=[], remove_unused_columns=False, disable_tqdm=True,
         dataloader_pin_memory=False,
     )  # fmt: skip
     names = {"model": tiny_model("llama"), "args": args, "dataset": examples(), "collator": AnswerCollator(0)}
-    exec(blocks("python")[0], names)
-    PeftModel.from_pretrained(tiny_model("llama"), "adapter")
+    tune, load = blocks("python")
+    exec(tune, names)
+    tiny_model("llama").save_pretrained("base")
+    # In a process of its own, where nothing but the snippet has told PEFT of the method.
+    base = "from transformers import AutoModelForCausalLM\nbase = AutoModelForCausalLM.from_pretrained('base')\n"
+    done = subprocess.run([sys.executable, "-c", base + load], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_figures_are_those_of_the_committed_results() -> None:

@@ -48,10 +48,11 @@ def make_plan(recipe: Recipe, *, split: Split | None = None) -> Plan:
     split = split or recipe.evaluation.split
     for task in tasks:
         if not getattr(task, split):
-            raise BaditError(
-                f"data: task {task.name} has no {split} instances; leave it out with data.tasks"
-                + (", or set data.validation_per_task" if split == "validation" else "")
-            )
+            way_out = {
+                "test": "evaluation.split=validation data.validation_per_task=10 scores held-out training instances",
+                "validation": "set data.validation_per_task to hold some out of its training instances",
+            }
+            raise BaditError(f"data: task {task.name} has no {split} instances; {way_out[split]}")
     if not any(task.train for task in tasks):
         raise BaditError("data: no task has training instances")
     return Plan(recipe, tasks, method)
