@@ -1,0 +1,34 @@
+"""The demo's two methods over learning rates, scored on held-out training instances, never on the test instances.
+
+    python benchmarks/demo_learning_rates.py --runs runs/rates
+
+writes benchmarks/results/demo/learning_rates.json: one seed, Rouge-L and exact match on 160 held-out instances a cell.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from keep_run import RESULTS
+
+from badit.cli.demo import METHODS, demo_recipe
+from badit.recipe import build_recipe
+from badit.runs import environment, write_json
+from badit.training.run import train
+
+RATES = {"LoRA": (5e-4, 1e-3, 2e-3), "BADIT": (5e-4, 1e-3)}
+HELD_OUT = ["data.validation_per_task=10", "evaluation.split=validation"]
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--runs", default="runs/rates", help="where the runs go (default: runs/rates)")
+    options = parser.parse_args()
+    cells = []
+    for method, rates in RATES.items():
+        for rate in rates:
+            content = demo_recipe(METHODS[method], f"{options.runs}/{method}-{rate}", 1.0, 0)
+            scores = train(build_recipe(content, [f"training.learning_rate={rate}", *HELD_OUT]))
+            means = {key: scores[key] for key in ("rouge_l", "exact_match")}
+            cells.append({"method": method, "learning_rate": rate, "seed": 0, **means})
+    write_json(RESULTS / "demo" / "learning_rates.json", {"cells": cells, "environment": environment()})
