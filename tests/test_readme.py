@@ -77,5 +77,5 @@ def test_the_figures_are_those_of_the_committed_results() -> None:
     for figure, file, key in claims:
         value: Any = json.loads((RESULTS / file).read_text())
         for part in key.split("."):
-            value = value[part]
+            value = value[int(part) if isinstance(value, list) else part]
         assert f"{value:.1f}" == figure, f"{file}: {key}"
