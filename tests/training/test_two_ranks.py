@@ -19,7 +19,7 @@ def run(folder: Path, processes: int, batch_size: int) -> list[dict[str, torch.T
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
     environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parent.parent), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, *launcher, str(SCRIPT), str(folder), str(batch_size)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     return [load_file(folder / f"rank-{rank}.safetensors") for rank in range(processes)]
 
