@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from badit.errors import BaditError
-from badit.recipe import Recipe, build_recipe, differing_keys, dump_recipe, load_recipe
+from badit.recipe import Recipe, differing_keys, dump_recipe, load_recipe
 
 _PACKAGES = ("badit", "torch", "transformers", "peft", "accelerate", "safetensors", "scipy", "numpy", "trl")
 
@@ -63,8 +63,9 @@ class RunFolder:
         """
         run = cls(recipe.output)
         if run.config.is_file():
-            theirs = build_recipe(load_recipe(run.config).model_dump(), where=str(run.config))
-            if keys := differing_keys(theirs.model_dump(exclude={"output"}), recipe.model_dump(exclude={"output"})):
+            if keys := differing_keys(
+                run.recipe().model_dump(exclude={"output"}), recipe.model_dump(exclude={"output"})
+            ):
                 raise BaditError(
                     f"{run.path}: holds a run of another recipe (it differs in {', '.join(keys[:5])}); "
                     "choose another output=FOLDER, or remove that one"
@@ -96,8 +97,8 @@ class RunFolder:
 def write_text(path: Path, text: str) -> None:
     """Writes a file whole: never half of it, whenever the process dies."""
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    partial.write_text(text, encoding="utf-8", newline="\n")
+    partial.replace(path)
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
@@ -125,9 +126,27 @@ def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
     """The lines of a log; a last line that a crash cut short is left out, as nothing was lost but that line."""
     if not path.is_file():
         return
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        if line.endswith("\n"):
-            yield json.loads(line)
+    # Only \n ends a line: answers may hold other separators, such as U+2028. What follows the last one was cut short.
+    for line in path.read_text(encoding="utf-8").split("\n")[:-1]:
+        yield json.loads(line)
+
+
+class StepLog:
+    """A log of one JSON object a line, each with the step it was written at, which a resumed run takes up again."""
+
+    def __init__(self, path: Path, *, step_key: str = "step") -> None:
+        self._path = path
+        self._step_key = step_key
+
+    def rewind(self, step: int) -> None:
+        """Drops what was logged after ``step``: a resumed run is about to log it again, a new one starts empty."""
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        kept = [line for line in read_jsonl(self._path) if line[self._step_key] <= step] if step else []
+        write_text(self._path, "".join(json.dumps(line) + "\n" for line in kept))
+
+    def append(self, line: Mapping[str, Any]) -> None:
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
 
 
 def replace_folder(partial: Path, final: Path) -> None:

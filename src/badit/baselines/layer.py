@@ -18,6 +18,7 @@ from torch import nn
 from badit.baselines.config import BalancedMixtureConfig, MixtureConfig
 from badit.errors import BaditError
 from badit.peft.base_layer import ExpertLayer
+from badit.peft.routing_context import inside_backward
 
 
 class MixtureLayer(ExpertLayer):
@@ -43,9 +44,8 @@ class MixtureLayer(ExpertLayer):
 
     def _keep_for_balance(self, adapter_name: str, config: MixtureConfig, logits_K: torch.Tensor) -> None:
         # Gradient checkpointing runs the layer again within the backward pass, when the loss has long been summed.
-        inside_backward = torch._C._current_graph_task_id() != -1
         needed = isinstance(config, BalancedMixtureConfig) and config.balance_weight > 0
-        if needed and self.training and torch.is_grad_enabled() and not inside_backward:
+        if needed and self.training and torch.is_grad_enabled() and not inside_backward():
             self._router_logits[adapter_name] = logits_K
 
     def balance_losses(self, attended_BT: torch.Tensor) -> Iterator[torch.Tensor]:

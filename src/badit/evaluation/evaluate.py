@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from badit.errors import BaditError, nearest
 from badit.evaluation.generation import generate_answers
 from badit.evaluation.metrics import Prediction, score_tasks
+from badit.runs import write_text
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -99,11 +99,8 @@ def write_predictions(folder: str | Path, predictions: Iterable[Prediction]) -> 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for task, group in groups.items():
-        target = folder / f"{task}.jsonl"
-        draft = folder / f".{target.name}.{os.getpid()}"
         lines = (json.dumps(asdict(prediction), ensure_ascii=False) + "\n" for prediction in group)
-        draft.write_text("".join(lines), encoding="utf-8", newline="\n")
-        draft.replace(target)
+        write_text(folder / f"{task}.jsonl", "".join(lines))
 
 
 def read_predictions(folder: str | Path) -> list[Prediction]:

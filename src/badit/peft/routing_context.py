@@ -104,8 +104,7 @@ class RoutingContext:
         """The pass that the calling layer belongs to; None when the base model was entered by another door."""
         if self._running is not None:
             return self._running
-        inside_backward = torch._C._current_graph_task_id() != -1
-        return self._differentiated if inside_backward else None
+        return self._differentiated if inside_backward() else None
 
     def _enter(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         prompt_mask_BT = kwargs.pop("prompt_mask", None)
@@ -184,6 +183,11 @@ class RoutingContext:
                 "or use routing='token'",
                 stacklevel=2,
             )
+
+
+def inside_backward() -> bool:
+    """Whether a backward pass is running, as when gradient checkpointing computes a layer again."""
+    return torch._C._current_graph_task_id() != -1
 
 
 def _generate(model: nn.Module, *args: Any, **kwargs: Any) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import signal
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,24 +11,22 @@ from typing import Any
 from tqdm import tqdm
 from transformers import TrainerCallback
 
-from badit.runs import read_jsonl, write_text
+from badit.runs import StepLog
 
 
 class MetricsLog(TrainerCallback):
     """Appends the trainer's log lines to a file, less those that a resumed run is about to log again."""
 
     def __init__(self, path: Path) -> None:
-        self._path = path
+        self._log = StepLog(path)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
-            kept = [line for line in read_jsonl(self._path) if line["step"] <= state.global_step]
-            write_text(self._path, "".join(json.dumps(line) + "\n" for line in kept))
+            self._log.rewind(state.global_step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
         if state.is_world_process_zero and logs:
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+            self._log.append({"step": state.global_step, **logs})
 
 
 class ProgressBar(TrainerCallback):

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from badit.peft.routing_context import before_first_label
+
 _CANDIDATES, _PROMPTS = 16, 2
 
 
@@ -61,6 +63,5 @@ def _prompts(batch: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
     if "attention_mask" in batch:
         kept &= batch["attention_mask"].bool()
     if "labels" in batch:
-        unanswered = (batch["labels"][:, 1:] != -100).cumsum(dim=1) == 0
-        kept[:, 1:] &= unanswered
+        kept &= before_first_label(batch["labels"])
     return [row[keep][None] for row, keep in zip(input_ids, kept, strict=True)]

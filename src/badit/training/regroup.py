@@ -24,8 +24,9 @@ from badit.errors import BaditError
 from badit.method import cosine_gram, expert_angles, group_components, grouping_objective
 from badit.method.grouping import Solver
 from badit.peft.layer import BaditLayer
+from badit.runs import StepLog
 from badit.training.probe import OutputProbe
-from badit.training.regroup_state import RegroupLog, Window, load_state, save_state
+from badit.training.regroup_state import Window, load_state, save_state
 
 # A mean gate near zero (top_k can starve an expert) must not blow a weight up.
 _RESCALE_LIMIT = 4.0
@@ -81,7 +82,7 @@ class RegroupCallback(TrainerCallback):
         self._checkpoint = checkpoint
         self._windows: dict[str, Window] = {}
         self._layers: dict[str, tuple[BaditLayer, str]] = {}
-        self._log: RegroupLog | None = None
+        self._log: StepLog | None = None
         self._probe: OutputProbe | None = None
 
     def on_train_begin(
@@ -96,11 +97,13 @@ class RegroupCallback(TrainerCallback):
         self._windows = {name: Window() for name in self._layers}
         self._probe = OutputProbe.of(model, self._probe_batch, kwargs.get("train_dataloader"))
         path = Path(self._log_path or Path(str(args.output_dir)) / "regroupings.jsonl")
-        self._log = RegroupLog(path, writes=state.is_world_process_zero)
+        # One rank writes.
+        self._log = StepLog(path, step_key="logged_at") if state.is_world_process_zero else None
         if state.global_step > 0:
             folder = Path(self._checkpoint or Path(str(args.output_dir)) / f"checkpoint-{state.global_step}")
             self._windows = load_state(folder, self._windows)
-        self._log.rewind(state.global_step)
+        if self._log is not None:
+            self._log.rewind(state.global_step)
         for layer, adapter in self._layers.values():
             layer.gate_sums.pop(adapter, None)
 
@@ -173,7 +176,6 @@ class RegroupCallback(TrainerCallback):
 
     def _write_pending(self, step: int, grams: Mapping[str, np.ndarray]) -> None:
         """Completes the lines of the last regrouping with the angles of the window that followed it."""
-        assert self._log is not None
         for name, window in self._windows.items():
             if not window.pending:
                 continue
@@ -182,7 +184,8 @@ class RegroupCallback(TrainerCallback):
                 if name in grams:
                     angles = expert_angles(grams[name], np.asarray(line[key]))
                     line |= {f"{prefix}{field}": _json_number(value) for field, value in angles._asdict().items()}
-            self._log.append(line)
+            if self._log is not None:
+                self._log.append(line)
             window.pending = {}
 
 

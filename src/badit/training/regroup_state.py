@@ -87,27 +87,3 @@ def load_state(folder: Path, windows: Mapping[str, Window]) -> dict[str, Window]
         window.gram_sum = tensors.get(f"gram_sum:{name}")
         window.gate_sums = tensors.get(f"gate_sums:{name}")
     return loaded
-
-
-class RegroupLog:
-    """``regroupings.jsonl``: one line for every layer and regrouping, written by one rank."""
-
-    def __init__(self, path: Path, *, writes: bool) -> None:
-        self.path = path
-        self._writes = writes
-
-    def rewind(self, step: int) -> None:
-        """Drops what was logged after ``step``: a resumed training will log it again, a new one starts empty."""
-        if not self._writes:
-            return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        lines = self.path.read_text().splitlines(keepends=True) if step and self.path.is_file() else []
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["logged_at"] <= step]
-        partial = self.path.with_name(self.path.name + ".partial")
-        partial.write_text("".join(kept))
-        os.replace(partial, self.path)
-
-    def append(self, line: Mapping[str, Any]) -> None:
-        if self._writes:
-            with self.path.open("a") as file:
-                file.write(json.dumps(line) + "\n")

@@ -1,0 +1,27 @@
+"""Files of a run: written whole, read line by line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from badit.runs import StepLog, read_jsonl
+
+
+def test_only_a_line_feed_ends_a_line_and_a_line_cut_short_is_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    separators = {"text": "one\u2028two\u0085three"}
+    path.write_text(json.dumps(separators, ensure_ascii=False) + "\n" + '{"text": "cut', encoding="utf-8")
+    assert list(read_jsonl(path)) == [separators]
+    assert list(read_jsonl(tmp_path / "missing.jsonl")) == []
+
+
+def test_a_log_goes_back_to_a_step(tmp_path: Path) -> None:
+    log = StepLog(tmp_path / "new" / "log.jsonl", step_key="at")
+    log.rewind(0)
+    for at in (5, 10, 15):
+        log.append({"at": at})
+    log.rewind(10)
+    assert list(read_jsonl(tmp_path / "new" / "log.jsonl")) == [{"at": 5}, {"at": 10}]
+    log.rewind(0)
+    assert list(read_jsonl(tmp_path / "new" / "log.jsonl")) == []
