@@ -1,4 +1,4 @@
-"""What regrouping remembers between steps, in checkpoints, and in its log."""
+"""What regrouping remembers between steps and in checkpoints."""
 
 from __future__ import annotations
 
