@@ -15,8 +15,10 @@ from __future__ import annotations
 import json
 import os
 import platform
+import resource
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
@@ -177,6 +179,16 @@ def environment() -> dict[str, Any]:
         "gpus": gpus,
         "packages": packages,
     }
+
+
+def peak_memory() -> int:
+    """The most memory that this process has held so far, in bytes: the GPUs' where there are any, else resident."""
+    import torch
+
+    if torch.cuda.is_available():
+        return sum(torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count()))
+    unit = 1 if sys.platform == "darwin" else 1024  # getrusage counts in kilobytes, on macOS in bytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _commit() -> str | None:

@@ -13,7 +13,7 @@ from transformers import TrainingArguments
 
 from badit.data import AnswerCollator, mixture
 from badit.recipe import Recipe
-from badit.runs import RunFolder, environment, read_json, replace_folder, write_json
+from badit.runs import RunFolder, environment, peak_memory, read_json, replace_folder, write_json
 from badit.training.callbacks import MetricsLog, ProgressBar, StopOnSignal
 from badit.training.plan import Plan, base_model, encoded, make_plan
 from badit.training.scoring import evaluate
@@ -69,6 +69,7 @@ def _train_adapter(plan: Plan, run: RunFolder, progress: bool) -> None:
         "steps": trainer.state.global_step,
         "tokens": int(tokens),
         "seconds": round(time.monotonic() - started, 1),
+        "peak_memory_gib": round(peak_memory() / 2**30, 2),
     }
     write_json(run.environment, {**read_json(run.environment), "training": summary})
     partial = run.adapter.with_name("adapter.partial")
