@@ -52,7 +52,7 @@ def test_it_is_the_mean_over_layers_at_attended_positions_alone(tiny_model, riva
         seen = x[mask.bool()]
         logits = seen @ layer.badit_router["default"].T
         expected.append(naive.imbalance(rival, naive.gates(layer, seen), probabilities(logits)))
-    found = model.base_model.balance_loss(mask)
+    found = model.base_model.extra_loss(mask)
     assert found.item() == pytest.approx(0.3 * sum(expected) / 2, rel=1e-4)
     found.backward()
     moved = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
@@ -66,22 +66,22 @@ def test_there_is_none_by_default(tiny_model, rival):
     model = adapted(tiny_model("llama"), rival).train()
     ids, mask = padded(random_rows(4, 9))
     forward(model, ids, mask)
-    assert model.base_model.balance_loss(mask) is None
+    assert model.base_model.extra_loss(mask) is None
 
 
 def test_it_is_read_once_and_only_after_a_training_pass(tiny_model):
     ids, mask = padded(random_rows(4, 9))
     model = adapted(tiny_model("llama"), "goat").train()
     forward(model, ids, mask)
-    assert model.base_model.balance_loss(mask) is not None
+    assert model.base_model.extra_loss(mask) is not None
     with pytest.raises(BaditError, match="has seen no training pass"):
-        model.base_model.balance_loss(mask)
+        model.base_model.extra_loss(mask)
     forward(model.eval(), ids, mask)
     with pytest.raises(BaditError, match="has seen no training pass"):
-        model.base_model.balance_loss(mask)
+        model.base_model.extra_loss(mask)
     forward(model.train(), ids, mask)
     with pytest.raises(BaditError, match=r"sees 18 positions, the batch has 6: leave it out of target_modules"):
-        model.base_model.balance_loss(mask[:, :3])
+        model.base_model.extra_loss(mask[:, :3])
 
 
 def test_gradient_checkpointing(tiny_model):
@@ -94,7 +94,7 @@ def test_gradient_checkpointing(tiny_model):
         if checkpoint:
             enable_checkpointing(model, reentrant=False)
         output = forward(model, ids, mask, labels=ids, use_cache=False)
-        (output.loss + model.base_model.balance_loss(mask)).backward()
+        (output.loss + model.base_model.extra_loss(mask)).backward()
         found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
         assert not any(layer._router_logits for layer in layers(model))
     for name, gradient in found[0].items():
@@ -102,7 +102,7 @@ def test_gradient_checkpointing(tiny_model):
     enable_checkpointing(model, reentrant=True)
     forward(model, ids, mask, labels=ids, use_cache=False)
     with pytest.raises(BaditError, match="set use_reentrant=False, or set balance_weight=0"):
-        model.base_model.balance_loss(mask)
+        model.base_model.extra_loss(mask)
 
 
 @pytest.mark.parametrize("rival", BALANCED)
@@ -116,7 +116,7 @@ def test_the_trainer_adds_it_in_training_and_not_in_evaluation(tiny_model, tmp_p
             losses[weight, mode] = trainer.compute_loss(model.train(mode), batch)
     model.train()
     forward(model, batch["input_ids"], batch["attention_mask"])
-    extra = model.base_model.balance_loss(batch["attention_mask"]).item()
+    extra = model.base_model.extra_loss(batch["attention_mask"]).item()
     assert extra > 0.01
     assert (losses[0.5, True] - losses[0.0, True]).item() == pytest.approx(extra, rel=1e-3)
     assert torch.equal(losses[0.5, False], losses[0.0, False])
@@ -135,7 +135,7 @@ def test_it_is_averaged_over_accumulated_micro_batches(tiny_model, tmp_path):
         logits = model(**batch).logits[:, :-1].float().log_softmax(dim=-1)
         kept = labels[:, 1:] != -100
         answers = -logits[kept].gather(-1, labels[:, 1:][kept][:, None]).sum() / items
-        (answers + model.base_model.balance_loss(batch["attention_mask"]) / 2).backward()
+        (answers + model.base_model.extra_loss(batch["attention_mask"]) / 2).backward()
     expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
     model.zero_grad()
 

@@ -13,7 +13,7 @@ from badit.peft.base_model import ExpertModel
 class MixtureModel(ExpertModel):
     """A base model with a mixture of LoRA experts in its target modules.
 
-    Train it with :class:`badit.training.trainer.AnswerTrainer`, or add :meth:`balance_loss` to the loss yourself.
+    Train it with :class:`badit.training.trainer.AnswerTrainer`, or add :meth:`extra_loss` to the loss yourself.
     """
 
     tuner_layer_cls = MixtureLayer
@@ -21,11 +21,8 @@ class MixtureModel(ExpertModel):
     def _new_layer(self, target: nn.Module, name: str, adapter_name: str, config: MixtureConfig) -> MixtureLinear:
         return MixtureLinear(target, name, adapter_name, config)
 
-    def balance_loss(self, attention_mask: torch.Tensor) -> torch.Tensor | None:
-        """The weighted balance loss of the training pass that has just run, as a mean over the adapted layers.
-
-        None where the rival has none or its weight is 0. The mask (batch, positions) leaves padding out.
-        """
+    def extra_loss(self, attention_mask: torch.Tensor) -> torch.Tensor | None:
+        """The weighted balance loss, as a mean over the adapted layers; None where the rival has none or its weight is 0."""
         layers = [module for module in self.model.modules() if isinstance(module, MixtureLayer)]
         losses = [loss.to(attention_mask.device) for layer in layers for loss in layer.balance_losses(attention_mask)]
         return torch.stack(losses).mean() if losses else None

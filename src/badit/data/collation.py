@@ -18,15 +18,20 @@ class AnswerCollator:
     Args:
         pad_token_id: fills `input_ids`. The attention mask hides it, so a tokenizer without a pad token can use 0.
         side: where the padding goes: "right" for training, "left" for batched generation.
+        with_tasks: adds `tasks`, the list of the rows' task names, which no model takes: only for a trainer that takes
+            it out.
     """
 
-    def __init__(self, pad_token_id: int, side: Literal["left", "right"] = "right") -> None:
+    def __init__(
+        self, pad_token_id: int, side: Literal["left", "right"] = "right", *, with_tasks: bool = False
+    ) -> None:
         if side not in ("left", "right"):
             raise BaditError(f"side: must be 'left' or 'right', not {side!r:.60}")
         self.pad_token_id = pad_token_id
         self.side = side
+        self.with_tasks = with_tasks
 
-    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """`input_ids`, `attention_mask` and `labels`, each (batch, longest) of int64; other keys are left out."""
         if not examples:
             raise BaditError("examples: the batch is empty; give at least one example")
@@ -36,10 +41,11 @@ class AnswerCollator:
             "attention_mask": ([[1] * example_length(example) for example in examples], 0),
             "labels": ([example["labels"] for example in examples], IGNORED_LABEL),
         }
-        return {
+        tensors: dict[str, Tensor] = {
             key: torch.tensor([self._padded(row, longest, fill) for row in batch], dtype=torch.long)
             for key, (batch, fill) in rows.items()
         }
+        return {**tensors, "tasks": [example["task"] for example in examples]} if self.with_tasks else tensors
 
     def _padded(self, row: list[int], length: int, fill: int) -> list[int]:
         padding = [fill] * (length - len(row))

@@ -78,6 +78,11 @@ class ExpertConfig(PeftConfig):
         return self.num_components
 
     @property
+    def routes_in_layer(self) -> bool:
+        """Whether every layer has a router of its own, ``badit_router``."""
+        return True
+
+    @property
     def decomposes(self) -> bool:
         """Whether the experts start as singular triples of the base weight, and not with LoRA's random A and zero B."""
         return False

@@ -27,7 +27,7 @@ from badit.errors import BaditError
 class ExpertLayer(BaseTunerLayer):
     """State of the adapters on one base layer. Names carry the ``badit_`` prefix, or PEFT would not save them.
 
-    badit_A (R, I), badit_B (O, N) and badit_router (K, I) are trained; badit_A0 and badit_B0 (the initial factors, of
+    badit_A (R, I), badit_B (O, N) and, where layers route for themselves, badit_router (K, I) are trained; badit_A0 and badit_B0 (the initial factors, of
     methods that decompose the weight) are saved buffers.
     """
 
@@ -65,7 +65,8 @@ class ExpertLayer(BaseTunerLayer):
         self.badit_config[adapter_name] = config
         self.badit_A[adapter_name] = nn.Parameter(torch.zeros(config.rows_of_A, in_features))
         self.badit_B[adapter_name] = nn.Parameter(torch.zeros(out_features, components))
-        self.badit_router[adapter_name] = nn.Parameter(torch.zeros(config.num_experts, in_features))
+        if config.routes_in_layer:
+            self.badit_router[adapter_name] = nn.Parameter(torch.zeros(config.num_experts, in_features))
         self.badit_dropout[adapter_name] = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
         if config.decomposes:
             self.badit_A0[adapter_name] = torch.zeros(components, in_features)
@@ -99,6 +100,14 @@ class ExpertLayer(BaseTunerLayer):
         """The gates (…, N) of the components for an input x (…, I)."""
         raise NotImplementedError
 
+    def _factors(self, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """A (R, I) and B (O, N) of the wide product; a method may join frozen ones to those it trains."""
+        return self.badit_A[adapter_name], self.badit_B[adapter_name]
+
+    def _hidden(self, adapter_name: str, x: torch.Tensor, a_RI: torch.Tensor) -> torch.Tensor:
+        """A x, (…, R), before the gates."""
+        return F.linear(x, a_RI)
+
     def unmerge(self) -> None:
         """Nothing to do: an adapter whose gates depend on the input is never merged."""
 
@@ -115,7 +124,7 @@ class ExpertLayer(BaseTunerLayer):
 
     def _delta(self, adapter_name: str, x: torch.Tensor) -> torch.Tensor:
         config = self.badit_config[adapter_name]
-        a_RI, b_ON = self.badit_A[adapter_name], self.badit_B[adapter_name]
+        a_RI, b_ON = self._factors(adapter_name)
         x = self._cast_input_dtype(x, a_RI.dtype)
         scale = config.scaling * self._component_gates(adapter_name, x)
         if config.subtracted_share:
@@ -123,7 +132,7 @@ class ExpertLayer(BaseTunerLayer):
             initial_A, initial_B = self.initial_factors(adapter_name)
             a_RI, b_ON = torch.cat([a_RI, initial_A]), torch.cat([b_ON, initial_B], dim=1)
             scale = torch.cat([scale, torch.full_like(scale, -config.scaling * config.subtracted_share)], dim=-1)
-        hidden = F.linear(self.badit_dropout[adapter_name](x), a_RI)
+        hidden = self._hidden(adapter_name, self.badit_dropout[adapter_name](x), a_RI)
         # Where experts share the rows of A, each of them takes all R: N gates in N / R runs. Else there is one run.
         scale = scale.to(hidden.dtype).unflatten(-1, (-1, hidden.shape[-1]))
         return F.linear((hidden[..., None, :] * scale).flatten(-2), b_ON)

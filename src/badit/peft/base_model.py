@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
+import torch
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -81,6 +82,13 @@ class ExpertModel(BaseTuner):
 
     def _new_layer(self, target: nn.Module, name: str, adapter_name: str, config: Any) -> nn.Module:
         raise NotImplementedError
+
+    def extra_loss(self, attention_mask: torch.Tensor) -> torch.Tensor | None:
+        """What the method adds to the cross-entropy of the training pass that has just run: a scalar, or nothing.
+
+        The mask (batch, positions) leaves padding out.
+        """
+        return None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The base model's forward pass, by the call that runs its hooks; PEFT before 0.21 goes round them."""

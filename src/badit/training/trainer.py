@@ -13,9 +13,9 @@ from torch import nn
 from torch.utils.data import Dataset, Sampler
 from transformers import Trainer, TrainerCallback
 
-from badit.baselines import MixtureModel
 from badit.errors import BaditError
 from badit.peft import BaditModel
+from badit.peft.base_model import ExpertModel
 from badit.peft.routing_context import before_first_label
 
 # Batches are cut from shuffled runs of this many batches sorted by length: long enough to save padding, short enough to
@@ -26,8 +26,8 @@ _BATCHES_PER_RUN = 16
 class AnswerTrainer(Trainer):
     """Trains on batches of ``input_ids``, ``attention_mask`` and ``labels`` (−100 on all but the answers).
 
-    The loss is the cross-entropy averaged over the answer tokens of the whole accumulated batch. A mixture of experts
-    with a balance loss adds the mean of that over the micro-batches. The output layer runs only on positions that
+    The loss is the cross-entropy averaged over the answer tokens of the whole accumulated batch. A method with a loss
+    of its own (``ExpertModel.extra_loss``) adds the mean of that over the micro-batches. The output layer runs only on positions that
     predict a label: with a vocabulary of 49 thousand that is the largest single saving.
     """
 
@@ -68,11 +68,11 @@ class AnswerTrainer(Trainer):
         loss = total / (len(targets_L) if num_items_in_batch is None else num_items_in_batch)
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # data-parallel wrappers take the mean over the ranks
-        if model.training and isinstance(unwrapped, PeftModel) and isinstance(unwrapped.base_model, MixtureModel):
-            balance = unwrapped.base_model.balance_loss(inputs["attention_mask"])
+        if model.training and isinstance(unwrapped, PeftModel) and isinstance(unwrapped.base_model, ExpertModel):
+            extra = unwrapped.base_model.extra_loss(inputs["attention_mask"])
             # Given the number of items, the Trainer leaves it to us to average over the micro-batches.
             parts = 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps
-            loss = loss if balance is None else loss + balance / parts
+            loss = loss if extra is None else loss + extra / parts
         return (loss, outputs) if return_outputs else loss
 
 
