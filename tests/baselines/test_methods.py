@@ -12,11 +12,12 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 
-from badit.baselines import RIVALS
+from badit.baselines import RIVALS, batch_of_tasks
 from badit.errors import BaditError
 from badit.recipe import build_recipe
 from badit.runs import RunFolder
-from badit.training.methods import Method, build_method
+from badit.training.method import AdapterMethod
+from badit.training.methods import build_method
 from badit.training.run import train
 from badit.training.scoring import evaluate, load_run
 from baselines.naive import SMALL
@@ -29,40 +30,44 @@ Values = dict[str, Any]
 OPTIONS: dict[str, Values] = {
     **SMALL, **{name: {"r": 4, "lora_alpha": 8, "lora_dropout": 0.1} for name in RIVALS if name not in SMALL}
 }  # fmt: skip
+FROM_PEFT = [name for name, rival in RIVALS.items() if rival.config_cls is LoraConfig]
+TASKS = ["cities", "rivers"]
 IDS, MASK = padded(random_rows(6, 11, 9))
+ROWS = ["rivers", "cities", "cities"]
 
 
 def logits(model: Any) -> torch.Tensor:
-    with torch.no_grad():
+    with torch.no_grad(), batch_of_tasks(model, ROWS):
         return model(input_ids=IDS, attention_mask=MASK).logits[MASK.bool()]
 
 
 def test_the_names() -> None:
-    assert set(RIVALS) == {"lora", "pissa", "olora", "dora", "rslora", "loramoe", "hydralora", "goat"}
+    mixed = {"lora", "pissa", "olora", "dora", "rslora", "loramoe", "hydralora", "goat", "mtl-lora"}
+    assert set(RIVALS) == mixed | {"o-lora", "gainlora", "sapt"}
 
 
 @pytest.mark.parametrize("name", RIVALS)
 def test_a_run(recipe_values: Values, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     recipe = build_recipe({**recipe_values, "method": {"name": name, **OPTIONS[name]}})
     trained: list[Any] = []
-    apply = Method.apply
+    apply = AdapterMethod.apply
 
-    def kept(self: Any, model: Any) -> Any:
-        trained.append(apply(self, model))
+    def kept(self: Any, model: Any, tasks: Any) -> Any:
+        trained.append(apply(self, model, tasks))
         return trained[-1]
 
-    monkeypatch.setattr(Method, "apply", kept)
+    monkeypatch.setattr(AdapterMethod, "apply", kept)
     scores = train(recipe, progress=False)
     assert set(scores["tasks"]) == {"cities", "rivers"}
     losses = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert losses[10]["loss"] < losses[0]["loss"]
     tensors = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
-    assert all("gate_proj" in name for name in tensors)
+    assert all("gate_proj" in key or "badit_gate" in key for key in tensors)
     assert evaluate(tmp_path / "run", progress=False) == scores
     loaded, _ = load_run(RunFolder.existing(tmp_path / "run"))
-    ids = IDS % 60
-    with torch.no_grad():
-        assert torch.equal(loaded(input_ids=ids).logits, trained[0].eval()(input_ids=ids).logits)
+    trained[0].eval()
+    with torch.no_grad(), batch_of_tasks(loaded, ROWS), batch_of_tasks(trained[0], ROWS):
+        assert torch.equal(loaded(input_ids=IDS % 60).logits, trained[0](input_ids=IDS % 60).logits)
 
 
 @pytest.mark.parametrize("name", ["goat", "pissa"])
@@ -74,7 +79,7 @@ def test_an_interrupted_run_ends_as_one_that_was_not(
     values = {**recipe_values, "method": {"name": name, **OPTIONS[name]}}
     expected = train(build_recipe({**values, "output": str(tmp_path / "whole")}), progress=False)
     with monkeypatch.context() as patch:
-        patch.setattr(Method, "callbacks", lambda self, run: [StopAt(8)])
+        patch.setattr(AdapterMethod, "callbacks", lambda self, run: [StopAt(8)])
         with pytest.raises(KeyboardInterrupt):
             train(build_recipe(values), progress=False)
     assert train(build_recipe(values), progress=False) == expected
@@ -137,15 +142,16 @@ def test_mistakes_are_named_on_one_line(method: Values, message: str) -> None:
 @pytest.mark.parametrize("name", RIVALS)
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3"])
 def test_step_0_in_several_families(tiny_model: Any, name: str, family: str) -> None:
-    options = {**OPTIONS[name], **({"fan_in_fan_out": True} if family == "gpt2" and name not in SMALL else {})}
+    options = {**OPTIONS[name], **({"fan_in_fan_out": True} if family == "gpt2" and name in FROM_PEFT else {})}
     method = build_method({"name": name, **options})
     if (name, family) == ("olora", "gpt2"):
         with pytest.raises(BaditError, match=r"olora cannot adapt the Conv1D layers.*take pissa instead"):
-            method.apply(tiny_model(family))
+            method.apply(tiny_model(family), TASKS)
         return
-    model = method.apply(tiny_model(family)).eval()
+    model = method.apply(tiny_model(family), TASKS).eval()
     target = "c_fc" if family == "gpt2" else "gate_proj"
-    assert all(target in key for key, parameter in model.named_parameters() if parameter.requires_grad)
+    trained = [key for key, parameter in model.named_parameters() if parameter.requires_grad]
+    assert all(target in key or "badit_gate" in key for key in trained)
     difference = (logits(model) - logits(tiny_model(family))).abs().max()
     assert difference <= (1.0 if name == "goat" else 1e-4)
 

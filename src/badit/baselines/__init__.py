@@ -14,15 +14,23 @@ from typing import Any
 
 from peft import LoraConfig, PeftConfig
 
+from badit.baselines.branches import BranchModel
+from badit.baselines.gain_lora import GainLoraConfig
 from badit.baselines.goat import GoatConfig
 from badit.baselines.hydralora import HydraLoraConfig
 from badit.baselines.lora import LORA_FAMILY
 from badit.baselines.loramoe import LoraMoeConfig
 from badit.baselines.model import MixtureModel
+from badit.baselines.mtl_lora import MtlLoraConfig, MtlLoraModel, batch_of_tasks
+from badit.baselines.o_lora import OLoraConfig
+from badit.baselines.sapt import SaptConfig
 from badit.peft.registration import register
 
 for _config_cls in (LoraMoeConfig, HydraLoraConfig, GoatConfig):
     register(_config_cls, MixtureModel)
+for _config_cls in (OLoraConfig, GainLoraConfig, SaptConfig):
+    register(_config_cls, BranchModel)
+register(MtlLoraConfig, MtlLoraModel)
 
 
 @dataclass(frozen=True)
@@ -38,6 +46,24 @@ RIVALS: dict[str, Rival] = {
     "loramoe": Rival(LoraMoeConfig),
     "hydralora": Rival(HydraLoraConfig),
     "goat": Rival(GoatConfig),
+    "mtl-lora": Rival(MtlLoraConfig),
+    "o-lora": Rival(OLoraConfig),
+    "gainlora": Rival(GainLoraConfig),
+    "sapt": Rival(SaptConfig),
 }
 
-__all__ = ["RIVALS", "GoatConfig", "HydraLoraConfig", "LoraMoeConfig", "MixtureModel", "Rival"]
+__all__ = [
+    "RIVALS",
+    "BranchModel",
+    "GainLoraConfig",
+    "GoatConfig",
+    "HydraLoraConfig",
+    "LoraMoeConfig",
+    "MixtureModel",
+    "MtlLoraConfig",
+    "MtlLoraModel",
+    "OLoraConfig",
+    "Rival",
+    "SaptConfig",
+    "batch_of_tasks",
+]

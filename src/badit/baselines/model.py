@@ -22,7 +22,7 @@ class MixtureModel(ExpertModel):
         return MixtureLinear(target, name, adapter_name, config)
 
     def extra_loss(self, attention_mask: torch.Tensor) -> torch.Tensor | None:
-        """The weighted balance loss, as a mean over the adapted layers; None where the rival has none or its weight is 0."""
+        """The weighted balance loss, a mean over the layers; None where the rival has none or its weight is 0."""
         layers = [module for module in self.model.modules() if isinstance(module, MixtureLayer)]
         losses = [loss.to(attention_mask.device) for layer in layers for loss in layer.balance_losses(attention_mask)]
         return torch.stack(losses).mean() if losses else None

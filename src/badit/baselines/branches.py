@@ -1,0 +1,265 @@
+"""Sequential learning with one LoRA branch a task, as O-LoRA, GainLoRA and SAPT share it.
+
+    y = W x + s · Σ_{i≤t} a_i(p0) B_i A_i x        branches i < t frozen, branch t trained
+
+All branches are one wide product (:mod:`badit.peft.base_layer`): buffers hold the frozen ones, and the trained one
+comes after them. The weights a_i are 1, or those of a gate, which stands beside the base model, once for all layers: a
+hook on the token embeddings works out the weights of a pass and leaves them where the layers find them.
+
+Shape suffixes: B = batch, T = positions, N = prompts, D = width of the token embeddings, K = branches,
+I/O = in/out features, R = rank of a branch, P = (K − 1)·R, the rank of the frozen branches together.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from peft.tuners._buffer_dict import BufferDict
+from torch import nn
+
+from badit.baselines.branch_config import BranchConfig, BranchGate
+from badit.errors import BaditError
+from badit.method import prompt_mean
+from badit.peft.base_layer import ExpertLayer
+from badit.peft.base_model import ExpertModel
+from badit.peft.routing_context import RoutingContext
+
+
+class BranchLayer(ExpertLayer):
+    """State of the adapters on one base layer.
+
+    badit_A (R, I) and badit_B (O, R), the current branch, are trained; badit_A_past (P, I) and badit_B_past (O, P) are
+    saved buffers.
+    """
+
+    other_param_names = (*ExpertLayer.other_param_names, "badit_A_past", "badit_B_past")
+
+    def __init__(self, base_layer: nn.Module, name: str, routing: RoutingContext) -> None:
+        super().__init__(base_layer, name)
+        self.routing = routing
+        self.badit_A_past = BufferDict(persistent=True)
+        self.badit_B_past = BufferDict(persistent=True)
+
+    def update_layer(self, adapter_name: str, config: BranchConfig, inference_mode: bool = False) -> None:
+        """Adds an adapter: room for its frozen branches, whose values are loaded, and a fresh current one."""
+        out_features, in_features = self.weight_OI.shape
+        past_rank = config.past_branches * config.r
+        self.badit_A_past[adapter_name] = torch.zeros(past_rank, in_features)
+        self.badit_B_past[adapter_name] = torch.zeros(out_features, past_rank)
+        super().update_layer(adapter_name, config, inference_mode)
+
+    @torch.no_grad()
+    def next_task(self, adapter_name: str) -> None:
+        """Freezes the current branch behind the earlier ones and starts it anew, as LoRA starts."""
+        self.badit_A_past[adapter_name], self.badit_B_past[adapter_name] = self._factors(adapter_name)
+        self.badit_B[adapter_name].zero_()
+        self._initialise(adapter_name, self.badit_config[adapter_name])
+
+    def _past_A(self, adapter_name: str) -> torch.Tensor:
+        return cast(torch.Tensor, self.badit_A_past[adapter_name])
+
+    def _factors(self, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        past_B_OP = cast(torch.Tensor, self.badit_B_past[adapter_name])
+        a_RI, b_OR = super()._factors(adapter_name)
+        return torch.cat([self._past_A(adapter_name), a_RI]), torch.cat([past_B_OP, b_OR], dim=1)
+
+    def _component_gates(self, adapter_name: str, x: torch.Tensor) -> torch.Tensor:
+        config: BranchConfig = self.badit_config[adapter_name]
+        if config.gate_cls is None:
+            return torch.ones(config.num_branches * config.r, device=x.device)
+        weights_BK = self._branch_weights(adapter_name).to(x.device)
+        if x.ndim != 3 or len(x) != len(weights_BK):
+            raise BaditError(
+                f"{self.name} sees an input of shape {tuple(x.shape)}, the gates are those of {len(weights_BK)} "
+                "prompts: leave it out of target_modules, or decode as many rows as the cache holds"
+            )
+        return weights_BK.repeat_interleave(config.r, dim=1)[:, None]
+
+    def _branch_weights(self, adapter_name: str) -> torch.Tensor:
+        """a (B, K) of the running pass: fresh from its prompt, or held by the cache since the prompt's pass."""
+        forward_pass = self.routing.forward_pass()
+        weights_BK = None
+        if forward_pass is not None:
+            known = forward_pass.fresh if forward_pass.held is None else forward_pass.held
+            weights_BK = known.get(adapter_name)
+        if forward_pass is None or weights_BK is None:
+            raise BaditError(
+                f"{self.name} finds no gates for this pass, since they follow the prompt's tokens: call the whole "
+                "model, with input_ids (not inputs_embeds), and decode from a cache filled with the adapter active"
+            )
+        if forward_pass.held is None and weights_BK.requires_grad and not torch.is_grad_enabled():
+            raise BaditError("gradient checkpointing would cut the gates off from the loss: set use_reentrant=False")
+        return weights_BK
+
+    def penalty(self, adapter_name: str) -> torch.Tensor | None:
+        """What the adapter adds to the loss here: a scalar, or nothing."""
+        return self.badit_config[adapter_name].penalty(self._past_A(adapter_name), self.badit_A[adapter_name])
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        raise BaditError(
+            "branches stay apart, for the next task and for their gates, and so have no single weight to merge into; "
+            "keep them as an adapter (unload() gives the base model back)"
+        )
+
+
+class BranchLinear(nn.Module, BranchLayer):
+    """Branches on ``nn.Linear`` or transformers' ``Conv1D``."""
+
+    def __init__(
+        self, base_layer: nn.Module, name: str, routing: RoutingContext, adapter_name: str, config: BranchConfig
+    ) -> None:
+        super().__init__()
+        BranchLayer.__init__(self, base_layer, name, routing)
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, config)
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return self._adapted(x, *args, **kwargs)
+
+    def __repr__(self) -> str:
+        return "badit." + super().__repr__()
+
+
+class BranchModel(ExpertModel):
+    """A base model with LoRA branches in its target modules and, beside it, every adapter's gate.
+
+    A task is: training, :meth:`end_task`, :meth:`next_task` and a new optimiser. Training adds :meth:`extra_loss` to
+    the loss and calls :meth:`before_update` and :meth:`after_update` around each step of the optimiser.
+    """
+
+    tuner_layer_cls = BranchLayer
+
+    badit_gate: nn.ModuleDict
+
+    def _pre_injection_hook(self, model: nn.Module, config: BranchConfig, adapter_name: str) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        self.badit_gate = nn.ModuleDict()
+        self._embedding_hook: Any = None
+
+    def _refuse_unsuitable(self, config: BranchConfig) -> None:
+        if config.gate_cls is None:
+            return
+        if getattr(getattr(self.model, "config", None), "is_encoder_decoder", False):
+            raise BaditError(f"{config.method} is for decoder-only models: its gates follow the prompt")
+        if not hasattr(self.model, "get_input_embeddings"):
+            raise BaditError(f"{config.method} is for language models: its gates follow the prompt's token embeddings")
+
+    def _new_layer(self, target: nn.Module, name: str, adapter_name: str, config: BranchConfig) -> BranchLinear:
+        return BranchLinear(target, name, RoutingContext.of(self.model), adapter_name, config)
+
+    def _create_and_replace(self, peft_config: BranchConfig, adapter_name: str, *args: Any, **kwargs: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        if peft_config.gate_cls is not None and adapter_name not in self.badit_gate:
+            self._add_gate(peft_config.gate_cls, peft_config, adapter_name)
+        super()._create_and_replace(peft_config, adapter_name, *args, **kwargs)
+
+    def _add_gate(self, gate_cls: type[BranchGate], config: Any, adapter_name: str) -> None:
+        embeddings = self._embeddings()
+        weight = cast(torch.Tensor, embeddings.weight)
+        self.badit_gate[adapter_name] = gate_cls(weight.shape[1], config, weight.device)
+        if self._embedding_hook is None:
+            self._embedding_hook = embeddings.register_forward_hook(self._weigh)
+
+    def _embeddings(self) -> nn.Module:
+        return cast(Any, self.model).get_input_embeddings()
+
+    def _weigh(self, embeddings: nn.Module, args: tuple, output: torch.Tensor) -> None:
+        """Works out the weights of a pass. Not in a layer: checkpointing would run the gate once more in backward."""
+        forward_pass = RoutingContext.of(self.model).forward_pass()
+        if forward_pass is None or forward_pass.held is not None:
+            return
+        for adapter_name in {name for layer in self._layers() for name in layer._running_adapters}:
+            mask_BT = forward_pass.prompt_mask_BT
+            if mask_BT is not None:
+                gate = self._gate(adapter_name)
+                forward_pass.fresh[adapter_name] = gate(_prompt_mean(output, mask_BT).to(gate.key.dtype))
+
+    def _layers(self) -> list[BranchLayer]:
+        return [module for module in self.model.modules() if isinstance(module, BranchLayer)]
+
+    def _gate(self, adapter_name: str) -> BranchGate:
+        return cast(BranchGate, self.badit_gate[adapter_name])
+
+    def _active_gates(self) -> list[BranchGate]:
+        return [self._gate(name) for name in self.active_adapters if name in self.badit_gate]
+
+    @torch.no_grad()
+    def prompt_embeddings(self, input_ids: torch.Tensor, prompt_mask: torch.Tensor) -> torch.Tensor:
+        """p0 (B, D): the mean of the token embeddings over the prompt, from tokens and mask, both (B, T)."""
+        return _prompt_mean(self._embeddings()(input_ids), prompt_mask)
+
+    def end_task(self, prompt_embeddings: torch.Tensor) -> None:
+        """Shows the active adapters' gates p0 (N, D) of the finished task's training prompts.
+
+        Raises:
+            BaditError: the prompts have another shape.
+        """
+        for gate in self._active_gates():
+            if prompt_embeddings.shape[1:] != gate.key.shape:
+                raise BaditError(
+                    f"prompt_embeddings must have the shape (prompts, {len(gate.key)}), as prompt_embeddings() gives "
+                    f"them, got {tuple(prompt_embeddings.shape)}"
+                )
+            gate.end_task(prompt_embeddings.to(gate.key))
+
+    @torch.no_grad()
+    def next_task(self) -> None:
+        """Freezes the active adapters' current branches, and gates, and starts new ones in the same parameters.
+
+        A new B is zero: the model stays what it is, but for SAPT, whose new key takes a share of the weight.
+        """
+        for gate in self._active_gates():
+            gate.next_task()
+        for adapter_name in self.active_adapters:
+            for layer in self._layers():
+                if adapter_name in layer.badit_A:
+                    layer.next_task(adapter_name)
+            self.peft_config[adapter_name].past_branches += 1
+
+    def before_update(self) -> None:
+        """To be called right before each step of the optimiser."""
+        for gate in self._active_gates():
+            gate.before_update()
+
+    def after_update(self) -> None:
+        """To be called right after each step of the optimiser."""
+        for gate in self._active_gates():
+            gate.after_update()
+
+    def extra_loss(self, attention_mask: torch.Tensor) -> torch.Tensor | None:
+        """The penalties of the active adapters, summed over the adapted layers; None where there are none."""
+        penalties = [layer.penalty(name) for layer in self._layers() for name in layer._running_adapters]
+        found = [penalty.to(attention_mask.device) for penalty in penalties if penalty is not None]
+        return torch.stack(found).sum() if found else None
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        super().set_adapter(adapter_name, inference_mode=inference_mode)
+        self._train_active_gates(not inference_mode)
+
+    def _train_active_gates(self, train: bool) -> None:
+        for name, gate in self.badit_gate.items():
+            gate.requires_grad_(train and name in self.active_adapters)
+
+    def set_requires_grad(self, adapter_names: Any, requires_grad: bool = True) -> None:
+        super().set_requires_grad(adapter_names, requires_grad)
+        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        for name in set(names) & set(self.badit_gate):
+            self._gate(name).requires_grad_(requires_grad)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        if adapter_name in self.badit_gate:
+            del self.badit_gate[adapter_name]
+        self._train_active_gates(True)  # as PEFT does with the layers of an adapter that takes the deleted one's place
+
+    def unload(self) -> nn.Module:
+        """The base model as it was before the adapters."""
+        if self._embedding_hook is not None:
+            self._embedding_hook.remove()
+        RoutingContext.of(self.model).detach(self.model)
+        return super().unload()
+
+
+def _prompt_mean(embeddings_BTD: torch.Tensor, prompt_mask_BT: torch.Tensor) -> torch.Tensor:
+    """p0 in full precision and without a gradient: the gate trains, the embeddings do not."""
+    dtype = torch.promote_types(embeddings_BTD.dtype, torch.float32)
+    return prompt_mean(embeddings_BTD.detach().to(dtype), prompt_mask_BT.to(embeddings_BTD.device))

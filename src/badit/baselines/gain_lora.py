@@ -1,0 +1,140 @@
+"""GainLoRA: a gate for every branch, kept shut on the earlier tasks' prompts (Liang and Li 2025, "Gated Integration of
+Low-Rank Adaptation for Continual Learning of Language Models", arXiv 2505.15424).
+
+    y = W x + s · Σ_{i≤t} a_i B_i A_i x,    a_i = |2σ(4 cos(z_i, k_i)) − 1|,    z_i = SiLU(G2_i SiLU(G1_i p0))
+
+p0 is the mean of the token embeddings over the prompt; a_i is one number for a sequence, the same in all layers. A new
+task goes on with the last one's G1 and G2 and has a new key, orthogonal to what the earlier tasks' z have spanned, so
+that its gate is 0 there. It stays so, since training moves G1, G2 and k only orthogonally to what each has been
+multiplied with in the earlier tasks: an update Δ becomes Δ (I − P), P the projector onto those inputs. P grows after
+each task t = 1, 2, … as in gradient projection memory (Saha et al. 2021, arXiv 2103.09762): by the leading singular
+directions of what it does not yet span, until it holds the share 0.995 + 0.005 · (t − 1)/15 of the inputs' energy.
+
+From the paper: gates, projections, shares and hidden size 100. The count of tasks (t − 1, at most 15) is that of its
+authors' code. Assumptions: the key is a random unit vector, projected; their code takes the leading singular direction
+of the new task's z, projected, which needs its prompts in advance. Left out: the scaling that gives projected rows
+their norm back, since it would open the gate on earlier tasks. A_t and B_t are trained as in LoRA, without projection.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from badit.baselines.branch_config import BranchGate, GatedBranchConfig
+from badit.errors import BaditError
+
+_SHARE_OF_ENERGY = 0.995
+_TASKS_TO_WHOLE = 15  # the share grows to 1 in as many tasks
+_NEGLIGIBLE = 1e-5  # of the norm of all inputs: what float32 cannot tell from rounding
+
+
+class GainLoraGate(BranchGate):
+    """A network and a key for each task.
+
+    Trained: ``down`` (H, D), which is G1, ``up`` (D, H), which is G2, and ``key`` (D). Saved buffers: the same of the
+    earlier tasks, stacked, and the projectors ``seen_by_down`` (D, D), ``seen_by_up`` (H, H), ``seen_by_key`` (D, D).
+
+    Shape suffixes: B = batch, N = prompts, D = width of the token embeddings, H = hidden size, K = branches.
+    """
+
+    past_down: torch.Tensor
+    past_up: torch.Tensor
+    seen_by_down: torch.Tensor
+    seen_by_up: torch.Tensor
+    seen_by_key: torch.Tensor
+
+    def __init__(self, width: int, config: GatedBranchConfig, device: torch.device) -> None:
+        super().__init__(width, config, device)
+        hidden, past = config.gate_hidden_size, config.past_branches
+        self.down = nn.Parameter(torch.empty(hidden, width, device=device))
+        self.up = nn.Parameter(torch.empty(width, hidden, device=device))
+        self.register_buffer("past_down", torch.zeros(past, hidden, width, device=device))
+        self.register_buffer("past_up", torch.zeros(past, width, hidden, device=device))
+        for name, size in (("down", width), ("up", hidden), ("key", width)):
+            self.register_buffer(f"seen_by_{name}", torch.zeros(size, size, device=device))
+        self._before_update: dict[str, torch.Tensor] = {}
+        for weight in (self.down, self.up):
+            nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
+        self.start_key()
+
+    def forward(self, prompt_BD: torch.Tensor) -> torch.Tensor:
+        down_KHD = torch.cat([self.past_down, self.down[None]])
+        up_KDH = torch.cat([self.past_up, self.up[None]])
+        hidden_BKH = F.silu(torch.einsum("bd,khd->bkh", prompt_BD, down_KHD))
+        z_BKD = F.silu(torch.einsum("bkh,kdh->bkd", hidden_BKH, up_KDH))
+        cosine_BK = F.cosine_similarity(z_BKD, self.keys_KD, dim=-1)
+        return (2 * torch.sigmoid(4 * cosine_BK) - 1).abs()
+
+    @torch.no_grad()
+    def start_key(self) -> None:
+        """A random unit vector, orthogonal to the earlier tasks' z.
+
+        Raises:
+            BaditError: there is none left.
+        """
+        if self.key.is_meta:  # its value is about to be loaded
+            return
+        size = len(self.key)
+        if self.seen_by_key.trace() > size - 0.5:  # a projector's trace is its rank
+            raise BaditError(
+                f"the earlier tasks' prompts take up all {size} dimensions of GainLoRA's gates, which leaves none for "
+                "another task: train on fewer tasks"
+            )
+        random_D = torch.randn_like(self.key)
+        self.key.copy_(F.normalize(random_D - random_D @ self.seen_by_key, dim=0))
+
+    @torch.no_grad()
+    def next_task(self) -> None:
+        super().next_task()
+        self.past_down = torch.cat([self.past_down, self.down[None]])
+        self.past_up = torch.cat([self.past_up, self.up[None]])
+
+    @torch.no_grad()
+    def end_task(self, prompt_ND: torch.Tensor) -> None:
+        """Lets the projectors grow by the inputs that the finished task's prompts give to G1, G2 and the key."""
+        hidden_NH = F.silu(prompt_ND @ self.down.T)
+        z_ND = F.silu(hidden_NH @ self.up.T)
+        share = _SHARE_OF_ENERGY + (1 - _SHARE_OF_ENERGY) * min(len(self.past_keys) / _TASKS_TO_WHOLE, 1)
+        self.seen_by_down = grown_projector(self.seen_by_down, prompt_ND, share)
+        self.seen_by_up = grown_projector(self.seen_by_up, hidden_NH, share)
+        self.seen_by_key = grown_projector(self.seen_by_key, z_ND, share)
+
+    def before_update(self) -> None:
+        """Remembers the trained tensors, of which :meth:`after_update` takes the difference."""
+        self._before_update = {name: tensor.detach().clone() for name, tensor in self.named_parameters()}
+
+    @torch.no_grad()
+    def after_update(self) -> None:
+        """Takes off from each tensor the part of its update that acts on the earlier tasks' inputs."""
+        for name, before in self._before_update.items():
+            tensor = self.get_parameter(name)
+            tensor.sub_((tensor - before) @ self.get_buffer(f"seen_by_{name}"))
+        self._before_update = {}
+
+
+def grown_projector(projector_DD: torch.Tensor, inputs_ND: torch.Tensor, share: float) -> torch.Tensor:
+    """The projector P = M Mᵀ, (D, D), with more columns in M: the fewest that hold the share of ‖inputs‖².
+
+    As in arXiv 2103.09762, eq. 8 and 9: the new columns are leading right singular vectors of inputs (I − P), and what
+    P held before counts.
+    """
+    projector, inputs = projector_DD.double(), inputs_ND.double()
+    _, s, vh = torch.linalg.svd(inputs - inputs @ projector, full_matrices=False)
+    energy, total = s.square(), inputs.square().sum()
+    held_before = total - energy.sum() + energy.cumsum(dim=0) - energy
+    new = (held_before < share * total) & (s > _NEGLIGIBLE * total.sqrt())
+    return (projector + vh[new].T @ vh[new]).to(projector_DD.dtype)
+
+
+@dataclass
+class GainLoraConfig(GatedBranchConfig):
+    """GainLoRA (arXiv 2505.15424): one LoRA branch a task, each behind a gate of its own."""
+
+    method: ClassVar[str] = "BADIT_GAINLORA"
+    gate_cls: ClassVar[Any] = GainLoraGate

@@ -1,0 +1,205 @@
+"""Task neurons: only the FFN neurons that matter to the tasks are trained (Leng & Xiong 2025, "Towards Understanding
+Multi-Task Learning (Generalization) of LLMs via Detecting and Exploring Task-Specific Neurons", arXiv 2407.06488).
+
+A neuron's output ω_j is what enters the MLP's last projection: act(gate)·up, or act(c_fc). Its score on a task is
+|∂L/∂ω_j · ω_j|; the top share of all neurons is trained: their rows of the first projections, their column of the last.
+
+From the paper: the score, the choice by share, the masked gradients. Assumptions: L is an example's mean cross-entropy
+over its answer tokens; the absolute value is taken at every position and then averaged over all attended positions of
+all examples, so that the size of the batches and their padding make no difference; neurons of all layers are ranked
+together; dropout is off; the last projection's bias belongs to no neuron and stays. Left out: the paper's weighting of
+neurons in continual fine-tuning.
+
+Shape suffixes: B = rows, T = positions, F = neurons of a layer, L = labels that are predicted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from badit.errors import BaditError
+from badit.peft.base_config import is_number
+
+# The first projections, whose outputs are neurons, and the last, whose inputs they are.
+_PROJECTIONS = ((("gate_proj", "up_proj"), "down_proj"), (("c_fc",), "c_proj"))
+_IGNORED_LABEL = -100
+
+
+@dataclass(frozen=True)
+class _Mlp:
+    first: list[nn.Linear | Conv1D]
+    last: nn.Linear | Conv1D
+
+    @property
+    def width(self) -> int:
+        """The number of neurons; Conv1D keeps its weight as (in, out)."""
+        return self.last.weight.shape[0 if isinstance(self.last, Conv1D) else 1]
+
+
+def neuron_scores(model: PreTrainedModel, batches: Iterable[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+    """How much each neuron matters to the examples (arXiv 2407.06488): the mean of |∂L/∂ω_j · ω_j|.
+
+    Args:
+        model: a causal language model without adapters; no gradient of its parameters is touched.
+        batches: ``input_ids``, ``attention_mask`` and ``labels`` (−100 on all but the answers), each (B, T).
+
+    Returns:
+        By the name of the layer's MLP, scores (F,) in float32 on the CPU.
+
+    Raises:
+        BaditError: a model whose layers have no MLP of this kind, or no batches.
+    """
+    mlps = _mlps(model)
+    totals: dict[str, torch.Tensor] = {}
+    positions = 0
+    with _evaluating(model):
+        for batch in batches:
+            inputs = {key: batch[key].to(model.device) for key in ("input_ids", "attention_mask", "labels")}
+            for name, sums_F in _score_sums(model, mlps, inputs).items():
+                totals[name] = sums_F + totals.get(name, 0)
+            positions += int(batch["attention_mask"].sum())
+    if not positions:
+        raise BaditError("batches: there are none; give at least one batch of the task's examples")
+    return {name: total_F / positions for name, total_F in totals.items()}
+
+
+def top_neurons(scores: Mapping[str, torch.Tensor], share: float) -> dict[str, torch.Tensor]:
+    """Masks (F,) that are true for the ``share`` of all neurons with the highest scores, at least one.
+
+    Raises:
+        BaditError: a share that is not above 0 and at most 1.
+    """
+    if not is_number(share) or not 0 < share <= 1:
+        raise BaditError(f"share must be above 0 and at most 1, got {share!r}")
+    flat = torch.cat(list(scores.values()))
+    chosen = torch.zeros(len(flat), dtype=torch.bool)
+    chosen[flat.argsort(descending=True, stable=True)[: max(1, round(share * len(flat)))]] = True
+    return dict(zip(scores, chosen.split([len(scores_F) for scores_F in scores.values()]), strict=True))
+
+
+def union(first: Mapping[str, torch.Tensor], *others: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The neurons of any of the masks: what a run on several tasks trains.
+
+    Raises:
+        BaditError: masks of different layers.
+    """
+    if any(mask.keys() != first.keys() for mask in others):
+        raise BaditError("masks: they name different layers; take all of them from one model")
+    return {name: torch.stack([mask[name] for mask in (first, *others)]).any(dim=0) for name in first}
+
+
+def train_only(model: PreTrainedModel, masks: Mapping[str, torch.Tensor]) -> list[RemovableHandle]:
+    """Freezes all but the neurons of the masks (F,): the gradients of the other rows and columns become zero.
+
+    The optimiser must not decay weights (``weight_decay=0``): that moves a weight which has no gradient. The hooks stay
+    with this model's parameters until the returned handles are removed; a copy of the model has none.
+
+    Raises:
+        BaditError: a model whose layers have no MLP of this kind, or masks that are not of this model.
+    """
+    mlps = _mlps(model)
+    if {name: mlp.width for name, mlp in mlps.items()} != {name: len(mask_F) for name, mask_F in masks.items()}:
+        raise BaditError("masks: they are not of this model's layers and widths; take them from its own scores")
+    model.requires_grad_(False)
+    handles = []
+    for name, mlp in mlps.items():
+        frozen_F = ~masks[name].bool()
+        frozen_rows = frozen_F[:, None]
+        for projection in mlp.first:
+            frozen = frozen_F if isinstance(projection, Conv1D) else frozen_rows
+            handles.append(_mask_gradient(projection.weight, frozen))
+            if projection.bias is not None:
+                handles.append(_mask_gradient(projection.bias, frozen_F))
+        frozen = frozen_rows if isinstance(mlp.last, Conv1D) else frozen_F
+        handles.append(_mask_gradient(mlp.last.weight, frozen))
+    return handles
+
+
+def trained_parameters(model: PreTrainedModel, masks: Mapping[str, torch.Tensor]) -> int:
+    """How many numbers of the model's weights (and first biases) :func:`train_only` leaves free."""
+    count = 0
+    for name, mlp in _mlps(model).items():
+        tensors = [mlp.last.weight, *(p for layer in mlp.first for p in (layer.weight, layer.bias) if p is not None)]
+        per_neuron = sum(tensor.numel() for tensor in tensors) // mlp.width
+        count += per_neuron * int(masks[name].sum())
+    return count
+
+
+def all_neurons(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Masks (F,) that are true everywhere."""
+    return {name: torch.ones(mlp.width, dtype=torch.bool, device="cpu") for name, mlp in _mlps(model).items()}
+
+
+def _mask_gradient(parameter: torch.Tensor, frozen: torch.Tensor) -> RemovableHandle:
+    """Trains a parameter where ``frozen``, which broadcasts to it, is false."""
+    parameter.requires_grad_(True)
+    # The model may move to another device after this.
+    return parameter.register_hook(lambda gradient: gradient.masked_fill(frozen.to(gradient.device), 0))
+
+
+def _mlps(model: PreTrainedModel) -> dict[str, _Mlp]:
+    found = {}
+    for name, module in model.named_modules():
+        children: dict[str, Any] = dict(module.named_children())
+        for first, last in _PROJECTIONS:
+            if all(isinstance(children.get(child), (nn.Linear, Conv1D)) for child in (*first, last)):
+                found[name] = _Mlp([children[child] for child in first], children[last])
+    if len(found) != getattr(model.config, "num_hidden_layers", None):
+        raise BaditError(
+            f"task neurons do not go with this model of type {model.config.model_type}: every layer needs an MLP of "
+            "gate_proj, up_proj and down_proj, or of c_fc and c_proj, without adapters"
+        )
+    return found
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Within, dropout and gradient checkpointing, which would run the hooks twice, are off."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+def _score_sums(
+    model: PreTrainedModel, mlps: Mapping[str, _Mlp], inputs: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Each layer's Σ |∂L/∂ω · ω| (F,) over all positions; padding has no gradient."""
+    outputs: dict[str, torch.Tensor] = {}
+
+    def keep(name: str, module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        outputs[name] = args[0].requires_grad_()  # in a frozen model the first would need no gradient
+
+    with ExitStack() as hooks:
+        for name, mlp in mlps.items():
+            hooks.callback(mlp.last.register_forward_pre_hook(partial(keep, name)).remove)
+        loss = _summed_loss(model, inputs)
+    gradients = torch.autograd.grad(loss, list(outputs.values()))
+    sums = {}
+    for (name, output_BTF), gradient_BTF in zip(outputs.items(), gradients, strict=True):
+        products_BTF = gradient_BTF.float() * output_BTF.detach().float()
+        sums[name] = products_BTF.abs().sum(dim=(0, 1)).cpu()
+    return sums
+
+
+def _summed_loss(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """The examples' mean cross-entropies, added up: an example's activations see its own loss alone."""
+    logits_BTV = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False).logits
+    targets_BT = inputs["labels"][:, 1:]
+    labelled_BT = targets_BT != _IGNORED_LABEL
+    row_L = labelled_BT.nonzero()[:, 0]
+    losses_L = F.cross_entropy(logits_BTV[:, :-1][labelled_BT].float(), targets_BT[labelled_BT], reduction="none")
+    return (losses_L / labelled_BT.sum(dim=1)[row_L]).sum()

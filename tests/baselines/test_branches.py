@@ -1,0 +1,357 @@
+"""One branch a task in whole models: formulas, tasks in a row, training, generation, saving, leaving no trace."""
+
+import copy
+import json
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from torch import nn
+from transformers import DynamicCache, T5Config, T5ForConditionalGeneration
+
+import reference
+from badit.baselines import RIVALS
+from badit.errors import BaditError
+from baselines import branch_naive as naive
+from baselines.branch_naive import (
+    GATED,
+    IDS,
+    MASK,
+    METHODS,
+    adapt,
+    adapted,
+    config,
+    gate,
+    layers,
+    logits,
+    loss,
+    randomise,
+    trainable,
+)
+from tuner.helpers import (
+    cache_name,
+    cached_steps,
+    enable_checkpointing,
+    forward,
+    greedy_by_hand,
+    padded,
+    random_rows,
+    teacher_forced,
+)
+
+pytestmark = pytest.mark.filterwarnings("ignore:Could not find a config file in  - :UserWarning")  # PEFT 0.19
+
+FAMILIES = ("llama", "gpt2", "gemma2")
+
+
+def prompt_embedding(model, row):
+    """p0 as a loop over the prompt's tokens."""
+    table = reference.float64(model.get_input_embeddings().weight)
+    tokens = [int(token) for token, attended in zip(IDS[row], MASK[row], strict=True) if attended]
+    return sum(table[token] for token in tokens) / len(tokens)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("tasks", [1, 3])
+@pytest.mark.parametrize("method", METHODS)
+def test_forward_equals_the_loop_over_branches(tiny_model, method, tasks, family):
+    model = adapted(tiny_model(family, dtype=torch.float64), method, tasks).double()
+    seen = {}
+    for layer in layers(model):
+        layer.register_forward_hook(lambda layer, args, y: seen.update({layer: (args[0].detach(), y.detach())}))
+    logits(model)
+    for row in range(3):
+        a = naive.weights(method, model, prompt_embedding(model, row))
+        assert len(a) == tasks
+        for layer, (x, y) in seen.items():
+            for position in MASK[row].nonzero()[:, 0].tolist():
+                expected = naive.branch_forward(layer, x[row, position], a)
+                np.testing.assert_allclose(y[row, position], expected, atol=1e-6, rtol=1e-6)
+    mean = model.base_model.prompt_embeddings(IDS, MASK)
+    np.testing.assert_allclose(mean, np.stack([prompt_embedding(model, row) for row in range(3)]), atol=1e-6)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("method", METHODS)
+def test_step_0_is_the_base_model_and_a_new_task_starts_where_the_last_ended(tiny_model, method, family):
+    model = adapt(tiny_model(family), method)
+    assert torch.equal(logits(model), logits(tiny_model(family)))
+    randomise(model)
+    for _ in range(2):
+        before, parameters = logits(model), [p for p in model.parameters() if p.requires_grad]
+        model.base_model.next_task()
+        for layer in layers(model):
+            assert not layer.badit_B["default"].any()
+            assert layer.badit_A["default"].std().item() == pytest.approx(
+                1 / (3 * layer.weight_OI.shape[1]) ** 0.5, rel=0.3
+            )
+        assert all(a is b for a, b in zip(parameters, (p for p in model.parameters() if p.requires_grad), strict=True))
+        if method != "sapt":  # whose new key takes its share: see test_sapt
+            torch.testing.assert_close(logits(model), before, atol=1e-4, rtol=1e-4)
+        randomise(model, seed=5)
+        assert (logits(model) - before).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("method", METHODS)
+def test_training_changes_the_current_branch_and_gate_and_nothing_else(tiny_model, method, family):
+    model = adapted(tiny_model(family), method, tasks=2)
+    model.base_model.next_task()
+    model.train()
+    expected = {f"base_model.model.{layer.name}.badit_{part}.default" for layer in layers(model) for part in "AB"}
+    if method in GATED:
+        expected |= {f"base_model.badit_gate.default.{name}" for name, _ in gate(model).named_parameters()}
+    assert trainable(model) == expected
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(8):
+        optimizer.zero_grad()
+        losses.append(loss(model))
+        losses[-1].backward()
+        model.base_model.before_update()
+        optimizer.step()
+        model.base_model.after_update()
+    assert losses[-1] < losses[0] - 0.1
+    assert all(p.grad.any() for name, p in model.named_parameters() if name in expected)
+    assert {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])} == expected
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_number_of_trained_parameters_does_not_grow(tiny_model, method):
+    width, hidden, inner, rank = 32, 10, 48, 2
+    in_the_gate = {"o-lora": 0, "gainlora": 2 * hidden * width + width, "sapt": 2 * hidden * width + 3 * width}
+    model = adapt(tiny_model("llama"), method)
+    for _ in range(3):
+        assert model.get_nb_trainable_parameters()[0] == 2 * rank * (width + inner) + in_the_gate[method]
+        model.base_model.next_task()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("method", METHODS)
+def test_saved_and_loaded(tiny_model, tmp_path, method, family):
+    model = adapted(tiny_model(family), method)
+    expected = logits(model)
+    model.save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert written["past_branches"] == 2
+    assert "num_experts" not in written
+    for low_memory in (False, True):
+        loaded = PeftModel.from_pretrained(tiny_model(family), tmp_path, low_cpu_mem_usage=low_memory).eval()
+        assert torch.equal(logits(loaded), expected)
+        assert not trainable(loaded)
+    renamed = PeftModel.from_pretrained(tiny_model(family), tmp_path, adapter_name="other", is_trainable=True).eval()
+    assert trainable(renamed) == {name.replace("default", "other") for name in trainable(model)}
+    for one in (model, renamed):  # both go on alike
+        torch.manual_seed(3)
+        one.base_model.next_task()
+        adapter = next(iter(one.peft_config))
+        assert one.peft_config[adapter].past_branches == 3
+        assert layers(one)[0].badit_config[adapter] is one.peft_config[adapter]
+        randomise(one, adapter=adapter)
+    assert torch.equal(logits(renamed), logits(model))
+    assert not torch.equal(logits(model), expected)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("method", METHODS)
+def test_generation_padding_and_the_cache(tiny_model, method, family):
+    """Prompts of mixed lengths, padded on the left: with a cache, without, and each token by a pass as in training."""
+    model = adapted(tiny_model(family), method)
+    options = {"input_ids": IDS, "attention_mask": MASK, "max_new_tokens": 4, "do_sample": False}
+    cached = model.generate(**options)
+    assert torch.equal(cached, model.generate(**options, use_cache=False))
+    assert torch.equal(cached, greedy_by_hand(model, IDS, MASK, 4))
+    beams = model.generate(**options, num_beams=2)
+    assert torch.equal(beams, model.generate(**options, num_beams=2, use_cache=False))
+    whole_mask = torch.cat([MASK, torch.ones(3, 4, dtype=torch.long)], dim=1)
+    steps = cached_steps(model, cached, whole_mask, IDS.shape[1], DynamicCache(config=model.config))
+    expected = teacher_forced(model, cached, whole_mask, IDS.shape[1])[:, IDS.shape[1] - 1 :]
+    torch.testing.assert_close(steps, expected, atol=1e-4, rtol=1e-4)
+    together = forward(model, IDS, MASK).logits
+    for row, length in enumerate((6, 11, 9)):
+        alone = model(input_ids=IDS[row : row + 1, -length:]).logits
+        torch.testing.assert_close(together[row, -length:], alone[0], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("method", GATED)
+def test_the_gates_follow_the_prompt_alone(tiny_model, method):
+    model, answers = adapted(tiny_model("llama"), method), {}
+    layers(model)[0].register_forward_pre_hook(
+        lambda layer, args: answers.update(last=layer._component_gates("default", args[0]).detach())
+    )
+    for answer in (3, 90):
+        ids = torch.cat([IDS, torch.full((3, 2), answer)], dim=1)
+        teacher_forced(model, ids, torch.cat([MASK, MASK[:, -2:]], dim=1), IDS.shape[1])
+        answers[answer] = answers["last"]
+    with torch.no_grad():
+        model(input_ids=ids, prompt_mask=torch.cat([MASK, torch.zeros(3, 2, dtype=torch.long)], dim=1))
+    assert torch.equal(answers[3], answers[90])
+    torch.testing.assert_close(answers["last"], answers[3])
+    assert answers[3].shape == (3, 1, 6)
+    assert (answers[3][0] - answers[3][1]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("method", GATED)
+def test_the_loss_trains_no_embeddings_through_the_gates(tiny_model, method):
+    model, found = adapted(tiny_model("llama"), method), []
+    table = model.get_input_embeddings().weight.requires_grad_(True)
+    layers(model)[0].register_forward_pre_hook(lambda layer, args: found.append(layer._branch_weights("default")))
+    loss(model)
+    down, embeddings = torch.autograd.grad(found[0][:, -1].sum(), [gate(model).down, table], allow_unused=True)
+    assert down.any()
+    assert embeddings is None
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_gradient_checkpointing(tiny_model, method):
+    """Without re-entrance it changes no gradient. With it the gates' gradient would be lost, which is refused."""
+    found = []
+    for checkpoint in (False, True):
+        model = adapted(tiny_model("llama"), method).train()
+        model.enable_input_require_grads()
+        if checkpoint:
+            enable_checkpointing(model, reentrant=False)
+        loss(model, use_cache=False).backward()
+        found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert found[0].keys() == found[1].keys() == trainable(model)
+    for name, gradient in found[0].items():
+        assert gradient.any()
+        torch.testing.assert_close(found[1][name], gradient, atol=1e-6, rtol=1e-4)
+    enable_checkpointing(model, reentrant=True)
+    if method in GATED:
+        with pytest.raises(BaditError, match="set use_reentrant=False"):
+            loss(model, use_cache=False)
+    else:
+        loss(model, use_cache=False).backward()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("method", METHODS)
+def test_disabled_and_unloaded_it_is_the_base_model_to_the_bit(tiny_model, method, family):
+    model, base = adapted(tiny_model(family), method, target_modules="all-linear"), logits(tiny_model(family))
+    expected = logits(model)
+    assert not torch.equal(expected, base)
+    with model.disable_adapter():
+        assert torch.equal(logits(model), base)
+        model(input_ids=IDS, position_ids=torch.zeros_like(IDS))  # packed, and no gate there to mind
+    assert torch.equal(logits(model), expected)
+    unloaded, plain = model.unload(), tiny_model(family)
+    assert torch.equal(logits(unloaded), base)
+    assert [type(module) for module in unloaded.modules()] == [type(module) for module in plain.modules()]
+    assert unloaded.state_dict().keys() == plain.state_dict().keys()
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in unloaded.modules())
+    again = adapted(unloaded, method, target_modules="all-linear")
+    assert torch.equal(logits(again), expected)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_second_adapter_is_switched_to_and_deleted(tiny_model, method):
+    model = adapted(tiny_model("llama"), method)
+    first, names = logits(model), trainable(model)
+    model.add_adapter("second", config(method))
+    randomise(model, seed=1, adapter="second")
+    assert torch.equal(logits(model), first)
+    assert trainable(model) == names
+    model.set_adapter("second")
+    assert trainable(model) == {name.replace("default", "second") for name in names}
+    second = logits(model)
+    assert not torch.equal(second, first)
+    model.set_requires_grad("second", False)
+    assert not trainable(model)
+    model.base_model.next_task()
+    assert (model.peft_config["default"].past_branches, model.peft_config["second"].past_branches) == (2, 1)
+    model.set_adapter("default")
+    assert torch.equal(logits(model), first)
+    model.set_adapter("second")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT's, on which adapter takes its place
+        model.delete_adapter("second")
+    assert not [name for name in model.state_dict() if "second" in name]
+    assert torch.equal(logits(model), first)
+    assert trainable(model) == names
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_bf16_base_model_and_copies(tiny_model, tmp_path, method):
+    model = adapted(tiny_model("llama", dtype=torch.bfloat16), method)
+    assert {tensor.dtype for name, tensor in model.state_dict().items() if "badit_" in name} == {torch.float32}
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny_model("llama", dtype=torch.bfloat16), tmp_path).eval()
+    assert torch.equal(logits(loaded), logits(model))
+    assert torch.equal(logits(copy.deepcopy(model)), logits(model))
+    assert "badit.BranchLinear" in repr(model)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_it_cannot_do_is_refused(tiny_model, method):
+    model = adapted(tiny_model("llama"), method)
+    for merge in (model.merge_and_unload, model.merge_adapter, layers(model)[0].merge):
+        with pytest.raises(BaditError, match=r"no single weight to merge into; keep them as an adapter \(unload\(\)"):
+            merge()
+    with pytest.raises(BaditError, match=r"adapter_names: BADIT_.* cannot mix adapters"):
+        model(input_ids=IDS, adapter_names=["default"] * 3)
+
+
+@pytest.mark.parametrize("method", GATED)
+def test_passes_without_gates_are_refused(tiny_model, method):
+    model = adapted(tiny_model("llama"), method)
+    embeddings = model.get_input_embeddings()(IDS)
+    cache = DynamicCache(config=model.config)
+    with model.disable_adapter():
+        model(input_ids=IDS, use_cache=True, **{cache_name(model): cache})
+    for pass_ in (
+        lambda: model(inputs_embeds=embeddings),
+        lambda: model.get_base_model().model(input_ids=IDS),
+        lambda: model(input_ids=IDS[:, :1], **{cache_name(model): cache}),
+    ):
+        with pytest.raises(BaditError, match=r"gate_proj finds no gates for this pass.*input_ids"):
+            pass_()
+    cache = model(input_ids=IDS, use_cache=True)[cache_name(model)]
+    cache.batch_select_indices(torch.tensor([0, 1]))
+    with pytest.raises(BaditError, match=r"input of shape \(2, 1, 32\), the gates are those of 3 prompts"):
+        model(input_ids=IDS[:2, :1], **{cache_name(model): cache})
+    with pytest.raises(BaditError, match=r"shape \(prompts, 32\), .* got \(3, 31\)"):
+        model.base_model.end_task(torch.zeros(3, 31))
+    sizes = {"d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2, "vocab_size": 20}
+    with pytest.raises(BaditError, match="is for decoder-only models"):
+        get_peft_model(T5ForConditionalGeneration(T5Config(**sizes)), config(method, target_modules=["wo"]))
+    with pytest.raises(BaditError, match="is for language models"):
+        get_peft_model(nn.Sequential(nn.Linear(4, 4)), config(method, target_modules=["0"], task_type=None))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_its_options(method):
+    config_cls = RIVALS[method].config_cls
+    default = config_cls()
+    assert (default.r, default.lora_alpha, default.lora_dropout, default.past_branches) == (4, 32, 0.05, 0)
+    with pytest.raises(TypeError, match="num_experts"):
+        config_cls(num_experts=2)
+    for value in (-1, 1.5, True):
+        with pytest.raises(BaditError, match="past_branches must be a whole number of at least 0"):
+            config_cls(past_branches=value)
+    if method in GATED:
+        assert default.gate_hidden_size == 100
+        with pytest.raises(BaditError, match="gate_hidden_size must be a whole number of at least 1"):
+            config_cls(gate_hidden_size=0)
+
+
+def test_a_model_without_tokens_can_have_branches_without_gates():
+    model = get_peft_model(nn.Sequential(nn.Linear(4, 4)), config("o-lora", target_modules=["0"], task_type=None))
+    x = torch.randn(3, 4)
+    randomise(model)
+    first = model(x)
+    model.base_model.next_task()
+    torch.testing.assert_close(model(x), first)
+    model.base_model.end_task(torch.zeros(0, 4))
+
+
+def test_dropout_acts_in_training_only_and_not_on_the_gates(tiny_model):
+    model = adapted(tiny_model("llama"), "sapt", lora_dropout=0.5)
+    assert torch.equal(logits(model), logits(model))
+    model.train()
+    assert not torch.equal(logits(model), logits(model))
+    prompts = model.base_model.prompt_embeddings(*padded(random_rows(4)))
+    assert torch.equal(gate(model)(prompts), gate(model)(prompts))

@@ -1,0 +1,201 @@
+"""GainLoRA: its gates, the projectors, and what keeps a new gate shut on the earlier tasks' prompts."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from badit.baselines.gain_lora import GainLoraGate, grown_projector
+from badit.errors import BaditError
+from baselines import branch_naive as naive
+from baselines.branch_naive import (
+    FIRST,
+    IDS,
+    MASK,
+    SECOND,
+    adapt,
+    adapted,
+    config,
+    gate,
+    layers,
+    logits,
+    loss,
+)
+
+WIDTH = 16
+
+
+def new_gate(**options):
+    return GainLoraGate(WIDTH, config("gainlora", **options), torch.device("cpu"))
+
+
+def after_a_task(prompts, monkeypatch):
+    """A gate of a second task that has kept all of the first one's energy."""
+    monkeypatch.setattr("badit.baselines.gain_lora._SHARE_OF_ENERGY", 1.0)
+    made = new_gate()
+    made.end_task(prompts)
+    made.next_task()
+    return made
+
+
+@torch.no_grad()
+def update(gate_, size, generator):
+    gate_.before_update()
+    for parameter in gate_.parameters():
+        parameter.add_(size * torch.randn(parameter.shape, generator=generator))
+    gate_.after_update()
+
+
+@pytest.mark.parametrize("tasks", [1, 2, 4])
+def test_the_gates_equal_the_formula(tiny_model, tasks):
+    model = adapted(tiny_model("llama"), "gainlora", tasks)
+    prompts = model.base_model.prompt_embeddings(IDS, MASK)
+    found = gate(model)(prompts).detach()
+    assert found.shape == (3, tasks)
+    for row, prompt in zip(found, prompts, strict=True):
+        np.testing.assert_allclose(row, naive.weights("gainlora", model, prompt), atol=1e-6)
+    assert (found >= 0).all()
+    assert (found < 1).all()
+    assert found[:, 0].min() > 1e-3
+
+
+def test_the_gate_of_a_prompt_along_the_key_is_the_most_open():
+    made = new_gate()
+    prompt = torch.randn(1, WIDTH)
+    with torch.no_grad():
+        hidden = torch.nn.functional.silu(prompt @ made.down.T)
+        made.key.copy_(torch.nn.functional.silu(hidden @ made.up.T)[0])
+    assert made(prompt).item() == pytest.approx(2 / (1 + math.exp(-4)) - 1, rel=1e-5)
+
+
+@given(st.integers(1, 12), st.integers(1, 12), st.floats(0.5, 0.9999), st.integers(0, 2**32 - 1))
+@settings(max_examples=40, deadline=None)
+def test_a_projector_grows_by_the_fewest_directions_that_hold_the_share(first, second, share, seed):
+    generator = torch.Generator().manual_seed(seed)
+    P = torch.zeros(8, 8, dtype=torch.float64)
+    for count in (first, second):
+        inputs = torch.randn(count, 8, generator=generator, dtype=torch.float64)
+        expected = naive.projector(P.numpy(), inputs.numpy(), share)
+        old, P = P, grown_projector(P, inputs, share)
+        np.testing.assert_allclose(P, expected, atol=1e-6)
+        torch.testing.assert_close(P @ P, P)
+        torch.testing.assert_close(P, P.T)
+        torch.testing.assert_close(P @ old, old)  # it grows
+        assert (inputs @ P).square().sum() >= share * inputs.square().sum() * (1 - 1e-9)
+    torch.testing.assert_close(grown_projector(P, inputs, share), P)
+
+
+def test_a_projector_takes_no_rounding_for_a_direction():
+    inputs = torch.randn(30, 3) @ torch.randn(3, 8)
+    P = grown_projector(torch.zeros(8, 8), inputs, 1.0)
+    assert P.trace().item() == pytest.approx(3, abs=1e-4)
+    for nothing in (inputs * 5, torch.zeros(4, 8), torch.zeros(0, 8)):
+        torch.testing.assert_close(grown_projector(P, nothing, 1.0), P, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("past", [0, 3, 15, 40])
+def test_the_share_of_energy_grows_with_the_tasks(monkeypatch, past):
+    shares = []
+    monkeypatch.setattr("badit.baselines.gain_lora.grown_projector", lambda P, inputs, share: shares.append(share) or P)
+    new_gate(past_branches=past).end_task(torch.randn(4, WIDTH))
+    assert shares == pytest.approx(3 * [0.995 + 0.005 * min(past, 15) / 15])
+
+
+def test_the_projectors_are_of_the_inputs_of_each_map(monkeypatch):
+    monkeypatch.setattr("badit.baselines.gain_lora._SHARE_OF_ENERGY", 1.0)
+    made, prompts = new_gate(), torch.randn(3, WIDTH)
+    hidden = torch.nn.functional.silu(prompts @ made.down.T).detach()
+    z = torch.nn.functional.silu(hidden @ made.up.T).detach()
+    made.end_task(prompts)
+    for projector, inputs in ((made.seen_by_down, prompts), (made.seen_by_up, hidden), (made.seen_by_key, z)):
+        assert projector.trace().item() == pytest.approx(3, abs=1e-4)
+        torch.testing.assert_close(inputs @ projector, inputs, atol=1e-5, rtol=1e-4)
+
+
+@given(st.integers(1, 5), st.floats(1e-3, 1.0), st.integers(0, 2**32 - 1))
+@settings(max_examples=30, deadline=None)
+def test_no_update_opens_a_new_gate_on_the_earlier_prompts(count, size, seed):
+    generator = torch.Generator().manual_seed(seed)
+    prompts, others = torch.randn(2, count, WIDTH, generator=generator)
+    with pytest.MonkeyPatch.context() as patch:
+        made = after_a_task(prompts, patch)
+    old = made(prompts)[:, 0].detach()
+    torch.testing.assert_close(made(prompts)[:, 1], torch.zeros(count), atol=1e-5, rtol=0)
+    assert (made.key.norm() - 1).abs() < 1e-5
+    before = made(others).detach()
+    for _ in range(3):
+        update(made, size, generator)
+    torch.testing.assert_close(made(prompts)[:, 1], torch.zeros(count), atol=1e-4, rtol=0)
+    assert torch.equal(made(prompts)[:, 0], old)
+    assert not torch.equal(made(others)[:, 1], before[:, 1])
+
+
+def test_in_the_first_task_updates_are_as_they_come():
+    made = new_gate()
+    start = {name: tensor.clone() for name, tensor in made.named_parameters()}
+    steps = torch.Generator().manual_seed(1)
+    update(made, 0.1, steps)
+    steps.manual_seed(1)
+    for name, tensor in made.named_parameters():
+        assert torch.equal(tensor, start[name] + 0.1 * torch.randn(tensor.shape, generator=steps))
+
+
+def test_a_new_gate_goes_on_with_the_last_network_and_a_key_of_its_own():
+    made = new_gate()
+    down, up, key = (tensor.detach().clone() for tensor in (made.down, made.up, made.key))
+    made.next_task()
+    assert torch.equal(made.down, down)
+    assert torch.equal(made.up, up)
+    for past, value in ((made.past_down, down), (made.past_up, up), (made.past_keys, key)):
+        assert torch.equal(past[0], value)
+    assert abs(torch.cosine_similarity(made.key, key, dim=0)) < 0.9
+
+
+def test_prompts_that_leave_no_direction_end_the_learning():
+    made = new_gate()
+    made.seen_by_key.copy_(torch.eye(WIDTH))
+    with pytest.raises(BaditError, match="take up all 16 dimensions"):
+        made.next_task()
+
+
+def train(model, ids, mask, *, projected, steps=40):
+    labels = ids.clone()
+    labels[:, :3] = -100
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-2)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(input_ids=ids, attention_mask=mask, labels=labels).loss.backward()
+        if projected:
+            model.base_model.before_update()
+        optimizer.step()
+        model.base_model.after_update()
+
+
+def test_training_a_second_task_leaves_the_first_one_as_it_was(tiny_model, monkeypatch):
+    monkeypatch.setattr("badit.baselines.gain_lora._SHARE_OF_ENERGY", 1.0)
+    changes = {}
+    for projected in (True, False):
+        model = adapt(tiny_model("llama"), "gainlora", gate_hidden_size=20)
+        train(model, *FIRST, projected=projected, steps=5)
+        prompt_mask = (torch.arange(5) < 3).expand(4, -1)
+        prompts = model.base_model.prompt_embeddings(FIRST[0], prompt_mask)
+        model.base_model.end_task(prompts)
+        with torch.no_grad():
+            before = model(input_ids=FIRST[0], prompt_mask=prompt_mask).logits
+        model.base_model.next_task()
+        train(model, *SECOND, projected=projected)
+        with torch.no_grad():
+            after = model(input_ids=FIRST[0], prompt_mask=prompt_mask).logits
+        changes[projected] = (after - before).abs().max().item()
+        assert (logits(model, *SECOND) - logits(tiny_model("llama"), *SECOND)).abs().max() > 0.1
+    assert changes[True] < 1e-3 < 0.05 < changes[False]
+
+
+def test_the_loss_trains_the_gate(tiny_model):
+    model = adapted(tiny_model("llama"), "gainlora", 2).train()
+    loss(model).backward()
+    assert all(parameter.grad.any() for parameter in gate(model).parameters())
+    assert all(layer.badit_A["default"].grad.any() for layer in layers(model))

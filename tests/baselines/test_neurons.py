@@ -1,0 +1,183 @@
+"""Task neurons: the scores against one-by-one autograd, the choice, and what training then leaves alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from badit.baselines.neurons import neuron_scores, top_neurons, train_only, union
+from badit.data import AnswerCollator
+from badit.errors import BaditError
+from baselines.naive import adapted
+from training.trainers import examples
+
+Model = Callable[..., Any]
+WIDTH = 48
+
+
+def mlps(model: Any) -> dict[str, Any]:
+    """The MLPs of the two layers by name, in Llama's and in GPT-2's words."""
+    if hasattr(model, "transformer"):
+        return {f"transformer.h.{i}.mlp": block.mlp for i, block in enumerate(model.transformer.h)}
+    return {f"model.layers.{i}.mlp": layer.mlp for i, layer in enumerate(model.model.layers)}
+
+
+def projections(mlp: Any) -> tuple[list[Any], Any]:
+    return ([mlp.c_fc], mlp.c_proj) if hasattr(mlp, "c_fc") else ([mlp.gate_proj, mlp.up_proj], mlp.down_proj)
+
+
+def neurons_first(weight: torch.Tensor, neurons: int = WIDTH) -> torch.Tensor:
+    """A projection's weight as (neurons, hidden); the two sizes differ."""
+    return weight if weight.shape[0] == neurons else weight.T
+
+
+class Probe:
+    """A hook that keeps the neurons' outputs and adds zeros to them, which the loss is differentiated by."""
+
+    def __init__(self, positions: int) -> None:
+        self.added = torch.zeros(1, positions, WIDTH, requires_grad=True)
+
+    def __call__(self, module: Any, args: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        self.outputs = args[0].detach()
+        return args[0] + self.added
+
+
+def naive_scores(model: Any, data: list[dict[str, Any]]) -> dict[str, list[float]]:
+    """One example at a time without padding, one neuron at one position at a time."""
+    totals = {name: [0.0] * WIDTH for name in mlps(model)}
+    positions = sum(len(example["input_ids"]) for example in data)
+    for example in data:
+        ids, labels = torch.tensor([example["input_ids"]]), example["labels"]
+        probes = {name: Probe(ids.shape[1]) for name in mlps(model)}
+        handles = [projections(mlp)[1].register_forward_pre_hook(probes[name]) for name, mlp in mlps(model).items()]
+        logs = F.log_softmax(model(input_ids=ids).logits[0].float(), dim=-1)
+        for handle in handles:
+            handle.remove()
+        answer = [t for t in range(1, len(labels)) if labels[t] != -100]
+        loss = -sum(logs[t - 1, labels[t]] for t in answer) / len(answer)
+        loss.backward()
+        for name, probe in probes.items():
+            for t in range(ids.shape[1]):
+                for j in range(WIDTH):
+                    gradient, output = float(probe.added.grad[0, t, j]), float(probe.outputs[0, t, j])
+                    totals[name][j] += abs(gradient * output) / positions
+    model.zero_grad()
+    return totals
+
+
+@pytest.mark.parametrize(  # padding on the left would move GPT-2's absolute positions
+    ("family", "side"), [("llama", "right"), ("llama", "left"), ("gemma2", "right"), ("gpt2", "right")]
+)
+def test_the_scores_equal_the_naive_ones_however_the_examples_are_batched(
+    tiny_model: Model, family: str, side: Any
+) -> None:
+    model = tiny_model(family, attention_dropout=0.5)
+    data = examples(5)
+    collate = AnswerCollator(0, side)
+    expected = naive_scores(model.eval(), data)
+    for batches in ([data], [data[:2], data[2:]]):
+        scores = neuron_scores(model.train(), [collate(batch) for batch in batches])
+        assert model.training
+        assert scores.keys() == expected.keys()
+        for name, scores_F in scores.items():
+            torch.testing.assert_close(scores_F, torch.tensor(expected[name]), rtol=1e-3, atol=1e-7)
+            assert scores_F.min() < scores_F.max() / 2, "scores that are all alike show nothing"
+
+
+def test_scoring_touches_no_gradient_and_works_on_a_frozen_model(tiny_model: Model) -> None:
+    model = tiny_model("llama")
+    batch = AnswerCollator(0)(examples(4))
+    scores = neuron_scores(model, [batch])
+    assert all(p.grad is None for p in model.parameters())
+    frozen = neuron_scores(model.requires_grad_(False), [batch])
+    assert all(torch.equal(frozen[name], scores[name]) for name in scores)
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    widths=st.lists(st.integers(1, 9), min_size=1, max_size=4),
+    share=st.floats(0.01, 1),
+    seed=st.integers(0, 1000),
+)
+def test_the_top_share_is_of_all_layers_together(widths: list[int], share: float, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    scores = {f"layer {i}": torch.rand(width, generator=generator) for i, width in enumerate(widths)}
+    masks = top_neurons(scores, share)
+    assert {name: len(mask) for name, mask in masks.items()} == {name: len(s) for name, s in scores.items()}
+    chosen = [float(s) for name in scores for s in scores[name][masks[name]]]
+    others = [float(s) for name in scores for s in scores[name][~masks[name]]]
+    assert len(chosen) == max(1, round(share * sum(widths)))
+    assert min(chosen) >= max(others, default=-math.inf)
+
+
+def test_a_union_has_every_tasks_neurons() -> None:
+    first, second = ({"a": torch.tensor(mask, dtype=torch.bool)} for mask in ([1, 0, 0], [0, 0, 1]))
+    assert union(first)["a"].tolist() == [True, False, False]
+    assert union(first, second)["a"].tolist() == [True, False, True]
+    with pytest.raises(BaditError, match="masks: they name different layers"):
+        union(first, {"b": first["a"]})
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "llama with biases"])
+def test_a_step_moves_the_masked_neurons_and_nothing_else(tiny_model: Model, family: str) -> None:
+    model = tiny_model(family.split()[0], **({"mlp_bias": True} if "biases" in family else {})).train()
+    batch = AnswerCollator(0)(examples(6))
+    masks = top_neurons(neuron_scores(model, [batch]), 0.25)
+    assert all(mask.any() and not mask.all() for mask in masks.values())
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    handles = train_only(model, masks)
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.01)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(**batch).loss.backward()
+        optimizer.step()
+
+    seen = set()
+    after = dict(model.named_parameters())
+    for layer, mask in masks.items():
+        first, last = projections(mlps(model)[layer])
+        for projection in [*first, last]:
+            name = next(name for name, p in after.items() if p is projection.weight)
+            old, new = neurons_first(before[name]), neurons_first(after[name])
+            assert torch.equal(new[~mask], old[~mask]), name
+            assert (new[mask] != old[mask]).any(dim=1).all(), name
+            seen.add(name)
+        for projection in first:
+            if projection.bias is not None:
+                name = next(name for name, p in after.items() if p is projection.bias)
+                assert ((after[name] != before[name]) == mask).all(), name
+                seen.add(name)
+    for name in after.keys() - seen:
+        assert torch.equal(after[name], before[name]), name
+        assert not after[name].requires_grad, name
+
+    for handle in handles:
+        handle.remove()
+    model.zero_grad()
+    model(**batch).loss.backward()
+    first, _ = projections(mlps(model)[layer])
+    assert neurons_first(first[0].weight.grad)[~mask].any(), "without the hooks the gradient is whole again"
+
+
+def test_what_it_cannot_do_is_refused(tiny_model: Model) -> None:
+    model = tiny_model("llama")
+    scores = {name: torch.rand(WIDTH) for name in mlps(model)}
+    for share in (0, 1.1, True, "all"):
+        with pytest.raises(BaditError, match="share must be above 0 and at most 1"):
+            top_neurons(scores, share)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(BaditError, match="batches: there are none"):
+        neuron_scores(model, [])
+    masks = top_neurons(scores, 0.5)
+    for wrong in ({}, {name: mask[1:] for name, mask in masks.items()}, dict(list(masks.items())[:1])):
+        with pytest.raises(BaditError, match="masks: they are not of this model's layers and widths"):
+            train_only(model, wrong)
+    with pytest.raises(BaditError, match="task neurons do not go with this model of type llama"):
+        neuron_scores(adapted(model, "loramoe"), [AnswerCollator(0)(examples(2))])
