@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.data import Dataset, Sampler
 from transformers import Trainer, TrainerCallback
 
+from badit.baselines import BranchModel, batch_of_tasks
 from badit.errors import BaditError
 from badit.peft import BaditModel
 from badit.peft.base_model import ExpertModel
@@ -24,11 +25,12 @@ _BATCHES_PER_RUN = 16
 
 
 class AnswerTrainer(Trainer):
-    """Trains on batches of ``input_ids``, ``attention_mask`` and ``labels`` (−100 on all but the answers).
+    """Trains on batches of ``input_ids``, ``attention_mask`` and ``labels`` (−100 on all but the answers), and perhaps
+    ``tasks``, the rows' task names, for methods that tell tasks apart.
 
     The loss is the cross-entropy averaged over the answer tokens of the whole accumulated batch. A method with a loss
-    of its own (``ExpertModel.extra_loss``) adds the mean of that over the micro-batches. The output layer runs only on positions that
-    predict a label: with a vocabulary of 49 thousand that is the largest single saving.
+    of its own (``ExpertModel.extra_loss``) adds the mean of that over the micro-batches. The output layer runs only on
+    positions that predict a label: with a vocabulary of 49 thousand that is the largest single saving.
     """
 
     def __init__(self, *args: Any, group_by_length: bool = True, **kwargs: Any) -> None:
@@ -54,26 +56,44 @@ class AnswerTrainer(Trainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
         """Cross-entropy (a scalar) at the labelled positions; logits in the outputs are (1, labels, vocabulary)."""
-        labels_BT = inputs["labels"]
-        targets_BT = F.pad(labels_BT[:, 1:], (0, 1), value=-100)
-        predicting_BT = targets_BT != -100
-        batch = {key: value for key, value in inputs.items() if key != "labels"}
         unwrapped = self.accelerator.unwrap_model(model)
-        if isinstance(unwrapped, PeftModel) and isinstance(unwrapped.base_model, BaditModel):
-            batch["prompt_mask"] = inputs["attention_mask"].bool() & before_first_label(labels_BT)
-        with logits_only_at(unwrapped, predicting_BT):
-            outputs = model(**batch)
-        targets_L = targets_BT[predicting_BT]
-        total = F.cross_entropy(outputs.logits[0].float(), targets_L, reduction="sum")
-        loss = total / (len(targets_L) if num_items_in_batch is None else num_items_in_batch)
+        losses_L, _, outputs = answer_losses(model, inputs, unwrapped)
+        loss = losses_L.sum() / (len(losses_L) if num_items_in_batch is None else num_items_in_batch)
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # data-parallel wrappers take the mean over the ranks
         if model.training and isinstance(unwrapped, PeftModel) and isinstance(unwrapped.base_model, ExpertModel):
             extra = unwrapped.base_model.extra_loss(inputs["attention_mask"])
-            # Given the number of items, the Trainer leaves it to us to average over the micro-batches.
-            parts = 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps
-            loss = loss if extra is None else loss + extra / parts
+            if extra is not None:
+                # Given the number of items, the Trainer leaves it to us to average over the micro-batches.
+                parts = 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps
+                loss = loss + extra / parts
         return (loss, outputs) if return_outputs else loss
+
+
+def answer_losses(
+    model: nn.Module, inputs: Mapping[str, Any], unwrapped: nn.Module
+) -> tuple[torch.Tensor, torch.Tensor, Any]:
+    """The cross-entropy of every answer token of a batch.
+
+    Args:
+        model: what is called, perhaps wrapped for data parallelism; ``unwrapped`` is the model within.
+        inputs: input_ids, attention_mask and labels, (B, T); and, for methods that tell tasks apart, ``tasks``, the
+            task's name of each row.
+
+    Returns:
+        The losses (L,) in float32, the row in the batch of each (L,), and the model's outputs, whose logits are
+        (1, L, vocabulary).
+    """
+    labels_BT = inputs["labels"]
+    targets_BT = F.pad(labels_BT[:, 1:], (0, 1), value=-100)
+    predicting_BT = targets_BT != -100
+    batch = {key: value for key, value in inputs.items() if key not in ("labels", "tasks")}
+    if isinstance(unwrapped, PeftModel) and isinstance(unwrapped.base_model, (BaditModel, BranchModel)):
+        batch["prompt_mask"] = inputs["attention_mask"].bool() & before_first_label(labels_BT)
+    with batch_of_tasks(unwrapped, inputs.get("tasks")), logits_only_at(unwrapped, predicting_BT):
+        outputs = model(**batch)
+    losses_L = F.cross_entropy(outputs.logits[0].float(), targets_BT[predicting_BT], reduction="none")
+    return losses_L, predicting_BT.nonzero()[:, 0], outputs
 
 
 @contextmanager
