@@ -1,9 +1,146 @@
-"""Plain-text tables for the terminal."""
+"""Tables: numbers once, and their forms for the terminal, for a paper and for other programs."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence, Set
+import csv
+import io
+import re
+from collections.abc import Callable, Mapping, Sequence, Set
+from dataclasses import dataclass
 from typing import Any
+
+UNKNOWN = "–"
+# Of a comparison's cell that is not in the table; they are the last columns of its CSV form.
+OMITTED_FIELDS = ("method", "seed", "order", "learning_rate", "status", "error")
+
+_MARKDOWN_SPECIAL = re.compile(r"([\\`*_|<>\[\]])")
+_LATEX = str.maketrans(
+    {
+        **{character: f"\\{character}" for character in "&%$#_{}"},
+        "\\": r"\textbackslash{}",
+        "~": r"\textasciitilde{}",
+        "^": r"\textasciicircum{}",
+        "<": r"\textless{}",
+        ">": r"\textgreater{}",
+        "|": r"\textbar{}",
+        "±": r"$\pm$",
+        "−": "$-$",
+        "×": r"$\times$",
+        "–": "--",
+    }
+)
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column: its CSV name, its header elsewhere, and how a value is shown there.
+
+    CSV has the attributes `parts` of a value in columns of their own.
+    """
+
+    name: str
+    header: str
+    show: Callable[[Any], str] = str
+    parts: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Table:
+    """Values by row and column, the first column naming the row; None is a value that is not known.
+
+    Attributes:
+        best: (row, column) of the values to make bold.
+        notes: lines below the table.
+        omitted: cells of the comparison that the values do not cover, each with the keys OMITTED_FIELDS.
+    """
+
+    columns: Sequence[Column]
+    rows: Sequence[Sequence[Any]]
+    best: Set[tuple[int, int]]
+    notes: Sequence[str]
+    omitted: Sequence[Mapping[str, Any]]
+
+    @property
+    def header(self) -> list[str]:
+        return [column.header for column in self.columns]
+
+    def shown(self, escape: Callable[[str], str] = str, bold: Callable[[str], str] = str) -> list[list[str]]:
+        """The rows as text."""
+        return [
+            [
+                (bold if (i, j) in self.best else str)(escape(UNKNOWN if value is None else column.show(value)))
+                for j, (column, value) in enumerate(zip(self.columns, row, strict=True))
+            ]
+            for i, row in enumerate(self.rows)
+        ]
+
+    def footer(self) -> list[str]:
+        """The notes and the omitted cells, one line each."""
+        return [*self.notes, *(f"not in the table: {_described(cell)}" for cell in self.omitted)]
+
+
+def text(content: Table) -> str:
+    body = table(content.header, content.shown(), right=set(range(1, len(content.columns))))
+    return "\n".join([body, "", *content.footer()])
+
+
+def markdown(content: Table) -> str:
+    def escape(value: str) -> str:
+        return _MARKDOWN_SPECIAL.sub(r"\\\1", value)
+
+    rule = ["---", *("---:" for _ in content.columns[1:])]
+    rows = [[escape(title) for title in content.header], rule, *content.shown(escape, lambda value: f"**{value}**")]
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    return "\n".join([*lines, "", *(f"- {escape(line)}" for line in content.footer())])
+
+
+def latex(content: Table) -> str:
+    """A booktabs tabular; the lines below the table become comments."""
+
+    def line(row: Sequence[str]) -> str:
+        return " & ".join(row) + r" \\"
+
+    def escape(value: str) -> str:
+        return value.translate(_LATEX)
+
+    rows = content.shown(escape, lambda value: rf"\textbf{{{value}}}")
+    return "\n".join(
+        [
+            rf"\begin{{tabular}}{{l{'r' * (len(content.columns) - 1)}}}",
+            r"\toprule",
+            line([escape(title) for title in content.header]),
+            r"\midrule",
+            *map(line, rows),
+            r"\bottomrule",
+            r"\end{tabular}",
+            *(f"% {note}" for note in content.footer()),
+        ]
+    )
+
+
+def comma_separated(content: Table) -> str:
+    """CSV in full precision; a cell that was left out is a row of its own, with its status."""
+    rows: list[dict[str, Any]] = []
+    for values in content.rows:
+        row: dict[str, Any] = {}
+        for column, value in zip(content.columns, values, strict=True):
+            parts = {f"{column.name}_{part}": getattr(value, part, None) for part in column.parts}
+            row |= parts or {column.name: value}
+        rows.append(row)
+    names = dict.fromkeys([*(name for row in rows[:1] for name in row), *OMITTED_FIELDS])
+    file = io.StringIO()
+    writer = csv.DictWriter(file, list(names), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows([*rows, *content.omitted])
+    return file.getvalue().removesuffix("\n")
+
+
+FORMATS: dict[str, Callable[[Table], str]] = {
+    "text": text,
+    "markdown": markdown,
+    "latex": latex,
+    "csv": comma_separated,
+}
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, right: Set[int] = frozenset()) -> str:
@@ -32,3 +169,11 @@ def score_table(scores: Mapping[str, Mapping[str, Any]]) -> str:
 
 def _cells(entries: Any) -> list[str]:
     return [f"{entry[metric]:.1f}" for entry in entries for metric in ("rouge_l", "exact_match")]
+
+
+def _described(cell: Mapping[str, Any]) -> str:
+    """``lora, seed 0, learning rate 0.002: failed (out of memory)``."""
+    values = {name: cell[name] for name in OMITTED_FIELDS[1:4] if cell[name] is not None}
+    place = ", ".join([cell["method"], *(f"{name.replace('_', ' ')} {value}" for name, value in values.items())])
+    reason = " ".join((cell["error"] or "").split())
+    return f"{place}: {cell['status']}" + (f" ({reason:.100})" if reason else "")

@@ -1,0 +1,250 @@
+"""Reading results.json, and the summaries against the numbers that they are made of."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import pytest
+
+from badit.errors import BaditError
+from badit.evaluation.results import load_results, summarise, task_means
+from badit.evaluation.statistics import Spread
+
+TASKS = {"task002_quoref": 3, "task_b": 2}
+
+
+def cell(method: str, seed: int | None, level: float, *, order: str | None = None, **fields: Any) -> dict[str, Any]:
+    """A finished cell whose scores lie around `level`; its seed is None for a method that does not train."""
+    shift = seed or 0
+    instances = {
+        task: {
+            "rouge_l": [level + 2 * k + 0.5 * shift * (k % 2) + 10 * (task == "task_b") for k in range(size)],
+            "exact_match": [100.0 * ((k + shift + int(level)) % 2) for k in range(size)],
+        }
+        for task, size in TASKS.items()
+    }
+    tasks = {
+        task: {**{metric: fmean(values) for metric, values in each.items()}, "instances": TASKS[task]}
+        for task, each in instances.items()
+    }
+    means = {metric: fmean(scores[metric] for scores in tasks.values()) for metric in ("rouge_l", "exact_match")}
+    training = {
+        "trainable_parameters": 4_800_000,
+        "seconds": 100.0 + shift,
+        "peak_memory_gib": 2 + shift / 10,
+        "steps": 9,
+    }
+    return {
+        "method": method, "seed": seed, "order": order, "learning_rate": 0.002, "status": "done", "error": None,
+        "selected": True, "validation_loss": 1.9, "config": {"model": {}}, "environment": {"training": training},
+        "scores": {**means, "tasks": tasks}, "instances": instances, **fields,
+    }  # fmt: skip
+
+
+def unscored(method: str, seed: int, **fields: Any) -> dict[str, Any]:
+    return {**cell(method, seed, 0), "environment": None, "scores": None, "instances": None, **fields}
+
+
+def comparison(*cells: dict[str, Any], methods: list[str], protocol: str = "mixed") -> dict[str, Any]:
+    return {"format": 1, "protocol": protocol, "reference": "lora", "methods": methods, "cells": list(cells)}
+
+
+def mixed() -> dict[str, Any]:
+    return comparison(
+        cell("base", None, 20, environment={"commit": None}, learning_rate=None),
+        *(cell("lora", seed, 40 + seed) for seed in range(3)),
+        unscored("lora", 0, learning_rate=0.01, selected=False),
+        cell("badit_x", 0, 43),
+        cell("badit_x", 2, 48),
+        unscored("badit_x", 1, status="failed", error="out of\nmemory"),
+        unscored("goat", 0, status="missing", selected=False, learning_rate=None),
+        methods=["base", "lora", "badit_x", "goat"],
+    )
+
+
+def sequential() -> dict[str, Any]:
+    cells = []
+    for method, level in (("lora", 30), ("badit_x", 35)):
+        for i, (seed, order) in enumerate([(0, "1"), (0, "2"), (1, "1"), (1, "2")]):
+            standard = {"average_performance": 1, "forgetting": 5.0 + i, "backward_transfer": -5.0 - i}
+            released = {**standard, "forgetting": 9.0 + i, "forward_transfer": None}
+            continual = {"standard": {**standard, "forward_transfer": 1.0 + i}, "released": released}
+            cells.append(cell(method, seed, level + i, order=order, continual=continual))
+    return comparison(*cells, methods=["lora", "badit_x"], protocol="sequential")
+
+
+def write(folder: Path, content: Any) -> Path:
+    path = folder / "results.json"
+    path.write_text(json.dumps(content))
+    return path
+
+
+def test_a_file_and_its_folder_are_the_same(tmp_path: Path) -> None:
+    path = write(tmp_path, mixed())
+    assert load_results(path) == load_results(tmp_path)
+    assert load_results(path).methods == ["base", "lora", "badit_x", "goat"]
+
+
+def test_summaries_of_a_partial_comparison(tmp_path: Path) -> None:
+    content = mixed()
+    base, lora, badit, goat = summarise(load_results(write(tmp_path, content)))
+    runs = [entry["scores"]["rouge_l"] for entry in content["cells"][1:4]]
+    assert lora.rouge_l == Spread(pytest.approx(fmean(runs)), pytest.approx(stdev(runs)))
+    assert (lora.runs, lora.learning_rate, lora.trainable_parameters) == (3, "0.002", 4_800_000)
+    assert (lora.seconds, lora.peak_memory_gib) == (101, 2.2)
+    assert lora.difference is None
+
+    assert base.rouge_l is not None
+    assert base.rouge_l.std is None
+    assert (base.learning_rate, base.trainable_parameters, base.seconds) == (None, None, None)
+    assert (base.rank, lora.rank, badit.rank) == (3, 2, 1)
+    assert (base.task_rank, lora.task_rank, badit.task_rank) == (3, 2, 1)
+
+    assert (goat.runs, goat.rouge_l, goat.rank, goat.difference) == (0, None, None, None)
+
+
+def test_differences_are_paired_by_run_and_taken_over_common_runs_alone(tmp_path: Path) -> None:
+    badit = summarise(load_results(write(tmp_path, mixed())))[2]
+    assert badit.difference is not None
+    assert badit.difference.runs == 2
+    # 43 - 40 with seed 0 and 48 - 42 with seed 2; the instances add the same to both methods.
+    assert badit.difference.mean == pytest.approx(4.5)
+    assert (badit.difference.low, badit.difference.high) == (pytest.approx(3), pytest.approx(6))
+
+
+def test_a_method_that_does_not_train_is_paired_with_every_run(tmp_path: Path) -> None:
+    content = mixed()
+    base = summarise(load_results(write(tmp_path, content)))[0]
+    scores = [entry["scores"]["rouge_l"] for entry in content["cells"][:4]]
+    assert base.runs == 1
+    assert base.difference is not None
+    assert (base.difference.mean, base.difference.runs) == (pytest.approx(scores[0] - fmean(scores[1:])), 3)
+    lora = summarise(load_results(write(tmp_path, {**content, "reference": "base"})))[1]
+    assert lora.difference is not None
+    assert (lora.difference.mean, lora.difference.runs) == (pytest.approx(-base.difference.mean), 3)
+
+
+def test_a_method_without_task_order_is_paired_by_seed(tmp_path: Path) -> None:
+    content = sequential()
+    content["methods"].append("joint")
+    content["cells"] += [cell("joint", 0, 50), cell("joint", 1, 60)]
+    joint = summarise(load_results(write(tmp_path, content)))[2]
+    assert joint.forgetting is None
+    assert joint.difference is not None
+    # lora's levels are 30 and 31 in the two orders of seed 0, 32 and 33 in those of seed 1.
+    assert (joint.difference.mean, joint.difference.runs) == (pytest.approx(fmean([20, 19, 28, 27])), 4)
+
+
+def test_the_order_of_cells_and_of_tasks_does_not_matter(tmp_path: Path) -> None:
+    content = mixed()
+    expected = summarise(load_results(write(tmp_path, content)))
+    content["cells"].reverse()
+    for entry in content["cells"]:
+        if entry["scores"]:
+            entry["scores"]["tasks"] = dict(reversed(entry["scores"]["tasks"].items()))
+            entry["instances"] = dict(reversed(entry["instances"].items()))
+    for one, other in zip(expected, summarise(load_results(write(tmp_path, content))), strict=True):
+        assert one.rouge_l == (other.rouge_l and Spread(pytest.approx(other.rouge_l.mean), other.rouge_l.std))
+        assert (one.rank, one.task_rank, one.runs) == (other.rank, other.task_rank, other.runs)
+        assert (one.difference is None) == (other.difference is None)
+
+
+def test_the_metric_decides_ranks_and_differences(tmp_path: Path) -> None:
+    results = load_results(write(tmp_path, mixed()))
+    by_exact_match = summarise(results, metric="exact_match")
+    means = task_means(results, "exact_match")
+    assert list(means) == list(TASKS)
+    for summary in by_exact_match[:3]:
+        assert summary.exact_match is not None
+        assert summary.exact_match.mean == pytest.approx(fmean(row[summary.method] for row in means.values()))
+    scores = [summary.exact_match.mean for summary in by_exact_match[:3] if summary.exact_match]
+    assert by_exact_match[0].rank == 1 + sum(score > scores[0] for score in scores) + (scores.count(scores[0]) - 1) / 2
+    assert by_exact_match[2].difference != summarise(results)[2].difference
+
+
+def test_a_sequence_is_summarised_over_seeds_and_orders(tmp_path: Path) -> None:
+    results = load_results(write(tmp_path, sequential()))
+    lora, badit = summarise(results)
+    assert (lora.runs, badit.runs) == (4, 4)
+    assert lora.forgetting == Spread(6.5, pytest.approx(stdev([5, 6, 7, 8])))
+    assert lora.backward_transfer == Spread(-6.5, pytest.approx(stdev([5, 6, 7, 8])))
+    assert lora.forward_transfer == Spread(2.5, pytest.approx(stdev([1, 2, 3, 4])))
+    assert badit.difference is not None
+    assert (badit.difference.mean, badit.difference.runs) == (pytest.approx(5), 4)
+    released = summarise(results, form="released")[0]
+    assert released.forgetting == Spread(10.5, pytest.approx(stdev([5, 6, 7, 8])))
+    assert released.forward_transfer is None
+
+
+def test_without_instances_there_are_means_and_no_difference(tmp_path: Path) -> None:
+    content = mixed()
+    content["cells"][5]["instances"] = content["cells"][6]["instances"] = None
+    badit = summarise(load_results(write(tmp_path, content)))[2]
+    assert badit.rouge_l is not None
+    assert badit.difference is None
+
+
+def test_nothing_run_yet(tmp_path: Path) -> None:
+    content = comparison(unscored("lora", 0, status="missing"), methods=["lora"])
+    results = load_results(write(tmp_path, content))
+    assert task_means(results, "rouge_l") == {}
+    assert [(summary.runs, summary.rank) for summary in summarise(results)] == [(0, None)]
+
+
+def test_runs_with_other_learning_rates_name_them_all(tmp_path: Path) -> None:
+    content = comparison(cell("lora", 0, 40), cell("lora", 1, 40, learning_rate=5e-5), methods=["lora"])
+    assert summarise(load_results(write(tmp_path, content)))[0].learning_rate == "0.002 / 5e-05"
+
+
+def _set(*path: Any, to: Any) -> Callable[[dict[str, Any]], None]:
+    def change(content: Any) -> None:
+        for key in path[:-1]:
+            content = content[key]
+        content[path[-1]] = to
+
+    return change
+
+
+BROKEN = [
+    (_set("format", to=2), "format: input should be 1"),
+    (_set("protocol", to="mixd"), "protocol: input should be 'mixed' or 'sequential'"),
+    (_set("reference", to="lroa"), "reference: 'lroa' is none of the methods (did you mean 'lora'?)"),
+    (_set("methods", to=[]), "methods: list should have at least 1 item"),
+    (_set("cells", 1, "method", to="x"), "cells.1.method: 'x' is none of the methods"),
+    (_set("cells", 1, "status", to="lost"), "cells.1.status: "),
+    (_set("cells", 1, "scores", to=None), "cells.1.scores: is missing"),
+    (_set("cells", 1, "scores", "rouge_l", to=float("nan")), "cells.1.scores.rouge_l: input should be a finite number"),
+    (_set("cells", 2, "seed", to=0), "cells.2: repeats method, seed and order of cells.1"),
+    (_set("cells", 2, "scores", "tasks", "task_b", "instances", to=9), "cells.2.scores.tasks: other tasks or"),
+    (_set("cells", 2, "instances", "task_b", "rouge_l", to=[1.0]), "cells.2.instances: needs one rouge_l"),
+    (_set("cells", 2, "instances", to={}), "cells.2.instances: needs one rouge_l"),
+    (_set("cells", 2, "continual", to={"standard": {"forgetting": 1}}), "cells.2.continual.standard.backward_"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "message"), BROKEN)
+def test_a_broken_file_is_refused_by_field(
+    change: Callable[[dict[str, Any]], None], message: str, tmp_path: Path
+) -> None:
+    content = copy.deepcopy(mixed())
+    change(content)
+    path = write(tmp_path, content)
+    with pytest.raises(BaditError) as refusal:
+        load_results(path)
+    assert str(refusal.value).startswith(f"{path}: {message}")
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("[]", "one JSON object"), ("{", "cannot be read"), (None, "is missing")]
+)
+def test_a_damaged_or_missing_file_is_refused(text: str | None, message: str, tmp_path: Path) -> None:
+    if text is not None:
+        (tmp_path / "results.json").write_text(text)
+    with pytest.raises(BaditError, match=message):
+        load_results(tmp_path)
