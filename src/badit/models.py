@@ -77,6 +77,22 @@ def load_base_model(
     return model, tokenizer
 
 
+def load_skeleton(name: str | Path, *, trust_remote_code: bool = False, revision: str | None = None) -> PreTrainedModel:
+    """A model's modules and shapes without its weights, which are on the meta device: to count and to plan.
+
+    Raises:
+        BaditError: as :func:`load_base_model`.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    source = resolve_model(name)
+    with _one_line_errors(source, "configuration"):
+        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code, revision=revision or "main")
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+
+
 def resolve_model(name: str | Path) -> str:
     """The local folder or hub id to hand to transformers; fetches and converts the built-in model where it is missing.
 

@@ -1,7 +1,7 @@
 """A recipe: everything that decides a run, as a YAML file with typed, validated fields.
 
 Unknown keys are refused, with the nearest known one named. ``key=value`` overrides use dotted keys
-(``training.epochs=2``) and YAML values.
+(``training.epochs=2``) and YAML values. ``extends: FILE`` takes over another recipe's values (:func:`load_recipe`).
 """
 
 from __future__ import annotations
@@ -10,13 +10,17 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from badit.data.prompts import ChatTemplate, PromptEncoding
 from badit.errors import BaditError, nearest
+
+Dtype = Literal["auto", "float32", "bfloat16"]
+# YAML reads a task's number, such as 363, as an integer.
+TaskName = Annotated[str, Field(coerce_numbers_to_str=True)]
 
 
 class _Section(BaseModel):
@@ -27,7 +31,7 @@ class ModelSection(_Section):
     """The base model."""
 
     name: str = Field("smollm2-135m", description="built-in name, local folder or hub id (org/name)")
-    dtype: Literal["auto", "float32", "bfloat16"] = Field("bfloat16", description="type of the frozen base weights")
+    dtype: Dtype = Field("bfloat16", description="type of the frozen base weights")
     revision: str | None = Field(None, description="branch, tag or commit of a hub model")
     trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
 
@@ -37,12 +41,16 @@ class DataSection(_Section):
 
     source: str = Field("builtin", description="'builtin', a folder or a .jsonl file; $VARIABLES are expanded")
     format: Literal["auto", "sapt", "superni", "jsonl", "builtin"] = "auto"
-    tasks: list[str] | None = Field(None, description="names or numbers of the tasks to use (default: all)")
+    tasks: list[TaskName] | None = Field(None, description="names or numbers of the tasks to use (default: all)")
     train_per_task: int | None = Field(None, ge=1, description="at most so many training instances a task")
     test_per_task: int | None = Field(None, ge=1, description="the first so many test instances a task")
     validation_per_task: int = Field(0, ge=0, description="instances to hold out of each task's training data")
     sampling: Literal["proportional", "balanced"] = Field(
         "proportional", description="tasks weigh by their size, or all the same"
+    )
+    order: str | list[str] | None = Field(
+        None,
+        description="trains the tasks one after another: sapt-1, sapt-2, seeded-N or a list of names; null mixes them",
     )
     seed: int = Field(0, description="of the subsampling; kept apart from training.seed so that runs share their data")
 
@@ -81,6 +89,35 @@ class EvaluationSection(_Section):
     split: Literal["test", "validation"] = "test"
     batch_size: int = Field(16, ge=1)
     max_new_tokens: int = Field(50, ge=1)
+    unseen_tasks: bool = Field(
+        True, description="in a sequence, score the tasks still to come as well, after every task"
+    )
+
+
+class CompareSection(_Section):
+    """What ``badit compare`` crosses; a single run leaves it out of account."""
+
+    methods: dict[str, dict[str, Any]] = Field(description="a name for each method to compare, and its method section")
+    reference: str = Field("lora", description="the method that differences are taken to")
+    seeds: list[int] = Field([0, 1, 2], min_length=1)
+    orders: list[str | list[str]] | None = Field(
+        None, min_length=1, description="orders of a sequence of tasks, as in data.order; null mixes the tasks"
+    )
+    learning_rates: list[float] | None = Field(
+        None,
+        description="a ladder that every method's rate is searched on, from training.learning_rate, by the loss on "
+        "held-out training instances; null trains all with training.learning_rate",
+    )
+    budget: str | None = Field(None, description="the method whose number of trainable parameters the others must have")
+    unmatched: list[str] = Field([], description="methods that need not keep to the budget")
+    single_task: list[str] = Field([], description="methods to train on each task alone as well")
+
+    @field_validator("learning_rates")
+    @classmethod
+    def _ascending(cls, rates: list[float] | None) -> list[float] | None:
+        if rates is not None and (sorted(set(rates)) != rates or rates[0] <= 0):
+            raise ValueError("must be positive and ascending, such as [2.5e-4, 5e-4, 1e-3]")
+        return rates
 
 
 class Recipe(_Section):
@@ -95,16 +132,60 @@ class Recipe(_Section):
     )
     training: TrainingSection = TrainingSection()  # pyright: ignore[reportCallIssue]
     evaluation: EvaluationSection = EvaluationSection()  # pyright: ignore[reportCallIssue]
-    output: str = Field("runs/badit", description="the run's folder")
+    compare: CompareSection | None = None
+    output: str = Field("runs/badit", description="the run's folder, or that of a comparison's runs")
 
 
 def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recipe:
     """Reads a recipe file and applies ``key=value`` overrides.
 
+    A top-level ``extends: FILE`` names another recipe in the file's folder or below it. The file's own values are laid
+    over that recipe's, key by key within sections. Only a section that gives another ``name`` (a method's, a model's)
+    replaces the extended recipe's section as a whole, since options of one method mean nothing to another.
+
     Raises:
-        BaditError: the file or an override cannot be read, or a key is unknown or has a wrong value.
+        BaditError: a file or an override cannot be read, a file extends itself or one from elsewhere, or a key is
+            unknown or has a wrong value.
     """
     path = Path(path)
+    return build_recipe(_content(path), overrides, where=str(path))
+
+
+def _content(path: Path, extending: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """A recipe file's values over those of the recipe that it extends; the files in ``extending`` led to this one."""
+    if path in extending:
+        raise BaditError(f"{extending[-1]}: extends: {path.name} extends this file already")
+    content = _read(path)
+    if "extends" not in content:
+        return content
+    base_path = path.parent / _file_beside(path, content.pop("extends"))
+    base = _content(base_path, (*extending, path))
+    build_recipe(base, where=str(base_path))  # its mistakes are reported as its own
+    return _merged(base, content)
+
+
+def _file_beside(path: Path, name: Any) -> str:
+    """``name``, if it is one that stays in the folder of the recipe that gives it: a recipe reads no file elsewhere."""
+    if not isinstance(name, str) or "\0" in name or Path(name).is_absolute() or ".." in Path(name).parts:
+        raise BaditError(f"{path}: extends: must be a file in the recipe's folder, such as base.yaml, not {name!r:.60}")
+    return name
+
+
+def _merged(base: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in own.items():
+        former = base.get(key)
+        if isinstance(former, Mapping) and isinstance(value, Mapping) and not _renamed(former, value):
+            value = _merged(former, value)
+        merged[key] = value
+    return merged
+
+
+def _renamed(former: Mapping[str, Any], own: Mapping[str, Any]) -> bool:
+    return "name" in own and own["name"] != former.get("name")
+
+
+def _read(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
@@ -116,7 +197,7 @@ def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
         content = {}
     if not isinstance(content, dict):
         raise BaditError(f"{path}: must hold 'key: value' lines, not a {type(content).__name__}")
-    return build_recipe(content, overrides, where=str(path))
+    return content
 
 
 def build_recipe(content: Mapping[str, Any], overrides: Sequence[str] = (), *, where: str = "recipe") -> Recipe:
@@ -148,8 +229,8 @@ def expand_source(source: str) -> str:
 
 
 def dump_recipe(recipe: Recipe) -> str:
-    """The recipe as YAML, every field written out."""
-    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    """One run's recipe as YAML, every field written out."""
+    return yaml.safe_dump(recipe.model_dump(mode="json", exclude={"compare"}), sort_keys=False, allow_unicode=True)
 
 
 def differing_keys(one: Mapping[str, Any], other: Mapping[str, Any], prefix: str = "") -> list[str]:
@@ -166,13 +247,23 @@ def differing_keys(one: Mapping[str, Any], other: Mapping[str, Any], prefix: str
 
 def _parse_yaml(text: str, *, where: str) -> Any:
     try:
-        value = yaml.safe_load(text)
+        # YAML 1.1 reads 5e-4 (no dot) as text, which is the form everybody writes.
+        return _numbers(yaml.load(text, Loader=_Loader))
     except (yaml.YAMLError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         raise BaditError(f"{where!s:.120}{place}: is not valid YAML") from None
-    # YAML 1.1 reads 5e-4 (no dot) as text, which is the form everybody writes.
-    return _numbers(value)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads a task's number such as 073 as octal, which is 59. Here a leading zero makes it text."""
+
+
+def _whole_number(loader: _Loader, node: yaml.ScalarNode) -> int | str:
+    return node.value if re.fullmatch(r"[+-]?0[\d_]+", node.value) else loader.construct_yaml_int(node)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _whole_number)
 
 
 def _numbers(value: Any) -> Any:

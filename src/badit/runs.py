@@ -5,9 +5,11 @@ environment.json   versions, hardware, commit
 metrics.jsonl      one line each log step
 scores.json        {"rouge_l", "rouge_l_instances", "exact_match", …, "tasks": {name: {…}}}
 predictions/       one .jsonl a task
+instances.json     of a comparison's runs: the score of every instance, {task: {metric: [...]}}
 adapter/           the trained adapter, as PEFT saves it
 checkpoints/       what an interrupted run resumes from
 regroupings.jsonl  DOG's log
+stages/NN-TASK/    of a sequence of tasks: the same files after each of them; adapter/ above is the last one's
 """
 
 from __future__ import annotations
@@ -40,9 +42,14 @@ class RunFolder:
         self.metrics = self.path / "metrics.jsonl"
         self.scores = self.path / "scores.json"
         self.predictions = self.path / "predictions"
+        self.instances = self.path / "instances.json"
         self.adapter = self.path / "adapter"
         self.checkpoints = self.path / "checkpoints"
         self.regroupings = self.path / "regroupings.jsonl"
+
+    def stage(self, number: int, task: str) -> RunFolder:
+        """The folder of one task of a sequence, counted from 1."""
+        return RunFolder(self.path / "stages" / f"{number:02d}-{task}")
 
     @classmethod
     def existing(cls, path: str | os.PathLike[str]) -> RunFolder:
@@ -65,9 +72,8 @@ class RunFolder:
         """
         run = cls(recipe.output)
         if run.config.is_file():
-            if keys := differing_keys(
-                run.recipe().model_dump(exclude={"output"}), recipe.model_dump(exclude={"output"})
-            ):
+            aside = {"output", "compare"}
+            if keys := differing_keys(run.recipe().model_dump(exclude=aside), recipe.model_dump(exclude=aside)):
                 raise BaditError(
                     f"{run.path}: holds a run of another recipe (it differs in {', '.join(keys[:5])}); "
                     "choose another output=FOLDER, or remove that one"

@@ -16,7 +16,7 @@ from badit.errors import BaditError
 from badit.recipe import build_recipe
 from badit.runs import RunFolder
 from badit.training import plan as plan_module
-from badit.training.methods import Method
+from badit.training.method import AdapterMethod
 from badit.training.plan import make_plan
 from badit.training.run import train
 from badit.training.scoring import answer, evaluate
@@ -66,8 +66,8 @@ def test_an_interrupted_run_ends_as_one_that_was_not(
 
     recipe = build_recipe(recipe_values)
     with monkeypatch.context() as patch:
-        callbacks = Method.callbacks
-        patch.setattr(Method, "callbacks", lambda self, run: [*callbacks(self, run), StopAt(stopped_at)])
+        callbacks = AdapterMethod.callbacks
+        patch.setattr(AdapterMethod, "callbacks", lambda self, run: [*callbacks(self, run), StopAt(stopped_at)])
         with pytest.raises(KeyboardInterrupt):
             train(recipe, progress=False)
     assert not (tmp_path / "run" / "scores.json").exists()

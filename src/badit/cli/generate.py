@@ -11,6 +11,7 @@ from badit.cli.quiet import quiet_loading
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", help="a run's folder")
     parser.add_argument("prompt", help="the prompt's text, or - to read it from standard input")
+    parser.add_argument("--task", help="the prompt's task, which only methods that tell tasks apart ask for")
     parser.add_argument("--max-new-tokens", type=int, default=50, help="default: 50")
 
 
@@ -20,4 +21,4 @@ def execute(options: argparse.Namespace) -> None:
 
     quiet_loading()
     prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
-    print(answer(RunFolder.existing(options.run), prompt, max_new_tokens=options.max_new_tokens))
+    print(answer(RunFolder.existing(options.run), prompt, max_new_tokens=options.max_new_tokens, task=options.task))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from badit.data.orders import SAPT_ORDERS, ordered
 from badit.data.prompts import (
     ChatTemplate,
     Prompt,
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ABILITIES",
+    "SAPT_ORDERS",
     "AnswerCollator",
     "ChatTemplate",
     "Demonstration",
@@ -47,6 +49,7 @@ __all__ = [
     "limit",
     "load_tasks",
     "mixture",
+    "ordered",
     "prompt_text",
 ]
 

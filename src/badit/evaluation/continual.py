@@ -17,17 +17,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from statistics import fmean
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 from badit.errors import BaditError, nearest
 
 Form = Literal["standard", "released"]
+FORMS: tuple[Form, ...] = get_args(Form)
 
 
-@dataclass(frozen=True)
-class ContinualScores:
+class ContinualScores(NamedTuple):
     """The four scores, in the units of the score matrix. `forward_transfer` is None without single-task scores."""
 
     average_performance: float
@@ -54,8 +53,8 @@ def continual_scores(
     Raises:
         BaditError: a matrix that is not square, a missing score, or an unknown form.
     """
-    if form not in get_args(Form):
-        raise BaditError(f"form: '{form}' is none of {', '.join(get_args(Form))}{nearest(form, get_args(Form))}")
+    if form not in FORMS:
+        raise BaditError(f"form: '{form}' is none of {', '.join(FORMS)}{nearest(form, FORMS)}")
     _check(scores, single_task)
     tasks = range(len(scores))
     final = scores[-1]

@@ -67,7 +67,13 @@ def evaluate_tasks(
 
     prompts = [encode_prompt(task, instance) for task, instance in pairs]
     answers = generate_answers(
-        model, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size, progress=progress
+        model,
+        tokenizer,
+        prompts,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        progress=progress,
+        tasks=[task.name for task, _ in pairs],
     )
     predictions = [
         Prediction(task.name, instance.id, answer, tuple(instance.outputs), str(tokenizer.decode(prompt)))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 from tqdm.auto import tqdm
 
+from badit.baselines import batch_of_tasks
 from badit.errors import BaditError
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ def generate_answers(
     max_new_tokens: int = 50,
     batch_size: int = 16,
     progress: bool = True,
+    tasks: Sequence[str] | None = None,
 ) -> list[str]:
     """Answer each prompt greedily, up to the first end-of-turn token or `max_new_tokens`.
 
@@ -41,6 +43,7 @@ def generate_answers(
         max_new_tokens: the longest answer, in tokens.
         batch_size: prompts decoded at a time.
         progress: show a bar on stderr.
+        tasks: each prompt's task, which only methods that tell tasks apart look at.
 
     Returns:
         The answers in the order of the prompts, without special tokens and outer white space.
@@ -66,11 +69,12 @@ def generate_answers(
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
             input_ids, attention_mask = _pad_left([prompts[i] for i in batch], settings.pad_token_id)
-            sequences = generate(
-                input_ids=input_ids.to(model.device),
-                attention_mask=attention_mask.to(model.device),
-                generation_config=settings,
-            )
+            with batch_of_tasks(model, None if tasks is None else [tasks[i] for i in batch]):
+                sequences = generate(
+                    input_ids=input_ids.to(model.device),
+                    attention_mask=attention_mask.to(model.device),
+                    generation_config=settings,
+                )
             new_tokens = sequences[:, input_ids.shape[1] :].tolist()
             for i, tokens in zip(batch, new_tokens, strict=True):
                 answers[i] = _decode(tokenizer, tokens, settings.eos_token_id)

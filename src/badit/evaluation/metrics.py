@@ -81,25 +81,39 @@ def score_tasks(predictions: Mapping[str, Sequence[Prediction]]) -> dict[str, An
     Raises:
         BaditError: no tasks, a task without predictions, or a prediction without references.
     """
+    return mean_scores(instance_scores(predictions))
+
+
+def instance_scores(predictions: Mapping[str, Sequence[Prediction]]) -> dict[str, dict[str, list[float]]]:
+    """Every instance's scores, in the predictions' order: `{task: {"rouge_l": [...], "exact_match": [...]}}`.
+
+    Raises:
+        BaditError: no tasks, a task without predictions, or a prediction without references.
+    """
     if not predictions:
         raise BaditError("predictions: no tasks to score")
-    rouge: dict[str, list[float]] = {}
-    exact: dict[str, list[float]] = {}
+    scores = {}
     for task, answers in predictions.items():
         if not answers:
             raise BaditError(f"predictions: task {task} has none")
-        rouge[task] = [rouge_l(answer.prediction, answer.references) for answer in answers]
-        exact[task] = [exact_match(answer.prediction, answer.references) for answer in answers]
-    return {
-        "rouge_l": fmean(map(fmean, rouge.values())),
-        "rouge_l_instances": fmean(score for scores in rouge.values() for score in scores),
-        "exact_match": fmean(map(fmean, exact.values())),
-        "exact_match_instances": fmean(score for scores in exact.values() for score in scores),
-        "tasks": {
-            task: {"rouge_l": fmean(rouge[task]), "exact_match": fmean(exact[task]), "instances": len(rouge[task])}
-            for task in predictions
-        },
+        scores[task] = {
+            "rouge_l": [rouge_l(answer.prediction, answer.references) for answer in answers],
+            "exact_match": [exact_match(answer.prediction, answer.references) for answer in answers],
+        }
+    return scores
+
+
+def mean_scores(instances: Mapping[str, Mapping[str, Sequence[float]]]) -> dict[str, Any]:
+    """The means of `instance_scores`, as `score_tasks` gives them."""
+    means: dict[str, Any] = {}
+    for metric in ("rouge_l", "exact_match"):
+        means[metric] = fmean(fmean(scores[metric]) for scores in instances.values())
+        means[f"{metric}_instances"] = fmean(score for scores in instances.values() for score in scores[metric])
+    tasks = {
+        task: {metric: fmean(values) for metric, values in scores.items()} | {"instances": len(scores["rouge_l"])}
+        for task, scores in instances.items()
     }
+    return {**means, "tasks": tasks}
 
 
 def _require_references(references: Sequence[str]) -> None:

@@ -27,8 +27,8 @@ from badit.errors import BaditError
 class ExpertLayer(BaseTunerLayer):
     """State of the adapters on one base layer. Names carry the ``badit_`` prefix, or PEFT would not save them.
 
-    badit_A (R, I), badit_B (O, N) and, where layers route for themselves, badit_router (K, I) are trained; badit_A0 and badit_B0 (the initial factors, of
-    methods that decompose the weight) are saved buffers.
+    badit_A (R, I), badit_B (O, N) and, where layers route for themselves, badit_router (K, I) are trained; badit_A0 and
+    badit_B0 (the initial factors, of methods that decompose the weight) are saved buffers.
     """
 
     adapter_layer_names = ("badit_A", "badit_B", "badit_router")

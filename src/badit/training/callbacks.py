@@ -11,6 +11,7 @@ from typing import Any
 from tqdm import tqdm
 from transformers import TrainerCallback
 
+from badit.baselines import BranchModel
 from badit.runs import StepLog
 
 
@@ -51,6 +52,22 @@ class ProgressBar(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._bar is not None:
             self._bar.close()
+
+
+class ProjectUpdates(TrainerCallback):
+    """Lets a method with frozen branches keep the optimizer's updates out of what earlier tasks have used."""
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if isinstance(tuner := _tuner(kwargs["model"]), BranchModel):
+            tuner.before_update()
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if isinstance(tuner := _tuner(kwargs["model"]), BranchModel):
+            tuner.after_update()
+
+
+def _tuner(model: Any) -> Any:
+    return getattr(getattr(model, "module", model), "base_model", None)  # .module: a data-parallel wrapper's
 
 
 class StopOnSignal(TrainerCallback):

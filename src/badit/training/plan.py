@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any, Literal
 
-from badit.data import Instance, Task, encode_example, hold_out, limit, load_tasks, mixture
+from badit.data import Instance, Task, encode_example, hold_out, limit, load_tasks, mixture, ordered
 from badit.errors import BaditError
 from badit.models import load_base_model
-from badit.recipe import Recipe, expand_source
-from badit.training.methods import Method, build_method
+from badit.recipe import Dtype, Recipe, expand_source
+from badit.runs import RunFolder
+from badit.training.method import Method
+from badit.training.methods import build_method
 
 Split = Literal["test", "validation"]
 
@@ -18,12 +20,31 @@ if TYPE_CHECKING:
 
 
 @dataclasses.dataclass
+class Stage:
+    """A stretch of training with a result of its own: the whole of a mixed run, one task of a sequential one."""
+
+    folder: RunFolder
+    tasks: list[Task]
+
+
+@dataclasses.dataclass
 class Plan:
-    """What a recipe comes to before any model is loaded."""
+    """What a recipe comes to before any model is loaded. A sequential recipe has its tasks in their order."""
 
     recipe: Recipe
     tasks: list[Task]
     method: Method
+
+    @property
+    def sequential(self) -> bool:
+        return self.recipe.data.order is not None
+
+    @property
+    def stages(self) -> list[Stage]:
+        run = RunFolder(self.recipe.output)
+        if not self.sequential:
+            return [Stage(run, self.tasks)]
+        return [Stage(run.stage(i, task.name), [task]) for i, task in enumerate(self.tasks, start=1)]
 
     @property
     def training_instances(self) -> int:
@@ -53,8 +74,13 @@ def make_plan(recipe: Recipe, *, split: Split | None = None) -> Plan:
                 "validation": "set data.validation_per_task to hold some out of its training instances",
             }
             raise BaditError(f"data: task {task.name} has no {split} instances; {way_out[split]}")
-    if not any(task.train for task in tasks):
+    if data.order is not None:
+        tasks = ordered(tasks, data.order)
+    untrained = [task.name for task in tasks if not task.train]
+    if len(untrained) == len(tasks):
         raise BaditError("data: no task has training instances")
+    if data.order is not None and untrained:
+        raise BaditError(f"data: task {untrained[0]} has no training instances and so no place in a sequence")
     return Plan(recipe, tasks, method)
 
 
@@ -75,12 +101,17 @@ def encoded(
     )
 
 
-def base_model(recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A recipe's base model and tokenizer."""
+def base_model(recipe: Recipe, *, dtype: Dtype | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A recipe's base model, in its own dtype or another one, and its tokenizer."""
     section = recipe.model
     return load_base_model(
         section.name,
-        dtype=section.dtype,
+        dtype=dtype or section.dtype,
         revision=section.revision,
         trust_remote_code=section.trust_remote_code,
     )
+
+
+def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Padding is masked everywhere, so a tokenizer without a padding token gets any id, and is left as it is."""
+    return tokenizer.pad_token_id if isinstance(tokenizer.pad_token_id, int) else 0

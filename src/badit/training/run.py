@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import time
+from collections import defaultdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import transformers
@@ -15,12 +17,15 @@ from badit.data import AnswerCollator, mixture
 from badit.recipe import Recipe
 from badit.runs import RunFolder, environment, peak_memory, read_json, replace_folder, write_json
 from badit.training.callbacks import MetricsLog, ProgressBar, StopOnSignal
-from badit.training.plan import Plan, base_model, encoded, make_plan
+from badit.training.method import Method, TaskBatches
+from badit.training.plan import Plan, Stage, base_model, encoded, make_plan, pad_id
 from badit.training.scoring import evaluate
-from badit.training.trainer import AnswerTrainer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+# Keeps the random numbers of a sequence's tasks apart, and those of runs whose seeds are close.
+_SEEDS_PER_STAGE = 1_000
 
 
 def train(recipe: Recipe, *, progress: bool = True) -> dict[str, Any]:
@@ -29,70 +34,118 @@ def train(recipe: Recipe, *, progress: bool = True) -> dict[str, Any]:
     Raises:
         BaditError: bad input, or an output folder that holds another recipe's run.
     """
+    run = fit(recipe, progress=progress)
+    return read_json(run.scores) if run.scores.is_file() else evaluate(run.path, progress=progress)
+
+
+def fit(recipe: Recipe, *, progress: bool = True) -> RunFolder:
+    """Trains a recipe without scoring it. A sequence of tasks is trained one after another, each kept for itself.
+
+    Raises:
+        BaditError: as :func:`train`.
+    """
     plan = make_plan(recipe)
     run = RunFolder.prepare(recipe)
-    if run.scores.is_file():
-        return read_json(run.scores)
-    if not run.adapter.is_dir():
+    if run.adapter.is_dir() or run.scores.is_file():
+        return run
+    if not run.environment.is_file():
         write_json(run.environment, environment())
-        if plan.method.trains:
-            _train_adapter(plan, run, progress)
-    return evaluate(run.path, progress=progress)
+    if not plan.method.trains:
+        return run
+    learnt: Path | None = None
+    for number, stage in enumerate(plan.stages):
+        if not stage.folder.adapter.is_dir():
+            stage.folder.path.mkdir(parents=True, exist_ok=True)
+            _train_stage(plan, stage, number, learnt, progress)
+        learnt = stage.folder.adapter
+    if plan.sequential:
+        summaries = [read_json(stage.folder.environment)["training"] for stage in plan.stages]
+        write_json(run.environment, {**read_json(run.environment), "training": _total(summaries)})
+        partial = run.adapter.with_name("adapter.partial")
+        shutil.copytree(plan.stages[-1].folder.adapter, partial, dirs_exist_ok=True)
+        replace_folder(partial, run.adapter)
+    return run
 
 
-def _train_adapter(plan: Plan, run: RunFolder, progress: bool) -> None:
-    recipe = plan.recipe
-    transformers.set_seed(recipe.training.seed)
-    base, tokenizer = base_model(recipe)
-    model = plan.method.apply(base)
+def _train_stage(plan: Plan, stage: Stage, number: int, learnt: Path | None, progress: bool) -> None:
+    """Trains on the stage's tasks, from the base model or from what the stage before left in ``learnt``."""
+    recipe, method, folder = plan.recipe, plan.method, stage.folder
+    transformers.set_seed(recipe.training.seed + _SEEDS_PER_STAGE * number)
+    base, tokenizer = base_model(recipe, dtype="float32" if method.trains_base_weights else None)
+    names = [task.name for task in plan.tasks]
+    model = method.apply(base, names) if learnt is None else method.proceed(base, learnt)
     if recipe.training.gradient_checkpointing:
         model.enable_input_require_grads()
-    trainer = AnswerTrainer(
+    examples = _training_set(recipe, stage, tokenizer, progress)
+    collate = AnswerCollator(pad_id(tokenizer), with_tasks=True)
+    batches = _by_task(examples, collate, recipe.training.batch_size)
+    method.before_training(model, batches)
+    trainer = method.trainer(
         model=model,
-        args=_arguments(recipe, run),
-        train_dataset=_training_set(plan, tokenizer, progress),  # pyright: ignore[reportArgumentType] (a list will do)
-        data_collator=AnswerCollator(_pad_id(tokenizer)),
-        callbacks=[MetricsLog(run.metrics), *([ProgressBar()] if progress else []), *plan.method.callbacks(run)],
+        args=_arguments(recipe, folder, mixed_precision=method.trains_base_weights),
+        train_dataset=examples,
+        data_collator=collate,
+        callbacks=[MetricsLog(folder.metrics), *([ProgressBar()] if progress else []), *method.callbacks(folder)],
         group_by_length=recipe.training.group_by_length,
     )
     trainer.remove_callback(transformers.PrinterCallback)  # prints the log lines, which metrics.jsonl has
-    checkpoint = run.last_checkpoint(plan.method.checkpoint_files)
+    checkpoint = folder.last_checkpoint(method.checkpoint_files)
     started = time.monotonic()
     with StopOnSignal() as stop:
         trainer.add_callback(stop)
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    trainable, total = model.get_nb_trainable_parameters()
-    tokens = trainer.state.num_input_tokens_seen
-    summary = {
-        "trainable_parameters": trainable,
-        "parameters": total,
-        "steps": trainer.state.global_step,
-        "tokens": int(tokens),
-        "seconds": round(time.monotonic() - started, 1),
+    seconds = time.monotonic() - started
+    method.after_training(model, batches)
+    if trainer.is_world_process_zero():
+        known = read_json(folder.environment) if folder.environment.is_file() else {}
+        write_json(folder.environment, {**known, "training": _summary(method, model, trainer.state, seconds)})
+        partial = folder.adapter.with_name("adapter.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        method.save(model, partial, recipe.model.name)
+        replace_folder(partial, folder.adapter)
+        shutil.rmtree(folder.checkpoints, ignore_errors=True)
+    trainer.accelerator.wait_for_everyone()
+
+
+def _summary(method: Method, model: Any, state: Any, seconds: float) -> dict[str, Any]:
+    """What a training took; of a resumed one, the seconds are those since it was taken up."""
+    return {
+        "trainable_parameters": method.trained_parameters(model),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "steps": state.global_step,
+        "tokens": int(state.num_input_tokens_seen),
+        "seconds": round(seconds, 1),
         "peak_memory_gib": round(peak_memory() / 2**30, 2),
     }
-    write_json(run.environment, {**read_json(run.environment), "training": summary})
-    partial = run.adapter.with_name("adapter.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    # The name that the recipe gives; a built-in model's own would be a folder of this machine's cache. From a name PEFT
-    # would look the embeddings up on a hub, to see whether to save them too: they are frozen.
-    model.peft_config["default"].base_model_name_or_path = recipe.model.name
-    model.save_pretrained(str(partial), save_embedding_layers=False)
-    replace_folder(partial, run.adapter)
 
 
-def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Padding is masked everywhere, so a tokenizer without a padding token gets any id, and is left as it is."""
-    return tokenizer.pad_token_id if isinstance(tokenizer.pad_token_id, int) else 0
+def _total(stages: list[dict[str, Any]]) -> dict[str, Any]:
+    """Sums over a sequence's stages; of parameters and memory, the most that there were at a time."""
+    largest = {key: max(stage[key] for stage in stages) for key in ("trainable_parameters", "parameters")}
+    sums = {key: sum(stage[key] for stage in stages) for key in ("steps", "tokens")}
+    seconds = round(sum(stage["seconds"] for stage in stages), 1)
+    return {**largest, **sums, "seconds": seconds, "peak_memory_gib": max(s["peak_memory_gib"] for s in stages)}
 
 
-def _training_set(plan: Plan, tokenizer: PreTrainedTokenizerBase, progress: bool) -> list[dict[str, Any]]:
-    tasks = {task.name: task for task in plan.tasks}
-    pairs = mixture(plan.tasks, plan.recipe.data.sampling, plan.recipe.data.seed)
+def _training_set(
+    recipe: Recipe, stage: Stage, tokenizer: PreTrainedTokenizerBase, progress: bool
+) -> list[dict[str, Any]]:
+    tasks = {task.name: task for task in stage.tasks}
+    pairs = mixture(stage.tasks, recipe.data.sampling, recipe.data.seed)
     return [
-        encoded(tokenizer, plan.recipe, tasks[name], instance)
+        encoded(tokenizer, recipe, tasks[name], instance)
         for name, instance in tqdm(pairs, desc="Encoding", unit="example", disable=not progress, leave=False)
     ]
+
+
+def _by_task(examples: list[dict[str, Any]], collate: AnswerCollator, batch_size: int) -> TaskBatches:
+    groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for example in examples:
+        groups[example["task"]].append(example)
+    return {
+        task: [collate(group[start : start + batch_size]) for start in range(0, len(group), batch_size)]
+        for task, group in groups.items()
+    }
 
 
 def _checkpointing(on: bool) -> dict[str, Any]:
@@ -102,10 +155,11 @@ def _checkpointing(on: bool) -> dict[str, Any]:
     return {name: True, f"{name}_kwargs": {"use_reentrant": False}} if on else {}
 
 
-def _arguments(recipe: Recipe, run: RunFolder) -> TrainingArguments:
+def _arguments(recipe: Recipe, folder: RunFolder, *, mixed_precision: bool) -> TrainingArguments:
+    """HF's arguments. Base weights that are trained are kept in float32 and used in the recipe's dtype."""
     training = recipe.training
     return TrainingArguments(
-        output_dir=str(run.checkpoints),
+        output_dir=str(folder.checkpoints),
         num_train_epochs=training.epochs,
         max_steps=training.max_steps or -1,
         per_device_train_batch_size=training.batch_size,
@@ -116,6 +170,7 @@ def _arguments(recipe: Recipe, run: RunFolder) -> TrainingArguments:
         weight_decay=training.weight_decay,
         max_grad_norm=training.max_grad_norm,
         **_checkpointing(training.gradient_checkpointing),
+        bf16=mixed_precision and recipe.model.dtype == "bfloat16",
         seed=training.seed,
         logging_steps=training.log_every,
         save_steps=training.save_every,

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-import warnings
+import math
+import shutil
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from peft import PeftModel
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from safetensors import SafetensorError
+import torch
 
-from badit.data import encode_prompt
+from badit.data import AnswerCollator, Task, encode_prompt
 from badit.errors import BaditError
+from badit.evaluation.continual import FORMS, continual_scores
 from badit.evaluation.evaluate import evaluate_tasks, write_predictions
 from badit.evaluation.generation import generate_answers
-from badit.runs import RunFolder, write_json
+from badit.recipe import Recipe
+from badit.runs import RunFolder, read_json, write_json
 from badit.training.methods import build_method
-from badit.training.plan import Split, base_model, encoded, make_plan
+from badit.training.plan import Plan, Split, base_model, encoded, make_plan, pad_id
+from badit.training.trainer import answer_losses
 
 if TYPE_CHECKING:
+    from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
@@ -26,7 +30,8 @@ def evaluate(path: str | Path, *, split: Split | None = None, progress: bool = T
     """Scores a run on its tasks and keeps the scores and predictions in its folder.
 
     The recipe's own split goes to ``scores.json`` and ``predictions/``, another one to ``scores-SPLIT.json`` and
-    ``predictions-SPLIT/``.
+    ``predictions-SPLIT/``. A sequence of tasks is scored on its own split after each of them, and its scores have the
+    matrix of all of those as well; on another split its last state alone is scored.
 
     Raises:
         BaditError: no such run, no adapter yet or a damaged one, or a split without instances.
@@ -35,49 +40,112 @@ def evaluate(path: str | Path, *, split: Split | None = None, progress: bool = T
     recipe = run.recipe()
     own_split = recipe.evaluation.split
     plan = make_plan(recipe, split=split or own_split)
-    model, tokenizer = load_run(run)
+    if split not in (None, own_split):
+        return _score(run, recipe, plan.tasks, split, progress=progress, suffix=f"-{split}")
+    if plan.sequential and plan.method.trains:
+        return _score_sequence(run, plan, progress)
+    return _score(run, recipe, plan.tasks, own_split, progress=progress)
+
+
+def _score(
+    folder: RunFolder, recipe: Recipe, tasks: list[Task], split: Split, *, progress: bool, suffix: str = ""
+) -> dict[str, Any]:
+    model, tokenizer = load_run(folder, recipe)
     scores, predictions = evaluate_tasks(
         model,
         tokenizer,
-        plan.tasks,
+        tasks,
         encode_prompt=lambda task, instance: encoded(tokenizer, recipe, task, instance, answer=False)["input_ids"],
-        split=split or own_split,
+        split=split,
         max_new_tokens=recipe.evaluation.max_new_tokens,
         batch_size=recipe.evaluation.batch_size,
         progress=progress,
     )
-    suffix = "" if split in (None, own_split) else f"-{split}"
-    write_predictions(run.path / f"predictions{suffix}", predictions)
-    write_json(run.path / f"scores{suffix}.json", scores)
+    write_predictions(folder.path / f"predictions{suffix}", predictions)
+    write_json(folder.path / f"scores{suffix}.json", scores)
     return scores
 
 
-def load_run(run: RunFolder) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
-    """A run's base model with its trained adapter (if its method trains one), for inference.
+def _score_sequence(run: RunFolder, plan: Plan, progress: bool) -> dict[str, Any]:
+    """Every stage's model on the tasks that it has learnt, and perhaps on those to come; what is scored stays so."""
+    names = [task.name for task in plan.tasks]
+    by_stage = []
+    for number, stage in enumerate(plan.stages, start=1):
+        tasks = plan.tasks if plan.recipe.evaluation.unseen_tasks else plan.tasks[:number]
+        if not stage.folder.scores.is_file():
+            _score(stage.folder, plan.recipe, tasks, plan.recipe.evaluation.split, progress=progress)
+        by_stage.append(read_json(stage.folder.scores))
+    matrix = [[scores["tasks"].get(name, {}).get("rouge_l") for name in names] for scores in by_stage]
+    numbers = [[math.nan if score is None else score for score in row] for row in matrix]
+    continual = {form: continual_scores(numbers, form=form)._asdict() for form in FORMS}
+    scores = {**by_stage[-1], "order": names, "matrix": matrix, "continual": continual}
+    shutil.copytree(plan.stages[-1].folder.predictions, run.predictions, dirs_exist_ok=True)
+    write_json(run.scores, scores)
+    return scores
+
+
+@torch.no_grad()
+def validation_loss(path: str | Path) -> dict[str, Any]:
+    """The answers' negative log-likelihood a token on held-out training instances, kept in ``validation.json``.
+
+    It is what learning rates are chosen by: forward passes alone, and far less noisy than scores of generated answers.
+
+    Returns:
+        ``loss``, the mean over tasks, and ``tasks``, each task's own, in nats.
+
+    Raises:
+        BaditError: as :func:`evaluate`.
+    """
+    run = RunFolder.existing(path)
+    kept = run.path / "validation.json"
+    if kept.is_file():
+        return read_json(kept)
+    recipe = run.recipe()
+    plan = make_plan(recipe, split="validation")
+    model, tokenizer = load_run(run, recipe)
+    collate = AnswerCollator(pad_id(tokenizer), with_tasks=True)
+    examples = [encoded(tokenizer, recipe, task, instance) for task in plan.tasks for instance in task.validation]
+    examples.sort(key=lambda example: len(example["input_ids"]))
+    losses: dict[str, list[float]] = {task.name: [] for task in plan.tasks}
+    for start in range(0, len(examples), recipe.evaluation.batch_size):
+        batch = collate(examples[start : start + recipe.evaluation.batch_size])
+        on_device = {key: value.to(model.device) if torch.is_tensor(value) else value for key, value in batch.items()}
+        losses_L, row_L, _ = answer_losses(model, on_device, model)
+        for loss, row in zip(losses_L.tolist(), row_L.tolist(), strict=True):
+            losses[batch["tasks"][row]].append(loss)
+    by_task = {name: fmean(of_task) for name, of_task in losses.items()}
+    result = {"loss": fmean(by_task.values()), "tasks": by_task}
+    write_json(kept, result)
+    return result
+
+
+def load_run(
+    run: RunFolder, recipe: Recipe | None = None
+) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
+    """A run's base model with what it has learnt (if its method trains), for inference.
+
+    Args:
+        run: a run's folder, or a stage's of it together with the run's ``recipe``.
 
     Raises:
         BaditError: the run has no adapter yet, or it is damaged.
     """
-    recipe = run.recipe()
-    if not build_method(recipe.method).trains:
+    recipe = recipe or run.recipe()
+    method = build_method(recipe.method)
+    if not method.trains:
         return base_model(recipe)
     if not run.adapter.is_dir():
         raise BaditError(f"{run.path}: has no adapter yet; finish its training with: badit train {run.config}")
-    if not (run.adapter / SAFETENSORS_WEIGHTS_NAME).is_file():  # PEFT would go on to look for a pickled file
-        raise BaditError(f"{run.adapter}: has no {SAFETENSORS_WEIGHTS_NAME}; remove the folder to train it anew")
     model, tokenizer = base_model(recipe)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("error", message="Found missing adapter keys")
-            model = PeftModel.from_pretrained(model, str(run.adapter))
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, UserWarning) as error:
-        first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise BaditError(f"{run.adapter}: cannot be loaded ({first_line:.200})") from None
-    return model.eval(), tokenizer
+    return method.load(model, run.adapter), tokenizer
 
 
-def answer(run: RunFolder, prompt: str, *, max_new_tokens: int = 50) -> str:
-    """A run's answer to one prompt's text, in the prompt format of its recipe."""
+def answer(run: RunFolder, prompt: str, *, max_new_tokens: int = 50, task: str | None = None) -> str:
+    """A run's answer to one prompt's text, in the prompt format of its recipe.
+
+    Args:
+        task: the task that the prompt belongs to, which only methods that tell tasks apart ask for.
+    """
     if not prompt.strip():
         raise BaditError("the prompt is empty")
     section = run.recipe().prompt
@@ -85,4 +153,5 @@ def answer(run: RunFolder, prompt: str, *, max_new_tokens: int = 50) -> str:
     ids = encode_prompt(
         tokenizer, prompt, max_source_tokens=section.max_source_tokens, chat_template=section.chat_template
     )
-    return generate_answers(model, tokenizer, [ids], max_new_tokens=max_new_tokens, progress=False)[0]
+    tasks = None if task is None else [task]
+    return generate_answers(model, tokenizer, [ids], max_new_tokens=max_new_tokens, progress=False, tasks=tasks)[0]
