@@ -1,0 +1,46 @@
+"""``badit compare RECIPE [key=value …]``."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from badit.cli.quiet import quiet_loading
+from badit.cli.tables import table
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", help="a YAML file with a compare section, such as recipes/superni-cpu.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as compare.seeds=[0] output=runs/mine")
+    parser.add_argument(
+        "--jobs", type=int, default=1, help="runs at a time; they share the cores and GPUs (default: 1)"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="validate all, show methods and budgets, stop")
+    parser.epilog = (
+        "Run it again to go on after an interruption: what is done is not done twice, what failed is tried again. "
+        "Print the table again, in other formats too, with: badit table OUTPUT"
+    )
+
+
+def execute(options: argparse.Namespace) -> None:
+    from badit.comparison.compare import RESULTS, check, compare, report_to_stderr
+    from badit.comparison.grid import Grid
+    from badit.errors import BaditError
+    from badit.recipe import load_recipe
+
+    quiet_loading()
+    if options.jobs < 1:
+        raise BaditError(f"--jobs: must be at least 1, not {options.jobs}")
+    recipe = load_recipe(options.recipe, options.overrides)
+    if options.dry_run:
+        grid = Grid(recipe)
+        rows = [[name, f"{count:,}" if count else "–"] for name, count in check(grid)[1].items()]
+        print(table(["method", "trainable parameters"], rows, right={1}))
+        print(f"\nThe runs would be written to {recipe.output}")
+        return
+    compare(recipe, jobs=options.jobs, report=report_to_stderr)
+    from badit.cli.table import render
+
+    path = Path(recipe.output) / RESULTS
+    print(render(path))
+    print(f"\nResults: {path}")

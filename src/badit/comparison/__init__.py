@@ -1,0 +1,1 @@
+"""Methods × learning rates × seeds (× orders of tasks) as a grid of run folders, and what came of it in one file."""

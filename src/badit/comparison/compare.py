@@ -1,0 +1,164 @@
+"""``badit compare``: searches every method's learning rate, then trains and scores the cells at the rates found.
+
+A finished cell is not done again, a failed one is tried anew, and one that fails stops no other.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from badit.comparison.assemble import assemble
+from badit.comparison.budget import refuse_unequal, trainable_parameters
+from badit.comparison.grid import Cell, Grid
+from badit.comparison.search import climb
+from badit.comparison.worker import CellProcess
+from badit.recipe import Recipe
+from badit.runs import RunFolder, read_json, write_json
+from badit.training.plan import make_plan
+
+RESULTS = "results.json"
+
+
+def compare(recipe: Recipe, *, jobs: int = 1, report: Callable[[str], None] = print) -> dict[str, Any]:
+    """Runs a comparison to its end, or to its end from where it stopped.
+
+    Args:
+        recipe: with a ``compare`` section.
+        jobs: cells that run at a time, each with its share of the processor's cores and, in turn, one of the GPUs.
+        report: takes a line for every cell that begins or ends.
+
+    Returns:
+        What ``OUTPUT/results.json`` then holds: every cell with its configuration, environment and scores.
+
+    Raises:
+        BaditError: bad input. What goes wrong within a cell is in its ``error`` and stops nothing.
+    """
+    grid = Grid(recipe)
+    tasks, counts = check(grid)
+    run = _Comparison(grid, tasks, jobs, report)
+    try:
+        run.methods()
+    finally:
+        results = assemble(grid, tasks, run.rates, counts)
+        write_json(Path(recipe.output) / RESULTS, results)
+    return results
+
+
+def check(grid: Grid) -> tuple[list[str], dict[str, int]]:
+    """Validates every method, the data and the budgets.
+
+    Returns:
+        The tasks' names, and the number of parameters that each method trains.
+
+    Raises:
+        BaditError: something that would stop the comparison, or make it unfair.
+    """
+    first = next(iter(grid.chosen(grid.section.reference, grid.recipe.training.learning_rate)))
+    plan = make_plan(grid.recipe_of(first))
+    tasks = [task.name for task in plan.tasks]
+    counts = trainable_parameters(grid, tasks)
+    refuse_unequal(grid, counts)
+    return tasks, counts
+
+
+class _Comparison:
+    def __init__(self, grid: Grid, tasks: list[str], jobs: int, report: Callable[[str], None]) -> None:
+        self.grid = grid
+        self._tasks = tasks
+        self.rates: dict[str, float | None] = {}
+        self._jobs = jobs
+        self._report = report
+        self._output = Path(grid.recipe.output)
+        self._running: set[CellProcess] = set()
+        self._lock = threading.Lock()
+        self._stopping = False
+        self._started = 0
+
+    def methods(self) -> None:
+        """All methods, as many at a time as there are jobs; each one's cells follow one another."""
+        with ThreadPoolExecutor(self._jobs) as pool:
+            futures = [pool.submit(self._method, name) for name in self.grid.methods]
+            try:
+                for future in futures:
+                    future.result()
+            except BaseException:
+                self._stop()
+                pool.shutdown(wait=True, cancel_futures=True)
+                raise
+
+    def _stop(self) -> None:
+        with self._lock:
+            self._stopping = True
+            for process in self._running:
+                process.stop()
+
+    def _method(self, name: str) -> None:
+        self.rates[name] = rate = self._rate(name)
+        for cell in self.grid.chosen(name, rate, self._tasks):
+            self._run(cell, score=True)
+
+    def _rate(self, name: str) -> float | None:
+        start, ladder = self.grid.recipe.training.learning_rate, self.grid.section.learning_rates
+        if not self.grid.trains(name):
+            return None
+        if ladder is None:
+            return start
+        rate, _ = climb(ladder, start, lambda rate: self._loss(self.grid.searched(name, rate)))
+        self._report(f"{name}: learning rate {rate:g}")
+        return rate
+
+    def _loss(self, cell: Cell) -> float:
+        kept = self._output / cell.path / "validation.json"
+        if not kept.is_file() and self._run(cell, score=False) is not None:
+            return math.inf
+        return float(read_json(kept)["loss"])
+
+    def _run(self, cell: Cell, *, score: bool) -> str | None:
+        """Runs a cell unless it has been; returns what went wrong, if anything."""
+        folder = self._output / cell.path
+        if RunFolder(folder).instances.is_file() if score else (folder / "validation.json").is_file():
+            return None
+        with self._lock:
+            if self._stopping:
+                raise KeyboardInterrupt
+            process = CellProcess(
+                json.dumps(self.grid.recipe_of(cell).model_dump(mode="json", exclude={"compare"})),
+                folder,
+                score=score,
+                threads=max(1, (os.cpu_count() or 1) // self._jobs) if self._jobs > 1 else None,
+                device=self._next_device(),
+            )
+            self._running.add(process)
+        began = time.monotonic()
+        self._report(f"{cell}: {'training and scoring' if score else 'training'}")
+        try:
+            error = process.wait()
+        finally:
+            with self._lock:
+                self._running.discard(process)
+        minutes, seconds = divmod(round(time.monotonic() - began), 60)
+        self._report(f"{cell}: {'done' if error is None else f'FAILED ({error})'} in {minutes}:{seconds:02d}")
+        return error
+
+    def _next_device(self) -> int | None:
+        """The GPUs in turn; None with one job, which may have them all, and without any."""
+        if self._jobs == 1:
+            return None
+        import torch
+
+        self._started += 1
+        return (self._started - 1) % torch.cuda.device_count() if torch.cuda.device_count() else None
+
+
+def report_to_stderr(line: str) -> None:
+    """For a terminal, whose standard output is for the table."""
+    print(line, file=sys.stderr, flush=True)

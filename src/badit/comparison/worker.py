@@ -1,0 +1,103 @@
+"""One cell in a process of its own: its memory is its own, and whatever ends it ends nothing else."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import traceback
+from pathlib import Path
+
+from badit.errors import BaditError
+from badit.runs import RunFolder, write_json, write_text
+
+ERROR, LOG = "error.txt", "log.txt"
+
+
+class CellProcess:
+    """A running cell; ``wait`` says what became of it."""
+
+    def __init__(self, config: str, folder: Path, *, score: bool, threads: int | None, device: int | None) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ERROR).unlink(missing_ok=True)
+        environment = {"TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false", **os.environ}
+        if threads is not None:
+            environment["OMP_NUM_THREADS"] = str(threads)
+        if device is not None:
+            environment["CUDA_VISIBLE_DEVICES"] = str(device)
+        command = [sys.executable, "-m", "badit.comparison.worker", str(folder), "score" if score else "search"]
+        self._folder = folder
+        with (folder / LOG).open("a", encoding="utf-8") as log:
+            # A session of its own: a Ctrl-C reaches this process alone, which then asks the cell to stop, once.
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=log,
+                env=environment,
+                start_new_session=True,
+                text=True,
+            )
+        assert self._process.stdin is not None
+        self._process.stdin.write(config)
+        self._process.stdin.close()
+
+    def stop(self) -> None:
+        """Asks the cell to save its state and end."""
+        self._process.send_signal(signal.SIGTERM)
+
+    def wait(self) -> str | None:
+        """None when the cell has done its work, else what went wrong, in a line."""
+        code = self._process.wait()
+        if code == 0:
+            return None
+        error = self._folder / ERROR
+        if error.is_file():
+            return error.read_text(encoding="utf-8").strip()
+        if code < 0:
+            message = f"killed by {signal.Signals(-code).name}" + (
+                " (out of memory?)" if code == -signal.SIGKILL else ""
+            )
+        else:
+            message = f"ended with exit code {code}; see {self._folder / LOG}"
+        write_text(error, message + "\n")
+        return message
+
+
+def main() -> int:
+    """``python -m badit.comparison.worker FOLDER score|search``, with the cell's recipe on standard input."""
+    folder, purpose = Path(sys.argv[1]), sys.argv[2]
+    try:
+        _run(folder, sys.stdin.read(), score=purpose == "score")
+    except KeyboardInterrupt:
+        return 130
+    except BaditError as error:
+        write_text(folder / ERROR, f"{error}\n")
+        return 2
+    except Exception as error:
+        traceback.print_exc()
+        write_text(folder / ERROR, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}\n")
+        return 1
+    return 0
+
+
+def _run(folder: Path, config: str, *, score: bool) -> None:
+    from badit.evaluation.evaluate import group_by_task, read_predictions
+    from badit.evaluation.metrics import instance_scores
+    from badit.recipe import build_recipe
+    from badit.training.run import fit, train
+    from badit.training.scoring import validation_loss
+
+    recipe = build_recipe(json.loads(config))
+    if not score:
+        validation_loss(fit(recipe, progress=False).path)
+        return
+    train(recipe, progress=False)
+    run = RunFolder(folder)
+    write_json(run.instances, instance_scores(group_by_task(read_predictions(run.predictions))))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
