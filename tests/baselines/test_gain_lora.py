@@ -143,6 +143,22 @@ def test_in_the_first_task_updates_are_as_they_come():
         assert torch.equal(tensor, start[name] + 0.1 * torch.randn(tensor.shape, generator=steps))
 
 
+def test_a_task_starts_with_its_gate_open_and_the_earlier_ones_shut(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    prompts, new = torch.randn(2, 5, WIDTH, generator=generator)
+    made = after_a_task(prompts, monkeypatch)
+    with torch.no_grad():
+        before = made(new)[:, -1].mean()
+        made.start_task(new)
+        assert made(new)[:, -1].mean() > before
+        assert made(prompts)[:, -1].abs().max() < 1e-4
+        hidden = torch.nn.functional.silu(new @ made.down.T)
+        z = torch.nn.functional.silu(hidden @ made.up.T).double().numpy()
+    left = z - z @ made.seen_by_key.double().numpy()
+    direction = np.linalg.eigh(left.T @ left)[1][:, -1]
+    assert abs(direction @ made.key.detach().double().numpy()) > 1 - 1e-5
+
+
 def test_a_new_gate_goes_on_with_the_last_network_and_a_key_of_its_own():
     made = new_gate()
     down, up, key = (tensor.detach().clone() for tensor in (made.down, made.up, made.key))

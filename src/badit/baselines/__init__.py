@@ -1,4 +1,4 @@
-"""The rivals in mixed multi-task training, each by the name that a recipe gives it.
+"""The rivals that add adapters, each by the name that a recipe gives it.
 
     method: {name: loramoe, num_experts: 8, r: 4}
 

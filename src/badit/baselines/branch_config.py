@@ -91,6 +91,9 @@ class BranchGate(nn.Module):
         """Fills the current key."""
         raise NotImplementedError
 
+    def start_task(self, prompt_ND: torch.Tensor) -> None:
+        """Sets itself up for a task, from p0 of its N training prompts, before it is trained."""
+
     def end_task(self, prompt_ND: torch.Tensor) -> None:
         """Keeps what it needs to know of the task, from p0 of the task's N training prompts."""
 

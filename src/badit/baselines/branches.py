@@ -124,8 +124,9 @@ class BranchLinear(nn.Module, BranchLayer):
 class BranchModel(ExpertModel):
     """A base model with LoRA branches in its target modules and, beside it, every adapter's gate.
 
-    A task is: training, :meth:`end_task`, :meth:`next_task` and a new optimiser. Training adds :meth:`extra_loss` to
-    the loss and calls :meth:`before_update` and :meth:`after_update` around each step of the optimiser.
+    A task is: :meth:`start_task`, training, :meth:`end_task`, :meth:`next_task` and a new optimiser. Training adds
+    :meth:`extra_loss` to the loss and calls :meth:`before_update` and :meth:`after_update` around each step of the
+    optimiser.
     """
 
     tuner_layer_cls = BranchLayer
@@ -187,6 +188,15 @@ class BranchModel(ExpertModel):
         """p0 (B, D): the mean of the token embeddings over the prompt, from tokens and mask, both (B, T)."""
         return _prompt_mean(self._embeddings()(input_ids), prompt_mask)
 
+    def start_task(self, prompt_embeddings: torch.Tensor) -> None:
+        """Shows the active adapters' gates p0 (N, D) of the training prompts of a task that is about to be trained.
+
+        Raises:
+            BaditError: the prompts have another shape.
+        """
+        for gate in self._active_gates():
+            gate.start_task(_of_width(len(gate.key), prompt_embeddings).to(gate.key))
+
     def end_task(self, prompt_embeddings: torch.Tensor) -> None:
         """Shows the active adapters' gates p0 (N, D) of the finished task's training prompts.
 
@@ -194,12 +204,7 @@ class BranchModel(ExpertModel):
             BaditError: the prompts have another shape.
         """
         for gate in self._active_gates():
-            if prompt_embeddings.shape[1:] != gate.key.shape:
-                raise BaditError(
-                    f"prompt_embeddings must have the shape (prompts, {len(gate.key)}), as prompt_embeddings() gives "
-                    f"them, got {tuple(prompt_embeddings.shape)}"
-                )
-            gate.end_task(prompt_embeddings.to(gate.key))
+            gate.end_task(_of_width(len(gate.key), prompt_embeddings).to(gate.key))
 
     @torch.no_grad()
     def next_task(self) -> None:
@@ -263,3 +268,12 @@ def _prompt_mean(embeddings_BTD: torch.Tensor, prompt_mask_BT: torch.Tensor) -> 
     """p0 in full precision and without a gradient: the gate trains, the embeddings do not."""
     dtype = torch.promote_types(embeddings_BTD.dtype, torch.float32)
     return prompt_mean(embeddings_BTD.detach().to(dtype), prompt_mask_BT.to(embeddings_BTD.device))
+
+
+def _of_width(width: int, prompt_embeddings: torch.Tensor) -> torch.Tensor:
+    if prompt_embeddings.shape[1:] != (width,):
+        raise BaditError(
+            f"prompt_embeddings must have the shape (prompts, {width}), as prompt_embeddings() gives them, "
+            f"got {tuple(prompt_embeddings.shape)}"
+        )
+    return prompt_embeddings

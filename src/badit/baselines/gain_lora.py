@@ -10,10 +10,11 @@ multiplied with in the earlier tasks: an update Δ becomes Δ (I − P), P the p
 each task t = 1, 2, … as in gradient projection memory (Saha et al. 2021, arXiv 2103.09762): by the leading singular
 directions of what it does not yet span, until it holds the share 0.995 + 0.005 · (t − 1)/15 of the inputs' energy.
 
-From the paper: gates, projections, shares and hidden size 100. The count of tasks (t − 1, at most 15) is that of its
-authors' code. Assumptions: the key is a random unit vector, projected; their code takes the leading singular direction
-of the new task's z, projected, which needs its prompts in advance. Left out: the scaling that gives projected rows
-their norm back, since it would open the gate on earlier tasks. A_t and B_t are trained as in LoRA, without projection.
+From the paper: gates, projections, shares and hidden size 100. From its authors' code: the count of tasks (t − 1, at
+most 15), and the new key, which is the leading singular direction of what the earlier tasks' z leave of the new task's.
+(A random direction is nearly orthogonal to those as well, and leaves the new gate all but shut on its own task.) Left
+out: their scaling of projected rows back to the norm before, since it moves the gate on earlier prompts. A_t and B_t
+are trained as in LoRA, unprojected.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ class GainLoraGate(BranchGate):
 
     @torch.no_grad()
     def start_key(self) -> None:
-        """A random unit vector, orthogonal to the earlier tasks' z.
+        """A random unit vector, orthogonal to the earlier tasks' z; :meth:`start_task` finds a better one.
 
         Raises:
             BaditError: there is none left.
@@ -96,10 +97,22 @@ class GainLoraGate(BranchGate):
         self.past_up = torch.cat([self.past_up, self.up[None]])
 
     @torch.no_grad()
+    def start_task(self, prompt_ND: torch.Tensor) -> None:
+        """Turns the key towards the task's own z, as far as the earlier tasks' leave it room."""
+        _, z_ND = self._network(prompt_ND)
+        _, _, vh = torch.linalg.svd((z_ND - z_ND @ self.seen_by_key).double(), full_matrices=False)
+        # Once more, since rounding has left some of what was projected out.
+        self.key.copy_(F.normalize(vh[0].to(self.key) - vh[0].to(self.key) @ self.seen_by_key, dim=0))
+
+    def _network(self, prompt_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """SiLU(G1 p0), (N, H), and z, (N, D), of the current task."""
+        hidden_NH = F.silu(prompt_ND @ self.down.T)
+        return hidden_NH, F.silu(hidden_NH @ self.up.T)
+
+    @torch.no_grad()
     def end_task(self, prompt_ND: torch.Tensor) -> None:
         """Lets the projectors grow by the inputs that the finished task's prompts give to G1, G2 and the key."""
-        hidden_NH = F.silu(prompt_ND @ self.down.T)
-        z_ND = F.silu(hidden_NH @ self.up.T)
+        hidden_NH, z_ND = self._network(prompt_ND)
         share = _SHARE_OF_ENERGY + (1 - _SHARE_OF_ENERGY) * min(len(self.past_keys) / _TASKS_TO_WHOLE, 1)
         self.seen_by_down = grown_projector(self.seen_by_down, prompt_ND, share)
         self.seen_by_up = grown_projector(self.seen_by_up, hidden_NH, share)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -154,17 +154,13 @@ class AdapterMethod(Method):
         model.peft_config["default"].base_model_name_or_path = base_model
         model.save_pretrained(str(folder), save_embedding_layers=False)
 
-    @torch.no_grad()
+    def before_training(self, model: PeftModel, batches: TaskBatches) -> None:
+        if isinstance(model.base_model, BranchModel):
+            model.base_model.start_task(_prompt_embeddings(model.base_model, batches))
+
     def after_training(self, model: PeftModel, batches: TaskBatches) -> None:
-        if not isinstance(model.base_model, BranchModel):
-            return
-        embeddings = [
-            model.base_model.prompt_embeddings(
-                batch["input_ids"], batch["attention_mask"].bool() & before_first_label(batch["labels"])
-            )
-            for batch in _flat(batches)
-        ]
-        model.base_model.end_task(torch.cat(embeddings))
+        if isinstance(model.base_model, BranchModel):
+            model.base_model.end_task(_prompt_embeddings(model.base_model, batches))
 
     def callbacks(self, run: RunFolder) -> list[TrainerCallback]:
         regrouping = [] if self.regroup is None else [RegroupCallback(**self.regroup, log_path=run.regroupings)]
@@ -244,8 +240,19 @@ class NeuronMethod(WeightsMethod):
         return super().trainer(**arguments)
 
 
-def _flat(batches: TaskBatches) -> Iterable[Mapping[str, torch.Tensor]]:
-    return (batch for of_task in batches.values() for batch in of_task)
+@torch.no_grad()
+def _prompt_embeddings(tuner: BranchModel, batches: TaskBatches) -> torch.Tensor:
+    """p0 (N, D) of all prompts."""
+    device = tuner.device
+    rows = [
+        tuner.prompt_embeddings(
+            batch["input_ids"].to(device),
+            (batch["attention_mask"].bool() & before_first_label(batch["labels"])).to(device),
+        )
+        for of_task in batches.values()
+        for batch in of_task
+    ]
+    return torch.cat(rows)
 
 
 def _first_line(error: BaseException) -> str:
