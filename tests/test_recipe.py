@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +16,62 @@ from badit.errors import BaditError
 from badit.recipe import Recipe, build_recipe, differing_keys, dump_recipe, expand_source, load_recipe
 from badit.training.methods import build_method
 
-RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
+ROOT = Path(__file__).parent.parent
+RECIPES = [path.relative_to(ROOT) for path in sorted((ROOT / "recipes").glob("**/*.yaml"))]
+PAPER = [path for path in RECIPES if path.parent.name == "paper"]
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def header(path: Path) -> str:
+    """The comments that a shipped recipe begins with."""
+    lines = (ROOT / path).read_text().splitlines()
+    return "\n".join(itertools.takewhile(lambda line: line.startswith("#"), lines))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=str)
 def test_every_shipped_recipe_is_valid_and_says_how_to_run_it(path: Path) -> None:
-    recipe = load_recipe(path)
+    recipe = load_recipe(ROOT / path)
     build_method(recipe.method)
-    assert f"badit train recipes/{path.name}" in path.read_text()
+    assert f"badit train {path}" in header(path)
 
 
-def test_there_are_recipes() -> None:
-    assert RECIPES
+def test_every_recipe_is_in_the_list_of_recipes() -> None:
+    linked = re.findall(r"\]\((\S+\.yaml)\)", (ROOT / "recipes/README.md").read_text())
+    assert sorted(linked) == sorted(str(path.relative_to("recipes")) for path in RECIPES)
+    assert len(PAPER) == 6
+
+
+@pytest.mark.parametrize("path", PAPER, ids=lambda path: path.stem)
+def test_a_recipe_of_the_paper_has_its_setting_and_both_commands(path: Path) -> None:
+    lines = [line.lstrip("# ") for line in header(path).splitlines()]
+    assert f"badit train {path}" in lines
+    assert f"accelerate launch --multi_gpu --num_processes 8 -m badit train {path}" in lines
+
+    recipe = load_recipe(ROOT / path)
+    assert recipe.method == {
+        "name": "badit",
+        "num_experts": 8,
+        "r": 4,
+        "lora_alpha": 32,
+        "lora_dropout": 0.05,
+        "target_modules": ["gate_proj"],
+        "regroup": {"every": 20},
+    }
+    training = recipe.training
+    assert (training.epochs, training.batch_size, training.gradient_accumulation) == (10, 1, 1)
+    assert (training.learning_rate, training.scheduler, training.warmup) == (2e-4, "cosine", 0.03)
+    assert (training.weight_decay, recipe.model.dtype) == (0, "bfloat16")
+    assert training.gradient_checkpointing == ("8b" in path.stem or "9b" in path.stem)
+    data = recipe.data
+    assert (data.source, data.tasks, data.train_per_task, data.test_per_task) == ("$BADIT_SUPERNI", None, None, None)
+    assert recipe.output == f"runs/paper/{path.stem}"
+
+
+def test_the_papers_recipes_differ_in_model_memory_and_output_alone() -> None:
+    recipes = [load_recipe(ROOT / path) for path in PAPER]
+    assert len({recipe.model.name for recipe in recipes}) == 6
+    for recipe in recipes[1:]:
+        keys = set(differing_keys(recipes[0].model_dump(), recipe.model_dump()))
+        assert keys <= {"model.name", "training.gradient_checkpointing", "output"}
 
 
 def test_a_recipe_survives_being_written(tmp_path: Path) -> None:
@@ -82,6 +128,7 @@ def test_mistakes_are_named_on_one_line(content: dict[str, Any], overrides: list
         (b"\xff\xfe", "is not valid UTF-8"),
         (b"!!python/object/apply:os.system ['true']", "is not valid YAML"),
         (b"a: " + b"[" * 5000, "is not valid YAML"),
+        (b"a: &b [*b]", "is not valid YAML"),
     ],
 )
 def test_broken_files_are_named(tmp_path: Path, text: bytes, message: str) -> None:
@@ -96,6 +143,92 @@ def test_broken_files_are_named(tmp_path: Path, text: bytes, message: str) -> No
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(BaditError, match=r"none\.yaml: cannot be read"):
         load_recipe(tmp_path / "none.yaml")
+
+
+def written(folder: Path, **texts: str) -> Path:
+    """Writes ``NAME.yaml`` for each text and returns the path of the one called ``own``."""
+    for name, text in texts.items():
+        (folder / f"{name}.yaml").write_text(text)
+    return folder / "own.yaml"
+
+
+def test_a_recipe_extends_another_key_by_key(tmp_path: Path) -> None:
+    path = written(
+        tmp_path,
+        base="{method: {name: badit, r: 2, regroup: {every: 5, seed: 3}}, training: {epochs: 4, warmup: 0.1}}",
+        middle="{extends: base.yaml, training: {epochs: 5}, output: b}",
+        own="{extends: middle.yaml, method: {num_experts: 3, regroup: {every: 7}}, output: c}",
+    )
+    recipe = load_recipe(path, ["training.warmup=0.2"])
+    assert recipe == build_recipe(
+        {
+            "method": {"name": "badit", "r": 2, "num_experts": 3, "regroup": {"every": 7, "seed": 3}},
+            "training": {"epochs": 5, "warmup": 0.2},
+            "output": "c",
+        }
+    )
+    assert "extends" not in dump_recipe(recipe)
+
+
+@pytest.mark.parametrize(
+    ("own", "expected"),
+    [
+        ("{name: lora}", {"name": "lora"}),
+        ("{name: badit}", {"name": "badit", "r": 2, "regroup": {"every": 5}}),
+        ("{regroup: null}", {"name": "badit", "r": 2, "regroup": None}),
+    ],
+)
+def test_another_method_does_not_take_over_the_options(tmp_path: Path, own: str, expected: dict[str, Any]) -> None:
+    base = "method: {name: badit, r: 2, regroup: {every: 5}}"
+    path = written(tmp_path, base=base, own=f"extends: base.yaml\nmethod: {own}")
+    assert load_recipe(path).method == expected
+
+
+def test_another_model_does_not_take_over_the_revision(tmp_path: Path) -> None:
+    path = written(tmp_path, base="model: {name: a/b, revision: main}", own="{extends: base.yaml, model: {name: c/d}}")
+    assert load_recipe(path).model.revision is None
+
+
+@pytest.mark.parametrize(
+    "name", ["/etc/base.yaml", "../base.yaml", "below/../../base.yaml", "[base.yaml]", "null", '"a\\0b"']
+)
+def test_a_recipe_extends_no_file_from_elsewhere(tmp_path: Path, name: str) -> None:
+    (tmp_path / "below").mkdir()
+    path = written(tmp_path, own=f"extends: {name}")
+    with pytest.raises(BaditError, match=r"own\.yaml: extends: must be a file in the recipe's folder") as caught:
+        load_recipe(path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        ({}, r"base\.yaml: cannot be read"),
+        ({"base": "- a"}, r"base\.yaml: must hold 'key: value' lines"),
+        ({"base": "training: {epoch: 1}"}, r"base\.yaml: training\.epoch: unknown key"),
+        ({"base": "extends: base.yaml"}, r"base\.yaml: extends: base\.yaml extends this file already"),
+        ({"base": "extends: own.yaml"}, r"base\.yaml: extends: own\.yaml extends this file already"),
+    ],
+)
+def test_a_mistake_names_the_extended_file_that_it_is_in(tmp_path: Path, texts: dict[str, str], message: str) -> None:
+    path = written(tmp_path, own="extends: base.yaml", **texts)
+    with pytest.raises(BaditError, match=message) as caught:
+        load_recipe(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_task_may_be_named_by_its_number() -> None:
+    recipe = build_recipe({}, ["data.tasks=[363, 073, 002, 089, task511, 0]"])
+    assert recipe.data.tasks == ["363", "073", "002", "089", "task511", "0"]
+    assert build_recipe({"data": {"tasks": [363]}}).data.tasks == ["363"]
+    with pytest.raises(BaditError, match=r"data\.tasks\.0: input should be a valid string, got True"):
+        build_recipe({}, ["data.tasks=[yes]"])
+
+
+def test_whole_numbers_stay_numbers() -> None:
+    recipe = build_recipe({}, ["training.seed=0", "data.seed=1_000", "method.r=-4", "training.epochs=08"])
+    assert (recipe.training.seed, recipe.data.seed, recipe.training.epochs) == (0, 1000, 8)
+    assert recipe.method["r"] == -4
 
 
 def test_an_empty_file_is_the_default_recipe(tmp_path: Path) -> None:
