@@ -102,6 +102,11 @@ class RunFolder:
         return max(complete, key=lambda folder: int(folder.name.removeprefix("checkpoint-")), default=None)
 
 
+def is_main_process() -> bool:
+    """Whether this is the only process, or the first of those that accelerate or torchrun has started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def write_text(path: Path, text: str) -> None:
     """Writes a file whole: never half of it, whenever the process dies."""
     partial = path.with_name(path.name + ".partial")

@@ -31,5 +31,7 @@ def execute(options: argparse.Namespace) -> None:
         )
         return
     scores = train(recipe)
+    if not scores:  # one of several processes, which the first prints for
+        return
     print(score_table({recipe.method.get("name", "badit"): scores}))
     print(f"\nRun: {recipe.output}")

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from typing import TYPE_CHECKING, Any, Literal
+
+import torch
 
 from badit.data import Instance, Task, encode_example, hold_out, limit, load_tasks, mixture, ordered
 from badit.errors import BaditError
@@ -102,14 +105,23 @@ def encoded(
 
 
 def base_model(recipe: Recipe, *, dtype: Dtype | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A recipe's base model, in its own dtype or another one, and its tokenizer."""
+    """A recipe's base model, in its own dtype or another one and on this process's device, and its tokenizer."""
     section = recipe.model
-    return load_base_model(
+    model, tokenizer = load_base_model(
         section.name,
         dtype=dtype or section.dtype,
         revision=section.revision,
         trust_remote_code=section.trust_remote_code,
     )
+    return model.to(device()), tokenizer  # pyright: ignore[reportArgumentType] (a device is what it takes)
+
+
+def device() -> torch.device:
+    """The accelerator of this process, by its local rank where several share a machine; else the processor."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is None or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1"):
+        return torch.device("cpu")
+    return torch.device(accelerator.type, int(os.environ.get("LOCAL_RANK", "0")))
 
 
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -9,13 +9,14 @@ from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 import transformers
 from tqdm import tqdm
 from transformers import TrainingArguments
 
 from badit.data import AnswerCollator, mixture
 from badit.recipe import Recipe
-from badit.runs import RunFolder, environment, peak_memory, read_json, replace_folder, write_json
+from badit.runs import RunFolder, environment, is_main_process, peak_memory, read_json, replace_folder, write_json
 from badit.training.callbacks import MetricsLog, ProgressBar, StopOnSignal
 from badit.training.method import Method, TaskBatches
 from badit.training.plan import Plan, Stage, base_model, encoded, make_plan, pad_id
@@ -31,10 +32,16 @@ _SEEDS_PER_STAGE = 1_000
 def train(recipe: Recipe, *, progress: bool = True) -> dict[str, Any]:
     """Runs a recipe to its end, or to its end from where it stopped, and returns its scores.
 
+    Under accelerate or torchrun all processes train; the first goes on alone to score, and the others return an empty dictionary.
+
     Raises:
         BaditError: bad input, or an output folder that holds another recipe's run.
     """
     run = fit(recipe, progress=progress)
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    if not is_main_process():
+        return {}
     return read_json(run.scores) if run.scores.is_file() else evaluate(run.path, progress=progress)
 
 
@@ -45,20 +52,22 @@ def fit(recipe: Recipe, *, progress: bool = True) -> RunFolder:
         BaditError: as :func:`train`.
     """
     plan = make_plan(recipe)
-    run = RunFolder.prepare(recipe)
+    # Of several processes the first alone writes; the others meet it in the first step of training.
+    run = RunFolder.prepare(recipe) if is_main_process() else RunFolder(recipe.output)
     if run.adapter.is_dir() or run.scores.is_file():
         return run
-    if not run.environment.is_file():
+    if is_main_process() and not run.environment.is_file():
         write_json(run.environment, environment())
     if not plan.method.trains:
         return run
     learnt: Path | None = None
     for number, stage in enumerate(plan.stages):
         if not stage.folder.adapter.is_dir():
-            stage.folder.path.mkdir(parents=True, exist_ok=True)
+            if is_main_process():
+                stage.folder.path.mkdir(parents=True, exist_ok=True)
             _train_stage(plan, stage, number, learnt, progress)
         learnt = stage.folder.adapter
-    if plan.sequential:
+    if plan.sequential and is_main_process():
         summaries = [read_json(stage.folder.environment)["training"] for stage in plan.stages]
         write_json(run.environment, {**read_json(run.environment), "training": _total(summaries)})
         partial = run.adapter.with_name("adapter.partial")
@@ -70,7 +79,8 @@ def fit(recipe: Recipe, *, progress: bool = True) -> RunFolder:
 def _train_stage(plan: Plan, stage: Stage, number: int, learnt: Path | None, progress: bool) -> None:
     """Trains on the stage's tasks, from the base model or from what the stage before left in ``learnt``."""
     recipe, method, folder = plan.recipe, plan.method, stage.folder
-    transformers.set_seed(recipe.training.seed + _SEEDS_PER_STAGE * number)
+    seed = recipe.training.seed + _SEEDS_PER_STAGE * number
+    transformers.set_seed(seed)
     base, tokenizer = base_model(recipe, dtype="float32" if method.trains_base_weights else None)
     names = [task.name for task in plan.tasks]
     model = method.apply(base, names) if learnt is None else method.proceed(base, learnt)
@@ -82,7 +92,7 @@ def _train_stage(plan: Plan, stage: Stage, number: int, learnt: Path | None, pro
     method.before_training(model, batches)
     trainer = method.trainer(
         model=model,
-        args=_arguments(recipe, folder, mixed_precision=method.trains_base_weights),
+        args=_arguments(recipe, folder, seed, mixed_precision=method.trains_base_weights),
         train_dataset=examples,
         data_collator=collate,
         callbacks=[MetricsLog(folder.metrics), *([ProgressBar()] if progress else []), *method.callbacks(folder)],
@@ -155,9 +165,10 @@ def _checkpointing(on: bool) -> dict[str, Any]:
     return {name: True, f"{name}_kwargs": {"use_reentrant": False}} if on else {}
 
 
-def _arguments(recipe: Recipe, folder: RunFolder, *, mixed_precision: bool) -> TrainingArguments:
+def _arguments(recipe: Recipe, folder: RunFolder, seed: int, *, mixed_precision: bool) -> TrainingArguments:
     """HF's arguments. Base weights that are trained are kept in float32 and used in the recipe's dtype."""
     training = recipe.training
+    bf16 = mixed_precision and recipe.model.dtype == "bfloat16"
     return TrainingArguments(
         output_dir=str(folder.checkpoints),
         num_train_epochs=training.epochs,
@@ -170,8 +181,9 @@ def _arguments(recipe: Recipe, folder: RunFolder, *, mixed_precision: bool) -> T
         weight_decay=training.weight_decay,
         max_grad_norm=training.max_grad_norm,
         **_checkpointing(training.gradient_checkpointing),
-        bf16=mixed_precision and recipe.model.dtype == "bfloat16",
-        seed=training.seed,
+        bf16=bf16,
+        use_cpu=bf16 and not torch.accelerator.is_available(),  # else HF refuses bf16
+        seed=seed,
         logging_steps=training.log_every,
         save_steps=training.save_every,
         save_total_limit=2,
