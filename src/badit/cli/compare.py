@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from badit.cli.quiet import quiet_loading
@@ -38,9 +41,20 @@ def execute(options: argparse.Namespace) -> None:
         print(table(["method", "trainable parameters"], rows, right={1}))
         print(f"\nThe runs would be written to {recipe.output}")
         return
-    compare(recipe, jobs=options.jobs, report=report_to_stderr)
+    with _sigterm_as_ctrl_c():
+        compare(recipe, jobs=options.jobs, report=report_to_stderr)
     from badit.cli.table import render
 
     path = Path(recipe.output) / RESULTS
     print(render(path))
     print(f"\nResults: {path}")
+
+
+@contextmanager
+def _sigterm_as_ctrl_c() -> Iterator[None]:
+    """A batch system's SIGTERM, too, must reach the running cells, which have sessions of their own."""
+    former = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, former)

@@ -59,18 +59,19 @@ def _cells_of(grid: Grid, method: str, rates: Mapping[str, float | None]) -> Ite
 
 def _described(grid: Grid, cell: Cell, *, selected: bool) -> dict[str, Any]:
     run = RunFolder(Path(grid.recipe.output) / cell.path)
-    error = run.path / ERROR
     done = run.instances.is_file() if selected else (run.path / "validation.json").is_file()
+    error = None if done else _error(run)
     scores = read_json(run.scores) if run.instances.is_file() else None
+    loss = _read(run.path / "validation.json").get("loss", math.nan)
     description = {
         "method": cell.method,
         "seed": cell.seed,
         "order": None if cell.order is None else order_name(cell.order),
         "learning_rate": cell.learning_rate,
-        "status": "done" if done else "failed" if error.is_file() else "missing",
-        "error": error.read_text(encoding="utf-8").strip() if error.is_file() and not done else None,
+        "status": _status(done, error),
+        "error": error,
         "selected": selected,
-        "validation_loss": _read(run.path / "validation.json").get("loss"),
+        "validation_loss": loss if math.isfinite(loss) else None,  # a run that diverged has a NaN, which JSON has not
         "config": grid.recipe_of(cell).model_dump(mode="json", exclude={"compare"}),
         "environment": _read(run.environment),
         "scores": scores and {key: scores[key] for key in scores if key not in ("order", "matrix", "continual")},
@@ -106,14 +107,15 @@ def _single_task_cells(
     for seed in grid.section.seeds if rate is not None else ():
         parts = [RunFolder(output / Cell(method, rate, seed, task=task).path) for task in tasks]
         done = all(part.instances.is_file() for part in parts)
+        error = None if done else next((error for part in parts if (error := _error(part))), None)
         instances = {task: scores for part in parts for task, scores in _read(part.instances).items()} if done else None
         yield {
             "method": f"{method}, one model a task",
             "seed": seed,
             "order": None,
             "learning_rate": rate,
-            "status": "done" if done else "missing",
-            "error": None,
+            "status": _status(done, error),
+            "error": error,
             "selected": True,
             "validation_loss": None,
             "config": {},
@@ -130,6 +132,15 @@ def _joint_environment(parts: Sequence[RunFolder]) -> dict[str, Any]:
     sums = {key: sum(t[key] for t in trainings) for key in ("trainable_parameters", "steps", "tokens", "seconds")}
     peak = max(training["peak_memory_gib"] for training in trainings)
     return {**environments[0], "training": {**sums, "peak_memory_gib": peak}}
+
+
+def _status(done: bool, error: str | None) -> str:
+    return "done" if done else "missing" if error is None else "failed"
+
+
+def _error(run: RunFolder) -> str | None:
+    path = run.path / ERROR
+    return path.read_text(encoding="utf-8").strip() if path.is_file() else None
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -16,14 +16,21 @@ TOLERANCE = 0.05
 
 
 def trainable_parameters(grid: Grid, tasks: Sequence[str]) -> dict[str, int]:
-    """The number of parameters that each method trains on the recipe's model, without the model's weights."""
+    """The number of parameters that each method trains on the recipe's model, without the model's weights.
+
+    Raises:
+        BaditError: a method that does not go with the model.
+    """
     section = grid.recipe.model
     counts = {}
     for name in grid.methods:
         method = build_method(grid.section.methods[name])  # a fresh one: applying it may settle some of its options
         skeleton = load_skeleton(section.name, revision=section.revision, trust_remote_code=section.trust_remote_code)
-        with torch.device("meta"):
-            counts[name] = method.trained_parameters(method.apply(skeleton, tasks))
+        try:
+            with torch.device("meta"):
+                counts[name] = method.trained_parameters(method.apply(skeleton, tasks))
+        except BaditError as error:
+            raise BaditError(f"compare.methods.{name}: {error}") from None
     return counts
 
 

@@ -11,7 +11,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from badit.comparison.budget import refuse_unequal, trainable_parameters
 from badit.comparison.grid import Cell, Grid
 from badit.comparison.search import climb
 from badit.comparison.worker import CellProcess
+from badit.data import ordered
 from badit.recipe import Recipe
 from badit.runs import RunFolder, read_json, write_json
 from badit.training.plan import make_plan
@@ -54,7 +55,7 @@ def compare(recipe: Recipe, *, jobs: int = 1, report: Callable[[str], None] = pr
 
 
 def check(grid: Grid) -> tuple[list[str], dict[str, int]]:
-    """Validates every method, the data and the budgets.
+    """Validates every method, the data, the budgets and what is in the folder already.
 
     Returns:
         The tasks' names, and the number of parameters that each method trains.
@@ -63,11 +64,26 @@ def check(grid: Grid) -> tuple[list[str], dict[str, int]]:
         BaditError: something that would stop the comparison, or make it unfair.
     """
     first = next(iter(grid.chosen(grid.section.reference, grid.recipe.training.learning_rate)))
-    plan = make_plan(grid.recipe_of(first))
+    recipe = grid.recipe_of(first)
+    plan = make_plan(recipe)
+    if grid.section.learning_rates is not None:
+        make_plan(recipe, split="validation")
+    for order in grid.orders:
+        if order is not None:
+            ordered(plan.tasks, order)
     tasks = [task.name for task in plan.tasks]
     counts = trainable_parameters(grid, tasks)
     refuse_unequal(grid, counts)
+    _refuse_other_recipes(grid, tasks)
     return tasks, counts
+
+
+def _refuse_other_recipes(grid: Grid, tasks: Sequence[str]) -> None:
+    """What another recipe has left in the folder must not be taken for this comparison's."""
+    for cell in grid.candidates(tasks):
+        recipe = grid.recipe_of(cell)
+        if RunFolder(recipe.output).config.is_file():
+            RunFolder.prepare(recipe)
 
 
 class _Comparison:
@@ -86,9 +102,8 @@ class _Comparison:
     def methods(self) -> None:
         """All methods, as many at a time as there are jobs; each one's cells follow one another."""
         with ThreadPoolExecutor(self._jobs) as pool:
-            futures = [pool.submit(self._method, name) for name in self.grid.methods]
             try:
-                for future in futures:
+                for future in [pool.submit(self._method, name) for name in self.grid.methods]:
                     future.result()
             except BaseException:
                 self._stop()
@@ -124,27 +139,30 @@ class _Comparison:
 
     def _run(self, cell: Cell, *, score: bool) -> str | None:
         """Runs a cell unless it has been; returns what went wrong, if anything."""
-        folder = self._output / cell.path
-        if RunFolder(folder).instances.is_file() if score else (folder / "validation.json").is_file():
+        recipe = self.grid.recipe_of(cell)
+        run = RunFolder.prepare(recipe)
+        if (run.instances if score else run.path / "validation.json").is_file():
             return None
         with self._lock:
             if self._stopping:
                 raise KeyboardInterrupt
+            self._report(f"{cell}: {'training and scoring' if score else 'training'}")
             process = CellProcess(
-                json.dumps(self.grid.recipe_of(cell).model_dump(mode="json", exclude={"compare"})),
-                folder,
+                json.dumps(recipe.model_dump(mode="json", exclude={"compare"})),
+                run.path,
                 score=score,
                 threads=max(1, (os.cpu_count() or 1) // self._jobs) if self._jobs > 1 else None,
                 device=self._next_device(),
             )
             self._running.add(process)
         began = time.monotonic()
-        self._report(f"{cell}: {'training and scoring' if score else 'training'}")
         try:
             error = process.wait()
         finally:
             with self._lock:
                 self._running.discard(process)
+        if self._stopping and error is not None:
+            raise KeyboardInterrupt
         minutes, seconds = divmod(round(time.monotonic() - began), 60)
         self._report(f"{cell}: {'done' if error is None else f'FAILED ({error})'} in {minutes}:{seconds:02d}")
         return error

@@ -8,14 +8,16 @@ OUTPUT/METHOD                                   a method that does not train
 
 from __future__ import annotations
 
+import hashlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from badit.errors import BaditError, nearest
 from badit.recipe import CompareSection, Recipe, build_recipe
+from badit.training.method import Method
 from badit.training.methods import build_method
 
 Order = str | tuple[str, ...] | None
@@ -60,7 +62,7 @@ class Grid:
             raise BaditError("compare: the recipe has no such section; see recipes/superni-cpu.yaml for one")
         self.recipe = recipe
         self.section: CompareSection = recipe.compare
-        self.methods = {name: build_method(section) for name, section in self.section.methods.items()}
+        self.methods = {name: _method(name, section) for name, section in self.section.methods.items()}
         self._check()
 
     def _check(self) -> None:
@@ -75,6 +77,10 @@ class Grid:
         for field, name in chosen:
             if name is not None and name not in names:
                 raise BaditError(f"compare.{field}: {name!r:.60} is none of the methods{nearest(name, names)}")
+        listed: dict[str, list[Any]] = {"seeds": section.seeds, "orders": [order_name(o) for o in section.orders or ()]}
+        for field, values in listed.items():
+            if twice := [value for value in values if values.count(value) > 1]:
+                raise BaditError(f"compare.{field}: {twice[0]} is listed more than once")
         rate = self.recipe.training.learning_rate
         if section.learning_rates is not None and rate not in section.learning_rates:
             raise BaditError(
@@ -109,6 +115,12 @@ class Grid:
                 for task in tasks:
                     yield Cell(method, rate, seed, task=task)
 
+    def candidates(self, tasks: Sequence[str]) -> Iterator[Cell]:
+        """All cells that there may be, whichever learning rates turn out best."""
+        for rate in self.section.learning_rates or [self.recipe.training.learning_rate]:
+            for method in self.methods:
+                yield from self.chosen(method, rate, tasks)
+
     def recipe_of(self, cell: Cell) -> Recipe:
         values: dict[str, Any] = self.recipe.model_dump(exclude={"compare"})
         values["method"] = dict(self.section.methods[cell.method])
@@ -122,5 +134,15 @@ class Grid:
 
 
 def order_name(order: str | Sequence[str]) -> str:
-    """A short name for an order's folder."""
-    return order if isinstance(order, str) else "-".join(re.sub(r"^(task\d+)_.*", r"\1", name) for name in order)[:80]
+    """A short name for an order's folder, another one for every order."""
+    if isinstance(order, str):
+        return order
+    name = "-".join(re.sub(r"^(task\d+)_.*", r"\1", name) for name in order)
+    return name if len(name) <= 80 else f"{name[:71]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+
+
+def _method(name: str, section: Mapping[str, Any]) -> Method:
+    try:
+        return build_method(section)
+    except BaditError as error:
+        raise BaditError(f"compare.methods.{name}: {error}") from None

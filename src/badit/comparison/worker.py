@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import traceback
 from pathlib import Path
 
@@ -17,10 +18,9 @@ ERROR, LOG = "error.txt", "log.txt"
 
 
 class CellProcess:
-    """A running cell; ``wait`` says what became of it."""
+    """A running cell in a run's folder; ``wait`` says what became of it."""
 
     def __init__(self, config: str, folder: Path, *, score: bool, threads: int | None, device: int | None) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
         (folder / ERROR).unlink(missing_ok=True)
         environment = {"TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false", **os.environ}
         if threads is not None:
@@ -29,6 +29,7 @@ class CellProcess:
             environment["CUDA_VISIBLE_DEVICES"] = str(device)
         command = [sys.executable, "-m", "badit.comparison.worker", str(folder), "score" if score else "search"]
         self._folder = folder
+        self._asked_to_stop = False
         with (folder / LOG).open("a", encoding="utf-8") as log:
             # A session of its own: a Ctrl-C reaches this process alone, which then asks the cell to stop, once.
             self._process = subprocess.Popen(
@@ -40,19 +41,25 @@ class CellProcess:
                 start_new_session=True,
                 text=True,
             )
-        assert self._process.stdin is not None
-        self._process.stdin.write(config)
-        self._process.stdin.close()
+        self._lifeline = self._process.stdin
+        assert self._lifeline is not None
+        self._lifeline.write(config + "\n")
+        self._lifeline.flush()
 
     def stop(self) -> None:
         """Asks the cell to save its state and end."""
+        self._asked_to_stop = True
         self._process.send_signal(signal.SIGTERM)
 
     def wait(self) -> str | None:
         """None when the cell has done its work, else what went wrong, in a line."""
         code = self._process.wait()
+        assert self._lifeline is not None
+        self._lifeline.close()
         if code == 0:
             return None
+        if self._asked_to_stop:
+            return "interrupted"
         error = self._folder / ERROR
         if error.is_file():
             return error.read_text(encoding="utf-8").strip()
@@ -67,10 +74,24 @@ class CellProcess:
 
 
 def main() -> int:
-    """``python -m badit.comparison.worker FOLDER score|search``, with the cell's recipe on standard input."""
-    folder, purpose = Path(sys.argv[1]), sys.argv[2]
+    """``python -m badit.comparison.worker FOLDER score|search``; a line of standard input is the cell's recipe, and
+    the end of standard input is that of the comparison.
+    """
+    config = sys.stdin.readline()
+    threading.Thread(target=_stop_at_end_of, args=(sys.stdin.fileno(),), daemon=True).start()
+    return run_cell(Path(sys.argv[1]), config, score=sys.argv[2] == "score")
+
+
+def _stop_at_end_of(lifeline: int) -> None:
+    """A comparison that is killed, or loses its terminal, cannot ask its cells to stop: so they notice by a pipe."""
+    os.read(lifeline, 1)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def run_cell(folder: Path, config: str, *, score: bool) -> int:
+    """Does a cell's work and returns the process's exit code; what went wrong is in the folder's ``error.txt``."""
     try:
-        _run(folder, sys.stdin.read(), score=purpose == "score")
+        _run(folder, config, score=score)
     except KeyboardInterrupt:
         return 130
     except BaditError as error:

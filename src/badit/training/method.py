@@ -127,7 +127,12 @@ class AdapterMethod(Method):
             if default is None:
                 raise BaditError(f"method.target_modules: name the modules to adapt in a {model.config.model_type}")
             config.target_modules = set(default)
-        return get_peft_model(model, config)  # pyright: ignore[reportReturnType] (never a mixed model)
+        try:
+            return get_peft_model(model, config)  # pyright: ignore[reportReturnType] (never a mixed model)
+        except BaditError:
+            raise
+        except ValueError as error:  # such as a target_modules that is not there
+            raise BaditError(f"method: {_first_line(error)}") from None
 
     def proceed(self, model: PreTrainedModel, folder: Path) -> PeftModel:
         adapted = self._loaded(model, folder, trainable=True)
