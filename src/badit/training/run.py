@@ -32,7 +32,7 @@ _SEEDS_PER_STAGE = 1_000
 def train(recipe: Recipe, *, progress: bool = True) -> dict[str, Any]:
     """Runs a recipe to its end, or to its end from where it stopped, and returns its scores.
 
-    Under accelerate or torchrun all processes train; the first goes on alone to score, and the others return an empty dictionary.
+    Under accelerate or torchrun all processes train; the first goes on alone to score, and the others return {}.
 
     Raises:
         BaditError: bad input, or an output folder that holds another recipe's run.
