@@ -48,7 +48,7 @@ class DataSection(_Section):
     sampling: Literal["proportional", "balanced"] = Field(
         "proportional", description="tasks weigh by their size, or all the same"
     )
-    order: str | list[str] | None = Field(
+    order: str | list[TaskName] | None = Field(
         None,
         description="trains the tasks one after another: sapt-1, sapt-2, seeded-N or a list of names; null mixes them",
     )
@@ -100,7 +100,7 @@ class CompareSection(_Section):
     methods: dict[str, dict[str, Any]] = Field(description="a name for each method to compare, and its method section")
     reference: str = Field("lora", description="the method that differences are taken to")
     seeds: list[int] = Field([0, 1, 2], min_length=1)
-    orders: list[str | list[str]] | None = Field(
+    orders: list[str | list[TaskName]] | None = Field(
         None, min_length=1, description="orders of a sequence of tasks, as in data.order; null mixes the tasks"
     )
     learning_rates: list[float] | None = Field(

@@ -12,6 +12,7 @@ import random
 import re
 from collections.abc import Sequence
 
+from badit.data.names import resolve_names, task_number
 from badit.data.schema import Task
 from badit.errors import BaditError, nearest
 
@@ -22,7 +23,7 @@ SAPT_ORDERS = {
 
 
 def ordered(tasks: Sequence[Task], order: str | Sequence[str]) -> list[Task]:
-    """The tasks in a named order, or in that of a list of all their names.
+    """The tasks in a named order, or in that of a list of all their names or numbers.
 
     Raises:
         BaditError: an unknown order, or one that does not say where a task comes.
@@ -31,28 +32,21 @@ def ordered(tasks: Sequence[Task], order: str | Sequence[str]) -> list[Task]:
     if isinstance(order, str):
         names = _named(order, sorted(by_name))
     else:
-        names = list(order)
-        for name in names:
-            if name not in by_name:
-                raise BaditError(f"data.order: no task {name!r:.60} was loaded{nearest(name, by_name)}")
-    if missing := [name for name in by_name if names.count(name) != 1]:
-        raise BaditError(f"data.order: must name task {missing[0]} once; it names it {names.count(missing[0])} times")
+        names = resolve_names(order, by_name, field="data.order")
+    if missing := [name for name in by_name if name not in names]:
+        raise BaditError(
+            f"data.order: does not say where task {missing[0]} comes; add it, or leave it out of data.tasks"
+        )
     return [by_name[name] for name in names]
 
 
 def _named(order: str, names: Sequence[str]) -> list[str]:
     if order in SAPT_ORDERS:
-        numbers = {_number(name): name for name in names}
-        return [numbers[number] for number in SAPT_ORDERS[order] if number in numbers]
+        by_number = {task_number(name): name for name in names}
+        return [by_number[str(number)] for number in SAPT_ORDERS[order] if str(number) in by_number]
     if match := re.fullmatch(r"seeded-(\d+)", order):
         shuffled = list(names)
         random.Random(f"order/{int(match[1])}").shuffle(shuffled)
         return shuffled
-    known = [*SAPT_ORDERS, "seeded-0"]
-    hint = nearest(order, known)
+    hint = nearest(order, [*SAPT_ORDERS, "seeded-0"])
     raise BaditError(f"data.order: unknown order {order!r:.60}{hint}; known: sapt-1, sapt-2, seeded-N, a list of names")
-
-
-def _number(name: str) -> int | None:
-    match = re.match(r"task(\d+)_", name)
-    return int(match[1]) if match else None

@@ -6,7 +6,6 @@ has some 1,600 files.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Literal, get_args
 
 from badit.data.files import parse_json, read_text
 from badit.data.jsonl import jsonl_files, tasks_from_jsonl
+from badit.data.names import resolve_names
 from badit.data.schema import Split, Task, shown, task_from_superni
 from badit.data.suite import builtin_tasks
 from badit.errors import BaditError, nearest
@@ -48,7 +48,7 @@ def load_tasks(source: str | Path, *, tasks: Sequence[str] | None = None, format
     catalog = _catalog(source, format)
     if not catalog:
         raise BaditError(f"{shown(Path(source))}: holds no tasks")
-    names = sorted(catalog) if tasks is None else _resolve(tasks, catalog)
+    names = sorted(catalog) if tasks is None else resolve_names(tasks, catalog)
     return [catalog[name]() for name in names]
 
 
@@ -140,35 +140,3 @@ def _read_first_as_test(file: Path) -> Task:
     task = _read(file, file.stem, "test")
     train, test = task.test[OFFICIAL_TEST_INSTANCES:], task.test[:OFFICIAL_TEST_INSTANCES]
     return task.model_copy(update={"train": train, "test": test})
-
-
-def _resolve(wanted: Sequence[str], names: Iterable[str]) -> list[str]:
-    """Full names for the `wanted` names and number prefixes, in their order."""
-    if isinstance(wanted, str):
-        raise BaditError(f"tasks: must be a list of names, such as [{wanted!r:.60}], not one string")
-    known = sorted(names)
-    resolved = [_resolve_one(str(name), known) for name in wanted]
-    if not resolved:
-        raise BaditError("tasks: the list is empty; name at least one task or leave it out")
-    if repeated := [name for index, name in enumerate(resolved) if name in resolved[:index]]:
-        raise BaditError(f"tasks: {repeated[0]!r:.130} is named twice; name it once")
-    return resolved
-
-
-def _resolve_one(wanted: str, known: list[str]) -> str:
-    if wanted in known:
-        return wanted
-    matches = [name for name in known if _number(wanted, r"(?:task)?(\d+)") == _number(name, r"task(\d+)(?:_.*)?")]
-    if _number(wanted, r"(?:task)?(\d+)") is None or not matches:
-        raise BaditError(f"tasks: unknown task {wanted!r:.60}{nearest(wanted, known)}")
-    if len(matches) > 1:
-        raise BaditError(
-            f"tasks: {wanted!r:.60} fits {len(matches)} tasks, such as {matches[0]!r:.130}; give a full name"
-        )
-    return matches[0]
-
-
-def _number(name: str, pattern: str) -> str | None:
-    """The number in a name such as "task073_commonsenseqa", without leading zeros; None if the pattern doesn't fit."""
-    match = re.fullmatch(pattern, name)
-    return match[1].lstrip("0") if match else None
