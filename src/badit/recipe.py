@@ -115,7 +115,7 @@ class CompareSection(_Section):
     @field_validator("learning_rates")
     @classmethod
     def _ascending(cls, rates: list[float] | None) -> list[float] | None:
-        if rates is not None and (sorted(set(rates)) != rates or rates[0] <= 0):
+        if rates is not None and (not rates or sorted(set(rates)) != rates or rates[0] <= 0):
             raise ValueError("must be positive and ascending, such as [2.5e-4, 5e-4, 1e-3]")
         return rates
 

@@ -25,7 +25,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def execute(options: argparse.Namespace) -> None:
+def execute(options: argparse.Namespace) -> int:
     from badit.comparison.compare import RESULTS, check, compare, report_to_stderr
     from badit.comparison.grid import Grid
     from badit.errors import BaditError
@@ -40,14 +40,15 @@ def execute(options: argparse.Namespace) -> None:
         rows = [[name, f"{count:,}" if count else "–"] for name, count in check(grid)[1].items()]
         print(table(["method", "trainable parameters"], rows, right={1}))
         print(f"\nThe runs would be written to {recipe.output}")
-        return
+        return 0
     with _sigterm_as_ctrl_c():
-        compare(recipe, jobs=options.jobs, report=report_to_stderr)
+        results = compare(recipe, jobs=options.jobs, report=report_to_stderr)
     from badit.cli.table import render
 
     path = Path(recipe.output) / RESULTS
     print(render(path))
     print(f"\nResults: {path}")
+    return int(any(cell["status"] == "failed" for cell in results["cells"]))
 
 
 @contextmanager

@@ -12,7 +12,8 @@ from badit import __version__
 from badit.cli.quiet import quiet_environment
 from badit.errors import BaditError
 
-# verb -> what `badit --help` says of it. badit/cli/VERB.py has its `configure(parser)` and `execute(options)`.
+# verb -> what `badit --help` says of it. badit/cli/VERB.py has its `configure(parser)` and
+# `execute(options)`, which may return an exit code.
 VERBS = {
     "demo": "tune SmolLM2 on the built-in tasks with LoRA and BADIT, and compare",
     "train": "train and score a recipe",
@@ -25,7 +26,7 @@ VERBS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line and returns its exit code: 0, 2 for bad input, 130 when interrupted."""
+    """Runs the command line and returns its exit code: 0, 1 if a part failed, 2 for bad input, 130 when interrupted."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     parser = argparse.ArgumentParser(
         prog="badit", description="Multi-task instruction tuning by basic-ability decomposition."
@@ -44,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not options.debug:
         quiet_environment()
     try:
-        options.execute(options)
+        code = options.execute(options)
     except BaditError as error:
         if options.debug:
             raise
@@ -55,4 +56,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     except BrokenPipeError:  # the reader (head, less) has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 0
+        return 0
+    return code or 0

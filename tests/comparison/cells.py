@@ -1,0 +1,58 @@
+"""A small comparison's recipe, and cells that run without a process of their own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from badit.comparison import worker
+from badit.comparison.compare import compare
+from badit.comparison.worker import ERROR
+from badit.recipe import build_recipe
+
+Values = dict[str, Any]
+
+
+def comparison_values(material: Path, output: Path, **compare: Any) -> Values:
+    """A recipe that compares LoRA with BADIT, of as many parameters; two steps a run."""
+    methods = {"lora": {"name": "lora", "r": 8}, "badit": {"name": "badit", "num_experts": 4, "r": 2}}
+    return {
+        "model": {"name": str(material / "model"), "dtype": "float32"},
+        "data": {"source": str(material / "tasks.jsonl"), "validation_per_task": 2},
+        "training": {"max_steps": 2, "batch_size": 4, "learning_rate": 0.01},
+        "evaluation": {"batch_size": 8, "max_new_tokens": 2},
+        "compare": {"methods": methods, "seeds": [0], **compare},
+        "output": str(output),
+    }
+
+
+class InlineCell:
+    """Stands in for a cell's process: the same worker, in the process of the test."""
+
+    started: list[str]
+
+    def __init__(self, config: str, folder: Path, *, score: bool, threads: int | None, device: int | None) -> None:
+        (folder / ERROR).unlink(missing_ok=True)
+        self.started.append(f"{folder.parent.name}/{folder.name}")
+        self._config, self._folder, self._score = config, folder, score
+
+    def stop(self) -> None:
+        """It runs while it is waited for, so there is nothing to stop in between."""
+
+    def wait(self) -> str | None:
+        code = worker.run_cell(self._folder, self._config, score=self._score)
+        return None if code == 0 else (self._folder / ERROR).read_text().strip()
+
+
+def by_status(results: Values, **wanted: Any) -> list[str]:
+    """``method/seed`` of the cells whose fields have these values."""
+    return [
+        f"{cell['method']}/{cell['seed']}"
+        for cell in results["cells"]
+        if all(cell[field] == value for field, value in wanted.items())
+    ]
+
+
+def compared(values: Values, **options: Any) -> Values:
+    """The results of a comparison, which reports to nobody unless it is told to."""
+    return compare(build_recipe(values), **{"report": lambda line: None, **options})

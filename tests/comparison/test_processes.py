@@ -1,0 +1,219 @@
+"""Cells as processes: what they are given, how they end, and what an interruption leaves."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from badit.comparison import compare as compare_module
+from badit.comparison.worker import CellProcess
+from badit.evaluation.results import load_results, summarise
+from badit.recipe import build_recipe
+from badit.runs import RunFolder, read_json
+from comparison.cells import InlineCell, Values, by_status, compared
+
+
+def test_a_cell_in_a_process_of_its_own(values: Values) -> None:
+    values["compare"]["methods"] = {"lora": {"name": "lora", "r": 4}}
+    (cell,) = compared(values, jobs=2)["cells"]
+    assert (cell["status"], cell["error"]) == ("done", None)
+    assert cell["environment"]["torch_threads"] == max(1, (os.cpu_count() or 1) // 2)
+    folder = Path(values["output"]) / "lora" / "lr-0.01" / "seed-0"
+    assert (folder / "log.txt").is_file()
+    assert not (folder / "error.txt").exists()
+    assert [summary.runs for summary in summarise(load_results(values["output"]))] == [1]
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_jobs_share_cores_and_gpus(
+    values: Values, inline: list[str], monkeypatch: pytest.MonkeyPatch, jobs: int
+) -> None:
+    shares: list[tuple[int | None, int | None]] = []
+
+    class Noting(InlineCell):
+        def __init__(self, config: str, folder: Path, *, score: bool, threads: int | None, device: int | None) -> None:
+            shares.append((threads, device))
+
+        def wait(self) -> str | None:
+            return "not run"
+
+    monkeypatch.setattr(compare_module, "CellProcess", Noting)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    values["compare"]["methods"] = {name: {"name": "lora", "r": 4} for name in ("lora", "b", "c")}
+    compared(values, jobs=jobs)
+    assert sorted(shares, key=str) == ([(None, None)] * 3 if jobs == 1 else [(4, 0), (4, 0), (4, 1)])
+
+
+def cell_process(values: Values, config: str | None = None) -> CellProcess:
+    recipe = build_recipe({**values, "compare": None})
+    folder = RunFolder.prepare(recipe).path
+    config = json.dumps(recipe.model_dump(mode="json")) if config is None else config
+    return CellProcess(config, folder, score=True, threads=3, device=1)
+
+
+def test_a_killed_process_is_named(values: Values) -> None:
+    process = cell_process(values)
+    os.kill(process._process.pid, signal.SIGKILL)
+    message = "killed by SIGKILL (out of memory?)"
+    assert process.wait() == message
+    assert (Path(values["output"]) / "error.txt").read_text() == message + "\n"
+
+
+def test_a_process_that_is_asked_to_stop_has_not_failed(values: Values) -> None:
+    process = cell_process(values)
+    process.stop()
+    assert process.wait() == "interrupted"
+    assert not (Path(values["output"]) / "error.txt").exists()
+
+
+def test_a_process_gets_its_share_in_its_environment(values: Values, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = "import os, sys; print(os.environ['OMP_NUM_THREADS'], os.environ['CUDA_VISIBLE_DEVICES']); sys.exit(7)"
+    start = subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", lambda command, **k: start([sys.executable, "-c", script], **k))
+    process = cell_process(values, "")
+    log = Path(values["output"]) / "log.txt"
+    assert process.wait() == f"ended with exit code 7; see {log}"
+    assert log.read_text() == "3 1\n"
+
+
+def test_a_cell_ends_with_the_process_that_started_it() -> None:
+    script = """
+import sys, time
+from badit.comparison import worker
+worker.run_cell = lambda folder, config, score: print(folder, config, score, flush=True) or time.sleep(120)
+sys.argv = ["worker", "FOLDER", "search"]
+worker.main()
+"""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", script], **pipes) as process:
+        process.stdin.write('{"the": "recipe"}\n')
+        process.stdin.flush()
+        assert process.stdout.readline() == 'FOLDER {"the": "recipe"}\n'
+        assert process.poll() is None
+        process.stdin.close()
+        assert process.wait(60) == -signal.SIGTERM
+
+
+def wait_for(condition: Any, seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.1)
+
+
+def test_sigterm_stops_the_command_and_its_cells_which_save_their_state(values: Values, tmp_path: Path) -> None:
+    values["training"] |= {"max_steps": 100_000, "log_every": 1}
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(values, sort_keys=False))
+    command = [sys.executable, "-m", "badit", "compare", str(path)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    cell = RunFolder(Path(values["output"]) / "lora" / "lr-0.01" / "seed-0")
+    try:
+        wait_for(lambda: cell.metrics.is_file() and cell.metrics.stat().st_size)
+        process.send_signal(signal.SIGTERM)
+        out, err = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert out == ""
+    assert err.splitlines() == [
+        "lora/lr-0.01/seed-0: training and scoring",
+        "",
+        "badit: interrupted; the same command goes on from the last checkpoint",
+    ]
+    steps = cell.metrics.read_text().count("\n")
+    assert cell.last_checkpoint() == cell.checkpoints / f"checkpoint-{steps}"
+    assert not (cell.path / "error.txt").exists()
+    time.sleep(0.5)
+    assert cell.metrics.read_text().count("\n") == steps, "the cell has ended too"
+    assert by_status(read_json(Path(values["output"]) / "results.json"), status="missing", error=None) == ["lora/0"]
+
+
+class Interrupting:
+    """A report that takes a Ctrl-C's place at the given line."""
+
+    def __init__(self, at: int) -> None:
+        self.lines: list[str] = []
+        self._at = at
+
+    def __call__(self, line: str) -> None:
+        self.lines.append(line)
+        if len(self.lines) == self._at:
+            raise KeyboardInterrupt
+
+
+def test_an_interrupted_comparison_keeps_what_is_done_and_goes_on(values: Values, inline: list[str]) -> None:
+    values["compare"] |= {"methods": {"lora": {"name": "lora", "r": 4}}, "seeds": [0, 1]}
+    with pytest.raises(KeyboardInterrupt):
+        compared(values, report=Interrupting(at=3))  # the second cell is about to begin
+    results = read_json(Path(values["output"]) / "results.json")
+    load_results(values["output"])
+    assert by_status(results, status="done") == ["lora/0"]
+    assert by_status(results, status="missing", error=None) == ["lora/1"]
+    assert inline == ["lr-0.01/seed-0"]
+    assert by_status(compared(values), status="done") == ["lora/0", "lora/1"]
+    assert inline == ["lr-0.01/seed-0", "lr-0.01/seed-1"]
+
+
+def test_an_interruption_while_waiting(values: Values, inline: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    values["compare"]["methods"] = {"lora": {"name": "lora", "r": 4}}
+    with monkeypatch.context() as patch:
+
+        def interrupted(self: InlineCell) -> str | None:
+            raise KeyboardInterrupt
+
+        patch.setattr(InlineCell, "wait", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            compared(values)
+    results = read_json(Path(values["output"]) / "results.json")
+    assert by_status(results, status="missing", error=None) == by_status(results) == ["lora/0"]
+    assert by_status(compared(values), status="done") == ["lora/0"]
+
+
+def test_running_cells_are_asked_to_stop_and_decide_nothing(values: Values, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two methods at a time: a Ctrl-C while one searches its last rate must not settle its rate."""
+    values["compare"]["learning_rates"] = [0.001, 0.01]
+    waiting = threading.Event()
+    stopped: list[str] = []
+
+    class Cell:
+        def __init__(self, config: str, folder: Path, **options: Any) -> None:
+            self._folder, self._stop = folder, threading.Event()
+
+        def stop(self) -> None:
+            stopped.append(str(self._folder.relative_to(values["output"])))
+            self._stop.set()
+
+        def wait(self) -> str | None:
+            if self._folder.parts[-3] == "lora":
+                if self._folder.parts[-2] == "lr-0.001":
+                    waiting.set()
+                    assert self._stop.wait(20)
+                    return "interrupted"
+                (self._folder / "validation.json").write_text('{"loss": 1.0}')
+                return None
+            assert waiting.wait(20)
+            os.kill(os.getpid(), signal.SIGINT)
+            assert self._stop.wait(20)
+            return "interrupted"
+
+    monkeypatch.setattr(compare_module, "CellProcess", Cell)
+    lines: list[str] = []
+    with pytest.raises(KeyboardInterrupt):
+        compared(values, jobs=2, report=lines.append)
+    assert sorted(stopped) == ["badit/lr-0.01/seed-0", "lora/lr-0.001/seed-0"]
+    assert not any("learning rate" in line or "FAILED" in line for line in lines)
+    results = read_json(Path(values["output"]) / "results.json")
+    assert by_status(results, selected=True) == []
+    assert by_status(results, status="failed") == []
