@@ -57,6 +57,7 @@ def test_bad_values_are_refused(field, value):
     ("options", "field"),
     [
         ({"base_weight": "folded", "init_weights": "lora"}, "base_weight"),
+        ({"base_weight": "folded", "init_weights": "directions"}, "base_weight"),
         ({"base_weight": "folded", "init_weights": False}, "base_weight"),
         ({"target_modules": r".*gate_proj", "layers_to_transform": [0]}, "layers_to_transform"),
         ({"target_modules": r".*gate_proj", "layers_pattern": "layers"}, "layers_pattern"),

@@ -30,7 +30,7 @@ def naive_forward(layer, x, mask):
     options, base = layer.badit_config["default"], layer.get_base_layer()
     weight = base.weight.T if isinstance(base, Conv1D) else base.weight
     a, b, expert_of = layer.badit_A["default"], layer.badit_B["default"], layer.expert_of("default")
-    subtracts = options.decomposes and options.base_weight == "delta"
+    subtracts = options.keeps_initial_factors and options.base_weight == "delta"
     a0, b0 = layer.initial_factors("default") if subtracts else (None, None)
     gates = naive_gates(layer, x, mask)
     y = reference.badit_linear(x, weight, base.bias, a, b, a0, b0, expert_of, gates, options.scaling)
@@ -53,7 +53,7 @@ def differentiable_forward(layer, x, mask):
     for k in range(options.num_experts):
         mine = layer.expert_of("default") == k
         y = y + options.scaling * gates[..., k : k + 1] * (x @ a[mine].T @ b[:, mine].T)
-    if options.decomposes and options.base_weight == "delta":
+    if options.keeps_initial_factors and options.base_weight == "delta":
         a0, b0 = layer.initial_factors("default")
         y = y - options.scaling * (x @ a0.T @ b0.T)
     return y
@@ -100,11 +100,25 @@ def test_forward_equals_the_loop_over_experts(kind, base_weight, routing, gates,
     torch.testing.assert_close(output, naive_forward(layer, x, mask), atol=1e-6, rtol=1e-6)
 
 
-@pytest.mark.parametrize("init_weights", ["lora", False])
-def test_forward_without_decomposition_equals_the_loop(init_weights):
+@pytest.mark.parametrize("init_weights", ["lora", "directions", False])
+def test_forward_without_a_part_of_the_weight_equals_the_loop(init_weights):
     layer = make(init_weights=init_weights)
     x, mask = batch()
     torch.testing.assert_close(run(layer, x, mask), naive_forward(layer, x, mask), atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("options", [{}, {"gates": "softmax"}, {"top_k": 1}], ids=str)
+def test_directions_start_as_the_base_layer_to_the_bit_whatever_the_gates(kind, options):
+    layer = make(kind, dtype=torch.float32, at_start=True, init_weights="directions", **options)
+    x, mask = batch(torch.float32)
+    assert torch.equal(run(layer, x, mask), layer.get_base_layer()(x))
+    A, B = layer.badit_A["default"], layer.badit_B["default"]
+    assert not B.any()
+    torch.testing.assert_close(3 * A @ A.T, torch.eye(len(A)), atol=1e-5, rtol=0)
+    _, _, vh = torch.linalg.svd(layer.weight_OI, full_matrices=False)
+    torch.testing.assert_close((3**0.5 * A * vh[: len(A)]).sum(dim=1).abs(), torch.ones(len(A)), atol=1e-4, rtol=0)
+    assert "default" not in layer.badit_A0
 
 
 @pytest.mark.parametrize("kind", KINDS)

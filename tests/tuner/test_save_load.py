@@ -34,7 +34,9 @@ def no_svd(monkeypatch):
     return lambda: monkeypatch.setattr(layer_module, "top_singular_triples", refuse)
 
 
-@pytest.mark.parametrize("options", [{}, {"base_weight": "folded"}, {"init_weights": "lora"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"base_weight": "folded"}, {"init_weights": "lora"}, {"init_weights": "directions"}], ids=str
+)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_from_pretrained(tiny_model, tmp_path, no_svd, family, options):
     model = adapted(tiny_model(family), **options)

@@ -4,7 +4,7 @@ BADIT: "Decomposing the Basic Abilities of Large Language Models: Mitigating Cro
 Instruct-Tuning" (ICML 2026, arXiv 2605.05676).
 """
 
-from badit.method.decomposition import SingularTriples, expert_factors, top_singular_triples
+from badit.method.decomposition import SingularTriples, expert_directions, expert_factors, top_singular_triples
 from badit.method.grouping import (
     ExpertAngles,
     cosine_gram,
@@ -20,6 +20,7 @@ __all__ = [
     "SingularTriples",
     "cosine_gram",
     "expert_angles",
+    "expert_directions",
     "expert_factors",
     "expert_gates",
     "group_components",

@@ -11,6 +11,7 @@ Shape suffixes: O = out features, I = in features, N = components (K experts of 
 
 from __future__ import annotations
 
+import math
 from typing import Literal, NamedTuple
 
 import torch
@@ -88,6 +89,15 @@ def expert_factors(triples: SingularTriples, scaling: float) -> tuple[torch.Tens
     """
     root_N = (triples.s_N / scaling).sqrt()
     return root_N[:, None] * triples.vh_NI, triples.u_ON * root_N
+
+
+def expert_directions(triples: SingularTriples) -> tuple[torch.Tensor, torch.Tensor]:
+    """The experts' directions without their magnitudes: A_NI = Vᵀ/√3, B_ON = 0.
+
+    BAD's orthogonality on LoRA's own terms: 1/√3 is the norm of a row of LoRA's random A, and with B at zero the
+    experts start as nothing, so that no gate acts on the pretrained weight itself. Not in the paper.
+    """
+    return triples.vh_NI / math.sqrt(3), torch.zeros_like(triples.u_ON)
 
 
 def _exact(w_OI: torch.Tensor, rank: int) -> SingularTriples:

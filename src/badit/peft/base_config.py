@@ -84,8 +84,13 @@ class ExpertConfig(PeftConfig):
 
     @property
     def decomposes(self) -> bool:
-        """Whether the experts start as singular triples of the base weight, and not with LoRA's random A and zero B."""
+        """Whether the experts start from singular triples of the base weight, and not with LoRA's random A."""
         return False
+
+    @property
+    def keeps_initial_factors(self) -> bool:
+        """Whether A0 and B0 are kept: where the experts start as a part of the base weight, which has it already."""
+        return self.decomposes
 
     @property
     def subtracted_share(self) -> float:

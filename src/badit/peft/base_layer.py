@@ -28,7 +28,7 @@ class ExpertLayer(BaseTunerLayer):
     """State of the adapters on one base layer. Names carry the ``badit_`` prefix, or PEFT would not save them.
 
     badit_A (R, I), badit_B (O, N) and, where layers route for themselves, badit_router (K, I) are trained; badit_A0 and
-    badit_B0 (the initial factors, of methods that decompose the weight) are saved buffers.
+    badit_B0 (the initial factors, of methods that start from a part of the weight) are saved buffers.
     """
 
     adapter_layer_names = ("badit_A", "badit_B", "badit_router")
@@ -68,7 +68,7 @@ class ExpertLayer(BaseTunerLayer):
         if config.routes_in_layer:
             self.badit_router[adapter_name] = nn.Parameter(torch.zeros(config.num_experts, in_features))
         self.badit_dropout[adapter_name] = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
-        if config.decomposes:
+        if config.keeps_initial_factors:
             self.badit_A0[adapter_name] = torch.zeros(components, in_features)
             self.badit_B0[adapter_name] = torch.zeros(out_features, components)
         # On the meta device, and in an adapter that is only read, the values are about to be loaded: no need of an SVD.
@@ -88,9 +88,12 @@ class ExpertLayer(BaseTunerLayer):
             factor_A, factor_B = self._decompose(config)
         except BaditError as error:
             raise BaditError(f"{self.name}: {error}") from None
-        initial_A, initial_B = self.initial_factors(adapter_name)
-        for tensor, value in ((a_RI, factor_A), (b_ON, factor_B), (initial_A, factor_A), (initial_B, factor_B)):
-            tensor.copy_(value)
+        a_RI.copy_(factor_A)
+        b_ON.copy_(factor_B)
+        if config.keeps_initial_factors:
+            initial_A, initial_B = self.initial_factors(adapter_name)
+            initial_A.copy_(factor_A)
+            initial_B.copy_(factor_B)
 
     def _decompose(self, config: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """The initial A (N, I) and B (O, N) from the base weight."""

@@ -14,7 +14,7 @@ from badit.peft.base_config import ExpertConfig, is_number, one_of
 
 # Older versions save a bias for the methods that they know by name only.
 _PEFT_SAVES_BIASES = hasattr(BaseTuner, "_get_learnable_bias_state_dict")
-_INIT_WEIGHTS = (True, False, "bad", "lora")
+_INIT_WEIGHTS = (True, False, "bad", "directions", "lora")
 _ROUTING = ("prompt", "token")
 _BASE_WEIGHT = ("delta", "folded")
 
@@ -49,8 +49,8 @@ class BaditConfig(ExpertConfig):
     top_k: int | None = field(
         default=None,
         metadata={
-            "help": "Keep only the k largest gates (default: all). Below num_experts the model starts as the base "
-            "model only with init_weights='lora', since the other experts' share of the weight is switched off."
+            "help": "Keep only the k largest gates (default: all). Below num_experts, with init_weights='bad', the "
+            "model does not start as the base model, since the other experts' share of the weight is switched off."
         },
     )
     base_weight: str = field(
@@ -64,7 +64,8 @@ class BaditConfig(ExpertConfig):
     init_weights: bool | str = field(
         default=True,
         metadata={
-            "help": "True or 'bad': the top singular triples (BAD). 'lora': random A and zero B (w/o BAD). "
+            "help": "True or 'bad': the top singular triples (BAD). 'directions': their right singular vectors as A, "
+            "at the scale of LoRA's, and zero B. 'lora': random A and zero B (w/o BAD). "
             "False: random A and B, for tests only: the adapted model is not the base model at step 0."
         },
     )
@@ -91,15 +92,20 @@ class BaditConfig(ExpertConfig):
         one_of("bias", self.bias, ("none", "all", "badit_only"))
         if self.bias != "none" and not _PEFT_SAVES_BIASES:
             raise BaditError("bias must be 'none' with PEFT before 0.21, which would not save the trained biases")
-        if self.base_weight == "folded" and not self.decomposes:
-            raise BaditError("base_weight='folded' needs init_weights='bad': without BAD there is no residual to write")
+        if self.base_weight == "folded" and not self.keeps_initial_factors:
+            raise BaditError("base_weight='folded' needs init_weights='bad': else there is no residual to write")
 
     @property
     def decomposes(self) -> bool:
-        """Whether the experts start as singular triples of the base weight (BAD)."""
+        """Whether the experts start from singular triples of the base weight."""
+        return self.keeps_initial_factors or self.init_weights == "directions"
+
+    @property
+    def keeps_initial_factors(self) -> bool:
+        """Whether the experts start as a part of the base weight (BAD)."""
         return self.init_weights is True or self.init_weights == "bad"
 
     @property
     def subtracted_share(self) -> float:
         """All of it, unless the base weight is rid of it already."""
-        return 1.0 if self.decomposes and self.base_weight == "delta" else 0.0
+        return 1.0 if self.keeps_initial_factors and self.base_weight == "delta" else 0.0

@@ -19,7 +19,7 @@ from peft.tuners._buffer_dict import BufferDict
 from torch import nn
 
 from badit.errors import BaditError
-from badit.method import expert_factors, expert_gates, prompt_mean, top_singular_triples
+from badit.method import expert_directions, expert_factors, expert_gates, prompt_mean, top_singular_triples
 from badit.peft.base_layer import ExpertLayer
 from badit.peft.config import BaditConfig
 from badit.peft.routing_context import RoutingContext
@@ -67,6 +67,8 @@ class BaditLayer(ExpertLayer):
             method=config.svd_method,  # pyright: ignore[reportArgumentType] (validated by the config)
             tolerance=config.svd_tolerance,
         )
+        if config.init_weights == "directions":
+            return expert_directions(triples)
         return expert_factors(triples, config.scaling)
 
     def enable_adapters(self, enabled: bool) -> None:
