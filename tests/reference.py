@@ -214,6 +214,30 @@ def prompt_mean(x: Any, mask: Any) -> np.ndarray:
     return means
 
 
+def prompt_moments(batches: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and variance (features) over batches of prompts; the n-th batch weighs 1/n, and at least 1/50."""
+    mean = variance = np.zeros(np.shape(batches[0])[1])
+    for n, batch in enumerate(batches, start=1):
+        weight = max(1 / n, 0.02)
+        rows = float64(batch)
+        new_mean = (1 - weight) * mean + weight * rows.mean(axis=0)
+        # The variance of the mixture of what was and what came, about the new mean.
+        was = variance + (mean - new_mean) ** 2
+        came = sum((row - new_mean) ** 2 for row in rows) / len(rows)
+        mean, variance = new_mean, (1 - weight) * was + weight * came
+    return mean, variance
+
+
+def standardised(x: Any, mean: np.ndarray, variance: np.ndarray) -> np.ndarray:
+    """x̂: every feature by its mean and variance, scaled to a norm of 8 on average; 0 where the variance is."""
+    x = float64(x)
+    result = np.zeros_like(x)
+    for i in range(x.shape[-1]):
+        if variance[i] > 0:
+            result[..., i] = 8 / math.sqrt(x.shape[-1]) * (x[..., i] - mean[i]) / math.sqrt(variance[i])
+    return result
+
+
 def expert_gates(logits: Any, kind: str = "mean_one", top_k: int | None = None) -> np.ndarray:
     """Gates (..., K): the softmax over the ``top_k`` largest logits, lower index first on ties, times K if mean_one."""
     logits = float64(logits)

@@ -15,6 +15,7 @@ import pytest
 from transformers import TrainingArguments
 
 from badit.cli.main import VERBS
+from badit.cli.table import render
 from badit.data import AnswerCollator
 from training.trainers import examples
 
@@ -79,3 +80,11 @@ def test_the_figures_are_those_of_the_committed_results() -> None:
         for part in key.split("."):
             value = value[int(part) if isinstance(value, list) else part]
         assert f"{value:.1f}" == figure, f"{file}: {key}"
+
+
+def test_the_tables_are_those_of_the_committed_results() -> None:
+    """A comparison's table stands between comments, the first of which names its results."""
+    tables = re.findall(r"<!-- table: ([\w/.-]+) -->\n(.*?)\n<!-- end of table -->", README, flags=re.DOTALL)
+    assert tables
+    for file, found in tables:
+        assert found == render(RESULTS / file, form="markdown").strip()

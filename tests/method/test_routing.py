@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import reference
-from badit.method import expert_gates, prompt_mean
+from badit.method import batch_moments, expert_gates, prompt_mean, standardised, updated_moments
 
 PROPERTY = settings(deadline=None, max_examples=60)
 
@@ -165,3 +165,51 @@ def test_padding_on_either_side_gives_the_same_mean():
     right = prompt_mean(torch.cat([x, padding], dim=1), torch.cat([real, pad], dim=1))
     torch.testing.assert_close(left, plain)
     torch.testing.assert_close(right, plain)
+
+
+def moments_of(batches):
+    moments = torch.zeros(2, batches[0].shape[1])
+    for n, batch in enumerate(batches, start=1):
+        moments = updated_moments(moments, torch.tensor(float(n)), batch_moments(batch))
+    return moments
+
+
+@PROPERTY
+@given(st.integers(1, 70), st.integers(0, 10**6), st.floats(0, 100))
+def test_the_moments_are_the_naive_ones_whatever_the_common_part(count, seed, common):
+    generator = torch.Generator().manual_seed(seed)
+    batches = [common + torch.randn(1 + n % 4, 5, generator=generator) for n in range(count)]
+    mean, variance = reference.prompt_moments(batches)
+    found = moments_of(batches)
+    np.testing.assert_allclose(found[0], mean, atol=1e-3)
+    np.testing.assert_allclose(found[1], variance, atol=1e-2)
+    x = torch.randn(3, 1, 5, generator=generator)
+    np.testing.assert_allclose(standardised(x, found), reference.standardised(x, *found.double().numpy()), rtol=1e-4)
+
+
+def test_equal_batches_weigh_the_same_up_to_the_fiftieth():
+    rows = torch.randn(50, 4, 6)
+    found = moments_of(list(rows))
+    np.testing.assert_allclose(found[0], rows.flatten(0, 1).mean(dim=0), atol=1e-5)
+    np.testing.assert_allclose(found[1], rows.flatten(0, 1).var(dim=0, correction=0), rtol=1e-4)
+    later = moments_of([*rows, *(torch.full((4, 6), 9.0) for _ in range(400))])
+    np.testing.assert_allclose(later[0], 9.0, atol=0.01)
+
+
+def test_standardised_prompts_have_a_norm_of_eight_on_average():
+    rows = 3 + torch.randn(200, 64) * torch.logspace(-3, 2, 64)
+    unit = standardised(rows, moments_of([rows]))
+    np.testing.assert_allclose(unit.square().sum(dim=1).mean(), 64.0, rtol=1e-3)
+    np.testing.assert_allclose(unit.mean(dim=0), 0.0, atol=1e-3)
+
+
+def test_ranks_that_add_up_have_the_moments_of_the_whole_batch():
+    rows = 100 + torch.randn(6, 5)
+    whole = batch_moments(rows)
+    others = [torch.cat([rows[2:].sum(dim=0), torch.tensor([4.0])]), (rows[2:] - whole[0]).square().sum(dim=0)]
+    torch.testing.assert_close(batch_moments(rows[:2], lambda sums: sums + others.pop(0)), whole, rtol=1e-4, atol=1e-4)
+
+
+def test_before_any_prompt_and_in_features_that_do_not_vary_the_router_reads_nothing():
+    assert not standardised(torch.randn(2, 5), torch.zeros(2, 5)).any()
+    assert not standardised(torch.randn(1, 5), moments_of([torch.randn(1, 5)])).any()

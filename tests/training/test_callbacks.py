@@ -15,7 +15,7 @@ from transformers import TrainerCallback, TrainerState
 
 from badit.recipe import build_recipe
 from badit.training.callbacks import MetricsLog, StopOnSignal
-from badit.training.methods import Method
+from badit.training.method import AdapterMethod
 from badit.training.run import train
 
 
@@ -37,8 +37,8 @@ def test_a_signal_saves_the_step_it_came_in(
 
     recipe = build_recipe(recipe_values)
     with monkeypatch.context() as patch:
-        callbacks = Method.callbacks
-        patch.setattr(Method, "callbacks", lambda self, run: [*callbacks(self, run), SignalAt(7, number)])
+        callbacks = AdapterMethod.callbacks
+        patch.setattr(AdapterMethod, "callbacks", lambda self, run: [*callbacks(self, run), SignalAt(7, number)])
         with pytest.raises(KeyboardInterrupt):
             train(recipe, progress=False)
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers

@@ -44,6 +44,9 @@ def randomise(model: Any, adapter: str = "default", seed: int = 0) -> Any:
         a.add_(noise(a, 0.1))
         b.add_(noise(b, 0.1))
         router.copy_(noise(router, 2.0 / router.shape[1] ** 0.5))
+        if adapter in layer.badit_moments:
+            layer.badit_moments[adapter].copy_(noise(layer.badit_moments[adapter], 1.0).abs() + 0.5)
+            layer.badit_batches[adapter].fill_(3)
         labels = layer.expert_of(adapter)
         labels.copy_(labels[torch.randperm(len(labels), generator=generator)])
     return model

@@ -57,6 +57,8 @@ def test_bad_values_are_refused(field, value):
     ("options", "field"),
     [
         ({"base_weight": "folded", "init_weights": "lora"}, "base_weight"),
+        ({"router_input": "median"}, "router_input must be one of 'mean', 'standardised'"),
+        ({"router_input": "standardised", "routing": "token"}, "needs routing='prompt'"),
         ({"base_weight": "folded", "init_weights": "directions"}, "base_weight"),
         ({"base_weight": "folded", "init_weights": False}, "base_weight"),
         ({"target_modules": r".*gate_proj", "layers_to_transform": [0]}, "layers_to_transform"),

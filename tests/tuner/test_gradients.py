@@ -105,6 +105,20 @@ def test_gradient_checkpointing_changes_no_gradient(tiny_model, family, base_wei
         torch.testing.assert_close(found[name], gradient, atol=1e-6, rtol=1e-4)
 
 
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing_counts_every_prompt_once(tiny_model, reentrant):
+    options = {"router_input": "standardised", "target_modules": "all-linear"}
+    plain, checkpointed = (trainable(tiny_model("llama"), **options) for _ in range(2))
+    enable_checkpointing(checkpointed, reentrant)
+    for model in (plain, checkpointed):
+        model.enable_input_require_grads()
+        for _ in range(2):
+            forward(model.train(), **batch(), use_cache=False).loss.backward()
+    for one, other in zip(layers(plain), layers(checkpointed), strict=True):
+        assert one.badit_batches["default"] == other.badit_batches["default"] == 5  # three of them made up
+        torch.testing.assert_close(one.badit_moments["default"], other.badit_moments["default"])
+
+
 def two_batches():
     return batch(0, (5, 9, 7)), batch(1, (8, 3, 10))
 

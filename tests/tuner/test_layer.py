@@ -2,6 +2,7 @@
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -21,6 +22,8 @@ def naive_gates(layer, x, mask):
     """Each position's gates (batch, positions, K), by the written-down formulas."""
     options = layer.badit_config["default"]
     seen = reference.prompt_mean(x, mask)[:, None].repeat(x.shape[1], axis=1) if options.routing == "prompt" else x
+    if options.router_input == "standardised":
+        seen = reference.standardised(seen, *layer.badit_moments["default"].double().numpy())
     logits = reference.float64(seen) @ reference.float64(layer.badit_router["default"]).T
     return reference.expert_gates(logits, options.gates, options.top_k)
 
@@ -128,6 +131,29 @@ def test_step_0_is_the_base_layer(kind, base_weight, tolerance):
     x, mask = batch(torch.float32)
     before = layer.get_base_layer()(x)
     torch.testing.assert_close(run(layer, x, mask), before, atol=tolerance, rtol=0)
+
+
+@pytest.mark.parametrize("init_weights", ["bad", "directions"])
+def test_forward_with_a_standardised_router_input_equals_the_loop(init_weights):
+    layer = make(init_weights=init_weights, router_input="standardised")
+    x, mask = batch()
+    gates = naive_gates(layer, x, mask)
+    assert gates.std(axis=0).max() > 0.1
+    torch.testing.assert_close(run(layer, x, mask), naive_forward(layer, x, mask), atol=1e-5, rtol=1e-5)
+
+
+def test_only_training_passes_count_prompts():
+    layer = make(router_input="standardised", at_start=True)
+    passes = [batch() for _ in range(3)]
+    for x, mask in passes:
+        layer.train()
+        run(layer, x, mask)
+        layer.eval()
+        run(layer, x + 1, mask)
+    mean, variance = reference.prompt_moments([reference.prompt_mean(x, mask) for x, mask in passes])
+    np.testing.assert_allclose(layer.badit_moments["default"][0], mean, atol=1e-5)
+    np.testing.assert_allclose(layer.badit_moments["default"][1], variance, atol=1e-5)
+    assert layer.badit_batches["default"] == 3
 
 
 def test_what_lies_outside_the_prompt_does_not_matter_to_the_gates():

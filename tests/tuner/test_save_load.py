@@ -35,7 +35,14 @@ def no_svd(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"base_weight": "folded"}, {"init_weights": "lora"}, {"init_weights": "directions"}], ids=str
+    "options",
+    [
+        {},
+        {"base_weight": "folded"},
+        {"init_weights": "lora"},
+        {"init_weights": "directions", "router_input": "standardised"},
+    ],
+    ids=str,
 )
 @pytest.mark.parametrize("family", FAMILIES)
 def test_from_pretrained(tiny_model, tmp_path, no_svd, family, options):
@@ -51,7 +58,8 @@ def test_from_pretrained(tiny_model, tmp_path, no_svd, family, options):
             assert theirs.expert_of("default").dtype == torch.int64
             assert torch.equal(theirs.expert_of("default"), ours.expert_of("default"))
             assert ours.expert_of("default").tolist() != [0, 0, 1, 1, 2, 2]
-            for name in ("badit_A", "badit_B", "badit_router", "badit_A0", "badit_B0"):
+            tensors = ("badit_A", "badit_B", "badit_router", "badit_A0", "badit_B0", "badit_moments", "badit_batches")
+            for name in tensors:
                 if "default" in getattr(ours, name):
                     assert torch.equal(getattr(theirs, name)["default"], getattr(ours, name)["default"]), name
 

@@ -13,11 +13,12 @@ from badit.method.grouping import (
     grouping_objective,
     match_labels,
 )
-from badit.method.routing import expert_gates, prompt_mean
+from badit.method.routing import batch_moments, expert_gates, prompt_mean, standardised, updated_moments
 
 __all__ = [
     "ExpertAngles",
     "SingularTriples",
+    "batch_moments",
     "cosine_gram",
     "expert_angles",
     "expert_directions",
@@ -27,5 +28,7 @@ __all__ = [
     "grouping_objective",
     "match_labels",
     "prompt_mean",
+    "standardised",
     "top_singular_triples",
+    "updated_moments",
 ]

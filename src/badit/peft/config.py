@@ -9,7 +9,7 @@ from peft.tuners.tuners_utils import BaseTuner
 
 from badit.errors import BaditError
 from badit.method.decomposition import SvdMethod
-from badit.method.routing import GateKind
+from badit.method.routing import GateKind, RouterInput
 from badit.peft.base_config import ExpertConfig, is_number, one_of
 
 # Older versions save a bias for the methods that they know by name only.
@@ -37,6 +37,13 @@ class BaditConfig(ExpertConfig):
         metadata={
             "help": "'prompt': one mixture a sequence, from the mean over its prompt, kept for the whole generation. "
             "'token': one mixture a position."
+        },
+    )
+    router_input: str = field(
+        default="mean",
+        metadata={
+            "help": "What routing by prompt reads of the layer's input. 'mean': its mean over the prompt. "
+            "'standardised': how that differs from the other prompts' of the training so far."
         },
     )
     gates: str = field(
@@ -85,11 +92,14 @@ class BaditConfig(ExpertConfig):
         if self.top_k is not None:
             self._refuse_top_k_beyond_experts(self.top_k)
         one_of("routing", self.routing, _ROUTING)
+        one_of("router_input", self.router_input, get_args(RouterInput))
         one_of("gates", self.gates, get_args(GateKind))
         one_of("base_weight", self.base_weight, _BASE_WEIGHT)
         one_of("init_weights", self.init_weights, _INIT_WEIGHTS)
         one_of("svd_method", self.svd_method, get_args(SvdMethod))
         one_of("bias", self.bias, ("none", "all", "badit_only"))
+        if self.router_input == "standardised" and self.routing != "prompt":
+            raise BaditError("router_input='standardised' compares prompts: it needs routing='prompt'")
         if self.bias != "none" and not _PEFT_SAVES_BIASES:
             raise BaditError("bias must be 'none' with PEFT before 0.21, which would not save the trained biases")
         if self.base_weight == "folded" and not self.keeps_initial_factors:

@@ -19,21 +19,34 @@ from peft.tuners._buffer_dict import BufferDict
 from torch import nn
 
 from badit.errors import BaditError
-from badit.method import expert_directions, expert_factors, expert_gates, prompt_mean, top_singular_triples
+from badit.method import (
+    batch_moments,
+    expert_directions,
+    expert_factors,
+    expert_gates,
+    prompt_mean,
+    standardised,
+    top_singular_triples,
+    updated_moments,
+)
 from badit.peft.base_layer import ExpertLayer
 from badit.peft.config import BaditConfig
-from badit.peft.routing_context import RoutingContext
+from badit.peft.routing_context import RoutingContext, inside_backward
 
 
 class BaditLayer(ExpertLayer):
-    """State of the adapters on one base layer: that of any experts, and badit_expert_of (N integers), saved too."""
+    """State of the adapters on one base layer: that of any experts; and, saved too, badit_expert_of (N integers) and,
+    for a standardised router input, badit_moments (2, I) and badit_batches, the number of batches in them.
+    """
 
-    other_param_names = (*ExpertLayer.other_param_names, "badit_expert_of")
+    other_param_names = (*ExpertLayer.other_param_names, "badit_expert_of", "badit_moments", "badit_batches")
 
     def __init__(self, base_layer: nn.Module, name: str, routing: RoutingContext) -> None:
         super().__init__(base_layer, name)
         self.routing = routing
         self.badit_expert_of = BufferDict(persistent=True)
+        self.badit_moments = BufferDict(persistent=True)
+        self.badit_batches = BufferDict(persistent=True)
         self.gate_sums: dict[str, torch.Tensor] = {}
         self._weight_before_folding: torch.Tensor | None = None
 
@@ -45,13 +58,22 @@ class BaditLayer(ExpertLayer):
         """Adds an adapter: makes its tensors, then fills them by BAD (or as ``config.init_weights`` says)."""
         self.unfold()
         self.badit_expert_of[adapter_name] = torch.arange(config.num_experts).repeat_interleave(config.r)
+        if config.router_input == "standardised":
+            self.badit_moments[adapter_name] = torch.zeros(2, self.weight_OI.shape[1])
+            self.badit_batches[adapter_name] = torch.zeros(())
         super().update_layer(adapter_name, config, inference_mode)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        labels = self.expert_of(adapter_name)
+        # PEFT casts them to the base layer's dtype, integers too before 0.21; these are neither weights nor rounded.
+        kept = [buffers for buffers in self._exact_buffers if adapter_name in buffers]
+        before = [cast(torch.Tensor, buffers[adapter_name]) for buffers in kept]
         super()._move_adapter_to_device_of_base_layer(adapter_name, device)
-        # PEFT before 0.21 casts integers to the base layer's dtype as well.
-        self.badit_expert_of[adapter_name] = labels.to(self.expert_of(adapter_name).device)
+        for buffers, value in zip(kept, before, strict=True):
+            buffers[adapter_name] = value.to(cast(torch.Tensor, buffers[adapter_name]).device)
+
+    @property
+    def _exact_buffers(self) -> tuple[BufferDict, ...]:
+        return self.badit_expert_of, self.badit_moments, self.badit_batches
 
     @torch.no_grad()
     def _initialise(self, adapter_name: str, config: BaditConfig) -> None:
@@ -137,13 +159,13 @@ class BaditLayer(ExpertLayer):
         mask_BT = None if forward_pass is None else forward_pass.prompt_mask_BT
         if forward_pass is None or mask_BT is None:
             mask_BT = torch.ones(x.shape[:-1], dtype=torch.bool, device=x.device)
-            return self._route(adapter_name, prompt_mean(x, mask_BT)[:, None] if x.ndim == 3 else x)
+            return self._route_prompts(adapter_name, prompt_mean(x, mask_BT)[:, None] if x.ndim == 3 else x)
         if x.ndim != 3 or x.shape[:2] != mask_BT.shape:
             raise BaditError(
                 f"{self.name} sees an input of shape {tuple(x.shape)}, the batch has {tuple(mask_BT.shape)} positions: "
                 "leave it out of target_modules, or use routing='token'"
             )
-        gates = self._route(adapter_name, prompt_mean(x, mask_BT.to(x.device))[:, None])
+        gates = self._route_prompts(adapter_name, prompt_mean(x, mask_BT.to(x.device))[:, None])
         forward_pass.fresh[key] = gates.detach()
         return gates
 
@@ -160,6 +182,22 @@ class BaditLayer(ExpertLayer):
             )
         return gates.to(x.device)
 
+    def _route_prompts(self, adapter_name: str, x: torch.Tensor) -> torch.Tensor:
+        if self.badit_config[adapter_name].router_input == "mean":
+            return self._route(adapter_name, x)
+        # Gradient checkpointing runs the layer again in the backward pass, on prompts that have been counted; and where
+        # it is re-entrant, the first pass has no gradients.
+        if self.training and not inside_backward():
+            self._count_prompts(adapter_name, x.detach().flatten(0, -2))
+        return self._route(adapter_name, standardised(x, cast(torch.Tensor, self.badit_moments[adapter_name])))
+
+    @torch.no_grad()
+    def _count_prompts(self, adapter_name: str, x_BI: torch.Tensor) -> None:
+        moments_2I = cast(torch.Tensor, self.badit_moments[adapter_name])
+        batches = cast(torch.Tensor, self.badit_batches[adapter_name])
+        batches += 1
+        moments_2I.copy_(updated_moments(moments_2I, batches, batch_moments(x_BI, _sum_over_ranks)))
+
     def _route(self, adapter_name: str, x: torch.Tensor) -> torch.Tensor:
         config = self.badit_config[adapter_name]
         logits = F.linear(x, self.badit_router[adapter_name]).float()
@@ -173,6 +211,12 @@ class BaditLayer(ExpertLayer):
         flat = gates.reshape(-1, gates.shape[-1])
         sums = F.pad(flat.sum(dim=0), (0, 1), value=float(len(flat)))
         self.gate_sums[adapter_name] = sums + self.gate_sums.get(adapter_name, torch.zeros_like(sums))
+
+
+def _sum_over_ranks(sums: torch.Tensor) -> torch.Tensor:
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(sums)
+    return sums
 
 
 class BaditLinear(nn.Module, BaditLayer):
