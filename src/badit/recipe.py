@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from badit.data.prompts import ChatTemplate, PromptEncoding
 from badit.errors import BaditError, nearest
+from badit.yaml_values import parse_yaml
 
 Dtype = Literal["auto", "float32", "bfloat16"]
 # YAML reads a task's number, such as 363, as an integer.
@@ -192,7 +193,7 @@ def _read(path: Path) -> dict[str, Any]:
         raise BaditError(f"{path}: cannot be read ({error.strerror or error})") from None
     except UnicodeDecodeError:
         raise BaditError(f"{path}: is not valid UTF-8") from None
-    content = _parse_yaml(text, where=str(path))
+    content = parse_yaml(text, where=str(path))
     if content is None:
         content = {}
     if not isinstance(content, dict):
@@ -207,7 +208,7 @@ def build_recipe(content: Mapping[str, Any], overrides: Sequence[str] = (), *, w
         key, equals, value = override.partition("=")
         if not equals or not key:
             raise BaditError(f"{override!r:.80}: an override has the form key=value, such as training.epochs=2")
-        _set(merged, key.split("."), _parse_yaml(value, where=override), override)
+        _set(merged, key.split("."), parse_yaml(value, where=override), override)
     try:
         return Recipe.model_validate(merged)
     except ValidationError as error:
@@ -243,37 +244,6 @@ def differing_keys(one: Mapping[str, Any], other: Mapping[str, Any], prefix: str
         elif a != b or (key in one) != (key in other):
             keys.append(f"{prefix}{key}")
     return sorted(keys)
-
-
-def _parse_yaml(text: str, *, where: str) -> Any:
-    try:
-        # YAML 1.1 reads 5e-4 (no dot) as text, which is the form everybody writes.
-        return _numbers(yaml.load(text, Loader=_Loader))
-    except (yaml.YAMLError, RecursionError) as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise BaditError(f"{where!s:.120}{place}: is not valid YAML") from None
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads a task's number such as 073 as octal, which is 59. Here a leading zero makes it text."""
-
-
-def _whole_number(loader: _Loader, node: yaml.ScalarNode) -> int | str:
-    return node.value if re.fullmatch(r"[+-]?0[\d_]+", node.value) else loader.construct_yaml_int(node)
-
-
-_Loader.add_constructor("tag:yaml.org,2002:int", _whole_number)
-
-
-def _numbers(value: Any) -> Any:
-    if isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value):
-        return float(value)
-    if isinstance(value, dict):
-        return {key: _numbers(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_numbers(item) for item in value]
-    return value
 
 
 def _copied(content: Mapping[str, Any]) -> dict[str, Any]:

@@ -26,7 +26,8 @@ class CellProcess:
         if threads is not None:
             environment["OMP_NUM_THREADS"] = str(threads)
         if device is not None:
-            environment["CUDA_VISIBLE_DEVICES"] = str(device)
+            visible = environment.get("CUDA_VISIBLE_DEVICES")
+            environment["CUDA_VISIBLE_DEVICES"] = visible.split(",")[device] if visible else str(device)
         command = [sys.executable, "-m", "badit.comparison.worker", str(folder), "score" if score else "search"]
         self._folder = folder
         self._asked_to_stop = False
