@@ -15,6 +15,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from badit.comparison.compare import compare
     from badit.data import load_tasks
     from badit.errors import BaditError
     from badit.models import load_base_model
@@ -31,6 +32,7 @@ _HOMES = {
     "BaditError": "badit.errors",
     "BaditModel": "badit.peft",
     "RegroupCallback": "badit.training.regroup",
+    "compare": "badit.comparison.compare",
     "evaluate": "badit.training.scoring",
     "load_base_model": "badit.models",
     "load_recipe": "badit.recipe",
@@ -44,6 +46,7 @@ __all__ = [
     "BaditModel",
     "RegroupCallback",
     "__version__",
+    "compare",
     "evaluate",
     "load_base_model",
     "load_recipe",
