@@ -18,10 +18,10 @@ VERBS = {
     "demo": "tune SmolLM2 on the built-in tasks with LoRA and BADIT, and compare",
     "train": "train and score a recipe",
     "compare": "train and score methods side by side, at each one's best learning rate",
+    "table": "print a comparison's results as text, Markdown, LaTeX or CSV",
     "evaluate": "score a run's adapter again, on the test or the validation split",
     "generate": "answer one prompt with a run's adapter",
     "tasks": "list and validate task data",
-    "table": "print a comparison's results as text, Markdown, LaTeX or CSV",
 }
 
 
