@@ -7,9 +7,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
+
+from badit.runs import RunFolder
 
 SCRIPT = Path(__file__).with_name("two_ranks.py")
 
@@ -35,3 +40,24 @@ def test_two_ranks_end_equal_and_as_one_process_does(tmp_path: Path) -> None:
     two, one = ([json.loads(line) for line in log] for log in logs)
     assert [line["labels"] for line in two] == [line["labels"] for line in one]
     assert sum(line["components_moved"] for line in two) > 0
+
+
+@pytest.mark.parametrize(("order", "steps"), [(None, 6), ("seeded-0", 8)])
+def test_two_processes_of_the_command_leave_one_whole_run(
+    recipe_values: dict[str, Any], tmp_path: Path, order: str | None, steps: int
+) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    values = {**recipe_values, "data": {**recipe_values["data"], "order": order}}
+    recipe.write_text(yaml.safe_dump(values))
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *launcher, "-m", "badit", "train", str(recipe)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("mean over tasks") == 1
+    run = RunFolder.existing(tmp_path / "run")
+    assert set(json.loads(run.scores.read_text())["tasks"]) == {"cities", "rivers"}
+    assert load_file(run.adapter / "adapter_model.safetensors")
+    assert not list(tmp_path.rglob("*.partial"))
+    # Batches of four on each rank: two epochs of 24 instances, or of 12 in each of two stages.
+    assert json.loads(run.environment.read_text())["training"]["steps"] == steps
