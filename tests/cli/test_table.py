@@ -33,13 +33,14 @@ def test_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lines = shown(capsys, write(tmp_path, mixed())).splitlines()
     assert lines[0].split("  ")[0] == "method"
     assert "vs lora [95 %]" in lines[0]
-    by_method = {line.split()[0]: re.split(r"\s{2,}", line) for line in lines[2:6]}
+    by_method = {line.split()[0]: re.split(r"\s{2,}", line) for line in lines[2:5]}
     assert by_method["lora"] == [
         "lora", "4,800,000", "0.002", "3", "47.7 ± 1.2", "41.7 ± 0.0", "–", "2", "2.0", "101", "2.2",
     ]  # fmt: skip
     assert by_method["badit_x"][6] == "+4.5 [+3.0, +6.0]"
     assert by_method["base"][:5] == ["base", "–", "–", "1", "26.5"]
-    assert by_method["goat"] == ["goat", "–", "–", "0", *"–" * 7]
+    assert "goat" not in by_method
+    assert "no finished run: goat" in lines
     assert not any("that both have" in line or "one run" in line for line in lines), "all runs are paired"
     assert "not in the table: badit_x, seed 1, learning rate 0.002: failed (out of memory)" in lines
     assert "not in the table: goat, seed 0: missing" in lines
@@ -68,7 +69,7 @@ def test_without_the_reference_there_are_no_differences(tmp_path: Path, capsys: 
 def test_markdown_marks_the_best_and_escapes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write(tmp_path, renamed(mixed(), "badit_x", "a|b_c*"))
     lines = shown(capsys, path, "--format", "markdown").splitlines()
-    header, rule, *rows = lines[:6]
+    header, rule, *rows = lines[:5]
     cells = [re.split(r"(?<!\\)\|", line) for line in (header, rule, *rows)]
     assert {len(row) for row in cells} == {13}
     assert rows[2].startswith(r"| a\|b\_c\* |")
@@ -82,23 +83,23 @@ def test_latex_is_a_booktabs_tabular_with_escaped_text(tmp_path: Path, capsys: p
     path = write(tmp_path, renamed(mixed(), "badit_x", r"50%_a&b#{c}\d"))
     lines = shown(capsys, path, "--format", "latex").splitlines()
     assert lines[0] == r"\begin{tabular}{lrrrrrrrrrr}"
-    assert [lines[1], lines[3], lines[8], lines[9]] == [r"\toprule", r"\midrule", r"\bottomrule", r"\end{tabular}"]
-    for line in (lines[2], *lines[4:8]):
+    assert [lines[1], lines[3], lines[7], lines[8]] == [r"\toprule", r"\midrule", r"\bottomrule", r"\end{tabular}"]
+    for line in (lines[2], *lines[4:7]):
         assert len(re.findall(r"(?<!\\)&", line)) == 10
         assert line.endswith(r" \\")
     assert lines[6].startswith(r"50\%\_a\&b\#\{c\}\textbackslash{}d & ")
     assert r"\textbf{52.2 $\pm$ 3.8}" in lines[6]
     assert "$-$21.2 [$-$22.4" in lines[4]
-    body = "".join(lines[:10])
+    body = "".join(lines[:9])
     assert body.isascii()
-    assert all(line.startswith("% ") for line in lines[10:])
-    assert any("failed" in line for line in lines[10:])
+    assert all(line.startswith("% ") for line in lines[9:])
+    assert any("failed" in line for line in lines[9:])
 
 
 def test_csv_is_precise_and_has_the_omitted_cells(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     content = mixed()
     rows = rows_of(shown(capsys, write(tmp_path, content), "--format", "csv"))
-    assert [row["method"] for row in rows] == ["base", "lora", "badit_x", "goat", "badit_x", "goat"]
+    assert [row["method"] for row in rows] == ["base", "lora", "badit_x", "badit_x", "goat"]
     badit = rows[2]
     expected = [content["cells"][i]["scores"]["rouge_l"] for i in (5, 6)]
     assert float(badit["rouge_l_mean"]) == pytest.approx(sum(expected) / 2, abs=1e-12)
@@ -108,8 +109,8 @@ def test_csv_is_precise_and_has_the_omitted_cells(tmp_path: Path, capsys: pytest
     assert float(badit["difference_share_not_positive"]) == 0
     assert (badit["difference_runs"], badit["runs"], badit["status"]) == ("2", "2", "")
     assert rows[1]["difference_low"] == ""
-    assert (rows[4]["status"], rows[4]["error"], rows[4]["seed"]) == ("failed", "out of\nmemory", "1")
-    assert rows[5]["status"] == "missing"
+    assert (rows[3]["status"], rows[3]["error"], rows[3]["seed"]) == ("failed", "out of\nmemory", "1")
+    assert rows[4]["status"] == "missing"
 
 
 def test_sequences_in_the_standard_and_the_released_form(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -145,12 +146,12 @@ def test_less_forgetting_is_better(tmp_path: Path, capsys: pytest.CaptureFixture
 def test_by_task(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write(tmp_path, mixed())
     header, _, *lines = shown(capsys, path, "--by-task").splitlines()
-    assert header.split() == ["task", "base", "lora", "badit_x", "goat"]
+    assert header.split() == ["task", "base", "lora", "badit_x"]
     assert [line.split() for line in lines[:2]] == [
-        ["task002_quoref", "22.0", "43.2", "47.7", "–"],
-        ["task_b", "31.0", "52.2", "56.8", "–"],
+        ["task002_quoref", "22.0", "43.2", "47.7"],
+        ["task_b", "31.0", "52.2", "56.8"],
     ]
-    assert re.split(r"\s{2,}", lines[2]) == ["mean over tasks", "26.5", "47.7", "52.2", "–"]
+    assert re.split(r"\s{2,}", lines[2]) == ["mean over tasks", "26.5", "47.7", "52.2"]
     markdown = shown(capsys, path, "--by-task", "--format", "markdown").splitlines()
     assert [re.findall(r"\*\*(.*?)\*\*", line) for line in markdown[2:5]] == [["47.7"], ["56.8"], ["52.2"]]
     rows = rows_of(shown(capsys, path, "--by-task", "--format", "csv", "--metric", "exact_match"))

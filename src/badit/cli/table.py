@@ -122,7 +122,9 @@ def _sequential_table(results: Results, *, released: bool) -> Table:
 def _method_table(
     results: Results, columns: Sequence[Column], summaries: Sequence[MethodSummary], score: str, notes: Sequence[str]
 ) -> Table:
-    """A row for each method; every column is an attribute of the summaries."""
+    """A row for each method that has been scored; every column is an attribute of the summaries."""
+    notes = [*notes, *_unscored(results)]
+    summaries = [summary for summary in summaries if summary.runs]
     rows = [[getattr(summary, column.name) for column in columns] for summary in summaries]
     best = set()
     for j, column in enumerate(columns):
@@ -134,13 +136,19 @@ def _method_table(
 def _task_table(results: Results, metric: Metric) -> Table:
     from badit.evaluation.results import task_means
 
-    columns = [Column("task", "task"), *(Column(f"{name}_{metric}", name, _score) for name in results.methods)]
+    methods = [name for name in results.methods if results.scored(name)]
+    columns = [Column("task", "task"), *(Column(f"{name}_{metric}", name, _score) for name in methods)]
     means = task_means(results, metric)
-    rows: list[list[Any]] = [[task, *map(by_method.get, results.methods)] for task, by_method in means.items()]
-    scores = [[by_method[name] for by_method in means.values() if name in by_method] for name in results.methods]
-    rows.append(["mean over tasks", *(fmean(each) if each else None for each in scores)])
+    rows: list[list[Any]] = [[task, *map(by_method.get, methods)] for task, by_method in means.items()]
+    rows.append(["mean over tasks", *(fmean(by_method[name] for by_method in means.values()) for name in methods)])
     best = {(i, j) for i, row in enumerate(rows) for j in _highest([None, *row[1:]])}
-    return Table(columns, rows, best, [f"{_METRICS[metric]}, mean over each method's runs"], _omitted(results))
+    notes = [f"{_METRICS[metric]}, mean over each method's runs", *_unscored(results)]
+    return Table(columns, rows, best, notes, _omitted(results))
+
+
+def _unscored(results: Results) -> list[str]:
+    names = [name for name in results.methods if not results.scored(name)]
+    return [f"no finished run: {', '.join(names)}"] if names else []
 
 
 def _highest(values: Sequence[float | None]) -> list[int]:
