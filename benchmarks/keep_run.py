@@ -1,8 +1,8 @@
 """Keeps a finished run as a committed result: configuration, environment, metrics, raw scores, regroupings by step.
 
-    python benchmarks/keep_run.py runs/superni-cpu superni-cpu/badit
+    python benchmarks/keep_run.py runs/mine mine/badit
 
-copies them to benchmarks/results/superni-cpu/badit. The adapter and the predictions stay in the run's folder.
+copies them to benchmarks/results/mine/badit. The adapter and the predictions stay in the run's folder.
 """
 
 from __future__ import annotations

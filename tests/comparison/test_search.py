@@ -43,13 +43,18 @@ def test_in_a_single_valley_it_finds_the_lowest_rung_and_tries_no_rung_in_vain(
     losses, best, start = valley
     found, tried, measured = walk(losses, start)
     assert found == best
-    on_the_way = range(max(min(start, best) - 1, 0), min(max(start, best) + 2, len(losses)))
-    assert sorted(tried) == list(on_the_way), "each once: the way from start to best and a rung beyond each"
+    above = start if best < start else best + 1  # where the rung below the start is better, none above it is tried
+    on_the_way = range(max(min(start, best) - 1, 0), min(above + 1, len(losses)))
+    assert sorted(tried) == list(on_the_way), "each once: the way from start to best and the rungs beside it"
     assert measured == {LADDER[rung]: losses[rung] for rung in tried}
 
 
 def test_a_right_start_costs_three_trainings() -> None:
     assert walk([5, 4, 3, 4, 5], 2) == (2, [2, 1, 3], {LADDER[1]: 4, LADDER[2]: 3, LADDER[3]: 4})
+
+
+def test_so_does_one_that_is_a_rung_too_high() -> None:
+    assert walk([5, 4, 3, 4, 5], 3) == (2, [3, 2, 1], {LADDER[3]: 4, LADDER[2]: 3, LADDER[1]: 4})
 
 
 @given(

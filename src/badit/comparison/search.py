@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 def climb(ladder: Sequence[float], start: float, loss_of: Callable[[float], float]) -> tuple[float, dict[float, float]]:
     """Walks a ladder of learning rates downhill in loss, until both neighbours of the best one are worse.
 
-    On a loss with a single valley that finds the ladder's best rate, and it costs three trainings where the start is
-    right already.
+    The loss is taken to have a single valley, so a rate above one that is worse than its lower neighbour need not be
+    tried. That costs three trainings where the start is right already, or one rung too high.
 
     Args:
         ladder: rates in ascending order.
@@ -31,7 +31,8 @@ def climb(ladder: Sequence[float], start: float, loss_of: Callable[[float], floa
     measure(here)
     while True:
         measure(here - 1)
-        measure(here + 1)
+        if losses.get(here - 1, math.inf) >= losses[here]:
+            measure(here + 1)
         best = min(losses, key=losses.__getitem__)
         if best == here:
             return ladder[here], {ladder[rung]: loss for rung, loss in losses.items()}
