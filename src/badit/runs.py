@@ -9,6 +9,8 @@ instances.json     of a comparison's runs: the score of every instance, {task: {
 adapter/           the trained adapter, as PEFT saves it
 checkpoints/       what an interrupted run resumes from
 regroupings.jsonl  DOG's log
+angles.jsonl       the experts' angles, of methods with experts that do not regroup
+analysis/          tables of `badit analyze`, one .json each
 stages/NN-TASK/    of a sequence of tasks: the same files after each of them; adapter/ above is the last one's
 """
 
@@ -46,6 +48,8 @@ class RunFolder:
         self.adapter = self.path / "adapter"
         self.checkpoints = self.path / "checkpoints"
         self.regroupings = self.path / "regroupings.jsonl"
+        self.angles = self.path / "angles.jsonl"
+        self.analysis = self.path / "analysis"
 
     def stage(self, number: int, task: str) -> RunFolder:
         """The folder of one task of a sequence, counted from 1."""

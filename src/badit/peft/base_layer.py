@@ -58,6 +58,11 @@ class ExpertLayer(BaseTunerLayer):
         """A0 (N, I) and B0 (O, N), of an adapter that decomposed its weight."""
         return cast(torch.Tensor, self.badit_A0[adapter_name]), cast(torch.Tensor, self.badit_B0[adapter_name])
 
+    def expert_of(self, adapter_name: str) -> torch.Tensor:
+        """The N labels that name every component's expert: runs of r, unless a method regroups them."""
+        config = self.badit_config[adapter_name]
+        return torch.arange(config.num_experts).repeat_interleave(config.num_components // config.num_experts)
+
     def update_layer(self, adapter_name: str, config: Any, inference_mode: bool = False) -> None:
         """Adds an adapter: makes its tensors, then fills them as its method starts."""
         out_features, in_features = self.weight_OI.shape

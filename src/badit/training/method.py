@@ -33,6 +33,7 @@ from badit.errors import BaditError
 from badit.peft.base_model import TARGET_MODULES
 from badit.peft.routing_context import before_first_label
 from badit.runs import RunFolder
+from badit.training.angles import AngleLog
 from badit.training.callbacks import ProjectUpdates
 from badit.training.regroup import RegroupCallback
 from badit.training.regroup_state import STATE_FILE
@@ -168,8 +169,9 @@ class AdapterMethod(Method):
             model.base_model.end_task(_prompt_embeddings(model.base_model, batches))
 
     def callbacks(self, run: RunFolder) -> list[TrainerCallback]:
-        regrouping = [] if self.regroup is None else [RegroupCallback(**self.regroup, log_path=run.regroupings)]
-        return [ProjectUpdates(), *regrouping]
+        if self.regroup is None:
+            return [ProjectUpdates(), AngleLog(run.angles)]
+        return [ProjectUpdates(), RegroupCallback(**self.regroup, log_path=run.regroupings)]
 
     def trainer(self, **arguments: Any) -> AnswerTrainer:
         if self.surgery is None:
