@@ -20,6 +20,8 @@ VERBS = {
     "compare": "train and score methods side by side, at each one's best learning rate",
     "table": "print a comparison's results as text, Markdown, LaTeX or CSV",
     "evaluate": "score a run's adapter again, on the test or the validation split",
+    "analyze": "measure interference between tasks, and what a run's experts do",
+    "report": "write one page of scores, curves, interference and experts, with its figures",
     "generate": "answer one prompt with a run's adapter",
     "tasks": "list and validate task data",
 }

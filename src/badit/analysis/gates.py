@@ -1,0 +1,229 @@
+"""Which experts a prompt draws on: the gates of BADIT, of its rivals among the mixtures, and of MTL-LoRA.
+
+Every adapted layer multiplies its components by gates, and all components of an expert have the same one. One seam is
+therefore enough to read the gates of any method, and to change them: :func:`changed_gates`.
+
+All these methods' gates are a softmax and sum to K or to 1. Divided by their mean over the experts, they are on one
+scale: 1 is neutral, K is one expert alone. Where every position has gates of its own, a prompt's are the mean over its
+positions, without padding and answer.
+
+Shape suffixes: B = rows, T = positions, N = components, M = adapted modules, K = experts, P = prompts of one task,
+U = experts of all of a layer's modules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from badit.analysis.gradients import layer_and_module
+from badit.analysis.tables import TidyTable
+from badit.errors import BaditError
+from badit.method import prompt_mean
+from badit.peft.base_layer import ExpertLayer
+from badit.peft.routing_context import before_first_label
+from badit.training.trainer import answer_losses
+
+# A gate that is neutral but for rounding is no sign of being drawn on.
+_ROUNDING = 1e-6
+
+Batches = Mapping[str, Sequence[Mapping[str, Any]]]
+
+
+@dataclass(frozen=True)
+class Experts:
+    """An adapted layer, the adapter that is active in it, and the place of both in the model."""
+
+    layer: ExpertLayer
+    adapter: str
+
+    @property
+    def place(self) -> tuple[int, str]:
+        return layer_and_module(self.layer.name)
+
+    @property
+    def number(self) -> int:
+        return self.layer.badit_config[self.adapter].num_experts
+
+    @property
+    def expert_of_N(self) -> torch.Tensor:
+        """The expert of every component: what DOG has made of it, or runs of equal length."""
+        return self.layer.expert_of(self.adapter).to(self.layer.weight_OI.device)
+
+
+@dataclass(frozen=True)
+class PromptGates:
+    """How much every prompt draws on every expert.
+
+    Attributes:
+        modules: the adapted modules, each by its layer and its name below that.
+        by_task: gates (P, M, K) on the scale on which 1 is neutral, the prompts in the order of the batches' rows.
+    """
+
+    modules: Sequence[tuple[int, str]]
+    by_task: Mapping[str, np.ndarray]
+
+    @property
+    def tasks(self) -> list[str]:
+        return list(self.by_task)
+
+    @cached_property
+    def means(self) -> np.ndarray:
+        """(tasks, M, K): the mean over each task's prompts."""
+        return np.stack([gates_PMK.mean(axis=0) for gates_PMK in self.by_task.values()])
+
+
+def has_experts(model: nn.Module) -> bool:
+    """Whether the model has an active adapter whose experts are weighed by gates."""
+    return bool(_active_experts(model))
+
+
+def active_experts(model: nn.Module) -> list[Experts]:
+    """The layers of the adapter that is active, first to last.
+
+    Raises:
+        BaditError: there is no such adapter, or there are several.
+    """
+    found = _active_experts(model)
+    if not found:
+        raise BaditError("the model has no active adapter with several experts, such as BADIT's or LoRAMoE's")
+    if len({experts.adapter for experts in found}) > 1:
+        raise BaditError("several adapters are active; choose the one to look at: model.set_adapter(NAME)")
+    return found
+
+
+@contextmanager
+def changed_gates(
+    experts: Sequence[Experts], change: Callable[[Experts, torch.Tensor], torch.Tensor]
+) -> Iterator[None]:
+    """Within, the components' gates (B, 1 or T, N) of every layer are what ``change`` makes of them."""
+
+    def changing(one: Experts) -> Callable[[str, torch.Tensor], torch.Tensor]:
+        own = one.layer._component_gates
+        return lambda adapter, x: change(one, own(adapter, x))
+
+    try:
+        for one in experts:
+            # In the instance's own dictionary it hides the class's method, which is there again once it is taken out.
+            vars(one.layer)["_component_gates"] = changing(one)
+        yield
+    finally:
+        for one in experts:
+            vars(one.layer).pop("_component_gates", None)
+
+
+@torch.no_grad()
+def prompt_gates(model: Any, batches: Batches) -> PromptGates:
+    """The gates of every prompt, from one forward pass.
+
+    Args:
+        model: in evaluation mode, with one active adapter.
+        batches: by task, batches of ``input_ids``, ``attention_mask``, ``labels`` and ``tasks``.
+
+    Raises:
+        BaditError: a model without experts, or no batches.
+    """
+    experts = active_experts(model)
+    if not batches:
+        raise BaditError("batches: there are none; give at least one batch of one task")
+    by_task = {
+        task: torch.cat([_gates_of_batch(model, experts, on_device(batch, model)) for batch in of_task]).numpy()
+        for task, of_task in batches.items()
+    }
+    return PromptGates([one.place for one in experts], by_task)
+
+
+def gates_table(gates: PromptGates) -> TidyTable:
+    """Every task's gates in every module."""
+    return TidyTable(
+        name="gates",
+        about=(
+            "How much each task draws on each expert: the gates of its prompts, from "
+            f"{_counted(gates)}. Gates are on a scale on which 1 is neutral and the number of experts is one expert "
+            "alone; where every token has gates of its own, a prompt's are the mean over its tokens."
+        ),
+        columns={
+            "task": "the task's name",
+            "layer": "index of the transformer layer, from 0",
+            "module": "the adapted module's name below its layer",
+            "expert": "the expert, counted from 0",
+            "mean": "mean gate over the task's prompts; 1 is neutral",
+            "std": "standard deviation over the task's prompts (divisor n − 1)",
+        },
+        rows=[
+            [task, *place, expert, float(mean), _number(std)]
+            for task, gates_PMK in gates.by_task.items()
+            for place, mean_K, std_K in zip(gates.modules, gates_PMK.mean(axis=0), _deviations(gates_PMK), strict=True)
+            for expert, (mean, std) in enumerate(zip(mean_K, std_K, strict=True))
+        ],
+    )
+
+
+def marked_experts(gates: PromptGates) -> dict[str, list[torch.Tensor]]:
+    """By task, which experts it draws on: those whose mean gate over its prompts is above neutral.
+
+    There is one mask (U,) for every layer, over the experts of all its adapted modules.
+    """
+    layers_M = np.array([layer for layer, _ in gates.modules])
+    marked = gates.means > 1 + _ROUNDING
+    return {
+        task: [torch.from_numpy(marked_MK[layers_M == layer].ravel()) for layer in np.unique(layers_M)]
+        for task, marked_MK in zip(gates.tasks, marked, strict=True)
+    }
+
+
+def on_device(batch: Mapping[str, Any], model: Any) -> dict[str, Any]:
+    """The batch with its tensors where the model is."""
+    return {key: value.to(model.device) if torch.is_tensor(value) else value for key, value in batch.items()}
+
+
+def _active_experts(model: nn.Module) -> list[Experts]:
+    layers = (module for module in model.modules() if isinstance(module, ExpertLayer))
+    return [
+        Experts(layer, adapter)
+        for layer in layers
+        for adapter in layer._running_adapters
+        if layer.badit_config[adapter].num_experts > 1
+    ]
+
+
+def _gates_of_batch(model: Any, experts: Sequence[Experts], inputs: Mapping[str, Any]) -> torch.Tensor:
+    """Gates (B, M, K), on the CPU."""
+    prompt_BT = inputs["attention_mask"].bool() & before_first_label(inputs["labels"])
+    kept: dict[str, torch.Tensor] = {}
+
+    def keep(one: Experts, gates: torch.Tensor) -> torch.Tensor:
+        # A component of every expert: the first in the order of the experts.
+        first_K = one.expert_of_N.argsort(stable=True)[:: gates.shape[-1] // one.number]
+        gates_BTK = gates[..., first_K].float().expand(*prompt_BT.shape, -1)
+        gates_BK = prompt_mean(gates_BTK, prompt_BT.to(gates.device))
+        kept[one.layer.name] = gates_BK / gates_BK.mean(dim=-1, keepdim=True)
+        return gates
+
+    with changed_gates(experts, keep):
+        answer_losses(model, inputs, model)  # for its forward pass, which tells every method what it needs to know
+    return torch.stack([kept[one.layer.name].cpu() for one in experts], dim=1)
+
+
+def _deviations(gates_PMK: np.ndarray) -> np.ndarray:
+    """(M, K): the standard deviation over prompts; NaN for a single one."""
+    if len(gates_PMK) < 2:
+        return np.full(gates_PMK.shape[1:], np.nan)
+    return gates_PMK.std(axis=0, ddof=1)
+
+
+def _counted(gates: PromptGates) -> str:
+    counts = sorted({len(gates_PMK) for gates_PMK in gates.by_task.values()})
+    each = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+    return f"{each} prompts of each of {len(gates.by_task)} tasks"
+
+
+def _number(value: float) -> float | None:
+    return float(value) if np.isfinite(value) else None

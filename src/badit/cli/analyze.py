@@ -1,0 +1,36 @@
+"""``badit analyze TARGET``."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from badit.cli.quiet import quiet_loading
+from badit.cli.tables import table
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "target", help="a run's folder, a comparison's, or a base model (with --data) such as smollm2-135m"
+    )
+    parser.add_argument("--data", help="other tasks: a folder, a .jsonl file, or 'builtin' (default: the run's own)")
+    parser.add_argument("--instances", type=int, default=8, help="instances a task that are looked at (default: 8)")
+    parser.add_argument("-o", "--output", help="where to write (default: TARGET, for a base model runs/analysis)")
+    parser.epilog = (
+        "Tables go to OUTPUT/analysis, one .json each with every column explained, and the page that shows them to "
+        "OUTPUT/report.html. Run it again to go on after an interruption."
+    )
+
+
+def execute(options: argparse.Namespace) -> None:
+    from badit.analysis.analyze import analyze
+    from badit.cli.report import write_if_possible
+
+    quiet_loading()
+    output = analyze(options.target, data=options.data, instances=options.instances, output=options.output)
+    from badit.analysis.tables import saved_tables
+
+    tables = list(saved_tables(output / "analysis"))
+    print(table(["table", "rows"], [[found.name, f"{len(found.rows):,}"] for found in tables], right={1}))
+    print(f"\nTables: {output / 'analysis'}")
+    print(write_if_possible([output], Path(output) / "report.html"))

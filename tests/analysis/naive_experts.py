@@ -1,0 +1,227 @@
+"""The atlas as written down: loops over layers, prompts and experts, float64; and the models and batches for it."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from peft import get_peft_model
+
+import reference
+from badit.baselines import MtlLoraConfig, batch_of_tasks
+from badit.peft.base_layer import ExpertLayer
+from badit.peft.layer import BaditLayer
+from baselines import naive as mixtures
+from tuner import helpers
+
+TASKS = ("cities", "rivers", "seas")
+BADIT: dict[str, dict[str, Any]] = {
+    "badit": {},
+    "badit softmax": {"gates": "softmax"},
+    "badit standardised": {"router_input": "standardised"},
+    "badit token": {"routing": "token", "top_k": 2},
+}
+METHODS = (*BADIT, *mixtures.MIXTURES, "mtl-lora")
+
+
+# --- models and batches ---
+
+
+def adapted(model: Any, method: str, **options: Any) -> Any:
+    """A tiny model with the method's adapter as after training."""
+    if method in BADIT:
+        return helpers.adapted(model, **BADIT[method], **options)
+    if method in mixtures.MIXTURES:
+        return mixtures.adapted(model, method, **options)
+    torch.manual_seed(0)
+    small = {"num_experts": 3, "r": 2, "lora_alpha": 4, "lora_dropout": 0.0, "task_type": "CAUSAL_LM"}
+    model = get_peft_model(model, MtlLoraConfig(**small, tasks=list(TASKS), **options)).eval()
+    with torch.no_grad():
+        for layer in layers(model):
+            layer.badit_B["default"].normal_(std=0.1)
+    return model
+
+
+def layers(model: torch.nn.Module) -> list[Any]:
+    return [module for module in model.modules() if isinstance(module, ExpertLayer)]
+
+
+def batch(task: str, *lengths: int, answer: int = 3, seed: int = 0) -> dict[str, Any]:
+    """Random prompts with answers of ``answer`` tokens, right padded; ``lengths`` are those of the whole rows."""
+    rows = helpers.random_rows(*lengths, seed=seed)
+    ids, mask = helpers.padded(rows, side="right")
+    labels = torch.full_like(ids, -100)
+    for i, length in enumerate(lengths):
+        labels[i, length - answer : length] = ids[i, length - answer : length]
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels, "tasks": [task] * len(lengths)}
+
+
+def batches(tasks: Sequence[str] = TASKS) -> dict[str, list[dict[str, Any]]]:
+    """Two batches a task, three prompts in all; the number of answer tokens differs between them."""
+    return {
+        task: [batch(task, 9, 12, answer=2 + t, seed=10 * t), batch(task, 11, answer=5, seed=10 * t + 1)]
+        for t, task in enumerate(tasks)
+    }
+
+
+def rows(of_task: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Batches of a single row each, without padding."""
+    single = []
+    for each in of_task:
+        for i in range(len(each["input_ids"])):
+            keep = each["attention_mask"][i].bool()
+            row = {key: each[key][i][keep][None] for key in ("input_ids", "attention_mask", "labels")}
+            single.append({**row, "tasks": [each["tasks"][i]]})
+    return single
+
+
+# --- gates and losses ---
+
+
+@torch.no_grad()
+def gates(model: Any, row: Mapping[str, Any]) -> np.ndarray:
+    """One prompt's gates (modules, experts), from every layer's own input and router, position by position."""
+    inputs: dict[str, torch.Tensor] = {}
+    handles = [
+        layer.register_forward_pre_hook(lambda module, args: inputs.__setitem__(module.name, args[0][0]))
+        for layer in layers(model)
+    ]
+    losses(model, row)
+    for handle in handles:
+        handle.remove()
+    first = next(t for t, label in enumerate(row["labels"][0].tolist()) if label != -100)
+    found = []
+    for layer in layers(model):
+        gate = np.mean([_gate(layer, x, inputs[layer.name][:first], row) for x in inputs[layer.name][:first]], axis=0)
+        found.append(gate * len(gate) / gate.sum())
+    return np.array(found)
+
+
+def _gate(layer: Any, x_t: torch.Tensor, prompt: torch.Tensor, row: Mapping[str, Any]) -> np.ndarray:
+    config = layer.badit_config["default"]
+    if not isinstance(layer, BaditLayer):
+        if "default" in layer.badit_router:
+            return mixtures.gates(layer, x_t)
+        own = reference.float64(layer.badit_task_logits["default"])[config.tasks.index(row["tasks"][0])]
+        return reference.expert_gates(own / config.temperature, "softmax")
+    read = reference.float64(x_t if config.routing == "token" else prompt.mean(dim=0))
+    if config.router_input == "standardised":
+        read = reference.standardised(read, *reference.float64(layer.badit_moments["default"]))
+    return reference.expert_gates(read @ reference.float64(layer.badit_router["default"]).T, config.gates, config.top_k)
+
+
+@torch.no_grad()
+def losses(model: Any, row: Mapping[str, Any]) -> list[float]:
+    """The cross-entropy of every answer token of a row, from the logits of all positions."""
+    with batch_of_tasks(model, row["tasks"]):
+        out = model(input_ids=row["input_ids"], attention_mask=row["attention_mask"], labels=row["labels"])
+    logits, labels = reference.float64(out.logits[0]), row["labels"][0].tolist()
+    found = []
+    for t in range(1, len(labels)):
+        if labels[t] != -100:
+            scores = logits[t - 1]
+            found.append(
+                math.log(sum(math.exp(score - scores.max()) for score in scores)) + scores.max() - scores[labels[t]]
+            )
+    return found
+
+
+def task_loss(model: Any, of_task: Sequence[Mapping[str, Any]]) -> float:
+    return float(np.mean([loss for row in rows(of_task) for loss in losses(model, row)]))
+
+
+def change_error(pairs: Sequence[tuple[list[float], list[float]]]) -> float:
+    """The standard error of a change a token, from each prompt's losses before and after."""
+    tokens = sum(len(before) for before, _ in pairs)
+    change = sum(sum(after) - sum(before) for before, after in pairs) / tokens
+    squares = [(sum(after) - sum(before) - change * len(before)) ** 2 for before, after in pairs]
+    # The variance of the sum of residuals over its divisor n − 1, by the square of the number of tokens.
+    return math.sqrt(sum(squares) / (len(pairs) - 1) * len(pairs)) / tokens
+
+
+@torch.no_grad()
+def delete_expert(model: Any, expert: int) -> Any:
+    """Sets the expert's columns of B to zero in all layers; the frozen initial factors stay."""
+    for layer in layers(model):
+        b = layer.badit_B["default"]
+        for i in range(b.shape[1]):
+            if expert_of(layer)[i] == expert:
+                b[:, i] = 0
+    return model
+
+
+def expert_of(layer: Any) -> list[int]:
+    config = layer.badit_config["default"]
+    if isinstance(layer, BaditLayer):
+        return layer.expert_of("default").tolist()
+    return [k for k in range(config.num_experts) for _ in range(config.num_components // config.num_experts)]
+
+
+# --- what the atlas makes of them ---
+
+
+def similarity(by_task: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Pearson's correlation of the tasks' mean gates, each gate centred over tasks."""
+    profiles = [[float(np.mean(gate)) for gate in g.reshape(len(g), -1).T] for g in by_task.values()]
+    centred = [[p[j] - sum(q[j] for q in profiles) / len(profiles) for j in range(len(p))] for p in profiles]
+    return np.array([[float(np.corrcoef(a, b)[0, 1]) for b in centred] for a in centred])
+
+
+def prompt_scores(by_task: Mapping[str, np.ndarray]) -> np.ndarray:
+    """(prompts, experts): mean over modules of each gate's z-score over all prompts."""
+    prompts = [gate for g in by_task.values() for gate in g.astype(float)]
+    modules, experts = prompts[0].shape
+    scores = np.zeros((len(prompts), experts))
+    for m, k in itertools.product(range(modules), range(experts)):
+        values = [prompt[m, k] for prompt in prompts]
+        mean = sum(values) / len(values)
+        std = math.sqrt(sum((value - mean) ** 2 for value in values) / len(values))
+        for p, value in enumerate(values):
+            scores[p, k] += (value - mean) / std / modules if std > 1e-6 else 0
+    return scores
+
+
+def recovery(similarity_: np.ndarray, abilities: Sequence[set[str]]) -> dict[str, tuple[float, float, float]]:
+    """Value, mean and share of at least the value, over all permutations of the tasks."""
+    tasks = range(len(abilities))
+
+    def correlation(order: Sequence[int]) -> float:
+        pairs = list(itertools.combinations(tasks, 2))
+        overlaps = [
+            len(abilities[order[a]] & abilities[order[b]]) / len(abilities[order[a]] | abilities[order[b]])
+            for a, b in pairs
+        ]
+        return float(np.corrcoef([similarity_[a, b] for a, b in pairs], overlaps)[0, 1])
+
+    def neighbours(order: Sequence[int]) -> float:
+        hits = 0
+        for a in tasks:
+            nearest = max((b for b in tasks if b != a), key=lambda b: similarity_[a, b])
+            hits += bool(abilities[order[a]] & abilities[order[nearest]])
+        return hits / len(abilities)
+
+    results = {}
+    for name, measure in (("correlation", correlation), ("nearest_neighbour", neighbours)):
+        value = measure(list(tasks))
+        values = [measure(order) for order in itertools.permutations(tasks)]
+        results[name] = value, float(np.mean(values)), float(np.mean([v >= value - 1e-9 for v in values]))
+    return results
+
+
+def gradients(model: Any, by_task: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[tuple[Any, Any]]:
+    """Each layer's gradients of A and B, of the sum of all answer tokens' losses, row by row."""
+    parameters = [p["default"] for layer in layers(model) for p in (layer.badit_A, layer.badit_B)]
+    for parameter in parameters:
+        parameter.grad = None
+        parameter.requires_grad_(True)
+    for row in (row for of_task in by_task.values() for row in rows(of_task)):
+        out = model(input_ids=row["input_ids"], attention_mask=row["attention_mask"], labels=row["labels"])
+        targets = row["labels"][0, 1:]
+        log_p = out.logits[0, :-1].log_softmax(dim=-1)
+        sum(-log_p[t, label] for t, label in enumerate(targets.tolist()) if label != -100).backward()
+    found = [parameter.grad for parameter in parameters]
+    return list(zip(found[::2], found[1::2], strict=True))

@@ -1,0 +1,140 @@
+"""A whole analysis of a tiny run: which tables it leaves, that it goes on where it stopped, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import badit.analysis.analyze as module
+from badit.analysis.analyze import analyze
+from badit.analysis.tables import saved_tables
+from badit.cli import main
+from badit.errors import BaditError
+from badit.recipe import build_recipe
+from badit.training.run import train
+
+Values = dict[str, Any]
+INTERFERENCE = {
+    "gradient_pairs", "gradient_overall", "gradient_summary", "gradient_tasks",
+    "coactivation", "coactivation_tasks", "coactivation_pairs",
+}  # fmt: skip
+EXPERTS = {
+    "expert_angles", "component_flow", "gates", "gate_similarity", "expert_losses", "nearest_prompts", "abilities",
+}  # fmt: skip
+
+
+def names(folder: Path) -> set[str]:
+    return {table.name for table in saved_tables(folder / "analysis")}
+
+
+@pytest.fixture
+def run(recipe_values: Values) -> Path:
+    recipe = build_recipe(recipe_values)
+    train(recipe, progress=False)
+    return Path(recipe.output)
+
+
+def test_a_run_with_experts_has_all_tables(run: Path) -> None:
+    assert analyze(run, instances=2, progress=False) == run
+    assert names(run) == INTERFERENCE | EXPERTS
+    tables = {table.name: table for table in saved_tables(run / "analysis")}
+    for name in ("coactivation", "coactivation_tasks", "coactivation_pairs"):
+        kinds = [row["kind"] for row in tables[name].records()]
+        assert list(dict.fromkeys(kinds)) == ["neurons", "parameters", "experts"]
+    assert "held-out" in {row["measured"] for row in tables["expert_angles"].records()}
+    record = json.loads((run / "analysis.json").read_text())
+    assert set(record["parts"]) == {"interference", "experts", "learning"}
+    assert record["settings"] == {"data": None, "instances": 2}
+
+
+def test_a_finished_part_is_not_measured_again(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "ability_atlas", _interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            analyze(run, instances=2, progress=False)
+    assert names(run) == INTERFERENCE
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "measure_interference", lambda *a, **k: pytest.fail("measured again"))
+        analyze(run, instances=2, progress=False)
+        assert names(run) == INTERFERENCE | EXPERTS
+        patch.setattr(module, "load_run", lambda *a, **k: pytest.fail("loaded a model"))
+        analyze(run, instances=2, progress=False)
+
+
+def test_an_interruption_while_experts_are_added_adds_them_once(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The co-activation tables are written twice; whatever comes between, experts are in them once."""
+    analyze(run, instances=2, progress=False)
+    expected = [table.rows for table in saved_tables(run / "analysis")]
+    record = json.loads((run / "analysis.json").read_text())
+    del record["parts"]["experts"]
+    (run / "analysis.json").write_text(json.dumps(record))
+    analyze(run, instances=2, progress=False)
+    assert [table.rows for table in saved_tables(run / "analysis")] == expected
+
+
+def test_other_settings_do_not_mix(run: Path) -> None:
+    analyze(run, instances=2, progress=False)
+    with pytest.raises(
+        BaditError, match=r"analysis: holds an analysis with other settings; remove it and analysis\.json"
+    ):
+        analyze(run, instances=3, progress=False)
+
+
+def test_a_sequence_has_its_score_matrix(recipe_values: Values) -> None:
+    recipe_values["data"]["order"] = "seeded-0"
+    recipe_values["method"] = {"name": "lora", "r": 2}
+    recipe = build_recipe(recipe_values)
+    train(recipe, progress=False)
+    analyze(recipe.output, instances=2, progress=False)
+    assert names(Path(recipe.output)) == INTERFERENCE | {"transfer"}
+
+
+def test_a_base_model_is_measured_on_named_tasks(model_folder: Path, task_file: Path, tmp_path: Path) -> None:
+    output = analyze(model_folder, data=str(task_file), instances=2, output=tmp_path / "base", progress=False)
+    assert names(output) == INTERFERENCE
+    assert (output / "config.yaml").is_file()
+    assert json.loads((output / "environment.json").read_text())["packages"]
+
+
+def test_a_trained_model_is_measured_on_what_it_has_not_seen(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, Any] = {}
+    monkeypatch.setattr(module, "_measure", lambda run, recipe, chosen, record, progress: seen.update(chosen=chosen))
+    analyze(run, instances=2, progress=False)
+    assert [tuple(found) for _, found in seen["chosen"]] == [task.test[:2] for task, _ in seen["chosen"]]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["{run}", "--instances", "1"], "instances: must be at least 2"),
+        (
+            ["no-such-model"],
+            "no-such-model: is no run's folder; to measure on a base model, name its tasks with --data",
+        ),
+        (["no-such-model", "--data", "nowhere"], "nowhere"),
+        (["{model}", "--data", "{lonely}"], "data: task sums has no two instances of one split"),
+    ],
+)
+def test_bad_input_is_a_line_and_exit_code_2(
+    recipe_values: Values,
+    model_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
+) -> None:
+    lonely = tmp_path / "lonely.jsonl"
+    lonely.write_text('{"task": "sums", "instruction": "Add.", "input": "1 1", "output": "2"}\n')
+    places = {"run": recipe_values["output"], "model": model_folder, "lonely": lonely}
+    assert main(["analyze", *(argument.format(**places) for argument in arguments), "-o", str(tmp_path / "o")]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "o").exists()
+
+
+def _interrupt(*arguments: Any, **options: Any) -> None:
+    raise KeyboardInterrupt

@@ -1,0 +1,169 @@
+"""The gates of every method against each layer's own router, and that reading them leaves nothing behind."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from analysis import naive_experts as naive
+from analysis.naive_experts import METHODS, TASKS
+from badit.analysis.coactivation import coactivation_tables
+from badit.analysis.gates import (
+    active_experts,
+    changed_gates,
+    gates_table,
+    has_experts,
+    marked_experts,
+    prompt_gates,
+)
+from badit.baselines import OLoraConfig
+from badit.errors import BaditError
+from tuner import helpers
+
+pytestmark = pytest.mark.filterwarnings("ignore:Could not find a config file in  - :UserWarning")  # PEFT 0.19
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_gates_are_those_of_every_row_by_itself(tiny_model, method):
+    model = naive.adapted(tiny_model("llama"), method, target_modules=["gate_proj", "o_proj"])
+    batches = naive.batches()
+    gates = prompt_gates(model, batches)
+    assert gates.modules == [
+        (0, "self_attn.o_proj"),
+        (0, "mlp.gate_proj"),
+        (1, "self_attn.o_proj"),
+        (1, "mlp.gate_proj"),
+    ]
+    assert gates.tasks == list(TASKS)
+    for task in TASKS:
+        expected = np.array([naive.gates(model, row) for row in naive.rows(batches[task])])
+        np.testing.assert_allclose(gates.by_task[task], expected, atol=2e-5)
+        np.testing.assert_allclose(gates.by_task[task].mean(axis=-1), 1, atol=1e-6)
+        assert gates.by_task[task].std(axis=-1).max() > 0.05  # else the comparison would say nothing
+
+
+@pytest.mark.parametrize("method", ["badit", "badit token"])
+def test_they_are_what_the_layer_says(tiny_model, method):
+    model = naive.adapted(tiny_model("gpt2"), method)
+    batch = naive.batch("cities", 9, 12)
+    said, own = [], helpers.layers(model)[-1].gates
+    prompt = batch["attention_mask"].bool() & (batch["labels"] == -100)
+    with changed_gates(active_experts(model), lambda one, gates: gates), torch.no_grad():
+        layer = helpers.layers(model)[-1]
+        handle = layer.register_forward_pre_hook(lambda module, args: said.append(own("default", args[0])))
+        model(**{key: batch[key] for key in ("input_ids", "attention_mask")}, prompt_mask=prompt)
+        handle.remove()
+    expected = [
+        (gates[where[: len(gates)]] if len(gates) > 1 else gates).mean(dim=0)
+        for gates, where in zip(said[0], prompt, strict=True)
+    ]
+    found = prompt_gates(model, {"cities": [batch]}).by_task["cities"][:, -1]
+    np.testing.assert_allclose(found, torch.stack(expected).numpy(), atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["badit standardised", "badit token", "loramoe"])
+def test_the_order_the_split_and_the_padding_make_no_difference(tiny_model, method):
+    model = naive.adapted(tiny_model("llama"), method)
+    batches = naive.batches()
+    gates = prompt_gates(model, batches)
+    split = prompt_gates(model, {task: naive.rows(of_task) for task, of_task in reversed(batches.items())})
+    assert split.tasks == list(reversed(TASKS))
+    reordered = {
+        task: [
+            {key: value.flip(0) if torch.is_tensor(value) else value for key, value in each.items()}
+            for each in reversed(of_task)
+        ]
+        for task, of_task in batches.items()
+    }
+    backwards = prompt_gates(model, reordered)
+    for task in TASKS:
+        np.testing.assert_allclose(split.by_task[task], gates.by_task[task], atol=1e-5)
+        np.testing.assert_allclose(backwards.by_task[task], gates.by_task[task][::-1], atol=1e-5)
+
+
+def test_the_answer_has_no_say(tiny_model):
+    model = naive.adapted(tiny_model("llama"), "loramoe")
+    batch = naive.batch("cities", 9, 12, answer=3)
+    other = copy.deepcopy(batch)
+    other["input_ids"][0, 6:9] += 1
+    other["labels"][0, 6:9] += 1
+    first, second = (prompt_gates(model, {"cities": [each]}) for each in (batch, other))
+    np.testing.assert_allclose(first.by_task["cities"], second.by_task["cities"], atol=1e-6)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_reading_leaves_nothing_behind(tiny_model, method):
+    model = naive.adapted(tiny_model("llama"), method)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    row = naive.rows(naive.batches()["cities"])[0]
+    losses = naive.losses(model, row)
+    prompt_gates(model, naive.batches())
+    assert naive.losses(model, row) == losses
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert not any("_component_gates" in vars(layer) for layer in naive.layers(model))
+
+
+def test_an_error_within_leaves_nothing_behind(tiny_model):
+    model = naive.adapted(tiny_model("llama"), "badit")
+
+    def fail(one, gates):
+        raise RuntimeError("no such gates")
+
+    with pytest.raises(RuntimeError, match="no such gates"), changed_gates(active_experts(model), fail):
+        naive.losses(model, naive.rows(naive.batches()["cities"])[0])
+    assert not any("_component_gates" in vars(layer) for layer in naive.layers(model))
+
+
+def test_at_step_0_all_are_neutral_and_none_is_marked(tiny_model):
+    gates = prompt_gates(helpers.adapt(tiny_model("llama")), naive.batches())
+    np.testing.assert_allclose(gates.means, 1, atol=1e-6)
+    assert not any(mask.any() for masks in marked_experts(gates).values() for mask in masks)
+
+
+def test_the_table_has_mean_and_deviation_over_prompts(tiny_model):
+    model = naive.adapted(tiny_model("llama"), "badit")
+    batches = {**naive.batches(), "seas": [naive.batch("seas", 9)]}
+    gates = prompt_gates(model, batches)
+    table = gates_table(gates)
+    assert list(table.columns) == ["task", "layer", "module", "expert", "mean", "std"]
+    assert len(table.rows) == 3 * 2 * 3
+    for row in table.records():
+        values = gates.by_task[row["task"]][:, row["layer"], row["expert"]].astype(float)
+        assert row["module"] == "mlp.gate_proj"
+        assert row["mean"] == pytest.approx(sum(values) / len(values), abs=1e-6)
+        deviation = (sum((value - row["mean"]) ** 2 for value in values) / max(1, len(values) - 1)) ** 0.5
+        assert row["std"] == (None if row["task"] == "seas" else pytest.approx(deviation, abs=1e-5))
+    assert "1 to 3 prompts of each of 3 tasks" in table.about
+
+
+def test_marked_experts_are_those_above_neutral(tiny_model):
+    modules = r".*(layers\.[01]\.mlp\.gate_proj|layers\.[01]\.mlp\.up_proj|layers\.1\.self_attn\.o_proj)"
+    gates = prompt_gates(naive.adapted(tiny_model("llama"), "badit", target_modules=modules), naive.batches())
+    marked = marked_experts(gates)
+    for t, task in enumerate(TASKS):
+        assert [len(mask) for mask in marked[task]] == [2 * 3, 3 * 3]
+        for layer, mask in enumerate(marked[task]):
+            own = [gates.means[t, m] for m, (of_layer, _) in enumerate(gates.modules) if of_layer == layer]
+            assert mask.tolist() == [bool(gate > 1) for gates_K in own for gate in gates_K]
+    assert 0 < sum(int(mask.sum()) for masks in marked.values() for mask in masks) < 3 * 15
+    assert coactivation_tables("experts", marked)["coactivation_pairs"]
+
+
+def test_models_without_experts_are_refused(tiny_model):
+    plain = tiny_model("llama")
+    lora = get_peft_model(tiny_model("llama"), LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    branches = get_peft_model(tiny_model("llama"), OLoraConfig(r=2, task_type="CAUSAL_LM"))
+    for model in (plain, lora, branches):
+        assert not has_experts(model)
+        with pytest.raises(BaditError, match="no active adapter with several experts"):
+            prompt_gates(model, naive.batches())
+    model = helpers.adapted(tiny_model("llama"))
+    assert has_experts(model)
+    with pytest.raises(BaditError, match="batches: there are none"):
+        prompt_gates(model, {})
+    model.add_adapter("second", helpers.config())
+    model.base_model.set_adapter(["default", "second"])
+    with pytest.raises(BaditError, match="several adapters are active"):
+        prompt_gates(model, naive.batches())
