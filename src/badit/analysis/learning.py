@@ -10,11 +10,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from badit.analysis.tables import TidyTable, Value
 from badit.data.schema import first_problem
 from badit.errors import BaditError
-from badit.evaluation.results import Results, Scores, load_results
+from badit.evaluation.results import SINGLE_TASK, Results, Scores, load_results
 from badit.runs import RunFolder, read_json
-
-# What a comparison calls a method's models for each task alone.
-_ALONE = ", one model a task"
 
 
 class _Sequence(BaseModel):
@@ -98,5 +95,5 @@ def transfer(run: RunFolder) -> TidyTable:
 
 def _pairs(results: Results, method: str) -> list[tuple[Scores, Scores]]:
     """Single-task and multi-task scores of the same seed, for every run of the method that has both."""
-    singles, multis = results.scored(method + _ALONE), results.scored(method)
+    singles, multis = results.scored(method + SINGLE_TASK), results.scored(method)
     return [(single, multi) for one, single in singles for two, multi in multis if one.pairs_with(two)]

@@ -15,6 +15,7 @@ from badit.comparison.grid import Cell, Grid, order_name
 from badit.comparison.worker import ERROR
 from badit.evaluation.continual import FORMS, continual_scores
 from badit.evaluation.metrics import mean_scores
+from badit.evaluation.results import SINGLE_TASK
 from badit.runs import RunFolder, read_json
 
 FORMAT = 1
@@ -110,7 +111,7 @@ def _single_task_cells(
         error = None if done else next((error for part in parts if (error := _error(part))), None)
         instances = {task: scores for part in parts for task, scores in _read(part.instances).items()} if done else None
         yield {
-            "method": f"{method}, one model a task",
+            "method": method + SINGLE_TASK,
             "seed": seed,
             "order": None,
             "learning_rate": rate,

@@ -24,6 +24,9 @@ from badit.runs import read_json
 
 Metric = Literal["rouge_l", "exact_match"]
 
+# What follows a method's name where it has trained on each task alone.
+SINGLE_TASK = ", one model a task"
+
 
 class _Part(BaseModel):
     # A results file also keeps what the tables do not need, such as every run's recipe and environment.
