@@ -1,4 +1,5 @@
-"""Keeps a finished run as a committed result: configuration, environment, metrics, raw scores, regroupings by step.
+"""Keeps a finished run as a committed result: configuration, environment, metrics, raw scores, regroupings by step,
+and the tables of its analysis but the largest, which has a row for every two tasks and module.
 
     python benchmarks/keep_run.py runs/mine mine/badit
 
@@ -17,14 +18,18 @@ from badit.recipe import build_recipe, dump_recipe
 from badit.runs import RunFolder, read_jsonl, write_text
 
 RESULTS = Path(__file__).parent / "results"
-KEPT = ("environment.json", "metrics.jsonl", "scores.json")
+KEPT = ("environment.json", "metrics.jsonl", "scores.json", "analysis.json")
+LEFT_OUT = "gradient_pairs.json"
 
 
 def keep(run: RunFolder, name: str) -> Path:
     """Copies a run's small files; its output path, which means something on one machine only, becomes the name."""
     target = RESULTS / name
     target.mkdir(parents=True, exist_ok=True)
-    for file in KEPT:
+    tables = [f"analysis/{path.name}" for path in sorted(run.analysis.glob("*.json")) if path.name != LEFT_OUT]
+    if tables:
+        (target / "analysis").mkdir(exist_ok=True)
+    for file in (*KEPT, *tables):
         if (run.path / file).is_file():
             write_text(target / file, (run.path / file).read_text())
     if regroupings := mean_over_modules(run.regroupings):
