@@ -31,7 +31,7 @@ $(LOWEST_PEFT): $(VENV)/.dev
 	$(BIN)/pip install --quiet --no-deps --target $@ peft==0.19.0
 
 $(VENV)/.demo: pyproject.toml | $(BIN)/pip
-	$(BIN)/pip install --quiet --editable .
+	$(BIN)/pip install --quiet --editable ".[report]"
 	touch $@
 
 $(VENV)/.dev: pyproject.toml | $(BIN)/pip

@@ -27,6 +27,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def execute(options: argparse.Namespace) -> None:
+    from badit.cli.report import write_if_possible
     from badit.recipe import build_recipe
     from badit.runs import RunFolder
     from badit.training.run import train
@@ -45,6 +46,7 @@ def execute(options: argparse.Namespace) -> None:
     print("\n" + _angles(runs["BADIT"].regroupings))
     print("\n" + _samples({name: run.predictions for name, run in runs.items()}))
     print(f"\nRuns: {options.output}")
+    print(write_if_possible([run.path for run in runs.values()], Path(options.output) / "report.html"))
 
 
 def demo_recipe(method: Mapping[str, Any], output: str, epochs: float, seed: int) -> dict[str, Any]:

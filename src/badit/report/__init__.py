@@ -1,0 +1,1 @@
+"""From runs and their tables to figures and one self-contained page."""

@@ -1,0 +1,106 @@
+"use strict";
+// What the page does beyond its HTML: it draws the charts, sorts tables, chooses a task's samples, and changes themes.
+(() => {
+  const themes = JSON.parse(document.getElementById("themes").textContent);
+  const dark = window.matchMedia("(prefers-color-scheme: dark)");
+  const button = document.getElementById("theme");
+  const views = new Map();
+  let theme = dark.matches ? "dark" : "light";
+  let drawing = 0;
+
+  async function draw() {
+    const mine = ++drawing;
+    for (const figure of document.querySelectorAll("figure:has(> .specification)")) {
+      // A theme that is chosen while this one is still being drawn takes over.
+      if (mine !== drawing) return;
+      const specification = JSON.parse(figure.querySelector(".specification").textContent);
+      const choices = figure.querySelector(".choices");
+      const kept = keptSignals(figure.id, specification);
+      views.get(figure.id)?.finalize();
+      choices.replaceChildren();
+      const result = await vegaEmbed(figure.querySelector(".chart"), kept, {
+        mode: "vega-lite", renderer: "svg", actions: false, ast: true, config: themes[theme], bind: choices,
+        tooltip: { theme: theme === "dark" ? "dark" : undefined },
+      });
+      views.set(figure.id, result.view);
+    }
+    document.documentElement.dataset.drawn = theme;
+  }
+
+  // What a reader has chosen stays chosen when the theme changes.
+  function keptSignals(id, specification) {
+    const view = views.get(id);
+    if (!view) return specification;
+    const params = specification.params?.map((param) =>
+      param.bind && param.value !== undefined && param.bind.input ? { ...param, value: view.signal(param.name) } : param);
+    return { ...specification, ...(params && { params }) };
+  }
+
+  function show(next) {
+    theme = next;
+    document.documentElement.dataset.theme = theme;
+    button.textContent = theme === "dark" ? "Light" : "Dark";
+    button.setAttribute("aria-pressed", String(theme === "dark"));
+    draw();
+  }
+
+  function sort(header) {
+    const table = header.closest("table");
+    const column = header.cellIndex;
+    const next = header.getAttribute("aria-sort") === "descending" ? "ascending" : "descending";
+    for (const other of table.tHead.rows[0].cells) other.setAttribute("aria-sort", "none");
+    header.setAttribute("aria-sort", next);
+    const sign = next === "ascending" ? 1 : -1;
+    const rows = [...table.tBodies[0].rows].map((row) => {
+      const cell = row.cells[column];
+      return { row, number: Number.parseFloat(cell.dataset.value), text: cell.textContent };
+    });
+    const numeric = rows.some(({ number }) => !Number.isNaN(number));
+    rows.sort((a, b) => {
+      if (!numeric) return -sign * a.text.localeCompare(b.text, undefined, { numeric: true });
+      // What is not known stays below, whichever way the column is sorted.
+      if (Number.isNaN(a.number) || Number.isNaN(b.number)) return Number.isNaN(a.number) - Number.isNaN(b.number);
+      return sign * (a.number - b.number);
+    });
+    table.tBodies[0].append(...rows.map(({ row }) => row));
+  }
+
+  async function save(id) {
+    const svg = await views.get(id)?.toSVG();
+    if (!svg) return;
+    const address = URL.createObjectURL(new Blob([svg], { type: "image/svg+xml" }));
+    const link = Object.assign(document.createElement("a"), { href: address, download: `${id}.svg` });
+    link.click();
+    URL.revokeObjectURL(address);
+  }
+
+  for (const header of document.querySelectorAll("table.sortable th[aria-sort]")) {
+    header.querySelector("button").addEventListener("click", () => sort(header));
+  }
+  for (const saver of document.querySelectorAll("button.save")) {
+    saver.addEventListener("click", () => save(saver.dataset.figure));
+  }
+  for (const samples of document.querySelectorAll(".samples")) {
+    const select = samples.querySelector("select");
+    const choose = () => {
+      for (const section of samples.querySelectorAll("section[data-task]")) {
+        section.hidden = section.dataset.task !== select.value;
+      }
+    };
+    select.addEventListener("change", choose);
+    choose();
+  }
+  const links = new Map([...document.querySelectorAll("nav a")].map((link) => [link.hash.slice(1), link]));
+  const seen = new IntersectionObserver((entries) => {
+    for (const { target, isIntersecting } of entries) {
+      if (!isIntersecting) continue;
+      for (const link of links.values()) link.removeAttribute("aria-current");
+      links.get(target.id)?.setAttribute("aria-current", "true");
+    }
+  }, { rootMargin: "-20% 0px -70% 0px" });
+  for (const part of document.querySelectorAll("section.part")) seen.observe(part);
+
+  button.addEventListener("click", () => show(theme === "dark" ? "light" : "dark"));
+  dark.addEventListener("change", () => show(dark.matches ? "dark" : "light"));
+  show(theme);
+})();

@@ -1,0 +1,81 @@
+"""Colours and type of the charts, for a light page and a dark one.
+
+Charts name no colours themselves: their scales take the ranges "category", "heatmap" and "diverging" from here, so that
+the page can change all of them at once. Categories are those of Okabe & Ito (2008), which colour-blind people can tell
+apart, without the yellow that vanishes on white. Magnitudes are cividis (Nuñez et al. 2018, doi
+10.1371/journal.pone.0199239), running away from the page's colour in either theme. Signed values run from orange,
+below, to blue, above, through the page's colour in the middle.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+Mode = Literal["light", "dark"]
+
+_CIVIDIS = ["#00204d", "#213d6b", "#555b6c", "#7b7a77", "#a59c74", "#d3c064", "#ffe945"]
+_RANGES: dict[Mode, dict[str, list[str]]] = {
+    "light": {
+        "category": ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#5f6368"],
+        "heatmap": ["#fdf6d8", *_CIVIDIS[5:0:-1], _CIVIDIS[0]],
+        "diverging": ["#8f3b00", "#d56a10", "#f3b06b", "#f6f4f0", "#85bbdf", "#2a7ab8", "#08457e"],
+    },
+    "dark": {
+        "category": ["#56b4e9", "#e69f00", "#1fbf92", "#e29bc4", "#f0e442", "#f07a35", "#a8adb3"],
+        "heatmap": ["#1d2533", *_CIVIDIS[1:]],
+        "diverging": ["#ffc27d", "#e58a34", "#8a4d17", "#22252a", "#275a86", "#4f9ddb", "#a9d8ff"],
+    },
+}
+_INK: dict[Mode, dict[str, str]] = {
+    "light": {"text": "#1d1f23", "faint": "#5d626b", "line": "#d9d8d3", "empty": "#e9e6df"},
+    "dark": {"text": "#e8e6e1", "faint": "#a3a8b0", "line": "#3a3e45", "empty": "#41464f"},
+}
+_FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
+
+
+def chart_config(mode: Mode, *, font: str = _FONT) -> dict[str, Any]:
+    """Vega-Lite's ``config`` for a theme."""
+    ink = _INK[mode]
+    quiet = {"labelColor": ink["faint"], "titleColor": ink["text"], "labelFontSize": 11, "titleFontSize": 12}
+    return {
+        "font": font,
+        "background": "transparent",
+        "view": {"stroke": None},
+        "style": {
+            # What a matrix has no value for, such as its diagonal, must not look like 0.
+            "matrix": {"fill": ink["empty"]},
+            "reference": {"color": ink["faint"], "strokeDash": [2, 4]},
+            "interval": {"color": _RANGES[mode]["category"][0]},
+        },
+        "range": {**_RANGES[mode], "ramp": _RANGES[mode]["heatmap"]},
+        # One description a chart is read out, not one a mark.
+        "mark": {"aria": False, "color": _RANGES[mode]["category"][0], "tooltip": True},
+        "rule": {"color": ink["faint"]},
+        "text": {"color": ink["text"]},
+        "axis": {
+            **quiet,
+            "titleFontWeight": 500,
+            "titlePadding": 10,
+            "domainColor": ink["line"],
+            "gridColor": ink["line"],
+            "gridOpacity": 0.6,
+            "ticks": False,
+            "labelPadding": 6,
+            "labelLimit": 150,
+        },
+        "axisBand": {"domain": False, "grid": False},
+        "legend": {
+            **quiet,
+            "titleFontWeight": 500,
+            "titleLimit": 260,
+            "orient": "top",
+            "gradientThickness": 10,
+            "gradientLength": 180,
+            "labelLimit": 170,
+            "symbolStrokeWidth": 2,
+            "symbolOpacity": 1,
+            "symbolBaseFillColor": ink["faint"],
+            "symbolBaseStrokeColor": ink["faint"],
+            "layout": {"top": {"direction": "vertical", "anchor": "start"}},
+        },
+    }

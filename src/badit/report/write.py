@@ -1,0 +1,70 @@
+"""``badit report``: reads runs and comparisons, and writes the page and perhaps its figures."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+from badit.errors import BaditError
+from badit.report.blocks import Figure, Section
+from badit.report.context import Report
+from badit.report.sources import read_sources
+from badit.runs import write_text
+
+
+def write_report(
+    runs: Sequence[str | os.PathLike[str]],
+    output: str | os.PathLike[str],
+    *,
+    title: str | None = None,
+    figures: str | os.PathLike[str] | None = None,
+) -> Path:
+    """Writes one self-contained page on runs and comparisons.
+
+    Args:
+        runs: runs' folders, comparisons' folders or results.json files; several are shown side by side, and differences
+            between runs are taken to the first.
+        output: the page.
+        title: its heading; by default the names of the runs.
+        figures: a folder for every figure as .svg and .pdf.
+
+    Returns:
+        The page's path.
+
+    Raises:
+        BaditError: the extra is not installed, a folder is no run, a file is damaged, or the page cannot be written.
+    """
+    if not has_extra():
+        raise BaditError("the report needs its extra: pip install 'badit[report]'")
+    from badit.report.export import export_figures
+    from badit.report.page import render
+
+    output = Path(output)
+    if output.is_dir():
+        raise BaditError(f"{output}: is a folder; name a file for the page, such as {output / 'report.html'}")
+    report = Report(read_sources(runs))
+    sections = _sections(report)
+    page = render(title or " · ".join(source.label for source in report.sources), sections)
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        write_text(output, page)
+    except OSError as error:
+        raise BaditError(f"{output}: cannot be written ({error.strerror or error})") from None
+    if figures is not None:
+        export_figures(
+            (block for section in sections for block in section.blocks if isinstance(block, Figure)), figures
+        )
+    return output
+
+
+def _sections(report: Report) -> list[Section]:
+    from badit.report.sections import SECTIONS
+
+    return [make(report) for make in SECTIONS]
+
+
+def has_extra() -> bool:
+    """Whether the libraries that draw are installed."""
+    return all(find_spec(name) is not None for name in ("altair", "vl_convert"))

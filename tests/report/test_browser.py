@@ -1,0 +1,236 @@
+"""The page in a browser: it draws, sorts, changes layers and themes, and neither fetches nor runs anything foreign."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from selenium.webdriver import ActionChains, Chrome, ChromeOptions, Keys
+from selenium.webdriver.chrome.service import Service
+from selenium.webdriver.common.by import By
+from selenium.webdriver.support.select import Select
+
+from badit.report.write import write_report
+from report.samples import SMALL, Shape, save_tables, write_comparison, write_run
+
+BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+DRIVER = shutil.which("chromedriver")
+if BROWSER is None or DRIVER is None:
+    pytest.skip(
+        "the page is not tested in a browser: chromium and chromedriver are not installed "
+        "(Debian: apt-get install chromium chromium-driver)",
+        allow_module_level=True,
+    )
+
+PATIENCE = 60  # seconds, for machines that are busy with other work
+MARKUP = "<img src=x onerror='window.ran = true'><script>window.ran = true</script>"
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chrome]:
+    options = ChromeOptions()
+    options.binary_location = str(BROWSER)
+    for flag in ("headless=new", "no-sandbox", "disable-dev-shm-usage", "disable-gpu", "disable-background-networking"):
+        options.add_argument(f"--{flag}")
+    options.add_argument(f"--user-data-dir={tmp_path_factory.mktemp('profile')}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    driver = Chrome(options=options, service=Service(DRIVER))
+    driver.set_page_load_timeout(PATIENCE)
+    yield driver
+    driver.quit()
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("page")
+    runs = [write_run(folder / "badit"), write_run(folder / "lora", Shape(seed=4), method="lora", analysed=False)]
+    return write_report(runs, folder / "report.html")
+
+
+def until(condition: Callable[[], Any], what: str) -> Any:
+    end = time.monotonic() + PATIENCE
+    while time.monotonic() < end:
+        if result := condition():
+            return result
+        time.sleep(0.05)
+    raise AssertionError(f"never: {what}")
+
+
+def opened(browser: Chrome, page: Path, *, width: int = 1200, theme: str = "light") -> Chrome:
+    """The page, its charts drawn, with the logs of what came before it emptied."""
+    for log in ("browser", "performance"):
+        browser.get_log(log)
+    metrics = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+    wishes = {"prefers-color-scheme": theme, "prefers-reduced-motion": "reduce"}
+    media = {"features": [{"name": name, "value": value} for name, value in wishes.items()]}
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
+    browser.get(page.as_uri())
+    drawn(browser, theme)
+    return browser
+
+
+def drawn(browser: Chrome, theme: str) -> None:
+    script = "return document.documentElement.dataset.drawn"
+    until(lambda: browser.execute_script(script) == theme, f"the charts are drawn for a {theme} page")
+
+
+def fills(browser: Chrome, figure: str) -> list[str]:
+    script = "return [...document.querySelectorAll(arguments[0])].map((cell) => cell.getAttribute('fill'))"
+    return browser.execute_script(script, f"#{figure} .mark-rect.role-mark path")
+
+
+def column(browser: Chrome, table: str, number: int) -> list[str]:
+    script = "return [...document.querySelectorAll(arguments[0])].map((cell) => cell.textContent)"
+    return browser.execute_script(script, f"#{table} tbody tr > :nth-child({number})")
+
+
+def test_every_chart_is_drawn_without_a_word_in_the_console(browser: Chrome, page: Path) -> None:
+    opened(browser, page)
+    script = """return [...document.querySelectorAll('figure:has(.specification)')].map((figure) =>
+        [figure.id, figure.querySelectorAll('svg g[class*=mark-] path').length, figure.offsetWidth])"""
+    charts = browser.execute_script(script)
+    assert len(charts) >= 14
+    assert all(marks > 5 and width > 300 for _, marks, width in charts), charts
+    assert browser.get_log("browser") == []
+
+
+def test_nothing_is_requested_but_the_page(browser: Chrome, page: Path) -> None:
+    opened(browser, page)
+    events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+    requested = {
+        event["params"]["request"]["url"].partition(":")[0]
+        for event in events
+        if event["method"] == "Network.requestWillBeSent"
+    }
+    assert requested <= {"file", "data", "blob"}
+    assert "file" in requested
+
+
+def test_tables_sort_by_click_and_by_key(browser: Chrome, page: Path) -> None:
+    opened(browser, page)
+    before = column(browser, "gradient-pairs-1-badit", 3)
+    assert "–" in before, "one pair has no corrected cosine"
+    header = browser.find_elements(By.CSS_SELECTOR, "#gradient-pairs-1-badit thead th")[2]
+    button = header.find_element(By.TAG_NAME, "button")
+
+    def numbers() -> list[float]:
+        shown = column(browser, "gradient-pairs-1-badit", 3)
+        known = [text for text in shown if text != "–"]
+        assert shown[: len(known)] == known, "what is not known stays below"
+        return [float(text.replace("−", "-")) for text in known]
+
+    button.click()
+    assert header.get_attribute("aria-sort") == "descending"
+    assert numbers() == sorted(numbers(), reverse=True)
+    button.send_keys(Keys.ENTER)
+    assert header.get_attribute("aria-sort") == "ascending"
+    assert numbers() == sorted(numbers())
+    others = browser.find_elements(By.CSS_SELECTOR, "#gradient-pairs-1-badit thead th[aria-sort=none]")
+    assert len(others) == 3
+    assert sorted(column(browser, "gradient-pairs-1-badit", 3)) == sorted(before)
+
+
+def test_text_columns_sort_from_a_and_the_mean_stays_below(browser: Chrome, page: Path) -> None:
+    opened(browser, page)
+    browser.find_element(By.CSS_SELECTOR, "#scores-table thead button").click()
+    assert column(browser, "scores-table", 1)[0] == "002 quoref"
+    foot = browser.find_element(By.CSS_SELECTOR, "#scores-table tfoot")
+    assert foot.text.startswith("mean over tasks")
+
+
+def test_the_choice_of_a_layer_changes_the_chart_and_outlives_the_theme(browser: Chrome, page: Path) -> None:
+    opened(browser, page)
+    figure = "gradient-cosines-1-badit"
+    layer = browser.find_element(By.CSS_SELECTOR, f"#{figure} select[name=layer]")
+    assert [option.text for option in Select(layer).options] == ["all layers", "layer 0", "layer 1", "layer 2"]
+    everywhere = fills(browser, figure)
+    Select(layer).select_by_visible_text("layer 1")
+    one_layer = until(lambda: (now := fills(browser, figure)) != everywhere and now, "the colours change")
+    module = browser.find_element(By.CSS_SELECTOR, f"#{figure} select[name=module]")
+    Select(module).select_by_visible_text("mlp.gate_proj")
+    until(lambda: fills(browser, figure) not in (everywhere, one_layer), "the colours change again")
+    browser.find_element(By.ID, "theme").click()
+    drawn(browser, "dark")
+    chosen = [
+        Select(browser.find_element(By.CSS_SELECTOR, f"#{figure} select[name={name}]")).first_selected_option.text
+        for name in ("layer", "module")
+    ]
+    assert chosen == ["layer 1", "mlp.gate_proj"]
+    assert browser.get_log("browser") == []
+
+
+def test_the_theme_is_the_systems_until_it_is_chosen(browser: Chrome, page: Path) -> None:
+    background = "return getComputedStyle(document.body).backgroundColor"
+    opened(browser, page, theme="light")
+    light, light_fills = browser.execute_script(background), fills(browser, "gates-1-badit")
+    opened(browser, page, theme="dark")
+    dark, dark_fills = browser.execute_script(background), fills(browser, "gates-1-badit")
+    assert sum(map(int, light[4:-1].split(","))) > 700 > 200 > sum(map(int, dark[4:-1].split(",")))
+    assert light_fills != dark_fills
+    button = browser.find_element(By.ID, "theme")
+    assert (button.text, button.get_attribute("aria-pressed")) == ("Light", "true")
+    button.click()
+    drawn(browser, "light")
+    assert browser.execute_script(background) == light
+    assert fills(browser, "gates-1-badit") == light_fills
+
+
+def test_a_phone_scrolls_tables_and_not_the_page(browser: Chrome, page: Path) -> None:
+    opened(browser, page, width=390)
+    assert browser.execute_script("return document.documentElement.scrollWidth") == 390
+    script = """return [...document.querySelectorAll('.chart svg')].map((chart) =>
+        [chart.closest('figure').id, chart.getBoundingClientRect().right, chart.getBBox().y])"""
+    for figure, right, _ in browser.execute_script(script):
+        assert right <= 390, figure
+    wide = browser.find_element(By.CSS_SELECTOR, "#scores-table .scroll")
+    assert wide.get_property("scrollWidth") > wide.get_property("clientWidth")
+
+
+def test_samples_are_shown_for_the_chosen_task(browser: Chrome, page: Path) -> None:
+    opened(browser, page)
+    select = Select(browser.find_element(By.CSS_SELECTOR, ".samples select"))
+    select.select_by_visible_text("1290 xsum")
+    sections = browser.find_elements(By.CSS_SELECTOR, ".samples section")
+    (seen,) = [section for section in sections if section.is_displayed()]
+    assert seen.text.startswith("task1290_xsum_summarization")
+    assert any(mark in seen.text for mark in ("✓ right", "≈ partly right", "✗ wrong"))
+
+
+def test_a_figure_is_saved_as_svg(browser: Chrome, page: Path, tmp_path: Path) -> None:
+    opened(browser, page)
+    browser.execute_cdp_cmd("Browser.setDownloadBehavior", {"behavior": "allow", "downloadPath": str(tmp_path)})
+    browser.find_element(By.CSS_SELECTOR, "#gates-1-badit .save").click()
+    saved = tmp_path / "gates-1-badit.svg"
+    until(lambda: saved.is_file() and saved.stat().st_size, "the file is there")
+    assert saved.read_text().startswith("<svg")
+
+
+def test_markup_in_names_stays_text_also_in_charts(browser: Chrome, tmp_path: Path) -> None:
+    tasks = (MARKUP, "<b>second</b>", "third")
+    run = write_run(tmp_path / "run", Shape(("third",)), analysed=False)
+    save_tables(run, dataclasses.replace(SMALL, tasks=tasks, modules=(MARKUP, "m")))
+    opened(browser, write_report([run], tmp_path / "report.html", title=MARKUP))
+    cell = browser.find_element(By.CSS_SELECTOR, "#gates .mark-rect.role-mark path")
+    browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", cell)
+    ActionChains(browser).move_to_element(cell).perform()
+    tooltip = until(lambda: browser.find_elements(By.CSS_SELECTOR, "#vg-tooltip-element.visible"), "a tooltip")[0]
+    assert "mean gate" in tooltip.text
+    options = browser.find_elements(By.CSS_SELECTOR, "#gates select[name=module] option")
+    assert MARKUP in [option.get_attribute("textContent") for option in options]
+    assert browser.find_elements(By.CSS_SELECTOR, "img, main b:not([aria-hidden])") == []
+    assert browser.execute_script("return window.ran") is None
+    assert browser.get_log("browser") == []
+
+
+def test_a_comparison_is_drawn(browser: Chrome, tmp_path: Path) -> None:
+    opened(browser, write_report([write_comparison(tmp_path / "compared")], tmp_path / "report.html"))
+    for figure in ("differences", "methods-by-task", "task-gap", "loss-curves"):
+        assert len(browser.find_elements(By.CSS_SELECTOR, f"#{figure} svg path")) > 10
+    assert browser.get_log("browser") == []
