@@ -19,7 +19,7 @@ from badit.report.context import Report
 from badit.report.export import export_figures
 from badit.report.figures import atlas, experts, interference, learning
 from badit.report.figures.heat_map import grid_cells, limit_of, pair_cells, pair_index
-from badit.report.figures.ordering import by_similarity
+from badit.report.figures.ordering import by_similarity, in_order
 from badit.report.page import specification
 from badit.report.sections import SECTIONS
 from badit.report.sources import read_sources
@@ -47,7 +47,7 @@ def shown(chart: Any, key: str) -> dict[tuple[str, str], float]:
 
 
 def test_cosines_of_a_layer_a_module_and_all() -> None:
-    chart = interference.gradient_cosines(RECORDS["gradient_pairs"], RECORDS["gradient_overall"], NAMES)
+    chart = interference.gradient_cosines(RECORDS["gradient_pairs"], RECORDS["gradient_overall"], NAMES, [])
     wanted = {(r["task_a"], r["task_b"]): r["cosine"] for r in RECORDS["gradient_overall"]}
     everywhere = shown(chart, "all|all")
     for (a, b), cosine in wanted.items():
@@ -68,7 +68,7 @@ def test_cosines_of_a_layer_a_module_and_all() -> None:
 
 
 def test_cosines_without_an_overall_measurement_are_means() -> None:
-    chart = interference.gradient_cosines(RECORDS["gradient_pairs"], [], NAMES)
+    chart = interference.gradient_cosines(RECORDS["gradient_pairs"], [], NAMES, [])
     a, b = SMALL.pairs[0]
     pair = [r["cosine"] for r in RECORDS["gradient_pairs"] if (r["task_a"], r["task_b"]) == (a, b)]
     assert shown(chart, "all|all")[a, b] == pytest.approx(fmean(pair), abs=1e-4)
@@ -76,7 +76,7 @@ def test_cosines_without_an_overall_measurement_are_means() -> None:
 
 def test_many_tasks_leave_out_single_modules_of_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(interference, "_MOST_VALUES", 50)
-    keys = stored(interference.gradient_cosines(RECORDS["gradient_pairs"], RECORDS["gradient_overall"], NAMES))[1]
+    keys = stored(interference.gradient_cosines(RECORDS["gradient_pairs"], RECORDS["gradient_overall"], NAMES, []))[1]
     assert keys
     assert all("all" in key.split("|") for key in keys)
 
@@ -131,9 +131,7 @@ def test_of_many_regroupings_twelve_are_chosen_from_first_to_last() -> None:
 
 
 def test_gates_are_means_over_layers_and_modules() -> None:
-    order = atlas.gate_order(RECORDS["gate_similarity"], RECORDS["gates"])
-    assert sorted(order) == sorted(TASKS)
-    chart = atlas.gates(RECORDS["gates"], NAMES, order)
+    chart = atlas.gates(RECORDS["gates"], NAMES, RECORDS["gate_similarity"])
     gates = [r["mean"] for r in RECORDS["gates"] if r["task"] == TASKS[1] and r["expert"] == 2]
     assert shown(chart, "all|all")[TASKS[1], "2"] == pytest.approx(fmean(gates), rel=1e-3)
     one = next(r for r in RECORDS["gates"] if (r["task"], r["layer"], r["module"]) == (TASKS[1], 2, "mlp.gate_proj"))
@@ -188,6 +186,22 @@ def test_two_groups_of_like_tasks_become_two_blocks(groups: Sequence[int], rando
     assert sorted(order) == tasks
     sides = [groups[tasks.index(task)] for task in order]
     assert sum(one != two for one, two in itertools.pairwise(sides)) <= 1 or len(tasks) < 3
+
+
+def test_matrices_of_several_runs_have_one_order_of_tasks() -> None:
+    like = [{"task_a": a, "task_b": b, "similarity": float({a, b} == set(TASKS[:2]))} for a, b in SMALL.pairs[:6]]
+    charts = [
+        atlas.gates(RECORDS["gates"], NAMES, like),
+        atlas.expert_losses(RECORDS["expert_losses"], NAMES, like),
+        atlas.gate_similarity(RECORDS["gate_similarity"], NAMES, like),
+    ]
+    orders = []
+    for chart in charts:
+        content = chart.to_dict()
+        orders.append((content.get("layer") or [content])[0]["encoding"]["y"]["scale"]["domain"])
+    assert orders[0] == orders[1] == orders[2] == in_order(TASKS, like, "similarity")
+    assert sorted(orders[0]) == sorted(TASKS)
+    assert in_order(["new", *TASKS], like, "similarity")[-1] == "new"
 
 
 @pytest.fixture(scope="module")

@@ -145,7 +145,20 @@ def test_several_runs_are_shown_side_by_side(tmp_path: Path) -> None:
     assert "analysis/gates.json</code> of badit" in page.source
     assert re.search(r"lora against badit: [+−]?\d+\.\d Rouge-L points \[.*?\] over instances, one run each", page.text)
     assert "gates-1-badit" in page.source
-    assert page.text.count(f"badit analyze {runs[1]}") == 4
+    assert (
+        page.text.count(f"lora: not measured yet. Measure it, then write the report again: badit analyze {runs[1]}")
+        == 4
+    )
+
+
+def test_the_figures_of_two_analysed_runs_stand_next_to_each_other(tmp_path: Path) -> None:
+    page = page_of([write_run(tmp_path / "a"), write_run(tmp_path / "b", Shape(seed=5))], tmp_path)
+    figures = [(figure["id"], figure["class"]) for figure in page.all("figure")]
+    for name in ("gradient-cosines", "unit-overlaps", "gates", "component-flow"):
+        place = figures.index((f"{name}-1-a", "half"))
+        assert figures[place + 1] == (f"{name}-2-b", "half")
+    assert len(set(figures)) == len(figures)
+    assert '<span class="of">b</span> What each task draws on' in page.source
 
 
 def test_runs_on_other_tasks_have_no_difference(tmp_path: Path) -> None:

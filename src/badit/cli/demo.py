@@ -46,7 +46,9 @@ def execute(options: argparse.Namespace) -> None:
     print("\n" + _angles(runs["BADIT"].regroupings))
     print("\n" + _samples({name: run.predictions for name, run in runs.items()}))
     print(f"\nRuns: {options.output}")
-    print(write_if_possible([run.path for run in runs.values()], Path(options.output) / "report.html"))
+    # LoRA first, which is what the page takes differences to.
+    pages = sorted(runs.values(), key=lambda run: run is not runs["LoRA"])
+    print(write_if_possible([run.path for run in pages], Path(options.output) / "report.html"))
 
 
 def demo_recipe(method: Mapping[str, Any], output: str, epochs: float, seed: int) -> dict[str, Any]:

@@ -27,6 +27,7 @@ class Figure:
         alt: what it shows, for those who cannot see it.
         caption: how to read it.
         width: the share of the text's width that it takes: "half" stands beside another, "square" suits matrices.
+        run: the run that it is of, where there are several.
     """
 
     kind: ClassVar[str] = "figure"
@@ -37,6 +38,7 @@ class Figure:
     caption: str
     origins: Sequence[Origin]
     width: Literal["full", "half", "square"] = "full"
+    run: str = ""
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,7 @@ class Table:
     origins: Sequence[Origin]
     footer: Sequence[Cell] = ()
     notes: Sequence[str] = ()
+    run: str = ""
 
 
 @dataclass(frozen=True)
@@ -131,6 +134,7 @@ class Cards:
     cards: Sequence[Card]
     caption: str
     origins: Sequence[Origin]
+    run: str = ""
 
 
 @dataclass(frozen=True)

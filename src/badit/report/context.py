@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 from badit.evaluation.statistics import Difference
-from badit.report.blocks import Block, Figure, Heading, Note, Origin
+from badit.report.blocks import Block, Cards, Figure, Note, Origin, Table
+from badit.report.contract import Records
 from badit.report.numbers import run_difference
 from badit.report.sources import Source
 from badit.report.wording import TaskNames
@@ -51,8 +52,16 @@ class Report:
         found = {run.label: run_difference(self.scored_runs[0], run) for run in self.scored_runs[1:]}
         return {label: difference for label, difference in found.items() if difference is not None}
 
+    def first(self, table: str) -> Records:
+        """A table of the first run that has it; its tasks' order is that of all runs, so that matrices compare."""
+        return next((run.tables[table] for run in self.runs if table in run.tables), [])
+
+    def run(self, source: Source) -> str:
+        """The source's name, where it must be told from others."""
+        return source.label if self.several else ""
+
     def origin(self, source: Source, file: str) -> Origin:
-        return Origin(file, source.label if self.several else "")
+        return Origin(file, self.run(source))
 
     def origins(self, source: Source, *tables: str) -> list[Origin]:
         """The files of those of the tables that the source has."""
@@ -78,12 +87,17 @@ class Report:
         width: Literal["full", "half", "square"] = "full",
     ) -> Figure:
         """A figure made from a source's tables."""
-        return Figure(self.key(key, source), title, chart, alt, caption, self.origins(source, *tables), width)
+        origins = self.origins(source, *tables)
+        return Figure(self.key(key, source), title, chart, alt, caption, origins, width, self.run(source))
 
     def of_each(
-        self, sources: Iterable[Source], tables: Sequence[str], build: Callable[[Source], list[Block]], none: str
+        self,
+        sources: Iterable[Source],
+        tables: Sequence[str],
+        build: Callable[[Source], list[Figure | Table | Cards]],
+        none: str,
     ) -> list[Block]:
-        """The blocks of each source that has any of the tables, and for each other one a line on how to make them.
+        """The blocks of every source that has any of the tables, side by side, then how to make those of the others.
 
         Args:
             sources: runs, or comparisons.
@@ -91,18 +105,33 @@ class Report:
             build: makes a source's blocks.
             none: why an analysis may have found nothing.
         """
-        blocks: list[Block] = []
+        found: list[list[Figure | Table | Cards]] = []
+        notes = []
         for source in sources:
-            if self.several:
-                blocks.append(Heading(source.label))
-            if any(name in source.tables for name in tables):
-                blocks += build(source)
+            name = f"{source.label}: " if self.several else ""
+            if any(table in source.tables for table in tables):
+                found.append(build(source))
             elif source.analysed:
-                blocks.append(Note(none))
+                notes.append(Note(name + none))
             else:
-                text = "Not measured yet. Measure it, then write the report again:"
-                blocks.append(Note(text, f"badit analyze {quoted(source.path)}"))
-        return blocks
+                text = f"{name}not measured yet" if name else "Not measured yet"
+                command = f"badit analyze {quoted(source.path)}"
+                notes.append(Note(f"{text}. Measure it, then write the report again:", command))
+        return [*_side_by_side(found), *notes]
+
+
+def _side_by_side(of_sources: Sequence[Sequence[Figure | Table | Cards]]) -> list[Block]:
+    """The sources' blocks, those of one title next to one another."""
+    if len(of_sources) < 2:
+        return [block for blocks in of_sources for block in blocks]
+    titles = dict.fromkeys(block.title for blocks in of_sources for block in blocks)
+    return [
+        replace(block, width="half") if isinstance(block, Figure) else block
+        for title in titles
+        for blocks in of_sources
+        for block in blocks
+        if block.title == title
+    ]
 
 
 def quoted(path: Path) -> str:

@@ -67,4 +67,4 @@ def _sections(report: Report) -> list[Section]:
 
 def has_extra() -> bool:
     """Whether the libraries that draw are installed."""
-    return all(find_spec(name) is not None for name in ("altair", "vl_convert"))
+    return all(find_spec(name) is not None for name in ("altair", "jinja2", "vl_convert"))

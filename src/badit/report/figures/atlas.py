@@ -10,12 +10,13 @@ from typing import Any
 from badit.report.contract import Records
 from badit.report.figures.choice import ALL, layer_choice, module_choice
 from badit.report.figures.heat_map import Axis, Shade, grid_cells, heat_map, limit_of, pair_cells, pair_index
-from badit.report.figures.ordering import by_similarity, tasks_of
+from badit.report.figures.ordering import in_order, tasks_of
 
 
-def gates(records: Records, names: Mapping[str, str], order: list[str]) -> Any:
+def gates(records: Records, names: Mapping[str, str], like: Records) -> Any:
     """Task × expert mean gates, of all layers or one; 1 is neutral."""
     experts = _experts(records)
+    order = _tasks(records, like)
     place = {task: i * len(experts) for i, task in enumerate(order)}
     sums: dict[tuple[str, ...], dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
     for record in records:
@@ -26,9 +27,8 @@ def gates(records: Records, names: Mapping[str, str], order: list[str]) -> Any:
     size = len(order) * len(experts)
     lists = {key: [fmean(values[i]) if i in values else None for i in range(size)] for key, values in sums.items()}
     single = [value for key, values in lists.items() if key[0] != ALL for value in values]
-    shade = Shade(
-        "mean gate", limit_of(single, middle=1.0), limit_of(lists[ALL, ALL], middle=1.0), middle=1.0, format=".2f"
-    )
+    limit, limit_of_all = (limit_of(values, middle=1.0) for values in (single, lists.get((ALL, ALL), [])))
+    shade = Shade("mean gate", limit, limit_of_all, middle=1.0)
     return heat_map(
         grid_cells(len(order), len(experts)),
         lists,
@@ -42,16 +42,9 @@ def gates(records: Records, names: Mapping[str, str], order: list[str]) -> Any:
     )
 
 
-def gate_order(similarity: Records, records: Records) -> list[str]:
-    """All tasks with gates, alike next to alike where their similarity is known."""
-    tasks = list(dict.fromkeys(record["task"] for record in records))
-    known = by_similarity(tasks_of(similarity), similarity, "similarity")
-    return [task for task in known if task in tasks] + [task for task in tasks if task not in known]
-
-
-def gate_similarity(similarity: Records, names: Mapping[str, str]) -> Any:
-    """Task × task correlation of gates."""
-    tasks = by_similarity(tasks_of(similarity), similarity, "similarity")
+def gate_similarity(similarity: Records, names: Mapping[str, str], like: Records) -> Any:
+    """Task × task correlation of gates, the tasks in the order that ``like`` gives."""
+    tasks = in_order(tasks_of(similarity), like, "similarity")
     position, index = {task: i for i, task in enumerate(tasks)}, pair_index(len(tasks))
     values: list[float | None] = [None] * len(index)
     for record in similarity:
@@ -61,11 +54,10 @@ def gate_similarity(similarity: Records, names: Mapping[str, str]) -> Any:
     return heat_map(pair_cells(len(tasks)), {(): values}, rows=axis, columns=axis, shade=Shade("correlation", 1.0))
 
 
-def expert_losses(losses: Records, names: Mapping[str, str], order: list[str]) -> Any:
+def expert_losses(losses: Records, names: Mapping[str, str], like: Records) -> Any:
     """Task × expert: by how much the loss rises without the expert."""
     experts = _experts(losses)
-    tasks = list(dict.fromkeys(record["task"] for record in losses))
-    tasks = [task for task in order if task in tasks] + [task for task in tasks if task not in order]
+    tasks = _tasks(losses, like)
     values: list[float | None] = [None] * (len(tasks) * len(experts))
     for record in losses:
         values[tasks.index(record["task"]) * len(experts) + record["expert"]] = record["change"]
@@ -76,6 +68,10 @@ def expert_losses(losses: Records, names: Mapping[str, str], order: list[str]) -
         columns=Axis("expert switched off", experts),
         shade=Shade("rise of the loss (nats a token)", limit_of(values), written=True),
     )
+
+
+def _tasks(records: Records, like: Records) -> list[str]:
+    return in_order(list(dict.fromkeys(record["task"] for record in records)), like, "similarity")
 
 
 def _experts(records: Records) -> list[str]:

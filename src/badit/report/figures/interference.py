@@ -12,22 +12,23 @@ import altair as alt
 from badit.report.contract import Records
 from badit.report.figures.choice import ALL, ROW, Choice, chosen, layer_choice, legend, module_choice, with_choices
 from badit.report.figures.heat_map import Axis, Shade, heat_map, limit_of, pair_cells, pair_index
-from badit.report.figures.ordering import by_similarity, tasks_of
+from badit.report.figures.ordering import in_order, tasks_of
 
 # What one figure may hold; with more tasks, modules and layers can be chosen but not both.
 _MOST_VALUES = 150_000
 
 
-def gradient_cosines(pairs: Records, overall: Records, names: Mapping[str, str]) -> Any:
+def gradient_cosines(pairs: Records, overall: Records, names: Mapping[str, str], like: Records) -> Any:
     """Task × task cosines of gradients: all modules together, or those of a layer and a module.
 
     Args:
         pairs: rows of ``gradient_pairs``; means are taken over what is not chosen.
         overall: rows of ``gradient_overall`` for one kind of parameters; may be empty.
         names: short names of the tasks.
+        like: the rows that give the order of the tasks, its own or another run's.
     """
     together = overall or _means_over_all(pairs)
-    tasks = by_similarity(tasks_of(together), together, "cosine")
+    tasks = in_order(tasks_of([*together, *pairs]), like or together, "cosine")
     sums: dict[tuple[str, str], dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
     place = _places(tasks)
     for record in pairs:
@@ -146,11 +147,10 @@ def units_of_tasks(tasks: Records, names: Mapping[str, str]) -> Any:
     )
 
 
-def overlaps(pairs: Records, names: Mapping[str, str]) -> Any:
-    """Task × task overlap (Jaccard) of the marked units."""
+def overlaps(pairs: Records, names: Mapping[str, str], like: Records) -> Any:
+    """Task × task overlap (Jaccard) of the marked units, the tasks in the order that ``like`` gives."""
     kinds = list(dict.fromkeys(record["kind"] for record in pairs))
-    first = [record for record in pairs if record["kind"] == kinds[0]]
-    tasks = by_similarity(tasks_of(pairs), first, "overlap")
+    tasks = in_order(tasks_of(pairs), [record for record in like if record["kind"] == like[0]["kind"]], "overlap")
     place = _places(tasks)
     lists: dict[tuple[str, ...], list[float | None]] = {(kind,): [None] * len(pair_index(len(tasks))) for kind in kinds}
     for record in pairs:

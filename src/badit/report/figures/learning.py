@@ -36,7 +36,7 @@ def loss_curves(curves: Sequence[tuple[str, str, Records]]) -> Any:
         .transform_window(mean="mean(loss)", frame=[-2, 2], groupby=["series", "run"], sort=[alt.SortField("step")])
         .encode(
             x=alt.X("step:Q", title="step", axis=alt.Axis(grid=False, tickCount=5)),
-            color=_series_colour(series),
+            color=_series_colour(series, symbolType="stroke"),
             detail="run:N",
         )
     )
@@ -47,7 +47,7 @@ def loss_curves(curves: Sequence[tuple[str, str, Records]]) -> Any:
     smooth = base.mark_line(strokeWidth=2.2).encode(
         y="mean:Q",
         opacity=alt.condition(pick, alt.value(1), alt.value(0.1)),
-        strokeDash=alt.StrokeDash("series:N", scale=_dashes(series), legend=legend(series)),
+        strokeDash=alt.StrokeDash("series:N", scale=_dashes(series), legend=legend(series, symbolType="stroke")),
         tooltip=alt.value(None),
     )
     spots = base.mark_point(size=60, filled=True, opacity=0).encode(
@@ -186,11 +186,11 @@ def transfer(
     )
 
 
-def _series_colour(series: Sequence[str]) -> alt.Color:
+def _series_colour(series: Sequence[str], **options: Any) -> alt.Color:
     return alt.Color(
         "series:N",
         scale=alt.Scale(domain=list(dict.fromkeys(series))),
-        legend=legend(series),
+        legend=legend(series, **options),
     )
 
 

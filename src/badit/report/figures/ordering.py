@@ -14,6 +14,12 @@ def tasks_of(pairs: Records) -> list[str]:
     return sorted({record[column] for record in pairs for column in ("task_a", "task_b")})
 
 
+def in_order(tasks: Sequence[str], like: Records, column: str) -> list[str]:
+    """The tasks in the order that the records' similarities give, those that these say nothing of at the end."""
+    known = by_similarity(tasks_of(like), like, column)
+    return [task for task in known if task in tasks] + [task for task in tasks if task not in known]
+
+
 def by_similarity(tasks: Sequence[str], pairs: Records, column: str) -> list[str]:
     """The tasks as the leaves of an average-linkage tree over 1 − similarity, best order of its branches."""
     from scipy.cluster.hierarchy import leaves_list, linkage

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections import defaultdict
 
-from badit.report.blocks import Block, Card, Cards, Cell, Section, Table
+from badit.report.blocks import Card, Cards, Cell, Figure, Section, Table
 from badit.report.context import ON_RUNS, Report
 from badit.report.contract import Records
 from badit.report.figures import atlas as figures
 from badit.report.sources import Source
-from badit.report.wording import counted, number
+from badit.report.wording import number
 
 _TABLES = ("gates", "gate_similarity", "expert_losses", "abilities", "ability_recovery", "nearest_prompts")
 _LEAD = (
@@ -29,20 +29,20 @@ def section(report: Report) -> Section:
     return Section("atlas", "Ability atlas", _LEAD, blocks or [ON_RUNS])
 
 
-def _blocks(report: Report, source: Source) -> list[Block]:
+def _blocks(report: Report, source: Source) -> list[Figure | Table | Cards]:
     tables, names = source.tables, report.names
     gates, similarity = tables.get("gates", []), tables.get("gate_similarity", [])
-    order = figures.gate_order(similarity, gates)
-    blocks: list[Block] = []
+    like = report.first("gate_similarity")
+    blocks: list[Figure | Table | Cards] = []
     if gates:
         blocks.append(
             report.figure(
                 source,
                 "gates",
                 "What each task draws on",
-                figures.gates(gates, names, order),
+                figures.gates(gates, names, like),
                 "gates",
-                alt=f"Mean gate of every expert for each of {counted(len(order), 'task')}.",
+                alt="Mean gate of every expert for each task.",
                 caption="Mean gate over a task's prompts: 1 is neutral, blue is more, orange is less. The mean over "
                 "layers has a scale of its own, as it varies less.",
                 width="square",
@@ -54,7 +54,7 @@ def _blocks(report: Report, source: Source) -> list[Block]:
                 source,
                 "gate-similarity",
                 "Tasks that draw on the same experts",
-                figures.gate_similarity(similarity, names),
+                figures.gate_similarity(similarity, names, like),
                 "gate_similarity",
                 alt="Matrix of correlations between the gates of tasks.",
                 caption="Correlation of two tasks' gates over all layers, after taking off what all tasks have in "
@@ -68,7 +68,7 @@ def _blocks(report: Report, source: Source) -> list[Block]:
                 source,
                 "expert-losses",
                 "What is lost without an expert",
-                figures.expert_losses(losses, names, order),
+                figures.expert_losses(losses, names, like),
                 "expert_losses",
                 alt="How much each task's loss rises when one expert's gates are set to 0 in all layers.",
                 caption="Blue: the task needs the expert; orange: it would do better without.",
@@ -106,6 +106,7 @@ def _cards(report: Report, source: Source, abilities: Records) -> Cards:
         cards,
         "The sentences are made from the numbers above; the prompts are those that draw on the expert most.",
         report.origins(source, "abilities", "nearest_prompts"),
+        report.run(source),
     )
 
 
@@ -127,4 +128,5 @@ def _recovery_table(report: Report, source: Source, recovery: Records) -> Table:
         "The built-in tasks were made from known abilities. The p-value is the share of random reassignments of "
         "abilities that do at least as well.",
         report.origins(source, "ability_recovery"),
+        run=report.run(source),
     )

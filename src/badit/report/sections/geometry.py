@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from statistics import fmean
 
-from badit.report.blocks import Block, Section
+from badit.report.blocks import Cards, Figure, Section, Table
 from badit.report.context import ON_RUNS, Report
 from badit.report.contract import Records, known
 from badit.report.figures import experts as figures
@@ -26,8 +26,8 @@ def section(report: Report) -> Section:
     return Section("geometry", "Expert geometry", _LEAD, blocks or [ON_RUNS])
 
 
-def _blocks(report: Report, source: Source) -> list[Block]:
-    blocks: list[Block] = []
+def _blocks(report: Report, source: Source) -> list[Figure | Table | Cards]:
+    blocks: list[Figure | Table | Cards] = []
     if angles := source.tables.get("expert_angles"):
         blocks += [
             report.figure(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from badit.report.blocks import Block, Cell, Figure, Section, Table
+from badit.report.blocks import Cards, Cell, Figure, Section, Table
 from badit.report.context import ON_RUNS, Report
 from badit.report.contract import Records
 from badit.report.figures import interference as figures
@@ -39,11 +39,11 @@ def section(report: Report) -> Section:
     return Section("gradients", "Gradient interference", _LEAD, blocks or [ON_RUNS])
 
 
-def _blocks(report: Report, source: Source) -> list[Block]:
+def _blocks(report: Report, source: Source) -> list[Figure | Table | Cards]:
     tables = source.tables
     kinds = kinds_of_parameters(source)
     overall = overall_of(source, kinds[0]) if kinds else []
-    blocks: list[Block] = []
+    blocks: list[Figure | Table | Cards] = []
     if overall or "gradient_pairs" in tables:
         blocks.append(_cosines(report, source, tables.get("gradient_pairs", []), overall, kinds[:1]))
     blocks += [_cosines(report, source, [], overall_of(source, kind), [kind], f"-{kind}") for kind in kinds[1:]]
@@ -66,7 +66,7 @@ def _cosines(
         source,
         f"gradient-cosines{suffix}",
         "Cosine between tasks' gradients" + "".join(f" ({_called(kind)})" for kind in kinds),
-        figures.gradient_cosines(pairs, overall, report.names),
+        figures.gradient_cosines(pairs, overall, report.names, _first(report, kinds)),
         *(["gradient_pairs"] if pairs else []),
         *(["gradient_overall"] if overall else []),
         alt=f"Matrix of cosines between the gradients of tasks; {percent(conflict_rate(overall))} of pairs are "
@@ -77,10 +77,10 @@ def _cosines(
     )
 
 
-def _by_layer(report: Report, source: Source) -> list[Block]:
+def _by_layer(report: Report, source: Source) -> list[Figure]:
     summary = [record for record in source.tables.get("gradient_summary", []) if record["layer"] >= 0]
     kinds = list(dict.fromkeys(record["parameters"] for record in summary))
-    blocks: list[Block] = []
+    blocks: list[Figure] = []
     for kind in kinds:
         for column, title, form, caption in _BY_LAYER:
             rows = [row for row in summary if row["parameters"] == kind and row[column] is not None]
@@ -130,6 +130,7 @@ def _pairs_table(report: Report, source: Source, overall: Records) -> Table:
         "task agree too little to tell. Magnitude similarity is 1 where both gradients are as large."
         + (f" {left_out} pairs in the middle are left out." if left_out else ""),
         report.origins(source, "gradient_overall"),
+        run=report.run(source),
     )
 
 
@@ -153,7 +154,14 @@ def _tasks_table(report: Report, source: Source, tasks: Records) -> Table:
         "A task with a large norm weighs more in a mixed batch; one with low reliability needs more instances to be "
         "measured well.",
         report.origins(source, "gradient_tasks"),
+        run=report.run(source),
     )
+
+
+def _first(report: Report, kinds: Sequence[str]) -> Records:
+    """What the order of the tasks is taken from: the first run with cosines of this kind."""
+    found = (overall_of(run, kind) for kind in kinds for run in report.runs)
+    return next((records for records in found if records), [])
 
 
 def _called(kind: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from statistics import fmean
 
-from badit.report.blocks import Block, Section
+from badit.report.blocks import Cards, Figure, Section, Table
 from badit.report.context import ON_RUNS, Report
 from badit.report.contract import known
 from badit.report.figures import interference as figures
@@ -26,8 +26,8 @@ def section(report: Report) -> Section:
     return Section("units", "Co-activation", _LEAD, blocks or [ON_RUNS])
 
 
-def _blocks(report: Report, source: Source) -> list[Block]:
-    blocks: list[Block] = []
+def _blocks(report: Report, source: Source) -> list[Figure | Table | Cards]:
+    blocks: list[Figure | Table | Cards] = []
     if shares := source.tables.get("coactivation"):
         blocks.append(
             report.figure(
@@ -62,7 +62,7 @@ def _blocks(report: Report, source: Source) -> list[Block]:
                 source,
                 "unit-overlaps",
                 "Overlap of marked units between tasks",
-                figures.overlaps(pairs, report.names),
+                figures.overlaps(pairs, report.names, report.first("coactivation_pairs")),
                 "coactivation_pairs",
                 alt="Matrix of the Jaccard overlap of the units marked for two tasks.",
                 caption="Jaccard overlap: units marked for both tasks, of those marked for either, over all layers."
