@@ -19,6 +19,8 @@ from badit.runs import read_jsonl
 from badit.training.angles import AngleLog
 from training.trainers import StopAt, make_trainer
 
+pytestmark = pytest.mark.filterwarnings("ignore:Could not find a config file in  - :UserWarning")  # PEFT 0.19
+
 
 class KeepGradients(TrainerCallback):
     """Every step's gradients of each layer's components, (N, I + O)."""
