@@ -12,7 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from badit.analysis.atlas import ability_atlas
 from badit.analysis.coactivation import coactivation_tables, tidy
@@ -21,17 +21,16 @@ from badit.analysis.gates import PromptGates, has_experts, marked_experts, promp
 from badit.analysis.interference import measure_interference
 from badit.analysis.learning import task_gap, transfer
 from badit.analysis.tables import TidyTable
-from badit.data import AnswerCollator, Instance, Task, load_tasks
+from badit.data import AnswerCollator, Instance, Task, batches_by_task, load_tasks
 from badit.errors import BaditError
+from badit.evaluation.results import RESULTS
 from badit.recipe import Recipe, build_recipe, expand_source
 from badit.runs import RunFolder, environment, peak_memory, read_json, write_json
 from badit.training.methods import build_method
 from badit.training.plan import encoded, make_plan, pad_id
 from badit.training.scoring import load_run
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
+_PARTS = ("interference", "experts", "learning")
 _BATCH_SIZE = 4
 _LOSS_BATCHES = 1
 Part = Callable[[], Sequence[TidyTable]]
@@ -66,31 +65,30 @@ def analyze(
             f"instances: must be at least 2, one for each half whose gradients are held together: {instances}"
         )
     folder = Path(target)
-    if (folder / "results.json").is_file():
+    if (folder / RESULTS).is_file():
         task_gap(folder).save(Path(output or folder) / "analysis")
         return Path(output or folder)
     is_run = (folder / "config.yaml").is_file()
     recipe = RunFolder(folder).recipe() if is_run else _recipe_of_base(str(target), data, output)
     run = RunFolder(folder if is_run else recipe.output)
-    chosen = [(task, _chosen(task, instances, trained=_trains(recipe))) for task in _tasks(recipe, data)]
+    trained = build_method(recipe.method).trains
+    chosen = [(task, _chosen(task, instances, trained=trained)) for task in _tasks(recipe, data, trained=trained)]
     record = _Record(Path(output or run.path), {"data": data, "instances": instances})
     if not record.has(_PARTS):
         _measure(run, recipe, chosen, record, progress)
     return record.output
 
 
-_PARTS = ("interference", "experts", "learning")
-
-
 def _measure(run: RunFolder, recipe: Recipe, chosen: Chosen, record: _Record, progress: bool) -> None:
     model, tokenizer = load_run(run, recipe)
     model.eval()
-    if not _trains(recipe):
+    if not build_method(recipe.method).trains:
         # A report then finds a base model's configuration as it does any run's.
         RunFolder.prepare(recipe)
         if not run.environment.is_file():
             write_json(run.environment, environment())
-    batches = {task.name: _batches(recipe, tokenizer, task, instances) for task, instances in chosen}
+    examples = [encoded(tokenizer, recipe, task, instance) for task, instances in chosen for instance in instances]
+    batches = batches_by_task(examples, AnswerCollator(pad_id(tokenizer), with_tasks=True), _BATCH_SIZE)
 
     def experts() -> Sequence[TidyTable]:
         if not has_experts(model):
@@ -133,14 +131,10 @@ def _recipe_of_base(model: str, data: str | None, output: str | Path | None) -> 
     return build_recipe({**section, "output": str(output or "runs/analysis")})
 
 
-def _trains(recipe: Recipe) -> bool:
-    return build_method(recipe.method).trains
-
-
-def _tasks(recipe: Recipe, data: str | None) -> list[Task]:
-    if data is not None:
-        return load_tasks(expand_source(data))
-    return make_plan(recipe).tasks if _trains(recipe) else load_tasks(expand_source(recipe.data.source))
+def _tasks(recipe: Recipe, data: str | None, *, trained: bool) -> list[Task]:
+    if data is None and trained:
+        return make_plan(recipe).tasks
+    return load_tasks(expand_source(data or recipe.data.source))
 
 
 def _chosen(task: Task, count: int, *, trained: bool) -> Sequence[Instance]:
@@ -150,14 +144,6 @@ def _chosen(task: Task, count: int, *, trained: bool) -> Sequence[Instance]:
     if found is None:
         raise BaditError(f"data: task {task.name} has no two instances of one split to measure on")
     return found[:count]
-
-
-def _batches(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, task: Task, instances: Sequence[Instance]
-) -> list[dict[str, Any]]:
-    collate = AnswerCollator(pad_id(tokenizer), with_tasks=True)
-    examples = [encoded(tokenizer, recipe, task, instance) for instance in instances]
-    return [collate(examples[start : start + _BATCH_SIZE]) for start in range(0, len(examples), _BATCH_SIZE)]
 
 
 class _Record:

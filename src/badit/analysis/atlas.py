@@ -24,7 +24,7 @@ from badit.analysis.gates import Batches, PromptGates, gates_table
 from badit.analysis.losses import expert_losses, losses_table
 from badit.analysis.recovery import ability_recovery
 from badit.analysis.summaries import abilities_table
-from badit.analysis.tables import TidyTable
+from badit.analysis.tables import TidyTable, defined
 from badit.data import Task
 from badit.errors import BaditError
 
@@ -94,7 +94,7 @@ def gate_similarity(gates: PromptGates) -> TidyTable:
             "task_b": "another's, later in the alphabet",
             "similarity": "correlation, −1 to 1; null where a task's gates do not differ from the mean",
         },
-        rows=[[a, b, _number(similarity_TT[index[a], index[b]])] for a, b in pairs],
+        rows=[[a, b, defined(similarity_TT[index[a], index[b]])] for a, b in pairs],
     )
 
 
@@ -140,7 +140,3 @@ def prompt_scores(gates: PromptGates) -> np.ndarray:
     deviation_PMK = gates_PMK - gates_PMK.mean(axis=0)
     std_MK = gates_PMK.std(axis=0)
     return np.where(std_MK > _STILL, deviation_PMK / np.where(std_MK > _STILL, std_MK, 1.0), 0.0).mean(axis=1)
-
-
-def _number(value: float) -> float | None:
-    return float(value) if np.isfinite(value) else None

@@ -26,17 +26,16 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from torch import nn
 
-from badit.analysis.gates import Batches, Experts, active_experts, on_device
+from badit.analysis.gates import Batches, Experts, active_experts
 from badit.analysis.gradients import layer_and_module
 from badit.analysis.tables import TidyTable, Value
+from badit.data import on_device
 from badit.data.schema import first_problem
 from badit.errors import BaditError
 from badit.method import ExpertAngles, cosine_gram
 from badit.method import expert_angles as angles_of
 from badit.runs import RunFolder, read_json, read_jsonl
 from badit.training.trainer import answer_losses
-
-ANGLES = "angles.jsonl"
 
 
 class _Logged(BaseModel):
@@ -146,19 +145,13 @@ def held_out_angles(model: Any, batches: Batches) -> dict[tuple[int, str], list[
 
     Modules whose experts share one A are left out.
     """
-    experts = [one for one in active_experts(model) if _has_components(one)]
+    experts = [one for one in active_experts(model) if one.layer.badit_config[one.adapter].experts_own_components]
     gradients = _gradients(model, experts, batches) if experts else []
     angles = {}
     for one, (grad_A_NI, grad_B_ON) in zip(experts, gradients, strict=True):
         gram_NN = cosine_gram(grad_A_NI, grad_B_ON).cpu().numpy()
-        found = angles_of(gram_NN, one.expert_of_N.cpu().numpy())
-        angles[one.place] = [None if angle != angle else angle for angle in found]
+        angles[one.place] = list(angles_of(gram_NN, one.expert_of_N.cpu().numpy()).defined().values())
     return angles
-
-
-def _has_components(one: Experts) -> bool:
-    config = one.layer.badit_config[one.adapter]
-    return config.rows_of_A == config.num_components
 
 
 def _gradients(model: Any, experts: list[Experts], batches: Batches) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -169,7 +162,7 @@ def _gradients(model: Any, experts: list[Experts], batches: Batches) -> list[tup
     sums = [torch.zeros_like(parameter, dtype=torch.float32) for parameter in parameters]
     with _requiring_gradients(parameters), torch.enable_grad():
         for batch in (batch for of_task in batches.values() for batch in of_task):
-            losses_L, _, _ = answer_losses(model, on_device(batch, model), model)
+            losses_L, _, _ = answer_losses(model, on_device(batch, model.device), model)
             for total, gradient in zip(sums, torch.autograd.grad(losses_L.sum(), parameters), strict=True):
                 total += gradient
     return list(zip(sums[::2], sums[1::2], strict=True))

@@ -24,7 +24,8 @@ import torch
 from torch import nn
 
 from badit.analysis.gradients import layer_and_module
-from badit.analysis.tables import TidyTable
+from badit.analysis.tables import TidyTable, defined
+from badit.data import on_device
 from badit.errors import BaditError
 from badit.method import prompt_mean
 from badit.peft.base_layer import ExpertLayer
@@ -55,7 +56,7 @@ class Experts:
     @property
     def expert_of_N(self) -> torch.Tensor:
         """The expert of every component: what DOG has made of it, or runs of equal length."""
-        return self.layer.expert_of(self.adapter).to(self.layer.weight_OI.device)
+        return self.layer.expert_of(self.adapter)
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,7 @@ def prompt_gates(model: Any, batches: Batches) -> PromptGates:
     if not batches:
         raise BaditError("batches: there are none; give at least one batch of one task")
     by_task = {
-        task: torch.cat([_gates_of_batch(model, experts, on_device(batch, model)) for batch in of_task]).numpy()
+        task: torch.cat([_gates_of_batch(model, experts, on_device(batch, model.device)) for batch in of_task]).numpy()
         for task, of_task in batches.items()
     }
     return PromptGates([one.place for one in experts], by_task)
@@ -158,7 +159,7 @@ def gates_table(gates: PromptGates) -> TidyTable:
             "std": "standard deviation over the task's prompts (divisor n − 1)",
         },
         rows=[
-            [task, *place, expert, float(mean), _number(std)]
+            [task, *place, expert, float(mean), defined(std)]
             for task, gates_PMK in gates.by_task.items()
             for place, mean_K, std_K in zip(gates.modules, gates_PMK.mean(axis=0), _deviations(gates_PMK), strict=True)
             for expert, (mean, std) in enumerate(zip(mean_K, std_K, strict=True))
@@ -177,11 +178,6 @@ def marked_experts(gates: PromptGates) -> dict[str, list[torch.Tensor]]:
         task: [torch.from_numpy(marked_MK[layers_M == layer].ravel()) for layer in np.unique(layers_M)]
         for task, marked_MK in zip(gates.tasks, marked, strict=True)
     }
-
-
-def on_device(batch: Mapping[str, Any], model: Any) -> dict[str, Any]:
-    """The batch with its tensors where the model is."""
-    return {key: value.to(model.device) if torch.is_tensor(value) else value for key, value in batch.items()}
 
 
 def _active_experts(model: nn.Module) -> list[Experts]:
@@ -223,7 +219,3 @@ def _counted(gates: PromptGates) -> str:
     counts = sorted({len(gates_PMK) for gates_PMK in gates.by_task.values()})
     each = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
     return f"{each} prompts of each of {len(gates.by_task)} tasks"
-
-
-def _number(value: float) -> float | None:
-    return float(value) if np.isfinite(value) else None

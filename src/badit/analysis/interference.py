@@ -10,7 +10,6 @@ squared gradients over blocks of parameters: a block is a row of a weight matrix
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
 from typing import Any
@@ -21,7 +20,7 @@ from tqdm.auto import tqdm
 
 from badit.analysis.coactivation import NeuronMeans, coactivation_tables, strongest, tidy
 from badit.analysis.gradients import Agreement, Place, TaskGradients
-from badit.analysis.tables import TidyTable, Value
+from badit.analysis.tables import TidyTable, Value, defined
 from badit.errors import BaditError
 from badit.peft.base_config import is_int, is_number
 from badit.training.trainer import answer_losses
@@ -121,10 +120,10 @@ def _gradient_tables(names: Sequence[str], gradients: TaskGradients, about: str)
         agreement = Agreement(gram_RR, counts_T2)
         cosines, magnitudes = (agreement.pairs(v, order) for v in (agreement.cosine_TT, agreement.magnitude_TT))
         for (a, b), *values in zip(pair_names, cosines.tolist(), magnitudes.tolist(), strict=True):
-            pairs.append([a, b, layer, module, *map(_defined, values)])
-        defined = cosines[~cosines.isnan()]
-        rates = [(defined < 0).double().mean(), defined.mean(), magnitudes.nanmean(), agreement.reliability_T.nanmean()]
-        summary.append([layer, module, parameters, *(_defined(float(rate)) for rate in rates)])
+            pairs.append([a, b, layer, module, *map(defined, values)])
+        known = cosines[~cosines.isnan()]
+        rates = [(known < 0).double().mean(), known.mean(), magnitudes.nanmean(), agreement.reliability_T.nanmean()]
+        summary.append([layer, module, parameters, *(defined(float(rate)) for rate in rates)])
     overall: list[list[Value]] = []
     by_task: list[list[Value]] = []
     for parameters in dict.fromkeys(place[0] for place in grams):
@@ -133,10 +132,10 @@ def _gradient_tables(names: Sequence[str], gradients: TaskGradients, about: str)
         measures = (agreement.cosine_TT, agreement.corrected_TT, agreement.magnitude_TT)
         columns = [agreement.pairs(values_TT, order).tolist() for values_TT in measures]
         for (a, b), *values in zip(pair_names, *columns, strict=True):
-            overall.append([a, b, parameters, *map(_defined, values)])
+            overall.append([a, b, parameters, *map(defined, values)])
         per_task = zip(agreement.norm_T.tolist(), agreement.reliability_T.tolist(), counts_T2.sum(1), strict=True)
         for name, (norm, reliability, instances) in zip(names, per_task, strict=True):
-            by_task.append([name, parameters, _defined(norm), _defined(reliability), int(instances)])
+            by_task.append([name, parameters, defined(norm), defined(reliability), int(instances)])
     rows = {
         "gradient_pairs": pairs,
         "gradient_overall": overall,
@@ -150,10 +149,6 @@ def _by_kind_and_layer(item: tuple[Place, torch.Tensor]) -> tuple[bool, int]:
     """Weights first; within a layer the modules stay in the model's order, since sorting is stable."""
     (parameters, layer, _), _ = item
     return parameters != "weights", layer
-
-
-def _defined(value: float) -> float | None:
-    return value if math.isfinite(value) else None
 
 
 _COLUMNS: dict[str, dict[str, str]] = {

@@ -17,8 +17,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from badit.analysis.gates import Batches, Experts, active_experts, changed_gates, on_device
+from badit.analysis.gates import Batches, Experts, active_experts, changed_gates
 from badit.analysis.tables import TidyTable
+from badit.data import on_device
 from badit.training.trainer import answer_losses
 
 # The number that no expert has: without it, all are there.
@@ -94,7 +95,7 @@ def _prompt_losses(model: Any, of_task: Sequence[Mapping[str, Any]]) -> tuple[np
     """(P) each: the sum of the losses of a prompt's answer tokens, and their number."""
     sums, counts = [], []
     for batch in of_task:
-        losses_L, row_L, _ = answer_losses(model, on_device(batch, model), model)
+        losses_L, row_L, _ = answer_losses(model, on_device(batch, model.device), model)
         row_L, rows = row_L.cpu(), len(batch["input_ids"])
         sums.append(row_L.bincount(losses_L.cpu().double(), minlength=rows))
         counts.append(row_L.bincount(minlength=rows))

@@ -79,6 +79,11 @@ class TidyTable:
             raise BaditError(f"{path}: {error}") from None
 
 
+def defined(number: float) -> float | None:
+    """A table's value for a number: None where it is NaN or infinite."""
+    return float(number) if math.isfinite(number) else None
+
+
 def saved_tables(folder: Path) -> Iterator[TidyTable]:
     """All tables of a folder, sorted by name.
 
@@ -90,9 +95,7 @@ def saved_tables(folder: Path) -> Iterator[TidyTable]:
 
 
 def _plain(value: Value) -> Value:
-    if isinstance(value, float):
-        return float(f"{value:.6g}") if math.isfinite(value) else None
-    return value
+    return defined(float(f"{value:.6g}")) if isinstance(value, float) else value
 
 
 def _is_columns(columns: Any) -> bool:

@@ -26,9 +26,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def execute(options: argparse.Namespace) -> int:
-    from badit.comparison.compare import RESULTS, check, compare, report_to_stderr
+    from badit.comparison.compare import check, compare, report_to_stderr
     from badit.comparison.grid import Grid
     from badit.errors import BaditError
+    from badit.evaluation.results import RESULTS
     from badit.recipe import load_recipe
 
     quiet_loading()

@@ -100,6 +100,7 @@ def _means(lines: Sequence[Mapping[str, Any]], fields: Sequence[str]) -> list[st
 
 def _samples(folders: Mapping[str, Path]) -> str:
     """One instance of each of a few tasks, spread over the list, with every method's answer."""
+    from badit.data import own_input
     from badit.runs import read_jsonl
 
     files = sorted(next(iter(folders.values())).glob("*.jsonl"))
@@ -108,12 +109,8 @@ def _samples(folders: Mapping[str, Path]) -> str:
     for file in chosen:
         answers = {name: next(read_jsonl(folder / file.name)) for name, folder in folders.items()}
         reference = next(iter(answers.values()))
-        lines = [f"[{file.stem}] {_question(reference['prompt'])}", f"  {'reference':10} {reference['references'][0]}"]
+        question = " ".join(own_input(reference["prompt"]).split())
+        lines = [f"[{file.stem}] {question}", f"  {'reference':10} {reference['references'][0]}"]
         lines += [f"  {name:10} {' '.join(answer['prediction'].split())[:100]}" for name, answer in answers.items()]
         blocks.append("\n".join(lines))
     return "\n\n".join(blocks)
-
-
-def _question(prompt: str) -> str:
-    """The instance's own input, out of the prompt's text."""
-    return " ".join(prompt.rpartition("Input: ")[2].partition("\nOutput:")[0].split())

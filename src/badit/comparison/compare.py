@@ -22,11 +22,10 @@ from badit.comparison.grid import Cell, Grid
 from badit.comparison.search import climb
 from badit.comparison.worker import CellProcess
 from badit.data import ordered
+from badit.evaluation.results import RESULTS
 from badit.recipe import Recipe
 from badit.runs import RunFolder, read_json, write_json
 from badit.training.plan import make_plan
-
-RESULTS = "results.json"
 
 
 def compare(recipe: Recipe, *, jobs: int = 1, report: Callable[[str], None] = print) -> dict[str, Any]:

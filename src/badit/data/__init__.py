@@ -1,10 +1,11 @@
 """Tasks: their schema, readers, splits, prompts and batches, and the built-in suite.
 
-Importing this package loads neither torch nor transformers; `AnswerCollator` comes with torch at its first use.
+Importing this package loads neither torch nor transformers; what makes batches comes with torch at its first use.
 """
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from badit.data.orders import SAPT_ORDERS, ordered
@@ -18,6 +19,7 @@ from badit.data.prompts import (
     encode_prompt,
     end_of_turn_id,
     example_length,
+    own_input,
     prompt_text,
 )
 from badit.data.readers import load_tasks
@@ -26,7 +28,7 @@ from badit.data.splits import hold_out, limit, mixture
 from badit.data.suite import ABILITIES, builtin_tasks
 
 if TYPE_CHECKING:
-    from badit.data.collation import AnswerCollator
+    from badit.data.collation import AnswerCollator, batches_by_task, on_device
 
 __all__ = [
     "ABILITIES",
@@ -38,6 +40,7 @@ __all__ = [
     "Prompt",
     "PromptEncoding",
     "Task",
+    "batches_by_task",
     "build_prompt",
     "builtin_tasks",
     "encode_answer",
@@ -49,14 +52,14 @@ __all__ = [
     "limit",
     "load_tasks",
     "mixture",
+    "on_device",
     "ordered",
+    "own_input",
     "prompt_text",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "AnswerCollator":
-        from badit.data.collation import AnswerCollator
-
-        return AnswerCollator
+    if name in ("AnswerCollator", "batches_by_task", "on_device"):
+        return getattr(import_module("badit.data.collation"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

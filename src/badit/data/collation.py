@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -50,3 +51,21 @@ class AnswerCollator:
     def _padded(self, row: list[int], length: int, fill: int) -> list[int]:
         padding = [fill] * (length - len(row))
         return row + padding if self.side == "right" else padding + row
+
+
+def batches_by_task(
+    examples: Iterable[Mapping[str, Any]], collate: AnswerCollator, batch_size: int
+) -> dict[str, list[dict[str, Any]]]:
+    """By the examples' `task`, batches of it alone, in the examples' order."""
+    groups: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
+    for example in examples:
+        groups[example["task"]].append(example)
+    return {
+        task: [collate(group[start : start + batch_size]) for start in range(0, len(group), batch_size)]
+        for task, group in groups.items()
+    }
+
+
+def on_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """The batch with its tensors on a device; what is no tensor stays as it is."""
+    return {key: value.to(device) if torch.is_tensor(value) else value for key, value in batch.items()}

@@ -61,6 +61,11 @@ def prompt_text(task: Task, instance: Instance, encoding: PromptEncoding = "def"
     return build_prompt(task, instance, encoding).text
 
 
+def own_input(text: str) -> str:
+    """The instance's own input, out of the text of a prompt; empty where there is none."""
+    return text.rpartition("Input: ")[2].partition("\nOutput:")[0].strip()
+
+
 def encode_prompt(
     tokenizer: PreTrainedTokenizerBase,
     prompt: Prompt | str,

@@ -24,6 +24,8 @@ from badit.runs import read_json
 
 Metric = Literal["rouge_l", "exact_match"]
 
+# The file in a comparison's folder.
+RESULTS = "results.json"
 # What follows a method's name where it has trained on each task alone.
 SINGLE_TASK = ", one model a task"
 
@@ -149,7 +151,7 @@ def load_results(path: str | os.PathLike[str]) -> Results:
     """
     path = Path(path)
     if path.is_dir():
-        path = path / "results.json"
+        path = path / RESULTS
     try:
         results = Results.model_validate(read_json(path))
     except ValidationError as error:

@@ -129,6 +129,10 @@ class ExpertAngles(NamedTuple):
     intra_abs_cos: float
     inter_abs_cos: float
 
+    def defined(self) -> dict[str, float | None]:
+        """The fields by name, None instead of NaN, which JSON has not."""
+        return {field: value if np.isfinite(value) else None for field, value in self._asdict().items()}
+
 
 def expert_angles(gram_NN: np.ndarray, labels_N: np.ndarray) -> ExpertAngles:
     """Angles within experts and between experts under a cosine Gram.

@@ -78,6 +78,11 @@ class ExpertConfig(PeftConfig):
         return self.num_components
 
     @property
+    def experts_own_components(self) -> bool:
+        """Whether every component, a row of A and a column of B, is one expert's; not where they share rows of A."""
+        return self.rows_of_A == self.num_components
+
+    @property
     def routes_in_layer(self) -> bool:
         """Whether every layer has a router of its own, ``badit_router``."""
         return True

@@ -61,7 +61,8 @@ class ExpertLayer(BaseTunerLayer):
     def expert_of(self, adapter_name: str) -> torch.Tensor:
         """The N labels that name every component's expert: runs of r, unless a method regroups them."""
         config = self.badit_config[adapter_name]
-        return torch.arange(config.num_experts).repeat_interleave(config.num_components // config.num_experts)
+        labels_K = torch.arange(config.num_experts, device=self.weight_OI.device)
+        return labels_K.repeat_interleave(config.num_components // config.num_experts)
 
     def update_layer(self, adapter_name: str, config: Any, inference_mode: bool = False) -> None:
         """Adds an adapter: makes its tensors, then fills them as its method starts."""

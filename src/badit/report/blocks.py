@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from badit.report.wording import number
+
 if TYPE_CHECKING:
     import altair as alt
 
@@ -49,6 +51,11 @@ class Cell:
     value: float | None = None
     hint: str = ""
     strong: bool = False
+
+    @classmethod
+    def of(cls, value: float | None, digits: int = 1, *, unit: str = "", strong: bool = False) -> Cell:
+        """A number, shown with so many decimals."""
+        return cls(number(value, digits, unit=unit), value, strong=strong)
 
 
 @dataclass(frozen=True)

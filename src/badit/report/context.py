@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from badit.evaluation.statistics import Difference
-from badit.report.blocks import Block, Cards, Figure, Note, Origin, Table
+from badit.report.blocks import Block, Cards, Cell, Figure, Note, Origin, Table
 from badit.report.contract import Records
 from badit.report.numbers import run_difference
 from badit.report.sources import Source
@@ -89,6 +89,20 @@ class Report:
         """A figure made from a source's tables."""
         origins = self.origins(source, *tables)
         return Figure(self.key(key, source), title, chart, alt, caption, origins, width, self.run(source))
+
+    def table(
+        self,
+        source: Source,
+        key: str,
+        title: str,
+        header: Sequence[str],
+        rows: Sequence[Sequence[Cell]],
+        *tables: str,
+        caption: str,
+    ) -> Table:
+        """A table made from a source's tables."""
+        origins = self.origins(source, *tables)
+        return Table(self.key(key, source), title, header, rows, caption, origins, run=self.run(source))
 
     def of_each(
         self,

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from statistics import fmean, pstdev
 
+from badit.evaluation.results import RESULTS
 from badit.evaluation.statistics import Difference
 from badit.report.blocks import Finding
 from badit.report.context import Report
@@ -33,7 +34,7 @@ def findings(report: Report) -> list[Finding]:
     for source in report.sources:
         prefix = f"{source.label}: " if report.several else ""
         for tables, text in _of_source(report, source):
-            origins = report.origins(source, *tables) or [report.origin(source, "results.json")]
+            origins = report.origins(source, *tables) or [report.origin(source, RESULTS)]
             found.append(Finding(prefix + text, origins))
     return found
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from badit.evaluation.statistics import Difference, paired_bootstrap
-from badit.report.contract import Records
+from badit.report.contract import Records, known
 from badit.report.sources import Source
 from badit.report.wording import UNKNOWN, number
 
@@ -24,8 +24,8 @@ def overall_of(source: Source, kind: str) -> Records:
 
 def conflict_rate(overall: Records) -> float | None:
     """The share of pairs of tasks whose gradients have a negative cosine."""
-    known = [record["cosine"] for record in overall if record["cosine"] is not None]
-    return sum(cosine < 0 for cosine in known) / len(known) if known else None
+    cosines = known(overall, "cosine")
+    return sum(cosine < 0 for cosine in cosines) / len(cosines) if cosines else None
 
 
 def moved_components(flow: Records) -> tuple[float, float]:

@@ -16,15 +16,14 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from badit.analysis.experts import ANGLES, component_flow, expert_angles
+from badit.analysis.experts import component_flow, expert_angles
 from badit.analysis.learning import task_gap, transfer
 from badit.analysis.tables import TidyTable
-from badit.comparison.compare import RESULTS
 from badit.data.schema import first_problem
 from badit.errors import BaditError
 from badit.evaluation.evaluate import group_by_task, read_predictions
 from badit.evaluation.metrics import Prediction, instance_scores
-from badit.evaluation.results import MethodSummary, Results, Scores, load_results, summarise
+from badit.evaluation.results import RESULTS, MethodSummary, Results, Scores, load_results, summarise
 from badit.report.contract import TABLES, TASK_COLUMNS, Records, checked_records
 from badit.runs import RunFolder, read_json, read_jsonl
 from badit.yaml_values import parse_yaml
@@ -177,8 +176,8 @@ def _without_analysis(run: RunFolder) -> Iterator[tuple[TidyTable, str]]:
     if any("labels" in line for line in _lines(run.regroupings)[:1]):
         yield component_flow(run), run.regroupings.name
         yield expert_angles(run), run.regroupings.name
-    elif (run.path / ANGLES).is_file():
-        yield expert_angles(run), ANGLES
+    elif run.angles.is_file():
+        yield expert_angles(run), run.angles.name
 
 
 def _config(path: Path) -> Mapping[str, Any]:

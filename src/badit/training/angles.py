@@ -6,8 +6,6 @@ of the components' gradients, averaged over a window of steps, so that their cur
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ from transformers import TrainerCallback
 from badit.method import cosine_gram, expert_angles
 from badit.peft.base_layer import ExpertLayer
 from badit.runs import StepLog
+from badit.training.regroup import trainable_adapters
 
 
 class AngleLog(TrainerCallback):
@@ -39,9 +38,11 @@ class AngleLog(TrainerCallback):
         self._steps = 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._layers = dict(_trained_mixtures(kwargs["model"]))
+        # All ranks see the same reduced gradients, and one of them writes.
+        found = trainable_adapters(kwargs["model"], ExpertLayer) if state.is_world_process_zero else ()
+        self._layers = {name: place for name, place in found if _is_mixture(*place)}
         self._restart()
-        if self._layers and state.is_world_process_zero:
+        if self._layers:
             self._log.rewind(state.global_step)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -53,27 +54,19 @@ class AngleLog(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step % self.every == 0 or state.global_step == state.max_steps:
-            if state.is_world_process_zero:
-                self._write(state.global_step)
+            self._write(state.global_step)
             self._restart()
 
     def _write(self, step: int) -> None:
         for name, sum_NN in self._sums.items():
             layer, adapter = self._layers[name]
             angles = expert_angles((sum_NN / self._steps).cpu().numpy(), layer.expert_of(adapter).cpu().numpy())
-            numbers = {key: value if math.isfinite(value) else None for key, value in angles._asdict().items()}
-            self._log.append({"step": step, "module": name, "window_steps": self._steps, **numbers})
+            self._log.append({"step": step, "module": name, "window_steps": self._steps, **angles.defined()})
 
     def _restart(self) -> None:
         self._sums, self._steps = {}, 0
 
 
-def _trained_mixtures(model: torch.nn.Module) -> Iterator[tuple[str, tuple[ExpertLayer, str]]]:
-    for module in model.modules():
-        if not isinstance(module, ExpertLayer):
-            continue
-        for adapter in module.badit_A:
-            config = module.badit_config[adapter]
-            mixture = config.num_experts > 1 and config.rows_of_A == config.num_components
-            if mixture and module.badit_A[adapter].requires_grad:
-                yield f"{module.name}.{adapter}", (module, adapter)
+def _is_mixture(layer: ExpertLayer, adapter: str) -> bool:
+    config = layer.badit_config[adapter]
+    return config.num_experts > 1 and config.experts_own_components

@@ -14,7 +14,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from badit.errors import BaditError
 from badit.method import cosine_gram, expert_angles, group_components, grouping_objective
 from badit.method.grouping import Solver
+from badit.peft.base_layer import ExpertLayer
 from badit.peft.layer import BaditLayer
 from badit.runs import StepLog
 from badit.training.probe import OutputProbe
@@ -30,6 +31,8 @@ from badit.training.regroup_state import Window, load_state, save_state
 
 # A mean gate near zero (top_k can starve an expert) must not blow a weight up.
 _RESCALE_LIMIT = 4.0
+
+Layer = TypeVar("Layer", bound=ExpertLayer)
 
 
 class RegroupCallback(TrainerCallback):
@@ -183,16 +186,18 @@ class RegroupCallback(TrainerCallback):
             for prefix, key in (("previous_", "previous_labels"), ("", "labels")):
                 if name in grams:
                     angles = expert_angles(grams[name], np.asarray(line[key]))
-                    line |= {f"{prefix}{field}": _json_number(value) for field, value in angles._asdict().items()}
+                    line |= {f"{prefix}{field}": value for field, value in angles.defined().items()}
             if self._log is not None:
                 self._log.append(line)
             window.pending = {}
 
 
-def trainable_adapters(model: torch.nn.Module) -> Iterator[tuple[str, tuple[BaditLayer, str]]]:
-    """(name, (layer, adapter)) of every BADIT adapter that is being trained, in the model's order."""
+def trainable_adapters(
+    model: torch.nn.Module, kind: type[Layer] = BaditLayer
+) -> Iterator[tuple[str, tuple[Layer, str]]]:
+    """(name, (layer, adapter)) of every adapter that is being trained in layers of a kind, in the model's order."""
     for module in model.modules():
-        if isinstance(module, BaditLayer):
+        if isinstance(module, kind):
             for adapter in module.badit_A:
                 if module.badit_A[adapter].requires_grad:
                     yield f"{module.name}.{adapter}", (module, adapter)
@@ -236,7 +241,3 @@ def _rescale_moved(
     old, new = torch.from_numpy(old_N).to(mean_K.device), torch.from_numpy(new_N).to(mean_K.device)
     ratio_N = (mean_K[old] / mean_K[new].clamp_min(1e-6)).clamp(1 / _RESCALE_LIMIT, _RESCALE_LIMIT)
     b_ON.mul_(torch.where(old == new, 1.0, ratio_N).to(b_ON))
-
-
-def _json_number(value: float) -> float | None:
-    return value if math.isfinite(value) else None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import time
-from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,11 +13,11 @@ import transformers
 from tqdm import tqdm
 from transformers import TrainingArguments
 
-from badit.data import AnswerCollator, mixture
+from badit.data import AnswerCollator, batches_by_task, mixture
 from badit.recipe import Recipe
 from badit.runs import RunFolder, environment, is_main_process, peak_memory, read_json, replace_folder, write_json
 from badit.training.callbacks import MetricsLog, ProgressBar, StopOnSignal
-from badit.training.method import Method, TaskBatches
+from badit.training.method import Method
 from badit.training.plan import Plan, Stage, base_model, encoded, make_plan, pad_id
 from badit.training.scoring import evaluate
 
@@ -88,7 +87,7 @@ def _train_stage(plan: Plan, stage: Stage, number: int, learnt: Path | None, pro
         model.enable_input_require_grads()
     examples = _training_set(recipe, stage, tokenizer, progress)
     collate = AnswerCollator(pad_id(tokenizer), with_tasks=True)
-    batches = _by_task(examples, collate, recipe.training.batch_size)
+    batches = batches_by_task(examples, collate, recipe.training.batch_size)
     method.before_training(model, batches)
     trainer = method.trainer(
         model=model,
@@ -146,16 +145,6 @@ def _training_set(
         encoded(tokenizer, recipe, tasks[name], instance)
         for name, instance in tqdm(pairs, desc="Encoding", unit="example", disable=not progress, leave=False)
     ]
-
-
-def _by_task(examples: list[dict[str, Any]], collate: AnswerCollator, batch_size: int) -> TaskBatches:
-    groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for example in examples:
-        groups[example["task"]].append(example)
-    return {
-        task: [collate(group[start : start + batch_size]) for start in range(0, len(group), batch_size)]
-        for task, group in groups.items()
-    }
 
 
 def _checkpointing(on: bool) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from badit.data import AnswerCollator, Task, encode_prompt
+from badit.data import AnswerCollator, Task, encode_prompt, on_device
 from badit.errors import BaditError
 from badit.evaluation.continual import FORMS, continual_scores
 from badit.evaluation.evaluate import evaluate_tasks, write_predictions
@@ -109,8 +109,7 @@ def validation_loss(path: str | Path) -> dict[str, Any]:
     losses: dict[str, list[float]] = {task.name: [] for task in plan.tasks}
     for start in range(0, len(examples), recipe.evaluation.batch_size):
         batch = collate(examples[start : start + recipe.evaluation.batch_size])
-        on_device = {key: value.to(model.device) if torch.is_tensor(value) else value for key, value in batch.items()}
-        losses_L, row_L, _ = answer_losses(model, on_device, model)
+        losses_L, row_L, _ = answer_losses(model, on_device(batch, model.device), model)
         for loss, row in zip(losses_L.tolist(), row_L.tolist(), strict=True):
             losses[batch["tasks"][row]].append(loss)
     by_task = {name: fmean(of_task) for name, of_task in losses.items()}

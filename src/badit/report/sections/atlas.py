@@ -114,19 +114,19 @@ def _recovery_table(report: Report, source: Source, recovery: Records) -> Table:
     rows = [
         [
             Cell(_MEASURES.get(record["measure"]) or record["measure"]),
-            Cell(number(record["value"], 2), record["value"]),
-            Cell(number(record["chance"], 2), record["chance"]),
-            Cell(number(record["p_value"], 4), record["p_value"]),
+            Cell.of(record["value"], 2),
+            Cell.of(record["chance"], 2),
+            Cell.of(record["p_value"], 4),
         ]
         for record in recovery
     ]
-    return Table(
-        report.key("ability-recovery", source),
+    return report.table(
+        source,
+        "ability-recovery",
         "Do gates find the abilities that the tasks are known to share?",
         ["measure", "measured", "by chance", "p-value"],
         rows,
-        "The built-in tasks were made from known abilities. The p-value is the share of random reassignments of "
-        "abilities that do at least as well.",
-        report.origins(source, "ability_recovery"),
-        run=report.run(source),
+        "ability_recovery",
+        caption="The built-in tasks were made from known abilities. The p-value is the share of random reassignments "
+        "of abilities that do at least as well.",
     )

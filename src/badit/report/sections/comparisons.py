@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from badit.evaluation.results import MethodSummary, Results, task_means
+from badit.evaluation.results import RESULTS, MethodSummary, Results, task_means
 from badit.evaluation.statistics import Difference, Spread
 from badit.report.blocks import Block, Cell, Figure, Note, Origin, Table
 from badit.report.context import Report
@@ -37,7 +37,7 @@ def comparison_blocks(report: Report, source: Source) -> list[Block]:
     results = source.results
     assert results is not None
     summaries = source.summaries
-    origins = [report.origin(source, "results.json")]
+    origins = [report.origin(source, RESULTS)]
     if not summaries:
         return [Note("No run of this comparison is finished yet.", "")]
     found = {summary.method: summary.difference for summary in summaries if summary.difference is not None}
@@ -87,13 +87,13 @@ def _summary_table(
             f"against {results.reference} [95\u00a0%]",
             [Cell(difference_text(s.difference), s.difference.mean if s.difference else None) for s in summaries],
         ),
-        ("rank", [Cell(number(s.rank, 0), s.rank) for s in summaries]),
-        ("task rank", [Cell(number(s.task_rank, 1), s.task_rank) for s in summaries]),
+        ("rank", [Cell.of(s.rank, 0) for s in summaries]),
+        ("task rank", [Cell.of(s.task_rank) for s in summaries]),
         ("runs", [Cell(str(s.runs), s.runs) for s in summaries]),
         ("learning rate", [Cell(s.learning_rate or UNKNOWN, _first_number(s.learning_rate)) for s in summaries]),
         ("trainable parameters", [Cell(whole(s.trainable_parameters), s.trainable_parameters) for s in summaries]),
         ("training", [Cell(duration(s.seconds), s.seconds) for s in summaries]),
-        ("peak memory", [Cell(number(s.peak_memory_gib, 1, unit=" GiB"), s.peak_memory_gib) for s in summaries]),
+        ("peak memory", [Cell.of(s.peak_memory_gib, unit=" GiB") for s in summaries]),
     ]
     known = [(title, cells) for title, cells in columns if any(cell.text != UNKNOWN for cell in cells)]
     return Table(
@@ -119,7 +119,7 @@ def _method_table(
     rows = [
         [
             Cell(report.names[task], hint=task),
-            *(score_cell(by_method[method], strong=by_method[method] == max(by_method.values())) for method in methods),
+            *(Cell.of(by_method[method], strong=by_method[method] == max(by_method.values())) for method in methods),
         ]
         for task, by_method in means.items()
     ]
@@ -132,10 +132,6 @@ def _omitted(cell: Any) -> str:
     place += [f"order {cell.order}"] if cell.order is not None else []
     reason = " ".join((cell.error or "").split())
     return f"{', '.join(place)}: {cell.status}" + (f" ({reason:.160})" if reason else "")
-
-
-def score_cell(value: float | None, *, strong: bool = False) -> Cell:
-    return Cell(number(value), value, strong=strong)
 
 
 def _spread(spread: Spread | None) -> Cell:

@@ -114,23 +114,23 @@ def _pairs_table(report: Report, source: Source, overall: Records) -> Table:
                 f"{report.names[record['task_a']]} × {report.names[record['task_b']]}",
                 hint=f"{record['task_a']} × {record['task_b']}",
             ),
-            _cell(record["cosine"], 3),
-            _cell(record["corrected_cosine"], 2),
-            _cell(record["magnitude_similarity"], 2),
+            Cell.of(record["cosine"], 3),
+            Cell.of(record["corrected_cosine"], 2),
+            Cell.of(record["magnitude_similarity"], 2),
         ]
         for record in shown
     ]
     left_out = len(known) - len(shown)
-    return Table(
-        report.key("gradient-pairs", source),
+    return report.table(
+        source,
+        "gradient-pairs",
         "Pairs of tasks, the most conflicting first",
         ["pair", "cosine", "corrected cosine", "magnitude similarity"],
         rows,
-        "The corrected cosine is what the cosine would be without the noise of few instances; a dash: the halves of a "
-        "task agree too little to tell. Magnitude similarity is 1 where both gradients are as large."
+        "gradient_overall",
+        caption="The corrected cosine is what the cosine would be without the noise of few instances; a dash: the "
+        "halves of a task agree too little to tell. Magnitude similarity is 1 where both gradients are as large."
         + (f" {left_out} pairs in the middle are left out." if left_out else ""),
-        report.origins(source, "gradient_overall"),
-        run=report.run(source),
     )
 
 
@@ -141,20 +141,20 @@ def _tasks_table(report: Report, source: Source, tasks: Records) -> Table:
             Cell(report.names[record["task"]], hint=record["task"]),
             *([Cell(_called(record["parameters"]))] if several else []),
             Cell(_three_digits(record["norm"]), record["norm"]),
-            _cell(record["reliability"], 2),
+            Cell.of(record["reliability"], 2),
             Cell(whole(record["instances"]), record["instances"]),
         ]
         for record in tasks
     ]
-    return Table(
-        report.key("gradient-tasks", source),
+    return report.table(
+        source,
+        "gradient-tasks",
         "Gradients of single tasks",
         ["task", *(["parameters"] if several else []), "norm", "reliability", "instances"],
         rows,
-        "A task with a large norm weighs more in a mixed batch; one with low reliability needs more instances to be "
-        "measured well.",
-        report.origins(source, "gradient_tasks"),
-        run=report.run(source),
+        "gradient_tasks",
+        caption="A task with a large norm weighs more in a mixed batch; one with low reliability needs more instances "
+        "to be measured well.",
     )
 
 
@@ -166,10 +166,6 @@ def _first(report: Report, kinds: Sequence[str]) -> Records:
 
 def _called(kind: str) -> str:
     return {"adapter": "adapter's parameters", "weights": "the model's weights"}.get(kind, kind)
-
-
-def _cell(value: float | None, digits: int) -> Cell:
-    return Cell(number(value, digits), value)
 
 
 def _three_digits(value: float | None) -> str:

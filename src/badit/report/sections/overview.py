@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from badit.evaluation.results import RESULTS
 from badit.report.blocks import Block, Findings, Section, Summary, Tile
 from badit.report.context import Report
 from badit.report.findings import findings
@@ -87,7 +88,7 @@ def _of_comparison(report: Report, source: Source) -> Summary:
     how = "all tasks mixed" if results.protocol == "mixed" else "one task after another"
     what = f"A comparison of {counted(len(results.methods), 'method')}, {how}"
     text = f"{what}; differences are taken to {results.reference}."
-    return Summary(source.label, text, tiles, [report.origin(source, "results.json")])
+    return Summary(source.label, text, tiles, [report.origin(source, RESULTS)])
 
 
 def _number(values: dict[str, Any], key: str) -> float | None:

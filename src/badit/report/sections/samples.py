@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from badit.data import own_input
 from badit.evaluation.metrics import Prediction, exact_match, rouge_l
 from badit.report.blocks import Answer, Note, Sample, Samples, Section
 from badit.report.context import Report, quoted
@@ -70,7 +71,7 @@ def _answer(run: str, answer: Prediction) -> Answer:
 
 def _question(prompt: str) -> str:
     """The instance's own input, out of a prompt in the official encodings; else the prompt's end."""
-    text = prompt.rpartition("Input: ")[2].partition("\nOutput:")[0].strip() or prompt
+    text = own_input(prompt) or prompt
     return text if len(text) <= _QUESTION else "…" + text[-_QUESTION:]
 
 

@@ -9,7 +9,7 @@ from badit.evaluation.results import Scores
 from badit.report.blocks import Block, Cell, Figure, Heading, Note, Origin, Section, Table
 from badit.report.context import Report, quoted
 from badit.report.figures import learning
-from badit.report.sections.comparisons import comparison_blocks, difference_figure, score_cell
+from badit.report.sections.comparisons import comparison_blocks, difference_figure
 from badit.report.sources import Source
 from badit.report.wording import counted, listed, whole
 
@@ -79,9 +79,9 @@ def _task_table(
         sizes = [entry.instances for entry in entries if entry]
         row = [Cell(report.names[task], hint=task), Cell(whole(max(sizes)), max(sizes))]
         for entry in entries:
-            row += [score_cell(getattr(entry, metric, None)) for metric in _METRICS]
+            row += [Cell.of(getattr(entry, metric, None)) for metric in _METRICS]
         rows.append(row)
-    means = [score_cell(getattr(scores, metric), strong=True) for scores in by_run.values() for metric in _METRICS]
+    means = [Cell.of(getattr(scores, metric), strong=True) for scores in by_run.values() for metric in _METRICS]
     footer = [Cell("mean over tasks", strong=True), Cell(""), *means]
     return Table(key, "The same in numbers", header, rows, "Click a heading to sort.", origins, footer)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from badit.evaluation.results import RESULTS
 from badit.report.blocks import Block, Details, Note, Section
 from badit.report.context import Report
 from badit.report.sources import Source
@@ -29,7 +30,7 @@ def section(report: Report) -> Section:
         for method, cell in _cells(source):
             parts = {key: cell.get(key) for key in ("learning_rate", "seed", "order", "config", "environment")}
             text = _as_yaml({key: value for key, value in parts.items() if value})
-            blocks.append(Details(f"{name}{method}", text, [report.origin(source, "results.json")]))
+            blocks.append(Details(f"{name}{method}", text, [report.origin(source, RESULTS)]))
     return Section("settings", "Configuration and environment", _LEAD, blocks or [Note("Nothing is recorded.")])
 
 
@@ -38,7 +39,7 @@ def _cells(source: Source) -> Iterator[tuple[str, Mapping[str, Any]]]:
     if source.results is None:
         return
     seen = set()
-    for cell, raw in zip(source.results.cells, read_json(source.path / "results.json")["cells"], strict=True):
+    for cell, raw in zip(source.results.cells, read_json(source.path / RESULTS)["cells"], strict=True):
         if cell.counts and cell.method not in seen:
             seen.add(cell.method)
             yield cell.method, raw
