@@ -16,6 +16,7 @@ from transformers import TrainingArguments
 from badit.data import AnswerCollator, batches_by_task, mixture
 from badit.recipe import Recipe
 from badit.runs import RunFolder, environment, is_main_process, peak_memory, read_json, replace_folder, write_json
+from badit.training.attention import fast_on_short_sequences
 from badit.training.callbacks import MetricsLog, ProgressBar, StopOnSignal
 from badit.training.method import Method
 from badit.training.plan import Plan, Stage, base_model, encoded, make_plan, pad_id
@@ -100,7 +101,7 @@ def _train_stage(plan: Plan, stage: Stage, number: int, learnt: Path | None, pro
     trainer.remove_callback(transformers.PrinterCallback)  # prints the log lines, which metrics.jsonl has
     checkpoint = folder.last_checkpoint(method.checkpoint_files)
     started = time.monotonic()
-    with StopOnSignal() as stop:
+    with StopOnSignal() as stop, fast_on_short_sequences(base):
         trainer.add_callback(stop)
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     seconds = time.monotonic() - started

@@ -1,0 +1,47 @@
+"""Decoding with an adapter: tokens a second beside the base model's, and beside one merged weight.
+
+    python benchmarks/speed/decoding.py
+
+Greedy, one prompt of 128 tokens at a time and eight, 64 new tokens each; end tokens are switched off.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from measure import in_turns, keep, options, ratio
+from workload import adapted, base
+
+from badit.cli.quiet import quiet_environment, quiet_loading
+
+PROMPT, NEW = 128, 64
+ROWS = (1, 8)
+DTYPE = "bfloat16"
+
+
+def decoder(model: Any, rows: int) -> Callable[[], object]:
+    prompts = torch.randint(0, 49_000, (rows, PROMPT), generator=torch.Generator().manual_seed(0))
+    settings = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False, "pad_token_id": 0}
+    return lambda: model.generate(input_ids=prompts, attention_mask=torch.ones_like(prompts), **settings)
+
+
+def main(arguments: argparse.Namespace) -> None:
+    models: dict[str, Any] = {"base": base(DTYPE).eval()}
+    models |= {name: adapted(name, DTYPE).eval() for name in ("lora", "badit", "badit folded")}
+    models["merged"] = adapted("lora", DTYPE).eval().merge_and_unload()  # pyright: ignore
+    result: dict[str, Any] = {}
+    for rows in ROWS:
+        samples = in_turns({name: decoder(model, rows) for name, model in models.items()}, rounds=arguments.rounds)
+        speeds = {name: [rows * NEW / value for value in values] for name, values in samples.items()}
+        ratios = {name: ratio(samples, "base", name) for name in models if name != "base"}
+        result[f"{rows} prompts at a time"] = {"tokens per second": speeds, "speed to the base model's": ratios}
+    keep("decoding", {"prompt tokens": PROMPT, "new tokens": NEW, "dtype": DTYPE, **result})
+
+
+if __name__ == "__main__":
+    quiet_environment()
+    quiet_loading()
+    main(options(__doc__, rounds=7).parse_args())

@@ -1,0 +1,96 @@
+"""How the speed benchmarks measure: alternatives in turns, raw samples kept, ratios taken round by round.
+
+Speeds of shared machines drift by more than the differences of interest, but slowly. So each round runs every
+alternative once, a ratio is taken within a round, and the median over rounds is what counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from badit.runs import environment, write_json
+
+RESULTS = Path(__file__).parents[1] / "results" / "speed"
+
+Samples = dict[str, list[float]]
+
+
+def in_turns(alternatives: Mapping[str, Callable[[], object]], *, rounds: int, warmup: int = 1) -> Samples:
+    """Wall-clock seconds of every call: {alternative: [one a round]}. The warm-up's are thrown away."""
+    samples: Samples = {name: [] for name in alternatives}
+    for number in tqdm(range(warmup + rounds), desc="Rounds", unit="round", leave=False):
+        for name, call in alternatives.items():
+            gc.collect()
+            started = time.perf_counter()
+            call()
+            if number >= warmup:
+                samples[name].append(time.perf_counter() - started)
+    return samples
+
+
+def ratio(samples: Mapping[str, Sequence[float]], numerator: str, denominator: str) -> dict[str, Any]:
+    """The ratio of two alternatives, round by round, and its median."""
+    values = [a / b for a, b in zip(samples[numerator], samples[denominator], strict=True)]
+    return {"median": statistics.median(values), "values": values}
+
+
+def peak_memory_of(script: str, *arguments: str) -> int:
+    """Bytes of resident memory at the peak of a fresh process: ``python SCRIPT ARGUMENTS``, which prints it last."""
+    done = subprocess.run([sys.executable, script, *arguments], stdout=subprocess.PIPE, text=True, check=True)
+    return int(done.stdout.split()[-1])
+
+
+def own_peak_memory() -> int:
+    """Bytes. Of this process alone: what getrusage gives begins with the memory of the process that started it."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    raise OSError("/proc/self/status has no VmHWM; the memory benchmarks need Linux")
+
+
+def keep(name: str, result: Mapping[str, Any]) -> None:
+    """Writes ``results/speed/NAME.json``, with versions and hardware, and prints its medians."""
+    write_json(RESULTS / f"{name}.json", {"environment": environment(), **result})
+    print(json.dumps(_medians(result), indent=1))
+
+
+def _medians(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _medians(item) for key, item in value.items()}
+    if isinstance(value, list) and value and all(isinstance(item, float) for item in value):
+        return f"median {statistics.median(value):.4g} of {len(value)}"
+    return value
+
+
+def options(description: str | None, *, rounds: int = 5) -> argparse.ArgumentParser:
+    """Every script's command line: its docstring's first line and ``--rounds``."""
+    parser = argparse.ArgumentParser(description=(description or "").splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=rounds, help=f"measured rounds (default: {rounds})")
+    return parser
+
+
+def matmul_peak(dtype: torch.dtype, *, size: int = 2048, rounds: int = 7) -> float:
+    """Floating-point operations a second of one large square matrix product, the best of some rounds."""
+    a, b = torch.randn(size, size, dtype=dtype), torch.randn(size, size, dtype=dtype)
+    seconds = in_turns({"product": lambda: a @ b}, rounds=rounds)["product"]
+    return 2 * size**3 / min(seconds)
+
+
+def memory_bandwidth(*, bytes_: int = 2**29, rounds: int = 5) -> float:
+    """Bytes a second, read and written, of copying a large tensor, the best of some rounds."""
+    source = torch.ones(bytes_, dtype=torch.uint8)
+    target = torch.empty_like(source)
+    seconds = in_turns({"copy": lambda: target.copy_(source)}, rounds=rounds)["copy"]
+    return 2 * bytes_ / min(seconds)

@@ -1,0 +1,108 @@
+"""DOG: its share of a training run, and what one layer costs as components and weights grow.
+
+    python benchmarks/speed/regrouping.py
+
+Two parts have different sizes: the Gram matrix of a layer's gradients, taken at every optimizer step, and the grouping
+that is solved on the mean of those every 20 steps. The exponents are slopes of log seconds over log size.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+import time
+from typing import Any
+
+import numpy as np
+import torch
+from measure import in_turns, keep, options
+from transformers import TrainerControl, TrainerState, TrainingArguments
+from workload import adapted, batch, training_step
+
+from badit import RegroupCallback
+from badit.cli.quiet import quiet_environment, quiet_loading
+from badit.method import cosine_gram, group_components
+
+EVERY = 20
+COMPONENTS = (32, 64, 128, 256, 512)
+SIZES = (2_000, 5_000, 10_000, 20_000)
+EXPERTS = 8
+
+
+def share(rounds: int) -> dict[str, Any]:
+    """Seconds of a step without DOG, of its Grams at each step, and of one regrouping of all 30 layers."""
+    model = adapted("badit", "bfloat16")
+    inputs = batch(4, 320)
+    step = training_step(model, inputs)
+    callback = RegroupCallback(every=EVERY, stop=1.0, probe=batch(2, 160), log_path="/dev/null")
+    args = TrainingArguments(output_dir="unused", report_to=[], use_cpu=True)
+    state, control = TrainerState(max_steps=10**6, is_world_process_zero=False), TrainerControl()
+    callback.on_train_begin(args, state, control, model=model)
+    step()
+    seconds: dict[str, list[float]] = {"step": [], "grams": [], "regrouping": []}
+    for _ in range(rounds):
+        seconds["step"].append(_timed(step))
+        _gradients(model)
+        seconds["grams"].append(_timed(lambda: callback.on_pre_optimizer_step(args, state, control)))
+        state.global_step += EVERY
+        seconds["regrouping"].append(_timed(lambda: callback.on_step_end(args, state, control)))
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    dog = medians["grams"] + medians["regrouping"] / EVERY
+    return {"every": EVERY, "seconds": seconds, "share of training": dog / (medians["step"] + dog)}
+
+
+def _gradients(model: torch.nn.Module) -> None:
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.randn_like(parameter)
+
+
+def _timed(call: Any) -> float:
+    started = time.perf_counter()
+    call()
+    return time.perf_counter() - started
+
+
+def one_layer(rounds: int) -> dict[str, Any]:
+    """Seconds by number of components N (of 8 experts) and by the length D of a component."""
+    grams, groupings = {}, {}
+    for components in COMPONENTS:
+        current = np.arange(components) // (components // EXPERTS)
+        for size in SIZES:
+            rows = torch.randn(components, size // 2)
+            columns = torch.randn(size // 2, components)
+            grams[f"N {components}, D {size}"] = lambda rows=rows, columns=columns: cosine_gram(rows, columns)
+        gram = cosine_gram(rows, columns).double().numpy()
+        groupings[f"N {components}"] = lambda gram=gram, current=current: group_components(gram, current)
+    gram_seconds = in_turns(grams, rounds=rounds)
+    grouping_seconds = in_turns(groupings, rounds=rounds)
+    medians = {name: statistics.median(values) for name, values in (gram_seconds | grouping_seconds).items()}
+    largest_D = {n: medians[f"N {n}, D {SIZES[-1]}"] for n in COMPONENTS}
+    return {
+        "gram seconds": gram_seconds,
+        "grouping seconds": grouping_seconds,
+        "exponents": {
+            f"gram in N at D {SIZES[-1]}": _slope(largest_D),
+            "gram in D at N 128": _slope({d: medians[f"N 128, D {d}"] for d in SIZES}),
+            "grouping in N": _slope({n: medians[f"N {n}"] for n in COMPONENTS}),
+        },
+        f"one layer at N 128, D {SIZES[-1]}: seconds": medians[f"N 128, D {SIZES[-1]}"] + medians["N 128"],
+    }
+
+
+def _slope(seconds: dict[int, float]) -> float:
+    """Least squares of log seconds on log size."""
+    x = [math.log(size) for size in seconds]
+    y = [math.log(value) for value in seconds.values()]
+    return statistics.linear_regression(x, y).slope
+
+
+def main(arguments: argparse.Namespace) -> None:
+    keep("regrouping", {**share(arguments.rounds), "one layer": one_layer(arguments.rounds)})
+
+
+if __name__ == "__main__":
+    quiet_environment()
+    quiet_loading()
+    main(options(__doc__, rounds=7).parse_args())

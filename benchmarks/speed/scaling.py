@@ -1,0 +1,72 @@
+"""How BADIT's training step grows: with components, sequence length, batch and tasks.
+
+    python benchmarks/speed/scaling.py
+
+Seconds and peak memory of a step on SmolLM2-135M in bfloat16, one quantity varied at a time from 8 experts of rank 4
+and 4 rows of 320 tokens. Tasks change nothing in BADIT, whose parameters do not belong to tasks; MTL-LoRA, which has a
+matrix for each task, is beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from typing import Any
+
+from measure import in_turns, keep, options, own_peak_memory, peak_memory_of
+from workload import adapted, base, batch, training_step
+
+from badit.cli.quiet import quiet_environment, quiet_loading
+from badit.training.methods import build_method
+
+DTYPE = "bfloat16"
+START = {"experts": 8, "rank": 4, "rows": 4, "tokens": 320}
+VARIED: dict[str, list[int]] = {
+    "experts": [2, 8, 32, 64],
+    "tokens": [80, 160, 320, 640, 1024],
+    "rows": [1, 2, 4, 8],
+}
+TASKS = (4, 16, 64)
+
+
+def step_of(name: str, experts: int, rank: int, rows: int, tokens: int) -> Callable[[], None]:
+    return training_step(adapted(name, DTYPE, experts=experts, rank=rank), batch(rows, tokens))
+
+
+def step_by_tasks(method: str, tasks: int) -> Callable[[], None]:
+    """A step of a method that has been told of so many tasks."""
+    names = [f"task {i}" for i in range(tasks)]
+    model = build_method({"name": method}).apply(base(DTYPE), names).train()
+    inputs: dict[str, Any] = {**batch(START["rows"], START["tokens"]), "tasks": names[: START["rows"]]}
+    return training_step(model, inputs)
+
+
+def main(arguments: argparse.Namespace) -> None:
+    if arguments.memory_of:
+        step = step_of(**json.loads(arguments.memory_of))
+        step(), step()
+        print(own_peak_memory())
+        return
+    result: dict[str, Any] = {}
+    for quantity, values in VARIED.items():
+        points = {
+            f"{name}, {value}": {"name": name, **START, quantity: value}
+            for name in ("badit", "lora")
+            for value in values
+        }
+        result[quantity] = {
+            "seconds": in_turns({key: step_of(**point) for key, point in points.items()}, rounds=arguments.rounds),
+            "peak bytes": {k: peak_memory_of(__file__, "--memory-of", json.dumps(p)) for k, p in points.items()},
+        }
+    steps = {f"{m}, {n}": step_by_tasks(m, n) for m in ("badit", "mtl-lora") for n in TASKS}
+    result["tasks"] = {"seconds": in_turns(steps, rounds=arguments.rounds)}
+    keep("scaling", {"start": START, "dtype": DTYPE, **result})
+
+
+if __name__ == "__main__":
+    quiet_environment()
+    quiet_loading()
+    parser = options(__doc__)
+    parser.add_argument("--memory-of", help="print the peak memory of two steps, in bytes, and stop; a point as JSON")
+    main(parser.parse_args())

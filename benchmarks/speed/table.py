@@ -1,0 +1,175 @@
+"""Writes the tables of docs/performance.md from the JSON files under benchmarks/results/speed.
+
+python benchmarks/speed/table.py
+"""
+
+from __future__ import annotations
+
+import re
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from badit.runs import read_json, write_text
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks" / "results" / "speed"
+PAGE = ROOT / "docs" / "performance.md"
+_BLOCK = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
+
+
+class Row(NamedTuple):
+    """One target: what was measured, against what, and whether it is met."""
+
+    what: str
+    against: str
+    value: float
+    target: float
+    at_least: bool
+    form: Callable[[float], str]
+
+    def cells(self) -> list[str]:
+        met = self.value >= self.target if self.at_least else self.value <= self.target
+        sign = "≥" if self.at_least else "≤"
+        return [
+            self.what,
+            self.against,
+            self.form(self.value),
+            f"{sign} {self.form(self.target)}",
+            "yes" if met else "**no**",
+        ]
+
+
+def _times(value: float) -> str:
+    return f"{value:.2f} ×"
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.2g} %"
+
+
+def _seconds(value: float) -> str:
+    return f"{1000 * value:.0f} ms" if value < 1 else f"{value:.1f} s"
+
+
+def _median(values: list[float]) -> float:
+    return statistics.median(values)
+
+
+def targets() -> list[Row]:
+    step, regrouping, svd = _read("training_step"), _read("regrouping"), _read("decomposition")
+    rows = []
+    for dtype in ("bfloat16", "float32"):
+        one = step[dtype]
+        lora, badit = one["ratio to lora"], one["ratio to badit"]
+        rows += [
+            Row(f"training step, {dtype}", "PEFT LoRA, r 32", lora["badit"]["median"], 1.03, False, _times),
+            Row(f"the same, folded, {dtype}", "PEFT LoRA, r 32", lora["badit folded"]["median"], 1.0, False, _times),
+            Row(f"peak memory, {dtype}", "PEFT LoRA, r 32", one["peak ratio to lora"]["badit"], 1.05, False, _times),
+        ]
+        for peer in ("experts in a loop", "experts per sequence"):
+            rows.append(Row(f"speed of a step, {dtype}", peer, badit[peer]["median"], 1.5, True, _times))
+    layer = regrouping["one layer"]
+    one_layer = next(value for key, value in layer.items() if key.startswith("one layer"))
+    end, scored, decoded, imported = _read("end_to_end"), _read("evaluation"), _read("decoding"), _read("imports")
+    decoding = decoded["1 prompts at a time"]["speed to the base model's"]
+    return [
+        *rows,
+        Row("DOG, every 20 steps", "the run's time", regrouping["share of training"], 0.005, False, _percent),
+        Row("DOG of one layer, N 128, D 20,000", "–", one_layer, 0.05, False, _seconds),
+        Row(
+            "speed of the SVD, 4096 × 14336, N 32",
+            "torch's exact SVD",
+            svd["exact / randomised"]["median"],
+            20,
+            True,
+            _times,
+        ),
+        Row("starting on SmolLM2, 30 layers", "–", _median(svd["initialisation seconds"]), 2.0, False, _seconds),
+        Row(
+            "training, tokens a second",
+            "TRL SFTTrainer + LoRA",
+            end["speed to TRL's"]["badit, BADIT"]["median"],
+            1.5,
+            True,
+            _times,
+        ),
+        Row(
+            "scoring, answers a second",
+            "generate in file order",
+            scored["speed to the plain loop's"]["median"],
+            2.0,
+            True,
+            _times,
+        ),
+        Row("decoding, tokens a second", "base model", decoding["badit"]["median"], 0.95, True, _times),
+        Row("decoding, merged", "base model", decoding["merged"]["median"], 1.0, True, _times),
+        Row("`import badit`", "–", _median(imported["seconds"]["import badit"]), 0.3, False, _seconds),
+        Row("`badit --help`", "–", _median(imported["seconds"]["badit --help"]), 0.5, False, _seconds),
+    ]
+
+
+def steps() -> list[list[str]]:
+    """Seconds of a step by adapter, and how often the floor fits into it."""
+    rows = []
+    for dtype in ("bfloat16", "float32"):
+        one = _read("training_step")[dtype]
+        floor = one["floor seconds"]
+        rows.append([dtype, "floor: the base model's products", f"{floor:.2f}", "1.00", ""])
+        for name, values in one["seconds"].items():
+            gib = one["peak bytes"][name] / 2**30
+            rows.append([dtype, name, f"{_median(values):.2f}", f"{_median(values) / floor:.2f}", f"{gib:.2f}"])
+    return rows
+
+
+def growth() -> list[list[str]]:
+    """Seconds and memory of a step by what was varied."""
+    scaling = _read("scaling")
+    rows = []
+    for quantity, one in scaling.items():
+        if not isinstance(one, dict) or "seconds" not in one:
+            continue
+        for point, values in one["seconds"].items():
+            name, value = point.rsplit(", ", 1)
+            memory = one.get("peak bytes", {}).get(point)
+            rows.append([quantity, value, name, f"{_median(values):.2f}", f"{memory / 2**30:.2f}" if memory else ""])
+    return rows
+
+
+def dog() -> list[list[str]]:
+    """Milliseconds of one layer's Gram and grouping."""
+    layer = _read("regrouping")["one layer"]
+    rows = []
+    for point, values in layer["gram seconds"].items():
+        components, size = (part.split()[1] for part in point.split(", "))
+        grouping = _median(layer["grouping seconds"][f"N {components}"])
+        rows.append([components, size, f"{1000 * _median(values):.2f}", f"{1000 * grouping:.1f}"])
+    return rows
+
+
+TABLES: dict[str, tuple[list[str], Callable[[], list[list[str]]]]] = {
+    "targets": (["what", "against", "measured", "target", "met"], lambda: [row.cells() for row in targets()]),
+    "steps": (["dtype", "adapter", "s", "× floor", "peak GiB"], steps),
+    "growth": (["varied", "value", "adapter", "s", "peak GiB"], growth),
+    "dog": (["N", "D", "Gram, each step, ms", "grouping, every 20 steps, ms"], dog),
+}
+
+
+def render(page: str) -> str:
+    """The page with every table made anew."""
+
+    def block(match: re.Match[str]) -> str:
+        header, rows = TABLES[match[2]]
+        lines = [header, ["---"] * len(header), *rows()]
+        return match[1] + "".join("| " + " | ".join(line) + " |\n" for line in lines) + match[3]
+
+    return _BLOCK.sub(block, page)
+
+
+def _read(name: str) -> dict[str, Any]:
+    return read_json(RESULTS / f"{name}.json")
+
+
+if __name__ == "__main__":
+    write_text(PAGE, render(PAGE.read_text(encoding="utf-8")))

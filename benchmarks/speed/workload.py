@@ -1,0 +1,92 @@
+"""What the speed benchmarks run: SmolLM2-135M with adapters, a batch, and a training step."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from loops import use_loops
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+from badit import BaditConfig, load_base_model
+from badit.recipe import build_recipe
+from badit.training.plan import encoded, make_plan
+from badit.training.trainer import answer_losses
+
+MODEL = "smollm2-135m"
+EXPERTS, RANK = 8, 4
+TARGETS = ["gate_proj"]
+
+ADAPTERS = ("lora", "badit", "badit folded", "experts in a loop", "experts per sequence")
+
+
+def base(dtype: str) -> Any:
+    torch.manual_seed(0)
+    model, _ = load_base_model(MODEL, dtype=dtype)  # pyright: ignore[reportArgumentType]
+    return model
+
+
+def adapted(name: str, dtype: str, *, experts: int = EXPERTS, rank: int = RANK) -> nn.Module:
+    """SmolLM2 in training mode with rank ``experts · rank`` on every MLP's gate projection, as in the paper."""
+    model = base(dtype)
+    if name == "lora":
+        width = experts * rank
+        config = LoraConfig(r=width, lora_alpha=8 * width, target_modules=TARGETS, task_type="CAUSAL_LM")
+        return get_peft_model(model, config).train()
+    folded = name == "badit folded"
+    config = BaditConfig(
+        num_experts=experts,
+        r=rank,
+        lora_alpha=8 * rank,
+        lora_dropout=0.0,
+        target_modules=TARGETS,
+        base_weight="folded" if folded else "delta",
+        task_type="CAUSAL_LM",
+    )
+    model = get_peft_model(model, config).train()
+    if name.startswith("experts"):
+        use_loops(model, per_sequence=name.endswith("sequence"))
+    return model
+
+
+def batch(rows: int, tokens: int, *, answer: int = 20, vocabulary: int = 49_000) -> dict[str, torch.Tensor]:
+    """Random prompts of ``tokens − answer`` tokens and answers of ``answer``."""
+    generator = torch.Generator().manual_seed(0)
+    input_ids = torch.randint(0, vocabulary, (rows, tokens), generator=generator)
+    labels = input_ids.clone()
+    labels[:, :-answer] = -100
+    return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), "labels": labels}
+
+
+def training_step(model: nn.Module, inputs: dict[str, torch.Tensor]) -> Callable[[], None]:
+    """Forward pass, loss on the answers, backward pass, AdamW: the same for every adapter."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+
+    def step() -> None:
+        losses, _, _ = answer_losses(model, inputs, model)
+        losses.mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def data_options(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Adds ``--data``, for benchmarks on real prompts."""
+    parser.add_argument(
+        "--data", default="builtin", help="a folder of tasks, such as SuperNI (default: built-in tasks)"
+    )
+    return parser
+
+
+def instances(tokenizer: Any, source: str, split: str, per_task: int) -> list[dict[str, Any]]:
+    """The first instances of every task, encoded for training (``train``) or generation (``test``), in file order."""
+    recipe = build_recipe({"data": {"source": source, "train_per_task": per_task, "test_per_task": per_task}})
+    return [
+        encoded(tokenizer, recipe, task, instance, answer=split == "train")
+        for task in make_plan(recipe).tasks
+        for instance in getattr(task, split)
+    ]
