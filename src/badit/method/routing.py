@@ -67,7 +67,10 @@ def updated_moments(moments_2I: torch.Tensor, batches: torch.Tensor, new_2I: tor
 def standardised(x: torch.Tensor, moments_2I: torch.Tensor) -> torch.Tensor:
     """x̂ (…, I) in x's dtype; 0 in a feature that has not varied yet."""
     mean_I, variance_I = moments_2I
-    unit = torch.where(variance_I > 0, (x.float() - mean_I) * variance_I.rsqrt(), 0.0)
+    varies_I = variance_I > 0
+    # where() twice: the gradient of what the outer one leaves out would be 0 · ∞.
+    scale_I = torch.where(varies_I, variance_I, 1.0).rsqrt()
+    unit = torch.where(varies_I, (x.float() - mean_I) * scale_I, 0.0)
     return (unit * (_NORM / math.sqrt(x.shape[-1]))).to(x.dtype)
 
 
