@@ -38,14 +38,14 @@ CONVERTER_VERSION = 1
 # Written last, so that it also marks a finished folder: file name -> size in bytes.
 MANIFEST = "manifest.json"
 
-DTYPES = ("auto", "float32", "bfloat16")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def load_base_model(
     name: str | Path,
     *,
-    dtype: Literal["float32", "bfloat16", "auto"] | torch.dtype = "auto",
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] | torch.dtype = "auto",
     trust_remote_code: bool = False,
     revision: str | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -19,7 +19,7 @@ from badit.data.prompts import ChatTemplate, PromptEncoding
 from badit.errors import BaditError, nearest
 from badit.yaml_values import parse_yaml
 
-Dtype = Literal["auto", "float32", "bfloat16"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 # YAML reads a task's number, such as 363, as an integer.
 TaskName = Annotated[str, Field(coerce_numbers_to_str=True)]
 
@@ -80,6 +80,10 @@ class TrainingSection(_Section):
     gradient_checkpointing: bool = False
     group_by_length: bool = Field(True, description="batches of similar length")
     seed: int = 0
+    deterministic: bool = Field(False, description="only operations that give the same bits every time, if slower")
+    max_skipped_steps: int = Field(
+        10, ge=0, description="steps with a loss or gradient that is not finite to skip before the run stops"
+    )
     log_every: int = Field(10, ge=1, description="steps between lines of metrics.jsonl")
     save_every: int = Field(100, ge=1, description="steps between checkpoints")
 

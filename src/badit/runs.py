@@ -16,22 +16,32 @@ stages/NN-TASK/    of a sequence of tasks: the same files after each of them; ad
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import platform
+import re
 import resource
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 from badit.errors import BaditError
 from badit.recipe import Recipe, differing_keys, dump_recipe, load_recipe
 
 _PACKAGES = ("badit", "torch", "transformers", "peft", "accelerate", "safetensors", "scipy", "numpy", "trl")
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# safetensors gives the number in its text; torch's writer only says that it wrote less than it should.
+_TELLS_OF_FULL_DISK = re.compile(
+    rf"os error ({'|'.join(map(str, _FULL))})\b|PytorchStreamWriter failed|inline_container"
+)
 
 
 class RunFolder:
@@ -95,16 +105,6 @@ class RunFolder:
     def recipe(self) -> Recipe:
         return load_recipe(self.config)
 
-    def last_checkpoint(self, needs: tuple[str, ...] = ()) -> Path | None:
-        """The newest checkpoint that was written to its end, which its last file and those in ``needs`` show."""
-        complete = [
-            folder
-            for folder in self.checkpoints.glob("checkpoint-*")
-            if folder.name.removeprefix("checkpoint-").isdigit()
-            and all((folder / name).is_file() for name in ("trainer_state.json", *needs))
-        ]
-        return max(complete, key=lambda folder: int(folder.name.removeprefix("checkpoint-")), default=None)
-
 
 def is_main_process() -> bool:
     """Whether this is the only process, or the first of those that accelerate or torchrun has started."""
@@ -112,10 +112,20 @@ def is_main_process() -> bool:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a file whole: never half of it, whenever the process dies."""
+    """Writes a file whole: never half of it, whenever the process or the machine dies."""
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text, encoding="utf-8", newline="\n")
+    sync(partial)
     partial.replace(path)
+
+
+def sync(path: Path) -> None:
+    """Waits until a file, or a folder's list of files, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
@@ -168,9 +178,30 @@ class StepLog:
 
 def replace_folder(partial: Path, final: Path) -> None:
     """Puts a finished folder in the place of an older one."""
+    for path in [*partial.rglob("*"), partial]:
+        sync(path)
     if final.exists():
         shutil.rmtree(final)
     os.replace(partial, final)
+    sync(final.parent)
+
+
+@contextmanager
+def full_disk_named(folder: Path) -> Iterator[None]:
+    """Turns what Python, torch and safetensors raise on a full disk into one line.
+
+    Raises:
+        BaditError: in place of theirs.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if getattr(error, "errno", None) not in _FULL and not _TELLS_OF_FULL_DISK.search(str(error)):
+            raise
+        raise BaditError(
+            f"{folder}: cannot be written, the disk (or a quota) is full; "
+            "make room, and the same command goes on from the last checkpoint"
+        ) from None
 
 
 def environment() -> dict[str, Any]:

@@ -20,6 +20,7 @@ from badit.comparison.worker import CellProcess
 from badit.evaluation.results import load_results, summarise
 from badit.recipe import build_recipe
 from badit.runs import RunFolder, read_json
+from badit.training.checkpoints import last_checkpoint
 from comparison.cells import InlineCell, Values, by_status, compared
 
 
@@ -133,7 +134,7 @@ def test_sigterm_stops_the_command_and_its_cells_which_save_their_state(values: 
         "badit: interrupted; the same command goes on from the last checkpoint",
     ]
     steps = cell.metrics.read_text().count("\n")
-    assert cell.last_checkpoint() == cell.checkpoints / f"checkpoint-{steps}"
+    assert last_checkpoint(cell.checkpoints) == cell.checkpoints / f"checkpoint-{steps}"
     assert not (cell.path / "error.txt").exists()
     time.sleep(0.5)
     assert cell.metrics.read_text().count("\n") == steps, "the cell has ended too"

@@ -52,10 +52,21 @@ def test_a_signal_saves_the_step_it_came_in(
 
 
 def test_a_second_signal_stops_at_once() -> None:
-    with StopOnSignal():
-        os.kill(os.getpid(), signal.SIGINT)
-        with pytest.raises(KeyboardInterrupt):
+    reached: list[int] = []
+
+    def signal_thrice() -> None:
+        for number in range(3):
             os.kill(os.getpid(), signal.SIGINT)
+            reached.append(number)
+
+    with pytest.raises(KeyboardInterrupt), StopOnSignal():
+        signal_thrice()
+    assert reached == [0]
+
+
+def test_a_signal_after_the_last_step_stops_too() -> None:
+    with pytest.raises(KeyboardInterrupt), StopOnSignal():
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def test_the_metrics_log_drops_what_a_resumed_run_logs_again(tmp_path: Path) -> None:

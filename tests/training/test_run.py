@@ -42,7 +42,7 @@ def test_a_run_leaves_all_its_files(recipe_values: Values) -> None:
     assert environment["training"]["steps"] == 12
     assert environment["packages"]["torch"] == version("torch")
     steps = [json.loads(line)["step"] for line in run.metrics.read_text().splitlines()]
-    assert steps == [*range(1, 13), 12]
+    assert steps == [*range(1, 13)]
     assert run.regroupings.read_text().count("\n") == 2 * 3
     assert {file.suffix for file in run.adapter.iterdir()} == {".safetensors", ".json", ".md"}
     config = json.loads((run.adapter / "adapter_config.json").read_text())
@@ -78,20 +78,7 @@ def test_an_interrupted_run_ends_as_one_that_was_not(
     for name in ("regroupings.jsonl", "predictions/cities.jsonl"):
         assert (tmp_path / "whole" / name).read_text() == (tmp_path / "run" / name).read_text()
     steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert steps == [*range(1, 13), 12]
-
-
-def test_a_checkpoint_cut_short_is_passed_over(recipe_values: Values, tmp_path: Path) -> None:
-    recipe = build_recipe(recipe_values)
-    run = RunFolder.prepare(recipe)
-    for step, files in ((5, ("trainer_state.json", "extra")), (10, ("trainer_state.json",)), (15, ())):
-        folder = run.checkpoints / f"checkpoint-{step}"
-        folder.mkdir(parents=True)
-        for name in files:
-            (folder / name).touch()
-    (run.checkpoints / "checkpoint-tmp").mkdir()
-    assert run.last_checkpoint(("extra",)) == run.checkpoints / "checkpoint-5"
-    assert run.last_checkpoint() == run.checkpoints / "checkpoint-10"
+    assert steps == [*range(1, 13)]
 
 
 def test_another_recipes_folder_is_refused(recipe_values: Values) -> None:

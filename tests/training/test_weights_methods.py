@@ -18,6 +18,7 @@ from badit.data import AnswerCollator
 from badit.errors import BaditError
 from badit.recipe import Recipe, build_recipe
 from badit.runs import RunFolder, read_json
+from badit.training.checkpoints import last_checkpoint
 from badit.training.method import WEIGHTS, Method, WeightsMethod
 from badit.training.plan import base_model, encoded, make_plan, pad_id
 from badit.training.run import fit, train
@@ -134,7 +135,7 @@ def test_an_interrupted_run_ends_as_one_that_was_not(
         patch.setattr(Method, "callbacks", lambda self, run: [StopAt(6)])
         with pytest.raises(KeyboardInterrupt):
             fit(recipe, progress=False)
-    assert RunFolder(recipe.output).last_checkpoint() is not None
+    assert last_checkpoint(RunFolder(recipe.output).checkpoints) is not None
     begun = []
 
     class Noting(TrainerCallback):

@@ -12,7 +12,7 @@ import traceback
 from pathlib import Path
 
 from badit.errors import BaditError
-from badit.runs import RunFolder, write_json, write_text
+from badit.runs import RunFolder, full_disk_named, write_json, write_text
 
 ERROR, LOG = "error.txt", "log.txt"
 
@@ -92,7 +92,8 @@ def _stop_at_end_of(lifeline: int) -> None:
 def run_cell(folder: Path, config: str, *, score: bool) -> int:
     """Does a cell's work and returns the process's exit code; what went wrong is in the folder's ``error.txt``."""
     try:
-        _run(folder, config, score=score)
+        with full_disk_named(folder):
+            _run(folder, config, score=score)
     except KeyboardInterrupt:
         return 130
     except BaditError as error:

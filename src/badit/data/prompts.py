@@ -150,7 +150,7 @@ def encode_example(
 
     Returns:
         `input_ids` and `labels` (lists of one length; the prompt's labels are -100), `prompt_length` in tokens, and
-        `task`, its name. Without the answer the prompt is all there is.
+        `task` and `id`, their names. Without the answer the prompt is all there is.
     """
     prompt = encode_prompt(
         tokenizer,
@@ -164,7 +164,13 @@ def encode_example(
             tokenizer, instance.outputs[0], max_answer_tokens=max_answer_tokens, chat_template=chat_template
         )
     labels = [IGNORED_LABEL] * len(prompt) + answer
-    return {"input_ids": prompt + answer, "labels": labels, "prompt_length": len(prompt), "task": task.name}
+    return {
+        "input_ids": prompt + answer,
+        "labels": labels,
+        "prompt_length": len(prompt),
+        "task": task.name,
+        "id": instance.id,
+    }
 
 
 def example_length(example: Mapping[str, Any]) -> int:

@@ -20,7 +20,7 @@ Shape suffixes: N = components, K = experts, I/O = in/out features. Solvers run 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -30,29 +30,44 @@ from scipy.optimize import linear_sum_assignment
 from badit.errors import BaditError
 
 Solver = Literal["swap", "paper"]
+# (tensor, "max" or "sum") -> the tensor combined over processes.
+OverShards = Callable[[torch.Tensor, Literal["max", "sum"]], torch.Tensor]
 
 # A new grouping must gain more than rounding noise, or labels would drift without reason.
 _MIN_RELATIVE_GAIN = 1e-6
 
 
-def cosine_gram(grad_A_NI: torch.Tensor, grad_B_ON: torch.Tensor) -> torch.Tensor:
+def cosine_gram(
+    grad_A_NI: torch.Tensor, grad_B_ON: torch.Tensor, over_shards: OverShards = lambda tensor, operation: tensor
+) -> torch.Tensor:
     """G_NN = [⟨ĝ_i, ĝ_j⟩] of the components' gradients, float32, on the gradients' device.
 
     The cosine makes it independent of loss scaling and gradient clipping. A component whose gradient is zero (or not
     finite) has a zero row and column: it pulls no grouping anywhere.
+
+    Args:
+        grad_A_NI, grad_B_ON: the gradients; or this process's shards of them, some columns of A and some rows of B.
+        over_shards: combines a tensor over the processes that hold the other shards, by "max" or "sum". Three tensors
+            are exchanged, of N, N and N² numbers, never a gradient.
     """
     a_NI, b_ON = grad_A_NI.detach().float(), grad_B_ON.detach().float()
     # Normalise before multiplying, and by the peak before taking norms: squares of small or large gradients vanish or
     # overflow, fp16's and float32's alike.
-    peak_N = torch.maximum(a_NI.abs().amax(dim=1), b_ON.abs().amax(dim=0))
+    peak_N = over_shards(torch.maximum(_peaks(a_NI, dim=1), _peaks(b_ON, dim=0)), "max")
     peak_N = torch.where(peak_N > 0, peak_N, 1.0)
     a_NI, b_ON = a_NI / peak_N[:, None], b_ON / peak_N
     norm_N = torch.hypot(torch.linalg.vector_norm(a_NI, dim=1), torch.linalg.vector_norm(b_ON, dim=0))
+    norm_N = over_shards(norm_N.square(), "sum").sqrt()
     usable_N = (norm_N > 0) & torch.isfinite(norm_N)
     scale_N = torch.where(usable_N, norm_N, 1.0)
     a_NI = torch.where(usable_N[:, None], a_NI / scale_N[:, None], 0.0)
     b_ON = torch.where(usable_N, b_ON / scale_N, 0.0)
-    return a_NI @ a_NI.T + b_ON.T @ b_ON
+    return over_shards(a_NI @ a_NI.T + b_ON.T @ b_ON, "sum")
+
+
+def _peaks(x: torch.Tensor, dim: int) -> torch.Tensor:
+    """The largest magnitudes along ``dim``; 0 where a shard has nothing."""
+    return x.abs().amax(dim=dim) if x.shape[dim] else x.sum(dim=dim)
 
 
 def grouping_objective(gram_NN: np.ndarray, labels_N: np.ndarray) -> float:

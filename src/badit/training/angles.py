@@ -9,13 +9,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import TrainerCallback
 
-from badit.method import cosine_gram, expert_angles
+from badit.method import expert_angles
 from badit.peft.base_layer import ExpertLayer
 from badit.runs import StepLog
+from badit.training.checkpoints import resumed_checkpoint
+from badit.training.gradients import before_step, component_gram
 from badit.training.regroup import trainable_adapters
+from badit.training.regroup_state import ANGLES_FILE, Window, load_state, mean_grams, save_state
 
 
 class AngleLog(TrainerCallback):
@@ -23,7 +25,7 @@ class AngleLog(TrainerCallback):
     :class:`badit.method.grouping.ExpertAngles`.
 
     It leaves out layers with one expert, and those whose experts share their A and so have no components of their own.
-    The window that a run is stopped in is lost: the resumed run's first line covers the steps since then.
+    Its sums are in the checkpoints, so that a resumed run logs what it would have logged otherwise.
 
     Args:
         path: the log.
@@ -34,37 +36,46 @@ class AngleLog(TrainerCallback):
         self.every = every
         self._log = StepLog(path)
         self._layers: dict[str, tuple[ExpertLayer, str]] = {}
-        self._sums: dict[str, torch.Tensor] = {}
-        self._steps = 0
+        self._windows: dict[str, Window] = {}
+        self._reads_in_engine = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        # All ranks see the same reduced gradients, and one of them writes.
-        found = trainable_adapters(kwargs["model"], ExpertLayer) if state.is_world_process_zero else ()
+        found = trainable_adapters(kwargs["model"], ExpertLayer)
         self._layers = {name: place for name, place in found if _is_mixture(*place)}
-        self._restart()
-        if self._layers:
+        self._windows = {name: Window() for name in self._layers}
+        if self._layers and state.global_step:
+            self._windows = load_state(resumed_checkpoint(args, state) / ANGLES_FILE, self._windows)
+        if self._layers and state.is_world_process_zero:
             self._log.rewind(state.global_step)
+        self._reads_in_engine = before_step(kwargs.get("optimizer"), self._read_gradients)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not self._reads_in_engine:
+            self._read_gradients()
+
+    def _read_gradients(self) -> None:
         for name, (layer, adapter) in self._layers.items():
-            grad_A, grad_B = layer.badit_A[adapter].grad, layer.badit_B[adapter].grad
-            if grad_A is not None and grad_B is not None:
-                self._sums[name] = cosine_gram(grad_A, grad_B) + self._sums.get(name, 0)
-        self._steps += 1
+            gram_NN = component_gram(layer.badit_A[adapter], layer.badit_B[adapter])
+            if gram_NN is not None:
+                self._windows[name].add(gram_NN, None)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step % self.every == 0 or state.global_step == state.max_steps:
-            self._write(state.global_step)
-            self._restart()
+            if state.is_world_process_zero:  # all processes have the same sums, and one of them writes
+                self._write(state.global_step)
+            for window in self._windows.values():
+                window.restart()
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._layers and args.should_save:
+            save_state(Path(args.output_dir) / f"checkpoint-{state.global_step}" / ANGLES_FILE, self._windows)
 
     def _write(self, step: int) -> None:
-        for name, sum_NN in self._sums.items():
+        for name, gram_NN in mean_grams(self._windows).items():
             layer, adapter = self._layers[name]
-            angles = expert_angles((sum_NN / self._steps).cpu().numpy(), layer.expert_of(adapter).cpu().numpy())
-            self._log.append({"step": step, "module": name, "window_steps": self._steps, **angles.defined()})
-
-    def _restart(self) -> None:
-        self._sums, self._steps = {}, 0
+            angles = expert_angles(gram_NN, layer.expert_of(adapter).cpu().numpy())
+            line = {"step": step, "module": name, "window_steps": self._windows[name].steps, **angles.defined()}
+            self._log.append(line)
 
 
 def _is_mixture(layer: ExpertLayer, adapter: str) -> bool:

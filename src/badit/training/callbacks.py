@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,10 +14,15 @@ from transformers import TrainerCallback
 
 from badit.baselines import BranchModel
 from badit.runs import StepLog
+from badit.training.ranks import any_of_all
 
 
 class MetricsLog(TrainerCallback):
-    """Appends the trainer's log lines to a file, less those that a resumed run is about to log again."""
+    """Appends the trainer's log lines to a file, less those that a resumed run is about to log again.
+
+    Times and rates are left out, and so is the closing line: they tell of this process, and a resumed run has had
+    several. environment.json has the training's.
+    """
 
     def __init__(self, path: Path) -> None:
         self._log = StepLog(path)
@@ -26,8 +32,14 @@ class MetricsLog(TrainerCallback):
             self._log.rewind(state.global_step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
-        if state.is_world_process_zero and logs:
-            self._log.append({"step": state.global_step, **logs})
+        if state.is_world_process_zero and logs and "loss" in logs:
+            # The gradient's norm is infinite in a step that is skipped, which JSON has no number for.
+            kept = {
+                key: value
+                for key, value in logs.items()
+                if math.isfinite(value) and not key.endswith(("_runtime", "_per_second"))
+            }
+            self._log.append({"step": state.global_step, **kept})
 
 
 class ProgressBar(TrainerCallback):
@@ -50,6 +62,10 @@ class ProgressBar(TrainerCallback):
             self._bar.set_postfix(loss=f"{logs['loss']:.3f}", refresh=False)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the bar's line, for what is written after it."""
         if self._bar is not None:
             self._bar.close()
 
@@ -73,13 +89,14 @@ def _tuner(model: Any) -> Any:
 class StopOnSignal(TrainerCallback):
     """On Ctrl-C or SIGTERM: finishes the step, saves a checkpoint, then stops. A second signal stops at once.
 
-    It must be the last callback, so that the others' state is in the checkpoint by the time it stops.
+    It must be the last callback, so that the others' state is in the checkpoint by the time it stops. Of several
+    processes all stop at the same step, whichever was told to.
     """
 
     _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
     def __init__(self) -> None:
-        self._asked = False
+        self._asked = self._stopping = False
         self._former: dict[int, Any] = {}
 
     def __enter__(self) -> StopOnSignal:
@@ -92,6 +109,8 @@ class StopOnSignal(TrainerCallback):
     def __exit__(self, *error: object) -> None:
         for number, handler in self._former.items():
             signal.signal(number, handler)
+        if self._asked and error[0] is None:  # too late for a checkpoint of its own: the last step's is there
+            raise KeyboardInterrupt
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self._asked:
@@ -99,9 +118,10 @@ class StopOnSignal(TrainerCallback):
         self._asked = True
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._asked:
+        self._stopping = any_of_all(self._asked)
+        if self._stopping:
             control.should_save = True
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._asked:
+        if self._stopping:
             raise KeyboardInterrupt

@@ -36,7 +36,6 @@ from badit.runs import RunFolder
 from badit.training.angles import AngleLog
 from badit.training.callbacks import ProjectUpdates
 from badit.training.regroup import RegroupCallback
-from badit.training.regroup_state import STATE_FILE
 from badit.training.surgery import Surgery, SurgeryTrainer
 from badit.training.trainer import AnswerTrainer
 
@@ -55,8 +54,6 @@ class Method:
     trains = False
     #: Whether the base weights must be there in float32, since they are what is trained.
     trains_base_weights = False
-    #: What a checkpoint must hold besides HF's own files.
-    checkpoint_files: tuple[str, ...] = ()
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -77,8 +74,13 @@ class Method:
         """
         return model
 
-    def save(self, model: Any, folder: Path, base_model: str) -> None:
-        """Writes what was learnt; ``base_model`` is the name that the base model goes by in the recipe."""
+    def save(
+        self, model: Any, folder: Path, base_model: str, weights: Mapping[str, torch.Tensor] | None = None
+    ) -> None:
+        """Writes what was learnt; ``base_model`` is the name that the base model goes by in the recipe.
+
+        ``weights`` are whole tensors by name, of a model that has only shards of them.
+        """
 
     def trained_parameters(self, model: Any) -> int:
         """How many numbers training changes, in a model that :meth:`apply` has made ready."""
@@ -114,7 +116,6 @@ class AdapterMethod(Method):
         self.config = config
         self.regroup = regroup
         self.surgery: Surgery | None = surgery
-        self.checkpoint_files = () if regroup is None else (STATE_FILE,)
 
     def apply(self, model: PreTrainedModel, tasks: Sequence[str] = ()) -> PeftModel:
         """PEFT's own methods adapt what BADIT would by default; a method that tells tasks apart learns their names."""
@@ -154,11 +155,13 @@ class AdapterMethod(Method):
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, UserWarning) as error:
             raise BaditError(f"{folder}: cannot be loaded ({_first_line(error)})") from None
 
-    def save(self, model: PeftModel, folder: Path, base_model: str) -> None:
+    def save(
+        self, model: PeftModel, folder: Path, base_model: str, weights: Mapping[str, torch.Tensor] | None = None
+    ) -> None:
         # The name that the recipe gives; a built-in model's own would be a folder of this machine's cache. From a name
         # PEFT would look the embeddings up on a hub, to see whether to save them too: they are frozen.
         model.peft_config["default"].base_model_name_or_path = base_model
-        model.save_pretrained(str(folder), save_embedding_layers=False)
+        model.save_pretrained(str(folder), save_embedding_layers=False, state_dict=weights)
 
     def before_training(self, model: PeftModel, batches: TaskBatches) -> None:
         if isinstance(model.base_model, BranchModel):
@@ -199,9 +202,14 @@ class WeightsMethod(Method):
         model.tie_weights()
         return model.eval()
 
-    def save(self, model: PreTrainedModel, folder: Path, base_model: str) -> None:
+    def save(
+        self, model: PreTrainedModel, folder: Path, base_model: str, weights: Mapping[str, torch.Tensor] | None = None
+    ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        trained = {name: p.detach().contiguous() for name, p in model.named_parameters() if p.requires_grad}
+        whole = weights or {}
+        trained = {
+            name: whole.get(name, p).detach().contiguous() for name, p in model.named_parameters() if p.requires_grad
+        }
         save_file(trained, folder / WEIGHTS, metadata={"base_model": base_model, "method": self.name})
 
 

@@ -21,13 +21,16 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from badit.errors import BaditError
-from badit.method import cosine_gram, expert_angles, group_components, grouping_objective
+from badit.method import expert_angles, group_components, grouping_objective
 from badit.method.grouping import Solver
 from badit.peft.base_layer import ExpertLayer
 from badit.peft.layer import BaditLayer
 from badit.runs import StepLog
+from badit.training.checkpoints import resumed_checkpoint
+from badit.training.gradients import before_step, component_gram, scale_columns
 from badit.training.probe import OutputProbe
-from badit.training.regroup_state import Window, load_state, save_state
+from badit.training.ranks import communicating_device, several
+from badit.training.regroup_state import STATE_FILE, Window, load_state, mean_grams, save_state
 
 # A mean gate near zero (top_k can starve an expert) must not blow a weight up.
 _RESCALE_LIMIT = 4.0
@@ -47,8 +50,8 @@ class RegroupCallback(TrainerCallback):
             of the first sixteen training examples.
         log_path: where a line is written for every layer and regrouping; by default ``regroupings.jsonl`` in the
             trainer's output folder.
-        checkpoint: the checkpoint folder that a resumed training starts from, needed only when that is not the
-            trainer's own ``output_dir/checkpoint-STEP``.
+        checkpoint: the checkpoint folder that a resumed training starts from, needed only when that is neither the
+            arguments' ``resume_from_checkpoint`` nor the trainer's own ``output_dir/checkpoint-STEP``.
 
     A regrouping's line is written at the end of the *following* window, since its angles are measured on gradients
     that the grouping has not seen: step, module, objective_before and _after (on the Gram that was grouped),
@@ -86,6 +89,7 @@ class RegroupCallback(TrainerCallback):
         self._windows: dict[str, Window] = {}
         self._layers: dict[str, tuple[BaditLayer, str]] = {}
         self._log: StepLog | None = None
+        self._reads_in_engine = False
         self._probe: OutputProbe | None = None
 
     def on_train_begin(
@@ -103,21 +107,26 @@ class RegroupCallback(TrainerCallback):
         # One rank writes.
         self._log = StepLog(path, step_key="logged_at") if state.is_world_process_zero else None
         if state.global_step > 0:
-            folder = Path(self._checkpoint or Path(str(args.output_dir)) / f"checkpoint-{state.global_step}")
-            self._windows = load_state(folder, self._windows)
+            folder = Path(self._checkpoint or resumed_checkpoint(args, state))
+            self._windows = load_state(folder / STATE_FILE, self._windows)
         if self._log is not None:
             self._log.rewind(state.global_step)
         for layer, adapter in self._layers.values():
             layer.gate_sums.pop(adapter, None)
+        self._reads_in_engine = before_step(kwargs.get("optimizer"), self._read_gradients)
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        if not self._reads_in_engine:
+            self._read_gradients()
+
+    def _read_gradients(self) -> None:
         for name, (layer, adapter) in self._layers.items():
-            grad_A, grad_B = layer.badit_A[adapter].grad, layer.badit_B[adapter].grad
             gate_sums = layer.gate_sums.pop(adapter, None)
-            if grad_A is not None and grad_B is not None:
-                self._windows[name].add(cosine_gram(grad_A, grad_B), gate_sums)
+            gram_NN = component_gram(layer.badit_A[adapter], layer.badit_B[adapter])
+            if gram_NN is not None:
+                self._windows[name].add(gram_NN, gate_sums)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         step = state.global_step
@@ -128,16 +137,16 @@ class RegroupCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._write_pending(state.global_step, _means(self._windows))
+        self._write_pending(state.global_step, mean_grams(self._windows))
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         for window in self._windows.values():
             window.share_gates()
         if args.should_save:
-            save_state(Path(str(args.output_dir)) / f"checkpoint-{state.global_step}", self._windows)
+            save_state(Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / STATE_FILE, self._windows)
 
     def _regroup(self, step: int) -> None:
-        grams = _means(self._windows)
+        grams = mean_grams(self._windows)
         self._write_pending(step, grams)
         labels = self._solve(step, grams)
         before = self._probe.output() if self._probe else None
@@ -208,25 +217,11 @@ def _labels(layer: BaditLayer, adapter: str) -> np.ndarray:
     return layer.expert_of(adapter).cpu().numpy().copy()
 
 
-def _means(windows: Mapping[str, Window]) -> dict[str, np.ndarray]:
-    """The windows' mean Grams on the CPU, in one copy for all layers."""
-    full = {name: window for name, window in windows.items() if window.gram_sum is not None}
-    if not full:
-        return {}
-    means = [window.gram_sum / window.steps for window in full.values() if window.gram_sum is not None]
-    flat = torch.cat([mean_NN.flatten().to(means[0].device) for mean_NN in means]).cpu().double()
-    parts = flat.split([mean_NN.numel() for mean_NN in means])
-    return {name: part.view(mean_NN.shape).numpy() for name, part, mean_NN in zip(full, parts, means, strict=True)}
-
-
 def _as_on_first_rank(labels: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """All ranks saw the same reduced gradients; taking rank 0's labels keeps them equal on any hardware."""
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if not distributed or torch.distributed.get_world_size() == 1 or not labels:
+    if not several() or not labels:
         return labels
-    flat = torch.from_numpy(np.concatenate(list(labels.values())))
-    if torch.distributed.get_backend() == "nccl":
-        flat = flat.cuda()
+    flat = torch.from_numpy(np.concatenate(list(labels.values()))).to(communicating_device())
     torch.distributed.broadcast(flat, src=0)
     ends = np.cumsum([len(labels_N) for labels_N in labels.values()])[:-1]
     return dict(zip(labels, np.split(flat.cpu().numpy(), ends), strict=True))
@@ -237,7 +232,6 @@ def _rescale_moved(
     layer: BaditLayer, adapter: str, old_N: np.ndarray, new_N: np.ndarray, gate_sums: torch.Tensor
 ) -> None:
     mean_K = gate_sums[:-1] / gate_sums[-1].clamp_min(1.0)
-    b_ON = layer.badit_B[adapter]
     old, new = torch.from_numpy(old_N).to(mean_K.device), torch.from_numpy(new_N).to(mean_K.device)
     ratio_N = (mean_K[old] / mean_K[new].clamp_min(1e-6)).clamp(1 / _RESCALE_LIMIT, _RESCALE_LIMIT)
-    b_ON.mul_(torch.where(old == new, 1.0, ratio_N).to(b_ON))
+    scale_columns(layer.badit_B[adapter], torch.where(old == new, 1.0, ratio_N))

@@ -1,4 +1,4 @@
-"""What regrouping remembers between steps and in checkpoints."""
+"""What regrouping, and the log of angles, remember between steps and in checkpoints: sums over a window of steps."""
 
 from __future__ import annotations
 
@@ -8,13 +8,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from badit.errors import BaditError
+from badit.training.ranks import several
 
 STATE_FILE = "badit_regroup.safetensors"
+ANGLES_FILE = "badit_angles.safetensors"
 
 
 class Window:
@@ -39,15 +42,24 @@ class Window:
 
     def share_gates(self) -> None:
         """Spreads the sums evenly over the ranks, so that every rank, and rank 0's checkpoint, has the same mean."""
-        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        if not distributed or torch.distributed.get_world_size() == 1 or self.gate_sums is None:
-            return
-        torch.distributed.all_reduce(self.gate_sums)
-        self.gate_sums /= torch.distributed.get_world_size()
+        if several() and self.gate_sums is not None:
+            torch.distributed.all_reduce(self.gate_sums)
+            self.gate_sums /= torch.distributed.get_world_size()
 
 
-def save_state(folder: Path, windows: Mapping[str, Window]) -> None:
-    """Writes the windows into a checkpoint folder, as safetensors with the pending lines in its metadata."""
+def mean_grams(windows: Mapping[str, Window]) -> dict[str, np.ndarray]:
+    """The windows' mean Grams on the CPU, in one copy for all layers; windows without steps are left out."""
+    full = {name: window for name, window in windows.items() if window.gram_sum is not None}
+    if not full:
+        return {}
+    means = [window.gram_sum / window.steps for window in full.values() if window.gram_sum is not None]
+    flat = torch.cat([mean_NN.flatten().to(means[0].device) for mean_NN in means]).cpu().double()
+    parts = flat.split([mean_NN.numel() for mean_NN in means])
+    return {name: part.view(mean_NN.shape).numpy() for name, part, mean_NN in zip(full, parts, means, strict=True)}
+
+
+def save_state(path: Path, windows: Mapping[str, Window]) -> None:
+    """Writes the windows to a file of a checkpoint, as safetensors with the pending lines in its metadata."""
     tensors: dict[str, torch.Tensor] = {}
     notes: dict[str, Any] = {}
     for name, window in windows.items():
@@ -55,21 +67,20 @@ def save_state(folder: Path, windows: Mapping[str, Window]) -> None:
         for kind, tensor in (("gram_sum", window.gram_sum), ("gate_sums", window.gate_sums)):
             if tensor is not None:
                 tensors[f"{kind}:{name}"] = tensor.contiguous()
-    partial = folder / f"{STATE_FILE}.partial"
+    partial = path.with_name(f"{path.name}.partial")
     save_file(tensors, partial, metadata={"windows": json.dumps(notes)})
-    os.replace(partial, folder / STATE_FILE)
+    os.replace(partial, path)
 
 
-def load_state(folder: Path, windows: Mapping[str, Window]) -> dict[str, Window]:
-    """The windows as a checkpoint has them.
+def load_state(path: Path, windows: Mapping[str, Window]) -> dict[str, Window]:
+    """The windows as a checkpoint's file has them.
 
     Raises:
-        BaditError: the checkpoint holds no (or a damaged) regrouping state, or one of another model.
+        BaditError: the file is missing or damaged, or of another model.
     """
-    path = folder / STATE_FILE
     if not path.is_file():
         raise BaditError(
-            f"{path} is missing, so regrouping cannot go on exactly where it stopped: resume from another checkpoint, "
+            f"{path} is missing, so training cannot go on exactly where it stopped: resume from another checkpoint, "
             "or pass RegroupCallback(checkpoint=FOLDER) if the checkpoint lies elsewhere"
         )
     try:

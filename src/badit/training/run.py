@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import pickle
 import shutil
 import time
 from pathlib import Path
@@ -14,10 +15,23 @@ from tqdm import tqdm
 from transformers import TrainingArguments
 
 from badit.data import AnswerCollator, batches_by_task, mixture
+from badit.errors import BaditError
 from badit.recipe import Recipe
-from badit.runs import RunFolder, environment, is_main_process, peak_memory, read_json, replace_folder, write_json
+from badit.runs import (
+    RunFolder,
+    environment,
+    full_disk_named,
+    is_main_process,
+    peak_memory,
+    read_json,
+    replace_folder,
+    write_json,
+)
 from badit.training.attention import fast_on_short_sequences
 from badit.training.callbacks import MetricsLog, ProgressBar, StopOnSignal
+from badit.training.checkpoints import SealCheckpoints, TrainerSums, last_checkpoint, staging_folder
+from badit.training.determinism import deterministic
+from badit.training.gradients import whole_weights
 from badit.training.method import Method
 from badit.training.plan import Plan, Stage, base_model, encoded, make_plan, pad_id
 from badit.training.scoring import evaluate
@@ -37,12 +51,13 @@ def train(recipe: Recipe, *, progress: bool = True) -> dict[str, Any]:
     Raises:
         BaditError: bad input, or an output folder that holds another recipe's run.
     """
-    run = fit(recipe, progress=progress)
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-    if not is_main_process():
-        return {}
-    return read_json(run.scores) if run.scores.is_file() else evaluate(run.path, progress=progress)
+    with full_disk_named(Path(recipe.output)):
+        run = fit(recipe, progress=progress)
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+        if not is_main_process():
+            return {}
+        return read_json(run.scores) if run.scores.is_file() else evaluate(run.path, progress=progress)
 
 
 def fit(recipe: Recipe, *, progress: bool = True) -> RunFolder:
@@ -55,6 +70,7 @@ def fit(recipe: Recipe, *, progress: bool = True) -> RunFolder:
     # Of several processes the first alone writes; the others meet it in the first step of training.
     run = RunFolder.prepare(recipe) if is_main_process() else RunFolder(recipe.output)
     if run.adapter.is_dir() or run.scores.is_file():
+        _remove_checkpoints(run)
         return run
     if is_main_process() and not run.environment.is_file():
         write_json(run.environment, environment())
@@ -66,6 +82,7 @@ def fit(recipe: Recipe, *, progress: bool = True) -> RunFolder:
             if is_main_process():
                 stage.folder.path.mkdir(parents=True, exist_ok=True)
             _train_stage(plan, stage, number, learnt, progress)
+        _remove_checkpoints(stage.folder)
         learnt = stage.folder.adapter
     if plan.sequential and is_main_process():
         summaries = [read_json(stage.folder.environment)["training"] for stage in plan.stages]
@@ -90,31 +107,49 @@ def _train_stage(plan: Plan, stage: Stage, number: int, learnt: Path | None, pro
     collate = AnswerCollator(pad_id(tokenizer), with_tasks=True)
     batches = batches_by_task(examples, collate, recipe.training.batch_size)
     method.before_training(model, batches)
+    checkpoint = last_checkpoint(folder.checkpoints)
+    bar = ProgressBar()
     trainer = method.trainer(
         model=model,
-        args=_arguments(recipe, folder, seed, mixed_precision=method.trains_base_weights),
+        args=_arguments(recipe, folder, seed, checkpoint, mixed_precision=method.trains_base_weights),
         train_dataset=examples,
         data_collator=collate,
-        callbacks=[MetricsLog(folder.metrics), *([ProgressBar()] if progress else []), *method.callbacks(folder)],
+        callbacks=[MetricsLog(folder.metrics), *([bar] if progress else []), *method.callbacks(folder)],
         group_by_length=recipe.training.group_by_length,
+        max_skipped_steps=recipe.training.max_skipped_steps,
     )
     trainer.remove_callback(transformers.PrinterCallback)  # prints the log lines, which metrics.jsonl has
-    checkpoint = folder.last_checkpoint(method.checkpoint_files)
     started = time.monotonic()
-    with StopOnSignal() as stop, fast_on_short_sequences(base):
-        trainer.add_callback(stop)
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    with deterministic(recipe.training.deterministic), fast_on_short_sequences(base), StopOnSignal() as stop:
+        for callback in (TrainerSums(trainer), SealCheckpoints(folder.checkpoints), stop):
+            trainer.add_callback(callback)
+        try:
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        except pickle.UnpicklingError:  # torch's loader has met something else than tensors and plain values
+            raise BaditError(
+                f"{checkpoint}: holds what no training has written there, and nothing of it has been run; "
+                "remove the folder to go on from the checkpoint before it"
+            ) from None
+        finally:
+            bar.close()
+            staging_folder(folder.checkpoints)  # a checkpoint that has not come to its end takes no room
     seconds = time.monotonic() - started
     method.after_training(model, batches)
+    weights = whole_weights(model)
     if trainer.is_world_process_zero():
         known = read_json(folder.environment) if folder.environment.is_file() else {}
         write_json(folder.environment, {**known, "training": _summary(method, model, trainer.state, seconds)})
         partial = folder.adapter.with_name("adapter.partial")
         shutil.rmtree(partial, ignore_errors=True)
-        method.save(model, partial, recipe.model.name)
+        method.save(model, partial, recipe.model.name, weights)
         replace_folder(partial, folder.adapter)
-        shutil.rmtree(folder.checkpoints, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
+
+
+def _remove_checkpoints(folder: RunFolder) -> None:
+    """They have done their duty once the adapter is there."""
+    if is_main_process():
+        shutil.rmtree(folder.checkpoints, ignore_errors=True)
 
 
 def _summary(method: Method, model: Any, state: Any, seconds: float) -> dict[str, Any]:
@@ -155,12 +190,15 @@ def _checkpointing(on: bool) -> dict[str, Any]:
     return {name: True, f"{name}_kwargs": {"use_reentrant": False}} if on else {}
 
 
-def _arguments(recipe: Recipe, folder: RunFolder, seed: int, *, mixed_precision: bool) -> TrainingArguments:
+def _arguments(
+    recipe: Recipe, folder: RunFolder, seed: int, checkpoint: Path | None, *, mixed_precision: bool
+) -> TrainingArguments:
     """HF's arguments. Base weights that are trained are kept in float32 and used in the recipe's dtype."""
     training = recipe.training
     bf16 = mixed_precision and recipe.model.dtype == "bfloat16"
     return TrainingArguments(
-        output_dir=str(folder.checkpoints),
+        output_dir=str(staging_folder(folder.checkpoints)),
+        resume_from_checkpoint=None if checkpoint is None else str(checkpoint),  # read by the callbacks
         num_train_epochs=training.epochs,
         max_steps=training.max_steps or -1,
         per_device_train_batch_size=training.batch_size,
@@ -176,11 +214,9 @@ def _arguments(recipe: Recipe, folder: RunFolder, seed: int, *, mixed_precision:
         seed=seed,
         logging_steps=training.log_every,
         save_steps=training.save_every,
-        save_total_limit=2,
         include_num_input_tokens_seen="non_padding",
         remove_unused_columns=False,
         dataloader_pin_memory=False,
         disable_tqdm=True,
         report_to=[],
-        logging_nan_inf_filter=False,
     )

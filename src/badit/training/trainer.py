@@ -18,6 +18,7 @@ from badit.errors import BaditError
 from badit.peft import BaditModel
 from badit.peft.base_model import ExpertModel
 from badit.peft.routing_context import before_first_label
+from badit.training.nonfinite import SkipNonFinite
 
 # Batches are cut from shuffled runs of this many batches sorted by length: long enough to save padding, short enough to
 # keep the order random.
@@ -31,10 +32,18 @@ class AnswerTrainer(Trainer):
     The loss is the cross-entropy averaged over the answer tokens of the whole accumulated batch. A method with a loss
     of its own (``ExpertModel.extra_loss``) adds the mean of that over the micro-batches. The output layer runs only on
     positions that predict a label: with a vocabulary of 49 thousand that is the largest single saving.
+
+    Args:
+        group_by_length: make batches of similar length.
+        max_skipped_steps: steps with a loss or gradient that is not finite to skip before giving up.
     """
 
-    def __init__(self, *args: Any, group_by_length: bool = True, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, *args: Any, group_by_length: bool = True, max_skipped_steps: int = 10, **kwargs: Any) -> None:
+        # The first of the callbacks, since others read the gradients.
+        own = SkipNonFinite(self, max_skipped_steps)
+        super().__init__(*args, **{**kwargs, "callbacks": [own, *(kwargs.get("callbacks") or [])]})
+        self.skipped_steps = 0
+        self._micro_batches: list[tuple[torch.Tensor, Mapping[str, Any]]] = []
         self._group_by_length = group_by_length
         # The loss below is divided by the number of labels in the accumulated batch, so the Trainer must count them.
         self.model_accepts_loss_kwargs = True
@@ -42,11 +51,28 @@ class AnswerTrainer(Trainer):
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler[int] | None:
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset
         lengths = [len(example["input_ids"]) for example in dataset]
-        sampler = EpochSampler(
-            lengths, batch_size=self._train_batch_size if self._group_by_length else None, seed=self.args.seed
-        )
+        # Of several processes each takes its part of a common batch, which is the one that a single process would have.
+        batch_size = self._train_batch_size * self.args.world_size if self._group_by_length else None
+        sampler = EpochSampler(lengths, batch_size=batch_size, seed=self.args.seed)
         self.add_callback(_SetEpoch(sampler))
         return sampler
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
+        """HF's, whose losses are kept until the step's end."""
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self._micro_batches.append((loss, inputs))
+        return loss
+
+    def take_micro_batches(self) -> list[tuple[torch.Tensor, Mapping[str, Any]]]:
+        """The losses and inputs since the last call."""
+        taken, self._micro_batches = self._micro_batches, []
+        return taken
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """HF's, with the number of skipped steps once there are any."""
+        super().log({**logs, "skipped_steps": self.skipped_steps} if self.skipped_steps else logs, *args, **kwargs)
 
     def compute_loss(
         self,
@@ -58,7 +84,9 @@ class AnswerTrainer(Trainer):
         """Cross-entropy (a scalar) at the labelled positions; logits in the outputs are (1, labels, vocabulary)."""
         unwrapped = self.accelerator.unwrap_model(model)
         losses_L, _, outputs = answer_losses(model, inputs, unwrapped)
-        loss = losses_L.sum() / (len(losses_L) if num_items_in_batch is None else num_items_in_batch)
+        count = len(losses_L) if num_items_in_batch is None else num_items_in_batch
+        # A batch may hold no label at all, and has a loss of 0 then.
+        loss = losses_L.sum() / (count.clamp_min(1) if isinstance(count, torch.Tensor) else max(count, 1))
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # data-parallel wrappers take the mean over the ranks
         if model.training and isinstance(unwrapped, PeftModel) and isinstance(unwrapped.base_model, ExpertModel):

@@ -1,0 +1,31 @@
+"""What the processes of one training agree on. With a single process every call here is free."""
+
+from __future__ import annotations
+
+import torch
+
+
+def several() -> bool:
+    """Whether more than one process trains."""
+    distributed = torch.distributed
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+
+
+def wait_for_all() -> None:
+    if several():
+        torch.distributed.barrier()
+
+
+def any_of_all(flag: bool) -> bool:
+    """Whether the flag is true in any process."""
+    if not several():
+        return flag
+    count = torch.tensor(int(flag), device=communicating_device())
+    torch.distributed.all_reduce(count, op=torch.distributed.ReduceOp.MAX)
+    return bool(count)
+
+
+def communicating_device() -> torch.device:
+    """Where a tensor must be for the processes to exchange it."""
+    backend = torch.distributed.get_backend()
+    return torch.device("cuda", torch.cuda.current_device()) if backend == "nccl" else torch.device("cpu")
