@@ -21,8 +21,9 @@ import sys
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from badit.errors import BaditError, nearest
 
@@ -39,6 +40,7 @@ CONVERTER_VERSION = 1
 MANIFEST = "manifest.json"
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+Quantisation = Literal["bnb-8bit", "bnb-4bit", "torchao-int8"]
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -48,8 +50,10 @@ def load_base_model(
     dtype: Literal["auto", "float32", "bfloat16", "float16"] | torch.dtype = "auto",
     trust_remote_code: bool = False,
     revision: str | None = None,
+    quantisation: Quantisation | None = None,
+    device: torch.device | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a causal language model, in evaluation mode on the CPU, and its tokenizer.
+    """Load a causal language model, in evaluation mode, and its tokenizer.
 
     Args:
         name: a local model folder, a hub id (`org/name`) or the built-in `smollm2-135m` (134.5 M parameters, 0.5 GB in
@@ -57,6 +61,8 @@ def load_base_model(
         dtype: the weights' type; `auto` keeps the one that they are saved in (float32 for the built-in model).
         trust_remote_code: run Python code that comes with the model. Weights are only ever read from safetensors.
         revision: a branch, tag or commit of a hub model.
+        quantisation: keep the linear layers' weights in 8 or 4 bits while loading them.
+        device: where the model goes (default: the CPU).
 
     Raises:
         BaditError: the model cannot be found, fetched or read, or an argument does not apply to it.
@@ -73,8 +79,42 @@ def load_base_model(
     with _one_line_errors(source, "tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
     with _one_line_errors(source, "weights"):
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True, **options)
+        if quantisation is None:
+            model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True, **options)
+            return model.to(device or "cpu"), tokenizer
+        model = AutoModelForCausalLM.from_pretrained(
+            source,
+            dtype=dtype,
+            use_safetensors=True,
+            quantization_config=_quantisation_config(quantisation, dtype),
+            device_map={"": device or "cpu"},  # quantised weights are made where they stay
+            **options,
+        )
     return model, tokenizer
+
+
+def _quantisation_config(kind: Quantisation, dtype: Any) -> Any:
+    """What transformers takes for a kind of quantisation; 4-bit layers compute in ``dtype``.
+
+    Raises:
+        BaditError: an unknown kind, or its package is missing.
+    """
+    from transformers import BitsAndBytesConfig, TorchAoConfig
+
+    if kind not in get_args(Quantisation):
+        known = get_args(Quantisation)
+        raise BaditError(f"quantisation: {kind!r:.60} is none of {', '.join(known)}{nearest(kind, known)}")
+    package = "torchao" if kind == "torchao-int8" else "bitsandbytes"
+    if find_spec(package) is None:
+        raise BaditError(f"quantisation: {kind} needs {package}: pip install 'badit[quantised]'")
+    if kind == "bnb-8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    if kind == "bnb-4bit":
+        compute = "float32" if dtype == "auto" else dtype
+        return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute)
+    from torchao.quantization import Int8WeightOnlyConfig
+
+    return TorchAoConfig(Int8WeightOnlyConfig())
 
 
 def load_skeleton(name: str | Path, *, trust_remote_code: bool = False, revision: str | None = None) -> PreTrainedModel:
@@ -125,6 +165,8 @@ def _one_line_errors(source: str, part: str) -> Iterator[None]:
 
     try:
         yield
+    except BaditError:
+        raise
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(" .:")
         origin = "" if Path(source).is_dir() else "no such folder, and from the hub "

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from badit.data.prompts import ChatTemplate, PromptEncoding
 from badit.errors import BaditError, nearest
+from badit.models import Quantisation
 from badit.yaml_values import parse_yaml
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -33,6 +34,9 @@ class ModelSection(_Section):
 
     name: str = Field("smollm2-135m", description="built-in name, local folder or hub id (org/name)")
     dtype: Dtype = Field("bfloat16", description="type of the frozen base weights")
+    quantisation: Quantisation | None = Field(
+        None, description="keep the base weights in 8 or 4 bits (badit[quantised]); experts are trained beside them"
+    )
     revision: str | None = Field(None, description="branch, tag or commit of a hub model")
     trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
 

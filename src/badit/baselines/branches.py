@@ -23,6 +23,7 @@ from badit.errors import BaditError
 from badit.method import prompt_mean
 from badit.peft.base_layer import ExpertLayer
 from badit.peft.base_model import ExpertModel
+from badit.peft.quantised import shape_of
 from badit.peft.routing_context import RoutingContext
 
 
@@ -43,7 +44,7 @@ class BranchLayer(ExpertLayer):
 
     def update_layer(self, adapter_name: str, config: BranchConfig, inference_mode: bool = False) -> None:
         """Adds an adapter: room for its frozen branches, whose values are loaded, and a fresh current one."""
-        out_features, in_features = self.weight_OI.shape
+        out_features, in_features = shape_of(self.get_base_layer())
         past_rank = config.past_branches * config.r
         self.badit_A_past[adapter_name] = torch.zeros(past_rank, in_features)
         self.badit_B_past[adapter_name] = torch.zeros(out_features, past_rank)

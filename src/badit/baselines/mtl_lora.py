@@ -224,7 +224,7 @@ def batch_of_tasks(model: nn.Module, names: Sequence[str] | None) -> Iterator[No
         )
     indices = {
         adapter_name: torch.tensor(
-            layer.badit_config[adapter_name].task_indices(names), dtype=torch.long, device=layer.weight_OI.device
+            layer.badit_config[adapter_name].task_indices(names), dtype=torch.long, device=layer.device
         )
         for adapter_name, layer in running.items()
     }

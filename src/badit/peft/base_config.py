@@ -102,6 +102,11 @@ class ExpertConfig(PeftConfig):
         """The share of the initial experts, s·B0 A0, that the forward pass takes off again."""
         return 0.0
 
+    @property
+    def changes_base_weight(self) -> bool:
+        """Whether the base layer's own weight is another one while the adapter is on."""
+        return False
+
     def _refuse_top_k_beyond_experts(self, top_k: Any) -> None:
         if not is_int(top_k) or not 1 <= top_k <= self.num_experts:
             raise BaditError(f"top_k must be between 1 and num_experts = {self.num_experts}, got {top_k!r}")

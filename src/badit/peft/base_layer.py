@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from badit.errors import BaditError
+from badit.peft.quantised import shape_of, weight_as_used
 
 
 class ExpertLayer(BaseTunerLayer):
@@ -50,9 +50,13 @@ class ExpertLayer(BaseTunerLayer):
 
     @property
     def weight_OI(self) -> torch.Tensor:
-        """The base layer's present weight as (out, in); Conv1D keeps it the other way round."""
-        weight = cast(torch.Tensor, self.get_base_layer().weight)
-        return weight.T if isinstance(self.get_base_layer(), Conv1D) else weight
+        """The base layer's present weight as (out, in); of a quantised one, a copy of what it stands for."""
+        return weight_as_used(self.get_base_layer())
+
+    @property
+    def device(self) -> torch.device:
+        """The base layer's."""
+        return cast(torch.Tensor, self.get_base_layer().weight).device
 
     def initial_factors(self, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor]:
         """A0 (N, I) and B0 (O, N), of an adapter that decomposed its weight."""
@@ -61,12 +65,12 @@ class ExpertLayer(BaseTunerLayer):
     def expert_of(self, adapter_name: str) -> torch.Tensor:
         """The N labels that name every component's expert: runs of r, unless a method regroups them."""
         config = self.badit_config[adapter_name]
-        labels_K = torch.arange(config.num_experts, device=self.weight_OI.device)
+        labels_K = torch.arange(config.num_experts, device=self.device)
         return labels_K.repeat_interleave(config.num_components // config.num_experts)
 
     def update_layer(self, adapter_name: str, config: Any, inference_mode: bool = False) -> None:
         """Adds an adapter: makes its tensors, then fills them as its method starts."""
-        out_features, in_features = self.weight_OI.shape
+        out_features, in_features = shape_of(self.get_base_layer())
         components = config.num_components
         self.badit_config[adapter_name] = config
         self.badit_A[adapter_name] = nn.Parameter(torch.zeros(config.rows_of_A, in_features))

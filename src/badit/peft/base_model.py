@@ -9,11 +9,11 @@ from typing import Any, NoReturn
 import torch
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from badit.errors import BaditError
 from badit.peft.base_config import ExpertConfig
 from badit.peft.base_layer import ExpertLayer
+from badit.peft.quantised import is_quantised, keep_in_place, refuse_unsuitable_layer
 
 # The paper adapts the MLP's gate projection; models without one get their MLP's first projection.
 _GATE_PROJECTION = (
@@ -52,6 +52,10 @@ class ExpertModel(BaseTuner):
                 del self.peft_config[name]
             raise
 
+    def _pre_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
+        super()._pre_injection_hook(model, config, adapter_name)
+        keep_in_place(model)
+
     def _refuse_unsuitable(self, config: Any) -> None:
         """Raises for a configuration that does not go with this model or its other adapters."""
 
@@ -68,13 +72,9 @@ class ExpertModel(BaseTuner):
         if isinstance(target, ExpertLayer):
             target.update_layer(adapter_name, peft_config)
             return
-        if not isinstance(target, (nn.Linear, Conv1D)):
-            raise BaditError(
-                f"{current_key} is a {type(target).__name__}; {peft_config.method} adapts nn.Linear and Conv1D: "
-                "change target_modules"
-            )
-        if not target.weight.is_floating_point():
-            raise BaditError(f"{current_key} has a weight of type {target.weight.dtype}, which cannot be decomposed")
+        refuse_unsuitable_layer(target, current_key, peft_config.method)
+        if is_quantised(target) and peft_config.changes_base_weight:
+            raise BaditError(f"{current_key} is quantised and cannot be changed: take base_weight='delta'")
         layer = self._new_layer(target, current_key, adapter_name, peft_config)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)

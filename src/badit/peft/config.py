@@ -119,3 +119,8 @@ class BaditConfig(ExpertConfig):
     def subtracted_share(self) -> float:
         """All of it, unless the base weight is rid of it already."""
         return 1.0 if self.keeps_initial_factors and self.base_weight == "delta" else 0.0
+
+    @property
+    def changes_base_weight(self) -> bool:
+        """When folded, where the residual takes its place."""
+        return self.base_weight == "folded"

@@ -31,6 +31,7 @@ from badit.method import (
 )
 from badit.peft.base_layer import ExpertLayer
 from badit.peft.config import BaditConfig
+from badit.peft.quantised import shape_of
 from badit.peft.routing_context import RoutingContext, inside_backward
 
 
@@ -59,7 +60,7 @@ class BaditLayer(ExpertLayer):
         self.unfold()
         self.badit_expert_of[adapter_name] = torch.arange(config.num_experts).repeat_interleave(config.r)
         if config.router_input == "standardised":
-            self.badit_moments[adapter_name] = torch.zeros(2, self.weight_OI.shape[1])
+            self.badit_moments[adapter_name] = torch.zeros(2, shape_of(self.get_base_layer())[1])
             self.badit_batches[adapter_name] = torch.zeros(())
         super().update_layer(adapter_name, config, inference_mode)
 

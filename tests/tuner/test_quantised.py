@@ -1,0 +1,182 @@
+"""Experts beside quantised base weights: started from what these stand for, which never change, trained and saved."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from torch import nn
+
+from badit.errors import BaditError
+from badit.models import Quantisation, load_base_model
+from badit.peft import BaditConfig, BaditLayer
+from badit.peft.quantised import is_quantised, refuse_unsuitable_layer, weight_as_used
+from badit.recipe import build_recipe
+from badit.runs import read_jsonl
+from badit.training.plan import make_plan
+from badit.training.run import train
+from badit.training.scoring import evaluate
+from data.examples import CHATML, make_tokenizer
+
+KINDS = get_args(Quantisation)
+Load = Callable[[str], Any]
+
+
+@pytest.fixture
+def model_folder(tmp_path: Path, tiny_model: Callable[..., Any]) -> Path:
+    """Wide enough for blocks of 64 weights that share a scale."""
+    folder = tmp_path / "model"
+    tokenizer = make_tokenizer(chat_template=CHATML)
+    model = tiny_model("llama", hidden_size=128, intermediate_size=256, head_dim=32)
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    model.config.eos_token_id = tokenizer.eos_token_id
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def load(model_folder: Path) -> Load:
+    return lambda kind: load_base_model(model_folder, dtype="float32", quantisation=kind)[0]  # pyright: ignore
+
+
+def ids() -> torch.Tensor:
+    return torch.arange(3, 15)[None]
+
+
+def adapted(model: Any, **options: Any) -> Any:
+    return get_peft_model(model, BaditConfig(num_experts=4, r=2, lora_dropout=0.0, task_type="CAUSAL_LM", **options))
+
+
+def stored(model: Any) -> dict[str, torch.Tensor]:
+    """The base model's numbers as they are kept, bytes and scales."""
+    kept = {}
+    for name, value in model.state_dict().items():
+        if "badit_" in name:
+            continue
+        parts = {"": value} if type(value) is torch.Tensor else dict(vars(value))
+        tensors = {key: part for key, part in parts.items() if isinstance(part, torch.Tensor)}
+        plain = name.removeprefix("base_model.model.").replace(".base_layer", "")
+        kept |= {f"{plain}{key}": part.detach().clone() for key, part in tensors.items()}
+    return kept
+
+
+def learn(model: Any, steps: int = 8) -> list[float]:
+    labels = ids().clone()
+    labels[:, :6] = -100
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
+    losses = []
+    for _ in range(steps):
+        loss = model(input_ids=ids(), labels=labels).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    return losses
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_experts_start_as_the_weights_leading_part_and_change_nothing(load: Load, kind: str) -> None:
+    # In training mode, since in evaluation on some CPUs bitsandbytes computes in another precision.
+    base = load(kind).train()
+    with torch.no_grad():
+        expected = base(input_ids=ids()).logits
+    layer = base.model.layers[0].mlp.gate_proj
+    assert is_quantised(layer)
+    weight_OI = weight_as_used(layer)
+    with torch.no_grad():
+        used_OI = layer(torch.eye(128)).T
+    torch.testing.assert_close(weight_OI, used_OI, rtol=0, atol=float(weight_OI.abs().max()) * 1e-2)
+
+    model = adapted(base)
+    expert = next(module for module in model.modules() if isinstance(module, BaditLayer))
+    a_NI, b_ON = expert.initial_factors("default")
+    u, s, vh = torch.linalg.svd(weight_OI)
+    torch.testing.assert_close(expert.badit_config["default"].scaling * b_ON @ a_NI, (u[:, :8] * s[:8]) @ vh[:8])
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    with torch.no_grad():
+        torch.testing.assert_close(model.train()(input_ids=ids()).logits, expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_training_learns_leaves_the_base_alone_and_is_saved(load: Load, tmp_path: Path, kind: str) -> None:
+    base = load(kind)
+    before = stored(base)
+    model = adapted(base).train()
+    losses = learn(model)
+    assert losses[-1] < losses[0] / 2
+    after = stored(model)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    model.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    again = PeftModel.from_pretrained(load(kind), str(tmp_path / "adapter")).train()
+    with torch.no_grad():
+        torch.testing.assert_close(again(input_ids=ids()).logits, model(input_ids=ids()).logits, rtol=1e-4, atol=1e-4)
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(BaditError, match="has no single weight to merge into"):
+            merge()
+    unloaded = stored(model.unload())
+    assert all(torch.equal(before[name], unloaded[name]) for name in before)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_evaluation_changes_neither_the_weights_nor_the_training_after_it(load: Load, kind: str) -> None:
+    losses = []
+    for evaluated in (False, True):
+        model = adapted(load(kind))
+        before = stored(model)
+        if evaluated:
+            with torch.no_grad():
+                model.eval()(input_ids=ids())
+        assert all(torch.equal(before[name], value) for name, value in stored(model).items())
+        losses.append(learn(model.train(), steps=3))
+    assert losses[0] == losses[1]
+
+
+def test_a_base_that_has_been_reordered_is_refused(load: Load) -> None:
+    base = load("bnb-4bit").eval()
+    layer = base.model.layers[1].mlp.gate_proj
+    with torch.no_grad():
+        base(input_ids=ids())  # reorders it on a CPU with AVX-512 in bfloat16; elsewhere the next line stands for that
+    layer.weight.quant_state.packing_format_for_cpu = True
+    with pytest.raises(BaditError, match="has been evaluated on a CPU.*load the model again"):
+        adapted(base)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_recipe_with_a_quantised_model_runs_to_its_scores(recipe_values: dict[str, Any], kind: str) -> None:
+    recipe = build_recipe(recipe_values, [f"model.quantisation={kind}"])
+    scores = train(recipe, progress=False)
+    losses = [line["loss"] for line in read_jsonl(Path(recipe.output) / "metrics.jsonl")]
+    assert losses[-1] < losses[0]
+    assert evaluate(recipe.output, progress=False) == scores
+
+
+def test_a_folded_adapter_is_refused(load: Load) -> None:
+    with pytest.raises(BaditError, match=r"gate_proj is quantised and cannot be changed: take base_weight='delta'"):
+        adapted(load("torchao-int8"), base_weight="folded")
+
+
+def test_gptq_and_awq_layers_are_refused() -> None:
+    class WQLinear(nn.Module):
+        qweight = torch.zeros(2, 2, dtype=torch.int32)
+
+    with pytest.raises(BaditError, match=r"mlp\.up is a WQLinear, quantised by GPTQ or AWQ.*BADIT could start from"):
+        refuse_unsuitable_layer(WQLinear(), "mlp.up", "BADIT")
+
+
+def test_what_cannot_be_quantised_is_refused(recipe_values: dict[str, Any], model_folder: Path) -> None:
+    with pytest.raises(BaditError, match=r"model\.quantisation: full trains the base weights"):
+        make_plan(build_recipe({**recipe_values, "method": {"name": "full"}}, ["model.quantisation=bnb-8bit"]))
+    with pytest.raises(BaditError, match=r"quantisation: 'bnb-8' is none of .* \(did you mean 'bnb-8bit'\?\)"):
+        load_base_model(model_folder, quantisation="bnb-8")  # pyright: ignore
+
+
+def test_a_missing_package_is_named(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("badit.models.find_spec", lambda name: None)
+    with pytest.raises(BaditError, match=r"bnb-4bit needs bitsandbytes: pip install 'badit\[quantised\]'"):
+        load_base_model(model_folder, quantisation="bnb-4bit")
