@@ -6,13 +6,16 @@ BIN := $(VENV)/bin
 # Two worker processes with a thread each beat one process with two threads on small models.
 WORKERS ?= 2
 
-.PHONY: demo test check lint test-lowest-peft clean
+.PHONY: demo test stress check lint test-lowest-peft clean
 
 demo: $(VENV)/.demo  ## SmolLM2 tuned on the built-in tasks by LoRA and by BADIT
 	$(BIN)/badit demo
 
 test: $(VENV)/.dev test-lowest-peft  ## all tests, and those of the adapters and their training again on the lowest supported PEFT
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile tests
+
+stress: $(VENV)/.dev  ## the long sweeps: every kind of run killed at 20 random steps and in 20 random operations on its files
+	BADIT_STRESS=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) tests/training/test_kills.py
 
 check: lint test  ## what CI checks
 

@@ -51,12 +51,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BaditError as error:
         if options.debug:
             raise
-        print(f"badit: {error}", file=sys.stderr)
+        if _is_first_process() or _is_training():
+            print(f"badit: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\nbadit: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        if _is_first_process():
+            print("\nbadit: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader (head, less) has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     return code or 0
+
+
+def _is_first_process() -> bool:
+    """Of several under a launcher, all of which meet the same bad input; the first tells of it."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _is_training() -> bool:
+    """Whether the processes are at work together, where one may meet what the others do not."""
+    torch = sys.modules.get("torch")
+    return torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized()

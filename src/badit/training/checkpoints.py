@@ -77,6 +77,26 @@ def staging_folder(checkpoints: Path) -> Path:
     return staging
 
 
+def refuse_other_engine(checkpoint: Path, engine: str) -> None:
+    """Each engine keeps weights and optimizer in a form of its own; the number of processes does not matter.
+
+    Args:
+        checkpoint: what is about to be resumed from.
+        engine: "FSDP", "DeepSpeed" or, for a single process and DDP, "neither".
+
+    Raises:
+        BaditError: another engine wrote the checkpoint.
+    """
+    wrote = "neither"
+    if any(checkpoint.glob("pytorch_model_fsdp*")):
+        wrote = "FSDP"
+    elif (checkpoint / "latest").is_file():
+        wrote = "DeepSpeed"
+    if wrote != engine:
+        under = {"neither": "under neither FSDP nor DeepSpeed"}.get(wrote, f"under {wrote}")
+        raise BaditError(f"{checkpoint}: was written {under}; start it so again, or remove the folder to begin anew")
+
+
 class SealCheckpoints(TrainerCallback):
     """Seals what the trainer and the callbacks before this one have written into its output folder."""
 

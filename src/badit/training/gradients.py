@@ -57,14 +57,23 @@ def whole_weights(model: nn.Module) -> dict[str, torch.Tensor] | None:
 
     Every process must ask for it.
     """
-    if not any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+    if not any(_in_shards(parameter) for parameter in model.parameters()):
         return None
-    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
-    return {
-        name: (value.full_tensor() if isinstance(value, DTensor) else value).cpu()
-        for name, value in model.state_dict().items()
-        if name not in frozen
-    }
+    trained = {name: _whole(parameter) for name, parameter in model.named_parameters() if parameter.requires_grad}
+    named = {**trained, **dict(model.named_buffers())}
+    return {name: value.detach().cpu().contiguous() for name, value in named.items()}
+
+
+def _in_shards(parameter: nn.Parameter) -> bool:
+    return isinstance(parameter, DTensor) or hasattr(parameter, "ds_id")
+
+
+def _whole(parameter: nn.Parameter) -> torch.Tensor:
+    if isinstance(parameter, DTensor):
+        return parameter.full_tensor()
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    return safe_get_full_fp32_param(parameter)
 
 
 def before_step(optimizer: Any, read: Callable[[], None]) -> bool:

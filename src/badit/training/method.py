@@ -92,6 +92,13 @@ class Method:
     def after_training(self, model: Any, batches: TaskBatches) -> None:
         """Looks at the data once more after training on it, before the result is saved."""
 
+    def refuse_shards(self, model: Any) -> None:
+        """Called where an engine is about to divide the model over processes.
+
+        Raises:
+            BaditError: the method needs whole weights.
+        """
+
     def callbacks(self, run: RunFolder) -> list[TrainerCallback]:
         return []
 
@@ -171,6 +178,12 @@ class AdapterMethod(Method):
         if isinstance(model.base_model, BranchModel):
             model.base_model.end_task(_prompt_embeddings(model.base_model, batches))
 
+    def refuse_shards(self, model: PeftModel) -> None:
+        if isinstance(model.base_model, BranchModel):
+            raise BaditError(f"{self.name} works on whole weights: launch it without FSDP and DeepSpeed")
+        if getattr(self.config, "changes_base_weight", False):
+            raise BaditError("method.base_weight: folded needs whole base weights; take delta with FSDP and DeepSpeed")
+
     def callbacks(self, run: RunFolder) -> list[TrainerCallback]:
         if self.regroup is None:
             return [ProjectUpdates(), AngleLog(run.angles)]
@@ -240,6 +253,9 @@ class NeuronMethod(WeightsMethod):
         if self._masks is None:
             return round(self.options.share * trained_parameters(model, all_neurons(model)))
         return trained_parameters(model, self._masks)
+
+    def refuse_shards(self, model: PreTrainedModel) -> None:
+        raise BaditError(f"{self.name} works on whole weights: launch it without FSDP and DeepSpeed")
 
     def before_training(self, model: PreTrainedModel, batches: TaskBatches) -> None:
         masks = [

@@ -29,7 +29,13 @@ from badit.runs import (
 )
 from badit.training.attention import fast_on_short_sequences
 from badit.training.callbacks import MetricsLog, ProgressBar, StopOnSignal
-from badit.training.checkpoints import SealCheckpoints, TrainerSums, last_checkpoint, staging_folder
+from badit.training.checkpoints import (
+    SealCheckpoints,
+    TrainerSums,
+    last_checkpoint,
+    refuse_other_engine,
+    staging_folder,
+)
 from badit.training.determinism import deterministic
 from badit.training.gradients import whole_weights
 from badit.training.method import Method
@@ -119,6 +125,11 @@ def _train_stage(plan: Plan, stage: Stage, number: int, learnt: Path | None, pro
         max_skipped_steps=recipe.training.max_skipped_steps,
     )
     trainer.remove_callback(transformers.PrinterCallback)  # prints the log lines, which metrics.jsonl has
+    engine = "DeepSpeed" if trainer.is_deepspeed_enabled else "FSDP" if trainer.is_fsdp_enabled else "neither"
+    if engine != "neither":
+        method.refuse_shards(model)
+    if checkpoint is not None:
+        refuse_other_engine(checkpoint, engine)
     started = time.monotonic()
     with deterministic(recipe.training.deterministic), fast_on_short_sequences(base), StopOnSignal() as stop:
         for callback in (TrainerSums(trainer), SealCheckpoints(folder.checkpoints), stop):

@@ -1,0 +1,165 @@
+"""Gram matrices from shards add up to that of the whole gradient; DeepSpeed's are read by its API, in time."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from badit.errors import BaditError
+from badit.method import cosine_gram
+from badit.training.gradients import before_step, component_gram, scale_columns, steps_in_backward, whole_weights
+from badit.training.methods import build_method
+
+
+class Processes:
+    """``over_shards`` for threads that stand for processes: each waits for the others' tensors."""
+
+    def __init__(self, count: int) -> None:
+        self.tensors: list[Any] = [None] * count
+        self.barrier = threading.Barrier(count)
+
+    def over_shards(self, rank: int) -> Any:
+        def combine(tensor: torch.Tensor, operation: str) -> torch.Tensor:
+            self.tensors[rank] = tensor
+            self.barrier.wait(timeout=30)
+            stacked = torch.stack(list(self.tensors))
+            self.barrier.wait(timeout=30)
+            return stacked.amax(dim=0) if operation == "max" else stacked.sum(dim=0)
+
+        return combine
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    count=st.integers(1, 4),
+    components=st.integers(1, 6),
+    inputs=st.integers(1, 9),
+    outputs=st.integers(1, 9),
+    scale=st.sampled_from([1e-30, 1.0, 1e30]),
+    dead=st.booleans(),
+    broken=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_shards_give_the_gram_of_the_whole(
+    count: int, components: int, inputs: int, outputs: int, scale: float, dead: bool, broken: bool, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    grad_A = torch.randn(components, inputs, generator=generator) * scale
+    grad_B = torch.randn(outputs, components, generator=generator) * scale
+    if dead:
+        grad_A[0], grad_B[:, 0] = 0, 0
+    if broken:
+        grad_A[-1, -1] = torch.inf
+    processes = Processes(count)
+    shards = list(zip(grad_A.tensor_split(count, dim=1), grad_B.tensor_split(count, dim=0), strict=True))
+    with ThreadPoolExecutor(count) as pool:
+        calls = [pool.submit(cosine_gram, *shards[rank], processes.over_shards(rank)) for rank in range(count)]
+        grams = [call.result(timeout=60) for call in calls]
+    for gram_NN in grams:
+        assert torch.equal(gram_NN, grams[0])
+        torch.testing.assert_close(gram_NN, cosine_gram(grad_A, grad_B), rtol=0, atol=1e-5)
+
+
+@pytest.fixture
+def deepspeed(monkeypatch: pytest.MonkeyPatch) -> dict[int, torch.Tensor]:
+    """A stub of DeepSpeed's accessors; the dictionary is its store of whole fp32 weights, by the parameter's id."""
+    masters: dict[int, torch.Tensor] = {}
+    utils: Any = ModuleType("deepspeed.utils")
+    utils.safe_get_full_grad = lambda parameter: parameter.kept_gradient
+    utils.safe_get_full_fp32_param = lambda parameter: masters[id(parameter)]
+    utils.safe_set_full_fp32_param = lambda parameter, value: masters.__setitem__(id(parameter), value)
+    package: Any = ModuleType("deepspeed")
+    package.utils = utils
+    monkeypatch.setitem(sys.modules, "deepspeed", package)
+    monkeypatch.setitem(sys.modules, "deepspeed.utils", utils)
+    return masters
+
+
+@pytest.mark.parametrize("mark", ["_hp_mapping", "ds_id"])  # ZeRO-1 and -2; ZeRO-3
+def test_gradients_and_weights_that_deepspeed_keeps(deepspeed: dict[int, torch.Tensor], mark: str) -> None:
+    a_NI, b_ON = nn.Parameter(torch.zeros(0)), nn.Parameter(torch.zeros(0))
+    grad_A, grad_B = torch.randn(4, 3), torch.randn(5, 4)
+    for parameter, gradient in ((a_NI, grad_A), (b_ON, grad_B)):
+        setattr(parameter, mark, object())
+        parameter.kept_gradient = gradient  # pyright: ignore
+    found = component_gram(a_NI, b_ON)
+    assert found is not None
+    assert torch.equal(found, cosine_gram(grad_A, grad_B))
+    b_ON.kept_gradient = None  # pyright: ignore
+    assert component_gram(a_NI, b_ON) is None
+
+    master_ON, scale_N = torch.randn(5, 4), torch.rand(4)
+    deepspeed[id(b_ON)] = master_ON
+    scale_columns(b_ON, scale_N)
+    assert torch.equal(deepspeed[id(b_ON)], master_ON * scale_N)
+
+
+def test_weights_that_deepspeed_divides_are_put_together_to_be_saved(deepspeed: dict[int, torch.Tensor]) -> None:
+    model = nn.BatchNorm1d(3)
+    assert whole_weights(model) is None
+    model.bias.requires_grad_(False)
+    for parameter in model.parameters():
+        parameter.ds_id = 0  # pyright: ignore
+    deepspeed[id(model.weight)] = torch.arange(3.0)
+    weights = whole_weights(model)
+    assert weights is not None
+    assert weights.keys() == {"weight", "running_mean", "running_var", "num_batches_tracked"}
+    assert weights["weight"].tolist() == [0, 1, 2]
+
+
+def test_an_engine_that_steps_in_the_backward_pass_is_read_just_before(deepspeed: Any) -> None:
+    order: list[str] = []
+
+    class DeepSpeedOptimizerWrapper:
+        optimizer = SimpleNamespace(step=lambda *args: order.append("step"))
+
+    wrapper = DeepSpeedOptimizerWrapper()
+    assert steps_in_backward(wrapper)
+    assert before_step(wrapper, lambda: order.append("read"))
+    wrapper.optimizer.step()
+    wrapper.optimizer.step()
+    assert order == ["read", "step"] * 2
+
+    ordinary = torch.optim.SGD([nn.Parameter(torch.zeros(1))])
+    step = ordinary.step
+    assert not steps_in_backward(ordinary)
+    assert not before_step(ordinary, lambda: order.append("read"))
+    assert ordinary.step == step
+
+
+def test_whole_gradients_are_taken_as_they_are() -> None:
+    a_NI, b_ON = nn.Parameter(torch.randn(4, 3)), nn.Parameter(torch.randn(5, 4))
+    assert component_gram(a_NI, b_ON) is None
+    a_NI.grad, b_ON.grad = torch.randn(4, 3), torch.randn(5, 4)
+    found = component_gram(a_NI, b_ON)
+    assert found is not None
+    assert torch.equal(found, cosine_gram(a_NI.grad, b_ON.grad))
+    before = b_ON.detach().clone()
+    scale_columns(b_ON, torch.arange(4.0))
+    assert torch.equal(b_ON, before * torch.arange(4.0))
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        ({"name": "badit", "base_weight": "folded"}, r"method\.base_weight: folded needs whole base weights"),
+        ({"name": "gainlora", "r": 2}, "gainlora works on whole weights"),
+        ({"name": "task-neurons"}, "task-neurons works on whole weights"),
+    ],
+)
+def test_methods_that_need_whole_weights_are_refused(tiny_model: Any, method: dict[str, Any], message: str) -> None:
+    built = build_method(method)
+    with pytest.raises(BaditError, match=message):
+        built.refuse_shards(built.apply(tiny_model("llama")))
+    for name in ("badit", "lora", "full"):
+        method_of_name = build_method({"name": name})
+        method_of_name.refuse_shards(method_of_name.apply(tiny_model("llama")))
