@@ -16,7 +16,7 @@ from torch import nn
 
 from badit.errors import BaditError
 from badit.method import cosine_gram
-from badit.training.gradients import before_step, component_gram, scale_columns, steps_in_backward, whole_weights
+from badit.training.gradients import before_step, component_grams, scale_columns, steps_in_backward, whole_weights
 from badit.training.methods import build_method
 
 
@@ -69,6 +69,36 @@ def test_shards_give_the_gram_of_the_whole(
         torch.testing.assert_close(gram_NN, cosine_gram(grad_A, grad_B), rtol=0, atol=1e-5)
 
 
+@settings(max_examples=30, deadline=None)
+@given(
+    shapes=st.lists(st.tuples(st.sampled_from([2, 4]), st.sampled_from([3, 5]), st.sampled_from([1, 6])), max_size=8),
+    without=st.integers(0, 7),
+    at_a_time=st.sampled_from([1, 60, 2**24]),
+    seed=st.integers(0, 1000),
+)
+def test_layers_taken_together_are_what_each_is_alone(
+    shapes: list[tuple[int, int, int]], without: int, at_a_time: int, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    factors = []
+    for components, inputs, outputs in shapes:
+        pair = (nn.Parameter(torch.zeros(components, inputs)), nn.Parameter(torch.zeros(outputs, components)))
+        for parameter in pair:
+            parameter.grad = torch.randn_like(parameter)
+        factors.append(pair)
+    if without < len(factors):
+        factors[without][1].grad = None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("badit.training.gradients._NUMBERS_AT_A_TIME", at_a_time)
+        grams = component_grams(factors)
+    assert [gram_NN is None for gram_NN in grams] == [index == without for index in range(len(factors))]
+    for (a_NI, b_ON), gram_NN in zip(factors, grams, strict=True):
+        if gram_NN is not None:
+            assert a_NI.grad is not None
+            assert b_ON.grad is not None
+            torch.testing.assert_close(gram_NN, cosine_gram(a_NI.grad, b_ON.grad), rtol=0, atol=2e-6)
+
+
 @pytest.fixture
 def deepspeed(monkeypatch: pytest.MonkeyPatch) -> dict[int, torch.Tensor]:
     """A stub of DeepSpeed's accessors; the dictionary is its store of whole fp32 weights, by the parameter's id."""
@@ -91,11 +121,11 @@ def test_gradients_and_weights_that_deepspeed_keeps(deepspeed: dict[int, torch.T
     for parameter, gradient in ((a_NI, grad_A), (b_ON, grad_B)):
         setattr(parameter, mark, object())
         parameter.kept_gradient = gradient  # pyright: ignore
-    found = component_gram(a_NI, b_ON)
+    found = component_grams([(a_NI, b_ON)])[0]
     assert found is not None
-    assert torch.equal(found, cosine_gram(grad_A, grad_B))
+    torch.testing.assert_close(found, cosine_gram(grad_A, grad_B))
     b_ON.kept_gradient = None  # pyright: ignore
-    assert component_gram(a_NI, b_ON) is None
+    assert component_grams([(a_NI, b_ON)])[0] is None
 
     master_ON, scale_N = torch.randn(5, 4), torch.rand(4)
     deepspeed[id(b_ON)] = master_ON
@@ -138,11 +168,11 @@ def test_an_engine_that_steps_in_the_backward_pass_is_read_just_before(deepspeed
 
 def test_whole_gradients_are_taken_as_they_are() -> None:
     a_NI, b_ON = nn.Parameter(torch.randn(4, 3)), nn.Parameter(torch.randn(5, 4))
-    assert component_gram(a_NI, b_ON) is None
+    assert component_grams([(a_NI, b_ON)])[0] is None
     a_NI.grad, b_ON.grad = torch.randn(4, 3), torch.randn(5, 4)
-    found = component_gram(a_NI, b_ON)
+    found = component_grams([(a_NI, b_ON)])[0]
     assert found is not None
-    assert torch.equal(found, cosine_gram(a_NI.grad, b_ON.grad))
+    torch.testing.assert_close(found, cosine_gram(a_NI.grad, b_ON.grad))
     before = b_ON.detach().clone()
     scale_columns(b_ON, torch.arange(4.0))
     assert torch.equal(b_ON, before * torch.arange(4.0))

@@ -47,27 +47,27 @@ def cosine_gram(
 
     Args:
         grad_A_NI, grad_B_ON: the gradients; or this process's shards of them, some columns of A and some rows of B.
-        over_shards: combines a tensor over the processes that hold the other shards, by "max" or "sum". Three tensors
-            are exchanged, of N, N and N² numbers, never a gradient.
+            Equal leading dimensions are layers, each with a Gram of its own.
+        over_shards: combines a tensor over the processes that hold the other shards, by "max" or "sum". Two tensors
+            are exchanged, of N and N² numbers, never a gradient.
     """
-    a_NI, b_ON = grad_A_NI.detach().float(), grad_B_ON.detach().float()
-    # Normalise before multiplying, and by the peak before taking norms: squares of small or large gradients vanish or
-    # overflow, fp16's and float32's alike.
-    peak_N = over_shards(torch.maximum(_peaks(a_NI, dim=1), _peaks(b_ON, dim=0)), "max")
-    peak_N = torch.where(peak_N > 0, peak_N, 1.0)
-    a_NI, b_ON = a_NI / peak_N[:, None], b_ON / peak_N
-    norm_N = torch.hypot(torch.linalg.vector_norm(a_NI, dim=1), torch.linalg.vector_norm(b_ON, dim=0))
-    norm_N = over_shards(norm_N.square(), "sum").sqrt()
-    usable_N = (norm_N > 0) & torch.isfinite(norm_N)
-    scale_N = torch.where(usable_N, norm_N, 1.0)
-    a_NI = torch.where(usable_N[:, None], a_NI / scale_N[:, None], 0.0)
-    b_ON = torch.where(usable_N, b_ON / scale_N, 0.0)
-    return over_shards(a_NI @ a_NI.T + b_ON.T @ b_ON, "sum")
+    a_NI, b_NO = grad_A_NI.detach().float(), grad_B_ON.detach().float().mT
+    # Divide by the peak before multiplying: squares of small or large gradients vanish or overflow, fp16's and
+    # float32's alike.
+    peak_N = over_shards(torch.maximum(_peaks(a_NI), _peaks(b_NO)), "max")
+    peak_N1 = torch.where(peak_N > 0, peak_N, 1.0).unsqueeze(-1)
+    a_NI, b_NO = a_NI / peak_N1, b_NO / peak_N1
+    products_NN = over_shards(a_NI @ a_NI.mT + b_NO @ b_NO.mT, "sum")
+    squared_N = products_NN.diagonal(dim1=-2, dim2=-1)
+    usable_N = (squared_N > 0) & torch.isfinite(squared_N)
+    norm_N = torch.where(usable_N, squared_N, 1.0).sqrt()
+    usable_NN = usable_N.unsqueeze(-1) & usable_N.unsqueeze(-2)
+    return torch.where(usable_NN, products_NN / (norm_N.unsqueeze(-1) * norm_N.unsqueeze(-2)), 0.0)
 
 
-def _peaks(x: torch.Tensor, dim: int) -> torch.Tensor:
-    """The largest magnitudes along ``dim``; 0 where a shard has nothing."""
-    return x.abs().amax(dim=dim) if x.shape[dim] else x.sum(dim=dim)
+def _peaks(x_ND: torch.Tensor) -> torch.Tensor:
+    """The largest magnitude in every row; 0 where a shard has nothing."""
+    return torch.linalg.vector_norm(x_ND, ord=float("inf"), dim=-1) if x_ND.shape[-1] else x_ND.sum(dim=-1)
 
 
 def grouping_objective(gram_NN: np.ndarray, labels_N: np.ndarray) -> float:

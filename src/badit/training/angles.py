@@ -15,7 +15,7 @@ from badit.method import expert_angles
 from badit.peft.base_layer import ExpertLayer
 from badit.runs import StepLog
 from badit.training.checkpoints import resumed_checkpoint
-from badit.training.gradients import before_step, component_gram
+from badit.training.gradients import before_step, component_grams
 from badit.training.regroup import trainable_adapters
 from badit.training.regroup_state import ANGLES_FILE, Window, load_state, mean_grams, save_state
 
@@ -54,10 +54,11 @@ class AngleLog(TrainerCallback):
             self._read_gradients()
 
     def _read_gradients(self) -> None:
-        for name, (layer, adapter) in self._layers.items():
-            gram_NN = component_gram(layer.badit_A[adapter], layer.badit_B[adapter])
+        places = self._layers.values()
+        grams = component_grams([(layer.badit_A[adapter], layer.badit_B[adapter]) for layer, adapter in places])
+        for window, gram_NN in zip(self._windows.values(), grams, strict=True):
             if gram_NN is not None:
-                self._windows[name].add(gram_NN, None)
+                window.add(gram_NN, None)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step % self.every == 0 or state.global_step == state.max_steps:

@@ -9,7 +9,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -18,18 +18,47 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from badit.method import cosine_gram
 
+# Layers whose gradients are copied side by side for one product hold at most so many numbers, 64 MB of them.
+_NUMBERS_AT_A_TIME = 2**24
 
-def component_gram(a_NI: nn.Parameter, b_ON: nn.Parameter) -> torch.Tensor | None:
-    """The cosine Gram (N, N) of the components' reduced gradients, the same on every process.
 
-    None where a factor has no gradient. Every process must ask for it, and for all layers in the same order.
+def component_grams(factors: Sequence[tuple[nn.Parameter, nn.Parameter]]) -> list[torch.Tensor | None]:
+    """The cosine Gram (N, N) of the components' reduced gradients in each layer, the same on every process.
+
+    Layers of one shape are taken together: a whole model's Grams are a handful of operations and of exchanges between
+    processes. None where a factor has no gradient. Every process must ask for the same layers in the same order.
+
+    Args:
+        factors: A (N, I) and B (O, N) of each layer.
     """
-    grad_A, grad_B = _reduced_gradient(a_NI), _reduced_gradient(b_ON)
-    if grad_A is None or grad_B is None:
-        return None
-    if isinstance(grad_A, DTensor) and isinstance(grad_B, DTensor):
-        return _gram_of_shards(grad_A, grad_B)
-    return cosine_gram(grad_A, grad_B)
+    grams: list[torch.Tensor | None] = [None] * len(factors)
+    for layers in _alike([(_reduced_gradient(a_NI), _reduced_gradient(b_ON)) for a_NI, b_ON in factors]):
+        grads_A, grads_B = zip(*layers.values(), strict=True)
+        stacked = _grams_of_shards(grads_A, grads_B) if isinstance(grads_A[0], DTensor) else _grams(grads_A, grads_B)
+        for index, gram_NN in zip(layers, stacked, strict=True):
+            grams[index] = gram_NN
+    return grams
+
+
+def _alike(
+    gradients: Sequence[tuple[torch.Tensor | None, torch.Tensor | None]],
+) -> Iterator[dict[int, tuple[torch.Tensor, torch.Tensor]]]:
+    """Runs of layers of one shape, type and place, by their index; each run small enough to be copied."""
+    kinds: dict[Any, dict[int, tuple[torch.Tensor, torch.Tensor]]] = {}
+    for index, (grad_A, grad_B) in enumerate(gradients):
+        if grad_A is not None and grad_B is not None:
+            kind = (grad_A.shape, grad_B.shape, grad_A.dtype, grad_A.device, type(grad_A))
+            kinds.setdefault(kind, {})[index] = (grad_A, grad_B)
+    for layers in kinds.values():
+        grad_A, grad_B = next(iter(layers.values()))
+        together = max(1, _NUMBERS_AT_A_TIME // (grad_A.numel() + grad_B.numel()))
+        indices = list(layers)
+        for start in range(0, len(indices), together):
+            yield {index: layers[index] for index in indices[start : start + together]}
+
+
+def _grams(grads_A: Sequence[torch.Tensor], grads_B: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+    return cosine_gram(torch.stack(list(grads_A)), torch.stack(list(grads_B))).unbind()
 
 
 def local_gradient(parameter: nn.Parameter) -> torch.Tensor | None:
@@ -112,15 +141,15 @@ def _kept_by_deepspeed(parameter: nn.Parameter) -> bool:
     return hasattr(parameter, "_hp_mapping") or hasattr(parameter, "ds_id")
 
 
-def _gram_of_shards(grad_A: DTensor, grad_B: DTensor) -> torch.Tensor:
+def _grams_of_shards(grads_A: Sequence[DTensor], grads_B: Sequence[DTensor]) -> Sequence[torch.Tensor]:
     """From shards along any dimension. A's, which come as rows, are exchanged for columns: a W-th of it a process."""
-    mesh = grad_A.device_mesh
+    mesh = grads_A[0].device_mesh
 
     def along(gradient: DTensor, dim: int) -> torch.Tensor:
         placements = [Shard(dim) if placement.is_shard() else Replicate() for placement in gradient.placements]
         return gradient.redistribute(placements=placements).to_local()
 
-    groups = [mesh.get_group(i) for i, placement in enumerate(grad_A.placements) if placement.is_shard()]
+    groups = [mesh.get_group(i) for i, placement in enumerate(grads_A[0].placements) if placement.is_shard()]
 
     def over_shards(tensor: torch.Tensor, operation: Literal["max", "sum"]) -> torch.Tensor:
         reduce = torch.distributed.ReduceOp.MAX if operation == "max" else torch.distributed.ReduceOp.SUM
@@ -128,4 +157,6 @@ def _gram_of_shards(grad_A: DTensor, grad_B: DTensor) -> torch.Tensor:
             torch.distributed.all_reduce(tensor, op=reduce, group=group)
         return tensor
 
-    return cosine_gram(along(grad_A, 1), along(grad_B, 0), over_shards)
+    columns = torch.stack([along(gradient, 1) for gradient in grads_A])
+    rows = torch.stack([along(gradient, 0) for gradient in grads_B])
+    return cosine_gram(columns, rows, over_shards).unbind()

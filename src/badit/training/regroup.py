@@ -27,7 +27,7 @@ from badit.peft.base_layer import ExpertLayer
 from badit.peft.layer import BaditLayer
 from badit.runs import StepLog
 from badit.training.checkpoints import resumed_checkpoint
-from badit.training.gradients import before_step, component_gram, scale_columns
+from badit.training.gradients import before_step, component_grams, scale_columns
 from badit.training.probe import OutputProbe
 from badit.training.ranks import communicating_device, several
 from badit.training.regroup_state import STATE_FILE, Window, load_state, mean_grams, save_state
@@ -122,9 +122,10 @@ class RegroupCallback(TrainerCallback):
             self._read_gradients()
 
     def _read_gradients(self) -> None:
-        for name, (layer, adapter) in self._layers.items():
+        places = self._layers.values()
+        grams = component_grams([(layer.badit_A[adapter], layer.badit_B[adapter]) for layer, adapter in places])
+        for (name, (layer, adapter)), gram_NN in zip(self._layers.items(), grams, strict=True):
             gate_sums = layer.gate_sums.pop(adapter, None)
-            gram_NN = component_gram(layer.badit_A[adapter], layer.badit_B[adapter])
             if gram_NN is not None:
                 self._windows[name].add(gram_NN, gate_sums)
 
