@@ -296,3 +296,28 @@ def badit_linear(
                 index = list(range(k * r, (k + 1) * r))
                 y[where] -= scaling * (float64(B0)[:, index] @ (float64(A0)[index] @ x[where]))
     return y
+
+
+# --- freezing ---
+
+
+def frozen_weight(
+    A: Any, B: Any, A0: Any | None, B0: Any | None, gates: Any, scaling: float, share: float
+) -> np.ndarray:
+    """s (Σ_i gate_i B_i A_i − share Σ_i B0_i A0_i), (out, in), a component at a time; i has row i mod R of A."""
+    A, B, gates = float64(A), float64(B), float64(gates)
+    weight = np.zeros((len(B), A.shape[1]))
+    for i in range(B.shape[1]):
+        weight += scaling * gates[i] * np.outer(B[:, i], A[i % len(A)])
+        if A0 is not None and B0 is not None:
+            weight -= scaling * share * np.outer(float64(B0)[:, i], float64(A0)[i])
+    return weight
+
+
+def closest_of_rank(weight: Any, rank: int) -> np.ndarray:
+    """The sum of the leading singular triples (Eckart and Young)."""
+    u, s, vh = np.linalg.svd(float64(weight), full_matrices=False)
+    closest = np.zeros_like(float64(weight))
+    for i in range(min(rank, len(s))):
+        closest += s[i] * np.outer(u[:, i], vh[i])
+    return closest

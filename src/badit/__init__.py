@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from badit.models import load_base_model
     from badit.peft import BaditConfig, BaditModel
     from badit.recipe import load_recipe
+    from badit.serving.export import export
     from badit.training.regroup import RegroupCallback
     from badit.training.run import train
     from badit.training.scoring import evaluate
@@ -34,6 +35,7 @@ _HOMES = {
     "RegroupCallback": "badit.training.regroup",
     "compare": "badit.comparison.compare",
     "evaluate": "badit.training.scoring",
+    "export": "badit.serving.export",
     "load_base_model": "badit.models",
     "load_recipe": "badit.recipe",
     "load_tasks": "badit.data",
@@ -48,6 +50,7 @@ __all__ = [
     "__version__",
     "compare",
     "evaluate",
+    "export",
     "load_base_model",
     "load_recipe",
     "load_tasks",

@@ -58,6 +58,12 @@ class Experts:
         """The expert of every component: what DOG has made of it, or runs of equal length."""
         return self.layer.expert_of(self.adapter)
 
+    @property
+    def first_components_K(self) -> torch.Tensor:
+        """A component of every expert, in the order of the experts: all components of one have the same gate."""
+        labels_N = self.expert_of_N.cpu()
+        return labels_N.argsort(stable=True)[:: len(labels_N) // (int(labels_N.max()) + 1)]
+
 
 @dataclass(frozen=True)
 class PromptGates:
@@ -141,6 +147,27 @@ def prompt_gates(model: Any, batches: Batches) -> PromptGates:
     return PromptGates([one.place for one in experts], by_task)
 
 
+@torch.no_grad()
+def mean_component_gates(model: Any, batches: Batches) -> dict[str, list[torch.Tensor]]:
+    """By task, the components' gates (N) in every adapted layer, as they multiply, the mean over the task's prompts.
+
+    Args:
+        model: in evaluation mode, with one active adapter of any kind whose components are gated.
+        batches: as for :func:`prompt_gates`.
+    """
+    adapted = adapted_layers(model)
+    return {
+        task: [
+            torch.cat(gates_of_batches).mean(dim=0)
+            for gates_of_batches in zip(
+                *(_component_gates_of_batch(model, adapted, on_device(batch, model.device)) for batch in of_task),
+                strict=True,
+            )
+        ]
+        for task, of_task in batches.items()
+    }
+
+
 def gates_table(gates: PromptGates) -> TidyTable:
     """Every task's gates in every module."""
     return TidyTable(
@@ -180,32 +207,38 @@ def marked_experts(gates: PromptGates) -> dict[str, list[torch.Tensor]]:
     }
 
 
-def _active_experts(model: nn.Module) -> list[Experts]:
+def adapted_layers(model: nn.Module) -> list[Experts]:
+    """The layers of all active adapters, first to last, also of those with a single expert."""
     layers = (module for module in model.modules() if isinstance(module, ExpertLayer))
-    return [
-        Experts(layer, adapter)
-        for layer in layers
-        for adapter in layer._running_adapters
-        if layer.badit_config[adapter].num_experts > 1
-    ]
+    return [Experts(layer, adapter) for layer in layers for adapter in layer._running_adapters]
+
+
+def _active_experts(model: nn.Module) -> list[Experts]:
+    return [one for one in adapted_layers(model) if one.number > 1]
 
 
 def _gates_of_batch(model: Any, experts: Sequence[Experts], inputs: Mapping[str, Any]) -> torch.Tensor:
-    """Gates (B, M, K), on the CPU."""
+    """Gates (B, M, K), on the CPU, on the scale on which 1 is neutral."""
+    kept = []
+    for one, gates_BN in zip(experts, _component_gates_of_batch(model, experts, inputs), strict=True):
+        gates_BK = gates_BN[:, one.first_components_K]
+        kept.append(gates_BK / gates_BK.mean(dim=-1, keepdim=True))
+    return torch.stack(kept, dim=1)
+
+
+def _component_gates_of_batch(model: Any, experts: Sequence[Experts], inputs: Mapping[str, Any]) -> list[torch.Tensor]:
+    """The components' gates (B, N) by module, means over each prompt's positions, on the CPU."""
     prompt_BT = inputs["attention_mask"].bool() & before_first_label(inputs["labels"])
     kept: dict[str, torch.Tensor] = {}
 
     def keep(one: Experts, gates: torch.Tensor) -> torch.Tensor:
-        # A component of every expert: the first in the order of the experts.
-        first_K = one.expert_of_N.argsort(stable=True)[:: gates.shape[-1] // one.number]
-        gates_BTK = gates[..., first_K].float().expand(*prompt_BT.shape, -1)
-        gates_BK = prompt_mean(gates_BTK, prompt_BT.to(gates.device))
-        kept[one.layer.name] = gates_BK / gates_BK.mean(dim=-1, keepdim=True)
+        gates_BTN = gates.float().expand(*prompt_BT.shape, -1)
+        kept[one.layer.name] = prompt_mean(gates_BTN, prompt_BT.to(gates.device)).cpu()
         return gates
 
     with changed_gates(experts, keep):
         answer_losses(model, inputs, model)  # for its forward pass, which tells every method what it needs to know
-    return torch.stack([kept[one.layer.name].cpu() for one in experts], dim=1)
+    return [kept[one.layer.name] for one in experts]
 
 
 def _deviations(gates_PMK: np.ndarray) -> np.ndarray:

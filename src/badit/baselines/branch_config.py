@@ -43,6 +43,10 @@ class BranchConfig(ExpertConfig):
     def routes_in_layer(self) -> bool:
         return False
 
+    @property
+    def has_fixed_gates(self) -> bool:
+        return self.gate_cls is None
+
     def penalty(self, past_A_PI: torch.Tensor, a_RI: torch.Tensor) -> torch.Tensor | None:
         """What one layer adds to the loss: a scalar, or nothing."""
         return None

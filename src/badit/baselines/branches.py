@@ -50,6 +50,11 @@ class BranchLayer(ExpertLayer):
         self.badit_B_past[adapter_name] = torch.zeros(out_features, past_rank)
         super().update_layer(adapter_name, config, inference_mode)
 
+    def expert_of(self, adapter_name: str) -> torch.Tensor:
+        """The branch that every component belongs to, the frozen ones' first."""
+        config: BranchConfig = self.badit_config[adapter_name]
+        return torch.arange(config.num_branches, device=self.weight_OI.device).repeat_interleave(config.r)
+
     @torch.no_grad()
     def next_task(self, adapter_name: str) -> None:
         """Freezes the current branch behind the earlier ones and starts it anew, as LoRA starts."""

@@ -59,7 +59,7 @@ class GoatConfig(BalancedMixtureConfig):
         return True
 
     @property
-    def subtracted_share(self) -> float:
+    def removed_share(self) -> float:
         return 1 / self.num_experts
 
     def gates(self, logits_K: torch.Tensor) -> torch.Tensor:

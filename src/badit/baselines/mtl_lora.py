@@ -65,6 +65,10 @@ class MtlLoraConfig(ExpertConfig):
     def routes_in_layer(self) -> bool:
         return False
 
+    @property
+    def has_fixed_gates(self) -> bool:
+        return False
+
     def refuse_bad_tasks(self) -> None:
         """Raises BaditError unless ``tasks`` lists at least one name, and none twice."""
         tasks = self.tasks
@@ -153,6 +157,14 @@ class MtlLoraLinear(nn.Module, ExpertLayer):
         """Λ_t A x, (B, …, R)."""
         lambda_BRR = self.badit_lambda[adapter_name][self._tasks_of_rows(adapter_name, x)]
         return torch.einsum("b...i,boi->b...o", super()._hidden(adapter_name, x, a_RI), lambda_BRR)
+
+    def frozen_factors(
+        self, adapter_name: str, gates_N: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """A' = Λ_t A (R, I) and B' (O, R), of the one task that :func:`batch_of_tasks` is given."""
+        a_RI, b_OR = super().frozen_factors(adapter_name, gates_N)
+        (task,) = self._tasks_of_rows(adapter_name, a_RI[:1])
+        return self.badit_lambda[adapter_name][task].to(a_RI) @ a_RI, b_OR
 
     def _tasks_of_rows(self, adapter_name: str, x: torch.Tensor) -> torch.Tensor:
         """The indices (B) of the tasks of x (B, …, I)."""

@@ -22,6 +22,7 @@ VERBS = {
     "evaluate": "score a run's adapter again, on the test or the validation split",
     "analyze": "measure interference between tasks, and what a run's experts do",
     "report": "write one page of scores, curves, interference and experts, with its figures",
+    "export": "write a run as a plain LoRA or a merged model, for PEFT, vLLM and llama.cpp",
     "generate": "answer one prompt with a run's adapter",
     "tasks": "list and validate task data",
 }

@@ -5,6 +5,7 @@ Instruct-Tuning" (ICML 2026, arXiv 2605.05676).
 """
 
 from badit.method.decomposition import SingularTriples, expert_directions, expert_factors, top_singular_triples
+from badit.method.freezing import CompressedFactors, compress, frozen_factors
 from badit.method.grouping import (
     ExpertAngles,
     cosine_gram,
@@ -16,14 +17,17 @@ from badit.method.grouping import (
 from badit.method.routing import batch_moments, expert_gates, prompt_mean, standardised, updated_moments
 
 __all__ = [
+    "CompressedFactors",
     "ExpertAngles",
     "SingularTriples",
     "batch_moments",
+    "compress",
     "cosine_gram",
     "expert_angles",
     "expert_directions",
     "expert_factors",
     "expert_gates",
+    "frozen_factors",
     "group_components",
     "grouping_objective",
     "match_labels",

@@ -98,14 +98,24 @@ class ExpertConfig(PeftConfig):
         return self.decomposes
 
     @property
-    def subtracted_share(self) -> float:
-        """The share of the initial experts, s·B0 A0, that the forward pass takes off again."""
+    def removed_share(self) -> float:
+        """The share of the initial experts, s·B0 A0, that comes off the base weight, there or in the forward pass."""
         return 0.0
 
     @property
     def changes_base_weight(self) -> bool:
         """Whether the base layer's own weight is another one while the adapter is on."""
         return False
+
+    @property
+    def subtracted_share(self) -> float:
+        """The share of the initial experts that the forward pass takes off again."""
+        return self.removed_share
+
+    @property
+    def has_fixed_gates(self) -> bool:
+        """Whether no gate depends on the input, so that the adapter is one weight for all of it: a plain LoRA."""
+        return self.num_experts == 1
 
     def _refuse_top_k_beyond_experts(self, top_k: Any) -> None:
         if not is_int(top_k) or not 1 <= top_k <= self.num_experts:

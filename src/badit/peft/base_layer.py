@@ -22,6 +22,7 @@ from torch import nn
 
 from badit.errors import BaditError
 from badit.peft.quantised import shape_of, weight_as_used
+from badit.method import frozen_factors
 
 
 class ExpertLayer(BaseTunerLayer):
@@ -121,6 +122,44 @@ class ExpertLayer(BaseTunerLayer):
         """A x, (…, R), before the gates."""
         return F.linear(x, a_RI)
 
+    @torch.no_grad()
+    def frozen_factors(
+        self, adapter_name: str, gates_N: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The LoRA that the adapter is under fixed gates, on the base weight as it was before any adapter.
+
+        Args:
+            gates_N: a gate for every component (default: all 1).
+
+        Returns:
+            A' (P, I) and B' (O, P) in at least float32, with the scaling in B'; P = R, or 2N where initial factors are
+            removed.
+        """
+        config = self.badit_config[adapter_name]
+        a_RI, b_ON = map(_precise, self._factors(adapter_name))
+        scale_N = torch.full((b_ON.shape[1],), config.scaling, dtype=b_ON.dtype, device=b_ON.device)
+        if gates_N is not None:
+            scale_N = scale_N * gates_N.to(scale_N)
+        if not config.removed_share:
+            return frozen_factors(a_RI, b_ON, scale_N)
+        initial_A, initial_B = map(_precise, self.initial_factors(adapter_name))
+        removed = config.scaling * config.removed_share
+        return frozen_factors(a_RI, b_ON, scale_N, (initial_A, initial_B), removed)
+
+    def get_delta_weight(self, adapter_name: str, gates_K: torch.Tensor | None = None) -> torch.Tensor:
+        """What the adapter adds to the base weight under fixed gates (default: all 1), in that weight's own layout."""
+        gates_N = None if gates_K is None else gates_K[self.expert_of(adapter_name)]
+        a_PI, b_OP = self.frozen_factors(adapter_name, gates_N)
+        delta_OI = b_OP @ a_PI
+        return delta_OI.T if isinstance(self.get_base_layer(), Conv1D) else delta_OI
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether PEFT's ``convert_to_lora`` may take :meth:`get_delta_weight` for the adapter: where gates are fixed.
+
+        Other mixtures become a LoRA by a choice of gates, which PEFT does not ask for: see :func:`badit.export`.
+        """
+        return self.badit_config[adapter_name].has_fixed_gates
+
     def unmerge(self) -> None:
         """Nothing to do: an adapter whose gates depend on the input is never merged."""
 
@@ -149,3 +188,7 @@ class ExpertLayer(BaseTunerLayer):
         # Where experts share the rows of A, each of them takes all R: N gates in N / R runs. Else there is one run.
         scale = scale.to(hidden.dtype).unflatten(-1, (-1, hidden.shape[-1]))
         return F.linear((hidden[..., None, :] * scale).flatten(-2), b_ON)
+
+
+def _precise(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

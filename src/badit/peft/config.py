@@ -116,9 +116,14 @@ class BaditConfig(ExpertConfig):
         return self.init_weights is True or self.init_weights == "bad"
 
     @property
+    def removed_share(self) -> float:
+        """All of it."""
+        return 1.0 if self.keeps_initial_factors else 0.0
+
+    @property
     def subtracted_share(self) -> float:
         """All of it, unless the base weight is rid of it already."""
-        return 1.0 if self.keeps_initial_factors and self.base_weight == "delta" else 0.0
+        return 0.0 if self.base_weight == "folded" else self.removed_share
 
     @property
     def changes_base_weight(self) -> bool:

@@ -112,19 +112,9 @@ class BaditLayer(ExpertLayer):
         raise BaditError(
             "a BADIT adapter mixes its experts anew for every prompt and so has no single weight to merge into; "
             "keep it as an adapter (unload() gives the base model back), "
-            "or take the weight of one fixed mixture from layer.get_delta_weight(adapter, gates)"
+            "or export one fixed mixture as a plain LoRA or a merged model: badit export RUN, "
+            "layer.get_delta_weight(adapter, gates)"
         )
-
-    def get_delta_weight(self, adapter_name: str, gates_K: torch.Tensor | None = None) -> torch.Tensor:
-        """s·(B diag(gate[expert_of]) A − B0 A0), (O, I): what the adapter adds under fixed gates (default: all 1)."""
-        a_NI, b_ON = self.badit_A[adapter_name], self.badit_B[adapter_name]
-        if gates_K is not None:
-            b_ON = b_ON * gates_K.to(b_ON)[self.expert_of(adapter_name)]
-        delta_OI = b_ON @ a_NI
-        if adapter_name in self.badit_A0:
-            initial_A, initial_B = self.initial_factors(adapter_name)
-            delta_OI = delta_OI - initial_B @ initial_A
-        return delta_OI * self.badit_config[adapter_name].scaling
 
     @torch.no_grad()
     def _fold(self, adapter_name: str) -> None:

@@ -1,0 +1,1 @@
+"""A trained run for tools that know nothing of badit: a plain LoRA, or a merged model."""
