@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # Two worker processes with a thread each beat one process with two threads on small models.
 WORKERS ?= 2
 
-.PHONY: demo test stress check lint test-lowest-peft clean
+.PHONY: demo test stress check lint test-lowest-peft test-peft clean
 
 demo: $(VENV)/.demo  ## SmolLM2 tuned on the built-in tasks by LoRA and by BADIT
 	$(BIN)/badit demo
@@ -32,6 +32,21 @@ test-lowest-peft: $(VENV)/.dev $(LOWEST_PEFT)
 
 $(LOWEST_PEFT): $(VENV)/.dev
 	$(BIN)/pip install --quiet --no-deps --target $@ peft==0.19.0
+
+# PEFT's own tests, on BADIT. They come with its source distribution, whose hash pip checks before it opens it; its
+# package goes before the virtual environment's, so that the two are of one version.
+PEFT_SOURCE := $(VENV)/peft-0.21.2-source
+PEFT_TESTS := $(foreach name,config custom_models decoder_models feature_extraction_models seq_classifier,$(PEFT_SOURCE)/tests/test_$(name).py)
+test-peft: $(VENV)/.dev $(PEFT_SOURCE)
+	PYTHONPATH=$(PEFT_SOURCE)/src:tests/peft_suite PEFT_SUITE_MODELS=$(PEFT_SOURCE)/models HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 \
+	  $(BIN)/python -m pytest -p peft_suite_plugin -p no:cacheprovider -q -c /dev/null --rootdir $(PEFT_SOURCE) $(PEFT_TESTS)
+
+$(PEFT_SOURCE): tests/peft_suite/peft.txt | $(VENV)/.dev
+	rm -rf $@ $@.partial
+	$(BIN)/pip download --quiet --no-deps --no-binary :all: --require-hashes --requirement $< --dest $@.partial
+	tar -xzf $@.partial/peft-*.tar.gz -C $@.partial --strip-components 1
+	touch $@.partial/tests/__init__.py  # they import one another as a package
+	mv $@.partial $@
 
 $(VENV)/.demo: pyproject.toml | $(BIN)/pip
 	$(BIN)/pip install --quiet --editable ".[report]"

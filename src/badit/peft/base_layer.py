@@ -39,6 +39,7 @@ class ExpertLayer(BaseTunerLayer):
     def __init__(self, base_layer: nn.Module, name: str) -> None:
         self.base_layer = base_layer
         self.name = name
+        self.out_features, self.in_features = self.weight_OI.shape
         self.badit_A = nn.ParameterDict()
         self.badit_B = nn.ParameterDict()
         self.badit_router = nn.ParameterDict()

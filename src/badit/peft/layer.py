@@ -32,7 +32,7 @@ from badit.method import (
 from badit.peft.base_layer import ExpertLayer
 from badit.peft.config import BaditConfig
 from badit.peft.quantised import shape_of
-from badit.peft.routing_context import RoutingContext, inside_backward
+from badit.peft.routing_context import ForwardPass, RoutingContext, inside_backward
 
 
 class BaditLayer(ExpertLayer):
@@ -138,12 +138,20 @@ class BaditLayer(ExpertLayer):
     def gates(self, adapter_name: str, x: torch.Tensor) -> torch.Tensor:
         """The gates for an input x (B, T, I): (B, 1, K) for routing by prompt, (B, T, K) by token.
 
-        For x (B, I), as in models without positions, (B, K).
+        For x (B, I), as in models without positions, (B, K); for x (B·T, I) (B·T, K).
         """
         config = self.badit_config[adapter_name]
         if config.routing == "token":
             return self._route(adapter_name, x)
         forward_pass = self.routing.forward_pass()
+        shape = None if forward_pass is None else forward_pass.shape
+        if x.ndim == 2 and shape is not None and len(x) == shape.numel():  # OPT's MLP sees the rows as one
+            return (
+                self._prompt_gates(adapter_name, x.unflatten(0, shape), forward_pass).expand(*shape, -1).flatten(0, 1)
+            )
+        return self._prompt_gates(adapter_name, x, forward_pass)
+
+    def _prompt_gates(self, adapter_name: str, x: torch.Tensor, forward_pass: ForwardPass | None) -> torch.Tensor:
         key = f"{self.name}.{adapter_name}"
         if forward_pass is not None and forward_pass.held is not None:
             return self._held(forward_pass.held, key, x)

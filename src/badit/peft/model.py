@@ -24,10 +24,18 @@ class BaditModel(ExpertModel):
                 "a folded adapter changes the base weight and so must be the only one: "
                 "use base_weight='delta' for every adapter"
             )
-        if config.routing == "prompt" and getattr(getattr(self.model, "config", None), "is_encoder_decoder", False):
+        if (
+            config.routing == "prompt"
+            and getattr(getattr(self.model, "config", None), "is_encoder_decoder", False) is True
+        ):
             raise BaditError("routing='prompt' is for decoder-only models; use routing='token' on an encoder-decoder")
 
     def _new_layer(self, target: nn.Module, name: str, adapter_name: str, config: BaditConfig) -> BaditLinear:
+        if config.base_weight == "folded" and _is_shared(self.model, target.weight):
+            raise BaditError(
+                f"{name} shares its weight with another module, which folding would change too: "
+                "use base_weight='delta', or leave it out of target_modules"
+            )
         return BaditLinear(target, name, RoutingContext.of(self.model), adapter_name, config)
 
     def unload(self) -> nn.Module:
@@ -37,3 +45,8 @@ class BaditModel(ExpertModel):
                 module.unfold()
         RoutingContext.of(self.model).detach(self.model)
         return super().unload()
+
+
+def _is_shared(model: nn.Module, weight: object) -> bool:
+    """Whether several modules use one weight, as an embedding and a tied head do."""
+    return sum(parameter is weight for _, parameter in model.named_parameters(remove_duplicate=False)) > 1

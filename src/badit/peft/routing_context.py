@@ -33,17 +33,21 @@ _CACHE_NAMES = ("cache", "past_key_values")  # transformers renamed it within ve
 
 
 class ForwardPass:
-    """One forward pass: its prompt mask (B, T), or the gates that its cache holds already, by layer.
+    """One forward pass: its prompt mask (B, T), or the gates by layer that its cache holds already; its shape.
 
     The mask is worked out when a layer first asks for it. Routing by token never does, nor do adapters that are
     switched off, so batches in which no prompt can be told are refused only where it matters.
     """
 
     def __init__(
-        self, find_prompt: Callable[[], torch.Tensor | None], held: dict[str, torch.Tensor] | None = None
+        self,
+        find_prompt: Callable[[], torch.Tensor | None],
+        held: dict[str, torch.Tensor] | None = None,
+        shape: torch.Size | None = None,
     ) -> None:
         self._find_prompt = find_prompt
         self.held = held
+        self.shape = shape
         self.fresh: dict[str, torch.Tensor] = {}
 
     @cached_property
@@ -141,18 +145,20 @@ class RoutingContext:
 
     def _describe(self, batch: Mapping[str, Any], prompt_mask_BT: torch.Tensor | None) -> ForwardPass:
         if prompt_mask_BT is not None:
-            return ForwardPass(lambda: prompt_mask_BT.bool())
-        cache = _cache(batch)
-        if cache is not None and _length(cache) > 0:
-            return ForwardPass(lambda: None, held=getattr(cache, _HELD, {}))
+            return ForwardPass(lambda: prompt_mask_BT.bool(), shape=prompt_mask_BT.shape)
         tokens = batch.get("input_ids")
         if tokens is None:
             tokens = batch.get("inputs_embeds")
-        if not isinstance(tokens, torch.Tensor) or tokens.ndim < 2:
+        shape = tokens.shape[:2] if isinstance(tokens, torch.Tensor) and tokens.ndim >= 2 else None
+        cache = _cache(batch)
+        if cache is not None and _length(cache) > 0:
+            return ForwardPass(lambda: None, held=getattr(cache, _HELD, {}), shape=shape)
+        if shape is None:
             return ForwardPass(lambda: None)
         # Only what is small is kept for later: neither the embeddings nor the cache.
         kept = {name: batch.get(name) for name in ("attention_mask", "labels", "position_ids", "cu_seq_lens_q")}
-        return ForwardPass(partial(self._prompt, kept, tokens.shape[:2], tokens.device, self._generation_prompt_length))
+        find_prompt = partial(self._prompt, kept, shape, tokens.device, self._generation_prompt_length)
+        return ForwardPass(find_prompt, shape=shape)
 
     def _prompt(
         self, batch: Mapping[str, Any], shape: torch.Size, device: torch.device, generation_prompt_length: int | None

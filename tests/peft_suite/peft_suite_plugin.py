@@ -1,0 +1,161 @@
+"""Runs PEFT's own tests on BaditConfig: a pytest plugin for the tests of PEFT's source distribution.
+
+Its tests are parametrised by method and by model. Here the methods become BADIT's configurations, and the models, which
+are on a hub, small random ones in a local folder; tests without such a parameter are of other methods and left out.
+``listed.yaml`` names the tests that must fail, each with its reason; one that passes fails the run.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+import types
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    LlamaConfig,
+    OPTConfig,
+    Qwen2Config,
+)
+
+from badit.peft import BaditConfig
+
+if importlib.util.find_spec("diffusers") is None:
+    # PEFT's tests ask of every model whether it is one of these; none here is.
+    _stand_in: Any = types.ModuleType("diffusers")
+    _stand_in.StableDiffusionPipeline = type("StableDiffusionPipeline", (), {})
+    sys.modules["diffusers"] = _stand_in
+
+_SIZES: dict[str, Any] = {
+    "vocab_size": 100,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "initializer_range": 0.2,
+}
+_DECODER = {**_SIZES, "intermediate_size": 24, "num_key_value_heads": 1, "max_position_embeddings": 64}
+_MODELS = {
+    "tiny-random-OPTForCausalLM": lambda: OPTConfig(
+        **_SIZES, ffn_dim=24, word_embed_proj_dim=16, max_position_embeddings=64
+    ),
+    "tiny-random-GPT2LMHeadModel": lambda: GPT2Config(
+        vocab_size=100, n_embd=16, n_inner=24, n_layer=2, n_head=2, n_positions=64, pad_token_id=0, bos_token_id=1,
+        eos_token_id=2, initializer_range=0.2,
+    ),
+    "tiny-random-LlamaForCausalLM": lambda: LlamaConfig(**_DECODER),
+    "tiny-dummy-qwen2": lambda: Qwen2Config(**_DECODER),
+    "tiny-random-Gemma3ForCausalLM": lambda: Gemma3TextConfig(**_DECODER, head_dim=8, sliding_window=16),
+}  # fmt: skip
+_SMALL = {"num_experts": 2, "r": 1, "lora_alpha": 2}
+# Not base_weight="folded": it has no random start and no second adapter, which nearly all of these tests ask for.
+_CASES = [
+    ("linear", "MLP", {"target_modules": "lin0"}),
+    ("linear in a list", "MLP", {"target_modules": ["lin0"]}),
+    ("two linears", "MLP", {"target_modules": ["lin0", "lin1"]}),
+    ("modules to save", "MLP", {"target_modules": ["lin1"], "modules_to_save": ["lin0"]}),
+    ("dropout", "MLP", {"target_modules": ["lin0"], "lora_dropout": 0.1}),
+    ("by token", "MLP", {"target_modules": ["lin0"], "routing": "token"}),
+    ("standardised", "MLP", {"target_modules": ["lin0"], "router_input": "standardised"}),
+    ("transformers' Conv1D", "EmbConv1D", {"target_modules": ["conv1d"], "num_experts": 1}),
+]
+_TASK_TYPES = {"test_seq_classifier": "SEQ_CLS", "test_feature_extraction_models": "FEATURE_EXTRACTION"}
+_LISTED = yaml.safe_load((Path(__file__).parent / "listed.yaml").read_text()) or {}
+_matched: set[str] = set()
+
+
+@dataclass
+class _SmallConfig(BaditConfig):
+    """For tests that give no options; BADIT's own 32 components do not fit a weight of 20 × 10."""
+
+    num_experts: int = 2
+    r: int = 1
+    lora_alpha: float = 2
+
+
+def _local_models() -> list[Any]:
+    folder = Path(os.environ["PEFT_SUITE_MODELS"])
+    models = []
+    for name, config in _MODELS.items():
+        path = folder / name
+        if not (path / "config.json").is_file():
+            torch.manual_seed(0)
+            AutoModelForCausalLM.from_config(config()).save_pretrained(path)
+        AutoConfig.from_pretrained(path)
+        models.append(pytest.param(str(path), id=name))
+    return models
+
+
+def _parameters(argnames: str, module: str) -> list[Any] | None:
+    """What takes the place of PEFT's parameters of these names in a module; None for others, which stay."""
+    names = argnames.replace(" ", "")
+    if names == "test_name,model_id,config_cls,config_kwargs":
+        return [(name, model, BaditConfig, {**_SMALL, **options}) for name, model, options in _CASES]
+    if names == "test_name,tuner_method,config_cls,config_kwargs_1,config_kwargs_2":
+        options = {**_SMALL, "init_weights": False}
+        return [
+            (
+                name,
+                "badit",
+                BaditConfig,
+                {**options, "target_modules": ["lin0"]},
+                {**options, "target_modules": [other]},
+            )
+            for name, other in (("same", "lin0"), ("different", "lin1"))
+        ]
+    return {
+        "config_cls": [_SmallConfig],
+        "config_cls,config_kwargs": [(BaditConfig, {**_SMALL, "task_type": _TASK_TYPES.get(module, "CAUSAL_LM")})],
+        "config_class,mandatory_kwargs": [(BaditConfig, {})],
+        "model_id": _local_models(),
+    }.get(names)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pycollect_makeitem(collector: Any, name: str, obj: Any) -> None:
+    if not name.startswith("test") or not hasattr(obj, "pytestmark"):
+        return
+    marks = []
+    for mark in obj.pytestmark:
+        ours = (
+            _parameters(mark.args[0], collector.path.stem)
+            if mark.name == "parametrize" and isinstance(mark.args[0], str)
+            else None
+        )
+        marks.append(mark if ours is None else pytest.mark.parametrize(mark.args[0], ours).mark)
+    obj.pytestmark = marks
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    ours = [item for item in items if _is_ours(item)]
+    config.hook.pytest_deselected(items=[item for item in items if item not in ours])
+    items[:] = ours
+    for item in ours:
+        name = item.nodeid.rpartition("/")[2]
+        key = next((key for key in (name, name.partition("[")[0]) if key in _LISTED), None)
+        if key is not None:
+            _matched.add(key)
+            item.add_marker(pytest.mark.xfail(reason=_LISTED[key], strict=True))
+
+
+def _is_ours(item: pytest.Item) -> bool:
+    parameters = getattr(getattr(item, "callspec", None), "params", {}).values()
+    return any(isinstance(value, type) and issubclass(value, BaditConfig) for value in parameters)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    unknown = _LISTED.keys() - _matched
+    if unknown and not session.config.option.keyword and not session.config.option.collectonly:
+        raise pytest.UsageError(f"listed.yaml names what is no test: {', '.join(sorted(unknown))}")
