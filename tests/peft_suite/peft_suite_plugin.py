@@ -19,8 +19,8 @@ import pytest
 import torch
 import yaml
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     Gemma3TextConfig,
     GPT2Config,
     LlamaConfig,
@@ -85,15 +85,15 @@ class _SmallConfig(BaditConfig):
     lora_alpha: float = 2
 
 
-def _local_models() -> list[Any]:
-    folder = Path(os.environ["PEFT_SUITE_MODELS"])
+def _local_models(task: str) -> list[Any]:
+    """A folder for each model; a classifier's has its own head, which would else be drawn anew at every loading."""
+    auto_class = AutoModelForSequenceClassification if task == "SEQ_CLS" else AutoModelForCausalLM
     models = []
     for name, config in _MODELS.items():
-        path = folder / name
+        path = Path(os.environ["PEFT_SUITE_MODELS"]) / auto_class.__name__ / name
         if not (path / "config.json").is_file():
             torch.manual_seed(0)
-            AutoModelForCausalLM.from_config(config()).save_pretrained(path)
-        AutoConfig.from_pretrained(path)
+            auto_class.from_config(config()).save_pretrained(path)
         models.append(pytest.param(str(path), id=name))
     return models
 
@@ -115,11 +115,13 @@ def _parameters(argnames: str, module: str) -> list[Any] | None:
             )
             for name, other in (("same", "lin0"), ("different", "lin1"))
         ]
+    task = _TASK_TYPES.get(module, "CAUSAL_LM")
+    if names == "model_id":
+        return _local_models(task)
     return {
         "config_cls": [_SmallConfig],
-        "config_cls,config_kwargs": [(BaditConfig, {**_SMALL, "task_type": _TASK_TYPES.get(module, "CAUSAL_LM")})],
+        "config_cls,config_kwargs": [(BaditConfig, {**_SMALL, "task_type": task})],
         "config_class,mandatory_kwargs": [(BaditConfig, {})],
-        "model_id": _local_models(),
     }.get(names)
 
 

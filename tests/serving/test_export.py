@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import badit
 from badit.analysis.gates import adapted_layers, changed_gates
@@ -274,6 +274,21 @@ def test_a_folder_is_replaced_only_by_what_wrote_it(
         badit.export(run.path, run.path)
     with pytest.raises(BaditError, match="is a file"):
         badit.export(run.path, run.config)
+
+
+@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize(("method", "message"), [(BADIT, "gate_proj holds NaN"), ({"name": "lora", **LORA}, "NaN")])
+def test_a_run_that_has_diverged_is_not_exported(
+    trained: Trained, tmp_path: Path, method: dict[str, Any], message: str, merged: bool
+) -> None:
+    run = trained(method)
+    path = run.adapter / "adapter_model.safetensors"
+    tensors = load_file(path)
+    next(tensor for name, tensor in tensors.items() if name.endswith((".badit_B", ".lora_B.weight")))[0, 0] = torch.nan
+    save_file(tensors, path)
+    with pytest.raises(BaditError, match=message):
+        export(run.path, tmp_path / "out", merged=merged)
+    assert not list(tmp_path.glob("out*"))
 
 
 def test_nothing_is_merged_into_a_weight_that_is_shared(tiny_model: Callable[..., Any]) -> None:

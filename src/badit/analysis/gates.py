@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from tqdm import tqdm
 
 from badit.analysis.gradients import layer_and_module
 from badit.analysis.tables import TidyTable, defined
@@ -148,24 +149,24 @@ def prompt_gates(model: Any, batches: Batches) -> PromptGates:
 
 
 @torch.no_grad()
-def mean_component_gates(model: Any, batches: Batches) -> dict[str, list[torch.Tensor]]:
+def mean_component_gates(model: Any, batches: Batches, *, progress: bool = False) -> dict[str, list[torch.Tensor]]:
     """By task, the components' gates (N) in every adapted layer, as they multiply, the mean over the task's prompts.
 
     Args:
         model: in evaluation mode, with one active adapter of any kind whose components are gated.
         batches: as for :func:`prompt_gates`.
+        progress: show a bar on stderr.
     """
     adapted = adapted_layers(model)
-    return {
-        task: [
-            torch.cat(gates_of_batches).mean(dim=0)
-            for gates_of_batches in zip(
-                *(_component_gates_of_batch(model, adapted, on_device(batch, model.device)) for batch in of_task),
-                strict=True,
-            )
-        ]
-        for task, of_task in batches.items()
-    }
+    means = {}
+    with tqdm(total=sum(map(len, batches.values())), desc="Gates", unit="batch", disable=not progress) as bar:
+        for task, of_task in batches.items():
+            found = []
+            for batch in of_task:
+                found.append(_component_gates_of_batch(model, adapted, on_device(batch, model.device)))
+                bar.update()
+            means[task] = [torch.cat(of_layer).mean(dim=0) for of_layer in zip(*found, strict=True)]
+    return means
 
 
 def gates_table(gates: PromptGates) -> TidyTable:

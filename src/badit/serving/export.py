@@ -69,6 +69,7 @@ def export(
     gates: str | Path | None = None,
     rank: int | None = None,
     merged: bool = False,
+    progress: bool = True,
 ) -> Export:
     """Writes a run's adapter as a plain LoRA, or its model with the adapter merged, for use without badit.
 
@@ -83,9 +84,11 @@ def export(
         gates: a JSON file with a list of gates for every adapted module.
         rank: compress to this rank (SVD), at most 512.
         merged: write a whole model instead of an adapter.
+        progress: show a bar on stderr while gates are measured.
 
     Raises:
-        BaditError: no such run, options that do not go with its method, or a folder that holds something else.
+        BaditError: no such run, one that has diverged, options that do not go with its method, or a folder that holds
+            something else.
     """
     folder = RunFolder.existing(run)
     recipe = folder.recipe()
@@ -112,8 +115,11 @@ def export(
         if not merged:
             factors = lora_factors(model, lambda: method.apply(base_model(recipe)[0]))
     elif isinstance(method, AdapterMethod):
-        mixture = _mixture(model, tokenizer, recipe, tasks, task, gates) if varies else None
+        mixture = _mixture(model, tokenizer, recipe, tasks, task, gates, progress) if varies else None
         factors = mixture_factors(model, mixture, task)
+    for name, pair in (factors or {}).items():
+        if not all(factor.isfinite().all() for factor in pair):
+            raise BaditError(f"{folder.path}: {name} holds NaN or infinite values: its training has diverged")
     done = Export(output, None if mixture is None else mixture.source, task, None, None)
     if not merged:
         assert factors is not None
@@ -153,13 +159,19 @@ def _chosen(recipe: Recipe, task: str | None) -> list[Task]:
 
 
 def _mixture(
-    model: PeftModel, tokenizer: Any, recipe: Recipe, chosen: Sequence[Task], task: str | None, gates: Any
+    model: PeftModel,
+    tokenizer: Any,
+    recipe: Recipe,
+    chosen: Sequence[Task],
+    task: str | None,
+    gates: Any,
+    progress: bool,
 ) -> Mixture:
     if task is None and isinstance(model.peft_config["default"], MtlLoraConfig):
         raise BaditError("MTL-LoRA learns a matrix apart for every task: choose one with --task")
     if gates is not None:
         return read_mixture(Path(gates), adapted_layers(model))
-    return mean_mixture(model, tokenizer, recipe, chosen, named=task is not None)
+    return mean_mixture(model, tokenizer, recipe, chosen, named=task is not None, progress=progress)
 
 
 def _of_rank(factors: Factors, rank: int | None, done: Export) -> tuple[Factors, Export]:
@@ -178,7 +190,10 @@ def _merged(model: Any, factors: Factors | None) -> Any:
         model = model.unload()
         merge(model, factors)
         return model
-    return model.merge_and_unload(safe_merge=True) if isinstance(model, PeftModel) else model
+    try:
+        return model.merge_and_unload(safe_merge=True) if isinstance(model, PeftModel) else model
+    except ValueError as error:  # NaN in a merged weight
+        raise BaditError(f"the adapter cannot be merged ({error})") from None
 
 
 def _summary(done: Export) -> dict[str, Any]:

@@ -47,18 +47,21 @@ class Mixture:
         return gates_K[one.expert_of_N.cpu()]
 
 
-def mean_mixture(model: PeftModel, tokenizer: Any, recipe: Recipe, tasks: Sequence[Task], *, named: bool) -> Mixture:
+def mean_mixture(
+    model: PeftModel, tokenizer: Any, recipe: Recipe, tasks: Sequence[Task], *, named: bool, progress: bool
+) -> Mixture:
     """The mean gates over the first training prompts of each of ``tasks``, every task weighing the same.
 
     Args:
         named: whether the task was asked for by name, rather than all of the run's.
+        progress: show a bar on stderr.
     """
     chosen = [(task, task.train[:PROMPTS_PER_TASK]) for task in tasks if task.train]
     if not chosen:
         raise BaditError(f"task {tasks[0].name}: has no training prompts to take mean gates from; give --gates FILE")
     examples = [encoded(tokenizer, recipe, task, instance) for task, instances in chosen for instance in instances]
     batches = batches_by_task(examples, AnswerCollator(pad_id(tokenizer), with_tasks=True), _BATCH_SIZE)
-    by_task = mean_component_gates(model, batches)
+    by_task = mean_component_gates(model, batches, progress=progress)
     adapted = adapted_layers(model)
     gates = {
         one.layer.name: torch.stack(of_tasks).mean(dim=0)[one.first_components_K].tolist()
