@@ -19,10 +19,11 @@ import torch.nn.functional as F
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from badit.errors import BaditError
-from badit.peft.quantised import shape_of, weight_as_used
 from badit.method import frozen_factors
+from badit.peft.quantised import shape_of, weight_as_used
 
 
 class ExpertLayer(BaseTunerLayer):

@@ -153,7 +153,7 @@ class RoutingContext:
         cache = _cache(batch)
         if cache is not None and _length(cache) > 0:
             return ForwardPass(lambda: None, held=getattr(cache, _HELD, {}), shape=shape)
-        if shape is None:
+        if not isinstance(tokens, torch.Tensor) or shape is None:
             return ForwardPass(lambda: None)
         # Only what is small is kept for later: neither the embeddings nor the cache.
         kept = {name: batch.get(name) for name in ("attention_mask", "labels", "position_ids", "cu_seq_lens_q")}
