@@ -81,7 +81,7 @@ def load_base_model(
     with _one_line_errors(source, "weights"):
         if quantisation is None:
             model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True, **options)
-            return model.to(device or "cpu"), tokenizer
+            return model.to(device or "cpu"), tokenizer  # pyright: ignore[reportArgumentType] (a device is what it takes)
         model = AutoModelForCausalLM.from_pretrained(
             source,
             dtype=dtype,
@@ -112,7 +112,7 @@ def _quantisation_config(kind: Quantisation, dtype: Any) -> Any:
     if kind == "bnb-4bit":
         compute = "float32" if dtype == "auto" else dtype
         return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute)
-    from torchao.quantization import Int8WeightOnlyConfig
+    from torchao.quantization import Int8WeightOnlyConfig  # pyright: ignore[reportMissingImports] (an extra)
 
     return TorchAoConfig(Int8WeightOnlyConfig())
 

@@ -143,7 +143,7 @@ def test_a_base_that_has_been_reordered_is_refused(load: Load) -> None:
     with torch.no_grad():
         base(input_ids=ids())  # reorders it on a CPU with AVX-512 in bfloat16; elsewhere the next line stands for that
     layer.weight.quant_state.packing_format_for_cpu = True
-    with pytest.raises(BaditError, match="has been evaluated on a CPU.*load the model again"):
+    with pytest.raises(BaditError, match=r"has been evaluated on a CPU.*load the model again"):
         adapted(base)
 
 

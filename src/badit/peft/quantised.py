@@ -29,7 +29,7 @@ def weight_as_used(layer: nn.Module) -> torch.Tensor:
             scale_O = weight.SCB if weight.SCB is not None else cast(Any, layer).state.SCB
             return weight.data.float() * (scale_O.float() / 127)[:, None]
         case "Params4bit":
-            from bitsandbytes.functional import dequantize_4bit
+            from bitsandbytes.functional import dequantize_4bit  # pyright: ignore[reportMissingImports] (an extra)
 
             return dequantize_4bit(weight.data, weight.quant_state)
     if is_quantised(layer):
@@ -46,6 +46,7 @@ def keep_in_place(model: nn.Module) -> None:
     Raises:
         BaditError: that has happened already.
     """
+    module: Any
     for name, module in model.named_modules():
         state = getattr(getattr(module, "weight", None), "quant_state", None)
         if getattr(state, "packing_format_for_cpu", False):

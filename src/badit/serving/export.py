@@ -109,7 +109,8 @@ def export(
     if not varies:
         _refuse_choice(method.name, task, gates)
     tasks = _chosen(recipe, task) if varies else []
-    model, tokenizer = load_run(folder, recipe)
+    loaded, tokenizer = load_run(folder, recipe)
+    model: Any = loaded  # a PeftModel, but of methods that train the base weights
     factors, mixture = None, None
     if isinstance(method, AdapterMethod) and isinstance(method.config, LoraConfig):
         if not merged:

@@ -68,8 +68,9 @@ class AngleLog(TrainerCallback):
                 window.restart()
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._layers and args.should_save:
-            save_state(Path(args.output_dir) / f"checkpoint-{state.global_step}" / ANGLES_FILE, self._windows)
+        if self._layers:
+            path = Path(args.output_dir) / f"checkpoint-{state.global_step}" / ANGLES_FILE
+            save_state(path, self._windows, write=args.should_save)
 
     def _write(self, step: int) -> None:
         for name, gram_NN in mean_grams(self._windows).items():

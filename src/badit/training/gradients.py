@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from importlib import import_module
 from typing import Any, Literal
 
 import torch
@@ -73,10 +74,9 @@ def scale_columns(b_ON: nn.Parameter, scale_N: torch.Tensor) -> None:
         whole = [Replicate()] * b_ON.device_mesh.ndim
         b_ON.mul_(DTensor.from_local(scale_N.to(b_ON), b_ON.device_mesh, whole, run_check=False))
     elif _kept_by_deepspeed(b_ON):
-        from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param
-
-        master_ON = safe_get_full_fp32_param(b_ON)
-        safe_set_full_fp32_param(b_ON, master_ON * scale_N.to(master_ON))
+        deepspeed = _deepspeed()
+        master_ON = deepspeed.safe_get_full_fp32_param(b_ON)
+        deepspeed.safe_set_full_fp32_param(b_ON, master_ON * scale_N.to(master_ON))
     else:
         b_ON.mul_(scale_N.to(b_ON))
 
@@ -100,9 +100,7 @@ def _in_shards(parameter: nn.Parameter) -> bool:
 def _whole(parameter: nn.Parameter) -> torch.Tensor:
     if isinstance(parameter, DTensor):
         return parameter.full_tensor()
-    from deepspeed.utils import safe_get_full_fp32_param
-
-    return safe_get_full_fp32_param(parameter)
+    return _deepspeed().safe_get_full_fp32_param(parameter)
 
 
 def before_step(optimizer: Any, read: Callable[[], None]) -> bool:
@@ -132,9 +130,11 @@ def steps_in_backward(optimizer: Any) -> bool:
 def _reduced_gradient(parameter: nn.Parameter) -> torch.Tensor | None:
     if not _kept_by_deepspeed(parameter):
         return parameter.grad
-    from deepspeed.utils import safe_get_full_grad
+    return _deepspeed().safe_get_full_grad(parameter)
 
-    return safe_get_full_grad(parameter)
+
+def _deepspeed() -> Any:
+    return import_module("deepspeed.utils")
 
 
 def _kept_by_deepspeed(parameter: nn.Parameter) -> bool:

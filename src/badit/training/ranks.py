@@ -25,6 +25,24 @@ def any_of_all(flag: bool) -> bool:
     return bool(count)
 
 
+def gathered(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor of every process, (ranks, …)."""
+    if not several():
+        return tensor[None]
+    tensor = tensor.to(communicating_device()).contiguous()
+    parts = [torch.empty_like(tensor) for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather(parts, tensor)
+    return torch.stack(parts)
+
+
+def own_part(parts: torch.Tensor) -> torch.Tensor:
+    """This process's row of what :func:`gathered` gave; an even share of the sum where there were more or fewer."""
+    ranks = torch.distributed.get_world_size() if several() else 1
+    if len(parts) != ranks:
+        return parts.sum(dim=0) / ranks
+    return parts[torch.distributed.get_rank() if several() else 0]
+
+
 def communicating_device() -> torch.device:
     """Where a tensor must be for the processes to exchange it."""
     backend = torch.distributed.get_backend()

@@ -141,10 +141,8 @@ class RegroupCallback(TrainerCallback):
         self._write_pending(state.global_step, mean_grams(self._windows))
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        for window in self._windows.values():
-            window.share_gates()
-        if args.should_save:
-            save_state(Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / STATE_FILE, self._windows)
+        path = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / STATE_FILE
+        save_state(path, self._windows, write=args.should_save)
 
     def _regroup(self, step: int) -> None:
         grams = mean_grams(self._windows)
@@ -155,9 +153,9 @@ class RegroupCallback(TrainerCallback):
             layer, adapter = self._layers[name]
             old_N = _labels(layer, adapter)
             window = self._windows[name]
-            window.share_gates()
-            if self.rescale and window.gate_sums is not None:
-                _rescale_moved(layer, adapter, old_N, new_N, window.gate_sums)
+            gates = window.gates_of_all() if self.rescale else None
+            if gates is not None:
+                _rescale_moved(layer, adapter, old_N, new_N, gates.sum(dim=0))
             layer.expert_of(adapter).copy_(torch.from_numpy(new_N))
             window.pending = {
                 "step": step,

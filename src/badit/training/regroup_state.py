@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from badit.errors import BaditError
-from badit.training.ranks import several
+from badit.training.ranks import gathered, own_part
 
 STATE_FILE = "badit_regroup.safetensors"
 ANGLES_FILE = "badit_angles.safetensors"
@@ -31,20 +31,20 @@ class Window:
 
     def add(self, gram_NN: torch.Tensor, gate_sums: torch.Tensor | None) -> None:
         """Adds one optimizer step: its Gram, and the (K + 1) sums of gates and their number on this rank."""
-        self.gram_sum = gram_NN if self.gram_sum is None else self.gram_sum + gram_NN
+        # Sums that come from a checkpoint are on the CPU at first.
+        self.gram_sum = gram_NN if self.gram_sum is None else self.gram_sum.to(gram_NN.device) + gram_NN
         self.steps += 1
         if gate_sums is not None:
-            self.gate_sums = gate_sums if self.gate_sums is None else self.gate_sums + gate_sums
+            former = self.gate_sums
+            self.gate_sums = gate_sums if former is None else former.to(gate_sums.device) + gate_sums
 
     def restart(self) -> None:
         """Empties the sums; the pending line stays."""
         self.gram_sum, self.steps, self.gate_sums = None, 0, None
 
-    def share_gates(self) -> None:
-        """Spreads the sums evenly over the ranks, so that every rank, and rank 0's checkpoint, has the same mean."""
-        if several() and self.gate_sums is not None:
-            torch.distributed.all_reduce(self.gate_sums)
-            self.gate_sums /= torch.distributed.get_world_size()
+    def gates_of_all(self) -> torch.Tensor | None:
+        """The gate sums of every rank (ranks, K + 1); all ranks must ask."""
+        return None if self.gate_sums is None else gathered(self.gate_sums)
 
 
 def mean_grams(windows: Mapping[str, Window]) -> dict[str, np.ndarray]:
@@ -58,15 +58,20 @@ def mean_grams(windows: Mapping[str, Window]) -> dict[str, np.ndarray]:
     return {name: part.view(mean_NN.shape).numpy() for name, part, mean_NN in zip(full, parts, means, strict=True)}
 
 
-def save_state(path: Path, windows: Mapping[str, Window]) -> None:
-    """Writes the windows to a file of a checkpoint, as safetensors with the pending lines in its metadata."""
+def save_state(path: Path, windows: Mapping[str, Window], *, write: bool = True) -> None:
+    """Writes the windows to a file of a checkpoint, as safetensors with the pending lines in its metadata.
+
+    All ranks must call it; of the gates they have sums of their own. Those with ``write`` write.
+    """
     tensors: dict[str, torch.Tensor] = {}
     notes: dict[str, Any] = {}
     for name, window in windows.items():
         notes[name] = {"steps": window.steps, "pending": window.pending}
-        for kind, tensor in (("gram_sum", window.gram_sum), ("gate_sums", window.gate_sums)):
+        for kind, tensor in (("gram_sum", window.gram_sum), ("gate_sums", window.gates_of_all())):
             if tensor is not None:
                 tensors[f"{kind}:{name}"] = tensor.contiguous()
+    if not write:
+        return
     partial = path.with_name(f"{path.name}.partial")
     save_file(tensors, partial, metadata={"windows": json.dumps(notes)})
     os.replace(partial, path)
@@ -96,5 +101,6 @@ def load_state(path: Path, windows: Mapping[str, Window]) -> dict[str, Window]:
         window = loaded[name] = Window()
         window.steps, window.pending = notes[name]["steps"], notes[name]["pending"]
         window.gram_sum = tensors.get(f"gram_sum:{name}")
-        window.gate_sums = tensors.get(f"gate_sums:{name}")
+        if (sums := tensors.get(f"gate_sums:{name}")) is not None:
+            window.gate_sums = own_part(sums)
     return loaded
