@@ -25,3 +25,11 @@ def test_a_log_goes_back_to_a_step(tmp_path: Path) -> None:
     assert list(read_jsonl(tmp_path / "new" / "log.jsonl")) == [{"at": 5}, {"at": 10}]
     log.rewind(0)
     assert list(read_jsonl(tmp_path / "new" / "log.jsonl")) == []
+
+
+def test_lines_that_are_pending_are_logged_again(tmp_path: Path) -> None:
+    log = StepLog(tmp_path / "log.jsonl", step_key="at")
+    for line in ({"at": 5, "of": 3, "x": 1}, {"at": 10, "of": 6, "x": 1}, {"at": 10, "of": 6, "x": 2}):
+        log.append(line)
+    log.rewind(10, [{"of": 6, "x": 2}])
+    assert [line["x"] for line in read_jsonl(tmp_path / "log.jsonl")] == [1, 1]

@@ -25,7 +25,7 @@ import resource
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
@@ -165,10 +165,17 @@ class StepLog:
         self._path = path
         self._step_key = step_key
 
-    def rewind(self, step: int) -> None:
-        """Drops what was logged after ``step``: a resumed run is about to log it again, a new one starts empty."""
+    def rewind(self, step: int, pending: Collection[Mapping[str, Any]] = ()) -> None:
+        """Drops what was logged after ``step``: a resumed run is about to log it again, a new one starts empty.
+
+        So it is with lines of ``pending`` beginnings, which may have been completed and logged at ``step`` itself.
+        """
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        kept = [line for line in read_jsonl(self._path) if line[self._step_key] <= step] if step else []
+        kept = [
+            line
+            for line in (read_jsonl(self._path) if step else ())
+            if line[self._step_key] <= step and not any(begun.items() <= line.items() for begun in pending)
+        ]
         write_text(self._path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def append(self, line: Mapping[str, Any]) -> None:

@@ -36,7 +36,9 @@ from badit.cli import main
 from badit.training.method import AdapterMethod
 
 _WRITING = os.O_WRONLY | os.O_RDWR
-EVENTS = ("on_step_begin", "on_pre_optimizer_step", "on_optimizer_step", "on_step_end", "on_log", "on_save")
+EVENTS = (
+    "on_step_begin", "on_pre_optimizer_step", "on_optimizer_step", "on_step_end", "on_log", "on_save", "on_train_end"
+)  # fmt: skip
 
 
 class Striker(TrainerCallback):
@@ -86,7 +88,6 @@ class Recorder(TrainerCallback):
                 tensors[f"steps.{layer}"] = torch.tensor(window.steps)
                 if window.gram_sum is not None:
                     tensors[f"gram.{layer}"] = window.gram_sum
-        tensors["random"] = torch.get_rng_state()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         save_file({key: value.contiguous() for key, value in tensors.items()}, self.path)
 

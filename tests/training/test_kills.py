@@ -100,6 +100,7 @@ def test_killed_runs_end_as_the_one_that_was_not(train: Train, tmp_path: Path) -
     rng = random.Random(0)
     strikes = [(rng.choice(STEP_EVENTS), rng.randint(1, counts["on_step_end"])) for _ in range(KILLS)]
     strikes += [("file", rng.randint(1, counts["file"])) for _ in range(KILLS)]
+    strikes += [("on_train_end", 1)]  # after the last checkpoint
     for i, (event, number) in enumerate(strikes):
         name = f"killed-{i}"
         done = train(name, event, number, signal.SIGKILL)

@@ -110,7 +110,9 @@ class RegroupCallback(TrainerCallback):
             folder = Path(self._checkpoint or resumed_checkpoint(args, state))
             self._windows = load_state(folder / STATE_FILE, self._windows)
         if self._log is not None:
-            self._log.rewind(state.global_step)
+            # A run that ended after its last checkpoint has completed the lines that this checkpoint has as pending.
+            begun = [window.pending for window in self._windows.values() if window.pending]
+            self._log.rewind(state.global_step, [{key: line[key] for key in ("step", "module")} for line in begun])
         for layer, adapter in self._layers.values():
             layer.gate_sums.pop(adapter, None)
         self._reads_in_engine = before_step(kwargs.get("optimizer"), self._read_gradients)
