@@ -16,6 +16,7 @@ from transformers import (
     Gemma3TextConfig,
     GPT2Config,
     LlamaConfig,
+    LlamaForCausalLM,
     MistralConfig,
     PreTrainedConfig,
     Qwen3Config,
@@ -111,6 +112,38 @@ def model_folder(tmp_path: Path, tiny_model: Callable[..., Any]) -> Path:
     model.config.eos_token_id = tokenizer.eos_token_id
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny ``model`` and ``tasks.jsonl``: two tasks of 12 training and 4 test instances."""
+    folder = tmp_path_factory.mktemp("material")
+    tokenizer = make_tokenizer(chat_template=CHATML)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=128,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    lines = [
+        {
+            "task": task,
+            "instruction": f"Name the {verb}.",
+            "input": f"land {i} " * (1 + i % 4),
+            "output": f"{verb} {i}",
+            "split": "test" if i >= 12 else "train",
+        }
+        for task, verb in (("cities", "capital"), ("rivers", "river"))
+        for i in range(16)
+    ]
+    (folder / "tasks.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder
 
 

@@ -112,6 +112,14 @@ def test_overrides_reach_nested_keys_with_yaml_values() -> None:
         ({}, ["training.epochs.more=3"], r"training\.epochs: "),
         ({"output": "x"}, ["output.name=3"], r"output is a single value"),
         ({}, ["data.tasks=[a"], r"is not valid YAML"),
+        ({}, ['output="\\ud800"'], r"is not valid YAML"),
+        ({}, ["training.epochs=.inf"], r"training\.epochs: input should be"),
+        ({}, ["training.learning_rate=.nan"], r"training\.learning_rate: input should be a finite number"),
+        ({}, ["training.seed=-1"], r"training\.seed: input should be greater than or equal to 0"),
+        ({}, ["training.max_steps=3000000000"], r"training\.max_steps: input should be less than or equal to"),
+        ({"output": "a\0b"}, [], r"output: must be a name or a path"),
+        ({"output": " "}, [], r"output: must be a name or a path"),
+        ({"k" * 500: 1}, [], r"^recipe: k{120}: unknown key$"),
     ],
 )
 def test_mistakes_are_named_on_one_line(content: dict[str, Any], overrides: list[str], message: str) -> None:
@@ -125,10 +133,16 @@ def test_mistakes_are_named_on_one_line(content: dict[str, Any], overrides: list
     [
         (b"training: [", "line 1.* is not valid YAML"),
         (b"- a\n- b\n", "must hold 'key: value' lines, not a list"),
-        (b"\xff\xfe", "is not valid UTF-8"),
+        (b"\xff\xfe", "not UTF-8 at byte 0"),
         (b"!!python/object/apply:os.system ['true']", "is not valid YAML"),
         (b"a: " + b"[" * 5000, "is not valid YAML"),
-        (b"a: &b [*b]", "is not valid YAML"),
+        (b"a: &b [*b]", "an alias stands for the value that it is in"),
+        (b"training: {seed: 1}\ntraining: {}\n", "line 2, column 1: the key 'training' is there twice"),
+        (b"method: {r: 1, r: 2}", "line 1, column 16: the key 'r' is there twice"),
+        (b"output: 2001-99-99", "is not valid YAML"),
+        (b"output: " + b"9" * 5000, "is not valid YAML"),
+        (b"#" * 1_000_001, "has more than 1,000,000 characters"),
+        (b"a: [" + b"1, " * 100_000 + b"1]", "comes to more than 100,000 values"),
     ],
 )
 def test_broken_files_are_named(tmp_path: Path, text: bytes, message: str) -> None:

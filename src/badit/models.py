@@ -161,13 +161,11 @@ def resolve_model(name: str | Path) -> str:
 @contextmanager
 def _one_line_errors(source: str, part: str) -> Iterator[None]:
     """Turn what transformers raises for a missing, damaged or foreign model into a BaditError."""
-    from safetensors import SafetensorError
-
     try:
         yield
     except BaditError:
         raise
-    except (OSError, ValueError, ImportError, SafetensorError) as error:
+    except Exception as error:  # a damaged file brings about any of them
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(" .:")
         origin = "" if Path(source).is_dir() else "no such folder, and from the hub "
         mend = "; allow it with trust_remote_code if you trust it" if "trust_remote_code" in str(error) else ""

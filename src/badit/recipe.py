@@ -13,26 +13,42 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from badit.data.files import read_text
 from badit.data.prompts import ChatTemplate, PromptEncoding
+from badit.data.schema import shown
 from badit.errors import BaditError, nearest
 from badit.models import Quantisation
 from badit.yaml_values import parse_yaml
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+# What every library below can count to; a seed must suit numpy's generator as well, which takes none below 0.
+_MOST = 2**31 - 1
+Count = Annotated[int, Field(ge=1, le=_MOST)]
+CountOrZero = Annotated[int, Field(ge=0, le=_MOST)]
+Seed = CountOrZero
+
+
+def _a_path(text: str) -> str:
+    if not text.strip() or "\0" in text:
+        raise ValueError("must be a name or a path, not blank and without NUL")
+    return text
+
+
+PathText = Annotated[str, AfterValidator(_a_path)]
 # YAML reads a task's number, such as 363, as an integer.
 TaskName = Annotated[str, Field(coerce_numbers_to_str=True)]
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class ModelSection(_Section):
     """The base model."""
 
-    name: str = Field("smollm2-135m", description="built-in name, local folder or hub id (org/name)")
+    name: PathText = Field("smollm2-135m", description="built-in name, local folder or hub id (org/name)")
     dtype: Dtype = Field("bfloat16", description="type of the frozen base weights")
     quantisation: Quantisation | None = Field(
         None, description="keep the base weights in 8 or 4 bits (badit[quantised]); experts are trained beside them"
@@ -44,12 +60,12 @@ class ModelSection(_Section):
 class DataSection(_Section):
     """The tasks."""
 
-    source: str = Field("builtin", description="'builtin', a folder or a .jsonl file; $VARIABLES are expanded")
+    source: PathText = Field("builtin", description="'builtin', a folder or a .jsonl file; $VARIABLES are expanded")
     format: Literal["auto", "sapt", "superni", "jsonl", "builtin"] = "auto"
     tasks: list[TaskName] | None = Field(None, description="names or numbers of the tasks to use (default: all)")
-    train_per_task: int | None = Field(None, ge=1, description="at most so many training instances a task")
-    test_per_task: int | None = Field(None, ge=1, description="the first so many test instances a task")
-    validation_per_task: int = Field(0, ge=0, description="instances to hold out of each task's training data")
+    train_per_task: Count | None = Field(None, description="at most so many training instances a task")
+    test_per_task: Count | None = Field(None, description="the first so many test instances a task")
+    validation_per_task: CountOrZero = Field(0, description="instances to hold out of each task's training data")
     sampling: Literal["proportional", "balanced"] = Field(
         "proportional", description="tasks weigh by their size, or all the same"
     )
@@ -57,25 +73,25 @@ class DataSection(_Section):
         None,
         description="trains the tasks one after another: sapt-1, sapt-2, seeded-N or a list of names; null mixes them",
     )
-    seed: int = Field(0, description="of the subsampling; kept apart from training.seed so that runs share their data")
+    seed: Seed = Field(0, description="of the subsampling; kept apart from training.seed so that runs share their data")
 
 
 class PromptSection(_Section):
     """From an instance to tokens."""
 
     encoding: PromptEncoding = Field("def", description="'def', or 'def+posN' with N demonstrations")
-    max_source_tokens: int = Field(1024, ge=8)
-    max_answer_tokens: int = Field(50, ge=1)
+    max_source_tokens: int = Field(1024, ge=8, le=_MOST)
+    max_answer_tokens: Count = 50
     chat_template: ChatTemplate = "auto"
 
 
 class TrainingSection(_Section):
     """Optimisation; HF TrainingArguments underneath."""
 
-    epochs: float = Field(1.0, gt=0)
-    max_steps: int | None = Field(None, ge=1, description="overrides epochs")
-    batch_size: int = Field(8, ge=1, description="per device")
-    gradient_accumulation: int = Field(1, ge=1)
+    epochs: float = Field(1.0, gt=0, le=1e6)
+    max_steps: Count | None = Field(None, description="overrides epochs")
+    batch_size: Count = Field(8, description="per device")
+    gradient_accumulation: Count = 1
     learning_rate: float = Field(5e-4, gt=0)
     scheduler: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
     warmup: float = Field(0.03, ge=0, lt=1, description="fraction of the steps")
@@ -83,21 +99,21 @@ class TrainingSection(_Section):
     max_grad_norm: float = Field(1.0, ge=0, description="0 switches clipping off")
     gradient_checkpointing: bool = False
     group_by_length: bool = Field(True, description="batches of similar length")
-    seed: int = 0
+    seed: Seed = 0
     deterministic: bool = Field(False, description="only operations that give the same bits every time, if slower")
-    max_skipped_steps: int = Field(
-        10, ge=0, description="steps with a loss or gradient that is not finite to skip before the run stops"
+    max_skipped_steps: CountOrZero = Field(
+        10, description="steps with a loss or gradient that is not finite to skip before the run stops"
     )
-    log_every: int = Field(10, ge=1, description="steps between lines of metrics.jsonl")
-    save_every: int = Field(100, ge=1, description="steps between checkpoints")
+    log_every: Count = Field(10, description="steps between lines of metrics.jsonl")
+    save_every: Count = Field(100, description="steps between checkpoints")
 
 
 class EvaluationSection(_Section):
     """Generation and scoring."""
 
     split: Literal["test", "validation"] = "test"
-    batch_size: int = Field(16, ge=1)
-    max_new_tokens: int = Field(50, ge=1)
+    batch_size: Count = 16
+    max_new_tokens: Count = 50
     unseen_tasks: bool = Field(
         True, description="in a sequence, score the tasks still to come as well, after every task"
     )
@@ -108,7 +124,7 @@ class CompareSection(_Section):
 
     methods: dict[str, dict[str, Any]] = Field(description="a name for each method to compare, and its method section")
     reference: str = Field("lora", description="the method that differences are taken to")
-    seeds: list[int] = Field([0, 1, 2], min_length=1)
+    seeds: list[Seed] = Field([0, 1, 2], min_length=1)
     orders: list[str | list[TaskName]] | None = Field(
         None, min_length=1, description="orders of a sequence of tasks, as in data.order; null mixes the tasks"
     )
@@ -142,7 +158,7 @@ class Recipe(_Section):
     training: TrainingSection = TrainingSection()  # pyright: ignore[reportCallIssue]
     evaluation: EvaluationSection = EvaluationSection()  # pyright: ignore[reportCallIssue]
     compare: CompareSection | None = None
-    output: str = Field("runs/badit", description="the run's folder, or that of a comparison's runs")
+    output: PathText = Field("runs/badit", description="the run's folder, or that of a comparison's runs")
 
 
 def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recipe:
@@ -157,26 +173,34 @@ def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
             unknown or has a wrong value.
     """
     path = Path(path)
-    return build_recipe(_content(path), overrides, where=str(path))
+    return build_recipe(_content(path), overrides, where=shown(path))
 
 
 def _content(path: Path, extending: tuple[Path, ...] = ()) -> dict[str, Any]:
     """A recipe file's values over those of the recipe that it extends; the files in ``extending`` led to this one."""
     if path in extending:
-        raise BaditError(f"{extending[-1]}: extends: {path.name} extends this file already")
-    content = _read(path)
+        raise BaditError(f"{shown(extending[-1])}: extends: {path.name} extends this file already")
+    content = read_values(path)
     if "extends" not in content:
         return content
     base_path = path.parent / _file_beside(path, content.pop("extends"))
     base = _content(base_path, (*extending, path))
-    build_recipe(base, where=str(base_path))  # its mistakes are reported as its own
+    build_recipe(base, where=shown(base_path))  # its mistakes are reported as its own
     return _merged(base, content)
 
 
 def _file_beside(path: Path, name: Any) -> str:
     """``name``, if it is one that stays in the folder of the recipe that gives it: a recipe reads no file elsewhere."""
     if not isinstance(name, str) or "\0" in name or Path(name).is_absolute() or ".." in Path(name).parts:
-        raise BaditError(f"{path}: extends: must be a file in the recipe's folder, such as base.yaml, not {name!r:.60}")
+        raise BaditError(
+            f"{shown(path)}: extends: must be a file in the recipe's folder, such as base.yaml, not {name!r:.60}"
+        )
+    try:
+        inside = (path.parent / name).resolve().is_relative_to(path.parent.resolve())
+    except (OSError, RuntimeError):  # a link that leads to itself
+        inside = False
+    if not inside:
+        raise BaditError(f"{shown(path)}: extends: {name!r:.60} is a link that leads out of the recipe's folder")
     return name
 
 
@@ -194,18 +218,17 @@ def _renamed(former: Mapping[str, Any], own: Mapping[str, Any]) -> bool:
     return "name" in own and own["name"] != former.get("name")
 
 
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise BaditError(f"{path}: cannot be read ({error.strerror or error})") from None
-    except UnicodeDecodeError:
-        raise BaditError(f"{path}: is not valid UTF-8") from None
-    content = parse_yaml(text, where=str(path))
+def read_values(path: Path) -> dict[str, Any]:
+    """A recipe file's values as they stand there, whatever they are.
+
+    Raises:
+        BaditError: the file cannot be read, or it holds no values by name.
+    """
+    content = parse_yaml(read_text(path), where=shown(path))
     if content is None:
         content = {}
     if not isinstance(content, dict):
-        raise BaditError(f"{path}: must hold 'key: value' lines, not a {type(content).__name__}")
+        raise BaditError(f"{shown(path)}: must hold 'key: value' lines, not a {type(content).__name__}")
     return content
 
 
@@ -274,7 +297,7 @@ def _first_problem(error: ValidationError) -> str:
     """The first problem as ``dotted.key: what is wrong``."""
     problem = error.errors(include_url=False)[0]
     location = [str(part) for part in problem["loc"]]
-    dotted = ".".join(location)
+    dotted = f"{'.'.join(location):.120}"
     if problem["type"] == "extra_forbidden":
         return f"{dotted}: unknown key{nearest(location[-1], _known_keys(location[:-1]))}"
     message = problem["msg"].removeprefix("Value error, ").replace("\n", " ")

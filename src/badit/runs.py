@@ -33,6 +33,8 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from badit.data.files import parse_json, read_text
+from badit.data.schema import shown
 from badit.errors import BaditError
 from badit.recipe import Recipe, differing_keys, dump_recipe, load_recipe
 
@@ -87,7 +89,9 @@ class RunFolder:
         run = cls(recipe.output)
         if run.config.is_file():
             aside = {"output", "compare"}
-            if keys := differing_keys(run.recipe().model_dump(exclude=aside), recipe.model_dump(exclude=aside)):
+            if keys := differing_keys(
+                load_recipe(run.config).model_dump(exclude=aside), recipe.model_dump(exclude=aside)
+            ):
                 raise BaditError(
                     f"{run.path}: holds a run of another recipe (it differs in {', '.join(keys[:5])}); "
                     "choose another output=FOLDER, or remove that one"
@@ -102,8 +106,23 @@ class RunFolder:
             raise BaditError(f"{run.path}: cannot be written ({error.strerror or error})") from None
         return run
 
-    def recipe(self) -> Recipe:
-        return load_recipe(self.config)
+    def recipe(self, *, trust_remote_code: bool = False) -> Recipe:
+        """The recipe that the run was made by.
+
+        Args:
+            trust_remote_code: whether the user, and not only the folder, which may come from elsewhere, lets Python
+                code run that comes with the base model.
+
+        Raises:
+            BaditError: it is damaged, or asks for such code and the user does not.
+        """
+        recipe = load_recipe(self.config)
+        if recipe.model.trust_remote_code and not trust_remote_code:
+            raise BaditError(
+                f"{shown(self.config)}: model.trust_remote_code: is true, so Python code that comes with the model "
+                f"{recipe.model.name!r:.60} would run; allow it with --trust-remote-code if you trust both"
+            )
+        return recipe
 
 
 def is_main_process() -> bool:
@@ -114,6 +133,7 @@ def is_main_process() -> bool:
 def write_text(path: Path, text: str) -> None:
     """Writes a file whole: never half of it, whenever the process or the machine dies."""
     partial = path.with_name(path.name + ".partial")
+    partial.unlink(missing_ok=True)  # a link there would lead the text into another file
     partial.write_text(text, encoding="utf-8", newline="\n")
     sync(partial)
     partial.replace(path)
@@ -138,24 +158,43 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         BaditError: the file is missing or damaged.
     """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise BaditError(f"{path}: is missing") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise BaditError(f"{path}: cannot be read ({error})") from None
-    if not isinstance(value, dict):
-        raise BaditError(f"{path}: must hold one JSON object, not a {type(value).__name__}")
-    return value
+    return _object(read_text(path), path, 1)
+
+
+def refuse_other_format(content: Mapping[str, Any], path: Path, known: int) -> None:
+    """Raises for a file whose ``format``, the version of its form, is not the one that this release reads.
+
+    Raises:
+        BaditError: the format is newer, or there is none.
+    """
+    found = content.get("format")
+    if isinstance(found, int) and not isinstance(found, bool) and found > known:
+        raise BaditError(
+            f"{shown(path)}: format: is {found!r:.60}, this badit reads {known}: pip install --upgrade badit"
+        )
+    if found is True or found != known:
+        raise BaditError(f"{shown(path)}: format: must be {known}, not {found!r:.60}; make the file anew")
 
 
 def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
-    """The lines of a log; a last line that a crash cut short is left out, as nothing was lost but that line."""
+    """The lines of a log; a last line that a crash cut short is left out, as nothing was lost but that line.
+
+    Raises:
+        BaditError: a line is no JSON object.
+    """
     if not path.is_file():
         return
     # Only \n ends a line: answers may hold other separators, such as U+2028. What follows the last one was cut short.
-    for line in path.read_text(encoding="utf-8").split("\n")[:-1]:
-        yield json.loads(line)
+    for number, line in enumerate(read_text(path).split("\n")[:-1], start=1):
+        yield _object(line, path, number)
+
+
+def _object(text: str, path: Path, line: int) -> dict[str, Any]:
+    # Numbers that training has made may be NaN: of a run that diverged, or where a mean is over nothing.
+    value = parse_json(text, file=path, first_line=line, constants=True)
+    if not isinstance(value, dict):
+        raise BaditError(f"{shown(path)}: must hold one JSON object, not a {type(value).__name__} (line {line})")
+    return value
 
 
 class StepLog:

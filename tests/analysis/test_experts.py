@@ -76,7 +76,7 @@ def test_a_damaged_log_is_refused(tmp_path, line, message):
         assert str(caught.value).startswith(str(tmp_path / "regroupings.jsonl"))
         assert "\n" not in str(caught.value)
     (tmp_path / "regroupings.jsonl").write_text("{nonsense\n")
-    with pytest.raises(BaditError, match="line 1: is no JSON"):
+    with pytest.raises(BaditError, match="invalid JSON at line 1"):
         component_flow(RunFolder(tmp_path))
 
 

@@ -61,7 +61,7 @@ def test_every_order_of_a_sequence_counts(tmp_path):
 
 def test_a_comparison_without_single_task_runs_has_no_gaps(tmp_path):
     assert task_gap(results(tmp_path, [cell("lora", 0, {"a": 40})])).rows == []
-    with pytest.raises(BaditError, match="is missing"):
+    with pytest.raises(BaditError, match="cannot be read"):
         task_gap(tmp_path / "elsewhere")
 
 
@@ -93,5 +93,5 @@ def test_a_run_without_a_matrix_is_refused(tmp_path, scores, message):
 
 
 def test_a_run_that_is_not_scored_is_refused(tmp_path):
-    with pytest.raises(BaditError, match="is missing"):
+    with pytest.raises(BaditError, match="cannot be read"):
         transfer(RunFolder(tmp_path))

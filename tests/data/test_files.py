@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from badit.data import Task, load_tasks
 from badit.errors import BaditError
+from fuzz.damage import endless_file, pipe_in_its_place
 
 GOOD = json.dumps({"Definition": ["Do."], "Instances": [{"id": "x", "input": "a", "output": ["b"]}]}).encode()
 JSON = st.recursive(
@@ -55,6 +56,11 @@ def refusal(file) -> str:
         (b'{"a":' * 100_000, "nested too deeply"),
         (b"1" * 10_000, "a number is too long"),
         (GOOD.replace(b'"a"', b'"\\uD83D"'), "half a surrogate pair"),
+        (
+            GOOD.replace(b'"Definition"', b'"Instances": 1, "Definition"'),
+            "the key 'Instances' is there twice from line 1",
+        ),
+        (b'{"a": {"b": 1, "c": 2, "b": 1}}', "the key 'b' is there twice"),
     ],
 )
 def test_what_is_not_json(tmp_path, suffix, content, message):
@@ -85,6 +91,13 @@ def test_a_folder_in_place_of_a_file(tmp_path):
     file = tmp_path / "task1_a.json"
     file.mkdir()
     assert "cannot be read" in refusal(file)
+
+
+@pytest.mark.parametrize("replace", [pipe_in_its_place, endless_file])
+def test_a_file_that_never_ends(tmp_path, replace):
+    file = tmp_path / "task1_a.json"
+    replace(file)
+    assert "cannot be read (a pipe or a device)" in refusal(file)
 
 
 def test_a_path_that_no_system_allows():

@@ -115,7 +115,7 @@ def test_a_bad_line_is_named(tmp_path, line):
     write_predictions(tmp_path, AWKWARD[1:2])
     with (tmp_path / "a.jsonl").open("a") as file:
         file.write(line + "\n")
-    with pytest.raises(BaditError, match=r"a\.jsonl:2: not a prediction"):
+    with pytest.raises(BaditError, match=r"a\.jsonl: (line 2: .*evaluate again|invalid JSON at line 2)"):
         read_predictions(tmp_path)
 
 

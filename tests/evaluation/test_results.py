@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean, stdev
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 
 from badit.errors import BaditError
-from badit.evaluation.results import load_results, summarise, task_means
+from badit.evaluation.results import load_results, read_scores, summarise, task_means
 from badit.evaluation.statistics import Spread
 
 TASKS = {"task002_quoref": 3, "task_b": 2}
@@ -211,7 +212,7 @@ def _set(*path: Any, to: Any) -> Callable[[dict[str, Any]], None]:
 
 
 BROKEN = [
-    (_set("format", to=2), "format: input should be 1"),
+    (_set("format", to=2), "format: is 2, this badit reads 1: pip install --upgrade badit"),
     (_set("protocol", to="mixd"), "protocol: input should be 'mixed' or 'sequential'"),
     (_set("reference", to="lroa"), "reference: 'lroa' is none of the methods (did you mean 'lora'?)"),
     (_set("methods", to=[]), "methods: list should have at least 1 item"),
@@ -241,10 +242,30 @@ def test_a_broken_file_is_refused_by_field(
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), [("[]", "one JSON object"), ("{", "cannot be read"), (None, "is missing")]
+    ("text", "message"), [("[]", "one JSON object"), ("{", "invalid JSON"), (None, "cannot be read")]
 )
 def test_a_damaged_or_missing_file_is_refused(text: str | None, message: str, tmp_path: Path) -> None:
     if text is not None:
         (tmp_path / "results.json").write_text(text)
     with pytest.raises(BaditError, match=message):
         load_results(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rouge_l": 101}, "rouge_l: input should be less than or equal to 100"),
+        ({"rouge_l": -1}, "rouge_l: input should be greater than or equal to"),
+        ({"rouge_l": None}, "rouge_l: input should be a valid number"),
+        ({"tasks": {}}, "tasks: dictionary should have at least 1 item"),
+        ({"tasks": {"a": {"rouge_l": 1, "exact_match": 1, "instances": 0}}}, "tasks.a.instances: input should be"),
+    ],
+)
+def test_damaged_scores_of_a_run(tmp_path, change, message):
+    path = tmp_path / "scores.json"
+    good = {"rouge_l": 1.0, "exact_match": 2.0, "tasks": {"a": {"rouge_l": 1, "exact_match": 2, "instances": 3}}}
+    path.write_text(json.dumps({**good, "matrix": [[1.0]]}))
+    assert read_scores(path)["matrix"] == [[1.0]]
+    path.write_text(json.dumps({**good, **change}))
+    with pytest.raises(BaditError, match=re.escape(message)):
+        read_scores(path)

@@ -134,15 +134,15 @@ Damage = Callable[[Path], Any]
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda run: (run / "metrics.jsonl").write_text("{\n"), "metrics.jsonl: cannot be read"),
-        (lambda run: (run / "metrics.jsonl").write_text("[1]\n"), "metrics.jsonl: every line must be one JSON object"),
+        (lambda run: (run / "metrics.jsonl").write_text("{\n"), "metrics.jsonl: invalid JSON at line 1"),
+        (lambda run: (run / "metrics.jsonl").write_text("[1]\n"), "metrics.jsonl: must hold one JSON object"),
         (lambda run: (run / "scores.json").write_text('{"rouge_l": 1}'), "scores.json: exact_match"),
         (lambda run: (run / "environment.json").write_text("[]"), "environment.json: must hold one JSON object"),
         (lambda run: (run / "config.yaml").write_text("- 1"), "config.yaml: must hold 'key: value' lines"),
-        (lambda run: (run / "config.yaml").write_bytes(b"\xff"), "config.yaml: cannot be read"),
+        (lambda run: (run / "config.yaml").write_bytes(b"\xff"), "config.yaml: not UTF-8"),
         (lambda run: (run / "analysis" / "gates.json").write_text("{}"), "gates.json: format"),
         (lambda run: tables()["gates"].save(run).rename(run / "analysis/abilities.json"), "holds the table 'gates'"),
-        (lambda run: (run / "predictions" / "x.jsonl").write_text("{}\n"), "not a prediction"),
+        (lambda run: (run / "predictions" / "x.jsonl").write_text("{}\n"), "x.jsonl: line 1: task: field required"),
     ],
 )
 def test_damaged_files_are_named(damage: Damage, message: str, tmp_path: Path) -> None:

@@ -141,12 +141,36 @@ def test_a_damaged_adapter_is_named(recipe_values: Values, tmp_path: Path) -> No
     tensors = {name: tensor.clone() for name, tensor in load_file(weights).items()}
 
     weights.write_bytes(b"cut short")
-    with pytest.raises(BaditError, match=r"adapter: cannot be loaded"):
+    with pytest.raises(BaditError, match=r"adapter_model\.safetensors: cannot be loaded"):
+        evaluate(tmp_path / "run", progress=False)
+
+    save_file({**tensors, "base_model.model.model.layers.7.badit_A": torch.zeros(2)}, weights)
+    with pytest.raises(BaditError, match=r"belongs to another base model or method, with a tensor .*layers\.7"):
+        evaluate(tmp_path / "run", progress=False)
+
+    save_file({name: torch.zeros_like(t) if "expert_of" in name else t for name, t in tensors.items()}, weights)
+    with pytest.raises(BaditError, match=r"does not give each of the 4 experts 2 components: the file is damaged"):
         evaluate(tmp_path / "run", progress=False)
 
     save_file({name: tensor for name, tensor in tensors.items() if "router" not in name}, weights)
     with pytest.raises(BaditError, match=r"adapter: cannot be loaded .Found missing adapter keys"):
         evaluate(tmp_path / "run", progress=False)
+
+    save_file(tensors, weights)
+    config = weights.with_name("adapter_config.json")
+    settings = json.loads(config.read_text())
+    for change, message in (
+        ({"r": 4}, r"r: is 4, but the run's recipe says 2; this is another run's adapter"),
+        ({"peft_type": "LORA"}, r"peft_type: is 'LORA', but the run's recipe says 'BADIT'"),
+        ({"surplus": 1}, r"'surplus': is no setting that this PEFT knows"),
+        ({"target_modules": "(.*)*$"}, r"target_modules: must be a list of names"),
+        ({"past_branches": 10**12}, r"'past_branches': is no setting|past_branches: the weights have no"),
+        ({"format_version": 9}, r"has format 9, this badit reads formats up to 1: pip install --upgrade badit"),
+    ):
+        config.write_text(json.dumps({**settings, **change}))
+        with pytest.raises(BaditError, match=r"adapter_config\.json: " + message):
+            evaluate(tmp_path / "run", progress=False)
+    config.write_text(json.dumps(settings))
 
     weights.rename(weights.with_name("adapter_model.bin"))
     with pytest.raises(BaditError, match=r"adapter: has no adapter_model\.safetensors"):

@@ -36,7 +36,7 @@ def test_defaults_are_the_published_setting():
     ("field", "value"),
     [
         *[(name, value) for name in ("num_experts", "r") for value in (0, -1, 2.0, True, "4", None)],
-        *[("lora_alpha", value) for value in (0, -1, "32", None, True, float("nan"), float("inf"))],
+        *[("lora_alpha", value) for value in (0, -1, "32", None, True, float("nan"), float("inf"), 10**400)],
         *[("lora_dropout", value) for value in (-0.1, 1.0, "0.1", None, float("nan"))],
         *[("svd_tolerance", value) for value in (0, -1e-3, "small", None, float("nan"), float("inf"))],
         *[("top_k", value) for value in (0, 9, 1.5, True)],

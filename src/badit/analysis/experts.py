@@ -191,8 +191,6 @@ def _lines(path: Path, kind: type[_Line]) -> Iterator[_Line]:
         location, message = first_problem(error)
         where = ": ".join([f"{path}: line {number}", *map(str, location)])
         raise BaditError(f"{where}: {message}; remove the file to leave it out") from None
-    except ValueError as error:
-        raise BaditError(f"{path}: line {number}: is no JSON ({error}); remove the file to leave it out") from None
 
 
 def _last_step(run: RunFolder) -> int | None:

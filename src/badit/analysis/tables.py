@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from badit.errors import BaditError
-from badit.runs import read_json, write_text
+from badit.runs import read_json, refuse_other_format, write_text
 
 FORMAT = 1
 Value = str | int | float | bool | None
@@ -67,8 +67,7 @@ class TidyTable:
             BaditError: it is missing or damaged.
         """
         content = read_json(path)
-        if content.get("format") != FORMAT:
-            raise BaditError(f"{path}: format: must be {FORMAT}; make the table anew with: badit analyze")
+        refuse_other_format(content, path, FORMAT)
         columns, rows = content.get("columns"), content.get("rows")
         text = [content.get("name"), content.get("about")]
         if not all(isinstance(value, str) for value in text) or not _is_columns(columns) or not _is_rows(rows):

@@ -136,6 +136,17 @@ def trained_parameters(model: PreTrainedModel, masks: Mapping[str, torch.Tensor]
     return count
 
 
+def trained_names(model: PreTrainedModel) -> set[str]:
+    """The names of the parameters that :func:`train_only` leaves free, in part or as a whole."""
+    tensors = [
+        tensor
+        for mlp in _mlps(model).values()
+        for tensor in (mlp.last.weight, *(p for layer in mlp.first for p in (layer.weight, layer.bias)))
+    ]
+    free = {id(tensor) for tensor in tensors if tensor is not None}
+    return {name for name, parameter in model.named_parameters() if id(parameter) in free}
+
+
 def all_neurons(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """Masks (F,) that are true everywhere."""
     return {name: torch.ones(mlp.width, dtype=torch.bool, device="cpu") for name, mlp in _mlps(model).items()}

@@ -10,7 +10,7 @@ from importlib import import_module
 
 from badit import __version__
 from badit.cli.quiet import quiet_environment
-from badit.errors import BaditError
+from badit.errors import BaditError, one_line
 
 # verb -> what `badit --help` says of it. badit/cli/VERB.py has its `configure(parser)` and
 # `execute(options)`, which may return an exit code.
@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.debug:
             raise
         if _is_first_process() or _is_training():
-            print(f"badit: {error}", file=sys.stderr)
+            print(f"badit: {one_line(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         if _is_first_process():

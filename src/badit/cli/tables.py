@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
+from badit.errors import one_line
+
 UNKNOWN = "–"
 # Of a comparison's cell that is not in the table; they are the last columns of its CSV form.
 OMITTED_FIELDS = ("method", "seed", "order", "learning_rate", "status", "error")
@@ -62,13 +64,15 @@ class Table:
 
     @property
     def header(self) -> list[str]:
-        return [column.header for column in self.columns]
+        return [one_line(column.header) for column in self.columns]
 
     def shown(self, escape: Callable[[str], str] = str, bold: Callable[[str], str] = str) -> list[list[str]]:
         """The rows as text."""
         return [
             [
-                (bold if (i, j) in self.best else str)(escape(UNKNOWN if value is None else column.show(value)))
+                (bold if (i, j) in self.best else str)(
+                    escape(UNKNOWN if value is None else one_line(column.show(value)))
+                )
                 for j, (column, value) in enumerate(zip(self.columns, row, strict=True))
             ]
             for i, row in enumerate(self.rows)
@@ -76,7 +80,7 @@ class Table:
 
     def footer(self) -> list[str]:
         """The notes and the omitted cells, one line each."""
-        return [*self.notes, *(f"not in the table: {_described(cell)}" for cell in self.omitted)]
+        return [one_line(line) for line in (*self.notes, *(f"not in the table: {_described(c)}" for c in self.omitted))]
 
 
 def text(content: Table) -> str:
@@ -145,6 +149,7 @@ FORMATS: dict[str, Callable[[Table], str]] = {
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, right: Set[int] = frozenset()) -> str:
     """Aligned columns under a header and a rule; the columns in ``right`` are right-aligned."""
+    header, *rows = [[*map(one_line, line)] for line in (header, *rows)]
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
 
     def line(cells: Sequence[str]) -> str:

@@ -15,10 +15,8 @@ from badit.comparison.grid import Cell, Grid, order_name
 from badit.comparison.worker import ERROR
 from badit.evaluation.continual import FORMS, continual_scores
 from badit.evaluation.metrics import mean_scores
-from badit.evaluation.results import SINGLE_TASK
+from badit.evaluation.results import FORMAT, SINGLE_TASK, read_scores
 from badit.runs import RunFolder, read_json
-
-FORMAT = 1
 
 
 def assemble(
@@ -62,7 +60,7 @@ def _described(grid: Grid, cell: Cell, *, selected: bool) -> dict[str, Any]:
     run = RunFolder(Path(grid.recipe.output) / cell.path)
     done = run.instances.is_file() if selected else (run.path / "validation.json").is_file()
     error = None if done else _error(run)
-    scores = read_json(run.scores) if run.instances.is_file() else None
+    scores = read_scores(run.scores) if run.instances.is_file() else None
     loss = _read(run.path / "validation.json").get("loss", math.nan)
     description = {
         "method": cell.method,
@@ -96,7 +94,7 @@ def _single_task_scores(grid: Grid, cell: Cell, tasks: list[str]) -> list[float]
         run = RunFolder(Path(grid.recipe.output) / replace(cell, order=None, task=task).path)
         if not run.instances.is_file():
             return None
-        scores.append(read_json(run.scores)["rouge_l"])
+        scores.append(read_scores(run.scores)["rouge_l"])
     return scores
 
 

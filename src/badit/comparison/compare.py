@@ -22,6 +22,7 @@ from badit.comparison.grid import Cell, Grid
 from badit.comparison.search import climb
 from badit.comparison.worker import CellProcess
 from badit.data import ordered
+from badit.errors import BaditError
 from badit.evaluation.results import RESULTS
 from badit.recipe import Recipe
 from badit.runs import RunFolder, read_json, write_json
@@ -134,7 +135,10 @@ class _Comparison:
         kept = self._output / cell.path / "validation.json"
         if not kept.is_file() and self._run(cell, score=False) is not None:
             return math.inf
-        return float(read_json(kept)["loss"])
+        loss = read_json(kept).get("loss")
+        if isinstance(loss, bool) or not isinstance(loss, int | float):
+            raise BaditError(f"{kept}: loss: must be a number; remove the file to measure it anew")
+        return float(loss)
 
     def _run(self, cell: Cell, *, score: bool) -> str | None:
         """Runs a cell unless it has been; returns what went wrong, if anything."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from badit.data.schema import shown
 from badit.errors import BaditError
@@ -14,9 +14,12 @@ def read_text(file: Path) -> str:
     """The file's text.
 
     Raises:
-        BaditError: it cannot be read, is not UTF-8, or starts with a byte order mark.
+        BaditError: it cannot be read, is not UTF-8, or starts with a byte order mark. A pipe or a device is no file,
+            for what it gives may never come or never end.
     """
     try:
+        if file.exists() and not file.is_file() and not file.is_dir():
+            raise BaditError(f"{shown(file)}: cannot be read (a pipe or a device); put a file there")
         content = file.read_bytes()
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         reason = getattr(error, "strerror", None) or "not a valid path"
@@ -30,19 +33,30 @@ def read_text(file: Path) -> str:
     return text
 
 
-def parse_json(text: str, *, file: Path, first_line: int = 1) -> object:
+def parse_json(text: str, *, file: Path, first_line: int = 1, constants: bool = False) -> Any:
     """The JSON value in `text`, which starts at line `first_line` of `file`.
 
+    Args:
+        constants: whether NaN and infinities are taken, which are not JSON but which Python's writer uses.
+
     Raises:
-        BaditError: invalid JSON, NaN or an infinity, half a surrogate pair (which no tokenizer takes), or nesting
-            beyond what the parser can follow.
+        BaditError: invalid JSON, an object with the same key twice, half a surrogate pair (which no tokenizer takes),
+            or nesting beyond what the parser can follow.
     """
 
     def refuse_constant(constant: str) -> NoReturn:
         raise BaditError(f"{shown(file)}: {constant} is not JSON; use a number or null (line {first_line} on)")
 
+    def distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        # The last one would win, and what the others say be lost without a word.
+        entries = dict(pairs)
+        if len(entries) < len(pairs):
+            twice = next(key for index, (key, _) in enumerate(pairs) if key in dict(pairs[:index]))
+            raise BaditError(f"{shown(file)}: the key {twice!r:.60} is there twice from line {first_line} on; keep one")
+        return entries
+
     try:
-        value = json.loads(text, parse_constant=refuse_constant)
+        value = json.loads(text, parse_constant=None if constants else refuse_constant, object_pairs_hook=distinct)
         if "\\ud" in text.lower():  # an escaped surrogate; encoding finds one without its other half
             json.dumps(value, ensure_ascii=False).encode()
         return value

@@ -44,7 +44,7 @@ def _named(order: str, names: Sequence[str]) -> list[str]:
     if order in SAPT_ORDERS:
         by_number = {task_number(name): name for name in names}
         return [by_number[str(number)] for number in SAPT_ORDERS[order] if str(number) in by_number]
-    if match := re.fullmatch(r"seeded-(\d+)", order):
+    if match := re.fullmatch(r"seeded-([0-9]{1,18})", order):
         shuffled = list(names)
         random.Random(f"order/{int(match[1])}").shuffle(shuffled)
         return shuffled

@@ -42,7 +42,12 @@ def _at_least_one(outputs: tuple[str, ...]) -> tuple[str, ...]:
     return outputs
 
 
-def _file_safe(name: str) -> str:
+def file_safe(name: str) -> str:
+    """The task's name, if it can name a file in any folder and lead out of none.
+
+    Raises:
+        ValueError: it cannot.
+    """
     if not name.strip() or name.startswith("."):
         raise ValueError(f"{name!r:.60} cannot be a file name; start it with a letter or a digit")
     if any(character in "/\\" or not character.isprintable() for character in name):
@@ -52,7 +57,7 @@ def _file_safe(name: str) -> str:
     return name
 
 
-TaskName = Annotated[str, AfterValidator(_file_safe)]
+TaskName = Annotated[str, AfterValidator(file_safe)]
 Strings = Annotated[tuple[str, ...], BeforeValidator(_strings)]
 FirstString = Annotated[str, BeforeValidator(_first_string)]
 Outputs = Annotated[tuple[str, ...], BeforeValidator(_strings), AfterValidator(_at_least_one)]

@@ -8,6 +8,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from pydantic import TypeAdapter, ValidationError
+
+from badit.data.files import parse_json, read_text
+from badit.data.schema import file_safe, first_problem, shown
 from badit.errors import BaditError, nearest
 from badit.evaluation.generation import generate_answers
 from badit.evaluation.metrics import Prediction, score_tasks
@@ -20,6 +24,8 @@ if TYPE_CHECKING:
     from badit.data.schema import Instance, Task
 
 Split = Literal["validation", "test"]
+
+_PREDICTION = TypeAdapter(Prediction)
 
 
 def evaluate_tasks(
@@ -100,8 +106,10 @@ def write_predictions(folder: str | Path, predictions: Iterable[Prediction]) -> 
     """
     groups = group_by_task(predictions)
     for task in groups:
-        if not task.strip() or task.startswith(".") or not task.isprintable() or set(task) & set("/\\"):
-            raise BaditError(f"task {task!r:.60}: cannot be a file name; use letters, digits, - and _")
+        try:
+            file_safe(task)
+        except ValueError as error:
+            raise BaditError(f"task {error}") from None
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for task, group in groups.items():
@@ -117,18 +125,20 @@ def read_predictions(folder: str | Path) -> list[Prediction]:
     """
     files = sorted(Path(folder).glob("[!.]*.jsonl"))
     if not files:
-        raise BaditError(f"predictions {folder}: no .jsonl files there")
+        raise BaditError(f"predictions {shown(Path(folder))}: no .jsonl files there")
     return [
-        _parse(line, f"{file}:{number}")
+        _parse(line, file, number)
         for file in files
-        for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), start=1)
+        for number, line in enumerate(read_text(file).split("\n"), start=1)
         if line
     ]
 
 
-def _parse(line: str, where: str) -> Prediction:
+def _parse(line: str, file: Path, number: int) -> Prediction:
+    fields = parse_json(line, file=file, first_line=number)
     try:
-        fields = json.loads(line)
-        return Prediction(**{**fields, "references": tuple(fields["references"])})
-    except (ValueError, TypeError, KeyError) as error:
-        raise BaditError(f"predictions {where}: not a prediction ({error}); evaluate again") from error
+        return _PREDICTION.validate_python(fields)
+    except ValidationError as error:
+        location, problem = first_problem(error)
+        where = ": ".join([f"{shown(file)}: line {number}", *map(str, location)])
+        raise BaditError(f"{where}: {problem}; evaluate again") from None

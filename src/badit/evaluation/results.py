@@ -20,10 +20,12 @@ from badit.data.schema import first_problem, shown
 from badit.errors import BaditError, nearest
 from badit.evaluation.continual import Form
 from badit.evaluation.statistics import Difference, Spread, mean_ranks, paired_bootstrap, ranks, spread
-from badit.runs import read_json
+from badit.runs import read_json, refuse_other_format
 
 Metric = Literal["rouge_l", "exact_match"]
 
+# The version of a results file's form: a change that older releases would read wrongly raises it.
+FORMAT = 1
 # The file in a comparison's folder.
 RESULTS = "results.json"
 # What follows a method's name where it has trained on each task alone.
@@ -35,27 +37,35 @@ class _Part(BaseModel):
     model_config = ConfigDict(extra="ignore", frozen=True, allow_inf_nan=False)
 
 
+# A mean of scores of 100 may be off by rounding.
+_ROUNDING = 1e-6
+Score = Annotated[float, Field(ge=-_ROUNDING, le=100 + _ROUNDING)]
+Points = Annotated[float, Field(ge=-100 - _ROUNDING, le=100 + _ROUNDING)]
+# What no run comes near, so that sums and means stay finite.
+_MOST = 1e15
+
+
 class TaskScores(_Part):
-    rouge_l: float
-    exact_match: float
-    instances: Annotated[int, Field(ge=1)]
+    rouge_l: Score
+    exact_match: Score
+    instances: Annotated[int, Field(ge=1, le=_MOST)]
 
 
 class Scores(_Part):
-    rouge_l: float
-    exact_match: float
+    rouge_l: Score
+    exact_match: Score
     tasks: Annotated[dict[str, TaskScores], Field(min_length=1)]
 
 
 class InstanceScores(_Part):
-    rouge_l: list[float]
-    exact_match: list[float]
+    rouge_l: list[Score]
+    exact_match: list[Score]
 
 
 class Training(_Part):
-    trainable_parameters: int | None = None
-    seconds: float | None = None
-    peak_memory_gib: float | None = None
+    trainable_parameters: Annotated[int, Field(ge=0, le=_MOST)] | None = None
+    seconds: Annotated[float, Field(ge=0, le=_MOST)] | None = None
+    peak_memory_gib: Annotated[float, Field(ge=0, le=_MOST)] | None = None
 
 
 class Environment(_Part):
@@ -63,9 +73,9 @@ class Environment(_Part):
 
 
 class Transfer(_Part):
-    forgetting: float
-    backward_transfer: float
-    forward_transfer: float | None = None
+    forgetting: Points
+    backward_transfer: Points
+    forward_transfer: Points | None = None
 
 
 class Cell(_Part):
@@ -103,7 +113,6 @@ class Cell(_Part):
 class Results(_Part):
     """A results file. Differences are taken to the method `reference`; `methods` gives the order of the table."""
 
-    format: Literal[1]
     protocol: Literal["mixed", "sequential"]
     reference: str
     methods: Annotated[list[str], Field(min_length=1)]
@@ -152,8 +161,10 @@ def load_results(path: str | os.PathLike[str]) -> Results:
     path = Path(path)
     if path.is_dir():
         path = path / RESULTS
+    content = read_json(path)
+    refuse_other_format(content, path, FORMAT)
     try:
-        results = Results.model_validate(read_json(path))
+        results = Results.model_validate(content)
     except ValidationError as error:
         location, message = first_problem(error)
         raise BaditError(f"{shown(path)}: {'.'.join(map(str, location))}: {message}") from None
@@ -162,6 +173,21 @@ def load_results(path: str | os.PathLike[str]) -> Results:
     except BaditError as error:
         raise BaditError(f"{shown(path)}: {error}") from None
     return results
+
+
+def read_scores(path: Path) -> dict[str, Any]:
+    """What a run's scores.json holds, all of it, with the scores checked.
+
+    Raises:
+        BaditError: it is missing or damaged.
+    """
+    content = read_json(path)
+    try:
+        Scores.model_validate(content)
+    except ValidationError as error:
+        location, message = first_problem(error)
+        raise BaditError(f"{shown(path)}: {'.'.join(map(str, location))}: {message}; score the run anew") from None
+    return content
 
 
 def summarise(results: Results, *, metric: Metric = "rouge_l", form: Form = "standard") -> list[MethodSummary]:

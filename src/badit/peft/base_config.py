@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -11,6 +11,22 @@ from peft import PeftConfig
 
 from badit.errors import BaditError
 from badit.peft.registration import peft_type
+
+# The version of what an adapter's files hold: the settings' names and defaults, the tensors' names and meanings. A
+# change that older releases would read wrongly raises it. Every earlier one can be read: tests/tuner/formats has them.
+FORMAT = 1
+FORMAT_FIELD = "format_version"
+
+
+def refuse_newer_format(version: Any) -> None:
+    """Raises for a saved adapter that this release cannot know."""
+    if not is_int(version) or version < 1:
+        raise BaditError(f"{FORMAT_FIELD} must be a whole number of at least 1, got {version!r:.60}")
+    if version > FORMAT:
+        raise BaditError(
+            f"{FORMAT_FIELD}: the adapter has format {version}, this badit reads formats up to {FORMAT}: "
+            "pip install --upgrade badit"
+        )
 
 
 @dataclass
@@ -42,9 +58,14 @@ class ExpertConfig(PeftConfig):
     layers_pattern: list[str] | str | None = field(
         default=None, metadata={"help": "Name of the layer list that layers_to_transform counts in."}
     )
+    format_version: int = field(
+        default=FORMAT, metadata={"help": "Version of the saved form, set by badit; a newer one is refused."}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        refuse_newer_format(self.format_version)
+        self.format_version = FORMAT  # an older one, once read, is saved as the present one
         self.peft_type = peft_type(self.method)
         self.target_modules = _as_set(self.target_modules)
         self.exclude_modules = _as_set(self.exclude_modules)
@@ -131,7 +152,8 @@ def is_int(value: Any) -> bool:
 
 
 def is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    # Compared, since an integer may be too large to be converted.
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def one_of(name: str, value: Any, allowed: Iterable[Any]) -> None:

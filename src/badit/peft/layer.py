@@ -218,6 +218,21 @@ def _sum_over_ranks(sums: torch.Tensor) -> torch.Tensor:
     return sums
 
 
+def _refuse_broken_labels(layer: BaditLayer, _: Any) -> None:
+    """Labels come from a file like all other tensors, but a wrong one is an index out of range, or a lost component."""
+    for adapter_name, labels_N in layer.badit_expert_of.items():
+        config = layer.badit_config[adapter_name]
+        labels_N = cast(torch.Tensor, labels_N)
+        if labels_N.is_meta:
+            continue
+        expected_N = torch.arange(config.num_experts, device=labels_N.device).repeat_interleave(config.r)
+        if not torch.equal(labels_N.sort().values, expected_N):
+            raise BaditError(
+                f"{layer.name}: badit_expert_of of adapter {adapter_name!r} does not give each of the "
+                f"{config.num_experts} experts {config.r} components: the file is damaged"
+            )
+
+
 class BaditLinear(nn.Module, BaditLayer):
     """BADIT on ``nn.Linear`` or transformers' ``Conv1D``."""
 
@@ -228,6 +243,7 @@ class BaditLinear(nn.Module, BaditLayer):
         BaditLayer.__init__(self, base_layer, name, routing)
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config)
+        self.register_load_state_dict_post_hook(_refuse_broken_labels)
 
     # These two stand here and not in BaditLayer, which nn.Module precedes in the order of inheritance.
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:

@@ -14,19 +14,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from badit.analysis.experts import component_flow, expert_angles
 from badit.analysis.learning import task_gap, transfer
 from badit.analysis.tables import TidyTable
-from badit.data.schema import first_problem
 from badit.errors import BaditError
 from badit.evaluation.evaluate import group_by_task, read_predictions
 from badit.evaluation.metrics import Prediction, instance_scores
-from badit.evaluation.results import RESULTS, MethodSummary, Results, Scores, load_results, summarise
+from badit.evaluation.results import RESULTS, MethodSummary, Results, Scores, load_results, read_scores, summarise
+from badit.recipe import read_values
 from badit.report.contract import TABLES, TASK_COLUMNS, Records, checked_records
 from badit.runs import RunFolder, read_json, read_jsonl
-from badit.yaml_values import parse_yaml
 
 
 @dataclass(frozen=True)
@@ -160,7 +157,7 @@ def _read(folder: Path, label: str) -> Source:
         analysed=bool(saved),
         config=_config(run.config),
         environment=read_json(run.environment) if run.environment.is_file() else {},
-        scores=_scores(run.scores) if run.scores.is_file() and not is_comparison else None,
+        scores=Scores.model_validate(read_scores(run.scores)) if run.scores.is_file() and not is_comparison else None,
         results=load_results(folder) if is_comparison else None,
     )
 
@@ -184,21 +181,7 @@ def _config(path: Path) -> Mapping[str, Any]:
     """As plain values: a recipe of another version may have other keys, and is still worth showing."""
     if not path.is_file():
         return {}
-    try:
-        content = parse_yaml(path.read_text(encoding="utf-8"), where=str(path))
-    except (OSError, UnicodeDecodeError) as error:
-        raise BaditError(f"{path}: cannot be read ({error})") from None
-    if not isinstance(content, dict):
-        raise BaditError(f"{path}: must hold 'key: value' lines, not a {type(content).__name__}")
-    return content
-
-
-def _scores(path: Path) -> Scores:
-    try:
-        return Scores.model_validate(read_json(path))
-    except ValidationError as error:
-        location, message = first_problem(error)
-        raise BaditError(f"{path}: {'.'.join(map(str, location))}: {message}; score the run anew") from None
+    return read_values(path)
 
 
 def _losses(folder: Path) -> Records:
@@ -212,13 +195,7 @@ def _losses(folder: Path) -> Records:
 
 
 def _lines(path: Path) -> Records:
-    try:
-        lines = list(read_jsonl(path))
-    except (OSError, ValueError, RecursionError) as error:
-        raise BaditError(f"{path}: cannot be read ({error})") from None
-    if not all(isinstance(line, dict) for line in lines):
-        raise BaditError(f"{path}: every line must be one JSON object")
-    return lines
+    return list(read_jsonl(path))
 
 
 def _is_number(value: Any) -> bool:

@@ -7,14 +7,12 @@ fine-tuning, task neurons) answer the same few calls, so that a run need not kno
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
@@ -26,13 +24,16 @@ from badit.baselines.neurons import (
     neuron_scores,
     top_neurons,
     train_only,
+    trained_names,
     trained_parameters,
     union,
 )
+from badit.data.schema import shown
 from badit.errors import BaditError
 from badit.peft.base_model import TARGET_MODULES
 from badit.peft.routing_context import before_first_label
 from badit.runs import RunFolder
+from badit.training.adapter_files import first_line, load_adapter, tensor_shapes
 from badit.training.angles import AngleLog
 from badit.training.callbacks import ProjectUpdates
 from badit.training.regroup import RegroupCallback
@@ -140,27 +141,17 @@ class AdapterMethod(Method):
             return get_peft_model(model, config)  # pyright: ignore[reportReturnType] (never a mixed model)
         except BaditError:
             raise
-        except ValueError as error:  # such as a target_modules that is not there
-            raise BaditError(f"method: {_first_line(error)}") from None
+        except (ValueError, RuntimeError) as error:  # a target_modules that is not there, or a rank beyond all memory
+            raise BaditError(f"method: {first_line(error)}") from None
 
     def proceed(self, model: PreTrainedModel, folder: Path) -> PeftModel:
-        adapted = self._loaded(model, folder, trainable=True)
+        adapted = load_adapter(model, folder, self.config, trainable=True)
         if isinstance(adapted.base_model, BranchModel):
             adapted.base_model.next_task()
         return adapted
 
     def load(self, model: PreTrainedModel, folder: Path) -> PeftModel:
-        return self._loaded(model, folder, trainable=False).eval()
-
-    def _loaded(self, model: PreTrainedModel, folder: Path, *, trainable: bool) -> PeftModel:
-        if not (folder / SAFETENSORS_WEIGHTS_NAME).is_file():  # PEFT would go on to look for a pickled file
-            raise BaditError(f"{folder}: has no {SAFETENSORS_WEIGHTS_NAME}; remove the folder to train it anew")
-        try:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("error", message="Found missing adapter keys")
-                return PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
-        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, UserWarning) as error:
-            raise BaditError(f"{folder}: cannot be loaded ({_first_line(error)})") from None
+        return load_adapter(model, folder, self.config, trainable=False).eval()
 
     def save(
         self, model: PeftModel, folder: Path, base_model: str, weights: Mapping[str, torch.Tensor] | None = None
@@ -203,17 +194,22 @@ class WeightsMethod(Method):
 
     def load(self, model: PreTrainedModel, folder: Path) -> PreTrainedModel:
         path = folder / WEIGHTS
+        shapes = tensor_shapes(path)
+        known = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+        if unknown := [name for name in shapes if shapes[name] != known.get(name)]:
+            raise BaditError(f"{shown(path)}: belongs to another base model, which has a weight {unknown[0]!r:.120}")
+        if missing := sorted(self._saved_names(model) - shapes.keys()):
+            raise BaditError(f"{shown(path)}: has no weight {missing[0]}; remove the folder to train it anew")
         try:
-            weights = load_file(path)
-            missing = model.load_state_dict(weights, strict=False).unexpected_keys
-        except FileNotFoundError:
-            raise BaditError(f"{folder}: has no {WEIGHTS}; remove the folder to train it anew") from None
+            model.load_state_dict(load_file(path), strict=False)
         except (OSError, RuntimeError, SafetensorError) as error:
-            raise BaditError(f"{path}: cannot be loaded ({_first_line(error)})") from None
-        if missing:
-            raise BaditError(f"{path}: belongs to another base model, which has a weight {missing[0]}")
+            raise BaditError(f"{shown(path)}: cannot be loaded ({first_line(error)})") from None
         model.tie_weights()
         return model.eval()
+
+    def _saved_names(self, model: PreTrainedModel) -> set[str]:
+        """The weights that a saved file must have."""
+        return {name for name, _ in model.named_parameters()}
 
     def save(
         self, model: PreTrainedModel, folder: Path, base_model: str, weights: Mapping[str, torch.Tensor] | None = None
@@ -257,6 +253,9 @@ class NeuronMethod(WeightsMethod):
     def refuse_shards(self, model: PreTrainedModel) -> None:
         raise BaditError(f"{self.name} works on whole weights: launch it without FSDP and DeepSpeed")
 
+    def _saved_names(self, model: PreTrainedModel) -> set[str]:
+        return trained_names(model)
+
     def before_training(self, model: PreTrainedModel, batches: TaskBatches) -> None:
         masks = [
             top_neurons(neuron_scores(model, of_task[: self.options.score_batches]), self.options.share)
@@ -284,7 +283,3 @@ def _prompt_embeddings(tuner: BranchModel, batches: TaskBatches) -> torch.Tensor
         for batch in of_task
     ]
     return torch.cat(rows)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]

@@ -23,13 +23,14 @@ from peft import LoraConfig, PeftConfig
 from badit.baselines import RIVALS
 from badit.errors import BaditError, nearest
 from badit.peft import BaditConfig
+from badit.peft.base_config import FORMAT_FIELD
 from badit.training.method import AdapterMethod, Method, NeuronMethod, NeuronOptions, WeightsMethod
 from badit.training.regroup import RegroupCallback
 from badit.training.surgery import Surgery
 
 # PEFT's own bookkeeping and what a run fills in, which are not for a recipe to set.
 _INTERNAL = {"peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
-             "inference_mode", "runtime_config", "tasks", "past_branches"}  # fmt: skip
+             "inference_mode", "runtime_config", "tasks", "past_branches", FORMAT_FIELD}  # fmt: skip
 
 
 def build_method(section: Mapping[str, Any]) -> Method:
@@ -105,5 +106,5 @@ def _refuse_unknown(where: str, options: Mapping[str, Any], known: set[str]) -> 
 def _built(build: Callable[[], Any]) -> Any:
     try:
         return build()
-    except (ValueError, TypeError) as error:  # BaditError among them
+    except (ValueError, TypeError, OverflowError) as error:  # BaditError among them
         raise BaditError(f"method: {error}") from None

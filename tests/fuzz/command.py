@@ -1,0 +1,72 @@
+"""The command, called in this process, and what it must do whatever it reads: a whole result or one line and a 2."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from hypothesis import HealthCheck, settings
+
+from badit.cli import main
+
+# `make stress` tries many times as many cases as `make test`.
+STRESS = int(os.environ.get("BADIT_STRESS", "1"))
+_HANG_SECONDS = 300  # far beyond what any case takes on a busy machine
+tried = 0
+
+
+def cases(number: int) -> Callable[..., Any]:
+    """Hypothesis' settings for so many cases, times the factor in ``BADIT_STRESS``."""
+    return settings(max_examples=number * STRESS, deadline=None, suppress_health_check=list(HealthCheck))
+
+
+def ends_well(*arguments: str) -> bool:
+    """Whether the command has done its work; if not, it has said why in one line, and nothing else.
+
+    Raises:
+        AssertionError: neither of the two.
+        Exception: what the command let through, which is a defect.
+    """
+    global tried
+    tried += 1
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), _no_hang():
+        code = main(list(arguments))
+    said = err.getvalue()
+    if code == 0:
+        assert out.getvalue().strip(), "a command that has done its work says so"
+        return True
+    assert code == 2, f"exit code {code}: {said}"
+    assert out.getvalue() == "", "what is refused gives no part of a result"
+    assert said.startswith("badit: "), said
+    assert said.endswith("\n"), said
+    line = said[:-1]
+    assert line.isprintable(), f"one line without control characters: {line!r}"
+    assert 10 < len(line) < 1500, line
+    assert "Traceback" not in line, line
+    line.encode()
+    return False
+
+
+@contextlib.contextmanager
+def _no_hang() -> Iterator[None]:
+    def interrupt(*_: Any) -> None:
+        raise AssertionError(f"no end after {_HANG_SECONDS} s")
+
+    former = signal.signal(signal.SIGALRM, interrupt)
+    signal.alarm(_HANG_SECONDS)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, former)
+
+
+def written(folder: Path) -> set[str]:
+    """All that is in a folder, to see that nothing came to it."""
+    return {str(path.relative_to(folder)) for path in folder.rglob("*")}

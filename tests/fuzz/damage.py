@@ -1,0 +1,214 @@
+"""Ways to break a valid file: by its values, by its bytes, and by what stands in its place.
+
+Damage to valid files reaches further than random bytes: most of a file still passes, so that what comes after the first
+check is tried as well.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hypothesis import strategies as st
+
+# Each has broken some reader, somewhere: wrong types, numbers beyond a type's range, names that leave a folder, text
+# that a terminal, a page or a file system reads as a command.
+NASTY_VALUES: list[Any] = [
+    *(None, True, False, 0, -1, 2**31, 2**64, 10**400, -(10**400), 0.5, 1e308, -1e308, 5e-324),
+    *(float("nan"), float("inf"), float("-inf")),
+    *("", " ", "\0", "\ud800", "\u202e\u2028", "\x1b[2J", "two\nlines", "5e-4", "073", "1e999", "nan", "null"),
+    *(
+        "x" * 300,
+        "é" * 130,
+        "../../outside",
+        "/etc/passwd",
+        "C:\\CON",
+        "a/b",
+        "a\\b",
+        "..",
+        ".",
+        "~",
+        "$HOME",
+        "$NOT_SET",
+    ),
+    *("<script>alert(1)</script>", "</script>", "{{ 7*7 }}", "!!python/object:os.system", "lora", "badit", "builtin"),
+    *([], {}, [[]], [None], {"": None}, {"name": {}}, ["a", 1], [1, 2, 3], {"a": {"b": {"c": []}}}),
+]
+VALUES = (
+    st.sampled_from(NASTY_VALUES)
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=12)
+    | st.lists(st.integers(-2, 2) | st.text(max_size=3), max_size=3)
+    | st.dictionaries(st.text(max_size=4), st.integers() | st.text(max_size=3), max_size=2)
+)
+Place = tuple[str | int, ...]
+
+
+@st.composite
+def damaged_value(draw: st.DrawFn, value: Any) -> Any:
+    """The plain value with one to three of its parts replaced, removed, doubled, renamed, wrapped or added to."""
+    value = copy.deepcopy(value)
+    for _ in range(draw(st.integers(1, 3))):
+        places = list(_places(value))
+        place = draw(st.sampled_from(places))
+        if not place:
+            value = draw(VALUES) if draw(st.integers(0, 9)) == 0 else value
+            continue
+        parent = _at(value, place[:-1])
+        _damage_part(draw, parent, place[-1])
+    return value
+
+
+def _damage_part(draw: st.DrawFn, parent: Any, key: Any) -> None:
+    kinds = ["replace", "replace", "replace", "remove", "wrap", "swap", "double", "nest"]
+    match draw(st.sampled_from(kinds)):
+        case "replace":
+            parent[key] = draw(VALUES)
+        case "remove":
+            del parent[key]
+        case "wrap":
+            parent[key] = draw(st.sampled_from([[parent[key]], {"value": parent[key]}, str(parent[key])[:50]]))
+        case "swap":  # with a sibling
+            others = list(parent) if isinstance(parent, dict) else list(range(len(parent)))
+            other = draw(st.sampled_from(others))
+            parent[key], parent[other] = parent[other], parent[key]
+        case "double" if isinstance(parent, list):
+            parent.insert(key, copy.deepcopy(parent[key]))
+        case "double":
+            parent[draw(st.sampled_from([f"{key}x", str(key).upper(), "", "__class__"]) | st.text(max_size=5))] = (
+                parent[key]
+            )
+        case "nest":
+            for _ in range(draw(st.sampled_from([1, 30, 100]))):
+                parent[key] = [parent[key]]
+
+
+def _places(value: Any, place: Place = ()) -> Iterator[Place]:
+    yield place
+    parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, part in parts:
+        if len(place) < 8:
+            yield from _places(part, (*place, key))
+
+
+def _at(value: Any, place: Place) -> Any:
+    for key in place:
+        value = value[key]
+    return value
+
+
+def as_json(value: Any) -> bytes:
+    """NaN and infinities stay as Python writes them, half surrogates as escapes."""
+    return json.dumps(value).encode()
+
+
+def as_lines(values: Any) -> bytes:
+    """One JSON value a line, of anything that can be gone through."""
+    lines = values if isinstance(values, list) else [values]
+    return b"".join(as_json(line) + b"\n" for line in lines)
+
+
+def as_yaml(value: Any) -> bytes:
+    return yaml.safe_dump(value, allow_unicode=False).encode()
+
+
+_INSERTED = [
+    *(b"\0", b"\xff", b"\xed\xa0\x80", b"\xef\xbb\xbf", b"\xe2\x80\xa8", b"\r\n", b"\r", b"\n", b"\t"),
+    *(b'"', b"{", b"]", b",", b":", b"\\", b"NaN", b"1e999", b"0x", b"9" * 5000, b"[" * 3000, b'{"a":' * 3000),
+    *(b"&a [*a]", b"<<: *x", b"\n? ", b"2001-99-99", b"!!python/object/apply:os.getcwd []", b"%YAML 9.9\n---\n"),
+    *(b"\n---\n", b"'", b"#", b"- "),
+]
+
+
+@st.composite
+def damaged_bytes(draw: st.DrawFn, content: bytes) -> bytes:
+    """The content cut short, with bytes flipped, put in, taken out or doubled, or in another encoding."""
+    position = draw(st.integers(0, len(content)))
+    end = min(len(content), position + draw(st.integers(1, 40)))
+    match draw(st.sampled_from(["cut", "flip", "insert", "insert", "remove", "double", "whole"])):
+        case "cut":
+            return content[:position]
+        case "flip":
+            return content[:position] + bytes([draw(st.integers(0, 255))]) + content[position + 1 :]
+        case "insert":
+            return content[:position] + draw(st.sampled_from(_INSERTED)) + content[position:]
+        case "remove":
+            return content[:position] + content[end:]
+        case "double":
+            return content[:end] + content[position:]
+        case _:
+            wholes: list[Callable[[bytes], bytes]] = [
+                lambda text: b"\xef\xbb\xbf" + text,
+                lambda text: text.replace(b"\n", b"\r\n"),
+                lambda text: text.decode("utf-8", "replace").encode("utf-16"),
+                lambda text: text * 2,
+                lambda text: b"",
+                lambda text: b"\n" * 50,
+                lambda text: text[::-1],
+            ]
+            return draw(st.sampled_from(wholes))(content)
+
+
+def damaged(value: Any, form: Callable[[Any], bytes]) -> st.SearchStrategy[bytes]:
+    """A file's content, broken by its values (two times in three) or by its bytes."""
+    by_value = damaged_value(value).map(form)
+    return by_value | by_value | damaged_bytes(form(value))
+
+
+def folder_in_its_place(file: Path) -> None:
+    _remove(file)
+    file.mkdir()
+
+
+def link_to_outside(file: Path) -> None:
+    _remove(file)
+    file.symlink_to("/etc/passwd")
+
+
+def link_to_itself(file: Path) -> None:
+    _remove(file)
+    file.symlink_to(file)
+
+
+def link_to_nothing(file: Path) -> None:
+    _remove(file)
+    file.symlink_to("/nonexistent/file")
+
+
+def endless_file(file: Path) -> None:
+    _remove(file)
+    file.symlink_to("/dev/zero")
+
+
+def pipe_in_its_place(file: Path) -> None:
+    """Opening it waits for a writer who never comes."""
+    _remove(file)
+    os.mkfifo(file)
+
+
+def unreadable(file: Path) -> None:
+    file.chmod(0)
+
+
+def gone(file: Path) -> None:
+    _remove(file)
+
+
+REPLACEMENTS = (
+    *(folder_in_its_place, link_to_outside, link_to_itself, link_to_nothing, endless_file, pipe_in_its_place),
+    *(unreadable, gone),
+)
+
+
+def _remove(file: Path) -> None:
+    if file.is_dir() and not file.is_symlink():
+        shutil.rmtree(file)
+    else:
+        file.unlink(missing_ok=True)
