@@ -213,7 +213,7 @@ def test_a_figure_is_saved_as_svg(browser: Chrome, page: Path, tmp_path: Path) -
 
 
 def test_markup_in_names_stays_text_also_in_charts(browser: Chrome, tmp_path: Path) -> None:
-    tasks = (MARKUP, "<b>second</b>", "third")
+    tasks = (MARKUP, "<b>second</b>", "third", "javascript:window.ran = true", '" onmouseover="window.ran = true')
     run = write_run(tmp_path / "run", Shape(("third",)), analysed=False)
     save_tables(run, dataclasses.replace(SMALL, tasks=tasks, modules=(MARKUP, "m")))
     opened(browser, write_report([run], tmp_path / "report.html", title=MARKUP))

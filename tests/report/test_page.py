@@ -206,6 +206,29 @@ def test_no_text_becomes_markup(tmp_path: Path) -> None:
     assert 'alert("x")' not in "".join(page.scripts), "within JSON it is spelt \\u003cscript\\u003e"
 
 
+def test_no_text_becomes_an_attribute_or_a_link(tmp_path: Path) -> None:
+    """Names of tasks, methods and folders with quotes that would end an attribute, and addresses that would run."""
+    names = (
+        '" onmouseover=alert(1) x="',
+        "' onfocus=alert(1) autofocus='",
+        "javascript:alert(1)",
+        "[a](javascript:alert(1))",
+    )
+    methods = ("lora", names[2], names[0])
+    compared = write_comparison(
+        tmp_path / "javascript:alert(1)", dataclasses.replace(SMALL, tasks=names[:2]), methods=methods
+    )
+    shape = dataclasses.replace(SMALL, tasks=names, modules=names[:2])
+    run = write_run(tmp_path / names[0], dataclasses.replace(SMALL, tasks=names[2:3]), analysed=False)
+    save_tables(run, shape)
+    page = Page(write_report([run, compared], tmp_path / "report.html"))
+    for tag, attributes in page.elements:
+        assert not [name for name in attributes if name.startswith("on") or name == "autofocus"], tag
+        for name in ("href", "src", "action", "formaction", "xlink:href", "srcdoc"):
+            assert (attributes.get(name) or "#").startswith("#"), f"{tag}: the page links to itself alone"
+    assert all(name in page.text for name in names)
+
+
 def test_json_has_no_way_out_of_its_element(tmp_path: Path) -> None:
     shape = dataclasses.replace(SMALL, modules=("</script><script>alert(1)</script>", "<!--<script>"))
     page = page_of([write_run(tmp_path / "run", shape)], tmp_path)

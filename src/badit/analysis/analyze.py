@@ -44,6 +44,7 @@ def analyze(
     instances: int = 8,
     output: str | Path | None = None,
     progress: bool = True,
+    trust_remote_code: bool = False,
 ) -> Path:
     """Measures interference between tasks, what experts do, and what tasks gain or lose together.
 
@@ -53,6 +54,7 @@ def analyze(
         instances: how many of each task, at least 2.
         output: the folder for the tables; by default the target's own, for a base model ``runs/analysis``.
         progress: show bars on stderr.
+        trust_remote_code: run Python code that comes with a run's base model.
 
     Returns:
         The folder, in which ``analysis/`` has the tables.
@@ -69,7 +71,11 @@ def analyze(
         task_gap(folder).save(Path(output or folder) / "analysis")
         return Path(output or folder)
     is_run = (folder / "config.yaml").is_file()
-    recipe = RunFolder(folder).recipe() if is_run else _recipe_of_base(str(target), data, output)
+    recipe = (
+        RunFolder(folder).recipe(trust_remote_code=trust_remote_code)
+        if is_run
+        else _recipe_of_base(str(target), data, output)
+    )
     run = RunFolder(folder if is_run else recipe.output)
     trained = build_method(recipe.method).trains
     chosen = [(task, _chosen(task, instances, trained=trained)) for task in _tasks(recipe, data, trained=trained)]
@@ -119,7 +125,7 @@ def _with_experts(record: _Record, gates: PromptGates) -> list[TidyTable]:
     tables = []
     for table in tidy([coactivation_tables("experts", marked_experts(gates))], about):
         known = TidyTable.load(record.folder / f"{table.name}.json")
-        others = [row for row, entry in zip(known.rows, known.records(), strict=True) if entry["kind"] != "experts"]
+        others = [row for row, entry in zip(known.rows, known.records(), strict=True) if entry.get("kind") != "experts"]
         tables.append(TidyTable(table.name, f"{known.about} {about}", table.columns, [*others, *table.rows]))
     return tables
 
@@ -156,6 +162,8 @@ class _Record:
         self._content: dict[str, Any] = {"settings": dict(settings), "environment": environment(), "parts": {}}
         if self._path.is_file():
             self._content = read_json(self._path)
+            if not isinstance(self._content.get("parts"), dict):
+                raise BaditError(f"{self._path}: parts: is missing; remove the file to measure anew")
             if self._content.get("settings") != dict(settings):
                 raise BaditError(
                     f"{self.folder}: holds an analysis with other settings; remove it and {self._path.name} to measure "

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from badit.cli.quiet import quiet_loading
 from badit.cli.tables import table
+from badit.cli.trust import add_trust
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -16,6 +17,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", help="other tasks: a folder, a .jsonl file, or 'builtin' (default: the run's own)")
     parser.add_argument("--instances", type=int, default=8, help="instances a task that are looked at (default: 8)")
     parser.add_argument("-o", "--output", help="where to write (default: TARGET, for a base model runs/analysis)")
+    add_trust(parser)
     parser.epilog = (
         "Tables go to OUTPUT/analysis, one .json each with every column explained, and the page that shows them to "
         "OUTPUT/report.html. Run it again to go on after an interruption."
@@ -27,7 +29,13 @@ def execute(options: argparse.Namespace) -> None:
     from badit.cli.report import write_if_possible
 
     quiet_loading()
-    output = analyze(options.target, data=options.data, instances=options.instances, output=options.output)
+    output = analyze(
+        options.target,
+        data=options.data,
+        instances=options.instances,
+        output=options.output,
+        trust_remote_code=options.trust_remote_code,
+    )
     from badit.analysis.tables import saved_tables
 
     tables = list(saved_tables(output / "analysis"))

@@ -6,15 +6,18 @@ import argparse
 
 from badit.cli.quiet import quiet_loading
 from badit.cli.tables import score_table
+from badit.cli.trust import add_trust
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", help="a run's folder")
     parser.add_argument("--split", choices=["test", "validation"], help="default: the recipe's own")
+    add_trust(parser)
 
 
 def execute(options: argparse.Namespace) -> None:
     from badit.training.scoring import evaluate
 
     quiet_loading()
-    print(score_table({options.run: evaluate(options.run, split=options.split)}))
+    scores = evaluate(options.run, split=options.split, trust_remote_code=options.trust_remote_code)
+    print(score_table({options.run: scores}))

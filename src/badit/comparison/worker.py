@@ -115,7 +115,7 @@ def _run(folder: Path, config: str, *, score: bool) -> None:
 
     recipe = build_recipe(json.loads(config))
     if not score:
-        validation_loss(fit(recipe, progress=False).path)
+        validation_loss(fit(recipe, progress=False).path, trust_remote_code=recipe.model.trust_remote_code)
         return
     train(recipe, progress=False)
     run = RunFolder(folder)

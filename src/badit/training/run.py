@@ -16,6 +16,7 @@ from transformers import TrainingArguments
 
 from badit.data import AnswerCollator, batches_by_task, mixture
 from badit.errors import BaditError
+from badit.evaluation.results import read_scores
 from badit.recipe import Recipe
 from badit.runs import (
     RunFolder,
@@ -63,7 +64,9 @@ def train(recipe: Recipe, *, progress: bool = True) -> dict[str, Any]:
             torch.distributed.destroy_process_group()
         if not is_main_process():
             return {}
-        return read_json(run.scores) if run.scores.is_file() else evaluate(run.path, progress=progress)
+        if run.scores.is_file():
+            return read_scores(run.scores)
+        return evaluate(run.path, progress=progress, trust_remote_code=recipe.model.trust_remote_code)
 
 
 def fit(recipe: Recipe, *, progress: bool = True) -> RunFolder:

@@ -15,6 +15,7 @@ from badit.errors import BaditError
 from badit.evaluation.continual import FORMS, continual_scores
 from badit.evaluation.evaluate import evaluate_tasks, write_predictions
 from badit.evaluation.generation import generate_answers
+from badit.evaluation.results import read_scores
 from badit.recipe import Recipe
 from badit.runs import RunFolder, read_json, write_json
 from badit.training.methods import build_method
@@ -26,18 +27,22 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-def evaluate(path: str | Path, *, split: Split | None = None, progress: bool = True) -> dict[str, Any]:
+def evaluate(
+    path: str | Path, *, split: Split | None = None, progress: bool = True, trust_remote_code: bool = False
+) -> dict[str, Any]:
     """Scores a run on its tasks and keeps the scores and predictions in its folder.
 
     The recipe's own split goes to ``scores.json`` and ``predictions/``, another one to ``scores-SPLIT.json`` and
     ``predictions-SPLIT/``. A sequence of tasks is scored on its own split after each of them, and its scores have the
     matrix of all of those as well; on another split its last state alone is scored.
 
+    A run whose base model brings Python code is refused without ``trust_remote_code``.
+
     Raises:
         BaditError: no such run, no adapter yet or a damaged one, or a split without instances.
     """
     run = RunFolder.existing(path)
-    recipe = run.recipe()
+    recipe = run.recipe(trust_remote_code=trust_remote_code)
     own_split = recipe.evaluation.split
     plan = make_plan(recipe, split=split or own_split)
     if split not in (None, own_split):
@@ -74,7 +79,7 @@ def _score_sequence(run: RunFolder, plan: Plan, progress: bool) -> dict[str, Any
         tasks = plan.tasks if plan.recipe.evaluation.unseen_tasks else plan.tasks[:number]
         if not stage.folder.scores.is_file():
             _score(stage.folder, plan.recipe, tasks, plan.recipe.evaluation.split, progress=progress)
-        by_stage.append(read_json(stage.folder.scores))
+        by_stage.append(read_scores(stage.folder.scores))
     matrix = [[scores["tasks"].get(name, {}).get("rouge_l") for name in names] for scores in by_stage]
     numbers = [[math.nan if score is None else score for score in row] for row in matrix]
     continual = {form: continual_scores(numbers, form=form)._asdict() for form in FORMS}
@@ -85,7 +90,7 @@ def _score_sequence(run: RunFolder, plan: Plan, progress: bool) -> dict[str, Any
 
 
 @torch.no_grad()
-def validation_loss(path: str | Path) -> dict[str, Any]:
+def validation_loss(path: str | Path, *, trust_remote_code: bool = False) -> dict[str, Any]:
     """The answers' negative log-likelihood a token on held-out training instances, kept in ``validation.json``.
 
     It is what learning rates are chosen by: forward passes alone, and far less noisy than scores of generated answers.
@@ -100,7 +105,7 @@ def validation_loss(path: str | Path) -> dict[str, Any]:
     kept = run.path / "validation.json"
     if kept.is_file():
         return read_json(kept)
-    recipe = run.recipe()
+    recipe = run.recipe(trust_remote_code=trust_remote_code)
     plan = make_plan(recipe, split="validation")
     model, tokenizer = load_run(run, recipe)
     collate = AnswerCollator(pad_id(tokenizer), with_tasks=True)
@@ -139,7 +144,14 @@ def load_run(
     return method.load(model, run.adapter), tokenizer
 
 
-def answer(run: RunFolder, prompt: str, *, max_new_tokens: int = 50, task: str | None = None) -> str:
+def answer(
+    run: RunFolder,
+    prompt: str,
+    *,
+    max_new_tokens: int = 50,
+    task: str | None = None,
+    trust_remote_code: bool = False,
+) -> str:
     """A run's answer to one prompt's text, in the prompt format of its recipe.
 
     Args:
@@ -147,8 +159,9 @@ def answer(run: RunFolder, prompt: str, *, max_new_tokens: int = 50, task: str |
     """
     if not prompt.strip():
         raise BaditError("the prompt is empty")
-    section = run.recipe().prompt
-    model, tokenizer = load_run(run)
+    recipe = run.recipe(trust_remote_code=trust_remote_code)
+    section = recipe.prompt
+    model, tokenizer = load_run(run, recipe)
     ids = encode_prompt(
         tokenizer, prompt, max_source_tokens=section.max_source_tokens, chat_template=section.chat_template
     )

@@ -1,0 +1,203 @@
+"""Nothing that is read runs: no pickle, no code from a model's folder or a run's, no file outside the folders given."""
+
+from __future__ import annotations
+
+import ast
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+import badit.peft
+from badit.cli import main
+from badit.errors import BaditError
+from badit.models import load_base_model
+from badit.recipe import Recipe, build_recipe, dump_recipe
+from badit.runs import RunFolder, write_text
+from badit.training.run import fit
+from badit.training.scoring import answer
+
+SOURCE = Path(badit.peft.__file__).parents[1]
+TREES = {path.relative_to(SOURCE): ast.parse(path.read_text(encoding="utf-8")) for path in SOURCE.rglob("*.py")}
+UNSAFE_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "code", "codeop"}
+UNSAFE_CALLS = {
+    *("eval", "exec", "compile", "__import__", "torch.load", "torch.save", "numpy.load", "np.load", "os.system"),
+    *("os.popen", "yaml.load", "yaml.unsafe_load", "yaml.full_load", "yaml.load_all", "runpy.run_path"),
+}
+
+
+class Mark:
+    """Unpickled, it leaves a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.path,)
+
+
+def calls(tree: ast.AST) -> list[ast.Call]:
+    return [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+
+
+def test_the_source_has_neither_pickle_nor_code_from_text() -> None:
+    assert len(TREES) > 100
+    for path, tree in TREES.items():
+        for node in ast.walk(tree):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not UNSAFE_MODULES & {name.partition(".")[0] for name in names}, path
+        for call in calls(tree):
+            assert ast.unparse(call.func) not in UNSAFE_CALLS, f"{path}:{call.lineno}"
+
+
+def test_the_source_starts_no_shell_and_trusts_no_code_by_itself() -> None:
+    for path, tree in TREES.items():
+        for keyword in (keyword for call in calls(tree) for keyword in call.keywords):
+            constant = keyword.value.value if isinstance(keyword.value, ast.Constant) else None
+            assert not (keyword.arg in ("shell", "trust_remote_code") and constant is True), path
+    assert Recipe().model.trust_remote_code is False
+
+
+@pytest.fixture
+def run(recipe_values: dict[str, Any]) -> RunFolder:
+    recipe_values["training"]["max_steps"] = 1
+    return fit(build_recipe(recipe_values), progress=False)
+
+
+def refuse(*_: Any, **__: Any) -> Any:
+    raise AssertionError("unpickled")
+
+
+def test_a_run_is_read_without_unpickling(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = answer(run, "Name the capital.", max_new_tokens=3)
+    for module, name in ((pickle, "load"), (pickle, "loads"), (pickle, "Unpickler"), (torch, "load")):
+        monkeypatch.setattr(module, name, refuse)
+    assert answer(run, "Name the capital.", max_new_tokens=3) == expected
+
+
+@pytest.mark.parametrize("name", ["adapter_model.bin", "adapter_model.pt", "pytorch_model.bin"])
+def test_a_pickled_adapter_is_refused(run: RunFolder, tmp_path: Path, name: str, capsys: Any) -> None:
+    (run.adapter / "adapter_model.safetensors").unlink()
+    (run.adapter / name).write_bytes(pickle.dumps({"weights": Mark(tmp_path / "ran")}))
+    assert main(["generate", str(run.path), "Name the capital."]) == 2
+    assert "has no adapter_model.safetensors; pickled weights are not read" in capsys.readouterr().err
+    assert not (tmp_path / "ran").exists()
+
+
+def test_pickled_weights_named_safetensors_are_refused(run: RunFolder, tmp_path: Path, capsys: Any) -> None:
+    (run.adapter / "adapter_model.safetensors").write_bytes(pickle.dumps(Mark(tmp_path / "ran")))
+    assert main(["generate", str(run.path), "Name the capital."]) == 2
+    assert "adapter_model.safetensors: cannot be loaded" in capsys.readouterr().err
+    assert not (tmp_path / "ran").exists()
+
+
+def test_pefts_own_loader_does_not_run_a_pickled_adapter(run: RunFolder, model_folder: Path, tmp_path: Path) -> None:
+    (run.adapter / "adapter_model.safetensors").unlink()
+    (run.adapter / "adapter_model.bin").write_bytes(pickle.dumps({"weights": Mark(tmp_path / "ran")}))
+    base = AutoModelForCausalLM.from_pretrained(model_folder)
+    with pytest.raises((pickle.UnpicklingError, ValueError, RuntimeError)):
+        PeftModel.from_pretrained(base, str(run.adapter))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_pickled_base_model_is_refused(model_folder: Path, tmp_path: Path) -> None:
+    (model_folder / "model.safetensors").unlink()
+    (model_folder / "pytorch_model.bin").write_bytes(pickle.dumps({"weights": Mark(tmp_path / "ran")}))
+    with pytest.raises(BaditError, match="its weights cannot be loaded"):
+        load_base_model(str(model_folder))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_an_adapter_names_no_module_to_import(
+    recipe_values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """PEFT's LoRA imports what `megatron_core` names, its auto classes what `auto_mapping` does."""
+    recipe_values |= {"method": {"name": "lora", "r": 2}}
+    recipe_values["training"]["max_steps"] = 1
+    run = fit(build_recipe(recipe_values), progress=False)
+    (tmp_path / "leaves_a_mark.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    config = run.adapter / "adapter_config.json"
+    settings = json.loads(config.read_text())
+    for change in (
+        {"megatron_config": {"a": 1}, "megatron_core": "leaves_a_mark"},
+        {"auto_mapping": {"parent_library": "leaves_a_mark", "base_model_class": "Model"}},
+    ):
+        config.write_text(json.dumps({**settings, **change}))
+        assert main(["generate", str(run.path), "Name the capital."]) == 2
+        assert "but the run's recipe says" in capsys.readouterr().err
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.fixture
+def model_with_code(model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A base model of a type of its own, whose Python file leaves a mark when it is imported."""
+    code = "\n".join(
+        [
+            f"open({str(tmp_path / 'ran')!r}, 'w').close()",
+            "from transformers import LlamaConfig, LlamaForCausalLM",
+            "class OwnConfig(LlamaConfig):",
+            "    model_type = 'own-type'",
+            "class OwnModel(LlamaForCausalLM):",
+            "    config_class = OwnConfig",
+        ]
+    )
+    (model_folder / "own.py").write_text(code + "\n")
+    config = json.loads((model_folder / "config.json").read_text())
+    classes = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
+    (model_folder / "config.json").write_text(json.dumps({**config, "model_type": "own-type", "auto_map": classes}))
+    monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.syspath_prepend(tmp_path / "modules")
+    return model_folder
+
+
+def test_a_models_own_code_runs_only_when_it_is_trusted(model_with_code: Path, tmp_path: Path) -> None:
+    with pytest.raises(BaditError, match="allow it with trust_remote_code if you trust it"):
+        load_base_model(str(model_with_code))
+    assert not (tmp_path / "ran").exists()
+    load_base_model(str(model_with_code), trust_remote_code=True)
+    assert (tmp_path / "ran").exists(), "the switch is what decides"
+
+
+@pytest.mark.parametrize("verb", [["evaluate"], ["generate"], ["analyze"]], ids=str)
+def test_a_runs_folder_alone_cannot_trust(verb: list[str], model_with_code: Path, tmp_path: Path, capsys: Any) -> None:
+    """The folder's recipe asks for the code, but the folder may come from elsewhere: the user must allow it, too."""
+    section = {"name": str(model_with_code), "trust_remote_code": True}
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.yaml").write_text(dump_recipe(build_recipe({"model": section, "method": {"name": "base"}})))
+    more = ["Hello"] if verb == ["generate"] else []
+    assert main([*verb, str(run), *more]) == 2
+    assert "allow it with --trust-remote-code" in capsys.readouterr().err
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_file_is_written_in_its_folder_and_not_where_a_link_leads(tmp_path: Path) -> None:
+    outside = tmp_path / "outside.txt"
+    outside.write_text("mine")
+    run = tmp_path / "run"
+    run.mkdir()
+    for name in ("scores.json", "scores.json.partial"):
+        (run / name).symlink_to(outside)
+    write_text(run / "scores.json", "theirs")
+    assert outside.read_text() == "mine"
+    assert (run / "scores.json").read_text() == "theirs"
+    assert not (run / "scores.json").is_symlink()
+
+
+@pytest.mark.parametrize("name", ["../base.yaml", "/etc/passwd", "sub/../../base.yaml", "link.yaml", "\0", 1, ["a"]])
+def test_a_recipe_reads_no_recipe_outside_its_folder(tmp_path: Path, name: Any, capsys: Any) -> None:
+    (tmp_path / "base.yaml").write_text("training: {seed: 1}\n")
+    folder = tmp_path / "recipes"
+    folder.mkdir()
+    (folder / "link.yaml").symlink_to("../base.yaml")
+    (folder / "recipe.yaml").write_text(json.dumps({"extends": name}))
+    assert main(["train", str(folder / "recipe.yaml"), "--dry-run"]) == 2
+    assert "extends: " in capsys.readouterr().err
