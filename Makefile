@@ -2,20 +2,30 @@
 
 PYTHON ?= python3
 VENV := .venv
+MATRIX := .venv-matrix
 BIN := $(VENV)/bin
 # Two worker processes with a thread each beat one process with two threads on small models.
 WORKERS ?= 2
 
-.PHONY: demo test stress check lint test-lowest-peft test-peft clean
+# The lowest supported releases of what the adapters stand on, as pyproject.toml has them: torch==2.7 peft==0.19 …
+LOWEST := $(shell $(PYTHON) -c 'import re, tomllib; \
+  wanted = tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"]; \
+  print(*(re.sub(">=([^,]+),.*", r"==\1", one) for one in wanted if re.match("accelerate|peft|torch|transformers", one)))')
+# What depends on those releases.
+ADAPTER_TESTS := tests/tuner tests/baselines tests/training tests/test_security.py
+PYTEST := -m pytest -n $(WORKERS) --dist loadfile
+
+.PHONY: demo test stress check lint test-lowest-peft test-matrix test-peft audit clean
 
 demo: $(VENV)/.demo  ## SmolLM2 tuned on the built-in tasks by LoRA and by BADIT
 	$(BIN)/badit demo
 
 test: $(VENV)/.dev test-lowest-peft  ## all tests, and those of the adapters and their training again on the lowest supported PEFT
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile tests
+	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) tests
 
-stress: $(VENV)/.dev  ## the long sweeps: every kind of run killed at 20 random steps and in 20 random operations on its files
-	BADIT_STRESS=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) tests/training/test_kills.py
+stress: $(VENV)/.dev  ## the long sweeps: runs killed at every turn, and thousands of cases of broken input
+	BADIT_STRESS=4 OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) tests/fuzz
+	BADIT_STRESS=4 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) tests/training/test_kills.py
 
 check: lint test  ## what CI checks
 
@@ -26,12 +36,32 @@ lint: $(VENV)/.dev
 	$(BIN)/lint-imports
 
 # --no-deps: only PEFT itself changes; the folder goes before the virtual environment's packages.
-LOWEST_PEFT := $(VENV)/peft-0.19.0
+LOWEST_PEFT := $(VENV)/$(subst ==,-,$(filter peft%,$(LOWEST)))
 test-lowest-peft: $(VENV)/.dev $(LOWEST_PEFT)
-	PYTHONPATH=$(LOWEST_PEFT) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile tests/tuner tests/baselines tests/training
+	PYTHONPATH=$(LOWEST_PEFT) OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) $(ADAPTER_TESTS)
 
 $(LOWEST_PEFT): $(VENV)/.dev
-	$(BIN)/pip install --quiet --no-deps --target $@ peft==0.19.0
+	$(BIN)/pip install --quiet --no-deps --target $@ $(filter peft%,$(LOWEST))
+
+# Each in a virtual environment of its own, of some gigabytes: the lowest torch comes with its GPU libraries.
+test-matrix: $(MATRIX)/lowest/.done $(MATRIX)/newest/.done  ## the adapters' tests on the lowest and on the newest releases
+	for row in lowest newest; do \
+	  OMP_NUM_THREADS=1 $(MATRIX)/$$row/bin/python $(PYTEST) $(ADAPTER_TESTS) || exit 1; \
+	done
+
+$(MATRIX)/lowest/.done: REQUIREMENTS := $(LOWEST)
+$(MATRIX)/newest/.done: REQUIREMENTS := --upgrade --upgrade-strategy eager
+$(MATRIX)/%/.done: pyproject.toml
+	$(PYTHON) -m venv $(MATRIX)/$*
+	$(MATRIX)/$*/bin/pip install --quiet $(REQUIREMENTS) --editable '.[dev]'
+	touch $@
+
+# Asks a service on the network for known holes in what is installed. --strict: what it knows nothing of fails, too.
+audit: $(VENV)/.dev  ## known vulnerabilities of the installed packages
+	$(PYTHON) -m venv $(VENV)/audit
+	$(VENV)/audit/bin/pip install --quiet 'pip-audit>=2.9,<3'
+	$(BIN)/pip freeze --exclude-editable | sed 's/+.*//' > $(VENV)/audit/installed.txt
+	$(VENV)/audit/bin/pip-audit --strict --no-deps --disable-pip --requirement $(VENV)/audit/installed.txt
 
 # PEFT's own tests, on BADIT. They come with its source distribution, whose hash pip checks before it opens it; its
 # package goes before the virtual environment's, so that the two are of one version.
@@ -61,4 +91,4 @@ $(BIN)/pip:
 	$(PYTHON) -m venv $(VENV)
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(MATRIX) build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache

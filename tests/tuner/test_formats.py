@@ -1,0 +1,82 @@
+"""Adapters that earlier releases have saved are read as they were meant, and those of later ones are refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+
+from badit.errors import BaditError
+from badit.peft import BaditConfig
+from badit.peft.base_config import FORMAT
+from tuner.make_format import FOLDER, OPTIONS, base_model, computed
+
+# PEFT 0.19 looks for the saved configuration of a base model that was never saved.
+pytestmark = pytest.mark.filterwarnings("ignore:Could not find a config file in  - :UserWarning")
+
+SAVED = sorted(folder for folder in FOLDER.glob("*/*") if folder.is_dir())
+
+
+def test_every_format_of_the_past_is_kept() -> None:
+    assert {(folder.parent.name, folder.name) for folder in SAVED} == {
+        (str(version), name) for version in range(1, FORMAT + 1) for name in OPTIONS
+    }
+
+
+@pytest.mark.parametrize("folder", SAVED, ids=lambda folder: f"{folder.parent.name}-{folder.name}")
+def test_a_saved_adapter_is_read_as_it_was_meant(folder: Path) -> None:
+    model = PeftModel.from_pretrained(base_model(), str(folder)).eval()
+    expected = load_file(folder / "computed.safetensors")
+    for name, value in computed(model).items():
+        torch.testing.assert_close(value, expected[name], atol=1e-6, rtol=1e-5)
+
+
+def changed(folder: Path, **settings: Any) -> Path:
+    shutil.copytree(SAVED[0], folder)
+    config = folder / "adapter_config.json"
+    content = {**json.loads(config.read_text()), **settings}
+    config.write_text(json.dumps({key: value for key, value in content.items() if value != "left out"}))
+    return folder
+
+
+def test_an_adapter_from_before_formats_had_numbers_is_of_the_first(tmp_path: Path) -> None:
+    folder = changed(tmp_path / "old", format_version="left out")
+    model = PeftModel.from_pretrained(base_model(), str(folder))
+    assert torch.equal(
+        computed(model)["delta"], computed(PeftModel.from_pretrained(base_model(), str(SAVED[0])))["delta"]
+    )
+
+
+def test_the_number_is_saved() -> None:
+    assert BaditConfig().to_dict()["format_version"] == FORMAT
+
+
+@pytest.mark.filterwarnings("ignore:Unexpected keyword arguments")
+@pytest.mark.parametrize("more", [{}, {"something_new": 1}], ids=["alone", "with a new setting"])
+def test_a_newer_format_is_refused(tmp_path: Path, more: dict[str, Any]) -> None:
+    """PEFT alone would leave a new setting out, with a warning, and go on with another adapter than was saved."""
+    folder = changed(tmp_path / "new", format_version=FORMAT + 1, **more)
+    with pytest.raises(BaditError, match=f"format {FORMAT + 1}, .* up to {FORMAT}: pip install --upgrade badit"):
+        PeftModel.from_pretrained(base_model(), str(folder))
+
+
+@pytest.mark.parametrize("version", [0, -1, True, None, "1", 1.0])
+def test_a_format_is_a_whole_number(version: Any) -> None:
+    with pytest.raises(BaditError, match="format_version must be a whole number"):
+        BaditConfig(format_version=version)
+
+
+@pytest.mark.parametrize("labels", [[0, 0, 0, 1, 2, 2], [0, 0, 1, 1, 2, 3], [0, 0, 1, 1, 2, -1]])
+def test_labels_that_lose_a_component_are_refused(tmp_path: Path, labels: list[int]) -> None:
+    folder = changed(tmp_path / "damaged")
+    weights = load_file(folder / "adapter_model.safetensors")
+    (name,) = [name for name in weights if name.endswith("expert_of")]
+    save_file({**weights, name: torch.tensor(labels)}, folder / "adapter_model.safetensors")
+    with pytest.raises(BaditError, match=r"does not give each of the 3 experts 2 components: the file is damaged"):
+        PeftModel.from_pretrained(base_model(), str(folder))
