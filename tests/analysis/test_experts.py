@@ -65,7 +65,7 @@ def test_a_run_without_logs_has_no_rows(tmp_path):
         ({"step": 10, "modules": 30, "intra_degrees": 70.0}, "line 2: module: field required"),
         (regrouping(10, after=(0, 1)), "line 2: labels and previous_labels must name the same number"),
         ({**regrouping(10), "labels": "0011"}, "line 2: labels: input should be a valid list"),
-        ([1, 2], "line 2: input should be a valid dictionary"),
+        ([1, 2], "must hold one JSON object, not a list .line 2"),
     ],
 )
 def test_a_damaged_log_is_refused(tmp_path, line, message):

@@ -165,7 +165,10 @@ def test_a_damaged_adapter_is_named(recipe_values: Values, tmp_path: Path) -> No
         ({"surplus": 1}, r"'surplus': is no setting that this PEFT knows"),
         ({"target_modules": "(.*)*$"}, r"target_modules: must be a list of names"),
         ({"past_branches": 10**12}, r"'past_branches': is no setting|past_branches: the weights have no"),
-        ({"format_version": 9}, r"has format 9, this badit reads formats up to 1: pip install --upgrade badit"),
+        (
+            {"format_version": 9},
+            r"format_version: the adapter has format 9, this badit reads formats up to 1: pip install --upgrade badit",
+        ),
     ):
         config.write_text(json.dumps({**settings, **change}))
         with pytest.raises(BaditError, match=r"adapter_config\.json: " + message):

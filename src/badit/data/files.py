@@ -18,12 +18,13 @@ def read_text(file: Path) -> str:
             for what it gives may never come or never end.
     """
     try:
-        if file.exists() and not file.is_file() and not file.is_dir():
-            raise BaditError(f"{shown(file)}: cannot be read (a pipe or a device); put a file there")
-        content = file.read_bytes()
+        endless = file.exists() and not file.is_file() and not file.is_dir()
+        content = b"" if endless else file.read_bytes()
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         reason = getattr(error, "strerror", None) or "not a valid path"
         raise BaditError(f"{shown(file)}: cannot be read ({reason})") from None
+    if endless:
+        raise BaditError(f"{shown(file)}: cannot be read (a pipe or a device); put a file there")
     try:
         text = content.decode("utf-8")
     except UnicodeDecodeError as error:
