@@ -15,7 +15,7 @@ LOWEST := $(shell $(PYTHON) -c 'import re, tomllib; \
 ADAPTER_TESTS := tests/tuner tests/baselines tests/training tests/test_security.py
 PYTEST := -m pytest -n $(WORKERS) --dist loadfile
 
-.PHONY: demo test stress check lint test-lowest-peft test-matrix test-peft audit clean
+.PHONY: demo test stress bench check lint test-lowest-peft test-matrix test-peft audit clean
 
 demo: $(VENV)/.demo  ## SmolLM2 tuned on the built-in tasks by LoRA and by BADIT
 	$(BIN)/badit demo
@@ -26,6 +26,15 @@ test: $(VENV)/.dev test-lowest-peft  ## all tests, and those of the adapters and
 stress: $(VENV)/.dev  ## the long sweeps: runs killed at every turn, and thousands of cases of broken input
 	BADIT_STRESS=4 OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) tests/fuzz
 	BADIT_STRESS=4 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) tests/training/test_kills.py
+
+# SuperNI's prompts where they are at hand, else those of the built-in tasks.
+BENCH_DATA := $(if $(BADIT_SUPERNI),--data $(BADIT_SUPERNI))
+bench: $(VENV)/.dev  ## speed and memory, about an hour on two quiet cores: results/speed and docs/performance.md
+	for script in imports attention regrouping decomposition training_step decoding scaling; do \
+	  $(BIN)/python benchmarks/speed/$$script.py || exit 1; \
+	done
+	for script in end_to_end evaluation; do $(BIN)/python benchmarks/speed/$$script.py $(BENCH_DATA) || exit 1; done
+	$(BIN)/python benchmarks/speed/table.py
 
 check: lint test  ## what CI checks
 

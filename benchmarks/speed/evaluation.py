@@ -19,7 +19,7 @@ from badit import load_base_model
 from badit.cli.quiet import quiet_environment, quiet_loading
 from badit.evaluation.generation import generate_answers
 
-BATCH, NEW, PER_TASK = 16, 50, 8
+BATCH, NEW, PER_TASK = 16, 50, 5
 
 
 def plain_loop(model: Any, tokenizer: Any, prompts: list[list[int]]) -> list[str]:

@@ -200,13 +200,13 @@ def test_running_cells_are_asked_to_stop_and_decide_nothing(values: Values, monk
             if self._folder.parts[-3] == "lora":
                 if self._folder.parts[-2] == "lr-0.001":
                     waiting.set()
-                    assert self._stop.wait(20)
+                    assert self._stop.wait(120)
                     return "interrupted"
                 (self._folder / "validation.json").write_text('{"loss": 1.0}')
                 return None
-            assert waiting.wait(20)
+            assert waiting.wait(120)
             os.kill(os.getpid(), signal.SIGINT)
-            assert self._stop.wait(20)
+            assert self._stop.wait(120)
             return "interrupted"
 
     monkeypatch.setattr(compare_module, "CellProcess", Cell)

@@ -47,8 +47,8 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "flipped": (lambda folder: flip(folder / "shards" / "0.bin"), "shards/0.bin has changed"),
     "removed": (lambda folder: (folder / "trainer_state.json").unlink(), "trainer_state.json is missing"),
     "added": (lambda folder: (folder / "new.bin").touch(), "new.bin does not belong to it"),
-    "unsealed": (lambda folder: (folder / SEAL).unlink(), "seal.json: is missing"),
-    "seal cut": (lambda folder: (folder / SEAL).write_text("{"), "seal.json: cannot be read"),
+    "unsealed": (lambda folder: (folder / SEAL).unlink(), "seal.json: cannot be read (No such file"),
+    "seal cut": (lambda folder: (folder / SEAL).write_text("{"), "seal.json: invalid JSON"),
     "seal of a list": (lambda folder: (folder / SEAL).write_text("[]"), "seal.json: must hold one JSON object"),
 }
 

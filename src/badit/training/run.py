@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import pickle
 import shutil
 import time
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -139,7 +139,7 @@ def _train_stage(plan: Plan, stage: Stage, number: int, learnt: Path | None, pro
             trainer.add_callback(callback)
         try:
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-        except pickle.UnpicklingError:  # torch's loader has met something else than tensors and plain values
+        except UnpicklingError:  # torch's loader has met something else than tensors and plain values
             raise BaditError(
                 f"{checkpoint}: holds what no training has written there, and nothing of it has been run; "
                 "remove the folder to go on from the checkpoint before it"
