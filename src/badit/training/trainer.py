@@ -115,7 +115,7 @@ def answer_losses(
     labels_BT = inputs["labels"]
     targets_BT = F.pad(labels_BT[:, 1:], (0, 1), value=-100)
     predicting_BT = targets_BT != -100
-    # The Trainer switches the cache off in training; elsewhere keys and values would be copied into one that nobody reads.
+    # The Trainer switches the cache off in training; elsewhere keys and values would be copied for nobody to read.
     batch = {key: value for key, value in inputs.items() if key not in ("labels", "tasks")} | {"use_cache": False}
     if isinstance(unwrapped, PeftModel) and isinstance(unwrapped.base_model, (BaditModel, BranchModel)):
         batch["prompt_mask"] = inputs["attention_mask"].bool() & before_first_label(labels_BT)
