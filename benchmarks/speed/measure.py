@@ -62,6 +62,7 @@ def own_peak_memory() -> int:
 
 def keep(name: str, result: Mapping[str, Any]) -> None:
     """Writes ``results/speed/NAME.json``, with versions and hardware, and prints its medians."""
+    RESULTS.mkdir(parents=True, exist_ok=True)
     write_json(RESULTS / f"{name}.json", {"environment": environment(), **result})
     print(json.dumps(_medians(result), indent=1))
 

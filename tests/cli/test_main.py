@@ -79,6 +79,17 @@ def test_tasks_lists_the_built_in_suite(capsys: pytest.CaptureFixture[str]) -> N
     assert "16 tasks, all valid" in shown
 
 
+def test_overrides_may_follow_flags(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipe.yaml").write_text("data: {train_per_task: 3, test_per_task: 2}\n")
+    assert main(["train", "recipe.yaml", "data.train_per_task=4", "--dry-run", "output=somewhere"]) == 0
+    assert "64 training and 32 test instances; the run would be written to somewhere" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as exit_:
+        main(["train", "recipe.yaml", "--dry-run", "output=somewhere", "--jbos"])
+    assert exit_.value.code == 2
+    assert "output=somewhere --jbos" in capsys.readouterr().err
+
+
 def test_a_dry_run_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "recipe.yaml").write_text("data: {train_per_task: 3, test_per_task: 2}\n")

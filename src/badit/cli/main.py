@@ -44,7 +44,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             module = import_module(f"badit.cli.{verb}")
             module.configure(subparser)
             subparser.set_defaults(execute=module.execute)
-    options = parser.parse_args(arguments)
+    options, rest = parser.parse_known_args(arguments)
+    # argparse ends a list at the first flag; `--jobs 2 output=runs/mine` means an override all the same.
+    if rest and hasattr(options, "overrides") and not any(word.startswith("-") for word in rest):
+        options.overrides += rest
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if not options.debug:
         quiet_environment()
     try:
