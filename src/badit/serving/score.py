@@ -9,13 +9,12 @@ from typing import Any
 from peft import PeftModel
 
 from badit.errors import BaditError
-from badit.evaluation.evaluate import evaluate_tasks
 from badit.models import load_base_model
 from badit.runs import RunFolder, read_json, write_json
 from badit.serving.export import Export
 from badit.serving.files import SCORES
-from badit.training.plan import base_model, device, encoded, make_plan
-from badit.training.scoring import evaluate
+from badit.training.plan import base_model, device, make_plan
+from badit.training.scoring import evaluate, score_model
 
 
 def score_export(run: str | Path, exported: Export, *, progress: bool = True) -> dict[str, Any]:
@@ -34,17 +33,7 @@ def score_export(run: str | Path, exported: Export, *, progress: bool = True) ->
     split = recipe.evaluation.split
     routed = read_json(folder.scores) if folder.scores.is_file() else evaluate(run, progress=progress)
     tasks = [task for task in make_plan(recipe).tasks if exported.task in (None, task.name)]
-    model, tokenizer = _loaded(exported, recipe)
-    frozen, _ = evaluate_tasks(
-        model,
-        tokenizer,
-        tasks,
-        encode_prompt=lambda task, instance: encoded(tokenizer, recipe, task, instance, answer=False)["input_ids"],
-        split=split,
-        max_new_tokens=recipe.evaluation.max_new_tokens,
-        batch_size=recipe.evaluation.batch_size,
-        progress=progress,
-    )
+    frozen, _ = score_model(*_loaded(exported, recipe), recipe, tasks, split, progress=progress)
     by_task = {
         name: _compared(routed["tasks"][name]["rouge_l"], scores["rouge_l"]) for name, scores in frozen["tasks"].items()
     }

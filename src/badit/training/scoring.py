@@ -13,7 +13,7 @@ import torch
 from badit.data import AnswerCollator, Task, encode_prompt, on_device
 from badit.errors import BaditError
 from badit.evaluation.continual import FORMS, continual_scores
-from badit.evaluation.evaluate import evaluate_tasks, write_predictions
+from badit.evaluation.evaluate import Prediction, evaluate_tasks, write_predictions
 from badit.evaluation.generation import generate_answers
 from badit.evaluation.results import read_scores
 from badit.recipe import Recipe
@@ -55,8 +55,23 @@ def evaluate(
 def _score(
     folder: RunFolder, recipe: Recipe, tasks: list[Task], split: Split, *, progress: bool, suffix: str = ""
 ) -> dict[str, Any]:
-    model, tokenizer = load_run(folder, recipe)
-    scores, predictions = evaluate_tasks(
+    scores, predictions = score_model(*load_run(folder, recipe), recipe, tasks, split, progress=progress)
+    write_predictions(folder.path / f"predictions{suffix}", predictions)
+    write_json(folder.path / f"scores{suffix}.json", scores)
+    return scores
+
+
+def score_model(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    recipe: Recipe,
+    tasks: list[Task],
+    split: Split,
+    *,
+    progress: bool,
+) -> tuple[dict[str, Any], list[Prediction]]:
+    """Scores and predictions, as :func:`evaluate_tasks` has them, with a recipe's prompts and settings."""
+    return evaluate_tasks(
         model,
         tokenizer,
         tasks,
@@ -66,9 +81,6 @@ def _score(
         batch_size=recipe.evaluation.batch_size,
         progress=progress,
     )
-    write_predictions(folder.path / f"predictions{suffix}", predictions)
-    write_json(folder.path / f"scores{suffix}.json", scores)
-    return scores
 
 
 def _score_sequence(run: RunFolder, plan: Plan, progress: bool) -> dict[str, Any]:
