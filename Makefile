@@ -15,7 +15,7 @@ LOWEST := $(shell $(PYTHON) -c 'import re, tomllib; \
 ADAPTER_TESTS := tests/tuner tests/baselines tests/training tests/test_security.py
 PYTEST := -m pytest -n $(WORKERS) --dist loadfile
 
-.PHONY: demo test stress bench check lint test-lowest-peft test-matrix test-peft audit clean
+.PHONY: demo test stress bench check lint docs dist test-lowest-peft test-matrix test-peft audit clean
 
 demo: $(VENV)/.demo  ## SmolLM2 tuned on the built-in tasks by LoRA and by BADIT
 	$(BIN)/badit demo
@@ -43,6 +43,14 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 	$(BIN)/lint-imports
+
+# The variable switches off the theme's notice about another program's next release.
+docs: $(VENV)/.dev  ## the documentation as a site, in site/: open site/index.html
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+dist: $(VENV)/.dev  ## source distribution and wheel, in dist/
+	rm -rf dist
+	$(BIN)/hatchling build
 
 # --no-deps: only PEFT itself changes; the folder goes before the virtual environment's packages.
 LOWEST_PEFT := $(VENV)/$(subst ==,-,$(filter peft%,$(LOWEST)))
@@ -100,4 +108,4 @@ $(BIN)/pip:
 	$(PYTHON) -m venv $(VENV)
 
 clean:
-	rm -rf $(VENV) $(MATRIX) build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(MATRIX) build dist site .pytest_cache .ruff_cache .hypothesis .import_linter_cache
