@@ -16,6 +16,7 @@ from importlib import import_module
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
+import yaml
 from links import ROOT, moved
 from mkdocs.exceptions import PluginError
 
