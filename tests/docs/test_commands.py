@@ -1,0 +1,65 @@
+"""Every command of the documentation against the real argument parser, and what it names against the project."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from importlib import import_module
+from typing import Any
+
+import pytest
+import yaml
+
+from badit.cli import main
+from badit.cli.main import VERBS
+from badit.recipe import build_recipe, load_recipe
+from badit.training.methods import build_method
+from docs.pages import ROOT, Page, pages, recipes
+
+WITH_COMMANDS = [page for page in [*pages(), *recipes()] if page.commands()]
+
+
+def test_the_pages_have_commands() -> None:
+    assert {"README.md", "docs/quickstart.md", "docs/benchmark.md", "recipes/README.md"} <= {
+        page.path for page in WITH_COMMANDS
+    }
+    assert sum(len(page.commands()) for page in WITH_COMMANDS) > 40
+
+
+@pytest.mark.parametrize("page", WITH_COMMANDS, ids=str)
+def test_every_command_is_one(page: Page, monkeypatch: pytest.MonkeyPatch) -> None:
+    parsed: list[Any] = []
+    for verb in VERBS:
+        monkeypatch.setattr(import_module(f"badit.cli.{verb}"), "execute", parsed.append)
+    for arguments in page.commands():
+        if arguments != ["--version"]:
+            assert main(arguments) == 0
+    for options in parsed:
+        if str(getattr(options, "recipe", "")).startswith("recipes/"):
+            build_method(load_recipe(ROOT / options.recipe, options.overrides).method)
+
+
+@pytest.mark.parametrize("page", pages(), ids=str)
+def test_what_is_called_in_a_sentence_exists(page: Page) -> None:
+    # Code between backticks may go over a line's end.
+    spans = [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", re.sub(r"```.*?```", "", page.text, flags=re.S))]
+    verbs = [span.split()[1] for span in spans if re.match(r"badit [a-z]", span)]
+    assert set(verbs) <= set(VERBS)
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"(?:`|^|; )make ([a-z][a-z-]*)", page.text, flags=re.MULTILINE):
+        assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), f"make {target}"
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    for named in re.findall(r"(?:badit|\.)\[([\w,]+)\]['`]", page.text):
+        assert set(named.split(",")) <= set(extras)
+    for script in re.findall(r"python (\S+\.py)", page.text):
+        assert (ROOT / script).is_file(), script
+
+
+@pytest.mark.parametrize("page", [page for page in pages() if page.blocks("yaml")], ids=str)
+def test_every_block_of_yaml_is_a_recipe(page: Page) -> None:
+    for block in page.blocks("yaml"):
+        content = yaml.safe_load(block)
+        content.pop("extends", None)
+        recipe = build_recipe(content)
+        for section in [recipe.method, *(recipe.compare.methods.values() if recipe.compare else ())]:
+            build_method(section)
