@@ -42,7 +42,9 @@ def test_every_command_is_one(page: Page, monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize("page", pages(), ids=str)
 def test_what_is_called_in_a_sentence_exists(page: Page) -> None:
     # Code between backticks may go over a line's end.
-    spans = [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", re.sub(r"```.*?```", "", page.text, flags=re.S))]
+    spans = [
+        " ".join(span.split()) for span in re.findall(r"`([^`]+)`", re.sub(r"```.*?```", "", page.text, flags=re.S))
+    ]
     verbs = [span.split()[1] for span in spans if re.match(r"badit [a-z]", span)]
     assert set(verbs) <= set(VERBS)
     makefile = (ROOT / "Makefile").read_text()

@@ -1,0 +1,78 @@
+"""The code of the documentation is run: a page's blocks in their order, in a folder of their own, with a tiny model.
+
+The README's is run by tests/test_readme.py, a part of it in a process of its own.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+from badit.analysis.analyze import analyze
+from badit.cli import main
+from badit.recipe import build_recipe
+from badit.serving.export import export
+from badit.training.run import fit
+from docs.pages import ROOT, Page, pages
+
+_BLOCK = re.compile(r"^```(python|sh)\n(.*?)^```", flags=re.DOTALL | re.MULTILINE)
+# Pages whose commands are run besides, since each builds on those before it.
+WALKED = [Page("docs/quickstart.md")]
+WITH_CODE = [page for page in pages() if page.blocks("python") and page not in WALKED and page.path != "README.md"]
+
+
+@pytest.fixture(autouse=True)
+def _tiny_built_in_model(material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("badit.models._built_in_folder", lambda: material / "model")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+
+
+@pytest.fixture(scope="module")
+def finished(material: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what pages take for granted: a run with its analysis, and its export."""
+    folder = tmp_path_factory.mktemp("finished")
+    recipe = build_recipe(
+        {
+            "model": {"name": str(material / "model"), "dtype": "float32"},
+            "data": {"source": str(material / "tasks.jsonl")},
+            "method": {"name": "badit", "num_experts": 4, "r": 2, "regroup": {"every": 2}},
+            "training": {"max_steps": 4, "batch_size": 4, "learning_rate": 0.01, "log_every": 1},
+            "evaluation": {"batch_size": 4, "max_new_tokens": 4},
+            "output": str(folder / "runs" / "mine"),
+        }
+    )
+    fit(recipe, progress=False)
+    export(folder / "runs" / "mine", folder / "exports" / "mine")
+    analyze(folder / "runs" / "mine", instances=2)
+    return folder
+
+
+@pytest.mark.parametrize("page", WITH_CODE, ids=str)
+def test_the_code_of_a_page_runs(page: Page, finished: Path, material: Path, tmp_path: Path) -> None:
+    for name in ("runs", "exports"):
+        (tmp_path / name).symlink_to(finished / name)
+    (tmp_path / "my-tasks.jsonl").symlink_to(material / "tasks.jsonl")
+    names: dict[str, Any] = {"base": AutoModelForCausalLM.from_pretrained(material / "model")}
+    for block in page.blocks("python"):
+        exec(compile(block, page.path, "exec"), names)
+
+
+@pytest.mark.parametrize("page", WALKED, ids=str)
+def test_a_walk_comes_to_its_end(page: Page, tmp_path: Path) -> None:
+    commands = iter(page.commands())
+    names: dict[str, Any] = {}
+    for language, block in _BLOCK.findall(page.text):
+        if language == "python":
+            exec(compile(block, page.path, "exec"), names)
+            continue
+        for _ in range(len(re.findall(r"^badit ", block, flags=re.MULTILINE))):
+            arguments = next(commands)
+            if arguments != ["--version"]:
+                assert main(arguments) == 0
+    assert list(commands) == []
+    assert (tmp_path / "runs/mine/report.html").is_file()
