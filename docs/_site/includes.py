@@ -3,6 +3,7 @@
 <!-- code: src/badit/method/routing.py expert_gates -->     a function or class, as it stands in the source
 <!-- beginning: README.md -->                               a page up to its first section
 <!-- options: badit.BaditConfig -->                         a configuration's options as a table
+<!-- options: badit.baselines.GoatConfig badit.peft.base_config.ExpertConfig -->    those that differ from the other's
 """
 
 from __future__ import annotations
@@ -46,14 +47,19 @@ def beginning(path: str) -> str:
     return moved((ROOT / path).read_text().split("\n## ")[0], path, "docs/index.md")
 
 
-def options(name: str) -> str:
-    """A table of a dataclass's or a pydantic model's own fields: name, default, what it is."""
+def options(name: str, other: str | None = None) -> str:
+    """A table of the fields of a dataclass or a pydantic model, but those that ``other`` has alike."""
+    known = list(_fields(_imported(other))) if other else []
+    fields = [field for field in _fields(_imported(name)) if field not in known]
+    rows = [f"| `{option}` | `{_yaml(default)}` | {_cell(text)} |" for option, default, text in fields]
+    return "\n".join(["| option | default | |", "|---|---|---|", *rows])
+
+
+def _imported(name: str) -> Any:
     module, _, cls = name.rpartition(".")
     quiet_environment()
     with warnings.catch_warnings(action="ignore"):
-        kind = getattr(import_module(module), cls)
-    rows = [f"| `{option}` | `{_yaml(default)}` | {_cell(text)} |" for option, default, text in _fields(kind)]
-    return "\n".join(["| option | default | |", "|---|---|---|", *rows])
+        return getattr(import_module(module), cls)
 
 
 def _fields(kind: Any) -> Iterator[tuple[str, Any, str]]:
