@@ -1,0 +1,75 @@
+"""docs/paper-index.md against the code: every default is there, with the value that it has."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import re
+from importlib import import_module
+from typing import Any
+
+import pytest
+from peft import LoraConfig, PeftConfig
+from pydantic import BaseModel
+
+from badit import BaditConfig, RegroupCallback
+from badit.baselines import RIVALS
+from badit.peft.base_config import FORMAT_FIELD, ExpertConfig
+from badit.recipe import Recipe, load_recipe
+from badit.training.method import NeuronOptions
+from docs.pages import ROOT, Page
+
+# Rows whose first cell is an option's name; the second is its default, the third, of a recipe's, the paper's recipes'.
+ROWS = re.findall(
+    r"^\| `([\w.]+)` \| `([^`]+)` \| (?:`([^`]+)`)?", Page("docs/paper-index.md").text, flags=re.MULTILINE
+)
+HERE = {option: value for option, value, _ in ROWS}
+SECTIONS = [name for name, field in Recipe.model_fields.items() if isinstance(field.default, BaseModel)]
+CONFIGS = {cls.__name__: cls for cls in (BaditConfig, NeuronOptions, *(rival.config_cls for rival in RIVALS.values()))}
+
+
+def fields(cls: Any) -> dict[str, Any]:
+    return {field.name: field.default for field in dataclasses.fields(cls) if field.init}
+
+
+def default_of(option: str) -> Any:
+    """The default in the code: of a configuration's field, a recipe's, a function's parameter; or a constant."""
+    place, _, name = option.rpartition(".")
+    if place == "RegroupCallback":
+        return inspect.signature(RegroupCallback).parameters[name].default
+    if place in SECTIONS:
+        return getattr(getattr(Recipe(), place), name)
+    if place in CONFIGS:
+        return fields(CONFIGS[place])[name]
+    module, _, owner = place.rpartition(".")
+    if owner == "LoraConfig":
+        return fields(LoraConfig)[name]
+    if name.isupper():
+        return getattr(import_module(place), name)
+    return inspect.signature(getattr(import_module(module), owner)).parameters[name].default
+
+
+@pytest.mark.parametrize("option", HERE)
+def test_a_default_is_what_the_page_says(option: str) -> None:
+    assert HERE[option] == repr(default_of(option))
+
+
+def test_the_papers_recipes_have_what_the_page_says() -> None:
+    recipe = load_recipe(ROOT / "recipes/paper/qwen3-4b.yaml")
+    for option, _, value in ROWS:
+        section, _, name = option.partition(".")
+        if section in SECTIONS:
+            assert value == repr(getattr(getattr(recipe, section), name)), option
+
+
+def test_the_page_has_every_default() -> None:
+    peft = {*fields(PeftConfig), FORMAT_FIELD, "past_branches", "tasks"}
+    wanted = {f"BaditConfig.{name}" for name in fields(BaditConfig).keys() - peft}
+    wanted |= {f"RegroupCallback.{name}" for name in inspect.signature(RegroupCallback).parameters}
+    wanted |= {f"{section}.{name}" for section in SECTIONS for name in type(getattr(Recipe(), section)).model_fields}
+    for rival in RIVALS.values():
+        if issubclass(rival.config_cls, ExpertConfig):
+            own = fields(rival.config_cls).items() - fields(ExpertConfig).items()
+            wanted |= {f"{rival.config_cls.__name__}.{name}" for name, _ in own if name not in peft}
+    wanted |= {f"NeuronOptions.{name}" for name in fields(NeuronOptions)}
+    assert wanted - HERE.keys() == set()
