@@ -1,6 +1,6 @@
 """Parts of pages that come from elsewhere in the repository, so that they cannot go stale. A comment names each:
 
-<!-- code: src/badit/method/routing.py expert_gates -->     a function or class, as it stands in the source
+<!-- code: src/badit/method/routing.py expert_gates -->     a function, class or Class.method from the source
 <!-- beginning: README.md -->                               a page up to its first section
 <!-- options: badit.BaditConfig -->                         a configuration's options as a table
 <!-- options: badit.baselines.GoatConfig badit.peft.base_config.ExpertConfig -->    those that differ from the other's
@@ -11,6 +11,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import re
+import textwrap
 import warnings
 from collections.abc import Iterator
 from importlib import import_module
@@ -32,14 +33,17 @@ def with_includes(text: str) -> str:
 
 
 def code(path: str, name: str) -> str:
-    """The source of a function or class at the top of a file."""
+    """The source of a function, a class or, as ``Class.method``, a method of a file."""
     source = (ROOT / path).read_text()
-    for node in ast.parse(source).body:
-        if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name == name:
-            first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
-            lines = source.splitlines()[first - 1 : node.end_lineno]
-            return "\n".join([f'```python title="{path}"', *lines, "```"])
-    raise PluginError(f"{path} has no function or class {name}")
+    found: Any = ast.parse(source)
+    for part in name.split("."):
+        kinds = ast.FunctionDef | ast.ClassDef
+        found = next((node for node in found.body if isinstance(node, kinds) and node.name == part), None)
+        if found is None:
+            raise PluginError(f"{path} has no {name}")
+    first = min([found.lineno, *(decorator.lineno for decorator in found.decorator_list)])
+    lines = textwrap.dedent("\n".join(source.splitlines()[first - 1 : found.end_lineno]))
+    return f'```python title="{path}"\n{lines}\n```'
 
 
 def beginning(path: str) -> str:
@@ -71,7 +75,8 @@ def _fields(kind: Any) -> Iterator[tuple[str, Any, str]]:
     for option, field in kind.model_fields.items():
         limits = [f"{word} {getattr(limit, key)}" for limit in field.metadata for key, word in _known_limits(limit)]
         text = ", ".join(filter(None, [_shown(field.annotation), *limits]))
-        yield option, field.get_default(call_default_factory=True), "; ".join(filter(None, [text, field.description]))
+        default = "required" if field.is_required() else field.get_default(call_default_factory=True)
+        yield option, default, "; ".join(filter(None, [text, field.description]))
 
 
 def _known_limits(limit: Any) -> list[tuple[str, str]]:

@@ -19,7 +19,7 @@ from badit.recipe import Recipe, load_recipe
 from badit.training.method import NeuronOptions
 from docs.pages import ROOT, Page
 
-# Rows whose first cell is an option's name; the second is its default, the third, of a recipe's, the paper's recipes'.
+# Rows: an option, its default and, of a recipe's, the value in the paper's recipes.
 ROWS = re.findall(
     r"^\| `([\w.]+)` \| `([^`]+)` \| (?:`([^`]+)`)?", Page("docs/paper-index.md").text, flags=re.MULTILINE
 )
