@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from formulas import formula
@@ -32,6 +33,11 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
     place = page.file.src_uri
     return markdown if is_listing(place) else rewritten(with_includes(markdown), own_path(place), place)
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """Docstrings name functions as Sphinx has it, :func:`name`; here the name alone is shown."""
+    return re.sub(r":(?:class|func|meth|mod):(?=<code>)", "", html)
 
 
 def _text(file: File) -> str:

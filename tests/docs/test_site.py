@@ -1,0 +1,61 @@
+"""The site is built without a warning, so that every link and anchor holds, and needs no network to be read."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import badit
+from docs.pages import ROOT, Page
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("built") / "site"
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)]
+    environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+def test_nothing_is_fetched(site: Path) -> None:
+    for file in site.glob("**/*.html"):
+        tags = re.findall(r"<(?:script|link|img|iframe|source)\b[^>]*>", file.read_text())
+        assert [tag for tag in tags if re.search(r"""(?:src|href)=["'](?:https?:)?//""", tag)] == [], file
+    for file in site.glob("**/*.css"):
+        assert not re.search(r"@import|url\([\"']?(?:https?:)?//", file.read_text()), file
+
+
+def test_formulas_are_mathml(site: Path) -> None:
+    for page in ("method", "benchmark", "serving"):
+        html = (site / f"{page}.html").read_text()
+        blocks = Page(f"docs/{page}.md").blocks("math")
+        assert html.count("<math ") == len(blocks) > 0
+        assert not re.search(r"\\(?:frac|sum|hat|mathrm)", re.sub(r"<[^>]+>", "", html))
+
+
+def test_code_and_options_come_from_the_source(site: Path) -> None:
+    shown = re.sub(r"<[^>]+>", "", (site / "method.html").read_text())
+    assert "def expert_gates(logits: torch.Tensor" in shown
+    assert "def _delta(self, adapter_name: str" in shown
+    assert "<!-- code" not in shown
+    options = (site / "options.html").read_text()
+    assert all(
+        f"<code>{name}</code>" in options for name in ("num_experts", "router_input", "rho", "gradient_accumulation")
+    )
+
+
+def test_files_of_the_repository_are_shown(site: Path) -> None:
+    assert (site / "source" / "recipes" / "own-tasks.yaml.html").is_file()
+    assert 'href="source/recipes/own-tasks.yaml.html"' in (site / "recipes.html").read_text()
+
+
+def test_the_api_has_every_public_name() -> None:
+    described = set(re.findall(r"^::: badit\.(\w+)$", Page("docs/api.md").text, flags=re.MULTILINE))
+    assert described == set(badit.__all__) - {"__version__"}
