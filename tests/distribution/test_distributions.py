@@ -1,0 +1,86 @@
+"""What the wheel and the source distribution hold, and what they say of themselves."""
+
+from __future__ import annotations
+
+import re
+import tarfile
+import tomllib
+import zipfile
+from email.parser import Parser
+from pathlib import Path
+
+import pytest
+import yaml
+from hatchling.builders.sdist import SdistBuilder
+from hatchling.builders.wheel import WheelBuilder
+from packaging.requirements import Requirement
+
+import badit
+
+ROOT = Path(__file__).parent.parent.parent
+PACKAGE = ROOT / "src" / "badit"
+INFO = f"badit-{badit.__version__}.dist-info"
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
+    (path,) = WheelBuilder(str(ROOT)).build(directory=str(tmp_path_factory.mktemp("wheel")), versions=["standard"])
+    return zipfile.ZipFile(path)
+
+
+@pytest.fixture(scope="module")
+def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    (path,) = SdistBuilder(str(ROOT)).build(directory=str(tmp_path_factory.mktemp("sdist")), versions=["standard"])
+    return Path(path)
+
+
+def test_the_wheel_is_the_package_and_no_more(wheel: zipfile.ZipFile) -> None:
+    names = {name for name in wheel.namelist() if not name.startswith(f"{INFO}/")}
+    files = [file for file in PACKAGE.glob("**/*") if file.is_file() and "__pycache__" not in file.parts]
+    assert names == {str(file.relative_to(PACKAGE.parent)) for file in files}
+    assert {"badit/py.typed", "badit/report/templates/page.html.j2", "badit/report/templates/page.js"} <= names
+    assert f"{INFO}/licenses/LICENSE" in wheel.namelist()
+    assert wheel.read(f"{INFO}/entry_points.txt").decode() == "[console_scripts]\nbadit = badit.cli:main\n"
+
+
+def test_the_metadata_is_whole(wheel: zipfile.ZipFile) -> None:
+    metadata = Parser().parsestr(wheel.read(f"{INFO}/METADATA").decode())
+    assert metadata["Version"] == badit.__version__
+    assert metadata["License-Expression"] == "Apache-2.0"
+    assert metadata["Requires-Python"] == ">=3.11"
+    assert metadata["Author"]
+    assert metadata["Keywords"]
+    assert "Typing :: Typed" in metadata.get_all("Classifier", [])
+    assert metadata.get_all("Project-URL") == ["Paper, https://arxiv.org/abs/2605.05676"]
+
+
+def test_every_requirement_has_a_floor_and_a_ceiling() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    for text in [*project["dependencies"], *(text for extra in extras.values() for text in extra)]:
+        requirement = Requirement(text)
+        if requirement.name == "badit":  # an extra that takes in another
+            assert requirement.extras <= extras.keys()
+        else:
+            assert {one.operator for one in requirement.specifier} == {">=", "<"}, text
+
+
+def test_the_source_distribution_can_be_tested_and_documented(sdist: Path) -> None:
+    with tarfile.open(sdist) as archive:
+        sizes = {name.partition("/")[2]: archive.getmember(name).size for name in archive.getnames()}
+    wanted = {"LICENSE", "README.md", "CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "SECURITY.md", "Makefile"}
+    wanted |= {"pyproject.toml", "mkdocs.yml", "docs/fsdp2.yaml", "docs/_site/hooks.py", "src/badit/py.typed"}
+    for folder, pattern in (("recipes", "*.yaml"), ("tests", "*.py"), ("benchmarks", "*.json")):
+        wanted |= {str(file.relative_to(ROOT)) for file in (ROOT / folder).glob(f"**/{pattern}")}
+    assert wanted - sizes.keys() == set()
+    assert {name for name in sizes if re.search(r"(^|/)(runs|site|dist|\.venv|__pycache__)(/|$)", name)} == set()
+    assert max(sizes.values()) < 500_000
+    assert sdist.stat().st_size < 2_000_000
+
+
+def test_the_citation_names_this_release_and_the_paper() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["cff-version"] == "1.2.0"
+    assert citation["version"] == badit.__version__
+    assert citation["license"] == "Apache-2.0"
+    assert citation["preferred-citation"]["url"] == "https://arxiv.org/abs/2605.05676"
