@@ -293,14 +293,35 @@ def test_no_exchange_improves_a_grouping_of_the_swap_solver(shape, kind, restart
     assert gain <= 1e-6 * max(1.0, reference.objective(gradients, labels))
 
 
-@pytest.mark.parametrize("seed", range(6))
-def test_exchanges_climb_as_the_naive_ones_do(seed):
-    gradients = unit_gradients("random", 12, seed)
-    start = np.random.default_rng(seed).permutation(contiguous(3, 4))
-    kept = start.copy()
-    labels = grouping._swap_until_optimal(gradients @ gradients.T, start, 3)
-    assert np.array_equal(labels, reference.exchange_until_optimal(gradients, start))
-    assert np.array_equal(start, kept)
+@pytest.mark.parametrize(("num_experts", "size"), [(3, 4), (6, 2), (2, 6), (12, 1), (1, 12)])
+@pytest.mark.parametrize("seed", range(3))
+def test_exchanges_climb_as_the_naive_ones_do_from_each_of_several_starts(seed, num_experts, size):
+    gradients, rng = unit_gradients("random", 12, seed), np.random.default_rng(seed)
+    starts = np.stack([rng.permutation(contiguous(num_experts, size)) for _ in range(5)])
+    starts[1] = reference.exchange_until_optimal(gradients, starts[0])  # one that is done before it begins
+    kept = starts.copy()
+    found = grouping._swap_until_optimal(gradients @ gradients.T, starts, num_experts)
+    for labels, start in zip(found, starts, strict=True):
+        expected = reference.exchange_until_optimal(gradients, start)
+        # In experts of two, exchanging the one or the other pair gives the same groups under other names.
+        assert np.array_equal(labels[:, None] == labels, expected[:, None] == expected)
+    assert np.array_equal(starts, kept)
+
+
+@PROPERTY
+@given(_EXPERTS_AND_SIZE, _KIND, st.integers(1, 5), _SEED)
+def test_exchanges_end_in_balanced_groupings_that_no_exchange_improves(shape, kind, starts, seed):
+    num_experts, size = shape
+    gradients, rng = unit_gradients(kind, num_experts * size, seed), np.random.default_rng(seed)
+    before = np.stack([rng.permutation(contiguous(num_experts, size)) for _ in range(starts)])
+    for labels, start in zip(
+        grouping._swap_until_optimal(gradients @ gradients.T, before, num_experts), before, strict=True
+    ):
+        assert_balanced(labels, num_experts, size)
+        objective = reference.objective(gradients, labels)
+        assert objective >= reference.objective(gradients, start) - 1e-8
+        if len(labels) > 1:
+            assert reference.best_exchange(gradients, labels)[0] <= 1e-8 * max(1.0, objective)
 
 
 def test_the_swap_solver_is_at_least_the_papers_from_a_bad_grouping():

@@ -108,7 +108,7 @@ def group_components(
         starts = [current_N] + [
             _balanced_kmeans(gram_NN, _random_labels(num_experts, size, rng), size) for _ in range(restarts)
         ]
-        candidates = [_swap_until_optimal(gram_NN, start_N, num_experts) for start_N in starts]
+        candidates = list(_swap_until_optimal(gram_NN, np.stack(starts), num_experts))
     elif solver == "paper":
         start_N = _spherical_kmeans(gram_NN, _random_labels(num_experts, size, rng), num_experts)
         candidates = [_polar_assignment(gram_NN, start_N, num_experts, size)]
@@ -197,8 +197,9 @@ def _one_hot(labels_N: np.ndarray, num_experts: int) -> np.ndarray:
 
 def _centroid_similarity(gram_NN: np.ndarray, labels_N: np.ndarray, num_experts: int) -> np.ndarray:
     """⟨ĝ_i, c_k⟩ for unit centroids c_k; an empty or cancelling group has no direction and attracts nothing."""
-    sums_NK = gram_NN @ _one_hot(labels_N, num_experts)
-    squared_K = np.array([sums_NK[labels_N == k, k].sum() for k in range(num_experts)])
+    onehot_NK = _one_hot(labels_N, num_experts)
+    sums_NK = gram_NN @ onehot_NK
+    squared_K = (onehot_NK * sums_NK).sum(axis=0)
     return np.where(squared_K > 1e-12, sums_NK / np.sqrt(np.maximum(squared_K, 1e-12)), 0.0)
 
 
@@ -247,24 +248,51 @@ def _polar_assignment(
     return labels_N
 
 
-def _swap_until_optimal(gram_NN: np.ndarray, labels_N: np.ndarray, num_experts: int) -> np.ndarray:
-    """Exchanges the best pair of components until no exchange of two improves the objective."""
-    labels_N = labels_N.copy()
-    sums_NK = gram_NN @ _one_hot(labels_N, num_experts)
-    diagonal_N = np.diag(gram_NN)
-    pair_NN = 2 * (diagonal_N[:, None] + diagonal_N[None, :]) - 4 * gram_NN
-    rows_N = np.arange(len(labels_N))
+def _swap_until_optimal(gram_NN: np.ndarray, starts_SN: np.ndarray, num_experts: int) -> np.ndarray:
+    """In each of S groupings, exchanges the best pair of components until no exchange of two improves the objective.
+
+    Components stand in the order of their experts, so that a group is a slice; R = components of an expert. The best
+    exchange of every two experts is kept, and only those of the two that have just exchanged are looked for again: a
+    round costs 2·R·N rather than N². The groupings go through their rounds together, since where N is small the time
+    is that of calling numpy, and once half of them are done, the others go on without them.
+    """
+    starts, components = starts_SN.shape
+    size = components // num_experts
     noise = 1e-9 * max(1.0, float(np.abs(gram_NN).max()))  # a gain below it could be rounding, and undo itself for ever
+    order_SN = np.argsort(starts_SN, axis=1, kind="stable")
+    gram_SNN = gram_NN[order_SN[:, :, None], order_SN[:, None, :]]
+    gram_SKRKR = gram_SNN.reshape(starts, num_experts, size, num_experts, size)
+    sums_SKRK = gram_SKRKR.sum(axis=-1)
+    sums_SNK = sums_SKRK.reshape(starts, components, num_experts)
+    # Views, which follow the exchanges: G_ii, and S_ia of i's own group a.
+    diagonal_SKR, own_SKR = np.einsum("skrkr->skr", gram_SKRKR), np.einsum("skrk->skr", sums_SKRK)
+    # A quarter of the gains, here and below: (S_ib − S_ia + G_ii) / 2 + (S_ja − S_jb + G_jj) / 2 − G_ij.
+    best_SKK = np.empty((starts, num_experts, num_experts))
+    s, k = np.arange(starts), np.arange(num_experts)
+    changed_SC = np.tile(k, (starts, 1))
     while True:
-        # move_NN[i, j]: what i gains by going from its own group to j's
-        move_NN = sums_NK[:, labels_N] - sums_NK[rows_N, labels_N][:, None]
-        gain_NN = 2 * (move_NN + move_NN.T) + pair_NN
-        gain_NN[labels_N[:, None] == labels_N[None, :]] = 0.0
-        i, j = np.unravel_index(gain_NN.argmax(), gain_NN.shape)
-        if gain_NN[i, j] <= noise:
-            return labels_N
-        a, b = labels_N[i], labels_N[j]
-        exchange_N = gram_NN[:, j] - gram_NN[:, i]
-        sums_NK[:, a] += exchange_N
-        sums_NK[:, b] -= exchange_N
-        labels_N[i], labels_N[j] = b, a
+        move_SKRK = (sums_SKRK - (own_SKR - diagonal_SKR)[..., None]) / 2
+        there_SCRK = move_SKRK[s[:, None], changed_SC]
+        back_SCKR = move_SKRK.transpose(0, 3, 1, 2)[s[:, None], changed_SC]
+        gain_SCRKR = there_SCRK[..., None] + back_SCKR[:, :, None] - gram_SKRKR[s[:, None], changed_SC]
+        best_SKK[s[:, None], changed_SC] = best_SKK[s[:, None], :, changed_SC] = gain_SCRKR.max(axis=2).max(axis=-1)
+        best_SKK[:, k, k] = 0.0
+        a, b = np.divmod(best_SKK.reshape(starts, -1).argmax(axis=1), num_experts)
+        improves_S = best_SKK[s, a, b] > noise / 4
+        if 2 * improves_S.sum() <= starts:
+            break
+        gain_SRR = move_SKRK[s, a, :, b][:, :, None] + move_SKRK[s, b, :, a][:, None] - gram_SKRKR[s, a, :, b]
+        i, j = np.divmod(gain_SRR.reshape(starts, -1).argmax(axis=1), size)
+        i, j = a * size + i, b * size + j
+        j = np.where(improves_S, j, i)  # where all is done, a component changes places with itself
+        exchange_SN = gram_SNN[s, j] - gram_SNN[s, i]
+        sums_SNK[s, :, a] += exchange_SN
+        sums_SNK[s, :, b] -= exchange_SN
+        for rows in (order_SN, sums_SNK, gram_SNN, gram_SNN.transpose(0, 2, 1)):
+            rows[s, i], rows[s, j] = rows[s, j], rows[s, i]
+        changed_SC = np.stack([a, b], axis=1)
+    found_SN = np.empty_like(starts_SN)
+    found_SN[s[:, None], order_SN] = np.arange(components) // size
+    if improves_S.any():
+        found_SN[improves_S] = _swap_until_optimal(gram_NN, found_SN[improves_S], num_experts)
+    return found_SN
