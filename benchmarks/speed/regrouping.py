@@ -11,12 +11,15 @@ from __future__ import annotations
 import argparse
 import math
 import statistics
+import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from measure import in_turns, keep, options
+from torch.utils.data import DataLoader, default_collate
 from transformers import TrainerControl, TrainerState, TrainingArguments
 from workload import adapted, batch, training_step
 
@@ -35,18 +38,21 @@ def share(rounds: int) -> dict[str, Any]:
     model = adapted("badit", "bfloat16")
     inputs = batch(4, 320)
     step = training_step(model, inputs)
-    callback = RegroupCallback(every=EVERY, stop=1.0, probe=batch(2, 160), log_path="/dev/null")
+    examples = [{key: rows[0] for key, rows in batch(1, 320).items()}]
+    loader = DataLoader(examples, collate_fn=default_collate)  # pyright: ignore[reportArgumentType] (a list will do)
     args = TrainingArguments(output_dir="unused", report_to=[], use_cpu=True)
-    state, control = TrainerState(max_steps=10**6, is_world_process_zero=False), TrainerControl()
-    callback.on_train_begin(args, state, control, model=model)
-    step()
+    state, control = TrainerState(max_steps=10**6, is_world_process_zero=True), TrainerControl()
     seconds: dict[str, list[float]] = {"step": [], "grams": [], "regrouping": []}
-    for _ in range(rounds):
-        seconds["step"].append(_timed(step))
-        _gradients(model)
-        seconds["grams"].append(_timed(lambda: callback.on_pre_optimizer_step(args, state, control)))
-        state.global_step += EVERY
-        seconds["regrouping"].append(_timed(lambda: callback.on_step_end(args, state, control)))
+    with tempfile.TemporaryDirectory() as folder:
+        callback = RegroupCallback(every=EVERY, stop=1.0, log_path=Path(folder) / "regroupings.jsonl")
+        callback.on_train_begin(args, state, control, model=model, train_dataloader=loader)
+        step()
+        for _ in range(rounds):
+            seconds["step"].append(_timed(step))
+            _gradients(model)
+            seconds["grams"].append(_timed(lambda: callback.on_pre_optimizer_step(args, state, control)))
+            state.global_step += EVERY
+            seconds["regrouping"].append(_timed(lambda: callback.on_step_end(args, state, control)))
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     dog = medians["grams"] + medians["regrouping"] / EVERY
     return {"every": EVERY, "seconds": seconds, "share of training": dog / (medians["step"] + dog)}

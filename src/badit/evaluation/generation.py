@@ -63,7 +63,7 @@ def generate_answers(
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
     with (
         _greedy(model, tokenizer, max_new_tokens) as settings,
-        _evaluation_mode(model),
+        evaluation_mode(model),
         tqdm(total=len(prompts), desc="Generating", unit="answer", disable=not progress) as bar,
     ):
         for start in range(0, len(order), batch_size):
@@ -119,7 +119,8 @@ def _end_tokens(config: GenerationConfig | None, tokenizer: PreTrainedTokenizerB
 
 
 @contextmanager
-def _evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
+def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
+    """Within, the model is in evaluation mode; afterwards each of its modules is in the mode that it was in."""
     # Module by module: a caller may have switched off the dropout of some parts only.
     training = [module for module in model.modules() if module.training]
     model.eval()

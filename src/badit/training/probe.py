@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from badit.evaluation.generation import evaluation_mode
 from badit.peft.routing_context import before_first_label
 
-_CANDIDATES, _PROMPTS = 16, 2
+# One short prompt tells how far the output moves; more would be the dearest part of a regrouping.
+_CANDIDATES, _TOKENS = 16, 32
 
 
 class OutputProbe:
@@ -24,11 +26,11 @@ class OutputProbe:
         self._prompts = [prompt.to(device) for prompt in _prompts(batch)]
         base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # pyright: ignore
         last_only = "logits_to_keep" in inspect.signature(base.forward).parameters
-        self._options = {"logits_to_keep": 1} if last_only else {}
+        self._options = {"use_cache": False, **({"logits_to_keep": 1} if last_only else {})}
 
     @classmethod
     def of(cls, model: nn.Module, batch: Mapping[str, torch.Tensor] | None, dataloader: Any) -> OutputProbe | None:
-        """On the given batch, else on the shortest two of the data loader's first examples.
+        """On the given batch, else on the last 32 prompt tokens of the shortest of the data loader's first examples.
 
         None where there is no batch and the data set cannot be indexed.
         """
@@ -38,17 +40,14 @@ class OutputProbe:
         if collate is None or not isinstance(dataset, Sized) or not hasattr(dataset, "__getitem__") or not len(dataset):
             return None
         candidates: list[Any] = [dataset[i] for i in range(min(_CANDIDATES, len(dataset)))]  # pyright: ignore
-        return cls(model, collate(sorted(candidates, key=lambda example: len(example["input_ids"]))[:_PROMPTS]))
+        shortest = min(candidates, key=lambda example: len(example["input_ids"]))
+        return cls(model, {"input_ids": _prompts(collate([shortest]))[0][:, -_TOKENS:]})
 
     @torch.no_grad()
     def output(self) -> torch.Tensor:
         """The centred logits of every prompt's last position, (prompts, vocabulary), in evaluation mode."""
-        training = self._model.training
-        self._model.eval()
-        try:
+        with evaluation_mode(self._model):
             rows = [self._model(input_ids=prompt, **self._options).logits[:, -1] for prompt in self._prompts]
-        finally:
-            self._model.train(training)
         logits = torch.cat(rows).float()
         return logits - logits.mean(dim=-1, keepdim=True)  # the softmax does not see a common shift
 

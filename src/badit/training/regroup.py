@@ -46,8 +46,8 @@ class RegroupCallback(TrainerCallback):
         start, stop: fractions of the run before and after which nothing is regrouped.
         solver, restarts, seed: of :func:`badit.method.group_components`.
         rescale: multiply moved components by the ratio of the mean gates (see the module's text).
-        probe: a batch (a dict of tensors) on which the change of the output is measured; by default the shortest two
-            of the first sixteen training examples.
+        probe: a batch (a dict of tensors) on which the change of the output is measured; by default the prompt
+            (its last 32 tokens) of the shortest of the first sixteen training examples.
         log_path: where a line is written for every layer and regrouping; by default ``regroupings.jsonl`` in the
             trainer's output folder.
         checkpoint: the checkpoint folder that a resumed training starts from, needed only when that is neither the
