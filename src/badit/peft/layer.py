@@ -32,7 +32,7 @@ from badit.method import (
 from badit.peft.base_layer import ExpertLayer
 from badit.peft.config import BaditConfig
 from badit.peft.quantised import shape_of
-from badit.peft.routing_context import ForwardPass, RoutingContext, inside_backward
+from badit.peft.routing_context import ForwardPass, RoutingContext
 
 
 class BaditLayer(ExpertLayer):
@@ -45,6 +45,7 @@ class BaditLayer(ExpertLayer):
     def __init__(self, base_layer: nn.Module, name: str, routing: RoutingContext) -> None:
         super().__init__(base_layer, name)
         self.routing = routing
+        routing.preparations.append(self._prepare)
         self.badit_expert_of = BufferDict(persistent=True)
         self.badit_moments = BufferDict(persistent=True)
         self.badit_batches = BufferDict(persistent=True)
@@ -132,6 +133,14 @@ class BaditLayer(ExpertLayer):
             self.weight_OI.copy_(self._weight_before_folding)
             self._weight_before_folding = None
 
+    def _prepare(self) -> bool:
+        """Folds what is to be folded; whether the coming pass will ask for the prompt's mask."""
+        configs = {adapter_name: self.badit_config[adapter_name] for adapter_name in self._running_adapters}
+        for adapter_name, config in configs.items():
+            if config.base_weight == "folded":
+                self._fold(adapter_name)
+        return any(config.routing == "prompt" for config in configs.values())
+
     def _component_gates(self, adapter_name: str, x: torch.Tensor) -> torch.Tensor:
         return self.gates(adapter_name, x)[..., self.expert_of(adapter_name)]
 
@@ -152,9 +161,8 @@ class BaditLayer(ExpertLayer):
         return self._prompt_gates(adapter_name, x, forward_pass)
 
     def _prompt_gates(self, adapter_name: str, x: torch.Tensor, forward_pass: ForwardPass | None) -> torch.Tensor:
-        key = f"{self.name}.{adapter_name}"
         if forward_pass is not None and forward_pass.held is not None:
-            return self._held(forward_pass.held, key, x)
+            return self._held(forward_pass.held, f"{self.name}.{adapter_name}", x)
         mask_BT = None if forward_pass is None else forward_pass.prompt_mask_BT
         if forward_pass is None or mask_BT is None:
             mask_BT = torch.ones(x.shape[:-1], dtype=torch.bool, device=x.device)
@@ -165,7 +173,9 @@ class BaditLayer(ExpertLayer):
                 "leave it out of target_modules, or use routing='token'"
             )
         gates = self._route_prompts(adapter_name, prompt_mean(x, mask_BT.to(x.device))[:, None])
-        forward_pass.fresh[key] = gates.detach()
+        if forward_pass.fills_cache:
+            # A layer's name is a constant of compiled code, so that each layer would be compiled for itself.
+            forward_pass.fresh[f"{self.name}.{adapter_name}"] = gates.detach()
         return gates
 
     def _held(self, held: dict[str, torch.Tensor], key: str, x: torch.Tensor) -> torch.Tensor:
@@ -186,7 +196,7 @@ class BaditLayer(ExpertLayer):
             return self._route(adapter_name, x)
         # Gradient checkpointing runs the layer again in the backward pass, on prompts that have been counted; and where
         # it is re-entrant, the first pass has no gradients.
-        if self.training and not inside_backward():
+        if self.training and not self.routing.runs_again():
             self._count_prompts(adapter_name, x.detach().flatten(0, -2))
         return self._route(adapter_name, standardised(x, cast(torch.Tensor, self.badit_moments[adapter_name])))
 
@@ -208,7 +218,7 @@ class BaditLayer(ExpertLayer):
     def _count_gates(self, adapter_name: str, gates: torch.Tensor) -> None:
         """Adds to the running sum of gates (K) and their number (last entry), which regrouping reads."""
         flat = gates.reshape(-1, gates.shape[-1])
-        sums = F.pad(flat.sum(dim=0), (0, 1), value=float(len(flat)))
+        sums = torch.cat([flat.sum(dim=0), flat.new_full((1,), len(flat))])
         self.gate_sums[adapter_name] = sums + self.gate_sums.get(adapter_name, torch.zeros_like(sums))
 
 
@@ -257,9 +267,8 @@ class BaditLinear(nn.Module, BaditLayer):
         super()._load_from_state_dict(*args, **kwargs)
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        for adapter_name in self._running_adapters:
-            if self.badit_config[adapter_name].base_weight == "folded":
-                self._fold(adapter_name)
+        if self._weight_before_folding is None:
+            self._prepare()
         return self._adapted(x, *args, **kwargs)
 
     def __repr__(self) -> str:

@@ -18,7 +18,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from functools import cached_property, partial
+from functools import partial
 from types import MethodType
 from typing import Any
 
@@ -35,8 +35,11 @@ _CACHE_NAMES = ("cache", "past_key_values")  # transformers renamed it within ve
 class ForwardPass:
     """One forward pass: its prompt mask (B, T), or the gates by layer that its cache holds already; its shape.
 
-    The mask is worked out when a layer first asks for it. Routing by token never does, nor do adapters that are
-    switched off, so batches in which no prompt can be told are refused only where it matters.
+    The mask is worked out when it is first asked for. Routing by token never does, nor do adapters that are switched
+    off, so batches in which no prompt can be told are refused only where it matters.
+
+    Args:
+        fills_cache: whether decoding may follow, for which layers must leave their gates in ``fresh``.
     """
 
     def __init__(
@@ -44,16 +47,22 @@ class ForwardPass:
         find_prompt: Callable[[], torch.Tensor | None],
         held: dict[str, torch.Tensor] | None = None,
         shape: torch.Size | None = None,
+        fills_cache: bool = True,
     ) -> None:
         self._find_prompt = find_prompt
+        self._mask_BT: torch.Tensor | None = None
+        self._found = False
         self.held = held
         self.shape = shape
+        self.fills_cache = fills_cache
         self.fresh: dict[str, torch.Tensor] = {}
 
-    @cached_property
+    @property
     def prompt_mask_BT(self) -> torch.Tensor | None:
         """None where the model is no language model: then a layer's whole input is its prompt."""
-        return self._find_prompt()
+        if not self._found:
+            self._mask_BT, self._found = self._find_prompt(), True
+        return self._mask_BT
 
 
 class RoutingContext:
@@ -65,6 +74,9 @@ class RoutingContext:
         self._differentiated: ForwardPass | None = None
         self._generation_prompt_length: int | None = None
         self._warned_of_labels = False
+        # Called before each pass that fills a cache or has none, for what a compiled layer cannot do. Each tells
+        # whether its layer will want the prompt's mask, which is then worked out, since that looks into the batch.
+        self.preparations: list[Callable[[], bool]] = []
         self._hooks: list[Any] = []
         self._generate: Callable[..., Any] | None = None
 
@@ -108,7 +120,11 @@ class RoutingContext:
         """The pass that the calling layer belongs to; None when the base model was entered by another door."""
         if self._running is not None:
             return self._running
-        return self._differentiated if inside_backward() else None
+        return self._differentiated if self.runs_again() else None
+
+    def runs_again(self) -> bool:
+        """Whether the calling layer is computed again in the backward pass, by gradient checkpointing."""
+        return self._running is None and inside_backward()
 
     def _enter(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         prompt_mask_BT = kwargs.pop("prompt_mask", None)
@@ -117,6 +133,10 @@ class RoutingContext:
         self._running = self._describe(batch, prompt_mask_BT)
         if torch.is_grad_enabled():
             self._differentiated = self._running
+        if self._running.held is None:
+            wanted = [prepare() for prepare in self.preparations]
+            if any(wanted):
+                _ = self._running.prompt_mask_BT
         return args, kwargs
 
     def _leave(self, model: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
@@ -144,8 +164,9 @@ class RoutingContext:
                 tensor.register_hook(recall)
 
     def _describe(self, batch: Mapping[str, Any], prompt_mask_BT: torch.Tensor | None) -> ForwardPass:
+        fills_cache = _cache(batch) is not None or batch.get("use_cache") is not False
         if prompt_mask_BT is not None:
-            return ForwardPass(lambda: prompt_mask_BT.bool(), shape=prompt_mask_BT.shape)
+            return ForwardPass(lambda: prompt_mask_BT.bool(), shape=prompt_mask_BT.shape, fills_cache=fills_cache)
         tokens = batch.get("input_ids")
         if tokens is None:
             tokens = batch.get("inputs_embeds")
@@ -158,7 +179,7 @@ class RoutingContext:
         # Only what is small is kept for later: neither the embeddings nor the cache.
         kept = {name: batch.get(name) for name in ("attention_mask", "labels", "position_ids", "cu_seq_lens_q")}
         find_prompt = partial(self._prompt, kept, shape, tokens.device, self._generation_prompt_length)
-        return ForwardPass(find_prompt, shape=shape)
+        return ForwardPass(find_prompt, shape=shape, fills_cache=fills_cache)
 
     def _prompt(
         self, batch: Mapping[str, Any], shape: torch.Size, device: torch.device, generation_prompt_length: int | None

@@ -1,0 +1,118 @@
+"""torch.compile, decoder layer by decoder layer: whole graphs, two for any depth, and none anew after a regrouping."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.utils import counters
+
+from tuner.helpers import adapted, layers, padded, random_rows
+
+# The compiler looks at it when it makes the second graph; nothing here does.
+pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+
+Batch = dict[str, Any]
+
+# The first layer's input needs no gradient, the others' does: two graphs, however many layers there are.
+GRAPHS, DEPTH = 2, 4
+
+
+@pytest.fixture(autouse=True)
+def _nothing_compiled() -> Iterator[None]:
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def batch(seed: int = 0) -> Batch:
+    """Three padded rows of 12 positions with answers of 4."""
+    ids, mask = padded(random_rows(12, 9, 7, seed=seed), side="left")
+    labels = ids.clone()
+    labels[:, :8] = -100
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels, "use_cache": False}
+
+
+def compile_layers(model: Any) -> None:
+    for layer in model.get_base_model().model.layers:
+        layer.compile(backend="eager", fullgraph=True)  # the graphs are what is looked at, not what becomes of them
+
+
+def gradients(model: nn.Module, inputs: Batch) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    model(**inputs).loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def regroup(model: nn.Module, seed: int) -> None:
+    """What a regrouping does: other labels, a column of B rescaled, the sums of gates taken."""
+    generator = torch.Generator().manual_seed(seed)
+    for layer in layers(model):
+        labels_N = layer.expert_of("default")
+        labels_N.copy_(labels_N[torch.randperm(len(labels_N), generator=generator)])
+        with torch.no_grad():
+            layer.badit_B["default"][:, 0] *= 1.5
+        layer.gate_sums.pop("default", None)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"base_weight": "folded"},
+        {"router_input": "standardised", "top_k": 2},
+        {"routing": "token", "gates": "softmax"},
+    ],
+    ids=str,
+)
+def test_a_regrouping_compiles_nothing_anew(tiny_model: Callable[..., Any], options: dict[str, Any]) -> None:
+    plain = adapted(tiny_model("llama", num_hidden_layers=DEPTH), **options).train()
+    compiled = adapted(tiny_model("llama", num_hidden_layers=DEPTH), **options).train()
+    compile_layers(compiled)
+    before = gradients(compiled, batch())
+    gradients(plain, batch())
+    assert counters["stats"]["unique_graphs"] == GRAPHS
+    for seed in (1, 2):
+        for model in (plain, compiled):
+            regroup(model, seed)
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            after = gradients(compiled, batch())
+        expected = gradients(plain, batch())
+        assert after.keys() == expected.keys()
+        for name, gradient in expected.items():
+            torch.testing.assert_close(after[name], gradient, rtol=1e-4, atol=1e-6)
+        assert any(not torch.allclose(after[name], before[name], rtol=1e-2) for name in after)
+    assert counters["stats"]["unique_graphs"] == GRAPHS
+    assert not counters["graph_break"]
+    for one, other in zip(layers(plain), layers(compiled), strict=True):
+        torch.testing.assert_close(one.gate_sums["default"], other.gate_sums["default"])
+
+
+def test_micro_batches_add_their_graphs_once(tiny_model: Callable[..., Any]) -> None:
+    model = adapted(tiny_model("llama", num_hidden_layers=DEPTH)).train()
+    compile_layers(model)
+    for step in range(3):
+        with torch._dynamo.config.patch(error_on_recompile=step > 0):
+            for micro_batch in range(3):
+                model(**batch(seed=micro_batch)).loss.backward()
+        assert all(float(layer.gate_sums["default"][-1]) == 9 for layer in layers(model))
+        regroup(model, seed=step)
+    assert counters["stats"]["unique_graphs"] == 2 * GRAPHS
+    assert not counters["graph_break"]
+
+
+def test_batches_of_other_lengths_are_compiled_for_once(tiny_model: Callable[..., Any]) -> None:
+    model = adapted(tiny_model("llama", num_hidden_layers=DEPTH)).eval()
+    plain = adapted(tiny_model("llama", num_hidden_layers=DEPTH)).eval()
+    compile_layers(model)
+    with torch.no_grad():
+        for length in (12, 11, 10, 9):
+            inputs = {key: value[:, -length:] if torch.is_tensor(value) else value for key, value in batch().items()}
+            with torch._dynamo.config.patch(error_on_recompile=length < 11):
+                logits = model(**inputs).logits
+            torch.testing.assert_close(logits, plain(**inputs).logits, rtol=1e-4, atol=1e-4)
+    assert not counters["graph_break"]
