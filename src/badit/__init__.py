@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from badit.recipe import load_recipe
     from badit.serving.export import export
     from badit.training.regroup import RegroupCallback
+    from badit.training.regrouper import Regrouper
     from badit.training.run import train
     from badit.training.scoring import evaluate
 
@@ -33,6 +34,7 @@ _HOMES = {
     "BaditError": "badit.errors",
     "BaditModel": "badit.peft",
     "RegroupCallback": "badit.training.regroup",
+    "Regrouper": "badit.training.regrouper",
     "compare": "badit.comparison.compare",
     "evaluate": "badit.training.scoring",
     "export": "badit.serving.export",
@@ -47,6 +49,7 @@ __all__ = [
     "BaditError",
     "BaditModel",
     "RegroupCallback",
+    "Regrouper",
     "__version__",
     "compare",
     "evaluate",

@@ -84,7 +84,8 @@ class Recorder(TrainerCallback):
         for index, of_parameter in kwargs["optimizer"].state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{key}": torch.as_tensor(value) for key, value in of_parameter.items()}
         for callback in self.callbacks:
-            for layer, window in getattr(callback, "_windows", {}).items():
+            windows = getattr(getattr(callback, "regrouper", callback), "_windows", {})
+            for layer, window in windows.items():
                 tensors[f"steps.{layer}"] = torch.tensor(window.steps)
                 if window.gram_sum is not None:
                     tensors[f"gram.{layer}"] = window.gram_sum

@@ -16,8 +16,9 @@ from transformers import TrainerCallback
 import reference
 from badit.errors import BaditError
 from badit.method import expert_angles, grouping_objective
-from badit.training.regroup import RegroupCallback, trainable_adapters
+from badit.training.regroup import RegroupCallback
 from badit.training.regroup_state import STATE_FILE
+from badit.training.regrouper import trainable_adapters
 from training.trainers import StopAt, adapted, make_trainer
 
 Model = Callable[..., Any]
@@ -125,7 +126,8 @@ def test_what_a_regrouping_changes(tiny_model: Model, tmp_path: Path, rescale: b
             if state.global_step == 6:
                 seen["before"] = state_of(model)
                 seen["gates"] = {
-                    name: window.gate_sums[:-1] / window.gate_sums[-1] for name, window in regroup._windows.items()
+                    name: window.gate_sums[:-1] / window.gate_sums[-1]
+                    for name, window in regroup.regrouper._windows.items()
                 }
                 seen["delta"] = {
                     name: layer.get_delta_weight(adapter, seen["gates"][name]).detach()

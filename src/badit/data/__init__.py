@@ -8,6 +8,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from badit.data.chats import answer_rows
 from badit.data.orders import SAPT_ORDERS, ordered
 from badit.data.prompts import (
     ChatTemplate,
@@ -40,6 +41,7 @@ __all__ = [
     "Prompt",
     "PromptEncoding",
     "Task",
+    "answer_rows",
     "batches_by_task",
     "build_prompt",
     "builtin_tasks",

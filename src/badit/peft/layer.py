@@ -64,6 +64,24 @@ class BaditLayer(ExpertLayer):
             self.badit_moments[adapter_name] = torch.zeros(2, shape_of(self.get_base_layer())[1])
             self.badit_batches[adapter_name] = torch.zeros(())
         super().update_layer(adapter_name, config, inference_mode)
+        if self._is_reference(adapter_name, config):
+            self._copy_default(adapter_name)
+
+    def _is_reference(self, adapter_name: str, config: BaditConfig) -> bool:
+        """Whether TRL adds the copy of the adapter that a preference loss is about to train, as the loss's reference.
+
+        It adds an adapter of this name by the other's own configuration and then copies parameters whose names have
+        ``.default.`` within, as those of LoRA's modules. BADIT's end in it, and its grouping is no parameter.
+        """
+        return adapter_name == "ref" and self.badit_config.get("default") is config
+
+    def _copy_default(self, adapter_name: str) -> None:
+        """Makes an adapter the same as the one named default, in its data types too."""
+        for parameters in (self.badit_A, self.badit_B, self.badit_router):
+            parameters[adapter_name].data = parameters["default"].data.clone()
+        for buffers in (self.badit_A0, self.badit_B0, *self._exact_buffers):
+            if "default" in buffers:
+                buffers[adapter_name] = cast(torch.Tensor, buffers["default"]).clone()
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # PEFT casts them to the base layer's dtype, integers too before 0.21; these are neither weights nor rounded.
@@ -79,6 +97,8 @@ class BaditLayer(ExpertLayer):
 
     @torch.no_grad()
     def _initialise(self, adapter_name: str, config: BaditConfig) -> None:
+        if self._is_reference(adapter_name, config):
+            return
         super()._initialise(adapter_name, config)
         if config.init_weights is False:
             nn.init.normal_(self.badit_B[adapter_name], std=0.02)

@@ -3,7 +3,9 @@
 A layer sees hidden states, not the batch, so a hook on the base model reads the batch's ``labels``, ``attention_mask``
 and cache before each forward pass and keeps what follows here, where the layers look it up.
 
-* Labels given (training, scoring): the prompt is what comes before the first label.
+* Labels given (training, scoring): the prompt is what comes before the first label. Of a chat with several labelled
+  answers that is the first turn's alone, where a generation of a later answer has read all before it: a row an answer
+  (:func:`badit.data.answer_rows`) makes the two equal.
 * No labels, no cache or an empty one (plain forward, prefill): every attended position is prompt.
 * A filled cache (decoding): the gates were settled when it was filled. They are kept *on the cache object*, so that
   several generations may run in turns, and a copied prompt cache carries its routing along.
@@ -73,7 +75,7 @@ class RoutingContext:
         # Gradient checkpointing runs layers again in the backward pass, after the forward pass has ended.
         self._differentiated: ForwardPass | None = None
         self._generation_prompt_length: int | None = None
-        self._warned_of_labels = False
+        self._looked_at_labels = self._warned_of_whole_rows = False
         # Called before each pass that fills a cache or has none, for what a compiled layer cannot do. Each tells
         # whether its layer will want the prompt's mask, which is then worked out, since that looks into the batch.
         self.preparations: list[Callable[[], bool]] = []
@@ -130,7 +132,7 @@ class RoutingContext:
         prompt_mask_BT = kwargs.pop("prompt_mask", None)
         named = dict(zip(_parameter_names(model), args, strict=False)) if args else {}
         batch = {**named, **kwargs}
-        self._running = self._describe(batch, prompt_mask_BT)
+        self._running = self._describe(model, batch, prompt_mask_BT)
         if torch.is_grad_enabled():
             self._differentiated = self._running
         if self._running.held is None:
@@ -163,7 +165,7 @@ class RoutingContext:
             if tensor.requires_grad:
                 tensor.register_hook(recall)
 
-    def _describe(self, batch: Mapping[str, Any], prompt_mask_BT: torch.Tensor | None) -> ForwardPass:
+    def _describe(self, model: nn.Module, batch: Mapping[str, Any], prompt_mask_BT: torch.Tensor | None) -> ForwardPass:
         fills_cache = _cache(batch) is not None or batch.get("use_cache") is not False
         if prompt_mask_BT is not None:
             return ForwardPass(lambda: prompt_mask_BT.bool(), shape=prompt_mask_BT.shape, fills_cache=fills_cache)
@@ -178,8 +180,22 @@ class RoutingContext:
             return ForwardPass(lambda: None)
         # Only what is small is kept for later: neither the embeddings nor the cache.
         kept = {name: batch.get(name) for name in ("attention_mask", "labels", "position_ids", "cu_seq_lens_q")}
-        find_prompt = partial(self._prompt, kept, shape, tokens.device, self._generation_prompt_length)
+        if batch.get("labels") is None and torch.is_grad_enabled() and _trains_language(model):
+            find_prompt = partial(self._whole_rows, kept, shape, tokens.device)
+        else:
+            find_prompt = partial(self._prompt, kept, shape, tokens.device, self._generation_prompt_length)
         return ForwardPass(find_prompt, shape=shape, fills_cache=fills_cache)
+
+    def _whole_rows(self, batch: Mapping[str, Any], shape: torch.Size, device: torch.device) -> torch.Tensor:
+        if not self._warned_of_whole_rows:
+            self._warned_of_whole_rows = True
+            warnings.warn(
+                "a language model is trained without labels, so BADIT's router reads the answers with the prompts: "
+                "pass the model labels (-100 on the prompt) or prompt_mask= (batch, positions), "
+                "or use routing='token'",
+                stacklevel=2,
+            )
+        return self._prompt(batch, shape, device, None)
 
     def _prompt(
         self, batch: Mapping[str, Any], shape: torch.Size, device: torch.device, generation_prompt_length: int | None
@@ -188,7 +204,7 @@ class RoutingContext:
         mask_BT = _attended(batch["attention_mask"], shape, device)
         labels_BT = batch["labels"]
         if isinstance(labels_BT, torch.Tensor) and labels_BT.shape == mask_BT.shape:
-            self._warn_of_unmasked_prompt(labels_BT)
+            self._look_at_labels(labels_BT)
             return mask_BT & before_first_label(labels_BT)
         if generation_prompt_length is None:
             return mask_BT
@@ -199,15 +215,22 @@ class RoutingContext:
             )
         return mask_BT & (torch.arange(mask_BT.shape[1], device=device) < generation_prompt_length)
 
-    def _warn_of_unmasked_prompt(self, labels_BT: torch.Tensor) -> None:
-        if self._warned_of_labels:
+    def _look_at_labels(self, labels_BT: torch.Tensor) -> None:
+        """Warns of labels that do not tell prompt from answer. Looks once, since it waits for the device."""
+        if self._looked_at_labels:
             return
-        self._warned_of_labels = True  # looked at once, since it waits for the device
+        self._looked_at_labels = True
         if bool((labels_BT[:, :2] != _IGNORED_LABEL).all()):
             warnings.warn(
                 "every position carries a label, so the prompt that BADIT routes on is the first token alone: "
                 "set labels to -100 on the prompt (TRL: completion_only_loss or assistant_only_loss), "
                 "or use routing='token'",
+                stacklevel=2,
+            )
+        elif bool((_answers(labels_BT) > 1).any()):
+            warnings.warn(
+                "a row has several answers, and BADIT routes all of them on what comes before the first: "
+                "give each answer a row of its own (badit.data.answer_rows), or use routing='token'",
                 stacklevel=2,
             )
 
@@ -230,6 +253,12 @@ def _tensors(output: Any) -> Iterator[torch.Tensor]:
             yield from _tensors(value)
 
 
+def _trains_language(model: nn.Module) -> bool:
+    """Whether it is a language model in training mode; of a classifier the whole row is the prompt."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    return model.training and head is not None
+
+
 def _parameter_names(model: nn.Module) -> list[str]:
     return list(inspect.signature(model.forward).parameters)
 
@@ -247,6 +276,12 @@ def before_first_label(labels_BT: torch.Tensor) -> torch.Tensor:
     labelled_BT = labels_BT != _IGNORED_LABEL
     labelled_BT[:, 0] = False
     return labelled_BT.cumsum(dim=1) == 0
+
+
+def _answers(labels_BT: torch.Tensor) -> torch.Tensor:
+    """The number of runs of labels in each row, (B,)."""
+    labelled_BT = labels_BT != _IGNORED_LABEL
+    return (labelled_BT[:, 1:] & ~labelled_BT[:, :-1]).sum(dim=1) + labelled_BT[:, 0]
 
 
 def _attended(attention_mask: Any, shape: torch.Size, device: torch.device) -> torch.Tensor:

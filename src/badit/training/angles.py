@@ -16,8 +16,8 @@ from badit.peft.base_layer import ExpertLayer
 from badit.runs import StepLog
 from badit.training.checkpoints import resumed_checkpoint
 from badit.training.gradients import before_step, component_grams
-from badit.training.regroup import trainable_adapters
 from badit.training.regroup_state import ANGLES_FILE, Window, load_state, mean_grams, save_state
+from badit.training.regrouper import trainable_adapters
 
 
 class AngleLog(TrainerCallback):

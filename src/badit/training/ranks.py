@@ -11,6 +11,11 @@ def several() -> bool:
     return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
 
 
+def is_first() -> bool:
+    """Whether this is the only process, or the first of those that train."""
+    return not several() or torch.distributed.get_rank() == 0
+
+
 def wait_for_all() -> None:
     if several():
         torch.distributed.barrier()

@@ -58,11 +58,8 @@ def mean_grams(windows: Mapping[str, Window]) -> dict[str, np.ndarray]:
     return {name: part.view(mean_NN.shape).numpy() for name, part, mean_NN in zip(full, parts, means, strict=True)}
 
 
-def save_state(path: Path, windows: Mapping[str, Window], *, write: bool = True) -> None:
-    """Writes the windows to a file of a checkpoint, as safetensors with the pending lines in its metadata.
-
-    All ranks must call it; of the gates they have sums of their own. Those with ``write`` write.
-    """
+def packed_windows(windows: Mapping[str, Window]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """The windows as tensors and plain values. All ranks must call it; of the gates they have sums of their own."""
     tensors: dict[str, torch.Tensor] = {}
     notes: dict[str, Any] = {}
     for name, window in windows.items():
@@ -70,6 +67,35 @@ def save_state(path: Path, windows: Mapping[str, Window], *, write: bool = True)
         for kind, tensor in (("gram_sum", window.gram_sum), ("gate_sums", window.gates_of_all())):
             if tensor is not None:
                 tensors[f"{kind}:{name}"] = tensor.contiguous()
+    return tensors, notes
+
+
+def unpacked_windows(
+    tensors: Mapping[str, torch.Tensor], notes: Mapping[str, Any], windows: Mapping[str, Window]
+) -> dict[str, Window]:
+    """What :func:`packed_windows` gave, for the layers of ``windows``.
+
+    Raises:
+        BaditError: it is of other layers.
+    """
+    if notes.keys() != windows.keys():
+        raise BaditError("the regrouping's state belongs to another model or another choice of target_modules")
+    loaded = {}
+    for name in windows:
+        window = loaded[name] = Window()
+        window.steps, window.pending = notes[name]["steps"], notes[name]["pending"]
+        window.gram_sum = tensors.get(f"gram_sum:{name}")
+        if (sums := tensors.get(f"gate_sums:{name}")) is not None:
+            window.gate_sums = own_part(sums)
+    return loaded
+
+
+def save_state(path: Path, windows: Mapping[str, Window], *, write: bool = True) -> None:
+    """Writes the windows to a file of a checkpoint, as safetensors with the pending lines in its metadata.
+
+    All ranks must call it. Those with ``write`` write.
+    """
+    tensors, notes = packed_windows(windows)
     if not write:
         return
     partial = path.with_name(f"{path.name}.partial")
@@ -94,13 +120,7 @@ def load_state(path: Path, windows: Mapping[str, Window]) -> dict[str, Window]:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
     except (SafetensorError, KeyError, ValueError) as error:
         raise BaditError(f"{path} is damaged ({error}); resume from another checkpoint") from None
-    if notes.keys() != windows.keys():
-        raise BaditError(f"{path} belongs to another model or another choice of target_modules")
-    loaded = {}
-    for name in windows:
-        window = loaded[name] = Window()
-        window.steps, window.pending = notes[name]["steps"], notes[name]["pending"]
-        window.gram_sum = tensors.get(f"gram_sum:{name}")
-        if (sums := tensors.get(f"gate_sums:{name}")) is not None:
-            window.gate_sums = own_part(sums)
-    return loaded
+    try:
+        return unpacked_windows(tensors, notes, windows)
+    except BaditError as error:
+        raise BaditError(f"{path}: {error}") from None
