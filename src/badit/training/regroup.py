@@ -1,4 +1,4 @@
-"""The regrouping callback of HF's Trainer, and so of TRL's trainers: :class:`badit.Regrouper` at the Trainer's events."""
+"""The regrouping callback of HF's Trainer, and so of TRL's trainers: a shell over :class:`badit.Regrouper`."""
 
 from __future__ import annotations
 

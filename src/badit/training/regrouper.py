@@ -77,7 +77,7 @@ class Regrouper:
     Attributes:
         steps: optimizer steps so far.
         metrics: of the last regrouping, the means over the layers: objective_before, objective_after,
-            components_moved and output_change, and the angles of the grouping that was in force. Empty before the first.
+            components_moved and output_change, and the angles of the grouping until then. Empty before the first.
 
     Raises:
         BaditError: an option out of its range, or no trainable BADIT adapter.
@@ -246,8 +246,9 @@ class Regrouper:
             window.pending = {}
         if not self._log_is_open:
             self.open_log()
-        for line in lines if self._log is not None else ():
-            self._log.append(line)
+        if self._log is not None:
+            for line in lines:
+                self._log.append(line)
         self.metrics |= _means(lines, _MEASURED_AFTERWARDS)
 
 
