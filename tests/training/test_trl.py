@@ -169,7 +169,9 @@ def test_packed_batches_are_refused_with_the_way_out(
 
 def test_packed_batches_go_with_routing_by_token(model_folder: Path, tmp_path: Path) -> None:
     rows = [{"prompt": f"Name city {i}.", "completion": f" city {i}"} for i in range(64)]
-    trainer = sft_trainer(model_folder, tmp_path, rows, packing=True, max_length=64, routing="token", num_train_epochs=1)
+    trainer = sft_trainer(
+        model_folder, tmp_path, rows, packing=True, max_length=64, routing="token", num_train_epochs=1
+    )
     trainer.train()
     assert trainer.state.global_step < 64 / 4, "several rows in one"
     assert (tmp_path / "regroupings.jsonl").read_text()

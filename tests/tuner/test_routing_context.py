@@ -249,3 +249,31 @@ def test_two_models_do_not_share_their_routing(tiny_model):
     two = copy.deepcopy(one)
     three = get_peft_model(tiny_model("llama"), config())
     assert len({id(layers(model)[0].routing) for model in (one, two, three)}) == 3
+
+
+def test_several_answers_in_a_row_warn_once_and_the_first_prompt_counts(tiny_model):
+    model = adapted(tiny_model("llama"))
+    ids, mask = padded(random_rows(9, 9))
+    labels = ids.clone()
+    labels[:, :3] = -100
+    labels[0, 5:7] = -100
+    with pytest.warns(UserWarning, match="several answers"):
+        found = plain(model, ids, mask, labels=labels)
+    plain(model, ids, mask, labels=labels)  # silent, or the warning would be an error
+    prompt = torch.zeros_like(mask)
+    prompt[:, :3] = 1
+    torch.testing.assert_close(found, plain(model, ids, mask, prompt_mask=prompt), **CLOSE)
+
+
+def test_training_a_language_model_without_labels_warns_once(tiny_model):
+    ids, mask = padded(random_rows(6, 6))
+    model = adapted(tiny_model("llama")).train()
+    with pytest.warns(UserWarning, match="trained without labels"):
+        model(input_ids=ids, attention_mask=mask)
+    model(input_ids=ids, attention_mask=mask)  # silent, or the warning would be an error
+    others = adapted(tiny_model("llama")).train()
+    others(input_ids=ids, attention_mask=mask, prompt_mask=mask)
+    with torch.no_grad():
+        others(input_ids=ids, attention_mask=mask)
+    others.eval()(input_ids=ids, attention_mask=mask)
+    adapted(tiny_model("llama"), routing="token").train()(input_ids=ids, attention_mask=mask)

@@ -103,7 +103,7 @@ def test_training_goes_on_after_loading(tiny_model, tmp_path, base_weight, low_m
     assert {name for name, p in loaded.named_parameters() if p.requires_grad} == names
     assert len(names) == 6
     for one in (model, loaded):
-        forward(one, IDS, MASK).logits.square().mean().backward()
+        forward(one, IDS, MASK, prompt_mask=MASK).logits.square().mean().backward()
     theirs = dict(loaded.named_parameters())
     for name, parameter in model.named_parameters():
         if name in names:

@@ -190,7 +190,7 @@ class RoutingContext:
         if not self._warned_of_whole_rows:
             self._warned_of_whole_rows = True
             warnings.warn(
-                "a language model is trained without labels, so BADIT's router reads the answers with the prompts: "
+                "a language model is trained without labels, so the router reads the answers with the prompts: "
                 "pass the model labels (-100 on the prompt) or prompt_mask= (batch, positions), "
                 "or use routing='token'",
                 stacklevel=2,
