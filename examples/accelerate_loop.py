@@ -1,0 +1,56 @@
+"""Tunes a model with BADIT in a plain loop with accelerate, without a Trainer.
+
+python examples/accelerate_loop.py --small                       # four steps, done in a minute
+python examples/accelerate_loop.py --data my-tasks.jsonl         # {task, instruction, input, output} a line
+accelerate launch examples/accelerate_loop.py                    # several processes
+"""
+
+import argparse
+
+import torch
+from accelerate import Accelerator
+from peft import get_peft_model
+from torch.utils.data import DataLoader
+
+import badit
+from badit.data import AnswerCollator, encode_example
+
+parser = argparse.ArgumentParser()
+parser.add_argument("--data", default="builtin", help="a .jsonl file of tasks (default: the built-in ones)")
+parser.add_argument("--model", default="smollm2-135m", help="built-in name, local folder or hub id")
+parser.add_argument("--output", default="runs/accelerate-loop")
+parser.add_argument("--small", action="store_true", help="four steps")
+options = parser.parse_args()
+epochs, batch_size = (1, 2) if options.small else (3, 8)
+
+accelerator = Accelerator(gradient_accumulation_steps=1 if options.small else 2)
+model, tokenizer = badit.load_base_model(options.model, dtype="float32")
+model = get_peft_model(model, badit.BaditConfig(num_experts=8, r=4, task_type="CAUSAL_LM"))
+optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=5e-4)
+
+pairs = [(task, instance) for task in badit.load_tasks(options.data) for instance in task.train]
+rows = [encode_example(tokenizer, *pair) for pair in pairs[: 8 if options.small else None]]
+collate = AnswerCollator(tokenizer.pad_token_id or 0)
+loader = DataLoader(rows, batch_size, shuffle=True, collate_fn=collate)
+model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+
+steps = epochs * -(-len(loader) // accelerator.gradient_accumulation_steps)
+regrouper = badit.Regrouper(model, steps, every=2 if options.small else 20, optimizer=optimizer)
+accelerator.register_for_checkpointing(regrouper)  # into accelerator.save_state(FOLDER), and back by load_state
+
+model.train()
+for _ in range(epochs):
+    for batch in loader:
+        with accelerator.accumulate(model):
+            accelerator.backward(model(**batch).loss)  # the labels' -100 tells the router prompt from answer
+            if accelerator.sync_gradients:
+                regrouper.after_backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            if accelerator.sync_gradients:
+                regrouper.step()
+    accelerator.print({name: round(value, 3) for name, value in regrouper.metrics.items()})
+regrouper.finish()
+accelerator.unwrap_model(model).save_pretrained(
+    f"{options.output}/adapter", is_main_process=accelerator.is_main_process
+)

@@ -1,0 +1,58 @@
+"""Tunes a model with BADIT on chats, by TRL's SFTTrainer, with a loss on the assistant's answers alone.
+
+    python examples/sft_trl.py chats.jsonl    # a {"messages": [{"role": …, "content": …}, …]} a line
+    python examples/sft_trl.py --small        # a few built-in questions, done in a minute
+
+Needs: pip install badit trl
+"""
+
+import argparse
+import json
+
+from datasets import Dataset
+from trl import SFTConfig, SFTTrainer
+
+import badit
+from badit.data import answer_rows, prompt_text
+
+parser = argparse.ArgumentParser()
+parser.add_argument("chats", nargs="?", help="a .jsonl file of chats (default: the built-in tasks)")
+parser.add_argument("--model", default="smollm2-135m", help="built-in name, local folder or hub id")
+parser.add_argument("--output", default="runs/sft-trl")
+parser.add_argument("--small", action="store_true", help="four steps on a few rows")
+options = parser.parse_args()
+
+if options.chats:
+    with open(options.chats, encoding="utf-8") as file:
+        chats = [json.loads(line)["messages"] for line in file]
+else:
+    chats = [
+        [
+            {"role": "user", "content": prompt_text(task, instance)},
+            {"role": "assistant", "content": instance.outputs[0]},
+        ]
+        for task in badit.load_tasks("builtin")
+        for instance in task.train[:2]
+    ]
+# A row an answer: each answer is then routed on all that the model has read before it.
+rows = [row for messages in chats for row in answer_rows(messages)]
+
+model, tokenizer = badit.load_base_model(options.model)
+trainer = SFTTrainer(
+    model=model,
+    processing_class=tokenizer,
+    args=SFTConfig(
+        output_dir=options.output,
+        per_device_train_batch_size=2 if options.small else 8,
+        max_steps=4 if options.small else -1,
+        num_train_epochs=3,
+        learning_rate=5e-4,
+        report_to=[],  # or ["tensorboard"], …
+        bf16=False,
+    ),
+    train_dataset=Dataset.from_list(rows[:8] if options.small else rows),
+    peft_config=badit.BaditConfig(num_experts=8, r=4, task_type="CAUSAL_LM"),
+    callbacks=[badit.RegroupCallback(every=2 if options.small else 20)],
+)
+trainer.train()
+trainer.save_model(f"{options.output}/adapter")
