@@ -106,6 +106,9 @@ class TrainingSection(_Section):
     )
     log_every: Count = Field(10, description="steps between lines of metrics.jsonl")
     save_every: Count = Field(100, description="steps between checkpoints")
+    report_to: list[Literal["tensorboard", "trackio"]] = Field(
+        [], description="trackers to log to as well (badit[trackers])"
+    )
 
 
 class EvaluationSection(_Section):

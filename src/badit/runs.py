@@ -10,6 +10,7 @@ adapter/           the trained adapter, as PEFT saves it
 checkpoints/       what an interrupted run resumes from
 regroupings.jsonl  DOG's log
 angles.jsonl       the experts' angles, of methods with experts that do not regroup
+tensorboard/       event files, of runs that report to TensorBoard
 analysis/          tables of `badit analyze`, one .json each
 stages/NN-TASK/    of a sequence of tasks: the same files after each of them; adapter/ above is the last one's
 """

@@ -21,7 +21,7 @@ class MetricsLog(TrainerCallback):
     """Appends the trainer's log lines to a file, less those that a resumed run is about to log again.
 
     Times and rates are left out, and so is the closing line: they tell of this process, and a resumed run has had
-    several. environment.json has the training's.
+    several. environment.json has the training's. So are a regrouping's, of which regroupings.jsonl has more.
     """
 
     def __init__(self, path: Path) -> None:
@@ -37,7 +37,9 @@ class MetricsLog(TrainerCallback):
             kept = {
                 key: value
                 for key, value in logs.items()
-                if math.isfinite(value) and not key.endswith(("_runtime", "_per_second"))
+                if math.isfinite(value)
+                and not key.endswith(("_runtime", "_per_second"))
+                and not key.startswith("regroup/")
             }
             self._log.append({"step": state.global_step, **kept})
 

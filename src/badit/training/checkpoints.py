@@ -29,7 +29,7 @@ _KEPT = 2
 
 def last_checkpoint(checkpoints: Path) -> Path | None:
     """The newest checkpoint that is as it was sealed; the first process says which damaged ones it passes over."""
-    for folder in sorted(_folders(checkpoints), key=_step, reverse=True):
+    for folder in sorted(_folders(checkpoints), key=step_of, reverse=True):
         damage = damage_of(folder)
         if damage is None:
             return folder
@@ -63,7 +63,7 @@ def seal(staged: Path, checkpoints: Path) -> None:
     final = checkpoints / staged.name
     replace_folder(staged, final)
     # Later steps are those of a future that this run, resumed from an earlier one, has not had.
-    earlier = sorted((folder for folder in _folders(checkpoints) if _step(folder) < _step(final)), key=_step)
+    earlier = sorted((folder for folder in _folders(checkpoints) if step_of(folder) < step_of(final)), key=step_of)
     for folder in _folders(checkpoints):
         if folder != final and folder not in earlier[1 - _KEPT :]:
             shutil.rmtree(folder)
@@ -154,7 +154,8 @@ def _folders(checkpoints: Path) -> list[Path]:
     return [folder for folder in checkpoints.glob(f"{_PREFIX}*") if folder.name.removeprefix(_PREFIX).isdecimal()]
 
 
-def _step(folder: Path) -> int:
+def step_of(folder: Path) -> int:
+    """The optimizer steps that a checkpoint has behind it."""
     return int(folder.name.removeprefix(_PREFIX))
 
 

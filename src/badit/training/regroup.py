@@ -61,6 +61,7 @@ class RegroupCallback(TrainerCallback):
         self._log_path = log_path
         self._checkpoint = checkpoint
         self.regrouper: Regrouper | None = None
+        self._taken: dict[str, float] = {}
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -95,6 +96,17 @@ class RegroupCallback(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
         self._running.save(folder, write=args.should_save)
+
+    def take_metrics(self) -> dict[str, float]:
+        """The regrouper's metrics as ``regroup/NAME``, if there has been a regrouping since the last call; else {}.
+
+        For a Trainer's ``log``, which hands them to trackers; badit's own does.
+        """
+        metrics = {} if self.regrouper is None else self.regrouper.metrics
+        if metrics == self._taken:
+            return {}
+        self._taken = dict(metrics)
+        return {f"regroup/{name}": value for name, value in metrics.items()}
 
     @property
     def _running(self) -> Regrouper:

@@ -36,12 +36,14 @@ from badit.training.checkpoints import (
     last_checkpoint,
     refuse_other_engine,
     staging_folder,
+    step_of,
 )
 from badit.training.determinism import deterministic
 from badit.training.gradients import whole_weights
 from badit.training.method import Method
 from badit.training.plan import Plan, Stage, base_model, encoded, make_plan, pad_id
 from badit.training.scoring import evaluate
+from badit.training.trackers import refuse_missing, tracker_callbacks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -76,6 +78,7 @@ def fit(recipe: Recipe, *, progress: bool = True) -> RunFolder:
         BaditError: as :func:`train`.
     """
     plan = make_plan(recipe)
+    refuse_missing(recipe.training.report_to)
     # Of several processes the first alone writes; the others meet it in the first step of training.
     run = RunFolder.prepare(recipe) if is_main_process() else RunFolder(recipe.output)
     if run.adapter.is_dir() or run.scores.is_file():
@@ -118,12 +121,19 @@ def _train_stage(plan: Plan, stage: Stage, number: int, learnt: Path | None, pro
     method.before_training(model, batches)
     checkpoint = last_checkpoint(folder.checkpoints)
     bar = ProgressBar()
+    behind = 0 if checkpoint is None else step_of(checkpoint)
+    callbacks = [
+        MetricsLog(folder.metrics),
+        *([bar] if progress else []),
+        *method.callbacks(folder),
+        *tracker_callbacks(recipe.training.report_to, folder.path, behind),
+    ]
     trainer = method.trainer(
         model=model,
         args=_arguments(recipe, folder, seed, checkpoint, mixed_precision=method.trains_base_weights),
         train_dataset=examples,
         data_collator=collate,
-        callbacks=[MetricsLog(folder.metrics), *([bar] if progress else []), *method.callbacks(folder)],
+        callbacks=callbacks,
         group_by_length=recipe.training.group_by_length,
         max_skipped_steps=recipe.training.max_skipped_steps,
     )
@@ -232,5 +242,7 @@ def _arguments(
         remove_unused_columns=False,
         dataloader_pin_memory=False,
         disable_tqdm=True,
-        report_to=[],
+        report_to=[],  # the run adds its trackers, whose files belong into its own folder
+        project="badit",
+        run_name=folder.path.resolve().name,
     )

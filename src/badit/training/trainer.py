@@ -19,6 +19,7 @@ from badit.peft import BaditModel
 from badit.peft.base_model import ExpertModel
 from badit.peft.routing_context import before_first_label
 from badit.training.nonfinite import SkipNonFinite
+from badit.training.regroup import RegroupCallback
 
 # Batches are cut from shuffled runs of this many batches sorted by length: long enough to save padding, short enough to
 # keep the order random.
@@ -71,8 +72,14 @@ class AnswerTrainer(Trainer):
         return taken
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """HF's, with the number of skipped steps once there are any."""
-        super().log({**logs, "skipped_steps": self.skipped_steps} if self.skipped_steps else logs, *args, **kwargs)
+        """HF's, with a new regrouping's metrics, and the number of skipped steps once there are any."""
+        logs = dict(logs)
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, RegroupCallback):
+                logs |= callback.take_metrics()
+        if self.skipped_steps:
+            logs["skipped_steps"] = self.skipped_steps
+        super().log(logs, *args, **kwargs)
 
     def compute_loss(
         self,

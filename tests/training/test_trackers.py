@@ -1,0 +1,81 @@
+"""Runs that report to trackers: what TensorBoard and Trackio have of them, read back from their files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from badit.errors import BaditError
+from badit.recipe import build_recipe
+from badit.runs import RunFolder, read_jsonl
+from badit.training import trackers
+from badit.training.run import fit
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:tensorboard", "ignore::DeprecationWarning:trackio")
+
+REGROUPED = ("objective_before", "objective_after", "components_moved", "output_change")
+
+
+def scalars(folder: Path, name: str) -> dict[int, float]:
+    """Of TensorBoard's event files, by step."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    return {event.step: event.value for event in events.Scalars(name)}
+
+
+@pytest.fixture
+def reporting(recipe_values: dict[str, Any]) -> dict[str, Any]:
+    training = {**recipe_values["training"], "report_to": ["tensorboard"]}
+    return {**recipe_values, "training": training}
+
+
+def test_tensorboard_has_the_losses_and_the_regroupings(reporting: dict[str, Any]) -> None:
+    run = fit(build_recipe(reporting), progress=False)
+    events = run.path / trackers.EVENTS
+    lines = list(read_jsonl(run.metrics))
+    assert scalars(events, "train/loss") == pytest.approx({line["step"]: line["loss"] for line in lines})
+    assert not any(key.startswith("regroup/") for line in lines for key in line)
+    regroupings = list(read_jsonl(run.regroupings))
+    steps = {line["step"] for line in regroupings}
+    assert steps == {3, 6, 9}
+    for field in REGROUPED:
+        found = scalars(events, f"train/regroup/{field}")
+        assert found.keys() == steps
+        for step in steps:
+            values = [line[field] for line in regroupings if line["step"] == step]
+            assert found[step] == pytest.approx(sum(values) / len(values), rel=1e-5)
+    assert scalars(events, "train/regroup/intra_degrees").keys() == {6, 9}, "measured on the steps that follow"
+
+
+def test_trackio_has_them_in_its_database(
+    reporting: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    from trackio.sqlite_storage import SQLiteStorage
+
+    monkeypatch.setattr("trackio.sqlite_storage.TRACKIO_DIR", tmp_path / "trackio")
+    reporting["training"]["report_to"] = ["trackio"]
+    run = fit(build_recipe(reporting), progress=False)
+    logged = SQLiteStorage.get_logs("badit", run.path.name)
+    losses = {entry["step"]: entry["train/loss"] for entry in logged if "train/loss" in entry}
+    assert losses == pytest.approx({line["step"]: line["loss"] for line in read_jsonl(run.metrics)})
+    moved = {entry["step"] for entry in logged if "train/regroup/components_moved" in entry}
+    assert moved == {3, 6, 9}
+
+
+def test_a_tracker_that_is_not_installed_is_one_line(
+    reporting: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trackers, "find_spec", lambda name: None)
+    with pytest.raises(BaditError, match=r"report_to: tensorboard is not installed: pip install 'badit\[trackers\]'"):
+        fit(build_recipe(reporting), progress=False)
+    assert not RunFolder(reporting["output"]).path.exists()
+
+
+def test_an_unknown_tracker_is_refused_with_the_known_ones(recipe_values: dict[str, Any]) -> None:
+    with pytest.raises(BaditError, match=r"training\.report_to.*'tensorboard' or 'trackio'"):
+        build_recipe(recipe_values, ["training.report_to=[tensorbord]"])
