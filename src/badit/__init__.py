@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from badit.peft import BaditConfig, BaditModel
     from badit.recipe import load_recipe
     from badit.serving.export import export
+    from badit.serving.push import push_to_hub
     from badit.training.regroup import RegroupCallback
     from badit.training.regrouper import Regrouper
     from badit.training.run import train
@@ -41,6 +42,7 @@ _HOMES = {
     "load_base_model": "badit.models",
     "load_recipe": "badit.recipe",
     "load_tasks": "badit.data",
+    "push_to_hub": "badit.serving.push",
     "train": "badit.training.run",
 }
 
@@ -57,6 +59,7 @@ __all__ = [
     "load_base_model",
     "load_recipe",
     "load_tasks",
+    "push_to_hub",
     "train",
 ]
 

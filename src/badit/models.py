@@ -41,7 +41,7 @@ MANIFEST = "manifest.json"
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 Quantisation = Literal["bnb-8bit", "bnb-4bit", "torchao-int8"]
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def load_base_model(
@@ -150,7 +150,7 @@ def resolve_model(name: str | Path) -> str:
         if (folder / "adapter_config.json").is_file():
             raise BaditError(f"model {name}: holds an adapter; name the base model that it was trained on")
         raise BaditError(f"model {name}: the folder has no config.json; name a folder saved with save_pretrained")
-    if isinstance(name, str) and _HUB_ID.fullmatch(name) and not name.startswith("."):
+    if isinstance(name, str) and HUB_ID.fullmatch(name) and not name.startswith("."):
         return name
     if isinstance(name, Path) or folder.name != name:
         raise BaditError(f"model {name}: no such folder")

@@ -55,15 +55,14 @@ def test_trackio_has_them_in_its_database(
     reporting: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
-    from trackio.sqlite_storage import SQLiteStorage
+    from trackio.sqlite_storage import SQLiteStorage  # not before, since it reads the variable once
 
-    monkeypatch.setattr("trackio.sqlite_storage.TRACKIO_DIR", tmp_path / "trackio")
     reporting["training"]["report_to"] = ["trackio"]
     run = fit(build_recipe(reporting), progress=False)
     logged = SQLiteStorage.get_logs("badit", run.path.name)
-    losses = {entry["step"]: entry["train/loss"] for entry in logged if "train/loss" in entry}
+    losses = {entry["train/global_step"]: entry["train/loss"] for entry in logged if "train/loss" in entry}
     assert losses == pytest.approx({line["step"]: line["loss"] for line in read_jsonl(run.metrics)})
-    moved = {entry["step"] for entry in logged if "train/regroup/components_moved" in entry}
+    moved = {entry["train/global_step"] for entry in logged if "train/regroup/components_moved" in entry}
     assert moved == {3, 6, 9}
 
 

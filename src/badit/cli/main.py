@@ -23,6 +23,7 @@ VERBS = {
     "analyze": "measure interference between tasks, and what a run's experts do",
     "report": "write one page of scores, curves, interference and experts, with its figures",
     "export": "write a run as a plain LoRA or a merged model, for PEFT, vLLM and llama.cpp",
+    "push": "upload a run's adapter or an export to the Hugging Face hub, with a model card",
     "generate": "answer one prompt with a run's adapter",
     "tasks": "list and validate task data",
 }

@@ -16,10 +16,11 @@ from badit.data import Task
 from badit.errors import BaditError, nearest
 from badit.method import compress
 from badit.recipe import Recipe
-from badit.runs import RunFolder
+from badit.runs import RunFolder, write_text
 from badit.serving.factors import Factors, lora_factors, mixture_factors
 from badit.serving.files import merge, new_folder, refuse_foreign, write_adapter, write_gates, write_merged
 from badit.serving.mixture import Mixture, mean_mixture, read_mixture
+from badit.training.card import CARD, Base, model_card
 from badit.training.method import AdapterMethod
 from badit.training.methods import build_method
 from badit.training.plan import base_model, make_plan
@@ -134,6 +135,7 @@ def export(
             write_adapter(partial, factors, model.unload(), recipe.model)
         if mixture is not None:
             write_gates(partial, mixture.gates)
+        write_text(partial / CARD, model_card(folder, recipe, Base.of(recipe), export=record))
     return done
 
 

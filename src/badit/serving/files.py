@@ -2,6 +2,7 @@
 
 adapter_config.json         PEFT's configuration of a plain LoRA; a merged model has its config.json instead
 adapter_model.safetensors   the factors; a merged model has its weights and tokenizer instead
+README.md                   the model card
 gates.json                  the fixed mixture, where there is one
 export.json                 from what, by what choice, and with what error; marks the folder as an export
 scores.json                 what freezing costs, once it has been measured

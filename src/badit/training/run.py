@@ -30,6 +30,7 @@ from badit.runs import (
 )
 from badit.training.attention import fast_on_short_sequences
 from badit.training.callbacks import MetricsLog, ProgressBar, StopOnSignal
+from badit.training.card import write_run_card
 from badit.training.checkpoints import (
     SealCheckpoints,
     TrainerSums,
@@ -67,8 +68,11 @@ def train(recipe: Recipe, *, progress: bool = True) -> dict[str, Any]:
         if not is_main_process():
             return {}
         if run.scores.is_file():
-            return read_scores(run.scores)
-        return evaluate(run.path, progress=progress, trust_remote_code=recipe.model.trust_remote_code)
+            scores = read_scores(run.scores)
+        else:
+            scores = evaluate(run.path, progress=progress, trust_remote_code=recipe.model.trust_remote_code)
+        write_run_card(run)
+        return scores
 
 
 def fit(recipe: Recipe, *, progress: bool = True) -> RunFolder:

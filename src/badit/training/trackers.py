@@ -43,7 +43,7 @@ def tracker_callbacks(names: Sequence[str], folder: Path, step: int) -> list[Any
 
 def _tensorboard(folder: Path, step: int) -> Any:
     from torch.utils.tensorboard import SummaryWriter
-    from transformers.integrations import TensorBoardCallback
+    from transformers.integrations.integration_utils import TensorBoardCallback
 
     return TensorBoardCallback(SummaryWriter(str(folder / EVENTS), purge_step=step + 1 if step else None))
 
