@@ -45,6 +45,7 @@ def test_a_run_leaves_all_its_files(recipe_values: Values) -> None:
     assert steps == [*range(1, 13)]
     assert run.regroupings.read_text().count("\n") == 2 * 3
     assert {file.suffix for file in run.adapter.iterdir()} == {".safetensors", ".json", ".md"}
+    assert "| mean over tasks |" in (run.adapter / "README.md").read_text()
     config = json.loads((run.adapter / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == recipe.model.name
     assert not list(run.path.glob("*.partial"))

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from badit.data.files import read_text
-from badit.errors import BaditError, one_line
+from badit.errors import one_line
 from badit.evaluation.results import read_scores
 from badit.models import BUILT_IN, HUB_ID
 from badit.recipe import Recipe
@@ -239,6 +239,6 @@ def _licence_in(card: Path) -> str | None:
         return None
     try:
         found = ModelCard(read_text(card)).data.to_dict().get("license")
-    except (BaditError, ValueError, TypeError):  # a header that is no YAML, or not the hub's
+    except Exception:  # whatever a header that is damaged, or not the hub's, brings about
         return None
     return found if isinstance(found, str) else None

@@ -1,0 +1,127 @@
+"""`badit push` against a hub that is none: what would be uploaded, and every refusal as one line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import httpx
+import pytest
+from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
+from huggingface_hub.errors import HfHubHTTPError
+
+import badit
+from badit.cli import main
+from badit.errors import BaditError
+from badit.runs import RunFolder
+from badit.training.card import write_run_card
+
+ADDRESS = "https://hub.example/org/tuned"
+BADIT = {"name": "badit", "num_experts": 4, "r": 2}
+
+
+class Hub(HfApi):
+    """The hub's client, whose calls arrive here."""
+
+    private: bool | None = None
+    files: dict[str, bytes]
+    refusal: Exception | None = None
+
+    def create_repo(self, repo_id: str, *, private: bool = False, exist_ok: bool = False, **other: Any) -> Any:
+        assert exist_ok
+        if Hub.refusal is not None:
+            raise Hub.refusal
+        Hub.private = private
+        return SimpleNamespace(repo_id=repo_id)
+
+    def create_commit(
+        self, repo_id: str, operations: list[CommitOperationAdd], *, commit_message: str, **o: Any
+    ) -> Any:
+        Hub.files = {}
+        for operation in operations:
+            with operation.as_file() as file:
+                Hub.files[operation.path_in_repo] = file.read()
+        return SimpleNamespace(repo_url=ADDRESS)
+
+    def model_info(self, repo_id: str, **other: Any) -> Any:
+        return SimpleNamespace(card_data=ModelCard("---\nlicense: llama3.2\n---\n").data)
+
+
+@pytest.fixture(autouse=True)
+def hub(monkeypatch: pytest.MonkeyPatch) -> type[Hub]:
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: "a token")
+    Hub.private, Hub.files, Hub.refusal = None, {}, None
+    return Hub
+
+
+@pytest.fixture
+def run(trained: Callable[..., RunFolder]) -> RunFolder:
+    return trained(BADIT)
+
+
+def test_a_run_and_its_export_are_uploaded_with_their_cards(
+    run: RunFolder, hub: type[Hub], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_run_card(run)
+    assert main(["push", str(run.path), "org/tuned", "--private"]) == 0
+    assert capsys.readouterr().out.strip() == ADDRESS
+    assert hub.private is True
+    assert hub.files.keys() == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
+    assert hub.files["adapter_model.safetensors"] == (run.adapter / "adapter_model.safetensors").read_bytes()
+    assert json.loads(hub.files["adapter_config.json"])["peft_type"] == "BADIT"
+    assert b'PeftModel.from_pretrained(base, "org/tuned")' in hub.files["README.md"]
+    assert not any(str(tmp_path).encode() in content for content in hub.files.values()), "a path of this machine"
+
+    badit.export(run.path, tmp_path / "lora", progress=False)
+    assert "## Training" in (tmp_path / "lora" / "README.md").read_text()
+    assert badit.push_to_hub(tmp_path / "lora", "org/tuned") == ADDRESS
+    assert hub.private is False
+    assert hub.files.keys() == {"README.md", "adapter_config.json", "adapter_model.safetensors", "gates.json"}
+    assert json.loads(hub.files["adapter_config.json"])["peft_type"] == "LORA"
+    assert b"import badit" not in hub.files["README.md"]
+    assert not any(str(tmp_path).encode() in content for content in hub.files.values())
+
+    text = run.config.read_text()
+    run.config.write_text(text.replace(str(tmp_path / "model"), "meta-llama/base"))
+    badit.push_to_hub(run.path, "org/tuned")
+    card = ModelCard(hub.files["README.md"].decode())
+    assert (card.data.license, card.data.base_model) == ("llama3.2", "meta-llama/base")
+    assert json.loads(hub.files["adapter_config.json"])["base_model_name_or_path"] == "meta-llama/base"
+
+
+def test_what_cannot_be_pushed_is_one_line(
+    run: RunFolder, hub: type[Hub], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("tuned", "org/", "a/b/c", "org/na me", "org/na--me", "../x", "org/" + "x" * 100):
+        with pytest.raises(BaditError) as caught:
+            badit.push_to_hub(run.path, name)
+        assert name in str(caught.value)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(BaditError, match="no run's folder"):
+        badit.push_to_hub(tmp_path, "org/tuned")
+    request = httpx.Request("POST", "https://hub.example")
+    for refusal, expected in (
+        (HfHubHTTPError("401: Invalid\nlong text", response=httpx.Response(401, request=request)), "hf auth login"),
+        (HfHubHTTPError("403: Forbidden", response=httpx.Response(403, request=request)), "write access"),
+        (HfHubHTTPError("500: Sorry", response=httpx.Response(500, request=request)), "refuses: 500: Sorry"),
+        (httpx.ConnectError("no route"), "cannot be reached .no route."),
+        (ConnectionError("offline"), "cannot be reached .offline."),
+    ):
+        hub.refusal = refusal
+        with pytest.raises(BaditError, match=expected) as caught:
+            badit.push_to_hub(run.path, "org/tuned")
+        assert "\n" not in str(caught.value)
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    with pytest.raises(BaditError, match="hf auth login, or set HF_TOKEN"):
+        badit.push_to_hub(run.path, "org/tuned")
+    assert hub.files == {}
+
+
+def test_what_is_no_adapter_is_refused(trained: Callable[..., RunFolder]) -> None:
+    base = trained({"name": "base"}, name="base")
+    with pytest.raises(BaditError, match="nothing to push"):
+        badit.push_to_hub(base.path, "org/tuned")
