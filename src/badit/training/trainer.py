@@ -124,12 +124,17 @@ def answer_losses(
     predicting_BT = targets_BT != -100
     # The Trainer switches the cache off in training; elsewhere keys and values would be copied for nobody to read.
     batch = {key: value for key, value in inputs.items() if key not in ("labels", "tasks")} | {"use_cache": False}
-    if isinstance(unwrapped, PeftModel) and isinstance(unwrapped.base_model, (BaditModel, BranchModel)):
-        batch["prompt_mask"] = inputs["attention_mask"].bool() & before_first_label(labels_BT)
+    batch |= prompt_argument(unwrapped, inputs["attention_mask"].bool() & before_first_label(labels_BT))
     with batch_of_tasks(unwrapped, inputs.get("tasks")), logits_only_at(unwrapped, predicting_BT):
         outputs = model(**batch)
     losses_L = F.cross_entropy(outputs.logits[0].float(), targets_BT[predicting_BT], reduction="none")
     return losses_L, predicting_BT.nonzero()[:, 0], outputs
+
+
+def prompt_argument(model: nn.Module, prompt_mask_BT: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The argument that tells a model which routes by prompt where that is, and nothing for a model that does not."""
+    routes = isinstance(model, PeftModel) and isinstance(model.base_model, (BaditModel, BranchModel))
+    return {"prompt_mask": prompt_mask_BT} if routes else {}
 
 
 @contextmanager

@@ -1,0 +1,174 @@
+"""EleutherAI's lm-evaluation-harness (``pip install 'badit[eval]'``) on runs, and on adapters that route by prompt.
+
+    import badit.harness                         # registers the model "badit" with lm_eval
+    lm_eval.simple_evaluate(model="badit", model_args={"run": "runs/mine"}, tasks=["arc_easy"])
+
+lm_eval scores a continuation by one forward pass over context and continuation. Its own model class ``hf`` says nothing
+of where the one ends, so gates that should follow the prompt alone follow the continuation and the batch's padding as
+well: other gates than in training and in generation, and other ones for every batch size. ``badit`` is that class with
+the context told. What is generated is the same under both, since a generation's input is all prompt.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from badit.baselines import batch_of_tasks  # registers the rivals with PEFT, as badit.peft does BADIT
+from badit.data import AnswerCollator
+from badit.errors import BaditError
+from badit.models import resolve_model
+from badit.runs import RunFolder
+from badit.training.plan import pad_id
+from badit.training.scoring import load_run
+from badit.training.trainer import logits_only_at, prompt_argument
+
+try:
+    from lm_eval.api.registry import register_model
+    from lm_eval.models.huggingface import HFLM
+except ModuleNotFoundError as error:
+    raise BaditError(f"the harness needs its extra ({error.name} is missing): pip install 'badit[eval]'") from None
+
+#: What is scored: the texts (context, continuation), None in parts of a longer text; and the token ids of both.
+Request = tuple[tuple[str, str] | None, list[int], list[int]]
+
+
+@register_model("badit")
+class BaditLM(HFLM):
+    """lm_eval's ``hf`` for causal models whose gates follow the prompt; for any others it gives what ``hf`` gives.
+
+    The prompt is a request's context, few-shot examples included. A text that is scored without any
+    (``loglikelihood_rolling``) is routed by the one token that lm_eval puts before it.
+
+    Args:
+        run: a run's folder, in place of ``pretrained`` and ``peft``: its base model with what it has learnt.
+        task: the task that all requests belong to, for methods that tell tasks apart.
+        pretrained: otherwise, a base model as :func:`badit.load_base_model` takes it, or a loaded model.
+        device: where a run's model goes (default: the accelerator, if there is one).
+        trust_remote_code: run Python code that comes with the base model.
+        options: what else ``hf`` takes, such as ``peft``, ``dtype``, ``batch_size`` and ``max_length``.
+
+    Raises:
+        BaditError: no such run or model, both of them or none, or a model that is not causal.
+    """
+
+    def __init__(
+        self,
+        run: str | None = None,
+        *,
+        task: str | None = None,
+        pretrained: Any = None,
+        device: str | None = None,
+        trust_remote_code: bool = False,
+        **options: Any,
+    ) -> None:
+        if (run is None) == (pretrained is None):
+            raise BaditError("model_args: give either run=FOLDER or pretrained=MODEL, perhaps with peft=ADAPTER")
+        if run is not None:
+            if "peft" in options:
+                raise BaditError("model_args: a run has its adapter: leave peft out, or give pretrained instead of run")
+            folder = RunFolder.existing(run)
+            pretrained, tokenizer = load_run(folder, folder.recipe(trust_remote_code=trust_remote_code))
+            options.setdefault("tokenizer", tokenizer)
+            if device is not None:
+                pretrained = pretrained.to(device)
+        elif isinstance(pretrained, str):
+            pretrained = resolve_model(pretrained)
+        if device is not None:
+            options["device"] = device
+        super().__init__(pretrained=pretrained, trust_remote_code=trust_remote_code, **options)
+        if self.backend != "causal":
+            raise BaditError("model_args: pretrained: badit scores causal language models alone; use --model hf")
+        self._task = task
+
+    @torch.no_grad()
+    def _loglikelihood_tokens(
+        self, requests: Sequence[Request], disable_tqdm: bool = False, override_bs: int | None = None
+    ) -> list[tuple[float, bool]]:
+        """Of each request's continuation the log-likelihood in nats, and whether greedy decoding would give it.
+
+        The longest come first. A pass for each: continuations of one token share none, as they do under ``hf``.
+        """
+        ordered = sorted(range(len(requests)), key=lambda i: len(requests[i][1]) + len(requests[i][2]), reverse=True)
+        size = override_bs or self.batch_size
+        if size == "auto" and ordered:
+            size = self._detect_batch_size([requests[i] for i in ordered])
+        found: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
+        hidden = disable_tqdm or self.rank != 0
+        with tqdm(total=len(requests), disable=hidden, desc="Running loglikelihood requests") as bar:
+            for start in range(0, len(ordered), int(size)):
+                batch = ordered[start : start + int(size)]
+                for i, answer in zip(batch, self._scored([requests[i] for i in batch]), strict=True):
+                    found[i] = answer
+                    if (texts := requests[i][0]) is not None:
+                        self.cache_hook.add_partial("loglikelihood", texts, answer)
+                bar.update(len(batch))
+        return found
+
+    def _scored(self, requests: Sequence[Request]) -> list[tuple[float, bool]]:
+        """One batch: the gates of a row follow its context, and padding neither counts nor is attended to."""
+        examples, contexts = [], []
+        for _, context, continuation in requests:
+            if not 1 <= len(continuation) <= self.max_length:
+                raise BaditError(
+                    f"a continuation has {len(continuation)} tokens, where 1 to {self.max_length} (max_length) can be scored"
+                )
+            ids = (context + continuation)[-(self.max_length + 1) :]  # the last one is predicted, but never read
+            contexts.append(len(ids) - len(continuation))
+            targets = [-100] * (contexts[-1] - 1) + continuation
+            examples.append({"input_ids": ids[:-1], "labels": targets})
+        inputs = {key: value.to(self.device) for key, value in AnswerCollator(pad_id(self.tokenizer))(examples).items()}
+        targets_BT = inputs.pop("labels")
+        positions_T = torch.arange(targets_BT.shape[1], device=self.device)
+        prompt_BT = positions_T < torch.tensor(contexts, device=self.device)[:, None]
+        precision = self.mixed_precision_dtype
+        with (
+            torch.autocast(self.device.type, dtype=precision, enabled=precision is not None),
+            self._telling_task(len(requests)),
+            logits_only_at(self.model, targets_BT != -100),
+        ):
+            logits_LV = self.model(**inputs, **prompt_argument(self.model, prompt_BT), use_cache=False).logits[0]
+        targets_L1 = targets_BT[targets_BT != -100][:, None]
+        likelihoods_L = F.log_softmax(logits_LV, dim=-1, dtype=self.softmax_dtype or torch.float32).gather(1, targets_L1)
+        greedy_L = logits_LV.argmax(dim=-1) == targets_L1[:, 0]
+        lengths = [len(continuation) for _, _, continuation in requests]
+        return [
+            (float(likelihoods.sum()), bool(greedy.all()))
+            for likelihoods, greedy in zip(likelihoods_L.split(lengths), greedy_L.split(lengths), strict=True)
+        ]
+
+    def _model_call(self, inps: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """A bare forward pass, by which ``hf`` finds the largest batch that fits."""
+        with self._telling_task(len(inps)):
+            return super()._model_call(inps, *args, **kwargs)
+
+    def _model_generate(self, context: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        with self._telling_task(len(context)):
+            return super()._model_generate(context, *args, **kwargs)
+
+    def _telling_task(self, rows: int) -> AbstractContextManager[None]:
+        return batch_of_tasks(self.model, None if self._task is None else [self._task] * rows)
+
+
+def run_command_line(run: str, arguments: Sequence[str]) -> None:
+    """lm_eval's own command line, ``lm_eval run``, on a run's model.
+
+    Args:
+        run: a run's folder.
+        arguments: lm_eval's options.
+    """
+    from lm_eval.__main__ import cli_evaluate
+
+    former = sys.argv
+    sys.argv = ["lm_eval", "run", "--model", "badit", "--model_args", json.dumps({"run": run}), *arguments]
+    try:
+        cli_evaluate()
+    finally:
+        sys.argv = former
