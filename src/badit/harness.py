@@ -12,6 +12,7 @@ the context told. What is generated is the same under both, since a generation's
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -23,6 +24,7 @@ from tqdm import tqdm
 
 from badit.baselines import batch_of_tasks  # registers the rivals with PEFT, as badit.peft does BADIT
 from badit.data import AnswerCollator
+from badit.data.prompts import uses_template
 from badit.errors import BaditError
 from badit.models import resolve_model
 from badit.runs import RunFolder
@@ -36,12 +38,16 @@ try:
 except ModuleNotFoundError as error:
     raise BaditError(f"the harness needs its extra ({error.name} is missing): pip install 'badit[eval]'") from None
 
+_log = logging.getLogger(__name__)
+
+_HFLM: Any = HFLM  # whose own type lm_eval's decorator hides
+
 #: What is scored: the texts (context, continuation), None in parts of a longer text; and the token ids of both.
 Request = tuple[tuple[str, str] | None, list[int], list[int]]
 
 
 @register_model("badit")
-class BaditLM(HFLM):
+class BaditLM(_HFLM):
     """lm_eval's ``hf`` for causal models whose gates follow the prompt; for any others it gives what ``hf`` gives.
 
     The prompt is a request's context, few-shot examples included. A text that is scored without any
@@ -75,8 +81,11 @@ class BaditLM(HFLM):
             if "peft" in options:
                 raise BaditError("model_args: a run has its adapter: leave peft out, or give pretrained instead of run")
             folder = RunFolder.existing(run)
-            pretrained, tokenizer = load_run(folder, folder.recipe(trust_remote_code=trust_remote_code))
+            recipe = folder.recipe(trust_remote_code=trust_remote_code)
+            pretrained, tokenizer = load_run(folder, recipe)
             options.setdefault("tokenizer", tokenizer)
+            if uses_template(tokenizer, recipe.prompt.chat_template):
+                _log.info("The run was trained in its model's chat format, which needs --apply_chat_template here.")
             if device is not None:
                 pretrained = pretrained.to(device)
         elif isinstance(pretrained, str):
@@ -118,7 +127,7 @@ class BaditLM(HFLM):
         for _, context, continuation in requests:
             if not 1 <= len(continuation) <= self.max_length:
                 raise BaditError(
-                    f"a continuation has {len(continuation)} tokens, where 1 to {self.max_length} (max_length) can be scored"
+                    f"a continuation has {len(continuation)} tokens; from 1 to {self.max_length} (max_length) can be scored"
                 )
             ids = (context + continuation)[-(self.max_length + 1) :]  # the last one is predicted, but never read
             contexts.append(len(ids) - len(continuation))
@@ -136,7 +145,9 @@ class BaditLM(HFLM):
         ):
             logits_LV = self.model(**inputs, **prompt_argument(self.model, prompt_BT), use_cache=False).logits[0]
         targets_L1 = targets_BT[targets_BT != -100][:, None]
-        likelihoods_L = F.log_softmax(logits_LV, dim=-1, dtype=self.softmax_dtype or torch.float32).gather(1, targets_L1)
+        likelihoods_L = F.log_softmax(logits_LV, dim=-1, dtype=self.softmax_dtype or torch.float32).gather(
+            1, targets_L1
+        )
         greedy_L = logits_LV.argmax(dim=-1) == targets_L1[:, 0]
         lengths = [len(continuation) for _, _, continuation in requests]
         return [
@@ -163,6 +174,9 @@ def run_command_line(run: str, arguments: Sequence[str]) -> None:
     Args:
         run: a run's folder.
         arguments: lm_eval's options.
+
+    Raises:
+        BaditError: no such run, or input that lm_eval refuses, such as an unknown task.
     """
     from lm_eval.__main__ import cli_evaluate
 
@@ -170,5 +184,9 @@ def run_command_line(run: str, arguments: Sequence[str]) -> None:
     sys.argv = ["lm_eval", "run", "--model", "badit", "--model_args", json.dumps({"run": run}), *arguments]
     try:
         cli_evaluate()
+    except BaditError:
+        raise
+    except ValueError as error:
+        raise BaditError(f"lm_eval: {error}") from error
     finally:
         sys.argv = former

@@ -24,6 +24,7 @@ VERBS = {
     "report": "write one page of scores, curves, interference and experts, with its figures",
     "export": "write a run as a plain LoRA or a merged model, for PEFT, vLLM and llama.cpp",
     "push": "upload a run's adapter or an export to the Hugging Face hub, with a model card",
+    "harness": "run lm-evaluation-harness on a run",
     "generate": "answer one prompt with a run's adapter",
     "tasks": "list and validate task data",
 }

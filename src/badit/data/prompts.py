@@ -90,7 +90,7 @@ def encode_prompt(
     text = shortened(*pieces, fits=lambda text: len(_tokens(tokenizer, text)) <= max_source_tokens)
     if text is None:
         raise BaditError(f"max_source_tokens: {max_source_tokens} has no room for the end {pieces.tail!r}; raise it")
-    if _uses_template(tokenizer, chat_template):
+    if uses_template(tokenizer, chat_template):
         turn = [{"role": "user", "content": text}]
         # Templates write BOS themselves, so what they render is tokenised without adding another.
         rendered = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
@@ -123,7 +123,7 @@ def end_of_turn_id(tokenizer: PreTrainedTokenizerBase, chat_template: ChatTempla
         BaditError: the tokenizer has neither.
     """
     end: Any = None
-    if _uses_template(tokenizer, chat_template):
+    if uses_template(tokenizer, chat_template):
         end = _end_in_template(tokenizer, tokenizer.get_chat_template())
     if end is None:
         end = tokenizer.eos_token_id
@@ -178,7 +178,7 @@ def example_length(example: Mapping[str, Any]) -> int:
     return len(example["input_ids"])
 
 
-def _uses_template(tokenizer: PreTrainedTokenizerBase, chat_template: ChatTemplate) -> bool:
+def uses_template(tokenizer: PreTrainedTokenizerBase, chat_template: ChatTemplate) -> bool:
     if chat_template not in get_args(ChatTemplate):
         raise BaditError(
             f"chat_template: unknown {chat_template!r:.60}{nearest(chat_template, get_args(ChatTemplate))}"

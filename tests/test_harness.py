@@ -1,0 +1,340 @@
+"""lm-evaluation-harness on adapters that route by prompt: a continuation has no say in its own gates."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import sys
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lm_eval
+import pytest
+import torch
+import yaml
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+
+from badit.cli import main
+from badit.errors import BaditError
+from badit.harness import BaditLM
+from badit.recipe import build_recipe
+from badit.runs import RunFolder
+from badit.training.run import fit
+from tuner.helpers import adapt, adapted, cached_steps, randomise
+
+# (context, continuation), of several lengths; the last two share all tokens that are read, but not the context.
+PAIRS = [
+    ("Name the capital of Italy.", " Rome"),
+    ("Name the capital of Italy.", " Paris or Rome, one of the two"),
+    ("Now complete the following example, and take your time to think about it:", " Input: France"),
+    ("Answer", " with the capital of the country."),
+    ("", "Output: Paris"),
+    ("Peru has", " a capital, Lima"),
+    ("Peru has a capital,", " Lima"),
+]
+
+
+def requests(pairs: list[tuple[Any, ...]], kind: Any = "loglikelihood") -> list[Instance]:
+    return [Instance(request_type=kind, doc={}, arguments=pair, idx=i) for i, pair in enumerate(pairs)]
+
+
+def answers(model: HFLM, pairs: list[tuple[str, str]]) -> tuple[torch.Tensor, list[bool]]:
+    likelihoods, greedy = zip(*model.loglikelihood(requests(pairs), disable_tqdm=True), strict=True)
+    return torch.tensor(likelihoods), list(greedy)
+
+
+@pytest.fixture
+def base(model_folder: Path) -> tuple[Any, Any]:
+    return AutoModelForCausalLM.from_pretrained(model_folder), AutoTokenizer.from_pretrained(model_folder)
+
+
+@pytest.fixture
+def routed(base: tuple[Any, Any]) -> tuple[Any, Any]:
+    """A model whose gates differ between prompts, and its tokenizer."""
+    return adapted(base[0]), base[1]
+
+
+def wrapped(cls: type[HFLM], model: tuple[Any, Any], batch_size: int = 4, **options: Any) -> Any:
+    return cls(pretrained=model[0], tokenizer=model[1], batch_size=batch_size, **options)
+
+
+def decoded_likelihood(model: Any, context: list[int], continuation: list[int]) -> tuple[float, bool]:
+    """The continuation token by token from a cache that the context alone has filled, as a generation goes."""
+    ids = torch.tensor([context + continuation])
+    logits = cached_steps(model, ids, torch.ones_like(ids), len(context), DynamicCache())[0, :-1]
+    targets = ids[0, len(context) :]
+    found = logits.log_softmax(-1).gather(1, targets[:, None]).sum()
+    return float(found), bool((logits.argmax(-1) == targets).all())
+
+
+def test_a_continuation_is_scored_by_the_gates_that_generate_it(routed: tuple[Any, Any]) -> None:
+    scorer = wrapped(BaditLM, routed)
+    likelihoods, greedy = answers(scorer, PAIRS)
+    for (context, continuation), likelihood, is_greedy in zip(PAIRS, likelihoods, greedy, strict=True):
+        whole = scorer.tok_encode(context + continuation)
+        start = len(scorer.tok_encode(context)) if context else 1  # without context, lm_eval puts a token before
+        expected = decoded_likelihood(routed[0], whole[:start], whole[start:])
+        assert (float(likelihood), is_greedy) == (pytest.approx(expected[0], rel=1e-5), expected[1])
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 16, "auto"])
+def test_neither_the_batch_nor_its_order_changes_a_score(routed: tuple[Any, Any], batch_size: Any) -> None:
+    expected, _ = answers(wrapped(BaditLM, routed, 2), PAIRS)
+    options = {"max_batch_size": 4} if batch_size == "auto" else {}
+    found, _ = answers(wrapped(BaditLM, routed, batch_size, **options), PAIRS[::-1])
+    assert torch.allclose(found.flip(0), expected, rtol=1e-5)
+
+
+def test_hf_lets_the_continuation_and_the_padding_into_the_gates(routed: tuple[Any, Any]) -> None:
+    """What docs/lm-eval.md warns of; should it cease to be so, the warning can go."""
+    ours, _ = answers(wrapped(BaditLM, routed), PAIRS)
+    alone, _ = answers(wrapped(HFLM, routed, 1, logits_cache=False), PAIRS)
+    batched, _ = answers(wrapped(HFLM, routed, 8, logits_cache=False), PAIRS)
+    assert (alone - ours).abs().max() > 0.05
+    assert (batched - alone).abs().max() > 0.05
+    # A continuation of one token is predicted from the context alone.
+    assert torch.isclose(alone[0], ours[0], rtol=1e-5)
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_other_models_score_as_under_hf(base: tuple[Any, Any], lora: bool) -> None:
+    model, tokenizer = base
+    if lora:
+        model = get_peft_model(model, LoraConfig(r=4, target_modules=["gate_proj"], init_lora_weights=False)).eval()
+    ours, greedy = answers(wrapped(BaditLM, (model, tokenizer)), PAIRS)
+    # Its cache takes the wrong positions for contexts that end apart within the same text, such as the last two.
+    theirs, theirs_greedy = answers(wrapped(HFLM, (model, tokenizer), logits_cache=False), PAIRS)
+    assert torch.allclose(ours, theirs, rtol=1e-5)
+    assert greedy == theirs_greedy
+
+
+def test_what_greedy_decoding_gives_counts_as_greedy(routed: tuple[Any, Any]) -> None:
+    scorer = wrapped(BaditLM, routed)
+    prompts = [scorer.tok_encode(context) for context, _ in PAIRS if context]
+    pairs = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt])
+        new = routed[0].generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False, pad_token_id=0
+        )
+        pairs.append((None, prompt, new[0, len(prompt) :].tolist()))
+    assert [greedy for _, greedy in scorer._loglikelihood_tokens(pairs, disable_tqdm=True)] == [True] * len(pairs)
+
+
+def test_generations_are_those_of_hf_and_of_a_batch_of_one(routed: tuple[Any, Any]) -> None:
+    asked = [(context, {"until": ["Rome"], "max_gen_toks": 6}) for context, _ in PAIRS if context]
+    found = [
+        wrapped(cls, routed, size).generate_until(requests(asked, "generate_until"), disable_tqdm=True)
+        for cls, size in ((BaditLM, 1), (BaditLM, 4), (HFLM, 4))
+    ]
+    assert found[0] == found[1] == found[2]
+    assert any(found[0])
+
+
+def test_a_text_without_context_is_routed_by_what_comes_before_each_window(routed: tuple[Any, Any]) -> None:
+    scorer = wrapped(BaditLM, routed, max_length=12)
+    text = " ".join(["Answer with the capital of the country. Input: Italy Output: Rome"] * 3)
+    ids = scorer.tok_encode(text)[:-1]
+    text = scorer.tokenizer.decode(ids[1:])
+    ids = [scorer.prefix_token_id, *scorer.tok_encode(text)]
+    windows = [(ids[start : start + 1], ids[start + 1 : start + 13]) for start in range(0, len(ids) - 12, 12)]
+    assert len(windows) >= 3
+    expected = sum(decoded_likelihood(routed[0], *window)[0] for window in windows)
+    rest = ids[1 + 12 * len(windows) :]
+    assert rest, "a last window, whose context is the text before it that fits"
+    expected += decoded_likelihood(routed[0], ids[-13 : -len(rest)], rest)[0]
+    (found,) = scorer.loglikelihood_rolling(requests([(text,)], "loglikelihood_rolling"), disable_tqdm=True)
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_what_is_too_long_loses_its_beginning(routed: tuple[Any, Any]) -> None:
+    scorer = wrapped(BaditLM, routed, max_length=8)
+    context, continuation = list(range(5, 25)), [30, 31, 32]
+    ((found, _),) = scorer._loglikelihood_tokens([(None, context, continuation)], disable_tqdm=True)
+    assert found == pytest.approx(decoded_likelihood(routed[0], context[-6:], continuation)[0], rel=1e-5)
+    for bad in ([], [9] * 9):
+        with pytest.raises(BaditError, match=rf"a continuation has {len(bad)} tokens; from 1 to 8"):
+            scorer._loglikelihood_tokens([(None, context, bad)], disable_tqdm=True)
+
+
+@pytest.fixture
+def task_folder(tmp_path: Path) -> Path:
+    """Two tasks as lm_eval's users define them, a YAML file and a .jsonl file each."""
+    folder = tmp_path / "harness-tasks"
+    folder.mkdir()
+    common = {"dataset_path": "json", "test_split": "test", "doc_to_text": "{{question}}", "target_delimiter": " "}
+    kinds = {
+        "toy_choice": {
+            "output_type": "multiple_choice",
+            "doc_to_choice": "{{choices}}",
+            "doc_to_target": "answer",
+            "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+        },
+        "toy_answer": {
+            "output_type": "generate_until",
+            "doc_to_target": "{{choices[answer]}}",
+            "generation_kwargs": {"until": ["\n"], "max_gen_toks": 6},
+            "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
+        },
+    }
+    docs = [
+        {
+            "question": "Name the capital." * (1 + i % 3),
+            "choices": ["Rome, of course", "Paris", "Lima"],
+            "answer": i % 3,
+        }
+        for i in range(6)
+    ]
+    (folder / "docs.jsonl").write_text("".join(json.dumps(doc) + "\n" for doc in docs))
+    for name, kind in kinds.items():
+        values = {
+            "task": name,
+            **common,
+            **kind,
+            "dataset_kwargs": {"data_files": {"test": str(folder / "docs.jsonl")}},
+        }
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(values))
+    return folder
+
+
+@pytest.fixture
+def run(recipe_values: dict[str, Any]) -> RunFolder:
+    """A run of a few large steps, so that its gates are far from 1."""
+    recipe_values["training"] |= {"max_steps": 4, "learning_rate": 0.1}
+    return fit(build_recipe(recipe_values), progress=False)
+
+
+@pytest.fixture(autouse=True)
+def _apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No network, no files outside, none of lm_eval's own tasks (which take long to list), and its logging undone."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", partial(TaskManager, include_defaults=False))
+    root = logging.getLogger()
+    level, handlers = root.level, list(root.handlers)
+    yield
+    root.setLevel(level)
+    root.handlers[:] = handlers
+
+
+def evaluated(model: str, arguments: dict[str, Any], tasks: Path, batch_size: int = 4) -> dict[str, list[Any]]:
+    """lm_eval's answers by task: log-likelihoods of the choices, and generations."""
+    results = lm_eval.simple_evaluate(
+        model=model,
+        model_args=arguments,
+        tasks=["toy_choice", "toy_answer"],
+        task_manager=TaskManager(include_path=str(tasks), include_defaults=False),
+        batch_size=batch_size,
+        device="cpu",
+        bootstrap_iters=0,
+    )
+    assert results is not None
+    assert 0 <= results["results"]["toy_choice"]["acc,none"] <= 1
+    assert "exact_match,none" in results["results"]["toy_answer"]
+    samples = {name: sorted(found, key=lambda each: each["doc_id"]) for name, found in results["samples"].items()}
+    likelihoods = [float(choice[0][0]) for each in samples["toy_choice"] for choice in each["resps"]]
+    return {"likelihoods": likelihoods, "texts": [each["resps"][0][0] for each in samples["toy_answer"]]}
+
+
+def test_a_run_and_its_adapter_are_the_same_to_lm_eval(run: RunFolder, task_folder: Path) -> None:
+    base = run.recipe().model.name
+    by_run = evaluated("badit", {"run": str(run.path)}, task_folder)
+    by_adapter = evaluated("badit", {"pretrained": base, "peft": str(run.adapter)}, task_folder, batch_size=1)
+    under_hf = evaluated("hf", {"pretrained": base, "peft": str(run.adapter)}, task_folder)
+    assert by_adapter["likelihoods"] == pytest.approx(by_run["likelihoods"], rel=1e-4)
+    assert by_run["texts"] == by_adapter["texts"] == under_hf["texts"]
+    assert under_hf["likelihoods"] != pytest.approx(by_run["likelihoods"], rel=1e-4)
+
+
+def test_the_command_line_on_tasks_of_ones_own(
+    run: RunFolder, task_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--tasks", "toy_choice,toy_answer", "--include_path", str(task_folder), "--device", "cpu"]
+    written = ["--batch_size", "4", "--log_samples", "--output_path", str(tmp_path / "written")]
+    before = list(sys.argv)
+    assert main(["harness", str(run.path), *arguments, *written, "--apply_chat_template"]) == 0
+    assert sys.argv == before
+    shown = capsys.readouterr().out
+    assert "toy_choice" in shown
+    assert "exact_match" in shown
+    (file,) = (tmp_path / "written").rglob("results_*.json")
+    assert json.loads(file.read_text())["config"]["model_args"] == {"run": str(run.path)}
+    (samples,) = (tmp_path / "written").rglob("samples_toy_answer_*.jsonl")
+    assert "<|im_start|>" in samples.read_text()
+
+
+def test_plain_hf_by_the_command_of_the_docs(
+    run: RunFolder, task_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = (Path(__file__).parent.parent / "docs" / "lm-eval.md").read_text()
+    (script,) = re.findall(r"python -c '(import badit.*?)' --model hf", page)
+    model = f"pretrained={run.recipe().model.name},peft={run.adapter}"
+    options = ["--tasks", "toy_choice", "--include_path", str(task_folder), "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", ["-c", "--model", "hf", "--model_args", model, *options])
+    exec(script, {})
+    assert "toy_choice" in capsys.readouterr().out
+
+
+def test_methods_that_tell_tasks_apart_are_told_the_task(recipe_values: dict[str, Any]) -> None:
+    recipe_values["method"] = {"name": "mtl-lora", "r": 4}
+    recipe_values["training"] |= {"max_steps": 4, "learning_rate": 0.1}
+    run = str(fit(build_recipe(recipe_values), progress=False).path)
+    asked = requests([("Name the capital.", {"max_gen_toks": 4})], "generate_until")
+    scores = []
+    for task in ("cities", "rivers"):
+        scorer = BaditLM(run=run, task=task, batch_size="auto", max_batch_size=2)
+        scores.append(answers(scorer, PAIRS)[0])
+        assert len(scorer.generate_until(asked, disable_tqdm=True)) == 1
+    assert not torch.allclose(*scores, rtol=1e-4)
+    with pytest.raises(BaditError, match="must know each row's task"):
+        answers(BaditLM(run=run, batch_size=2), PAIRS)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "give either run=FOLDER or pretrained=MODEL"),
+        ({"run": "a", "pretrained": "b"}, "give either run=FOLDER or pretrained=MODEL"),
+        ({"run": "a", "peft": "b"}, "a run has its adapter"),
+        ({"run": "nowhere"}, "nowhere: has no config.yaml"),
+    ],
+)
+def test_bad_arguments_are_named(arguments: dict[str, str], message: str) -> None:
+    with pytest.raises(BaditError, match=message):
+        BaditLM(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere", "--tasks", "toy_choice"], "nowhere: has no config.yaml"),
+        (["RUN", "--tasks", "no_such_task"], "no_such_task"),
+        (["RUN"], "tasks"),
+    ],
+)
+def test_bad_commands_are_one_line(
+    run: RunFolder, task_folder: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [str(run.path) if word == "RUN" else word for word in arguments]
+    assert main(["harness", *words, "--include_path", str(task_folder)]) == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("badit: ")
+    assert message in last
+
+
+def test_the_small_real_model(smollm2: tuple[Any, Any]) -> None:
+    model, tokenizer = smollm2
+    routed = randomise(adapt(model, target_modules=["gate_proj"]))
+    scorer = wrapped(BaditLM, (routed, tokenizer), 2)
+    pairs = [("The capital of France is", " Paris, of course"), ("2 + 2 =", " 4")]
+    found, _ = answers(scorer, pairs)
+    for (context, continuation), likelihood in zip(pairs, found, strict=True):
+        ids = scorer.tok_encode(context), scorer.tok_encode(continuation)
+        assert float(likelihood) == pytest.approx(decoded_likelihood(routed, *ids)[0], rel=1e-3)
