@@ -160,7 +160,7 @@ def test_what_is_too_long_loses_its_beginning(routed: tuple[Any, Any]) -> None:
     ((found, _),) = scorer._loglikelihood_tokens([(None, context, continuation)], disable_tqdm=True)
     assert found == pytest.approx(decoded_likelihood(routed[0], context[-6:], continuation)[0], rel=1e-5)
     for bad in ([], [9] * 9):
-        with pytest.raises(BaditError, match=rf"a continuation has {len(bad)} tokens; from 1 to 8"):
+        with pytest.raises(BaditError, match=rf"a continuation has {len(bad)} tokens; 1 to 8"):
             scorer._loglikelihood_tokens([(None, context, bad)], disable_tqdm=True)
 
 

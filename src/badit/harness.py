@@ -127,7 +127,7 @@ class BaditLM(_HFLM):
         for _, context, continuation in requests:
             if not 1 <= len(continuation) <= self.max_length:
                 raise BaditError(
-                    f"a continuation has {len(continuation)} tokens; from 1 to {self.max_length} (max_length) can be scored"
+                    f"a continuation has {len(continuation)} tokens; 1 to {self.max_length} (max_length) can be scored"
                 )
             ids = (context + continuation)[-(self.max_length + 1) :]  # the last one is predicted, but never read
             contexts.append(len(ids) - len(continuation))
