@@ -21,7 +21,7 @@ from badit.models import load_base_model
 from badit.recipe import Recipe, build_recipe, dump_recipe
 from badit.runs import RunFolder, write_text
 from badit.training.run import fit
-from badit.training.scoring import answer
+from badit.training.scoring import answers
 
 SOURCE = Path(badit.peft.__file__).parents[1]
 TREES = {path.relative_to(SOURCE): ast.parse(path.read_text(encoding="utf-8")) for path in SOURCE.rglob("*.py")}
@@ -77,10 +77,10 @@ def refuse(*_: Any, **__: Any) -> Any:
 
 
 def test_a_run_is_read_without_unpickling(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = answer(run, "Name the capital.", max_new_tokens=3)
+    expected = answers(run, ["Name the capital."], max_new_tokens=3)
     for module, name in ((pickle, "load"), (pickle, "loads"), (pickle, "Unpickler"), (torch, "load")):
         monkeypatch.setattr(module, name, refuse)
-    assert answer(run, "Name the capital.", max_new_tokens=3) == expected
+    assert answers(run, ["Name the capital."], max_new_tokens=3) == expected
 
 
 @pytest.mark.parametrize("name", ["adapter_model.bin", "adapter_model.pt", "pytorch_model.bin"])

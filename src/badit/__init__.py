@@ -6,6 +6,7 @@
     model = get_peft_model(model, BaditConfig(num_experts=8, r=4))
     trainer = Trainer(model, ..., callbacks=[RegroupCallback(every=20)])
 
+What the command line does is here as well (:mod:`badit.api`): train, evaluate, generate, compare, analyze, export …
 Names are imported on first use, so that ``import badit`` takes no time.
 """
 
@@ -15,9 +16,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from badit.comparison.compare import compare
+    from badit.api import Run, analyze, compare, evaluate, generate, plan, train, write_report
+    from badit.cli.table import render as table
     from badit.data import load_tasks
     from badit.errors import BaditError
+    from badit.evaluation.results import load_results, summarise
     from badit.models import load_base_model
     from badit.peft import BaditConfig, BaditModel
     from badit.recipe import load_recipe
@@ -25,25 +28,34 @@ if TYPE_CHECKING:
     from badit.serving.push import push_to_hub
     from badit.training.regroup import RegroupCallback
     from badit.training.regrouper import Regrouper
-    from badit.training.run import train
-    from badit.training.scoring import evaluate
+    from badit.serving.score import score_export
 
 __version__ = "0.1.0"
 
+# Where a name is: in a module under the same name, or as module:name.
 _HOMES = {
     "BaditConfig": "badit.peft",
     "BaditError": "badit.errors",
     "BaditModel": "badit.peft",
     "RegroupCallback": "badit.training.regroup",
     "Regrouper": "badit.training.regrouper",
-    "compare": "badit.comparison.compare",
-    "evaluate": "badit.training.scoring",
+    "Run": "badit.api",
+    "analyze": "badit.api",
+    "compare": "badit.api",
+    "evaluate": "badit.api",
     "export": "badit.serving.export",
+    "generate": "badit.api",
     "load_base_model": "badit.models",
     "load_recipe": "badit.recipe",
+    "load_results": "badit.evaluation.results",
     "load_tasks": "badit.data",
     "push_to_hub": "badit.serving.push",
-    "train": "badit.training.run",
+    "plan": "badit.api",
+    "score_export": "badit.serving.score",
+    "summarise": "badit.evaluation.results",
+    "table": "badit.cli.table:render",
+    "train": "badit.api",
+    "write_report": "badit.api",
 }
 
 __all__ = [
@@ -52,19 +64,33 @@ __all__ = [
     "BaditModel",
     "RegroupCallback",
     "Regrouper",
+    "Run",
     "__version__",
+    "analyze",
     "compare",
     "evaluate",
     "export",
+    "generate",
     "load_base_model",
     "load_recipe",
+    "load_results",
     "load_tasks",
     "push_to_hub",
+    "plan",
+    "score_export",
+    "summarise",
+    "table",
     "train",
+    "write_report",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(import_module(_HOMES[name]), name)
-    raise AttributeError(f"module 'badit' has no attribute {name!r}")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'badit' has no attribute {name!r}")
+    module, _, own_name = _HOMES[name].partition(":")
+    return getattr(import_module(module), own_name or name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -10,7 +10,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, TypedDict, get_args
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -164,6 +164,39 @@ class Recipe(_Section):
     output: PathText = Field("runs/badit", description="the run's folder, or that of a comparison's runs")
 
 
+class RecipeValues(TypedDict, total=False):
+    """Plain values for a recipe; a section may be given in part."""
+
+    model: Mapping[str, Any]
+    data: Mapping[str, Any]
+    prompt: Mapping[str, Any]
+    method: Mapping[str, Any]
+    training: Mapping[str, Any]
+    evaluation: Mapping[str, Any]
+    compare: Mapping[str, Any] | None
+    output: str | os.PathLike[str]
+
+
+#: A file, plain values, or a recipe as it is.
+RecipeLike = str | os.PathLike[str] | Mapping[str, Any] | Recipe
+
+
+def make_recipe(recipe: RecipeLike | None, values: Mapping[str, Any]) -> Recipe:
+    """A recipe from what stands for one, None for the defaults, with ``values`` laid over it.
+
+    Raises:
+        BaditError: as :func:`load_recipe`.
+    """
+    where = "recipe"
+    if recipe is None or isinstance(recipe, Mapping):
+        content = recipe or {}
+    elif isinstance(recipe, Recipe):
+        content = recipe.model_dump()
+    else:
+        content, where = _content(Path(recipe)), shown(Path(recipe))
+    return build_recipe(_merged(content, values), where=where)
+
+
 def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recipe:
     """Reads a recipe file and applies ``key=value`` overrides.
 
@@ -280,8 +313,11 @@ def differing_keys(one: Mapping[str, Any], other: Mapping[str, Any], prefix: str
     return sorted(keys)
 
 
-def _copied(content: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: _copied(value) if isinstance(value, Mapping) else value for key, value in content.items()}
+def _copied(value: Any) -> Any:
+    """Plain values as YAML would give them: mappings that are ours to change, and paths as text."""
+    if isinstance(value, Mapping):
+        return {key: _copied(inner) for key, inner in value.items()}
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
 def _set(content: dict[str, Any], keys: list[str], value: Any, override: str) -> None:

@@ -257,7 +257,7 @@ def test_the_command_checks_and_runs_and_prints(
     assert not Path(values["output"]).exists()
 
     assert main(["compare", str(path), "--jobs", "0"]) == 2
-    assert "--jobs: must be at least 1, not 0" in capsys.readouterr().err
+    assert "badit: jobs: must be at least 1, not 0" in capsys.readouterr().err
     former = signal.getsignal(signal.SIGTERM)
     assert main(["compare", str(path)]) == 0
     assert signal.getsignal(signal.SIGTERM) == former

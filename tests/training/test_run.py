@@ -19,7 +19,7 @@ from badit.training import plan as plan_module
 from badit.training.method import AdapterMethod
 from badit.training.plan import make_plan
 from badit.training.run import train
-from badit.training.scoring import answer, evaluate
+from badit.training.scoring import answers, evaluate
 from training.trainers import StopAt
 
 Values = dict[str, Any]
@@ -130,9 +130,12 @@ def test_the_validation_split_is_scored_apart(recipe_values: Values, tmp_path: P
 def test_an_answer_to_a_prompt(recipe_values: Values, tmp_path: Path) -> None:
     train(build_recipe(recipe_values), progress=False)
     run = RunFolder.existing(tmp_path / "run")
-    assert isinstance(answer(run, "Name the capital.", max_new_tokens=3), str)
+    asked = ["Name the capital.", "Name the river of land 3, and no other one."]
+    found = answers(run, asked, max_new_tokens=3)
+    assert found == [answer for prompt in asked for answer in answers(run, [prompt], max_new_tokens=3)]
+    assert any(found)
     with pytest.raises(BaditError, match="prompt is empty"):
-        answer(run, " \n")
+        answers(run, ["Name the capital.", " \n"])
 
 
 def test_a_damaged_adapter_is_named(recipe_values: Values, tmp_path: Path) -> None:

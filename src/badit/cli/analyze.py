@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from badit.cli.quiet import quiet_loading
 from badit.cli.tables import table
@@ -25,20 +24,17 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def execute(options: argparse.Namespace) -> None:
-    from badit.analysis.analyze import analyze
+    from badit.api import analyze
     from badit.cli.report import write_if_possible
 
     quiet_loading()
-    output = analyze(
+    found = analyze(
         options.target,
         data=options.data,
         instances=options.instances,
         output=options.output,
         trust_remote_code=options.trust_remote_code,
     )
-    from badit.analysis.tables import saved_tables
-
-    tables = list(saved_tables(output / "analysis"))
-    print(table(["table", "rows"], [[found.name, f"{len(found.rows):,}"] for found in tables], right={1}))
-    print(f"\nTables: {output / 'analysis'}")
-    print(write_if_possible([output], Path(output) / "report.html"))
+    print(table(["table", "rows"], [[name, f"{len(each.rows):,}"] for name, each in found.tables.items()], right={1}))
+    print(f"\nTables: {found.path / 'analysis'}")
+    print(write_if_possible([found.path], found.path / "report.html"))

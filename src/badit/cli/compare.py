@@ -26,15 +26,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def execute(options: argparse.Namespace) -> int:
-    from badit.comparison.compare import check, compare, report_to_stderr
+    from badit.api import compare
+    from badit.comparison.compare import check
     from badit.comparison.grid import Grid
-    from badit.errors import BaditError
     from badit.evaluation.results import RESULTS
     from badit.recipe import load_recipe
 
     quiet_loading()
-    if options.jobs < 1:
-        raise BaditError(f"--jobs: must be at least 1, not {options.jobs}")
     recipe = load_recipe(options.recipe, options.overrides)
     if options.dry_run:
         grid = Grid(recipe)
@@ -43,13 +41,13 @@ def execute(options: argparse.Namespace) -> int:
         print(f"\nThe runs would be written to {recipe.output}")
         return 0
     with _sigterm_as_ctrl_c():
-        results = compare(recipe, jobs=options.jobs, report=report_to_stderr)
+        results = compare(recipe, jobs=options.jobs)
     from badit.cli.table import render
 
     path = Path(recipe.output) / RESULTS
     print(render(path))
     print(f"\nResults: {path}")
-    return int(any(cell["status"] == "failed" for cell in results["cells"]))
+    return int(any(cell.status == "failed" for cell in results.cells))
 
 
 @contextmanager

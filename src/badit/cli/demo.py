@@ -5,10 +5,13 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from badit.cli.quiet import quiet_loading
 from badit.cli.tables import score_table, table
+
+if TYPE_CHECKING:
+    from badit.evaluation.results import Scores
 
 # LoRA gets the rank whose parameters equal those of BADIT's 8 experts of rank 4 and their routers, to 1 %.
 METHODS: dict[str, dict[str, Any]] = {
@@ -27,19 +30,18 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def execute(options: argparse.Namespace) -> None:
+    from badit.api import train
     from badit.cli.report import write_if_possible
-    from badit.recipe import build_recipe
     from badit.runs import RunFolder
-    from badit.training.run import train
 
     quiet_loading()
     runs: dict[str, RunFolder] = {}
-    scores: dict[str, dict[str, Any]] = {}
+    scores: dict[str, Scores] = {}
     for name, method in METHODS.items():
         print(f"── {name} ──", flush=True)
-        recipe = build_recipe(demo_recipe(method, f"{options.output}/{name.lower()}", options.epochs, options.seed))
-        scores[name] = train(recipe)
-        runs[name] = RunFolder(recipe.output)
+        run = train(demo_recipe(method, f"{options.output}/{name.lower()}", options.epochs, options.seed))
+        scores[name] = run.scores
+        runs[name] = RunFolder(run)
     print("\nScores on unseen instances of the 16 built-in tasks (EM: exact match)\n")
     print(score_table(scores))
     print("\n" + _budget(runs))

@@ -16,7 +16,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def execute(options: argparse.Namespace) -> None:
-    from badit.training.scoring import evaluate
+    from badit.api import evaluate
 
     quiet_loading()
     scores = evaluate(options.run, split=options.split, trust_remote_code=options.trust_remote_code)

@@ -18,13 +18,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def execute(options: argparse.Namespace) -> None:
-    from badit.runs import RunFolder
-    from badit.training.scoring import answer
+    from badit.api import generate
 
     quiet_loading()
     prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
-    text = answer(
-        RunFolder.existing(options.run),
+    text = generate(
+        options.run,
         prompt,
         max_new_tokens=options.max_new_tokens,
         task=options.task,

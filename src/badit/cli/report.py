@@ -22,7 +22,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def execute(options: argparse.Namespace) -> None:
-    from badit.report.write import write_report
+    from badit.api import write_report
 
     page = write_report(options.runs, options.output, title=options.title, figures=options.figures)
     print(f"Report: {page}")
@@ -32,7 +32,8 @@ def execute(options: argparse.Namespace) -> None:
 
 def write_if_possible(runs: Sequence[str | os.PathLike[str]], output: Path) -> str:
     """Writes the page and says where it is, or says what it would need."""
-    from badit.report.write import has_extra, write_report
+    from badit.api import write_report
+    from badit.report.write import has_extra
 
     if not has_extra():
         return "For a page of figures: pip install 'badit[report]', then badit report " + " ".join(map(str, runs))

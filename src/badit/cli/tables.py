@@ -5,11 +5,14 @@ from __future__ import annotations
 import csv
 import io
 import re
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from badit.errors import one_line
+
+if TYPE_CHECKING:
+    from badit.evaluation.results import Scores, TaskScores
 
 UNKNOWN = "–"
 # Of a comparison's cell that is not in the table; they are the last columns of its CSV form.
@@ -162,18 +165,18 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, right: Set[in
     return "\n".join([line(header), "  ".join("─" * width for width in widths), *map(line, rows)])
 
 
-def score_table(scores: Mapping[str, Mapping[str, Any]]) -> str:
+def score_table(scores: Mapping[str, Scores]) -> str:
     """Rouge-L and exact match by task, a pair of columns for each entry of ``scores``, and the means below."""
     names = list(scores)
     header = ["task", *(f"{name} {metric}" for name in names for metric in ("Rouge-L", "EM"))]
-    tasks = next(iter(scores.values()))["tasks"]
-    rows = [[task, *(_cells(scores[name]["tasks"][task] for name in names))] for task in tasks]
+    tasks = next(iter(scores.values())).tasks
+    rows = [[task, *(_cells(scores[name].tasks[task] for name in names))] for task in tasks]
     rows.append(["mean over tasks", *_cells(scores[name] for name in names)])
     return table(header, rows, right=set(range(1, len(header))))
 
 
-def _cells(entries: Any) -> list[str]:
-    return [f"{entry[metric]:.1f}" for entry in entries for metric in ("rouge_l", "exact_match")]
+def _cells(entries: Iterable[Scores | TaskScores]) -> list[str]:
+    return [f"{score:.1f}" for entry in entries for score in (entry.rouge_l, entry.exact_match)]
 
 
 def _described(cell: Mapping[str, Any]) -> str:

@@ -16,22 +16,21 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def execute(options: argparse.Namespace) -> None:
+    from badit.api import plan, train
     from badit.recipe import dump_recipe, load_recipe
-    from badit.training.plan import make_plan
-    from badit.training.run import train
+    from badit.runs import is_main_process
 
     quiet_loading()
     recipe = load_recipe(options.recipe, options.overrides)
     if options.dry_run:
-        plan = make_plan(recipe)
+        planned = plan(recipe)
         print(dump_recipe(recipe))
         print(
-            f"{len(plan.tasks)} tasks, {plan.training_instances} training and {plan.test_instances} "
+            f"{len(planned.tasks)} tasks, {planned.training_instances} training and {planned.test_instances} "
             f"{recipe.evaluation.split} instances; the run would be written to {recipe.output}"
         )
         return
-    scores = train(recipe)
-    if not scores:  # one of several processes, which the first prints for
-        return
-    print(score_table({recipe.method.get("name", "badit"): scores}))
-    print(f"\nRun: {recipe.output}")
+    run = train(recipe)
+    if is_main_process():  # of several processes the first prints for all
+        print(score_table({recipe.method.get("name", "badit"): run.scores}))
+        print(f"\nRun: {run.path}")

@@ -51,10 +51,31 @@ class TaskScores(_Part):
     instances: Annotated[int, Field(ge=1, le=_MOST)]
 
 
+class Transfer(_Part):
+    forgetting: Points
+    backward_transfer: Points
+    forward_transfer: Points | None = None
+
+
 class Scores(_Part):
+    """A run's scores, from 0 to 100: means over tasks, in which every task counts the same, and each task's own.
+
+    Of a sequence of tasks they are the final model's; `order` then names the tasks, `matrix` has every task's Rouge-L
+    (columns) after each of them (rows), None where it was not measured, and `continual` is what follows from that.
+    """
+
     rouge_l: Score
     exact_match: Score
     tasks: Annotated[dict[str, TaskScores], Field(min_length=1)]
+    rouge_l_instances: Score | None = Field(None, description="the mean over all instances")
+    exact_match_instances: Score | None = Field(None, description="the mean over all instances")
+    order: list[str] | None = None
+    matrix: list[list[Score | None]] | None = None
+    continual: dict[Form, Transfer] | None = None
+
+    def records(self) -> list[dict[str, Any]]:
+        """A dictionary for each task: its name, its scores and its number of instances."""
+        return [{"task": name, **scores.model_dump()} for name, scores in self.tasks.items()]
 
 
 class InstanceScores(_Part):
@@ -70,12 +91,6 @@ class Training(_Part):
 
 class Environment(_Part):
     training: Training = Training()
-
-
-class Transfer(_Part):
-    forgetting: Points
-    backward_transfer: Points
-    forward_transfer: Points | None = None
 
 
 class Cell(_Part):
@@ -188,6 +203,15 @@ def read_scores(path: Path) -> dict[str, Any]:
         location, message = first_problem(error)
         raise BaditError(f"{shown(path)}: {'.'.join(map(str, location))}: {message}; score the run anew") from None
     return content
+
+
+def load_scores(path: Path) -> Scores:
+    """A run's scores.json.
+
+    Raises:
+        BaditError: it is missing or damaged.
+    """
+    return Scores.model_validate(read_scores(path))
 
 
 def summarise(results: Results, *, metric: Metric = "rouge_l", form: Form = "standard") -> list[MethodSummary]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import shutil
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -156,26 +158,38 @@ def load_run(
     return method.load(model, run.adapter), tokenizer
 
 
-def answer(
+def answers(
     run: RunFolder,
-    prompt: str,
+    prompts: Sequence[str],
     *,
-    max_new_tokens: int = 50,
     task: str | None = None,
+    max_new_tokens: int = 50,
+    batch_size: int = 16,
+    progress: bool = False,
     trust_remote_code: bool = False,
-) -> str:
-    """A run's answer to one prompt's text, in the prompt format of its recipe.
+) -> list[str]:
+    """A run's answers to prompts' texts, in the prompt format of its recipe.
 
     Args:
-        task: the task that the prompt belongs to, which only methods that tell tasks apart ask for.
+        task: the task that the prompts belong to, which only methods that tell tasks apart ask for.
+
+    Raises:
+        BaditError: an empty prompt, or a run that cannot be loaded.
     """
-    if not prompt.strip():
+    if not all(prompt.strip() for prompt in prompts):
         raise BaditError("the prompt is empty")
     recipe = run.recipe(trust_remote_code=trust_remote_code)
     section = recipe.prompt
     model, tokenizer = load_run(run, recipe)
-    ids = encode_prompt(
-        tokenizer, prompt, max_source_tokens=section.max_source_tokens, chat_template=section.chat_template
+    encode = partial(
+        encode_prompt, tokenizer, max_source_tokens=section.max_source_tokens, chat_template=section.chat_template
     )
-    tasks = None if task is None else [task]
-    return generate_answers(model, tokenizer, [ids], max_new_tokens=max_new_tokens, progress=False, tasks=tasks)[0]
+    return generate_answers(
+        model,
+        tokenizer,
+        [encode(prompt) for prompt in prompts],
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        progress=progress,
+        tasks=None if task is None else [task] * len(prompts),
+    )
