@@ -15,7 +15,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, Unpack
+from typing import TYPE_CHECKING, Any, TypeVar, Unpack, cast
 
 from badit.analysis.analyze import analyze as _analyze
 from badit.analysis.tables import TidyTable, saved_tables
@@ -197,7 +197,7 @@ def generate(
         progress=progress,
         trust_remote_code=trust_remote_code,
     )
-    return found[0] if isinstance(prompts, str) else found
+    return cast("Texts", found[0] if isinstance(prompts, str) else found)
 
 
 def compare(

@@ -1,0 +1,153 @@
+"""The functions of `badit`: each against the files that it writes, and the light import of them all."""
+
+from __future__ import annotations
+
+import json
+import pkgutil
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from safetensors.torch import load_file
+
+import badit
+from badit import BaditError
+from badit.evaluation.metrics import rouge_l
+from badit.recipe import Recipe, RecipeValues, load_recipe, make_recipe
+from comparison.cells import comparison_values
+from comparison.conftest import inline  # noqa: F401 (a fixture)
+
+Values = dict[str, Any]
+
+
+@pytest.fixture
+def recipe_file(recipe_values: Values, tmp_path: Path) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe_values))
+    return path
+
+
+def test_from_a_recipe_to_a_report(recipe_file: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    planned = badit.plan(recipe_file, data={"train_per_task": 5})
+    assert planned.training_instances == 10
+    assert not (tmp_path / "run").exists()
+
+    run = badit.train(recipe_file, training={"max_steps": 3}, output=tmp_path / "run", progress=False)
+    assert run == badit.Run(str(tmp_path / "run"))
+    assert run.recipe == badit.load_recipe(recipe_file, ["training.max_steps=3"])
+    kept = json.loads((run.path / "scores.json").read_text())
+    assert run.scores.rouge_l == kept["rouge_l"]
+    assert run.scores.rouge_l_instances == kept["rouge_l_instances"]
+    assert run.scores.tasks["rivers"].exact_match == kept["tasks"]["rivers"]["exact_match"]
+    assert run.scores.records() == [{"task": name, **entry} for name, entry in kept["tasks"].items()]
+    rivers = [one for one in run.predictions if one.task == "rivers"]
+    mean = sum(rouge_l(one.prediction, one.references) for one in rivers) / len(rivers)
+    assert mean == pytest.approx(run.scores.tasks["rivers"].rouge_l)
+    assert [line["step"] for line in run.metrics if "loss" in line] == [1, 2, 3]
+    assert run.environment["training"]["steps"] == 3
+    assert run.tables == {}
+
+    assert badit.evaluate(run, progress=False) == run.scores
+
+    prompts = ["Name the capital.", "Name the river."]
+    answers = badit.generate(run, prompts, max_new_tokens=3)
+    assert [badit.generate(str(run.path), prompt, max_new_tokens=3) for prompt in prompts] == answers
+    model, _ = run.load()
+    assert "default" in model.peft_config
+
+    exported = badit.export(run, tmp_path / "exported", progress=False)
+    tensors = load_file(exported.folder / "adapter_model.safetensors")
+    assert {len(tensor) for name, tensor in tensors.items() if "lora_A" in name} == {exported.rank}
+    costs = badit.score_export(run, exported, progress=False)
+    assert costs["tasks"]["rivers"]["routed"] == run.scores.tasks["rivers"].rouge_l
+
+    analysis = badit.analyze(run, instances=2, progress=False)
+    assert analysis.path == run.path
+    assert {file.stem for file in (run.path / "analysis").iterdir()} == analysis.tables.keys() == run.tables.keys()
+    table = json.loads((run.path / "analysis" / "gradient_pairs.json").read_text())
+    assert [list(row.values()) for row in analysis.tables["gradient_pairs"].records()] == table["rows"]
+
+    page = badit.write_report(run, tmp_path / "report.html", title="Two tasks")
+    assert page == tmp_path / "report.html"
+    assert "<h1>Two tasks" in page.read_text()
+    shown = capfd.readouterr()
+    assert shown.out == ""
+    assert not re.search("Training|Encoding|Generating|gradients", shown.err), "no progress was asked for"
+
+
+@pytest.mark.usefixtures("inline")
+def test_a_comparison(material: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    values = comparison_values(material, tmp_path / "compared")
+    results = badit.compare(values, training={"max_steps": 1}, progress=False)
+    assert "training and scoring" not in capsys.readouterr().err
+    assert results == badit.load_results(tmp_path / "compared")
+    assert [cell.status for cell in results.cells] == ["done", "done"]
+    summaries = {summary.method: summary for summary in badit.summarise(results)}
+    for cell in json.loads((tmp_path / "compared" / "results.json").read_text())["cells"]:
+        assert summaries[cell["method"]].rouge_l.mean == cell["scores"]["rouge_l"]
+    assert "| badit |" in badit.table(tmp_path / "compared", form="markdown")
+    assert badit.compare(values, training={"max_steps": 1}) == results, "what is done is not done again"
+
+
+def test_a_recipe_may_be_a_file_values_or_a_recipe(recipe_file: Path, recipe_values: Values) -> None:
+    recipe = load_recipe(recipe_file)
+    assert make_recipe(recipe_file, {}) == make_recipe(recipe_values, {}) == make_recipe(recipe, {}) == recipe
+    assert make_recipe(None, {}) == Recipe()
+    for given in (recipe_file, recipe_values, recipe):
+        made = make_recipe(given, {"training": {"epochs": 3}, "output": Path("elsewhere")})
+        assert (made.training.epochs, made.training.batch_size, made.output) == (
+            3,
+            recipe.training.batch_size,
+            "elsewhere",
+        )
+        other = make_recipe(given, {"method": {"name": "lora", "r": 3}})
+        assert other.method == {"name": "lora", "r": 3}, "options of one method mean nothing to another"
+    assert recipe_values["training"]["epochs"] == 2, "what is given is left as it is"
+
+
+def test_the_values_are_the_recipes_sections() -> None:
+    assert set(RecipeValues.__annotations__) == set(Recipe.model_fields)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda run: badit.train("missing.yaml"), "missing.yaml: cannot be read"),
+        (lambda run: badit.train({"trainning": {}}), r"recipe: trainning: unknown key \(did you mean 'training'\?\)"),
+        (lambda run: badit.train(training={"epochs": 0}), "recipe: training.epochs: "),
+        (lambda run: badit.plan(data={"source": "nowhere"}), "nowhere: no such file or folder"),
+        (lambda run: badit.compare(jobs=0), "jobs: must be at least 1, not 0"),
+        (lambda run: badit.evaluate(run), "has no adapter yet"),
+        (lambda run: badit.Run(run).scores, r"has no scores yet; make them with: badit evaluate"),
+        (lambda run: badit.generate(run, ["Hello", " "]), "the prompt is empty"),
+        *((lambda run, name=name: getattr(badit.Run("nowhere"), name), "nowhere: has no config.yaml")
+          for name in ("recipe", "scores", "predictions", "metrics", "environment", "tables")),
+    ],
+)  # fmt: skip
+def test_bad_input_is_a_badit_error(call: Any, message: str, recipe_values: Values, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(recipe_values))
+    with pytest.raises(BaditError, match=message):
+        call(tmp_path / "run")
+
+
+def test_every_public_name_is_there() -> None:
+    assert set(badit.__all__) - {"__version__"} == badit._HOMES.keys()
+    for name in badit.__all__:
+        assert getattr(badit, name) is not None
+        assert name in dir(badit)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = badit.nothing
+    modules = {module.name for module in pkgutil.iter_modules(badit.__path__)}
+    assert not modules & set(badit.__all__), "importing such a module would hide the name"
+
+
+def test_importing_badit_is_light() -> None:
+    heavy = ("numpy", "torch", "transformers", "peft", "pydantic")
+    script = f"import sys, badit; print([module for module in {heavy} if module in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
