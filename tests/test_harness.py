@@ -256,7 +256,7 @@ def test_a_run_and_its_adapter_are_the_same_to_lm_eval(run: RunFolder, task_fold
 def test_the_command_line_on_tasks_of_ones_own(
     run: RunFolder, task_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = ["--tasks", "toy_choice,toy_answer", "--include_path", str(task_folder), "--device", "cpu"]
+    arguments = ["--tasks", "toy_choice,toy_answer", "--include_path", str(task_folder)]
     written = ["--batch_size", "4", "--log_samples", "--output_path", str(tmp_path / "written")]
     before = list(sys.argv)
     assert main(["harness", str(run.path), *arguments, *written, "--apply_chat_template"]) == 0

@@ -86,7 +86,8 @@ class BaditLM(_HFLM):
             options.setdefault("tokenizer", tokenizer)
             if uses_template(tokenizer, recipe.prompt.chat_template):
                 _log.info("The run was trained in its model's chat format, which needs --apply_chat_template here.")
-            if device is not None:
+            # lm_eval's command line asks for cuda:0 unless it is told otherwise, on any machine.
+            if device is not None and (torch.cuda.is_available() or not device.startswith("cuda")):
                 pretrained = pretrained.to(device)
         elif isinstance(pretrained, str):
             pretrained = resolve_model(pretrained)

@@ -1,0 +1,94 @@
+"""How far lm_eval's own model class is from the gates of the prompt: the same choices under `hf` and under `badit`.
+
+    python benchmarks/lm_eval_gates.py runs/demo/badit            # a run of `badit demo`
+
+A test instance of the run's tasks is a question with up to four choices: its answer, and other answers of its task.
+Under `hf` the gates follow the choice and, in a batch, the padding too. Writes results/lm-eval/RUN.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+from collections.abc import Iterator, Sequence
+from itertools import accumulate, pairwise
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from lm_eval.models.huggingface import HFLM
+
+import badit
+from badit.harness import BaditLM
+from badit.runs import environment, write_json
+from badit.training.plan import encoded
+
+RESULTS = Path(__file__).parent / "results" / "lm-eval"
+CHOICES = 4
+Tokens = list[int]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", help="a run's folder")
+    parser.add_argument("--instances", type=int, default=10, help="of each task's test instances (default: 10)")
+    options = parser.parse_args()
+    run = badit.Run(options.run)
+    model, tokenizer = run.load()
+    asked = list(questions(run, tokenizer, options.instances))
+    classes = {"badit": (BaditLM, 8), "hf, batches of 1": (HFLM, 1), "hf, batches of 16": (HFLM, 16)}
+    found = {
+        name: likelihoods(cls(pretrained=model, tokenizer=tokenizer, batch_size=size), asked)
+        for name, (cls, size) in classes.items()
+    }
+    settings = {name: compared(own, found["badit"]) for name, own in found.items()}
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    recipe = run.recipe.model_dump(mode="json", exclude={"compare", "output"})
+    content = {"recipe": recipe, "environment": environment(), "questions": len(asked), "settings": settings}
+    write_json(RESULTS / f"{run.path.name}.json", content)
+    for name, values in settings.items():
+        print(name, values)
+
+
+def questions(run: badit.Run, tokenizer: Any, instances: int) -> Iterator[tuple[Tokens, list[Tokens]]]:
+    """Prompts as the run was trained on, each with its choices, of which the first is right."""
+    recipe = run.recipe
+    # Test instances without number, since a recipe may keep only a few for itself.
+    for task in badit.plan(recipe, data={"test_per_task": None}).tasks:
+        answers = sorted({instance.outputs[0] for instance in (*task.train, *task.test)})
+        for instance in task.test[:instances]:
+            others = [answer for answer in answers if answer not in instance.outputs]
+            wrong = random.Random(instance.id).sample(others, min(CHOICES - 1, len(others)))
+            prompt = encoded(tokenizer, recipe, task, instance, answer=False)["input_ids"]
+            choices = [instance.outputs[0], *wrong]
+            yield prompt, [tokenizer.encode(choice, add_special_tokens=False) for choice in choices]
+
+
+def likelihoods(scorer: Any, asked: Sequence[tuple[Tokens, list[Tokens]]]) -> list[list[float]]:
+    """Each choice's log-likelihood in nats, question by question."""
+    requests = [(None, prompt, choice) for prompt, choices in asked for choice in choices]
+    flat = [likelihood for likelihood, _ in scorer._loglikelihood_tokens(requests)]
+    ends = accumulate((len(choices) for _, choices in asked), initial=0)
+    return [flat[start:end] for start, end in pairwise(ends)]
+
+
+def compared(own: list[list[float]], reference: list[list[float]]) -> dict[str, float]:
+    """Accuracy in %, and against the reference the mean and largest difference in nats and the choices changed in %."""
+    changes = [
+        abs(a - b) for ours, theirs in zip(own, reference, strict=True) for a, b in zip(ours, theirs, strict=True)
+    ]
+    chosen = [(_best(ours), _best(theirs)) for ours, theirs in zip(own, reference, strict=True)]
+    return {
+        "accuracy": 100 * fmean(ours == 0 for ours, _ in chosen),
+        "mean_difference": fmean(changes),
+        "largest_difference": max(changes),
+        "choices_changed": 100 * fmean(ours != theirs for ours, theirs in chosen),
+    }
+
+
+def _best(values: list[float]) -> int:
+    return max(range(len(values)), key=values.__getitem__)
+
+
+if __name__ == "__main__":
+    main()
