@@ -26,9 +26,9 @@ if TYPE_CHECKING:
     from badit.recipe import load_recipe
     from badit.serving.export import export
     from badit.serving.push import push_to_hub
+    from badit.serving.score import score_export
     from badit.training.regroup import RegroupCallback
     from badit.training.regrouper import Regrouper
-    from badit.serving.score import score_export
 
 __version__ = "0.1.0"
 
@@ -75,8 +75,8 @@ __all__ = [
     "load_recipe",
     "load_results",
     "load_tasks",
-    "push_to_hub",
     "plan",
+    "push_to_hub",
     "score_export",
     "summarise",
     "table",
