@@ -52,6 +52,11 @@ def finished(material: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+# TRL switches gradient checkpointing on by default, under a name that transformers is about to change.
+@pytest.mark.filterwarnings(
+    "ignore:`gradient_checkpointing.*` is deprecated:FutureWarning",
+    "ignore:'pin_memory' argument is set as true:UserWarning",
+)
 @pytest.mark.parametrize("page", WITH_CODE, ids=str)
 def test_the_code_of_a_page_runs(page: Page, finished: Path, material: Path, tmp_path: Path) -> None:
     for name in ("runs", "exports"):
