@@ -1,11 +1,15 @@
+import itertools
 import warnings
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
+from badit import BaditConfig
 from badit.errors import BaditError
+from badit.evaluation import generation
 from badit.evaluation.generation import generate_answers
+from tuner.helpers import randomise
 
 
 def naive_tokens(model, prompt, *, ends=(), limit=12):
@@ -41,7 +45,8 @@ def test_decodes_the_longest_prompts_first_with_masked_left_padding(model, token
     original = model.generate
 
     def spy(input_ids, attention_mask, **options):
-        batches.append((input_ids, attention_mask))
+        if not options.keys() & {"cache", "past_key_values"}:  # with a cache, the rest of a batch goes on
+            batches.append((input_ids, attention_mask))
         return original(input_ids=input_ids, attention_mask=attention_mask, **options)
 
     monkeypatch.setattr(model, "generate", spy)
@@ -107,6 +112,57 @@ def test_adapters_take_part(model, tokenizer, prompts):
     adapted.eval()
     assert answers == [words(naive_tokens(adapted, prompt, ends={1})) for prompt in prompts]
     assert answers != plain
+
+
+@pytest.fixture
+def ending(model, prompts):
+    """The model with two end tokens, by which its answers to the prompts have several lengths."""
+    free = [naive_tokens(model, prompt) for prompt in prompts]
+    model.generation_config.eos_token_id = [free[1][4], free[5][2], free[2][7]]
+    return model
+
+
+def rows_of_each_call(model, monkeypatch):
+    rows, original = [], model.generate
+
+    def spy(input_ids, **options):
+        rows.append(len(input_ids))
+        return original(input_ids=input_ids, **options)
+
+    monkeypatch.setattr(model, "generate", spy)
+    return rows
+
+
+def test_a_batch_goes_on_without_the_half_that_has_ended(ending, tokenizer, prompts, monkeypatch):
+    ends = {1, *ending.generation_config.eos_token_id}
+    expected = [words(naive_tokens(ending, prompt, ends=ends)) for prompt in prompts]
+    assert len({len(answer.split()) for answer in expected}) >= 3
+    rows = rows_of_each_call(ending, monkeypatch)
+    assert generate(ending, tokenizer, prompts) == expected
+    assert rows[0] == 8
+    assert len(rows) > 1
+    assert all(2 * after <= before for before, after in itertools.pairwise(rows))
+
+
+@pytest.mark.parametrize("routing", ["prompt", "token"])
+def test_the_mixtures_of_the_rows_that_go_on_are_theirs(ending, tokenizer, prompts, routing, monkeypatch):
+    config = BaditConfig(num_experts=4, r=2, target_modules=["gate_proj"], routing=routing, task_type="CAUSAL_LM")
+    adapted = randomise(get_peft_model(ending, config))
+    alone = generate(adapted, tokenizer, prompts, batch_size=1)
+    rows = rows_of_each_call(adapted, monkeypatch)
+    assert generate(adapted, tokenizer, prompts) == alone
+    assert len(rows) > 1
+    assert len({len(answer.split()) for answer in alone}) > 1
+
+
+def test_where_rows_cannot_be_taken_out_of_a_cache_a_batch_is_decoded_in_one_go(
+    ending, tokenizer, prompts, monkeypatch
+):
+    expected = generate(ending, tokenizer, prompts)
+    monkeypatch.setattr(generation, "select_rows", lambda cache, rows: False)
+    rows = rows_of_each_call(ending, monkeypatch)
+    assert generate(ending, tokenizer, prompts) == expected
+    assert rows == [8, 8]
 
 
 def test_progress_goes_to_stderr_only_when_asked_for(model, tokenizer, prompts, capsys):

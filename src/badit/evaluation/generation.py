@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
+import torch.nn.functional as F
 from tqdm.auto import tqdm
+from transformers import StoppingCriteria
 
 from badit.baselines import batch_of_tasks
 from badit.errors import BaditError
+from badit.peft.routing_context import cache_of, select_rows
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -31,7 +35,8 @@ def generate_answers(
 
     The prompts are sorted by length, which keeps the padding small, and the longest come first: memory peaks in the
     first batch, and the progress bar overestimates the time left rather than underestimating it. They are padded on the
-    left, and the padding is masked, so an answer does not depend on its batch (up to floating-point rounding).
+    left, and the padding is masked, so an answer does not depend on its batch (up to floating-point rounding). Once
+    half of a batch has ended, the rest goes on without it.
 
     Every decoding option of the model's own generation config, such as a repetition penalty, is set aside; its end
     tokens and the tokenizer's both end an answer. The model's training mode is restored; the tokenizer is only read.
@@ -59,7 +64,6 @@ def generate_answers(
             raise BaditError(f"prompts: number {i} has no tokens")
 
     answers = [""] * len(prompts)
-    generate = cast("Callable[..., torch.Tensor]", model.generate)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
     with (
         _greedy(model, tokenizer, max_new_tokens) as settings,
@@ -69,17 +73,81 @@ def generate_answers(
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
             input_ids, attention_mask = _pad_left([prompts[i] for i in batch], settings.pad_token_id)
-            with batch_of_tasks(model, None if tasks is None else [tasks[i] for i in batch]):
-                sequences = generate(
-                    input_ids=input_ids.to(model.device),
-                    attention_mask=attention_mask.to(model.device),
-                    generation_config=settings,
-                )
-            new_tokens = sequences[:, input_ids.shape[1] :].tolist()
+            new_tokens = _continuations(
+                model,
+                input_ids.to(model.device),
+                attention_mask.to(model.device),
+                settings,
+                None if tasks is None else [tasks[i] for i in batch],
+            )
             for i, tokens in zip(batch, new_tokens, strict=True):
                 answers[i] = _decode(tokenizer, tokens, settings.eos_token_id)
             bar.update(len(batch))
     return answers
+
+
+def _continuations(
+    model: PreTrainedModel | PeftModel,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    settings: GenerationConfig,
+    tasks: list[str] | None,
+    *,
+    in_one_go: bool = False,
+) -> list[list[int]]:
+    """The new tokens of every row of a batch, up to its end token at least.
+
+    A batch stops when half of its rows have ended, and goes on with the others, unless it is to be decoded in one go.
+    """
+    from transformers import StoppingCriteriaList
+
+    generate = cast("Callable[..., Mapping[str, Any]]", model.generate)
+    ends_E = torch.tensor(settings.eos_token_id, dtype=torch.long, device=input_ids.device)
+    continuations: list[list[int]] = [[] for _ in input_ids]
+    rows = list(range(len(input_ids)))
+    prompts, settings_of_all = (input_ids, attention_mask), settings
+    settings = copy.copy(settings)  # max_new_tokens counts down
+    cache: dict[str, Any] = {}
+    while True:
+        width = input_ids.shape[1]
+        with batch_of_tasks(model, None if tasks is None else [tasks[row] for row in rows]):
+            output = generate(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                generation_config=settings,
+                stopping_criteria=StoppingCriteriaList([] if in_one_go else [HalfEnded(width, ends_E)]),
+                **cache,
+            )
+        new = output["sequences"][:, width:]
+        for row, tokens in zip(rows, new.tolist(), strict=True):
+            continuations[row] += tokens
+        settings.max_new_tokens -= new.shape[1]  # pyright: ignore[reportOptionalOperand] (set by _greedy)
+        going_R = (~_ended(new, ends_E)).nonzero()[:, 0]
+        if not settings.max_new_tokens or not len(going_R):
+            return continuations
+        rows = [rows[row] for row in going_R.tolist()]
+        input_ids = output["sequences"][going_R]
+        attention_mask = F.pad(attention_mask[going_R], (0, new.shape[1]), value=1)
+        cache = cache_of(output)
+        if not select_rows(cache, going_R):
+            # A recurrent model's, say. Over again from the prompts, in one go.
+            return _continuations(model, *prompts, settings_of_all, tasks, in_one_go=True)
+
+
+class HalfEnded(StoppingCriteria):
+    """Stops a batch once half of its rows have an end token among the tokens from ``start`` on."""
+
+    def __init__(self, start: int, ends_E: torch.Tensor) -> None:
+        self._start = start
+        self._ends_E = ends_E
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> Any:
+        ended_B = _ended(input_ids[:, self._start :], self._ends_E)
+        return (2 * ended_B.sum() >= len(ended_B)).expand(len(ended_B))
+
+
+def _ended(new_BT: torch.Tensor, ends_E: torch.Tensor) -> torch.Tensor:
+    return torch.isin(new_BT, ends_E).any(dim=1)
 
 
 @contextmanager
@@ -102,6 +170,7 @@ def _greedy(
         do_sample=False,
         num_beams=1,
         use_cache=True,
+        return_dict_in_generate=True,
         pad_token_id=0 if pad is None else pad,
         eos_token_id=_end_tokens(original, tokenizer),
     )

@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from badit.errors import BaditError
 
@@ -233,6 +234,23 @@ class RoutingContext:
                 "give each answer a row of its own (badit.data.answer_rows), or use routing='token'",
                 stacklevel=2,
             )
+
+
+def cache_of(output: Mapping[str, Any]) -> dict[str, Any]:
+    """The cache in the output of a model or of ``generate``, by the name under which the next call takes it."""
+    # The former name may stand beside the present one, which comes first.
+    return dict([(name, output[name]) for name in _CACHE_NAMES if output.get(name) is not None][:1])
+
+
+def select_rows(cache: Mapping[str, Any], rows_R: torch.Tensor) -> bool:
+    """Keeps these rows (indices) of a batch's cache and of the gates that it holds; False where that cannot be done."""
+    kept: Any = next(iter(cache.values()), None)
+    if not all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in getattr(kept, "layers", [None])):
+        return False
+    kept.batch_select_indices(rows_R)
+    if held := getattr(kept, _HELD, None):
+        setattr(kept, _HELD, {name: gates[rows_R.to(gates.device)] for name, gates in held.items()})
+    return True
 
 
 def inside_backward() -> bool:
