@@ -87,7 +87,10 @@ def test_accumulated_batches_weigh_tokens_equally(tiny_model: Model, tmp_path: P
 
 def test_a_model_without_an_output_layer_is_refused(tiny_model: Model) -> None:
     model = tiny_model("llama").model
-    with pytest.raises(BaditError, match="only causal language models"), logits_only_at(model, torch.ones(1, 1).bool()):
+    with (
+        pytest.raises(BaditError, match="only causal language models"),
+        logits_only_at(model, *torch.zeros(2, 1).long()),
+    ):
         pass
 
 

@@ -121,14 +121,15 @@ def answer_losses(
     """
     labels_BT = inputs["labels"]
     targets_BT = F.pad(labels_BT[:, 1:], (0, 1), value=-100)
-    predicting_BT = targets_BT != -100
+    # How many there are decides shapes, so a GPU is waited for here, once: the indices serve for all that follows.
+    row_L, position_L = (targets_BT != -100).nonzero(as_tuple=True)
     # The Trainer switches the cache off in training; elsewhere keys and values would be copied for nobody to read.
     batch = {key: value for key, value in inputs.items() if key not in ("labels", "tasks")} | {"use_cache": False}
     batch |= prompt_argument(unwrapped, inputs["attention_mask"].bool() & before_first_label(labels_BT))
-    with batch_of_tasks(unwrapped, inputs.get("tasks")), logits_only_at(unwrapped, predicting_BT):
+    with batch_of_tasks(unwrapped, inputs.get("tasks")), logits_only_at(unwrapped, row_L, position_L):
         outputs = model(**batch)
-    losses_L = F.cross_entropy(outputs.logits[0].float(), targets_BT[predicting_BT], reduction="none")
-    return losses_L, predicting_BT.nonzero()[:, 0], outputs
+    losses_L = F.cross_entropy(outputs.logits[0].float(), targets_BT[row_L, position_L], reduction="none")
+    return losses_L, row_L, outputs
 
 
 def prompt_argument(model: nn.Module, prompt_mask_BT: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -138,8 +139,8 @@ def prompt_argument(model: nn.Module, prompt_mask_BT: torch.Tensor) -> dict[str,
 
 
 @contextmanager
-def logits_only_at(model: nn.Module, positions_BT: torch.Tensor) -> Iterator[None]:
-    """Within, the output layer sees only the positions where the mask is true, as one row (1, L, hidden).
+def logits_only_at(model: nn.Module, row_L: torch.Tensor, position_L: torch.Tensor) -> Iterator[None]:
+    """Within, the output layer sees only these positions of these rows of the batch, as one row (1, L, hidden).
 
     A hook on the output layer works for every architecture and padding side, and what a model does to its logits
     afterwards (soft-capping, scaling) applies to each position alone.
@@ -149,7 +150,7 @@ def logits_only_at(model: nn.Module, positions_BT: torch.Tensor) -> Iterator[Non
         raise BaditError(f"{type(model).__name__} has no output embeddings; only causal language models can be trained")
 
     def select(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        return (args[0][positions_BT][None], *args[1:])
+        return (args[0][row_L, position_L][None], *args[1:])
 
     handle = head.register_forward_pre_hook(select)
     try:
