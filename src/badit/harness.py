@@ -136,16 +136,17 @@ class BaditLM(_HFLM):
             examples.append({"input_ids": ids[:-1], "labels": targets})
         inputs = {key: value.to(self.device) for key, value in AnswerCollator(pad_id(self.tokenizer))(examples).items()}
         targets_BT = inputs.pop("labels")
+        row_L, position_L = (targets_BT != -100).nonzero(as_tuple=True)
         positions_T = torch.arange(targets_BT.shape[1], device=self.device)
         prompt_BT = positions_T < torch.tensor(contexts, device=self.device)[:, None]
         precision = self.mixed_precision_dtype
         with (
             torch.autocast(self.device.type, dtype=precision, enabled=precision is not None),
             self._telling_task(len(requests)),
-            logits_only_at(self.model, targets_BT != -100),
+            logits_only_at(self.model, row_L, position_L),
         ):
             logits_LV = self.model(**inputs, **prompt_argument(self.model, prompt_BT), use_cache=False).logits[0]
-        targets_L1 = targets_BT[targets_BT != -100][:, None]
+        targets_L1 = targets_BT[row_L, position_L][:, None]
         likelihoods_L = F.log_softmax(logits_LV, dim=-1, dtype=self.softmax_dtype or torch.float32).gather(
             1, targets_L1
         )
