@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from badit.errors import BaditError
 from badit.recipe import build_recipe
@@ -49,6 +50,17 @@ def test_tensorboard_has_the_losses_and_the_regroupings(reporting: dict[str, Any
             values = [line[field] for line in regroupings if line["step"] == step]
             assert found[step] == pytest.approx(sum(values) / len(values), rel=1e-5)
     assert scalars(events, "train/regroup/intra_degrees").keys() == {6, 9}, "measured on the steps that follow"
+
+
+def test_what_a_resumed_run_logs_again_takes_the_place_of_what_it_had(tmp_path: Path) -> None:
+    arguments = TrainingArguments(output_dir=str(tmp_path), report_to=[], use_cpu=True)
+    for behind, steps in ((0, (1, 2, 3, 4, 5)), (3, (4, 5, 6))):
+        (callback,) = trackers.tracker_callbacks(["tensorboard"], tmp_path, behind)
+        for step in steps:
+            callback.on_log(arguments, TrainerState(global_step=step), TrainerControl(), {"loss": behind + step / 8})
+    assert scalars(tmp_path / trackers.EVENTS, "train/loss") == {
+        1: 0.125, 2: 0.25, 3: 0.375, 4: 3.5, 5: 3.625, 6: 3.75
+    }  # fmt: skip
 
 
 def test_trackio_has_them_in_its_database(

@@ -68,11 +68,9 @@ def train(recipe: Recipe, *, progress: bool = True) -> dict[str, Any]:
         if not is_main_process():
             return {}
         if run.scores.is_file():
-            scores = read_scores(run.scores)
-        else:
-            scores = evaluate(run.path, progress=progress, trust_remote_code=recipe.model.trust_remote_code)
-        write_run_card(run)
-        return scores
+            write_run_card(run)  # an earlier process may have ended between the two
+            return read_scores(run.scores)
+        return evaluate(run.path, progress=progress, trust_remote_code=recipe.model.trust_remote_code)
 
 
 def fit(recipe: Recipe, *, progress: bool = True) -> RunFolder:

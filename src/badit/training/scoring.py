@@ -20,6 +20,7 @@ from badit.evaluation.generation import generate_answers
 from badit.evaluation.results import read_scores
 from badit.recipe import Recipe
 from badit.runs import RunFolder, read_json, write_json
+from badit.training.card import write_run_card
 from badit.training.methods import build_method
 from badit.training.plan import Plan, Split, base_model, encoded, make_plan, pad_id
 from badit.training.trainer import answer_losses
@@ -50,8 +51,11 @@ def evaluate(
     if split not in (None, own_split):
         return _score(run, recipe, plan.tasks, split, progress=progress, suffix=f"-{split}")
     if plan.sequential and plan.method.trains:
-        return _score_sequence(run, plan, progress)
-    return _score(run, recipe, plan.tasks, own_split, progress=progress)
+        scores = _score_sequence(run, plan, progress)
+    else:
+        scores = _score(run, recipe, plan.tasks, own_split, progress=progress)
+    write_run_card(run)
+    return scores
 
 
 def _score(
