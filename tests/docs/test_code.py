@@ -67,6 +67,14 @@ def test_the_code_of_a_page_runs(page: Page, finished: Path, material: Path, tmp
         exec(compile(block, page.path, "exec"), names)
 
 
+def test_dry_runs_find_nothing_amiss(material: Path, tmp_path: Path) -> None:
+    (tmp_path / "my-tasks.jsonl").symlink_to(material / "tasks.jsonl")
+    commands = [command for page in pages() for command in page.commands() if "--dry-run" in command]
+    complete = [command for command in commands if "data.source=my-tasks.jsonl" in command]
+    assert complete
+    assert all(main(command) == 0 for command in complete)
+
+
 @pytest.mark.parametrize("page", WALKED, ids=str)
 def test_a_walk_comes_to_its_end(page: Page, tmp_path: Path) -> None:
     commands = iter(page.commands())

@@ -1,13 +1,13 @@
-"""The messages in docs/troubleshooting.md are those of the source."""
+"""Messages and headings that the documentation quotes are those of the source."""
 
 from __future__ import annotations
 
 import ast
 import re
 
+from badit.report.sections import SECTIONS
 from docs.pages import ROOT, Page
 
-PAGE = Page("docs/troubleshooting.md")
 ELLIPSIS = "…"
 
 
@@ -25,8 +25,18 @@ def texts() -> list[str]:
     return found
 
 
+def test_the_reports_sections_are_those_of_the_page() -> None:
+    listed = re.findall(r"^\| \*\*(.+?)\*\* \|", Page("docs/analysis.md").text, flags=re.MULTILINE)
+    assert len(listed) == len(SECTIONS)
+    assert set(listed) <= set(texts())
+
+
 def test_every_quoted_message_is_in_the_source() -> None:
-    symptoms = [row.split(" | ")[0].removeprefix("| ") for row in PAGE.text.splitlines() if row.startswith("| ")]
+    symptoms = [
+        row.split(" | ")[0].removeprefix("| ")
+        for row in Page("docs/troubleshooting.md").text.splitlines()
+        if row.startswith("| ")
+    ]
     quoted = [match[1] for symptom in symptoms if (match := re.match(r"`([^`]+)`", symptom))]
     assert len(quoted) > 30
     known = texts()
