@@ -32,12 +32,7 @@ def test_the_reports_sections_are_those_of_the_page() -> None:
 
 
 def test_every_quoted_message_is_in_the_source() -> None:
-    symptoms = [
-        row.split(" | ")[0].removeprefix("| ")
-        for row in Page("docs/troubleshooting.md").text.splitlines()
-        if row.startswith("| ")
-    ]
-    quoted = [match[1] for symptom in symptoms if (match := re.match(r"`([^`]+)`", symptom))]
+    quoted = re.findall(r"^\| `([^`]+)` \|", Page("docs/troubleshooting.md").text, flags=re.MULTILINE)
     assert len(quoted) > 30
     known = texts()
     pattern = {text: re.escape(text).replace(ELLIPSIS, f".*{ELLIPSIS}.*") for text in quoted}
