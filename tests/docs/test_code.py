@@ -1,7 +1,4 @@
-"""The code of the documentation is run: a page's blocks in their order, in a folder of their own, with a tiny model.
-
-The README's is run by tests/test_readme.py, a part of it in a process of its own.
-"""
+"""The code of the documentation is run: a page's blocks in their order, in a folder of their own, with a tiny model."""
 
 from __future__ import annotations
 
@@ -22,7 +19,9 @@ from docs.pages import ROOT, Page, pages
 _BLOCK = re.compile(r"^```(python|sh)\n(.*?)^```", flags=re.DOTALL | re.MULTILINE)
 # Pages whose commands are run besides, since each builds on those before it.
 WALKED = [Page("docs/quickstart.md")]
-WITH_CODE = [page for page in pages() if page.blocks("python") and page not in WALKED and page.path != "README.md"]
+# Pages whose code another test runs, in the surroundings that it needs.
+ELSEWHERE = {"README.md": "tests/test_readme.py"}
+WITH_CODE = [page for page in pages() if page.blocks("python") and page not in WALKED and page.path not in ELSEWHERE]
 
 
 @pytest.fixture(autouse=True)
