@@ -1,0 +1,38 @@
+"""What the benchmarks compare with computes the same thing, and the page of their results is made from these."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from loops import use_loops
+from table import PAGE, render
+from torch import nn
+
+from badit import BaditConfig
+from badit.peft import BaditModel
+from tuner.helpers import randomise
+
+
+def test_the_page_has_the_committed_results() -> None:
+    page = PAGE.read_text(encoding="utf-8")
+    assert render(page) == page
+
+
+@pytest.mark.parametrize("per_sequence", [False, True])
+def test_the_usual_ways_compute_the_same_mixture(per_sequence: bool) -> None:
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 12))
+    config = BaditConfig(num_experts=4, r=2, target_modules=["0", "2"], lora_dropout=0.0)
+    model = BaditModel(base, config, "default")
+    randomise(model)
+    x_BTI = torch.randn(3, 5, 12)
+
+    def gradients() -> dict[str, torch.Tensor]:
+        model.zero_grad()
+        model(x_BTI).square().sum().backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    output, wide = model(x_BTI), gradients()
+    use_loops(model, per_sequence=per_sequence)
+    torch.testing.assert_close(model(x_BTI), output, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(gradients(), wide, rtol=1e-3, atol=1e-4)
