@@ -12,6 +12,7 @@ regroupings.jsonl  DOG's log
 angles.jsonl       the experts' angles, of methods with experts that do not regroup
 tensorboard/       event files, of runs that report to TensorBoard
 analysis/          tables of `badit analyze`, one .json each
+studio/            what `badit studio` has measured of a run that was not analysed
 stages/NN-TASK/    of a sequence of tasks: the same files after each of them; adapter/ above is the last one's
 """
 
@@ -63,6 +64,7 @@ class RunFolder:
         self.regroupings = self.path / "regroupings.jsonl"
         self.angles = self.path / "angles.jsonl"
         self.analysis = self.path / "analysis"
+        self.studio = self.path / "studio"
 
     def stage(self, number: int, task: str) -> RunFolder:
         """The folder of one task of a sequence, counted from 1."""

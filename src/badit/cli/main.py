@@ -26,6 +26,7 @@ VERBS = {
     "push": "upload a run's adapter or an export to the Hugging Face hub, with a model card",
     "harness": "run lm-evaluation-harness on a run",
     "generate": "answer one prompt with a run's adapter",
+    "studio": "try a run's adapter in the browser: answers, gates, and mixtures by hand",
     "tasks": "list and validate task data",
 }
 

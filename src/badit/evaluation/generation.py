@@ -1,16 +1,17 @@
-"""Batched greedy decoding: token ids of prompts in, answers as text out."""
+"""Greedy decoding: token ids of prompts in, answers as text out, in batches or one of them as it grows."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
 from transformers import StoppingCriteria
+from transformers.generation.streamers import BaseStreamer
 
 from badit.baselines import batch_of_tasks
 from badit.errors import BaditError
@@ -19,6 +20,9 @@ from badit.peft.routing_context import cache_of, select_rows
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+# What a decoder puts for the bytes of a character that are not all there yet.
+_HALF_A_CHARACTER = "\ufffd"
 
 
 def generate_answers(
@@ -148,6 +152,70 @@ class HalfEnded(StoppingCriteria):
 
 def _ended(new_BT: torch.Tensor, ends_E: torch.Tensor) -> torch.Tensor:
     return torch.isin(new_BT, ends_E).any(dim=1)
+
+
+class GrownAnswer(NamedTuple):
+    """An answer's text, its length in tokens, and whether the model ended it rather than the limit."""
+
+    text: str
+    tokens: int
+    ended: bool
+
+
+def stream_answer(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Sequence[int],
+    *,
+    show: Callable[[str], None],
+    max_new_tokens: int = 50,
+    task: str | None = None,
+) -> GrownAnswer:
+    """Answers one prompt as :func:`generate_answers` does, and shows the answer as it grows.
+
+    Args:
+        show: is given the whole answer so far after every token. What it raises ends the generation and comes out here.
+
+    The other arguments are those of :func:`generate_answers`, for one prompt.
+
+    Raises:
+        BaditError: as there.
+    """
+    if max_new_tokens < 1:
+        raise BaditError(f"max_new_tokens: must be at least 1, not {max_new_tokens}")
+    if not len(prompt):
+        raise BaditError("prompt: has no tokens")
+    generate = cast("Callable[..., torch.Tensor]", model.generate)
+    with (
+        _greedy(model, tokenizer, max_new_tokens) as settings,
+        evaluation_mode(model),
+        batch_of_tasks(model, None if task is None else [task]),
+    ):
+        input_ids, attention_mask = (tensor.to(model.device) for tensor in _pad_left([prompt], settings.pad_token_id))
+        ends = settings.eos_token_id
+        growing = _Growing(lambda tokens: show(_decode(tokenizer, tokens, ends).rstrip(_HALF_A_CHARACTER)))
+        generate(input_ids=input_ids, attention_mask=attention_mask, generation_config=settings, streamer=growing)
+    tokens = growing.tokens
+    ended = tokens[-1] in ends
+    return GrownAnswer(_decode(tokenizer, tokens, ends), len(tokens) - ended, ended)
+
+
+class _Growing(BaseStreamer):
+    """Collects the tokens that ``generate`` streams and shows them after each."""
+
+    def __init__(self, show: Callable[[list[int]], None]) -> None:
+        self.tokens: list[int] = []
+        self._show = show
+        self._seen_prompt = False
+
+    def put(self, value: torch.Tensor) -> None:
+        if self._seen_prompt:
+            self.tokens += value.flatten().tolist()
+            self._show(self.tokens)
+        self._seen_prompt = True  # generate streams the prompt first
+
+    def end(self) -> None:
+        pass
 
 
 @contextmanager

@@ -53,7 +53,7 @@ def render(title: str, sections: Sequence[Section]) -> str:
         sections=sections,
         version=__version__,
         policy="; ".join(f"{name} {value}" for name, value in policy.items()),
-        style=Markup(_resource("page.css")),
+        style=Markup(_resource("look.css") + _resource("page.css")),
         scripts=[Markup(script) for script in scripts],
         themes=_embedded({"light": chart_config("light"), "dark": chart_config("dark")}),
         specification=lambda figure: _embedded(specification(figure)),

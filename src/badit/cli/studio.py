@@ -1,0 +1,36 @@
+"""``badit studio RUN``."""
+
+from __future__ import annotations
+
+import argparse
+
+from badit.cli.quiet import quiet_loading
+from badit.cli.trust import add_trust
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", help="a run's folder, of any method that trains an adapter")
+    parser.add_argument("--port", type=int, default=8642, help="default: 8642; 0 takes a free one")
+    parser.add_argument("--no-browser", action="store_true", help="print the address and open nothing")
+    add_trust(parser)
+    parser.epilog = "The page is for this machine alone: it listens on 127.0.0.1. Ctrl-C ends it."
+
+
+def execute(options: argparse.Namespace) -> None:
+    from badit.studio.serve import listen, open_browser, refuse_without_extra, serve
+
+    refuse_without_extra()
+    with listen(options.port) as listening:
+        quiet_loading()
+        from badit.studio.server import application
+        from badit.studio.session import Session
+
+        session = Session(options.run, trust_remote_code=options.trust_remote_code)
+        url = f"http://127.0.0.1:{listening.getsockname()[1]}"
+        print(f"Studio: {url}   (Ctrl-C ends it)", flush=True)
+        if not options.no_browser:
+            open_browser(url)
+        try:
+            serve(application(session), listening)
+        except KeyboardInterrupt:  # uvicorn has closed what was open and passes the signal on
+            print()
