@@ -17,7 +17,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def execute(options: argparse.Namespace) -> None:
-    from badit.studio.serve import listen, open_browser, refuse_without_extra, serve
+    from badit.studio.serve import listen, open_browser, refuse_without_extra, server
 
     refuse_without_extra()
     with listen(options.port) as listening:
@@ -31,6 +31,6 @@ def execute(options: argparse.Namespace) -> None:
         if not options.no_browser:
             open_browser(url)
         try:
-            serve(application(session), listening)
+            server(application(session)).run(sockets=[listening])
         except KeyboardInterrupt:  # uvicorn has closed what was open and passes the signal on
             print()

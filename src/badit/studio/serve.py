@@ -7,8 +7,13 @@ import socket
 import sys
 import webbrowser
 from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
 from badit.errors import BaditError
+
+if TYPE_CHECKING:
+    import uvicorn
+    from starlette.applications import Starlette
 
 HOST = "127.0.0.1"
 
@@ -48,12 +53,12 @@ def open_browser(url: str) -> None:
         webbrowser.open(url)
 
 
-def serve(application: object, listening: socket.socket) -> None:
-    """Serves until Ctrl-C or SIGTERM."""
+def server(application: Starlette) -> uvicorn.Server:
+    """What serves the application until Ctrl-C or SIGTERM: ``server(application).run(sockets=[listening])``."""
     import uvicorn
 
     config = uvicorn.Config(
-        application,  # pyright: ignore[reportArgumentType] (an ASGI application, whose type is uvicorn's)
+        application,
         log_level="warning",
         access_log=False,
         lifespan="off",
@@ -62,4 +67,4 @@ def serve(application: object, listening: socket.socket) -> None:
         server_header=False,
         timeout_graceful_shutdown=2,
     )
-    uvicorn.Server(config).run(sockets=[listening])
+    return uvicorn.Server(config)

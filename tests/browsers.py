@@ -1,0 +1,63 @@
+"""A headless Chromium for the tests of pages. Importing this skips a test module where there is none."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from selenium.webdriver import Chrome, ChromeOptions
+from selenium.webdriver.chrome.service import Service
+
+BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+DRIVER = shutil.which("chromedriver")
+if BROWSER is None or DRIVER is None:
+    pytest.skip(
+        "the page is not tested in a browser: chromium and chromedriver are not installed "
+        "(Debian: apt-get install chromium chromium-driver)",
+        allow_module_level=True,
+    )
+
+PATIENCE = 60  # seconds, for machines that are busy with other work
+
+
+@contextmanager
+def chromium(profile: Path) -> Iterator[Chrome]:
+    """A browser with an empty profile, which keeps logs of the console and of what it requests."""
+    options = ChromeOptions()
+    options.binary_location = str(BROWSER)
+    for flag in ("headless=new", "no-sandbox", "disable-dev-shm-usage", "disable-gpu", "disable-background-networking"):
+        options.add_argument(f"--{flag}")
+    options.add_argument(f"--user-data-dir={profile}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    driver = Chrome(options=options, service=Service(DRIVER))
+    driver.set_page_load_timeout(PATIENCE)
+    try:
+        yield driver
+    finally:
+        driver.quit()
+
+
+def emulate(browser: Chrome, *, width: int = 1200, theme: str = "light") -> None:
+    """Sets the screen and the reader's wishes for the pages to come, and empties the logs of those before."""
+    for log in ("browser", "performance"):
+        browser.get_log(log)
+    metrics = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+    wishes = {"prefers-color-scheme": theme, "prefers-reduced-motion": "reduce"}
+    media = {"features": [{"name": name, "value": value} for name, value in wishes.items()]}
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
+
+
+def until(condition: Callable[[], Any], what: str) -> Any:
+    """The first true value of the condition."""
+    end = time.monotonic() + PATIENCE
+    while time.monotonic() < end:
+        if result := condition():
+            return result
+        time.sleep(0.05)
+    raise AssertionError(f"never: {what}")
