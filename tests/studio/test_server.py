@@ -1,0 +1,271 @@
+"""The calls over HTTP: what is answered, how it streams and ends, and what is refused."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, closing
+from itertools import pairwise
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from starlette.testclient import TestClient
+
+from badit.errors import BaditError
+from badit.studio.server import MAX_BODY, application
+from badit.studio.session import MAX_CHARACTERS, MAX_NEW_TOKENS, Session
+from studio.conftest import served
+
+PAGE = "http://127.0.0.1:8642"
+ASK = {"text": "land 3", "task": "rivers", "sides": ["router", "base"], "max_new_tokens": 6}
+PATIENCE = 60
+
+
+@pytest.fixture
+def client(session: Session) -> TestClient:
+    return TestClient(application(session), base_url=PAGE, headers={"Origin": PAGE})
+
+
+def parsed(body: str) -> list[tuple[str, Mapping[str, Any]]]:
+    """Server-sent events by name."""
+    events = [event.split("\n") for event in body.split("\n\n")[:-1]]
+    assert all(name.startswith("event: ") and data.startswith("data: ") for name, data in events)
+    return [(name.removeprefix("event: "), json.loads(data.removeprefix("data: "))) for name, data in events]
+
+
+def test_an_answer_streams_as_events(client: TestClient, session: Session) -> None:
+    response = client.post("/api/answer", json=ASK)
+    assert response.status_code == 200
+    assert response.headers["content-type"].startswith("text/event-stream")
+    events = parsed(response.text)
+    names = [name for name, _ in events]
+    one_side = ["text"] * 6 + ["end"]
+    assert names == ["prompt", "gates", *one_side, *one_side, "done"]
+    texts = [data["text"] for name, data in events if name == "text" and data["side"] == "router"]
+    assert all(after.startswith(before) for before, after in pairwise(texts))
+    assert len(set(texts)) >= 3
+
+
+def test_gates_by_hand_come_back_as_they_were_sent(client: TestClient, session: Session) -> None:
+    hand = [0.25, 3.5, 0.0, 1.0]
+    events = parsed(client.post("/api/answer", json={**ASK, "sides": ["hand"], "gates": hand}).text)
+    (gates,) = [data for name, data in events if name == "gates"]
+    assert gates["gates"] == [hand] * len(session.experts)
+    assert [entry["task"] for entry in gates["nearest"]] in (["cities", "rivers"], ["rivers", "cities"])
+
+
+def test_the_page_is_told_what_the_run_is(client: TestClient, session: Session) -> None:
+    about = client.get("/api/run").json()
+    assert about["tasks"] == ["cities", "rivers"]
+    assert about["modules"] == [[0, "mlp.gate_proj"], [1, "mlp.gate_proj"]]
+    assert (about["experts"], about["method"]) == (4, "badit")
+    assert about["reach"] == (2 if session.task_gates.means_TMK.max() <= 2 else 4)
+    task = client.get("/api/task", params={"name": "rivers"}).json()
+    assert task["instruction"] == "Name the river."
+    assert task["examples"][1] == {"input": "land 13 land 13 ", "references": ["river 13"]}
+
+
+@pytest.mark.parametrize("path", ["/", "/studio.js", "/studio.css", "/look.css", "/api/run", "/api/nothing", "/../x"])
+def test_every_response_carries_the_policy(client: TestClient, path: str) -> None:
+    headers = client.get(path).headers
+    policy = dict(part.split(" ", 1) for part in headers["content-security-policy"].split("; "))
+    assert policy["default-src"] == policy["frame-ancestors"] == "'none'"
+    assert policy["script-src"] == policy["style-src"] == policy["connect-src"] == "'self'"
+    assert headers["x-content-type-options"] == "nosniff"
+    assert headers["cross-origin-resource-policy"] == "same-origin"
+    assert headers["cache-control"] == "no-store"
+    assert "access-control-allow-origin" not in headers
+
+
+def test_the_page_names_no_other_machine(client: TestClient) -> None:
+    for path in ("/", "/studio.js", "/events.js", "/mixture.js", "/sliders.js", "/studio.css", "/look.css"):
+        text = client.get(path).text
+        assert "://" not in text, path
+        assert "innerHTML" not in text
+        assert "style=" not in text
+
+
+@pytest.mark.parametrize(
+    "host", ["evil.example", "evil.example:8642", "127.0.0.1.evil.example", "192.168.1.5", "", "["]
+)
+@pytest.mark.parametrize("path", ["/", "/api/run", "/api/answer"])
+def test_foreign_names_of_this_machine_are_refused(client: TestClient, host: str, path: str) -> None:
+    method = "POST" if path == "/api/answer" else "GET"
+    response = client.request(method, path, headers={"Host": host, "Origin": f"http://{host}"}, json=ASK)
+    assert response.status_code == 400
+    assert "cities" not in response.text
+
+
+@pytest.mark.parametrize("host", ["localhost:8642", "127.0.0.1:9000", "LOCALHOST"])
+def test_this_machines_own_names_are_taken(client: TestClient, host: str) -> None:
+    response = client.post(
+        "/api/answer", json={**ASK, "sides": ["base"]}, headers={"Host": host, "Origin": f"http://{host}"}
+    )
+    assert response.status_code == 200
+
+
+@pytest.mark.parametrize(
+    "origin",
+    [None, "null", "http://evil.example", "https://127.0.0.1:8642", "http://127.0.0.1:8643", "http://localhost:8642"],
+)
+def test_only_the_page_itself_may_ask(session: Session, origin: str | None) -> None:
+    client = TestClient(application(session), base_url=PAGE, headers={"Origin": origin} if origin else {})
+    response = client.post("/api/answer", json=ASK)
+    assert response.status_code == 403
+    assert response.json() == {"error": "the request does not come from this page"}
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"text": ""}, "request: text: "),
+        ({"text": "x" * (MAX_CHARACTERS + 1)}, "request: text: "),
+        ({"text": 5}, "request: text: "),
+        ({"sides": []}, "request: sides: "),
+        ({"sides": ["router"] * 4}, "request: sides: "),
+        ({"sides": ["adapter"]}, "request: sides.0: "),
+        ({"max_new_tokens": MAX_NEW_TOKENS + 1}, "request: max_new_tokens: "),
+        ({"max_new_tokens": 0}, "request: max_new_tokens: "),
+        ({"gates": [-1, 1, 1, 1]}, "request: gates.0: "),
+        ({"gates": "1111"}, "request: gates: "),
+        ({"sides": ["hand"], "gates": [1, 1, 1]}, "gates: must be 4 numbers from 0 to 4"),
+        ({"task": "<b>\n"}, "task: the run has no task '<b>\\n'"),
+        ({"temperature": 1}, "request: temperature: "),
+    ],
+    ids=str,
+)
+def test_what_is_out_of_bounds_is_refused_in_one_line(client: TestClient, change: dict[str, Any], problem: str) -> None:
+    response = client.post("/api/answer", json={**ASK, **change})
+    assert response.status_code == 400
+    message = response.json()["error"]
+    assert message.startswith(problem)
+    assert message.isprintable()
+
+
+@pytest.mark.parametrize(
+    ("body", "problem"),
+    [
+        (b"[", "request: invalid JSON"),
+        (b"[1]", "request: "),
+        (b'{"text": "\xff"}', "request: is not UTF-8"),
+        (b'{"text": "\\ud800"}', "request: half a surrogate pair"),
+        (b'{"text": "a", "text": "b"}', "request: the key 'text' is there twice"),
+        (b'{"text": "a", "sides": ["hand"], "gates": [NaN, 1, 1, 1]}', "request: NaN is not JSON"),
+        (b'{"text": "a", "sides": ["hand"], "gates": [1e999, 1, 1, 1]}', "request: gates.0: "),
+        (b"[" * 100_000, "request: JSON nested too deeply"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_what_is_no_question_is_refused(client: TestClient, body: bytes, problem: str) -> None:
+    response = client.post("/api/answer", content=body, headers={"Content-Type": "application/json"})
+    assert response.status_code == 400
+    assert response.json()["error"].startswith(problem)
+
+
+def test_a_form_and_a_large_body_are_refused(client: TestClient) -> None:
+    assert client.post("/api/answer", data={"text": "a"}).status_code == 415
+    large = b" " * (MAX_BODY + 1)
+    response = client.post("/api/answer", content=large, headers={"Content-Type": "application/json"})
+    assert (response.status_code, response.json()) == (413, {"error": "the request is larger than 128 KiB"})
+
+
+@pytest.mark.parametrize(("method", "path"), [("GET", "/api/answer"), ("POST", "/api/run"), ("DELETE", "/")])
+def test_other_methods_are_refused(client: TestClient, method: str, path: str) -> None:
+    response = client.request(method, path)
+    assert response.status_code == 405
+    assert response.json() == {"error": "Method Not Allowed"}
+
+
+class Slow:
+    """A session whose answers end when they are told to, and which notes how many are at work."""
+
+    def __init__(self) -> None:
+        self.at_work = 0
+        self.most_at_work = 0
+        self.began = threading.Semaphore(0)
+        self.goes_on = threading.Event()
+        self.stopped = threading.Event()
+
+    def about(self) -> dict[str, Any]:
+        return {}
+
+    def check(self, question: Any) -> None:
+        pass
+
+    def answer(self, question: Any, show: Any) -> None:
+        self.at_work += 1
+        self.most_at_work = max(self.most_at_work, self.at_work)
+        self.began.release()
+        try:
+            show("text", {"side": "router", "text": question.text})
+            while not self.goes_on.wait(0.01):
+                show("text", {"side": "router", "text": "…"})
+        except BaseException:
+            self.stopped.set()
+            raise
+        finally:
+            self.at_work -= 1
+
+
+@pytest.fixture
+def slow() -> Iterator[SimpleNamespace]:
+    session = Slow()
+    with served(session) as port:
+        yield SimpleNamespace(session=session, port=port)
+
+
+def asked(port: int, text: str) -> http.client.HTTPConnection:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
+    headers = {"Origin": f"http://127.0.0.1:{port}", "Content-Type": "application/json"}
+    connection.request("POST", "/api/answer", json.dumps({**ASK, "text": text}), headers)
+    return connection
+
+
+def test_events_come_while_the_answer_is_being_written(slow: SimpleNamespace) -> None:
+    with closing(asked(slow.port, "first")) as connection, closing(connection.getresponse()) as response:
+        assert response.readline() == b"event: text\n"
+        assert b"first" in response.readline()
+        assert slow.session.at_work == 1
+        slow.session.goes_on.set()
+        assert response.read().endswith(b"event: done\ndata: {}\n\n")
+
+
+def test_one_answer_is_written_at_a_time(slow: SimpleNamespace) -> None:
+    with ExitStack() as stack:
+        connections = [stack.enter_context(closing(asked(slow.port, f"number {i}"))) for i in range(3)]
+        assert slow.session.began.acquire(timeout=PATIENCE)
+        assert not slow.session.began.acquire(timeout=0.3), "the others wait"
+        slow.session.goes_on.set()
+        for i, connection in enumerate(connections):
+            with closing(connection.getresponse()) as response:
+                assert f"number {i}" in response.read().decode()
+    assert slow.session.most_at_work == 1
+
+
+def test_an_answer_ends_when_its_reader_goes_away(slow: SimpleNamespace) -> None:
+    with closing(asked(slow.port, "first")) as first, closing(first.getresponse()) as response:
+        assert response.readline()
+        with closing(asked(slow.port, "gone before its turn")):
+            pass
+    assert slow.session.stopped.wait(PATIENCE)
+    slow.session.goes_on.set()
+    with closing(asked(slow.port, "last")) as last, closing(last.getresponse()) as response:
+        assert "last" in response.read().decode(), "the lock is free again"
+    assert slow.session.at_work == 0
+    begun = 0
+    while slow.session.began.acquire(blocking=False):
+        begun += 1
+    assert begun == 2, "what was gone before its turn was never begun"
+
+
+def test_an_error_in_the_midst_of_an_answer_is_told(client: TestClient, session: Session, monkeypatch: Any) -> None:
+    def fail(question: Any, show: Any) -> None:
+        show("text", {"side": "router", "text": "so far"})
+        raise BaditError("the model\nbroke")
+
+    monkeypatch.setattr(session, "answer", fail)
+    events = parsed(client.post("/api/answer", json=ASK).text)
+    assert events[-1] == ("error", {"message": "the model\\nbroke"})
