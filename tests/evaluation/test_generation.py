@@ -8,7 +8,8 @@ from peft import LoraConfig, get_peft_model
 from badit import BaditConfig
 from badit.errors import BaditError
 from badit.evaluation import generation
-from badit.evaluation.generation import generate_answers
+from badit.evaluation.generation import generate_answers, stream_answer
+from data.examples import make_tokenizer
 from tuner.helpers import randomise
 
 
@@ -189,3 +190,58 @@ def test_no_prompts_no_answers(model, tokenizer):
 def test_refuses_what_cannot_be_decoded(model, tokenizer, prompts, options, message):
     with pytest.raises(BaditError, match=message):
         generate(model, tokenizer, prompts, **options)
+
+
+def stream(model, tokenizer, prompt, **options):
+    shown = []
+    return stream_answer(model, tokenizer, prompt, show=shown.append, max_new_tokens=12, **options), shown
+
+
+def test_a_streamed_answer_is_the_same_and_grows_by_tokens(model, tokenizer, prompts):
+    ends = 0
+    for prompt in prompts:
+        tokens = naive_tokens(model, prompt, ends={1})
+        answer, shown = stream(model, tokenizer, prompt)
+        ended = len(tokens) < 12
+        assert answer == (words(tokens), len(tokens), ended)
+        expected = [words(tokens[: i + 1]) for i in range(len(tokens))]
+        assert shown == [*expected, *expected[-1:] * ended]
+        ends += ended
+    assert generate(model, tokenizer, prompts[:1]) == [stream(model, tokenizer, prompts[0])[0].text]
+
+
+def test_what_the_show_raises_ends_the_answer_and_restores_the_model(model, tokenizer, prompts):
+    model.train()
+    own, shown = model.generation_config, []
+
+    def show(text):
+        shown.append(text)
+        if len(shown) == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stream_answer(model, tokenizer, prompts[1], show=show, max_new_tokens=12)
+    assert len(shown) == 3
+    assert model.training
+    assert model.generation_config is own
+
+
+def test_half_a_character_waits_for_its_other_half(model, prompts):
+    tokenizer = make_tokenizer()
+    ids = tokenizer("naïve €", add_special_tokens=False)["input_ids"]
+
+    def generate(streamer, **_):
+        for token in ([1, 2], *[[token] for token in ids]):  # the prompt first
+            streamer.put(torch.tensor(token))
+
+    model.generate = generate
+    answer, shown = stream(model, tokenizer, prompts[0])
+    assert answer.text == "naïve €"
+    assert all("naïve €".startswith(text) for text in shown)
+    assert len(set(shown)) < len(ids), "some tokens are a part of a character"
+
+
+@pytest.mark.parametrize(("prompt", "limit", "message"), [([], 12, "has no tokens"), ([5], 0, "at least 1, not 0")])
+def test_a_stream_refuses_what_has_no_answer(model, tokenizer, prompt, limit, message):
+    with pytest.raises(BaditError, match=message):
+        stream_answer(model, tokenizer, prompt, show=print, max_new_tokens=limit)

@@ -12,7 +12,7 @@ import pytest
 
 from badit.recipe import build_recipe
 from badit.runs import RunFolder
-from badit.studio.serve import listen, server
+from badit.studio.serve import Server, listen
 from badit.studio.server import application
 from badit.studio.session import Session
 from badit.training.run import fit
@@ -53,7 +53,7 @@ def plain_session(trained: Callable[..., RunFolder]) -> Session:
 def served(session: Any) -> Iterator[int]:
     """A real server of the session; its port."""
     with listen(0) as listening:
-        running = server(application(session))
+        running = Server(application(session))
         thread = threading.Thread(target=running.run, kwargs={"sockets": [listening]})
         thread.start()
         try:

@@ -17,20 +17,22 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def execute(options: argparse.Namespace) -> None:
-    from badit.studio.serve import listen, open_browser, refuse_without_extra, server
+    from badit.studio import refuse_without_extra
 
     refuse_without_extra()
+    from badit.studio.serve import HOST, Server, listen, open_browser
+
     with listen(options.port) as listening:
         quiet_loading()
         from badit.studio.server import application
         from badit.studio.session import Session
 
         session = Session(options.run, trust_remote_code=options.trust_remote_code)
-        url = f"http://127.0.0.1:{listening.getsockname()[1]}"
+        url = f"http://{HOST}:{listening.getsockname()[1]}"
         print(f"Studio: {url}   (Ctrl-C ends it)", flush=True)
         if not options.no_browser:
             open_browser(url)
         try:
-            server(application(session)).run(sockets=[listening])
+            Server(application(session)).run(sockets=[listening])
         except KeyboardInterrupt:  # uvicorn has closed what was open and passes the signal on
             print()

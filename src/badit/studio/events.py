@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import CancelledError
 from typing import Any
@@ -20,16 +21,17 @@ class AnswerStream(Response):
     """Runs ``work`` in a thread, once the lock is free, and sends every event that it shows.
 
     A client that goes away while it waits has not been at work at all; one that goes away later ends the work at its
-    next event. The lock is held until the thread has ended: there is one model.
+    next event, and so does ``ending``, once it is set. The lock is held until the thread has ended: there is one model.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, work: Callable[[Show], None], lock: anyio.Lock) -> None:
+    def __init__(self, work: Callable[[Show], None], lock: anyio.Lock, ending: threading.Event) -> None:
         super().__init__(headers={"Cache-Control": "no-store"})
         del self.headers["content-length"]  # Response takes an empty body for the whole of it
         self._work = work
         self._lock = lock
+        self._ending = ending
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with anyio.create_task_group() as group:
@@ -44,15 +46,20 @@ class AnswerStream(Response):
         async def send_event(body: bytes) -> None:
             await send({"type": "http.response.body", "body": body, "more_body": True})
 
+        def tell(name: str, data: Mapping[str, Any]) -> None:
+            from_thread.run(send_event, f"event: {name}\ndata: {json.dumps(data, allow_nan=False)}\n\n".encode())
+
         def show(name: str, data: Mapping[str, Any]) -> None:
             from_thread.check_cancelled()
-            from_thread.run(send_event, f"event: {name}\ndata: {json.dumps(data, allow_nan=False)}\n\n".encode())
+            if self._ending.is_set():
+                raise BaditError("the studio has been ended")
+            tell(name, data)
 
         try:
             self._work(show)
-            show("done", {})
+            tell("done", {})
         except BaditError as error:
-            show("error", {"message": one_line(str(error))})
+            tell("error", {"message": one_line(str(error))})
         except CancelledError:  # what becomes in a thread of an event that was cancelled while it was being sent
             return
 

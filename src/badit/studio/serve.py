@@ -6,22 +6,15 @@ import os
 import socket
 import sys
 import webbrowser
-from importlib.util import find_spec
-from typing import TYPE_CHECKING
+from types import FrameType
+
+import uvicorn
+from starlette.applications import Starlette
 
 from badit.errors import BaditError
 
-if TYPE_CHECKING:
-    import uvicorn
-    from starlette.applications import Starlette
-
 HOST = "127.0.0.1"
-
-
-def refuse_without_extra() -> None:
-    """Raises BaditError where the libraries of the extra are not installed."""
-    if any(find_spec(name) is None for name in ("starlette", "uvicorn")):
-        raise BaditError("the studio needs its extra: pip install 'badit[studio]'")
+_GRACE = 5  # seconds for the answer that is being written to end at its next word
 
 
 def listen(port: int) -> socket.socket:
@@ -53,18 +46,25 @@ def open_browser(url: str) -> None:
         webbrowser.open(url)
 
 
-def server(application: Starlette) -> uvicorn.Server:
-    """What serves the application until Ctrl-C or SIGTERM: ``server(application).run(sockets=[listening])``."""
-    import uvicorn
+class Server(uvicorn.Server):
+    """Serves an application of :mod:`badit.studio.server` until Ctrl-C or SIGTERM: ``run(sockets=[listening])``."""
 
-    config = uvicorn.Config(
-        application,
-        log_level="warning",
-        access_log=False,
-        lifespan="off",
-        ws="none",
-        proxy_headers=False,
-        server_header=False,
-        timeout_graceful_shutdown=2,
-    )
-    return uvicorn.Server(config)
+    def __init__(self, application: Starlette) -> None:
+        super().__init__(
+            uvicorn.Config(
+                application,
+                log_level="warning",
+                access_log=False,
+                lifespan="off",
+                ws="none",
+                proxy_headers=False,
+                server_header=False,
+                timeout_graceful_shutdown=_GRACE,
+            )
+        )
+        self._ending = application.state.ending
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """On a signal the answer that is being written ends, too; uvicorn would wait for it."""
+        self._ending.set()
+        super().handle_exit(sig, frame)

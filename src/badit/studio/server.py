@@ -7,6 +7,7 @@ page. What data and models say reaches the page as JSON, which it shows as text;
 
 from __future__ import annotations
 
+import threading
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -64,8 +65,8 @@ _HEADERS = {
 
 
 def application(session: Session) -> Starlette:
-    """The web application for a loaded run."""
-    lock = anyio.Lock()
+    """The web application for a loaded run. Its ``state.ending``, once set, ends the answer that is being written."""
+    lock, ending = anyio.Lock(), threading.Event()
     colours = {mode: chart_config(mode)["range"]["diverging"] for mode in ("light", "dark")}
     about = {**session.about(), "colours": colours}
 
@@ -78,9 +79,9 @@ def application(session: Session) -> Starlette:
     async def answer(request: Request) -> Response:
         question = await _question(request)
         session.check(question)
-        return AnswerStream(lambda show: session.answer(question, show), lock)
+        return AnswerStream(lambda show: session.answer(question, show), lock, ending)
 
-    return Starlette(
+    web = Starlette(
         routes=[
             *(Route(address, _file(*where)) for address, where in _FILES.items()),
             Route("/api/run", show_about),
@@ -94,6 +95,8 @@ def application(session: Session) -> Starlette:
         ],
         exception_handlers={BaditError: _refused, HTTPException: _refused},
     )
+    web.state.ending = ending
+    return web
 
 
 def _file(package: str, name: str, media_type: str) -> Any:

@@ -1,0 +1,87 @@
+"""``badit studio`` as a user meets it: an address in a line, an end by Ctrl-C, and mistakes in one line."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import signal
+import socket
+import subprocess
+import sys
+import webbrowser
+from collections.abc import Callable
+from contextlib import closing
+
+import pytest
+
+from badit.cli import main
+from badit.runs import RunFolder
+from badit.studio import serve
+from studio.conftest import BADIT
+
+
+def test_it_serves_until_it_is_interrupted(trained: Callable[..., RunFolder]) -> None:
+    run = trained(BADIT)
+    command = [sys.executable, "-m", "badit", "studio", str(run.path), "--port", "0", "--no-browser"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        assert line.startswith("Studio: http://127.0.0.1:")
+        port = int(line.split()[1].rpartition(":")[2])
+        with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=60)) as connection:
+            connection.request("GET", "/api/run")
+            assert json.load(connection.getresponse())["run"] == "run"
+            # An answer that is still being written does not hold it up.
+            headers = {"Origin": f"http://127.0.0.1:{port}", "Content-Type": "application/json"}
+            question = {"text": "land", "sides": ["router", "base"], "max_new_tokens": 512}
+            connection.request("POST", "/api/answer", json.dumps(question), headers)
+            with closing(connection.getresponse()) as response:
+                assert response.readline() == b"event: prompt\n"
+                process.send_signal(signal.SIGINT)
+                _, errors = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert "Traceback" not in errors
+
+
+def test_only_this_machine_can_reach_it() -> None:
+    with serve.listen(0) as listening:
+        assert listening.getsockname()[0] == "127.0.0.1"
+
+
+def test_a_port_in_use_is_told_before_anything_is_loaded(capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert main(["studio", "no-run", "--port", str(port)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == f"badit: --port: {port} cannot be used (Address already in use); give another one, or 0"
+
+
+@pytest.mark.parametrize("port", ["-1", "65536"])
+def test_what_is_no_port_is_refused(port: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["studio", "no-run", f"--port={port}"]) == 2
+    assert f"--port: must be from 0 to 65535, not {port}" in capsys.readouterr().err
+
+
+def test_what_is_no_run_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["studio", "no-run", "--port", "0"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("badit: no-run: has no config.yaml")
+
+
+def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("badit.studio.find_spec", lambda name: None if name == "uvicorn" else object())
+    assert main(["studio", "no-run"]) == 2
+    assert capsys.readouterr().err == "badit: the studio needs its extra: pip install 'badit[studio]'\n"
+
+
+@pytest.mark.parametrize(("display", "opened"), [("", []), (":0", ["http://127.0.0.1:1"])])
+def test_a_browser_is_opened_where_there_is_a_screen(
+    display: str, opened: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+    monkeypatch.setattr(webbrowser, "open", seen.append)
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setenv("DISPLAY", display)
+    monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
+    serve.open_browser("http://127.0.0.1:1")
+    assert seen == opened
