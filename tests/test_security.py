@@ -168,7 +168,7 @@ def test_a_models_own_code_runs_only_when_it_is_trusted(model_with_code: Path, t
     assert (tmp_path / "ran").exists(), "the switch is what decides"
 
 
-@pytest.mark.parametrize("verb", [["evaluate"], ["generate"], ["analyze"]], ids=str)
+@pytest.mark.parametrize("verb", [["evaluate"], ["generate"], ["analyze"], ["studio", "--port=0"]], ids=str)
 def test_a_runs_folder_alone_cannot_trust(verb: list[str], model_with_code: Path, tmp_path: Path, capsys: Any) -> None:
     """The folder's recipe asks for the code, but the folder may come from elsewhere: the user must allow it, too."""
     section = {"name": str(model_with_code), "trust_remote_code": True}

@@ -40,7 +40,9 @@ def trained(material: Path, tmp_path_factory: pytest.TempPathFactory) -> Callabl
 
 @pytest.fixture(scope="session")
 def session(trained: Callable[..., RunFolder]) -> Session:
-    return Session(trained(BADIT).path)
+    session = Session(trained(BADIT).path)
+    session.measure()
+    return session
 
 
 @pytest.fixture(scope="session")

@@ -202,9 +202,14 @@ def test_markup_in_names_data_and_tables_stays_text(
     run = trained(BADIT, source, MARKUP)
     about = {"expert": "", "summary": ""}
     TidyTable("abilities", "", about, [[expert, MARKUP] for expert in range(4)]).save(run.analysis)
-    with served(Session(run.path)) as port:
+    session = Session(run.path)
+    with served(session) as port:
         opened(browser, f"http://127.0.0.1:{port}/")
         ask(browser)
+        assert text(browser, "#unmeasured").startswith("The tasks’ own mixtures are still being measured")
+        session.measure()
+        ask(browser)
+        assert not browser.find_element(By.ID, "unmeasured").is_displayed()
         shown = ("#run", "#instruction", "#task option:checked", "#nearest li", ".slider .said", "#reference")
         for selector in shown:
             assert MARKUP in text(browser, selector), selector

@@ -62,7 +62,6 @@ def test_the_page_is_told_what_the_run_is(client: TestClient, session: Session) 
     assert about["tasks"] == ["cities", "rivers"]
     assert about["modules"] == [[0, "mlp.gate_proj"], [1, "mlp.gate_proj"]]
     assert (about["experts"], about["method"]) == (4, "badit")
-    assert about["reach"] == (2 if session.task_gates.means_TMK.max() <= 2 else 4)
     task = client.get("/api/task", params={"name": "rivers"}).json()
     assert task["instruction"] == "Name the river."
     assert task["examples"][1] == {"input": "land 13 land 13 ", "references": ["river 13"]}

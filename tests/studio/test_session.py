@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import os
+import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -147,8 +149,12 @@ def test_distances_are_mean_absolute_differences() -> None:
 
 def test_tasks_gates_are_measured_once_and_taken_from_the_analysis(trained: Callable[..., RunFolder]) -> None:
     run = trained(BADIT)
-    measured = Session(run.path).task_gates
+    first = Session(run.path)
+    assert first.unmeasured
+    first.measure()
+    measured = first.task_gates
     assert measured is not None
+    assert not first.unmeasured
     kept = run.studio / "gates.json"
     table = TidyTable.load(kept)
     assert np.allclose(measured.means_TMK.ravel(), [record["mean"] for record in table.records()], atol=1e-5)
@@ -156,14 +162,40 @@ def test_tasks_gates_are_measured_once_and_taken_from_the_analysis(trained: Call
     def changed(value: float) -> TidyTable:
         return TidyTable(table.name, table.about, table.columns, [[*row[:4], value, row[5]] for row in table.rows])
 
+    def largest() -> float:
+        gates = Session(run.path).task_gates
+        assert gates is not None
+        return gates.means_TMK.max()
+
     changed(1.5).save(run.studio)
-    assert Session(run.path).task_gates.means_TMK.max() == 1.5, "kept from the first start"
+    assert largest() == 1.5, "kept from the first start"
     changed(1.25).save(run.analysis)
-    assert Session(run.path).task_gates.means_TMK.max() == 1.25, "the analysis comes first"
-    for broken in ("{}", json.dumps({"format": 1, "name": "gates", "about": "", "columns": {}, "rows": []}), "["):
+    assert largest() == 1.25, "the analysis comes first"
+    short = {"format": 1, "name": "gates", "about": "", "columns": dict(table.columns), "rows": table.rows[1:]}
+    for broken in ("[", "{}", json.dumps({**short, "columns": {}, "rows": []}), json.dumps(short)):
         (run.analysis / "gates.json").write_text(broken)
         kept.write_text(broken)
-        assert np.allclose(Session(run.path).task_gates.means_TMK, measured.means_TMK, atol=1e-5), "measured anew"
+        assert Session(run.path).unmeasured, broken[:20]
+    changed(1.5).save(run.studio)
+    os.utime(kept, (0, 0))
+    assert Session(run.path).unmeasured, "they are older than the adapter"
+
+
+def test_questions_are_answered_while_tasks_are_measured(trained: Callable[..., RunFolder]) -> None:
+    """The model is switched from side to side: what is measured meanwhile must not be measured of another side."""
+    quiet, busy = Session(trained(BADIT).path), Session(trained(BADIT).path)
+    quiet.measure()
+    expected = events(quiet, sides=["hand", "base"], gates=HAND)
+    measuring = threading.Thread(target=busy.measure)
+    measuring.start()
+    shown = events(busy, sides=["hand", "base"], gates=HAND)
+    measuring.join()
+    assert [one(shown, "end", side)["text"] for side in ("hand", "base")] == [
+        one(expected, "end", side)["text"] for side in ("hand", "base")
+    ]
+    assert quiet.task_gates is not None
+    assert busy.task_gates is not None
+    np.testing.assert_array_equal(busy.task_gates.means_TMK, quiet.task_gates.means_TMK)
 
 
 def test_a_run_whose_data_is_gone_still_answers(

@@ -128,13 +128,12 @@ def changed_gates(
 
 
 @torch.no_grad()
-def prompt_gates(model: Any, batches: Batches, *, progress: bool = False) -> PromptGates:
+def prompt_gates(model: Any, batches: Batches) -> PromptGates:
     """The gates of every prompt, from one forward pass.
 
     Args:
         model: in evaluation mode, with one active adapter.
         batches: by task, batches of ``input_ids``, ``attention_mask``, ``labels`` and ``tasks``.
-        progress: show a bar on stderr.
 
     Raises:
         BaditError: a model without experts, or no batches.
@@ -144,7 +143,7 @@ def prompt_gates(model: Any, batches: Batches, *, progress: bool = False) -> Pro
         raise BaditError("batches: there are none; give at least one batch of one task")
     by_task = {
         task: torch.cat([_gates_of_batch(model, experts, on_device(batch, model.device)) for batch in of_task]).numpy()
-        for task, of_task in tqdm(batches.items(), desc="Gates", unit="task", disable=not progress, leave=False)
+        for task, of_task in batches.items()
     }
     return PromptGates([one.place for one in experts], by_task)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import threading
 
 from badit.cli.quiet import quiet_loading
 from badit.cli.trust import add_trust
@@ -28,6 +29,8 @@ def execute(options: argparse.Namespace) -> None:
         from badit.studio.session import Session
 
         session = Session(options.run, trust_remote_code=options.trust_remote_code)
+        # The page can be used meanwhile; a daemon, so that nobody waits for it at the end.
+        threading.Thread(target=session.measure, daemon=True).start()
         url = f"http://{HOST}:{listening.getsockname()[1]}"
         print(f"Studio: {url}   (Ctrl-C ends it)", flush=True)
         if not options.no_browser:

@@ -8,8 +8,9 @@ Shape suffixes: N = components, T = tasks, M = adapted modules, K = experts.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import numpy as np
 import torch
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
-from badit.analysis.gates import Experts, changed_gates, gates_table, prompt_gates
+from badit.analysis.gates import Experts, PromptGates, changed_gates, gates_table, prompt_gates
 from badit.analysis.tables import TidyTable
 from badit.data import AnswerCollator, Task, batches_by_task
 from badit.errors import BaditError
@@ -26,10 +27,9 @@ from badit.recipe import Recipe
 from badit.runs import RunFolder
 from badit.training.plan import encoded, pad_id
 
-# A task's prompts are close together in their gates, and the page should not be waited for.
+# A task's prompts are close together in their gates.
 _PROMPTS_PER_TASK = 4
-_PROMPTS_IN_ALL = 128
-_BATCH_SIZE = 4
+_PAUSE = 0.01  # seconds, without which the measuring thread would take the model again before a waiting one wakes up
 # Sums of softmaxes are 1 or K but for their last bits, which are not to be multiplied into gates set by hand.
 _DECIMALS = 6
 
@@ -75,24 +75,38 @@ class TaskGates:
         return [(self.tasks[t], float(distance_T[t])) for t in np.argsort(distance_T, kind="stable")]
 
 
-def task_gates(
-    run: RunFolder, model: Any, tokenizer: Any, recipe: Recipe, tasks: Sequence[Task], experts: Sequence[Experts]
-) -> TaskGates | None:
-    """The tasks' mean gates: those of the run's analysis, or those kept from an earlier start, or measured and kept.
+def saved_task_gates(run: RunFolder, names: Sequence[str], experts: Sequence[Experts]) -> TaskGates | None:
+    """The tasks' mean gates, from the run's analysis or as :func:`measure_task_gates` has left them in its folder.
 
-    None where there is nothing to measure on, since the run's data is not at hand or has no training instances.
+    None where neither is of the present adapter and of tasks among ``names`` (of any tasks, if there are no names).
     """
     since = (run.adapter / SAFETENSORS_WEIGHTS_NAME).stat().st_mtime
-    names = [task.name for task in tasks]
-    for folder in (run.analysis, run.studio):
-        if (found := _saved(folder / "gates.json", since, names, experts)) is not None:
-            return found
-    per_task = max(1, min(_PROMPTS_PER_TASK, _PROMPTS_IN_ALL // max(1, len(tasks))))
-    examples = [encoded(tokenizer, recipe, task, instance) for task in tasks for instance in task.train[:per_task]]
-    if not examples:
-        return None
-    batches = batches_by_task(examples, AnswerCollator(pad_id(tokenizer), with_tasks=True), _BATCH_SIZE)
-    gates = prompt_gates(model, batches, progress=True)
+    found = (_saved(folder / "gates.json", since, names, experts) for folder in (run.analysis, run.studio))
+    return next((gates for gates in found if gates is not None), None)
+
+
+def measure_task_gates(
+    run: RunFolder, model: Any, tokenizer: Any, recipe: Recipe, tasks: Sequence[Task], free: AbstractContextManager[Any]
+) -> TaskGates:
+    """The tasks' mean gates over a few of their training prompts, which are kept in the run's folder.
+
+    Args:
+        free: is entered for every task, and left after it, so that others may use model and tokenizer in between.
+    """
+    modules: Sequence[tuple[int, str]] = []
+    by_task: dict[str, np.ndarray] = {}
+    for task in tasks:
+        instances = task.train[:_PROMPTS_PER_TASK]
+        if not instances:
+            continue
+        with free:
+            examples = [encoded(tokenizer, recipe, task, instance) for instance in instances]
+            collate = AnswerCollator(pad_id(tokenizer), with_tasks=True)
+            gates = prompt_gates(model, batches_by_task(examples, collate, _PROMPTS_PER_TASK))
+        modules = gates.modules
+        by_task.update(gates.by_task)
+        time.sleep(_PAUSE)
+    gates = PromptGates(modules, by_task)
     with suppress(OSError):  # a run that cannot be written to is measured at every start
         gates_table(gates).save(run.studio)
     return TaskGates(gates.tasks, gates.means)

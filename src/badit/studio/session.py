@@ -8,6 +8,7 @@ Shape suffixes: M = adapted modules, K = experts.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -26,7 +27,7 @@ from badit.data import Instance, Task, encode_prompt
 from badit.errors import BaditError, nearest
 from badit.evaluation.generation import stream_answer
 from badit.runs import RunFolder
-from badit.studio.mixing import TaskGates, mixed, task_gates
+from badit.studio.mixing import measure_task_gates, mixed, saved_task_gates
 from badit.training.methods import build_method
 from badit.training.plan import encoded, make_plan
 from badit.training.scoring import load_run
@@ -58,10 +59,10 @@ class Question(BaseModel):
 
 
 class Session:
-    """A loaded run. Not for several threads at a time: its model is switched from side to side."""
+    """A loaded run. Its model is switched from side to side, so it answers one question at a time; others wait."""
 
     def __init__(self, path: str | Path, *, trust_remote_code: bool = False) -> None:
-        """Loads the run and finds out its tasks' mixtures.
+        """Loads the run. Where its tasks' mixtures are not known yet, :meth:`measure` finds them out.
 
         Raises:
             BaditError: no such run, one without an adapter, or a damaged one.
@@ -82,7 +83,8 @@ class Session:
         assert isinstance(model, PeftModel)
         self.model = model
         self.experts: list[Experts] = active_experts(model) if has_experts(model) else []
-        self.task_gates = self._task_gates()
+        self.task_gates = saved_task_gates(self.run, list(self.tasks), self.experts) if self.experts else None
+        self._free = threading.Lock()
 
     def _tasks(self) -> tuple[dict[str, Task], str]:
         """The run's tasks by name; where its data is not at hand, none, and why."""
@@ -93,10 +95,16 @@ class Session:
                 raise
             return {}, f"The run's tasks cannot be chosen: {error}"
 
-    def _task_gates(self) -> TaskGates | None:
-        if not self.experts:
-            return None
-        return task_gates(self.run, self.model, self.tokenizer, self.recipe, list(self.tasks.values()), self.experts)
+    @property
+    def unmeasured(self) -> bool:
+        """Whether the tasks' mixtures can be known and are not yet."""
+        return bool(self.experts) and self.task_gates is None and any(task.train for task in self.tasks.values())
+
+    def measure(self) -> None:
+        """Finds out the tasks' mixtures. Questions may be asked meanwhile, from other threads."""
+        if self.unmeasured:
+            tasks = list(self.tasks.values())
+            self.task_gates = measure_task_gates(self.run, self.model, self.tokenizer, self.recipe, tasks, self._free)
 
     @property
     def number_of_experts(self) -> int:
@@ -115,7 +123,6 @@ class Session:
             "experts": self.number_of_experts,
             "abilities": self._abilities(),
             "modules": [one.place for one in self.experts],
-            "reach": self._reach(),
             "max_characters": MAX_CHARACTERS,
             "max_new_tokens": MAX_NEW_TOKENS,
             "new_tokens": min(self.recipe.evaluation.max_new_tokens, MAX_NEW_TOKENS),
@@ -129,11 +136,6 @@ class Session:
         records = TidyTable.load(path).records()
         said = {record.get("expert"): str(record.get("summary", "")) for record in records}
         return [said.get(expert, "") for expert in range(self.number_of_experts)]
-
-    def _reach(self) -> float:
-        """How far a slider goes: twice the neutral gate, or to one expert alone where routers themselves go further."""
-        largest = 1.0 if self.task_gates is None else float(self.task_gates.means_TMK.max())
-        return 2.0 if largest <= 2 else float(self.number_of_experts)
 
     def task(self, name: str) -> dict[str, Any]:
         """A task's instruction and a few of its instances, those that were not trained on if there are any.
@@ -182,10 +184,11 @@ class Session:
             BaditError: as :meth:`check`.
         """
         self.check(question)
-        ids = self._encoded(question)
-        show("prompt", {"text": self.tokenizer.decode(ids), "tokens": len(ids)})
-        for side in question.sides:
-            self._answer(side, question, ids, show)
+        with self._free:
+            ids = self._encoded(question)
+            show("prompt", {"text": self.tokenizer.decode(ids), "tokens": len(ids)})
+            for side in question.sides:
+                self._answer(side, question, ids, show)
 
     def _answer(self, side: Side, question: Question, ids: list[int], show: Show) -> None:
         began = time.monotonic()
@@ -225,6 +228,7 @@ class Session:
         return {
             "gates": [[round(float(gate), _DIGITS) for gate in gates_K] for gates_K in gates_MK],
             "nearest": [{"task": task, "difference": difference} for task, difference in tasks],
+            "unmeasured": self.unmeasured,
         }
 
     def _encoded(self, question: Question) -> list[int]:

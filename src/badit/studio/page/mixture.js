@@ -91,8 +91,9 @@ export class HeatMap {
   }
 }
 
-export function showNearest(nearest) {
-  document.getElementById("nearest").hidden = !nearest.length;
+export function showNearest({ nearest, unmeasured }) {
+  document.getElementById("nearest").hidden = !nearest.length && !unmeasured;
+  document.getElementById("unmeasured").hidden = !unmeasured;
   document.querySelector("#nearest ol").replaceChildren(...nearest.map(({ task, difference }) => {
     const item = document.createElement("li");
     for (const text of [task, difference.toFixed(4)]) {

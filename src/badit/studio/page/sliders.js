@@ -1,6 +1,7 @@
 // One slider for each expert. They follow the router until one of them is moved.
 
 const NEUTRAL = 1;
+const REACH = 2; // how far a slider goes, where gates do not go further themselves
 
 export class Sliders {
   // `changed` is called when a mixture has been set by hand, and when it is the router's own again.
@@ -45,7 +46,9 @@ export class Sliders {
   }
 
   place(gates) {
+    const reach = Math.max(...gates) > REACH ? this.run.experts : REACH;
     this.rows.forEach(({ range, number }, expert) => {
+      range.max = String(reach);
       number.value = String(Number(gates[expert].toFixed(3)));
       range.value = number.value;
     });
@@ -55,7 +58,7 @@ export class Sliders {
     const name = `Expert ${expert}`;
     const element = Object.assign(document.createElement("div"), { className: "slider" });
     const label = Object.assign(document.createElement("label"), { textContent: name, htmlFor: `gate-${expert}` });
-    const range = input("range", { id: `gate-${expert}`, max: this.run.reach });
+    const range = input("range", { id: `gate-${expert}`, max: REACH });
     const number = input("number", { max: this.run.experts, step: 0.001 });
     number.setAttribute("aria-label", `Gate of expert ${expert}`);
     const only = Object.assign(document.createElement("button"), { type: "button", textContent: "Only" });
@@ -64,7 +67,7 @@ export class Sliders {
     range.addEventListener("change", () => this.setByHand());
     number.addEventListener("change", () => {
       if (!number.value || !number.checkValidity()) number.value = range.value;
-      range.value = number.value;
+      this.place(this.gates);
       this.setByHand();
     });
     only.addEventListener("click", () => this.set((other) => (other === expert ? NEUTRAL : 0)));

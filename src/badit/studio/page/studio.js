@@ -136,7 +136,7 @@ function showMixture(event) {
     ? "The gates that you have set: how much the prompt draws on each expert. 1 is neutral."
     : "How much the prompt draws on each expert: the router’s gates. 1 is neutral.";
   heatMap.show(shown.gates);
-  showNearest(shown.nearest);
+  showNearest(shown);
 }
 
 function showReference({ text: input }) {
