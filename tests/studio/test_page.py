@@ -190,6 +190,13 @@ def test_a_method_without_gates_says_so(browser: Chrome, plain_session: Session)
         assert browser.get_log("browser") == []
 
 
+def test_a_studio_that_has_ended_is_told(browser: Chrome, plain_session: Session) -> None:
+    with served(plain_session) as port:
+        opened(browser, f"http://127.0.0.1:{port}/")
+    browser.find_element(By.ID, "answer").click()
+    until(lambda: text(browser, "#status") == "The studio does not answer; is it still running?", "the page says so")
+
+
 def test_markup_in_names_data_and_tables_stays_text(
     browser: Chrome, trained: Callable[..., RunFolder], tmp_path: Path
 ) -> None:

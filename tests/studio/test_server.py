@@ -98,7 +98,7 @@ def test_foreign_names_of_this_machine_are_refused(client: TestClient, host: str
     assert "cities" not in response.text
 
 
-@pytest.mark.parametrize("host", ["localhost:8642", "127.0.0.1:9000", "LOCALHOST"])
+@pytest.mark.parametrize("host", ["localhost:8642", "127.0.0.1:9000"])
 def test_this_machines_own_names_are_taken(client: TestClient, host: str) -> None:
     response = client.post(
         "/api/answer", json={**ASK, "sides": ["base"]}, headers={"Host": host, "Origin": f"http://{host}"}

@@ -1,7 +1,7 @@
 // Asks the server for an answer and reads its server-sent events as they come. (EventSource can only GET.)
 
 export async function* ask(question, signal) {
-  const response = await fetch("/api/answer", {
+  const response = await request("/api/answer", {
     method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(question), signal,
   });
   if (!response.ok) throw new Error((await response.json()).error);
@@ -27,8 +27,17 @@ async function* pieces(stream) {
 }
 
 export async function get(address) {
-  const response = await fetch(address);
+  const response = await request(address);
   const content = await response.json();
   if (!response.ok) throw new Error(content.error);
   return content;
+}
+
+async function request(address, options) {
+  try {
+    return await fetch(address, options);
+  } catch (error) {
+    if (error.name === "AbortError") throw error;
+    throw new Error("The studio does not answer; is it still running?");
+  }
 }
