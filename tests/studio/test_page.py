@@ -109,6 +109,24 @@ def test_the_heat_map_has_every_gate_and_is_walked_by_keys(browser: Chrome, page
     assert len(browser.find_elements(By.CSS_SELECTOR, "#nearest li")) == 2
 
 
+def test_the_heat_map_is_of_a_module_or_of_their_mean(browser: Chrome, trained: Callable[..., RunFolder]) -> None:
+    session = Session(trained({**BADIT, "target_modules": ["gate_proj", "o_proj"]}).path)
+    with served(session) as port:
+        opened(browser, f"http://127.0.0.1:{port}/")
+        ask(browser)
+        choice = Select(browser.find_element(By.ID, "module"))
+        names = [option.text for option in choice.options]
+        assert names == ["mean over modules", "self_attn.o_proj", "mlp.gate_proj"]
+        shown = []
+        for name in names:
+            choice.select_by_visible_text(name)
+            cells = browser.find_elements(By.CSS_SELECTOR, "#heat-map td")
+            shown.append([float(cell.get_attribute("textContent")) for cell in cells])
+    mean, first, second = shown
+    assert first != second
+    assert mean == pytest.approx([(a + b) / 2 for a, b in zip(first, second, strict=True)], abs=0.0011)
+
+
 def test_sliders_send_their_gates_and_the_router_comes_back(browser: Chrome, page: str) -> None:
     opened(browser, page)
     ask(browser)

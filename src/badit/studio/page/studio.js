@@ -118,10 +118,11 @@ function take(event) {
     side(event.side).classList.remove("old");
     side(event.side).querySelector(".text").textContent = event.text;
   } else if (event.name === "end") {
+    const length = event.tokens === 1 ? "1 token" : `${event.tokens} tokens`;
     const end = event.ended ? "" : ", cut at the limit";
     side(event.side).setAttribute("aria-busy", "false");
     side(event.side).querySelector(".text").textContent = event.text || "(no answer)";
-    side(event.side).querySelector(".facts").textContent = `${event.tokens} tokens${end}, ${event.seconds.toFixed(1)} s`;
+    side(event.side).querySelector(".facts").textContent = `${length}${end}, ${event.seconds.toFixed(1)} s`;
   }
 }
 
