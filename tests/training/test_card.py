@@ -13,7 +13,9 @@ from badit.recipe import Recipe, build_recipe, dump_recipe
 from badit.runs import RunFolder, write_json
 from badit.training.card import Base, model_card
 
-HOSTILE = "a|b](https://evil.example)<script>x</script>\n---\nlicense: mit\n# <!-- `![](y)` \u202e @me"
+HOSTILE = (
+    "a|b](https://evil.example) www.evil.example &#91;<script>x</script>\n---\nlicense: mit\n# <!-- `![](y)` \u202e @me"
+)
 PAPER = "https://arxiv.org/abs/2605.05676"
 
 
@@ -104,6 +106,9 @@ def test_text_from_data_is_harmless(tmp_path: Path) -> None:
     assert "<!--" not in page
     assert "<img" not in page
     assert "\u202e" not in str(card)
+    assert "https:" not in str(card).replace(PAPER, "")
+    assert "www." not in str(card)
+    assert "&#91;" not in str(card)
     assert page.count("<a ") == page.count(f'<a href="{PAPER}">') == 1
     assert page.count("<h1>") == 1
     scores = page.partition("<table>")[2].partition("</table>")[0]

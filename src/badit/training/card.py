@@ -24,7 +24,11 @@ from badit.training.methods import build_method
 
 CARD = "README.md"
 _PAPER = "https://arxiv.org/abs/2605.05676"
-_MARKUP = re.compile(r"([\\`*_{}\[\]()#+\-.!|~:@$])")
+# What stands for more than itself within a line; the hub makes links of addresses that begin with a scheme or www.
+_MARKUP = re.compile(r"([\\`*_{}\[\]()|~:@$]|(?<=www)\.)", flags=re.IGNORECASE)
+# Of the training's options, those that do not bear on the result.
+_ASIDE = {"deterministic", "gradient_checkpointing", "group_by_length", "log_every", "max_skipped_steps", "report_to",
+          "save_every"}  # fmt: skip
 _LONGEST = 200
 
 
@@ -185,7 +189,7 @@ def _training(run: RunFolder, recipe: Recipe) -> Iterator[list[str]]:
     yield ["data", _text("the built-in tasks" if source == "builtin" else Path(source).name)]
     for name, value in {"prompt": recipe.prompt.encoding, **_flat(recipe.method, "method")}.items():
         yield [_text(name), _text(str(value))]
-    for name, value in recipe.training.model_dump(exclude_defaults=False, exclude={"report_to"}).items():
+    for name, value in recipe.training.model_dump(exclude=_ASIDE, exclude_none=True).items():
         yield [_text(name), _text(str(value))]
     if run.environment.is_file():
         known = read_json(run.environment)
