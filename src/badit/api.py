@@ -25,7 +25,7 @@ from badit.errors import BaditError
 from badit.evaluation.evaluate import read_predictions
 from badit.evaluation.metrics import Prediction
 from badit.evaluation.results import Results, Scores, load_results, load_scores
-from badit.recipe import Recipe, RecipeLike, RecipeValues, make_recipe
+from badit.recipe import Recipe, RecipeLike, RecipeValues, load_recipe, make_recipe
 from badit.report.write import write_report as _write_report
 from badit.runs import RunFolder, read_json, read_jsonl
 from badit.training.plan import Plan, Split, make_plan
@@ -66,7 +66,7 @@ class Run:
     @property
     def recipe(self) -> Recipe:
         """What the run was made by."""
-        return self._folder.recipe(trust_remote_code=True)  # it is read, and no model loaded
+        return load_recipe(self._folder.config)
 
     @property
     def scores(self) -> Scores:
