@@ -94,7 +94,8 @@ def model_card(
     )
     body = "\n".join(
         [
-            f"# {_text(run.path.resolve().name)}",
+            # Not the folder's name: two runs of one recipe leave the same files.
+            f"# {_text(address.rpartition('/')[2]) if address else f'{_named(method)} on {_shown_base(recipe, base)}'}",
             "",
             *_about(run, recipe, method, base, export, merged),
             "",
@@ -121,7 +122,7 @@ def _about(
     run: RunFolder, recipe: Recipe, method: str, base: Base, export: Mapping[str, Any] | None, merged: bool
 ) -> Iterator[str]:
     what = "An adapter" if export is None else "A model" if merged else "A plain LoRA adapter"
-    kind = f"of the method [BADIT]({_PAPER})" if method == "badit" else f"of the method {_text(method)}"
+    kind = f"of the method [BADIT]({_PAPER})" if method == "badit" else f"of the method {_named(method)}"
     yield f"{what} {kind} for {_shown_base(recipe, base)}, tuned on several tasks at once with badit."
     mixture = None if export is None else export.get("mixture")
     if mixture:
@@ -207,6 +208,10 @@ def _flat(values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
     for key, value in values.items():
         flat |= _flat(value, f"{prefix}.{key}") if isinstance(value, Mapping) else {f"{prefix}.{key}": value}
     return flat
+
+
+def _named(method: str) -> str:
+    return "BADIT" if method == "badit" else _text(method)
 
 
 def _shown_base(recipe: Recipe, base: Base) -> str:
