@@ -26,7 +26,7 @@ from badit.cli.quiet import quiet_environment, quiet_loading
 from badit.data import AnswerCollator
 from badit.training.trainer import AnswerTrainer
 
-BATCH, PER_TASK, DTYPE = 4, 2, "bfloat16"
+BATCH, PER_TASK, DTYPE = 4, 1, "bfloat16"
 SHARED: dict[str, Any] = {
     "num_train_epochs": 1,
     "per_device_train_batch_size": BATCH,

@@ -34,7 +34,10 @@ EXPERTS = 8
 
 
 def share(rounds: int) -> dict[str, Any]:
-    """Seconds of a step without DOG, of its Grams at each step, and of one regrouping of all 30 layers."""
+    """Seconds of a step without DOG, of its Grams at each step, and of one regrouping of all 30 layers.
+
+    That is measured with its log of how far the output moves, two forward passes, and without.
+    """
     model = adapted("badit", "bfloat16")
     inputs = batch(4, 320)
     step = training_step(model, inputs)
@@ -42,20 +45,36 @@ def share(rounds: int) -> dict[str, Any]:
     loader = DataLoader(examples, collate_fn=default_collate)  # pyright: ignore[reportArgumentType] (a list will do)
     args = TrainingArguments(output_dir="unused", report_to=[], use_cpu=True)
     state, control = TrainerState(max_steps=10**6, is_world_process_zero=True), TrainerControl()
-    seconds: dict[str, list[float]] = {"step": [], "grams": [], "regrouping": []}
+    seconds: dict[str, list[float]] = {"step": [], "grams": [], "regrouping": [], "regrouping, no probe": []}
+    probes: dict[str, Any] = {"regrouping": "auto", "regrouping, no probe": None}
     with tempfile.TemporaryDirectory() as folder:
-        callback = RegroupCallback(every=EVERY, stop=1.0, log_path=Path(folder) / "regroupings.jsonl")
-        callback.on_train_begin(args, state, control, model=model, train_dataloader=loader)
+        callbacks = {
+            name: RegroupCallback(every=EVERY, stop=1.0, probe=probe, log_path=Path(folder) / f"{name}.jsonl")
+            for name, probe in probes.items()
+        }
+        for callback in callbacks.values():
+            callback.on_train_begin(args, state, control, model=model, train_dataloader=loader)
         step()
         for _ in range(rounds):
             seconds["step"].append(_timed(step))
-            _gradients(model)
-            seconds["grams"].append(_timed(lambda: callback.on_pre_optimizer_step(args, state, control)))
             state.global_step += EVERY
-            seconds["regrouping"].append(_timed(lambda: callback.on_step_end(args, state, control)))
+            for name, callback in callbacks.items():
+                _gradients(model)
+                grams = _timed(lambda callback=callback: callback.on_pre_optimizer_step(args, state, control))
+                seconds[name].append(_timed(lambda callback=callback: callback.on_step_end(args, state, control)))
+            seconds["grams"].append(grams)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
-    dog = medians["grams"] + medians["regrouping"] / EVERY
-    return {"every": EVERY, "seconds": seconds, "share of training": dog / (medians["step"] + dog)}
+
+    def of_training(regrouping: str) -> float:
+        dog = medians["grams"] + medians[regrouping] / EVERY
+        return dog / (medians["step"] + dog)
+
+    return {
+        "every": EVERY,
+        "seconds": seconds,
+        "share of training": of_training("regrouping"),
+        "share of training, no probe": of_training("regrouping, no probe"),
+    }
 
 
 def _gradients(model: torch.nn.Module) -> None:

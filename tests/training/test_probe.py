@@ -45,7 +45,7 @@ def loader(*lengths: tuple[int, int]) -> DataLoader:
     ("lengths", "expected"),
     [
         ([(50, 2), (9, 1), (20, 3)], list(range(3, 12))),
-        ([(50, 2), (40, 5)], list(range(11, 43))),  # of 40 tokens the last 32
+        ([(50, 2), (40, 5)], list(range(27, 43))),  # of 40 tokens the last 16
         ([(20, 1)] * 16 + [(5, 1)], list(range(3, 23))),  # the seventeenth is not looked at
     ],
 )

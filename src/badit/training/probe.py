@@ -13,7 +13,7 @@ from badit.evaluation.generation import evaluation_mode
 from badit.peft.routing_context import before_first_label
 
 # One short prompt tells how far the output moves; more would be the dearest part of a regrouping.
-_CANDIDATES, _TOKENS = 16, 32
+_CANDIDATES, _TOKENS = 16, 16
 
 
 class OutputProbe:
@@ -30,7 +30,7 @@ class OutputProbe:
 
     @classmethod
     def of(cls, model: nn.Module, batch: Mapping[str, torch.Tensor] | None, dataloader: Any) -> OutputProbe | None:
-        """On the given batch, else on the last 32 prompt tokens of the shortest of the data loader's first examples.
+        """On the given batch, else on the last 16 prompt tokens of the shortest of the data loader's first examples.
 
         None where there is no batch and the data set cannot be indexed.
         """
