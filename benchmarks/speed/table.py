@@ -156,11 +156,17 @@ def dog() -> list[list[str]]:
     return rows
 
 
+def exponents() -> list[list[str]]:
+    """How time grows: the exponents of power laws through the points of the table above."""
+    return [[what, f"{value:.2f}"] for what, value in _read("regrouping")["one layer"]["exponents"].items()]
+
+
 TABLES: dict[str, tuple[list[str], Callable[[], list[list[str]]]]] = {
     "targets": (["what", "against", "measured", "target", "met"], lambda: [row.cells() for row in targets()]),
     "steps": (["dtype", "adapter", "s", "× floor", "peak GiB"], steps),
     "growth": (["varied", "value", "adapter", "s", "peak GiB"], growth),
     "dog": (["N", "D", "Gram, each step, ms", "grouping, every 20 steps, ms"], dog),
+    "exponents": (["time grows as", "exponent"], exponents),
 }
 
 

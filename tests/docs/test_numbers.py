@@ -11,18 +11,18 @@ import pytest
 from badit.cli.table import render
 from docs.pages import RESULTS, Page, pages
 
-_FIGURE = re.compile(r"(\d+\.\d)<!-- ([\w/.-]+):([\w.]+) -->")
+_FIGURE = re.compile(r"(\d+\.(\d+))<!-- ([\w/.-]+):([^>]+?) -->")
 _TABLE = re.compile(r"<!-- table: ([\w/.-]+\.json) -->\n(.*?)\n<!-- end of table -->", flags=re.DOTALL)
 
 
 @pytest.mark.parametrize("page", [page for page in pages() if _FIGURE.search(page.text)], ids=str)
 def test_figures_are_those_of_the_committed_results(page: Page) -> None:
     """A figure that is quoted from a results file carries a comment that names the file and the key."""
-    for figure, file, key in _FIGURE.findall(page.text):
+    for figure, decimals, file, key in _FIGURE.findall(page.text):
         value: Any = json.loads((RESULTS / file).read_text())
         for part in key.split("."):
             value = value[int(part) if isinstance(value, list) else part]
-        assert f"{value:.1f}" == figure, f"{file}: {key}"
+        assert f"{value:.{len(decimals)}f}" == figure, f"{file}: {key}"
 
 
 @pytest.mark.parametrize("page", [page for page in pages() if _TABLE.search(page.text)], ids=str)
