@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
@@ -26,7 +27,7 @@ from badit.cli.quiet import quiet_environment, quiet_loading
 from badit.data import AnswerCollator
 from badit.training.trainer import AnswerTrainer
 
-BATCH, PER_TASK, DTYPE = 4, 1, "bfloat16"
+BATCH, PER_TASK, DTYPE = 4, 2, "bfloat16"
 SHARED: dict[str, Any] = {
     "num_train_epochs": 1,
     "per_device_train_batch_size": BATCH,
@@ -92,6 +93,7 @@ def main(arguments: argparse.Namespace) -> None:
     keep(
         "end_to_end",
         {
+            "data": arguments.data if arguments.data == "builtin" else Path(arguments.data).name,
             "instances": len(examples),
             "tokens": tokens,
             "batch size": BATCH,

@@ -97,8 +97,8 @@ def targets() -> list[Row]:
         Row("starting on SmolLM2, 30 layers", "–", _median(svd["initialisation seconds"]), 2.0, False, _seconds),
         Row(
             "training, tokens a second",
-            "TRL SFTTrainer + LoRA",
-            end["speed to TRL's"]["badit, BADIT"]["median"],
+            "TRL SFTTrainer + LoRA, the better attention",
+            _over_the_best_of_trl(end["tokens per second"]),
             1.5,
             True,
             _times,
@@ -116,6 +116,12 @@ def targets() -> list[Row]:
         Row("`import badit`", "–", _median(imported["seconds"]["import badit"]), 0.3, False, _seconds),
         Row("`badit --help`", "–", _median(imported["seconds"]["badit --help"]), 0.5, False, _seconds),
     ]
+
+
+def _over_the_best_of_trl(speeds: dict[str, list[float]]) -> float:
+    ours = speeds["badit, BADIT"]
+    theirs = [values for name, values in speeds.items() if name.startswith("TRL")]
+    return min(_median([a / b for a, b in zip(ours, values, strict=True)]) for values in theirs)
 
 
 def steps() -> list[list[str]]:
