@@ -60,7 +60,7 @@ class RegroupCallback(TrainerCallback):
         }
         if isinstance(probe, str) and probe != "auto":
             raise BaditError(f"regroup.probe must be a batch, 'auto' or None, got {probe!r:.60}")
-        self._probe_batch = probe
+        self._probe_batch: Mapping[str, torch.Tensor] | Literal["auto"] | None = probe
         self._log_path = log_path
         self._checkpoint = checkpoint
         self.regrouper: Regrouper | None = None
@@ -123,7 +123,8 @@ def _probe(
 ) -> OutputProbe | None:
     if batch is None:
         return None
-    batch = None if batch == "auto" else batch
+    if isinstance(batch, str):
+        batch = None
     dataset = getattr(dataloader, "dataset", None)
     if batch is None and isinstance(dataset, Sized) and len(dataset) and "input_ids" not in _first(dataset):
         batch = _pairs(dataset, getattr(dataloader, "collate_fn", None))
