@@ -46,10 +46,10 @@ def loader(*lengths: tuple[int, int]) -> DataLoader:
     [
         ([(50, 2), (9, 1), (20, 3)], list(range(3, 12))),
         ([(50, 2), (40, 5)], list(range(27, 43))),  # of 40 tokens the last 16
-        ([(20, 1)] * 16 + [(5, 1)], list(range(3, 23))),  # the seventeenth is not looked at
+        ([(14, 1)] * 16 + [(5, 1)], list(range(3, 17))),  # the seventeenth is not looked at
     ],
 )
-def test_by_default_one_prompt_of_at_most_32_tokens(
+def test_by_default_one_prompt_of_at_most_16_tokens(
     tiny_model: Model, lengths: list[tuple[int, int]], expected: list[int]
 ) -> None:
     model = adapted(tiny_model("llama"))
