@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -182,6 +183,15 @@ def test_an_interruption_while_waiting(values: Values, inline: list[str], monkey
     assert by_status(compared(values), status="done") == ["lora/0"]
 
 
+@pytest.fixture
+def _ctrl_c_interrupts() -> Iterator[None]:
+    """As in a foreground process; a shell has those in the background ignore it."""
+    former = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, former)
+
+
+@pytest.mark.usefixtures("_ctrl_c_interrupts")
 def test_running_cells_are_asked_to_stop_and_decide_nothing(values: Values, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two methods at a time: a Ctrl-C while one searches its last rate must not settle its rate."""
     values["compare"]["learning_rates"] = [0.001, 0.01]
