@@ -112,15 +112,7 @@ def _shown(annotation: Any) -> str:
         return " or ".join(_shown(part) for part in get_args(annotation))
     if annotation is type(None):
         return "null"
-    names = {
-        str: "text",
-        int: "a whole number",
-        float: "a number",
-        bool: "true or false",
-        list: "a list",
-        dict: "values by name",
-    }
-    return names.get(get_origin(annotation) or annotation, "")
+    return _WORDS.get(get_origin(annotation) or annotation, "")
 
 
 def _yaml(value: Any) -> str:

@@ -53,7 +53,7 @@ def test_by_default_one_prompt_of_at_most_16_tokens(
     tiny_model: Model, lengths: list[tuple[int, int]], expected: list[int]
 ) -> None:
     model = adapted(tiny_model("llama"))
-    probe = OutputProbe.of(model, None, loader(*lengths))
+    probe = OutputProbe.of(model, loader(*lengths))
     assert probe is not None
     assert [ids.tolist() for ids in seen_by(model, probe)] == [[expected]]
 
@@ -71,7 +71,7 @@ def test_a_given_batch_is_taken_whole_and_without_padding_and_answers(tiny_model
 
 
 def test_there_is_none_without_data_to_index(tiny_model: Model) -> None:
-    assert OutputProbe.of(adapted(tiny_model("llama")), None, None) is None
+    assert OutputProbe.of(adapted(tiny_model("llama")), None) is None
 
 
 def test_the_model_is_left_as_it_was(tiny_model: Model) -> None:

@@ -29,13 +29,11 @@ class OutputProbe:
         self._options = {"use_cache": False, **({"logits_to_keep": 1} if last_only else {})}
 
     @classmethod
-    def of(cls, model: nn.Module, batch: Mapping[str, torch.Tensor] | None, dataloader: Any) -> OutputProbe | None:
-        """On the given batch, else on the last 16 prompt tokens of the shortest of the data loader's first examples.
+    def of(cls, model: nn.Module, dataloader: Any) -> OutputProbe | None:
+        """On the last 16 prompt tokens of the shortest of the data loader's first examples.
 
-        None where there is no batch and the data set cannot be indexed.
+        None where the data set cannot be indexed.
         """
-        if batch is not None:
-            return cls(model, batch)
         dataset, collate = getattr(dataloader, "dataset", None), getattr(dataloader, "collate_fn", None)
         if collate is None or not isinstance(dataset, Sized) or not hasattr(dataset, "__getitem__") or not len(dataset):
             return None

@@ -119,18 +119,17 @@ class RegroupCallback(TrainerCallback):
 
 
 def _probe(
-    model: nn.Module, batch: Mapping[str, torch.Tensor] | Literal["auto"] | None, dataloader: Any
+    model: nn.Module, wanted: Mapping[str, torch.Tensor] | Literal["auto"] | None, dataloader: Any
 ) -> OutputProbe | None:
-    if batch is None:
+    if wanted is None:
         return None
-    if isinstance(batch, str):
-        batch = None
+    if not isinstance(wanted, str):
+        return OutputProbe(model, wanted)
     dataset = getattr(dataloader, "dataset", None)
-    if batch is None and isinstance(dataset, Sized) and len(dataset) and "input_ids" not in _first(dataset):
-        batch = _pairs(dataset, getattr(dataloader, "collate_fn", None))
-        if batch is None:
-            return None
-    return OutputProbe.of(model, batch, dataloader)
+    if isinstance(dataset, Sized) and len(dataset) and "input_ids" not in _first(dataset):
+        pairs = _pairs(dataset, getattr(dataloader, "collate_fn", None))
+        return None if pairs is None else OutputProbe(model, pairs)
+    return OutputProbe.of(model, dataloader)
 
 
 def _pairs(dataset: Any, collate: Any) -> dict[str, torch.Tensor] | None:
