@@ -26,7 +26,8 @@ from badit.errors import BaditError
 from badit.evaluation.results import RESULTS
 from badit.recipe import Recipe
 from badit.runs import RunFolder, read_json, write_json
-from badit.training.plan import make_plan
+from badit.training.plan import device, make_plan
+from badit.training.precision import warn_of_slow_dtype
 
 
 def compare(recipe: Recipe, *, jobs: int = 1, report: Callable[[str], None] = print) -> dict[str, Any]:
@@ -45,6 +46,7 @@ def compare(recipe: Recipe, *, jobs: int = 1, report: Callable[[str], None] = pr
     """
     grid = Grid(recipe)
     tasks, counts = check(grid)
+    warn_of_slow_dtype(recipe.model.dtype, device())  # its cells' own words go to their logs
     run = _Comparison(grid, tasks, jobs, report)
     try:
         run.methods()

@@ -15,6 +15,7 @@ from badit.recipe import Dtype, Recipe, expand_source
 from badit.runs import RunFolder
 from badit.training.method import Method
 from badit.training.methods import build_method
+from badit.training.precision import warn_of_slow_dtype
 
 Split = Literal["test", "validation"]
 
@@ -113,14 +114,16 @@ def encoded(
 def base_model(recipe: Recipe, *, dtype: Dtype | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A recipe's base model, in its own dtype or another one and on this process's device, and its tokenizer."""
     section = recipe.model
+    dtype = dtype or section.dtype
     model, tokenizer = load_base_model(
         section.name,
-        dtype=dtype or section.dtype,
+        dtype=dtype,
         revision=section.revision,
         trust_remote_code=section.trust_remote_code,
         quantisation=section.quantisation,
         device=device(),
     )
+    warn_of_slow_dtype(dtype, device())
     return model, tokenizer
 
 
