@@ -30,11 +30,15 @@ _SPECTRA = {
 
 
 def weight_with(spectrum, shape, seed=0):
+    """A float32 weight with the singular values of this name and random singular vectors."""
+    return weight_of(_SPECTRA[spectrum](min(shape)), shape, seed)
+
+
+def weight_of(singular_values, shape, seed=0):
     """A float32 weight with these singular values and random singular vectors."""
     rng = np.random.default_rng(seed)
-    count = min(shape)
-    u, v = (np.linalg.qr(rng.standard_normal((size, count)))[0] for size in shape)
-    return torch.tensor((u * _SPECTRA[spectrum](count)) @ v.T, dtype=torch.float32)
+    u, v = (np.linalg.qr(rng.standard_normal((size, min(shape))))[0] for size in shape)
+    return torch.tensor((u * singular_values) @ v.T, dtype=torch.float32)
 
 
 def gaussian(shape, seed=0):
@@ -74,6 +78,20 @@ def test_exact_triples_equal_those_of_numpy(rows, columns, data):
     residual, _ = residuals(weight, triples)
     transposed, _ = residuals(weight.T, (triples.vh_NI.T, triples.s_N, triples.u_ON.T))
     np.testing.assert_allclose([residual, transposed], 0.0, atol=1e-5 * s[0])
+
+
+@pytest.mark.parametrize("shape", [(60, 90), (90, 60), (70, 70)])
+@pytest.mark.parametrize(("smallest", "by_gram"), [(1.0, True), (2e-4, True), (5e-5, False), (0.0, False)])
+def test_leading_triples_keep_float32s_digits_down_to_small_singular_values(shape, smallest, by_gram):
+    spectrum = np.append(np.geomspace(1.0, max(smallest, 1e-3), 7), [smallest] + [smallest / 2] * (min(shape) - 8))
+    weight = weight_of(spectrum, shape)
+    assert (decomposition._by_gram(weight, 8) is not None) == by_gram
+    triples = top_singular_triples(weight, 8, method="exact")
+    # What a float32 weight can tell of its singular values: they are those of the exact one to its rounding.
+    np.testing.assert_allclose(triples.s_N, spectrum[:8], atol=5e-7)
+    assert_orthonormal(triples)
+    one, other = residuals(weight, triples)[0], residuals(weight.T, (triples.vh_NI.T, triples.s_N, triples.u_ON.T))[0]
+    np.testing.assert_allclose([one, other], 0.0, atol=1e-6)
 
 
 @pytest.mark.parametrize("method", ["exact", "randomized"])

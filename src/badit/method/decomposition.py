@@ -20,8 +20,10 @@ from badit.errors import BaditError
 
 SvdMethod = Literal["auto", "exact", "randomized"]
 
-# Below this many rows or columns LAPACK's full factorisation is about as fast as iterating, and exact.
+# Below this many rows or columns a dense factorisation is about as fast as iterating, and exact.
 _EXACT_UP_TO = 1024
+# A Gram matrix squares σ_N / σ_1. Down to this ratio float64 keeps more digits of every triple than float32 can hold.
+_GRAM_DOWN_TO = 1e-4
 _OVERSAMPLING = 16
 _MAX_PASSES = 200
 
@@ -47,8 +49,8 @@ def top_singular_triples(
     Args:
         weight_OI: the weight, (out, in), any floating dtype.
         rank: how many triples, N ≤ min(out, in).
-        method: "exact" (LAPACK), "randomized" (block power iteration) or "auto", which iterates only where both
-            dimensions are large against the rank.
+        method: "exact" (a dense factorisation), "randomized" (block power iteration) or "auto", which iterates only
+            where both dimensions are large against the rank.
         tolerance: the randomised method iterates until ‖W v − σ u‖ / σ ≤ tolerance for *every* triple. It never trusts
             a fixed number of passes: on a flat spectrum a few passes leave residuals of tens of per cent.
         seed: of the randomised method's start.
@@ -101,8 +103,30 @@ def expert_directions(triples: SingularTriples) -> tuple[torch.Tensor, torch.Ten
 
 
 def _exact(w_OI: torch.Tensor, rank: int) -> SingularTriples:
+    triples = _by_gram(w_OI, rank) if w_OI.device.type == "cpu" else None
+    if triples is not None:
+        return triples
     u, s, vh = torch.linalg.svd(w_OI, full_matrices=False)
     return SingularTriples(u[:, :rank], s[:rank], vh[:rank])
+
+
+def _by_gram(w_OI: torch.Tensor, rank: int) -> SingularTriples | None:
+    """The leading eigenvectors alone of the shorter side's Gram matrix in float64: half the time of all triples.
+
+    None where a wanted singular value is too small against the largest for its square to hold its digits.
+    """
+    from scipy.linalg import eigh  # torch has no factorisation of a part of the spectrum
+
+    wide_SL = (w_OI if w_OI.shape[0] <= w_OI.shape[1] else w_OI.T).double()
+    size = len(wide_SL)
+    squares_N, vectors_SN = eigh((wide_SL @ wide_SL.T).numpy(), subset_by_index=(size - rank, size - 1))
+    s_N = torch.from_numpy(squares_N).clamp_min(0).sqrt().flip(0)
+    if s_N[-1] <= _GRAM_DOWN_TO * s_N[0]:
+        return None
+    short_SN = torch.from_numpy(vectors_SN).flip(1)
+    long_NL = short_SN.T @ wide_SL / s_N[:, None]
+    u_ON, vh_NI = (short_SN, long_NL) if wide_SL.shape == w_OI.shape else (long_NL.T, short_SN.T)
+    return SingularTriples(u_ON.float(), s_N.float(), vh_NI.float())
 
 
 def _randomized(w_OI: torch.Tensor, rank: int, tolerance: float, seed: int) -> SingularTriples:
