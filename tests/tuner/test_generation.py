@@ -7,7 +7,7 @@ import torch
 from transformers import DynamicCache
 
 from badit.errors import BaditError
-from tuner.helpers import FAMILIES, adapted, cache_name, forward, greedy_by_hand, padded, random_rows
+from tuner.helpers import FAMILIES, adapted, cache_name, forward, greedy_by_hand, layers, padded, random_rows
 
 ROWS = random_rows(5, 9, 7)
 NEW = 6
@@ -208,3 +208,36 @@ def test_rows_with_adapters_of_their_own_are_refused(tiny_model):
         generate(model, ids, mask, adapter_names=["default"] * 3)
     with pytest.raises(BaditError, match="adapter_names"):
         model(input_ids=ids, adapter_names=["default"] * 3)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_gates_are_worked_in_once_a_generation(tiny_model, monkeypatch, rows):
+    model = adapted(tiny_model("llama"))
+    first, times = layers(model)[0], []
+    own = first._component_gates
+    monkeypatch.setattr(first, "_component_gates", lambda *arguments: times.append(1) or own(*arguments))
+    for generation in (1, 2):
+        generate(model, *padded(ROWS[:rows]))
+        assert len(times) == 2 * generation, "for the prompt, and for the first token after it"
+
+
+def test_a_prompt_cache_is_decoded_with_the_weights_of_the_day(tiny_model):
+    """What a generation works in does not outlive it: the cache may, and training may go on in between."""
+    model = adapted(tiny_model("llama"))
+    ids, mask = padded(random_rows(6))
+    cache, first = prefill(model, ids, mask)
+    longer = torch.cat([ids, first], dim=1)
+    options = {"attention_mask": torch.ones_like(longer), "max_new_tokens": NEW, "do_sample": False, "pad_token_id": 0}
+    name = cache_name(model)
+
+    def continued():
+        return model.generate(input_ids=longer, **options, **{name: copy.deepcopy(cache)})
+
+    before = continued()
+    with torch.no_grad():
+        for layer in layers(model):
+            layer.badit_B["default"].mul_(-3)
+    after = continued()
+    assert not torch.equal(before, after)
+    tokens = [first, *continue_by_hand(model, cache, first, mask, NEW)]
+    assert torch.equal(torch.cat(tokens, dim=1), after[:, -NEW - 1 :])

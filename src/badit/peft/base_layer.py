@@ -12,7 +12,7 @@ Shape suffixes: I/O = in/out features, K = experts, N = components, R = rows of 
 from __future__ import annotations
 
 import math
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,18 @@ from transformers.pytorch_utils import Conv1D
 from badit.errors import BaditError
 from badit.method import frozen_factors
 from badit.peft.quantised import shape_of, weight_as_used
+
+
+class WideProduct(NamedTuple):
+    """What an adapter computes of an input x:  B' (scale ∘ A' x),  of P rows of A' and N columns of B'.
+
+    Where experts share rows of A', P divides N, and each run of P columns takes all rows. A scale of None is worked
+    into B'.
+    """
+
+    a_PI: torch.Tensor
+    b_ON: torch.Tensor
+    scale: torch.Tensor | None
 
 
 class ExpertLayer(BaseTunerLayer):
@@ -177,19 +189,26 @@ class ExpertLayer(BaseTunerLayer):
         return [] if self.disable_adapters else [name for name in self.active_adapters if name in self.badit_A]
 
     def _delta(self, adapter_name: str, x: torch.Tensor) -> torch.Tensor:
+        x = self._cast_input_dtype(x, self.badit_A[adapter_name].dtype)
+        a_PI, b_ON, scale = self._wide_product(adapter_name, x)
+        hidden = self._hidden(adapter_name, self.badit_dropout[adapter_name](x), a_PI)
+        if scale is not None:
+            scale = scale.to(hidden.dtype).unflatten(-1, (-1, hidden.shape[-1]))
+            hidden = (hidden[..., None, :] * scale).flatten(-2)
+        return F.linear(hidden, b_ON)
+
+    def _wide_product(self, adapter_name: str, x: torch.Tensor) -> WideProduct:
         config = self.badit_config[adapter_name]
         a_RI, b_ON = self._factors(adapter_name)
-        x = self._cast_input_dtype(x, a_RI.dtype)
         scale = config.scaling * self._component_gates(adapter_name, x)
-        if config.subtracted_share:
-            # The initial factors ride along as N more components of a negative gate: two products instead of four.
-            initial_A, initial_B = self.initial_factors(adapter_name)
-            a_RI, b_ON = torch.cat([a_RI, initial_A]), torch.cat([b_ON, initial_B], dim=1)
-            scale = torch.cat([scale, torch.full_like(scale, -config.scaling * config.subtracted_share)], dim=-1)
-        hidden = self._hidden(adapter_name, self.badit_dropout[adapter_name](x), a_RI)
-        # Where experts share the rows of A, each of them takes all R: N gates in N / R runs. Else there is one run.
-        scale = scale.to(hidden.dtype).unflatten(-1, (-1, hidden.shape[-1]))
-        return F.linear((hidden[..., None, :] * scale).flatten(-2), b_ON)
+        if not config.subtracted_share:
+            return WideProduct(a_RI, b_ON, scale)
+        # The initial factors ride along as N more components of a negative gate: two products instead of four.
+        initial_A, initial_B = self.initial_factors(adapter_name)
+        removed = torch.full_like(scale, -config.scaling * config.subtracted_share)
+        return WideProduct(
+            torch.cat([a_RI, initial_A]), torch.cat([b_ON, initial_B], dim=1), torch.cat([scale, removed], dim=-1)
+        )
 
 
 def _precise(tensor: torch.Tensor) -> torch.Tensor:

@@ -29,7 +29,7 @@ from badit.method import (
     top_singular_triples,
     updated_moments,
 )
-from badit.peft.base_layer import ExpertLayer
+from badit.peft.base_layer import ExpertLayer, WideProduct
 from badit.peft.config import BaditConfig
 from badit.peft.quantised import shape_of
 from badit.peft.routing_context import ForwardPass, RoutingContext
@@ -160,6 +160,25 @@ class BaditLayer(ExpertLayer):
             if config.base_weight == "folded":
                 self._fold(adapter_name)
         return any(config.routing == "prompt" for config in configs.values())
+
+    def _wide_product(self, adapter_name: str, x: torch.Tensor) -> WideProduct:
+        """While one ``generate`` decodes, the product stays as it is for its first new token: only x changes."""
+        forward_pass = self.routing.forward_pass()
+        settled = None if forward_pass is None else forward_pass.settled
+        if (
+            settled is None
+            or self.badit_config[adapter_name].routing == "token"
+            or torch.is_grad_enabled()
+            or torch.compiler.is_compiling()
+        ):
+            return super()._wide_product(adapter_name, x)
+        key = f"{self.name}.{adapter_name}"
+        if key not in settled:
+            a_PI, b_ON, scale = super()._wide_product(adapter_name, x)
+            if scale is not None and len(scale) == 1:  # one row, or all rows alike
+                b_ON, scale = b_ON * scale.flatten().to(b_ON.dtype), None
+            settled[key] = WideProduct(a_PI, b_ON, scale)
+        return settled[key]
 
     def _component_gates(self, adapter_name: str, x: torch.Tensor) -> torch.Tensor:
         return self.gates(adapter_name, x)[..., self.expert_of(adapter_name)]

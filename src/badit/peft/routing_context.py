@@ -43,6 +43,7 @@ class ForwardPass:
 
     Args:
         fills_cache: whether decoding may follow, for which layers must leave their gates in ``fresh``.
+        settled: what layers may keep of this pass for the next, of one generation that decodes from one cache.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class ForwardPass:
         held: dict[str, torch.Tensor] | None = None,
         shape: torch.Size | None = None,
         fills_cache: bool = True,
+        settled: dict[str, Any] | None = None,
     ) -> None:
         self._find_prompt = find_prompt
         self._mask_BT: torch.Tensor | None = None
@@ -58,6 +60,7 @@ class ForwardPass:
         self.held = held
         self.shape = shape
         self.fills_cache = fills_cache
+        self.settled = settled
         self.fresh: dict[str, torch.Tensor] = {}
 
     @property
@@ -76,6 +79,8 @@ class RoutingContext:
         # Gradient checkpointing runs layers again in the backward pass, after the forward pass has ended.
         self._differentiated: ForwardPass | None = None
         self._generation_prompt_length: int | None = None
+        # While generating: the gates that the cache holds, and what layers keep as long as it is these.
+        self._settled: tuple[dict[str, torch.Tensor], dict[str, Any]] | None = None
         self._looked_at_labels = self._warned_of_whole_rows = False
         # Called before each pass that fills a cache or has none, for what a compiled layer cannot do. Each tells
         # whether its layer will want the prompt's mask, which is then worked out, since that looks into the batch.
@@ -112,12 +117,13 @@ class RoutingContext:
         assert self._generate is not None
         given = (kwargs.get("inputs_embeds"), *args[:1], kwargs.get("input_ids"), kwargs.get("inputs"))
         inputs = next((value for value in given if isinstance(value, torch.Tensor)), None)
-        outer = self._generation_prompt_length
+        outer = self._generation_prompt_length, self._settled
         self._generation_prompt_length = None if inputs is None else inputs.shape[1]
+        self._settled = {}, {}
         try:
             return self._generate(*args, **kwargs)
         finally:
-            self._generation_prompt_length = outer
+            self._generation_prompt_length, self._settled = outer
 
     def forward_pass(self) -> ForwardPass | None:
         """The pass that the calling layer belongs to; None when the base model was entered by another door."""
@@ -176,7 +182,8 @@ class RoutingContext:
         shape = tokens.shape[:2] if isinstance(tokens, torch.Tensor) and tokens.ndim >= 2 else None
         cache = _cache(batch)
         if cache is not None and _length(cache) > 0:
-            return ForwardPass(lambda: None, held=getattr(cache, _HELD, {}), shape=shape)
+            held = getattr(cache, _HELD, {})
+            return ForwardPass(lambda: None, held=held, shape=shape, settled=self._settled_for(held))
         if not isinstance(tokens, torch.Tensor) or shape is None:
             return ForwardPass(lambda: None)
         # Only what is small is kept for later: neither the embeddings nor the cache.
@@ -186,6 +193,11 @@ class RoutingContext:
         else:
             find_prompt = partial(self._prompt, kept, shape, tokens.device, self._generation_prompt_length)
         return ForwardPass(find_prompt, shape=shape, fills_cache=fills_cache)
+
+    def _settled_for(self, held: dict[str, torch.Tensor]) -> dict[str, Any] | None:
+        if self._settled is not None and self._settled[0] is not held:
+            self._settled = held, {}
+        return None if self._settled is None else self._settled[1]
 
     def _whole_rows(self, batch: Mapping[str, Any], shape: torch.Size, device: torch.device) -> torch.Tensor:
         if not self._warned_of_whole_rows:
