@@ -96,7 +96,7 @@ $(PEFT_SOURCE): tests/peft_suite/peft.txt | $(VENV)/.dev
 	mv $@.partial $@
 
 $(VENV)/.demo: pyproject.toml | $(BIN)/pip
-	$(BIN)/pip install --quiet --editable ".[report]"
+	$(BIN)/pip install --quiet --editable ".[demo]"
 	touch $@
 
 $(VENV)/.dev: pyproject.toml | $(BIN)/pip
