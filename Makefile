@@ -30,7 +30,7 @@ stress: $(VENV)/.dev  ## the long sweeps: runs killed at every turn, and thousan
 # SuperNI's prompts where they are at hand, else those of the built-in tasks.
 BENCH_DATA := $(if $(BADIT_SUPERNI),--data $(BADIT_SUPERNI))
 bench: $(VENV)/.dev  ## speed and memory, about an hour on two quiet cores: results/speed and docs/performance.md
-	for script in imports attention regrouping decomposition training_step decoding scaling; do \
+	for script in imports attention regrouping decomposition training_step step_profile decoding scaling; do \
 	  $(BIN)/python benchmarks/speed/$$script.py || exit 1; \
 	done
 	for script in end_to_end evaluation; do $(BIN)/python benchmarks/speed/$$script.py $(BENCH_DATA) || exit 1; done

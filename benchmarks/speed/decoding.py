@@ -13,13 +13,12 @@ from typing import Any
 
 import torch
 from measure import in_turns, keep, options, ratio
-from workload import adapted, base
+from workload import adapted, base, fast_dtypes
 
 from badit.cli.quiet import quiet_environment, quiet_loading
 
 PROMPT, NEW = 128, 64
 ROWS = (1, 8)
-DTYPE = "bfloat16"
 
 
 def decoder(model: Any, rows: int) -> Callable[[], object]:
@@ -28,17 +27,22 @@ def decoder(model: Any, rows: int) -> Callable[[], object]:
     return lambda: model.generate(input_ids=prompts, attention_mask=torch.ones_like(prompts), **settings)
 
 
-def main(arguments: argparse.Namespace) -> None:
-    models: dict[str, Any] = {"base": base(DTYPE).eval()}
-    models |= {name: adapted(name, DTYPE).eval() for name in ("lora", "badit", "badit folded")}
-    models["merged"] = adapted("lora", DTYPE).eval().merge_and_unload()  # pyright: ignore
+def measure(dtype: str, rounds: int) -> dict[str, Any]:
+    models: dict[str, Any] = {"base": base(dtype).eval()}
+    models |= {name: adapted(name, dtype).eval() for name in ("lora", "badit", "badit folded")}
+    models["merged"] = adapted("lora", dtype).eval().merge_and_unload()  # pyright: ignore
     result: dict[str, Any] = {}
     for rows in ROWS:
-        samples = in_turns({name: decoder(model, rows) for name, model in models.items()}, rounds=arguments.rounds)
+        samples = in_turns({name: decoder(model, rows) for name, model in models.items()}, rounds=rounds)
         speeds = {name: [rows * NEW / value for value in values] for name, values in samples.items()}
         ratios = {name: ratio(samples, "base", name) for name in models if name != "base"}
         result[f"{rows} prompts at a time"] = {"tokens per second": speeds, "speed to the base model's": ratios}
-    keep("decoding", {"prompt tokens": PROMPT, "new tokens": NEW, "dtype": DTYPE, **result})
+    return result
+
+
+def main(arguments: argparse.Namespace) -> None:
+    by_dtype = {dtype: measure(dtype, arguments.rounds) for dtype in fast_dtypes()}
+    keep("decoding", {"prompt tokens": PROMPT, "new tokens": NEW, **by_dtype})
 
 
 if __name__ == "__main__":

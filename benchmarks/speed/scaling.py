@@ -2,8 +2,8 @@
 
     python benchmarks/speed/scaling.py
 
-Seconds and peak memory of a step on SmolLM2-135M in bfloat16, one quantity varied at a time from 8 experts of rank 4
-and 4 rows of 320 tokens. Tasks change nothing in BADIT, whose parameters do not belong to tasks; MTL-LoRA, which has a
+Seconds and peak memory of a step on SmolLM2-135M, one quantity varied at a time from 8 experts of rank 4 and 4 rows of
+320 tokens. Tasks change nothing in BADIT, whose parameters do not belong to tasks; MTL-LoRA, which has a
 matrix for each task, is beside it.
 """
 
@@ -15,12 +15,12 @@ from collections.abc import Callable
 from typing import Any
 
 from measure import in_turns, keep, options, own_peak_memory, peak_memory_of
-from workload import adapted, base, batch, training_step
+from workload import adapted, base, batch, fast_dtypes, training_step
 
 from badit.cli.quiet import quiet_environment, quiet_loading
 from badit.training.methods import build_method
 
-DTYPE = "bfloat16"
+DTYPE = fast_dtypes()[0]
 START = {"experts": 8, "rank": 4, "rows": 4, "tokens": 320}
 VARIED: dict[str, list[int]] = {
     "experts": [2, 8, 64],

@@ -16,6 +16,7 @@ from badit.runs import read_json, write_text
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "speed"
 PAGE = ROOT / "docs" / "performance.md"
+_KINDS = ["matrix products", "attention", "element by element", "copies and casts", "optimizer", "the rest"]
 _BLOCK = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
 
@@ -60,8 +61,7 @@ def _median(values: list[float]) -> float:
 def targets() -> list[Row]:
     step, regrouping, svd = _read("training_step"), _read("regrouping"), _read("decomposition")
     rows = []
-    for dtype in ("bfloat16", "float32"):
-        one = step[dtype]
+    for dtype, one in _by_dtype(step):
         lora, badit = one["ratio to lora"], one["ratio to badit"]
         rows += [
             Row(f"training step, {dtype}", "PEFT LoRA, r 32", lora["badit"]["median"], 1.03, False, _times),
@@ -72,8 +72,7 @@ def targets() -> list[Row]:
             rows.append(Row(f"speed of a step, {dtype}", peer, badit[peer]["median"], 1.5, True, _times))
     layer = regrouping["one layer"]
     one_layer = next(value for key, value in layer.items() if key.startswith("one layer"))
-    end, scored, decoded, imported = _read("end_to_end"), _read("evaluation"), _read("decoding"), _read("imports")
-    decoding = decoded["1 prompts at a time"]["speed to the base model's"]
+    end, scored, imported = _read("end_to_end"), _read("evaluation"), _read("imports")
     return [
         *rows,
         Row("DOG, every 20 steps", "the run's time", regrouping["share of training"], 0.005, False, _percent),
@@ -111,11 +110,25 @@ def targets() -> list[Row]:
             True,
             _times,
         ),
-        Row("decoding, tokens a second", "base model", decoding["badit"]["median"], 0.95, True, _times),
-        Row("decoding, merged", "base model", decoding["merged"]["median"], 1.0, True, _times),
+        *_decoding(),
         Row("`import badit`", "–", _median(imported["seconds"]["import badit"]), 0.3, False, _seconds),
         Row("`badit --help`", "–", _median(imported["seconds"]["badit --help"]), 0.5, False, _seconds),
     ]
+
+
+def _decoding() -> list[Row]:
+    rows = []
+    for dtype, one in _by_dtype(_read("decoding")):
+        speed = one["1 prompts at a time"]["speed to the base model's"]
+        for name, target in (("badit", 0.95), ("badit folded", 0.95), ("merged", 1.0)):
+            what = f"decoding, {name.removeprefix('badit ').replace('badit', 'tokens a second')}, {dtype}"
+            rows.append(Row(what, "base model", speed[name]["median"], target, True, _times))
+    return rows
+
+
+def _by_dtype(result: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """What was measured in each of the dtypes; a processor that is slow in bfloat16 leaves it out."""
+    return [(dtype, result[dtype]) for dtype in ("bfloat16", "float32") if dtype in result]
 
 
 def _over_the_best_of_trl(speeds: dict[str, list[float]]) -> float:
@@ -127,8 +140,7 @@ def _over_the_best_of_trl(speeds: dict[str, list[float]]) -> float:
 def steps() -> list[list[str]]:
     """Seconds of a step by adapter, and how often the floor fits into it."""
     rows = []
-    for dtype in ("bfloat16", "float32"):
-        one = _read("training_step")[dtype]
+    for dtype, one in _by_dtype(_read("training_step")):
         floor = one["floor seconds"]
         rows.append([dtype, "floor: the base model's products", f"{floor:.2f}", "1.00", ""])
         for name, values in one["seconds"].items():
@@ -148,6 +160,18 @@ def growth() -> list[list[str]]:
             name, value = point.rsplit(", ", 1)
             memory = one.get("peak bytes", {}).get(point)
             rows.append([quantity, value, name, f"{_median(values):.2f}", f"{memory / 2**30:.2f}" if memory else ""])
+    return rows
+
+
+def profiles() -> list[list[str]]:
+    """Milliseconds of a step, and of a decoded token, by kind of operation."""
+    rows = []
+    for dtype, one in _by_dtype(_read("step_profile")):
+        for what, key, count in (("step", "seconds of a step", 1), ("token", "seconds of 64 tokens", 64)):
+            for name, kinds in one[key].items():
+                values = [1000 * kinds[kind] / count for kind in _KINDS]
+                digits = 0 if count == 1 else 2
+                rows.append([f"{what}, {dtype}", name, *(f"{value:.{digits}f}" for value in values)])
     return rows
 
 
@@ -171,6 +195,7 @@ TABLES: dict[str, tuple[list[str], Callable[[], list[list[str]]]]] = {
     "targets": (["what", "against", "measured", "target", "met"], lambda: [row.cells() for row in targets()]),
     "steps": (["dtype", "adapter", "s", "× floor", "peak GiB"], steps),
     "growth": (["varied", "value", "adapter", "s", "peak GiB"], growth),
+    "profile": (["ms of a", "adapter", *_KINDS], profiles),
     "dog": (["N", "D", "Gram, each step, ms", "grouping, every 20 steps, ms"], dog),
     "exponents": (["time grows as", "exponent"], exponents),
 }

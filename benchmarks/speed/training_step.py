@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from measure import in_turns, keep, matmul_peak, options, own_peak_memory, peak_memory_of, ratio
-from workload import ADAPTERS, adapted, base, batch, training_step
+from workload import ADAPTERS, adapted, base, batch, fast_dtypes, training_step
 
 from badit.cli.quiet import quiet_environment, quiet_loading
 
@@ -58,7 +58,7 @@ def main(arguments: argparse.Namespace) -> None:
     if arguments.memory_of:
         print_memory_of(arguments.memory_of, arguments.dtype)
         return
-    result = {dtype: measure(dtype, arguments.rounds) for dtype in ("bfloat16", "float32")}
+    result = {dtype: measure(dtype, arguments.rounds) for dtype in fast_dtypes()}
     keep("training_step", {"rows": ROWS, "tokens": TOKENS, **result})
 
 

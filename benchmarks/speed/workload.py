@@ -14,6 +14,7 @@ from torch import nn
 from badit import BaditConfig, load_base_model
 from badit.recipe import build_recipe
 from badit.training.plan import encoded, make_plan
+from badit.training.precision import fast_dtype
 from badit.training.trainer import answer_losses
 
 MODEL = "smollm2-135m"
@@ -21,6 +22,11 @@ EXPERTS, RANK = 8, 4
 TARGETS = ["gate_proj"]
 
 ADAPTERS = ("lora", "badit", "badit folded", "experts in a loop", "experts per sequence")
+
+
+def fast_dtypes() -> list[str]:
+    """float32, and bfloat16 unless this processor computes in it in software: that would measure nothing else."""
+    return ["float32"] if fast_dtype(torch.device("cpu")) == "float32" else ["bfloat16", "float32"]
 
 
 def base(dtype: str) -> Any:

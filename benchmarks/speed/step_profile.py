@@ -1,0 +1,74 @@
+"""Where the time of a training step and of a decoded token goes: by kind of operation, for every adapter.
+
+    python benchmarks/speed/step_profile.py
+
+Torch's own profiler, the time of each operation without that of the operations it calls; the median over rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+from decoding import decoder
+from measure import keep, options
+from torch.profiler import ProfilerActivity, profile
+from tqdm import tqdm
+from workload import ADAPTERS, adapted, base, batch, fast_dtypes, training_step
+
+from badit.cli.quiet import quiet_environment, quiet_loading
+
+ROWS, TOKENS = 4, 320
+# The first that a name has a part of.
+KINDS = {
+    "matrix products": ("::mm", "::addmm", "::bmm", "linear", "::matmul", "::mv", "einsum"),
+    "attention": ("scaled_dot_product",),
+    "optimizer": ("adam", "foreach"),
+    "copies and casts": ("copy_", "::cat", "clone", "contiguous", "index", "stack", "::fill_", "zero_"),
+    "element by element": (
+        *("::mul", "::add", "::sub", "::div", "::neg", "::pow", "rsqrt"),
+        *("silu", "softmax", "::mean", "::sum"),
+    ),
+}
+OTHERS = "the rest"
+
+
+def kind_of(operation: str) -> str:
+    return next((kind for kind, parts in KINDS.items() if any(part in operation.lower() for part in parts)), OTHERS)
+
+
+def seconds_by_kind(call: Callable[[], object]) -> dict[str, float]:
+    with profile(activities=[ProfilerActivity.CPU]) as record:
+        call()
+    found: dict[str, float] = defaultdict(float)
+    for event in record.key_averages():
+        found[kind_of(event.key)] += event.self_cpu_time_total / 1e6
+    return found
+
+
+def median_by_kind(call: Callable[[], object], rounds: int) -> dict[str, float]:
+    call()
+    found = [seconds_by_kind(call) for _ in range(rounds)]
+    return {kind: statistics.median(one.get(kind, 0.0) for one in found) for kind in (*KINDS, OTHERS)}
+
+
+def main(arguments: argparse.Namespace) -> None:
+    result: dict[str, Any] = {}
+    for dtype in fast_dtypes():
+        steps, tokens = {}, {}
+        for name in tqdm(ADAPTERS, desc=dtype, leave=False):
+            steps[name] = median_by_kind(training_step(adapted(name, dtype), batch(ROWS, TOKENS)), arguments.rounds)
+        for name in tqdm(("base", "lora", "badit", "badit folded"), desc=dtype, leave=False):
+            model = base(dtype) if name == "base" else adapted(name, dtype)
+            tokens[name] = median_by_kind(decoder(model.eval(), 1), arguments.rounds)
+        result[dtype] = {"seconds of a step": steps, "seconds of 64 tokens": tokens}
+    keep("step_profile", {"rows": ROWS, "tokens": TOKENS, **result})
+
+
+if __name__ == "__main__":
+    quiet_environment()
+    quiet_loading()
+    main(options(__doc__, rounds=3).parse_args())
