@@ -48,4 +48,7 @@ def test_the_usual_ways_compute_the_same_mixture(per_sequence: bool) -> None:
     output, wide = model(x_BTI), gradients()
     script("loops").use_loops(model, per_sequence=per_sequence)
     torch.testing.assert_close(model(x_BTI), output, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(gradients(), wide, rtol=1e-3, atol=1e-4)
+    usual = gradients()
+    assert usual.keys() == wide.keys()
+    for name, gradient in wide.items():  # sums of large terms: what cancels leaves their rounding
+        torch.testing.assert_close(usual[name], gradient, rtol=1e-3, atol=1e-5 * float(gradient.abs().max()))

@@ -46,6 +46,10 @@ def _times(value: float) -> str:
     return f"{value:.2f} ×"
 
 
+def _near_times(value: float) -> str:
+    return f"{value:.3f} ×"
+
+
 def _percent(value: float) -> str:
     return f"{100 * value:.2g} %"
 
@@ -122,7 +126,7 @@ def _decoding() -> list[Row]:
         speed = one["1 prompts at a time"]["speed to the base model's"]
         for name, target in (("badit", 0.95), ("badit folded", 0.95), ("merged", 1.0)):
             what = f"decoding, {name.removeprefix('badit ').replace('badit', 'tokens a second')}, {dtype}"
-            rows.append(Row(what, "base model", speed[name]["median"], target, True, _times))
+            rows.append(Row(what, "base model", speed[name]["median"], target, True, _near_times))
     return rows
 
 

@@ -22,7 +22,7 @@ from badit.errors import BaditError, nearest
 from badit.models import Quantisation
 from badit.yaml_values import parse_yaml
 
-Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Dtype = Literal["fast", "auto", "float32", "bfloat16", "float16"]
 # What every library below can count to; a seed must suit numpy's generator as well, which takes none below 0.
 _MOST = 2**31 - 1
 Count = Annotated[int, Field(ge=1, le=_MOST)]
@@ -49,7 +49,11 @@ class ModelSection(_Section):
     """The base model."""
 
     name: PathText = Field("smollm2-135m", description="built-in name, local folder or hub id (org/name)")
-    dtype: Dtype = Field("bfloat16", description="type of the frozen base weights")
+    dtype: Dtype = Field(
+        "fast",
+        description="type of the frozen base weights; fast: bfloat16, or float32 on a processor without instructions for "
+        "it; auto: the one they are saved in",
+    )
     quantisation: Quantisation | None = Field(
         None, description="keep the base weights in 8 or 4 bits (badit[quantised]); experts are trained beside them"
     )

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from badit.training import plan, precision
-from badit.training.precision import fast_dtype, slowdown, warn_of_slow_dtype
+from badit.training.precision import fast_dtype, settled_dtype, slowdown, warn_of_slow_dtype
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
@@ -29,6 +29,8 @@ def test_the_slowdown_is_measured():
 def test_the_fast_dtype_is_the_narrow_one_unless_the_processor_is_slow_in_it(processor, ratio, device, dtype):
     processor(ratio)
     assert fast_dtype(device) == dtype
+    assert settled_dtype("fast", device) == dtype
+    assert [settled_dtype(one, device) for one in ("auto", "float16")] == ["auto", "float16"]
 
 
 def test_a_slow_dtype_is_named_once_with_the_mend(processor, capsys):
@@ -52,9 +54,14 @@ def test_what_is_not_slow_goes_without_a_word(processor, ratio, dtype, device, c
     assert capsys.readouterr().err == ""
 
 
-def test_loading_a_recipes_model_says_so(processor, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("dtype", "loaded", "said"), [("float16", "float16", "takes 36 times"), ("fast", "float32", "")]
+)
+def test_a_recipes_model_is_loaded_in_its_dtype(processor, monkeypatch, capsys, dtype, loaded, said):
     processor(36.4)
-    monkeypatch.setattr(plan, "load_base_model", lambda *_, **__: (None, None))
+    monkeypatch.setattr(plan, "load_base_model", lambda *_, **options: (options["dtype"], None))
     monkeypatch.setattr(plan, "device", lambda: CPU)
-    plan.base_model(plan.Recipe.model_validate({"model": {"name": "smollm2-135m", "dtype": "float16"}}))
-    assert "for float16 and takes 36 times" in capsys.readouterr().err
+    model, _ = plan.base_model(plan.Recipe.model_validate({"model": {"dtype": dtype}}))
+    assert model == loaded
+    assert said in (err := capsys.readouterr().err)
+    assert bool(said) == bool(err)

@@ -14,6 +14,7 @@ from badit.runs import RunFolder, read_json, write_json
 from badit.serving.export import Export
 from badit.serving.files import SCORES
 from badit.training.plan import base_model, device, make_plan
+from badit.training.precision import settled_dtype
 from badit.training.scoring import evaluate, score_model
 
 
@@ -49,7 +50,7 @@ def _compared(routed: float, frozen: float) -> dict[str, float]:
 
 def _loaded(exported: Export, recipe: Any) -> tuple[Any, Any]:
     if exported.merged:
-        model, tokenizer = load_base_model(exported.folder, dtype=recipe.model.dtype)
+        model, tokenizer = load_base_model(exported.folder, dtype=settled_dtype(recipe.model.dtype, device()))
         return model.to(device()), tokenizer  # pyright: ignore[reportArgumentType] (a device is what it takes)
     base, tokenizer = base_model(recipe)
     try:

@@ -15,7 +15,7 @@ from badit.recipe import Dtype, Recipe, expand_source
 from badit.runs import RunFolder
 from badit.training.method import Method
 from badit.training.methods import build_method
-from badit.training.precision import warn_of_slow_dtype
+from badit.training.precision import settled_dtype, warn_of_slow_dtype
 
 Split = Literal["test", "validation"]
 
@@ -117,7 +117,7 @@ def base_model(recipe: Recipe, *, dtype: Dtype | None = None) -> tuple[PreTraine
     dtype = dtype or section.dtype
     model, tokenizer = load_base_model(
         section.name,
-        dtype=dtype,
+        dtype=settled_dtype(dtype, device()),
         revision=section.revision,
         trust_remote_code=section.trust_remote_code,
         quantisation=section.quantisation,

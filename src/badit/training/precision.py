@@ -9,6 +9,8 @@ from typing import Literal
 
 import torch
 
+from badit.recipe import Dtype
+
 _ROWS, _WIDTH, _ROUNDS = 64, 512, 3
 # bfloat16 takes from half of float32's time, with instructions for it, to forty times, without.
 _SLOW = 3.0
@@ -25,6 +27,11 @@ def slowdown(dtype: str) -> float:
         x, weight = (torch.ones(size, _WIDTH, dtype=getattr(torch, name)) for size in (_ROWS, _WIDTH))
         seconds[name] = min(_seconds_of_product(x, weight) for _ in range(_ROUNDS))
     return seconds[dtype] / seconds["float32"]
+
+
+def settled_dtype(dtype: Dtype, device: torch.device) -> Literal["auto", "float32", "bfloat16", "float16"]:
+    """A recipe's dtype, with "fast" settled for this machine."""
+    return fast_dtype(device) if dtype == "fast" else dtype
 
 
 def fast_dtype(device: torch.device) -> Literal["bfloat16", "float32"]:
