@@ -51,8 +51,8 @@ class ModelSection(_Section):
     name: PathText = Field("smollm2-135m", description="built-in name, local folder or hub id (org/name)")
     dtype: Dtype = Field(
         "fast",
-        description="type of the frozen base weights; fast: bfloat16, or float32 on a processor without instructions for "
-        "it; auto: the one they are saved in",
+        description="type of the frozen base weights; fast: bfloat16, or float32 on a processor without instructions "
+        "for it; auto: the one they are saved in",
     )
     quantisation: Quantisation | None = Field(
         None, description="keep the base weights in 8 or 4 bits (badit[quantised]); experts are trained beside them"
