@@ -20,7 +20,6 @@ from workload import adapted, base, batch, fast_dtypes, training_step
 from badit.cli.quiet import quiet_environment, quiet_loading
 from badit.training.methods import build_method
 
-DTYPE = fast_dtypes()[0]
 START = {"experts": 8, "rank": 4, "rows": 4, "tokens": 320}
 VARIED: dict[str, list[int]] = {
     "experts": [2, 8, 64],
@@ -30,14 +29,14 @@ VARIED: dict[str, list[int]] = {
 TASKS = (4, 16, 64)
 
 
-def step_of(name: str, experts: int, rank: int, rows: int, tokens: int) -> Callable[[], None]:
-    return training_step(adapted(name, DTYPE, experts=experts, rank=rank), batch(rows, tokens))
+def step_of(name: str, dtype: str, experts: int, rank: int, rows: int, tokens: int) -> Callable[[], None]:
+    return training_step(adapted(name, dtype, experts=experts, rank=rank), batch(rows, tokens))
 
 
-def step_by_tasks(method: str, tasks: int) -> Callable[[], None]:
+def step_by_tasks(method: str, dtype: str, tasks: int) -> Callable[[], None]:
     """A step of a method that has been told of so many tasks."""
     names = [f"task {i}" for i in range(tasks)]
-    model = build_method({"name": method}).apply(base(DTYPE), names).train()
+    model = build_method({"name": method}).apply(base(dtype), names).train()
     inputs: dict[str, Any] = {**batch(START["rows"], START["tokens"]), "tasks": names[: START["rows"]]}
     return training_step(model, inputs)
 
@@ -48,10 +47,11 @@ def main(arguments: argparse.Namespace) -> None:
         step(), step()
         print(own_peak_memory())
         return
+    dtype = fast_dtypes()[0]
     result: dict[str, Any] = {}
     for quantity, values in VARIED.items():
         points = {
-            f"{name}, {value}": {"name": name, **START, quantity: value}
+            f"{name}, {value}": {"name": name, "dtype": dtype, **START, quantity: value}
             for name in ("badit", "lora")
             for value in values
         }
@@ -59,9 +59,9 @@ def main(arguments: argparse.Namespace) -> None:
             "seconds": in_turns({key: step_of(**point) for key, point in points.items()}, rounds=arguments.rounds),
             "peak bytes": {k: peak_memory_of(__file__, "--memory-of", json.dumps(p)) for k, p in points.items()},
         }
-    steps = {f"{m}, {n}": step_by_tasks(m, n) for m in ("badit", "mtl-lora") for n in TASKS}
+    steps = {f"{m}, {n}": step_by_tasks(m, dtype, n) for m in ("badit", "mtl-lora") for n in TASKS}
     result["tasks"] = {"seconds": in_turns(steps, rounds=arguments.rounds)}
-    keep("scaling", {"start": START, "dtype": DTYPE, **result})
+    keep("scaling", {"start": START, "dtype": dtype, **result})
 
 
 if __name__ == "__main__":

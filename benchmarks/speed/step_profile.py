@@ -17,11 +17,11 @@ from decoding import decoder
 from measure import keep, options
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
+from training_step import ROWS, TOKENS
 from workload import ADAPTERS, adapted, base, batch, fast_dtypes, training_step
 
 from badit.cli.quiet import quiet_environment, quiet_loading
 
-ROWS, TOKENS = 4, 320
 # The first that a name has a part of.
 KINDS = {
     "matrix products": ("::mm", "::addmm", "::bmm", "linear", "::matmul", "::mv", "einsum"),

@@ -56,7 +56,7 @@ def execute(options: argparse.Namespace) -> None:
 def demo_recipe(method: Mapping[str, Any], output: str, epochs: float, seed: int) -> dict[str, Any]:
     """One method's run of the demo."""
     return {
-        "model": {"name": "smollm2-135m", "dtype": "fast"},
+        "model": {"name": "smollm2-135m"},
         "data": {"source": "builtin", "train_per_task": 40, "test_per_task": 10},
         "method": dict(method),
         "training": {"epochs": epochs, "seed": seed, "learning_rate": 5e-4, "log_every": 5, "save_every": 40},

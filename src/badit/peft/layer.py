@@ -172,7 +172,7 @@ class BaditLayer(ExpertLayer):
             or torch.compiler.is_compiling()
         ):
             return super()._wide_product(adapter_name, x)
-        key = f"{self.name}.{adapter_name}"
+        key = self._key(adapter_name)
         if key not in settled:
             a_PI, b_ON, scale = super()._wide_product(adapter_name, x)
             if scale is not None and len(scale) == 1:  # one row, or all rows alike
@@ -201,7 +201,7 @@ class BaditLayer(ExpertLayer):
 
     def _prompt_gates(self, adapter_name: str, x: torch.Tensor, forward_pass: ForwardPass | None) -> torch.Tensor:
         if forward_pass is not None and forward_pass.held is not None:
-            return self._held(forward_pass.held, f"{self.name}.{adapter_name}", x)
+            return self._held(forward_pass.held, self._key(adapter_name), x)
         mask_BT = None if forward_pass is None else forward_pass.prompt_mask_BT
         if forward_pass is None or mask_BT is None:
             mask_BT = torch.ones(x.shape[:-1], dtype=torch.bool, device=x.device)
@@ -214,8 +214,12 @@ class BaditLayer(ExpertLayer):
         gates = self._route_prompts(adapter_name, prompt_mean(x, mask_BT.to(x.device))[:, None])
         if forward_pass.fills_cache:
             # A layer's name is a constant of compiled code, so that each layer would be compiled for itself.
-            forward_pass.fresh[f"{self.name}.{adapter_name}"] = gates.detach()
+            forward_pass.fresh[self._key(adapter_name)] = gates.detach()
         return gates
+
+    def _key(self, adapter_name: str) -> str:
+        """What a cache and a generation keep of this layer, they keep under this name."""
+        return f"{self.name}.{adapter_name}"
 
     def _held(self, held: dict[str, torch.Tensor], key: str, x: torch.Tensor) -> torch.Tensor:
         gates = held.get(key)

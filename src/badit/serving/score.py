@@ -13,8 +13,7 @@ from badit.models import load_base_model
 from badit.runs import RunFolder, read_json, write_json
 from badit.serving.export import Export
 from badit.serving.files import SCORES
-from badit.training.plan import base_model, device, make_plan
-from badit.training.precision import settled_dtype
+from badit.training.plan import base_model, device, make_plan, model_dtype
 from badit.training.scoring import evaluate, score_model
 
 
@@ -50,7 +49,7 @@ def _compared(routed: float, frozen: float) -> dict[str, float]:
 
 def _loaded(exported: Export, recipe: Any) -> tuple[Any, Any]:
     if exported.merged:
-        model, tokenizer = load_base_model(exported.folder, dtype=settled_dtype(recipe.model.dtype, device()))
+        model, tokenizer = load_base_model(exported.folder, dtype=model_dtype(recipe))
         return model.to(device()), tokenizer  # pyright: ignore[reportArgumentType] (a device is what it takes)
     base, tokenizer = base_model(recipe)
     try:

@@ -11,11 +11,11 @@ import torch
 from badit.data import Instance, Task, encode_example, hold_out, limit, load_tasks, mixture, ordered
 from badit.errors import BaditError
 from badit.models import load_base_model
-from badit.recipe import Dtype, Recipe, expand_source
+from badit.recipe import Recipe, expand_source
 from badit.runs import RunFolder
 from badit.training.method import Method
 from badit.training.methods import build_method
-from badit.training.precision import settled_dtype, warn_of_slow_dtype
+from badit.training.precision import SettledDtype, settled_dtype, warn_of_slow_dtype
 
 Split = Literal["test", "validation"]
 
@@ -111,13 +111,13 @@ def encoded(
     )
 
 
-def base_model(recipe: Recipe, *, dtype: Dtype | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def base_model(recipe: Recipe, *, dtype: SettledDtype | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A recipe's base model, in its own dtype or another one and on this process's device, and its tokenizer."""
     section = recipe.model
-    dtype = dtype or section.dtype
+    dtype = dtype or model_dtype(recipe)
     model, tokenizer = load_base_model(
         section.name,
-        dtype=settled_dtype(dtype, device()),
+        dtype=dtype,
         revision=section.revision,
         trust_remote_code=section.trust_remote_code,
         quantisation=section.quantisation,
@@ -125,6 +125,11 @@ def base_model(recipe: Recipe, *, dtype: Dtype | None = None) -> tuple[PreTraine
     )
     warn_of_slow_dtype(dtype, device())
     return model, tokenizer
+
+
+def model_dtype(recipe: Recipe) -> SettledDtype:
+    """The dtype of a recipe's base model on this process's device."""
+    return settled_dtype(recipe.model.dtype, device())
 
 
 def device() -> torch.device:

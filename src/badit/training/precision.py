@@ -11,6 +11,8 @@ import torch
 
 from badit.recipe import Dtype
 
+SettledDtype = Literal["auto", "float32", "bfloat16", "float16"]
+
 _ROWS, _WIDTH, _ROUNDS = 64, 512, 3
 # bfloat16 takes from half of float32's time, with instructions for it, to forty times, without.
 _SLOW = 3.0
@@ -29,7 +31,7 @@ def slowdown(dtype: str) -> float:
     return seconds[dtype] / seconds["float32"]
 
 
-def settled_dtype(dtype: Dtype, device: torch.device) -> Literal["auto", "float32", "bfloat16", "float16"]:
+def settled_dtype(dtype: Dtype, device: torch.device) -> SettledDtype:
     """A recipe's dtype, with "fast" settled for this machine."""
     return fast_dtype(device) if dtype == "fast" else dtype
 

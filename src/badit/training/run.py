@@ -42,8 +42,7 @@ from badit.training.checkpoints import (
 from badit.training.determinism import deterministic
 from badit.training.gradients import whole_weights
 from badit.training.method import Method
-from badit.training.plan import Plan, Stage, base_model, device, encoded, make_plan, pad_id
-from badit.training.precision import settled_dtype
+from badit.training.plan import Plan, Stage, base_model, encoded, make_plan, model_dtype, pad_id
 from badit.training.scoring import evaluate
 from badit.training.trackers import refuse_missing, tracker_callbacks
 
@@ -88,7 +87,7 @@ def fit(recipe: Recipe, *, progress: bool = True) -> RunFolder:
         _remove_checkpoints(run)
         return run
     if is_main_process() and not run.environment.is_file():
-        write_json(run.environment, {**environment(), "dtype": settled_dtype(recipe.model.dtype, device())})
+        write_json(run.environment, {**environment(), "dtype": model_dtype(recipe)})
     if not plan.method.trains:
         return run
     learnt: Path | None = None
@@ -222,7 +221,7 @@ def _arguments(
 ) -> TrainingArguments:
     """HF's arguments. Base weights that are trained are kept in float32 and used in the recipe's dtype."""
     training = recipe.training
-    bf16 = mixed_precision and settled_dtype(recipe.model.dtype, device()) == "bfloat16"
+    bf16 = mixed_precision and model_dtype(recipe) == "bfloat16"
     return TrainingArguments(
         output_dir=str(staging_folder(folder.checkpoints)),
         resume_from_checkpoint=None if checkpoint is None else str(checkpoint),  # read by the callbacks
