@@ -23,9 +23,21 @@ demo: $(VENV)/.demo  ## SmolLM2 tuned on the built-in tasks by LoRA and by BADIT
 test: $(VENV)/.dev test-lowest-peft  ## all tests, and those of the adapters and their training again on the lowest supported PEFT
 	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) tests
 
-stress: $(VENV)/.dev  ## the long sweeps: runs killed at every turn, and thousands of cases of broken input
-	BADIT_STRESS=4 OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) tests/fuzz
+stress: $(VENV)/.dev $(VENV)/atheris $(VENV)/deepspeed  ## the long sweeps: runs killed at every turn, broken input by the thousands, DeepSpeed
+	BADIT_STRESS=4 PYTHONPATH=$(abspath $(VENV)/atheris) OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) tests/fuzz
 	BADIT_STRESS=4 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) tests/training/test_kills.py
+	PYTHONPATH=$(abspath $(VENV)/deepspeed) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/training/test_deepspeed.py
+
+$(VENV)/atheris: pyproject.toml | $(VENV)/.dev
+	$(BIN)/pip install --quiet --target $@ --no-deps 'atheris>=3,<4'
+	touch $@
+
+# In a folder of its own, since everything that finds it imports it. It builds from source, for which torch must be there.
+$(VENV)/deepspeed: pyproject.toml | $(VENV)/.dev
+	$(BIN)/pip install --quiet setuptools wheel
+	$(BIN)/pip install --quiet --target $@ --no-deps --no-build-isolation \
+	  'deepspeed>=0.19,<1' einops hjson msgpack ninja py-cpuinfo
+	touch $@
 
 # SuperNI's prompts where they are at hand, else those of the built-in tasks.
 BENCH_DATA := $(if $(BADIT_SUPERNI),--data $(BADIT_SUPERNI))
@@ -54,8 +66,10 @@ dist: $(VENV)/.dev  ## source distribution and wheel, in dist/
 
 # --no-deps: only PEFT itself changes; the folder goes before the virtual environment's packages.
 LOWEST_PEFT := $(VENV)/$(subst ==,-,$(filter peft%,$(LOWEST)))
+# What starts whole processes takes minutes and asks nothing of PEFT that the other tests do not.
+PROCESSES := test_kills test_several_processes
 test-lowest-peft: $(VENV)/.dev $(LOWEST_PEFT)
-	PYTHONPATH=$(LOWEST_PEFT) OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) $(ADAPTER_TESTS)
+	PYTHONPATH=$(LOWEST_PEFT) OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) $(PROCESSES:%=--ignore tests/training/%.py) $(ADAPTER_TESTS)
 
 $(LOWEST_PEFT): $(VENV)/.dev
 	$(BIN)/pip install --quiet --no-deps --target $@ $(filter peft%,$(LOWEST))

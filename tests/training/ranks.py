@@ -1,4 +1,4 @@
-"""What each of several processes runs in ``test_several_processes``: the command, with what it sees kept on the side.
+"""What each of several processes runs in ``launches``: the command, with what it sees kept on the side.
 
     python ranks.py RECORD RECIPE [key=value …]
 
@@ -60,9 +60,19 @@ def shard_on_cpu() -> None:
     PartialState.__init__ = patched
 
 
+def deepspeed_on_cpu() -> None:
+    """accelerate starts DeepSpeed on accelerators only, and DeepSpeed would first compile an exchange of its own."""
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    PartialState._prepare_backend = lambda self, *args: ("gloo", DistributedType.MULTI_CPU)  # pyright: ignore
+
+
 if __name__ == "__main__":
     if os.environ.get("BADIT_SHARD_ON_CPU"):
         shard_on_cpu()
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED"):
+        deepspeed_on_cpu()
     record = Path(sys.argv[1]) / f"rank-{os.environ.get('RANK', '0')}.safetensors"
     own = AdapterMethod.callbacks
     AdapterMethod.callbacks = lambda self, run: [*own(self, run), Recorder(record)]  # pyright: ignore

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -101,22 +102,27 @@ def test_layers_taken_together_are_what_each_is_alone(
 
 @pytest.fixture
 def deepspeed(monkeypatch: pytest.MonkeyPatch) -> dict[int, torch.Tensor]:
-    """A stub of DeepSpeed's accessors; the dictionary is its store of whole fp32 weights, by the parameter's id."""
+    """A stub of DeepSpeed's accessors; the dictionary is its store of whole fp32 weights, by the parameter's id.
+
+    ``test_deepspeed.py`` runs DeepSpeed itself.
+    """
     masters: dict[int, torch.Tensor] = {}
     utils: Any = ModuleType("deepspeed.utils")
     utils.safe_get_full_grad = lambda parameter: parameter.kept_gradient
     utils.safe_get_full_fp32_param = lambda parameter: masters[id(parameter)]
     utils.safe_set_full_fp32_param = lambda parameter, value: masters.__setitem__(id(parameter), value)
+    zero: Any = ModuleType("deepspeed.runtime.zero")
+    zero.GatheredParameters = lambda parameters, modifier_rank: nullcontext()
     package: Any = ModuleType("deepspeed")
     package.utils = utils
-    monkeypatch.setitem(sys.modules, "deepspeed", package)
-    monkeypatch.setitem(sys.modules, "deepspeed.utils", utils)
+    for name, module in (("", package), (".utils", utils), (".runtime", package), (".runtime.zero", zero)):
+        monkeypatch.setitem(sys.modules, f"deepspeed{name}", module)
     return masters
 
 
 @pytest.mark.parametrize("mark", ["_hp_mapping", "ds_id"])  # ZeRO-1 and -2; ZeRO-3
 def test_gradients_and_weights_that_deepspeed_keeps(deepspeed: dict[int, torch.Tensor], mark: str) -> None:
-    a_NI, b_ON = nn.Parameter(torch.zeros(0)), nn.Parameter(torch.zeros(0))
+    a_NI, b_ON = nn.Parameter(torch.zeros(0)), nn.Parameter(torch.zeros(5, 4))
     grad_A, grad_B = torch.randn(4, 3), torch.randn(5, 4)
     for parameter, gradient in ((a_NI, grad_A), (b_ON, grad_B)):
         setattr(parameter, mark, object())
@@ -131,6 +137,7 @@ def test_gradients_and_weights_that_deepspeed_keeps(deepspeed: dict[int, torch.T
     deepspeed[id(b_ON)] = master_ON
     scale_columns(b_ON, scale_N)
     assert torch.equal(deepspeed[id(b_ON)], master_ON * scale_N)
+    assert torch.equal(b_ON, master_ON * scale_N), "the copy that the next forward pass reads"
 
 
 def test_weights_that_deepspeed_divides_are_put_together_to_be_saved(deepspeed: dict[int, torch.Tensor]) -> None:

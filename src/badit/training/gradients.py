@@ -76,7 +76,13 @@ def scale_columns(b_ON: nn.Parameter, scale_N: torch.Tensor) -> None:
     elif _kept_by_deepspeed(b_ON):
         deepspeed = _deepspeed()
         master_ON = deepspeed.safe_get_full_fp32_param(b_ON)
-        deepspeed.safe_set_full_fp32_param(b_ON, master_ON * scale_N.to(master_ON))
+        scaled_ON = master_ON * scale_N.to(master_ON)
+        deepspeed.safe_set_full_fp32_param(b_ON, scaled_ON)
+        # That is what the next step starts from; the forward pass until then has a copy, which stage 3 divides.
+        with import_module("deepspeed.runtime.zero").GatheredParameters([b_ON], modifier_rank=0):
+            b_ON.copy_(scaled_ON)
+        if getattr(b_ON, "ds_persist", False):  # small ones stay whole between steps, and must be so again
+            b_ON.all_gather([b_ON])  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
     else:
         b_ON.mul_(scale_N.to(b_ON))
 
@@ -91,6 +97,11 @@ def whole_weights(model: nn.Module) -> dict[str, torch.Tensor] | None:
     trained = {name: _whole(parameter) for name, parameter in model.named_parameters() if parameter.requires_grad}
     named = {**trained, **dict(model.named_buffers())}
     return {name: value.detach().cpu().contiguous() for name, value in named.items()}
+
+
+def parameter_count(parameter: nn.Parameter) -> int:
+    """How many numbers a weight has, of which this process may hold only some (a DTensor tells all of them itself)."""
+    return getattr(parameter, "ds_numel", parameter.numel())
 
 
 def _in_shards(parameter: nn.Parameter) -> bool:

@@ -36,6 +36,7 @@ from badit.runs import RunFolder
 from badit.training.adapter_files import first_line, load_adapter, tensor_shapes
 from badit.training.angles import AngleLog
 from badit.training.callbacks import ProjectUpdates
+from badit.training.gradients import parameter_count
 from badit.training.regroup import RegroupCallback
 from badit.training.surgery import Surgery, SurgeryTrainer
 from badit.training.trainer import AnswerTrainer
@@ -85,7 +86,7 @@ class Method:
 
     def trained_parameters(self, model: Any) -> int:
         """How many numbers training changes, in a model that :meth:`apply` has made ready."""
-        return sum(p.numel() for p in model.parameters() if p.requires_grad) if self.trains else 0
+        return sum(parameter_count(p) for p in model.parameters() if p.requires_grad) if self.trains else 0
 
     def before_training(self, model: Any, batches: TaskBatches) -> None:
         """Looks at the data before training on it."""

@@ -13,6 +13,7 @@ import torch
 import transformers
 from tqdm import tqdm
 from transformers import TrainingArguments
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from badit.data import AnswerCollator, batches_by_task, mixture
 from badit.errors import BaditError
@@ -40,7 +41,7 @@ from badit.training.checkpoints import (
     step_of,
 )
 from badit.training.determinism import deterministic
-from badit.training.gradients import whole_weights
+from badit.training.gradients import parameter_count, whole_weights
 from badit.training.method import Method
 from badit.training.plan import Plan, Stage, base_model, encoded, make_plan, model_dtype, pad_id
 from badit.training.scoring import evaluate
@@ -170,6 +171,7 @@ def _train_stage(plan: Plan, stage: Stage, number: int, learnt: Path | None, pro
         method.save(model, partial, recipe.model.name, weights)
         replace_folder(partial, folder.adapter)
     trainer.accelerator.wait_for_everyone()
+    unset_hf_deepspeed_config()  # else the next model to be loaded, for scoring or a stage, would be divided as well
 
 
 def _remove_checkpoints(folder: RunFolder) -> None:
@@ -182,7 +184,7 @@ def _summary(method: Method, model: Any, state: Any, seconds: float) -> dict[str
     """What a training took; of a resumed one, the seconds are those since it was taken up."""
     return {
         "trainable_parameters": method.trained_parameters(model),
-        "parameters": sum(p.numel() for p in model.parameters()),
+        "parameters": sum(parameter_count(parameter) for parameter in model.parameters()),
         "steps": state.global_step,
         "tokens": int(state.num_input_tokens_seen),
         "seconds": round(seconds, 1),

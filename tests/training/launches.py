@@ -1,0 +1,128 @@
+"""Trainings in several processes, started as docs/several-gpus.md says, and what must be the same however they ran."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from badit.runs import RunFolder, read_json, read_jsonl
+
+SCRIPT = Path(__file__).with_name("ranks.py")
+FSDP2 = ["--config_file", str(Path(__file__).parents[2] / "docs" / "fsdp2.yaml")]
+
+# What comes after `accelerate launch`, and what else is in the environment. None: torchrun alone, which is DDP.
+ENGINES: dict[str, tuple[list[str] | None, dict[str, str]]] = {
+    "ddp": (None, {"ACCELERATE_USE_CPU": "true"}),
+    "fsdp2": (FSDP2, {"ACCELERATE_USE_CPU": "true", "BADIT_SHARD_ON_CPU": "1"}),
+    "fsdp2, full state": (
+        [*FSDP2, "--fsdp_state_dict_type", "FULL_STATE_DICT"],
+        {"ACCELERATE_USE_CPU": "true", "BADIT_SHARD_ON_CPU": "1"},
+    ),
+    "deepspeed, stage 2": (["--use_deepspeed", "--zero_stage", "2"], {}),
+    "deepspeed, stage 3": (["--use_deepspeed", "--zero_stage", "3"], {}),
+}
+
+
+class Launches:
+    """Trains a recipe in so many processes, with ``batch`` instances in each, into a folder of its own.
+
+    Args:
+        recipe_values: a recipe; what depends on chance within a process is switched off.
+        folder: for the runs, NAME, and what their processes saw, NAME-record.
+    """
+
+    def __init__(self, recipe_values: dict[str, Any], folder: Path) -> None:
+        values = {**recipe_values, "evaluation": {"batch_size": 4, "max_new_tokens": 2}}
+        values["method"] |= {"lora_dropout": 0.0}
+        self.folder = folder
+        self._recipe = folder / "recipe.yaml"
+        self._recipe.write_text(yaml.safe_dump(values))
+
+    def train(
+        self, name: str, processes: int, engine: str = "ddp", *, batch: int = 2, code: int = 0, stop_at: int = 0
+    ) -> str:
+        """Returns what was printed. ``code``: the exit code that is expected. ``stop_at``: see ranks.py."""
+        self.record(name).mkdir(exist_ok=True)
+        arguments, variables = ENGINES[engine]
+        if processes == 1:
+            launcher, variables = [], {"ACCELERATE_USE_CPU": "true"}
+        elif arguments is None:
+            launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        else:
+            counts = ["--num_processes", str(processes), "--main_process_port", "0"]
+            launcher = ["-m", "accelerate.commands.launch", *arguments, *counts]
+        environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([str(SCRIPT.parent.parent), os.environ.get("PYTHONPATH", "")]),
+            "OMP_NUM_THREADS": "1",
+            "PYTHONWARNINGS": "ignore",
+            "BADIT_STOP_AT": str(stop_at),
+            **variables,
+        }
+        command = [sys.executable, *launcher, str(SCRIPT), str(self.record(name)), str(self._recipe)]
+        settings = [f"output={self.folder / name}", f"training.batch_size={batch}", "training.max_steps=12"]
+        done = subprocess.run(
+            [*command, *settings], env=environment, capture_output=True, text=True, timeout=600, check=False
+        )
+        assert (done.returncode != 0) == bool(code), done.stderr
+        assert code == 0 or done.returncode == code or f"exitcode  : {code}" in done.stderr, done.stderr
+        assert "Traceback" not in done.stdout
+        return done.stdout + done.stderr
+
+    def run(self, name: str) -> RunFolder:
+        return RunFolder(self.folder / name)
+
+    def record(self, name: str) -> Path:
+        return self.folder / f"{name}-record"
+
+
+def adapter(run: RunFolder) -> dict[str, torch.Tensor]:
+    return load_file(run.adapter / "adapter_model.safetensors")
+
+
+def losses(run: RunFolder) -> list[float]:
+    return [line["loss"] for line in read_jsonl(run.metrics)]
+
+
+def assert_equal_on_both_ranks(record: Path) -> None:
+    first, second = (load_file(record / f"rank-{rank}.safetensors") for rank in (0, 1))
+    assert first.keys() == second.keys()
+    assert sum("badit_A" in name for name in first) == 12 * 2, "twelve steps, two layers"
+    assert sum("expert_of" in name for name in first) == 2
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+
+
+def assert_same_run(two: RunFolder, one: RunFolder) -> None:
+    """A run in two processes has trained and written what the run in one did."""
+    whole, sharded = adapter(one), adapter(two)
+    assert whole.keys() == sharded.keys()
+    for name in whole:
+        torch.testing.assert_close(sharded[name], whole[name], rtol=0, atol=1e-5)
+    logs = [list(read_jsonl(run.regroupings)) for run in (two, one)]
+    assert [line["labels"] for line in logs[0]] == [line["labels"] for line in logs[1]]
+    assert sum(line["components_moved"] for line in logs[0]) > 0
+    for ours, theirs in zip(*logs, strict=True):
+        for key in ("objective_after", "output_change", "intra_abs_cos", "previous_inter_degrees"):
+            assert ours[key] == pytest.approx(theirs[key], rel=1e-3), key
+    assert losses(two) == pytest.approx(losses(one), abs=1e-5)
+    took = [read_json(run.environment)["training"] | {"seconds": 0, "peak_memory_gib": 0} for run in (two, one)]
+    assert took[0] == took[1]
+    assert not list(two.path.rglob("*.partial"))
+    assert not two.checkpoints.exists()
+
+
+def assert_same_end(stopped: RunFolder, whole: RunFolder) -> None:
+    """A run that was stopped and resumed ends as one that was not, to the bit."""
+    for key, tensor in adapter(whole).items():
+        assert torch.equal(adapter(stopped)[key], tensor), key
+    for file in ("metrics.jsonl", "regroupings.jsonl", "scores.json"):
+        assert (stopped.path / file).read_text() == (whole.path / file).read_text()
