@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -72,9 +72,10 @@ def test_a_killed_process_is_named(values: Values) -> None:
     assert (Path(values["output"]) / "error.txt").read_text() == message + "\n"
 
 
-def test_a_process_that_is_asked_to_stop_has_not_failed(values: Values) -> None:
+@pytest.mark.parametrize("end", [CellProcess.stop, CellProcess.kill])
+def test_a_process_that_is_asked_to_stop_has_not_failed(values: Values, end: Callable[[CellProcess], None]) -> None:
     process = cell_process(values)
-    process.stop()
+    end(process)
     assert process.wait() == "interrupted"
     assert not (Path(values["output"]) / "error.txt").exists()
 
@@ -228,3 +229,37 @@ def test_running_cells_are_asked_to_stop_and_decide_nothing(values: Values, monk
     results = read_json(Path(values["output"]) / "results.json")
     assert by_status(results, selected=True) == []
     assert by_status(results, status="failed") == []
+
+
+def test_a_second_interruption_ends_the_cells_at_once(values: Values, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cell that takes its time to save its state, and one who will not wait for it."""
+    values["compare"]["methods"] = {"lora": {"name": "lora", "r": 4}}
+    told: list[str] = []
+
+    class Slow(InlineCell):
+        def __init__(self, config: str, folder: Path, *, score: bool, threads: int | None, device: int | None) -> None:
+            self.ended = threading.Event()
+            threading.Timer(0.5, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT)).start()
+
+        def stop(self) -> None:
+            told.append("stop")
+            threading.Timer(0.5, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT)).start()
+
+        def kill(self) -> None:
+            told.append("kill")
+            self.ended.set()
+
+        def wait(self) -> str | None:
+            assert self.ended.wait(60), "waited in vain"
+            return "interrupted"
+
+    monkeypatch.setattr(compare_module, "CellProcess", Slow)
+    former = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            compared(values)
+    finally:
+        signal.signal(signal.SIGINT, former)
+    assert told == ["stop", "kill"]
+    results = read_json(Path(values["output"]) / "results.json")
+    assert by_status(results, status="missing", error=None) == ["lora/0"]

@@ -109,14 +109,17 @@ class _Comparison:
                     future.result()
             except BaseException:
                 self._stop()
-                pool.shutdown(wait=True, cancel_futures=True)
+                try:
+                    pool.shutdown(wait=True, cancel_futures=True)
+                except KeyboardInterrupt:  # asked again: what the cells have done since their last checkpoints is lost
+                    self._stop(at_once=True)
                 raise
 
-    def _stop(self) -> None:
+    def _stop(self, *, at_once: bool = False) -> None:
         with self._lock:
             self._stopping = True
             for process in self._running:
-                process.stop()
+                process.kill() if at_once else process.stop()
 
     def _method(self, name: str) -> None:
         self.rates[name] = rate = self._rate(name)
