@@ -235,14 +235,14 @@ class RoutingContext:
         self._looked_at_labels = True
         if bool((labels_BT[:, :2] != _IGNORED_LABEL).all()):
             warnings.warn(
-                "every position carries a label, so the prompt that BADIT routes on is the first token alone: "
+                "every position carries a label, so the prompt that routes is the first token alone: "
                 "set labels to -100 on the prompt (TRL: completion_only_loss or assistant_only_loss), "
                 "or use routing='token'",
                 stacklevel=2,
             )
         elif bool((_answers(labels_BT) > 1).any()):
             warnings.warn(
-                "a row has several answers, and BADIT routes all of them on what comes before the first: "
+                "a row has several answers, and all of them are routed on what comes before the first: "
                 "give each answer a row of its own (badit.data.answer_rows), or use routing='token'",
                 stacklevel=2,
             )
