@@ -16,6 +16,7 @@ from badit.errors import BaditError
 from badit.recipe import build_recipe
 from badit.runs import RunFolder
 from badit.training import plan as plan_module
+from badit.training import precision
 from badit.training.method import AdapterMethod
 from badit.training.plan import make_plan
 from badit.training.run import train
@@ -80,6 +81,24 @@ def test_an_interrupted_run_ends_as_one_that_was_not(
         assert (tmp_path / "whole" / name).read_text() == (tmp_path / "run" / name).read_text()
     steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert steps == [*range(1, 13)]
+
+
+def test_a_resumed_run_keeps_the_dtype_that_it_began_in(recipe_values: Values, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = build_recipe(recipe_values, ["model.dtype=fast"])
+    dtypes = []
+    apply = AdapterMethod.apply
+    monkeypatch.setattr(
+        AdapterMethod, "apply", lambda self, model, tasks: (dtypes.append(model.dtype), apply(self, model, tasks))[1]
+    )
+    monkeypatch.setattr(precision, "slowdown", lambda dtype: 36.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(AdapterMethod, "callbacks", lambda self, run: [StopAt(5)])
+        with pytest.raises(KeyboardInterrupt):
+            train(recipe, progress=False)
+    monkeypatch.setattr(precision, "slowdown", lambda dtype: 0.6)
+    train(recipe, progress=False)
+    assert dtypes[:2] == [torch.float32] * 2
+    assert json.loads(RunFolder(recipe.output).environment.read_text())["dtype"] == "float32"
 
 
 def test_another_recipes_folder_is_refused(recipe_values: Values) -> None:

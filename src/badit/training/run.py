@@ -89,6 +89,7 @@ def fit(recipe: Recipe, *, progress: bool = True) -> RunFolder:
         return run
     if is_main_process() and not run.environment.is_file():
         write_json(run.environment, {**environment(), "dtype": model_dtype(recipe)})
+    plan = _in_its_first_dtype(plan, run)
     if not plan.method.trains:
         return run
     learnt: Path | None = None
@@ -106,6 +107,15 @@ def fit(recipe: Recipe, *, progress: bool = True) -> RunFolder:
         shutil.copytree(plan.stages[-1].folder.adapter, partial, dirs_exist_ok=True)
         replace_folder(partial, run.adapter)
     return run
+
+
+def _in_its_first_dtype(plan: Plan, run: RunFolder) -> Plan:
+    """The plan with the dtype that the run began in, which "fast" could settle otherwise where it is resumed."""
+    began = read_json(run.environment).get("dtype") if run.environment.is_file() else None
+    if plan.recipe.model.dtype != "fast" or began not in ("bfloat16", "float32"):
+        return plan
+    model = plan.recipe.model.model_copy(update={"dtype": began})
+    return dataclasses.replace(plan, recipe=plan.recipe.model_copy(update={"model": model}))
 
 
 def _train_stage(plan: Plan, stage: Stage, number: int, learnt: Path | None, progress: bool) -> None:
