@@ -116,14 +116,18 @@ def test_what_another_recipe_left_is_refused(searched: tuple[Values, Values, lis
 def test_a_failing_cell_stops_no_other_and_is_tried_again(
     values: Values, inline: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    values["training"]["weight_decay"] = 0.1  # which task neurons refuse when they come to train
+    def refused(self: NeuronMethod, **arguments: Any) -> None:
+        raise BaditError("no room for neurons")
+
+    whole = NeuronMethod.trainer
+    monkeypatch.setattr(NeuronMethod, "trainer", refused)
     values["compare"]["methods"] = {"neurons": {"name": "task-neurons"}, "lora": {"name": "lora", "r": 4}}
     lines: list[str] = []
     results = compared(values, report=lines.append)
     failed, done = results["cells"]
     assert (failed["status"], done["status"]) == ("failed", "done")
-    assert failed["error"].startswith("training.weight_decay: must be 0 with task-neurons")
-    assert any("neurons/lr-0.01/seed-0: FAILED (training.weight_decay" in line for line in lines)
+    assert failed["error"] == "no room for neurons"
+    assert any("neurons/lr-0.01/seed-0: FAILED (no room for neurons)" in line for line in lines)
     assert main(["table", values["output"]]) == 0
     assert "not in the table: neurons, seed 0, learning rate 0.01: failed" in capsys.readouterr().out
 
@@ -131,9 +135,16 @@ def test_a_failing_cell_stops_no_other_and_is_tried_again(
     assert compared(values) == results
     assert inline == ["lr-0.01/seed-0"], "the failed one alone"
 
-    monkeypatch.setattr(NeuronMethod, "trainer", Method.trainer)
+    monkeypatch.setattr(NeuronMethod, "trainer", whole)
     mended = compared(values)
     assert by_status(mended, status="done", error=None) == ["neurons/0", "lora/0"]
+
+
+def test_what_does_not_go_with_one_of_the_methods_is_refused_before_anything_runs(values: Values) -> None:
+    values["compare"]["methods"] |= {"neurons": {"name": "task-neurons"}}
+    values["training"]["weight_decay"] = 0.1
+    with pytest.raises(BaditError, match=r"training\.weight_decay: must be 0 with task-neurons"):
+        check(Grid(build_recipe(values)))
 
 
 def test_rates_that_fail_are_worst(values: Values, inline: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

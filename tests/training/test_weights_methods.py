@@ -121,7 +121,7 @@ def test_task_neurons_change_the_tasks_neurons_alone(recipe_values: Values, trai
 def test_task_neurons_refuse_weight_decay(recipe_values: Values) -> None:
     recipe = recipe_with(recipe_values, NEURONS, "training.weight_decay=0.01")
     with pytest.raises(BaditError, match=r"training\.weight_decay: must be 0 with task-neurons"):
-        train(recipe, progress=False)
+        make_plan(recipe)
 
 
 @pytest.mark.parametrize("method", [FULL, NEURONS], ids=lambda method: method["name"])

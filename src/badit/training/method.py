@@ -32,6 +32,7 @@ from badit.data.schema import shown
 from badit.errors import BaditError
 from badit.peft.base_model import TARGET_MODULES
 from badit.peft.routing_context import before_first_label
+from badit.recipe import Recipe
 from badit.runs import RunFolder
 from badit.training.adapter_files import first_line, load_adapter, tensor_shapes
 from badit.training.angles import AngleLog
@@ -59,6 +60,17 @@ class Method:
 
     def __init__(self, name: str) -> None:
         self.name = name
+
+    def refuse_recipe(self, recipe: Recipe) -> None:
+        """Raises BaditError where the rest of a recipe does not go with the method."""
+        if not self.trains_base_weights:
+            return
+        if recipe.model.dtype == "float16":
+            raise BaditError(f"model.dtype: float16 is too narrow to train base weights in; {self.name} needs bfloat16")
+        if recipe.model.quantisation:
+            raise BaditError(
+                f"model.quantisation: {self.name} trains the base weights, which must be whole: leave it out"
+            )
 
     def apply(self, model: PreTrainedModel, tasks: Sequence[str] = ()) -> Any:
         """The base model made ready for its first training, on ``tasks``."""
@@ -245,6 +257,11 @@ class NeuronMethod(WeightsMethod):
         self.options = options
         self._masks: dict[str, torch.Tensor] | None = None
 
+    def refuse_recipe(self, recipe: Recipe) -> None:
+        super().refuse_recipe(recipe)
+        if recipe.training.weight_decay:
+            raise BaditError("training.weight_decay: must be 0 with task-neurons, or it moves the frozen neurons too")
+
     def trained_parameters(self, model: PreTrainedModel) -> int:
         """Before the data has been seen, those of one task's neurons; several tasks share some of them."""
         if self._masks is None:
@@ -264,11 +281,6 @@ class NeuronMethod(WeightsMethod):
         ]
         self._masks = union(*masks)
         train_only(model, self._masks)
-
-    def trainer(self, **arguments: Any) -> AnswerTrainer:
-        if arguments["args"].weight_decay:
-            raise BaditError("training.weight_decay: must be 0 with task-neurons, or it moves the frozen neurons too")
-        return super().trainer(**arguments)
 
 
 @torch.no_grad()

@@ -67,12 +67,7 @@ def make_plan(recipe: Recipe, *, split: Split | None = None) -> Plan:
     """
     data = recipe.data
     method = build_method(recipe.method)
-    if method.trains_base_weights and recipe.model.dtype == "float16":
-        raise BaditError(f"model.dtype: float16 is too narrow to train base weights in; {method.name} needs bfloat16")
-    if method.trains_base_weights and recipe.model.quantisation:
-        raise BaditError(
-            f"model.quantisation: {method.name} trains the base weights, which must be whole: leave it out"
-        )
+    method.refuse_recipe(recipe)
     tasks = load_tasks(expand_source(data.source), tasks=data.tasks, format=data.format)
     tasks = hold_out(tasks, data.validation_per_task, data.seed)
     tasks = limit(tasks, data.train_per_task, data.test_per_task, data.seed)
