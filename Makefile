@@ -67,7 +67,7 @@ dist: $(VENV)/.dev  ## source distribution and wheel, in dist/
 # --no-deps: only PEFT itself changes; the folder goes before the virtual environment's packages.
 LOWEST_PEFT := $(VENV)/$(subst ==,-,$(filter peft%,$(LOWEST)))
 # What starts whole processes takes minutes and asks nothing of PEFT that the other tests do not.
-PROCESSES := test_kills test_several_processes
+PROCESSES := test_kills test_several_processes test_two_ranks
 test-lowest-peft: $(VENV)/.dev $(LOWEST_PEFT)
 	PYTHONPATH=$(LOWEST_PEFT) OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) $(PROCESSES:%=--ignore tests/training/%.py) $(ADAPTER_TESTS)
 
