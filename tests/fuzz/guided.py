@@ -15,7 +15,7 @@ from pathlib import Path
 import atheris
 
 with atheris.instrument_imports(include=["badit"]):
-    from badit.cli import compare, table, tasks, train  # noqa: F401
+    from badit.cli import table, tasks, train  # noqa: F401
     from badit.data import readers  # noqa: F401
     from badit.errors import BaditError
     from badit.evaluation import results  # noqa: F401

@@ -65,10 +65,10 @@ def check(grid: Grid) -> tuple[list[str], dict[str, int]]:
     Raises:
         BaditError: something that would stop the comparison, or make it unfair.
     """
-    firsts = {name: next(grid.chosen(name, grid.recipe.training.learning_rate)) for name in grid.methods}
-    for name, method in grid.methods.items():
-        method.refuse_recipe(grid.recipe_of(firsts[name]))
-    recipe = grid.recipe_of(firsts[grid.section.reference])
+    for method in grid.methods.values():
+        method.refuse_recipe(grid.recipe)
+    first = next(iter(grid.chosen(grid.section.reference, grid.recipe.training.learning_rate)))
+    recipe = grid.recipe_of(first)
     plan = make_plan(recipe)
     if grid.section.learning_rates is not None:
         make_plan(recipe, split="validation")

@@ -63,14 +63,6 @@ class Method:
 
     def refuse_recipe(self, recipe: Recipe) -> None:
         """Raises BaditError where the rest of a recipe does not go with the method."""
-        if not self.trains_base_weights:
-            return
-        if recipe.model.dtype == "float16":
-            raise BaditError(f"model.dtype: float16 is too narrow to train base weights in; {self.name} needs bfloat16")
-        if recipe.model.quantisation:
-            raise BaditError(
-                f"model.quantisation: {self.name} trains the base weights, which must be whole: leave it out"
-            )
 
     def apply(self, model: PreTrainedModel, tasks: Sequence[str] = ()) -> Any:
         """The base model made ready for its first training, on ``tasks``."""
@@ -204,6 +196,14 @@ class WeightsMethod(Method):
 
     trains = True
     trains_base_weights = True
+
+    def refuse_recipe(self, recipe: Recipe) -> None:
+        if recipe.model.dtype == "float16":
+            raise BaditError(f"model.dtype: float16 is too narrow to train base weights in; {self.name} needs bfloat16")
+        if recipe.model.quantisation:
+            raise BaditError(
+                f"model.quantisation: {self.name} trains the base weights, which must be whole: leave it out"
+            )
 
     def load(self, model: PreTrainedModel, folder: Path) -> PreTrainedModel:
         path = folder / WEIGHTS
