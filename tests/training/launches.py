@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,20 +15,26 @@ import yaml
 from safetensors.torch import load_file
 
 from badit.runs import RunFolder, read_json, read_jsonl
+from badit.training.checkpoints import last_checkpoint
 
 SCRIPT = Path(__file__).with_name("ranks.py")
 FSDP2 = ["--config_file", str(Path(__file__).parents[2] / "docs" / "fsdp2.yaml")]
+DEEPSPEED = ["--use_deepspeed"]
+ON_CPU = {"ACCELERATE_USE_CPU": "true"}
+SHARDED_ON_CPU = {**ON_CPU, "BADIT_SHARD_ON_CPU": "1"}
 
 # What comes after `accelerate launch`, and what else is in the environment. None: torchrun alone, which is DDP.
 ENGINES: dict[str, tuple[list[str] | None, dict[str, str]]] = {
-    "ddp": (None, {"ACCELERATE_USE_CPU": "true"}),
-    "fsdp2": (FSDP2, {"ACCELERATE_USE_CPU": "true", "BADIT_SHARD_ON_CPU": "1"}),
-    "fsdp2, full state": (
-        [*FSDP2, "--fsdp_state_dict_type", "FULL_STATE_DICT"],
-        {"ACCELERATE_USE_CPU": "true", "BADIT_SHARD_ON_CPU": "1"},
+    "ddp": (None, ON_CPU),
+    "fsdp2": (FSDP2, SHARDED_ON_CPU),
+    "fsdp2, full state": ([*FSDP2, "--fsdp_state_dict_type", "FULL_STATE_DICT"], SHARDED_ON_CPU),
+    "deepspeed, stage 2": ([*DEEPSPEED, "--zero_stage", "2"], {}),
+    "deepspeed, stage 3": ([*DEEPSPEED, "--zero_stage", "3"], {}),
+    # Stage 3 keeps small parameters whole unless it is told to divide every one.
+    "deepspeed, all divided": (
+        [*DEEPSPEED, "--deepspeed_config_file", str(Path(__file__).with_name("all_divided.json"))],
+        {},
     ),
-    "deepspeed, stage 2": (["--use_deepspeed", "--zero_stage", "2"], {}),
-    "deepspeed, stage 3": (["--use_deepspeed", "--zero_stage", "3"], {}),
 }
 
 
@@ -53,7 +60,7 @@ class Launches:
         self.record(name).mkdir(exist_ok=True)
         arguments, variables = ENGINES[engine]
         if processes == 1:
-            launcher, variables = [], {"ACCELERATE_USE_CPU": "true"}
+            launcher, variables = [], ON_CPU
         elif arguments is None:
             launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
         else:
@@ -120,8 +127,22 @@ def assert_same_run(two: RunFolder, one: RunFolder) -> None:
     assert not two.checkpoints.exists()
 
 
-def assert_same_end(stopped: RunFolder, whole: RunFolder) -> None:
-    """A run that was stopped and resumed ends as one that was not, to the bit."""
+def assert_stops_and_resumes(launches: Launches, engine: str, *, written_under: str | None = None) -> None:
+    """A signal to one process stops both at the same step; resumed, they end as those that were not, to the bit.
+
+    Args:
+        launches: has trained ENGINE. The run that was stopped stays, as it was then, as ENGINE-copied.
+        written_under: what one process alone says of the stopped run, where it cannot go on with it.
+    """
+    name = f"{engine}-stopped"
+    talk = launches.train(name, 2, engine, code=130, stop_at=7)
+    assert talk.count("badit: interrupted") == 1, talk
+    stopped, whole = launches.run(name), launches.run(engine)
+    assert last_checkpoint(stopped.checkpoints) == stopped.checkpoints / "checkpoint-7"
+    shutil.copytree(stopped.path, launches.folder / f"{engine}-copied")
+    if written_under is not None:
+        assert f"was written under {written_under}" in launches.train(name, 1, code=2)
+    launches.train(name, 2, engine)
     for key, tensor in adapter(whole).items():
         assert torch.equal(adapter(stopped)[key], tensor), key
     for file in ("metrics.jsonl", "regroupings.jsonl", "scores.json"):

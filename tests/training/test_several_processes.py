@@ -3,26 +3,18 @@
 from __future__ import annotations
 
 import shutil
-from pathlib import Path
-from typing import Any
 
 import pytest
 
 from badit.runs import read_jsonl
-from badit.training.checkpoints import last_checkpoint
 from training.launches import (
     Launches,
     adapter,
     assert_equal_on_both_ranks,
-    assert_same_end,
     assert_same_run,
+    assert_stops_and_resumes,
     losses,
 )
-
-
-@pytest.fixture
-def launches(recipe_values: dict[str, Any], tmp_path: Path) -> Launches:
-    return Launches(recipe_values, tmp_path)
 
 
 def test_two_processes_end_as_one_does(launches: Launches) -> None:
@@ -33,26 +25,15 @@ def test_two_processes_end_as_one_does(launches: Launches) -> None:
         assert talk.count("0/12 [00:00<?") == 1, "one bar"
         assert_equal_on_both_ranks(launches.record(engine))
         assert_same_run(launches.run(engine), launches.run("one"))
-    for engine in ("ddp", "fsdp2"):
-        assert_resumes_exactly(launches, engine)
-    # The stopped runs go on in three processes, whose steps have more instances, and each as the other.
+    assert_stops_and_resumes(launches, "ddp")
+    assert_stops_and_resumes(launches, "fsdp2", written_under="FSDP")
+    # The stopped run of two processes goes on in one, whose steps have half as many instances; and in three.
+    shutil.copytree(launches.run("ddp-copied").path, launches.folder / "alone")
+    launches.train("alone", 1)
     for engine in ("ddp", "fsdp2"):
         launches.train(f"{engine}-copied", 3, engine)
-    ddp, fsdp2 = (launches.run(f"{engine}-copied") for engine in ("ddp", "fsdp2"))
-    assert [line["step"] for line in read_jsonl(fsdp2.metrics)] == list(range(1, 13))
-    assert losses(fsdp2) == pytest.approx(losses(ddp), abs=1e-5)
-    assert all(tensor.isfinite().all() for tensor in adapter(fsdp2).values())
-
-
-def assert_resumes_exactly(launches: Launches, engine: str) -> None:
-    """A signal to one process stops both at the same step; resumed, they end as those that were not stopped."""
-    name = f"{engine}-stopped"
-    talk = launches.train(name, 2, engine, code=130, stop_at=7)
-    assert talk.count("badit: interrupted") == 1, talk
-    stopped = launches.run(name)
-    assert last_checkpoint(stopped.checkpoints) == stopped.checkpoints / "checkpoint-7"
-    shutil.copytree(stopped.path, launches.folder / f"{engine}-copied")
-    if engine != "ddp":
-        assert "was written under FSDP" in launches.train(name, 1, code=2)
-    launches.train(name, 2, engine)
-    assert_same_end(stopped, launches.run(engine))
+    for name in ("alone", "ddp-copied", "fsdp2-copied"):
+        run = launches.run(name)
+        assert [line["step"] for line in read_jsonl(run.metrics)] == list(range(1, 13))
+        assert all(tensor.isfinite().all() for tensor in adapter(run).values())
+    assert losses(launches.run("fsdp2-copied")) == pytest.approx(losses(launches.run("ddp-copied")), abs=1e-5)
