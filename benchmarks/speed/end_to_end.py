@@ -2,9 +2,10 @@
 
     python benchmarks/speed/end_to_end.py [--data FOLDER]
 
-Both train one epoch on the same tokenised instances with a loss on the answers alone, the same model in bfloat16, batch
-size and optimizer; TRL with what makes it fastest on a CPU: batches grouped by length, no gradient checkpointing, its
-loss in chunks over labelled tokens alone. What counts is tokens that are not padding, a second.
+Both train one epoch on the same tokenised instances with a loss on the answers alone, the same model in bfloat16 (or
+float32, where a processor has no instructions for that), batch size and optimizer; TRL with what makes it fastest on a
+CPU: batches grouped by length, no gradient checkpointing, its loss in chunks over labelled tokens alone. What counts is
+tokens that are not padding, a second.
 """
 
 from __future__ import annotations
@@ -20,20 +21,21 @@ from measure import in_turns, keep, options, ratio
 from peft import LoraConfig
 from transformers import TrainingArguments
 from trl import SFTConfig, SFTTrainer
-from workload import EXPERTS, RANK, TARGETS, adapted, base, data_options, instances
+from workload import EXPERTS, RANK, TARGETS, adapted, base, data_options, fast_dtypes, instances
 
 from badit import RegroupCallback, load_base_model
 from badit.cli.quiet import quiet_environment, quiet_loading
 from badit.data import AnswerCollator
 from badit.training.trainer import AnswerTrainer
 
-BATCH, PER_TASK, DTYPE = 4, 2, "bfloat16"
+BATCH, PER_TASK = 4, 2
+DTYPE = fast_dtypes()[0]
 SHARED: dict[str, Any] = {
     "num_train_epochs": 1,
     "per_device_train_batch_size": BATCH,
     "learning_rate": 1e-4,
     "use_cpu": True,
-    "bf16": False,  # the base weights are bfloat16 already, the adapters float32
+    "bf16": False,  # the base weights have that dtype already, the adapters float32
     "report_to": [],
     "save_strategy": "no",
     "logging_steps": 1000,
@@ -97,6 +99,7 @@ def main(arguments: argparse.Namespace) -> None:
             "instances": len(examples),
             "tokens": tokens,
             "batch size": BATCH,
+            "dtype": DTYPE,
             "tokens per second": {name: [tokens / s for s in values] for name, values in samples.items()},
             "speed to TRL's": {name: ratio(samples, "TRL, LoRA", name) for name in list(runs)[1:]},
         },

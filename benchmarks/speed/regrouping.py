@@ -21,7 +21,7 @@ import torch
 from measure import in_turns, keep, options
 from torch.utils.data import DataLoader, default_collate
 from transformers import TrainerControl, TrainerState, TrainingArguments
-from workload import adapted, batch, training_step
+from workload import adapted, batch, fast_dtypes, training_step
 
 from badit import RegroupCallback
 from badit.cli.quiet import quiet_environment, quiet_loading
@@ -33,12 +33,12 @@ SIZES = (2_000, 5_000, 10_000, 20_000)
 EXPERTS = 8
 
 
-def share(rounds: int) -> dict[str, Any]:
+def share(rounds: int, dtype: str) -> dict[str, Any]:
     """Seconds of a step without DOG, of its Grams at each step, and of one regrouping of all 30 layers.
 
     That is measured with its log of how far the output moves, two forward passes, and without.
     """
-    model = adapted("badit", "bfloat16")
+    model = adapted("badit", dtype)
     inputs = batch(4, 320)
     step = training_step(model, inputs)
     examples = [{key: rows[0] for key, rows in batch(1, 320).items()}]
@@ -124,7 +124,8 @@ def _slope(seconds: dict[int, float]) -> float:
 
 
 def main(arguments: argparse.Namespace) -> None:
-    keep("regrouping", {**share(arguments.rounds), "one layer": one_layer(arguments.rounds)})
+    dtype = fast_dtypes()[0]
+    keep("regrouping", {"dtype": dtype, **share(arguments.rounds, dtype), "one layer": one_layer(arguments.rounds)})
 
 
 if __name__ == "__main__":
