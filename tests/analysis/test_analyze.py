@@ -50,6 +50,15 @@ def test_a_run_with_experts_has_all_tables(run: Path) -> None:
     assert record["settings"] == {"data": None, "instances": 2}
 
 
+def test_tables_that_stand_apart_are_shown_beside_the_runs_scores(run: Path, tmp_path: Path) -> None:
+    apart = tmp_path / "apart"
+    assert main(["analyze", str(run), "--instances", "2", "-o", str(apart)]) == 0
+    assert not (run / "analysis").exists()
+    page = (apart / "report.html").read_text()
+    assert "<code>scores.json</code> of" in page
+    assert "<code>analysis/gates.json</code> of apart" in page
+
+
 def test_a_finished_part_is_not_measured_again(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(module, "ability_atlas", _interrupt)

@@ -18,3 +18,4 @@ def test_two_processes_end_as_one_does_and_resume_exactly(launches: Launches) ->
         launches.train(engine, 2, engine)
         assert_same_run(launches.run(engine), launches.run("one"))
         assert_stops_and_resumes(launches, engine, written_under="DeepSpeed")
+        assert "was written by 2 processes" in launches.train(f"{engine}-copied", 3, engine, code=2)

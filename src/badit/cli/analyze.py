@@ -26,6 +26,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def execute(options: argparse.Namespace) -> None:
     from badit.api import analyze
     from badit.cli.report import write_if_possible
+    from badit.report.sources import is_source
 
     quiet_loading()
     found = analyze(
@@ -37,4 +38,6 @@ def execute(options: argparse.Namespace) -> None:
     )
     print(table(["table", "rows"], [[name, f"{len(each.rows):,}"] for name, each in found.tables.items()], right={1}))
     print(f"\nTables: {found.path / 'analysis'}")
-    print(write_if_possible([found.path], found.path / "report.html"))
+    # Tables that stand apart from their run or comparison are shown beside what that has: its scores, its losses.
+    apart = is_source(options.target) and not found.path.samefile(options.target)
+    print(write_if_possible([options.target, found.path] if apart else [found.path], found.path / "report.html"))

@@ -63,11 +63,13 @@ def _of_source(report: Report, source: Source) -> Iterator[tuple[tuple[str, ...]
         yield ("expert_losses",), _on_losses(report, losses)
     for record in source.tables.get("ability_recovery", []):
         if record["measure"] == "correlation" and record["value"] is not None:
-            sure = "beyond" if (record["p_value"] or 0) < 0.05 else "not beyond"
+            p_value = record["p_value"] or 0
+            sure = "beyond" if p_value < 0.05 else "not beyond"
+            shown = "< 0.001" if p_value < 0.001 else f"= {number(p_value, 3)}"
             yield (
                 ("ability_recovery",),
                 f"Gates agree with the tasks' known abilities with a correlation of {number(record['value'], 2)}, "
-                f"{sure} chance (p = {number(record['p_value'], 3)}).",
+                f"{sure} chance (p {shown}).",
             )
     if gaps := source.tables.get("task_gap"):
         yield from _on_gaps(gaps)

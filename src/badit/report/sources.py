@@ -119,11 +119,16 @@ def read_sources(paths: Sequence[str | os.PathLike[str]]) -> list[Source]:
     return [_read(folder, label) for folder, label in zip(folders, _labels(folders), strict=True)]
 
 
+def is_source(folder: str | os.PathLike[str]) -> bool:
+    """Whether a folder holds what a report can be made of."""
+    return any((Path(folder) / name).exists() for name in (RESULTS, "config.yaml", "analysis"))
+
+
 def _folder(path: Path) -> Path:
     folder = path.parent if path.name == RESULTS and path.is_file() else path
     if not folder.is_dir():
         raise BaditError(f"{path}: is not there; name a run's folder, a comparison's, or a results.json")
-    if not any((folder / name).exists() for name in (RESULTS, "config.yaml", "analysis")):
+    if not is_source(folder):
         raise BaditError(
             f"{path}: holds no config.yaml, results.json or analysis; name a run's folder or a comparison's"
         )

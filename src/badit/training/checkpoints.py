@@ -77,15 +77,16 @@ def staging_folder(checkpoints: Path) -> Path:
     return staging
 
 
-def refuse_other_engine(checkpoint: Path, engine: str) -> None:
-    """Each engine keeps weights and optimizer in a form of its own; the number of processes does not matter.
+def refuse_other_engine(checkpoint: Path, engine: str, processes: int) -> None:
+    """Each engine keeps weights and optimizer in a form of its own, and DeepSpeed in one for its number of processes.
 
     Args:
         checkpoint: what is about to be resumed from.
         engine: "FSDP", "DeepSpeed" or, for a single process and DDP, "neither".
+        processes: how many train now.
 
     Raises:
-        BaditError: another engine wrote the checkpoint.
+        BaditError: another engine wrote the checkpoint, or DeepSpeed in another number of processes.
     """
     wrote = "neither"
     if any(checkpoint.glob("pytorch_model_fsdp*")):
@@ -95,6 +96,13 @@ def refuse_other_engine(checkpoint: Path, engine: str) -> None:
     if wrote != engine:
         under = {"neither": "under neither FSDP nor DeepSpeed"}.get(wrote, f"under {wrote}")
         raise BaditError(f"{checkpoint}: was written {under}; start it so again, or remove the folder to begin anew")
+    # One file a process: how DeepSpeed divides the optimizer's state.
+    parts = len(list(checkpoint.glob("*/*zero_pp_rank_*_optim_states.pt")))
+    if engine == "DeepSpeed" and parts not in (0, processes):
+        raise BaditError(
+            f"{checkpoint}: was written by {parts} processes, and DeepSpeed goes on with no other number than that, "
+            f"not with {processes}; start it so again, or remove the folder to begin anew"
+        )
 
 
 class SealCheckpoints(TrainerCallback):

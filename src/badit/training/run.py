@@ -155,7 +155,7 @@ def _train_stage(plan: Plan, stage: Stage, number: int, learnt: Path | None, pro
     if engine != "neither":
         method.refuse_shards(model)
     if checkpoint is not None:
-        refuse_other_engine(checkpoint, engine)
+        refuse_other_engine(checkpoint, engine, trainer.accelerator.num_processes)
     started = time.monotonic()
     with deterministic(recipe.training.deterministic), fast_on_short_sequences(base), StopOnSignal() as stop:
         for callback in (TrainerSums(trainer), SealCheckpoints(folder.checkpoints), stop):
