@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from data.examples import CHATML, make_tokenizer
+from fuzz.command import COUNTED
 
 VOCABULARY = 100
 _WINDOW = 4  # shorter than the tests' prompts, so that windowed layers really forget
@@ -171,3 +172,11 @@ def recipe_values(tmp_path: Path, model_folder: Path, task_file: Path) -> dict[s
         "evaluation": {"batch_size": 4, "max_new_tokens": 4},
         "output": str(tmp_path / "run"),
     }
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """A line on how many cases of broken input were tried; a hook in that room would not be asked by ``make test``."""
+    reports = [report for reports in terminalreporter.stats.values() for report in reports]
+    properties = [dict(report.user_properties) for report in reports if getattr(report, "when", "") == "teardown"]
+    if total := sum(each.get(COUNTED, 0) for each in properties):
+        terminalreporter.write_line(f"{total:,} {COUNTED}")

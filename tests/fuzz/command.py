@@ -17,6 +17,7 @@ from badit.cli import main
 # `make stress` tries many times as many cases as `make test`.
 STRESS = int(os.environ.get("BADIT_STRESS", "1"))
 _HANG_SECONDS = 300  # far beyond what any case takes on a busy machine
+COUNTED = "cases of broken input"
 tried = 0
 
 
@@ -39,7 +40,8 @@ def ends_well(*arguments: str) -> bool:
         code = main(list(arguments))
     said = err.getvalue()
     if code == 0:
-        assert out.getvalue().strip(), "a command that has done its work says so"
+        # A line at least; of a model whose weights have changed the answer may be an empty one.
+        assert out.getvalue(), "a command that has done its work says so"
         return True
     assert code == 2, f"exit code {code}: {said}"
     assert out.getvalue() == "", "what is refused gives no part of a result"
