@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from measure import in_turns, keep, options, ratio
-from workload import MODEL, data_options, instances
+from workload import MODEL, data_options, fast_dtypes, instances
 
 from badit import load_base_model
 from badit.cli.quiet import quiet_environment, quiet_loading
@@ -35,7 +35,7 @@ def plain_loop(model: Any, tokenizer: Any, prompts: list[list[int]]) -> list[str
 
 
 def main(arguments: argparse.Namespace) -> None:
-    model, tokenizer = load_base_model(MODEL, dtype="bfloat16")
+    model, tokenizer = load_base_model(MODEL, dtype=fast_dtypes()[0])  # pyright: ignore[reportArgumentType]
     model.eval()  # pyright: ignore
     examples = instances(tokenizer, arguments.data, "test", PER_TASK)
     prompts = [example["input_ids"] for example in examples]
