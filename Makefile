@@ -80,11 +80,11 @@ test-matrix: $(MATRIX)/lowest/.done $(MATRIX)/newest/.done  ## the adapters' tes
 	  OMP_NUM_THREADS=1 $(MATRIX)/$$row/bin/python $(PYTEST) $(ADAPTER_TESTS) || exit 1; \
 	done
 
-$(MATRIX)/lowest/.done: REQUIREMENTS := $(LOWEST)
-$(MATRIX)/newest/.done: REQUIREMENTS := --upgrade --upgrade-strategy eager
+$(MATRIX)/lowest/.done: REQUIREMENTS := $(LOWEST) --editable '.[test]'
+$(MATRIX)/newest/.done: REQUIREMENTS := --upgrade --upgrade-strategy eager --editable '.[dev]'
 $(MATRIX)/%/.done: pyproject.toml
 	$(PYTHON) -m venv $(MATRIX)/$*
-	$(MATRIX)/$*/bin/pip install --quiet $(REQUIREMENTS) --editable '.[dev]'
+	$(MATRIX)/$*/bin/pip install --quiet $(REQUIREMENTS)
 	touch $@
 
 # Asks a service on the network for known holes in what is installed. --strict: what it knows nothing of fails, too.

@@ -159,16 +159,22 @@ def steps() -> list[list[str]]:
 
 
 def growth() -> list[list[str]]:
-    """Seconds and memory of a step by what was varied."""
+    """Seconds and memory of a step by what was varied: BADIT, and the adapter that was measured beside it."""
     scaling = _read("scaling")
     rows = []
-    for quantity, one in scaling.items():
-        if not isinstance(one, dict) or "seconds" not in one:
-            continue
-        for point, values in one["seconds"].items():
-            name, value = point.rsplit(", ", 1)
-            memory = one.get("peak bytes", {}).get(point)
-            rows.append([quantity, value, name, f"{_median(values):.2f}", f"{memory / 2**30:.2f}" if memory else ""])
+    for quantity in ("experts", "tokens", "rows", "tasks"):
+        one = scaling[quantity]
+        points: dict[str, dict[str, str]] = {}  # value -> adapter -> its key
+        for point in one["seconds"]:
+            adapter, value = point.rsplit(", ", 1)
+            points.setdefault(value, {})[adapter] = point
+        for value, keys in points.items():
+            ours = keys.pop("badit")
+            ((other, theirs),) = keys.items()
+            seconds = [one["seconds"][key] for key in (ours, theirs)]
+            ratio = _median([a / b for a, b in zip(*seconds, strict=True)])
+            gib = [f"{one['peak bytes'][key] / 2**30:.2f}" if "peak bytes" in one else "" for key in (ours, theirs)]
+            rows.append([quantity, value, *(f"{_median(s):.2f}" for s in seconds), other, f"{ratio:.2f}", *gib])
     return rows
 
 
@@ -203,7 +209,10 @@ def exponents() -> list[list[str]]:
 TABLES: dict[str, tuple[list[str], Callable[[], list[list[str]]]]] = {
     "targets": (["what", "against", "measured", "target", "met"], lambda: [row.cells() for row in targets()]),
     "steps": (["dtype", "adapter", "s", "× floor", "peak GiB"], steps),
-    "growth": (["varied", "value", "adapter", "s", "peak GiB"], growth),
+    "growth": (
+        ["varied", "to", "BADIT, s", "beside it, s", "which is", "ratio", "BADIT, GiB", "beside it, GiB"],
+        growth,
+    ),
     "profile": (["ms of a", "adapter", *_KINDS], profiles),
     "dog": (["N", "D", "Gram, each step, ms", "grouping, every 20 steps, ms"], dog),
     "exponents": (["time grows as", "exponent"], exponents),

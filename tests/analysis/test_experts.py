@@ -64,6 +64,8 @@ def test_a_run_without_logs_has_no_rows(tmp_path):
     [
         ({"step": 10, "modules": 30, "intra_degrees": 70.0}, "line 2: module: field required"),
         (regrouping(10, after=(0, 1)), "line 2: labels and previous_labels must name the same number"),
+        (regrouping(10, after=(0, 1, 0, 10**9)), "line 2: labels and previous_labels must be experts"),
+        (regrouping(10, before=(0, 1, 0, -1)), "line 2: labels and previous_labels must be experts"),
         ({**regrouping(10), "labels": "0011"}, "line 2: labels: input should be a valid list"),
         ([1, 2], "must hold one JSON object, not a list .line 2"),
     ],

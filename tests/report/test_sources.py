@@ -105,7 +105,10 @@ def test_every_table_of_the_contract_is_checked(name: str, tmp_path: Path) -> No
     ("name", "column", "value", "kind"),
     [
         ("gates", "mean", "1.0", "a number"),
-        ("gates", "expert", 1.5, "a whole number"),
+        ("gates", "expert", 1.5, "an expert's number"),
+        ("gates", "expert", -1, "an expert's number"),
+        ("component_flow", "to_expert", 10**9, "an expert's number, from 0 to 1023"),
+        ("coactivation", "tasks", 2, "a number of tasks that has its row"),
         ("gates", "layer", None, "a whole number"),
         ("gates", "std", True, "a number"),
         ("gates", "mean", float("nan"), "a number"),
@@ -113,8 +116,8 @@ def test_every_table_of_the_contract_is_checked(name: str, tmp_path: Path) -> No
     ],
 )
 def test_wrong_values_are_named(name: str, column: str, value: Any, kind: str, tmp_path: Path) -> None:
-    good = {"text": "x", "a number": 0.5, "a whole number": 1}
-    row = {key: good[wanted] for key, wanted in TABLES[name].items()}
+    good = {"text": "x", "a number": 0.5}
+    row = {key: good.get(wanted, 1) for key, wanted in TABLES[name].items()}
     path = table(name, [list(row.values())]).save(tmp_path / "analysis")
     content = json.loads(path.read_text())
     path.write_text(json.dumps({**content, "rows": [list({**row, column: value}.values())]}))

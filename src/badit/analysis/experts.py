@@ -70,6 +70,8 @@ class _Regrouping(_Logged):
     def _same_components(self) -> _Regrouping:
         if len(self.labels) != len(self.previous_labels):
             raise ValueError("labels and previous_labels must name the same number of components")
+        if any(not 0 <= label < len(self.labels) for label in (*self.labels, *self.previous_labels)):
+            raise ValueError("labels and previous_labels must be experts, from 0 and fewer than components")
         return self
 
 

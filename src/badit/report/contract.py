@@ -16,6 +16,9 @@ from badit.errors import BaditError
 Records = list[dict[str, Any]]
 
 _TEXT, _NUMBER, _INDEX = "text", "a number", "a whole number"
+# These two become the sides of a figure, so that a number without bounds would be one without end.
+_MOST_EXPERTS = 1024
+_EXPERT, _SHARING = f"an expert's number, from 0 to {_MOST_EXPERTS - 1}", "a number of tasks that has its row"
 _PLACE = {"layer": _INDEX, "module": _TEXT}
 _PAIR = {"task_a": _TEXT, "task_b": _TEXT}
 _OVERLAP = {"kind": _TEXT, **_PAIR, "overlap": _NUMBER, "chance": _NUMBER}
@@ -45,7 +48,7 @@ TABLES: Mapping[str, Mapping[str, str]] = {
         "reliability": _NUMBER,
         "instances": _NUMBER,
     },
-    "coactivation": {"kind": _TEXT, "layer": _INDEX, "tasks": _INDEX, "share": _NUMBER, "chance": _NUMBER},
+    "coactivation": {"kind": _TEXT, "layer": _INDEX, "tasks": _SHARING, "share": _NUMBER, "chance": _NUMBER},
     "coactivation_tasks": {
         "kind": _TEXT,
         "task": _TEXT,
@@ -59,15 +62,15 @@ TABLES: Mapping[str, Mapping[str, str]] = {
     "component_flow": {
         "step": _INDEX,
         **_PLACE,
-        "from_expert": _INDEX,
-        "to_expert": _INDEX,
+        "from_expert": _EXPERT,
+        "to_expert": _EXPERT,
         "components": _NUMBER,
     },
-    "gates": {"task": _TEXT, **_PLACE, "expert": _INDEX, "mean": _NUMBER, "std": _NUMBER},
+    "gates": {"task": _TEXT, **_PLACE, "expert": _EXPERT, "mean": _NUMBER, "std": _NUMBER},
     "gate_similarity": {**_PAIR, "similarity": _NUMBER},
-    "expert_losses": {"task": _TEXT, "expert": _INDEX, "loss": _NUMBER, "loss_without": _NUMBER, "change": _NUMBER},
+    "expert_losses": {"task": _TEXT, "expert": _EXPERT, "loss": _NUMBER, "loss_without": _NUMBER, "change": _NUMBER},
     "nearest_prompts": {
-        "expert": _INDEX,
+        "expert": _EXPERT,
         "rank": _INDEX,
         "task": _TEXT,
         "instance": _TEXT,
@@ -75,7 +78,7 @@ TABLES: Mapping[str, Mapping[str, str]] = {
         "prompt": _TEXT,
     },
     "abilities": {
-        "expert": _INDEX,
+        "expert": _EXPERT,
         "tasks": _TEXT,
         "hurt_most": _TEXT,
         "mean_gate": _NUMBER,
@@ -104,7 +107,7 @@ def checked_records(name: str, table: TidyTable, where: str) -> Records:
     records = table.records()
     for row, record in enumerate(records, start=1):
         for column, kind in TABLES[name].items():
-            if not _suits(record[column], kind):
+            if not _suits(record[column], kind, len(records)):
                 raise BaditError(f"{where}: {column} of row {row} must be {kind}; make the table anew")
         if "task_a" in record and record["task_a"] == record["task_b"]:
             raise BaditError(f"{where}: row {row} pairs a task with itself; make the table anew")
@@ -116,11 +119,12 @@ def known(records: Iterable[Mapping[str, Any]], column: str) -> list[float]:
     return [record[column] for record in records if record[column] is not None]
 
 
-def _suits(value: Value, kind: str) -> bool:
+def _suits(value: Value, kind: str, rows: int) -> bool:
     if kind == _TEXT:
         return isinstance(value, str)
     if isinstance(value, bool):
         return False
-    if kind == _INDEX:
-        return isinstance(value, int)
-    return value is None or (isinstance(value, int | float) and math.isfinite(value))
+    if kind == _NUMBER:
+        return value is None or (isinstance(value, int | float) and math.isfinite(value))
+    most = {_EXPERT: _MOST_EXPERTS - 1, _SHARING: rows}.get(kind)
+    return isinstance(value, int) and (most is None or 0 <= value <= most)
