@@ -62,6 +62,11 @@ def _median(values: list[float]) -> float:
     return statistics.median(values)
 
 
+def _ratio(values: list[float], others: list[float]) -> float:
+    """The median of the ratios within a round."""
+    return _median([a / b for a, b in zip(values, others, strict=True)])
+
+
 def targets() -> list[Row]:
     step, regrouping, svd = _read("training_step"), _read("regrouping"), _read("decomposition")
     rows = []
@@ -143,7 +148,7 @@ def _by_dtype(result: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
 def _over_the_best_of_trl(speeds: dict[str, list[float]]) -> float:
     ours = speeds["badit, BADIT"]
     theirs = [values for name, values in speeds.items() if name.startswith("TRL")]
-    return min(_median([a / b for a, b in zip(ours, values, strict=True)]) for values in theirs)
+    return min(_ratio(ours, values) for values in theirs)
 
 
 def steps() -> list[list[str]]:
@@ -163,18 +168,14 @@ def growth() -> list[list[str]]:
     scaling = _read("scaling")
     rows = []
     for quantity in ("experts", "tokens", "rows", "tasks"):
-        one = scaling[quantity]
-        points: dict[str, dict[str, str]] = {}  # value -> adapter -> its key
-        for point in one["seconds"]:
-            adapter, value = point.rsplit(", ", 1)
-            points.setdefault(value, {})[adapter] = point
-        for value, keys in points.items():
-            ours = keys.pop("badit")
-            ((other, theirs),) = keys.items()
-            seconds = [one["seconds"][key] for key in (ours, theirs)]
-            ratio = _median([a / b for a, b in zip(*seconds, strict=True)])
-            gib = [f"{one['peak bytes'][key] / 2**30:.2f}" if "peak bytes" in one else "" for key in (ours, theirs)]
-            rows.append([quantity, value, *(f"{_median(s):.2f}" for s in seconds), other, f"{ratio:.2f}", *gib])
+        seconds, peaks = scaling[quantity]["seconds"], scaling[quantity].get("peak bytes", {})
+        beside = "mtl-lora" if quantity == "tasks" else "lora"
+        for value in (point.removeprefix("badit, ") for point in seconds if point.startswith("badit, ")):
+            pair = (f"badit, {value}", f"{beside}, {value}")
+            ours, theirs = (seconds[point] for point in pair)
+            times = [f"{_median(ours):.2f}", f"{_median(theirs):.2f}", beside, f"{_ratio(ours, theirs):.2f}"]
+            gib = [f"{peaks[point] / 2**30:.2f}" if point in peaks else "" for point in pair]
+            rows.append([quantity, value, *times, *gib])
     return rows
 
 

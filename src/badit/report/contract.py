@@ -126,5 +126,6 @@ def _suits(value: Value, kind: str, rows: int) -> bool:
         return False
     if kind == _NUMBER:
         return value is None or (isinstance(value, int | float) and math.isfinite(value))
-    most = {_EXPERT: _MOST_EXPERTS - 1, _SHARING: rows}.get(kind)
-    return isinstance(value, int) and (most is None or 0 <= value <= most)
+    if not isinstance(value, int):
+        return False
+    return kind == _INDEX or 0 <= value <= (rows if kind == _SHARING else _MOST_EXPERTS - 1)

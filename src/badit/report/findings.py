@@ -63,9 +63,9 @@ def _of_source(report: Report, source: Source) -> Iterator[tuple[tuple[str, ...]
         yield ("expert_losses",), _on_losses(report, losses)
     for record in source.tables.get("ability_recovery", []):
         if record["measure"] == "correlation" and record["value"] is not None:
-            p_value = record["p_value"] or 0
-            sure = "beyond" if p_value < 0.05 else "not beyond"
-            shown = "< 0.001" if p_value < 0.001 else f"= {number(p_value, 3)}"
+            p_value = record["p_value"]
+            sure = "beyond" if (p_value or 0) < 0.05 else "not beyond"
+            shown = "< 0.001" if p_value is not None and p_value < 0.001 else f"= {number(p_value, 3)}"
             yield (
                 ("ability_recovery",),
                 f"Gates agree with the tasks' known abilities with a correlation of {number(record['value'], 2)}, "
