@@ -188,6 +188,7 @@ class RoutingContext:
             return ForwardPass(lambda: None)
         # Only what is small is kept for later: neither the embeddings nor the cache.
         kept = {name: batch.get(name) for name in ("attention_mask", "labels", "position_ids", "cu_seq_lens_q")}
+        kept["checkpointing"] = model.training and getattr(model, "is_gradient_checkpointing", False)
         if batch.get("labels") is None and torch.is_grad_enabled() and _trains_language(model):
             find_prompt = partial(self._whole_rows, kept, shape, tokens.device)
         else:
@@ -222,6 +223,11 @@ class RoutingContext:
         if generation_prompt_length is None:
             return mask_BT
         if mask_BT.shape[1] < generation_prompt_length:
+            if batch["checkpointing"]:
+                raise BaditError(
+                    "generate lost its cache, as transformers before 5.24 does in training mode under gradient "
+                    "checkpointing: call model.eval() first"
+                )
             raise BaditError(
                 "the prompt comes in pieces, and the first would set the routing of all: "
                 "generate without prefill_chunk_size, or use routing='token'"
