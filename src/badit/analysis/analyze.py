@@ -105,7 +105,8 @@ def _measure(run: RunFolder, recipe: Recipe, chosen: Chosen, record: _Record, pr
         # Switching off every expert takes as many passes as there are experts, so only a part of the data goes through.
         some = {task: of_task[:_LOSS_BATCHES] for task, of_task in batches.items()}
         atlas = ability_atlas(model, some, gates, texts, tasks, progress=progress)
-        return [expert_angles(run, model, batches), component_flow(run), *atlas, *_with_experts(record, gates)]
+        angles = expert_angles(run, model, batches, progress=progress)
+        return [angles, component_flow(run), *atlas, *_with_experts(record, gates)]
 
     def learning() -> Sequence[TidyTable]:
         return [transfer(run)] if recipe.data.order is not None and run.scores.is_file() else []

@@ -25,6 +25,7 @@ from typing import Any, TypeVar
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from torch import nn
+from tqdm import tqdm
 
 from badit.analysis.gates import Batches, Experts, active_experts
 from badit.analysis.gradients import layer_and_module
@@ -78,8 +79,12 @@ class _Regrouping(_Logged):
 _Line = TypeVar("_Line", bound=_Logged)
 
 
-def expert_angles(run: RunFolder, model: Any = None, batches: Batches | None = None) -> TidyTable:
+def expert_angles(
+    run: RunFolder, model: Any = None, batches: Batches | None = None, *, progress: bool = False
+) -> TidyTable:
     """The angles that the run has logged and, given its model and held-out batches, those of the finished adapter.
+
+    ``progress`` shows a bar on stderr.
 
     Raises:
         BaditError: a damaged log.
@@ -91,8 +96,8 @@ def expert_angles(run: RunFolder, model: Any = None, batches: Batches | None = N
     ]
     rows += [[line.step, *line.place, "training", *line.angles()] for line in _lines(run.angles, _Logged)]
     if model is not None and batches is not None:
-        step = _last_step(run)
-        rows += [[step, *place, "held-out", *angles] for place, angles in held_out_angles(model, batches).items()]
+        step, found = _last_step(run), held_out_angles(model, batches, progress=progress)
+        rows += [[step, *place, "held-out", *angles] for place, angles in found.items()]
     return TidyTable(
         name="expert_angles",
         about=(
@@ -142,13 +147,15 @@ def component_flow(run: RunFolder) -> TidyTable:
     )
 
 
-def held_out_angles(model: Any, batches: Batches) -> dict[tuple[int, str], list[float | None]]:
+def held_out_angles(
+    model: Any, batches: Batches, *, progress: bool = False
+) -> dict[tuple[int, str], list[float | None]]:
     """By module, the angles between the experts' gradients of the summed loss over all batches.
 
-    Modules whose experts share one A are left out.
+    Modules whose experts share one A are left out. ``progress`` shows a bar on stderr.
     """
     experts = [one for one in active_experts(model) if one.layer.badit_config[one.adapter].experts_own_components]
-    gradients = _gradients(model, experts, batches) if experts else []
+    gradients = _gradients(model, experts, batches, progress) if experts else []
     angles = {}
     for one, (grad_A_NI, grad_B_ON) in zip(experts, gradients, strict=True):
         gram_NN = cosine_gram(grad_A_NI, grad_B_ON).cpu().numpy()
@@ -156,14 +163,17 @@ def held_out_angles(model: Any, batches: Batches) -> dict[tuple[int, str], list[
     return angles
 
 
-def _gradients(model: Any, experts: list[Experts], batches: Batches) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def _gradients(
+    model: Any, experts: list[Experts], batches: Batches, progress: bool
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Of the sum of all answer tokens' losses, for every layer's A (N, I) and B (O, N), in float32."""
     parameters = [
         parameter for one in experts for parameter in (one.layer.badit_A[one.adapter], one.layer.badit_B[one.adapter])
     ]
     sums = [torch.zeros_like(parameter, dtype=torch.float32) for parameter in parameters]
+    everything = [batch for of_task in batches.values() for batch in of_task]
     with _requiring_gradients(parameters), torch.enable_grad():
-        for batch in (batch for of_task in batches.values() for batch in of_task):
+        for batch in tqdm(everything, desc="Angles", unit="batch", disable=not progress, leave=False):
             losses_L, _, _ = answer_losses(model, on_device(batch, model.device), model)
             for total, gradient in zip(sums, torch.autograd.grad(losses_L.sum(), parameters), strict=True):
                 total += gradient
