@@ -74,7 +74,7 @@ def test_the_source_distribution_can_be_tested_and_documented(sdist: Path) -> No
         wanted |= {str(file.relative_to(ROOT)) for file in (ROOT / folder).glob(f"**/{pattern}")}
     assert wanted - sizes.keys() == set()
     assert {name for name in sizes if re.search(r"(^|/)(runs|site|dist|\.venv|__pycache__)(/|$)", name)} == set()
-    assert max(sizes.values()) < 500_000
+    assert max(sizes.values()) < 1_000_000, "the raw scores of a comparison are the largest"
     assert sdist.stat().st_size < 2_000_000
 
 
