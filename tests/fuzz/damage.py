@@ -41,7 +41,7 @@ NASTY_VALUES: list[Any] = [
     *([], {}, [[]], [None], {"": None}, {"name": {}}, ["a", 1], [1, 2, 3], {"a": {"b": {"c": []}}}),
 ]
 VALUES = (
-    st.sampled_from(NASTY_VALUES)
+    st.sampled_from(NASTY_VALUES).map(copy.deepcopy)  # a value may be damaged further once it is in its place
     | st.integers()
     | st.floats()
     | st.text(max_size=12)
