@@ -12,6 +12,7 @@ from badit.peft import BaditConfig, BaditLayer
 
 FAMILIES = ("llama", "qwen3", "gemma2", "gemma3", "mistral", "gpt2")
 SMALL: dict[str, Any] = {"num_experts": 3, "r": 2, "lora_alpha": 4, "lora_dropout": 0.0, "task_type": "CAUSAL_LM"}
+NEW = 6  # tokens that `generate` adds, unless told otherwise
 
 
 def config(**options: Any) -> BaditConfig:
@@ -73,6 +74,13 @@ def forward(model: Any, ids: torch.Tensor, mask: torch.Tensor, cache: Any = None
     if cache is not None:
         options[cache_name(model)] = cache
     return model(input_ids=ids, attention_mask=mask, position_ids=positions(mask)[:, -ids.shape[1] :], **options)
+
+
+def generate(model: Any, ids: torch.Tensor, mask: torch.Tensor, new_tokens: int = NEW, **options: Any) -> torch.Tensor:
+    """Greedy decoding by the model's own ``generate``."""
+    return model.generate(
+        input_ids=ids, attention_mask=mask, max_new_tokens=new_tokens, do_sample=False, pad_token_id=0, **options
+    )
 
 
 @torch.no_grad()

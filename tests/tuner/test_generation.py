@@ -7,16 +7,20 @@ import torch
 from transformers import DynamicCache
 
 from badit.errors import BaditError
-from tuner.helpers import FAMILIES, adapted, cache_name, forward, greedy_by_hand, layers, padded, random_rows
+from tuner.helpers import (
+    FAMILIES,
+    NEW,
+    adapted,
+    cache_name,
+    forward,
+    generate,
+    greedy_by_hand,
+    layers,
+    padded,
+    random_rows,
+)
 
 ROWS = random_rows(5, 9, 7)
-NEW = 6
-
-
-def generate(model, ids, mask, new_tokens=NEW, **options):
-    return model.generate(
-        input_ids=ids, attention_mask=mask, max_new_tokens=new_tokens, do_sample=False, pad_token_id=0, **options
-    )
 
 
 @pytest.mark.parametrize("options", [{}, {"use_cache": False}, {"cache_implementation": "static"}], ids=str)

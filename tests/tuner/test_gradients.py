@@ -8,7 +8,7 @@ import transformers
 from packaging.version import Version
 
 from badit.errors import BaditError
-from tuner.helpers import FAMILIES, adapted, enable_checkpointing, forward, layers, padded, random_rows
+from tuner.helpers import FAMILIES, adapted, enable_checkpointing, forward, generate, layers, padded, random_rows
 
 ROWS = random_rows(11, 15, 13)
 
@@ -29,10 +29,6 @@ def gradients(model):
     found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     return found
-
-
-def greedy(model, ids, mask):
-    return model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=4, do_sample=False, pad_token_id=0)
 
 
 def trainable(model, **options):
@@ -192,7 +188,7 @@ def test_a_pass_without_gradients_may_come_before_the_backward_pass(tiny_model, 
         ids, mask = padded(random_rows(4, 20, 8, seed=7))
         with torch.no_grad():
             forward(model, ids, mask)
-        greedy(model.eval(), ids, mask)
+        generate(model.eval(), ids, mask)
         model.train()
 
     def run(between=None):
@@ -211,13 +207,13 @@ def test_a_pass_without_gradients_may_come_before_the_backward_pass(tiny_model, 
 def test_generation_in_training_mode_under_checkpointing(tiny_model, reentrant):
     ids, mask = padded(random_rows(4, 20, 8, seed=7))
     model = trainable(tiny_model("llama"))
-    expected = greedy(model.eval(), ids, mask)
+    expected = generate(model.eval(), ids, mask)
     enable_checkpointing(model.train(), reentrant)
     if Version(transformers.__version__) < Version("5.24"):
         with pytest.raises(BaditError, match=r"lost its cache.* model.eval\(\) first"):
-            greedy(model, ids, mask)
+            generate(model, ids, mask)
     else:
-        assert torch.equal(greedy(model, ids, mask), expected)
+        assert torch.equal(generate(model, ids, mask), expected)
 
 
 @no_inputs_to_differentiate
