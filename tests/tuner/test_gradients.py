@@ -1,6 +1,7 @@
 """What is trained, and that checkpointing, autocast and low precision leave the gradients what they are."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -33,6 +34,14 @@ def gradients(model):
 
 def trainable(model, **options):
     return adapted(model, **options).train()
+
+
+def test_a_training_pass_warns_of_nothing(tiny_model):
+    model = trainable(tiny_model("llama"))
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        forward(model, **batch()).loss.backward()
+    assert [str(warning.message) for warning in warned] == []
 
 
 @pytest.mark.parametrize("options", [{}, {"base_weight": "folded"}, {"routing": "token"}, {"top_k": 1}], ids=str)

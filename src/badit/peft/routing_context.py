@@ -188,11 +188,10 @@ class RoutingContext:
             return ForwardPass(lambda: None)
         # Only what is small is kept for later: neither the embeddings nor the cache.
         kept = {name: batch.get(name) for name in ("attention_mask", "labels", "position_ids", "cu_seq_lens_q")}
-        kept["checkpointing"] = model.training and getattr(model, "is_gradient_checkpointing", False)
         if batch.get("labels") is None and torch.is_grad_enabled() and _trains_language(model):
-            find_prompt = partial(self._whole_rows, kept, shape, tokens.device)
+            find_prompt = partial(self._whole_rows, model, kept, shape, tokens.device)
         else:
-            find_prompt = partial(self._prompt, kept, shape, tokens.device, self._generation_prompt_length)
+            find_prompt = partial(self._prompt, model, kept, shape, tokens.device, self._generation_prompt_length)
         return ForwardPass(find_prompt, shape=shape, fills_cache=fills_cache)
 
     def _settled_for(self, held: dict[str, torch.Tensor]) -> dict[str, Any] | None:
@@ -200,7 +199,9 @@ class RoutingContext:
             self._settled = held, {}
         return None if self._settled is None else self._settled[1]
 
-    def _whole_rows(self, batch: Mapping[str, Any], shape: torch.Size, device: torch.device) -> torch.Tensor:
+    def _whole_rows(
+        self, model: nn.Module, batch: Mapping[str, Any], shape: torch.Size, device: torch.device
+    ) -> torch.Tensor:
         if not self._warned_of_whole_rows:
             self._warned_of_whole_rows = True
             warnings.warn(
@@ -209,10 +210,15 @@ class RoutingContext:
                 "or use routing='token'",
                 stacklevel=2,
             )
-        return self._prompt(batch, shape, device, None)
+        return self._prompt(model, batch, shape, device, None)
 
     def _prompt(
-        self, batch: Mapping[str, Any], shape: torch.Size, device: torch.device, generation_prompt_length: int | None
+        self,
+        model: nn.Module,
+        batch: Mapping[str, Any],
+        shape: torch.Size,
+        device: torch.device,
+        generation_prompt_length: int | None,
     ) -> torch.Tensor:
         _refuse_packing(batch)
         mask_BT = _attended(batch["attention_mask"], shape, device)
@@ -223,15 +229,7 @@ class RoutingContext:
         if generation_prompt_length is None:
             return mask_BT
         if mask_BT.shape[1] < generation_prompt_length:
-            if batch["checkpointing"]:
-                raise BaditError(
-                    "generate lost its cache, as transformers before 5.24 does in training mode under gradient "
-                    "checkpointing: call model.eval() first"
-                )
-            raise BaditError(
-                "the prompt comes in pieces, and the first would set the routing of all: "
-                "generate without prefill_chunk_size, or use routing='token'"
-            )
+            raise BaditError(_why_in_pieces(model))
         return mask_BT & (torch.arange(mask_BT.shape[1], device=device) < generation_prompt_length)
 
     def _look_at_labels(self, labels_BT: torch.Tensor) -> None:
@@ -274,6 +272,19 @@ def select_rows(cache: Mapping[str, Any], rows_R: torch.Tensor) -> bool:
 def inside_backward() -> bool:
     """Whether a backward pass is running, as when gradient checkpointing computes a layer again."""
     return torch._C._current_graph_task_id() != -1
+
+
+def _why_in_pieces(model: nn.Module) -> str:
+    """Why a pass of a generation holds less than its prompt, though nothing is cached, and the mend."""
+    if model.training and any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+        return (
+            "generate lost its cache, as transformers before 5.24 does in training mode under gradient "
+            "checkpointing: call model.eval() first"
+        )
+    return (
+        "the prompt comes in pieces, and the first would set the routing of all: "
+        "generate without prefill_chunk_size, or use routing='token'"
+    )
 
 
 def _generate(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
