@@ -120,6 +120,11 @@ def model_folder(tmp_path: Path, tiny_model: Callable[..., Any]) -> Path:
 def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tiny ``model`` and ``tasks.jsonl``: two tasks of 12 training and 4 test instances."""
     folder = tmp_path_factory.mktemp("material")
+    make_material(folder)
+    return folder
+
+
+def make_material(folder: Path) -> None:
     tokenizer = make_tokenizer(chat_template=CHATML)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -145,7 +150,6 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for i in range(16)
     ]
     (folder / "tasks.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return folder
 
 
 @pytest.fixture

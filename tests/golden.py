@@ -1,0 +1,161 @@
+"""Golden values of tiny runs: losses, adapters, scores, a comparison and an analysis.
+
+    python tests/golden.py record    # writes tests/golden.json
+    python tests/golden.py check     # compares to the bit, on the processor that they were recorded on
+
+tests/test_golden.py compares losses and scores with a tolerance, since other processors round differently.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent
+FILE = ROOT / "golden.json"
+_STEPS = 20
+_REGROUP = {"every": 5}
+_SMALL: dict[str, Any] = {"num_experts": 4, "r": 2}
+METHODS: dict[str, dict[str, Any]] = {
+    "bad": {"name": "badit", **_SMALL, "regroup": _REGROUP},
+    "directions": {"name": "badit", **_SMALL, "init_weights": "directions", "regroup": _REGROUP},
+    "standardised": {
+        "name": "badit",
+        **_SMALL,
+        "init_weights": "directions",
+        "router_input": "standardised",
+        "regroup": _REGROUP,
+    },
+    "token": {"name": "badit", **_SMALL, "routing": "token", "regroup": _REGROUP},
+    "top_k": {"name": "badit", **_SMALL, "top_k": 2, "regroup": None},
+    "loramoe": {"name": "loramoe", **_SMALL, "balance_weight": 0.01},
+    "hydralora": {"name": "hydralora"},
+    "goat": {"name": "goat", "num_experts": 4, "r": 8},
+    "mtl-lora": {"name": "mtl-lora"},
+    "gainlora": {"name": "gainlora", "r": 2},
+    "o-lora": {"name": "o-lora", "r": 2},
+    "task-neurons": {"name": "task-neurons"},
+}
+SEQUENTIAL = ("gainlora", "o-lora")
+COMPARED = {"lora": {"name": "lora", "r": 8}, "badit": {"name": "badit", **_SMALL}}
+
+
+def recipe(material: Path, output: Path, method: dict[str, Any], **data: Any) -> dict[str, Any]:
+    return {
+        "model": {"name": str(material / "model"), "dtype": "float32"},
+        "data": {"source": str(material / "tasks.jsonl"), **data},
+        "method": method,
+        "training": {"max_steps": _STEPS, "batch_size": 4, "learning_rate": 0.01, "log_every": 1},
+        "evaluation": {"batch_size": 8, "max_new_tokens": 4},
+        "output": str(output),
+    }
+
+
+def train_method(name: str, material: Path, output: Path) -> dict[str, Any]:
+    """The losses of every step, the hash of what was learnt, and the scores."""
+    import badit
+
+    order = {"order": ["cities", "rivers"]} if name in SEQUENTIAL else {}
+    run = badit.train(recipe(material, output, METHODS[name], **order), progress=False)
+    logs = sorted(output.rglob("metrics.jsonl"))
+    lines = [json.loads(line) for log in logs for line in log.read_text().splitlines()]
+    weights = next((output / "adapter").glob("*.safetensors"))
+    scores = {task: scores.rouge_l for task, scores in run.scores.tasks.items()}
+    return {"losses": [line["loss"] for line in lines if "loss" in line], "adapter": _hash(weights), "scores": scores}
+
+
+def _hash(path: Path) -> str:
+    import torch
+    from safetensors.torch import load_file
+
+    digest = hashlib.sha256()
+    for name, tensor in sorted(load_file(path).items()):
+        digest.update(name.encode() + tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def analysis_tables(run: Path, output: Path) -> dict[str, str]:
+    """The hash of every table's rows."""
+    import badit
+
+    badit.analyze(run, instances=4, output=output, progress=False)
+    tables = {}
+    for path in sorted((output / "analysis").glob("*.json")):
+        content = json.loads(path.read_text())
+        text = json.dumps([list(content["columns"]), content["rows"]])
+        tables[path.stem] = hashlib.sha256(text.encode()).hexdigest()
+    return tables
+
+
+def comparison(material: Path, output: Path) -> dict[str, Any]:
+    """The scores of every cell, and the printed table."""
+    import badit
+
+    values = recipe(material, output, {"name": "badit"}, validation_per_task=2)
+    values["training"]["max_steps"] = 4
+    badit.compare({**values, "compare": {"methods": COMPARED, "seeds": [0, 1]}}, progress=False)
+    cells = json.loads((output / "results.json").read_text())["cells"]
+    scores = [
+        [cell["method"], cell["seed"], {task: s["rouge_l"] for task, s in cell["scores"]["tasks"].items()}]
+        for cell in cells
+    ]
+    lines = [line.split(",") for line in badit.table(output, form="csv").splitlines()]
+    kept = [i for i, name in enumerate(lines[0]) if name not in ("seconds", "peak_memory_gib")]
+    return {"cells": scores, "table": [[line[i] for i in kept if i < len(line)] for line in lines]}
+
+
+def tables() -> dict[str, str]:
+    """The committed comparisons' tables in full precision."""
+    import badit
+
+    results = ROOT.parent / "benchmarks" / "results"
+    found = {}
+    for name in ("superni-cpu", "superni-sequence-cpu"):
+        for by_task in (False, True):
+            text = badit.table(results / name, form="csv", by_task=by_task)
+            found[f"{name}{' by task' * by_task}"] = hashlib.sha256(text.encode()).hexdigest()
+    return found
+
+
+def measure(material: Path, folder: Path) -> dict[str, Any]:
+    runs = {name: train_method(name, material, folder / name) for name in METHODS}
+    return {
+        "runs": runs,
+        "analysis": analysis_tables(folder / "bad", folder / "analysed"),
+        "comparison": comparison(material, folder / "compared"),
+        "tables": tables(),
+    }
+
+
+def material(folder: Path) -> Path:
+    """The tiny model and tasks of the tests' fixture."""
+    sys.path.insert(0, str(ROOT))
+    from conftest import make_material
+
+    make_material(folder)
+    return folder
+
+
+def main() -> int:
+    with tempfile.TemporaryDirectory() as folder:
+        found = measure(material(Path(folder) / "material"), Path(folder))
+    if sys.argv[1:] == ["record"]:
+        FILE.write_text(json.dumps(found, indent=1) + "\n")
+        return 0
+    known = json.loads(FILE.read_text())
+    different = [
+        f"{part}.{name}" for part in known for name in known[part] if found[part].get(name) != known[part][name]
+    ]
+    for name in different:
+        part, key = name.split(".", 1)
+        print(f"differs: {name}\n  was {str(known[part][key])[:600]}\n  is  {str(found[part].get(key))[:600]}")
+    print(f"{sum(map(len, known.values())) - len(different)} same, {len(different)} different")
+    return int(bool(different))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
