@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from badit import BaditConfig
-from badit.peft import BaditModel
+from badit.tuner import BaditModel
 from tuner.helpers import randomise
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from badit.runs import StepLog, read_jsonl
+from badit.files import StepLog, read_jsonl
 
 
 def test_only_a_line_feed_ends_a_line_and_a_line_cut_short_is_left_out(tmp_path: Path) -> None:

@@ -14,16 +14,17 @@ import transformers
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-import badit.peft
+import badit.tuner
 from badit.cli import main
 from badit.errors import BaditError
+from badit.files import write_text
 from badit.models import load_base_model
 from badit.recipe import Recipe, build_recipe, dump_recipe
-from badit.runs import RunFolder, write_text
+from badit.runs import RunFolder
 from badit.training.run import fit
 from badit.training.scoring import answers
 
-SOURCE = Path(badit.peft.__file__).parents[1]
+SOURCE = Path(badit.tuner.__file__).parents[1]
 TREES = {path.relative_to(SOURCE): ast.parse(path.read_text(encoding="utf-8")) for path in SOURCE.rglob("*.py")}
 UNSAFE_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "code", "codeop"}
 UNSAFE_CALLS = {

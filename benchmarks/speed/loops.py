@@ -1,6 +1,6 @@
 """How mixtures of LoRA experts are usually computed; kept as the peer that the wide product is measured against.
 
-Both give what :class:`badit.peft.base_layer.ExpertLayer` gives (``tests/test_benchmarks.py``), in one of two ways:
+Both give what :class:`badit.tuner.base_layer.ExpertLayer` gives (``tests/test_benchmarks.py``), in one of two ways:
 
 * in a loop: one expert after another, each a product with its own A and B, scaled by its gate, and added up;
 * per sequence: the gates times the stacked experts make one A and one B for each sequence of the batch, which are
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from badit.peft.layer import BaditLayer
+from badit.tuner.layer import BaditLayer
 
 
 def use_loops(model: nn.Module, *, per_sequence: bool) -> None:

@@ -22,21 +22,21 @@ if TYPE_CHECKING:
     from badit.errors import BaditError
     from badit.evaluation.results import load_results, summarise
     from badit.models import load_base_model
-    from badit.peft import BaditConfig, BaditModel
     from badit.recipe import load_recipe
     from badit.serving.export import export
     from badit.serving.push import push_to_hub
     from badit.serving.score import score_export
     from badit.training.regroup import RegroupCallback
     from badit.training.regrouper import Regrouper
+    from badit.tuner import BaditConfig, BaditModel
 
 __version__ = "0.1.0"
 
 # Where a name is: in a module under the same name, or as module:name.
 _HOMES = {
-    "BaditConfig": "badit.peft",
+    "BaditConfig": "badit.tuner",
     "BaditError": "badit.errors",
-    "BaditModel": "badit.peft",
+    "BaditModel": "badit.tuner",
     "RegroupCallback": "badit.training.regroup",
     "Regrouper": "badit.training.regrouper",
     "Run": "badit.api",

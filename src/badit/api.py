@@ -25,9 +25,10 @@ from badit.errors import BaditError
 from badit.evaluation.evaluate import read_predictions
 from badit.evaluation.metrics import Prediction
 from badit.evaluation.results import Results, Scores, load_results, load_scores
+from badit.files import read_json, read_jsonl
 from badit.recipe import Recipe, RecipeLike, RecipeValues, load_recipe, make_recipe
 from badit.report.write import write_report as _write_report
-from badit.runs import RunFolder, read_json, read_jsonl
+from badit.runs import RunFolder
 from badit.training.plan import Plan, Split, make_plan
 from badit.training.run import train as _train
 from badit.training.scoring import answers, load_run

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from badit.baselines import batch_of_tasks  # registers the rivals with PEFT, as badit.peft does BADIT
+from badit.baselines import batch_of_tasks  # registers the rivals with PEFT, as badit.tuner does BADIT
 from badit.data import AnswerCollator
 from badit.data.prompts import uses_template
 from badit.errors import BaditError

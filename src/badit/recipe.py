@@ -15,10 +15,9 @@ from typing import Annotated, Any, Literal, TypedDict, get_args
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from badit.data.files import read_text
 from badit.data.prompts import ChatTemplate, PromptEncoding
-from badit.data.schema import shown
 from badit.errors import BaditError, nearest
+from badit.files import read_text, shown
 from badit.models import Quantisation
 from badit.yaml_values import parse_yaml
 

@@ -18,34 +18,20 @@ stages/NN-TASK/    of a sequence of tasks: the same files after each of them; ad
 
 from __future__ import annotations
 
-import errno
-import json
 import os
 import platform
-import re
 import resource
-import shutil
 import subprocess
 import sys
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
-from badit.data.files import parse_json, read_text
-from badit.data.schema import shown
 from badit.errors import BaditError
+from badit.files import shown, write_text
 from badit.recipe import Recipe, differing_keys, dump_recipe, load_recipe
 
 _PACKAGES = ("badit", "torch", "transformers", "peft", "accelerate", "safetensors", "scipy", "numpy", "trl")
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# safetensors gives the number in its text; torch's writer only says that it wrote less than it should.
-_TELLS_OF_FULL_DISK = re.compile(
-    rf"os error ({'|'.join(map(str, _FULL))})\b|PytorchStreamWriter failed|inline_container"
-)
 
 
 class RunFolder:
@@ -131,126 +117,6 @@ class RunFolder:
 def is_main_process() -> bool:
     """Whether this is the only process, or the first of those that accelerate or torchrun has started."""
     return os.environ.get("RANK", "0") == "0"
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a file whole: never half of it, whenever the process or the machine dies."""
-    partial = path.with_name(path.name + ".partial")
-    partial.unlink(missing_ok=True)  # a link there would lead the text into another file
-    partial.write_text(text, encoding="utf-8", newline="\n")
-    sync(partial)
-    partial.replace(path)
-
-
-def sync(path: Path) -> None:
-    """Waits until a file, or a folder's list of files, is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """One JSON object.
-
-    Raises:
-        BaditError: the file is missing or damaged.
-    """
-    return _object(read_text(path), path, 1)
-
-
-def refuse_other_format(content: Mapping[str, Any], path: Path, known: int) -> None:
-    """Raises for a file whose ``format``, the version of its form, is not the one that this release reads.
-
-    Raises:
-        BaditError: the format is newer, or there is none.
-    """
-    found = content.get("format")
-    if isinstance(found, int) and not isinstance(found, bool) and found > known:
-        raise BaditError(
-            f"{shown(path)}: format: is {found!r:.60}, this badit reads {known}: pip install --upgrade badit"
-        )
-    if found is True or found != known:
-        raise BaditError(f"{shown(path)}: format: must be {known}, not {found!r:.60}; make the file anew")
-
-
-def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
-    """The lines of a log; a last line that a crash cut short is left out, as nothing was lost but that line.
-
-    Raises:
-        BaditError: a line is no JSON object.
-    """
-    if not path.is_file():
-        return
-    # Only \n ends a line: answers may hold other separators, such as U+2028. What follows the last one was cut short.
-    for number, line in enumerate(read_text(path).split("\n")[:-1], start=1):
-        yield _object(line, path, number)
-
-
-def _object(text: str, path: Path, line: int) -> dict[str, Any]:
-    # Numbers that training has made may be NaN: of a run that diverged, or where a mean is over nothing.
-    value = parse_json(text, file=path, first_line=line, constants=True)
-    if not isinstance(value, dict):
-        raise BaditError(f"{shown(path)}: must hold one JSON object, not a {type(value).__name__} (line {line})")
-    return value
-
-
-class StepLog:
-    """A log of one JSON object a line, each with the step it was written at, which a resumed run takes up again."""
-
-    def __init__(self, path: Path, *, step_key: str = "step") -> None:
-        self._path = path
-        self._step_key = step_key
-
-    def rewind(self, step: int, pending: Collection[Mapping[str, Any]] = ()) -> None:
-        """Drops what was logged after ``step``: a resumed run is about to log it again, a new one starts empty.
-
-        So it is with lines of ``pending`` beginnings, which may have been completed and logged at ``step`` itself.
-        """
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        kept = [
-            line
-            for line in (read_jsonl(self._path) if step else ())
-            if line[self._step_key] <= step and not any(begun.items() <= line.items() for begun in pending)
-        ]
-        write_text(self._path, "".join(json.dumps(line) + "\n" for line in kept))
-
-    def append(self, line: Mapping[str, Any]) -> None:
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-
-
-def replace_folder(partial: Path, final: Path) -> None:
-    """Puts a finished folder in the place of an older one."""
-    for path in [*partial.rglob("*"), partial]:
-        sync(path)
-    if final.exists():
-        shutil.rmtree(final)
-    os.replace(partial, final)
-    sync(final.parent)
-
-
-@contextmanager
-def full_disk_named(folder: Path) -> Iterator[None]:
-    """Turns what Python, torch and safetensors raise on a full disk into one line.
-
-    Raises:
-        BaditError: in place of theirs.
-    """
-    try:
-        yield
-    except (OSError, RuntimeError, SafetensorError) as error:
-        if getattr(error, "errno", None) not in _FULL and not _TELLS_OF_FULL_DISK.search(str(error)):
-            raise
-        raise BaditError(
-            f"{folder}: cannot be written, the disk (or a quota) is full; "
-            "make room, and the same command goes on from the last checkpoint"
-        ) from None
 
 
 def environment() -> dict[str, Any]:

@@ -13,8 +13,8 @@ from peft import get_peft_model
 
 import reference
 from badit.baselines import MtlLoraConfig, batch_of_tasks
-from badit.peft.base_layer import ExpertLayer
-from badit.peft.layer import BaditLayer
+from badit.tuner.base_layer import ExpertLayer
+from badit.tuner.layer import BaditLayer
 from baselines import naive as mixtures
 from tuner import helpers
 

@@ -9,7 +9,7 @@ from peft import AutoPeftModelForCausalLM, PeftModel, PeftType
 
 from badit.baselines import RIVALS, MixtureModel
 from badit.errors import BaditError
-from badit.peft import registration
+from badit.tuner import registration
 from baselines.naive import MIXTURES, adapt, adapted, config, layers, randomise
 from tuner.helpers import enable_checkpointing, forward, padded, random_rows
 

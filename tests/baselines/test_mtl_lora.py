@@ -18,7 +18,7 @@ import reference
 from badit.baselines import RIVALS, MtlLoraConfig, MtlLoraModel, batch_of_tasks
 from badit.baselines.mtl_lora import MtlLoraLinear
 from badit.errors import BaditError
-from badit.peft import registration
+from badit.tuner import registration
 from tuner.helpers import enable_checkpointing, forward, padded, random_rows
 
 pytestmark = pytest.mark.filterwarnings("ignore:Could not find a config file in  - :UserWarning")  # PEFT 0.19

@@ -19,8 +19,9 @@ from badit.comparison.grid import Grid
 from badit.errors import BaditError
 from badit.evaluation.continual import FORMS, continual_scores
 from badit.evaluation.results import load_results, summarise
+from badit.files import read_json
 from badit.recipe import build_recipe
-from badit.runs import RunFolder, read_json
+from badit.runs import RunFolder
 from badit.training.method import Method, NeuronMethod
 from comparison.cells import InlineCell, Values, by_status, compared, comparison_values
 

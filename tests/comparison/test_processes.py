@@ -19,8 +19,9 @@ import yaml
 from badit.comparison import compare as compare_module
 from badit.comparison.worker import CellProcess
 from badit.evaluation.results import load_results, summarise
+from badit.files import read_json
 from badit.recipe import build_recipe
-from badit.runs import RunFolder, read_json
+from badit.runs import RunFolder
 from badit.training.checkpoints import last_checkpoint
 from comparison.cells import InlineCell, Values, by_status, compared
 

@@ -14,9 +14,9 @@ from pydantic import BaseModel
 
 from badit import BaditConfig, RegroupCallback
 from badit.baselines import RIVALS
-from badit.peft.base_config import FORMAT_FIELD, ExpertConfig
 from badit.recipe import Recipe, load_recipe
 from badit.training.method import NeuronOptions
+from badit.tuner.base_config import FORMAT_FIELD, ExpertConfig
 from docs.pages import ROOT, Page
 
 # Rows: an option, its default and, of a recipe's, the value in the paper's recipes.

@@ -28,7 +28,7 @@ from transformers import (
     Qwen2Config,
 )
 
-from badit.peft import BaditConfig
+from badit.tuner import BaditConfig
 
 if importlib.util.find_spec("diffusers") is None:
     # PEFT's tests ask of every model whether it is one of these; none here is.

@@ -14,7 +14,8 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from badit.runs import RunFolder, read_json, read_jsonl
+from badit.files import read_json, read_jsonl
+from badit.runs import RunFolder
 from badit.training.checkpoints import last_checkpoint
 
 SCRIPT = Path(__file__).with_name("ranks.py")

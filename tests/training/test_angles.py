@@ -13,10 +13,10 @@ from peft import get_peft_model
 from transformers import TrainerCallback
 
 from badit.baselines import HydraLoraConfig, LoraMoeConfig
-from badit.peft import BaditConfig
-from badit.peft.base_layer import ExpertLayer
-from badit.runs import read_jsonl
+from badit.files import read_jsonl
 from badit.training.angles import AngleLog
+from badit.tuner import BaditConfig
+from badit.tuner.base_layer import ExpertLayer
 from training.trainers import StopAt, make_trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:Could not find a config file in  - :UserWarning")  # PEFT 0.19

@@ -9,8 +9,9 @@ import pytest
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 
+from badit.files import write_json
 from badit.recipe import Recipe, build_recipe, dump_recipe
-from badit.runs import RunFolder, write_json
+from badit.runs import RunFolder
 from badit.training.card import Base, model_card
 
 HOSTILE = (
@@ -63,7 +64,7 @@ def test_a_runs_card_has_scores_data_options_and_the_way_to_load_it(tmp_path: Pa
     ):
         assert f"<td>{name}</td>\n<td>{value}</td>" in page
     assert "someone" not in str(card)
-    assert "import badit.peft" in card.text
+    assert "import badit.tuner" in card.text
     assert 'base, tokenizer = badit.load_base_model("smollm2-135m")' in card.text
     compile(card.text.partition("```python\n")[2].partition("```")[0], "card", "exec")
 

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import yaml
 
-from badit.runs import read_json
+from badit.files import read_json
 
 SCRIPT = Path(__file__).with_name("killed.py")
 STEP_EVENTS = ("on_step_begin", "on_pre_optimizer_step", "on_optimizer_step", "on_step_end")

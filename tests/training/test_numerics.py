@@ -14,8 +14,8 @@ from transformers import TrainerCallback
 
 from badit.cli import main
 from badit.errors import BaditError
+from badit.files import read_jsonl
 from badit.recipe import build_recipe
-from badit.runs import read_jsonl
 from badit.training.determinism import deterministic
 from badit.training.method import AdapterMethod
 from badit.training.plan import make_plan

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from badit.runs import read_jsonl
+from badit.files import read_jsonl
 from training.launches import (
     Launches,
     adapter,

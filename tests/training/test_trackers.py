@@ -9,8 +9,9 @@ import pytest
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from badit.errors import BaditError
+from badit.files import read_jsonl
 from badit.recipe import build_recipe
-from badit.runs import RunFolder, read_jsonl
+from badit.runs import RunFolder
 from badit.training import trackers
 from badit.training.run import fit
 

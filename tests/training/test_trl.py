@@ -19,7 +19,7 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from badit import BaditConfig, BaditError, RegroupCallback
 from badit.data import answer_rows
 from badit.models import resolve_model
-from badit.peft.layer import BaditLayer
+from badit.tuner.layer import BaditLayer
 from data.examples import make_tokenizer
 
 # TRL switches gradient checkpointing on by default, under a name that transformers is about to change.

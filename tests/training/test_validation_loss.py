@@ -10,8 +10,9 @@ import torch
 
 from badit.baselines import batch_of_tasks
 from badit.errors import BaditError
+from badit.files import read_json
 from badit.recipe import Recipe, build_recipe
-from badit.runs import RunFolder, read_json
+from badit.runs import RunFolder
 from badit.training import plan as plan_module
 from badit.training.plan import encoded, make_plan
 from badit.training.run import fit

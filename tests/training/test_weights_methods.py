@@ -16,8 +16,9 @@ from transformers import TrainerCallback
 from badit.baselines.neurons import neuron_scores, top_neurons, union
 from badit.data import AnswerCollator
 from badit.errors import BaditError
+from badit.files import read_json
 from badit.recipe import Recipe, build_recipe
-from badit.runs import RunFolder, read_json
+from badit.runs import RunFolder
 from badit.training.checkpoints import last_checkpoint
 from badit.training.method import WEIGHTS, Method, WeightsMethod
 from badit.training.plan import base_model, encoded, make_plan, pad_id

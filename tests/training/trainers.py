@@ -10,8 +10,8 @@ from peft import get_peft_model
 from transformers import TrainerCallback, TrainingArguments
 
 from badit.data import AnswerCollator
-from badit.peft import BaditConfig
 from badit.training.trainer import AnswerTrainer
+from badit.tuner import BaditConfig
 
 
 def examples(count: int = 24) -> list[dict[str, list[int]]]:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from peft import PeftModel, get_peft_model
 
-from badit.peft import BaditConfig, BaditLayer
+from badit.tuner import BaditConfig, BaditLayer
 
 FAMILIES = ("llama", "qwen3", "gemma2", "gemma3", "mistral", "gpt2")
 SMALL: dict[str, Any] = {"num_experts": 3, "r": 2, "lora_alpha": 4, "lora_dropout": 0.0, "task_type": "CAUSAL_LM"}

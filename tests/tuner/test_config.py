@@ -6,7 +6,7 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner
 
 from badit.errors import BaditError
-from badit.peft import BaditConfig
+from badit.tuner import BaditConfig
 from tuner.helpers import adapt, adapted, config, forward, layers, padded, random_rows, randomise
 
 SAVES_BIASES = hasattr(BaseTuner, "_get_learnable_bias_state_dict")  # PEFT 0.21 and later
@@ -202,7 +202,7 @@ def test_init_weights(tiny_model, init_weights):
 
 
 def test_svd_method_and_tolerance_reach_the_decomposition(tiny_model, monkeypatch):
-    from badit.peft import layer
+    from badit.tuner import layer
 
     seen, real = [], layer.top_singular_triples
     monkeypatch.setattr(layer, "top_singular_triples", lambda *a, **k: seen.append(k) or real(*a, **k))

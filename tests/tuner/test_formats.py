@@ -13,8 +13,8 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from badit.errors import BaditError
-from badit.peft import BaditConfig
-from badit.peft.base_config import FORMAT
+from badit.tuner import BaditConfig
+from badit.tuner.base_config import FORMAT
 from tuner.make_format import FOLDER, OPTIONS, base_model, computed
 
 # PEFT 0.19 looks for the saved configuration of a base model that was never saved.

@@ -10,8 +10,8 @@ from transformers.pytorch_utils import Conv1D
 
 import reference
 from badit.errors import BaditError
-from badit.peft.layer import BaditLinear
-from badit.peft.routing_context import ForwardPass, RoutingContext
+from badit.tuner.layer import BaditLinear
+from badit.tuner.prompt import ForwardPass, RoutingContext
 from tuner.helpers import config, randomise
 
 IN, OUT, EXPERTS, RANK = 12, 10, 3, 2

@@ -15,7 +15,7 @@ from peft.utils.hotswap import hotswap_adapter
 from transformers import OPTConfig, OPTForCausalLM
 
 from badit.errors import BaditError
-from badit.peft import BaditConfig
+from badit.tuner import BaditConfig
 from tuner.helpers import FAMILIES, adapt, adapted, config, forward, layers, padded, random_rows, randomise
 
 # PEFT 0.19 looks for the saved configuration of a base model that was never saved.

@@ -13,14 +13,14 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 
 from badit.errors import BaditError
+from badit.files import read_jsonl
 from badit.models import Quantisation, load_base_model
-from badit.peft import BaditConfig, BaditLayer
-from badit.peft.quantised import is_quantised, refuse_unsuitable_layer, weight_as_used
 from badit.recipe import build_recipe
-from badit.runs import read_jsonl
 from badit.training.plan import make_plan
 from badit.training.run import train
 from badit.training.scoring import evaluate
+from badit.tuner import BaditConfig, BaditLayer
+from badit.tuner.quantised import is_quantised, refuse_unsuitable_layer, weight_as_used
 from data.examples import CHATML, make_tokenizer
 
 # torchao does not go with the lowest torch that all else goes with.

@@ -5,7 +5,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from transformers import DynamicCache, StaticCache
 
-from badit.peft import BaditConfig
+from badit.tuner import BaditConfig
 from tuner.helpers import cached_steps, forward, greedy_by_hand, layers, teacher_forced
 
 TEXTS = [

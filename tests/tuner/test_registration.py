@@ -8,10 +8,10 @@ import pytest
 from peft import PeftConfig, PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
-import badit.peft
+import badit.tuner
 from badit.errors import BaditError
-from badit.peft import BaditConfig, BaditModel
-from badit.peft.registration import peft_type, register
+from badit.tuner import BaditConfig, BaditModel
+from badit.tuner.registration import peft_type, register
 from tuner.helpers import config
 
 
@@ -37,7 +37,7 @@ def test_the_mappings():
 def test_registering_again_changes_nothing():
     members = list(PeftType)
     register(BaditConfig, BaditModel)
-    importlib.reload(badit.peft)
+    importlib.reload(badit.tuner)
     assert peft_type() is PeftType.BADIT
     assert list(PeftType) == members
     assert PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.BADIT] is BaditConfig

@@ -8,7 +8,7 @@ import torch
 from peft import AutoPeftModelForCausalLM, PeftModel
 from safetensors.torch import load_file
 
-from badit.peft import layer as layer_module
+from badit.tuner import layer as layer_module
 from tuner.helpers import FAMILIES, adapted, config, forward, layers, padded, random_rows
 
 # PEFT 0.19 looks for the saved configuration of a base model that was never saved.

@@ -33,9 +33,10 @@ from badit.analysis.tables import TidyTable, Value
 from badit.data import on_device
 from badit.data.schema import first_problem
 from badit.errors import BaditError
+from badit.files import read_json, read_jsonl
 from badit.method import ExpertAngles, cosine_gram
 from badit.method import expert_angles as angles_of
-from badit.runs import RunFolder, read_json, read_jsonl
+from badit.runs import RunFolder
 from badit.training.trainer import answer_losses
 
 

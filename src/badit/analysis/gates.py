@@ -29,9 +29,9 @@ from badit.analysis.tables import TidyTable, defined
 from badit.data import on_device
 from badit.errors import BaditError
 from badit.method import prompt_mean
-from badit.peft.base_layer import ExpertLayer
-from badit.peft.routing_context import before_first_label
 from badit.training.trainer import answer_losses
+from badit.tuner.base_layer import ExpertLayer
+from badit.tuner.prompt import before_first_label
 
 # A gate that is neutral but for rounding is no sign of being drawn on.
 _ROUNDING = 1e-6

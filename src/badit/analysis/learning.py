@@ -11,7 +11,8 @@ from badit.analysis.tables import TidyTable, Value
 from badit.data.schema import first_problem
 from badit.errors import BaditError
 from badit.evaluation.results import SINGLE_TASK, Results, Scores, load_results
-from badit.runs import RunFolder, read_json
+from badit.files import read_json
+from badit.runs import RunFolder
 
 
 class _Sequence(BaseModel):

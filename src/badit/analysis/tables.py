@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from badit.errors import BaditError
-from badit.runs import read_json, refuse_other_format, write_text
+from badit.files import read_json, refuse_other_format, write_text
 
 FORMAT = 1
 Value = str | int | float | bool | None

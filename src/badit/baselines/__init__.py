@@ -24,7 +24,7 @@ from badit.baselines.model import MixtureModel
 from badit.baselines.mtl_lora import MtlLoraConfig, MtlLoraModel, batch_of_tasks
 from badit.baselines.o_lora import OLoraConfig
 from badit.baselines.sapt import SaptConfig
-from badit.peft.registration import register
+from badit.tuner.registration import register
 
 for _config_cls in (LoraMoeConfig, HydraLoraConfig, GoatConfig):
     register(_config_cls, MixtureModel)

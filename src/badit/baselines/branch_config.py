@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from badit.errors import BaditError
-from badit.peft.base_config import ExpertConfig, is_int
+from badit.tuner.base_config import ExpertConfig, is_int
 
 
 @dataclass

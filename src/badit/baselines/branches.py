@@ -2,7 +2,7 @@
 
     y = W x + s · Σ_{i≤t} a_i(p0) B_i A_i x        branches i < t frozen, branch t trained
 
-All branches are one wide product (:mod:`badit.peft.base_layer`): buffers hold the frozen ones, and the trained one
+All branches are one wide product (:mod:`badit.tuner.base_layer`): buffers hold the frozen ones, and the trained one
 comes after them. The weights a_i are 1, or those of a gate, which stands beside the base model, once for all layers: a
 hook on the token embeddings works out the weights of a pass and leaves them where the layers find them.
 
@@ -21,10 +21,10 @@ from torch import nn
 from badit.baselines.branch_config import BranchConfig, BranchGate
 from badit.errors import BaditError
 from badit.method import prompt_mean
-from badit.peft.base_layer import ExpertLayer
-from badit.peft.base_model import ExpertModel
-from badit.peft.quantised import shape_of
-from badit.peft.routing_context import RoutingContext
+from badit.tuner.base_layer import ExpertLayer
+from badit.tuner.base_model import ExpertModel
+from badit.tuner.prompt import RoutingContext
+from badit.tuner.quantised import shape_of
 
 
 class BranchLayer(ExpertLayer):

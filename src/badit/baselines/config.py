@@ -8,7 +8,7 @@ import torch
 
 from badit.errors import BaditError
 from badit.method import expert_gates
-from badit.peft.base_config import ExpertConfig, is_number
+from badit.tuner.base_config import ExpertConfig, is_number
 
 
 @dataclass

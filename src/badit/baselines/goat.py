@@ -25,7 +25,7 @@ import torch
 from badit.baselines.config import BalancedMixtureConfig
 from badit.errors import BaditError
 from badit.method import SingularTriples, expert_factors, expert_gates, top_singular_triples
-from badit.peft.base_config import is_number
+from badit.tuner.base_config import is_number
 
 
 @dataclass

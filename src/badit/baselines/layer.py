@@ -1,6 +1,6 @@
 """One layer of a mixture:  y = W x + s · (Σ_k g_k(x) B_k A_k x − share · B0 A0 x), with the gates of every position.
 
-The product is :mod:`badit.peft.base_layer`'s; what sets one rival apart from another is its configuration's.
+The product is :mod:`badit.tuner.base_layer`'s; what sets one rival apart from another is its configuration's.
 
 Shape suffixes: I/O = in/out features, N = components, K = experts, L = the attended positions of a batch.
 """
@@ -17,8 +17,8 @@ from torch import nn
 
 from badit.baselines.config import BalancedMixtureConfig, MixtureConfig
 from badit.errors import BaditError
-from badit.peft.base_layer import ExpertLayer
-from badit.peft.routing_context import inside_backward
+from badit.tuner.base_layer import ExpertLayer
+from badit.tuner.prompt import inside_backward
 
 
 class MixtureLayer(ExpertLayer):

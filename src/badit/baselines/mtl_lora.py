@@ -30,10 +30,10 @@ from torch import nn
 
 from badit.errors import BaditError, nearest
 from badit.method import expert_gates
-from badit.peft.base_config import ExpertConfig, is_number
-from badit.peft.base_layer import ExpertLayer
-from badit.peft.base_model import ExpertModel
-from badit.peft.routing_context import ForwardPass, RoutingContext, inside_backward
+from badit.tuner.base_config import ExpertConfig, is_number
+from badit.tuner.base_layer import ExpertLayer
+from badit.tuner.base_model import ExpertModel
+from badit.tuner.prompt import ForwardPass, RoutingContext, inside_backward
 
 
 @dataclass

@@ -16,7 +16,7 @@ import torch
 
 from badit.baselines.branch_config import BranchConfig
 from badit.errors import BaditError
-from badit.peft.base_config import is_number
+from badit.tuner.base_config import is_number
 
 
 @dataclass

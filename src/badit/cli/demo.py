@@ -66,7 +66,7 @@ def demo_recipe(method: Mapping[str, Any], output: str, epochs: float, seed: int
 
 
 def _budget(runs: Mapping[str, Any]) -> str:
-    from badit.runs import read_json
+    from badit.files import read_json
 
     rows = []
     for name, run in runs.items():
@@ -78,7 +78,7 @@ def _budget(runs: Mapping[str, Any]) -> str:
 
 def _angles(log: Path) -> str:
     """The first grouping against the last, each on gradients of steps that it was not fitted to."""
-    from badit.runs import read_jsonl
+    from badit.files import read_jsonl
 
     lines = [line for line in read_jsonl(log) if line.get("intra_degrees") is not None]
     if not lines:
@@ -103,7 +103,7 @@ def _means(lines: Sequence[Mapping[str, Any]], fields: Sequence[str]) -> list[st
 def _samples(folders: Mapping[str, Path]) -> str:
     """One instance of each of a few tasks, spread over the list, with every method's answer."""
     from badit.data import own_input
-    from badit.runs import read_jsonl
+    from badit.files import read_jsonl
 
     files = sorted(next(iter(folders.values())).glob("*.jsonl"))
     chosen = [files[i * len(files) // SAMPLES] for i in range(SAMPLES)]

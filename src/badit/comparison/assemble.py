@@ -16,7 +16,8 @@ from badit.comparison.worker import ERROR
 from badit.evaluation.continual import FORMS, continual_scores
 from badit.evaluation.metrics import mean_scores
 from badit.evaluation.results import FORMAT, SINGLE_TASK, read_scores
-from badit.runs import RunFolder, read_json
+from badit.files import read_json
+from badit.runs import RunFolder
 
 
 def assemble(

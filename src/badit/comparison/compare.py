@@ -24,8 +24,9 @@ from badit.comparison.worker import CellProcess
 from badit.data import ordered
 from badit.errors import BaditError
 from badit.evaluation.results import RESULTS
+from badit.files import read_json, write_json
 from badit.recipe import Recipe
-from badit.runs import RunFolder, read_json, write_json
+from badit.runs import RunFolder
 from badit.training.plan import device, make_plan
 from badit.training.precision import warn_of_slow_dtype
 

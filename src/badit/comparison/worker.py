@@ -12,7 +12,8 @@ import traceback
 from pathlib import Path
 
 from badit.errors import BaditError
-from badit.runs import RunFolder, full_disk_named, write_json, write_text
+from badit.files import full_disk_named, write_json, write_text
+from badit.runs import RunFolder
 
 ERROR, LOG = "error.txt", "log.txt"
 

@@ -8,9 +8,9 @@ from typing import Annotated, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from badit.data.files import parse_json, read_text
-from badit.data.schema import OUTPUT_NAMES, Instance, Outputs, Split, Task, TaskName, first_problem, shown
+from badit.data.schema import OUTPUT_NAMES, Instance, Outputs, Split, Task, TaskName, first_problem
 from badit.errors import BaditError, nearest
+from badit.files import parse_json, read_text, shown
 
 SPLITS: tuple[Split, ...] = get_args(Split)
 

@@ -11,12 +11,12 @@ from functools import partial
 from pathlib import Path
 from typing import Literal, get_args
 
-from badit.data.files import parse_json, read_text
 from badit.data.jsonl import jsonl_files, tasks_from_jsonl
 from badit.data.names import resolve_names
-from badit.data.schema import Split, Task, shown, task_from_superni
+from badit.data.schema import Split, Task, task_from_superni
 from badit.data.suite import builtin_tasks
 from badit.errors import BaditError, nearest
+from badit.files import parse_json, read_text, shown
 
 Format = Literal["auto", "sapt", "superni", "jsonl", "builtin"]
 Catalog = Mapping[str, Callable[[], Task]]

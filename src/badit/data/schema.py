@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from badit.errors import BaditError
+from badit.files import shown
 
 Split = Literal["train", "validation", "test"]
 
@@ -176,8 +177,3 @@ def first_problem(error: ValidationError) -> tuple[tuple[int | str, ...], str]:
     problem = error.errors(include_url=False, include_input=False)[0]
     message = problem["msg"].removeprefix("Value error, ").replace("\n", " ")
     return problem["loc"], message[:1].lower() + message[1:]
-
-
-def shown(file: Path) -> str:
-    """A path for an error message: on one line even if its name has line breaks."""
-    return str(file) if str(file).isprintable() else repr(str(file))

@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from pydantic import TypeAdapter, ValidationError
 
-from badit.data.files import parse_json, read_text
-from badit.data.schema import file_safe, first_problem, shown
+from badit.data.schema import file_safe, first_problem
 from badit.errors import BaditError, nearest
 from badit.evaluation.generation import generate_answers
 from badit.evaluation.metrics import Prediction, score_tasks
-from badit.runs import write_text
+from badit.files import parse_json, read_text, shown, write_text
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -15,7 +15,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from badit.baselines import batch_of_tasks
 from badit.errors import BaditError
-from badit.peft.routing_context import cache_of, select_rows
+from badit.tuner.prompt import cache_of, select_rows
 
 if TYPE_CHECKING:
     from peft import PeftModel

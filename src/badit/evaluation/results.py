@@ -16,11 +16,11 @@ from typing import Annotated, Any, Literal, get_args
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from badit.data.schema import first_problem, shown
+from badit.data.schema import first_problem
 from badit.errors import BaditError, nearest
 from badit.evaluation.continual import Form
 from badit.evaluation.statistics import Difference, Spread, mean_ranks, paired_bootstrap, ranks, spread
-from badit.runs import read_json, refuse_other_format
+from badit.files import read_json, refuse_other_format, shown
 
 Metric = Literal["rouge_l", "exact_match"]
 

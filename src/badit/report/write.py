@@ -8,10 +8,10 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from badit.errors import BaditError
+from badit.files import write_text
 from badit.report.blocks import Figure, Section
 from badit.report.context import Report
 from badit.report.sources import read_sources
-from badit.runs import write_text
 
 
 def write_report(

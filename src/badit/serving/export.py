@@ -14,9 +14,10 @@ from badit.analysis.gates import adapted_layers
 from badit.baselines import MtlLoraConfig
 from badit.data import Task
 from badit.errors import BaditError, nearest
+from badit.files import write_text
 from badit.method import compress
 from badit.recipe import Recipe
-from badit.runs import RunFolder, write_text
+from badit.runs import RunFolder
 from badit.serving.factors import Factors, lora_factors, mixture_factors
 from badit.serving.files import merge, new_folder, refuse_foreign, write_adapter, write_gates, write_merged
 from badit.serving.mixture import Mixture, mean_mixture, read_mixture

@@ -24,8 +24,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from badit.errors import BaditError
+from badit.files import read_json, replace_folder, write_json
 from badit.recipe import ModelSection
-from badit.runs import read_json, replace_folder, write_json
 from badit.serving.factors import Factors
 
 RECORD = "export.json"

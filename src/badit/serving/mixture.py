@@ -19,10 +19,10 @@ from peft import PeftModel
 from badit.analysis.gates import Experts, adapted_layers, mean_component_gates
 from badit.data import AnswerCollator, Task, batches_by_task
 from badit.errors import BaditError, nearest
-from badit.peft.base_config import is_number
+from badit.files import read_json
 from badit.recipe import Recipe
-from badit.runs import read_json
 from badit.training.plan import encoded, pad_id
+from badit.tuner.base_config import is_number
 
 # Gates of prompts of one task are close together: this many training prompts settle the mean.
 PROMPTS_PER_TASK = 32

@@ -13,9 +13,10 @@ from typing import Any
 from peft.utils import CONFIG_NAME
 
 from badit.errors import BaditError, one_line
+from badit.files import read_json
 from badit.models import HUB_ID
 from badit.recipe import load_recipe
-from badit.runs import RunFolder, read_json
+from badit.runs import RunFolder
 from badit.serving.files import RECORD, SCORES
 from badit.training.card import CARD, Base, model_card
 from badit.training.method import AdapterMethod

@@ -9,8 +9,9 @@ from typing import Any
 from peft import PeftModel
 
 from badit.errors import BaditError
+from badit.files import read_json, write_json
 from badit.models import load_base_model
-from badit.runs import RunFolder, read_json, write_json
+from badit.runs import RunFolder
 from badit.serving.export import Export
 from badit.serving.files import SCORES
 from badit.training.plan import base_model, device, make_plan, model_dtype

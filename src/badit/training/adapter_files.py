@@ -17,10 +17,9 @@ from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
-from badit.data.schema import shown
 from badit.errors import BaditError
-from badit.peft.base_config import FORMAT_FIELD, refuse_newer_format
-from badit.runs import read_json
+from badit.files import read_json, shown
+from badit.tuner.base_config import FORMAT_FIELD, refuse_newer_format
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -11,13 +11,13 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from badit.files import StepLog
 from badit.method import expert_angles
-from badit.peft.base_layer import ExpertLayer
-from badit.runs import StepLog
 from badit.training.checkpoints import resumed_checkpoint
 from badit.training.gradients import before_step, component_grams
 from badit.training.regroup_state import ANGLES_FILE, Window, load_state, mean_grams, save_state
 from badit.training.regrouper import trainable_adapters
+from badit.tuner.base_layer import ExpertLayer
 
 
 class AngleLog(TrainerCallback):

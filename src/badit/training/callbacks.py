@@ -13,7 +13,7 @@ from tqdm import tqdm
 from transformers import TrainerCallback
 
 from badit.baselines import BranchModel
-from badit.runs import StepLog
+from badit.files import StepLog
 from badit.training.ranks import any_of_all
 
 

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from badit.data.files import read_text
 from badit.errors import one_line
 from badit.evaluation.results import read_scores
+from badit.files import read_json, read_text, write_text
 from badit.models import BUILT_IN, HUB_ID
 from badit.recipe import Recipe, load_recipe
-from badit.runs import RunFolder, read_json, write_text
+from badit.runs import RunFolder
 from badit.training.method import AdapterMethod
 from badit.training.methods import build_method
 
@@ -147,7 +147,7 @@ def _loading(
         )
     registers: list[str] = []
     if export is None:
-        module = "badit.peft" if method == "badit" else "badit.baselines"
+        module = "badit.tuner" if method == "badit" else "badit.baselines"
         registers = [f"import {module}  # tells PEFT of the method"]
     built_in = recipe.model.name == BUILT_IN
     source = BUILT_IN if built_in else base.hub_id or "BASE-MODEL"

@@ -18,7 +18,8 @@ from typing import Any
 from transformers import TrainerCallback
 
 from badit.errors import BaditError
-from badit.runs import is_main_process, read_json, replace_folder, write_json
+from badit.files import read_json, replace_folder, write_json
+from badit.runs import is_main_process
 from badit.training.ranks import wait_for_all
 
 STAGING = "partial"

@@ -28,10 +28,8 @@ from badit.baselines.neurons import (
     trained_parameters,
     union,
 )
-from badit.data.schema import shown
 from badit.errors import BaditError
-from badit.peft.base_model import TARGET_MODULES
-from badit.peft.routing_context import before_first_label
+from badit.files import shown
 from badit.recipe import Recipe
 from badit.runs import RunFolder
 from badit.training.adapter_files import first_line, load_adapter, tensor_shapes
@@ -41,6 +39,8 @@ from badit.training.gradients import parameter_count
 from badit.training.regroup import RegroupCallback
 from badit.training.surgery import Surgery, SurgeryTrainer
 from badit.training.trainer import AnswerTrainer
+from badit.tuner.base_model import TARGET_MODULES
+from badit.tuner.prompt import before_first_label
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

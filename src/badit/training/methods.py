@@ -22,11 +22,11 @@ from peft import LoraConfig, PeftConfig
 
 from badit.baselines import RIVALS
 from badit.errors import BaditError, nearest
-from badit.peft import BaditConfig
-from badit.peft.base_config import FORMAT_FIELD
 from badit.training.method import AdapterMethod, Method, NeuronMethod, NeuronOptions, WeightsMethod
 from badit.training.regroup import RegroupCallback
 from badit.training.surgery import Surgery
+from badit.tuner import BaditConfig
+from badit.tuner.base_config import FORMAT_FIELD
 
 # PEFT's own bookkeeping and what a run fills in, which are not for a recipe to set.
 _INTERNAL = {"peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from badit.evaluation.generation import evaluation_mode
-from badit.peft.routing_context import before_first_label
+from badit.tuner.prompt import before_first_label
 
 # One short prompt tells how far the output moves; more would be the dearest part of a regrouping.
 _CANDIDATES, _TOKENS = 16, 16

@@ -20,11 +20,9 @@ import numpy as np
 import torch
 
 from badit.errors import BaditError
+from badit.files import StepLog
 from badit.method import expert_angles, group_components, grouping_objective
 from badit.method.grouping import Solver
-from badit.peft.base_layer import ExpertLayer
-from badit.peft.layer import BaditLayer
-from badit.runs import StepLog
 from badit.training.gradients import before_step, component_grams, scale_columns
 from badit.training.probe import OutputProbe
 from badit.training.ranks import communicating_device, is_first, several
@@ -37,6 +35,8 @@ from badit.training.regroup_state import (
     save_state,
     unpacked_windows,
 )
+from badit.tuner.base_layer import ExpertLayer
+from badit.tuner.layer import BaditLayer
 
 # A mean gate near zero (top_k can starve an expert) must not blow a weight up.
 _RESCALE_LIMIT = 4.0

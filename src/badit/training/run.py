@@ -18,17 +18,9 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from badit.data import AnswerCollator, batches_by_task, mixture
 from badit.errors import BaditError
 from badit.evaluation.results import read_scores
+from badit.files import full_disk_named, read_json, replace_folder, write_json
 from badit.recipe import Recipe
-from badit.runs import (
-    RunFolder,
-    environment,
-    full_disk_named,
-    is_main_process,
-    peak_memory,
-    read_json,
-    replace_folder,
-    write_json,
-)
+from badit.runs import RunFolder, environment, is_main_process, peak_memory
 from badit.training.attention import fast_on_short_sequences
 from badit.training.callbacks import MetricsLog, ProgressBar, StopOnSignal
 from badit.training.card import write_run_card

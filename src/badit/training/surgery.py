@@ -29,8 +29,8 @@ from accelerate.utils import DistributedType
 from torch import nn
 
 from badit.errors import BaditError
-from badit.peft.base_config import one_of
 from badit.training.trainer import AnswerTrainer
+from badit.tuner.base_config import one_of
 
 Surgery = Literal["pcgrad", "cagrad"]
 Combination = Callable[[torch.Tensor], torch.Tensor]  # from gradients (T, P) to one (P,)

@@ -15,11 +15,11 @@ from transformers import Trainer, TrainerCallback
 
 from badit.baselines import BranchModel, batch_of_tasks
 from badit.errors import BaditError
-from badit.peft import BaditModel
-from badit.peft.base_model import ExpertModel
-from badit.peft.routing_context import before_first_label
 from badit.training.nonfinite import SkipNonFinite
 from badit.training.regroup import RegroupCallback
+from badit.tuner import BaditModel
+from badit.tuner.base_model import ExpertModel
+from badit.tuner.prompt import before_first_label
 
 # Batches are cut from shuffled runs of this many batches sorted by length: long enough to save padding, short enough to
 # keep the order random.

@@ -9,10 +9,10 @@ from typing import Any
 import yaml
 
 from badit.evaluation.results import RESULTS
+from badit.files import read_json
 from badit.report.blocks import Block, Details, Note, Section
 from badit.report.context import Report
 from badit.report.sources import Source
-from badit.runs import read_json
 
 _LEAD = "The resolved recipe of each run, and the machine and versions that it ran on."
 

@@ -10,7 +10,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from badit.errors import BaditError
 from badit.method.decomposition import SvdMethod
 from badit.method.routing import GateKind, RouterInput
-from badit.peft.base_config import ExpertConfig, is_number, one_of
+from badit.tuner.base_config import ExpertConfig, is_number, one_of
 
 # Older versions save a bias for the methods that they know by name only.
 _PEFT_SAVES_BIASES = hasattr(BaseTuner, "_get_learnable_bias_state_dict")

@@ -11,9 +11,9 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from badit.errors import BaditError
-from badit.peft.base_config import ExpertConfig
-from badit.peft.base_layer import ExpertLayer
-from badit.peft.quantised import is_quantised, keep_in_place, refuse_unsuitable_layer
+from badit.tuner.base_config import ExpertConfig
+from badit.tuner.base_layer import ExpertLayer
+from badit.tuner.quantised import is_quantised, keep_in_place, refuse_unsuitable_layer
 
 # The paper adapts the MLP's gate projection; models without one get their MLP's first projection.
 _GATE_PROJECTION = (

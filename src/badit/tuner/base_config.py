@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from peft import PeftConfig
 
 from badit.errors import BaditError
-from badit.peft.registration import peft_type
+from badit.tuner.registration import peft_type
 
 # The version of what an adapter's files hold: the settings' names and defaults, the tensors' names and meanings. A
 # change that older releases would read wrongly raises it. Every earlier one can be read: tests/tuner/formats has them.

@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 from badit.errors import BaditError
 from badit.method import frozen_factors
-from badit.peft.quantised import shape_of, weight_as_used
+from badit.tuner.quantised import shape_of, weight_as_used
 
 
 class WideProduct(NamedTuple):

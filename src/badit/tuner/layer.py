@@ -1,7 +1,7 @@
 """One layer adapted by BADIT:  y = W x + s · (B (g ∘ A x) − B0 A0 x),   g_i = gate[expert_of[i]].
 
-The product is :mod:`badit.peft.base_layer`'s; here is what makes it BADIT: the experts start as singular triples (BAD),
-the gates follow the prompt, and regrouping (DOG) changes the N integers of ``expert_of`` and nothing else.
+The product is :mod:`badit.tuner.base_layer`'s; here is what makes it BADIT: the experts start as singular triples
+(BAD), the gates follow the prompt, and regrouping (DOG) changes the N integers of ``expert_of`` and nothing else.
 
 A0 and B0 are the frozen initial factors. Subtracting them in the forward pass equals the paper's residual Ŵ while the
 base weight W stays as it was ("delta"); "folded" writes Ŵ = W − s·B0 A0 into the base layer instead.
@@ -29,10 +29,10 @@ from badit.method import (
     top_singular_triples,
     updated_moments,
 )
-from badit.peft.base_layer import ExpertLayer, WideProduct
-from badit.peft.config import BaditConfig
-from badit.peft.quantised import shape_of
-from badit.peft.routing_context import ForwardPass, RoutingContext
+from badit.tuner.base_layer import ExpertLayer, WideProduct
+from badit.tuner.config import BaditConfig
+from badit.tuner.prompt import ForwardPass, RoutingContext
+from badit.tuner.quantised import shape_of
 
 
 class BaditLayer(ExpertLayer):

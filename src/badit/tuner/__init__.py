@@ -3,10 +3,10 @@
 Importing this package registers the method with PEFT.
 """
 
-from badit.peft.config import BaditConfig
-from badit.peft.layer import BaditLayer, BaditLinear
-from badit.peft.model import BaditModel
-from badit.peft.registration import register
+from badit.tuner.config import BaditConfig
+from badit.tuner.layer import BaditLayer, BaditLinear
+from badit.tuner.model import BaditModel
+from badit.tuner.registration import register
 
 register(BaditConfig, BaditModel)
 

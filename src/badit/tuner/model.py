@@ -5,10 +5,10 @@ from __future__ import annotations
 from torch import nn
 
 from badit.errors import BaditError
-from badit.peft.base_model import ExpertModel
-from badit.peft.config import BaditConfig
-from badit.peft.layer import BaditLayer, BaditLinear
-from badit.peft.routing_context import RoutingContext
+from badit.tuner.base_model import ExpertModel
+from badit.tuner.config import BaditConfig
+from badit.tuner.layer import BaditLayer, BaditLinear
+from badit.tuner.prompt import RoutingContext
 
 
 class BaditModel(ExpertModel):
