@@ -9,7 +9,7 @@ each task's training data); `test` is read once, by a stage's final command.
     rig.py --name dirs_orth --init dirs --opt orthogonal --lr 2e-3 --seed 1
     summary.py benchmarks/results/rig-a lora_adamw lora_orthogonal   # paired over instances, by method and seed
 
-Adapter: y = W x + s · B (g ∘ A x) [− s · B0 A0 x for --init bad].   Shapes: A (N, I), B (O, N), g one gate per component.
+Adapter: y = W x + s · B (g ∘ A x) [− s · B0 A0 x for --init bad].   Shapes: A (N, I), B (O, N), a gate g per component.
 """
 
 import argparse
