@@ -7,12 +7,15 @@ for each choice, while what belongs to the same place in every line is written o
     value  =  the number after ``index`` commas of the line of layer + "|" + module; nothing where there is none
 """
 
+# pandas' own types make every selection a frame, a series or a scalar.
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportIndexIssue=false
+
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import altair as alt
 import numpy as np
@@ -60,42 +63,24 @@ class Figure:
         return " ".join((self.draw.__doc__ or "").split())
 
 
-@dataclass(frozen=True)
-class Choice:
-    """A list to choose from: a column's name, and its values with what they are called."""
-
-    name: str
-    options: Mapping[str, str]
-
-    @property
-    def parameter(self) -> alt.Parameter:
-        keys = list(self.options)
-        if len(keys) == 1:
-            return alt.param(name=self.name, value=keys[0])
-        binding = alt.binding_select(options=keys, labels=list(self.options.values()), name=f"{self.name} ")
-        return alt.param(name=self.name, value=keys[0], bind=binding)
+def choice(name: str, options: Mapping[str, str] | Iterable[str]) -> alt.Parameter:
+    """A list to choose from: the values of a column, perhaps with what they are called; the first one is chosen."""
+    names = dict(options) if isinstance(options, Mapping) else {option: option for option in options}
+    keys, labels = list(names), list(names.values())
+    binding = alt.binding_select(options=keys, labels=labels, name=f"{name} ") if len(keys) > 1 else alt.Undefined
+    return alt.param(name=name, value=keys[0], bind=binding)
 
 
-def choice_of(values: Iterable[str], name: str) -> Choice:
-    """The values, the first one chosen."""
-    return Choice(name, {value: value for value in dict.fromkeys(values)})
-
-
-def layer_choice(layers: Iterable[int], all_layers: str = "all layers") -> Choice:
+def layer_choice(layers: Iterable[int], all_layers: str = "all layers") -> alt.Parameter:
     """All layers together, then each."""
     names = {str(layer): f"layer {layer}" if layer >= 0 else "outside the layers" for layer in sorted(set(layers))}
-    return Choice("layer", {ALL: all_layers} | (names if len(names) > 1 else {}))
+    return choice("layer", {ALL: all_layers} | (names if len(names) > 1 else {}))
 
 
-def module_choice(modules: Iterable[str]) -> Choice:
+def module_choice(modules: Iterable[str]) -> alt.Parameter:
     """All modules together, then each."""
-    names = sorted(set(modules))
-    return Choice("module", {ALL: "all modules"} | ({name: name for name in names} if len(names) > 1 else {}))
-
-
-def with_choices(chart: Any, choices: Sequence[Choice]) -> Any:
-    """The chart, or layers, with the lists to choose from."""
-    return chart.add_params(*(choice.parameter for choice in choices)) if choices else chart
+    names = {name: name for name in sorted(set(modules))}
+    return choice("module", {ALL: "all modules"} | (names if len(names) > 1 else {}))
 
 
 def with_all(frame: pd.DataFrame, *columns: str) -> pd.DataFrame:
@@ -111,23 +96,23 @@ def chart_of(frame: pd.DataFrame) -> alt.Chart:
     return alt.Chart(alt.InlineData(values=frame.astype(object).where(frame.notna(), None).to_dict("records")))
 
 
-def values_by_choice(frame: pd.DataFrame, places: Sequence[str], choices: Sequence[Choice]) -> pd.DataFrame:
+def values_by_choice(frame: pd.DataFrame, places: Sequence[str], choices: Sequence[alt.Parameter]) -> pd.DataFrame:
     """Means of the column ``value``: a row for each combination of options, joined by "|", a column for each place."""
     keys = pd.Series("", index=frame.index, dtype=str)
-    for i, choice in enumerate(choices):
-        keys = keys + ("|" if i else "") + frame[choice.name].astype(str)
+    for i, option in enumerate(choices):
+        keys = keys + ("|" if i else "") + frame[option.name].astype(str)
     found = frame.assign(key=keys).pivot_table("value", "key", list(places), sort=False, observed=True)
     if found.size > MOST_VALUES:
-        found = found[[ALL in key.split("|") for key in found.index]]
+        found = found.loc[[ALL in key.split("|") for key in found.index]]
     return found
 
 
-def chosen(values: pd.DataFrame, choices: Sequence[Choice], *, symmetric: bool = False) -> alt.Chart:
+def chosen(values: pd.DataFrame, choices: Sequence[alt.Parameter], *, symmetric: bool = False) -> alt.Chart:
     """A chart with a row for each place, which has its ``value`` under the chosen options; unknown values are left out.
 
     Args:
         values: from :func:`values_by_choice`.
-        choices: to be added to the finished chart by :func:`with_choices`.
+        choices: to be added to the finished chart with ``add_params``.
         symmetric: whether a place's value is also that of the place with row and column exchanged.
     """
     places = values.columns.to_frame(index=False).assign(index=range(values.shape[1]))
@@ -138,7 +123,7 @@ def chosen(values: pd.DataFrame, choices: Sequence[Choice], *, symmetric: bool =
         {"key": key, "values": ",".join("" if np.isnan(value) else f"{value:.4g}" for value in row)}
         for key, row in zip(values.index, values.to_numpy(), strict=True)
     ]
-    key = " + '|' + ".join(choice.name for choice in choices) or "''"
+    key = " + '|' + ".join(option.name for option in choices) or "''"
     return (
         chart_of(places)
         .transform_calculate(key=key)
@@ -157,7 +142,7 @@ def heat_map(
     columns: str,
     label: str,
     *,
-    choices: Sequence[Choice] = (),
+    choices: Sequence[alt.Parameter] = (),
     row_title: str = "",
     column_title: str = "",
     signed: bool = True,
@@ -232,7 +217,7 @@ def heat_map(
     count = len(row_names)
     row_height = _LOW_ROW if count > _MANY_ROWS else min(_HIGH_ROW, max(ROW, _MATRIX_HEIGHT // max(1, count)))
     view = alt.ViewBackground(style="matrix")
-    return with_choices(chart, choices).properties(width="container", height=count * row_height, view=view)
+    return chart.add_params(*choices).properties(width="container", height=count * row_height, view=view)
 
 
 def names_in(frame: pd.DataFrame, *columns: str) -> dict[str, str]:
@@ -264,17 +249,11 @@ def legend(names: Iterable[str], *, room: int = _NARROW_ROW, **options: Any) -> 
     different = list(dict.fromkeys(names))
     if len(different) < 2:
         return None
+    longest = max(map(len, different)) + 4  # with its symbol
     # The page's room and not the plot's width, which is only known once the legend has its place. An exported figure
     # has no page, and is narrow.
-    narrow, wide = _legend_columns(different, room), _legend_columns(different, _WIDE_ROW)
-    columns: Any = {"expr": f"containerSize()[0] >= {_WIDE} ? {wide} : {narrow}"}
-    return alt.Legend(title=None, columns=columns, **options)
-
-
-def _legend_columns(names: Sequence[str], letters: int) -> int:
-    """The most columns whose longest names, each with its symbol, have room in a row."""
-    counts = range(min(len(names), 6), 1, -1)
-    return next((n for n in counts if sum(max(map(len, names[i::n])) + 4 for i in range(n)) <= letters), 1)
+    columns = f"containerSize()[0] >= {_WIDE} ? {max(1, _WIDE_ROW // longest)} : {max(1, room // longest)}"
+    return alt.Legend(title=None, columns=cast(Any, {"expr": columns}), **options)
 
 
 def _domain(names: Mapping[str, str]) -> alt.Scale:

@@ -15,7 +15,7 @@ def number(value: float | None, digits: int = 1, *, signed: bool = False) -> str
     """``number(-0.25, 2)`` is "−0.25"; what rounds to zero has no sign; an unknown number is a dash."""
     if value is None or pd.isna(value):
         return UNKNOWN
-    return f"{value:{'+' if signed else '-'},z.{digits}f}".replace("-", "−")
+    return f"{value:{'+' if signed else '-'}z,.{digits}f}".replace("-", "−")
 
 
 def whole(value: float | None) -> str:
@@ -33,18 +33,13 @@ def duration(seconds: float | None) -> str:
     return UNKNOWN if seconds is None or pd.isna(seconds) else f"{number(seconds / 60)} min"
 
 
-def text_table(frame: pd.DataFrame, columns: Mapping[str, tuple[str, int | None]]) -> pd.DataFrame:
-    """The named columns of a frame as text, under the headings that a reader sees.
-
-    Args:
-        frame: numbers and text.
-        columns: name → (heading, decimals); None leaves text as it is.
-    """
-    shown = {
-        heading: frame[name] if digits is None else [number(value, digits) for value in frame[name]]
-        for name, (heading, digits) in columns.items()
+def text_table(frame: pd.DataFrame, decimals: Mapping[str, int | None]) -> pd.DataFrame:
+    """Columns of a frame as text under headings without underscores: numbers with so many decimals, None for text."""
+    columns = {
+        name.replace("_", " "): [str(value) if digits is None else number(value, digits) for value in frame[name]]
+        for name, digits in decimals.items()
     }
-    return pd.DataFrame(shown, dtype=object).fillna(UNKNOWN)
+    return pd.DataFrame(columns, dtype=object)
 
 
 def shortened(text: str) -> str:

@@ -4,31 +4,32 @@ To add one, write a function from a table's frame to a chart and add it to :data
 them are categories, whose order puts similar tasks next to one another (see ``badit.report.sources``).
 """
 
+# pandas' own types make every selection a frame, a series or a scalar.
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportIndexIssue=false
+
 from __future__ import annotations
 
+from typing import Any
+
 import altair as alt
-import numpy as np
 import pandas as pd
 
 from badit.report.charts import (
     ALL,
     ROW,
-    Choice,
     Figure,
     chart_of,
-    choice_of,
+    choice,
     chosen,
     heat_map,
     layer_choice,
     legend,
-    limit_of,
     module_choice,
     names_in,
     values_by_choice,
     with_all,
-    with_choices,
 )
-from badit.report.formatting import shortened, text_table
+from badit.report.formatting import UNKNOWN, shortened, text_table
 
 _MOST_PAIRS = 120
 _MOST_STEPS = 12
@@ -80,27 +81,20 @@ def reliability_by_layer(frame: pd.DataFrame) -> alt.TopLevelMixin | None:
 
 def _by_layer(frame: pd.DataFrame, column: str, title: str, form: str) -> alt.TopLevelMixin | None:
     """A column of ``gradient_summary`` over the layers, a line for each module."""
-    rows = frame[(frame["layer"] >= 0) & frame[column].notna()]
+    rows = frame.loc[(frame["layer"] >= 0) & frame[column].notna(), ["layer", "module", "parameters", column]]
     if rows.empty:
         return None
-    rows = rows[["layer", "module", "parameters"]].assign(value=rows[column])
-    choice = choice_of(_kinds(rows), "parameters")
-    base = (
-        chart_of(rows)
-        .transform_filter("datum.parameters === parameters")
-        .encode(
-            x=alt.X(
-                "layer:Q", title="layer", scale=alt.Scale(nice=False), axis=alt.Axis(format="d", tickCount=8, grid=False)
-            ),
-            y=alt.Y("value:Q", title=title, axis=alt.Axis(format=form, tickCount=5)),
-            color=alt.Color("module:N", legend=legend(rows["module"], room=_ROOM)),
-            tooltip=["layer:Q", "module:N", alt.Tooltip("value:Q", title=title, format=form)],
-        )
+    layers = alt.Axis(format="d", tickCount=8, grid=False)
+    base = chart_of(rows).transform_filter("datum.parameters === parameters")
+    base = base.encode(
+        x=alt.X("layer:Q", title="layer", scale=alt.Scale(nice=False), axis=layers),
+        y=alt.Y(f"{column}:Q", title=title, axis=alt.Axis(format=form, tickCount=5)),
+        color=alt.Color("module:N", legend=legend(rows["module"], room=_ROOM)),
     )
     few = rows["layer"].nunique() <= _MOST_SPOTS
     spots = base.mark_point(filled=True, size=25 if few else 60, opacity=1 if few else 0)
     chart = base.mark_line(strokeWidth=1.8, tooltip=None) + spots
-    return with_choices(chart, [choice]).properties(width="container", height=220)
+    return chart.add_params(choice("parameters", _kinds(rows))).properties(width="container", height=220)
 
 
 def gradient_pairs(frame: pd.DataFrame) -> pd.DataFrame:
@@ -109,19 +103,14 @@ def gradient_pairs(frame: pd.DataFrame) -> pd.DataFrame:
     rows = frame[(frame["parameters"] == _kinds(frame)[0]) & frame["cosine"].notna()].sort_values("cosine")
     if len(rows) > _MOST_PAIRS:
         rows = pd.concat([rows[: _MOST_PAIRS // 2], rows[-_MOST_PAIRS // 2 :]])
-    columns = {"task_a": ("task", None), "task_b": ("other task", None), "cosine": ("cosine", 3)}
-    columns |= {
-        "corrected_cosine": ("corrected cosine", 2),
-        "magnitude_similarity": ("magnitude similarity", 2),
-    }
-    return text_table(rows, columns)
+    rows = rows.rename(columns={"task_a": "task", "task_b": "other_task"})
+    decimals = {"task": None, "other_task": None, "cosine": 3, "corrected_cosine": 2, "magnitude_similarity": 2}
+    return text_table(rows, decimals)
 
 
 def gradient_tasks(frame: pd.DataFrame) -> pd.DataFrame:
     """A task with a large norm weighs more in a mixed batch; one with low reliability needs more instances."""
-    columns = {"task": ("task", None), "norm": ("norm", 2), "reliability": ("reliability", 2)}
-    columns |= {"instances": ("instances", 0), "parameters": ("parameters", None)}
-    return text_table(frame, columns)
+    return text_table(frame, {"task": None, "norm": 2, "reliability": 2, "instances": 0, "parameters": None})
 
 
 def shared_units(frame: pd.DataFrame) -> alt.TopLevelMixin | None:
@@ -132,23 +121,18 @@ def shared_units(frame: pd.DataFrame) -> alt.TopLevelMixin | None:
     series = {"share": "measured", "chance": "by chance"}
     long = rows.rename(columns={"kind": "units"}).melt(["units", "layer", "tasks"], list(series), "series")
     long["series"] = long["series"].map(series)
-    choices = [choice_of(frame["kind"], "units"), layer_choice(rows["layer"], "mean over layers")]
+    choices = [choice("units", frame["kind"]), layer_choice(rows["layer"], "mean over layers")]
     names = list(series.values())
     base = chosen(values_by_choice(with_all(long, "layer"), ["tasks", "series"], choices), choices).encode(
         x=alt.X("tasks:O", title="number of tasks that share a unit", axis=alt.Axis(labelAngle=0)),
         y=alt.Y("value:Q", title="share of all units", axis=alt.Axis(format="%", tickCount=5)),
         color=alt.Color("series:N", scale=alt.Scale(domain=names), legend=legend(names)),
-        tooltip=[
-            alt.Tooltip("tasks:O", title="tasks"),
-            alt.Tooltip("series:N", title="share"),
-            alt.Tooltip("value:Q", title="of all units", format=".3%"),
-        ],
     )
     bars = base.transform_filter("datum.series === 'measured'").mark_bar(cornerRadiusEnd=2)
     chance = base.transform_filter("datum.series === 'by chance'").mark_line(
         point=alt.OverlayMarkDef(size=36, filled=True), strokeDash=[4, 3]
     )
-    return with_choices(bars + chance, choices).properties(width="container", height=240)
+    return (bars + chance).add_params(*choices).properties(width="container", height=240)
 
 
 def units_of_tasks(frame: pd.DataFrame) -> alt.TopLevelMixin:
@@ -161,7 +145,6 @@ def units_of_tasks(frame: pd.DataFrame) -> alt.TopLevelMixin:
     names = names_in(frame, "task")
     long = sums.melt(["kind", "task"], parts, "part", "units").rename(columns={"task": "full"})
     long = long.assign(task=long["full"].map(names), order=long["part"].map(parts.index))
-    choice = choice_of(frame["kind"], "kind")
     chart = (
         chart_of(long)
         .transform_filter("datum.kind === kind")
@@ -173,29 +156,23 @@ def units_of_tasks(frame: pd.DataFrame) -> alt.TopLevelMixin:
             y=alt.Y("task:N", title=None, sort=list(names.values())),
             order=alt.Order("order:Q"),
             color=alt.Color("part:N", scale=alt.Scale(domain=parts), legend=legend(parts)),
-            tooltip=[
-                alt.Tooltip("full:N", title="task"),
-                alt.Tooltip("part:N", title="marked for"),
-                alt.Tooltip("units:Q", title="number", format=","),
-                alt.Tooltip("share:Q", title="share", format=".1%"),
-            ],
+            tooltip=[alt.Tooltip("full:N", title="task"), "part:N", "units:Q", alt.Tooltip("share:Q", format=".1%")],
         )
     )
-    return with_choices(chart, [choice]).properties(width="container", height=ROW * len(names))
+    return chart.add_params(choice("kind", frame["kind"])).properties(width="container", height=ROW * len(names))
 
 
 def unit_overlaps(frame: pd.DataFrame) -> alt.TopLevelMixin:
     """Jaccard overlap over all layers: units marked for both tasks, of those marked for either."""
     rows = frame.rename(columns={"kind": "units", "overlap": "value"})
-    choices = [choice_of(rows["units"], "units")]
-    label, limit = "overlap (Jaccard)", limit_of(rows["value"])
-    return heat_map(rows, "task_a", "task_b", label, choices=choices, signed=False, limit=limit, symmetric=True)
+    units = choice("units", rows["units"])
+    return heat_map(rows, "task_a", "task_b", "overlap (Jaccard)", choices=[units], signed=False, symmetric=True)
 
 
 def expert_angles(frame: pd.DataFrame) -> alt.TopLevelMixin | None:
     """Means over modules: solid lines are the grouping made at that step, dashed ones the grouping before it on the
     same steps, diamonds the finished adapter on held-out data, the dotted line 90°."""
-    chart = _by_step(frame, "degrees", "angle (degrees)", ".2f", zero=False)
+    chart = _by_step(frame, "degrees", "angle (degrees)", zero=False)
     # A line at 90°, and invisible ones 5° to both sides: a shorter scale would exaggerate small differences.
     lines = pd.DataFrame({"degrees": [85, 90, 95], "seen": [0, 1, 0]})
     right_angle = chart_of(lines).mark_rule(style="reference", tooltip=None)
@@ -205,10 +182,10 @@ def expert_angles(frame: pd.DataFrame) -> alt.TopLevelMixin | None:
 
 def expert_cosines(frame: pd.DataFrame) -> alt.TopLevelMixin | None:
     """Mean |cosine| between components' gradients: 0 is orthogonal, and opposite directions count as near."""
-    return _by_step(frame, "abs_cos", "mean |cosine|", ".3f", zero=True)
+    return _by_step(frame, "abs_cos", "mean |cosine|", zero=True)
 
 
-def _by_step(frame: pd.DataFrame, unit: str, title: str, form: str, *, zero: bool) -> alt.LayerChart | None:
+def _by_step(frame: pd.DataFrame, unit: str, title: str, *, zero: bool) -> Any:
     """Within and between experts by step: means over modules, of all layers or one."""
     step = frame["step"].where(frame["step"].notna() | (frame["measured"] != "held-out"), frame["step"].max())
     rows = frame.assign(step=step, measured=frame["measured"].map(_MEASURED)).dropna(subset=["step", "measured"])
@@ -223,12 +200,6 @@ def _by_step(frame: pd.DataFrame, unit: str, title: str, form: str, *, zero: boo
         x=alt.X("step:Q", title="step", axis=alt.Axis(grid=False, tickCount=5)),
         y=alt.Y("value:Q", title=title, scale=alt.Scale(zero=zero)),
         color=alt.Color("group:N", scale=alt.Scale(domain=names), legend=legend(names, room=_ROOM)),
-        tooltip=[
-            alt.Tooltip("step:Q"),
-            alt.Tooltip("group:N", title="gradients"),
-            alt.Tooltip("measured:N"),
-            alt.Tooltip("value:Q", title=title, format=form),
-        ],
     )
     shown = [name for name in _MEASURED.values() if name in set(long["measured"])]
     held_out = _MEASURED["held-out"]
@@ -245,7 +216,7 @@ def _by_step(frame: pd.DataFrame, unit: str, title: str, form: str, *, zero: boo
         shape = alt.Shape("measured:N", scale=diamond, legend=alt.Legend(title=None))
         finished = base.transform_filter(f"datum.measured === '{held_out}'")
         layers.append(finished.mark_point(filled=True, size=110, opacity=1).encode(shape=shape))
-    return with_choices(alt.layer(*layers), choices).properties(width="container", height=260)
+    return alt.layer(*layers).add_params(*choices).properties(width="container", height=260)
 
 
 def component_flow(frame: pd.DataFrame) -> alt.TopLevelMixin:
@@ -262,7 +233,7 @@ def component_flow(frame: pd.DataFrame) -> alt.TopLevelMixin:
     shares = shares.assign(**{name: pd.Categorical(shares[name], experts) for name in ("from_expert", "to_expert")})
     choices = [
         layer_choice(frame.loc[frame["layer"] >= 0, "layer"]),
-        Choice("step", {str(step): f"step {step}" for step in steps}),
+        choice("step", {str(step): f"step {step}" for step in steps}),
     ]
     return heat_map(
         shares,
@@ -303,23 +274,25 @@ def expert_losses(frame: pd.DataFrame) -> alt.TopLevelMixin:
 
 def abilities(frame: pd.DataFrame) -> pd.DataFrame:
     """The sentence in the last column is made from the numbers before it."""
-    names = {name: [shortened(text) or "–" for text in frame[name]] for name in ("tasks", "hurt_most", "summary")}
-    columns = {"expert": ("expert", 0), "tasks": ("drawn on most by", None), "hurt_most": ("missed most by", None)}
-    columns |= {"mean_gate": ("mean gate", 2), "spread": ("spread over tasks", 3)}
-    columns |= {"change": ("rise of the loss without it", 3), "summary": ("in words", None)}
-    return text_table(frame.assign(**names), columns)
+    headings = {"tasks": "drawn_on_most_by", "hurt_most": "missed_most_by", "summary": "in_words"}
+    rows = frame.assign(**{name: [shortened(text) or UNKNOWN for text in frame[name]] for name in headings})
+    rows = rows.rename(columns={**headings, "spread": "spread_over_tasks", "change": "rise_of_the_loss_without_it"})
+    numbers = {"mean_gate": 2, "spread_over_tasks": 3, "rise_of_the_loss_without_it": 3}
+    return text_table(
+        rows, {"expert": 0, "drawn_on_most_by": None, "missed_most_by": None, **numbers, "in_words": None}
+    )
 
 
 def nearest_prompts(frame: pd.DataFrame) -> pd.DataFrame:
     """Prompts of the measured instances by their gate for the expert."""
-    columns = {"expert": ("expert", 0), "rank": ("rank", 0), "task": ("task", None), "prompt": ("prompt", None)}
-    return text_table(frame.sort_values(["expert", "rank"]), columns)
+    rows = frame.sort_values(["expert", "rank"])
+    return text_table(rows, {"expert": 0, "rank": 0, "task": None, "prompt": None})
 
 
 def ability_recovery(frame: pd.DataFrame) -> pd.DataFrame:
     """The p-value is the share of random reassignments of the built-in tasks' abilities that do at least as well."""
-    columns = {"measure": ("measure", None), "value": ("measured", 2), "chance": ("by chance", 2)}
-    return text_table(frame.replace({"measure": _MEASURES}), columns | {"p_value": ("p-value", 4)})
+    rows = frame.replace({"measure": _MEASURES})
+    return text_table(rows, {"measure": None, "value": 2, "chance": 2, "p_value": 4})
 
 
 def _kinds(frame: pd.DataFrame) -> list[str]:
@@ -333,7 +306,7 @@ def _with_every_expert(frame: pd.DataFrame) -> pd.DataFrame:
 
 FIGURES = [
     Figure("gradients", "Cosine between tasks' gradients", "gradient_cosines", gradient_cosines, "square"),
-    Figure("gradients", "Cosine between tasks' gradients (the model's weights)", "gradient_cosines", gradient_cosines_weights, "square"),
+    Figure("gradients", "The same of the weights", "gradient_cosines", gradient_cosines_weights, "square"),
     Figure("gradients", "Conflict rate by layer", "gradient_summary", conflict_rate_by_layer, "half"),
     Figure("gradients", "Reliability by layer", "gradient_summary", reliability_by_layer, "half"),
     Figure("gradients", "Pairs of tasks, the most conflicting first", "gradient_overall", gradient_pairs),
@@ -349,5 +322,5 @@ FIGURES = [
     Figure("atlas", "What is lost without an expert", "expert_losses", expert_losses, "square"),
     Figure("atlas", "The experts one by one", "abilities", abilities),
     Figure("atlas", "The prompts that draw on each expert most", "nearest_prompts", nearest_prompts),
-    Figure("atlas", "Do gates find the abilities that the tasks are known to share?", "ability_recovery", ability_recovery),
+    Figure("atlas", "Do gates find the tasks' known abilities?", "ability_recovery", ability_recovery),
 ]

@@ -13,7 +13,7 @@ import json
 import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from importlib import resources
 from pathlib import Path
@@ -49,21 +49,10 @@ _WIDTHS = {"full": 520, "half": 340, "square": 400}
 _SAMPLES, _MANY_MODELS, _SAMPLES_OF_MANY = 6, 3, 3
 _LONGEST_QUESTION, _LONGEST_ANSWER = 700, 400
 _PARTLY_RIGHT = 50.0
-# What the overview shows of a run's training and of its recipe.
-_TRAINING = {
-    "trainable_parameters": ("trainable parameters", whole),
-    "steps": ("steps", whole),
-    "seconds": ("training time", duration),
-}
-_SETTINGS = [
-    ("model", "name", "model"),
-    ("method", "name", "method"),
-    ("method", "num_experts", "experts"),
-    ("method", "r", "rank"),
-    ("data", "source", "tasks from"),
-    ("training", "learning_rate", "learning rate"),
-    ("training", "seed", "seed"),
-]
+# What the overview shows of a run: settings of its recipe, and what its environment says of its training.
+_SETTINGS = ["model.name", "method.name", "method.num_experts", "method.r", "data.source", "training.learning_rate"]
+_TRAINING = {"trainable_parameters": whole, "steps": whole, "seconds": duration}
+_RUN_FILES = ["scores.json", "config.yaml", "environment.json"]
 
 
 @dataclass(frozen=True)
@@ -71,7 +60,7 @@ class Block:
     """A part of a section, which the template's macro of its kind lays out.
 
     Args:
-        kind: figure, table, summary, samples, details or note.
+        kind: figure, table, samples, details or note.
         title: its heading.
         content: a chart, a frame of text, or what else the macro shows.
         name: its name in the page and, of a figure, its file's.
@@ -101,95 +90,33 @@ class Block:
 
 @dataclass(frozen=True)
 class Section:
-    """A section of the page.
+    """A section of the page; what it is about stands in the template.
 
     Args:
         key: its address in the page.
         title: its heading.
-        lead: what it is about.
-        missing: what it says where it has nothing to show.
         command: what makes a run's part of it; empty if there is no such command.
+        blocks: what it shows.
     """
 
     key: str
     title: str
-    lead: str = ""
-    missing: str = ""
     command: str = ""
-    blocks: list[Block] = field(default_factory=list)
+    blocks: Sequence[Block] = ()
 
 
 SECTIONS: Sequence[Section] = [
     Section("overview", "Overview"),
-    Section(
-        "scores",
-        "Scores",
-        "Rouge-L is the longest common subsequence of answer and reference, exact match (EM) asks for the whole answer; "
-        "both are from 0 to 100 against the best reference, and every task counts the same in a mean.",
-        "An analysis alone has no scores: name the run's folder as well.",
-        "badit evaluate",
-    ),
-    Section(
-        "curves",
-        "Learning curves",
-        "The loss on the training batches as it was logged. It says how training went, not how well a model answers.",
-        "No training has been logged: a base model does not train, and a comparison's runs may lie elsewhere.",
-    ),
-    Section(
-        "gradients",
-        "Gradient interference",
-        "Two tasks whose gradients point in opposite directions (cosine below 0) undo each other's steps. Gradients are "
-        "noisy: the reliability, the cosine between two halves of one task's instances, bounds any cosine here.",
-        "The analysis holds no gradients.",
-        "badit analyze",
-    ),
-    Section(
-        "units",
-        "Co-activation",
-        "For each task, the units that it activates or moves most are marked. Tasks can interfere in units that many of "
-        "them mark, far beyond chance.",
-        "The analysis holds no co-activation.",
-        "badit analyze",
-    ),
-    Section(
-        "geometry",
-        "Expert geometry",
-        "If experts (groups of rank-1 components) are separate abilities, gradients agree within an expert and are "
-        "orthogonal between experts. All angles are on steps or data that the grouping was not made from.",
-        "There are no angles to show: the method has no experts with components of their own.",
-        "badit analyze",
-    ),
-    Section(
-        "atlas",
-        "Ability atlas",
-        "Which experts each task draws on (its gates), how similar tasks are in that, and what is lost when an expert is "
-        "switched off. Where gates differ little between tasks, experts are not abilities.",
-        "The method has no experts to measure.",
-        "badit analyze",
-    ),
-    Section(
-        "learning",
-        "Learning interference",
-        "One model for all tasks against one model per task, and what is left of a task after others have been learnt.",
-        "This needs a comparison with single-task runs (compare.single_task in its recipe) or a run that learns its "
-        "tasks in sequence (data.order); name its folder as well.",
-    ),
-    Section(
-        "samples",
-        "Sample predictions",
-        "A few instances of every task, chosen without regard to the answers: ✓ right (equals a reference), ≈ partly "
-        f"right (Rouge-L of {_PARTLY_RIGHT:.0f} or more), ✗ wrong.",
-        "No predictions are kept.",
-        "badit evaluate",
-    ),
-    Section(
-        "settings",
-        "Configuration and environment",
-        "The resolved recipe of each run, and the machine and versions that it ran on.",
-        "Nothing is recorded.",
-    ),
+    Section("scores", "Scores", "badit evaluate"),
+    Section("curves", "Learning curves"),
+    Section("gradients", "Gradient interference", "badit analyze"),
+    Section("units", "Co-activation", "badit analyze"),
+    Section("geometry", "Expert geometry", "badit analyze"),
+    Section("atlas", "Ability atlas", "badit analyze"),
+    Section("learning", "Learning interference"),
+    Section("samples", "Sample predictions", "badit evaluate"),
+    Section("settings", "Configuration and environment"),
 ]
-_ON_RUNS = "This is measured on a run. Name a run's folder as well, once badit analyze has measured it."
 
 _templates = Environment(
     loader=PackageLoader("badit.report"),
@@ -210,7 +137,7 @@ def sections_of(sources: Sequence[Source]) -> list[Section]:
         for figure in FIGURES:
             if figure.section == section.key:
                 blocks += _drawn(figure, [shared, *sources], len(sources) > 1)
-        found.append(Section(**{**vars(section), "blocks": blocks + list(_notes(section, sources, blocks))}))
+        found.append(replace(section, blocks=[*blocks, *_notes(section, sources, blocks)]))
     return found
 
 
@@ -235,7 +162,7 @@ def render(title: str, sections: Sequence[Section]) -> str:
         themes=_embedded({"light": chart_config("light"), "dark": chart_config("dark")}),
         embedded=_embedded,
         short_names=short_names,
-        mark={"right": "✓", "partly right": "≈", "wrong": "✗"},
+        task_names=_task_names,
     )
 
 
@@ -270,23 +197,15 @@ def _drawn(figure: Figure, sources: Sequence[Source], several: bool) -> Iterator
 
 
 def _notes(section: Section, sources: Sequence[Source], blocks: Sequence[Block]) -> Iterator[Block]:
-    """How to make what a section does not have."""
-    notes = []
+    """How to make what a section does not have of a run."""
     for run in sources:
-        label = f"{run.label}: " if len(sources) > 1 else ""
-        command = f"{section.command} {shlex.quote(str(run.folder))}"
-        measured = section.command == "badit analyze" and any(block.source in ("", run.label) for block in blocks)
+        measured = run.analysed or any(block.source in ("", run.label) for block in blocks)
         scored = run.scores is not None if section.key == "scores" else bool(blocks)
-        if run.results is not None:
-            continue
-        if section.command == "badit analyze" and not measured:
-            text = section.missing if run.analysed else "Not measured yet. Measure it, then write the report again:"
-            notes.append(Block("note", label + text, "" if run.analysed else command))
-        if section.command == "badit evaluate" and run.config and not scored:
-            notes.append(Block("note", f"{label}No scores or predictions are kept. Score it:", command))
-    if not blocks and not notes and section.missing:
-        notes.append(Block("note", _ON_RUNS if section.command == "badit analyze" else section.missing, ""))
-    yield from notes
+        lacking = {"badit analyze": not measured, "badit evaluate": bool(run.config) and not scored}
+        if run.results is None and lacking.get(section.command):
+            label = f"{run.label}: not" if len(sources) > 1 else "Not"
+            text = f"{label} measured yet. Measure it, then write the report again:"
+            yield Block("note", text, f"{section.command} {shlex.quote(str(run.folder))}")
 
 
 def _overview(sources: Sequence[Source]) -> Iterator[Block]:
@@ -294,24 +213,28 @@ def _overview(sources: Sequence[Source]) -> Iterator[Block]:
     columns = {source.label: _comparison_facts(source) if source.results else _run_facts(source) for source in sources}
     facts = dict.fromkeys(fact for column in columns.values() for fact in column)
     rows = [[fact, *(column.get(fact, UNKNOWN) for column in columns.values())] for fact in facts]
-    files = "scores.json, config.yaml, environment.json, results.json"
-    yield Block("table", "At a glance", pd.DataFrame(rows, columns=["", *columns]), "facts", file=files)
+    files = [RESULTS] if any(source.results for source in sources) else []
+    files += _RUN_FILES if any(source.results is None for source in sources) else []
+    if rows:
+        table = pd.DataFrame(rows, columns=["run", *columns])
+        yield Block("table", "At a glance", table, "facts", file=", ".join(files))
 
 
 def _run_facts(source: Source) -> dict[str, str]:
     facts = {}
     if source.scores is not None:
-        means = source.scores.groupby("metric", sort=False)["score"].mean()
-        facts = {METRICS[metric].label: number(mean) for metric, mean in means.items()}
+        by_metric = source.scores.groupby("metric", sort=False)["score"]
+        facts = {METRICS[str(metric)].label: number(float(scores.mean())) for metric, scores in by_metric}
         facts["tasks"] = str(source.scores["task"].nunique())
     training = source.environment.get("training")
     for name, value in training.items() if isinstance(training, Mapping) else ():
         if name in _TRAINING and isinstance(value, int | float) and not isinstance(value, bool):
-            heading, show = _TRAINING[name]
-            facts[heading] = show(value)
-    for section, key, heading in _SETTINGS:
-        if (value := source.section(section).get(key)) is not None:
-            facts[heading] = str(value)
+            facts["training time" if name == "seconds" else name.replace("_", " ")] = _TRAINING[name](value)
+    for key in _SETTINGS:
+        section, _, name = key.partition(".")
+        values = source.config.get(section)
+        if isinstance(values, Mapping) and values.get(name) is not None:
+            facts[key] = str(values[name])
     return facts
 
 
@@ -328,13 +251,13 @@ def _samples(sources: Sequence[Source]) -> Iterator[Block]:
     """A few instances of each task that all models have answered, one run of each method."""
     models: list[tuple[str, Source]] = []
     for source in sources:
-        first: dict[str, Source] = {}
+        runs: dict[str, Source] = {}
         for method, run in source.members:
-            if method not in first and run.predictions:
-                first[method] = run
-        models += first.items()
+            if method not in runs and run.predictions:
+                runs[method] = run
+        models += runs.items()
     tasks = list(dict.fromkeys(task for _, run in models for task in run.predictions))
-    content = []
+    content = {}
     for task in tasks:
         answers = {
             (i, name): {answer.instance_id: answer for answer in run.predictions[task]}
@@ -345,7 +268,7 @@ def _samples(sources: Sequence[Source]) -> Iterator[Block]:
         shared = [instance for instance in first if all(instance in other for other in others)]
         count = min(_SAMPLES if len(answers) <= _MANY_MODELS else _SAMPLES_OF_MANY, len(shared))
         chosen = [shared[i * len(shared) // count] for i in range(count)]
-        content.append((task, [_sample({key: own[instance] for key, own in answers.items()}) for instance in chosen]))
+        content[task] = [_sample({key: own[instance] for key, own in answers.items()}) for instance in chosen]
     if content:
         caption = "Long prompts show their end, which holds the instance's own input."
         yield Block("samples", "", content, caption=caption, file="predictions/")
@@ -394,6 +317,12 @@ def _as_yaml(content: Mapping[str, Any]) -> str:
     return yaml.safe_dump(dict(content), sort_keys=False, allow_unicode=True, width=100)
 
 
+def _task_names(table: pd.DataFrame) -> dict[str, str]:
+    """The short names of the tasks in a table."""
+    columns = [table[heading] for heading in ("task", "other task") if heading in table]
+    return short_names(dict.fromkeys(task for column in columns for task in column))
+
+
 def _embedded(value: Mapping[str, Any]) -> Markup:
     """JSON for a script element, in which no text can end the element."""
     return htmlsafe_json_dumps(value, dumps=partial(json.dumps, separators=(",", ":"), allow_nan=False))
@@ -412,4 +341,3 @@ def _library() -> str:
 
 def _sha256(script: str) -> str:
     return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-

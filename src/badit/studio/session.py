@@ -25,7 +25,7 @@ from badit.analysis.tables import TidyTable
 from badit.baselines import MtlLoraConfig
 from badit.data import Instance, Task, encode_prompt
 from badit.errors import BaditError, nearest
-from badit.evaluation.generation import stream_answer
+from badit.generation import stream_answer
 from badit.runs import RunFolder
 from badit.studio.mixing import measure_task_gates, mixed, saved_task_gates
 from badit.training.methods import build_method
