@@ -17,7 +17,7 @@ from badit.analysis.gates import prompt_gates
 from badit.analysis.tables import TidyTable
 from badit.data import AnswerCollator, batches_by_task
 from badit.errors import BaditError
-from badit.evaluation.generation import generate_answers
+from badit.generation import generate_answers
 from badit.runs import RunFolder
 from badit.studio.mixing import TaskGates, mixed
 from badit.studio.session import Question, Session
