@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from badit.card import write_run_card
 from badit.data import AnswerCollator, Task, encode_prompt, on_device
 from badit.errors import BaditError
 from badit.evaluation.continual import FORMS, continual_scores
@@ -21,7 +22,6 @@ from badit.evaluation.results import read_scores
 from badit.files import read_json, write_json
 from badit.recipe import Recipe
 from badit.runs import RunFolder
-from badit.training.card import write_run_card
 from badit.training.methods import build_method
 from badit.training.plan import Plan, Split, base_model, encoded, make_plan, pad_id
 from badit.training.trainer import answer_losses

@@ -5,24 +5,26 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from peft.utils import CONFIG_NAME
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
+from badit.card import CARD, Base, model_card
 from badit.errors import BaditError, one_line
+from badit.export import RECORD
 from badit.files import read_json
 from badit.models import HUB_ID
 from badit.recipe import load_recipe
 from badit.runs import RunFolder
-from badit.serving.files import RECORD, SCORES
-from badit.training.card import CARD, Base, model_card
 from badit.training.method import AdapterMethod
 from badit.training.methods import build_method
 
-_MENDS = {
+_VISIBLE = re.compile(r"[^./\\\0][^/\\\0]*")  # the name of a file right in the folder, and no dot-file
+_FIXES = {
     401: "; the token is not valid (any more): run hf auth login",
     403: "; the token may not write there: take one with write access, or a name of your own",
 }
@@ -31,6 +33,7 @@ _MENDS = {
 def push_to_hub(folder: str | os.PathLike[str], repository: str, *, private: bool = False) -> str:
     """Uploads a run's adapter, or what ``badit export`` has made of it, and the card that goes with it.
 
+    Only files that badit has written are uploaded, no others that lie in the folder and nothing that a link leads to.
     A card names neither folders nor users of this machine, nor does what is uploaded. The repository is made where
     there is none; in one that is there the files are replaced.
 
@@ -49,7 +52,20 @@ def push_to_hub(folder: str | os.PathLike[str], repository: str, *, private: boo
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
-    source, run, record = _source(Path(folder))
+    folder = Path(folder)
+    if (folder / RECORD).is_file():
+        record: dict[str, Any] | None = read_json(folder / RECORD)
+        run = RunFolder(str(record.get("run")))
+        if not run.config.is_file():
+            raise BaditError(f"{folder / RECORD}: run: is {str(run.path)!r:.120}, which is gone; its card needs it")
+        source, names = folder, _exported_files(folder, record)
+    else:
+        record, run = None, RunFolder.existing(folder)
+        _refuse_without_adapter(run)
+        source, names = run.adapter, [CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME]
+    for path in (source / name for name in names):
+        if path.is_symlink() or not path.is_file():
+            raise BaditError(f"{path}: must be a file, and no link; make the folder again")
     try:
         validate_repo_id(repository)
     except HFValidationError as error:
@@ -58,44 +74,45 @@ def push_to_hub(folder: str | os.PathLike[str], repository: str, *, private: boo
         raise BaditError(f"{repository!r:.120}: must be ORG/NAME or USER/NAME")
     if not get_token():
         raise BaditError("the hub wants to know who you are: run hf auth login, or set HF_TOKEN to a token of yours")
+
     recipe = load_recipe(run.config)
     base = Base.of(recipe)
     api = HfApi()
-    with _one_line_errors(repository):
+    with _hub_errors(repository):
         if base.licence is None and base.hub_id is not None:
             base = dataclasses.replace(base, licence=_licence(api, base.hub_id))
         repository = api.create_repo(repository, private=private, exist_ok=True).repo_id
         card = model_card(run, recipe, base, export=record, address=repository)
         operations = [CommitOperationAdd(CARD, card.encode())]
-        for path in sorted(source.iterdir()):
-            if path.name == CONFIG_NAME:
-                config = {**read_json(path), "base_model_name_or_path": base.hub_id}
-                operations.append(CommitOperationAdd(path.name, json.dumps(config, indent=2).encode()))
-            elif path.is_file() and path.name not in (CARD, RECORD, SCORES):
-                operations.append(CommitOperationAdd(path.name, str(path)))
+        for name in names:
+            content: str | bytes = str(source / name)
+            if name == CONFIG_NAME:
+                config = {**read_json(source / name), "base_model_name_or_path": base.hub_id}
+                content = json.dumps(config, indent=2).encode()
+            operations.append(CommitOperationAdd(name, content))
         commit = api.create_commit(repository, operations, commit_message=f"Upload {source.name} with badit")
         return str(commit.repo_url)
 
 
-def _source(folder: Path) -> tuple[Path, RunFolder, dict[str, Any] | None]:
-    """What to upload, the run that it comes from, and an export's record."""
-    if (folder / RECORD).is_file():
-        record = read_json(folder / RECORD)
-        run = RunFolder(str(record.get("run")))
-        if not run.config.is_file():
-            raise BaditError(f"{folder / RECORD}: run: is {str(run.path)!r:.120}, which is gone; its card needs it")
-        return folder, run, record
-    run = RunFolder.existing(folder)
+def _exported_files(folder: Path, record: Mapping[str, Any]) -> list[str]:
+    """The names of the files that an export's record lists, but for the card, which is written again."""
+    names = record.get("files")
+    if not isinstance(names, list) or not all(isinstance(name, str) and _VISIBLE.fullmatch(name) for name in names):
+        raise BaditError(f"{folder / RECORD}: files: must be the names of the export's own files; export the run again")
+    return [name for name in names if name != CARD]
+
+
+def _refuse_without_adapter(run: RunFolder) -> None:
     method = build_method(load_recipe(run.config).method)
     if not method.trains:
-        raise BaditError(f"{folder}: is a run of the base model as it is: there is nothing to push")
+        raise BaditError(f"{run.path}: is a run of the base model as it is: there is nothing to push")
     if not isinstance(method, AdapterMethod):
         raise BaditError(
-            f"{folder}: {method.name} trains the base weights: badit export {folder} --merged -o FOLDER, and push that"
+            f"{run.path}: {method.name} trains the base weights: badit export {run.path} --merged -o FOLDER, and push "
+            "that"
         )
     if not run.adapter.is_dir():
-        raise BaditError(f"{folder}: has no adapter yet; the command that trains it goes on where it stopped")
-    return run.adapter, run, None
+        raise BaditError(f"{run.path}: has no adapter yet; the command that trains it goes on where it stopped")
 
 
 def _licence(api: Any, model: str) -> str | None:
@@ -106,17 +123,19 @@ def _licence(api: Any, model: str) -> str | None:
 
 
 @contextmanager
-def _one_line_errors(repository: str) -> Iterator[None]:
+def _hub_errors(repository: str) -> Iterator[None]:
     """Turns the hub's refusals and a network's failures into a BaditError."""
-    import httpx
     from huggingface_hub.errors import HfHubHTTPError
 
+    # The hub's errors derive from those of its HTTP client, which is another package in each of its releases.
+    client_errors = tuple(kind for kind in HfHubHTTPError.__bases__ if issubclass(kind, Exception))
     try:
         yield
     except HfHubHTTPError as error:
-        mend = _MENDS.get(error.response.status_code, "")
-        raise BaditError(f"{repository}: the hub refuses: {_first_line(error)}{mend}") from None
-    except (OSError, httpx.HTTPError) as error:
+        raise BaditError(
+            f"{repository}: the hub refuses: {_first_line(error)}{_FIXES.get(error.response.status_code, '')}"
+        ) from None
+    except (OSError, *client_errors) as error:
         raise BaditError(f"{repository}: the hub cannot be reached ({_first_line(error)}); try again later") from None
 
 

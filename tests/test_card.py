@@ -9,10 +9,10 @@ import pytest
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 
+from badit.card import Base, model_card
 from badit.files import write_json
 from badit.recipe import Recipe, build_recipe, dump_recipe
 from badit.runs import RunFolder
-from badit.training.card import Base, model_card
 
 HOSTILE = (
     "a|b](https://evil.example) www.evil.example &#91;<script>x</script>\n---\nlicense: mit\n# <!-- `![](y)` \u202e @me"
