@@ -39,7 +39,6 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from badit.analysis.gates import adapted_layers, mean_component_gates
-from badit.baselines import MtlLoraConfig, batch_of_tasks
 from badit.card import CARD, Base, model_card
 from badit.data import AnswerCollator, Task, batches_by_task
 from badit.errors import BaditError, nearest
@@ -52,6 +51,7 @@ from badit.runs import RunFolder
 from badit.training.methods import build_method
 from badit.training.plan import base_model, device, encoded, make_plan, model_dtype, pad_id
 from badit.training.scoring import evaluate, load_run, score_model
+from badit.tuner import hooks_of
 from badit.tuner.base_config import is_number
 
 #: The ranks that vLLM makes room for (``--max-lora-rank``); an adapter takes the next one up.
@@ -159,7 +159,7 @@ def export(
     model: Any = loaded  # a PeftModel, but of methods that train the base weights
     mixture: str | None = None
     fixed: Gates | None = None
-    if mixes and task is None and isinstance(config, MtlLoraConfig):
+    if task is None and hooks_of(model).needs_tasks:
         raise BaditError(f"{method.name} learns something of its own for each task: choose one with --task")
     if gates is not None:
         mixture, fixed = f"gates of {gates}", _read_gates(Path(gates), model)
@@ -296,7 +296,7 @@ def mixture_factors(model: PeftModel, gates: Gates | None, task: str | None = No
         task: for methods that learn something of its own for each task, whose.
     """
     factors = {}
-    with batch_of_tasks(model, None if task is None else [task]):
+    with hooks_of(model).rows_of(None if task is None else [task]):
         for one in adapted_layers(model):
             gates_N = None
             if gates is not None:  # every component has its expert's gate

@@ -6,15 +6,14 @@ import dataclasses
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
 from badit.card import CARD, Base, model_card
-from badit.errors import BaditError, one_line
+from badit.errors import BaditError, explained
 from badit.export import RECORD
 from badit.files import read_json
 from badit.models import HUB_ID
@@ -24,10 +23,6 @@ from badit.training.method import AdapterMethod
 from badit.training.methods import build_method
 
 _VISIBLE = re.compile(r"[^./\\\0][^/\\\0]*")  # the name of a file right in the folder, and no dot-file
-_FIXES = {
-    401: "; the token is not valid (any more): run hf auth login",
-    403: "; the token may not write there: take one with write access, or a name of your own",
-}
 
 
 def push_to_hub(folder: str | os.PathLike[str], repository: str, *, private: bool = False) -> str:
@@ -49,7 +44,6 @@ def push_to_hub(folder: str | os.PathLike[str], repository: str, *, private: boo
         BaditError: no such run or export, a name that the hub does not take, no token, or the hub's refusal.
     """
     from huggingface_hub import CommitOperationAdd, HfApi, get_token
-    from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
     folder = Path(folder)
@@ -66,10 +60,8 @@ def push_to_hub(folder: str | os.PathLike[str], repository: str, *, private: boo
     for path in (source / name for name in names):
         if path.is_symlink() or not path.is_file():
             raise BaditError(f"{path}: must be a file, and no link; make the folder again")
-    try:
+    with explained(f"{repository!r:.120}"):
         validate_repo_id(repository)
-    except HFValidationError as error:
-        raise BaditError(f"{repository!r:.120}: {one_line(str(error)):.200}") from None
     if not HUB_ID.fullmatch(repository):
         raise BaditError(f"{repository!r:.120}: must be ORG/NAME or USER/NAME")
     if not get_token():
@@ -78,7 +70,7 @@ def push_to_hub(folder: str | os.PathLike[str], repository: str, *, private: boo
     recipe = load_recipe(run.config)
     base = Base.of(recipe)
     api = HfApi()
-    with _hub_errors(repository):
+    with explained(repository):
         if base.licence is None and base.hub_id is not None:
             base = dataclasses.replace(base, licence=_licence(api, base.hub_id))
         repository = api.create_repo(repository, private=private, exist_ok=True).repo_id
@@ -120,25 +112,3 @@ def _licence(api: Any, model: str) -> str | None:
     data = api.model_info(model).card_data
     found = None if data is None else data.to_dict().get("license")
     return found if isinstance(found, str) else None
-
-
-@contextmanager
-def _hub_errors(repository: str) -> Iterator[None]:
-    """Turns the hub's refusals and a network's failures into a BaditError."""
-    from huggingface_hub.errors import HfHubHTTPError
-
-    # The hub's errors derive from those of its HTTP client, which is another package in each of its releases.
-    client_errors = tuple(kind for kind in HfHubHTTPError.__bases__ if issubclass(kind, Exception))
-    try:
-        yield
-    except HfHubHTTPError as error:
-        raise BaditError(
-            f"{repository}: the hub refuses: {_first_line(error)}{_FIXES.get(error.response.status_code, '')}"
-        ) from None
-    except (OSError, *client_errors) as error:
-        raise BaditError(f"{repository}: the hub cannot be reached ({_first_line(error)}); try again later") from None
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return one_line(lines[0] if lines else type(error).__name__)[:200].rstrip(".")

@@ -18,7 +18,6 @@ from safetensors.torch import load_file, save_file
 import badit
 import reference
 from badit.analysis.gates import adapted_layers, changed_gates, mean_component_gates
-from badit.baselines import batch_of_tasks
 from badit.cli import main
 from badit.data import AnswerCollator, batches_by_task
 from badit.errors import BaditError
@@ -26,6 +25,7 @@ from badit.export import Export, export, merge, mixture_factors, score_export, t
 from badit.runs import RunFolder
 from badit.training.plan import encoded, make_plan
 from badit.training.scoring import evaluate, load_run
+from badit.tuner import hooks_of
 from baselines import branch_naive
 from export.contract import check_adapter
 from tuner.helpers import FAMILIES, adapt, adapted, forward, layers, padded, random_rows
@@ -73,7 +73,7 @@ def frozen_logits(run: RunFolder, folder: Path, task: str | None) -> torch.Tenso
     def hold(one: Any, own: torch.Tensor) -> torch.Tensor:
         return torch.tensor(gates[one.layer.name])[one.expert_of_N].expand(len(ids), 1, -1)
 
-    with changed_gates(adapted_layers(model), hold), batch_of_tasks(model, None if task is None else [task, task]):
+    with changed_gates(adapted_layers(model), hold), hooks_of(model).rows_of(None if task is None else [task, task]):
         return model(input_ids=ids).logits
 
 

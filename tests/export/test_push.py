@@ -106,7 +106,7 @@ def test_what_cannot_be_pushed_is_one_line(
     request = httpx2.Request("POST", "https://hub.example")
     for refusal, expected in (
         (HfHubHTTPError("401: Invalid\nlong text", response=httpx2.Response(401, request=request)), "hf auth login"),
-        (HfHubHTTPError("403: Forbidden", response=httpx2.Response(403, request=request)), "write access"),
+        (HfHubHTTPError("403: Forbidden", response=httpx2.Response(403, request=request)), "has no access there"),
         (HfHubHTTPError("500: Sorry", response=httpx2.Response(500, request=request)), "refuses: 500: Sorry"),
         (httpx2.ConnectError("no route"), "cannot be reached .no route."),
         (ConnectionError("offline"), "cannot be reached .offline."),
