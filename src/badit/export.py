@@ -21,7 +21,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -41,9 +40,9 @@ from transformers.pytorch_utils import Conv1D
 from badit.analysis.gates import adapted_layers, mean_component_gates
 from badit.card import CARD, Base, model_card
 from badit.data import AnswerCollator, Task, batches_by_task
-from badit.errors import BaditError, nearest
+from badit.errors import BaditError, explained, nearest
 from badit.evaluation.results import read_scores
-from badit.files import read_json, replace_folder, write_json, write_text
+from badit.files import read_json, remove, replace_folder, write_json, write_text
 from badit.method import compress
 from badit.models import load_base_model
 from badit.recipe import Recipe
@@ -153,18 +152,21 @@ def export(
     for option, value in (("--task", task), ("--gates", gates)):
         if value is not None and not mixes:
             raise BaditError(f"{option}: {method.name} does the same for every prompt, so there is none to choose")
-    tasks = _chosen_tasks(recipe, task) if mixes else []
+    if task is None and mixes and method.needs_tasks:
+        raise BaditError(f"{method.name} learns something of its own for each task: choose one with --task")
+    tasks = {known.name: known for known in make_plan(recipe).tasks} if mixes else {}
+    if task is not None and task not in tasks:
+        raise BaditError(f"--task: the run has no task {task}{nearest(task, tasks)}; known: {', '.join(tasks)}")
+    chosen = list(tasks.values()) if task is None else [tasks[task]]
 
     loaded, tokenizer = load_run(folder, recipe)
     model: Any = loaded  # a PeftModel, but of methods that train the base weights
     mixture: str | None = None
     fixed: Gates | None = None
-    if task is None and hooks_of(model).needs_tasks:
-        raise BaditError(f"{method.name} learns something of its own for each task: choose one with --task")
     if gates is not None:
         mixture, fixed = f"gates of {gates}", _read_gates(Path(gates), model)
     elif mixes:
-        mixture, fixed = _mean_gates(model, tokenizer, recipe, tasks, task, progress)
+        mixture, fixed = _mean_gates(model, tokenizer, recipe, chosen, task, progress)
 
     factors: Factors = {}  # none where PEFT itself merges, or where the base weights were trained
     if config is not None and not is_lora:
@@ -220,10 +222,8 @@ def score_export(run: str | Path, exported: Export, *, progress: bool = True) ->
         model, tokenizer = load_base_model(exported.folder, dtype=model_dtype(recipe), device=device())
     else:
         base, tokenizer = base_model(recipe)
-        try:
+        with explained(exported.folder, action="loaded", any_error=True):
             model = PeftModel.from_pretrained(base, str(exported.folder)).eval()
-        except (OSError, ValueError, RuntimeError) as error:
-            raise BaditError(f"{exported.folder}: cannot be loaded ({str(error).splitlines()[0][:200]})") from None
     frozen, _ = score_model(model, tokenizer, recipe, tasks, split, progress=progress)
     by_task = {}
     for name, scores in frozen["tasks"].items():
@@ -236,15 +236,6 @@ def score_export(run: str | Path, exported: Export, *, progress: bool = True) ->
 
 
 # ── the fixed mixture ──
-
-
-def _chosen_tasks(recipe: Recipe, task: str | None) -> list[Task]:
-    tasks = {known.name: known for known in make_plan(recipe).tasks}
-    if task is None:
-        return list(tasks.values())
-    if task not in tasks:
-        raise BaditError(f"--task: the run has no task {task}{nearest(task, tasks)}; known: {', '.join(tasks)}")
-    return [tasks[task]]
 
 
 def _mean_gates(
@@ -390,15 +381,14 @@ def _new_folder(folder: Path, record: Mapping[str, Any]) -> Iterator[Path]:
     """
     partial = folder.with_name(folder.name + ".partial")
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        yield partial
-        write_json(partial / RECORD, {**record, "files": sorted(path.name for path in partial.iterdir())})
-        replace_folder(partial, folder)
-    except OSError as error:
-        raise BaditError(f"{folder}: cannot be written ({error.strerror or error})") from None
+        with explained(folder, action="written"):
+            remove(partial)
+            partial.mkdir(parents=True)
+            yield partial
+            write_json(partial / RECORD, {**record, "files": sorted(path.name for path in partial.iterdir())})
+            replace_folder(partial, folder)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        remove(partial)
 
 
 def write_adapter(folder: Path, factors: Factors, base: nn.Module, name: str, revision: str | None = None) -> None:
@@ -454,10 +444,8 @@ def _merged(model: Any, factors: Factors) -> Any:
         model = model.unload()
         merge(model, factors)
         return model
-    try:
+    with explained("the adapter", action="merged", any_error=True):  # NaN in a merged weight
         return model.merge_and_unload(safe_merge=True) if isinstance(model, PeftModel) else model
-    except ValueError as error:  # NaN in a merged weight
-        raise BaditError(f"the adapter cannot be merged ({error})") from None
 
 
 @torch.no_grad()
