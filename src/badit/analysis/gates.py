@@ -1,7 +1,7 @@
-"""Which experts a prompt draws on: the gates of BADIT, of its rivals among the mixtures, and of MTL-LoRA.
+"""Which experts a prompt draws on: the gates of BADIT, of the mixture baselines and of MTL-LoRA.
 
-Every adapted layer multiplies its components by gates, and all components of an expert have the same one. One seam is
-therefore enough to read the gates of any method, and to change them: :func:`changed_gates`.
+Every adapted layer multiplies its components by gates, and all components of an expert have the same one. The gates of
+every method are therefore read, and changed, in one place: :func:`changed_gates`.
 
 All these methods' gates are a softmax and sum to K or to 1. Divided by their mean over the experts, they are on one
 scale: 1 is neutral, K is one expert alone. Where every position has gates of its own, a prompt's are the mean over its
@@ -20,12 +20,13 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import nn
 from tqdm import tqdm
 
 from badit.analysis.gradients import layer_and_module
-from badit.analysis.tables import TidyTable, defined
+from badit.analysis.tables import EXPERT_NUMBER, LAYER, MODULE, TASK, Column, Table
 from badit.data import on_device
 from badit.errors import BaditError
 from badit.method import prompt_mean
@@ -33,10 +34,22 @@ from badit.training.trainer import answer_losses
 from badit.tuner.base_layer import ExpertLayer
 from badit.tuner.prompt import before_first_label
 
-# A gate that is neutral but for rounding is no sign of being drawn on.
+# A gate that is neutral except for rounding does not count as drawn on.
 _ROUNDING = 1e-6
 
 Batches = Mapping[str, Sequence[Mapping[str, Any]]]
+
+GATES = Table(
+    "gates",
+    {
+        "task": TASK,
+        "layer": LAYER,
+        "module": MODULE,
+        "expert": EXPERT_NUMBER,
+        "mean": Column("mean gate over the task's prompts; 1 is neutral"),
+        "std": Column("standard deviation over the task's prompts (divisor n − 1)"),
+    },
+)
 
 
 @dataclass(frozen=True)
@@ -169,29 +182,23 @@ def mean_component_gates(model: Any, batches: Batches, *, progress: bool = False
     return means
 
 
-def gates_table(gates: PromptGates) -> TidyTable:
-    """Every task's gates in every module."""
-    return TidyTable(
-        name="gates",
-        about=(
-            "How much each task draws on each expert: the gates of its prompts, from "
-            f"{_counted(gates)}. Gates are on a scale on which 1 is neutral and the number of experts is one expert "
-            "alone; where every token has gates of its own, a prompt's are the mean over its tokens."
-        ),
-        columns={
-            "task": "the task's name",
-            "layer": "index of the transformer layer, from 0",
-            "module": "the adapted module's name below its layer",
-            "expert": "the expert, counted from 0",
-            "mean": "mean gate over the task's prompts; 1 is neutral",
-            "std": "standard deviation over the task's prompts (divisor n − 1)",
-        },
-        rows=[
-            [task, *place, expert, float(mean), defined(std)]
-            for task, gates_PMK in gates.by_task.items()
-            for place, mean_K, std_K in zip(gates.modules, gates_PMK.mean(axis=0), _deviations(gates_PMK), strict=True)
-            for expert, (mean, std) in enumerate(zip(mean_K, std_K, strict=True))
-        ],
+def gates_frame(gates: PromptGates) -> pd.DataFrame:
+    """Every task's gates in every module: mean and standard deviation over its prompts."""
+    counts = sorted({len(gates_PMK) for gates_PMK in gates.by_task.values()})
+    each = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+    # A single prompt tells nothing of the spread.
+    std_TMK = np.stack([
+        gates_PMK.std(axis=0, ddof=1) if len(gates_PMK) > 1 else np.full_like(gates_PMK[0], np.nan)
+        for gates_PMK in gates.by_task.values()
+    ])
+    modules = pd.DataFrame(gates.modules, columns=["layer", "module"])
+    experts = pd.DataFrame({"expert": range(gates.means.shape[-1])})
+    rows = pd.DataFrame({"task": gates.tasks}).merge(modules, how="cross").merge(experts, how="cross")
+    return GATES.frame(
+        rows.assign(mean=gates.means.ravel(), std=std_TMK.ravel()),
+        f"How much each task draws on each expert: the gates of its prompts, from {each} prompts of each of "
+        f"{len(gates.by_task)} tasks. Gates are on a scale on which 1 is neutral and the number of experts is one "
+        "expert alone; where every token has gates of its own, a prompt's are the mean over its tokens.",
     )
 
 
@@ -240,16 +247,3 @@ def _component_gates_of_batch(model: Any, experts: Sequence[Experts], inputs: Ma
     with changed_gates(experts, keep):
         answer_losses(model, inputs, model)  # for its forward pass, which tells every method what it needs to know
     return [kept[one.layer.name] for one in experts]
-
-
-def _deviations(gates_PMK: np.ndarray) -> np.ndarray:
-    """(M, K): the standard deviation over prompts; NaN for a single one."""
-    if len(gates_PMK) < 2:
-        return np.full(gates_PMK.shape[1:], np.nan)
-    return gates_PMK.std(axis=0, ddof=1)
-
-
-def _counted(gates: PromptGates) -> str:
-    counts = sorted({len(gates_PMK) for gates_PMK in gates.by_task.values()})
-    each = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
-    return f"{each} prompts of each of {len(gates.by_task)} tasks"
