@@ -187,10 +187,12 @@ def gates_frame(gates: PromptGates) -> pd.DataFrame:
     counts = sorted({len(gates_PMK) for gates_PMK in gates.by_task.values()})
     each = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
     # A single prompt tells nothing of the spread.
-    std_TMK = np.stack([
-        gates_PMK.std(axis=0, ddof=1) if len(gates_PMK) > 1 else np.full_like(gates_PMK[0], np.nan)
-        for gates_PMK in gates.by_task.values()
-    ])
+    std_TMK = np.stack(
+        [
+            gates_PMK.std(axis=0, ddof=1) if len(gates_PMK) > 1 else np.full_like(gates_PMK[0], np.nan)
+            for gates_PMK in gates.by_task.values()
+        ]
+    )
     modules = pd.DataFrame(gates.modules, columns=["layer", "module"])
     experts = pd.DataFrame({"expert": range(gates.means.shape[-1])})
     rows = pd.DataFrame({"task": gates.tasks}).merge(modules, how="cross").merge(experts, how="cross")

@@ -23,6 +23,4 @@ def execute(options: argparse.Namespace) -> None:
     from badit.studio.server import serve
 
     quiet_loading()
-    serve(
-        options.run, port=options.port, browser=not options.no_browser, trust_remote_code=options.trust_remote_code
-    )
+    serve(options.run, port=options.port, browser=not options.no_browser, trust_remote_code=options.trust_remote_code)

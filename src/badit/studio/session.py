@@ -134,7 +134,7 @@ class Session:
         self.task_gates = self._by_task(frame)
 
     def _saved_task_gates(self) -> pd.DataFrame | None:
-        """From the run's analysis, or as :meth:`measure` has left them; None where neither is of the present adapter."""
+        """The tables of the run's analysis or of :meth:`measure`; None where neither is of the present adapter."""
         since = (self.run.adapter / SAFETENSORS_WEIGHTS_NAME).stat().st_mtime
         for path in (self.run.analysis / "gates.json", self.run.studio / "gates.json"):
             with suppress(BaditError, KeyError, ValueError):  # damaged, or of other modules: they are measured again
@@ -154,7 +154,7 @@ class Session:
             raise ValueError("the table is of other modules or experts")
         if self.tasks and not set(by_task.index) <= self.tasks.keys():
             raise ValueError("the table is of other tasks")
-        return by_task[columns]
+        return by_task.loc[:, columns]
 
     def about(self) -> dict[str, Any]:
         """What the page shows of the run before anything is asked."""
@@ -237,8 +237,9 @@ class Session:
     def _answer(self, side: Side, question: Question, ids: list[int], show: Show) -> None:
         began = time.monotonic()
         by_hand = question.gates if side == "hand" else None
-        with self.model.disable_adapter() if side == "base" else mixed(self.experts, by_hand) as used:
-            untold = bool(used is not None and self.experts)
+        switched: Any = self.model.disable_adapter() if side == "base" else mixed(self.experts, by_hand)
+        with switched as used:
+            untold = bool(self.experts) and side != "base"
 
             def grown(text: str) -> None:
                 nonlocal untold
