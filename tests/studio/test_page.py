@@ -54,11 +54,15 @@ def ask(browser: Chrome) -> None:
     answered(browser)
 
 
+def requests(browser: Chrome) -> list[dict[str, Any]]:
+    """What the page has requested since the last look."""
+    events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+    return [event["params"]["request"] for event in events if event["method"] == "Network.requestWillBeSent"]
+
+
 def sent(browser: Chrome) -> list[dict[str, Any]]:
     """The questions that the page has sent since the last look."""
-    events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
-    requests = [event["params"]["request"] for event in events if event["method"] == "Network.requestWillBeSent"]
-    return [json.loads(request["postData"]) for request in requests if "postData" in request]
+    return [json.loads(request["postData"]) for request in requests(browser) if "postData" in request]
 
 
 def values(browser: Chrome) -> list[float]:
@@ -66,7 +70,7 @@ def values(browser: Chrome) -> list[float]:
     return browser.execute_script(script)
 
 
-def test_an_answer_streams_beside_the_base_models(browser: Chrome, page: str) -> None:
+def test_an_answer_streams_next_to_the_base_models(browser: Chrome, page: str) -> None:
     opened(browser, page)
     browser.execute_script("""
         window.seen = new Set();
@@ -81,16 +85,9 @@ def test_an_answer_streams_beside_the_base_models(browser: Chrome, page: str) ->
     browser.find_element(By.CSS_SELECTOR, "#read summary").click()
     assert "Name the capital.\n\nNow complete the following example -\nInput: land 12" in text(browser, "#read pre")
     assert browser.get_log("browser") == []
-
-
-def test_nothing_is_requested_of_any_other_machine(browser: Chrome, page: str) -> None:
-    opened(browser, page)
-    events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
-    requested = {
-        event["params"]["request"]["url"] for event in events if event["method"] == "Network.requestWillBeSent"
-    }
-    assert all(url.startswith((page, "data:,")) for url in requested)
+    requested = {request["url"] for request in requests(browser)}
     assert page in requested
+    assert all(url.startswith((page, "data:,")) for url in requested), "nothing is requested of another machine"
 
 
 def test_the_heat_map_has_every_gate_and_is_walked_by_keys(browser: Chrome, page: str, session: Session) -> None:
@@ -154,17 +151,14 @@ def test_sliders_send_their_gates_and_the_router_comes_back(browser: Chrome, pag
     assert values(browser) == router
     assert not browser.find_element(By.ID, "side-hand").is_displayed()
     assert sent(browser) == [], "its answer is there"
-    assert browser.get_log("browser") == []
-
-
-def test_a_number_beyond_bounds_is_put_back(browser: Chrome, page: str) -> None:
-    opened(browser, page)
     number = browser.find_elements(By.CSS_SELECTOR, ".slider input[type=number]")[0]
     number.clear()
     number.send_keys("99", Keys.TAB)
+    question = until(lambda: sent(browser), "the page has asked")[-1]
     answered(browser)
-    assert values(browser)[0] <= 4
-    assert until(lambda: sent(browser), "the page has asked")[-1]["gates"] == values(browser)
+    assert question["gates"] == values(browser)
+    assert values(browser)[0] <= 4, "what is beyond bounds is put back"
+    assert browser.get_log("browser") == []
 
 
 def test_an_answer_can_be_stopped(browser: Chrome, page: str) -> None:
@@ -197,7 +191,9 @@ def test_a_prompt_of_ones_own_and_what_is_refused(browser: Chrome, page: str) ->
     until(lambda: text(browser, "#status") == "text: the prompt is empty", "the server's word")
 
 
-def test_a_method_without_gates_says_so(browser: Chrome, plain_session: Session) -> None:
+def test_a_method_without_gates_says_so_and_the_page_tells_that_the_studio_has_ended(
+    browser: Chrome, plain_session: Session
+) -> None:
     with served(plain_session) as port:
         opened(browser, f"http://127.0.0.1:{port}/")
         ask(browser)
@@ -206,11 +202,6 @@ def test_a_method_without_gates_says_so(browser: Chrome, plain_session: Session)
         assert browser.find_elements(By.CSS_SELECTOR, ".slider") == []
         assert text(browser, "#side-router .facts")
         assert browser.get_log("browser") == []
-
-
-def test_a_studio_that_has_ended_is_told(browser: Chrome, plain_session: Session) -> None:
-    with served(plain_session) as port:
-        opened(browser, f"http://127.0.0.1:{port}/")
     browser.find_element(By.ID, "answer").click()
     until(lambda: text(browser, "#status") == "The studio does not answer; is it still running?", "the page says so")
 
