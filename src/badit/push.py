@@ -70,7 +70,7 @@ def push_to_hub(folder: str | os.PathLike[str], repository: str, *, private: boo
     recipe = load_recipe(run.config)
     base = Base.of(recipe)
     api = HfApi()
-    with explained(repository):
+    with explained(repository, action="reached"):
         if base.licence is None and base.hub_id is not None:
             base = dataclasses.replace(base, licence=_licence(api, base.hub_id))
         repository = api.create_repo(repository, private=private, exist_ok=True).repo_id

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import httpx2
 import pytest
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
 from huggingface_hub.errors import HfHubHTTPError
@@ -19,6 +19,8 @@ from badit.cli import main
 from badit.errors import BaditError
 from badit.runs import RunFolder
 
+# The hub's HTTP client, which differs between its releases.
+http = import_module(HfHubHTTPError.__mro__[1].__module__.partition(".")[0])
 ADDRESS = "https://hub.example/org/tuned"
 BADIT = {"name": "badit", "num_experts": 4, "r": 2}
 
@@ -103,12 +105,10 @@ def test_what_cannot_be_pushed_is_one_line(
         assert "\n" not in str(caught.value)
     with pytest.raises(BaditError, match="no run's folder"):
         badit.push_to_hub(tmp_path, "org/tuned")
-    request = httpx2.Request("POST", "https://hub.example")
+    response = http.Response(401, request=http.Request("POST", "https://hub.example"))
     for refusal, expected in (
-        (HfHubHTTPError("401: Invalid\nlong text", response=httpx2.Response(401, request=request)), "hf auth login"),
-        (HfHubHTTPError("403: Forbidden", response=httpx2.Response(403, request=request)), "has no access there"),
-        (HfHubHTTPError("500: Sorry", response=httpx2.Response(500, request=request)), "refuses: 500: Sorry"),
-        (httpx2.ConnectError("no route"), "cannot be reached .no route."),
+        (HfHubHTTPError("401: Invalid\nlong text", response=response), "refuses: 401: Invalid; .* hf auth login"),
+        (http.ConnectError("no route"), "cannot be reached .no route."),
         (ConnectionError("offline"), "cannot be reached .offline."),
     ):
         hub.refusal = refusal

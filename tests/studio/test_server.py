@@ -74,9 +74,7 @@ def test_every_response_carries_the_policy_and_no_file_names_another_machine(cli
         assert not [word for word in ("://", "innerHTML", "style=") if word in text], path
 
 
-@pytest.mark.parametrize(
-    "host", ["evil.example", "evil.example:8642", "127.0.0.1.evil.example", "192.168.1.5", "", "["]
-)
+@pytest.mark.parametrize("host", ["evil.example:8642", "127.0.0.1.evil.example", "192.168.1.5", "", "["])
 def test_foreign_names_of_this_machine_are_refused(client: TestClient, host: str) -> None:
     for method, path in (("GET", "/"), ("GET", "/api/run"), ("POST", "/api/answer")):
         response = client.request(method, path, headers={"Host": host, "Origin": f"http://{host}"}, json=ASK)
@@ -84,21 +82,16 @@ def test_foreign_names_of_this_machine_are_refused(client: TestClient, host: str
         assert "cities" not in response.text
 
 
-def test_this_machines_own_names_are_taken(client: TestClient) -> None:
+def test_only_the_page_itself_may_ask(session: Session) -> None:
+    client = TestClient(application(session), base_url=PAGE)
+    others = ("http://evil.example", "https://127.0.0.1:8642", "http://127.0.0.1:8643", "http://localhost:8642")
+    for origin in (None, "null", *others):
+        response = client.post("/api/answer", json=ASK, headers={"Origin": origin} if origin else {})
+        assert response.status_code == 403
+        assert response.json() == {"error": "the request does not come from this page"}
     for host in ("localhost:8642", "127.0.0.1:9000"):
         headers = {"Host": host, "Origin": f"http://{host}"}
         assert client.post("/api/answer", json={**ASK, "sides": ["base"]}, headers=headers).status_code == 200
-
-
-@pytest.mark.parametrize(
-    "origin",
-    [None, "null", "http://evil.example", "https://127.0.0.1:8642", "http://127.0.0.1:8643", "http://localhost:8642"],
-)
-def test_only_the_page_itself_may_ask(session: Session, origin: str | None) -> None:
-    client = TestClient(application(session), base_url=PAGE, headers={"Origin": origin} if origin else {})
-    response = client.post("/api/answer", json=ASK)
-    assert response.status_code == 403
-    assert response.json() == {"error": "the request does not come from this page"}
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from badit.evaluation.generation import generate_answers
 from badit.runs import RunFolder
 from badit.studio.session import Question, Session, mixed, nearest_tasks
 from badit.training.plan import encoded
+from badit.tuner import hooks_of
 from studio.conftest import BADIT
 
 HAND = [0.0, 2.5, 1.25, 0.1]
@@ -71,53 +72,36 @@ def test_the_routers_gates_are_those_that_the_analysis_measures(session: Session
     assert np.ptp(expected) > 0.01
 
 
-@pytest.mark.parametrize("gates", [HAND, [1.0] * 4, [0.0, 0.0, 1.0, 0.0]], ids=str)
-def test_a_mixture_by_hand_is_the_plain_lora_of_those_gates(session: Session, gates: list[float]) -> None:
-    ids = torch.tensor([prompt(session)["input_ids"]])
-    with torch.no_grad(), mixed(session.experts, gates):
-        logits = session.model(input_ids=ids).logits
-    base = copy.deepcopy(session.model).unload()
-    for one_ in session.experts:
-        delta = one_.layer.get_delta_weight(one_.adapter, torch.tensor(gates))
-        base.get_submodule(one_.layer.name).weight.data += delta
-    with torch.no_grad():
-        torch.testing.assert_close(logits, base(input_ids=ids).logits, atol=1e-4, rtol=1e-4)
-        assert (logits - session.model(input_ids=ids).logits).abs().max() > 1e-3, "the router does something else"
-    shown = events(session, sides=["hand", "router"], gates=gates)
-    assert one(shown, "gates", "hand")["gates"] == [gates] * len(session.experts)
-    assert one(shown, "end", "hand")["text"] == answer_of(session, base), "the gates are those of every pass"
-    assert one(shown, "end", "router")["text"] == answer_of(session, session.model), "the router is back"
-
-
 @pytest.mark.parametrize(
-    "method",
+    ("method", "neutral"),  # the gate that changes nothing, in the method's own numbers
     [
-        {"name": "badit", "num_experts": 3, "r": 2, "gates": "softmax", "routing": "token"},
-        {"name": "loramoe", "num_experts": 3, "r": 2},
-        {"name": "goat", "num_experts": 3, "r": 6, "top_k": 2},
-        {"name": "mtl-lora", "num_experts": 3, "r": 2},
+        (BADIT, 1),
+        ({"name": "badit", "num_experts": 3, "r": 2, "gates": "softmax", "routing": "token"}, 1 / 3),
+        ({"name": "loramoe", "num_experts": 3, "r": 2}, 1 / 3),
+        ({"name": "goat", "num_experts": 3, "r": 6, "top_k": 2}, 1 / 3),
+        ({"name": "mtl-lora", "num_experts": 3, "r": 2}, 1 / 3),
     ],
-    ids=lambda method: method["name"],
+    ids=lambda value: str(value)[:40],
 )
-def test_methods_whose_gates_sum_to_one_are_on_the_same_scale(
-    trained: Callable[..., RunFolder], method: dict[str, Any]
+def test_a_mixture_by_hand_is_the_plain_lora_of_those_gates(
+    trained: Callable[..., RunFolder], method: dict[str, Any], neutral: float
 ) -> None:
     session = Session(trained(method).path)
-    layer: Any = session.experts[0].layer
-    first_K = session.experts[0].first_components_K
-    router = np.array(one(events(session, sides=["router"]), "gates", "router")["gates"])
-    np.testing.assert_allclose(router.mean(axis=1), 1, atol=2e-5)
-    multiplied: list[torch.Tensor] = []
-    handle = layer.register_forward_pre_hook(
-        lambda _, args: multiplied.append(layer._component_gates("default", *args))
-    )
-    shown = events(session, sides=["hand"], gates=[0.5, 2.5, 0.0])
-    handle.remove()
-    assert one(shown, "gates", "hand")["gates"] == [[0.5, 2.5, 0.0]] * len(session.experts)
-    # What the components are multiplied by are the method's own numbers, whose sum is 1 and not 3.
-    for gates in multiplied:
-        expected = torch.tensor([1 / 6, 5 / 6, 0]).expand(*gates.shape[:-1], -1)
-        torch.testing.assert_close(gates[..., first_K], expected, atol=1e-6, rtol=0)
+    gates = HAND[: session.number_of_experts]
+    shown = events(session, sides=["hand", "router"], gates=gates)
+    assert one(shown, "gates", "hand")["gates"] == [gates] * len(session.experts)
+    np.testing.assert_allclose(np.mean(one(shown, "gates", "router")["gates"], axis=1), 1, atol=2e-5)
+    lora = copy.deepcopy(session.model).unload()
+    ids = torch.tensor([prompt(session)["input_ids"]])
+    with torch.no_grad(), hooks_of(session.model).rows_of(["rivers"]):
+        for one_ in session.experts:
+            delta = one_.layer.get_delta_weight(one_.adapter, neutral * torch.tensor(gates))
+            lora.get_submodule(one_.layer.name).weight.data += delta
+        with mixed(session.experts, gates):
+            logits = session.model(input_ids=ids).logits
+        torch.testing.assert_close(logits, lora(input_ids=ids).logits, atol=1e-4, rtol=1e-4)
+        assert (logits - session.model(input_ids=ids).logits).abs().max() > 1e-3, "the router does something else"
+    assert one(shown, "end", "hand")["text"] == answer_of(session, lora), "the gates are those of every pass"
 
 
 def test_the_nearest_task_comes_first(session: Session) -> None:
