@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 import badit
 from badit import BaditError
-from badit.evaluation.metrics import rouge_l
+from badit.metrics import rouge_l
 from badit.recipe import Recipe, RecipeValues, load_recipe, make_recipe
 from comparison.cells import comparison_values
 from comparison.conftest import inline  # noqa: F401 (a fixture)

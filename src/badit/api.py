@@ -23,9 +23,9 @@ from badit.comparison.compare import compare as _compare
 from badit.comparison.compare import report_to_stderr
 from badit.errors import BaditError
 from badit.evaluation.evaluate import read_predictions
-from badit.evaluation.metrics import Prediction
 from badit.evaluation.results import Results, Scores, load_results, load_scores
 from badit.files import read_json, read_jsonl
+from badit.metrics import Prediction
 from badit.recipe import Recipe, RecipeLike, RecipeValues, load_recipe, make_recipe
 from badit.report.write import write_report as _write_report
 from badit.runs import RunFolder

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from badit.errors import one_line
-from badit.evaluation.results import read_scores
 from badit.files import read_json, read_text, write_text
 from badit.models import BUILT_IN, HUB_ID
 from badit.recipe import Recipe, load_recipe
+from badit.results import read_scores
 from badit.runs import RunFolder
 from badit.training.method import AdapterMethod
 from badit.training.methods import build_method

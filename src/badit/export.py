@@ -41,11 +41,11 @@ from badit.analysis.gates import adapted_layers, mean_component_gates
 from badit.card import CARD, Base, model_card
 from badit.data import AnswerCollator, Task, batches_by_task
 from badit.errors import BaditError, explained, nearest
-from badit.evaluation.results import read_scores
 from badit.files import read_json, remove, replace_folder, write_json, write_text
 from badit.method import compress
 from badit.models import load_base_model
 from badit.recipe import Recipe
+from badit.results import read_scores
 from badit.runs import RunFolder
 from badit.training.methods import build_method
 from badit.training.plan import base_model, device, encoded, make_plan, model_dtype, pad_id

@@ -17,11 +17,11 @@ from badit.comparison import worker
 from badit.comparison.compare import check
 from badit.comparison.grid import Grid
 from badit.errors import BaditError
-from badit.evaluation.continual import FORMS, continual_scores
 from badit.evaluation.results import load_results, summarise
 from badit.files import read_json
 from badit.recipe import build_recipe
 from badit.runs import RunFolder
+from badit.statistics import FORMS, continual_scores
 from badit.training.method import Method, NeuronMethod
 from comparison.cells import InlineCell, Values, by_status, compared, comparison_values
 

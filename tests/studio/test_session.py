@@ -19,7 +19,7 @@ from badit.analysis.gates import prompt_gates
 from badit.analysis.tables import load_frame, save_frame
 from badit.data import AnswerCollator, batches_by_task
 from badit.errors import BaditError
-from badit.evaluation.generation import generate_answers
+from badit.generation import generate_answers
 from badit.runs import RunFolder
 from badit.studio.session import Question, Session, mixed, nearest_tasks
 from badit.training.plan import encoded

@@ -14,10 +14,10 @@ from transformers import TrainerCallback
 
 from badit.baselines import RIVALS
 from badit.errors import BaditError
-from badit.evaluation.continual import FORMS, continual_scores
 from badit.files import read_json, write_json
 from badit.recipe import Recipe, build_recipe
 from badit.runs import RunFolder
+from badit.statistics import FORMS, continual_scores
 from badit.training import run as run_module
 from badit.training import scoring
 from badit.training.checkpoints import last_checkpoint

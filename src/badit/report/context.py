@@ -10,12 +10,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from badit.evaluation.statistics import Difference
 from badit.report.blocks import Block, Cards, Cell, Figure, Note, Origin, Table
 from badit.report.contract import Records
 from badit.report.numbers import run_difference
 from badit.report.sources import Source
 from badit.report.wording import TaskNames
+from badit.statistics import Difference
 
 ON_RUNS = Note("This is measured on a run. Name a run's folder as well, once badit analyze has measured it.")
 

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from statistics import fmean, pstdev
 
 from badit.evaluation.results import RESULTS
-from badit.evaluation.statistics import Difference
 from badit.report.blocks import Finding
 from badit.report.context import Report
 from badit.report.contract import Records
@@ -23,6 +22,7 @@ from badit.report.numbers import (
 )
 from badit.report.sources import Source
 from badit.report.wording import counted, number, percent
+from badit.statistics import Difference
 
 _ALIKE_GATES = 0.02
 _OVER = {"adapter": "the adapter's parameters", "weights": "the model's weights"}

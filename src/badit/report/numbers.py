@@ -6,10 +6,10 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from badit.evaluation.statistics import Difference, paired_bootstrap
 from badit.report.contract import Records, known
 from badit.report.sources import Source
 from badit.report.wording import UNKNOWN, number
+from badit.statistics import Difference, paired_bootstrap
 
 
 def kinds_of_parameters(source: Source) -> list[str]:

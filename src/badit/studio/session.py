@@ -23,7 +23,9 @@ from peft import PeftModel
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from pydantic import BaseModel, ConfigDict, Field
 
+from badit.analysis.atlas import ABILITIES
 from badit.analysis.gates import (
+    GATES,
     Experts,
     PromptGates,
     active_experts,
@@ -35,7 +37,7 @@ from badit.analysis.gates import (
 from badit.analysis.tables import load_frame, save_frame
 from badit.data import AnswerCollator, Instance, Task, batches_by_task, encode_prompt
 from badit.errors import BaditError, nearest
-from badit.evaluation.generation import stream_answer
+from badit.generation import stream_answer
 from badit.runs import RunFolder
 from badit.training.methods import build_method
 from badit.training.plan import encoded, make_plan, pad_id
@@ -136,7 +138,7 @@ class Session:
     def _saved_task_gates(self) -> pd.DataFrame | None:
         """The tables of the run's analysis or of :meth:`measure`; None where neither is of the present adapter."""
         since = (self.run.adapter / SAFETENSORS_WEIGHTS_NAME).stat().st_mtime
-        for path in (self.run.analysis / "gates.json", self.run.studio / "gates.json"):
+        for path in (folder / f"{GATES.name}.json" for folder in (self.run.analysis, self.run.studio)):
             with suppress(BaditError, KeyError, ValueError):  # damaged, or of other modules: they are measured again
                 if path.is_file() and path.stat().st_mtime >= since:
                     return self._by_task(load_frame(path))
@@ -175,7 +177,7 @@ class Session:
 
     def _abilities(self) -> list[str]:
         """What the run's analysis says of every expert; empty where there is none."""
-        path = self.run.analysis / "abilities.json"
+        path = self.run.analysis / f"{ABILITIES.name}.json"
         if not path.is_file():
             return []
         said = load_frame(path).set_index("expert")["summary"]

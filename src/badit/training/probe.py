@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from badit.evaluation.generation import evaluation_mode
+from badit.generation import evaluation_mode
 from badit.tuner.prompt import before_first_label
 
 # One short prompt tells how far the output moves; more would be the dearest part of a regrouping.

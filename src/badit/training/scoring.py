@@ -14,13 +14,13 @@ import torch
 from badit.card import write_run_card
 from badit.data import AnswerCollator, Task, encode_prompt, on_device
 from badit.errors import BaditError
-from badit.evaluation.continual import FORMS, continual_scores
 from badit.evaluation.evaluate import Prediction, evaluate_tasks, write_predictions
-from badit.evaluation.generation import generate_answers
 from badit.evaluation.results import read_scores
 from badit.files import copy_folder, read_json, write_json
+from badit.generation import generate_answers
 from badit.recipe import Recipe
 from badit.runs import RunFolder
+from badit.statistics import FORMS, continual_scores
 from badit.training.methods import build_method
 from badit.training.plan import Plan, Split, base_model, encoded, make_plan, pad_id
 from badit.training.trainer import answer_losses

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from badit.data import own_input
-from badit.evaluation.metrics import Prediction, exact_match, rouge_l
+from badit.metrics import Prediction, exact_match, rouge_l
 from badit.report.blocks import Answer, Note, Sample, Samples, Section
 from badit.report.context import Report, quoted
 from badit.report.members import Member, first_members

@@ -7,7 +7,7 @@ the benchmark's official evaluation (Wang et al. 2022, arXiv:2204.07705); Rouge-
 from __future__ import annotations
 
 import string
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from statistics import fmean
@@ -65,27 +65,41 @@ def exact_match(prediction: str, references: Sequence[str]) -> float:
     return 100.0 * any(normalize_answer(reference) == answer for reference in references)
 
 
+@dataclass(frozen=True)
+class Metric:
+    """A metric of answers.
+
+    Attributes:
+        label: its name in tables.
+        score: the score of an answer, 0 to 100, from the answer and its references.
+    """
+
+    label: str
+    score: Callable[[str, Sequence[str]], float]
+
+
+#: By the name that scores.json and results.json have. All that is scored is scored in each of them.
+METRICS: dict[str, Metric] = {
+    "rouge_l": Metric("Rouge-L", rouge_l),
+    "exact_match": Metric("EM", exact_match),
+}
+
+
 def normalize_answer(text: str) -> str:
     """Lower case, without ASCII punctuation, single spaces. Unlike SQuAD's normalisation it keeps the articles."""
     return " ".join(text.lower().translate(_NO_PUNCTUATION).split())
 
 
-def score_tasks(predictions: Mapping[str, Sequence[Prediction]]) -> dict[str, Any]:
-    """Score each task's predictions and average them in both customary ways.
-
-    Returns:
-        `rouge_l` and `exact_match`, the means over tasks, in which every task counts the same; `rouge_l_instances` and
-        `exact_match_instances`, the means over all instances; and `tasks`, which maps each task's name to its own
-        `rouge_l`, `exact_match` and number of `instances`.
-
-    Raises:
-        BaditError: no tasks, a task without predictions, or a prediction without references.
-    """
-    return mean_scores(instance_scores(predictions))
+def group_by_task(predictions: Iterable[Prediction]) -> dict[str, list[Prediction]]:
+    """The predictions of each task, both in their order of appearance."""
+    groups: dict[str, list[Prediction]] = {}
+    for prediction in predictions:
+        groups.setdefault(prediction.task, []).append(prediction)
+    return groups
 
 
 def instance_scores(predictions: Mapping[str, Sequence[Prediction]]) -> dict[str, dict[str, list[float]]]:
-    """Every instance's scores, in the predictions' order: `{task: {"rouge_l": [...], "exact_match": [...]}}`.
+    """Every instance's scores in each metric, in the predictions' order: `{task: {"rouge_l": [...], …}}`.
 
     Raises:
         BaditError: no tasks, a task without predictions, or a prediction without references.
@@ -97,16 +111,22 @@ def instance_scores(predictions: Mapping[str, Sequence[Prediction]]) -> dict[str
         if not answers:
             raise BaditError(f"predictions: task {task} has none")
         scores[task] = {
-            "rouge_l": [rouge_l(answer.prediction, answer.references) for answer in answers],
-            "exact_match": [exact_match(answer.prediction, answer.references) for answer in answers],
+            name: [metric.score(answer.prediction, answer.references) for answer in answers]
+            for name, metric in METRICS.items()
         }
     return scores
 
 
 def mean_scores(instances: Mapping[str, Mapping[str, Sequence[float]]]) -> dict[str, Any]:
-    """The means of `instance_scores`, as `score_tasks` gives them."""
+    """A run's scores from those of every instance, as scores.json has them.
+
+    Returns:
+        For each metric, such as ``rouge_l``, the mean over tasks, in which every task counts the same; with the suffix
+        ``_instances`` the mean over all instances; and ``tasks``, which maps each task's name to its own mean of each
+        metric and its number of ``instances``.
+    """
     means: dict[str, Any] = {}
-    for metric in ("rouge_l", "exact_match"):
+    for metric in METRICS:
         means[metric] = fmean(fmean(scores[metric]) for scores in instances.values())
         means[f"{metric}_instances"] = fmean(score for scores in instances.values() for score in scores[metric])
     tasks = {
