@@ -41,14 +41,12 @@ Batches = Mapping[str, Sequence[Mapping[str, Any]]]
 
 GATES = Table(
     "gates",
-    {
-        "task": TASK,
-        "layer": LAYER,
-        "module": MODULE,
-        "expert": EXPERT_NUMBER,
-        "mean": Column("mean gate over the task's prompts; 1 is neutral"),
-        "std": Column("standard deviation over the task's prompts (divisor n − 1)"),
-    },
+    task=TASK,
+    layer=LAYER,
+    module=MODULE,
+    expert=EXPERT_NUMBER,
+    mean=Column("mean gate over the task's prompts; 1 is neutral"),
+    std=Column("standard deviation over the task's prompts (divisor n − 1)"),
 )
 
 

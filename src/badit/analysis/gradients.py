@@ -58,42 +58,40 @@ _ALL_MODULES = {"parameters": Column(f"{_PARAMETERS}, all modules together", TEX
 
 GRADIENT_PAIRS = Table(
     "gradient_pairs",
-    {"task_a": TASK_A, "task_b": TASK_B, **_PLACE, "cosine": _COSINE, "magnitude_similarity": _MAGNITUDE},
+    task_a=TASK_A,
+    task_b=TASK_B,
+    **_PLACE,
+    cosine=_COSINE,
+    magnitude_similarity=_MAGNITUDE,
 )
 GRADIENT_OVERALL = Table(
     "gradient_overall",
-    {
-        "task_a": TASK_A,
-        "task_b": TASK_B,
-        **_ALL_MODULES,
-        "cosine": _COSINE,
-        "corrected_cosine": Column(
-            "the cosine that noiseless gradients would have, from the halves of the instances; null where noise is all "
-            "that can be seen"
-        ),
-        "magnitude_similarity": _MAGNITUDE,
-    },
+    task_a=TASK_A,
+    task_b=TASK_B,
+    **_ALL_MODULES,
+    cosine=_COSINE,
+    corrected_cosine=Column(
+        "the cosine that noiseless gradients would have, from the halves of the instances; null where noise is all "
+        "that can be seen"
+    ),
+    magnitude_similarity=_MAGNITUDE,
 )
 GRADIENT_SUMMARY = Table(
     "gradient_summary",
-    {
-        **_PLACE,
-        "parameters": Column(_PARAMETERS, TEXT),
-        "conflict_rate": Column("share of the pairs of tasks whose gradients have a negative cosine"),
-        "mean_cosine": Column("mean cosine over the pairs of tasks"),
-        "mean_magnitude_similarity": Column("mean of 2|a||b| / (|a|² + |b|²) over the pairs of tasks"),
-        "reliability": Column(f"{_RELIABILITY}; mean over tasks"),
-    },
+    **_PLACE,
+    parameters=Column(_PARAMETERS, TEXT),
+    conflict_rate=Column("share of the pairs of tasks whose gradients have a negative cosine"),
+    mean_cosine=Column("mean cosine over the pairs of tasks"),
+    mean_magnitude_similarity=Column("mean of 2|a||b| / (|a|² + |b|²) over the pairs of tasks"),
+    reliability=Column(f"{_RELIABILITY}; mean over tasks"),
 )
 GRADIENT_TASKS = Table(
     "gradient_tasks",
-    {
-        "task": TASK,
-        **_ALL_MODULES,
-        "norm": Column("norm of the task's gradient (nats per token, for a unit of the parameters)"),
-        "reliability": Column(_RELIABILITY),
-        "instances": Column("instances that the gradient is the mean of", COUNT),
-    },
+    task=TASK,
+    **_ALL_MODULES,
+    norm=Column("norm of the task's gradient (nats per token, for a unit of the parameters)"),
+    reliability=Column(_RELIABILITY),
+    instances=Column("instances that the gradient is the mean of", COUNT),
 )
 
 

@@ -39,7 +39,7 @@ from badit.baselines.neurons import top_neurons
 from badit.errors import BaditError
 from badit.training.trainer import answer_losses
 from badit.tuner.base_config import is_int, is_number
-from badit.tuner.base_model import TARGET_MODULES
+from badit.tuner.model import TARGET_MODULES
 
 Batches = Mapping[str, Sequence[Mapping[str, Any]]]
 Marked = Mapping[str, torch.Tensor | Sequence[torch.Tensor]]
@@ -47,34 +47,28 @@ Marked = Mapping[str, torch.Tensor | Sequence[torch.Tensor]]
 _KIND = Column('"neurons", "parameters" (rows of weight matrices) or "experts"', TEXT)
 COACTIVATION = Table(
     "coactivation",
-    {
-        "kind": _KIND,
-        "layer": LAYER,
-        "tasks": Column("by how many tasks a unit is marked", SHARING),
-        "share": Column("share of the layer's units that are marked by so many"),
-        "chance": Column("the same if the tasks marked independently: binomial with the marked share"),
-    },
+    kind=_KIND,
+    layer=LAYER,
+    tasks=Column("by how many tasks a unit is marked", SHARING),
+    share=Column("share of the layer's units that are marked by so many"),
+    chance=Column("the same if the tasks marked independently: binomial with the marked share"),
 )
 COACTIVATION_TASKS = Table(
     "coactivation_tasks",
-    {
-        "kind": _KIND,
-        "task": TASK,
-        "layer": LAYER,
-        "marked": Column("units marked by the task", COUNT),
-        "exclusive": Column("units marked by this task alone", COUNT),
-        "universal": Column("units marked by every task", COUNT),
-    },
+    kind=_KIND,
+    task=TASK,
+    layer=LAYER,
+    marked=Column("units marked by the task", COUNT),
+    exclusive=Column("units marked by this task alone", COUNT),
+    universal=Column("units marked by every task", COUNT),
 )
 COACTIVATION_PAIRS = Table(
     "coactivation_pairs",
-    {
-        "kind": _KIND,
-        "task_a": TASK_A,
-        "task_b": TASK_B,
-        "overlap": Column("units of all layers that both have marked, as a share of those that either has (Jaccard)"),
-        "chance": Column("the same if the two marked independently: p / (2 − p) where both mark the share p"),
-    },
+    kind=_KIND,
+    task_a=TASK_A,
+    task_b=TASK_B,
+    overlap=Column("units of all layers that both have marked, as a share of those that either has (Jaccard)"),
+    chance=Column("the same if the two marked independently: p / (2 − p) where both mark the share p"),
 )
 _FIRST_PROJECTIONS = sorted({name for names in TARGET_MODULES.values() for name in names})
 
