@@ -134,6 +134,17 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f" (did you mean '{close[0]}'?)" if close else ""
 
 
+def refuse_unknown(field: str, value: object, known: Iterable[str]) -> None:
+    """Raises for a value that is none of the known ones.
+
+    Raises:
+        BaditError: it names the field, the nearest known value and all of them.
+    """
+    known = list(known)
+    if value not in known:
+        raise BaditError(f"{field}: unknown {value!r:.60}{nearest(str(value), known)}; known: {', '.join(known)}")
+
+
 def one_line(text: str) -> str:
     """Text for a terminal: a line break or a control character, which may be a command to it, stands as its escape."""
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in text)

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from transformers import TrainingArguments
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+from badit.card import write_run_card
 from badit.data import AnswerCollator, batches_by_task, mixture
 from badit.errors import BaditError, explained
 from badit.evaluation.results import read_scores
@@ -23,7 +24,6 @@ from badit.recipe import Recipe
 from badit.runs import RunFolder, environment, is_main_process, peak_memory
 from badit.training.attention import fast_on_short_sequences
 from badit.training.callbacks import MetricsLog, ProgressBar, StopOnSignal
-from badit.training.card import write_run_card
 from badit.training.checkpoints import (
     SealCheckpoints,
     TrainerSums,

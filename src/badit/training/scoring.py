@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from badit.card import write_run_card
 from badit.data import AnswerCollator, Task, encode_prompt, on_device
 from badit.errors import BaditError
 from badit.evaluation.evaluate import Prediction, evaluate_tasks, write_predictions
@@ -20,7 +21,6 @@ from badit.generation import generate_answers
 from badit.recipe import Recipe
 from badit.runs import RunFolder
 from badit.statistics import FORMS, continual_scores
-from badit.training.card import write_run_card
 from badit.training.methods import build_method
 from badit.training.plan import Plan, Split, base_model, encoded, make_plan, pad_id
 from badit.training.trainer import answer_losses

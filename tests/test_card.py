@@ -9,10 +9,10 @@ import pytest
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 
+from badit.card import Base, model_card
 from badit.files import write_json
 from badit.recipe import Recipe, build_recipe, dump_recipe
 from badit.runs import RunFolder
-from badit.training.card import Base, model_card
 
 HOSTILE = (
     "a|b](https://evil.example) www.evil.example &#91;<script>x</script>\n---\nlicense: mit\n# <!-- `![](y)` \u202e @me"
@@ -70,8 +70,8 @@ def test_a_runs_card_has_scores_data_options_and_the_way_to_load_it(tmp_path: Pa
 
 
 def test_how_to_load_what_is_not_badits_own(tmp_path: Path) -> None:
-    rival, recipe = make_run(tmp_path / "rival", method={"name": "loramoe"}, model={"name": "org/base"})
-    text = card_of(rival, recipe, address="org/tuned").text
+    other, recipe = make_run(tmp_path / "other", method={"name": "loramoe"}, model={"name": "org/base"})
+    text = card_of(other, recipe, address="org/tuned").text
     assert "import badit.baselines" in text
     assert 'AutoModelForCausalLM.from_pretrained("org/base")' in text
     assert 'PeftModel.from_pretrained(base, "org/tuned")' in text
