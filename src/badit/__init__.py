@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from badit.errors import BaditError
     from badit.evaluation.results import load_results, summarise
     from badit.models import load_base_model
+    from badit.optimizer import OrthogonalUpdates, build_optimizer, lora_plus_groups
     from badit.recipe import load_recipe
     from badit.serving.export import export
     from badit.serving.push import push_to_hub
@@ -37,10 +38,12 @@ _HOMES = {
     "BaditConfig": "badit.tuner",
     "BaditError": "badit.errors",
     "BaditModel": "badit.tuner",
+    "OrthogonalUpdates": "badit.optimizer",
     "RegroupCallback": "badit.training.regroup",
     "Regrouper": "badit.training.regrouper",
     "Run": "badit.api",
     "analyze": "badit.api",
+    "build_optimizer": "badit.optimizer",
     "compare": "badit.api",
     "evaluate": "badit.api",
     "export": "badit.serving.export",
@@ -50,6 +53,7 @@ _HOMES = {
     "load_results": "badit.evaluation.results",
     "load_tasks": "badit.data",
     "push_to_hub": "badit.serving.push",
+    "lora_plus_groups": "badit.optimizer",
     "plan": "badit.api",
     "score_export": "badit.serving.score",
     "summarise": "badit.evaluation.results",
@@ -62,11 +66,13 @@ __all__ = [
     "BaditConfig",
     "BaditError",
     "BaditModel",
+    "OrthogonalUpdates",
     "RegroupCallback",
     "Regrouper",
     "Run",
     "__version__",
     "analyze",
+    "build_optimizer",
     "compare",
     "evaluate",
     "export",
@@ -75,6 +81,7 @@ __all__ = [
     "load_recipe",
     "load_results",
     "load_tasks",
+    "lora_plus_groups",
     "plan",
     "push_to_hub",
     "score_export",
