@@ -17,8 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, Unpack, cast
 
+import pandas as pd
+
 from badit.analysis.analyze import analyze as _analyze
-from badit.analysis.tables import TidyTable, saved_tables
+from badit.analysis.tables import load_frames
 from badit.comparison.compare import compare as _compare
 from badit.comparison.compare import report_to_stderr
 from badit.errors import BaditError
@@ -93,7 +95,7 @@ class Run:
         return read_json(self._folder.environment)
 
     @property
-    def tables(self) -> dict[str, TidyTable]:
+    def tables(self) -> dict[str, pd.DataFrame]:
         """What :func:`analyze` has measured, by name; none before."""
         return _tables(self._folder.path)
 
@@ -113,7 +115,7 @@ class Analysis:
     """
 
     path: Path
-    tables: Mapping[str, TidyTable]
+    tables: Mapping[str, pd.DataFrame]
 
 
 def plan(recipe: RecipeLike | None = None, /, **values: Unpack[RecipeValues]) -> Plan:
@@ -284,5 +286,5 @@ def write_report(
     return _write_report(several, output, title=title, figures=figures)
 
 
-def _tables(folder: Path) -> dict[str, TidyTable]:
-    return {table.name: table for table in saved_tables(folder / "analysis")}
+def _tables(folder: Path) -> dict[str, pd.DataFrame]:
+    return load_frames(folder / "analysis")
