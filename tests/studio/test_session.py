@@ -73,7 +73,7 @@ def test_gates_by_hand_are_used_to_the_bit_in_every_layer_and_pass(session: Sess
     delta = type(session.experts[0].layer)._delta
 
     def spy(layer: Any, adapter: str, x: torch.Tensor) -> torch.Tensor:
-        seen.append(layer._component_gates(adapter, x)[..., session.experts[0].first_components_K])
+        seen.append(layer.component_gates(adapter, x)[..., session.experts[0].first_components_K])
         return delta(layer, adapter, x)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -85,7 +85,7 @@ def test_gates_by_hand_are_used_to_the_bit_in_every_layer_and_pass(session: Sess
     first_layer = seen[:: len(session.experts)]
     assert all(torch.equal(gates.flatten(), torch.tensor(HAND)) for gates in first_layer)
     assert one(shown, "gates", "hand")["gates"] == [HAND] * len(session.experts)
-    assert "_component_gates" not in vars(session.experts[0].layer), "the router is back"
+    assert "component_gates" not in vars(session.experts[0].layer), "the router is back"
 
 
 @pytest.mark.parametrize("gates", [HAND, [1.0] * 4, [0.0, 0.0, 1.0, 0.0]], ids=str)
@@ -121,9 +121,7 @@ def test_methods_whose_gates_sum_to_one_are_on_the_same_scale(
     router = np.array(one(events(session, sides=["router"]), "gates", "router")["gates"])
     np.testing.assert_allclose(router.mean(axis=1), 1, atol=2e-5)
     multiplied: list[torch.Tensor] = []
-    handle = layer.register_forward_pre_hook(
-        lambda _, args: multiplied.append(layer._component_gates("default", *args))
-    )
+    handle = layer.register_forward_pre_hook(lambda _, args: multiplied.append(layer.component_gates("default", *args)))
     shown = events(session, sides=["hand"], gates=[0.5, 2.5, 0.0])
     handle.remove()
     assert one(shown, "gates", "hand")["gates"] == [[0.5, 2.5, 0.0]] * len(session.experts)

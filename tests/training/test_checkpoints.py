@@ -18,10 +18,10 @@ from safetensors.torch import load_file
 from badit.cli import main
 from badit.errors import BaditError
 from badit.files import full_disk_named
+from badit.methods import AdapterMethod
 from badit.recipe import build_recipe
 from badit.runs import RunFolder
 from badit.training.checkpoints import SEAL, STAGING, damage_of, last_checkpoint, seal
-from badit.training.method import AdapterMethod
 from badit.training.run import fit
 from training.trainers import StopAt
 

@@ -25,9 +25,9 @@ from badit.data import AnswerCollator, Instance, Task, batches_by_task, load_tas
 from badit.errors import BaditError
 from badit.evaluation.results import RESULTS
 from badit.files import read_json, write_json
+from badit.methods import build_method
 from badit.recipe import Recipe, build_recipe, expand_source
 from badit.runs import RunFolder, environment, peak_memory
-from badit.training.methods import build_method
 from badit.training.plan import encoded, make_plan, pad_id
 from badit.training.scoring import load_run
 

@@ -155,7 +155,7 @@ def held_out_angles(
 
     Modules whose experts share one A are left out. ``progress`` shows a bar on stderr.
     """
-    experts = [one for one in active_experts(model) if one.layer.badit_config[one.adapter].experts_own_components]
+    experts = [one for one in active_experts(model) if not one.layer.badit_config[one.adapter].shares_A]
     gradients = _gradients(model, experts, batches, progress) if experts else []
     angles = {}
     for one, (grad_A_NI, grad_B_ON) in zip(experts, gradients, strict=True):

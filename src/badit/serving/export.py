@@ -15,14 +15,13 @@ from badit.data import Task
 from badit.errors import BaditError, nearest
 from badit.files import write_text
 from badit.method import compress
+from badit.methods import AdapterMethod, build_method
 from badit.recipe import Recipe
 from badit.runs import RunFolder
 from badit.serving.factors import Factors, lora_factors, mixture_factors
 from badit.serving.files import merge, new_folder, refuse_foreign, write_adapter, write_gates, write_merged
 from badit.serving.mixture import Mixture, mean_mixture, read_mixture
 from badit.training.card import CARD, Base, model_card
-from badit.training.method import AdapterMethod
-from badit.training.methods import build_method
 from badit.training.plan import base_model, make_plan
 from badit.training.scoring import load_run
 from badit.tuner import hooks_of

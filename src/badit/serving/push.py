@@ -14,13 +14,12 @@ from peft.utils import CONFIG_NAME
 
 from badit.errors import BaditError, one_line
 from badit.files import read_json
+from badit.methods import AdapterMethod, build_method
 from badit.models import HUB_ID
 from badit.recipe import load_recipe
 from badit.runs import RunFolder
 from badit.serving.files import RECORD, SCORES
 from badit.training.card import CARD, Base, model_card
-from badit.training.method import AdapterMethod
-from badit.training.methods import build_method
 
 _MENDS = {
     401: "; the token is not valid (any more): run hf auth login",

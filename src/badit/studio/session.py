@@ -25,9 +25,9 @@ from badit.analysis.tables import TidyTable
 from badit.data import Instance, Task, encode_prompt
 from badit.errors import BaditError, nearest
 from badit.evaluation.generation import stream_answer
+from badit.methods import build_method
 from badit.runs import RunFolder
 from badit.studio.mixing import measure_task_gates, mixed, saved_task_gates
-from badit.training.methods import build_method
 from badit.training.plan import encoded, make_plan
 from badit.training.scoring import load_run
 

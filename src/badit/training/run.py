@@ -19,6 +19,7 @@ from badit.data import AnswerCollator, batches_by_task, mixture
 from badit.errors import BaditError
 from badit.evaluation.results import read_scores
 from badit.files import full_disk_named, read_json, replace_folder, write_json
+from badit.methods import Method
 from badit.recipe import Recipe
 from badit.runs import RunFolder, environment, is_main_process, peak_memory
 from badit.training.attention import fast_on_short_sequences
@@ -34,7 +35,6 @@ from badit.training.checkpoints import (
 )
 from badit.training.determinism import deterministic
 from badit.training.gradients import parameter_count, whole_weights
-from badit.training.method import Method
 from badit.training.plan import Plan, Stage, base_model, encoded, make_plan, model_dtype, pad_id
 from badit.training.scoring import evaluate
 from badit.training.trackers import refuse_missing, tracker_callbacks

@@ -19,10 +19,10 @@ from badit.evaluation.evaluate import Prediction, evaluate_tasks, write_predicti
 from badit.evaluation.generation import generate_answers
 from badit.evaluation.results import read_scores
 from badit.files import read_json, write_json
+from badit.methods import build_method
 from badit.recipe import Recipe
 from badit.runs import RunFolder
 from badit.training.card import write_run_card
-from badit.training.methods import build_method
 from badit.training.plan import Plan, Split, base_model, encoded, make_plan, pad_id
 from badit.training.trainer import answer_losses
 
