@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from badit.errors import BaditError
+from badit.methods import build_method
 from badit.recipe import Recipe, build_recipe, differing_keys, dump_recipe, expand_source, load_recipe
-from badit.training.methods import build_method
 
 ROOT = Path(__file__).parent.parent
 RECIPES = [path.relative_to(ROOT) for path in sorted((ROOT / "recipes").glob("**/*.yaml"))]

@@ -19,8 +19,8 @@ from badit.models import BUILT_IN, HUB_ID
 from badit.recipe import Recipe, load_recipe
 from badit.results import read_scores
 from badit.runs import RunFolder
-from badit.training.method import AdapterMethod
-from badit.training.methods import build_method
+from badit.methods import AdapterMethod
+from badit.methods import build_method
 
 CARD = "README.md"
 # Jinja's, as ModelCard.from_template fills it in; all values are escaped before.

@@ -16,11 +16,12 @@ from badit.card import CARD, Base, model_card
 from badit.errors import BaditError, explained
 from badit.export import RECORD
 from badit.files import read_json
+from badit.methods import AdapterMethod, build_method
 from badit.models import HUB_ID
 from badit.recipe import load_recipe
 from badit.runs import RunFolder
-from badit.training.method import AdapterMethod
-from badit.training.methods import build_method
+from badit.methods import AdapterMethod
+from badit.methods import build_method
 
 _VISIBLE = re.compile(r"[^./\\\0][^/\\\0]*")  # the name of a file right in the folder, and no dot-file
 

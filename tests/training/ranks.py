@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from badit.cli import main
-from badit.training.method import AdapterMethod
+from badit.methods import AdapterMethod
 from badit.training.ranks import several
 
 

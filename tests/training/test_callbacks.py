@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import TrainerCallback, TrainerState
 
+from badit.methods import AdapterMethod
 from badit.recipe import build_recipe
 from badit.training.callbacks import MetricsLog, StopOnSignal
-from badit.training.method import AdapterMethod
 from badit.training.run import train
 
 

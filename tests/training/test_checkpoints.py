@@ -19,7 +19,6 @@ from badit.errors import BaditError
 from badit.recipe import build_recipe
 from badit.runs import RunFolder
 from badit.training.checkpoints import SEAL, STAGING, damage_of, last_checkpoint, seal
-from badit.training.method import AdapterMethod
 from badit.training.run import fit
 from training.trainers import StopAt
 

@@ -15,9 +15,9 @@ from transformers import TrainerCallback
 from badit.cli import main
 from badit.errors import BaditError
 from badit.files import read_jsonl
+from badit.methods import AdapterMethod
 from badit.recipe import build_recipe
 from badit.training.determinism import deterministic
-from badit.training.method import AdapterMethod
 from badit.training.plan import make_plan
 from badit.training.regroup import RegroupCallback
 from badit.training.run import fit

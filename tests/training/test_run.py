@@ -13,11 +13,11 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from badit.errors import BaditError
+from badit.methods import AdapterMethod
 from badit.recipe import build_recipe
 from badit.runs import RunFolder
 from badit.training import plan as plan_module
 from badit.training import precision
-from badit.training.method import AdapterMethod
 from badit.training.plan import make_plan
 from badit.training.run import train
 from badit.training.scoring import answers, evaluate

@@ -12,16 +12,16 @@ import torch
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from badit.baselines import RIVALS
+from badit.baselines import BASELINES
 from badit.errors import BaditError
 from badit.files import read_json, write_json
+from badit.methods import AdapterMethod, Method
 from badit.recipe import Recipe, build_recipe
 from badit.runs import RunFolder
 from badit.statistics import FORMS, continual_scores
 from badit.training import run as run_module
 from badit.training import scoring
 from badit.training.checkpoints import last_checkpoint
-from badit.training.method import AdapterMethod, Method
 from badit.training.plan import make_plan
 from badit.training.run import fit, train
 from badit.training.scoring import evaluate, load_run
@@ -40,7 +40,7 @@ OPTIONS: dict[str, Values] = {
     "full": {},
     "task-neurons": {"share": 0.2},
 }
-METHODS = [*RIVALS, "badit", "pcgrad", "cagrad", "full", "task-neurons"]
+METHODS = [*BASELINES, "badit", "pcgrad", "cagrad", "full", "task-neurons"]
 
 
 def sequence(values: Values, *overrides: str, output: str | Path | None = None) -> Recipe:

@@ -17,10 +17,10 @@ from badit.baselines.neurons import neuron_scores, top_neurons, union
 from badit.data import AnswerCollator
 from badit.errors import BaditError
 from badit.files import read_json
+from badit.methods import WEIGHTS, Method, WeightsMethod
 from badit.recipe import Recipe, build_recipe
 from badit.runs import RunFolder
 from badit.training.checkpoints import last_checkpoint
-from badit.training.method import WEIGHTS, Method, WeightsMethod
 from badit.training.plan import base_model, encoded, make_plan, pad_id
 from badit.training.run import fit, train
 from badit.training.scoring import load_run

@@ -38,6 +38,7 @@ from badit.analysis.tables import COUNT, LAYER, SHARING, TASK, TASK_A, TASK_B, T
 from badit.baselines.neurons import top_neurons
 from badit.errors import BaditError
 from badit.training.trainer import answer_losses
+from badit.tuner.config import is_int, is_number
 from badit.tuner.model import TARGET_MODULES
 
 Batches = Mapping[str, Sequence[Mapping[str, Any]]]

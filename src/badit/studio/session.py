@@ -39,7 +39,7 @@ from badit.data import AnswerCollator, Instance, Task, batches_by_task, encode_p
 from badit.errors import BaditError, nearest
 from badit.generation import stream_answer
 from badit.runs import RunFolder
-from badit.training.methods import build_method
+from badit.methods import build_method
 from badit.training.plan import encoded, make_plan, pad_id
 from badit.training.scoring import load_run
 

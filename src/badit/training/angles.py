@@ -17,7 +17,7 @@ from badit.training.checkpoints import resumed_checkpoint
 from badit.training.gradients import before_step, component_grams
 from badit.training.regroup_state import ANGLES_FILE, Window, load_state, mean_grams, save_state
 from badit.training.regrouper import trainable_adapters
-from badit.tuner.base_layer import ExpertLayer
+from badit.tuner.layer import ExpertLinear
 
 
 class AngleLog(TrainerCallback):
@@ -35,12 +35,12 @@ class AngleLog(TrainerCallback):
     def __init__(self, path: Path, every: int = 20) -> None:
         self.every = every
         self._log = StepLog(path)
-        self._layers: dict[str, tuple[ExpertLayer, str]] = {}
+        self._layers: dict[str, tuple[ExpertLinear, str]] = {}
         self._windows: dict[str, Window] = {}
         self._reads_in_engine = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        found = trainable_adapters(kwargs["model"], ExpertLayer)
+        found = trainable_adapters(kwargs["model"], ExpertLinear)
         self._layers = {name: place for name, place in found if _is_mixture(*place)}
         self._windows = {name: Window() for name in self._layers}
         if self._layers and state.global_step:
@@ -80,6 +80,6 @@ class AngleLog(TrainerCallback):
             self._log.append(line)
 
 
-def _is_mixture(layer: ExpertLayer, adapter: str) -> bool:
+def _is_mixture(layer: ExpertLinear, adapter: str) -> bool:
     config = layer.badit_config[adapter]
-    return config.num_experts > 1 and config.experts_own_components
+    return config.num_experts > 1 and not config.shares_A

@@ -10,11 +10,10 @@ import torch
 
 from badit.data import Instance, Task, encode_example, hold_out, limit, load_tasks, mixture, ordered
 from badit.errors import BaditError
+from badit.methods import Method, build_method
 from badit.models import load_base_model
 from badit.recipe import Recipe, expand_source
 from badit.runs import RunFolder
-from badit.training.method import Method
-from badit.training.methods import build_method
 from badit.training.precision import SettledDtype, settled_dtype, warn_of_slow_dtype
 
 Split = Literal["test", "validation"]

@@ -35,13 +35,12 @@ from badit.training.regroup_state import (
     save_state,
     unpacked_windows,
 )
-from badit.tuner.base_layer import ExpertLayer
-from badit.tuner.layer import BaditLayer
+from badit.tuner.layer import BaditLinear, ExpertLinear
 
 # A mean gate near zero (top_k can starve an expert) must not blow a weight up.
 _RESCALE_LIMIT = 4.0
 
-Layer = TypeVar("Layer", bound=ExpertLayer)
+Layer = TypeVar("Layer", bound=ExpertLinear)
 
 
 class Regrouper:
@@ -102,7 +101,7 @@ class Regrouper:
         check_options(every, start, stop, solver, restarts)
         if not isinstance(total_steps, int) or isinstance(total_steps, bool) or total_steps < 1:
             raise BaditError(f"total_steps must be a whole number of at least 1 step, got {total_steps!r}")
-        self._layers: dict[str, tuple[BaditLayer, str]] = dict(trainable_adapters(model))
+        self._layers: dict[str, tuple[BaditLinear, str]] = dict(trainable_adapters(model))
         if not self._layers:
             raise BaditError("there is no trainable BADIT adapter to regroup; add one to the model, or do not regroup")
         self.every = every
@@ -275,7 +274,7 @@ def check_options(every: Any, start: float, stop: float, solver: str, restarts: 
 
 
 def trainable_adapters(
-    model: torch.nn.Module, kind: type[Layer] = BaditLayer
+    model: torch.nn.Module, kind: type[Layer] = BaditLinear
 ) -> Iterator[tuple[str, tuple[Layer, str]]]:
     """(name, (layer, adapter)) of every adapter that is being trained in layers of a kind, in the model's order."""
     for module in model.modules():
@@ -285,7 +284,7 @@ def trainable_adapters(
                     yield f"{module.name}.{adapter}", (module, adapter)
 
 
-def _labels(layer: BaditLayer, adapter: str) -> np.ndarray:
+def _labels(layer: BaditLinear, adapter: str) -> np.ndarray:
     """A copy of ``expert_of``: on a CPU the array would otherwise be the buffer itself and change with it."""
     return layer.expert_of(adapter).cpu().numpy().copy()
 
@@ -302,7 +301,7 @@ def _as_on_first_rank(labels: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 @torch.no_grad()
 def _rescale_moved(
-    layer: BaditLayer, adapter: str, old_N: np.ndarray, new_N: np.ndarray, gate_sums: torch.Tensor
+    layer: BaditLinear, adapter: str, old_N: np.ndarray, new_N: np.ndarray, gate_sums: torch.Tensor
 ) -> None:
     mean_K = gate_sums[:-1] / gate_sums[-1].clamp_min(1.0)
     old, new = torch.from_numpy(old_N).to(mean_K.device), torch.from_numpy(new_N).to(mean_K.device)

@@ -34,7 +34,6 @@ from badit.training.checkpoints import (
 )
 from badit.training.determinism import deterministic
 from badit.training.gradients import parameter_count, whole_weights
-from badit.training.method import Method
 from badit.training.plan import Plan, Stage, base_model, encoded, make_plan, model_dtype, pad_id
 from badit.training.scoring import evaluate
 from badit.training.trackers import refuse_missing, tracker_callbacks

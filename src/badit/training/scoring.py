@@ -21,7 +21,7 @@ from badit.generation import generate_answers
 from badit.recipe import Recipe
 from badit.runs import RunFolder
 from badit.statistics import FORMS, continual_scores
-from badit.training.methods import build_method
+from badit.methods import build_method
 from badit.training.plan import Plan, Split, base_model, encoded, make_plan, pad_id
 from badit.training.trainer import answer_losses
 
