@@ -57,8 +57,8 @@ def test_a_recipe_of_the_paper_has_its_setting_and_both_commands(path: Path) -> 
         "regroup": {"every": 20},
     }
     training = recipe.training
-    assert (training.epochs, training.batch_size, training.gradient_accumulation) == (10, 1, 1)
-    assert (training.learning_rate, training.scheduler, training.warmup) == (2e-4, "cosine", 0.03)
+    assert (training.num_train_epochs, training.per_device_train_batch_size, training.gradient_accumulation_steps) == (10, 1, 1)
+    assert (training.learning_rate, training.lr_scheduler_type, training.warmup_steps) == (2e-4, "cosine", 0.03)
     assert (training.weight_decay, recipe.model.dtype) == (0, "bfloat16")
     assert training.gradient_checkpointing == ("8b" in path.stem or "9b" in path.stem)
     data = recipe.data
@@ -83,16 +83,16 @@ def test_a_recipe_survives_being_written(tmp_path: Path) -> None:
 
 def test_overrides_reach_nested_keys_with_yaml_values() -> None:
     recipe = build_recipe(
-        {"training": {"epochs": 1}},
+        {"training": {"num_train_epochs": 1}},
         [
-            "training.epochs=2.5",
+            "training.num_train_epochs=2.5",
             "training.learning_rate=5e-4",
             "data.tasks=[a, b]",
             "method.r=2",
             "method.regroup=null",
         ],
     )
-    assert recipe.training.epochs == 2.5
+    assert recipe.training.num_train_epochs == 2.5
     assert recipe.training.learning_rate == 5e-4
     assert recipe.data.tasks == ["a", "b"]
     assert recipe.method == {"r": 2, "regroup": None}
@@ -103,17 +103,17 @@ def test_overrides_reach_nested_keys_with_yaml_values() -> None:
     [
         ({"trainig": {}}, [], r"trainig: unknown key \(did you mean 'training'\?\)"),
         ({"training": {"epoch": 1}}, [], r"training\.epoch: unknown key \(did you mean 'epochs'\?\)"),
-        ({"training": {"epochs": "many"}}, [], r"training\.epochs: input should be a valid number.*'many'"),
-        ({"training": {"epochs": 0}}, [], r"training\.epochs: input should be greater than 0"),
+        ({"training": {"num_train_epochs": "many"}}, [], r"training\.num_train_epochs: input should be a valid number.*'many'"),
+        ({"training": {"num_train_epochs": 0}}, [], r"training\.num_train_epochs: input should be greater than 0"),
         ({"training": 3}, [], r"training: "),
         ({"prompt": {"encoding": "pos"}}, [], r"prompt\.encoding: "),
-        ({}, ["training.epochs"], r"has the form key=value"),
+        ({}, ["training.num_train_epochs"], r"has the form key=value"),
         ({}, ["=3"], r"has the form key=value"),
-        ({}, ["training.epochs.more=3"], r"training\.epochs: "),
+        ({}, ["training.num_train_epochs.more=3"], r"training\.num_train_epochs: "),
         ({"output": "x"}, ["output.name=3"], r"output is a single value"),
         ({}, ["data.tasks=[a"], r"is not valid YAML"),
         ({}, ['output="\\ud800"'], r"is not valid YAML"),
-        ({}, ["training.epochs=.inf"], r"training\.epochs: input should be"),
+        ({}, ["training.num_train_epochs=.inf"], r"training\.num_train_epochs: input should be"),
         ({}, ["training.learning_rate=.nan"], r"training\.learning_rate: input should be a finite number"),
         ({}, ["training.seed=-1"], r"training\.seed: input should be greater than or equal to 0"),
         ({}, ["training.max_steps=3000000000"], r"training\.max_steps: input should be less than or equal to"),
@@ -169,15 +169,15 @@ def written(folder: Path, **texts: str) -> Path:
 def test_a_recipe_extends_another_key_by_key(tmp_path: Path) -> None:
     path = written(
         tmp_path,
-        base="{method: {name: badit, r: 2, regroup: {every: 5, seed: 3}}, training: {epochs: 4, warmup: 0.1}}",
-        middle="{extends: base.yaml, training: {epochs: 5}, output: b}",
+        base="{method: {name: badit, r: 2, regroup: {every: 5, seed: 3}}, training: {num_train_epochs: 4, warmup_steps: 0.1}}",
+        middle="{extends: base.yaml, training: {num_train_epochs: 5}, output: b}",
         own="{extends: middle.yaml, method: {num_experts: 3, regroup: {every: 7}}, output: c}",
     )
-    recipe = load_recipe(path, ["training.warmup=0.2"])
+    recipe = load_recipe(path, ["training.warmup_steps=0.2"])
     assert recipe == build_recipe(
         {
             "method": {"name": "badit", "r": 2, "num_experts": 3, "regroup": {"every": 7, "seed": 3}},
-            "training": {"epochs": 5, "warmup": 0.2},
+            "training": {"num_train_epochs": 5, "warmup_steps": 0.2},
             "output": "c",
         }
     )
@@ -240,8 +240,8 @@ def test_a_task_may_be_named_by_its_number() -> None:
 
 
 def test_whole_numbers_stay_numbers() -> None:
-    recipe = build_recipe({}, ["training.seed=0", "data.seed=1_000", "method.r=-4", "training.epochs=08"])
-    assert (recipe.training.seed, recipe.data.seed, recipe.training.epochs) == (0, 1000, 8)
+    recipe = build_recipe({}, ["training.seed=0", "data.seed=1_000", "method.r=-4", "training.num_train_epochs=08"])
+    assert (recipe.training.seed, recipe.data.seed, recipe.training.num_train_epochs) == (0, 1000, 8)
     assert recipe.method["r"] == -4
 
 

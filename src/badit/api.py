@@ -131,7 +131,7 @@ def train(recipe: RecipeLike | None = None, /, *, progress: bool = True, **value
     Args:
         recipe: a file, a Recipe or plain values (default: the defaults).
         progress: show bars on stderr.
-        values: laid over the recipe, such as ``training={"epochs": 2}`` and ``output="runs/mine"``.
+        values: laid over the recipe, such as ``training={"num_train_epochs": 2}`` and ``output="runs/mine"``.
 
     Returns:
         The run, with its scores. Of several processes under a launcher only the first scores.

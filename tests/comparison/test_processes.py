@@ -117,7 +117,7 @@ def wait_for(condition: Any, seconds: float = 120) -> None:
 
 
 def test_sigterm_stops_the_command_and_its_cells_which_save_their_state(values: Values, tmp_path: Path) -> None:
-    values["training"] |= {"max_steps": 100_000, "log_every": 1}
+    values["training"] |= {"max_steps": 100_000, "logging_steps": 1}
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(values, sort_keys=False))
     command = [sys.executable, "-m", "badit", "compare", str(path)]

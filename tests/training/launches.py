@@ -76,7 +76,7 @@ class Launches:
             **variables,
         }
         command = [sys.executable, *launcher, str(SCRIPT), str(self.record(name)), str(self._recipe)]
-        settings = [f"output={self.folder / name}", f"training.batch_size={batch}", "training.max_steps=12"]
+        settings = [f"output={self.folder / name}", f"training.per_device_train_batch_size={batch}", "training.max_steps=12"]
         done = subprocess.run(
             [*command, *settings], env=environment, capture_output=True, text=True, timeout=600, check=False
         )

@@ -81,7 +81,7 @@ def test_odd_base_weights_are_trained(tiny_model: Any, tmp_path: Path, weight: s
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_a_run_in_every_precision_learns(recipe_values: Values, dtype: str) -> None:
-    overrides = [f"model.dtype={dtype}", "training.epochs=4", "training.warmup=0"]
+    overrides = [f"model.dtype={dtype}", "training.num_train_epochs=4", "training.warmup_steps=0"]
     run = fit(build_recipe(recipe_values, overrides), progress=False)
     losses = [line["loss"] for line in read_jsonl(run.metrics)]
     assert losses[-1] < losses[0] - 0.3
@@ -184,7 +184,7 @@ def test_deterministic_algorithms_are_asked_for_in_training_and_only_then(
     monkeypatch.setattr(AdapterMethod, "callbacks", lambda self, run: [Look()])
     for switch in (True, False):
         recipe = build_recipe(
-            recipe_values, [f"training.deterministic={switch}", f"output={recipe_values['output']}-{switch}"]
+            recipe_values, [f"training.full_determinism={switch}", f"output={recipe_values['output']}-{switch}"]
         )
         fit(recipe, progress=False)
         assert found == [(switch, switch)] * 12

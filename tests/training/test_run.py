@@ -103,8 +103,8 @@ def test_a_resumed_run_keeps_the_dtype_that_it_began_in(recipe_values: Values, m
 
 def test_another_recipes_folder_is_refused(recipe_values: Values) -> None:
     train(build_recipe(recipe_values), progress=False)
-    other = build_recipe(recipe_values, ["training.epochs=3"])
-    with pytest.raises(BaditError, match=r"differs in training\.epochs"):
+    other = build_recipe(recipe_values, ["training.num_train_epochs=3"])
+    with pytest.raises(BaditError, match=r"differs in training\.num_train_epochs"):
         train(other, progress=False)
 
 
@@ -256,9 +256,9 @@ def test_bad_methods_are_named(recipe_values: Values, method: Values, message: s
 def test_training_options_reach_the_trainer(recipe_values: Values, tmp_path: Path) -> None:
     overrides = [
         "training.max_steps=2",
-        "training.gradient_accumulation=2",
-        "training.scheduler=constant",
-        "training.warmup=0",
+        "training.gradient_accumulation_steps=2",
+        "training.lr_scheduler_type=constant",
+        "training.warmup_steps=0",
         "training.learning_rate=1e-2",
         "training.gradient_checkpointing=true",
         "training.group_by_length=false",

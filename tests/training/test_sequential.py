@@ -45,7 +45,7 @@ METHODS = [*RIVALS, "badit", "pcgrad", "cagrad", "full", "task-neurons"]
 def sequence(values: Values, *overrides: str, output: str | Path | None = None) -> Recipe:
     """12 training instances a task in batches of 4: three steps a stage."""
     data = {**values["data"], "order": ORDER}
-    overrides = ("training.epochs=1", "training.save_every=2", *overrides)
+    overrides = ("training.num_train_epochs=1", "training.save_steps=2", *overrides)
     return build_recipe({**values, "data": data, "output": str(output or values["output"])}, overrides)
 
 

@@ -35,7 +35,7 @@ NEURONS: Values = {"name": "task-neurons", "share": SHARE, "score_batches": 1}
 
 def recipe_with(values: Values, method: Values, *overrides: str, output: Path | None = None) -> Recipe:
     values = {**values, "method": method, "output": str(output or values["output"])}
-    return build_recipe(values, ["training.epochs=1", "training.learning_rate=1e-3", *overrides])
+    return build_recipe(values, ["training.num_train_epochs=1", "training.learning_rate=1e-3", *overrides])
 
 
 def saved(recipe: Recipe) -> Tensors:
@@ -104,7 +104,7 @@ def neurons_of_tasks(recipe: Recipe) -> Tensors:
 
 
 def test_task_neurons_change_the_tasks_neurons_alone(recipe_values: Values, trained: list[Any]) -> None:
-    recipe = recipe_with({**recipe_values, "training": {**recipe_values["training"], "batch_size": 12}}, NEURONS)
+    recipe = recipe_with({**recipe_values, "training": {**recipe_values["training"], "per_device_train_batch_size": 12}}, NEURONS)
     fit(recipe, progress=False)
     base, weights, masks = base_weights(recipe), saved(recipe), neurons_of_tasks(recipe)
     assert {name.split(".")[-2] for name in weights} == {"gate_proj", "up_proj", "down_proj"}

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import sys
+import time
+from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -15,12 +18,15 @@ from badit.recipe import Recipe, expand_source
 from badit.runs import RunFolder
 from badit.training.method import Method
 from badit.training.methods import build_method
-from badit.training.precision import SettledDtype, settled_dtype, warn_of_slow_dtype
-
-Split = Literal["test", "validation"]
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Split = Literal["test", "validation"]
+SettledDtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+# A 16-bit type takes from half of float32's time, on processors with instructions for it, to forty times, without.
+_SLOW = 3.0
 
 
 @dataclasses.dataclass
@@ -74,11 +80,11 @@ def make_plan(recipe: Recipe, *, split: Split | None = None) -> Plan:
     split = split or recipe.evaluation.split
     for task in tasks:
         if not getattr(task, split):
-            way_out = {
+            fix = {
                 "test": "evaluation.split=validation data.validation_per_task=10 scores held-out training instances",
                 "validation": "set data.validation_per_task to hold some out of its training instances",
             }
-            raise BaditError(f"data: task {task.name} has no {split} instances; {way_out[split]}")
+            raise BaditError(f"data: task {task.name} has no {split} instances; {fix[split]}")
     if data.order is not None:
         tasks = ordered(tasks, data.order)
     untrained = [task.name for task in tasks if not task.train]
@@ -93,17 +99,7 @@ def encoded(
     tokenizer: PreTrainedTokenizerBase, recipe: Recipe, task: Task, instance: Instance, *, answer: bool = True
 ) -> dict[str, Any]:
     """One instance in the recipe's prompt format, as token ids and labels."""
-    prompt = recipe.prompt
-    return encode_example(
-        tokenizer,
-        task,
-        instance,
-        encoding=prompt.encoding,
-        max_source_tokens=prompt.max_source_tokens,
-        max_answer_tokens=prompt.max_answer_tokens,
-        chat_template=prompt.chat_template,
-        with_answer=answer,
-    )
+    return encode_example(tokenizer, task, instance, with_answer=answer, **recipe.prompt.model_dump())
 
 
 def base_model(recipe: Recipe, *, dtype: SettledDtype | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -118,13 +114,13 @@ def base_model(recipe: Recipe, *, dtype: SettledDtype | None = None) -> tuple[Pr
         quantisation=section.quantisation,
         device=device(),
     )
-    warn_of_slow_dtype(dtype, device())
+    _warn_of_slow_dtype(dtype, device())
     return model, tokenizer
 
 
-def model_dtype(recipe: Recipe) -> SettledDtype:
-    """The dtype of a recipe's base model on this process's device."""
-    return settled_dtype(recipe.model.dtype, device())
+def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Padding is masked everywhere, so a tokenizer without a padding token gets any id, and is left as it is."""
+    return tokenizer.pad_token_id if isinstance(tokenizer.pad_token_id, int) else 0
 
 
 def device() -> torch.device:
@@ -135,6 +131,40 @@ def device() -> torch.device:
     return torch.device(accelerator.type, int(os.environ.get("LOCAL_RANK", "0")))
 
 
-def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Padding is masked everywhere, so a tokenizer without a padding token gets any id, and is left as it is."""
-    return tokenizer.pad_token_id if isinstance(tokenizer.pad_token_id, int) else 0
+def model_dtype(recipe: Recipe) -> SettledDtype:
+    """The dtype of a recipe's base model on this process's device."""
+    return fast_dtype(device()) if recipe.model.dtype == "fast" else recipe.model.dtype
+
+
+def fast_dtype(device: torch.device) -> Literal["bfloat16", "float32"]:
+    """bfloat16, unless this is a processor that computes in it slowly: then float32."""
+    return "float32" if device.type == "cpu" and slowdown("bfloat16") > _SLOW else "bfloat16"
+
+
+@cache
+def slowdown(dtype: str) -> float:
+    """The time of this processor's matrix product in a dtype ("bfloat16", "float16"), over that in float32.
+
+    The best of three rounds of a few milliseconds each, measured once per process.
+    """
+    seconds = {}
+    for name in (dtype, "float32"):
+        x, weight = (torch.ones(size, 512, dtype=getattr(torch, name)) for size in (64, 512))
+        rounds = []
+        for _ in range(3):
+            started = time.perf_counter()
+            torch.nn.functional.linear(x, weight)
+            rounds.append(time.perf_counter() - started)
+        seconds[name] = min(rounds)
+    return seconds[dtype] / seconds["float32"]
+
+
+@cache
+def _warn_of_slow_dtype(dtype: str, device: torch.device) -> None:
+    """Says on stderr, once per process, that this processor computes in a model's dtype slowly, and what to set."""
+    if device.type == "cpu" and dtype in ("bfloat16", "float16") and (ratio := slowdown(dtype)) > _SLOW:
+        print(
+            f"badit: this processor has no instructions for {dtype} and takes {ratio:.0f} times as long as in float32; "
+            "model.dtype=float32 is faster here",
+            file=sys.stderr,
+        )

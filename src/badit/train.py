@@ -122,7 +122,7 @@ def _train_stage(plan: Plan, stage: Stage, number: int, learnt: Path | None, pro
         model.enable_input_require_grads()
     examples = _training_set(recipe, stage, tokenizer, progress)
     collate = AnswerCollator(pad_id(tokenizer), with_tasks=True)
-    batches = batches_by_task(examples, collate, recipe.training.batch_size)
+    batches = batches_by_task(examples, collate, recipe.training.per_device_train_batch_size)
     method.before_training(model, batches)
     checkpoint = last_checkpoint(folder.checkpoints)
     bar = ProgressBar()
@@ -149,7 +149,7 @@ def _train_stage(plan: Plan, stage: Stage, number: int, learnt: Path | None, pro
     if checkpoint is not None:
         refuse_other_engine(checkpoint, engine, trainer.accelerator.num_processes)
     started = time.monotonic()
-    with deterministic(recipe.training.deterministic), fast_on_short_sequences(base), StopOnSignal() as stop:
+    with deterministic(recipe.training.full_determinism), fast_on_short_sequences(base), StopOnSignal() as stop:
         for callback in (TrainerSums(trainer), SealCheckpoints(folder.checkpoints), stop):
             trainer.add_callback(callback)
         try:
@@ -229,21 +229,21 @@ def _arguments(
     return TrainingArguments(
         output_dir=str(staging_folder(folder.checkpoints)),
         resume_from_checkpoint=None if checkpoint is None else str(checkpoint),  # read by the callbacks
-        num_train_epochs=training.epochs,
+        num_train_epochs=training.num_train_epochs,
         max_steps=training.max_steps or -1,
-        per_device_train_batch_size=training.batch_size,
-        gradient_accumulation_steps=training.gradient_accumulation,
+        per_device_train_batch_size=training.per_device_train_batch_size,
+        gradient_accumulation_steps=training.gradient_accumulation_steps,
         learning_rate=training.learning_rate,
-        lr_scheduler_type=training.scheduler,
-        warmup_steps=training.warmup,  # below 1 it is a fraction of the run
+        lr_scheduler_type=training.lr_scheduler_type,
+        warmup_steps=training.warmup_steps,  # below 1 it is a fraction of the run
         weight_decay=training.weight_decay,
         max_grad_norm=training.max_grad_norm,
         **_checkpointing(training.gradient_checkpointing),
         bf16=bf16,
         use_cpu=bf16 and not torch.accelerator.is_available(),  # else HF refuses bf16
         seed=seed,
-        logging_steps=training.log_every,
-        save_steps=training.save_every,
+        logging_steps=training.logging_steps,
+        save_steps=training.save_steps,
         include_num_input_tokens_seen="non_padding",
         remove_unused_columns=False,
         dataloader_pin_memory=False,
