@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from badit.baselines import batch_of_tasks  # registers the rivals with PEFT, as badit.tuner does BADIT
+import badit.baselines  # noqa: F401 (registers the baselines with PEFT)
 from badit.data import AnswerCollator
 from badit.data.prompts import uses_template
 from badit.errors import BaditError
@@ -31,6 +31,7 @@ from badit.runs import RunFolder
 from badit.training.plan import pad_id
 from badit.training.scoring import load_run
 from badit.training.trainer import logits_only_at, prompt_argument
+from badit.tuner import hooks_of
 
 try:
     from lm_eval.api.registry import register_model
@@ -167,7 +168,7 @@ class BaditLM(_HFLM):
             return super()._model_generate(context, *args, **kwargs)
 
     def _telling_task(self, rows: int) -> AbstractContextManager[None]:
-        return batch_of_tasks(self.model, None if self._task is None else [self._task] * rows)
+        return hooks_of(self.model).rows_of(None if self._task is None else [self._task] * rows)
 
 
 def run_command_line(run: str, arguments: Sequence[str]) -> None:

@@ -8,17 +8,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft import PeftModel
 from torch import nn
 from torch.utils.data import Dataset, Sampler
 from transformers import Trainer, TrainerCallback
 
-from badit.baselines import BranchModel, batch_of_tasks
 from badit.errors import BaditError
 from badit.training.nonfinite import SkipNonFinite
 from badit.training.regroup import RegroupCallback
-from badit.tuner import BaditModel
-from badit.tuner.base_model import ExpertModel
+from badit.tuner import hooks_of
 from badit.tuner.prompt import before_first_label
 
 # Batches are cut from shuffled runs of this many batches sorted by length: long enough to save padding, short enough to
@@ -31,7 +28,7 @@ class AnswerTrainer(Trainer):
     ``tasks``, the rows' task names, for methods that tell tasks apart.
 
     The loss is the cross-entropy averaged over the answer tokens of the whole accumulated batch. A method with a loss
-    of its own (``ExpertModel.extra_loss``) adds the mean of that over the micro-batches. The output layer runs only on
+    of its own (``Hooks.extra_loss``) adds the mean of that over the micro-batches. The output layer runs only on
     positions that predict a label: with a vocabulary of 49 thousand that is the largest single saving.
 
     Args:
@@ -96,8 +93,8 @@ class AnswerTrainer(Trainer):
         loss = losses_L.sum() / (count.clamp_min(1) if isinstance(count, torch.Tensor) else max(count, 1))
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # data-parallel wrappers take the mean over the ranks
-        if model.training and isinstance(unwrapped, PeftModel) and isinstance(unwrapped.base_model, ExpertModel):
-            extra = unwrapped.base_model.extra_loss(inputs["attention_mask"])
+        if model.training:
+            extra = hooks_of(unwrapped).extra_loss(inputs["attention_mask"])
             if extra is not None:
                 # Given the number of items, the Trainer leaves it to us to average over the micro-batches.
                 parts = 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps
@@ -126,7 +123,7 @@ def answer_losses(
     # The Trainer switches the cache off in training; elsewhere keys and values would be copied for nobody to read.
     batch = {key: value for key, value in inputs.items() if key not in ("labels", "tasks")} | {"use_cache": False}
     batch |= prompt_argument(unwrapped, inputs["attention_mask"].bool() & before_first_label(labels_BT))
-    with batch_of_tasks(unwrapped, inputs.get("tasks")), logits_only_at(unwrapped, row_L, position_L):
+    with hooks_of(unwrapped).rows_of(inputs.get("tasks")), logits_only_at(unwrapped, row_L, position_L):
         outputs = model(**batch)
     losses_L = F.cross_entropy(outputs.logits[0].float(), targets_BT[row_L, position_L], reduction="none")
     return losses_L, row_L, outputs
@@ -134,8 +131,7 @@ def answer_losses(
 
 def prompt_argument(model: nn.Module, prompt_mask_BT: torch.Tensor) -> dict[str, torch.Tensor]:
     """The argument that tells a model which routes by prompt where that is, and nothing for a model that does not."""
-    routes = isinstance(model, PeftModel) and isinstance(model.base_model, (BaditModel, BranchModel))
-    return {"prompt_mask": prompt_mask_BT} if routes else {}
+    return {"prompt_mask": prompt_mask_BT} if hooks_of(model).routes_prompts else {}
 
 
 @contextmanager

@@ -12,7 +12,8 @@ import torch
 from peft import get_peft_model
 
 import reference
-from badit.baselines import MtlLoraConfig, batch_of_tasks
+from badit.baselines import MtlLoraConfig
+from badit.tuner import hooks_of
 from badit.tuner.base_layer import ExpertLayer
 from badit.tuner.layer import BaditLayer
 from baselines import naive as mixtures
@@ -117,7 +118,7 @@ def _gate(layer: Any, x_t: torch.Tensor, prompt: torch.Tensor, row: Mapping[str,
 @torch.no_grad()
 def losses(model: Any, row: Mapping[str, Any]) -> list[float]:
     """The cross-entropy of every answer token of a row, from the logits of all positions."""
-    with batch_of_tasks(model, row["tasks"]):
+    with hooks_of(model).rows_of(row["tasks"]):
         out = model(input_ids=row["input_ids"], attention_mask=row["attention_mask"], labels=row["labels"])
     logits, labels = reference.float64(out.logits[0]), row["labels"][0].tolist()
     found = []

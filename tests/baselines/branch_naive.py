@@ -59,10 +59,15 @@ def adapted(model: Any, method: str, tasks: int = 3, **options: Any) -> Any:
     model = randomise(adapt(model, method, **options))
     for seed in range(1, tasks):
         prompts = padded(random_rows(5, 4, seed=seed))
-        model.base_model.end_task(model.base_model.prompt_embeddings(*prompts))
+        model.base_model.end_task(batches(*prompts))
         model.base_model.next_task()
         randomise(model, seed=seed)
     return model
+
+
+def batches(ids: torch.Tensor, prompt_mask: torch.Tensor) -> dict[str, list[dict[str, torch.Tensor]]]:
+    """One task's, as hooks get them: all that is attended to is prompt."""
+    return {"task": [{"input_ids": ids, "attention_mask": prompt_mask, "labels": torch.full_like(ids, -100)}]}
 
 
 def trainable(model: Any) -> set[str]:

@@ -313,8 +313,6 @@ def test_passes_without_gates_are_refused(tiny_model, method):
     cache.batch_select_indices(torch.tensor([0, 1]))
     with pytest.raises(BaditError, match=r"input of shape \(2, 1, 32\), the gates are those of 3 prompts"):
         model(input_ids=IDS[:2, :1], **{cache_name(model): cache})
-    with pytest.raises(BaditError, match=r"shape \(prompts, 32\), .* got \(3, 31\)"):
-        model.base_model.end_task(torch.zeros(3, 31))
     sizes = {"d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2, "vocab_size": 20}
     with pytest.raises(BaditError, match="is for decoder-only models"):
         get_peft_model(T5ForConditionalGeneration(T5Config(**sizes)), config(method, target_modules=["wo"]))
@@ -345,7 +343,7 @@ def test_a_model_without_tokens_can_have_branches_without_gates():
     first = model(x)
     model.base_model.next_task()
     torch.testing.assert_close(model(x), first)
-    model.base_model.end_task(torch.zeros(0, 4))
+    model.base_model.end_task({})
 
 
 def test_dropout_acts_in_training_only_and_not_on_the_gates(tiny_model):

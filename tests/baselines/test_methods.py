@@ -12,7 +12,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 
-from badit.baselines import RIVALS, batch_of_tasks
+from badit.baselines import RIVALS
 from badit.errors import BaditError
 from badit.recipe import build_recipe
 from badit.runs import RunFolder
@@ -20,6 +20,7 @@ from badit.training.method import AdapterMethod
 from badit.training.methods import build_method
 from badit.training.run import train
 from badit.training.scoring import evaluate, load_run
+from badit.tuner import hooks_of
 from baselines.naive import SMALL
 from tuner.helpers import padded, random_rows
 
@@ -37,7 +38,7 @@ ROWS = ["rivers", "cities", "cities"]
 
 
 def logits(model: Any) -> torch.Tensor:
-    with torch.no_grad(), batch_of_tasks(model, ROWS):
+    with torch.no_grad(), hooks_of(model).rows_of(ROWS):
         return model(input_ids=IDS, attention_mask=MASK).logits[MASK.bool()]
 
 
@@ -66,7 +67,7 @@ def test_a_run(recipe_values: Values, tmp_path: Path, monkeypatch: pytest.Monkey
     assert evaluate(tmp_path / "run", progress=False) == scores
     loaded, _ = load_run(RunFolder.existing(tmp_path / "run"))
     trained[0].eval()
-    with torch.no_grad(), batch_of_tasks(loaded, ROWS), batch_of_tasks(trained[0], ROWS):
+    with torch.no_grad(), hooks_of(loaded).rows_of(ROWS), hooks_of(trained[0]).rows_of(ROWS):
         assert torch.equal(loaded(input_ids=IDS % 60).logits, trained[0](input_ids=IDS % 60).logits)
 
 

@@ -15,12 +15,12 @@ from safetensors.torch import load_file, save_file
 
 import badit
 from badit.analysis.gates import adapted_layers, changed_gates
-from badit.baselines import batch_of_tasks
 from badit.errors import BaditError
 from badit.runs import RunFolder
 from badit.serving.export import Export, export
 from badit.serving.files import merge
 from badit.training.scoring import load_run
+from badit.tuner import hooks_of
 from serving.contract import check_adapter
 
 Trained = Callable[..., RunFolder]
@@ -66,7 +66,7 @@ def frozen_logits(run: RunFolder, folder: Path, task: str | None) -> torch.Tenso
     def hold(one: Any, own: torch.Tensor) -> torch.Tensor:
         return torch.tensor(gates[one.layer.name])[one.expert_of_N].expand(len(ids), 1, -1)
 
-    with changed_gates(adapted_layers(model), hold), batch_of_tasks(model, None if task is None else [task, task]):
+    with changed_gates(adapted_layers(model), hold), hooks_of(model).rows_of(None if task is None else [task, task]):
         return model(input_ids=ids).logits
 
 

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from badit.baselines import RIVALS, batch_of_tasks
+from badit.baselines import RIVALS
 from badit.errors import BaditError
 from badit.evaluation.continual import FORMS, continual_scores
 from badit.files import read_json, write_json
@@ -25,6 +25,7 @@ from badit.training.method import AdapterMethod, Method
 from badit.training.plan import make_plan
 from badit.training.run import fit, train
 from badit.training.scoring import evaluate, load_run
+from badit.tuner import hooks_of
 from training.trainers import StopAt
 
 Values = dict[str, Any]
@@ -188,7 +189,7 @@ def logits(model: Any) -> torch.Tensor:
     training = model.training
     model.eval()
     ids = torch.arange(5, 15)[None]
-    with torch.no_grad(), batch_of_tasks(model, ORDER[:1]):
+    with torch.no_grad(), hooks_of(model).rows_of(ORDER[:1]):
         found = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
     model.train(training)
     return found

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 
-from badit.baselines import batch_of_tasks
 from badit.errors import BaditError
 from badit.files import read_json
 from badit.recipe import Recipe, build_recipe
@@ -17,6 +16,7 @@ from badit.training import plan as plan_module
 from badit.training.plan import encoded, make_plan
 from badit.training.run import fit
 from badit.training.scoring import load_run, validation_loss
+from badit.tuner import hooks_of
 
 Values = dict[str, Any]
 
@@ -27,7 +27,7 @@ def losses_of(model: Any, example: dict[str, Any], *, prompt_length: int | None)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if prompt_length is not None:
         inputs["prompt_mask"] = (torch.arange(ids.shape[1]) < prompt_length)[None]
-    with torch.no_grad(), batch_of_tasks(model, [example["task"]]):
+    with torch.no_grad(), hooks_of(model).rows_of([example["task"]]):
         logits_TV = model(**inputs).logits[0].double()
     losses = []
     for position in range(example["prompt_length"], ids.shape[1]):

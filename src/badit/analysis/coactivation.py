@@ -26,7 +26,7 @@ from badit.analysis.gradients import layer_and_module
 from badit.analysis.tables import TidyTable, Value
 from badit.baselines.neurons import top_neurons
 from badit.errors import BaditError
-from badit.tuner.base_model import TARGET_MODULES
+from badit.tuner.model import TARGET_MODULES
 
 Marked = Mapping[str, torch.Tensor | Sequence[torch.Tensor]]
 Rows = list[list[Value]]

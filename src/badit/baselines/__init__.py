@@ -21,7 +21,7 @@ from badit.baselines.hydralora import HydraLoraConfig
 from badit.baselines.lora import LORA_FAMILY
 from badit.baselines.loramoe import LoraMoeConfig
 from badit.baselines.model import MixtureModel
-from badit.baselines.mtl_lora import MtlLoraConfig, MtlLoraModel, batch_of_tasks
+from badit.baselines.mtl_lora import MtlLoraConfig, MtlLoraModel
 from badit.baselines.o_lora import OLoraConfig
 from badit.baselines.sapt import SaptConfig
 from badit.tuner.registration import register
@@ -65,5 +65,4 @@ __all__ = [
     "OLoraConfig",
     "Rival",
     "SaptConfig",
-    "batch_of_tasks",
 ]

@@ -22,8 +22,8 @@ from badit.baselines.branch_config import BranchConfig, BranchGate
 from badit.errors import BaditError
 from badit.method import prompt_mean
 from badit.tuner.base_layer import ExpertLayer
-from badit.tuner.base_model import ExpertModel
-from badit.tuner.prompt import RoutingContext
+from badit.tuner.model import ExpertModel, TaskBatches
+from badit.tuner.prompt import RoutingContext, before_first_label
 from badit.tuner.quantised import shape_of
 
 
@@ -136,6 +136,8 @@ class BranchModel(ExpertModel):
     """
 
     tuner_layer_cls = BranchLayer
+    routes_prompts = True
+    needs_whole_weights = True
 
     badit_gate: nn.ModuleDict
 
@@ -194,23 +196,27 @@ class BranchModel(ExpertModel):
         """p0 (B, D): the mean of the token embeddings over the prompt, from tokens and mask, both (B, T)."""
         return _prompt_mean(self._embeddings()(input_ids), prompt_mask)
 
-    def start_task(self, prompt_embeddings: torch.Tensor) -> None:
-        """Shows the active adapters' gates p0 (N, D) of the training prompts of a task that is about to be trained.
-
-        Raises:
-            BaditError: the prompts have another shape.
-        """
+    def start_task(self, batches: TaskBatches) -> None:
+        """Shows the active adapters' gates the training prompts of a task that is about to be trained."""
         for gate in self._active_gates():
-            gate.start_task(_of_width(len(gate.key), prompt_embeddings).to(gate.key))
+            gate.start_task(self._embeddings_of_prompts(batches).to(gate.key))
 
-    def end_task(self, prompt_embeddings: torch.Tensor) -> None:
-        """Shows the active adapters' gates p0 (N, D) of the finished task's training prompts.
-
-        Raises:
-            BaditError: the prompts have another shape.
-        """
+    def end_task(self, batches: TaskBatches) -> None:
+        """Shows the active adapters' gates the finished task's training prompts."""
         for gate in self._active_gates():
-            gate.end_task(_of_width(len(gate.key), prompt_embeddings).to(gate.key))
+            gate.end_task(self._embeddings_of_prompts(batches).to(gate.key))
+
+    def _embeddings_of_prompts(self, batches: TaskBatches) -> torch.Tensor:
+        """p0 (N, D) of all prompts."""
+        rows = [
+            self.prompt_embeddings(
+                batch["input_ids"].to(self.device),
+                (batch["attention_mask"].bool() & before_first_label(batch["labels"])).to(self.device),
+            )
+            for of_task in batches.values()
+            for batch in of_task
+        ]
+        return torch.cat(rows)
 
     @torch.no_grad()
     def next_task(self) -> None:
@@ -274,12 +280,3 @@ def _prompt_mean(embeddings_BTD: torch.Tensor, prompt_mask_BT: torch.Tensor) -> 
     """p0 in full precision and without a gradient: the gate trains, the embeddings do not."""
     dtype = torch.promote_types(embeddings_BTD.dtype, torch.float32)
     return prompt_mean(embeddings_BTD.detach().to(dtype), prompt_mask_BT.to(embeddings_BTD.device))
-
-
-def _of_width(width: int, prompt_embeddings: torch.Tensor) -> torch.Tensor:
-    if prompt_embeddings.shape[1:] != (width,):
-        raise BaditError(
-            f"prompt_embeddings must have the shape (prompts, {width}), as prompt_embeddings() gives them, "
-            f"got {tuple(prompt_embeddings.shape)}"
-        )
-    return prompt_embeddings

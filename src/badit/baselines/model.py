@@ -7,7 +7,7 @@ from torch import nn
 
 from badit.baselines.config import MixtureConfig
 from badit.baselines.layer import MixtureLayer, MixtureLinear
-from badit.tuner.base_model import ExpertModel
+from badit.tuner.model import ExpertModel
 
 
 class MixtureModel(ExpertModel):

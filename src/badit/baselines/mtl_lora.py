@@ -4,7 +4,7 @@ for Multi-Task Learning", arXiv 2410.09437).
     y = W x + s · Σ_k softmax(w_t / τ)_k B_k Λ_t A x,      t the task of the row that x is in
 
 Every adapted layer has one A and K B's for all tasks, and Λ_t (r × r) and w_t (K) for each of them. There is no router:
-the task of every row must be given, in generation as in training, by :func:`batch_of_tasks`.
+the task of every row must be given, in generation as in training, by :meth:`MtlLoraModel.rows_of`.
 
 A starts as LoRA's does, B_k at zero and Λ_t as the identity. w_t starts at random, within ±1/√K: from w_t = 0 all B_k
 would get the same gradient at every step, and stay copies of one another.
@@ -32,7 +32,7 @@ from badit.errors import BaditError, nearest
 from badit.method import expert_gates
 from badit.tuner.base_config import ExpertConfig, is_number
 from badit.tuner.base_layer import ExpertLayer
-from badit.tuner.base_model import ExpertModel
+from badit.tuner.model import ExpertModel
 from badit.tuner.prompt import ForwardPass, RoutingContext, inside_backward
 
 
@@ -41,6 +41,7 @@ class MtlLoraConfig(ExpertConfig):
     """MTL-LoRA (arXiv 2410.09437): several B's over one shared A, weighed by the row's task."""
 
     method: ClassVar[str] = "BADIT_MTL_LORA"
+    needs_tasks: ClassVar[bool] = True
 
     num_experts: int = field(default=3, metadata={"help": "Number of B's."})
     r: int = field(default=8, metadata={"help": "Rank of A and of every B."})
@@ -161,7 +162,7 @@ class MtlLoraLinear(nn.Module, ExpertLayer):
     def frozen_factors(
         self, adapter_name: str, gates_N: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """A' = Λ_t A (R, I) and B' (O, R), of the one task that :func:`batch_of_tasks` is given."""
+        """A' = Λ_t A (R, I) and B' (O, R), of the one task that :meth:`MtlLoraModel.rows_of` is given."""
         a_RI, b_OR = super().frozen_factors(adapter_name, gates_N)
         (task,) = self._tasks_of_rows(adapter_name, a_RI[:1])
         return self.badit_lambda[adapter_name][task].to(a_RI) @ a_RI, b_OR
@@ -170,7 +171,9 @@ class MtlLoraLinear(nn.Module, ExpertLayer):
         """The indices (B) of the tasks of x (B, …, I)."""
         tasks_B = self.batch_tasks.of_rows(adapter_name)
         if tasks_B is None:
-            raise BaditError("MTL-LoRA must know each row's task: run the model within batch_of_tasks(model, names)")
+            raise BaditError(
+                "MTL-LoRA must know each row's task: run it within badit.tuner.hooks_of(model).rows_of(names)"
+            )
         if len(tasks_B) != len(x):
             raise BaditError(
                 f"{self.name} sees {len(x)} rows, but {len(tasks_B)} tasks are given: name one for every row (each "
@@ -192,9 +195,10 @@ class MtlLoraLinear(nn.Module, ExpertLayer):
 
 
 class MtlLoraModel(ExpertModel):
-    """A base model with MTL-LoRA in its target modules. Run it within :func:`batch_of_tasks`."""
+    """A base model with MTL-LoRA in its target modules. Run it within :meth:`rows_of`."""
 
     tuner_layer_cls = MtlLoraLinear
+    needs_tasks = True
 
     @cached_property
     def batch_tasks(self) -> BatchTasks:
@@ -211,34 +215,27 @@ class MtlLoraModel(ExpertModel):
         RoutingContext.of(self.model).detach(self.model)
         return super().unload()
 
+    @contextmanager
+    def rows_of(self, tasks: Sequence[str] | None) -> Iterator[None]:
+        """Tells the active adapters the task of every row.
 
-@contextmanager
-def batch_of_tasks(model: nn.Module, names: Sequence[str] | None) -> Iterator[None]:
-    """Tells MTL-LoRA the task of every row that ``model`` is given meanwhile, in forward passes and in ``generate``.
-
-    A backward pass need not be within. Where no MTL-LoRA is active in the model, this does nothing.
-
-    Args:
-        model: with or without adapters, of any kind.
-        names: one task a row, B in all; may be None where no MTL-LoRA is active.
-
-    Raises:
-        BaditError: a task that an active adapter has not learnt, or None.
-    """
-    layers = [module for module in model.modules() if isinstance(module, MtlLoraLinear)]
-    running = {adapter_name: layer for layer in layers for adapter_name in layer._running_adapters}
-    if not running:
-        yield
-        return
-    if names is None:
-        raise BaditError(
-            "MTL-LoRA must know each row's task, and this batch does not say: give batch_of_tasks the names"
-        )
-    indices = {
-        adapter_name: torch.tensor(
-            layer.badit_config[adapter_name].task_indices(names), dtype=torch.long, device=layer.device
-        )
-        for adapter_name, layer in running.items()
-    }
-    with layers[0].batch_tasks.giving(indices):
-        yield
+        Raises:
+            BaditError: a task that an active adapter has not learnt, or None.
+        """
+        layers = [module for module in self.model.modules() if isinstance(module, MtlLoraLinear)]
+        running = {adapter_name: layer for layer in layers for adapter_name in layer._running_adapters}
+        if not running:
+            yield
+            return
+        if tasks is None:
+            raise BaditError(
+                "MTL-LoRA must know each row's task, and this batch does not say: give rows_of(names) the names"
+            )
+        indices = {
+            adapter_name: torch.tensor(
+                layer.badit_config[adapter_name].task_indices(tasks), dtype=torch.long, device=layer.device
+            )
+            for adapter_name, layer in running.items()
+        }
+        with self.batch_tasks.giving(indices):
+            yield

@@ -13,8 +13,8 @@ from tqdm.auto import tqdm
 from transformers import StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
-from badit.baselines import batch_of_tasks
 from badit.errors import BaditError
+from badit.tuner import hooks_of
 from badit.tuner.prompt import cache_of, select_rows
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ def _continuations(
     cache: dict[str, Any] = {}
     while True:
         width = input_ids.shape[1]
-        with batch_of_tasks(model, None if tasks is None else [tasks[row] for row in rows]):
+        with hooks_of(model).rows_of(None if tasks is None else [tasks[row] for row in rows]):
             output = generate(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
@@ -189,7 +189,7 @@ def stream_answer(
     with (
         _greedy(model, tokenizer, max_new_tokens) as settings,
         evaluation_mode(model),
-        batch_of_tasks(model, None if task is None else [task]),
+        hooks_of(model).rows_of(None if task is None else [task]),
     ):
         input_ids, attention_mask = (tensor.to(model.device) for tensor in _pad_left([prompt], settings.pad_token_id))
         ends = settings.eos_token_id

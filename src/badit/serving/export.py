@@ -11,7 +11,6 @@ from typing import Any
 from peft import LoraConfig, PeftModel
 
 from badit.analysis.gates import adapted_layers
-from badit.baselines import MtlLoraConfig
 from badit.data import Task
 from badit.errors import BaditError, nearest
 from badit.files import write_text
@@ -26,6 +25,7 @@ from badit.training.method import AdapterMethod
 from badit.training.methods import build_method
 from badit.training.plan import base_model, make_plan
 from badit.training.scoring import load_run
+from badit.tuner import hooks_of
 
 #: The ranks that vLLM makes room for (``--max-lora-rank``); an adapter takes the next one up.
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -171,8 +171,8 @@ def _mixture(
     gates: Any,
     progress: bool,
 ) -> Mixture:
-    if task is None and isinstance(model.peft_config["default"], MtlLoraConfig):
-        raise BaditError("MTL-LoRA learns a matrix apart for every task: choose one with --task")
+    if task is None and hooks_of(model).needs_tasks:
+        raise BaditError("the method learns a matrix apart for every task: choose one with --task")
     if gates is not None:
         return read_mixture(Path(gates), adapted_layers(model))
     return mean_mixture(model, tokenizer, recipe, chosen, named=task is not None, progress=progress)

@@ -15,9 +15,9 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from badit.analysis.gates import adapted_layers
-from badit.baselines import batch_of_tasks
 from badit.errors import BaditError
 from badit.serving.mixture import Mixture
+from badit.tuner import hooks_of
 
 #: By the module's name in the base model, A (P, I) and B (O, P) with W + B A the adapted weight: float32, on the CPU.
 Factors = Mapping[str, tuple[torch.Tensor, torch.Tensor]]
@@ -34,7 +34,7 @@ def mixture_factors(model: PeftModel, mixture: Mixture | None, task: str | None 
         task: for methods that learn something apart for each task, whose.
     """
     factors = {}
-    with batch_of_tasks(model, None if task is None else [task]):
+    with hooks_of(model).rows_of(None if task is None else [task]):
         for one in adapted_layers(model):
             gates_N = None if mixture is None else mixture.of_components(one)
             a_PI, b_OP = one.layer.frozen_factors(one.adapter, gates_N)

@@ -22,7 +22,6 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from badit.analysis.gates import Experts, active_experts, has_experts
 from badit.analysis.tables import TidyTable
-from badit.baselines import MtlLoraConfig
 from badit.data import Instance, Task, encode_prompt
 from badit.errors import BaditError, nearest
 from badit.evaluation.generation import stream_answer
@@ -77,7 +76,7 @@ class Session:
                 "name a run of a method that has one, such as badit or lora"
             )
         self.method = method.name
-        self.needs_task = isinstance(config, MtlLoraConfig)
+        self.needs_task = method.needs_tasks
         self.tasks, self.remark = self._tasks()
         model, self.tokenizer = load_run(self.run, self.recipe)
         assert isinstance(model, PeftModel)

@@ -12,9 +12,9 @@ from typing import Any
 from tqdm import tqdm
 from transformers import TrainerCallback
 
-from badit.baselines import BranchModel
 from badit.files import StepLog
 from badit.training.ranks import any_of_all
+from badit.tuner import hooks_of
 
 
 class MetricsLog(TrainerCallback):
@@ -76,16 +76,10 @@ class ProjectUpdates(TrainerCallback):
     """Lets a method with frozen branches keep the optimizer's updates out of what earlier tasks have used."""
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if isinstance(tuner := _tuner(kwargs["model"]), BranchModel):
-            tuner.before_update()
+        hooks_of(kwargs["model"]).before_update()
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if isinstance(tuner := _tuner(kwargs["model"]), BranchModel):
-            tuner.after_update()
-
-
-def _tuner(model: Any) -> Any:
-    return getattr(getattr(model, "module", model), "base_model", None)  # .module: a data-parallel wrapper's
+        hooks_of(kwargs["model"]).after_update()
 
 
 class StopOnSignal(TrainerCallback):

@@ -17,7 +17,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
-from badit.baselines import BranchModel, MtlLoraConfig
 from badit.baselines.lora import refuse_unsuitable
 from badit.baselines.neurons import (
     all_neurons,
@@ -39,16 +38,12 @@ from badit.training.gradients import parameter_count
 from badit.training.regroup import RegroupCallback
 from badit.training.surgery import Surgery, SurgeryTrainer
 from badit.training.trainer import AnswerTrainer
-from badit.tuner.base_model import TARGET_MODULES
-from badit.tuner.prompt import before_first_label
+from badit.tuner.model import TARGET_MODULES, TaskBatches, hooks_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 WEIGHTS = "weights.safetensors"
-
-# A stage's training batches by task, for methods that look at the data before or after they train on it.
-TaskBatches = Mapping[str, Sequence[Mapping[str, torch.Tensor]]]
 
 
 class Method:
@@ -57,6 +52,8 @@ class Method:
     trains = False
     #: Whether the base weights must be there in float32, since they are what is trained.
     trains_base_weights = False
+    #: Whether every row's task must be known, in generation as in training.
+    needs_tasks = False
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -127,6 +124,7 @@ class AdapterMethod(Method):
     ) -> None:
         super().__init__(name)
         self.config = config
+        self.needs_tasks = getattr(config, "needs_tasks", False)
         self.regroup = regroup
         self.surgery: Surgery | None = surgery
 
@@ -135,8 +133,8 @@ class AdapterMethod(Method):
         if isinstance(self.config, LoraConfig):
             refuse_unsuitable(self.config, model)
         config: Any = self.config
-        if isinstance(self.config, MtlLoraConfig) and self.config.tasks is None and tasks:
-            self.config.tasks = list(tasks)
+        if self.needs_tasks and config.tasks is None and tasks:
+            config.tasks = list(tasks)
         if config.target_modules is None:
             default = TARGET_MODULES.get(model.config.model_type)
             if default is None:
@@ -151,8 +149,7 @@ class AdapterMethod(Method):
 
     def proceed(self, model: PreTrainedModel, folder: Path) -> PeftModel:
         adapted = load_adapter(model, folder, self.config, trainable=True)
-        if isinstance(adapted.base_model, BranchModel):
-            adapted.base_model.next_task()
+        hooks_of(adapted).next_task()
         return adapted
 
     def load(self, model: PreTrainedModel, folder: Path) -> PeftModel:
@@ -167,18 +164,16 @@ class AdapterMethod(Method):
         model.save_pretrained(str(folder), save_embedding_layers=False, state_dict=weights)
 
     def before_training(self, model: PeftModel, batches: TaskBatches) -> None:
-        if isinstance(model.base_model, BranchModel):
-            model.base_model.start_task(_prompt_embeddings(model.base_model, batches))
+        hooks_of(model).start_task(batches)
 
     def after_training(self, model: PeftModel, batches: TaskBatches) -> None:
-        if isinstance(model.base_model, BranchModel):
-            model.base_model.end_task(_prompt_embeddings(model.base_model, batches))
+        hooks_of(model).end_task(batches)
 
     def refuse_shards(self, model: PeftModel) -> None:
-        if isinstance(model.base_model, BranchModel):
-            raise BaditError(f"{self.name} works on whole weights: launch it without FSDP and DeepSpeed")
         if getattr(self.config, "changes_base_weight", False):
             raise BaditError("method.base_weight: folded needs whole base weights; take delta with FSDP and DeepSpeed")
+        if hooks_of(model).needs_whole_weights:
+            raise BaditError(f"{self.name} works on whole weights: launch it without FSDP and DeepSpeed")
 
     def callbacks(self, run: RunFolder) -> list[TrainerCallback]:
         if self.regroup is None:
@@ -281,18 +276,3 @@ class NeuronMethod(WeightsMethod):
         ]
         self._masks = union(*masks)
         train_only(model, self._masks)
-
-
-@torch.no_grad()
-def _prompt_embeddings(tuner: BranchModel, batches: TaskBatches) -> torch.Tensor:
-    """p0 (N, D) of all prompts."""
-    device = tuner.device
-    rows = [
-        tuner.prompt_embeddings(
-            batch["input_ids"].to(device),
-            (batch["attention_mask"].bool() & before_first_label(batch["labels"])).to(device),
-        )
-        for of_task in batches.values()
-        for batch in of_task
-    ]
-    return torch.cat(rows)

@@ -5,9 +5,9 @@ Importing this package registers the method with PEFT.
 
 from badit.tuner.config import BaditConfig
 from badit.tuner.layer import BaditLayer, BaditLinear
-from badit.tuner.model import BaditModel
+from badit.tuner.model import BaditModel, Hooks, hooks_of
 from badit.tuner.registration import register
 
 register(BaditConfig, BaditModel)
 
-__all__ = ["BaditConfig", "BaditLayer", "BaditLinear", "BaditModel"]
+__all__ = ["BaditConfig", "BaditLayer", "BaditLinear", "BaditModel", "Hooks", "hooks_of"]

@@ -34,6 +34,7 @@ class ExpertConfig(PeftConfig):
     """``num_experts`` LoRA experts of rank ``r``, and where they go. A method names itself and adds its own fields."""
 
     method: ClassVar[str]  # its name in PEFT's registry, in capitals
+    needs_tasks: ClassVar[bool] = False  # whether every row's task must be named
 
     num_experts: int = field(default=8, metadata={"help": "Number of experts, K."})
     r: int = field(default=4, metadata={"help": "Rank of one expert; the adapter's total rank is num_experts × r."})
