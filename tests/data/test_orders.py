@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from badit.data import ordered
-from badit.data.schema import Task
+from badit.data.tasks import Task
 from badit.errors import BaditError
 
 # SAPT's 15 SuperNI tasks, as their folders are called.

@@ -14,7 +14,7 @@ from rouge_score import rouge_scorer
 
 from badit.data import ABILITIES, builtin_tasks
 from badit.data.suite import TEST_INSTANCES, TRAIN_INSTANCES
-from badit.data.suite.words import CATEGORIES, DAYS, MONTHS, OPPOSITES, REVIEWS
+from badit.data.words import CATEGORIES, DAYS, MONTHS, OPPOSITES, REVIEWS
 
 TASKS = builtin_tasks()
 EACH = pytest.mark.parametrize("task", TASKS, ids=lambda task: task.name)

@@ -31,8 +31,7 @@ from badit.analysis.gates import Batches, Experts, active_experts
 from badit.analysis.gradients import layer_and_module
 from badit.analysis.tables import TidyTable, Value
 from badit.data import on_device
-from badit.data.schema import first_problem
-from badit.errors import BaditError
+from badit.errors import BaditError, first_problem
 from badit.files import read_json, read_jsonl
 from badit.method import ExpertAngles, cosine_gram
 from badit.method import expert_angles as angles_of

@@ -8,8 +8,7 @@ from statistics import fmean
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from badit.analysis.tables import TidyTable, Value
-from badit.data.schema import first_problem
-from badit.errors import BaditError
+from badit.errors import BaditError, first_problem
 from badit.evaluation.results import SINGLE_TASK, Results, Scores, load_results
 from badit.files import read_json
 from badit.runs import RunFolder

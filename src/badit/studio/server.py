@@ -24,8 +24,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from badit.data.schema import first_problem
-from badit.errors import BaditError, one_line
+from badit.errors import BaditError, first_problem, one_line
 from badit.files import parse_json
 from badit.report.theme import chart_config
 from badit.studio.events import AnswerStream
