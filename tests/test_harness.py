@@ -26,7 +26,7 @@ from badit.errors import BaditError
 from badit.harness import BaditLM
 from badit.recipe import build_recipe
 from badit.runs import RunFolder
-from badit.training.run import fit
+from badit.train import fit
 from tuner.helpers import adapt, adapted, cached_steps, randomise
 
 # (context, continuation), of several lengths; the last two share all tokens that are read, but not the context.

@@ -12,7 +12,9 @@ Names are imported on first use, so that ``import badit`` takes no time.
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -23,11 +25,10 @@ if TYPE_CHECKING:
     from badit.evaluation.results import load_results, summarise
     from badit.models import load_base_model
     from badit.recipe import load_recipe
+    from badit.regroup import RegroupCallback, Regrouper
     from badit.serving.export import export
     from badit.serving.push import push_to_hub
     from badit.serving.score import score_export
-    from badit.training.regroup import RegroupCallback
-    from badit.training.regrouper import Regrouper
     from badit.tuner import BaditConfig, BaditModel
 
 __version__ = "0.1.0"
@@ -37,8 +38,8 @@ _HOMES = {
     "BaditConfig": "badit.tuner",
     "BaditError": "badit.errors",
     "BaditModel": "badit.tuner",
-    "RegroupCallback": "badit.training.regroup",
-    "Regrouper": "badit.training.regrouper",
+    "RegroupCallback": "badit.regroup",
+    "Regrouper": "badit.regroup",
     "Run": "badit.api",
     "analyze": "badit.api",
     "compare": "badit.api",
@@ -90,6 +91,17 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'badit' has no attribute {name!r}")
     module, _, own_name = _HOMES[name].partition(":")
     return getattr(import_module(module), own_name or name)
+
+
+class _Package(ModuleType):
+    """Keeps names such as ``badit.train`` for functions, which importing the module of the same name would take."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _HOMES and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
 
 
 def __dir__() -> list[str]:

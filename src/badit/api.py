@@ -26,13 +26,13 @@ from badit.evaluation.evaluate import read_predictions
 from badit.evaluation.metrics import Prediction
 from badit.evaluation.results import Results, Scores, load_results, load_scores
 from badit.files import read_json, read_jsonl
-from badit.recipe import Recipe, RecipeLike, RecipeValues, load_recipe, make_recipe
+from badit.recipe import Recipe, RecipeLike, RecipeValues, load_config, make_recipe
 from badit.report.write import write_report as _write_report
 from badit.runs import RunFolder
-from badit.training.plan import Plan, Split, make_plan
-from badit.training.run import train as _train
+from badit.train import Plan, Split, make_plan
 from badit.training.scoring import answers, load_run
 from badit.training.scoring import evaluate as _evaluate
+from badit.training.scoring import train_and_score as _train
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -67,7 +67,7 @@ class Run:
     @property
     def recipe(self) -> Recipe:
         """What the run was made by."""
-        return load_recipe(self._folder.config)
+        return load_config(self._folder.config)
 
     @property
     def scores(self) -> Scores:

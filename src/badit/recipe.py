@@ -1,7 +1,7 @@
 """A recipe: everything that decides a run, as a YAML file with typed, validated fields.
 
 Unknown keys are refused, with the nearest known one named. ``key=value`` overrides use dotted keys
-(``training.num_train_epochs=2``) and YAML values. ``extends: FILE`` takes over another recipe's values (:func:`load_recipe`).
+(``training.seed=2``) and YAML values. ``extends: FILE`` takes over another recipe's values (:func:`load_recipe`).
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import dataclasses
 import os
 import re
 from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from enum import Enum
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -277,7 +278,7 @@ def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     return build_recipe(_content(path), overrides, where=shown(path))
 
 
-def load_run_recipe(path: Path) -> Recipe:
+def load_config(path: Path) -> Recipe:
     """The recipe that a run's folder keeps, whose ``training`` section may have the names of an earlier release.
 
     Raises:
@@ -370,15 +371,23 @@ def _check_arguments(training: TrainingSection, where: str) -> None:
         raise BaditError(f"{where}: training.{key}: is called {RENAMED_ARGUMENTS[key]}, as transformers has it")
     if training.lr_scheduler_type not in ("cosine", "linear", "constant", "constant_with_warmup"):
         given["lr_scheduler_type"] = training.lr_scheduler_type
-    if not given:
+    if not given and not training.report_to:
         return
     from transformers import TrainingArguments
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+    for name in training.report_to:
+        if name not in INTEGRATION_TO_CALLBACK and name != "all":
+            hint = nearest(name, INTEGRATION_TO_CALLBACK)
+            raise BaditError(f"{where}: training.report_to: unknown tracker {name!r:.60}{hint}")
 
     types = get_type_hints(TrainingArguments)
     known = {field.name for field in dataclasses.fields(TrainingArguments) if field.init}
     for key, value in given.items():
         if key not in known:
-            raise BaditError(f"{where}: training.{key:.120}: unknown key{nearest(key, known | _known_keys(['training']))}")
+            close = get_close_matches(key, [*known, *TrainingSection.model_fields, *RENAMED_ARGUMENTS], n=1)
+            hint = f" (did you mean '{RENAMED_ARGUMENTS.get(close[0], close[0])}'?)" if close else ""
+            raise BaditError(f"{where}: training.{key:.120}: unknown key{hint}")
         for names, reason in _SETTLED_ARGUMENTS.items():
             if any(fnmatchcase(key, name) for name in names.split()):
                 raise BaditError(f"{where}: training.{key}: is not for a recipe to set: {reason}")
@@ -465,10 +474,10 @@ def _said(error: ValidationError) -> str:
     return f"{message[:1].lower() + message[1:]}, got {given if len(given) < 60 else given[:57] + '...'}"
 
 
-def _known_keys(location: Sequence[str]) -> set[str]:
+def _known_keys(location: Sequence[str]) -> list[str]:
     section: type[BaseModel] = Recipe
     for part in location:
         annotation = section.model_fields[part].annotation
         candidates = [annotation, *get_args(annotation)]
         section = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
-    return set(section.model_fields)
+    return list(section.model_fields)

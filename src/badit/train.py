@@ -1,79 +1,144 @@
-"""One run from recipe to scores: load, adapt, train, save, score. An interrupted run goes on where it stopped."""
+"""One run from recipe to adapter: read the tasks, load the base model, apply the method, encode, train, save.
+
+A recipe with ``data.order`` is a sequence: its tasks are trained one after another, each with a folder of its own. An
+interrupted run goes on where it stopped.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import os
 import shutil
+import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import transformers
 from tqdm import tqdm
 from transformers import TrainingArguments
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+from transformers.integrations.integration_utils import TensorBoardCallback, get_available_reporting_integrations
 
-from badit.data import AnswerCollator, batches_by_task, mixture
-from badit.errors import BaditError, explained
-from badit.evaluation.results import read_scores
-from badit.files import copy_folder, read_json, replace_folder, write_json
-from badit.recipe import Recipe
-from badit.runs import RunFolder, environment, is_main_process, peak_memory
-from badit.training.attention import fast_on_short_sequences
-from badit.training.callbacks import MetricsLog, ProgressBar, StopOnSignal
-from badit.training.card import write_run_card
-from badit.training.checkpoints import (
-    SealCheckpoints,
-    TrainerSums,
-    last_checkpoint,
-    refuse_other_engine,
-    staging_folder,
-    step_of,
+from badit.attention import fast_on_short_sequences
+from badit.checkpoint import SealCheckpoints, last_checkpoint, refuse_other_engine, staging_folder, step_of
+from badit.data import (
+    AnswerCollator,
+    Instance,
+    Task,
+    batches_by_task,
+    encode_example,
+    hold_out,
+    limit,
+    load_tasks,
+    mixture,
+    ordered,
 )
-from badit.training.determinism import deterministic
-from badit.training.gradients import parameter_count, whole_weights
+from badit.errors import BaditError, first_line
+from badit.files import copy_folder, read_json, replace_folder, write_json
+from badit.gradients import parameter_count, whole_weights
+from badit.models import load_base_model
+from badit.recipe import Recipe, expand_source
+from badit.runs import RunFolder, environment, is_main_process, peak_memory
+from badit.trainer import MetricsLog, ProgressBar, StopOnSignal
 from badit.training.method import Method
-from badit.training.plan import Plan, Stage, base_model, encoded, make_plan, model_dtype, pad_id
-from badit.training.scoring import evaluate
-from badit.training.trackers import refuse_missing, tracker_callbacks
+from badit.training.methods import build_method
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Split = Literal["test", "validation"]
+SettledDtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 # Keeps the random numbers of a sequence's tasks apart, and those of runs whose seeds are close.
 _SEEDS_PER_STAGE = 1_000
+# Of trackers that write files, the variable that says where.
+_TRACKER_FOLDERS = {"wandb": "WANDB_DIR", "swanlab": "SWANLAB_LOG_DIR"}
+# A 16-bit type takes from half of float32's time, on processors with instructions for it, to forty times, without.
+_SLOW = 3.0
 
 
-def train(recipe: Recipe, *, progress: bool = True) -> dict[str, Any]:
-    """Runs a recipe to its end, or to its end from where it stopped, and returns its scores.
+@dataclasses.dataclass
+class Stage:
+    """A stretch of training with a result of its own: the whole of a mixed run, one task of a sequential one."""
 
-    Under accelerate or torchrun all processes train; the first goes on alone to score, and the others return {}.
+    folder: RunFolder
+    tasks: list[Task]
+
+
+@dataclasses.dataclass
+class Plan:
+    """What a recipe comes to before any model is loaded. A sequential recipe has its tasks in their order."""
+
+    recipe: Recipe
+    tasks: list[Task]
+    method: Method
+
+    @property
+    def sequential(self) -> bool:
+        return self.recipe.data.order is not None
+
+    @property
+    def stages(self) -> list[Stage]:
+        run = RunFolder(self.recipe.output)
+        if not self.sequential:
+            return [Stage(run, self.tasks)]
+        return [Stage(run.stage(i, task.name), [task]) for i, task in enumerate(self.tasks, start=1)]
+
+    @property
+    def training_instances(self) -> int:
+        return len(mixture(self.tasks, self.recipe.data.sampling, self.recipe.data.seed))
+
+    @property
+    def test_instances(self) -> int:
+        return sum(len(getattr(task, self.recipe.evaluation.split)) for task in self.tasks)
+
+
+def make_plan(recipe: Recipe, *, split: Split | None = None) -> Plan:
+    """Validates the method and reads the tasks, which must have instances in ``split`` (default: the recipe's own).
+
+    Raises:
+        BaditError: a bad option, or bad data.
+    """
+    data = recipe.data
+    method = build_method(recipe.method)
+    method.refuse_recipe(recipe)
+    tasks = load_tasks(expand_source(data.source), tasks=data.tasks, format=data.format)
+    tasks = hold_out(tasks, data.validation_per_task, data.seed)
+    tasks = limit(tasks, data.train_per_task, data.test_per_task, data.seed)
+    split = split or recipe.evaluation.split
+    for task in tasks:
+        if not getattr(task, split):
+            fix = {
+                "test": "evaluation.split=validation data.validation_per_task=10 scores held-out training instances",
+                "validation": "set data.validation_per_task to hold some out of its training instances",
+            }
+            raise BaditError(f"data: task {task.name} has no {split} instances; {fix[split]}")
+    if data.order is not None:
+        tasks = ordered(tasks, data.order)
+    untrained = [task.name for task in tasks if not task.train]
+    if len(untrained) == len(tasks):
+        raise BaditError("data: no task has training instances")
+    if data.order is not None and untrained:
+        raise BaditError(f"data: task {untrained[0]} has no training instances and so no place in a sequence")
+    return Plan(recipe, tasks, method)
+
+
+def fit(recipe: Recipe, *, progress: bool = True) -> RunFolder:
+    """Trains a recipe without scoring it. A sequence of tasks is trained one after another, each with its own result.
+
+    Under accelerate or torchrun all processes train, and the first alone writes the run's folder.
 
     Raises:
         BaditError: bad input, or an output folder that holds another recipe's run.
     """
-    with explained(Path(recipe.output)):
-        run = fit(recipe, progress=progress)
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
-        if not is_main_process():
-            return {}
-        if run.scores.is_file():
-            write_run_card(run)  # an earlier process may have ended between the two
-            return read_scores(run.scores)
-        return evaluate(run.path, progress=progress, trust_remote_code=recipe.model.trust_remote_code)
-
-
-def fit(recipe: Recipe, *, progress: bool = True) -> RunFolder:
-    """Trains a recipe without scoring it. A sequence of tasks is trained one after another, each kept for itself.
-
-    Raises:
-        BaditError: as :func:`train`.
-    """
     plan = make_plan(recipe)
-    refuse_missing(recipe.training.report_to)
+    _refuse_missing_trackers(recipe.training.report_to)
     # Of several processes the first alone writes; the others meet it in the first step of training.
     run = RunFolder.prepare(recipe) if is_main_process() else RunFolder(recipe.output)
     if run.adapter.is_dir() or run.scores.is_file():
@@ -99,44 +164,38 @@ def fit(recipe: Recipe, *, progress: bool = True) -> RunFolder:
     return run
 
 
-def _in_its_first_dtype(plan: Plan, run: RunFolder) -> Plan:
-    """The plan with the dtype that the run began in, which "fast" could settle otherwise where it is resumed."""
-    began = read_json(run.environment).get("dtype") if run.environment.is_file() else None
-    if plan.recipe.model.dtype != "fast" or began not in ("bfloat16", "float32"):
-        return plan
-    model = plan.recipe.model.model_copy(update={"dtype": began})
-    return dataclasses.replace(plan, recipe=plan.recipe.model_copy(update={"model": model}))
-
-
 def _train_stage(plan: Plan, stage: Stage, number: int, learnt: Path | None, progress: bool) -> None:
     """Trains on the stage's tasks, from the base model or from what the stage before left in ``learnt``."""
     recipe, method, folder = plan.recipe, plan.method, stage.folder
     seed = recipe.training.seed + _SEEDS_PER_STAGE * number
+
     transformers.set_seed(seed)
     base, tokenizer = base_model(recipe, dtype="float32" if method.trains_base_weights else None)
-    names = [task.name for task in plan.tasks]
-    model = method.apply(base, names) if learnt is None else method.proceed(base, learnt)
+    model = method.apply(base, [task.name for task in plan.tasks]) if learnt is None else method.proceed(base, learnt)
     if recipe.training.gradient_checkpointing:
         model.enable_input_require_grads()
-    examples = _training_set(recipe, stage, tokenizer, progress)
+
+    tasks = {task.name: task for task in stage.tasks}
+    pairs = mixture(stage.tasks, recipe.data.sampling, recipe.data.seed)
+    bar = tqdm(pairs, desc="Encoding", unit="example", disable=not progress, leave=False)
+    examples = [encoded(tokenizer, recipe, tasks[name], instance) for name, instance in bar]
     collate = AnswerCollator(pad_id(tokenizer), with_tasks=True)
     batches = batches_by_task(examples, collate, recipe.training.per_device_train_batch_size)
     method.before_training(model, batches)
+
     checkpoint = last_checkpoint(folder.checkpoints)
     bar = ProgressBar()
-    behind = 0 if checkpoint is None else step_of(checkpoint)
-    callbacks = [
-        MetricsLog(folder.metrics),
-        *([bar] if progress else []),
-        *method.callbacks(folder),
-        *tracker_callbacks(recipe.training.report_to, folder.path, behind),
-    ]
     trainer = method.trainer(
         model=model,
-        args=_arguments(recipe, folder, seed, checkpoint, mixed_precision=method.trains_base_weights),
+        args=_arguments(plan, folder, seed, checkpoint),
         train_dataset=examples,
         data_collator=collate,
-        callbacks=callbacks,
+        callbacks=[
+            MetricsLog(folder.metrics),
+            *([bar] if progress else []),
+            *method.callbacks(folder),
+            *_tensorboard(recipe.training.report_to, folder.path, checkpoint),
+        ],
         group_by_length=recipe.training.group_by_length,
         max_skipped_steps=recipe.training.max_skipped_steps,
     )
@@ -146,10 +205,12 @@ def _train_stage(plan: Plan, stage: Stage, number: int, learnt: Path | None, pro
         method.refuse_shards(model)
     if checkpoint is not None:
         refuse_other_engine(checkpoint, engine, trainer.accelerator.num_processes)
+
     started = time.monotonic()
-    with deterministic(recipe.training.full_determinism), fast_on_short_sequences(base), StopOnSignal() as stop:
-        for callback in (TrainerSums(trainer), SealCheckpoints(folder.checkpoints), stop):
-            trainer.add_callback(callback)
+    stop = StopOnSignal()
+    trainer.add_callback(SealCheckpoints(trainer, folder.checkpoints))
+    trainer.add_callback(stop)
+    with stop, fast_on_short_sequences(base), _tracker_folders(recipe.training.report_to, folder.path):
         try:
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         except UnpicklingError:  # torch's loader has met something else than tensors and plain values
@@ -159,13 +220,24 @@ def _train_stage(plan: Plan, stage: Stage, number: int, learnt: Path | None, pro
             ) from None
         finally:
             bar.close()
+            torch.use_deterministic_algorithms(False)  # which full_determinism has switched on for the whole process
             staging_folder(folder.checkpoints)  # a checkpoint that has not come to its end takes no room
     seconds = time.monotonic() - started
     method.after_training(model, batches)
+
     weights = whole_weights(model)
     if trainer.is_world_process_zero():
         known = read_json(folder.environment) if folder.environment.is_file() else {}
-        write_json(folder.environment, {**known, "training": _summary(method, model, trainer.state, seconds)})
+        # Of a resumed training, the seconds are those since it was taken up.
+        summary = {
+            "trainable_parameters": method.trained_parameters(model),
+            "parameters": sum(parameter_count(parameter) for parameter in model.parameters()),
+            "steps": trainer.state.global_step,
+            "tokens": int(trainer.state.num_input_tokens_seen),
+            "seconds": round(seconds, 1),
+            "peak_memory_gib": round(peak_memory() / 2**30, 2),
+        }
+        write_json(folder.environment, {**known, "training": summary})
         partial = folder.adapter.with_name("adapter.partial")
         shutil.rmtree(partial, ignore_errors=True)
         method.save(model, partial, recipe.model.name, weights)
@@ -174,79 +246,160 @@ def _train_stage(plan: Plan, stage: Stage, number: int, learnt: Path | None, pro
     unset_hf_deepspeed_config()  # else the next model to be loaded, for scoring or a stage, would be divided as well
 
 
+def _arguments(plan: Plan, folder: RunFolder, seed: int, checkpoint: Path | None) -> TrainingArguments:
+    """The recipe's arguments for HF's Trainer, and those that a run settles itself."""
+    given = plan.recipe.training.arguments()
+    # Base weights that are trained are kept in float32 and used in the recipe's dtype.
+    bf16 = plan.method.trains_base_weights and model_dtype(plan.recipe) == "bfloat16"
+    defaults = {
+        "bf16": bf16,
+        "use_cpu": (bf16 or given.get("bf16", False)) and not torch.accelerator.is_available(),  # HF insists on it
+        "dataloader_pin_memory": False,
+        "project": "badit",
+        "run_name": folder.path.resolve().name,
+    }
+    if given.pop("gradient_checkpointing"):
+        known = {field.name for field in dataclasses.fields(TrainingArguments)}
+        # transformers renamed it within version 5
+        name = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
+        given |= {name: True, f"{name}_kwargs": {"use_reentrant": False}}
+    settled = {
+        "output_dir": str(staging_folder(folder.checkpoints)),
+        "resume_from_checkpoint": None if checkpoint is None else str(checkpoint),  # read by the callbacks
+        "seed": seed,
+        "report_to": [name for name in given["report_to"] if name != "tensorboard"],  # see _tensorboard
+        "include_num_input_tokens_seen": "non_padding",
+        "remove_unused_columns": False,
+        "disable_tqdm": True,
+    }
+    try:
+        return TrainingArguments(**{**defaults, **given, **settled})
+    except (ValueError, TypeError) as error:  # values that do not go together
+        raise BaditError(f"training: {first_line(error)}") from None
+
+
+def _in_its_first_dtype(plan: Plan, run: RunFolder) -> Plan:
+    """The plan with the dtype that the run began in, which "fast" could settle otherwise where it is resumed."""
+    began = read_json(run.environment).get("dtype") if run.environment.is_file() else None
+    if plan.recipe.model.dtype != "fast" or began not in ("bfloat16", "float32"):
+        return plan
+    model = plan.recipe.model.model_copy(update={"dtype": began})
+    return dataclasses.replace(plan, recipe=plan.recipe.model_copy(update={"model": model}))
+
+
 def _remove_checkpoints(folder: RunFolder) -> None:
-    """They have done their duty once the adapter is there."""
+    """Called once the adapter is there, after which nothing resumes from them."""
     if is_main_process():
         shutil.rmtree(folder.checkpoints, ignore_errors=True)
 
 
-def _summary(method: Method, model: Any, state: Any, seconds: float) -> dict[str, Any]:
-    """What a training took; of a resumed one, the seconds are those since it was taken up."""
-    return {
-        "trainable_parameters": method.trained_parameters(model),
-        "parameters": sum(parameter_count(parameter) for parameter in model.parameters()),
-        "steps": state.global_step,
-        "tokens": int(state.num_input_tokens_seen),
-        "seconds": round(seconds, 1),
-        "peak_memory_gib": round(peak_memory() / 2**30, 2),
-    }
-
-
 def _total(stages: list[dict[str, Any]]) -> dict[str, Any]:
     """Sums over a sequence's stages; of parameters and memory, the most that there were at a time."""
-    largest = {key: max(stage[key] for stage in stages) for key in ("trainable_parameters", "parameters")}
-    sums = {key: sum(stage[key] for stage in stages) for key in ("steps", "tokens")}
-    seconds = round(sum(stage["seconds"] for stage in stages), 1)
-    return {**largest, **sums, "seconds": seconds, "peak_memory_gib": max(s["peak_memory_gib"] for s in stages)}
+    most = ("trainable_parameters", "parameters", "peak_memory_gib")
+    total = {key: (max if key in most else sum)(stage[key] for stage in stages) for key in stages[0]}
+    return {**total, "seconds": round(total["seconds"], 1)}
 
 
-def _training_set(
-    recipe: Recipe, stage: Stage, tokenizer: PreTrainedTokenizerBase, progress: bool
-) -> list[dict[str, Any]]:
-    tasks = {task.name: task for task in stage.tasks}
-    pairs = mixture(stage.tasks, recipe.data.sampling, recipe.data.seed)
-    return [
-        encoded(tokenizer, recipe, tasks[name], instance)
-        for name, instance in tqdm(pairs, desc="Encoding", unit="example", disable=not progress, leave=False)
-    ]
+def _refuse_missing_trackers(names: list[str]) -> None:
+    """Raises for a tracker that is not installed, before a model is loaded."""
+    for name in names:
+        if name != "all" and name not in get_available_reporting_integrations():
+            raise BaditError(f"training.report_to: {name} is not installed; install it, or leave it out")
 
 
-def _checkpointing(on: bool) -> dict[str, Any]:
-    """TrainingArguments for gradient checkpointing, which transformers renamed within version 5."""
-    known = {field.name for field in dataclasses.fields(TrainingArguments)}
-    name = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
-    return {name: True, f"{name}_kwargs": {"use_reentrant": False}} if on else {}
+def _tensorboard(names: list[str], folder: Path, checkpoint: Path | None) -> list[TensorBoardCallback]:
+    """HF's callback, which by itself could neither write into the run's folder nor hide steps that are logged again."""
+    if "tensorboard" not in names or not is_main_process():
+        return []
+    from torch.utils.tensorboard import SummaryWriter
+
+    purge_step = None if checkpoint is None else step_of(checkpoint) + 1
+    return [TensorBoardCallback(SummaryWriter(str(folder / "tensorboard"), purge_step=purge_step))]
 
 
-def _arguments(
-    recipe: Recipe, folder: RunFolder, seed: int, checkpoint: Path | None, *, mixed_precision: bool
-) -> TrainingArguments:
-    """HF's arguments. Base weights that are trained are kept in float32 and used in the recipe's dtype."""
-    training = recipe.training
-    bf16 = mixed_precision and model_dtype(recipe) == "bfloat16"
-    return TrainingArguments(
-        output_dir=str(staging_folder(folder.checkpoints)),
-        resume_from_checkpoint=None if checkpoint is None else str(checkpoint),  # read by the callbacks
-        num_train_epochs=training.num_train_epochs,
-        max_steps=training.max_steps or -1,
-        per_device_train_batch_size=training.per_device_train_batch_size,
-        gradient_accumulation_steps=training.gradient_accumulation_steps,
-        learning_rate=training.learning_rate,
-        lr_scheduler_type=training.lr_scheduler_type,
-        warmup_steps=training.warmup_steps,  # below 1 it is a fraction of the run
-        weight_decay=training.weight_decay,
-        max_grad_norm=training.max_grad_norm,
-        **_checkpointing(training.gradient_checkpointing),
-        bf16=bf16,
-        use_cpu=bf16 and not torch.accelerator.is_available(),  # else HF refuses bf16
-        seed=seed,
-        logging_steps=training.logging_steps,
-        save_steps=training.save_steps,
-        include_num_input_tokens_seen="non_padding",
-        remove_unused_columns=False,
-        dataloader_pin_memory=False,
-        disable_tqdm=True,
-        report_to=[],  # the run adds its trackers, whose files belong into its own folder
-        project="badit",
-        run_name=folder.path.resolve().name,
+@contextmanager
+def _tracker_folders(names: list[str], folder: Path) -> Iterator[None]:
+    """Within, trackers write their files into the run's folder, unless the user's environment names another one."""
+    added = [_TRACKER_FOLDERS[name] for name in names if name in _TRACKER_FOLDERS]
+    added = [variable for variable in added if variable not in os.environ]
+    os.environ.update(dict.fromkeys(added, str(folder)))
+    try:
+        yield
+    finally:
+        for variable in added:
+            del os.environ[variable]
+
+
+def encoded(
+    tokenizer: PreTrainedTokenizerBase, recipe: Recipe, task: Task, instance: Instance, *, answer: bool = True
+) -> dict[str, Any]:
+    """One instance in the recipe's prompt format, as token ids and labels."""
+    return encode_example(tokenizer, task, instance, with_answer=answer, **recipe.prompt.model_dump())
+
+
+def base_model(recipe: Recipe, *, dtype: SettledDtype | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A recipe's base model, in its own dtype or another one and on this process's device, and its tokenizer."""
+    section = recipe.model
+    dtype = dtype or model_dtype(recipe)
+    model, tokenizer = load_base_model(
+        section.name,
+        dtype=dtype,
+        revision=section.revision,
+        trust_remote_code=section.trust_remote_code,
+        quantisation=section.quantisation,
+        device=device(),
     )
+    warn_of_slow_dtype(dtype, device())
+    return model, tokenizer
+
+
+def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Padding is masked everywhere, so a tokenizer without a padding token gets any id, and is left as it is."""
+    return tokenizer.pad_token_id if isinstance(tokenizer.pad_token_id, int) else 0
+
+
+def device() -> torch.device:
+    """The accelerator of this process, by its local rank where several share a machine; else the processor."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is None or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1"):
+        return torch.device("cpu")
+    return torch.device(accelerator.type, int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def model_dtype(recipe: Recipe) -> SettledDtype:
+    """The dtype of a recipe's base model on this process's device."""
+    return fast_dtype(device()) if recipe.model.dtype == "fast" else recipe.model.dtype
+
+
+def fast_dtype(device: torch.device) -> Literal["bfloat16", "float32"]:
+    """bfloat16, unless this is a processor that computes in it slowly: then float32."""
+    return "float32" if device.type == "cpu" and slowdown("bfloat16") > _SLOW else "bfloat16"
+
+
+@cache
+def slowdown(dtype: str) -> float:
+    """The time of this processor's matrix product in a dtype ("bfloat16", "float16"), over that in float32.
+
+    The best of three rounds of a few milliseconds each, measured once per process.
+    """
+    seconds = {}
+    for name in (dtype, "float32"):
+        x, weight = (torch.ones(size, 512, dtype=getattr(torch, name)) for size in (64, 512))
+        rounds = []
+        for _ in range(3):
+            started = time.perf_counter()
+            torch.nn.functional.linear(x, weight)
+            rounds.append(time.perf_counter() - started)
+        seconds[name] = min(rounds)
+    return seconds[dtype] / seconds["float32"]
+
+
+@cache
+def warn_of_slow_dtype(dtype: str, device: torch.device) -> None:
+    """Says on stderr, once per process, that this processor computes in a model's dtype slowly, and what to set."""
+    if device.type == "cpu" and dtype in ("bfloat16", "float16") and (ratio := slowdown(dtype)) > _SLOW:
+        print(
+            f"badit: this processor has no instructions for {dtype} and takes {ratio:.0f} times as long as in float32; "
+            "model.dtype=float32 is faster here",
+            file=sys.stderr,
+        )

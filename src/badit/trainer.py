@@ -1,26 +1,39 @@
-"""HF's Trainer with a loss on answers only, logits only where there is a label, and batches of similar length."""
+"""HF's Trainer with a loss on answers only, batches of similar length, and steps that are not finite left out.
+
+Its callbacks write the metrics file, show one progress bar, and stop on a signal without losing a step.
+"""
 
 from __future__ import annotations
 
+import math
+import signal
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import Dataset, Sampler
-from transformers import Trainer, TrainerCallback
+from tqdm import tqdm
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from badit.errors import BaditError
-from badit.training.nonfinite import SkipNonFinite
-from badit.training.regroup import RegroupCallback
-from badit.tuner import hooks_of
+from badit.files import StepLog
+from badit.gradients import any_of_all, local_gradient, steps_in_backward
+from badit.regroup import RegroupCallback
+from badit.tuner.model import hooks_of
 from badit.tuner.prompt import before_first_label
 
 # Batches are cut from shuffled runs of this many batches sorted by length: long enough to save padding, short enough to
 # keep the order random.
 _BATCHES_PER_RUN = 16
+# Of a batch that is not finite, an error names so many instances.
+_NAMED = 8
 
 
 class AnswerTrainer(Trainer):
@@ -36,10 +49,19 @@ class AnswerTrainer(Trainer):
         max_skipped_steps: steps with a loss or gradient that is not finite to skip before giving up.
     """
 
-    def __init__(self, *args: Any, group_by_length: bool = True, max_skipped_steps: int = 10, **kwargs: Any) -> None:
-        # The first of the callbacks, since others read the gradients.
-        own = SkipNonFinite(self, max_skipped_steps)
-        super().__init__(*args, **{**kwargs, "callbacks": [own, *(kwargs.get("callbacks") or [])]})
+    def __init__(
+        self,
+        model: nn.Module,
+        args: TrainingArguments,
+        *,
+        group_by_length: bool = True,
+        max_skipped_steps: int = 10,
+        **kwargs: Any,
+    ) -> None:
+        use_one_gpu(args)
+        # These come first: the other callbacks read gradients.
+        callbacks = [SkipNonFinite(self, max_skipped_steps), _MethodUpdates(), *(kwargs.pop("callbacks", None) or [])]
+        super().__init__(model, args, callbacks=callbacks, **kwargs)
         self.skipped_steps = 0
         self._micro_batches: list[tuple[torch.Tensor, Mapping[str, Any]]] = []
         self._group_by_length = group_by_length
@@ -51,7 +73,8 @@ class AnswerTrainer(Trainer):
         lengths = [len(example["input_ids"]) for example in dataset]
         # Of several processes each takes its part of a common batch, which is the one that a single process would have.
         batch_size = self._train_batch_size * self.args.world_size if self._group_by_length else None
-        sampler = EpochSampler(lengths, batch_size=batch_size, seed=self.args.seed)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        sampler = EpochSampler(lengths, batch_size=batch_size, seed=seed)
         self.add_callback(_SetEpoch(sampler))
         return sampler
 
@@ -87,7 +110,7 @@ class AnswerTrainer(Trainer):
     ) -> Any:
         """Cross-entropy (a scalar) at the labelled positions; logits in the outputs are (1, labels, vocabulary)."""
         unwrapped = self.accelerator.unwrap_model(model)
-        losses_L, _, outputs = answer_losses(model, inputs, unwrapped)
+        losses_L, _, outputs = answer_losses(model, inputs, unwrapped, self.args.label_smoothing_factor)
         count = len(losses_L) if num_items_in_batch is None else num_items_in_batch
         # A batch may hold no label at all, and has a loss of 0 then.
         loss = losses_L.sum() / (count.clamp_min(1) if isinstance(count, torch.Tensor) else max(count, 1))
@@ -102,8 +125,24 @@ class AnswerTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
 
+def use_one_gpu(args: TrainingArguments) -> None:
+    """Keeps the Trainer from splitting batches over all visible GPUs in threads, which the routing state cannot follow.
+
+    Several GPUs are for several processes, which a launcher starts.
+    """
+    if args.n_gpu > 1:
+        _say_how_to_use_all(args.n_gpu)
+        args._n_gpu = 1  # transformers has no public way
+
+
+@cache
+def _say_how_to_use_all(gpus: int) -> None:
+    command = f"accelerate launch --multi_gpu --num_processes {gpus} -m badit train RECIPE"
+    print(f"badit: training on one of {gpus} GPUs; to use all of them: {command}", file=sys.stderr)
+
+
 def answer_losses(
-    model: nn.Module, inputs: Mapping[str, Any], unwrapped: nn.Module
+    model: nn.Module, inputs: Mapping[str, Any], unwrapped: nn.Module, label_smoothing: float = 0.0
 ) -> tuple[torch.Tensor, torch.Tensor, Any]:
     """The cross-entropy of every answer token of a batch.
 
@@ -125,7 +164,9 @@ def answer_losses(
     batch |= prompt_argument(unwrapped, inputs["attention_mask"].bool() & before_first_label(labels_BT))
     with hooks_of(unwrapped).rows_of(inputs.get("tasks")), logits_only_at(unwrapped, row_L, position_L):
         outputs = model(**batch)
-    losses_L = F.cross_entropy(outputs.logits[0].float(), targets_BT[row_L, position_L], reduction="none")
+    losses_L = F.cross_entropy(
+        outputs.logits[0].float(), targets_BT[row_L, position_L], reduction="none", label_smoothing=label_smoothing
+    )
     return losses_L, row_L, outputs
 
 
@@ -202,3 +243,165 @@ class _SetEpoch(TrainerCallback):
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._sampler.set_epoch(int(state.epoch or 0))
+
+
+class _MethodUpdates(TrainerCallback):
+    """Tells the method's model about every step of the optimizer."""
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        hooks_of(kwargs["model"]).before_update()
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        hooks_of(kwargs["model"]).after_update()
+
+
+class SkipNonFinite(TrainerCallback):
+    """Drops the gradients of such a step, so that neither weights nor moments nor Gram matrices ever see them.
+
+    It must come before the callbacks that read gradients. A single infinity may be an instance's or the precision's; a
+    run that keeps meeting them is broken, and going on would only hide it.
+
+    Args:
+        trainer: keeps the step's micro-batches and their losses, and the number of skipped steps.
+        limit: steps that may be skipped in a run.
+    """
+
+    def __init__(self, trainer: Any, limit: int) -> None:
+        self._trainer = trainer
+        self._limit = limit
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        micro_batches = self._trainer.take_micro_batches()
+        parameters = [p for p in kwargs["model"].parameters() if p.grad is not None]
+        gradients = [local_gradient(parameter) for parameter in parameters]
+        tensors = [loss for loss, _ in micro_batches] + [gradient for gradient in gradients if gradient is not None]
+        # One synchronisation for all tensors.
+        finite = torch.stack([tensor.isfinite().all() for tensor in tensors]).all()
+        if not any_of_all(not bool(finite)):
+            return
+        self._trainer.skipped_steps += 1
+        # DeepSpeed has taken the step by now, so that there is nothing left to skip.
+        limit = 0 if steps_in_backward(kwargs["optimizer"]) else self._limit
+        if self._trainer.skipped_steps > limit:
+            raise BaditError(
+                f"training: the loss or its gradient is not finite in step {state.global_step + 1}, after "
+                f"{limit} skipped steps; the batch has {_instances(micro_batches, self._trainer.train_dataset)}; "
+                "look at these, or lower training.learning_rate"
+            )
+        for parameter in parameters:
+            parameter.grad = None  # optimizers pass over parameters without a gradient
+
+
+def _instances(
+    micro_batches: Sequence[tuple[torch.Tensor, Mapping[str, Any]]], examples: Sequence[Mapping[str, Any]]
+) -> str:
+    """The instances of the micro-batches with a loss that is not finite (of all, where only gradients are not)."""
+    bad = [inputs for loss, inputs in micro_batches if not bool(loss.isfinite())]
+    rows = {
+        (task, tuple(ids[mask.bool()].tolist()))
+        for inputs in bad or [inputs for _, inputs in micro_batches]
+        for task, ids, mask in zip(inputs["tasks"], inputs["input_ids"], inputs["attention_mask"], strict=True)
+    }
+    names = [
+        f"{example['task']}/{example['id']}"
+        for example in examples
+        if (example["task"], tuple(example["input_ids"])) in rows
+    ]
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return f"instance{'s' if len(names) > 1 else ''} {', '.join(names[:_NAMED])}{more}"
+
+
+class MetricsLog(TrainerCallback):
+    """Appends the trainer's log lines to a file, less those that a resumed run is about to log again.
+
+    Times and rates are left out, and so is the closing line: they tell of this process, and a resumed run has had
+    several. environment.json has the training's. So are a regrouping's, of which regroupings.jsonl has more.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._log = StepLog(path)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            self._log.rewind(state.global_step)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
+        if state.is_world_process_zero and logs and "loss" in logs:
+            # The gradient's norm is infinite in a step that is skipped, which JSON has no number for.
+            kept = {
+                key: value
+                for key, value in logs.items()
+                if math.isfinite(value)
+                and not key.endswith(("_runtime", "_per_second"))
+                and not key.startswith("regroup/")
+            }
+            self._log.append({"step": state.global_step, **kept})
+
+
+class ProgressBar(TrainerCallback):
+    """One bar with the time left and the latest loss."""
+
+    def __init__(self) -> None:
+        self._bar: tqdm | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            total = state.max_steps
+            self._bar = tqdm(total=total, initial=state.global_step, desc="Training", unit="step", dynamic_ncols=True)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._bar is not None:
+            self._bar.update()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
+        if self._bar is not None and logs and "loss" in logs:
+            self._bar.set_postfix(loss=f"{logs['loss']:.3f}", refresh=False)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the bar's line, for what is written after it."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+class StopOnSignal(TrainerCallback):
+    """On Ctrl-C or SIGTERM: finishes the step, saves a checkpoint, then stops. A second signal stops at once.
+
+    It must be the last callback, so that the others' state is in the checkpoint by the time it stops. Of several
+    processes all stop at the same step, whichever was told to.
+    """
+
+    _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+    def __init__(self) -> None:
+        self._asked = self._stopping = False
+        self._former: dict[int, Any] = {}
+
+    def __enter__(self) -> StopOnSignal:
+        try:
+            self._former = {number: signal.signal(number, self._handle) for number in self._SIGNALS}
+        except ValueError:  # only the main thread may set handlers; elsewhere a caller has its own way to stop
+            self._former = {}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._former.items():
+            signal.signal(number, handler)
+        if self._asked and error[0] is None:  # too late for a checkpoint of its own: the last step's is there
+            raise KeyboardInterrupt
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self._asked:
+            raise KeyboardInterrupt
+        self._asked = True
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._stopping = any_of_all(self._asked)
+        if self._stopping:
+            control.should_save = True
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._stopping:
+            raise KeyboardInterrupt

@@ -17,7 +17,7 @@ from badit.analysis.coactivation import COLUMNS, NeuronMeans, coactivation_table
 from badit.analysis.gradients import TaskGradients
 from badit.analysis.interference import measure_interference
 from badit.errors import BaditError
-from badit.training.trainer import answer_losses
+from badit.trainer import answer_losses
 from tuner.helpers import adapted
 
 Model = Callable[..., Any]

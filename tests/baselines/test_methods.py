@@ -18,8 +18,8 @@ from badit.recipe import build_recipe
 from badit.runs import RunFolder
 from badit.training.method import AdapterMethod
 from badit.training.methods import build_method
-from badit.training.run import train
 from badit.training.scoring import evaluate, load_run
+from badit.training.scoring import train_and_score as train
 from badit.tuner import hooks_of
 from baselines.naive import SMALL
 from tuner.helpers import padded, random_rows

@@ -16,13 +16,13 @@ from typing import Any
 import pytest
 import yaml
 
+from badit.checkpoint import last_checkpoint
 from badit.comparison import compare as compare_module
 from badit.comparison.worker import CellProcess
 from badit.evaluation.results import load_results, summarise
 from badit.files import read_json
 from badit.recipe import build_recipe
 from badit.runs import RunFolder
-from badit.training.checkpoints import last_checkpoint
 from comparison.cells import InlineCell, Values, by_status, compared
 
 

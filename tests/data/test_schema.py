@@ -5,10 +5,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from badit.data.schema import task_from_superni
 from pydantic import ValidationError
 
 from badit.data import Instance, Task
-from badit.data.schema import task_from_superni
 from badit.errors import BaditError
 from data.examples import make_task
 

@@ -1,9 +1,8 @@
 from __future__ import annotations
 
+from badit.data.truncation import shortened
 from hypothesis import given
 from hypothesis import strategies as st
-
-from badit.data.truncation import shortened
 
 
 @given(st.text(max_size=30), st.text(max_size=30), st.text(max_size=10), st.integers(0, 80))

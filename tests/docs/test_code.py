@@ -13,7 +13,7 @@ from badit.analysis.analyze import analyze
 from badit.cli import main
 from badit.recipe import build_recipe
 from badit.serving.export import export
-from badit.training.run import fit
+from badit.train import fit
 from docs.pages import ROOT, Page, pages
 
 _BLOCK = re.compile(r"^```(python|sh)\n(.*?)^```", flags=re.DOTALL | re.MULTILINE)

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from badit.recipe import build_recipe
-from badit.training.run import fit
+from badit.train import fit
 from fuzz.command import cases, ends_well
 from fuzz.damage import REPLACEMENTS, as_json, damaged_bytes, damaged_value
 

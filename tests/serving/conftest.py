@@ -9,7 +9,7 @@ import pytest
 
 from badit.recipe import build_recipe
 from badit.runs import RunFolder
-from badit.training.run import fit
+from badit.train import fit
 
 
 @pytest.fixture

@@ -128,7 +128,7 @@ def test_stock_peft_loads_every_methods_export_and_gets_the_frozen_mixture(
 def test_a_tasks_gates_are_the_mean_over_its_training_prompts(trained: Trained, tmp_path: Path) -> None:
     from badit.analysis.gates import mean_component_gates
     from badit.data import AnswerCollator, batches_by_task
-    from badit.training.plan import encoded, make_plan
+    from badit.train import encoded, make_plan
 
     run = trained(BADIT)
     recipe = run.recipe()

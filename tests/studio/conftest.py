@@ -15,7 +15,7 @@ from badit.runs import RunFolder
 from badit.studio.serve import Server, listen
 from badit.studio.server import application
 from badit.studio.session import Session
-from badit.training.run import fit
+from badit.train import fit
 
 BADIT = {"name": "badit", "num_experts": 4, "r": 2, "router_input": "standardised", "regroup": {"every": 2}}
 

@@ -21,7 +21,7 @@ from badit.evaluation.generation import generate_answers
 from badit.runs import RunFolder
 from badit.studio.mixing import TaskGates, mixed
 from badit.studio.session import Question, Session
-from badit.training.plan import encoded
+from badit.train import encoded
 from studio.conftest import BADIT
 
 HAND = [0.0, 2.5, 1.25, 0.1]

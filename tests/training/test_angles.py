@@ -12,9 +12,9 @@ import torch
 from peft import get_peft_model
 from transformers import TrainerCallback
 
+from badit.angles import AngleLog
 from badit.baselines import HydraLoraConfig, LoraMoeConfig
 from badit.files import read_jsonl
-from badit.training.angles import AngleLog
 from badit.tuner import BaditConfig
 from badit.tuner.base_layer import ExpertLayer
 from training.trainers import StopAt, make_trainer

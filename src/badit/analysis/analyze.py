@@ -27,8 +27,8 @@ from badit.evaluation.results import RESULTS
 from badit.files import read_json, write_json
 from badit.recipe import Recipe, build_recipe, expand_source
 from badit.runs import RunFolder, environment, peak_memory
+from badit.train import encoded, make_plan, pad_id
 from badit.training.methods import build_method
-from badit.training.plan import encoded, make_plan, pad_id
 from badit.training.scoring import load_run
 
 _PARTS = ("interference", "experts", "learning")

@@ -36,7 +36,7 @@ from badit.files import read_json, read_jsonl
 from badit.method import ExpertAngles, cosine_gram
 from badit.method import expert_angles as angles_of
 from badit.runs import RunFolder
-from badit.training.trainer import answer_losses
+from badit.trainer import answer_losses
 
 
 class _Logged(BaseModel):

@@ -29,7 +29,7 @@ from badit.analysis.tables import TidyTable, defined
 from badit.data import on_device
 from badit.errors import BaditError
 from badit.method import prompt_mean
-from badit.training.trainer import answer_losses
+from badit.trainer import answer_losses
 from badit.tuner.base_layer import ExpertLayer
 from badit.tuner.prompt import before_first_label
 

@@ -22,7 +22,7 @@ from badit.analysis.coactivation import NeuronMeans, coactivation_tables, strong
 from badit.analysis.gradients import Agreement, Place, TaskGradients
 from badit.analysis.tables import TidyTable, Value, defined
 from badit.errors import BaditError
-from badit.training.trainer import answer_losses
+from badit.trainer import answer_losses
 from badit.tuner.base_config import is_int, is_number
 
 Batches = Mapping[str, Sequence[Mapping[str, Any]]]

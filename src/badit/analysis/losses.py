@@ -20,7 +20,7 @@ from tqdm import tqdm
 from badit.analysis.gates import Batches, Experts, active_experts, changed_gates
 from badit.analysis.tables import TidyTable
 from badit.data import on_device
-from badit.training.trainer import answer_losses
+from badit.trainer import answer_losses
 
 # The number that no expert has: without it, all are there.
 _NONE = -1

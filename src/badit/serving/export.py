@@ -20,10 +20,10 @@ from badit.runs import RunFolder
 from badit.serving.factors import Factors, lora_factors, mixture_factors
 from badit.serving.files import merge, new_folder, refuse_foreign, write_adapter, write_gates, write_merged
 from badit.serving.mixture import Mixture, mean_mixture, read_mixture
+from badit.train import base_model, make_plan
 from badit.training.card import CARD, Base, model_card
 from badit.training.method import AdapterMethod
 from badit.training.methods import build_method
-from badit.training.plan import base_model, make_plan
 from badit.training.scoring import load_run
 from badit.tuner import hooks_of
 

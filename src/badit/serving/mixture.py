@@ -21,7 +21,7 @@ from badit.data import AnswerCollator, Task, batches_by_task
 from badit.errors import BaditError, nearest
 from badit.files import read_json
 from badit.recipe import Recipe
-from badit.training.plan import encoded, pad_id
+from badit.train import encoded, pad_id
 from badit.tuner.base_config import is_number
 
 # Gates of prompts of one task are close together: this many training prompts settle the mean.

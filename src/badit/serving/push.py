@@ -15,7 +15,7 @@ from peft.utils import CONFIG_NAME
 from badit.errors import BaditError, one_line
 from badit.files import read_json
 from badit.models import HUB_ID
-from badit.recipe import load_recipe
+from badit.recipe import load_config
 from badit.runs import RunFolder
 from badit.serving.files import RECORD, SCORES
 from badit.training.card import CARD, Base, model_card
@@ -58,7 +58,7 @@ def push_to_hub(folder: str | os.PathLike[str], repository: str, *, private: boo
         raise BaditError(f"{repository!r:.120}: must be ORG/NAME or USER/NAME")
     if not get_token():
         raise BaditError("the hub wants to know who you are: run hf auth login, or set HF_TOKEN to a token of yours")
-    recipe = load_recipe(run.config)
+    recipe = load_config(run.config)
     base = Base.of(recipe)
     api = HfApi()
     with _one_line_errors(repository):
@@ -86,7 +86,7 @@ def _source(folder: Path) -> tuple[Path, RunFolder, dict[str, Any] | None]:
             raise BaditError(f"{folder / RECORD}: run: is {str(run.path)!r:.120}, which is gone; its card needs it")
         return folder, run, record
     run = RunFolder.existing(folder)
-    method = build_method(load_recipe(run.config).method)
+    method = build_method(load_config(run.config).method)
     if not method.trains:
         raise BaditError(f"{folder}: is a run of the base model as it is: there is nothing to push")
     if not isinstance(method, AdapterMethod):

@@ -14,7 +14,7 @@ from badit.models import load_base_model
 from badit.runs import RunFolder
 from badit.serving.export import Export
 from badit.serving.files import SCORES
-from badit.training.plan import base_model, device, make_plan, model_dtype
+from badit.train import base_model, device, make_plan, model_dtype
 from badit.training.scoring import evaluate, score_model
 
 

@@ -25,7 +25,7 @@ from badit.data import AnswerCollator, Task, batches_by_task
 from badit.errors import BaditError
 from badit.recipe import Recipe
 from badit.runs import RunFolder
-from badit.training.plan import encoded, pad_id
+from badit.train import encoded, pad_id
 
 # A task's prompts are close together in their gates.
 _PROMPTS_PER_TASK = 4

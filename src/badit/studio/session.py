@@ -27,8 +27,8 @@ from badit.errors import BaditError, nearest
 from badit.evaluation.generation import stream_answer
 from badit.runs import RunFolder
 from badit.studio.mixing import measure_task_gates, mixed, saved_task_gates
+from badit.train import encoded, make_plan
 from badit.training.methods import build_method
-from badit.training.plan import encoded, make_plan
 from badit.training.scoring import load_run
 
 MAX_CHARACTERS = 20_000

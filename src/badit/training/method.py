@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
+from badit.angles import AngleLog
 from badit.baselines.lora import refuse_unsuitable
 from badit.baselines.neurons import (
     all_neurons,
@@ -29,15 +30,13 @@ from badit.baselines.neurons import (
 )
 from badit.errors import BaditError
 from badit.files import shown
+from badit.gradients import parameter_count
 from badit.recipe import Recipe
+from badit.regroup import RegroupCallback
 from badit.runs import RunFolder
+from badit.surgery import Surgery, SurgeryTrainer
+from badit.trainer import AnswerTrainer
 from badit.training.adapter_files import first_line, load_adapter, tensor_shapes
-from badit.training.angles import AngleLog
-from badit.training.callbacks import ProjectUpdates
-from badit.training.gradients import parameter_count
-from badit.training.regroup import RegroupCallback
-from badit.training.surgery import Surgery, SurgeryTrainer
-from badit.training.trainer import AnswerTrainer
 from badit.tuner.model import TARGET_MODULES, TaskBatches, hooks_of
 
 if TYPE_CHECKING:
@@ -177,8 +176,8 @@ class AdapterMethod(Method):
 
     def callbacks(self, run: RunFolder) -> list[TrainerCallback]:
         if self.regroup is None:
-            return [ProjectUpdates(), AngleLog(run.angles)]
-        return [ProjectUpdates(), RegroupCallback(**self.regroup, log_path=run.regroupings)]
+            return [AngleLog(run.angles)]
+        return [RegroupCallback(**self.regroup, log_path=run.regroupings)]
 
     def trainer(self, **arguments: Any) -> AnswerTrainer:
         if self.surgery is None:

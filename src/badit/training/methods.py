@@ -22,9 +22,9 @@ from peft import LoraConfig, PeftConfig
 
 from badit.baselines import RIVALS
 from badit.errors import BaditError, nearest
+from badit.regroup import RegroupCallback
+from badit.surgery import Surgery
 from badit.training.method import AdapterMethod, Method, NeuronMethod, NeuronOptions, WeightsMethod
-from badit.training.regroup import RegroupCallback
-from badit.training.surgery import Surgery
 from badit.tuner import BaditConfig
 from badit.tuner.base_config import FORMAT_FIELD
 
