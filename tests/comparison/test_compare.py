@@ -23,7 +23,6 @@ from badit.methods import Method, NeuronMethod
 from badit.recipe import build_recipe
 from badit.runs import RunFolder
 from badit.statistics import FORMS, continual_scores
-from badit.methods import Method, NeuronMethod
 from comparison.cells import InlineCell, Values, by_status, compared, comparison_values
 
 LADDER = [0.001, 0.01, 0.1]

@@ -23,7 +23,7 @@ from badit.data import AnswerCollator, batches_by_task
 from badit.errors import BaditError
 from badit.export import Export, export, merge, mixture_factors, score_export, target_modules, write_adapter
 from badit.runs import RunFolder
-from badit.training.plan import encoded, make_plan
+from badit.train import encoded, make_plan
 from badit.training.scoring import evaluate, load_run
 from badit.tuner import hooks_of
 from baselines import branch_naive

@@ -16,9 +16,9 @@ from badit.errors import BaditError
 from badit.files import read_jsonl
 from badit.models import Quantisation, load_base_model
 from badit.recipe import build_recipe
-from badit.training.plan import make_plan
-from badit.training.run import train
+from badit.train import make_plan
 from badit.training.scoring import evaluate
+from badit.training.scoring import train_and_score as train
 from badit.tuner import BaditConfig, BaditLinear
 from badit.tuner.quantised import is_quantised, refuse_unsuitable_layer, weight_as_used
 from data.examples import CHATML, make_tokenizer

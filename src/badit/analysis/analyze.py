@@ -28,7 +28,7 @@ from badit.methods import build_method
 from badit.recipe import Recipe, build_recipe, expand_source
 from badit.results import RESULTS
 from badit.runs import RunFolder, environment, peak_memory
-from badit.training.plan import encoded, make_plan, pad_id
+from badit.train import encoded, make_plan, pad_id
 from badit.training.scoring import load_run
 
 _PARTS = ("interference", "experts", "learning")

@@ -30,7 +30,7 @@ from badit.analysis.tables import EXPERT_NUMBER, LAYER, MODULE, TASK, Column, Ta
 from badit.data import on_device
 from badit.errors import BaditError
 from badit.method import prompt_mean
-from badit.training.trainer import answer_losses
+from badit.trainer import answer_losses
 from badit.tuner.layer import ExpertLinear
 from badit.tuner.prompt import before_first_label
 

@@ -39,7 +39,7 @@ from badit.method import ExpertAngles, cosine_gram
 from badit.method import expert_angles as angles_of
 from badit.results import SINGLE_TASK, load_results, paired, read_scores
 from badit.runs import RunFolder
-from badit.training.trainer import answer_losses
+from badit.trainer import answer_losses
 
 EXPERT_ANGLES = Table(
     "expert_angles",
