@@ -11,7 +11,7 @@ from analysis import naive_experts as naive
 from analysis.naive_experts import METHODS, TASKS
 from badit.analysis.gates import active_experts, changed_gates, gates_frame, has_experts, marked_experts, prompt_gates
 from badit.analysis.interference import coactivation
-from badit.baselines import OLoraConfig
+from badit.baselines.o_lora import OLoraConfig
 from badit.errors import BaditError
 from tuner import helpers
 
@@ -93,7 +93,7 @@ def test_an_error_within_leaves_nothing_behind(tiny_model):
 
     with pytest.raises(RuntimeError, match="no such gates"), changed_gates(active_experts(model), fail):
         naive.losses(model, naive.rows(naive.batches()["cities"])[0])
-    assert not any("_component_gates" in vars(layer) for layer in naive.layers(model))
+    assert not any("component_gates" in vars(layer) for layer in naive.layers(model))
 
 
 def test_at_step_0_all_are_neutral_and_none_is_marked(tiny_model):

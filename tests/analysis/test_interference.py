@@ -8,6 +8,7 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
+from badit.analysis.coactivation import NeuronMeans, strongest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binom
@@ -17,7 +18,7 @@ from analysis import naive_interference as naive
 from badit.analysis.gradients import TaskGradients
 from badit.analysis.interference import NeuronMeans, coactivation, measure_interference, strongest
 from badit.errors import BaditError
-from badit.training.trainer import answer_losses
+from badit.trainer import answer_losses
 from tuner.helpers import adapted
 
 Model = Callable[..., Any]

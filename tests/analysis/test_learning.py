@@ -17,7 +17,7 @@ from badit.method import cosine_gram
 from badit.method import expert_angles as angles_of
 from badit.recipe import build_recipe
 from badit.runs import RunFolder
-from badit.training.run import fit
+from badit.train import fit
 from badit.training.scoring import load_run
 from tuner import helpers
 
