@@ -12,9 +12,9 @@ import argparse
 from keep_run import RESULTS
 
 from badit.cli.demo import METHODS, demo_recipe
+from badit.files import write_json
 from badit.recipe import build_recipe
 from badit.runs import environment
-from badit.files import write_json
 from badit.training.run import train
 
 RATES = {"LoRA": (5e-4, 1e-3, 2e-3), "BADIT": (5e-4, 1e-3)}
