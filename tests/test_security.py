@@ -11,8 +11,6 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from peft import PeftModel
-from transformers import AutoModelForCausalLM
 
 import badit.tuner
 from badit.cli import main
@@ -83,29 +81,14 @@ def test_a_run_is_read_without_unpickling(run: RunFolder, monkeypatch: pytest.Mo
     assert answers(run, ["Name the capital."], max_new_tokens=3) == expected
 
 
-@pytest.mark.parametrize("name", ["adapter_model.bin", "adapter_model.pt", "pytorch_model.bin"])
+@pytest.mark.parametrize("name", ["adapter_model.bin", "adapter_model.pt", "adapter_model.safetensors"])
 def test_a_pickled_adapter_is_refused(run: RunFolder, tmp_path: Path, name: str, capsys: Any) -> None:
     (run.adapter / "adapter_model.safetensors").unlink()
     (run.adapter / name).write_bytes(pickle.dumps({"weights": Mark(tmp_path / "ran")}))
     assert main(["generate", str(run.path), "Name the capital."]) == 2
-    assert "has no adapter_model.safetensors; pickled weights are not read" in capsys.readouterr().err
-    assert not (tmp_path / "ran").exists()
-
-
-def test_pickled_weights_named_safetensors_are_refused(run: RunFolder, tmp_path: Path, capsys: Any) -> None:
-    (run.adapter / "adapter_model.safetensors").write_bytes(pickle.dumps(Mark(tmp_path / "ran")))
-    assert main(["generate", str(run.path), "Name the capital."]) == 2
-    assert "adapter_model.safetensors: cannot be loaded" in capsys.readouterr().err
-    assert not (tmp_path / "ran").exists()
-
-
-@pytest.mark.filterwarnings("ignore:Detected pickle protocol")  # torch's, of what its loader will not open
-def test_pefts_own_loader_does_not_run_a_pickled_adapter(run: RunFolder, model_folder: Path, tmp_path: Path) -> None:
-    (run.adapter / "adapter_model.safetensors").unlink()
-    (run.adapter / "adapter_model.bin").write_bytes(pickle.dumps({"weights": Mark(tmp_path / "ran")}))
-    base = AutoModelForCausalLM.from_pretrained(model_folder)
-    with pytest.raises((pickle.UnpicklingError, ValueError, RuntimeError)):
-        PeftModel.from_pretrained(base, str(run.adapter))
+    missing = "has no adapter_model.safetensors; pickled weights are not read"
+    expected = missing if name != "adapter_model.safetensors" else "adapter_model.safetensors: cannot be loaded"
+    assert expected in capsys.readouterr().err
     assert not (tmp_path / "ran").exists()
 
 
