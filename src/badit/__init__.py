@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from badit.evaluation.results import load_results, summarise
     from badit.export import export, score_export
     from badit.models import load_base_model
+    from badit.optimizer import OrthogonalUpdates, build_optimizer, lora_plus_groups
     from badit.push import push_to_hub
     from badit.recipe import load_recipe
     from badit.training.regroup import RegroupCallback
@@ -38,10 +39,12 @@ _HOMES = {
     "BaditConfig": "badit.tuner",
     "BaditError": "badit.errors",
     "BaditModel": "badit.tuner",
+    "OrthogonalUpdates": "badit.optimizer",
     "RegroupCallback": "badit.training.regroup",
     "Regrouper": "badit.training.regrouper",
     "Run": "badit.api",
     "analyze": "badit.api",
+    "build_optimizer": "badit.optimizer",
     "compare": "badit.api",
     "evaluate": "badit.api",
     "export": "badit.export",
@@ -51,6 +54,7 @@ _HOMES = {
     "load_results": "badit.evaluation.results",
     "load_tasks": "badit.data",
     "push_to_hub": "badit.push",
+    "lora_plus_groups": "badit.optimizer",
     "plan": "badit.api",
     "score_export": "badit.export",
     "summarise": "badit.evaluation.results",
@@ -63,11 +67,13 @@ __all__ = [
     "BaditConfig",
     "BaditError",
     "BaditModel",
+    "OrthogonalUpdates",
     "RegroupCallback",
     "Regrouper",
     "Run",
     "__version__",
     "analyze",
+    "build_optimizer",
     "compare",
     "evaluate",
     "export",
@@ -76,6 +82,7 @@ __all__ = [
     "load_recipe",
     "load_results",
     "load_tasks",
+    "lora_plus_groups",
     "plan",
     "push_to_hub",
     "score_export",

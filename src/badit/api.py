@@ -27,7 +27,7 @@ from badit.evaluation.results import Results, Scores, load_results, load_scores
 from badit.files import read_json, read_jsonl
 from badit.metrics import Prediction
 from badit.recipe import Recipe, RecipeLike, RecipeValues, load_recipe, make_recipe
-from badit.report.write import write_report as _write_report
+from badit.report import write_report as _write_report
 from badit.runs import RunFolder
 from badit.training.plan import Plan, Split, make_plan
 from badit.training.run import train as _train
