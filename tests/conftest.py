@@ -25,7 +25,7 @@ from transformers import (
 
 from badit.recipe import build_recipe
 from badit.runs import RunFolder
-from badit.training.run import fit
+from badit.train import fit
 from data.examples import CHATML, make_tokenizer
 from fuzz.command import COUNTED
 
@@ -204,7 +204,13 @@ def recipe_values(tmp_path: Path, model_folder: Path, task_file: Path) -> dict[s
         "model": {"name": str(model_folder), "dtype": "float32"},
         "data": {"source": str(task_file)},
         "method": {"name": "badit", "num_experts": 4, "r": 2, "lora_dropout": 0.1, "regroup": {"every": 3}},
-        "training": {"epochs": 2, "batch_size": 4, "learning_rate": 0.01, "log_every": 1, "save_every": 5},
+        "training": {
+            "num_train_epochs": 2,
+            "per_device_train_batch_size": 4,
+            "learning_rate": 0.01,
+            "logging_steps": 1,
+            "save_steps": 5,
+        },
         "evaluation": {"batch_size": 4, "max_new_tokens": 4},
         "output": str(tmp_path / "run"),
     }

@@ -28,8 +28,7 @@ if TYPE_CHECKING:
     from badit.optimizer import OrthogonalUpdates, build_optimizer, lora_plus_groups
     from badit.push import push_to_hub
     from badit.recipe import load_recipe
-    from badit.training.regroup import RegroupCallback
-    from badit.training.regrouper import Regrouper
+    from badit.regroup import RegroupCallback, Regrouper
     from badit.tuner import BaditConfig, BaditModel
 
 __version__ = "0.1.0"
@@ -40,8 +39,8 @@ _HOMES = {
     "BaditError": "badit.errors",
     "BaditModel": "badit.tuner",
     "OrthogonalUpdates": "badit.optimizer",
-    "RegroupCallback": "badit.training.regroup",
-    "Regrouper": "badit.training.regrouper",
+    "RegroupCallback": "badit.regroup",
+    "Regrouper": "badit.regroup",
     "Run": "badit.api",
     "analyze": "badit.api",
     "build_optimizer": "badit.optimizer",
@@ -101,7 +100,7 @@ def __getattr__(name: str) -> Any:
 
 
 class _Package(ModuleType):
-    """Keeps names such as ``badit.export`` for functions, which importing the module of the same name would take."""
+    """Keeps names such as ``badit.train`` for functions, which importing the module of the same name would take."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         if not (name in _HOMES and isinstance(value, ModuleType)):

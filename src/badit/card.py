@@ -15,12 +15,11 @@ from typing import Any
 
 from badit.errors import one_line
 from badit.files import read_json, read_text, write_text
+from badit.methods import AdapterMethod, build_method
 from badit.models import BUILT_IN, HUB_ID
 from badit.recipe import Recipe, load_recipe
 from badit.results import read_scores
 from badit.runs import RunFolder
-from badit.training.method import AdapterMethod
-from badit.training.methods import build_method
 
 CARD = "README.md"
 # Jinja's, as ModelCard.from_template fills it in; all values are escaped before.

@@ -43,15 +43,15 @@ from badit.data import AnswerCollator, Task, batches_by_task
 from badit.errors import BaditError, explained, nearest
 from badit.files import read_json, remove, replace_folder, write_json, write_text
 from badit.method import compress
+from badit.methods import build_method
 from badit.models import load_base_model
 from badit.recipe import Recipe
 from badit.results import read_scores
 from badit.runs import RunFolder
-from badit.training.methods import build_method
-from badit.training.plan import base_model, device, encoded, make_plan, model_dtype, pad_id
+from badit.train import base_model, device, encoded, make_plan, model_dtype, pad_id
 from badit.training.scoring import evaluate, load_run, score_model
 from badit.tuner import hooks_of
-from badit.tuner.base_config import is_number
+from badit.tuner.config import is_number
 
 #: The ranks that vLLM makes room for (``--max-lora-rank``); an adapter takes the next one up.
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)

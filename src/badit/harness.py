@@ -28,9 +28,9 @@ from badit.data.prompts import uses_template
 from badit.errors import BaditError
 from badit.models import resolve_model
 from badit.runs import RunFolder
-from badit.training.plan import pad_id
+from badit.train import pad_id
+from badit.trainer import logits_only_at, prompt_argument
 from badit.training.scoring import load_run
-from badit.training.trainer import logits_only_at, prompt_argument
 from badit.tuner import hooks_of
 
 try:

@@ -16,11 +16,10 @@ from badit.card import CARD, Base, model_card
 from badit.errors import BaditError, explained
 from badit.export import RECORD
 from badit.files import read_json
+from badit.methods import AdapterMethod, build_method
 from badit.models import HUB_ID
-from badit.recipe import load_recipe
+from badit.recipe import load_config
 from badit.runs import RunFolder
-from badit.training.method import AdapterMethod
-from badit.training.methods import build_method
 
 _VISIBLE = re.compile(r"[^./\\\0][^/\\\0]*")  # the name of a file right in the folder, and no dot-file
 
@@ -67,7 +66,7 @@ def push_to_hub(folder: str | os.PathLike[str], repository: str, *, private: boo
     if not get_token():
         raise BaditError("the hub wants to know who you are: run hf auth login, or set HF_TOKEN to a token of yours")
 
-    recipe = load_recipe(run.config)
+    recipe = load_config(run.config)
     base = Base.of(recipe)
     api = HfApi()
     with explained(repository, action="reached"):
@@ -95,7 +94,7 @@ def _exported_files(folder: Path, record: Mapping[str, Any]) -> list[str]:
 
 
 def _refuse_without_adapter(run: RunFolder) -> None:
-    method = build_method(load_recipe(run.config).method)
+    method = build_method(load_config(run.config).method)
     if not method.trains:
         raise BaditError(f"{run.path}: is a run of the base model as it is: there is nothing to push")
     if not isinstance(method, AdapterMethod):

@@ -14,7 +14,6 @@ import numpy as np
 import pandas as pd
 import yaml
 
-import badit.report.sources  # noqa: F401  (declares the tables)
 from badit.analysis.tables import TABLES, save_frame
 
 TASKS = (

@@ -1,5 +1,8 @@
 """Figures: what they look up, their limits, and that each exports as SVG and PDF."""
 
+# pandas' own types make every selection a frame, a series or a scalar.
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false
+
 from __future__ import annotations
 
 import itertools
@@ -47,9 +50,8 @@ def test_cosines_of_a_layer_a_module_and_all() -> None:
     pairs, overall = FRAMES["gradient_pairs"], FRAMES["gradient_overall"]
     chart = measurements.gradient_cosines(cosines(pairs, overall))
     everywhere = shown(chart, "all|all")
-    for row in overall.itertuples():
-        a, b = row.task_a, row.task_b
-        assert everywhere[a, b] == everywhere[b, a] == pytest.approx(row.cosine, abs=1e-4)
+    for a, b, cosine in overall[["task_a", "task_b", "cosine"]].to_numpy():
+        assert everywhere[a, b] == everywhere[b, a] == pytest.approx(cosine, abs=1e-4)
     assert not any((task, task) in everywhere for task in TASKS)
     for key, chosen in {
         "2|mlp.gate_proj": (pairs["layer"] == 2) & (pairs["module"] == "mlp.gate_proj"),
@@ -57,8 +59,8 @@ def test_cosines_of_a_layer_a_module_and_all() -> None:
         "all|self_attn.q_proj": pairs["module"] == "self_attn.q_proj",
     }.items():
         cells = shown(chart, key)
-        for (a, b), rows in pairs[chosen].groupby(["task_a", "task_b"]):
-            assert cells[str(a), str(b)] == pytest.approx(rows["cosine"].mean(), abs=1e-4)
+        means = pairs[chosen].groupby(["task_a", "task_b"])["cosine"].mean()
+        assert {pair: cells[pair] for pair in SMALL.pairs} == pytest.approx(means.to_dict(), abs=1e-4)
     assert len(stored(chart)[1]) == (1 + SMALL.layers) * (1 + len(SMALL.modules))
     means = shown(measurements.gradient_cosines(cosines(pairs)), "all|all")
     a, b = SMALL.pairs[0]

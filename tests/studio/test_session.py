@@ -22,7 +22,7 @@ from badit.errors import BaditError
 from badit.generation import generate_answers
 from badit.runs import RunFolder
 from badit.studio.session import Question, Session, mixed, nearest_tasks
-from badit.training.plan import encoded
+from badit.train import encoded
 from badit.tuner import hooks_of
 from studio.conftest import BADIT
 

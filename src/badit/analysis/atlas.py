@@ -34,7 +34,7 @@ from tqdm import tqdm
 from badit.analysis.gates import Batches, Experts, PromptGates, active_experts, changed_gates, gates_frame
 from badit.analysis.tables import EXPERT_NUMBER, INDEX, TASK, TASK_A, TASK_B, TEXT, Column, Table
 from badit.data import Task, on_device
-from badit.training.trainer import answer_losses
+from badit.trainer import answer_losses
 
 NEAREST = 5
 SHOWN_CHARACTERS = 300

@@ -30,8 +30,8 @@ from badit.analysis.tables import EXPERT_NUMBER, LAYER, MODULE, TASK, Column, Ta
 from badit.data import on_device
 from badit.errors import BaditError
 from badit.method import prompt_mean
-from badit.training.trainer import answer_losses
-from badit.tuner.base_layer import ExpertLayer
+from badit.trainer import answer_losses
+from badit.tuner.layer import ExpertLinear
 from badit.tuner.prompt import before_first_label
 
 # A gate that is neutral except for rounding does not count as drawn on.
@@ -54,7 +54,7 @@ GATES = Table(
 class Experts:
     """An adapted layer, the adapter that is active in it, and the place of both in the model."""
 
-    layer: ExpertLayer
+    layer: ExpertLinear
     adapter: str
 
     @property
@@ -101,8 +101,8 @@ class PromptGates:
 
 def adapted_layers(model: nn.Module) -> list[Experts]:
     """The layers of all active adapters, first to last, also of those with a single expert."""
-    layers = (module for module in model.modules() if isinstance(module, ExpertLayer))
-    return [Experts(layer, adapter) for layer in layers for adapter in layer._running_adapters]
+    layers = (module for module in model.modules() if isinstance(module, ExpertLinear))
+    return [Experts(layer, adapter) for layer in layers for adapter in layer.running_adapters]
 
 
 def has_experts(model: nn.Module) -> bool:
@@ -131,17 +131,17 @@ def changed_gates(
     """Within, the components' gates (B, 1 or T, N) of every layer are what ``change`` makes of them."""
 
     def changing(one: Experts) -> Callable[[str, torch.Tensor], torch.Tensor]:
-        own = one.layer._component_gates
+        own = one.layer.component_gates
         return lambda adapter, x: change(one, own(adapter, x))
 
     try:
         for one in experts:
             # In the instance's own dictionary it hides the class's method, which is there again once it is taken out.
-            vars(one.layer)["_component_gates"] = changing(one)
+            vars(one.layer)["component_gates"] = changing(one)
         yield
     finally:
         for one in experts:
-            vars(one.layer).pop("_component_gates", None)
+            vars(one.layer).pop("component_gates", None)
 
 
 @torch.no_grad()

@@ -37,7 +37,7 @@ from badit.analysis.gradients import TaskGradients, gradient_frames, layer_and_m
 from badit.analysis.tables import COUNT, LAYER, SHARING, TASK, TASK_A, TASK_B, TEXT, Column, Table
 from badit.baselines.neurons import top_neurons
 from badit.errors import BaditError
-from badit.training.trainer import answer_losses
+from badit.trainer import answer_losses
 from badit.tuner.model import TARGET_MODULES
 
 Batches = Mapping[str, Sequence[Mapping[str, Any]]]

@@ -39,7 +39,7 @@ from badit.method import ExpertAngles, cosine_gram
 from badit.method import expert_angles as angles_of
 from badit.results import SINGLE_TASK, load_results, paired, read_scores
 from badit.runs import RunFolder
-from badit.training.trainer import answer_losses
+from badit.trainer import answer_losses
 
 EXPERT_ANGLES = Table(
     "expert_angles",
@@ -180,7 +180,7 @@ def held_out_angles(
 
     Modules whose experts share one A are left out. ``progress`` shows a bar on stderr.
     """
-    experts = [one for one in active_experts(model) if one.layer.badit_config[one.adapter].experts_own_components]
+    experts = [one for one in active_experts(model) if not one.layer.badit_config[one.adapter].shares_A]
     if not experts:
         return {}
     parameters = [p for one in experts for p in (one.layer.badit_A[one.adapter], one.layer.badit_B[one.adapter])]

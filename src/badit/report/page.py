@@ -5,6 +5,9 @@ page's policy lets only the two scripts run whose hashes it names, and nothing b
 from a model's answer, it could neither run nor send anything.
 """
 
+# pandas' own types make every selection a frame, a series or a scalar.
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false
+
 from __future__ import annotations
 
 import base64
@@ -224,7 +227,7 @@ def _run_facts(source: Source) -> dict[str, str]:
     facts = {}
     if source.scores is not None:
         by_metric = source.scores.groupby("metric", sort=False)["score"]
-        facts = {METRICS[str(metric)].label: number(float(scores.mean())) for metric, scores in by_metric}
+        facts = {METRICS[str(metric)].label: number(scores.mean()) for metric, scores in by_metric}
         facts["tasks"] = str(source.scores["task"].nunique())
     training = source.environment.get("training")
     for name, value in training.items() if isinstance(training, Mapping) else ():

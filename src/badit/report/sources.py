@@ -20,9 +20,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from badit.analysis.experts import component_flow, expert_angles
-from badit.analysis.learning import task_gap, transfer
-from badit.analysis.tables import TidyTable
+from badit.analysis.learning import component_flow, expert_angles, task_gap, transfer
+from badit.analysis.tables import load_frames
 from badit.errors import BaditError
 from badit.evaluation.evaluate import read_predictions
 from badit.files import read_json, read_jsonl
@@ -43,19 +42,6 @@ _ORDERS = {
 _PAIR = ["task_a", "task_b"]
 _DIFFERENCES = ["method", "mean", "low", "high", "reference"]
 _DIFFERENCE = {f"difference_{name}": name for name in ("mean", "low", "high")}
-
-
-from badit.analysis.tables import load_frames  # SHIM
-
-
-def _shim(t):
-    if isinstance(t, TidyTable):
-        f = pd.DataFrame([list(r) for r in t.rows], columns=list(t.columns))
-        for c in f:
-            if f[c].dtype == object:
-                f[c] = f[c].astype(float)
-        return f
-    return t
 
 
 @dataclass
@@ -212,7 +198,7 @@ def _add_results(source: Source) -> None:
     source.add("scores", means.astype({"run": str}), RESULTS)
     source.add("missing_runs", results.cells[results.cells["status"] != "done"], RESULTS)
     if "task_gap" not in source.frames:
-        source.add("task_gap", _shim(task_gap(source.folder)), RESULTS)
+        source.add("task_gap", task_gap(source.folder), RESULTS)
 
 
 def _add_logs(source: Source, run: RunFolder) -> None:
@@ -221,13 +207,13 @@ def _add_logs(source: Source, run: RunFolder) -> None:
         scores = read_scores(run.scores)
         source.scores = scores_frame(scores)
         if "matrix" in scores and "transfer" not in source.frames:
-            source.add("transfer", _shim(transfer(run)), run.scores.name)
+            source.add("transfer", transfer(run), run.scores.name)
     # The log of a run that was kept for its results may have means over modules alone.
     regrouped = any("labels" in line for line in list(read_jsonl(run.regroupings))[:1])
     if regrouped and "component_flow" not in source.frames:
-        source.add("component_flow", _shim(component_flow(run)), run.regroupings.name)
+        source.add("component_flow", component_flow(run), run.regroupings.name)
     if (regrouped or run.angles.is_file()) and "expert_angles" not in source.frames:
-        source.add("expert_angles", _shim(expert_angles(run)), (run.regroupings if regrouped else run.angles).name)
+        source.add("expert_angles", expert_angles(run), (run.regroupings if regrouped else run.angles).name)
 
 
 def _losses(folder: Path) -> list[dict[str, float]]:

@@ -38,9 +38,9 @@ from badit.analysis.tables import load_frame, save_frame
 from badit.data import AnswerCollator, Instance, Task, batches_by_task, encode_prompt
 from badit.errors import BaditError, nearest
 from badit.generation import stream_answer
+from badit.methods import build_method
 from badit.runs import RunFolder
-from badit.training.methods import build_method
-from badit.training.plan import encoded, make_plan, pad_id
+from badit.train import encoded, make_plan, pad_id
 from badit.training.scoring import load_run
 
 MAX_CHARACTERS = 20_000

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 
 from badit.errors import BaditError
 from badit.files import read_json, shown
-from badit.tuner.base_config import FORMAT_FIELD, refuse_newer_format
+from badit.tuner.config import FORMAT_FIELD, RETIRED_FIELDS, refuse_newer_format
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -61,7 +61,7 @@ def tensor_shapes(path: Path) -> Shapes:
     """
     if not path.is_file():
         raise BaditError(
-            f"{shown(path.parent)}: has no {path.name}; pickled weights are not read; remove the folder to train anew"
+            f"{shown(path.parent)}: has no {path.name}; pickled weights are not read; remove the folder to train again"
         )
     try:
         with safe_open(path, framework="pt") as file:
@@ -89,7 +89,7 @@ def _check_settings(path: Path, config: PeftConfig, shapes: Shapes) -> None:
     expected = _plain(config.to_dict())
     known = {field.name for field in dataclasses.fields(config)}
     for key, value in saved.items():
-        if key in _BOOKKEEPING:
+        if key in _BOOKKEEPING | RETIRED_FIELDS:
             continue
         if key not in known:
             raise BaditError(

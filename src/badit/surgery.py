@@ -21,7 +21,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from types import ModuleType
 from typing import Any, Literal
 
 import torch
@@ -29,8 +28,8 @@ from accelerate.utils import DistributedType
 from torch import nn
 
 from badit.errors import BaditError
-from badit.training.trainer import AnswerTrainer
-from badit.tuner.base_config import one_of
+from badit.trainer import AnswerTrainer
+from badit.tuner.config import one_of
 
 Surgery = Literal["pcgrad", "cagrad"]
 Combination = Callable[[torch.Tensor], torch.Tensor]  # from gradients (T, P) to one (P,)
@@ -40,15 +39,18 @@ _Gradients = list[torch.Tensor | None]
 
 def pcgrad() -> Combination:
     """PCGrad (arXiv 2001.06782). Its order comes from torch's global generator on the CPU, which checkpoints keep."""
-    return _aggregation().PCGrad()
+    with _needing_torchjd():
+        from torchjd.aggregation import PCGrad
+
+        return PCGrad()
 
 
 def cagrad(c: float = 0.5) -> Combination:
     """CAGrad (arXiv 2110.14048) times T; c is the radius of the ball around the mean gradient, relative to its norm."""
-    try:
-        aggregate = _aggregation().CAGrad(c=c)
-    except ImportError:  # torchjd without its solver
-        raise _missing() from None
+    with _needing_torchjd():
+        from torchjd.aggregation import CAGrad
+
+        aggregate = CAGrad(c=c)  # imports the solver
 
     def combine(gradients_TP: torch.Tensor) -> torch.Tensor:
         # torchjd takes gradients with a norm below 0.01 for zeros, so it gets them with norm 1.
@@ -61,22 +63,18 @@ def cagrad(c: float = 0.5) -> Combination:
 _COMBINATIONS: dict[str, Callable[[], Combination]] = {"pcgrad": pcgrad, "cagrad": cagrad}
 
 
-def _aggregation() -> ModuleType:
+@contextmanager
+def _needing_torchjd() -> Iterator[None]:
     try:
-        import torchjd.aggregation
+        yield
     except ImportError:
-        raise _missing() from None
-    return torchjd.aggregation
-
-
-def _missing() -> BaditError:
-    return BaditError("surgery needs torchjd and a solver: pip install 'badit[surgery]'")
+        raise BaditError("surgery needs torchjd and a solver: pip install 'badit[surgery]'") from None
 
 
 class SurgeryTrainer(AnswerTrainer):
     """An :class:`AnswerTrainer` on batches with ``tasks``, which combines the tasks' gradients by ``surgery``.
 
-    It holds T + 1 gradients at a time, in float32. Dropout draws anew for each task. A method's own loss
+    It holds T + 1 gradients at a time, in float32. Dropout draws again for each task. A method's own loss
     (``ExpertModel.extra_loss``) is taken over each task's rows, and the mean of these counts once a micro-batch.
 
     Raises:
@@ -116,8 +114,14 @@ class SurgeryTrainer(AnswerTrainer):
             for task in tasks:
                 losses.append(super().training_step(model, rows_of_task(inputs, task), num_items_in_batch))
                 gradients.append(_take_gradients(parameters))
-        combined_P = self._combined(torch.stack([_as_row(of_task, parameters) for of_task in gradients]))
-        _put_gradients(parameters, earlier, gradients, combined_P)
+        gradients_TP = torch.stack([_as_row(of_task, parameters) for of_task in gradients])
+        combined_P = self._combined(gradients_TP)
+        parts = combined_P.split([parameter.numel() for parameter in parameters])
+        for index, (parameter, before, part_P) in enumerate(zip(parameters, earlier, parts, strict=True)):
+            parameter.grad = before
+            if any(of_task[index] is not None for of_task in gradients):  # else no task's loss depends on it
+                combined = part_P.view_as(parameter).to(parameter.dtype)
+                parameter.grad = combined if before is None else before + combined
         return torch.stack(losses).sum()
 
     def _combined(self, gradients_TP: torch.Tensor) -> torch.Tensor:
@@ -166,17 +170,3 @@ def _as_row(gradients: _Gradients, parameters: Sequence[nn.Parameter]) -> torch.
             for gradient, parameter in zip(gradients, parameters, strict=True)
         ]
     )
-
-
-def _put_gradients(
-    parameters: Sequence[nn.Parameter], earlier: _Gradients, gradients: Sequence[_Gradients], combined_P: torch.Tensor
-) -> None:
-    """Sets ``.grad`` to the earlier one plus the combined one; a parameter that no task reached gets none, as ever."""
-    parts = combined_P.split([parameter.numel() for parameter in parameters])
-    for parameter, before, of_tasks, part_P in zip(
-        parameters, earlier, zip(*gradients, strict=True), parts, strict=True
-    ):
-        parameter.grad = before
-        if any(gradient is not None for gradient in of_tasks):
-            combined = part_P.view_as(parameter).to(parameter.dtype)
-            parameter.grad = combined if before is None else before + combined

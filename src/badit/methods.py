@@ -1,23 +1,34 @@
-"""What a method does to a base model: makes it trainable, keeps what it learnt, and takes that up again.
+"""From a recipe's ``method`` section to a method, and what a method does to a base model.
 
-Methods that add PEFT adapters (BADIT and most rivals) and methods that train the base model's own weights (full
-fine-tuning, task neurons) answer the same few calls, so that a run need not know which of them it has.
+    method: {name: badit, num_experts: 8, r: 4, regroup: {every: 20}}     # regroup: null trains without DOG
+    method: {name: lora, r: 32}                                           # or another of badit.baselines.BASELINES
+    method: {name: pcgrad, r: 32}                                         # LoRA with gradient surgery; or cagrad
+    method: {name: task-neurons, share: 0.1}                              # a tenth of the FFN neurons for each task
+    method: {name: full}                                                  # every weight of the base model
+    method: {name: base}                                                  # the base model as it is, to compare with
+
+The options of a method are the fields of its (PEFT) configuration, so there is no second list of them to keep. Methods
+that add PEFT adapters and methods that train the base model's own weights answer the same few calls.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
-from badit.baselines.lora import refuse_unsuitable
+from badit.adapters import first_line, load_adapter, tensor_shapes
+from badit.angles import AngleLog
+from badit.baselines import BASELINES, Baseline
 from badit.baselines.neurons import (
     all_neurons,
     neuron_scores,
@@ -27,27 +38,29 @@ from badit.baselines.neurons import (
     trained_parameters,
     union,
 )
-from badit.errors import BaditError
+from badit.errors import BaditError, nearest
 from badit.files import shown
+from badit.gradients import parameter_count
 from badit.recipe import Recipe
+from badit.regroup import RegroupCallback
 from badit.runs import RunFolder
-from badit.training.adapter_files import first_line, load_adapter, tensor_shapes
-from badit.training.angles import AngleLog
-from badit.training.callbacks import ProjectUpdates
-from badit.training.gradients import parameter_count
-from badit.training.regroup import RegroupCallback
-from badit.training.surgery import Surgery, SurgeryTrainer
-from badit.training.trainer import AnswerTrainer
+from badit.surgery import Surgery, SurgeryTrainer
+from badit.trainer import AnswerTrainer
+from badit.tuner import BaditConfig
+from badit.tuner.config import FORMAT_FIELD, RETIRED_FIELDS
 from badit.tuner.model import TARGET_MODULES, TaskBatches, hooks_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+# PEFT's own bookkeeping and what a run fills in, which are not for a recipe to set.
+_INTERNAL = {"peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
+             "inference_mode", "runtime_config", "tasks", "past_branches", FORMAT_FIELD}  # fmt: skip
 WEIGHTS = "weights.safetensors"
 
 
 class Method:
-    """The base model as it is, to compare with; and the calls that the other kinds of method answer."""
+    """The base model as it is, to compare with; and the calls that all methods answer."""
 
     trains = False
     #: Whether the base weights must be there in float32, since they are what is trained.
@@ -119,20 +132,22 @@ class AdapterMethod(Method):
         name: str,
         config: PeftConfig,
         *,
+        check: Callable[[Any, Any], None] | None = None,
         regroup: dict[str, Any] | None = None,
         surgery: Surgery | None = None,
     ) -> None:
         super().__init__(name)
         self.config = config
         self.needs_tasks = getattr(config, "needs_tasks", False)
+        self.check = check
         self.regroup = regroup
         self.surgery: Surgery | None = surgery
 
     def apply(self, model: PreTrainedModel, tasks: Sequence[str] = ()) -> PeftModel:
         """PEFT's own methods adapt what BADIT would by default; a method that tells tasks apart learns their names."""
-        if isinstance(self.config, LoraConfig):
-            refuse_unsuitable(self.config, model)
         config: Any = self.config
+        if self.check is not None:
+            self.check(config, model)
         if self.needs_tasks and config.tasks is None and tasks:
             config.tasks = list(tasks)
         if config.target_modules is None:
@@ -170,15 +185,13 @@ class AdapterMethod(Method):
         hooks_of(model).end_task(batches)
 
     def refuse_shards(self, model: PeftModel) -> None:
-        if getattr(self.config, "changes_base_weight", False):
-            raise BaditError("method.base_weight: folded needs whole base weights; take delta with FSDP and DeepSpeed")
         if hooks_of(model).needs_whole_weights:
             raise BaditError(f"{self.name} works on whole weights: launch it without FSDP and DeepSpeed")
 
     def callbacks(self, run: RunFolder) -> list[TrainerCallback]:
         if self.regroup is None:
-            return [ProjectUpdates(), AngleLog(run.angles)]
-        return [ProjectUpdates(), RegroupCallback(**self.regroup, log_path=run.regroupings)]
+            return [AngleLog(run.angles)]
+        return [RegroupCallback(**self.regroup, log_path=run.regroupings)]
 
     def trainer(self, **arguments: Any) -> AnswerTrainer:
         if self.surgery is None:
@@ -207,7 +220,7 @@ class WeightsMethod(Method):
         if unknown := [name for name in shapes if shapes[name] != known.get(name)]:
             raise BaditError(f"{shown(path)}: belongs to another base model, which has a weight {unknown[0]!r:.120}")
         if missing := sorted(self._saved_names(model) - shapes.keys()):
-            raise BaditError(f"{shown(path)}: has no weight {missing[0]}; remove the folder to train it anew")
+            raise BaditError(f"{shown(path)}: has no weight {missing[0]}; remove the folder to train it again")
         try:
             model.load_state_dict(load_file(path), strict=False)
         except (OSError, RuntimeError, SafetensorError) as error:
@@ -276,3 +289,77 @@ class NeuronMethod(WeightsMethod):
         ]
         self._masks = union(*masks)
         train_only(model, self._masks)
+
+
+def build_method(section: Mapping[str, Any]) -> Method:
+    """Validates a ``method`` section.
+
+    Raises:
+        BaditError: an unknown method or option, or a value that the method refuses.
+    """
+    options = dict(section)
+    name = options.pop("name", "badit")
+    if not isinstance(name, str) or name not in _METHODS:
+        known = ", ".join(_METHODS)
+        raise BaditError(f"method.name: unknown method {name!r:.60}{nearest(name, _METHODS)}; known: {known}")
+    return _METHODS[name](options)
+
+
+def _badit(options: dict[str, Any]) -> Method:
+    regroup = options.pop("regroup", {})
+    if regroup is not None:
+        if not isinstance(regroup, dict):
+            raise BaditError("method.regroup: must be a mapping such as {every: 20}, or null to train without DOG")
+        own = {"probe", "log_path", "checkpoint"}
+        _refuse_unknown("method.regroup", regroup, set(inspect.signature(RegroupCallback).parameters) - own)
+        _built(lambda: RegroupCallback(**regroup))
+    return AdapterMethod("badit", _config(BaditConfig, options), regroup=regroup)
+
+
+def _adapter(name: str, baseline: Baseline, surgery: Surgery | None, options: dict[str, Any]) -> Method:
+    for key in options.keys() & baseline.settled.keys():
+        raise BaditError(f"method.{key}: is what the name {name} stands for ({baseline.settled[key]}); leave it out")
+    config = _config(baseline.config_cls, options, baseline.settled)
+    return AdapterMethod(name, config, check=baseline.check, surgery=surgery)
+
+
+def _neurons(options: dict[str, Any]) -> Method:
+    _refuse_unknown("method", options, {field.name for field in dataclasses.fields(NeuronOptions)})
+    return NeuronMethod("task-neurons", _built(lambda: NeuronOptions(**options)))
+
+
+def _without_options(name: str, kind: type[Method], options: dict[str, Any]) -> Method:
+    _refuse_unknown("method", options, set())
+    return kind(name)
+
+
+_METHODS: dict[str, Callable[[dict[str, Any]], Method]] = {
+    "badit": _badit,
+    **{name: partial(_adapter, name, baseline, None) for name, baseline in BASELINES.items()},
+    **{name: partial(_adapter, name, BASELINES["lora"], name) for name in get_args(Surgery)},
+    "task-neurons": _neurons,
+    "full": partial(_without_options, "full", WeightsMethod),
+    "base": partial(_without_options, "base", Method),
+}
+
+
+def _config(config_cls: type[Any], options: dict[str, Any], settled: Mapping[str, Any] | None = None) -> PeftConfig:
+    fields = {field.name for field in dataclasses.fields(config_cls) if field.init}
+    known = fields - _INTERNAL - (settled or {}).keys()
+    for key in options.keys() & RETIRED_FIELDS:
+        raise BaditError(f"method.{key}: is no option any more and changed no result; leave it out")
+    _refuse_unknown("method", options, known)
+    return _built(lambda: config_cls(task_type="CAUSAL_LM", **options, **(settled or {})))
+
+
+def _refuse_unknown(where: str, options: Mapping[str, Any], known: set[str]) -> None:
+    for key in options:
+        if key not in known:
+            raise BaditError(f"{where}.{key}: unknown key{nearest(key, known)}")
+
+
+def _built(build: Callable[[], Any]) -> Any:
+    try:
+        return build()
+    except (ValueError, TypeError, OverflowError) as error:  # BaditError among them
+        raise BaditError(f"method: {error}") from None

@@ -5,6 +5,8 @@
   exchanged and no gradient is put together.
 * DeepSpeed's ZeRO: the engine keeps gradients to itself and takes its step inside the backward pass, so they are read
   just before that step, through its own ``safe_get_full_grad``.
+
+Below that: what the processes of one training agree on. With a single process these calls are free.
 """
 
 from __future__ import annotations
@@ -35,8 +37,11 @@ def component_grams(factors: Sequence[tuple[nn.Parameter, nn.Parameter]]) -> lis
     grams: list[torch.Tensor | None] = [None] * len(factors)
     for layers in _alike([(_reduced_gradient(a_NI), _reduced_gradient(b_ON)) for a_NI, b_ON in factors]):
         grads_A, grads_B = zip(*layers.values(), strict=True)
-        stacked = _grams_of_shards(grads_A, grads_B) if isinstance(grads_A[0], DTensor) else _grams(grads_A, grads_B)
-        for index, gram_NN in zip(layers, stacked, strict=True):
+        if isinstance(grads_A[0], DTensor):
+            stacked_NN = _grams_of_shards(grads_A, grads_B)
+        else:
+            stacked_NN = cosine_gram(torch.stack(grads_A), torch.stack(grads_B))
+        for index, gram_NN in zip(layers, stacked_NN.unbind(), strict=True):
             grams[index] = gram_NN
     return grams
 
@@ -58,13 +63,34 @@ def _alike(
             yield {index: layers[index] for index in indices[start : start + together]}
 
 
-def _grams(grads_A: Sequence[torch.Tensor], grads_B: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
-    return cosine_gram(torch.stack(list(grads_A)), torch.stack(list(grads_B))).unbind()
+def _grams_of_shards(grads_A: Sequence[DTensor], grads_B: Sequence[DTensor]) -> torch.Tensor:
+    """From shards along any dimension. A's, which come as rows, are exchanged for columns: a W-th of it per process."""
+    mesh = grads_A[0].device_mesh
+
+    def along(gradient: DTensor, dim: int) -> torch.Tensor:
+        placements = [Shard(dim) if placement.is_shard() else Replicate() for placement in gradient.placements]
+        return gradient.redistribute(placements=placements).to_local()
+
+    groups = [mesh.get_group(i) for i, placement in enumerate(grads_A[0].placements) if placement.is_shard()]
+
+    def over_shards(tensor: torch.Tensor, operation: Literal["max", "sum"]) -> torch.Tensor:
+        reduce = torch.distributed.ReduceOp.MAX if operation == "max" else torch.distributed.ReduceOp.SUM
+        for group in groups:
+            torch.distributed.all_reduce(tensor, op=reduce, group=group)
+        return tensor
+
+    columns = torch.stack([along(gradient, 1) for gradient in grads_A])
+    rows = torch.stack([along(gradient, 0) for gradient in grads_B])
+    return cosine_gram(columns, rows, over_shards)
 
 
 def local_gradient(parameter: nn.Parameter) -> torch.Tensor | None:
     """This process's part of ``.grad``."""
     return parameter.grad.to_local() if isinstance(parameter.grad, DTensor) else parameter.grad
+
+
+def _reduced_gradient(parameter: nn.Parameter) -> torch.Tensor | None:
+    return _deepspeed().safe_get_full_grad(parameter) if _kept_by_deepspeed(parameter) else parameter.grad
 
 
 @torch.no_grad()
@@ -92,26 +118,22 @@ def whole_weights(model: nn.Module) -> dict[str, torch.Tensor] | None:
 
     Every process must ask for it.
     """
-    if not any(_in_shards(parameter) for parameter in model.parameters()):
+    if not any(isinstance(parameter, DTensor) or hasattr(parameter, "ds_id") for parameter in model.parameters()):
         return None
     trained = {name: _whole(parameter) for name, parameter in model.named_parameters() if parameter.requires_grad}
     named = {**trained, **dict(model.named_buffers())}
     return {name: value.detach().cpu().contiguous() for name, value in named.items()}
 
 
-def parameter_count(parameter: nn.Parameter) -> int:
-    """How many numbers a weight has, of which this process may hold only some (a DTensor tells all of them itself)."""
-    return getattr(parameter, "ds_numel", parameter.numel())
-
-
-def _in_shards(parameter: nn.Parameter) -> bool:
-    return isinstance(parameter, DTensor) or hasattr(parameter, "ds_id")
-
-
 def _whole(parameter: nn.Parameter) -> torch.Tensor:
     if isinstance(parameter, DTensor):
         return parameter.full_tensor()
     return _deepspeed().safe_get_full_fp32_param(parameter)
+
+
+def parameter_count(parameter: nn.Parameter) -> int:
+    """How many numbers a weight has, of which this process may hold only some (a DTensor tells all of them itself)."""
+    return getattr(parameter, "ds_numel", parameter.numel())
 
 
 def before_step(optimizer: Any, read: Callable[[], None]) -> bool:
@@ -138,12 +160,6 @@ def steps_in_backward(optimizer: Any) -> bool:
     return any(kind.__name__ == "DeepSpeedOptimizerWrapper" for kind in type(optimizer).__mro__)
 
 
-def _reduced_gradient(parameter: nn.Parameter) -> torch.Tensor | None:
-    if not _kept_by_deepspeed(parameter):
-        return parameter.grad
-    return _deepspeed().safe_get_full_grad(parameter)
-
-
 def _deepspeed() -> Any:
     return import_module("deepspeed.utils")
 
@@ -152,22 +168,47 @@ def _kept_by_deepspeed(parameter: nn.Parameter) -> bool:
     return hasattr(parameter, "_hp_mapping") or hasattr(parameter, "ds_id")
 
 
-def _grams_of_shards(grads_A: Sequence[DTensor], grads_B: Sequence[DTensor]) -> Sequence[torch.Tensor]:
-    """From shards along any dimension. A's, which come as rows, are exchanged for columns: a W-th of it a process."""
-    mesh = grads_A[0].device_mesh
+def several() -> bool:
+    """Whether more than one process trains."""
+    distributed = torch.distributed
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
 
-    def along(gradient: DTensor, dim: int) -> torch.Tensor:
-        placements = [Shard(dim) if placement.is_shard() else Replicate() for placement in gradient.placements]
-        return gradient.redistribute(placements=placements).to_local()
 
-    groups = [mesh.get_group(i) for i, placement in enumerate(grads_A[0].placements) if placement.is_shard()]
+def rank() -> int:
+    """This process's number among those that train; 0 if it is the only one."""
+    return torch.distributed.get_rank() if several() else 0
 
-    def over_shards(tensor: torch.Tensor, operation: Literal["max", "sum"]) -> torch.Tensor:
-        reduce = torch.distributed.ReduceOp.MAX if operation == "max" else torch.distributed.ReduceOp.SUM
-        for group in groups:
-            torch.distributed.all_reduce(tensor, op=reduce, group=group)
-        return tensor
 
-    columns = torch.stack([along(gradient, 1) for gradient in grads_A])
-    rows = torch.stack([along(gradient, 0) for gradient in grads_B])
-    return cosine_gram(columns, rows, over_shards).unbind()
+def any_of_all(flag: bool) -> bool:
+    """Whether the flag is true in any process."""
+    return bool(gathered(torch.tensor(int(flag))).any()) if several() else flag
+
+
+def gathered(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor of every process, (ranks, …)."""
+    if not several():
+        return tensor[None]
+    tensor = tensor.to(_communicating_device()).contiguous()
+    parts = [torch.empty_like(tensor) for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather(parts, tensor)
+    return torch.stack(parts)
+
+
+def own_part(parts: torch.Tensor) -> torch.Tensor:
+    """This process's row of what :func:`gathered` gave; an even share of the sum where there were more or fewer."""
+    ranks = torch.distributed.get_world_size() if several() else 1
+    return parts[rank()] if len(parts) == ranks else parts.sum(dim=0) / ranks
+
+
+def of_first(tensor: torch.Tensor) -> torch.Tensor:
+    """The first process's tensor, on the CPU; all must give one of the same shape and type."""
+    if several():
+        tensor = tensor.to(_communicating_device())
+        torch.distributed.broadcast(tensor, src=0)
+    return tensor.cpu()
+
+
+def _communicating_device() -> torch.device:
+    """Where a tensor must be for the processes to exchange it."""
+    nccl = torch.distributed.get_backend() == "nccl"
+    return torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
