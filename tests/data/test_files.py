@@ -58,7 +58,7 @@ def refusal(file) -> str:
         (GOOD.replace(b'"a"', b'"\\uD83D"'), "half a surrogate pair"),
         (
             GOOD.replace(b'"Definition"', b'"Instances": 1, "Definition"'),
-            "the key 'Instances' is there twice from line 1",
+            "the key 'Instances' is there twice; keep one (line 1 on)",
         ),
         (b'{"a": {"b": 1, "c": 2, "b": 1}}', "the key 'b' is there twice"),
     ],

@@ -11,8 +11,8 @@ import threading
 import traceback
 from pathlib import Path
 
-from badit.errors import BaditError
-from badit.files import full_disk_named, write_json, write_text
+from badit.errors import BaditError, explained
+from badit.files import write_json, write_text
 from badit.runs import RunFolder
 
 ERROR, LOG = "error.txt", "log.txt"
@@ -98,7 +98,7 @@ def _stop_at_end_of(lifeline: int) -> None:
 def run_cell(folder: Path, config: str, *, score: bool) -> int:
     """Does a cell's work and returns the process's exit code; what went wrong is in the folder's ``error.txt``."""
     try:
-        with full_disk_named(folder):
+        with explained(folder):
             _run(folder, config, score=score)
     except KeyboardInterrupt:
         return 130

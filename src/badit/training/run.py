@@ -16,9 +16,9 @@ from transformers import TrainingArguments
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from badit.data import AnswerCollator, batches_by_task, mixture
-from badit.errors import BaditError
+from badit.errors import BaditError, explained
 from badit.evaluation.results import read_scores
-from badit.files import full_disk_named, read_json, replace_folder, write_json
+from badit.files import copy_folder, read_json, replace_folder, write_json
 from badit.recipe import Recipe
 from badit.runs import RunFolder, environment, is_main_process, peak_memory
 from badit.training.attention import fast_on_short_sequences
@@ -54,7 +54,7 @@ def train(recipe: Recipe, *, progress: bool = True) -> dict[str, Any]:
     Raises:
         BaditError: bad input, or an output folder that holds another recipe's run.
     """
-    with full_disk_named(Path(recipe.output)):
+    with explained(Path(recipe.output)):
         run = fit(recipe, progress=progress)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
@@ -95,9 +95,7 @@ def fit(recipe: Recipe, *, progress: bool = True) -> RunFolder:
     if plan.sequential and is_main_process():
         summaries = [read_json(stage.folder.environment)["training"] for stage in plan.stages]
         write_json(run.environment, {**read_json(run.environment), "training": _total(summaries)})
-        partial = run.adapter.with_name("adapter.partial")
-        shutil.copytree(plan.stages[-1].folder.adapter, partial, dirs_exist_ok=True)
-        replace_folder(partial, run.adapter)
+        copy_folder(plan.stages[-1].folder.adapter, run.adapter)
     return run
 
 

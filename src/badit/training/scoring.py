@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -16,7 +15,7 @@ from badit.data import AnswerCollator, Task, encode_prompt, on_device
 from badit.errors import BaditError
 from badit.evaluation.evaluate import Prediction, evaluate_tasks, write_predictions
 from badit.evaluation.results import read_scores
-from badit.files import read_json, write_json
+from badit.files import copy_folder, read_json, write_json
 from badit.generation import generate_answers
 from badit.recipe import Recipe
 from badit.runs import RunFolder
@@ -103,7 +102,7 @@ def _score_sequence(run: RunFolder, plan: Plan, progress: bool) -> dict[str, Any
     numbers = [[math.nan if score is None else score for score in row] for row in matrix]
     continual = {form: continual_scores(numbers, form=form)._asdict() for form in FORMS}
     scores = {**by_stage[-1], "order": names, "matrix": matrix, "continual": continual}
-    shutil.copytree(plan.stages[-1].folder.predictions, run.predictions, dirs_exist_ok=True)
+    copy_folder(plan.stages[-1].folder.predictions, run.predictions)
     write_json(run.scores, scores)
     return scores
 
