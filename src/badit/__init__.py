@@ -12,17 +12,19 @@ Names are imported on first use, so that ``import badit`` takes no time.
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from badit.api import Run, analyze, compare, evaluate, generate, plan, train, write_report
-    from badit.cli.table import render as table
     from badit.data import load_tasks
     from badit.errors import BaditError
-    from badit.evaluation.results import load_results, summarise
     from badit.models import load_base_model
     from badit.recipe import load_recipe
+    from badit.render import render as table
+    from badit.results import load_results, summarise
     from badit.serving.export import export
     from badit.serving.push import push_to_hub
     from badit.serving.score import score_export
@@ -47,13 +49,13 @@ _HOMES = {
     "generate": "badit.api",
     "load_base_model": "badit.models",
     "load_recipe": "badit.recipe",
-    "load_results": "badit.evaluation.results",
+    "load_results": "badit.results",
     "load_tasks": "badit.data",
     "push_to_hub": "badit.serving.push",
     "plan": "badit.api",
     "score_export": "badit.serving.score",
-    "summarise": "badit.evaluation.results",
-    "table": "badit.cli.table:render",
+    "summarise": "badit.results",
+    "table": "badit.render:render",
     "train": "badit.api",
     "write_report": "badit.api",
 }
@@ -90,6 +92,17 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'badit' has no attribute {name!r}")
     module, _, own_name = _HOMES[name].partition(":")
     return getattr(import_module(module), own_name or name)
+
+
+class _Package(ModuleType):
+    """Keeps a public function from being hidden by the submodule of the same name, which is set here once loaded."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _HOMES and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
 
 
 def __dir__() -> list[str]:

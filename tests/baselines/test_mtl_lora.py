@@ -219,7 +219,9 @@ def test_a_batch_without_its_tasks_is_refused(tiny_model):
         with pytest.raises(BaditError, match=message), hooks_of(model).rows_of(names):
             pass
     for door in (model, model.base_model, model.get_base_model()):
-        with pytest.raises(BaditError, match=r"each row's task: run it within badit\.tuner\.hooks_of\(model\)\.rows_of\(names\)"):
+        with pytest.raises(
+            BaditError, match=r"each row's task: run it within badit\.tuner\.hooks_of\(model\)\.rows_of\(names\)"
+        ):
             door(input_ids=IDS)
         for names in ([], ["cities"] * 2):
             with hooks_of(model).rows_of(names), pytest.raises(BaditError, match=f"3 rows, but {len(names)} tasks"):

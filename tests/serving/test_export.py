@@ -16,10 +16,10 @@ from safetensors.torch import load_file, save_file
 import badit
 from badit.analysis.gates import adapted_layers, changed_gates
 from badit.errors import BaditError
+from badit.evaluate import load_run
 from badit.runs import RunFolder
 from badit.serving.export import Export, export
 from badit.serving.files import merge
-from badit.training.scoring import load_run
 from badit.tuner import hooks_of
 from serving.contract import check_adapter
 

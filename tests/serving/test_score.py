@@ -10,10 +10,10 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from badit.cli import main
+from badit.evaluate import evaluate
 from badit.runs import RunFolder
 from badit.serving.export import export
 from badit.serving.score import score_export
-from badit.training.scoring import evaluate
 
 Trained = Callable[..., RunFolder]
 BADIT = {"name": "badit", "num_experts": 3, "r": 2, "lora_dropout": 0.0, "regroup": None}

@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from badit.errors import BaditError
+from badit.evaluate import load_run, validation_loss
 from badit.files import read_json
 from badit.recipe import Recipe, build_recipe
 from badit.runs import RunFolder
 from badit.training import plan as plan_module
 from badit.training.plan import encoded, make_plan
 from badit.training.run import fit
-from badit.training.scoring import load_run, validation_loss
 from badit.tuner import hooks_of
 
 Values = dict[str, Any]

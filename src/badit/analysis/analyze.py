@@ -23,13 +23,13 @@ from badit.analysis.learning import task_gap, transfer
 from badit.analysis.tables import TidyTable
 from badit.data import AnswerCollator, Instance, Task, batches_by_task, load_tasks
 from badit.errors import BaditError
+from badit.evaluate import load_run
 from badit.evaluation.results import RESULTS
 from badit.files import read_json, write_json
 from badit.recipe import Recipe, build_recipe, expand_source
 from badit.runs import RunFolder, environment, peak_memory
 from badit.training.methods import build_method
 from badit.training.plan import encoded, make_plan, pad_id
-from badit.training.scoring import load_run
 
 _PARTS = ("interference", "experts", "learning")
 _BATCH_SIZE = 4

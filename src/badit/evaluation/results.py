@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean, median
+from statistics import fmean, median, stdev
 from typing import Annotated, Any, Literal, get_args
 
 import numpy as np
@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from badit.data.schema import first_problem
 from badit.errors import BaditError, nearest
 from badit.files import read_json, refuse_other_format, shown
-from badit.statistics import Difference, Form, Spread, paired_bootstrap, spread
+from badit.statistics import Difference, Form, paired_bootstrap
 
 Metric = Literal["rouge_l", "exact_match"]
 
@@ -332,6 +332,16 @@ def _checked_sizes(cell: Cell, place: str, sizes: dict[str, int]) -> dict[str, i
             if {task: len(getattr(each, metric)) for task, each in cell.instances.items()} != own:
                 raise BaditError(f"{place}.instances: needs one {metric} for each instance of scores.tasks")
     return own
+
+
+@dataclass(frozen=True)
+class Spread:
+    mean: float
+    std: float | None
+
+
+def spread(values: Any) -> Spread:
+    return Spread(fmean(values), stdev(values) if len(values) > 1 else None)
 
 
 def ranks(scores: Any) -> list[float]:

@@ -18,10 +18,10 @@ from badit.analysis.experts import component_flow, expert_angles
 from badit.analysis.learning import task_gap, transfer
 from badit.analysis.tables import TidyTable
 from badit.errors import BaditError
-from badit.evaluation.evaluate import group_by_task, read_predictions
+from badit.evaluate import read_predictions
 from badit.evaluation.results import RESULTS, MethodSummary, Results, Scores, load_results, read_scores, summarise
 from badit.files import read_json, read_jsonl
-from badit.metrics import Prediction, instance_scores
+from badit.metrics import Prediction, group_by_task, instance_scores
 from badit.recipe import read_values
 from badit.report.contract import TABLES, TASK_COLUMNS, Records, checked_records
 from badit.runs import RunFolder

@@ -13,6 +13,7 @@ from peft import LoraConfig, PeftModel
 from badit.analysis.gates import adapted_layers
 from badit.data import Task
 from badit.errors import BaditError, nearest
+from badit.evaluate import load_run
 from badit.files import write_text
 from badit.method import compress
 from badit.recipe import Recipe
@@ -24,7 +25,6 @@ from badit.training.card import CARD, Base, model_card
 from badit.training.method import AdapterMethod
 from badit.training.methods import build_method
 from badit.training.plan import base_model, make_plan
-from badit.training.scoring import load_run
 from badit.tuner import hooks_of
 
 #: The ranks that vLLM makes room for (``--max-lora-rank``); an adapter takes the next one up.

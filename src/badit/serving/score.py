@@ -9,13 +9,13 @@ from typing import Any
 from peft import PeftModel
 
 from badit.errors import BaditError
+from badit.evaluate import evaluate, score_model
 from badit.files import read_json, write_json
 from badit.models import load_base_model
 from badit.runs import RunFolder
 from badit.serving.export import Export
 from badit.serving.files import SCORES
 from badit.training.plan import base_model, device, make_plan, model_dtype
-from badit.training.scoring import evaluate, score_model
 
 
 def score_export(run: str | Path, exported: Export, *, progress: bool = True) -> dict[str, Any]:

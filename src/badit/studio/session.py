@@ -24,12 +24,12 @@ from badit.analysis.gates import Experts, active_experts, has_experts
 from badit.analysis.tables import TidyTable
 from badit.data import Instance, Task, encode_prompt
 from badit.errors import BaditError, nearest
+from badit.evaluate import load_run
 from badit.generation import stream_answer
 from badit.runs import RunFolder
 from badit.studio.mixing import measure_task_gates, mixed, saved_task_gates
 from badit.training.methods import build_method
 from badit.training.plan import encoded, make_plan
-from badit.training.scoring import load_run
 
 MAX_CHARACTERS = 20_000
 MAX_NEW_TOKENS = 512

@@ -1,4 +1,4 @@
-"""One run from recipe to scores: load, adapt, train, save, score. An interrupted run goes on where it stopped."""
+"""One run from recipe to adapter: load, adapt, train, save. An interrupted run goes on where it stopped."""
 
 from __future__ import annotations
 
@@ -16,14 +16,12 @@ from transformers import TrainingArguments
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from badit.data import AnswerCollator, batches_by_task, mixture
-from badit.errors import BaditError, explained
-from badit.evaluation.results import read_scores
+from badit.errors import BaditError
 from badit.files import copy_folder, read_json, replace_folder, write_json
 from badit.recipe import Recipe
 from badit.runs import RunFolder, environment, is_main_process, peak_memory
 from badit.training.attention import fast_on_short_sequences
 from badit.training.callbacks import MetricsLog, ProgressBar, StopOnSignal
-from badit.training.card import write_run_card
 from badit.training.checkpoints import (
     SealCheckpoints,
     TrainerSums,
@@ -36,7 +34,6 @@ from badit.training.determinism import deterministic
 from badit.training.gradients import parameter_count, whole_weights
 from badit.training.method import Method
 from badit.training.plan import Plan, Stage, base_model, encoded, make_plan, model_dtype, pad_id
-from badit.training.scoring import evaluate
 from badit.training.trackers import refuse_missing, tracker_callbacks
 
 if TYPE_CHECKING:
@@ -46,31 +43,11 @@ if TYPE_CHECKING:
 _SEEDS_PER_STAGE = 1_000
 
 
-def train(recipe: Recipe, *, progress: bool = True) -> dict[str, Any]:
-    """Runs a recipe to its end, or to its end from where it stopped, and returns its scores.
-
-    Under accelerate or torchrun all processes train; the first goes on alone to score, and the others return {}.
-
-    Raises:
-        BaditError: bad input, or an output folder that holds another recipe's run.
-    """
-    with explained(Path(recipe.output)):
-        run = fit(recipe, progress=progress)
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
-        if not is_main_process():
-            return {}
-        if run.scores.is_file():
-            write_run_card(run)  # an earlier process may have ended between the two
-            return read_scores(run.scores)
-        return evaluate(run.path, progress=progress, trust_remote_code=recipe.model.trust_remote_code)
-
-
 def fit(recipe: Recipe, *, progress: bool = True) -> RunFolder:
     """Trains a recipe without scoring it. A sequence of tasks is trained one after another, each kept for itself.
 
     Raises:
-        BaditError: as :func:`train`.
+        BaditError: bad input, or an output folder that holds another recipe's run.
     """
     plan = make_plan(recipe)
     refuse_missing(recipe.training.report_to)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from badit.evaluation.results import RESULTS, MethodSummary, Results, task_means
+from badit.evaluation.results import RESULTS, MethodSummary, Results, Spread, task_means
 from badit.report.blocks import Block, Cell, Figure, Note, Origin, Table
 from badit.report.context import Report
 from badit.report.contract import Records
@@ -13,7 +13,7 @@ from badit.report.figures import learning
 from badit.report.numbers import difference_text
 from badit.report.sources import Source
 from badit.report.wording import UNKNOWN, counted, duration, number, whole
-from badit.statistics import Difference, Spread
+from badit.statistics import Difference
 
 
 def difference_figure(key: str, found: Mapping[str, Difference], reference: str, origins: Sequence[Origin]) -> Figure:
