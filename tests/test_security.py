@@ -15,11 +15,11 @@ import transformers
 import badit.tuner
 from badit.cli import main
 from badit.errors import BaditError
+from badit.evaluate import answers
 from badit.models import load_base_model
 from badit.recipe import Recipe, build_recipe, dump_recipe
 from badit.runs import RunFolder
 from badit.train import fit
-from badit.training.scoring import answers
 
 SOURCE = Path(badit.tuner.__file__).parents[1]
 TREES = {path.relative_to(SOURCE): ast.parse(path.read_text(encoding="utf-8")) for path in SOURCE.rglob("*.py")}

@@ -19,16 +19,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from badit.api import Run, analyze, compare, evaluate, generate, plan, train, write_report
-    from badit.cli.table import render as table
     from badit.data import load_tasks
     from badit.errors import BaditError
-    from badit.evaluation.results import load_results, summarise
     from badit.export import export, score_export
     from badit.models import load_base_model
     from badit.optimizer import OrthogonalUpdates, build_optimizer, lora_plus_groups
     from badit.push import push_to_hub
     from badit.recipe import load_recipe
     from badit.regroup import RegroupCallback, Regrouper
+    from badit.render import render as table
+    from badit.results import load_results, summarise
     from badit.tuner import BaditConfig, BaditModel
 
 __version__ = "0.1.0"
@@ -50,14 +50,14 @@ _HOMES = {
     "generate": "badit.api",
     "load_base_model": "badit.models",
     "load_recipe": "badit.recipe",
-    "load_results": "badit.evaluation.results",
+    "load_results": "badit.results",
     "load_tasks": "badit.data",
     "push_to_hub": "badit.push",
     "lora_plus_groups": "badit.optimizer",
     "plan": "badit.api",
     "score_export": "badit.export",
-    "summarise": "badit.evaluation.results",
-    "table": "badit.cli.table:render",
+    "summarise": "badit.results",
+    "table": "badit.render:render",
     "train": "badit.api",
     "write_report": "badit.api",
 }
@@ -100,7 +100,7 @@ def __getattr__(name: str) -> Any:
 
 
 class _Package(ModuleType):
-    """Keeps names such as ``badit.train`` for functions, which importing the module of the same name would take."""
+    """Keeps a public function from being hidden by the submodule of the same name, which is set here once loaded."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         if not (name in _HOMES and isinstance(value, ModuleType)):

@@ -1,7 +1,7 @@
 """What the command line does, as functions for scripts and notebooks: files and typed results come out.
 
     run = badit.train("recipes/own-tasks.yaml", data={"source": "my-tasks.jsonl"}, output="runs/mine")
-    run.scores.tasks["capitals"].rouge_l
+    run.scores.groupby("metric")["score"].mean()
     badit.generate(run, "Name the capital of France.")
 
 A recipe is the path of a YAML file, a :class:`~badit.recipe.Recipe`, or plain values by section. What is given beside
@@ -21,22 +21,21 @@ import pandas as pd
 
 from badit.analysis.analyze import analyze as _analyze
 from badit.analysis.tables import load_frames
-from badit.comparison.compare import compare as _compare
-from badit.comparison.compare import report_to_stderr
+from badit.compare import compare as _compare
+from badit.compare import report_to_stderr
 from badit.errors import BaditError
-from badit.evaluation.evaluate import read_predictions
-from badit.evaluation.results import Results, Scores, load_results, load_scores
+from badit.evaluate import answers, load_run, read_predictions, train_and_score
+from badit.evaluate import evaluate as _evaluate
 from badit.files import read_json, read_jsonl
 from badit.metrics import Prediction
 from badit.recipe import Recipe, RecipeLike, RecipeValues, load_config, make_recipe
 from badit.report import write_report as _write_report
+from badit.results import Results, load_results, read_scores, scores_frame
 from badit.runs import RunFolder
 from badit.train import Plan, Split, make_plan
-from badit.training.scoring import answers, load_run
-from badit.training.scoring import evaluate as _evaluate
-from badit.training.scoring import train_and_score as _train
 
 if TYPE_CHECKING:
+    import pandas as pd
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -72,12 +71,12 @@ class Run:
         return load_config(self._folder.config)
 
     @property
-    def scores(self) -> Scores:
-        """Those on the recipe's own split."""
+    def scores(self) -> pd.DataFrame:
+        """Those on the recipe's own split: task, metric, score (0 to 100), n (see :mod:`badit.results`)."""
         file = self._folder.scores
         if not file.is_file():
             raise BaditError(f"{self.path}: has no scores yet; make them with: badit evaluate {self.path}")
-        return load_scores(file)
+        return scores_frame(read_scores(file))
 
     @property
     def predictions(self) -> list[Prediction]:
@@ -142,13 +141,13 @@ def train(recipe: RecipeLike | None = None, /, *, progress: bool = True, **value
         BaditError: bad input, or an output folder that holds another recipe's run.
     """
     made = make_recipe(recipe, values)
-    _train(made, progress=progress)
+    train_and_score(made, progress=progress)
     return Run(made.output)
 
 
 def evaluate(
     run: AnyPath, *, split: Split | None = None, progress: bool = True, trust_remote_code: bool = False
-) -> Scores:
+) -> pd.DataFrame:
     """Scores a run again, on its recipe's split or another one, and keeps scores and predictions in its folder.
 
     Args:
@@ -160,9 +159,7 @@ def evaluate(
     Raises:
         BaditError: no such run, no adapter yet or a damaged one, or a split without instances.
     """
-    return Scores.model_validate(
-        _evaluate(Path(run), split=split, progress=progress, trust_remote_code=trust_remote_code)
-    )
+    return scores_frame(_evaluate(Path(run), split=split, progress=progress, trust_remote_code=trust_remote_code))
 
 
 def generate(
@@ -210,7 +207,7 @@ def compare(
 
     Args:
         recipe: as for :func:`train`, with a ``compare`` section.
-        jobs: runs at a time, each with its share of the processor's cores and, in turn, one of the GPUs.
+        jobs: runs at a time, each with its share of the processor's cores and, the GPU that is least in use.
         progress: a line on stderr for every cell that begins or ends.
         values: laid over the recipe, such as ``compare={"seeds": [0]}``.
 

@@ -41,6 +41,7 @@ from badit.analysis.gates import adapted_layers, mean_component_gates
 from badit.card import CARD, Base, model_card
 from badit.data import AnswerCollator, Task, batches_by_task
 from badit.errors import BaditError, explained, nearest
+from badit.evaluate import evaluate, load_run, score_model
 from badit.files import read_json, remove, replace_folder, write_json, write_text
 from badit.method import compress
 from badit.methods import build_method
@@ -49,7 +50,6 @@ from badit.recipe import Recipe
 from badit.results import read_scores
 from badit.runs import RunFolder
 from badit.train import base_model, device, encoded, make_plan, model_dtype, pad_id
-from badit.training.scoring import evaluate, load_run, score_model
 from badit.tuner import hooks_of
 from badit.tuner.config import is_number
 

@@ -26,11 +26,11 @@ import badit.baselines  # noqa: F401 (registers the baselines with PEFT)
 from badit.data import AnswerCollator
 from badit.data.prompts import uses_template
 from badit.errors import BaditError
+from badit.evaluate import load_run
 from badit.models import resolve_model
 from badit.runs import RunFolder
 from badit.train import pad_id
 from badit.trainer import logits_only_at, prompt_argument
-from badit.training.scoring import load_run
 from badit.tuner import hooks_of
 
 try:

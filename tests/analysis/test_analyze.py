@@ -13,8 +13,8 @@ from badit.analysis.analyze import analyze
 from badit.analysis.tables import saved_tables
 from badit.cli import main
 from badit.errors import BaditError
+from badit.evaluate import train_and_score
 from badit.recipe import build_recipe
-from badit.training.scoring import train_and_score as train
 
 Values = dict[str, Any]
 INTERFERENCE = {
@@ -33,7 +33,7 @@ def names(folder: Path) -> set[str]:
 @pytest.fixture
 def run(recipe_values: Values) -> Path:
     recipe = build_recipe(recipe_values)
-    train(recipe, progress=False)
+    train_and_score(recipe, progress=False)
     return Path(recipe.output)
 
 
@@ -96,7 +96,7 @@ def test_a_sequence_has_its_score_matrix(recipe_values: Values) -> None:
     recipe_values["data"]["order"] = "seeded-0"
     recipe_values["method"] = {"name": "lora", "r": 2}
     recipe = build_recipe(recipe_values)
-    train(recipe, progress=False)
+    train_and_score(recipe, progress=False)
     analyze(recipe.output, instances=2, progress=False)
     assert names(Path(recipe.output)) == INTERFERENCE | {"transfer"}
 

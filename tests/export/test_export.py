@@ -21,10 +21,10 @@ from badit.analysis.gates import adapted_layers, changed_gates, mean_component_g
 from badit.cli import main
 from badit.data import AnswerCollator, batches_by_task
 from badit.errors import BaditError
+from badit.evaluate import evaluate, load_run
 from badit.export import Export, export, merge, mixture_factors, score_export, target_modules, write_adapter
 from badit.runs import RunFolder
 from badit.train import encoded, make_plan
-from badit.training.scoring import evaluate, load_run
 from badit.tuner import hooks_of
 from baselines import branch_naive
 from export.contract import check_adapter

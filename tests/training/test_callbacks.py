@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import TrainerCallback, TrainerState
 
+from badit.evaluate import train_and_score
 from badit.methods import AdapterMethod
 from badit.recipe import build_recipe
 from badit.trainer import MetricsLog, StopOnSignal
-from badit.training.scoring import train_and_score as train
 
 
 class SignalAt(TrainerCallback):
@@ -32,7 +32,7 @@ class SignalAt(TrainerCallback):
 def test_a_signal_saves_the_step_it_came_in(
     recipe_values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
 ) -> None:
-    expected = train(build_recipe({**recipe_values, "output": str(tmp_path / "whole")}), progress=False)
+    expected = train_and_score(build_recipe({**recipe_values, "output": str(tmp_path / "whole")}), progress=False)
     handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
 
     recipe = build_recipe(recipe_values)
@@ -40,11 +40,11 @@ def test_a_signal_saves_the_step_it_came_in(
         callbacks = AdapterMethod.callbacks
         patch.setattr(AdapterMethod, "callbacks", lambda self, run: [*callbacks(self, run), SignalAt(7, number)])
         with pytest.raises(KeyboardInterrupt):
-            train(recipe, progress=False)
+            train_and_score(recipe, progress=False)
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
     assert (tmp_path / "run" / "checkpoints" / "checkpoint-7" / "badit_regroup.safetensors").is_file()
 
-    assert train(recipe, progress=False) == expected
+    assert train_and_score(recipe, progress=False) == expected
     adapters = [load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("whole", "run")]
     assert all(torch.equal(adapters[0][name], adapters[1][name]) for name in adapters[0])
     logs = [(tmp_path / name / "regroupings.jsonl").read_text() for name in ("whole", "run")]

@@ -16,21 +16,20 @@ from transformers import TrainerCallback
 from badit.baselines import BASELINES
 from badit.checkpoint import last_checkpoint
 from badit.errors import BaditError
+from badit.evaluate import evaluate, load_run, train_and_score
 from badit.files import read_json, write_json
 from badit.methods import AdapterMethod, Method
 from badit.recipe import Recipe, build_recipe
 from badit.runs import RunFolder
 from badit.statistics import FORMS, continual_scores
 from badit.train import fit, make_plan
-from badit.training import scoring
-from badit.training.scoring import evaluate, load_run
-from badit.training.scoring import train_and_score as train
 from badit.tuner import hooks_of
 from training.trainers import StopAt
 
 # badit.train is the function of that name.
 train_module = import_module("badit.train")
 Values = dict[str, Any]
+scoring = import_module("badit.evaluate")  # badit.evaluate is the function
 ORDER = ["rivers", "cities"]
 STAGES = ["01-rivers", "02-cities"]
 LORA = {"name": "lora", "r": 4, "lora_dropout": 0.1}
@@ -81,7 +80,7 @@ def called(monkeypatch: pytest.MonkeyPatch, module: Any, name: str) -> list[str]
 
 def test_every_stage_leaves_its_files_and_the_last_ones_are_the_runs(recipe_values: Values) -> None:
     recipe = sequence({**recipe_values, "method": LORA})
-    scores = train(recipe, progress=False)
+    scores = train_and_score(recipe, progress=False)
     run = RunFolder.existing(recipe.output)
     assert sorted(folder.name for folder in (run.path / "stages").iterdir()) == STAGES
     for number, name in enumerate(STAGES):
@@ -111,7 +110,7 @@ def test_every_stage_leaves_its_files_and_the_last_ones_are_the_runs(recipe_valu
 @pytest.mark.parametrize("unseen", [True, False])
 def test_the_matrix_and_the_scores_drawn_from_it(recipe_values: Values, unseen: bool) -> None:
     recipe = sequence({**recipe_values, "method": LORA}, f"evaluation.unseen_tasks={str(unseen).lower()}")
-    scores = train(recipe, progress=False)
+    scores = train_and_score(recipe, progress=False)
     assert [[score is None for score in row] for row in scores["matrix"]] == [[False, not unseen], [False, False]]
     assert list(read_json(stage(recipe, 0).scores)["tasks"]) == (ORDER if unseen else ORDER[:1])
 
@@ -139,7 +138,7 @@ def test_an_interruption_in_the_second_stage_changes_nothing(
 ) -> None:
     values = {**recipe_values, "method": {"name": method, "lora_dropout": 0.1, **OPTIONS.get(method, {"r": 2})}}
     whole = sequence(values, output=tmp_path / "whole")
-    expected = train(whole, progress=False)
+    expected = train_and_score(whole, progress=False)
 
     recipe = sequence(values)
     trained = called(monkeypatch, train_module, "_train_stage")
@@ -151,11 +150,11 @@ def test_an_interruption_in_the_second_stage_changes_nothing(
 
         patch.setattr(AdapterMethod, "callbacks", stopping)
         with pytest.raises(KeyboardInterrupt):
-            train(recipe, progress=False)
+            train_and_score(recipe, progress=False)
     assert not RunFolder(recipe.output).adapter.exists()
     checkpoints = stage(recipe, 1).checkpoints
     assert last_checkpoint(checkpoints) == checkpoints / "checkpoint-2"
-    assert train(recipe, progress=False) == expected
+    assert train_and_score(recipe, progress=False) == expected
     assert trained == [*STAGES, STAGES[1]], "the first stage is not trained again"
 
     for number in (0, 1):
@@ -165,15 +164,15 @@ def test_an_interruption_in_the_second_stage_changes_nothing(
 
 def test_what_is_trained_and_scored_stays_so(recipe_values: Values, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = sequence({**recipe_values, "method": LORA})
-    scores = train(recipe, progress=False)
+    scores = train_and_score(recipe, progress=False)
     run = RunFolder(recipe.output)
     run.scores.unlink()
     stage(recipe, 1).scores.unlink()
     trained = called(monkeypatch, train_module, "_train_stage")
     scored = called(monkeypatch, scoring, "_score")
-    assert train(recipe, progress=False) == scores
+    assert train_and_score(recipe, progress=False) == scores
     assert (trained, scored) == ([], [STAGES[1]])
-    assert train(recipe, progress=False) == scores
+    assert train_and_score(recipe, progress=False) == scores
     assert (trained, scored) == ([], [STAGES[1]])
 
 
@@ -214,7 +213,7 @@ def test_every_method_goes_on_from_the_task_before(
             return model
 
         monkeypatch.setattr(kind, "proceed", noting)
-    scores = train(recipe, progress=False)
+    scores = train_and_score(recipe, progress=False)
     assert len(scores["matrix"]) == 2
     (at_the_start,) = begun
     first, second = (logits(load_run(stage(recipe, number), recipe)[0]) for number in (0, 1))

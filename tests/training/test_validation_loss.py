@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from badit.errors import BaditError
+from badit.evaluate import load_run, validation_loss
 from badit.files import read_json
 from badit.recipe import Recipe, build_recipe
 from badit.runs import RunFolder
 from badit.train import encoded, fit, make_plan
-from badit.training.scoring import load_run, validation_loss
 from badit.tuner import hooks_of
 
 # badit.train is the function of that name.

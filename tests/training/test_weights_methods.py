@@ -17,13 +17,12 @@ from badit.baselines.neurons import neuron_scores, top_neurons, union
 from badit.checkpoint import last_checkpoint
 from badit.data import AnswerCollator
 from badit.errors import BaditError
+from badit.evaluate import load_run, train_and_score
 from badit.files import read_json
 from badit.methods import WEIGHTS, Method, WeightsMethod
 from badit.recipe import Recipe, build_recipe
 from badit.runs import RunFolder
 from badit.train import base_model, encoded, fit, make_plan, pad_id
-from badit.training.scoring import load_run
-from badit.training.scoring import train_and_score as train
 from training.trainers import StopAt
 
 Values = dict[str, Any]
@@ -66,7 +65,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 def test_full_fine_tuning_changes_every_weight_and_loads_them_back(recipe_values: Values, trained: list[Any]) -> None:
     recipe = recipe_with(recipe_values, FULL)
-    scores = train(recipe, progress=False)
+    scores = train_and_score(recipe, progress=False)
     assert set(scores["tasks"]) == {"cities", "rivers"}
     run = RunFolder(recipe.output)
     base, weights = base_weights(recipe), saved(recipe)

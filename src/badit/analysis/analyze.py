@@ -23,13 +23,13 @@ from badit.analysis.learning import component_flow, expert_angles, task_gap, tra
 from badit.analysis.tables import TABLES, load_frames, save_frame
 from badit.data import AnswerCollator, Instance, Task, batches_by_task, load_tasks
 from badit.errors import BaditError
+from badit.evaluate import load_run
 from badit.files import read_json, write_json
 from badit.methods import build_method
 from badit.recipe import Recipe, build_recipe, expand_source
 from badit.results import RESULTS
 from badit.runs import RunFolder, environment, peak_memory
 from badit.train import encoded, make_plan, pad_id
-from badit.training.scoring import load_run
 
 _PARTS = ("interference", "experts", "learning")
 _BATCH_SIZE = 4

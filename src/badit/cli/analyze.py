@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 
 from badit.cli.quiet import quiet_loading
-from badit.cli.tables import table
 from badit.cli.trust import add_trust
+from badit.render import text_table
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -36,7 +36,9 @@ def execute(options: argparse.Namespace) -> None:
         output=options.output,
         trust_remote_code=options.trust_remote_code,
     )
-    print(table(["table", "rows"], [[name, f"{len(each.rows):,}"] for name, each in found.tables.items()], right={1}))
+    print(
+        text_table(["table", "rows"], [[name, f"{len(each.rows):,}"] for name, each in found.tables.items()], right={1})
+    )
     print(f"\nTables: {found.path / 'analysis'}")
     # Tables that stand apart from their run or comparison are shown beside what that has: its scores, its losses.
     apart = is_source(options.target) and not found.path.samefile(options.target)

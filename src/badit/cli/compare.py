@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from badit.cli.quiet import quiet_loading
-from badit.cli.tables import table
+from badit.render import text_table
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -27,9 +27,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def execute(options: argparse.Namespace) -> int:
     from badit.api import compare
-    from badit.comparison.compare import check
-    from badit.comparison.grid import Grid
-    from badit.evaluation.results import RESULTS
+    from badit.compare import Grid, check
     from badit.recipe import load_recipe
 
     quiet_loading()
@@ -37,17 +35,18 @@ def execute(options: argparse.Namespace) -> int:
     if options.dry_run:
         grid = Grid(recipe)
         rows = [[name, f"{count:,}" if count else "–"] for name, count in check(grid)[1].items()]
-        print(table(["method", "trainable parameters"], rows, right={1}))
+        print(text_table(["method", "trainable parameters"], rows, right={1}))
         print(f"\nThe runs would be written to {recipe.output}")
         return 0
     with _sigterm_as_ctrl_c():
         results = compare(recipe, jobs=options.jobs)
-    from badit.cli.table import render
+    from badit.render import render
+    from badit.results import RESULTS
 
     path = Path(recipe.output) / RESULTS
     print(render(path))
     print(f"\nResults: {path}")
-    return int(any(cell.status == "failed" for cell in results.cells))
+    return int("failed" in set(results.cells["status"]))
 
 
 @contextmanager

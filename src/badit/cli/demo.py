@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from badit.cli.quiet import quiet_loading
-from badit.cli.tables import score_table, table
+from badit.render import score_table, text_table
 
 if TYPE_CHECKING:
-    from badit.evaluation.results import Scores
+    import pandas as pd
 
 # LoRA gets the rank whose parameters equal those of BADIT's 8 experts of rank 4 and their routers, to 1 %.
 METHODS: dict[str, dict[str, Any]] = {
@@ -36,7 +36,7 @@ def execute(options: argparse.Namespace) -> None:
 
     quiet_loading()
     runs: dict[str, RunFolder] = {}
-    scores: dict[str, Scores] = {}
+    scores: dict[str, pd.DataFrame] = {}
     for name, method in METHODS.items():
         print(f"── {name} ──", flush=True)
         run = train(demo_recipe(method, f"{options.output}/{name.lower()}", options.epochs, options.seed))
@@ -79,7 +79,7 @@ def _budget(runs: Mapping[str, Any]) -> str:
         if summary := read_json(run.environment).get("training"):
             numbers = f"{summary['trainable_parameters']:,}", str(summary["steps"]), f"{summary['seconds']:.0f} s"
             rows.append([name, *numbers])
-    return table(["method", "trainable parameters", "steps", "training"], rows, right={1, 2, 3})
+    return text_table(["method", "trainable parameters", "steps", "training"], rows, right={1, 2, 3})
 
 
 def _angles(log: Path) -> str:
@@ -98,7 +98,7 @@ def _angles(log: Path) -> str:
         [f"regrouped (steps after {last})", *_means(end, fields)],
     ]
     header = ["gradients of the components", "within", "between", "|cos| within", "|cos| between"]
-    return "Angles within and between experts, mean over layers\n\n" + table(header, rows, right={1, 2, 3, 4})
+    return "Angles within and between experts, mean over layers\n\n" + text_table(header, rows, right={1, 2, 3, 4})
 
 
 def _means(lines: Sequence[Mapping[str, Any]], fields: Sequence[str]) -> list[str]:

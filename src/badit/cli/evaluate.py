@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 
 from badit.cli.quiet import quiet_loading
-from badit.cli.tables import score_table
 from badit.cli.trust import add_trust
+from badit.render import score_table
 
 
 def configure(parser: argparse.ArgumentParser) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from badit.cli.quiet import quiet_loading
-from badit.cli.tables import table
+from badit.render import text_table
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -80,4 +80,4 @@ def cost_table(scores: Mapping[str, Any]) -> str:
     rows = [
         [name, f"{e['routed']:.1f}", f"{e['frozen']:.1f}", f"{e['difference']:+.1f}"] for name, e in entries.items()
     ]
-    return table(["task", "Rouge-L routed", "frozen", "difference"], rows, right={1, 2, 3})
+    return text_table(["task", "Rouge-L routed", "frozen", "difference"], rows, right={1, 2, 3})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from badit.cli.tables import table
+from badit.render import text_table
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -20,7 +20,7 @@ def execute(options: argparse.Namespace) -> None:
         [task.name, str(len(task.train)), str(len(task.validation)), str(len(task.test)), _shortened(task.definition)]
         for task in tasks
     ]
-    print(table(["task", "train", "validation", "test", "definition"], rows, right={1, 2, 3}))
+    print(text_table(["task", "train", "validation", "test", "definition"], rows, right={1, 2, 3}))
     print(f"\n{len(tasks)} tasks, all valid")
 
 

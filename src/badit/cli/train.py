@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from badit.cli.quiet import quiet_loading
-from badit.cli.tables import score_table
+from badit.render import score_table
 
 
 def configure(parser: argparse.ArgumentParser) -> None:

@@ -23,7 +23,7 @@ import pandas as pd
 from badit.analysis.learning import component_flow, expert_angles, task_gap, transfer
 from badit.analysis.tables import load_frames
 from badit.errors import BaditError
-from badit.evaluation.evaluate import read_predictions
+from badit.evaluate import read_predictions
 from badit.files import read_json, read_jsonl
 from badit.metrics import Prediction, group_by_task, instance_scores
 from badit.recipe import read_values
@@ -78,7 +78,7 @@ class Source:
     @cached_property
     def members(self) -> list[tuple[str, Source]]:
         """The run itself, or a comparison's scored runs whose folders are still there, each with its method's name."""
-        from badit.comparison.grid import Cell
+        from badit.compare import Cell
 
         if self.results is None:
             return [(self.label, self)]

@@ -37,11 +37,11 @@ from badit.analysis.gates import (
 from badit.analysis.tables import load_frame, save_frame
 from badit.data import AnswerCollator, Instance, Task, batches_by_task, encode_prompt
 from badit.errors import BaditError, nearest
+from badit.evaluate import load_run
 from badit.generation import stream_answer
 from badit.methods import build_method
 from badit.runs import RunFolder
 from badit.train import encoded, make_plan, pad_id
-from badit.training.scoring import load_run
 
 MAX_CHARACTERS = 20_000
 MAX_NEW_TOKENS = 512

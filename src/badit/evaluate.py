@@ -1,25 +1,32 @@
-"""What a trained run can do: be scored on its tasks, and answer a prompt."""
+"""What is done with a recipe and its run: train and score it, score it again, measure its loss, answer prompts.
+
+A run's scores are in ``scores.json`` and the answers that they are of in ``predictions/``, a file for each task.
+"""
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
+from pydantic import TypeAdapter
 
 from badit.card import write_run_card
-from badit.data import AnswerCollator, Task, encode_prompt, on_device
-from badit.errors import BaditError, explained
-from badit.evaluation.evaluate import Prediction, evaluate_tasks, write_predictions
-from badit.evaluation.results import read_scores
-from badit.files import copy_folder, read_json, write_json
+from badit.data import AnswerCollator, Instance, Task, encode_prompt, on_device
+from badit.data.tasks import file_safe
+from badit.errors import BaditError, explained, nearest
+from badit.files import copy_folder, parse_json, read_json, read_text, write_json, write_text
 from badit.generation import generate_answers
 from badit.methods import build_method
+from badit.metrics import Prediction, group_by_task, instance_scores, mean_scores
 from badit.recipe import Recipe
+from badit.results import read_scores
 from badit.runs import RunFolder, is_main_process
 from badit.statistics import FORMS, continual_scores
 from badit.train import Plan, Split, base_model, encoded, fit, make_plan, pad_id
@@ -29,16 +36,18 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+_PREDICTION = TypeAdapter(Prediction)
+
 
 def train_and_score(recipe: Recipe, *, progress: bool = True) -> dict[str, Any]:
     """Runs a recipe to its end, or to its end from where it stopped, and returns its scores.
 
-    Under accelerate or torchrun all processes train; the first goes on alone to score, and the others return {}.
+    Under accelerate or torchrun all processes train; then the first scores alone, and the others return {}.
 
     Raises:
         BaditError: bad input, or an output folder that holds another recipe's run.
     """
-    with explained(Path(recipe.output)):
+    with explained(recipe.output):
         run = fit(recipe, progress=progress)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
@@ -53,7 +62,7 @@ def train_and_score(recipe: Recipe, *, progress: bool = True) -> dict[str, Any]:
 def evaluate(
     path: str | Path, *, split: Split | None = None, progress: bool = True, trust_remote_code: bool = False
 ) -> dict[str, Any]:
-    """Scores a run on its tasks and keeps the scores and predictions in its folder.
+    """Scores a run on its tasks and writes the scores and predictions in its folder.
 
     The recipe's own split goes to ``scores.json`` and ``predictions/``, another one to ``scores-SPLIT.json`` and
     ``predictions-SPLIT/``. A sequence of tasks is scored on its own split after each of them, and its scores have the
@@ -62,8 +71,10 @@ def evaluate(
     A run whose base model brings Python code is refused without ``trust_remote_code``.
 
     Raises:
-        BaditError: no such run, no adapter yet or a damaged one, or a split without instances.
+        BaditError: no such run or split, no adapter yet or a damaged one, or a split without instances.
     """
+    if split not in (None, *get_args(Split)):
+        raise BaditError(f"split: '{split}' is none of {', '.join(get_args(Split))}{nearest(split, get_args(Split))}")
     run = RunFolder.existing(path)
     recipe = run.recipe(trust_remote_code=trust_remote_code)
     own_split = recipe.evaluation.split
@@ -91,26 +102,41 @@ def score_model(
     model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     recipe: Recipe,
-    tasks: list[Task],
+    tasks: Sequence[Task],
     split: Split,
     *,
     progress: bool,
 ) -> tuple[dict[str, Any], list[Prediction]]:
-    """Scores and predictions, as :func:`evaluate_tasks` has them, with a recipe's prompts and settings."""
-    return evaluate_tasks(
+    """Answers every instance of the tasks' split, with a recipe's prompts and settings, and scores the answers.
+
+    All tasks are decoded together, so that batches hold prompts of like length.
+
+    Returns:
+        The scores as :func:`badit.metrics.mean_scores` has them, and the predictions, in the order of the tasks.
+
+    Raises:
+        BaditError: an empty prompt.
+    """
+    pairs: list[tuple[Task, Instance]] = [(task, instance) for task in tasks for instance in getattr(task, split)]
+    prompts = [encoded(tokenizer, recipe, *pair, answer=False)["input_ids"] for pair in pairs]
+    found = generate_answers(
         model,
         tokenizer,
-        tasks,
-        encode_prompt=lambda task, instance: encoded(tokenizer, recipe, task, instance, answer=False)["input_ids"],
-        split=split,
+        prompts,
         max_new_tokens=recipe.evaluation.max_new_tokens,
         batch_size=recipe.evaluation.batch_size,
         progress=progress,
+        tasks=[task.name for task, _ in pairs],
     )
+    predictions = [
+        Prediction(task.name, instance.id, answer, tuple(instance.outputs), str(tokenizer.decode(prompt)))
+        for (task, instance), prompt, answer in zip(pairs, prompts, found, strict=True)
+    ]
+    return mean_scores(instance_scores(group_by_task(predictions))), predictions
 
 
 def _score_sequence(run: RunFolder, plan: Plan, progress: bool) -> dict[str, Any]:
-    """Every stage's model on the tasks that it has learnt, and perhaps on those to come; what is scored stays so."""
+    """Every stage's model on the tasks that it has learnt, and perhaps on those to come. Scored stages are kept."""
     names = [task.name for task in plan.tasks]
     by_stage = []
     for number, stage in enumerate(plan.stages, start=1):
@@ -127,9 +153,49 @@ def _score_sequence(run: RunFolder, plan: Plan, progress: bool) -> dict[str, Any
     return scores
 
 
+def write_predictions(folder: str | Path, predictions: Iterable[Prediction]) -> None:
+    """Writes `<task>.jsonl` for each task, one prediction per line. Other files in the folder are left alone.
+
+    Each file appears complete or not at all, also when the process is killed.
+
+    Raises:
+        BaditError: a task's name that cannot serve as a file name.
+    """
+    groups = group_by_task(predictions)
+    for task in groups:
+        try:
+            file_safe(task)
+        except ValueError as error:
+            raise BaditError(f"task {error}") from None
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for task, group in groups.items():
+        lines = (json.dumps(asdict(prediction), ensure_ascii=False) + "\n" for prediction in group)
+        write_text(folder / f"{task}.jsonl", "".join(lines))
+
+
+def read_predictions(folder: str | Path) -> list[Prediction]:
+    """All predictions in a folder that `write_predictions` wrote, by task name, then in their written order.
+
+    Raises:
+        BaditError: no such files, or a line that is not a prediction.
+    """
+    files = sorted(Path(folder).glob("[!.]*.jsonl"))
+    if not files:
+        raise BaditError(f"predictions {folder}: no .jsonl files there")
+    predictions = []
+    for file in files:
+        for number, line in enumerate(read_text(file).split("\n"), start=1):
+            if line:
+                fields = parse_json(line, file=file, first_line=number)
+                with explained(f"{file}: line {number}", fix="evaluate again"):
+                    predictions.append(_PREDICTION.validate_python(fields))
+    return predictions
+
+
 @torch.no_grad()
 def validation_loss(path: str | Path, *, trust_remote_code: bool = False) -> dict[str, Any]:
-    """The answers' negative log-likelihood a token on held-out training instances, kept in ``validation.json``.
+    """The answers' negative log-likelihood per token on held-out training instances, kept in ``validation.json``.
 
     It is what learning rates are chosen by: forward passes alone, and far less noisy than scores of generated answers.
 
