@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import argparse
 
+from badit.demo import METHODS, demo_recipe
 from keep_run import RESULTS
 
-from badit.cli.demo import METHODS, demo_recipe
+from badit.environment import environment
 from badit.evaluate import train_and_score
 from badit.files import write_json
 from badit.recipe import build_recipe
-from badit.runs import environment
 
 RATES = {"LoRA": (5e-4, 1e-3, 2e-3), "BADIT": (5e-4, 1e-3)}
 HELD_OUT = ["data.validation_per_task=10", "evaluation.split=validation"]

@@ -37,7 +37,7 @@ from badit.metrics import mean_scores
 from badit.models import load_skeleton
 from badit.recipe import Recipe, build_recipe
 from badit.results import FORMAT, RESULTS, SINGLE_TASK, read_scores
-from badit.runs import RunFolder
+from badit.run import Run
 from badit.statistics import FORMS, continual_scores
 from badit.train import device, make_plan, warn_of_slow_dtype
 from badit.worker import ERROR, CellProcess
@@ -180,8 +180,8 @@ class Grid:
             values["data"] |= {"tasks": [cell.task], "order": None}
         return build_recipe(values)
 
-    def folder_of(self, cell: Cell) -> RunFolder:
-        return RunFolder(self.output / cell.path)
+    def folder_of(self, cell: Cell) -> Run:
+        return Run(self.output / cell.path)
 
 
 @contextmanager
@@ -215,8 +215,8 @@ def check(grid: Grid) -> tuple[list[str], dict[str, int]]:
     counts = trainable_parameters(grid, tasks)
     # What another recipe has left in the folder must not be taken for this comparison's.
     for cell in (cell for name in grid.methods for each in ladder or [rate] for cell in grid.chosen(name, each, tasks)):
-        if grid.folder_of(cell).config.is_file():
-            RunFolder.prepare(grid.recipe_of(cell))
+        if grid.folder_of(cell).config_path.is_file():
+            Run.prepare(grid.recipe_of(cell))
     return tasks, counts
 
 
@@ -334,8 +334,8 @@ class _Comparison:
     def _run_cell(self, cell: Cell, *, score: bool) -> str | None:
         """Runs a cell unless it has been; returns what went wrong, if anything."""
         recipe = self._grid.recipe_of(cell)
-        run = RunFolder.prepare(recipe)
-        if (run.instances if score else run.path / "validation.json").is_file():
+        run = Run.prepare(recipe)
+        if (run.instances_path if score else run.path / "validation.json").is_file():
             return None
         with self._lock:
             if self._stopping:
@@ -400,25 +400,25 @@ def _cells_of(grid: Grid, method: str, rates: Mapping[str, float | None]) -> Ite
 def _entry(grid: Grid, cell: Cell, *, selected: bool) -> dict[str, Any]:
     run = grid.folder_of(cell)
     validation = run.path / "validation.json"
-    scores = read_scores(run.scores) if run.instances.is_file() else None
+    scores = read_scores(run.scores_path) if run.instances_path.is_file() else None
     loss = _read(validation).get("loss", math.nan)
     entry = {
         "method": cell.method,
         "seed": cell.seed,
         "order": None if cell.order is None else order_name(cell.order),
         "learning_rate": cell.learning_rate,
-        **_outcome([run], (run.instances if selected else validation).is_file()),
+        **_outcome([run], (run.instances_path if selected else validation).is_file()),
         "selected": selected,
         "validation_loss": loss if math.isfinite(loss) else None,  # a run that diverged has a NaN, which JSON has not
         "config": grid.recipe_of(cell).model_dump(mode="json", exclude={"compare"}),
-        "environment": _read(run.environment),
+        "environment": _read(run.environment_path),
         "scores": scores and {key: scores[key] for key in scores if key not in ("order", "matrix", "continual")},
-        "instances": _read(run.instances) or None,
+        "instances": _read(run.instances_path) or None,
     }
     if cell.order is not None and scores is not None:
         singles = [grid.folder_of(replace(cell, order=None, task=task)) for task in scores["order"]]
-        all_done = all(single.instances.is_file() for single in singles)
-        alone = [read_scores(single.scores)["rouge_l"] for single in singles] if all_done else None
+        all_done = all(single.instances_path.is_file() for single in singles)
+        alone = [read_scores(single.scores_path)["rouge_l"] for single in singles] if all_done else None
         matrix = [[math.nan if score is None else score for score in row] for row in scores["matrix"]]
         continual = {form: continual_scores(matrix, alone, form=form)._asdict() for form in FORMS}
         entry |= {"tasks": scores["order"], "matrix": scores["matrix"], "continual": continual}
@@ -432,8 +432,10 @@ def _single_task_cells(
     rate = rates.get(method)
     for seed in grid.section.seeds if rate is not None else ():
         runs = [grid.folder_of(Cell(method, rate, seed, task=task)) for task in tasks]
-        done = all(run.instances.is_file() for run in runs)
-        instances = {task: scores for run in runs for task, scores in _read(run.instances).items()} if done else None
+        done = all(run.instances_path.is_file() for run in runs)
+        instances = (
+            {task: scores for run in runs for task, scores in _read(run.instances_path).items()} if done else None
+        )
         yield {
             "method": method + SINGLE_TASK,
             "seed": seed,
@@ -449,16 +451,16 @@ def _single_task_cells(
         }
 
 
-def _joint_environment(runs: Sequence[RunFolder]) -> dict[str, Any]:
+def _joint_environment(runs: Sequence[Run]) -> dict[str, Any]:
     """Of runs one after another: what they took together, and the most memory of any."""
-    environments = [read_json(run.environment) for run in runs]
+    environments = [read_json(run.environment_path) for run in runs]
     trainings = [environment["training"] for environment in environments]
     sums = {key: sum(t[key] for t in trainings) for key in ("trainable_parameters", "steps", "tokens", "seconds")}
     peak = max(training["peak_memory_gib"] for training in trainings)
     return {**environments[0], "training": {**sums, "peak_memory_gib": peak}}
 
 
-def _outcome(runs: Sequence[RunFolder], done: bool) -> dict[str, str | None]:
+def _outcome(runs: Sequence[Run], done: bool) -> dict[str, str | None]:
     errors = [file.read_text(encoding="utf-8").strip() for run in runs if (file := run.path / ERROR).is_file()]
     if done or not errors:
         return {"status": "done" if done else "missing", "error": None}

@@ -20,6 +20,7 @@ from pydantic import TypeAdapter
 from badit.card import write_run_card
 from badit.data import AnswerCollator, Instance, Task, encode_prompt, on_device
 from badit.data.tasks import file_safe
+from badit.environment import is_main_process
 from badit.errors import BaditError, explained, nearest
 from badit.files import copy_folder, parse_json, read_json, read_text, write_json, write_text
 from badit.generation import generate_answers
@@ -27,7 +28,7 @@ from badit.methods import build_method
 from badit.metrics import Prediction, group_by_task, instance_scores, mean_scores
 from badit.recipe import Recipe
 from badit.results import read_scores
-from badit.runs import RunFolder, is_main_process
+from badit.run import Run
 from badit.statistics import FORMS, continual_scores
 from badit.train import Plan, Split, base_model, encoded, fit, make_plan, pad_id
 from badit.trainer import answer_losses
@@ -53,9 +54,9 @@ def train_and_score(recipe: Recipe, *, progress: bool = True) -> dict[str, Any]:
             torch.distributed.destroy_process_group()
         if not is_main_process():
             return {}
-        if run.scores.is_file():
+        if run.scores_path.is_file():
             write_run_card(run)  # an earlier process may have ended between the two
-            return read_scores(run.scores)
+            return read_scores(run.scores_path)
         return evaluate(run.path, progress=progress, trust_remote_code=recipe.model.trust_remote_code)
 
 
@@ -75,8 +76,8 @@ def evaluate(
     """
     if split not in (None, *get_args(Split)):
         raise BaditError(f"split: '{split}' is none of {', '.join(get_args(Split))}{nearest(split, get_args(Split))}")
-    run = RunFolder.existing(path)
-    recipe = run.recipe(trust_remote_code=trust_remote_code)
+    run = Run.existing(path)
+    recipe = run.trusted_recipe(trust_remote_code)
     own_split = recipe.evaluation.split
     plan = make_plan(recipe, split=split or own_split)
     if split not in (None, own_split):
@@ -90,7 +91,7 @@ def evaluate(
 
 
 def _score(
-    folder: RunFolder, recipe: Recipe, tasks: list[Task], split: Split, *, progress: bool, suffix: str = ""
+    folder: Run, recipe: Recipe, tasks: list[Task], split: Split, *, progress: bool, suffix: str = ""
 ) -> dict[str, Any]:
     scores, predictions = score_model(*load_run(folder, recipe), recipe, tasks, split, progress=progress)
     write_predictions(folder.path / f"predictions{suffix}", predictions)
@@ -135,21 +136,21 @@ def score_model(
     return mean_scores(instance_scores(group_by_task(predictions))), predictions
 
 
-def _score_sequence(run: RunFolder, plan: Plan, progress: bool) -> dict[str, Any]:
+def _score_sequence(run: Run, plan: Plan, progress: bool) -> dict[str, Any]:
     """Every stage's model on the tasks that it has learnt, and perhaps on those to come. Scored stages are kept."""
     names = [task.name for task in plan.tasks]
     by_stage = []
     for number, stage in enumerate(plan.stages, start=1):
         tasks = plan.tasks if plan.recipe.evaluation.unseen_tasks else plan.tasks[:number]
-        if not stage.folder.scores.is_file():
+        if not stage.folder.scores_path.is_file():
             _score(stage.folder, plan.recipe, tasks, plan.recipe.evaluation.split, progress=progress)
-        by_stage.append(read_scores(stage.folder.scores))
+        by_stage.append(read_scores(stage.folder.scores_path))
     matrix = [[scores["tasks"].get(name, {}).get("rouge_l") for name in names] for scores in by_stage]
     numbers = [[math.nan if score is None else score for score in row] for row in matrix]
     continual = {form: continual_scores(numbers, form=form)._asdict() for form in FORMS}
     scores = {**by_stage[-1], "order": names, "matrix": matrix, "continual": continual}
-    copy_folder(plan.stages[-1].folder.predictions, run.predictions)
-    write_json(run.scores, scores)
+    copy_folder(plan.stages[-1].folder.predictions_path, run.predictions_path)
+    write_json(run.scores_path, scores)
     return scores
 
 
@@ -205,11 +206,11 @@ def validation_loss(path: str | Path, *, trust_remote_code: bool = False) -> dic
     Raises:
         BaditError: as :func:`evaluate`.
     """
-    run = RunFolder.existing(path)
+    run = Run.existing(path)
     kept = run.path / "validation.json"
     if kept.is_file():
         return read_json(kept)
-    recipe = run.recipe(trust_remote_code=trust_remote_code)
+    recipe = run.trusted_recipe(trust_remote_code)
     plan = make_plan(recipe, split="validation")
     model, tokenizer = load_run(run, recipe)
     collate = AnswerCollator(pad_id(tokenizer), with_tasks=True)
@@ -227,9 +228,7 @@ def validation_loss(path: str | Path, *, trust_remote_code: bool = False) -> dic
     return result
 
 
-def load_run(
-    run: RunFolder, recipe: Recipe | None = None
-) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
+def load_run(run: Run, recipe: Recipe | None = None) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
     """A run's base model with what it has learnt (if its method trains), for inference.
 
     Args:
@@ -238,18 +237,18 @@ def load_run(
     Raises:
         BaditError: the run has no adapter yet, or it is damaged.
     """
-    recipe = recipe or run.recipe()
+    recipe = recipe or run.trusted_recipe()
     method = build_method(recipe.method)
     if not method.trains:
         return base_model(recipe)
-    if not run.adapter.is_dir():
-        raise BaditError(f"{run.path}: has no adapter yet; finish its training with: badit train {run.config}")
+    if not run.adapter_path.is_dir():
+        raise BaditError(f"{run.path}: has no adapter yet; finish its training with: badit train {run.config_path}")
     model, tokenizer = base_model(recipe)
-    return method.load(model, run.adapter), tokenizer
+    return method.load(model, run.adapter_path), tokenizer
 
 
 def answers(
-    run: RunFolder,
+    run: Run,
     prompts: Sequence[str],
     *,
     task: str | None = None,
@@ -268,7 +267,7 @@ def answers(
     """
     if not all(prompt.strip() for prompt in prompts):
         raise BaditError("the prompt is empty")
-    recipe = run.recipe(trust_remote_code=trust_remote_code)
+    recipe = run.trusted_recipe(trust_remote_code)
     section = recipe.prompt
     model, tokenizer = load_run(run, recipe)
     encode = partial(

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from badit.errors import BaditError, explained
 from badit.files import write_json, write_text
-from badit.runs import RunFolder
+from badit.run import Run
 
 ERROR, LOG = "error.txt", "log.txt"
 
@@ -123,8 +123,8 @@ def _run(folder: Path, config: str, *, score: bool) -> None:
         validation_loss(fit(recipe, progress=False).path, trust_remote_code=recipe.model.trust_remote_code)
         return
     train_and_score(recipe, progress=False)
-    run = RunFolder(folder)
-    write_json(run.instances, instance_scores(group_by_task(read_predictions(run.predictions))))
+    run = Run(folder)
+    write_json(run.instances_path, instance_scores(group_by_task(read_predictions(run.predictions_path))))
 
 
 if __name__ == "__main__":

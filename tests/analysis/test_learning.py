@@ -6,7 +6,7 @@ import pytest
 
 from badit.analysis.learning import task_gap, transfer
 from badit.errors import BaditError
-from badit.runs import RunFolder
+from badit.run import Run
 
 
 def cell(method, seed, scores, **fields):
@@ -67,7 +67,7 @@ def test_a_comparison_without_single_task_runs_has_no_gaps(tmp_path):
 
 def scored(tmp_path, **scores):
     (tmp_path / "scores.json").write_text(json.dumps(scores))
-    return RunFolder(tmp_path)
+    return Run(tmp_path)
 
 
 def test_transfer_is_the_score_matrix(tmp_path):
@@ -94,4 +94,4 @@ def test_a_run_without_a_matrix_is_refused(tmp_path, scores, message):
 
 def test_a_run_that_is_not_scored_is_refused(tmp_path):
     with pytest.raises(BaditError, match="cannot be read"):
-        transfer(RunFolder(tmp_path))
+        transfer(Run(tmp_path))

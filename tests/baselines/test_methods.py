@@ -17,7 +17,7 @@ from badit.errors import BaditError
 from badit.evaluate import evaluate, load_run, train_and_score
 from badit.methods import AdapterMethod, build_method
 from badit.recipe import build_recipe
-from badit.runs import RunFolder
+from badit.run import Run
 from badit.tuner import hooks_of
 from baselines.naive import SMALL
 from tuner.helpers import padded, random_rows
@@ -63,7 +63,7 @@ def test_a_run(recipe_values: Values, tmp_path: Path, monkeypatch: pytest.Monkey
     tensors = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
     assert all("gate_proj" in key or "badit_gate" in key for key in tensors)
     assert evaluate(tmp_path / "run", progress=False) == scores
-    loaded, _ = load_run(RunFolder.existing(tmp_path / "run"))
+    loaded, _ = load_run(Run.existing(tmp_path / "run"))
     trained[0].eval()
     with torch.no_grad(), hooks_of(loaded).rows_of(ROWS), hooks_of(trained[0]).rows_of(ROWS):
         assert torch.equal(loaded(input_ids=IDS % 60).logits, trained[0](input_ids=IDS % 60).logits)

@@ -19,7 +19,7 @@ from badit.files import read_json
 from badit.methods import Method, NeuronMethod
 from badit.recipe import build_recipe
 from badit.results import load_results, summarise
-from badit.runs import RunFolder
+from badit.run import Run
 from badit.statistics import FORMS, continual_scores
 from comparison.cells import InlineCell, Values, by_status, compare_module, compared, comparison_values
 
@@ -67,19 +67,19 @@ def test_results_hold_what_the_runs_hold(searched: tuple[Values, Values, list[st
     assert results["methods"] == ["lora", "badit"]
     assert results["reference"] == "lora"
     for cell in results["cells"]:
-        run = RunFolder(output / cell["method"] / f"lr-{cell['learning_rate']:g}" / f"seed-{cell['seed']}")
-        recipe = run.recipe()
+        run = Run(output / cell["method"] / f"lr-{cell['learning_rate']:g}" / f"seed-{cell['seed']}")
+        recipe = run.trusted_recipe()
         assert cell["config"] == recipe.model_dump(mode="json", exclude={"compare"})
         assert cell["config"]["method"] == values["compare"]["methods"][cell["method"]]
-        assert cell["environment"] == read_json(run.environment)
+        assert cell["environment"] == read_json(run.environment_path)
         assert (
             cell["environment"]["training"]["trainable_parameters"] == results["trainable_parameters"][cell["method"]]
         )
         if not cell["selected"]:
             assert (cell["scores"], cell["instances"]) == (None, None)
             continue
-        assert cell["scores"] == read_json(run.scores)
-        assert cell["instances"] == read_json(run.instances)
+        assert cell["scores"] == read_json(run.scores_path)
+        assert cell["instances"] == read_json(run.instances_path)
         for task, scores in cell["instances"].items():
             assert fmean(scores["rouge_l"]) == pytest.approx(cell["scores"]["tasks"][task]["rouge_l"])
     summary = summarise(load_results(output)).set_index("method")

@@ -18,7 +18,7 @@ from badit.errors import BaditError
 from badit.methods import build_method
 from badit.models import load_base_model
 from badit.recipe import build_recipe, dump_recipe, load_recipe
-from badit.runs import RunFolder
+from badit.run import Run
 from comparison.cells import comparison_values
 
 Values = dict[str, Any]
@@ -126,8 +126,8 @@ def test_a_run_leaves_the_section_out_of_account(tmp_path: Path) -> None:
     alone = build_recipe({"output": str(tmp_path / "run")})
     compared = build_recipe({"output": str(tmp_path / "run"), "compare": {"methods": METHODS}})
     assert "compare" not in yaml.safe_load(dump_recipe(compared))
-    RunFolder.prepare(alone)
-    RunFolder.prepare(compared)
+    Run.prepare(alone)
+    Run.prepare(compared)
 
 
 def test_the_shipped_comparison() -> None:

@@ -21,7 +21,7 @@ from badit.checkpoint import last_checkpoint
 from badit.files import read_json
 from badit.recipe import build_recipe
 from badit.results import load_results
-from badit.runs import RunFolder
+from badit.run import Run
 from badit.worker import CellProcess
 from comparison.cells import InlineCell, Values, by_status, compare_module, compared
 
@@ -74,7 +74,7 @@ def test_jobs_share_the_cores_and_a_cell_gets_the_free_gpu(
 
 def cell_process(values: Values, config: str | None = None) -> CellProcess:
     recipe = build_recipe({**values, "compare": None})
-    folder = RunFolder.prepare(recipe).path
+    folder = Run.prepare(recipe).path
     config = json.dumps(recipe.model_dump(mode="json")) if config is None else config
     return CellProcess(config, folder, score=True, threads=3, device=1)
 
@@ -129,7 +129,7 @@ def test_sigterm_stops_the_command_and_its_cells_which_save_their_state(values: 
     path.write_text(yaml.safe_dump(values, sort_keys=False))
     command = [sys.executable, "-m", "badit", "compare", str(path)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    cell = RunFolder(Path(values["output"]) / "lora" / "lr-0.01" / "seed-0")
+    cell = Run(Path(values["output"]) / "lora" / "lr-0.01" / "seed-0")
     try:
         while process.poll() is None and not (cell.metrics.is_file() and cell.metrics.stat().st_size):
             time.sleep(0.1)

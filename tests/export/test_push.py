@@ -17,7 +17,7 @@ import badit
 from badit.card import write_run_card
 from badit.cli import main
 from badit.errors import BaditError
-from badit.runs import RunFolder
+from badit.run import Run
 
 # The hub's HTTP client, which differs between its releases.
 http = import_module(HfHubHTTPError.__mro__[1].__module__.partition(".")[0])
@@ -61,19 +61,19 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> type[Hub]:
 
 
 @pytest.fixture
-def run(trained: Callable[..., RunFolder]) -> RunFolder:
+def run(trained: Callable[..., Run]) -> Run:
     return trained(BADIT)
 
 
 def test_a_run_and_its_export_are_uploaded_with_their_cards(
-    run: RunFolder, hub: type[Hub], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run: Run, hub: type[Hub], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_run_card(run)
     assert main(["push", str(run.path), "org/tuned", "--private"]) == 0
     assert capsys.readouterr().out.strip() == ADDRESS
     assert hub.private is True
     assert hub.files.keys() == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
-    assert hub.files["adapter_model.safetensors"] == (run.adapter / "adapter_model.safetensors").read_bytes()
+    assert hub.files["adapter_model.safetensors"] == (run.adapter_path / "adapter_model.safetensors").read_bytes()
     assert json.loads(hub.files["adapter_config.json"])["peft_type"] == "BADIT"
     assert b'PeftModel.from_pretrained(base, "org/tuned")' in hub.files["README.md"]
     here = str(tmp_path.parent).encode()  # where the run lies, too
@@ -88,7 +88,7 @@ def test_a_run_and_its_export_are_uploaded_with_their_cards(
     assert b"import badit" not in hub.files["README.md"]
     assert not any(here in content for content in hub.files.values())
 
-    run.config.write_text(run.config.read_text().replace(run.recipe().model.name, "meta-llama/base"))
+    run.config_path.write_text(run.config_path.read_text().replace(run.trusted_recipe().model.name, "meta-llama/base"))
     badit.push_to_hub(run.path, "org/tuned")
     card = ModelCard(hub.files["README.md"].decode())
     assert (card.data.license, card.data.base_model) == ("llama3.2", "meta-llama/base")
@@ -96,7 +96,7 @@ def test_a_run_and_its_export_are_uploaded_with_their_cards(
 
 
 def test_what_cannot_be_pushed_is_one_line(
-    run: RunFolder, hub: type[Hub], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Run, hub: type[Hub], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("tuned", "org/", "a/b/c", "org/na me", "org/na--me", "../x", "org/" + "x" * 100):
         with pytest.raises(BaditError) as caught:
@@ -121,12 +121,12 @@ def test_what_cannot_be_pushed_is_one_line(
     assert hub.files == {}
 
 
-def test_only_the_files_that_badit_wrote_are_uploaded(run: RunFolder, hub: type[Hub], tmp_path: Path) -> None:
+def test_only_the_files_that_badit_wrote_are_uploaded(run: Run, hub: type[Hub], tmp_path: Path) -> None:
     export = badit.export(run.path, tmp_path / "lora", progress=False).folder
-    for folder in (run.adapter, export):
+    for folder in (run.adapter_path, export):
         for name in (".env", "notes.txt"):
             (folder / name).write_text("secret")
-        (folder / "link.txt").symlink_to(run.config)
+        (folder / "link.txt").symlink_to(run.config_path)
     badit.push_to_hub(run.path, "org/tuned")
     assert hub.files.keys() == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
     badit.push_to_hub(export, "org/tuned")
@@ -134,7 +134,7 @@ def test_only_the_files_that_badit_wrote_are_uploaded(run: RunFolder, hub: type[
 
     hub.files = {}
     record = json.loads((export / "export.json").read_text())
-    for name in (".env", "../run/config.yaml", str(run.config), "", 5):
+    for name in (".env", "../run/config.yaml", str(run.config_path), "", 5):
         (export / "export.json").write_text(json.dumps({**record, "files": [*record["files"], name]}))
         with pytest.raises(BaditError, match=r"export\.json: files: must be the names of the export's own files"):
             badit.push_to_hub(export, "org/tuned")
@@ -142,7 +142,7 @@ def test_only_the_files_that_badit_wrote_are_uploaded(run: RunFolder, hub: type[
         (export / "export.json").write_text(json.dumps({**record, "files": [*record["files"], name]}))
         with pytest.raises(BaditError, match=f"{name}: must be a file, and no link"):
             badit.push_to_hub(export, "org/tuned")
-    weights = run.adapter / "adapter_model.safetensors"
+    weights = run.adapter_path / "adapter_model.safetensors"
     weights.rename(tmp_path / "elsewhere")
     weights.symlink_to(tmp_path / "elsewhere")
     with pytest.raises(BaditError, match=r"adapter_model\.safetensors: must be a file, and no link"):

@@ -14,7 +14,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from badit.runs import RunFolder
+from badit.run import Run
 
 SCRIPT = Path(__file__).with_name("two_ranks.py")
 
@@ -55,9 +55,9 @@ def test_two_processes_of_the_command_leave_one_whole_run(
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("mean over tasks") == 1
-    run = RunFolder.existing(tmp_path / "run")
-    assert set(json.loads(run.scores.read_text())["tasks"]) == {"cities", "rivers"}
-    assert load_file(run.adapter / "adapter_model.safetensors")
+    run = Run.existing(tmp_path / "run")
+    assert set(json.loads(run.scores_path.read_text())["tasks"]) == {"cities", "rivers"}
+    assert load_file(run.adapter_path / "adapter_model.safetensors")
     assert not list(tmp_path.rglob("*.partial"))
     # Batches of four on each rank: two epochs of 24 instances, or of 12 in each of two stages.
-    assert json.loads(run.environment.read_text())["training"]["steps"] == steps
+    assert json.loads(run.environment_path.read_text())["training"]["steps"] == steps
