@@ -27,6 +27,7 @@ from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
 from badit.adapters import first_line, load_adapter, tensor_shapes
+from badit.angles import AngleLog
 from badit.baselines import BASELINES, Baseline
 from badit.baselines.neurons import (
     all_neurons,
@@ -39,14 +40,12 @@ from badit.baselines.neurons import (
 )
 from badit.errors import BaditError, nearest
 from badit.files import shown
+from badit.gradients import parameter_count
 from badit.recipe import Recipe
+from badit.regroup import RegroupCallback
 from badit.runs import RunFolder
-from badit.training.angles import AngleLog
-from badit.training.callbacks import ProjectUpdates
-from badit.training.gradients import parameter_count
-from badit.training.regroup import RegroupCallback
-from badit.training.surgery import Surgery, SurgeryTrainer
-from badit.training.trainer import AnswerTrainer
+from badit.surgery import Surgery, SurgeryTrainer
+from badit.trainer import AnswerTrainer
 from badit.tuner import BaditConfig
 from badit.tuner.config import FORMAT_FIELD, RETIRED_FIELDS
 from badit.tuner.model import TARGET_MODULES, TaskBatches, hooks_of
@@ -191,8 +190,8 @@ class AdapterMethod(Method):
 
     def callbacks(self, run: RunFolder) -> list[TrainerCallback]:
         if self.regroup is None:
-            return [ProjectUpdates(), AngleLog(run.angles)]
-        return [ProjectUpdates(), RegroupCallback(**self.regroup, log_path=run.regroupings)]
+            return [AngleLog(run.angles)]
+        return [RegroupCallback(**self.regroup, log_path=run.regroupings)]
 
     def trainer(self, **arguments: Any) -> AnswerTrainer:
         if self.surgery is None:

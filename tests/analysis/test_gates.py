@@ -5,11 +5,11 @@ import copy
 import numpy as np
 import pytest
 import torch
+from badit.analysis.coactivation import coactivation_tables
 from peft import LoraConfig, get_peft_model
 
 from analysis import naive_experts as naive
 from analysis.naive_experts import METHODS, TASKS
-from badit.analysis.coactivation import coactivation_tables
 from badit.analysis.gates import (
     active_experts,
     changed_gates,

@@ -17,8 +17,8 @@ from badit.errors import BaditError
 from badit.methods import AdapterMethod, build_method
 from badit.recipe import build_recipe
 from badit.runs import RunFolder
-from badit.training.run import train
 from badit.training.scoring import evaluate, load_run
+from badit.training.scoring import train_and_score as train
 from badit.tuner import hooks_of
 from baselines.naive import SMALL
 from tuner.helpers import padded, random_rows

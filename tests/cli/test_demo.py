@@ -44,7 +44,7 @@ def test_the_demo_shows_scores_budget_angles_and_samples(
     recipe_values: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     def tiny(method: dict[str, Any], output: str, epochs: float, seed: int) -> dict[str, Any]:
-        training = {**recipe_values["training"], "epochs": epochs, "seed": seed}
+        training = {**recipe_values["training"], "num_train_epochs": epochs, "seed": seed}
         return {**recipe_values, "method": method, "training": training, "output": output}
 
     methods = {

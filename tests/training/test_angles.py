@@ -12,10 +12,10 @@ import torch
 from peft import get_peft_model
 from transformers import TrainerCallback
 
+from badit.angles import AngleLog
 from badit.baselines.hydralora import HydraLoraConfig
 from badit.baselines.loramoe import LoraMoeConfig
 from badit.files import read_jsonl
-from badit.training.angles import AngleLog
 from badit.tuner import BaditConfig
 from badit.tuner.layer import ExpertLinear
 from training.trainers import StopAt, make_trainer

@@ -16,9 +16,9 @@ from badit.errors import BaditError
 from badit.files import read_jsonl
 from badit.models import Quantisation, load_base_model
 from badit.recipe import build_recipe
-from badit.training.plan import make_plan
-from badit.training.run import train
+from badit.train import make_plan
 from badit.training.scoring import evaluate
+from badit.training.scoring import train_and_score as train
 from badit.tuner import BaditConfig, BaditLinear
 from badit.tuner.quantised import is_quantised, refuse_unsuitable_layer, weight_as_used
 from data.examples import CHATML, make_tokenizer
@@ -170,7 +170,7 @@ def test_gptq_and_awq_layers_are_refused() -> None:
 def test_what_cannot_be_quantised_is_refused(recipe_values: dict[str, Any], model_folder: Path) -> None:
     with pytest.raises(BaditError, match=r"model\.quantisation: full trains the base weights"):
         make_plan(build_recipe({**recipe_values, "method": {"name": "full"}}, ["model.quantisation=bnb-8bit"]))
-    with pytest.raises(BaditError, match=r"quantisation: 'bnb-8' is none of .* \(did you mean 'bnb-8bit'\?\)"):
+    with pytest.raises(BaditError, match=r"quantisation: unknown 'bnb-8' \(did you mean 'bnb-8bit'\?\)"):
         load_base_model(model_folder, quantisation="bnb-8")  # pyright: ignore
 
 

@@ -98,7 +98,7 @@ class MixtureLinear(ExpertLinear):
 class MixtureModel(ExpertModel):
     """A base model with a mixture of LoRA experts in its target modules.
 
-    Train it with :class:`badit.training.trainer.AnswerTrainer`, or add :meth:`extra_loss` to the loss yourself.
+    Train it with :class:`badit.trainer.AnswerTrainer`, or add :meth:`extra_loss` to the loss yourself.
     """
 
     tuner_layer_cls = MixtureLinear
