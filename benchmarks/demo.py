@@ -12,10 +12,10 @@ import argparse
 import statistics
 from typing import Any
 
-from badit.demo import METHODS
 from keep_run import RESULTS, keep
 
 from badit.cli import main
+from badit.demo import METHODS
 from badit.files import read_json, write_json
 from badit.run import Run
 

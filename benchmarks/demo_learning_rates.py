@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import argparse
 
-from badit.demo import METHODS, demo_recipe
 from keep_run import RESULTS
 
+from badit.demo import METHODS, demo_recipe
 from badit.environment import environment
 from badit.evaluate import train_and_score
 from badit.files import write_json

@@ -47,5 +47,4 @@ def main(arguments: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     quiet_libraries()
-    quiet_libraries()
     main(options(__doc__, rounds=7).parse_args())

@@ -75,5 +75,4 @@ def main(arguments: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     quiet_libraries()
-    quiet_libraries()
     main(options(__doc__).parse_args())

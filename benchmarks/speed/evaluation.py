@@ -62,5 +62,4 @@ def main(arguments: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     quiet_libraries()
-    quiet_libraries()
     main(data_options(options(__doc__)).parse_args())

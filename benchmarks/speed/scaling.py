@@ -66,7 +66,6 @@ def main(arguments: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     quiet_libraries()
-    quiet_libraries()
     parser = options(__doc__)
     parser.add_argument("--memory-of", help="print the peak memory of two steps, in bytes, and stop; a point as JSON")
     main(parser.parse_args())

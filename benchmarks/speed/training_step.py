@@ -64,7 +64,6 @@ def main(arguments: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     quiet_libraries()
-    quiet_libraries()
     parser = options(__doc__, rounds=7)
     parser.add_argument("--memory-of", choices=ADAPTERS, help="print the peak memory of two steps, in bytes, and stop")
     parser.add_argument("--dtype", default="float32")

@@ -111,7 +111,7 @@ def test_published_defaults() -> None:
     [
         (
             {"name": "hidralora"},
-            r"unknown method 'hidralora' \(did you mean 'hydralora'\?\); known: badit, lora, pissa",
+            r"unknown method 'hidralora' \(did you mean 'hydralora'\?\); known: badit, gainlora, goat",
         ),
         ({"name": ["goat"]}, r"unknown method \['goat'\]"),
         (

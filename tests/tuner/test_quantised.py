@@ -158,11 +158,6 @@ def test_a_recipe_with_a_quantised_model_runs_to_its_scores(recipe_values: dict[
     assert evaluate(recipe.output, progress=False) == scores
 
 
-def test_a_folded_adapter_is_refused(load: Load) -> None:
-    with pytest.raises(BaditError, match=r"gate_proj is quantised and cannot be changed: take base_weight='delta'"):
-        adapted(load("bnb-8bit"), base_weight="folded")
-
-
 def test_gptq_and_awq_layers_are_refused() -> None:
     class WQLinear(nn.Module):
         qweight = torch.zeros(2, 2, dtype=torch.int32)
