@@ -17,7 +17,7 @@ from peft import LoraConfig, get_peft_model
 from analysis import naive_interference as naive
 from badit.analysis.gradients import SketchedSums, TaskGradients, agreement, layer_and_module, measured_parameters
 from badit.analysis.interference import measure_interference
-from badit.baselines import GainLoraConfig
+from badit.baselines.gain_lora import GainLoraConfig
 from badit.errors import BaditError
 from tuner.helpers import adapted
 
