@@ -16,8 +16,8 @@ from keep_run import RESULTS, keep
 
 from badit.cli import main
 from badit.cli.demo import METHODS
-from badit.runs import RunFolder
 from badit.files import read_json, write_json
+from badit.runs import RunFolder
 
 
 def summarise(runs: str, seeds: list[int]) -> dict[str, Any]:

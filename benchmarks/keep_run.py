@@ -14,9 +14,9 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+from badit.files import read_jsonl, write_text
 from badit.recipe import build_recipe, dump_recipe
 from badit.runs import RunFolder
-from badit.files import read_jsonl, write_text
 
 RESULTS = Path(__file__).parent / "results"
 KEPT = ("environment.json", "metrics.jsonl", "scores.json", "analysis.json")

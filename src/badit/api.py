@@ -28,13 +28,13 @@ from badit.evaluation.evaluate import read_predictions
 from badit.evaluation.results import Results, Scores, load_results, load_scores
 from badit.files import read_json, read_jsonl
 from badit.metrics import Prediction
-from badit.recipe import Recipe, RecipeLike, RecipeValues, load_recipe, make_recipe
+from badit.recipe import Recipe, RecipeLike, RecipeValues, load_config, make_recipe
 from badit.report import write_report as _write_report
 from badit.runs import RunFolder
-from badit.training.plan import Plan, Split, make_plan
-from badit.training.run import train as _train
+from badit.train import Plan, Split, make_plan
 from badit.training.scoring import answers, load_run
 from badit.training.scoring import evaluate as _evaluate
+from badit.training.scoring import train_and_score as _train
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -69,7 +69,7 @@ class Run:
     @property
     def recipe(self) -> Recipe:
         """What the run was made by."""
-        return load_recipe(self._folder.config)
+        return load_config(self._folder.config)
 
     @property
     def scores(self) -> Scores:
@@ -133,7 +133,7 @@ def train(recipe: RecipeLike | None = None, /, *, progress: bool = True, **value
     Args:
         recipe: a file, a Recipe or plain values (default: the defaults).
         progress: show bars on stderr.
-        values: laid over the recipe, such as ``training={"epochs": 2}`` and ``output="runs/mine"``.
+        values: laid over the recipe, such as ``training={"num_train_epochs": 2}`` and ``output="runs/mine"``.
 
     Returns:
         The run, with its scores. Of several processes under a launcher only the first scores.

@@ -94,6 +94,8 @@ def _explanation(error: Exception, action: str, named: str) -> str | None:
         return f"cannot be {action} ({first_line(error)})"
     if isinstance(error, ValueError) and "embedded null" in str(error):
         return f"cannot be {action} (not a valid path)"
+    if isinstance(error, ValueError) and "trust_remote_code" in str(error):
+        return f"cannot be {action} without Python code of its own; allow it with trust_remote_code if you trust it"
     return None
 
 
@@ -132,6 +134,17 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """A hint for a misspelt name: `` (did you mean 'x'?)`` or the empty string."""
     close = difflib.get_close_matches(str(name), list(known), n=1)
     return f" (did you mean '{close[0]}'?)" if close else ""
+
+
+def refuse_unknown(field: str, value: object, known: Iterable[str]) -> None:
+    """Raises for a value that is none of the known ones.
+
+    Raises:
+        BaditError: it names the field, the nearest known value and all of them.
+    """
+    known = list(known)
+    if value not in known:
+        raise BaditError(f"{field}: unknown {value!r:.60}{nearest(str(value), known)}; known: {', '.join(known)}")
 
 
 def one_line(text: str) -> str:

@@ -16,8 +16,7 @@ from typing import Annotated, Any, Literal
 import pandas as pd
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
-from badit.data.schema import first_problem
-from badit.errors import BaditError, nearest
+from badit.errors import BaditError, first_problem, nearest
 from badit.files import read_json, refuse_other_format, shown
 from badit.metrics import METRICS
 from badit.statistics import Form, paired_bootstrap, spread

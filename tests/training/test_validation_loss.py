@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -12,12 +13,12 @@ from badit.errors import BaditError
 from badit.files import read_json
 from badit.recipe import Recipe, build_recipe
 from badit.runs import RunFolder
-from badit.training import plan as plan_module
-from badit.training.plan import encoded, make_plan
-from badit.training.run import fit
+from badit.train import encoded, fit, make_plan
 from badit.training.scoring import load_run, validation_loss
 from badit.tuner import hooks_of
 
+# badit.train is the function of that name.
+train_module = import_module("badit.train")
 Values = dict[str, Any]
 
 
@@ -76,7 +77,7 @@ def test_it_is_kept(recipe_values: Values, monkeypatch: pytest.MonkeyPatch) -> N
     run = fit(recipe, progress=False)
     found = validation_loss(run.path)
     assert read_json(run.path / "validation.json") == found
-    monkeypatch.setattr(plan_module, "load_base_model", lambda *a, **k: pytest.fail("loaded a model"))
+    monkeypatch.setattr(train_module, "load_base_model", lambda *a, **k: pytest.fail("loaded a model"))
     assert validation_loss(run.path) == found
 
 

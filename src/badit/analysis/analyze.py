@@ -10,7 +10,7 @@ OUTPUT/analysis.json   what was measured on what, how long each part took, versi
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +24,11 @@ from badit.analysis.tables import TABLES, load_frames, save_frame
 from badit.data import AnswerCollator, Instance, Task, batches_by_task, load_tasks
 from badit.errors import BaditError
 from badit.files import read_json, write_json
+from badit.methods import build_method
 from badit.recipe import Recipe, build_recipe, expand_source
 from badit.results import RESULTS
 from badit.runs import RunFolder, environment, peak_memory
-from badit.training.methods import build_method
-from badit.training.plan import encoded, make_plan, pad_id
+from badit.train import encoded, make_plan, pad_id
 from badit.training.scoring import load_run
 
 _PARTS = ("interference", "experts", "learning")
@@ -81,15 +81,23 @@ def analyze(
     else:
         tasks = load_tasks(expand_source(data or recipe.data.source))
     chosen = [(task, _chosen(task, instances, trained=trained)) for task in tasks]
-    record = _Record(Path(output or run.path), {"data": data, "instances": instances})
-    if not record.has(_PARTS):
-        _measure(run, recipe, chosen, record, progress)
-    return record.output
+    output = Path(output or run.path)
+    record = _record(output, {"data": data, "instances": instances})
+    if not set(_PARTS) <= record["parts"].keys():
+        _measure(run, recipe, chosen, output, record, progress)
+    return output
 
 
 def _measure(
-    run: RunFolder, recipe: Recipe, chosen: Sequence[tuple[Task, Sequence[Instance]]], record: _Record, progress: bool
+    run: RunFolder,
+    recipe: Recipe,
+    chosen: Sequence[tuple[Task, Sequence[Instance]]],
+    output: Path,
+    record: dict[str, Any],
+    progress: bool,
 ) -> None:
+    """Measures the parts that are not recorded as done; a part is recorded after its tables are written."""
+    folder = output / "analysis"
     model, tokenizer = load_run(run, recipe)
     model.eval()
     if not build_method(recipe.method).trains:
@@ -111,13 +119,24 @@ def _measure(
         some = {task: of_task[:_LOSS_BATCHES] for task, of_task in batches.items()}
         atlas = ability_atlas(model, some, gates, texts, [task for task, _ in chosen], progress=progress)
         angles = expert_angles(run, model, batches, progress=progress)
-        return [angles, component_flow(run), *atlas, *_with_experts(record.folder, gates)]
+        return [angles, component_flow(run), *atlas, *_with_experts(folder, gates)]
 
     def learning() -> list[pd.DataFrame]:
         return [transfer(run)] if recipe.data.order is not None and run.scores.is_file() else []
 
-    for name, measure in zip(_PARTS, (interference, experts, learning), strict=True):
-        record.keep(name, measure)
+    for part, measure in zip(_PARTS, (interference, experts, learning), strict=True):
+        if part in record["parts"]:
+            continue
+        began = time.monotonic()
+        frames = [frame for frame in measure() if len(frame)]
+        for frame in frames:
+            save_frame(frame, folder)
+        record["parts"][part] = {
+            "tables": [frame.attrs["name"] for frame in frames],
+            "seconds": round(time.monotonic() - began, 1),
+            "peak_memory_gib": round(peak_memory() / 2**30, 2),
+        }
+        write_json(output / "analysis.json", record)
 
 
 def _with_experts(folder: Path, gates: PromptGates) -> Iterator[pd.DataFrame]:
@@ -148,38 +167,17 @@ def _chosen(task: Task, count: int, *, trained: bool) -> Sequence[Instance]:
     return found[:count]
 
 
-class _Record:
-    """Which parts are done, in ``analysis.json``, which is written after a part's tables."""
-
-    def __init__(self, output: Path, settings: Mapping[str, Any]) -> None:
-        self.output = output
-        self.folder = output / "analysis"
-        self._path = output / "analysis.json"
-        self._content: dict[str, Any] = {"settings": dict(settings), "environment": environment(), "parts": {}}
-        if self._path.is_file():
-            self._content = read_json(self._path)
-            if not isinstance(self._content.get("parts"), dict):
-                raise BaditError(f"{self._path}: parts: is missing; remove the file to measure again")
-            if self._content.get("settings") != dict(settings):
-                raise BaditError(
-                    f"{self.folder}: holds an analysis with other settings; remove it and {self._path.name} to measure "
-                    "again, or choose another --output"
-                )
-
-    def has(self, parts: Sequence[str]) -> bool:
-        return all(part in self._content["parts"] for part in parts)
-
-    def keep(self, part: str, measure: Callable[[], Sequence[pd.DataFrame]]) -> None:
-        """Measures a part that is not done yet, and writes those of its tables that have rows."""
-        if self.has([part]):
-            return
-        began = time.monotonic()
-        frames = [frame for frame in measure() if len(frame)]
-        for frame in frames:
-            save_frame(frame, self.folder)
-        self._content["parts"][part] = {
-            "tables": [frame.attrs["name"] for frame in frames],
-            "seconds": round(time.monotonic() - began, 1),
-            "peak_memory_gib": round(peak_memory() / 2**30, 2),
-        }
-        write_json(self._path, self._content)
+def _record(output: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """What ``analysis.json`` says has been measured; nothing where it is not there yet."""
+    path = output / "analysis.json"
+    if not path.is_file():
+        return {"settings": settings, "environment": environment(), "parts": {}}
+    record = read_json(path)
+    if not isinstance(record.get("parts"), dict):
+        raise BaditError(f"{path}: parts: is missing; remove the file to measure again")
+    if record.get("settings") != settings:
+        raise BaditError(
+            f"{output / 'analysis'}: holds an analysis with other settings; remove it and {path.name} to measure "
+            "again, or choose another --output"
+        )
+    return record

@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
@@ -35,8 +34,7 @@ from tqdm import tqdm
 from badit.analysis.gates import Batches, Experts, PromptGates, active_experts, changed_gates, gates_frame
 from badit.analysis.tables import EXPERT_NUMBER, INDEX, TASK, TASK_A, TASK_B, TEXT, Column, Table
 from badit.data import Task, on_device
-from badit.errors import BaditError
-from badit.training.trainer import answer_losses
+from badit.trainer import answer_losses
 
 NEAREST = 5
 SHOWN_CHARACTERS = 300
@@ -106,19 +104,19 @@ def ability_atlas(
         progress: show a bar on stderr.
 
     Raises:
-        BaditError: a model without experts, or texts that do not go with the gates.
+        BaditError: a model without experts.
     """
-    losses = expert_losses(model, batches, progress=progress)
+    losses_TS, errors_TK = expert_losses(model, batches, progress=progress)
     frames = [
         gates_frame(gates),
         gate_similarity(gates),
-        losses.frame(),
+        losses_frame(gates.tasks, losses_TS),
         nearest_prompts(gates, texts),
-        expert_abilities(gates, losses.change_TK, losses.error_TK),
+        expert_abilities(gates, losses_TS[:, 1:] - losses_TS[:, :1], errors_TK),
     ]
     known = {task.name: task.abilities for task in tasks}
     if all(known.get(task) for task in gates.tasks):
-        frames.append(ability_recovery(gates.tasks, similarity(gates), known))
+        frames.append(ability_recovery(similarity(gates), [known[task] for task in gates.tasks]))
     return frames
 
 
@@ -148,14 +146,7 @@ def gate_similarity(gates: PromptGates) -> pd.DataFrame:
 
 
 def nearest_prompts(gates: PromptGates, texts: Texts) -> pd.DataFrame:
-    """The prompts that draw on each expert most, above what the other prompts do.
-
-    Raises:
-        BaditError: texts that do not go with the gates' prompts.
-    """
-    for task, gates_PMK in gates.by_task.items():
-        if len(texts.get(task, ())) != len(gates_PMK):
-            raise BaditError(f"texts: task {task} has {len(texts.get(task, ()))} for {len(gates_PMK)} prompts")
+    """The prompts that draw on each expert most, above what the other prompts do."""
     prompts = [(task, *text) for task in gates.tasks for text in texts[task]]
     rows = []
     for expert, scores_P in enumerate(prompt_scores(gates).T):
@@ -181,62 +172,45 @@ def prompt_scores(gates: PromptGates) -> np.ndarray:
 # --- losses without an expert ---
 
 
-@dataclass(frozen=True)
-class ExpertLosses:
-    """Each task's mean loss over its answer tokens, in nats: with all experts, and without each of them.
-
-    ``error_TK`` is the standard error of the change, as far as it comes from the choice of prompts.
-    """
-
-    tasks: Sequence[str]
-    loss_T: np.ndarray
-    without_TK: np.ndarray
-    error_TK: np.ndarray
-
-    @property
-    def change_TK(self) -> np.ndarray:
-        return self.without_TK - self.loss_T[:, None]
-
-    def frame(self) -> pd.DataFrame:
-        """What every task loses without each expert."""
-        tasks, experts = self.without_TK.shape
-        columns = {
-            "task": np.repeat(self.tasks, experts),
-            "expert": np.tile(np.arange(experts), tasks),
-            "loss": np.repeat(self.loss_T, experts),
-            "loss_without": self.without_TK.ravel(),
-            "change": self.change_TK.ravel(),
-        }
-        return EXPERT_LOSSES.frame(
-            columns,
-            "What each task's loss becomes when an expert is switched off: its gates are 0 in every layer, the other "
-            "gates stay as the routers have them. Of an expert that started as a part of the pretrained weight, that "
-            "part goes too.",
-        )
-
-
 @torch.no_grad()
-def expert_losses(model: Any, batches: Batches, *, progress: bool = False) -> ExpertLosses:
+def expert_losses(model: Any, batches: Batches, *, progress: bool = False) -> tuple[np.ndarray, np.ndarray]:
     """What every task's loss is without each expert.
 
     Args:
         model: in evaluation mode, with one active adapter.
         batches: as for :func:`badit.analysis.gates.prompt_gates`.
         progress: show a bar on stderr.
+
+    Returns:
+        Each task's mean loss over its answer tokens, in nats, with all experts and then without each of them (T, S);
+        and the standard errors of the changes (T, K), as far as they come from the choice of prompts.
     """
     experts = active_experts(model)
+    states = (None, *range(experts[0].number))
     estimates = []
-    with tqdm(total=len(batches) * (1 + experts[0].number), desc="Experts", disable=not progress, leave=False) as bar:
+    with tqdm(total=len(batches) * len(states), desc="Experts", unit="pass", disable=not progress, leave=False) as bar:
         for of_task in batches.values():
-            sums = []
-            for expert in (None, *range(experts[0].number)):
+            passes = []
+            for expert in states:
                 with changed_gates(experts, _without(expert)):
-                    sums_P, counts_P = _prompt_losses(model, of_task)
-                sums.append(sums_P)
+                    passes.append(_prompt_losses(model, of_task))
                 bar.update()
-            estimates.append(_ratios(np.stack(sums), counts_P))
+            estimates.append(_per_token(np.stack([sums_P for sums_P, _ in passes]), passes[0][1]))
     losses_TS, errors_TK = (np.stack(values) for values in zip(*estimates, strict=True))
-    return ExpertLosses(list(batches), losses_TS[:, 0], losses_TS[:, 1:], errors_TK)
+    return losses_TS, errors_TK
+
+
+def losses_frame(tasks: Sequence[str], losses_TS: np.ndarray) -> pd.DataFrame:
+    """What every task loses without each expert."""
+    experts = pd.DataFrame({"expert": range(losses_TS.shape[1] - 1)})
+    rows = pd.DataFrame({"task": tasks, "loss": losses_TS[:, 0]}).merge(experts, how="cross")
+    rows["loss_without"] = losses_TS[:, 1:].ravel()
+    return EXPERT_LOSSES.frame(
+        rows.assign(change=rows["loss_without"] - rows["loss"]),
+        "What each task's loss becomes when an expert is switched off: its gates are 0 in every layer, the other gates "
+        "stay as the routers have them. Of an expert that started as a part of the pretrained weight, that part goes "
+        "too.",
+    )
 
 
 def _without(expert: int | None) -> Callable[[Experts, torch.Tensor], torch.Tensor]:
@@ -257,7 +231,7 @@ def _prompt_losses(model: Any, of_task: Sequence[Mapping[str, Any]]) -> tuple[np
     return torch.cat(sums).numpy(), torch.cat(counts).numpy()
 
 
-def _ratios(sums_SP: np.ndarray, counts_P: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _per_token(sums_SP: np.ndarray, counts_P: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The losses per token (S) of all states, and the standard errors (K) of the changes from the first state.
 
     A loss per token is a ratio of two sums over prompts; the error is that of its linear approximation. A single prompt
@@ -287,21 +261,19 @@ def expert_abilities(gates: PromptGates, change_TK: np.ndarray, error_TK: np.nda
         change_TK: by task (in the gates' order) and expert, by how much the loss rises without the expert.
         error_TK: the standard errors of that.
     """
-    means_TK = gates.means.mean(axis=1)
-    gate_error_TK = np.stack([_standard_errors(gates_PMK) for gates_PMK in gates.by_task.values()])
+    gate_TK, gate_error_TK = gates.means.mean(axis=1), np.stack([*map(_standard_errors, gates.by_task.values())])
     rows = []
-    for expert, (gate_T, change_T) in enumerate(zip(means_TK.T, change_TK.T, strict=True)):
-        drawn = hurt = np.array([], dtype=int)
-        if np.ptp(gate_T) >= _ALIKE_GATES and not _within_noise(gate_T, gate_error_TK[:, expert]):
-            drawn = _standing_out(gate_T)
+    for expert, (gate_T, change_T) in enumerate(zip(gate_TK.T, change_TK.T, strict=True)):
+        drawn, hurt = _standing_out(gate_T, gate_error_TK[:, expert]), _standing_out(change_T, error_TK[:, expert])
+        if np.ptp(gate_T) < _ALIKE_GATES:
+            drawn = drawn[:0]
         mean, most = change_T.mean(), change_T.max()
-        alike = most < _NO_CHANGE or most - mean <= _ALIKE_CHANGES * mean
-        if not alike and not _within_noise(change_T, error_TK[:, expert]):
-            hurt = _standing_out(change_T)
-        tasks, hurt_most = ([gates.tasks[t] for t in chosen] for chosen in (drawn, hurt))
-        summary = f"{_on_gates(tasks, gate_T, drawn)} {_on_losses(hurt_most, change_T, hurt)}"
+        if most < _NO_CHANGE or most - mean <= _ALIKE_CHANGES * mean:
+            hurt = hurt[:0]
+        names = [[gates.tasks[t] for t in chosen] for chosen in (drawn, hurt)]
         numbers = (gate_T.mean(), np.ptp(gate_T), mean)
-        rows.append((expert, ", ".join(tasks), ", ".join(hurt_most), *numbers, summary))
+        summary = f"{_on_gates(names[0], gate_T, drawn)} {_on_losses(names[1], change_T, hurt)}"
+        rows.append((expert, *map(", ".join, names), *numbers, summary))
     return ABILITIES.frame(
         rows,
         "What each expert is for, over all modules together: gates are means over modules, losses those with the "
@@ -309,28 +281,21 @@ def expert_abilities(gates: PromptGates, change_TK: np.ndarray, error_TK: np.nda
     )
 
 
-def readable(task: str) -> str:
-    """A task's name as words: task363_sst2_polarity → 363 sst2 polarity."""
-    return re.sub(r"^task(?=\d)", "", task).replace("_", " ")
-
-
 def _standard_errors(gates_PMK: np.ndarray) -> np.ndarray:
     """(K): of the mean over a task's prompts; 0 for a single prompt, which tells nothing of it."""
     gates_PK = gates_PMK.mean(axis=1)
-    if len(gates_PK) < 2:
-        return np.zeros(gates_PK.shape[1])
-    return gates_PK.std(axis=0, ddof=1) / np.sqrt(len(gates_PK))
+    return gates_PK.std(axis=0, ddof=min(1, len(gates_PK) - 1)) / np.sqrt(len(gates_PK))
 
 
-def _within_noise(value_T: np.ndarray, error_T: np.ndarray) -> bool:
-    first = value_T.argmax()
-    return bool(value_T[first] - value_T.mean() < _STANDARD_ERRORS * error_T[first])
+def _standing_out(value_T: np.ndarray, error_T: np.ndarray) -> np.ndarray:
+    """The first few tasks, by value, that are beyond the mean by more than half of what the first is.
 
-
-def _standing_out(value_T: np.ndarray) -> np.ndarray:
-    """The first few, by value, that are beyond the mean by more than half of what the first is."""
-    first = np.argsort(-value_T, kind="stable")[:_NAMED]
-    return first[value_T[first] > (value_T.mean() + value_T.max()) / 2]
+    None, if the first is ahead of the mean by less than a few standard errors.
+    """
+    first, mean = np.argsort(-value_T, kind="stable")[:_NAMED], value_T.mean()
+    if value_T[first[0]] - mean < _STANDARD_ERRORS * error_T[first[0]]:
+        return first[:0]
+    return first[value_T[first] > (mean + value_T[first[0]]) / 2]
 
 
 def _on_gates(tasks: Sequence[str], gate_T: np.ndarray, drawn: np.ndarray) -> str:
@@ -356,7 +321,8 @@ def _on_losses(tasks: Sequence[str], change_T: np.ndarray, hurt: np.ndarray) -> 
 
 
 def _joined(tasks: Sequence[str]) -> str:
-    return " and ".join(map(readable, tasks))
+    """The tasks' names as words: task363_sst2_polarity → 363 sst2 polarity."""
+    return " and ".join(re.sub(r"^task(?=\d)", "", task).replace("_", " ") for task in tasks)
 
 
 def _amount(value: float) -> str:
@@ -367,14 +333,9 @@ def _amount(value: float) -> str:
 
 
 def ability_recovery(
-    tasks: Sequence[str],
-    similarity_TT: np.ndarray,
-    abilities: Mapping[str, Collection[str]],
-    *,
-    permutations: int = 10_000,
-    seed: int = 0,
+    similarity_TT: np.ndarray, abilities: Sequence[Collection[str]], *, permutations: int = 10_000, seed: int = 0
 ) -> pd.DataFrame:
-    """How well the similarity of the tasks' gates agrees with their abilities.
+    """How well the similarity of the tasks' gates agrees with the abilities that they are known to need.
 
     Two measures, each against what it would be if abilities were given to the tasks at random (abilities stay together
     as sets, so that their sizes and overlaps are those of the suite):
@@ -385,31 +346,22 @@ def ability_recovery(
     * the share of tasks whose nearest neighbour by gates shares an ability with them.
 
     Args:
-        tasks: names, in the order of the similarity's rows.
         similarity_TT: symmetric; the diagonal is not read.
-        abilities: what each task is known to need.
+        abilities: of every task, at least one.
         permutations: of the tasks, from which chance and p-value are taken.
         seed: of the permutations.
-
-    Raises:
-        BaditError: a task without known abilities, or a similarity of another size.
     """
-    if unknown := [task for task in tasks if not abilities.get(task)]:
-        raise BaditError(f"abilities: task {unknown[0]} has none that are known; only the built-in suite's have")
-    if similarity_TT.shape != (len(tasks), len(tasks)):
-        raise BaditError(f"similarity: has shape {similarity_TT.shape} for {len(tasks)} tasks")
-    sets = [set(abilities[task]) for task in tasks]
-    overlap_TT = np.array([[len(a & b) / len(a | b) for b in sets] for a in sets])
-    orders_RT = np.random.default_rng(seed).permuted(np.tile(np.arange(len(tasks)), (permutations, 1)), axis=1)
+    tasks = len(abilities)
+    overlap_TT = np.array([[len(set(a) & set(b)) / len(set(a) | set(b)) for b in abilities] for a in abilities])
+    orders_RT = np.random.default_rng(seed).permuted(np.tile(np.arange(tasks), (permutations, 1)), axis=1)
     measures = {
         "correlation": _correlations(similarity_TT, overlap_TT, orders_RT),
         "nearest_neighbour": _neighbour_shares(similarity_TT, overlap_TT, orders_RT),
     }
     return ABILITY_RECOVERY.frame(
         [(measure, *_tested(values)) for measure, values in measures.items()],
-        f"Whether tasks that are known to share abilities draw on the experts alike, over {len(tasks)} tasks. Chance "
-        f"and p-value come from {permutations} permutations of the tasks (seed {seed}); the correlation's is Mantel's "
-        "test.",
+        f"Whether tasks that are known to share abilities draw on the experts alike, over {tasks} tasks. Chance and p "
+        f"come from {permutations} permutations of the tasks (seed {seed}); the correlation's p is Mantel's test.",
     )
 
 

@@ -30,8 +30,8 @@ from badit.analysis.tables import EXPERT_NUMBER, LAYER, MODULE, TASK, Column, Ta
 from badit.data import on_device
 from badit.errors import BaditError
 from badit.method import prompt_mean
-from badit.training.trainer import answer_losses
-from badit.tuner.base_layer import ExpertLayer
+from badit.trainer import answer_losses
+from badit.tuner.layer import ExpertLinear
 from badit.tuner.prompt import before_first_label
 
 # A gate that is neutral except for rounding does not count as drawn on.
@@ -54,7 +54,7 @@ GATES = Table(
 class Experts:
     """An adapted layer, the adapter that is active in it, and the place of both in the model."""
 
-    layer: ExpertLayer
+    layer: ExpertLinear
     adapter: str
 
     @property
@@ -99,9 +99,15 @@ class PromptGates:
         return np.stack([gates_PMK.mean(axis=0) for gates_PMK in self.by_task.values()])
 
 
+def adapted_layers(model: nn.Module) -> list[Experts]:
+    """The layers of all active adapters, first to last, also of those with a single expert."""
+    layers = (module for module in model.modules() if isinstance(module, ExpertLinear))
+    return [Experts(layer, adapter) for layer in layers for adapter in layer.running_adapters]
+
+
 def has_experts(model: nn.Module) -> bool:
     """Whether the model has an active adapter whose experts are weighed by gates."""
-    return bool(_active_experts(model))
+    return any(one.number > 1 for one in adapted_layers(model))
 
 
 def active_experts(model: nn.Module) -> list[Experts]:
@@ -110,10 +116,10 @@ def active_experts(model: nn.Module) -> list[Experts]:
     Raises:
         BaditError: there is no such adapter, or there are several.
     """
-    found = _active_experts(model)
+    found = [one for one in adapted_layers(model) if one.number > 1]
     if not found:
         raise BaditError("the model has no active adapter with several experts, such as BADIT's or LoRAMoE's")
-    if len({experts.adapter for experts in found}) > 1:
+    if len({one.adapter for one in found}) > 1:
         raise BaditError("several adapters are active; choose the one to look at: model.set_adapter(NAME)")
     return found
 
@@ -125,17 +131,17 @@ def changed_gates(
     """Within, the components' gates (B, 1 or T, N) of every layer are what ``change`` makes of them."""
 
     def changing(one: Experts) -> Callable[[str, torch.Tensor], torch.Tensor]:
-        own = one.layer._component_gates
+        own = one.layer.component_gates
         return lambda adapter, x: change(one, own(adapter, x))
 
     try:
         for one in experts:
             # In the instance's own dictionary it hides the class's method, which is there again once it is taken out.
-            vars(one.layer)["_component_gates"] = changing(one)
+            vars(one.layer)["component_gates"] = changing(one)
         yield
     finally:
         for one in experts:
-            vars(one.layer).pop("_component_gates", None)
+            vars(one.layer).pop("component_gates", None)
 
 
 @torch.no_grad()
@@ -152,10 +158,12 @@ def prompt_gates(model: Any, batches: Batches) -> PromptGates:
     experts = active_experts(model)
     if not batches:
         raise BaditError("batches: there are none; give at least one batch of one task")
-    by_task = {
-        task: torch.cat([_gates_of_batch(model, experts, on_device(batch, model.device)) for batch in of_task]).numpy()
-        for task, of_task in batches.items()
-    }
+    by_task = {}
+    for task, of_task in batches.items():
+        batches_M = zip(*(_component_gates(model, experts, batch) for batch in of_task), strict=True)
+        gates = [torch.cat(found)[:, one.first_components_K] for one, found in zip(experts, batches_M, strict=True)]
+        gates_PMK = torch.stack(gates, dim=1)
+        by_task[task] = (gates_PMK / gates_PMK.mean(dim=-1, keepdim=True)).numpy()
     return PromptGates([one.place for one in experts], by_task)
 
 
@@ -174,7 +182,7 @@ def mean_component_gates(model: Any, batches: Batches, *, progress: bool = False
         for task, of_task in batches.items():
             found = []
             for batch in of_task:
-                found.append(_component_gates_of_batch(model, adapted, on_device(batch, model.device)))
+                found.append(_component_gates(model, adapted, batch))
                 bar.update()
             means[task] = [torch.cat(of_layer).mean(dim=0) for of_layer in zip(*found, strict=True)]
     return means
@@ -215,27 +223,9 @@ def marked_experts(gates: PromptGates) -> dict[str, list[torch.Tensor]]:
     }
 
 
-def adapted_layers(model: nn.Module) -> list[Experts]:
-    """The layers of all active adapters, first to last, also of those with a single expert."""
-    layers = (module for module in model.modules() if isinstance(module, ExpertLayer))
-    return [Experts(layer, adapter) for layer in layers for adapter in layer._running_adapters]
-
-
-def _active_experts(model: nn.Module) -> list[Experts]:
-    return [one for one in adapted_layers(model) if one.number > 1]
-
-
-def _gates_of_batch(model: Any, experts: Sequence[Experts], inputs: Mapping[str, Any]) -> torch.Tensor:
-    """Gates (B, M, K), on the CPU, on the scale on which 1 is neutral."""
-    kept = []
-    for one, gates_BN in zip(experts, _component_gates_of_batch(model, experts, inputs), strict=True):
-        gates_BK = gates_BN[:, one.first_components_K]
-        kept.append(gates_BK / gates_BK.mean(dim=-1, keepdim=True))
-    return torch.stack(kept, dim=1)
-
-
-def _component_gates_of_batch(model: Any, experts: Sequence[Experts], inputs: Mapping[str, Any]) -> list[torch.Tensor]:
-    """The components' gates (B, N) by module, means over each prompt's positions, on the CPU."""
+def _component_gates(model: Any, experts: Sequence[Experts], batch: Mapping[str, Any]) -> list[torch.Tensor]:
+    """The components' gates (B, N) by layer, means over each prompt's positions, on the CPU."""
+    inputs = on_device(batch, model.device)
     prompt_BT = inputs["attention_mask"].bool() & before_first_label(inputs["labels"])
     kept: dict[str, torch.Tensor] = {}
 

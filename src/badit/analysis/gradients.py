@@ -30,11 +30,11 @@ features), P = places (a kind, layer and module), E = pairs of tasks.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from itertools import combinations, dropwhile
+from typing import NamedTuple
 
 import pandas as pd
 import torch
@@ -43,6 +43,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from badit.analysis.tables import COUNT, INDEX, TASK, TASK_A, TASK_B, TEXT, Column, Table
+from badit.errors import BaditError
 
 Place = tuple[str, int, str]  # "weights" or "adapter", the layer, the module's name below the layer
 
@@ -95,8 +96,7 @@ GRADIENT_TASKS = Table(
 )
 
 
-@dataclass(frozen=True)
-class MeasuredParameter:
+class MeasuredParameter(NamedTuple):
     """A parameter and where it belongs; ``in_dim`` is the dimension of a weight's input features."""
 
     place: Place
@@ -176,20 +176,15 @@ class TaskGradients:
         """
         modes = [(module, module.training) for module in self._model.modules()]
         before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in self._model.parameters()]
-        handles = []
         try:
-            self._model.eval()
-            for parameter, _, _ in before:
-                parameter.requires_grad_(False)
-                parameter.grad = None
-            for i, item in enumerate(self._measured):
-                item.parameter.requires_grad_(True)
-                handles.append(item.parameter.register_post_accumulate_grad_hook(partial(self._take, i)))
-            with torch.enable_grad():
+            with ExitStack() as hooks, torch.enable_grad():
+                self._model.eval().requires_grad_(False).zero_grad()
+                for i, item in enumerate(self._measured):
+                    item.parameter.requires_grad_(True)
+                    handle = item.parameter.register_post_accumulate_grad_hook(partial(self._take, i))
+                    hooks.callback(handle.remove)
                 yield
         finally:
-            for handle in handles:
-                handle.remove()
             for parameter, requires_grad, gradient in before:
                 parameter.requires_grad_(requires_grad)
                 parameter.grad = gradient
@@ -211,16 +206,19 @@ class TaskGradients:
         if in_dim is not None:
             self._squares[index][self._row // 2] += gradient.square().mean(dim=in_dim)
 
-    def grams(self) -> dict[Place, torch.Tensor]:
-        """By place, the inner products G (R, R) of the halves' sums; places without any gradient are left out.
+    def grams(self) -> tuple[pd.DataFrame, torch.Tensor]:
+        """The places that have a gradient, and for each the inner products G (P, R, R) of the halves' sums.
 
         Weights come first, each kind in the order of the layers and, within a layer, of the model's modules.
         """
         grams: dict[Place, torch.Tensor] = {}
         for item, sketch in zip(self._measured, self._sketches, strict=True):
             grams[item.place] = grams.get(item.place, 0) + sketch.gram()
-        order = sorted(grams, key=lambda place: (place[0] != "weights", place[1]))
-        return {place: grams[place] for place in order if grams[place].any()}
+        places = sorted((place for place in grams if grams[place].any()), key=lambda p: (p[0] != "weights", p[1]))
+        if not places:
+            raise BaditError("the model has no weights with a gradient; quantised ones without an adapter have none")
+        frame = pd.DataFrame(places, columns=["parameters", "layer", "module"])
+        return frame, torch.stack([grams[place] for place in places])
 
     def row_scores(self, task: int) -> list[torch.Tensor]:
         """For each layer, the mean squared gradient of every row of its weights (U,), on the CPU.
@@ -280,48 +278,48 @@ def _signs(count: int, generator: torch.Generator) -> torch.Tensor:
     return 2 * torch.randint(2, (count,), generator=generator) - 1
 
 
-class Agreement:
-    """How far the tasks' gradients agree, from inner products of the halves' sums; NaN where a number is not defined.
+def agreement(gram_PRR: torch.Tensor, counts_T2: torch.Tensor) -> dict[str, torch.Tensor]:
+    """How far the tasks' gradients agree; NaN where a number is not defined.
 
     Halves 1 and 2 of a task are its even and its odd instances, in the order given.
 
     Args:
-        gram_PRR: inner products of the halves' sums, for any number of places.
+        gram_PRR: inner products of the halves' sums.
         counts_T2: instances in each half.
 
-    Attributes:
-        cosine_PTT: cos(g_a, g_b) of the mean gradients.
-        corrected_PTT: ⟨g_a, g_b⟩ / √(⟨a_1, a_2⟩ ⟨b_1, b_2⟩), with the halves' means a_1 and a_2. Independent noise in
-            the halves makes |g|² too large and cosines too small, and cancels in ⟨a_1, a_2⟩: Spearman's correction for
-            attenuation. Clipped to [−1, 1]; undefined where one of the two is not positive.
-        magnitude_PTT: 2 |g_a| |g_b| / (|g_a|² + |g_b|²), 1 for equal norms (Yu et al. 2020, arXiv 2001.06782).
-        norm_PT: |g|.
-        reliability_PT: cos(a_1, a_2).
+    Returns:
+        cosine: (P, T, T), cos(g_a, g_b) of the mean gradients.
+        corrected_cosine: (P, T, T), ⟨g_a, g_b⟩ / √(⟨a_1, a_2⟩ ⟨b_1, b_2⟩), with the halves' means a_1 and a_2.
+            Independent noise in the halves makes |g|² too large and cosines too small, and cancels in ⟨a_1, a_2⟩:
+            Spearman's correction for attenuation. Clipped to [−1, 1]; undefined where one of the two is not positive.
+        magnitude_similarity: (P, T, T), 2 |g_a| |g_b| / (|g_a|² + |g_b|²), 1 for equal norms (Yu et al. 2020, arXiv
+            2001.06782).
+        norm: (P, T), |g|.
+        reliability: (P, T), cos(a_1, a_2).
     """
+    counts_R, counts_T = counts_T2.flatten(), counts_T2.sum(dim=1)
 
-    def __init__(self, gram_PRR: torch.Tensor, counts_T2: torch.Tensor) -> None:
-        counts_R, counts_T = counts_T2.flatten(), counts_T2.sum(dim=1)
+    def by_half(values_PRR: torch.Tensor) -> torch.Tensor:
+        return values_PRR.unflatten(-1, (-1, 2)).unflatten(-3, (-1, 2))
 
-        def by_half(values_PRR: torch.Tensor) -> torch.Tensor:
-            return values_PRR.unflatten(-1, (-1, 2)).unflatten(-3, (-1, 2))
+    def outer(values_PT: torch.Tensor) -> torch.Tensor:
+        return values_PT[:, :, None] * values_PT[:, None, :]
 
-        # Of an empty half all inner products are 0, and its mean's 0 / 0 = NaN.
-        halves_PT2T2 = by_half(gram_PRR / counts_R[:, None] / counts_R)
-        means_PTT = by_half(gram_PRR).sum(dim=(-3, -1)) / (counts_T[:, None] * counts_T)
-        within_P22T = halves_PT2T2.diagonal(dim1=-4, dim2=-2)
-        between_PT = within_P22T[..., 0, 1, :]
-        squared_PT = means_PTT.diagonal(dim1=-2, dim2=-1)
-        self.norm_PT = squared_PT.sqrt()
-        norms_PTT = _outer(self.norm_PT)
-        self.cosine_PTT = (means_PTT / norms_PTT).clamp(-1, 1)
-        self.magnitude_PTT = 2 * norms_PTT / (squared_PT[..., :, None] + squared_PT[..., None, :])
-        self.reliability_PT = (between_PT / (within_P22T[..., 0, 0, :] * within_P22T[..., 1, 1, :]).sqrt()).clamp(-1, 1)
-        noiseless_PT = torch.where(between_PT > 0, between_PT, torch.nan).sqrt()
-        self.corrected_PTT = (means_PTT / _outer(noiseless_PT)).clamp(-1, 1)
-
-
-def _outer(values_PT: torch.Tensor) -> torch.Tensor:
-    return values_PT[..., :, None] * values_PT[..., None, :]
+    # Of an empty half all inner products are 0, and its mean's 0 / 0 = NaN.
+    halves_PT2T2 = by_half(gram_PRR / counts_R[:, None] / counts_R)
+    means_PTT = by_half(gram_PRR).sum(dim=(-3, -1)) / (counts_T[:, None] * counts_T)
+    within_P22T = halves_PT2T2.diagonal(dim1=-4, dim2=-2)
+    between_PT = within_P22T[:, 0, 1]
+    squared_PT = means_PTT.diagonal(dim1=-2, dim2=-1)
+    norms_PTT = outer(squared_PT.sqrt())
+    noiseless_PT = torch.where(between_PT > 0, between_PT, torch.nan).sqrt()
+    return {
+        "cosine": (means_PTT / norms_PTT).clamp(-1, 1),
+        "corrected_cosine": (means_PTT / outer(noiseless_PT)).clamp(-1, 1),
+        "magnitude_similarity": 2 * norms_PTT / (squared_PT[:, :, None] + squared_PT[:, None, :]),
+        "norm": squared_PT.sqrt(),
+        "reliability": (between_PT / (within_P22T[:, 0, 0] * within_P22T[:, 1, 1]).sqrt()).clamp(-1, 1),
+    }
 
 
 def gradient_frames(tasks: Sequence[str], gradients: TaskGradients, about: str) -> list[pd.DataFrame]:
@@ -329,43 +327,31 @@ def gradient_frames(tasks: Sequence[str], gradients: TaskGradients, about: str) 
     order = sorted(range(len(tasks)), key=tasks.__getitem__)
     pairs = pd.DataFrame(combinations([tasks[t] for t in order], 2), columns=["task_a", "task_b"])
     first_E, second_E = torch.tensor(order)[torch.triu_indices(len(order), len(order), offset=1)]
+    places, gram_PRR = gradients.grams()
 
-    def measured(grams: Mapping[Place, torch.Tensor]) -> tuple[pd.DataFrame, Agreement]:
-        halves = gradients.counts_T2.numel()
-        gram_PRR = torch.stack(list(grams.values())) if grams else torch.zeros(0, halves, halves).double()
-        places = pd.DataFrame(list(grams), columns=["parameters", "layer", "module"])
-        return places, Agreement(gram_PRR, gradients.counts_T2)
-
-    def of_pairs(values_PTT: torch.Tensor) -> torch.Tensor:
-        return values_PTT[:, first_E, second_E]
-
-    grams = gradients.grams()
-    places, agreement = measured(grams)
-    cosine_PE, magnitude_PE = of_pairs(agreement.cosine_PTT), of_pairs(agreement.magnitude_PTT)
+    found = agreement(gram_PRR, gradients.counts_T2)
+    cosine_PE, magnitude_PE = (found[name][:, first_E, second_E] for name in ("cosine", "magnitude_similarity"))
     conflicts_PE = (cosine_PE < 0).double().masked_fill(cosine_PE.isnan(), torch.nan)
-    by_pair = places.merge(pairs, how="cross").assign(
-        cosine=cosine_PE.flatten().numpy(), magnitude_similarity=magnitude_PE.flatten().numpy()
-    )
+    by_pair = places.merge(pairs, how="cross")
+    by_pair = by_pair.assign(cosine=cosine_PE.flatten().numpy(), magnitude_similarity=magnitude_PE.flatten().numpy())
     summary = places.assign(
         conflict_rate=conflicts_PE.nanmean(dim=1).numpy(),
         mean_cosine=cosine_PE.nanmean(dim=1).numpy(),
         mean_magnitude_similarity=magnitude_PE.nanmean(dim=1).numpy(),
-        reliability=agreement.reliability_PT.nanmean(dim=1).numpy(),
+        reliability=found["reliability"].nanmean(dim=1).numpy(),
     )
 
-    kinds: dict[Place, torch.Tensor] = {}
-    for (kind, _, _), gram_RR in grams.items():
-        kinds[kind, -1, ""] = kinds.get((kind, -1, ""), 0) + gram_RR
-    places, agreement = measured(kinds)
-    overall = places.merge(pairs, how="cross").assign(
-        cosine=of_pairs(agreement.cosine_PTT).flatten().numpy(),
-        corrected_cosine=of_pairs(agreement.corrected_PTT).flatten().numpy(),
-        magnitude_similarity=of_pairs(agreement.magnitude_PTT).flatten().numpy(),
-    )
-    by_task = places.merge(pd.DataFrame({"task": tasks}), how="cross").assign(
-        norm=agreement.norm_PT.flatten().numpy(),
-        reliability=agreement.reliability_PT.flatten().numpy(),
-        instances=gradients.counts_T2.sum(dim=1).repeat(len(places)).numpy(),
+    # All modules together: inner products of whole gradients are sums over the places.
+    kinds = pd.DataFrame({"parameters": places["parameters"].unique()})
+    of_kind = [gram_PRR[(places["parameters"] == kind).to_numpy()].sum(dim=0) for kind in kinds["parameters"]]
+    found = agreement(torch.stack(of_kind), gradients.counts_T2)
+    overall = kinds.merge(pairs, how="cross")
+    for name in ("cosine", "corrected_cosine", "magnitude_similarity"):
+        overall[name] = found[name][:, first_E, second_E].flatten().numpy()
+    by_task = kinds.merge(pd.DataFrame({"task": tasks}), how="cross").assign(
+        norm=found["norm"].flatten().numpy(),
+        reliability=found["reliability"].flatten().numpy(),
+        instances=gradients.counts_T2.sum(dim=1).repeat(len(kinds)).numpy(),
     )
     return [
         GRADIENT_PAIRS.frame(by_pair, about),

@@ -37,8 +37,7 @@ from badit.analysis.gradients import TaskGradients, gradient_frames, layer_and_m
 from badit.analysis.tables import COUNT, LAYER, SHARING, TASK, TASK_A, TASK_B, TEXT, Column, Table
 from badit.baselines.neurons import top_neurons
 from badit.errors import BaditError
-from badit.training.trainer import answer_losses
-from badit.tuner.base_config import is_int, is_number
+from badit.trainer import answer_losses
 from badit.tuner.model import TARGET_MODULES
 
 Batches = Mapping[str, Sequence[Mapping[str, Any]]]
@@ -98,17 +97,11 @@ def measure_interference(
         and coactivation_pairs; the last three with the kinds "neurons" and "parameters".
 
     Raises:
-        BaditError: a task without instances, an instance without a finite loss, an option out of range, or a model
-            whose layers have no MLP of a known kind.
+        BaditError: no tasks, an instance without a finite loss, or a model whose layers have no MLP of a known kind.
     """
-    if not is_int(sketch_size) or sketch_size < 1:
-        raise BaditError(f"sketch_size must be a whole number of at least 1, got {sketch_size!r}")
-    if not is_number(share) or not 0 < share <= 1:
-        raise BaditError(f"share must be above 0 and at most 1, got {share!r}")
     sizes = {task: sum(len(batch["input_ids"]) for batch in of_task) for task, of_task in batches.items()}
     if not sizes or not all(sizes.values()):
-        empty = next((task for task, size in sizes.items() if not size), None)
-        raise BaditError("batches: there are none" if empty is None else f"batches: task {empty} has no instances")
+        raise BaditError("batches: give at least one task, and for every task at least one instance")
     gradients = TaskGradients(model, len(batches), sketch_size, seed)
     neurons = NeuronMeans(model, len(batches))
     with gradients.taking(), tqdm(total=sum(sizes.values()), desc="Gradients", disable=not progress) as bar:
@@ -170,15 +163,10 @@ def coactivation(marked: Mapping[str, Marked], about: str) -> list[pd.DataFrame]
 
     Returns:
         The tables coactivation, coactivation_tasks and coactivation_pairs.
-
-    Raises:
-        BaditError: no task, or tasks with units of different layers.
     """
     counts, by_task, pairs = [], [], []
     for kind, masks in marked.items():
         tasks = list(masks)
-        if not tasks or any(list(map(len, masks[task])) != list(map(len, masks[tasks[0]])) for task in tasks):
-            raise BaditError("marked: give at least one task, and for all tasks units of the same layers")
         layers_TU = [torch.stack([mask.cpu() for mask in layer]).numpy() for layer in zip(*masks.values(), strict=True)]
         for layer, marked_TU in enumerate(layers_TU):
             tasks_U, sizes_T = marked_TU.sum(axis=0), marked_TU.sum(axis=1)

@@ -33,13 +33,13 @@ from badit.analysis.gates import Batches, active_experts
 from badit.analysis.gradients import layer_and_module
 from badit.analysis.tables import COUNT, EXPERT_NUMBER, INDEX, LAYER, MAX_EXPERTS, MODULE, TASK, TEXT, Column, Table
 from badit.data import on_device
-from badit.errors import explained
+from badit.errors import BaditError, explained
 from badit.files import read_json, read_jsonl
 from badit.method import ExpertAngles, cosine_gram
 from badit.method import expert_angles as angles_of
-from badit.results import SINGLE_TASK, load_results, paired
+from badit.results import SINGLE_TASK, load_results, paired, read_scores
 from badit.runs import RunFolder
-from badit.training.trainer import answer_losses
+from badit.trainer import answer_losses
 
 EXPERT_ANGLES = Table(
     "expert_angles",
@@ -180,7 +180,7 @@ def held_out_angles(
 
     Modules whose experts share one A are left out. ``progress`` shows a bar on stderr.
     """
-    experts = [one for one in active_experts(model) if one.layer.badit_config[one.adapter].experts_own_components]
+    experts = [one for one in active_experts(model) if not one.layer.badit_config[one.adapter].shares_A]
     if not experts:
         return {}
     parameters = [p for one in experts for p in (one.layer.badit_A[one.adapter], one.layer.badit_B[one.adapter])]
@@ -210,32 +210,23 @@ def held_out_angles(
 # --- tasks ---
 
 
-class _ScoreMatrix(BaseModel):
-    """What a sequence's scores hold besides those of its last state."""
-
-    order: list[str]
-    matrix: list[list[float | None]]
-
-    @model_validator(mode="after")
-    def _square(self) -> _ScoreMatrix:
-        if {len(self.matrix), *map(len, self.matrix)} != {len(self.order)}:
-            raise ValueError("matrix must have a row and a column for every task of order")
-        return self
-
-
 def transfer(run: RunFolder) -> pd.DataFrame:
     """The score matrix of a sequential run.
 
     Raises:
         BaditError: the run is no sequence of tasks, or it has not been scored.
     """
-    content = read_json(run.scores)
-    with explained(run.scores, fix="only a run that learns its tasks in an order has a matrix"):
-        scores = _ScoreMatrix.model_validate(content)
+    scores = read_scores(run.scores)
+    order, matrix = scores.get("order") or [], scores.get("matrix") or []
+    if {len(matrix), *map(len, matrix)} != {len(order)} or not order:
+        raise BaditError(
+            f"{run.scores}: matrix: must have a row and a column for every task of order; only a run that learns its "
+            "tasks in an order has one"
+        )
     rows = [
         (stage, trained, task, score)
-        for stage, (trained, row) in enumerate(zip(scores.order, scores.matrix, strict=True), start=1)
-        for task, score in zip(scores.order, row, strict=True)
+        for stage, (trained, scores_T) in enumerate(zip(order, matrix, strict=True), start=1)
+        for task, score in zip(order, scores_T, strict=True)
     ]
     return TRANSFER.frame(rows, "Rouge-L on every task after each stage of a run that learns its tasks one by one.")
 
@@ -252,8 +243,8 @@ def task_gap(path: str | os.PathLike[str]) -> pd.DataFrame:
     results = load_results(path)
     scores = results.scores.loc[results.scores["metric"] == "rouge_l"]
     pairs = pd.concat([paired(scores, method, method + SINGLE_TASK) for method in results.methods])
-    means = pairs.groupby(["method", "task"], sort=False)[["score_other", "score"]].mean()
-    means = means.set_axis(["single", "multi"], axis="columns").reset_index()
+    of_task = pairs.groupby(["method", "task"], sort=False)
+    means = of_task.agg(single=("score_other", "mean"), multi=("score", "mean")).reset_index()
     how = "all tasks mixed" if results.protocol == "mixed" else "all tasks one after another, scored after the last"
     return TASK_GAP.frame(
         means.assign(gap=means["single"] - means["multi"]),

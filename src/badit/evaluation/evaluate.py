@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from pydantic import TypeAdapter, ValidationError
 
-from badit.data.schema import file_safe, first_problem
-from badit.errors import BaditError, nearest
+from badit.data.tasks import file_safe
+from badit.errors import BaditError, first_problem, nearest
 from badit.files import parse_json, read_text, shown, write_text
 from badit.generation import generate_answers
 from badit.metrics import Prediction, group_by_task, instance_scores, mean_scores
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from badit.data.schema import Instance, Task
+    from badit.data.tasks import Instance, Task
 
 Split = Literal["validation", "test"]
 

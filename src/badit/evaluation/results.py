@@ -16,8 +16,7 @@ from typing import Annotated, Any, Literal, get_args
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from badit.data.schema import first_problem
-from badit.errors import BaditError, nearest
+from badit.errors import BaditError, first_problem, nearest
 from badit.files import read_json, refuse_other_format, shown
 from badit.statistics import Difference, Form, Spread, paired_bootstrap, spread
 
