@@ -281,11 +281,11 @@ def by_similarity(pairs: pd.DataFrame, column: str) -> list[str]:
     tasks = sorted({*pairs["task_a"], *pairs["task_b"]})
     if len(tasks) < 3:
         return tasks
-    # The first of several kinds counts.
-    similarity = pairs.drop_duplicates(_PAIR).pivot(index=_PAIR[0], columns=_PAIR[1], values=column)
-    similarity = similarity.reindex(index=tasks, columns=tasks)
-    mean = pairs[column].mean()
-    similarity_TT = similarity.combine_first(similarity.T).fillna(0.0 if np.isnan(mean) else mean).to_numpy()
+    # The first of several kinds counts. A damaged file may hold what no similarity can be.
+    pairs = pairs.drop_duplicates(_PAIR).assign(similarity=pairs[column].clip(-1, 1))
+    similarity = pairs.pivot(index=_PAIR[0], columns=_PAIR[1], values="similarity").reindex(index=tasks, columns=tasks)
+    mean = np.nan_to_num(pairs["similarity"].mean())
+    similarity_TT = similarity.combine_first(similarity.T).fillna(mean).to_numpy()
     distance_TT = similarity_TT.max() - similarity_TT
     np.fill_diagonal(distance_TT, 0.0)
     tree = linkage(squareform(distance_TT, checks=False), method="average", optimal_ordering=True)
