@@ -15,7 +15,7 @@ from badit.cli.demo import METHODS, demo_recipe
 from badit.files import write_json
 from badit.recipe import build_recipe
 from badit.runs import environment
-from badit.training.run import train
+from badit.training.scoring import train_and_score as train
 
 RATES = {"LoRA": (5e-4, 1e-3, 2e-3), "BADIT": (5e-4, 1e-3)}
 HELD_OUT = ["data.validation_per_task=10", "evaluation.split=validation"]

@@ -22,7 +22,7 @@ import badit
 from badit.files import write_json
 from badit.harness import BaditLM
 from badit.runs import environment
-from badit.training.plan import encoded
+from badit.train import encoded
 
 RESULTS = Path(__file__).parent / "results" / "lm-eval"
 CHOICES = 4

@@ -35,7 +35,11 @@ recipe = build_recipe(
             "validation_per_task": 0 if scored == "test" else 2 if options.small else 10,
         },
         "method": {"name": "badit", "num_experts": 8, "r": 4, "regroup": {"every": 2 if options.small else 20}},
-        "training": {"epochs": 3, "max_steps": 4 if options.small else None, "batch_size": 2 if options.small else 8},
+        "training": {
+            "num_train_epochs": 3,
+            "max_steps": 4 if options.small else -1,
+            "per_device_train_batch_size": 2 if options.small else 8,
+        },
         "evaluation": {"split": scored, "max_new_tokens": 8 if options.small else 50},
         "output": options.output,
     }

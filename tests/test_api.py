@@ -7,7 +7,9 @@ import pkgutil
 import re
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -16,7 +18,7 @@ from safetensors.torch import load_file
 
 import badit
 from badit import BaditError
-from badit.evaluation.metrics import rouge_l
+from badit.metrics import rouge_l
 from badit.recipe import Recipe, RecipeValues, load_recipe, make_recipe
 from comparison.cells import comparison_values
 from comparison.conftest import inline  # noqa: F401 (a fixture)
@@ -98,10 +100,10 @@ def test_a_recipe_may_be_a_file_values_or_a_recipe(recipe_file: Path, recipe_val
     assert make_recipe(recipe_file, {}) == make_recipe(recipe_values, {}) == make_recipe(recipe, {}) == recipe
     assert make_recipe(None, {}) == Recipe()
     for given in (recipe_file, recipe_values, recipe):
-        made = make_recipe(given, {"training": {"epochs": 3}, "output": Path("elsewhere")})
-        assert (made.training.epochs, made.training.batch_size, made.output) == (
+        made = make_recipe(given, {"training": {"num_train_epochs": 3}, "output": Path("elsewhere")})
+        assert (made.training.num_train_epochs, made.training.per_device_train_batch_size, made.output) == (
             3,
-            recipe.training.batch_size,
+            recipe.training.per_device_train_batch_size,
             "elsewhere",
         )
         other = make_recipe(given, {"method": {"name": "lora", "r": 3}})
@@ -118,7 +120,7 @@ def test_the_values_are_the_recipes_sections() -> None:
     [
         (lambda run: badit.train("missing.yaml"), "missing.yaml: cannot be read"),
         (lambda run: badit.train({"trainning": {}}), r"recipe: trainning: unknown key \(did you mean 'training'\?\)"),
-        (lambda run: badit.train(training={"epochs": 0}), "recipe: training.epochs: "),
+        (lambda run: badit.train(training={"num_train_epochs": 0}), "recipe: training.num_train_epochs: "),
         (lambda run: badit.plan(data={"source": "nowhere"}), "nowhere: no such file or folder"),
         (lambda run: badit.compare(jobs=0), "jobs: must be at least 1, not 0"),
         (lambda run: badit.evaluate(run), "has no adapter yet"),
@@ -142,8 +144,9 @@ def test_every_public_name_is_there() -> None:
         assert name in dir(badit)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = badit.nothing
-    modules = {module.name for module in pkgutil.iter_modules(badit.__path__)}
-    assert not modules & set(badit.__all__), "importing such a module would hide the name"
+    for name in {module.name for module in pkgutil.iter_modules(badit.__path__)} & set(badit.__all__):
+        import_module(f"badit.{name}")
+        assert not isinstance(getattr(badit, name), ModuleType), "importing the module hides the name"
 
 
 def test_importing_badit_is_light() -> None:

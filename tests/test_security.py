@@ -18,7 +18,7 @@ from badit.errors import BaditError
 from badit.models import load_base_model
 from badit.recipe import Recipe, build_recipe, dump_recipe
 from badit.runs import RunFolder
-from badit.training.run import fit
+from badit.train import fit
 from badit.training.scoring import answers
 
 SOURCE = Path(badit.tuner.__file__).parents[1]

@@ -2,7 +2,7 @@
 
     python benchmarks/speed/attention.py
 
-decides ``badit.training.attention.LONGEST``. Shapes are SmolLM2-135M's: 4 rows, 9 heads of 64, of which 3 share a key.
+decides ``badit.attention.LONGEST``. Shapes are SmolLM2-135M's: 4 rows, 9 heads of 64, of which 3 share a key.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ from workload import EXPERTS, RANK, TARGETS, adapted, base, data_options, fast_d
 from badit import RegroupCallback, load_base_model
 from badit.cli.quiet import quiet_environment, quiet_loading
 from badit.data import AnswerCollator
-from badit.training.trainer import AnswerTrainer
+from badit.trainer import AnswerTrainer
 
 BATCH, PER_TASK = 4, 2
 DTYPE = fast_dtypes()[0]

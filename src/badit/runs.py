@@ -29,7 +29,7 @@ from typing import Any
 
 from badit.errors import BaditError
 from badit.files import shown, write_text
-from badit.recipe import Recipe, differing_keys, dump_recipe, load_recipe
+from badit.recipe import Recipe, differing_keys, dump_recipe, load_config
 
 _PACKAGES = ("badit", "torch", "transformers", "peft", "accelerate", "safetensors", "scipy", "numpy", "trl")
 
@@ -79,7 +79,7 @@ class RunFolder:
         if run.config.is_file():
             aside = {"output", "compare"}
             if keys := differing_keys(
-                load_recipe(run.config).model_dump(exclude=aside), recipe.model_dump(exclude=aside)
+                load_config(run.config).model_dump(exclude=aside), recipe.model_dump(exclude=aside)
             ):
                 raise BaditError(
                     f"{run.path}: holds a run of another recipe (it differs in {', '.join(keys[:5])}); "
@@ -105,7 +105,7 @@ class RunFolder:
         Raises:
             BaditError: it is damaged, or asks for such code and the user does not.
         """
-        recipe = load_recipe(self.config)
+        recipe = load_config(self.config)
         if recipe.model.trust_remote_code and not trust_remote_code:
             raise BaditError(
                 f"{shown(self.config)}: model.trust_remote_code: is true, so Python code that comes with the model "

@@ -14,7 +14,7 @@ from badit.analysis.tables import saved_tables
 from badit.cli import main
 from badit.errors import BaditError
 from badit.recipe import build_recipe
-from badit.training.run import train
+from badit.training.scoring import train_and_score as train
 
 Values = dict[str, Any]
 INTERFERENCE = {

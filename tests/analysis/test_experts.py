@@ -6,17 +6,17 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from badit.analysis.experts import component_flow, expert_angles, held_out_angles
 
 import reference
 from analysis import naive_experts as naive
 from analysis.naive_experts import TASKS
-from badit.analysis.experts import component_flow, expert_angles, held_out_angles
 from badit.errors import BaditError
 from badit.method import cosine_gram
 from badit.method import expert_angles as angles_of
 from badit.recipe import build_recipe
 from badit.runs import RunFolder
-from badit.training.run import fit
+from badit.train import fit
 from badit.training.scoring import load_run
 from tuner import helpers
 

@@ -105,7 +105,7 @@ def test_train_evaluate_generate(
 ) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe_values))
-    assert main(["train", str(path), "training.epochs=1"]) == 0
+    assert main(["train", str(path), "training.num_train_epochs=1"]) == 0
     shown = capsys.readouterr().out
     assert "badit Rouge-L" in shown
     assert "mean over tasks" in shown

@@ -19,7 +19,7 @@ def comparison_values(material: Path, output: Path, **compare: Any) -> Values:
     return {
         "model": {"name": str(material / "model"), "dtype": "float32"},
         "data": {"source": str(material / "tasks.jsonl"), "validation_per_task": 2},
-        "training": {"max_steps": 2, "batch_size": 4, "learning_rate": 0.01},
+        "training": {"max_steps": 2, "per_device_train_batch_size": 4, "learning_rate": 0.01},
         "evaluation": {"batch_size": 8, "max_new_tokens": 2},
         "compare": {"methods": methods, "seeds": [0], **compare},
         "output": str(output),

@@ -16,13 +16,13 @@ from typing import Any
 import pytest
 import yaml
 
+from badit.checkpoint import last_checkpoint
 from badit.comparison import compare as compare_module
 from badit.comparison.worker import CellProcess
 from badit.evaluation.results import load_results, summarise
 from badit.files import read_json
 from badit.recipe import build_recipe
 from badit.runs import RunFolder
-from badit.training.checkpoints import last_checkpoint
 from comparison.cells import InlineCell, Values, by_status, compared
 
 
@@ -117,7 +117,7 @@ def wait_for(condition: Any, seconds: float = 120) -> None:
 
 
 def test_sigterm_stops_the_command_and_its_cells_which_save_their_state(values: Values, tmp_path: Path) -> None:
-    values["training"] |= {"max_steps": 100_000, "log_every": 1}
+    values["training"] |= {"max_steps": 100_000, "logging_steps": 1}
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(values, sort_keys=False))
     command = [sys.executable, "-m", "badit", "compare", str(path)]

@@ -31,9 +31,9 @@ from safetensors.torch import save_file
 from transformers import TrainerCallback
 
 import badit.cli.train
-import badit.training.run
+import badit.training.scoring
 from badit.cli import main
-from badit.training.method import AdapterMethod
+from badit.methods import AdapterMethod
 
 _WRITING = os.O_WRONLY | os.O_RDWR
 EVENTS = (
@@ -126,7 +126,7 @@ def serve() -> None:
 
 
 # Imported for the processes to come, which would otherwise each import them for itself.
-IMPORTED = (badit.cli.train, badit.training.run, peft.utils, rouge_score.rouge_scorer, transformers.models.llama)
+IMPORTED = (badit.cli.train, badit.training.scoring, peft.utils, rouge_score.rouge_scorer, transformers.models.llama)
 
 if __name__ == "__main__":
     serve()

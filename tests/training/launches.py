@@ -14,9 +14,9 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from badit.checkpoint import last_checkpoint
 from badit.files import read_json, read_jsonl
 from badit.runs import RunFolder
-from badit.training.checkpoints import last_checkpoint
 
 SCRIPT = Path(__file__).with_name("ranks.py")
 FSDP2 = ["--config_file", str(Path(__file__).parents[2] / "docs" / "fsdp2.yaml")]
@@ -76,7 +76,11 @@ class Launches:
             **variables,
         }
         command = [sys.executable, *launcher, str(SCRIPT), str(self.record(name)), str(self._recipe)]
-        settings = [f"output={self.folder / name}", f"training.batch_size={batch}", "training.max_steps=12"]
+        settings = [
+            f"output={self.folder / name}",
+            f"training.per_device_train_batch_size={batch}",
+            "training.max_steps=12",
+        ]
         done = subprocess.run(
             [*command, *settings], env=environment, capture_output=True, text=True, timeout=600, check=False
         )

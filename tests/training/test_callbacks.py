@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import TrainerCallback, TrainerState
 
+from badit.methods import AdapterMethod
 from badit.recipe import build_recipe
-from badit.training.callbacks import MetricsLog, StopOnSignal
-from badit.training.method import AdapterMethod
-from badit.training.run import train
+from badit.trainer import MetricsLog, StopOnSignal
+from badit.training.scoring import train_and_score as train
 
 
 class SignalAt(TrainerCallback):

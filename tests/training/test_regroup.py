@@ -14,11 +14,10 @@ from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
 import reference
+from badit.angles import trainable_adapters
 from badit.errors import BaditError
 from badit.method import expert_angles, grouping_objective
-from badit.training.regroup import RegroupCallback
-from badit.training.regroup_state import STATE_FILE
-from badit.training.regrouper import trainable_adapters
+from badit.regroup import STATE_FILE, RegroupCallback
 from training.trainers import StopAt, adapted, make_trainer
 
 Model = Callable[..., Any]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -13,16 +14,16 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from badit.errors import BaditError
+from badit.methods import AdapterMethod
 from badit.recipe import build_recipe
 from badit.runs import RunFolder
-from badit.training import plan as plan_module
-from badit.training import precision
-from badit.training.method import AdapterMethod
-from badit.training.plan import make_plan
-from badit.training.run import train
+from badit.train import make_plan
 from badit.training.scoring import answers, evaluate
+from badit.training.scoring import train_and_score as train
 from training.trainers import StopAt
 
+# badit.train is the function of that name.
+train_module = import_module("badit.train")
 Values = dict[str, Any]
 
 
@@ -55,7 +56,7 @@ def test_a_run_leaves_all_its_files(recipe_values: Values) -> None:
 def test_a_finished_run_is_not_done_again(recipe_values: Values, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = build_recipe(recipe_values)
     scores = train(recipe, progress=False)
-    monkeypatch.setattr(plan_module, "load_base_model", lambda *a, **k: pytest.fail("loaded a model"))
+    monkeypatch.setattr(train_module, "load_base_model", lambda *a, **k: pytest.fail("loaded a model"))
     assert train(recipe, progress=False) == scores
 
 
@@ -90,12 +91,12 @@ def test_a_resumed_run_keeps_the_dtype_that_it_began_in(recipe_values: Values, m
     monkeypatch.setattr(
         AdapterMethod, "apply", lambda self, model, tasks: (dtypes.append(model.dtype), apply(self, model, tasks))[1]
     )
-    monkeypatch.setattr(precision, "slowdown", lambda dtype: 36.0)
+    monkeypatch.setattr(train_module, "slowdown", lambda dtype: 36.0)
     with monkeypatch.context() as patch:
         patch.setattr(AdapterMethod, "callbacks", lambda self, run: [StopAt(5)])
         with pytest.raises(KeyboardInterrupt):
             train(recipe, progress=False)
-    monkeypatch.setattr(precision, "slowdown", lambda dtype: 0.6)
+    monkeypatch.setattr(train_module, "slowdown", lambda dtype: 0.6)
     train(recipe, progress=False)
     assert dtypes[:2] == [torch.float32] * 2
     assert json.loads(RunFolder(recipe.output).environment.read_text())["dtype"] == "float32"
@@ -103,8 +104,8 @@ def test_a_resumed_run_keeps_the_dtype_that_it_began_in(recipe_values: Values, m
 
 def test_another_recipes_folder_is_refused(recipe_values: Values) -> None:
     train(build_recipe(recipe_values), progress=False)
-    other = build_recipe(recipe_values, ["training.epochs=3"])
-    with pytest.raises(BaditError, match=r"differs in training\.epochs"):
+    other = build_recipe(recipe_values, ["training.num_train_epochs=3"])
+    with pytest.raises(BaditError, match=r"differs in training\.num_train_epochs"):
         train(other, progress=False)
 
 
@@ -256,9 +257,9 @@ def test_bad_methods_are_named(recipe_values: Values, method: Values, message: s
 def test_training_options_reach_the_trainer(recipe_values: Values, tmp_path: Path) -> None:
     overrides = [
         "training.max_steps=2",
-        "training.gradient_accumulation=2",
-        "training.scheduler=constant",
-        "training.warmup=0",
+        "training.gradient_accumulation_steps=2",
+        "training.lr_scheduler_type=constant",
+        "training.warmup_steps=0",
         "training.learning_rate=1e-2",
         "training.gradient_checkpointing=true",
         "training.group_by_length=false",

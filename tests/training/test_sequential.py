@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -12,21 +13,23 @@ import torch
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from badit.baselines import RIVALS, batch_of_tasks
+from badit.baselines import BASELINES
+from badit.checkpoint import last_checkpoint
 from badit.errors import BaditError
-from badit.evaluation.continual import FORMS, continual_scores
 from badit.files import read_json, write_json
+from badit.methods import AdapterMethod, Method
 from badit.recipe import Recipe, build_recipe
 from badit.runs import RunFolder
-from badit.training import run as run_module
+from badit.statistics import FORMS, continual_scores
+from badit.train import fit, make_plan
 from badit.training import scoring
-from badit.training.checkpoints import last_checkpoint
-from badit.training.method import AdapterMethod, Method
-from badit.training.plan import make_plan
-from badit.training.run import fit, train
 from badit.training.scoring import evaluate, load_run
+from badit.training.scoring import train_and_score as train
+from badit.tuner import hooks_of
 from training.trainers import StopAt
 
+# badit.train is the function of that name.
+train_module = import_module("badit.train")
 Values = dict[str, Any]
 ORDER = ["rivers", "cities"]
 STAGES = ["01-rivers", "02-cities"]
@@ -39,13 +42,13 @@ OPTIONS: dict[str, Values] = {
     "full": {},
     "task-neurons": {"share": 0.2},
 }
-METHODS = [*RIVALS, "badit", "pcgrad", "cagrad", "full", "task-neurons"]
+METHODS = [*BASELINES, "badit", "pcgrad", "cagrad", "full", "task-neurons"]
 
 
 def sequence(values: Values, *overrides: str, output: str | Path | None = None) -> Recipe:
     """12 training instances a task in batches of 4: three steps a stage."""
     data = {**values["data"], "order": ORDER}
-    overrides = ("training.epochs=1", "training.save_every=2", *overrides)
+    overrides = ("training.num_train_epochs=1", "training.save_steps=2", *overrides)
     return build_recipe({**values, "data": data, "output": str(output or values["output"])}, overrides)
 
 
@@ -139,7 +142,7 @@ def test_an_interruption_in_the_second_stage_changes_nothing(
     expected = train(whole, progress=False)
 
     recipe = sequence(values)
-    trained = called(monkeypatch, run_module, "_train_stage")
+    trained = called(monkeypatch, train_module, "_train_stage")
     with monkeypatch.context() as patch:
         callbacks = AdapterMethod.callbacks
 
@@ -166,7 +169,7 @@ def test_what_is_trained_and_scored_stays_so(recipe_values: Values, monkeypatch:
     run = RunFolder(recipe.output)
     run.scores.unlink()
     stage(recipe, 1).scores.unlink()
-    trained = called(monkeypatch, run_module, "_train_stage")
+    trained = called(monkeypatch, train_module, "_train_stage")
     scored = called(monkeypatch, scoring, "_score")
     assert train(recipe, progress=False) == scores
     assert (trained, scored) == ([], [STAGES[1]])
@@ -188,7 +191,7 @@ def logits(model: Any) -> torch.Tensor:
     training = model.training
     model.eval()
     ids = torch.arange(5, 15)[None]
-    with torch.no_grad(), batch_of_tasks(model, ORDER[:1]):
+    with torch.no_grad(), hooks_of(model).rows_of(ORDER[:1]):
         found = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
     model.train(training)
     return found

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from badit.data import AnswerCollator
 from badit.errors import BaditError
-from badit.training.surgery import SurgeryTrainer, cagrad, pcgrad, rows_of_task
+from badit.surgery import SurgeryTrainer, cagrad, pcgrad, rows_of_task
 from baselines import naive
 from reference import float64
 from training.trainers import StopAt, adapted, examples, make_trainer

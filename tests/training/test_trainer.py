@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from badit.data import AnswerCollator
 from badit.errors import BaditError
-from badit.training.trainer import EpochSampler, logits_only_at
+from badit.trainer import EpochSampler, logits_only_at
 from training.trainers import adapted, examples, make_trainer
 
 Model = Callable[..., Any]

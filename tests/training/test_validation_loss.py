@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import math
+from importlib import import_module
 from typing import Any
 
 import pytest
 import torch
 
-from badit.baselines import batch_of_tasks
 from badit.errors import BaditError
 from badit.files import read_json
 from badit.recipe import Recipe, build_recipe
 from badit.runs import RunFolder
-from badit.training import plan as plan_module
-from badit.training.plan import encoded, make_plan
-from badit.training.run import fit
+from badit.train import encoded, fit, make_plan
 from badit.training.scoring import load_run, validation_loss
+from badit.tuner import hooks_of
 
+# badit.train is the function of that name.
+train_module = import_module("badit.train")
 Values = dict[str, Any]
 
 
@@ -27,7 +28,7 @@ def losses_of(model: Any, example: dict[str, Any], *, prompt_length: int | None)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if prompt_length is not None:
         inputs["prompt_mask"] = (torch.arange(ids.shape[1]) < prompt_length)[None]
-    with torch.no_grad(), batch_of_tasks(model, [example["task"]]):
+    with torch.no_grad(), hooks_of(model).rows_of([example["task"]]):
         logits_TV = model(**inputs).logits[0].double()
     losses = []
     for position in range(example["prompt_length"], ids.shape[1]):
@@ -76,7 +77,7 @@ def test_it_is_kept(recipe_values: Values, monkeypatch: pytest.MonkeyPatch) -> N
     run = fit(recipe, progress=False)
     found = validation_loss(run.path)
     assert read_json(run.path / "validation.json") == found
-    monkeypatch.setattr(plan_module, "load_base_model", lambda *a, **k: pytest.fail("loaded a model"))
+    monkeypatch.setattr(train_module, "load_base_model", lambda *a, **k: pytest.fail("loaded a model"))
     assert validation_loss(run.path) == found
 
 

@@ -14,16 +14,16 @@ from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
 from badit.baselines.neurons import neuron_scores, top_neurons, union
+from badit.checkpoint import last_checkpoint
 from badit.data import AnswerCollator
 from badit.errors import BaditError
 from badit.files import read_json
+from badit.methods import WEIGHTS, Method, WeightsMethod
 from badit.recipe import Recipe, build_recipe
 from badit.runs import RunFolder
-from badit.training.checkpoints import last_checkpoint
-from badit.training.method import WEIGHTS, Method, WeightsMethod
-from badit.training.plan import base_model, encoded, make_plan, pad_id
-from badit.training.run import fit, train
+from badit.train import base_model, encoded, fit, make_plan, pad_id
 from badit.training.scoring import load_run
+from badit.training.scoring import train_and_score as train
 from training.trainers import StopAt
 
 Values = dict[str, Any]
@@ -35,7 +35,7 @@ NEURONS: Values = {"name": "task-neurons", "share": SHARE, "score_batches": 1}
 
 def recipe_with(values: Values, method: Values, *overrides: str, output: Path | None = None) -> Recipe:
     values = {**values, "method": method, "output": str(output or values["output"])}
-    return build_recipe(values, ["training.epochs=1", "training.learning_rate=1e-3", *overrides])
+    return build_recipe(values, ["training.num_train_epochs=1", "training.learning_rate=1e-3", *overrides])
 
 
 def saved(recipe: Recipe) -> Tensors:
@@ -104,7 +104,9 @@ def neurons_of_tasks(recipe: Recipe) -> Tensors:
 
 
 def test_task_neurons_change_the_tasks_neurons_alone(recipe_values: Values, trained: list[Any]) -> None:
-    recipe = recipe_with({**recipe_values, "training": {**recipe_values["training"], "batch_size": 12}}, NEURONS)
+    recipe = recipe_with(
+        {**recipe_values, "training": {**recipe_values["training"], "per_device_train_batch_size": 12}}, NEURONS
+    )
     fit(recipe, progress=False)
     base, weights, masks = base_weights(recipe), saved(recipe), neurons_of_tasks(recipe)
     assert {name.split(".")[-2] for name in weights} == {"gate_proj", "up_proj", "down_proj"}

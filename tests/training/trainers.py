@@ -10,7 +10,7 @@ from peft import get_peft_model
 from transformers import TrainerCallback, TrainingArguments
 
 from badit.data import AnswerCollator
-from badit.training.trainer import AnswerTrainer
+from badit.trainer import AnswerTrainer
 from badit.tuner import BaditConfig
 
 

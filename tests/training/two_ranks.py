@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from badit.training.regroup import RegroupCallback
+from badit.regroup import RegroupCallback
 from training.trainers import adapted, make_trainer
 
 

@@ -16,10 +16,10 @@ from badit.errors import BaditError
 from badit.files import read_jsonl
 from badit.models import Quantisation, load_base_model
 from badit.recipe import build_recipe
-from badit.training.plan import make_plan
-from badit.training.run import train
+from badit.train import make_plan
 from badit.training.scoring import evaluate
-from badit.tuner import BaditConfig, BaditLayer
+from badit.training.scoring import train_and_score as train
+from badit.tuner import BaditConfig, BaditLinear
 from badit.tuner.quantised import is_quantised, refuse_unsuitable_layer, weight_as_used
 from data.examples import CHATML, make_tokenizer
 
@@ -96,8 +96,8 @@ def test_the_experts_start_as_the_weights_leading_part_and_change_nothing(load: 
     torch.testing.assert_close(weight_OI, used_OI, rtol=0, atol=float(weight_OI.abs().max()) * 1e-2)
 
     model = adapted(base)
-    expert = next(module for module in model.modules() if isinstance(module, BaditLayer))
-    a_NI, b_ON = expert.initial_factors("default")
+    expert = next(module for module in model.modules() if isinstance(module, BaditLinear))
+    a_NI, b_ON = expert.kept_factors("default")
     u, s, vh = torch.linalg.svd(weight_OI)
     torch.testing.assert_close(expert.badit_config["default"].scaling * b_ON @ a_NI, (u[:, :8] * s[:8]) @ vh[:8])
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}

@@ -59,7 +59,13 @@ def demo_recipe(method: Mapping[str, Any], output: str, epochs: float, seed: int
         "model": {"name": "smollm2-135m"},
         "data": {"source": "builtin", "train_per_task": 40, "test_per_task": 10},
         "method": dict(method),
-        "training": {"epochs": epochs, "seed": seed, "learning_rate": 5e-4, "log_every": 5, "save_every": 40},
+        "training": {
+            "num_train_epochs": epochs,
+            "seed": seed,
+            "learning_rate": 5e-4,
+            "logging_steps": 5,
+            "save_steps": 40,
+        },
         "evaluation": {"batch_size": 32, "max_new_tokens": 16},
         "output": output,
     }

@@ -10,7 +10,7 @@ from badit.cli.tables import score_table
 
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", help="a YAML file, such as recipes/superni-cpu.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as training.epochs=2 output=runs/mine")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as training.seed=1 output=runs/mine")
     parser.add_argument("--dry-run", action="store_true", help="validate recipe and data, say what would be done, stop")
     parser.epilog = "Run it again to go on after an interruption: what is done is not done twice."
 

@@ -27,8 +27,7 @@ from badit.evaluation.results import RESULTS
 from badit.files import read_json, write_json
 from badit.recipe import Recipe
 from badit.runs import RunFolder
-from badit.training.plan import device, make_plan
-from badit.training.precision import warn_of_slow_dtype
+from badit.train import device, make_plan, warn_of_slow_dtype
 
 
 def compare(recipe: Recipe, *, jobs: int = 1, report: Callable[[str], None] = print) -> dict[str, Any]:

@@ -114,16 +114,16 @@ def run_cell(folder: Path, config: str, *, score: bool) -> int:
 
 def _run(folder: Path, config: str, *, score: bool) -> None:
     from badit.evaluation.evaluate import group_by_task, read_predictions
-    from badit.evaluation.metrics import instance_scores
+    from badit.metrics import instance_scores
     from badit.recipe import build_recipe
-    from badit.training.run import fit, train
-    from badit.training.scoring import validation_loss
+    from badit.train import fit
+    from badit.training.scoring import train_and_score, validation_loss
 
     recipe = build_recipe(json.loads(config))
     if not score:
         validation_loss(fit(recipe, progress=False).path, trust_remote_code=recipe.model.trust_remote_code)
         return
-    train(recipe, progress=False)
+    train_and_score(recipe, progress=False)
     run = RunFolder(folder)
     write_json(run.instances, instance_scores(group_by_task(read_predictions(run.predictions))))
 

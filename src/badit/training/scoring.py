@@ -11,23 +11,43 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from badit.card import write_run_card
 from badit.data import AnswerCollator, Task, encode_prompt, on_device
-from badit.errors import BaditError
-from badit.evaluation.continual import FORMS, continual_scores
+from badit.errors import BaditError, explained
 from badit.evaluation.evaluate import Prediction, evaluate_tasks, write_predictions
-from badit.evaluation.generation import generate_answers
 from badit.evaluation.results import read_scores
 from badit.files import copy_folder, read_json, write_json
+from badit.generation import generate_answers
+from badit.methods import build_method
 from badit.recipe import Recipe
-from badit.runs import RunFolder
-from badit.training.card import write_run_card
-from badit.training.methods import build_method
-from badit.training.plan import Plan, Split, base_model, encoded, make_plan, pad_id
-from badit.training.trainer import answer_losses
+from badit.runs import RunFolder, is_main_process
+from badit.statistics import FORMS, continual_scores
+from badit.train import Plan, Split, base_model, encoded, fit, make_plan, pad_id
+from badit.trainer import answer_losses
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def train_and_score(recipe: Recipe, *, progress: bool = True) -> dict[str, Any]:
+    """Runs a recipe to its end, or to its end from where it stopped, and returns its scores.
+
+    Under accelerate or torchrun all processes train; the first goes on alone to score, and the others return {}.
+
+    Raises:
+        BaditError: bad input, or an output folder that holds another recipe's run.
+    """
+    with explained(Path(recipe.output)):
+        run = fit(recipe, progress=progress)
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+        if not is_main_process():
+            return {}
+        if run.scores.is_file():
+            write_run_card(run)  # an earlier process may have ended between the two
+            return read_scores(run.scores)
+        return evaluate(run.path, progress=progress, trust_remote_code=recipe.model.trust_remote_code)
 
 
 def evaluate(
