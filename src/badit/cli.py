@@ -29,6 +29,7 @@ app = App(
     version=f"badit {__version__}",
     help_flags=["--help", "-h"],
     help_format="plaintext",
+    result_action="return_value",
 )
 Output = Annotated[str, Parameter(name=["--output", "-o"])]
 

@@ -60,7 +60,7 @@ def test_a_run_with_experts_has_all_tables(run: Path) -> None:
 def test_a_single_task_has_no_tables_of_pairs(recipe_values: Values) -> None:
     recipe_values["data"]["tasks"] = ["cities"]
     run = Path(build_recipe(recipe_values).output)
-    train(build_recipe(recipe_values), progress=False)
+    train_and_score(build_recipe(recipe_values), progress=False)
     analyze(run, instances=2, progress=False)
     pairs = {"gradient_pairs", "gradient_overall", "coactivation_pairs", "gate_similarity"}
     assert names(run) == (INTERFERENCE | EXPERTS) - pairs

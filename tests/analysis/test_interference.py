@@ -8,7 +8,6 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
-from badit.analysis.coactivation import NeuronMeans, strongest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binom
