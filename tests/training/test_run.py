@@ -60,30 +60,6 @@ def test_a_finished_run_is_not_done_again(recipe_values: Values, monkeypatch: py
     assert train(recipe, progress=False) == scores
 
 
-@pytest.mark.parametrize("stopped_at", [4, 8, 12])
-def test_an_interrupted_run_ends_as_one_that_was_not(
-    recipe_values: Values, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stopped_at: int
-) -> None:
-    whole = build_recipe({**recipe_values, "output": str(tmp_path / "whole")})
-    expected = train(whole, progress=False)
-
-    recipe = build_recipe(recipe_values)
-    with monkeypatch.context() as patch:
-        callbacks = AdapterMethod.callbacks
-        patch.setattr(AdapterMethod, "callbacks", lambda self, run: [*callbacks(self, run), StopAt(stopped_at)])
-        with pytest.raises(KeyboardInterrupt):
-            train(recipe, progress=False)
-    assert not (tmp_path / "run" / "scores.json").exists()
-    assert train(recipe, progress=False) == expected
-
-    one, other = adapter_of(tmp_path / "whole"), adapter_of(tmp_path / "run")
-    assert all(torch.equal(one[name], other[name]) for name in one)
-    for name in ("regroupings.jsonl", "predictions/cities.jsonl"):
-        assert (tmp_path / "whole" / name).read_text() == (tmp_path / "run" / name).read_text()
-    steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert steps == [*range(1, 13)]
-
-
 def test_a_resumed_run_keeps_the_dtype_that_it_began_in(recipe_values: Values, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = build_recipe(recipe_values, ["model.dtype=fast"])
     dtypes = []
