@@ -321,3 +321,66 @@ def closest_of_rank(weight: Any, rank: int) -> np.ndarray:
     for i in range(min(rank, len(s))):
         closest += s[i] * np.outer(u[:, i], vh[i])
     return closest
+
+
+# --- orthogonal updates ---
+
+
+def power(matrix: Any, exponent: float, floor: float) -> np.ndarray:
+    """(C + floor·‖C‖·1)^exponent by eigenvalues; zeros for a zero matrix."""
+    matrix = float64(matrix)
+    size = math.sqrt(float((matrix**2).sum()))
+    if size == 0:
+        return np.zeros_like(matrix)
+    values, vectors = np.linalg.eigh(matrix + floor * size * np.eye(len(matrix)))
+    return vectors @ np.diag(values**exponent) @ vectors.T
+
+
+class OrthogonalFactor:
+    """One factor's moments; see :func:`orthogonal_step`."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+        self.other_frame: np.ndarray | None = None
+        self.first: Any = 0.0
+        self.second: Any = 0.0
+
+    def update(self, other: np.ndarray, gradient: np.ndarray, beta_1: float, beta_2: float, floor: float) -> np.ndarray:
+        """The update of rows (N, D) whose other factor has rows (N, D')."""
+        components, length = gradient.shape
+        if not other.any():
+            self.__init__()
+            return np.zeros_like(gradient)
+        inverse = power(other @ other.T, -0.5, floor)
+        frame = inverse @ other
+        in_frame = inverse @ gradient
+        first, second = np.zeros_like(gradient), np.zeros((components, components))
+        if self.other_frame is not None:
+            turn = frame @ self.other_frame.T
+            first, second = turn @ self.first, turn @ self.second @ turn.T
+            escaped = max(0.0, (np.trace(self.second) - np.trace(second)) / components)
+            second = second + escaped * np.eye(components)
+        self.steps += 1
+        self.other_frame = frame
+        self.second = beta_2 * second + (1 - beta_2) * in_frame @ in_frame.T / length
+        whitened = power(self.second / (1 - beta_2**self.steps), -0.5, floor) @ in_frame
+        self.first = beta_1 * first + (1 - beta_1) * whitened
+        return inverse @ self.first / (1 - beta_1**self.steps)
+
+
+def orthogonal_step(
+    A: Any,
+    B: Any,
+    grad_A: Any,
+    grad_B: Any,
+    of_A: OrthogonalFactor,
+    of_B: OrthogonalFactor,
+    lr: float,
+    betas: tuple[float, float],
+    floor: float = 1e-6,
+) -> tuple[np.ndarray, np.ndarray]:
+    """A (N, in) and B (out, N) after one step; what the two factors keep is changed in place."""
+    A, B, grad_A, grad_B = float64(A), float64(B), float64(grad_A), float64(grad_B)
+    update_A = of_A.update(B.T, grad_A, *betas, floor)
+    update_B = of_B.update(A, grad_B.T, *betas, floor).T
+    return A - lr * update_A, B - lr * update_B

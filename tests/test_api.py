@@ -7,7 +7,9 @@ import pkgutil
 import re
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -16,7 +18,7 @@ from safetensors.torch import load_file
 
 import badit
 from badit import BaditError
-from badit.evaluation.metrics import rouge_l
+from badit.metrics import rouge_l
 from badit.recipe import Recipe, RecipeValues, load_recipe, make_recipe
 from comparison.cells import comparison_values
 from comparison.conftest import inline  # noqa: F401 (a fixture)
@@ -142,8 +144,9 @@ def test_every_public_name_is_there() -> None:
         assert name in dir(badit)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = badit.nothing
-    modules = {module.name for module in pkgutil.iter_modules(badit.__path__)}
-    assert not modules & set(badit.__all__), "importing such a module would hide the name"
+    for name in {module.name for module in pkgutil.iter_modules(badit.__path__)} & set(badit.__all__):
+        import_module(f"badit.{name}")
+        assert not isinstance(getattr(badit, name), ModuleType), "importing the module hides the name"
 
 
 def test_importing_badit_is_light() -> None:

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from transformers import TrainingArguments
 
 from badit.errors import BaditError
+from badit.methods import build_method
 from badit.recipe import (
     RENAMED_ARGUMENTS,
     CompareSection,
@@ -29,7 +30,6 @@ from badit.recipe import (
     load_config,
     load_recipe,
 )
-from badit.training.methods import build_method
 
 ROOT = Path(__file__).parent.parent
 RECIPES = [path.relative_to(ROOT) for path in sorted((ROOT / "recipes").glob("**/*.yaml"))]

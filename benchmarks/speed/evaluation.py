@@ -17,7 +17,7 @@ from workload import MODEL, data_options, fast_dtypes, instances
 
 from badit import load_base_model
 from badit.cli.quiet import quiet_environment, quiet_loading
-from badit.evaluation.generation import generate_answers
+from badit.generation import generate_answers
 
 BATCH, NEW, PER_TASK = 16, 50, 5
 

@@ -18,7 +18,7 @@ from measure import in_turns, keep, options, own_peak_memory, peak_memory_of
 from workload import adapted, base, batch, fast_dtypes, training_step
 
 from badit.cli.quiet import quiet_environment, quiet_loading
-from badit.training.methods import build_method
+from badit.methods import build_method
 
 START = {"experts": 8, "rank": 4, "rows": 4, "tokens": 320}
 VARIED: dict[str, list[int]] = {

@@ -23,12 +23,12 @@ if TYPE_CHECKING:
     from badit.data import load_tasks
     from badit.errors import BaditError
     from badit.evaluation.results import load_results, summarise
+    from badit.export import export, score_export
     from badit.models import load_base_model
+    from badit.optimizer import OrthogonalUpdates, build_optimizer, lora_plus_groups
+    from badit.push import push_to_hub
     from badit.recipe import load_recipe
     from badit.regroup import RegroupCallback, Regrouper
-    from badit.serving.export import export
-    from badit.serving.push import push_to_hub
-    from badit.serving.score import score_export
     from badit.tuner import BaditConfig, BaditModel
 
 __version__ = "0.1.0"
@@ -38,21 +38,24 @@ _HOMES = {
     "BaditConfig": "badit.tuner",
     "BaditError": "badit.errors",
     "BaditModel": "badit.tuner",
+    "OrthogonalUpdates": "badit.optimizer",
     "RegroupCallback": "badit.regroup",
     "Regrouper": "badit.regroup",
     "Run": "badit.api",
     "analyze": "badit.api",
+    "build_optimizer": "badit.optimizer",
     "compare": "badit.api",
     "evaluate": "badit.api",
-    "export": "badit.serving.export",
+    "export": "badit.export",
     "generate": "badit.api",
     "load_base_model": "badit.models",
     "load_recipe": "badit.recipe",
     "load_results": "badit.evaluation.results",
     "load_tasks": "badit.data",
-    "push_to_hub": "badit.serving.push",
+    "push_to_hub": "badit.push",
+    "lora_plus_groups": "badit.optimizer",
     "plan": "badit.api",
-    "score_export": "badit.serving.score",
+    "score_export": "badit.export",
     "summarise": "badit.evaluation.results",
     "table": "badit.cli.table:render",
     "train": "badit.api",
@@ -63,11 +66,13 @@ __all__ = [
     "BaditConfig",
     "BaditError",
     "BaditModel",
+    "OrthogonalUpdates",
     "RegroupCallback",
     "Regrouper",
     "Run",
     "__version__",
     "analyze",
+    "build_optimizer",
     "compare",
     "evaluate",
     "export",
@@ -76,6 +81,7 @@ __all__ = [
     "load_recipe",
     "load_results",
     "load_tasks",
+    "lora_plus_groups",
     "plan",
     "push_to_hub",
     "score_export",

@@ -24,16 +24,15 @@ from badit.errors import BaditError
 from badit.files import StepLog
 from badit.gradients import before_step, component_grams, gathered, own_part
 from badit.method import expert_angles
-from badit.tuner.base_layer import ExpertLayer
-from badit.tuner.layer import BaditLayer
+from badit.tuner.layer import BaditLinear, ExpertLinear
 
 ANGLES_FILE = "badit_angles.safetensors"
 
-Layer = TypeVar("Layer", bound=ExpertLayer)
+Layer = TypeVar("Layer", bound=ExpertLinear)
 
 
 def trainable_adapters(
-    model: torch.nn.Module, kind: type[Layer] = BaditLayer
+    model: torch.nn.Module, kind: type[Layer] = BaditLinear
 ) -> Iterator[tuple[str, tuple[Layer, str]]]:
     """(name, (layer, adapter)) of every adapter that is being trained in layers of a kind, in the model's order."""
     for module in model.modules():
@@ -78,7 +77,7 @@ class Windows(dict[str, Window]):
         optimizer: the Trainer's, whose engine may take its steps within the backward pass.
     """
 
-    def __init__(self, layers: Mapping[str, tuple[ExpertLayer, str]], optimizer: Any = None) -> None:
+    def __init__(self, layers: Mapping[str, tuple[ExpertLinear, str]], optimizer: Any = None) -> None:
         super().__init__({name: Window() for name in layers})
         self._layers = layers
         self._forget_gates()
@@ -93,13 +92,13 @@ class Windows(dict[str, Window]):
         places = self._layers.values()
         grams = component_grams([(layer.badit_A[adapter], layer.badit_B[adapter]) for layer, adapter in places])
         for window, (layer, adapter), gram_NN in zip(self.values(), places, grams, strict=True):
-            gate_sums = layer.gate_sums.pop(adapter, None) if isinstance(layer, BaditLayer) else None
+            gate_sums = layer.gate_sums.pop(adapter, None) if isinstance(layer, BaditLinear) else None
             if gram_NN is not None:
                 window.add(gram_NN, gate_sums)
 
     def _forget_gates(self) -> None:
         for layer, adapter in self._layers.values():
-            if isinstance(layer, BaditLayer):
+            if isinstance(layer, BaditLinear):
                 layer.gate_sums.pop(adapter, None)
 
     def mean_grams(self) -> dict[str, np.ndarray]:
@@ -185,13 +184,13 @@ class AngleLog(TrainerCallback):
     def __init__(self, path: Path, every: int = 20) -> None:
         self.every = every
         self._log = StepLog(path)
-        self._layers: dict[str, tuple[ExpertLayer, str]] = {}
+        self._layers: dict[str, tuple[ExpertLinear, str]] = {}
         self.windows = Windows({})
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        for name, (layer, adapter) in trainable_adapters(kwargs["model"], ExpertLayer):
+        for name, (layer, adapter) in trainable_adapters(kwargs["model"], ExpertLinear):
             config = layer.badit_config[adapter]
-            if config.num_experts > 1 and config.experts_own_components:
+            if config.num_experts > 1 and not config.shares_A:
                 self._layers[name] = layer, adapter
         self.windows = Windows(self._layers, kwargs.get("optimizer"))
         if self._layers and state.global_step:

@@ -17,17 +17,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, Unpack, cast
 
+import pandas as pd
+
 from badit.analysis.analyze import analyze as _analyze
-from badit.analysis.tables import TidyTable, saved_tables
+from badit.analysis.tables import load_frames
 from badit.comparison.compare import compare as _compare
 from badit.comparison.compare import report_to_stderr
 from badit.errors import BaditError
 from badit.evaluation.evaluate import read_predictions
-from badit.evaluation.metrics import Prediction
 from badit.evaluation.results import Results, Scores, load_results, load_scores
 from badit.files import read_json, read_jsonl
+from badit.metrics import Prediction
 from badit.recipe import Recipe, RecipeLike, RecipeValues, load_config, make_recipe
-from badit.report.write import write_report as _write_report
+from badit.report import write_report as _write_report
 from badit.runs import RunFolder
 from badit.train import Plan, Split, make_plan
 from badit.training.scoring import answers, load_run
@@ -93,7 +95,7 @@ class Run:
         return read_json(self._folder.environment)
 
     @property
-    def tables(self) -> dict[str, TidyTable]:
+    def tables(self) -> dict[str, pd.DataFrame]:
         """What :func:`analyze` has measured, by name; none before."""
         return _tables(self._folder.path)
 
@@ -113,7 +115,7 @@ class Analysis:
     """
 
     path: Path
-    tables: Mapping[str, TidyTable]
+    tables: Mapping[str, pd.DataFrame]
 
 
 def plan(recipe: RecipeLike | None = None, /, **values: Unpack[RecipeValues]) -> Plan:
@@ -284,5 +286,5 @@ def write_report(
     return _write_report(several, output, title=title, figures=figures)
 
 
-def _tables(folder: Path) -> dict[str, TidyTable]:
-    return {table.name: table for table in saved_tables(folder / "analysis")}
+def _tables(folder: Path) -> dict[str, pd.DataFrame]:
+    return load_frames(folder / "analysis")

@@ -94,6 +94,8 @@ def _explanation(error: Exception, action: str, named: str) -> str | None:
         return f"cannot be {action} ({first_line(error)})"
     if isinstance(error, ValueError) and "embedded null" in str(error):
         return f"cannot be {action} (not a valid path)"
+    if isinstance(error, ValueError) and "trust_remote_code" in str(error):
+        return f"cannot be {action} without Python code of its own; allow it with trust_remote_code if you trust it"
     return None
 
 

@@ -3,9 +3,9 @@
     import badit.harness                         # registers the model "badit" with lm_eval
     lm_eval.simple_evaluate(model="badit", model_args={"run": "runs/mine"}, tasks=["arc_easy"])
 
-lm_eval scores a continuation by one forward pass over context and continuation. Its own model class ``hf`` says nothing
-of where the one ends, so gates that should follow the prompt alone follow the continuation and the batch's padding as
-well: other gates than in training and in generation, and other ones for every batch size. ``badit`` is that class with
+lm_eval scores a continuation by one forward pass over context and continuation. Its own model class ``hf`` does not say
+where the context ends, so gates that should follow the prompt alone follow the continuation and the batch's padding as
+well: they differ from those of training and generation, and change with the batch size. ``badit`` is that class with
 the context told. What is generated is the same under both, since a generation's input is all prompt.
 """
 
@@ -148,9 +148,8 @@ class BaditLM(_HFLM):
         ):
             logits_LV = self.model(**inputs, **prompt_argument(self.model, prompt_BT), use_cache=False).logits[0]
         targets_L1 = targets_BT[row_L, position_L][:, None]
-        likelihoods_L = F.log_softmax(logits_LV, dim=-1, dtype=self.softmax_dtype or torch.float32).gather(
-            1, targets_L1
-        )
+        log_probs_LV = F.log_softmax(logits_LV, dim=-1, dtype=self.softmax_dtype or torch.float32)
+        likelihoods_L = log_probs_LV.gather(1, targets_L1)
         greedy_L = logits_LV.argmax(dim=-1) == targets_L1[:, 0]
         lengths = [len(continuation) for _, _, continuation in requests]
         return [

@@ -222,7 +222,7 @@ class Recipe(_Section):
     prompt: PromptSection = PromptSection()  # pyright: ignore[reportCallIssue]
     method: dict[str, Any] = Field(
         default={"name": "badit", "regroup": {}},
-        description="name: badit, base or one of badit.baselines.RIVALS, and its options",
+        description="name: badit, base or one of badit.baselines.BASELINES, and its options",
     )
     training: TrainingSection = TrainingSection()  # pyright: ignore[reportCallIssue]
     evaluation: EvaluationSection = EvaluationSection()  # pyright: ignore[reportCallIssue]

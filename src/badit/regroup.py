@@ -25,12 +25,12 @@ from transformers import TrainerCallback
 from badit.angles import Windows, trainable_adapters
 from badit.checkpoint import checkpoint_being_written, resumed_checkpoint
 from badit.errors import BaditError
-from badit.evaluation.generation import evaluation_mode
 from badit.files import StepLog
+from badit.generation import evaluation_mode
 from badit.gradients import of_first, rank, scale_columns
 from badit.method import expert_angles, group_components, grouping_objective
 from badit.method.grouping import Solver
-from badit.tuner.layer import BaditLayer
+from badit.tuner.layer import BaditLinear
 from badit.tuner.prompt import before_first_label
 
 STATE_FILE = "badit_regroup.safetensors"
@@ -100,7 +100,7 @@ class Regrouper:
         _check_options(every, start, stop, solver, restarts)
         if not isinstance(total_steps, int) or isinstance(total_steps, bool) or total_steps < 1:
             raise BaditError(f"total_steps must be a whole number of at least 1 step, got {total_steps!r}")
-        self._layers: dict[str, tuple[BaditLayer, str]] = dict(trainable_adapters(model))
+        self._layers: dict[str, tuple[BaditLinear, str]] = dict(trainable_adapters(model))
         if not self._layers:
             raise BaditError("there is no trainable BADIT adapter to regroup; add one to the model, or do not regroup")
         self.every = every
@@ -403,14 +403,14 @@ def _means(lines: Iterable[Mapping[str, Any]], fields: Iterable[str]) -> dict[st
     return {field: float(np.mean(values)) for field, values in found.items() if values}
 
 
-def _labels(layer: BaditLayer, adapter: str) -> np.ndarray:
+def _labels(layer: BaditLinear, adapter: str) -> np.ndarray:
     """A copy of ``expert_of``: on a CPU the array would otherwise be the buffer itself and change with it."""
     return layer.expert_of(adapter).cpu().numpy().copy()
 
 
 @torch.no_grad()
 def _rescale_moved(
-    layer: BaditLayer, adapter: str, old_N: np.ndarray, new_N: np.ndarray, gate_sums: torch.Tensor
+    layer: BaditLinear, adapter: str, old_N: np.ndarray, new_N: np.ndarray, gate_sums: torch.Tensor
 ) -> None:
     mean_K = gate_sums[:-1] / gate_sums[-1].clamp_min(1.0)
     old, new = torch.from_numpy(old_N).to(mean_K.device), torch.from_numpy(new_N).to(mean_K.device)

@@ -29,7 +29,7 @@ from torch import nn
 
 from badit.errors import BaditError
 from badit.trainer import AnswerTrainer
-from badit.tuner.base_config import one_of
+from badit.tuner.config import one_of
 
 Surgery = Literal["pcgrad", "cagrad"]
 Combination = Callable[[torch.Tensor], torch.Tensor]  # from gradients (T, P) to one (P,)

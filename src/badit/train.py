@@ -42,12 +42,11 @@ from badit.data import (
 from badit.errors import BaditError, first_line
 from badit.files import copy_folder, read_json, replace_folder, write_json
 from badit.gradients import parameter_count, whole_weights
+from badit.methods import Method, build_method
 from badit.models import load_base_model
 from badit.recipe import Recipe, expand_source
 from badit.runs import RunFolder, environment, is_main_process, peak_memory
 from badit.trainer import MetricsLog, ProgressBar, StopOnSignal
-from badit.training.method import Method
-from badit.training.methods import build_method
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

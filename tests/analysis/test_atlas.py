@@ -5,6 +5,8 @@ import copy
 import numpy as np
 import pytest
 import torch
+from badit.analysis.losses import expert_losses, losses_table
+from badit.analysis.summaries import abilities_table, readable
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -12,8 +14,6 @@ from analysis import naive_experts as naive
 from analysis.naive_experts import METHODS, TASKS
 from badit.analysis.atlas import ability_atlas, gate_similarity, nearest_prompts, prompt_scores, similarity
 from badit.analysis.gates import PromptGates, prompt_gates
-from badit.analysis.losses import expert_losses, losses_table
-from badit.analysis.summaries import abilities_table, readable
 from badit.data import Instance, Task
 from badit.errors import BaditError
 from tuner import helpers

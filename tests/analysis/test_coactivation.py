@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from badit.analysis.coactivation import COLUMNS, NeuronMeans, coactivation_tables, strongest, tidy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binom
 from torch import nn
 
 from analysis import naive_interference as naive
-from badit.analysis.coactivation import COLUMNS, NeuronMeans, coactivation_tables, strongest, tidy
 from badit.analysis.gradients import TaskGradients
 from badit.analysis.interference import measure_interference
 from badit.errors import BaditError

@@ -6,11 +6,11 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from badit.analysis.experts import component_flow, expert_angles, held_out_angles
 
 import reference
 from analysis import naive_experts as naive
 from analysis.naive_experts import TASKS
-from badit.analysis.experts import component_flow, expert_angles, held_out_angles
 from badit.errors import BaditError
 from badit.method import cosine_gram
 from badit.method import expert_angles as angles_of

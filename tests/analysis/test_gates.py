@@ -5,11 +5,11 @@ import copy
 import numpy as np
 import pytest
 import torch
+from badit.analysis.coactivation import coactivation_tables
 from peft import LoraConfig, get_peft_model
 
 from analysis import naive_experts as naive
 from analysis.naive_experts import METHODS, TASKS
-from badit.analysis.coactivation import coactivation_tables
 from badit.analysis.gates import (
     active_experts,
     changed_gates,
@@ -18,7 +18,7 @@ from badit.analysis.gates import (
     marked_experts,
     prompt_gates,
 )
-from badit.baselines import OLoraConfig
+from badit.baselines.o_lora import OLoraConfig
 from badit.errors import BaditError
 from tuner import helpers
 
@@ -102,7 +102,7 @@ def test_reading_leaves_nothing_behind(tiny_model, method):
     prompt_gates(model, naive.batches())
     assert naive.losses(model, row) == losses
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    assert not any("_component_gates" in vars(layer) for layer in naive.layers(model))
+    assert not any("component_gates" in vars(layer) for layer in naive.layers(model))
 
 
 def test_an_error_within_leaves_nothing_behind(tiny_model):
@@ -113,7 +113,7 @@ def test_an_error_within_leaves_nothing_behind(tiny_model):
 
     with pytest.raises(RuntimeError, match="no such gates"), changed_gates(active_experts(model), fail):
         naive.losses(model, naive.rows(naive.batches()["cities"])[0])
-    assert not any("_component_gates" in vars(layer) for layer in naive.layers(model))
+    assert not any("component_gates" in vars(layer) for layer in naive.layers(model))
 
 
 def test_at_step_0_all_are_neutral_and_none_is_marked(tiny_model):

@@ -17,7 +17,7 @@ from analysis import naive_interference as naive
 from badit.analysis.gradients import Agreement, TaskGradients, layer_and_module, measured_parameters
 from badit.analysis.interference import measure_interference
 from badit.analysis.tables import TidyTable
-from badit.baselines import GainLoraConfig
+from badit.baselines.gain_lora import GainLoraConfig
 from badit.errors import BaditError
 from tuner.helpers import adapted
 

@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
+from badit.analysis.recovery import ability_recovery
 
 from analysis import naive_experts as naive
-from badit.analysis.recovery import ability_recovery
 from badit.data.suite import builtin_tasks
 from badit.errors import BaditError
 

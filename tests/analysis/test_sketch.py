@@ -6,10 +6,9 @@ import math
 
 import pytest
 import torch
+from badit.analysis.sketch import SketchedSums
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from badit.analysis.sketch import SketchedSums
 
 
 def sums(length: int, count: int, size: int, seed: int = 0) -> SketchedSums:

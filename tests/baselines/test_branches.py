@@ -12,7 +12,7 @@ from torch import nn
 from transformers import DynamicCache, T5Config, T5ForConditionalGeneration
 
 import reference
-from badit.baselines import RIVALS
+from badit.baselines import BASELINES
 from badit.errors import BaditError
 from baselines import branch_naive as naive
 from baselines.branch_naive import (
@@ -180,7 +180,7 @@ def test_generation_padding_and_the_cache(tiny_model, method, family):
 def test_the_gates_follow_the_prompt_alone(tiny_model, method):
     model, answers = adapted(tiny_model("llama"), method), {}
     layers(model)[0].register_forward_pre_hook(
-        lambda layer, args: answers.update(last=layer._component_gates("default", args[0]).detach())
+        lambda layer, args: answers.update(last=layer.component_gates("default", args[0]).detach())
     )
     for answer in (3, 90):
         ids = torch.cat([IDS, torch.full((3, 2), answer)], dim=1)
@@ -322,7 +322,7 @@ def test_passes_without_gates_are_refused(tiny_model, method):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_its_options(method):
-    config_cls = RIVALS[method].config_cls
+    config_cls = BASELINES[method].config_cls
     default = config_cls()
     assert (default.r, default.lora_alpha, default.lora_dropout, default.past_branches) == (4, 32, 0.05, 0)
     with pytest.raises(TypeError, match="num_experts"):

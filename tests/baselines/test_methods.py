@@ -12,12 +12,11 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 
-from badit.baselines import RIVALS
+from badit.baselines import BASELINES
 from badit.errors import BaditError
+from badit.methods import AdapterMethod, build_method
 from badit.recipe import build_recipe
 from badit.runs import RunFolder
-from badit.training.method import AdapterMethod
-from badit.training.methods import build_method
 from badit.training.scoring import evaluate, load_run
 from badit.training.scoring import train_and_score as train
 from badit.tuner import hooks_of
@@ -29,9 +28,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:Could not find a config file in 
 
 Values = dict[str, Any]
 OPTIONS: dict[str, Values] = {
-    **SMALL, **{name: {"r": 4, "lora_alpha": 8, "lora_dropout": 0.1} for name in RIVALS if name not in SMALL}
+    **SMALL, **{name: {"r": 4, "lora_alpha": 8, "lora_dropout": 0.1} for name in BASELINES if name not in SMALL}
 }  # fmt: skip
-FROM_PEFT = [name for name, rival in RIVALS.items() if rival.config_cls is LoraConfig]
+FROM_PEFT = [name for name, rival in BASELINES.items() if rival.config_cls is LoraConfig]
 TASKS = ["cities", "rivers"]
 IDS, MASK = padded(random_rows(6, 11, 9))
 ROWS = ["rivers", "cities", "cities"]
@@ -44,10 +43,10 @@ def logits(model: Any) -> torch.Tensor:
 
 def test_the_names() -> None:
     mixed = {"lora", "pissa", "olora", "dora", "rslora", "loramoe", "hydralora", "goat", "mtl-lora"}
-    assert set(RIVALS) == mixed | {"o-lora", "gainlora", "sapt"}
+    assert set(BASELINES) == mixed | {"o-lora", "gainlora", "sapt"}
 
 
-@pytest.mark.parametrize("name", RIVALS)
+@pytest.mark.parametrize("name", BASELINES)
 def test_a_run(recipe_values: Values, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     recipe = build_recipe({**recipe_values, "method": {"name": name, **OPTIONS[name]}})
     trained: list[Any] = []
@@ -89,12 +88,12 @@ def test_an_interrupted_run_ends_as_one_that_was_not(
     assert all(torch.equal(one[key], other[key]) for key in one)
 
 
-@pytest.mark.parametrize("name", RIVALS)
+@pytest.mark.parametrize("name", BASELINES)
 def test_every_option_reaches_the_configuration(name: str) -> None:
     options = {**OPTIONS[name], "target_modules": ["q_proj"], "lora_dropout": 0.3}
     config = build_method({"name": name, **options}).config
-    assert isinstance(config, RIVALS[name].config_cls)
-    for key, value in {**options, **RIVALS[name].settled, "target_modules": {"q_proj"}}.items():
+    assert isinstance(config, BASELINES[name].config_cls)
+    for key, value in {**options, **BASELINES[name].settled, "target_modules": {"q_proj"}}.items():
         assert getattr(config, key) == value
 
 
@@ -141,7 +140,7 @@ def test_mistakes_are_named_on_one_line(method: Values, message: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("name", RIVALS)
+@pytest.mark.parametrize("name", BASELINES)
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3"])
 def test_step_0_in_several_families(tiny_model: Any, name: str, family: str) -> None:
     options = {**OPTIONS[name], **({"fan_in_fan_out": True} if family == "gpt2" and name in FROM_PEFT else {})}
@@ -195,6 +194,6 @@ def test_the_quick_pissa_cannot_be_loaded_exactly(tiny_model: Any, tmp_path: Pat
 
 
 def test_the_options_are_the_fields_that_the_name_leaves_open() -> None:
-    for name, rival in RIVALS.items():
+    for name, rival in BASELINES.items():
         fields = {field.name for field in dataclasses.fields(rival.config_cls)}
         assert rival.settled.keys() <= fields, name

@@ -15,8 +15,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import reference
-from badit.baselines import RIVALS, MtlLoraConfig, MtlLoraModel
-from badit.baselines.mtl_lora import MtlLoraLinear
+from badit.baselines import BASELINES
+from badit.baselines.mtl_lora import MtlLoraConfig, MtlLoraLinear, MtlLoraModel
 from badit.errors import BaditError
 from badit.tuner import hooks_of, registration
 from tuner.helpers import enable_checkpointing, forward, padded, random_rows
@@ -156,7 +156,7 @@ def test_the_temperature_sharpens():
     sharp, even = one_layer(temperature=1e-3), one_layer(temperature=1e3)
     for model, largest in ((sharp, 1.0), (even, 1 / 3)):
         with hooks_of(model).rows_of(ROWS):
-            gates = layers(model)[0]._component_gates("default", torch.zeros(3, 5, IN))
+            gates = layers(model)[0].component_gates("default", torch.zeros(3, 5, IN))
         assert gates.shape == (3, 1, 6)
         torch.testing.assert_close(gates[..., ::2].amax(dim=-1), torch.full((3, 1), largest), atol=1e-3, rtol=0)
 
@@ -248,7 +248,7 @@ def test_other_models_need_no_tasks(tiny_model):
     with model.disable_adapter():
         assert torch.equal(logits(model, None), base)
     assert torch.equal(logits(model.unload(), None), base)
-    hydra = RIVALS["hydralora"].config_cls(task_type="CAUSAL_LM")
+    hydra = BASELINES["hydralora"].config_cls(task_type="CAUSAL_LM")
     assert torch.equal(logits(get_peft_model(tiny_model("llama"), hydra).eval(), ["of any name"]), base)
 
 
@@ -423,4 +423,4 @@ def test_published_defaults_and_name():
     assert (options.num_experts, options.r, options.temperature, options.scaling) == (3, 8, 0.1, 8)
     registration.register(MtlLoraConfig, MtlLoraModel)  # again, which changes nothing
     assert options.peft_type is PeftType["BADIT_MTL_LORA"]
-    assert RIVALS["mtl-lora"].config_cls is MtlLoraConfig
+    assert BASELINES["mtl-lora"].config_cls is MtlLoraConfig

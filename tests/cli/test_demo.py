@@ -9,8 +9,8 @@ import pytest
 from peft import get_peft_model
 
 from badit.cli import demo, main
+from badit.methods import build_method
 from badit.recipe import build_recipe
-from badit.training.methods import build_method
 
 
 def test_lora_and_badit_train_as_many_parameters(smollm2: tuple[Any, Any]) -> None:

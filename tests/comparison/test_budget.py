@@ -7,19 +7,19 @@ from typing import Any
 
 import pytest
 
-from badit.baselines import RIVALS
+from badit.baselines import BASELINES
 from badit.comparison.budget import refuse_unequal, trainable_parameters
 from badit.comparison.grid import Grid
 from badit.errors import BaditError
+from badit.methods import build_method
 from badit.models import load_base_model
 from badit.recipe import build_recipe
-from badit.training.methods import build_method
 from comparison.cells import comparison_values
 
 Values = dict[str, Any]
 TASKS = ["cities", "rivers"]
 OPTIONS: Values = {"goat": {"r": 8}, "full": {}, "base": {}, "task-neurons": {"share": 0.2}}
-METHODS = [*RIVALS, "badit", "pcgrad", "cagrad", "full", "base", "task-neurons"]
+METHODS = [*BASELINES, "badit", "pcgrad", "cagrad", "full", "base", "task-neurons"]
 
 
 def grid_of(material: Path, methods: Values, **compare: Any) -> Grid:

@@ -17,12 +17,12 @@ from badit.comparison import worker
 from badit.comparison.compare import check
 from badit.comparison.grid import Grid
 from badit.errors import BaditError
-from badit.evaluation.continual import FORMS, continual_scores
 from badit.evaluation.results import load_results, summarise
 from badit.files import read_json
+from badit.methods import Method, NeuronMethod
 from badit.recipe import build_recipe
 from badit.runs import RunFolder
-from badit.training.method import Method, NeuronMethod
+from badit.statistics import FORMS, continual_scores
 from comparison.cells import InlineCell, Values, by_status, compared, comparison_values
 
 LADDER = [0.001, 0.01, 0.1]
@@ -157,7 +157,7 @@ def test_rates_that_fail_are_worst(values: Values, inline: list[str], monkeypatc
             raise RuntimeError("no such\nluck")
         return train_model(self, **arguments)
 
-    monkeypatch.setattr("badit.training.method.AdapterMethod.trainer", failing_above)
+    monkeypatch.setattr("badit.methods.AdapterMethod.trainer", failing_above)
     results = compared(values)
     assert [(cell["learning_rate"], cell["selected"], cell["status"]) for cell in results["cells"]] == [
         (0.001, True, "done"),

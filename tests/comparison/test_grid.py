@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from badit.comparison.grid import Cell, Grid, order_name
 from badit.errors import BaditError
+from badit.methods import build_method
 from badit.recipe import build_recipe, dump_recipe, load_recipe
 from badit.runs import RunFolder
-from badit.training.methods import build_method
 
 Values = dict[str, Any]
 SUPERNI = Path(__file__).parents[2] / "recipes" / "superni-cpu.yaml"

@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM
 
 from badit.analysis.analyze import analyze
 from badit.cli import main
+from badit.export import export
 from badit.recipe import build_recipe
-from badit.serving.export import export
 from badit.train import fit
 from docs.pages import ROOT, Page, pages
 

@@ -12,8 +12,8 @@ import yaml
 
 from badit.cli import main
 from badit.cli.main import VERBS
+from badit.methods import build_method
 from badit.recipe import build_recipe, load_recipe
-from badit.training.methods import build_method
 from docs.pages import ROOT, Page, pages, recipes
 
 WITH_COMMANDS = [page for page in [*pages(), *recipes()] if page.commands()]

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from badit.errors import BaditError
-from badit.evaluation.continual import continual_scores
+from badit.statistics import continual_scores
 
 SCORE = st.floats(0, 100)
 MATRICES = st.integers(2, 5).flatmap(

@@ -4,8 +4,8 @@ import pytest
 
 from badit.errors import BaditError
 from badit.evaluation.evaluate import evaluate_tasks, group_by_task, read_predictions, write_predictions
-from badit.evaluation.generation import generate_answers
-from badit.evaluation.metrics import Prediction, score_tasks
+from badit.generation import generate_answers
+from badit.metrics import Prediction, score_tasks
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from nltk.stem.porter import PorterStemmer
 
 from badit.errors import BaditError
-from badit.evaluation.metrics import Prediction, exact_match, normalize_answer, rouge_l, score_tasks
+from badit.metrics import Prediction, exact_match, normalize_answer, rouge_l, score_tasks
 
 
 def naive_tokens(text):

@@ -14,7 +14,7 @@ import pytest
 
 from badit.errors import BaditError
 from badit.evaluation.results import load_results, read_scores, summarise, task_means
-from badit.evaluation.statistics import Spread
+from badit.statistics import Spread
 
 TASKS = {"task002_quoref": 3, "task_b": 2}
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from badit.errors import BaditError
-from badit.evaluation.statistics import Spread, mean_ranks, paired_bootstrap, ranks, spread
+from badit.statistics import Spread, mean_ranks, paired_bootstrap, ranks, spread
 
 RNG = np.random.default_rng(7)
 TASKS = {"b": RNG.normal(1, 5, (3, 8)), "a": RNG.normal(0, 9, (3, 5)), "c": RNG.normal(2, 3, (3, 12))}
@@ -94,7 +94,7 @@ def test_the_seed_decides_the_draws() -> None:
 
 def test_chunks_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = paired_bootstrap(TASKS, resamples=500)
-    monkeypatch.setattr("badit.evaluation.statistics._CHUNK", 400)
+    monkeypatch.setattr("badit.statistics._CHUNK", 400)
     assert paired_bootstrap(TASKS, resamples=500) == whole
 
 

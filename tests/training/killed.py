@@ -33,7 +33,7 @@ from transformers import TrainerCallback
 import badit.cli.train
 import badit.training.scoring
 from badit.cli import main
-from badit.training.method import AdapterMethod
+from badit.methods import AdapterMethod
 
 _WRITING = os.O_WRONLY | os.O_RDWR
 EVENTS = (

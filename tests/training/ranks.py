@@ -24,7 +24,7 @@ from transformers import TrainerCallback
 
 from badit.cli import main
 from badit.gradients import several
-from badit.training.method import AdapterMethod
+from badit.methods import AdapterMethod
 
 
 class Recorder(TrainerCallback):

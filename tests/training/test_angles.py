@@ -13,10 +13,11 @@ from peft import get_peft_model
 from transformers import TrainerCallback
 
 from badit.angles import AngleLog
-from badit.baselines import HydraLoraConfig, LoraMoeConfig
+from badit.baselines.hydralora import HydraLoraConfig
+from badit.baselines.loramoe import LoraMoeConfig
 from badit.files import read_jsonl
 from badit.tuner import BaditConfig
-from badit.tuner.base_layer import ExpertLayer
+from badit.tuner.layer import ExpertLinear
 from training.trainers import make_trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:Could not find a config file in  - :UserWarning")  # PEFT 0.19
@@ -29,7 +30,7 @@ class KeepGradients(TrainerCallback):
         self.steps: list[dict[str, torch.Tensor]] = []
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        layers = {m.name: m for m in kwargs["model"].modules() if isinstance(m, ExpertLayer)}
+        layers = {m.name: m for m in kwargs["model"].modules() if isinstance(m, ExpertLinear)}
         self.steps.append(
             {
                 f"{name}.default": torch.cat(

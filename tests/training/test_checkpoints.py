@@ -17,10 +17,10 @@ from safetensors.torch import load_file
 from badit.checkpoint import SEAL, STAGING, damage_of, last_checkpoint, seal
 from badit.cli import main
 from badit.errors import BaditError
+from badit.methods import AdapterMethod
 from badit.recipe import build_recipe
 from badit.runs import RunFolder
 from badit.train import fit
-from badit.training.method import AdapterMethod
 from training.trainers import StopAt
 
 

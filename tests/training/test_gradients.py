@@ -18,7 +18,7 @@ from torch import nn
 from badit.errors import BaditError
 from badit.gradients import before_step, component_grams, scale_columns, steps_in_backward, whole_weights
 from badit.method import cosine_gram
-from badit.training.methods import build_method
+from badit.methods import build_method
 
 
 class Processes:

@@ -53,7 +53,7 @@ Train = Callable[..., dict[str, Any]]
 def server() -> Iterator[subprocess.Popen[str]]:
     environment = {
         **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(SCRIPT.parent.parent), *sys.path]),
+        "PYTHONPATH": os.pathsep.join([str(SCRIPT.parent.parent), os.environ.get("PYTHONPATH", "")]),
         "OMP_NUM_THREADS": "1",
     }
     command = [sys.executable, "-W", "ignore", str(SCRIPT)]

@@ -15,11 +15,11 @@ from transformers import TrainerCallback
 from badit.cli import main
 from badit.errors import BaditError
 from badit.files import read_jsonl
+from badit.methods import AdapterMethod
 from badit.recipe import build_recipe
 from badit.regroup import RegroupCallback
 from badit.train import fit, make_plan
 from badit.trainer import AnswerTrainer
-from badit.training.method import AdapterMethod
 from training.trainers import adapted, make_trainer
 
 Values = dict[str, Any]

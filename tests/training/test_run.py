@@ -14,10 +14,10 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from badit.errors import BaditError
+from badit.methods import AdapterMethod
 from badit.recipe import build_recipe
 from badit.runs import RunFolder
 from badit.train import make_plan
-from badit.training.method import AdapterMethod
 from badit.training.scoring import answers, evaluate
 from badit.training.scoring import train_and_score as train
 from training.trainers import StopAt

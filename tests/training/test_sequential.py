@@ -13,16 +13,16 @@ import torch
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from badit.baselines import RIVALS
+from badit.baselines import BASELINES
 from badit.checkpoint import last_checkpoint
 from badit.errors import BaditError
-from badit.evaluation.continual import FORMS, continual_scores
 from badit.files import read_json, write_json
+from badit.methods import AdapterMethod, Method
 from badit.recipe import Recipe, build_recipe
 from badit.runs import RunFolder
+from badit.statistics import FORMS, continual_scores
 from badit.train import fit, make_plan
 from badit.training import scoring
-from badit.training.method import AdapterMethod, Method
 from badit.training.scoring import evaluate, load_run
 from badit.training.scoring import train_and_score as train
 from badit.tuner import hooks_of
@@ -42,7 +42,7 @@ OPTIONS: dict[str, Values] = {
     "full": {},
     "task-neurons": {"share": 0.2},
 }
-METHODS = [*RIVALS, "badit", "pcgrad", "cagrad", "full", "task-neurons"]
+METHODS = [*BASELINES, "badit", "pcgrad", "cagrad", "full", "task-neurons"]
 
 
 def sequence(values: Values, *overrides: str, output: str | Path | None = None) -> Recipe:

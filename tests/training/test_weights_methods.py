@@ -18,10 +18,10 @@ from badit.checkpoint import last_checkpoint
 from badit.data import AnswerCollator
 from badit.errors import BaditError
 from badit.files import read_json
+from badit.methods import WEIGHTS, Method, WeightsMethod
 from badit.recipe import Recipe, build_recipe
 from badit.runs import RunFolder
 from badit.train import base_model, encoded, fit, make_plan, pad_id
-from badit.training.method import WEIGHTS, Method, WeightsMethod
 from badit.training.scoring import load_run
 from badit.training.scoring import train_and_score as train
 from training.trainers import StopAt

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from badit.errors import BaditError
 from badit.tuner import BaditConfig
-from badit.tuner.base_config import FORMAT
+from badit.tuner.config import FORMAT
 from tuner.make_format import FOLDER, OPTIONS, base_model, computed
 
 # PEFT 0.19 looks for the saved configuration of a base model that was never saved.

@@ -218,8 +218,8 @@ def test_rows_with_adapters_of_their_own_are_refused(tiny_model):
 def test_gates_are_worked_in_once_a_generation(tiny_model, monkeypatch, rows):
     model = adapted(tiny_model("llama"))
     first, times = layers(model)[0], []
-    own = first._component_gates
-    monkeypatch.setattr(first, "_component_gates", lambda *arguments: times.append(1) or own(*arguments))
+    own = first.component_gates
+    monkeypatch.setattr(first, "component_gates", lambda *arguments: times.append(1) or own(*arguments))
     for generation in (1, 2):
         generate(model, *padded(ROWS[:rows]))
         assert len(times) == 2 * generation, "for the prompt, and for the first token after it"

@@ -34,7 +34,7 @@ def naive_forward(layer, x, mask):
     weight = base.weight.T if isinstance(base, Conv1D) else base.weight
     a, b, expert_of = layer.badit_A["default"], layer.badit_B["default"], layer.expert_of("default")
     subtracts = options.keeps_initial_factors and options.base_weight == "delta"
-    a0, b0 = layer.initial_factors("default") if subtracts else (None, None)
+    a0, b0 = layer.kept_factors("default") if subtracts else (None, None)
     gates = naive_gates(layer, x, mask)
     y = reference.badit_linear(x, weight, base.bias, a, b, a0, b0, expert_of, gates, options.scaling)
     return torch.from_numpy(y)
@@ -57,7 +57,7 @@ def differentiable_forward(layer, x, mask):
         mine = layer.expert_of("default") == k
         y = y + options.scaling * gates[..., k : k + 1] * (x @ a[mine].T @ b[:, mine].T)
     if options.keeps_initial_factors and options.base_weight == "delta":
-        a0, b0 = layer.initial_factors("default")
+        a0, b0 = layer.kept_factors("default")
         y = y - options.scaling * (x @ a0.T @ b0.T)
     return y
 

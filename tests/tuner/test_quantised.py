@@ -19,7 +19,7 @@ from badit.recipe import build_recipe
 from badit.train import make_plan
 from badit.training.scoring import evaluate
 from badit.training.scoring import train_and_score as train
-from badit.tuner import BaditConfig, BaditLayer
+from badit.tuner import BaditConfig, BaditLinear
 from badit.tuner.quantised import is_quantised, refuse_unsuitable_layer, weight_as_used
 from data.examples import CHATML, make_tokenizer
 
@@ -96,8 +96,8 @@ def test_the_experts_start_as_the_weights_leading_part_and_change_nothing(load: 
     torch.testing.assert_close(weight_OI, used_OI, rtol=0, atol=float(weight_OI.abs().max()) * 1e-2)
 
     model = adapted(base)
-    expert = next(module for module in model.modules() if isinstance(module, BaditLayer))
-    a_NI, b_ON = expert.initial_factors("default")
+    expert = next(module for module in model.modules() if isinstance(module, BaditLinear))
+    a_NI, b_ON = expert.kept_factors("default")
     u, s, vh = torch.linalg.svd(weight_OI)
     torch.testing.assert_close(expert.badit_config["default"].scaling * b_ON @ a_NI, (u[:, :8] * s[:8]) @ vh[:8])
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
@@ -175,7 +175,7 @@ def test_gptq_and_awq_layers_are_refused() -> None:
 def test_what_cannot_be_quantised_is_refused(recipe_values: dict[str, Any], model_folder: Path) -> None:
     with pytest.raises(BaditError, match=r"model\.quantisation: full trains the base weights"):
         make_plan(build_recipe({**recipe_values, "method": {"name": "full"}}, ["model.quantisation=bnb-8bit"]))
-    with pytest.raises(BaditError, match=r"quantisation: 'bnb-8' is none of .* \(did you mean 'bnb-8bit'\?\)"):
+    with pytest.raises(BaditError, match=r"quantisation: unknown 'bnb-8' \(did you mean 'bnb-8bit'\?\)"):
         load_base_model(model_folder, quantisation="bnb-8")  # pyright: ignore
 
 

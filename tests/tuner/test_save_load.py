@@ -183,9 +183,9 @@ def test_loading_over_a_folded_adapter_folds_anew(tiny_model, tmp_path):
     model.load_state_dict({k: v for k, v in other.state_dict().items() if "badit_" in k}, strict=False)
     logits(model)
     layer = layers(model)[0]
-    a0, b0 = layer.initial_factors("default")
+    a0, b0 = layer.kept_factors("default")
     torch.testing.assert_close(layer.weight_OI + 2.0 * b0 @ a0, expected, atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(a0, layers(other)[0].initial_factors("default")[0])
+    torch.testing.assert_close(a0, layers(other)[0].kept_factors("default")[0])
 
 
 def test_a_state_dict_never_holds_the_residual_as_the_base_weight(tiny_model):

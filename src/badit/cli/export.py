@@ -25,9 +25,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def execute(options: argparse.Namespace) -> None:
+    from badit.export import export
     from badit.models import resolve_model
     from badit.runs import RunFolder
-    from badit.serving.export import export
 
     quiet_loading()
     exported = export(
@@ -41,7 +41,7 @@ def execute(options: argparse.Namespace) -> None:
     base = resolve_model(RunFolder.existing(options.run).recipe().model.name)
     print("\n".join(f"{name:10} {value}" for name, value in _described(exported, base).items()))
     if options.score:
-        from badit.serving.score import score_export
+        from badit.export import score_export
 
         print("\n" + cost_table(score_export(options.run, exported)))
         print(f"\nScores: {Path(options.output) / 'scores.json'}")

@@ -13,6 +13,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def execute(options: argparse.Namespace) -> None:
-    from badit.serving.push import push_to_hub
+    from badit.push import push_to_hub
 
     print(push_to_hub(options.run, options.repository, private=options.private))

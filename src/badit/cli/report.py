@@ -33,7 +33,7 @@ def execute(options: argparse.Namespace) -> None:
 def write_if_possible(runs: Sequence[str | os.PathLike[str]], output: Path) -> str:
     """Writes the page and says where it is, or says what it would need."""
     from badit.api import write_report
-    from badit.report.write import has_extra
+    from badit.report import has_extra
 
     if not has_extra():
         return "For a page of figures: pip install 'badit[report]', then badit report " + " ".join(map(str, runs))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import threading
 
 from badit.cli.quiet import quiet_loading
 from badit.cli.trust import add_trust
@@ -21,21 +20,7 @@ def execute(options: argparse.Namespace) -> None:
     from badit.studio import refuse_without_extra
 
     refuse_without_extra()
-    from badit.studio.serve import HOST, Server, listen, open_browser
+    from badit.studio.server import serve
 
-    with listen(options.port) as listening:
-        quiet_loading()
-        from badit.studio.server import application
-        from badit.studio.session import Session
-
-        session = Session(options.run, trust_remote_code=options.trust_remote_code)
-        # The page can be used meanwhile; a daemon, so that nobody waits for it at the end.
-        threading.Thread(target=session.measure, daemon=True).start()
-        url = f"http://{HOST}:{listening.getsockname()[1]}"
-        print(f"Studio: {url}   (Ctrl-C ends it)", flush=True)
-        if not options.no_browser:
-            open_browser(url)
-        try:
-            Server(application(session)).run(sockets=[listening])
-        except KeyboardInterrupt:  # uvicorn has closed what was open and passes the signal on
-            print()
+    quiet_loading()
+    serve(options.run, port=options.port, browser=not options.no_browser, trust_remote_code=options.trust_remote_code)

@@ -13,7 +13,7 @@ from badit.errors import BaditError
 
 if TYPE_CHECKING:
     from badit.evaluation.results import MethodSummary, Metric, Results
-    from badit.evaluation.statistics import Difference, Spread
+    from badit.statistics import Difference, Spread
 
 _METRICS = {"rouge_l": "Rouge-L", "exact_match": "EM"}
 # The scores whose best is made bold, and whether that is the highest (1) or the lowest (-1).

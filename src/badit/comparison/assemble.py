@@ -13,11 +13,11 @@ from typing import Any
 
 from badit.comparison.grid import Cell, Grid, order_name
 from badit.comparison.worker import ERROR
-from badit.evaluation.continual import FORMS, continual_scores
-from badit.evaluation.metrics import mean_scores
 from badit.evaluation.results import FORMAT, SINGLE_TASK, read_scores
 from badit.files import read_json
+from badit.metrics import mean_scores
 from badit.runs import RunFolder
+from badit.statistics import FORMS, continual_scores
 
 
 def assemble(

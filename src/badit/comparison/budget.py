@@ -8,8 +8,8 @@ import torch
 
 from badit.comparison.grid import Grid
 from badit.errors import BaditError
+from badit.methods import build_method
 from badit.models import load_skeleton
-from badit.training.methods import build_method
 
 #: Ranks are whole numbers, so budgets can only be near each other.
 TOLERANCE = 0.05

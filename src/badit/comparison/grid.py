@@ -16,9 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from badit.errors import BaditError, nearest
+from badit.methods import Method, build_method
 from badit.recipe import CompareSection, Recipe, build_recipe
-from badit.training.method import Method
-from badit.training.methods import build_method
 
 Order = str | tuple[str, ...] | None
 

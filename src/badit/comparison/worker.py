@@ -114,7 +114,7 @@ def run_cell(folder: Path, config: str, *, score: bool) -> int:
 
 def _run(folder: Path, config: str, *, score: bool) -> None:
     from badit.evaluation.evaluate import group_by_task, read_predictions
-    from badit.evaluation.metrics import instance_scores
+    from badit.metrics import instance_scores
     from badit.recipe import build_recipe
     from badit.train import fit
     from badit.training.scoring import train_and_score, validation_loss

@@ -12,9 +12,9 @@ from pydantic import TypeAdapter, ValidationError
 
 from badit.data.tasks import file_safe
 from badit.errors import BaditError, first_problem, nearest
-from badit.evaluation.generation import generate_answers
-from badit.evaluation.metrics import Prediction, score_tasks
 from badit.files import parse_json, read_text, shown, write_text
+from badit.generation import generate_answers
+from badit.metrics import Prediction, group_by_task, instance_scores, mean_scores
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -53,7 +53,7 @@ def evaluate_tasks(
         progress: show a bar on stderr.
 
     Returns:
-        The scores as `score_tasks` gives them, and the predictions, task by task in the order given.
+        The scores as `mean_scores` gives them, and the predictions, task by task in the order given.
 
     Raises:
         BaditError: an unknown split, a split without instances, tasks of the same name, or an empty prompt.
@@ -84,15 +84,7 @@ def evaluate_tasks(
         Prediction(task.name, instance.id, answer, tuple(instance.outputs), str(tokenizer.decode(prompt)))
         for (task, instance), prompt, answer in zip(pairs, prompts, answers, strict=True)
     ]
-    return score_tasks(group_by_task(predictions)), predictions
-
-
-def group_by_task(predictions: Iterable[Prediction]) -> dict[str, list[Prediction]]:
-    """The predictions of each task, both in their order of appearance."""
-    groups: dict[str, list[Prediction]] = {}
-    for prediction in predictions:
-        groups.setdefault(prediction.task, []).append(prediction)
-    return groups
+    return mean_scores(instance_scores(group_by_task(predictions))), predictions
 
 
 def write_predictions(folder: str | Path, predictions: Iterable[Prediction]) -> None:

@@ -17,9 +17,8 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from badit.errors import BaditError, first_problem, nearest
-from badit.evaluation.continual import Form
-from badit.evaluation.statistics import Difference, Spread, mean_ranks, paired_bootstrap, ranks, spread
 from badit.files import read_json, refuse_other_format, shown
+from badit.statistics import Difference, Form, Spread, paired_bootstrap, spread
 
 Metric = Literal["rouge_l", "exact_match"]
 
@@ -219,7 +218,7 @@ def summarise(results: Results, *, metric: Metric = "rouge_l", form: Form = "sta
     Args:
         results: a comparison.
         metric: what ranks and differences are taken in.
-        form: the definition of forgetting and transfer, see `badit.evaluation.continual`.
+        form: the definition of forgetting and transfer, see `badit.statistics`.
     """
     scored = [method for method in results.methods if results.scored(method)]
     means = task_means(results, metric)
@@ -332,3 +331,13 @@ def _checked_sizes(cell: Cell, place: str, sizes: dict[str, int]) -> dict[str, i
             if {task: len(getattr(each, metric)) for task, each in cell.instances.items()} != own:
                 raise BaditError(f"{place}.instances: needs one {metric} for each instance of scores.tasks")
     return own
+
+
+def ranks(scores: Any) -> list[float]:
+    from scipy.stats import rankdata
+
+    return rankdata(-np.round(scores, 9)).tolist()
+
+
+def mean_ranks(scores_by_task: Any) -> list[float]:
+    return np.mean([ranks(scores) for scores in scores_by_task.values()], axis=0).tolist()

@@ -1,4 +1,4 @@
-"""The paper as pure functions on tensors: decomposition (BAD), grouping (DOG) and routing.
+"""The paper as pure functions on tensors: decomposition (BAD), grouping (DOG), routing and orthogonal updates.
 
 BADIT: "Decomposing the Basic Abilities of Large Language Models: Mitigating Cross-Task Interference in Multi-Task
 Instruct-Tuning" (ICML 2026, arXiv 2605.05676).
@@ -14,11 +14,13 @@ from badit.method.grouping import (
     grouping_objective,
     match_labels,
 )
+from badit.method.orthogonal import Moments, inverse_root, no_moments, orthogonal_updates
 from badit.method.routing import batch_moments, expert_gates, prompt_mean, standardised, updated_moments
 
 __all__ = [
     "CompressedFactors",
     "ExpertAngles",
+    "Moments",
     "SingularTriples",
     "batch_moments",
     "compress",
@@ -30,7 +32,10 @@ __all__ = [
     "frozen_factors",
     "group_components",
     "grouping_objective",
+    "inverse_root",
     "match_labels",
+    "no_moments",
+    "orthogonal_updates",
     "prompt_mean",
     "standardised",
     "top_singular_triples",

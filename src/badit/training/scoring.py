@@ -11,19 +11,19 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from badit.card import write_run_card
 from badit.data import AnswerCollator, Task, encode_prompt, on_device
 from badit.errors import BaditError, explained
-from badit.evaluation.continual import FORMS, continual_scores
 from badit.evaluation.evaluate import Prediction, evaluate_tasks, write_predictions
-from badit.evaluation.generation import generate_answers
 from badit.evaluation.results import read_scores
 from badit.files import copy_folder, read_json, write_json
+from badit.generation import generate_answers
+from badit.methods import build_method
 from badit.recipe import Recipe
 from badit.runs import RunFolder, is_main_process
+from badit.statistics import FORMS, continual_scores
 from badit.train import Plan, Split, base_model, encoded, fit, make_plan, pad_id
 from badit.trainer import answer_losses
-from badit.training.card import write_run_card
-from badit.training.methods import build_method
 
 if TYPE_CHECKING:
     from peft import PeftModel

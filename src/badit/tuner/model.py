@@ -7,16 +7,16 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NoReturn
 
 import torch
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.tuners_utils import BaseTuner
+from peft.utils import register_peft_method
 from torch import nn
 
 from badit.errors import BaditError
-from badit.tuner.base_config import ExpertConfig
-from badit.tuner.base_layer import ExpertLayer
-from badit.tuner.config import BaditConfig
-from badit.tuner.layer import BaditLayer, BaditLinear
+from badit.tuner.config import BaditConfig, ExpertConfig, peft_type
+from badit.tuner.layer import BaditLinear, ExpertLinear
 from badit.tuner.prompt import RoutingContext
-from badit.tuner.quantised import is_quantised, keep_in_place, refuse_unsuitable_layer
+from badit.tuner.quantised import keep_in_place, refuse_unsuitable_layer
 
 # A stage's training batches by task.
 TaskBatches = Mapping[str, Sequence[Mapping[str, torch.Tensor]]]
@@ -93,7 +93,7 @@ class ExpertModel(Hooks, BaseTuner):
     """A base model with LoRA experts in its target modules."""
 
     prefix = "badit_"
-    tuner_layer_cls = ExpertLayer
+    tuner_layer_cls = ExpertLinear
     target_module_mapping = TARGET_MODULES
 
     peft_config: dict[str, Any]  # pyright: ignore[reportIncompatibleVariableOverride] (ours alone)
@@ -125,19 +125,20 @@ class ExpertModel(Hooks, BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        if isinstance(target, ExpertLayer):
+        if isinstance(target, ExpertLinear):
             target.update_layer(adapter_name, peft_config)
             return
         refuse_unsuitable_layer(target, current_key, peft_config.method)
-        if is_quantised(target) and peft_config.changes_base_weight:
-            raise BaditError(f"{current_key} is quantised and cannot be changed: take base_weight='delta'")
-        layer = self._new_layer(target, current_key, adapter_name, peft_config)
+        layer_cls: Any = self.tuner_layer_cls
+        layer = layer_cls(target, current_key, RoutingContext.of(self.model), adapter_name, peft_config)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
 
-    def _new_layer(self, target: nn.Module, name: str, adapter_name: str, config: Any) -> nn.Module:
-        raise NotImplementedError
+    def unload(self) -> nn.Module:
+        """The base model as it was before the adapters."""
+        RoutingContext.of(self.model).detach(self.model)
+        return super().unload()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The base model's forward pass, by the call that runs its hooks; PEFT before 0.21 goes round them."""
@@ -145,69 +146,50 @@ class ExpertModel(Hooks, BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """PEFT's door for rows of one batch with different adapters; without this it would drop the request."""
+        """Where PEFT asks for rows of one batch with different adapters; without this it would drop the request."""
         if kwargs.get("adapter_names") is not None:
             method = self.peft_config[self.active_adapters[0]].method
             raise BaditError(f"adapter_names: {method} cannot mix adapters within a batch; set_adapter between batches")
         yield
 
-    def merge_and_unload(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Refused: see the layer's ``merge``."""
-        self._refuse_merge()
-
     def merge_adapter(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Refused: see the layer's ``merge``."""
-        self._refuse_merge()
-
-    def _refuse_merge(self) -> NoReturn:
-        layer = next(module for module in self.model.modules() if isinstance(module, ExpertLayer))
-        layer.merge()
+        next(module for module in self.model.modules() if isinstance(module, ExpertLinear)).merge()
         raise AssertionError("merge always raises")
+
+    merge_and_unload = merge_adapter
 
 
 class BaditModel(ExpertModel):
     """A base model with BADIT experts in its target modules."""
 
-    tuner_layer_cls = BaditLayer
+    tuner_layer_cls = BaditLinear
 
     routes_prompts = True
 
     peft_config: dict[str, BaditConfig]
 
-    @property
-    def needs_whole_weights(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Where the residual is written into the base weight."""
-        return any(config.base_weight == "folded" for config in self.peft_config.values())
-
     def _refuse_unsuitable(self, config: BaditConfig) -> None:
-        if len(self.peft_config) > 1 and any(c.base_weight == "folded" for c in self.peft_config.values()):
-            raise BaditError(
-                "a folded adapter changes the base weight and so must be the only one: "
-                "use base_weight='delta' for every adapter"
-            )
         if (
             config.routing == "prompt"
             and getattr(getattr(self.model, "config", None), "is_encoder_decoder", False) is True
         ):
             raise BaditError("routing='prompt' is for decoder-only models; use routing='token' on an encoder-decoder")
 
-    def _new_layer(self, target: nn.Module, name: str, adapter_name: str, config: BaditConfig) -> BaditLinear:
-        if config.base_weight == "folded" and _is_shared(self.model, target.weight):
-            raise BaditError(
-                f"{name} shares its weight with another module, which folding would change too: "
-                "use base_weight='delta', or leave it out of target_modules"
-            )
-        return BaditLinear(target, name, RoutingContext.of(self.model), adapter_name, config)
 
-    def unload(self) -> nn.Module:
-        """The base model, every weight as it was before the adapters."""
-        for module in self.model.modules():
-            if isinstance(module, BaditLayer):
-                module.unfold()
-        RoutingContext.of(self.model).detach(self.model)
-        return super().unload()
+def register(config_cls: Any, model_cls: Any) -> None:
+    """Registers the method that ``config_cls.method`` names, once; importing twice is harmless.
 
-
-def _is_shared(model: nn.Module, weight: object) -> bool:
-    """Whether several modules use one weight, as an embedding and a tied head do."""
-    return sum(parameter is weight for _, parameter in model.named_parameters(remove_duplicate=False)) > 1
+    Raises:
+        BaditError: another package, or a later PEFT, has registered a method of this name.
+    """
+    name = config_cls.method.lower()
+    registered = PEFT_TYPE_TO_CONFIG_MAPPING.get(peft_type(config_cls.method))
+    if registered is config_cls:
+        return
+    if registered is not None:
+        raise BaditError(
+            f"a PEFT method named {name!r} is already registered by {registered.__module__}; "
+            "uninstall that package or this one"
+        )
+    register_peft_method(name=name, config_cls=config_cls, model_cls=model_cls, prefix=model_cls.prefix)

@@ -1,0 +1,68 @@
+"""One optimizer step of SmolLM2-135M's adapters: orthogonal updates against AdamW, and their share of a training step.
+
+    python benchmarks/speed/optimizer.py
+
+30 layers, gate_proj 576 → 1536, N = 32, on gradients that are there already. The share is what orthogonal updates cost
+more than AdamW, over a whole training step with AdamW, round by round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from measure import in_turns, keep, options, ratio
+from torch import nn
+from workload import adapted, batch, fast_dtypes, training_step
+
+from badit.cli.quiet import quiet_environment, quiet_loading
+from badit.optimizer import OPTIMIZERS, build_optimizer
+
+ROWS, TOKENS = 4, 320
+STEPS = 5  # optimizer steps in a sample; one alone is too short to be timed well
+
+
+def optimizer_steps(name: str, dtype: str) -> Callable[[], None]:
+    model: nn.Module = adapted("badit", dtype)
+    optimizer = build_optimizer(name, model, 1e-4)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
+
+    def steps() -> None:
+        for _ in range(STEPS):
+            optimizer.step()
+
+    return steps
+
+
+def measure(dtype: str, rounds: int) -> dict[str, Any]:
+    alternatives: dict[str, Callable[[], None]] = {name: optimizer_steps(name, dtype) for name in OPTIMIZERS}
+    alternatives["training step"] = training_step(adapted("badit", dtype), batch(ROWS, TOKENS))
+    samples = in_turns(alternatives, rounds=rounds, warmup=2)
+    for name in OPTIMIZERS:
+        samples[name] = [seconds / STEPS for seconds in samples[name]]
+    more = [
+        (ours - adamw) / step
+        for ours, adamw, step in zip(samples["orthogonal"], samples["adamw"], samples["training step"], strict=True)
+    ]
+    return {
+        "seconds": samples,
+        "ratio to adamw": {name: ratio(samples, name, "adamw") for name in OPTIMIZERS[1:]},
+        "share of a training step": {"median": statistics.median(more), "values": more},
+    }
+
+
+def main(arguments: argparse.Namespace) -> None:
+    result = {dtype: measure(dtype, arguments.rounds) for dtype in fast_dtypes()}
+    keep("optimizer", {"rows": ROWS, "tokens": TOKENS, **result})
+
+
+if __name__ == "__main__":
+    quiet_environment()
+    quiet_loading()
+    main(options(__doc__, rounds=7).parse_args())

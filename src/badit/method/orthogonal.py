@@ -1,0 +1,175 @@
+"""Orthogonal updates: the components of an adapter move in orthogonal directions, whatever the scale of its factors.
+
+After LoRA-RITE (Yen et al. 2025, "LoRA Done RITE: Robust Invariant Transformation Equilibration for LoRA Optimization",
+ICLR 2025, arXiv 2410.20625). ΔW = B A has many pairs of factors, (R A) and (B R⁻¹) for every invertible R, and Adam
+moves ΔW by something else for each. Here the change of ΔW is the same for all of them.
+
+With X = A or Bᵀ and Y the other of the two, G the gradient of X, and all moments zero at the start, a step is:
+
+    R_Y = (Y Yᵀ)^(1/2),  Q_Y = R_Y⁻¹ Y        Y's size (N, N) and its orthonormal frame (N, D'): its polar factors
+    Ḡ = R_Y⁻¹ G                               the gradient in Y's frame: Q_Yᵀ or Q_Y times that of W, free of scale
+    P = Q_Y Q'_Yᵀ                             from the frame of the last step, Q'_Y, to this one
+    V ← β₂ (P V Pᵀ + e·1) + (1 − β₂) Ḡ Ḡᵀ / D     the second moment (N, N); e: the escaped mass, see below
+    S = (V / w₂)^(−1/2) Ḡ                     whitened: where V is this step's alone, S Sᵀ = D·1
+    M ← β₁ P M + (1 − β₁) S                   the first moment (N, D)
+    X ← X − η R_Y⁻¹ M / w₁                    so that Y's part of the change of ΔW is Q_Yᵀ M, free of scale again
+
+* Bias correction: w ← β w + (1 − β), which is 1 − βᵗ after t steps.
+* Escaped mass: the new frame does not hold all of the old one, and P V Pᵀ has lost what lay outside. The loss of the
+  trace, over N, is spread evenly over the new frame: e = (tr V − tr P V Pᵀ) / N. So tr V is the running mean of the
+  gradient's size, and a frame that turns quickly does not lengthen the steps. (The paper adds up the largest loss of an
+  eigenvalue, apart from V, and its authors' code has that switched off.)
+* Zero: the inverse root of a zero matrix is zero. While B is zero, A has no frame to move in: it stays, and has no
+  moments, w = 0. A zero gradient only lets the moments fade.
+* Floor: inverse roots are taken of C + floor·‖C‖·1, so that directions without a gradient, or without a frame, stay
+  finite. In moments it also is what rounding in the products may cost.
+* The step's size: an entry of M is about 1, as in Adam, hence a change of ΔW of singular values up to η √D.
+
+The Gram matrices of shards of X and G (some of the D columns in each process) add up; nothing else is exchanged.
+Products of long matrices run in the tensors' own type, N × N algebra in float64. An inverse root is a fixed number of
+matrix products, not an eigendecomposition, for which a GPU and its host would wait for each other.
+
+Shape suffixes: N = components, I/O = in/out features, D = I for A and O for B; leading dimensions are layers.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+
+from badit.method.grouping import OverShards
+
+Pair = tuple[torch.Tensor, torch.Tensor]  # something of A and the same of B
+
+_TINY = 1e-60  # the norm of a matrix that counts as zero; its inverse root is still a number in float32
+_CONVERGED = 1e-3
+
+
+class Moments(NamedTuple):
+    """What a factor keeps from step to step.
+
+    basis_ND: its own orthonormal frame Q.
+    first_ND: M, of its gradients in the other factor's frame.
+    second_NN: V, of the same.
+    weights_2: (…, 2), w₁ and w₂: the share of the moments' weights that has been given out.
+    """
+
+    basis_ND: torch.Tensor
+    first_ND: torch.Tensor
+    second_NN: torch.Tensor
+    weights_2: torch.Tensor
+
+
+def no_moments(x_ND: torch.Tensor) -> Moments:
+    """Those before the first step, of a factor given as rows."""
+    exact = x_ND.new_zeros((*x_ND.shape[:-2], x_ND.shape[-2], x_ND.shape[-2]), dtype=_exact(x_ND))
+    return Moments(torch.zeros_like(x_ND), torch.zeros_like(x_ND), exact, exact.new_zeros((*x_ND.shape[:-2], 2)))
+
+
+def orthogonal_updates(
+    factors: Pair,
+    gradients: Pair,
+    moments: tuple[Moments, Moments],
+    *,
+    betas: tuple[float, float] = (0.9, 0.98),
+    floor: float = 1e-6,
+    features: tuple[int, int] | None = None,
+    over_shards: OverShards = lambda tensor, operation: tensor,
+) -> tuple[Pair, tuple[Moments, Moments]]:
+    """One step of every layer: the updates, to be subtracted times the learning rate, and the new moments.
+
+    Args:
+        factors: A (…, N, I) and Bᵀ (…, N, O), in float32 or float64; or this process's shards, some columns of each.
+        gradients: of the same shapes.
+        moments: of both; :func:`no_moments` at the start.
+        betas: the decay of the first and of the second moment.
+        floor: relative, of inverse roots.
+        features: I and O, where the tensors are shards.
+        over_shards: combines a tensor over the processes that hold the other shards. Two tensors of 4 N² and 2 N²
+            numbers are exchanged.
+
+    Returns:
+        The updates of A (…, N, I) and of Bᵀ (…, N, O), and the moments of both.
+    """
+    beta_1, beta_2 = betas
+    products = [p for x, own in zip(factors, moments, strict=True) for p in (x @ x.mT, x @ own.basis_ND.mT)]
+    products_NN = over_shards(torch.stack(products), "sum").to(_exact(products[0]))
+    # Everything N × N is stacked from here on, (2, …, N, N): A's and B's.
+    root_NN = inverse_root(products_NN[0::2], floor)
+    # A moves in B's frame, and B in A's.
+    frame_NN, transport_NN = root_NN.flip(0), (root_NN @ products_NN[1::2]).flip(0)
+    framed = [_times(frame, gradient) for frame, gradient in zip(frame_NN, gradients, strict=True)]
+
+    lengths = features or (factors[0].shape[-1], factors[1].shape[-1])
+    squares = [g_ND @ g_ND.mT / length for g_ND, length in zip(framed, lengths, strict=True)]
+    square_NN = over_shards(torch.stack(squares), "sum").to(root_NN)
+    last_NN = torch.stack([own.second_NN for own in moments])
+    moved_NN = transport_NN @ last_NN @ transport_NN.mT
+    escaped = (_trace(last_NN) - _trace(moved_NN)).clamp_min(0) / last_NN.shape[-1]
+    moved_NN.diagonal(dim1=-2, dim2=-1).add_(escaped.unsqueeze(-1))
+    second_NN = beta_2 * moved_NN + (1 - beta_2) * square_NN
+
+    has_frame = (_trace(frame_NN) > 0).to(root_NN)
+    second_NN = second_NN * has_frame[..., None, None]
+    last_weights_2 = torch.stack([own.weights_2 for own in moments])
+    first_weight = has_frame * (beta_1 * last_weights_2[..., 0] + (1 - beta_1))
+    second_weight = has_frame * (beta_2 * last_weights_2[..., 1] + (1 - beta_2))
+    weights_2 = torch.stack([first_weight, second_weight], dim=-1)
+    whiten_NN = inverse_root(second_NN, floor) * ((1 - beta_1) * second_weight.sqrt())[..., None, None]
+    unframe_NN = frame_NN / torch.where(first_weight > 0, first_weight, 1.0)[..., None, None]
+
+    updates, after = [], []
+    for index, (x_ND, g_ND, own) in enumerate(zip(factors, framed, moments, strict=True)):
+        first_ND = _times(beta_1 * transport_NN[index], own.first_ND) + _times(whiten_NN[index], g_ND)
+        updates.append(_times(unframe_NN[index], first_ND))
+        after.append(Moments(_times(root_NN[index], x_ND), first_ND, second_NN[index], weights_2[index]))
+    return (updates[0], updates[1]), (after[0], after[1])
+
+
+def inverse_root(gram_NN: torch.Tensor, floor: float = 1e-6) -> torch.Tensor:
+    """(C + floor·‖C‖·1)^(−1/2) of symmetric positive semi-definite matrices C (…, N, N); zero where C is.
+
+    The coupled Newton–Schulz iteration with the scaling of Chen and Chow (2014, "A Stable Scaling of Newton-Schulz for
+    Improving the Sign Function Computation of a Hermitian Matrix"), which takes 12 steps for a floor of 1e-6. ‖C‖ is
+    Frobenius's norm. A matrix with eigenvalues below −floor·‖C‖ has no such root and is taken for ‖C‖·1.
+    """
+    norm = torch.linalg.matrix_norm(gram_NN, keepdim=True)
+    is_zero = norm <= _TINY
+    norm = torch.where(is_zero, 1.0, norm)
+    one_NN = torch.eye(gram_NN.shape[-1], dtype=gram_NN.dtype, device=gram_NN.device)
+    # y → C^(1/2) and z → C^(−1/2), both polynomials in C.
+    y_NN, z_NN = (gram_NN / norm + floor * one_NN) / (1 + floor), one_NN.expand_as(gram_NN)
+    for scale in _scales(floor):
+        step_NN = (z_NN @ y_NN) * (-0.5 * scale**3)
+        step_NN.diagonal(dim1=-2, dim2=-1).add_(1.5 * scale)
+        y_NN, z_NN = y_NN @ step_NN, step_NN @ z_NN
+    error = torch.linalg.matrix_norm(z_NN @ y_NN - one_NN, keepdim=True)
+    root_NN = torch.where(error < _CONVERGED, z_NN, one_NN) / (norm * (1 + floor)).sqrt()
+    return torch.where(is_zero, 0.0, root_NN)
+
+
+@lru_cache
+def _scales(floor: float) -> list[float]:
+    """What each step of the iteration multiplies by, until the smallest singular value that there can be is 1."""
+    smallest, scales = math.sqrt(floor / (1 + floor)), []
+    while 1 - smallest > 1e-12:
+        scale = math.sqrt(3 / (1 + smallest + smallest**2))
+        smallest = scale * smallest * (3 - (scale * smallest) ** 2) / 2
+        scales.append(scale)
+    return scales
+
+
+def _times(small_NN: torch.Tensor, x_ND: torch.Tensor) -> torch.Tensor:
+    return small_NN.to(x_ND.dtype) @ x_ND
+
+
+def _trace(matrix_NN: torch.Tensor) -> torch.Tensor:
+    return matrix_NN.diagonal(dim1=-2, dim2=-1).sum(-1)
+
+
+def _exact(tensor: torch.Tensor) -> torch.dtype:
+    """For N × N algebra; Apple's GPUs have no float64."""
+    return torch.float32 if tensor.device.type == "mps" else torch.float64

@@ -1,0 +1,263 @@
+"""Orthogonal updates against the formulas in ``reference``, and what they promise of ΔW = B A."""
+
+import threading
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import reference
+from badit.method import inverse_root, no_moments, orthogonal_updates
+
+PROPERTY = settings(deadline=None, max_examples=25)
+BETAS, LR = (0.9, 0.98), 0.02
+
+_SEED = st.integers(0, 2**32 - 1)
+# N, I, O. With as many components as features a step from B = 0 can bring A to about zero; see the test of extremes.
+_SHAPE = st.tuples(st.integers(1, 4), st.integers(7, 10), st.integers(7, 10))
+
+# How the columns of B start, beside those that are drawn: (O, N) -> (O, N).
+_STARTS = {
+    "random": lambda B: B,
+    "zero": torch.zeros_like,
+    "one component": lambda B: B * (torch.arange(B.shape[1]) == 0),
+    "equal components": lambda B: B[:, :1].expand_as(B).clone(),
+    "small": lambda B: B * 1e-12,
+}
+_GRADIENTS = {
+    "random": lambda W, step: W,
+    "zero": lambda W, step: torch.zeros_like(W),
+    "zero at first": lambda W, step: W * (step > 1),
+    "rank one": lambda W, step: W[:1] * torch.ones(len(W), 1, dtype=W.dtype),
+    "huge": lambda W, step: W * 1e8,
+    "tiny": lambda W, step: W * 1e-8,
+}
+
+
+def problem(shape, seed, dtype=torch.float64):
+    """A (N, I), B (O, N) and the gradients (O, I) of ΔW at four steps."""
+    components, in_features, out_features = shape
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*size):
+        return torch.randn(size, generator=generator, dtype=torch.float64).to(dtype)
+
+    return random(components, in_features), random(out_features, components), random(4, out_features, in_features)
+
+
+def train(A, B, gradients, *, floor=1e-6, steps=None):
+    """A and B after every step, the gradients being those of ΔW."""
+    moments = no_moments(A), no_moments(B.mT)
+    found = []
+    for gradient in gradients[:steps]:
+        of_A, of_B = B.mT @ gradient, (gradient @ A.mT).mT
+        (up_A, up_B), moments = orthogonal_updates((A, B.mT), (of_A, of_B), moments, betas=BETAS, floor=floor)
+        A, B = A - LR * up_A, B - LR * up_B.mT
+        found.append((A, B))
+    return found
+
+
+@PROPERTY
+@given(_SHAPE, _SEED, st.sampled_from(sorted(_STARTS)), st.sampled_from(sorted(_GRADIENTS)))
+def test_steps_equal_the_formulas(shape, seed, start, kind):
+    A, B, gradients = problem(shape, seed)
+    B = _STARTS[start](B)
+    gradients = torch.stack([_GRADIENTS[kind](gradient, step) for step, gradient in enumerate(gradients)])
+    own = reference.OrthogonalFactor(), reference.OrthogonalFactor()
+    a, b = reference.float64(A), reference.float64(B)
+    for gradient, (found_A, found_B) in zip(gradients, train(A, B, gradients), strict=True):
+        gradient = gradient.numpy()
+        a, b = reference.orthogonal_step(a, b, b.T @ gradient, gradient @ a.T, *own, LR, BETAS)
+        # Where B is nearly singular, A moves far, and what rounding changes is relative to that.
+        np.testing.assert_allclose(found_A, a, rtol=1e-5, atol=1e-6 * max(1.0, np.abs(a).max()))
+        np.testing.assert_allclose(found_B, b, rtol=1e-5, atol=1e-6 * max(1.0, np.abs(b).max()))
+
+
+@PROPERTY
+@given(
+    st.tuples(st.integers(1, 6), st.integers(1, 6), st.integers(1, 6)),
+    _SEED,
+    st.sampled_from(sorted(_STARTS)),
+    st.sampled_from(sorted(_GRADIENTS)),
+    st.sampled_from([torch.float32, torch.float64]),
+)
+def test_extremes_stay_finite(shape, seed, start, kind, dtype):
+    """More components than features, factors near zero, gradients of rank one."""
+    A, B, gradients = problem(shape, seed, dtype)
+    gradients = torch.stack([_GRADIENTS[kind](gradient, step) for step, gradient in enumerate(gradients)])
+    for a, b in train(A, _STARTS[start](B), gradients):
+        assert a.isfinite().all()
+        assert b.isfinite().all()
+
+
+def test_layers_are_apart_and_float32_does():
+    problems = [problem((4, 9, 7), seed, torch.float32) for seed in range(3)]
+    A, B, gradients = (torch.stack(parts) for parts in zip(*problems, strict=True))
+    B[1] = 0
+    together = train(A, B, gradients.transpose(0, 1))
+    for layer in range(3):
+        alone = train(A[layer].double(), B[layer].double(), gradients[layer].double())
+        for (a, b), (true_a, true_b) in zip(together, alone, strict=True):
+            assert a.dtype == b.dtype == torch.float32
+            torch.testing.assert_close(a[layer].double(), true_a, rtol=0, atol=2e-5)
+            torch.testing.assert_close(b[layer].double(), true_b, rtol=0, atol=2e-5)
+
+
+@PROPERTY
+@given(_SHAPE, _SEED, st.booleans(), st.floats(0, 1))
+def test_the_change_of_the_product_is_the_same_for_all_its_factors(shape, seed, starts_at_zero, spread):
+    components = shape[0]
+    A, B, targets = problem(shape, seed)
+    B = B * (not starts_at_zero)
+    generator = torch.Generator().manual_seed(seed)
+    left, right = (
+        torch.linalg.qr(torch.randn(components, components, generator=generator, dtype=torch.float64))[0]
+        for _ in range(2)
+    )
+    R = left @ torch.diag(torch.logspace(-spread, spread, components, dtype=torch.float64)) @ right
+    other_A, other_B = R @ A, B @ torch.linalg.inv(R)
+    moments, other = [(no_moments(A), no_moments(B.mT)) for _ in range(2)]
+    for target in targets:
+        # The gradient of a loss of the product: ‖ΔW − T‖² / 2.
+        gradient, other_gradient = B @ A - target, other_B @ other_A - target
+        (up_A, up_B), moments = orthogonal_updates(
+            (A, B.mT), (B.mT @ gradient, A @ gradient.mT), moments, betas=BETAS, floor=1e-14
+        )
+        A, B = A - LR * up_A, B - LR * up_B.mT
+        (up_A, up_B), other = orthogonal_updates(
+            (other_A, other_B.mT),
+            (other_B.mT @ other_gradient, other_A @ other_gradient.mT),
+            other,
+            betas=BETAS,
+            floor=1e-14,
+        )
+        other_A, other_B = other_A - LR * up_A, other_B - LR * up_B.mT
+        size = float((B @ A).abs().max()) + 1
+        torch.testing.assert_close(other_B @ other_A, B @ A, rtol=0, atol=1e-5 * size)
+
+
+@PROPERTY
+@given(st.integers(1, 5), _SEED)
+def test_components_move_in_orthogonal_directions(components, seed):
+    A, B, (gradient, *_) = problem((components, 12, 15), seed)
+    (up_A, up_B), _ = orthogonal_updates(
+        (A, B.mT), (B.mT @ gradient, A @ gradient.mT), (no_moments(A), no_moments(B.mT)), floor=1e-12
+    )
+    # In the other factor's frame the updates are orthogonal and as long as Adam's: √D for D entries of about 1.
+    for other, update in ((B.mT, up_A), (A, up_B)):
+        size = torch.linalg.cholesky(other @ other.mT)
+        frame = torch.linalg.solve_triangular(size, other, upper=False)
+        change = other.mT @ update  # of ΔW, or of its transpose
+        in_frame = frame @ change
+        length = update.shape[-1]
+        torch.testing.assert_close(
+            in_frame @ in_frame.mT, length * torch.eye(components, dtype=A.dtype), rtol=0, atol=1e-4 * length
+        )
+
+
+def test_factors_at_zero_wait_and_start_with_the_first_gradient():
+    A, B, gradients = problem((3, 6, 5), 0)
+    B = torch.zeros_like(B)
+    nothing = torch.zeros_like(gradients[0])
+    still_A, still_B = train(A, B, [nothing, nothing])[-1]
+    assert torch.equal(still_A, A)
+    assert torch.equal(still_B, B)
+    after_one, after_two = train(A, B, gradients, steps=2)
+    assert torch.equal(after_one[0], A), "A has no frame yet"
+    assert after_one[1].abs().max() > 0
+    assert not torch.equal(after_two[0], A)
+    dead = torch.zeros_like(A)
+    dead_A, dead_B = train(dead, B, gradients)[-1]
+    assert torch.equal(dead_A, dead)
+    assert torch.equal(dead_B, B)
+
+
+def test_moments_of_a_turning_frame_keep_their_size():
+    """B turns to directions that its frame has not held: without the escaped mass the steps would grow."""
+    A, B, gradients = problem((2, 8, 30), 0)
+    moments = no_moments(A), no_moments(B.mT)
+    trace = 0.0
+    for step in range(1, 6):
+        frame = torch.linalg.qr(torch.randn(30, 2, dtype=A.dtype))[0]
+        gradient = gradients[0]
+        _, moments = orthogonal_updates((A, frame.mT), (frame.mT @ gradient, A @ gradient.mT), moments, betas=BETAS)
+        in_frame = frame.mT @ gradient
+        trace = BETAS[1] * trace + (1 - BETAS[1]) * float(in_frame.square().sum()) / 8
+        assert float(moments[0].second_NN.trace()) == pytest.approx(trace, rel=1e-4)
+        assert moments[0].weights_2.tolist() == pytest.approx([1 - beta**step for beta in BETAS])
+
+
+@PROPERTY
+@given(st.integers(1, 8), st.integers(0, 8), _SEED, st.integers(-25, 25), st.sampled_from([1e-9, 1e-6, 1e-3]))
+def test_inverse_root_equals_that_of_the_eigenvalues(size, rank, seed, exponent, floor):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(3, size, rank, generator=generator, dtype=torch.float64)
+    grams = 10.0**exponent * (x @ x.mT)
+    for gram, found in zip(grams, inverse_root(grams, floor), strict=True):
+        expected = reference.power(gram, -0.5, floor)
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * max(np.abs(expected).max(), 1e-30))
+
+
+def test_inverse_root_of_what_has_none_is_that_of_its_size():
+    broken = torch.diag(torch.tensor([3.0, -4.0], dtype=torch.float64))
+    torch.testing.assert_close(inverse_root(broken), torch.eye(2, dtype=torch.float64) / 5**0.5, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("scale", [1e-18, 1e-6, 1.0, 1e12])
+def test_steps_ignore_the_scale_of_the_loss(scale):
+    A, B, gradients = problem((4, 30, 20), 0, torch.float32)
+    for found, expected in zip(train(A, B, gradients * scale), train(A, B, gradients), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("parts", [2, 3])
+def test_the_grams_of_shards_add_up(parts):
+    A, B, gradients = problem((4, 7, 9), 0)
+    whole = train(A, B, gradients, steps=3)[-1]
+    barrier, offered, results = threading.Barrier(parts), {}, {}
+
+    def process(rank):
+        def over_shards(tensor, operation):
+            assert operation == "sum"
+            offered[rank] = tensor
+            barrier.wait(timeout=30)
+            total = sum(offered[other] for other in range(parts))
+            barrier.wait(timeout=30)
+            return total
+
+        def part(rows):
+            return rows.tensor_split(parts, dim=-1)[rank]
+
+        a, b = part(A), part(B.mT)
+        moments = no_moments(a), no_moments(b)
+        full_a, full_b = A, B
+        for gradient in gradients[:3]:
+            of_A, of_B = part(full_b.mT @ gradient), part(full_a @ gradient.mT)
+            (up_a, up_b), moments = orthogonal_updates(
+                (a, b), (of_A, of_B), moments, betas=BETAS, features=(7, 9), over_shards=over_shards
+            )
+            a, b = a - LR * up_a, b - LR * up_b
+            offered[rank] = (a, b)
+            barrier.wait(timeout=30)
+            full_a, full_b = (torch.cat([offered[r][side] for r in range(parts)], dim=-1) for side in (0, 1))
+            full_b = full_b.mT
+            barrier.wait(timeout=30)
+        results[rank] = full_a, full_b
+
+    threads = [threading.Thread(target=process, args=(rank,)) for rank in range(parts)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for found in results.values():
+        torch.testing.assert_close(found, whole, rtol=0, atol=1e-9)
+
+
+def test_a_step_reads_no_value_of_a_tensor():
+    """Tensors without values refuse whatever would make a GPU's host wait."""
+    a, b = torch.empty(3, 4, 6, device="meta"), torch.empty(3, 4, 5, device="meta")
+    updates, moments = orthogonal_updates((a, b), (a, b), (no_moments(a), no_moments(b)))
+    assert [update.shape for update in updates] == [a.shape, b.shape]
+    assert moments[0].second_NN.shape == (3, 4, 4)
