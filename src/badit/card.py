@@ -17,7 +17,7 @@ from badit.errors import one_line
 from badit.files import read_json, read_text, write_text
 from badit.methods import AdapterMethod, build_method
 from badit.models import BUILT_IN, HUB_ID
-from badit.recipe import Recipe, load_recipe
+from badit.recipe import Recipe, load_config
 from badit.results import read_scores
 from badit.run import Run
 
@@ -100,7 +100,7 @@ class Base:
 
 def write_run_card(run: Run) -> None:
     """Writes the card into a run's ``adapter`` folder, where its method has left an adapter there."""
-    recipe = load_recipe(run.config_path)
+    recipe = load_config(run.config_path)
     if run.adapter_path.is_dir() and isinstance(build_method(recipe.method), AdapterMethod):
         write_text(run.adapter_path / CARD, model_card(run, recipe, Base.of(recipe)))
 

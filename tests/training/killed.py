@@ -84,7 +84,7 @@ class Recorder(TrainerCallback):
         for index, of_parameter in kwargs["optimizer"].state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{key}": torch.as_tensor(value) for key, value in of_parameter.items()}
         for callback in self.callbacks:
-            windows = getattr(getattr(callback, "regrouper", callback), "_windows", {})
+            windows = getattr(getattr(callback, "regrouper", callback), "windows", {})
             for layer, window in windows.items():
                 tensors[f"steps.{layer}"] = torch.tensor(window.steps)
                 if window.gram_sum is not None:

