@@ -6,7 +6,6 @@ import argparse
 
 from badit.cli.quiet import quiet_loading
 from badit.cli.trust import add_trust
-from badit.render import text_table
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -26,6 +25,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def execute(options: argparse.Namespace) -> None:
     from badit.api import analyze
     from badit.cli.report import write_if_possible
+    from badit.render import text_table
     from badit.report.sources import is_source
 
     quiet_loading()

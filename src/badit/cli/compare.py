@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from badit.cli.quiet import quiet_loading
-from badit.render import text_table
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -29,6 +28,7 @@ def execute(options: argparse.Namespace) -> int:
     from badit.api import compare
     from badit.compare import Grid, check
     from badit.recipe import load_recipe
+    from badit.render import text_table
 
     quiet_loading()
     recipe = load_recipe(options.recipe, options.overrides)

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from badit.cli.quiet import quiet_loading
-from badit.render import score_table, text_table
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -32,6 +31,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def execute(options: argparse.Namespace) -> None:
     from badit.api import train
     from badit.cli.report import write_if_possible
+    from badit.render import score_table
     from badit.runs import RunFolder
 
     quiet_loading()
@@ -67,6 +67,7 @@ def demo_recipe(method: Mapping[str, Any], output: str, epochs: float, seed: int
 
 def _budget(runs: Mapping[str, Any]) -> str:
     from badit.files import read_json
+    from badit.render import text_table
 
     rows = []
     for name, run in runs.items():
@@ -79,6 +80,7 @@ def _budget(runs: Mapping[str, Any]) -> str:
 def _angles(log: Path) -> str:
     """The first grouping against the last, each on gradients of steps that it was not fitted to."""
     from badit.files import read_jsonl
+    from badit.render import text_table
 
     lines = [line for line in read_jsonl(log) if line.get("intra_degrees") is not None]
     if not lines:

@@ -6,7 +6,6 @@ import argparse
 
 from badit.cli.quiet import quiet_loading
 from badit.cli.trust import add_trust
-from badit.render import score_table
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -17,6 +16,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def execute(options: argparse.Namespace) -> None:
     from badit.api import evaluate
+    from badit.render import score_table
 
     quiet_loading()
     scores = evaluate(options.run, split=options.split, trust_remote_code=options.trust_remote_code)

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from badit.cli.quiet import quiet_loading
-from badit.render import text_table
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -80,4 +79,6 @@ def cost_table(scores: Mapping[str, Any]) -> str:
     rows = [
         [name, f"{e['routed']:.1f}", f"{e['frozen']:.1f}", f"{e['difference']:+.1f}"] for name, e in entries.items()
     ]
+    from badit.render import text_table
+
     return text_table(["task", "Rouge-L routed", "frozen", "difference"], rows, right={1, 2, 3})

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 
-from badit.render import text_table
-
 
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", help="a folder in the SAPT or official layout, a .jsonl file, or 'builtin'")
@@ -14,6 +12,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def execute(options: argparse.Namespace) -> None:
     from badit.data import load_tasks
+    from badit.render import text_table
 
     tasks = load_tasks(options.path, format=options.format)
     rows = [

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 
 from badit.cli.quiet import quiet_loading
-from badit.render import score_table
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -18,6 +17,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def execute(options: argparse.Namespace) -> None:
     from badit.api import plan, train
     from badit.recipe import dump_recipe, load_recipe
+    from badit.render import score_table
     from badit.runs import is_main_process
 
     quiet_loading()

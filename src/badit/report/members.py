@@ -17,7 +17,7 @@ class Member:
 
 def members(source: Source) -> list[Member]:
     """The run itself, or a comparison's scored runs in the order of its methods."""
-    from badit.comparison.grid import Cell
+    from badit.compare import Cell
 
     if source.results is None:
         return [Member(source.label, source)]
