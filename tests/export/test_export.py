@@ -220,13 +220,13 @@ def test_a_folder_is_replaced_only_by_what_wrote_it(
 ) -> None:
     run, out = trained(BADIT), tmp_path / "out"
     out.mkdir()
-    assert badit.export(run.path, out).folder == out  # an empty one is taken
-    badit.export(run.path, out, merged=True)
+    assert badit.Run(run.path).export(out).folder == out  # an empty one is taken
+    badit.Run(run.path).export(out, merged=True)
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     failing = lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt)  # noqa: E731
     monkeypatch.setattr(sys.modules["badit.export"], "write_adapter", failing)
     with pytest.raises(KeyboardInterrupt):
-        badit.export(run.path, out)
+        badit.Run(run.path).export(out)
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
     assert not list(tmp_path.glob("*.partial"))
     (out / "notes.txt").write_text("mine")
@@ -236,7 +236,7 @@ def test_a_folder_is_replaced_only_by_what_wrote_it(
         (run.config_path, "is a file"),
     ):
         with pytest.raises(BaditError, match=message):
-            badit.export(run.path, folder)
+            badit.Run(run.path).export(folder)
 
 
 @pytest.mark.parametrize("merged", [False, True])

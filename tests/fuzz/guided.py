@@ -15,10 +15,7 @@ from pathlib import Path
 import atheris
 
 with atheris.instrument_imports(include=["badit"]):
-    from badit import results  # noqa: F401
     from badit.adapters import tensor_shapes
-    from badit.cli import table, tasks, train  # noqa: F401
-    from badit.data import readers  # noqa: F401
     from badit.errors import BaditError
 
 from fuzz.command import ends_well
