@@ -13,8 +13,8 @@ from badit.analysis.analyze import analyze
 from badit.analysis.tables import load_frames
 from badit.cli import main
 from badit.errors import BaditError
+from badit.evaluate import train_and_score
 from badit.recipe import build_recipe
-from badit.training.scoring import train_and_score as train
 
 Values = dict[str, Any]
 INTERFERENCE = {
@@ -33,7 +33,7 @@ def names(folder: Path) -> set[str]:
 @pytest.fixture
 def run(recipe_values: Values) -> Path:
     recipe = build_recipe(recipe_values)
-    train(recipe, progress=False)
+    train_and_score(recipe, progress=False)
     return Path(recipe.output)
 
 
@@ -60,7 +60,7 @@ def test_a_run_with_experts_has_all_tables(run: Path) -> None:
 def test_a_single_task_has_no_tables_of_pairs(recipe_values: Values) -> None:
     recipe_values["data"]["tasks"] = ["cities"]
     run = Path(build_recipe(recipe_values).output)
-    train(build_recipe(recipe_values), progress=False)
+    train_and_score(build_recipe(recipe_values), progress=False)
     analyze(run, instances=2, progress=False)
     pairs = {"gradient_pairs", "gradient_overall", "coactivation_pairs", "gate_similarity"}
     assert names(run) == (INTERFERENCE | EXPERTS) - pairs
@@ -93,7 +93,7 @@ def test_a_sequence_has_its_score_matrix(recipe_values: Values) -> None:
     recipe_values["data"]["order"] = "seeded-0"
     recipe_values["method"] = {"name": "lora", "r": 2}
     recipe = build_recipe(recipe_values)
-    train(recipe, progress=False)
+    train_and_score(recipe, progress=False)
     analyze(recipe.output, instances=2, progress=False)
     assert names(Path(recipe.output)) == INTERFERENCE | {"transfer"}
 

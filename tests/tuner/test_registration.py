@@ -5,13 +5,14 @@ import json
 import pickle
 
 import pytest
-from badit.tuner.registration import peft_type, register
 from peft import PeftConfig, PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
 import badit.tuner
 from badit.errors import BaditError
 from badit.tuner import BaditConfig, BaditModel
+from badit.tuner.config import peft_type
+from badit.tuner.model import register
 from tuner.helpers import config
 
 
