@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
-from badit.errors import BaditError
+from badit.errors import BaditError, explained
 from badit.files import read_json, shown
 from badit.tuner.config import FORMAT_FIELD, RETIRED_FIELDS, refuse_newer_format
 
@@ -38,13 +38,10 @@ def load_adapter(model: PreTrainedModel, folder: Path, config: PeftConfig, *, tr
     """
     shapes = tensor_shapes(folder / SAFETENSORS_WEIGHTS_NAME)  # without it PEFT would go on to look for a pickled file
     _check_settings(folder / CONFIG_NAME, config, shapes)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("error", message="Found missing adapter keys")
-            adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
-            expected = get_peft_model_state_dict(adapted, save_embedding_layers=False).keys()
-    except Exception as error:  # whatever a damaged file brings about within PEFT
-        raise BaditError(f"{shown(folder)}: cannot be loaded ({first_line(error)})") from error
+    with explained(shown(folder), action="loaded", any_error=True), warnings.catch_warnings():
+        warnings.filterwarnings("error", message="Found missing adapter keys")
+        adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
+        expected = get_peft_model_state_dict(adapted, save_embedding_layers=False).keys()
     if unknown := sorted(shapes.keys() - expected):
         raise BaditError(
             f"{shown(folder)}: belongs to another base model or method, with a tensor {unknown[0]!r:.120}; "
@@ -63,16 +60,8 @@ def tensor_shapes(path: Path) -> Shapes:
         raise BaditError(
             f"{shown(path.parent)}: has no {path.name}; pickled weights are not read; remove the folder to train again"
         )
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise BaditError(f"{shown(path)}: cannot be loaded ({first_line(error)})") from None
-
-
-def first_line(error: BaseException) -> str:
-    """What an exception of another library says, as far as it goes into a message."""
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+    with explained(shown(path), action="loaded", any_error=True), safe_open(path, framework="pt") as file:
+        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (not a dict)
 
 
 def _check_settings(path: Path, config: PeftConfig, shapes: Shapes) -> None:
@@ -86,24 +75,18 @@ def _check_settings(path: Path, config: PeftConfig, shapes: Shapes) -> None:
         refuse_newer_format(saved.get(FORMAT_FIELD, 1))
     except BaditError as error:
         raise BaditError(f"{shown(path)}: {error}") from None
-    expected = _plain(config.to_dict())
-    known = {field.name for field in dataclasses.fields(config)}
-    for key, value in saved.items():
-        if key in _BOOKKEEPING | RETIRED_FIELDS:
-            continue
-        if key not in known:
+    fields = {field.name: field for field in dataclasses.fields(config)}
+    if unknown := sorted(saved.keys() - fields.keys() - _BOOKKEEPING - RETIRED_FIELDS):
+        raise BaditError(
+            f"{shown(path)}: {unknown[0]!r:.60}: is no setting that this PEFT knows; upgrade it, or remove the line"
+        )
+    for key, expected in _plain(config.to_dict()).items():
+        found = _plain(saved[key] if key in saved or key not in fields else _default(fields[key]))
+        if key not in _BOOKKEEPING and found != expected:
             raise BaditError(
-                f"{shown(path)}: {key!r:.60}: is no setting that this PEFT knows; upgrade it, or remove the line"
-            )
-        if key in expected and _plain(value) != expected[key]:
-            raise BaditError(
-                f"{shown(path)}: {key}: is {value!r:.60}, but the run's recipe says {expected[key]!r:.60}; "
+                f"{shown(path)}: {key}: is {found!r:.60}, but the run's recipe says {expected!r:.60}; "
                 "this is another run's adapter"
             )
-    for field in dataclasses.fields(config):
-        left_to_default = field.name not in saved and field.name in expected and field.name not in _BOOKKEEPING
-        if left_to_default and (field.name == "peft_type" or _plain(_default(field)) != expected[field.name]):
-            raise BaditError(f"{shown(path)}: {field.name}: is missing; this is another run's adapter, or none")
     _check_bookkeeping(path, saved, config, shapes)
 
 

@@ -20,12 +20,12 @@ def probabilities(logits):
     return reference.expert_gates(logits, "softmax", None)
 
 
-@pytest.mark.parametrize("rival", BALANCED)
-def test_the_formula(rival):
-    logits = torch.randn(20, config(rival).num_experts)
-    options = config(rival)
+@pytest.mark.parametrize("method", BALANCED)
+def test_the_formula(method):
+    logits = torch.randn(20, config(method).num_experts)
+    options = config(method)
     gates = reference.expert_gates(logits, "softmax", getattr(options, "top_k", None))
-    expected = naive.imbalance(rival, gates, probabilities(logits))
+    expected = naive.imbalance(method, gates, probabilities(logits))
     assert options.imbalance(logits).item() == pytest.approx(expected, rel=1e-5)
 
 
@@ -40,9 +40,9 @@ def test_even_use_is_the_least():
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-@pytest.mark.parametrize("rival", BALANCED)
-def test_it_is_the_mean_over_layers_at_attended_positions_alone(tiny_model, rival, family):
-    model = adapted(tiny_model(family), rival, balance_weight=0.3).train()
+@pytest.mark.parametrize("method", BALANCED)
+def test_it_is_the_mean_over_layers_at_attended_positions_alone(tiny_model, method, family):
+    model = adapted(tiny_model(family), method, balance_weight=0.3).train()
     ids, mask = padded(random_rows(4, 9, 7))
     inputs = {}
     for layer in layers(model):
@@ -52,7 +52,7 @@ def test_it_is_the_mean_over_layers_at_attended_positions_alone(tiny_model, riva
     for layer, x in inputs.items():
         seen = x[mask.bool()]
         logits = seen @ layer.badit_router["default"].T
-        expected.append(naive.imbalance(rival, naive.gates(layer, seen), probabilities(logits)))
+        expected.append(naive.imbalance(method, naive.gates(layer, seen), probabilities(logits)))
     found = model.base_model.extra_loss(mask)
     assert found.item() == pytest.approx(0.3 * sum(expected) / 2, rel=1e-4)
     found.backward()
@@ -62,9 +62,9 @@ def test_it_is_the_mean_over_layers_at_attended_positions_alone(tiny_model, riva
     assert not any(name.startswith(f"base_model.model.{last}.badit_B") for name in moved)
 
 
-@pytest.mark.parametrize("rival", ["hydralora", "loramoe"])
-def test_there_is_none_by_default(tiny_model, rival):
-    model = adapted(tiny_model("llama"), rival).train()
+@pytest.mark.parametrize("method", ["hydralora", "loramoe"])
+def test_there_is_none_by_default(tiny_model, method):
+    model = adapted(tiny_model("llama"), method).train()
     ids, mask = padded(random_rows(4, 9))
     forward(model, ids, mask)
     assert model.base_model.extra_loss(mask) is None
@@ -106,12 +106,12 @@ def test_gradient_checkpointing(tiny_model):
         model.base_model.extra_loss(mask)
 
 
-@pytest.mark.parametrize("rival", BALANCED)
-def test_the_trainer_adds_it_in_training_and_not_in_evaluation(tiny_model, tmp_path, rival):
+@pytest.mark.parametrize("method", BALANCED)
+def test_the_trainer_adds_it_in_training_and_not_in_evaluation(tiny_model, tmp_path, method):
     batch = dict(AnswerCollator(0)(examples(5)))
     losses = {}
     for weight in (0.0, 0.5):
-        model = adapted(tiny_model("llama"), rival, balance_weight=weight)
+        model = adapted(tiny_model("llama"), method, balance_weight=weight)
         trainer = make_trainer(model, tmp_path, [])
         for mode in (True, False):
             losses[weight, mode] = trainer.compute_loss(model.train(mode), batch)

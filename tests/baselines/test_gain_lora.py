@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from badit.baselines.gain_lora import GainLoraGate, grown_projector
 from badit.errors import BaditError
-from baselines import branch_naive as naive
-from baselines.branch_naive import (
+from baselines import naive
+from baselines.naive import (
     FIRST,
     IDS,
     MASK,

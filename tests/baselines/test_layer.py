@@ -18,7 +18,7 @@ IN, OUT = 20, 18  # the chunks of four experts have 4 directions, of which rank 
 KINDS = ("linear", "linear without bias", "conv1d")
 
 
-def make(rival, kind="linear", *, dtype=torch.float64, at_start=False, **options):
+def make(method, kind="linear", *, dtype=torch.float64, at_start=False, **options):
     if kind == "conv1d":
         base = Conv1D(OUT, IN)
         nn.init.normal_(base.weight)
@@ -26,7 +26,7 @@ def make(rival, kind="linear", *, dtype=torch.float64, at_start=False, **options
     else:
         base = nn.Linear(IN, OUT, bias=kind == "linear")
     base.requires_grad_(False)
-    layer = MixtureLinear(base.to(dtype), "layer", RoutingContext(), "default", config(rival, **options))
+    layer = MixtureLinear(base.to(dtype), "layer", RoutingContext(), "default", config(method, **options))
     layer.set_adapter("default")
     return (layer if at_start else randomise(layer)).eval()
 
@@ -36,27 +36,27 @@ def batch(dtype=torch.float64):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("rival", MIXTURES)
-def test_forward_equals_the_loop_over_experts(rival, kind):
-    layer, x = make(rival, kind), batch()
-    torch.testing.assert_close(layer(x), naive.forward(rival, layer, x), atol=1e-6, rtol=1e-6)
+@pytest.mark.parametrize("method", MIXTURES)
+def test_forward_equals_the_loop_over_experts(method, kind):
+    layer, x = make(method, kind), batch()
+    torch.testing.assert_close(layer(x), naive.forward(method, layer, x), atol=1e-6, rtol=1e-6)
     torch.testing.assert_close(layer(x[:, 0]), layer(x)[:, 0])
     assert (layer(x) - layer.get_base_layer()(x)).abs().mean() > 0.03
 
 
-@pytest.mark.parametrize("rival", MIXTURES)
-def test_gradients_equal_the_naive_ones(rival):
-    layer, x = make(rival).double(), batch().requires_grad_(True)
+@pytest.mark.parametrize("method", MIXTURES)
+def test_gradients_equal_the_naive_ones(method):
+    layer, x = make(method).double(), batch().requires_grad_(True)
     options = layer.badit_config["default"]
     a, b, router = trained = [p["default"] for p in (layer.badit_A, layer.badit_B, layer.badit_router)]
     logits = x @ router.T
-    if rival == "goat":
+    if method == "goat":
         logits = logits.scatter(-1, logits.argsort(dim=-1)[..., : -options.top_k], float("-inf"))
     gates, y = logits.softmax(dim=-1), layer.get_base_layer()(x)
     for k in range(options.num_experts):
         run = slice(2 * k, 2 * k + 2)
-        y = y + options.scaling * gates[..., k : k + 1] * (x @ (a if rival == "hydralora" else a[run]).T @ b[:, run].T)
-    if rival == "goat":
+        y = y + options.scaling * gates[..., k : k + 1] * (x @ (a if method == "hydralora" else a[run]).T @ b[:, run].T)
+    if method == "goat":
         a0, b0 = layer.kept_factors("default")
         y = y - options.scaling / options.num_experts * (x @ a0.T @ b0.T)
     upstream = torch.randn(3, 5, OUT, dtype=torch.float64)
@@ -68,9 +68,9 @@ def test_gradients_equal_the_naive_ones(rival):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("rival", ["loramoe", "hydralora"])
-def test_step_0_is_the_base_layer_to_the_bit(rival, kind):
-    layer, x = make(rival, kind, dtype=torch.float32, at_start=True), batch(torch.float32)
+@pytest.mark.parametrize("method", ["loramoe", "hydralora"])
+def test_step_0_is_the_base_layer_to_the_bit(method, kind):
+    layer, x = make(method, kind, dtype=torch.float32, at_start=True), batch(torch.float32)
     assert torch.equal(layer(x), layer.get_base_layer()(x))
     bound = 1 / math.sqrt(IN)  # kaiming(√5)
     for parameter in (layer.badit_A["default"], layer.badit_router["default"]):
@@ -79,14 +79,14 @@ def test_step_0_is_the_base_layer_to_the_bit(rival, kind):
     assert not layer.badit_B["default"].any()
 
 
-@pytest.mark.parametrize("rival", MIXTURES)
-def test_shapes(rival):
-    layer = make(rival)
-    components, rows = {"loramoe": (6, 6), "hydralora": (6, 2), "goat": (8, 8)}[rival]
+@pytest.mark.parametrize("method", MIXTURES)
+def test_shapes(method):
+    layer = make(method)
+    components, rows = {"loramoe": (6, 6), "hydralora": (6, 2), "goat": (8, 8)}[method]
     assert layer.badit_A["default"].shape == (rows, IN)
     assert layer.badit_B["default"].shape == (OUT, components)
-    assert layer.badit_router["default"].shape == (config(rival).num_experts, IN)
-    assert ("default" in layer.badit_A0) == (rival == "goat")
+    assert layer.badit_router["default"].shape == (config(method).num_experts, IN)
+    assert ("default" in layer.badit_A0) == (method == "goat")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -136,9 +136,9 @@ def test_goat_refuses_a_weight_too_small_for_its_rank():
         make("goat", r=24)
 
 
-@pytest.mark.parametrize("rival", MIXTURES)
-def test_bf16_base_with_an_fp32_adapter(rival):
-    layer, exact = make(rival, dtype=torch.bfloat16), make(rival)
+@pytest.mark.parametrize("method", MIXTURES)
+def test_bf16_base_with_an_fp32_adapter(method):
+    layer, exact = make(method, dtype=torch.bfloat16), make(method)
     for name in ("badit_A", "badit_B", "badit_router", "badit_A0", "badit_B0"):
         getattr(layer, name).float()
     output = layer(batch(torch.bfloat16))

@@ -1,4 +1,4 @@
-"""Every rival by its name in a recipe: its options, its refusals, and a run from training to scores."""
+"""Every baseline by its name in a recipe: its options, its refusals, and a run from training to scores."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Values = dict[str, Any]
 OPTIONS: dict[str, Values] = {
     **SMALL, **{name: {"r": 4, "lora_alpha": 8, "lora_dropout": 0.1} for name in BASELINES if name not in SMALL}
 }  # fmt: skip
-FROM_PEFT = [name for name, rival in BASELINES.items() if rival.config_cls is LoraConfig]
+FROM_PEFT = [name for name, baseline in BASELINES.items() if baseline.config_cls is LoraConfig]
 TASKS = ["cities", "rivers"]
 IDS, MASK = padded(random_rows(6, 11, 9))
 ROWS = ["rivers", "cities", "cities"]
@@ -193,6 +193,6 @@ def test_the_quick_pissa_cannot_be_loaded_exactly(tiny_model: Any, tmp_path: Pat
 
 
 def test_the_options_are_the_fields_that_the_name_leaves_open() -> None:
-    for name, rival in BASELINES.items():
-        fields = {field.name for field in dataclasses.fields(rival.config_cls)}
-        assert rival.settled.keys() <= fields, name
+    for name, baseline in BASELINES.items():
+        fields = {field.name for field in dataclasses.fields(baseline.config_cls)}
+        assert baseline.settled.keys() <= fields, name

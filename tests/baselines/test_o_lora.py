@@ -9,8 +9,8 @@ from peft import LoraConfig, get_peft_model
 from badit.baselines.o_lora import OLoraConfig
 from badit.data import AnswerCollator
 from badit.errors import BaditError
-from baselines import branch_naive as naive
-from baselines.branch_naive import MASK, adapt, adapted, layers, logits, loss, trainable
+from baselines import naive
+from baselines.naive import MASK, adapt, adapted, layers, logits, loss, trainable
 from training.trainers import examples, make_trainer
 
 

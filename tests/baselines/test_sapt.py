@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from baselines import branch_naive as naive
-from baselines.branch_naive import IDS, MASK, adapt, adapted, gate, layers, logits, loss, randomise
+from baselines import naive
+from baselines.naive import IDS, MASK, adapt, adapted, gate, layers, logits, loss, randomise
 
 
 @pytest.mark.parametrize("tasks", [1, 2, 4])

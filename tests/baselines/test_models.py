@@ -1,0 +1,216 @@
+"""Every baseline with experts in whole models: training, saving, switching, generating, and leaving no trace."""
+
+import copy
+import json
+import warnings
+
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM, PeftModel, PeftType
+
+from badit.errors import BaditError
+from badit.tuner import hooks_of
+from badit.tuner.model import register
+from baselines.naive import (
+    BRANCHES,
+    FAMILIES,
+    GATED,
+    IDS,
+    MASK,
+    METHODS,
+    ROWS,
+    adapt,
+    adapted,
+    config,
+    gradients,
+    layers,
+    logits,
+    loss,
+    randomise,
+    trainable,
+)
+from tuner.helpers import enable_checkpointing
+
+pytestmark = pytest.mark.filterwarnings("ignore:Could not find a config file in  - :UserWarning")  # PEFT 0.19
+by_family = pytest.mark.parametrize("family", FAMILIES)
+by_method = pytest.mark.parametrize("method", METHODS)
+
+
+def assert_same(one, other):
+    assert one.keys() == other.keys()
+    for name, gradient in one.items():
+        torch.testing.assert_close(other[name], gradient, atol=1e-6, rtol=1e-4)
+
+
+@by_family
+@by_method
+def test_where_it_goes_and_step_0(tiny_model, method, family):
+    model, base = adapt(tiny_model(family), method), logits(tiny_model(family))
+    target = "transformer.h.{}.mlp.c_fc" if family == "gpt2" else "model.layers.{}.mlp.gate_proj"
+    assert [layer.name for layer in layers(model)] == [target.format(i) for i in range(2)]
+    if method == "goat":
+        assert 1e-3 < (logits(model) - base).norm() / base.norm() < 0.3
+    else:
+        assert torch.equal(logits(model), base)
+
+
+@by_family
+@by_method
+def test_training_changes_its_own_parameters_and_nothing_else(tiny_model, method, family):
+    model = adapt(tiny_model(family), method)
+    if method in BRANCHES:  # in their third task, from which on every gate has a choice
+        model = adapted(model.unload(), method, tasks=2)
+        model.base_model.next_task()
+    model.train()
+    expected = {
+        f"base_model.model.{layer.name}.{name}.default" for layer in layers(model) for name in layer.adapter_layer_names
+    }
+    if method in GATED:
+        expected |= {name for name, _ in model.named_parameters() if "badit_gate.default" in name}
+    assert trainable(model) == expected
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(8):
+        optimizer.zero_grad()
+        losses.append(loss(model))
+        losses[-1].backward()
+        model.base_model.before_update()
+        optimizer.step()
+        model.base_model.after_update()
+    assert losses[-1] < losses[0] - 0.1
+    assert all(p.grad.any() for name, p in model.named_parameters() if name in expected)
+    assert {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])} == expected
+
+
+@by_family
+@by_method
+def test_saved_and_loaded(tiny_model, tmp_path, monkeypatch, method, family):
+    model = adapted(tiny_model(family), method)
+    expected, settings = logits(model), model.peft_config["default"].to_dict()
+    model.save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert written["peft_type"] == f"BADIT_{method.upper().replace('-', '_')}"
+    for low_memory in (False, True):
+        with monkeypatch.context() as patch:
+            patch.setattr("badit.baselines.goat.top_singular_triples", None)  # no need of it to load
+            loaded = PeftModel.from_pretrained(tiny_model(family), tmp_path, low_cpu_mem_usage=low_memory).eval()
+        assert torch.equal(logits(loaded), expected)
+        assert loaded.peft_config["default"].to_dict() == {**settings, "inference_mode": True}
+        assert not trainable(loaded)
+    again = PeftModel.from_pretrained(tiny_model(family), tmp_path, is_trainable=True)
+    assert trainable(again) == trainable(model)
+
+
+@by_method
+def test_loaded_by_the_auto_class(tiny_model, tmp_path, method):
+    tiny_model("llama").save_pretrained(tmp_path / "base")
+    model = adapted(type(tiny_model("llama")).from_pretrained(tmp_path / "base"), method)
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
+    torch.testing.assert_close(logits(loaded), logits(model))
+
+
+@by_family
+@by_method
+def test_disabled_and_unloaded_it_is_the_base_model_to_the_bit(tiny_model, method, family):
+    model, base = adapted(tiny_model(family), method, target_modules="all-linear"), logits(tiny_model(family))
+    expected = logits(model)
+    assert not torch.equal(expected, base)
+    with model.disable_adapter():
+        assert torch.equal(logits(model, rows=None), base)
+        model(input_ids=IDS, position_ids=torch.zeros_like(IDS))  # packed, and no gate there to mind
+    assert torch.equal(logits(model), expected)
+    unloaded, plain = model.unload(), tiny_model(family)
+    assert torch.equal(logits(unloaded), base)
+    assert [type(module) for module in unloaded.modules()] == [type(module) for module in plain.modules()]
+    assert unloaded.state_dict().keys() == plain.state_dict().keys()
+    assert all(torch.equal(one, other) for one, other in zip(unloaded.parameters(), plain.parameters(), strict=True))
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in unloaded.modules())
+    assert "generate" not in vars(unloaded)
+    assert torch.equal(logits(adapted(unloaded, method, target_modules="all-linear")), expected)
+
+
+@by_method
+def test_a_second_adapter_is_switched_to_and_deleted(tiny_model, method):
+    model = adapted(tiny_model("llama"), method)
+    first, names = logits(model), trainable(model)
+    model.add_adapter("second", config(method))
+    randomise(model, seed=1, adapter="second")
+    assert torch.equal(logits(model), first)
+    assert trainable(model) == names
+    model.set_adapter("second")
+    assert trainable(model) == {name.replace("default", "second") for name in names}
+    assert not torch.equal(logits(model), first)
+    model.set_requires_grad("second", False)
+    assert not trainable(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT's, on which adapter takes its place
+        model.delete_adapter("second")
+    assert not [name for name in model.state_dict() if "second" in name]
+    assert torch.equal(logits(model), first)
+    assert trainable(model) == names
+
+
+@by_method
+def test_what_it_cannot_do_is_refused(tiny_model, method):
+    model = adapted(tiny_model("llama"), method)
+    for merge in (model.merge_and_unload, model.merge_adapter, layers(model)[0].merge):
+        with pytest.raises(BaditError, match=r"no single weight to merge into; keep it as an adapter \(unload\(\)"):
+            merge()
+    name = f"BADIT_{method.upper().replace('-', '_')}"
+    with pytest.raises(BaditError, match=f"adapter_names: {name} cannot mix adapters"):
+        model(input_ids=IDS, adapter_names=["default"] * 3)
+    with pytest.raises(BaditError, match=f"RMSNorm; {name} adapts nn.Linear and Conv1D"):
+        adapt(tiny_model("llama"), method, target_modules=["input_layernorm"])
+
+
+@by_family
+@by_method
+def test_padding_and_the_cache_change_nothing(tiny_model, method, family):
+    """A row alone, a row in a batch and a decoded row agree."""
+    model = adapted(tiny_model(family), method)
+    together = logits(model).split([6, 11, 9])
+    options = {"max_new_tokens": 4, "do_sample": False}
+    with hooks_of(model).rows_of(ROWS):
+        generated = model.generate(input_ids=IDS, attention_mask=MASK, **options)
+        assert torch.equal(generated, model.generate(input_ids=IDS, attention_mask=MASK, use_cache=False, **options))
+    for row, length in enumerate((6, 11, 9)):
+        ids = IDS[row : row + 1, -length:]
+        with hooks_of(model).rows_of(ROWS[row : row + 1]):
+            torch.testing.assert_close(together[row], model(input_ids=ids).logits[0], atol=1e-4, rtol=1e-4)
+            assert torch.equal(generated[row, -4:], model.generate(input_ids=ids, **options)[0, -4:])
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@by_method
+def test_gradient_checkpointing_changes_no_gradient(tiny_model, method, reentrant):
+    """Gates outside the layers would lose their gradient where it is re-entrant, which is refused."""
+    model = adapted(tiny_model("llama"), method).train()
+    model.enable_input_require_grads()
+    loss(model, use_cache=False).backward()
+    expected = gradients(model)
+    assert expected.keys() == trainable(model)
+    model.zero_grad()
+    enable_checkpointing(model, reentrant)
+    if reentrant and method in GATED:
+        with pytest.raises(BaditError, match="set use_reentrant=False"):
+            loss(model, use_cache=False)
+    else:
+        loss(model, use_cache=False).backward()
+        assert_same(expected, gradients(model))
+
+
+@by_method
+def test_a_bf16_base_model_copies_and_names(tiny_model, tmp_path, method):
+    model = adapted(tiny_model("llama", dtype=torch.bfloat16), method)
+    assert {tensor.dtype for name, tensor in model.state_dict().items() if "badit_" in name} == {torch.float32}
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny_model("llama", dtype=torch.bfloat16), tmp_path).eval()
+    assert logits(model).dtype == torch.bfloat16
+    assert torch.equal(logits(loaded), logits(model))
+    assert torch.equal(logits(copy.deepcopy(model)), logits(model))
+    assert f"badit.{type(layers(model)[0]).__name__}" in repr(model)
+    options = config(method)
+    register(type(options), type(model.base_model))  # again, which changes nothing
+    assert options.peft_type is PeftType[options.method]
