@@ -107,8 +107,8 @@ def scores_table(frame: pd.DataFrame) -> pd.DataFrame:
     shown = pd.DataFrame({"task": [*tasks, "mean over tasks"]}, dtype=object)
     shown["instances"] = [number(n, 0) for n in frame.groupby("task")["n"].max()[tasks]] + [""]
     strong = []
-    for metric, rows in frame.groupby("metric", sort=False):
-        scores = rows.pivot_table("score", "task", "run", sort=False).reindex(tasks)
+    for metric in [metric for metric in METRICS if metric in set(frame["metric"])]:
+        scores = frame[frame["metric"] == metric].pivot_table("score", "task", "run", sort=False).reindex(tasks)
         values = np.vstack([scores, scores.mean()])
         for run, column in zip(scores, values.T, strict=True):
             heading = f"{run}: {METRICS[metric].label}" if several else METRICS[metric].label
