@@ -52,7 +52,7 @@ class Source:
     Args:
         label: what the page calls it; no two sources of a report have the same.
         folder: where it is.
-        frames: those that have rows: the tables of an analysis, and a comparison's summary, differences and scores.
+        frames: those that have rows: the tables of an analysis, and a comparison's methods, differences and scores.
         files: where each frame is from, below the folder.
         scores: a run's scores; None before it is scored.
         results: of a comparison.
