@@ -38,7 +38,7 @@ _LATEX = str.maketrans(
 
 
 @dataclass(frozen=True)
-class _Table:
+class Table:
     """A comparison's table.
 
     Attributes:
@@ -99,11 +99,11 @@ def render(
         raise BaditError("--released: only for the table of a sequential comparison; leave it out")
     if metric != "rouge_l" and sequence:
         raise BaditError("--metric: forgetting and transfer are measured in Rouge-L; leave it out, or add --by-task")
-    table = _task_table(results, metric) if by_task else _method_table(results, metric, released)
+    table = _task_table(results, metric) if by_task else method_table(results, metric, released)
     return FORMATS[form](table)
 
 
-def _method_table(results: Results, metric: str, released: bool) -> _Table:
+def method_table(results: Results, metric: str = "rouge_l", released: bool = False) -> Table:
     """A row for each method that has been scored."""
     label = METRICS[metric].label
     patterns = {"rank": ("rank", "{:g}")}
@@ -143,10 +143,10 @@ def _method_table(results: Results, metric: str, released: bool) -> _Table:
     numbers += [f"{name}_{part}" for name in spreads for part in ("mean", "std")]
     numbers += [name for name in summary if name.startswith("difference_")] + list(patterns)
     notes = [*_difference_notes(results, summary, score), *notes, *_unscored(results)]
-    return _Table(columns, best, notes, summary[numbers], _omitted(results))
+    return Table(columns, best, notes, summary[numbers], _omitted(results))
 
 
-def _task_table(results: Results, metric: str) -> _Table:
+def _task_table(results: Results, metric: str) -> Table:
     """A row for each task, a column for each method that has been scored."""
     means = task_means(results, metric)
     means.loc["mean over tasks"] = [fmean(means[method]) for method in means]
@@ -154,7 +154,7 @@ def _task_table(results: Results, metric: str) -> _Table:
     best = {(i, j + 1) for i, row in enumerate(means.to_numpy()) for j in _highest(row)}
     notes = [f"{METRICS[metric].label}, mean over each method's runs", *_unscored(results)]
     numbers = means.add_suffix(f"_{metric}", axis="columns").reset_index()
-    return _Table(columns, best, notes, numbers, _omitted(results))
+    return Table(columns, best, notes, numbers, _omitted(results))
 
 
 def _texts(values: Iterable[Any], show: Callable[[Any], str] = str) -> list[str]:
@@ -213,12 +213,12 @@ def _described(cell: Mapping[str, Any]) -> str:
     return f"{place}: {cell['status']}" + (f" ({reason:.100})" if reason else "")
 
 
-def _text(table: _Table) -> str:
+def _text(table: Table) -> str:
     header, *rows = table.lines()
     return "\n".join([text_table(header, rows, right=set(range(1, len(header)))), "", *table.footer()])
 
 
-def _markdown(table: _Table) -> str:
+def _markdown(table: Table) -> str:
     def escape(value: str) -> str:
         return _MARKDOWN_SPECIAL.sub(r"\\\1", value)
 
@@ -227,7 +227,7 @@ def _markdown(table: _Table) -> str:
     return "\n".join([*lines, "", *(f"- {escape(line)}" for line in table.footer())])
 
 
-def _latex(table: _Table) -> str:
+def _latex(table: Table) -> str:
     """A booktabs tabular; the lines below the table become comments."""
     lines = table.lines(lambda value: value.translate(_LATEX), lambda value: rf"\textbf{{{value}}}")
     header, *rows = [" & ".join(line) + r" \\" for line in lines]
@@ -236,14 +236,14 @@ def _latex(table: _Table) -> str:
     return "\n".join([begin, r"\toprule", header, r"\midrule", *rows, r"\bottomrule", end, *notes])
 
 
-def _csv(table: _Table) -> str:
+def _csv(table: Table) -> str:
     """In full precision; a cell that was left out is a row of its own, with its status."""
     frame = pd.concat([table.numbers.astype(object), table.omitted.astype(object)])
     return frame.to_csv(index=False).removesuffix("\n")
 
 
 #: The forms of a comparison's table.
-FORMATS: dict[str, Callable[[_Table], str]] = {"text": _text, "markdown": _markdown, "latex": _latex, "csv": _csv}
+FORMATS: dict[str, Callable[[Table], str]] = {"text": _text, "markdown": _markdown, "latex": _latex, "csv": _csv}
 
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, right: Set[int] = frozenset()) -> str:

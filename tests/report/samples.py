@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import pandas as pd
 import yaml
 
 from badit.analysis.tables import TABLES, save_frame
+from badit.metrics import METRICS, mean_scores
 
 TASKS = (
     "task002_quoref_answer_generation",
@@ -24,6 +25,7 @@ TASKS = (
     "task363_sst2_polarity_classification",
 )
 PROMPT = "Say what you see.\n\nNow complete the following example -\nInput: picture {}\nOutput: "
+TRAINING = {"trainable_parameters": 2_165_760, "seconds": 2285.3, "peak_memory_gib": 1.9, "steps": 376}
 
 
 @dataclass(frozen=True)
@@ -148,52 +150,32 @@ def write_run(folder: Path, shape: Shape = SMALL, *, method: str = "badit", anal
     """A trained and scored run's folder."""
     rng = np.random.default_rng(shape.seed + 1)
     folder.mkdir(parents=True)
-    options = {"name": "badit", "num_experts": shape.experts, "r": 4} if method == "badit" else {"name": method}
     config = {
         "model": {"name": "smollm2-135m", "dtype": "bfloat16"},
         "data": {"source": "$BADIT_SUPERNI", "order": None},
-        "method": options,
+        "method": {"name": method, **({"num_experts": shape.experts, "r": 4} if method == "badit" else {})},
         "training": {"learning_rate": 5e-4, "seed": shape.seed},
-        "output": str(folder),
     }
     (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
-    training = {"trainable_parameters": 2_165_760, "steps": 376, "tokens": 780_038, "seconds": 2285.3}
-    environment = {"python": "3.11.7", "packages": {"badit": "0.1.0"}, "training": training}
-    (folder / "environment.json").write_text(json.dumps(environment))
+    (folder / "environment.json").write_text(json.dumps({"python": "3.11.7", "training": TRAINING}))
     lines = [{"step": step, "loss": 1.7 + math.exp(-step / 60) + 0.1 * rng.normal()} for step in range(10, 380, 10)]
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [*lines, {"step": 376}]))
-    level = 35 + 3 * shape.seed
-    by_task = {task: float(np.clip(level + 25 * rng.normal(), 3, 97)) for task in shape.tasks}
-    write_scores(folder, by_task)
+    write_lines(folder / "metrics.jsonl", [*lines, {"step": 376}])
+    instances = {task: {metric: rng.uniform(0, 99, 8).tolist() for metric in METRICS} for task in shape.tasks}
+    (folder / "scores.json").write_text(json.dumps(mean_scores(instances)))
+    texts = ["a small red house", "a small red boat", "something else entirely"]
     for task in shape.tasks:
-        write_predictions(folder, task, rng)
+        answers = [{"task": task, "instance_id": f"{task}-{i}", "prompt": PROMPT.format(i)} for i in range(8)]
+        for i, answer in enumerate(answers):
+            answer |= {"prediction": texts[int(rng.integers(3))], "references": [texts[0], "the house"][: 1 + i % 2]}
+        write_lines(folder / "predictions" / f"{task}.jsonl", answers)
     if analysed:
         save_tables(folder, shape)
     return folder
 
 
-def write_scores(folder: Path, by_task: dict[str, float]) -> None:
-    tasks = {task: {"rouge_l": score, "exact_match": score * 0.7, "instances": 8} for task, score in by_task.items()}
-    means = {metric: float(np.mean([task[metric] for task in tasks.values()])) for metric in ("rouge_l", "exact_match")}
-    (folder / "scores.json").write_text(json.dumps({**means, "tasks": tasks}))
-
-
-def write_predictions(folder: Path, task: str, rng: np.random.Generator) -> None:
-    """Eight answers: right, partly right and wrong ones."""
-    (folder / "predictions").mkdir(exist_ok=True)
-    answers = ["a small red house", "a small red boat", "something else entirely"]
-    lines = [
-        {
-            "task": task,
-            "instance_id": f"{task}-{i}",
-            "prompt": PROMPT.format(i),
-            "prediction": answers[int(rng.integers(3))],
-            "references": ["a small red house", "the house"][: 1 + i % 2],
-        }
-        for i in range(8)
-    ]
-    text = "".join(json.dumps(line) + "\n" for line in lines)
-    (folder / "predictions" / f"{task}.jsonl").write_text(text)
+def write_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 def write_sequence(folder: Path, shape: Shape = SMALL) -> Path:
@@ -201,10 +183,8 @@ def write_sequence(folder: Path, shape: Shape = SMALL) -> Path:
     write_run(folder, shape, analysed=False)
     (folder / "metrics.jsonl").unlink()
     for number, task in enumerate(shape.tasks, start=1):
-        stage = folder / "stages" / f"{number:02d}-{task}"
-        stage.mkdir(parents=True)
         lines = [{"step": step, "loss": 2.0 + number - step / 20} for step in (10, 20)]
-        (stage / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        write_lines(folder / "stages" / f"{number:02d}-{task}" / "metrics.jsonl", lines)
     scores = json.loads((folder / "scores.json").read_text())
     count = len(shape.tasks)
     matrix = [[60.0 - 5 * (i - j) if j <= i else None for j in range(count)] for i in range(count)]
@@ -232,20 +212,13 @@ def write_comparison(folder: Path, shape: Shape = SMALL, *, methods: Sequence[st
 
 def comparison_cell(shape: Shape, method: str, seed: int | None, level: float) -> dict[str, Any]:
     rng = np.random.default_rng([int(level), seed or 0])
-    shifts = {task: 12 * math.sin(3 * i) for i, task in enumerate(shape.tasks)}
     instances = {
         task: {
-            metric: np.clip(share * (level + shift + 8 * rng.normal(size=6)), 0, 100).round(3).tolist()
+            metric: np.clip(share * (level + 12 * math.sin(3 * i) + 8 * rng.normal(size=6)), 0, 100).round(3).tolist()
             for metric, share in (("rouge_l", 1.0), ("exact_match", 0.6))
         }
-        for task, shift in shifts.items()
+        for i, task in enumerate(shape.tasks)
     }
-    tasks = {
-        task: {**{metric: float(np.mean(values)) for metric, values in each.items()}, "instances": 6}
-        for task, each in instances.items()
-    }
-    means = {metric: float(np.mean([task[metric] for task in tasks.values()])) for metric in ("rouge_l", "exact_match")}
-    training = {"trainable_parameters": 2_165_760, "seconds": 540.0, "peak_memory_gib": 1.9, "steps": 100}
     return {
         "method": method,
         "seed": seed,
@@ -255,7 +228,7 @@ def comparison_cell(shape: Shape, method: str, seed: int | None, level: float) -
         "error": None,
         "selected": True,
         "config": {"model": {"name": "smollm2-135m"}, "method": {"name": method}},
-        "environment": {"training": training},
-        "scores": {**means, "tasks": tasks},
+        "environment": {"training": TRAINING},
+        "scores": mean_scores(instances),
         "instances": instances,
     }

@@ -117,14 +117,6 @@ def test_flow_is_a_share_of_each_row() -> None:
         assert cells[str(expert), str(expert)] == pytest.approx(stayed, rel=1e-3)
 
 
-def test_of_many_regroupings_twelve_are_shown_from_first_to_last() -> None:
-    rows = [[step, 0, "m", 0, 0, 1] for step in range(0, 1000, 10)]
-    columns = ["step", "layer", "module", "from_expert", "to_expert", "components"]
-    keys = stored(measurements.component_flow(pd.DataFrame(rows, columns=columns)))[1]
-    steps = [int(key.split("|")[1]) for key in keys if key.startswith("all")]
-    assert (len(steps), steps[0], steps[-1]) == (12, 0, 990)
-
-
 def test_gates_are_means_over_layers_and_modules() -> None:
     frame = FRAMES["gates"]
     chart = measurements.gates(frame)
@@ -153,14 +145,6 @@ def test_long_curves_are_thinned_to_means() -> None:
     assert len(records) == 250
     assert records[0] == {"series": "a", "run": "a", "step": 4, "loss": 2.5}
     assert records[-1]["step"] == 1000
-
-
-def test_the_legend_is_left_out_where_there_is_one_series() -> None:
-    rows = [("a", run, metric, 1.0, 8) for run in "xy" for metric in ("rouge_l", "exact_match")]
-    frame = pd.DataFrame(rows, columns=["task", "run", "metric", "score", "n"])
-    for part, legends in ((frame[frame["run"] == "x"], False), (frame, True)):
-        chart = scores.scores_by_task(part).to_dict()
-        assert (chart["encoding"]["color"]["legend"] is not None) is legends
 
 
 def test_the_table_of_scores_ends_with_means_and_marks_the_best() -> None:

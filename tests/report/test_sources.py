@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from badit.errors import BaditError
-from badit.report.formatting import duration, interval, number, short_names, shortened, text_table
+from badit.report.formatting import duration, number, short_names, shortened, text_table
 from badit.report.sources import by_similarity, read_sources, together
 from report.samples import LARGE, SMALL, TASKS, save_frame, tables, write_comparison, write_run, write_sequence
 
@@ -43,10 +43,11 @@ def test_a_comparison_is_its_folder_or_its_file(tmp_path: Path) -> None:
     folder = write_comparison(tmp_path / "compared")
     for path in (folder, folder / "results.json"):
         (source,) = read_sources([path])
-        assert list(source.frames["summary"]["method"]) == ["base", "lora", "badit", "lora, one model a task"]
+        assert list(source.frames["methods"]["method"]) == ["base", "lora", "badit", "lora, one model a task"]
         assert set(source.frames["task_gap"]["method"]) == {"lora"}, "without any analysis"
         assert source.files["task_gap"] == "results.json"
-        assert source.frames["missing_runs"][["method", "status"]].values.tolist() == [["goat", "failed"]]
+        notes = source.frames["methods"].attrs["notes"]
+        assert "not in the table: goat, seed 0, learning rate 0.0005: failed (out of memory)" in notes
     methods = [method for method, _ in source.members]
     assert methods == ["base", *["lora"] * 3, *["badit"] * 3]
     assert [run.label for _, run in source.members][:2] == ["base", "lora/lr-0.0005/seed-0"]
@@ -183,8 +184,7 @@ def test_numbers() -> None:
     assert number(-0.001) == "0.0"
     assert number(1.25, signed=True) == "+1.2"
     assert number(2_165_760, 0) == "2,165,760"
-    assert number(None) == number(float("nan")) == duration(None) == interval(1.0, None, 2.0) == "–"
+    assert number(None) == number(float("nan")) == duration(None) == "–"
     assert duration(2285) == "38.1 min"
-    assert interval(1.25, -0.3, 2.7) == "+1.2 [−0.3, +2.7]"
     shown = text_table(pd.DataFrame({"task_a": ["x"], "p_value": [0.04]}), {"p_value": 3, "task_a": None})
     assert shown.to_dict("records") == [{"p value": "0.040", "task a": "x"}]

