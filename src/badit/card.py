@@ -17,7 +17,7 @@ from badit.errors import one_line
 from badit.files import read_json, read_text, write_text
 from badit.methods import AdapterMethod, build_method
 from badit.models import BUILT_IN, HUB_ID
-from badit.recipe import Recipe, load_recipe
+from badit.recipe import Recipe, load_config
 from badit.results import read_scores
 from badit.runs import RunFolder
 
@@ -100,7 +100,7 @@ class Base:
 
 def write_run_card(run: RunFolder) -> None:
     """Writes the card into a run's ``adapter`` folder, where its method has left an adapter there."""
-    recipe = load_recipe(run.config)
+    recipe = load_config(run.config)
     if run.adapter.is_dir() and isinstance(build_method(recipe.method), AdapterMethod):
         write_text(run.adapter / CARD, model_card(run, recipe, Base.of(recipe)))
 
