@@ -145,7 +145,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Run]:
                 "model": {"name": str(folder / "model"), "dtype": "float32"},
                 "data": {"source": str(source)},
                 "method": method,
-                "training": {"max_steps": 3, "batch_size": 4, "learning_rate": 0.05},
+                "training": {"max_steps": 3, "per_device_train_batch_size": 4, "learning_rate": 0.05},
                 "evaluation": {"max_new_tokens": 8},
                 "output": str(folder / str(len(runs))),
             }
