@@ -35,15 +35,19 @@ recipe = build_recipe(
             "validation_per_task": 0 if scored == "test" else 2 if options.small else 10,
         },
         "method": {"name": "badit", "num_experts": 8, "r": 4, "regroup": {"every": 2 if options.small else 20}},
-        "training": {"epochs": 3, "max_steps": 4 if options.small else None, "batch_size": 2 if options.small else 8},
+        "training": {
+            "num_train_epochs": 3,
+            "max_steps": 4 if options.small else -1,
+            "per_device_train_batch_size": 2 if options.small else 8,
+        },
         "evaluation": {"split": scored, "max_new_tokens": 8 if options.small else 50},
         "output": options.output,
     }
 )
 badit.train(recipe)  # scored as well, in its folder's scores.json; predictions/ has every answer
-badit.evaluate(recipe.output)  # scores it again
+badit.Run(recipe.output).evaluate()  # scores it again
 scores = json.loads((Path(recipe.output) / "scores.json").read_text(encoding="utf-8"))
 for name, score in scores["tasks"].items():
     print(f"{name}: Rouge-L {score['rouge_l']:.1f}, exact match {score['exact_match']:.1f}")
-exported = badit.export(recipe.output, f"{options.output}-lora")  # one fixed mixture, for use without badit
+exported = badit.Run(recipe.output).export(f"{options.output}-lora")  # one fixed mixture, for use without badit
 print(f"{exported.folder}: a LoRA of rank {exported.rank}, of {exported.mixture}")

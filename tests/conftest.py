@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,9 @@ from transformers import (
     Qwen3Config,
 )
 
+from badit.recipe import build_recipe
+from badit.run import Run
+from badit.train import fit
 from data.examples import CHATML, make_tokenizer
 from fuzz.command import COUNTED
 
@@ -124,9 +128,36 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def make_material(folder: Path) -> None:
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Run]:
+    """A factory: ``trained({"name": "lora"})`` is a run of three large steps, so that what it has learnt shows.
+
+    What is trained alike is trained once; each call gives a copy, which a test may change.
+    """
+    folder = tmp_path_factory.mktemp("trained")
+    make_material(folder, initializer_range=0.2)  # a wrong factor then moves the logits by far more than rounding does
+    runs: dict[str, Path] = {}
+
+    def make(method: dict[str, Any], source: Path = folder / "tasks.jsonl", name: str = "run") -> Run:
+        key = json.dumps([method, str(source)])
+        if key not in runs:
+            values = {
+                "model": {"name": str(folder / "model"), "dtype": "float32"},
+                "data": {"source": str(source)},
+                "method": method,
+                "training": {"max_steps": 3, "batch_size": 4, "learning_rate": 0.05},
+                "evaluation": {"max_new_tokens": 8},
+                "output": str(folder / str(len(runs))),
+            }
+            runs[key] = fit(build_recipe(values), progress=False).path
+        return Run(shutil.copytree(runs[key], tmp_path_factory.mktemp("runs") / name))
+
+    return make
+
+
+def make_material(folder: Path, **config: Any) -> None:
     tokenizer = make_tokenizer(chat_template=CHATML)
-    config = LlamaConfig(
+    llama = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=32,
         intermediate_size=48,
@@ -134,9 +165,10 @@ def make_material(folder: Path) -> None:
         num_attention_heads=4,
         max_position_embeddings=128,
         eos_token_id=tokenizer.eos_token_id,
+        **config,
     )
     torch.manual_seed(0)
-    LlamaForCausalLM(config).save_pretrained(folder / "model")
+    LlamaForCausalLM(llama).save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     lines = [
         {
@@ -172,7 +204,13 @@ def recipe_values(tmp_path: Path, model_folder: Path, task_file: Path) -> dict[s
         "model": {"name": str(model_folder), "dtype": "float32"},
         "data": {"source": str(task_file)},
         "method": {"name": "badit", "num_experts": 4, "r": 2, "lora_dropout": 0.1, "regroup": {"every": 3}},
-        "training": {"epochs": 2, "batch_size": 4, "learning_rate": 0.01, "log_every": 1, "save_every": 5},
+        "training": {
+            "num_train_epochs": 2,
+            "per_device_train_batch_size": 4,
+            "learning_rate": 0.01,
+            "logging_steps": 1,
+            "save_steps": 5,
+        },
         "evaluation": {"batch_size": 4, "max_new_tokens": 4},
         "output": str(tmp_path / "run"),
     }

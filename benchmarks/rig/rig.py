@@ -1,15 +1,15 @@
 #!/usr/bin/env python3
 """Method trials on a real LLM at a tenth of the cost of a full run.
 
-The lower layers of SmolLM2 stay frozen and their output is computed once and cached; adapters sit on gate_proj of the
-upper layers only. A run of some 2,500 examples takes about five minutes of one core. Rates are chosen on `val` (held out of
+The lower layers of SmolLM2 stay frozen and their output is computed once and cached; adapters are on gate_proj of the
+upper layers only. A run of 2,500 examples takes about five minutes of one core. Rates are chosen on `val` (held out of
 each task's training data); `test` is read once, by a stage's final command.
 
     rig.py --name lora_1e-3 --lr 1e-3
     rig.py --name dirs_orth --init dirs --opt orthogonal --lr 2e-3 --seed 1
     summary.py benchmarks/results/rig-a lora_adamw lora_orthogonal   # paired over instances, by method and seed
 
-Adapter: y = W x + s · B (g ∘ A x) [− s · B0 A0 x for --init bad].   Shapes: A (N, I), B (O, N), g one gate a component.
+Adapter: y = W x + s · B (g ∘ A x) [− s · B0 A0 x for --init bad].   Shapes: A (N, I), B (O, N), a gate g per component.
 """
 
 import argparse
@@ -21,6 +21,7 @@ import platform
 import random
 import time
 from importlib.metadata import version
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -79,25 +80,25 @@ NOW = {}  # of the present batch: prompt mask (B, T), task (B)
 class Adapted(nn.Module):
     def __init__(self, base):
         super().__init__()
-        self.base, (O, I) = base, base.weight.shape
+        self.base, (outputs, inputs) = base, base.weight.shape
         if a.init == "lora":
-            A, B = nn.init.kaiming_uniform_(torch.empty(a.N, I), a=math.sqrt(5)), torch.zeros(O, a.N)
+            A, B = nn.init.kaiming_uniform_(torch.empty(a.N, inputs), a=math.sqrt(5)), torch.zeros(outputs, a.N)
         else:
             U, S, V = torch.linalg.svd(base.weight.float(), full_matrices=False)
             root = (S[: a.N] / a.scale).sqrt()
             A = root[:, None] * V[: a.N] if a.init == "bad" else V[: a.N] / math.sqrt(3)
-            B = U[:, : a.N] * root if a.init == "bad" else torch.zeros(O, a.N)
+            B = U[:, : a.N] * root if a.init == "bad" else torch.zeros(outputs, a.N)
         self.A, self.B = nn.Parameter(A.contiguous()), nn.Parameter(B.contiguous())
         self.start = (A.clone(), B.clone()) if a.init == "bad" else None
         self.label = torch.arange(a.N) // (a.N // a.K)
         self.R = self.Z = None
         if a.gate == "expert":
-            self.R = nn.Parameter(torch.zeros(a.K, I))
+            self.R = nn.Parameter(torch.zeros(a.K, inputs))
         elif a.gate == "component":
-            self.Z, self.R = nn.Parameter(0.35 * torch.randn(a.rank, I)), nn.Parameter(torch.zeros(a.N, a.rank))
+            self.Z, self.R = nn.Parameter(0.35 * torch.randn(a.rank, inputs)), nn.Parameter(torch.zeros(a.N, a.rank))
         elif a.gate == "oracle":
             self.R = nn.Parameter(torch.zeros(len(folders), a.N))
-        self.seen, self.mean, self.var, self.gram = 0, torch.zeros(I), torch.zeros(I), None
+        self.seen, self.mean, self.var, self.gram = 0, torch.zeros(inputs), torch.zeros(inputs), None
 
     def gates(self, x):
         if a.gate == "oracle":
@@ -142,7 +143,7 @@ def encoded(instance, definition):
 
 train, held = [], []
 for task, folder in enumerate(folders):
-    parts = {split: json.load(open(f"{folder}/{split}.json")) for split in ("train", "test")}
+    parts = {split: json.loads(Path(folder, f"{split}.json").read_text()) for split in ("train", "test")}
     definition = parts["train"]["Definition"]
     definition = definition if isinstance(definition, str) else definition[0]
     pool = parts["train"]["Instances"][:]
@@ -158,7 +159,8 @@ for task, folder in enumerate(folders):
 @torch.no_grad()
 def trunk(examples, tag):
     """The frozen lower layers' output for every example (T, D), from the cache if it is there."""
-    key = f"{tag}-{a.layers}-{a.train}-{a.held}-{a.max_tokens}-{a.tasks.replace(',', '.')}-{a.data_seed if tag == 'train' else ''}"
+    seed = a.data_seed if tag == "train" else ""
+    key = f"{tag}-{a.layers}-{a.train}-{a.held}-{a.max_tokens}-{a.tasks.replace(',', '.')}-{seed}"
     file = f"{a.out}/cache/{key}.pt"
     if os.path.exists(file):
         return torch.load(file)
@@ -217,11 +219,13 @@ def evaluate():
         for r, k in enumerate(ks):
             rows[k] = (held[k][0], round(nll[row == r].mean().item(), 4), int(right[row == r].all()))
     [layer.train() for layer in adapted]
-    mean = lambda i: sum(
-        sum(r[i] for r in rows if r[0] == t) / sum(r[0] == t for r in rows) for t in range(len(folders))
-    )  # noqa: E731
+
+    def task_mean(i):
+        of_tasks = [[row[i] for row in rows if row[0] == t] for t in range(len(folders))]
+        return sum(sum(values) / len(values) for values in of_tasks) / len(of_tasks)
+
     spread = torch.cat(gates).std(0).mean().item() if gates else None
-    return {"nll": mean(1) / len(folders), "em": 100 * mean(2) / len(folders), "gate_std": spread, "instances": rows}
+    return {"nll": task_mean(1), "em": 100 * task_mean(2), "gate_std": spread, "instances": rows}
 
 
 def power(M, exponent, floor=1e-6):
@@ -233,8 +237,8 @@ def power(M, exponent, floor=1e-6):
 class Orthogonal(torch.optim.Optimizer):
     """After LoRA-RITE (arXiv 2410.20625), simplified: no escaped mass. ΔW = X Yᵀ with X (D, N); Y = Q R, R symmetric.
 
-    The gradient in Q's frame is whitened by its own N × N second moment, so that components move in orthogonal directions
-    whatever the scale of the factors; moments follow the frame from step to step.
+    The gradient in Q's frame is whitened by its own N × N second moment, so that components move in orthogonal
+    directions whatever the scale of the factors; moments follow the frame from step to step.
     """
 
     def __init__(self, pairs, lr, betas=(0.9, 0.98)):
@@ -283,15 +287,15 @@ class Muon(torch.optim.Optimizer):
                 q.add_(move if len(u) == a.N else move.T, alpha=-group["lr"])
 
 
-factors_A, factors_B = [x.A for x in adapted], [x.B for x in adapted]
+down, up = [x.A for x in adapted], [x.B for x in adapted]
 router = [q for x in adapted for q in (x.R, x.Z) if q is not None]
 if a.opt == "adamw":
-    groups = [{"params": factors_A, "lr": a.lr}, {"params": factors_B, "lr": a.lr * a.b_rate}]
+    groups = [{"params": down, "lr": a.lr}, {"params": up, "lr": a.lr * a.b_rate}]
     optimizers = [torch.optim.AdamW(groups, weight_decay=0)]
 elif a.opt == "orthogonal":
     optimizers = [Orthogonal([(x.A, x.B) for x in adapted], a.lr)]
 else:
-    optimizers = [Muon(factors_A + factors_B, {"lr": a.lr})]
+    optimizers = [Muon(down + up, {"lr": a.lr})]
 if router:
     optimizers.append(torch.optim.AdamW(router, lr=a.lr * a.router_rate, weight_decay=0))
 groups = [group for o in optimizers for group in o.param_groups]
@@ -351,7 +355,7 @@ for _ in range(a.epochs):
                 x.gram = g if x.gram is None else 0.95 * x.gram + 0.05 * g
             if (step + 1) % a.dog == 0 and step < 0.7 * steps:
                 regroup()
-        nn.utils.clip_grad_norm_(factors_A + factors_B + router, 1.0)
+        nn.utils.clip_grad_norm_(down + up + router, 1.0)
         now = min(1, (step + 1) / max(1, 0.05 * steps)) * (0.05 + 0.475 * (1 + math.cos(math.pi * step / steps)))
         for group, rate in zip(groups, rates, strict=True):
             group["lr"] = rate * now
@@ -361,10 +365,8 @@ for _ in range(a.epochs):
         step += 1
         log.append(loss.item())
         if step % 100 == 0:
-            print(
-                f"{a.name}  step {step} of {steps}  loss {sum(log[-100:]) / 100:.4f}  {time.process_time() - began:.0f} CPU s",
-                flush=True,
-            )
+            seconds, mean = time.process_time() - began, sum(log[-100:]) / 100
+            print(f"{a.name}  step {step} of {steps}  loss {mean:.4f}  {seconds:.0f} CPU s", flush=True)
 versions = {name: version(name) for name in ("torch", "transformers")} | {
     "cpu": platform.processor() or platform.machine()
 }
@@ -372,13 +374,12 @@ arguments = {key: value for key, value in vars(a).items() if key not in ("out", 
 result = evaluate() | {
     "arguments": arguments,
     "versions": versions,
-    "parameters": sum(q.numel() for q in factors_A + factors_B + router),
+    "parameters": sum(q.numel() for q in down + up + router),
     "train_loss": sum(log[-50:]) / len(log[-50:]),
     "cpu_seconds": time.process_time() - began,
 }
 with open(f"{a.out}/{a.name}.partial", "w") as file:
     json.dump(result, file, separators=(",", ":"))
 os.replace(f"{a.out}/{a.name}.partial", f"{a.out}/{a.name}.json")
-print(
-    f"{a.name:32s} parameters {result['parameters']:7d}  train {result['train_loss']:.4f}  {a.split} nll {result['nll']:.4f}  em {result['em']:.2f}  gate std {result['gate_std']}"
-)
+print(f"{a.name:32s} parameters {result['parameters']:7d}  train {result['train_loss']:.4f}")
+print(f"{a.split} nll {result['nll']:.4f}  em {result['em']:.2f}  gate std {result['gate_std']}")

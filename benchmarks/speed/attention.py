@@ -2,7 +2,7 @@
 
     python benchmarks/speed/attention.py
 
-decides ``badit.training.attention.LONGEST``. Shapes are SmolLM2-135M's: 4 rows, 9 heads of 64, of which 3 share a key.
+decides ``badit.attention.LONGEST``. Shapes are SmolLM2-135M's: 4 rows, 9 heads of 64, of which 3 share a key.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from measure import in_turns, keep, options, ratio
 from torch import nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from badit.training import attention as plain
+from badit import attention as plain
 
 LENGTHS = (64, 128, 256, 384, 512, 768)
 ROWS, HEADS, SHARED, WIDTH = 4, 9, 3, 64

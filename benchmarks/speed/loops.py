@@ -1,6 +1,6 @@
 """How mixtures of LoRA experts are usually computed; kept as the peer that the wide product is measured against.
 
-Both give what :class:`badit.tuner.base_layer.ExpertLayer` gives (``tests/test_benchmarks.py``), in one of two ways:
+Both give what :class:`badit.tuner.layer.ExpertLinear` gives (``tests/test_benchmarks.py``), in one of two ways:
 
 * in a loop: one expert after another, each a product with its own A and B, scaled by its gate, and added up;
 * per sequence: the gates times the stacked experts make one A and one B for each sequence of the batch, which are
@@ -15,31 +15,31 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from badit.tuner.layer import BaditLayer
+from badit.tuner.layer import BaditLinear
 
 
 def use_loops(model: nn.Module, *, per_sequence: bool) -> None:
     """Makes every BADIT layer of a model compute its experts the usual way."""
     delta = _per_sequence if per_sequence else _in_a_loop
     for module in model.modules():
-        if isinstance(module, BaditLayer):
+        if isinstance(module, BaditLinear):
             module._delta = partial(delta, module)  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def _in_a_loop(layer: BaditLayer, adapter: str, x: torch.Tensor) -> torch.Tensor:
+def _in_a_loop(layer: BaditLinear, adapter: str, x: torch.Tensor) -> torch.Tensor:
     config = layer.badit_config[adapter]
     a_NI, b_ON = layer.badit_A[adapter], layer.badit_B[adapter]
     x = x.to(a_NI.dtype)
     gates = layer.gates(adapter, x)
     a_KRI, b_KOR = _by_expert(layer, adapter, a_NI, b_ON)
-    initial_A, initial_B = layer.initial_factors(adapter)
+    initial_A, initial_B = layer.kept_factors(adapter)
     out = -F.linear(F.linear(x, initial_A), initial_B)
     for expert in range(config.num_experts):
         out = out + gates[..., expert, None] * F.linear(F.linear(x, a_KRI[expert]), b_KOR[expert])
     return config.scaling * out
 
 
-def _per_sequence(layer: BaditLayer, adapter: str, x: torch.Tensor) -> torch.Tensor:
+def _per_sequence(layer: BaditLinear, adapter: str, x: torch.Tensor) -> torch.Tensor:
     config = layer.badit_config[adapter]
     a_NI, b_ON = layer.badit_A[adapter], layer.badit_B[adapter]
     x = x.to(a_NI.dtype)
@@ -53,12 +53,12 @@ def _per_sequence(layer: BaditLayer, adapter: str, x: torch.Tensor) -> torch.Ten
     hidden = torch.bmm(x_BKTI.flatten(0, 1), a_BKIR.flatten(0, 1))
     out_BKTO = torch.bmm(hidden, b_BKRO.flatten(0, 1)).unflatten(0, (rows, -1))
     mixed = torch.einsum("bk,bkto->bto", gates_BK.to(out_BKTO), out_BKTO)
-    initial_A, initial_B = layer.initial_factors(adapter)
+    initial_A, initial_B = layer.kept_factors(adapter)
     return config.scaling * (mixed - F.linear(F.linear(x, initial_A), initial_B))
 
 
 def _by_expert(
-    layer: BaditLayer, adapter: str, a_NI: torch.Tensor, b_ON: torch.Tensor
+    layer: BaditLinear, adapter: str, a_NI: torch.Tensor, b_ON: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """A as (K, r, I) and B as (K, O, r)."""
     order = layer.expert_of(adapter).argsort(stable=True)

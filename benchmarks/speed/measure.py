@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from badit.runs import environment
+from badit.environment import environment
 from badit.files import write_json
 
 RESULTS = Path(__file__).parents[1] / "results" / "speed"

@@ -13,9 +13,8 @@ from torch import nn
 
 from badit import BaditConfig, load_base_model
 from badit.recipe import build_recipe
-from badit.training.plan import encoded, make_plan
-from badit.training.precision import fast_dtype
-from badit.training.trainer import answer_losses
+from badit.train import encoded, fast_dtype, make_plan
+from badit.trainer import answer_losses
 
 MODEL = "smollm2-135m"
 EXPERTS, RANK = 8, 4

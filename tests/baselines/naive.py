@@ -10,8 +10,8 @@ from peft import get_peft_model
 from transformers.pytorch_utils import Conv1D
 
 import reference
-from badit.baselines import RIVALS
-from badit.baselines.layer import MixtureLayer
+from badit.baselines import BASELINES
+from badit.baselines.mixture import MixtureLinear
 
 MIXTURES = ("loramoe", "hydralora", "goat")
 SMALL: dict[str, dict[str, Any]] = {
@@ -24,11 +24,11 @@ RANK = 2  # one expert's, in all of the above; the scaling is 2
 
 def config(rival: str, **options: Any) -> Any:
     values = {"lora_dropout": 0.0, "task_type": "CAUSAL_LM", **SMALL[rival], **options}
-    return RIVALS[rival].config_cls(**values)
+    return BASELINES[rival].config_cls(**values)
 
 
-def layers(model: torch.nn.Module) -> list[MixtureLayer]:
-    return [module for module in model.modules() if isinstance(module, MixtureLayer)]
+def layers(model: torch.nn.Module) -> list[MixtureLinear]:
+    return [module for module in model.modules() if isinstance(module, MixtureLinear)]
 
 
 @torch.no_grad()
@@ -69,12 +69,12 @@ def goat_start(W: np.ndarray, num_experts: int, rank: int, scaling: float, rho: 
     return start
 
 
-def gates(layer: MixtureLayer, x: Any) -> np.ndarray:
+def gates(layer: MixtureLinear, x: Any) -> np.ndarray:
     logits = reference.float64(x) @ reference.float64(layer.badit_router["default"]).T
     return reference.expert_gates(logits, "softmax", getattr(layer.badit_config["default"], "top_k", None))
 
 
-def forward(rival: str, layer: MixtureLayer, x: torch.Tensor) -> torch.Tensor:
+def forward(rival: str, layer: MixtureLinear, x: torch.Tensor) -> torch.Tensor:
     """y = W x + b + s Σ_k g_k B_k A_k x, and GOAT's − (s/K) Σ_k B0_k A0_k x, with B0 and A0 worked out anew."""
     options, base = layer.badit_config["default"], layer.get_base_layer()
     W = reference.float64(base.weight.T if isinstance(base, Conv1D) else base.weight)

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 import reference
-from badit.baselines import GoatConfig, LoraMoeConfig
+from badit.baselines.goat import GoatConfig
+from badit.baselines.loramoe import LoraMoeConfig
 from badit.data import AnswerCollator
 from badit.errors import BaditError
 from baselines import naive

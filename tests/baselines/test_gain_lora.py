@@ -18,6 +18,7 @@ from baselines.branch_naive import (
     SECOND,
     adapt,
     adapted,
+    batches,
     config,
     gate,
     layers,
@@ -197,8 +198,7 @@ def test_training_a_second_task_leaves_the_first_one_as_it_was(tiny_model, monke
         model = adapt(tiny_model("llama"), "gainlora", gate_hidden_size=20)
         train(model, *FIRST, projected=projected, steps=5)
         prompt_mask = (torch.arange(5) < 3).expand(4, -1)
-        prompts = model.base_model.prompt_embeddings(FIRST[0], prompt_mask)
-        model.base_model.end_task(prompts)
+        model.base_model.end_task(batches(FIRST[0], prompt_mask))
         with torch.no_grad():
             before = model(input_ids=FIRST[0], prompt_mask=prompt_mask).logits
         model.base_model.next_task()

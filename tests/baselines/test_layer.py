@@ -8,8 +8,9 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import reference
-from badit.baselines.layer import MixtureLinear
+from badit.baselines.mixture import MixtureLinear
 from badit.errors import BaditError
+from badit.tuner.prompt import RoutingContext
 from baselines import naive
 from baselines.naive import MIXTURES, config, randomise
 
@@ -25,7 +26,7 @@ def make(rival, kind="linear", *, dtype=torch.float64, at_start=False, **options
     else:
         base = nn.Linear(IN, OUT, bias=kind == "linear")
     base.requires_grad_(False)
-    layer = MixtureLinear(base.to(dtype), "layer", "default", config(rival, **options))
+    layer = MixtureLinear(base.to(dtype), "layer", RoutingContext(), "default", config(rival, **options))
     layer.set_adapter("default")
     return (layer if at_start else randomise(layer)).eval()
 
@@ -56,7 +57,7 @@ def test_gradients_equal_the_naive_ones(rival):
         run = slice(2 * k, 2 * k + 2)
         y = y + options.scaling * gates[..., k : k + 1] * (x @ (a if rival == "hydralora" else a[run]).T @ b[:, run].T)
     if rival == "goat":
-        a0, b0 = layer.initial_factors("default")
+        a0, b0 = layer.kept_factors("default")
         y = y - options.scaling / options.num_experts * (x @ a0.T @ b0.T)
     upstream = torch.randn(3, 5, OUT, dtype=torch.float64)
     expected = torch.autograd.grad((y * upstream).sum(), [*trained, x])
@@ -98,8 +99,8 @@ def test_goat_starts_from_stretches_of_the_spectrum(kind, rho):
     for (b_k, a_k), (found_b, found_a) in zip(start, found, strict=True):
         torch.testing.assert_close(torch.tensor(found_b @ found_a), torch.tensor(b_k @ a_k), atol=1e-6, rtol=1e-5)
         torch.testing.assert_close(torch.tensor(abs(found_a)), torch.tensor(abs(a_k)), atol=1e-5, rtol=1e-5)
-    assert torch.equal(layer.initial_factors("default")[0], a)
-    assert torch.equal(layer.initial_factors("default")[1], b)
+    assert torch.equal(layer.kept_factors("default")[0], a)
+    assert torch.equal(layer.kept_factors("default")[1], b)
 
 
 def test_goat_at_step_0_is_as_far_from_the_base_layer_as_it_says():
@@ -123,7 +124,7 @@ def test_goat_at_step_0_is_as_far_from_the_base_layer_as_it_says():
 @pytest.mark.parametrize("top_k", [1, 2, 3])
 def test_goat_uses_top_k_experts_a_token_and_keeps_all_in_the_graph(top_k):
     layer, x = make("goat", top_k=top_k), batch()
-    gates = layer._component_gates("default", x)[..., ::2]
+    gates = layer.component_gates("default", x)[..., ::2]
     assert ((gates > 0).sum(dim=-1) == top_k).all()
     torch.testing.assert_close(gates.sum(dim=-1), torch.ones(3, 5))
     layer(x).sum().backward()
@@ -151,4 +152,4 @@ def test_dropout_acts_in_training_only_and_not_on_the_gates():
     assert torch.equal(layer(x), layer(x))
     layer.train()
     assert not torch.equal(layer(x), layer(x))
-    assert torch.equal(layer._component_gates("default", x), layer._component_gates("default", x))
+    assert torch.equal(layer.component_gates("default", x), layer.component_gates("default", x))

@@ -12,14 +12,13 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 
-from badit.baselines import RIVALS, batch_of_tasks
+from badit.baselines import BASELINES
 from badit.errors import BaditError
+from badit.evaluate import evaluate, load_run, train_and_score
+from badit.methods import AdapterMethod, build_method
 from badit.recipe import build_recipe
-from badit.runs import RunFolder
-from badit.training.method import AdapterMethod
-from badit.training.methods import build_method
-from badit.training.run import train
-from badit.training.scoring import evaluate, load_run
+from badit.run import Run
+from badit.tuner import hooks_of
 from baselines.naive import SMALL
 from tuner.helpers import padded, random_rows
 
@@ -28,25 +27,25 @@ pytestmark = pytest.mark.filterwarnings("ignore:Could not find a config file in 
 
 Values = dict[str, Any]
 OPTIONS: dict[str, Values] = {
-    **SMALL, **{name: {"r": 4, "lora_alpha": 8, "lora_dropout": 0.1} for name in RIVALS if name not in SMALL}
+    **SMALL, **{name: {"r": 4, "lora_alpha": 8, "lora_dropout": 0.1} for name in BASELINES if name not in SMALL}
 }  # fmt: skip
-FROM_PEFT = [name for name, rival in RIVALS.items() if rival.config_cls is LoraConfig]
+FROM_PEFT = [name for name, rival in BASELINES.items() if rival.config_cls is LoraConfig]
 TASKS = ["cities", "rivers"]
 IDS, MASK = padded(random_rows(6, 11, 9))
 ROWS = ["rivers", "cities", "cities"]
 
 
 def logits(model: Any) -> torch.Tensor:
-    with torch.no_grad(), batch_of_tasks(model, ROWS):
+    with torch.no_grad(), hooks_of(model).rows_of(ROWS):
         return model(input_ids=IDS, attention_mask=MASK).logits[MASK.bool()]
 
 
 def test_the_names() -> None:
     mixed = {"lora", "pissa", "olora", "dora", "rslora", "loramoe", "hydralora", "goat", "mtl-lora"}
-    assert set(RIVALS) == mixed | {"o-lora", "gainlora", "sapt"}
+    assert set(BASELINES) == mixed | {"o-lora", "gainlora", "sapt"}
 
 
-@pytest.mark.parametrize("name", RIVALS)
+@pytest.mark.parametrize("name", BASELINES)
 def test_a_run(recipe_values: Values, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     recipe = build_recipe({**recipe_values, "method": {"name": name, **OPTIONS[name]}})
     trained: list[Any] = []
@@ -57,16 +56,16 @@ def test_a_run(recipe_values: Values, tmp_path: Path, monkeypatch: pytest.Monkey
         return trained[-1]
 
     monkeypatch.setattr(AdapterMethod, "apply", kept)
-    scores = train(recipe, progress=False)
+    scores = train_and_score(recipe, progress=False)
     assert set(scores["tasks"]) == {"cities", "rivers"}
     losses = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert losses[10]["loss"] < losses[0]["loss"]
     tensors = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
     assert all("gate_proj" in key or "badit_gate" in key for key in tensors)
     assert evaluate(tmp_path / "run", progress=False) == scores
-    loaded, _ = load_run(RunFolder.existing(tmp_path / "run"))
+    loaded, _ = load_run(Run.existing(tmp_path / "run"))
     trained[0].eval()
-    with torch.no_grad(), batch_of_tasks(loaded, ROWS), batch_of_tasks(trained[0], ROWS):
+    with torch.no_grad(), hooks_of(loaded).rows_of(ROWS), hooks_of(trained[0]).rows_of(ROWS):
         assert torch.equal(loaded(input_ids=IDS % 60).logits, trained[0](input_ids=IDS % 60).logits)
 
 
@@ -77,23 +76,23 @@ def test_an_interrupted_run_ends_as_one_that_was_not(
     from training.trainers import StopAt
 
     values = {**recipe_values, "method": {"name": name, **OPTIONS[name]}}
-    expected = train(build_recipe({**values, "output": str(tmp_path / "whole")}), progress=False)
+    expected = train_and_score(build_recipe({**values, "output": str(tmp_path / "whole")}), progress=False)
     with monkeypatch.context() as patch:
         own = AdapterMethod.callbacks
         patch.setattr(AdapterMethod, "callbacks", lambda self, run: [*own(self, run), StopAt(8)])
         with pytest.raises(KeyboardInterrupt):
-            train(build_recipe(values), progress=False)
-    assert train(build_recipe(values), progress=False) == expected
+            train_and_score(build_recipe(values), progress=False)
+    assert train_and_score(build_recipe(values), progress=False) == expected
     one, other = (load_file(tmp_path / run / "adapter/adapter_model.safetensors") for run in ("whole", "run"))
     assert all(torch.equal(one[key], other[key]) for key in one)
 
 
-@pytest.mark.parametrize("name", RIVALS)
+@pytest.mark.parametrize("name", BASELINES)
 def test_every_option_reaches_the_configuration(name: str) -> None:
     options = {**OPTIONS[name], "target_modules": ["q_proj"], "lora_dropout": 0.3}
     config = build_method({"name": name, **options}).config
-    assert isinstance(config, RIVALS[name].config_cls)
-    for key, value in {**options, **RIVALS[name].settled, "target_modules": {"q_proj"}}.items():
+    assert isinstance(config, BASELINES[name].config_cls)
+    for key, value in {**options, **BASELINES[name].settled, "target_modules": {"q_proj"}}.items():
         assert getattr(config, key) == value
 
 
@@ -112,7 +111,7 @@ def test_published_defaults() -> None:
     [
         (
             {"name": "hidralora"},
-            r"unknown method 'hidralora' \(did you mean 'hydralora'\?\); known: badit, lora, pissa",
+            r"unknown method 'hidralora' \(did you mean 'hydralora'\?\); known: badit, gainlora, goat",
         ),
         ({"name": ["goat"]}, r"unknown method \['goat'\]"),
         (
@@ -140,7 +139,7 @@ def test_mistakes_are_named_on_one_line(method: Values, message: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("name", RIVALS)
+@pytest.mark.parametrize("name", BASELINES)
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3"])
 def test_step_0_in_several_families(tiny_model: Any, name: str, family: str) -> None:
     options = {**OPTIONS[name], **({"fan_in_fan_out": True} if family == "gpt2" and name in FROM_PEFT else {})}
@@ -194,6 +193,6 @@ def test_the_quick_pissa_cannot_be_loaded_exactly(tiny_model: Any, tmp_path: Pat
 
 
 def test_the_options_are_the_fields_that_the_name_leaves_open() -> None:
-    for name, rival in RIVALS.items():
+    for name, rival in BASELINES.items():
         fields = {field.name for field in dataclasses.fields(rival.config_cls)}
         assert rival.settled.keys() <= fields, name

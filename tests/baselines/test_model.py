@@ -7,9 +7,10 @@ import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, PeftModel, PeftType
 
-from badit.baselines import RIVALS, MixtureModel
+from badit.baselines import BASELINES
+from badit.baselines.mixture import MixtureModel
 from badit.errors import BaditError
-from badit.tuner import registration
+from badit.tuner.model import register
 from baselines.naive import MIXTURES, adapt, adapted, config, layers, randomise
 from tuner.helpers import enable_checkpointing, forward, padded, random_rows
 
@@ -185,6 +186,6 @@ def test_copies_and_names(tiny_model):
     assert torch.equal(logits(copy.deepcopy(model)), logits(model))
     assert "badit.MixtureLinear" in repr(model)
     for rival in MIXTURES:
-        config_cls = RIVALS[rival].config_cls
-        registration.register(config_cls, MixtureModel)  # again, which changes nothing
+        config_cls = BASELINES[rival].config_cls
+        register(config_cls, MixtureModel)  # again, which changes nothing
         assert config_cls().peft_type is PeftType[f"BADIT_{rival.upper()}"]

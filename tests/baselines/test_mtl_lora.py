@@ -15,10 +15,11 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import reference
-from badit.baselines import RIVALS, MtlLoraConfig, MtlLoraModel, batch_of_tasks
-from badit.baselines.mtl_lora import MtlLoraLinear
+from badit.baselines import BASELINES
+from badit.baselines.mtl_lora import MtlLoraConfig, MtlLoraLinear, MtlLoraModel
 from badit.errors import BaditError
-from badit.tuner import registration
+from badit.tuner import hooks_of
+from badit.tuner.model import register
 from tuner.helpers import enable_checkpointing, forward, padded, random_rows
 
 pytestmark = pytest.mark.filterwarnings("ignore:Could not find a config file in  - :UserWarning")  # PEFT 0.19
@@ -100,7 +101,7 @@ def naive(layer, x, rows):
 
 
 def logits(model, rows=tuple(ROWS)):
-    with torch.no_grad(), batch_of_tasks(model, rows):
+    with torch.no_grad(), hooks_of(model).rows_of(rows):
         return forward(model, IDS, MASK).logits
 
 
@@ -124,7 +125,7 @@ def gradients(model):
 def test_forward_equals_the_formula(kind, rows, with_positions):
     model = one_layer(kind)
     layer, x = layers(model)[0], torch.randn(len(rows), *([5] if with_positions else []), IN, dtype=torch.float64)
-    with batch_of_tasks(model, rows):
+    with hooks_of(model).rows_of(rows):
         found = model(x)
     torch.testing.assert_close(found, naive(layer, x, rows), atol=1e-6, rtol=1e-6)
     assert (found - layer.get_base_layer()(x)).abs().mean() > 1e-4
@@ -141,7 +142,7 @@ def test_gradients_equal_the_naive_ones():
         y.append(layer.get_base_layer()(x[row]) + 2.0 * x[row] @ (mixed @ lambda_[task] @ a).T)
     upstream = torch.randn(3, 5, OUT, dtype=torch.float64)
     expected = torch.autograd.grad((torch.stack(y) * upstream).sum(), [*trained, x])
-    with batch_of_tasks(model, ROWS):
+    with hooks_of(model).rows_of(ROWS):
         found = torch.autograd.grad((model(x) * upstream).sum(), [*trained, x])
     for ours, theirs in zip(found, expected, strict=True):
         assert theirs.abs().max() > 1e-3
@@ -155,8 +156,8 @@ def test_gradients_equal_the_naive_ones():
 def test_the_temperature_sharpens():
     sharp, even = one_layer(temperature=1e-3), one_layer(temperature=1e3)
     for model, largest in ((sharp, 1.0), (even, 1 / 3)):
-        with batch_of_tasks(model, ROWS):
-            gates = layers(model)[0]._component_gates("default", torch.zeros(3, 5, IN))
+        with hooks_of(model).rows_of(ROWS):
+            gates = layers(model)[0].component_gates("default", torch.zeros(3, 5, IN))
         assert gates.shape == (3, 1, 6)
         torch.testing.assert_close(gates[..., ::2].amax(dim=-1), torch.full((3, 1), largest), atol=1e-3, rtol=0)
 
@@ -175,7 +176,7 @@ def test_the_start(tiny_model):
 
 def test_dropout_acts_in_training_only():
     model, x = one_layer(lora_dropout=0.5), torch.randn(3, 5, IN, dtype=torch.float64)
-    with batch_of_tasks(model, ROWS):
+    with hooks_of(model).rows_of(ROWS):
         assert torch.equal(model(x), model(x))
         model.train()
         assert not torch.equal(model(x), model(x))
@@ -191,21 +192,24 @@ def test_a_mixed_batch_is_its_rows_one_by_one(tiny_model, family):
     together = logits(model)
     assert (together - logits(model, ["seas"] * 3)).abs().max() > 1e-3
     options = {"max_new_tokens": 4, "do_sample": False}
-    with batch_of_tasks(model, ROWS):
+    with hooks_of(model).rows_of(ROWS):
         generated = model.generate(input_ids=IDS, attention_mask=MASK, **options)
         assert torch.equal(generated, model.generate(input_ids=IDS, attention_mask=MASK, use_cache=False, **options))
     for row, (length, name) in enumerate(zip((6, 11, 9), ROWS, strict=True)):
         ids = IDS[row : row + 1, -length:]
-        with batch_of_tasks(model, [name]):
+        with hooks_of(model).rows_of([name]):
             torch.testing.assert_close(together[row, -length:], model(input_ids=ids).logits[0], atol=1e-4, rtol=1e-4)
             assert torch.equal(generated[row, -4:], model.generate(input_ids=ids, **options)[0, -4:])
 
 
 def test_beams_are_rows(tiny_model):
     model, options = adapted(tiny_model("llama")), {"num_beams": 2, "max_new_tokens": 3, "do_sample": False}
-    with batch_of_tasks(model, ROWS), pytest.raises(BaditError, match=r"sees 6 rows, but 3 tasks are given.*each beam"):
+    with (
+        hooks_of(model).rows_of(ROWS),
+        pytest.raises(BaditError, match=r"sees 6 rows, but 3 tasks are given.*each beam"),
+    ):
         model.generate(input_ids=IDS, attention_mask=MASK, **options)
-    with batch_of_tasks(model, [name for name in ROWS for _ in range(2)]):
+    with hooks_of(model).rows_of([name for name in ROWS for _ in range(2)]):
         assert model.generate(input_ids=IDS, attention_mask=MASK, **options).shape == (3, 14)
 
 
@@ -213,24 +217,26 @@ def test_a_batch_without_its_tasks_is_refused(tiny_model):
     model = adapted(tiny_model("llama"))
     unknown = r"has learnt no task 'river' \(did you mean 'rivers'\?\): see its config's tasks"
     for names, message in ((None, "this batch does not say"), (["cities", "river"], unknown)):
-        with pytest.raises(BaditError, match=message), batch_of_tasks(model, names):
+        with pytest.raises(BaditError, match=message), hooks_of(model).rows_of(names):
             pass
     for door in (model, model.base_model, model.get_base_model()):
-        with pytest.raises(BaditError, match=r"each row's task: run the model within batch_of_tasks\(model, names\)"):
+        with pytest.raises(
+            BaditError, match=r"each row's task: run it within badit\.tuner\.hooks_of\(model\)\.rows_of\(names\)"
+        ):
             door(input_ids=IDS)
         for names in ([], ["cities"] * 2):
-            with batch_of_tasks(door, names), pytest.raises(BaditError, match=f"3 rows, but {len(names)} tasks"):
+            with hooks_of(model).rows_of(names), pytest.raises(BaditError, match=f"3 rows, but {len(names)} tasks"):
                 door(input_ids=IDS)
-        with batch_of_tasks(door, ROWS):
+        with hooks_of(model).rows_of(ROWS):
             door(input_ids=IDS)
 
 
 def test_contexts_nest_and_end_with_an_error(tiny_model):
     model = adapted(tiny_model("llama"))
     outer, inner = logits(model), logits(model, ["seas"] * 3)
-    with batch_of_tasks(model, ROWS):
+    with hooks_of(model).rows_of(ROWS):
         assert torch.equal(logits(model, ["seas"] * 3), inner)
-        with pytest.raises(BaditError, match="3 rows, but 1 tasks"), batch_of_tasks(model, ["seas"]):
+        with pytest.raises(BaditError, match="3 rows, but 1 tasks"), hooks_of(model).rows_of(["seas"]):
             forward(model, IDS, MASK)
         assert torch.equal(forward(model, IDS, MASK).logits, outer)
     with pytest.raises(BaditError, match="each row's task"):
@@ -243,7 +249,7 @@ def test_other_models_need_no_tasks(tiny_model):
     with model.disable_adapter():
         assert torch.equal(logits(model, None), base)
     assert torch.equal(logits(model.unload(), None), base)
-    hydra = RIVALS["hydralora"].config_cls(task_type="CAUSAL_LM")
+    hydra = BASELINES["hydralora"].config_cls(task_type="CAUSAL_LM")
     assert torch.equal(logits(get_peft_model(tiny_model("llama"), hydra).eval(), ["of any name"]), base)
 
 
@@ -261,7 +267,7 @@ def test_training_changes_its_own_parameters_alone_from_the_base_model_on(tiny_m
     losses = []
     for _ in range(5):
         optimizer.zero_grad()
-        with batch_of_tasks(model, ROWS):
+        with hooks_of(model).rows_of(ROWS):
             losses.append(loss(model))
         losses[-1].backward()
         optimizer.step()
@@ -279,7 +285,7 @@ def test_from_weights_that_are_all_alike_the_Bs_would_never_part(tiny_model, ali
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
     for _ in range(3):
         optimizer.zero_grad()
-        with batch_of_tasks(model, ROWS):
+        with hooks_of(model).rows_of(ROWS):
             loss(model).backward()
         optimizer.step()
     for layer in layers(model):
@@ -301,9 +307,9 @@ def test_gradient_checkpointing_changes_no_gradient(tiny_model, reentrant, withi
             enable_checkpointing(model, reentrant)
         total = 0
         for weight, rows in ((1.0, ROWS), (3.0, ["seas"] * 3)):
-            with batch_of_tasks(model, rows):
+            with hooks_of(model).rows_of(rows):
                 total = total + weight * loss(model, use_cache=False)
-        with batch_of_tasks(model, ["cities"]) if within else nullcontext():
+        with hooks_of(model).rows_of(["cities"]) if within else nullcontext():
             total.backward()
         found.append(gradients(model))
     assert found[0].keys() == found[1].keys()
@@ -375,7 +381,7 @@ def test_a_copy_has_tasks_of_its_own(tiny_model):
     model = adapted(tiny_model("llama"))
     copied = copy.deepcopy(model)
     assert torch.equal(logits(copied), logits(model))
-    with batch_of_tasks(model, ROWS), pytest.raises(BaditError, match="each row's task"):
+    with hooks_of(model).rows_of(ROWS), pytest.raises(BaditError, match="each row's task"):
         forward(copied, IDS, MASK)
     assert "badit.MtlLoraLinear" in repr(copied)
 
@@ -416,6 +422,6 @@ def test_the_tasks_may_be_set_before_the_adapter_is_made_and_not_left_out(tiny_m
 def test_published_defaults_and_name():
     options = MtlLoraConfig()
     assert (options.num_experts, options.r, options.temperature, options.scaling) == (3, 8, 0.1, 8)
-    registration.register(MtlLoraConfig, MtlLoraModel)  # again, which changes nothing
+    register(MtlLoraConfig, MtlLoraModel)  # again, which changes nothing
     assert options.peft_type is PeftType["BADIT_MTL_LORA"]
-    assert RIVALS["mtl-lora"].config_cls is MtlLoraConfig
+    assert BASELINES["mtl-lora"].config_cls is MtlLoraConfig

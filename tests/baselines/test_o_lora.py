@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 
-from badit.baselines import OLoraConfig
+from badit.baselines.o_lora import OLoraConfig
 from badit.data import AnswerCollator
 from badit.errors import BaditError
 from baselines import branch_naive as naive

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 from peft import get_peft_model
 
-from badit.cli import demo, main
+from badit import demo
+from badit.cli import main
+from badit.methods import build_method
 from badit.recipe import build_recipe
-from badit.training.methods import build_method
 
 
 def test_lora_and_badit_train_as_many_parameters(smollm2: tuple[Any, Any]) -> None:
@@ -44,7 +45,7 @@ def test_the_demo_shows_scores_budget_angles_and_samples(
     recipe_values: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     def tiny(method: dict[str, Any], output: str, epochs: float, seed: int) -> dict[str, Any]:
-        training = {**recipe_values["training"], "epochs": epochs, "seed": seed}
+        training = {**recipe_values["training"], "num_train_epochs": epochs, "seed": seed}
         return {**recipe_values, "method": method, "training": training, "output": output}
 
     methods = {

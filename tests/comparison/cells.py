@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from badit.comparison import worker
-from badit.comparison.compare import compare
-from badit.comparison.worker import ERROR
+from badit import worker
 from badit.recipe import build_recipe
+from badit.worker import ERROR
+
+compare_module = import_module("badit.compare")  # badit.compare is the function
 
 Values = dict[str, Any]
 
@@ -19,7 +21,7 @@ def comparison_values(material: Path, output: Path, **compare: Any) -> Values:
     return {
         "model": {"name": str(material / "model"), "dtype": "float32"},
         "data": {"source": str(material / "tasks.jsonl"), "validation_per_task": 2},
-        "training": {"max_steps": 2, "batch_size": 4, "learning_rate": 0.01},
+        "training": {"max_steps": 2, "per_device_train_batch_size": 4, "learning_rate": 0.01},
         "evaluation": {"batch_size": 8, "max_new_tokens": 2},
         "compare": {"methods": methods, "seeds": [0], **compare},
         "output": str(output),
@@ -55,4 +57,4 @@ def by_status(results: Values, **wanted: Any) -> list[str]:
 
 def compared(values: Values, **options: Any) -> Values:
     """The results of a comparison, which reports to nobody unless it is told to."""
-    return compare(build_recipe(values), **{"report": lambda line: None, **options})
+    return compare_module.compare(build_recipe(values), **{"report": lambda line: None, **options})

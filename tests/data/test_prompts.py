@@ -1,6 +1,9 @@
+"""From a task's instance to token ids, and from a conversation to rows."""
+
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -8,12 +11,13 @@ from hypothesis import strategies as st
 
 from badit.data import (
     Instance,
+    answer_rows,
     build_prompt,
     encode_answer,
     encode_example,
     encode_prompt,
     end_of_turn_id,
-    example_length,
+    own_input,
     prompt_text,
 )
 from badit.errors import BaditError
@@ -25,40 +29,32 @@ PLAIN, CHAT, BRACKETED = (make_tokenizer(chat_template=template) for template in
 ALL = pytest.mark.parametrize("tokenizer", [PLAIN, CHAT, BRACKETED], ids=["plain", "chatml", "brackets"])
 
 
-def test_the_text_with_the_definition_alone():
-    assert prompt_text(TASK, FRANCE) == (
-        "Answer with the capital of the country.\n\nNow complete the following example -\nInput: France\nOutput: "
-    )
-
-
-def test_the_text_with_two_demonstrations():
+def test_the_text_without_and_with_demonstrations():
+    text = "Answer with the capital of the country.\n\nNow complete the following example -\nInput: France\nOutput: "
+    assert prompt_text(TASK, FRANCE) == text
+    assert own_input(text) == "France"
     assert prompt_text(TASK, FRANCE, "def+pos2") == (
         "Answer with the capital of the country.\n\n"
         " Positive Example 1 -\nInput: Italy\n Output: Rome\n\n"
         " Positive Example 2 -\nInput: Peru\n Output: Lima\n\n"
         "Now complete the following example -\nInput: France\nOutput: "
     )
-
-
-def test_more_demonstrations_than_there_are_show_all():
-    assert prompt_text(TASK, FRANCE, "def+pos9") == prompt_text(TASK, FRANCE, "def+pos2")
+    assert prompt_text(TASK, FRANCE, "def+pos9") == prompt_text(TASK, FRANCE, "def+pos2"), "all that there are"
     assert "Peru" not in prompt_text(TASK, FRANCE, "def+pos1")
 
 
-@pytest.mark.parametrize("encoding", ["def+pos0", "def+pos10", "def+pos", "pos2", "", "Def"])
-def test_an_unknown_encoding_is_refused(encoding):
-    with pytest.raises(BaditError, match="encoding: unknown"):
+@pytest.mark.parametrize("encoding", ["def+pos0", "def+pos10", "def+pos", "def-pos2", "", "Def"])
+def test_an_unknown_encoding_is_refused_and_the_nearest_named(encoding):
+    with pytest.raises(BaditError, match="encoding: unknown") as caught:
         prompt_text(TASK, FRANCE, encoding)
-
-
-def test_a_misspelt_encoding_names_the_nearest():
-    with pytest.raises(BaditError, match=r"did you mean 'def\+pos2'"):
-        prompt_text(TASK, FRANCE, "def-pos2")  # pyright: ignore[reportArgumentType]
+    assert ("did you mean 'def+pos2'" in str(caught.value)) == (encoding == "def-pos2")
 
 
 def test_the_plain_prompt_is_bos_and_the_text():
     ids = encode_prompt(PLAIN, build_prompt(TASK, FRANCE), max_source_tokens=100)
     assert PLAIN.decode(ids) == "<s>" + prompt_text(TASK, FRANCE)
+    own = encode_prompt(PLAIN, "<s>France", max_source_tokens=100)
+    assert own.count(PLAIN.bos_token_id) == 1, "a text that starts with BOS gets no other"
 
 
 def test_the_chat_prompt_is_the_users_turn_and_the_assistants_header():
@@ -72,28 +68,20 @@ def test_the_chat_prompt_is_the_users_turn_and_the_assistants_header():
 def test_never_two_bos_and_never_eos_after_the_prompt(adds, template):
     tokenizer = make_tokenizer(adds=adds, chat_template=template)
     ids = encode_prompt(tokenizer, build_prompt(TASK, FRANCE), max_source_tokens=100)
-    expected = 1 if template or adds != "$A" else 0
-    assert ids.count(tokenizer.bos_token_id) == expected
+    assert ids.count(tokenizer.bos_token_id) == (1 if template or adds != "$A" else 0)
     assert tokenizer.eos_token_id not in ids
 
 
-def test_a_text_that_starts_with_bos_gets_no_other():
-    ids = encode_prompt(PLAIN, "<s>France", max_source_tokens=100)
-    assert ids.count(PLAIN.bos_token_id) == 1
-
-
 def test_never_ignores_the_template_and_always_needs_one():
-    prompt = build_prompt(TASK, FRANCE)
-    assert encode_prompt(CHAT, prompt, max_source_tokens=99, chat_template="never") == encode_prompt(
-        PLAIN, prompt, max_source_tokens=99
-    )
-    assert encode_prompt(CHAT, prompt, max_source_tokens=99, chat_template="always") == encode_prompt(
-        CHAT, prompt, max_source_tokens=99
-    )
+    def encoded(tokenizer: Any, **options: Any) -> list[int]:
+        return encode_prompt(tokenizer, build_prompt(TASK, FRANCE), max_source_tokens=99, **options)
+
+    assert encoded(CHAT, chat_template="never") == encoded(PLAIN)
+    assert encoded(CHAT, chat_template="always") == encoded(CHAT)
     with pytest.raises(BaditError, match="has none"):
-        encode_prompt(PLAIN, prompt, max_source_tokens=99, chat_template="always")
+        encoded(PLAIN, chat_template="always")
     with pytest.raises(BaditError, match="did you mean 'never'"):
-        encode_prompt(PLAIN, prompt, max_source_tokens=99, chat_template="nevr")  # pyright: ignore[reportArgumentType]
+        encoded(PLAIN, chat_template="nevr")
 
 
 @ALL
@@ -110,27 +98,21 @@ def test_truncation_keeps_the_definition_and_the_end(tokenizer, text, limit):
 
 
 @ALL
-def test_a_long_input_uses_the_room_it_has(tokenizer):
+def test_a_long_input_uses_the_room_it_has_and_a_long_definition_gives_way_too(tokenizer):
     instance = Instance(id="x", input="France and Italy " * 500, outputs=("Paris",))
-    ids = encode_prompt(tokenizer, build_prompt(TASK, instance), max_source_tokens=100)
     frame = len(encode_prompt(tokenizer, "", max_source_tokens=1))
-    assert 95 <= len(ids) - frame <= 100
+    assert 95 <= len(encode_prompt(tokenizer, build_prompt(TASK, instance), max_source_tokens=100)) - frame <= 100
 
-
-@ALL
-def test_a_long_head_gives_way_too(tokenizer):
     task = make_task().model_copy(update={"definition": "Name the capital. " * 200})
-    ids = encode_prompt(tokenizer, build_prompt(task, FRANCE), max_source_tokens=30)
-    text = tokenizer.decode(ids)
+    text = tokenizer.decode(encode_prompt(tokenizer, build_prompt(task, FRANCE), max_source_tokens=30))
     assert "Name the capital. Name" in text
     assert "\nOutput: " in text
     assert "France" not in text
 
 
 def test_no_room_for_the_end_is_refused():
-    with pytest.raises(BaditError, match="max_source_tokens: 1 has no room") as caught:
+    with pytest.raises(BaditError, match="max_source_tokens: 1 has no room"):
         encode_prompt(PLAIN, build_prompt(TASK, FRANCE), max_source_tokens=1)
-    assert "\n" not in str(caught.value)
 
 
 def test_a_plain_string_is_cut_at_its_end():
@@ -152,13 +134,8 @@ def test_the_end_of_turn_is_what_the_template_writes(template, end):
     tokenizer = make_tokenizer(chat_template=template)
     assert end_of_turn_id(tokenizer) == tokenizer.convert_tokens_to_ids(end)
     assert end_of_turn_id(tokenizer, "never") == tokenizer.eos_token_id
-
-
-def test_a_changed_template_changes_the_end_of_turn():
-    tokenizer = make_tokenizer(chat_template=CHATML)
-    before = end_of_turn_id(tokenizer)
     tokenizer.chat_template = BRACKETS
-    assert end_of_turn_id(tokenizer) == tokenizer.eos_token_id != before
+    assert end_of_turn_id(tokenizer) == tokenizer.eos_token_id, "a changed template counts"
 
 
 def test_no_end_at_all_is_refused():
@@ -180,6 +157,7 @@ def test_an_answer_is_cut_and_then_ended(tokenizer):
 @settings(max_examples=30, deadline=None)
 @given(text=st.text(max_size=200), answer=st.text(max_size=60))
 def test_an_example_is_the_evaluations_prompt_and_then_the_whole_answer(tokenizer, text, answer):
+    before = (tokenizer.special_tokens_map, tokenizer.chat_template, len(tokenizer), tokenizer.pad_token)
     instance = Instance(id="x", input=text, outputs=(answer, "another"))
     lengths = {"max_source_tokens": 60, "max_answer_tokens": 20}
     trained = encode_example(tokenizer, TASK, instance, **lengths)
@@ -189,12 +167,32 @@ def test_an_example_is_the_evaluations_prompt_and_then_the_whole_answer(tokenize
     assert asked["labels"] == [-100] * n
     assert trained["labels"] == [-100] * n + trained["input_ids"][n:]
     assert trained["input_ids"][n:] == encode_answer(tokenizer, answer, max_answer_tokens=20)
-    assert example_length(trained) == len(trained["labels"])
     assert trained["task"] == "capitals"
-
-
-@ALL
-def test_encoding_leaves_the_tokenizer_as_it_was(tokenizer):
-    before = (tokenizer.special_tokens_map, tokenizer.chat_template, len(tokenizer), tokenizer.pad_token)
-    encode_example(tokenizer, TASK, FRANCE)
     assert (tokenizer.special_tokens_map, tokenizer.chat_template, len(tokenizer), tokenizer.pad_token) == before
+
+
+SYSTEM = {"role": "system", "content": "Be brief."}
+USER = {"role": "user", "content": "Which city?"}
+ANSWER = {"role": "assistant", "content": "Rome."}
+LATER = {"role": "assistant", "content": "Lima.", "tool_calls": []}
+
+
+def test_each_answer_of_a_chat_has_all_that_came_before_it():
+    assert answer_rows([SYSTEM, USER, ANSWER, USER, LATER, USER]) == [
+        {"prompt": [SYSTEM, USER], "completion": [ANSWER]},
+        {"prompt": [SYSTEM, USER, ANSWER, USER], "completion": [LATER]},
+    ]
+    assert answer_rows([USER]) == answer_rows([]) == []
+
+
+@pytest.mark.parametrize(
+    ("messages", "problem"),
+    [
+        ([ANSWER, USER], "the assistant speaks first"),
+        ([USER, {"content": "Rome."}], "message 1 must have a role"),
+        ([USER, "Rome."], "message 1 must have a role"),
+    ],
+)
+def test_what_is_no_chat_is_refused(messages, problem):
+    with pytest.raises(BaditError, match=problem):
+        answer_rows(messages)

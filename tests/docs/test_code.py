@@ -11,9 +11,9 @@ from transformers import AutoModelForCausalLM
 
 from badit.analysis.analyze import analyze
 from badit.cli import main
+from badit.export import export
 from badit.recipe import build_recipe
-from badit.serving.export import export
-from badit.training.run import fit
+from badit.train import fit
 from docs.pages import ROOT, Page, pages
 
 _BLOCK = re.compile(r"^```(python|sh)\n(.*?)^```", flags=re.DOTALL | re.MULTILINE)
@@ -40,7 +40,7 @@ def finished(material: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             "model": {"name": str(material / "model"), "dtype": "float32"},
             "data": {"source": str(material / "tasks.jsonl")},
             "method": {"name": "badit", "num_experts": 4, "r": 2, "regroup": {"every": 2}},
-            "training": {"max_steps": 4, "batch_size": 4, "learning_rate": 0.01, "log_every": 1},
+            "training": {"max_steps": 4, "per_device_train_batch_size": 4, "learning_rate": 0.01, "logging_steps": 1},
             "evaluation": {"batch_size": 4, "max_new_tokens": 4},
             "output": str(folder / "runs" / "mine"),
         }

@@ -13,10 +13,10 @@ from peft import LoraConfig, PeftConfig
 from pydantic import BaseModel
 
 from badit import BaditConfig, RegroupCallback
-from badit.baselines import RIVALS
+from badit.baselines import BASELINES
+from badit.methods import NeuronOptions
 from badit.recipe import Recipe, load_recipe
-from badit.training.method import NeuronOptions
-from badit.tuner.base_config import FORMAT_FIELD, ExpertConfig
+from badit.tuner.config import FORMAT_FIELD, ExpertConfig
 from docs.pages import ROOT, Page
 
 # Rows: an option, its default and, of a recipe's, the value in the paper's recipes.
@@ -25,7 +25,9 @@ ROWS = re.findall(
 )
 HERE = {option: value for option, value, _ in ROWS}
 SECTIONS = [name for name, field in Recipe.model_fields.items() if isinstance(field.default, BaseModel)]
-CONFIGS = {cls.__name__: cls for cls in (BaditConfig, NeuronOptions, *(rival.config_cls for rival in RIVALS.values()))}
+CONFIGS = {
+    cls.__name__: cls for cls in (BaditConfig, NeuronOptions, *(rival.config_cls for rival in BASELINES.values()))
+}
 
 
 def fields(cls: Any) -> dict[str, Any]:
@@ -67,7 +69,7 @@ def test_the_page_has_every_default() -> None:
     wanted = {f"BaditConfig.{name}" for name in fields(BaditConfig).keys() - peft}
     wanted |= {f"RegroupCallback.{name}" for name in inspect.signature(RegroupCallback).parameters}
     wanted |= {f"{section}.{name}" for section in SECTIONS for name in type(getattr(Recipe(), section)).model_fields}
-    for rival in RIVALS.values():
+    for rival in BASELINES.values():
         if issubclass(rival.config_cls, ExpertConfig):
             own = fields(rival.config_cls).items() - fields(ExpertConfig).items()
             wanted |= {f"{rival.config_cls.__name__}.{name}" for name, _ in own if name not in peft}

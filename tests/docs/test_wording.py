@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import re
 
-from badit.report.sections import SECTIONS
+from badit.report.page import SECTIONS
 from docs.pages import ROOT, Page
 
 ELLIPSIS = "…"

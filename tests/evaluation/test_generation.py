@@ -5,10 +5,9 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from badit import BaditConfig
+from badit import BaditConfig, generation
 from badit.errors import BaditError
-from badit.evaluation import generation
-from badit.evaluation.generation import generate_answers, stream_answer
+from badit.generation import generate_answers, stream_answer
 from data.examples import make_tokenizer
 from tuner.helpers import randomise
 

@@ -15,11 +15,8 @@ from pathlib import Path
 import atheris
 
 with atheris.instrument_imports(include=["badit"]):
-    from badit.cli import table, tasks, train  # noqa: F401
-    from badit.data import readers  # noqa: F401
+    from badit.adapters import tensor_shapes
     from badit.errors import BaditError
-    from badit.evaluation import results  # noqa: F401
-    from badit.training.adapter_files import tensor_shapes
 
 from fuzz.command import ends_well
 from fuzz.test_tasks import LAYOUTS, write

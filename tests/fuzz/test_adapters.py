@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from badit.recipe import build_recipe
-from badit.training.run import fit
+from badit.train import fit
 from fuzz.command import cases, ends_well
 from fuzz.damage import REPLACEMENTS, as_json, damaged_bytes, damaged_value
 
@@ -33,7 +33,7 @@ def runs(material: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     values = {
         "model": {"name": str(material / "model"), "dtype": "float32"},
         "data": {"source": str(material / "tasks.jsonl")},
-        "training": {"max_steps": 1, "batch_size": 2},
+        "training": {"max_steps": 1, "per_device_train_batch_size": 2},
     }
     output = tmp_path_factory.mktemp("runs")
     recipes = {name: {**values, "method": method, "output": str(output / name)} for name, method in METHODS.items()}

@@ -1,20 +1,20 @@
-"""Synthetic runs: every table of an analysis and every file of a run's folder, with the shapes that real ones have."""
+"""Synthetic runs: every table of an analysis and every file of a run's folder."""
 
 from __future__ import annotations
 
 import itertools
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import yaml
 
-from badit.analysis.tables import TidyTable, Value
-from badit.report.contract import TABLES
+from badit.analysis.tables import TABLES, save_frame
 
 TASKS = (
     "task002_quoref_answer_generation",
@@ -23,19 +23,7 @@ TASKS = (
     "task1590_diplomacy_text_generation",
     "task363_sst2_polarity_classification",
 )
-SUPERNI = (
-    *TASKS,
-    "task1510_evalution_relation_extraction",
-    "task1572_samsum_summary",
-    "task1687_sentiment140_classification",
-    "task1729_personachat_generate_next",
-    "task181_outcome_extraction",
-    "task511_reddit_tifu_long_text_summarization",
-    "task591_sciq_answer_generation",
-    "task639_multi_woz_user_utterance_generation",
-    "task748_glucose_reverse_cause_event_detection",
-    "task875_emotion_classification",
-)
+PROMPT = "Say what you see.\n\nNow complete the following example -\nInput: picture {}\nOutput: "
 
 
 @dataclass(frozen=True)
@@ -60,55 +48,100 @@ class Shape:
 
 SMALL = Shape()
 LARGE = Shape(
-    tasks=SUPERNI,
+    tasks=tuple(f"task{number}_word{number}_with_a_long_name" for number in range(100, 115)),
     layers=30,
-    modules=(
-        "mlp.down_proj",
-        "mlp.gate_proj",
-        "mlp.up_proj",
-        "self_attn.k_proj",
-        "self_attn.o_proj",
-        "self_attn.q_proj",
-        "self_attn.v_proj",
-    ),
+    modules=tuple(f"block.of_module_{number}" for number in range(7)),
     experts=8,
     steps=tuple(range(20, 340, 20)),
 )
 
 
-def tables(shape: Shape = SMALL) -> dict[str, TidyTable]:
-    """Every table of the contract."""
+def tables(shape: Shape = SMALL) -> dict[str, pd.DataFrame]:
+    """Every table of an analysis."""
     rng = np.random.default_rng(shape.seed)
-    makers = {
-        "gradient_pairs": _gradient_pairs,
-        "gradient_overall": _gradient_overall,
-        "gradient_summary": _gradient_summary,
-        "gradient_tasks": _gradient_tasks,
-        "coactivation": _coactivation,
-        "coactivation_tasks": _coactivation_tasks,
-        "coactivation_pairs": _coactivation_pairs,
-        "expert_angles": _expert_angles,
-        "component_flow": _component_flow,
-        "gates": _gates,
-        "gate_similarity": _gate_similarity,
-        "expert_losses": _expert_losses,
-        "nearest_prompts": _nearest_prompts,
-        "abilities": _abilities,
-        "ability_recovery": _ability_recovery,
-        "transfer": _transfer,
-        "task_gap": _task_gap,
+    product = itertools.product
+    kinds, tasks, experts = ("neurons", "parameters"), shape.tasks, range(shape.experts)
+    count = len(tasks)
+    alike = {(a, b): 0.25 if len(a) % 3 == len(b) % 3 else 0.02 for a, b in shape.pairs}
+
+    def noise(size: float = 1.0) -> float:
+        return float(size * rng.normal())
+
+    def cosine(pair: tuple[str, str], scale: float = 1.0) -> float:
+        return float(np.clip(scale * alike[pair] + noise(0.08), -1, 1))
+
+    moves = [(place, expert, int(rng.integers(shape.experts))) for place in shape.places for expert in experts]
+    angles = [(80 + noise(), 91 + noise(0.2), 0.2, 0.14) for _ in shape.places]
+    neighbours = [tasks[expert % count] for expert in (*experts, shape.experts)]
+    prompt = "Passage: the quick brown fox jumped over the lazy dog, and what did it see? " * 2
+    rows: dict[str, Iterable[Sequence[Any]]] = {
+        "gradient_pairs": [
+            (*pair, *place, cosine(pair), rng.uniform(0.3, 1)) for pair, place in product(shape.pairs, shape.places)
+        ],
+        "gradient_overall": [
+            (*pair, "adapter", cosine(pair), None if i % 5 == 4 else cosine(pair, 2.2), 0.5)
+            for i, pair in enumerate(shape.pairs)
+        ],
+        "gradient_summary": [
+            (*place, "adapter", abs(noise(0.2)), 0.1, 0.7, 0.35 + noise(0.05)) for place in [*shape.places, (-1, "all")]
+        ],
+        "gradient_tasks": [(task, "adapter", rng.uniform(0.2, 9), rng.uniform(0.1, 0.7), 8) for task in tasks],
+        "coactivation": [
+            (kind, layer, k, 0.7 if k == 0 else (0.3 + noise(0.02)) / (k + 1), math.comb(count, k) * 0.1**k)
+            for kind, layer, k in product(kinds, range(shape.layers), range(count + 1))
+        ],
+        "coactivation_tasks": [
+            (kind, task, layer, 154, int(rng.integers(5, 30)), int(rng.integers(20, 60)))
+            for kind, task, layer in product(kinds, tasks, range(shape.layers))
+        ],
+        "coactivation_pairs": [
+            (kind, *pair, 0.35 + cosine(pair) / 3, 0.05) for kind, pair in product(kinds, shape.pairs)
+        ],
+        "expert_angles": [
+            *(
+                (step, *place, measured, angle + noise(), 91.4, 0.21, 0.15)
+                for step, place, (measured, angle) in product(
+                    shape.steps, shape.places, (("before", 85), ("after", 78))
+                )
+            ),
+            *((376, *place, "held-out", *of_place) for place, of_place in zip(shape.places, angles, strict=True)),
+        ],
+        "component_flow": [
+            (step, *place, expert, to, moved)
+            for step, (place, expert, away) in product(shape.steps, moves)
+            for to, moved in {expert: 3, away: 1 + 3 * (away == expert)}.items()
+        ],
+        "gates": [
+            (task, *place, expert, 1 + noise(0.08), 0.01)
+            for task, place, expert in product(tasks, shape.places, experts)
+        ],
+        "gate_similarity": [(*pair, cosine(pair, 2)) for pair in shape.pairs],
+        "expert_losses": [(task, expert, 1.7, 1.74, 0.04 + noise(0.05)) for task, expert in product(tasks, experts)],
+        "nearest_prompts": [
+            (expert, rank, neighbours[expert], f"id-{rank}", 2.5 - rank / 3, f"{prompt} {rank}")
+            for expert, rank in product(experts, range(1, 4))
+        ],
+        "abilities": [
+            (expert, first, second, 1.0, 0.02, 0.04, f"Drawn on most by {first}. Without it {second} loses most.")
+            for expert, (first, second) in enumerate(itertools.pairwise(neighbours))
+        ],
+        "ability_recovery": [("correlation", 0.41, 0.0, 0.0123), ("nearest_neighbour", 0.6, 0.31, 0.04)],
+        "transfer": [
+            (i + 1, trained, task, 60.0 - 4 * (i - j) if j <= i else None)
+            for (i, trained), (j, task) in product(enumerate(tasks), repeat=2)
+        ],
+        "task_gap": [("lora", task, 40.0 + i, 42.0, i - 2.0) for i, task in enumerate(tasks)],
     }
-    return {name: table(name, make(shape, rng)) for name, make in makers.items()}
-
-
-def table(name: str, rows: Iterator[list[Value]] | Sequence[list[Value]]) -> TidyTable:
-    return TidyTable(name, f"Synthetic {name}.", {column: f"the {column}" for column in TABLES[name]}, list(rows))
+    assert rows.keys() == TABLES.keys()
+    return {
+        name: TABLES[name].frame([list(row) for row in found], f"Synthetic {name}.") for name, found in rows.items()
+    }
 
 
 def save_tables(folder: Path, shape: Shape = SMALL, *, leave_out: Sequence[str] = ("task_gap", "transfer")) -> None:
-    for name, made in tables(shape).items():
+    for name, frame in tables(shape).items():
         if name not in leave_out:
-            made.save(folder / "analysis")
+            save_frame(frame, folder / "analysis")
 
 
 def write_run(folder: Path, shape: Shape = SMALL, *, method: str = "badit", analysed: bool = True) -> Path:
@@ -146,14 +179,14 @@ def write_scores(folder: Path, by_task: dict[str, float]) -> None:
 
 
 def write_predictions(folder: Path, task: str, rng: np.random.Generator) -> None:
-    """Eight answers: right, half right and wrong ones."""
+    """Eight answers: right, partly right and wrong ones."""
     (folder / "predictions").mkdir(exist_ok=True)
     answers = ["a small red house", "a small red boat", "something else entirely"]
     lines = [
         {
             "task": task,
             "instance_id": f"{task}-{i}",
-            "prompt": f"Say what you see.\n\nNow complete the following example -\nInput: picture {i}\nOutput: ",
+            "prompt": PROMPT.format(i),
             "prediction": answers[int(rng.integers(3))],
             "references": ["a small red house", "the house"][: 1 + i % 2],
         }
@@ -161,128 +194,6 @@ def write_predictions(folder: Path, task: str, rng: np.random.Generator) -> None
     ]
     text = "".join(json.dumps(line) + "\n" for line in lines)
     (folder / "predictions" / f"{task}.jsonl").write_text(text)
-
-
-Rows = Iterator[list[Value]]
-
-
-def _cosine(a: str, b: str, shape: Shape, rng: np.random.Generator, noise: float = 0.08) -> float:
-    """Tasks of the same sort (here: with names of like length) agree; others conflict now and then."""
-    alike = 0.25 if len(a) % 3 == len(b) % 3 else 0.02
-    return float(np.clip(alike + noise * rng.normal(), -1, 1))
-
-
-def _gradient_pairs(shape: Shape, rng: np.random.Generator) -> Rows:
-    for (a, b), place in itertools.product(shape.pairs, shape.places):
-        yield [a, b, *place, _cosine(a, b, shape, rng), float(rng.uniform(0.3, 1))]
-
-
-def _gradient_overall(shape: Shape, rng: np.random.Generator) -> Rows:
-    for i, (a, b) in enumerate(shape.pairs):
-        cosine = _cosine(a, b, shape, rng, 0.05)
-        yield [a, b, "adapter", cosine, None if i % 5 == 4 else min(1.0, 2.2 * cosine), float(rng.uniform(0.3, 1))]
-
-
-def _gradient_summary(shape: Shape, rng: np.random.Generator) -> Rows:
-    for layer, module in [*shape.places, (-1, "all")]:
-        rate = float(np.clip(0.2 + 0.1 * math.sin(layer / 4) + 0.03 * rng.normal(), 0, 1))
-        yield [layer, module, "adapter", rate, 0.1, 0.7, float(0.35 + 0.05 * rng.normal())]
-
-
-def _gradient_tasks(shape: Shape, rng: np.random.Generator) -> Rows:
-    for task in shape.tasks:
-        yield [task, "adapter", float(rng.uniform(0.2, 9)), float(rng.uniform(0.1, 0.7)), 8]
-
-
-def _coactivation(shape: Shape, rng: np.random.Generator) -> Rows:
-    total = len(shape.tasks)
-    for kind, layer in itertools.product(("neurons", "parameters"), range(shape.layers)):
-        chances = [math.comb(total, k) * 0.1**k * 0.9 ** (total - k) for k in range(total + 1)]
-        weights = np.array([0.7, *(1 / (k + 1) + 0.4 * (k == total) for k in range(total))]) + 0.02 * rng.random(
-            total + 1
-        )
-        weights[1:] *= 0.3 / weights[1:].sum()
-        yield from ([kind, layer, k, float(weights[k]), chances[k]] for k in range(total + 1))
-
-
-def _coactivation_tasks(shape: Shape, rng: np.random.Generator) -> Rows:
-    for kind, task, layer in itertools.product(("neurons", "parameters"), shape.tasks, range(shape.layers)):
-        yield [kind, task, layer, 154, int(rng.integers(5, 30)), int(rng.integers(20, 60))]
-
-
-def _coactivation_pairs(shape: Shape, rng: np.random.Generator) -> Rows:
-    for kind, (a, b) in itertools.product(("neurons", "parameters"), shape.pairs):
-        yield [kind, a, b, float(np.clip(0.35 + _cosine(a, b, shape, rng), 0, 1)), 0.0526]
-
-
-def _expert_angles(shape: Shape, rng: np.random.Generator) -> Rows:
-    for i, step in enumerate(shape.steps):
-        for place in shape.places:
-            for measured, within in (("before", 90 - 11 * (i > 0)), ("after", 78)):
-                noise = rng.normal(size=2)
-                yield [step, *place, measured, within + noise[0], 91.4 + 0.2 * noise[1], 0.21, 0.15]
-    for place in shape.places:
-        yield [376, *place, "held-out", 80 + float(rng.normal()), 91.0, 0.2, 0.14]
-
-
-def _component_flow(shape: Shape, rng: np.random.Generator) -> Rows:
-    for step, place in itertools.product(shape.steps, shape.places):
-        for expert in range(shape.experts):
-            away = int(rng.integers(shape.experts))
-            yield from ([step, *place, expert, to, n] for to, n in {expert: 3, away: 1 + 3 * (away == expert)}.items())
-
-
-def _gates(shape: Shape, rng: np.random.Generator) -> Rows:
-    taste = 0.03 * rng.normal(size=(len(shape.tasks), shape.experts))
-    for (t, task), place, expert in itertools.product(enumerate(shape.tasks), shape.places, range(shape.experts)):
-        yield [task, *place, expert, float(1 + taste[t, expert] + 0.08 * rng.normal()), 0.01]
-
-
-def _gate_similarity(shape: Shape, rng: np.random.Generator) -> Rows:
-    for a, b in shape.pairs:
-        yield [a, b, float(np.clip(2 * _cosine(a, b, shape, rng) - 0.3 + 0.2 * rng.normal(), -1, 1))]
-
-
-def _expert_losses(shape: Shape, rng: np.random.Generator) -> Rows:
-    for task, expert in itertools.product(shape.tasks, range(shape.experts)):
-        change = float(0.04 + 0.05 * rng.normal())
-        yield [task, expert, 1.7, 1.7 + change, change]
-
-
-def _nearest_prompts(shape: Shape, rng: np.random.Generator) -> Rows:
-    for expert, rank in itertools.product(range(shape.experts), range(1, 4)):
-        task = shape.tasks[(expert + rank) % len(shape.tasks)]
-        prompt = f"Passage {rank}: the quick brown fox jumped over the lazy dog, and what did expert {expert} see? " * 2
-        yield [expert, rank, task, f"{task}-{rank}", 2.5 - rank / 3, prompt]
-
-
-def _abilities(shape: Shape, rng: np.random.Generator) -> Rows:
-    for expert in range(shape.experts):
-        first, second = (shape.tasks[(expert + i) % len(shape.tasks)] for i in range(2))
-        summary = f"Drawn on most by {first} (gate 1.04 against 1.00 on average). Without it {second} loses most."
-        yield [expert, first, second, 1.0, 0.02, 0.04, summary]
-
-
-def _ability_recovery(shape: Shape, rng: np.random.Generator) -> Rows:
-    yield ["correlation", 0.41, 0.0, 0.0123]
-    yield ["nearest_neighbour", 0.6, 0.31, 0.04]
-
-
-def _transfer(shape: Shape, rng: np.random.Generator) -> Rows:
-    for i, trained in enumerate(shape.tasks):
-        for j, task in enumerate(shape.tasks):
-            yield [
-                i + 1,
-                trained,
-                task,
-                float(np.clip(60 - 4 * (i - j) + 5 * rng.normal(), 0, 100)) if j <= i else None,
-            ]
-
-
-def _task_gap(shape: Shape, rng: np.random.Generator) -> Rows:
-    for task in shape.tasks:
-        single, multi = (float(value) for value in rng.uniform(20, 70, size=2))
-        yield ["lora", task, single, multi, single - multi]
 
 
 def write_sequence(folder: Path, shape: Shape = SMALL) -> Path:
@@ -295,9 +206,8 @@ def write_sequence(folder: Path, shape: Shape = SMALL) -> Path:
         lines = [{"step": step, "loss": 2.0 + number - step / 20} for step in (10, 20)]
         (stage / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     scores = json.loads((folder / "scores.json").read_text())
-    matrix = [
-        [60.0 - 5 * (i - j) if j <= i else None for j in range(len(shape.tasks))] for i in range(len(shape.tasks))
-    ]
+    count = len(shape.tasks)
+    matrix = [[60.0 - 5 * (i - j) if j <= i else None for j in range(count)] for i in range(count)]
     (folder / "scores.json").write_text(json.dumps({**scores, "order": list(shape.tasks), "matrix": matrix}))
     return folder
 

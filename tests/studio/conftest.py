@@ -5,48 +5,26 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from badit.recipe import build_recipe
-from badit.runs import RunFolder
-from badit.studio.serve import Server, listen
-from badit.studio.server import application
+from badit.run import Run
+from badit.studio.server import Server, application, listen
 from badit.studio.session import Session
-from badit.training.run import fit
 
 BADIT = {"name": "badit", "num_experts": 4, "r": 2, "router_input": "standardised", "regroup": {"every": 2}}
 
 
 @pytest.fixture(scope="session")
-def trained(material: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., RunFolder]:
-    """A factory: ``trained({"name": "lora"})`` is a run of three large steps, so that what it has learnt shows."""
-
-    def make(method: dict[str, Any], source: Path = material / "tasks.jsonl", name: str = "run") -> RunFolder:
-        values = {
-            "model": {"name": str(material / "model"), "dtype": "float32"},
-            "data": {"source": str(source)},
-            "method": method,
-            "training": {"max_steps": 3, "batch_size": 4, "learning_rate": 0.05},
-            "evaluation": {"max_new_tokens": 8},
-            "output": str(tmp_path_factory.mktemp("runs") / name),
-        }
-        return fit(build_recipe(values), progress=False)
-
-    return make
-
-
-@pytest.fixture(scope="session")
-def session(trained: Callable[..., RunFolder]) -> Session:
+def session(trained: Callable[..., Run]) -> Session:
     session = Session(trained(BADIT).path)
     session.measure()
     return session
 
 
 @pytest.fixture(scope="session")
-def plain_session(trained: Callable[..., RunFolder]) -> Session:
+def plain_session(trained: Callable[..., Run]) -> Session:
     """Of a method without gates."""
     return Session(trained({"name": "lora", "r": 4}).path)
 

@@ -15,12 +15,12 @@ from contextlib import closing
 import pytest
 
 from badit.cli import main
-from badit.runs import RunFolder
-from badit.studio import serve
+from badit.run import Run
+from badit.studio import server
 from studio.conftest import BADIT
 
 
-def test_it_serves_until_it_is_interrupted(trained: Callable[..., RunFolder]) -> None:
+def test_it_serves_until_it_is_interrupted(trained: Callable[..., Run]) -> None:
     run = trained(BADIT)
     command = [sys.executable, "-m", "badit", "studio", str(run.path), "--port", "0", "--no-browser"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
@@ -43,35 +43,28 @@ def test_it_serves_until_it_is_interrupted(trained: Callable[..., RunFolder]) ->
     assert "Traceback" not in errors
 
 
-def test_only_this_machine_can_reach_it() -> None:
-    with serve.listen(0) as listening:
-        assert listening.getsockname()[0] == "127.0.0.1"
-
-
-def test_a_port_in_use_is_told_before_anything_is_loaded(capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes_are_told_in_one_line_before_a_model_is_loaded(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        assert main(["studio", "no-run", "--port", str(port)]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line == f"badit: --port: {port} cannot be used (Address already in use); give another one, or 0"
-
-
-@pytest.mark.parametrize("port", ["-1", "65536"])
-def test_what_is_no_port_is_refused(port: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["studio", "no-run", f"--port={port}"]) == 2
-    assert f"--port: must be from 0 to 65535, not {port}" in capsys.readouterr().err
-
-
-def test_what_is_no_run_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["studio", "no-run", "--port", "0"]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("badit: no-run: has no config.yaml")
-
-
-def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+        for arguments, expected in (
+            ([f"--port={port}"], f"--port: {port} cannot be used (Address already in use); give another one, or 0"),
+            (["--port=-1"], "--port: must be from 0 to 65535, not -1"),
+            (["--port=65536"], "--port: must be from 0 to 65535, not 65536"),
+            (["--port=0"], "no-run: has no config.yaml"),
+        ):
+            assert main(["studio", "no-run", *arguments]) == 2
+            (line,) = capsys.readouterr().err.splitlines()
+            assert line.startswith(f"badit: {expected}")
     monkeypatch.setattr("badit.studio.find_spec", lambda name: None if name == "uvicorn" else object())
     assert main(["studio", "no-run"]) == 2
     assert capsys.readouterr().err == "badit: the studio needs its extra: pip install 'badit[studio]'\n"
+
+
+def test_only_this_machine_can_reach_it() -> None:
+    with server.listen(0) as listening:
+        assert listening.getsockname()[0] == "127.0.0.1"
 
 
 @pytest.mark.parametrize(("display", "opened"), [("", []), (":0", ["http://127.0.0.1:1"])])
@@ -83,5 +76,5 @@ def test_a_browser_is_opened_where_there_is_a_screen(
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setenv("DISPLAY", display)
     monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
-    serve.open_browser("http://127.0.0.1:1")
+    server.open_browser("http://127.0.0.1:1")
     assert seen == opened

@@ -21,6 +21,7 @@ from studio.conftest import served
 
 PAGE = "http://127.0.0.1:8642"
 ASK = {"text": "land 3", "task": "rivers", "sides": ["router", "base"], "max_new_tokens": 6}
+FILES = ("/", "/studio.js", "/studio.css", "/look.css")
 PATIENCE = 60
 
 
@@ -36,28 +37,19 @@ def parsed(body: str) -> list[tuple[str, Mapping[str, Any]]]:
     return [(name.removeprefix("event: "), json.loads(data.removeprefix("data: "))) for name, data in events]
 
 
-def test_an_answer_streams_as_events(client: TestClient, session: Session) -> None:
+def test_an_answer_streams_as_events(client: TestClient) -> None:
     response = client.post("/api/answer", json=ASK)
     assert response.status_code == 200
     assert response.headers["content-type"].startswith("text/event-stream")
     events = parsed(response.text)
-    names = [name for name, _ in events]
     one_side = ["text"] * 6 + ["end"]
-    assert names == ["prompt", "gates", *one_side, *one_side, "done"]
+    assert [name for name, _ in events] == ["prompt", "gates", *one_side, *one_side, "done"]
     texts = [data["text"] for name, data in events if name == "text" and data["side"] == "router"]
     assert all(after.startswith(before) for before, after in pairwise(texts))
     assert len(set(texts)) >= 3
 
 
-def test_gates_by_hand_come_back_as_they_were_sent(client: TestClient, session: Session) -> None:
-    hand = [0.25, 3.5, 0.0, 1.0]
-    events = parsed(client.post("/api/answer", json={**ASK, "sides": ["hand"], "gates": hand}).text)
-    (gates,) = [data for name, data in events if name == "gates"]
-    assert gates["gates"] == [hand] * len(session.experts)
-    assert [entry["task"] for entry in gates["nearest"]] in (["cities", "rivers"], ["rivers", "cities"])
-
-
-def test_the_page_is_told_what_the_run_is(client: TestClient, session: Session) -> None:
+def test_the_page_is_told_what_the_run_is(client: TestClient) -> None:
     about = client.get("/api/run").json()
     assert about["tasks"] == ["cities", "rivers"]
     assert about["modules"] == [[0, "mlp.gate_proj"], [1, "mlp.gate_proj"]]
@@ -67,58 +59,43 @@ def test_the_page_is_told_what_the_run_is(client: TestClient, session: Session) 
     assert task["examples"][1] == {"input": "land 13 land 13 ", "references": ["river 13"]}
 
 
-@pytest.mark.parametrize("path", ["/", "/studio.js", "/studio.css", "/look.css", "/api/run", "/api/nothing", "/../x"])
-def test_every_response_carries_the_policy(client: TestClient, path: str) -> None:
-    headers = client.get(path).headers
-    policy = dict(part.split(" ", 1) for part in headers["content-security-policy"].split("; "))
-    assert policy["default-src"] == policy["frame-ancestors"] == "'none'"
-    assert policy["script-src"] == policy["style-src"] == policy["connect-src"] == "'self'"
-    assert headers["x-content-type-options"] == "nosniff"
-    assert headers["cross-origin-resource-policy"] == "same-origin"
-    assert headers["cache-control"] == "no-store"
-    assert "access-control-allow-origin" not in headers
-
-
-def test_the_page_names_no_other_machine(client: TestClient) -> None:
-    for path in ("/", "/studio.js", "/events.js", "/mixture.js", "/sliders.js", "/studio.css", "/look.css"):
+def test_every_response_carries_the_policy_and_no_file_names_another_machine(client: TestClient) -> None:
+    for path in (*FILES, "/api/run", "/api/nothing", "/../x"):
+        headers = client.get(path).headers
+        policy = dict(part.split(" ", 1) for part in headers["content-security-policy"].split("; "))
+        assert policy["default-src"] == policy["frame-ancestors"] == "'none'"
+        assert policy["script-src"] == policy["style-src"] == policy["connect-src"] == "'self'"
+        assert headers["x-content-type-options"] == "nosniff"
+        assert headers["cross-origin-resource-policy"] == "same-origin"
+        assert headers["cache-control"] == "no-store"
+        assert "access-control-allow-origin" not in headers
+    for path in FILES:
         text = client.get(path).text
-        assert "://" not in text, path
-        assert "innerHTML" not in text
-        assert "style=" not in text
+        assert not [word for word in ("://", "innerHTML", "style=") if word in text], path
+
+
+@pytest.mark.parametrize("host", ["evil.example:8642", "127.0.0.1.evil.example", "192.168.1.5", "", "["])
+def test_foreign_names_of_this_machine_are_refused(client: TestClient, host: str) -> None:
+    for method, path in (("GET", "/"), ("GET", "/api/run"), ("POST", "/api/answer")):
+        response = client.request(method, path, headers={"Host": host, "Origin": f"http://{host}"}, json=ASK)
+        assert response.status_code == 400
+        assert "cities" not in response.text
+
+
+def test_only_the_page_itself_may_ask(session: Session) -> None:
+    client = TestClient(application(session), base_url=PAGE)
+    others = ("http://evil.example", "https://127.0.0.1:8642", "http://127.0.0.1:8643", "http://localhost:8642")
+    for origin in (None, "null", *others):
+        response = client.post("/api/answer", json=ASK, headers={"Origin": origin} if origin else {})
+        assert response.status_code == 403
+        assert response.json() == {"error": "the request does not come from this page"}
+    for host in ("localhost:8642", "127.0.0.1:9000"):
+        headers = {"Host": host, "Origin": f"http://{host}"}
+        assert client.post("/api/answer", json={**ASK, "sides": ["base"]}, headers=headers).status_code == 200
 
 
 @pytest.mark.parametrize(
-    "host", ["evil.example", "evil.example:8642", "127.0.0.1.evil.example", "192.168.1.5", "", "["]
-)
-@pytest.mark.parametrize("path", ["/", "/api/run", "/api/answer"])
-def test_foreign_names_of_this_machine_are_refused(client: TestClient, host: str, path: str) -> None:
-    method = "POST" if path == "/api/answer" else "GET"
-    response = client.request(method, path, headers={"Host": host, "Origin": f"http://{host}"}, json=ASK)
-    assert response.status_code == 400
-    assert "cities" not in response.text
-
-
-@pytest.mark.parametrize("host", ["localhost:8642", "127.0.0.1:9000"])
-def test_this_machines_own_names_are_taken(client: TestClient, host: str) -> None:
-    response = client.post(
-        "/api/answer", json={**ASK, "sides": ["base"]}, headers={"Host": host, "Origin": f"http://{host}"}
-    )
-    assert response.status_code == 200
-
-
-@pytest.mark.parametrize(
-    "origin",
-    [None, "null", "http://evil.example", "https://127.0.0.1:8642", "http://127.0.0.1:8643", "http://localhost:8642"],
-)
-def test_only_the_page_itself_may_ask(session: Session, origin: str | None) -> None:
-    client = TestClient(application(session), base_url=PAGE, headers={"Origin": origin} if origin else {})
-    response = client.post("/api/answer", json=ASK)
-    assert response.status_code == 403
-    assert response.json() == {"error": "the request does not come from this page"}
-
-
-@pytest.mark.parametrize(
-    ("change", "problem"),
+    ("question", "problem"),
     [
         ({"text": ""}, "request: text: "),
         ({"text": "x" * (MAX_CHARACTERS + 1)}, "request: text: "),
@@ -133,23 +110,9 @@ def test_only_the_page_itself_may_ask(session: Session, origin: str | None) -> N
         ({"sides": ["hand"], "gates": [1, 1, 1]}, "gates: must be 4 numbers from 0 to 4"),
         ({"task": "<b>\n"}, "task: the run has no task '<b>\\n'"),
         ({"temperature": 1}, "request: temperature: "),
-    ],
-    ids=str,
-)
-def test_what_is_out_of_bounds_is_refused_in_one_line(client: TestClient, change: dict[str, Any], problem: str) -> None:
-    response = client.post("/api/answer", json={**ASK, **change})
-    assert response.status_code == 400
-    message = response.json()["error"]
-    assert message.startswith(problem)
-    assert message.isprintable()
-
-
-@pytest.mark.parametrize(
-    ("body", "problem"),
-    [
         (b"[", "request: invalid JSON"),
         (b"[1]", "request: "),
-        (b'{"text": "\xff"}', "request: is not UTF-8"),
+        (b'{"text": "\xff"}', "request: not UTF-8"),
         (b'{"text": "\\ud800"}', "request: half a surrogate pair"),
         (b'{"text": "a", "text": "b"}', "request: the key 'text' is there twice"),
         (b'{"text": "a", "sides": ["hand"], "gates": [NaN, 1, 1, 1]}', "request: NaN is not JSON"),
@@ -158,24 +121,23 @@ def test_what_is_out_of_bounds_is_refused_in_one_line(client: TestClient, change
     ],
     ids=lambda value: str(value)[:40],
 )
-def test_what_is_no_question_is_refused(client: TestClient, body: bytes, problem: str) -> None:
+def test_what_is_no_question_is_refused_in_one_line(client: TestClient, question: Any, problem: str) -> None:
+    body = question if isinstance(question, bytes) else json.dumps({**ASK, **question}).encode()
     response = client.post("/api/answer", content=body, headers={"Content-Type": "application/json"})
     assert response.status_code == 400
-    assert response.json()["error"].startswith(problem)
+    message = response.json()["error"]
+    assert message.startswith(problem)
+    assert message.isprintable()
 
 
-def test_a_form_and_a_large_body_are_refused(client: TestClient) -> None:
+def test_other_requests_are_refused(client: TestClient) -> None:
     assert client.post("/api/answer", data={"text": "a"}).status_code == 415
     large = b" " * (MAX_BODY + 1)
     response = client.post("/api/answer", content=large, headers={"Content-Type": "application/json"})
     assert (response.status_code, response.json()) == (413, {"error": "the request is larger than 128 KiB"})
-
-
-@pytest.mark.parametrize(("method", "path"), [("GET", "/api/answer"), ("POST", "/api/run"), ("DELETE", "/")])
-def test_other_methods_are_refused(client: TestClient, method: str, path: str) -> None:
-    response = client.request(method, path)
-    assert response.status_code == 405
-    assert response.json() == {"error": "Method Not Allowed"}
+    for method, path in (("GET", "/api/answer"), ("POST", "/api/run"), ("DELETE", "/")):
+        response = client.request(method, path)
+        assert (response.status_code, response.json()) == (405, {"error": "Method Not Allowed"})
 
 
 class Slow:
@@ -223,22 +185,17 @@ def asked(port: int, text: str) -> http.client.HTTPConnection:
     return connection
 
 
-def test_events_come_while_the_answer_is_being_written(slow: SimpleNamespace) -> None:
-    with closing(asked(slow.port, "first")) as connection, closing(connection.getresponse()) as response:
-        assert response.readline() == b"event: text\n"
-        assert b"first" in response.readline()
-        assert slow.session.at_work == 1
-        slow.session.goes_on.set()
-        assert response.read().endswith(b"event: done\ndata: {}\n\n")
-
-
-def test_one_answer_is_written_at_a_time(slow: SimpleNamespace) -> None:
+def test_events_come_while_the_answer_is_being_written_and_others_wait(slow: SimpleNamespace) -> None:
     with ExitStack() as stack:
         connections = [stack.enter_context(closing(asked(slow.port, f"number {i}"))) for i in range(3)]
+        first = stack.enter_context(closing(connections[0].getresponse()))
+        assert first.readline() == b"event: text\n"
+        assert b"number 0" in first.readline()
         assert slow.session.began.acquire(timeout=PATIENCE)
         assert not slow.session.began.acquire(timeout=0.3), "the others wait"
         slow.session.goes_on.set()
-        for i, connection in enumerate(connections):
+        assert first.read().endswith(b"event: done\ndata: {}\n\n")
+        for i, connection in enumerate(connections[1:], start=1):
             with closing(connection.getresponse()) as response:
                 assert f"number {i}" in response.read().decode()
     assert slow.session.most_at_work == 1

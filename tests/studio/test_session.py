@@ -7,21 +7,23 @@ import json
 import os
 import threading
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
 from badit.analysis.gates import prompt_gates
-from badit.analysis.tables import TidyTable
+from badit.analysis.tables import load_frame, save_frame
 from badit.data import AnswerCollator, batches_by_task
 from badit.errors import BaditError
-from badit.evaluation.generation import generate_answers
-from badit.runs import RunFolder
-from badit.studio.mixing import TaskGates, mixed
-from badit.studio.session import Question, Session
-from badit.training.plan import encoded
+from badit.generation import generate_answers
+from badit.run import Run
+from badit.studio.session import Question, Session, mixed, nearest_tasks
+from badit.train import encoded
+from badit.tuner import hooks_of
 from studio.conftest import BADIT
 
 HAND = [0.0, 2.5, 1.25, 0.1]
@@ -39,19 +41,24 @@ def one(shown: list[tuple[str, Mapping[str, Any]]], name: str, side: str) -> Map
     return found
 
 
-def prompt(session: Session, text: str = "land 3") -> list[int]:
+def prompt(session: Session, *, answer: bool = False) -> dict[str, Any]:
     task = session.tasks["rivers"]
-    instance = task.train[0].model_copy(update={"input": text})
-    return encoded(session.tokenizer, session.recipe, task, instance, answer=False)["input_ids"]
+    instance = task.train[0].model_copy(update={"input": "land 3"})
+    return encoded(session.tokenizer, session.recipe, task, instance, answer=answer)
+
+
+def answer_of(session: Session, model: Any) -> str:
+    ids = prompt(session)["input_ids"]
+    return generate_answers(model, session.tokenizer, [ids], max_new_tokens=8, progress=False)[0]
 
 
 def test_the_sides_answer_as_the_run_and_its_base_model_do(session: Session) -> None:
-    ids = prompt(session)
+    ids = prompt(session)["input_ids"]
     shown = events(session, sides=["router", "base"])
-    expected = generate_answers(session.model, session.tokenizer, [ids], max_new_tokens=8, progress=False)
+    expected = answer_of(session, session.model)
     with session.model.disable_adapter():
-        base = generate_answers(session.model, session.tokenizer, [ids], max_new_tokens=8, progress=False)
-    assert [one(shown, "end", side)["text"] for side in ("router", "base")] == [*expected, *base]
+        base = answer_of(session, session.model)
+    assert [one(shown, "end", side)["text"] for side in ("router", "base")] == [expected, base]
     assert expected != base
     assert shown[0] == ("prompt", {"text": session.tokenizer.decode(ids), "tokens": len(ids)})
     assert [name for name, data in shown if data.get("side") == "base"] == ["text"] * 8 + ["end"], "it has no gates"
@@ -59,95 +66,58 @@ def test_the_sides_answer_as_the_run_and_its_base_model_do(session: Session) -> 
 
 def test_the_routers_gates_are_those_that_the_analysis_measures(session: Session) -> None:
     shown = one(events(session, sides=["router"]), "gates", "router")["gates"]
-    task = session.tasks["rivers"]
-    instance = task.train[0].model_copy(update={"input": "land 3"})
-    examples = [encoded(session.tokenizer, session.recipe, task, instance)]
-    batches = batches_by_task(examples, AnswerCollator(0, with_tasks=True), 1)
+    batches = batches_by_task([prompt(session, answer=True)], AnswerCollator(0, with_tasks=True), 1)
     expected = prompt_gates(session.model, batches).by_task["rivers"][0]
     np.testing.assert_allclose(shown, expected, atol=2e-5)
     assert np.ptp(expected) > 0.01
 
 
-def test_gates_by_hand_are_used_to_the_bit_in_every_layer_and_pass(session: Session) -> None:
-    seen: list[torch.Tensor] = []
-    delta = type(session.experts[0].layer)._delta
-
-    def spy(layer: Any, adapter: str, x: torch.Tensor) -> torch.Tensor:
-        seen.append(layer._component_gates(adapter, x)[..., session.experts[0].first_components_K])
-        return delta(layer, adapter, x)
-
-    with pytest.MonkeyPatch.context() as patch:
-        for one_ in session.experts:
-            patch.setattr(type(one_.layer), "_delta", spy)
-        shown = events(session, sides=["hand"], gates=HAND)
-    assert len(seen) == len(session.experts) * one(shown, "end", "hand")["tokens"]
-    # The labels differ from layer to layer, so the second layer's spy reads other components of the first's experts.
-    first_layer = seen[:: len(session.experts)]
-    assert all(torch.equal(gates.flatten(), torch.tensor(HAND)) for gates in first_layer)
-    assert one(shown, "gates", "hand")["gates"] == [HAND] * len(session.experts)
-    assert "_component_gates" not in vars(session.experts[0].layer), "the router is back"
-
-
-@pytest.mark.parametrize("gates", [HAND, [1.0] * 4, [0.0, 0.0, 1.0, 0.0]], ids=str)
-def test_a_mixture_by_hand_is_the_plain_lora_of_those_gates(session: Session, gates: list[float]) -> None:
-    ids = torch.tensor([prompt(session)])
-    with torch.no_grad(), mixed(session.experts, gates):
-        logits = session.model(input_ids=ids).logits
-    base = copy.deepcopy(session.model).unload()
-    for one_ in session.experts:
-        delta = one_.layer.get_delta_weight(one_.adapter, torch.tensor(gates))
-        base.get_submodule(one_.layer.name).weight.data += delta
-    with torch.no_grad():
-        torch.testing.assert_close(logits, base(input_ids=ids).logits, atol=1e-4, rtol=1e-4)
-        assert (logits - session.model(input_ids=ids).logits).abs().max() > 1e-3, "the router does something else"
-
-
 @pytest.mark.parametrize(
-    "method",
+    ("method", "neutral"),  # the gate that changes nothing, in the method's own numbers
     [
-        {"name": "badit", "num_experts": 3, "r": 2, "gates": "softmax", "routing": "token"},
-        {"name": "loramoe", "num_experts": 3, "r": 2},
-        {"name": "goat", "num_experts": 3, "r": 6, "top_k": 2},
-        {"name": "hydralora", "num_experts": 3, "r": 2},
-        {"name": "mtl-lora", "num_experts": 3, "r": 2},
+        (BADIT, 1),
+        ({"name": "badit", "num_experts": 3, "r": 2, "gates": "softmax", "routing": "token"}, 1 / 3),
+        ({"name": "loramoe", "num_experts": 3, "r": 2}, 1 / 3),
+        ({"name": "goat", "num_experts": 3, "r": 6, "top_k": 2}, 1 / 3),
+        ({"name": "mtl-lora", "num_experts": 3, "r": 2}, 1 / 3),
     ],
-    ids=lambda method: method["name"],
+    ids=lambda value: str(value)[:40],
 )
-def test_methods_whose_gates_sum_to_one_are_on_the_same_scale(
-    trained: Callable[..., RunFolder], method: dict[str, Any]
+def test_a_mixture_by_hand_is_the_plain_lora_of_those_gates(
+    trained: Callable[..., Run], method: dict[str, Any], neutral: float
 ) -> None:
     session = Session(trained(method).path)
-    layer, first_K = session.experts[0].layer, session.experts[0].first_components_K
-    router = np.array(one(events(session, sides=["router"]), "gates", "router")["gates"])
-    np.testing.assert_allclose(router.mean(axis=1), 1, atol=2e-5)
-    multiplied: list[torch.Tensor] = []
-    handle = layer.register_forward_pre_hook(
-        lambda _, args: multiplied.append(layer._component_gates("default", *args))
-    )
-    shown = events(session, sides=["hand"], gates=[0.5, 2.5, 0.0])
-    handle.remove()
-    assert one(shown, "gates", "hand")["gates"] == [[0.5, 2.5, 0.0]] * len(session.experts)
-    # What the components are multiplied by are the method's own numbers, whose sum is 1 and not 3.
-    for gates in multiplied:
-        expected = torch.tensor([1 / 6, 5 / 6, 0]).expand(*gates.shape[:-1], -1)
-        torch.testing.assert_close(gates[..., first_K], expected, atol=1e-6, rtol=0)
+    gates = HAND[: session.number_of_experts]
+    shown = events(session, sides=["hand", "router"], gates=gates)
+    assert one(shown, "gates", "hand")["gates"] == [gates] * len(session.experts)
+    np.testing.assert_allclose(np.mean(one(shown, "gates", "router")["gates"], axis=1), 1, atol=2e-5)
+    lora = copy.deepcopy(session.model).unload()
+    ids = torch.tensor([prompt(session)["input_ids"]])
+    with torch.no_grad(), hooks_of(session.model).rows_of(["rivers"]):
+        for one_ in session.experts:
+            delta = one_.layer.get_delta_weight(one_.adapter, neutral * torch.tensor(gates))
+            lora.get_submodule(one_.layer.name).weight.data += delta
+        with mixed(session.experts, gates):
+            logits = session.model(input_ids=ids).logits
+        torch.testing.assert_close(logits, lora(input_ids=ids).logits, atol=1e-4, rtol=1e-4)
+        assert (logits - session.model(input_ids=ids).logits).abs().max() > 1e-3, "the router does something else"
+    assert one(shown, "end", "hand")["text"] == answer_of(session, lora), "the gates are those of every pass"
 
 
-def test_the_nearest_task_is_the_prompts_own(session: Session) -> None:
+def test_the_nearest_task_comes_first(session: Session) -> None:
+    shown = one(events(session, sides=["router"]), "gates", "router")
     assert session.task_gates is not None
-    for name, task in session.tasks.items():
-        shown = events(session, task=name, text=task.train[1].input, sides=["router"])
-        nearest = one(shown, "gates", "router")["nearest"]
-        assert nearest[0]["task"] == name
-        assert nearest[0]["difference"] < nearest[1]["difference"]
+    apart = np.abs(session.task_gates.to_numpy() - np.ravel(shown["gates"])).mean(axis=1)
+    expected = sorted(zip(apart, session.task_gates.index, strict=True))
+    assert [near["task"] for near in shown["nearest"]] == [task for _, task in expected]
+    assert [near["difference"] for near in shown["nearest"]] == pytest.approx(
+        [value for value, _ in expected], abs=1e-5
+    )
+    found = nearest_tasks(pd.DataFrame([[1.0, 1.0], [1.5, 0.5]], index=["a", "b"]), np.array([[1.4, 0.6]]))
+    assert list(found.items()) == [("b", pytest.approx(0.1)), ("a", pytest.approx(0.4))]
 
 
-def test_distances_are_mean_absolute_differences() -> None:
-    gates = TaskGates(["a", "b"], np.array([[[1.0, 1.0]], [[1.5, 0.5]]]))
-    assert gates.nearest(np.array([[1.4, 0.6]])) == [("b", pytest.approx(0.1)), ("a", pytest.approx(0.4))]
-
-
-def test_tasks_gates_are_measured_once_and_taken_from_the_analysis(trained: Callable[..., RunFolder]) -> None:
+def test_tasks_gates_are_measured_once_and_taken_from_the_analysis(trained: Callable[..., Run]) -> None:
     run = trained(BADIT)
     first = Session(run.path)
     assert first.unmeasured
@@ -155,33 +125,35 @@ def test_tasks_gates_are_measured_once_and_taken_from_the_analysis(trained: Call
     measured = first.task_gates
     assert measured is not None
     assert not first.unmeasured
-    kept = run.studio / "gates.json"
-    table = TidyTable.load(kept)
-    assert np.allclose(measured.means_TMK.ravel(), [record["mean"] for record in table.records()], atol=1e-5)
+    kept = run.studio_path / "gates.json"
+    frame = load_frame(kept)
+    np.testing.assert_allclose(measured.to_numpy().ravel(), frame["mean"], atol=1e-5)
 
-    def changed(value: float) -> TidyTable:
-        return TidyTable(table.name, table.about, table.columns, [[*row[:4], value, row[5]] for row in table.rows])
+    def save(value: float, folder: Path) -> None:
+        save_frame(frame.assign(mean=value), folder)
 
     def largest() -> float:
         gates = Session(run.path).task_gates
         assert gates is not None
-        return gates.means_TMK.max()
+        return gates.to_numpy().max()
 
-    changed(1.5).save(run.studio)
+    save(1.5, run.studio_path)
     assert largest() == 1.5, "kept from the first start"
-    changed(1.25).save(run.analysis)
+    save(1.25, run.analysis_path)
     assert largest() == 1.25, "the analysis comes first"
-    short = {"format": 1, "name": "gates", "about": "", "columns": dict(table.columns), "rows": table.rows[1:]}
-    for broken in ("[", "{}", json.dumps({**short, "columns": {}, "rows": []}), json.dumps(short)):
-        (run.analysis / "gates.json").write_text(broken)
+    content = json.loads(kept.read_text())
+    short = {**content, "rows": content["rows"][1:]}
+    other = {**content, "rows": [["another", *row[1:]] for row in content["rows"]]}
+    for broken in ("[", "{}", json.dumps({**content, "rows": []}), json.dumps(short), json.dumps(other)):
+        (run.analysis_path / "gates.json").write_text(broken)
         kept.write_text(broken)
         assert Session(run.path).unmeasured, broken[:20]
-    changed(1.5).save(run.studio)
+    save(1.5, run.studio_path)
     os.utime(kept, (0, 0))
     assert Session(run.path).unmeasured, "they are older than the adapter"
 
 
-def test_questions_are_answered_while_tasks_are_measured(trained: Callable[..., RunFolder]) -> None:
+def test_questions_are_answered_while_tasks_are_measured(trained: Callable[..., Run]) -> None:
     """The model is switched from side to side: what is measured meanwhile must not be measured of another side."""
     quiet, busy = Session(trained(BADIT).path), Session(trained(BADIT).path)
     quiet.measure()
@@ -190,17 +162,14 @@ def test_questions_are_answered_while_tasks_are_measured(trained: Callable[..., 
     measuring.start()
     shown = events(busy, sides=["hand", "base"], gates=HAND)
     measuring.join()
-    assert [one(shown, "end", side)["text"] for side in ("hand", "base")] == [
-        one(expected, "end", side)["text"] for side in ("hand", "base")
-    ]
+    for side in ("hand", "base"):
+        assert one(shown, "end", side)["text"] == one(expected, "end", side)["text"]
     assert quiet.task_gates is not None
     assert busy.task_gates is not None
-    np.testing.assert_array_equal(busy.task_gates.means_TMK, quiet.task_gates.means_TMK)
+    pd.testing.assert_frame_equal(busy.task_gates, quiet.task_gates, check_exact=True)
 
 
-def test_a_run_whose_data_is_gone_still_answers(
-    trained: Callable[..., RunFolder], material: Any, tmp_path: Any
-) -> None:
+def test_a_run_whose_data_is_gone_still_answers(trained: Callable[..., Run], material: Path, tmp_path: Path) -> None:
     source = tmp_path / "tasks.jsonl"
     source.write_text((material / "tasks.jsonl").read_text())
     run = trained(BADIT, source)
@@ -221,39 +190,31 @@ def test_a_method_without_gates_answers_and_takes_none(plain_session: Session) -
         events(plain_session, sides=["hand"], gates=HAND)
 
 
-def test_a_method_that_tells_tasks_apart_asks_for_one(trained: Callable[..., RunFolder]) -> None:
-    session = Session(trained({"name": "mtl-lora", "r": 2}).path)
-    assert session.about()["needs_task"]
-    with pytest.raises(BaditError, match="must know the prompt's task"):
-        events(session, task=None, sides=["router"])
-
-
-@pytest.mark.parametrize(
-    ("question", "message"),
-    [
+def test_what_cannot_be_answered_is_refused(session: Session, trained: Callable[..., Run]) -> None:
+    for question, message in (
         ({"text": " \n"}, "the prompt is empty"),
         ({"task": "river"}, "no task 'river' .did you mean 'rivers'"),
         ({"sides": ["hand"]}, "must be 4 numbers from 0 to 4"),
         ({"sides": ["hand"], "gates": [1.0] * 3}, "must be 4 numbers"),
         ({"sides": ["hand"], "gates": [1.0, 1.0, 1.0, 4.5]}, "must be 4 numbers"),
+    ):
+        with pytest.raises(BaditError, match=message):
+            events(session, **{"sides": ["router"], **question})
+    by_task = Session(trained({"name": "mtl-lora", "num_experts": 3, "r": 2}).path)
+    assert by_task.about()["needs_task"]
+    with pytest.raises(BaditError, match="must know the prompt's task"):
+        events(by_task, task=None, sides=["router"])
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        ("base", "has no adapter to try"),
+        ("full", "has no adapter to try"),
+        ("badit", "has no adapter yet; finish its training"),
     ],
-    ids=str,
 )
-def test_what_cannot_be_answered_is_refused(session: Session, question: dict[str, Any], message: str) -> None:
+def test_a_run_without_an_adapter_is_refused(method: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(json.dumps({"method": {"name": method}}))
     with pytest.raises(BaditError, match=message):
-        events(session, **{"sides": ["router"], **question})
-
-
-@pytest.mark.parametrize("method", [{"name": "base"}, {"name": "full"}], ids=lambda method: method["name"])
-def test_a_run_without_an_adapter_is_refused(
-    trained: Callable[..., RunFolder], method: dict[str, Any], tmp_path: Any
-) -> None:
-    (tmp_path / "config.yaml").write_text(json.dumps({"method": method}))
-    with pytest.raises(BaditError, match="has no adapter to try"):
-        Session(tmp_path)
-
-
-def test_an_unfinished_run_is_refused(tmp_path: Any) -> None:
-    (tmp_path / "config.yaml").write_text(json.dumps({"method": {"name": "badit"}}))
-    with pytest.raises(BaditError, match="has no adapter yet; finish its training"):
         Session(tmp_path)

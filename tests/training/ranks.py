@@ -23,8 +23,8 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from badit.cli import main
-from badit.training.method import AdapterMethod
-from badit.training.ranks import several
+from badit.gradients import several
+from badit.methods import AdapterMethod
 
 
 class Recorder(TrainerCallback):

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from badit.training.attention import LONGEST, attention, fast_on_short_sequences
+from badit.attention import LONGEST, attention, fast_on_short_sequences
 
 
 class Module(torch.nn.Module):
@@ -68,7 +68,7 @@ def test_float32_and_long_sequences_are_left_to_the_fused_way(monkeypatch: pytes
         seen.append(query.shape[2])
         return query, None
 
-    monkeypatch.setattr("badit.training.attention.sdpa_attention_forward", fused)
+    monkeypatch.setattr("badit.attention.sdpa_attention_forward", fused)
     for length, dtype in ((LONGEST + 1, torch.bfloat16), (5, torch.float32), (6, torch.bfloat16)):
         query, key, value, mask = _inputs(1, 1, 1, length, dtype)
         attention(Module(1), query, key, value, mask)

@@ -12,17 +12,15 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from badit.checkpoint import SEAL, STAGING, damage_of, last_checkpoint, seal
 from badit.cli import main
 from badit.errors import BaditError
-from badit.files import full_disk_named
+from badit.methods import AdapterMethod
 from badit.recipe import build_recipe
-from badit.runs import RunFolder
-from badit.training.checkpoints import SEAL, STAGING, damage_of, last_checkpoint, seal
-from badit.training.method import AdapterMethod
-from badit.training.run import fit
+from badit.run import Run
+from badit.train import fit
 from training.trainers import StopAt
 
 
@@ -82,20 +80,20 @@ def test_two_checkpoints_are_kept_and_none_of_another_future(tmp_path: Path) -> 
 
 
 @pytest.fixture
-def stopped(recipe_values: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> RunFolder:
+def stopped(recipe_values: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> Run:
     """A run of twelve steps, stopped after its eleventh: with checkpoints of steps 5 and 10."""
     with monkeypatch.context() as patch:
         callbacks = AdapterMethod.callbacks
         patch.setattr(AdapterMethod, "callbacks", lambda self, run: [*callbacks(self, run), StopAt(11)])
         with pytest.raises(KeyboardInterrupt):
             fit(build_recipe(recipe_values), progress=False)
-    run = RunFolder(recipe_values["output"])
-    assert {folder.name for folder in run.checkpoints.iterdir()} == {"checkpoint-5", "checkpoint-10"}
+    run = Run(recipe_values["output"])
+    assert {folder.name for folder in run.checkpoints_path.iterdir()} == {"checkpoint-5", "checkpoint-10"}
     return run
 
 
 def test_a_run_goes_on_from_the_last_good_checkpoint(
-    recipe_values: dict[str, Any], tmp_path: Path, stopped: RunFolder, capsys: pytest.CaptureFixture[str]
+    recipe_values: dict[str, Any], tmp_path: Path, stopped: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
     cut(stopped.checkpoints / "checkpoint-10" / "optimizer.pt")
     fit(build_recipe(recipe_values), progress=False)
@@ -118,7 +116,7 @@ class Attack:
 
 @pytest.mark.parametrize("file", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin"])
 def test_no_code_in_a_checkpoint_is_run_not_even_in_one_that_is_sealed(
-    recipe_values: dict[str, Any], tmp_path: Path, stopped: RunFolder, file: str
+    recipe_values: dict[str, Any], tmp_path: Path, stopped: Run, file: str
 ) -> None:
     marker = tmp_path / "attacked"
     checkpoint = stopped.checkpoints / "checkpoint-10"
@@ -143,27 +141,6 @@ def test_the_attack_would_work_on_an_unsafe_loader(tmp_path: Path) -> None:
     assert (tmp_path / "attacked").exists()
 
 
-FULL = [
-    OSError(errno.ENOSPC, "No space left on device"),
-    OSError(errno.EDQUOT, "Disk quota exceeded"),
-    SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
-    RuntimeError("[enforce fail at inline_container.cc:668] . unexpected pos 64 vs 0"),
-    RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed"),
-]
-
-
-@pytest.mark.parametrize("error", FULL, ids=lambda error: type(error).__name__)
-def test_a_full_disk_is_one_line_whoever_notices_it(tmp_path: Path, error: Exception) -> None:
-    with pytest.raises(BaditError, match=r"the disk \(or a quota\) is full; make room"), full_disk_named(tmp_path):
-        raise error
-
-
-@pytest.mark.parametrize("error", [OSError(errno.EACCES, "Permission denied"), RuntimeError("shapes differ")])
-def test_other_errors_stay_what_they_are(tmp_path: Path, error: Exception) -> None:
-    with pytest.raises(type(error)), full_disk_named(tmp_path):
-        raise error
-
-
 def test_a_full_disk_ends_the_command_with_code_2(
     recipe_values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -178,7 +155,7 @@ def test_a_full_disk_ends_the_command_with_code_2(
         assert main(["train", str(path)]) == 2
     assert capsys.readouterr().err.splitlines()[-1] == (
         f"badit: {tmp_path / 'run'}: cannot be written, the disk (or a quota) is full; "
-        "make room, and the same command goes on from the last checkpoint"
+        "make room and run the same command again"
     )
-    assert not list(RunFolder(tmp_path / "run").checkpoints.rglob("*.json")), "no half checkpoint takes room"
+    assert not list(Run(tmp_path / "run").checkpoints_path.rglob("*.json")), "no half checkpoint takes room"
     assert main(["train", str(path)]) == 0

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from badit.errors import BaditError
+from badit.gradients import before_step, component_grams, scale_columns, steps_in_backward, whole_weights
 from badit.method import cosine_gram
-from badit.training.gradients import before_step, component_grams, scale_columns, steps_in_backward, whole_weights
-from badit.training.methods import build_method
+from badit.methods import build_method
 
 
 class Processes:
@@ -90,7 +90,7 @@ def test_layers_taken_together_are_what_each_is_alone(
     if without < len(factors):
         factors[without][1].grad = None
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("badit.training.gradients._NUMBERS_AT_A_TIME", at_a_time)
+        patch.setattr("badit.gradients._NUMBERS_AT_A_TIME", at_a_time)
         grams = component_grams(factors)
     assert [gram_NN is None for gram_NN in grams] == [index == without for index in range(len(factors))]
     for (a_NI, b_ON), gram_NN in zip(factors, grams, strict=True):

@@ -26,7 +26,13 @@ KILLS = 20 if os.environ.get("BADIT_STRESS") else 2
 
 BADIT = {"name": "badit", "num_experts": 4, "r": 2, "lora_dropout": 0.1, "regroup": {"every": 4}}
 # Twelve steps; checkpoints, lines of the log, regroupings and epochs end at different ones.
-TRAINING = {"epochs": 2, "batch_size": 2, "gradient_accumulation": 2, "log_every": 5, "save_every": 3}
+TRAINING = {
+    "num_train_epochs": 2,
+    "per_device_train_batch_size": 2,
+    "gradient_accumulation_steps": 2,
+    "logging_steps": 5,
+    "save_steps": 3,
+}
 KINDS: dict[str, dict[str, Any]] = {
     "mixed": {"method": BADIT, "training": TRAINING},
     "sequence": {
@@ -36,7 +42,7 @@ KINDS: dict[str, dict[str, Any]] = {
     },
     "without-regrouping": {
         "method": {"name": "loramoe", "num_experts": 3, "r": 2, "lora_dropout": 0.1},
-        "training": {**TRAINING, "scheduler": "linear"},
+        "training": {**TRAINING, "lr_scheduler_type": "linear"},
     },
 }
 
@@ -45,7 +51,11 @@ Train = Callable[..., dict[str, Any]]
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[subprocess.Popen[str]]:
-    environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parent.parent), "OMP_NUM_THREADS": "1"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(SCRIPT.parent.parent), os.environ.get("PYTHONPATH", "")]),
+        "OMP_NUM_THREADS": "1",
+    }
     command = [sys.executable, "-W", "ignore", str(SCRIPT)]
     pipe = subprocess.PIPE
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment) as process:

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainerCallback
 
 import badit
-from badit.training.regroup import RegroupCallback
+from badit.regroup import RegroupCallback
 from training.trainers import adapted, make_trainer
 
 aten = torch.ops.aten
@@ -36,7 +36,7 @@ SHAPED_BY_VALUES = {
 }
 
 # The number of labels sets the size of the logits; and the optimizer must not step on what is not finite.
-ANSWERS, FINITE = "trainer.py:answer_losses", "nonfinite.py:on_pre_optimizer_step"
+ANSWERS, FINITE = "trainer.py:answer_losses", "trainer.py:on_pre_optimizer_step"
 
 
 def place() -> str | None:

@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from badit.data import AnswerCollator
-from badit.training.probe import OutputProbe
+from badit.regroup import OutputProbe
 from training.trainers import adapted
 
 Model = Callable[..., Any]

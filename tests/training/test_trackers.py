@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +13,11 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from badit.errors import BaditError
 from badit.files import read_jsonl
 from badit.recipe import build_recipe
-from badit.runs import RunFolder
-from badit.training import trackers
-from badit.training.run import fit
+from badit.run import Run
+from badit.train import fit
+
+# badit.train is the function of that name.
+train_module = import_module("badit.train")
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:tensorboard", "ignore::DeprecationWarning:trackio")
 
@@ -37,11 +41,11 @@ def reporting(recipe_values: dict[str, Any]) -> dict[str, Any]:
 
 def test_tensorboard_has_the_losses_and_the_regroupings(reporting: dict[str, Any]) -> None:
     run = fit(build_recipe(reporting), progress=False)
-    events = run.path / trackers.EVENTS
-    lines = list(read_jsonl(run.metrics))
+    events = run.path / "tensorboard"
+    lines = list(read_jsonl(run.metrics_path))
     assert scalars(events, "train/loss") == pytest.approx({line["step"]: line["loss"] for line in lines})
     assert not any(key.startswith("regroup/") for line in lines for key in line)
-    regroupings = list(read_jsonl(run.regroupings))
+    regroupings = list(read_jsonl(run.regroupings_path))
     steps = {line["step"] for line in regroupings}
     assert steps == {3, 6, 9}
     for field in REGROUPED:
@@ -55,12 +59,13 @@ def test_tensorboard_has_the_losses_and_the_regroupings(reporting: dict[str, Any
 
 def test_what_a_resumed_run_logs_again_takes_the_place_of_what_it_had(tmp_path: Path) -> None:
     arguments = TrainingArguments(output_dir=str(tmp_path), report_to=[], use_cpu=True)
-    for behind, steps in ((0, (1, 2, 3, 4, 5)), (3, (4, 5, 6))):
-        (callback,) = trackers.tracker_callbacks(["tensorboard"], tmp_path, behind)
+    for checkpoint, steps in ((None, (1, 2, 3, 4, 5)), (tmp_path / "checkpoint-3", (4, 5, 6))):
+        (callback,) = train_module._tensorboard(["tensorboard"], tmp_path, checkpoint)
         for step in steps:
-            callback.on_log(arguments, TrainerState(global_step=step), TrainerControl(), {"loss": behind + step / 8})
-    assert scalars(tmp_path / trackers.EVENTS, "train/loss") == {
-        1: 0.125, 2: 0.25, 3: 0.375, 4: 3.5, 5: 3.625, 6: 3.75
+            logs = {"loss": bool(checkpoint) + step / 8}
+            callback.on_log(arguments, TrainerState(global_step=step), TrainerControl(), logs)
+    assert scalars(tmp_path / "tensorboard", "train/loss") == {
+        1: 0.125, 2: 0.25, 3: 0.375, 4: 1.5, 5: 1.625, 6: 1.75
     }  # fmt: skip
 
 
@@ -74,7 +79,7 @@ def test_trackio_has_them_in_its_database(
     run = fit(build_recipe(reporting), progress=False)
     logged = SQLiteStorage.get_logs("badit", run.path.name)
     losses = {entry["train/global_step"]: entry["train/loss"] for entry in logged if "train/loss" in entry}
-    assert losses == pytest.approx({line["step"]: line["loss"] for line in read_jsonl(run.metrics)})
+    assert losses == pytest.approx({line["step"]: line["loss"] for line in read_jsonl(run.metrics_path)})
     moved = {entry["train/global_step"] for entry in logged if "train/regroup/components_moved" in entry}
     assert moved == {3, 6, 9}
 
@@ -82,12 +87,22 @@ def test_trackio_has_them_in_its_database(
 def test_a_tracker_that_is_not_installed_is_one_line(
     reporting: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trackers, "find_spec", lambda name: None)
-    with pytest.raises(BaditError, match=r"report_to: tensorboard is not installed: pip install 'badit\[trackers\]'"):
+    monkeypatch.setattr(train_module, "get_available_reporting_integrations", list)
+    with pytest.raises(BaditError, match=r"report_to: tensorboard is not installed; install it, or leave it out"):
         fit(build_recipe(reporting), progress=False)
-    assert not RunFolder(reporting["output"]).path.exists()
+    assert not Run(reporting["output"]).path.exists()
 
 
-def test_an_unknown_tracker_is_refused_with_the_known_ones(recipe_values: dict[str, Any]) -> None:
-    with pytest.raises(BaditError, match=r"training\.report_to.*'tensorboard' or 'trackio'"):
+def test_an_unknown_tracker_is_refused_with_the_nearest_name(recipe_values: dict[str, Any]) -> None:
+    with pytest.raises(BaditError, match=r"report_to: unknown tracker 'tensorbord' \(did you mean 'tensorboard'\?\)"):
         build_recipe(recipe_values, ["training.report_to=[tensorbord]"])
+
+
+def test_trackers_write_into_the_runs_folder_unless_told_otherwise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SWANLAB_LOG_DIR", "elsewhere")
+    monkeypatch.delenv("WANDB_DIR", raising=False)
+    with train_module._tracker_folders(["wandb", "swanlab", "mlflow"], tmp_path):
+        assert (os.environ["WANDB_DIR"], os.environ["SWANLAB_LOG_DIR"]) == (str(tmp_path), "elsewhere")
+    assert "WANDB_DIR" not in os.environ

@@ -19,7 +19,7 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from badit import BaditConfig, BaditError, RegroupCallback
 from badit.data import answer_rows
 from badit.models import resolve_model
-from badit.tuner.layer import BaditLayer
+from badit.tuner.layer import BaditLinear
 from data.examples import make_tokenizer
 
 # TRL switches gradient checkpointing on by default, under a name that transformers is about to change.
@@ -253,14 +253,14 @@ def test_dpo_after_fine_tuning_takes_the_tuned_adapter_as_its_reference(
     config = BaditConfig(num_experts=4, r=2, task_type="CAUSAL_LM", router_input="standardised")
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(model_folder), config)
     for layer in model.modules():
-        if isinstance(layer, BaditLayer):
+        if isinstance(layer, BaditLinear):
             layer.expert_of("default").copy_(layer.expert_of("default").flip(0))
             torch.nn.init.normal_(layer.badit_router["default"])
             torch.nn.init.normal_(layer.badit_B["default"])
             layer.badit_moments["default"].fill_(0.3)
     trainer = dpo_trainer(model, tokenizer, tmp_path, None)
     for layer in trainer.model.modules():
-        if isinstance(layer, BaditLayer):
+        if isinstance(layer, BaditLinear):
             for tensors in (layer.badit_A, layer.badit_B, layer.badit_router, layer.badit_A0, layer.badit_B0):
                 assert torch.equal(tensors["default"], tensors["ref"])
                 assert tensors["default"].data_ptr() != tensors["ref"].data_ptr()

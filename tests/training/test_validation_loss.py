@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import math
+from importlib import import_module
 from typing import Any
 
 import pytest
 import torch
 
-from badit.baselines import batch_of_tasks
 from badit.errors import BaditError
+from badit.evaluate import load_run, validation_loss
 from badit.files import read_json
 from badit.recipe import Recipe, build_recipe
-from badit.runs import RunFolder
-from badit.training import plan as plan_module
-from badit.training.plan import encoded, make_plan
-from badit.training.run import fit
-from badit.training.scoring import load_run, validation_loss
+from badit.run import Run
+from badit.train import encoded, fit, make_plan
+from badit.tuner import hooks_of
 
+# badit.train is the function of that name.
+train_module = import_module("badit.train")
 Values = dict[str, Any]
 
 
@@ -27,7 +28,7 @@ def losses_of(model: Any, example: dict[str, Any], *, prompt_length: int | None)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if prompt_length is not None:
         inputs["prompt_mask"] = (torch.arange(ids.shape[1]) < prompt_length)[None]
-    with torch.no_grad(), batch_of_tasks(model, [example["task"]]):
+    with torch.no_grad(), hooks_of(model).rows_of([example["task"]]):
         logits_TV = model(**inputs).logits[0].double()
     losses = []
     for position in range(example["prompt_length"], ids.shape[1]):
@@ -40,7 +41,7 @@ def losses_of(model: Any, example: dict[str, Any], *, prompt_length: int | None)
 
 def naive_loss(recipe: Recipe, *, with_prompt_mask: bool, whole: bool = False) -> dict[str, float]:
     """By task: all its answer tokens' losses, averaged."""
-    model, tokenizer = load_run(RunFolder(recipe.output))
+    model, tokenizer = load_run(Run(recipe.output))
     by_task = {}
     for task in make_plan(recipe).tasks:
         losses = []
@@ -76,16 +77,16 @@ def test_it_is_kept(recipe_values: Values, monkeypatch: pytest.MonkeyPatch) -> N
     run = fit(recipe, progress=False)
     found = validation_loss(run.path)
     assert read_json(run.path / "validation.json") == found
-    monkeypatch.setattr(plan_module, "load_base_model", lambda *a, **k: pytest.fail("loaded a model"))
+    monkeypatch.setattr(train_module, "load_base_model", lambda *a, **k: pytest.fail("loaded a model"))
     assert validation_loss(run.path) == found
 
 
 def test_without_held_out_instances_or_a_model_there_is_none(recipe_values: Values) -> None:
     recipe = build_recipe(recipe_values)
-    RunFolder.prepare(recipe)
+    Run.prepare(recipe)
     with pytest.raises(BaditError, match=r"has no validation instances; set data\.validation_per_task"):
         validation_loss(recipe.output)
     held_out = build_recipe(recipe_values, ["data.validation_per_task=2", f"output={recipe.output}-2"])
-    RunFolder.prepare(held_out)
+    Run.prepare(held_out)
     with pytest.raises(BaditError, match="no adapter yet"):
         validation_loss(held_out.output)

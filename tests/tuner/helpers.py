@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from peft import PeftModel, get_peft_model
 
-from badit.tuner import BaditConfig, BaditLayer
+from badit.tuner import BaditConfig, BaditLinear
 
 FAMILIES = ("llama", "qwen3", "gemma2", "gemma3", "mistral", "gpt2")
 SMALL: dict[str, Any] = {"num_experts": 3, "r": 2, "lora_alpha": 4, "lora_dropout": 0.0, "task_type": "CAUSAL_LM"}
@@ -25,9 +25,9 @@ def adapt(model: Any, **options: Any) -> PeftModel:
     return get_peft_model(model, config(**options)).eval()
 
 
-def layers(model: torch.nn.Module) -> list[BaditLayer]:
+def layers(model: torch.nn.Module) -> list[BaditLinear]:
     """The adapted layers, first to last."""
-    return [module for module in model.modules() if isinstance(module, BaditLayer)]
+    return [module for module in model.modules() if isinstance(module, BaditLinear)]
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from peft import PeftModel
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from badit.tuner.base_config import FORMAT
+from badit.tuner.config import FORMAT
 from tuner.helpers import adapted, layers
 
 FOLDER = Path(__file__).parent / "formats"

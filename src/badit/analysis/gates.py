@@ -1,7 +1,7 @@
-"""Which experts a prompt draws on: the gates of BADIT, of its rivals among the mixtures, and of MTL-LoRA.
+"""Which experts a prompt draws on: the gates of BADIT, of the mixture baselines and of MTL-LoRA.
 
-Every adapted layer multiplies its components by gates, and all components of an expert have the same one. One seam is
-therefore enough to read the gates of any method, and to change them: :func:`changed_gates`.
+Every adapted layer multiplies its components by gates, and all components of an expert have the same one. The gates of
+every method are therefore read, and changed, in one place: :func:`changed_gates`.
 
 All these methods' gates are a softmax and sum to K or to 1. Divided by their mean over the experts, they are on one
 scale: 1 is neutral, K is one expert alone. Where every position has gates of its own, a prompt's are the mean over its
@@ -20,30 +20,41 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import nn
 from tqdm import tqdm
 
 from badit.analysis.gradients import layer_and_module
-from badit.analysis.tables import TidyTable, defined
+from badit.analysis.tables import EXPERT_NUMBER, LAYER, MODULE, TASK, Column, Table
 from badit.data import on_device
 from badit.errors import BaditError
 from badit.method import prompt_mean
-from badit.training.trainer import answer_losses
-from badit.tuner.base_layer import ExpertLayer
+from badit.trainer import answer_losses
+from badit.tuner.layer import ExpertLinear
 from badit.tuner.prompt import before_first_label
 
-# A gate that is neutral but for rounding is no sign of being drawn on.
+# A gate that is neutral except for rounding does not count as drawn on.
 _ROUNDING = 1e-6
 
 Batches = Mapping[str, Sequence[Mapping[str, Any]]]
+
+GATES = Table(
+    "gates",
+    task=TASK,
+    layer=LAYER,
+    module=MODULE,
+    expert=EXPERT_NUMBER,
+    mean=Column("mean gate over the task's prompts; 1 is neutral"),
+    std=Column("standard deviation over the task's prompts (divisor n − 1)"),
+)
 
 
 @dataclass(frozen=True)
 class Experts:
     """An adapted layer, the adapter that is active in it, and the place of both in the model."""
 
-    layer: ExpertLayer
+    layer: ExpertLinear
     adapter: str
 
     @property
@@ -88,9 +99,15 @@ class PromptGates:
         return np.stack([gates_PMK.mean(axis=0) for gates_PMK in self.by_task.values()])
 
 
+def adapted_layers(model: nn.Module) -> list[Experts]:
+    """The layers of all active adapters, first to last, also of those with a single expert."""
+    layers = (module for module in model.modules() if isinstance(module, ExpertLinear))
+    return [Experts(layer, adapter) for layer in layers for adapter in layer.running_adapters]
+
+
 def has_experts(model: nn.Module) -> bool:
     """Whether the model has an active adapter whose experts are weighed by gates."""
-    return bool(_active_experts(model))
+    return any(one.number > 1 for one in adapted_layers(model))
 
 
 def active_experts(model: nn.Module) -> list[Experts]:
@@ -99,10 +116,10 @@ def active_experts(model: nn.Module) -> list[Experts]:
     Raises:
         BaditError: there is no such adapter, or there are several.
     """
-    found = _active_experts(model)
+    found = [one for one in adapted_layers(model) if one.number > 1]
     if not found:
         raise BaditError("the model has no active adapter with several experts, such as BADIT's or LoRAMoE's")
-    if len({experts.adapter for experts in found}) > 1:
+    if len({one.adapter for one in found}) > 1:
         raise BaditError("several adapters are active; choose the one to look at: model.set_adapter(NAME)")
     return found
 
@@ -114,17 +131,17 @@ def changed_gates(
     """Within, the components' gates (B, 1 or T, N) of every layer are what ``change`` makes of them."""
 
     def changing(one: Experts) -> Callable[[str, torch.Tensor], torch.Tensor]:
-        own = one.layer._component_gates
+        own = one.layer.component_gates
         return lambda adapter, x: change(one, own(adapter, x))
 
     try:
         for one in experts:
             # In the instance's own dictionary it hides the class's method, which is there again once it is taken out.
-            vars(one.layer)["_component_gates"] = changing(one)
+            vars(one.layer)["component_gates"] = changing(one)
         yield
     finally:
         for one in experts:
-            vars(one.layer).pop("_component_gates", None)
+            vars(one.layer).pop("component_gates", None)
 
 
 @torch.no_grad()
@@ -141,10 +158,12 @@ def prompt_gates(model: Any, batches: Batches) -> PromptGates:
     experts = active_experts(model)
     if not batches:
         raise BaditError("batches: there are none; give at least one batch of one task")
-    by_task = {
-        task: torch.cat([_gates_of_batch(model, experts, on_device(batch, model.device)) for batch in of_task]).numpy()
-        for task, of_task in batches.items()
-    }
+    by_task = {}
+    for task, of_task in batches.items():
+        batches_M = zip(*(_component_gates(model, experts, batch) for batch in of_task), strict=True)
+        gates = [torch.cat(found)[:, one.first_components_K] for one, found in zip(experts, batches_M, strict=True)]
+        gates_PMK = torch.stack(gates, dim=1)
+        by_task[task] = (gates_PMK / gates_PMK.mean(dim=-1, keepdim=True)).numpy()
     return PromptGates([one.place for one in experts], by_task)
 
 
@@ -163,35 +182,31 @@ def mean_component_gates(model: Any, batches: Batches, *, progress: bool = False
         for task, of_task in batches.items():
             found = []
             for batch in of_task:
-                found.append(_component_gates_of_batch(model, adapted, on_device(batch, model.device)))
+                found.append(_component_gates(model, adapted, batch))
                 bar.update()
             means[task] = [torch.cat(of_layer).mean(dim=0) for of_layer in zip(*found, strict=True)]
     return means
 
 
-def gates_table(gates: PromptGates) -> TidyTable:
-    """Every task's gates in every module."""
-    return TidyTable(
-        name="gates",
-        about=(
-            "How much each task draws on each expert: the gates of its prompts, from "
-            f"{_counted(gates)}. Gates are on a scale on which 1 is neutral and the number of experts is one expert "
-            "alone; where every token has gates of its own, a prompt's are the mean over its tokens."
-        ),
-        columns={
-            "task": "the task's name",
-            "layer": "index of the transformer layer, from 0",
-            "module": "the adapted module's name below its layer",
-            "expert": "the expert, counted from 0",
-            "mean": "mean gate over the task's prompts; 1 is neutral",
-            "std": "standard deviation over the task's prompts (divisor n − 1)",
-        },
-        rows=[
-            [task, *place, expert, float(mean), defined(std)]
-            for task, gates_PMK in gates.by_task.items()
-            for place, mean_K, std_K in zip(gates.modules, gates_PMK.mean(axis=0), _deviations(gates_PMK), strict=True)
-            for expert, (mean, std) in enumerate(zip(mean_K, std_K, strict=True))
-        ],
+def gates_frame(gates: PromptGates) -> pd.DataFrame:
+    """Every task's gates in every module: mean and standard deviation over its prompts."""
+    counts = sorted({len(gates_PMK) for gates_PMK in gates.by_task.values()})
+    each = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+    # A single prompt tells nothing of the spread.
+    std_TMK = np.stack(
+        [
+            gates_PMK.std(axis=0, ddof=1) if len(gates_PMK) > 1 else np.full_like(gates_PMK[0], np.nan)
+            for gates_PMK in gates.by_task.values()
+        ]
+    )
+    modules = pd.DataFrame(gates.modules, columns=["layer", "module"])
+    experts = pd.DataFrame({"expert": range(gates.means.shape[-1])})
+    rows = pd.DataFrame({"task": gates.tasks}).merge(modules, how="cross").merge(experts, how="cross")
+    return GATES.frame(
+        rows.assign(mean=gates.means.ravel(), std=std_TMK.ravel()),
+        f"How much each task draws on each expert: the gates of its prompts, from {each} prompts of each of "
+        f"{len(gates.by_task)} tasks. Gates are on a scale on which 1 is neutral and the number of experts is one "
+        "expert alone; where every token has gates of its own, a prompt's are the mean over its tokens.",
     )
 
 
@@ -208,27 +223,9 @@ def marked_experts(gates: PromptGates) -> dict[str, list[torch.Tensor]]:
     }
 
 
-def adapted_layers(model: nn.Module) -> list[Experts]:
-    """The layers of all active adapters, first to last, also of those with a single expert."""
-    layers = (module for module in model.modules() if isinstance(module, ExpertLayer))
-    return [Experts(layer, adapter) for layer in layers for adapter in layer._running_adapters]
-
-
-def _active_experts(model: nn.Module) -> list[Experts]:
-    return [one for one in adapted_layers(model) if one.number > 1]
-
-
-def _gates_of_batch(model: Any, experts: Sequence[Experts], inputs: Mapping[str, Any]) -> torch.Tensor:
-    """Gates (B, M, K), on the CPU, on the scale on which 1 is neutral."""
-    kept = []
-    for one, gates_BN in zip(experts, _component_gates_of_batch(model, experts, inputs), strict=True):
-        gates_BK = gates_BN[:, one.first_components_K]
-        kept.append(gates_BK / gates_BK.mean(dim=-1, keepdim=True))
-    return torch.stack(kept, dim=1)
-
-
-def _component_gates_of_batch(model: Any, experts: Sequence[Experts], inputs: Mapping[str, Any]) -> list[torch.Tensor]:
-    """The components' gates (B, N) by module, means over each prompt's positions, on the CPU."""
+def _component_gates(model: Any, experts: Sequence[Experts], batch: Mapping[str, Any]) -> list[torch.Tensor]:
+    """The components' gates (B, N) by layer, means over each prompt's positions, on the CPU."""
+    inputs = on_device(batch, model.device)
     prompt_BT = inputs["attention_mask"].bool() & before_first_label(inputs["labels"])
     kept: dict[str, torch.Tensor] = {}
 
@@ -240,16 +237,3 @@ def _component_gates_of_batch(model: Any, experts: Sequence[Experts], inputs: Ma
     with changed_gates(experts, keep):
         answer_losses(model, inputs, model)  # for its forward pass, which tells every method what it needs to know
     return [kept[one.layer.name] for one in experts]
-
-
-def _deviations(gates_PMK: np.ndarray) -> np.ndarray:
-    """(M, K): the standard deviation over prompts; NaN for a single one."""
-    if len(gates_PMK) < 2:
-        return np.full(gates_PMK.shape[1:], np.nan)
-    return gates_PMK.std(axis=0, ddof=1)
-
-
-def _counted(gates: PromptGates) -> str:
-    counts = sorted({len(gates_PMK) for gates_PMK in gates.by_task.values()})
-    each = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
-    return f"{each} prompts of each of {len(gates.by_task)} tasks"

@@ -1,39 +1,102 @@
-"""Every task's gradient, taken one parameter at a time from the backward pass and kept as a sketch.
+"""Gradients of tasks, taken one parameter at a time from the backward pass and kept as sketches, and how they agree.
 
 A task's gradient is the mean over its instances of the gradient of the instance's own loss, the mean cross-entropy of
 its answer tokens; each instance has a pass of its own, so that batches and padding make no difference. A parameter's
-gradient is there only until it has been added to its sketch: no more than one whole gradient is ever held.
+gradient exists only until it has been added to its sketch: no more than one whole gradient is ever held.
 
 Measured parameters: "weights", the weight matrices of the linear layers inside the transformer's layers (the base
 layer's where an adapter wraps it; no embeddings, output layer, norms or biases), frozen or not; "adapter", all
 parameters of a PEFT adapter that the loss depends on.
 
-With halves h of n_h instances, the even and the odd ones in the order given, and G the inner products of the halves'
-sums, everything follows from G (:class:`Agreement`).
+The sketch is a count sketch (Charikar et al. 2002, "Finding Frequent Items in Data Streams"; for inner products,
+Weinberger et al. 2009, arXiv 0902.2206). Coordinate i goes with a sign σ(i) to the bucket h(i) of M:
 
-Shape suffixes: T = tasks, R = 2T halves, task after task, U = output features (rows) of a weight.
+    (S a)_b = Σ_{h(i) = b} σ(i) a_i,    E⟨S a, S b⟩ = ⟨a, b⟩,    Var⟨S a, S b⟩ ≲ (‖a‖² ‖b‖² + ⟨a, b⟩²) / M;
+
+sketches of sums are sums of sketches, and the cosine of two sketches has a standard error of about (1 − cos²) / √M. An
+h and σ drawn for each coordinate would take more memory than the vector. Here it is cut into runs c of M coordinates p:
+
+    h(c, p) = (p + shift_c) mod M,    σ(c, p) = s_p t_c,
+
+with random signs s and t and random shifts, all different. No two coordinates of one run meet; those that meet from two
+runs have the signs t_c t_d, which make the estimate unbiased, and s_p s_q with p ≠ q, under which no two meetings are
+correlated (except for a shift of M / 2). So coordinates of two runs meet as rarely and cancel as well as under
+independent hashing, whatever structure the vector has; without the shifts, strong columns of a matrix could share a few
+buckets.
+
+Shape suffixes: N = coordinates, M = buckets, T = tasks, R = 2T half-tasks in task order, U = rows of a weight (output
+features), P = places (a kind, layer and module), E = pairs of tasks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
 from functools import partial
-from itertools import dropwhile
+from itertools import combinations, dropwhile
+from typing import NamedTuple
 
+import pandas as pd
 import torch
 from peft import PeftModel
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from badit.analysis.sketch import SketchedSums
+from badit.analysis.tables import COUNT, INDEX, TASK, TASK_A, TASK_B, TEXT, Column, Table
+from badit.errors import BaditError
 
 Place = tuple[str, int, str]  # "weights" or "adapter", the layer, the module's name below the layer
 
+_PARAMETERS = '"weights" (of the linear layers) or "adapter"'
+_COSINE = Column("cosine of the two tasks' gradients")
+_MAGNITUDE = Column("2|a||b| / (|a|² + |b|²) of the two gradients: 1 for equal norms")
+_RELIABILITY = "cosine between gradients on two halves of a task's instances: how little of them is noise"
+_PLACE = {
+    "layer": Column("transformer layer, from 0; −1 for what belongs to none", INDEX),
+    "module": Column('name below the layer, such as mlp.gate_proj; with ".adapter" for the adapter on it', TEXT),
+}
+_ALL_MODULES = {"parameters": Column(f"{_PARAMETERS}, all modules together", TEXT)}
 
-@dataclass(frozen=True)
-class MeasuredParameter:
+GRADIENT_PAIRS = Table(
+    "gradient_pairs",
+    task_a=TASK_A,
+    task_b=TASK_B,
+    **_PLACE,
+    cosine=_COSINE,
+    magnitude_similarity=_MAGNITUDE,
+)
+GRADIENT_OVERALL = Table(
+    "gradient_overall",
+    task_a=TASK_A,
+    task_b=TASK_B,
+    **_ALL_MODULES,
+    cosine=_COSINE,
+    corrected_cosine=Column(
+        "the cosine that noiseless gradients would have, from the halves of the instances; null where noise is all "
+        "that can be seen"
+    ),
+    magnitude_similarity=_MAGNITUDE,
+)
+GRADIENT_SUMMARY = Table(
+    "gradient_summary",
+    **_PLACE,
+    parameters=Column(_PARAMETERS, TEXT),
+    conflict_rate=Column("share of the pairs of tasks whose gradients have a negative cosine"),
+    mean_cosine=Column("mean cosine over the pairs of tasks"),
+    mean_magnitude_similarity=Column("mean of 2|a||b| / (|a|² + |b|²) over the pairs of tasks"),
+    reliability=Column(f"{_RELIABILITY}; mean over tasks"),
+)
+GRADIENT_TASKS = Table(
+    "gradient_tasks",
+    task=TASK,
+    **_ALL_MODULES,
+    norm=Column("norm of the task's gradient (nats per token, for a unit of the parameters)"),
+    reliability=Column(_RELIABILITY),
+    instances=Column("instances that the gradient is the mean of", COUNT),
+)
+
+
+class MeasuredParameter(NamedTuple):
     """A parameter and where it belongs; ``in_dim`` is the dimension of a weight's input features."""
 
     place: Place
@@ -46,7 +109,7 @@ def layer_and_module(name: str, prefix: str | None = None) -> tuple[int, str]:
 
     Args:
         name: of a module, or of an adapter's parameter, such as ``model.layers.12.mlp.gate_proj``.
-        prefix: how the names of the adapter's own parts begin; what follows is left out, and "adapter" put there.
+        prefix: how the names of the adapter's own parts begin; the name from there on is replaced by "adapter".
     """
     parts = [part for part in name.split(".") if part != "base_layer"]
     own = next((i for i, part in enumerate(parts) if prefix and part.startswith(prefix)), None)
@@ -107,26 +170,21 @@ class TaskGradients:
 
     @contextmanager
     def taking(self) -> Iterator[None]:
-        """Within, a backward pass hands its gradients over and leaves none behind; dropout is off.
+        """Within, a backward pass adds its gradients to the sums and leaves none behind; dropout is off.
 
         Afterwards the model is as it was: modes, ``requires_grad`` and ``grad``.
         """
         modes = [(module, module.training) for module in self._model.modules()]
         before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in self._model.parameters()]
-        handles = []
         try:
-            self._model.eval()
-            for parameter, _, _ in before:
-                parameter.requires_grad_(False)
-                parameter.grad = None
-            for i, item in enumerate(self._measured):
-                item.parameter.requires_grad_(True)
-                handles.append(item.parameter.register_post_accumulate_grad_hook(partial(self._take, i)))
-            with torch.enable_grad():
+            with ExitStack() as hooks, torch.enable_grad():
+                self._model.eval().requires_grad_(False).zero_grad()
+                for i, item in enumerate(self._measured):
+                    item.parameter.requires_grad_(True)
+                    handle = item.parameter.register_post_accumulate_grad_hook(partial(self._take, i))
+                    hooks.callback(handle.remove)
                 yield
         finally:
-            for handle in handles:
-                handle.remove()
             for parameter, requires_grad, gradient in before:
                 parameter.requires_grad_(requires_grad)
                 parameter.grad = gradient
@@ -134,7 +192,7 @@ class TaskGradients:
                 module.training = training
 
     def begin_instance(self, task: int) -> None:
-        """The next backward pass is an instance of this task, numbered from 0. Instances fall to the halves in turn."""
+        """The next backward pass is an instance of this task, numbered from 0; its halves take turns."""
         half = int(self.counts_T2[task].sum()) % 2
         self.counts_T2[task, half] += 1
         self._row = 2 * task + half
@@ -148,13 +206,19 @@ class TaskGradients:
         if in_dim is not None:
             self._squares[index][self._row // 2] += gradient.square().mean(dim=in_dim)
 
-    def grams(self) -> dict[Place, torch.Tensor]:
-        """By place, the inner products G (R, R) of the halves' sums; places without any gradient are left out."""
+    def grams(self) -> tuple[pd.DataFrame, torch.Tensor]:
+        """The places that have a gradient, and for each the inner products G (P, R, R) of the halves' sums.
+
+        Weights come first, each kind in the order of the layers and, within a layer, of the model's modules.
+        """
         grams: dict[Place, torch.Tensor] = {}
         for item, sketch in zip(self._measured, self._sketches, strict=True):
-            gram_RR = sketch.gram()
-            grams[item.place] = grams[item.place] + gram_RR if item.place in grams else gram_RR
-        return {place: gram_RR for place, gram_RR in grams.items() if gram_RR.any()}
+            grams[item.place] = grams.get(item.place, 0) + sketch.gram()
+        places = sorted((place for place in grams if grams[place].any()), key=lambda p: (p[0] != "weights", p[1]))
+        if not places:
+            raise BaditError("the model has no weights with a gradient; quantised ones without an adapter have none")
+        frame = pd.DataFrame(places, columns=["parameters", "layer", "module"])
+        return frame, torch.stack([grams[place] for place in places])
 
     def row_scores(self, task: int) -> list[torch.Tensor]:
         """For each layer, the mean squared gradient of every row of its weights (U,), on the CPU.
@@ -168,41 +232,130 @@ class TaskGradients:
         return [torch.cat(layers[layer]) / self.counts_T2[task].sum().float() for layer in sorted(layers)]
 
 
-class Agreement:
-    """What the inner products of the halves' sums say of the tasks' gradients; NaN where a number is not defined.
+class SketchedSums:
+    """Sums of vectors (N), kept as sketches; a vector of at most ``size`` coordinates is kept as it is.
 
     Args:
-        gram_RR: of the halves' sums.
-        counts_T2: instances in each half.
-
-    Attributes:
-        cosine_TT: cos(g_a, g_b) of the mean gradients.
-        corrected_TT: ⟨g_a, g_b⟩ / √(⟨a_1, a_2⟩ ⟨b_1, b_2⟩), with the halves' means a_1 and a_2. Independent noise in
-            the halves makes |g|² too large and cosines too small, and cancels in ⟨a_1, a_2⟩: Spearman's correction for
-            attenuation. Clipped to [−1, 1]; undefined where one of the two is not positive.
-        magnitude_TT: 2 |g_a| |g_b| / (|g_a|² + |g_b|²), 1 for equal norms (Yu et al. 2020, arXiv 2001.06782).
-        norm_T: |g|.
-        reliability_T: cos(a_1, a_2).
+        length: N.
+        sums: how many sums are kept apart.
+        size: M.
+        generator: on the CPU, where h and σ come from; they are the same for all sums.
+        device: where the vectors are.
     """
 
-    def __init__(self, gram_RR: torch.Tensor, counts_T2: torch.Tensor) -> None:
-        tasks = len(counts_T2)
-        # Of an empty half all inner products are 0, and its mean's 0 / 0 = NaN.
-        halves_T2T2 = (gram_RR / counts_T2.flatten()[:, None] / counts_T2.flatten()).view(tasks, 2, tasks, 2)
-        means_TT = gram_RR.view(tasks, 2, tasks, 2).sum(dim=(1, 3)) / (counts_T2.sum(1)[:, None] * counts_T2.sum(1))
-        within_T22 = torch.einsum("ahak->ahk", halves_T2T2)
-        between_T = within_T22[:, 0, 1]
-        squared_T = means_TT.diagonal()
-        self.norm_T = squared_T.sqrt()
-        norms_TT = self.norm_T[:, None] * self.norm_T
-        self.cosine_TT = (means_TT / norms_TT).clamp(-1, 1)
-        self.magnitude_TT = 2 * norms_TT / (squared_T[:, None] + squared_T)
-        self.reliability_T = (between_T / (within_T22[:, 0, 0] * within_T22[:, 1, 1]).sqrt()).clamp(-1, 1)
-        noiseless_T = torch.where(between_T > 0, between_T, torch.nan).sqrt()
-        self.corrected_TT = (means_TT / noiseless_T[:, None] / noiseless_T).clamp(-1, 1)
+    def __init__(
+        self, length: int, sums: int, size: int, generator: torch.Generator, device: torch.device | None = None
+    ) -> None:
+        self.sums_RM = torch.zeros(sums, min(length, size), device=device)
+        self._exact = length <= size
+        if not self._exact:
+            runs = -(-length // size)
+            # Past M runs, shifts repeat; a vector has as many from some 268 million coordinates on, at M = 16384.
+            self._shifts = torch.randperm(size, generator=generator).repeat(-(-runs // size))[:runs].tolist()
+            self._run_signs = _signs(runs, generator).tolist()
+            self._signs_M = _signs(size, generator).to(self.sums_RM)
 
-    def pairs(self, values_TT: torch.Tensor, order: Sequence[int]) -> torch.Tensor:
-        """The values of all pairs of tasks, in the order of the numbers of the tasks given."""
-        ordered_TT = values_TT[list(order)][:, list(order)]
-        rows, columns = torch.triu_indices(len(order), len(order), offset=1)
-        return ordered_TT[rows, columns]
+    def add(self, index: int, vector_N: torch.Tensor) -> None:
+        """Adds a vector, of any floating type, to one of the sums."""
+        vector_N = vector_N.float()
+        if self._exact:
+            self.sums_RM[index] += vector_N
+            return
+        # Two rounds of buckets, so that a shifted run lies in one piece; then the second is added to the first.
+        size = len(self._signs_M)
+        buckets = self._signs_M.new_zeros(2 * size)
+        for run, shift, sign in zip(vector_N.split(size), self._shifts, self._run_signs, strict=True):
+            buckets[shift : shift + len(run)].addcmul_(run, self._signs_M[: len(run)], value=sign)
+        self.sums_RM[index] += buckets[:size] + buckets[size:]
+
+    def gram(self) -> torch.Tensor:
+        """Estimates (R, R) of the sums' inner products, in float64 on the CPU."""
+        sums_RM = self.sums_RM.cpu().double()
+        return sums_RM @ sums_RM.T
+
+
+def _signs(count: int, generator: torch.Generator) -> torch.Tensor:
+    return 2 * torch.randint(2, (count,), generator=generator) - 1
+
+
+def agreement(gram_PRR: torch.Tensor, counts_T2: torch.Tensor) -> dict[str, torch.Tensor]:
+    """How far the tasks' gradients agree; NaN where a number is not defined.
+
+    Halves 1 and 2 of a task are its even and its odd instances, in the order given.
+
+    Args:
+        gram_PRR: inner products of the halves' sums.
+        counts_T2: instances in each half.
+
+    Returns:
+        cosine: (P, T, T), cos(g_a, g_b) of the mean gradients.
+        corrected_cosine: (P, T, T), ⟨g_a, g_b⟩ / √(⟨a_1, a_2⟩ ⟨b_1, b_2⟩), with the halves' means a_1 and a_2.
+            Independent noise in the halves makes |g|² too large and cosines too small, and cancels in ⟨a_1, a_2⟩:
+            Spearman's correction for attenuation. Clipped to [−1, 1]; undefined where one of the two is not positive.
+        magnitude_similarity: (P, T, T), 2 |g_a| |g_b| / (|g_a|² + |g_b|²), 1 for equal norms (Yu et al. 2020, arXiv
+            2001.06782).
+        norm: (P, T), |g|.
+        reliability: (P, T), cos(a_1, a_2).
+    """
+    counts_R, counts_T = counts_T2.flatten(), counts_T2.sum(dim=1)
+
+    def by_half(values_PRR: torch.Tensor) -> torch.Tensor:
+        return values_PRR.unflatten(-1, (-1, 2)).unflatten(-3, (-1, 2))
+
+    def outer(values_PT: torch.Tensor) -> torch.Tensor:
+        return values_PT[:, :, None] * values_PT[:, None, :]
+
+    # Of an empty half all inner products are 0, and its mean's 0 / 0 = NaN.
+    halves_PT2T2 = by_half(gram_PRR / counts_R[:, None] / counts_R)
+    means_PTT = by_half(gram_PRR).sum(dim=(-3, -1)) / (counts_T[:, None] * counts_T)
+    within_P22T = halves_PT2T2.diagonal(dim1=-4, dim2=-2)
+    between_PT = within_P22T[:, 0, 1]
+    squared_PT = means_PTT.diagonal(dim1=-2, dim2=-1)
+    norms_PTT = outer(squared_PT.sqrt())
+    noiseless_PT = torch.where(between_PT > 0, between_PT, torch.nan).sqrt()
+    return {
+        "cosine": (means_PTT / norms_PTT).clamp(-1, 1),
+        "corrected_cosine": (means_PTT / outer(noiseless_PT)).clamp(-1, 1),
+        "magnitude_similarity": 2 * norms_PTT / (squared_PT[:, :, None] + squared_PT[:, None, :]),
+        "norm": squared_PT.sqrt(),
+        "reliability": (between_PT / (within_P22T[:, 0, 0] * within_P22T[:, 1, 1]).sqrt()).clamp(-1, 1),
+    }
+
+
+def gradient_frames(tasks: Sequence[str], gradients: TaskGradients, about: str) -> list[pd.DataFrame]:
+    """The tables gradient_pairs, gradient_overall, gradient_summary and gradient_tasks."""
+    order = sorted(range(len(tasks)), key=tasks.__getitem__)
+    pairs = pd.DataFrame(combinations([tasks[t] for t in order], 2), columns=["task_a", "task_b"])
+    first_E, second_E = torch.tensor(order)[torch.triu_indices(len(order), len(order), offset=1)]
+    places, gram_PRR = gradients.grams()
+
+    found = agreement(gram_PRR, gradients.counts_T2)
+    cosine_PE, magnitude_PE = (found[name][:, first_E, second_E] for name in ("cosine", "magnitude_similarity"))
+    conflicts_PE = (cosine_PE < 0).double().masked_fill(cosine_PE.isnan(), torch.nan)
+    by_pair = places.merge(pairs, how="cross")
+    by_pair = by_pair.assign(cosine=cosine_PE.flatten().numpy(), magnitude_similarity=magnitude_PE.flatten().numpy())
+    summary = places.assign(
+        conflict_rate=conflicts_PE.nanmean(dim=1).numpy(),
+        mean_cosine=cosine_PE.nanmean(dim=1).numpy(),
+        mean_magnitude_similarity=magnitude_PE.nanmean(dim=1).numpy(),
+        reliability=found["reliability"].nanmean(dim=1).numpy(),
+    )
+
+    # All modules together: inner products of whole gradients are sums over the places.
+    kinds = pd.DataFrame({"parameters": places["parameters"].unique()})
+    of_kind = [gram_PRR[(places["parameters"] == kind).tolist()].sum(dim=0) for kind in kinds["parameters"]]
+    found = agreement(torch.stack(of_kind), gradients.counts_T2)
+    overall = kinds.merge(pairs, how="cross")
+    for name in ("cosine", "corrected_cosine", "magnitude_similarity"):
+        overall[name] = found[name][:, first_E, second_E].flatten().numpy()
+    by_task = kinds.merge(pd.DataFrame({"task": tasks}), how="cross").assign(
+        norm=found["norm"].flatten().numpy(),
+        reliability=found["reliability"].flatten().numpy(),
+        instances=gradients.counts_T2.sum(dim=1).repeat(len(kinds)).numpy(),
+    )
+    return [
+        GRADIENT_PAIRS.frame(by_pair, about),
+        GRADIENT_OVERALL.frame(overall, about),
+        GRADIENT_SUMMARY.frame(summary, about),
+        GRADIENT_TASKS.frame(by_task, about),
+    ]

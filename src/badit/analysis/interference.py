@@ -1,39 +1,75 @@
-"""How tasks get in one another's way in a model: conflicts between their gradients, and the units that they share.
+"""How tasks interfere in a model: conflicts between their gradients, and the units that they share.
 
 One pass over the data measures both: a forward pass of each instance gives its neurons' outputs, the backward pass its
-gradients. See :mod:`badit.analysis.gradients` and :mod:`badit.analysis.coactivation` for what they are.
+gradients (:mod:`badit.analysis.gradients`). The measures are those of the interference literature (gradient conflict
+and magnitude similarity: Yu et al. 2020, arXiv 2001.06782) and of the paper's Figures 1 and 2 (co-activation, arXiv
+2605.05676). Assumption, where the paper averages squared gradients over blocks of parameters: a block is a row of a
+weight matrix, what one output feature reads.
 
-The measures are those of the interference literature (gradient conflict and magnitude similarity: Yu et al. 2020, arXiv
-2001.06782) and of the paper's Figures 1 and 2 (co-activation, arXiv 2605.05676). Assumption, where the paper averages
-squared gradients over blocks of parameters: a block is a row of a weight matrix, what one output feature reads.
+Co-activation: each task marks its strongest units, and for each unit the tasks are counted. Units are neurons, rows of
+weight matrices, or experts. Among tasks that mark independently of one another, the number of tasks that mark a unit is
+binomial with the marked share p (Poisson-binomial where the tasks' shares differ), and the sets of two tasks overlap,
+as |A ∩ B| / |A ∪ B|, by p / (2 − p).
+
+A neuron is an output of the MLP's gate projection, or of its first projection where there is no gate, before the
+activation function: the paper's choice, and what BADIT adapts. Its score on a task is its mean over all attended
+positions of all instances. Assumption, where the paper says "top 10 %": of each layer, since outputs and gradients
+differ in scale between layers.
+
+Shape suffixes: U = units of a layer, T = tasks, A = units of all layers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from itertools import combinations
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from badit.analysis.coactivation import NeuronMeans, coactivation_tables, strongest, tidy
-from badit.analysis.gradients import Agreement, Place, TaskGradients
-from badit.analysis.tables import TidyTable, Value, defined
+from badit.analysis.gradients import TaskGradients, gradient_frames, layer_and_module
+from badit.analysis.tables import COUNT, LAYER, SHARING, TASK, TASK_A, TASK_B, TEXT, Column, Table
+from badit.baselines.neurons import top_neurons
 from badit.errors import BaditError
-from badit.training.trainer import answer_losses
-from badit.tuner.base_config import is_int, is_number
+from badit.trainer import answer_losses
+from badit.tuner.model import TARGET_MODULES
 
 Batches = Mapping[str, Sequence[Mapping[str, Any]]]
+Marked = Mapping[str, torch.Tensor | Sequence[torch.Tensor]]
 
-_TASK_A, _TASK_B = "a task", "another task, later in the alphabet"
-_LAYER = "transformer layer, from 0; −1 for what belongs to none"
-_MODULE = 'name below the layer, such as mlp.gate_proj; with ".adapter" for the adapter on it'
-_PARAMETERS = '"weights" (of the linear layers) or "adapter"'
-_COSINE = "cosine of the two tasks' gradients"
-_MAGNITUDE = "2|a||b| / (|a|² + |b|²) of the two gradients: 1 for equal norms"
-_RELIABILITY = "cosine between gradients on two halves of a task's instances: how little of them is noise"
+_KIND = Column('"neurons", "parameters" (rows of weight matrices) or "experts"', TEXT)
+COACTIVATION = Table(
+    "coactivation",
+    kind=_KIND,
+    layer=LAYER,
+    tasks=Column("by how many tasks a unit is marked", SHARING),
+    share=Column("share of the layer's units that are marked by so many"),
+    chance=Column("the same if the tasks marked independently: binomial with the marked share"),
+)
+COACTIVATION_TASKS = Table(
+    "coactivation_tasks",
+    kind=_KIND,
+    task=TASK,
+    layer=LAYER,
+    marked=Column("units marked by the task", COUNT),
+    exclusive=Column("units marked by this task alone", COUNT),
+    universal=Column("units marked by every task", COUNT),
+)
+COACTIVATION_PAIRS = Table(
+    "coactivation_pairs",
+    kind=_KIND,
+    task_a=TASK_A,
+    task_b=TASK_B,
+    overlap=Column("units of all layers that both have marked, as a share of those that either has (Jaccard)"),
+    chance=Column("the same if the two marked independently: p / (2 − p) where both mark the share p"),
+)
+_FIRST_PROJECTIONS = sorted({name for names in TARGET_MODULES.values() for name in names})
 
 
 def measure_interference(
@@ -44,7 +80,7 @@ def measure_interference(
     share: float = 0.1,
     seed: int = 0,
     progress: bool = False,
-) -> list[TidyTable]:
+) -> list[pd.DataFrame]:
     """Measures tasks' gradients and the units that they have in common, and leaves the model as it was.
 
     Args:
@@ -61,17 +97,11 @@ def measure_interference(
         and coactivation_pairs; the last three with the kinds "neurons" and "parameters".
 
     Raises:
-        BaditError: a task without instances, an instance without a finite loss, an option out of range, or a model
-            whose layers have no MLP of a known kind.
+        BaditError: no tasks, an instance without a finite loss, or a model whose layers have no MLP of a known kind.
     """
-    if not is_int(sketch_size) or sketch_size < 1:
-        raise BaditError(f"sketch_size must be a whole number of at least 1, got {sketch_size!r}")
-    if not is_number(share) or not 0 < share <= 1:
-        raise BaditError(f"share must be above 0 and at most 1, got {share!r}")
     sizes = {task: sum(len(batch["input_ids"]) for batch in of_task) for task, of_task in batches.items()}
     if not sizes or not all(sizes.values()):
-        empty = next((task for task, size in sizes.items() if not size), None)
-        raise BaditError("batches: there are none" if empty is None else f"batches: task {empty} has no instances")
+        raise BaditError("batches: give at least one task, and for every task at least one instance")
     gradients = TaskGradients(model, len(batches), sketch_size, seed)
     neurons = NeuronMeans(model, len(batches))
     with gradients.taking(), tqdm(total=sum(sizes.values()), desc="Gradients", disable=not progress) as bar:
@@ -81,14 +111,28 @@ def measure_interference(
                     gradients.begin_instance(number)
                     _backward(model, instance, f"task {task}, instance {index}")
                     bar.update()
-    names = list(batches)
-    about = _about(model, sizes, sketch_size)
-    marks = {"neurons": neurons.of_task, "parameters": gradients.row_scores}
-    counted = [
-        coactivation_tables(kind, {name: strongest(scores(i), share) for i, name in enumerate(names)})
-        for kind, scores in marks.items()
-    ]
-    return [*_gradient_tables(names, gradients, about), *tidy(counted, _about_coactivation(sizes, share))]
+    marked = {
+        kind: {task: strongest(scores(number), share) for number, task in enumerate(batches)}
+        for kind, scores in (("neurons", neurons.of_task), ("parameters", gradients.row_scores))
+    }
+    few, many = min(sizes.values()), max(sizes.values())
+    data = f"Measured on {len(sizes)} tasks with {few if few == many else f'{few} to {many}'} instances each."
+    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    about_gradients = (
+        f"{data} A task's gradient is the mean over its instances of the gradient of the answer's mean "
+        "cross-entropy (so that neither padding nor the make-up of batches matters), without dropout, with the weights "
+        f"in {dtype}. Weights are those of the linear layers inside the transformer's layers, whether they are trained "
+        "or not. Inner products are estimated without bias from random projections (count sketches) of each parameter "
+        f"to {sketch_size} numbers, and a cosine has a standard error of at most {sketch_size**-0.5:.2g}; parameters "
+        "of no more numbers are exact. Noise from the choice of instances comes on top: see reliability."
+    )
+    about_units = (
+        f"{data} Each task marks the strongest {share:.3g} of the units of every layer, ranked within it. "
+        "Neurons: outputs of the MLP's gate projection (or first projection), before the activation function, averaged "
+        "over all tokens of prompts and answers. Parameters: rows of the layer's weight matrices, attention and MLP "
+        "together, by their squared gradient, averaged over the row and over the instances."
+    )
+    return [*gradient_frames(list(batches), gradients, about_gradients), *coactivation(marked, about_units)]
 
 
 def _instances(batches: Sequence[Mapping[str, Any]], device: torch.device) -> Iterator[dict[str, Any]]:
@@ -109,106 +153,108 @@ def _backward(model: nn.Module, instance: Mapping[str, Any], where: str) -> None
     loss.backward()
 
 
-def _gradient_tables(names: Sequence[str], gradients: TaskGradients, about: str) -> list[TidyTable]:
-    order = sorted(range(len(names)), key=names.__getitem__)
-    pair_names = list(combinations([names[i] for i in order], 2))
-    grams = gradients.grams()
-    counts_T2 = gradients.counts_T2
-    pairs: list[list[Value]] = []
-    summary: list[list[Value]] = []
-    for (parameters, layer, module), gram_RR in sorted(grams.items(), key=_by_kind_and_layer):
-        agreement = Agreement(gram_RR, counts_T2)
-        cosines, magnitudes = (agreement.pairs(v, order) for v in (agreement.cosine_TT, agreement.magnitude_TT))
-        for (a, b), *values in zip(pair_names, cosines.tolist(), magnitudes.tolist(), strict=True):
-            pairs.append([a, b, layer, module, *map(defined, values)])
-        known = cosines[~cosines.isnan()]
-        rates = [(known < 0).double().mean(), known.mean(), magnitudes.nanmean(), agreement.reliability_T.nanmean()]
-        summary.append([layer, module, parameters, *(defined(float(rate)) for rate in rates)])
-    overall: list[list[Value]] = []
-    by_task: list[list[Value]] = []
-    for parameters in dict.fromkeys(place[0] for place in grams):
-        of_kind = [gram_RR for place, gram_RR in grams.items() if place[0] == parameters]
-        agreement = Agreement(torch.stack(of_kind).sum(dim=0), counts_T2)
-        measures = (agreement.cosine_TT, agreement.corrected_TT, agreement.magnitude_TT)
-        columns = [agreement.pairs(values_TT, order).tolist() for values_TT in measures]
-        for (a, b), *values in zip(pair_names, *columns, strict=True):
-            overall.append([a, b, parameters, *map(defined, values)])
-        per_task = zip(agreement.norm_T.tolist(), agreement.reliability_T.tolist(), counts_T2.sum(1), strict=True)
-        for name, (norm, reliability, instances) in zip(names, per_task, strict=True):
-            by_task.append([name, parameters, defined(norm), defined(reliability), int(instances)])
-    rows = {
-        "gradient_pairs": pairs,
-        "gradient_overall": overall,
-        "gradient_summary": summary,
-        "gradient_tasks": by_task,
-    }
-    return [TidyTable(name, about, columns, rows[name]) for name, columns in _COLUMNS.items()]
+def coactivation(marked: Mapping[str, Marked], about: str) -> list[pd.DataFrame]:
+    """Counts, for every unit, the tasks that have marked it.
+
+    Args:
+        marked: by the kind of the units and by task, which units it marks: booleans (layers, U), or one (U,) per layer
+            where widths differ.
+        about: how the units were marked.
+
+    Returns:
+        The tables coactivation, coactivation_tasks and coactivation_pairs.
+    """
+    counts, by_task, pairs = [], [], []
+    for kind, masks in marked.items():
+        tasks = list(masks)
+        layers_TU = [torch.stack([mask.cpu() for mask in layer]).numpy() for layer in zip(*masks.values(), strict=True)]
+        for layer, marked_TU in enumerate(layers_TU):
+            tasks_U, sizes_T = marked_TU.sum(axis=0), marked_TU.sum(axis=1)
+            shares = np.bincount(tasks_U, minlength=len(tasks) + 1) / len(tasks_U)
+            chances = _independent(sizes_T / len(tasks_U))
+            counts += [(kind, layer, number, *row) for number, row in enumerate(zip(shares, chances, strict=True))]
+            exclusive_T, universal = (marked_TU & (tasks_U == 1)).sum(axis=1), (tasks_U == len(tasks)).sum()
+            of_tasks = zip(tasks, sizes_T, exclusive_T, strict=True)
+            by_task += [(kind, task, layer, size, exclusive, universal) for task, size, exclusive in of_tasks]
+        for (a, b), overlap, chance in _overlaps(layers_TU, sorted(range(len(tasks)), key=tasks.__getitem__)):
+            pairs.append((kind, tasks[a], tasks[b], overlap, chance))
+    return [
+        COACTIVATION.frame(counts, about),
+        COACTIVATION_TASKS.frame(by_task, about),
+        COACTIVATION_PAIRS.frame(pairs, about),
+    ]
 
 
-def _by_kind_and_layer(item: tuple[Place, torch.Tensor]) -> tuple[bool, int]:
-    """Weights first; within a layer the modules stay in the model's order, since sorting is stable."""
-    (parameters, layer, _), _ = item
-    return parameters != "weights", layer
+def _independent(shares: np.ndarray) -> np.ndarray:
+    """The chances of 0, 1, …, T marks when task t marks with the probability ``shares[t]``, independently."""
+    chances = np.ones(1)
+    for share in shares:
+        chances = np.convolve(chances, [1 - share, share])
+    return chances
 
 
-_COLUMNS: dict[str, dict[str, str]] = {
-    "gradient_pairs": {
-        "task_a": _TASK_A,
-        "task_b": _TASK_B,
-        "layer": _LAYER,
-        "module": _MODULE,
-        "cosine": _COSINE,
-        "magnitude_similarity": _MAGNITUDE,
-    },
-    "gradient_overall": {
-        "task_a": _TASK_A,
-        "task_b": _TASK_B,
-        "parameters": f"{_PARAMETERS}, all modules together",
-        "cosine": _COSINE,
-        "corrected_cosine": "the cosine that noiseless gradients would have, from the halves of the instances; null "
-        "where noise is all that can be seen",
-        "magnitude_similarity": _MAGNITUDE,
-    },
-    "gradient_summary": {
-        "layer": _LAYER,
-        "module": _MODULE,
-        "parameters": _PARAMETERS,
-        "conflict_rate": "share of the pairs of tasks whose gradients have a negative cosine",
-        "mean_cosine": "mean cosine over the pairs of tasks",
-        "mean_magnitude_similarity": "mean of 2|a||b| / (|a|² + |b|²) over the pairs of tasks",
-        "reliability": f"{_RELIABILITY}; mean over tasks",
-    },
-    "gradient_tasks": {
-        "task": "the task",
-        "parameters": f"{_PARAMETERS}, all modules together",
-        "norm": "norm of the task's gradient (nats a token, for a unit of the parameters)",
-        "reliability": _RELIABILITY,
-        "instances": "instances that the gradient is the mean of",
-    },
-}
+def _overlaps(layers_TU: Sequence[np.ndarray], order: Sequence[int]) -> Iterator[tuple[tuple[int, int], float, float]]:
+    """By pair of tasks, |A ∩ B| / |A ∪ B| as observed and as expected; NaN where neither marks a unit."""
+    marked_TA = np.concatenate(layers_TU, axis=1).astype(np.float64)
+    sizes_T = marked_TA.sum(axis=1)
+    # Each layer has marked shares of its own, so the expected numbers are added up over the layers.
+    expected_TT = sum(np.outer(m.sum(axis=1), m.sum(axis=1)) / m.shape[1] for m in layers_TU)
+    with np.errstate(invalid="ignore"):
+        overlap_TT, chance_TT = (
+            both_TT / (sizes_T[:, None] + sizes_T - both_TT) for both_TT in (marked_TA @ marked_TA.T, expected_TT)
+        )
+    for pair in combinations(order, 2):
+        yield pair, overlap_TT[pair], chance_TT[pair]
 
 
-def _about(model: nn.Module, sizes: Mapping[str, int], sketch_size: int) -> str:
-    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-    return (
-        f"{_data(sizes)} A task's gradient is the mean over its instances of the gradient of the answer's mean "
-        "cross-entropy (so that neither padding nor the make-up of batches matters), without dropout, with the weights "
-        f"in {dtype}. Weights are those of the linear layers inside the transformer's layers, whether they are trained "
-        "or not. Inner products are estimated without bias from random projections (count sketches) of each parameter "
-        f"to {sketch_size} numbers, and a cosine has a standard error of at most {sketch_size**-0.5:.2g}; parameters "
-        "of no more numbers are exact. Noise from the choice of instances comes on top: see reliability."
-    )
+def strongest(scores: Sequence[torch.Tensor], share: float) -> list[torch.Tensor]:
+    """For each layer's scores (U,), masks that are true for the ``share`` of them that is highest, at least one."""
+    return [top_neurons({"layer": scores_U}, share)["layer"] for scores_U in scores]
 
 
-def _about_coactivation(sizes: Mapping[str, int], share: float) -> str:
-    return (
-        f"{_data(sizes)} Each task marks the strongest {share:.3g} of the units of every layer, ranked within it. "
-        "Neurons: outputs of the MLP's gate projection (or first projection), before the activation function, averaged "
-        "over all tokens of prompts and answers. Parameters: rows of the layer's weight matrices, attention and MLP "
-        "together, by their squared gradient, averaged over the row and over the instances."
-    )
+class NeuronMeans:
+    """The mean output of every neuron over the positions of a task's instances.
+
+    Raises:
+        BaditError: a model whose layers have no single MLP with a first projection of a known name.
+    """
+
+    def __init__(self, model: nn.Module, tasks: int) -> None:
+        self._projections = _first_projections(model)
+        self._sums: list[dict[int, torch.Tensor]] = [{} for _ in range(tasks)]
+        self._positions = [0] * tasks
+
+    @contextmanager
+    def counting(self, task: int) -> Iterator[None]:
+        """Within, forward passes without padding count for the task, numbered from 0."""
+        with ExitStack() as hooks:
+            for layer, projection in enumerate(self._projections):
+                hooks.callback(projection.register_forward_hook(partial(self._add, task, layer)).remove)
+            yield
+
+    def of_task(self, task: int) -> list[torch.Tensor]:
+        """The means (U,) of each layer, on the CPU."""
+        return [self._sums[task][layer].cpu() / self._positions[task] for layer in range(len(self._projections))]
+
+    def _add(self, task: int, layer: int, module: nn.Module, args: tuple, output: torch.Tensor) -> None:
+        outputs = output.detach().flatten(0, -2)
+        self._sums[task][layer] = outputs.sum(dim=0, dtype=torch.float32) + self._sums[task].get(layer, 0)
+        if layer == 0:
+            self._positions[task] += len(outputs)
 
 
-def _data(sizes: Mapping[str, int]) -> str:
-    few, many = min(sizes.values()), max(sizes.values())
-    return f"Measured on {len(sizes)} tasks with {few if few == many else f'{few} to {many}'} instances each."
+def _first_projections(model: nn.Module) -> list[nn.Module]:
+    """In the order of the layers; where an adapter wraps one, the wrapper, whose output has the adapter's part."""
+    found: dict[int, list[nn.Module]] = {}
+    for name, module in model.named_modules():
+        layer, below = layer_and_module(name)
+        if layer >= 0 and below.rpartition(".")[2] in _FIRST_PROJECTIONS and not name.endswith(".base_layer"):
+            found.setdefault(layer, []).append(module)
+    config = getattr(model, "config", None)
+    layers = getattr(config, "num_hidden_layers", 0)
+    if not found or list(found) != list(range(layers)) or any(len(modules) > 1 for modules in found.values()):
+        raise BaditError(
+            f"co-activation does not go with a model of type {getattr(config, 'model_type', type(model).__name__)}: "
+            f"every layer needs one MLP, with a projection named {' or '.join(_FIRST_PROJECTIONS)}"
+        )
+    return [modules[0] for modules in found.values()]

@@ -1,36 +1,237 @@
-"""What tasks lose or gain by being learnt together, and what they keep while others are learnt after them."""
+"""What experts and tasks learn: angles between experts, moves of components, score matrices, and task gaps.
+
+All but the held-out angles come from what a run or a comparison has written itself.
+
+Component i is the pair (row i of A, column i of B), and its gradient ĝ_i those two, concatenated and normalised. DOG
+groups components of like gradients, so the angles between components of one expert should be small, those between
+components of two experts near 90° (paper, Fig. 4: arXiv 2605.05676). Angles on the gradients that a grouping was made
+from flatter it. Here they are
+
+* of the steps that followed a regrouping, under the grouping before it and the one after it;
+* for methods that never regroup, of the steps before the line was logged ("training");
+* for a finished adapter, of the whole loss on data that it was not trained on ("held-out").
+
+Experts that share one A have no components of their own, and so no such angles.
+
+Shape suffixes: N = components, I/O = in/out features.
+"""
 
 from __future__ import annotations
 
 import os
-from statistics import fmean
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+import pandas as pd
+import torch
+from pydantic import BaseModel, Field, model_validator
+from tqdm import tqdm
 
-from badit.analysis.tables import TidyTable, Value
-from badit.data.schema import first_problem
-from badit.errors import BaditError
-from badit.evaluation.results import SINGLE_TASK, Results, Scores, load_results
-from badit.files import read_json
-from badit.runs import RunFolder
+from badit.analysis.gates import Batches, active_experts
+from badit.analysis.gradients import layer_and_module
+from badit.analysis.tables import COUNT, EXPERT_NUMBER, INDEX, LAYER, MAX_EXPERTS, MODULE, TASK, TEXT, Column, Table
+from badit.data import on_device
+from badit.errors import BaditError, explained
+from badit.files import read_json, read_jsonl
+from badit.method import ExpertAngles, cosine_gram
+from badit.method import expert_angles as angles_of
+from badit.results import SINGLE_TASK, load_results, paired, read_scores
+from badit.run import Run
+from badit.trainer import answer_losses
+
+EXPERT_ANGLES = Table(
+    "expert_angles",
+    step=Column("step of the regrouping or of the log line; the last one for held-out; null if not known", COUNT),
+    layer=LAYER,
+    module=MODULE,
+    measured=Column(
+        "before or after: the grouping before or after this step's regrouping, on the steps that followed; training: a "
+        "method without regrouping; held-out: the finished adapter on data it was not trained on",
+        TEXT,
+    ),
+    within_degrees=Column("mean angle between components of one expert, in degrees"),
+    between_degrees=Column("mean angle between components of two experts, in degrees"),
+    within_abs_cos=Column("mean |cosine| between components of one expert"),
+    between_abs_cos=Column("mean |cosine| between components of two experts"),
+)
+COMPONENT_FLOW = Table(
+    "component_flow",
+    step=Column("step of the regrouping", INDEX),
+    layer=LAYER,
+    module=MODULE,
+    from_expert=EXPERT_NUMBER._replace(meaning="the expert before, counted from 0"),
+    to_expert=EXPERT_NUMBER._replace(meaning="the expert after, counted from 0"),
+    components=Column("how many components went this way; pairs without any are left out", COUNT),
+)
+TRANSFER = Table(
+    "transfer",
+    stage=Column("how many tasks had been learnt", INDEX),
+    trained_task=Column("the task learnt last", TEXT),
+    task=TASK._replace(meaning="the task scored"),
+    rouge_l=Column("its Rouge-L, 0 to 100; null where a task still to come was not scored"),
+)
+TASK_GAP = Table(
+    "task_gap",
+    method=Column("the method's name in the comparison", TEXT),
+    task=TASK,
+    single=Column("Rouge-L of the model trained on this task alone, 0 to 100"),
+    multi=Column("Rouge-L of the model trained on all tasks, 0 to 100"),
+    gap=Column("single minus multi, in points: above 0, the task lost by being trained with the others"),
+)
 
 
-class _Sequence(BaseModel):
-    """What a sequence's scores have besides those of its last state."""
+# --- experts ---
 
-    model_config = ConfigDict(extra="ignore", frozen=True)
 
-    order: list[str]
-    matrix: list[list[float | None]]
+class _Logged(BaseModel):
+    """A line of a log; the angles are missing where no step followed, and null where there was no pair."""
+
+    step: Annotated[int, Field(ge=0, le=2**53)]
+    module: str
+    intra_degrees: float | None = None
+    inter_degrees: float | None = None
+    intra_abs_cos: float | None = None
+    inter_abs_cos: float | None = None
+
+    @property
+    def place(self) -> tuple[int, str]:
+        return layer_and_module(self.module.rpartition(".")[0])  # the last part is the adapter's name
+
+    def angles(self, prefix: str = "") -> list[float | None]:
+        return [getattr(self, prefix + field) for field in ExpertAngles._fields]
+
+
+class _Regrouping(_Logged):
+    previous_labels: list[int]
+    labels: list[int]
+    previous_intra_degrees: float | None = None
+    previous_inter_degrees: float | None = None
+    previous_intra_abs_cos: float | None = None
+    previous_inter_abs_cos: float | None = None
 
     @model_validator(mode="after")
-    def _square(self) -> _Sequence:
-        if {len(self.matrix), *map(len, self.matrix)} != {len(self.order)}:
-            raise ValueError("matrix must have a row and a column for every task of order")
+    def _same_components(self) -> _Regrouping:
+        if len(self.labels) != len(self.previous_labels):
+            raise ValueError("labels and previous_labels must name the same number of components")
+        if any(not 0 <= label < min(len(self.labels), MAX_EXPERTS) for label in (*self.labels, *self.previous_labels)):
+            raise ValueError("labels and previous_labels must be experts, from 0 and fewer than components")
         return self
 
 
-def task_gap(path: str | os.PathLike[str]) -> TidyTable:
+_Line = TypeVar("_Line", bound=_Logged)
+
+
+def _lines(path: Path, kind: type[_Line]) -> Iterator[_Line]:
+    for number, content in enumerate(read_jsonl(path), start=1):
+        with explained(f"{path}: line {number}", fix="remove the file to leave it out"):
+            line = kind.model_validate(content)
+        yield line
+
+
+def expert_angles(
+    run: Run, model: Any = None, batches: Batches | None = None, *, progress: bool = False
+) -> pd.DataFrame:
+    """The angles that the run has logged and, given its model and held-out batches, those of the finished adapter.
+
+    ``progress`` shows a bar on stderr.
+
+    Raises:
+        BaditError: a damaged log.
+    """
+    rows: list[tuple] = []
+    for line in _lines(run.regroupings_path, _Regrouping):
+        rows.append((line.step, *line.place, "before", *line.angles("previous_")))
+        rows.append((line.step, *line.place, "after", *line.angles()))
+    rows += [(line.step, *line.place, "training", *line.angles()) for line in _lines(run.angles_path, _Logged)]
+    if model is not None and batches is not None:
+        environment = read_json(run.environment_path) if run.environment_path.is_file() else {}
+        steps = (environment.get("training") or {}).get("steps")
+        step = steps if isinstance(steps, int) else None
+        found = held_out_angles(model, batches, progress=progress)
+        rows += [(step, *place, "held-out", *angles) for place, angles in found.items()]
+    return EXPERT_ANGLES.frame(
+        [row for row in rows if any(angle is not None for angle in row[4:])],
+        "Angles between the gradients of components of one expert (within) and of two experts (between), means over "
+        "pairs. A signed mean hides opposite directions, so the mean |cosine| is given as well. Of a regrouping, both "
+        "groupings are measured on the steps that followed it, which neither was made from.",
+    )
+
+
+def component_flow(run: Run) -> pd.DataFrame:
+    """How many components every regrouping has moved from one expert to another, and how many have stayed.
+
+    Raises:
+        BaditError: a damaged log.
+    """
+    rows: list[tuple] = []
+    for line in _lines(run.regroupings_path, _Regrouping):
+        moves = Counter(zip(line.previous_labels, line.labels, strict=True))
+        rows += [(line.step, *line.place, *move, count) for move, count in sorted(moves.items())]
+    about = "Where each regrouping took the experts' components from and to; those that stayed are counted too."
+    return COMPONENT_FLOW.frame(rows, about)
+
+
+def held_out_angles(
+    model: Any, batches: Batches, *, progress: bool = False
+) -> dict[tuple[int, str], list[float | None]]:
+    """By module, the angles between the experts' gradients of the summed loss over all batches.
+
+    Modules whose experts share one A are left out. ``progress`` shows a bar on stderr.
+    """
+    experts = [one for one in active_experts(model) if not one.layer.badit_config[one.adapter].shares_A]
+    if not experts:
+        return {}
+    parameters = [p for one in experts for p in (one.layer.badit_A[one.adapter], one.layer.badit_B[one.adapter])]
+    sums = [torch.zeros_like(parameter, dtype=torch.float32) for parameter in parameters]
+    everything = [batch for of_task in batches.values() for batch in of_task]
+    # A model that was loaded for inference has them frozen.
+    frozen = [parameter for parameter in parameters if not parameter.requires_grad]
+    try:
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+        for batch in tqdm(everything, desc="Angles", unit="batch", disable=not progress, leave=False):
+            with torch.enable_grad():
+                losses_L, _, _ = answer_losses(model, on_device(batch, model.device), model)
+                gradients = torch.autograd.grad(losses_L.sum(), parameters)
+            for total, gradient in zip(sums, gradients, strict=True):
+                total += gradient
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+    angles = {}
+    for one, grad_A_NI, grad_B_ON in zip(experts, sums[::2], sums[1::2], strict=True):
+        gram_NN = cosine_gram(grad_A_NI, grad_B_ON).cpu().numpy()
+        angles[one.place] = list(angles_of(gram_NN, one.expert_of_N.cpu().numpy()).defined().values())
+    return angles
+
+
+# --- tasks ---
+
+
+def transfer(run: Run) -> pd.DataFrame:
+    """The score matrix of a sequential run.
+
+    Raises:
+        BaditError: the run is no sequence of tasks, or it has not been scored.
+    """
+    scores = read_scores(run.scores_path)
+    order, matrix = scores.get("order") or [], scores.get("matrix") or []
+    if {len(matrix), *map(len, matrix)} != {len(order)} or not order:
+        raise BaditError(
+            f"{run.scores_path}: matrix: must have a row and a column for every task of order; only a run that learns "
+            "its tasks in an order has one"
+        )
+    rows = [
+        (stage, trained, task, score)
+        for stage, (trained, scores_T) in enumerate(zip(order, matrix, strict=True), start=1)
+        for task, score in zip(order, scores_T, strict=True)
+    ]
+    return TRANSFER.frame(rows, "Rouge-L on every task after each stage of a run that learns its tasks one by one.")
+
+
+def task_gap(path: str | os.PathLike[str]) -> pd.DataFrame:
     """Every method's score on every task, trained on that task alone and on all of them.
 
     Args:
@@ -40,61 +241,13 @@ def task_gap(path: str | os.PathLike[str]) -> TidyTable:
         BaditError: it is missing or damaged.
     """
     results = load_results(path)
-    rows: list[list[Value]] = []
-    for method in results.methods:
-        pairs = _pairs(results, method)
-        for task in pairs[0][0].tasks if pairs else ():
-            alone = fmean(single.tasks[task].rouge_l for single, _ in pairs)
-            together = fmean(multi.tasks[task].rouge_l for _, multi in pairs)
-            rows.append([method, task, alone, together, alone - together])
+    scores = results.scores.loc[results.scores["metric"] == "rouge_l"]
+    pairs = pd.concat([paired(scores, method, method + SINGLE_TASK) for method in results.methods])
+    of_task = pairs.groupby(["method", "task"], sort=False)
+    means = of_task.agg(single=("score_other", "mean"), multi=("score", "mean")).reset_index()
     how = "all tasks mixed" if results.protocol == "mixed" else "all tasks one after another, scored after the last"
-    return TidyTable(
-        name="task_gap",
-        about=(
-            f"What a model for one task has ahead of a model for all of them: Rouge-L of each method trained on every "
-            f"task alone (single) and on {how} (multi), means over the seeds that have both."
-        ),
-        columns={
-            "method": "the method's name in the comparison",
-            "task": "the task's name",
-            "single": "Rouge-L of the model trained on this task alone, 0 to 100",
-            "multi": "Rouge-L of the model trained on all tasks, 0 to 100",
-            "gap": "single minus multi, in points: above 0, the task lost by being trained with the others",
-        },
-        rows=rows,
+    return TASK_GAP.frame(
+        means.assign(gap=means["single"] - means["multi"]),
+        f"What a model for one task has ahead of a model for all of them: Rouge-L of each method trained on every task "
+        f"alone (single) and on {how} (multi), means over the seeds that have both.",
     )
-
-
-def transfer(run: RunFolder) -> TidyTable:
-    """The score matrix of a sequential run.
-
-    Raises:
-        BaditError: the run is no sequence of tasks, or it has not been scored.
-    """
-    try:
-        scores = _Sequence.model_validate(read_json(run.scores))
-    except ValidationError as error:
-        location, message = first_problem(error)
-        where = ": ".join([str(run.scores), *map(str, location)])
-        raise BaditError(f"{where}: {message}; only a run that learns its tasks in an order has a matrix") from None
-    return TidyTable(
-        name="transfer",
-        about="Rouge-L on every task after each stage of a run that learns its tasks one after another.",
-        columns={
-            "stage": "how many tasks had been learnt",
-            "trained_task": "the task learnt last",
-            "task": "the task scored",
-            "rouge_l": "its Rouge-L, 0 to 100; null where a task still to come was not scored",
-        },
-        rows=[
-            [stage, trained, task, score]
-            for stage, (trained, row) in enumerate(zip(scores.order, scores.matrix, strict=True), start=1)
-            for task, score in zip(scores.order, row, strict=True)
-        ],
-    )
-
-
-def _pairs(results: Results, method: str) -> list[tuple[Scores, Scores]]:
-    """Single-task and multi-task scores of the same seed, for every run of the method that has both."""
-    singles, multis = results.scored(method + SINGLE_TASK), results.scored(method)
-    return [(single, multi) for one, single in singles for two, multi in multis if one.pairs_with(two)]

@@ -1,69 +1,58 @@
-"""The rivals that add adapters, each by the name that a recipe gives it.
+"""The baselines that add adapters, each by the name that a recipe gives it.
 
     method: {name: loramoe, num_experts: 8, r: 4}
 
-A rival is a PEFT configuration: its fields are the options, but for those that the name has settled. Importing this
-package registers the mixtures with PEFT, so that ``PeftModel.from_pretrained`` knows them.
+A baseline is a PEFT configuration, whose fields are its options. Every module of this package is imported with it and
+enters its own: importing the package also tells PEFT, so that ``PeftModel.from_pretrained`` knows them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import importlib
+import pkgutil
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
-from peft import LoraConfig, PeftConfig
+from peft import PeftConfig
 
-from badit.baselines.branches import BranchModel
-from badit.baselines.gain_lora import GainLoraConfig
-from badit.baselines.goat import GoatConfig
-from badit.baselines.hydralora import HydraLoraConfig
-from badit.baselines.lora import LORA_FAMILY
-from badit.baselines.loramoe import LoraMoeConfig
-from badit.baselines.model import MixtureModel
-from badit.baselines.mtl_lora import MtlLoraConfig, MtlLoraModel, batch_of_tasks
-from badit.baselines.o_lora import OLoraConfig
-from badit.baselines.sapt import SaptConfig
-from badit.tuner.registration import register
+from badit.tuner.model import ExpertModel, register
 
-for _config_cls in (LoraMoeConfig, HydraLoraConfig, GoatConfig):
-    register(_config_cls, MixtureModel)
-for _config_cls in (OLoraConfig, GainLoraConfig, SaptConfig):
-    register(_config_cls, BranchModel)
-register(MtlLoraConfig, MtlLoraModel)
+Config = TypeVar("Config", bound=PeftConfig)
+
+
+def _suits_all(config: Any, model: Any) -> None:
+    pass
 
 
 @dataclass(frozen=True)
-class Rival:
-    """A method to compare with: its configuration class, and the fields that its name settles."""
+class Baseline:
+    """A method to compare with.
+
+    Attributes:
+        config_cls: its PEFT configuration.
+        settled: fields of the configuration that the name settles.
+        check: raises BaditError for a configuration and a base model that do not go together.
+    """
 
     config_cls: type[PeftConfig]
     settled: Mapping[str, Any] = field(default_factory=dict)
+    check: Callable[[Any, Any], None] = _suits_all
 
 
-RIVALS: dict[str, Rival] = {
-    **{name: Rival(LoraConfig, settled) for name, settled in LORA_FAMILY.items()},
-    "loramoe": Rival(LoraMoeConfig),
-    "hydralora": Rival(HydraLoraConfig),
-    "goat": Rival(GoatConfig),
-    "mtl-lora": Rival(MtlLoraConfig),
-    "o-lora": Rival(OLoraConfig),
-    "gainlora": Rival(GainLoraConfig),
-    "sapt": Rival(SaptConfig),
-}
+BASELINES: dict[str, Baseline] = {}
 
-__all__ = [
-    "RIVALS",
-    "BranchModel",
-    "GainLoraConfig",
-    "GoatConfig",
-    "HydraLoraConfig",
-    "LoraMoeConfig",
-    "MixtureModel",
-    "MtlLoraConfig",
-    "MtlLoraModel",
-    "OLoraConfig",
-    "Rival",
-    "SaptConfig",
-    "batch_of_tasks",
-]
+
+def baseline(name: str, model_cls: type[ExpertModel]) -> Callable[[type[Config]], type[Config]]:
+    """Enters a configuration class under a recipe's ``name``, and registers it with PEFT under its ``method``."""
+
+    def enter(config_cls: type[Config]) -> type[Config]:
+        register(config_cls, model_cls)
+        BASELINES[name] = Baseline(config_cls)
+        return config_cls
+
+    return enter
+
+
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")

@@ -1,9 +1,9 @@
-"""Sequential learning with one LoRA branch a task, as O-LoRA, GainLoRA and SAPT share it.
+"""Sequential learning with one LoRA branch per task, as O-LoRA, GainLoRA and SAPT share it.
 
     y = W x + s · Σ_{i≤t} a_i(p0) B_i A_i x        branches i < t frozen, branch t trained
 
-All branches are one wide product (:mod:`badit.tuner.base_layer`): buffers hold the frozen ones, and the trained one
-comes after them. The weights a_i are 1, or those of a gate, which stands beside the base model, once for all layers: a
+All branches are one wide product (:mod:`badit.tuner.layer`): buffers hold the frozen ones, and the trained one
+comes after them. The weights a_i are 1, or those of a gate, which stands next to the base model, once for all layers: a
 hook on the token embeddings works out the weights of a pass and leaves them where the layers find them.
 
 Shape suffixes: B = batch, T = positions, N = prompts, D = width of the token embeddings, K = branches,
@@ -12,75 +12,158 @@ I/O = in/out features, R = rank of a branch, P = (K − 1)·R, the rank of the f
 
 from __future__ import annotations
 
-from typing import Any, cast
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, cast
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
 from torch import nn
 
-from badit.baselines.branch_config import BranchConfig, BranchGate
 from badit.errors import BaditError
 from badit.method import prompt_mean
-from badit.tuner.base_layer import ExpertLayer
-from badit.tuner.base_model import ExpertModel
-from badit.tuner.prompt import RoutingContext
-from badit.tuner.quantised import shape_of
+from badit.tuner.config import ExpertConfig, is_int
+from badit.tuner.layer import ExpertLinear
+from badit.tuner.model import ExpertModel, TaskBatches
+from badit.tuner.prompt import RoutingContext, before_first_label
 
 
-class BranchLayer(ExpertLayer):
-    """State of the adapters on one base layer.
+@dataclass
+class BranchConfig(ExpertConfig):
+    """One trained LoRA branch and the frozen ones of the tasks before, each of rank ``r``."""
 
-    badit_A (R, I) and badit_B (O, R), the current branch, are trained; badit_A_past (P, I) and badit_B_past (O, P) are
-    saved buffers.
+    gate_cls: ClassVar[type[BranchGate] | None] = None  # None: every branch has the weight 1
+
+    num_experts: int = field(default=1, init=False)  # trained at a time
+    past_branches: int = field(default=0, metadata={"help": "Number of frozen branches; next_task() adds to it."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not is_int(self.past_branches) or self.past_branches < 0:
+            raise BaditError(f"past_branches must be a whole number of at least 0, got {self.past_branches!r}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """What is saved: all but ``num_experts``, which is no option here, so that loading would refuse it."""
+        return {name: value for name, value in super().to_dict().items() if name != "num_experts"}
+
+    @property
+    def num_branches(self) -> int:
+        """K, the current branch among them."""
+        return self.past_branches + 1
+
+    @property
+    def has_fixed_gates(self) -> bool:
+        return self.gate_cls is None
+
+    def penalty(self, past_A_PI: torch.Tensor, a_RI: torch.Tensor) -> torch.Tensor | None:
+        """What one layer adds to the loss: a scalar, or nothing."""
+        return None
+
+
+@dataclass
+class GatedBranchConfig(BranchConfig):
+    """Branches weighed by a small network that reads the prompt."""
+
+    gate_hidden_size: int = field(default=100, metadata={"help": "Hidden size of the gate's network."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not is_int(self.gate_hidden_size) or self.gate_hidden_size < 1:
+            raise BaditError(f"gate_hidden_size must be a whole number of at least 1, got {self.gate_hidden_size!r}")
+
+
+class BranchGate(nn.Module):
+    """The weights of one adapter's branches, from p0, the mean of the token embeddings over the prompt.
+
+    ``key`` (D) is the current task's and trained, ``past_keys`` (K − 1, D) are the earlier tasks' and frozen. All
+    tensors lie flat in the module: PEFT looks for the adapter's name right before a tensor's.
     """
 
-    other_param_names = (*ExpertLayer.other_param_names, "badit_A_past", "badit_B_past")
+    past_keys: torch.Tensor
 
-    def __init__(self, base_layer: nn.Module, name: str, routing: RoutingContext) -> None:
-        super().__init__(base_layer, name)
-        self.routing = routing
-        self.badit_A_past = BufferDict(persistent=True)
-        self.badit_B_past = BufferDict(persistent=True)
+    def __init__(self, width: int, config: GatedBranchConfig, device: torch.device) -> None:
+        super().__init__()
+        self.key = nn.Parameter(torch.empty(width, device=device))
+        self.register_buffer("past_keys", torch.zeros(config.past_branches, width, device=device))
+
+    @property
+    def keys_KD(self) -> torch.Tensor:
+        return torch.cat([self.past_keys, self.key[None]])
+
+    def forward(self, prompt_BD: torch.Tensor) -> torch.Tensor:
+        """The weights (B, K), the current branch's last."""
+        raise NotImplementedError
+
+    def next_task(self) -> None:
+        """Freezes what is the current task's own and starts it again."""
+        self.past_keys = self.keys_KD.detach()
+        self.start_key()
+
+    def start_key(self) -> None:
+        """Fills the current key."""
+        raise NotImplementedError
+
+    def start_task(self, prompt_ND: torch.Tensor) -> None:
+        """Sets itself up for a task, from p0 of its N training prompts, before it is trained."""
+
+    def end_task(self, prompt_ND: torch.Tensor) -> None:
+        """Keeps what it needs to know of the task, from p0 of the task's N training prompts."""
+
+    def before_update(self) -> None:
+        """Is called before every step of the optimiser."""
+
+    def after_update(self) -> None:
+        """Is called after every step of the optimiser."""
+
+
+class BranchLinear(ExpertLinear):
+    """badit_A (R, I) and badit_B (O, R), the current branch, are trained; badit_A_past (P, I) and badit_B_past (O, P)
+    are saved buffers."""
+
+    adapter_layer_names = ("badit_A", "badit_B")
+    other_param_names = (*ExpertLinear.other_param_names, "badit_A_past", "badit_B_past")
+    why_not_merged = "a branch stays apart from the others, for the next task and for its gate,"
+
+    badit_A_past: BufferDict
+    badit_B_past: BufferDict
 
     def update_layer(self, adapter_name: str, config: BranchConfig, inference_mode: bool = False) -> None:
         """Adds an adapter: room for its frozen branches, whose values are loaded, and a fresh current one."""
-        out_features, in_features = shape_of(self.get_base_layer())
         past_rank = config.past_branches * config.r
-        self.badit_A_past[adapter_name] = torch.zeros(past_rank, in_features)
-        self.badit_B_past[adapter_name] = torch.zeros(out_features, past_rank)
+        self.badit_A_past[adapter_name] = torch.zeros(past_rank, self.in_features)
+        self.badit_B_past[adapter_name] = torch.zeros(self.out_features, past_rank)
         super().update_layer(adapter_name, config, inference_mode)
 
     def expert_of(self, adapter_name: str) -> torch.Tensor:
         """The branch that every component belongs to, the frozen ones' first."""
         config: BranchConfig = self.badit_config[adapter_name]
-        return torch.arange(config.num_branches, device=self.weight_OI.device).repeat_interleave(config.r)
+        return torch.arange(config.num_branches, device=self.device).repeat_interleave(config.r)
 
     @torch.no_grad()
     def next_task(self, adapter_name: str) -> None:
-        """Freezes the current branch behind the earlier ones and starts it anew, as LoRA starts."""
-        self.badit_A_past[adapter_name], self.badit_B_past[adapter_name] = self._factors(adapter_name)
+        """Freezes the current branch behind the earlier ones and starts it again, as LoRA starts."""
+        self.badit_A_past[adapter_name], self.badit_B_past[adapter_name] = self.factors(adapter_name)
         self.badit_B[adapter_name].zero_()
-        self._initialise(adapter_name, self.badit_config[adapter_name])
+        self.initialise(adapter_name)
 
     def _past_A(self, adapter_name: str) -> torch.Tensor:
         return cast(torch.Tensor, self.badit_A_past[adapter_name])
 
-    def _factors(self, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    def factors(self, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor]:
         past_B_OP = cast(torch.Tensor, self.badit_B_past[adapter_name])
-        a_RI, b_OR = super()._factors(adapter_name)
+        a_RI, b_OR = super().factors(adapter_name)
         return torch.cat([self._past_A(adapter_name), a_RI]), torch.cat([past_B_OP, b_OR], dim=1)
 
-    def _component_gates(self, adapter_name: str, x: torch.Tensor) -> torch.Tensor:
+    def gates(self, adapter_name: str, x: torch.Tensor) -> torch.Tensor:
         config: BranchConfig = self.badit_config[adapter_name]
         if config.gate_cls is None:
-            return torch.ones(config.num_branches * config.r, device=x.device)
+            return torch.ones(config.num_branches, device=x.device)
         weights_BK = self._branch_weights(adapter_name).to(x.device)
         if x.ndim != 3 or len(x) != len(weights_BK):
             raise BaditError(
                 f"{self.name} sees an input of shape {tuple(x.shape)}, the gates are those of {len(weights_BK)} "
                 "prompts: leave it out of target_modules, or decode as many rows as the cache holds"
             )
-        return weights_BK.repeat_interleave(config.r, dim=1)[:, None]
+        return weights_BK[:, None]
 
     def _branch_weights(self, adapter_name: str) -> torch.Tensor:
         """a (B, K) of the running pass: fresh from its prompt, or held by the cache since the prompt's pass."""
@@ -102,44 +185,23 @@ class BranchLayer(ExpertLayer):
         """What the adapter adds to the loss here: a scalar, or nothing."""
         return self.badit_config[adapter_name].penalty(self._past_A(adapter_name), self.badit_A[adapter_name])
 
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        raise BaditError(
-            "branches stay apart, for the next task and for their gates, and so have no single weight to merge into; "
-            "keep them as an adapter (unload() gives the base model back)"
-        )
-
-
-class BranchLinear(nn.Module, BranchLayer):
-    """Branches on ``nn.Linear`` or transformers' ``Conv1D``."""
-
-    def __init__(
-        self, base_layer: nn.Module, name: str, routing: RoutingContext, adapter_name: str, config: BranchConfig
-    ) -> None:
-        super().__init__()
-        BranchLayer.__init__(self, base_layer, name, routing)
-        self._active_adapter = adapter_name
-        self.update_layer(adapter_name, config)
-
-    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        return self._adapted(x, *args, **kwargs)
-
-    def __repr__(self) -> str:
-        return "badit." + super().__repr__()
-
 
 class BranchModel(ExpertModel):
-    """A base model with LoRA branches in its target modules and, beside it, every adapter's gate.
+    """A base model with LoRA branches in its target modules and, next to it, every adapter's gate.
 
     A task is: :meth:`start_task`, training, :meth:`end_task`, :meth:`next_task` and a new optimiser. Training adds
     :meth:`extra_loss` to the loss and calls :meth:`before_update` and :meth:`after_update` around each step of the
     optimiser.
     """
 
-    tuner_layer_cls = BranchLayer
+    tuner_layer_cls = BranchLinear
+    routes_prompts = True
+    needs_whole_weights = True
 
     badit_gate: nn.ModuleDict
 
     def _pre_injection_hook(self, model: nn.Module, config: BranchConfig, adapter_name: str) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        super()._pre_injection_hook(model, config, adapter_name)
         self.badit_gate = nn.ModuleDict()
         self._embedding_hook: Any = None
 
@@ -150,9 +212,6 @@ class BranchModel(ExpertModel):
             raise BaditError(f"{config.method} is for decoder-only models: its gates follow the prompt")
         if not hasattr(self.model, "get_input_embeddings"):
             raise BaditError(f"{config.method} is for language models: its gates follow the prompt's token embeddings")
-
-    def _new_layer(self, target: nn.Module, name: str, adapter_name: str, config: BranchConfig) -> BranchLinear:
-        return BranchLinear(target, name, RoutingContext.of(self.model), adapter_name, config)
 
     def _create_and_replace(self, peft_config: BranchConfig, adapter_name: str, *args: Any, **kwargs: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         if peft_config.gate_cls is not None and adapter_name not in self.badit_gate:
@@ -174,14 +233,14 @@ class BranchModel(ExpertModel):
         forward_pass = RoutingContext.of(self.model).forward_pass()
         if forward_pass is None or forward_pass.held is not None:
             return
-        for adapter_name in {name for layer in self._layers() for name in layer._running_adapters}:
+        for adapter_name in {name for layer in self._layers() for name in layer.running_adapters}:
             mask_BT = forward_pass.prompt_mask_BT
             if mask_BT is not None:
                 gate = self._gate(adapter_name)
                 forward_pass.fresh[adapter_name] = gate(_prompt_mean(output, mask_BT).to(gate.key.dtype))
 
-    def _layers(self) -> list[BranchLayer]:
-        return [module for module in self.model.modules() if isinstance(module, BranchLayer)]
+    def _layers(self) -> list[BranchLinear]:
+        return [module for module in self.model.modules() if isinstance(module, BranchLinear)]
 
     def _gate(self, adapter_name: str) -> BranchGate:
         return cast(BranchGate, self.badit_gate[adapter_name])
@@ -194,23 +253,27 @@ class BranchModel(ExpertModel):
         """p0 (B, D): the mean of the token embeddings over the prompt, from tokens and mask, both (B, T)."""
         return _prompt_mean(self._embeddings()(input_ids), prompt_mask)
 
-    def start_task(self, prompt_embeddings: torch.Tensor) -> None:
-        """Shows the active adapters' gates p0 (N, D) of the training prompts of a task that is about to be trained.
-
-        Raises:
-            BaditError: the prompts have another shape.
-        """
+    def start_task(self, batches: TaskBatches) -> None:
+        """Shows the active adapters' gates the training prompts of a task that is about to be trained."""
         for gate in self._active_gates():
-            gate.start_task(_of_width(len(gate.key), prompt_embeddings).to(gate.key))
+            gate.start_task(self._embeddings_of_prompts(batches).to(gate.key))
 
-    def end_task(self, prompt_embeddings: torch.Tensor) -> None:
-        """Shows the active adapters' gates p0 (N, D) of the finished task's training prompts.
-
-        Raises:
-            BaditError: the prompts have another shape.
-        """
+    def end_task(self, batches: TaskBatches) -> None:
+        """Shows the active adapters' gates the finished task's training prompts."""
         for gate in self._active_gates():
-            gate.end_task(_of_width(len(gate.key), prompt_embeddings).to(gate.key))
+            gate.end_task(self._embeddings_of_prompts(batches).to(gate.key))
+
+    def _embeddings_of_prompts(self, batches: TaskBatches) -> torch.Tensor:
+        """p0 (N, D) of all prompts."""
+        rows = [
+            self.prompt_embeddings(
+                batch["input_ids"].to(self.device),
+                (batch["attention_mask"].bool() & before_first_label(batch["labels"])).to(self.device),
+            )
+            for of_task in batches.values()
+            for batch in of_task
+        ]
+        return torch.cat(rows)
 
     @torch.no_grad()
     def next_task(self) -> None:
@@ -238,7 +301,7 @@ class BranchModel(ExpertModel):
 
     def extra_loss(self, attention_mask: torch.Tensor) -> torch.Tensor | None:
         """The penalties of the active adapters, summed over the adapted layers; None where there are none."""
-        penalties = [layer.penalty(name) for layer in self._layers() for name in layer._running_adapters]
+        penalties = [layer.penalty(name) for layer in self._layers() for name in layer.running_adapters]
         found = [penalty.to(attention_mask.device) for penalty in penalties if penalty is not None]
         return torch.stack(found).sum() if found else None
 
@@ -266,7 +329,6 @@ class BranchModel(ExpertModel):
         """The base model as it was before the adapters."""
         if self._embedding_hook is not None:
             self._embedding_hook.remove()
-        RoutingContext.of(self.model).detach(self.model)
         return super().unload()
 
 
@@ -274,12 +336,3 @@ def _prompt_mean(embeddings_BTD: torch.Tensor, prompt_mask_BT: torch.Tensor) -> 
     """p0 in full precision and without a gradient: the gate trains, the embeddings do not."""
     dtype = torch.promote_types(embeddings_BTD.dtype, torch.float32)
     return prompt_mean(embeddings_BTD.detach().to(dtype), prompt_mask_BT.to(embeddings_BTD.device))
-
-
-def _of_width(width: int, prompt_embeddings: torch.Tensor) -> torch.Tensor:
-    if prompt_embeddings.shape[1:] != (width,):
-        raise BaditError(
-            f"prompt_embeddings must have the shape (prompts, {width}), as prompt_embeddings() gives them, "
-            f"got {tuple(prompt_embeddings.shape)}"
-        )
-    return prompt_embeddings

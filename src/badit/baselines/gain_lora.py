@@ -27,7 +27,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from badit.baselines.branch_config import BranchGate, GatedBranchConfig
+from badit.baselines import baseline
+from badit.baselines.branches import BranchGate, BranchModel, GatedBranchConfig
 from badit.errors import BaditError
 
 _SHARE_OF_ENERGY = 0.995
@@ -145,9 +146,10 @@ def grown_projector(projector_DD: torch.Tensor, inputs_ND: torch.Tensor, share: 
     return (projector + vh[new].T @ vh[new]).to(projector_DD.dtype)
 
 
+@baseline("gainlora", BranchModel)
 @dataclass
 class GainLoraConfig(GatedBranchConfig):
-    """GainLoRA (arXiv 2505.15424): one LoRA branch a task, each behind a gate of its own."""
+    """GainLoRA (arXiv 2505.15424): one LoRA branch per task, each behind a gate of its own."""
 
     method: ClassVar[str] = "BADIT_GAINLORA"
     gate_cls: ClassVar[Any] = GainLoraGate

@@ -22,12 +22,14 @@ from typing import ClassVar
 
 import torch
 
-from badit.baselines.config import BalancedMixtureConfig
+from badit.baselines import baseline
+from badit.baselines.mixture import BalancedMixtureConfig, MixtureModel
 from badit.errors import BaditError
 from badit.method import SingularTriples, expert_factors, expert_gates, top_singular_triples
-from badit.tuner.base_config import is_number
+from badit.tuner.config import is_number
 
 
+@baseline("goat", MixtureModel)
 @dataclass
 class GoatConfig(BalancedMixtureConfig):
     """GOAT (arXiv 2502.16894): a sparse mixture of LoRA experts that start from stretches of the weight's spectrum."""
@@ -55,11 +57,7 @@ class GoatConfig(BalancedMixtureConfig):
         return self.r
 
     @property
-    def decomposes(self) -> bool:
-        return True
-
-    @property
-    def removed_share(self) -> float:
+    def subtracted_share(self) -> float:
         return 1 / self.num_experts
 
     def gates(self, logits_K: torch.Tensor) -> torch.Tensor:

@@ -11,18 +11,17 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from badit.baselines.config import MixtureConfig
+from badit.baselines import baseline
+from badit.baselines.mixture import MixtureConfig, MixtureModel
 
 
+@baseline("hydralora", MixtureModel)
 @dataclass
 class HydraLoraConfig(MixtureConfig):
     """HydraLoRA (arXiv 2404.19245): several B's over one shared A, routed by token in each layer."""
 
     method: ClassVar[str] = "BADIT_HYDRALORA"
+    shares_A: ClassVar[bool] = True
 
     num_experts: int = field(default=4, metadata={"help": "Number of B's."})
     r: int = field(default=4, metadata={"help": "Rank of A and of every B."})
-
-    @property
-    def rows_of_A(self) -> int:
-        return self.r

@@ -5,7 +5,7 @@
   exact, and loading an adapter repeats it to find the same W. PEFT's quick ``pissa_niter_N`` starts from random
   numbers: loading finds another W, and with it another model, so it is of no use in a run that is saved.
 * olora (Büyükakyüz 2024, arXiv 2406.01775): the same with W = QR, B = Q[:, :r], A = R[:r].
-* dora (Liu et al. 2024, arXiv 2402.09353): LoRA on the weight's direction, beside a trained magnitude a row.
+* dora (Liu et al. 2024, arXiv 2402.09353): LoRA on the weight's direction, next to a trained magnitude per row.
 * rslora (Kalajdzievski 2023, arXiv 2312.03732): LoRA with s = lora_alpha / √r.
 
 pissa and olora change the base weight, until the adapter is unloaded and after: PEFT keeps no copy of it.
@@ -20,9 +20,10 @@ from peft import LoraConfig
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from badit.baselines import BASELINES, Baseline
 from badit.errors import BaditError
 
-LORA_FAMILY: dict[str, Mapping[str, Any]] = {
+_SETTLED: dict[str, Mapping[str, Any]] = {
     "lora": {},
     "pissa": {"init_lora_weights": "pissa"},
     "olora": {"init_lora_weights": "olora"},
@@ -39,3 +40,6 @@ def refuse_unsuitable(config: LoraConfig, model: nn.Module) -> None:
     """
     if config.init_lora_weights == "olora" and any(isinstance(module, Conv1D) for module in model.modules()):
         raise BaditError("method: PEFT's olora cannot adapt the Conv1D layers of this model; take pissa instead")
+
+
+BASELINES |= {name: Baseline(LoraConfig, settled, refuse_unsuitable) for name, settled in _SETTLED.items()}

@@ -14,9 +14,11 @@ from typing import ClassVar
 
 import torch
 
-from badit.baselines.config import BalancedMixtureConfig
+from badit.baselines import baseline
+from badit.baselines.mixture import BalancedMixtureConfig, MixtureModel
 
 
+@baseline("loramoe", MixtureModel)
 @dataclass
 class LoraMoeConfig(BalancedMixtureConfig):
     """LoRAMoE (arXiv 2312.09979): a dense mixture of LoRA experts, routed by token in each layer."""

@@ -29,7 +29,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from badit.errors import BaditError
-from badit.tuner.base_config import is_number
+from badit.tuner.config import is_number
 
 # The first projections, whose outputs are neurons, and the last, whose inputs they are.
 _PROJECTIONS = ((("gate_proj", "up_proj"), "down_proj"), (("c_fc",), "c_proj"))

@@ -14,14 +14,16 @@ from typing import ClassVar
 
 import torch
 
-from badit.baselines.branch_config import BranchConfig
+from badit.baselines import baseline
+from badit.baselines.branches import BranchConfig, BranchModel
 from badit.errors import BaditError
-from badit.tuner.base_config import is_number
+from badit.tuner.config import is_number
 
 
+@baseline("o-lora", BranchModel)
 @dataclass
 class OLoraConfig(BranchConfig):
-    """O-LoRA (arXiv 2310.14152): one LoRA branch a task, orthogonal to those before it.
+    """O-LoRA (arXiv 2310.14152): one LoRA branch per task, orthogonal to those before it.
 
     Shape suffixes: I = in features, R = rank of a branch, P = rank of the frozen branches together.
     """

@@ -23,7 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from badit.baselines.branch_config import BranchGate, GatedBranchConfig
+from badit.baselines import baseline
+from badit.baselines.branches import BranchGate, BranchModel, GatedBranchConfig
 
 
 class SaptGate(BranchGate):
@@ -54,9 +55,10 @@ class SaptGate(BranchGate):
         nn.init.uniform_(self.key, -1, 1)
 
 
+@baseline("sapt", BranchModel)
 @dataclass
 class SaptConfig(GatedBranchConfig):
-    """SAPT (arXiv 2401.08295) without its replay: one LoRA branch a task, mixed by attention of the prompt to keys."""
+    """SAPT (arXiv 2401.08295) without its replay: one LoRA branch per task, mixed by attention of prompts to keys."""
 
     method: ClassVar[str] = "BADIT_SAPT"
     gate_cls: ClassVar[Any] = SaptGate

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-from torch import Tensor
-
-from badit.data.prompts import IGNORED_LABEL, example_length
+from badit.data.prompts import IGNORED_LABEL
 from badit.errors import BaditError
+
+if TYPE_CHECKING:
+    import torch
 
 
 class AnswerCollator:
@@ -34,19 +34,21 @@ class AnswerCollator:
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """`input_ids`, `attention_mask` and `labels`, each (batch, longest) of int64; other keys are left out."""
+        import torch
+
         if not examples:
             raise BaditError("examples: the batch is empty; give at least one example")
-        longest = max(example_length(example) for example in examples)
         rows = {
             "input_ids": ([example["input_ids"] for example in examples], self.pad_token_id),
-            "attention_mask": ([[1] * example_length(example) for example in examples], 0),
+            "attention_mask": ([[1] * len(example["input_ids"]) for example in examples], 0),
             "labels": ([example["labels"] for example in examples], IGNORED_LABEL),
         }
-        tensors: dict[str, Tensor] = {
-            key: torch.tensor([self._padded(row, longest, fill) for row in batch], dtype=torch.long)
-            for key, (batch, fill) in rows.items()
+        longest = max(len(example["input_ids"]) for example in examples)
+        batch: dict[str, Any] = {
+            key: torch.tensor([self._padded(row, longest, fill) for row in values], dtype=torch.long)
+            for key, (values, fill) in rows.items()
         }
-        return {**tensors, "tasks": [example["task"] for example in examples]} if self.with_tasks else tensors
+        return batch | ({"tasks": [example["task"] for example in examples]} if self.with_tasks else {})
 
     def _padded(self, row: list[int], length: int, fill: int) -> list[int]:
         padding = [fill] * (length - len(row))
@@ -68,4 +70,4 @@ def batches_by_task(
 
 def on_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
     """The batch with its tensors on a device; what is no tensor stays as it is."""
-    return {key: value.to(device) if torch.is_tensor(value) else value for key, value in batch.items()}
+    return {key: value.to(device) if hasattr(value, "to") else value for key, value in batch.items()}

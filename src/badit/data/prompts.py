@@ -3,18 +3,18 @@
 A prompt has three pieces, and a long one is cut in the middle one: the definition says what to do and the closing
 "Output: " says that it is time to do it, so the end of the input gives way.
 Prompt and answer are tokenised apart, so that the tokens a model is trained to continue are the very tokens it is
-asked to continue at evaluation.
+asked to continue at evaluation. Truncation cuts characters and tokenises the result again, since tokens may merge
+across a cut; this needs nothing of a tokenizer but a count, and only for prompts that are too long.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
-from badit.data.schema import Instance, Task
-from badit.data.truncation import shortened
-from badit.errors import BaditError, nearest
+from badit.data.tasks import Instance, Task
+from badit.errors import BaditError, refuse_unknown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -45,8 +45,7 @@ def build_prompt(task: Task, instance: Instance, encoding: PromptEncoding = "def
 
     A task with fewer than N demonstrations shows all it has, as in the official evaluation.
     """
-    if encoding not in get_args(PromptEncoding):
-        raise BaditError(f"encoding: unknown {encoding!r:.60}{nearest(encoding, get_args(PromptEncoding))}")
+    refuse_unknown("encoding", encoding, get_args(PromptEncoding))
     shots = int(encoding.removeprefix("def+pos")) if encoding != "def" else 0
     examples = "".join(
         f" Positive Example {number} -\nInput: {shot.input}\n Output: {shot.output}\n\n"
@@ -87,7 +86,7 @@ def encode_prompt(
         BaditError: no template with "always", or no room for the prompt's last piece.
     """
     pieces = Prompt("", prompt, "") if isinstance(prompt, str) else prompt
-    text = shortened(*pieces, fits=lambda text: len(_tokens(tokenizer, text)) <= max_source_tokens)
+    text = _shortened(*pieces, fits=lambda text: len(_tokens(tokenizer, text)) <= max_source_tokens)
     if text is None:
         raise BaditError(f"max_source_tokens: {max_source_tokens} has no room for the end {pieces.tail!r}; raise it")
     if uses_template(tokenizer, chat_template):
@@ -100,6 +99,33 @@ def encode_prompt(
     bos: list[Any] = [tokenizer.bos_token_id]
     adds_bos = tokenizer("")["input_ids"][:1] == bos
     return bos + ids if adds_bos and ids[:1] != bos else ids
+
+
+def _shortened(head: str, content: str, tail: str, *, fits: Callable[[str], bool]) -> str | None:
+    """The longest text that fits: `content` loses its end first, then `head` its own; None if `tail` alone is too long.
+
+    Args:
+        fits: whether a text is short enough.
+    """
+    if fits(head + content + tail):
+        return head + content + tail
+    if fits(head + tail):
+        return head + _longest_prefix(content, lambda part: fits(head + part + tail)) + tail
+    if fits(tail):
+        return _longest_prefix(head, lambda part: fits(part + tail)) + tail
+    return None
+
+
+def _longest_prefix(text: str, fits: Callable[[str], bool]) -> str:
+    """By bisection, a prefix that fits, given that the empty one does and the whole does not."""
+    fitting, too_long = 0, len(text)
+    while too_long - fitting > 1:
+        middle = (fitting + too_long) // 2
+        if fits(text[:middle]):
+            fitting = middle
+        else:
+            too_long = middle
+    return text[:fitting]
 
 
 def encode_answer(
@@ -173,16 +199,9 @@ def encode_example(
     }
 
 
-def example_length(example: Mapping[str, Any]) -> int:
-    """Tokens in an encoded example, prompt and answer together."""
-    return len(example["input_ids"])
-
-
 def uses_template(tokenizer: PreTrainedTokenizerBase, chat_template: ChatTemplate) -> bool:
-    if chat_template not in get_args(ChatTemplate):
-        raise BaditError(
-            f"chat_template: unknown {chat_template!r:.60}{nearest(chat_template, get_args(ChatTemplate))}"
-        )
+    """Whether prompts are put into the tokenizer's chat template."""
+    refuse_unknown("chat_template", chat_template, get_args(ChatTemplate))
     if chat_template == "always" and not tokenizer.chat_template:
         raise BaditError("chat_template: this tokenizer has none; use 'auto' or 'never'")
     return chat_template != "never" and bool(tokenizer.chat_template)
@@ -203,3 +222,31 @@ def _end_in_template(tokenizer: PreTrainedTokenizerBase, template: str) -> int |
     added = tokenizer.added_tokens_decoder
     # Text between the message and its end, such as Llama 2's space, is not an added token and is passed over.
     return next((token for token in _tokens(tokenizer, after) if token in added), None) if found else None
+
+
+def answer_rows(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, list[dict[str, Any]]]]:
+    """A conversation as a row for each of the assistant's messages, with all that came before it as the prompt.
+
+    Rows have TRL's conversational prompt–completion form, whose loss is on the completion alone. In training each
+    answer is then routed on what its generation reads: the whole conversation so far.
+
+    Args:
+        messages: dicts of ``role`` and ``content``, as chat templates take them.
+
+    Returns:
+        ``{"prompt": [messages], "completion": [one message]}``, in the order of the conversation; none where the
+        assistant says nothing.
+
+    Raises:
+        BaditError: a message has no role, or the assistant speaks first.
+    """
+    rows = []
+    for number, message in enumerate(messages):
+        if not isinstance(message, Mapping) or "role" not in message:
+            raise BaditError(f"messages: message {number} must have a role, such as user or assistant: {message!r:.60}")
+        if message["role"] != "assistant":
+            continue
+        if number == 0:
+            raise BaditError("messages: the assistant speaks first; put the user's or a system's message before it")
+        rows.append({"prompt": [dict(before) for before in messages[:number]], "completion": [dict(message)]})
+    return rows

@@ -1,1 +1,58 @@
 """From runs and their tables to figures and one self-contained page."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+from badit.errors import BaditError, explained
+from badit.files import write_text
+
+
+def write_report(
+    runs: Sequence[str | os.PathLike[str]],
+    output: str | os.PathLike[str],
+    *,
+    title: str | None = None,
+    figures: str | os.PathLike[str] | None = None,
+) -> Path:
+    """Writes one self-contained page on runs and comparisons.
+
+    Args:
+        runs: runs' folders, comparisons' folders or results.json files; several are shown side by side, and differences
+            between runs are taken to the first.
+        output: the page.
+        title: its heading; by default the names of the runs.
+        figures: a folder for every figure as .svg and .pdf.
+
+    Returns:
+        The page's path.
+
+    Raises:
+        BaditError: the extra is not installed, a folder is no run, a file is damaged, or the page cannot be written.
+    """
+    if not has_extra():
+        raise BaditError("the report needs its extra: pip install 'badit[report]'")
+    from badit.report.page import export_figures, render, sections_of
+    from badit.report.sources import read_sources
+
+    output = Path(output)
+    if output.is_dir():
+        raise BaditError(f"{output}: is a folder; name a file for the page, such as {output / 'report.html'}")
+    sources = read_sources(runs)
+    sections = sections_of(sources)
+    page = render(title or " · ".join(source.label for source in sources), sections)
+    with explained(output, action="written"):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        write_text(output, page)
+    if figures is not None:
+        with explained(figures, action="written"):
+            export_figures(sections, Path(figures))
+    return output
+
+
+def has_extra() -> bool:
+    """Whether the libraries that draw are installed."""
+    return all(find_spec(name) is not None for name in ("altair", "jinja2", "vl_convert"))

@@ -1,32 +1,125 @@
-"""From a report's sections to one HTML file that needs nothing else: no network, no other file.
+"""From sources to one HTML file that needs nothing else: no network, no other file; and its figures as SVG and PDF.
 
 All text is escaped by the template; the charts' data stand in JSON blocks without a single "<". On top of that, the
 page's policy lets only the two scripts run whose hashes it names, and nothing be fetched: were markup to slip through
 from a model's answer, it could neither run nor send anything.
 """
 
+# pandas' own types make every selection a frame, a series or a scalar.
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false
+
 from __future__ import annotations
 
 import base64
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+import re
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 import altair as alt
+import pandas as pd
 import vl_convert
+import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from jinja2.utils import htmlsafe_json_dumps
 from markupsafe import Markup
 
 from badit import __version__
-from badit.report.blocks import Figure, Section
+from badit.data import own_input
+from badit.files import read_json
+from badit.metrics import METRICS, Prediction, exact_match, rouge_l
+from badit.report import measurements, scores
+from badit.report.charts import Figure
+from badit.report.formatting import UNKNOWN, duration, number, short_names, whole
+from badit.report.sources import Source, together
 from badit.report.theme import chart_config
+from badit.results import RESULTS
+
+# In the order of the page.
+FIGURES: Sequence[Figure] = [*scores.FIGURES, *measurements.FIGURES]
 
 # What Vega-Lite knows the charts by, such as 6.4.
-VEGA_LITE = ".".join(alt.SCHEMA_VERSION.removeprefix("v").split(".")[:2])
+_VEGA_LITE = ".".join(alt.SCHEMA_VERSION.removeprefix("v").split(".")[:2])
+# Of an exported figure, in pixels of 1/72 inch: the width of a page's text, of half of it, and of a matrix.
+_WIDTHS = {"full": 520, "half": 340, "square": 400}
+# Sample predictions: how many per task, of how many models before there are fewer, and how many letters.
+_SAMPLES, _MANY_MODELS, _SAMPLES_OF_MANY = 6, 3, 3
+_LONGEST_QUESTION, _LONGEST_ANSWER = 700, 400
+_PARTLY_RIGHT = 50.0
+# What the overview shows of a run: settings of its recipe, and what its environment says of its training.
+_SETTINGS = ["model.name", "method.name", "method.num_experts", "method.r", "data.source", "training.learning_rate"]
+_TRAINING = {"trainable_parameters": whole, "steps": whole, "seconds": duration}
+_RUN_FILES = ["scores.json", "config.yaml", "environment.json"]
+
+
+@dataclass(frozen=True)
+class Block:
+    """A part of a section, which the template's macro of its kind lays out.
+
+    Args:
+        kind: figure, table, samples, details or note.
+        title: its heading.
+        content: a chart, a frame of text, or what else the macro shows.
+        name: its name in the page and, of a figure, its file's.
+        caption: how to read it.
+        width: see :class:`badit.report.charts.Figure`.
+        file: what it is made from, below the source's folder.
+        source: the source's label, where there are several.
+    """
+
+    kind: str
+    title: str
+    content: Any
+    name: str = ""
+    caption: str = ""
+    width: str = "full"
+    file: str = ""
+    source: str = ""
+
+    @property
+    def specification(self) -> dict[str, Any]:
+        """Vega-Lite: the title and the caption are read out for the chart, and the colours are the page's to choose."""
+        content = self.content.to_dict(validate=False)
+        content = {key: value for key, value in content.items() if key not in ("config", "$schema")}
+        fit = {"autosize": {"type": "fit-x", "contains": "padding"}}
+        return {**content, **fit, "description": f"{self.title}. {self.caption}"}
+
+
+@dataclass(frozen=True)
+class Section:
+    """A section of the page; what it is about stands in the template.
+
+    Args:
+        key: its address in the page.
+        title: its heading.
+        command: what makes a run's part of it; empty if there is no such command.
+        blocks: what it shows.
+    """
+
+    key: str
+    title: str
+    command: str = ""
+    blocks: Sequence[Block] = ()
+
+
+SECTIONS: Sequence[Section] = [
+    Section("overview", "Overview"),
+    Section("scores", "Scores", "badit evaluate"),
+    Section("curves", "Learning curves"),
+    Section("gradients", "Gradient interference", "badit analyze"),
+    Section("units", "Co-activation", "badit analyze"),
+    Section("geometry", "Expert geometry", "badit analyze"),
+    Section("atlas", "Ability atlas", "badit analyze"),
+    Section("learning", "Learning interference"),
+    Section("samples", "Sample predictions", "badit evaluate"),
+    Section("settings", "Configuration and environment"),
+]
 
 _templates = Environment(
     loader=PackageLoader("badit.report"),
@@ -35,6 +128,20 @@ _templates = Environment(
     trim_blocks=True,
     lstrip_blocks=True,
 )
+
+
+def sections_of(sources: Sequence[Source]) -> list[Section]:
+    """The page's sections with their blocks."""
+    shared = together(sources)
+    others = {"overview": _overview, "samples": _samples, "settings": _settings}
+    found = []
+    for section in SECTIONS:
+        blocks = list(others[section.key](sources)) if section.key in others else []
+        for figure in FIGURES:
+            if figure.section == section.key:
+                blocks += _drawn(figure, [shared, *sources], len(sources) > 1)
+        found.append(replace(section, blocks=[*blocks, *_notes(section, sources, blocks)]))
+    return found
 
 
 def render(title: str, sections: Sequence[Section]) -> str:
@@ -56,17 +163,167 @@ def render(title: str, sections: Sequence[Section]) -> str:
         style=Markup(_resource("look.css") + _resource("page.css")),
         scripts=[Markup(script) for script in scripts],
         themes=_embedded({"light": chart_config("light"), "dark": chart_config("dark")}),
-        specification=lambda figure: _embedded(specification(figure)),
-        mark={"right": "✓", "partly right": "≈", "wrong": "✗"},
+        embedded=_embedded,
+        short_names=short_names,
+        task_names=_task_names,
     )
 
 
-def specification(figure: Figure) -> dict[str, Any]:
-    """A figure's Vega-Lite: what it shows is read out by its description, and the colours are the page's to choose."""
-    content = figure.chart.to_dict(validate=False)
-    content.pop("config", None)
-    content.pop("$schema", None)
-    return {**content, "autosize": {"type": "fit-x", "contains": "padding"}, "description": figure.alt}
+def export_figures(sections: Sequence[Section], folder: Path) -> list[Path]:
+    """Writes NAME.svg and NAME.pdf for every figure, showing what the page shows at first, on white."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {**chart_config("light", font="Helvetica, Arial, sans-serif"), "background": "white"}
+    written = []
+    for block in (block for section in sections for block in section.blocks if block.kind == "figure"):
+        content = {**block.specification, "width": _WIDTHS[block.width]}
+        svg = vl_convert.vegalite_to_svg(content, vl_version=_VEGA_LITE, config=config, allowed_base_urls=[])
+        for suffix, data in ((".svg", svg.encode()), (".pdf", vl_convert.svg_to_pdf(svg))):
+            written.append(folder / (block.name + suffix))
+            written[-1].write_bytes(data)
+    return written
+
+
+def _drawn(figure: Figure, sources: Sequence[Source], several: bool) -> Iterator[Block]:
+    """The figure of every source that has its table; those of several sources are side by side."""
+    with_table = [(i, source) for i, source in enumerate(sources) if figure.table in source.frames]
+    for i, source in with_table:
+        content = figure.draw(source.frames[figure.table])
+        if content is None:
+            continue
+        name, label = figure.name, source.label if several else ""
+        if label:
+            slug = re.sub(r"[^a-z0-9]+", "-", label.lower()).strip("-")[:40]
+            name = f"{name}-{i}-{slug}".rstrip("-")
+        kind = "table" if isinstance(content, pd.DataFrame) else "figure"
+        width = "half" if len(with_table) > 1 and kind == "figure" else figure.width
+        yield Block(kind, figure.title, content, name, figure.caption, width, source.files[figure.table], label)
+
+
+def _notes(section: Section, sources: Sequence[Source], blocks: Sequence[Block]) -> Iterator[Block]:
+    """How to make what a section does not have of a run."""
+    for run in sources:
+        measured = run.analysed or any(block.source in ("", run.label) for block in blocks)
+        scored = run.scores is not None if section.key == "scores" else bool(blocks)
+        lacking = {"badit analyze": not measured, "badit evaluate": bool(run.config) and not scored}
+        if run.results is None and lacking.get(section.command):
+            label = f"{run.label}: not" if len(sources) > 1 else "Not"
+            text = f"{label} measured yet. Measure it, then write the report again:"
+            yield Block("note", text, f"{section.command} {shlex.quote(str(run.folder))}")
+
+
+def _overview(sources: Sequence[Source]) -> Iterator[Block]:
+    """Facts and headline numbers, a column for each source."""
+    columns = {source.label: _comparison_facts(source) if source.results else _run_facts(source) for source in sources}
+    facts = dict.fromkeys(fact for column in columns.values() for fact in column)
+    rows = [[fact, *(column.get(fact, UNKNOWN) for column in columns.values())] for fact in facts]
+    files = [RESULTS] if any(source.results for source in sources) else []
+    files += _RUN_FILES if any(source.results is None for source in sources) else []
+    if rows:
+        table = pd.DataFrame(rows, columns=["run", *columns])
+        yield Block("table", "At a glance", table, "facts", file=", ".join(files))
+
+
+def _run_facts(source: Source) -> dict[str, str]:
+    facts = {}
+    if source.scores is not None:
+        by_metric = source.scores.groupby("metric", sort=False)["score"]
+        facts = {METRICS[str(metric)].label: number(scores.mean()) for metric, scores in by_metric}
+        facts["tasks"] = str(source.scores["task"].nunique())
+    training = source.environment.get("training")
+    for name, value in training.items() if isinstance(training, Mapping) else ():
+        if name in _TRAINING and isinstance(value, int | float) and not isinstance(value, bool):
+            facts["training time" if name == "seconds" else name.replace("_", " ")] = _TRAINING[name](value)
+    for key in _SETTINGS:
+        section, _, name = key.partition(".")
+        values = source.config.get(section)
+        if isinstance(values, Mapping) and values.get(name) is not None:
+            facts[key] = str(values[name])
+    return facts
+
+
+def _comparison_facts(source: Source) -> dict[str, str]:
+    results = source.results
+    assert results is not None
+    runs = results.scores[["method", "seed", "order"]].drop_duplicates()
+    counts = {"methods": len(results.scored_methods), "runs": len(runs), "tasks": results.scores["task"].nunique()}
+    texts = {name: str(count) for name, count in counts.items()}
+    return texts | {"protocol": results.protocol, "reference": results.reference}
+
+
+def _samples(sources: Sequence[Source]) -> Iterator[Block]:
+    """A few instances of each task that all models have answered, one run of each method."""
+    models: list[tuple[str, Source]] = []
+    for source in sources:
+        runs: dict[str, Source] = {}
+        for method, run in source.members:
+            if method not in runs and run.predictions:
+                runs[method] = run
+        models += runs.items()
+    tasks = list(dict.fromkeys(task for _, run in models for task in run.predictions))
+    content = {}
+    for task in tasks:
+        answers = {
+            (i, name): {answer.instance_id: answer for answer in run.predictions[task]}
+            for i, (name, run) in enumerate(models)
+            if task in run.predictions
+        }
+        first, *others = answers.values()
+        shared = [instance for instance in first if all(instance in other for other in others)]
+        count = min(_SAMPLES if len(answers) <= _MANY_MODELS else _SAMPLES_OF_MANY, len(shared))
+        chosen = [shared[i * len(shared) // count] for i in range(count)]
+        content[task] = [_sample({key: own[instance] for key, own in answers.items()}) for instance in chosen]
+    if content:
+        caption = "Long prompts show their end, which holds the instance's own input."
+        yield Block("samples", "", content, caption=caption, file="predictions/")
+
+
+def _sample(answers: Mapping[tuple[int, str], Prediction]) -> dict[str, Any]:
+    """An instance with its references, and every model's answer with its verdict."""
+    first = next(iter(answers.values()))
+    question = own_input(first.prompt) or first.prompt
+    shown = []
+    for (_, model), answer in answers.items():
+        score = rouge_l(answer.prediction, answer.references)
+        right = exact_match(answer.prediction, answer.references) > 0
+        verdict = "right" if right else "partly right" if score >= _PARTLY_RIGHT else "wrong"
+        shown.append((model, _cut(answer.prediction), verdict, f"Rouge-L {number(score, 0)}"))
+    return {
+        "question": question if len(question) <= _LONGEST_QUESTION else "…" + question[-_LONGEST_QUESTION:],
+        "references": [_cut(reference) for reference in dict.fromkeys(first.references)][:4],
+        "answers": shown,
+    }
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _LONGEST_ANSWER else text[: _LONGEST_ANSWER - 1] + "…"
+
+
+def _settings(sources: Sequence[Source]) -> Iterator[Block]:
+    """Recipes and environments: of a run, and of the first run of each method of a comparison."""
+    for source in sources:
+        label = f"{source.label}: " if len(sources) > 1 else ""
+        if source.config:
+            yield Block("details", f"{label}Recipe", _as_yaml(source.config), file="config.yaml")
+        if source.environment:
+            text = json.dumps(source.environment, indent=2, ensure_ascii=False)
+            yield Block("details", f"{label}Environment", text, file="environment.json")
+        seen = set()
+        for cell in read_json(source.folder / RESULTS)["cells"] if source.results is not None else ():
+            if cell["status"] == "done" and cell.get("selected", True) and cell["method"] not in seen:
+                seen.add(cell["method"])
+                parts = {key: cell.get(key) for key in ("learning_rate", "seed", "order", "config", "environment")}
+                text = _as_yaml({key: value for key, value in parts.items() if value})
+                yield Block("details", label + cell["method"], text, file=RESULTS)
+
+
+def _as_yaml(content: Mapping[str, Any]) -> str:
+    return yaml.safe_dump(dict(content), sort_keys=False, allow_unicode=True, width=100)
+
+
+def _task_names(table: pd.DataFrame) -> dict[str, str]:
+    """The short names of the tasks in a table."""
+    columns = [table[heading] for heading in ("task", "other task") if heading in table]
+    return short_names(dict.fromkeys(task for column in columns for task in column))
 
 
 def _embedded(value: Mapping[str, Any]) -> Markup:
@@ -81,7 +338,7 @@ def _resource(name: str) -> str:
 @cache
 def _library() -> str:
     """Vega, Vega-Lite and Vega-Embed in one script."""
-    script = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;", VEGA_LITE)
+    script = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;", _VEGA_LITE)
     return script.replace("</script", "<\\/script").replace("<!--", "<\\!--")
 
 

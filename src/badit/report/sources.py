@@ -1,108 +1,103 @@
-"""What a report is made of: run folders and comparisons, each read once.
+"""What a report is made from: runs and comparisons, each read once into frames.
 
 An argument is a run's folder, a folder that holds analysis/ alone, a comparison's folder, or a results.json. Every part
 but one of these may be missing; the report then says how to make it.
 """
 
+# pandas' own types make every selection a frame, a series or a scalar.
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportIndexIssue=false
+
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from badit.analysis.experts import component_flow, expert_angles
-from badit.analysis.learning import task_gap, transfer
-from badit.analysis.tables import TidyTable
+import numpy as np
+import pandas as pd
+
+from badit.analysis.learning import component_flow, expert_angles, task_gap, transfer
+from badit.analysis.tables import load_frames
 from badit.errors import BaditError
-from badit.evaluation.evaluate import group_by_task, read_predictions
-from badit.evaluation.metrics import Prediction, instance_scores
-from badit.evaluation.results import RESULTS, MethodSummary, Results, Scores, load_results, read_scores, summarise
+from badit.evaluate import read_predictions
 from badit.files import read_json, read_jsonl
+from badit.metrics import Prediction, group_by_task, instance_scores
 from badit.recipe import read_values
-from badit.report.contract import TABLES, TASK_COLUMNS, Records, checked_records
-from badit.runs import RunFolder
+from badit.results import RESULTS, Results, load_results, read_scores, scores_frame, summarise
+from badit.run import Run
+from badit.statistics import paired_bootstrap
+
+# The tables in whose matrices similar tasks stand together, with the table and the column that say how similar.
+_ORDERS = {
+    "gradient_cosines": ("gradient_overall", "cosine"),
+    "coactivation_pairs": ("coactivation_pairs", "overlap"),
+    "gate_similarity": ("gate_similarity", "similarity"),
+    "gates": ("gate_similarity", "similarity"),
+    "expert_losses": ("gate_similarity", "similarity"),
+}
+_PAIR = ["task_a", "task_b"]
+_DIFFERENCES = ["method", "mean", "low", "high", "reference"]
+_DIFFERENCE = {f"difference_{name}": name for name in ("mean", "low", "high")}
 
 
-@dataclass(frozen=True)
+@dataclass
 class Source:
     """One run or one comparison.
 
     Args:
         label: what the page calls it; no two sources of a report have the same.
-        path: its folder.
-        tables: those that have rows, of its analysis or what can be had without one.
-        files: where each table is from, below the folder.
-        analysed: whether there is an analysis.
-        config: its resolved recipe.
-        environment: where it ran, and what its training took.
-        scores: what scores.json holds, checked; None before the run is scored.
+        folder: where it is.
+        frames: those that have rows: the tables of an analysis, and a comparison's summary, differences and scores.
+        files: where each frame is from, below the folder.
+        scores: a run's scores; None before it is scored.
         results: of a comparison.
+        config: a run's resolved recipe.
+        environment: where a run was made, and what its training took.
+        analysed: whether there is an analysis.
     """
 
     label: str
-    path: Path
-    tables: Mapping[str, Records] = field(default_factory=dict)
-    files: Mapping[str, str] = field(default_factory=dict)
-    analysed: bool = False
+    folder: Path
+    frames: dict[str, pd.DataFrame] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)
+    scores: pd.DataFrame | None = None
+    results: Results | None = None
     config: Mapping[str, Any] = field(default_factory=dict)
     environment: Mapping[str, Any] = field(default_factory=dict)
-    scores: Scores | None = None
-    results: Results | None = None
+    analysed: bool = False
 
-    @property
-    def is_run(self) -> bool:
-        return self.results is None
-
-    @property
-    def method(self) -> str:
-        return str(self.section("method").get("name", "badit" if self.config else ""))
-
-    def section(self, name: str) -> Mapping[str, Any]:
-        """A section of the recipe; empty where it is none."""
-        value = self.config.get(name)
-        return value if isinstance(value, Mapping) else {}
+    def add(self, name: str, frame: pd.DataFrame, file: str) -> None:
+        """Adds a frame that has rows."""
+        if len(frame):
+            self.frames[name], self.files[name] = frame, file
 
     @cached_property
-    def losses(self) -> Records:
-        """Step and loss of each log line; a sequence's stages follow one another."""
-        return _losses(self.path)
+    def members(self) -> list[tuple[str, Source]]:
+        """The run itself, or a comparison's scored runs whose folders are still there, each with its method's name."""
+        from badit.compare import Cell
 
-    @cached_property
-    def regroupings(self) -> Records:
-        """The lines of DOG's log."""
-        return _lines(RunFolder(self.path).regroupings)
+        if self.results is None:
+            return [(self.label, self)]
+        found = []
+        cells = self.results.cells
+        for method in self.results.methods:
+            own = cells[(cells["method"] == method) & (cells["status"] == "done") & cells["selected"]]
+            for cell in own[["learning_rate", "seed", "order"]].astype(object).itertuples(index=False):
+                rate, seed, order = (None if pd.isna(value) else value for value in cell)
+                place = Cell(method, rate, seed, order).path
+                if (self.folder / place).is_dir():
+                    found.append((method, Source(str(place), self.folder / place)))
+        return found
 
     @cached_property
     def predictions(self) -> Mapping[str, list[Prediction]]:
         """Every task's answers; empty where none are kept."""
-        folder = RunFolder(self.path).predictions
+        folder = Run(self.folder).predictions_path
         return group_by_task(read_predictions(folder)) if any(folder.glob("[!.]*.jsonl")) else {}
-
-    @cached_property
-    def instance_scores(self) -> Mapping[str, Mapping[str, list[float]]]:
-        """Every answer's scores, by task, in the order of the predictions."""
-        return instance_scores(self.predictions) if self.predictions else {}
-
-    @cached_property
-    def summaries(self) -> list[MethodSummary]:
-        """Of a comparison, one a method that has scores."""
-        found = summarise(self.results) if self.results is not None else []
-        return [summary for summary in found if summary.rouge_l is not None]
-
-    def names(self) -> Iterator[str]:
-        """Every task that it names, perhaps more than once."""
-        if self.scores is not None:
-            yield from self.scores.tasks
-        for cell in self.results.cells if self.results is not None else ():
-            yield from cell.scores.tasks if cell.scores else ()
-        for records in self.tables.values():
-            for record in records:
-                yield from (record[column] for column in TASK_COLUMNS if column in record)
-        yield from self.predictions
 
 
 def read_sources(paths: Sequence[str | os.PathLike[str]]) -> list[Source]:
@@ -117,7 +112,24 @@ def read_sources(paths: Sequence[str | os.PathLike[str]]) -> list[Source]:
     for folder in folders:
         if folders.count(folder) > 1:
             raise BaditError(f"{folder}: is given more than once")
-    return [_read(folder, label) for folder, label in zip(folders, _labels(folders), strict=True)]
+    sources = [_read(folder, label) for folder, label in zip(folders, _labels(folders), strict=True)]
+    _order_tasks(sources)
+    return sources
+
+
+def together(sources: Sequence[Source]) -> Source:
+    """What is shown of all sources in one figure: losses, and the runs' scores and their differences to the first."""
+    shared = Source("", Path())
+    for source in sources:
+        for method, run in source.members:
+            series = f"{source.label}: {method}" if len(sources) > 1 and source.results else method
+            losses = pd.DataFrame(_losses(run.folder)).assign(series=series, run=run.label)
+            shared.add("losses", pd.concat([*filter(len, [shared.frames.get("losses", [])]), losses]), "metrics.jsonl")
+    if scored := [source for source in sources if source.scores is not None]:
+        rows = [source.scores.assign(run=source.label) for source in scored if source.scores is not None]
+        shared.add("scores", pd.concat(rows, ignore_index=True), "scores.json")
+        shared.add("differences", _differences(scored), "predictions/")
+    return shared
 
 
 def is_source(folder: str | os.PathLike[str]) -> bool:
@@ -147,62 +159,134 @@ def _labels(folders: Sequence[Path]) -> list[str]:
 
 
 def _read(folder: Path, label: str) -> Source:
-    run = RunFolder(folder)
-    is_comparison = (folder / RESULTS).is_file()
-    saved = {name: f"analysis/{name}.json" for name in TABLES if (folder / "analysis" / f"{name}.json").is_file()}
-    tables = {name: TidyTable.load(folder / file) for name, file in saved.items()}
-    logged = {table.name: (table, file) for table, file in _without_analysis(run) if table.name not in tables}
-    files = saved | {name: file for name, (_, file) in logged.items()}
-    tables |= {name: table for name, (table, _) in logged.items()}
-    records = {name: checked_records(name, table, str(folder / files[name])) for name, table in tables.items()}
-    return Source(
-        label=label,
-        path=folder,
-        tables={name: rows for name, rows in records.items() if rows},
-        files=files,
-        analysed=bool(saved),
-        config=_config(run.config),
-        environment=read_json(run.environment) if run.environment.is_file() else {},
-        scores=Scores.model_validate(read_scores(run.scores)) if run.scores.is_file() and not is_comparison else None,
-        results=load_results(folder) if is_comparison else None,
-    )
+    source, run = Source(label, folder), Run(folder)
+    frames = load_frames(run.analysis_path)
+    source.analysed = bool(frames)
+    for name, frame in frames.items():
+        source.add(name, frame, f"analysis/{name}.json")
+    if run.config_path.is_file():
+        # As plain values: a recipe of another version may have other keys, and is still worth showing.
+        source.config = read_values(run.config_path)
+    if run.environment_path.is_file():
+        source.environment = read_json(run.environment_path)
+    if (folder / RESULTS).is_file():
+        _add_results(source)
+    else:
+        _add_logs(source, run)
+    parts = []
+    if (overall := source.frames.get("gradient_overall")) is not None:
+        parts.append(overall.assign(layer="all", module="all"))
+    if (pairs := source.frames.get("gradient_pairs")) is not None:
+        kinds = overall["parameters"] if overall is not None else ["adapter"]
+        parts.append(pairs.assign(parameters="adapter" if "adapter" in set(kinds) else kinds[0]))
+    files = [f"analysis/{name}.json" for name in ("gradient_pairs", "gradient_overall") if name in source.frames]
+    if parts:
+        columns = [*_PAIR, "parameters", "layer", "module", "cosine"]
+        source.add("gradient_cosines", pd.concat([part[columns] for part in parts]), ", ".join(files))
+    return source
 
 
-def _without_analysis(run: RunFolder) -> Iterator[tuple[TidyTable, str]]:
-    """The tables that only sum up what the run or comparison has written itself, and the file each is from."""
-    if (run.path / RESULTS).is_file():
-        yield task_gap(run.path), RESULTS
-        return
-    if run.scores.is_file() and "matrix" in read_json(run.scores):
-        yield transfer(run), run.scores.name
+def _add_results(source: Source) -> None:
+    """A comparison's summary, differences, mean scores, missing runs, and what tasks lose by one another."""
+    source.results = results = load_results(source.folder)
+    summary = summarise(results).assign(reference=results.reference)
+    scored = summary[summary["method"].isin(results.scored_methods)]
+    source.add("summary", scored, RESULTS)
+    source.add("differences", scored.rename(columns=_DIFFERENCE)[_DIFFERENCES].dropna(), RESULTS)
+    scores = results.scores.assign(run=pd.Categorical(results.scores["method"], results.scored_methods))
+    means = scores.groupby(["run", "task", "metric"], observed=True)[["score", "n"]].mean().reset_index()
+    source.add("scores", means.astype({"run": str}), RESULTS)
+    source.add("missing_runs", results.cells[results.cells["status"] != "done"], RESULTS)
+    if "task_gap" not in source.frames:
+        source.add("task_gap", task_gap(source.folder), RESULTS)
+
+
+def _add_logs(source: Source, run: Run) -> None:
+    """A run's scores, and the tables of an analysis that only sum up what the run has written itself."""
+    if run.scores_path.is_file():
+        scores = read_scores(run.scores_path)
+        source.scores = scores_frame(scores)
+        if "matrix" in scores and "transfer" not in source.frames:
+            source.add("transfer", transfer(run), run.scores_path.name)
     # The log of a run that was kept for its results may have means over modules alone.
-    if any("labels" in line for line in _lines(run.regroupings)[:1]):
-        yield component_flow(run), run.regroupings.name
-        yield expert_angles(run), run.regroupings.name
-    elif run.angles.is_file():
-        yield expert_angles(run), run.angles.name
+    regrouped = any("labels" in line for line in list(read_jsonl(run.regroupings_path))[:1])
+    if regrouped and "component_flow" not in source.frames:
+        source.add("component_flow", component_flow(run), run.regroupings_path.name)
+    if (regrouped or run.angles_path.is_file()) and "expert_angles" not in source.frames:
+        source.add("expert_angles", expert_angles(run), (run.regroupings_path if regrouped else run.angles_path).name)
 
 
-def _config(path: Path) -> Mapping[str, Any]:
-    """As plain values: a recipe of another version may have other keys, and is still worth showing."""
-    if not path.is_file():
-        return {}
-    return read_values(path)
-
-
-def _losses(folder: Path) -> Records:
-    files = [RunFolder(folder).metrics, *sorted(folder.glob("stages/*/metrics.jsonl"))]
-    found: Records = []
-    for file in files:
+def _losses(folder: Path) -> list[dict[str, float]]:
+    """Step and loss of each log line; a sequence's stages follow one another."""
+    found: list[dict[str, float]] = []
+    for file in [Run(folder).metrics_path, *sorted(folder.glob("stages/*/metrics.jsonl"))]:
         start = found[-1]["step"] if found else 0
-        lines = [line for line in _lines(file) if _is_number(line.get("loss")) and _is_number(line.get("step"))]
+        lines = [line for line in read_jsonl(file) if _is_number(line.get("step")) and _is_number(line.get("loss"))]
         found += [{"step": start + line["step"], "loss": line["loss"]} for line in lines]
     return found
 
 
-def _lines(path: Path) -> Records:
-    return list(read_jsonl(path))
-
-
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _differences(runs: Sequence[Source]) -> pd.DataFrame:
+    """Paired differences in Rouge-L to the first run, over the instances that both have answered."""
+    rows = []
+    scores = [_instance_scores(run) for run in runs] if len(runs) > 1 else []
+    for run, own in zip(runs[1:], scores[1:], strict=True):
+        pairs = scores[0].merge(own, on=["task", "instance"], suffixes=("_first", ""))
+        if len(pairs):
+            difference = pairs.assign(difference=pairs["score"] - pairs["score_first"]).groupby("task")["difference"]
+            found = paired_bootstrap(
+                {str(task): each.to_numpy()[None] for task, each in difference}, resample_seeds=False
+            )
+            rows.append([run.label, found.mean, found.low, found.high, runs[0].label])
+    return pd.DataFrame(rows, columns=_DIFFERENCES)
+
+
+def _instance_scores(run: Source) -> pd.DataFrame:
+    """Rouge-L by task and instance."""
+    scores = instance_scores(run.predictions) if run.predictions else {}
+    rows = [
+        (task, answer.instance_id, score)
+        for task, answers in run.predictions.items()
+        for answer, score in zip(answers, scores[task]["rouge_l"], strict=True)
+    ]
+    return pd.DataFrame(rows, columns=["task", "instance", "score"])
+
+
+def _order_tasks(sources: Sequence[Source]) -> None:
+    """Makes the tasks of matrices categories: all sources have the order of the first one with similarities."""
+    orders: dict[str, list[str]] = {}
+    for name, (similarities, column) in _ORDERS.items():
+        if similarities not in orders:
+            pairs = next((source.frames[similarities] for source in sources if similarities in source.frames), None)
+            orders[similarities] = by_similarity(pairs, column) if pairs is not None else []
+        for source in sources:
+            if name in source.frames:
+                frame = source.frames[name]
+                columns = [task for task in ("task", *_PAIR) if task in frame]
+                tasks = list(dict.fromkeys(task for column in columns for task in frame[column]))
+                known = [task for task in orders[similarities] if task in tasks]
+                known += [task for task in tasks if task not in known]
+                source.frames[name] = frame.assign(**{task: pd.Categorical(frame[task], known) for task in columns})
+
+
+def by_similarity(pairs: pd.DataFrame, column: str) -> list[str]:
+    """The tasks as the leaves of an average-linkage tree over 1 − similarity, with the best order of its branches."""
+    from scipy.cluster.hierarchy import leaves_list, linkage
+    from scipy.spatial.distance import squareform
+
+    tasks = sorted({*pairs["task_a"], *pairs["task_b"]})
+    if len(tasks) < 3:
+        return tasks
+    # The first of several kinds counts. A damaged file may hold what no similarity can be.
+    pairs = pairs.drop_duplicates(_PAIR).assign(similarity=pairs[column].clip(-1, 1))
+    similarity = pairs.pivot(index=_PAIR[0], columns=_PAIR[1], values="similarity").reindex(index=tasks, columns=tasks)
+    mean = np.nan_to_num(pairs["similarity"].mean())
+    similarity_TT = similarity.combine_first(similarity.T).fillna(mean).to_numpy()
+    distance_TT = similarity_TT.max() - similarity_TT
+    np.fill_diagonal(distance_TT, 0.0)
+    tree = linkage(squareform(distance_TT, checks=False), method="average", optimal_ordering=True)
+    return [tasks[int(i)] for i in leaves_list(tree)]

@@ -1,4 +1,4 @@
-"""The studio's pages and calls, for a browser on this machine alone.
+"""The studio's page and calls, for a browser on this machine alone.
 
 Other pages that the same browser has open may send requests here, too. So names other than this machine's are refused
 in ``Host`` (a foreign name that has been made to resolve to 127.0.0.1), and so are calls whose ``Origin`` is not this
@@ -7,61 +7,128 @@ page. What data and models say reaches the page as JSON, which it shows as text;
 
 from __future__ import annotations
 
+import json
+import os
+import socket
+import sys
 import threading
+import webbrowser
+from collections.abc import Callable, Mapping
+from concurrent.futures import CancelledError
 from importlib import resources
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import anyio
-from pydantic import ValidationError
+import uvicorn
+from anyio import from_thread, to_thread
 from starlette.applications import Starlette
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from badit.data.schema import first_problem
-from badit.errors import BaditError, one_line
+from badit.errors import BaditError, explained
 from badit.files import parse_json
 from badit.report.theme import chart_config
-from badit.studio.events import AnswerStream
-from badit.studio.session import Question, Session
+from badit.studio.session import Question, Session, Show
 
-HOSTS = ["127.0.0.1", "localhost"]
+HOST = "127.0.0.1"
 MAX_BODY = 128 * 1024
+_GRACE = 5  # seconds for the answer that is being written to end at its next word
 
 # By address, where a file lies and what it is.
 _FILES = {
     "/": ("badit.studio", "page/index.html", "text/html"),
     "/studio.css": ("badit.studio", "page/studio.css", "text/css"),
     "/studio.js": ("badit.studio", "page/studio.js", "text/javascript"),
-    "/events.js": ("badit.studio", "page/events.js", "text/javascript"),
-    "/mixture.js": ("badit.studio", "page/mixture.js", "text/javascript"),
-    "/sliders.js": ("badit.studio", "page/sliders.js", "text/javascript"),
     "/look.css": ("badit.report", "templates/look.css", "text/css"),
 }
-_POLICY = {
-    "default-src": "'none'",
-    "script-src": "'self'",
-    "style-src": "'self'",
-    "connect-src": "'self'",
-    "img-src": "data:",  # the empty icon
-    "base-uri": "'none'",
-    "form-action": "'none'",
-    "frame-ancestors": "'none'",
-}
 _HEADERS = {
-    "Content-Security-Policy": "; ".join(f"{name} {value}" for name, value in _POLICY.items()),
+    # The empty icon is a data: address.
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
+    "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     "Cross-Origin-Opener-Policy": "same-origin",
     "Cross-Origin-Resource-Policy": "same-origin",
     "Referrer-Policy": "no-referrer",
     "X-Content-Type-Options": "nosniff",
     "Cache-Control": "no-store",
 }
+
+
+def serve(run: str, *, port: int = 8642, browser: bool = True, trust_remote_code: bool = False) -> None:
+    """Serves the page of a run until Ctrl-C or SIGTERM, and prints its address.
+
+    Args:
+        run: a run's folder, of any method that trains an adapter.
+        port: of 127.0.0.1; 0 takes a free one.
+        browser: open the page where there is a screen to open it on.
+        trust_remote_code: run Python code that comes with the run's base model.
+
+    Raises:
+        BaditError: a port that is in use, no such run, one without an adapter, or a damaged one.
+    """
+    with listen(port) as listening:
+        session = Session(run, trust_remote_code=trust_remote_code)
+        # The page can be used meanwhile; a daemon, so that nobody waits for it at the end.
+        threading.Thread(target=session.measure, daemon=True).start()
+        url = f"http://{HOST}:{listening.getsockname()[1]}"
+        print(f"Studio: {url}   (Ctrl-C ends it)", flush=True)
+        if browser:
+            open_browser(url)
+        try:
+            Server(application(session)).run(sockets=[listening])
+        except KeyboardInterrupt:  # uvicorn has closed what was open and passes the signal on
+            print()
+
+
+def listen(port: int) -> socket.socket:
+    """A socket that this machine alone can reach; connections wait in it until they are served.
+
+    Raises:
+        BaditError: the port is in use, or not for this user.
+    """
+    if not 0 <= port <= 65535:
+        raise BaditError(f"--port: must be from 0 to 65535, not {port}")
+    try:
+        return socket.create_server((HOST, port))
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno else error
+        raise BaditError(f"--port: {port} cannot be used ({reason}); give another one, or 0") from None
+
+
+def open_browser(url: str) -> None:
+    """Opens the page where there is a screen to open it on; a browser in the terminal would take the terminal over."""
+    if sys.platform != "linux" or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"):
+        webbrowser.open(url)
+
+
+class Server(uvicorn.Server):
+    """Serves an :func:`application` until Ctrl-C or SIGTERM: ``run(sockets=[listening])``."""
+
+    def __init__(self, application: Starlette) -> None:
+        super().__init__(
+            uvicorn.Config(
+                application,
+                log_level="warning",
+                access_log=False,
+                lifespan="off",
+                ws="none",
+                proxy_headers=False,
+                server_header=False,
+                timeout_graceful_shutdown=_GRACE,
+            )
+        )
+        self._ending = application.state.ending
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """On a signal the answer that is being written ends, too; uvicorn would wait for it."""
+        self._ending.set()
+        super().handle_exit(sig, frame)
 
 
 def application(session: Session) -> Starlette:
@@ -76,10 +143,10 @@ def application(session: Session) -> Starlette:
     async def show_task(request: Request) -> Response:
         return JSONResponse(session.task(request.query_params.get("name", "")))
 
-    async def answer(request: Request) -> Response:
+    async def answer(request: Request) -> Any:
         question = await _question(request)
         session.check(question)
-        return AnswerStream(lambda show: session.answer(question, show), lock, ending)
+        return _stream(lambda show: session.answer(question, show), lock, ending)
 
     web = Starlette(
         routes=[
@@ -88,24 +155,42 @@ def application(session: Session) -> Starlette:
             Route("/api/task", show_task),
             Route("/api/answer", answer, methods=["POST"]),
         ],
-        middleware=[
-            Middleware(_WithHeaders),
-            Middleware(TrustedHostMiddleware, allowed_hosts=HOSTS, www_redirect=False),
-            Middleware(_OwnOrigin),
-        ],
+        middleware=[Middleware(_guarded)],
         exception_handlers={BaditError: _refused, HTTPException: _refused},
     )
     web.state.ending = ending
     return web
 
 
+def _guarded(app: ASGIApp) -> ASGIApp:
+    """The application for this machine's own page alone, with the headers of every response."""
+
+    async def guarded(scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message).update(_HEADERS)
+            await send(message)
+
+        headers = Headers(scope=scope)
+        host = headers.get("host", "")
+        answering = app
+        if host.partition(":")[0] not in (HOST, "localhost"):
+            answering = _error(400, "the request is for another machine")
+        # Browsers name the page with every POST.
+        elif scope["method"] not in ("GET", "HEAD") and headers.get("origin") != f"http://{host}":
+            answering = _error(403, "the request does not come from this page")
+        await answering(scope, receive, send_with_headers)
+
+    return guarded
+
+
 def _file(package: str, name: str, media_type: str) -> Any:
     content = resources.files(package).joinpath(*name.split("/")).read_bytes()
 
-    async def serve(request: Request) -> Response:
+    async def show_file(request: Request) -> Response:
         return Response(content, media_type=media_type)
 
-    return serve
+    return show_file
 
 
 async def _question(request: Request) -> Question:
@@ -116,46 +201,57 @@ async def _question(request: Request) -> Question:
         body += chunk
         if len(body) > MAX_BODY:
             raise HTTPException(413, f"the request is larger than {MAX_BODY // 1024} KiB")
-    try:
+    with explained("request"):
         return Question.model_validate(parse_json(body.decode(), file=Path("request")))
-    except UnicodeDecodeError:
-        raise BaditError("request: is not UTF-8") from None
-    except ValidationError as error:
-        location, problem = first_problem(error)
-        raise BaditError(f"request: {'.'.join(map(str, location))}: {problem}") from None
 
 
 async def _refused(request: Request, error: Exception) -> Response:
-    status, message = (error.status_code, error.detail) if isinstance(error, HTTPException) else (400, str(error))
-    return JSONResponse({"error": one_line(message)}, status_code=status)
+    return _error(error.status_code, error.detail) if isinstance(error, HTTPException) else _error(400, str(error))
 
 
-class _WithHeaders:
-    """Adds the headers of every response."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def send_with_headers(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                MutableHeaders(scope=message).update(_HEADERS)
-            await send(message)
-
-        await self._app(scope, receive, send_with_headers)
+def _error(status: int, message: str) -> Response:
+    return JSONResponse({"error": message}, status_code=status)
 
 
-class _OwnOrigin:
-    """Refuses what would be done by another page, or by none: browsers name the page with every POST."""
+def _stream(work: Callable[[Show], None], lock: anyio.Lock, ending: threading.Event) -> ASGIApp:
+    """A response that runs ``work`` in a thread, once the lock is free, and sends server-sent events as it shows them.
 
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
+    A client that goes away while it waits has not been at work at all; one that goes away later ends the work at its
+    next event, and so does ``ending``, once it is set. The lock is held until the thread has ended: there is one model.
+    """
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        headers = Headers(scope=scope) if scope["type"] == "http" else {}
-        reads = scope.get("method", "GET") in ("GET", "HEAD")
-        if not reads and headers.get("origin") != f"http://{headers.get('host')}":
-            response = JSONResponse({"error": "the request does not come from this page"}, status_code=403)
-            await response(scope, receive, send)
-            return
-        await self._app(scope, receive, send)
+    async def stream(scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_event(name: str, data: Mapping[str, Any]) -> None:
+            event = f"event: {name}\ndata: {json.dumps(data, allow_nan=False)}\n\n"
+            await send({"type": "http.response.body", "body": event.encode(), "more_body": True})
+
+        def show(name: str, data: Mapping[str, Any]) -> None:
+            from_thread.check_cancelled()
+            if ending.is_set():
+                raise BaditError("the studio has been ended")
+            from_thread.run(send_event, name, data)
+
+        def work_and_end() -> None:
+            try:
+                work(show)
+                from_thread.run(send_event, "done", {})
+            except BaditError as error:
+                from_thread.run(send_event, "error", {"message": str(error)})
+            except CancelledError:  # what becomes in a thread of an event that was cancelled while it was being sent
+                return
+
+        async def end_when_gone() -> None:
+            while (await receive())["type"] != "http.disconnect":
+                pass
+            group.cancel_scope.cancel()
+
+        async with anyio.create_task_group() as group:
+            group.start_soon(end_when_gone)
+            async with lock:
+                headers = [(b"content-type", b"text/event-stream; charset=utf-8")]
+                await send({"type": "http.response.start", "status": 200, "headers": headers})
+                await to_thread.run_sync(work_and_end)
+                await send({"type": "http.response.body", "body": b""})
+            group.cancel_scope.cancel()
+
+    return stream

@@ -1,42 +1,57 @@
 """A run at work for the page: what it is, its tasks, and answers side by side.
 
 A prompt is answered by up to three mixtures, here called sides: "router" is the adapter as it was trained, "hand" the
-adapter with gates set by hand, "base" the base model, with the adapter switched off.
+adapter with gates set by hand, "base" the base model, with the adapter switched off. Gates are on the scale of
+:mod:`badit.analysis.gates`, on which 1 is neutral and K is one expert alone.
 
-Shape suffixes: M = adapted modules, K = experts.
+Shape suffixes: N = components, M = adapted modules, K = experts.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
+import pandas as pd
 import torch
 from peft import PeftModel
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from pydantic import BaseModel, ConfigDict, Field
 
-from badit.analysis.gates import Experts, active_experts, has_experts
-from badit.analysis.tables import TidyTable
-from badit.baselines import MtlLoraConfig
-from badit.data import Instance, Task, encode_prompt
+from badit.analysis.atlas import ABILITIES
+from badit.analysis.gates import (
+    GATES,
+    Experts,
+    PromptGates,
+    active_experts,
+    changed_gates,
+    gates_frame,
+    has_experts,
+    prompt_gates,
+)
+from badit.analysis.tables import load_frame, save_frame
+from badit.data import AnswerCollator, Instance, Task, batches_by_task, encode_prompt
 from badit.errors import BaditError, nearest
-from badit.evaluation.generation import stream_answer
-from badit.runs import RunFolder
-from badit.studio.mixing import measure_task_gates, mixed, saved_task_gates
-from badit.training.methods import build_method
-from badit.training.plan import encoded, make_plan
-from badit.training.scoring import load_run
+from badit.evaluate import load_run
+from badit.generation import stream_answer
+from badit.methods import build_method
+from badit.run import Run
+from badit.train import encoded, make_plan, pad_id
 
 MAX_CHARACTERS = 20_000
 MAX_NEW_TOKENS = 512
 _EXAMPLES = 6
 _SHOWN_TASKS = 5
 _DIGITS = 5
+_PROMPTS_PER_TASK = 4  # a task's prompts are close together in their gates
+_PAUSE = 0.01  # seconds, without which the measuring thread would take the model again before a waiting one wakes up
+# Sums of softmaxes are 1 or K but for their last bits, which are not to be multiplied into gates set by hand.
+_DECIMALS = 6
 
 Side = Literal["router", "hand", "base"]
 # Shows an event by its name: what the page is told of an answer that is being written.
@@ -67,33 +82,30 @@ class Session:
         Raises:
             BaditError: no such run, one without an adapter, or a damaged one.
         """
-        self.run = RunFolder.existing(path)
-        self.recipe = self.run.recipe(trust_remote_code=trust_remote_code)
-        method = build_method(self.recipe.method)
-        config = getattr(method, "config", None)
-        if config is None:
+        self.run = Run.existing(path)
+        self.recipe = self.run.trusted_recipe(trust_remote_code)
+        self.method = build_method(self.recipe.method)
+        if getattr(self.method, "config", None) is None:
             raise BaditError(
-                f"{self.run.path}: its method, {method.name}, has no adapter to try; "
+                f"{self.run.path}: its method, {self.method.name}, has no adapter to try; "
                 "name a run of a method that has one, such as badit or lora"
             )
-        self.method = method.name
-        self.needs_task = isinstance(config, MtlLoraConfig)
-        self.tasks, self.remark = self._tasks()
+        self.tasks: dict[str, Task] = {}
+        self.remark = ""
+        try:
+            self.tasks = {task.name: task for task in make_plan(self.recipe).tasks}
+        except BaditError as error:
+            if self.method.needs_tasks:
+                raise
+            self.remark = f"The run's tasks cannot be chosen: {error}"
         model, self.tokenizer = load_run(self.run, self.recipe)
         assert isinstance(model, PeftModel)
         self.model = model
         self.experts: list[Experts] = active_experts(model) if has_experts(model) else []
-        self.task_gates = saved_task_gates(self.run, list(self.tasks), self.experts) if self.experts else None
+        self.number_of_experts = self.experts[0].number if self.experts else 0
         self._free = threading.Lock()
-
-    def _tasks(self) -> tuple[dict[str, Task], str]:
-        """The run's tasks by name; where its data is not at hand, none, and why."""
-        try:
-            return {task.name: task for task in make_plan(self.recipe).tasks}, ""
-        except BaditError as error:
-            if self.needs_task:
-                raise
-            return {}, f"The run's tasks cannot be chosen: {error}"
+        #: The tasks' mean gates: a row per task, a column per layer, module and expert; None before they are known.
+        self.task_gates = self._saved_task_gates() if self.experts else None
 
     @property
     def unmeasured(self) -> bool:
@@ -101,25 +113,60 @@ class Session:
         return bool(self.experts) and self.task_gates is None and any(task.train for task in self.tasks.values())
 
     def measure(self) -> None:
-        """Finds out the tasks' mixtures. Questions may be asked meanwhile, from other threads."""
-        if self.unmeasured:
-            tasks = list(self.tasks.values())
-            self.task_gates = measure_task_gates(self.run, self.model, self.tokenizer, self.recipe, tasks, self._free)
+        """Finds out the tasks' mixtures from a few of their training prompts, and keeps them in the run's folder.
 
-    @property
-    def number_of_experts(self) -> int:
-        """K; 0 for a method that mixes none."""
-        return self.experts[0].number if self.experts else 0
+        Questions may be asked meanwhile, from other threads.
+        """
+        if not self.unmeasured:
+            return
+        gates = PromptGates([one.place for one in self.experts], {})
+        collate = AnswerCollator(pad_id(self.tokenizer), with_tasks=True)
+        for task in self.tasks.values():
+            if not task.train:
+                continue
+            with self._free:
+                prompts = task.train[:_PROMPTS_PER_TASK]
+                examples = [encoded(self.tokenizer, self.recipe, task, instance) for instance in prompts]
+                found = prompt_gates(self.model, batches_by_task(examples, collate, _PROMPTS_PER_TASK))
+            gates = PromptGates(gates.modules, {**gates.by_task, **found.by_task})
+            time.sleep(_PAUSE)
+        frame = gates_frame(gates)
+        with suppress(BaditError, OSError):  # a run that cannot be written to is measured at every start
+            save_frame(frame, self.run.studio_path)
+        self.task_gates = self._by_task(frame)
+
+    def _saved_task_gates(self) -> pd.DataFrame | None:
+        """The tables of the run's analysis or of :meth:`measure`; None where neither is of the present adapter."""
+        since = (self.run.adapter_path / SAFETENSORS_WEIGHTS_NAME).stat().st_mtime
+        for path in (folder / f"{GATES.name}.json" for folder in (self.run.analysis_path, self.run.studio_path)):
+            with suppress(BaditError, KeyError, ValueError):  # damaged, or of other modules: they are measured again
+                if path.is_file() and path.stat().st_mtime >= since:
+                    return self._by_task(load_frame(path))
+        return None
+
+    def _by_task(self, frame: pd.DataFrame) -> pd.DataFrame:
+        """The table "gates" with a row per task.
+
+        Raises:
+            ValueError: it is of other modules, experts or tasks than the run's.
+        """
+        columns = [(*one.place, expert) for one in self.experts for expert in range(one.number)]
+        by_task = frame.pivot(index="task", columns=["layer", "module", "expert"], values="mean")
+        if by_task.empty or set(by_task.columns) != set(columns) or by_task.isna().any(axis=None):
+            raise ValueError("the table is of other modules or experts")
+        if self.tasks and not set(by_task.index) <= self.tasks.keys():
+            raise ValueError("the table is of other tasks")
+        return by_task.loc[:, columns]
 
     def about(self) -> dict[str, Any]:
         """What the page shows of the run before anything is asked."""
         return {
             "run": self.run.path.resolve().name,
-            "method": self.method,
+            "method": self.method.name,
             "model": self.recipe.model.name,
             "tasks": list(self.tasks),
             "remark": self.remark,
-            "needs_task": self.needs_task,
+            "needs_task": self.method.needs_tasks,
             "experts": self.number_of_experts,
             "abilities": self._abilities(),
             "modules": [one.place for one in self.experts],
@@ -130,12 +177,11 @@ class Session:
 
     def _abilities(self) -> list[str]:
         """What the run's analysis says of every expert; empty where there is none."""
-        path = self.run.analysis / "abilities.json"
+        path = self.run.analysis_path / f"{ABILITIES.name}.json"
         if not path.is_file():
             return []
-        records = TidyTable.load(path).records()
-        said = {record.get("expert"): str(record.get("summary", "")) for record in records}
-        return [said.get(expert, "") for expert in range(self.number_of_experts)]
+        said = load_frame(path).set_index("expert")["summary"]
+        return [str(said.get(expert, "")) for expert in range(self.number_of_experts)]
 
     def task(self, name: str) -> dict[str, Any]:
         """A task's instruction and a few of its instances, those that were not trained on if there are any.
@@ -164,13 +210,13 @@ class Session:
             raise BaditError("text: the prompt is empty")
         if question.task is not None:
             self._task(question.task)
-        elif self.needs_task:
-            raise BaditError(f"task: {self.method} must know the prompt's task; choose one")
+        elif self.method.needs_tasks:
+            raise BaditError(f"task: {self.method.name} must know the prompt's task; choose one")
         if "hand" not in question.sides:
             return
         experts = self.number_of_experts
         if not experts:
-            raise BaditError(f"gates: {self.method} has none to set by hand")
+            raise BaditError(f"gates: {self.method.name} has none to set by hand")
         if question.gates is None or len(question.gates) != experts or max(question.gates) > experts:
             raise BaditError(f"gates: must be {experts} numbers from 0 to {experts}, one for each expert")
 
@@ -192,7 +238,9 @@ class Session:
 
     def _answer(self, side: Side, question: Question, ids: list[int], show: Show) -> None:
         began = time.monotonic()
-        with self._side(side, question) as used:
+        by_hand = question.gates if side == "hand" else None
+        switched: Any = self.model.disable_adapter() if side == "base" else mixed(self.experts, by_hand)
+        with switched as used:
             untold = bool(self.experts) and side != "base"
 
             def grown(text: str) -> None:
@@ -213,21 +261,12 @@ class Session:
         seconds = round(time.monotonic() - began, 2)
         show("end", {"side": side, **answer._asdict(), "seconds": seconds})
 
-    @contextmanager
-    def _side(self, side: Side, question: Question) -> Iterator[Mapping[str, torch.Tensor]]:
-        if side == "base":
-            with self.model.disable_adapter():
-                yield {}
-            return
-        with mixed(self.experts, question.gates if side == "hand" else None) as used:
-            yield used
-
     def _described(self, used: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-        gates_MK = np.stack([used[one.layer.name].numpy() for one in self.experts])
-        tasks = self.task_gates.nearest(gates_MK)[:_SHOWN_TASKS] if self.task_gates is not None else []
+        gates_MK = np.stack([used[one.layer.name].numpy() for one in self.experts]).astype(float)
+        near = {} if self.task_gates is None else nearest_tasks(self.task_gates, gates_MK)
         return {
-            "gates": [[round(float(gate), _DIGITS) for gate in gates_K] for gates_K in gates_MK],
-            "nearest": [{"task": task, "difference": difference} for task, difference in tasks],
+            "gates": gates_MK.round(_DIGITS).tolist(),
+            "nearest": [{"task": task, "difference": near[task]} for task in list(near)[:_SHOWN_TASKS]],
             "unmeasured": self.unmeasured,
         }
 
@@ -243,3 +282,42 @@ class Session:
             )
         instance = Instance(id="studio", input=question.text, outputs=("",))
         return encoded(self.tokenizer, self.recipe, self._task(question.task), instance, answer=False)["input_ids"]
+
+
+def nearest_tasks(task_gates: pd.DataFrame, gates_MK: np.ndarray) -> dict[str, float]:
+    """All tasks, the nearest first, each with the mean absolute difference between its gates and these.
+
+    Args:
+        task_gates: a row per task, a column per module and expert.
+        gates_MK: a prompt's gates.
+    """
+    difference = (task_gates - gates_MK.ravel()).abs().mean(axis=1).sort_values(kind="stable")
+    return {str(task): float(value) for task, value in difference.items()}
+
+
+@contextmanager
+def mixed(experts: Sequence[Experts], by_hand: Sequence[float] | None = None) -> Iterator[dict[str, torch.Tensor]]:
+    """Within, prompts are answered with the routers' gates, or with gates set by hand for all layers.
+
+    Args:
+        experts: the adapted layers; none for a method without experts.
+        by_hand: a gate for each of the K experts.
+
+    Yields:
+        By adapted module, the gates (K) of the first pass within, which is the prompt's, a mean over its positions.
+    """
+    used: dict[str, torch.Tensor] = {}
+
+    def mixing(one: Experts, own: torch.Tensor) -> torch.Tensor:
+        # The number that is neutral is the method's: 1, or 1/K where its gates sum to 1.
+        neutral = own.mean(dim=-1, keepdim=True).round(decimals=_DECIMALS)
+        gates = own
+        if by_hand is not None:
+            gates = neutral * torch.tensor(by_hand, dtype=own.dtype, device=own.device)[one.expert_of_N.to(own.device)]
+        if one.layer.name not in used:
+            relative_N = (gates / neutral).flatten(0, -2).mean(dim=0)
+            used[one.layer.name] = relative_N[one.first_components_K.to(own.device)].cpu()
+        return gates
+
+    with changed_gates(experts, mixing):
+        yield used

@@ -3,11 +3,10 @@
 Importing this package registers the method with PEFT.
 """
 
-from badit.tuner.config import BaditConfig
-from badit.tuner.layer import BaditLayer, BaditLinear
-from badit.tuner.model import BaditModel
-from badit.tuner.registration import register
+from badit.tuner.config import BaditConfig, ExpertConfig
+from badit.tuner.layer import BaditLinear, ExpertLinear
+from badit.tuner.model import BaditModel, Hooks, hooks_of, register
 
 register(BaditConfig, BaditModel)
 
-__all__ = ["BaditConfig", "BaditLayer", "BaditLinear", "BaditModel"]
+__all__ = ["BaditConfig", "BaditLinear", "BaditModel", "ExpertConfig", "ExpertLinear", "Hooks", "hooks_of"]

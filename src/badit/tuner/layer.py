@@ -1,79 +1,295 @@
-"""One layer adapted by BADIT:  y = W x + s · (B (g ∘ A x) − B0 A0 x),   g_i = gate[expert_of[i]].
+"""One adapted layer:  y = W x + s · (B (g ∘ A x) − share · B0 A0 x),   g_i = gate[expert_of[i]].
 
-The product is :mod:`badit.tuner.base_layer`'s; here is what makes it BADIT: the experts start as singular triples
-(BAD), the gates follow the prompt, and regrouping (DOG) changes the N integers of ``expert_of`` and nothing else.
+All experts are one LoRA of rank N = K·r whose components are scaled by gates, so there is no loop over experts and no
+copy of x for each. :class:`ExpertLinear` computes that for BADIT and every mixture among the baselines; a method says
+how its experts start (its configuration's ``initial_factors``) and which gates they get (its layer's ``gates``).
 
-A0 and B0 are the frozen initial factors. Subtracting them in the forward pass equals the paper's residual Ŵ while the
-base weight W stays as it was ("delta"); "folded" writes Ŵ = W − s·B0 A0 into the base layer instead.
+A0 and B0 are the frozen initial factors of methods whose experts start as a part of the base weight. Subtracting them
+in the forward pass equals the paper's residual Ŵ while the base weight W stays as it was.
 
-Shape suffixes: B = batch, T = positions, I/O = in/out features, N = components, K = experts.
+Shape suffixes: B = batch, T = positions, I/O = in/out features, K = experts, N = components, R = rows of A (N, or r
+where experts share one A), P = rows of the wide product (R, or 2N with the initial factors).
 """
 
 from __future__ import annotations
 
-from typing import Any, cast
+import math
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
 from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from badit.errors import BaditError
 from badit.method import (
     batch_moments,
-    expert_directions,
-    expert_factors,
     expert_gates,
+    frozen_factors,
     prompt_mean,
     standardised,
-    top_singular_triples,
     updated_moments,
 )
-from badit.tuner.base_layer import ExpertLayer, WideProduct
 from badit.tuner.config import BaditConfig
 from badit.tuner.prompt import ForwardPass, RoutingContext
-from badit.tuner.quantised import shape_of
+from badit.tuner.quantised import shape_of, weight_as_used
 
 
-class BaditLayer(ExpertLayer):
-    """State of the adapters on one base layer: that of any experts; and, saved too, badit_expert_of (N integers) and,
-    for a standardised router input, badit_moments (2, I) and badit_batches, the number of batches in them.
+class ExpertLinear(nn.Module, BaseTunerLayer):
+    """LoRA experts on ``nn.Linear`` or transformers' ``Conv1D``. A method overrides :meth:`gates`, and little else.
+
+    badit_A (R, I), badit_B (O, N) and badit_router (K, I) are trained; badit_A0 and badit_B0 (the initial factors) are
+    saved buffers. A method with other tensors lists them. Names carry the ``badit_`` prefix, or PEFT would not save
+    them.
     """
 
-    other_param_names = (*ExpertLayer.other_param_names, "badit_expert_of", "badit_moments", "badit_batches")
+    adapter_layer_names: tuple[str, ...] = ("badit_A", "badit_B", "badit_router")
+    other_param_names: tuple[str, ...] = ("badit_config", "badit_dropout", "badit_A0", "badit_B0")
+    #: Why no single weight stands for the adapter.
+    why_not_merged: ClassVar[str] = "a mixture of experts weighs them again at every position"
 
-    def __init__(self, base_layer: nn.Module, name: str, routing: RoutingContext) -> None:
-        super().__init__(base_layer, name)
+    badit_A: nn.ParameterDict
+    badit_B: nn.ParameterDict
+    badit_router: nn.ParameterDict
+    badit_A0: BufferDict
+    badit_B0: BufferDict
+
+    def __init__(
+        self, base_layer: nn.Module, name: str, routing: RoutingContext, adapter_name: str, config: Any
+    ) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.name = name
         self.routing = routing
-        routing.preparations.append(self._prepare)
-        self.badit_expert_of = BufferDict(persistent=True)
-        self.badit_moments = BufferDict(persistent=True)
-        self.badit_batches = BufferDict(persistent=True)
-        self.gate_sums: dict[str, torch.Tensor] = {}
-        self._weight_before_folding: torch.Tensor | None = None
+        self.out_features, self.in_features = shape_of(base_layer)
+        self.badit_config: dict[str, Any] = {}
+        self.badit_dropout = nn.ModuleDict()
+        for parameters in self.adapter_layer_names:
+            setattr(self, parameters, nn.ParameterDict())
+        for buffers in self.other_param_names:
+            if not hasattr(self, buffers):
+                setattr(self, buffers, BufferDict(persistent=True))
+        self._disable_adapters = False
+        self.merged_adapters = []
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, config)
+
+    def update_layer(self, adapter_name: str, config: Any, inference_mode: bool = False) -> None:
+        """Adds an adapter: makes its tensors, then fills them as its method starts."""
+        self.badit_config[adapter_name] = config
+        self.badit_A[adapter_name] = nn.Parameter(torch.zeros(config.rows_of_A, self.in_features))
+        self.badit_B[adapter_name] = nn.Parameter(torch.zeros(self.out_features, config.num_components))
+        if "badit_router" in self.adapter_layer_names:
+            self.badit_router[adapter_name] = nn.Parameter(torch.zeros(config.num_experts, self.in_features))
+        if config.subtracted_share:
+            self.badit_A0[adapter_name] = torch.zeros(config.num_components, self.in_features)
+            self.badit_B0[adapter_name] = torch.zeros(self.out_features, config.num_components)
+        self.badit_dropout[adapter_name] = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
+        if not self.badit_A[adapter_name].is_meta:
+            self.initialise(adapter_name)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    @torch.no_grad()
+    def initialise(self, adapter_name: str) -> None:
+        """Fills an adapter's new tensors, which are zero."""
+        config = self.badit_config[adapter_name]
+        try:
+            # An adapter that is only read is about to be loaded: it needs no decomposition.
+            factors = None if config.inference_mode else config.initial_factors(self.weight_OI)
+        except BaditError as error:
+            raise BaditError(f"{self.name}: {error}") from None
+        if factors is None:
+            nn.init.kaiming_uniform_(self.badit_A[adapter_name], a=math.sqrt(5))
+            return
+        self.badit_A[adapter_name].copy_(factors[0])
+        self.badit_B[adapter_name].copy_(factors[1])
+        if config.subtracted_share:
+            for kept, factor in zip(self.kept_factors(adapter_name), factors, strict=True):
+                kept.copy_(factor)
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """y (…, O) of x (…, I): W x, and of each active adapter s · (B (g ∘ A x) − share · B0 A0 x)."""
+        y = self.base_layer(x, *args, **kwargs)
+        for adapter in self.running_adapters:
+            config = self.badit_config[adapter]
+            x_in = self._cast_input_dtype(x, self.badit_A[adapter].dtype)
+            settled = self._settled(adapter)
+            if settled is not None and self._key(adapter) in settled:
+                a_PI, b_ON, scale = settled[self._key(adapter)]
+            else:
+                a_PI, b_ON = self.factors(adapter)
+                scale = config.scaling * self.component_gates(adapter, x_in)
+                if config.subtracted_share:
+                    # B0 A0 rides along as N more components of a negative gate: two products instead of four.
+                    a0_NI, b0_ON = self.kept_factors(adapter)
+                    a_PI, b_ON = torch.cat([a_PI, a0_NI]), torch.cat([b_ON, b0_ON], dim=1)
+                    subtracted = torch.full_like(scale, -config.scaling * config.subtracted_share)
+                    scale = torch.cat([scale, subtracted], dim=-1)
+                if settled is not None:
+                    if len(scale) == 1:  # one row, or all rows alike
+                        b_ON, scale = b_ON * scale.flatten().to(b_ON.dtype), None
+                    settled[self._key(adapter)] = a_PI, b_ON, scale
+            hidden = self.hidden(adapter, self.badit_dropout[adapter](x_in), a_PI)
+            if scale is not None:
+                # Where experts share rows of A, each run of P columns of B takes all of them.
+                scale = scale.to(hidden.dtype).unflatten(-1, (-1, hidden.shape[-1]))
+                hidden = (hidden[..., None, :] * scale).flatten(-2)
+            y = y + F.linear(hidden, b_ON).to(y.dtype)
+        return y
+
+    def gates(self, adapter_name: str, x: torch.Tensor) -> torch.Tensor:
+        """The experts' gates (…, K) for an input x (…, I)."""
+        raise NotImplementedError
+
+    def component_gates(self, adapter_name: str, x: torch.Tensor) -> torch.Tensor:
+        """The gates (…, N) of the components: each has its expert's."""
+        return self.gates(adapter_name, x).repeat_interleave(self._rank(adapter_name), dim=-1)
+
+    def factors(self, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """A (R, I) and B (O, N) of the wide product; a method may join frozen ones to those it trains."""
+        return self.badit_A[adapter_name], self.badit_B[adapter_name]
+
+    def kept_factors(self, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """A0 (N, I) and B0 (O, N), of an adapter whose experts started as a part of the base weight."""
+        return cast(torch.Tensor, self.badit_A0[adapter_name]), cast(torch.Tensor, self.badit_B0[adapter_name])
+
+    def hidden(self, adapter_name: str, x: torch.Tensor, a_PI: torch.Tensor) -> torch.Tensor:
+        """A x, (…, P), before the gates."""
+        return F.linear(x, a_PI)
 
     def expert_of(self, adapter_name: str) -> torch.Tensor:
-        """The N labels that name every component's expert."""
-        return cast(torch.Tensor, self.badit_expert_of[adapter_name])
+        """The N labels that name every component's expert: runs of equal length, unless a method regroups them."""
+        experts = self.badit_config[adapter_name].num_experts
+        return torch.arange(experts, device=self.device).repeat_interleave(self._rank(adapter_name))
+
+    def _rank(self, adapter_name: str) -> int:
+        config = self.badit_config[adapter_name]
+        return config.num_components // config.num_experts
+
+    def _settled(self, adapter_name: str) -> dict[str, Any] | None:
+        """Where the wide product may be kept for the next token of a generation; None where it depends on the token."""
+        return None
+
+    def _key(self, adapter_name: str) -> str:
+        """What a cache and a generation keep of this layer, they keep under this name."""
+        return f"{self.name}.{adapter_name}"
+
+    @property
+    def running_adapters(self) -> list[str]:
+        """The adapters that the next forward pass applies."""
+        return [] if self.disable_adapters else [name for name in self.active_adapters if name in self.badit_A]
+
+    @property
+    def weight_OI(self) -> torch.Tensor:
+        """The base layer's weight as (out, in); of a quantised one, a copy of what it stands for."""
+        return weight_as_used(self.get_base_layer())
+
+    @property
+    def device(self) -> torch.device:
+        """The base layer's."""
+        return cast(torch.Tensor, self.get_base_layer().weight).device
+
+    @torch.no_grad()
+    def frozen_factors(
+        self, adapter_name: str, gates_N: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The LoRA that the adapter is under fixed gates.
+
+        Args:
+            gates_N: a gate for every component (default: all 1).
+
+        Returns:
+            A' (P, I) and B' (O, P) in at least float32, with the scaling in B'.
+        """
+        config = self.badit_config[adapter_name]
+        a_RI, b_ON = map(_precise, self.factors(adapter_name))
+        scale_N = torch.full((b_ON.shape[1],), config.scaling, dtype=b_ON.dtype, device=b_ON.device)
+        if gates_N is not None:
+            scale_N = scale_N * gates_N.to(scale_N)
+        if not config.subtracted_share:
+            return frozen_factors(a_RI, b_ON, scale_N)
+        a0_NI, b0_ON = map(_precise, self.kept_factors(adapter_name))
+        return frozen_factors(a_RI, b_ON, scale_N, (a0_NI, b0_ON), config.scaling * config.subtracted_share)
+
+    def get_delta_weight(self, adapter_name: str, gates_K: torch.Tensor | None = None) -> torch.Tensor:
+        """What the adapter adds to the base weight under fixed gates (default: all 1), in that weight's own layout."""
+        gates_N = None if gates_K is None else gates_K[self.expert_of(adapter_name)]
+        a_PI, b_OP = self.frozen_factors(adapter_name, gates_N)
+        delta_OI = b_OP @ a_PI
+        return delta_OI.T if isinstance(self.get_base_layer(), Conv1D) else delta_OI
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether PEFT's ``convert_to_lora`` may take :meth:`get_delta_weight` for the adapter: where gates are fixed.
+
+        Other mixtures become a LoRA by a choice of gates, which PEFT does not ask for: see :func:`badit.export`.
+        """
+        return self.badit_config[adapter_name].has_fixed_gates
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Refused.
+
+        Raises:
+            BaditError: always.
+        """
+        raise BaditError(
+            f"{self.why_not_merged} and so has no single weight to merge into; "
+            "keep it as an adapter (unload() gives the base model back), "
+            "or export one fixed mixture as a plain LoRA or a merged model: badit export RUN, "
+            "layer.get_delta_weight(adapter, gates)"
+        )
+
+    def unmerge(self) -> None:
+        """Nothing to do: no adapter is ever merged."""
+
+    def __repr__(self) -> str:
+        return "badit." + super().__repr__()
+
+
+class BaditLinear(ExpertLinear):
+    """BADIT: gates that follow the prompt, and a grouping of the components that regrouping (DOG) changes.
+
+    Saved too are badit_expert_of (N integers) and, for a standardised router input, badit_moments (2, I) and
+    badit_batches, the number of batches in them.
+    """
+
+    other_param_names = (*ExpertLinear.other_param_names, "badit_expert_of", "badit_moments", "badit_batches")
+    why_not_merged = "a BADIT adapter mixes its experts again for every prompt"
+
+    badit_expert_of: BufferDict
+    badit_moments: BufferDict
+    badit_batches: BufferDict
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        #: By adapter, the running sum of its gates (K) in training, and their number (last entry): regrouping reads it.
+        self.gate_sums: dict[str, torch.Tensor] = {}
+        self.routing.mask_readers.append(self._reads_prompt)
+        self.register_load_state_dict_post_hook(_refuse_broken_labels)
 
     def update_layer(self, adapter_name: str, config: BaditConfig, inference_mode: bool = False) -> None:
         """Adds an adapter: makes its tensors, then fills them by BAD (or as ``config.init_weights`` says)."""
-        self.unfold()
         self.badit_expert_of[adapter_name] = torch.arange(config.num_experts).repeat_interleave(config.r)
         if config.router_input == "standardised":
-            self.badit_moments[adapter_name] = torch.zeros(2, shape_of(self.get_base_layer())[1])
+            self.badit_moments[adapter_name] = torch.zeros(2, self.in_features)
             self.badit_batches[adapter_name] = torch.zeros(())
         super().update_layer(adapter_name, config, inference_mode)
-        if self._is_reference(adapter_name, config):
+        if self._is_reference(adapter_name):
             self._copy_default(adapter_name)
 
-    def _is_reference(self, adapter_name: str, config: BaditConfig) -> bool:
+    def initialise(self, adapter_name: str) -> None:
+        if not self._is_reference(adapter_name):
+            super().initialise(adapter_name)
+
+    def _is_reference(self, adapter_name: str) -> bool:
         """Whether TRL adds the copy of the adapter that a preference loss is about to train, as the loss's reference.
 
         It adds an adapter of this name by the other's own configuration and then copies parameters whose names have
         ``.default.`` within, as those of LoRA's modules. BADIT's end in it, and its grouping is no parameter.
         """
-        return adapter_name == "ref" and self.badit_config.get("default") is config
+        return adapter_name == "ref" and self.badit_config.get("default") is self.badit_config["ref"]
 
     def _copy_default(self, adapter_name: str) -> None:
         """Makes an adapter the same as the one named default, in its data types too."""
@@ -95,93 +311,28 @@ class BaditLayer(ExpertLayer):
     def _exact_buffers(self) -> tuple[BufferDict, ...]:
         return self.badit_expert_of, self.badit_moments, self.badit_batches
 
-    @torch.no_grad()
-    def _initialise(self, adapter_name: str, config: BaditConfig) -> None:
-        if self._is_reference(adapter_name, config):
-            return
-        super()._initialise(adapter_name, config)
-        if config.init_weights is False:
-            nn.init.normal_(self.badit_B[adapter_name], std=0.02)
-            nn.init.normal_(self.badit_router[adapter_name], std=0.02)
-
-    def _decompose(self, config: BaditConfig) -> tuple[torch.Tensor, torch.Tensor]:
-        triples = top_singular_triples(
-            self.weight_OI,
-            config.num_components,
-            method=config.svd_method,  # pyright: ignore[reportArgumentType] (validated by the config)
-            tolerance=config.svd_tolerance,
-        )
-        if config.init_weights == "directions":
-            return expert_directions(triples)
-        return expert_factors(triples, config.scaling)
-
-    def enable_adapters(self, enabled: bool) -> None:
-        super().enable_adapters(enabled)
-        if not enabled:
-            self.unfold()
-
-    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        super().set_adapter(adapter_names, inference_mode=inference_mode)
-        self.unfold()
-
     def delete_adapter(self, adapter_name: str) -> None:
-        self.unfold()
         self.gate_sums.pop(adapter_name, None)
         super().delete_adapter(adapter_name)
 
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        raise BaditError(
-            "a BADIT adapter mixes its experts anew for every prompt and so has no single weight to merge into; "
-            "keep it as an adapter (unload() gives the base model back), "
-            "or export one fixed mixture as a plain LoRA or a merged model: badit export RUN, "
-            "layer.get_delta_weight(adapter, gates)"
-        )
+    def expert_of(self, adapter_name: str) -> torch.Tensor:
+        """The N labels that name every component's expert."""
+        return cast(torch.Tensor, self.badit_expert_of[adapter_name])
 
-    @torch.no_grad()
-    def _fold(self, adapter_name: str) -> None:
-        if self._weight_before_folding is not None:
-            return
-        initial_A, initial_B = self.initial_factors(adapter_name)
-        initial_OI = self.badit_config[adapter_name].scaling * (initial_B.float() @ initial_A.float())
-        self._weight_before_folding = self.weight_OI.detach().clone()
-        self.weight_OI.copy_(self.weight_OI.float() - initial_OI)
+    def component_gates(self, adapter_name: str, x: torch.Tensor) -> torch.Tensor:
+        return self.gates(adapter_name, x)[..., self.expert_of(adapter_name)]
 
-    @torch.no_grad()
-    def unfold(self) -> None:
-        """Puts the base weight back, to the bit. A folded adapter folds again at its next forward pass."""
-        if self._weight_before_folding is not None:
-            self.weight_OI.copy_(self._weight_before_folding)
-            self._weight_before_folding = None
+    def _reads_prompt(self) -> bool:
+        """Whether the coming pass will ask for the prompt's mask."""
+        return any(self.badit_config[adapter].routing == "prompt" for adapter in self.running_adapters)
 
-    def _prepare(self) -> bool:
-        """Folds what is to be folded; whether the coming pass will ask for the prompt's mask."""
-        configs = {adapter_name: self.badit_config[adapter_name] for adapter_name in self._running_adapters}
-        for adapter_name, config in configs.items():
-            if config.base_weight == "folded":
-                self._fold(adapter_name)
-        return any(config.routing == "prompt" for config in configs.values())
-
-    def _wide_product(self, adapter_name: str, x: torch.Tensor) -> WideProduct:
+    def _settled(self, adapter_name: str) -> dict[str, Any] | None:
         """While one ``generate`` decodes, the product stays as it is for its first new token: only x changes."""
         forward_pass = self.routing.forward_pass()
-        settled = None if forward_pass is None else forward_pass.settled
-        if (
-            settled is None
-            or self.badit_config[adapter_name].routing == "token"
-            or torch.is_grad_enabled()
-            or torch.compiler.is_compiling()
-        ):
-            return super()._wide_product(adapter_name, x)
-        key = self._key(adapter_name)
-        if key not in settled:
-            a_PI, b_ON, scale = super()._wide_product(adapter_name, x)
-            if scale is not None and len(scale) == 1:  # one row, or all rows alike
-                b_ON, scale = b_ON * scale.flatten().to(b_ON.dtype), None
-            settled[key] = WideProduct(a_PI, b_ON, scale)
-        return settled[key]
-
-    def _component_gates(self, adapter_name: str, x: torch.Tensor) -> torch.Tensor:
-        return self.gates(adapter_name, x)[..., self.expert_of(adapter_name)]
+        by_token = self.badit_config[adapter_name].routing == "token"
+        if forward_pass is None or by_token or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return None
+        return forward_pass.settled
 
     def gates(self, adapter_name: str, x: torch.Tensor) -> torch.Tensor:
         """The gates for an input x (B, T, I): (B, 1, K) for routing by prompt, (B, T, K) by token.
@@ -194,9 +345,8 @@ class BaditLayer(ExpertLayer):
         forward_pass = self.routing.forward_pass()
         shape = None if forward_pass is None else forward_pass.shape
         if x.ndim == 2 and shape is not None and len(x) == shape.numel():  # OPT's MLP sees the rows as one
-            return (
-                self._prompt_gates(adapter_name, x.unflatten(0, shape), forward_pass).expand(*shape, -1).flatten(0, 1)
-            )
+            gates_BTK = self._prompt_gates(adapter_name, x.unflatten(0, shape), forward_pass).expand(*shape, -1)
+            return gates_BTK.flatten(0, 1)
         return self._prompt_gates(adapter_name, x, forward_pass)
 
     def _prompt_gates(self, adapter_name: str, x: torch.Tensor, forward_pass: ForwardPass | None) -> torch.Tensor:
@@ -216,10 +366,6 @@ class BaditLayer(ExpertLayer):
             # A layer's name is a constant of compiled code, so that each layer would be compiled for itself.
             forward_pass.fresh[self._key(adapter_name)] = gates.detach()
         return gates
-
-    def _key(self, adapter_name: str) -> str:
-        """What a cache and a generation keep of this layer, they keep under this name."""
-        return f"{self.name}.{adapter_name}"
 
     def _held(self, held: dict[str, torch.Tensor], key: str, x: torch.Tensor) -> torch.Tensor:
         gates = held.get(key)
@@ -271,7 +417,7 @@ def _sum_over_ranks(sums: torch.Tensor) -> torch.Tensor:
     return sums
 
 
-def _refuse_broken_labels(layer: BaditLayer, _: Any) -> None:
+def _refuse_broken_labels(layer: BaditLinear, _: Any) -> None:
     """Labels come from a file like all other tensors, but a wrong one is an index out of range, or a lost component."""
     for adapter_name, labels_N in layer.badit_expert_of.items():
         config = layer.badit_config[adapter_name]
@@ -286,33 +432,5 @@ def _refuse_broken_labels(layer: BaditLayer, _: Any) -> None:
             )
 
 
-class BaditLinear(nn.Module, BaditLayer):
-    """BADIT on ``nn.Linear`` or transformers' ``Conv1D``."""
-
-    def __init__(
-        self, base_layer: nn.Module, name: str, routing: RoutingContext, adapter_name: str, config: BaditConfig
-    ) -> None:
-        super().__init__()
-        BaditLayer.__init__(self, base_layer, name, routing)
-        self._active_adapter = adapter_name
-        self.update_layer(adapter_name, config)
-        self.register_load_state_dict_post_hook(_refuse_broken_labels)
-
-    # These two stand here and not in BaditLayer, which nn.Module precedes in the order of inheritance.
-    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        # A residual saved as the base weight would be folded a second time after loading.
-        self.unfold()
-        super()._save_to_state_dict(*args, **kwargs)
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        # Loading may replace A0, B0 or the base weight itself: a residual made of the old ones would be wrong.
-        self.unfold()
-        super()._load_from_state_dict(*args, **kwargs)
-
-    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if self._weight_before_folding is None:
-            self._prepare()
-        return self._adapted(x, *args, **kwargs)
-
-    def __repr__(self) -> str:
-        return "badit." + super().__repr__()
+def _precise(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

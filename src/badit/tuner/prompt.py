@@ -20,7 +20,8 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 from types import MethodType
 from typing import Any
 
@@ -35,40 +36,32 @@ _HELD = "badit_gates"
 _CACHE_NAMES = ("cache", "past_key_values")  # transformers renamed it within version 5
 
 
+@dataclass
 class ForwardPass:
-    """One forward pass: its prompt mask (B, T), or the gates by layer that its cache holds already; its shape.
+    """One forward pass, as the adapted layers need to know it.
 
-    The mask is worked out when it is first asked for. Routing by token never does, nor do adapters that are switched
-    off, so batches in which no prompt can be told are refused only where it matters.
-
-    Args:
+    Attributes:
+        find_prompt: works out the prompt's mask when it is first asked for. Routing by token never asks, nor do
+            adapters that are switched off, so batches in which no prompt can be told are refused only where it matters.
+        held: by layer, the gates that the pass's cache holds already; None where the prompt settles them now.
+        shape: of the batch, (B, T), where it is known.
         fills_cache: whether decoding may follow, for which layers must leave their gates in ``fresh``.
         settled: what layers may keep of this pass for the next, of one generation that decodes from one cache.
+        row_tasks: for methods that tell tasks apart: by adapter, the index (B) of each row's task.
     """
 
-    def __init__(
-        self,
-        find_prompt: Callable[[], torch.Tensor | None],
-        held: dict[str, torch.Tensor] | None = None,
-        shape: torch.Size | None = None,
-        fills_cache: bool = True,
-        settled: dict[str, Any] | None = None,
-    ) -> None:
-        self._find_prompt = find_prompt
-        self._mask_BT: torch.Tensor | None = None
-        self._found = False
-        self.held = held
-        self.shape = shape
-        self.fills_cache = fills_cache
-        self.settled = settled
-        self.fresh: dict[str, torch.Tensor] = {}
+    find_prompt: Callable[[], torch.Tensor | None]
+    held: dict[str, torch.Tensor] | None = None
+    shape: torch.Size | None = None
+    fills_cache: bool = True
+    settled: dict[str, Any] | None = None
+    row_tasks: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    fresh: dict[str, torch.Tensor] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def prompt_mask_BT(self) -> torch.Tensor | None:
         """None where the model is no language model: then a layer's whole input is its prompt."""
-        if not self._found:
-            self._mask_BT, self._found = self._find_prompt(), True
-        return self._mask_BT
+        return self.find_prompt()
 
 
 class RoutingContext:
@@ -82,11 +75,13 @@ class RoutingContext:
         # While generating: the gates that the cache holds, and what layers keep as long as it is these.
         self._settled: tuple[dict[str, torch.Tensor], dict[str, Any]] | None = None
         self._looked_at_labels = self._warned_of_whole_rows = False
-        # Called before each pass that fills a cache or has none, for what a compiled layer cannot do. Each tells
-        # whether its layer will want the prompt's mask, which is then worked out, since that looks into the batch.
-        self.preparations: list[Callable[[], bool]] = []
+        # Each tells whether its layer will ask for the prompt's mask. That is then worked out before the pass, since a
+        # compiled layer cannot look into the batch.
+        self.mask_readers: list[Callable[[], bool]] = []
         self._hooks: list[Any] = []
         self._generate: Callable[..., Any] | None = None
+        #: The ``row_tasks`` of the passes to come.
+        self.row_tasks: Mapping[str, torch.Tensor] = {}
 
     @classmethod
     def of(cls, model: nn.Module) -> RoutingContext:
@@ -126,7 +121,7 @@ class RoutingContext:
             self._generation_prompt_length, self._settled = outer
 
     def forward_pass(self) -> ForwardPass | None:
-        """The pass that the calling layer belongs to; None when the base model was entered by another door."""
+        """The pass that the calling layer belongs to; None when not the whole base model was called."""
         if self._running is not None:
             return self._running
         return self._differentiated if self.runs_again() else None
@@ -140,12 +135,11 @@ class RoutingContext:
         named = dict(zip(_parameter_names(model), args, strict=False)) if args else {}
         batch = {**named, **kwargs}
         self._running = self._describe(model, batch, prompt_mask_BT)
+        self._running.row_tasks = self.row_tasks
         if torch.is_grad_enabled():
             self._differentiated = self._running
-        if self._running.held is None:
-            wanted = [prepare() for prepare in self.preparations]
-            if any(wanted):
-                _ = self._running.prompt_mask_BT
+        if self._running.held is None and any(reads() for reads in self.mask_readers):
+            _ = self._running.prompt_mask_BT  # kept from now on
         return args, kwargs
 
     def _leave(self, model: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
@@ -188,10 +182,9 @@ class RoutingContext:
             return ForwardPass(lambda: None)
         # Only what is small is kept for later: neither the embeddings nor the cache.
         kept = {name: batch.get(name) for name in ("attention_mask", "labels", "position_ids", "cu_seq_lens_q")}
+        find_prompt = partial(self._prompt, model, kept, shape, tokens.device, self._generation_prompt_length)
         if batch.get("labels") is None and torch.is_grad_enabled() and _trains_language(model):
             find_prompt = partial(self._whole_rows, model, kept, shape, tokens.device)
-        else:
-            find_prompt = partial(self._prompt, model, kept, shape, tokens.device, self._generation_prompt_length)
         return ForwardPass(find_prompt, shape=shape, fills_cache=fills_cache)
 
     def _settled_for(self, held: dict[str, torch.Tensor]) -> dict[str, Any] | None:
@@ -254,7 +247,7 @@ class RoutingContext:
 
 def cache_of(output: Mapping[str, Any]) -> dict[str, Any]:
     """The cache in the output of a model or of ``generate``, by the name under which the next call takes it."""
-    # The former name may stand beside the present one, which comes first.
+    # Both names may be there; the present one comes first.
     return dict([(name, output[name]) for name in _CACHE_NAMES if output.get(name) is not None][:1])
 
 
@@ -275,7 +268,7 @@ def inside_backward() -> bool:
 
 
 def _why_in_pieces(model: nn.Module) -> str:
-    """Why a pass of a generation holds less than its prompt, though nothing is cached, and the mend."""
+    """Why a pass of a generation holds less than its prompt, though nothing is cached, and the fix."""
     if model.training and any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
         return (
             "generate lost its cache, as transformers before 5.24 does in training mode under gradient "
@@ -334,7 +327,7 @@ def _answers(labels_BT: torch.Tensor) -> torch.Tensor:
 def _attended(attention_mask: Any, shape: torch.Size, device: torch.device) -> torch.Tensor:
     """The (B, T) mask of real tokens from a 2-D mask, from the 4-D masks of compilable caches, or from none."""
     batch, length = shape
-    if isinstance(attention_mask, Mapping):  # one mask a kind of attention; their diagonals agree
+    if isinstance(attention_mask, Mapping):  # one mask per kind of attention; their diagonals agree
         attention_mask = next(iter(attention_mask.values()))
     if attention_mask is None:
         return torch.ones(batch, length, dtype=torch.bool, device=device)

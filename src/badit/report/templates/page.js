@@ -51,9 +51,10 @@
     for (const other of table.tHead.rows[0].cells) other.setAttribute("aria-sort", "none");
     header.setAttribute("aria-sort", next);
     const sign = next === "ascending" ? 1 : -1;
+    // The first column names the row; in the others a number comes first: "1,234", "−0.5", "45.3 ± 1.2", "– " if unknown.
     const rows = [...table.tBodies[0].rows].map((row) => {
-      const cell = row.cells[column];
-      return { row, number: Number.parseFloat(cell.dataset.value), text: cell.textContent };
+      const text = row.cells[column].textContent;
+      return { row, text, number: column === 0 ? NaN : Number.parseFloat(text.replace("−", "-").replaceAll(",", "")) };
     });
     const numeric = rows.some(({ number }) => !Number.isNaN(number));
     rows.sort((a, b) => {

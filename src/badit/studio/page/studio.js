@@ -1,39 +1,80 @@
 // The page: a prompt goes to the server, answers come back word by word, and the mixture that made them is shown.
 // All text of data and models is set as textContent, never as markup.
-import { ask, get } from "./events.js";
-import { HeatMap, showNearest } from "./mixture.js";
-import { Sliders } from "./sliders.js";
+
+const SIDES = ["hand", "router", "base"];
+const NEUTRAL = 1; // the gate that changes nothing
+const REACH = 2; // how far a slider goes, where gates do not go further themselves
+const SMALLEST = 0.01; // the deviation from 1 that has the strongest colour, at least
 
 const at = (id) => document.getElementById(id);
-const form = at("ask");
-const text = at("text");
-const status = at("status");
-const SIDES = ["hand", "router", "base"];
-
-let run;
-let task = null; // what the server knows of the chosen task
-let heatMap = null;
-let sliders = null;
-let running = null; // what stops the answer that is being written
-let asked = ""; // the prompt that the answers of router and base belong to
-
-// ── the theme, as in the report ──
+const side = (name) => at(`side-${name}`);
 const dark = window.matchMedia("(prefers-color-scheme: dark)");
-let theme = dark.matches ? "dark" : "light";
 
-function show(next) {
+let run; // what the server says of the run
+let task = null; // what it says of the chosen task
+let theme = "light";
+let asking = null; // what stops the answer that is being written
+let asked = ""; // the prompt that the answers of router and base belong to
+let byHand = false; // whether the sliders have been moved away from the router's gates
+let shown = null; // the gates that the heat map shows
+const mixtures = {}; // by side, the last event with gates
+
+function element(name, properties = {}, ...children) {
+  const made = Object.assign(document.createElement(name), properties);
+  made.append(...children);
+  return made;
+}
+
+function say(message, wrong = false) {
+  at("status").textContent = message;
+  at("status").classList.toggle("wrong", wrong);
+}
+
+function useTheme(next) {
   theme = next;
   document.documentElement.dataset.theme = theme;
   at("theme").textContent = theme === "dark" ? "Light" : "Dark";
   at("theme").setAttribute("aria-pressed", String(theme === "dark"));
-  heatMap?.draw();
+  drawHeatMap();
 }
 
-at("theme").addEventListener("click", () => show(theme === "dark" ? "light" : "dark"));
-dark.addEventListener("change", () => show(dark.matches ? "dark" : "light"));
-show(theme);
+// ── the server ──
+
+async function request(address, options) {
+  let response;
+  try {
+    response = await fetch(address, options);
+  } catch (error) {
+    throw error.name === "AbortError" ? error : new Error("The studio does not answer; is it still running?");
+  }
+  if (!response.ok) throw new Error((await response.json()).error);
+  return response;
+}
+
+const get = async (address) => (await request(address)).json();
+
+// Asks for an answer and reads its server-sent events as they come. (EventSource can only GET.)
+async function* ask(question, signal) {
+  const headers = { "Content-Type": "application/json" };
+  const response = await request("/api/answer", { method: "POST", headers, body: JSON.stringify(question), signal });
+  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+  let rest = "";
+  try {
+    for (let next = await reader.read(); !next.done; next = await reader.read()) {
+      const events = (rest + next.value).split("\n\n");
+      rest = events.pop();
+      for (const event of events) {
+        const [name, data] = event.split("\n");
+        yield { name: name.slice("event: ".length), ...JSON.parse(data.slice("data: ".length)) };
+      }
+    }
+  } finally {
+    reader.cancel().catch(() => {}); // of a stream that broke off, the error is known already
+  }
+}
 
 // ── the prompt ──
+
 async function chooseTask() {
   const name = at("task").value;
   task = name ? await get(`/api/task?name=${encodeURIComponent(name)}`) : null;
@@ -41,131 +82,218 @@ async function chooseTask() {
   at("instruction").textContent = task?.instruction ?? "";
   at("text-label").textContent = task ? "Input" : "Prompt";
   at("example-label").hidden = !task?.examples.length;
-  at("example").replaceChildren(...(task?.examples ?? []).map(({ input }, i) => new Option(shortened(input), String(i))));
+  at("example").replaceChildren(...(task?.examples ?? []).map(({ input }, i) => {
+    const line = input.trim().replace(/\s+/g, " ");
+    return new Option(line.length > 60 ? `${line.slice(0, 59)}…` : line, String(i));
+  }));
   if (task) chooseExample();
 }
 
 function chooseExample() {
-  text.value = task.examples[Number(at("example").value)]?.input ?? "";
-}
-
-function shortened(input) {
-  const line = input.trim().replace(/\s+/g, " ");
-  return line.length > 60 ? `${line.slice(0, 59)}…` : line;
-}
-
-function say(message, wrong = false) {
-  status.textContent = message;
-  status.classList.toggle("wrong", wrong);
+  at("text").value = task.examples[Number(at("example").value)]?.input ?? "";
 }
 
 // ── answers ──
-const side = (name) => at(`side-${name}`);
 
-// Asks the sides that have no answer to this prompt yet; a mixture by hand is always asked anew.
+// Asks the sides that have no answer to this prompt yet; a mixture by hand is always asked again.
 async function answer() {
-  running?.abort();
-  const question = { text: text.value, task: task?.name ?? null, max_new_tokens: Number(at("limit").value) };
+  asking?.abort();
+  const question = { text: at("text").value, task: task?.name ?? null, max_new_tokens: Number(at("limit").value) };
   const prompt = JSON.stringify(question);
-  const sides = prompt === asked ? [] : ["router", "base"];
-  if (sliders?.byHand) sides.unshift("hand");
+  const sides = [...(byHand ? ["hand"] : []), ...(prompt === asked ? [] : ["router", "base"])];
   if (!sides.length) return;
   const mine = new AbortController();
-  running = mine;
+  asking = mine;
   at("stop").disabled = false;
   at("reference").hidden = true;
-  for (const name of sides) begin(name);
+  for (const name of sides) {
+    side(name).setAttribute("aria-busy", "true");
+    side(name).classList.add("old");
+    side(name).querySelector(".facts").textContent = "";
+  }
   if (sides.includes("router")) asked = "";
   say("Answering …");
   try {
     let finished = false;
-    for await (const event of ask({ ...question, sides, gates: sliders?.byHand ? sliders.gates : null }, mine.signal)) {
+    for await (const event of ask({ ...question, sides, gates: byHand ? sliderGates() : null }, mine.signal)) {
       if (event.name === "error") throw new Error(event.message);
-      if (event.name === "done") finished = true;
-      else take(event);
+      finished = event.name === "done";
+      EVENTS[event.name]?.(event);
     }
     if (!finished) throw new Error("The answer broke off; the terminal that the studio runs in may say why.");
     asked = prompt;
-    showReference(question);
+    const references = task?.examples.find((example) => example.input === question.text)?.references;
+    at("reference").hidden = !references;
+    at("reference").textContent = references ? `The data’s own answer: ${references.join(" or ")}` : "";
     say("Done.");
   } catch (error) {
-    if (running !== mine) return; // a newer question has taken its place
-    say(mine.signal.aborted ? "Stopped." : error.message, !mine.signal.aborted);
+    if (asking === mine) say(mine.signal.aborted ? "Stopped." : error.message, !mine.signal.aborted);
   } finally {
-    if (running === mine) {
-      running = null;
+    if (asking === mine) { // else a newer question has taken its place
+      asking = null;
       at("stop").disabled = true;
       for (const name of SIDES) side(name).setAttribute("aria-busy", "false");
     }
   }
 }
 
-function begin(name) {
-  side(name).setAttribute("aria-busy", "true");
-  side(name).classList.add("old");
-  side(name).querySelector(".facts").textContent = "";
-}
-
-function take(event) {
-  if (event.name === "prompt") {
+const EVENTS = {
+  prompt({ text, tokens }) {
     at("read").hidden = false;
-    at("read").querySelector("pre").textContent = event.text;
-    at("read").querySelector("summary").textContent = `What the model reads (${event.tokens} tokens)`;
-  } else if (event.name === "gates") {
-    if (event.side === "router") sliders.follow(event.gates);
-    showMixture(event);
-  } else if (event.name === "text") {
+    at("read").querySelector("pre").textContent = text;
+    at("read").querySelector("summary").textContent = `What the model reads (${tokens} tokens)`;
+  },
+  gates(event) {
+    mixtures[event.side] = event;
+    if (event.side === "router" && !byHand) placeSliders(routerGates());
+    showMixture();
+  },
+  text(event) {
     side(event.side).classList.remove("old");
     side(event.side).querySelector(".text").textContent = event.text;
-  } else if (event.name === "end") {
+  },
+  end(event) {
     const length = event.tokens === 1 ? "1 token" : `${event.tokens} tokens`;
-    const end = event.ended ? "" : ", cut at the limit";
     side(event.side).setAttribute("aria-busy", "false");
     side(event.side).querySelector(".text").textContent = event.text || "(no answer)";
-    side(event.side).querySelector(".facts").textContent = `${length}${end}, ${event.seconds.toFixed(1)} s`;
-  }
-}
+    side(event.side).querySelector(".facts").textContent =
+      `${length}${event.ended ? "" : ", cut at the limit"}, ${event.seconds.toFixed(1)} s`;
+  },
+};
 
-const mixtures = {}; // by side, the last event with gates
+// ── the mixture: a heat map of experts × layers, and the nearest tasks ──
 
-function showMixture(event) {
-  mixtures[event.side] = event;
-  const name = sliders.byHand ? "hand" : "router";
-  const shown = mixtures[name];
-  if (!shown) return;
-  at("mixture-lead").textContent = name === "hand"
+function showMixture() {
+  const mixture = mixtures[byHand ? "hand" : "router"];
+  if (!mixture) return;
+  at("mixture-lead").textContent = byHand
     ? "The gates that you have set: how much the prompt draws on each expert. 1 is neutral."
     : "How much the prompt draws on each expert: the router’s gates. 1 is neutral.";
-  heatMap.show(shown.gates);
-  showNearest(shown);
+  at("nearest").hidden = !mixture.nearest.length && !mixture.unmeasured;
+  at("unmeasured").hidden = !mixture.unmeasured;
+  at("nearest").querySelector("ol").replaceChildren(...mixture.nearest.map(({ task: name, difference }) =>
+    element("li", {}, element("span", { textContent: name }), element("span", { textContent: difference.toFixed(4) }))));
+  shown = mixture.gates;
+  at("heat-map").hidden = false;
+  drawHeatMap();
 }
 
-function showReference({ text: input }) {
-  const references = task?.examples.find((example) => example.input === input)?.references;
-  at("reference").hidden = !references;
-  at("reference").textContent = references ? `The data’s own answer: ${references.join(" or ")}` : "";
+// By layer the gates of the chosen module, or the mean over a layer's modules.
+function layers() {
+  const rows = new Map();
+  run.modules.forEach(([layer, module], index) => {
+    if (at("module").value && module !== at("module").value) return;
+    rows.set(layer, [...(rows.get(layer) ?? []), shown[index]]);
+  });
+  return [...rows].map(([layer, gates]) => ({ name: layer < 0 ? "–" : String(layer), gates: mean(gates) }));
 }
 
-function mixtureChanged() {
-  side("hand").hidden = !sliders.byHand;
-  side("router").querySelector("h3").textContent = sliders.byHand ? "The router’s own mixture" : "With the adapter";
-  if (sliders.byHand && text.value.trim()) answer();
-  else if (mixtures.router) showMixture(mixtures.router);
+// A table, so that its cells can be read out; the arrow keys go from one to the next.
+function drawHeatMap() {
+  if (!shown) return;
+  const columns = layers();
+  const furthest = Math.max(...columns.flatMap(({ gates }) => gates.map((gate) => Math.abs(gate - 1))));
+  const limit = Math.min(1, Math.max(SMALLEST, furthest));
+  const colours = run.colours[theme];
+  const rows = columns[0].gates.map((_, expert) => element("tr", {},
+    element("th", { textContent: `Expert ${expert}`, scope: "row" }),
+    ...columns.map(({ name, gates }) => {
+      const gate = gates[expert].toFixed(3);
+      const cell = element("td", { tabIndex: -1 }, element("span", { textContent: gate }));
+      cell.dataset.said = `Expert ${expert}, layer ${name}: gate ${gate}`;
+      cell.style.backgroundColor = colourOf(colours, (gates[expert] - 1) / limit);
+      return cell;
+    })));
+  rows[0].cells[1].tabIndex = 0;
+  const step = columns.length > 16 ? 5 : 1; // few enough labels that the narrowest cells have room for them
+  const heads = columns.map(({ name }, i) =>
+    element("th", { textContent: i % step ? "" : name, scope: "col", ariaLabel: `layer ${name}` }));
+  at("heat-map").querySelector("table").replaceChildren(
+    element("thead", {}, element("tr", {}, element("th", { scope: "col" }), ...heads)), element("tbody", {}, ...rows));
+  at("heat-map").querySelector(".bar").style.background = `linear-gradient(to right, ${colours.join(", ")})`;
+  at("low").textContent = `${(1 - limit).toFixed(2)}${furthest > limit ? " or less" : ""}`;
+  at("high").textContent = `${(1 + limit).toFixed(2)}${furthest > limit ? " or more" : ""}`;
+  at("readout").textContent = "Columns are layers. Point at a cell, or go there by the arrow keys, for its value.";
 }
 
-form.addEventListener("submit", (event) => {
+function readOut({ target }) {
+  const cell = target.closest("td");
+  if (cell) at("readout").textContent = cell.dataset.said;
+}
+
+function moveInHeatMap(event) {
+  const cell = event.target.closest("td");
+  const [down, right] = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] }[event.key] ?? [];
+  if (!cell || down === undefined) return;
   event.preventDefault();
-  asked = ""; // asked for, so answered anew
-  answer();
-});
-text.addEventListener("keydown", (event) => {
-  if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) form.requestSubmit();
-});
-at("stop").addEventListener("click", () => running?.abort());
-at("task").addEventListener("change", () => chooseTask().catch((error) => say(error.message, true)));
-at("example").addEventListener("change", chooseExample);
+  const next = cell.closest("tbody").rows[cell.parentElement.sectionRowIndex + down]?.cells[cell.cellIndex + right];
+  if (next?.tagName !== "TD") return;
+  cell.tabIndex = -1;
+  next.tabIndex = 0;
+  next.focus();
+}
+
+// The colour at −1 … 1 on a scale of stops, such as #8f3b00.
+function colourOf(stops, value) {
+  const place = ((Math.max(-1, Math.min(1, value)) + 1) / 2) * (stops.length - 1);
+  const below = Math.min(Math.floor(place), stops.length - 2);
+  const [from, to] = [stops[below], stops[below + 1]].map((stop) =>
+    [1, 3, 5].map((start) => Number.parseInt(stop.slice(start, start + 2), 16)));
+  return `rgb(${from.map((part, i) => Math.round(part + (to[i] - part) * (place - below))).join(" ")})`;
+}
+
+const mean = (rows) => rows[0].map((_, expert) => rows.reduce((sum, row) => sum + row[expert], 0) / rows.length);
+
+// ── one slider for each expert; they follow the router until one of them is moved ──
+
+const all = (selector) => [...document.querySelectorAll(selector)];
+const sliderGates = () => all(".slider input[type=number]").map((number) => Number(number.value));
+// The mean over modules.
+const routerGates = () => (mixtures.router ? mean(mixtures.router.gates) : Array(run.experts).fill(NEUTRAL));
+
+function placeSliders(gates) {
+  const reach = Math.max(...gates) > REACH ? run.experts : REACH;
+  all(".slider").forEach((row, expert) => {
+    const [range, number] = row.querySelectorAll("input");
+    range.max = String(reach);
+    number.value = String(Number(gates[expert].toFixed(3)));
+    range.value = number.value;
+  });
+}
+
+function setMixture(gates, isByHand) {
+  placeSliders(gates);
+  byHand = isByHand;
+  at("own").disabled = !byHand;
+  side("hand").hidden = !byHand;
+  side("router").querySelector("h3").textContent = byHand ? "The router’s own mixture" : "With the adapter";
+  if (byHand && at("text").value.trim()) answer();
+  else showMixture();
+}
+
+function slider(expert) {
+  const gate = { min: 0, value: NEUTRAL };
+  const label = element("label", { textContent: `Expert ${expert}`, htmlFor: `gate-${expert}` });
+  const range = element("input", { type: "range", id: `gate-${expert}`, max: REACH, step: 0.01, ...gate });
+  const number = element("input", {
+    type: "number", ariaLabel: `Gate of expert ${expert}`, max: run.experts, step: 0.001, ...gate,
+  });
+  const only = element("button", {
+    type: "button", textContent: "Only", ariaLabel: `Only expert ${expert}: all others off`,
+  });
+  range.addEventListener("input", () => { number.value = range.value; });
+  range.addEventListener("change", () => setMixture(sliderGates(), true));
+  number.addEventListener("change", () => {
+    if (!number.value || !number.checkValidity()) number.value = range.value;
+    setMixture(sliderGates(), true);
+  });
+  only.addEventListener("click", () => setMixture(sliderGates().map((_, i) => (i === expert ? NEUTRAL : 0)), true));
+  const said = run.abilities[expert] ? [element("p", { className: "said", textContent: run.abilities[expert] })] : [];
+  return element("div", { className: "slider" }, label, range, number, only, ...said);
+}
 
 // ── the run ──
+
 async function start() {
   run = await get("/api/run");
   document.title = `${run.run} · badit studio`;
@@ -177,17 +305,18 @@ async function start() {
   at("choices").hidden = !run.tasks.length;
   if (!run.needs_task) at("task").append(new Option("none: a prompt of my own", ""));
   for (const name of run.tasks) at("task").append(new Option(name, name));
-  text.maxLength = run.max_characters;
+  at("text").maxLength = run.max_characters;
   at("limit").max = run.max_new_tokens;
   at("limit").value = run.new_tokens;
   at("gates").hidden = !run.experts;
   at("no-gates").hidden = Boolean(run.experts);
   at("no-gates").textContent = `The method of this run, ${run.method}, mixes no experts: it does the same for every `
     + "prompt, and there are no gates to show or to set.";
-  if (run.experts) {
-    heatMap = new HeatMap(run, () => theme === "dark");
-    sliders = new Sliders(run, mixtureChanged);
-  }
+  const modules = [...new Set(run.modules.map(([, module]) => module))];
+  at("modules").hidden = modules.length < 2;
+  if (modules.length > 1) at("module").append(new Option("mean over modules", ""));
+  for (const module of modules) at("module").append(new Option(module, module));
+  document.querySelector(".sliders").append(...Array.from({ length: run.experts }, (_, expert) => slider(expert)));
   if (run.tasks.length) {
     at("task").value = run.tasks[0];
     await chooseTask();
@@ -195,4 +324,27 @@ async function start() {
   document.documentElement.dataset.ready = "true";
 }
 
-start().catch((error) => say(error.message, true));
+const fail = (error) => say(error.message, true);
+
+at("theme").addEventListener("click", () => useTheme(theme === "dark" ? "light" : "dark"));
+dark.addEventListener("change", () => useTheme(dark.matches ? "dark" : "light"));
+at("ask").addEventListener("submit", (event) => {
+  event.preventDefault();
+  asked = ""; // asked for, so answered again
+  answer();
+});
+at("text").addEventListener("keydown", (event) => {
+  if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) at("ask").requestSubmit();
+});
+at("stop").addEventListener("click", () => asking?.abort());
+at("task").addEventListener("change", () => chooseTask().catch(fail));
+at("example").addEventListener("change", chooseExample);
+at("module").addEventListener("change", drawHeatMap);
+at("heat-map").addEventListener("keydown", moveInHeatMap);
+at("heat-map").addEventListener("pointerover", readOut);
+at("heat-map").addEventListener("focusin", readOut);
+at("own").addEventListener("click", () => setMixture(routerGates(), false));
+at("neutral").addEventListener("click", () => setMixture(Array(run.experts).fill(NEUTRAL), true));
+
+useTheme(dark.matches ? "dark" : "light");
+start().catch(fail);

@@ -1,0 +1,219 @@
+"""Running Gram matrices of the components' gradients over a window of steps, and the log of the experts' angles.
+
+The angles tell how orthogonal the experts of a mixture stay while it trains (paper, Fig. 4). A regrouping logs them
+itself; :class:`AngleLog` does for methods that do not regroup. Both take them on the cosine Gram of the components'
+gradients, averaged over a window, so that their curves can be laid side by side.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from transformers import TrainerCallback
+
+from badit.checkpoint import checkpoint_being_written, resumed_checkpoint
+from badit.errors import BaditError
+from badit.files import StepLog
+from badit.gradients import before_step, component_grams, gathered, own_part
+from badit.method import expert_angles
+from badit.tuner.layer import BaditLinear, ExpertLinear
+
+ANGLES_FILE = "badit_angles.safetensors"
+
+Layer = TypeVar("Layer", bound=ExpertLinear)
+
+
+def trainable_adapters(
+    model: torch.nn.Module, kind: type[Layer] = BaditLinear
+) -> Iterator[tuple[str, tuple[Layer, str]]]:
+    """(name, (layer, adapter)) of every adapter that is being trained in layers of a kind, in the model's order."""
+    for module in model.modules():
+        if isinstance(module, kind):
+            for adapter in module.badit_A:
+                if module.badit_A[adapter].requires_grad:
+                    yield f"{module.name}.{adapter}", (module, adapter)
+
+
+class Window:
+    """One layer's sums since the last regrouping, and that regrouping's line, which waits for its angles."""
+
+    def __init__(self) -> None:
+        self.gram_sum: torch.Tensor | None = None
+        self.steps = 0
+        self.gate_sums: torch.Tensor | None = None
+        self.pending: dict[str, Any] = {}
+
+    def add(self, gram_NN: torch.Tensor, gate_sums: torch.Tensor | None) -> None:
+        """Adds one optimizer step: its Gram, and the (K + 1) sums of gates and their number on this rank."""
+        # Sums that come from a checkpoint are on the CPU at first.
+        self.gram_sum = gram_NN if self.gram_sum is None else self.gram_sum.to(gram_NN.device) + gram_NN
+        self.steps += 1
+        if gate_sums is not None:
+            former = self.gate_sums
+            self.gate_sums = gate_sums if former is None else former.to(gate_sums.device) + gate_sums
+
+    def restart(self) -> None:
+        """Empties the sums; the pending line stays."""
+        self.gram_sum, self.steps, self.gate_sums = None, 0, None
+
+    def gates_of_all(self) -> torch.Tensor | None:
+        """The gate sums of every rank (ranks, K + 1); all ranks must ask."""
+        return None if self.gate_sums is None else gathered(self.gate_sums)
+
+
+class Windows(dict[str, Window]):
+    """The window of every layer, by its name: filled before each optimizer step, and kept in checkpoints.
+
+    Args:
+        layers: (layer, adapter) by name.
+        optimizer: the Trainer's, whose engine may take its steps within the backward pass.
+    """
+
+    def __init__(self, layers: Mapping[str, tuple[ExpertLinear, str]], optimizer: Any = None) -> None:
+        super().__init__({name: Window() for name in layers})
+        self._layers = layers
+        self._forget_gates()
+        self._reads_in_engine = before_step(optimizer, self._read_gradients)
+
+    def after_backward(self) -> None:
+        """Reads the gradients of an optimizer step; to be called when they are complete and before they are used."""
+        if not self._reads_in_engine:
+            self._read_gradients()
+
+    def _read_gradients(self) -> None:
+        places = self._layers.values()
+        grams = component_grams([(layer.badit_A[adapter], layer.badit_B[adapter]) for layer, adapter in places])
+        for window, (layer, adapter), gram_NN in zip(self.values(), places, grams, strict=True):
+            gate_sums = layer.gate_sums.pop(adapter, None) if isinstance(layer, BaditLinear) else None
+            if gram_NN is not None:
+                window.add(gram_NN, gate_sums)
+
+    def _forget_gates(self) -> None:
+        for layer, adapter in self._layers.values():
+            if isinstance(layer, BaditLinear):
+                layer.gate_sums.pop(adapter, None)
+
+    def mean_grams(self) -> dict[str, np.ndarray]:
+        """The mean Grams on the CPU, in one copy for all layers; windows without steps are left out."""
+        means = {name: window.gram_sum / window.steps for name, window in self.items() if window.gram_sum is not None}
+        if not means:
+            return {}
+        device = next(iter(means.values())).device
+        flat = torch.cat([mean_NN.flatten().to(device) for mean_NN in means.values()]).cpu().double()
+        parts = flat.split([mean_NN.numel() for mean_NN in means.values()])
+        return {name: part.view(means[name].shape).numpy() for name, part in zip(means, parts, strict=True)}
+
+    def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """Tensors, and plain values. All ranks must ask for it; of the gates each has sums of its own."""
+        tensors: dict[str, torch.Tensor] = {}
+        for name, window in self.items():
+            for kind, tensor in (("gram_sum", window.gram_sum), ("gate_sums", window.gates_of_all())):
+                if tensor is not None:
+                    tensors[f"{kind}:{name}"] = tensor.contiguous()
+        return tensors, {name: {"steps": window.steps, "pending": window.pending} for name, window in self.items()}
+
+    def set_state(self, tensors: Mapping[str, torch.Tensor], notes: Mapping[str, Any]) -> None:
+        """Takes up what :meth:`state` gave.
+
+        Raises:
+            BaditError: it is of other layers.
+        """
+        if notes.keys() != self.keys():
+            raise BaditError("the regrouping's state belongs to another model or another choice of target_modules")
+        for name in self:
+            window = self[name] = Window()
+            window.steps, window.pending = notes[name]["steps"], notes[name]["pending"]
+            window.gram_sum = tensors.get(f"gram_sum:{name}")
+            if (sums := tensors.get(f"gate_sums:{name}")) is not None:
+                window.gate_sums = own_part(sums)
+        self._forget_gates()
+
+    def save(self, path: Path, *, write: bool = True) -> None:
+        """Writes the state to a file of a checkpoint, as safetensors with the plain values in its metadata.
+
+        All ranks must call it. Those with ``write`` write.
+        """
+        tensors, notes = self.state()
+        if write:
+            partial = path.with_name(f"{path.name}.partial")
+            save_file(tensors, partial, metadata={"windows": json.dumps(notes)})
+            os.replace(partial, path)
+
+    def load(self, path: Path) -> None:
+        """Takes up the state in a checkpoint's file.
+
+        Raises:
+            BaditError: the file is missing or damaged, or of another model.
+        """
+        if not path.is_file():
+            raise BaditError(
+                f"{path} is missing, so training cannot go on exactly where it stopped: resume from another "
+                "checkpoint, or pass RegroupCallback(checkpoint=FOLDER) if the checkpoint lies elsewhere"
+            )
+        try:
+            with safe_open(path, framework="pt") as file:
+                notes = json.loads((file.metadata() or {})["windows"])
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+            self.set_state(tensors, notes)
+        except BaditError as error:
+            raise BaditError(f"{path}: {error}") from None
+        except (SafetensorError, KeyError, ValueError) as error:
+            raise BaditError(f"{path} is damaged ({error}); resume from another checkpoint") from None
+
+
+class AngleLog(TrainerCallback):
+    """Writes a line for every layer and window: step, module, window_steps, and the angles of
+    :class:`badit.method.grouping.ExpertAngles`.
+
+    It leaves out layers with one expert, and those whose experts share their A and so have no components of their own.
+    Its sums are in the checkpoints, so that a resumed run logs what it would have logged otherwise.
+
+    Args:
+        path: the log.
+        every: optimizer steps in a window.
+    """
+
+    def __init__(self, path: Path, every: int = 20) -> None:
+        self.every = every
+        self._log = StepLog(path)
+        self._layers: dict[str, tuple[ExpertLinear, str]] = {}
+        self.windows = Windows({})
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        for name, (layer, adapter) in trainable_adapters(kwargs["model"], ExpertLinear):
+            config = layer.badit_config[adapter]
+            if config.num_experts > 1 and not config.shares_A:
+                self._layers[name] = layer, adapter
+        self.windows = Windows(self._layers, kwargs.get("optimizer"))
+        if self._layers and state.global_step:
+            self.windows.load(resumed_checkpoint(args, state) / ANGLES_FILE)
+        if self._layers and state.is_world_process_zero:
+            self._log.rewind(state.global_step)
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.windows.after_backward()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step % self.every and state.global_step != state.max_steps:
+            return
+        # All processes have the same sums, and one of them writes.
+        grams = self.windows.mean_grams() if state.is_world_process_zero else {}
+        for name, gram_NN in grams.items():
+            layer, adapter = self._layers[name]
+            angles = expert_angles(gram_NN, layer.expert_of(adapter).cpu().numpy()).defined()
+            line = {"step": state.global_step, "module": name, "window_steps": self.windows[name].steps}
+            self._log.append({**line, **angles})
+        for window in self.windows.values():
+            window.restart()
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._layers:
+            self.windows.save(checkpoint_being_written(args, state) / ANGLES_FILE, write=args.should_save)

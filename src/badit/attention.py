@@ -1,0 +1,73 @@
+"""Attention for training on a processor in bfloat16: two plain products where sequences are short.
+
+PyTorch's fused attention saves memory by going through the scores in small blocks, and again in the backward pass. In
+bfloat16 on a CPU that takes longer than plain products do, up to some hundred positions: a training step on 200 tokens
+takes 1.2 times as long with it. Longer batches, float32 and passes without gradients take the fused way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import eager_mask
+
+# Up to here plain products are the faster way (benchmarks/speed/attention.py), and the scores that they keep for the
+# backward pass take some tens of megabytes per layer.
+LONGEST = 512
+
+_NAME = "badit_short"
+
+
+def attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """softmax(scaling · q kᵀ + mask) v, (B, T, H, D), as transformers asks it of an attention function.
+
+    Args:
+        query: (B, H, T, D); key and value: (B, H/G, T, D), where G heads share one.
+        attention_mask: (B, 1, T, T), 0 where attending is allowed and the lowest number elsewhere.
+    """
+    rows, heads, length, width = query.shape
+    plain = query.requires_grad and query.dtype == torch.bfloat16 and length <= LONGEST
+    if not plain or attention_mask is None or key.shape[2] != length:
+        output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+        return output, None
+    shared = key.shape[1]
+    query = query * (width**-0.5 if scaling is None else scaling)
+    # Heads that share a key are rows of one product, so that no key is copied.
+    scores = query.reshape(rows, shared, -1, width) @ key.transpose(2, 3)
+    weights = (scores.view(rows, heads, length, length) + attention_mask).softmax(dim=-1)
+    weights = nn.functional.dropout(weights, dropout, training=module.training)
+    mixed = weights.view(rows, shared, -1, length) @ value
+    return mixed.view(query.shape).transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(_NAME, attention)
+AttentionMaskInterface.register(_NAME, eager_mask)
+
+
+@contextmanager
+def fast_on_short_sequences(model: PreTrainedModel) -> Iterator[None]:
+    """Within, a model on a CPU that uses PyTorch's fused attention takes the plain way for short batches."""
+    before = model.config._attn_implementation
+    if model.device.type != "cpu" or before != "sdpa":
+        yield
+        return
+    model.set_attn_implementation(_NAME)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)

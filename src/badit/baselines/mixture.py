@@ -1,0 +1,110 @@
+"""Mixtures of LoRA experts that every position weighs by a softmax of its own, as LoRAMoE, HydraLoRA and GOAT do.
+
+    y = W x + s · (Σ_k g_k(x) B_k A_k x − share · B0 A0 x) + the weighted balance loss of some
+
+Shape suffixes: I/O = in/out features, N = components, K = experts, L = the attended positions of a batch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from badit.errors import BaditError
+from badit.method import expert_gates
+from badit.tuner.config import ExpertConfig, is_number
+from badit.tuner.layer import ExpertLinear
+from badit.tuner.model import ExpertModel
+from badit.tuner.prompt import inside_backward
+
+
+@dataclass
+class MixtureConfig(ExpertConfig):
+    """Experts mixed by a softmax at every position and in every adapted layer, all of them."""
+
+    def gates(self, logits_K: torch.Tensor) -> torch.Tensor:
+        """The experts' gates (…, K) from the router's logits, with sum 1."""
+        return expert_gates(logits_K, kind="softmax")
+
+
+@dataclass
+class BalancedMixtureConfig(MixtureConfig):
+    """A mixture whose loss has a term that keeps its experts in use."""
+
+    balance_weight: float = field(default=0.0, metadata={"help": "Weight of the balance loss; 0 leaves it out."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not is_number(self.balance_weight) or self.balance_weight < 0:
+            raise BaditError(f"balance_weight must be a number of at least 0, got {self.balance_weight!r}")
+
+    def imbalance(self, logits_LK: torch.Tensor) -> torch.Tensor:
+        """A scalar that is least where all experts are used alike."""
+        raise NotImplementedError
+
+
+class MixtureLinear(ExpertLinear):
+    """A router for every position, and of the last training pass what the balance loss needs."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._router_logits: dict[str, torch.Tensor] = {}
+
+    @torch.no_grad()
+    def initialise(self, adapter_name: str) -> None:
+        super().initialise(adapter_name)
+        nn.init.kaiming_uniform_(self.badit_router[adapter_name], a=math.sqrt(5))
+
+    def gates(self, adapter_name: str, x: torch.Tensor) -> torch.Tensor:
+        logits_K = F.linear(x, self.badit_router[adapter_name]).float()
+        # Gradient checkpointing runs the layer again within the backward pass, when the loss has long been summed.
+        if self._is_balanced(adapter_name) and self.training and torch.is_grad_enabled() and not inside_backward():
+            self._router_logits[adapter_name] = logits_K
+        return self.badit_config[adapter_name].gates(logits_K)
+
+    def _is_balanced(self, adapter_name: str) -> bool:
+        return getattr(self.badit_config[adapter_name], "balance_weight", 0) > 0
+
+    def balance_losses(self, attended_BT: torch.Tensor) -> Iterator[torch.Tensor]:
+        """The weighted balance loss of each active adapter that has one, over the last training pass; read it once."""
+        kept, self._router_logits = self._router_logits, {}
+        for adapter_name in filter(self._is_balanced, self.running_adapters):
+            config: BalancedMixtureConfig = self.badit_config[adapter_name]
+            logits_K = kept.get(adapter_name)
+            if logits_K is None:
+                raise BaditError(
+                    f"{self.name} has seen no training pass that its balance loss could be taken of; with gradient "
+                    "checkpointing set use_reentrant=False, or set balance_weight=0"
+                )
+            if logits_K.shape[:-1].numel() != attended_BT.numel():
+                raise BaditError(
+                    f"{self.name} sees {logits_K.shape[:-1].numel()} positions, the batch has {attended_BT.numel()}: "
+                    "leave it out of target_modules, or set balance_weight=0"
+                )
+            logits_LK = logits_K.flatten(0, -2)[attended_BT.flatten().bool().to(logits_K.device)]
+            yield config.imbalance(logits_LK) * config.balance_weight
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        self._router_logits.pop(adapter_name, None)
+        super().delete_adapter(adapter_name)
+
+
+class MixtureModel(ExpertModel):
+    """A base model with a mixture of LoRA experts in its target modules.
+
+    Train it with :class:`badit.trainer.AnswerTrainer`, or add :meth:`extra_loss` to the loss yourself.
+    """
+
+    tuner_layer_cls = MixtureLinear
+
+    def extra_loss(self, attention_mask: torch.Tensor) -> torch.Tensor | None:
+        """The weighted balance loss, a mean over the layers; None where the method has none or its weight is 0."""
+        layers = [module for module in self.model.modules() if isinstance(module, MixtureLinear)]
+        losses = [loss.to(attention_mask.device) for layer in layers for loss in layer.balance_losses(attention_mask)]
+        return torch.stack(losses).mean() if losses else None

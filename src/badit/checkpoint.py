@@ -1,0 +1,176 @@
+"""Checkpoints that are whole or not there: written apart, sealed with every file's SHA-256, then renamed into place.
+
+The trainer writes into ``checkpoints/partial/``. Once all that belongs to a checkpoint is there, it is sealed and
+becomes ``checkpoints/checkpoint-STEP``. Whatever ends a run, and whenever, the last sealed checkpoint is untouched.
+
+A seal finds damage, not malice: who can write the files can write the seal. So nothing of a checkpoint is unpickled
+except by torch's loader of plain tensors and numbers (``weights_only=True``, which transformers uses throughout).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from transformers import TrainerCallback
+
+from badit.environment import is_main_process
+from badit.errors import BaditError
+from badit.files import read_json, replace_folder, write_json
+
+STAGING = "partial"
+SEAL = "seal.json"
+_PREFIX = "checkpoint-"
+_SUMS = "badit_sums.json"
+_KEPT = 2
+
+
+def last_checkpoint(checkpoints: Path) -> Path | None:
+    """The newest checkpoint that is as it was sealed; the first process says which damaged ones it passes over."""
+    for folder in sorted(_folders(checkpoints), key=step_of, reverse=True):
+        damage = damage_of(folder)
+        if damage is None:
+            return folder
+        if is_main_process():
+            print(f"badit: {folder} is damaged ({damage}); going on from the one before it", file=sys.stderr)
+    return None
+
+
+def damage_of(folder: Path) -> str | None:
+    """What of a checkpoint is not as it was sealed, in a few words; None if all of it is."""
+    try:
+        sealed = read_json(folder / SEAL)
+        present = {name: _sha256(folder / name) for name in _files(folder)}
+    except BaditError as error:
+        return str(error).removeprefix(f"{folder}/")
+    except OSError as error:
+        return f"cannot be read: {error}"
+    for name in sorted(sealed.keys() | present.keys()):
+        if name not in present:
+            return f"{name} is missing"
+        if name not in sealed:
+            return f"{name} does not belong to it"
+        if present[name] != sealed[name]:
+            return f"{name} has changed"
+    return None
+
+
+def seal(staged: Path, checkpoints: Path) -> None:
+    """Seals a folder that is complete, and puts it among the checkpoints, of which it keeps the one before as well."""
+    write_json(staged / SEAL, {name: _sha256(staged / name) for name in _files(staged)})
+    final = checkpoints / staged.name
+    replace_folder(staged, final)
+    # Checkpoints of later steps are of a run that ended before this one was resumed from an earlier step.
+    earlier = sorted((folder for folder in _folders(checkpoints) if step_of(folder) < step_of(final)), key=step_of)
+    for folder in _folders(checkpoints):
+        if folder != final and folder not in earlier[1 - _KEPT :]:
+            shutil.rmtree(folder)
+
+
+def staging_folder(checkpoints: Path) -> Path:
+    """Where the trainer writes; what an earlier process has left there half done is removed."""
+    staging = checkpoints / STAGING
+    if is_main_process():
+        shutil.rmtree(staging, ignore_errors=True)
+    return staging
+
+
+def refuse_other_engine(checkpoint: Path, engine: str, processes: int) -> None:
+    """Each engine keeps weights and optimizer in a form of its own, and DeepSpeed in one for its number of processes.
+
+    Args:
+        checkpoint: what is about to be resumed from.
+        engine: "FSDP", "DeepSpeed" or, for a single process and DDP, "neither".
+        processes: how many train now.
+
+    Raises:
+        BaditError: another engine wrote the checkpoint, or DeepSpeed in another number of processes.
+    """
+    wrote = "neither"
+    if any(checkpoint.glob("pytorch_model_fsdp*")):
+        wrote = "FSDP"
+    elif (checkpoint / "latest").is_file():
+        wrote = "DeepSpeed"
+    fix = "start it so again, or remove the folder to start over"
+    if wrote != engine:
+        under = "neither FSDP nor DeepSpeed" if wrote == "neither" else wrote
+        raise BaditError(f"{checkpoint}: was written under {under}; {fix}")
+    # One file per process: how DeepSpeed divides the optimizer's state.
+    parts = len(list(checkpoint.glob("*/*zero_pp_rank_*_optim_states.pt")))
+    if engine == "DeepSpeed" and parts not in (0, processes):
+        raise BaditError(
+            f"{checkpoint}: was written by {parts} processes, and DeepSpeed goes on with no other number than that, "
+            f"not with {processes}; {fix}"
+        )
+
+
+class SealCheckpoints(TrainerCallback):
+    """Seals what the trainer and the callbacks before this one have written into its output folder.
+
+    It also keeps what the trainer would forget: the losses summed up since its last line of the log, and the number of
+    skipped steps. Without the former the first line after a resumption would be the mean of fewer steps than in a run
+    that was not stopped.
+    """
+
+    def __init__(self, trainer: Any, checkpoints: Path) -> None:
+        self._trainer = trainer
+        self._checkpoints = checkpoints
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step:
+            kept = read_json(resumed_checkpoint(args, state) / _SUMS)
+            # Names of the Trainer's own, which has no other way to set them.
+            self._trainer._tr_loss += kept["loss"]
+            self._trainer._globalstep_last_logged = kept["last_logged_step"]
+            self._trainer.skipped_steps = kept["skipped_steps"]
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # The log has the mean over the processes, and so has every one of them after a resumption.
+        mean = self._trainer.accelerator.reduce(self._trainer._tr_loss, reduction="mean")
+        PartialState().wait_for_everyone()  # every process writes its part
+        if state.is_world_process_zero:
+            kept = {
+                "loss": float(mean),
+                "last_logged_step": self._trainer._globalstep_last_logged,
+                "skipped_steps": self._trainer.skipped_steps,
+            }
+            staged = checkpoint_being_written(args, state)
+            write_json(staged / _SUMS, kept)
+            seal(staged, self._checkpoints)
+        PartialState().wait_for_everyone()
+
+
+def checkpoint_being_written(args: Any, state: Any) -> Path:
+    """The folder of the trainer's checkpoint of the present step."""
+    return Path(args.output_dir) / f"{_PREFIX}{state.global_step}"
+
+
+def resumed_checkpoint(args: Any, state: Any) -> Path:
+    """The folder that a resumed training starts from: the one in the trainer's arguments, else its own of this step."""
+    given = args.resume_from_checkpoint
+    return Path(given) if isinstance(given, str) and Path(given).is_dir() else checkpoint_being_written(args, state)
+
+
+def _folders(checkpoints: Path) -> list[Path]:
+    return [folder for folder in checkpoints.glob(f"{_PREFIX}*") if folder.name.removeprefix(_PREFIX).isdecimal()]
+
+
+def step_of(folder: Path) -> int:
+    """The optimizer steps that a checkpoint has behind it."""
+    return int(folder.name.removeprefix(_PREFIX))
+
+
+def _files(folder: Path) -> list[str]:
+    """All but the seal, by their paths within the folder."""
+    return sorted(
+        path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir() and path != folder / SEAL
+    )
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,286 @@
+"""Greedy decoding: token ids of prompts in, answers as text out, in batches or one of them as it grows."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from tqdm.auto import tqdm
+from transformers import StoppingCriteria
+from transformers.generation.streamers import BaseStreamer
+
+from badit.errors import BaditError
+from badit.tuner import hooks_of
+from badit.tuner.prompt import cache_of, select_rows
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+# What a decoder puts for the bytes of a character that are not all there yet.
+_HALF_A_CHARACTER = "\ufffd"
+
+
+def generate_answers(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int = 50,
+    batch_size: int = 16,
+    progress: bool = True,
+    tasks: Sequence[str] | None = None,
+) -> list[str]:
+    """Answer each prompt greedily, up to the first end-of-turn token or `max_new_tokens`.
+
+    The prompts are sorted by length, which keeps the padding small, and the longest come first: memory peaks in the
+    first batch, and the progress bar overestimates the time left rather than underestimating it. They are padded on the
+    left, and the padding is masked, so an answer does not depend on its batch (up to floating-point rounding). Once
+    half of a batch has ended, the rest goes on without it.
+
+    Every decoding option of the model's own generation config, such as a repetition penalty, is set aside; its end
+    tokens and the tokenizer's both end an answer. The model's training mode is restored; the tokenizer is only read.
+
+    Args:
+        model: a causal language model, with or without PEFT adapters, on one device.
+        tokenizer: decodes the answers and names the padding token.
+        prompts: token ids, one non-empty sequence for each prompt.
+        max_new_tokens: the longest answer, in tokens.
+        batch_size: prompts decoded at a time.
+        progress: show a bar on stderr.
+        tasks: each prompt's task, which only methods that tell tasks apart look at.
+
+    Returns:
+        The answers in the order of the prompts, without special tokens and outer white space.
+
+    Raises:
+        BaditError: an empty prompt, or a size that is not positive.
+    """
+    for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
+        if value < 1:
+            raise BaditError(f"{name}: must be at least 1, not {value}")
+    for i, prompt in enumerate(prompts):
+        if not len(prompt):
+            raise BaditError(f"prompts: number {i} has no tokens")
+
+    answers = [""] * len(prompts)
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
+    with (
+        _greedy(model, tokenizer, max_new_tokens) as settings,
+        evaluation_mode(model),
+        tqdm(total=len(prompts), desc="Generating", unit="answer", disable=not progress) as bar,
+    ):
+        for start in range(0, len(order), batch_size):
+            batch = order[start : start + batch_size]
+            input_ids, attention_mask = _pad_left([prompts[i] for i in batch], settings.pad_token_id)
+            new_tokens = _continuations(
+                model,
+                input_ids.to(model.device),
+                attention_mask.to(model.device),
+                settings,
+                None if tasks is None else [tasks[i] for i in batch],
+            )
+            for i, tokens in zip(batch, new_tokens, strict=True):
+                answers[i] = _decode(tokenizer, tokens, settings.eos_token_id)
+            bar.update(len(batch))
+    return answers
+
+
+def _continuations(
+    model: PreTrainedModel | PeftModel,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    settings: GenerationConfig,
+    tasks: list[str] | None,
+    *,
+    in_one_go: bool = False,
+) -> list[list[int]]:
+    """The new tokens of every row of a batch, up to its end token at least.
+
+    A batch stops when half of its rows have ended, and goes on with the others, unless it is to be decoded in one go.
+    """
+    from transformers import StoppingCriteriaList
+
+    generate = cast("Callable[..., Mapping[str, Any]]", model.generate)
+    ends_E = torch.tensor(settings.eos_token_id, dtype=torch.long, device=input_ids.device)
+    continuations: list[list[int]] = [[] for _ in input_ids]
+    rows = list(range(len(input_ids)))
+    prompts, settings_of_all = (input_ids, attention_mask), settings
+    settings = copy.copy(settings)  # max_new_tokens counts down
+    cache: dict[str, Any] = {}
+    while True:
+        width = input_ids.shape[1]
+        with hooks_of(model).rows_of(None if tasks is None else [tasks[row] for row in rows]):
+            output = generate(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                generation_config=settings,
+                stopping_criteria=StoppingCriteriaList([] if in_one_go else [HalfEnded(width, ends_E)]),
+                **cache,
+            )
+        new = output["sequences"][:, width:]
+        for row, tokens in zip(rows, new.tolist(), strict=True):
+            continuations[row] += tokens
+        settings.max_new_tokens -= new.shape[1]  # pyright: ignore[reportOptionalOperand] (set by _greedy)
+        going_R = (~_ended(new, ends_E)).nonzero()[:, 0]
+        if not settings.max_new_tokens or not len(going_R):
+            return continuations
+        rows = [rows[row] for row in going_R.tolist()]
+        input_ids = output["sequences"][going_R]
+        attention_mask = F.pad(attention_mask[going_R], (0, new.shape[1]), value=1)
+        cache = cache_of(output)
+        if not select_rows(cache, going_R):
+            # A recurrent model's, say. Over again from the prompts, in one go.
+            return _continuations(model, *prompts, settings_of_all, tasks, in_one_go=True)
+
+
+class HalfEnded(StoppingCriteria):
+    """Stops a batch once half of its rows have an end token among the tokens from ``start`` on."""
+
+    def __init__(self, start: int, ends_E: torch.Tensor) -> None:
+        self._start = start
+        self._ends_E = ends_E
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> Any:
+        ended_B = _ended(input_ids[:, self._start :], self._ends_E)
+        return (2 * ended_B.sum() >= len(ended_B)).expand(len(ended_B))
+
+
+def _ended(new_BT: torch.Tensor, ends_E: torch.Tensor) -> torch.Tensor:
+    return torch.isin(new_BT, ends_E).any(dim=1)
+
+
+class GrownAnswer(NamedTuple):
+    """An answer's text, its length in tokens, and whether the model ended it rather than the limit."""
+
+    text: str
+    tokens: int
+    ended: bool
+
+
+def stream_answer(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Sequence[int],
+    *,
+    show: Callable[[str], None],
+    max_new_tokens: int = 50,
+    task: str | None = None,
+) -> GrownAnswer:
+    """Answers one prompt as :func:`generate_answers` does, and shows the answer as it grows.
+
+    Args:
+        show: is given the whole answer so far after every token. What it raises ends the generation and comes out here.
+
+    The other arguments are those of :func:`generate_answers`, for one prompt.
+
+    Raises:
+        BaditError: as there.
+    """
+    if max_new_tokens < 1:
+        raise BaditError(f"max_new_tokens: must be at least 1, not {max_new_tokens}")
+    if not len(prompt):
+        raise BaditError("prompt: has no tokens")
+    generate = cast("Callable[..., torch.Tensor]", model.generate)
+    with (
+        _greedy(model, tokenizer, max_new_tokens) as settings,
+        evaluation_mode(model),
+        hooks_of(model).rows_of(None if task is None else [task]),
+    ):
+        input_ids, attention_mask = (tensor.to(model.device) for tensor in _pad_left([prompt], settings.pad_token_id))
+        ends = settings.eos_token_id
+        growing = _Growing(lambda tokens: show(_decode(tokenizer, tokens, ends).rstrip(_HALF_A_CHARACTER)))
+        generate(input_ids=input_ids, attention_mask=attention_mask, generation_config=settings, streamer=growing)
+    tokens = growing.tokens
+    ended = tokens[-1] in ends
+    return GrownAnswer(_decode(tokenizer, tokens, ends), len(tokens) - ended, ended)
+
+
+class _Growing(BaseStreamer):
+    """Collects the tokens that ``generate`` streams and shows them after each."""
+
+    def __init__(self, show: Callable[[list[int]], None]) -> None:
+        self.tokens: list[int] = []
+        self._show = show
+        self._seen_prompt = False
+
+    def put(self, value: torch.Tensor) -> None:
+        if self._seen_prompt:
+            self.tokens += value.flatten().tolist()
+            self._show(self.tokens)
+        self._seen_prompt = True  # generate streams the prompt first
+
+    def end(self) -> None:
+        pass
+
+
+@contextmanager
+def _greedy(
+    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int
+) -> Iterator[GenerationConfig]:
+    """Plain greedy decoding as the model's only generation config.
+
+    `generate` fills what its argument leaves unset from the model's own config, so passing the settings is not enough:
+    a temperature there would raise a warning, a repetition penalty would change the answers.
+    """
+    from peft import PeftModel
+    from transformers import GenerationConfig
+
+    owner = cast("PreTrainedModel", model.get_base_model() if isinstance(model, PeftModel) else model)
+    original = owner.generation_config
+    pad = tokenizer.pad_token_id
+    settings = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        num_beams=1,
+        use_cache=True,
+        return_dict_in_generate=True,
+        pad_token_id=0 if pad is None else pad,
+        eos_token_id=_end_tokens(original, tokenizer),
+    )
+    owner.generation_config = settings
+    try:
+        yield settings
+    finally:
+        owner.generation_config = original
+
+
+def _end_tokens(config: GenerationConfig | None, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    own = config.eos_token_id if config is not None else None
+    ends = own if isinstance(own, list) else [own]
+    return sorted({end for end in (tokenizer.eos_token_id, *ends) if isinstance(end, int)})
+
+
+@contextmanager
+def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
+    """Within, the model is in evaluation mode; afterwards each of its modules is in the mode that it was in."""
+    # Module by module: a caller may have switched off the dropout of some parts only.
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _pad_left(prompts: list[Sequence[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and attention mask, both (batch, longest prompt), int64."""
+    width = max(map(len, prompts))
+    input_ids = torch.full((len(prompts), width), pad)
+    attention_mask = torch.zeros_like(input_ids)
+    for row, prompt in enumerate(prompts):
+        input_ids[row, width - len(prompt) :] = torch.tensor(prompt)
+        attention_mask[row, width - len(prompt) :] = 1
+    return input_ids, attention_mask
+
+
+def _decode(tokenizer: PreTrainedTokenizerBase, tokens: list[int], ends: list[int]) -> str:
+    # What follows the end is padding, whose id can be an ordinary token's where the tokenizer has no padding token; and
+    # a model's end token need not be a special token of the tokenizer.
+    stop = next((i for i, token in enumerate(tokens) if token in ends), len(tokens))
+    return str(tokenizer.decode(tokens[:stop], skip_special_tokens=True)).strip()

@@ -1,0 +1,214 @@
+"""The gradients of a step, and changes to weights, wherever an engine for several processes keeps them.
+
+* One process, and DDP: ``.grad`` is the whole, reduced gradient.
+* FSDP2: every process holds a shard, a DTensor. The Grams of the shards add up to that of the whole, so N² numbers are
+  exchanged and no gradient is put together.
+* DeepSpeed's ZeRO: the engine keeps gradients to itself and takes its step inside the backward pass, so they are read
+  just before that step, through its own ``safe_get_full_grad``.
+
+Below that: what the processes of one training agree on. With a single process these calls are free.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from importlib import import_module
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from badit.method import cosine_gram
+
+# Layers whose gradients are copied side by side for one product hold at most so many numbers, 64 MB of them.
+_NUMBERS_AT_A_TIME = 2**24
+
+
+def component_grams(factors: Sequence[tuple[nn.Parameter, nn.Parameter]]) -> list[torch.Tensor | None]:
+    """The cosine Gram (N, N) of the components' reduced gradients in each layer, the same on every process.
+
+    Layers of one shape are taken together: a whole model's Grams are a handful of operations and of exchanges between
+    processes. None where a factor has no gradient. Every process must ask for the same layers in the same order.
+
+    Args:
+        factors: A (N, I) and B (O, N) of each layer.
+    """
+    grams: list[torch.Tensor | None] = [None] * len(factors)
+    for layers in _alike([(_reduced_gradient(a_NI), _reduced_gradient(b_ON)) for a_NI, b_ON in factors]):
+        grads_A, grads_B = zip(*layers.values(), strict=True)
+        if isinstance(grads_A[0], DTensor):
+            stacked_NN = _grams_of_shards(grads_A, grads_B)
+        else:
+            stacked_NN = cosine_gram(torch.stack(grads_A), torch.stack(grads_B))
+        for index, gram_NN in zip(layers, stacked_NN.unbind(), strict=True):
+            grams[index] = gram_NN
+    return grams
+
+
+def _alike(
+    gradients: Sequence[tuple[torch.Tensor | None, torch.Tensor | None]],
+) -> Iterator[dict[int, tuple[torch.Tensor, torch.Tensor]]]:
+    """Runs of layers of one shape, type and place, by their index; each run small enough to be copied."""
+    kinds: dict[Any, dict[int, tuple[torch.Tensor, torch.Tensor]]] = {}
+    for index, (grad_A, grad_B) in enumerate(gradients):
+        if grad_A is not None and grad_B is not None:
+            kind = (grad_A.shape, grad_B.shape, grad_A.dtype, grad_A.device, type(grad_A))
+            kinds.setdefault(kind, {})[index] = (grad_A, grad_B)
+    for layers in kinds.values():
+        grad_A, grad_B = next(iter(layers.values()))
+        together = max(1, _NUMBERS_AT_A_TIME // (grad_A.numel() + grad_B.numel()))
+        indices = list(layers)
+        for start in range(0, len(indices), together):
+            yield {index: layers[index] for index in indices[start : start + together]}
+
+
+def _grams_of_shards(grads_A: Sequence[DTensor], grads_B: Sequence[DTensor]) -> torch.Tensor:
+    """From shards along any dimension. A's, which come as rows, are exchanged for columns: a W-th of it per process."""
+    mesh = grads_A[0].device_mesh
+
+    def along(gradient: DTensor, dim: int) -> torch.Tensor:
+        placements = [Shard(dim) if placement.is_shard() else Replicate() for placement in gradient.placements]
+        return gradient.redistribute(placements=placements).to_local()
+
+    groups = [mesh.get_group(i) for i, placement in enumerate(grads_A[0].placements) if placement.is_shard()]
+
+    def over_shards(tensor: torch.Tensor, operation: Literal["max", "sum"]) -> torch.Tensor:
+        reduce = torch.distributed.ReduceOp.MAX if operation == "max" else torch.distributed.ReduceOp.SUM
+        for group in groups:
+            torch.distributed.all_reduce(tensor, op=reduce, group=group)
+        return tensor
+
+    columns = torch.stack([along(gradient, 1) for gradient in grads_A])
+    rows = torch.stack([along(gradient, 0) for gradient in grads_B])
+    return cosine_gram(columns, rows, over_shards)
+
+
+def local_gradient(parameter: nn.Parameter) -> torch.Tensor | None:
+    """This process's part of ``.grad``."""
+    return parameter.grad.to_local() if isinstance(parameter.grad, DTensor) else parameter.grad
+
+
+def _reduced_gradient(parameter: nn.Parameter) -> torch.Tensor | None:
+    return _deepspeed().safe_get_full_grad(parameter) if _kept_by_deepspeed(parameter) else parameter.grad
+
+
+@torch.no_grad()
+def scale_columns(b_ON: nn.Parameter, scale_N: torch.Tensor) -> None:
+    """Multiplies every column of a weight by a number, in place; every process must give the same numbers."""
+    if isinstance(b_ON, DTensor):
+        whole = [Replicate()] * b_ON.device_mesh.ndim
+        b_ON.mul_(DTensor.from_local(scale_N.to(b_ON), b_ON.device_mesh, whole, run_check=False))
+    elif _kept_by_deepspeed(b_ON):
+        deepspeed = _deepspeed()
+        master_ON = deepspeed.safe_get_full_fp32_param(b_ON)
+        scaled_ON = master_ON * scale_N.to(master_ON)
+        deepspeed.safe_set_full_fp32_param(b_ON, scaled_ON)
+        # That is what the next step starts from; the forward pass until then has a copy, which stage 3 divides.
+        with import_module("deepspeed.runtime.zero").GatheredParameters([b_ON], modifier_rank=0):
+            b_ON.copy_(scaled_ON)
+        if getattr(b_ON, "ds_persist", False):  # small ones stay whole between steps, and must be so again
+            b_ON.all_gather([b_ON])  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
+    else:
+        b_ON.mul_(scale_N.to(b_ON))
+
+
+def whole_weights(model: nn.Module) -> dict[str, torch.Tensor] | None:
+    """What training changes, and the buffers, whole and on the CPU, of a model that is kept in shards; else None.
+
+    Every process must ask for it.
+    """
+    if not any(isinstance(parameter, DTensor) or hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        return None
+    trained = {name: _whole(parameter) for name, parameter in model.named_parameters() if parameter.requires_grad}
+    named = {**trained, **dict(model.named_buffers())}
+    return {name: value.detach().cpu().contiguous() for name, value in named.items()}
+
+
+def _whole(parameter: nn.Parameter) -> torch.Tensor:
+    if isinstance(parameter, DTensor):
+        return parameter.full_tensor()
+    return _deepspeed().safe_get_full_fp32_param(parameter)
+
+
+def parameter_count(parameter: nn.Parameter) -> int:
+    """How many numbers a weight has, of which this process may hold only some (a DTensor tells all of them itself)."""
+    return getattr(parameter, "ds_numel", parameter.numel())
+
+
+def before_step(optimizer: Any, read: Callable[[], None]) -> bool:
+    """Has ``read`` called before every optimizer step, where the step comes before the Trainer's own event for that.
+
+    Returns:
+        Whether that is so. If not, nothing has been done, and ``on_pre_optimizer_step`` is the place to read.
+    """
+    engine = getattr(optimizer, "optimizer", None)
+    if not steps_in_backward(optimizer) or engine is None:
+        return False
+    step = engine.step
+
+    def reading_step(*args: Any, **kwargs: Any) -> Any:
+        read()
+        return step(*args, **kwargs)
+
+    engine.step = reading_step
+    return True
+
+
+def steps_in_backward(optimizer: Any) -> bool:
+    """Whether it is accelerate's stand-in for DeepSpeed's optimizer, whose own ``step`` does nothing."""
+    return any(kind.__name__ == "DeepSpeedOptimizerWrapper" for kind in type(optimizer).__mro__)
+
+
+def _deepspeed() -> Any:
+    return import_module("deepspeed.utils")
+
+
+def _kept_by_deepspeed(parameter: nn.Parameter) -> bool:
+    return hasattr(parameter, "_hp_mapping") or hasattr(parameter, "ds_id")
+
+
+def several() -> bool:
+    """Whether more than one process trains."""
+    distributed = torch.distributed
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+
+
+def rank() -> int:
+    """This process's number among those that train; 0 if it is the only one."""
+    return torch.distributed.get_rank() if several() else 0
+
+
+def any_of_all(flag: bool) -> bool:
+    """Whether the flag is true in any process."""
+    return bool(gathered(torch.tensor(int(flag))).any()) if several() else flag
+
+
+def gathered(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor of every process, (ranks, …)."""
+    if not several():
+        return tensor[None]
+    tensor = tensor.to(_communicating_device()).contiguous()
+    parts = [torch.empty_like(tensor) for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather(parts, tensor)
+    return torch.stack(parts)
+
+
+def own_part(parts: torch.Tensor) -> torch.Tensor:
+    """This process's row of what :func:`gathered` gave; an even share of the sum where there were more or fewer."""
+    ranks = torch.distributed.get_world_size() if several() else 1
+    return parts[rank()] if len(parts) == ranks else parts.sum(dim=0) / ranks
+
+
+def of_first(tensor: torch.Tensor) -> torch.Tensor:
+    """The first process's tensor, on the CPU; all must give one of the same shape and type."""
+    if several():
+        tensor = tensor.to(_communicating_device())
+        torch.distributed.broadcast(tensor, src=0)
+    return tensor.cpu()
+
+
+def _communicating_device() -> torch.device:
+    """Where a tensor must be for the processes to exchange it."""
+    nccl = torch.distributed.get_backend() == "nccl"
+    return torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")

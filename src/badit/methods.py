@@ -1,0 +1,365 @@
+"""From a recipe's ``method`` section to a method, and what a method does to a base model.
+
+    method: {name: badit, num_experts: 8, r: 4, regroup: {every: 20}}     # regroup: null trains without DOG
+    method: {name: lora, r: 32}                                           # or another of badit.baselines.BASELINES
+    method: {name: pcgrad, r: 32}                                         # LoRA with gradient surgery; or cagrad
+    method: {name: task-neurons, share: 0.1}                              # a tenth of the FFN neurons for each task
+    method: {name: full}                                                  # every weight of the base model
+    method: {name: base}                                                  # the base model as it is, to compare with
+
+The options of a method are the fields of its (PEFT) configuration, so there is no second list of them to keep. Methods
+that add PEFT adapters and methods that train the base model's own weights answer the same few calls.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from transformers import TrainerCallback
+
+from badit.adapters import first_line, load_adapter, tensor_shapes
+from badit.angles import AngleLog
+from badit.baselines import BASELINES, Baseline
+from badit.baselines.neurons import (
+    all_neurons,
+    neuron_scores,
+    top_neurons,
+    train_only,
+    trained_names,
+    trained_parameters,
+    union,
+)
+from badit.errors import BaditError, nearest
+from badit.files import shown
+from badit.gradients import parameter_count
+from badit.recipe import Recipe
+from badit.regroup import RegroupCallback
+from badit.run import Run
+from badit.surgery import Surgery, SurgeryTrainer
+from badit.trainer import AnswerTrainer
+from badit.tuner import BaditConfig
+from badit.tuner.config import FORMAT_FIELD, RETIRED_FIELDS
+from badit.tuner.model import TARGET_MODULES, TaskBatches, hooks_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# PEFT's own bookkeeping and what a run fills in, which are not for a recipe to set.
+_INTERNAL = {"peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
+             "inference_mode", "runtime_config", "tasks", "past_branches", FORMAT_FIELD}  # fmt: skip
+WEIGHTS = "weights.safetensors"
+
+
+class Method:
+    """The base model as it is, to compare with; and the calls that all methods answer."""
+
+    trains = False
+    #: Whether the base weights must be there in float32, since they are what is trained.
+    trains_base_weights = False
+    #: Whether every row's task must be known, in generation as in training.
+    needs_tasks = False
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def refuse_recipe(self, recipe: Recipe) -> None:
+        """Raises BaditError where the rest of a recipe does not go with the method."""
+
+    def apply(self, model: PreTrainedModel, tasks: Sequence[str] = ()) -> Any:
+        """The base model made ready for its first training, on ``tasks``."""
+        return model
+
+    def proceed(self, model: PreTrainedModel, folder: Path) -> Any:
+        """The base model with what :meth:`save` left in ``folder``, made ready for the next task of a sequence."""
+        return self.load(model, folder)
+
+    def load(self, model: PreTrainedModel, folder: Path) -> Any:
+        """The base model with what :meth:`save` left in ``folder``, for inference.
+
+        Raises:
+            BaditError: it is missing or damaged.
+        """
+        return model
+
+    def save(
+        self, model: Any, folder: Path, base_model: str, weights: Mapping[str, torch.Tensor] | None = None
+    ) -> None:
+        """Writes what was learnt; ``base_model`` is the name that the base model goes by in the recipe.
+
+        ``weights`` are whole tensors by name, of a model that has only shards of them.
+        """
+
+    def trained_parameters(self, model: Any) -> int:
+        """How many numbers training changes, in a model that :meth:`apply` has made ready."""
+        return sum(parameter_count(p) for p in model.parameters() if p.requires_grad) if self.trains else 0
+
+    def before_training(self, model: Any, batches: TaskBatches) -> None:
+        """Looks at the data before training on it."""
+
+    def after_training(self, model: Any, batches: TaskBatches) -> None:
+        """Looks at the data once more after training on it, before the result is saved."""
+
+    def refuse_shards(self, model: Any) -> None:
+        """Called where an engine is about to divide the model over processes.
+
+        Raises:
+            BaditError: the method needs whole weights.
+        """
+
+    def callbacks(self, run: Run) -> list[TrainerCallback]:
+        return []
+
+    def trainer(self, **arguments: Any) -> AnswerTrainer:
+        return AnswerTrainer(**arguments)
+
+
+class AdapterMethod(Method):
+    """A method that leaves the base weights alone and trains a PEFT adapter."""
+
+    trains = True
+
+    def __init__(
+        self,
+        name: str,
+        config: PeftConfig,
+        *,
+        check: Callable[[Any, Any], None] | None = None,
+        regroup: dict[str, Any] | None = None,
+        surgery: Surgery | None = None,
+    ) -> None:
+        super().__init__(name)
+        self.config = config
+        self.needs_tasks = getattr(config, "needs_tasks", False)
+        self.check = check
+        self.regroup = regroup
+        self.surgery: Surgery | None = surgery
+
+    def apply(self, model: PreTrainedModel, tasks: Sequence[str] = ()) -> PeftModel:
+        """PEFT's own methods adapt what BADIT would by default; a method that tells tasks apart learns their names."""
+        config: Any = self.config
+        if self.check is not None:
+            self.check(config, model)
+        if self.needs_tasks and config.tasks is None and tasks:
+            config.tasks = list(tasks)
+        if config.target_modules is None:
+            default = TARGET_MODULES.get(model.config.model_type)
+            if default is None:
+                raise BaditError(f"method.target_modules: name the modules to adapt in a {model.config.model_type}")
+            config.target_modules = set(default)
+        try:
+            return get_peft_model(model, config)  # pyright: ignore[reportReturnType] (never a mixed model)
+        except BaditError:
+            raise
+        except (ValueError, RuntimeError) as error:  # a target_modules that is not there, or a rank beyond all memory
+            raise BaditError(f"method: {first_line(error)}") from None
+
+    def proceed(self, model: PreTrainedModel, folder: Path) -> PeftModel:
+        adapted = load_adapter(model, folder, self.config, trainable=True)
+        hooks_of(adapted).next_task()
+        return adapted
+
+    def load(self, model: PreTrainedModel, folder: Path) -> PeftModel:
+        return load_adapter(model, folder, self.config, trainable=False).eval()
+
+    def save(
+        self, model: PeftModel, folder: Path, base_model: str, weights: Mapping[str, torch.Tensor] | None = None
+    ) -> None:
+        # The name that the recipe gives; a built-in model's own would be a folder of this machine's cache. From a name
+        # PEFT would look the embeddings up on a hub, to see whether to save them too: they are frozen.
+        model.peft_config["default"].base_model_name_or_path = base_model
+        model.save_pretrained(str(folder), save_embedding_layers=False, state_dict=weights)
+
+    def before_training(self, model: PeftModel, batches: TaskBatches) -> None:
+        hooks_of(model).start_task(batches)
+
+    def after_training(self, model: PeftModel, batches: TaskBatches) -> None:
+        hooks_of(model).end_task(batches)
+
+    def refuse_shards(self, model: PeftModel) -> None:
+        if hooks_of(model).needs_whole_weights:
+            raise BaditError(f"{self.name} works on whole weights: launch it without FSDP and DeepSpeed")
+
+    def callbacks(self, run: Run) -> list[TrainerCallback]:
+        if self.regroup is None:
+            return [AngleLog(run.angles_path)]
+        return [RegroupCallback(**self.regroup, log_path=run.regroupings_path)]
+
+    def trainer(self, **arguments: Any) -> AnswerTrainer:
+        if self.surgery is None:
+            return AnswerTrainer(**arguments)
+        return SurgeryTrainer(surgery=self.surgery, **arguments)
+
+
+class WeightsMethod(Method):
+    """Full fine-tuning: every weight of the base model is trained, in float32, and saved."""
+
+    trains = True
+    trains_base_weights = True
+
+    def refuse_recipe(self, recipe: Recipe) -> None:
+        if recipe.model.dtype == "float16":
+            raise BaditError(f"model.dtype: float16 is too narrow to train base weights in; {self.name} needs bfloat16")
+        if recipe.model.quantisation:
+            raise BaditError(
+                f"model.quantisation: {self.name} trains the base weights, which must be whole: leave it out"
+            )
+
+    def load(self, model: PreTrainedModel, folder: Path) -> PreTrainedModel:
+        path = folder / WEIGHTS
+        shapes = tensor_shapes(path)
+        known = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+        if unknown := [name for name in shapes if shapes[name] != known.get(name)]:
+            raise BaditError(f"{shown(path)}: belongs to another base model, which has a weight {unknown[0]!r:.120}")
+        if missing := sorted(self._saved_names(model) - shapes.keys()):
+            raise BaditError(f"{shown(path)}: has no weight {missing[0]}; remove the folder to train it again")
+        try:
+            model.load_state_dict(load_file(path), strict=False)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            raise BaditError(f"{shown(path)}: cannot be loaded ({first_line(error)})") from None
+        model.tie_weights()
+        return model.eval()
+
+    def _saved_names(self, model: PreTrainedModel) -> set[str]:
+        """The weights that a saved file must have."""
+        return {name for name, _ in model.named_parameters()}
+
+    def save(
+        self, model: PreTrainedModel, folder: Path, base_model: str, weights: Mapping[str, torch.Tensor] | None = None
+    ) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        whole = weights or {}
+        trained = {
+            name: whole.get(name, p).detach().contiguous() for name, p in model.named_parameters() if p.requires_grad
+        }
+        save_file(trained, folder / WEIGHTS, metadata={"base_model": base_model, "method": self.name})
+
+
+@dataclasses.dataclass(frozen=True)
+class NeuronOptions:
+    """Options of task neurons."""
+
+    share: float = 0.1
+    score_batches: int = 4
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.share, float | int) or not 0 < self.share <= 1:
+            raise BaditError(f"share must be above 0 and at most 1, got {self.share!r}")
+        if not isinstance(self.score_batches, int) or self.score_batches < 1:
+            raise BaditError(f"score_batches must be a whole number of at least 1, got {self.score_batches!r}")
+
+
+class NeuronMethod(WeightsMethod):
+    """Task neurons: of the base model's weights only those of the neurons that matter to the stage's tasks."""
+
+    def __init__(self, name: str, options: NeuronOptions) -> None:
+        super().__init__(name)
+        self.options = options
+        self._masks: dict[str, torch.Tensor] | None = None
+
+    def refuse_recipe(self, recipe: Recipe) -> None:
+        super().refuse_recipe(recipe)
+        if recipe.training.weight_decay:
+            raise BaditError("training.weight_decay: must be 0 with task-neurons, or it moves the frozen neurons too")
+
+    def trained_parameters(self, model: PreTrainedModel) -> int:
+        """Before the data has been seen, those of one task's neurons; several tasks share some of them."""
+        if self._masks is None:
+            return round(self.options.share * trained_parameters(model, all_neurons(model)))
+        return trained_parameters(model, self._masks)
+
+    def refuse_shards(self, model: PreTrainedModel) -> None:
+        raise BaditError(f"{self.name} works on whole weights: launch it without FSDP and DeepSpeed")
+
+    def _saved_names(self, model: PreTrainedModel) -> set[str]:
+        return trained_names(model)
+
+    def before_training(self, model: PreTrainedModel, batches: TaskBatches) -> None:
+        masks = [
+            top_neurons(neuron_scores(model, of_task[: self.options.score_batches]), self.options.share)
+            for of_task in batches.values()
+        ]
+        self._masks = union(*masks)
+        train_only(model, self._masks)
+
+
+def build_method(section: Mapping[str, Any]) -> Method:
+    """Validates a ``method`` section.
+
+    Raises:
+        BaditError: an unknown method or option, or a value that the method refuses.
+    """
+    options = dict(section)
+    name = options.pop("name", "badit")
+    if not isinstance(name, str) or name not in _METHODS:
+        known = ", ".join(_METHODS)
+        raise BaditError(f"method.name: unknown method {name!r:.60}{nearest(name, _METHODS)}; known: {known}")
+    return _METHODS[name](options)
+
+
+def _badit(options: dict[str, Any]) -> Method:
+    regroup = options.pop("regroup", {})
+    if regroup is not None:
+        if not isinstance(regroup, dict):
+            raise BaditError("method.regroup: must be a mapping such as {every: 20}, or null to train without DOG")
+        own = {"probe", "log_path", "checkpoint"}
+        _refuse_unknown("method.regroup", regroup, set(inspect.signature(RegroupCallback).parameters) - own)
+        _built(lambda: RegroupCallback(**regroup))
+    return AdapterMethod("badit", _config(BaditConfig, options), regroup=regroup)
+
+
+def _adapter(name: str, baseline: Baseline, surgery: Surgery | None, options: dict[str, Any]) -> Method:
+    for key in options.keys() & baseline.settled.keys():
+        raise BaditError(f"method.{key}: is what the name {name} stands for ({baseline.settled[key]}); leave it out")
+    config = _config(baseline.config_cls, options, baseline.settled)
+    return AdapterMethod(name, config, check=baseline.check, surgery=surgery)
+
+
+def _neurons(options: dict[str, Any]) -> Method:
+    _refuse_unknown("method", options, {field.name for field in dataclasses.fields(NeuronOptions)})
+    return NeuronMethod("task-neurons", _built(lambda: NeuronOptions(**options)))
+
+
+def _without_options(name: str, kind: type[Method], options: dict[str, Any]) -> Method:
+    _refuse_unknown("method", options, set())
+    return kind(name)
+
+
+_METHODS: dict[str, Callable[[dict[str, Any]], Method]] = {
+    "badit": _badit,
+    **{name: partial(_adapter, name, baseline, None) for name, baseline in BASELINES.items()},
+    **{name: partial(_adapter, name, BASELINES["lora"], name) for name in get_args(Surgery)},
+    "task-neurons": _neurons,
+    "full": partial(_without_options, "full", WeightsMethod),
+    "base": partial(_without_options, "base", Method),
+}
+
+
+def _config(config_cls: type[Any], options: dict[str, Any], settled: Mapping[str, Any] | None = None) -> PeftConfig:
+    fields = {field.name for field in dataclasses.fields(config_cls) if field.init}
+    known = fields - _INTERNAL - (settled or {}).keys()
+    for key in options.keys() & RETIRED_FIELDS:
+        raise BaditError(f"method.{key}: is no option any more and changed no result; leave it out")
+    _refuse_unknown("method", options, known)
+    return _built(lambda: config_cls(task_type="CAUSAL_LM", **options, **(settled or {})))
+
+
+def _refuse_unknown(where: str, options: Mapping[str, Any], known: set[str]) -> None:
+    for key in options:
+        if key not in known:
+            raise BaditError(f"{where}.{key}: unknown key{nearest(key, known)}")
+
+
+def _built(build: Callable[[], Any]) -> Any:
+    try:
+        return build()
+    except (ValueError, TypeError, OverflowError) as error:  # BaditError among them
+        raise BaditError(f"method: {error}") from None

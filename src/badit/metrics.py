@@ -1,0 +1,149 @@
+"""Rouge-L and exact match as Super-NaturalInstructions defines them, for one answer and for a set of tasks.
+
+All scores run from 0 to 100, and an answer is scored against the reference that suits it best. The metrics are those of
+the benchmark's official evaluation (Wang et al. 2022, arXiv:2204.07705); Rouge-L comes from the `rouge-score` package.
+"""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+from badit.errors import BaditError
+
+if TYPE_CHECKING:
+    from rouge_score.rouge_scorer import RougeScorer
+
+_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A model's answer to one instance, with all that is needed to score it again.
+
+    Attributes:
+        task: the task's name.
+        instance_id: the instance's id within the task.
+        prediction: the decoded answer.
+        references: the accepted answers.
+        prompt: the text that the model was given.
+    """
+
+    task: str
+    instance_id: str
+    prediction: str
+    references: tuple[str, ...]
+    prompt: str
+
+
+def rouge_l(prediction: str, references: Sequence[str]) -> float:
+    """Rouge-L F-measure x 100 with Porter stemming, the best over the references.
+
+    Words are runs of `a-z0-9` after lower-casing, so an answer or a reference without any (punctuation, another script)
+    scores 0 against everything, itself included.
+
+    Raises:
+        BaditError: no references.
+    """
+    _require_references(references)
+    scorer = _rouge_scorer()
+    return 100.0 * max(scorer.score(reference, prediction)["rougeL"].fmeasure for reference in references)
+
+
+def exact_match(prediction: str, references: Sequence[str]) -> float:
+    """100 if the answer equals some reference after `normalize_answer`, else 0.
+
+    Raises:
+        BaditError: no references.
+    """
+    _require_references(references)
+    answer = normalize_answer(prediction)
+    return 100.0 * any(normalize_answer(reference) == answer for reference in references)
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A metric of answers.
+
+    Attributes:
+        label: its name in tables.
+        score: the score of an answer, 0 to 100, from the answer and its references.
+    """
+
+    label: str
+    score: Callable[[str, Sequence[str]], float]
+
+
+#: By the name that scores.json and results.json have. All that is scored is scored in each of them.
+METRICS: dict[str, Metric] = {
+    "rouge_l": Metric("Rouge-L", rouge_l),
+    "exact_match": Metric("EM", exact_match),
+}
+
+
+def normalize_answer(text: str) -> str:
+    """Lower case, without ASCII punctuation, single spaces. Unlike SQuAD's normalisation it keeps the articles."""
+    return " ".join(text.lower().translate(_NO_PUNCTUATION).split())
+
+
+def group_by_task(predictions: Iterable[Prediction]) -> dict[str, list[Prediction]]:
+    """The predictions of each task, both in their order of appearance."""
+    groups: dict[str, list[Prediction]] = {}
+    for prediction in predictions:
+        groups.setdefault(prediction.task, []).append(prediction)
+    return groups
+
+
+def instance_scores(predictions: Mapping[str, Sequence[Prediction]]) -> dict[str, dict[str, list[float]]]:
+    """Every instance's scores in each metric, in the predictions' order: `{task: {"rouge_l": [...], …}}`.
+
+    Raises:
+        BaditError: no tasks, a task without predictions, or a prediction without references.
+    """
+    if not predictions:
+        raise BaditError("predictions: no tasks to score")
+    scores = {}
+    for task, answers in predictions.items():
+        if not answers:
+            raise BaditError(f"predictions: task {task} has none")
+        scores[task] = {
+            name: [metric.score(answer.prediction, answer.references) for answer in answers]
+            for name, metric in METRICS.items()
+        }
+    return scores
+
+
+def mean_scores(instances: Mapping[str, Mapping[str, Sequence[float]]]) -> dict[str, Any]:
+    """A run's scores from those of every instance, as scores.json has them.
+
+    Returns:
+        For each metric, such as ``rouge_l``, the mean over tasks, in which every task counts the same; with the suffix
+        ``_instances`` the mean over all instances; and ``tasks``, which maps each task's name to its own mean of each
+        metric and its number of ``instances``.
+    """
+    means: dict[str, Any] = {}
+    for metric in METRICS:
+        means[metric] = fmean(fmean(scores[metric]) for scores in instances.values())
+        means[f"{metric}_instances"] = fmean(score for scores in instances.values() for score in scores[metric])
+    tasks = {
+        task: {metric: fmean(values) for metric, values in scores.items()} | {"instances": len(scores["rouge_l"])}
+        for task, scores in instances.items()
+    }
+    return {**means, "tasks": tasks}
+
+
+def _require_references(references: Sequence[str]) -> None:
+    # A bare string is a sequence of its letters, each of which would quietly become a reference.
+    if not references or isinstance(references, str):
+        raise BaditError("references: give a sequence of at least one accepted answer")
+
+
+@cache
+def _rouge_scorer() -> RougeScorer:
+    from rouge_score.rouge_scorer import RougeScorer
+
+    return RougeScorer(["rougeL"], use_stemmer=True)

@@ -1,0 +1,418 @@
+"""DOG during training: regroups the experts' components by their gradients, in any training loop.
+
+Before every optimizer step it adds each layer's cosine Gram of the accumulated, reduced gradients to a running mean;
+every so many steps it solves the grouping on that mean and writes the N labels of ``expert_of``. No weight moves, so
+the optimizer's moments stay right. (The cosine is free of loss scaling and clipping, so fp16's scaled gradients do.)
+
+A regrouping changes the model's output as far as the gates of the two experts differ. ``rescale`` keeps the change
+small: a moved component's column of B is multiplied by the ratio of the mean gates of its old and its new expert.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import os
+from collections.abc import Iterable, Mapping, Sized
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import TrainerCallback
+
+from badit.angles import Windows, trainable_adapters
+from badit.checkpoint import checkpoint_being_written, resumed_checkpoint
+from badit.errors import BaditError
+from badit.files import StepLog
+from badit.generation import evaluation_mode
+from badit.gradients import of_first, rank, scale_columns
+from badit.method import expert_angles, group_components, grouping_objective
+from badit.method.grouping import Solver
+from badit.tuner.layer import BaditLinear
+from badit.tuner.prompt import before_first_label
+
+STATE_FILE = "badit_regroup.safetensors"
+# A mean gate near zero (top_k can starve an expert) must not blow a weight up.
+_RESCALE_LIMIT = 4.0
+# The probe takes one short prompt, which tells how far the output moves at little cost.
+_CANDIDATES, _TOKENS, _PAIRS = 16, 16, 2
+_MEASURED_AT_ONCE = ("objective_before", "objective_after", "components_moved", "output_change")
+_MEASURED_AFTERWARDS = ("intra_degrees", "inter_degrees")
+
+
+class Regrouper:
+    """Regroups the components of every trainable BADIT adapter of a model, in a training loop of one's own.
+
+        regrouper = Regrouper(model, total_steps=len(loader) * epochs, every=20)
+        for batch in loader:
+            model(**batch).loss.backward()
+            regrouper.after_backward()    # before the optimizer uses the gradients
+            optimizer.step()
+            optimizer.zero_grad()
+            regrouper.step()
+        regrouper.finish()
+
+    With gradients accumulated over several batches the two calls belong to optimizer steps, not to batches; of several
+    processes all must make them. Trainer has :class:`badit.RegroupCallback` instead.
+
+    Args:
+        model: with a trainable BADIT adapter, perhaps wrapped for data parallelism.
+        total_steps: optimizer steps of the whole run, which ``start`` and ``stop`` are fractions of.
+        every: optimizer steps between regroupings; each one uses the mean Gram of the steps since the last.
+        start, stop: fractions of the run before and after which nothing is regrouped.
+        solver, restarts, seed: of :func:`badit.method.group_components`.
+        rescale: multiply moved components by the ratio of the mean gates (see the module's text).
+        probe: a batch (a dict of tensors) on which the change of the output is measured; None measures none.
+        log_path: a file that gets a line for every layer and regrouping; None writes none.
+        optimizer: needed under DeepSpeed only, whose engine takes its steps within the backward pass.
+
+    A regrouping's line is written at the end of the *following* window, since its angles are measured on gradients
+    that the grouping has not seen: step, module, objective_before and _after (on the Gram that was grouped),
+    components_moved, output_change (relative, of the whole step), and the angles of the previous and the new grouping.
+
+    Attributes:
+        steps: optimizer steps so far.
+        metrics: of the last regrouping, the means over the layers: objective_before, objective_after,
+            components_moved and output_change, and the angles of the grouping until then. Empty before the first.
+
+    Raises:
+        BaditError: an option out of its range, or no trainable BADIT adapter.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        total_steps: int,
+        every: int = 20,
+        start: float = 0.0,
+        stop: float = 0.9,
+        *,
+        solver: Solver = "swap",
+        restarts: int = 10,
+        seed: int = 0,
+        rescale: bool = True,
+        probe: Mapping[str, torch.Tensor] | OutputProbe | None = None,
+        log_path: str | os.PathLike[str] | None = None,
+        optimizer: Any = None,
+    ) -> None:
+        _check_options(every, start, stop, solver, restarts)
+        if not isinstance(total_steps, int) or isinstance(total_steps, bool) or total_steps < 1:
+            raise BaditError(f"total_steps must be a whole number of at least 1 step, got {total_steps!r}")
+        self._layers: dict[str, tuple[BaditLinear, str]] = dict(trainable_adapters(model))
+        if not self._layers:
+            raise BaditError("there is no trainable BADIT adapter to regroup; add one to the model, or do not regroup")
+        self.every = every
+        self._first, self._last = math.ceil(start * total_steps), math.floor(stop * total_steps)
+        self.solver: Solver = solver
+        self.restarts, self.seed, self.rescale = restarts, seed, rescale
+        self.steps = 0
+        self.metrics: dict[str, float] = {}
+        self.windows = Windows(self._layers, optimizer)
+        self._probe = probe if probe is None or isinstance(probe, OutputProbe) else OutputProbe(model, probe)
+        # Of several processes the first writes.
+        self._log = StepLog(Path(log_path), step_key="logged_at") if log_path is not None and rank() == 0 else None
+        self._log_is_open = False
+
+    def after_backward(self) -> None:
+        """Reads the gradients of an optimizer step; to be called when they are complete and before they are used."""
+        self.windows.after_backward()
+
+    def step(self) -> None:
+        """Counts an optimizer step that has been taken, and regroups if one is due."""
+        self.steps += 1
+        self.regroup_if_due()
+
+    def regroup_if_due(self) -> None:
+        """Regroups if a regrouping is due after the steps so far."""
+        if self.steps % self.every == 0 and self._first <= self.steps <= self._last:
+            self._regroup()
+
+    def finish(self) -> None:
+        """Writes the lines of the last regrouping, which wait for its angles. To be called at the training's end."""
+        self._write_pending(self.windows.mean_grams())
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed training needs: plain values and tensors. Of several processes all must ask for it."""
+        tensors, notes = self.windows.state()
+        return {"steps": self.steps, "windows": notes, "tensors": tensors}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes up where the training stood when the state was asked for; its log loses what was written after that.
+
+        Raises:
+            BaditError: the state is of another model.
+        """
+        self.windows.set_state(state["tensors"], state["windows"])
+        self.steps = state["steps"]
+        self.open_log()
+
+    def save(self, folder: str | os.PathLike[str], *, write: bool = True) -> None:
+        """Writes the state into a checkpoint's folder, as safetensors.
+
+        Of several processes all must call it; those with ``write`` write.
+        """
+        self.windows.save(Path(folder) / STATE_FILE, write=write)
+
+    def load(self, folder: str | os.PathLike[str], steps: int) -> None:
+        """Takes up where the training stood after ``steps`` optimizer steps, by what :meth:`save` wrote then.
+
+        Raises:
+            BaditError: the state is missing, damaged or of another model.
+        """
+        self.windows.load(Path(folder) / STATE_FILE)
+        self.steps = steps
+        self.open_log()
+
+    def open_log(self) -> None:
+        """Empties the log, or drops from it what a resumed training is about to write again."""
+        self._log_is_open = True
+        if self._log is not None:
+            # A run that ended after its last checkpoint has completed the lines that this checkpoint has as pending.
+            begun = [window.pending for window in self.windows.values() if window.pending]
+            self._log.rewind(self.steps, [{key: line[key] for key in ("step", "module")} for line in begun])
+
+    def _regroup(self) -> None:
+        grams = self.windows.mean_grams()
+        self._write_pending(grams)
+        labels = self._solve(grams)
+        before = self._probe.output() if self._probe else None
+        for name, new_N in labels.items():
+            layer, adapter = self._layers[name]
+            old_N = _labels(layer, adapter)
+            gates = self.windows[name].gates_of_all() if self.rescale else None
+            if gates is not None:
+                _rescale_moved(layer, adapter, old_N, new_N, gates.sum(dim=0))
+            layer.expert_of(adapter).copy_(torch.from_numpy(new_N))
+            self.windows[name].pending = {
+                "step": self.steps,
+                "module": name,
+                "objective_before": grouping_objective(grams[name], old_N),
+                "objective_after": grouping_objective(grams[name], new_N),
+                "components_moved": int((old_N != new_N).sum()),
+                "previous_labels": old_N.tolist(),
+                "labels": new_N.tolist(),
+            }
+        change = None if self._probe is None or before is None else self._probe.change(before)
+        for name, window in self.windows.items():
+            window.restart()
+            if name in labels:
+                window.pending["output_change"] = change
+        self.metrics |= _means([window.pending for window in self.windows.values()], _MEASURED_AT_ONCE)
+
+    def _solve(self, grams: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Every layer's new labels; all processes take the first one's, which may round otherwise than they do."""
+        labels = {
+            name: group_components(
+                gram_NN,
+                _labels(*self._layers[name]),
+                solver=self.solver,
+                restarts=self.restarts,
+                seed=[self.seed, self.steps, index],
+            )
+            for index, (name, gram_NN) in enumerate(grams.items())
+        }
+        if not labels:
+            return {}
+        shared = of_first(torch.from_numpy(np.concatenate(list(labels.values())))).numpy()
+        ends = np.cumsum([len(labels_N) for labels_N in labels.values()])[:-1]
+        return dict(zip(labels, np.split(shared, ends), strict=True))
+
+    def _write_pending(self, grams: Mapping[str, np.ndarray]) -> None:
+        """Completes the lines of the last regrouping with the angles of the window that followed it."""
+        lines = []
+        for name, window in self.windows.items():
+            if not window.pending:
+                continue
+            line = {**window.pending, "logged_at": self.steps, "window_steps": window.steps}
+            for prefix, key in (("previous_", "previous_labels"), ("", "labels")):
+                if name in grams:
+                    angles = expert_angles(grams[name], np.asarray(line[key]))
+                    line |= {f"{prefix}{field}": value for field, value in angles.defined().items()}
+            lines.append(line)
+            window.pending = {}
+        if not self._log_is_open:
+            self.open_log()
+        if self._log is not None:
+            for line in lines:
+                self._log.append(line)
+        self.metrics |= _means(lines, _MEASURED_AFTERWARDS)
+
+
+class RegroupCallback(TrainerCallback):
+    """Regroups the components of every trainable BADIT adapter while an HF Trainer (or one of TRL's) runs.
+
+    Args:
+        every, start, stop, solver, restarts, seed, rescale: of :class:`badit.Regrouper`.
+        probe: a batch (a dict of tensors) on which the change of the output is measured; "auto" takes the prompt (its
+            last 16 tokens) of the shortest of the first sixteen training examples. None measures none, which spares
+            each regrouping two short forward passes.
+        log_path: where a line is written for every layer and regrouping; by default ``regroupings.jsonl`` in the
+            trainer's output folder.
+        checkpoint: the checkpoint folder that a resumed training starts from, needed only when that is neither the
+            arguments' ``resume_from_checkpoint`` nor the trainer's own ``output_dir/checkpoint-STEP``.
+    """
+
+    def __init__(
+        self,
+        every: int = 20,
+        start: float = 0.0,
+        stop: float = 0.9,
+        *,
+        solver: Solver = "swap",
+        restarts: int = 10,
+        seed: int = 0,
+        rescale: bool = True,
+        probe: Mapping[str, torch.Tensor] | Literal["auto"] | None = "auto",
+        log_path: str | os.PathLike[str] | None = None,
+        checkpoint: str | os.PathLike[str] | None = None,
+    ) -> None:
+        _check_options(every, start, stop, solver, restarts)
+        if isinstance(probe, str) and probe != "auto":
+            raise BaditError(f"regroup.probe must be a batch, 'auto' or None, got {probe!r:.60}")
+        self._options: dict[str, Any] = {"every": every, "start": start, "stop": stop, "solver": solver}
+        self._options |= {"restarts": restarts, "seed": seed, "rescale": rescale}
+        self._probe_batch: Mapping[str, torch.Tensor] | Literal["auto"] | None = probe
+        self._log_path = log_path
+        self._checkpoint = checkpoint
+        self.regrouper: Regrouper | None = None
+        self._taken: dict[str, float] = {}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        model, probe = kwargs["model"], self._probe_batch
+        self.regrouper = Regrouper(
+            model,
+            state.max_steps,
+            **self._options,
+            probe=OutputProbe.of(model, kwargs.get("train_dataloader")) if isinstance(probe, str) else probe,
+            log_path=self._log_path or Path(args.output_dir) / "regroupings.jsonl",
+            optimizer=kwargs.get("optimizer"),
+        )
+        if state.global_step > 0:
+            self.regrouper.load(self._checkpoint or resumed_checkpoint(args, state), state.global_step)
+        else:
+            self.regrouper.open_log()
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._running.after_backward()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._running.steps = state.global_step
+        self._running.regroup_if_due()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._running.finish()
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._running.save(checkpoint_being_written(args, state), write=args.should_save)
+
+    def take_metrics(self) -> dict[str, float]:
+        """The regrouper's metrics as ``regroup/NAME``, if there has been a regrouping since the last call; else {}.
+
+        For a Trainer's ``log``, which hands them to trackers; badit's own does.
+        """
+        metrics = {} if self.regrouper is None else self.regrouper.metrics
+        if metrics == self._taken:
+            return {}
+        self._taken = dict(metrics)
+        return {f"regroup/{name}": value for name, value in metrics.items()}
+
+    @property
+    def _running(self) -> Regrouper:
+        if self.regrouper is None:
+            raise BaditError("RegroupCallback: the training has not begun; give it to the trainer before train()")
+        return self.regrouper
+
+
+class OutputProbe:
+    """How much a regrouping changes what the model says: compares the logits that start an answer, on fixed prompts.
+
+    Args:
+        batch: ``input_ids`` (B, T), and perhaps ``attention_mask`` and ``labels``, which leave out padding and answers.
+    """
+
+    def __init__(self, model: nn.Module, batch: Mapping[str, torch.Tensor]) -> None:
+        device = next(model.parameters()).device
+        self._model = model
+        # One prompt at a time and unpadded: the last position is then the answer's start whatever the padding side.
+        self._prompts = [prompt.to(device) for prompt in _prompts(batch)]
+        base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # pyright: ignore
+        last_only = "logits_to_keep" in inspect.signature(base.forward).parameters
+        self._options = {"use_cache": False, **({"logits_to_keep": 1} if last_only else {})}
+
+    @classmethod
+    def of(cls, model: nn.Module, dataloader: Any) -> OutputProbe | None:
+        """On the last 16 prompt tokens of the shortest of the data loader's first examples.
+
+        Of a preference loss's data, such as TRL's DPO, on the prompts of the first two pairs: its batches are the
+        chosen answers' rows and then the rejected ones'. None for a data set that cannot be indexed.
+        """
+        dataset, collate = getattr(dataloader, "dataset", None), getattr(dataloader, "collate_fn", None)
+        if collate is None or not isinstance(dataset, Sized) or not hasattr(dataset, "__getitem__") or not len(dataset):
+            return None
+        candidates: list[Any] = [dataset[i] for i in range(min(_CANDIDATES, len(dataset)))]  # pyright: ignore
+        if all("input_ids" in example for example in candidates):
+            shortest = min(candidates, key=lambda example: len(example["input_ids"]))
+            return cls(model, {"input_ids": _prompts(collate([shortest]))[0][:, -_TOKENS:]})
+        if "chosen_ids" not in candidates[0]:
+            return None
+        batch = collate(candidates[:_PAIRS])
+        rows = {key: batch[key][: len(batch[key]) // 2] for key in ("input_ids", "attention_mask", "completion_mask")}
+        labels = rows["input_ids"].masked_fill(rows.pop("completion_mask") == 0, -100)
+        return cls(model, {**rows, "labels": labels})
+
+    @torch.no_grad()
+    def output(self) -> torch.Tensor:
+        """The centred logits of every prompt's last position, (prompts, vocabulary), in evaluation mode."""
+        with evaluation_mode(self._model):
+            rows = [self._model(input_ids=prompt, **self._options).logits[:, -1] for prompt in self._prompts]
+        logits = torch.cat(rows).float()
+        return logits - logits.mean(dim=-1, keepdim=True)  # the softmax does not see a common shift
+
+    def change(self, before: torch.Tensor) -> float:
+        """‖after − before‖ / ‖before‖."""
+        return float((self.output() - before).norm() / before.norm().clamp_min(1e-12))
+
+
+def _prompts(batch: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+    input_ids = batch["input_ids"]
+    kept = torch.ones_like(input_ids, dtype=torch.bool)
+    if "attention_mask" in batch:
+        kept &= batch["attention_mask"].bool()
+    if "labels" in batch:
+        kept &= before_first_label(batch["labels"])
+    return [row[keep][None] for row, keep in zip(input_ids, kept, strict=True)]
+
+
+def _check_options(every: Any, start: float, stop: float, solver: str, restarts: Any) -> None:
+    """Raises BaditError for options of a regrouping that make no sense."""
+    if not isinstance(every, int) or isinstance(every, bool) or every < 1:
+        raise BaditError(f"regroup.every must be a whole number of at least 1 step, got {every!r}")
+    if not 0 <= start <= stop <= 1:
+        raise BaditError(f"regroup.start and stop must satisfy 0 ≤ start ≤ stop ≤ 1, got {start} and {stop}")
+    if solver not in ("swap", "paper"):
+        raise BaditError(f"regroup.solver must be 'swap' or 'paper', got {solver!r}")
+    if not isinstance(restarts, int) or restarts < 0:
+        raise BaditError(f"regroup.restarts must be a whole number of at least 0, got {restarts!r}")
+
+
+def _means(lines: Iterable[Mapping[str, Any]], fields: Iterable[str]) -> dict[str, float]:
+    """The means of fields over a regrouping's lines, those without a value left out."""
+    found = {field: [line[field] for line in lines if line.get(field) is not None] for field in fields}
+    return {field: float(np.mean(values)) for field, values in found.items() if values}
+
+
+def _labels(layer: BaditLinear, adapter: str) -> np.ndarray:
+    """A copy of ``expert_of``: on a CPU the array would otherwise be the buffer itself and change with it."""
+    return layer.expert_of(adapter).cpu().numpy().copy()
+
+
+@torch.no_grad()
+def _rescale_moved(
+    layer: BaditLinear, adapter: str, old_N: np.ndarray, new_N: np.ndarray, gate_sums: torch.Tensor
+) -> None:
+    mean_K = gate_sums[:-1] / gate_sums[-1].clamp_min(1.0)
+    old, new = torch.from_numpy(old_N).to(mean_K.device), torch.from_numpy(new_N).to(mean_K.device)
+    ratio_N = (mean_K[old] / mean_K[new].clamp_min(1e-6)).clamp(1 / _RESCALE_LIMIT, _RESCALE_LIMIT)
+    scale_columns(layer.badit_B[adapter], torch.where(old == new, 1.0, ratio_N))

@@ -1,0 +1,347 @@
+"""The results of a comparison: methods x seeds (x task orders), from results.json to tidy frames and a summary.
+
+A comparison may be partial. Cells that failed or are still missing, and learning rates that lost the search, count for
+nothing in the scores and the summary.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Annotated, Any, Literal
+
+import pandas as pd
+from pydantic import BaseModel, ConfigDict, Field, create_model
+
+from badit.errors import BaditError, explained, nearest
+from badit.files import read_json, refuse_other_format
+from badit.metrics import METRICS
+from badit.statistics import DECIMALS, Form, paired_bootstrap
+
+# The version of a results file's form: a change that older releases would read wrongly raises it.
+FORMAT = 1
+# The file in a comparison's folder.
+RESULTS = "results.json"
+# What follows a method's name where it has trained on each task alone.
+SINGLE_TASK = ", one model a task"
+# Every file has these metrics; one that was added later may be missing in older files.
+_FIRST_METRICS = ("rouge_l", "exact_match")
+
+
+class _Part(BaseModel):
+    # A results file also keeps what the tables do not need, such as every run's recipe and environment.
+    model_config = ConfigDict(extra="ignore", frozen=True, allow_inf_nan=False)
+
+
+def _by_metric(name: str, field: Any, **others: Any) -> type[_Part]:
+    """A model with a field for each metric."""
+    fields: dict[str, Any] = {
+        metric: (field, ...) if metric in _FIRST_METRICS else (field | None, None) for metric in METRICS
+    }
+    return create_model(name, __base__=_Part, **fields, **others)
+
+
+# A mean of scores of 100 may be off by rounding.
+_ROUNDING = 1e-6
+_Score = Annotated[float, Field(ge=-_ROUNDING, le=100 + _ROUNDING)]
+_Points = Annotated[float, Field(ge=-100 - _ROUNDING, le=100 + _ROUNDING)]
+# What no run comes near, so that sums and means stay finite.
+_MOST = 10**15
+_TaskScores = _by_metric("_TaskScores", _Score, instances=(Annotated[int, Field(ge=1, le=_MOST)], ...))
+_InstanceScores = _by_metric("_InstanceScores", list[_Score])
+
+
+class _Transfer(_Part):
+    forgetting: _Points
+    backward_transfer: _Points
+    forward_transfer: _Points | None = None
+
+
+class _Scores(_by_metric("_Means", _Score)):
+    tasks: Annotated[dict[str, _TaskScores], Field(min_length=1)]  # pyright: ignore[reportInvalidTypeForm]
+    order: list[str] | None = None
+    matrix: list[list[_Score | None]] | None = None
+    continual: dict[Form, _Transfer] | None = None
+
+
+class _Training(_Part):
+    trainable_parameters: Annotated[int, Field(ge=0, le=_MOST)] | None = None
+    seconds: Annotated[float, Field(ge=0, le=_MOST)] | None = None
+    peak_memory_gib: Annotated[float, Field(ge=0, le=_MOST)] | None = None
+
+
+class _Environment(_Part):
+    training: _Training = _Training()
+
+
+class _Cell(_Part):
+    method: str
+    seed: Annotated[int, Field(ge=-_MOST, le=_MOST)] | None
+    order: str | None = None
+    learning_rate: float | None = None
+    status: Literal["done", "failed", "missing"]
+    error: str | None = None
+    selected: bool = True
+    environment: _Environment | None = None
+    scores: _Scores | None = None
+    instances: dict[str, _InstanceScores] | None = None  # pyright: ignore[reportInvalidTypeForm]
+    continual: dict[Form, _Transfer] | None = None
+
+
+class _File(_Part):
+    protocol: Literal["mixed", "sequential"]
+    reference: str
+    methods: Annotated[list[str], Field(min_length=1)]
+    cells: list[_Cell]
+
+
+_RUN = ["method", "seed", "order"]
+_CELL = [*_RUN, "learning_rate", "status", "error", "selected", "trainable_parameters", "seconds", "peak_memory_gib"]
+
+
+@dataclass(frozen=True, eq=False)
+class Results:
+    """A comparison. What is not known is missing (``isna``) in the frames.
+
+    Attributes:
+        protocol: ``mixed``, or ``sequential`` where methods learn the tasks one after another.
+        reference: the method that differences are taken to.
+        methods: all methods, in the order of the table.
+        cells: a row for each cell: method, seed (missing for a method that does not train), order (of the tasks,
+            missing for one that knows none), learning_rate, status (done, failed or missing), error, selected (its
+            learning rate was chosen), trainable_parameters, seconds and peak_memory_gib of its training.
+        scores: of the cells that are done and selected: method, seed, order, task, metric, score (0 to 100, after the
+            last task), n (the number of instances).
+        instances: as ``scores`` for every instance that was kept: method, seed, order, task, metric, instance (its
+            number within the task), score.
+        continual: of the same cells after a sequence of tasks: method, seed, order, form, forgetting,
+            backward_transfer, forward_transfer, see :func:`badit.statistics.continual_scores`.
+    """
+
+    protocol: str
+    reference: str
+    methods: list[str]
+    cells: pd.DataFrame
+    scores: pd.DataFrame
+    instances: pd.DataFrame
+    continual: pd.DataFrame
+
+    @property
+    def scored_methods(self) -> list[str]:
+        """The methods that have scores, in the order of the table."""
+        found = set(self.scores["method"])
+        return [method for method in self.methods if method in found]
+
+
+def load_results(path: str | os.PathLike[str]) -> Results:
+    """Reads a results file, or the results.json of a comparison's folder.
+
+    Raises:
+        BaditError: it is missing or damaged, a field has a wrong value, or cells contradict each other.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = path / RESULTS
+    content = read_json(path)
+    refuse_other_format(content, path, FORMAT)
+    with explained(path):
+        file = _File.model_validate(content)
+    counted = _counted(file, path)
+    cells, scores, instances, continual = [], [], [], []
+    for cell in file.cells:
+        training = cell.environment.training if cell.environment else _Training()
+        values = {**dict(cell), **dict(training)}
+        cells.append([values[column] for column in _CELL])
+    for cell in counted:
+        run = (cell.method, cell.seed, cell.order)
+        for task, entry in cell.scores.tasks.items() if cell.scores else ():
+            scores += [(*run, task, metric, score, entry.instances) for metric, score in _known_metrics(entry)]
+        for task, entry in (cell.instances or {}).items():
+            for metric, values in _known_metrics(entry):
+                instances += [(*run, task, metric, number, score) for number, score in enumerate(values)]
+        continual += [(*run, form, *dict(transfer).values()) for form, transfer in (cell.continual or {}).items()]
+    return Results(
+        protocol=file.protocol,
+        reference=file.reference,
+        methods=list(dict.fromkeys(file.methods)),
+        cells=_frame(cells, _CELL).astype({"error": object, "trainable_parameters": "Int64"}),
+        scores=_frame(scores, [*_RUN, "task", "metric", "score", "n"]),
+        instances=_frame(instances, [*_RUN, "task", "metric", "instance", "score"]),
+        continual=_frame(continual, [*_RUN, "form", *_Transfer.model_fields]),
+    )
+
+
+def read_scores(path: Path) -> dict[str, Any]:
+    """What a run's scores.json holds, all of it, with the scores checked.
+
+    Raises:
+        BaditError: it is missing or damaged.
+    """
+    content = read_json(path)
+    with explained(path, fix="score the run again"):
+        _Scores.model_validate(content)
+    return content
+
+
+def scores_frame(scores: Mapping[str, Any]) -> pd.DataFrame:
+    """A run's scores as a frame: a row for each task and metric, with the columns task, metric, score and n.
+
+    Scores are from 0 to 100, and n is the number of instances. Of a sequence of tasks they are the final model's, and
+    the frame's ``attrs`` have ``order``, ``matrix`` and ``continual`` as in scores.json.
+    """
+    rows = [
+        (task, metric, entry[metric], entry["instances"])
+        for task, entry in scores["tasks"].items()
+        for metric in METRICS
+        if metric in entry
+    ]
+    frame = pd.DataFrame(rows, columns=["task", "metric", "score", "n"])
+    frame.attrs = {key: scores[key] for key in ("order", "matrix", "continual") if key in scores}
+    return frame
+
+
+def summarise(results: Results, metric: str = "rouge_l", form: Form = "standard") -> pd.DataFrame:
+    """A row for each method, in the order of the table.
+
+    Args:
+        results: a comparison.
+        metric: what ranks and differences are taken in.
+        form: the definition of forgetting and transfer, see :func:`badit.statistics.continual_scores`.
+
+    Returns:
+        ``method``; ``runs`` (seeds, or seeds x task orders); ``learning_rate`` (text); ``trainable_parameters``;
+        ``_mean`` and ``_std`` over runs (divisor n - 1, missing for a single run) of each metric, which is a mean over
+        tasks, and of ``forgetting``, ``backward_transfer`` and ``forward_transfer``; ``difference_mean``, ``_low``,
+        ``_high``, ``_share_not_positive`` and ``_runs``, to the reference, see
+        :func:`badit.statistics.paired_bootstrap`; ``rank`` by the mean score; ``task_rank``, the mean over
+        tasks of the rank on each; ``seconds``, the median; ``peak_memory_gib``, the maximum.
+    """
+    by_task = task_means(results, metric)
+    rank = pd.Series({name: fmean(by_task[name]) for name in by_task}, dtype=float)
+    rank = rank.round(DECIMALS).rank(ascending=False)
+    task_rank = by_task.round(DECIMALS).rank(axis="columns", ascending=False).mean()
+    by_run = results.scores.groupby([*_RUN, "metric"], sort=False, dropna=False)["score"].agg(fmean).reset_index()
+    transfers = results.continual.loc[results.continual["form"] == form]
+    rows = []
+    for method in results.methods:
+        cells = results.cells.loc[results.cells["method"] == method]
+        cells = cells.loc[(cells["status"] == "done") & cells["selected"]]
+        row: dict[str, Any] = {
+            "method": method,
+            "runs": len(cells),
+            "learning_rate": " / ".join(dict.fromkeys(map(str, cells["learning_rate"].dropna()))) or None,
+            "trainable_parameters": cells["trainable_parameters"].max(),
+        }
+        of_method = by_run.loc[by_run["method"] == method]
+        for name in METRICS:
+            row |= _spread(name, of_method.loc[of_method["metric"] == name, "score"])
+        for name in _Transfer.model_fields:
+            row |= _spread(name, transfers.loc[transfers["method"] == method, name])
+        row |= _difference(results, method, metric)
+        row |= {"rank": rank.get(method), "task_rank": task_rank.get(method)}
+        row |= {"seconds": cells["seconds"].median(), "peak_memory_gib": cells["peak_memory_gib"].max()}
+        rows.append(row)
+    whole = dict.fromkeys(["trainable_parameters", "difference_runs"], "Int64")
+    texts = dict.fromkeys(["method", "learning_rate"], object)
+    numbers = dict.fromkeys([name for name in rows[0] if name not in {*whole, *texts, "runs"}], float)
+    return pd.DataFrame(rows).astype({**whole, **texts, **numbers})
+
+
+def task_means(results: Results, metric: str = "rouge_l") -> pd.DataFrame:
+    """Mean score over a method's runs: a row for each task, a column for each method that has scores."""
+    scores = results.scores.loc[results.scores["metric"] == metric]
+    methods = results.scored_methods
+    tasks = scores.loc[scores["method"].isin(methods[:1]), "task"].unique()
+    means = scores.groupby(["task", "method"])["score"].agg(fmean).unstack("method")
+    return means.reindex(index=pd.Index(tasks, name="task"), columns=pd.Index(methods, name="method"))
+
+
+def paired(frame: pd.DataFrame, method: str, other: str) -> pd.DataFrame:
+    """The scores of two methods side by side, from runs of the same seed and order.
+
+    A run without a seed, or without an order, is paired with all of the other method's.
+
+    Args:
+        frame: ``scores`` or ``instances`` of a comparison.
+        method: the method whose columns keep their names.
+        other: the method whose seed, order and score become ``seed_other``, ``order_other`` and ``score_other``.
+    """
+    shared = [column for column in ("task", "metric", "instance", "n") if column in frame]
+    ours, theirs = (frame.loc[frame["method"] == name] for name in (method, other))
+    pairs = ours.merge(theirs.drop(columns="method"), on=shared, suffixes=("", "_other"))
+    for column in ("seed", "order"):
+        one, two = pairs[column], pairs[f"{column}_other"]
+        pairs = pairs.loc[((one == two) | one.isna() | two.isna()).astype(bool)]
+    return pairs
+
+
+def _difference(results: Results, method: str, metric: str) -> dict[str, Any]:
+    """Over the runs that both methods have; missing for the reference itself and where there are none."""
+    kept = results.instances.loc[results.instances["metric"] == metric]
+    pairs = paired(kept, method, results.reference)
+    if method == results.reference or pairs.empty:
+        return dict.fromkeys(f"difference_{name}" for name in ("mean", "low", "high", "share_not_positive", "runs"))
+    runs = pairs.groupby(["seed", "order", "seed_other", "order_other"], sort=False, dropna=False).ngroup()
+    pairs = pairs.assign(run=runs, difference=pairs["score"] - pairs["score_other"])
+    tables = {
+        str(task): rows.pivot(index="run", columns="instance", values="difference").to_numpy()
+        for task, rows in pairs.groupby("task")
+    }
+    return {f"difference_{name}": value for name, value in asdict(paired_bootstrap(tables)).items()}
+
+
+def _spread(name: str, values: pd.Series) -> dict[str, float | None]:
+    known = values.dropna().tolist()
+    mean, std = fmean(known) if known else None, stdev(known) if len(known) > 1 else None
+    return {f"{name}_mean": mean, f"{name}_std": std}
+
+
+def _frame(rows: Iterable[Any], columns: list[str]) -> pd.DataFrame:
+    numbers = dict.fromkeys({"score", "learning_rate", "seconds", "peak_memory_gib", *_Transfer.model_fields}, float)
+    types = {"method": object, "seed": "Int64", "order": object, **numbers}
+    return pd.DataFrame(rows, columns=columns).astype({name: types[name] for name in columns if name in types})
+
+
+def _known_metrics(entry: _Part) -> list[tuple[str, Any]]:
+    return [(name, value) for name in METRICS if (value := getattr(entry, name)) is not None]
+
+
+def _counted(file: _File, path: Path) -> list[_Cell]:
+    """The cells that count, which must fit together.
+
+    Raises:
+        BaditError: the first contradiction.
+    """
+    named = {"reference": file.reference} | {f"cells.{i}.method": cell.method for i, cell in enumerate(file.cells)}
+    for place, name in named.items():
+        if name not in file.methods:
+            raise BaditError(f"{path}: {place}: {name!r:.60} is none of the methods{nearest(name, file.methods)}")
+    counted: dict[object, int] = {}
+    sizes: dict[str, int] = {}
+    for i, cell in enumerate(file.cells):
+        if cell.status != "done" or not cell.selected:
+            continue
+        place = f"cells.{i}"
+        first = counted.setdefault((cell.method, cell.seed, cell.order), i)
+        if first != i:
+            raise BaditError(f"{path}: {place}: repeats method, seed and order of cells.{first}; select one of the two")
+        if cell.scores is None:
+            raise BaditError(
+                f"{path}: {place}.scores: is missing, though the cell is done and selected; run the comparison again"
+            )
+        own = {task: entry.instances for task, entry in cell.scores.tasks.items()}
+        sizes = sizes or own
+        if own != sizes:
+            problem = "other tasks or instances than in the cells before; score all on the same"
+            raise BaditError(f"{path}: {place}.scores.tasks: {problem}")
+        if cell.instances is None:
+            continue
+        for metric in METRICS:
+            lists = {task: getattr(each, metric) for task, each in cell.instances.items()}
+            kept = {task: len(values) for task, values in lists.items() if values is not None}
+            if kept != own and (kept or metric in _FIRST_METRICS):
+                raise BaditError(f"{path}: {place}.instances: needs one {metric} for each instance of scores.tasks")
+    return [file.cells[i] for i in counted.values()]

@@ -1,0 +1,187 @@
+"""Statistics of a comparison: scores over runs, the paired difference between two methods, and continual learning.
+
+The scores of a sequence of T tasks come from the matrix of all scores a[i][j]: on task j after training on task i.
+
+    AP          mean_j a[T][j]
+    forgetting  mean_{j<T} (max_{j<=i<T} a[i][j] - a[T][j])
+    BWT         mean_{j<T} (a[T][j] - a[j][j])
+    FWT         mean_j (a[j][j] - s[j]),  s[j] the score of a model trained on task j alone
+
+AP and BWT are from Lopez-Paz & Ranzato (2017, arXiv:1706.08840), forgetting from Chaudhry et al. (2018,
+arXiv:1801.10112). Code that was released with recent papers, SAPT's among them, computes two of them otherwise, and the
+numbers in those papers are in that form:
+
+    forgetting  the maximum runs over all i < T, so that it takes in scores from before task j was trained
+    BWT         the same sum divided by T
+
+Shape suffixes: S runs (seeds, or seeds x task orders), N test instances of a task, R resamples.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Literal, NamedTuple, get_args
+
+import numpy as np
+
+from badit.errors import BaditError, nearest
+
+Form = Literal["standard", "released"]
+FORMS: tuple[Form, ...] = get_args(Form)
+
+# Scores gathered at a time: 8 MiB of float64, whatever the number of resamples.
+_CHUNK = 2**20
+#: Scores are equal that round to the same nine decimals: means of equal scores may differ by rounding.
+DECIMALS = 9
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Mean paired difference between two methods, in points, and its 95 % bootstrap interval.
+
+    Attributes:
+        mean: the difference that was observed.
+        low: the 2.5 % quantile of the resampled differences.
+        high: their 97.5 % quantile.
+        share_not_positive: the share of them that are at most 0, up to rounding.
+        runs: the number of pairs of runs it is taken over.
+    """
+
+    mean: float
+    low: float
+    high: float
+    share_not_positive: float
+    runs: int
+
+
+def paired_bootstrap(
+    differences_by_task: Mapping[str, np.ndarray],
+    *,
+    resample_seeds: bool = True,
+    resamples: int = 10_000,
+    seed: int = 0,
+) -> Difference:
+    """Mean difference between two methods, paired by run and instance, with a 95 % percentile bootstrap interval.
+
+    The difference is the mean over tasks of the mean over runs and instances, so every task counts the same. A resample
+    draws instances with replacement within each task, the same ones for every run, and runs with replacement, the same
+    ones for every task: the pigeonhole bootstrap (Owen 2007, doi:10.1214/07-AOAS122) of crossed runs and instances,
+    stratified by task.
+
+    The interval covers what other test instances of these tasks and, with `resample_seeds`, other runs would have
+    given. It does not cover other tasks, which are taken as fixed, nor choices that all runs share: the training data,
+    the learning rate, the base model. Few runs are a small sample of all possible ones. The bootstrap puts their
+    variance at (S - 1) / S of its unbiased estimate, so with three runs the interval is too narrow where the runs
+    differ much, and with a single run it covers the instances alone. Runs count as exchangeable; those that share a
+    seed or a task order, as in a sequential comparison, are not quite.
+
+    Args:
+        differences_by_task: (S, N) each; score of the method minus score of the reference. N may differ by task; the
+            runs are the same and in the same order for all tasks.
+        resample_seeds: draw runs too; without it the interval is one for these very runs.
+        resamples: number of resamples.
+        seed: of the random numbers. The result does not depend on the order of the tasks.
+
+    Raises:
+        BaditError: no tasks, or differences that are empty, not finite, or of another shape.
+    """
+    tasks_SN = [np.asarray(task_SN, dtype=np.float64) for _, task_SN in sorted(differences_by_task.items())]
+    shapes = {(task_SN.ndim, *task_SN.shape[:1]) for task_SN in tasks_SN}
+    if len(shapes) != 1 or not all(x.ndim == 2 and x.size and np.isfinite(x).all() for x in tasks_SN):
+        raise BaditError("differences_by_task: every task needs finite numbers of the shape (runs, instances)")
+    rng = np.random.default_rng(seed)
+    runs = len(tasks_SN[0])
+    drawn_RS = rng.integers(runs, size=(resamples, runs)) if resample_seeds else np.arange(runs)[None]
+    estimates_R = np.mean(
+        [
+            np.take_along_axis(_resampled_means(task_SN, resamples, rng), drawn_RS, axis=1).mean(axis=1)
+            for task_SN in tasks_SN
+        ],
+        axis=0,
+    )
+    low, high = np.quantile(estimates_R, [0.025, 0.975])
+    return Difference(
+        mean=float(np.mean([task_SN.mean() for task_SN in tasks_SN])),
+        low=float(low),
+        high=float(high),
+        share_not_positive=float((np.round(estimates_R, DECIMALS) <= 0).mean()),
+        runs=runs,
+    )
+
+
+def _resampled_means(task_SN: np.ndarray, resamples: int, rng: np.random.Generator) -> np.ndarray:
+    """(R, S): each run's mean over each resample of the instances."""
+    instances = task_SN.shape[1]
+    chunk = max(1, _CHUNK // task_SN.size)
+    means_RS = np.empty((resamples, len(task_SN)))
+    for start in range(0, resamples, chunk):
+        drawn_RN = rng.integers(instances, size=(min(chunk, resamples - start), instances))
+        means_RS[start : start + chunk] = task_SN[:, drawn_RN].mean(axis=2).T
+    return means_RS
+
+
+class ContinualScores(NamedTuple):
+    """The four scores, in the units of the score matrix. `forward_transfer` is None without single-task scores."""
+
+    average_performance: float
+    forgetting: float
+    backward_transfer: float
+    forward_transfer: float | None
+
+
+def continual_scores(
+    scores: Sequence[Sequence[float]], single_task: Sequence[float] | None = None, *, form: Form = "standard"
+) -> ContinualScores:
+    """Average performance, forgetting, backward and forward transfer of a sequence of T tasks.
+
+    Args:
+        scores: T x T; row i holds every task's score after training on task i, both in the order of training. Entries
+            above the diagonal (tasks still to come) may be NaN: the standard form does not read them, and the released
+            form counts those that were not measured as 0, as that code does.
+        single_task: T; each task's score when trained on alone.
+        form: `standard`, or `released` for comparison with published tables.
+
+    Returns:
+        The scores; forgetting and backward transfer are 0 for a single task, which has nothing to forget.
+
+    Raises:
+        BaditError: a matrix that is not square, a missing score, or an unknown form.
+    """
+    if form not in FORMS:
+        raise BaditError(f"form: '{form}' is none of {', '.join(FORMS)}{nearest(form, FORMS)}")
+    _check_matrix(scores, single_task)
+    tasks = range(len(scores))
+    final = scores[-1]
+    earlier = tasks[:-1]
+
+    gains = [final[j] - scores[j][j] for j in earlier]
+    if form == "standard":
+        best = [max(scores[i][j] for i in earlier[j:]) for j in earlier]
+        backward_divisor = len(earlier)
+    else:
+        best = [max(0.0 if math.isnan(scores[i][j]) else scores[i][j] for i in earlier) for j in earlier]
+        backward_divisor = len(tasks)
+
+    return ContinualScores(
+        average_performance=fmean(final),
+        forgetting=fmean(best[j] - final[j] for j in earlier) if earlier else 0.0,
+        backward_transfer=math.fsum(gains) / backward_divisor if earlier else 0.0,
+        forward_transfer=None if single_task is None else fmean(scores[j][j] - single_task[j] for j in tasks),
+    )
+
+
+def _check_matrix(scores: Sequence[Sequence[float]], single_task: Sequence[float] | None) -> None:
+    size = len(scores)
+    if not size:
+        raise BaditError("scores: the matrix is empty")
+    for i, row in enumerate(scores):
+        if len(row) != size:
+            raise BaditError(f"scores: row {i} has {len(row)} entries for {size} tasks; the matrix must be square")
+        for j in range(i + 1):
+            if not math.isfinite(row[j]):
+                raise BaditError(f"scores: row {i} lacks the score of task {j}, which was trained by then")
+    if single_task is not None and (len(single_task) != size or not all(map(math.isfinite, single_task))):
+        raise BaditError(f"single_task: {size} finite scores are needed, one for each task")

@@ -1,0 +1,172 @@
+"""Gradient surgery: every task's gradient by itself, combined so that tasks in conflict undo each other less.
+
+* pcgrad (Yu et al. 2020, "Gradient Surgery for Multi-Task Learning", arXiv 2001.06782, Algorithm 1): each gradient g_i
+  loses its part along every other g_j with g_i · g_j < 0, taken in random order; the results are added up.
+* cagrad (Liu et al. 2021, "Conflict-Averse Gradient Descent for Multi-task Learning", arXiv 2110.14048, Algorithm 1):
+  d = g_0 + c ‖g_0‖ g_w / ‖g_w‖, where g_0 is the mean of the T gradients and g_w = Σ_i w_i g_i has the weights on the
+  simplex that minimise g_w · g_0 + c ‖g_0‖ ‖g_w‖. Here c = 0.5.
+
+Both run in torchjd, on all trainable parameters as one vector. A task's loss is its rows' part of the batch's, so that
+the gradients add up to the plain one: that is what pcgrad gives without conflicts, and cagrad, times T, at c = 0.
+
+Assumptions: tasks weigh as their answer tokens in the batch do, where the papers give every task a loss of its own;
+surgery is done in every micro-batch, and accumulation adds up the results; a micro-batch of one task is a plain one,
+where cagrad's formula would lengthen its gradient by 1 + c. torchjd's cagrad takes no step where ‖g_w‖ is below a ten
+thousandth of the norm of all gradients (Pareto-stationary). CAGrad's rescaling of the step is left out.
+
+Shape suffixes: B = rows, T = positions in (B, T), else tasks, P = trainable parameters, counted one by one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from accelerate.utils import DistributedType
+from torch import nn
+
+from badit.errors import BaditError
+from badit.trainer import AnswerTrainer
+from badit.tuner.config import one_of
+
+Surgery = Literal["pcgrad", "cagrad"]
+Combination = Callable[[torch.Tensor], torch.Tensor]  # from gradients (T, P) to one (P,)
+
+_Gradients = list[torch.Tensor | None]
+
+
+def pcgrad() -> Combination:
+    """PCGrad (arXiv 2001.06782). Its order comes from torch's global generator on the CPU, which checkpoints keep."""
+    with _needing_torchjd():
+        from torchjd.aggregation import PCGrad
+
+        return PCGrad()
+
+
+def cagrad(c: float = 0.5) -> Combination:
+    """CAGrad (arXiv 2110.14048) times T; c is the radius of the ball around the mean gradient, relative to its norm."""
+    with _needing_torchjd():
+        from torchjd.aggregation import CAGrad
+
+        aggregate = CAGrad(c=c)  # imports the solver
+
+    def combine(gradients_TP: torch.Tensor) -> torch.Tensor:
+        # torchjd takes gradients with a norm below 0.01 for zeros, so it gets them with norm 1.
+        norm = gradients_TP.norm().clamp_min(torch.finfo(gradients_TP.dtype).tiny)
+        return aggregate(gradients_TP / norm) * norm * len(gradients_TP)
+
+    return combine
+
+
+_COMBINATIONS: dict[str, Callable[[], Combination]] = {"pcgrad": pcgrad, "cagrad": cagrad}
+
+
+@contextmanager
+def _needing_torchjd() -> Iterator[None]:
+    try:
+        yield
+    except ImportError:
+        raise BaditError("surgery needs torchjd and a solver: pip install 'badit[surgery]'") from None
+
+
+class SurgeryTrainer(AnswerTrainer):
+    """An :class:`AnswerTrainer` on batches with ``tasks``, which combines the tasks' gradients by ``surgery``.
+
+    It holds T + 1 gradients at a time, in float32. Dropout draws again for each task. A method's own loss
+    (``ExpertModel.extra_loss``) is taken over each task's rows, and the mean of these counts once a micro-batch.
+
+    Raises:
+        BaditError: an unknown surgery, no torchjd, or more than one process, whose tasks would not be the same.
+    """
+
+    def __init__(self, *args: Any, surgery: Surgery, **kwargs: Any) -> None:
+        one_of("surgery", surgery, _COMBINATIONS)
+        self._combine = _COMBINATIONS[surgery]()
+        super().__init__(*args, **kwargs)
+        if self.accelerator.distributed_type != DistributedType.NO:
+            raise BaditError("surgery runs in a single process: start it without a launcher")
+
+    def training_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor:
+        """Adds the combined gradient of a micro-batch to ``.grad`` and returns its loss, a detached scalar.
+
+        ``inputs`` are tensors (B, T) and ``tasks``, the task's name of each row.
+
+        Raises:
+            BaditError: no ``tasks``.
+        """
+        if "tasks" not in inputs:
+            raise BaditError("tasks: missing from the batch; collate with AnswerCollator(..., with_tasks=True)")
+        tasks = list(dict.fromkeys(inputs["tasks"]))
+        if len(tasks) == 1:
+            return super().training_step(model, inputs, num_items_in_batch)
+        assert num_items_in_batch is not None  # AnswerTrainer has the Trainer count them
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        earlier = _take_gradients(parameters)
+        losses, gradients = [], []
+        with self._extra_loss_divided_by(len(tasks)):
+            for task in tasks:
+                losses.append(super().training_step(model, rows_of_task(inputs, task), num_items_in_batch))
+                gradients.append(_take_gradients(parameters))
+        gradients_TP = torch.stack([_as_row(of_task, parameters) for of_task in gradients])
+        combined_P = self._combined(gradients_TP)
+        parts = combined_P.split([parameter.numel() for parameter in parameters])
+        for index, (parameter, before, part_P) in enumerate(zip(parameters, earlier, parts, strict=True)):
+            parameter.grad = before
+            if any(of_task[index] is not None for of_task in gradients):  # else no task's loss depends on it
+                combined = part_P.view_as(parameter).to(parameter.dtype)
+                parameter.grad = combined if before is None else before + combined
+        return torch.stack(losses).sum()
+
+    def _combined(self, gradients_TP: torch.Tensor) -> torch.Tensor:
+        # A loss scaler that overflows, or a run that diverges, is for the Trainer to see.
+        return self._combine(gradients_TP) if gradients_TP.isfinite().all() else gradients_TP.sum(dim=0)
+
+    @contextmanager
+    def _extra_loss_divided_by(self, tasks: int) -> Iterator[None]:
+        """Within, a micro-batch counts as ``tasks`` of them, over which ``compute_loss`` averages a method's own loss.
+
+        The cross-entropy is divided by the number of labels and does not change.
+        """
+        steps = self.current_gradient_accumulation_steps
+        self.current_gradient_accumulation_steps = steps * tasks
+        try:
+            yield
+        finally:
+            self.current_gradient_accumulation_steps = steps
+
+
+def rows_of_task(inputs: dict[str, Any], task: str) -> dict[str, Any]:
+    """The batch's rows of one task, without the trailing positions that are padding in all of them.
+
+    Leading padding stays, since it sets the positions of what follows.
+    """
+    rows = [row for row, name in enumerate(inputs["tasks"]) if name == task]
+    attended_T = inputs["attention_mask"][rows].bool().any(dim=0)
+    length = int(attended_T.nonzero().max()) + 1
+    tensors = {key: value_BT[rows, :length] for key, value_BT in inputs.items() if key != "tasks"}
+    return {**tensors, "tasks": [task] * len(rows)}
+
+
+def _take_gradients(parameters: Sequence[nn.Parameter]) -> _Gradients:
+    """The gradients, which are removed from the parameters."""
+    gradients: _Gradients = [parameter.grad for parameter in parameters]
+    for parameter in parameters:
+        parameter.grad = None
+    return gradients
+
+
+def _as_row(gradients: _Gradients, parameters: Sequence[nn.Parameter]) -> torch.Tensor:
+    """All gradients as one vector (P,) in float32, zero for a parameter that the loss does not depend on."""
+    return torch.cat(
+        [
+            (torch.zeros_like(parameter) if gradient is None else gradient).detach().flatten().float()
+            for gradient, parameter in zip(gradients, parameters, strict=True)
+        ]
+    )

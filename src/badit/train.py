@@ -1,0 +1,405 @@
+"""One run from recipe to adapter: read the tasks, load the base model, apply the method, encode, train, save.
+
+A recipe with ``data.order`` is a sequence: its tasks are trained one after another, each with a folder of its own. An
+interrupted run goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+import transformers
+from tqdm import tqdm
+from transformers import TrainingArguments
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+from transformers.integrations.integration_utils import TensorBoardCallback, get_available_reporting_integrations
+
+from badit.attention import fast_on_short_sequences
+from badit.checkpoint import SealCheckpoints, last_checkpoint, refuse_other_engine, staging_folder, step_of
+from badit.data import (
+    AnswerCollator,
+    Instance,
+    Task,
+    batches_by_task,
+    encode_example,
+    hold_out,
+    limit,
+    load_tasks,
+    mixture,
+    ordered,
+)
+from badit.environment import environment, is_main_process, peak_memory
+from badit.errors import BaditError, first_line
+from badit.files import copy_folder, read_json, replace_folder, write_json
+from badit.gradients import parameter_count, whole_weights
+from badit.methods import Method, build_method
+from badit.models import load_base_model
+from badit.recipe import Recipe, expand_source
+from badit.run import Run
+from badit.trainer import MetricsLog, ProgressBar, StopOnSignal
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Split = Literal["test", "validation"]
+SettledDtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+# Keeps the random numbers of a sequence's tasks apart, and those of runs whose seeds are close.
+_SEEDS_PER_STAGE = 1_000
+# Of trackers that write files, the variable that says where.
+_TRACKER_FOLDERS = {"wandb": "WANDB_DIR", "swanlab": "SWANLAB_LOG_DIR"}
+# A 16-bit type takes from half of float32's time, on processors with instructions for it, to forty times, without.
+_SLOW = 3.0
+
+
+@dataclasses.dataclass
+class Stage:
+    """A stretch of training with a result of its own: the whole of a mixed run, one task of a sequential one."""
+
+    folder: Run
+    tasks: list[Task]
+
+
+@dataclasses.dataclass
+class Plan:
+    """What a recipe comes to before any model is loaded. A sequential recipe has its tasks in their order."""
+
+    recipe: Recipe
+    tasks: list[Task]
+    method: Method
+
+    @property
+    def sequential(self) -> bool:
+        return self.recipe.data.order is not None
+
+    @property
+    def stages(self) -> list[Stage]:
+        run = Run(self.recipe.output)
+        if not self.sequential:
+            return [Stage(run, self.tasks)]
+        return [Stage(run.stage(i, task.name), [task]) for i, task in enumerate(self.tasks, start=1)]
+
+    @property
+    def training_instances(self) -> int:
+        return len(mixture(self.tasks, self.recipe.data.sampling, self.recipe.data.seed))
+
+    @property
+    def test_instances(self) -> int:
+        return sum(len(getattr(task, self.recipe.evaluation.split)) for task in self.tasks)
+
+
+def make_plan(recipe: Recipe, *, split: Split | None = None) -> Plan:
+    """Validates the method and reads the tasks, which must have instances in ``split`` (default: the recipe's own).
+
+    Raises:
+        BaditError: a bad option, or bad data.
+    """
+    data = recipe.data
+    method = build_method(recipe.method)
+    method.refuse_recipe(recipe)
+    tasks = load_tasks(expand_source(data.source), tasks=data.tasks, format=data.format)
+    tasks = hold_out(tasks, data.validation_per_task, data.seed)
+    tasks = limit(tasks, data.train_per_task, data.test_per_task, data.seed)
+    split = split or recipe.evaluation.split
+    for task in tasks:
+        if not getattr(task, split):
+            fix = {
+                "test": "evaluation.split=validation data.validation_per_task=10 scores held-out training instances",
+                "validation": "set data.validation_per_task to hold some out of its training instances",
+            }
+            raise BaditError(f"data: task {task.name} has no {split} instances; {fix[split]}")
+    if data.order is not None:
+        tasks = ordered(tasks, data.order)
+    untrained = [task.name for task in tasks if not task.train]
+    if len(untrained) == len(tasks):
+        raise BaditError("data: no task has training instances")
+    if data.order is not None and untrained:
+        raise BaditError(f"data: task {untrained[0]} has no training instances and so no place in a sequence")
+    return Plan(recipe, tasks, method)
+
+
+def fit(recipe: Recipe, *, progress: bool = True) -> Run:
+    """Trains a recipe without scoring it. A sequence of tasks is trained one after another, each with its own result.
+
+    Under accelerate or torchrun all processes train, and the first alone writes the run's folder.
+
+    Raises:
+        BaditError: bad input, or an output folder that holds another recipe's run.
+    """
+    plan = make_plan(recipe)
+    _refuse_missing_trackers(recipe.training.report_to)
+    # Of several processes the first alone writes; the others meet it in the first step of training.
+    run = Run.prepare(recipe) if is_main_process() else Run(recipe.output)
+    if run.adapter_path.is_dir() or run.scores_path.is_file():
+        _remove_checkpoints(run)
+        return run
+    if is_main_process() and not run.environment_path.is_file():
+        write_json(run.environment_path, {**environment(), "dtype": model_dtype(recipe)})
+    plan = _in_its_first_dtype(plan, run)
+    if not plan.method.trains:
+        return run
+    learnt: Path | None = None
+    for number, stage in enumerate(plan.stages):
+        if not stage.folder.adapter_path.is_dir():
+            if is_main_process():
+                stage.folder.path.mkdir(parents=True, exist_ok=True)
+            _train_stage(plan, stage, number, learnt, progress)
+        _remove_checkpoints(stage.folder)
+        learnt = stage.folder.adapter_path
+    if plan.sequential and is_main_process():
+        summaries = [read_json(stage.folder.environment_path)["training"] for stage in plan.stages]
+        write_json(run.environment_path, {**read_json(run.environment_path), "training": _total(summaries)})
+        copy_folder(plan.stages[-1].folder.adapter_path, run.adapter_path)
+    return run
+
+
+def _train_stage(plan: Plan, stage: Stage, number: int, learnt: Path | None, progress: bool) -> None:
+    """Trains on the stage's tasks, from the base model or from what the stage before left in ``learnt``."""
+    recipe, method, folder = plan.recipe, plan.method, stage.folder
+    seed = recipe.training.seed + _SEEDS_PER_STAGE * number
+
+    transformers.set_seed(seed)
+    base, tokenizer = base_model(recipe, dtype="float32" if method.trains_base_weights else None)
+    model = method.apply(base, [task.name for task in plan.tasks]) if learnt is None else method.proceed(base, learnt)
+    if recipe.training.gradient_checkpointing:
+        model.enable_input_require_grads()
+
+    tasks = {task.name: task for task in stage.tasks}
+    pairs = mixture(stage.tasks, recipe.data.sampling, recipe.data.seed)
+    bar = tqdm(pairs, desc="Encoding", unit="example", disable=not progress, leave=False)
+    examples = [encoded(tokenizer, recipe, tasks[name], instance) for name, instance in bar]
+    collate = AnswerCollator(pad_id(tokenizer), with_tasks=True)
+    batches = batches_by_task(examples, collate, recipe.training.per_device_train_batch_size)
+    method.before_training(model, batches)
+
+    checkpoint = last_checkpoint(folder.checkpoints_path)
+    bar = ProgressBar()
+    trainer = method.trainer(
+        model=model,
+        args=_arguments(plan, folder, seed, checkpoint),
+        train_dataset=examples,
+        data_collator=collate,
+        callbacks=[
+            MetricsLog(folder.metrics_path),
+            *([bar] if progress else []),
+            *method.callbacks(folder),
+            *_tensorboard(recipe.training.report_to, folder.path, checkpoint),
+        ],
+        group_by_length=recipe.training.group_by_length,
+        max_skipped_steps=recipe.training.max_skipped_steps,
+    )
+    trainer.remove_callback(transformers.PrinterCallback)  # prints the log lines, which metrics.jsonl has
+    engine = "DeepSpeed" if trainer.is_deepspeed_enabled else "FSDP" if trainer.is_fsdp_enabled else "neither"
+    if engine != "neither":
+        method.refuse_shards(model)
+    if checkpoint is not None:
+        refuse_other_engine(checkpoint, engine, trainer.accelerator.num_processes)
+
+    started = time.monotonic()
+    stop = StopOnSignal()
+    trainer.add_callback(SealCheckpoints(trainer, folder.checkpoints_path))
+    trainer.add_callback(stop)
+    with stop, fast_on_short_sequences(base), _tracker_folders(recipe.training.report_to, folder.path):
+        try:
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        except UnpicklingError:  # torch's loader has met something else than tensors and plain values
+            raise BaditError(
+                f"{checkpoint}: holds what no training has written there, and nothing of it has been run; "
+                "remove the folder to go on from the checkpoint before it"
+            ) from None
+        finally:
+            bar.close()
+            torch.use_deterministic_algorithms(False)  # which full_determinism has switched on for the whole process
+            staging_folder(folder.checkpoints_path)  # a checkpoint that has not come to its end takes no room
+    seconds = time.monotonic() - started
+    method.after_training(model, batches)
+
+    weights = whole_weights(model)
+    if trainer.is_world_process_zero():
+        known = read_json(folder.environment_path) if folder.environment_path.is_file() else {}
+        # Of a resumed training, the seconds are those since it was taken up.
+        summary = {
+            "trainable_parameters": method.trained_parameters(model),
+            "parameters": sum(parameter_count(parameter) for parameter in model.parameters()),
+            "steps": trainer.state.global_step,
+            "tokens": int(trainer.state.num_input_tokens_seen),
+            "seconds": round(seconds, 1),
+            "peak_memory_gib": round(peak_memory() / 2**30, 2),
+        }
+        write_json(folder.environment_path, {**known, "training": summary})
+        partial = folder.adapter_path.with_name("adapter.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        method.save(model, partial, recipe.model.name, weights)
+        replace_folder(partial, folder.adapter_path)
+    trainer.accelerator.wait_for_everyone()
+    unset_hf_deepspeed_config()  # else the next model to be loaded, for scoring or a stage, would be divided as well
+
+
+def _arguments(plan: Plan, folder: Run, seed: int, checkpoint: Path | None) -> TrainingArguments:
+    """The recipe's arguments for HF's Trainer, and those that a run settles itself."""
+    given = plan.recipe.training.arguments()
+    # Base weights that are trained are kept in float32 and used in the recipe's dtype.
+    bf16 = plan.method.trains_base_weights and model_dtype(plan.recipe) == "bfloat16"
+    defaults = {
+        "bf16": bf16,
+        "use_cpu": (bf16 or given.get("bf16", False)) and not torch.accelerator.is_available(),  # HF insists on it
+        "dataloader_pin_memory": False,
+        "project": "badit",
+        "run_name": folder.path.resolve().name,
+    }
+    if given.pop("gradient_checkpointing"):
+        known = {field.name for field in dataclasses.fields(TrainingArguments)}
+        # transformers renamed it within version 5
+        name = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
+        given |= {name: True, f"{name}_kwargs": {"use_reentrant": False}}
+    settled = {
+        "output_dir": str(staging_folder(folder.checkpoints_path)),
+        "resume_from_checkpoint": None if checkpoint is None else str(checkpoint),  # read by the callbacks
+        "seed": seed,
+        "report_to": [name for name in given["report_to"] if name != "tensorboard"],  # see _tensorboard
+        "include_num_input_tokens_seen": "non_padding",
+        "remove_unused_columns": False,
+        "disable_tqdm": True,
+    }
+    try:
+        return TrainingArguments(**{**defaults, **given, **settled})
+    except (ValueError, TypeError) as error:  # values that do not go together
+        raise BaditError(f"training: {first_line(error)}") from None
+
+
+def _in_its_first_dtype(plan: Plan, run: Run) -> Plan:
+    """The plan with the dtype that the run began in, which "fast" could settle otherwise where it is resumed."""
+    began = read_json(run.environment_path).get("dtype") if run.environment_path.is_file() else None
+    if plan.recipe.model.dtype != "fast" or began not in ("bfloat16", "float32"):
+        return plan
+    model = plan.recipe.model.model_copy(update={"dtype": began})
+    return dataclasses.replace(plan, recipe=plan.recipe.model_copy(update={"model": model}))
+
+
+def _remove_checkpoints(folder: Run) -> None:
+    """Called once the adapter is there, after which nothing resumes from them."""
+    if is_main_process():
+        shutil.rmtree(folder.checkpoints_path, ignore_errors=True)
+
+
+def _total(stages: list[dict[str, Any]]) -> dict[str, Any]:
+    """Sums over a sequence's stages; of parameters and memory, the most that there were at a time."""
+    most = ("trainable_parameters", "parameters", "peak_memory_gib")
+    total = {key: (max if key in most else sum)(stage[key] for stage in stages) for key in stages[0]}
+    return {**total, "seconds": round(total["seconds"], 1)}
+
+
+def _refuse_missing_trackers(names: list[str]) -> None:
+    """Raises for a tracker that is not installed, before a model is loaded."""
+    for name in names:
+        if name != "all" and name not in get_available_reporting_integrations():
+            raise BaditError(f"training.report_to: {name} is not installed; install it, or leave it out")
+
+
+def _tensorboard(names: list[str], folder: Path, checkpoint: Path | None) -> list[TensorBoardCallback]:
+    """HF's callback, which by itself could neither write into the run's folder nor hide steps that are logged again."""
+    if "tensorboard" not in names or not is_main_process():
+        return []
+    from torch.utils.tensorboard import SummaryWriter
+
+    purge_step = None if checkpoint is None else step_of(checkpoint) + 1
+    return [TensorBoardCallback(SummaryWriter(str(folder / "tensorboard"), purge_step=purge_step))]
+
+
+@contextmanager
+def _tracker_folders(names: list[str], folder: Path) -> Iterator[None]:
+    """Within, trackers write their files into the run's folder, unless the user's environment names another one."""
+    added = [_TRACKER_FOLDERS[name] for name in names if name in _TRACKER_FOLDERS]
+    added = [variable for variable in added if variable not in os.environ]
+    os.environ.update(dict.fromkeys(added, str(folder)))
+    try:
+        yield
+    finally:
+        for variable in added:
+            del os.environ[variable]
+
+
+def encoded(
+    tokenizer: PreTrainedTokenizerBase, recipe: Recipe, task: Task, instance: Instance, *, answer: bool = True
+) -> dict[str, Any]:
+    """One instance in the recipe's prompt format, as token ids and labels."""
+    return encode_example(tokenizer, task, instance, with_answer=answer, **recipe.prompt.model_dump())
+
+
+def base_model(recipe: Recipe, *, dtype: SettledDtype | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A recipe's base model, in its own dtype or another one and on this process's device, and its tokenizer."""
+    section = recipe.model
+    dtype = dtype or model_dtype(recipe)
+    model, tokenizer = load_base_model(
+        section.name,
+        dtype=dtype,
+        revision=section.revision,
+        trust_remote_code=section.trust_remote_code,
+        quantisation=section.quantisation,
+        device=device(),
+    )
+    warn_of_slow_dtype(dtype, device())
+    return model, tokenizer
+
+
+def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Padding is masked everywhere, so a tokenizer without a padding token gets any id, and is left as it is."""
+    return tokenizer.pad_token_id if isinstance(tokenizer.pad_token_id, int) else 0
+
+
+def device() -> torch.device:
+    """The accelerator of this process, by its local rank where several share a machine; else the processor."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is None or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1"):
+        return torch.device("cpu")
+    return torch.device(accelerator.type, int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def model_dtype(recipe: Recipe) -> SettledDtype:
+    """The dtype of a recipe's base model on this process's device."""
+    return fast_dtype(device()) if recipe.model.dtype == "fast" else recipe.model.dtype
+
+
+def fast_dtype(device: torch.device) -> Literal["bfloat16", "float32"]:
+    """bfloat16, unless this is a processor that computes in it slowly: then float32."""
+    return "float32" if device.type == "cpu" and slowdown("bfloat16") > _SLOW else "bfloat16"
+
+
+@cache
+def slowdown(dtype: str) -> float:
+    """The time of this processor's matrix product in a dtype ("bfloat16", "float16"), over that in float32.
+
+    The best of three rounds of a few milliseconds each, measured once per process.
+    """
+    seconds = {}
+    for name in (dtype, "float32"):
+        x, weight = (torch.ones(size, 512, dtype=getattr(torch, name)) for size in (64, 512))
+        rounds = []
+        for _ in range(3):
+            started = time.perf_counter()
+            torch.nn.functional.linear(x, weight)
+            rounds.append(time.perf_counter() - started)
+        seconds[name] = min(rounds)
+    return seconds[dtype] / seconds["float32"]
+
+
+@cache
+def warn_of_slow_dtype(dtype: str, device: torch.device) -> None:
+    """Says on stderr, once per process, that this processor computes in a model's dtype slowly, and what to set."""
+    if device.type == "cpu" and dtype in ("bfloat16", "float16") and (ratio := slowdown(dtype)) > _SLOW:
+        print(
+            f"badit: this processor has no instructions for {dtype} and takes {ratio:.0f} times as long as in float32; "
+            "model.dtype=float32 is faster here",
+            file=sys.stderr,
+        )

@@ -1,0 +1,407 @@
+"""HF's Trainer with a loss on answers only, batches of similar length, and steps that are not finite left out.
+
+Its callbacks write the metrics file, show one progress bar, and stop on a signal without losing a step.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import Dataset, Sampler
+from tqdm import tqdm
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from badit.errors import BaditError
+from badit.files import StepLog
+from badit.gradients import any_of_all, local_gradient, steps_in_backward
+from badit.regroup import RegroupCallback
+from badit.tuner.model import hooks_of
+from badit.tuner.prompt import before_first_label
+
+# Batches are cut from shuffled runs of this many batches sorted by length: long enough to save padding, short enough to
+# keep the order random.
+_BATCHES_PER_RUN = 16
+# Of a batch that is not finite, an error names so many instances.
+_NAMED = 8
+
+
+class AnswerTrainer(Trainer):
+    """Trains on batches of ``input_ids``, ``attention_mask`` and ``labels`` (−100 on all but the answers), and perhaps
+    ``tasks``, the rows' task names, for methods that tell tasks apart.
+
+    The loss is the cross-entropy averaged over the answer tokens of the whole accumulated batch. A method with a loss
+    of its own (``Hooks.extra_loss``) adds the mean of that over the micro-batches. The output layer runs only on
+    positions that predict a label: with a vocabulary of 49 thousand that is the largest single saving.
+
+    Args:
+        group_by_length: make batches of similar length.
+        max_skipped_steps: steps with a loss or gradient that is not finite to skip before giving up.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: TrainingArguments,
+        *,
+        group_by_length: bool = True,
+        max_skipped_steps: int = 10,
+        **kwargs: Any,
+    ) -> None:
+        use_one_gpu(args)
+        # These come first: the other callbacks read gradients.
+        callbacks = [SkipNonFinite(self, max_skipped_steps), _MethodUpdates(), *(kwargs.pop("callbacks", None) or [])]
+        super().__init__(model, args, callbacks=callbacks, **kwargs)
+        self.skipped_steps = 0
+        self._micro_batches: list[tuple[torch.Tensor, Mapping[str, Any]]] = []
+        self._group_by_length = group_by_length
+        # The loss below is divided by the number of labels in the accumulated batch, so the Trainer must count them.
+        self.model_accepts_loss_kwargs = True
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler[int] | None:
+        dataset: Any = self.train_dataset if train_dataset is None else train_dataset
+        lengths = [len(example["input_ids"]) for example in dataset]
+        # Of several processes each takes its part of a common batch, which is the one that a single process would have.
+        batch_size = self._train_batch_size * self.args.world_size if self._group_by_length else None
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        sampler = EpochSampler(lengths, batch_size=batch_size, seed=seed)
+        self.add_callback(_SetEpoch(sampler))
+        return sampler
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
+        """HF's, whose losses are kept until the step's end."""
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self._micro_batches.append((loss, inputs))
+        return loss
+
+    def take_micro_batches(self) -> list[tuple[torch.Tensor, Mapping[str, Any]]]:
+        """The losses and inputs since the last call."""
+        taken, self._micro_batches = self._micro_batches, []
+        return taken
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """HF's, with a new regrouping's metrics, and the number of skipped steps once there are any."""
+        logs = dict(logs)
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, RegroupCallback):
+                logs |= callback.take_metrics()
+        if self.skipped_steps:
+            logs["skipped_steps"] = self.skipped_steps
+        super().log(logs, *args, **kwargs)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """Cross-entropy (a scalar) at the labelled positions; logits in the outputs are (1, labels, vocabulary)."""
+        unwrapped = self.accelerator.unwrap_model(model)
+        losses_L, _, outputs = answer_losses(model, inputs, unwrapped, self.args.label_smoothing_factor)
+        count = len(losses_L) if num_items_in_batch is None else num_items_in_batch
+        # A batch may hold no label at all, and has a loss of 0 then.
+        loss = losses_L.sum() / (count.clamp_min(1) if isinstance(count, torch.Tensor) else max(count, 1))
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            loss = loss * self.accelerator.num_processes  # data-parallel wrappers take the mean over the ranks
+        if model.training:
+            extra = hooks_of(unwrapped).extra_loss(inputs["attention_mask"])
+            if extra is not None:
+                # Given the number of items, the Trainer leaves it to us to average over the micro-batches.
+                parts = 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps
+                loss = loss + extra / parts
+        return (loss, outputs) if return_outputs else loss
+
+
+def use_one_gpu(args: TrainingArguments) -> None:
+    """Keeps the Trainer from splitting batches over all visible GPUs in threads, which the routing state cannot follow.
+
+    Several GPUs are for several processes, which a launcher starts.
+    """
+    if args.n_gpu > 1:
+        _say_how_to_use_all(args.n_gpu)
+        args._n_gpu = 1  # transformers has no public way
+
+
+@cache
+def _say_how_to_use_all(gpus: int) -> None:
+    command = f"accelerate launch --multi_gpu --num_processes {gpus} -m badit train RECIPE"
+    print(f"badit: training on one of {gpus} GPUs; to use all of them: {command}", file=sys.stderr)
+
+
+def answer_losses(
+    model: nn.Module, inputs: Mapping[str, Any], unwrapped: nn.Module, label_smoothing: float = 0.0
+) -> tuple[torch.Tensor, torch.Tensor, Any]:
+    """The cross-entropy of every answer token of a batch.
+
+    Args:
+        model: what is called, perhaps wrapped for data parallelism; ``unwrapped`` is the model within.
+        inputs: input_ids, attention_mask and labels, (B, T); and, for methods that tell tasks apart, ``tasks``, the
+            task's name of each row.
+
+    Returns:
+        The losses (L,) in float32, the row in the batch of each (L,), and the model's outputs, whose logits are
+        (1, L, vocabulary).
+    """
+    labels_BT = inputs["labels"]
+    targets_BT = F.pad(labels_BT[:, 1:], (0, 1), value=-100)
+    # How many there are decides shapes, so a GPU is waited for here, once: the indices serve for all that follows.
+    row_L, position_L = (targets_BT != -100).nonzero(as_tuple=True)
+    # The Trainer switches the cache off in training; elsewhere keys and values would be copied for nobody to read.
+    batch = {key: value for key, value in inputs.items() if key not in ("labels", "tasks")} | {"use_cache": False}
+    batch |= prompt_argument(unwrapped, inputs["attention_mask"].bool() & before_first_label(labels_BT))
+    with hooks_of(unwrapped).rows_of(inputs.get("tasks")), logits_only_at(unwrapped, row_L, position_L):
+        outputs = model(**batch)
+    losses_L = F.cross_entropy(
+        outputs.logits[0].float(), targets_BT[row_L, position_L], reduction="none", label_smoothing=label_smoothing
+    )
+    return losses_L, row_L, outputs
+
+
+def prompt_argument(model: nn.Module, prompt_mask_BT: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The argument that tells a model which routes by prompt where that is, and nothing for a model that does not."""
+    return {"prompt_mask": prompt_mask_BT} if hooks_of(model).routes_prompts else {}
+
+
+@contextmanager
+def logits_only_at(model: nn.Module, row_L: torch.Tensor, position_L: torch.Tensor) -> Iterator[None]:
+    """Within, the output layer sees only these positions of these rows of the batch, as one row (1, L, hidden).
+
+    A hook on the output layer works for every architecture and padding side, and what a model does to its logits
+    afterwards (soft-capping, scaling) applies to each position alone.
+    """
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # pyright: ignore
+    if not isinstance(head, nn.Module):
+        raise BaditError(f"{type(model).__name__} has no output embeddings; only causal language models can be trained")
+
+    def select(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        return (args[0][row_L, position_L][None], *args[1:])
+
+    handle = head.register_forward_pre_hook(select)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+class EpochSampler(Sampler[int]):
+    """A shuffle that depends on seed and epoch alone, so that a resumed run sees the same batches.
+
+    With ``batch_size`` the order is one of batches of similar length: the shuffled indices are cut into runs, each
+    sorted by length and cut into batches, and the batches are shuffled. The longest batch comes first, since that is
+    where memory runs out.
+    """
+
+    def __init__(self, lengths: Sequence[int], *, batch_size: int | None, seed: int) -> None:
+        self._lengths = lengths
+        self._batch_size = batch_size
+        self._seed = seed
+        self._epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self._epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self._lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self._seed * 1_000_003 + self._epoch)
+        order: list[int] = torch.randperm(len(self._lengths), generator=generator).tolist()
+        if self._batch_size is None:
+            return iter(order)
+        run = self._batch_size * _BATCHES_PER_RUN
+        batches = []
+        for start in range(0, len(order), run):
+            by_length = sorted(order[start : start + run], key=self._lengths.__getitem__, reverse=True)
+            batches += [by_length[i : i + self._batch_size] for i in range(0, len(by_length), self._batch_size)]
+        # Only the very last batch may be short, or the loader's own cut would fall out of step with ours.
+        last = batches.pop() if batches and len(batches[-1]) < self._batch_size else []
+        shuffled = [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
+        longest = max(range(len(shuffled)), key=lambda i: self._lengths[shuffled[i][0]], default=0)
+        if shuffled:
+            shuffled[0], shuffled[longest] = shuffled[longest], shuffled[0]
+        return iter([index for batch in [*shuffled, last] for index in batch])
+
+
+class _SetEpoch(TrainerCallback):
+    """Tells the sampler which epoch begins; ``state.epoch`` is whole at an epoch's start and keeps that part within."""
+
+    def __init__(self, sampler: EpochSampler) -> None:
+        self._sampler = sampler
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._sampler.set_epoch(int(state.epoch or 0))
+
+
+class _MethodUpdates(TrainerCallback):
+    """Tells the method's model about every step of the optimizer."""
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        hooks_of(kwargs["model"]).before_update()
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        hooks_of(kwargs["model"]).after_update()
+
+
+class SkipNonFinite(TrainerCallback):
+    """Drops the gradients of such a step, so that neither weights nor moments nor Gram matrices ever see them.
+
+    It must come before the callbacks that read gradients. A single infinity may be an instance's or the precision's; a
+    run that keeps meeting them is broken, and going on would only hide it.
+
+    Args:
+        trainer: keeps the step's micro-batches and their losses, and the number of skipped steps.
+        limit: steps that may be skipped in a run.
+    """
+
+    def __init__(self, trainer: Any, limit: int) -> None:
+        self._trainer = trainer
+        self._limit = limit
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        micro_batches = self._trainer.take_micro_batches()
+        parameters = [p for p in kwargs["model"].parameters() if p.grad is not None]
+        gradients = [local_gradient(parameter) for parameter in parameters]
+        tensors = [loss for loss, _ in micro_batches] + [gradient for gradient in gradients if gradient is not None]
+        # One synchronisation for all tensors.
+        finite = torch.stack([tensor.isfinite().all() for tensor in tensors]).all()
+        if not any_of_all(not bool(finite)):
+            return
+        self._trainer.skipped_steps += 1
+        # DeepSpeed has taken the step by now, so that there is nothing left to skip.
+        limit = 0 if steps_in_backward(kwargs["optimizer"]) else self._limit
+        if self._trainer.skipped_steps > limit:
+            raise BaditError(
+                f"training: the loss or its gradient is not finite in step {state.global_step + 1}, after "
+                f"{limit} skipped steps; the batch has {_instances(micro_batches, self._trainer.train_dataset)}; "
+                "look at these, or lower training.learning_rate"
+            )
+        for parameter in parameters:
+            parameter.grad = None  # optimizers pass over parameters without a gradient
+
+
+def _instances(
+    micro_batches: Sequence[tuple[torch.Tensor, Mapping[str, Any]]], examples: Sequence[Mapping[str, Any]]
+) -> str:
+    """The instances of the micro-batches with a loss that is not finite (of all, where only gradients are not)."""
+    bad = [inputs for loss, inputs in micro_batches if not bool(loss.isfinite())]
+    rows = {
+        (task, tuple(ids[mask.bool()].tolist()))
+        for inputs in bad or [inputs for _, inputs in micro_batches]
+        for task, ids, mask in zip(inputs["tasks"], inputs["input_ids"], inputs["attention_mask"], strict=True)
+    }
+    names = [
+        f"{example['task']}/{example['id']}"
+        for example in examples
+        if (example["task"], tuple(example["input_ids"])) in rows
+    ]
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return f"instance{'s' if len(names) > 1 else ''} {', '.join(names[:_NAMED])}{more}"
+
+
+class MetricsLog(TrainerCallback):
+    """Appends the trainer's log lines to a file, less those that a resumed run is about to log again.
+
+    Times and rates are left out, and so is the closing line: they tell of this process, and a resumed run has had
+    several. environment.json has the training's. So are a regrouping's, of which regroupings.jsonl has more.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._log = StepLog(path)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            self._log.rewind(state.global_step)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
+        if state.is_world_process_zero and logs and "loss" in logs:
+            # The gradient's norm is infinite in a step that is skipped, which JSON has no number for.
+            kept = {
+                key: value
+                for key, value in logs.items()
+                if math.isfinite(value)
+                and not key.endswith(("_runtime", "_per_second"))
+                and not key.startswith("regroup/")
+            }
+            self._log.append({"step": state.global_step, **kept})
+
+
+class ProgressBar(TrainerCallback):
+    """One bar with the time left and the latest loss."""
+
+    def __init__(self) -> None:
+        self._bar: tqdm | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            total = state.max_steps
+            self._bar = tqdm(total=total, initial=state.global_step, desc="Training", unit="step", dynamic_ncols=True)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._bar is not None:
+            self._bar.update()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
+        if self._bar is not None and logs and "loss" in logs:
+            self._bar.set_postfix(loss=f"{logs['loss']:.3f}", refresh=False)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the bar's line, for what is written after it."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+class StopOnSignal(TrainerCallback):
+    """On Ctrl-C or SIGTERM: finishes the step, saves a checkpoint, then stops. A second signal stops at once.
+
+    It must be the last callback, so that the others' state is in the checkpoint by the time it stops. Of several
+    processes all stop at the same step, whichever was told to.
+    """
+
+    _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+    def __init__(self) -> None:
+        self._asked = self._stopping = False
+        self._former: dict[int, Any] = {}
+
+    def __enter__(self) -> StopOnSignal:
+        try:
+            self._former = {number: signal.signal(number, self._handle) for number in self._SIGNALS}
+        except ValueError:  # only the main thread may set handlers; elsewhere a caller has its own way to stop
+            self._former = {}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._former.items():
+            signal.signal(number, handler)
+        if self._asked and error[0] is None:  # too late for a checkpoint of its own: the last step's is there
+            raise KeyboardInterrupt
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self._asked:
+            raise KeyboardInterrupt
+        self._asked = True
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._stopping = any_of_all(self._asked)
+        if self._stopping:
+            control.should_save = True
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._stopping:
+            raise KeyboardInterrupt

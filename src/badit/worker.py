@@ -1,0 +1,131 @@
+"""One cell in a process of its own: its memory is its own, and whatever ends it ends nothing else."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import traceback
+from pathlib import Path
+
+from badit.errors import BaditError, explained
+from badit.files import write_json, write_text
+from badit.run import Run
+
+ERROR, LOG = "error.txt", "log.txt"
+
+
+class CellProcess:
+    """A running cell in a run's folder; ``wait`` says what became of it."""
+
+    def __init__(self, config: str, folder: Path, *, score: bool, threads: int | None, device: int | None) -> None:
+        (folder / ERROR).unlink(missing_ok=True)
+        environment = {"TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false", **os.environ}
+        if threads is not None:
+            environment["OMP_NUM_THREADS"] = str(threads)
+        if device is not None:
+            visible = environment.get("CUDA_VISIBLE_DEVICES")
+            environment["CUDA_VISIBLE_DEVICES"] = visible.split(",")[device] if visible else str(device)
+        command = [sys.executable, "-m", "badit.worker", str(folder), "score" if score else "search"]
+        self._folder = folder
+        self._asked_to_stop = False
+        with (folder / LOG).open("a", encoding="utf-8") as log:
+            # A session of its own: a Ctrl-C reaches this process alone, which then asks the cell to stop, once.
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=log,
+                env=environment,
+                start_new_session=True,
+                text=True,
+            )
+        self._lifeline = self._process.stdin
+        assert self._lifeline is not None
+        self._lifeline.write(config + "\n")
+        self._lifeline.flush()
+
+    def stop(self) -> None:
+        """Asks the cell to save its state and end."""
+        self._asked_to_stop = True
+        self._process.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """Ends the cell at once; it will go on from its last checkpoint."""
+        self._asked_to_stop = True
+        self._process.kill()
+
+    def wait(self) -> str | None:
+        """None when the cell has done its work, else what went wrong, in a line."""
+        code = self._process.wait()
+        assert self._lifeline is not None
+        self._lifeline.close()
+        if code == 0:
+            return None
+        if self._asked_to_stop:
+            return "interrupted"
+        error = self._folder / ERROR
+        if error.is_file():
+            return error.read_text(encoding="utf-8").strip()
+        if code < 0:
+            message = f"killed by {signal.Signals(-code).name}" + (
+                " (out of memory?)" if code == -signal.SIGKILL else ""
+            )
+        else:
+            message = f"ended with exit code {code}; see {self._folder / LOG}"
+        write_text(error, message + "\n")
+        return message
+
+
+def main() -> int:
+    """``python -m badit.worker FOLDER score|search``; a line of standard input is the cell's recipe, and
+    the end of standard input is that of the comparison.
+    """
+    config = sys.stdin.readline()
+    threading.Thread(target=_stop_at_end_of, args=(sys.stdin.fileno(),), daemon=True).start()
+    return run_cell(Path(sys.argv[1]), config, score=sys.argv[2] == "score")
+
+
+def _stop_at_end_of(lifeline: int) -> None:
+    """A comparison that is killed, or loses its terminal, cannot ask its cells to stop: so they notice by a pipe."""
+    os.read(lifeline, 1)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def run_cell(folder: Path, config: str, *, score: bool) -> int:
+    """Does a cell's work and returns the process's exit code; what went wrong is in the folder's ``error.txt``."""
+    try:
+        with explained(folder):
+            _run(folder, config, score=score)
+    except KeyboardInterrupt:
+        return 130
+    except BaditError as error:
+        write_text(folder / ERROR, f"{error}\n")
+        return 2
+    except Exception as error:
+        traceback.print_exc()
+        write_text(folder / ERROR, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}\n")
+        return 1
+    return 0
+
+
+def _run(folder: Path, config: str, *, score: bool) -> None:
+    from badit.evaluate import read_predictions, train_and_score, validation_loss
+    from badit.metrics import group_by_task, instance_scores
+    from badit.recipe import build_recipe
+    from badit.train import fit
+
+    recipe = build_recipe(json.loads(config))
+    if not score:
+        validation_loss(fit(recipe, progress=False).path, trust_remote_code=recipe.model.trust_remote_code)
+        return
+    train_and_score(recipe, progress=False)
+    run = Run(folder)
+    write_json(run.instances_path, instance_scores(group_by_task(read_predictions(run.predictions_path))))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

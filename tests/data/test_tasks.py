@@ -1,0 +1,190 @@
+"""Tasks' names, splits, mixtures and orders."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from badit.data import Task, hold_out, limit, mixture, ordered
+from badit.errors import BaditError
+from data.examples import make_task
+
+SIZES = st.lists(st.integers(0, 30), min_size=1, max_size=5)
+# Literal, since results are published under these names: they must not move with Python or with the code.
+PUBLISHED = {
+    "sapt-1": [1572, 363, 1290, 181, 2, 1510, 639, 1729, 73, 1590, 748, 511, 591, 1687, 875],
+    "sapt-2": [748, 73, 1590, 639, 1572, 1687, 591, 363, 1510, 1729, 181, 511, 2, 1290, 875],
+    "seeded-0": [1590, 748, 363, 1729, 511, 1572, 73, 2, 181, 1290, 1687, 639, 1510, 591, 875],
+    "seeded-1": [511, 363, 639, 2, 1687, 1729, 1290, 1510, 181, 1572, 591, 748, 1590, 73, 875],
+    "seeded-2": [748, 1729, 1290, 73, 1510, 1572, 2, 363, 591, 875, 639, 511, 181, 1687, 1590],
+    "seeded-3": [1572, 591, 511, 1729, 2, 1290, 73, 748, 363, 1687, 875, 181, 1510, 1590, 639],
+    "seeded-4": [748, 181, 363, 1729, 1687, 2, 1290, 591, 1510, 1590, 73, 639, 511, 875, 1572],
+}
+SUPERNI = [f"task{number:03}_of_superni" for number in PUBLISHED["sapt-1"]]
+
+
+def make_tasks(sizes: Sequence[int]) -> list[Task]:
+    return [make_task(f"task-{i}", train=size) for i, size in enumerate(sizes)]
+
+
+def order_of(names: Sequence[str], order: str | Sequence[str]) -> list[str]:
+    return [task.name for task in ordered([Task(name=name, definition="Answer.") for name in names], order)]
+
+
+def numbers(names: Sequence[str]) -> list[int]:
+    return [int(name.split("_")[0].removeprefix("task")) for name in names]
+
+
+def test_tasks_are_frozen() -> None:
+    with pytest.raises(ValidationError):
+        make_task().name = "other"  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@pytest.mark.parametrize(
+    "name", ["", " ", ".hidden", "a/b", "a\\b", "a\nb", "a\x7fb", "a\u2028b", "x" * 121, "語" * 81]
+)
+def test_names_that_cannot_be_file_names_are_refused(name: str) -> None:
+    with pytest.raises(ValidationError, match="file name"):
+        Task(name=name, definition="d")
+
+
+@pytest.mark.parametrize("name", ["x" * 120, "語" * 80, "task 1 (new)", "a..b"])
+def test_other_names_are_fine(name: str) -> None:
+    assert Task(name=name, definition="d").name == name
+
+
+@given(SIZES, st.integers(0, 20), st.integers(0, 3))
+def test_holding_out_moves_at_most_a_quarter(sizes, per_task, seed):
+    for before, after in zip(tasks := make_tasks(sizes), hold_out(tasks, per_task, seed), strict=True):
+        assert len(after.validation) == min(per_task, len(before.train) // 4)
+        assert sorted(i.id for i in after.train + after.validation) == sorted(i.id for i in before.train)
+        assert after.test == before.test
+        order = list(before.train)
+        assert [order.index(i) for i in after.train] == sorted(order.index(i) for i in after.train)
+
+
+@given(SIZES, st.integers(0, 3), st.randoms())
+def test_a_tasks_draws_do_not_depend_on_the_others(sizes, seed, rng):
+    tasks = make_tasks(sizes)
+    shuffled = rng.sample(tasks, len(tasks))
+    for choose in (lambda some: hold_out(some, 3, seed), lambda some: limit(some, 4, 2, seed)):
+        together = {task.name: task for task in choose(shuffled)}
+        assert all(choose([task]) == [together[task.name]] for task in tasks)
+
+
+def test_the_draw_depends_on_seed_and_name_and_is_the_same_on_every_machine():
+    (task,) = hold_out([make_task(train=40)], 5, seed=0)
+    assert [i.id for i in task.validation] == ["a2", "a11", "a20", "a26", "a36"]
+    draws = [hold_out([make_task(name, train=100)], 10, seed)[0] for name in ("a", "b") for seed in (0, 1)]
+    assert len({tuple(i.id for i in draw.validation) for draw in draws}) == 4
+
+
+def test_a_validation_set_that_is_there_stays():
+    task = make_task(train=40)
+    task = task.model_copy(update={"validation": task.test})
+    assert hold_out([task], 5, seed=0) == [task]
+
+
+@given(st.integers(0, 12), st.integers(0, 6), st.integers(0, 3))
+def test_limits(train, test, seed):
+    task = make_task()
+    (limited,) = limit([task], train, test, seed)
+    (larger,) = limit([task], train + 1, None, seed)
+    assert len(limited.train) == min(train, 8)
+    assert set(limited.train) <= set(larger.train)
+    assert (limited.test, larger.test) == (task.test[:test], task.test)
+    assert limit([task], None, None, seed) == [task]
+
+
+@given(SIZES, st.integers(0, 3))
+def test_the_mixtures_give_every_task_its_share(sizes, seed):
+    tasks = make_tasks(sizes)
+    epoch = mixture(tasks, "proportional", seed)
+    assert Counter(epoch) == Counter((task.name, i) for task in tasks for i in task.train)
+    assert epoch == mixture(tasks, "proportional", seed)
+
+    trained = [task for task in tasks if task.train]
+    epoch = mixture(tasks, "balanced", seed)
+    per_task = Counter(name for name, _ in epoch)
+    assert len(set(per_task.values())) <= 1
+    assert len(per_task) == len(trained)
+    assert abs(len(epoch) - sum(sizes)) <= len(trained) / 2
+    for task in trained:
+        uses = Counter(i.id for name, i in epoch if name == task.name)
+        counts = [uses[i.id] for i in task.train]
+        assert max(counts) - min(counts) <= 1
+
+
+def test_the_mixture_is_shuffled_by_the_seed():
+    tasks = make_tasks([20, 20])
+    epochs = [mixture(tasks, "proportional", seed) for seed in (0, 1)]
+    assert epochs[0] != epochs[1]
+    assert [name for name, _ in epochs[0]] != ["task-0"] * 20 + ["task-1"] * 20
+
+
+@pytest.mark.parametrize(
+    ("use", "message"),
+    [
+        (lambda: hold_out([], -1, 0), "per_task: must be 0 or more"),
+        (lambda: limit([], -1, None, 0), "train: must be 0 or more"),
+        (lambda: limit([], None, -1, 0), "test: must be 0 or more"),
+        (lambda: mixture([], "balance", 0), "did you mean 'balanced'"),  # pyright: ignore[reportArgumentType]
+    ],
+)
+def test_wrong_counts_and_samplings_are_refused(use, message):
+    with pytest.raises(BaditError, match=message):
+        use()
+
+
+@given(names=st.permutations(SUPERNI), order=st.sampled_from(list(PUBLISHED)))
+def test_the_published_orders_whatever_the_order_of_loading(names: list[str], order: str) -> None:
+    assert numbers(order_of(names, order)) == PUBLISHED[order]
+
+
+@pytest.mark.parametrize("order", ["sapt-1", "sapt-2"])
+@given(kept=st.sets(st.sampled_from(SUPERNI), min_size=1))
+def test_a_subset_keeps_sapts_order(order: str, kept: set[str]) -> None:
+    expected = [number for number in PUBLISHED[order] if number in set(numbers(sorted(kept)))]
+    assert numbers(order_of(sorted(kept), order)) == expected
+
+
+@given(names=st.sets(st.text("abcdef_12", min_size=1), min_size=1, max_size=8), seed=st.integers(0, 10**6))
+def test_a_seeded_order_is_a_permutation_and_always_the_same(names: set[str], seed: int) -> None:
+    first = order_of(list(names), f"seeded-{seed}")
+    assert sorted(first) == sorted(names)
+    assert order_of(first, f"seeded-{seed}") == first
+
+
+def test_a_list_of_names_or_numbers_gives_the_order_itself() -> None:
+    assert order_of(["a", "b", "c"], ["c", "a", "b"]) == ["c", "a", "b"]
+    names = [name for name in SUPERNI if name.startswith(("task002", "task363", "task591"))]
+    assert numbers(order_of(names, ["591", "task002", "363"])) == [591, 2, 363]
+
+
+@pytest.mark.parametrize(
+    ("order", "message"),
+    [
+        ("sapt-3", r"data\.order: unknown order 'sapt-3' \(did you mean 'sapt-2'\?\); known: sapt-1, sapt-2, seeded-N"),
+        ("seeded-", r"unknown order 'seeded-' \(did you mean 'seeded-0'\?\)"),
+        ("seeded--1", "unknown order 'seeded--1'"),
+        ("", "unknown order ''"),
+        ("sapt-1", r"does not say where task cities comes; add it, or leave it out of data\.tasks"),
+        (["cities"], "does not say where task rivers comes"),
+        (["cities", "rivers", "cities"], r"data\.order: 'cities' is named twice; name it once"),
+        (["cities", "rivets"], r"data\.order: unknown task 'rivets' \(did you mean 'rivers'\?\)"),
+        ([], r"data\.order: the list is empty"),
+    ],
+)
+def test_what_says_not_where_each_task_comes_is_refused(order: str | list[str], message: str) -> None:
+    with pytest.raises(BaditError, match=message):
+        order_of(["cities", "rivers"], order)
+
+
+def test_two_tasks_of_one_number_have_no_place_in_sapts_orders() -> None:
+    with pytest.raises(BaditError, match="does not say where task task363_"):
+        order_of(["task363_one", "task363_other"], "sapt-1")

@@ -1,0 +1,53 @@
+"""What servers demand of an adapter's folder, written down as checks (vLLM 0.33, llama.cpp's convert_lora_to_gguf)."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+# Both cut these off a tensor's name to find the base model's weight; llama.cpp ends at any other name, vLLM too.
+NAME = re.compile(r"base_model\.model\.(.+)\.lora_(A|B)\.weight")
+FIELDS: dict[str, Any] = {
+    "peft_type": "LORA",
+    "task_type": "CAUSAL_LM",
+    # vLLM refuses what is more than a LoRA; llama.cpp leaves it out without a word.
+    "bias": "none",
+    "modules_to_save": None,
+    "use_dora": False,
+    "use_rslora": False,
+    "rank_pattern": {},
+    "alpha_pattern": {},
+    # A start that changes the base weight (pissa, olora, corda, loftq) would be repeated on loading.
+    "init_lora_weights": True,
+}
+
+
+def check_adapter(folder: Path, base: torch.nn.Module) -> dict[str, Any]:
+    """Asserts that servers take the folder for a base model, and returns its configuration."""
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert config.items() >= FIELDS.items()
+    # vLLM requires these three, and makes room for ranks of at most 512; llama.cpp reads the one global alpha.
+    assert isinstance(config["r"], int)
+    assert config["r"] <= 512
+    assert config["lora_alpha"] == config["r"]
+    assert isinstance(config["target_modules"], list)
+    found: dict[str, set[str]] = {}
+    for name, tensor in load_file(folder / "adapter_model.safetensors").items():
+        match = NAME.fullmatch(name)
+        assert match, name
+        module, part = match.groups()
+        found.setdefault(module, set()).add(part)
+        weight = base.get_submodule(module).weight
+        out_features, in_features = weight.T.shape if config["fan_in_fan_out"] else weight.shape
+        assert tensor.shape == ((config["r"], in_features) if part == "A" else (out_features, config["r"])), name
+        assert tensor.dtype == torch.float32
+        assert torch.isfinite(tensor).all()
+    assert all(parts == {"A", "B"} for parts in found.values())
+    for target in config["target_modules"]:
+        assert any(module == target or module.endswith(f".{target}") for module in found)
+    return config

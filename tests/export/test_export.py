@@ -1,0 +1,379 @@
+"""An export is the run's fixed mixture, loaded without badit; and the frozen factors layer by layer."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+
+import badit
+import reference
+from badit.analysis.gates import adapted_layers, changed_gates, mean_component_gates
+from badit.cli import main
+from badit.data import AnswerCollator, batches_by_task
+from badit.errors import BaditError
+from badit.evaluate import evaluate, load_run
+from badit.export import Export, export, merge, mixture_factors, score_export, target_modules, write_adapter
+from badit.run import Run
+from badit.train import encoded, make_plan
+from badit.tuner import hooks_of
+from baselines import branch_naive
+from export.contract import check_adapter
+from tuner.helpers import FAMILIES, adapt, adapted, forward, layers, padded, random_rows
+
+Trained = Callable[..., Run]
+TOKENS = [[5, 17, 33, 60, 9, 41, 8], [7, 7, 90, 12, 66, 23, 50]]
+BADIT = {"name": "badit", "num_experts": 3, "r": 2, "lora_dropout": 0.0, "regroup": {"every": 1}}
+LORA = {"r": 3, "lora_alpha": 12}
+# Each with the rank that an exact export takes.
+METHODS: dict[str, tuple[dict[str, Any], int]] = {
+    "badit": (BADIT, 12),
+    "folded": ({**BADIT, "base_weight": "folded"}, 12),
+    "softmax": ({**BADIT, "gates": "softmax", "top_k": 2}, 12),
+    "token": ({**BADIT, "routing": "token"}, 12),
+    "directions": ({**BADIT, "init_weights": "directions", "router_input": "standardised"}, 6),
+    "loramoe": ({"name": "loramoe", "num_experts": 3, "r": 2}, 6),
+    "hydralora": ({"name": "hydralora", "num_experts": 3, "r": 2}, 2),
+    "goat": ({"name": "goat", "num_experts": 2, "r": 4, "lora_alpha": 8}, 8),
+    "mtl-lora": ({"name": "mtl-lora", "r": 2}, 2),
+    "gainlora": ({"name": "gainlora", "r": 2}, 2),
+    "o-lora": ({"name": "o-lora", "r": 2}, 2),
+    "lora": ({"name": "lora", **LORA}, 3),
+    "rslora": ({"name": "rslora", **LORA, "rank_pattern": {"model.layers.1.mlp.gate_proj": 2}}, 3),
+    "pissa": ({"name": "pissa", **LORA}, 6),
+    "olora": ({"name": "olora", **LORA}, 6),
+    "pcgrad": ({"name": "pcgrad", **LORA}, 3),
+}
+WEIGHTS: dict[str, dict[str, Any]] = {"dora": {"name": "dora", **LORA}, "full": {"name": "full"}}
+VARY = ("badit", "folded", "softmax", "token", "directions", "loramoe", "hydralora", "goat", "mtl-lora", "gainlora")
+
+
+def chosen(name: str) -> dict[str, Any]:
+    return {"task": "cities"} if name == "mtl-lora" else {}
+
+
+@torch.no_grad()
+def frozen_logits(run: Run, folder: Path, task: str | None) -> torch.Tensor:
+    """The run's own model with its gates held at those that the export has kept."""
+    model, _ = load_run(run)
+    ids = torch.tensor(TOKENS)
+    gates = json.loads((folder / "gates.json").read_text()) if (folder / "gates.json").is_file() else None
+    if gates is None:
+        return model(input_ids=ids).logits
+
+    def hold(one: Any, own: torch.Tensor) -> torch.Tensor:
+        return torch.tensor(gates[one.layer.name])[one.expert_of_N].expand(len(ids), 1, -1)
+
+    with changed_gates(adapted_layers(model), hold), hooks_of(model).rows_of(None if task is None else [task, task]):
+        return model(input_ids=ids).logits
+
+
+def stock_logits(jobs: list[tuple[str, str | Path, Path | None]], folder: Path) -> dict[str, torch.Tensor]:
+    """The logits of folders that a process without badit has loaded."""
+    files = [
+        {"base": str(base), "adapter": adapter and str(adapter), "tokens": TOKENS, "logits": f"{folder / name}.logits"}
+        for name, base, adapter in jobs
+    ]
+    (folder / "jobs.json").write_text(json.dumps(files))
+    script = Path(__file__).with_name("stock.py")
+    command = [sys.executable, "-W", "error::UserWarning", str(script), str(folder / "jobs.json")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return {name: load_file(f"{folder / name}.logits")["logits"] for name, _, _ in jobs}
+
+
+def test_stock_peft_loads_every_methods_export_and_gets_the_frozen_mixture(trained: Trained, tmp_path: Path) -> None:
+    runs, jobs = {}, []
+    for name, (method, rank) in METHODS.items():
+        run = runs[name] = trained(method)
+        done = export(run.path, tmp_path / f"{name}-lora", **chosen(name))
+        assert (done.rank, done.exact_rank, done.errors) == (rank, rank, {}), name
+        assert (done.mixture is not None) == (done.folder / "gates.json").is_file() == (name in VARY), name
+        check_adapter(done.folder, load_run(run)[0].unload())
+        jobs.append((name, run.trusted_recipe().model.name, done.folder))
+    for name, method in WEIGHTS.items():
+        runs[name] = trained(method)
+        with pytest.raises(BaditError, match="--merged"):
+            export(runs[name].path, tmp_path / f"{name}-lora")
+    for name, run in runs.items():
+        merged = export(run.path, tmp_path / f"{name}-merged", merged=True, **chosen(name))
+        jobs.append((f"{name}-merged", merged.folder, None))
+    jobs.append(("base", runs["badit"].recipe().model.name, None))
+
+    found = stock_logits(jobs, tmp_path)
+    for name, run in runs.items():
+        expected = frozen_logits(run, tmp_path / f"{name}-lora", chosen(name).get("task"))
+        assert (expected - found["base"]).abs().max() > 0.05, name
+        for kind in {name, f"{name}-merged"} & found.keys():
+            torch.testing.assert_close(found[kind], expected, atol=1e-5, rtol=1e-5, msg=lambda m, k=kind: f"{k}: {m}")
+
+
+def test_a_tasks_gates_are_the_mean_over_its_training_prompts(trained: Trained, tmp_path: Path) -> None:
+    run = trained(BADIT)
+    recipe = run.trusted_recipe()
+    model, tokenizer = load_run(run)
+    means = {}
+    for task in make_plan(recipe).tasks:
+        examples = [encoded(tokenizer, recipe, task, instance) for instance in task.train]
+        batches = batches_by_task(examples, AnswerCollator(0, with_tasks=True), 1)  # a prompt at a time
+        means[task.name] = mean_component_gates(model, batches)[task.name]
+    kept = {}
+    for name in (None, "cities", "rivers"):
+        done = export(run.path, tmp_path / "out", task=name)
+        kept[name] = json.loads((done.folder / "gates.json").read_text())
+    assert done.mixture == "mean gates of task rivers on 12 training prompts"
+    for i, one in enumerate(adapted_layers(model)):
+        of_name = {name: torch.tensor(gates[one.layer.name])[one.expert_of_N] for name, gates in kept.items()}
+        for name in ("cities", "rivers"):
+            torch.testing.assert_close(of_name[name], means[name][i], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(of_name[None], (of_name["cities"] + of_name["rivers"]) / 2)
+        assert not torch.equal(of_name["cities"], of_name["rivers"])
+
+
+def test_gates_of_a_file(trained: Trained, tmp_path: Path) -> None:
+    run = trained(BADIT)
+    first = export(run.path, tmp_path / "first", task="cities").folder
+    again = export(run.path, tmp_path / "again", gates=first / "gates.json").folder
+    one, other = (load_file(folder / "adapter_model.safetensors") for folder in (first, again))
+    assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+    gates = json.loads((first / "gates.json").read_text())
+    name = next(iter(gates))
+    for wrong, message in [
+        ({**gates, "model.layers.0.mlp.gate_prj": [1, 1, 1]}, r"gate_prj: the run adapts no such module \(did you"),
+        ({key: value for key, value in gates.items() if key != name}, f"{name}: is missing; give it a list of 3 gates"),
+        ({**gates, name: [1.0, 2.0]}, "must be a list of 3 numbers"),
+        ({**gates, name: [1.0, 2.0, "3"]}, "must be a list of 3 numbers"),
+        ({**gates, name: [1.0, 2.0, float("nan")]}, "must be a list of 3 numbers"),
+    ]:
+        (tmp_path / "wrong.json").write_text(json.dumps(wrong))
+        with pytest.raises(BaditError, match=message):
+            export(run.path, tmp_path / "other", gates=tmp_path / "wrong.json")
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_smaller_rank_is_the_closest_one_and_its_error_is_reported(
+    trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = trained(BADIT)
+    whole = load_file(export(run.path, tmp_path / "whole").folder / "adapter_model.safetensors")
+    done = export(run.path, tmp_path / "small", rank=5)
+    small = load_file(done.folder / "adapter_model.safetensors")
+    lost, norm = 0.0, 0.0
+    for name, relative in done.errors.items():
+        product, found = (
+            t[f"base_model.model.{name}.lora_B.weight"] @ t[f"base_model.model.{name}.lora_A.weight"]
+            for t in (whole, small)
+        )
+        closest = torch.from_numpy(reference.closest_of_rank(product, 5))
+        torch.testing.assert_close(found.double(), closest, atol=1e-4, rtol=1e-4)
+        assert relative == pytest.approx(float((product - found).norm() / product.norm()), rel=1e-3)
+        lost, norm = lost + float((product - found).norm() ** 2), norm + float(product.norm() ** 2)
+    assert done.total_error == pytest.approx((lost / norm) ** 0.5, rel=1e-3)
+    assert 0 < done.total_error <= max(done.errors.values()) < 1
+    record = json.loads((done.folder / "export.json").read_text())
+    assert record["relative_error"] == {"total": done.total_error, "modules": done.errors}
+
+    assert [Export(Path("x"), None, None, rank, rank).max_lora_rank for rank in (1, 8, 12, 257)] == [1, 8, 16, 320]
+    monkeypatch.setattr(sys.modules["badit.export"], "VLLM_RANKS", (1, 8))  # as if a rank of 12 were too much to serve
+    forced = export(run.path, tmp_path / "forced")
+    assert (forced.rank, forced.exact_rank, forced.max_lora_rank) == (8, 12, 8)
+    assert forced.errors
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "message"),
+    [
+        (BADIT, {"task": "citys"}, r"the run has no task citys \(did you mean 'cities'\?\); known: cities, rivers"),
+        (BADIT, {"task": "cities", "gates": "x.json"}, "not both"),
+        (BADIT, {"rank": 4, "merged": True}, "--rank: a merged weight has no rank"),
+        (BADIT, {"rank": 0}, "--rank: must be between 1 and 512, not 0"),
+        (BADIT, {"rank": 513}, "--rank: must be between 1 and 512, not 513"),
+        ({"name": "base"}, {}, "there is nothing to export"),
+        ({"name": "lora", **LORA}, {"task": "cities"}, "--task: lora does the same for every prompt"),
+        ({"name": "o-lora", "r": 2}, {"gates": "x.json"}, "--gates: o-lora does the same for every prompt"),
+        ({"name": "mtl-lora", "r": 2}, {}, "mtl-lora learns something of its own for each task: choose one with"),
+        ({"name": "lora", **LORA, "bias": "all"}, {}, "method.bias: makes the adapter more than a plain LoRA"),
+        ({"name": "lora", **LORA, "modules_to_save": ["lm_head"]}, {}, "method.modules_to_save: makes the adapter"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
+def test_what_cannot_be_done_is_said_and_nothing_is_written(
+    trained: Trained, tmp_path: Path, method: dict[str, Any], options: dict[str, Any], message: str
+) -> None:
+    run = trained(method)
+    with pytest.raises(BaditError, match=message):
+        export(run.path, tmp_path / "out", **options)
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_a_folder_is_replaced_only_by_what_wrote_it(
+    trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, out = trained(BADIT), tmp_path / "out"
+    out.mkdir()
+    assert badit.Run(run.path).export(out).folder == out  # an empty one is taken
+    badit.Run(run.path).export(out, merged=True)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    failing = lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt)  # noqa: E731
+    monkeypatch.setattr(sys.modules["badit.export"], "write_adapter", failing)
+    with pytest.raises(KeyboardInterrupt):
+        badit.Run(run.path).export(out)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert not list(tmp_path.glob("*.partial"))
+    (out / "notes.txt").write_text("mine")
+    for folder, message in (
+        (out, r"out: holds notes\.txt, which is of no export; choose another folder with -o"),
+        (run.path, "is of no export"),
+        (run.config_path, "is a file"),
+    ):
+        with pytest.raises(BaditError, match=message):
+            badit.Run(run.path).export(folder)
+
+
+@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize(("method", "message"), [(BADIT, "gate_proj holds NaN"), ({"name": "lora", **LORA}, "NaN")])
+def test_a_run_that_has_diverged_is_not_exported(
+    trained: Trained, tmp_path: Path, method: dict[str, Any], message: str, merged: bool
+) -> None:
+    run = trained(method)
+    path = run.adapter_path / "adapter_model.safetensors"
+    tensors = load_file(path)
+    next(tensor for name, tensor in tensors.items() if name.endswith((".badit_B", ".lora_B.weight")))[0, 0] = torch.nan
+    save_file(tensors, path)
+    with pytest.raises(BaditError, match=message):
+        export(run.path, tmp_path / "out", merged=merged)
+    assert not list(tmp_path.glob("out*"))
+
+
+# ── the cost of freezing, and the command ──
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_a_run_without_varying_gates_costs_nothing(trained: Trained, tmp_path: Path, merged: bool) -> None:
+    run = trained({"name": "lora", **LORA})
+    routed = evaluate(run.path, progress=False)
+    result = score_export(run.path, export(run.path, tmp_path / "out", merged=merged), progress=False)
+    assert json.loads((tmp_path / "out" / "scores.json").read_text()) == result
+    assert result["mixture"] is None
+    for name, entry in result["tasks"].items():
+        score = routed["tasks"][name]["rouge_l"]
+        assert entry == {"routed": score, "frozen": score, "difference": 0.0}
+    assert result["mean"]["routed"] == pytest.approx(routed["rouge_l"])
+
+
+def test_what_is_scored_is_the_folder(trained: Trained, tmp_path: Path) -> None:
+    run = trained({**BADIT, "regroup": None})
+    scores = evaluate(run.path, progress=False)
+    fake = {**scores, "tasks": {name: {**entry, "rouge_l": 77.0} for name, entry in scores["tasks"].items()}}
+    run.scores_path.write_text(json.dumps(fake))
+    done = export(run.path, tmp_path / "out", task="cities", progress=False)
+    result = score_export(run.path, done, progress=False)
+    assert list(result["tasks"]) == ["cities"]
+    entry = result["tasks"]["cities"]
+    assert entry["routed"] == 77.0
+    assert entry["difference"] == pytest.approx(entry["frozen"] - 77.0)
+    path = done.folder / "adapter_model.safetensors"
+    save_file({name: 0 * tensor for name, tensor in load_file(path).items()}, path)
+    base = score_export(run.path, done, progress=False)["tasks"]["cities"]["frozen"]
+    assert base == evaluate(trained({"name": "base"}).path, progress=False)["tasks"]["cities"]["rouge_l"]
+
+
+def test_the_command(trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = trained(BADIT)
+    out = tmp_path / "exports" / "mine"
+    assert main(["export", str(run.path), "-o", str(out), "--rank", "4", "--score"]) == 0
+    shown = capsys.readouterr().out
+    assert "mean gates of 2 tasks, and over these, on 24 training prompts" in shown
+    assert "4 of 12: relative error 0." in shown
+    assert f"--enable-lora --max-lora-rank 8 --lora-modules mine={out}" in shown
+    assert "mean over tasks" in shown
+    assert (out / "scores.json").is_file()
+    assert main(["export", str(run.path), "-o", str(out), "--merged"]) == 0
+    assert f"vllm serve {out}" in capsys.readouterr().out
+    assert not (out / "scores.json").exists()  # they were the other export's
+    assert main(["export", str(run.path), "-o", str(run.path)]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    with pytest.raises(SystemExit):
+        main(["export", str(run.path), "-o", str(out), "--task", "cities", "--gates", "x.json"])
+
+
+# ── layer by layer ──
+
+IDS, MASK = padded(random_rows(6, 11, 9))
+GATES = [0.25, 2.0, 0.75]
+
+
+@torch.no_grad()
+def logits(model: Any) -> torch.Tensor:
+    return forward(model, IDS, MASK).logits[MASK.bool()]
+
+
+@pytest.mark.parametrize("base_weight", ["delta", "folded"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_adapts_merges_and_loads_alike(
+    tiny_model: Callable[..., Any], tmp_path: Any, family: str, base_weight: str
+) -> None:
+    model = adapted(tiny_model(family), base_weight=base_weight, target_modules="all-linear")
+    for layer in layers(model):
+        layer._route = lambda adapter, x: torch.tensor(GATES).expand(*x.shape[:-1], -1)
+    expected = logits(model)
+    factors = mixture_factors(model, {layer.name: GATES for layer in layers(model)})
+    for layer in layers(model):
+        a, b = (parameters["default"] for parameters in (layer.badit_A, layer.badit_B))
+        gates = torch.tensor(GATES)[layer.expert_of("default")]
+        naive = reference.frozen_weight(a, b, *layer.kept_factors("default"), gates, 2.0, 1.0)
+        a_PI, b_OP = factors[layer.name]
+        np.testing.assert_allclose(reference.float64(b_OP) @ reference.float64(a_PI), naive, atol=1e-5)
+    write_adapter(tmp_path, factors, model.unload(), "base")
+    config = check_adapter(tmp_path, tiny_model(family))
+    assert config["fan_in_fan_out"] == (family == "gpt2")
+    loaded = PeftModel.from_pretrained(tiny_model(family), tmp_path)
+    torch.testing.assert_close(logits(loaded), expected, atol=1e-4, rtol=1e-4)
+    merged = tiny_model(family)
+    merge(merged, factors)
+    torch.testing.assert_close(logits(merged), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_names_that_mean_other_modules_too_are_written_whole(tiny_model: Callable[..., Any]) -> None:
+    base = tiny_model("llama")
+    names = [f"model.layers.{i}.mlp.{part}" for i in range(2) for part in ("gate_proj", "up_proj")]
+    factors: Any = dict.fromkeys(names)
+    assert target_modules(base, factors) == ["gate_proj", "up_proj"]
+    del factors[names[0]]
+    assert target_modules(base, factors) == sorted(names[1:])
+
+
+def test_nothing_is_merged_into_a_weight_that_is_shared(tiny_model: Callable[..., Any]) -> None:
+    base = tiny_model("gpt2")  # whose head is its embedding
+    before = base.lm_head.weight.clone()
+    with pytest.raises(BaditError, match="lm_head: shares its weight with another module"):
+        merge(base, {"lm_head": (torch.ones(1, 32), torch.ones(len(before), 1))})
+    assert torch.equal(base.lm_head.weight, before)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_pefts_own_conversion_takes_fixed_mixtures_only(tiny_model: Callable[..., Any], family: str) -> None:
+    lora = pytest.importorskip("peft.tuners.lora.conversion", reason="PEFT before 0.19 converts nothing")
+    single = adapted(tiny_model(family), num_experts=1, r=4)
+    branches = branch_naive.adapted(tiny_model(family), "o-lora")
+    for model, rank in ((single, 8), (branches, 6)):
+        assert model.supports_lora_conversion()
+        config, tensors = lora.convert_to_lora(model, rank=rank)
+        config.fan_in_fan_out = family == "gpt2"  # PEFT would set it with a warning
+        plain = get_peft_model(tiny_model(family), config)
+        named = {name.replace(".weight", ".default.weight"): tensor for name, tensor in tensors.items()}
+        assert not plain.load_state_dict(named, strict=False).unexpected_keys
+        torch.testing.assert_close(logits(plain.eval()), logits(model), atol=1e-3, rtol=1e-3)
+    for model in (adapt(tiny_model(family)), branch_naive.adapted(tiny_model(family), "gainlora")):
+        assert not model.supports_lora_conversion()
+        with pytest.raises(TypeError, match="do not support LoRA conversion"):
+            lora.convert_to_lora(model, rank=4)

@@ -1,0 +1,164 @@
+"""Reading strictly, writing whole, and no way out of a folder by a link."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from badit.errors import BaditError
+from badit.files import (
+    StepLog,
+    copy_folder,
+    inside,
+    parse_json,
+    read_json,
+    read_jsonl,
+    read_text,
+    refuse_links,
+    remove,
+    replace_folder,
+    write_json,
+    write_text,
+)
+from fuzz.damage import endless_file, folder_in_its_place, pipe_in_its_place
+
+
+@pytest.fixture
+def outside(tmp_path: Path) -> Path:
+    """A file that no link of ``run`` may lead to."""
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "outside" / "key.txt").write_text("mine")
+    return tmp_path / "outside" / "key.txt"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"\xff\xfe{}", "not UTF-8 at byte 0"),
+        (b'{"a": "\xc3', "not UTF-8 at byte 7"),
+        (b"\xef\xbb\xbf{}", "byte order mark"),
+        (b"", "invalid JSON at line 1 column 1"),
+        (b'{\n"a": }', "invalid JSON at line 2 column 6"),
+        (b"[" * 100_000, "nested too deeply"),
+        (b'{"a":' * 100_000, "nested too deeply"),
+        (b"1" * 10_000, "a number is too long"),
+        (b'{"a": "\\uD83D"}', "half a surrogate pair"),
+        (b'{"a": 1, "b": 2, "a": 1}', "the key 'a' is there twice; keep one (line 1 on)"),
+        (b'{"a": {"b": 1, "c": 2, "b": 1}}', "the key 'b' is there twice"),
+        (b"[]", "must hold one JSON object, not a list (line 1)"),
+        (b"null", "must hold one JSON object, not a NoneType"),
+    ],
+)
+def test_what_is_not_json_is_named(tmp_path: Path, content: bytes, message: str) -> None:
+    file = tmp_path / "value.json"
+    file.write_bytes(content)
+    with pytest.raises(BaditError) as caught:
+        read_json(file)
+    assert str(caught.value).startswith(f"{file}: {message}") or message in str(caught.value)
+
+
+def test_numbers_that_are_not_json_and_whole_surrogate_pairs() -> None:
+    assert parse_json('["\\ud83d\\ude00", Infinity]', file=Path("x"), constants=True) == ["😀", float("inf")]
+    with pytest.raises(BaditError, match=r"^x: -Infinity is not JSON; use a number or null \(line 7 on\)$"):
+        parse_json("-Infinity", file=Path("x"), first_line=7)
+
+
+def test_a_repeated_key_is_found_in_linear_time() -> None:
+    """With a dictionary for each key before the repeated one, as it once was, this takes some 20 minutes."""
+    text = "{" + ", ".join(f'"{number}": 0' for number in range(150_000)) + ', "149999": 1}'
+    with pytest.raises(BaditError, match="the key '149999' is there twice"):
+        parse_json(text, file=Path("x"))
+
+
+@pytest.mark.parametrize(
+    ("replace", "message"),
+    [
+        (pipe_in_its_place, "cannot be read (a pipe or a device)"),
+        (endless_file, "cannot be read (a pipe or a device)"),
+        (folder_in_its_place, "cannot be read (Is a directory)"),
+        (remove, "cannot be read (No such file or directory)"),
+    ],
+)
+def test_what_is_no_file_is_named(tmp_path: Path, replace: Any, message: str) -> None:
+    replace(tmp_path / "file")
+    with pytest.raises(BaditError) as caught:
+        read_text(tmp_path / "file")
+    assert str(caught.value).startswith(f"{tmp_path / 'file'}: {message}")
+
+
+def test_only_a_line_feed_ends_a_line_and_a_line_cut_short_is_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    separators = {"text": "one\u2028two\u0085three"}
+    path.write_text(json.dumps(separators, ensure_ascii=False) + "\n" + '{"text": "cut', encoding="utf-8")
+    assert list(read_jsonl(path)) == [separators]
+    assert list(read_jsonl(tmp_path / "missing.jsonl")) == []
+
+
+def test_a_log_is_rewound_to_a_step_without_what_is_pending(tmp_path: Path) -> None:
+    log = StepLog(tmp_path / "new" / "log.jsonl", step_key="at")
+    log.rewind(0)
+    for line in ({"at": 5, "x": 1}, {"at": 10, "x": 1}, {"at": 10, "x": 2}, {"at": 15, "x": 1}):
+        log.append(line)
+    log.rewind(10, [{"at": 10, "x": 2}])
+    assert list(read_jsonl(tmp_path / "new" / "log.jsonl")) == [{"at": 5, "x": 1}, {"at": 10, "x": 1}]
+    log.rewind(0)
+    assert list(read_jsonl(tmp_path / "new" / "log.jsonl")) == []
+
+
+def test_a_file_or_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(BaditError, match=r"file/scores\.json: cannot be written \(Not a directory"):
+        write_json(tmp_path / "file" / "scores.json", {})
+
+
+def test_writing_replaces_a_link_and_leaves_what_it_leads_to(outside: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    for name in ("scores.json", "scores.json.partial", "log.jsonl"):
+        (run / name).symlink_to(outside)
+    (run / "adapter").symlink_to(outside.parent)
+    (run / "adapter.partial").mkdir()
+    write_text(run / "scores.json", "theirs")
+    with pytest.raises(OSError, match="symbolic links"):
+        StepLog(run / "log.jsonl").append({})
+    replace_folder(run / "adapter.partial", run / "adapter")
+    assert (run / "scores.json").read_text() == "theirs"
+    assert not any(path.is_symlink() for path in (run / "scores.json", run / "adapter"))
+    assert outside.read_text() == "mine"
+
+
+@pytest.mark.parametrize("target", ["../outside/key.txt", "../outside", "../outside/new.txt", "/etc/passwd", "loop"])
+def test_a_folder_with_a_link_out_of_it_is_refused_and_not_copied(outside: Path, tmp_path: Path, target: str) -> None:
+    run = tmp_path / "run"
+    (run / "predictions").mkdir()
+    (run / "inner").symlink_to("predictions")
+    (tmp_path / "named").symlink_to(run)  # what the user names may be a link
+    refuse_links(tmp_path / "named")
+    (run / "predictions" / "loop").symlink_to(os.path.relpath(target, "predictions") if ".." in target else target)
+    with pytest.raises(BaditError, match="predictions/loop: leads out of"):
+        refuse_links(tmp_path / "named")
+    with pytest.raises(BaditError, match="leads out of"):
+        copy_folder(run, tmp_path / "copy")
+    assert not (tmp_path / "copy").exists()
+
+
+def test_a_copy_takes_the_place_of_links(outside: Path, tmp_path: Path) -> None:
+    stage, run = tmp_path / "stage", tmp_path / "run"
+    stage.mkdir()
+    (stage / "key.txt").write_text("theirs")
+    for name in ("predictions", "predictions.partial"):
+        (run / name).symlink_to(outside.parent)
+    copy_folder(stage, run / "predictions")
+    assert (run / "predictions" / "key.txt").read_text() == "theirs"
+    assert outside.read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["../x", "/etc/passwd", "a/../../x", "a\0b"])
+def test_a_name_that_leads_out_of_its_folder_is_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(BaditError, match="leads out of"):
+        inside(tmp_path, tmp_path / name)
+    assert inside(tmp_path, tmp_path / "a" / "b") == tmp_path / "a" / "b"
