@@ -69,8 +69,8 @@ _PAPER = "https://arxiv.org/abs/2605.05676"
 # What stands for more than itself within a line; the hub makes links of addresses that begin with a scheme or www.
 _MARKUP = re.compile(r"([\\`*_{}\[\]()|~:@$]|(?<=www)\.)", flags=re.IGNORECASE)
 # The training's options that do not bear on the result.
-_WITHOUT_EFFECT = {"full_determinism", "gradient_checkpointing", "group_by_length", "logging_steps", "max_skipped_steps",
-                   "report_to", "save_steps"}  # fmt: skip
+_WITHOUT_EFFECT = {"full_determinism", "gradient_checkpointing", "group_by_length", "logging_steps",
+                   "max_skipped_steps", "report_to", "save_steps"}  # fmt: skip
 _LONGEST = 200
 
 
