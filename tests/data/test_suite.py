@@ -13,7 +13,7 @@ import pytest
 from rouge_score import rouge_scorer
 
 from badit.data import ABILITIES, builtin_tasks
-from badit.data.words import CATEGORIES, DAYS, MONTHS, OPPOSITES, REVIEWS
+from badit.data.suite import CATEGORIES, DAYS, MONTHS, OPPOSITES, REVIEWS
 
 TASKS = builtin_tasks()
 EACH = pytest.mark.parametrize("task", TASKS, ids=lambda task: task.name)

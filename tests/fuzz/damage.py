@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,26 +16,15 @@ from typing import Any
 import yaml
 from hypothesis import strategies as st
 
+from badit.files import remove
+
 # Each has broken some reader, somewhere: wrong types, numbers beyond a type's range, names that leave a folder, text
 # that a terminal, a page or a file system reads as a command.
 NASTY_VALUES: list[Any] = [
     *(None, True, False, 0, -1, 2**31, 2**64, 10**400, -(10**400), 0.5, 1e308, -1e308, 5e-324),
     *(float("nan"), float("inf"), float("-inf")),
     *("", " ", "\0", "\ud800", "\u202e\u2028", "\x1b[2J", "two\nlines", "5e-4", "073", "1e999", "nan", "null"),
-    *(
-        "x" * 300,
-        "é" * 130,
-        "../../outside",
-        "/etc/passwd",
-        "C:\\CON",
-        "a/b",
-        "a\\b",
-        "..",
-        ".",
-        "~",
-        "$HOME",
-        "$NOT_SET",
-    ),
+    *("x" * 300, "é" * 130, "../../outside", "/etc/passwd", "C:\\CON", "a/b", "a\\b", "..", ".", "~", "$HOME"),
     *("<script>alert(1)</script>", "</script>", "{{ 7*7 }}", "!!python/object:os.system", "lora", "badit", "builtin"),
     *([], {}, [[]], [None], {"": None}, {"name": {}}, ["a", 1], [1, 2, 3], {"a": {"b": {"c": []}}}),
 ]
@@ -82,9 +70,8 @@ def _damage_part(draw: st.DrawFn, parent: Any, key: Any) -> None:
         case "double" if isinstance(parent, list):
             parent.insert(key, copy.deepcopy(parent[key]))
         case "double":
-            parent[draw(st.sampled_from([f"{key}x", str(key).upper(), "", "__class__"]) | st.text(max_size=5))] = (
-                parent[key]
-            )
+            other = draw(st.sampled_from([f"{key}x", str(key).upper(), "", "__class__"]) | st.text(max_size=5))
+            parent[other] = parent[key]
         case "nest":
             for _ in range(draw(st.sampled_from([1, 30, 100]))):
                 parent[key] = [parent[key]]
@@ -144,16 +131,9 @@ def damaged_bytes(draw: st.DrawFn, content: bytes) -> bytes:
         case "double":
             return content[:end] + content[position:]
         case _:
-            wholes: list[Callable[[bytes], bytes]] = [
-                lambda text: b"\xef\xbb\xbf" + text,
-                lambda text: text.replace(b"\n", b"\r\n"),
-                lambda text: text.decode("utf-8", "replace").encode("utf-16"),
-                lambda text: text * 2,
-                lambda text: b"",
-                lambda text: b"\n" * 50,
-                lambda text: text[::-1],
-            ]
-            return draw(st.sampled_from(wholes))(content)
+            wholes = [b"\xef\xbb\xbf" + content, content * 2, b"", b"\n" * 50, content[::-1]]
+            wholes += [content.replace(b"\n", b"\r\n"), content.decode("utf-8", "replace").encode("utf-16")]
+            return draw(st.sampled_from(wholes))
 
 
 def damaged(value: Any, form: Callable[[Any], bytes]) -> st.SearchStrategy[bytes]:
@@ -163,33 +143,13 @@ def damaged(value: Any, form: Callable[[Any], bytes]) -> st.SearchStrategy[bytes
 
 
 def folder_in_its_place(file: Path) -> None:
-    _remove(file)
+    remove(file)
     file.mkdir()
-
-
-def link_to_outside(file: Path) -> None:
-    _remove(file)
-    file.symlink_to("/etc/passwd")
-
-
-def link_to_itself(file: Path) -> None:
-    _remove(file)
-    file.symlink_to(file)
-
-
-def link_to_nothing(file: Path) -> None:
-    _remove(file)
-    file.symlink_to("/nonexistent/file")
-
-
-def endless_file(file: Path) -> None:
-    _remove(file)
-    file.symlink_to("/dev/zero")
 
 
 def pipe_in_its_place(file: Path) -> None:
     """Opening it waits for a writer who never comes."""
-    _remove(file)
+    remove(file)
     os.mkfifo(file)
 
 
@@ -197,18 +157,17 @@ def unreadable(file: Path) -> None:
     file.chmod(0)
 
 
-def gone(file: Path) -> None:
-    _remove(file)
+def _link_to(target: str | None, name: str) -> Callable[[Path], None]:
+    def replace(file: Path) -> None:
+        remove(file)
+        file.symlink_to(target or file)
+
+    replace.__name__ = name  # by which pytest calls the case
+    return replace
 
 
+endless_file = _link_to("/dev/zero", "endless_file")
 REPLACEMENTS = (
-    *(folder_in_its_place, link_to_outside, link_to_itself, link_to_nothing, endless_file, pipe_in_its_place),
-    *(unreadable, gone),
+    *(folder_in_its_place, pipe_in_its_place, unreadable, remove, endless_file, _link_to(None, "link_to_itself")),
+    *(_link_to("/etc/passwd", "link_to_outside"), _link_to("/nonexistent/file", "link_to_nothing")),
 )
-
-
-def _remove(file: Path) -> None:
-    if file.is_dir() and not file.is_symlink():
-        shutil.rmtree(file)
-    else:
-        file.unlink(missing_ok=True)

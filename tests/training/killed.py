@@ -30,8 +30,8 @@ import transformers.models.llama.modeling_llama
 from safetensors.torch import save_file
 from transformers import TrainerCallback
 
-import badit.cli.train
-import badit.training.scoring
+import badit.cli
+import badit.evaluate
 from badit.cli import main
 from badit.methods import AdapterMethod
 
@@ -126,7 +126,7 @@ def serve() -> None:
 
 
 # Imported for the processes to come, which would otherwise each import them for itself.
-IMPORTED = (badit.cli.train, badit.training.scoring, peft.utils, rouge_score.rouge_scorer, transformers.models.llama)
+IMPORTED = (badit.cli, badit.evaluate, peft.utils, rouge_score.rouge_scorer, transformers.models.llama)
 
 if __name__ == "__main__":
     serve()
