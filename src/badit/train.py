@@ -138,7 +138,7 @@ def fit(recipe: Recipe, *, progress: bool = True) -> Run:
         BaditError: bad input, or an output folder that holds another recipe's run.
     """
     plan = make_plan(recipe)
-    _refuse_missing_trackers(recipe.training.report_to)
+    _trackers(recipe)
     # Of several processes the first alone writes; the others meet it in the first step of training.
     run = Run.prepare(recipe) if is_main_process() else Run(recipe.output)
     if run.adapter_path.is_dir() or run.scores_path.is_file():
@@ -177,24 +177,26 @@ def _train_stage(plan: Plan, stage: Stage, number: int, learnt: Path | None, pro
 
     tasks = {task.name: task for task in stage.tasks}
     pairs = mixture(stage.tasks, recipe.data.sampling, recipe.data.seed)
-    bar = tqdm(pairs, desc="Encoding", unit="example", disable=not progress, leave=False)
-    examples = [encoded(tokenizer, recipe, tasks[name], instance) for name, instance in bar]
+    shown = tqdm(pairs, desc="Encoding", unit="example", disable=not progress, leave=False)
+    examples = [encoded(tokenizer, recipe, tasks[name], instance) for name, instance in shown]
     collate = AnswerCollator(pad_id(tokenizer), with_tasks=True)
     batches = batches_by_task(examples, collate, recipe.training.per_device_train_batch_size)
     method.before_training(model, batches)
 
+    deterministic = torch.are_deterministic_algorithms_enabled()
     checkpoint = last_checkpoint(folder.checkpoints_path)
+    trackers = _trackers(recipe)
     bar = ProgressBar()
     trainer = method.trainer(
         model=model,
-        args=_arguments(plan, folder, seed, checkpoint),
+        args=_arguments(plan, folder, seed, checkpoint, trackers),
         train_dataset=examples,
         data_collator=collate,
         callbacks=[
             MetricsLog(folder.metrics_path),
             *([bar] if progress else []),
             *method.callbacks(folder),
-            *_tensorboard(recipe.training.report_to, folder.path, checkpoint),
+            *_tensorboard(trackers, folder.path, checkpoint),
         ],
         group_by_length=recipe.training.group_by_length,
         max_skipped_steps=recipe.training.max_skipped_steps,
@@ -210,7 +212,7 @@ def _train_stage(plan: Plan, stage: Stage, number: int, learnt: Path | None, pro
     stop = StopOnSignal()
     trainer.add_callback(SealCheckpoints(trainer, folder.checkpoints_path))
     trainer.add_callback(stop)
-    with stop, fast_on_short_sequences(base), _tracker_folders(recipe.training.report_to, folder.path):
+    with stop, fast_on_short_sequences(base), _tracker_folders(trackers, folder.path):
         try:
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         except UnpicklingError:  # torch's loader has met something else than tensors and plain values
@@ -220,7 +222,7 @@ def _train_stage(plan: Plan, stage: Stage, number: int, learnt: Path | None, pro
             ) from None
         finally:
             bar.close()
-            torch.use_deterministic_algorithms(False)  # which full_determinism has switched on for the whole process
+            torch.use_deterministic_algorithms(deterministic)  # full_determinism is for the training alone
             staging_folder(folder.checkpoints_path)  # a checkpoint that has not come to its end takes no room
     seconds = time.monotonic() - started
     method.after_training(model, batches)
@@ -246,7 +248,9 @@ def _train_stage(plan: Plan, stage: Stage, number: int, learnt: Path | None, pro
     unset_hf_deepspeed_config()  # else the next model to be loaded, for scoring or a stage, would be divided as well
 
 
-def _arguments(plan: Plan, folder: Run, seed: int, checkpoint: Path | None) -> TrainingArguments:
+def _arguments(
+    plan: Plan, folder: Run, seed: int, checkpoint: Path | None, trackers: list[str]
+) -> TrainingArguments:
     """The recipe's arguments for HF's Trainer, and those that a run settles itself."""
     given = plan.recipe.training.arguments()
     # Base weights that are trained are kept in float32 and used in the recipe's dtype.
@@ -267,7 +271,7 @@ def _arguments(plan: Plan, folder: Run, seed: int, checkpoint: Path | None) -> T
         "output_dir": str(staging_folder(folder.checkpoints_path)),
         "resume_from_checkpoint": None if checkpoint is None else str(checkpoint),  # read by the callbacks
         "seed": seed,
-        "report_to": [name for name in given["report_to"] if name != "tensorboard"],  # see _tensorboard
+        "report_to": [name for name in trackers if name != "tensorboard"],  # see _tensorboard
         "include_num_input_tokens_seen": "non_padding",
         "remove_unused_columns": False,
         "disable_tqdm": True,
@@ -300,11 +304,17 @@ def _total(stages: list[dict[str, Any]]) -> dict[str, Any]:
     return {**total, "seconds": round(total["seconds"], 1)}
 
 
-def _refuse_missing_trackers(names: list[str]) -> None:
-    """Raises for a tracker that is not installed, before a model is loaded."""
+def _trackers(recipe: Recipe) -> list[str]:
+    """The experiment trackers to report to.
+
+    Raises:
+        BaditError: one is not installed.
+    """
+    names, installed = recipe.training.report_to, get_available_reporting_integrations()
     for name in names:
-        if name != "all" and name not in get_available_reporting_integrations():
+        if name not in installed and name != "all":
             raise BaditError(f"training.report_to: {name} is not installed; install it, or leave it out")
+    return installed if "all" in names else names
 
 
 def _tensorboard(names: list[str], folder: Path, checkpoint: Path | None) -> list[TensorBoardCallback]:
