@@ -22,11 +22,10 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
-from badit.adapters import first_line, load_adapter, tensor_shapes
+from badit.adapters import load_adapter, tensor_shapes
 from badit.angles import AngleLog
 from badit.baselines import BASELINES, Baseline
 from badit.baselines.neurons import (
@@ -38,8 +37,7 @@ from badit.baselines.neurons import (
     trained_parameters,
     union,
 )
-from badit.errors import BaditError, nearest
-from badit.files import shown
+from badit.errors import BaditError, explained, first_line, nearest
 from badit.gradients import parameter_count
 from badit.recipe import Recipe
 from badit.regroup import RegroupCallback
@@ -218,13 +216,11 @@ class WeightsMethod(Method):
         shapes = tensor_shapes(path)
         known = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
         if unknown := [name for name in shapes if shapes[name] != known.get(name)]:
-            raise BaditError(f"{shown(path)}: belongs to another base model, which has a weight {unknown[0]!r:.120}")
+            raise BaditError(f"{path}: belongs to another base model, which has a weight {unknown[0]!r:.120}")
         if missing := sorted(self._saved_names(model) - shapes.keys()):
-            raise BaditError(f"{shown(path)}: has no weight {missing[0]}; remove the folder to train it again")
-        try:
+            raise BaditError(f"{path}: has no weight {missing[0]}; remove the folder to train it again")
+        with explained(path, action="loaded", any_error=True):
             model.load_state_dict(load_file(path), strict=False)
-        except (OSError, RuntimeError, SafetensorError) as error:
-            raise BaditError(f"{shown(path)}: cannot be loaded ({first_line(error)})") from None
         model.tie_weights()
         return model.eval()
 
