@@ -10,6 +10,7 @@ from transformers.pytorch_utils import Conv1D
 import reference
 from badit.baselines.mixture import MixtureLinear
 from badit.errors import BaditError
+from badit.tuner.prompt import RoutingContext
 from baselines import naive
 from baselines.naive import MIXTURES, config, randomise
 
@@ -25,7 +26,7 @@ def make(rival, kind="linear", *, dtype=torch.float64, at_start=False, **options
     else:
         base = nn.Linear(IN, OUT, bias=kind == "linear")
     base.requires_grad_(False)
-    layer = MixtureLinear(base.to(dtype), "layer", "default", config(rival, **options))
+    layer = MixtureLinear(base.to(dtype), "layer", RoutingContext(), "default", config(rival, **options))
     layer.set_adapter("default")
     return (layer if at_start else randomise(layer)).eval()
 

@@ -10,7 +10,7 @@ from peft import AutoPeftModelForCausalLM, PeftModel, PeftType
 from badit.baselines import BASELINES
 from badit.baselines.mixture import MixtureModel
 from badit.errors import BaditError
-from badit.tuner import registration
+from badit.tuner.model import register
 from baselines.naive import MIXTURES, adapt, adapted, config, layers, randomise
 from tuner.helpers import enable_checkpointing, forward, padded, random_rows
 
@@ -187,5 +187,5 @@ def test_copies_and_names(tiny_model):
     assert "badit.MixtureLinear" in repr(model)
     for rival in MIXTURES:
         config_cls = BASELINES[rival].config_cls
-        registration.register(config_cls, MixtureModel)  # again, which changes nothing
+        register(config_cls, MixtureModel)  # again, which changes nothing
         assert config_cls().peft_type is PeftType[f"BADIT_{rival.upper()}"]

@@ -18,7 +18,8 @@ import reference
 from badit.baselines import BASELINES
 from badit.baselines.mtl_lora import MtlLoraConfig, MtlLoraLinear, MtlLoraModel
 from badit.errors import BaditError
-from badit.tuner import hooks_of, registration
+from badit.tuner import hooks_of
+from badit.tuner.model import register
 from tuner.helpers import enable_checkpointing, forward, padded, random_rows
 
 pytestmark = pytest.mark.filterwarnings("ignore:Could not find a config file in  - :UserWarning")  # PEFT 0.19
@@ -421,6 +422,6 @@ def test_the_tasks_may_be_set_before_the_adapter_is_made_and_not_left_out(tiny_m
 def test_published_defaults_and_name():
     options = MtlLoraConfig()
     assert (options.num_experts, options.r, options.temperature, options.scaling) == (3, 8, 0.1, 8)
-    registration.register(MtlLoraConfig, MtlLoraModel)  # again, which changes nothing
+    register(MtlLoraConfig, MtlLoraModel)  # again, which changes nothing
     assert options.peft_type is PeftType["BADIT_MTL_LORA"]
     assert BASELINES["mtl-lora"].config_cls is MtlLoraConfig

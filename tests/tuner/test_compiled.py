@@ -63,7 +63,6 @@ def regroup(model: nn.Module, seed: int) -> None:
     "options",
     [
         {},
-        {"base_weight": "folded"},
         {"router_input": "standardised", "top_k": 2},
         {"routing": "token", "gates": "softmax"},
     ],

@@ -29,7 +29,7 @@ def logits(model):
 def test_defaults_are_the_published_setting():
     defaults = BaditConfig()
     assert (defaults.num_experts, defaults.r, defaults.lora_alpha, defaults.lora_dropout) == (8, 4, 32, 0.05)
-    assert (defaults.num_components, defaults.scaling, defaults.decomposes) == (32, 8.0, True)
+    assert (defaults.num_components, defaults.scaling, defaults.subtracted_share) == (32, 8.0, 1.0)
 
 
 @pytest.mark.parametrize(
@@ -42,8 +42,7 @@ def test_defaults_are_the_published_setting():
         *[("top_k", value) for value in (0, 9, 1.5, True)],
         *[("routing", value) for value in ("sequence", None, "PROMPT")],
         *[("gates", value) for value in ("sigmoid", None)],
-        *[("base_weight", value) for value in ("merged", None)],
-        *[("init_weights", value) for value in ("pissa", 1, None)],
+        *[("init_weights", value) for value in ("pissa", 1, None, False)],
         *[("svd_method", value) for value in ("fast", None)],
         *[("bias", value) for value in ("lora_only", None, True)],
     ],
@@ -56,11 +55,8 @@ def test_bad_values_are_refused(field, value):
 @pytest.mark.parametrize(
     ("options", "field"),
     [
-        ({"base_weight": "folded", "init_weights": "lora"}, "base_weight"),
         ({"router_input": "median"}, "router_input must be one of 'mean', 'standardised'"),
         ({"router_input": "standardised", "routing": "token"}, "needs routing='prompt'"),
-        ({"base_weight": "folded", "init_weights": "directions"}, "base_weight"),
-        ({"base_weight": "folded", "init_weights": False}, "base_weight"),
         ({"target_modules": r".*gate_proj", "layers_to_transform": [0]}, "layers_to_transform"),
         ({"target_modules": r".*gate_proj", "layers_pattern": "layers"}, "layers_pattern"),
         ({"layers_pattern": "layers"}, "layers_pattern"),
@@ -169,15 +165,7 @@ def test_top_k_leaves_k_gates(tiny_model):
     torch.testing.assert_close(gates.sum(-1), torch.full((4, 1), 3.0))
 
 
-def test_base_weight_folded_rewrites_the_weight_and_agrees_with_delta(tiny_model):
-    delta, folded = (adapted(tiny_model("llama"), base_weight=kind) for kind in ("delta", "folded"))
-    torch.testing.assert_close(logits(folded), logits(delta), atol=1e-4, rtol=1e-4)
-    before = tiny_model("llama").model.layers[0].mlp.gate_proj.weight
-    assert torch.equal(layers(delta)[0].weight_OI, before)
-    assert not torch.allclose(layers(folded)[0].weight_OI, before)
-
-
-@pytest.mark.parametrize("init_weights", [True, "bad", "lora", False])
+@pytest.mark.parametrize("init_weights", [True, "bad", "lora"])
 def test_init_weights(tiny_model, init_weights):
     base = tiny_model("llama")
     before = logits(base)
@@ -191,21 +179,18 @@ def test_init_weights(tiny_model, init_weights):
         u, s, vh = torch.linalg.svd(weight)
         torch.testing.assert_close(2.0 * b @ a, u[:, :6] * s[:6] @ vh[:6], atol=1e-5, rtol=1e-4)
         assert difference <= 1e-5
-    elif init_weights == "lora":
+    else:
         assert a.abs().max() > 0
         assert not b.any()
         assert difference == 0
-    else:
-        assert difference > 1e-3
-        assert b.any()
-    assert bool(router.any()) == (init_weights is False)
+    assert not router.any()
 
 
 def test_svd_method_and_tolerance_reach_the_decomposition(tiny_model, monkeypatch):
-    from badit.tuner import layer
+    from badit.tuner import config as module
 
-    seen, real = [], layer.top_singular_triples
-    monkeypatch.setattr(layer, "top_singular_triples", lambda *a, **k: seen.append(k) or real(*a, **k))
+    seen, real = [], module.top_singular_triples
+    monkeypatch.setattr(module, "top_singular_triples", lambda *a, **k: seen.append(k) or real(*a, **k))
     exact = adapt(tiny_model("llama"), svd_method="exact", svd_tolerance=0.5)
     rough = adapt(tiny_model("llama"), svd_method="randomized", svd_tolerance=0.5)
     close = adapt(tiny_model("llama"), svd_method="randomized", svd_tolerance=1e-5)

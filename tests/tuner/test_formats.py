@@ -45,8 +45,10 @@ def changed(folder: Path, **settings: Any) -> Path:
     return folder
 
 
-def test_an_adapter_from_before_formats_had_numbers_is_of_the_first(tmp_path: Path) -> None:
-    folder = changed(tmp_path / "old", format_version="left out")
+@pytest.mark.parametrize("old", [{"format_version": "left out"}, {"base_weight": "folded"}], ids=str)
+def test_what_earlier_releases_wrote_is_the_same_adapter(tmp_path: Path, old: dict[str, Any]) -> None:
+    """Formats had no number at first; a residual written into the base weight was the same model."""
+    folder = changed(tmp_path / "old", **old)
     model = PeftModel.from_pretrained(base_model(), str(folder))
     assert torch.equal(
         computed(model)["delta"], computed(PeftModel.from_pretrained(base_model(), str(SAVED[0])))["delta"]

@@ -44,7 +44,7 @@ def test_a_training_pass_warns_of_nothing(tiny_model):
     assert [str(warning.message) for warning in warned] == []
 
 
-@pytest.mark.parametrize("options", [{}, {"base_weight": "folded"}, {"routing": "token"}, {"top_k": 1}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"routing": "token"}, {"top_k": 1}], ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_A_B_and_router_alone_get_gradients(tiny_model, family, options):
     model = trainable(tiny_model(family), **options)
@@ -79,14 +79,13 @@ def test_the_loss_falls_along_the_gradient_as_it_says(tiny_model, family):
     torch.testing.assert_close((losses[0] - losses[1]) / (2 * step), norm.double(), atol=0, rtol=2e-2)
 
 
-@pytest.mark.parametrize("base_weight", ["delta", "folded"])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_training_changes_A_B_and_router_and_nothing_else(tiny_model, family, base_weight):
+def test_training_changes_A_B_and_router_and_nothing_else(tiny_model, family):
     from peft import get_peft_model
 
     from tuner.helpers import config
 
-    model = get_peft_model(tiny_model(family), config(base_weight=base_weight)).train()
+    model = get_peft_model(tiny_model(family), config()).train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     losses = []
@@ -97,18 +96,15 @@ def test_training_changes_A_B_and_router_and_nothing_else(tiny_model, family, ba
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < losses[0] - 0.1
-    for layer in layers(model):
-        layer.unfold()
     changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
     assert changed == {name for name, p in model.named_parameters() if p.requires_grad}
     assert len(changed) == 6
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
-@pytest.mark.parametrize("base_weight", ["delta", "folded"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_gradient_checkpointing_changes_no_gradient(tiny_model, family, base_weight, reentrant):
-    model = trainable(tiny_model(family), base_weight=base_weight, target_modules="all-linear")
+def test_gradient_checkpointing_changes_no_gradient(tiny_model, family, reentrant):
+    model = trainable(tiny_model(family), target_modules="all-linear")
     model.enable_input_require_grads()
     forward(model, **batch()).loss.backward()
     expected = gradients(model)
@@ -263,15 +259,14 @@ def cosine(one, other):
     return torch.nn.functional.cosine_similarity(*flat, dim=0)
 
 
-@pytest.mark.parametrize("base_weight", ["delta", "folded"])
 @pytest.mark.parametrize("how", ["autocast", "bf16 base"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_low_precision_gradients_point_the_same_way(tiny_model, family, how, base_weight):
-    exact = trainable(tiny_model(family), base_weight=base_weight)
+def test_low_precision_gradients_point_the_same_way(tiny_model, family, how):
+    exact = trainable(tiny_model(family))
     forward(exact, **batch()).loss.backward()
     expected = gradients(exact)
     dtype = torch.bfloat16 if how == "bf16 base" else torch.float32
-    model = trainable(tiny_model(family, dtype=dtype), base_weight=base_weight)
+    model = trainable(tiny_model(family, dtype=dtype))
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=how == "autocast"):
         loss = forward(model, **batch()).loss
     loss.backward()

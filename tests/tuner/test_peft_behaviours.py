@@ -116,12 +116,6 @@ def test_an_adapter_on_a_head_that_is_the_embedding_leaves_the_embedding(tiny_mo
     torch.testing.assert_close(logits(PeftModel.from_pretrained(tiny_model("gpt2"), tmp_path)), expected)
 
 
-@TIED
-def test_folding_into_a_head_that_is_the_embedding_is_refused(tiny_model: Model) -> None:
-    with pytest.raises(BaditError, match=r"lm_head shares its weight.*use base_weight='delta'"):
-        adapt(tiny_model("gpt2"), target_modules=["lm_head"], base_weight="folded")
-
-
 def test_an_adapter_is_filled_from_the_meta_device(tiny_model: Model, tmp_path: Path) -> None:
     model = adapted(tiny_model("llama"), router_input="standardised")
     model.save_pretrained(tmp_path)

@@ -57,11 +57,10 @@ def test_gates_differ_between_prompts(tiny_model, family):
         assert (gates - 1).abs().max() > 0.3
 
 
-@pytest.mark.parametrize("base_weight", ["delta", "folded"])
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_teacher_forcing_equals_cached_decoding(tiny_model, family, kind, base_weight):
-    model = adapted(tiny_model(family), base_weight=base_weight, target_modules="all-linear")
+def test_teacher_forcing_equals_cached_decoding(tiny_model, family, kind):
+    model = adapted(tiny_model(family), target_modules="all-linear")
     ids, mask = with_answers()
     forced = teacher_forced(model, ids, mask, LENGTH)[:, LENGTH - 1 :]
     torch.testing.assert_close(cached_steps(model, ids, mask, LENGTH, new_cache(kind, model)), forced, **CLOSE)

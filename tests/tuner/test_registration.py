@@ -11,7 +11,8 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPIN
 import badit.tuner
 from badit.errors import BaditError
 from badit.tuner import BaditConfig, BaditModel
-from badit.tuner.registration import peft_type, register
+from badit.tuner.config import peft_type
+from badit.tuner.model import register
 from tuner.helpers import config
 
 

@@ -8,7 +8,7 @@ import torch
 from peft import AutoPeftModelForCausalLM, PeftModel
 from safetensors.torch import load_file
 
-from badit.tuner import layer as layer_module
+from badit.tuner import config as config_module
 from tuner.helpers import FAMILIES, adapted, config, forward, layers, padded, random_rows
 
 # PEFT 0.19 looks for the saved configuration of a base model that was never saved.
@@ -31,14 +31,13 @@ def no_svd(monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("an adapter that is only loaded needs no decomposition")
 
-    return lambda: monkeypatch.setattr(layer_module, "top_singular_triples", refuse)
+    return lambda: monkeypatch.setattr(config_module, "top_singular_triples", refuse)
 
 
 @pytest.mark.parametrize(
     "options",
     [
         {},
-        {"base_weight": "folded"},
         {"init_weights": "lora"},
         {"init_weights": "directions", "router_input": "standardised"},
     ],
@@ -91,9 +90,8 @@ def test_a_bf16_base_model(tiny_model, tmp_path):
 
 
 @pytest.mark.parametrize("low_memory", [False, True])
-@pytest.mark.parametrize("base_weight", ["delta", "folded"])
-def test_training_goes_on_after_loading(tiny_model, tmp_path, base_weight, low_memory):
-    model = adapted(tiny_model("llama"), base_weight=base_weight)
+def test_training_goes_on_after_loading(tiny_model, tmp_path, low_memory):
+    model = adapted(tiny_model("llama"))
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(
         tiny_model("llama"), tmp_path, is_trainable=True, low_cpu_mem_usage=low_memory
@@ -161,40 +159,3 @@ def test_several_adapters_are_saved_apart(tiny_model, tmp_path):
     for name in ("other", "default"):
         loaded.set_adapter(name)
         torch.testing.assert_close(logits(loaded), expected[name])
-
-
-def test_folded_is_saved_without_its_trace_on_the_base_weight(tiny_model, tmp_path):
-    delta, folded = (adapted(tiny_model("llama"), base_weight=kind) for kind in ("delta", "folded"))
-    logits(folded)
-    for name, model in (("delta", delta), ("folded", folded)):
-        model.save_pretrained(tmp_path / name)
-    saved = [load_file(tmp_path / name / "adapter_model.safetensors") for name in ("delta", "folded")]
-    assert set(saved[0]) == set(saved[1])
-    for name, tensor in saved[0].items():
-        assert torch.equal(saved[1][name], tensor)
-
-
-def test_loading_over_a_folded_adapter_folds_anew(tiny_model, tmp_path):
-    """Loading other initial factors into a model that has run already must not leave the old residual."""
-    other = adapted(tiny_model("llama", seed=1), base_weight="folded")
-    model = adapted(tiny_model("llama"), base_weight="folded")
-    logits(model)
-    expected = tiny_model("llama").model.layers[0].mlp.gate_proj.weight
-    model.load_state_dict({k: v for k, v in other.state_dict().items() if "badit_" in k}, strict=False)
-    logits(model)
-    layer = layers(model)[0]
-    a0, b0 = layer.kept_factors("default")
-    torch.testing.assert_close(layer.weight_OI + 2.0 * b0 @ a0, expected, atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(a0, layers(other)[0].kept_factors("default")[0])
-
-
-def test_a_state_dict_never_holds_the_residual_as_the_base_weight(tiny_model):
-    model = adapted(tiny_model("llama"), base_weight="folded")
-    expected = logits(model)
-    saved = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    before = tiny_model("llama").model.layers[0].mlp.gate_proj.weight
-    assert torch.equal(saved["base_model.model.model.layers.0.mlp.gate_proj.base_layer.weight"], before)
-    fresh = adapted(tiny_model("llama", seed=1), base_weight="folded")
-    logits(fresh)
-    fresh.load_state_dict(saved)
-    torch.testing.assert_close(logits(fresh), expected)

@@ -55,10 +55,11 @@ class MtlLoraLinear(ExpertLinear):
         super().initialise(adapter_name)
         nn.init.kaiming_uniform_(self.badit_task_logits[adapter_name], a=math.sqrt(5))
 
-    def gates(self, adapter_name: str, x: torch.Tensor) -> torch.Tensor:
-        logits_MK = self.badit_task_logits[adapter_name].float() / self.badit_config[adapter_name].temperature
-        gates_BK = expert_gates(logits_MK, kind="softmax")[self._tasks_of_rows(adapter_name, x)]
-        return gates_BK.unflatten(0, (-1, *[1] * (x.ndim - 2)))  # alike at all positions of a row
+    def component_gates(self, adapter_name: str, x: torch.Tensor) -> torch.Tensor:
+        config: MtlLoraConfig = self.badit_config[adapter_name]
+        gates_MK = expert_gates(self.badit_task_logits[adapter_name].float() / config.temperature, kind="softmax")
+        gates_BN = gates_MK.repeat_interleave(config.r, dim=-1)[self._tasks_of_rows(adapter_name, x)]
+        return gates_BN.unflatten(0, (-1, *[1] * (x.ndim - 2)))  # alike at all positions of a row
 
     def hidden(self, adapter_name: str, x: torch.Tensor, a_PI: torch.Tensor) -> torch.Tensor:
         """Λ_t A x, (B, …, R)."""

@@ -20,7 +20,8 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 from types import MethodType
 from typing import Any
 
@@ -35,42 +36,32 @@ _HELD = "badit_gates"
 _CACHE_NAMES = ("cache", "past_key_values")  # transformers renamed it within version 5
 
 
+@dataclass
 class ForwardPass:
-    """One forward pass: its prompt mask (B, T), or the gates by layer that its cache holds already; its shape.
+    """One forward pass, as the adapted layers need to know it.
 
-    The mask is worked out when it is first asked for. Routing by token never does, nor do adapters that are switched
-    off, so batches in which no prompt can be told are refused only where it matters.
-
-    Args:
+    Attributes:
+        find_prompt: works out the prompt's mask when it is first asked for. Routing by token never asks, nor do
+            adapters that are switched off, so batches in which no prompt can be told are refused only where it matters.
+        held: by layer, the gates that the pass's cache holds already; None where the prompt settles them now.
+        shape: of the batch, (B, T), where it is known.
         fills_cache: whether decoding may follow, for which layers must leave their gates in ``fresh``.
         settled: what layers may keep of this pass for the next, of one generation that decodes from one cache.
+        row_tasks: for methods that tell tasks apart: by adapter, the index (B) of each row's task.
     """
 
-    def __init__(
-        self,
-        find_prompt: Callable[[], torch.Tensor | None],
-        held: dict[str, torch.Tensor] | None = None,
-        shape: torch.Size | None = None,
-        fills_cache: bool = True,
-        settled: dict[str, Any] | None = None,
-    ) -> None:
-        self._find_prompt = find_prompt
-        self._mask_BT: torch.Tensor | None = None
-        self._found = False
-        self.held = held
-        self.shape = shape
-        self.fills_cache = fills_cache
-        self.settled = settled
-        #: For methods that tell tasks apart: by adapter, the index (B) of each row's task.
-        self.row_tasks: Mapping[str, torch.Tensor] = {}
-        self.fresh: dict[str, torch.Tensor] = {}
+    find_prompt: Callable[[], torch.Tensor | None]
+    held: dict[str, torch.Tensor] | None = None
+    shape: torch.Size | None = None
+    fills_cache: bool = True
+    settled: dict[str, Any] | None = None
+    row_tasks: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    fresh: dict[str, torch.Tensor] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def prompt_mask_BT(self) -> torch.Tensor | None:
         """None where the model is no language model: then a layer's whole input is its prompt."""
-        if not self._found:
-            self._mask_BT, self._found = self._find_prompt(), True
-        return self._mask_BT
+        return self.find_prompt()
 
 
 class RoutingContext:
@@ -148,7 +139,7 @@ class RoutingContext:
         if torch.is_grad_enabled():
             self._differentiated = self._running
         if self._running.held is None and any(reads() for reads in self.mask_readers):
-            _ = self._running.prompt_mask_BT
+            _ = self._running.prompt_mask_BT  # kept from now on
         return args, kwargs
 
     def _leave(self, model: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
@@ -191,10 +182,9 @@ class RoutingContext:
             return ForwardPass(lambda: None)
         # Only what is small is kept for later: neither the embeddings nor the cache.
         kept = {name: batch.get(name) for name in ("attention_mask", "labels", "position_ids", "cu_seq_lens_q")}
+        find_prompt = partial(self._prompt, model, kept, shape, tokens.device, self._generation_prompt_length)
         if batch.get("labels") is None and torch.is_grad_enabled() and _trains_language(model):
             find_prompt = partial(self._whole_rows, model, kept, shape, tokens.device)
-        else:
-            find_prompt = partial(self._prompt, model, kept, shape, tokens.device, self._generation_prompt_length)
         return ForwardPass(find_prompt, shape=shape, fills_cache=fills_cache)
 
     def _settled_for(self, held: dict[str, torch.Tensor]) -> dict[str, Any] | None:
