@@ -18,7 +18,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
 
 from badit.errors import BaditError, explained
-from badit.files import read_json, shown
+from badit.files import read_json
 from badit.tuner.config import FORMAT_FIELD, RETIRED_FIELDS, refuse_newer_format
 
 if TYPE_CHECKING:
@@ -38,13 +38,13 @@ def load_adapter(model: PreTrainedModel, folder: Path, config: PeftConfig, *, tr
     """
     shapes = tensor_shapes(folder / SAFETENSORS_WEIGHTS_NAME)  # without it PEFT would go on to look for a pickled file
     _check_settings(folder / CONFIG_NAME, config, shapes)
-    with explained(shown(folder), action="loaded", any_error=True), warnings.catch_warnings():
+    with explained(folder, action="loaded", any_error=True), warnings.catch_warnings():
         warnings.filterwarnings("error", message="Found missing adapter keys")
         adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
         expected = get_peft_model_state_dict(adapted, save_embedding_layers=False).keys()
     if unknown := sorted(shapes.keys() - expected):
         raise BaditError(
-            f"{shown(folder)}: belongs to another base model or method, with a tensor {unknown[0]!r:.120}; "
+            f"{folder}: belongs to another base model or method, with a tensor {unknown[0]!r:.120}; "
             "name the base model that it was trained on"
         )
     return adapted
@@ -58,9 +58,9 @@ def tensor_shapes(path: Path) -> Shapes:
     """
     if not path.is_file():
         raise BaditError(
-            f"{shown(path.parent)}: has no {path.name}; pickled weights are not read; remove the folder to train again"
+            f"{path.parent}: has no {path.name}; pickled weights are not read; remove the folder to train again"
         )
-    with explained(shown(path), action="loaded", any_error=True), safe_open(path, framework="pt") as file:
+    with explained(path, action="loaded", any_error=True), safe_open(path, framework="pt") as file:
         return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (not a dict)
 
 
@@ -74,17 +74,17 @@ def _check_settings(path: Path, config: PeftConfig, shapes: Shapes) -> None:
     try:
         refuse_newer_format(saved.get(FORMAT_FIELD, 1))
     except BaditError as error:
-        raise BaditError(f"{shown(path)}: {error}") from None
+        raise BaditError(f"{path}: {error}") from None
     fields = {field.name: field for field in dataclasses.fields(config)}
     if unknown := sorted(saved.keys() - fields.keys() - _BOOKKEEPING - RETIRED_FIELDS):
         raise BaditError(
-            f"{shown(path)}: {unknown[0]!r:.60}: is no setting that this PEFT knows; upgrade it, or remove the line"
+            f"{path}: {unknown[0]!r:.60}: is no setting that this PEFT knows; upgrade it, or remove the line"
         )
     for key, expected in _plain(config.to_dict()).items():
         found = _plain(saved[key] if key in saved or key not in fields else _default(fields[key]))
         if key not in _BOOKKEEPING and found != expected:
             raise BaditError(
-                f"{shown(path)}: {key}: is {found!r:.60}, but the run's recipe says {expected!r:.60}; "
+                f"{path}: {key}: is {found!r:.60}, but the run's recipe says {expected!r:.60}; "
                 "this is another run's adapter"
             )
     _check_bookkeeping(path, saved, config, shapes)
@@ -95,14 +95,14 @@ def _check_bookkeeping(path: Path, saved: Mapping[str, Any], config: PeftConfig,
     listed = isinstance(targets, list) and all(isinstance(name, str) for name in targets)
     # An expression is matched against every module's name, and some take forever: none but the recipe's own.
     if not listed and targets not in (wanted, None):
-        raise BaditError(f"{shown(path)}: target_modules: must be a list of names, not {targets!r:.60}")
+        raise BaditError(f"{path}: target_modules: must be a list of names, not {targets!r:.60}")
     tasks = saved.get("tasks")
     if tasks is not None and not (isinstance(tasks, list) and all(isinstance(name, str) for name in tasks)):
-        raise BaditError(f"{shown(path)}: tasks: must be a list of names, not {tasks!r:.60}")
+        raise BaditError(f"{path}: tasks: must be a list of names, not {tasks!r:.60}")
     past = saved.get("past_branches", 0)
     largest = max((size for shape in shapes.values() for size in shape), default=0)
     if isinstance(past, bool) or not isinstance(past, int) or not 0 <= past <= largest:
-        raise BaditError(f"{shown(path)}: past_branches: the weights have no {past!r:.60} branches")
+        raise BaditError(f"{path}: past_branches: the weights have no {past!r:.60} branches")
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:

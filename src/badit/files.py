@@ -241,8 +241,3 @@ def inside(folder: Path, path: Path) -> Path:
     if leaves:
         raise BaditError(f"{path}: leads out of {folder}; put the file itself there")
     return path
-
-
-def shown(file: Path) -> str:
-    """A path in an error message. BaditError itself keeps the message on one line, so this is its text."""
-    return str(file)

@@ -38,7 +38,6 @@ from badit.baselines.neurons import (
     union,
 )
 from badit.errors import BaditError, explained, first_line, nearest
-from badit.files import shown
 from badit.gradients import parameter_count
 from badit.recipe import Recipe
 from badit.regroup import RegroupCallback
@@ -217,10 +216,10 @@ class WeightsMethod(Method):
         shapes = tensor_shapes(path)
         known = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
         if unknown := [name for name in shapes if shapes[name] != known.get(name)]:
-            raise BaditError(f"{shown(path)}: belongs to another base model, which has a weight {unknown[0]!r:.120}")
+            raise BaditError(f"{path}: belongs to another base model, which has a weight {unknown[0]!r:.120}")
         if missing := sorted(self._saved_names(model) - shapes.keys()):
-            raise BaditError(f"{shown(path)}: has no weight {missing[0]}; remove the folder to train it again")
-        with explained(shown(path), action="loaded", any_error=True):
+            raise BaditError(f"{path}: has no weight {missing[0]}; remove the folder to train it again")
+        with explained(path, action="loaded", any_error=True):
             model.load_state_dict(load_file(path), strict=False)
         model.tie_weights()
         return model.eval()

@@ -21,7 +21,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, 
 
 from badit.data.prompts import ChatTemplate, PromptEncoding
 from badit.errors import BaditError, nearest
-from badit.files import read_text, shown
+from badit.files import read_text
 from badit.models import Quantisation
 from badit.yaml_values import parse_yaml
 
@@ -259,7 +259,7 @@ def make_recipe(recipe: RecipeLike | None, values: Mapping[str, Any]) -> Recipe:
     elif isinstance(recipe, Recipe):
         content = recipe.model_dump()
     else:
-        content, where = _content(Path(recipe)), shown(Path(recipe))
+        content, where = _content(Path(recipe)), Path(recipe)
     return build_recipe(_merged(content, values), where=where)
 
 
@@ -275,7 +275,7 @@ def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
             unknown or has a wrong value.
     """
     path = Path(path)
-    return build_recipe(_content(path), overrides, where=shown(path))
+    return build_recipe(_content(path), overrides, where=path)
 
 
 def load_config(path: Path) -> Recipe:
@@ -289,34 +289,32 @@ def load_config(path: Path) -> Recipe:
         content["training"] = {RENAMED_ARGUMENTS.get(key, key): value for key, value in training.items()}
         if content["training"].get("max_steps", 0) is None:  # now -1, as in transformers
             del content["training"]["max_steps"]
-    return build_recipe(content, where=shown(path))
+    return build_recipe(content, where=path)
 
 
 def _content(path: Path, extending: tuple[Path, ...] = ()) -> dict[str, Any]:
     """A recipe file's values over those of the recipe that it extends; the files in ``extending`` led to this one."""
     if path in extending:
-        raise BaditError(f"{shown(extending[-1])}: extends: {path.name} extends this file already")
+        raise BaditError(f"{extending[-1]}: extends: {path.name} extends this file already")
     content = read_values(path)
     if "extends" not in content:
         return content
     base_path = path.parent / _file_in_folder(path, content.pop("extends"))
     base = _content(base_path, (*extending, path))
-    build_recipe(base, where=shown(base_path))  # its mistakes are reported as its own
+    build_recipe(base, where=base_path)  # its mistakes are reported as its own
     return _merged(base, content)
 
 
 def _file_in_folder(path: Path, name: Any) -> str:
     """``name``, if it is one that stays in the folder of the recipe that gives it: a recipe reads no file elsewhere."""
     if not isinstance(name, str) or "\0" in name or Path(name).is_absolute() or ".." in Path(name).parts:
-        raise BaditError(
-            f"{shown(path)}: extends: must be a file in the recipe's folder, such as base.yaml, not {name!r:.60}"
-        )
+        raise BaditError(f"{path}: extends: must be a file in the recipe's folder, such as base.yaml, not {name!r:.60}")
     try:
         inside = (path.parent / name).resolve().is_relative_to(path.parent.resolve())
     except (OSError, RuntimeError):  # a link that leads to itself
         inside = False
     if not inside:
-        raise BaditError(f"{shown(path)}: extends: {name!r:.60} is a link that leads out of the recipe's folder")
+        raise BaditError(f"{path}: extends: {name!r:.60} is a link that leads out of the recipe's folder")
     return name
 
 
@@ -337,11 +335,11 @@ def read_values(path: Path) -> dict[str, Any]:
     Raises:
         BaditError: the file cannot be read, or it holds no values by name.
     """
-    content = parse_yaml(read_text(path), where=shown(path))
+    content = parse_yaml(read_text(path), where=path)
     if content is None:
         content = {}
     if not isinstance(content, dict):
-        raise BaditError(f"{shown(path)}: must hold 'key: value' lines, not a {type(content).__name__}")
+        raise BaditError(f"{path}: must hold 'key: value' lines, not a {type(content).__name__}")
     return content
 
 

@@ -121,12 +121,10 @@ class Run:
         Raises:
             BaditError: the recipe asks for such code and the caller does not allow it.
         """
-        from badit.files import shown
-
         recipe = Run.existing(self.path).recipe
         if recipe.model.trust_remote_code and not trust_remote_code:
             raise BaditError(
-                f"{shown(self.config_path)}: model.trust_remote_code: is true, so Python code that comes with the "
+                f"{self.config_path}: model.trust_remote_code: is true, so Python code that comes with the "
                 f"model {recipe.model.name!r:.60} would run; allow it with --trust-remote-code if you trust both"
             )
         return recipe

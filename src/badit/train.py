@@ -248,9 +248,7 @@ def _train_stage(plan: Plan, stage: Stage, number: int, learnt: Path | None, pro
     unset_hf_deepspeed_config()  # else the next model to be loaded, for scoring or a stage, would be divided as well
 
 
-def _arguments(
-    plan: Plan, folder: Run, seed: int, checkpoint: Path | None, trackers: list[str]
-) -> TrainingArguments:
+def _arguments(plan: Plan, folder: Run, seed: int, checkpoint: Path | None, trackers: list[str]) -> TrainingArguments:
     """The recipe's arguments for HF's Trainer, and those that a run settles itself."""
     given = plan.recipe.training.arguments()
     # Base weights that are trained are kept in float32 and used in the recipe's dtype.
