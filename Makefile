@@ -21,7 +21,7 @@ demo: $(VENV)/.demo  ## SmolLM2 tuned on the built-in tasks by LoRA and by BADIT
 	$(BIN)/badit demo
 
 test: $(VENV)/.dev test-lowest-peft  ## all tests, and those of the adapters and their training again on the lowest supported PEFT
-	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) tests
+	PYTHONUNBUFFERED=1 OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) tests  # unbuffered: the summary stays last
 
 stress: $(VENV)/.dev $(VENV)/atheris $(VENV)/deepspeed  ## the long sweeps: runs killed at every turn, broken input by the thousands, DeepSpeed
 	BADIT_STRESS=4 PYTHONPATH=$(abspath $(VENV)/atheris) OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) tests/fuzz
@@ -67,7 +67,7 @@ dist: $(VENV)/.dev  ## source distribution and wheel, in dist/
 # --no-deps: only PEFT itself changes; the folder goes before the virtual environment's packages.
 LOWEST_PEFT := $(VENV)/$(subst ==,-,$(filter peft%,$(LOWEST)))
 # What starts whole processes takes minutes and asks nothing of PEFT that the other tests do not.
-PROCESSES := test_kills test_several_processes test_two_ranks
+PROCESSES := test_kills test_several_processes
 test-lowest-peft: $(VENV)/.dev $(LOWEST_PEFT)
 	PYTHONPATH=$(LOWEST_PEFT) OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) $(PROCESSES:%=--ignore tests/training/%.py) $(ADAPTER_TESTS)
 
