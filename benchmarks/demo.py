@@ -15,16 +15,16 @@ from typing import Any
 from keep_run import RESULTS, keep
 
 from badit.cli import main
-from badit.cli.demo import METHODS
+from badit.demo import METHODS
 from badit.files import read_json, write_json
-from badit.runs import RunFolder
+from badit.run import Run
 
 
 def summarise(runs: str, seeds: list[int]) -> dict[str, Any]:
     """Keeps the finished runs and returns mean, standard deviation and raw values of each method's two scores."""
     summary: dict[str, Any] = {"seeds": seeds, "methods": {}}
     for method in map(str.lower, METHODS):
-        kept = [keep(RunFolder.existing(f"{runs}-{seed}/{method}"), f"demo/{seed}/{method}") for seed in seeds]
+        kept = [keep(Run.existing(f"{runs}-{seed}/{method}"), f"demo/{seed}/{method}") for seed in seeds]
         scores = [read_json(folder / "scores.json") for folder in kept]
         summary["methods"][method] = {key: _spread([one[key] for one in scores]) for key in ("rouge_l", "exact_match")}
     return summary

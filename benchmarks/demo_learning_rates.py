@@ -11,11 +11,11 @@ import argparse
 
 from keep_run import RESULTS
 
-from badit.cli.demo import METHODS, demo_recipe
+from badit.demo import METHODS, demo_recipe
+from badit.environment import environment
+from badit.evaluate import train_and_score
 from badit.files import write_json
 from badit.recipe import build_recipe
-from badit.runs import environment
-from badit.training.scoring import train_and_score as train
 
 RATES = {"LoRA": (5e-4, 1e-3, 2e-3), "BADIT": (5e-4, 1e-3)}
 HELD_OUT = ["data.validation_per_task=10", "evaluation.split=validation"]
@@ -29,7 +29,7 @@ if __name__ == "__main__":
     for method, rates in RATES.items():
         for rate in rates:
             content = demo_recipe(METHODS[method], f"{options.runs}/{method}-{rate}", 1.0, 0)
-            scores = train(build_recipe(content, [f"training.learning_rate={rate}", *HELD_OUT]))
+            scores = train_and_score(build_recipe(content, [f"training.learning_rate={rate}", *HELD_OUT]))
             means = {key: scores[key] for key in ("rouge_l", "exact_match")}
             cells.append({"method": method, "learning_rate": rate, "seed": 0, **means})
     write_json(RESULTS / "demo" / "learning_rates.json", {"cells": cells, "environment": environment()})

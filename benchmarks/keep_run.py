@@ -16,26 +16,26 @@ from typing import Any
 
 from badit.files import read_jsonl, write_text
 from badit.recipe import build_recipe, dump_recipe
-from badit.runs import RunFolder
+from badit.run import Run
 
 RESULTS = Path(__file__).parent / "results"
 KEPT = ("environment.json", "metrics.jsonl", "scores.json", "analysis.json")
 LEFT_OUT = "gradient_pairs.json"
 
 
-def keep(run: RunFolder, name: str) -> Path:
+def keep(run: Run, name: str) -> Path:
     """Copies a run's small files; its output path, which means something on one machine only, becomes the name."""
     target = RESULTS / name
     target.mkdir(parents=True, exist_ok=True)
-    tables = [f"analysis/{path.name}" for path in sorted(run.analysis.glob("*.json")) if path.name != LEFT_OUT]
+    tables = [f"analysis/{path.name}" for path in sorted(run.analysis_path.glob("*.json")) if path.name != LEFT_OUT]
     if tables:
         (target / "analysis").mkdir(exist_ok=True)
     for file in (*KEPT, *tables):
         if (run.path / file).is_file():
             write_text(target / file, (run.path / file).read_text())
-    if regroupings := mean_over_modules(run.regroupings):
+    if regroupings := mean_over_modules(run.regroupings_path):
         write_text(target / "regroupings.jsonl", "".join(json.dumps(line) + "\n" for line in regroupings))
-    recipe = build_recipe(run.recipe().model_dump(), [f"output=runs/{name}"])
+    recipe = build_recipe(run.trusted_recipe().model_dump(), [f"output=runs/{name}"])
     write_text(target / "config.yaml", dump_recipe(recipe))
     return target
 
@@ -58,4 +58,4 @@ if __name__ == "__main__":
     parser.add_argument("run", help="a finished run's folder")
     parser.add_argument("name", help="where to keep it, below benchmarks/results")
     options = parser.parse_args()
-    print(keep(RunFolder.existing(options.run), options.name))
+    print(keep(Run.existing(options.run), options.name))

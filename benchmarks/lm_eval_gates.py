@@ -19,9 +19,9 @@ from typing import Any
 from lm_eval.models.huggingface import HFLM
 
 import badit
+from badit.environment import environment
 from badit.files import write_json
 from badit.harness import BaditLM
-from badit.runs import environment
 from badit.train import encoded
 
 RESULTS = Path(__file__).parent / "results" / "lm-eval"

@@ -45,9 +45,9 @@ recipe = build_recipe(
     }
 )
 badit.train(recipe)  # scored as well, in its folder's scores.json; predictions/ has every answer
-badit.evaluate(recipe.output)  # scores it again
+badit.Run(recipe.output).evaluate()  # scores it again
 scores = json.loads((Path(recipe.output) / "scores.json").read_text(encoding="utf-8"))
 for name, score in scores["tasks"].items():
     print(f"{name}: Rouge-L {score['rouge_l']:.1f}, exact match {score['exact_match']:.1f}")
-exported = badit.export(recipe.output, f"{options.output}-lora")  # one fixed mixture, for use without badit
+exported = badit.Run(recipe.output).export(f"{options.output}-lora")  # one fixed mixture, for use without badit
 print(f"{exported.folder}: a LoRA of rank {exported.rank}, of {exported.mixture}")

@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from badit.recipe import build_recipe
-from badit.runs import RunFolder
+from badit.run import Run
 from badit.train import fit
 from data.examples import CHATML, make_tokenizer
 from fuzz.command import COUNTED
@@ -129,7 +129,7 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., RunFolder]:
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Run]:
     """A factory: ``trained({"name": "lora"})`` is a run of three large steps, so that what it has learnt shows.
 
     What is trained alike is trained once; each call gives a copy, which a test may change.
@@ -138,7 +138,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., RunFolder
     make_material(folder, initializer_range=0.2)  # a wrong factor then moves the logits by far more than rounding does
     runs: dict[str, Path] = {}
 
-    def make(method: dict[str, Any], source: Path = folder / "tasks.jsonl", name: str = "run") -> RunFolder:
+    def make(method: dict[str, Any], source: Path = folder / "tasks.jsonl", name: str = "run") -> Run:
         key = json.dumps([method, str(source)])
         if key not in runs:
             values = {
@@ -150,7 +150,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., RunFolder
                 "output": str(folder / str(len(runs))),
             }
             runs[key] = fit(build_recipe(values), progress=False).path
-        return RunFolder(shutil.copytree(runs[key], tmp_path_factory.mktemp("runs") / name))
+        return Run(shutil.copytree(runs[key], tmp_path_factory.mktemp("runs") / name))
 
     return make
 

@@ -64,7 +64,7 @@ def train_method(name: str, material: Path, output: Path) -> dict[str, Any]:
     logs = sorted(output.rglob("metrics.jsonl"))
     lines = [json.loads(line) for log in logs for line in log.read_text().splitlines()]
     weights = next((output / "adapter").glob("*.safetensors"))
-    scores = {task: scores.rouge_l for task, scores in run.scores.tasks.items()}
+    scores = run.scores.query("metric == 'rouge_l'").set_index("task")["score"].to_dict()
     return {"losses": [line["loss"] for line in lines if "loss" in line], "adapter": _hash(weights), "scores": scores}
 
 

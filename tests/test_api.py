@@ -12,6 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import pandas as pd
 import pytest
 import yaml
 from safetensors.torch import load_file
@@ -42,36 +43,35 @@ def test_from_a_recipe_to_a_report(recipe_file: Path, tmp_path: Path, capfd: pyt
     assert run == badit.Run(str(tmp_path / "run"))
     assert run.recipe == badit.load_recipe(recipe_file, ["training.max_steps=3"])
     kept = json.loads((run.path / "scores.json").read_text())
-    assert run.scores.rouge_l == kept["rouge_l"]
-    assert run.scores.rouge_l_instances == kept["rouge_l_instances"]
-    assert run.scores.tasks["rivers"].exact_match == kept["tasks"]["rivers"]["exact_match"]
-    assert run.scores.records() == [{"task": name, **entry} for name, entry in kept["tasks"].items()]
-    rivers = [one for one in run.predictions if one.task == "rivers"]
-    mean = sum(rouge_l(one.prediction, one.references) for one in rivers) / len(rivers)
-    assert mean == pytest.approx(run.scores.tasks["rivers"].rouge_l)
-    assert [line["step"] for line in run.metrics if "loss" in line] == [1, 2, 3]
+    scores = run.scores.pivot(index="task", columns="metric", values="score")
+    assert scores.to_dict("index") == {
+        task: {metric: entry[metric] for metric in ("rouge_l", "exact_match")} for task, entry in kept["tasks"].items()
+    }
+    rivers = run.predictions.query("task == 'rivers'")
+    mean = sum(map(rouge_l, rivers.prediction, rivers.references)) / len(rivers)
+    assert mean == pytest.approx(scores["rouge_l"]["rivers"])
+    assert run.metrics.dropna(subset="loss")["step"].tolist() == [1, 2, 3]
     assert run.environment["training"]["steps"] == 3
     assert run.tables == {}
 
-    assert badit.evaluate(run, progress=False) == run.scores
+    pd.testing.assert_frame_equal(run.evaluate(progress=False), run.scores)
 
     prompts = ["Name the capital.", "Name the river."]
-    answers = badit.generate(run, prompts, max_new_tokens=3)
-    assert [badit.generate(str(run.path), prompt, max_new_tokens=3) for prompt in prompts] == answers
+    answers = run.generate(prompts, max_new_tokens=3)
+    assert [badit.Run(str(run.path)).generate(prompt, max_new_tokens=3) for prompt in prompts] == answers
     model, _ = run.load()
     assert "default" in model.peft_config
 
-    exported = badit.export(run, tmp_path / "exported", progress=False)
+    exported = run.export(tmp_path / "exported", score=True, progress=False)
     tensors = load_file(exported.folder / "adapter_model.safetensors")
     assert {len(tensor) for name, tensor in tensors.items() if "lora_A" in name} == {exported.rank}
-    costs = badit.score_export(run, exported, progress=False)
-    assert costs["tasks"]["rivers"]["routed"] == run.scores.tasks["rivers"].rouge_l
+    costs = json.loads((exported.folder / "scores.json").read_text())
+    assert costs["tasks"]["rivers"]["routed"] == scores["rouge_l"]["rivers"]
 
-    analysis = badit.analyze(run, instances=2, progress=False)
-    assert analysis.path == run.path
-    assert {file.stem for file in (run.path / "analysis").iterdir()} == analysis.tables.keys() == run.tables.keys()
-    table = json.loads((run.path / "analysis" / "gradient_pairs.json").read_text())
-    assert [list(row.values()) for row in analysis.tables["gradient_pairs"].records()] == table["rows"]
+    tables = run.analyze(instances=2, progress=False)
+    assert {file.stem for file in (run.path / "analysis").iterdir()} == tables.keys() == run.tables.keys()
+    kept = json.loads((run.path / "analysis" / "gradient_pairs.json").read_text())
+    assert tables["gradient_pairs"].to_numpy().tolist() == kept["rows"]
 
     page = badit.write_report(run, tmp_path / "report.html", title="Two tasks")
     assert page == tmp_path / "report.html"
@@ -86,13 +86,14 @@ def test_a_comparison(material: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     values = comparison_values(material, tmp_path / "compared")
     results = badit.compare(values, training={"max_steps": 1}, progress=False)
     assert "training and scoring" not in capsys.readouterr().err
-    assert results == badit.load_results(tmp_path / "compared")
-    assert [cell.status for cell in results.cells] == ["done", "done"]
-    summaries = {summary.method: summary for summary in badit.summarise(results)}
+    pd.testing.assert_frame_equal(results.scores, badit.load_results(tmp_path / "compared").scores)
+    assert results.cells["status"].tolist() == ["done", "done"]
+    summary = badit.summarise(results).set_index("method")
     for cell in json.loads((tmp_path / "compared" / "results.json").read_text())["cells"]:
-        assert summaries[cell["method"]].rouge_l.mean == cell["scores"]["rouge_l"]
+        assert summary["rouge_l_mean"][cell["method"]] == cell["scores"]["rouge_l"]
     assert "| badit |" in badit.table(tmp_path / "compared", form="markdown")
-    assert badit.compare(values, training={"max_steps": 1}) == results, "what is done is not done again"
+    again = badit.compare(values, training={"max_steps": 1})
+    pd.testing.assert_frame_equal(again.cells, results.cells)
 
 
 def test_a_recipe_may_be_a_file_values_or_a_recipe(recipe_file: Path, recipe_values: Values) -> None:
@@ -100,10 +101,10 @@ def test_a_recipe_may_be_a_file_values_or_a_recipe(recipe_file: Path, recipe_val
     assert make_recipe(recipe_file, {}) == make_recipe(recipe_values, {}) == make_recipe(recipe, {}) == recipe
     assert make_recipe(None, {}) == Recipe()
     for given in (recipe_file, recipe_values, recipe):
-        made = make_recipe(given, {"training": {"num_train_epochs": 3}, "output": Path("elsewhere")})
-        assert (made.training.num_train_epochs, made.training.per_device_train_batch_size, made.output) == (
+        made = make_recipe(given, {"training": {"epochs": 3}, "output": Path("elsewhere")})
+        assert (made.training.epochs, made.training.batch_size, made.output) == (
             3,
-            recipe.training.per_device_train_batch_size,
+            recipe.training.batch_size,
             "elsewhere",
         )
         other = make_recipe(given, {"method": {"name": "lora", "r": 3}})
@@ -120,12 +121,12 @@ def test_the_values_are_the_recipes_sections() -> None:
     [
         (lambda run: badit.train("missing.yaml"), "missing.yaml: cannot be read"),
         (lambda run: badit.train({"trainning": {}}), r"recipe: trainning: unknown key \(did you mean 'training'\?\)"),
-        (lambda run: badit.train(training={"num_train_epochs": 0}), "recipe: training.num_train_epochs: "),
+        (lambda run: badit.train(training={"epochs": 0}), "recipe: training.epochs: "),
         (lambda run: badit.plan(data={"source": "nowhere"}), "nowhere: no such file or folder"),
         (lambda run: badit.compare(jobs=0), "jobs: must be at least 1, not 0"),
-        (lambda run: badit.evaluate(run), "has no adapter yet"),
-        (lambda run: badit.Run(run).scores, r"has no scores yet; make them with: badit evaluate"),
-        (lambda run: badit.generate(run, ["Hello", " "]), "the prompt is empty"),
+        (lambda run: run.evaluate(), "has no adapter yet"),
+        (lambda run: run.scores, r"has no scores yet; make them with: badit evaluate"),
+        (lambda run: run.generate(["Hello", " "]), "the prompt is empty"),
         *((lambda run, name=name: getattr(badit.Run("nowhere"), name), "nowhere: has no config.yaml")
           for name in ("recipe", "scores", "predictions", "metrics", "environment", "tables")),
     ],
@@ -144,9 +145,10 @@ def test_every_public_name_is_there() -> None:
         assert name in dir(badit)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = badit.nothing
-    for name in {module.name for module in pkgutil.iter_modules(badit.__path__)} & set(badit.__all__):
+    modules = {module.name for module in pkgutil.iter_modules(badit.__path__)}
+    for name in modules & set(badit.__all__):
         import_module(f"badit.{name}")
-        assert not isinstance(getattr(badit, name), ModuleType), "importing the module hides the name"
+        assert not isinstance(getattr(badit, name), ModuleType), "a module hides the name"
 
 
 def test_importing_badit_is_light() -> None:

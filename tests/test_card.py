@@ -12,7 +12,7 @@ from markdown_it import MarkdownIt
 from badit.card import Base, model_card
 from badit.files import write_json
 from badit.recipe import Recipe, build_recipe, dump_recipe
-from badit.runs import RunFolder
+from badit.run import Run
 
 HOSTILE = (
     "a|b](https://evil.example) www.evil.example &#91;<script>x</script>\n---\nlicense: mit\n# <!-- `![](y)` \u202e @me"
@@ -20,20 +20,20 @@ HOSTILE = (
 PAPER = "https://arxiv.org/abs/2605.05676"
 
 
-def make_run(folder: Path, task: str = "capitals", **sections: Any) -> tuple[RunFolder, Recipe]:
+def make_run(folder: Path, task: str = "capitals", **sections: Any) -> tuple[Run, Recipe]:
     """A run as training leaves it, without the training."""
     recipe = build_recipe({**sections, "output": str(folder)})
-    run = RunFolder(folder)
-    run.adapter.mkdir(parents=True)
-    run.config.write_text(dump_recipe(recipe))
+    run = Run(folder)
+    run.adapter_path.mkdir(parents=True)
+    run.config_path.write_text(dump_recipe(recipe))
     of_task = {"rouge_l": 51.25, "exact_match": 40.0, "instances": 4}
-    write_json(run.scores, {"rouge_l": 51.25, "exact_match": 40.0, "tasks": {task: of_task}})
+    write_json(run.scores_path, {"rouge_l": 51.25, "exact_match": 40.0, "tasks": {task: of_task}})
     training = {"trainable_parameters": 1_234_567, "steps": 80}
-    write_json(run.environment, {"packages": {"torch": "2.13.0"}, "training": training})
+    write_json(run.environment_path, {"packages": {"torch": "2.13.0"}, "training": training})
     return run, recipe
 
 
-def card_of(run: RunFolder, recipe: Recipe, **options: Any) -> ModelCard:
+def card_of(run: Run, recipe: Recipe, **options: Any) -> ModelCard:
     return ModelCard(model_card(run, recipe, Base.of(recipe), **options))
 
 

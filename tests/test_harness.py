@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from badit.cli import main
 from badit.errors import BaditError
 from badit.harness import BaditLM
-from badit.runs import RunFolder
+from badit.run import Run
 from tuner.helpers import adapted, cached_steps
 
 # (context, continuation), of several lengths; the last two share all tokens that are read, but not the context.
@@ -193,7 +193,7 @@ def task_folder(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def run(trained: Callable[..., RunFolder]) -> RunFolder:
+def run(trained: Callable[..., Run]) -> Run:
     return trained({"name": "badit", "num_experts": 4, "r": 2, "lora_dropout": 0.1, "regroup": {"every": 3}})
 
 
@@ -229,18 +229,18 @@ def evaluated(model: str, arguments: dict[str, Any], tasks: Path, batch_size: in
     return {"likelihoods": likelihoods, "texts": [each["resps"][0][0] for each in samples["toy_answer"]]}
 
 
-def test_a_run_and_its_adapter_are_the_same_to_lm_eval(run: RunFolder, task_folder: Path) -> None:
-    base = run.recipe().model.name
+def test_a_run_and_its_adapter_are_the_same_to_lm_eval(run: Run, task_folder: Path) -> None:
+    base = run.trusted_recipe().model.name
     by_run = evaluated("badit", {"run": str(run.path)}, task_folder)
-    by_adapter = evaluated("badit", {"pretrained": base, "peft": str(run.adapter)}, task_folder, batch_size=1)
-    under_hf = evaluated("hf", {"pretrained": base, "peft": str(run.adapter)}, task_folder)
+    by_adapter = evaluated("badit", {"pretrained": base, "peft": str(run.adapter_path)}, task_folder, batch_size=1)
+    under_hf = evaluated("hf", {"pretrained": base, "peft": str(run.adapter_path)}, task_folder)
     assert by_adapter["likelihoods"] == pytest.approx(by_run["likelihoods"], rel=1e-4)
     assert by_run["texts"] == by_adapter["texts"] == under_hf["texts"]
     assert under_hf["likelihoods"] != pytest.approx(by_run["likelihoods"], rel=1e-4)
 
 
 def test_the_command_line_on_tasks_of_ones_own(
-    run: RunFolder, task_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run: Run, task_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["--tasks", "toy_choice,toy_answer", "--include_path", str(task_folder)]
     written = ["--batch_size", "4", "--log_samples", "--output_path", str(tmp_path / "written")]
@@ -257,18 +257,18 @@ def test_the_command_line_on_tasks_of_ones_own(
 
 
 def test_plain_hf_by_the_command_of_the_docs(
-    run: RunFolder, task_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    run: Run, task_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     page = (Path(__file__).parent.parent / "docs" / "lm-eval.md").read_text()
     (script,) = re.findall(r"python -c '(import badit.*?)' --model hf", page)
-    model = f"pretrained={run.recipe().model.name},peft={run.adapter}"
+    model = f"pretrained={run.trusted_recipe().model.name},peft={run.adapter_path}"
     options = ["--tasks", "toy_choice", "--include_path", str(task_folder), "--device", "cpu"]
     monkeypatch.setattr(sys, "argv", ["-c", "--model", "hf", "--model_args", model, *options])
     exec(script, {})
     assert "toy_choice" in capsys.readouterr().out
 
 
-def test_methods_that_tell_tasks_apart_are_told_the_task(trained: Callable[..., RunFolder]) -> None:
+def test_methods_that_tell_tasks_apart_are_told_the_task(trained: Callable[..., Run]) -> None:
     run = str(trained({"name": "mtl-lora", "r": 4}).path)
     asked = requests([("Name the capital.", {"max_gen_toks": 4})], "generate_until")
     scores = []
@@ -281,7 +281,7 @@ def test_methods_that_tell_tasks_apart_are_told_the_task(trained: Callable[..., 
         answers(BaditLM(run=run, batch_size=2), PAIRS)
 
 
-def test_bad_arguments_are_named(run: RunFolder, task_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_arguments_are_named(run: Run, task_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, message in (
         ({}, "give either run=FOLDER or pretrained=MODEL"),
         ({"run": "a", "pretrained": "b"}, "give either run=FOLDER or pretrained=MODEL"),

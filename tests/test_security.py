@@ -15,11 +15,11 @@ import transformers
 import badit.tuner
 from badit.cli import main
 from badit.errors import BaditError
+from badit.evaluate import answers
 from badit.models import load_base_model
 from badit.recipe import Recipe, build_recipe, dump_recipe
-from badit.runs import RunFolder
+from badit.run import Run
 from badit.train import fit
-from badit.training.scoring import answers
 
 SOURCE = Path(badit.tuner.__file__).parents[1]
 TREES = {path.relative_to(SOURCE): ast.parse(path.read_text(encoding="utf-8")) for path in SOURCE.rglob("*.py")}
@@ -65,7 +65,7 @@ def test_the_source_starts_no_shell_and_trusts_no_code_by_itself() -> None:
 
 
 @pytest.fixture
-def run(recipe_values: dict[str, Any]) -> RunFolder:
+def run(recipe_values: dict[str, Any]) -> Run:
     recipe_values["training"]["max_steps"] = 1
     return fit(build_recipe(recipe_values), progress=False)
 
@@ -74,7 +74,7 @@ def refuse(*_: Any, **__: Any) -> Any:
     raise AssertionError("unpickled")
 
 
-def test_a_run_is_read_without_unpickling(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_is_read_without_unpickling(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = answers(run, ["Name the capital."], max_new_tokens=3)
     for module, name in ((pickle, "load"), (pickle, "loads"), (pickle, "Unpickler"), (torch, "load")):
         monkeypatch.setattr(module, name, refuse)
@@ -82,9 +82,9 @@ def test_a_run_is_read_without_unpickling(run: RunFolder, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("name", ["adapter_model.bin", "adapter_model.pt", "adapter_model.safetensors"])
-def test_a_pickled_adapter_is_refused(run: RunFolder, tmp_path: Path, name: str, capsys: Any) -> None:
-    (run.adapter / "adapter_model.safetensors").unlink()
-    (run.adapter / name).write_bytes(pickle.dumps({"weights": Mark(tmp_path / "ran")}))
+def test_a_pickled_adapter_is_refused(run: Run, tmp_path: Path, name: str, capsys: Any) -> None:
+    (run.adapter_path / "adapter_model.safetensors").unlink()
+    (run.adapter_path / name).write_bytes(pickle.dumps({"weights": Mark(tmp_path / "ran")}))
     assert main(["generate", str(run.path), "Name the capital."]) == 2
     missing = "has no adapter_model.safetensors; pickled weights are not read"
     expected = missing if name != "adapter_model.safetensors" else "adapter_model.safetensors: cannot be loaded"
@@ -109,7 +109,7 @@ def test_an_adapter_names_no_module_to_import(
     run = fit(build_recipe(recipe_values), progress=False)
     (tmp_path / "leaves_a_mark.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
     monkeypatch.syspath_prepend(tmp_path)
-    config = run.adapter / "adapter_config.json"
+    config = run.adapter_path / "adapter_config.json"
     settings = json.loads(config.read_text())
     for change in (
         {"megatron_config": {"a": 1}, "megatron_core": "leaves_a_mark"},

@@ -16,7 +16,7 @@ from measure import in_turns, keep, options, ratio
 from torch import nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from badit.training import attention as plain
+from badit import attention as plain
 
 LENGTHS = (64, 128, 256, 384, 512, 768)
 ROWS, HEADS, SHARED, WIDTH = 4, 9, 3, 64

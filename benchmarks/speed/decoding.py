@@ -15,7 +15,7 @@ import torch
 from measure import in_turns, keep, options, ratio
 from workload import adapted, base, fast_dtypes
 
-from badit.cli.quiet import quiet_environment, quiet_loading
+from badit.cli import quiet_libraries
 
 PROMPT, NEW = 128, 64
 ROWS = (1, 8)
@@ -46,6 +46,5 @@ def main(arguments: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    quiet_environment()
-    quiet_loading()
+    quiet_libraries()
     main(options(__doc__, rounds=7).parse_args())

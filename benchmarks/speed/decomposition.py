@@ -17,7 +17,7 @@ from peft import get_peft_model
 from workload import EXPERTS, RANK, TARGETS, base
 
 from badit import BaditConfig
-from badit.cli.quiet import quiet_environment, quiet_loading
+from badit.cli import quiet_libraries
 from badit.method import top_singular_triples
 
 ROWS, COLUMNS, WANTED = 4096, 14336, 32
@@ -74,6 +74,5 @@ def main(arguments: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    quiet_environment()
-    quiet_loading()
+    quiet_libraries()
     main(options(__doc__).parse_args())

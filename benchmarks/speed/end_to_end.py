@@ -24,7 +24,7 @@ from trl import SFTConfig, SFTTrainer
 from workload import EXPERTS, RANK, TARGETS, adapted, base, data_options, fast_dtypes, instances
 
 from badit import RegroupCallback, load_base_model
-from badit.cli.quiet import quiet_environment, quiet_loading
+from badit.cli import quiet_libraries
 from badit.data import AnswerCollator
 from badit.trainer import AnswerTrainer
 
@@ -107,6 +107,5 @@ def main(arguments: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    quiet_environment()
-    quiet_loading()
+    quiet_libraries()
     main(data_options(options(__doc__)).parse_args())

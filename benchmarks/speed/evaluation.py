@@ -16,7 +16,7 @@ from measure import in_turns, keep, options, ratio
 from workload import MODEL, data_options, fast_dtypes, instances
 
 from badit import load_base_model
-from badit.cli.quiet import quiet_environment, quiet_loading
+from badit.cli import quiet_libraries
 from badit.generation import generate_answers
 
 BATCH, NEW, PER_TASK = 16, 50, 5
@@ -61,6 +61,5 @@ def main(arguments: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    quiet_environment()
-    quiet_loading()
+    quiet_libraries()
     main(data_options(options(__doc__)).parse_args())

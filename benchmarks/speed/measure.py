@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from badit.environment import environment
 from badit.files import write_json
-from badit.runs import environment
 
 RESULTS = Path(__file__).parents[1] / "results" / "speed"
 

@@ -18,7 +18,7 @@ from measure import in_turns, keep, options, ratio
 from torch import nn
 from workload import adapted, batch, fast_dtypes, training_step
 
-from badit.cli.quiet import quiet_environment, quiet_loading
+from badit.cli import quiet_libraries
 from badit.optimizer import OPTIMIZERS, build_optimizer
 
 ROWS, TOKENS = 4, 320
@@ -63,6 +63,5 @@ def main(arguments: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    quiet_environment()
-    quiet_loading()
+    quiet_libraries()
     main(options(__doc__, rounds=7).parse_args())

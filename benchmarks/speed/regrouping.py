@@ -24,7 +24,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from workload import adapted, batch, fast_dtypes, training_step
 
 from badit import RegroupCallback
-from badit.cli.quiet import quiet_environment, quiet_loading
+from badit.cli import quiet_libraries
 from badit.method import cosine_gram, group_components
 
 EVERY = 20
@@ -129,6 +129,5 @@ def main(arguments: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    quiet_environment()
-    quiet_loading()
+    quiet_libraries()
     main(options(__doc__, rounds=7).parse_args())

@@ -17,7 +17,7 @@ from typing import Any
 from measure import in_turns, keep, options, own_peak_memory, peak_memory_of
 from workload import adapted, base, batch, fast_dtypes, training_step
 
-from badit.cli.quiet import quiet_environment, quiet_loading
+from badit.cli import quiet_libraries
 from badit.methods import build_method
 
 START = {"experts": 8, "rank": 4, "rows": 4, "tokens": 320}
@@ -65,8 +65,7 @@ def main(arguments: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    quiet_environment()
-    quiet_loading()
+    quiet_libraries()
     parser = options(__doc__)
     parser.add_argument("--memory-of", help="print the peak memory of two steps, in bytes, and stop; a point as JSON")
     main(parser.parse_args())

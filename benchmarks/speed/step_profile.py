@@ -20,7 +20,7 @@ from tqdm import tqdm
 from training_step import ROWS, TOKENS
 from workload import ADAPTERS, adapted, base, batch, fast_dtypes, training_step
 
-from badit.cli.quiet import quiet_environment, quiet_loading
+from badit.cli import quiet_libraries
 
 # The first that a name has a part of.
 KINDS = {
@@ -69,6 +69,5 @@ def main(arguments: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    quiet_environment()
-    quiet_loading()
+    quiet_libraries()
     main(options(__doc__, rounds=3).parse_args())

@@ -15,7 +15,7 @@ import torch
 from measure import in_turns, keep, matmul_peak, options, own_peak_memory, peak_memory_of, ratio
 from workload import ADAPTERS, adapted, base, batch, fast_dtypes, training_step
 
-from badit.cli.quiet import quiet_environment, quiet_loading
+from badit.cli import quiet_libraries
 
 ROWS, TOKENS = 4, 320
 
@@ -63,8 +63,7 @@ def main(arguments: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    quiet_environment()
-    quiet_loading()
+    quiet_libraries()
     parser = options(__doc__, rounds=7)
     parser.add_argument("--memory-of", choices=ADAPTERS, help="print the peak memory of two steps, in bytes, and stop")
     parser.add_argument("--dtype", default="float32")

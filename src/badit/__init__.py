@@ -6,7 +6,7 @@
     model = get_peft_model(model, BaditConfig(num_experts=8, r=4))
     trainer = Trainer(model, ..., callbacks=[RegroupCallback(every=20)])
 
-What the command line does is here as well (:mod:`badit.api`): train, evaluate, generate, compare, analyze, export …
+What the command line does is here as well: train, compare, analyze, and the methods of :class:`badit.Run`.
 Names are imported on first use, so that ``import badit`` takes no time.
 """
 
@@ -18,17 +18,15 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from badit.api import Run, analyze, compare, evaluate, generate, plan, train, write_report
-    from badit.cli.table import render as table
     from badit.data import load_tasks
     from badit.errors import BaditError
-    from badit.evaluation.results import load_results, summarise
-    from badit.export import export, score_export
     from badit.models import load_base_model
     from badit.optimizer import OrthogonalUpdates, build_optimizer, lora_plus_groups
-    from badit.push import push_to_hub
     from badit.recipe import load_recipe
     from badit.regroup import RegroupCallback, Regrouper
+    from badit.render import render as table
+    from badit.results import load_results, summarise
+    from badit.run import Run, analyze, compare, plan, train, write_report
     from badit.tuner import BaditConfig, BaditModel
 
 __version__ = "0.1.0"
@@ -41,25 +39,20 @@ _HOMES = {
     "OrthogonalUpdates": "badit.optimizer",
     "RegroupCallback": "badit.regroup",
     "Regrouper": "badit.regroup",
-    "Run": "badit.api",
-    "analyze": "badit.api",
+    "Run": "badit.run",
+    "analyze": "badit.run",
     "build_optimizer": "badit.optimizer",
-    "compare": "badit.api",
-    "evaluate": "badit.api",
-    "export": "badit.export",
-    "generate": "badit.api",
+    "compare": "badit.run",
     "load_base_model": "badit.models",
     "load_recipe": "badit.recipe",
-    "load_results": "badit.evaluation.results",
+    "load_results": "badit.results",
     "load_tasks": "badit.data",
-    "push_to_hub": "badit.push",
     "lora_plus_groups": "badit.optimizer",
-    "plan": "badit.api",
-    "score_export": "badit.export",
-    "summarise": "badit.evaluation.results",
-    "table": "badit.cli.table:render",
-    "train": "badit.api",
-    "write_report": "badit.api",
+    "plan": "badit.run",
+    "summarise": "badit.results",
+    "table": "badit.render:render",
+    "train": "badit.run",
+    "write_report": "badit.run",
 }
 
 __all__ = [
@@ -74,17 +67,12 @@ __all__ = [
     "analyze",
     "build_optimizer",
     "compare",
-    "evaluate",
-    "export",
-    "generate",
     "load_base_model",
     "load_recipe",
     "load_results",
     "load_tasks",
     "lora_plus_groups",
     "plan",
-    "push_to_hub",
-    "score_export",
     "summarise",
     "table",
     "train",
@@ -100,7 +88,7 @@ def __getattr__(name: str) -> Any:
 
 
 class _Package(ModuleType):
-    """Keeps names such as ``badit.train`` for functions, which importing the module of the same name would take."""
+    """Keeps a public function from being hidden by the submodule of the same name, which is set here once loaded."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         if not (name in _HOMES and isinstance(value, ModuleType)):

@@ -69,81 +69,104 @@ class Window:
         return None if self.gate_sums is None else gathered(self.gate_sums)
 
 
-def mean_grams(windows: Mapping[str, Window]) -> dict[str, np.ndarray]:
-    """The windows' mean Grams on the CPU, in one copy for all layers; windows without steps are left out."""
-    means = {name: window.gram_sum / window.steps for name, window in windows.items() if window.gram_sum is not None}
-    if not means:
-        return {}
-    device = next(iter(means.values())).device
-    flat = torch.cat([mean_NN.flatten().to(device) for mean_NN in means.values()]).cpu().double()
-    parts = flat.split([mean_NN.numel() for mean_NN in means.values()])
-    return {name: part.view(mean_NN.shape).numpy() for (name, mean_NN), part in zip(means.items(), parts, strict=True)}
+class Windows(dict[str, Window]):
+    """The window of every layer, by its name: filled before each optimizer step, and kept in checkpoints.
 
-
-def packed(windows: Mapping[str, Window]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """The windows as tensors and plain values. All ranks must call it; of the gates they have sums of their own."""
-    tensors: dict[str, torch.Tensor] = {}
-    notes: dict[str, Any] = {}
-    for name, window in windows.items():
-        notes[name] = {"steps": window.steps, "pending": window.pending}
-        for kind, tensor in (("gram_sum", window.gram_sum), ("gate_sums", window.gates_of_all())):
-            if tensor is not None:
-                tensors[f"{kind}:{name}"] = tensor.contiguous()
-    return tensors, notes
-
-
-def unpacked(
-    tensors: Mapping[str, torch.Tensor], notes: Mapping[str, Any], windows: Mapping[str, Window]
-) -> dict[str, Window]:
-    """What :func:`packed` gave, for the layers of ``windows``.
-
-    Raises:
-        BaditError: it is of other layers.
+    Args:
+        layers: (layer, adapter) by name.
+        optimizer: the Trainer's, whose engine may take its steps within the backward pass.
     """
-    if notes.keys() != windows.keys():
-        raise BaditError("the regrouping's state belongs to another model or another choice of target_modules")
-    loaded = {}
-    for name in windows:
-        window = loaded[name] = Window()
-        window.steps, window.pending = notes[name]["steps"], notes[name]["pending"]
-        window.gram_sum = tensors.get(f"gram_sum:{name}")
-        if (sums := tensors.get(f"gate_sums:{name}")) is not None:
-            window.gate_sums = own_part(sums)
-    return loaded
 
+    def __init__(self, layers: Mapping[str, tuple[ExpertLinear, str]], optimizer: Any = None) -> None:
+        super().__init__({name: Window() for name in layers})
+        self._layers = layers
+        self._forget_gates()
+        self._reads_in_engine = before_step(optimizer, self._read_gradients)
 
-def save_windows(path: Path, windows: Mapping[str, Window], *, write: bool = True) -> None:
-    """Writes the windows to a file of a checkpoint, as safetensors with the plain values in its metadata.
+    def after_backward(self) -> None:
+        """Reads the gradients of an optimizer step; to be called when they are complete and before they are used."""
+        if not self._reads_in_engine:
+            self._read_gradients()
 
-    All ranks must call it. Those with ``write`` write.
-    """
-    tensors, notes = packed(windows)
-    if write:
-        partial = path.with_name(f"{path.name}.partial")
-        save_file(tensors, partial, metadata={"windows": json.dumps(notes)})
-        os.replace(partial, path)
+    def _read_gradients(self) -> None:
+        places = self._layers.values()
+        grams = component_grams([(layer.badit_A[adapter], layer.badit_B[adapter]) for layer, adapter in places])
+        for window, (layer, adapter), gram_NN in zip(self.values(), places, grams, strict=True):
+            gate_sums = layer.gate_sums.pop(adapter, None) if isinstance(layer, BaditLinear) else None
+            if gram_NN is not None:
+                window.add(gram_NN, gate_sums)
 
+    def _forget_gates(self) -> None:
+        for layer, adapter in self._layers.values():
+            if isinstance(layer, BaditLinear):
+                layer.gate_sums.pop(adapter, None)
 
-def load_windows(path: Path, windows: Mapping[str, Window]) -> dict[str, Window]:
-    """The windows as a checkpoint's file has them.
+    def mean_grams(self) -> dict[str, np.ndarray]:
+        """The mean Grams on the CPU, in one copy for all layers; windows without steps are left out."""
+        means = {name: window.gram_sum / window.steps for name, window in self.items() if window.gram_sum is not None}
+        if not means:
+            return {}
+        device = next(iter(means.values())).device
+        flat = torch.cat([mean_NN.flatten().to(device) for mean_NN in means.values()]).cpu().double()
+        parts = flat.split([mean_NN.numel() for mean_NN in means.values()])
+        return {name: part.view(means[name].shape).numpy() for name, part in zip(means, parts, strict=True)}
 
-    Raises:
-        BaditError: the file is missing or damaged, or of another model.
-    """
-    if not path.is_file():
-        raise BaditError(
-            f"{path} is missing, so training cannot go on exactly where it stopped: resume from another checkpoint, "
-            "or pass RegroupCallback(checkpoint=FOLDER) if the checkpoint lies elsewhere"
-        )
-    try:
-        with safe_open(path, framework="pt") as file:
-            notes = json.loads((file.metadata() or {})["windows"])
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
-        return unpacked(tensors, notes, windows)
-    except BaditError as error:
-        raise BaditError(f"{path}: {error}") from None
-    except (SafetensorError, KeyError, ValueError) as error:
-        raise BaditError(f"{path} is damaged ({error}); resume from another checkpoint") from None
+    def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """Tensors, and plain values. All ranks must ask for it; of the gates each has sums of its own."""
+        tensors: dict[str, torch.Tensor] = {}
+        for name, window in self.items():
+            for kind, tensor in (("gram_sum", window.gram_sum), ("gate_sums", window.gates_of_all())):
+                if tensor is not None:
+                    tensors[f"{kind}:{name}"] = tensor.contiguous()
+        return tensors, {name: {"steps": window.steps, "pending": window.pending} for name, window in self.items()}
+
+    def set_state(self, tensors: Mapping[str, torch.Tensor], notes: Mapping[str, Any]) -> None:
+        """Takes up what :meth:`state` gave.
+
+        Raises:
+            BaditError: it is of other layers.
+        """
+        if notes.keys() != self.keys():
+            raise BaditError("the regrouping's state belongs to another model or another choice of target_modules")
+        for name in self:
+            window = self[name] = Window()
+            window.steps, window.pending = notes[name]["steps"], notes[name]["pending"]
+            window.gram_sum = tensors.get(f"gram_sum:{name}")
+            if (sums := tensors.get(f"gate_sums:{name}")) is not None:
+                window.gate_sums = own_part(sums)
+        self._forget_gates()
+
+    def save(self, path: Path, *, write: bool = True) -> None:
+        """Writes the state to a file of a checkpoint, as safetensors with the plain values in its metadata.
+
+        All ranks must call it. Those with ``write`` write.
+        """
+        tensors, notes = self.state()
+        if write:
+            partial = path.with_name(f"{path.name}.partial")
+            save_file(tensors, partial, metadata={"windows": json.dumps(notes)})
+            os.replace(partial, path)
+
+    def load(self, path: Path) -> None:
+        """Takes up the state in a checkpoint's file.
+
+        Raises:
+            BaditError: the file is missing or damaged, or of another model.
+        """
+        if not path.is_file():
+            raise BaditError(
+                f"{path} is missing, so training cannot go on exactly where it stopped: resume from another "
+                "checkpoint, or pass RegroupCallback(checkpoint=FOLDER) if the checkpoint lies elsewhere"
+            )
+        try:
+            with safe_open(path, framework="pt") as file:
+                notes = json.loads((file.metadata() or {})["windows"])
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+            self.set_state(tensors, notes)
+        except BaditError as error:
+            raise BaditError(f"{path}: {error}") from None
+        except (SafetensorError, KeyError, ValueError) as error:
+            raise BaditError(f"{path} is damaged ({error}); resume from another checkpoint") from None
 
 
 class AngleLog(TrainerCallback):
@@ -162,46 +185,35 @@ class AngleLog(TrainerCallback):
         self.every = every
         self._log = StepLog(path)
         self._layers: dict[str, tuple[ExpertLinear, str]] = {}
-        self._windows: dict[str, Window] = {}
-        self._reads_in_engine = False
+        self.windows = Windows({})
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         for name, (layer, adapter) in trainable_adapters(kwargs["model"], ExpertLinear):
             config = layer.badit_config[adapter]
             if config.num_experts > 1 and not config.shares_A:
                 self._layers[name] = layer, adapter
-        self._windows = {name: Window() for name in self._layers}
+        self.windows = Windows(self._layers, kwargs.get("optimizer"))
         if self._layers and state.global_step:
-            self._windows = load_windows(resumed_checkpoint(args, state) / ANGLES_FILE, self._windows)
+            self.windows.load(resumed_checkpoint(args, state) / ANGLES_FILE)
         if self._layers and state.is_world_process_zero:
             self._log.rewind(state.global_step)
-        self._reads_in_engine = before_step(kwargs.get("optimizer"), self._read_gradients)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if not self._reads_in_engine:
-            self._read_gradients()
-
-    def _read_gradients(self) -> None:
-        places = self._layers.values()
-        grams = component_grams([(layer.badit_A[adapter], layer.badit_B[adapter]) for layer, adapter in places])
-        for window, gram_NN in zip(self._windows.values(), grams, strict=True):
-            if gram_NN is not None:
-                window.add(gram_NN, None)
+        self.windows.after_backward()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step % self.every == 0 or state.global_step == state.max_steps:
-            if state.is_world_process_zero:  # all processes have the same sums, and one of them writes
-                self._write(state.global_step)
-            for window in self._windows.values():
-                window.restart()
+        if state.global_step % self.every and state.global_step != state.max_steps:
+            return
+        # All processes have the same sums, and one of them writes.
+        grams = self.windows.mean_grams() if state.is_world_process_zero else {}
+        for name, gram_NN in grams.items():
+            layer, adapter = self._layers[name]
+            angles = expert_angles(gram_NN, layer.expert_of(adapter).cpu().numpy()).defined()
+            line = {"step": state.global_step, "module": name, "window_steps": self.windows[name].steps}
+            self._log.append({**line, **angles})
+        for window in self.windows.values():
+            window.restart()
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._layers:
-            save_windows(checkpoint_being_written(args, state) / ANGLES_FILE, self._windows, write=args.should_save)
-
-    def _write(self, step: int) -> None:
-        for name, gram_NN in mean_grams(self._windows).items():
-            layer, adapter = self._layers[name]
-            angles = expert_angles(gram_NN, layer.expert_of(adapter).cpu().numpy())
-            line = {"step": step, "module": name, "window_steps": self._windows[name].steps, **angles.defined()}
-            self._log.append(line)
+            self.windows.save(checkpoint_being_written(args, state) / ANGLES_FILE, write=args.should_save)

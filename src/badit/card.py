@@ -19,7 +19,7 @@ from badit.methods import AdapterMethod, build_method
 from badit.models import BUILT_IN, HUB_ID
 from badit.recipe import Recipe, load_config
 from badit.results import read_scores
-from badit.runs import RunFolder
+from badit.run import Run
 
 CARD = "README.md"
 # Jinja's, as ModelCard.from_template fills it in; all values are escaped before.
@@ -98,15 +98,15 @@ class Base:
         return cls(name if HUB_ID.fullmatch(name) else None, None)
 
 
-def write_run_card(run: RunFolder) -> None:
+def write_run_card(run: Run) -> None:
     """Writes the card into a run's ``adapter`` folder, where its method has left an adapter there."""
-    recipe = load_config(run.config)
-    if run.adapter.is_dir() and isinstance(build_method(recipe.method), AdapterMethod):
-        write_text(run.adapter / CARD, model_card(run, recipe, Base.of(recipe)))
+    recipe = load_config(run.config_path)
+    if run.adapter_path.is_dir() and isinstance(build_method(recipe.method), AdapterMethod):
+        write_text(run.adapter_path / CARD, model_card(run, recipe, Base.of(recipe)))
 
 
 def model_card(
-    run: RunFolder,
+    run: Run,
     recipe: Recipe,
     base: Base,
     *,
@@ -128,7 +128,7 @@ def model_card(
     method = "BADIT" if name == "badit" else _text(name)
     shown_base = _text(base.hub_id or Path(recipe.model.name).name)
     merged = export is not None and export.get("rank") is None
-    scores = read_scores(run.scores) if run.scores.is_file() else None
+    scores = read_scores(run.scores_path) if run.scores_path.is_file() else None
     tasks = [(_text(task), entry) for task, entry in scores["tasks"].items()] if scores else []
     if scores:
         tasks.append(("mean over tasks", {**scores, "instances": sum(entry["instances"] for _, entry in tasks)}))
@@ -178,7 +178,7 @@ def _loading(recipe: Recipe, method: str, base: Base, export: Mapping[str, Any] 
     return "\n".join([*imports, "", load, f'model = PeftModel.from_pretrained(base, "{place}")'])
 
 
-def _training(run: RunFolder, recipe: Recipe) -> Iterator[tuple[str, Any]]:
+def _training(run: Run, recipe: Recipe) -> Iterator[tuple[str, Any]]:
     """The recipe's hyperparameters, and what the training took."""
     source = recipe.data.source
     # Of a path, which tells of its owner's folders, the last part.
@@ -186,7 +186,7 @@ def _training(run: RunFolder, recipe: Recipe) -> Iterator[tuple[str, Any]]:
     yield "prompt", recipe.prompt.encoding
     yield from _flat(recipe.method, "method")
     yield from recipe.training.model_dump(exclude=_WITHOUT_EFFECT, exclude_none=True).items()
-    known = read_json(run.environment) if run.environment.is_file() else {}
+    known = read_json(run.environment_path) if run.environment_path.is_file() else {}
     took, packages = known.get("training"), known.get("packages")
     for name in ("trainable_parameters", "steps", "tokens"):
         if isinstance(took, Mapping) and isinstance(took.get(name), int):

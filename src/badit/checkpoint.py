@@ -18,9 +18,9 @@ from typing import Any
 from accelerate import PartialState
 from transformers import TrainerCallback
 
+from badit.environment import is_main_process
 from badit.errors import BaditError
 from badit.files import read_json, replace_folder, write_json
-from badit.runs import is_main_process
 
 STAGING = "partial"
 SEAL = "seal.json"

@@ -41,15 +41,15 @@ from badit.analysis.gates import adapted_layers, mean_component_gates
 from badit.card import CARD, Base, model_card
 from badit.data import AnswerCollator, Task, batches_by_task
 from badit.errors import BaditError, explained, nearest
+from badit.evaluate import evaluate, load_run, score_model
 from badit.files import read_json, remove, replace_folder, write_json, write_text
 from badit.method import compress
 from badit.methods import build_method
 from badit.models import load_base_model
 from badit.recipe import Recipe
 from badit.results import read_scores
-from badit.runs import RunFolder
+from badit.run import Run
 from badit.train import base_model, device, encoded, make_plan, model_dtype, pad_id
-from badit.training.scoring import evaluate, load_run, score_model
 from badit.tuner import hooks_of
 from badit.tuner.config import is_number
 
@@ -131,8 +131,8 @@ def export(
         BaditError: no such run, one that has diverged, options that do not go with its method, or a folder that holds
             something else.
     """
-    folder = RunFolder.existing(run)
-    recipe = folder.recipe()
+    folder = Run.existing(run)
+    recipe = folder.trusted_recipe()
     method = build_method(recipe.method)
     config: Any = getattr(method, "config", None)  # PEFT's, of a method that trains an adapter
     is_lora = isinstance(config, LoraConfig)
@@ -213,10 +213,10 @@ def score_export(run: str | Path, exported: Export, *, progress: bool = True) ->
     Raises:
         BaditError: no such run, or an export that cannot be loaded.
     """
-    folder = RunFolder.existing(run)
-    recipe = folder.recipe()
+    folder = Run.existing(run)
+    recipe = folder.trusted_recipe()
     split = recipe.evaluation.split
-    routed = read_scores(folder.scores) if folder.scores.is_file() else evaluate(run, progress=progress)
+    routed = read_scores(folder.scores_path) if folder.scores_path.is_file() else evaluate(run, progress=progress)
     tasks = [task for task in make_plan(recipe).tasks if exported.task in (None, task.name)]
     if exported.merged:
         model, tokenizer = load_base_model(exported.folder, dtype=model_dtype(recipe), device=device())

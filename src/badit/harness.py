@@ -26,11 +26,11 @@ import badit.baselines  # noqa: F401 (registers the baselines with PEFT)
 from badit.data import AnswerCollator
 from badit.data.prompts import uses_template
 from badit.errors import BaditError
+from badit.evaluate import load_run
 from badit.models import resolve_model
-from badit.runs import RunFolder
+from badit.run import Run
 from badit.train import pad_id
 from badit.trainer import logits_only_at, prompt_argument
-from badit.training.scoring import load_run
 from badit.tuner import hooks_of
 
 try:
@@ -81,8 +81,8 @@ class BaditLM(_HFLM):
         if run is not None:
             if "peft" in options:
                 raise BaditError("model_args: a run has its adapter: leave peft out, or give pretrained instead of run")
-            folder = RunFolder.existing(run)
-            recipe = folder.recipe(trust_remote_code=trust_remote_code)
+            folder = Run.existing(run)
+            recipe = folder.trusted_recipe(trust_remote_code)
             pretrained, tokenizer = load_run(folder, recipe)
             options.setdefault("tokenizer", tokenizer)
             if uses_template(tokenizer, recipe.prompt.chat_template):

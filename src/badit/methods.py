@@ -43,7 +43,7 @@ from badit.files import shown
 from badit.gradients import parameter_count
 from badit.recipe import Recipe
 from badit.regroup import RegroupCallback
-from badit.runs import RunFolder
+from badit.run import Run
 from badit.surgery import Surgery, SurgeryTrainer
 from badit.trainer import AnswerTrainer
 from badit.tuner import BaditConfig
@@ -115,7 +115,7 @@ class Method:
             BaditError: the method needs whole weights.
         """
 
-    def callbacks(self, run: RunFolder) -> list[TrainerCallback]:
+    def callbacks(self, run: Run) -> list[TrainerCallback]:
         return []
 
     def trainer(self, **arguments: Any) -> AnswerTrainer:
@@ -188,10 +188,10 @@ class AdapterMethod(Method):
         if hooks_of(model).needs_whole_weights:
             raise BaditError(f"{self.name} works on whole weights: launch it without FSDP and DeepSpeed")
 
-    def callbacks(self, run: RunFolder) -> list[TrainerCallback]:
+    def callbacks(self, run: Run) -> list[TrainerCallback]:
         if self.regroup is None:
-            return [AngleLog(run.angles)]
-        return [RegroupCallback(**self.regroup, log_path=run.regroupings)]
+            return [AngleLog(run.angles_path)]
+        return [RegroupCallback(**self.regroup, log_path=run.regroupings_path)]
 
     def trainer(self, **arguments: Any) -> AnswerTrainer:
         if self.surgery is None:

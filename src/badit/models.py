@@ -18,7 +18,8 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -80,11 +81,25 @@ def load_base_model(
     if quantisation is not None:
         options["quantization_config"] = _quantisation_config(quantisation, dtype)
         options["device_map"] = {"": device or "cpu"}  # quantised weights are made where they stay
-    with _loading(source, "weights"):
+    with _loading(source, "weights"), _without_loading_bar():
         model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True, **options)
         if quantisation is None:
             model.to(device or "cpu")  # pyright: ignore[reportArgumentType] (a device is what it takes)
     return model, tokenizer
+
+
+@contextmanager
+def _without_loading_bar() -> Iterator[None]:
+    """Within, transformers shows no bar for reading weights from disk."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _quantisation_config(kind: Quantisation, dtype: Any) -> Any:

@@ -19,7 +19,7 @@ from badit.files import read_json
 from badit.methods import AdapterMethod, build_method
 from badit.models import HUB_ID
 from badit.recipe import load_config
-from badit.runs import RunFolder
+from badit.run import Run
 
 _VISIBLE = re.compile(r"[^./\\\0][^/\\\0]*")  # the name of a file right in the folder, and no dot-file
 
@@ -48,14 +48,14 @@ def push_to_hub(folder: str | os.PathLike[str], repository: str, *, private: boo
     folder = Path(folder)
     if (folder / RECORD).is_file():
         record: dict[str, Any] | None = read_json(folder / RECORD)
-        run = RunFolder(str(record.get("run")))
-        if not run.config.is_file():
+        run = Run(str(record.get("run")))
+        if not run.config_path.is_file():
             raise BaditError(f"{folder / RECORD}: run: is {str(run.path)!r:.120}, which is gone; its card needs it")
         source, names = folder, _exported_files(folder, record)
     else:
-        record, run = None, RunFolder.existing(folder)
+        record, run = None, Run.existing(folder)
         _refuse_without_adapter(run)
-        source, names = run.adapter, [CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME]
+        source, names = run.adapter_path, [CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME]
     for path in (source / name for name in names):
         if path.is_symlink() or not path.is_file():
             raise BaditError(f"{path}: must be a file, and no link; make the folder again")
@@ -66,7 +66,7 @@ def push_to_hub(folder: str | os.PathLike[str], repository: str, *, private: boo
     if not get_token():
         raise BaditError("the hub wants to know who you are: run hf auth login, or set HF_TOKEN to a token of yours")
 
-    recipe = load_config(run.config)
+    recipe = load_config(run.config_path)
     base = Base.of(recipe)
     api = HfApi()
     with explained(repository, action="reached"):
@@ -93,8 +93,8 @@ def _exported_files(folder: Path, record: Mapping[str, Any]) -> list[str]:
     return [name for name in names if name != CARD]
 
 
-def _refuse_without_adapter(run: RunFolder) -> None:
-    method = build_method(load_config(run.config).method)
+def _refuse_without_adapter(run: Run) -> None:
+    method = build_method(load_config(run.config_path).method)
     if not method.trains:
         raise BaditError(f"{run.path}: is a run of the base model as it is: there is nothing to push")
     if not isinstance(method, AdapterMethod):
@@ -102,7 +102,7 @@ def _refuse_without_adapter(run: RunFolder) -> None:
             f"{run.path}: {method.name} trains the base weights: badit export {run.path} --merged -o FOLDER, and push "
             "that"
         )
-    if not run.adapter.is_dir():
+    if not run.adapter_path.is_dir():
         raise BaditError(f"{run.path}: has no adapter yet; the command that trains it goes on where it stopped")
 
 

@@ -22,12 +22,12 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
-from badit.angles import Window, load_windows, mean_grams, packed, save_windows, trainable_adapters, unpacked
+from badit.angles import Windows, trainable_adapters
 from badit.checkpoint import checkpoint_being_written, resumed_checkpoint
 from badit.errors import BaditError
 from badit.files import StepLog
 from badit.generation import evaluation_mode
-from badit.gradients import before_step, component_grams, of_first, rank, scale_columns
+from badit.gradients import of_first, rank, scale_columns
 from badit.method import expert_angles, group_components, grouping_objective
 from badit.method.grouping import Solver
 from badit.tuner.layer import BaditLinear
@@ -109,18 +109,15 @@ class Regrouper:
         self.restarts, self.seed, self.rescale = restarts, seed, rescale
         self.steps = 0
         self.metrics: dict[str, float] = {}
-        self._windows = {name: Window() for name in self._layers}
+        self.windows = Windows(self._layers, optimizer)
         self._probe = probe if probe is None or isinstance(probe, OutputProbe) else OutputProbe(model, probe)
         # Of several processes the first writes.
         self._log = StepLog(Path(log_path), step_key="logged_at") if log_path is not None and rank() == 0 else None
         self._log_is_open = False
-        self._forget_gates()
-        self._reads_in_engine = before_step(optimizer, self._read_gradients)
 
     def after_backward(self) -> None:
         """Reads the gradients of an optimizer step; to be called when they are complete and before they are used."""
-        if not self._reads_in_engine:
-            self._read_gradients()
+        self.windows.after_backward()
 
     def step(self) -> None:
         """Counts an optimizer step that has been taken, and regroups if one is due."""
@@ -134,11 +131,11 @@ class Regrouper:
 
     def finish(self) -> None:
         """Writes the lines of the last regrouping, which wait for its angles. To be called at the training's end."""
-        self._write_pending(mean_grams(self._windows))
+        self._write_pending(self.windows.mean_grams())
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed training needs: plain values and tensors. Of several processes all must ask for it."""
-        tensors, notes = packed(self._windows)
+        tensors, notes = self.windows.state()
         return {"steps": self.steps, "windows": notes, "tensors": tensors}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -147,14 +144,16 @@ class Regrouper:
         Raises:
             BaditError: the state is of another model.
         """
-        self._take_up(unpacked(state["tensors"], state["windows"], self._windows), state["steps"])
+        self.windows.set_state(state["tensors"], state["windows"])
+        self.steps = state["steps"]
+        self.open_log()
 
     def save(self, folder: str | os.PathLike[str], *, write: bool = True) -> None:
         """Writes the state into a checkpoint's folder, as safetensors.
 
         Of several processes all must call it; those with ``write`` write.
         """
-        save_windows(Path(folder) / STATE_FILE, self._windows, write=write)
+        self.windows.save(Path(folder) / STATE_FILE, write=write)
 
     def load(self, folder: str | os.PathLike[str], steps: int) -> None:
         """Takes up where the training stood after ``steps`` optimizer steps, by what :meth:`save` wrote then.
@@ -162,46 +161,31 @@ class Regrouper:
         Raises:
             BaditError: the state is missing, damaged or of another model.
         """
-        self._take_up(load_windows(Path(folder) / STATE_FILE, self._windows), steps)
+        self.windows.load(Path(folder) / STATE_FILE)
+        self.steps = steps
+        self.open_log()
 
     def open_log(self) -> None:
         """Empties the log, or drops from it what a resumed training is about to write again."""
         self._log_is_open = True
         if self._log is not None:
             # A run that ended after its last checkpoint has completed the lines that this checkpoint has as pending.
-            begun = [window.pending for window in self._windows.values() if window.pending]
+            begun = [window.pending for window in self.windows.values() if window.pending]
             self._log.rewind(self.steps, [{key: line[key] for key in ("step", "module")} for line in begun])
 
-    def _take_up(self, windows: dict[str, Window], steps: int) -> None:
-        self._windows, self.steps = windows, steps
-        self._forget_gates()
-        self.open_log()
-
-    def _forget_gates(self) -> None:
-        for layer, adapter in self._layers.values():
-            layer.gate_sums.pop(adapter, None)
-
-    def _read_gradients(self) -> None:
-        places = self._layers.values()
-        grams = component_grams([(layer.badit_A[adapter], layer.badit_B[adapter]) for layer, adapter in places])
-        for (name, (layer, adapter)), gram_NN in zip(self._layers.items(), grams, strict=True):
-            gate_sums = layer.gate_sums.pop(adapter, None)
-            if gram_NN is not None:
-                self._windows[name].add(gram_NN, gate_sums)
-
     def _regroup(self) -> None:
-        grams = mean_grams(self._windows)
+        grams = self.windows.mean_grams()
         self._write_pending(grams)
         labels = self._solve(grams)
         before = self._probe.output() if self._probe else None
         for name, new_N in labels.items():
             layer, adapter = self._layers[name]
             old_N = _labels(layer, adapter)
-            gates = self._windows[name].gates_of_all() if self.rescale else None
+            gates = self.windows[name].gates_of_all() if self.rescale else None
             if gates is not None:
                 _rescale_moved(layer, adapter, old_N, new_N, gates.sum(dim=0))
             layer.expert_of(adapter).copy_(torch.from_numpy(new_N))
-            self._windows[name].pending = {
+            self.windows[name].pending = {
                 "step": self.steps,
                 "module": name,
                 "objective_before": grouping_objective(grams[name], old_N),
@@ -211,11 +195,11 @@ class Regrouper:
                 "labels": new_N.tolist(),
             }
         change = None if self._probe is None or before is None else self._probe.change(before)
-        for name, window in self._windows.items():
+        for name, window in self.windows.items():
             window.restart()
             if name in labels:
                 window.pending["output_change"] = change
-        self.metrics |= _means([window.pending for window in self._windows.values()], _MEASURED_AT_ONCE)
+        self.metrics |= _means([window.pending for window in self.windows.values()], _MEASURED_AT_ONCE)
 
     def _solve(self, grams: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Every layer's new labels; all processes take the first one's, which may round otherwise than they do."""
@@ -238,7 +222,7 @@ class Regrouper:
     def _write_pending(self, grams: Mapping[str, np.ndarray]) -> None:
         """Completes the lines of the last regrouping with the angles of the window that followed it."""
         lines = []
-        for name, window in self._windows.items():
+        for name, window in self.windows.items():
             if not window.pending:
                 continue
             line = {**window.pending, "logged_at": self.steps, "window_steps": window.steps}

@@ -10,16 +10,16 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, stdev
 from typing import Annotated, Any, Literal
 
 import pandas as pd
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+from pydantic import BaseModel, ConfigDict, Field, create_model
 
-from badit.errors import BaditError, first_problem, nearest
-from badit.files import read_json, refuse_other_format, shown
+from badit.errors import BaditError, explained, nearest
+from badit.files import read_json, refuse_other_format
 from badit.metrics import METRICS
-from badit.statistics import Form, paired_bootstrap, spread
+from badit.statistics import DECIMALS, Form, paired_bootstrap
 
 # The version of a results file's form: a change that older releases would read wrongly raises it.
 FORMAT = 1
@@ -29,8 +29,6 @@ RESULTS = "results.json"
 SINGLE_TASK = ", one model a task"
 # Every file has these metrics; one that was added later may be missing in older files.
 _FIRST_METRICS = ("rouge_l", "exact_match")
-# Scores are equal that round to the same nine decimals.
-_DECIMALS = 9
 
 
 class _Part(BaseModel):
@@ -149,11 +147,9 @@ def load_results(path: str | os.PathLike[str]) -> Results:
         path = path / RESULTS
     content = read_json(path)
     refuse_other_format(content, path, FORMAT)
-    file = _validated(_File, content, path)
-    try:
-        counted = _counted(file)
-    except BaditError as error:
-        raise BaditError(f"{shown(path)}: {error}") from None
+    with explained(path):
+        file = _File.model_validate(content)
+    counted = _counted(file, path)
     cells, scores, instances, continual = [], [], [], []
     for cell in file.cells:
         training = cell.environment.training if cell.environment else _Training()
@@ -185,7 +181,8 @@ def read_scores(path: Path) -> dict[str, Any]:
         BaditError: it is missing or damaged.
     """
     content = read_json(path)
-    _validated(_Scores, content, path, "; score the run again")
+    with explained(path, fix="score the run again"):
+        _Scores.model_validate(content)
     return content
 
 
@@ -224,8 +221,8 @@ def summarise(results: Results, metric: str = "rouge_l", form: Form = "standard"
     """
     by_task = task_means(results, metric)
     rank = pd.Series({name: fmean(by_task[name]) for name in by_task}, dtype=float)
-    rank = rank.round(_DECIMALS).rank(ascending=False)
-    task_rank = by_task.round(_DECIMALS).rank(axis="columns", ascending=False).mean()
+    rank = rank.round(DECIMALS).rank(ascending=False)
+    task_rank = by_task.round(DECIMALS).rank(axis="columns", ascending=False).mean()
     by_run = results.scores.groupby([*_RUN, "metric"], sort=False, dropna=False)["score"].agg(fmean).reset_index()
     transfers = results.continual.loc[results.continual["form"] == form]
     rows = []
@@ -297,8 +294,9 @@ def _difference(results: Results, method: str, metric: str) -> dict[str, Any]:
 
 
 def _spread(name: str, values: pd.Series) -> dict[str, float | None]:
-    found = spread(values.dropna().tolist()) if values.notna().any() else None
-    return {f"{name}_mean": found and found.mean, f"{name}_std": found and found.std}
+    known = values.dropna().tolist()
+    mean, std = fmean(known) if known else None, stdev(known) if len(known) > 1 else None
+    return {f"{name}_mean": mean, f"{name}_std": std}
 
 
 def _frame(rows: Iterable[Any], columns: list[str]) -> pd.DataFrame:
@@ -311,15 +309,7 @@ def _known_metrics(entry: _Part) -> list[tuple[str, Any]]:
     return [(name, value) for name in METRICS if (value := getattr(entry, name)) is not None]
 
 
-def _validated(schema: type[_Part], content: Any, path: Path, fix: str = "") -> Any:
-    try:
-        return schema.model_validate(content)
-    except ValidationError as error:
-        location, message = first_problem(error)
-        raise BaditError(f"{shown(path)}: {'.'.join(map(str, location))}: {message}{fix}") from None
-
-
-def _counted(file: _File) -> list[_Cell]:
+def _counted(file: _File, path: Path) -> list[_Cell]:
     """The cells that count, which must fit together.
 
     Raises:
@@ -328,7 +318,7 @@ def _counted(file: _File) -> list[_Cell]:
     named = {"reference": file.reference} | {f"cells.{i}.method": cell.method for i, cell in enumerate(file.cells)}
     for place, name in named.items():
         if name not in file.methods:
-            raise BaditError(f"{place}: {name!r:.60} is none of the methods{nearest(name, file.methods)}")
+            raise BaditError(f"{path}: {place}: {name!r:.60} is none of the methods{nearest(name, file.methods)}")
     counted: dict[object, int] = {}
     sizes: dict[str, int] = {}
     for i, cell in enumerate(file.cells):
@@ -337,21 +327,21 @@ def _counted(file: _File) -> list[_Cell]:
         place = f"cells.{i}"
         first = counted.setdefault((cell.method, cell.seed, cell.order), i)
         if first != i:
-            raise BaditError(f"{place}: repeats method, seed and order of cells.{first}; select one of the two")
+            raise BaditError(f"{path}: {place}: repeats method, seed and order of cells.{first}; select one of the two")
         if cell.scores is None:
             raise BaditError(
-                f"{place}.scores: is missing, though the cell is done and selected; run the comparison again"
+                f"{path}: {place}.scores: is missing, though the cell is done and selected; run the comparison again"
             )
         own = {task: entry.instances for task, entry in cell.scores.tasks.items()}
         sizes = sizes or own
         if own != sizes:
-            raise BaditError(
-                f"{place}.scores.tasks: other tasks or instances than in the cells before; score all on the same"
-            )
-        instances = cell.instances
-        for metric in METRICS if instances is not None else ():
-            lists = {task: getattr(each, metric) for task, each in instances.items()}
+            problem = "other tasks or instances than in the cells before; score all on the same"
+            raise BaditError(f"{path}: {place}.scores.tasks: {problem}")
+        if cell.instances is None:
+            continue
+        for metric in METRICS:
+            lists = {task: getattr(each, metric) for task, each in cell.instances.items()}
             kept = {task: len(values) for task, values in lists.items() if values is not None}
             if kept != own and (kept or metric in _FIRST_METRICS):
-                raise BaditError(f"{place}.instances: needs one {metric} for each instance of scores.tasks")
+                raise BaditError(f"{path}: {place}.instances: needs one {metric} for each instance of scores.tasks")
     return [file.cells[i] for i in counted.values()]

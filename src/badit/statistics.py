@@ -22,7 +22,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Literal, NamedTuple, get_args
 
 import numpy as np
@@ -34,17 +34,8 @@ FORMS: tuple[Form, ...] = get_args(Form)
 
 # Scores gathered at a time: 8 MiB of float64, whatever the number of resamples.
 _CHUNK = 2**20
-# Means of equal scores may differ by rounding, and with exact match equal scores are common. Nine decimals of a score
-# from 0 to 100 are safe on both sides.
-_DECIMALS = 9
-
-
-@dataclass(frozen=True)
-class Spread:
-    """Mean and standard deviation (divisor n - 1) over runs; `std` is None for a single run."""
-
-    mean: float
-    std: float | None
+#: Scores are equal that round to the same nine decimals: means of equal scores may differ by rounding.
+DECIMALS = 9
 
 
 @dataclass(frozen=True)
@@ -64,11 +55,6 @@ class Difference:
     high: float
     share_not_positive: float
     runs: int
-
-
-def spread(values: Sequence[float]) -> Spread:
-    """Mean and standard deviation of at least one value."""
-    return Spread(fmean(values), stdev(values) if len(values) > 1 else None)
 
 
 def paired_bootstrap(
@@ -102,7 +88,10 @@ def paired_bootstrap(
     Raises:
         BaditError: no tasks, or differences that are empty, not finite, or of another shape.
     """
-    tasks_SN = _checked(differences_by_task)
+    tasks_SN = [np.asarray(task_SN, dtype=np.float64) for _, task_SN in sorted(differences_by_task.items())]
+    shapes = {(task_SN.ndim, *task_SN.shape[:1]) for task_SN in tasks_SN}
+    if len(shapes) != 1 or not all(x.ndim == 2 and x.size and np.isfinite(x).all() for x in tasks_SN):
+        raise BaditError("differences_by_task: every task needs finite numbers of the shape (runs, instances)")
     rng = np.random.default_rng(seed)
     runs = len(tasks_SN[0])
     drawn_RS = rng.integers(runs, size=(resamples, runs)) if resample_seeds else np.arange(runs)[None]
@@ -118,7 +107,7 @@ def paired_bootstrap(
         mean=float(np.mean([task_SN.mean() for task_SN in tasks_SN])),
         low=float(low),
         high=float(high),
-        share_not_positive=float((np.round(estimates_R, _DECIMALS) <= 0).mean()),
+        share_not_positive=float((np.round(estimates_R, DECIMALS) <= 0).mean()),
         runs=runs,
     )
 
@@ -132,21 +121,6 @@ def _resampled_means(task_SN: np.ndarray, resamples: int, rng: np.random.Generat
         drawn_RN = rng.integers(instances, size=(min(chunk, resamples - start), instances))
         means_RS[start : start + chunk] = task_SN[:, drawn_RN].mean(axis=2).T
     return means_RS
-
-
-def _checked(differences_by_task: Mapping[str, np.ndarray]) -> list[np.ndarray]:
-    """The tasks' differences in the order of their names."""
-    if not differences_by_task:
-        raise BaditError("differences_by_task: no tasks to compare on")
-    tasks_SN = []
-    for task, differences in sorted(differences_by_task.items()):
-        task_SN = np.asarray(differences, dtype=np.float64)
-        if task_SN.ndim != 2 or not task_SN.size or not np.isfinite(task_SN).all():
-            raise BaditError(f"differences_by_task: {task} needs finite numbers of the shape (runs, instances)")
-        if tasks_SN and len(task_SN) != len(tasks_SN[0]):
-            raise BaditError(f"differences_by_task: {task} has {len(task_SN)} runs, other tasks {len(tasks_SN[0])}")
-        tasks_SN.append(task_SN)
-    return tasks_SN
 
 
 class ContinualScores(NamedTuple):

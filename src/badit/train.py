@@ -39,13 +39,14 @@ from badit.data import (
     mixture,
     ordered,
 )
+from badit.environment import environment, is_main_process, peak_memory
 from badit.errors import BaditError, first_line
 from badit.files import copy_folder, read_json, replace_folder, write_json
 from badit.gradients import parameter_count, whole_weights
 from badit.methods import Method, build_method
 from badit.models import load_base_model
 from badit.recipe import Recipe, expand_source
-from badit.runs import RunFolder, environment, is_main_process, peak_memory
+from badit.run import Run
 from badit.trainer import MetricsLog, ProgressBar, StopOnSignal
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ _SLOW = 3.0
 class Stage:
     """A stretch of training with a result of its own: the whole of a mixed run, one task of a sequential one."""
 
-    folder: RunFolder
+    folder: Run
     tasks: list[Task]
 
 
@@ -84,7 +85,7 @@ class Plan:
 
     @property
     def stages(self) -> list[Stage]:
-        run = RunFolder(self.recipe.output)
+        run = Run(self.recipe.output)
         if not self.sequential:
             return [Stage(run, self.tasks)]
         return [Stage(run.stage(i, task.name), [task]) for i, task in enumerate(self.tasks, start=1)]
@@ -128,7 +129,7 @@ def make_plan(recipe: Recipe, *, split: Split | None = None) -> Plan:
     return Plan(recipe, tasks, method)
 
 
-def fit(recipe: Recipe, *, progress: bool = True) -> RunFolder:
+def fit(recipe: Recipe, *, progress: bool = True) -> Run:
     """Trains a recipe without scoring it. A sequence of tasks is trained one after another, each with its own result.
 
     Under accelerate or torchrun all processes train, and the first alone writes the run's folder.
@@ -139,27 +140,27 @@ def fit(recipe: Recipe, *, progress: bool = True) -> RunFolder:
     plan = make_plan(recipe)
     _refuse_missing_trackers(recipe.training.report_to)
     # Of several processes the first alone writes; the others meet it in the first step of training.
-    run = RunFolder.prepare(recipe) if is_main_process() else RunFolder(recipe.output)
-    if run.adapter.is_dir() or run.scores.is_file():
+    run = Run.prepare(recipe) if is_main_process() else Run(recipe.output)
+    if run.adapter_path.is_dir() or run.scores_path.is_file():
         _remove_checkpoints(run)
         return run
-    if is_main_process() and not run.environment.is_file():
-        write_json(run.environment, {**environment(), "dtype": model_dtype(recipe)})
+    if is_main_process() and not run.environment_path.is_file():
+        write_json(run.environment_path, {**environment(), "dtype": model_dtype(recipe)})
     plan = _in_its_first_dtype(plan, run)
     if not plan.method.trains:
         return run
     learnt: Path | None = None
     for number, stage in enumerate(plan.stages):
-        if not stage.folder.adapter.is_dir():
+        if not stage.folder.adapter_path.is_dir():
             if is_main_process():
                 stage.folder.path.mkdir(parents=True, exist_ok=True)
             _train_stage(plan, stage, number, learnt, progress)
         _remove_checkpoints(stage.folder)
-        learnt = stage.folder.adapter
+        learnt = stage.folder.adapter_path
     if plan.sequential and is_main_process():
-        summaries = [read_json(stage.folder.environment)["training"] for stage in plan.stages]
-        write_json(run.environment, {**read_json(run.environment), "training": _total(summaries)})
-        copy_folder(plan.stages[-1].folder.adapter, run.adapter)
+        summaries = [read_json(stage.folder.environment_path)["training"] for stage in plan.stages]
+        write_json(run.environment_path, {**read_json(run.environment_path), "training": _total(summaries)})
+        copy_folder(plan.stages[-1].folder.adapter_path, run.adapter_path)
     return run
 
 
@@ -182,7 +183,7 @@ def _train_stage(plan: Plan, stage: Stage, number: int, learnt: Path | None, pro
     batches = batches_by_task(examples, collate, recipe.training.per_device_train_batch_size)
     method.before_training(model, batches)
 
-    checkpoint = last_checkpoint(folder.checkpoints)
+    checkpoint = last_checkpoint(folder.checkpoints_path)
     bar = ProgressBar()
     trainer = method.trainer(
         model=model,
@@ -190,7 +191,7 @@ def _train_stage(plan: Plan, stage: Stage, number: int, learnt: Path | None, pro
         train_dataset=examples,
         data_collator=collate,
         callbacks=[
-            MetricsLog(folder.metrics),
+            MetricsLog(folder.metrics_path),
             *([bar] if progress else []),
             *method.callbacks(folder),
             *_tensorboard(recipe.training.report_to, folder.path, checkpoint),
@@ -207,7 +208,7 @@ def _train_stage(plan: Plan, stage: Stage, number: int, learnt: Path | None, pro
 
     started = time.monotonic()
     stop = StopOnSignal()
-    trainer.add_callback(SealCheckpoints(trainer, folder.checkpoints))
+    trainer.add_callback(SealCheckpoints(trainer, folder.checkpoints_path))
     trainer.add_callback(stop)
     with stop, fast_on_short_sequences(base), _tracker_folders(recipe.training.report_to, folder.path):
         try:
@@ -220,13 +221,13 @@ def _train_stage(plan: Plan, stage: Stage, number: int, learnt: Path | None, pro
         finally:
             bar.close()
             torch.use_deterministic_algorithms(False)  # which full_determinism has switched on for the whole process
-            staging_folder(folder.checkpoints)  # a checkpoint that has not come to its end takes no room
+            staging_folder(folder.checkpoints_path)  # a checkpoint that has not come to its end takes no room
     seconds = time.monotonic() - started
     method.after_training(model, batches)
 
     weights = whole_weights(model)
     if trainer.is_world_process_zero():
-        known = read_json(folder.environment) if folder.environment.is_file() else {}
+        known = read_json(folder.environment_path) if folder.environment_path.is_file() else {}
         # Of a resumed training, the seconds are those since it was taken up.
         summary = {
             "trainable_parameters": method.trained_parameters(model),
@@ -236,16 +237,16 @@ def _train_stage(plan: Plan, stage: Stage, number: int, learnt: Path | None, pro
             "seconds": round(seconds, 1),
             "peak_memory_gib": round(peak_memory() / 2**30, 2),
         }
-        write_json(folder.environment, {**known, "training": summary})
-        partial = folder.adapter.with_name("adapter.partial")
+        write_json(folder.environment_path, {**known, "training": summary})
+        partial = folder.adapter_path.with_name("adapter.partial")
         shutil.rmtree(partial, ignore_errors=True)
         method.save(model, partial, recipe.model.name, weights)
-        replace_folder(partial, folder.adapter)
+        replace_folder(partial, folder.adapter_path)
     trainer.accelerator.wait_for_everyone()
     unset_hf_deepspeed_config()  # else the next model to be loaded, for scoring or a stage, would be divided as well
 
 
-def _arguments(plan: Plan, folder: RunFolder, seed: int, checkpoint: Path | None) -> TrainingArguments:
+def _arguments(plan: Plan, folder: Run, seed: int, checkpoint: Path | None) -> TrainingArguments:
     """The recipe's arguments for HF's Trainer, and those that a run settles itself."""
     given = plan.recipe.training.arguments()
     # Base weights that are trained are kept in float32 and used in the recipe's dtype.
@@ -263,7 +264,7 @@ def _arguments(plan: Plan, folder: RunFolder, seed: int, checkpoint: Path | None
         name = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
         given |= {name: True, f"{name}_kwargs": {"use_reentrant": False}}
     settled = {
-        "output_dir": str(staging_folder(folder.checkpoints)),
+        "output_dir": str(staging_folder(folder.checkpoints_path)),
         "resume_from_checkpoint": None if checkpoint is None else str(checkpoint),  # read by the callbacks
         "seed": seed,
         "report_to": [name for name in given["report_to"] if name != "tensorboard"],  # see _tensorboard
@@ -277,19 +278,19 @@ def _arguments(plan: Plan, folder: RunFolder, seed: int, checkpoint: Path | None
         raise BaditError(f"training: {first_line(error)}") from None
 
 
-def _in_its_first_dtype(plan: Plan, run: RunFolder) -> Plan:
+def _in_its_first_dtype(plan: Plan, run: Run) -> Plan:
     """The plan with the dtype that the run began in, which "fast" could settle otherwise where it is resumed."""
-    began = read_json(run.environment).get("dtype") if run.environment.is_file() else None
+    began = read_json(run.environment_path).get("dtype") if run.environment_path.is_file() else None
     if plan.recipe.model.dtype != "fast" or began not in ("bfloat16", "float32"):
         return plan
     model = plan.recipe.model.model_copy(update={"dtype": began})
     return dataclasses.replace(plan, recipe=plan.recipe.model_copy(update={"model": model}))
 
 
-def _remove_checkpoints(folder: RunFolder) -> None:
+def _remove_checkpoints(folder: Run) -> None:
     """Called once the adapter is there, after which nothing resumes from them."""
     if is_main_process():
-        shutil.rmtree(folder.checkpoints, ignore_errors=True)
+        shutil.rmtree(folder.checkpoints_path, ignore_errors=True)
 
 
 def _total(stages: list[dict[str, Any]]) -> dict[str, Any]:

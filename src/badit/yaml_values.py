@@ -6,7 +6,6 @@ Only plain values are read: no tag makes a Python object, a key stands once, and
 from __future__ import annotations
 
 import re
-from collections.abc import Hashable
 from typing import Any
 
 import yaml
@@ -34,27 +33,28 @@ def parse_yaml(text: str, *, where: str) -> Any:
         if node is None:
             return None
         _count(node, {})
-        # YAML 1.1 reads 5e-4 (no dot) as text, which is the form everybody writes.
-        return _numbers(loader.construct_document(node))
+        return loader.construct_document(node)
     except _RefusedError as refused:
-        raise BaditError(f"{where!s:.120}{_place(refused.mark)}: {refused.problem}") from None
+        mark, problem = refused.args
     except (yaml.YAMLError, RecursionError, ValueError, OverflowError, TypeError, AttributeError) as error:
         # Besides PyYAML's own errors: what its constructors let through, for a date or a number that there is not.
-        place = _place(getattr(error, "problem_mark", None))
-        raise BaditError(f"{where!s:.120}{place}: is not valid YAML") from None
+        mark, problem = getattr(error, "problem_mark", None), "is not valid YAML"
     finally:
         if loader is not None:
             loader.dispose()
+    place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+    raise BaditError(f"{where!s:.120}{place}: {problem}")
 
 
 class _RefusedError(Exception):
-    def __init__(self, problem: str, mark: Any) -> None:
-        super().__init__(problem)
-        self.problem, self.mark = problem, mark
+    """Raised with a place in the text, and what is wrong there."""
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads a task's number such as 073 as octal, which is 59. Here a leading zero makes it text."""
+    """YAML 1.1, except that 5e-4 is a number without a dot as well, and that a leading zero makes a number text.
+
+    By the standard a task's number such as 073 is octal, which is 59.
+    """
 
 
 def _whole_number(loader: _Loader, node: yaml.ScalarNode) -> int | str:
@@ -62,10 +62,9 @@ def _whole_number(loader: _Loader, node: yaml.ScalarNode) -> int | str:
 
 
 _Loader.add_constructor("tag:yaml.org,2002:int", _whole_number)
-
-
-def _place(mark: Any) -> str:
-    return f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+$"), list("+-0123456789")
+)
 
 
 def _count(node: yaml.Node, known: dict[int, int | None]) -> int:
@@ -73,47 +72,28 @@ def _count(node: yaml.Node, known: dict[int, int | None]) -> int:
 
     Raises:
         _RefusedError: too many, a value within itself, or a mapping with the same key twice.
+        UnicodeEncodeError: half a surrogate pair, which no file can hold.
     """
     if isinstance(node, yaml.ScalarNode):
+        node.value.encode()
         return 1
     if id(node) in known:
         count = known[id(node)]
         if count is None:
-            raise _RefusedError("an alias stands for the value that it is in; write the value out", node.start_mark)
+            raise _RefusedError(node.start_mark, "an alias stands for the value that it is in; write the value out")
         return count
     known[id(node)] = None
     count = 1
     for part in node.value:
         count += sum(_count(each, known) for each in (part if isinstance(part, tuple) else (part,)))
         if count > MAX_VALUES:
-            raise _RefusedError(f"comes to more than {MAX_VALUES:,} values; write out what is needed", node.start_mark)
+            raise _RefusedError(node.start_mark, f"comes to more than {MAX_VALUES:,} values; write out what is needed")
     if isinstance(node, yaml.MappingNode):
-        _refuse_repeated(node)
+        keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        seen: set[tuple[str, str]] = set()
+        for key in keys:
+            if (key.tag, key.value) in seen:
+                raise _RefusedError(key.start_mark, f"the key {key.value!r:.60} is there twice; keep one")
+            seen.add((key.tag, key.value))
     known[id(node)] = count
     return count
-
-
-def _refuse_repeated(node: yaml.MappingNode) -> None:
-    seen: set[Hashable] = set()
-    for key, _ in node.value:
-        if isinstance(key, yaml.ScalarNode):
-            if (key.tag, key.value) in seen:
-                raise _RefusedError(f"the key {key.value!r:.60} is there twice; keep one", key.start_mark)
-            seen.add((key.tag, key.value))
-
-
-def _numbers(value: Any) -> Any:
-    """The value with numbers such as 5e-4 as numbers.
-
-    Raises:
-        UnicodeEncodeError: half a surrogate pair, which no file can hold.
-    """
-    if isinstance(value, str):
-        value.encode()
-    if isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value):
-        return float(value)
-    if isinstance(value, dict):
-        return {key: _numbers(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_numbers(item) for item in value]
-    return value

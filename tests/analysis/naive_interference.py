@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from transformers.pytorch_utils import Conv1D
@@ -38,6 +39,11 @@ def make_examples(sizes: Mapping[str, int], seed: int = 0) -> dict[str, list[dic
             labels = [-100] * len(prompt) + answer
             made[task].append({"input_ids": prompt + answer, "labels": labels, "task": task})
     return made
+
+
+def rows(frame: pd.DataFrame) -> list[list[Any]]:
+    """A frame's rows, None where a number is not defined."""
+    return frame.astype(object).where(frame.notna(), None).to_numpy().tolist()
 
 
 def batched(examples: Examples, size: int = 3, side: Any = "right") -> dict[str, list[dict[str, Any]]]:

@@ -10,11 +10,11 @@ import pytest
 
 import badit.analysis.analyze as module
 from badit.analysis.analyze import analyze
-from badit.analysis.tables import saved_tables
+from badit.analysis.tables import load_frames
 from badit.cli import main
 from badit.errors import BaditError
+from badit.evaluate import train_and_score
 from badit.recipe import build_recipe
-from badit.training.scoring import train_and_score as train
 
 Values = dict[str, Any]
 INTERFERENCE = {
@@ -27,27 +27,43 @@ EXPERTS = {
 
 
 def names(folder: Path) -> set[str]:
-    return {table.name for table in saved_tables(folder / "analysis")}
+    return set(load_frames(folder / "analysis"))
 
 
 @pytest.fixture
 def run(recipe_values: Values) -> Path:
     recipe = build_recipe(recipe_values)
-    train(recipe, progress=False)
+    train_and_score(recipe, progress=False)
     return Path(recipe.output)
 
 
 def test_a_run_with_experts_has_all_tables(run: Path) -> None:
     assert analyze(run, instances=2, progress=False) == run
     assert names(run) == INTERFERENCE | EXPERTS
-    tables = {table.name: table for table in saved_tables(run / "analysis")}
+    tables = load_frames(run / "analysis")
     for name in ("coactivation", "coactivation_tasks", "coactivation_pairs"):
-        kinds = [row["kind"] for row in tables[name].records()]
-        assert list(dict.fromkeys(kinds)) == ["neurons", "parameters", "experts"]
-    assert "held-out" in {row["measured"] for row in tables["expert_angles"].records()}
+        assert tables[name]["kind"].unique().tolist() == ["neurons", "parameters", "experts"]
+    assert "held-out" in set(tables["expert_angles"]["measured"])
     record = json.loads((run / "analysis.json").read_text())
-    assert set(record["parts"]) == {"interference", "experts", "learning"}
+    assert list(record["parts"]) == ["interference", "experts", "learning"]
     assert record["settings"] == {"data": None, "instances": 2}
+    # The co-activation tables are written twice; after an interruption in between, experts are in them once.
+    written = {path.name: path.read_text() for path in (run / "analysis").iterdir()}
+    del record["parts"]["experts"]
+    (run / "analysis.json").write_text(json.dumps(record))
+    analyze(run, instances=2, progress=False)
+    assert {path.name: path.read_text() for path in (run / "analysis").iterdir()} == written
+    with pytest.raises(BaditError, match=r"analysis: holds an analysis with other settings; remove it and analysis\."):
+        analyze(run, instances=3, progress=False)
+
+
+def test_a_single_task_has_no_tables_of_pairs(recipe_values: Values) -> None:
+    recipe_values["data"]["tasks"] = ["cities"]
+    run = Path(build_recipe(recipe_values).output)
+    train_and_score(build_recipe(recipe_values), progress=False)
+    analyze(run, instances=2, progress=False)
+    pairs = {"gradient_pairs", "gradient_overall", "coactivation_pairs", "gate_similarity"}
+    assert names(run) == (INTERFERENCE | EXPERTS) - pairs
 
 
 def test_tables_that_stand_apart_are_shown_beside_the_runs_scores(run: Path, tmp_path: Path) -> None:
@@ -73,30 +89,11 @@ def test_a_finished_part_is_not_measured_again(run: Path, monkeypatch: pytest.Mo
         analyze(run, instances=2, progress=False)
 
 
-def test_an_interruption_while_experts_are_added_adds_them_once(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The co-activation tables are written twice; whatever comes between, experts are in them once."""
-    analyze(run, instances=2, progress=False)
-    expected = [table.rows for table in saved_tables(run / "analysis")]
-    record = json.loads((run / "analysis.json").read_text())
-    del record["parts"]["experts"]
-    (run / "analysis.json").write_text(json.dumps(record))
-    analyze(run, instances=2, progress=False)
-    assert [table.rows for table in saved_tables(run / "analysis")] == expected
-
-
-def test_other_settings_do_not_mix(run: Path) -> None:
-    analyze(run, instances=2, progress=False)
-    with pytest.raises(
-        BaditError, match=r"analysis: holds an analysis with other settings; remove it and analysis\.json"
-    ):
-        analyze(run, instances=3, progress=False)
-
-
 def test_a_sequence_has_its_score_matrix(recipe_values: Values) -> None:
     recipe_values["data"]["order"] = "seeded-0"
     recipe_values["method"] = {"name": "lora", "r": 2}
     recipe = build_recipe(recipe_values)
-    train(recipe, progress=False)
+    train_and_score(recipe, progress=False)
     analyze(recipe.output, instances=2, progress=False)
     assert names(Path(recipe.output)) == INTERFERENCE | {"transfer"}
 
@@ -110,7 +107,7 @@ def test_a_base_model_is_measured_on_named_tasks(model_folder: Path, task_file: 
 
 def test_a_trained_model_is_measured_on_what_it_has_not_seen(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: dict[str, Any] = {}
-    monkeypatch.setattr(module, "_measure", lambda run, recipe, chosen, record, progress: seen.update(chosen=chosen))
+    monkeypatch.setattr(module, "_measure", lambda run, recipe, chosen, *rest: seen.update(chosen=chosen))
     analyze(run, instances=2, progress=False)
     assert [tuple(found) for _, found in seen["chosen"]] == [task.test[:2] for task, _ in seen["chosen"]]
 

@@ -5,19 +5,12 @@ import copy
 import numpy as np
 import pytest
 import torch
-from badit.analysis.coactivation import coactivation_tables
 from peft import LoraConfig, get_peft_model
 
 from analysis import naive_experts as naive
 from analysis.naive_experts import METHODS, TASKS
-from badit.analysis.gates import (
-    active_experts,
-    changed_gates,
-    gates_table,
-    has_experts,
-    marked_experts,
-    prompt_gates,
-)
+from badit.analysis.gates import active_experts, changed_gates, gates_frame, has_experts, marked_experts, prompt_gates
+from badit.analysis.interference import coactivation
 from badit.baselines.o_lora import OLoraConfig
 from badit.errors import BaditError
 from tuner import helpers
@@ -26,16 +19,15 @@ pytestmark = pytest.mark.filterwarnings("ignore:Could not find a config file in 
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_gates_are_those_of_every_row_by_itself(tiny_model, method):
+def test_gates_are_those_of_every_row_by_itself_and_reading_them_changes_nothing(tiny_model, method):
     model = naive.adapted(tiny_model("llama"), method, target_modules=["gate_proj", "o_proj"])
     batches = naive.batches()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    losses = naive.losses(model, naive.rows(batches["cities"])[0])
     gates = prompt_gates(model, batches)
-    assert gates.modules == [
-        (0, "self_attn.o_proj"),
-        (0, "mlp.gate_proj"),
-        (1, "self_attn.o_proj"),
-        (1, "mlp.gate_proj"),
-    ]
+    assert naive.losses(model, naive.rows(batches["cities"])[0]) == losses
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert gates.modules == [(layer, name) for layer in (0, 1) for name in ("self_attn.o_proj", "mlp.gate_proj")]
     assert gates.tasks == list(TASKS)
     for task in TASKS:
         expected = np.array([naive.gates(model, row) for row in naive.rows(batches[task])])
@@ -93,18 +85,6 @@ def test_the_answer_has_no_say(tiny_model):
     np.testing.assert_allclose(first.by_task["cities"], second.by_task["cities"], atol=1e-6)
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_reading_leaves_nothing_behind(tiny_model, method):
-    model = naive.adapted(tiny_model("llama"), method)
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    row = naive.rows(naive.batches()["cities"])[0]
-    losses = naive.losses(model, row)
-    prompt_gates(model, naive.batches())
-    assert naive.losses(model, row) == losses
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    assert not any("component_gates" in vars(layer) for layer in naive.layers(model))
-
-
 def test_an_error_within_leaves_nothing_behind(tiny_model):
     model = naive.adapted(tiny_model("llama"), "badit")
 
@@ -126,16 +106,15 @@ def test_the_table_has_mean_and_deviation_over_prompts(tiny_model):
     model = naive.adapted(tiny_model("llama"), "badit")
     batches = {**naive.batches(), "seas": [naive.batch("seas", 9)]}
     gates = prompt_gates(model, batches)
-    table = gates_table(gates)
-    assert list(table.columns) == ["task", "layer", "module", "expert", "mean", "std"]
-    assert len(table.rows) == 3 * 2 * 3
-    for row in table.records():
-        values = gates.by_task[row["task"]][:, row["layer"], row["expert"]].astype(float)
-        assert row["module"] == "mlp.gate_proj"
-        assert row["mean"] == pytest.approx(sum(values) / len(values), abs=1e-6)
-        deviation = (sum((value - row["mean"]) ** 2 for value in values) / max(1, len(values) - 1)) ** 0.5
-        assert row["std"] == (None if row["task"] == "seas" else pytest.approx(deviation, abs=1e-5))
-    assert "1 to 3 prompts of each of 3 tasks" in table.about
+    table = gates_frame(gates)
+    assert len(table) == 3 * 2 * 3
+    assert set(table["module"]) == {"mlp.gate_proj"}
+    for row in table.itertuples():
+        values = gates.by_task[row.task][:, row.layer, row.expert].astype(float)
+        assert row.mean == pytest.approx(sum(values) / len(values), abs=1e-6)
+        deviation = (sum((value - row.mean) ** 2 for value in values) / max(1, len(values) - 1)) ** 0.5
+        assert row.std == pytest.approx(np.nan if row.task == "seas" else deviation, abs=1e-5, nan_ok=True)
+    assert "1 to 3 prompts of each of 3 tasks" in table.attrs["about"]
 
 
 def test_marked_experts_are_those_above_neutral(tiny_model):
@@ -148,7 +127,7 @@ def test_marked_experts_are_those_above_neutral(tiny_model):
             own = [gates.means[t, m] for m, (of_layer, _) in enumerate(gates.modules) if of_layer == layer]
             assert mask.tolist() == [bool(gate > 1) for gates_K in own for gate in gates_K]
     assert 0 < sum(int(mask.sum()) for masks in marked.values() for mask in masks) < 3 * 15
-    assert coactivation_tables("experts", marked)["coactivation_pairs"]
+    assert all(len(frame) for frame in coactivation({"experts": marked}, ""))
 
 
 def test_models_without_experts_are_refused(tiny_model):

@@ -1,4 +1,4 @@
-"""Interference between gradients: against whole gradients by autograd, and what the measurement leaves behind."""
+"""Sketches by themselves; gradients of tasks against whole gradients by autograd, and what the measurement leaves."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given, settings
@@ -14,46 +15,166 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 
 from analysis import naive_interference as naive
-from badit.analysis.gradients import Agreement, TaskGradients, layer_and_module, measured_parameters
+from badit.analysis.gradients import SketchedSums, TaskGradients, agreement, layer_and_module, measured_parameters
 from badit.analysis.interference import measure_interference
-from badit.analysis.tables import TidyTable
 from badit.baselines.gain_lora import GainLoraConfig
 from badit.errors import BaditError
 from tuner.helpers import adapted
 
 Model = Callable[..., Any]
 SIZES = {"rivers": 5, "cities": 4, "jokes": 3}
-GRADIENT_TABLES = ["gradient_pairs", "gradient_overall", "gradient_summary", "gradient_tasks"]
+KINDS = ["llama", "gpt2", "badit", "lora"]
 
 
-def measured(model: Any, examples: naive.Examples, **options: Any) -> dict[str, TidyTable]:
-    batches = naive.batched(examples)
-    return {table.name: table for table in measure_interference(model, batches, **options)}
+# --- sketches ---
 
 
-def with_lora(model: Any) -> Any:
-    lora = get_peft_model(model, LoraConfig(r=2, lora_alpha=4, target_modules=["gate_proj"], task_type="CAUSAL_LM"))
+def sums(length: int, count: int, size: int, seed: int = 0) -> SketchedSums:
+    return SketchedSums(length, count, size, torch.Generator().manual_seed(seed))
+
+
+def matrix(length: int, size: int, seed: int) -> torch.Tensor:
+    """S (N, M), a row for each coordinate, from the sketches of the unit vectors."""
+    sketch = sums(length, length, size, seed)
+    for i, unit in enumerate(torch.eye(length)):
+        sketch.add(i, unit)
+    return sketch.sums_RM
+
+
+def inner(a: torch.Tensor, b: torch.Tensor, size: int, seed: int) -> torch.Tensor:
+    sketch = sums(len(a), 2, size, seed)
+    sketch.add(0, a)
+    sketch.add(1, b)
+    return sketch.gram()
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(1, 60), st.integers(1, 24), st.integers(0, 1000))
+def test_a_sketch_is_linear_with_a_signed_bucket_for_each_coordinate(length: int, size: int, seed: int) -> None:
+    matrix_NM = matrix(length, size, seed)
+    assert matrix_NM.shape == (length, min(length, size))
+    assert ((matrix_NM != 0).sum(dim=1) == 1).all()
+    assert (matrix_NM.abs().sum(dim=1) == 1).all()
+    for run_NM in matrix_NM.split(size):
+        assert (run_NM != 0).sum(dim=0).max() <= 1, "within a run nothing meets"
+    a, b = torch.randn(2, length, generator=torch.Generator().manual_seed(seed))
+    sketch = sums(length, 2, size, seed)
+    sketch.add(1, a)
+    sketch.add(1, b)
+    torch.testing.assert_close(sketch.sums_RM[1], (a + b) @ matrix_NM)
+    assert not sketch.sums_RM[0].any()
+    exact = torch.stack([a, b]).double()
+    torch.testing.assert_close(inner(a, b, length + size, seed), exact @ exact.T)
+
+
+@pytest.mark.parametrize("kind", ["noise", "column", "row", "constant"])
+def test_inner_products_are_unbiased_with_the_stated_variance(kind: str) -> None:
+    """Two gradients of a weight (60, 32): noise with a common part, or all in one column, one row or equal numbers."""
+    a, b = torch.randn(2, 60, 32, generator=torch.Generator().manual_seed(3))
+    b = 0.5 * a + b
+    strong = torch.ones(60, 32)
+    if kind == "column":  # 32 divides the size below: a fold without shifts would give it two buckets of 64
+        strong[:, 5] = 50
+    if kind == "row":
+        strong[7] = 50
+    shift = 20 if kind == "constant" else 0
+    a, b = (a * strong + shift).flatten(), (b * strong - shift).flatten()
+    size, repeats = 64, 250
+    estimates = torch.stack([inner(a, b, size, seed)[0, 1] for seed in range(repeats)])
+    exact = float(a.double() @ b.double())
+    bound = (float(a @ a) * float(b @ b) + exact**2) / size
+    assert abs(float(estimates.mean()) - exact) < 4 * math.sqrt(bound / repeats)
+    assert 0 < float(estimates.var()) < 1.3 * bound
+
+
+def test_the_seed_decides_the_sketch_and_parameters_of_one_generator_differ() -> None:
+    assert torch.equal(matrix(50, 8, 1), matrix(50, 8, 1))
+    assert not torch.equal(matrix(50, 8, 1), matrix(50, 8, 2))
+    generator = torch.Generator().manual_seed(0)
+    first, second = (SketchedSums(50, 1, 8, generator) for _ in range(2))
+    for sketch in (first, second):
+        sketch.add(0, torch.arange(50.0))
+    assert not torch.equal(first.sums_RM, second.sums_RM)
+
+
+@pytest.mark.parametrize("length", [6, 50])
+def test_half_precision_is_added_up_in_float32(length: int) -> None:
+    vector = torch.randn(length).bfloat16()
+    sketch, exact = sums(length, 1, 8), sums(length, 1, 8)
+    for _ in range(300):  # in bfloat16 the sum would stop to grow at 256 times the number
+        sketch.add(0, vector)
+    exact.add(0, 300 * vector.float())
+    torch.testing.assert_close(sketch.sums_RM, exact.sums_RM, rtol=1e-4, atol=1e-3)
+
+
+# --- agreement of tasks ---
+
+vectors = st.lists(st.lists(st.floats(-4, 4, width=16), min_size=3, max_size=3), min_size=5, max_size=5)
+
+
+@settings(deadline=None, max_examples=100)
+@given(vectors, vectors)
+def test_agreement_follows_from_the_inner_products(of_a: list[list[float]], of_b: list[list[float]]) -> None:
+    instances = [[{"g": torch.tensor(v).double()} for v in of] for of in (of_a, of_b[:4])]
+    sums = [sum((g["g"] for g in half), torch.zeros(3).double()) for of in instances for half in naive.halves(of)]
+    sums_R = torch.stack(sums)
+    found = agreement((sums_R @ sums_R.T)[None], torch.tensor([[3.0, 2.0], [2.0, 2.0]]).double())
+    a, b = (naive.flat(of, ["g"]) for of in instances)
+
+    def same(value: torch.Tensor, expected: float | None) -> bool:
+        return bool(value.isnan()) if expected is None else float(value) == pytest.approx(expected, abs=1e-6)
+
+    # Where sums all but cancel, rounding decides whether there is a direction.
+    if min(float(v.norm()) for v in (a, b, *sums)) > 1e-3:
+        assert same(found["cosine"][0, 0, 1], naive.cosine(a, b))
+        assert same(found["magnitude_similarity"][0, 0, 1], naive.magnitude(a, b))
+        assert same(found["norm"][0, 0], float(a.norm()))
+        assert same(found["reliability"][0, 1], naive.cosine(sums[2], sums[3]))
+        if min(abs(float(sums[0] @ sums[1])), abs(float(sums[2] @ sums[3]))) > 1e-6:
+            assert same(found["corrected_cosine"][0, 0, 1], naive.corrected(*instances, ["g"]))
+    assert not any((found[name].abs() > 1).any() for name in ("cosine", "corrected_cosine", "reliability"))
+
+
+def test_the_correction_undoes_the_noise_of_few_instances() -> None:
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randn(2, 4000, generator=generator).double()
+    b = 0.6 * a + 0.8 * b
+    sums_R = torch.stack([v + 1.5 * torch.randn(4000, generator=generator).double() for v in (a, a, b, b)])
+    found = agreement((sums_R @ sums_R.T)[None], torch.ones(2, 2).double())
+    assert float(found["cosine"][0, 0, 1]) < 0.35
+    assert float(found["corrected_cosine"][0, 0, 1]) == pytest.approx(0.6, abs=0.08)
+
+
+# --- gradients of models ---
+
+
+def measured(model: Any, examples: naive.Examples, **options: Any) -> dict[str, pd.DataFrame]:
+    frames = measure_interference(model, naive.batched(examples), **options)
+    return {frame.attrs["name"]: frame for frame in frames}
+
+
+def make(tiny_model: Model, kind: str) -> Any:
+    if kind in ("llama", "gpt2"):
+        return tiny_model(kind)
+    if kind == "badit":
+        return adapted(tiny_model("llama"))
+    config = LoraConfig(r=2, lora_alpha=4, target_modules=["gate_proj"], task_type="CAUSAL_LM")
+    lora = get_peft_model(tiny_model("llama"), config)
     for name, parameter in lora.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
     return lora.eval()
 
 
-def make(tiny_model: Model, kind: str) -> Any:
-    if kind in ("llama", "gpt2"):
-        return tiny_model(kind)
-    return {"badit": adapted, "lora": with_lora}[kind](tiny_model("llama"))
-
-
-def assert_rows(rows: Any, expected: list[list[Any]], tolerance: float = 1e-4) -> None:
+def assert_same(frame: pd.DataFrame, expected: list[list[Any]], tolerance: float = 1e-4) -> None:
     """The same rows in any order; numbers to within the tolerance."""
 
     def key(row: list[Any]) -> list[str]:
         return [str(value) for value in row if not isinstance(value, float) and value is not None]
 
-    assert len(rows) == len(expected) > 0
-    for row, twin in zip(sorted(rows, key=key), sorted(expected, key=key), strict=True):
-        assert list(row) == pytest.approx(twin, abs=tolerance), (row, twin)
+    assert len(frame) == len(expected) > 0
+    for row, twin in zip(sorted(naive.rows(frame), key=key), sorted(expected, key=key), strict=True):
+        assert row == pytest.approx(twin, abs=tolerance), (row, twin)
 
 
 @pytest.mark.parametrize(
@@ -65,7 +186,6 @@ def assert_rows(rows: Any, expected: list[list[Any]], tolerance: float = 1e-4) -
         ("base_model.model.model.layers.7.mlp.gate_proj.badit_A.default", "badit_", (7, "mlp.gate_proj.adapter")),
         ("base_model.model.transformer.h.1.attn.c_attn.lora_A.x.weight", "lora_", (1, "attn.c_attn.adapter")),
         ("model.layers.2.mlp.experts.5.gate_proj", None, (2, "mlp.experts.5.gate_proj")),
-        ("model.layers.2", None, (2, "")),
         ("base_model.badit_gate.default.key", "badit_", (-1, "adapter")),
         ("base_model.model.lm_head.lora_B.default.weight", "lora_", (-1, "lm_head.adapter")),
         ("model.embed_tokens", None, (-1, "embed_tokens")),
@@ -75,39 +195,32 @@ def test_names_tell_layer_and_module(name: str, prefix: str | None, expected: tu
     assert layer_and_module(name, prefix) == expected
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "badit", "lora"])
-def test_what_is_measured(tiny_model: Model, kind: str) -> None:
-    model = make(tiny_model, kind)
-    places = naive.places(model)
-    parameters = dict(model.named_parameters())
-    expected = {id(parameters[name]): place for place, names in places.items() for name in names}
-    assert {id(item.parameter): item.place for item in measured_parameters(model)} == expected
-    modules = 4 if kind == "gpt2" else 7
-    assert len([place for place in places if place[0] == "weights"]) == 2 * modules
-    assert len([place for place in places if place[0] == "adapter"]) == 2 * (kind in ("badit", "lora"))
-
-
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "badit", "lora"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_large_sketches_give_the_naive_tables(tiny_model: Model, kind: str) -> None:
     model, examples = make(tiny_model, kind), naive.make_examples(SIZES)
+    places = naive.places(model)
+    parameters = dict(model.named_parameters())
+    expected_places = {id(parameters[name]): place for place, names in places.items() for name in names}
+    assert {id(item.parameter): item.place for item in measured_parameters(model)} == expected_places
+    assert len([place for place in places if place[0] == "weights"]) == 2 * (4 if kind == "gpt2" else 7)
+    assert len([place for place in places if place[0] == "adapter"]) == 2 * (kind in ("badit", "lora"))
     tables = measured(model, examples, sketch_size=10**4)
-    expected = naive.tables(model, examples)
-    for name in GRADIENT_TABLES:
-        assert_rows(tables[name].rows, expected[name])
-    rates = [row["conflict_rate"] for row in tables["gradient_summary"].records()]
-    assert len(set(rates)) > 1, "rates that are all alike show nothing"
+    for name, rows in naive.tables(model, examples).items():
+        assert_same(tables[name], rows)
+    assert tables["gradient_summary"]["conflict_rate"].nunique() > 1, "rates that are all alike show nothing"
 
 
 def test_small_sketches_are_off_by_no_more_than_they_say(tiny_model: Model) -> None:
     model, examples, size = tiny_model("llama"), naive.make_examples(SIZES), 128
     exact = {tuple(row[:4]): row[4] for row in naive.tables(model, examples)["gradient_pairs"]}
     table = measured(model, examples, sketch_size=size)["gradient_pairs"]
-    errors = torch.tensor([row[4] - exact[tuple(row[:4])] for row in table.rows]) * math.sqrt(size)
+    errors = torch.tensor([row[4] - exact[tuple(row[:4])] for row in naive.rows(table)]) * math.sqrt(size)
     assert 0.2 < errors.square().mean().sqrt() < 1.2
     assert errors.abs().max() < 4.5
-    assert "at most 0.088" in table.about
+    assert "at most 0.088" in table.attrs["about"]
     again, other = (measured(model, examples, sketch_size=size, seed=seed)["gradient_pairs"] for seed in (0, 1))
-    assert again.rows == table.rows != other.rows
+    assert again.equals(table)
+    assert not other.equals(table)
 
 
 @pytest.mark.parametrize(("family", "side"), [("llama", "right"), ("llama", "left"), ("gpt2", "left")])
@@ -116,46 +229,34 @@ def test_batches_and_padding_make_no_difference(tiny_model: Model, family: str, 
     one_by_one = measure_interference(model, naive.batched(examples, 1))
     together = measure_interference(model, naive.batched(examples, 9, side))
     for table, other in zip(one_by_one, together, strict=True):
-        assert_rows(table.rows, [list(row) for row in other.rows], 1e-6)
+        assert_same(table, naive.rows(other), 1e-6)
 
 
-class State:
-    """All that the measurement touches in a model."""
-
-    def __init__(self, model: Any) -> None:
-        parameters = list(model.parameters())
-        self.values = [parameter.detach().clone() for parameter in parameters]
-        self.gradients = [parameter.grad for parameter in parameters]
-        self.flags = [parameter.requires_grad for parameter in parameters]
-        self.modes = [module.training for module in model.modules()]
-        self.hooks = [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()]
-        self.hooks += [len(getattr(p, "_post_accumulate_grad_hooks", None) or {}) for p in parameters]
-
-    def assert_equals(self, other: State) -> None:
-        assert all(a is b for a, b in zip(self.gradients, other.gradients, strict=True))
-        assert all(map(torch.equal, self.values, other.values))
-        assert (self.flags, self.modes, self.hooks) == (other.flags, other.modes, other.hooks)
-
-
-@pytest.mark.parametrize("kind", ["llama", "badit", "lora"])
+@pytest.mark.parametrize("kind", ["badit", "lora"])
 @pytest.mark.parametrize("fails", [False, True])
 def test_the_model_is_left_as_it_was(tiny_model: Model, kind: str, fails: bool) -> None:
     model, examples = make(tiny_model, kind).train(), naive.make_examples(SIZES)
     list(model.modules())[-1].eval()
-    for i, parameter in enumerate(model.parameters()):
+    parameters = list(model.parameters())
+    for i, parameter in enumerate(parameters):
         parameter.requires_grad_(i % 3 > 0)
         parameter.grad = torch.ones_like(parameter) if i % 2 else None
-    gradients = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
-    before = State(model)
+
+    def state() -> list[Any]:
+        hooks = [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()]
+        hooks += [len(getattr(p, "_post_accumulate_grad_hooks", None) or {}) for p in parameters]
+        values = [p.tolist() for p in parameters]
+        gradients = [None if p.grad is None else p.grad.tolist() for p in parameters]
+        return [values, gradients, [p.requires_grad for p in parameters], [m.training for m in model.modules()], hooks]
+
+    before = state()
     if fails:
         examples["jokes"][1]["labels"] = [-100] * len(examples["jokes"][1]["labels"])
         with pytest.raises(BaditError, match="task jokes, instance 1: has no finite loss; it has no answer tokens"):
             measured(model, examples)
     else:
         measured(model, examples)
-    after = State(model)
-    after.assert_equals(before)
-    assert all(g is None or torch.equal(g, p.grad) for g, p in zip(gradients, model.parameters(), strict=True))
+    assert state() == before
 
 
 def test_a_frozen_model_is_measured_without_dropout_and_within_no_grad(tiny_model: Model) -> None:
@@ -164,8 +265,7 @@ def test_a_frozen_model_is_measured_without_dropout_and_within_no_grad(tiny_mode
     model = tiny_model("llama", attention_dropout=0.5).requires_grad_(False).train()
     with torch.no_grad():
         tables = measured(model, examples)
-    for name, table in expected.items():
-        assert tables[name].rows == table.rows
+    assert all(tables[name].equals(table) for name, table in expected.items())
 
 
 def test_no_more_than_one_gradient_is_held(tiny_model: Model) -> None:
@@ -180,102 +280,55 @@ def test_no_more_than_one_gradient_is_held(tiny_model: Model) -> None:
     for handle in handles:
         handle.remove()
     assert held == [1] * (3 * len(parameters))
-    tasks = 50
-    sums = TaskGradients(model, tasks, sketch_size=8, seed=0)
-    kept = sum(sketch.sums_RM.numel() for sketch in sums._sketches)
-    assert kept <= len(parameters) * 2 * tasks * 8
+    sketches = TaskGradients(model, 50, sketch_size=8, seed=0)._sketches
+    assert sum(sketch.sums_RM.numel() for sketch in sketches) <= len(parameters) * 2 * 50 * 8
 
 
 def test_bfloat16_comes_near_float32(tiny_model: Model) -> None:
     examples = naive.make_examples(SIZES)
     exact = measured(tiny_model("llama"), examples)["gradient_overall"]
     table = measured(tiny_model("llama", dtype=torch.bfloat16), examples)["gradient_overall"]
-    assert "in bfloat16" in table.about
-    for row, twin in zip(table.rows, exact.rows, strict=True):
-        assert row[3] == pytest.approx(twin[3], abs=0.05)
+    assert "in bfloat16" in table.attrs["about"]
+    assert table["cosine"].tolist() == pytest.approx(exact["cosine"].tolist(), abs=0.05)
 
 
 def test_equal_tasks_agree_and_one_instance_has_no_halves(tiny_model: Model) -> None:
     examples = naive.make_examples({"a": 4, "b": 1})
     examples["c"] = copy.deepcopy(examples["a"])
     tables = measured(tiny_model("llama"), examples)
-    overall = {(row["task_a"], row["task_b"]): row for row in tables["gradient_overall"].records()}
-    assert overall["a", "c"]["cosine"] == pytest.approx(1)
-    assert overall["a", "c"]["magnitude_similarity"] == pytest.approx(1)
-    assert overall["a", "b"]["corrected_cosine"] is None is overall["b", "c"]["corrected_cosine"]
-    assert overall["a", "b"]["cosine"] is not None
-    reliability = {row["task"]: row["reliability"] for row in tables["gradient_tasks"].records()}
-    assert reliability["b"] is None
+    overall = tables["gradient_overall"].set_index(["task_a", "task_b"])
+    assert overall.loc[("a", "c"), ["cosine", "magnitude_similarity"]].tolist() == pytest.approx([1, 1])
+    assert overall["corrected_cosine"].loc[[("a", "b"), ("b", "c")]].isna().all()
+    assert overall["cosine"].notna().all()
+    reliability = tables["gradient_tasks"].set_index("task")["reliability"]
+    assert math.isnan(reliability["b"])
     assert reliability["a"] == pytest.approx(reliability["c"])
 
 
 def test_a_single_task_has_no_pairs(tiny_model: Model) -> None:
     tables = measured(tiny_model("llama"), naive.make_examples({"a": 2}))
-    assert tables["gradient_pairs"].rows == tables["gradient_overall"].rows == []
-    for row in tables["gradient_summary"].records():
-        assert row["conflict_rate"] is row["mean_cosine"] is row["mean_magnitude_similarity"] is None
-        assert -1 <= row["reliability"] <= 1
+    assert tables["gradient_pairs"].empty
+    assert tables["gradient_overall"].empty
+    summary = tables["gradient_summary"]
+    assert summary[["conflict_rate", "mean_cosine", "mean_magnitude_similarity"]].isna().all(axis=None)
+    assert summary["reliability"].between(-1, 1).all()
 
 
 def test_a_gate_beside_the_layers_belongs_to_the_adapter(tiny_model: Model) -> None:
     config = GainLoraConfig(r=2, gate_hidden_size=4, target_modules=["gate_proj"], task_type="CAUSAL_LM")
-    tables = measured(get_peft_model(tiny_model("llama"), config).eval(), naive.make_examples({"a": 2, "b": 2}))
-    places = {
-        (row["layer"], row["module"]) for row in tables["gradient_summary"].records() if "adapter" in row.values()
-    }
+    model = get_peft_model(tiny_model("llama"), config).eval()
+    summary = measured(model, naive.make_examples({"a": 2, "b": 2}))["gradient_summary"]
+    own = summary.loc[summary["parameters"] == "adapter", ["layer", "module"]]
+    places = set(own.itertuples(index=False, name=None))
     assert places <= {(-1, "adapter"), (0, "mlp.gate_proj.adapter"), (1, "mlp.gate_proj.adapter")}
     assert len(places) >= 2
 
 
-vectors = st.lists(st.lists(st.floats(-4, 4, width=16), min_size=3, max_size=3), min_size=5, max_size=5)
-
-
-@settings(deadline=None, max_examples=100)
-@given(vectors, vectors)
-def test_agreement_follows_from_the_inner_products(of_a: list[list[float]], of_b: list[list[float]]) -> None:
-    instances = [[{"g": torch.tensor(v).double()} for v in of] for of in (of_a, of_b[:4])]
-    sums = [sum((g["g"] for g in half), torch.zeros(3).double()) for of in instances for half in naive.halves(of)]
-    sums_R = torch.stack(sums)
-    agreement = Agreement(sums_R @ sums_R.T, torch.tensor([[3.0, 2.0], [2.0, 2.0]]).double())
-    a, b = (naive.flat(of, ["g"]) for of in instances)
-
-    def same(value: torch.Tensor, expected: float | None) -> bool:
-        return bool(value.isnan()) if expected is None else float(value) == pytest.approx(expected, abs=1e-6)
-
-    # Where sums all but cancel, rounding settles whether there is a direction.
-    if min(float(v.norm()) for v in (a, b, *sums)) > 1e-3:
-        assert same(agreement.cosine_TT[0, 1], naive.cosine(a, b))
-        assert same(agreement.magnitude_TT[0, 1], naive.magnitude(a, b))
-        assert same(agreement.norm_T[0], float(a.norm()))
-        assert same(agreement.reliability_T[1], naive.cosine(sums[2], sums[3]))
-        if min(abs(float(sums[0] @ sums[1])), abs(float(sums[2] @ sums[3]))) > 1e-6:
-            assert same(agreement.corrected_TT[0, 1], naive.corrected(*instances, ["g"]))
-    for values in (agreement.cosine_TT, agreement.corrected_TT, agreement.reliability_T):
-        assert not (values.abs() > 1).any()
-
-
-def test_the_correction_undoes_the_noise_of_few_instances() -> None:
-    generator = torch.Generator().manual_seed(0)
-    a, b = torch.randn(2, 4000, generator=generator).double()
-    b = 0.6 * a + 0.8 * b
-    sums_R = torch.stack([v + 1.5 * torch.randn(4000, generator=generator).double() for v in (a, a, b, b)])
-    agreement = Agreement(sums_R @ sums_R.T, torch.ones(2, 2).double())
-    assert float(agreement.cosine_TT[0, 1]) < 0.35
-    assert float(agreement.corrected_TT[0, 1]) == pytest.approx(0.6, abs=0.08)
-
-
 def test_bad_input_is_refused(tiny_model: Model) -> None:
     model, batches = tiny_model("llama"), naive.batched(naive.make_examples({"a": 2}))
-    for size in (0, 1.5, True):
-        with pytest.raises(BaditError, match="sketch_size must be a whole number of at least 1"):
-            measure_interference(model, batches, sketch_size=size)  # pyright: ignore[reportArgumentType]
-    for share in (0, 1.1, "all"):
-        with pytest.raises(BaditError, match="share must be above 0 and at most 1"):
-            measure_interference(model, batches, share=share)  # pyright: ignore[reportArgumentType]
-    with pytest.raises(BaditError, match="batches: there are none"):
-        measure_interference(model, {})
-    with pytest.raises(BaditError, match="batches: task b has no instances"):
-        measure_interference(model, {**batches, "b": []})
+    for none in ({}, {**batches, "b": []}):
+        with pytest.raises(BaditError, match="batches: give at least one task, and for every task at least one"):
+            measure_interference(model, none)
     model.model.norm.weight.data.fill_(math.nan)
     with pytest.raises(BaditError, match="task a, instance 0: has no finite loss; it may overflow in its type"):
         measure_interference(model, batches)

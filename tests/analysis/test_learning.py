@@ -1,26 +1,166 @@
-"""The gap between one model a task and one for all, and a sequence's score matrix."""
+"""Angles from logs and from the finished adapter's gradients, the flow of components, score matrices and task gaps."""
 
 import json
+from collections import Counter
 
+import numpy as np
 import pytest
+import torch
 
-from badit.analysis.learning import task_gap, transfer
+import reference
+from analysis import naive_experts as naive
+from analysis.naive_experts import TASKS
+from analysis.naive_interference import rows
+from badit.analysis.learning import component_flow, expert_angles, held_out_angles, task_gap, transfer
 from badit.errors import BaditError
-from badit.runs import RunFolder
+from badit.evaluate import load_run
+from badit.method import cosine_gram
+from badit.method import expert_angles as angles_of
+from badit.recipe import build_recipe
+from badit.run import Run
+from badit.train import fit
+from tuner import helpers
+
+pytestmark = pytest.mark.filterwarnings("ignore:Could not find a config file in  - :UserWarning")  # PEFT 0.19
+
+FIELDS = ("intra_degrees", "inter_degrees", "intra_abs_cos", "inter_abs_cos")
+NAME = "model.layers.1.mlp.gate_proj.default"
 
 
-def cell(method, seed, scores, **fields):
-    tasks = {task: {"rouge_l": score, "exact_match": 0, "instances": 2} for task, score in scores.items()}
-    mean = sum(scores.values()) / len(scores)
-    return {
-        "method": method, "seed": seed, "status": "done",
-        "scores": {"rouge_l": mean, "exact_match": 0, "tasks": tasks}, **fields,
-    }  # fmt: skip
+def log(path, *lines):
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def regrouping(step, before=(0, 0, 1, 1), after=(1, 0, 0, 1), **angles):
+    return {"step": step, "module": NAME, "previous_labels": list(before), "labels": list(after), **angles}
+
+
+# --- logs of experts ---
+
+
+def test_angles_and_moves_come_from_the_logs(tmp_path):
+    assert expert_angles(Run(tmp_path)).empty
+    assert component_flow(Run(tmp_path)).empty
+    after = dict(zip(FIELDS, (70.0, 90.0, 0.4, 0.1), strict=True))
+    before = {f"previous_{field}": value for field, value in zip(FIELDS, (85.0, 88.0, 0.2, 0.2), strict=True)}
+    stays = regrouping(20, before=(1, 0, 0, 1), after=(1, 0, 0, 1))
+    log(tmp_path / "regroupings.jsonl", regrouping(10, **before, **after), stays)
+    log(tmp_path / "angles.jsonl", {"step": 5, "module": NAME, **after, "intra_degrees": None})
+    place = [1, "mlp.gate_proj"]
+    assert rows(expert_angles(Run(tmp_path))) == [
+        [10, *place, "before", 85.0, 88.0, 0.2, 0.2],
+        [10, *place, "after", 70.0, 90.0, 0.4, 0.1],
+        [5, *place, "training", None, 90.0, 0.4, 0.1],
+    ]  # no step followed the regrouping at 20
+    assert rows(component_flow(Run(tmp_path))) == [
+        [10, *place, 0, 0, 1], [10, *place, 0, 1, 1], [10, *place, 1, 0, 1], [10, *place, 1, 1, 1],
+        [20, *place, 0, 0, 2], [20, *place, 1, 1, 2],
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ({"step": 10, "modules": 30, "intra_degrees": 70.0}, "line 2: module: field required"),
+        ({**regrouping(10), "step": 10**30}, "line 2: step: "),
+        (regrouping(10, after=(0, 1)), "line 2: labels and previous_labels must name the same number"),
+        (regrouping(10, after=(0, 1, 0, 10**9)), "line 2: labels and previous_labels must be experts"),
+        (regrouping(10, before=(0, 1, 0, -1)), "line 2: labels and previous_labels must be experts"),
+        (regrouping(10, [0] * 2000, [1500] * 2000), "line 2: labels and previous_labels must be experts"),
+        ({**regrouping(10), "labels": "0011"}, "line 2: labels: input should be a valid list"),
+        ([1, 2], "must hold one JSON object, not a list .line 2"),
+    ],
+)
+def test_a_damaged_log_is_refused(tmp_path, line, message):
+    log(tmp_path / "regroupings.jsonl", regrouping(5), line)
+    for read in (expert_angles, component_flow):
+        with pytest.raises(BaditError, match=message) as caught:
+            read(Run(tmp_path))
+        assert str(caught.value).startswith(str(tmp_path / "regroupings.jsonl"))
+        assert "\n" not in str(caught.value)
+
+
+def test_a_trained_run(recipe_values):
+    """Four experts of rank 2, regrouped after steps 3, 6 and 9 of twelve."""
+    run = fit(build_recipe(recipe_values), progress=False)
+    flow = component_flow(run)
+    assert set(flow["step"]) == {3, 6, 9}
+    for side in ("from_expert", "to_expert"):
+        moved = flow.groupby(["step", "layer", side])["components"].sum()
+        assert moved.tolist() == [2] * (3 * 2 * 4)  # nothing is lost: every expert keeps its rank
+    assert (flow["from_expert"] != flow["to_expert"]).any()
+    model, _ = load_run(run)
+    angles = expert_angles(run, model, naive.batches())
+    assert Counter(angles["measured"]) == {"before": 3 * 2, "after": 3 * 2, "held-out": 2}
+    assert set(angles.loc[angles["measured"] == "held-out", "step"]) == {12}
+    assert angles["within_degrees"].between(0, 180, inclusive="neither").all()
+
+
+# --- held-out gradients ---
+
+
+@pytest.mark.parametrize("method", ["badit", "badit token", "loramoe", "goat"])
+def test_held_out_angles_equal_the_naive_ones(tiny_model, method):
+    model = naive.adapted(tiny_model("llama"), method, target_modules=["gate_proj", "v_proj"])
+    batches = naive.batches()
+    found = held_out_angles(model, batches)
+    assert list(found) == [(0, "self_attn.v_proj"), (0, "mlp.gate_proj"), (1, "self_attn.v_proj"), (1, "mlp.gate_proj")]
+    for angles, layer, gradients in zip(
+        found.values(), naive.layers(model), naive.gradients(model, batches), strict=True
+    ):
+        expected = reference.angles(reference.unit_gradients(*gradients), naive.expert_of(layer))
+        assert angles == pytest.approx(expected, abs=0.02)
+    assert np.std([angles[0] for angles in found.values()]) > 0.5
+
+
+@pytest.mark.parametrize("method", ["hydralora", "mtl-lora"])
+def test_experts_that_share_A_have_no_components(tiny_model, method):
+    assert held_out_angles(naive.adapted(tiny_model("llama"), method), naive.batches()) == {}
+
+
+def test_the_split_into_batches_makes_no_difference_and_nothing_is_left_behind(tiny_model):
+    model = naive.adapted(tiny_model("llama"), "badit").requires_grad_(False)
+    model.base_model.model.lm_head.weight.requires_grad_(True)
+    batches = naive.batches()
+    with torch.no_grad():
+        whole = held_out_angles(model, batches)
+    split = held_out_angles(model, {task: naive.rows(batches[task]) for task in reversed(TASKS)})
+    for place, angles in whole.items():
+        assert angles == pytest.approx(split[place], abs=0.01)
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == ["base_model.model.lm_head.weight"]
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_single_component_per_expert_has_no_angles_within(tiny_model):
+    model = helpers.adapted(tiny_model("llama"), r=1)
+    within, between, within_cos, between_cos = held_out_angles(model, naive.batches())[0, "mlp.gate_proj"]
+    assert within is within_cos is None
+    assert 0 < between < 180
+    assert 0 <= between_cos <= 1
+
+
+def test_planted_experts_are_seen():
+    """Components of one expert pull one way, those of two experts at right angles."""
+    grad_A = torch.zeros(4, 6)
+    grad_A[[0, 2], 0], grad_A[[1, 3], 1] = 1.0, torch.tensor([2.0, -1.0])
+    angles = angles_of(cosine_gram(grad_A, torch.zeros(5, 4)).numpy(), np.array([0, 1, 0, 1]))
+    assert angles == pytest.approx((90.0, 90.0, 1.0, 0.0))  # expert 0 at 0°, expert 1's two at 180°
+
+
+# --- tasks ---
+
+ALONE = "lora, one model a task"
 
 
 def results(tmp_path, cells, protocol="mixed"):
-    methods = list(dict.fromkeys(cell["method"] for cell in cells))
-    content = {"format": 1, "protocol": protocol, "reference": methods[0], "methods": methods, "cells": cells}
+    """A comparison's folder with (method, seed, order, scores) of done cells."""
+    made = []
+    for method, seed, order, scores in cells:
+        tasks = {task: {"rouge_l": score, "exact_match": 0, "instances": 2} for task, score in scores.items()}
+        whole = {"rouge_l": sum(scores.values()) / len(scores), "exact_match": 0, "tasks": tasks}
+        made.append({"method": method, "seed": seed, "order": order, "status": "done", "scores": whole})
+    methods = list(dict.fromkeys(method for method, *_ in cells))
+    content = {"format": 1, "protocol": protocol, "reference": methods[0], "methods": methods, "cells": made}
     (tmp_path / "results.json").write_text(json.dumps(content))
     return tmp_path
 
@@ -29,69 +169,64 @@ def test_the_gap_is_over_the_seeds_that_have_both(tmp_path):
     folder = results(
         tmp_path,
         [
-            cell("lora", 0, {"a": 40, "b": 60}),
-            cell("lora", 1, {"a": 50, "b": 70}),
-            cell("lora", 2, {"a": 0, "b": 0}),  # without single-task runs
-            cell("badit", 0, {"a": 45, "b": 65}),
-            cell("lora, one model a task", 0, {"a": 60, "b": 60}),
-            cell("lora, one model a task", 1, {"a": 62, "b": 64}),
+            ("lora", 0, None, {"a": 40, "b": 60}),
+            ("lora", 1, None, {"a": 50, "b": 70}),
+            ("lora", 2, None, {"a": 0, "b": 0}),  # without single-task runs
+            ("badit", 0, None, {"a": 45, "b": 65}),
+            (ALONE, 0, None, {"a": 60, "b": 60}),
+            (ALONE, 1, None, {"a": 62, "b": 64}),
         ],
     )
     table = task_gap(folder)
-    assert list(table.columns) == ["method", "task", "single", "multi", "gap"]
-    assert table.rows == [["lora", "a", 61, 45, 16], ["lora", "b", 62, 65, -3]]
-    assert task_gap(folder / "results.json") == table
-    assert "all tasks mixed" in table.about
+    assert rows(table) == [["lora", "a", 61, 45, 16], ["lora", "b", 62, 65, -3]]
+    assert task_gap(folder / "results.json").equals(table)
+    assert "all tasks mixed" in table.attrs["about"]
 
 
 def test_every_order_of_a_sequence_counts(tmp_path):
-    folder = results(
-        tmp_path,
-        [
-            cell("lora", 0, {"a": 40}, order="one"),
-            cell("lora", 0, {"a": 20}, order="two"),
-            cell("lora, one model a task", 0, {"a": 60}),
-        ],
-        protocol="sequential",
-    )
-    table = task_gap(folder)
-    assert table.rows == [["lora", "a", 60, 30, 30]]
-    assert "one after another" in table.about
+    cells = [("lora", 0, "one", {"a": 40}), ("lora", 0, "two", {"a": 20}), (ALONE, 0, None, {"a": 60})]
+    table = task_gap(results(tmp_path, cells, protocol="sequential"))
+    assert rows(table) == [["lora", "a", 60, 30, 30]]
+    assert "one after another" in table.attrs["about"]
 
 
 def test_a_comparison_without_single_task_runs_has_no_gaps(tmp_path):
-    assert task_gap(results(tmp_path, [cell("lora", 0, {"a": 40})])).rows == []
+    assert task_gap(results(tmp_path, [("lora", 0, None, {"a": 40})])).empty
     with pytest.raises(BaditError, match="cannot be read"):
         task_gap(tmp_path / "elsewhere")
 
 
-def scored(tmp_path, **scores):
-    (tmp_path / "scores.json").write_text(json.dumps(scores))
-    return RunFolder(tmp_path)
+def scored(tmp_path, **sequence):
+    task = {"rouge_l": 55, "exact_match": 0}
+    content = {**task, "tasks": {"a": {**task, "instances": 1}}, **sequence}
+    (tmp_path / "scores.json").write_text(json.dumps(content))
+    return Run(tmp_path)
 
 
 def test_transfer_is_the_score_matrix(tmp_path):
-    table = transfer(scored(tmp_path, order=["b", "a"], matrix=[[50, None], [40, 70.5]], rouge_l=55))
-    assert list(table.columns) == ["stage", "trained_task", "task", "rouge_l"]
-    assert table.rows == [[1, "b", "b", 50], [1, "b", "a", None], [2, "a", "b", 40], [2, "a", "a", 70.5]]
+    table = transfer(scored(tmp_path, order=["b", "a"], matrix=[[50, None], [40, 70.5]]))
+    assert rows(table) == [[1, "b", "b", 50], [1, "b", "a", None], [2, "a", "b", 40], [2, "a", "a", 70.5]]
 
 
 @pytest.mark.parametrize(
-    ("scores", "message"),
+    ("sequence", "message"),
     [
-        ({"rouge_l": 55}, "order: field required"),
-        ({"order": ["a"], "matrix": [["x"]]}, "matrix: 0: 0: input should be a valid number"),
-        ({"order": ["a", "b"], "matrix": [[1, 2]]}, "matrix must have a row and a column for every task"),
-        ({"order": ["a", "b"], "matrix": [[1, 2], [1]]}, "matrix must have a row and a column for every task"),
+        ({}, "matrix: must have a row and a column for every task"),
+        ({"order": ["a"], "matrix": [["x"]]}, r"matrix\.0\.0: input should be a valid number"),
+        ({"order": ["a", "b"], "matrix": [[1, 2]]}, "matrix: must have a row and a column for every task"),
+        (
+            {"order": ["a", "b"], "matrix": [[1, 2], [1]]},
+            "matrix: must have a row and a column for every task of order",
+        ),
     ],
 )
-def test_a_run_without_a_matrix_is_refused(tmp_path, scores, message):
+def test_a_run_without_a_matrix_is_refused(tmp_path, sequence, message):
     with pytest.raises(BaditError, match=message) as caught:
-        transfer(scored(tmp_path, **scores))
+        transfer(scored(tmp_path, **sequence))
     assert str(caught.value).startswith(str(tmp_path / "scores.json"))
     assert "\n" not in str(caught.value)
 
 
 def test_a_run_that_is_not_scored_is_refused(tmp_path):
     with pytest.raises(BaditError, match="cannot be read"):
-        transfer(RunFolder(tmp_path))
+        transfer(Run(tmp_path))

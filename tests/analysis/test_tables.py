@@ -1,4 +1,4 @@
-"""A table's file: what is read is what was written, and another format is refused."""
+"""A table's file: what is read is what was written, and what is damaged or of another kind is refused."""
 
 from __future__ import annotations
 
@@ -6,29 +6,99 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from pandas.testing import assert_frame_equal
 
-from badit.analysis.tables import FORMAT, TidyTable
+from badit.analysis.tables import COUNT, EXPERT, FORMAT, INDEX, NUMBER, SHARING, TABLES, load_frame, load_frames
+from badit.analysis.tables import save_frame as save
 from badit.errors import BaditError
 
-TABLE = TidyTable("gates", "About.", {"task": "a name", "mean": "a number"}, [["a", 1.5], ["b", None]])
+VALUES = {NUMBER: [0.123456789, np.nan], COUNT: [3, None], EXPERT: [0, 1023], SHARING: [0, 2], INDEX: [-1, 7]}
 
 
-def test_a_table_is_read_as_it_was_written(tmp_path: Path) -> None:
-    assert TidyTable.load(TABLE.save(tmp_path)).records() == TABLE.records()
+def table(name: str) -> Any:
+    """Two rows of values of each column's kind."""
+    columns = TABLES[name].columns
+    rows = {column: VALUES.get(kind, [f"{column} 1", f"{column} 2"]) for column, (_, kind) in columns.items()}
+    return TABLES[name].frame(rows, f"About {name}.")
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_a_table_is_read_as_it_was_written_and_misses_no_column(tmp_path: Path, name: str) -> None:
+    frame = table(name)
+    path = save(frame, tmp_path)
+    loaded = load_frame(path)
+    assert_frame_equal(loaded, frame, rtol=1e-5)
+    assert loaded.attrs == frame.attrs
+    assert list(loaded.attrs["columns"]) == list(TABLES[name].columns)
+    content = json.loads(path.read_text())
+    assert list(content) == ["format", "name", "about", "columns", "rows"]
+    for i, column in enumerate(content["columns"]):
+        rest = {key: meaning for key, meaning in content["columns"].items() if key != column}
+        rows = [row[:i] + row[i + 1 :] for row in content["rows"]]
+        path.write_text(json.dumps({**content, "columns": rest, "rows": rows}))
+        with pytest.raises(BaditError, match=f"has no column '{column}'; make the table again with: badit analyze"):
+            load_frame(path)
+
+
+def test_numbers_have_six_digits_and_null_where_they_are_not_defined(tmp_path: Path) -> None:
+    rows = [("a", 0, "m", 2, 1.23456789, np.inf), ("b", 0, "m", 2, 100, np.nan)]
+    path = save(TABLES["gates"].frame(rows, ""), tmp_path)
+    assert '  ["a", 0, "m", 2, 1.23457, null],\n  ["b", 0, "m", 2, 100.0, null]\n' in path.read_text()
+    path = save(TABLES["expert_angles"].frame([(None, 0, "m", "after", *[0.5] * 4)] * 2, ""), tmp_path)
+    assert json.loads(path.read_text())["rows"][0][0] is None
+    save(TABLES["gate_similarity"].frame([], "a single task"), tmp_path)
+    assert {name: len(frame) for name, frame in load_frames(tmp_path).items()} == {
+        "expert_angles": 2, "gate_similarity": 0, "gates": 2
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    ("version", "message"),
+    ("name", "column", "value", "kind"),
     [
-        (FORMAT + 1, r"format: is 2, this badit reads 1: pip install --upgrade badit"),
-        (0, "format: must be 1, not 0; make the file anew"),
-        (None, "format: must be 1, not None"),
-        (True, "format: must be 1, not True"),
+        ("gates", "mean", "1.0", "a number"),
+        ("gates", "std", True, "a number"),
+        ("gates", "mean", float("nan"), "a number"),
+        ("gates", "mean", 10**400, "a number"),
+        ("gates", "expert", 1.5, "an expert's number, from 0 to 1023"),
+        ("gates", "expert", -1, "an expert's number"),
+        ("component_flow", "to_expert", 10**9, "an expert's number"),
+        ("component_flow", "components", 0.5, "a whole number or null"),
+        ("coactivation", "tasks", 3, "a number of tasks that has its row"),
+        ("gates", "layer", None, "a whole number"),
+        ("gates", "layer", 10**20, "a whole number"),
+        ("abilities", "summary", None, "text"),
     ],
 )
-def test_another_format_is_refused(tmp_path: Path, version: Any, message: str) -> None:
-    path = TABLE.save(tmp_path)
-    path.write_text(json.dumps({**json.loads(path.read_text()), "format": version}))
-    with pytest.raises(BaditError, match=message):
-        TidyTable.load(path)
+def test_wrong_values_are_named(name: str, column: str, value: Any, kind: str, tmp_path: Path) -> None:
+    path = save(table(name), tmp_path)
+    content = json.loads(path.read_text())
+    content["rows"][1][list(content["columns"]).index(column)] = value
+    path.write_text(json.dumps(content))
+    with pytest.raises(BaditError, match=rf"{name}\.json: {column} of row 2 must be {kind}"):
+        load_frame(path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"format": FORMAT + 1}, "format: is 2, this badit reads 1: pip install --upgrade badit"),
+        ({"format": 0}, "format: must be 1, not 0"),
+        ({"format": None}, "format: must be 1, not None"),
+        ({"format": True}, "format: must be 1, not True"),
+        ({"name": "gates"}, "holds the table 'gates'"),
+        ({"about": 1}, "about: input should be a valid string"),
+        ({"columns": ["task_a"]}, "columns: input should be a valid dictionary"),
+        ({"rows": {}}, "rows: input should be a valid list"),
+        ({"rows": [["a", "b"]]}, "a row has another number of values than there are columns"),
+        ({"rows": [["a", "b", 0.5], ["a", "a", 1]]}, "row 2 pairs a task with itself"),
+    ],
+)
+def test_a_damaged_file_is_refused_in_a_line(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    path = save(table("gate_similarity"), tmp_path)
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    with pytest.raises(BaditError, match=message) as caught:
+        load_frame(path)
+    assert str(caught.value).startswith(f"{path}: ")
+    assert "\n" not in str(caught.value)

@@ -14,11 +14,10 @@ from safetensors.torch import load_file
 
 from badit.baselines import BASELINES
 from badit.errors import BaditError
+from badit.evaluate import evaluate, load_run, train_and_score
 from badit.methods import AdapterMethod, build_method
 from badit.recipe import build_recipe
-from badit.runs import RunFolder
-from badit.training.scoring import evaluate, load_run
-from badit.training.scoring import train_and_score as train
+from badit.run import Run
 from badit.tuner import hooks_of
 from baselines.naive import SMALL
 from tuner.helpers import padded, random_rows
@@ -57,14 +56,14 @@ def test_a_run(recipe_values: Values, tmp_path: Path, monkeypatch: pytest.Monkey
         return trained[-1]
 
     monkeypatch.setattr(AdapterMethod, "apply", kept)
-    scores = train(recipe, progress=False)
+    scores = train_and_score(recipe, progress=False)
     assert set(scores["tasks"]) == {"cities", "rivers"}
     losses = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert losses[10]["loss"] < losses[0]["loss"]
     tensors = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
     assert all("gate_proj" in key or "badit_gate" in key for key in tensors)
     assert evaluate(tmp_path / "run", progress=False) == scores
-    loaded, _ = load_run(RunFolder.existing(tmp_path / "run"))
+    loaded, _ = load_run(Run.existing(tmp_path / "run"))
     trained[0].eval()
     with torch.no_grad(), hooks_of(loaded).rows_of(ROWS), hooks_of(trained[0]).rows_of(ROWS):
         assert torch.equal(loaded(input_ids=IDS % 60).logits, trained[0](input_ids=IDS % 60).logits)
@@ -77,13 +76,13 @@ def test_an_interrupted_run_ends_as_one_that_was_not(
     from training.trainers import StopAt
 
     values = {**recipe_values, "method": {"name": name, **OPTIONS[name]}}
-    expected = train(build_recipe({**values, "output": str(tmp_path / "whole")}), progress=False)
+    expected = train_and_score(build_recipe({**values, "output": str(tmp_path / "whole")}), progress=False)
     with monkeypatch.context() as patch:
         own = AdapterMethod.callbacks
         patch.setattr(AdapterMethod, "callbacks", lambda self, run: [*own(self, run), StopAt(8)])
         with pytest.raises(KeyboardInterrupt):
-            train(build_recipe(values), progress=False)
-    assert train(build_recipe(values), progress=False) == expected
+            train_and_score(build_recipe(values), progress=False)
+    assert train_and_score(build_recipe(values), progress=False) == expected
     one, other = (load_file(tmp_path / run / "adapter/adapter_model.safetensors") for run in ("whole", "run"))
     assert all(torch.equal(one[key], other[key]) for key in one)
 

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from peft import get_peft_model
 
-from badit.cli import demo, main
+from badit import demo
+from badit.cli import main
 from badit.methods import build_method
 from badit.recipe import build_recipe
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from badit.cli.main import main
-from badit.cli.tables import FORMATS
+from badit.cli import main
+from badit.render import FORMATS
 from evaluation.test_results import cell, comparison, mixed, sequential, unscored, write
 
 
@@ -128,7 +128,7 @@ def test_sequences_in_the_standard_and_the_released_form(tmp_path: Path, capsys:
 
 def test_all_that_share_the_best_score_are_marked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cells = [cell("lora", 0, 40), cell("badit", 0, 40)]
-    cells[1]["scores"]["rouge_l"] += 1e-14
+    cells[1]["scores"]["tasks"]["task_b"]["rouge_l"] += 1e-14
     lines = shown(capsys, write(tmp_path, comparison(*cells, methods=["lora", "badit"])), "--format", "markdown")
     assert lines.count("**46.5**") == 2
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from badit.comparison import worker
-from badit.comparison.compare import compare
-from badit.comparison.worker import ERROR
+from badit import worker
 from badit.recipe import build_recipe
+from badit.worker import ERROR
+
+compare_module = import_module("badit.compare")  # badit.compare is the function
 
 Values = dict[str, Any]
 
@@ -55,4 +57,4 @@ def by_status(results: Values, **wanted: Any) -> list[str]:
 
 def compared(values: Values, **options: Any) -> Values:
     """The results of a comparison, which reports to nobody unless it is told to."""
-    return compare(build_recipe(values), **{"report": lambda line: None, **options})
+    return compare_module.compare(build_recipe(values), **{"report": lambda line: None, **options})

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from badit.comparison import compare as compare_module
-from comparison.cells import InlineCell, Values, comparison_values
+from comparison.cells import InlineCell, Values, compare_module, comparison_values
 
 
 @pytest.fixture(scope="module", autouse=True)

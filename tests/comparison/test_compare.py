@@ -11,19 +11,17 @@ from typing import Any
 import pytest
 import yaml
 
+from badit import worker
 from badit.cli import main
-from badit.comparison import compare as compare_module
-from badit.comparison import worker
-from badit.comparison.compare import check
-from badit.comparison.grid import Grid
+from badit.compare import Grid, check
 from badit.errors import BaditError
-from badit.evaluation.results import load_results, summarise
 from badit.files import read_json
 from badit.methods import Method, NeuronMethod
 from badit.recipe import build_recipe
-from badit.runs import RunFolder
+from badit.results import load_results, summarise
+from badit.run import Run
 from badit.statistics import FORMS, continual_scores
-from comparison.cells import InlineCell, Values, by_status, compared, comparison_values
+from comparison.cells import InlineCell, Values, by_status, compare_module, compared, comparison_values
 
 LADDER = [0.001, 0.01, 0.1]
 
@@ -69,31 +67,24 @@ def test_results_hold_what_the_runs_hold(searched: tuple[Values, Values, list[st
     assert results["methods"] == ["lora", "badit"]
     assert results["reference"] == "lora"
     for cell in results["cells"]:
-        run = RunFolder(output / cell["method"] / f"lr-{cell['learning_rate']:g}" / f"seed-{cell['seed']}")
-        recipe = run.recipe()
+        run = Run(output / cell["method"] / f"lr-{cell['learning_rate']:g}" / f"seed-{cell['seed']}")
+        recipe = run.trusted_recipe()
         assert cell["config"] == recipe.model_dump(mode="json", exclude={"compare"})
         assert cell["config"]["method"] == values["compare"]["methods"][cell["method"]]
-        assert cell["environment"] == read_json(run.environment)
+        assert cell["environment"] == read_json(run.environment_path)
         assert (
             cell["environment"]["training"]["trainable_parameters"] == results["trainable_parameters"][cell["method"]]
         )
         if not cell["selected"]:
             assert (cell["scores"], cell["instances"]) == (None, None)
             continue
-        assert cell["scores"] == read_json(run.scores)
-        assert cell["instances"] == read_json(run.instances)
+        assert cell["scores"] == read_json(run.scores_path)
+        assert cell["instances"] == read_json(run.instances_path)
         for task, scores in cell["instances"].items():
             assert fmean(scores["rouge_l"]) == pytest.approx(cell["scores"]["tasks"][task]["rouge_l"])
-    for summary in summarise(load_results(output)):
-        assert summary.runs == 2
-        assert summary.trainable_parameters == results["trainable_parameters"][summary.method]
-
-
-def test_the_table_of_it(searched: tuple[Values, Values, list[str]], capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["table", searched[0]["output"]]) == 0
-    shown = capsys.readouterr().out
-    assert "vs lora [95 %]" in shown
-    assert "not in the table" not in shown
+    summary = summarise(load_results(output)).set_index("method")
+    assert summary["runs"].tolist() == [2, 2]
+    assert summary["trainable_parameters"].to_dict() == results["trainable_parameters"]
 
 
 def test_a_finished_comparison_is_not_done_again(
@@ -137,15 +128,8 @@ def test_a_failing_cell_stops_no_other_and_is_tried_again(
     assert inline == ["lr-0.01/seed-0"], "the failed one alone"
 
     monkeypatch.setattr(NeuronMethod, "trainer", whole)
-    mended = compared(values)
-    assert by_status(mended, status="done", error=None) == ["neurons/0", "lora/0"]
-
-
-def test_what_does_not_go_with_one_of_the_methods_is_refused_before_anything_runs(values: Values) -> None:
-    values["compare"]["methods"] |= {"neurons": {"name": "task-neurons"}}
-    values["training"]["weight_decay"] = 0.1
-    with pytest.raises(BaditError, match=r"training\.weight_decay: must be 0 with task-neurons"):
-        check(Grid(build_recipe(values)))
+    fixed = compared(values)
+    assert by_status(fixed, status="done", error=None) == ["neurons/0", "lora/0"]
 
 
 def test_rates_that_fail_are_worst(values: Values, inline: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,7 +148,7 @@ def test_rates_that_fail_are_worst(values: Values, inline: list[str], monkeypatc
         (0.01, False, "failed"),
     ]
     assert results["cells"][1]["error"] == "RuntimeError: no such"
-    assert load_results(values["output"]).omitted()[0].error == "RuntimeError: no such"
+    assert load_results(values["output"]).cells["error"].dropna().tolist() == ["RuntimeError: no such"]
 
 
 def test_a_loss_that_is_not_finite_is_no_number_in_the_results(values: Values, inline: list[str]) -> None:
@@ -200,9 +184,9 @@ def test_sequences_in_two_orders(values: Values, inline: list[str], capsys: pyte
         assert not {"matrix", "order", "continual"} & cell["scores"].keys()
     assert "continual" not in base
 
-    lora, _, joint = summarise(load_results(values["output"]))
-    assert (lora.runs, joint.runs) == (2, 1)
-    assert lora.forward_transfer is not None
+    summary = summarise(load_results(values["output"]))
+    assert summary["runs"].tolist() == [2, 1, 1]
+    assert summary["forward_transfer_mean"].notna().tolist() == [True, False, False]
     assert main(["table", values["output"]]) == 0
     assert "FWT" in capsys.readouterr().out
 
@@ -221,7 +205,7 @@ def test_a_failing_single_task_run_is_named(values: Values, inline: list[str], m
     sequence, single = compared(values)["cells"]
     assert (sequence["status"], single["status"], single["error"]) == ("done", "failed", "rivers are dry")
     assert sequence["continual"]["standard"]["forward_transfer"] is None
-    assert summarise(load_results(values["output"]))[1].runs == 0
+    assert summarise(load_results(values["output"]))["runs"].tolist() == [1, 0]
 
 
 @pytest.mark.parametrize(
@@ -231,6 +215,7 @@ def test_a_failing_single_task_run_is_named(values: Values, inline: list[str], m
         ({"orders": [["cities", "rivers"], ["cities", "../rivers"]]}, r"data\.order: unknown task '\.\./rivers'"),
         ({"methods": {"lora": {"name": "lora", "target_modules": ["x"]}}}, r"compare\.methods\.lora: method: Target"),
         ({"budget": "lora"}, r"compare\.methods\.badit: trains .* change its rank until they agree to 5%"),
+        ({"methods": {"lora": {"name": "task-neurons"}}}, r"training\.weight_decay: must be 0 with task-neurons"),
     ],
 )
 def test_what_would_spoil_it_is_found_before_anything_is_run(
@@ -238,6 +223,7 @@ def test_what_would_spoil_it_is_found_before_anything_is_run(
 ) -> None:
     monkeypatch.setattr(compare_module, "CellProcess", lambda *a, **k: pytest.fail("started a cell"))
     values["compare"]["methods"]["badit"]["num_experts"] = 2
+    values["training"]["weight_decay"] = 0.1
     values["compare"] |= changes
     with pytest.raises(BaditError, match=message):
         compared(values)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,12 @@ import pytest
 import yaml
 
 from badit.checkpoint import last_checkpoint
-from badit.comparison import compare as compare_module
-from badit.comparison.worker import CellProcess
-from badit.evaluation.results import load_results, summarise
 from badit.files import read_json
 from badit.recipe import build_recipe
-from badit.runs import RunFolder
-from comparison.cells import InlineCell, Values, by_status, compared
+from badit.results import load_results
+from badit.run import Run
+from badit.worker import CellProcess
+from comparison.cells import InlineCell, Values, by_status, compare_module, compared
 
 
 def test_a_cell_in_a_process_of_its_own(values: Values) -> None:
@@ -34,33 +34,47 @@ def test_a_cell_in_a_process_of_its_own(values: Values) -> None:
     folder = Path(values["output"]) / "lora" / "lr-0.01" / "seed-0"
     assert (folder / "log.txt").is_file()
     assert not (folder / "error.txt").exists()
-    assert [summary.runs for summary in summarise(load_results(values["output"]))] == [1]
+    assert load_results(values["output"]).scored_methods == ["lora"]
 
 
 @pytest.mark.parametrize("jobs", [1, 2])
-def test_jobs_share_cores_and_gpus(
-    values: Values, inline: list[str], monkeypatch: pytest.MonkeyPatch, jobs: int
+def test_jobs_share_the_cores_and_a_cell_gets_the_free_gpu(
+    values: Values, monkeypatch: pytest.MonkeyPatch, jobs: int
 ) -> None:
-    shares: list[tuple[int | None, int | None]] = []
+    """One long cell; short ones next to it, which all belong on the other GPU."""
+    long_began, last_began = threading.Event(), threading.Event()
+    shares: dict[str, list[tuple[int | None, int | None]]] = {"long": [], "short": []}
 
-    class Noting(InlineCell):
+    class Cell:
         def __init__(self, config: str, folder: Path, *, score: bool, threads: int | None, device: int | None) -> None:
-            shares.append((threads, device))
+            self._name = folder.parts[-3]
+            shares[self._name].append((threads, device))
+            if self._name == "long":
+                long_began.set()
+            elif len(shares["short"]) == 3:
+                last_began.set()
 
         def wait(self) -> str | None:
+            if jobs == 2:
+                (last_began if self._name == "long" else long_began).wait()
             return "not run"
 
-    monkeypatch.setattr(compare_module, "CellProcess", Noting)
+    monkeypatch.setattr(compare_module, "CellProcess", Cell)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
-    values["compare"]["methods"] = {name: {"name": "lora", "r": 4} for name in ("lora", "b", "c")}
+    lora = {"name": "lora", "r": 4}
+    values["compare"] |= {"methods": {"long": lora, "short": lora}, "seeds": [0, 1, 2], "reference": "long"}
     compared(values, jobs=jobs)
-    assert sorted(shares, key=str) == ([(None, None)] * 3 if jobs == 1 else [(4, 0), (4, 0), (4, 1)])
+    if jobs == 1:
+        assert set(shares["long"] + shares["short"]) == {(None, None)}
+        return
+    assert {threads for threads, _ in shares["long"] + shares["short"]} == {4}
+    assert len({device for _, device in [*shares["short"], (4, 1 - shares["long"][0][1])]}) == 1
 
 
 def cell_process(values: Values, config: str | None = None) -> CellProcess:
     recipe = build_recipe({**values, "compare": None})
-    folder = RunFolder.prepare(recipe).path
+    folder = Run.prepare(recipe).path
     config = json.dumps(recipe.model_dump(mode="json")) if config is None else config
     return CellProcess(config, folder, score=True, threads=3, device=1)
 
@@ -94,8 +108,8 @@ def test_a_process_gets_its_share_in_its_environment(values: Values, monkeypatch
 def test_a_cell_ends_with_the_process_that_started_it() -> None:
     script = """
 import sys, time
-from badit.comparison import worker
-worker.run_cell = lambda folder, config, score: print(folder, config, score, flush=True) or time.sleep(120)
+from badit import worker
+worker.run_cell = lambda folder, config, score: print(folder, config, score, flush=True) or time.sleep(9999)
 sys.argv = ["worker", "FOLDER", "search"]
 worker.main()
 """
@@ -106,14 +120,7 @@ worker.main()
         assert process.stdout.readline() == 'FOLDER {"the": "recipe"}\n'
         assert process.poll() is None
         process.stdin.close()
-        assert process.wait(60) == -signal.SIGTERM
-
-
-def wait_for(condition: Any, seconds: float = 120) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.1)
+        assert process.wait() == -signal.SIGTERM
 
 
 def test_sigterm_stops_the_command_and_its_cells_which_save_their_state(values: Values, tmp_path: Path) -> None:
@@ -122,11 +129,12 @@ def test_sigterm_stops_the_command_and_its_cells_which_save_their_state(values: 
     path.write_text(yaml.safe_dump(values, sort_keys=False))
     command = [sys.executable, "-m", "badit", "compare", str(path)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    cell = RunFolder(Path(values["output"]) / "lora" / "lr-0.01" / "seed-0")
+    cell = Run(Path(values["output"]) / "lora" / "lr-0.01" / "seed-0")
     try:
-        wait_for(lambda: cell.metrics.is_file() and cell.metrics.stat().st_size)
+        while process.poll() is None and not (cell.metrics.is_file() and cell.metrics.stat().st_size):
+            time.sleep(0.1)
         process.send_signal(signal.SIGTERM)
-        out, err = process.communicate(timeout=120)
+        out, err = process.communicate()
     finally:
         process.kill()
     assert process.returncode == 130
@@ -212,13 +220,13 @@ def test_running_cells_are_asked_to_stop_and_decide_nothing(values: Values, monk
             if self._folder.parts[-3] == "lora":
                 if self._folder.parts[-2] == "lr-0.001":
                     waiting.set()
-                    assert self._stop.wait(120)
+                    self._stop.wait()
                     return "interrupted"
                 (self._folder / "validation.json").write_text('{"loss": 1.0}')
                 return None
-            assert waiting.wait(120)
+            waiting.wait()
             os.kill(os.getpid(), signal.SIGINT)
-            assert self._stop.wait(120)
+            self._stop.wait()
             return "interrupted"
 
     monkeypatch.setattr(compare_module, "CellProcess", Cell)
@@ -232,35 +240,44 @@ def test_running_cells_are_asked_to_stop_and_decide_nothing(values: Values, monk
     assert by_status(results, status="failed") == []
 
 
+def interrupt_within(function: str) -> None:
+    """Sends a Ctrl-C as soon as the main thread is within the function."""
+
+    def send() -> None:
+        main = threading.main_thread().ident
+        while not any(frame.name == function for frame in traceback.extract_stack(sys._current_frames()[main])):
+            time.sleep(0.05)
+        signal.pthread_kill(main, signal.SIGINT)
+
+    threading.Thread(target=send, daemon=True).start()
+
+
+@pytest.mark.usefixtures("_ctrl_c_interrupts")
 def test_a_second_interruption_ends_the_cells_at_once(values: Values, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A cell that takes its time to save its state, and one who will not wait for it."""
+    """A cell that takes its time to save its state, and a user who will not wait for it."""
     values["compare"]["methods"] = {"lora": {"name": "lora", "r": 4}}
     told: list[str] = []
 
-    class Slow(InlineCell):
-        def __init__(self, config: str, folder: Path, *, score: bool, threads: int | None, device: int | None) -> None:
+    class Slow:
+        def __init__(self, *arguments: Any, **options: Any) -> None:
             self.ended = threading.Event()
-            threading.Timer(0.5, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT)).start()
 
         def stop(self) -> None:
             told.append("stop")
-            threading.Timer(0.5, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT)).start()
+            interrupt_within("shutdown")
 
         def kill(self) -> None:
             told.append("kill")
             self.ended.set()
 
         def wait(self) -> str | None:
-            assert self.ended.wait(60), "waited in vain"
+            interrupt_within("result")
+            self.ended.wait()
             return "interrupted"
 
     monkeypatch.setattr(compare_module, "CellProcess", Slow)
-    former = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            compared(values)
-    finally:
-        signal.signal(signal.SIGINT, former)
+    with pytest.raises(KeyboardInterrupt):
+        compared(values)
     assert told == ["stop", "kill"]
     results = read_json(Path(values["output"]) / "results.json")
     assert by_status(results, status="missing", error=None) == ["lora/0"]

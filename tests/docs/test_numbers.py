@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from badit.cli.table import render
+from badit.render import render
 from docs.pages import RESULTS, Page, pages
 
 _FIGURE = re.compile(r"(\d+\.(\d+))<!-- ([\w/.-]+):([^>]+?) -->")

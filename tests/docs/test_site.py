@@ -49,7 +49,8 @@ def test_code_and_options_come_from_the_source(site: Path) -> None:
     assert "<!-- code" not in shown
     options = (site / "options.html").read_text()
     assert all(
-        f"<code>{name}</code>" in options for name in ("num_experts", "router_input", "rho", "gradient_accumulation")
+        f"<code>{name}</code>" in options
+        for name in ("num_experts", "router_input", "rho", "gradient_accumulation_steps")
     )
 
 

@@ -1,83 +1,48 @@
-from dataclasses import dataclass
+"""Scoring a model on tasks, and the files of its answers."""
+
+from __future__ import annotations
 
 import pytest
 
+from badit.data import Instance, Task
 from badit.errors import BaditError
-from badit.evaluation.evaluate import evaluate_tasks, group_by_task, read_predictions, write_predictions
-from badit.generation import generate_answers
-from badit.metrics import Prediction, score_tasks
+from badit.evaluate import evaluate, read_predictions, score_model, write_predictions
+from badit.metrics import Prediction, group_by_task, instance_scores, mean_scores
+from badit.recipe import build_recipe
+
+RECIPE = build_recipe({"evaluation": {"max_new_tokens": 4, "batch_size": 2}, "prompt": {"chat_template": "never"}})
 
 
-@dataclass(frozen=True)
-class FakeInstance:
-    id: str
-    input: str
-    outputs: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class FakeTask:
-    name: str
-    test: tuple[FakeInstance, ...] = ()
-    validation: tuple[FakeInstance, ...] = ()
-
-
-def evaluate(model, tokenizer, tasks, **options):
-    return evaluate_tasks(
-        model,
-        tokenizer,
-        tasks,
-        encode_prompt=lambda task, instance: tokenizer(instance.input)["input_ids"],
-        max_new_tokens=4,
-        progress=False,
-        **options,
-    )
-
-
-@pytest.fixture
-def tasks(model, tokenizer):
-    """Two tasks; the model's own answers are the references of the first, so that its scores are known."""
-    inputs = ["w5 w6 w7", "w9", "w3 w3 w3 w3 w90", "w77 w8"]
-    own = generate_answers(model, tokenizer, [tokenizer(text)["input_ids"] for text in inputs], max_new_tokens=4)
-    right = tuple(FakeInstance(f"r{i}", inputs[i], ("zzz", own[i])) for i in range(3))
-    return [
-        FakeTask("right", test=right, validation=right[:1]),
-        FakeTask("wrong", (FakeInstance("x", inputs[3], ("zzz",)),)),
+def tasks_of(*answers):
+    """Two tasks, of three instances and one, with these references."""
+    instances = [
+        Instance(id=f"i{i}", input=text, outputs=("zzz", answer))
+        for i, (text, answer) in enumerate(zip(["w5 w6 w7", "w9", "w3 w3 w3 w3 w90", "w77 w8"], answers, strict=True))
     ]
+    right = Task(name="right", definition="w1", test=tuple(instances[:3]), validation=tuple(instances[:1]))
+    return [right, Task(name="wrong", definition="w1", test=tuple(instances[3:]))]
 
 
-def test_scores_and_predictions_belong_to_their_instances(model, tokenizer, tasks):
-    scores, predictions = evaluate(model, tokenizer, tasks, batch_size=2)
+def test_scores_and_predictions_belong_to_their_instances(model, tokenizer):
+    _, answers = score_model(model, tokenizer, RECIPE, tasks_of(*"abcd"), "test", progress=False)
+    own = [answer.prediction for answer in answers]
+    tasks = tasks_of(*own[:3], "d")
+    scores, predictions = score_model(model, tokenizer, RECIPE, tasks, "test", progress=False)
     assert scores["tasks"]["right"] == {"rouge_l": 100.0, "exact_match": 100.0, "instances": 3}
     assert scores["tasks"]["wrong"] == {"rouge_l": 0.0, "exact_match": 0.0, "instances": 1}
-    assert scores["rouge_l"] == 50.0
-    assert scores["rouge_l_instances"] == 75.0
-    assert [(p.task, p.instance_id) for p in predictions] == [
-        ("right", "r0"),
-        ("right", "r1"),
-        ("right", "r2"),
-        ("wrong", "x"),
-    ]
-    assert [p.prompt for p in predictions] == [instance.input for task in tasks for instance in task.test]
-    assert predictions[2].prediction == predictions[2].references[1]
+    assert (scores["rouge_l"], scores["rouge_l_instances"]) == (50.0, 75.0)
+    ids = [(p.task, p.instance_id) for p in predictions]
+    assert ids == [("right", "i0"), ("right", "i1"), ("right", "i2"), ("wrong", "i3")]
+    for prediction, instance in zip(predictions, [i for task in tasks for i in task.test], strict=True):
+        assert instance.input in prediction.prompt
+        assert prediction.references == instance.outputs
+    _, predictions = score_model(model, tokenizer, RECIPE, tasks[:1], "validation", progress=False)
+    assert [p.instance_id for p in predictions] == ["i0"]
 
 
-def test_the_split_decides_which_instances_are_used(model, tokenizer, tasks):
-    _, predictions = evaluate(model, tokenizer, tasks[:1], split="validation")
-    assert [p.instance_id for p in predictions] == ["r0"]
-
-
-@pytest.mark.parametrize(
-    ("change", "split", "message"),
-    [
-        (lambda tasks: tasks, "tests", "did you mean 'test'"),
-        (lambda tasks: tasks, "validation", "wrong: has no validation instances"),
-        (lambda tasks: [*tasks, tasks[0]], "test", "right is given more than once"),
-    ],
-)
-def test_refuses_tasks_that_cannot_be_evaluated(model, tokenizer, tasks, change, split, message):
-    with pytest.raises(BaditError, match=message):
-        evaluate(model, tokenizer, change(tasks), split=split)
+def test_an_unknown_split_is_refused(tmp_path):
+    with pytest.raises(BaditError, match=r"none of test, validation \(did you mean 'test'\?\)"):
+        evaluate(tmp_path, split="tests")  # pyright: ignore[reportArgumentType]
 
 
 AWKWARD = [
@@ -92,7 +57,8 @@ def test_predictions_survive_the_files(tmp_path):
     assert sorted(file.name for file in (tmp_path / "new" / "folder").iterdir()) == ["a.jsonl", "task b.jsonl"]
     again = read_predictions(tmp_path / "new" / "folder")
     assert again == [AWKWARD[1], AWKWARD[0], AWKWARD[2]]
-    assert score_tasks(group_by_task(again)) == score_tasks(group_by_task(AWKWARD))
+    scores = (mean_scores(instance_scores(group_by_task(predictions))) for predictions in (again, AWKWARD))
+    assert next(scores) == next(scores)
 
 
 def test_an_interrupted_write_leaves_the_former_file(tmp_path, monkeypatch):
@@ -117,8 +83,5 @@ def test_a_bad_line_is_named(tmp_path, line):
         file.write(line + "\n")
     with pytest.raises(BaditError, match=r"a\.jsonl: (line 2: .*evaluate again|invalid JSON at line 2)"):
         read_predictions(tmp_path)
-
-
-def test_an_empty_folder_has_no_predictions(tmp_path):
     with pytest.raises(BaditError, match=r"no \.jsonl files"):
-        read_predictions(tmp_path)
+        read_predictions(tmp_path / "empty")

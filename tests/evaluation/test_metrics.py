@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from nltk.stem.porter import PorterStemmer
 
 from badit.errors import BaditError
-from badit.metrics import Prediction, exact_match, normalize_answer, rouge_l, score_tasks
+from badit.metrics import Prediction, exact_match, instance_scores, mean_scores, normalize_answer, rouge_l
 
 
 def naive_tokens(text):
@@ -94,7 +94,8 @@ def predictions_of(task, *answers):
 
 
 def test_means_over_tasks_and_over_instances():
-    scores = score_tasks({"a": predictions_of("a", "yes"), "b": predictions_of("b", "no", "yes sir", "no")})
+    predictions = {"a": predictions_of("a", "yes"), "b": predictions_of("b", "no", "yes sir", "no")}
+    scores = mean_scores(instance_scores(predictions))
     part = 200 / 3  # "yes sir" against "yes"
     assert scores["tasks"]["a"] == {"rouge_l": 100.0, "exact_match": 100.0, "instances": 1}
     assert scores["tasks"]["b"] == {"rouge_l": pytest.approx(part / 3), "exact_match": 0.0, "instances": 3}
@@ -106,6 +107,6 @@ def test_means_over_tasks_and_over_instances():
 
 def test_refuses_to_score_nothing():
     with pytest.raises(BaditError, match="no tasks"):
-        score_tasks({})
+        instance_scores({})
     with pytest.raises(BaditError, match="task b has none"):
-        score_tasks({"a": predictions_of("a", "yes"), "b": []})
+        instance_scores({"a": predictions_of("a", "yes"), "b": []})

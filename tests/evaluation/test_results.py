@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import re
 from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean, stdev
+from types import SimpleNamespace
 from typing import Any
 
+import pandas as pd
 import pytest
 
 from badit.errors import BaditError
-from badit.evaluation.results import load_results, read_scores, summarise, task_means
-from badit.statistics import Spread
+from badit.results import load_results, read_scores, scores_frame, summarise, task_means
 
 TASKS = {"task002_quoref": 3, "task_b": 2}
 
@@ -85,60 +85,71 @@ def write(folder: Path, content: Any) -> Path:
     return path
 
 
-def test_a_file_and_its_folder_are_the_same(tmp_path: Path) -> None:
-    path = write(tmp_path, mixed())
-    assert load_results(path) == load_results(tmp_path)
-    assert load_results(path).methods == ["base", "lora", "badit_x", "goat"]
+def summary_of(folder: Path, content: Any, **options: Any) -> Any:
+    """A row for each method, by name, as plain values; what is missing is None."""
+    frame = summarise(load_results(write(folder, content)), **options)
+    rows = frame.set_index("method").astype(object)
+    return {method: SimpleNamespace(**row) for method, row in rows.where(rows.notna(), None).to_dict("index").items()}
+
+
+def test_the_frames_hold_what_counts(tmp_path: Path) -> None:
+    content = mixed()
+    path = write(tmp_path, content)
+    results = load_results(path)
+    assert (results.protocol, results.reference, results.methods) == (
+        "mixed",
+        "lora",
+        ["base", "lora", "badit_x", "goat"],
+    )
+    assert len(results.cells) == len(content["cells"])
+    assert results.cells["error"].dropna().tolist() == ["out of\nmemory"]
+    assert results.scored_methods == ["base", "lora", "badit_x"]
+    keys = ["method", "seed", "order", "task", "metric"]
+    assert list(results.scores) == [*keys, "score", "n"]
+    assert list(results.instances) == [*keys, "instance", "score"]
+    assert len(results.scores) == 6 * 2 * len(TASKS)
+    means = results.instances.groupby(keys, dropna=False)["score"].mean()
+    assert means.tolist() == pytest.approx(results.scores.set_index(keys)["score"].sort_index().tolist())
+    assert results.continual.empty
+    pd.testing.assert_frame_equal(results.scores, load_results(tmp_path).scores)
 
 
 def test_summaries_of_a_partial_comparison(tmp_path: Path) -> None:
     content = mixed()
-    base, lora, badit, goat = summarise(load_results(write(tmp_path, content)))
+    base, lora, badit, goat = summary_of(tmp_path, content).values()
     runs = [entry["scores"]["rouge_l"] for entry in content["cells"][1:4]]
-    assert lora.rouge_l == Spread(pytest.approx(fmean(runs)), pytest.approx(stdev(runs)))
+    assert (lora.rouge_l_mean, lora.rouge_l_std) == (pytest.approx(fmean(runs)), pytest.approx(stdev(runs)))
     assert (lora.runs, lora.learning_rate, lora.trainable_parameters) == (3, "0.002", 4_800_000)
     assert (lora.seconds, lora.peak_memory_gib) == (101, 2.2)
-    assert lora.difference is None
-
-    assert base.rouge_l is not None
-    assert base.rouge_l.std is None
-    assert (base.learning_rate, base.trainable_parameters, base.seconds) == (None, None, None)
+    assert lora.difference_mean is None
+    assert base.rouge_l_mean is not None
+    assert (base.rouge_l_std, base.learning_rate, base.trainable_parameters, base.seconds) == (None,) * 4
     assert (base.rank, lora.rank, badit.rank) == (3, 2, 1)
     assert (base.task_rank, lora.task_rank, badit.task_rank) == (3, 2, 1)
-
-    assert (goat.runs, goat.rouge_l, goat.rank, goat.difference) == (0, None, None, None)
-
-
-def test_differences_are_paired_by_run_and_taken_over_common_runs_alone(tmp_path: Path) -> None:
-    badit = summarise(load_results(write(tmp_path, mixed())))[2]
-    assert badit.difference is not None
-    assert badit.difference.runs == 2
-    # 43 - 40 with seed 0 and 48 - 42 with seed 2; the instances add the same to both methods.
-    assert badit.difference.mean == pytest.approx(4.5)
-    assert (badit.difference.low, badit.difference.high) == (pytest.approx(3), pytest.approx(6))
+    assert (goat.runs, goat.rouge_l_mean, goat.rank, goat.difference_runs) == (0, None, None, None)
+    # Paired by run: 43 - 40 with seed 0 and 48 - 42 with seed 2; the instances add the same to both methods.
+    assert (badit.difference_runs, badit.difference_mean) == (2, pytest.approx(4.5))
+    assert (badit.difference_low, badit.difference_high) == (pytest.approx(3), pytest.approx(6))
 
 
 def test_a_method_that_does_not_train_is_paired_with_every_run(tmp_path: Path) -> None:
     content = mixed()
-    base = summarise(load_results(write(tmp_path, content)))[0]
+    base = summary_of(tmp_path, content)["base"]
     scores = [entry["scores"]["rouge_l"] for entry in content["cells"][:4]]
-    assert base.runs == 1
-    assert base.difference is not None
-    assert (base.difference.mean, base.difference.runs) == (pytest.approx(scores[0] - fmean(scores[1:])), 3)
-    lora = summarise(load_results(write(tmp_path, {**content, "reference": "base"})))[1]
-    assert lora.difference is not None
-    assert (lora.difference.mean, lora.difference.runs) == (pytest.approx(-base.difference.mean), 3)
+    assert (base.runs, base.difference_runs) == (1, 3)
+    assert base.difference_mean == pytest.approx(scores[0] - fmean(scores[1:]))
+    lora = summary_of(tmp_path, {**content, "reference": "base"})["lora"]
+    assert (lora.difference_mean, lora.difference_runs) == (pytest.approx(-base.difference_mean), 3)
 
 
 def test_a_method_without_task_order_is_paired_by_seed(tmp_path: Path) -> None:
     content = sequential()
     content["methods"].append("joint")
     content["cells"] += [cell("joint", 0, 50), cell("joint", 1, 60)]
-    joint = summarise(load_results(write(tmp_path, content)))[2]
-    assert joint.forgetting is None
-    assert joint.difference is not None
+    joint = summary_of(tmp_path, content)["joint"]
+    assert joint.forgetting_mean is None
     # lora's levels are 30 and 31 in the two orders of seed 0, 32 and 33 in those of seed 1.
-    assert (joint.difference.mean, joint.difference.runs) == (pytest.approx(fmean([20, 19, 28, 27])), 4)
+    assert (joint.difference_mean, joint.difference_runs) == (pytest.approx(fmean([20, 19, 28, 27])), 4)
 
 
 def test_the_order_of_cells_and_of_tasks_does_not_matter(tmp_path: Path) -> None:
@@ -149,57 +160,56 @@ def test_the_order_of_cells_and_of_tasks_does_not_matter(tmp_path: Path) -> None
         if entry["scores"]:
             entry["scores"]["tasks"] = dict(reversed(entry["scores"]["tasks"].items()))
             entry["instances"] = dict(reversed(entry["instances"].items()))
-    for one, other in zip(expected, summarise(load_results(write(tmp_path, content))), strict=True):
-        assert one.rouge_l == (other.rouge_l and Spread(pytest.approx(other.rouge_l.mean), other.rouge_l.std))
-        assert (one.rank, one.task_rank, one.runs) == (other.rank, other.task_rank, other.runs)
-        assert (one.difference is None) == (other.difference is None)
+    drawn = ["difference_low", "difference_high"]  # the random draws are others
+    found = summarise(load_results(write(tmp_path, content)))
+    pd.testing.assert_frame_equal(found.drop(columns=drawn), expected.drop(columns=drawn))
+    assert found[drawn].notna().equals(expected[drawn].notna())
 
 
-def test_the_metric_decides_ranks_and_differences(tmp_path: Path) -> None:
+def test_ranks_and_differences_are_taken_in_the_metric_and_rounding_breaks_no_tie(tmp_path: Path) -> None:
     results = load_results(write(tmp_path, mixed()))
-    by_exact_match = summarise(results, metric="exact_match")
+    by_exact_match = summarise(results, "exact_match").set_index("method")
     means = task_means(results, "exact_match")
-    assert list(means) == list(TASKS)
-    for summary in by_exact_match[:3]:
-        assert summary.exact_match is not None
-        assert summary.exact_match.mean == pytest.approx(fmean(row[summary.method] for row in means.values()))
-    scores = [summary.exact_match.mean for summary in by_exact_match[:3] if summary.exact_match]
-    assert by_exact_match[0].rank == 1 + sum(score > scores[0] for score in scores) + (scores.count(scores[0]) - 1) / 2
-    assert by_exact_match[2].difference != summarise(results)[2].difference
+    assert list(means.index) == list(TASKS)
+    scores = by_exact_match["exact_match_mean"].iloc[:3]
+    assert scores.tolist() == pytest.approx(means.mean().tolist())
+    expected = [1 + sum(scores > score) + (sum(scores == score) - 1) / 2 for score in scores]
+    assert by_exact_match["rank"].iloc[:3].tolist() == expected
+    assert by_exact_match.difference_mean["badit_x"] != summarise(results).difference_mean[2]
+
+    cells = [cell(method, 0, level) for method, level in (("lora", 40), ("b", 40), ("c", 30))]
+    cells[1]["scores"]["tasks"]["task_b"]["rouge_l"] += 1e-14
+    ranks = summarise(load_results(write(tmp_path, comparison(*cells, methods=["lora", "b", "c"]))))
+    assert ranks["rank"].tolist() == ranks["task_rank"].tolist() == [1.5, 1.5, 3]
 
 
 def test_a_sequence_is_summarised_over_seeds_and_orders(tmp_path: Path) -> None:
-    results = load_results(write(tmp_path, sequential()))
-    lora, badit = summarise(results)
+    lora, badit = summary_of(tmp_path, sequential()).values()
     assert (lora.runs, badit.runs) == (4, 4)
-    assert lora.forgetting == Spread(6.5, pytest.approx(stdev([5, 6, 7, 8])))
-    assert lora.backward_transfer == Spread(-6.5, pytest.approx(stdev([5, 6, 7, 8])))
-    assert lora.forward_transfer == Spread(2.5, pytest.approx(stdev([1, 2, 3, 4])))
-    assert badit.difference is not None
-    assert (badit.difference.mean, badit.difference.runs) == (pytest.approx(5), 4)
-    released = summarise(results, form="released")[0]
-    assert released.forgetting == Spread(10.5, pytest.approx(stdev([5, 6, 7, 8])))
-    assert released.forward_transfer is None
+    std = pytest.approx(stdev([5, 6, 7, 8]))
+    assert (lora.forgetting_mean, lora.forgetting_std) == (6.5, std)
+    assert (lora.backward_transfer_mean, lora.backward_transfer_std) == (-6.5, std)
+    assert (lora.forward_transfer_mean, lora.forward_transfer_std) == (2.5, std)
+    assert (badit.difference_mean, badit.difference_runs) == (pytest.approx(5), 4)
+    released = summary_of(tmp_path, sequential(), form="released")["lora"]
+    assert (released.forgetting_mean, released.forward_transfer_mean) == (10.5, None)
 
 
 def test_without_instances_there_are_means_and_no_difference(tmp_path: Path) -> None:
     content = mixed()
     content["cells"][5]["instances"] = content["cells"][6]["instances"] = None
-    badit = summarise(load_results(write(tmp_path, content)))[2]
-    assert badit.rouge_l is not None
-    assert badit.difference is None
+    badit = summary_of(tmp_path, content)["badit_x"]
+    assert badit.rouge_l_mean is not None
+    assert badit.difference_mean is None
 
 
-def test_nothing_run_yet(tmp_path: Path) -> None:
+def test_nothing_run_yet_and_several_learning_rates(tmp_path: Path) -> None:
     content = comparison(unscored("lora", 0, status="missing"), methods=["lora"])
     results = load_results(write(tmp_path, content))
-    assert task_means(results, "rouge_l") == {}
-    assert [(summary.runs, summary.rank) for summary in summarise(results)] == [(0, None)]
-
-
-def test_runs_with_other_learning_rates_name_them_all(tmp_path: Path) -> None:
+    assert task_means(results).empty
+    assert summarise(results)[["runs", "rank"]].fillna(-1).to_numpy().tolist() == [[0, -1]]
     content = comparison(cell("lora", 0, 40), cell("lora", 1, 40, learning_rate=5e-5), methods=["lora"])
-    assert summarise(load_results(write(tmp_path, content)))[0].learning_rate == "0.002 / 5e-05"
+    assert summary_of(tmp_path, content)["lora"].learning_rate == "0.002 / 5e-05"
 
 
 def _set(*path: Any, to: Any) -> Callable[[dict[str, Any]], None]:
@@ -232,7 +242,7 @@ BROKEN = [
 def test_a_broken_file_is_refused_by_field(
     change: Callable[[dict[str, Any]], None], message: str, tmp_path: Path
 ) -> None:
-    content = copy.deepcopy(mixed())
+    content = mixed()
     change(content)
     path = write(tmp_path, content)
     with pytest.raises(BaditError) as refusal:
@@ -266,6 +276,8 @@ def test_damaged_scores_of_a_run(tmp_path, change, message):
     good = {"rouge_l": 1.0, "exact_match": 2.0, "tasks": {"a": {"rouge_l": 1, "exact_match": 2, "instances": 3}}}
     path.write_text(json.dumps({**good, "matrix": [[1.0]]}))
     assert read_scores(path)["matrix"] == [[1.0]]
+    frame = scores_frame(read_scores(path))
+    assert frame.to_numpy().tolist() == [["a", "rouge_l", 1, 3], ["a", "exact_match", 2, 3]]
     path.write_text(json.dumps({**good, **change}))
     with pytest.raises(BaditError, match=re.escape(message)):
         read_scores(path)

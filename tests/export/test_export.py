@@ -21,16 +21,16 @@ from badit.analysis.gates import adapted_layers, changed_gates, mean_component_g
 from badit.cli import main
 from badit.data import AnswerCollator, batches_by_task
 from badit.errors import BaditError
+from badit.evaluate import evaluate, load_run
 from badit.export import Export, export, merge, mixture_factors, score_export, target_modules, write_adapter
-from badit.runs import RunFolder
+from badit.run import Run
 from badit.train import encoded, make_plan
-from badit.training.scoring import evaluate, load_run
 from badit.tuner import hooks_of
 from baselines import branch_naive
 from export.contract import check_adapter
 from tuner.helpers import FAMILIES, adapt, adapted, forward, layers, padded, random_rows
 
-Trained = Callable[..., RunFolder]
+Trained = Callable[..., Run]
 TOKENS = [[5, 17, 33, 60, 9, 41, 8], [7, 7, 90, 12, 66, 23, 50]]
 BADIT = {"name": "badit", "num_experts": 3, "r": 2, "lora_dropout": 0.0, "regroup": {"every": 1}}
 LORA = {"r": 3, "lora_alpha": 12}
@@ -62,7 +62,7 @@ def chosen(name: str) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def frozen_logits(run: RunFolder, folder: Path, task: str | None) -> torch.Tensor:
+def frozen_logits(run: Run, folder: Path, task: str | None) -> torch.Tensor:
     """The run's own model with its gates held at those that the export has kept."""
     model, _ = load_run(run)
     ids = torch.tensor(TOKENS)
@@ -99,7 +99,7 @@ def test_stock_peft_loads_every_methods_export_and_gets_the_frozen_mixture(train
         assert (done.rank, done.exact_rank, done.errors) == (rank, rank, {}), name
         assert (done.mixture is not None) == (done.folder / "gates.json").is_file() == (name in VARY), name
         check_adapter(done.folder, load_run(run)[0].unload())
-        jobs.append((name, run.recipe().model.name, done.folder))
+        jobs.append((name, run.trusted_recipe().model.name, done.folder))
     for name, method in WEIGHTS.items():
         runs[name] = trained(method)
         with pytest.raises(BaditError, match="--merged"):
@@ -119,7 +119,7 @@ def test_stock_peft_loads_every_methods_export_and_gets_the_frozen_mixture(train
 
 def test_a_tasks_gates_are_the_mean_over_its_training_prompts(trained: Trained, tmp_path: Path) -> None:
     run = trained(BADIT)
-    recipe = run.recipe()
+    recipe = run.trusted_recipe()
     model, tokenizer = load_run(run)
     means = {}
     for task in make_plan(recipe).tasks:
@@ -220,23 +220,23 @@ def test_a_folder_is_replaced_only_by_what_wrote_it(
 ) -> None:
     run, out = trained(BADIT), tmp_path / "out"
     out.mkdir()
-    assert badit.export(run.path, out).folder == out  # an empty one is taken
-    badit.export(run.path, out, merged=True)
+    assert badit.Run(run.path).export(out).folder == out  # an empty one is taken
+    badit.Run(run.path).export(out, merged=True)
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     failing = lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt)  # noqa: E731
     monkeypatch.setattr(sys.modules["badit.export"], "write_adapter", failing)
     with pytest.raises(KeyboardInterrupt):
-        badit.export(run.path, out)
+        badit.Run(run.path).export(out)
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
     assert not list(tmp_path.glob("*.partial"))
     (out / "notes.txt").write_text("mine")
     for folder, message in (
         (out, r"out: holds notes\.txt, which is of no export; choose another folder with -o"),
         (run.path, "is of no export"),
-        (run.config, "is a file"),
+        (run.config_path, "is a file"),
     ):
         with pytest.raises(BaditError, match=message):
-            badit.export(run.path, folder)
+            badit.Run(run.path).export(folder)
 
 
 @pytest.mark.parametrize("merged", [False, True])
@@ -245,7 +245,7 @@ def test_a_run_that_has_diverged_is_not_exported(
     trained: Trained, tmp_path: Path, method: dict[str, Any], message: str, merged: bool
 ) -> None:
     run = trained(method)
-    path = run.adapter / "adapter_model.safetensors"
+    path = run.adapter_path / "adapter_model.safetensors"
     tensors = load_file(path)
     next(tensor for name, tensor in tensors.items() if name.endswith((".badit_B", ".lora_B.weight")))[0, 0] = torch.nan
     save_file(tensors, path)
@@ -274,7 +274,7 @@ def test_what_is_scored_is_the_folder(trained: Trained, tmp_path: Path) -> None:
     run = trained({**BADIT, "regroup": None})
     scores = evaluate(run.path, progress=False)
     fake = {**scores, "tasks": {name: {**entry, "rouge_l": 77.0} for name, entry in scores["tasks"].items()}}
-    run.scores.write_text(json.dumps(fake))
+    run.scores_path.write_text(json.dumps(fake))
     done = export(run.path, tmp_path / "out", task="cities", progress=False)
     result = score_export(run.path, done, progress=False)
     assert list(result["tasks"]) == ["cities"]

@@ -17,7 +17,7 @@ import badit
 from badit.card import write_run_card
 from badit.cli import main
 from badit.errors import BaditError
-from badit.runs import RunFolder
+from badit.run import Run
 
 # The hub's HTTP client, which differs between its releases.
 http = import_module(HfHubHTTPError.__mro__[1].__module__.partition(".")[0])
@@ -61,50 +61,50 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> type[Hub]:
 
 
 @pytest.fixture
-def run(trained: Callable[..., RunFolder]) -> RunFolder:
+def run(trained: Callable[..., Run]) -> Run:
     return trained(BADIT)
 
 
 def test_a_run_and_its_export_are_uploaded_with_their_cards(
-    run: RunFolder, hub: type[Hub], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run: Run, hub: type[Hub], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_run_card(run)
     assert main(["push", str(run.path), "org/tuned", "--private"]) == 0
     assert capsys.readouterr().out.strip() == ADDRESS
     assert hub.private is True
     assert hub.files.keys() == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
-    assert hub.files["adapter_model.safetensors"] == (run.adapter / "adapter_model.safetensors").read_bytes()
+    assert hub.files["adapter_model.safetensors"] == (run.adapter_path / "adapter_model.safetensors").read_bytes()
     assert json.loads(hub.files["adapter_config.json"])["peft_type"] == "BADIT"
     assert b'PeftModel.from_pretrained(base, "org/tuned")' in hub.files["README.md"]
     here = str(tmp_path.parent).encode()  # where the run lies, too
     assert not any(here in content for content in hub.files.values()), "a path of this machine"
 
-    badit.export(run.path, tmp_path / "lora", progress=False)
+    badit.Run(run.path).export(tmp_path / "lora", progress=False)
     assert "## Training" in (tmp_path / "lora" / "README.md").read_text()
-    assert badit.push_to_hub(tmp_path / "lora", "org/tuned") == ADDRESS
+    assert badit.Run(tmp_path / "lora").push("org/tuned") == ADDRESS
     assert hub.private is False
     assert hub.files.keys() == {"README.md", "adapter_config.json", "adapter_model.safetensors", "gates.json"}
     assert json.loads(hub.files["adapter_config.json"])["peft_type"] == "LORA"
     assert b"import badit" not in hub.files["README.md"]
     assert not any(here in content for content in hub.files.values())
 
-    run.config.write_text(run.config.read_text().replace(run.recipe().model.name, "meta-llama/base"))
-    badit.push_to_hub(run.path, "org/tuned")
+    run.config_path.write_text(run.config_path.read_text().replace(run.trusted_recipe().model.name, "meta-llama/base"))
+    badit.Run(run.path).push("org/tuned")
     card = ModelCard(hub.files["README.md"].decode())
     assert (card.data.license, card.data.base_model) == ("llama3.2", "meta-llama/base")
     assert json.loads(hub.files["adapter_config.json"])["base_model_name_or_path"] == "meta-llama/base"
 
 
 def test_what_cannot_be_pushed_is_one_line(
-    run: RunFolder, hub: type[Hub], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Run, hub: type[Hub], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("tuned", "org/", "a/b/c", "org/na me", "org/na--me", "../x", "org/" + "x" * 100):
         with pytest.raises(BaditError) as caught:
-            badit.push_to_hub(run.path, name)
+            badit.Run(run.path).push(name)
         assert name in str(caught.value)
         assert "\n" not in str(caught.value)
     with pytest.raises(BaditError, match="no run's folder"):
-        badit.push_to_hub(tmp_path, "org/tuned")
+        badit.Run(tmp_path).push("org/tuned")
     response = http.Response(401, request=http.Request("POST", "https://hub.example"))
     for refusal, expected in (
         (HfHubHTTPError("401: Invalid\nlong text", response=response), "refuses: 401: Invalid; .* hf auth login"),
@@ -113,40 +113,40 @@ def test_what_cannot_be_pushed_is_one_line(
     ):
         hub.refusal = refusal
         with pytest.raises(BaditError, match=expected) as caught:
-            badit.push_to_hub(run.path, "org/tuned")
+            badit.Run(run.path).push("org/tuned")
         assert "\n" not in str(caught.value)
     monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
     with pytest.raises(BaditError, match="hf auth login, or set HF_TOKEN"):
-        badit.push_to_hub(run.path, "org/tuned")
+        badit.Run(run.path).push("org/tuned")
     assert hub.files == {}
 
 
-def test_only_the_files_that_badit_wrote_are_uploaded(run: RunFolder, hub: type[Hub], tmp_path: Path) -> None:
-    export = badit.export(run.path, tmp_path / "lora", progress=False).folder
-    for folder in (run.adapter, export):
+def test_only_the_files_that_badit_wrote_are_uploaded(run: Run, hub: type[Hub], tmp_path: Path) -> None:
+    export = badit.Run(run.path).export(tmp_path / "lora", progress=False).folder
+    for folder in (run.adapter_path, export):
         for name in (".env", "notes.txt"):
             (folder / name).write_text("secret")
-        (folder / "link.txt").symlink_to(run.config)
-    badit.push_to_hub(run.path, "org/tuned")
+        (folder / "link.txt").symlink_to(run.config_path)
+    badit.Run(run.path).push("org/tuned")
     assert hub.files.keys() == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
-    badit.push_to_hub(export, "org/tuned")
+    badit.Run(export).push("org/tuned")
     assert hub.files.keys() == {"README.md", "adapter_config.json", "adapter_model.safetensors", "gates.json"}
 
     hub.files = {}
     record = json.loads((export / "export.json").read_text())
-    for name in (".env", "../run/config.yaml", str(run.config), "", 5):
+    for name in (".env", "../run/config.yaml", str(run.config_path), "", 5):
         (export / "export.json").write_text(json.dumps({**record, "files": [*record["files"], name]}))
         with pytest.raises(BaditError, match=r"export\.json: files: must be the names of the export's own files"):
-            badit.push_to_hub(export, "org/tuned")
+            badit.Run(export).push("org/tuned")
     for name in ("link.txt", "missing.txt"):
         (export / "export.json").write_text(json.dumps({**record, "files": [*record["files"], name]}))
         with pytest.raises(BaditError, match=f"{name}: must be a file, and no link"):
-            badit.push_to_hub(export, "org/tuned")
-    weights = run.adapter / "adapter_model.safetensors"
+            badit.Run(export).push("org/tuned")
+    weights = run.adapter_path / "adapter_model.safetensors"
     weights.rename(tmp_path / "elsewhere")
     weights.symlink_to(tmp_path / "elsewhere")
     with pytest.raises(BaditError, match=r"adapter_model\.safetensors: must be a file, and no link"):
-        badit.push_to_hub(run.path, "org/tuned")
+        badit.Run(run.path).push("org/tuned")
     assert hub.files == {}
 
 
@@ -154,4 +154,4 @@ def test_a_run_without_an_adapter_is_refused(tmp_path: Path) -> None:
     for name, message in (("base", "nothing to push"), ("full", "export .* --merged"), ("badit", "no adapter yet")):
         (tmp_path / "config.yaml").write_text(json.dumps({"method": {"name": name}}))
         with pytest.raises(BaditError, match=message):
-            badit.push_to_hub(tmp_path, "org/tuned")
+            badit.Run(tmp_path).push("org/tuned")

@@ -16,10 +16,7 @@ import atheris
 
 with atheris.instrument_imports(include=["badit"]):
     from badit.adapters import tensor_shapes
-    from badit.cli import table, tasks, train  # noqa: F401
-    from badit.data import readers  # noqa: F401
     from badit.errors import BaditError
-    from badit.evaluation import results  # noqa: F401
 
 from fuzz.command import ends_well
 from fuzz.test_tasks import LAYOUTS, write

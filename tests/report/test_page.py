@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 import badit.report
+from badit.cli import _report_if_possible as write_if_possible
 from badit.cli import main
-from badit.cli.report import write_if_possible
 from badit.errors import BaditError
 from badit.report import write_report
 from badit.report.page import _library

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from badit.runs import RunFolder
+from badit.run import Run
 from badit.studio.server import Server, application, listen
 from badit.studio.session import Session
 
@@ -17,14 +17,14 @@ BADIT = {"name": "badit", "num_experts": 4, "r": 2, "router_input": "standardise
 
 
 @pytest.fixture(scope="session")
-def session(trained: Callable[..., RunFolder]) -> Session:
+def session(trained: Callable[..., Run]) -> Session:
     session = Session(trained(BADIT).path)
     session.measure()
     return session
 
 
 @pytest.fixture(scope="session")
-def plain_session(trained: Callable[..., RunFolder]) -> Session:
+def plain_session(trained: Callable[..., Run]) -> Session:
     """Of a method without gates."""
     return Session(trained({"name": "lora", "r": 4}).path)
 

@@ -15,12 +15,12 @@ from contextlib import closing
 import pytest
 
 from badit.cli import main
-from badit.runs import RunFolder
+from badit.run import Run
 from badit.studio import server
 from studio.conftest import BADIT
 
 
-def test_it_serves_until_it_is_interrupted(trained: Callable[..., RunFolder]) -> None:
+def test_it_serves_until_it_is_interrupted(trained: Callable[..., Run]) -> None:
     run = trained(BADIT)
     command = [sys.executable, "-m", "badit", "studio", str(run.path), "--port", "0", "--no-browser"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:

@@ -14,7 +14,7 @@ from selenium.webdriver.support.select import Select
 
 from badit.analysis.atlas import ABILITIES
 from badit.analysis.tables import save_frame
-from badit.runs import RunFolder
+from badit.run import Run
 from badit.studio.session import Session
 from browsers import chromium, emulate, until
 from studio.conftest import BADIT, served
@@ -122,7 +122,7 @@ def test_the_heat_map_has_every_gate_and_is_walked_by_keys(page: Page, session: 
     assert len(page.all("#nearest li")) == 2
 
 
-def test_the_heat_map_is_of_a_module_or_of_their_mean(browser: Chrome, trained: Callable[..., RunFolder]) -> None:
+def test_the_heat_map_is_of_a_module_or_of_their_mean(browser: Chrome, trained: Callable[..., Run]) -> None:
     session = Session(trained({**BADIT, "target_modules": ["gate_proj", "o_proj"]}).path)
     with served(session) as port:
         page = Page(browser, f"http://127.0.0.1:{port}/")
@@ -209,7 +209,7 @@ def test_a_method_without_gates_says_so_and_a_studio_that_has_ended_is_told(
 
 
 def test_markup_in_names_data_and_tables_stays_text(
-    browser: Chrome, trained: Callable[..., RunFolder], tmp_path: Path
+    browser: Chrome, trained: Callable[..., Run], tmp_path: Path
 ) -> None:
     source = tmp_path / "tasks.jsonl"
     lines = [
@@ -218,7 +218,7 @@ def test_markup_in_names_data_and_tables_stays_text(
     ]
     source.write_text("".join(json.dumps(line) + "\n" for line in lines))
     run = trained(BADIT, source, MARKUP)
-    save_frame(ABILITIES.frame([[expert, "", "", 1.0, 0.0, 0.0, MARKUP] for expert in range(4)], ""), run.analysis)
+    save_frame(ABILITIES.frame([[expert, "", "", 1.0, 0.0, 0.0, MARKUP] for expert in range(4)], ""), run.analysis_path)
     session = Session(run.path)
     with served(session) as port:
         page = Page(browser, f"http://127.0.0.1:{port}/")

@@ -20,7 +20,7 @@ from badit.analysis.tables import load_frame, save_frame
 from badit.data import AnswerCollator, batches_by_task
 from badit.errors import BaditError
 from badit.generation import generate_answers
-from badit.runs import RunFolder
+from badit.run import Run
 from badit.studio.session import Question, Session, mixed, nearest_tasks
 from badit.train import encoded
 from badit.tuner import hooks_of
@@ -84,7 +84,7 @@ def test_the_routers_gates_are_those_that_the_analysis_measures(session: Session
     ids=lambda value: str(value)[:40],
 )
 def test_a_mixture_by_hand_is_the_plain_lora_of_those_gates(
-    trained: Callable[..., RunFolder], method: dict[str, Any], neutral: float
+    trained: Callable[..., Run], method: dict[str, Any], neutral: float
 ) -> None:
     session = Session(trained(method).path)
     gates = HAND[: session.number_of_experts]
@@ -117,7 +117,7 @@ def test_the_nearest_task_comes_first(session: Session) -> None:
     assert list(found.items()) == [("b", pytest.approx(0.1)), ("a", pytest.approx(0.4))]
 
 
-def test_tasks_gates_are_measured_once_and_taken_from_the_analysis(trained: Callable[..., RunFolder]) -> None:
+def test_tasks_gates_are_measured_once_and_taken_from_the_analysis(trained: Callable[..., Run]) -> None:
     run = trained(BADIT)
     first = Session(run.path)
     assert first.unmeasured
@@ -125,7 +125,7 @@ def test_tasks_gates_are_measured_once_and_taken_from_the_analysis(trained: Call
     measured = first.task_gates
     assert measured is not None
     assert not first.unmeasured
-    kept = run.studio / "gates.json"
+    kept = run.studio_path / "gates.json"
     frame = load_frame(kept)
     np.testing.assert_allclose(measured.to_numpy().ravel(), frame["mean"], atol=1e-5)
 
@@ -137,23 +137,23 @@ def test_tasks_gates_are_measured_once_and_taken_from_the_analysis(trained: Call
         assert gates is not None
         return gates.to_numpy().max()
 
-    save(1.5, run.studio)
+    save(1.5, run.studio_path)
     assert largest() == 1.5, "kept from the first start"
-    save(1.25, run.analysis)
+    save(1.25, run.analysis_path)
     assert largest() == 1.25, "the analysis comes first"
     content = json.loads(kept.read_text())
     short = {**content, "rows": content["rows"][1:]}
     other = {**content, "rows": [["another", *row[1:]] for row in content["rows"]]}
     for broken in ("[", "{}", json.dumps({**content, "rows": []}), json.dumps(short), json.dumps(other)):
-        (run.analysis / "gates.json").write_text(broken)
+        (run.analysis_path / "gates.json").write_text(broken)
         kept.write_text(broken)
         assert Session(run.path).unmeasured, broken[:20]
-    save(1.5, run.studio)
+    save(1.5, run.studio_path)
     os.utime(kept, (0, 0))
     assert Session(run.path).unmeasured, "they are older than the adapter"
 
 
-def test_questions_are_answered_while_tasks_are_measured(trained: Callable[..., RunFolder]) -> None:
+def test_questions_are_answered_while_tasks_are_measured(trained: Callable[..., Run]) -> None:
     """The model is switched from side to side: what is measured meanwhile must not be measured of another side."""
     quiet, busy = Session(trained(BADIT).path), Session(trained(BADIT).path)
     quiet.measure()
@@ -169,9 +169,7 @@ def test_questions_are_answered_while_tasks_are_measured(trained: Callable[..., 
     pd.testing.assert_frame_equal(busy.task_gates, quiet.task_gates, check_exact=True)
 
 
-def test_a_run_whose_data_is_gone_still_answers(
-    trained: Callable[..., RunFolder], material: Path, tmp_path: Path
-) -> None:
+def test_a_run_whose_data_is_gone_still_answers(trained: Callable[..., Run], material: Path, tmp_path: Path) -> None:
     source = tmp_path / "tasks.jsonl"
     source.write_text((material / "tasks.jsonl").read_text())
     run = trained(BADIT, source)
@@ -192,7 +190,7 @@ def test_a_method_without_gates_answers_and_takes_none(plain_session: Session) -
         events(plain_session, sides=["hand"], gates=HAND)
 
 
-def test_what_cannot_be_answered_is_refused(session: Session, trained: Callable[..., RunFolder]) -> None:
+def test_what_cannot_be_answered_is_refused(session: Session, trained: Callable[..., Run]) -> None:
     for question, message in (
         ({"text": " \n"}, "the prompt is empty"),
         ({"task": "river"}, "no task 'river' .did you mean 'rivers'"),

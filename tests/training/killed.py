@@ -30,8 +30,8 @@ import transformers.models.llama.modeling_llama
 from safetensors.torch import save_file
 from transformers import TrainerCallback
 
-import badit.cli.train
-import badit.training.scoring
+import badit.cli
+import badit.evaluate
 from badit.cli import main
 from badit.methods import AdapterMethod
 
@@ -84,7 +84,7 @@ class Recorder(TrainerCallback):
         for index, of_parameter in kwargs["optimizer"].state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{key}": torch.as_tensor(value) for key, value in of_parameter.items()}
         for callback in self.callbacks:
-            windows = getattr(getattr(callback, "regrouper", callback), "_windows", {})
+            windows = getattr(getattr(callback, "regrouper", callback), "windows", {})
             for layer, window in windows.items():
                 tensors[f"steps.{layer}"] = torch.tensor(window.steps)
                 if window.gram_sum is not None:
@@ -126,7 +126,7 @@ def serve() -> None:
 
 
 # Imported for the processes to come, which would otherwise each import them for itself.
-IMPORTED = (badit.cli.train, badit.training.scoring, peft.utils, rouge_score.rouge_scorer, transformers.models.llama)
+IMPORTED = (badit.cli, badit.evaluate, peft.utils, rouge_score.rouge_scorer, transformers.models.llama)
 
 if __name__ == "__main__":
     serve()

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from badit.checkpoint import last_checkpoint
 from badit.files import read_json, read_jsonl
-from badit.runs import RunFolder
+from badit.run import Run
 
 SCRIPT = Path(__file__).with_name("ranks.py")
 FSDP2 = ["--config_file", str(Path(__file__).parents[2] / "docs" / "fsdp2.yaml")]
@@ -89,19 +89,19 @@ class Launches:
         assert "Traceback" not in done.stdout
         return done.stdout + done.stderr
 
-    def run(self, name: str) -> RunFolder:
-        return RunFolder(self.folder / name)
+    def run(self, name: str) -> Run:
+        return Run(self.folder / name)
 
     def record(self, name: str) -> Path:
         return self.folder / f"{name}-record"
 
 
-def adapter(run: RunFolder) -> dict[str, torch.Tensor]:
-    return load_file(run.adapter / "adapter_model.safetensors")
+def adapter(run: Run) -> dict[str, torch.Tensor]:
+    return load_file(run.adapter_path / "adapter_model.safetensors")
 
 
-def losses(run: RunFolder) -> list[float]:
-    return [line["loss"] for line in read_jsonl(run.metrics)]
+def losses(run: Run) -> list[float]:
+    return [line["loss"] for line in read_jsonl(run.metrics_path)]
 
 
 def assert_equal_on_both_ranks(record: Path) -> None:
@@ -113,20 +113,20 @@ def assert_equal_on_both_ranks(record: Path) -> None:
         assert torch.equal(first[name], second[name]), name
 
 
-def assert_same_run(two: RunFolder, one: RunFolder) -> None:
+def assert_same_run(two: Run, one: Run) -> None:
     """A run in two processes has trained and written what the run in one did."""
     whole, sharded = adapter(one), adapter(two)
     assert whole.keys() == sharded.keys()
     for name in whole:
         torch.testing.assert_close(sharded[name], whole[name], rtol=0, atol=1e-5)
-    logs = [list(read_jsonl(run.regroupings)) for run in (two, one)]
+    logs = [list(read_jsonl(run.regroupings_path)) for run in (two, one)]
     assert [line["labels"] for line in logs[0]] == [line["labels"] for line in logs[1]]
     assert sum(line["components_moved"] for line in logs[0]) > 0
     for ours, theirs in zip(*logs, strict=True):
         for key in ("objective_after", "output_change", "intra_abs_cos", "previous_inter_degrees"):
             assert ours[key] == pytest.approx(theirs[key], rel=1e-3), key
     assert losses(two) == pytest.approx(losses(one), abs=1e-5)
-    took = [read_json(run.environment)["training"] | {"seconds": 0, "peak_memory_gib": 0} for run in (two, one)]
+    took = [read_json(run.environment_path)["training"] | {"seconds": 0, "peak_memory_gib": 0} for run in (two, one)]
     assert took[0] == took[1]
     assert not list(two.path.rglob("*.partial"))
     assert not two.checkpoints.exists()

@@ -18,7 +18,7 @@ from badit.baselines.loramoe import LoraMoeConfig
 from badit.files import read_jsonl
 from badit.tuner import BaditConfig
 from badit.tuner.layer import ExpertLinear
-from training.trainers import StopAt, make_trainer
+from training.trainers import make_trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:Could not find a config file in  - :UserWarning")  # PEFT 0.19
 
@@ -76,29 +76,3 @@ def test_experts_that_share_their_a_have_no_angles(tiny_model: Any, tmp_path: Pa
         get_peft_model(tiny_model("llama"), HydraLoraConfig(num_experts=3, r=2)), tmp_path / "out", [log]
     ).train()
     assert not (tmp_path / "angles.jsonl").exists()
-
-
-def test_a_resumed_run_logs_what_it_would_have_logged(tiny_model: Any, tmp_path: Path) -> None:
-    logs = {}
-    for name in ("whole", "killed"):
-        torch.manual_seed(0)
-        model = get_peft_model(tiny_model("llama"), LoraMoeConfig(num_experts=3, r=2))
-        logs[name] = tmp_path / name / "angles.jsonl"
-        stop = [StopAt(9)] if name == "killed" else []
-        trainer = make_trainer(model, tmp_path / name, [AngleLog(logs[name], every=4), *stop])
-        if not stop:
-            trainer.train()
-            continue
-        with pytest.raises(KeyboardInterrupt):
-            trainer.train()
-        torch.manual_seed(0)
-        resumed = get_peft_model(tiny_model("llama"), LoraMoeConfig(num_experts=3, r=2))
-        make_trainer(resumed, tmp_path / name, [AngleLog(logs[name], every=4)]).train(
-            resume_from_checkpoint=str(tmp_path / name / "checkpoint-5")
-        )
-    assert [(line["step"], line["window_steps"]) for line in list(read_jsonl(logs["killed"]))[::2]] == [
-        (4, 4),
-        (8, 4),
-        (12, 4),
-    ]
-    assert logs["killed"].read_text() == logs["whole"].read_text()

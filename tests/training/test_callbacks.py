@@ -6,49 +6,11 @@ import json
 import os
 import signal
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
-from safetensors.torch import load_file
-from transformers import TrainerCallback, TrainerState
+from transformers import TrainerState
 
-from badit.methods import AdapterMethod
-from badit.recipe import build_recipe
 from badit.trainer import MetricsLog, StopOnSignal
-from badit.training.scoring import train_and_score as train
-
-
-class SignalAt(TrainerCallback):
-    def __init__(self, step: int, number: signal.Signals) -> None:
-        self.step, self.number = step, number
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == self.step - 1:
-            os.kill(os.getpid(), self.number)
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_the_step_it_came_in(
-    recipe_values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
-) -> None:
-    expected = train(build_recipe({**recipe_values, "output": str(tmp_path / "whole")}), progress=False)
-    handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-
-    recipe = build_recipe(recipe_values)
-    with monkeypatch.context() as patch:
-        callbacks = AdapterMethod.callbacks
-        patch.setattr(AdapterMethod, "callbacks", lambda self, run: [*callbacks(self, run), SignalAt(7, number)])
-        with pytest.raises(KeyboardInterrupt):
-            train(recipe, progress=False)
-    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
-    assert (tmp_path / "run" / "checkpoints" / "checkpoint-7" / "badit_regroup.safetensors").is_file()
-
-    assert train(recipe, progress=False) == expected
-    adapters = [load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("whole", "run")]
-    assert all(torch.equal(adapters[0][name], adapters[1][name]) for name in adapters[0])
-    logs = [(tmp_path / name / "regroupings.jsonl").read_text() for name in ("whole", "run")]
-    assert logs[0] == logs[1]
 
 
 def test_a_second_signal_stops_at_once() -> None:
@@ -64,9 +26,11 @@ def test_a_second_signal_stops_at_once() -> None:
     assert reached == [0]
 
 
-def test_a_signal_after_the_last_step_stops_too() -> None:
+def test_a_signal_after_the_last_step_stops_too_and_the_handlers_are_put_back() -> None:
+    handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     with pytest.raises(KeyboardInterrupt), StopOnSignal():
         os.kill(os.getpid(), signal.SIGTERM)
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
 
 
 def test_the_metrics_log_drops_what_a_resumed_run_logs_again(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from badit.cli import main
 from badit.errors import BaditError
 from badit.methods import AdapterMethod
 from badit.recipe import build_recipe
-from badit.runs import RunFolder
+from badit.run import Run
 from badit.train import fit
 from training.trainers import StopAt
 
@@ -80,20 +80,20 @@ def test_two_checkpoints_are_kept_and_none_of_another_future(tmp_path: Path) -> 
 
 
 @pytest.fixture
-def stopped(recipe_values: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> RunFolder:
+def stopped(recipe_values: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> Run:
     """A run of twelve steps, stopped after its eleventh: with checkpoints of steps 5 and 10."""
     with monkeypatch.context() as patch:
         callbacks = AdapterMethod.callbacks
         patch.setattr(AdapterMethod, "callbacks", lambda self, run: [*callbacks(self, run), StopAt(11)])
         with pytest.raises(KeyboardInterrupt):
             fit(build_recipe(recipe_values), progress=False)
-    run = RunFolder(recipe_values["output"])
-    assert {folder.name for folder in run.checkpoints.iterdir()} == {"checkpoint-5", "checkpoint-10"}
+    run = Run(recipe_values["output"])
+    assert {folder.name for folder in run.checkpoints_path.iterdir()} == {"checkpoint-5", "checkpoint-10"}
     return run
 
 
 def test_a_run_goes_on_from_the_last_good_checkpoint(
-    recipe_values: dict[str, Any], tmp_path: Path, stopped: RunFolder, capsys: pytest.CaptureFixture[str]
+    recipe_values: dict[str, Any], tmp_path: Path, stopped: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
     cut(stopped.checkpoints / "checkpoint-10" / "optimizer.pt")
     fit(build_recipe(recipe_values), progress=False)
@@ -116,7 +116,7 @@ class Attack:
 
 @pytest.mark.parametrize("file", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin"])
 def test_no_code_in_a_checkpoint_is_run_not_even_in_one_that_is_sealed(
-    recipe_values: dict[str, Any], tmp_path: Path, stopped: RunFolder, file: str
+    recipe_values: dict[str, Any], tmp_path: Path, stopped: Run, file: str
 ) -> None:
     marker = tmp_path / "attacked"
     checkpoint = stopped.checkpoints / "checkpoint-10"
@@ -157,5 +157,5 @@ def test_a_full_disk_ends_the_command_with_code_2(
         f"badit: {tmp_path / 'run'}: cannot be written, the disk (or a quota) is full; "
         "make room and run the same command again"
     )
-    assert not list(RunFolder(tmp_path / "run").checkpoints.rglob("*.json")), "no half checkpoint takes room"
+    assert not list(Run(tmp_path / "run").checkpoints_path.rglob("*.json")), "no half checkpoint takes room"
     assert main(["train", str(path)]) == 0

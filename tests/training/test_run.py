@@ -14,12 +14,12 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from badit.errors import BaditError
+from badit.evaluate import answers, evaluate
+from badit.evaluate import train_and_score as train
 from badit.methods import AdapterMethod
 from badit.recipe import build_recipe
-from badit.runs import RunFolder
+from badit.run import Run
 from badit.train import make_plan
-from badit.training.scoring import answers, evaluate
-from badit.training.scoring import train_and_score as train
 from training.trainers import StopAt
 
 # badit.train is the function of that name.
@@ -34,21 +34,21 @@ def adapter_of(folder: Path) -> dict[str, torch.Tensor]:
 def test_a_run_leaves_all_its_files(recipe_values: Values) -> None:
     recipe = build_recipe(recipe_values)
     scores = train(recipe, progress=False)
-    run = RunFolder.existing(recipe.output)
-    assert json.loads(run.scores.read_text()) == scores
+    run = Run.existing(recipe.output)
+    assert json.loads(run.scores_path.read_text()) == scores
     assert set(scores["tasks"]) == {"cities", "rivers"}
     assert {"rouge_l", "rouge_l_instances", "exact_match"} <= scores.keys()
-    assert {file.name for file in run.predictions.iterdir()} == {"cities.jsonl", "rivers.jsonl"}
-    assert run.recipe() == recipe
-    environment = json.loads(run.environment.read_text())
+    assert {file.name for file in run.predictions_path.iterdir()} == {"cities.jsonl", "rivers.jsonl"}
+    assert run.trusted_recipe() == recipe
+    environment = json.loads(run.environment_path.read_text())
     assert environment["training"]["steps"] == 12
     assert environment["packages"]["torch"] == version("torch")
-    steps = [json.loads(line)["step"] for line in run.metrics.read_text().splitlines()]
+    steps = [json.loads(line)["step"] for line in run.metrics_path.read_text().splitlines()]
     assert steps == [*range(1, 13)]
-    assert run.regroupings.read_text().count("\n") == 2 * 3
-    assert {file.suffix for file in run.adapter.iterdir()} == {".safetensors", ".json", ".md"}
-    assert "| mean over tasks |" in (run.adapter / "README.md").read_text()
-    config = json.loads((run.adapter / "adapter_config.json").read_text())
+    assert run.regroupings_path.read_text().count("\n") == 2 * 3
+    assert {file.suffix for file in run.adapter_path.iterdir()} == {".safetensors", ".json", ".md"}
+    assert "| mean over tasks |" in (run.adapter_path / "README.md").read_text()
+    config = json.loads((run.adapter_path / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == recipe.model.name
     assert not list(run.path.glob("*.partial"))
 
@@ -58,30 +58,6 @@ def test_a_finished_run_is_not_done_again(recipe_values: Values, monkeypatch: py
     scores = train(recipe, progress=False)
     monkeypatch.setattr(train_module, "load_base_model", lambda *a, **k: pytest.fail("loaded a model"))
     assert train(recipe, progress=False) == scores
-
-
-@pytest.mark.parametrize("stopped_at", [4, 8, 12])
-def test_an_interrupted_run_ends_as_one_that_was_not(
-    recipe_values: Values, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stopped_at: int
-) -> None:
-    whole = build_recipe({**recipe_values, "output": str(tmp_path / "whole")})
-    expected = train(whole, progress=False)
-
-    recipe = build_recipe(recipe_values)
-    with monkeypatch.context() as patch:
-        callbacks = AdapterMethod.callbacks
-        patch.setattr(AdapterMethod, "callbacks", lambda self, run: [*callbacks(self, run), StopAt(stopped_at)])
-        with pytest.raises(KeyboardInterrupt):
-            train(recipe, progress=False)
-    assert not (tmp_path / "run" / "scores.json").exists()
-    assert train(recipe, progress=False) == expected
-
-    one, other = adapter_of(tmp_path / "whole"), adapter_of(tmp_path / "run")
-    assert all(torch.equal(one[name], other[name]) for name in one)
-    for name in ("regroupings.jsonl", "predictions/cities.jsonl"):
-        assert (tmp_path / "whole" / name).read_text() == (tmp_path / "run" / name).read_text()
-    steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert steps == [*range(1, 13)]
 
 
 def test_a_resumed_run_keeps_the_dtype_that_it_began_in(recipe_values: Values, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,7 +75,7 @@ def test_a_resumed_run_keeps_the_dtype_that_it_began_in(recipe_values: Values, m
     monkeypatch.setattr(train_module, "slowdown", lambda dtype: 0.6)
     train(recipe, progress=False)
     assert dtypes[:2] == [torch.float32] * 2
-    assert json.loads(RunFolder(recipe.output).environment.read_text())["dtype"] == "float32"
+    assert json.loads(Run(recipe.output).environment_path.read_text())["dtype"] == "float32"
 
 
 def test_another_recipes_folder_is_refused(recipe_values: Values) -> None:
@@ -149,7 +125,7 @@ def test_the_validation_split_is_scored_apart(recipe_values: Values, tmp_path: P
 
 def test_an_answer_to_a_prompt(recipe_values: Values, tmp_path: Path) -> None:
     train(build_recipe(recipe_values), progress=False)
-    run = RunFolder.existing(tmp_path / "run")
+    run = Run.existing(tmp_path / "run")
     asked = ["Name the capital.", "Name the river of land 3, and no other one."]
     found = answers(run, asked, max_new_tokens=3)
     assert found == [answer for prompt in asked for answer in answers(run, [prompt], max_new_tokens=3)]
@@ -207,7 +183,7 @@ def test_a_damaged_adapter_is_named(recipe_values: Values, tmp_path: Path) -> No
 def test_a_run_without_adapter_or_config_is_named(recipe_values: Values, tmp_path: Path) -> None:
     with pytest.raises(BaditError, match=r"no config\.yaml"):
         evaluate(tmp_path / "nothing")
-    RunFolder.prepare(build_recipe(recipe_values))
+    Run.prepare(build_recipe(recipe_values))
     with pytest.raises(BaditError, match="no adapter yet"):
         evaluate(tmp_path / "run")
 

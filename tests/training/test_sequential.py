@@ -16,21 +16,20 @@ from transformers import TrainerCallback
 from badit.baselines import BASELINES
 from badit.checkpoint import last_checkpoint
 from badit.errors import BaditError
+from badit.evaluate import evaluate, load_run, train_and_score
 from badit.files import read_json, write_json
 from badit.methods import AdapterMethod, Method
 from badit.recipe import Recipe, build_recipe
-from badit.runs import RunFolder
+from badit.run import Run
 from badit.statistics import FORMS, continual_scores
 from badit.train import fit, make_plan
-from badit.training import scoring
-from badit.training.scoring import evaluate, load_run
-from badit.training.scoring import train_and_score as train
 from badit.tuner import hooks_of
 from training.trainers import StopAt
 
 # badit.train is the function of that name.
 train_module = import_module("badit.train")
 Values = dict[str, Any]
+scoring = import_module("badit.evaluate")  # badit.evaluate is the function
 ORDER = ["rivers", "cities"]
 STAGES = ["01-rivers", "02-cities"]
 LORA = {"name": "lora", "r": 4, "lora_dropout": 0.1}
@@ -52,12 +51,12 @@ def sequence(values: Values, *overrides: str, output: str | Path | None = None) 
     return build_recipe({**values, "data": data, "output": str(output or values["output"])}, overrides)
 
 
-def stage(recipe: Recipe, number: int) -> RunFolder:
+def stage(recipe: Recipe, number: int) -> Run:
     return make_plan(recipe).stages[number].folder
 
 
-def learnt(folder: RunFolder) -> dict[str, torch.Tensor]:
-    (path,) = folder.adapter.glob("*.safetensors")
+def learnt(folder: Run) -> dict[str, torch.Tensor]:
+    (path,) = folder.adapter_path.glob("*.safetensors")
     return load_file(path)
 
 
@@ -71,7 +70,7 @@ def called(monkeypatch: pytest.MonkeyPatch, module: Any, name: str) -> list[str]
     function = getattr(module, name)
 
     def noting(*args: Any, **kwargs: Any) -> Any:
-        folder = next(arg if isinstance(arg, RunFolder) else arg.folder for arg in args if not hasattr(arg, "stages"))
+        folder = next(arg if isinstance(arg, Run) else arg.folder for arg in args if not hasattr(arg, "stages"))
         calls.append(folder.path.name)
         return function(*args, **kwargs)
 
@@ -81,26 +80,26 @@ def called(monkeypatch: pytest.MonkeyPatch, module: Any, name: str) -> list[str]
 
 def test_every_stage_leaves_its_files_and_the_last_ones_are_the_runs(recipe_values: Values) -> None:
     recipe = sequence({**recipe_values, "method": LORA})
-    scores = train(recipe, progress=False)
-    run = RunFolder.existing(recipe.output)
+    scores = train_and_score(recipe, progress=False)
+    run = Run.existing(recipe.output)
     assert sorted(folder.name for folder in (run.path / "stages").iterdir()) == STAGES
     for number, name in enumerate(STAGES):
         folder = stage(recipe, number)
         assert folder.path == run.path / "stages" / name
-        assert {file.stem for file in folder.predictions.iterdir()} == set(ORDER)
-        assert folder.metrics.read_text().count("\n") == 3
-        assert read_json(folder.environment)["training"]["steps"] == 3
-        assert not folder.checkpoints.exists()
+        assert {file.stem for file in folder.predictions_path.iterdir()} == set(ORDER)
+        assert folder.metrics_path.read_text().count("\n") == 3
+        assert read_json(folder.environment_path)["training"]["steps"] == 3
+        assert not folder.checkpoints_path.exists()
     last = stage(recipe, 1)
     kept = [file for file in last.adapter.iterdir() if file.name != "README.md"]  # the card is the whole run's
     for file in [*kept, *last.predictions.iterdir()]:
         assert (run.path / file.relative_to(last.path)).read_bytes() == file.read_bytes()
     assert not equal(learnt(stage(recipe, 0)), learnt(last))
     assert not list(run.path.rglob("*.partial"))
-    assert read_json(run.scores) == scores
+    assert read_json(run.scores_path) == scores
     assert scores["tasks"] == read_json(last.scores)["tasks"]
     assert scores["order"] == ORDER
-    environment = read_json(run.environment)
+    environment = read_json(run.environment_path)
     assert environment["packages"]
     assert environment["training"]["steps"] == 6
     trainings = [read_json(stage(recipe, number).environment)["training"] for number in (0, 1)]
@@ -111,7 +110,7 @@ def test_every_stage_leaves_its_files_and_the_last_ones_are_the_runs(recipe_valu
 @pytest.mark.parametrize("unseen", [True, False])
 def test_the_matrix_and_the_scores_drawn_from_it(recipe_values: Values, unseen: bool) -> None:
     recipe = sequence({**recipe_values, "method": LORA}, f"evaluation.unseen_tasks={str(unseen).lower()}")
-    scores = train(recipe, progress=False)
+    scores = train_and_score(recipe, progress=False)
     assert [[score is None for score in row] for row in scores["matrix"]] == [[False, not unseen], [False, False]]
     assert list(read_json(stage(recipe, 0).scores)["tasks"]) == (ORDER if unseen else ORDER[:1])
 
@@ -119,11 +118,11 @@ def test_the_matrix_and_the_scores_drawn_from_it(recipe_values: Values, unseen: 
     made_up = [[60.0, 10.0 if unseen else None], [40.0, 80.0]]
     for number, row in enumerate(made_up):
         folder = stage(recipe, number)
-        content = read_json(folder.scores)
+        content = read_json(folder.scores_path)
         for name, score in zip(ORDER, row, strict=True):
             if score is not None:
                 content["tasks"][name]["rouge_l"] = score
-        write_json(folder.scores, content)
+        write_json(folder.scores_path, content)
     scores = evaluate(recipe.output, progress=False)
     assert scores["matrix"] == made_up
     for form in FORMS:
@@ -139,41 +138,41 @@ def test_an_interruption_in_the_second_stage_changes_nothing(
 ) -> None:
     values = {**recipe_values, "method": {"name": method, "lora_dropout": 0.1, **OPTIONS.get(method, {"r": 2})}}
     whole = sequence(values, output=tmp_path / "whole")
-    expected = train(whole, progress=False)
+    expected = train_and_score(whole, progress=False)
 
     recipe = sequence(values)
     trained = called(monkeypatch, train_module, "_train_stage")
     with monkeypatch.context() as patch:
         callbacks = AdapterMethod.callbacks
 
-        def stopping(self: AdapterMethod, run: RunFolder) -> list[TrainerCallback]:
+        def stopping(self: AdapterMethod, run: Run) -> list[TrainerCallback]:
             return [*callbacks(self, run), *([StopAt(3)] if run.path.name == STAGES[1] else [])]
 
         patch.setattr(AdapterMethod, "callbacks", stopping)
         with pytest.raises(KeyboardInterrupt):
-            train(recipe, progress=False)
-    assert not RunFolder(recipe.output).adapter.exists()
+            train_and_score(recipe, progress=False)
+    assert not Run(recipe.output).adapter_path.exists()
     checkpoints = stage(recipe, 1).checkpoints
     assert last_checkpoint(checkpoints) == checkpoints / "checkpoint-2"
-    assert train(recipe, progress=False) == expected
+    assert train_and_score(recipe, progress=False) == expected
     assert trained == [*STAGES, STAGES[1]], "the first stage is not trained again"
 
     for number in (0, 1):
         assert equal(learnt(stage(whole, number)), learnt(stage(recipe, number)))
-    assert equal(learnt(RunFolder(whole.output)), learnt(RunFolder(recipe.output)))
+    assert equal(learnt(Run(whole.output)), learnt(Run(recipe.output)))
 
 
 def test_what_is_trained_and_scored_stays_so(recipe_values: Values, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = sequence({**recipe_values, "method": LORA})
-    scores = train(recipe, progress=False)
-    run = RunFolder(recipe.output)
-    run.scores.unlink()
+    scores = train_and_score(recipe, progress=False)
+    run = Run(recipe.output)
+    run.scores_path.unlink()
     stage(recipe, 1).scores.unlink()
     trained = called(monkeypatch, train_module, "_train_stage")
     scored = called(monkeypatch, scoring, "_score")
-    assert train(recipe, progress=False) == scores
+    assert train_and_score(recipe, progress=False) == scores
     assert (trained, scored) == ([], [STAGES[1]])
-    assert train(recipe, progress=False) == scores
+    assert train_and_score(recipe, progress=False) == scores
     assert (trained, scored) == ([], [STAGES[1]])
 
 
@@ -182,7 +181,7 @@ def test_another_split_is_scored_in_the_last_state_alone(recipe_values: Values) 
     fit(recipe, progress=False)
     scores = evaluate(recipe.output, split="validation", progress=False)
     assert "matrix" not in scores
-    assert not RunFolder(recipe.output).scores.exists()
+    assert not Run(recipe.output).scores_path.exists()
     assert not stage(recipe, 1).scores.exists()
 
 
@@ -214,7 +213,7 @@ def test_every_method_goes_on_from_the_task_before(
             return model
 
         monkeypatch.setattr(kind, "proceed", noting)
-    scores = train(recipe, progress=False)
+    scores = train_and_score(recipe, progress=False)
     assert len(scores["matrix"]) == 2
     (at_the_start,) = begun
     first, second = (logits(load_run(stage(recipe, number), recipe)[0]) for number in (0, 1))
@@ -232,7 +231,7 @@ def test_lora_goes_on_where_training_from_scratch_would_not(recipe_values: Value
     alone = sequence(values, output=tmp_path / "alone").model_dump()
     alone["data"] |= {"tasks": ["cities"], "order": None}
     fit(build_recipe(alone), progress=False)
-    from_scratch = learnt(RunFolder(tmp_path / "alone"))
+    from_scratch = learnt(Run(tmp_path / "alone"))
     assert from_scratch.keys() == learnt(stage(recipe, 1)).keys()
     assert not any(torch.equal(from_scratch[key], tensor) for key, tensor in learnt(stage(recipe, 1)).items())
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import shutil
+from pathlib import Path
+from typing import Any
 
 import pytest
 
-from badit.files import read_jsonl
+from badit.files import read_json, read_jsonl
 from training.launches import (
     Launches,
     adapter,
@@ -37,3 +39,13 @@ def test_two_processes_end_as_one_does(launches: Launches) -> None:
         assert [line["step"] for line in read_jsonl(run.metrics)] == list(range(1, 13))
         assert all(tensor.isfinite().all() for tensor in adapter(run).values())
     assert losses(launches.run("fsdp2-copied")) == pytest.approx(losses(launches.run("ddp-copied")), abs=1e-5)
+
+
+def test_a_sequence_in_two_processes_leaves_one_whole_run(recipe_values: dict[str, Any], tmp_path: Path) -> None:
+    launches = Launches({**recipe_values, "data": {**recipe_values["data"], "order": "seeded-0"}}, tmp_path)
+    launches.train("sequence", 2)
+    run = launches.run("sequence")
+    assert set(read_json(run.scores)["tasks"]) == {"cities", "rivers"}
+    assert adapter(run)
+    assert not list(run.path.rglob("*.partial"))
+    assert read_json(run.environment)["training"]["steps"] == 2 * 12

@@ -13,7 +13,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from badit.errors import BaditError
 from badit.files import read_jsonl
 from badit.recipe import build_recipe
-from badit.runs import RunFolder
+from badit.run import Run
 from badit.train import fit
 
 # badit.train is the function of that name.
@@ -42,10 +42,10 @@ def reporting(recipe_values: dict[str, Any]) -> dict[str, Any]:
 def test_tensorboard_has_the_losses_and_the_regroupings(reporting: dict[str, Any]) -> None:
     run = fit(build_recipe(reporting), progress=False)
     events = run.path / "tensorboard"
-    lines = list(read_jsonl(run.metrics))
+    lines = list(read_jsonl(run.metrics_path))
     assert scalars(events, "train/loss") == pytest.approx({line["step"]: line["loss"] for line in lines})
     assert not any(key.startswith("regroup/") for line in lines for key in line)
-    regroupings = list(read_jsonl(run.regroupings))
+    regroupings = list(read_jsonl(run.regroupings_path))
     steps = {line["step"] for line in regroupings}
     assert steps == {3, 6, 9}
     for field in REGROUPED:
@@ -79,7 +79,7 @@ def test_trackio_has_them_in_its_database(
     run = fit(build_recipe(reporting), progress=False)
     logged = SQLiteStorage.get_logs("badit", run.path.name)
     losses = {entry["train/global_step"]: entry["train/loss"] for entry in logged if "train/loss" in entry}
-    assert losses == pytest.approx({line["step"]: line["loss"] for line in read_jsonl(run.metrics)})
+    assert losses == pytest.approx({line["step"]: line["loss"] for line in read_jsonl(run.metrics_path)})
     moved = {entry["train/global_step"] for entry in logged if "train/regroup/components_moved" in entry}
     assert moved == {3, 6, 9}
 
@@ -90,7 +90,7 @@ def test_a_tracker_that_is_not_installed_is_one_line(
     monkeypatch.setattr(train_module, "get_available_reporting_integrations", list)
     with pytest.raises(BaditError, match=r"report_to: tensorboard is not installed; install it, or leave it out"):
         fit(build_recipe(reporting), progress=False)
-    assert not RunFolder(reporting["output"]).path.exists()
+    assert not Run(reporting["output"]).path.exists()
 
 
 def test_an_unknown_tracker_is_refused_with_the_nearest_name(recipe_values: dict[str, Any]) -> None:

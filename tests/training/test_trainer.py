@@ -132,3 +132,21 @@ def test_grouping_by_length_saves_padding() -> None:
         return sum(8 * max(lengths[i] for i in order[start : start + 8]) for start in range(0, len(order), 8))
 
     assert padded(8) - sum(lengths) < 0.2 * (padded(None) - sum(lengths))
+
+
+def test_of_several_gpus_one_process_uses_one_and_says_so_once(
+    tiny_model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    models = [adapted(tiny_model("llama")) for _ in range(2)]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for model in models:
+        trainer = make_trainer(model, tmp_path, [], use_cpu=False, max_steps=1, save_strategy="no")
+        assert trainer.args.train_batch_size == 4
+        trainer.train()
+    assert (
+        capsys.readouterr().err.count(
+            "badit: training on one of 2 GPUs; to use all of them: "
+            "accelerate launch --multi_gpu --num_processes 2 -m badit train RECIPE"
+        )
+        == 1
+    )

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from badit.errors import BaditError
+from badit.evaluate import load_run, validation_loss
 from badit.files import read_json
 from badit.recipe import Recipe, build_recipe
-from badit.runs import RunFolder
+from badit.run import Run
 from badit.train import encoded, fit, make_plan
-from badit.training.scoring import load_run, validation_loss
 from badit.tuner import hooks_of
 
 # badit.train is the function of that name.
@@ -41,7 +41,7 @@ def losses_of(model: Any, example: dict[str, Any], *, prompt_length: int | None)
 
 def naive_loss(recipe: Recipe, *, with_prompt_mask: bool, whole: bool = False) -> dict[str, float]:
     """By task: all its answer tokens' losses, averaged."""
-    model, tokenizer = load_run(RunFolder(recipe.output))
+    model, tokenizer = load_run(Run(recipe.output))
     by_task = {}
     for task in make_plan(recipe).tasks:
         losses = []
@@ -83,10 +83,10 @@ def test_it_is_kept(recipe_values: Values, monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_without_held_out_instances_or_a_model_there_is_none(recipe_values: Values) -> None:
     recipe = build_recipe(recipe_values)
-    RunFolder.prepare(recipe)
+    Run.prepare(recipe)
     with pytest.raises(BaditError, match=r"has no validation instances; set data\.validation_per_task"):
         validation_loss(recipe.output)
     held_out = build_recipe(recipe_values, ["data.validation_per_task=2", f"output={recipe.output}-2"])
-    RunFolder.prepare(held_out)
+    Run.prepare(held_out)
     with pytest.raises(BaditError, match="no adapter yet"):
         validation_loss(held_out.output)

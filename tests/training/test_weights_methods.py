@@ -17,13 +17,12 @@ from badit.baselines.neurons import neuron_scores, top_neurons, union
 from badit.checkpoint import last_checkpoint
 from badit.data import AnswerCollator
 from badit.errors import BaditError
+from badit.evaluate import load_run, train_and_score
 from badit.files import read_json
 from badit.methods import WEIGHTS, Method, WeightsMethod
 from badit.recipe import Recipe, build_recipe
-from badit.runs import RunFolder
+from badit.run import Run
 from badit.train import base_model, encoded, fit, make_plan, pad_id
-from badit.training.scoring import load_run
-from badit.training.scoring import train_and_score as train
 from training.trainers import StopAt
 
 Values = dict[str, Any]
@@ -39,7 +38,7 @@ def recipe_with(values: Values, method: Values, *overrides: str, output: Path | 
 
 
 def saved(recipe: Recipe) -> Tensors:
-    return load_file(RunFolder(recipe.output).adapter / WEIGHTS)
+    return load_file(Run(recipe.output).adapter_path / WEIGHTS)
 
 
 def base_weights(recipe: Recipe) -> Tensors:
@@ -47,7 +46,7 @@ def base_weights(recipe: Recipe) -> Tensors:
 
 
 def trained_count(recipe: Recipe) -> int:
-    return read_json(RunFolder(recipe.output).environment)["training"]["trainable_parameters"]
+    return read_json(Run(recipe.output).environment_path)["training"]["trainable_parameters"]
 
 
 def logits(model: Any) -> torch.Tensor:
@@ -66,16 +65,16 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 def test_full_fine_tuning_changes_every_weight_and_loads_them_back(recipe_values: Values, trained: list[Any]) -> None:
     recipe = recipe_with(recipe_values, FULL)
-    scores = train(recipe, progress=False)
+    scores = train_and_score(recipe, progress=False)
     assert set(scores["tasks"]) == {"cities", "rivers"}
-    run = RunFolder(recipe.output)
+    run = Run(recipe.output)
     base, weights = base_weights(recipe), saved(recipe)
     assert weights.keys() == base.keys()
     assert not any(torch.equal(weights[name], base[name]) for name in base)
     assert trained_count(recipe) == sum(tensor.numel() for tensor in base.values())
-    assert [file.name for file in run.adapter.iterdir()] == [WEIGHTS]
-    assert not run.checkpoints.exists()
-    with safe_open(run.adapter / WEIGHTS, framework="pt") as file:
+    assert [file.name for file in run.adapter_path.iterdir()] == [WEIGHTS]
+    assert not run.checkpoints_path.exists()
+    with safe_open(run.adapter_path / WEIGHTS, framework="pt") as file:
         assert file.metadata() == {"base_model": recipe.model.name, "method": "full"}
     assert torch.equal(logits(load_run(run)[0]), logits(trained[0]))
 
@@ -86,7 +85,7 @@ def test_a_bfloat16_recipe_trains_and_keeps_float32_and_uses_bfloat16(recipe_val
     weights = saved(recipe)
     assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
     assert any(not torch.equal(tensor, tensor.bfloat16().float()) for tensor in weights.values())
-    model, _ = load_run(RunFolder(recipe.output))
+    model, _ = load_run(Run(recipe.output))
     for name, parameter in model.named_parameters():
         assert parameter.dtype == torch.bfloat16
         assert torch.equal(parameter, weights[name].bfloat16())
@@ -118,7 +117,7 @@ def test_task_neurons_change_the_tasks_neurons_alone(recipe_values: Values, trai
     neurons = sum(int(mask_F.sum()) for mask_F in masks.values())
     assert SHARE * 96 <= neurons < 96
     assert trained_count(recipe) == neurons * per_neuron
-    assert torch.equal(logits(load_run(RunFolder(recipe.output))[0]), logits(trained[0]))
+    assert torch.equal(logits(load_run(Run(recipe.output))[0]), logits(trained[0]))
 
 
 def test_task_neurons_refuse_weight_decay(recipe_values: Values) -> None:
@@ -138,7 +137,7 @@ def test_an_interrupted_run_ends_as_one_that_was_not(
         patch.setattr(Method, "callbacks", lambda self, run: [StopAt(6)])
         with pytest.raises(KeyboardInterrupt):
             fit(recipe, progress=False)
-    assert last_checkpoint(RunFolder(recipe.output).checkpoints) is not None
+    assert last_checkpoint(Run(recipe.output).checkpoints_path) is not None
     begun = []
 
     class Noting(TrainerCallback):
@@ -188,10 +187,10 @@ def test_damaged_weights_are_named_on_one_line(
     recipe_values: Values, damage: Callable[[Path], None], message: str
 ) -> None:
     recipe = recipe_with(recipe_values, FULL)
-    run = RunFolder.prepare(recipe)
-    WeightsMethod("full").save(base_model(recipe)[0], run.adapter, recipe.model.name)
+    run = Run.prepare(recipe)
+    WeightsMethod("full").save(base_model(recipe)[0], run.adapter_path, recipe.model.name)
     load_run(run)
-    damage(run.adapter / WEIGHTS)
+    damage(run.adapter_path / WEIGHTS)
     with pytest.raises(BaditError, match=message) as caught:
         load_run(run)
     assert "\n" not in str(caught.value)
@@ -229,7 +228,7 @@ def test_surgery_trains_otherwise_than_the_plain_sum(recipe_values: Values, tmp_
     for name in ("lora", "pcgrad", "cagrad"):
         recipe = recipe_with(recipe_values, {"name": name, "r": 4}, output=tmp_path / name)
         fit(recipe, progress=False)
-        adapters[name] = load_file(RunFolder(recipe.output).adapter / "adapter_model.safetensors")
+        adapters[name] = load_file(Run(recipe.output).adapter_path / "adapter_model.safetensors")
     for one, other in (("lora", "pcgrad"), ("lora", "cagrad"), ("pcgrad", "cagrad")):
         assert adapters[one].keys() == adapters[other].keys()
         assert not all(torch.equal(tensor, adapters[other][name]) for name, tensor in adapters[one].items())

@@ -39,7 +39,8 @@ def make_trainer(
     group_by_length: bool = True,
     **options: Any,
 ) -> AnswerTrainer:
-    arguments = {"num_train_epochs": 2, "per_device_train_batch_size": 4, "learning_rate": 0.01, "save_steps": 5}
+    arguments = {"num_train_epochs": 2, "per_device_train_batch_size": 4, "learning_rate": 0.01}
+    arguments |= {"save_steps": 5, "use_cpu": True}
     return AnswerTrainer(
         model=model,
         args=TrainingArguments(
@@ -47,7 +48,6 @@ def make_trainer(
             remove_unused_columns=False,
             report_to=[],
             disable_tqdm=True,
-            use_cpu=True,
             dataloader_pin_memory=False,
             **{**arguments, **options},
         ),

@@ -13,12 +13,11 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 
 from badit.errors import BaditError
+from badit.evaluate import evaluate, train_and_score
 from badit.files import read_jsonl
 from badit.models import Quantisation, load_base_model
 from badit.recipe import build_recipe
 from badit.train import make_plan
-from badit.training.scoring import evaluate
-from badit.training.scoring import train_and_score as train
 from badit.tuner import BaditConfig, BaditLinear
 from badit.tuner.quantised import is_quantised, refuse_unsuitable_layer, weight_as_used
 from data.examples import CHATML, make_tokenizer
@@ -153,7 +152,7 @@ def test_a_base_that_has_been_reordered_is_refused(load: Load) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_recipe_with_a_quantised_model_runs_to_its_scores(recipe_values: dict[str, Any], kind: str) -> None:
     recipe = build_recipe(recipe_values, [f"model.quantisation={kind}"])
-    scores = train(recipe, progress=False)
+    scores = train_and_score(recipe, progress=False)
     losses = [line["loss"] for line in read_jsonl(Path(recipe.output) / "metrics.jsonl")]
     assert losses[-1] < losses[0]
     assert evaluate(recipe.output, progress=False) == scores

@@ -22,14 +22,15 @@ from badit.analysis.interference import coactivation, measure_interference
 from badit.analysis.learning import component_flow, expert_angles, task_gap, transfer
 from badit.analysis.tables import TABLES, load_frames, save_frame
 from badit.data import AnswerCollator, Instance, Task, batches_by_task, load_tasks
+from badit.environment import environment, peak_memory
 from badit.errors import BaditError
+from badit.evaluate import load_run
 from badit.files import read_json, write_json
 from badit.methods import build_method
 from badit.recipe import Recipe, build_recipe, expand_source
 from badit.results import RESULTS
-from badit.runs import RunFolder, environment, peak_memory
+from badit.run import Run
 from badit.train import encoded, make_plan, pad_id
-from badit.training.scoring import load_run
 
 _PARTS = ("interference", "experts", "learning")
 _BATCH_SIZE = 4
@@ -69,12 +70,8 @@ def analyze(
         save_frame(task_gap(folder), Path(output or folder) / "analysis")
         return Path(output or folder)
     is_run = (folder / "config.yaml").is_file()
-    recipe = (
-        RunFolder(folder).recipe(trust_remote_code=trust_remote_code)
-        if is_run
-        else _recipe_of_base(str(target), data, output)
-    )
-    run = RunFolder(folder if is_run else recipe.output)
+    recipe = Run(folder).trusted_recipe(trust_remote_code) if is_run else _recipe_of_base(str(target), data, output)
+    run = Run(folder if is_run else recipe.output)
     trained = build_method(recipe.method).trains
     if data is None and trained:
         tasks = make_plan(recipe).tasks
@@ -89,7 +86,7 @@ def analyze(
 
 
 def _measure(
-    run: RunFolder,
+    run: Run,
     recipe: Recipe,
     chosen: Sequence[tuple[Task, Sequence[Instance]]],
     output: Path,
@@ -102,9 +99,9 @@ def _measure(
     model.eval()
     if not build_method(recipe.method).trains:
         # A report then finds a base model's configuration as it does any run's.
-        RunFolder.prepare(recipe)
-        if not run.environment.is_file():
-            write_json(run.environment, environment())
+        Run.prepare(recipe)
+        if not run.environment_path.is_file():
+            write_json(run.environment_path, environment())
     examples = [encoded(tokenizer, recipe, task, instance) for task, instances in chosen for instance in instances]
     batches = batches_by_task(examples, AnswerCollator(pad_id(tokenizer), with_tasks=True), _BATCH_SIZE)
 
@@ -122,7 +119,7 @@ def _measure(
         return [angles, component_flow(run), *atlas, *_with_experts(folder, gates)]
 
     def learning() -> list[pd.DataFrame]:
-        return [transfer(run)] if recipe.data.order is not None and run.scores.is_file() else []
+        return [transfer(run)] if recipe.data.order is not None and run.scores_path.is_file() else []
 
     for part, measure in zip(_PARTS, (interference, experts, learning), strict=True):
         if part in record["parts"]:

@@ -343,7 +343,7 @@ def gradient_frames(tasks: Sequence[str], gradients: TaskGradients, about: str) 
 
     # All modules together: inner products of whole gradients are sums over the places.
     kinds = pd.DataFrame({"parameters": places["parameters"].unique()})
-    of_kind = [gram_PRR[(places["parameters"] == kind).to_numpy()].sum(dim=0) for kind in kinds["parameters"]]
+    of_kind = [gram_PRR[(places["parameters"] == kind).tolist()].sum(dim=0) for kind in kinds["parameters"]]
     found = agreement(torch.stack(of_kind), gradients.counts_T2)
     overall = kinds.merge(pairs, how="cross")
     for name in ("cosine", "corrected_cosine", "magnitude_similarity"):

@@ -38,7 +38,7 @@ from badit.files import read_json, read_jsonl
 from badit.method import ExpertAngles, cosine_gram
 from badit.method import expert_angles as angles_of
 from badit.results import SINGLE_TASK, load_results, paired, read_scores
-from badit.runs import RunFolder
+from badit.run import Run
 from badit.trainer import answer_losses
 
 EXPERT_ANGLES = Table(
@@ -131,7 +131,7 @@ def _lines(path: Path, kind: type[_Line]) -> Iterator[_Line]:
 
 
 def expert_angles(
-    run: RunFolder, model: Any = None, batches: Batches | None = None, *, progress: bool = False
+    run: Run, model: Any = None, batches: Batches | None = None, *, progress: bool = False
 ) -> pd.DataFrame:
     """The angles that the run has logged and, given its model and held-out batches, those of the finished adapter.
 
@@ -141,12 +141,12 @@ def expert_angles(
         BaditError: a damaged log.
     """
     rows: list[tuple] = []
-    for line in _lines(run.regroupings, _Regrouping):
+    for line in _lines(run.regroupings_path, _Regrouping):
         rows.append((line.step, *line.place, "before", *line.angles("previous_")))
         rows.append((line.step, *line.place, "after", *line.angles()))
-    rows += [(line.step, *line.place, "training", *line.angles()) for line in _lines(run.angles, _Logged)]
+    rows += [(line.step, *line.place, "training", *line.angles()) for line in _lines(run.angles_path, _Logged)]
     if model is not None and batches is not None:
-        environment = read_json(run.environment) if run.environment.is_file() else {}
+        environment = read_json(run.environment_path) if run.environment_path.is_file() else {}
         steps = (environment.get("training") or {}).get("steps")
         step = steps if isinstance(steps, int) else None
         found = held_out_angles(model, batches, progress=progress)
@@ -159,14 +159,14 @@ def expert_angles(
     )
 
 
-def component_flow(run: RunFolder) -> pd.DataFrame:
+def component_flow(run: Run) -> pd.DataFrame:
     """How many components every regrouping has moved from one expert to another, and how many have stayed.
 
     Raises:
         BaditError: a damaged log.
     """
     rows: list[tuple] = []
-    for line in _lines(run.regroupings, _Regrouping):
+    for line in _lines(run.regroupings_path, _Regrouping):
         moves = Counter(zip(line.previous_labels, line.labels, strict=True))
         rows += [(line.step, *line.place, *move, count) for move, count in sorted(moves.items())]
     about = "Where each regrouping took the experts' components from and to; those that stayed are counted too."
@@ -210,18 +210,18 @@ def held_out_angles(
 # --- tasks ---
 
 
-def transfer(run: RunFolder) -> pd.DataFrame:
+def transfer(run: Run) -> pd.DataFrame:
     """The score matrix of a sequential run.
 
     Raises:
         BaditError: the run is no sequence of tasks, or it has not been scored.
     """
-    scores = read_scores(run.scores)
+    scores = read_scores(run.scores_path)
     order, matrix = scores.get("order") or [], scores.get("matrix") or []
     if {len(matrix), *map(len, matrix)} != {len(order)} or not order:
         raise BaditError(
-            f"{run.scores}: matrix: must have a row and a column for every task of order; only a run that learns its "
-            "tasks in an order has one"
+            f"{run.scores_path}: matrix: must have a row and a column for every task of order; only a run that learns "
+            "its tasks in an order has one"
         )
     rows = [
         (stage, trained, task, score)

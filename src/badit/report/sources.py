@@ -23,12 +23,12 @@ import pandas as pd
 from badit.analysis.learning import component_flow, expert_angles, task_gap, transfer
 from badit.analysis.tables import load_frames
 from badit.errors import BaditError
-from badit.evaluation.evaluate import read_predictions
+from badit.evaluate import read_predictions
 from badit.files import read_json, read_jsonl
 from badit.metrics import Prediction, group_by_task, instance_scores
 from badit.recipe import read_values
 from badit.results import RESULTS, Results, load_results, read_scores, scores_frame, summarise
-from badit.runs import RunFolder
+from badit.run import Run
 from badit.statistics import paired_bootstrap
 
 # The tables in whose matrices similar tasks stand together, with the table and the column that say how similar.
@@ -78,7 +78,7 @@ class Source:
     @cached_property
     def members(self) -> list[tuple[str, Source]]:
         """The run itself, or a comparison's scored runs whose folders are still there, each with its method's name."""
-        from badit.comparison.grid import Cell
+        from badit.compare import Cell
 
         if self.results is None:
             return [(self.label, self)]
@@ -96,7 +96,7 @@ class Source:
     @cached_property
     def predictions(self) -> Mapping[str, list[Prediction]]:
         """Every task's answers; empty where none are kept."""
-        folder = RunFolder(self.folder).predictions
+        folder = Run(self.folder).predictions_path
         return group_by_task(read_predictions(folder)) if any(folder.glob("[!.]*.jsonl")) else {}
 
 
@@ -159,16 +159,16 @@ def _labels(folders: Sequence[Path]) -> list[str]:
 
 
 def _read(folder: Path, label: str) -> Source:
-    source, run = Source(label, folder), RunFolder(folder)
-    frames = load_frames(run.analysis)
+    source, run = Source(label, folder), Run(folder)
+    frames = load_frames(run.analysis_path)
     source.analysed = bool(frames)
     for name, frame in frames.items():
         source.add(name, frame, f"analysis/{name}.json")
-    if run.config.is_file():
+    if run.config_path.is_file():
         # As plain values: a recipe of another version may have other keys, and is still worth showing.
-        source.config = read_values(run.config)
-    if run.environment.is_file():
-        source.environment = read_json(run.environment)
+        source.config = read_values(run.config_path)
+    if run.environment_path.is_file():
+        source.environment = read_json(run.environment_path)
     if (folder / RESULTS).is_file():
         _add_results(source)
     else:
@@ -201,25 +201,25 @@ def _add_results(source: Source) -> None:
         source.add("task_gap", task_gap(source.folder), RESULTS)
 
 
-def _add_logs(source: Source, run: RunFolder) -> None:
+def _add_logs(source: Source, run: Run) -> None:
     """A run's scores, and the tables of an analysis that only sum up what the run has written itself."""
-    if run.scores.is_file():
-        scores = read_scores(run.scores)
+    if run.scores_path.is_file():
+        scores = read_scores(run.scores_path)
         source.scores = scores_frame(scores)
         if "matrix" in scores and "transfer" not in source.frames:
-            source.add("transfer", transfer(run), run.scores.name)
+            source.add("transfer", transfer(run), run.scores_path.name)
     # The log of a run that was kept for its results may have means over modules alone.
-    regrouped = any("labels" in line for line in list(read_jsonl(run.regroupings))[:1])
+    regrouped = any("labels" in line for line in list(read_jsonl(run.regroupings_path))[:1])
     if regrouped and "component_flow" not in source.frames:
-        source.add("component_flow", component_flow(run), run.regroupings.name)
-    if (regrouped or run.angles.is_file()) and "expert_angles" not in source.frames:
-        source.add("expert_angles", expert_angles(run), (run.regroupings if regrouped else run.angles).name)
+        source.add("component_flow", component_flow(run), run.regroupings_path.name)
+    if (regrouped or run.angles_path.is_file()) and "expert_angles" not in source.frames:
+        source.add("expert_angles", expert_angles(run), (run.regroupings_path if regrouped else run.angles_path).name)
 
 
 def _losses(folder: Path) -> list[dict[str, float]]:
     """Step and loss of each log line; a sequence's stages follow one another."""
     found: list[dict[str, float]] = []
-    for file in [RunFolder(folder).metrics, *sorted(folder.glob("stages/*/metrics.jsonl"))]:
+    for file in [Run(folder).metrics_path, *sorted(folder.glob("stages/*/metrics.jsonl"))]:
         start = found[-1]["step"] if found else 0
         lines = [line for line in read_jsonl(file) if _is_number(line.get("step")) and _is_number(line.get("loss"))]
         found += [{"step": start + line["step"], "loss": line["loss"]} for line in lines]
@@ -281,11 +281,11 @@ def by_similarity(pairs: pd.DataFrame, column: str) -> list[str]:
     tasks = sorted({*pairs["task_a"], *pairs["task_b"]})
     if len(tasks) < 3:
         return tasks
-    # The first of several kinds counts.
-    similarity = pairs.drop_duplicates(_PAIR).pivot(index=_PAIR[0], columns=_PAIR[1], values=column)
-    similarity = similarity.reindex(index=tasks, columns=tasks)
-    mean = pairs[column].mean()
-    similarity_TT = similarity.combine_first(similarity.T).fillna(0.0 if np.isnan(mean) else mean).to_numpy()
+    # The first of several kinds counts. A damaged file may hold what no similarity can be.
+    pairs = pairs.drop_duplicates(_PAIR).assign(similarity=pairs[column].clip(-1, 1))
+    similarity = pairs.pivot(index=_PAIR[0], columns=_PAIR[1], values="similarity").reindex(index=tasks, columns=tasks)
+    mean = np.nan_to_num(pairs["similarity"].mean())
+    similarity_TT = similarity.combine_first(similarity.T).fillna(mean).to_numpy()
     distance_TT = similarity_TT.max() - similarity_TT
     np.fill_diagonal(distance_TT, 0.0)
     tree = linkage(squareform(distance_TT, checks=False), method="average", optimal_ordering=True)

@@ -37,11 +37,11 @@ from badit.analysis.gates import (
 from badit.analysis.tables import load_frame, save_frame
 from badit.data import AnswerCollator, Instance, Task, batches_by_task, encode_prompt
 from badit.errors import BaditError, nearest
+from badit.evaluate import load_run
 from badit.generation import stream_answer
 from badit.methods import build_method
-from badit.runs import RunFolder
+from badit.run import Run
 from badit.train import encoded, make_plan, pad_id
-from badit.training.scoring import load_run
 
 MAX_CHARACTERS = 20_000
 MAX_NEW_TOKENS = 512
@@ -82,8 +82,8 @@ class Session:
         Raises:
             BaditError: no such run, one without an adapter, or a damaged one.
         """
-        self.run = RunFolder.existing(path)
-        self.recipe = self.run.recipe(trust_remote_code=trust_remote_code)
+        self.run = Run.existing(path)
+        self.recipe = self.run.trusted_recipe(trust_remote_code)
         self.method = build_method(self.recipe.method)
         if getattr(self.method, "config", None) is None:
             raise BaditError(
@@ -132,13 +132,13 @@ class Session:
             time.sleep(_PAUSE)
         frame = gates_frame(gates)
         with suppress(BaditError, OSError):  # a run that cannot be written to is measured at every start
-            save_frame(frame, self.run.studio)
+            save_frame(frame, self.run.studio_path)
         self.task_gates = self._by_task(frame)
 
     def _saved_task_gates(self) -> pd.DataFrame | None:
         """The tables of the run's analysis or of :meth:`measure`; None where neither is of the present adapter."""
-        since = (self.run.adapter / SAFETENSORS_WEIGHTS_NAME).stat().st_mtime
-        for path in (folder / f"{GATES.name}.json" for folder in (self.run.analysis, self.run.studio)):
+        since = (self.run.adapter_path / SAFETENSORS_WEIGHTS_NAME).stat().st_mtime
+        for path in (folder / f"{GATES.name}.json" for folder in (self.run.analysis_path, self.run.studio_path)):
             with suppress(BaditError, KeyError, ValueError):  # damaged, or of other modules: they are measured again
                 if path.is_file() and path.stat().st_mtime >= since:
                     return self._by_task(load_frame(path))
@@ -177,7 +177,7 @@ class Session:
 
     def _abilities(self) -> list[str]:
         """What the run's analysis says of every expert; empty where there is none."""
-        path = self.run.analysis / f"{ABILITIES.name}.json"
+        path = self.run.analysis_path / f"{ABILITIES.name}.json"
         if not path.is_file():
             return []
         said = load_frame(path).set_index("expert")["summary"]

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from badit.errors import BaditError, explained
 from badit.files import write_json, write_text
-from badit.runs import RunFolder
+from badit.run import Run
 
 ERROR, LOG = "error.txt", "log.txt"
 
@@ -29,7 +29,7 @@ class CellProcess:
         if device is not None:
             visible = environment.get("CUDA_VISIBLE_DEVICES")
             environment["CUDA_VISIBLE_DEVICES"] = visible.split(",")[device] if visible else str(device)
-        command = [sys.executable, "-m", "badit.comparison.worker", str(folder), "score" if score else "search"]
+        command = [sys.executable, "-m", "badit.worker", str(folder), "score" if score else "search"]
         self._folder = folder
         self._asked_to_stop = False
         with (folder / LOG).open("a", encoding="utf-8") as log:
@@ -81,7 +81,7 @@ class CellProcess:
 
 
 def main() -> int:
-    """``python -m badit.comparison.worker FOLDER score|search``; a line of standard input is the cell's recipe, and
+    """``python -m badit.worker FOLDER score|search``; a line of standard input is the cell's recipe, and
     the end of standard input is that of the comparison.
     """
     config = sys.stdin.readline()
@@ -113,19 +113,18 @@ def run_cell(folder: Path, config: str, *, score: bool) -> int:
 
 
 def _run(folder: Path, config: str, *, score: bool) -> None:
-    from badit.evaluation.evaluate import group_by_task, read_predictions
-    from badit.metrics import instance_scores
+    from badit.evaluate import read_predictions, train_and_score, validation_loss
+    from badit.metrics import group_by_task, instance_scores
     from badit.recipe import build_recipe
     from badit.train import fit
-    from badit.training.scoring import train_and_score, validation_loss
 
     recipe = build_recipe(json.loads(config))
     if not score:
         validation_loss(fit(recipe, progress=False).path, trust_remote_code=recipe.model.trust_remote_code)
         return
     train_and_score(recipe, progress=False)
-    run = RunFolder(folder)
-    write_json(run.instances, instance_scores(group_by_task(read_predictions(run.predictions))))
+    run = Run(folder)
+    write_json(run.instances_path, instance_scores(group_by_task(read_predictions(run.predictions_path))))
 
 
 if __name__ == "__main__":

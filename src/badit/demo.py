@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from badit.cli.quiet import quiet_loading
-from badit.cli.tables import score_table, table
-
-if TYPE_CHECKING:
-    from badit.evaluation.results import Scores
+from badit.data import own_input
+from badit.files import read_jsonl
+from badit.render import score_table, text_table
+from badit.run import Run, train
 
 # LoRA gets the rank whose parameters equal those of BADIT's 8 experts of rank 4 and their routers, to 1 %.
 METHODS: dict[str, dict[str, Any]] = {
@@ -22,35 +20,18 @@ METHODS: dict[str, dict[str, Any]] = {
 SAMPLES = 3
 
 
-def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--output", default="runs/demo", help="where the three runs go (default: runs/demo)")
-    parser.add_argument("--epochs", type=float, default=1.0, help="passes over the training data (default: 1)")
-    parser.add_argument("--seed", type=int, default=0, help="of the adapters, the batches and dropout (default: 0)")
-    parser.epilog = "Run it again to go on after an interruption; remove the output folder to start over."
-
-
-def execute(options: argparse.Namespace) -> None:
-    from badit.api import train
-    from badit.cli.report import write_if_possible
-    from badit.runs import RunFolder
-
-    quiet_loading()
-    runs: dict[str, RunFolder] = {}
-    scores: dict[str, Scores] = {}
+def run_demo(output: Path, epochs: float, seed: int) -> None:
+    """Trains and scores the three runs, or those that are left, and prints what came of them."""
+    runs: dict[str, Run] = {}
     for name, method in METHODS.items():
         print(f"── {name} ──", flush=True)
-        run = train(demo_recipe(method, f"{options.output}/{name.lower()}", options.epochs, options.seed))
-        scores[name] = run.scores
-        runs[name] = RunFolder(run)
+        runs[name] = train(demo_recipe(method, str(output / name.lower()), epochs, seed))
     print("\nScores on unseen instances of the 16 built-in tasks (EM: exact match)\n")
-    print(score_table(scores))
+    print(score_table({name: run.scores for name, run in runs.items()}))
     print("\n" + _budget(runs))
-    print("\n" + _angles(runs["BADIT"].regroupings))
-    print("\n" + _samples({name: run.predictions for name, run in runs.items()}))
-    print(f"\nRuns: {options.output}")
-    # LoRA first, which is what the page takes differences to.
-    pages = sorted(runs.values(), key=lambda run: run is not runs["LoRA"])
-    print(write_if_possible([run.path for run in pages], Path(options.output) / "report.html"))
+    print("\n" + _angles(runs["BADIT"].regroupings_path))
+    print("\n" + _samples({name: run.predictions_path for name, run in runs.items()}))
+    print(f"\nRuns: {output}")
 
 
 def demo_recipe(method: Mapping[str, Any], output: str, epochs: float, seed: int) -> dict[str, Any]:
@@ -72,20 +53,16 @@ def demo_recipe(method: Mapping[str, Any], output: str, epochs: float, seed: int
 
 
 def _budget(runs: Mapping[str, Any]) -> str:
-    from badit.files import read_json
-
     rows = []
     for name, run in runs.items():
-        if summary := read_json(run.environment).get("training"):
+        if summary := run.environment.get("training"):
             numbers = f"{summary['trainable_parameters']:,}", str(summary["steps"]), f"{summary['seconds']:.0f} s"
             rows.append([name, *numbers])
-    return table(["method", "trainable parameters", "steps", "training"], rows, right={1, 2, 3})
+    return text_table(["method", "trainable parameters", "steps", "training"], rows, right={1, 2, 3})
 
 
 def _angles(log: Path) -> str:
     """The first grouping against the last, each on gradients of steps that it was not fitted to."""
-    from badit.files import read_jsonl
-
     lines = [line for line in read_jsonl(log) if line.get("intra_degrees") is not None]
     if not lines:
         return "The run was too short to measure angles between experts."
@@ -98,7 +75,7 @@ def _angles(log: Path) -> str:
         [f"regrouped (steps after {last})", *_means(end, fields)],
     ]
     header = ["gradients of the components", "within", "between", "|cos| within", "|cos| between"]
-    return "Angles within and between experts, mean over layers\n\n" + table(header, rows, right={1, 2, 3, 4})
+    return "Angles within and between experts, mean over layers\n\n" + text_table(header, rows, right={1, 2, 3, 4})
 
 
 def _means(lines: Sequence[Mapping[str, Any]], fields: Sequence[str]) -> list[str]:
@@ -108,9 +85,6 @@ def _means(lines: Sequence[Mapping[str, Any]], fields: Sequence[str]) -> list[st
 
 def _samples(folders: Mapping[str, Path]) -> str:
     """One instance of each of a few tasks, spread over the list, with every method's answer."""
-    from badit.data import own_input
-    from badit.files import read_jsonl
-
     files = sorted(next(iter(folders.values())).glob("*.jsonl"))
     chosen = [files[i * len(files) // SAMPLES] for i in range(SAMPLES)]
     blocks = []

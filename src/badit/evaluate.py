@@ -1,26 +1,34 @@
-"""What a trained run can do: be scored on its tasks, and answer a prompt."""
+"""What is done with a recipe and its run: train and score it, score it again, measure its loss, answer prompts.
+
+A run's scores are in ``scores.json`` and the answers that they are of in ``predictions/``, a file for each task.
+"""
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
+from pydantic import TypeAdapter
 
 from badit.card import write_run_card
-from badit.data import AnswerCollator, Task, encode_prompt, on_device
-from badit.errors import BaditError, explained
-from badit.evaluation.evaluate import Prediction, evaluate_tasks, write_predictions
-from badit.evaluation.results import read_scores
-from badit.files import copy_folder, read_json, write_json
+from badit.data import AnswerCollator, Instance, Task, encode_prompt, on_device
+from badit.data.tasks import file_safe
+from badit.environment import is_main_process
+from badit.errors import BaditError, explained, nearest
+from badit.files import copy_folder, parse_json, read_json, read_text, write_json, write_text
 from badit.generation import generate_answers
 from badit.methods import build_method
+from badit.metrics import Prediction, group_by_task, instance_scores, mean_scores
 from badit.recipe import Recipe
-from badit.runs import RunFolder, is_main_process
+from badit.results import read_scores
+from badit.run import Run
 from badit.statistics import FORMS, continual_scores
 from badit.train import Plan, Split, base_model, encoded, fit, make_plan, pad_id
 from badit.trainer import answer_losses
@@ -29,31 +37,33 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+_PREDICTION = TypeAdapter(Prediction)
+
 
 def train_and_score(recipe: Recipe, *, progress: bool = True) -> dict[str, Any]:
     """Runs a recipe to its end, or to its end from where it stopped, and returns its scores.
 
-    Under accelerate or torchrun all processes train; the first goes on alone to score, and the others return {}.
+    Under accelerate or torchrun all processes train; then the first scores alone, and the others return {}.
 
     Raises:
         BaditError: bad input, or an output folder that holds another recipe's run.
     """
-    with explained(Path(recipe.output)):
+    with explained(recipe.output):
         run = fit(recipe, progress=progress)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
         if not is_main_process():
             return {}
-        if run.scores.is_file():
+        if run.scores_path.is_file():
             write_run_card(run)  # an earlier process may have ended between the two
-            return read_scores(run.scores)
+            return read_scores(run.scores_path)
         return evaluate(run.path, progress=progress, trust_remote_code=recipe.model.trust_remote_code)
 
 
 def evaluate(
     path: str | Path, *, split: Split | None = None, progress: bool = True, trust_remote_code: bool = False
 ) -> dict[str, Any]:
-    """Scores a run on its tasks and keeps the scores and predictions in its folder.
+    """Scores a run on its tasks and writes the scores and predictions in its folder.
 
     The recipe's own split goes to ``scores.json`` and ``predictions/``, another one to ``scores-SPLIT.json`` and
     ``predictions-SPLIT/``. A sequence of tasks is scored on its own split after each of them, and its scores have the
@@ -62,10 +72,12 @@ def evaluate(
     A run whose base model brings Python code is refused without ``trust_remote_code``.
 
     Raises:
-        BaditError: no such run, no adapter yet or a damaged one, or a split without instances.
+        BaditError: no such run or split, no adapter yet or a damaged one, or a split without instances.
     """
-    run = RunFolder.existing(path)
-    recipe = run.recipe(trust_remote_code=trust_remote_code)
+    if split not in (None, *get_args(Split)):
+        raise BaditError(f"split: '{split}' is none of {', '.join(get_args(Split))}{nearest(split, get_args(Split))}")
+    run = Run.existing(path)
+    recipe = run.trusted_recipe(trust_remote_code)
     own_split = recipe.evaluation.split
     plan = make_plan(recipe, split=split or own_split)
     if split not in (None, own_split):
@@ -79,7 +91,7 @@ def evaluate(
 
 
 def _score(
-    folder: RunFolder, recipe: Recipe, tasks: list[Task], split: Split, *, progress: bool, suffix: str = ""
+    folder: Run, recipe: Recipe, tasks: list[Task], split: Split, *, progress: bool, suffix: str = ""
 ) -> dict[str, Any]:
     scores, predictions = score_model(*load_run(folder, recipe), recipe, tasks, split, progress=progress)
     write_predictions(folder.path / f"predictions{suffix}", predictions)
@@ -91,45 +103,100 @@ def score_model(
     model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     recipe: Recipe,
-    tasks: list[Task],
+    tasks: Sequence[Task],
     split: Split,
     *,
     progress: bool,
 ) -> tuple[dict[str, Any], list[Prediction]]:
-    """Scores and predictions, as :func:`evaluate_tasks` has them, with a recipe's prompts and settings."""
-    return evaluate_tasks(
+    """Answers every instance of the tasks' split, with a recipe's prompts and settings, and scores the answers.
+
+    All tasks are decoded together, so that batches hold prompts of like length.
+
+    Returns:
+        The scores as :func:`badit.metrics.mean_scores` has them, and the predictions, in the order of the tasks.
+
+    Raises:
+        BaditError: an empty prompt.
+    """
+    pairs: list[tuple[Task, Instance]] = [(task, instance) for task in tasks for instance in getattr(task, split)]
+    prompts = [encoded(tokenizer, recipe, *pair, answer=False)["input_ids"] for pair in pairs]
+    found = generate_answers(
         model,
         tokenizer,
-        tasks,
-        encode_prompt=lambda task, instance: encoded(tokenizer, recipe, task, instance, answer=False)["input_ids"],
-        split=split,
+        prompts,
         max_new_tokens=recipe.evaluation.max_new_tokens,
         batch_size=recipe.evaluation.batch_size,
         progress=progress,
+        tasks=[task.name for task, _ in pairs],
     )
+    predictions = [
+        Prediction(task.name, instance.id, answer, tuple(instance.outputs), str(tokenizer.decode(prompt)))
+        for (task, instance), prompt, answer in zip(pairs, prompts, found, strict=True)
+    ]
+    return mean_scores(instance_scores(group_by_task(predictions))), predictions
 
 
-def _score_sequence(run: RunFolder, plan: Plan, progress: bool) -> dict[str, Any]:
-    """Every stage's model on the tasks that it has learnt, and perhaps on those to come; what is scored stays so."""
+def _score_sequence(run: Run, plan: Plan, progress: bool) -> dict[str, Any]:
+    """Every stage's model on the tasks that it has learnt, and perhaps on those to come. Scored stages are kept."""
     names = [task.name for task in plan.tasks]
     by_stage = []
     for number, stage in enumerate(plan.stages, start=1):
         tasks = plan.tasks if plan.recipe.evaluation.unseen_tasks else plan.tasks[:number]
-        if not stage.folder.scores.is_file():
+        if not stage.folder.scores_path.is_file():
             _score(stage.folder, plan.recipe, tasks, plan.recipe.evaluation.split, progress=progress)
-        by_stage.append(read_scores(stage.folder.scores))
+        by_stage.append(read_scores(stage.folder.scores_path))
     matrix = [[scores["tasks"].get(name, {}).get("rouge_l") for name in names] for scores in by_stage]
     numbers = [[math.nan if score is None else score for score in row] for row in matrix]
     continual = {form: continual_scores(numbers, form=form)._asdict() for form in FORMS}
     scores = {**by_stage[-1], "order": names, "matrix": matrix, "continual": continual}
-    copy_folder(plan.stages[-1].folder.predictions, run.predictions)
-    write_json(run.scores, scores)
+    copy_folder(plan.stages[-1].folder.predictions_path, run.predictions_path)
+    write_json(run.scores_path, scores)
     return scores
+
+
+def write_predictions(folder: str | Path, predictions: Iterable[Prediction]) -> None:
+    """Writes `<task>.jsonl` for each task, one prediction per line. Other files in the folder are left alone.
+
+    Each file appears complete or not at all, also when the process is killed.
+
+    Raises:
+        BaditError: a task's name that cannot serve as a file name.
+    """
+    groups = group_by_task(predictions)
+    for task in groups:
+        try:
+            file_safe(task)
+        except ValueError as error:
+            raise BaditError(f"task {error}") from None
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for task, group in groups.items():
+        lines = (json.dumps(asdict(prediction), ensure_ascii=False) + "\n" for prediction in group)
+        write_text(folder / f"{task}.jsonl", "".join(lines))
+
+
+def read_predictions(folder: str | Path) -> list[Prediction]:
+    """All predictions in a folder that `write_predictions` wrote, by task name, then in their written order.
+
+    Raises:
+        BaditError: no such files, or a line that is not a prediction.
+    """
+    files = sorted(Path(folder).glob("[!.]*.jsonl"))
+    if not files:
+        raise BaditError(f"predictions {folder}: no .jsonl files there")
+    predictions = []
+    for file in files:
+        for number, line in enumerate(read_text(file).split("\n"), start=1):
+            if line:
+                fields = parse_json(line, file=file, first_line=number)
+                with explained(f"{file}: line {number}", fix="evaluate again"):
+                    predictions.append(_PREDICTION.validate_python(fields))
+    return predictions
 
 
 @torch.no_grad()
 def validation_loss(path: str | Path, *, trust_remote_code: bool = False) -> dict[str, Any]:
-    """The answers' negative log-likelihood a token on held-out training instances, kept in ``validation.json``.
+    """The answers' negative log-likelihood per token on held-out training instances, kept in ``validation.json``.
 
     It is what learning rates are chosen by: forward passes alone, and far less noisy than scores of generated answers.
 
@@ -139,11 +206,11 @@ def validation_loss(path: str | Path, *, trust_remote_code: bool = False) -> dic
     Raises:
         BaditError: as :func:`evaluate`.
     """
-    run = RunFolder.existing(path)
+    run = Run.existing(path)
     kept = run.path / "validation.json"
     if kept.is_file():
         return read_json(kept)
-    recipe = run.recipe(trust_remote_code=trust_remote_code)
+    recipe = run.trusted_recipe(trust_remote_code)
     plan = make_plan(recipe, split="validation")
     model, tokenizer = load_run(run, recipe)
     collate = AnswerCollator(pad_id(tokenizer), with_tasks=True)
@@ -161,9 +228,7 @@ def validation_loss(path: str | Path, *, trust_remote_code: bool = False) -> dic
     return result
 
 
-def load_run(
-    run: RunFolder, recipe: Recipe | None = None
-) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
+def load_run(run: Run, recipe: Recipe | None = None) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
     """A run's base model with what it has learnt (if its method trains), for inference.
 
     Args:
@@ -172,18 +237,18 @@ def load_run(
     Raises:
         BaditError: the run has no adapter yet, or it is damaged.
     """
-    recipe = recipe or run.recipe()
+    recipe = recipe or run.trusted_recipe()
     method = build_method(recipe.method)
     if not method.trains:
         return base_model(recipe)
-    if not run.adapter.is_dir():
-        raise BaditError(f"{run.path}: has no adapter yet; finish its training with: badit train {run.config}")
+    if not run.adapter_path.is_dir():
+        raise BaditError(f"{run.path}: has no adapter yet; finish its training with: badit train {run.config_path}")
     model, tokenizer = base_model(recipe)
-    return method.load(model, run.adapter), tokenizer
+    return method.load(model, run.adapter_path), tokenizer
 
 
 def answers(
-    run: RunFolder,
+    run: Run,
     prompts: Sequence[str],
     *,
     task: str | None = None,
@@ -202,7 +267,7 @@ def answers(
     """
     if not all(prompt.strip() for prompt in prompts):
         raise BaditError("the prompt is empty")
-    recipe = run.recipe(trust_remote_code=trust_remote_code)
+    recipe = run.trusted_recipe(trust_remote_code)
     section = recipe.prompt
     model, tokenizer = load_run(run, recipe)
     encode = partial(

@@ -1,0 +1,398 @@
+"""The command line: ``badit COMMAND …``. Commands on a run are the methods of :class:`badit.Run`, with their docs.
+
+A command returns what it prints, or an exit code. Everything heavy is imported inside the command.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import os
+import shlex
+import signal
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from cyclopts import App, CycloptsError, Parameter
+
+from badit import __version__
+from badit.errors import BaditError, explained, one_line
+from badit.run import AnyPath, Run  # noqa: F401 (AnyPath stands in the annotations of Run's methods)
+from badit.run import analyze as measure
+
+app = App(
+    name="badit",
+    help="Multi-task instruction tuning by basic-ability decomposition. --debug before a command shows tracebacks.",
+    version=f"badit {__version__}",
+    help_flags=["--help", "-h"],
+    help_format="plaintext",
+    result_action="return_value",
+)
+Output = Annotated[str, Parameter(name=["--output", "-o"])]
+
+
+@app.command
+def train(recipe: str, *overrides: str, dry_run: bool = False) -> str | None:
+    """Train and score a recipe.
+
+    The same command continues after an interruption; what is done is not done again.
+
+    Args:
+        recipe: a YAML file, such as recipes/superni-cpu.yaml.
+        overrides: key=value, such as training.num_train_epochs=2 output=runs/mine.
+        dry_run: validate recipe and data, say what would be done, and stop.
+    """
+    from badit.environment import is_main_process
+    from badit.recipe import dump_recipe, load_recipe
+    from badit.run import plan
+    from badit.run import train as run_training
+
+    made = load_recipe(recipe, overrides)
+    if dry_run:
+        planned = plan(made)
+        return (
+            f"{dump_recipe(made)}\n{len(planned.tasks)} tasks, {planned.training_instances} training and "
+            f"{planned.test_instances} {made.evaluation.split} instances; the run would be written to {made.output}"
+        )
+    run = run_training(made)
+    if not is_main_process():
+        return None
+    return f"{_score_table({made.method.get('name', 'badit'): run})}\n\nRun: {run.path}"
+
+
+@app.command
+def compare(recipe: str, *overrides: str, jobs: int = 1, dry_run: bool = False) -> str | int:
+    """Train and score methods with the same budget, each at its best learning rate.
+
+    The same command continues after an interruption: finished runs are kept, failed ones are tried again. Print the
+    table again, in other formats too, with: badit table OUTPUT
+
+    Args:
+        recipe: a YAML file with a compare section, such as recipes/superni-cpu.yaml.
+        overrides: key=value, such as compare.seeds=[0] output=runs/mine.
+        jobs: runs at a time; they share the cores and GPUs.
+        dry_run: validate everything, show methods and budgets, and stop.
+    """
+    from badit.compare import Grid, check
+    from badit.recipe import load_recipe
+    from badit.render import render, text_table
+    from badit.results import RESULTS
+    from badit.run import compare as run_comparison
+
+    made = load_recipe(recipe, overrides)
+    if dry_run:
+        rows = [[name, f"{count:,}" if count else "–"] for name, count in check(Grid(made))[1].items()]
+        budgets = text_table(["method", "trainable parameters"], rows, right={1})
+        return f"{budgets}\n\nThe runs would be written to {made.output}"
+    # A batch system's SIGTERM must reach the running cells as Ctrl-C does: they have sessions of their own.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    results = run_comparison(made, jobs=jobs)
+    path = Path(made.output) / RESULTS
+    print(render(path))
+    print(f"\nResults: {path}")
+    return int((results.cells["status"] == "failed").any())
+
+
+@app.command
+def table(
+    results: str,
+    *,
+    format: Literal["text", "markdown", "latex", "csv"] = "text",
+    metric: Literal["rouge_l", "exact_match"] = "rouge_l",
+    by_task: bool = False,
+    released: bool = False,
+) -> str:
+    """Print a comparison's results as text, Markdown, LaTeX or CSV.
+
+    Args:
+        results: a comparison's results.json, or the folder that holds it.
+        format: the form of the table.
+        metric: the metric of differences, ranks and --by-task.
+        by_task: a row per task and a column per method.
+        released: forgetting and transfer as SAPT's released code computes them.
+    """
+    from badit.render import render
+
+    return render(results, form=format, metric=metric, by_task=by_task, released=released)
+
+
+@app.command
+def analyze(
+    target: str,
+    *,
+    data: str | None = None,
+    instances: int = 8,
+    output: Output | None = None,
+    progress: bool = True,
+    trust_remote_code: bool = False,
+) -> str:
+    from badit.render import text_table
+
+    options = {"progress": progress, "trust_remote_code": trust_remote_code}
+    tables = measure(target, data=data, instances=instances, output=output, **options)
+    is_folder = (Path(target) / "config.yaml").is_file() or (Path(target) / "results.json").is_file()
+    folder = Path(output or (target if is_folder else "runs/analysis"))
+    listed = text_table(["table", "rows"], [[name, f"{len(frame):,}"] for name, frame in tables.items()], right={1})
+    # Tables in another folder than their run or comparison are shown together with its scores and losses.
+    shown = [target, folder] if is_folder and not folder.samefile(target) else [folder]
+    return f"{listed}\n\nTables: {folder / 'analysis'}\n{_report_if_possible(shown, folder / 'report.html')}"
+
+
+analyze.__doc__ = measure.__doc__
+
+
+@app.command
+def report(
+    run: str, *more: str, output: Output = "report.html", figures: str | None = None, title: str | None = None
+) -> str:
+    """Write one page of scores, curves, interference and experts, with its figures.
+
+    The page needs no network and no other file. What it shows of interference and experts is measured by: badit analyze
+    RUN. Differences between runs are taken to the first.
+
+    Args:
+        run: a run's folder, a comparison's, or a results.json.
+        more: further ones, shown side by side.
+        output: the page.
+        figures: a folder for every figure as .svg and .pdf.
+        title: the page's heading (default: the runs' names).
+    """
+    from badit.report import write_report
+
+    page = write_report([run, *more], output, title=title, figures=figures)
+    return f"Report: {page}" + (f"\nFigures: {figures}" if figures else "")
+
+
+@app.command
+def tasks(path: str, *, format: Literal["auto", "sapt", "superni", "jsonl", "builtin"] = "auto") -> str:
+    """List and validate task data.
+
+    Args:
+        path: a folder in the SAPT or official layout, a .jsonl file, or 'builtin'.
+        format: the layout of the data.
+    """
+    from badit.data import load_tasks
+    from badit.render import text_table
+
+    found = load_tasks(path, format=format)
+    rows = [
+        [task.name, *(str(len(split)) for split in (task.train, task.validation, task.test)), _short(task.definition)]
+        for task in found
+    ]
+    listed = text_table(["task", "train", "validation", "test", "definition"], rows, right={1, 2, 3})
+    return f"{listed}\n\n{len(found)} tasks, all valid"
+
+
+@app.command
+def studio(run: str, *, port: int = 8642, browser: bool = True, trust_remote_code: bool = False) -> None:
+    """Try a run's adapter in the browser: answers, gates, and mixtures by hand.
+
+    The page listens on 127.0.0.1, for this machine alone. Ctrl-C ends it.
+
+    Args:
+        run: a run's folder, of any method that trains an adapter.
+        port: the port; 0 takes a free one.
+        browser: open the page.
+        trust_remote_code: run Python code that comes with the run's base model, if its recipe asks for it as well.
+    """
+    from badit.studio import refuse_without_extra
+
+    refuse_without_extra()
+    from badit.studio.server import serve
+
+    serve(run, port=port, browser=browser, trust_remote_code=trust_remote_code)
+
+
+@app.command
+def harness(run: str, *options: Annotated[str, Parameter(allow_leading_hyphen=True)]) -> None:
+    """Run lm-evaluation-harness on a run.
+
+    For example: badit harness RUN --tasks arc_easy,gsm8k --apply_chat_template --batch_size 8
+
+    It needs badit[eval]; docs/lm-eval.md says more.
+
+    Args:
+        run: a run's folder.
+        options: what 'lm_eval run' takes, except the model.
+    """
+    from badit.harness import run_command_line
+
+    run_command_line(run, list(options))
+
+
+def _of_run(method: Callable[..., Any], show: Callable[..., str | None]) -> None:
+    """Makes a method of Run a command: its first parameter is the run's folder; ``show(run, result)`` is printed."""
+    signature = inspect.signature(method)
+    run = inspect.Parameter("run", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation="str")
+    parameters = [
+        parameter.replace(annotation="Output") if parameter.name == "output" else parameter
+        for parameter in [run, *list(signature.parameters.values())[1:]]
+    ]
+
+    def command(run: str, *arguments: Any, **options: Any) -> str | None:
+        found = Run(run)
+        return show(found, method(found, *arguments, **options))
+
+    command.__signature__ = inspect.Signature(parameters)  # pyright: ignore[reportFunctionMemberAccess]
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    command.__name__ = method.__name__
+    command.__doc__ = (method.__doc__ or "").replace("Args:\n", "Args:\n            run: a run's folder.\n", 1)
+    app.command(command)
+
+
+def _shown_export(run: Run, exported: Any) -> str:
+    """What was written, the commands that serve it, and what a fixed mixture costs, if it was scored."""
+    from badit.export import SCORES
+    from badit.files import read_json
+    from badit.models import resolve_model
+
+    folder, base = shlex.quote(str(exported.folder)), shlex.quote(resolve_model(run.recipe.model.name))
+    facts = {"mixture": exported.mixture or "none to choose: the run does the same for every prompt"}
+    if exported.merged:
+        facts |= {"model": folder, "vLLM": f"vllm serve {folder}", "llama.cpp": f"convert_hf_to_gguf.py {folder}"}
+    else:
+        name, rank = shlex.quote(exported.folder.resolve().name), exported.max_lora_rank
+        facts |= {
+            "rank": _shown_rank(exported),
+            "adapter": folder,
+            "vLLM": f"vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules {name}={folder}",
+            "llama.cpp": f"convert_lora_to_gguf.py {folder} --base {base}",
+        }
+    shown = "\n".join(f"{name:10} {value}" for name, value in facts.items())
+    path = exported.folder / SCORES
+    return f"{shown}\n\n{cost_table(read_json(path))}\n\nScores: {path}" if path.is_file() else shown
+
+
+def _shown_rank(exported: Any) -> str:
+    if not exported.errors:
+        return f"{exported.rank}, equal to the fixed mixture"
+    worst = max(exported.errors, key=exported.errors.__getitem__)
+    return (
+        f"{exported.rank} of {exported.exact_rank}: relative error {exported.total_error:.2g} in all (Frobenius), "
+        f"at most {exported.errors[worst]:.2g} ({worst})"
+    )
+
+
+def cost_table(scores: dict[str, Any]) -> str:
+    """Rouge-L per task of a run, routed, and of its export."""
+    from badit.render import text_table
+
+    entries = {**scores["tasks"], **({"mean over tasks": scores["mean"]} if len(scores["tasks"]) > 1 else {})}
+    rows = [
+        [name, f"{e['routed']:.1f}", f"{e['frozen']:.1f}", f"{e['difference']:+.1f}"] for name, e in entries.items()
+    ]
+    return text_table(["task", "Rouge-L routed", "frozen", "difference"], rows, right={1, 2, 3})
+
+
+_of_run(Run.evaluate, lambda run, scores: _score_table({str(run.path): run}))
+_of_run(Run.export, _shown_export)
+_of_run(Run.push, lambda run, address: address)
+
+
+@app.command
+def generate(
+    run: str, prompt: str, *, task: str | None = None, max_new_tokens: int = 50, trust_remote_code: bool = False
+) -> str:
+    """Answer one prompt with a run's adapter.
+
+    Args:
+        run: a run's folder.
+        prompt: the prompt's text, or - to read it from standard input.
+        task: the prompt's task, which only methods that tell tasks apart ask for.
+        max_new_tokens: the longest answer, in tokens.
+        trust_remote_code: run Python code that comes with the run's base model, if its recipe asks for it as well.
+    """
+    text = sys.stdin.read() if prompt == "-" else prompt
+    return Run(run).generate(text, task=task, max_new_tokens=max_new_tokens, trust_remote_code=trust_remote_code)
+
+
+@app.command
+def demo(*, output: Output = "runs/demo", epochs: float = 1.0, seed: int = 0) -> None:
+    """Tune SmolLM2 on the built-in tasks with LoRA and BADIT, and compare.
+
+    The same command continues after an interruption; remove the output folder to start over.
+
+    Args:
+        output: where the three runs go.
+        epochs: passes over the training data.
+        seed: of the adapters, the batches and dropout.
+    """
+    from badit.demo import run_demo
+
+    run_demo(Path(output), epochs, seed)
+    runs = [Path(output) / name for name in ("lora", "base", "badit")]  # differences are taken to the first
+    print(_report_if_possible(runs, Path(output) / "report.html"))
+
+
+def _score_table(runs: dict[str, Run]) -> str:
+    from badit.render import score_table
+
+    return score_table({name: run.scores for name, run in runs.items()})
+
+
+def _report_if_possible(runs: Sequence[str | Path], output: Path) -> str:
+    """Writes the page and says where it is, or says what it would need."""
+    from badit.report import has_extra, write_report
+
+    if not has_extra():
+        return "For a page of figures: pip install 'badit[report]', then badit report " + " ".join(map(str, runs))
+    return f"Report: {write_report(runs, output)}"
+
+
+def _short(text: str, width: int = 60) -> str:
+    flat = " ".join(text.split())
+    return flat if len(flat) <= width else flat[: width - 1] + "…"
+
+
+def quiet_libraries() -> None:
+    """Hides the progress bars and notices of transformers, tokenizers, torch and torchao; badit shows its own."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.simplefilter("ignore", FutureWarning)
+    for name in ("torchao", "torch.utils._pytree", "bitsandbytes"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line and returns its exit code: 0, 1 if a part failed, 2 for bad input, 130 when interrupted."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in words[:1]
+    if not debug:
+        quiet_libraries()
+    try:
+        with explained():
+            found = app(words[debug:], exit_on_error=False, print_error=False)
+    except CycloptsError as error:
+        command = " ".join(["badit", *(error.command_chain or [])])
+        print(f"badit: {one_line(str(error))} See: {command} --help", file=sys.stderr)
+        return 2
+    except BaditError as error:
+        if debug:
+            raise
+        # Of several processes all meet the same bad input, and the first reports it; in training one may be alone.
+        if _is_first_process() or _is_training():
+            print(f"badit: {one_line(str(error))}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        if _is_first_process():
+            print("\nbadit: interrupted; the same command continues from the last checkpoint", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader (head, less) has closed
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    if isinstance(found, str):
+        print(found)
+    return found if isinstance(found, int) else 0
+
+
+def _is_first_process() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _is_training() -> bool:
+    """Whether the processes work together at present."""
+    torch = sys.modules.get("torch")
+    return torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized()

@@ -1,0 +1,471 @@
+"""``badit compare``: methods x learning rates x seeds (x orders of tasks), a run each, and their results in one file.
+
+Every method's learning rate is searched first; then the cells at the rates found are trained and scored, each in a
+process of its own. A finished cell is not done again, a failed one is tried again, and one that fails stops no other.
+
+    OUTPUT/METHOD/lr-RATE/seed-N                    mixed
+    OUTPUT/METHOD/order-NAME/lr-RATE/seed-N         sequential
+    OUTPUT/METHOD/single/lr-RATE/seed-N/TASK        on one task alone
+    OUTPUT/METHOD                                   a method that does not train
+    OUTPUT/results.json                             all of it, see badit.results
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import re
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from badit.data import ordered
+from badit.errors import BaditError, nearest
+from badit.files import read_json, write_json
+from badit.methods import build_method
+from badit.metrics import mean_scores
+from badit.models import load_skeleton
+from badit.recipe import Recipe, build_recipe
+from badit.results import FORMAT, RESULTS, SINGLE_TASK, read_scores
+from badit.run import Run
+from badit.statistics import FORMS, continual_scores
+from badit.train import device, make_plan, warn_of_slow_dtype
+from badit.worker import ERROR, CellProcess
+
+# Ranks are whole numbers, so budgets can only be near each other.
+_TOLERANCE = 0.05
+
+Order = str | tuple[str, ...] | None
+
+
+def compare(recipe: Recipe, *, jobs: int = 1, report: Callable[[str], None] = print) -> dict[str, Any]:
+    """Runs a comparison to its end, or to its end from where it stopped.
+
+    Args:
+        recipe: with a ``compare`` section.
+        jobs: cells that run at a time, each with its share of the processor's cores and the GPU that is least in use.
+        report: takes a line for every cell that begins or ends.
+
+    Returns:
+        What ``OUTPUT/results.json`` then holds: every cell with its configuration, environment and scores.
+
+    Raises:
+        BaditError: bad input. What goes wrong within a cell is in its ``error`` and stops nothing.
+    """
+    grid = Grid(recipe)
+    tasks, counts = check(grid)
+    warn_of_slow_dtype(recipe.model.dtype, device())  # what the cells say goes to their logs
+    comparison = _Comparison(grid, tasks, jobs, report)
+    try:
+        comparison.run()
+    finally:
+        results = _assemble(grid, tasks, comparison.rates, counts)
+        write_json(Path(recipe.output) / RESULTS, results)
+    return results
+
+
+def report_to_stderr(line: str) -> None:
+    """For a terminal, whose standard output is for the table."""
+    print(line, file=sys.stderr, flush=True)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a comparison. A method that does not train has neither learning rate nor seed."""
+
+    method: str
+    learning_rate: float | None = None
+    seed: int | None = None
+    order: Order = None
+    task: str | None = None
+
+    @property
+    def path(self) -> Path:
+        """Its folder below the comparison's."""
+        if self.learning_rate is None:
+            return Path(self.method)
+        order = [] if self.order is None else [f"order-{order_name(self.order)}"]
+        single = [] if self.task is None else ["single"]
+        task = [] if self.task is None else [self.task]
+        return Path(self.method, *order, *single, f"lr-{self.learning_rate:g}", f"seed-{self.seed}", *task)
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+
+def order_name(order: str | Sequence[str]) -> str:
+    """A short name for an order's folder, another one for every order."""
+    if isinstance(order, str):
+        return order
+    name = "-".join(re.sub(r"^(task\d+)_.*", r"\1", name) for name in order)
+    return name if len(name) <= 80 else f"{name[:71]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+
+
+class Grid:
+    """The methods and cells of a recipe with a ``compare`` section.
+
+    Raises:
+        BaditError: there is no such section, or it names methods that are not there or rates off the ladder.
+    """
+
+    def __init__(self, recipe: Recipe) -> None:
+        if recipe.compare is None:
+            raise BaditError("compare: the recipe has no such section; see recipes/superni-cpu.yaml for one")
+        self.recipe = recipe
+        self.section = section = recipe.compare
+        self.output = Path(recipe.output)
+        self.methods = {}
+        for name, options in section.methods.items():
+            if not re.fullmatch(r"[\w][\w.+-]*", name):
+                raise BaditError(f"compare.methods: {name!r:.60} names a folder; use letters, digits, - and _")
+            with _named(name):
+                self.methods[name] = build_method(options)
+        self.orders: list[Order] = [
+            order if order is None or isinstance(order, str) else tuple(order) for order in section.orders or [None]
+        ]
+        for field in ("reference", "budget", "unmatched", "single_task"):
+            value = getattr(section, field)
+            for name in [value] if isinstance(value, str) else value or ():
+                if name not in self.methods:
+                    hint = nearest(name, self.methods)
+                    raise BaditError(f"compare.{field}: {name!r:.60} is none of the methods{hint}")
+        names = [order_name(order) for order in section.orders or ()]
+        listed: dict[str, list[Any]] = {"seeds": section.seeds, "orders": names}
+        for field, values in listed.items():
+            if twice := [value for value in values if values.count(value) > 1]:
+                raise BaditError(f"compare.{field}: {twice[0]} is listed more than once")
+        rate = recipe.training.learning_rate
+        if section.learning_rates is not None and rate not in section.learning_rates:
+            raise BaditError(
+                f"training.learning_rate: the search starts from {rate:g}; add it to compare.learning_rates"
+            )
+        if section.learning_rates is not None and not recipe.data.validation_per_task:
+            raise BaditError("data.validation_per_task: choosing learning rates needs held-out instances, such as 8")
+
+    def searched(self, method: str, rate: float) -> Cell:
+        """The cell that tells how good a learning rate is: of the first seed and order."""
+        return Cell(method, rate, self.section.seeds[0], self.orders[0])
+
+    def chosen(self, method: str, rate: float | None, tasks: Sequence[str] = ()) -> Iterator[Cell]:
+        """All cells of a method at the learning rate that it was found to do best at."""
+        if not self.methods[method].trains:
+            yield Cell(method)
+            return
+        for seed in self.section.seeds:
+            for order in self.orders:
+                yield Cell(method, rate, seed, order)
+        if method in self.section.single_task:
+            for seed in self.section.seeds:
+                for task in tasks:
+                    yield Cell(method, rate, seed, task=task)
+
+    def recipe_of(self, cell: Cell) -> Recipe:
+        values: dict[str, Any] = self.recipe.model_dump(exclude={"compare"})
+        values["method"] = dict(self.section.methods[cell.method])
+        values["output"] = str(self.output / cell.path)
+        if cell.learning_rate is not None:
+            values["training"] |= {"learning_rate": cell.learning_rate, "seed": cell.seed}
+            values["data"]["order"] = list(cell.order) if isinstance(cell.order, tuple) else cell.order
+        if cell.task is not None:
+            values["data"] |= {"tasks": [cell.task], "order": None}
+        return build_recipe(values)
+
+    def folder_of(self, cell: Cell) -> Run:
+        return Run(self.output / cell.path)
+
+
+@contextmanager
+def _named(method: str) -> Iterator[None]:
+    try:
+        yield
+    except BaditError as error:
+        raise BaditError(f"compare.methods.{method}: {error}") from None
+
+
+def check(grid: Grid) -> tuple[list[str], dict[str, int]]:
+    """Validates every method, the data, the budgets and what is in the folder already.
+
+    Returns:
+        The tasks' names, and the number of parameters that each method trains.
+
+    Raises:
+        BaditError: something that would stop the comparison, or make it unfair.
+    """
+    for method in grid.methods.values():
+        method.refuse_recipe(grid.recipe)
+    ladder, rate = grid.section.learning_rates, grid.recipe.training.learning_rate
+    recipe = grid.recipe_of(next(grid.chosen(grid.section.reference, rate)))
+    plan = make_plan(recipe)
+    if ladder is not None:
+        make_plan(recipe, split="validation")
+    for order in grid.orders:
+        if order is not None:
+            ordered(plan.tasks, order)
+    tasks = [task.name for task in plan.tasks]
+    counts = trainable_parameters(grid, tasks)
+    # What another recipe has left in the folder must not be taken for this comparison's.
+    for cell in (cell for name in grid.methods for each in ladder or [rate] for cell in grid.chosen(name, each, tasks)):
+        if grid.folder_of(cell).config_path.is_file():
+            Run.prepare(grid.recipe_of(cell))
+    return tasks, counts
+
+
+def trainable_parameters(grid: Grid, tasks: Sequence[str]) -> dict[str, int]:
+    """The number of parameters that each method trains on the recipe's model, without the model's weights.
+
+    Raises:
+        BaditError: a method does not go with the model, or is more than 5 % off the budget and not listed as unmatched.
+    """
+    model, section = grid.recipe.model, grid.section
+    counts = {}
+    for name, options in section.methods.items():
+        skeleton = load_skeleton(model.name, revision=model.revision, trust_remote_code=model.trust_remote_code)
+        with _named(name), torch.device("meta"):
+            method = build_method(options)  # a fresh one: applying it may settle some of its options
+            counts[name] = method.trained_parameters(method.apply(skeleton, tasks))
+    if section.budget is not None:
+        budget = counts[section.budget]
+        for name, count in counts.items():
+            free = name in section.unmatched or not grid.methods[name].trains
+            if not free and abs(count - budget) > _TOLERANCE * budget:
+                raise BaditError(
+                    f"compare.methods.{name}: trains {count:,} parameters, {section.budget} {budget:,}: change its "
+                    f"rank until they agree to {_TOLERANCE:.0%}, or list it in compare.unmatched"
+                )
+    return counts
+
+
+def climb(ladder: Sequence[float], start: float, loss_of: Callable[[float], float]) -> tuple[float, dict[float, float]]:
+    """Walks a ladder of learning rates downhill in loss, until both neighbours of the best one are worse.
+
+    The loss is taken to have a single valley, so a rate above one that is worse than its lower neighbour need not be
+    tried. That costs three trainings where the start is right already, or one rung too high.
+
+    Args:
+        ladder: rates in ascending order.
+        start: the rung to begin at.
+        loss_of: trains and measures; not finite (diverged, failed) counts as worst.
+
+    Returns:
+        The best rate and the loss of every rate that was tried. Equal losses go to the rate that was tried first.
+    """
+    here = ladder.index(start)
+    losses: dict[int, float] = {}
+
+    def measure(rung: int) -> None:
+        if 0 <= rung < len(ladder) and rung not in losses:
+            loss = loss_of(ladder[rung])
+            losses[rung] = loss if math.isfinite(loss) else math.inf
+
+    measure(here)
+    while True:
+        measure(here - 1)
+        if losses.get(here - 1, math.inf) >= losses[here]:
+            measure(here + 1)
+        best = min(losses, key=losses.__getitem__)
+        if best == here:
+            return ladder[here], {ladder[rung]: loss for rung, loss in losses.items()}
+        here = best
+
+
+class _Comparison:
+    """Runs the cells: as many methods at a time as there are jobs, each one's cells one after another."""
+
+    def __init__(self, grid: Grid, tasks: list[str], jobs: int, report: Callable[[str], None]) -> None:
+        self.rates: dict[str, float | None] = {}
+        self._grid, self._tasks, self._jobs, self._report = grid, tasks, jobs, report
+        self._running: dict[CellProcess, int | None] = {}  # each with its GPU
+        self._lock = threading.Lock()
+        self._stopping = False
+
+    def run(self) -> None:
+        with ThreadPoolExecutor(self._jobs) as pool:
+            try:
+                for future in [pool.submit(self._run_method, name) for name in self._grid.methods]:
+                    future.result()
+            except BaseException:
+                self._stop()
+                try:
+                    pool.shutdown(wait=True, cancel_futures=True)
+                except KeyboardInterrupt:  # asked again: what the cells have done since their last checkpoints is lost
+                    self._stop(at_once=True)
+                raise
+
+    def _stop(self, *, at_once: bool = False) -> None:
+        with self._lock:
+            self._stopping = True
+            for process in self._running:
+                process.kill() if at_once else process.stop()
+
+    def _run_method(self, name: str) -> None:
+        self.rates[name] = rate = self._rate(name)
+        for cell in self._grid.chosen(name, rate, self._tasks):
+            self._run_cell(cell, score=True)
+
+    def _rate(self, name: str) -> float | None:
+        start, ladder = self._grid.recipe.training.learning_rate, self._grid.section.learning_rates
+        if not self._grid.methods[name].trains:
+            return None
+        if ladder is None:
+            return start
+        rate, _ = climb(ladder, start, lambda rate: self._loss(self._grid.searched(name, rate)))
+        self._report(f"{name}: learning rate {rate:g}")
+        return rate
+
+    def _loss(self, cell: Cell) -> float:
+        file = self._grid.folder_of(cell).path / "validation.json"
+        if not file.is_file() and self._run_cell(cell, score=False) is not None:
+            return math.inf
+        loss = read_json(file).get("loss")
+        if isinstance(loss, bool) or not isinstance(loss, int | float):
+            raise BaditError(f"{file}: loss: must be a number; remove the file to measure it again")
+        return float(loss)
+
+    def _run_cell(self, cell: Cell, *, score: bool) -> str | None:
+        """Runs a cell unless it has been; returns what went wrong, if anything."""
+        recipe = self._grid.recipe_of(cell)
+        run = Run.prepare(recipe)
+        if (run.instances_path if score else run.path / "validation.json").is_file():
+            return None
+        with self._lock:
+            if self._stopping:
+                raise KeyboardInterrupt
+            self._report(f"{cell}: {'training and scoring' if score else 'training'}")
+            gpu = self._least_used_gpu()
+            process = CellProcess(
+                json.dumps(recipe.model_dump(mode="json", exclude={"compare"})),
+                run.path,
+                score=score,
+                threads=max(1, (os.cpu_count() or 1) // self._jobs) if self._jobs > 1 else None,
+                device=gpu,
+            )
+            self._running[process] = gpu
+        began = time.monotonic()
+        try:
+            error = process.wait()
+        finally:
+            with self._lock:
+                del self._running[process]
+        if self._stopping and error is not None:
+            raise KeyboardInterrupt
+        minutes, seconds = divmod(round(time.monotonic() - began), 60)
+        self._report(f"{cell}: {'done' if error is None else f'FAILED ({error})'} in {minutes}:{seconds:02d}")
+        return error
+
+    def _least_used_gpu(self) -> int | None:
+        """None with one job, which may have all GPUs, and without any."""
+        if self._jobs == 1:
+            return None
+        in_use = list(self._running.values())
+        return min(range(torch.cuda.device_count()), key=in_use.count, default=None)
+
+
+def _assemble(
+    grid: Grid, tasks: Sequence[str], rates: Mapping[str, float | None], counts: Mapping[str, int]
+) -> dict[str, Any]:
+    """What a comparison has come to, finished or not, in the form of results.json."""
+    cells = [cell for method in grid.methods for cell in _cells_of(grid, method, rates)]
+    singles = [cell for method in grid.section.single_task for cell in _single_task_cells(grid, method, tasks, rates)]
+    return {
+        "format": FORMAT,
+        "protocol": "mixed" if grid.section.orders is None else "sequential",
+        "reference": grid.section.reference,
+        "methods": [*grid.methods, *dict.fromkeys(cell["method"] for cell in singles)],
+        "trainable_parameters": dict(counts),
+        "cells": [*cells, *singles],
+    }
+
+
+def _cells_of(grid: Grid, method: str, rates: Mapping[str, float | None]) -> Iterator[dict[str, Any]]:
+    """The chosen cells, whether they are done or not, then what was trained to choose the learning rate."""
+    chosen = list(grid.chosen(method, rates[method])) if method in rates else []
+    searched = [grid.searched(method, rate) for rate in grid.section.learning_rates or ()]
+    for cell in chosen:
+        yield _entry(grid, cell, selected=True)
+    for cell in searched:
+        if cell not in chosen and grid.folder_of(cell).path.is_dir():
+            yield _entry(grid, cell, selected=False)
+
+
+def _entry(grid: Grid, cell: Cell, *, selected: bool) -> dict[str, Any]:
+    run = grid.folder_of(cell)
+    validation = run.path / "validation.json"
+    scores = read_scores(run.scores_path) if run.instances_path.is_file() else None
+    loss = _read(validation).get("loss", math.nan)
+    entry = {
+        "method": cell.method,
+        "seed": cell.seed,
+        "order": None if cell.order is None else order_name(cell.order),
+        "learning_rate": cell.learning_rate,
+        **_outcome([run], (run.instances_path if selected else validation).is_file()),
+        "selected": selected,
+        "validation_loss": loss if math.isfinite(loss) else None,  # a run that diverged has a NaN, which JSON has not
+        "config": grid.recipe_of(cell).model_dump(mode="json", exclude={"compare"}),
+        "environment": _read(run.environment_path),
+        "scores": scores and {key: scores[key] for key in scores if key not in ("order", "matrix", "continual")},
+        "instances": _read(run.instances_path) or None,
+    }
+    if cell.order is not None and scores is not None:
+        singles = [grid.folder_of(replace(cell, order=None, task=task)) for task in scores["order"]]
+        all_done = all(single.instances_path.is_file() for single in singles)
+        alone = [read_scores(single.scores_path)["rouge_l"] for single in singles] if all_done else None
+        matrix = [[math.nan if score is None else score for score in row] for row in scores["matrix"]]
+        continual = {form: continual_scores(matrix, alone, form=form)._asdict() for form in FORMS}
+        entry |= {"tasks": scores["order"], "matrix": scores["matrix"], "continual": continual}
+    return entry
+
+
+def _single_task_cells(
+    grid: Grid, method: str, tasks: Sequence[str], rates: Mapping[str, float | None]
+) -> Iterator[dict[str, Any]]:
+    """The single-task runs of a seed, one per task, as one cell of a method of their own."""
+    rate = rates.get(method)
+    for seed in grid.section.seeds if rate is not None else ():
+        runs = [grid.folder_of(Cell(method, rate, seed, task=task)) for task in tasks]
+        done = all(run.instances_path.is_file() for run in runs)
+        instances = (
+            {task: scores for run in runs for task, scores in _read(run.instances_path).items()} if done else None
+        )
+        yield {
+            "method": method + SINGLE_TASK,
+            "seed": seed,
+            "order": None,
+            "learning_rate": rate,
+            **_outcome(runs, done),
+            "selected": True,
+            "validation_loss": None,
+            "config": {},
+            "environment": _joint_environment(runs) if done else {},
+            "scores": mean_scores(instances) if instances else None,
+            "instances": instances,
+        }
+
+
+def _joint_environment(runs: Sequence[Run]) -> dict[str, Any]:
+    """Of runs one after another: what they took together, and the most memory of any."""
+    environments = [read_json(run.environment_path) for run in runs]
+    trainings = [environment["training"] for environment in environments]
+    sums = {key: sum(t[key] for t in trainings) for key in ("trainable_parameters", "steps", "tokens", "seconds")}
+    peak = max(training["peak_memory_gib"] for training in trainings)
+    return {**environments[0], "training": {**sums, "peak_memory_gib": peak}}
+
+
+def _outcome(runs: Sequence[Run], done: bool) -> dict[str, str | None]:
+    errors = [file.read_text(encoding="utf-8").strip() for run in runs if (file := run.path / ERROR).is_file()]
+    if done or not errors:
+        return {"status": "done" if done else "missing", "error": None}
+    return {"status": "failed", "error": errors[0]}
+
+
+def _read(file: Path) -> dict[str, Any]:
+    return read_json(file) if file.is_file() else {}

@@ -1,1 +1,0 @@
-"""Methods × learning rates × seeds (× orders of tasks) as a grid of run folders, and what came of it in one file."""

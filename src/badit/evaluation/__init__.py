@@ -1,1 +1,0 @@
-"""From a trained model to numbers: greedy answers, the official metrics and the continual-learning scores."""

@@ -1,0 +1,461 @@
+"""A run is a folder; :class:`Run` is all that can be read from it and done with it.
+
+config.yaml        the resolved recipe
+environment.json   versions, hardware, commit; under "training" parameters, steps, seconds and memory
+metrics.jsonl      a line per logged step
+scores.json        {"rouge_l", "rouge_l_instances", "exact_match", …, "tasks": {name: {…}}}
+predictions/       a .jsonl per task
+instances.json     of a comparison's runs: the score of every instance, {task: {metric: [...]}}
+adapter/           the trained adapter, as PEFT saves it
+checkpoints/       what an interrupted run resumes from
+regroupings.jsonl  the log of DOG
+angles.jsonl       angles between experts, of mixtures that do not regroup
+analysis/          tables of `badit analyze`, a .json each
+studio/            what `badit studio` has measured of a run that was not analysed
+stages/NN-TASK/    of a sequence of tasks: the same files after each task; adapter/ above is the last one's
+
+Every command on a run is a method here, which imports the modules that do the work.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Unpack
+
+from badit.errors import BaditError
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from badit.export import Export
+    from badit.recipe import Recipe, RecipeLike, RecipeValues
+    from badit.results import Results
+    from badit.train import Plan
+
+#: A folder or a file; a Run stands for its folder.
+AnyPath = str | os.PathLike[str]
+
+
+class Run:
+    """A run by its folder. Properties read the folder's files at every access.
+
+    Attributes:
+        path: the folder.
+    """
+
+    def __init__(self, path: AnyPath) -> None:
+        self.path = Path(path)
+        self.config_path = self.path / "config.yaml"
+        self.environment_path = self.path / "environment.json"
+        self.metrics_path = self.path / "metrics.jsonl"
+        self.scores_path = self.path / "scores.json"
+        self.predictions_path = self.path / "predictions"
+        self.instances_path = self.path / "instances.json"
+        self.adapter_path = self.path / "adapter"
+        self.checkpoints_path = self.path / "checkpoints"
+        self.regroupings_path = self.path / "regroupings.jsonl"
+        self.angles_path = self.path / "angles.jsonl"
+        self.analysis_path = self.path / "analysis"
+        self.studio_path = self.path / "studio"
+
+    def __fspath__(self) -> str:
+        return str(self.path)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Run) and self.path == other.path
+
+    def __hash__(self) -> int:
+        return hash(self.path)
+
+    def __repr__(self) -> str:
+        return f"Run({str(self.path)!r})"
+
+    def stage(self, number: int, task: str) -> Run:
+        """The folder of one task of a sequence, counted from 1."""
+        return Run(self.path / "stages" / f"{number:02d}-{task}")
+
+    @classmethod
+    def existing(cls, path: AnyPath) -> Run:
+        """A folder that holds a run.
+
+        Raises:
+            BaditError: it does not.
+        """
+        run = cls(path)
+        if not run.config_path.is_file():
+            raise BaditError(f"{run.path}: has no config.yaml, so it is no run's folder; make one: badit train RECIPE")
+        return run
+
+    @classmethod
+    def prepare(cls, recipe: Recipe) -> Run:
+        """The recipe's output folder: made, or taken up again where the same recipe's run is in it.
+
+        Raises:
+            BaditError: another recipe's run is there, or something that is no run, or it cannot be written.
+        """
+        from badit.files import write_text
+        from badit.recipe import differing_keys, dump_recipe
+
+        run = cls(recipe.output)
+        if run.config_path.is_file():
+            aside = {"output", "compare"}
+            if keys := differing_keys(run.recipe.model_dump(exclude=aside), recipe.model_dump(exclude=aside)):
+                raise BaditError(
+                    f"{run.path}: holds a run of another recipe (it differs in {', '.join(keys[:5])}); "
+                    "choose another output=FOLDER, or remove that one"
+                )
+            return run
+        if run.path.exists() and (not run.path.is_dir() or any(run.path.iterdir())):
+            raise BaditError(f"{run.path}: exists and is not a run's folder; choose another output=FOLDER")
+        run.path.mkdir(parents=True, exist_ok=True)
+        write_text(run.config_path, dump_recipe(recipe))
+        return run
+
+    def trusted_recipe(self, trust_remote_code: bool = False) -> Recipe:
+        """The recipe; the base model's own code runs only if both the recipe and the caller allow it.
+
+        Raises:
+            BaditError: the recipe asks for such code and the caller does not allow it.
+        """
+        from badit.files import shown
+
+        recipe = Run.existing(self.path).recipe
+        if recipe.model.trust_remote_code and not trust_remote_code:
+            raise BaditError(
+                f"{shown(self.config_path)}: model.trust_remote_code: is true, so Python code that comes with the "
+                f"model {recipe.model.name!r:.60} would run; allow it with --trust-remote-code if you trust both"
+            )
+        return recipe
+
+    @property
+    def recipe(self) -> Recipe:
+        """The recipe that the run was made by."""
+        from badit.recipe import load_config
+
+        return load_config(self.config_path)
+
+    @property
+    def scores(self) -> pd.DataFrame:
+        """The scores on the recipe's split: task, metric, score (0 to 100), n."""
+        from badit.results import read_scores, scores_frame
+
+        if not self.scores_path.is_file():
+            raise BaditError(f"{self.path}: has no scores yet; make them with: badit evaluate {self.path}")
+        return scores_frame(read_scores(self.scores_path))
+
+    @property
+    def predictions(self) -> pd.DataFrame:
+        """The answers that were scored: task, id, prompt, prediction, references."""
+        import pandas as pd
+
+        from badit.evaluate import read_predictions
+
+        return pd.DataFrame([vars(prediction) for prediction in read_predictions(self.predictions_path)])
+
+    @property
+    def metrics(self) -> pd.DataFrame:
+        """The training log: step, loss, learning_rate, grad_norm …, a row per logged step."""
+        import pandas as pd
+
+        from badit.files import read_jsonl
+
+        return pd.DataFrame(read_jsonl(self.metrics_path))
+
+    @property
+    def environment(self) -> dict[str, Any]:
+        """Versions and hardware; under ``training`` parameters, steps, seconds and memory."""
+        from badit.files import read_json
+
+        return read_json(self.environment_path)
+
+    @property
+    def tables(self) -> dict[str, pd.DataFrame]:
+        """What :meth:`analyze` has measured, by name; empty before."""
+        from badit.analysis.tables import load_frames
+
+        return load_frames(self.analysis_path)
+
+    def load(self, *, trust_remote_code: bool = False) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
+        """The base model with what the run has learnt, for inference, and the tokenizer."""
+        from badit.evaluate import load_run
+
+        return load_run(self, self.trusted_recipe(trust_remote_code))
+
+    def evaluate(
+        self,
+        *,
+        split: Literal["test", "validation"] | None = None,
+        progress: bool = True,
+        trust_remote_code: bool = False,
+    ) -> pd.DataFrame:
+        """Score a run again, on the test or the validation split.
+
+        Scores and predictions are kept in the run's folder.
+
+        Args:
+            split: the split to score; the recipe's own by default.
+            progress: show a bar on stderr.
+            trust_remote_code: run Python code that comes with the run's base model, if its recipe asks for it as well.
+
+        Returns:
+            The scores: task, metric, score (0 to 100), n.
+
+        Raises:
+            BaditError: no such run, no adapter yet or a damaged one, or a split without instances.
+        """
+        from badit.evaluate import evaluate
+        from badit.results import scores_frame
+
+        scores = evaluate(self.path, split=split, progress=progress, trust_remote_code=trust_remote_code)
+        return scores_frame(scores)
+
+    def generate(
+        self,
+        prompts: str | Sequence[str],
+        *,
+        task: str | None = None,
+        max_new_tokens: int = 50,
+        batch_size: int = 16,
+        progress: bool = False,
+        trust_remote_code: bool = False,
+    ) -> Any:
+        """Answer a prompt with a run's adapter, by greedy decoding.
+
+        Every call loads the model: give all prompts at once, or keep the model of :meth:`load`.
+
+        Args:
+            prompts: one text, which gives one answer, or a list of texts; on the command line - reads standard input.
+            task: the prompts' task, which only methods that tell tasks apart ask for.
+            max_new_tokens: the longest answer, in tokens.
+            batch_size: prompts decoded at a time.
+            progress: show a bar on stderr.
+            trust_remote_code: run Python code that comes with the run's base model, if its recipe asks for it as well.
+
+        Raises:
+            BaditError: no such run, no adapter yet, or an empty prompt.
+        """
+        from badit.evaluate import answers
+
+        found = answers(
+            self,
+            [prompts] if isinstance(prompts, str) else list(prompts),
+            task=task,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            progress=progress,
+            trust_remote_code=trust_remote_code,
+        )
+        return found[0] if isinstance(prompts, str) else found
+
+    def analyze(
+        self,
+        *,
+        data: AnyPath | None = None,
+        instances: int = 8,
+        output: AnyPath | None = None,
+        progress: bool = True,
+        trust_remote_code: bool = False,
+    ) -> dict[str, pd.DataFrame]:
+        """Measures the run: see :func:`analyze`."""
+        return analyze(
+            self.path,
+            data=data,
+            instances=instances,
+            output=output,
+            progress=progress,
+            trust_remote_code=trust_remote_code,
+        )
+
+    def export(
+        self,
+        output: AnyPath,
+        *,
+        task: str | None = None,
+        gates: AnyPath | None = None,
+        rank: int | None = None,
+        merged: bool = False,
+        score: bool = False,
+        progress: bool = True,
+    ) -> Export:
+        """Write a run as a plain LoRA or a merged model, for PEFT, vLLM and llama.cpp.
+
+        Gates that follow the prompt become fixed. What is written needs no badit; docs/serving.md has the commands.
+
+        Args:
+            output: the folder to write.
+            task: fix the gates to this task's mean (default: the mean over the run's tasks).
+            gates: fix the gates to those of a file, such as an export's gates.json.
+            rank: compress to this rank (default: the rank that is exact, at most 512).
+            merged: write a whole model instead of an adapter.
+            score: score the export on the run's split as well, into its scores.json.
+            progress: show bars on stderr.
+
+        Raises:
+            BaditError: no such run or task, an output that is in use, or a method that cannot be exported.
+        """
+        from badit.export import export, score_export
+
+        exported = export(
+            self.path,
+            Path(output),
+            task=task,
+            gates=None if gates is None else Path(gates),
+            rank=rank,
+            merged=merged,
+            progress=progress,
+        )
+        if score:
+            score_export(self.path, exported, progress=progress)
+        return exported
+
+    def push(self, repository: str, *, private: bool = False) -> str:
+        """Upload a run's adapter or an export to the Hugging Face hub, with a model card.
+
+        Log in first: hf auth login.
+
+        Args:
+            repository: ORG/NAME on the hub, created if it does not exist.
+            private: make a new repository private.
+
+        Returns:
+            The repository's web address.
+
+        Raises:
+            BaditError: nothing to upload, not logged in, or the hub refuses.
+        """
+        from badit.push import push_to_hub
+
+        return push_to_hub(self.path, repository, private=private)
+
+
+def plan(recipe: RecipeLike | None = None, /, **values: Unpack[RecipeValues]) -> Plan:
+    """Validates a recipe and its data and says what a training would work on, without any of it.
+
+    Raises:
+        BaditError: a wrong or unknown key or value, or bad data.
+    """
+    from badit.recipe import make_recipe
+    from badit.train import make_plan
+
+    return make_plan(make_recipe(recipe, values))
+
+
+def train(recipe: RecipeLike | None = None, /, *, progress: bool = True, **values: Unpack[RecipeValues]) -> Run:
+    """Trains and scores a recipe, or continues where that was interrupted; what is done is not done again.
+
+    Args:
+        recipe: a file, a Recipe or plain values (default: the defaults).
+        progress: show bars on stderr.
+        values: laid over the recipe, such as ``training={"num_train_epochs": 2}`` and ``output="runs/mine"``.
+
+    Returns:
+        The run, with its scores. Of several processes under a launcher only the first scores.
+
+    Raises:
+        BaditError: bad input, or an output folder that holds another recipe's run.
+    """
+    from badit.evaluate import train_and_score
+    from badit.recipe import make_recipe
+
+    made = make_recipe(recipe, values)
+    train_and_score(made, progress=progress)
+    return Run(made.output)
+
+
+def compare(
+    recipe: RecipeLike | None = None, /, *, jobs: int = 1, progress: bool = True, **values: Unpack[RecipeValues]
+) -> Results:
+    """Trains and scores methods side by side, or continues; a cell that fails stops no other.
+
+    Args:
+        recipe: as for :func:`train`, with a ``compare`` section.
+        jobs: runs at a time, each with its share of the processor's cores and, in turn, one of the GPUs.
+        progress: a line on stderr for every cell that begins or ends.
+        values: laid over the recipe, such as ``compare={"seeds": [0]}``.
+
+    Returns:
+        Every cell with its scores; :func:`badit.summarise` sums them up by method, :func:`badit.table` prints them.
+
+    Raises:
+        BaditError: bad input. What goes wrong within a cell is in its ``error``.
+    """
+    from badit.compare import compare, report_to_stderr
+    from badit.recipe import make_recipe
+    from badit.results import load_results
+
+    if jobs < 1:
+        raise BaditError(f"jobs: must be at least 1, not {jobs}")
+    made = make_recipe(recipe, values)
+    compare(made, jobs=jobs, report=report_to_stderr if progress else lambda line: None)
+    return load_results(made.output)
+
+
+def analyze(
+    target: AnyPath,
+    *,
+    data: AnyPath | None = None,
+    instances: int = 8,
+    output: AnyPath | None = None,
+    progress: bool = True,
+    trust_remote_code: bool = False,
+) -> dict[str, pd.DataFrame]:
+    """Measure interference between tasks, and what a run's experts do.
+
+    Tables go to OUTPUT/analysis, a .json each with every column explained. The same command continues after an
+    interruption.
+
+    Args:
+        target: a run's folder, a comparison's, or a base model (with --data) such as smollm2-135m.
+        data: tasks to measure on: a folder, a .jsonl file, or 'builtin' (default: the run's own).
+        instances: instances per task, at least 2.
+        output: the folder to write to (default: the target, for a base model runs/analysis).
+        progress: show bars on stderr.
+        trust_remote_code: run Python code that comes with a run's base model, if its recipe asks for it as well.
+
+    Returns:
+        The tables by name.
+
+    Raises:
+        BaditError: no such run or model, bad data, or tables of other settings in the folder.
+    """
+    from badit.analysis.analyze import analyze
+    from badit.analysis.tables import load_frames
+
+    folder = analyze(
+        os.fspath(target),
+        data=None if data is None else os.fspath(data),
+        instances=instances,
+        output=None if output is None else Path(output),
+        progress=progress,
+        trust_remote_code=trust_remote_code,
+    )
+    return load_frames(folder / "analysis")
+
+
+def write_report(
+    runs: AnyPath | Sequence[AnyPath],
+    output: AnyPath = "report.html",
+    *,
+    title: str | None = None,
+    figures: AnyPath | None = None,
+) -> Path:
+    """Write one page of scores, curves, interference and experts, with its figures.
+
+    Args:
+        runs: runs, comparisons' folders or results.json files; differences between runs are taken to the first.
+        output: the page, which needs no network and no other file.
+        title: its heading (default: the runs' names).
+        figures: a folder for every figure as .svg and .pdf.
+
+    Raises:
+        BaditError: badit[report] is not installed, a folder is no run, a file is damaged, or the page cannot be
+            written.
+    """
+    from badit.report import write_report
+
+    several = [runs] if isinstance(runs, str | os.PathLike) else runs
+    return write_report(several, output, title=title, figures=figures)

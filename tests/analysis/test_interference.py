@@ -1,0 +1,128 @@
+"""Units that tasks share: the counts against loops, the chances against enumeration, and what marks the units."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import binom
+from torch import nn
+
+from analysis import naive_interference as naive
+from badit.analysis.gradients import TaskGradients
+from badit.analysis.interference import NeuronMeans, coactivation, measure_interference, strongest
+from badit.errors import BaditError
+from badit.trainer import answer_losses
+from tuner.helpers import adapted
+
+Model = Callable[..., Any]
+SIZES = {"rivers": 3, "cities": 2, "jokes": 2}
+SHARE = 0.2
+
+
+def projections(model: Any) -> list[Any]:
+    inner = getattr(model, "get_base_model", lambda: model)()
+    if hasattr(inner, "transformer"):
+        return [block.mlp.c_fc for block in inner.transformer.h]
+    return [layer.mlp.gate_proj for layer in inner.model.layers]
+
+
+def assert_same(frame: pd.DataFrame, expected: list[list[Any]]) -> None:
+    assert len(frame) == len(expected)
+    for row, twin in zip(naive.rows(frame), expected, strict=True):
+        assert row == pytest.approx(twin, abs=1e-9), (row, twin)
+
+
+@st.composite
+def all_marks(draw: st.DrawFn) -> dict[str, list[list[bool]]]:
+    """One to four tasks, one to three layers of one to six units each."""
+    widths = draw(st.lists(st.integers(1, 6), min_size=1, max_size=3))
+    names = draw(st.lists(st.sampled_from("cabd"), min_size=1, max_size=4, unique=True))
+    one = [st.lists(st.booleans(), min_size=width, max_size=width) for width in widths]
+    return {name: [draw(layer) for layer in one] for name in names}
+
+
+@settings(deadline=None, max_examples=100)
+@given(all_marks())
+def test_the_counts_are_the_naive_ones(marks: dict[str, list[list[bool]]]) -> None:
+    marked = {name: [torch.tensor(layer) for layer in layers] for name, layers in marks.items()}
+    frames = {frame.attrs["name"]: frame for frame in coactivation({"experts": marked, "neurons": marked}, "about")}
+    for name, rows in naive.coactivation("experts", marks).items():
+        assert_same(frames[name], rows + [["neurons", *row[1:]] for row in rows])
+    for _, of_layer in frames["coactivation"].groupby(["kind", "layer"]):
+        assert of_layer[["share", "chance"]].sum().tolist() == pytest.approx([1, 1])
+        # On average a unit has as many marks by chance as it really has.
+        expected, observed = (sum(of_layer["tasks"] * of_layer[name]) for name in ("chance", "share"))
+        assert observed == pytest.approx(expected)
+
+
+def test_chance_is_binomial_and_the_overlap_of_independent_sets() -> None:
+    generator = torch.Generator().manual_seed(0)
+    tasks, units, share = 5, 4000, 0.1
+    marked = {f"task {i}": strongest([*torch.rand(2, units, generator=generator)], share) for i in range(tasks)}
+    counts, _, pairs = coactivation({"neurons": marked}, "")
+    assert counts["chance"].tolist() == pytest.approx([*binom.pmf(range(tasks + 1), tasks, share)] * 2)
+    assert counts["share"].tolist() == pytest.approx(counts["chance"].tolist(), abs=0.02)
+    assert pairs["chance"].tolist() == pytest.approx([share / (2 - share)] * 10)
+    assert pairs["overlap"].tolist() == pytest.approx(pairs["chance"].tolist(), abs=0.015)
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=9), min_size=1, max_size=3), st.floats(0.01, 1))
+def test_each_layer_has_its_own_strongest(scores: list[list[int]], share: float) -> None:
+    masks = strongest([torch.tensor(layer, dtype=torch.float32) for layer in scores], share)
+    assert [mask.tolist() for mask in masks] == [naive.marked(layer, share) for layer in scores]
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "badit"])
+def test_scores_and_tables_are_the_naive_ones(tiny_model: Model, kind: str) -> None:
+    model = adapted(tiny_model("llama")) if kind == "badit" else tiny_model(kind)
+    examples = naive.make_examples(SIZES)
+    scores = {
+        "neurons": naive.neuron_means(model, examples, projections),
+        "parameters": naive.row_scores(model, examples),
+    }
+    neurons, gradients = NeuronMeans(model, len(examples)), TaskGradients(model, len(examples), 8, seed=0)
+    with gradients.taking():
+        for number, of_task in enumerate(naive.batched(examples, 1).values()):
+            for batch in of_task:
+                gradients.begin_instance(number)
+                with neurons.counting(number):
+                    answer_losses(model, batch, model)[0].mean().backward()
+    for number, task in enumerate(examples):
+        for of_layer, twins in zip(neurons.of_task(number), scores["neurons"][task], strict=True):
+            torch.testing.assert_close(of_layer, torch.tensor(twins), rtol=1e-4, atol=1e-5)
+        for of_layer, twins in zip(gradients.row_scores(number), scores["parameters"][task], strict=True):
+            torch.testing.assert_close(of_layer, torch.tensor(twins), rtol=1e-3, atol=1e-9)
+    expected: dict[str, list[list[Any]]] = {}
+    for of_kind, by_task in scores.items():
+        marks = {task: [naive.marked(layer, SHARE) for layer in layers] for task, layers in by_task.items()}
+        for name, rows in naive.coactivation(of_kind, marks).items():
+            expected.setdefault(name, []).extend(rows)
+    frames = {f.attrs["name"]: f for f in measure_interference(model, naive.batched(examples), share=SHARE)}
+    for name, rows in expected.items():
+        assert_same(frames[name], rows)
+    assert "strongest 0.2 of the units" in frames["coactivation"].attrs["about"]
+
+
+class Odd(nn.Module):
+    """A model whose one layer has two MLPs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        experts = [nn.ModuleDict({"gate_proj": nn.Linear(2, 2)}) for _ in range(2)]
+        self.layers = nn.ModuleList([nn.ModuleDict({"experts": nn.ModuleList(experts)})])
+
+
+def test_a_model_without_known_mlps_is_refused(tiny_model: Model) -> None:
+    with pytest.raises(BaditError, match="does not go with a model of type Odd: every layer needs one MLP"):
+        NeuronMeans(Odd(), 1)
+    model = tiny_model("llama")
+    del model.model.layers[1].mlp.gate_proj
+    with pytest.raises(BaditError, match=r"model of type llama: .*gate_proj"):
+        NeuronMeans(model, 1)

@@ -1,0 +1,26 @@
+"""The source and the tests stay small enough to be read. A larger budget is a decision with a reason in docs/LOG.md."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from statistics import median
+
+ROOT = Path(__file__).parents[1]
+SOURCE_LINES, SOURCE_MODULES, MODULE_LINES = 12_500, 80, 500
+TEST_LINES = 16_000
+
+
+def lines(folder: Path) -> dict[str, int]:
+    return {str(file): len(file.read_text().splitlines()) for file in folder.rglob("*.py")}
+
+
+def test_the_source_keeps_to_its_budget() -> None:
+    sizes = lines(ROOT / "src" / "badit")
+    assert sum(sizes.values()) <= SOURCE_LINES
+    assert len(sizes) <= SOURCE_MODULES
+    assert {file: size for file, size in sizes.items() if size > MODULE_LINES} == {}
+    assert 80 <= median(sizes.values()) <= 250
+
+
+def test_the_tests_keep_to_their_budget() -> None:
+    assert sum(lines(ROOT / "tests").values()) <= TEST_LINES
