@@ -179,7 +179,7 @@ def with_a_foreign_weight(path: Path) -> None:
         (cut_short, r"weights\.safetensors: cannot be loaded"),
         (emptied, r"weights\.safetensors: cannot be loaded"),
         (of_other_shapes, r"belongs to another base model, which has a weight "),
-        (with_one_weight_less, r"weights\.safetensors: has no weight .*; remove the folder to train it anew"),
+        (with_one_weight_less, r"weights\.safetensors: has no weight .*; remove the folder to train it again"),
         (with_a_foreign_weight, r"belongs to another base model, which has a weight 'lm_head\.bias'"),
     ],
 )
