@@ -26,7 +26,7 @@ from badit.export import Export, export, merge, mixture_factors, score_export, t
 from badit.run import Run
 from badit.train import encoded, make_plan
 from badit.tuner import hooks_of
-from baselines import branch_naive
+from baselines import naive as baselines
 from export.contract import check_adapter
 from tuner.helpers import FAMILIES, adapt, adapted, forward, layers, padded, random_rows
 
@@ -37,7 +37,6 @@ LORA = {"r": 3, "lora_alpha": 12}
 # Each with the rank that an exact export takes.
 METHODS: dict[str, tuple[dict[str, Any], int]] = {
     "badit": (BADIT, 12),
-    "folded": ({**BADIT, "base_weight": "folded"}, 12),
     "softmax": ({**BADIT, "gates": "softmax", "top_k": 2}, 12),
     "token": ({**BADIT, "routing": "token"}, 12),
     "directions": ({**BADIT, "init_weights": "directions", "router_input": "standardised"}, 6),
@@ -54,7 +53,7 @@ METHODS: dict[str, tuple[dict[str, Any], int]] = {
     "pcgrad": ({"name": "pcgrad", **LORA}, 3),
 }
 WEIGHTS: dict[str, dict[str, Any]] = {"dora": {"name": "dora", **LORA}, "full": {"name": "full"}}
-VARY = ("badit", "folded", "softmax", "token", "directions", "loramoe", "hydralora", "goat", "mtl-lora", "gainlora")
+VARY = ("badit", "softmax", "token", "directions", "loramoe", "hydralora", "goat", "mtl-lora", "gainlora")
 
 
 def chosen(name: str) -> dict[str, Any]:
@@ -317,12 +316,9 @@ def logits(model: Any) -> torch.Tensor:
     return forward(model, IDS, MASK).logits[MASK.bool()]
 
 
-@pytest.mark.parametrize("base_weight", ["delta", "folded"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_adapts_merges_and_loads_alike(
-    tiny_model: Callable[..., Any], tmp_path: Any, family: str, base_weight: str
-) -> None:
-    model = adapted(tiny_model(family), base_weight=base_weight, target_modules="all-linear")
+def test_every_family_adapts_merges_and_loads_alike(tiny_model: Callable[..., Any], tmp_path: Any, family: str) -> None:
+    model = adapted(tiny_model(family), target_modules="all-linear")
     for layer in layers(model):
         layer._route = lambda adapter, x: torch.tensor(GATES).expand(*x.shape[:-1], -1)
     expected = logits(model)
@@ -364,7 +360,7 @@ def test_nothing_is_merged_into_a_weight_that_is_shared(tiny_model: Callable[...
 def test_pefts_own_conversion_takes_fixed_mixtures_only(tiny_model: Callable[..., Any], family: str) -> None:
     lora = pytest.importorskip("peft.tuners.lora.conversion", reason="PEFT before 0.19 converts nothing")
     single = adapted(tiny_model(family), num_experts=1, r=4)
-    branches = branch_naive.adapted(tiny_model(family), "o-lora")
+    branches = baselines.adapted(tiny_model(family), "o-lora")
     for model, rank in ((single, 8), (branches, 6)):
         assert model.supports_lora_conversion()
         config, tensors = lora.convert_to_lora(model, rank=rank)
@@ -373,7 +369,7 @@ def test_pefts_own_conversion_takes_fixed_mixtures_only(tiny_model: Callable[...
         named = {name.replace(".weight", ".default.weight"): tensor for name, tensor in tensors.items()}
         assert not plain.load_state_dict(named, strict=False).unexpected_keys
         torch.testing.assert_close(logits(plain.eval()), logits(model), atol=1e-3, rtol=1e-3)
-    for model in (adapt(tiny_model(family)), branch_naive.adapted(tiny_model(family), "gainlora")):
+    for model in (adapt(tiny_model(family)), baselines.adapted(tiny_model(family), "gainlora")):
         assert not model.supports_lora_conversion()
         with pytest.raises(TypeError, match="do not support LoRA conversion"):
             lora.convert_to_lora(model, rank=4)
