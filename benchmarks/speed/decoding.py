@@ -29,7 +29,7 @@ def decoder(model: Any, rows: int) -> Callable[[], object]:
 
 def measure(dtype: str, rounds: int) -> dict[str, Any]:
     models: dict[str, Any] = {"base": base(dtype).eval()}
-    models |= {name: adapted(name, dtype).eval() for name in ("lora", "badit", "badit folded")}
+    models |= {name: adapted(name, dtype).eval() for name in ("lora", "badit")}
     models["merged"] = adapted("lora", dtype).eval().merge_and_unload()  # pyright: ignore
     result: dict[str, Any] = {}
     for rows in ROWS:

@@ -9,6 +9,7 @@ Both give what :class:`badit.tuner.layer.ExpertLinear` gives (``tests/test_bench
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -23,7 +24,14 @@ def use_loops(model: nn.Module, *, per_sequence: bool) -> None:
     delta = _per_sequence if per_sequence else _in_a_loop
     for module in model.modules():
         if isinstance(module, BaditLinear):
-            module._delta = partial(delta, module)  # pyright: ignore[reportAttributeAccessIssue]
+            module.forward = partial(_forward, module, delta)
+
+
+def _forward(layer: BaditLinear, delta: Callable[..., torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    y = layer.base_layer(x)
+    for adapter in layer.running_adapters:
+        y = y + delta(layer, adapter, x).to(y.dtype)
+    return y
 
 
 def _in_a_loop(layer: BaditLinear, adapter: str, x: torch.Tensor) -> torch.Tensor:

@@ -61,7 +61,7 @@ def main(arguments: argparse.Namespace) -> None:
         steps, tokens = {}, {}
         for name in tqdm(ADAPTERS, desc=dtype, leave=False):
             steps[name] = median_by_kind(training_step(adapted(name, dtype), batch(ROWS, TOKENS)), arguments.rounds)
-        for name in tqdm(("base", "lora", "badit", "badit folded"), desc=dtype, leave=False):
+        for name in tqdm(("base", "lora", "badit"), desc=dtype, leave=False):
             model = base(dtype) if name == "base" else adapted(name, dtype)
             tokens[name] = median_by_kind(decoder(model.eval(), 1), arguments.rounds)
         result[dtype] = {"seconds of a step": steps, "seconds of 64 tokens": tokens}

@@ -74,7 +74,6 @@ def targets() -> list[Row]:
         lora, badit = one["ratio to lora"], one["ratio to badit"]
         rows += [
             Row(f"training step, {dtype}", "PEFT LoRA, r 32", lora["badit"]["median"], 1.03, False, _times),
-            Row(f"the same, folded, {dtype}", "PEFT LoRA, r 32", lora["badit folded"]["median"], 1.0, False, _times),
             Row(f"peak memory, {dtype}", "PEFT LoRA, r 32", one["peak ratio to lora"]["badit"], 1.05, False, _times),
         ]
         for peer in ("experts in a loop", "experts per sequence"):
@@ -133,7 +132,6 @@ def _decoding() -> list[Row]:
             Row(f"decoding, {what}, {dtype}", "base model", speed[name]["median"], target, True, _near_times)
             for what, name, target in (
                 ("tokens a second", "badit", 0.95),
-                ("folded", "badit folded", 0.95),
                 ("merged", "merged", 1.0),
             )
         ]

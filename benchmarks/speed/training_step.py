@@ -28,7 +28,7 @@ def measure(dtype: str, rounds: int) -> dict[str, Any]:
     return {
         "seconds": samples,
         "ratio to lora": {name: ratio(samples, name, "lora") for name in ADAPTERS[1:]},
-        "ratio to badit": {name: ratio(samples, name, "badit") for name in ADAPTERS[3:]},
+        "ratio to badit": {name: ratio(samples, name, "badit") for name in ADAPTERS[2:]},
         "peak bytes": memory,
         "peak ratio to lora": {name: memory[name] / memory["lora"] for name in ADAPTERS[1:]},
         "floor seconds": floor(dtype),

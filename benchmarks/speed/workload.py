@@ -20,7 +20,7 @@ MODEL = "smollm2-135m"
 EXPERTS, RANK = 8, 4
 TARGETS = ["gate_proj"]
 
-ADAPTERS = ("lora", "badit", "badit folded", "experts in a loop", "experts per sequence")
+ADAPTERS = ("lora", "badit", "experts in a loop", "experts per sequence")
 
 
 def fast_dtypes() -> list[str]:
@@ -41,14 +41,12 @@ def adapted(name: str, dtype: str, *, experts: int = EXPERTS, rank: int = RANK) 
         width = experts * rank
         config = LoraConfig(r=width, lora_alpha=8 * width, target_modules=TARGETS, task_type="CAUSAL_LM")
         return get_peft_model(model, config).train()
-    folded = name == "badit folded"
     config = BaditConfig(
         num_experts=experts,
         r=rank,
         lora_alpha=8 * rank,
         lora_dropout=0.0,
         target_modules=TARGETS,
-        base_weight="folded" if folded else "delta",
         task_type="CAUSAL_LM",
     )
     model = get_peft_model(model, config).train()

@@ -22,7 +22,7 @@ import yaml
 from links import ROOT, moved
 from mkdocs.exceptions import PluginError
 
-from badit.cli.quiet import quiet_environment
+from badit.cli import quiet_libraries
 
 _COMMENT = re.compile(r"<!-- (code|beginning|options): (.+?) -->")
 
@@ -61,7 +61,7 @@ def options(name: str, other: str | None = None) -> str:
 
 def _imported(name: str) -> Any:
     module, _, cls = name.rpartition(".")
-    quiet_environment()
+    quiet_libraries()
     with warnings.catch_warnings(action="ignore"):
         return getattr(import_module(module), cls)
 

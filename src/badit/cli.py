@@ -30,6 +30,7 @@ app = App(
     help_flags=["--help", "-h"],
     help_format="plaintext",
     result_action="return_value",
+    suppress_keyboard_interrupt=False,
 )
 Output = Annotated[str, Parameter(name=["--output", "-o"])]
 

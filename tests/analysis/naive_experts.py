@@ -104,7 +104,7 @@ def gates(model: Any, row: Mapping[str, Any]) -> np.ndarray:
 def _gate(layer: Any, x_t: torch.Tensor, prompt: torch.Tensor, row: Mapping[str, Any]) -> np.ndarray:
     config = layer.badit_config["default"]
     if not isinstance(layer, BaditLinear):
-        if hasattr(layer, "badit_router"):
+        if "default" in getattr(layer, "badit_router", ()):
             return mixtures.gates(layer, x_t)
         own = reference.float64(layer.badit_task_logits["default"])[config.tasks.index(row["tasks"][0])]
         return reference.expert_gates(own / config.temperature, "softmax")

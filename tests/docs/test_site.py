@@ -45,7 +45,7 @@ def test_formulas_are_mathml(site: Path) -> None:
 def test_code_and_options_come_from_the_source(site: Path) -> None:
     shown = re.sub(r"<[^>]+>", "", (site / "method.html").read_text())
     assert "def expert_gates(logits: torch.Tensor" in shown
-    assert "def _delta(self, adapter_name: str" in shown
+    assert "def forward(self, x: torch.Tensor" in shown
     assert "<!-- code" not in shown
     options = (site / "options.html").read_text()
     assert all(

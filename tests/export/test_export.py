@@ -26,7 +26,7 @@ from badit.export import Export, export, merge, mixture_factors, score_export, t
 from badit.run import Run
 from badit.train import encoded, make_plan
 from badit.tuner import hooks_of
-from baselines import branch_naive
+from baselines import naive as baselines
 from export.contract import check_adapter
 from tuner.helpers import FAMILIES, adapt, adapted, forward, layers, padded, random_rows
 
@@ -359,7 +359,7 @@ def test_nothing_is_merged_into_a_weight_that_is_shared(tiny_model: Callable[...
 def test_pefts_own_conversion_takes_fixed_mixtures_only(tiny_model: Callable[..., Any], family: str) -> None:
     lora = pytest.importorskip("peft.tuners.lora.conversion", reason="PEFT before 0.19 converts nothing")
     single = adapted(tiny_model(family), num_experts=1, r=4)
-    branches = branch_naive.adapted(tiny_model(family), "o-lora")
+    branches = baselines.adapted(tiny_model(family), "o-lora")
     for model, rank in ((single, 8), (branches, 6)):
         assert model.supports_lora_conversion()
         config, tensors = lora.convert_to_lora(model, rank=rank)
@@ -368,7 +368,7 @@ def test_pefts_own_conversion_takes_fixed_mixtures_only(tiny_model: Callable[...
         named = {name.replace(".weight", ".default.weight"): tensor for name, tensor in tensors.items()}
         assert not plain.load_state_dict(named, strict=False).unexpected_keys
         torch.testing.assert_close(logits(plain.eval()), logits(model), atol=1e-3, rtol=1e-3)
-    for model in (adapt(tiny_model(family)), branch_naive.adapted(tiny_model(family), "gainlora")):
+    for model in (adapt(tiny_model(family)), baselines.adapted(tiny_model(family), "gainlora")):
         assert not model.supports_lora_conversion()
         with pytest.raises(TypeError, match="do not support LoRA conversion"):
             lora.convert_to_lora(model, rank=4)

@@ -60,7 +60,6 @@ _MODELS = {
     "tiny-random-Gemma3ForCausalLM": lambda: Gemma3TextConfig(**_DECODER, head_dim=8, sliding_window=16),
 }  # fmt: skip
 _SMALL = {"num_experts": 2, "r": 1, "lora_alpha": 2}
-# Not base_weight="folded": it has no random start and no second adapter, which nearly all of these tests ask for.
 _CASES = [
     ("linear", "MLP", {"target_modules": "lin0"}),
     ("linear in a list", "MLP", {"target_modules": ["lin0"]}),
@@ -83,6 +82,27 @@ class _SmallConfig(BaditConfig):
     num_experts: int = 2
     r: int = 1
     lora_alpha: float = 2
+
+
+_own_post_init, _own_factors = BaditConfig.__post_init__, BaditConfig.initial_factors
+
+
+def _post_init(self: BaditConfig) -> None:
+    """PEFT's tests give every method ``init_weights=False``, so that an adapter changes the output at once."""
+    if self.init_weights is False:
+        self.init_weights, self._random_start = "lora", True  # pyright: ignore[reportAttributeAccessIssue]
+    _own_post_init(self)
+
+
+def _initial_factors(self: BaditConfig, weight_OI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+    if not getattr(self, "_random_start", False):
+        return _own_factors(self, weight_OI)
+    factor_A, factor_B = (torch.empty(size, self.num_components) for size in reversed(weight_OI.shape))
+    return torch.nn.init.kaiming_uniform_(factor_A.T.contiguous(), a=5**0.5), factor_B.normal_(std=0.02)
+
+
+BaditConfig.__post_init__ = _post_init
+BaditConfig.initial_factors = _initial_factors
 
 
 def _local_models(task: str) -> list[Any]:

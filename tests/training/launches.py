@@ -129,7 +129,7 @@ def assert_same_run(two: Run, one: Run) -> None:
     took = [read_json(run.environment_path)["training"] | {"seconds": 0, "peak_memory_gib": 0} for run in (two, one)]
     assert took[0] == took[1]
     assert not list(two.path.rglob("*.partial"))
-    assert not two.checkpoints.exists()
+    assert not two.checkpoints_path.exists()
 
 
 def assert_stops_and_resumes(launches: Launches, engine: str, *, written_under: str | None = None) -> None:
@@ -143,7 +143,7 @@ def assert_stops_and_resumes(launches: Launches, engine: str, *, written_under: 
     talk = launches.train(name, 2, engine, code=130, stop_at=7)
     assert talk.count("badit: interrupted") == 1, talk
     stopped, whole = launches.run(name), launches.run(engine)
-    assert last_checkpoint(stopped.checkpoints) == stopped.checkpoints / "checkpoint-7"
+    assert last_checkpoint(stopped.checkpoints_path) == stopped.checkpoints_path / "checkpoint-7"
     shutil.copytree(stopped.path, launches.folder / f"{engine}-copied")
     if written_under is not None:
         assert f"was written under {written_under}" in launches.train(name, 1, code=2)

@@ -95,7 +95,7 @@ def stopped(recipe_values: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> R
 def test_a_run_goes_on_from_the_last_good_checkpoint(
     recipe_values: dict[str, Any], tmp_path: Path, stopped: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    cut(stopped.checkpoints / "checkpoint-10" / "optimizer.pt")
+    cut(stopped.checkpoints_path / "checkpoint-10" / "optimizer.pt")
     fit(build_recipe(recipe_values), progress=False)
     assert "checkpoint-10 is damaged (optimizer.pt has changed); going on" in capsys.readouterr().err
     fit(build_recipe({**recipe_values, "output": str(tmp_path / "whole")}), progress=False)
@@ -119,13 +119,13 @@ def test_no_code_in_a_checkpoint_is_run_not_even_in_one_that_is_sealed(
     recipe_values: dict[str, Any], tmp_path: Path, stopped: Run, file: str
 ) -> None:
     marker = tmp_path / "attacked"
-    checkpoint = stopped.checkpoints / "checkpoint-10"
+    checkpoint = stopped.checkpoints_path / "checkpoint-10"
     torch.save(Attack(marker), checkpoint / file)
     (checkpoint / SEAL).unlink()
-    staged = stopped.checkpoints / STAGING / "checkpoint-10"
+    staged = stopped.checkpoints_path / STAGING / "checkpoint-10"
     shutil.copytree(checkpoint, staged)
-    seal(staged, stopped.checkpoints)
-    assert last_checkpoint(stopped.checkpoints) == checkpoint
+    seal(staged, stopped.checkpoints_path)
+    assert last_checkpoint(stopped.checkpoints_path) == checkpoint
 
     if file == "training_args.bin":  # which the trainer writes and nobody reads
         fit(build_recipe(recipe_values), progress=False)

@@ -188,7 +188,6 @@ def test_whole_gradients_are_taken_as_they_are() -> None:
 @pytest.mark.parametrize(
     ("method", "message"),
     [
-        ({"name": "badit", "base_weight": "folded"}, r"method\.base_weight: folded needs whole base weights"),
         ({"name": "gainlora", "r": 2}, "gainlora works on whole weights"),
         ({"name": "task-neurons"}, "task-neurons works on whole weights"),
     ],

@@ -99,7 +99,7 @@ class CountWaits(TrainerCallback):
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"router_input": "standardised", "top_k": 2}, {"routing": "token"}, {"base_weight": "folded"}],
+    [{}, {"router_input": "standardised", "top_k": 2}, {"routing": "token"}],
     ids=str,
 )
 @pytest.mark.parametrize("micro_batches", [1, 2])

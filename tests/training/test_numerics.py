@@ -81,9 +81,9 @@ def test_odd_base_weights_are_trained(tiny_model: Any, tmp_path: Path, weight: s
 def test_a_run_in_every_precision_learns(recipe_values: Values, dtype: str) -> None:
     overrides = [f"model.dtype={dtype}", "training.num_train_epochs=4", "training.warmup_steps=0"]
     run = fit(build_recipe(recipe_values, overrides), progress=False)
-    losses = [line["loss"] for line in read_jsonl(run.metrics)]
+    losses = [line["loss"] for line in read_jsonl(run.metrics_path)]
     assert losses[-1] < losses[0] - 0.3
-    tensors = load_file(run.adapter / "adapter_model.safetensors")
+    tensors = load_file(run.adapter_path / "adapter_model.safetensors")
     assert {tensor.dtype for name, tensor in tensors.items() if "badit_A" in name} == {torch.float32}
 
 
@@ -126,11 +126,11 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(
         )
         # The regrouping after step 4 rescales; of the steps it is the fifth alone that shows whether it was skipped.
         assert unchanged == (step == 5), step
-    lines = list(read_jsonl(run.metrics))
+    lines = list(read_jsonl(run.metrics_path))
     assert [line.get("skipped_steps", 0) for line in lines] == [0, 0, 0, 1, *[2] * 8]
-    assert [line["window_steps"] for line in read_jsonl(run.regroupings)][::2] == [3, 4]
-    assert "NaN" not in run.metrics.read_text()
-    assert "Infinity" not in run.metrics.read_text()
+    assert [line["window_steps"] for line in read_jsonl(run.regroupings_path)][::2] == [3, 4]
+    assert "NaN" not in run.metrics_path.read_text()
+    assert "Infinity" not in run.metrics_path.read_text()
 
 
 def test_too_many_of_them_stop_the_run_and_name_the_batch(

@@ -91,13 +91,13 @@ def test_every_stage_leaves_its_files_and_the_last_ones_are_the_runs(recipe_valu
         assert read_json(folder.environment_path)["training"]["steps"] == 3
         assert not folder.checkpoints_path.exists()
     last = stage(recipe, 1)
-    kept = [file for file in last.adapter.iterdir() if file.name != "README.md"]  # the card is the whole run's
-    for file in [*kept, *last.predictions.iterdir()]:
+    kept = [file for file in last.adapter_path.iterdir() if file.name != "README.md"]  # the card is the whole run's
+    for file in [*kept, *last.predictions_path.iterdir()]:
         assert (run.path / file.relative_to(last.path)).read_bytes() == file.read_bytes()
     assert not equal(learnt(stage(recipe, 0)), learnt(last))
     assert not list(run.path.rglob("*.partial"))
     assert read_json(run.scores_path) == scores
-    assert scores["tasks"] == read_json(last.scores)["tasks"]
+    assert scores["tasks"] == read_json(last.scores_path)["tasks"]
     assert scores["order"] == ORDER
     environment = read_json(run.environment_path)
     assert environment["packages"]

@@ -36,7 +36,7 @@ def test_two_processes_end_as_one_does(launches: Launches) -> None:
         launches.train(f"{engine}-copied", 3, engine)
     for name in ("alone", "ddp-copied", "fsdp2-copied"):
         run = launches.run(name)
-        assert [line["step"] for line in read_jsonl(run.metrics)] == list(range(1, 13))
+        assert [line["step"] for line in read_jsonl(run.metrics_path)] == list(range(1, 13))
         assert all(tensor.isfinite().all() for tensor in adapter(run).values())
     assert losses(launches.run("fsdp2-copied")) == pytest.approx(losses(launches.run("ddp-copied")), abs=1e-5)
 
@@ -45,7 +45,7 @@ def test_a_sequence_in_two_processes_leaves_one_whole_run(recipe_values: dict[st
     launches = Launches({**recipe_values, "data": {**recipe_values["data"], "order": "seeded-0"}}, tmp_path)
     launches.train("sequence", 2)
     run = launches.run("sequence")
-    assert set(read_json(run.scores)["tasks"]) == {"cities", "rivers"}
+    assert set(read_json(run.scores_path)["tasks"]) == {"cities", "rivers"}
     assert adapter(run)
     assert not list(run.path.rglob("*.partial"))
-    assert read_json(run.environment)["training"]["steps"] == 2 * 12
+    assert read_json(run.environment_path)["training"]["steps"] == 2 * 12

@@ -20,6 +20,7 @@ from badit.surgery import SurgeryTrainer, cagrad, pcgrad, rows_of_task
 from baselines import naive
 from reference import float64
 from training.trainers import StopAt, adapted, examples, make_trainer
+from tuner.helpers import randomise
 
 Model = Callable[..., Any]
 
@@ -145,7 +146,7 @@ def test_a_tasks_rows_lose_only_the_padding_behind_them() -> None:
 def test_added_up_the_tasks_gradients_are_the_plain_one(
     tiny_model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, side: str
 ) -> None:
-    model = adapted(tiny_model(family), lora_dropout=0.0, init_weights=False)
+    model = randomise(adapted(tiny_model(family), lora_dropout=0.0))
     trainer = surgery_trainer(model, tmp_path)
     batch = batch_of(with_tasks(7), side)
     wanted_loss, wanted = step(make_trainer(model, tmp_path, []), model, batch)
@@ -159,7 +160,7 @@ def test_added_up_the_tasks_gradients_are_the_plain_one(
 
 @pytest.mark.parametrize("surgery", ["pcgrad", "cagrad"])
 def test_the_tasks_gradients_are_combined_as_one_vector_each(tiny_model: Model, tmp_path: Path, surgery: str) -> None:
-    model = adapted(tiny_model("llama"), lora_dropout=0.0, init_weights=False)
+    model = randomise(adapted(tiny_model("llama"), lora_dropout=0.0))
     trainer = surgery_trainer(model, tmp_path, surgery)
     batch = batch_of(with_tasks(7))
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -180,7 +181,7 @@ def test_the_tasks_gradients_are_combined_as_one_vector_each(tiny_model: Model, 
 
 @pytest.mark.parametrize("surgery", ["pcgrad", "cagrad"])
 def test_a_batch_of_one_task_is_a_plain_one(tiny_model: Model, tmp_path: Path, surgery: str) -> None:
-    model = adapted(tiny_model("llama"), lora_dropout=0.1, init_weights=False)
+    model = randomise(adapted(tiny_model("llama"), lora_dropout=0.1))
     batch = batch_of(with_tasks(4, tasks=("cities",)))
     outcomes = []
     for trainer in (surgery_trainer(model, tmp_path, surgery), make_trainer(model, tmp_path, [])):
@@ -191,7 +192,7 @@ def test_a_batch_of_one_task_is_a_plain_one(tiny_model: Model, tmp_path: Path, s
 
 
 def test_micro_batches_add_up_in_the_trainable_parameters_alone(tiny_model: Model, tmp_path: Path) -> None:
-    model = adapted(tiny_model("llama"), lora_dropout=0.0, init_weights=False)
+    model = randomise(adapted(tiny_model("llama"), lora_dropout=0.0))
     model.register_parameter("unused", torch.nn.Parameter(torch.ones(3)))
     trainer = surgery_trainer(model, tmp_path, "cagrad")  # which has no random order
     trainer.current_gradient_accumulation_steps = 2

@@ -16,6 +16,7 @@ from badit.data import AnswerCollator
 from badit.errors import BaditError
 from badit.trainer import EpochSampler, logits_only_at
 from training.trainers import adapted, examples, make_trainer
+from tuner.helpers import randomise
 
 Model = Callable[..., Any]
 FAMILIES = ["llama", "gemma2", "gpt2"]
@@ -38,7 +39,7 @@ def naive_loss(model: Any, batch: dict[str, torch.Tensor], items: int) -> torch.
 def test_the_loss_and_its_gradients_equal_the_naive_ones(
     tiny_model: Model, tmp_path: Path, family: str, side: Any
 ) -> None:
-    model = adapted(tiny_model(family), lora_dropout=0.0, init_weights=False).eval()
+    model = randomise(adapted(tiny_model(family), lora_dropout=0.0)).eval()
     trainer = make_trainer(model, tmp_path, [])
     batch = dict(AnswerCollator(0, side=side)(examples(5)))
     items = int((batch["labels"] != -100).sum())
