@@ -101,15 +101,15 @@ def test_a_recipe_may_be_a_file_values_or_a_recipe(recipe_file: Path, recipe_val
     assert make_recipe(recipe_file, {}) == make_recipe(recipe_values, {}) == make_recipe(recipe, {}) == recipe
     assert make_recipe(None, {}) == Recipe()
     for given in (recipe_file, recipe_values, recipe):
-        made = make_recipe(given, {"training": {"epochs": 3}, "output": Path("elsewhere")})
-        assert (made.training.epochs, made.training.batch_size, made.output) == (
+        made = make_recipe(given, {"training": {"num_train_epochs": 3}, "output": Path("elsewhere")})
+        assert (made.training.num_train_epochs, made.training.batch_size, made.output) == (
             3,
             recipe.training.batch_size,
             "elsewhere",
         )
         other = make_recipe(given, {"method": {"name": "lora", "r": 3}})
         assert other.method == {"name": "lora", "r": 3}, "options of one method mean nothing to another"
-    assert recipe_values["training"]["epochs"] == 2, "what is given is left as it is"
+    assert recipe_values["training"]["num_train_epochs"] == 2, "what is given is left as it is"
 
 
 def test_the_values_are_the_recipes_sections() -> None:
@@ -121,12 +121,12 @@ def test_the_values_are_the_recipes_sections() -> None:
     [
         (lambda run: badit.train("missing.yaml"), "missing.yaml: cannot be read"),
         (lambda run: badit.train({"trainning": {}}), r"recipe: trainning: unknown key \(did you mean 'training'\?\)"),
-        (lambda run: badit.train(training={"epochs": 0}), "recipe: training.epochs: "),
+        (lambda run: badit.train(training={"num_train_epochs": 0}), "recipe: training.num_train_epochs: "),
         (lambda run: badit.plan(data={"source": "nowhere"}), "nowhere: no such file or folder"),
         (lambda run: badit.compare(jobs=0), "jobs: must be at least 1, not 0"),
-        (lambda run: run.evaluate(), "has no adapter yet"),
-        (lambda run: run.scores, r"has no scores yet; make them with: badit evaluate"),
-        (lambda run: run.generate(["Hello", " "]), "the prompt is empty"),
+        (lambda run: badit.Run(run).evaluate(), "has no adapter yet"),
+        (lambda run: badit.Run(run).scores, r"has no scores yet; make them with: badit evaluate"),
+        (lambda run: badit.Run(run).generate(["Hello", " "]), "the prompt is empty"),
         *((lambda run, name=name: getattr(badit.Run("nowhere"), name), "nowhere: has no config.yaml")
           for name in ("recipe", "scores", "predictions", "metrics", "environment", "tables")),
     ],

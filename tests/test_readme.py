@@ -25,7 +25,7 @@ def test_every_link_and_every_path_of_the_tree_exists() -> None:
     assert all((ROOT / link).exists() for link in links)
     folder = ROOT
     for line in README.blocks("text")[0].splitlines():
-        for name in line[:22].replace(",", " ").split():
+        for name in line[:18].replace(",", " ").split():
             folder = ROOT / "src" / "badit" if line.startswith("  ") else ROOT
             assert (folder / name).exists(), name
 

@@ -134,14 +134,14 @@ class Run:
         """The recipe that the run was made by."""
         from badit.recipe import load_config
 
-        return load_config(self.config_path)
+        return load_config(Run.existing(self.path).config_path)
 
     @property
     def scores(self) -> pd.DataFrame:
         """The scores on the recipe's split: task, metric, score (0 to 100), n."""
         from badit.results import read_scores, scores_frame
 
-        if not self.scores_path.is_file():
+        if not Run.existing(self.path).scores_path.is_file():
             raise BaditError(f"{self.path}: has no scores yet; make them with: badit evaluate {self.path}")
         return scores_frame(read_scores(self.scores_path))
 
@@ -152,7 +152,9 @@ class Run:
 
         from badit.evaluate import read_predictions
 
-        return pd.DataFrame([vars(prediction) for prediction in read_predictions(self.predictions_path)])
+        return pd.DataFrame(
+            [vars(prediction) for prediction in read_predictions(Run.existing(self.path).predictions_path)]
+        )
 
     @property
     def metrics(self) -> pd.DataFrame:
@@ -161,21 +163,21 @@ class Run:
 
         from badit.files import read_jsonl
 
-        return pd.DataFrame(read_jsonl(self.metrics_path))
+        return pd.DataFrame(read_jsonl(Run.existing(self.path).metrics_path))
 
     @property
     def environment(self) -> dict[str, Any]:
         """Versions and hardware; under ``training`` parameters, steps, seconds and memory."""
         from badit.files import read_json
 
-        return read_json(self.environment_path)
+        return read_json(Run.existing(self.path).environment_path)
 
     @property
     def tables(self) -> dict[str, pd.DataFrame]:
         """What :meth:`analyze` has measured, by name; empty before."""
         from badit.analysis.tables import load_frames
 
-        return load_frames(self.analysis_path)
+        return load_frames(Run.existing(self.path).analysis_path)
 
     def load(self, *, trust_remote_code: bool = False) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
         """The base model with what the run has learnt, for inference, and the tokenizer."""

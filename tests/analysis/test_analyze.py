@@ -71,7 +71,7 @@ def test_tables_that_stand_apart_are_shown_beside_the_runs_scores(run: Path, tmp
     assert main(["analyze", str(run), "--instances", "2", "-o", str(apart)]) == 0
     assert not (run / "analysis").exists()
     page = (apart / "report.html").read_text()
-    assert "<code>scores.json</code> of" in page
+    assert "scores.json</code>" in page
     assert "<code>analysis/gates.json</code> of apart" in page
 
 

@@ -27,7 +27,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:Could not find a config file in 
 
 Values = dict[str, Any]
 OPTIONS: dict[str, Values] = {
-    **SMALL, **{name: {"r": 4, "lora_alpha": 8, "lora_dropout": 0.1} for name in BASELINES if name not in SMALL}
+    **{name: {key: value for key, value in small.items() if key != "tasks"} for name, small in SMALL.items()},
+    **{name: {"r": 4, "lora_alpha": 8, "lora_dropout": 0.1} for name in BASELINES if name not in SMALL}
 }  # fmt: skip
 FROM_PEFT = [name for name, baseline in BASELINES.items() if baseline.config_cls is LoraConfig]
 TASKS = ["cities", "rivers"]

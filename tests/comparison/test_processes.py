@@ -131,7 +131,7 @@ def test_sigterm_stops_the_command_and_its_cells_which_save_their_state(values: 
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     cell = Run(Path(values["output"]) / "lora" / "lr-0.01" / "seed-0")
     try:
-        while process.poll() is None and not (cell.metrics.is_file() and cell.metrics.stat().st_size):
+        while process.poll() is None and not (cell.metrics_path.is_file() and cell.metrics_path.stat().st_size):
             time.sleep(0.1)
         process.send_signal(signal.SIGTERM)
         out, err = process.communicate()
@@ -142,13 +142,13 @@ def test_sigterm_stops_the_command_and_its_cells_which_save_their_state(values: 
     assert err.splitlines() == [
         "lora/lr-0.01/seed-0: training and scoring",
         "",
-        "badit: interrupted; the same command goes on from the last checkpoint",
+        "badit: interrupted; the same command continues from the last checkpoint",
     ]
-    steps = cell.metrics.read_text().count("\n")
-    assert last_checkpoint(cell.checkpoints) == cell.checkpoints / f"checkpoint-{steps}"
+    steps = cell.metrics_path.read_text().count("\n")
+    assert last_checkpoint(cell.checkpoints_path) == cell.checkpoints_path / f"checkpoint-{steps}"
     assert not (cell.path / "error.txt").exists()
     time.sleep(0.5)
-    assert cell.metrics.read_text().count("\n") == steps, "the cell has ended too"
+    assert cell.metrics_path.read_text().count("\n") == steps, "the cell has ended too"
     assert by_status(read_json(Path(values["output"]) / "results.json"), status="missing", error=None) == ["lora/0"]
 
 

@@ -102,7 +102,7 @@ def test_every_stage_leaves_its_files_and_the_last_ones_are_the_runs(recipe_valu
     environment = read_json(run.environment_path)
     assert environment["packages"]
     assert environment["training"]["steps"] == 6
-    trainings = [read_json(stage(recipe, number).environment)["training"] for number in (0, 1)]
+    trainings = [read_json(stage(recipe, number).environment_path)["training"] for number in (0, 1)]
     assert environment["training"]["tokens"] == sum(training["tokens"] for training in trainings)
     assert environment["training"]["trainable_parameters"] == trainings[0]["trainable_parameters"]
 
@@ -112,7 +112,7 @@ def test_the_matrix_and_the_scores_drawn_from_it(recipe_values: Values, unseen: 
     recipe = sequence({**recipe_values, "method": LORA}, f"evaluation.unseen_tasks={str(unseen).lower()}")
     scores = train_and_score(recipe, progress=False)
     assert [[score is None for score in row] for row in scores["matrix"]] == [[False, not unseen], [False, False]]
-    assert list(read_json(stage(recipe, 0).scores)["tasks"]) == (ORDER if unseen else ORDER[:1])
+    assert list(read_json(stage(recipe, 0).scores_path)["tasks"]) == (ORDER if unseen else ORDER[:1])
 
     # A tiny model's scores are all alike, so the stages get others.
     made_up = [[60.0, 10.0 if unseen else None], [40.0, 80.0]]
@@ -152,7 +152,7 @@ def test_an_interruption_in_the_second_stage_changes_nothing(
         with pytest.raises(KeyboardInterrupt):
             train_and_score(recipe, progress=False)
     assert not Run(recipe.output).adapter_path.exists()
-    checkpoints = stage(recipe, 1).checkpoints
+    checkpoints = stage(recipe, 1).checkpoints_path
     assert last_checkpoint(checkpoints) == checkpoints / "checkpoint-2"
     assert train_and_score(recipe, progress=False) == expected
     assert trained == [*STAGES, STAGES[1]], "the first stage is not trained again"
@@ -167,7 +167,7 @@ def test_what_is_trained_and_scored_stays_so(recipe_values: Values, monkeypatch:
     scores = train_and_score(recipe, progress=False)
     run = Run(recipe.output)
     run.scores_path.unlink()
-    stage(recipe, 1).scores.unlink()
+    stage(recipe, 1).scores_path.unlink()
     trained = called(monkeypatch, train_module, "_train_stage")
     scored = called(monkeypatch, scoring, "_score")
     assert train_and_score(recipe, progress=False) == scores
@@ -182,7 +182,7 @@ def test_another_split_is_scored_in_the_last_state_alone(recipe_values: Values) 
     scores = evaluate(recipe.output, split="validation", progress=False)
     assert "matrix" not in scores
     assert not Run(recipe.output).scores_path.exists()
-    assert not stage(recipe, 1).scores.exists()
+    assert not stage(recipe, 1).scores_path.exists()
 
 
 def logits(model: Any) -> torch.Tensor:
