@@ -343,7 +343,7 @@ def read_values(path: Path) -> dict[str, Any]:
     return content
 
 
-def build_recipe(content: Mapping[str, Any], overrides: Sequence[str] = (), *, where: str = "recipe") -> Recipe:
+def build_recipe(content: Mapping[str, Any], overrides: Sequence[str] = (), *, where: str | Path = "recipe") -> Recipe:
     """A recipe from plain values, with overrides applied; ``where`` opens the error messages."""
     merged = _copied(content)
     for override in overrides:
@@ -359,7 +359,7 @@ def build_recipe(content: Mapping[str, Any], overrides: Sequence[str] = (), *, w
     return recipe
 
 
-def _check_arguments(training: TrainingSection, where: str) -> None:
+def _check_arguments(training: TrainingSection, where: str | Path) -> None:
     """Checks the fields of TrainingArguments that :class:`TrainingSection` does not declare.
 
     Only these need transformers, which takes seconds to import.

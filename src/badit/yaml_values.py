@@ -6,6 +6,7 @@ Only plain values are read: no tag makes a Python object, a key stands once, and
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -17,7 +18,7 @@ MAX_VALUES = 100_000
 MAX_CHARACTERS = 1_000_000
 
 
-def parse_yaml(text: str, *, where: str) -> Any:
+def parse_yaml(text: str, *, where: str | Path) -> Any:
     """The value of a YAML text; ``where`` opens the error message.
 
     Raises:
