@@ -102,9 +102,9 @@ def test_a_recipe_may_be_a_file_values_or_a_recipe(recipe_file: Path, recipe_val
     assert make_recipe(None, {}) == Recipe()
     for given in (recipe_file, recipe_values, recipe):
         made = make_recipe(given, {"training": {"num_train_epochs": 3}, "output": Path("elsewhere")})
-        assert (made.training.num_train_epochs, made.training.batch_size, made.output) == (
+        assert (made.training.num_train_epochs, made.training.per_device_train_batch_size, made.output) == (
             3,
-            recipe.training.batch_size,
+            recipe.training.per_device_train_batch_size,
             "elsewhere",
         )
         other = make_recipe(given, {"method": {"name": "lora", "r": 3}})
