@@ -19,6 +19,7 @@ from typing import Annotated, Any, Literal
 from cyclopts import App, CycloptsError, Parameter
 
 from badit import __version__
+from badit.environment import is_main_process
 from badit.errors import BaditError, explained, one_line
 from badit.run import AnyPath, Run  # noqa: F401 (AnyPath stands in the annotations of Run's methods)
 from badit.run import analyze as measure
@@ -46,7 +47,6 @@ def train(recipe: str, *overrides: str, dry_run: bool = False) -> str | None:
         overrides: key=value, such as training.num_train_epochs=2 output=runs/mine.
         dry_run: validate recipe and data, say what would be done, and stop.
     """
-    from badit.environment import is_main_process
     from badit.recipe import dump_recipe, load_recipe
     from badit.run import plan
     from badit.run import train as run_training
@@ -374,11 +374,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if debug:
             raise
         # Of several processes all meet the same bad input, and the first reports it; in training one may be alone.
-        if _is_first_process() or _is_training():
+        if is_main_process() or _is_training():
             print(f"badit: {one_line(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        if _is_first_process():
+        if is_main_process():
             print("\nbadit: interrupted; the same command continues from the last checkpoint", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader (head, less) has closed
@@ -387,10 +387,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if isinstance(found, str):
         print(found)
     return found if isinstance(found, int) else 0
-
-
-def _is_first_process() -> bool:
-    return os.environ.get("RANK", "0") == "0"
 
 
 def _is_training() -> bool:

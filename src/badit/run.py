@@ -121,7 +121,7 @@ class Run:
         Raises:
             BaditError: the recipe asks for such code and the caller does not allow it.
         """
-        recipe = Run.existing(self.path).recipe
+        recipe = self.recipe
         if recipe.model.trust_remote_code and not trust_remote_code:
             raise BaditError(
                 f"{self.config_path}: model.trust_remote_code: is true, so Python code that comes with the "
