@@ -38,9 +38,9 @@ p.add_argument(
 )
 p.add_argument("--data", default=os.environ.get("BADIT_SUPERNI"), help="folder of the SuperNI tasks")
 p.add_argument("--tasks", default="073,1510,1687,181,363,591,639,748,875", help="numbers, or 'all'")
-p.add_argument("--only", default="", help="train on this task alone (one model a task)")
-p.add_argument("--train", type=int, default=300, help="training instances a task, where there are as many")
-p.add_argument("--held", type=int, default=60, help="evaluation instances a task")
+p.add_argument("--only", default="", help="train on this task alone (one model per task)")
+p.add_argument("--train", type=int, default=300, help="training instances per task, where there are as many")
+p.add_argument("--held", type=int, default=60, help="evaluation instances per task")
 p.add_argument("--split", choices=("val", "test"), default="val")
 p.add_argument("--layers", type=int, default=6, help="how many of the upper layers are adapted")
 p.add_argument("--max-tokens", type=int, default=220, help="of a prompt; its middle is cut")
@@ -55,7 +55,7 @@ p.add_argument("--init", choices=("lora", "dirs", "bad"), default="lora")
 p.add_argument("--gate", choices=("none", "expert", "component", "oracle"), default="none", help="oracle: by the task")
 p.add_argument("--act", choices=("softmax", "exp"), default="softmax")
 p.add_argument("--rank", type=int, default=8, help="of the prompt embedding, for --gate component")
-p.add_argument("--opt", choices=("adamw", "orthogonal", "muon"), default="adamw")
+p.add_argument("--opt", choices=("adamw", "orthogonal"), default="adamw")
 p.add_argument("--lr", type=float, default=2e-3)
 p.add_argument("--b-rate", type=float, default=1.0, help="LoRA+: B's rate over A's (adamw)")
 p.add_argument("--router-rate", type=float, default=1.0, help="the router's rate over --lr")
@@ -65,6 +65,8 @@ torch.set_num_threads(1)
 torch.manual_seed(a.seed)
 random.seed(a.seed)
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
+
+from badit.optimizer import OrthogonalUpdates  # noqa: E402
 
 tok = AutoTokenizer.from_pretrained(a.model)
 model = AutoModelForCausalLM.from_pretrained(a.model, dtype=torch.bfloat16).requires_grad_(False)
@@ -88,7 +90,8 @@ class Adapted(nn.Module):
             root = (S[: a.N] / a.scale).sqrt()
             A = root[:, None] * V[: a.N] if a.init == "bad" else V[: a.N] / math.sqrt(3)
             B = U[:, : a.N] * root if a.init == "bad" else torch.zeros(outputs, a.N)
-        self.A, self.B = nn.Parameter(A.contiguous()), nn.Parameter(B.contiguous())
+        # In dictionaries, as PEFT holds them: OrthogonalUpdates finds pairs of factors by these names.
+        self.lora_A, self.lora_B = nn.ParameterDict({"rig": A.contiguous()}), nn.ParameterDict({"rig": B.contiguous()})
         self.start = (A.clone(), B.clone()) if a.init == "bad" else None
         self.label = torch.arange(a.N) // (a.N // a.K)
         self.R = self.Z = None
@@ -99,6 +102,9 @@ class Adapted(nn.Module):
         elif a.gate == "oracle":
             self.R = nn.Parameter(torch.zeros(len(folders), a.N))
         self.seen, self.mean, self.var, self.gram = 0, torch.zeros(inputs), torch.zeros(inputs), None
+
+    A = property(lambda self: self.lora_A["rig"])
+    B = property(lambda self: self.lora_B["rig"])
 
     def gates(self, x):
         if a.gate == "oracle":
@@ -228,78 +234,15 @@ def evaluate():
     return {"nll": task_mean(1), "em": 100 * task_mean(2), "gate_std": spread, "instances": rows}
 
 
-def power(M, exponent, floor=1e-6):
-    """A symmetric positive matrix to a power, its small eigenvalues held to a floor."""
-    values, vectors = torch.linalg.eigh(M.double())
-    return (vectors * values.clamp_min(float(values.max()) * floor + 1e-30).pow(exponent)) @ vectors.T
-
-
-class Orthogonal(torch.optim.Optimizer):
-    """After LoRA-RITE (arXiv 2410.20625), simplified: no escaped mass. ΔW = X Yᵀ with X (D, N); Y = Q R, R symmetric.
-
-    The gradient in Q's frame is whitened by its own N × N second moment, so that components move in orthogonal
-    directions whatever the scale of the factors; moments follow the frame from step to step.
-    """
-
-    def __init__(self, pairs, lr, betas=(0.9, 0.98)):
-        super().__init__([{"params": [q for pair in pairs for q in pair]}], {"lr": lr})
-        self.pairs, self.betas = pairs, betas
-
-    @torch.no_grad()
-    def step(self):
-        lr, (b1, b2) = self.param_groups[0]["lr"], self.betas
-        for A, B in self.pairs:
-            moves = []
-            for key, Y, G in ((B, A.T, B.grad), (A, B, A.grad.T)):
-                YY = (Y.T @ Y).double()
-                if float(YY.diagonal().max()) < 1e-12:  # nothing to stand on yet, as for A while B is zero
-                    moves.append(None)
-                    continue
-                inverse = power(YY, -0.5)
-                Q, G, state = Y.double() @ inverse, G.double() @ inverse, self.state[key]
-                state["t"] = t = state.get("t", 0) + 1
-                P = Q.T @ state["Q"] if t > 1 else None
-                V = P @ state["V"] @ P.T if t > 1 else torch.zeros_like(YY)
-                M = state["M"] @ P.T if t > 1 else torch.zeros_like(G)
-                V = b2 * V + (1 - b2) * (G.T @ G) / len(G)
-                M = b1 * M + (1 - b1) * (G @ power(V / (1 - b2**t), -0.5))
-                state.update(Q=Q, V=V, M=M)
-                moves.append((M / (1 - b1**t) @ inverse).float())
-            if moves[0] is not None:
-                B.add_(moves[0], alpha=-lr)
-            if moves[1] is not None:
-                A.add_(moves[1].T, alpha=-lr)
-
-
-class Muon(torch.optim.Optimizer):
-    """Momentum made orthogonal over components, each factor for itself, at Adam's usual size."""
-
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            for q in group["params"]:
-                m = self.state[q].setdefault("m", torch.zeros_like(q)).lerp_(q.grad, 0.05)
-                u = torch.lerp(q.grad, m, 0.95)
-                rows = u if len(u) == a.N else u.T
-                move = (
-                    (power(rows.double() @ rows.double().T, -0.5) @ rows.double()).float() * 0.2 * rows.shape[1] ** 0.5
-                )
-                q.add_(move if len(u) == a.N else move.T, alpha=-group["lr"])
-
-
 down, up = [x.A for x in adapted], [x.B for x in adapted]
 router = [q for x in adapted for q in (x.R, x.Z) if q is not None]
 if a.opt == "adamw":
     groups = [{"params": down, "lr": a.lr}, {"params": up, "lr": a.lr * a.b_rate}]
-    optimizers = [torch.optim.AdamW(groups, weight_decay=0)]
-elif a.opt == "orthogonal":
-    optimizers = [Orthogonal([(x.A, x.B) for x in adapted], a.lr)]
+    groups += [{"params": router, "lr": a.lr * a.router_rate}] if router else []
+    optimizer = torch.optim.AdamW(groups, weight_decay=0)
 else:
-    optimizers = [Muon(down + up, {"lr": a.lr})]
-if router:
-    optimizers.append(torch.optim.AdamW(router, lr=a.lr * a.router_rate, weight_decay=0))
-groups = [group for o in optimizers for group in o.param_groups]
-rates = [group["lr"] for group in groups]
+    optimizer = OrthogonalUpdates(nn.ModuleList(adapted), lr=a.lr, other_lr=a.lr * a.router_rate)
+rates = [group["lr"] for group in optimizer.param_groups]
 steps = a.epochs * math.ceil(len(train) / a.batch)
 
 
@@ -357,11 +300,10 @@ for _ in range(a.epochs):
                 regroup()
         nn.utils.clip_grad_norm_(down + up + router, 1.0)
         now = min(1, (step + 1) / max(1, 0.05 * steps)) * (0.05 + 0.475 * (1 + math.cos(math.pi * step / steps)))
-        for group, rate in zip(groups, rates, strict=True):
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * now
-        for o in optimizers:
-            o.step()
-            o.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
         step += 1
         log.append(loss.item())
         if step % 100 == 0:

@@ -7,6 +7,7 @@
 A run that is interrupted leaves no result and is repeated. Results go to benchmarks/results/rig-a.
 """
 
+import itertools
 import json
 import math
 import os
@@ -35,6 +36,7 @@ ADAPTERS = {
 }
 SEARCH = ["--train", "100"]
 SEEDS = range(5)
+TASKS = ["073", "1510", "1687", "181", "363", "591", "639", "748", "875"]
 
 
 def run(name: str, options: list[str]) -> float:
@@ -47,8 +49,8 @@ def run(name: str, options: list[str]) -> float:
     return nll if math.isfinite(nll) else math.inf
 
 
-def search(adapter: str, optimizer: str) -> float:
-    """The rate with the lowest held-out NLL; the ladder grows by factors of two while its end is the best."""
+def search(adapter: str, optimizer: str) -> tuple[float, float]:
+    """The rate with the lowest held-out NLL, and that NLL. A ladder grows by factors of two while its end is best."""
     options, ladder = OPTIMIZERS[optimizer]
     losses: dict[float, float] = {}
 
@@ -60,23 +62,31 @@ def search(adapter: str, optimizer: str) -> float:
         measure(rate)
     while (best := min(losses, key=losses.__getitem__)) in (min(losses), max(losses)):
         measure(best / 2 if best == min(losses) else best * 2)
-    return best
+    return best, losses[best]
+
+
+def finals(rates: dict[tuple[str, str], float], losses: dict[tuple[str, str], float]) -> None:
+    """Five seeds of the finalists, and one model per task as the reference, seed by seed."""
+    plus = min(("lora+4", "lora+16"), key=lambda optimizer: losses["lora", optimizer])
+    cells = [(adapter, optimizer) for adapter in ADAPTERS for optimizer in ("orthogonal", "adamw", plus)]
+    for seed in SEEDS:
+        varied = ["--seed", str(seed), "--data-seed", str(seed + 7)]
+        for adapter, optimizer in cells:
+            options = [*ADAPTERS[adapter], *OPTIMIZERS[optimizer][0], "--lr", f"{rates[adapter, optimizer]:g}"]
+            run(f"{adapter}_{optimizer}_s{seed}", [*options, *varied])
+        for task in TASKS:
+            options = [*ADAPTERS["lora"], *OPTIMIZERS["adamw"][0], "--lr", f"{rates['lora', 'adamw']:g}"]
+            run(f"per-task_{task}_s{seed}", [*options, *varied, "--only", task])
 
 
 def main() -> None:
     OUT.mkdir(parents=True, exist_ok=True)
-    for adapter in ADAPTERS:
-        for optimizer in OPTIMIZERS:
-            rate = search(adapter, optimizer)
-            print(f"{adapter} {optimizer}: best rate {rate:g}", flush=True)
-    if sys.argv[1:] != ["finals"]:
-        return
-    for seed in SEEDS:
-        for adapter in ADAPTERS:
-            for optimizer, (options, _) in OPTIMIZERS.items():
-                rate = search(adapter, optimizer)
-                varied = ["--lr", f"{rate:g}", "--seed", str(seed), "--data-seed", str(seed + 7)]
-                run(f"{adapter}_{optimizer}_s{seed}", [*ADAPTERS[adapter], *options, *varied])
+    rates, losses = {}, {}
+    for adapter, optimizer in itertools.product(ADAPTERS, OPTIMIZERS):
+        rates[adapter, optimizer], losses[adapter, optimizer] = best = search(adapter, optimizer)
+        print(f"{adapter} {optimizer}: best rate {best[0]:g}, NLL {best[1]:.4f}", flush=True)
+    if sys.argv[1:] == ["finals"]:
+        finals(rates, losses)
 
 
 if __name__ == "__main__":
