@@ -1,8 +1,7 @@
 """Running Gram matrices of the components' gradients over a window of steps, and the log of the experts' angles.
 
 The angles tell how orthogonal the experts of a mixture stay while it trains (paper, Fig. 4). A regrouping logs them
-itself; :class:`AngleLog` does for methods that do not regroup. Both take them on the cosine Gram of the components'
-gradients, averaged over a window, so that their curves can be laid side by side.
+itself; :class:`AngleLog` does for methods that do not regroup. Both take them on the mean cosine Gram of a window.
 """
 
 from __future__ import annotations
@@ -10,17 +9,18 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import TrainerCallback
 
 from badit.checkpoint import checkpoint_being_written, resumed_checkpoint
-from badit.errors import BaditError
+from badit.errors import BaditError, explained
 from badit.files import StepLog
 from badit.gradients import before_step, component_grams, gathered, own_part
 from badit.method import expert_angles
@@ -42,23 +42,17 @@ def trainable_adapters(
                     yield f"{module.name}.{adapter}", (module, adapter)
 
 
+@dataclass
 class Window:
-    """One layer's sums since the last regrouping, and that regrouping's line, which waits for its angles."""
+    """One layer's sums since the last regrouping, and that regrouping's log line, which waits for its angles.
 
-    def __init__(self) -> None:
-        self.gram_sum: torch.Tensor | None = None
-        self.steps = 0
-        self.gate_sums: torch.Tensor | None = None
-        self.pending: dict[str, Any] = {}
+    gate_sums: (K + 1), the sums of the gates and their number, on this rank.
+    """
 
-    def add(self, gram_NN: torch.Tensor, gate_sums: torch.Tensor | None) -> None:
-        """Adds one optimizer step: its Gram, and the (K + 1) sums of gates and their number on this rank."""
-        # Sums that come from a checkpoint are on the CPU at first.
-        self.gram_sum = gram_NN if self.gram_sum is None else self.gram_sum.to(gram_NN.device) + gram_NN
-        self.steps += 1
-        if gate_sums is not None:
-            former = self.gate_sums
-            self.gate_sums = gate_sums if former is None else former.to(gate_sums.device) + gate_sums
+    gram_sum: torch.Tensor | None = None
+    steps: int = 0
+    gate_sums: torch.Tensor | None = None
+    pending: dict[str, Any] = field(default_factory=dict)
 
     def restart(self) -> None:
         """Empties the sums; the pending line stays."""
@@ -94,7 +88,9 @@ class Windows(dict[str, Window]):
         for window, (layer, adapter), gram_NN in zip(self.values(), places, grams, strict=True):
             gate_sums = layer.gate_sums.pop(adapter, None) if isinstance(layer, BaditLinear) else None
             if gram_NN is not None:
-                window.add(gram_NN, gate_sums)
+                window.gram_sum = _plus(window.gram_sum, gram_NN)
+                window.steps += 1
+                window.gate_sums = window.gate_sums if gate_sums is None else _plus(window.gate_sums, gate_sums)
 
     def _forget_gates(self) -> None:
         for layer, adapter in self._layers.values():
@@ -113,7 +109,7 @@ class Windows(dict[str, Window]):
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """Tensors, and plain values. All ranks must ask for it; of the gates each has sums of its own."""
-        tensors: dict[str, torch.Tensor] = {}
+        tensors = {}
         for name, window in self.items():
             for kind, tensor in (("gram_sum", window.gram_sum), ("gate_sums", window.gates_of_all())):
                 if tensor is not None:
@@ -121,7 +117,7 @@ class Windows(dict[str, Window]):
         return tensors, {name: {"steps": window.steps, "pending": window.pending} for name, window in self.items()}
 
     def set_state(self, tensors: Mapping[str, torch.Tensor], notes: Mapping[str, Any]) -> None:
-        """Takes up what :meth:`state` gave.
+        """Restores what :meth:`state` gave.
 
         Raises:
             BaditError: it is of other layers.
@@ -129,15 +125,13 @@ class Windows(dict[str, Window]):
         if notes.keys() != self.keys():
             raise BaditError("the regrouping's state belongs to another model or another choice of target_modules")
         for name in self:
-            window = self[name] = Window()
-            window.steps, window.pending = notes[name]["steps"], notes[name]["pending"]
-            window.gram_sum = tensors.get(f"gram_sum:{name}")
-            if (sums := tensors.get(f"gate_sums:{name}")) is not None:
-                window.gate_sums = own_part(sums)
+            sums = tensors.get(f"gate_sums:{name}")
+            gram_sum, gate_sums = tensors.get(f"gram_sum:{name}"), None if sums is None else own_part(sums)
+            self[name] = Window(gram_sum, notes[name]["steps"], gate_sums, notes[name]["pending"])
         self._forget_gates()
 
     def save(self, path: Path, *, write: bool = True) -> None:
-        """Writes the state to a file of a checkpoint, as safetensors with the plain values in its metadata.
+        """Writes the state to a safetensors file, with the plain values in its metadata.
 
         All ranks must call it. Those with ``write`` write.
         """
@@ -148,33 +142,34 @@ class Windows(dict[str, Window]):
             os.replace(partial, path)
 
     def load(self, path: Path) -> None:
-        """Takes up the state in a checkpoint's file.
+        """Restores the state from a checkpoint's file.
 
         Raises:
             BaditError: the file is missing or damaged, or of another model.
         """
         if not path.is_file():
             raise BaditError(
-                f"{path} is missing, so training cannot go on exactly where it stopped: resume from another "
+                f"{path}: is missing, so training cannot continue exactly where it stopped; resume from another "
                 "checkpoint, or pass RegroupCallback(checkpoint=FOLDER) if the checkpoint lies elsewhere"
             )
-        try:
+        with explained(path, action="resumed from", fix="resume from another checkpoint", any_error=True):
             with safe_open(path, framework="pt") as file:
                 notes = json.loads((file.metadata() or {})["windows"])
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
             self.set_state(tensors, notes)
-        except BaditError as error:
-            raise BaditError(f"{path}: {error}") from None
-        except (SafetensorError, KeyError, ValueError) as error:
-            raise BaditError(f"{path} is damaged ({error}); resume from another checkpoint") from None
+
+
+def _plus(total: torch.Tensor | None, term: torch.Tensor) -> torch.Tensor:
+    # A total that comes from a checkpoint is on the CPU at first.
+    return term if total is None else total.to(term.device) + term
 
 
 class AngleLog(TrainerCallback):
     """Writes a line for every layer and window: step, module, window_steps, and the angles of
     :class:`badit.method.grouping.ExpertAngles`.
 
-    It leaves out layers with one expert, and those whose experts share their A and so have no components of their own.
-    Its sums are in the checkpoints, so that a resumed run logs what it would have logged otherwise.
+    Layers with one expert, and those whose experts share their A, have no angles. The sums are kept in checkpoints, so
+    that a resumed run writes the same log.
 
     Args:
         path: the log.
@@ -204,7 +199,7 @@ class AngleLog(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step % self.every and state.global_step != state.max_steps:
             return
-        # All processes have the same sums, and one of them writes.
+        # All ranks have the same sums, and one of them writes.
         grams = self.windows.mean_grams() if state.is_world_process_zero else {}
         for name, gram_NN in grams.items():
             layer, adapter = self._layers[name]

@@ -49,7 +49,7 @@ Order = str | tuple[str, ...] | None
 
 
 def compare(recipe: Recipe, *, jobs: int = 1, report: Callable[[str], None] = print) -> dict[str, Any]:
-    """Runs a comparison to its end, or to its end from where it stopped.
+    """Runs a comparison, or continues it.
 
     Args:
         recipe: with a ``compare`` section.
@@ -89,22 +89,17 @@ class Cell:
     order: Order = None
     task: str | None = None
 
-    @property
-    def path(self) -> Path:
+    def __str__(self) -> str:
         """Its folder below the comparison's."""
         if self.learning_rate is None:
-            return Path(self.method)
-        order = [] if self.order is None else [f"order-{order_name(self.order)}"]
-        single = [] if self.task is None else ["single"]
-        task = [] if self.task is None else [self.task]
-        return Path(self.method, *order, *single, f"lr-{self.learning_rate:g}", f"seed-{self.seed}", *task)
-
-    def __str__(self) -> str:
-        return str(self.path)
+            return self.method
+        order = "" if self.order is None else f"/order-{order_name(self.order)}"
+        single, task = ("", "") if self.task is None else ("/single", f"/{self.task}")
+        return f"{self.method}{order}{single}/lr-{self.learning_rate:g}/seed-{self.seed}{task}"
 
 
 def order_name(order: str | Sequence[str]) -> str:
-    """A short name for an order's folder, another one for every order."""
+    """A short name for an order's folder, a different one for every order."""
     if isinstance(order, str):
         return order
     name = "-".join(re.sub(r"^(task\d+)_.*", r"\1", name) for name in order)
@@ -115,7 +110,7 @@ class Grid:
     """The methods and cells of a recipe with a ``compare`` section.
 
     Raises:
-        BaditError: there is no such section, or it names methods that are not there or rates off the ladder.
+        BaditError: there is no such section, or it names methods that are not there or rates that are not searched.
     """
 
     def __init__(self, recipe: Recipe) -> None:
@@ -123,13 +118,18 @@ class Grid:
             raise BaditError("compare: the recipe has no such section; see recipes/superni-cpu.yaml for one")
         self.recipe = recipe
         self.section = section = recipe.compare
-        self.output = Path(recipe.output)
-        self.methods = {}
-        for name, options in section.methods.items():
+        self.methods, self.start_rates = {}, {}
+        for name in section.methods:
             if not re.fullmatch(r"[\w][\w.+-]*", name):
                 raise BaditError(f"compare.methods: {name!r:.60} names a folder; use letters, digits, - and _")
             with _named(name):
-                self.methods[name] = build_method(options)
+                own = self.recipe_of(Cell(name))
+                self.methods[name] = build_method(own.method)
+                self.start_rates[name] = rate = own.training.learning_rate
+            if section.learning_rates is not None and rate not in section.learning_rates:
+                raise BaditError(
+                    f"training.learning_rate: the search starts from {rate:g}; add it to compare.learning_rates"
+                )
         self.orders: list[Order] = [
             order if order is None or isinstance(order, str) else tuple(order) for order in section.orders or [None]
         ]
@@ -139,16 +139,10 @@ class Grid:
                 if name not in self.methods:
                     hint = nearest(name, self.methods)
                     raise BaditError(f"compare.{field}: {name!r:.60} is none of the methods{hint}")
-        names = [order_name(order) for order in section.orders or ()]
-        listed: dict[str, list[Any]] = {"seeds": section.seeds, "orders": names}
+        listed: dict[str, list[Any]] = {"seeds": section.seeds, "orders": [order_name(o) for o in section.orders or ()]}
         for field, values in listed.items():
             if twice := [value for value in values if values.count(value) > 1]:
                 raise BaditError(f"compare.{field}: {twice[0]} is listed more than once")
-        rate = recipe.training.learning_rate
-        if section.learning_rates is not None and rate not in section.learning_rates:
-            raise BaditError(
-                f"training.learning_rate: the search starts from {rate:g}; add it to compare.learning_rates"
-            )
         if section.learning_rates is not None and not recipe.data.validation_per_task:
             raise BaditError("data.validation_per_task: choosing learning rates needs held-out instances, such as 8")
 
@@ -157,7 +151,7 @@ class Grid:
         return Cell(method, rate, self.section.seeds[0], self.orders[0])
 
     def chosen(self, method: str, rate: float | None, tasks: Sequence[str] = ()) -> Iterator[Cell]:
-        """All cells of a method at the learning rate that it was found to do best at."""
+        """All cells of a method at the learning rate that was chosen for it."""
         if not self.methods[method].trains:
             yield Cell(method)
             return
@@ -172,16 +166,19 @@ class Grid:
     def recipe_of(self, cell: Cell) -> Recipe:
         values: dict[str, Any] = self.recipe.model_dump(exclude={"compare"})
         values["method"] = dict(self.section.methods[cell.method])
-        values["output"] = str(self.output / cell.path)
+        values["training"] |= values["method"].pop("training", {})
+        values["output"] = str(self.run_of(cell).path)
         if cell.learning_rate is not None:
             values["training"] |= {"learning_rate": cell.learning_rate, "seed": cell.seed}
             values["data"]["order"] = list(cell.order) if isinstance(cell.order, tuple) else cell.order
+            if self.section.vary_data:
+                values["data"]["seed"] += cell.seed
         if cell.task is not None:
             values["data"] |= {"tasks": [cell.task], "order": None}
         return build_recipe(values)
 
-    def folder_of(self, cell: Cell) -> Run:
-        return Run(self.output / cell.path)
+    def run_of(self, cell: Cell) -> Run:
+        return Run(Path(self.recipe.output, str(cell)))
 
 
 @contextmanager
@@ -189,7 +186,7 @@ def _named(method: str) -> Iterator[None]:
     try:
         yield
     except BaditError as error:
-        raise BaditError(f"compare.methods.{method}: {error}") from None
+        raise BaditError(f"compare.methods.{method}: {str(error).removeprefix('recipe: ')}") from None
 
 
 def check(grid: Grid) -> tuple[list[str], dict[str, int]]:
@@ -201,22 +198,23 @@ def check(grid: Grid) -> tuple[list[str], dict[str, int]]:
     Raises:
         BaditError: something that would stop the comparison, or make it unfair.
     """
-    for method in grid.methods.values():
-        method.refuse_recipe(grid.recipe)
-    ladder, rate = grid.section.learning_rates, grid.recipe.training.learning_rate
-    recipe = grid.recipe_of(next(grid.chosen(grid.section.reference, rate)))
-    plan = make_plan(recipe)
-    if ladder is not None:
-        make_plan(recipe, split="validation")
+    for name, method in grid.methods.items():
+        method.refuse_recipe(grid.recipe_of(Cell(name)))
+    reference = grid.section.reference
+    plan = make_plan(grid.recipe_of(next(grid.chosen(reference, grid.start_rates[reference]))))
+    if grid.section.learning_rates is not None:
+        make_plan(plan.recipe, split="validation")
     for order in grid.orders:
         if order is not None:
             ordered(plan.tasks, order)
     tasks = [task.name for task in plan.tasks]
     counts = trainable_parameters(grid, tasks)
     # What another recipe has left in the folder must not be taken for this comparison's.
-    for cell in (cell for name in grid.methods for each in ladder or [rate] for cell in grid.chosen(name, each, tasks)):
-        if grid.folder_of(cell).config_path.is_file():
-            Run.prepare(grid.recipe_of(cell))
+    for name in grid.methods:
+        for rate in grid.section.learning_rates or [grid.start_rates[name]]:
+            for cell in grid.chosen(name, rate, tasks):
+                if grid.run_of(cell).config_path.is_file():
+                    Run.prepare(grid.recipe_of(cell))
     return tasks, counts
 
 
@@ -228,10 +226,10 @@ def trainable_parameters(grid: Grid, tasks: Sequence[str]) -> dict[str, int]:
     """
     model, section = grid.recipe.model, grid.section
     counts = {}
-    for name, options in section.methods.items():
+    for name in section.methods:
         skeleton = load_skeleton(model.name, revision=model.revision, trust_remote_code=model.trust_remote_code)
         with _named(name), torch.device("meta"):
-            method = build_method(options)  # a fresh one: applying it may settle some of its options
+            method = build_method(grid.recipe_of(Cell(name)).method)  # a new one: applying it may set some options
             counts[name] = method.trained_parameters(method.apply(skeleton, tasks))
     if section.budget is not None:
         budget = counts[section.budget]
@@ -308,22 +306,18 @@ class _Comparison:
                 process.kill() if at_once else process.stop()
 
     def _run_method(self, name: str) -> None:
-        self.rates[name] = rate = self._rate(name)
-        for cell in self._grid.chosen(name, rate, self._tasks):
+        grid = self._grid
+        rate = grid.start_rates[name] if grid.methods[name].trains else None
+        if rate is not None and grid.section.learning_rates is not None:
+            ladder = grid.section.learning_rates
+            rate, _ = climb(ladder, rate, lambda tried: self._loss(grid.searched(name, tried)))
+            self._report(f"{name}: learning rate {rate:g}")
+        self.rates[name] = rate
+        for cell in grid.chosen(name, rate, self._tasks):
             self._run_cell(cell, score=True)
 
-    def _rate(self, name: str) -> float | None:
-        start, ladder = self._grid.recipe.training.learning_rate, self._grid.section.learning_rates
-        if not self._grid.methods[name].trains:
-            return None
-        if ladder is None:
-            return start
-        rate, _ = climb(ladder, start, lambda rate: self._loss(self._grid.searched(name, rate)))
-        self._report(f"{name}: learning rate {rate:g}")
-        return rate
-
     def _loss(self, cell: Cell) -> float:
-        file = self._grid.folder_of(cell).path / "validation.json"
+        file = self._grid.run_of(cell).validation_path
         if not file.is_file() and self._run_cell(cell, score=False) is not None:
             return math.inf
         loss = read_json(file).get("loss")
@@ -335,7 +329,7 @@ class _Comparison:
         """Runs a cell unless it has been; returns what went wrong, if anything."""
         recipe = self._grid.recipe_of(cell)
         run = Run.prepare(recipe)
-        if (run.instances_path if score else run.path / "validation.json").is_file():
+        if (run.instances_path if score else run.validation_path).is_file():
             return None
         with self._lock:
             if self._stopping:
@@ -373,98 +367,74 @@ class _Comparison:
 def _assemble(
     grid: Grid, tasks: Sequence[str], rates: Mapping[str, float | None], counts: Mapping[str, int]
 ) -> dict[str, Any]:
-    """What a comparison has come to, finished or not, in the form of results.json."""
-    cells = [cell for method in grid.methods for cell in _cells_of(grid, method, rates)]
-    singles = [cell for method in grid.section.single_task for cell in _single_task_cells(grid, method, tasks, rates)]
+    """A comparison's results, finished or not, in the form of results.json."""
+    cells = []
+    for method in grid.methods:
+        # The chosen cells, whether they are done or not, then what was trained to choose the learning rate.
+        chosen = list(grid.chosen(method, rates[method])) if method in rates else []
+        cells += [_entry(grid, cell, [grid.run_of(cell)], selected=True) for cell in chosen]
+        for cell in (grid.searched(method, rate) for rate in grid.section.learning_rates or ()):
+            if cell not in chosen and grid.run_of(cell).path.is_dir():
+                cells.append(_entry(grid, cell, [grid.run_of(cell)], selected=False))
+    alone = [method for method in grid.section.single_task if rates.get(method) is not None]
+    for method in alone:
+        for seed in grid.section.seeds:
+            cell = Cell(method, rates[method], seed)
+            runs = [grid.run_of(replace(cell, task=task)) for task in tasks]
+            # The runs on each task alone count as one cell of a method of their own.
+            joint = {"method": method + SINGLE_TASK, "order": None, "config": {}}
+            cells.append(_entry(grid, cell, runs, selected=True) | joint)
     return {
         "format": FORMAT,
         "protocol": "mixed" if grid.section.orders is None else "sequential",
         "reference": grid.section.reference,
-        "methods": [*grid.methods, *dict.fromkeys(cell["method"] for cell in singles)],
+        "methods": [*grid.methods, *(method + SINGLE_TASK for method in alone)],
         "trainable_parameters": dict(counts),
-        "cells": [*cells, *singles],
+        "cells": cells,
     }
 
 
-def _cells_of(grid: Grid, method: str, rates: Mapping[str, float | None]) -> Iterator[dict[str, Any]]:
-    """The chosen cells, whether they are done or not, then what was trained to choose the learning rate."""
-    chosen = list(grid.chosen(method, rates[method])) if method in rates else []
-    searched = [grid.searched(method, rate) for rate in grid.section.learning_rates or ()]
-    for cell in chosen:
-        yield _entry(grid, cell, selected=True)
-    for cell in searched:
-        if cell not in chosen and grid.folder_of(cell).path.is_dir():
-            yield _entry(grid, cell, selected=False)
-
-
-def _entry(grid: Grid, cell: Cell, *, selected: bool) -> dict[str, Any]:
-    run = grid.folder_of(cell)
-    validation = run.path / "validation.json"
-    scores = read_scores(run.scores_path) if run.instances_path.is_file() else None
-    loss = _read(validation).get("loss", math.nan)
+def _entry(grid: Grid, cell: Cell, runs: Sequence[Run], *, selected: bool) -> dict[str, Any]:
+    """One cell of results.json, of one run or of those on each task alone."""
+    done = all((run.instances_path if selected else run.validation_path).is_file() for run in runs)
+    errors = [file.read_text(encoding="utf-8").strip() for run in runs if (file := run.path / ERROR).is_file()]
+    instances = {task: scores for run in runs for task, scores in _read(run.instances_path).items()}
+    loss = _read(runs[0].validation_path).get("loss", math.nan) if len(runs) == 1 else math.nan
+    scores = mean_scores(instances) if done and instances else None
     entry = {
         "method": cell.method,
         "seed": cell.seed,
         "order": None if cell.order is None else order_name(cell.order),
         "learning_rate": cell.learning_rate,
-        **_outcome([run], (run.instances_path if selected else validation).is_file()),
+        "status": "done" if done else "failed" if errors else "missing",
+        "error": None if done or not errors else errors[0],
         "selected": selected,
         "validation_loss": loss if math.isfinite(loss) else None,  # a run that diverged has a NaN, which JSON has not
         "config": grid.recipe_of(cell).model_dump(mode="json", exclude={"compare"}),
-        "environment": _read(run.environment_path),
-        "scores": scores and {key: scores[key] for key in scores if key not in ("order", "matrix", "continual")},
-        "instances": _read(run.instances_path) or None,
+        "environment": _environment(runs) if done or len(runs) == 1 else {},
+        "scores": scores,
+        "instances": instances if scores else None,
     }
     if cell.order is not None and scores is not None:
-        singles = [grid.folder_of(replace(cell, order=None, task=task)) for task in scores["order"]]
-        all_done = all(single.instances_path.is_file() for single in singles)
-        alone = [read_scores(single.scores_path)["rouge_l"] for single in singles] if all_done else None
-        matrix = [[math.nan if score is None else score for score in row] for row in scores["matrix"]]
+        sequence = read_scores(runs[0].scores_path)
+        singles = [grid.run_of(replace(cell, order=None, task=task)) for task in sequence["order"]]
+        known = all(single.instances_path.is_file() for single in singles)
+        alone = [read_scores(single.scores_path)["rouge_l"] for single in singles] if known else None
+        matrix = [[math.nan if score is None else score for score in row] for row in sequence["matrix"]]
         continual = {form: continual_scores(matrix, alone, form=form)._asdict() for form in FORMS}
-        entry |= {"tasks": scores["order"], "matrix": scores["matrix"], "continual": continual}
+        entry |= {"tasks": sequence["order"], "matrix": sequence["matrix"], "continual": continual}
     return entry
 
 
-def _single_task_cells(
-    grid: Grid, method: str, tasks: Sequence[str], rates: Mapping[str, float | None]
-) -> Iterator[dict[str, Any]]:
-    """The single-task runs of a seed, one per task, as one cell of a method of their own."""
-    rate = rates.get(method)
-    for seed in grid.section.seeds if rate is not None else ():
-        runs = [grid.folder_of(Cell(method, rate, seed, task=task)) for task in tasks]
-        done = all(run.instances_path.is_file() for run in runs)
-        instances = (
-            {task: scores for run in runs for task, scores in _read(run.instances_path).items()} if done else None
-        )
-        yield {
-            "method": method + SINGLE_TASK,
-            "seed": seed,
-            "order": None,
-            "learning_rate": rate,
-            **_outcome(runs, done),
-            "selected": True,
-            "validation_loss": None,
-            "config": {},
-            "environment": _joint_environment(runs) if done else {},
-            "scores": mean_scores(instances) if instances else None,
-            "instances": instances,
-        }
-
-
-def _joint_environment(runs: Sequence[Run]) -> dict[str, Any]:
-    """Of runs one after another: what they took together, and the most memory of any."""
-    environments = [read_json(run.environment_path) for run in runs]
+def _environment(runs: Sequence[Run]) -> dict[str, Any]:
+    """Of several runs one after another: their sums, and the most memory of any."""
+    environments = [_read(run.environment_path) for run in runs]
+    if len(runs) == 1:
+        return environments[0]
     trainings = [environment["training"] for environment in environments]
     sums = {key: sum(t[key] for t in trainings) for key in ("trainable_parameters", "steps", "tokens", "seconds")}
     peak = max(training["peak_memory_gib"] for training in trainings)
     return {**environments[0], "training": {**sums, "peak_memory_gib": peak}}
-
-
-def _outcome(runs: Sequence[Run], done: bool) -> dict[str, str | None]:
-    errors = [file.read_text(encoding="utf-8").strip() for run in runs if (file := run.path / ERROR).is_file()]
-    if done or not errors:
-        return {"status": "done" if done else "missing", "error": None}
-    return {"status": "failed", "error": errors[0]}
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -207,7 +207,7 @@ def validation_loss(path: str | Path, *, trust_remote_code: bool = False) -> dic
         BaditError: as :func:`evaluate`.
     """
     run = Run.existing(path)
-    kept = run.path / "validation.json"
+    kept = run.validation_path
     if kept.is_file():
         return read_json(kept)
     recipe = run.trusted_recipe(trust_remote_code)

@@ -14,7 +14,6 @@ that add PEFT adapters and methods that train the base model's own weights answe
 from __future__ import annotations
 
 import dataclasses
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -40,7 +39,7 @@ from badit.baselines.neurons import (
 from badit.errors import BaditError, explained, first_line, nearest
 from badit.gradients import parameter_count
 from badit.recipe import Recipe
-from badit.regroup import RegroupCallback
+from badit.regroup import RegroupCallback, RegroupOptions
 from badit.run import Run
 from badit.surgery import Surgery, SurgeryTrainer
 from badit.trainer import AnswerTrainer
@@ -306,9 +305,8 @@ def _badit(options: dict[str, Any]) -> Method:
     if regroup is not None:
         if not isinstance(regroup, dict):
             raise BaditError("method.regroup: must be a mapping such as {every: 20}, or null to train without DOG")
-        own = {"probe", "log_path", "checkpoint"}
-        _refuse_unknown("method.regroup", regroup, set(inspect.signature(RegroupCallback).parameters) - own)
-        _built(lambda: RegroupCallback(**regroup))
+        _refuse_unknown("method.regroup", regroup, {field.name for field in dataclasses.fields(RegroupOptions)})
+        _built(lambda: RegroupOptions(**regroup))
     return AdapterMethod("badit", _config(BaditConfig, options), regroup=regroup)
 
 

@@ -17,17 +17,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.optim.adamw import adamw
 
-from badit.errors import BaditError, nearest
+from badit.errors import BaditError, refuse_unknown
 from badit.method import Moments, no_moments, orthogonal_updates
-
-OPTIMIZERS = ("adamw", "lora+", "orthogonal")
+from badit.recipe import OptimizerName
 
 Pair = tuple[nn.Parameter, nn.Parameter]
 
@@ -72,8 +71,7 @@ def build_optimizer(
         BaditError: an unknown name, a rate or ratio that is not positive, nothing to train; for orthogonal updates, no
             factors, or DeepSpeed.
     """
-    if name not in OPTIMIZERS:
-        raise BaditError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, got {name!r}{nearest(name, OPTIMIZERS)}")
+    refuse_unknown("optimizer", name, get_args(OptimizerName))
     if name == "orthogonal":
         return OrthogonalUpdates(model, lr, other_lr=other_lr, weight_decay=weight_decay)
     groups = lora_plus_groups(model, lr, ratio if name == "lora+" else 1.0, other_lr=other_lr)

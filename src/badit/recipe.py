@@ -14,17 +14,18 @@ from difflib import get_close_matches
 from enum import Enum
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypedDict, get_args, get_type_hints
+from typing import Annotated, Any, ClassVar, Literal, TypedDict, get_args, get_type_hints
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
 
 from badit.data.prompts import ChatTemplate, PromptEncoding
-from badit.errors import BaditError, nearest
-from badit.files import read_text
+from badit.errors import BaditError, first_problem, nearest
+from badit.files import inside, read_text
 from badit.models import Quantisation
 from badit.yaml_values import parse_yaml
 
+OptimizerName = Literal["adamw", "lora+", "orthogonal"]
 Dtype = Literal["fast", "auto", "float32", "bfloat16", "float16"]
 # What every library below can count to; a seed must suit numpy's generator as well, which takes none below 0.
 _MOST = 2**31 - 1
@@ -104,11 +105,14 @@ class PromptSection(_Section):
 
 
 class TrainingSection(_Section):
-    """Optimisation: fields of transformers' TrainingArguments, by their own names, and two of badit's own.
+    """Optimisation: fields of transformers' TrainingArguments, by their own names, and those in ``OWN``.
 
     Only the fields that badit has its own default for, or checks more strictly, are declared here. Every other field of
     TrainingArguments is accepted and passed on (:func:`build_recipe` checks it).
     """
+
+    #: The fields that are badit's own: arguments of :class:`badit.trainer.AnswerTrainer`.
+    OWN: ClassVar[set[str]] = {"group_by_length", "max_skipped_steps", "optimizer", "lora_plus_ratio"}
 
     model_config = ConfigDict(extra="allow")
 
@@ -116,17 +120,21 @@ class TrainingSection(_Section):
     max_steps: int = Field(-1, ge=-1, le=_MOST, description="if positive, the number of steps in place of epochs")
     per_device_train_batch_size: Count = 8
     gradient_accumulation_steps: Count = 1
+    optimizer: OptimizerName = Field(
+        "adamw", description="lora+: B learns lora_plus_ratio times as fast as A; orthogonal: badit.OrthogonalUpdates"
+    )
+    lora_plus_ratio: float = Field(16.0, gt=0, description="for optimizer: lora+")
     learning_rate: float = Field(5e-4, gt=0)
     lr_scheduler_type: str = Field("cosine", description="such as cosine, linear, constant or constant_with_warmup")
     warmup_steps: Steps = Field(0.03, description="below 1: a fraction of the run")
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: float = Field(1.0, ge=0, description="0 switches clipping off")
     gradient_checkpointing: bool = False
-    group_by_length: bool = Field(True, description="batches of similar length; badit's own")
+    group_by_length: bool = Field(True, description="batches of similar length")
     seed: Seed = 0
     full_determinism: bool = Field(False, description="only operations that give the same bits every time, if slower")
     max_skipped_steps: CountOrZero = Field(
-        10, description="steps with a loss or gradient that is not finite to skip before the run stops; badit's own"
+        10, description="steps with a loss or gradient that is not finite to skip before the run stops"
     )
     logging_steps: PositiveSteps = Field(10, description="steps between lines of metrics.jsonl")
     save_steps: PositiveSteps = Field(100, description="steps between checkpoints")
@@ -141,7 +149,7 @@ class TrainingSection(_Section):
 
     def arguments(self) -> dict[str, Any]:
         """The values for TrainingArguments: all but badit's own."""
-        return self.model_dump(exclude={"group_by_length", "max_skipped_steps"})
+        return self.model_dump(exclude=self.OWN)
 
 
 #: What this section called fields in earlier releases (and transformers in one case), and their names now.
@@ -191,9 +199,15 @@ class EvaluationSection(_Section):
 class CompareSection(_Section):
     """What ``badit compare`` crosses; a single run leaves it out of account."""
 
-    methods: dict[str, dict[str, Any]] = Field(description="a name for each method to compare, and its method section")
+    methods: dict[str, dict[str, Any]] = Field(
+        description="a name for each method to compare, and its method section, which may have a training section of "
+        "its own, such as {optimizer: orthogonal}"
+    )
     reference: str = Field("lora", description="the method that differences are taken to")
     seeds: list[Seed] = Field([0, 1, 2], min_length=1)
+    vary_data: bool = Field(
+        False, description="add the seed to data.seed, so that the spread over seeds includes the choice of data"
+    )
     orders: list[str | list[TaskName]] | None = Field(
         None, min_length=1, description="orders of a sequence of tasks, as in data.order; null mixes the tasks"
     )
@@ -299,23 +313,13 @@ def _content(path: Path, extending: tuple[Path, ...] = ()) -> dict[str, Any]:
     content = read_values(path)
     if "extends" not in content:
         return content
-    base_path = path.parent / _file_in_folder(path, content.pop("extends"))
+    name = content.pop("extends")
+    if not isinstance(name, str) or Path(name).is_absolute() or ".." in Path(name).parts:
+        raise BaditError(f"{path}: extends: must be a file in the recipe's folder, such as base.yaml, not {name!r:.60}")
+    base_path = inside(path.parent, path.parent / name)
     base = _content(base_path, (*extending, path))
     build_recipe(base, where=base_path)  # its mistakes are reported as its own
     return _merged(base, content)
-
-
-def _file_in_folder(path: Path, name: Any) -> str:
-    """``name``, if it is one that stays in the folder of the recipe that gives it: a recipe reads no file elsewhere."""
-    if not isinstance(name, str) or "\0" in name or Path(name).is_absolute() or ".." in Path(name).parts:
-        raise BaditError(f"{path}: extends: must be a file in the recipe's folder, such as base.yaml, not {name!r:.60}")
-    try:
-        inside = (path.parent / name).resolve().is_relative_to(path.parent.resolve())
-    except (OSError, RuntimeError):  # a link that leads to itself
-        inside = False
-    if not inside:
-        raise BaditError(f"{path}: extends: {name!r:.60} is a link that leads out of the recipe's folder")
-    return name
 
 
 def _merged(base: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
@@ -367,6 +371,8 @@ def _check_arguments(training: TrainingSection, where: str | Path) -> None:
     given = dict(training.model_extra or {})
     for key in given.keys() & RENAMED_ARGUMENTS.keys():
         raise BaditError(f"{where}: training.{key}: is called {RENAMED_ARGUMENTS[key]}, as transformers has it")
+    if training.optimizer == "orthogonal" and "optim" in given:
+        raise BaditError(f"{where}: training.optim: does not go with optimizer: orthogonal; leave one of them out")
     if training.lr_scheduler_type not in ("cosine", "linear", "constant", "constant_with_warmup"):
         given["lr_scheduler_type"] = training.lr_scheduler_type
     if not given and not training.report_to:
@@ -392,7 +398,7 @@ def _check_arguments(training: TrainingSection, where: str | Path) -> None:
         try:
             TypeAdapter(_plain(types[key])).validate_python(value, strict=True)
         except ValidationError as error:
-            raise BaditError(f"{where}: training.{key}: {_said(error)}") from None
+            raise BaditError(f"{where}: training.{key}: {_first_problem(error)}") from None
 
 
 def _plain(type_: Any) -> Any:
@@ -455,21 +461,14 @@ def _set(content: dict[str, Any], keys: list[str], value: Any, override: str) ->
 
 
 def _first_problem(error: ValidationError) -> str:
-    """The first problem as ``dotted.key: what is wrong``."""
+    """The first problem as ``dotted.key: what is wrong``, with the value."""
+    location, message = first_problem(error)
     problem = error.errors(include_url=False)[0]
-    location = [str(part) for part in problem["loc"]]
-    dotted = f"{'.'.join(location):.120}"
+    dotted = f"{'.'.join(map(str, location)):.120}: " if location else ""
     if problem["type"] == "extra_forbidden":
-        return f"{dotted}: unknown key{nearest(location[-1], _known_keys(location[:-1]))}"
-    return f"{dotted}: {_said(error)}"
-
-
-def _said(error: ValidationError) -> str:
-    """What is wrong with the first bad value, and the value."""
-    problem = error.errors(include_url=False)[0]
-    message = problem["msg"].removeprefix("Value error, ").replace("\n", " ")
+        return f"{dotted}unknown key{nearest(str(location[-1]), _known_keys(list(map(str, location[:-1]))))}"
     given = repr(problem["input"])
-    return f"{message[:1].lower() + message[1:]}, got {given if len(given) < 60 else given[:57] + '...'}"
+    return f"{dotted}{message}, got {given if len(given) < 60 else given[:57] + '...'}"
 
 
 def _known_keys(location: Sequence[str]) -> list[str]:

@@ -2,7 +2,7 @@
 
 Before every optimizer step it adds each layer's cosine Gram of the accumulated, reduced gradients to a running mean;
 every so many steps it solves the grouping on that mean and writes the N labels of ``expert_of``. No weight moves, so
-the optimizer's moments stay right. (The cosine is free of loss scaling and clipping, so fp16's scaled gradients do.)
+the optimizer's moments stay valid. (The cosine does not depend on loss scaling and clipping.)
 
 A regrouping changes the model's output as far as the gates of the two experts differ. ``rescale`` keeps the change
 small: a moved component's column of B is multiplied by the ratio of the mean gates of its old and its new expert.
@@ -14,6 +14,7 @@ import inspect
 import math
 import os
 from collections.abc import Iterable, Mapping, Sized
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,12 +35,43 @@ from badit.tuner.layer import BaditLinear
 from badit.tuner.prompt import before_first_label
 
 STATE_FILE = "badit_regroup.safetensors"
-# A mean gate near zero (top_k can starve an expert) must not blow a weight up.
+# A mean gate near zero (top_k can starve an expert) must not make a weight explode.
 _RESCALE_LIMIT = 4.0
 # The probe takes one short prompt, which tells how far the output moves at little cost.
 _CANDIDATES, _TOKENS, _PAIRS = 16, 16, 2
-_MEASURED_AT_ONCE = ("objective_before", "objective_after", "components_moved", "output_change")
-_MEASURED_AFTERWARDS = ("intra_degrees", "inter_degrees")
+
+
+@dataclass(frozen=True)
+class RegroupOptions:
+    """When and how to regroup.
+
+    Attributes:
+        every: optimizer steps between regroupings; each one uses the mean Gram of the steps since the last.
+        start, stop: fractions of the run before and after which nothing is regrouped.
+        solver, restarts, seed: of :func:`badit.method.group_components`.
+        rescale: multiply moved components by the ratio of the mean gates (see the module's text).
+
+    Raises:
+        BaditError: an option out of its range.
+    """
+
+    every: int = 20
+    start: float = 0.0
+    stop: float = 0.9
+    solver: Solver = "swap"
+    restarts: int = 10
+    seed: int = 0
+    rescale: bool = True
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.every, int) or isinstance(self.every, bool) or self.every < 1:
+            raise BaditError(f"regroup.every must be a whole number of at least 1 step, got {self.every!r}")
+        if not 0 <= self.start <= self.stop <= 1:
+            raise BaditError(f"regroup needs 0 ≤ start ≤ stop ≤ 1, got start={self.start} and stop={self.stop}")
+        if self.solver not in ("swap", "paper"):
+            raise BaditError(f"regroup.solver must be 'swap' or 'paper', got {self.solver!r}")
+        if not isinstance(self.restarts, int) or self.restarts < 0:
+            raise BaditError(f"regroup.restarts must be a whole number of at least 0, got {self.restarts!r}")
 
 
 class Regrouper:
@@ -60,13 +92,10 @@ class Regrouper:
     Args:
         model: with a trainable BADIT adapter, perhaps wrapped for data parallelism.
         total_steps: optimizer steps of the whole run, which ``start`` and ``stop`` are fractions of.
-        every: optimizer steps between regroupings; each one uses the mean Gram of the steps since the last.
-        start, stop: fractions of the run before and after which nothing is regrouped.
-        solver, restarts, seed: of :func:`badit.method.group_components`.
-        rescale: multiply moved components by the ratio of the mean gates (see the module's text).
         probe: a batch (a dict of tensors) on which the change of the output is measured; None measures none.
         log_path: a file that gets a line for every layer and regrouping; None writes none.
         optimizer: needed under DeepSpeed only, whose engine takes its steps within the backward pass.
+        options: of :class:`RegroupOptions`: every, start, stop, solver, restarts, seed, rescale.
 
     A regrouping's line is written at the end of the *following* window, since its angles are measured on gradients
     that the grouping has not seen: step, module, objective_before and _after (on the Gram that was grouped),
@@ -85,32 +114,24 @@ class Regrouper:
         self,
         model: nn.Module,
         total_steps: int,
-        every: int = 20,
-        start: float = 0.0,
-        stop: float = 0.9,
         *,
-        solver: Solver = "swap",
-        restarts: int = 10,
-        seed: int = 0,
-        rescale: bool = True,
         probe: Mapping[str, torch.Tensor] | OutputProbe | None = None,
         log_path: str | os.PathLike[str] | None = None,
         optimizer: Any = None,
+        **options: Any,
     ) -> None:
-        _check_options(every, start, stop, solver, restarts)
+        self.options = RegroupOptions(**options)
         if not isinstance(total_steps, int) or isinstance(total_steps, bool) or total_steps < 1:
             raise BaditError(f"total_steps must be a whole number of at least 1 step, got {total_steps!r}")
         self._layers: dict[str, tuple[BaditLinear, str]] = dict(trainable_adapters(model))
         if not self._layers:
             raise BaditError("there is no trainable BADIT adapter to regroup; add one to the model, or do not regroup")
-        self.every = every
-        self._first, self._last = math.ceil(start * total_steps), math.floor(stop * total_steps)
-        self.solver: Solver = solver
-        self.restarts, self.seed, self.rescale = restarts, seed, rescale
+        self._first = math.ceil(self.options.start * total_steps)
+        self._last = math.floor(self.options.stop * total_steps)
         self.steps = 0
         self.metrics: dict[str, float] = {}
         self.windows = Windows(self._layers, optimizer)
-        self._probe = probe if probe is None or isinstance(probe, OutputProbe) else OutputProbe(model, probe)
+        self._probe = OutputProbe(model, probe) if isinstance(probe, Mapping) else probe
         # Of several processes the first writes.
         self._log = StepLog(Path(log_path), step_key="logged_at") if log_path is not None and rank() == 0 else None
         self._log_is_open = False
@@ -122,11 +143,7 @@ class Regrouper:
     def step(self) -> None:
         """Counts an optimizer step that has been taken, and regroups if one is due."""
         self.steps += 1
-        self.regroup_if_due()
-
-    def regroup_if_due(self) -> None:
-        """Regroups if a regrouping is due after the steps so far."""
-        if self.steps % self.every == 0 and self._first <= self.steps <= self._last:
+        if self.steps % self.options.every == 0 and self._first <= self.steps <= self._last:
             self._regroup()
 
     def finish(self) -> None:
@@ -139,30 +156,13 @@ class Regrouper:
         return {"steps": self.steps, "windows": notes, "tensors": tensors}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes up where the training stood when the state was asked for; its log loses what was written after that.
+        """Continues from a state; the log loses what was written after it.
 
         Raises:
             BaditError: the state is of another model.
         """
         self.windows.set_state(state["tensors"], state["windows"])
         self.steps = state["steps"]
-        self.open_log()
-
-    def save(self, folder: str | os.PathLike[str], *, write: bool = True) -> None:
-        """Writes the state into a checkpoint's folder, as safetensors.
-
-        Of several processes all must call it; those with ``write`` write.
-        """
-        self.windows.save(Path(folder) / STATE_FILE, write=write)
-
-    def load(self, folder: str | os.PathLike[str], steps: int) -> None:
-        """Takes up where the training stood after ``steps`` optimizer steps, by what :meth:`save` wrote then.
-
-        Raises:
-            BaditError: the state is missing, damaged or of another model.
-        """
-        self.windows.load(Path(folder) / STATE_FILE)
-        self.steps = steps
         self.open_log()
 
     def open_log(self) -> None:
@@ -181,7 +181,7 @@ class Regrouper:
         for name, new_N in labels.items():
             layer, adapter = self._layers[name]
             old_N = _labels(layer, adapter)
-            gates = self.windows[name].gates_of_all() if self.rescale else None
+            gates = self.windows[name].gates_of_all() if self.options.rescale else None
             if gates is not None:
                 _rescale_moved(layer, adapter, old_N, new_N, gates.sum(dim=0))
             layer.expert_of(adapter).copy_(torch.from_numpy(new_N))
@@ -199,20 +199,17 @@ class Regrouper:
             window.restart()
             if name in labels:
                 window.pending["output_change"] = change
-        self.metrics |= _means([window.pending for window in self.windows.values()], _MEASURED_AT_ONCE)
+        fields = ("objective_before", "objective_after", "components_moved", "output_change")
+        self.metrics |= _means([window.pending for window in self.windows.values()], fields)
 
     def _solve(self, grams: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Every layer's new labels; all processes take the first one's, which may round otherwise than they do."""
-        labels = {
-            name: group_components(
-                gram_NN,
-                _labels(*self._layers[name]),
-                solver=self.solver,
-                restarts=self.restarts,
-                seed=[self.seed, self.steps, index],
-            )
-            for index, (name, gram_NN) in enumerate(grams.items())
-        }
+        """Every layer's new labels; all processes take the first one's, as rounding may differ between them."""
+        solver, restarts = self.options.solver, self.options.restarts
+        labels = {}
+        for index, (name, gram_NN) in enumerate(grams.items()):
+            seed = [self.options.seed, self.steps, index]
+            old_N = _labels(*self._layers[name])
+            labels[name] = group_components(gram_NN, old_N, solver=solver, restarts=restarts, seed=seed)
         if not labels:
             return {}
         shared = of_first(torch.from_numpy(np.concatenate(list(labels.values())))).numpy()
@@ -234,53 +231,43 @@ class Regrouper:
             window.pending = {}
         if not self._log_is_open:
             self.open_log()
-        if self._log is not None:
-            for line in lines:
-                self._log.append(line)
-        self.metrics |= _means(lines, _MEASURED_AFTERWARDS)
+        for line in lines if self._log is not None else ():
+            self._log.append(line)
+        self.metrics |= _means(lines, ("intra_degrees", "inter_degrees"))
 
 
 class RegroupCallback(TrainerCallback):
     """Regroups the components of every trainable BADIT adapter while an HF Trainer (or one of TRL's) runs.
 
     Args:
-        every, start, stop, solver, restarts, seed, rescale: of :class:`badit.Regrouper`.
         probe: a batch (a dict of tensors) on which the change of the output is measured; "auto" takes the prompt (its
-            last 16 tokens) of the shortest of the first sixteen training examples. None measures none, which spares
+            last 16 tokens) of the shortest of the first sixteen training examples. None measures none, which saves
             each regrouping two short forward passes.
         log_path: where a line is written for every layer and regrouping; by default ``regroupings.jsonl`` in the
             trainer's output folder.
         checkpoint: the checkpoint folder that a resumed training starts from, needed only when that is neither the
             arguments' ``resume_from_checkpoint`` nor the trainer's own ``output_dir/checkpoint-STEP``.
+        options: of :class:`RegroupOptions`: every, start, stop, solver, restarts, seed, rescale.
     """
 
     def __init__(
         self,
-        every: int = 20,
-        start: float = 0.0,
-        stop: float = 0.9,
         *,
-        solver: Solver = "swap",
-        restarts: int = 10,
-        seed: int = 0,
-        rescale: bool = True,
         probe: Mapping[str, torch.Tensor] | Literal["auto"] | None = "auto",
         log_path: str | os.PathLike[str] | None = None,
         checkpoint: str | os.PathLike[str] | None = None,
+        **options: Any,
     ) -> None:
-        _check_options(every, start, stop, solver, restarts)
+        RegroupOptions(**options)
         if isinstance(probe, str) and probe != "auto":
             raise BaditError(f"regroup.probe must be a batch, 'auto' or None, got {probe!r:.60}")
-        self._options: dict[str, Any] = {"every": every, "start": start, "stop": stop, "solver": solver}
-        self._options |= {"restarts": restarts, "seed": seed, "rescale": rescale}
-        self._probe_batch: Mapping[str, torch.Tensor] | Literal["auto"] | None = probe
-        self._log_path = log_path
-        self._checkpoint = checkpoint
+        self._options, self._probe = options, probe
+        self._log_path, self._checkpoint = log_path, checkpoint
         self.regrouper: Regrouper | None = None
         self._taken: dict[str, float] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        model, probe = kwargs["model"], self._probe_batch
+        model, probe = kwargs["model"], self._probe
         self.regrouper = Regrouper(
             model,
             state.max_steps,
@@ -290,27 +277,28 @@ class RegroupCallback(TrainerCallback):
             optimizer=kwargs.get("optimizer"),
         )
         if state.global_step > 0:
-            self.regrouper.load(self._checkpoint or resumed_checkpoint(args, state), state.global_step)
-        else:
-            self.regrouper.open_log()
+            checkpoint = Path(self._checkpoint or resumed_checkpoint(args, state))
+            self.regrouper.windows.load(checkpoint / STATE_FILE)
+            self.regrouper.steps = state.global_step
+        self.regrouper.open_log()
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._running.after_backward()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._running.steps = state.global_step
-        self._running.regroup_if_due()
+        self._running.steps = state.global_step - 1
+        self._running.step()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._running.finish()
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._running.save(checkpoint_being_written(args, state), write=args.should_save)
+        self._running.windows.save(checkpoint_being_written(args, state) / STATE_FILE, write=args.should_save)
 
     def take_metrics(self) -> dict[str, float]:
         """The regrouper's metrics as ``regroup/NAME``, if there has been a regrouping since the last call; else {}.
 
-        For a Trainer's ``log``, which hands them to trackers; badit's own does.
+        For a Trainer's ``log``, which passes them to trackers; badit's own does.
         """
         metrics = {} if self.regrouper is None else self.regrouper.metrics
         if metrics == self._taken:
@@ -377,24 +365,10 @@ class OutputProbe:
 
 def _prompts(batch: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
     input_ids = batch["input_ids"]
-    kept = torch.ones_like(input_ids, dtype=torch.bool)
-    if "attention_mask" in batch:
-        kept &= batch["attention_mask"].bool()
+    kept = batch.get("attention_mask", torch.ones_like(input_ids)).bool()
     if "labels" in batch:
-        kept &= before_first_label(batch["labels"])
+        kept = kept & before_first_label(batch["labels"])
     return [row[keep][None] for row, keep in zip(input_ids, kept, strict=True)]
-
-
-def _check_options(every: Any, start: float, stop: float, solver: str, restarts: Any) -> None:
-    """Raises BaditError for options of a regrouping that make no sense."""
-    if not isinstance(every, int) or isinstance(every, bool) or every < 1:
-        raise BaditError(f"regroup.every must be a whole number of at least 1 step, got {every!r}")
-    if not 0 <= start <= stop <= 1:
-        raise BaditError(f"regroup.start and stop must satisfy 0 ≤ start ≤ stop ≤ 1, got {start} and {stop}")
-    if solver not in ("swap", "paper"):
-        raise BaditError(f"regroup.solver must be 'swap' or 'paper', got {solver!r}")
-    if not isinstance(restarts, int) or restarts < 0:
-        raise BaditError(f"regroup.restarts must be a whole number of at least 0, got {restarts!r}")
 
 
 def _means(lines: Iterable[Mapping[str, Any]], fields: Iterable[str]) -> dict[str, float]:

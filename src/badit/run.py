@@ -6,6 +6,7 @@ metrics.jsonl      a line per logged step
 scores.json        {"rouge_l", "rouge_l_instances", "exact_match", …, "tasks": {name: {…}}}
 predictions/       a .jsonl per task
 instances.json     of a comparison's runs: the score of every instance, {task: {metric: [...]}}
+validation.json    of a comparison's runs: the loss on held-out training instances, by which learning rates are chosen
 adapter/           the trained adapter, as PEFT saves it
 checkpoints/       what an interrupted run resumes from
 regroupings.jsonl  the log of DOG
@@ -55,6 +56,7 @@ class Run:
         self.scores_path = self.path / "scores.json"
         self.predictions_path = self.path / "predictions"
         self.instances_path = self.path / "instances.json"
+        self.validation_path = self.path / "validation.json"
         self.adapter_path = self.path / "adapter"
         self.checkpoints_path = self.path / "checkpoints"
         self.regroupings_path = self.path / "regroupings.jsonl"

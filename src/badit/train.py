@@ -198,8 +198,7 @@ def _train_stage(plan: Plan, stage: Stage, number: int, learnt: Path | None, pro
             *method.callbacks(folder),
             *_tensorboard(trackers, folder.path, checkpoint),
         ],
-        group_by_length=recipe.training.group_by_length,
-        max_skipped_steps=recipe.training.max_skipped_steps,
+        **recipe.training.model_dump(include=recipe.training.OWN),
     )
     trainer.remove_callback(transformers.PrinterCallback)  # prints the log lines, which metrics.jsonl has
     engine = "DeepSpeed" if trainer.is_deepspeed_enabled else "FSDP" if trainer.is_fsdp_enabled else "neither"

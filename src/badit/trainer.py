@@ -25,6 +25,8 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from badit.errors import BaditError
 from badit.files import StepLog
 from badit.gradients import any_of_all, local_gradient, steps_in_backward
+from badit.optimizer import OrthogonalUpdates, lora_plus_groups
+from badit.recipe import OptimizerName
 from badit.regroup import RegroupCallback
 from badit.tuner.model import hooks_of
 from badit.tuner.prompt import before_first_label
@@ -47,6 +49,8 @@ class AnswerTrainer(Trainer):
     Args:
         group_by_length: make batches of similar length.
         max_skipped_steps: steps with a loss or gradient that is not finite to skip before giving up.
+        optimizer: ``adamw`` (or what ``args.optim`` names), ``lora+`` or ``orthogonal``, with the arguments' rates.
+        lora_plus_ratio: B's learning rate over A's, for ``lora+``.
     """
 
     def __init__(
@@ -56,6 +60,8 @@ class AnswerTrainer(Trainer):
         *,
         group_by_length: bool = True,
         max_skipped_steps: int = 10,
+        optimizer: OptimizerName = "adamw",
+        lora_plus_ratio: float = 16.0,
         **kwargs: Any,
     ) -> None:
         use_one_gpu(args)
@@ -65,8 +71,21 @@ class AnswerTrainer(Trainer):
         self.skipped_steps = 0
         self._micro_batches: list[tuple[torch.Tensor, Mapping[str, Any]]] = []
         self._group_by_length = group_by_length
+        self._optimizer_name, self._lora_plus_ratio = optimizer, lora_plus_ratio
         # The loss below is divided by the number of labels in the accumulated batch, so the Trainer must count them.
         self.model_accepts_loss_kwargs = True
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """HF's, on the groups of LoRA+ if that is asked for; or orthogonal updates."""
+        trained: Any = self.model if model is None else model
+        rate = self.args.learning_rate
+        if self.optimizer is None and self._optimizer_name == "orthogonal":
+            self.optimizer = OrthogonalUpdates(trained, rate, weight_decay=self.args.weight_decay)
+        elif self.optimizer is None and self._optimizer_name == "lora+":
+            kind, options = self.get_optimizer_cls_and_kwargs(self.args, trained)
+            groups = lora_plus_groups(trained, rate, self._lora_plus_ratio)
+            self.optimizer = kind(groups, **options, weight_decay=self.args.weight_decay)
+        return super().create_optimizer(model)
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler[int] | None:
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset

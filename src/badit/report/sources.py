@@ -89,9 +89,9 @@ class Source:
             own = cells[(cells["method"] == method) & (cells["status"] == "done") & cells["selected"]]
             for cell in own[["learning_rate", "seed", "order"]].astype(object).itertuples(index=False):
                 rate, seed, order = (None if pd.isna(value) else value for value in cell)
-                place = Cell(method, rate, seed, order).path
+                place = str(Cell(method, rate, seed, order))
                 if (self.folder / place).is_dir():
-                    found.append((method, Source(str(place), self.folder / place)))
+                    found.append((method, Source(place, self.folder / place)))
         return found
 
     @cached_property
