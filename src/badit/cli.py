@@ -102,7 +102,7 @@ def table(
     results: str,
     *,
     format: Literal["text", "markdown", "latex", "csv"] = "text",
-    metric: Literal["rouge_l", "exact_match"] = "rouge_l",
+    metric: Literal["rouge_l", "exact_match", "nll"] = "rouge_l",
     by_task: bool = False,
     released: bool = False,
 ) -> str:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from pydantic import TypeAdapter
+from tqdm.auto import tqdm
 
 from badit.card import write_run_card
 from badit.data import AnswerCollator, Instance, Task, encode_prompt, on_device
@@ -23,7 +24,7 @@ from badit.data.tasks import file_safe
 from badit.environment import is_main_process
 from badit.errors import BaditError, explained, nearest
 from badit.files import copy_folder, parse_json, read_json, read_text, write_json, write_text
-from badit.generation import generate_answers
+from badit.generation import evaluation_mode, generate_answers
 from badit.methods import build_method
 from badit.metrics import Prediction, group_by_task, instance_scores, mean_scores
 from badit.recipe import Recipe
@@ -129,9 +130,10 @@ def score_model(
         progress=progress,
         tasks=[task.name for task, _ in pairs],
     )
+    losses = answer_token_losses(model, tokenizer, recipe, pairs, progress=progress)
     predictions = [
-        Prediction(task.name, instance.id, answer, tuple(instance.outputs), str(tokenizer.decode(prompt)))
-        for (task, instance), prompt, answer in zip(pairs, prompts, found, strict=True)
+        Prediction(task.name, instance.id, answer, tuple(instance.outputs), str(tokenizer.decode(prompt)), fmean(nll))
+        for (task, instance), prompt, answer, nll in zip(pairs, prompts, found, losses, strict=True)
     ]
     return mean_scores(instance_scores(group_by_task(predictions))), predictions
 
@@ -195,6 +197,30 @@ def read_predictions(folder: str | Path) -> list[Prediction]:
 
 
 @torch.no_grad()
+def answer_token_losses(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    recipe: Recipe,
+    pairs: Sequence[tuple[Task, Instance]],
+    *,
+    progress: bool,
+) -> list[list[float]]:
+    """The negative log-likelihood of every token of each instance's first reference, in nats."""
+    collate = AnswerCollator(pad_id(tokenizer), with_tasks=True)
+    examples = [encoded(tokenizer, recipe, *pair) for pair in pairs]
+    order = sorted(range(len(examples)), key=lambda i: len(examples[i]["input_ids"]))
+    losses: list[list[float]] = [[] for _ in pairs]
+    with evaluation_mode(model), tqdm(total=len(order), desc="NLL", unit="answer", disable=not progress) as bar:
+        for start in range(0, len(order), recipe.evaluation.batch_size):
+            batch = order[start : start + recipe.evaluation.batch_size]
+            inputs = on_device(collate([examples[i] for i in batch]), model.device)
+            losses_L, row_L, _ = answer_losses(model, inputs, model)
+            for loss, row in zip(losses_L.tolist(), row_L.tolist(), strict=True):
+                losses[batch[row]].append(loss)
+            bar.update(len(batch))
+    return losses
+
+
 def validation_loss(path: str | Path, *, trust_remote_code: bool = False) -> dict[str, Any]:
     """The answers' negative log-likelihood per token on held-out training instances, kept in ``validation.json``.
 
@@ -207,24 +233,18 @@ def validation_loss(path: str | Path, *, trust_remote_code: bool = False) -> dic
         BaditError: as :func:`evaluate`.
     """
     run = Run.existing(path)
-    kept = run.validation_path
-    if kept.is_file():
-        return read_json(kept)
+    if run.validation_path.is_file():
+        return read_json(run.validation_path)
     recipe = run.trusted_recipe(trust_remote_code)
-    plan = make_plan(recipe, split="validation")
-    model, tokenizer = load_run(run, recipe)
-    collate = AnswerCollator(pad_id(tokenizer), with_tasks=True)
-    examples = [encoded(tokenizer, recipe, task, instance) for task in plan.tasks for instance in task.validation]
-    examples.sort(key=lambda example: len(example["input_ids"]))
-    losses: dict[str, list[float]] = {task.name: [] for task in plan.tasks}
-    for start in range(0, len(examples), recipe.evaluation.batch_size):
-        batch = collate(examples[start : start + recipe.evaluation.batch_size])
-        losses_L, row_L, _ = answer_losses(model, on_device(batch, model.device), model)
-        for loss, row in zip(losses_L.tolist(), row_L.tolist(), strict=True):
-            losses[batch["tasks"][row]].append(loss)
+    pairs = [(task, one) for task in make_plan(recipe, split="validation").tasks for one in task.validation]
+    losses: dict[str, list[float]] = {}
+    for (task, _), nll in zip(
+        pairs, answer_token_losses(*load_run(run, recipe), recipe, pairs, progress=False), strict=True
+    ):
+        losses.setdefault(task.name, []).extend(nll)
     by_task = {name: fmean(of_task) for name, of_task in losses.items()}
     result = {"loss": fmean(by_task.values()), "tasks": by_task}
-    write_json(kept, result)
+    write_json(run.validation_path, result)
     return result
 
 

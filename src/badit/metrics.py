@@ -1,7 +1,8 @@
-"""Rouge-L and exact match as Super-NaturalInstructions defines them, for one answer and for a set of tasks.
+"""Rouge-L and exact match as Super-NaturalInstructions defines them, and the NLL of the reference answer.
 
-All scores run from 0 to 100, and an answer is scored against the reference that suits it best. The metrics are those of
-the benchmark's official evaluation (Wang et al. 2022, arXiv:2204.07705); Rouge-L comes from the `rouge-score` package.
+Rouge-L and exact match run from 0 to 100, and an answer is scored against the reference that suits it best. They are
+those of the benchmark's official evaluation (Wang et al. 2022, arXiv:2204.07705); Rouge-L comes from the `rouge-score`
+package. The NLL needs no generated answer and has less noise than scores of generated answers.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ class Prediction:
         prediction: the decoded answer.
         references: the accepted answers.
         prompt: the text that the model was given.
+        nll: of the first reference given the prompt, in nats per token; None if it was not measured.
     """
 
     task: str
@@ -38,6 +40,7 @@ class Prediction:
     prediction: str
     references: tuple[str, ...]
     prompt: str
+    nll: float | None = None
 
 
 def rouge_l(prediction: str, references: Sequence[str]) -> float:
@@ -71,17 +74,26 @@ class Metric:
 
     Attributes:
         label: its name in tables.
-        score: the score of an answer, 0 to 100, from the answer and its references.
+        score: of an answer; None if it cannot be told.
+        most: the highest value that there can be; the lowest is 0.
+        margin: methods are level whose difference is surely below it, see :class:`badit.statistics.Difference`.
+        decimals: in tables.
+        lower_is_better: whether 0 is the best value.
     """
 
     label: str
-    score: Callable[[str, Sequence[str]], float]
+    score: Callable[[Prediction], float | None]
+    most: float = 100.0
+    margin: float = 0.5
+    decimals: int = 1
+    lower_is_better: bool = False
 
 
 #: By the name that scores.json and results.json have. All that is scored is scored in each of them.
 METRICS: dict[str, Metric] = {
-    "rouge_l": Metric("Rouge-L", rouge_l),
-    "exact_match": Metric("EM", exact_match),
+    "rouge_l": Metric("Rouge-L", lambda answer: rouge_l(answer.prediction, answer.references)),
+    "exact_match": Metric("EM", lambda answer: exact_match(answer.prediction, answer.references)),
+    "nll": Metric("NLL", lambda answer: answer.nll, most=1e6, margin=0.01, decimals=3, lower_is_better=True),
 }
 
 
@@ -101,6 +113,8 @@ def group_by_task(predictions: Iterable[Prediction]) -> dict[str, list[Predictio
 def instance_scores(predictions: Mapping[str, Sequence[Prediction]]) -> dict[str, dict[str, list[float]]]:
     """Every instance's scores in each metric, in the predictions' order: `{task: {"rouge_l": [...], …}}`.
 
+    A metric that some answer has no score in is left out.
+
     Raises:
         BaditError: no tasks, a task without predictions, or a prediction without references.
     """
@@ -110,11 +124,12 @@ def instance_scores(predictions: Mapping[str, Sequence[Prediction]]) -> dict[str
     for task, answers in predictions.items():
         if not answers:
             raise BaditError(f"predictions: task {task} has none")
-        scores[task] = {
-            name: [metric.score(answer.prediction, answer.references) for answer in answers]
-            for name, metric in METRICS.items()
-        }
-    return scores
+        scores[task] = {name: [metric.score(answer) for answer in answers] for name, metric in METRICS.items()}
+    missing = {name for of_task in scores.values() for name in of_task if None in of_task[name]}
+    return {
+        task: {name: values for name, values in of_task.items() if name not in missing}
+        for task, of_task in scores.items()
+    }
 
 
 def mean_scores(instances: Mapping[str, Mapping[str, Sequence[float]]]) -> dict[str, Any]:
@@ -126,7 +141,7 @@ def mean_scores(instances: Mapping[str, Mapping[str, Sequence[float]]]) -> dict[
         metric and its number of ``instances``.
     """
     means: dict[str, Any] = {}
-    for metric in METRICS:
+    for metric in next(iter(instances.values())):
         means[metric] = fmean(fmean(scores[metric]) for scores in instances.values())
         means[f"{metric}_instances"] = fmean(score for scores in instances.values() for score in scores[metric])
     tasks = {

@@ -30,6 +30,7 @@ _LATEX = str.maketrans(
         ">": r"\textgreater{}",
         "|": r"\textbar{}",
         "±": r"$\pm$",
+        "≈": r"$\approx$",
         "−": "$-$",
         "×": r"$\times$",
         "–": "--",
@@ -116,7 +117,8 @@ def method_table(results: Results, metric: str = "rouge_l", released: bool = Fal
         ]
     else:
         runs, score = "seeds", label
-        spreads = {name: metric.label for name, metric in METRICS.items()}
+        known = set(results.scores["metric"])
+        spreads = {name: metric.label for name, metric in METRICS.items() if name in known}
         patterns |= {"task_rank": ("task rank", "{:.1f}"), "seconds": ("time (s)", "{:,.0f}")}
         patterns |= {"peak_memory_gib": ("GiB", "{:.1f}")}
         notes = [
@@ -134,15 +136,19 @@ def method_table(results: Results, metric: str = "rouge_l", released: bool = Fal
     best = set()
     for name, title in spreads.items():
         means, stds = (summary[f"{name}_{part}"] for part in ("mean", "std"))
-        best |= {(i, len(columns)) for i in _highest(-means if name == "forgetting" else means)}
-        columns.append((title, list(map(_spread, means, stds))))
-    difference = (summary[f"difference_{part}"] for part in ("mean", "low", "high"))
-    columns.append((f"vs {results.reference} [95 %]", list(map(_interval, *difference))))
+        lower_is_better = name == "forgetting" or (name in METRICS and METRICS[name].lower_is_better)
+        best |= {(i, len(columns)) for i in _highest(-means if lower_is_better else means)}
+        show = _number(METRICS[name].decimals if name in METRICS else 1)
+        columns.append((title, [_spread(mean, std, show) for mean, std in zip(means, stds, strict=True)]))
+    difference = [summary[f"difference_{part}"] for part in ("mean", "low", "high")]
+    signed = _number(METRICS[metric].decimals, "+")
+    intervals = [_interval(*row, signed) for row in zip(*difference, summary["level"], strict=True)]
+    columns.append((f"vs {results.reference} [95 %]", intervals))
     columns += [(title, _texts(summary[name], pattern.format)) for name, (title, pattern) in patterns.items()]
     numbers = ["method", "trainable_parameters", "learning_rate", "runs"]
     numbers += [f"{name}_{part}" for name in spreads for part in ("mean", "std")]
-    numbers += [name for name in summary if name.startswith("difference_")] + list(patterns)
-    notes = [*_difference_notes(results, summary, score), *notes, *_unscored(results)]
+    numbers += [name for name in summary if name.startswith("difference_")] + ["level", *patterns]
+    notes = [*_difference_notes(results, summary, score, metric), *notes, *_unscored(results)]
     return Table(columns, best, notes, summary[numbers], _omitted(results))
 
 
@@ -150,8 +156,10 @@ def _task_table(results: Results, metric: str) -> Table:
     """A row for each task, a column for each method that has been scored."""
     means = task_means(results, metric)
     means.loc["mean over tasks"] = [fmean(means[method]) for method in means]
-    columns = [("task", _texts(means.index)), *((method, _texts(means[method], _score)) for method in means)]
-    best = {(i, j + 1) for i, row in enumerate(means.to_numpy()) for j in _highest(row)}
+    show = _number(METRICS[metric].decimals)
+    columns = [("task", _texts(means.index)), *((method, _texts(means[method], show)) for method in means)]
+    sign = -1 if METRICS[metric].lower_is_better else 1
+    best = {(i, j + 1) for i, row in enumerate(sign * means.to_numpy()) for j in _highest(row)}
     notes = [f"{METRICS[metric].label}, mean over each method's runs", *_unscored(results)]
     numbers = means.add_suffix(f"_{metric}", axis="columns").reset_index()
     return Table(columns, best, notes, numbers, _omitted(results))
@@ -161,17 +169,18 @@ def _texts(values: Iterable[Any], show: Callable[[Any], str] = str) -> list[str]
     return [UNKNOWN if pd.isna(value) else show(value) for value in values]
 
 
-def _score(value: float, sign: str = "-") -> str:
+def _number(decimals: int, sign: str = "-") -> Callable[[float], str]:
     # z: what rounds to zero has no sign.
-    return f"{value:{sign}z.1f}".replace("-", "−")
+    return lambda value: f"{value:{sign}z.{decimals}f}".replace("-", "−")
 
 
-def _spread(mean: float, std: float) -> str:
-    return UNKNOWN if pd.isna(mean) else _score(mean) + ("" if pd.isna(std) else f" ± {_score(std)}")
+def _spread(mean: float, std: float, show: Callable[[float], str]) -> str:
+    return UNKNOWN if pd.isna(mean) else show(mean) + ("" if pd.isna(std) else f" ± {show(std)}")
 
 
-def _interval(mean: float, low: float, high: float) -> str:
-    return UNKNOWN if pd.isna(mean) else f"{_score(mean, '+')} [{_score(low, '+')}, {_score(high, '+')}]"
+def _interval(mean: float, low: float, high: float, level: Any, show: Callable[[float], str]) -> str:
+    text = UNKNOWN if pd.isna(mean) else f"{show(mean)} [{show(low)}, {show(high)}]"
+    return f"{text} ≈" if not pd.isna(level) and level else text
 
 
 def _highest(values: Any) -> list[int]:
@@ -189,11 +198,13 @@ def _omitted(results: Results) -> pd.DataFrame:
     return results.cells.loc[results.cells["status"] != "done", _OMITTED]
 
 
-def _difference_notes(results: Results, summary: pd.DataFrame, score: str) -> list[str]:
+def _difference_notes(results: Results, summary: pd.DataFrame, score: str, metric: str) -> list[str]:
     reference = results.reference
     if reference not in results.scored_methods:
         return [f"vs {reference}: no differences, as {reference} has no scores"]
     notes = [f"vs {reference}: paired difference in {score} and its 95 % bootstrap interval over runs and instances"]
+    if (summary["level"].fillna(False)).any():
+        notes.append(f"≈: level, the 90 % interval lies within ±{METRICS[metric].margin:g}")
     paired = summary.loc[summary["difference_runs"].notna()].to_dict("records")
     notes += [
         f"{row['method']} vs {reference}: over the {row['difference_runs']} of its {row['runs']} runs that both have"
@@ -267,11 +278,15 @@ def score_table(scores: Mapping[str, pd.DataFrame]) -> str:
     Args:
         scores: by name, frames of the same tasks as :func:`badit.results.scores_frame` makes them.
     """
-    columns = {}
+    columns, shown = {}, []
     for name, frame in scores.items():
         for metric, rows in frame.groupby("metric", sort=False):
+            shown.append(str(metric))
             columns[f"{name} {METRICS[str(metric)].label}"] = dict(zip(rows["task"], rows["score"], strict=True))
     table = pd.DataFrame(columns)
     table.loc["mean over tasks"] = [fmean(table[name]) for name in table]
-    rows = [[task, *map("{:.1f}".format, scores)] for task, *scores in table.itertuples(name=None)]
+    shows = [_number(METRICS[metric].decimals) for metric in shown]
+    rows = [
+        [str(task), *(show(x) for show, x in zip(shows, scores, strict=True))] for task, *scores in table.itertuples()
+    ]
     return text_table(["task", *table], rows, right=set(range(1, len(columns) + 1)))

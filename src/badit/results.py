@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Annotated, Any, Literal
@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, create_model
 from badit.errors import BaditError, explained, nearest
 from badit.files import read_json, refuse_other_format
 from badit.metrics import METRICS
-from badit.statistics import DECIMALS, Form, paired_bootstrap
+from badit.statistics import DECIMALS, Difference, Form, paired_bootstrap
 
 # The version of a results file's form: a change that older releases would read wrongly raises it.
 FORMAT = 1
@@ -36,22 +36,26 @@ class _Part(BaseModel):
     model_config = ConfigDict(extra="ignore", frozen=True, allow_inf_nan=False)
 
 
-def _by_metric(name: str, field: Any, **others: Any) -> type[_Part]:
-    """A model with a field for each metric."""
-    fields: dict[str, Any] = {
-        metric: (field, ...) if metric in _FIRST_METRICS else (field | None, None) for metric in METRICS
-    }
+# A mean of scores of 100 may be off by rounding.
+_ROUNDING = 1e-6
+
+
+def _by_metric(name: str, *, lists: bool = False, **others: Any) -> type[_Part]:
+    """A model with a field for each metric: its mean, or a list of every instance's score."""
+    fields: dict[str, Any] = {}
+    for metric, about in METRICS.items():
+        kind: Any = Annotated[float, Field(ge=-_ROUNDING, le=about.most + _ROUNDING)]
+        kind = list[kind] if lists else kind
+        fields[metric] = (kind, ...) if metric in _FIRST_METRICS else (kind | None, None)
     return create_model(name, __base__=_Part, **fields, **others)
 
 
-# A mean of scores of 100 may be off by rounding.
-_ROUNDING = 1e-6
 _Score = Annotated[float, Field(ge=-_ROUNDING, le=100 + _ROUNDING)]
 _Points = Annotated[float, Field(ge=-100 - _ROUNDING, le=100 + _ROUNDING)]
 # What no run comes near, so that sums and means stay finite.
 _MOST = 10**15
-_TaskScores = _by_metric("_TaskScores", _Score, instances=(Annotated[int, Field(ge=1, le=_MOST)], ...))
-_InstanceScores = _by_metric("_InstanceScores", list[_Score])
+_TaskScores = _by_metric("_TaskScores", instances=(Annotated[int, Field(ge=1, le=_MOST)], ...))
+_InstanceScores = _by_metric("_InstanceScores", lists=True)
 
 
 class _Transfer(_Part):
@@ -60,7 +64,7 @@ class _Transfer(_Part):
     forward_transfer: _Points | None = None
 
 
-class _Scores(_by_metric("_Means", _Score)):
+class _Scores(_by_metric("_Means")):
     tasks: Annotated[dict[str, _TaskScores], Field(min_length=1)]  # pyright: ignore[reportInvalidTypeForm]
     order: list[str] | None = None
     matrix: list[list[_Score | None]] | None = None
@@ -113,8 +117,8 @@ class Results:
         cells: a row for each cell: method, seed (missing for a method that does not train), order (of the tasks,
             missing for one that knows none), learning_rate, status (done, failed or missing), error, selected (its
             learning rate was chosen), trainable_parameters, seconds and peak_memory_gib of its training.
-        scores: of the cells that are done and selected: method, seed, order, task, metric, score (0 to 100, after the
-            last task), n (the number of instances).
+        scores: of the cells that are done and selected: method, seed, order, task, metric, score (0 to 100, NLL in
+            nats, after the last task), n (the number of instances).
         instances: as ``scores`` for every instance that was kept: method, seed, order, task, metric, instance (its
             number within the task), score.
         continual: of the same cells after a sequence of tasks: method, seed, order, form, forgetting,
@@ -149,7 +153,13 @@ def load_results(path: str | os.PathLike[str]) -> Results:
     refuse_other_format(content, path, FORMAT)
     with explained(path):
         file = _File.model_validate(content)
-    counted = _counted(file, path)
+    counted = [cell for cell in file.cells if cell.status == "done" and cell.selected]
+    for place, name in [
+        ("reference", file.reference),
+        *((f"cells.{i}.method", c.method) for i, c in enumerate(file.cells)),
+    ]:
+        if name not in file.methods:
+            raise BaditError(f"{path}: {place}: {name!r:.60} is none of the methods{nearest(name, file.methods)}")
     cells, scores, instances, continual = [], [], [], []
     for cell in file.cells:
         training = cell.environment.training if cell.environment else _Training()
@@ -189,8 +199,8 @@ def read_scores(path: Path) -> dict[str, Any]:
 def scores_frame(scores: Mapping[str, Any]) -> pd.DataFrame:
     """A run's scores as a frame: a row for each task and metric, with the columns task, metric, score and n.
 
-    Scores are from 0 to 100, and n is the number of instances. Of a sequence of tasks they are the final model's, and
-    the frame's ``attrs`` have ``order``, ``matrix`` and ``continual`` as in scores.json.
+    Scores are from 0 to 100 (the NLL is in nats), and n is the number of instances. Of a sequence of tasks they are the
+    final model's, and the frame's ``attrs`` have ``order``, ``matrix`` and ``continual`` as in scores.json.
     """
     rows = [
         (task, metric, entry[metric], entry["instances"])
@@ -215,14 +225,16 @@ def summarise(results: Results, metric: str = "rouge_l", form: Form = "standard"
         ``method``; ``runs`` (seeds, or seeds x task orders); ``learning_rate`` (text); ``trainable_parameters``;
         ``_mean`` and ``_std`` over runs (divisor n - 1, missing for a single run) of each metric, which is a mean over
         tasks, and of ``forgetting``, ``backward_transfer`` and ``forward_transfer``; ``difference_mean``, ``_low``,
-        ``_high``, ``_share_not_positive`` and ``_runs``, to the reference, see
-        :func:`badit.statistics.paired_bootstrap`; ``rank`` by the mean score; ``task_rank``, the mean over
-        tasks of the rank on each; ``seconds``, the median; ``peak_memory_gib``, the maximum.
+        ``_high``, ``_share_not_positive``, ``_inner_low``, ``_inner_high`` and ``_runs``, to the reference, see
+        :func:`badit.statistics.paired_bootstrap`; ``level``, whether the two are equivalent within the metric's margin;
+        ``rank`` by the mean score; ``task_rank``, the mean over tasks of the rank on each; ``seconds``, the median;
+        ``peak_memory_gib``, the maximum.
     """
     by_task = task_means(results, metric)
     rank = pd.Series({name: fmean(by_task[name]) for name in by_task}, dtype=float)
-    rank = rank.round(DECIMALS).rank(ascending=False)
-    task_rank = by_task.round(DECIMALS).rank(axis="columns", ascending=False).mean()
+    ascending = METRICS[metric].lower_is_better
+    rank = rank.round(DECIMALS).rank(ascending=ascending)
+    task_rank = by_task.round(DECIMALS).rank(axis="columns", ascending=ascending).mean()
     by_run = results.scores.groupby([*_RUN, "metric"], sort=False, dropna=False)["score"].agg(fmean).reset_index()
     transfers = results.continual.loc[results.continual["form"] == form]
     rows = []
@@ -240,11 +252,13 @@ def summarise(results: Results, metric: str = "rouge_l", form: Form = "standard"
             row |= _spread(name, of_method.loc[of_method["metric"] == name, "score"])
         for name in _Transfer.model_fields:
             row |= _spread(name, transfers.loc[transfers["method"] == method, name])
-        row |= _difference(results, method, metric)
+        row |= (difference := _difference(results, method, metric))
+        within = [abs(difference[f"difference_inner_{end}"] or 0.0) for end in ("low", "high")]
+        row["level"] = None if difference["difference_mean"] is None else max(within) < METRICS[metric].margin
         row |= {"rank": rank.get(method), "task_rank": task_rank.get(method)}
         row |= {"seconds": cells["seconds"].median(), "peak_memory_gib": cells["peak_memory_gib"].max()}
         rows.append(row)
-    whole = dict.fromkeys(["trainable_parameters", "difference_runs"], "Int64")
+    whole = {"trainable_parameters": "Int64", "difference_runs": "Int64", "level": "boolean"}
     texts = dict.fromkeys(["method", "learning_rate"], object)
     numbers = dict.fromkeys([name for name in rows[0] if name not in {*whole, *texts, "runs"}], float)
     return pd.DataFrame(rows).astype({**whole, **texts, **numbers})
@@ -283,7 +297,7 @@ def _difference(results: Results, method: str, metric: str) -> dict[str, Any]:
     kept = results.instances.loc[results.instances["metric"] == metric]
     pairs = paired(kept, method, results.reference)
     if method == results.reference or pairs.empty:
-        return dict.fromkeys(f"difference_{name}" for name in ("mean", "low", "high", "share_not_positive", "runs"))
+        return dict.fromkeys(f"difference_{field.name}" for field in fields(Difference))
     runs = pairs.groupby(["seed", "order", "seed_other", "order_other"], sort=False, dropna=False).ngroup()
     pairs = pairs.assign(run=runs, difference=pairs["score"] - pairs["score_other"])
     tables = {
@@ -307,41 +321,3 @@ def _frame(rows: Iterable[Any], columns: list[str]) -> pd.DataFrame:
 
 def _known_metrics(entry: _Part) -> list[tuple[str, Any]]:
     return [(name, value) for name in METRICS if (value := getattr(entry, name)) is not None]
-
-
-def _counted(file: _File, path: Path) -> list[_Cell]:
-    """The cells that count, which must fit together.
-
-    Raises:
-        BaditError: the first contradiction.
-    """
-    named = {"reference": file.reference} | {f"cells.{i}.method": cell.method for i, cell in enumerate(file.cells)}
-    for place, name in named.items():
-        if name not in file.methods:
-            raise BaditError(f"{path}: {place}: {name!r:.60} is none of the methods{nearest(name, file.methods)}")
-    counted: dict[object, int] = {}
-    sizes: dict[str, int] = {}
-    for i, cell in enumerate(file.cells):
-        if cell.status != "done" or not cell.selected:
-            continue
-        place = f"cells.{i}"
-        first = counted.setdefault((cell.method, cell.seed, cell.order), i)
-        if first != i:
-            raise BaditError(f"{path}: {place}: repeats method, seed and order of cells.{first}; select one of the two")
-        if cell.scores is None:
-            raise BaditError(
-                f"{path}: {place}.scores: is missing, though the cell is done and selected; run the comparison again"
-            )
-        own = {task: entry.instances for task, entry in cell.scores.tasks.items()}
-        sizes = sizes or own
-        if own != sizes:
-            problem = "other tasks or instances than in the cells before; score all on the same"
-            raise BaditError(f"{path}: {place}.scores.tasks: {problem}")
-        if cell.instances is None:
-            continue
-        for metric in METRICS:
-            lists = {task: getattr(each, metric) for task, each in cell.instances.items()}
-            kept = {task: len(values) for task, values in lists.items() if values is not None}
-            if kept != own and (kept or metric in _FIRST_METRICS):
-                raise BaditError(f"{path}: {place}.instances: needs one {metric} for each instance of scores.tasks")
-    return [file.cells[i] for i in counted.values()]

@@ -47,6 +47,9 @@ class Difference:
         low: the 2.5 % quantile of the resampled differences.
         high: their 97.5 % quantile.
         share_not_positive: the share of them that are at most 0, up to rounding.
+        inner_low: their 5 % quantile. Two methods are level (equivalent at 5 %, by two one-sided tests) if the interval
+            from here to ``inner_high`` lies within a margin that was chosen beforehand.
+        inner_high: their 95 % quantile.
         runs: the number of pairs of runs it is taken over.
     """
 
@@ -54,6 +57,8 @@ class Difference:
     low: float
     high: float
     share_not_positive: float
+    inner_low: float
+    inner_high: float
     runs: int
 
 
@@ -102,12 +107,14 @@ def paired_bootstrap(
         ],
         axis=0,
     )
-    low, high = np.quantile(estimates_R, [0.025, 0.975])
+    low, inner_low, inner_high, high = map(float, np.quantile(estimates_R, [0.025, 0.05, 0.95, 0.975]))
     return Difference(
         mean=float(np.mean([task_SN.mean() for task_SN in tasks_SN])),
-        low=float(low),
-        high=float(high),
+        low=low,
+        high=high,
         share_not_positive=float((np.round(estimates_R, DECIMALS) <= 0).mean()),
+        inner_low=inner_low,
+        inner_high=inner_high,
         runs=runs,
     )
 
