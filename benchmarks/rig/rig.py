@@ -55,7 +55,7 @@ p.add_argument("--init", choices=("lora", "dirs", "bad"), default="lora")
 p.add_argument("--gate", choices=("none", "expert", "component", "oracle"), default="none", help="oracle: by the task")
 p.add_argument("--act", choices=("softmax", "exp"), default="softmax")
 p.add_argument("--rank", type=int, default=8, help="of the prompt embedding, for --gate component")
-p.add_argument("--opt", choices=("adamw", "orthogonal"), default="adamw")
+p.add_argument("--opt", choices=("adamw", "orthogonal", "riemannian"), default="adamw", help="the last: PEFT's")
 p.add_argument("--lr", type=float, default=2e-3)
 p.add_argument("--b-rate", type=float, default=1.0, help="LoRA+: B's rate over A's (adamw)")
 p.add_argument("--router-rate", type=float, default=1.0, help="the router's rate over --lr")
@@ -64,6 +64,7 @@ a = p.parse_args()
 torch.set_num_threads(1)
 torch.manual_seed(a.seed)
 random.seed(a.seed)
+from peft.optimizers import create_riemannian_optimizer  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
 from badit.optimizer import OrthogonalUpdates  # noqa: E402
@@ -240,6 +241,9 @@ if a.opt == "adamw":
     groups = [{"params": down, "lr": a.lr}, {"params": up, "lr": a.lr * a.b_rate}]
     groups += [{"params": router, "lr": a.lr * a.router_rate}] if router else []
     optimizer = torch.optim.AdamW(groups, weight_decay=0)
+elif a.opt == "riemannian":
+    options = {"lr": a.lr, "weight_decay": 0}
+    optimizer = create_riemannian_optimizer(nn.ModuleList(adapted), torch.optim.AdamW, **options)
 else:
     optimizer = OrthogonalUpdates(nn.ModuleList(adapted), lr=a.lr, other_lr=a.lr * a.router_rate)
 rates = [group["lr"] for group in optimizer.param_groups]
@@ -309,7 +313,7 @@ for _ in range(a.epochs):
         if step % 100 == 0:
             seconds, mean = time.process_time() - began, sum(log[-100:]) / 100
             print(f"{a.name}  step {step} of {steps}  loss {mean:.4f}  {seconds:.0f} CPU s", flush=True)
-versions = {name: version(name) for name in ("torch", "transformers")} | {
+versions = {name: version(name) for name in ("torch", "transformers", "peft")} | {
     "cpu": platform.processor() or platform.machine()
 }
 arguments = {key: value for key, value in vars(a).items() if key not in ("out", "model", "data")}

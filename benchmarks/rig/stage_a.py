@@ -25,6 +25,8 @@ OPTIMIZERS = {
     "lora+16": (["--opt", "adamw", "--b-rate", "16"], [2.5e-4, 5e-4, 1e-3]),
     "orthogonal": (["--opt", "orthogonal"], [1e-3, 2e-3, 4e-3]),
 }
+# PEFT's own, for comparison with the orthogonal updates of a plain LoRA.
+OF_LORA_ALONE = {"riemannian": (["--opt", "riemannian"], [5e-4, 1e-3, 2e-3])}
 # Adapter: rig options. Routers have a rate of their own, relative to the factors'.
 ADAPTERS = {
     "lora": ["--init", "lora"],
@@ -51,7 +53,7 @@ def run(name: str, options: list[str]) -> float:
 
 def search(adapter: str, optimizer: str) -> tuple[float, float]:
     """The rate with the lowest held-out NLL, and that NLL. A ladder grows by factors of two while its end is best."""
-    options, ladder = OPTIMIZERS[optimizer]
+    options, ladder = (OPTIMIZERS | OF_LORA_ALONE)[optimizer]
     losses: dict[float, float] = {}
 
     def measure(rate: float) -> None:
@@ -69,10 +71,12 @@ def finals(rates: dict[tuple[str, str], float], losses: dict[tuple[str, str], fl
     """Five seeds of the finalists, and one model per task as the reference, seed by seed."""
     plus = min(("lora+4", "lora+16"), key=lambda optimizer: losses["lora", optimizer])
     cells = [(adapter, optimizer) for adapter in ADAPTERS for optimizer in ("orthogonal", "adamw", plus)]
+    cells += [("lora", optimizer) for optimizer in OF_LORA_ALONE]
     for seed in SEEDS:
         varied = ["--seed", str(seed), "--data-seed", str(seed + 7)]
         for adapter, optimizer in cells:
-            options = [*ADAPTERS[adapter], *OPTIMIZERS[optimizer][0], "--lr", f"{rates[adapter, optimizer]:g}"]
+            options = [*ADAPTERS[adapter], *(OPTIMIZERS | OF_LORA_ALONE)[optimizer][0]]
+            options += ["--lr", f"{rates[adapter, optimizer]:g}"]
             run(f"{adapter}_{optimizer}_s{seed}", [*options, *varied])
         for task in TASKS:
             options = [*ADAPTERS["lora"], *OPTIMIZERS["adamw"][0], "--lr", f"{rates['lora', 'adamw']:g}"]
@@ -82,7 +86,8 @@ def finals(rates: dict[tuple[str, str], float], losses: dict[tuple[str, str], fl
 def main() -> None:
     OUT.mkdir(parents=True, exist_ok=True)
     rates, losses = {}, {}
-    for adapter, optimizer in itertools.product(ADAPTERS, OPTIMIZERS):
+    cells = [*itertools.product(ADAPTERS, OPTIMIZERS), *itertools.product(["lora"], OF_LORA_ALONE)]
+    for adapter, optimizer in cells:
         rates[adapter, optimizer], losses[adapter, optimizer] = best = search(adapter, optimizer)
         print(f"{adapter} {optimizer}: best rate {best[0]:g}, NLL {best[1]:.4f}", flush=True)
     if sys.argv[1:] == ["finals"]:
