@@ -24,9 +24,8 @@ OPTIMIZERS = {
     "lora+4": (["--opt", "adamw", "--b-rate", "4"], [5e-4, 1e-3, 2e-3]),
     "lora+16": (["--opt", "adamw", "--b-rate", "16"], [2.5e-4, 5e-4, 1e-3]),
     "orthogonal": (["--opt", "orthogonal"], [1e-3, 2e-3, 4e-3]),
+    "riemannian": (["--opt", "riemannian"], [5e-4, 1e-3, 2e-3]),  # PEFT's, of a plain LoRA alone
 }
-# PEFT's own, for comparison with the orthogonal updates of a plain LoRA.
-OF_LORA_ALONE = {"riemannian": (["--opt", "riemannian"], [5e-4, 1e-3, 2e-3])}
 # Adapter: rig options. Routers have a rate of their own, relative to the factors'.
 ADAPTERS = {
     "lora": ["--init", "lora"],
@@ -36,6 +35,7 @@ ADAPTERS = {
     "expert": ["--init", "dirs", "--gate", "expert", "--router-rate", "0.3"],
     "bad": ["--init", "bad"],
 }
+Cell = tuple[str, str]
 SEARCH = ["--train", "100"]
 SEEDS = range(5)
 TASKS = ["073", "1510", "1687", "181", "363", "591", "639", "748", "875"]
@@ -53,7 +53,7 @@ def run(name: str, options: list[str]) -> float:
 
 def search(adapter: str, optimizer: str) -> tuple[float, float]:
     """The rate with the lowest held-out NLL, and that NLL. A ladder grows by factors of two while its end is best."""
-    options, ladder = (OPTIMIZERS | OF_LORA_ALONE)[optimizer]
+    options, ladder = OPTIMIZERS[optimizer]
     losses: dict[float, float] = {}
 
     def measure(rate: float) -> None:
@@ -67,31 +67,40 @@ def search(adapter: str, optimizer: str) -> tuple[float, float]:
     return best, losses[best]
 
 
-def finals(rates: dict[tuple[str, str], float], losses: dict[tuple[str, str], float]) -> None:
-    """Five seeds of the finalists, and one model per task as the reference, seed by seed."""
-    plus = min(("lora+4", "lora+16"), key=lambda optimizer: losses["lora", optimizer])
-    cells = [(adapter, optimizer) for adapter in ADAPTERS for optimizer in ("orthogonal", "adamw", plus)]
-    cells += [("lora", optimizer) for optimizer in OF_LORA_ALONE]
-    for seed in SEEDS:
-        varied = ["--seed", str(seed), "--data-seed", str(seed + 7)]
-        for adapter, optimizer in cells:
-            options = [*ADAPTERS[adapter], *(OPTIMIZERS | OF_LORA_ALONE)[optimizer][0]]
-            options += ["--lr", f"{rates[adapter, optimizer]:g}"]
-            run(f"{adapter}_{optimizer}_s{seed}", [*options, *varied])
-        for task in TASKS:
-            options = [*ADAPTERS["lora"], *OPTIMIZERS["adamw"][0], "--lr", f"{rates['lora', 'adamw']:g}"]
-            run(f"per-task_{task}_s{seed}", [*options, *varied, "--only", task])
+def finals(cells: list[Cell], found: dict[Cell, tuple[float, float]]) -> None:
+    """Five seeds of the finalists at their rates, seed by seed."""
+    plus = min(("lora+4", "lora+16"), key=lambda optimizer: found["lora", optimizer][1])
+    for seed, (adapter, optimizer) in itertools.product(SEEDS, cells):
+        if optimizer == plus or not optimizer.startswith("lora+"):
+            rate = f"{found[adapter, optimizer][0]:g}"
+            options = [*ADAPTERS[adapter], *OPTIMIZERS[optimizer][0], "--lr", rate, *varied(seed)]
+            run(f"{adapter}_{optimizer}_s{seed}", options)
+
+
+def per_task(rate: float) -> None:
+    """The reference: a LoRA of its own for each task, with AdamW."""
+    for seed, task in itertools.product(SEEDS, TASKS):
+        run(f"per-task_{task}_s{seed}", ["--init", "lora", "--lr", f"{rate:g}", "--only", task, *varied(seed)])
+
+
+def varied(seed: int) -> list[str]:
+    return ["--seed", str(seed), "--data-seed", str(seed + 7)]
 
 
 def main() -> None:
     OUT.mkdir(parents=True, exist_ok=True)
-    rates, losses = {}, {}
-    cells = [*itertools.product(ADAPTERS, OPTIMIZERS), *itertools.product(["lora"], OF_LORA_ALONE)]
-    for adapter, optimizer in cells:
-        rates[adapter, optimizer], losses[adapter, optimizer] = best = search(adapter, optimizer)
-        print(f"{adapter} {optimizer}: best rate {best[0]:g}, NLL {best[1]:.4f}", flush=True)
+    found: dict[Cell, tuple[float, float]] = {}
+    # First what decides whether gates can gain at all, then the gates.
+    for adapters in (("lora", "directions", "oracle"), ("bad", "component", "expert")):
+        cells = [(adapter, optimizer) for adapter in adapters for optimizer in OPTIMIZERS if optimizer != "riemannian"]
+        cells += [("lora", "riemannian")] if "lora" in adapters else []
+        for cell in cells:
+            found[cell] = search(*cell)
+            print(f"{cell}: best rate {found[cell][0]:g}, NLL {found[cell][1]:.4f}", flush=True)
+        if sys.argv[1:] == ["finals"]:
+            finals(cells, found)
     if sys.argv[1:] == ["finals"]:
-        finals(rates, losses)
+        per_task(found["lora", "adamw"][0])
 
 
 if __name__ == "__main__":
