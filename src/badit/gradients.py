@@ -20,6 +20,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from badit.method import cosine_gram
+from badit.method.grouping import OverShards
 
 # Layers whose gradients are copied side by side for one product hold at most so many numbers, 64 MB of them.
 _NUMBERS_AT_A_TIME = 2**24
@@ -65,23 +66,28 @@ def _alike(
 
 def _grams_of_shards(grads_A: Sequence[DTensor], grads_B: Sequence[DTensor]) -> torch.Tensor:
     """From shards along any dimension. A's, which come as rows, are exchanged for columns: a W-th of it per process."""
-    mesh = grads_A[0].device_mesh
 
     def along(gradient: DTensor, dim: int) -> torch.Tensor:
         placements = [Shard(dim) if placement.is_shard() else Replicate() for placement in gradient.placements]
         return gradient.redistribute(placements=placements).to_local()
 
-    groups = [mesh.get_group(i) for i, placement in enumerate(grads_A[0].placements) if placement.is_shard()]
+    columns = torch.stack([along(gradient, 1) for gradient in grads_A])
+    rows = torch.stack([along(gradient, 0) for gradient in grads_B])
+    return cosine_gram(columns, rows, over_shards(grads_A[0]))
 
-    def over_shards(tensor: torch.Tensor, operation: Literal["max", "sum"]) -> torch.Tensor:
+
+def over_shards(like: torch.Tensor) -> OverShards:
+    """What combines a tensor over the processes that hold the shards of one like this; without shards, leaves it."""
+    mesh, placements = (like.device_mesh, like.placements) if isinstance(like, DTensor) else (None, ())
+    groups = [mesh.get_group(i) for i, place in enumerate(placements) if place.is_shard()] if mesh else []
+
+    def combine(tensor: torch.Tensor, operation: Literal["max", "sum"]) -> torch.Tensor:
         reduce = torch.distributed.ReduceOp.MAX if operation == "max" else torch.distributed.ReduceOp.SUM
         for group in groups:
             torch.distributed.all_reduce(tensor, op=reduce, group=group)
         return tensor
 
-    columns = torch.stack([along(gradient, 1) for gradient in grads_A])
-    rows = torch.stack([along(gradient, 0) for gradient in grads_B])
-    return cosine_gram(columns, rows, over_shards)
+    return combine
 
 
 def local_gradient(parameter: nn.Parameter) -> torch.Tensor | None:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import nn
@@ -25,8 +25,11 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.optim.adamw import adamw
 
 from badit.errors import BaditError, refuse_unknown
+from badit.gradients import over_shards
 from badit.method import Moments, no_moments, orthogonal_updates
 from badit.recipe import OptimizerName
+
+OPTIMIZERS: tuple[OptimizerName, ...] = get_args(OptimizerName)
 
 Pair = tuple[nn.Parameter, nn.Parameter]
 
@@ -71,7 +74,7 @@ def build_optimizer(
         BaditError: an unknown name, a rate or ratio that is not positive, nothing to train; for orthogonal updates, no
             factors, or DeepSpeed.
     """
-    refuse_unknown("optimizer", name, get_args(OptimizerName))
+    refuse_unknown("optimizer", name, OPTIMIZERS)
     if name == "orthogonal":
         return OrthogonalUpdates(model, lr, other_lr=other_lr, weight_decay=weight_decay)
     groups = lora_plus_groups(model, lr, ratio if name == "lora+" else 1.0, other_lr=other_lr)
@@ -228,21 +231,21 @@ class OrthogonalUpdates(torch.optim.Optimizer):
         (components, in_features), (out_features, columns) = factors_A[0].shape, factors_B[0].shape
         share = columns // components
 
-        def of_A(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+        def of_A(tensors: Sequence[Any]) -> torch.Tensor:
             return _precise(_stacked(tensors, _FEATURES_OF_A))
 
-        def of_B(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+        def of_B(tensors: Sequence[Any]) -> torch.Tensor:
             return _rows(_precise(_stacked(tensors, _FEATURES_OF_B)), share)
 
         a_LNI, b_LNO = of_A(factors_A), of_B(factors_B)
         updates, moments = orthogonal_updates(
             (a_LNI, b_LNO),
-            (of_A([_gradient(a) for a in factors_A]), of_B([_gradient(b) for b in factors_B])),
+            (of_A([a.grad for a in factors_A]), of_B([b.grad for b in factors_B])),
             (self._moments(factors_A, a_LNI, of_A), self._moments(factors_B, b_LNO, of_B)),
             betas=group["betas"],
             floor=group["floor"],
             features=(in_features, share * out_features),
-            over_shards=_sum_over_shards(factors_A[0]),
+            over_shards=over_shards(factors_A[0]),
         )
         self._keep(factors_A, moments[0], lambda x: _divided(x, factors_A, _FEATURES_OF_A))
         self._keep(factors_B, moments[1], lambda x: _divided(_columns(x, share), factors_B, _FEATURES_OF_B))
@@ -282,7 +285,7 @@ class OrthogonalUpdates(torch.optim.Optimizer):
                 state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
         adamw(
             parameters,
-            [_gradient(parameter) for parameter in parameters],
+            [parameter.grad for parameter in parameters],
             [state["exp_avg"] for state in states],
             [state["exp_avg_sq"] for state in states],
             [],
@@ -295,11 +298,6 @@ class OrthogonalUpdates(torch.optim.Optimizer):
             eps=group["eps"],
             maximize=False,
         )
-
-
-def _gradient(parameter: nn.Parameter) -> torch.Tensor:
-    assert parameter.grad is not None
-    return parameter.grad
 
 
 def _precise(tensor: torch.Tensor) -> torch.Tensor:
@@ -366,19 +364,6 @@ def _dtensor(local: torch.Tensor, like: DTensor, placements: Sequence[Any], shap
     return DTensor.from_local(
         local.contiguous(), like.device_mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride
     )
-
-
-def _sum_over_shards(like: torch.Tensor) -> Callable[[torch.Tensor, Literal["max", "sum"]], torch.Tensor]:
-    """Adds up a tensor over the processes that hold the shards of a parameter; without shards, leaves it."""
-    mesh, placements = (like.device_mesh, like.placements) if isinstance(like, DTensor) else (None, ())
-    groups = [mesh.get_group(i) for i, place in enumerate(placements) if place.is_shard()] if mesh else []
-
-    def over_shards(tensor: torch.Tensor, operation: Literal["max", "sum"]) -> torch.Tensor:
-        for group in groups:
-            torch.distributed.all_reduce(tensor, group=group)
-        return tensor
-
-    return over_shards
 
 
 def _positive(name: str, value: float) -> float:

@@ -231,8 +231,9 @@ class Regrouper:
             window.pending = {}
         if not self._log_is_open:
             self.open_log()
-        for line in lines if self._log is not None else ():
-            self._log.append(line)
+        if self._log is not None:
+            for line in lines:
+                self._log.append(line)
         self.metrics |= _means(lines, ("intra_degrees", "inter_degrees"))
 
 

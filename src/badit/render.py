@@ -142,7 +142,10 @@ def method_table(results: Results, metric: str = "rouge_l", released: bool = Fal
         columns.append((title, [_spread(mean, std, show) for mean, std in zip(means, stds, strict=True)]))
     difference = [summary[f"difference_{part}"] for part in ("mean", "low", "high")]
     signed = _number(METRICS[metric].decimals, "+")
-    intervals = [_interval(*row, signed) for row in zip(*difference, summary["level"], strict=True)]
+    intervals = [
+        _interval(mean, low, high, level, signed)
+        for mean, low, high, level in zip(*difference, summary["level"], strict=True)
+    ]
     columns.append((f"vs {results.reference} [95 %]", intervals))
     columns += [(title, _texts(summary[name], pattern.format)) for name, (title, pattern) in patterns.items()]
     numbers = ["method", "trainable_parameters", "learning_rate", "runs"]
@@ -203,7 +206,7 @@ def _difference_notes(results: Results, summary: pd.DataFrame, score: str, metri
     if reference not in results.scored_methods:
         return [f"vs {reference}: no differences, as {reference} has no scores"]
     notes = [f"vs {reference}: paired difference in {score} and its 95 % bootstrap interval over runs and instances"]
-    if (summary["level"].fillna(False)).any():
+    if True in summary["level"].tolist():
         notes.append(f"≈: level, the 90 % interval lies within ±{METRICS[metric].margin:g}")
     paired = summary.loc[summary["difference_runs"].notna()].to_dict("records")
     notes += [
