@@ -90,8 +90,8 @@ def varied(seed: int) -> list[str]:
 def main() -> None:
     OUT.mkdir(parents=True, exist_ok=True)
     found: dict[Cell, tuple[float, float]] = {}
-    # First what decides whether gates can gain at all, then the gates.
-    for adapters in (("lora", "directions", "oracle"), ("bad", "component", "expert")):
+    # First what needs no gates, then what decides whether gates can gain at all, then the gates.
+    for adapters in (("lora", "directions"), ("oracle",), ("bad", "component", "expert")):
         cells = [(adapter, optimizer) for adapter in adapters for optimizer in OPTIMIZERS if optimizer != "riemannian"]
         cells += [("lora", "riemannian")] if "lora" in adapters else []
         for cell in cells:
