@@ -33,7 +33,7 @@ def parse_yaml(text: str, *, where: str | Path) -> Any:
         node = loader.get_single_node()
         if node is None:
             return None
-        _count(node, {})
+        _count(node, MAX_VALUES)
         return loader.construct_document(node)
     except _RefusedError as refused:
         mark, problem = refused.args
@@ -68,33 +68,25 @@ _Loader.add_implicit_resolver(
 )
 
 
-def _count(node: yaml.Node, known: dict[int, int | None]) -> int:
-    """How many values a node comes to when every alias is written out; ``known`` has those of the nodes seen.
+def _count(node: yaml.Node, left: int) -> int:
+    """``left`` less the number of values that a node comes to when every alias is written out.
 
     Raises:
-        _RefusedError: too many, a value within itself, or a mapping with the same key twice.
+        _RefusedError: nothing is left, or a mapping has the same key twice.
         UnicodeEncodeError: half a surrogate pair, which no file can hold.
     """
+    if left <= 0:
+        raise _RefusedError(node.start_mark, f"comes to more than {MAX_VALUES:,} values; write out what is needed")
     if isinstance(node, yaml.ScalarNode):
         node.value.encode()
-        return 1
-    if id(node) in known:
-        count = known[id(node)]
-        if count is None:
-            raise _RefusedError(node.start_mark, "an alias stands for the value that it is in; write the value out")
-        return count
-    known[id(node)] = None
-    count = 1
+        return left - 1
     for part in node.value:
-        count += sum(_count(each, known) for each in (part if isinstance(part, tuple) else (part,)))
-        if count > MAX_VALUES:
-            raise _RefusedError(node.start_mark, f"comes to more than {MAX_VALUES:,} values; write out what is needed")
+        for inner in part if isinstance(part, tuple) else (part,):
+            left = _count(inner, left)
     if isinstance(node, yaml.MappingNode):
-        keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         seen: set[tuple[str, str]] = set()
-        for key in keys:
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
             if (key.tag, key.value) in seen:
                 raise _RefusedError(key.start_mark, f"the key {key.value!r:.60} is there twice; keep one")
             seen.add((key.tag, key.value))
-    known[id(node)] = count
-    return count
+    return left - 1
