@@ -37,7 +37,7 @@ Output = Annotated[str, Parameter(name=["--output", "-o"])]
 
 
 @app.command
-def train(recipe: str, *overrides: str, dry_run: bool = False) -> str | None:
+def train(recipe: str, *overrides: str, dry_run: bool = False, allow_changed_inputs: bool = False) -> str | None:
     """Train and score a recipe.
 
     The same command continues after an interruption; what is done is not done again.
@@ -46,6 +46,7 @@ def train(recipe: str, *overrides: str, dry_run: bool = False) -> str | None:
         recipe: a YAML file, such as recipes/superni-cpu.yaml.
         overrides: key=value, such as training.num_train_epochs=2 output=runs/mine.
         dry_run: validate recipe and data, say what would be done, and stop.
+        allow_changed_inputs: continue a run although its data or base weights have changed, and record that.
     """
     from badit.recipe import dump_recipe, load_recipe
     from badit.run import plan
@@ -58,7 +59,7 @@ def train(recipe: str, *overrides: str, dry_run: bool = False) -> str | None:
             f"{dump_recipe(made)}\n{len(planned.tasks)} tasks, {planned.training_instances} training and "
             f"{planned.test_instances} {made.evaluation.split} instances; the run would be written to {made.output}"
         )
-    run = run_training(made)
+    run = run_training(made, allow_changed_inputs=allow_changed_inputs)
     if not is_main_process():
         return None
     return f"{_score_table({made.method.get('name', 'badit'): run})}\n\nRun: {run.path}"

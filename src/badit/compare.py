@@ -31,7 +31,7 @@ import torch
 
 from badit.data import ordered
 from badit.errors import BaditError, nearest
-from badit.files import read_json, write_json
+from badit.files import exclusive, read_json, write_json
 from badit.methods import build_method
 from badit.metrics import mean_scores
 from badit.models import load_skeleton
@@ -39,7 +39,7 @@ from badit.recipe import Recipe, build_recipe
 from badit.results import FORMAT, RESULTS, SINGLE_TASK, read_scores
 from badit.run import Run
 from badit.statistics import FORMS, continual_scores
-from badit.train import device, make_plan, warn_of_slow_dtype
+from badit.train import device, keep_inputs, make_plan, task_fingerprints, warn_of_slow_dtype
 from badit.worker import ERROR, CellProcess
 
 # Ranks are whole numbers, so budgets can only be near each other.
@@ -66,11 +66,12 @@ def compare(recipe: Recipe, *, jobs: int = 1, report: Callable[[str], None] = pr
     tasks, counts = check(grid)
     warn_of_slow_dtype(recipe.model.dtype, device())  # what the cells say goes to their logs
     comparison = _Comparison(grid, tasks, jobs, report)
-    try:
-        comparison.run()
-    finally:
-        results = _assemble(grid, tasks, comparison.rates, counts)
-        write_json(Path(recipe.output) / RESULTS, results)
+    with exclusive(Path(recipe.output)):
+        try:
+            comparison.run()
+        finally:
+            results = _assemble(grid, tasks, comparison.rates, counts)
+            write_json(Path(recipe.output) / RESULTS, results)
     return results
 
 
@@ -209,12 +210,17 @@ def check(grid: Grid) -> tuple[list[str], dict[str, int]]:
             ordered(plan.tasks, order)
     tasks = [task.name for task in plan.tasks]
     counts = trainable_parameters(grid, tasks)
-    # What another recipe has left in the folder must not be taken for this comparison's.
+    # What another recipe or other data have left in the folder must not be taken for this comparison's.
+    fingerprints: dict[str, dict[str, str]] = {}
     for name in grid.methods:
         for rate in grid.section.learning_rates or [grid.start_rates[name]]:
             for cell in grid.chosen(name, rate, tasks):
                 if grid.run_of(cell).config_path.is_file():
-                    Run.prepare(grid.recipe_of(cell))
+                    recipe = grid.recipe_of(cell)
+                    run, data = Run.prepare(recipe), recipe.data.model_dump_json()
+                    if data not in fingerprints:
+                        fingerprints[data] = task_fingerprints(make_plan(recipe).tasks)
+                    keep_inputs(run, fingerprints[data])
     return tasks, counts
 
 

@@ -23,7 +23,7 @@ from badit.data import AnswerCollator, Instance, Task, encode_prompt, on_device
 from badit.data.tasks import file_safe
 from badit.environment import is_main_process
 from badit.errors import BaditError, explained, nearest
-from badit.files import copy_folder, parse_json, read_json, read_text, write_json, write_text
+from badit.files import copy_folder, exclusive, parse_json, read_json, read_text, write_json, write_text
 from badit.generation import evaluation_mode, generate_answers
 from badit.methods import build_method
 from badit.metrics import Prediction, group_by_task, instance_scores, mean_scores
@@ -31,7 +31,7 @@ from badit.recipe import Recipe
 from badit.results import read_scores
 from badit.run import Run
 from badit.statistics import FORMS, continual_scores
-from badit.train import Plan, Split, base_model, encoded, fit, make_plan, pad_id
+from badit.train import Plan, Split, base_model, encoded, fit, in_use, make_plan, pad_id
 from badit.trainer import answer_losses
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 _PREDICTION = TypeAdapter(Prediction)
 
 
-def train_and_score(recipe: Recipe, *, progress: bool = True) -> dict[str, Any]:
+def train_and_score(recipe: Recipe, *, progress: bool = True, allow_changed_inputs: bool = False) -> dict[str, Any]:
     """Runs a recipe to its end, or to its end from where it stopped, and returns its scores.
 
     Under accelerate or torchrun all processes train; then the first scores alone, and the others return {}.
@@ -49,8 +49,8 @@ def train_and_score(recipe: Recipe, *, progress: bool = True) -> dict[str, Any]:
     Raises:
         BaditError: bad input, or an output folder that holds another recipe's run.
     """
-    with explained(recipe.output):
-        run = fit(recipe, progress=progress)
+    with explained(recipe.output), in_use(recipe):
+        run = fit(recipe, progress=progress, allow_changed_inputs=allow_changed_inputs)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
         if not is_main_process():
@@ -81,13 +81,14 @@ def evaluate(
     recipe = run.trusted_recipe(trust_remote_code)
     own_split = recipe.evaluation.split
     plan = make_plan(recipe, split=split or own_split)
-    if split not in (None, own_split):
-        return _score(run, recipe, plan.tasks, split, progress=progress, suffix=f"-{split}")
-    if plan.sequential and plan.method.trains:
-        scores = _score_sequence(run, plan, progress)
-    else:
-        scores = _score(run, recipe, plan.tasks, own_split, progress=progress)
-    write_run_card(run)
+    with exclusive(run.path):
+        if split not in (None, own_split):
+            return _score(run, recipe, plan.tasks, split, progress=progress, suffix=f"-{split}")
+        if plan.sequential and plan.method.trains:
+            scores = _score_sequence(run, plan, progress)
+        else:
+            scores = _score(run, recipe, plan.tasks, own_split, progress=progress)
+        write_run_card(run)
     return scores
 
 

@@ -8,14 +8,20 @@ there, so that a link is never written through.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
+import socket
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
 from badit.errors import BaditError, explained
+
+# In a folder that is in use: the process that uses it.
+OWNER = ".owner"
 
 
 def read_text(file: Path) -> str:
@@ -241,3 +247,48 @@ def inside(folder: Path, path: Path) -> Path:
     if leaves:
         raise BaditError(f"{path}: leads out of {folder}; put the file itself there")
     return path
+
+
+_held: set[Path] = set()
+
+
+@contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
+    """Within, other processes are kept out of a folder, which is made if it is not there.
+
+    The lock ends with the process, which may enter again what it holds already. File systems without locks are used
+    without one.
+
+    Raises:
+        BaditError: another process holds the folder; the message names it.
+    """
+    place, is_new = folder.resolve(), not folder.exists()
+    if place in _held:
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    owner = folder / OWNER
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            known = read_text(owner).strip() if owner.is_file() else "another process"
+            raise BaditError(f"{folder}: is in use by {known}; wait until it has ended, or stop it") from None
+        except OSError:
+            pass
+        _held.add(place)
+        write_text(owner, f"process {os.getpid()} on {socket.gethostname()}\n")
+        yield
+    finally:
+        if place in _held:
+            _held.remove(place)
+            owner.unlink(missing_ok=True)
+        os.close(descriptor)
+        if is_new and not any(folder.iterdir()):
+            folder.rmdir()
+
+
+def is_unused(folder: Path) -> bool:
+    """Whether a folder holds nothing but what a process leaves that is killed in its first write."""
+    return all(path.name == OWNER or path.suffix == ".partial" for path in folder.iterdir())

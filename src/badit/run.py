@@ -99,7 +99,7 @@ class Run:
         Raises:
             BaditError: another recipe's run is there, or something that is no run, or it cannot be written.
         """
-        from badit.files import write_text
+        from badit.files import is_unused, write_text
         from badit.recipe import differing_keys, dump_recipe
 
         run = cls(recipe.output)
@@ -111,7 +111,7 @@ class Run:
                     "choose another output=FOLDER, or remove that one"
                 )
             return run
-        if run.path.exists() and (not run.path.is_dir() or any(run.path.iterdir())):
+        if run.path.exists() and (not run.path.is_dir() or not is_unused(run.path)):
             raise BaditError(f"{run.path}: exists and is not a run's folder; choose another output=FOLDER")
         run.path.mkdir(parents=True, exist_ok=True)
         write_text(run.config_path, dump_recipe(recipe))
@@ -133,10 +133,10 @@ class Run:
 
     @property
     def recipe(self) -> Recipe:
-        """The recipe that the run was made by."""
+        """The recipe that the run was made by, with the folder where the run is now as its output."""
         from badit.recipe import load_config
 
-        return load_config(Run.existing(self.path).config_path)
+        return load_config(Run.existing(self.path).config_path).model_copy(update={"output": str(self.path)})
 
     @property
     def scores(self) -> pd.DataFrame:
@@ -346,12 +346,20 @@ def plan(recipe: RecipeLike | None = None, /, **values: Unpack[RecipeValues]) ->
     return make_plan(make_recipe(recipe, values))
 
 
-def train(recipe: RecipeLike | None = None, /, *, progress: bool = True, **values: Unpack[RecipeValues]) -> Run:
+def train(
+    recipe: RecipeLike | None = None,
+    /,
+    *,
+    progress: bool = True,
+    allow_changed_inputs: bool = False,
+    **values: Unpack[RecipeValues],
+) -> Run:
     """Trains and scores a recipe, or continues where that was interrupted; what is done is not done again.
 
     Args:
         recipe: a file, a Recipe or plain values (default: the defaults).
         progress: show bars on stderr.
+        allow_changed_inputs: continue a run although its data or base weights have changed, and record that.
         values: laid over the recipe, such as ``training={"num_train_epochs": 2}`` and ``output="runs/mine"``.
 
     Returns:
@@ -364,7 +372,7 @@ def train(recipe: RecipeLike | None = None, /, *, progress: bool = True, **value
     from badit.recipe import make_recipe
 
     made = make_recipe(recipe, values)
-    train_and_score(made, progress=progress)
+    train_and_score(made, progress=progress, allow_changed_inputs=allow_changed_inputs)
     return Run(made.output)
 
 

@@ -7,12 +7,13 @@ interrupted run goes on where it stopped.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
 from pickle import UnpicklingError
@@ -41,7 +42,7 @@ from badit.data import (
 )
 from badit.environment import environment, is_main_process, peak_memory
 from badit.errors import BaditError, first_line
-from badit.files import copy_folder, read_json, replace_folder, write_json
+from badit.files import copy_folder, exclusive, read_json, replace_folder, write_json
 from badit.gradients import parameter_count, whole_weights
 from badit.methods import Method, build_method
 from badit.models import load_base_model
@@ -129,23 +130,36 @@ def make_plan(recipe: Recipe, *, split: Split | None = None) -> Plan:
     return Plan(recipe, tasks, method)
 
 
-def fit(recipe: Recipe, *, progress: bool = True) -> Run:
+def fit(recipe: Recipe, *, progress: bool = True, allow_changed_inputs: bool = False) -> Run:
     """Trains a recipe without scoring it. A sequence of tasks is trained one after another, each with its own result.
 
     Under accelerate or torchrun all processes train, and the first alone writes the run's folder.
 
     Raises:
-        BaditError: bad input, or an output folder that holds another recipe's run.
+        BaditError: bad input, an output folder that holds another recipe's run or is in use, or data or base weights
+            that have changed since the run began and are not allowed to.
     """
     plan = make_plan(recipe)
     _trackers(recipe)
+    with in_use(recipe):
+        return _fit(plan, progress, allow_changed_inputs)
+
+
+def in_use(recipe: Recipe) -> AbstractContextManager[None]:
+    """Keeps other processes than those of this training out of the recipe's folder."""
+    return exclusive(Path(recipe.output)) if is_main_process() else nullcontext()
+
+
+def _fit(plan: Plan, progress: bool, allow_changed_inputs: bool) -> Run:
+    recipe = plan.recipe
     # Of several processes the first alone writes; the others meet it in the first step of training.
     run = Run.prepare(recipe) if is_main_process() else Run(recipe.output)
+    if is_main_process() and not run.environment_path.is_file():
+        write_json(run.environment_path, {**environment(), "dtype": model_dtype(recipe)})
+    keep_inputs(run, task_fingerprints(plan.tasks), allow_changed_inputs)
     if run.adapter_path.is_dir() or run.scores_path.is_file():
         _remove_checkpoints(run)
         return run
-    if is_main_process() and not run.environment_path.is_file():
-        write_json(run.environment_path, {**environment(), "dtype": model_dtype(recipe)})
     plan = _in_its_first_dtype(plan, run)
     if not plan.method.trains:
         return run
@@ -154,7 +168,7 @@ def fit(recipe: Recipe, *, progress: bool = True) -> Run:
         if not stage.folder.adapter_path.is_dir():
             if is_main_process():
                 stage.folder.path.mkdir(parents=True, exist_ok=True)
-            _train_stage(plan, stage, number, learnt, progress)
+            _train_stage(plan, stage, number, learnt, progress, allow_changed_inputs)
         _remove_checkpoints(stage.folder)
         learnt = stage.folder.adapter_path
     if plan.sequential and is_main_process():
@@ -164,13 +178,16 @@ def fit(recipe: Recipe, *, progress: bool = True) -> Run:
     return run
 
 
-def _train_stage(plan: Plan, stage: Stage, number: int, learnt: Path | None, progress: bool) -> None:
+def _train_stage(
+    plan: Plan, stage: Stage, number: int, learnt: Path | None, progress: bool, allow_changed_inputs: bool
+) -> None:
     """Trains on the stage's tasks, from the base model or from what the stage before left in ``learnt``."""
     recipe, method, folder = plan.recipe, plan.method, stage.folder
     seed = recipe.training.seed + _SEEDS_PER_STAGE * number
 
     transformers.set_seed(seed)
     base, tokenizer = base_model(recipe, dtype="float32" if method.trains_base_weights else None)
+    keep_inputs(Run(recipe.output), {"the base model": model_fingerprint(base)}, allow_changed_inputs)
     model = method.apply(base, [task.name for task in plan.tasks]) if learnt is None else method.proceed(base, learnt)
     if recipe.training.gradient_checkpointing:
         model.enable_input_require_grads()
@@ -245,6 +262,41 @@ def _train_stage(plan: Plan, stage: Stage, number: int, learnt: Path | None, pro
         replace_folder(partial, folder.adapter_path)
     trainer.accelerator.wait_for_everyone()
     unset_hf_deepspeed_config()  # else the next model to be loaded, for scoring or a stage, would be divided as well
+
+
+def keep_inputs(run: Run, found: Mapping[str, str], allow_changed: bool = False) -> None:
+    """Stores what a run is made of in its environment.json, and compares it with what is stored there.
+
+    Raises:
+        BaditError: something has changed and is not allowed to.
+    """
+    content = read_json(run.environment_path) if run.environment_path.is_file() else {}
+    known: dict[str, str] = content.get("inputs", {})
+    changed = [name for name in found if known.get(name, found[name]) != found[name]]
+    if changed and not allow_changed:
+        names = ", ".join(changed[:5]) + (f" and {len(changed) - 5} more" if len(changed) > 5 else "")
+        raise BaditError(
+            f"{run.path}: {names} changed since the run began; restore the former input, choose another output=FOLDER, "
+            "or continue with --allow-changed-inputs"
+        )
+    if is_main_process() and content and not found.items() <= known.items():
+        record = {"changed_inputs": sorted({*content.get("changed_inputs", ()), *changed})} if changed else {}
+        write_json(run.environment_path, {**content, "inputs": {**known, **found}, **record})
+
+
+def task_fingerprints(tasks: Sequence[Task]) -> dict[str, str]:
+    """A hash of each task's definition and instances."""
+    return {f"task {task.name}": hashlib.sha256(repr(task).encode()).hexdigest()[:16] for task in tasks}
+
+
+def model_fingerprint(model: PreTrainedModel) -> str:
+    """A hash of some numbers of every weight, the same in every floating-point type that holds them."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        flat = parameter.detach().flatten()
+        some = flat[:: max(1, flat.numel() // 64)][:64].bfloat16().float().cpu()
+        digest.update(f"{name} {tuple(parameter.shape)}".encode() + some.numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _arguments(plan: Plan, folder: Run, seed: int, checkpoint: Path | None, trackers: list[str]) -> TrainingArguments:

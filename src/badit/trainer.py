@@ -69,6 +69,7 @@ class AnswerTrainer(Trainer):
         callbacks = [SkipNonFinite(self, max_skipped_steps), _MethodUpdates(), *(kwargs.pop("callbacks", None) or [])]
         super().__init__(model, args, callbacks=callbacks, **kwargs)
         self.skipped_steps = 0
+        self._at_last_line = (0, 0)  # of the log: the step, and the skipped ones until then
         self._micro_batches: list[tuple[torch.Tensor, Mapping[str, Any]]] = []
         self._group_by_length = group_by_length
         self._optimizer_name, self._lora_plus_ratio = optimizer, lora_plus_ratio
@@ -111,13 +112,20 @@ class AnswerTrainer(Trainer):
         return taken
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """HF's, with a new regrouping's metrics, and the number of skipped steps once there are any."""
+        """HF's, with a new regrouping's metrics, and the number of skipped steps once there are any.
+
+        The loss is NaN, and not 0, where every step since the last line has been skipped.
+        """
         logs = dict(logs)
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, RegroupCallback):
                 logs |= callback.take_metrics()
         if self.skipped_steps:
             logs["skipped_steps"] = self.skipped_steps
+        step, skipped = self._at_last_line
+        if "loss" in logs and self.skipped_steps - skipped == self.state.global_step - step:
+            logs["loss"] = math.nan
+        self._at_last_line = self.state.global_step, self.skipped_steps
         super().log(logs, *args, **kwargs)
 
     def compute_loss(
@@ -299,8 +307,8 @@ class SkipNonFinite(TrainerCallback):
         if not any_of_all(not bool(finite)):
             return
         self._trainer.skipped_steps += 1
-        # DeepSpeed has taken the step by now, so that there is nothing left to skip.
-        limit = 0 if steps_in_backward(kwargs["optimizer"]) else self._limit
+        # DeepSpeed has taken the step by now, so nothing is left to skip. A short run must not skip more than half.
+        limit = 0 if steps_in_backward(kwargs["optimizer"]) else min(self._limit, state.max_steps // 2)
         if self._trainer.skipped_steps > limit:
             raise BaditError(
                 f"training: the loss or its gradient is not finite in step {state.global_step + 1}, after "
@@ -348,9 +356,9 @@ class MetricsLog(TrainerCallback):
         if state.is_world_process_zero and logs and "loss" in logs:
             # The gradient's norm is infinite in a step that is skipped, which JSON has no number for.
             kept = {
-                key: value
+                key: value if math.isfinite(value) else None
                 for key, value in logs.items()
-                if math.isfinite(value)
+                if (math.isfinite(value) or key == "loss")
                 and not key.endswith(("_runtime", "_per_second"))
                 and not key.startswith("regroup/")
             }

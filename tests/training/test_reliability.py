@@ -1,0 +1,117 @@
+"""Two processes on one run, kills at the first write, a moved run, changed inputs, and a run whose losses are NaN."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+from badit.cli import main
+from badit.files import OWNER, exclusive
+from badit.recipe import build_recipe
+from badit.run import Run
+from badit.trainer import AnswerTrainer
+
+Values = dict[str, Any]
+
+HOLD = "import sys; from pathlib import Path; from badit.files import exclusive\nwith exclusive(Path(sys.argv[1])):\n"
+
+
+@pytest.fixture
+def recipe_file(recipe_values: Values, tmp_path: Path) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe_values | {"training": {"max_steps": 2}}))
+    return path
+
+
+def test_a_run_in_use_is_refused_and_free_once_its_process_is_killed(
+    recipe_file: Path, recipe_values: Values, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = recipe_values["output"]
+    held = [sys.executable, "-c", HOLD + "    print('held', flush=True); sys.stdin.read()", output]
+    with subprocess.Popen(held, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        for command in (["train", str(recipe_file)], ["train", str(recipe_file), "method.name=base"]):
+            assert main(command) == 2
+            assert f"{output}: is in use by process {other.pid} on " in capsys.readouterr().err
+        other.kill()
+    assert main(["train", str(recipe_file)]) == 0
+    assert not Path(output, OWNER).exists()
+    with exclusive(Path(output)), exclusive(Path(output)):  # a process may enter again what it holds
+        assert main(["evaluate", output]) == 0
+
+
+def test_a_refused_folder_is_left_as_it_was(recipe_file: Path, recipe_values: Values) -> None:
+    output = Path(recipe_values["output"])
+    output.mkdir()
+    (output / "notes.txt").touch()
+    assert main(["train", str(recipe_file)]) == 2
+    assert [path.name for path in output.iterdir()] == ["notes.txt"]
+    assert main(["train", str(recipe_file), f"output={output}-new", "data.source=/nowhere"]) == 2
+    assert not Path(f"{output}-new").exists()
+
+
+def test_a_kill_in_the_first_write_blocks_nothing(recipe_file: Path, recipe_values: Values) -> None:
+    output = Path(recipe_values["output"])
+    output.mkdir()
+    for name in (OWNER, "config.yaml.partial"):
+        (output / name).write_text("model:")
+    assert main(["train", str(recipe_file)]) == 0
+    assert not list(output.rglob("*.partial"))
+
+
+def test_a_moved_run_is_the_folder_that_it_is_in(recipe_file: Path, recipe_values: Values, tmp_path: Path) -> None:
+    """Its config.yaml names the former folder, where a copy is that must not be touched."""
+    assert main(["train", str(recipe_file), "data.order=seeded-0"]) == 0
+    old, moved = Path(recipe_values["output"]), tmp_path / "moved"
+    shutil.copytree(old, moved)
+    before = {path: path.read_bytes() for path in old.rglob("*") if path.is_file()}
+    for scores in moved.rglob("scores.json"):
+        scores.unlink()
+    assert Run(moved).recipe.output == str(moved)
+    assert main(["evaluate", str(moved)]) == 0
+    assert len(list(moved.rglob("scores.json"))) == len(list(old.rglob("scores.json")))
+    assert {path: path.read_bytes() for path in old.rglob("*") if path.is_file()} == before
+    assert build_recipe(recipe_values).output == str(old)
+
+
+def test_a_run_whose_inputs_have_changed_is_not_continued(
+    recipe_file: Path, recipe_values: Values, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", str(recipe_file)]) == 0
+    run, source = Run(recipe_values["output"]), Path(recipe_values["data"]["source"])
+    shutil.rmtree(run.adapter_path)
+    run.scores_path.unlink()
+    lines = source.read_text().splitlines(keepends=True)
+    source.write_text("".join([*lines, lines[-1].replace('"input": "', '"input": "more ')]))
+    assert main(["train", str(recipe_file)]) == 2
+    assert "changed since the run began" in capsys.readouterr().err
+    assert main(["train", str(recipe_file), "--allow-changed-inputs"]) == 0
+    assert len(run.environment["changed_inputs"]) == 1
+    capsys.readouterr()
+    shutil.rmtree(run.adapter_path)
+    weights = Path(recipe_values["model"]["name"], "model.safetensors")
+    tensors = {name: tensor * 1.5 for name, tensor in load_file(weights).items()}
+    save_file(tensors, weights, metadata={"format": "pt"})
+    run.scores_path.unlink()
+    assert main(["train", str(recipe_file)]) == 2
+    assert f"{run.path}: the base model changed" in capsys.readouterr().err
+
+
+def test_a_run_whose_losses_are_all_nan_stops_after_half_of_its_steps(
+    recipe_file: Path, recipe_values: Values, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    compute = AnswerTrainer.compute_loss
+    monkeypatch.setattr(AnswerTrainer, "compute_loss", lambda *args, **kwargs: compute(*args, **kwargs) * torch.nan)
+    assert main(["train", str(recipe_file), "training.max_steps=6", "training.logging_steps=1"]) == 2
+    assert "not finite in step 4, after 3 skipped steps; the batch has instances" in capsys.readouterr().err
+    assert Run(recipe_values["output"]).metrics["loss"].isna().all()
+    assert not Run(recipe_values["output"]).adapter_path.exists()
