@@ -4,6 +4,7 @@ Every method's learning rate is searched first; then the cells at the rates foun
 process of its own. A finished cell is not done again, a failed one is tried again, and one that fails stops no other.
 
     OUTPUT/METHOD/lr-RATE/seed-N                    mixed
+    OUTPUT/METHOD/search/lr-RATE/seed-N             of the search, where it has values of its own (compare.search)
     OUTPUT/METHOD/order-NAME/lr-RATE/seed-N         sequential
     OUTPUT/METHOD/single/lr-RATE/seed-N/TASK        on one task alone
     OUTPUT/METHOD                                   a method that does not train
@@ -35,7 +36,7 @@ from badit.files import exclusive, read_json, write_json
 from badit.methods import build_method
 from badit.metrics import mean_scores
 from badit.models import load_skeleton
-from badit.recipe import Recipe, build_recipe
+from badit.recipe import Recipe, build_recipe, merged
 from badit.results import FORMAT, RESULTS, SINGLE_TASK, read_scores
 from badit.run import Run
 from badit.statistics import FORMS, continual_scores
@@ -89,6 +90,7 @@ class Cell:
     seed: int | None = None
     order: Order = None
     task: str | None = None
+    is_search: bool = False  # trained with compare.search's values, to choose the learning rate
 
     def __str__(self) -> str:
         """Its folder below the comparison's."""
@@ -96,7 +98,8 @@ class Cell:
             return self.method
         order = "" if self.order is None else f"/order-{order_name(self.order)}"
         single, task = ("", "") if self.task is None else ("/single", f"/{self.task}")
-        return f"{self.method}{order}{single}/lr-{self.learning_rate:g}/seed-{self.seed}{task}"
+        search = "/search" if self.is_search else ""
+        return f"{self.method}{order}{single}{search}/lr-{self.learning_rate:g}/seed-{self.seed}{task}"
 
 
 def order_name(order: str | Sequence[str]) -> str:
@@ -141,6 +144,7 @@ class Grid:
                     hint = nearest(name, self.methods)
                     raise BaditError(f"compare.{field}: {name!r:.60} is none of the methods{hint}")
         listed: dict[str, list[Any]] = {"seeds": section.seeds, "orders": [order_name(o) for o in section.orders or ()]}
+        listed |= {f"methods.{name}.seeds": entry.seeds or [] for name, entry in section.methods.items()}
         for field, values in listed.items():
             if twice := [value for value in values if values.count(value) > 1]:
                 raise BaditError(f"compare.{field}: {twice[0]} is listed more than once")
@@ -149,31 +153,38 @@ class Grid:
 
     def searched(self, method: str, rate: float) -> Cell:
         """The cell that tells how good a learning rate is: of the first seed and order."""
-        return Cell(method, rate, self.section.seeds[0], self.orders[0])
+        seed = self.seeds_of(method)[0]
+        return Cell(method, rate, seed, self.orders[0], is_search=self.section.search is not None)
+
+    def seeds_of(self, method: str) -> Sequence[int]:
+        return self.section.methods[method].seeds or self.section.seeds
 
     def chosen(self, method: str, rate: float | None, tasks: Sequence[str] = ()) -> Iterator[Cell]:
         """All cells of a method at the learning rate that was chosen for it."""
         if not self.methods[method].trains:
             yield Cell(method)
             return
-        for seed in self.section.seeds:
+        for seed in self.seeds_of(method):
             for order in self.orders:
                 yield Cell(method, rate, seed, order)
         if method in self.section.single_task:
-            for seed in self.section.seeds:
+            for seed in self.seeds_of(method):
                 for task in tasks:
                     yield Cell(method, rate, seed, task=task)
 
     def recipe_of(self, cell: Cell) -> Recipe:
         values: dict[str, Any] = self.recipe.model_dump(exclude={"compare"})
-        values["method"] = dict(self.section.methods[cell.method])
-        values["training"] |= values["method"].pop("training", {})
+        entry = self.section.methods[cell.method]
+        values["method"] = dict(entry.model_extra or {})
+        values["training"] |= entry.training
         values["output"] = str(self.run_of(cell).path)
         if cell.learning_rate is not None:
             values["training"] |= {"learning_rate": cell.learning_rate, "seed": cell.seed}
             values["data"]["order"] = list(cell.order) if isinstance(cell.order, tuple) else cell.order
             if self.section.vary_data:
                 values["data"]["seed"] += cell.seed
+        if cell.is_search:
+            values = merged(values, self.section.search or {})
         if cell.task is not None:
             values["data"] |= {"tasks": [cell.task], "order": None}
         return build_recipe(values)
@@ -384,7 +395,7 @@ def _assemble(
                 cells.append(_entry(grid, cell, [grid.run_of(cell)], selected=False))
     alone = [method for method in grid.section.single_task if rates.get(method) is not None]
     for method in alone:
-        for seed in grid.section.seeds:
+        for seed in grid.seeds_of(method):
             cell = Cell(method, rates[method], seed)
             runs = [grid.run_of(replace(cell, task=task)) for task in tasks]
             # The runs on each task alone count as one cell of a method of their own.

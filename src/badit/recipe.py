@@ -196,13 +196,19 @@ class EvaluationSection(_Section):
     )
 
 
+class ComparedMethod(_Section):
+    """A method section, and what is this method's own in the comparison."""
+
+    model_config = ConfigDict(extra="allow")
+
+    training: dict[str, Any] = Field({}, description="laid over the training section, such as {optimizer: orthogonal}")
+    seeds: list[Seed] | None = Field(None, min_length=1, description="in place of compare.seeds")
+
+
 class CompareSection(_Section):
     """What ``badit compare`` crosses; a single run leaves it out of account."""
 
-    methods: dict[str, dict[str, Any]] = Field(
-        description="a name for each method to compare, and its method section, which may have a training section of "
-        "its own, such as {optimizer: orthogonal}"
-    )
+    methods: dict[str, ComparedMethod] = Field(description="a name for each method to compare, and its method section")
     reference: str = Field("lora", description="the method that differences are taken to")
     seeds: list[Seed] = Field([0, 1, 2], min_length=1)
     vary_data: bool = Field(
@@ -215,6 +221,9 @@ class CompareSection(_Section):
         None,
         description="a ladder that every method's rate is searched on, from training.learning_rate, by the loss on "
         "held-out training instances; null trains all with training.learning_rate",
+    )
+    search: dict[str, Any] | None = Field(
+        None, description="recipe values for the search alone, such as {data: {train_per_task: 30}}, to make it cheaper"
     )
     budget: str | None = Field(None, description="the method whose number of trainable parameters the others must have")
     unmatched: list[str] = Field([], description="methods that need not keep to the budget")
@@ -274,7 +283,7 @@ def make_recipe(recipe: RecipeLike | None, values: Mapping[str, Any]) -> Recipe:
         content = recipe.model_dump()
     else:
         content, where = _content(Path(recipe)), Path(recipe)
-    return build_recipe(_merged(content, values), where=where)
+    return build_recipe(merged(content, values), where=where)
 
 
 def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recipe:
@@ -319,18 +328,19 @@ def _content(path: Path, extending: tuple[Path, ...] = ()) -> dict[str, Any]:
     base_path = inside(path.parent, path.parent / name)
     base = _content(base_path, (*extending, path))
     build_recipe(base, where=base_path)  # its mistakes are reported as its own
-    return _merged(base, content)
+    return merged(base, content)
 
 
-def _merged(base: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
+def merged(base: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe's values with others laid over them, as :func:`load_recipe` says."""
+    result = dict(base)
     for key, value in own.items():
         former = base.get(key)
         if isinstance(former, Mapping) and isinstance(value, Mapping):
             renamed = "name" in value and value["name"] != former.get("name")
-            value = value if renamed else _merged(former, value)
-        merged[key] = value
-    return merged
+            value = value if renamed else merged(former, value)
+        result[key] = value
+    return result
 
 
 def read_values(path: Path) -> dict[str, Any]:
@@ -349,14 +359,14 @@ def read_values(path: Path) -> dict[str, Any]:
 
 def build_recipe(content: Mapping[str, Any], overrides: Sequence[str] = (), *, where: str | Path = "recipe") -> Recipe:
     """A recipe from plain values, with overrides applied; ``where`` opens the error messages."""
-    merged = _copied(content)
+    values = _copied(content)
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals or not key:
             raise BaditError(f"{override!r:.80}: an override has the form key=value, such as data.train_per_task=20")
-        _set(merged, key.split("."), parse_yaml(value, where=override), override)
+        _set(values, key.split("."), parse_yaml(value, where=override), override)
     try:
-        recipe = Recipe.model_validate(merged)
+        recipe = Recipe.model_validate(values)
     except ValidationError as error:
         raise BaditError(f"{where}: {_first_problem(error)}") from None
     _check_arguments(recipe.training, where)

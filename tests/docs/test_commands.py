@@ -56,5 +56,5 @@ def test_every_block_of_yaml_is_a_recipe(page: Page) -> None:
         content = yaml.safe_load(block)
         content.pop("extends", None)
         recipe = build_recipe(content)
-        for section in [recipe.method, *(recipe.compare.methods.values() if recipe.compare else ())]:
+        for section in [recipe.method, *((m.model_extra or {}) for m in (recipe.compare.methods.values() if recipe.compare else ()))]:
             build_method(section)
