@@ -3,7 +3,8 @@
     python benchmarks/lm_eval_gates.py runs/demo/badit            # a run of `badit demo`
 
 Each test instance of the run's tasks becomes a question with up to four choices: its answer and other answers of its
-task. With `badit` the gates depend on the prompt only, with `hf` on the choice and, in a batch, on the padding too. Writes results/lm-eval/RUN.json.
+task. With `badit` the gates depend on the prompt only, with `hf` on the choice and, in a batch, on the padding too.
+Writes results/lm-eval/RUN.json.
 """
 
 from __future__ import annotations
