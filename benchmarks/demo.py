@@ -1,9 +1,9 @@
-"""The demo over several seeds: mean and spread of its three methods.
+"""The demo over several seeds: mean and standard deviation of its three methods.
 
     python benchmarks/demo.py --seeds 0 1 2 --runs runs/demo
 
-runs what is not done yet and writes benchmarks/results/demo: each run's configuration, environment and scores, and
-summary.json, whose raw values per seed the README's table is made from.
+Runs the missing seeds and writes benchmarks/results/demo: each run's configuration, environment and scores, and
+summary.json with the raw values per seed, the source of the README's table.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from badit.run import Run
 
 
 def summarise(runs: str, seeds: list[int]) -> dict[str, Any]:
-    """Keeps the finished runs and returns mean, standard deviation and raw values of each method's two scores."""
+    """Keep the finished runs and return mean, standard deviation and raw values of each method's two scores."""
     summary: dict[str, Any] = {"seeds": seeds, "methods": {}}
     for method in map(str.lower, METHODS):
         kept = [keep(Run.existing(f"{runs}-{seed}/{method}"), f"demo/{seed}/{method}") for seed in seeds]

@@ -1,8 +1,9 @@
-"""The demo's two methods over learning rates, scored on held-out training instances, never on the test instances.
+"""The demo's two methods over learning rates, scored on held-out training instances.
 
     python benchmarks/demo_learning_rates.py --runs runs/rates
 
-writes benchmarks/results/demo/learning_rates.json: one seed, Rouge-L and exact match on 160 held-out instances a cell.
+Writes benchmarks/results/demo/learning_rates.json: one seed, Rouge-L and exact match on 160 held-out
+instances per cell.
 """
 
 from __future__ import annotations

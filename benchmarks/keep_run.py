@@ -1,9 +1,9 @@
-"""Keeps a finished run as a committed result: configuration, environment, metrics, raw scores, regroupings by step,
-and the tables of its analysis but the largest, which has a row for every two tasks and module.
+"""Keep a finished run as a committed result: configuration, environment, metrics, raw scores, regroupings by step,
+and the tables of its analysis except the largest, which has one row per pair of tasks and module.
 
     python benchmarks/keep_run.py runs/mine mine/badit
 
-copies them to benchmarks/results/mine/badit. The adapter and the predictions stay in the run's folder.
+Copies them to benchmarks/results/mine/badit. The adapter and the predictions stay in the run's folder.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ LEFT_OUT = "gradient_pairs.json"
 
 
 def keep(run: Run, name: str) -> Path:
-    """Copies a run's small files; its output path, which means something on one machine only, becomes the name."""
+    """Copy a run's small files. The output path, which is specific to one machine, is replaced by the name."""
     target = RESULTS / name
     target.mkdir(parents=True, exist_ok=True)
     tables = [f"analysis/{path.name}" for path in sorted(run.analysis_path.glob("*.json")) if path.name != LEFT_OUT]
@@ -41,7 +41,7 @@ def keep(run: Run, name: str) -> Path:
 
 
 def mean_over_modules(log: Path) -> list[dict[str, Any]]:
-    """One line a regrouping instead of one for every layer too: the mean of each number."""
+    """One line per regrouping, with the mean of each number over the layers."""
     by_step: dict[int, list[dict[str, Any]]] = defaultdict(list)
     for line in read_jsonl(log):
         by_step[line["step"]].append(line)
@@ -56,6 +56,6 @@ def mean_over_modules(log: Path) -> list[dict[str, Any]]:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", help="a finished run's folder")
-    parser.add_argument("name", help="where to keep it, below benchmarks/results")
+    parser.add_argument("name", help="where to keep it, under benchmarks/results")
     options = parser.parse_args()
     print(keep(Run.existing(options.run), options.name))

@@ -1,9 +1,10 @@
-"""How far lm_eval's own model class is from the gates of the prompt: the same choices under `hf` and under `badit`.
+"""Compare the log-likelihoods of the same choices with lm_eval's model class `hf` and with `badit`.
 
     python benchmarks/lm_eval_gates.py runs/demo/badit            # a run of `badit demo`
 
-A test instance of the run's tasks is a question with up to four choices: its answer, and other answers of its task.
-Under `hf` the gates follow the choice and, in a batch, the padding too. Writes results/lm-eval/RUN.json.
+Each test instance of the run's tasks becomes a question with up to four choices: its answer and other answers of its
+task. With `badit` the gates depend on the prompt only, with `hf` on the choice and, in a batch, on the padding too.
+Writes results/lm-eval/RUN.json.
 """
 
 from __future__ import annotations
@@ -52,9 +53,9 @@ def main() -> None:
 
 
 def questions(run: badit.Run, tokenizer: Any, instances: int) -> Iterator[tuple[Tokens, list[Tokens]]]:
-    """Prompts as the run was trained on, each with its choices, of which the first is right."""
+    """Prompts in the run's training format, each with its choices. The first choice is correct."""
     recipe = run.recipe
-    # Test instances without number, since a recipe may keep only a few for itself.
+    # All test instances, because a recipe may limit their number.
     for task in badit.plan(recipe, data={"test_per_task": None}).tasks:
         answers = sorted({instance.outputs[0] for instance in (*task.train, *task.test)})
         for instance in task.test[:instances]:
@@ -74,7 +75,7 @@ def likelihoods(scorer: Any, asked: Sequence[tuple[Tokens, list[Tokens]]]) -> li
 
 
 def compared(own: list[list[float]], reference: list[list[float]]) -> dict[str, float]:
-    """Accuracy in %, and against the reference the mean and largest difference in nats and the choices changed in %."""
+    """Accuracy in %; mean and largest difference to the reference in nats; changed choices in %."""
     changes = [
         abs(a - b) for ours, theirs in zip(own, reference, strict=True) for a, b in zip(ours, theirs, strict=True)
     ]

@@ -1,7 +1,7 @@
-"""Tunes a model with BADIT in a plain loop with accelerate, without a Trainer.
+"""Tune a model with BADIT in a plain loop with accelerate, without a Trainer.
 
-python examples/accelerate_loop.py --small                       # four steps, done in a minute
-python examples/accelerate_loop.py --data my-tasks.jsonl         # {task, instruction, input, output} a line
+python examples/accelerate_loop.py --small                       # four steps, about a minute
+python examples/accelerate_loop.py --data my-tasks.jsonl         # {task, instruction, input, output} per line
 accelerate launch examples/accelerate_loop.py                    # several processes
 """
 
@@ -36,13 +36,13 @@ model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
 
 steps = epochs * -(-len(loader) // accelerator.gradient_accumulation_steps)
 regrouper = badit.Regrouper(model, steps, every=2 if options.small else 20, optimizer=optimizer)
-accelerator.register_for_checkpointing(regrouper)  # into accelerator.save_state(FOLDER), and back by load_state
+accelerator.register_for_checkpointing(regrouper)  # saved by accelerator.save_state(FOLDER), restored by load_state
 
 model.train()
 for _ in range(epochs):
     for batch in loader:
         with accelerator.accumulate(model):
-            accelerator.backward(model(**batch).loss)  # the labels' -100 tells the router prompt from answer
+            accelerator.backward(model(**batch).loss)  # labels of -100 mark the prompt for the router
             if accelerator.sync_gradients:
                 regrouper.after_backward()
             optimizer.step()

@@ -1,9 +1,9 @@
-"""Tunes a model with BADIT on tasks of one's own, scores it task by task, and exports a plain LoRA.
+"""Tune a model with BADIT on your own tasks, score it per task, and export a plain LoRA.
 
-    python examples/own_tasks.py my-tasks.jsonl    # {task, instruction, input, output} a line
-    python examples/own_tasks.py --small           # two of the built-in tasks, done in a minute
+    python examples/own_tasks.py my-tasks.jsonl    # {task, instruction, input, output} per line
+    python examples/own_tasks.py --small           # two of the built-in tasks, about a minute
 
-Run it again to go on after an interruption: what is done is not done twice.
+Run it again to resume after an interruption. Completed steps are not repeated.
 """
 
 import argparse
@@ -23,7 +23,7 @@ options = parser.parse_args()
 known = badit.load_tasks(options.tasks)
 for task in known:
     print(f"{task.name}: {len(task.train)} training and {len(task.test)} test instances")
-# Tasks without lines of "split": "test" are scored on instances that are held out of their training data.
+# Tasks without "split": "test" lines are scored on instances held out of their training data.
 scored = "test" if all(task.test for task in known) else "validation"
 recipe = build_recipe(
     {
@@ -44,10 +44,10 @@ recipe = build_recipe(
         "output": options.output,
     }
 )
-badit.train(recipe)  # scored as well, in its folder's scores.json; predictions/ has every answer
+badit.train(recipe)  # also scores the run: scores.json in its folder; predictions/ has every answer
 badit.Run(recipe.output).evaluate()  # scores it again
 scores = json.loads((Path(recipe.output) / "scores.json").read_text(encoding="utf-8"))
 for name, score in scores["tasks"].items():
     print(f"{name}: Rouge-L {score['rouge_l']:.1f}, exact match {score['exact_match']:.1f}")
-exported = badit.Run(recipe.output).export(f"{options.output}-lora")  # one fixed mixture, for use without badit
+exported = badit.Run(recipe.output).export(f"{options.output}-lora")  # with fixed gates, for use without badit
 print(f"{exported.folder}: a LoRA of rank {exported.rank}, of {exported.mixture}")

@@ -1,7 +1,7 @@
-"""Tunes a model with BADIT on chats, by TRL's SFTTrainer, with a loss on the assistant's answers alone.
+"""Tune a model with BADIT on chats with TRL's SFTTrainer and a loss on the assistant's answers only.
 
-    python examples/sft_trl.py chats.jsonl    # a {"messages": [{"role": …, "content": …}, …]} a line
-    python examples/sft_trl.py --small        # a few built-in questions, done in a minute
+    python examples/sft_trl.py chats.jsonl    # one {"messages": [{"role": …, "content": …}, …]} per line
+    python examples/sft_trl.py --small        # a few built-in questions, about a minute
 
 Needs: pip install badit trl
 """
@@ -34,7 +34,7 @@ else:
         for task in badit.load_tasks("builtin")
         for instance in task.train[:2]
     ]
-# A row an answer: each answer is then routed on all that the model has read before it.
+# One row per answer, so that the gates of each answer depend on all text before it.
 rows = [row for messages in chats for row in answer_rows(messages)]
 
 model, tokenizer = badit.load_base_model(options.model)

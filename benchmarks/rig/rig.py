@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Method trials on a real LLM at a tenth of the cost of a full run.
 
-The lower layers of SmolLM2 stay frozen and their output is computed once and cached; adapters are on gate_proj of the
-upper layers only. A run of 2,500 examples takes about five minutes of one core. Rates are chosen on `val` (held out of
-each task's training data); `test` is read once, by a stage's final command.
+The lower layers of SmolLM2 are frozen; their output is computed once and cached. Adapters are on gate_proj of the
+upper layers only. A run of 2,500 examples takes about five minutes on one core. Rates are chosen on `val` (held out of
+each task's training data). `test` is read once, by the final command of a stage.
 
     rig.py --name lora_1e-3 --lr 1e-3
     rig.py --name dirs_orth --init dirs --opt orthogonal --lr 2e-3 --seed 1
@@ -77,7 +77,7 @@ folders = sorted(glob.glob(f"{a.data}/task*"))
 number = lambda folder: os.path.basename(folder)[4:].split("_")[0]  # noqa: E731
 if a.tasks != "all":
     folders = [f for f in folders if number(f) in a.tasks.split(",")]
-NOW = {}  # of the present batch: prompt mask (B, T), task (B)
+NOW = {}  # of the current batch: prompt mask (B, T), task (B)
 
 
 class Adapted(nn.Module):
@@ -91,7 +91,7 @@ class Adapted(nn.Module):
             root = (S[: a.N] / a.scale).sqrt()
             A = root[:, None] * V[: a.N] if a.init == "bad" else V[: a.N] / math.sqrt(3)
             B = U[:, : a.N] * root if a.init == "bad" else torch.zeros(outputs, a.N)
-        # In dictionaries, as PEFT holds them: OrthogonalUpdates finds pairs of factors by these names.
+        # In dictionaries, as in PEFT: OrthogonalUpdates finds pairs of factors by these names.
         self.lora_A, self.lora_B = nn.ParameterDict({"rig": A.contiguous()}), nn.ParameterDict({"rig": B.contiguous()})
         self.start = (A.clone(), B.clone()) if a.init == "bad" else None
         self.label = torch.arange(a.N) // (a.N // a.K)
@@ -165,7 +165,7 @@ for task, folder in enumerate(folders):
 
 @torch.no_grad()
 def trunk(examples, tag):
-    """The frozen lower layers' output for every example (T, D), from the cache if it is there."""
+    """The frozen lower layers' output for every example (T, D), from the cache if available."""
     seed = a.data_seed if tag == "train" else ""
     key = f"{tag}-{a.layers}-{a.train}-{a.held}-{a.max_tokens}-{a.tasks.replace(',', '.')}-{seed}"
     file = f"{a.out}/cache/{key}.pt"
@@ -196,7 +196,7 @@ if a.only:
 
 
 def losses(examples, hidden, ks):
-    """NLL and whether it was the likeliest, of every answer token, and the row that it belongs to."""
+    """NLL of every answer token, whether the token was the most likely one, and its row."""
     h = nn.utils.rnn.pad_sequence([hidden[k] for k in ks], batch_first=True)
     labels, prompt = torch.full(h.shape[:2], -100), torch.zeros(h.shape[:2])
     for row, k in enumerate(ks):
@@ -251,7 +251,7 @@ steps = a.epochs * math.ceil(len(train) / a.batch)
 
 
 def regroup():
-    """The paper's objective by balanced spherical k-means on the running Gram, from several starts."""
+    """The paper's objective by balanced spherical k-means on the running Gram matrix, from several starts."""
     import numpy as np
     from scipy.optimize import linear_sum_assignment as assign
 

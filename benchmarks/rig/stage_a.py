@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Stage A of the evidence programme (docs/experiments/rig-a.md): runs every cell that has no result yet, one at a time.
+"""Stage A of the rig experiments (docs/experiments/rig-a.md): run every cell without a result, one at a time.
 
     python benchmarks/rig/stage_a.py search      # learning rates, on a third of the training data
     python benchmarks/rig/stage_a.py finals      # five seeds of every cell at its best rate, on all of it
 
-A run that is interrupted leaves no result and is repeated. Results go to benchmarks/results/rig-a.
+An interrupted run leaves no result and is repeated. Results go to benchmarks/results/rig-a.
 """
 
 import itertools
@@ -18,15 +18,15 @@ from pathlib import Path
 HERE = Path(__file__).parent
 OUT = HERE.parent / "results" / "rig-a"
 
-# Optimizer: rig options and the three rates that the search starts with, in ascending order.
+# Optimizer: rig options and the three initial rates of the search, in ascending order.
 OPTIMIZERS = {
     "adamw": (["--opt", "adamw"], [1e-3, 2e-3, 4e-3]),
     "lora+4": (["--opt", "adamw", "--b-rate", "4"], [5e-4, 1e-3, 2e-3]),
     "lora+16": (["--opt", "adamw", "--b-rate", "16"], [2.5e-4, 5e-4, 1e-3]),
     "orthogonal": (["--opt", "orthogonal"], [1e-3, 2e-3, 4e-3]),
-    "riemannian": (["--opt", "riemannian"], [5e-4, 1e-3, 2e-3]),  # PEFT's, of a plain LoRA alone
+    "riemannian": (["--opt", "riemannian"], [5e-4, 1e-3, 2e-3]),  # PEFT's, for plain LoRA only
 }
-# Adapter: rig options. Routers have a rate of their own, relative to the factors'.
+# Adapter: rig options. Routers have their own learning rate, relative to that of the factors.
 ADAPTERS = {
     "lora": ["--init", "lora"],
     "directions": ["--init", "dirs"],
@@ -42,7 +42,7 @@ TASKS = ["073", "1510", "1687", "181", "363", "591", "639", "748", "875"]
 
 
 def run(name: str, options: list[str]) -> float:
-    """The held-out NLL of a run, which is started unless its result is there."""
+    """The held-out NLL of a run. The run is started if it has no result."""
     result = OUT / f"{name}.json"
     if not result.is_file():
         command = [sys.executable, str(HERE / "rig.py"), "--name", name, "--out", str(OUT), *options]
@@ -52,7 +52,7 @@ def run(name: str, options: list[str]) -> float:
 
 
 def search(adapter: str, optimizer: str) -> tuple[float, float]:
-    """The rate with the lowest held-out NLL, and that NLL. A ladder grows by factors of two while its end is best."""
+    """The rate with the lowest held-out NLL, and its NLL. The ladder grows by factors of two while an end is best."""
     options, ladder = OPTIMIZERS[optimizer]
     losses: dict[float, float] = {}
 
@@ -78,7 +78,7 @@ def finals(cells: list[Cell], found: dict[Cell, tuple[float, float]]) -> None:
 
 
 def per_task(rate: float) -> None:
-    """The reference: a LoRA of its own for each task, with AdamW."""
+    """The reference: one LoRA per task, with AdamW."""
     for seed, task in itertools.product(SEEDS, TASKS):
         run(f"per-task_{task}_s{seed}", ["--init", "lora", "--lr", f"{rate:g}", "--only", task, *varied(seed)])
 
@@ -90,7 +90,7 @@ def varied(seed: int) -> list[str]:
 def main() -> None:
     OUT.mkdir(parents=True, exist_ok=True)
     found: dict[Cell, tuple[float, float]] = {}
-    # First what needs no gates, then what decides whether gates can gain at all, then the gates.
+    # First the adapters without gates, then the oracle gates, which bound the gain of any gate, then the other gates.
     for adapters in (("lora", "directions"), ("oracle",), ("bad", "component", "expert")):
         cells = [(adapter, optimizer) for adapter in adapters for optimizer in OPTIMIZERS if optimizer != "riemannian"]
         cells += [("lora", "riemannian")] if "lora" in adapters else []

@@ -1,6 +1,9 @@
 #!/usr/bin/env python3
-"""summary.py OUT REFERENCE METHOD…: runs by the prefix of their names; the difference of each method to the reference,
-paired over instances and seeds, with a 95 % interval from resampling seeds and, within tasks, instances."""
+"""summary.py OUT REFERENCE METHOD…: summarise runs, selected by the prefix of their names.
+
+Prints the difference of each method to the reference, paired over instances and seeds, with a 95 % interval from
+resampling seeds and, within tasks, instances.
+"""
 
 import glob
 import json

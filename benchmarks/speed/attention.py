@@ -1,8 +1,9 @@
-"""One layer's attention on a CPU, forward and backward: plain products against PyTorch's fused way, by length.
+"""One layer's attention on a CPU, forward and backward: plain products against PyTorch's fused attention, by length.
 
     python benchmarks/speed/attention.py
 
-decides ``badit.attention.LONGEST``. Shapes are SmolLM2-135M's: 4 rows, 9 heads of 64, of which 3 share a key.
+The result determines ``badit.attention.LONGEST``. Shapes are SmolLM2-135M's: 4 rows, 9 heads of 64,
+groups of 3 with a shared key.
 """
 
 from __future__ import annotations

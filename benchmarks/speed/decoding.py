@@ -1,8 +1,8 @@
-"""Decoding with an adapter: tokens a second beside the base model's, and beside one merged weight.
+"""Decoding with an adapter: tokens per second against the base model, and with a merged weight.
 
     python benchmarks/speed/decoding.py
 
-Greedy, one prompt of 128 tokens at a time and eight, 64 new tokens each; end tokens are switched off.
+Greedy, one and eight prompts of 128 tokens at a time, 64 new tokens each, end tokens disabled.
 """
 
 from __future__ import annotations

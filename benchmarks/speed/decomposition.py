@@ -1,9 +1,9 @@
-"""BAD: the randomised SVD against torch's exact one, and the time that starting BADIT on SmolLM2 takes.
+"""BAD: the randomised SVD against torch's exact SVD, and the time to initialise BADIT on SmolLM2.
 
     python benchmarks/speed/decomposition.py
 
-The matrix is 4096 × 14336, the size of Llama-3-8B's gate projection, with a spectrum that falls like a trained weight's
-(σ_i ∝ i^−0.3); of it the 32 leading singular triples are wanted.
+The matrix is 4096 × 14336, the size of Llama-3-8B's gate projection, with a spectrum that decays like that of
+a trained weight (σ_i ∝ i^−0.3). The 32 leading singular triples are computed.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ ROWS, COLUMNS, WANTED = 4096, 14336, 32
 
 
 def weight() -> torch.Tensor:
-    """A random matrix with that spectrum: Gaussian, and its singular values set by scaling an orthogonal basis."""
+    """A random matrix with that spectrum: orthogonal bases of Gaussian matrices with scaled columns."""
     generator = torch.Generator().manual_seed(0)
     left, _ = torch.linalg.qr(torch.randn(ROWS, ROWS, generator=generator))
     right, _ = torch.linalg.qr(torch.randn(COLUMNS, ROWS, generator=generator))

@@ -2,10 +2,10 @@
 
     python benchmarks/speed/end_to_end.py [--data FOLDER]
 
-Both train one epoch on the same tokenised instances with a loss on the answers alone, the same model in bfloat16 (or
-float32, where a processor has no instructions for that), batch size and optimizer; TRL with what makes it fastest on a
-CPU: batches grouped by length, no gradient checkpointing, its loss in chunks over labelled tokens alone. What counts is
-tokens that are not padding, a second.
+Both train one epoch on the same tokenised instances with a loss on the answers only, the same model in bfloat16 (or
+float32 on processors without bfloat16 instructions), batch size and optimizer. TRL uses its fastest settings on a
+CPU: batches grouped by length, no gradient checkpointing, its loss in chunks over labelled tokens only. The result is
+the number of tokens per second, without padding.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ SHARED: dict[str, Any] = {
     "per_device_train_batch_size": BATCH,
     "learning_rate": 1e-4,
     "use_cpu": True,
-    "bf16": False,  # the base weights have that dtype already, the adapters float32
+    "bf16": False,  # the base weights already have this dtype, the adapters are in float32
     "report_to": [],
     "save_strategy": "no",
     "logging_steps": 1000,
@@ -47,7 +47,7 @@ def ours(name: str, examples: list[dict[str, Any]], pad: int, folder: str) -> Ca
     trainer = AnswerTrainer(
         model=adapted(name, DTYPE),
         args=TrainingArguments(output_dir=folder, remove_unused_columns=False, **SHARED),
-        train_dataset=examples,  # pyright: ignore[reportArgumentType] (a list will do)
+        train_dataset=examples,  # pyright: ignore[reportArgumentType] (a list is accepted)
         data_collator=AnswerCollator(pad),
         callbacks=[RegroupCallback(every=20)] if name == "badit" else [],
     )

@@ -1,4 +1,4 @@
-"""Scoring a test set: answers a second, against a plain ``model.generate`` loop in the file's order.
+"""Scoring a test set: answers per second, against a plain ``model.generate`` loop in file order.
 
     python benchmarks/speed/evaluation.py [--data FOLDER]
 
@@ -23,7 +23,7 @@ BATCH, NEW, PER_TASK = 16, 50, 5
 
 
 def plain_loop(model: Any, tokenizer: Any, prompts: list[list[int]]) -> list[str]:
-    """What a script does: pad each batch as it comes, generate, decode."""
+    """A simple script: pad each batch in file order, generate, decode."""
     answers = []
     for start in range(0, len(prompts), BATCH):
         inputs = tokenizer.pad({"input_ids": prompts[start : start + BATCH]}, padding_side="left", return_tensors="pt")

@@ -1,4 +1,4 @@
-"""How long ``import badit`` and ``badit --help`` take, in a fresh process each.
+"""The time of ``import badit`` and ``badit --help``, each in a new process.
 
 python benchmarks/speed/imports.py
 """

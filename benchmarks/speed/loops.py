@@ -1,10 +1,10 @@
-"""How mixtures of LoRA experts are usually computed; kept as the peer that the wide product is measured against.
+"""The usual implementations of mixtures of LoRA experts, as baselines for the wide product.
 
-Both give what :class:`badit.tuner.layer.ExpertLinear` gives (``tests/test_benchmarks.py``), in one of two ways:
+Both give the same output as :class:`badit.tuner.layer.ExpertLinear` (``tests/test_benchmarks.py``):
 
-* in a loop: one expert after another, each a product with its own A and B, scaled by its gate, and added up;
-* per sequence: the gates times the stacked experts make one A and one B for each sequence of the batch, which are
-  applied by batched products.
+* in a loop: one expert after another, each a product with its own A and B, scaled by its gate, and summed;
+* per sequence: every sequence has its own copies of the input and the experts' factors, applied by batched products and
+  summed with the gates.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from badit.tuner.layer import BaditLinear
 
 
 def use_loops(model: nn.Module, *, per_sequence: bool) -> None:
-    """Makes every BADIT layer of a model compute its experts the usual way."""
+    """Make every BADIT layer of a model compute its experts in a loop or per sequence."""
     delta = _per_sequence if per_sequence else _in_a_loop
     for module in model.modules():
         if isinstance(module, BaditLinear):
@@ -54,7 +54,7 @@ def _per_sequence(layer: BaditLinear, adapter: str, x: torch.Tensor) -> torch.Te
     gates_BK = layer.gates(adapter, x)[:, 0]
     a_KRI, b_KOR = _by_expert(layer, adapter, a_NI, b_ON)
     rows = len(x)
-    # Every expert's input and hidden state is a copy of its own: (B, K, T, ·).
+    # Every expert has its own copy of the input and of the hidden state: (B, K, T, ·).
     x_BKTI = x[:, None].expand(-1, config.num_experts, -1, -1).contiguous()
     a_BKIR = a_KRI.transpose(1, 2)[None].expand(rows, -1, -1, -1).contiguous()
     b_BKRO = b_KOR.transpose(1, 2)[None].expand(rows, -1, -1, -1).contiguous()

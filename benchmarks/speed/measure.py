@@ -1,7 +1,7 @@
-"""How the speed benchmarks measure: alternatives in turns, raw samples kept, ratios taken round by round.
+"""Measurement functions of the speed benchmarks: alternatives in turns, raw samples, ratios within a round.
 
-Speeds of shared machines drift by more than the differences of interest, but slowly. So each round runs every
-alternative once, a ratio is taken within a round, and the median over rounds is what counts.
+The speed of shared machines drifts slowly, by more than the differences of interest. Each round therefore runs every
+alternative once. Ratios are computed within a round, and the median over rounds is reported.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Samples = dict[str, list[float]]
 
 
 def in_turns(alternatives: Mapping[str, Callable[[], object]], *, rounds: int, warmup: int = 1) -> Samples:
-    """Wall-clock seconds of every call: {alternative: [one a round]}. The warm-up's are thrown away."""
+    """Wall-clock seconds of every call: {alternative: [one per round]}. Warm-up calls are discarded."""
     samples: Samples = {name: [] for name in alternatives}
     for number in tqdm(range(warmup + rounds), desc="Rounds", unit="round", leave=False):
         for name, call in alternatives.items():
@@ -48,13 +48,13 @@ def ratio(samples: Mapping[str, Sequence[float]], numerator: str, denominator: s
 
 
 def peak_memory_of(script: str, *arguments: str) -> int:
-    """Bytes of resident memory at the peak of a fresh process: ``python SCRIPT ARGUMENTS``, which prints it last."""
+    """Peak resident memory in bytes of a new process ``python SCRIPT ARGUMENTS``, which prints it last."""
     done = subprocess.run([sys.executable, script, *arguments], stdout=subprocess.PIPE, text=True, check=True)
     return int(done.stdout.split()[-1])
 
 
 def own_peak_memory() -> int:
-    """Bytes. Of this process alone: what getrusage gives begins with the memory of the process that started it."""
+    """Peak memory in bytes of this process only. (getrusage includes the memory of the parent process.)"""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024
@@ -62,7 +62,7 @@ def own_peak_memory() -> int:
 
 
 def keep(name: str, result: Mapping[str, Any]) -> None:
-    """Writes ``results/speed/NAME.json``, with versions and hardware, and prints its medians."""
+    """Write ``results/speed/NAME.json``, with versions and hardware, and print its medians."""
     RESULTS.mkdir(parents=True, exist_ok=True)
     write_json(RESULTS / f"{name}.json", {"environment": environment(), **result})
     print(json.dumps(_medians(result), indent=1))
@@ -84,14 +84,14 @@ def options(description: str | None, *, rounds: int = 5) -> argparse.ArgumentPar
 
 
 def matmul_peak(dtype: torch.dtype, *, size: int = 2048, rounds: int = 7) -> float:
-    """Floating-point operations a second of one large square matrix product, the best of some rounds."""
+    """Floating-point operations per second of one large square matrix product, the best of several rounds."""
     a, b = torch.randn(size, size, dtype=dtype), torch.randn(size, size, dtype=dtype)
     seconds = in_turns({"product": lambda: a @ b}, rounds=rounds)["product"]
     return 2 * size**3 / min(seconds)
 
 
 def memory_bandwidth(*, bytes_: int = 2**29, rounds: int = 5) -> float:
-    """Bytes a second, read and written, of copying a large tensor, the best of some rounds."""
+    """Bytes per second, read and written, of copying a large tensor, the best of several rounds."""
     source = torch.ones(bytes_, dtype=torch.uint8)
     target = torch.empty_like(source)
     seconds = in_turns({"copy": lambda: target.copy_(source)}, rounds=rounds)["copy"]

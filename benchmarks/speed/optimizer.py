@@ -2,8 +2,8 @@
 
     python benchmarks/speed/optimizer.py
 
-30 layers, gate_proj 576 → 1536, N = 32, on gradients that are there already. The share is what orthogonal updates cost
-more than AdamW, over a whole training step with AdamW, round by round.
+30 layers, gate_proj 576 → 1536, N = 32, on existing gradients. The share is the extra cost of orthogonal updates over
+AdamW, divided by a whole training step with AdamW, round by round.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from badit.cli import quiet_libraries
 from badit.optimizer import OPTIMIZERS, build_optimizer
 
 ROWS, TOKENS = 4, 320
-STEPS = 5  # optimizer steps in a sample; one alone is too short to be timed well
+STEPS = 5  # optimizer steps per sample; one step is too short to be timed reliably
 
 
 def optimizer_steps(name: str, dtype: str) -> Callable[[], None]:

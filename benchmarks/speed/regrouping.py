@@ -1,9 +1,9 @@
-"""DOG: its share of a training run, and what one layer costs as components and weights grow.
+"""DOG: its share of a training run, and the cost of one layer by number of components and weight size.
 
     python benchmarks/speed/regrouping.py
 
-Two parts have different sizes: the Gram matrix of a layer's gradients, taken at every optimizer step, and the grouping
-that is solved on the mean of those every 20 steps. The exponents are slopes of log seconds over log size.
+There are two parts: the Gram matrix of a layer's gradients, computed at every optimizer step, and the grouping, solved
+on the mean of the Gram matrices every 20 steps. The exponents are slopes of log seconds over log size.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ EXPERTS = 8
 
 
 def share(rounds: int, dtype: str) -> dict[str, Any]:
-    """Seconds of a step without DOG, of its Grams at each step, and of one regrouping of all 30 layers.
+    """Seconds of a step without DOG, of the Gram matrices per step, and of one regrouping of all 30 layers.
 
-    That is measured with its log of how far the output moves, two forward passes, and without.
+    The regrouping is measured with and without the probe, which logs the change of the output with two forward passes.
     """
     model = adapted("badit", dtype)
     inputs = batch(4, 320)
     step = training_step(model, inputs)
     examples = [{key: rows[0] for key, rows in batch(1, 320).items()}]
-    loader = DataLoader(examples, collate_fn=default_collate)  # pyright: ignore[reportArgumentType] (a list will do)
+    loader = DataLoader(examples, collate_fn=default_collate)  # pyright: ignore[reportArgumentType] (a list is accepted)
     args = TrainingArguments(output_dir="unused", report_to=[], use_cpu=True)
     state, control = TrainerState(max_steps=10**6, is_world_process_zero=True), TrainerControl()
     seconds: dict[str, list[float]] = {"step": [], "grams": [], "regrouping": [], "regrouping, no probe": []}
@@ -117,7 +117,7 @@ def one_layer(rounds: int) -> dict[str, Any]:
 
 
 def _slope(seconds: dict[int, float]) -> float:
-    """Least squares of log seconds on log size."""
+    """Least-squares slope of log seconds on log size."""
     x = [math.log(size) for size in seconds]
     y = [math.log(value) for value in seconds.values()]
     return statistics.linear_regression(x, y).slope

@@ -1,10 +1,10 @@
-"""How BADIT's training step grows: with components, sequence length, batch and tasks.
+"""Scaling of BADIT's training step with components, sequence length, batch and tasks.
 
     python benchmarks/speed/scaling.py
 
 Seconds and peak memory of a step on SmolLM2-135M, one quantity varied at a time from 8 experts of rank 4 and 4 rows of
-320 tokens. Tasks change nothing in BADIT, whose parameters do not belong to tasks; MTL-LoRA, which has a
-matrix for each task, is beside it.
+320 tokens. The number of tasks does not affect BADIT, which has no parameters per task. The
+baseline for tasks is MTL-LoRA, which has one matrix per task.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def step_of(name: str, dtype: str, experts: int, rank: int, rows: int, tokens: i
 
 
 def step_by_tasks(method: str, dtype: str, tasks: int) -> Callable[[], None]:
-    """A step of a method that has been told of so many tasks."""
+    """A step of a method with the given number of tasks."""
     names = [f"task {i}" for i in range(tasks)]
     model = build_method({"name": method}).apply(base(dtype), names).train()
     inputs: dict[str, Any] = {**batch(START["rows"], START["tokens"]), "tasks": names[: START["rows"]]}

@@ -1,8 +1,8 @@
-"""Where the time of a training step and of a decoded token goes: by kind of operation, for every adapter.
+"""Time of a training step and of a decoded token by kind of operation, for every adapter.
 
     python benchmarks/speed/step_profile.py
 
-Torch's own profiler, the time of each operation without that of the operations it calls; the median over rounds.
+Uses torch's profiler. The time of an operation excludes the operations it calls. Medians over rounds.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from workload import ADAPTERS, adapted, base, batch, fast_dtypes, training_step
 
 from badit.cli import quiet_libraries
 
-# The first that a name has a part of.
+# An operation has the first kind of which its name contains a part.
 KINDS = {
     "matrix products": ("::mm", "::addmm", "::bmm", "linear", "::matmul", "::mv", "einsum"),
     "attention": ("scaled_dot_product",),

@@ -1,4 +1,4 @@
-"""Writes the tables of docs/performance.md from the JSON files under benchmarks/results/speed.
+"""Write the tables of docs/performance.md from the JSON files under benchmarks/results/speed.
 
 python benchmarks/speed/table.py
 """
@@ -16,12 +16,22 @@ from badit.files import read_json, write_text
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "speed"
 PAGE = ROOT / "docs" / "performance.md"
-_KINDS = ["matrix products", "attention", "element by element", "copies and casts", "optimizer", "the rest"]
+# Kinds of operations in the results: their column headings.
+_KINDS = {
+    "matrix products": "matrix products",
+    "attention": "attention",
+    "element by element": "elementwise",
+    "copies and casts": "copies and casts",
+    "optimizer": "optimizer",
+    "the rest": "other",
+}
+# An option that no longer exists. The committed results still have it.
+_REMOVED = "badit folded"
 _BLOCK = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
 
 class Row(NamedTuple):
-    """One target: what was measured, against what, and whether it is met."""
+    """One target: the measurement, its baseline, and whether the target is met."""
 
     what: str
     against: str
@@ -83,10 +93,10 @@ def targets() -> list[Row]:
     end, scored, imported = _read("end_to_end"), _read("evaluation"), _read("imports")
     return [
         *rows,
-        Row("DOG, every 20 steps", "the run's time", regrouping["share of training"], 0.005, False, _percent),
+        Row("DOG, every 20 steps", "run time", regrouping["share of training"], 0.005, False, _percent),
         Row(
-            "the same, `probe=None`",
-            "the run's time",
+            "DOG, `probe=None`",
+            "run time",
             regrouping["share of training, no probe"],
             0.005,
             False,
@@ -101,17 +111,17 @@ def targets() -> list[Row]:
             True,
             _times,
         ),
-        Row("starting on SmolLM2, 30 layers", "–", _median(svd["initialisation seconds"]), 2.0, False, _seconds),
+        Row("initialisation on SmolLM2, 30 layers", "–", _median(svd["initialisation seconds"]), 2.0, False, _seconds),
         Row(
-            "training, tokens a second",
-            "TRL SFTTrainer + LoRA, the better attention",
+            "training, tokens per second",
+            "TRL SFTTrainer + LoRA, faster attention",
             _over_the_best_of_trl(end["tokens per second"]),
             1.5,
             True,
             _times,
         ),
         Row(
-            "scoring, answers a second",
+            "scoring, answers per second",
             "generate in file order",
             scored["speed to the plain loop's"]["median"],
             2.0,
@@ -131,7 +141,7 @@ def _decoding() -> list[Row]:
         rows += [
             Row(f"decoding, {what}, {dtype}", "base model", speed[name]["median"], target, True, _near_times)
             for what, name, target in (
-                ("tokens a second", "badit", 0.95),
+                ("tokens per second", "badit", 0.95),
                 ("merged", "merged", 1.0),
             )
         ]
@@ -139,7 +149,7 @@ def _decoding() -> list[Row]:
 
 
 def _by_dtype(result: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    """What was measured in each of the dtypes; a processor that is slow in bfloat16 leaves it out."""
+    """The results of each dtype. Processors with slow bfloat16 measure float32 only."""
     return [(dtype, result[dtype]) for dtype in ("bfloat16", "float32") if dtype in result]
 
 
@@ -150,28 +160,30 @@ def _over_the_best_of_trl(speeds: dict[str, list[float]]) -> float:
 
 
 def steps() -> list[list[str]]:
-    """Seconds of a step by adapter, and how often the floor fits into it."""
+    """Seconds of a step by adapter, also as a multiple of the floor, and peak memory."""
     rows = []
     for dtype, one in _by_dtype(_read("training_step")):
         floor = one["floor seconds"]
         rows.append([dtype, "floor: the base model's products", f"{floor:.2f}", "1.00", ""])
         for name, values in one["seconds"].items():
+            if name == _REMOVED:
+                continue
             gib = one["peak bytes"][name] / 2**30
             rows.append([dtype, name, f"{_median(values):.2f}", f"{_median(values) / floor:.2f}", f"{gib:.2f}"])
     return rows
 
 
 def growth() -> list[list[str]]:
-    """Seconds and memory of a step by what was varied: BADIT, and the adapter that was measured beside it."""
+    """Seconds and memory of a step by the varied quantity, for BADIT and its baseline."""
     scaling = _read("scaling")
     rows = []
     for quantity in ("experts", "tokens", "rows", "tasks"):
         seconds, peaks = scaling[quantity]["seconds"], scaling[quantity].get("peak bytes", {})
-        beside = "mtl-lora" if quantity == "tasks" else "lora"
+        baseline = "mtl-lora" if quantity == "tasks" else "lora"
         for value in (point.removeprefix("badit, ") for point in seconds if point.startswith("badit, ")):
-            pair = (f"badit, {value}", f"{beside}, {value}")
+            pair = (f"badit, {value}", f"{baseline}, {value}")
             ours, theirs = (seconds[point] for point in pair)
-            times = [f"{_median(ours):.2f}", f"{_median(theirs):.2f}", beside, f"{_ratio(ours, theirs):.2f}"]
+            times = [f"{_median(ours):.2f}", f"{_median(theirs):.2f}", baseline, f"{_ratio(ours, theirs):.2f}"]
             gib = [f"{peaks[point] / 2**30:.2f}" if point in peaks else "" for point in pair]
             rows.append([quantity, value, *times, *gib])
     return rows
@@ -183,6 +195,8 @@ def profiles() -> list[list[str]]:
     for dtype, one in _by_dtype(_read("step_profile")):
         for what, key, count in (("step", "seconds of a step", 1), ("token", "seconds of 64 tokens", 64)):
             for name, kinds in one[key].items():
+                if name == _REMOVED:
+                    continue
                 values = [1000 * kinds[kind] / count for kind in _KINDS]
                 digits = 0 if count == 1 else 2
                 rows.append([f"{what}, {dtype}", name, *(f"{value:.{digits}f}" for value in values)])
@@ -201,7 +215,7 @@ def dog() -> list[list[str]]:
 
 
 def exponents() -> list[list[str]]:
-    """How time grows: the exponents of power laws through the points of the table above."""
+    """Exponents of power laws fitted to the points of the table above."""
     return [[what, f"{value:.2f}"] for what, value in _read("regrouping")["one layer"]["exponents"].items()]
 
 
@@ -209,17 +223,17 @@ TABLES: dict[str, tuple[list[str], Callable[[], list[list[str]]]]] = {
     "targets": (["what", "against", "measured", "target", "met"], lambda: [row.cells() for row in targets()]),
     "steps": (["dtype", "adapter", "s", "× floor", "peak GiB"], steps),
     "growth": (
-        ["varied", "to", "BADIT, s", "beside it, s", "which is", "ratio", "BADIT, GiB", "beside it, GiB"],
+        ["varied", "value", "BADIT, s", "baseline, s", "baseline", "ratio", "BADIT, GiB", "baseline, GiB"],
         growth,
     ),
-    "profile": (["ms of a", "adapter", *_KINDS], profiles),
-    "dog": (["N", "D", "Gram, each step, ms", "grouping, every 20 steps, ms"], dog),
+    "profile": (["ms per", "adapter", *_KINDS.values()], profiles),
+    "dog": (["N", "D", "Gram, every step, ms", "grouping, every 20 steps, ms"], dog),
     "exponents": (["time grows as", "exponent"], exponents),
 }
 
 
 def render(page: str) -> str:
-    """The page with every table made anew."""
+    """The page with every table generated again."""
 
     def block(match: re.Match[str]) -> str:
         header, rows = TABLES[match[2]]

@@ -1,8 +1,8 @@
-"""One training step of SmolLM2-135M: BADIT against plain LoRA of the same rank and against the usual ways of mixing.
+"""One training step of SmolLM2-135M: BADIT against plain LoRA of the same rank and against the usual mixtures.
 
     python benchmarks/speed/training_step.py
 
-The floor is the arithmetic that the frozen base model must do, at the speed of a large matrix product: each weight
+The floor is the arithmetic of the frozen base model, at the speed of a large matrix product: each weight
 once forward and once backward (to the layer's input), for every token.
 """
 
@@ -36,7 +36,7 @@ def measure(dtype: str, rounds: int) -> dict[str, Any]:
 
 
 def floor(dtype: str) -> float:
-    """Seconds of the base model's matrix products, logits only where there are labels."""
+    """Seconds of the base model's matrix products, with logits only for labelled tokens."""
     model = base(dtype)
     head = model.get_output_embeddings().weight
     body = sum(
@@ -49,7 +49,7 @@ def floor(dtype: str) -> float:
 
 def print_memory_of(name: str, dtype: str) -> None:
     step = training_step(adapted(name, dtype), batch(ROWS, TOKENS))
-    for _ in range(2):  # the optimizer's state is there from the second on
+    for _ in range(2):  # the optimizer's state exists from the second step on
         step()
     print(own_peak_memory())
 

@@ -1,4 +1,4 @@
-"""What the speed benchmarks run: SmolLM2-135M with adapters, a batch, and a training step."""
+"""The workload of the speed benchmarks: SmolLM2-135M with adapters, a batch, and a training step."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ADAPTERS = ("lora", "badit", "experts in a loop", "experts per sequence")
 
 
 def fast_dtypes() -> list[str]:
-    """float32, and bfloat16 unless this processor computes in it in software: that would measure nothing else."""
+    """float32, and bfloat16 unless this processor computes it in software."""
     return ["float32"] if fast_dtype(torch.device("cpu")) == "float32" else ["bfloat16", "float32"]
 
 
@@ -78,7 +78,7 @@ def training_step(model: nn.Module, inputs: dict[str, torch.Tensor]) -> Callable
 
 
 def data_options(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Adds ``--data``, for benchmarks on real prompts."""
+    """Add ``--data``, for benchmarks on real prompts."""
     parser.add_argument(
         "--data", default="builtin", help="a folder of tasks, such as SuperNI (default: built-in tasks)"
     )
