@@ -31,12 +31,12 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 def load_adapter(model: PreTrainedModel, folder: Path, config: PeftConfig, *, trainable: bool) -> PeftModel:
-    """The base model with the adapter that a run with the method's ``config`` has left in ``folder``.
+    """The base model with the adapter that a run with the method's ``config`` has saved in ``folder``.
 
     Raises:
         BaditError: it is missing, damaged, incomplete or another one.
     """
-    shapes = tensor_shapes(folder / SAFETENSORS_WEIGHTS_NAME)  # without it PEFT would go on to look for a pickled file
+    shapes = tensor_shapes(folder / SAFETENSORS_WEIGHTS_NAME)  # without it PEFT would look for a pickled file
     _check_settings(folder / CONFIG_NAME, config, shapes)
     with explained(folder, action="loaded", any_error=True), warnings.catch_warnings():
         warnings.filterwarnings("error", message="Found missing adapter keys")
@@ -51,11 +51,7 @@ def load_adapter(model: PreTrainedModel, folder: Path, config: PeftConfig, *, tr
 
 
 def tensor_shapes(path: Path) -> Shapes:
-    """The names and shapes of a safetensors file's tensors, from its header alone.
-
-    Raises:
-        BaditError: it is missing or damaged.
-    """
+    """The names and shapes of a safetensors file's tensors, from its header; BaditError if missing or damaged."""
     if not path.is_file():
         raise BaditError(
             f"{path.parent}: has no {path.name}; pickled weights are not read; remove the folder to train again"
@@ -65,11 +61,7 @@ def tensor_shapes(path: Path) -> Shapes:
 
 
 def _check_settings(path: Path, config: PeftConfig, shapes: Shapes) -> None:
-    """That the saved configuration is the recipe's.
-
-    Raises:
-        BaditError: it is missing or damaged, of a newer format, or has another setting.
-    """
+    """Raises BaditError unless the saved configuration is the recipe's, but for sound bookkeeping."""
     saved = read_json(path)
     try:
         refuse_newer_format(saved.get(FORMAT_FIELD, 1))
@@ -87,18 +79,12 @@ def _check_settings(path: Path, config: PeftConfig, shapes: Shapes) -> None:
                 f"{path}: {key}: is {found!r:.60}, but the run's recipe says {expected!r:.60}; "
                 "this is another run's adapter"
             )
-    _check_bookkeeping(path, saved, config, shapes)
-
-
-def _check_bookkeeping(path: Path, saved: Mapping[str, Any], config: PeftConfig, shapes: Shapes) -> None:
-    targets, wanted = saved.get("target_modules"), getattr(config, "target_modules", None)
-    listed = isinstance(targets, list) and all(isinstance(name, str) for name in targets)
-    # An expression is matched against every module's name, and some take forever: none but the recipe's own.
-    if not listed and targets not in (wanted, None):
-        raise BaditError(f"{path}: target_modules: must be a list of names, not {targets!r:.60}")
-    tasks = saved.get("tasks")
-    if tasks is not None and not (isinstance(tasks, list) and all(isinstance(name, str) for name in tasks)):
-        raise BaditError(f"{path}: tasks: must be a list of names, not {tasks!r:.60}")
+    # An expression is matched against every module's name, and some take forever: only the recipe's own is taken.
+    own_expression = getattr(config, "target_modules", None)
+    for key, allowed in (("target_modules", (None, own_expression)), ("tasks", (None,))):
+        names = saved.get(key)
+        if names not in allowed and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+            raise BaditError(f"{path}: {key}: must be a list of names, not {names!r:.60}")
     past = saved.get("past_branches", 0)
     largest = max((size for shape in shapes.values() for size in shape), default=0)
     if isinstance(past, bool) or not isinstance(past, int) or not 0 <= past <= largest:
@@ -110,7 +96,7 @@ def _default(field: dataclasses.Field[Any]) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """As JSON has it; sets, of which JSON keeps no order, as sorted lists."""
+    """As JSON has it; sets as sorted lists."""
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (set, frozenset)):

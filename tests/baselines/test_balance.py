@@ -62,14 +62,6 @@ def test_it_is_the_mean_over_layers_at_attended_positions_alone(tiny_model, meth
     assert not any(name.startswith(f"base_model.model.{last}.badit_B") for name in moved)
 
 
-@pytest.mark.parametrize("method", ["hydralora", "loramoe"])
-def test_there_is_none_by_default(tiny_model, method):
-    model = adapted(tiny_model("llama"), method).train()
-    ids, mask = padded(random_rows(4, 9))
-    forward(model, ids, mask)
-    assert model.base_model.extra_loss(mask) is None
-
-
 def test_it_is_read_once_and_only_after_a_training_pass(tiny_model):
     ids, mask = padded(random_rows(4, 9))
     model = adapted(tiny_model("llama"), "goat").train()

@@ -151,7 +151,7 @@ def test_the_gates_follow_the_prompt_alone(tiny_model, method):
 def test_the_loss_trains_no_embeddings_through_the_gates(tiny_model, method):
     model, found = adapted(tiny_model("llama"), method), []
     table = model.get_input_embeddings().weight.requires_grad_(True)
-    layers(model)[0].register_forward_pre_hook(lambda layer, args: found.append(layer._branch_weights("default")))
+    layers(model)[0].register_forward_pre_hook(lambda layer, args: found.append(layer.gates("default", args[0])[:, 0]))
     loss(model)
     down, embeddings = torch.autograd.grad(found[0][:, -1].sum(), [gate(model).down, table], allow_unused=True)
     assert down.any()

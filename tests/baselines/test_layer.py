@@ -79,16 +79,6 @@ def test_step_0_is_the_base_layer_to_the_bit(method, kind):
     assert not layer.badit_B["default"].any()
 
 
-@pytest.mark.parametrize("method", MIXTURES)
-def test_shapes(method):
-    layer = make(method)
-    components, rows = {"loramoe": (6, 6), "hydralora": (6, 2), "goat": (8, 8)}[method]
-    assert layer.badit_A["default"].shape == (rows, IN)
-    assert layer.badit_B["default"].shape == (OUT, components)
-    assert layer.badit_router["default"].shape == (config(method).num_experts, IN)
-    assert ("default" in layer.badit_A0) == (method == "goat")
-
-
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("rho", [10.0, 2.0])
 def test_goat_starts_from_stretches_of_the_spectrum(kind, rho):
@@ -134,22 +124,3 @@ def test_goat_uses_top_k_experts_a_token_and_keeps_all_in_the_graph(top_k):
 def test_goat_refuses_a_weight_too_small_for_its_rank():
     with pytest.raises(BaditError, match=r"layer: a weight of shape \(18, 20\) has 4 directions .* at most r = 16$"):
         make("goat", r=24)
-
-
-@pytest.mark.parametrize("method", MIXTURES)
-def test_bf16_base_with_an_fp32_adapter(method):
-    layer, exact = make(method, dtype=torch.bfloat16), make(method)
-    for name in ("badit_A", "badit_B", "badit_router", "badit_A0", "badit_B0"):
-        getattr(layer, name).float()
-    output = layer(batch(torch.bfloat16))
-    assert output.dtype == torch.bfloat16
-    assert output.isfinite().all()
-    assert exact(batch()).dtype == torch.float64
-
-
-def test_dropout_acts_in_training_only_and_not_on_the_gates():
-    layer, x = make("loramoe", lora_dropout=0.5), batch()
-    assert torch.equal(layer(x), layer(x))
-    layer.train()
-    assert not torch.equal(layer(x), layer(x))
-    assert torch.equal(layer.component_gates("default", x), layer.component_gates("default", x))

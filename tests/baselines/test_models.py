@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from peft import AutoPeftModelForCausalLM, PeftModel, PeftType
+from peft import PeftModel, PeftType
 
 from badit.errors import BaditError
 from badit.tuner import hooks_of
@@ -100,15 +100,6 @@ def test_saved_and_loaded(tiny_model, tmp_path, monkeypatch, method, family):
         assert not trainable(loaded)
     again = PeftModel.from_pretrained(tiny_model(family), tmp_path, is_trainable=True)
     assert trainable(again) == trainable(model)
-
-
-@by_method
-def test_loaded_by_the_auto_class(tiny_model, tmp_path, method):
-    tiny_model("llama").save_pretrained(tmp_path / "base")
-    model = adapted(type(tiny_model("llama")).from_pretrained(tmp_path / "base"), method)
-    model.save_pretrained(tmp_path / "adapter")
-    loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
-    torch.testing.assert_close(logits(loaded), logits(model))
 
 
 @by_family

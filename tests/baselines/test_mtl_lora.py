@@ -1,6 +1,5 @@
 """MTL-LoRA: its formula row by row, its start, and how every row gets its task in training and generation."""
 
-import copy
 import math
 from contextlib import nullcontext
 
@@ -12,7 +11,6 @@ from peft import get_peft_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from badit.baselines.mtl_lora import MtlLoraConfig
 from badit.errors import BaditError
 from badit.tuner import hooks_of
 from baselines import naive
@@ -82,15 +80,6 @@ def test_gradients_equal_the_naive_ones():
         assert not gradient[2].any()
 
 
-def test_the_temperature_sharpens():
-    sharp, even = one_layer(temperature=1e-3), one_layer(temperature=1e3)
-    for model, largest in ((sharp, 1.0), (even, 1 / 3)):
-        with hooks_of(model).rows_of(ROWS):
-            gates = layers(model)[0].component_gates("default", torch.zeros(3, 5, IN))
-        assert gates.shape == (3, 1, 6)
-        torch.testing.assert_close(gates[..., ::2].amax(dim=-1), torch.full((3, 1), largest), atol=1e-3, rtol=0)
-
-
 def test_the_start(tiny_model):
     layer = layers(adapt(tiny_model("llama"), "mtl-lora", r=4, num_experts=5))[0]
     out_features, in_features = layer.weight_OI.shape
@@ -145,15 +134,6 @@ def test_contexts_nest_and_end_with_an_error(tiny_model):
         assert torch.equal(forward(model, IDS, MASK).logits[MASK.bool()], outer)
     with pytest.raises(BaditError, match="each row's task"):
         forward(model, IDS, MASK)
-
-
-def test_other_models_need_no_tasks(tiny_model):
-    base = logits(tiny_model("llama"), rows=None)
-    model = adapted(tiny_model("llama"), "mtl-lora")
-    with model.disable_adapter():
-        assert torch.equal(logits(model, rows=None), base)
-    assert torch.equal(logits(model.unload(), rows=None), base)
-    assert torch.equal(logits(adapt(tiny_model("llama"), "hydralora"), rows=["of any name"]), base)
 
 
 # --- whole models ---
@@ -215,15 +195,6 @@ def test_a_second_adapter_has_tasks_of_its_own(tiny_model):
     assert torch.equal(logits(model), first)
 
 
-def test_a_copy_has_tasks_of_its_own(tiny_model):
-    model = adapted(tiny_model("llama"), "mtl-lora")
-    copied = copy.deepcopy(model)
-    assert torch.equal(logits(copied), logits(model))
-    with hooks_of(model).rows_of(ROWS), pytest.raises(BaditError, match="each row's task"):
-        forward(copied, IDS, MASK)
-    assert "badit.MtlLoraLinear" in repr(copied)
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -246,8 +217,3 @@ def test_the_tasks_may_be_set_before_the_adapter_is_made_and_not_left_out(tiny_m
         get_peft_model(tiny_model("llama"), options)
     options.tasks = TASKS
     assert len(layers(get_peft_model(tiny_model("llama"), options))) == 2
-
-
-def test_published_defaults():
-    options = MtlLoraConfig()
-    assert (options.num_experts, options.r, options.temperature, options.scaling) == (3, 8, 0.1, 8)

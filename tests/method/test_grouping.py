@@ -128,10 +128,6 @@ def test_a_component_without_a_usable_gradient_has_a_zero_row(poison, side):
     np.testing.assert_allclose(gram[others][:, others].diagonal(), 1.0, atol=2e-6)
 
 
-def test_gram_of_zero_gradients_is_zero():
-    assert torch.equal(cosine_gram(torch.zeros(4, 3), torch.zeros(2, 4)), torch.zeros(4, 4))
-
-
 @PROPERTY
 @given(st.integers(1, 6), _SEED)
 def test_sums_of_grams_are_positive_semidefinite(steps, seed):
@@ -184,41 +180,12 @@ def test_grouping_is_an_exact_partition_and_never_worse(shape, kind, solver, see
     assert after > before or np.array_equal(labels, current)
 
 
-@PROPERTY
-@given(_EXPERTS_AND_SIZE, st.integers(-12, 12), _SOLVER, _SEED)
-def test_grouping_is_an_exact_partition_for_any_symmetric_matrix(shape, exponent, solver, seed):
-    num_experts, size = shape
-    rng = np.random.default_rng(seed)
-    matrix = 10.0**exponent * rng.choice([-1.0, 1.0, 0.5, rng.standard_normal()], (num_experts * size,) * 2)
-    matrix = matrix + matrix.T
-    current = contiguous(num_experts, size)
-    labels = group_components(matrix, current, solver=solver, restarts=2, seed=seed)
-    assert_balanced(labels, num_experts, size)
-    assert grouping_objective(matrix, labels) >= grouping_objective(matrix, current)
-
-
 @pytest.mark.parametrize("solver", ["swap", "paper"])
 @pytest.mark.parametrize("kind", ["zero", "all equal", "orthogonal"])
 def test_labels_stay_where_every_grouping_is_as_good(kind, solver):
     gradients = unit_gradients(kind, 12, 0)
     current = np.random.default_rng(0).permutation(contiguous(3, 4))
     assert np.array_equal(group_components(gradients @ gradients.T, current, solver=solver), current)
-
-
-@pytest.mark.parametrize("solver", ["swap", "paper"])
-@pytest.mark.parametrize(("num_experts", "size"), [(1, 5), (5, 1)])
-def test_labels_stay_where_there_is_only_one_grouping(num_experts, size, solver):
-    gradients = unit_gradients("random", 5, 1)
-    current = np.random.default_rng(1).permutation(contiguous(num_experts, size))
-    assert np.array_equal(group_components(gradients @ gradients.T, current, solver=solver), current)
-
-
-@pytest.mark.parametrize("solver", ["swap", "paper"])
-def test_rounding_noise_moves_nothing(solver):
-    gradients = unit_gradients("all equal", 12, 0)
-    noise = 1e-9 * np.random.default_rng(2).standard_normal((12, 12))
-    current = contiguous(3, 4)
-    assert np.array_equal(group_components(gradients @ gradients.T + noise, current, solver=solver), current)
 
 
 @pytest.mark.parametrize("solver", ["swap", "paper"])
@@ -229,20 +196,6 @@ def test_a_seed_determines_the_grouping(seed, solver):
     first = group_components(gram, current, solver=solver, seed=seed)
     np.random.seed(seed)  # the global generator must not matter
     assert np.array_equal(group_components(gram.copy(), current, solver=solver, seed=seed), first)
-
-
-def test_the_seed_reaches_the_starts():
-    gradients = np.random.default_rng(0).standard_normal((60, 50))
-    gram, current = gradients @ gradients.T / 50, contiguous(15, 4)
-    results = {tuple(group_components(gram, current, restarts=1, seed=seed)) for seed in range(8)}
-    assert len(results) > 1
-
-
-def test_a_float32_gram_and_a_list_of_labels_are_taken():
-    gradients, _ = planted_gradients(0)
-    gram = gradients @ gradients.T
-    expected = group_components(gram, contiguous(8, 4))
-    assert np.array_equal(group_components(gram.astype(np.float32), contiguous(8, 4).tolist()), expected)
 
 
 @pytest.mark.parametrize(
@@ -336,7 +289,7 @@ def test_the_swap_solver_is_at_least_the_papers_from_a_bad_grouping():
         assert swap >= paper - 1e-6
         assert swap == pytest.approx(best)
         paper_optimal += paper == pytest.approx(best)
-        stuck += np.array_equal(grouping._polar_assignment(gram, bad, 8, 4), bad)
+        stuck += np.array_equal(grouping._until_stable(gram, bad, 8, grouping._polar_similarity), bad)
     assert paper_optimal < 12, "the paper's solver did as well: the comparison shows nothing"
     assert stuck >= 4, "the bad grouping was expected to be a fixed point of the paper's loop, often"
 
@@ -375,19 +328,12 @@ def test_exchanges_come_to_an_end_on_ties_in_large_numbers(seed, num_experts, si
     assert not thread.is_alive()
 
 
-@pytest.mark.parametrize("solver", ["swap", "paper"])
-def test_each_solver_finds_well_separated_groups(solver):
-    gradients, planted = planted_gradients(0, num_experts=3, size=4, noise=0.01)
-    labels = group_components(gradients @ gradients.T, contiguous(3, 4), solver=solver, restarts=3)
-    assert np.array_equal(match_labels(labels, planted), planted)
-
-
 @pytest.mark.parametrize("seed", range(8))
 def test_one_round_of_the_papers_loop_equals_it_on_real_vectors(seed):
     gradients = unit_gradients("random", 20, seed)
     labels = np.random.default_rng(seed).permutation(contiguous(4, 5))
     similarity = reference.polar_similarity(gradients, labels, 4)
-    found = grouping._polar_assignment(gradients @ gradients.T, labels, 4, 5, max_rounds=1)
+    found = grouping._assign_balanced(grouping._polar_similarity(gradients @ gradients.T, labels, 4))
     assert np.array_equal(found, reference.assign_balanced(similarity, 5))
 
 
@@ -398,19 +344,9 @@ def test_the_papers_loop_equals_it_on_real_vectors(seed):
     start[:2] = start[2]  # k-means hands over groups of unequal sizes
     expected = reference.polar_grouping(gradients, start, 4, 5)
     assert_balanced(expected, 4, 5)
-    assert np.array_equal(grouping._polar_assignment(gradients @ gradients.T, start, 4, 5), expected)
-
-
-@PROPERTY
-@given(st.integers(2, 5), st.integers(2, 4), _SEED)
-def test_polar_targets_need_only_the_gram(num_experts, size, seed):
-    gradients = np.random.default_rng(seed).standard_normal((num_experts * size, 30))
-    onehot = np.eye(num_experts)[contiguous(num_experts, size)]
-    gram = gradients @ gradients.T
-    values, vectors = np.linalg.eigh(onehot.T @ gram @ onehot)
-    in_gram_space = gram @ onehot @ (vectors / np.sqrt(values)) @ vectors.T
-    on_vectors = reference.polar_similarity(gradients, contiguous(num_experts, size), num_experts)
-    np.testing.assert_allclose(in_gram_space, on_vectors, atol=1e-8)
+    assert np.array_equal(
+        grouping._until_stable(gradients @ gradients.T, start, 4, grouping._polar_similarity), expected
+    )
 
 
 @PROPERTY
@@ -453,14 +389,6 @@ def test_matching_keeps_the_groups_and_the_largest_overlap(shape, seed):
 
 
 @pytest.mark.parametrize("solver", ["swap", "paper"])
-@pytest.mark.parametrize("seed", range(5))
-def test_nothing_moves_where_the_present_grouping_is_the_planted_one_renamed(seed, solver):
-    gradients, planted = planted_gradients(seed)
-    current = np.random.default_rng(seed).permutation(8)[planted]
-    assert np.array_equal(group_components(gradients @ gradients.T, current, solver=solver, seed=seed), current)
-
-
-@pytest.mark.parametrize("solver", ["swap", "paper"])
 def test_a_regrouping_keeps_as_many_names_as_it_can(solver):
     regrouped = 0
     for seed in range(12):
@@ -473,14 +401,6 @@ def test_a_regrouping_keeps_as_many_names_as_it_can(solver):
         )
         regrouped += kept < 12
     assert regrouped >= 6
-
-
-def test_a_regrouping_moves_only_the_components_that_were_misplaced():
-    gradients, planted = planted_gradients(3)
-    current = planted.copy()
-    i, j = int(np.flatnonzero(planted == 0)[0]), int(np.flatnonzero(planted == 5)[0])
-    current[i], current[j] = current[j], current[i]
-    assert np.array_equal(group_components(gradients @ gradients.T, current), planted)
 
 
 # --- expert_angles ---

@@ -31,13 +31,6 @@ def test_greedy_equals_teacher_forcing(tiny_model, family, options):
     assert torch.equal(generate(model, ids, mask, **options), greedy_by_hand(model, ids, mask, NEW))
 
 
-@pytest.mark.parametrize("options", [{}, {"use_cache": False}], ids=str)
-def test_greedy_with_every_linear_adapted(tiny_model, options):
-    model = adapted(tiny_model("qwen3"), target_modules="all-linear")
-    ids, mask = padded(ROWS)
-    assert torch.equal(generate(model, ids, mask, **options), greedy_by_hand(model, ids, mask, NEW))
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_row_generates_what_it_generates_alone(tiny_model, family):
     model = adapted(tiny_model(family))
@@ -53,13 +46,6 @@ def test_beams_equal_the_beams_of_a_batch_of_one(tiny_model, family, options):
     together = generate(model, *padded(ROWS), num_beams=3, **options)[:, -NEW:]
     for row, expected in zip(ROWS, together, strict=True):
         assert torch.equal(generate(model, *padded([row]), num_beams=3)[0, -NEW:], expected)
-
-
-def test_several_sequences_a_prompt_share_its_routing(tiny_model):
-    model = adapted(tiny_model("llama"))
-    ids, mask = padded(ROWS)
-    found = generate(model, ids, mask, num_beams=3, num_return_sequences=3)
-    assert torch.equal(found[::3], generate(model, ids, mask, num_beams=3))
 
 
 def test_several_calls_in_a_row_with_other_batch_sizes(tiny_model):
@@ -80,21 +66,6 @@ def test_inputs_embeds_and_positional_input(tiny_model):
         assert torch.equal(model.base_model.generate(ids, use_cache=use_cache, **options), expected)
         new = model.generate(inputs_embeds=embedded, use_cache=use_cache, **options)
         assert torch.equal(new, expected[:, -NEW:])
-
-
-def test_right_padding_is_warned_of_by_transformers(tiny_model, caplog):
-    import logging
-
-    from transformers.utils import logging as transformers_logging
-
-    model = adapted(tiny_model("llama"))
-    transformers_logging.enable_propagation()
-    try:
-        with caplog.at_level(logging.WARNING, logger="transformers"):
-            generate(model, *padded(ROWS, "right"))
-    finally:
-        transformers_logging.disable_propagation()
-    assert "right-padding was detected" in caplog.text
 
 
 @torch.no_grad()

@@ -15,8 +15,7 @@ from peft.utils.hotswap import hotswap_adapter
 from transformers import OPTConfig, OPTForCausalLM
 
 from badit.errors import BaditError
-from badit.tuner import BaditConfig
-from tuner.helpers import FAMILIES, adapt, adapted, config, forward, layers, padded, random_rows, randomise
+from tuner.helpers import FAMILIES, adapt, adapted, forward, layers, padded, random_rows, randomise
 
 # PEFT 0.19 looks for the saved configuration of a base model that was never saved.
 pytestmark = pytest.mark.filterwarnings("ignore:Could not find a config file in  - :UserWarning")
@@ -62,13 +61,6 @@ def test_no_code_of_a_pickled_file_is_run(tiny_model: Model, tmp_path: Path) -> 
     assert not (tmp_path / "harm").exists()
 
 
-def test_safetensors_are_read_before_a_pickled_file(tiny_model: Model, tmp_path: Path) -> None:
-    model = adapted(tiny_model("llama"))
-    model.save_pretrained(tmp_path)
-    (tmp_path / "adapter_model.bin").write_bytes(b"damaged")
-    assert torch.equal(logits(PeftModel.from_pretrained(tiny_model("llama"), tmp_path)), logits(model))
-
-
 @pytest.mark.parametrize("safe_merge", [False, True])
 def test_a_refused_merge_leaves_weights_and_adapter_alone(tiny_model: Model, safe_merge: bool) -> None:
     model = adapted(tiny_model("llama"))
@@ -82,13 +74,6 @@ def test_a_refused_merge_leaves_weights_and_adapter_alone(tiny_model: Model, saf
     assert not any(layer.merged for layer in layers(model))
 
 
-def test_a_weighted_combination_of_adapters_is_refused(tiny_model: Model) -> None:
-    model = adapted(tiny_model("llama"))
-    model.add_adapter("other", config())
-    with pytest.raises(AttributeError, match="add_weighted_adapter"):
-        model.add_weighted_adapter(["default", "other"], [0.5, 0.5], "both")
-
-
 def test_swapping_weights_into_a_running_model_is_refused(tiny_model: Model, tmp_path: Path) -> None:
     model = adapted(tiny_model("llama"))
     expected = logits(model)
@@ -96,11 +81,6 @@ def test_swapping_weights_into_a_running_model_is_refused(tiny_model: Model, tmp
     with pytest.raises(ValueError, match=r"(?i)hotswap"):
         hotswap_adapter(model, tmp_path, adapter_name="default")
     assert torch.equal(logits(model), expected)
-
-
-def test_target_parameters_are_refused(tiny_model: Model) -> None:
-    with pytest.raises(TypeError, match="target_parameters"):
-        BaditConfig(target_parameters=["mlp.gate_proj.weight"])  # pyright: ignore[reportCallIssue]
 
 
 @TIED

@@ -80,15 +80,6 @@ def test_the_files(tiny_model, tmp_path):
     assert (written["peft_type"], written["num_experts"], written["r"]) == ("BADIT", 3, 2)
 
 
-def test_a_bf16_base_model(tiny_model, tmp_path):
-    model = adapted(tiny_model("llama", dtype=torch.bfloat16))
-    model.save_pretrained(tmp_path)
-    loaded = PeftModel.from_pretrained(tiny_model("llama", dtype=torch.bfloat16), tmp_path).eval()
-    assert layers(loaded)[0].badit_A["default"].dtype == torch.float32
-    assert torch.equal(layers(loaded)[0].expert_of("default"), layers(model)[0].expert_of("default"))
-    torch.testing.assert_close(logits(loaded), logits(model))
-
-
 @pytest.mark.parametrize("low_memory", [False, True])
 def test_training_goes_on_after_loading(tiny_model, tmp_path, low_memory):
     model = adapted(tiny_model("llama"))

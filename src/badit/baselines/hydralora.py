@@ -8,11 +8,12 @@ The gates are per token and dense. A and W_g start as LoRA's A does, B_k at zero
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 from badit.baselines import baseline
 from badit.baselines.mixture import MixtureConfig, MixtureModel
+from badit.tuner.config import COUNT, option
 
 
 @baseline("hydralora", MixtureModel)
@@ -23,5 +24,5 @@ class HydraLoraConfig(MixtureConfig):
     method: ClassVar[str] = "BADIT_HYDRALORA"
     shares_A: ClassVar[bool] = True
 
-    num_experts: int = field(default=4, metadata={"help": "Number of B's."})
-    r: int = field(default=4, metadata={"help": "Rank of A and of every B."})
+    num_experts: int = option(4, "Number of B's.", COUNT)
+    r: int = option(4, "Rank of A and of every B.", COUNT)
