@@ -189,6 +189,14 @@ def test_labels_stay_where_every_grouping_is_as_good(kind, solver):
 
 
 @pytest.mark.parametrize("solver", ["swap", "paper"])
+def test_rounding_noise_moves_nothing(solver):
+    gradients = unit_gradients("all equal", 12, 0)
+    noise = 1e-9 * np.random.default_rng(2).standard_normal((12, 12))
+    current = contiguous(3, 4)
+    assert np.array_equal(group_components(gradients @ gradients.T + noise, current, solver=solver), current)
+
+
+@pytest.mark.parametrize("solver", ["swap", "paper"])
 @pytest.mark.parametrize("seed", range(5))
 def test_a_seed_determines_the_grouping(seed, solver):
     gradients = unit_gradients("random", 24, seed)

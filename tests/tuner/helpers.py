@@ -31,7 +31,7 @@ def layers(model: torch.nn.Module) -> list[BaditLinear]:
 
 
 @torch.no_grad()
-def randomise(model: Any, adapter: str = "default", seed: int = 0) -> Any:
+def randomise(model: Any, adapter: str = "default", seed: int = 0, size: float = 0.1) -> Any:
     """Moves A and B off their start, makes the router decide, and shuffles the grouping: an adapter after training."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -42,8 +42,8 @@ def randomise(model: Any, adapter: str = "default", seed: int = 0) -> Any:
         if adapter not in layer.badit_A:
             continue
         a, b, router = layer.badit_A[adapter], layer.badit_B[adapter], layer.badit_router[adapter]
-        a.add_(noise(a, 0.1))
-        b.add_(noise(b, 0.1))
+        a.add_(noise(a, size))
+        b.add_(noise(b, size))
         router.copy_(noise(router, 2.0 / router.shape[1] ** 0.5))
         if adapter in layer.badit_moments:
             layer.badit_moments[adapter].copy_(noise(layer.badit_moments[adapter], 1.0).abs() + 0.5)
@@ -74,6 +74,12 @@ def forward(model: Any, ids: torch.Tensor, mask: torch.Tensor, cache: Any = None
     if cache is not None:
         options[cache_name(model)] = cache
     return model(input_ids=ids, attention_mask=mask, position_ids=positions(mask)[:, -ids.shape[1] :], **options)
+
+
+@torch.no_grad()
+def logits(model: Any, ids: torch.Tensor, mask: torch.Tensor, **options: Any) -> torch.Tensor:
+    """At the attended positions."""
+    return forward(model, ids, mask, **options).logits[mask.bool()]
 
 
 def generate(model: Any, ids: torch.Tensor, mask: torch.Tensor, new_tokens: int = NEW, **options: Any) -> torch.Tensor:

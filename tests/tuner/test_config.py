@@ -17,10 +17,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:Could not find a config file in 
 IDS, MASK = padded(random_rows(5, 8))
 
 
-def names(model):
-    return [layer.name for layer in layers(model)]
-
-
 def logits(model):
     with torch.no_grad():
         return forward(model, IDS, MASK).logits
@@ -29,16 +25,14 @@ def logits(model):
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        *[(name, value) for name in ("num_experts", "r") for value in (0, -1, 2.0, True, "4", None)],
-        *[("lora_alpha", value) for value in (0, -1, "32", None, True, float("nan"), float("inf"), 10**400)],
-        *[("lora_dropout", value) for value in (-0.1, 1.0, "0.1", None, float("nan"))],
-        *[("svd_tolerance", value) for value in (0, -1e-3, "small", None, float("nan"), float("inf"))],
+        *[("num_experts", value) for value in (0, 2.0, True, "4", None)],
+        ("r", 0),
+        *[("lora_alpha", value) for value in (0, "32", None, True, float("nan"), float("inf"), 10**400)],
+        *[("lora_dropout", value) for value in (-0.1, 1.0, "0.1", float("nan"))],
+        ("svd_tolerance", 0),
         *[("top_k", value) for value in (0, 9, 1.5, True)],
-        *[("routing", value) for value in ("sequence", None, "PROMPT")],
-        *[("gates", value) for value in ("sigmoid", None)],
         *[("init_weights", value) for value in ("pissa", 1, None, False)],
-        *[("svd_method", value) for value in ("fast", None)],
-        *[("bias", value) for value in ("lora_only", None, True)],
+        *[(name, "other") for name in ("routing", "router_input", "gates", "svd_method", "bias", "num_experts")],
     ],
 )
 def test_bad_values_are_refused(field, value):
@@ -49,7 +43,6 @@ def test_bad_values_are_refused(field, value):
 @pytest.mark.parametrize(
     ("options", "field"),
     [
-        ({"router_input": "median"}, "router_input must be one of 'mean', 'standardised'"),
         ({"router_input": "standardised", "routing": "token"}, "needs routing='prompt'"),
         ({"target_modules": r".*gate_proj", "layers_to_transform": [0]}, "layers_to_transform"),
         ({"target_modules": r".*gate_proj", "layers_pattern": "layers"}, "layers_pattern"),
@@ -70,18 +63,36 @@ def test_lora_dropout_is_active_in_training_only(tiny_model):
 
 
 @pytest.mark.parametrize(
-    ("target_modules", "expected"),
+    ("options", "expected"),
     [
-        (None, ["mlp.gate_proj"]),
-        (["q_proj", "down_proj"], ["self_attn.q_proj", "mlp.down_proj"]),
-        (("v_proj",), ["self_attn.v_proj"]),
-        (r".*\.mlp\.(gate|up)_proj", ["mlp.gate_proj", "mlp.up_proj"]),
-        ("all-linear", [f"self_attn.{x}_proj" for x in "qkvo"] + [f"mlp.{x}_proj" for x in ("gate", "up", "down")]),
+        ({"target_modules": ["q_proj", "down_proj"]}, ["0.self_attn.q", "0.mlp.down", "1.self_attn.q", "1.mlp.down"]),
+        ({"target_modules": ("v_proj",)}, ["0.self_attn.v", "1.self_attn.v"]),
+        ({"target_modules": r".*1\.mlp\.(gate|up)_proj"}, ["1.mlp.gate", "1.mlp.up"]),
+        ({"exclude_modules": ["model.layers.1.mlp.gate_proj"]}, ["0.mlp.gate"]),
+        ({"exclude_modules": r".*layers\.1\..*"}, ["0.mlp.gate"]),
+        ({"target_modules": ["up_proj"], "layers_to_transform": 1}, ["1.mlp.up"]),
+        ({"target_modules": ["up_proj"], "layers_to_transform": [0], "layers_pattern": "layers"}, ["0.mlp.up"]),
     ],
+    ids=str,
 )
-def test_target_modules(tiny_model, target_modules, expected):
-    model = adapt(tiny_model("llama"), target_modules=target_modules)
-    assert names(model) == [f"model.layers.{i}.{name}" for i in range(2) for name in expected]
+def test_which_modules_are_adapted(tiny_model, options, expected):
+    model = adapt(tiny_model("llama"), **options)
+    assert [layer.name for layer in layers(model)] == [f"model.layers.{name}_proj" for name in expected]
+
+
+@SAYS_TIED
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"target_modules": ["embed_tokens"]}, r"embed_tokens is a Embedding.*change target_modules"),
+        ({"target_modules": ["no_such_layer"]}, "not found in the base model"),
+        ({"r": 11}, r"layers\.0\.mlp\.gate_proj.*num_experts × r = 33.*lower num_experts or r"),
+    ],
+    ids=str,
+)
+def test_modules_that_cannot_be_adapted_are_refused(tiny_model, options, message):
+    with pytest.raises(ValueError, match=message):
+        adapt(tiny_model("llama"), **options)
 
 
 @pytest.mark.parametrize("init_weights", [True, "bad", "lora"])

@@ -15,21 +15,6 @@ def logits(model):
         return forward(model, IDS, MASK).logits
 
 
-def weights(model):
-    """The base model's weights by their names there."""
-    return {
-        name.removeprefix("base_model.model.").replace(".base_layer.", "."): value.clone()
-        for name, value in [*model.named_parameters(), *model.named_buffers()]
-        if "badit_" not in name
-    }
-
-
-def assert_same_weights(one, other):
-    assert one.keys() == other.keys()
-    for name, value in one.items():
-        assert torch.equal(value, other[name]), name
-
-
 def with_two(base, **second):
     model = adapted(base)
     model.add_adapter("second", config(**{"num_experts": 4, **second}))
@@ -70,35 +55,6 @@ def test_both_at_once_decode_as_they_are_teacher_forced(tiny_model):
     forced = teacher_forced(model, IDS, MASK, 8)[:, 7:]
     assert torch.equal(MASK[:, 7], torch.ones(3, dtype=torch.long))
     torch.testing.assert_close(cached_steps(model, IDS, MASK, 8, DynamicCache()), forced, atol=1e-4, rtol=1e-4)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_disabled_is_the_base_model_to_the_bit(tiny_model, family):
-    model = adapted(tiny_model(family), target_modules="all-linear")
-    expected = logits(model)
-    with model.disable_adapter():
-        assert torch.equal(logits(model), logits(tiny_model(family)))
-        assert_same_weights(weights(model), weights(tiny_model(family)))
-    assert torch.equal(logits(model), expected)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_unload_leaves_no_trace(tiny_model, family):
-    base = tiny_model(family)
-    modules = [type(module) for module in base.modules()]
-    own = set(vars(base))
-    model = adapted(base, target_modules="all-linear")
-    logits(model)
-    unloaded = model.unload()
-    assert unloaded is base
-    assert_same_weights(weights(unloaded), weights(tiny_model(family)))
-    assert torch.equal(logits(unloaded), logits(tiny_model(family)))
-    assert [type(module) for module in unloaded.modules()] == modules
-    for module in unloaded.modules():
-        assert not module._forward_pre_hooks
-        assert not module._forward_hooks
-    assert not {name for name in set(vars(unloaded)) - own if "badit" in name or name == "generate"}
-    torch.testing.assert_close(logits(adapt(unloaded)), logits(tiny_model(family)), atol=1e-5, rtol=0)
 
 
 def test_a_refused_adapter_leaves_no_configuration_behind(tiny_model):

@@ -14,8 +14,7 @@ from peft import PeftModel
 from peft.utils.hotswap import hotswap_adapter
 from transformers import OPTConfig, OPTForCausalLM
 
-from badit.errors import BaditError
-from tuner.helpers import FAMILIES, adapt, adapted, forward, layers, padded, random_rows, randomise
+from tuner.helpers import FAMILIES, adapt, adapted, forward, padded, random_rows, randomise
 
 # PEFT 0.19 looks for the saved configuration of a base model that was never saved.
 pytestmark = pytest.mark.filterwarnings("ignore:Could not find a config file in  - :UserWarning")
@@ -59,19 +58,6 @@ def test_no_code_of_a_pickled_file_is_run(tiny_model: Model, tmp_path: Path) -> 
     with pytest.raises(pickle.UnpicklingError):
         PeftModel.from_pretrained(tiny_model("llama"), tmp_path)
     assert not (tmp_path / "harm").exists()
-
-
-@pytest.mark.parametrize("safe_merge", [False, True])
-def test_a_refused_merge_leaves_weights_and_adapter_alone(tiny_model: Model, safe_merge: bool) -> None:
-    model = adapted(tiny_model("llama"))
-    layers(model)[0].badit_A["default"].data[0, 0] = torch.nan
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    for merge in (model.merge_adapter, model.merge_and_unload, layers(model)[0].merge):
-        with pytest.raises(BaditError, match="no single weight to merge into"):
-            merge(safe_merge=safe_merge)
-    after = model.state_dict()
-    assert all(torch.equal(tensor.nan_to_num(7), after[name].nan_to_num(7)) for name, tensor in before.items())
-    assert not any(layer.merged for layer in layers(model))
 
 
 def test_swapping_weights_into_a_running_model_is_refused(tiny_model: Model, tmp_path: Path) -> None:

@@ -34,35 +34,6 @@ def no_svd(monkeypatch):
     return lambda: monkeypatch.setattr(config_module, "top_singular_triples", refuse)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"init_weights": "lora"},
-        {"init_weights": "directions", "router_input": "standardised"},
-    ],
-    ids=str,
-)
-@pytest.mark.parametrize("family", FAMILIES)
-def test_from_pretrained(tiny_model, tmp_path, no_svd, family, options):
-    model = adapted(tiny_model(family), **options)
-    expected = logits(model)
-    model.save_pretrained(tmp_path)
-    no_svd()
-    for low_memory in (False, True):
-        loaded = PeftModel.from_pretrained(tiny_model(family), tmp_path, low_cpu_mem_usage=low_memory).eval()
-        torch.testing.assert_close(logits(loaded), expected, atol=1e-5, rtol=1e-5)
-        assert not any(p.requires_grad for p in loaded.parameters())
-        for ours, theirs in zip(layers(model), layers(loaded), strict=True):
-            assert theirs.expert_of("default").dtype == torch.int64
-            assert torch.equal(theirs.expert_of("default"), ours.expert_of("default"))
-            assert ours.expert_of("default").tolist() != [0, 0, 1, 1, 2, 2]
-            tensors = ("badit_A", "badit_B", "badit_router", "badit_A0", "badit_B0", "badit_moments", "badit_batches")
-            for name in tensors:
-                if "default" in getattr(ours, name):
-                    assert torch.equal(getattr(theirs, name)["default"], getattr(ours, name)["default"]), name
-
-
 def test_the_files(tiny_model, tmp_path):
     model = adapted(tiny_model("llama"))
     model.save_pretrained(tmp_path)
@@ -78,25 +49,6 @@ def test_the_files(tiny_model, tmp_path):
     assert {str(tensor.dtype) for name, tensor in saved.items() if "expert_of" in name} == {"torch.int64"}
     written = json.loads((tmp_path / "adapter_config.json").read_text())
     assert (written["peft_type"], written["num_experts"], written["r"]) == ("BADIT", 3, 2)
-
-
-@pytest.mark.parametrize("low_memory", [False, True])
-def test_training_goes_on_after_loading(tiny_model, tmp_path, low_memory):
-    model = adapted(tiny_model("llama"))
-    model.save_pretrained(tmp_path)
-    loaded = PeftModel.from_pretrained(
-        tiny_model("llama"), tmp_path, is_trainable=True, low_cpu_mem_usage=low_memory
-    ).train()
-    model.train()
-    names = {name for name, p in model.named_parameters() if p.requires_grad}
-    assert {name for name, p in loaded.named_parameters() if p.requires_grad} == names
-    assert len(names) == 6
-    for one in (model, loaded):
-        forward(one, IDS, MASK, prompt_mask=MASK).logits.square().mean().backward()
-    theirs = dict(loaded.named_parameters())
-    for name, parameter in model.named_parameters():
-        if name in names:
-            torch.testing.assert_close(theirs[name].grad, parameter.grad)
 
 
 @pytest.mark.parametrize("family", LOADED_BY_TRANSFORMERS)
