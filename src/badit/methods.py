@@ -18,7 +18,6 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, get_args
 
 import torch
@@ -47,6 +46,7 @@ if TYPE_CHECKING:
 _INTERNAL = {"peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
              "inference_mode", "runtime_config", "tasks", "past_branches", FORMAT_FIELD}  # fmt: skip
 WEIGHTS = "weights.safetensors"
+Tensors = Mapping[str, torch.Tensor]
 
 
 class Method:
@@ -76,13 +76,8 @@ class Method:
         """The base model with what :meth:`save` wrote to ``folder``, for inference; BaditError if it is damaged."""
         return model
 
-    def save(
-        self, model: Any, folder: Path, base_model: str, weights: Mapping[str, torch.Tensor] | None = None
-    ) -> None:
-        """Writes what was learnt; ``base_model`` is the recipe's name of the base model.
-
-        ``weights`` are whole tensors by name, of a model that has only shards of them.
-        """
+    def save(self, model: Any, folder: Path, base_model: str, weights: Tensors | None = None) -> None:
+        """Writes what was learnt, under the recipe's name of the base model; ``weights`` replace a model's shards."""
 
     def trained_parameters(self, model: Any) -> int:
         """How many numbers training changes, in a model that :meth:`apply` has made ready."""
@@ -148,9 +143,7 @@ class AdapterMethod(Method):
     def load(self, model: PreTrainedModel, folder: Path) -> PeftModel:
         return load_adapter(model, folder, self.config, trainable=False).eval()
 
-    def save(
-        self, model: PeftModel, folder: Path, base_model: str, weights: Mapping[str, torch.Tensor] | None = None
-    ) -> None:
+    def save(self, model: PeftModel, folder: Path, base_model: str, weights: Tensors | None = None) -> None:
         # The recipe's name; a built-in model's own would be a folder of this machine's cache. Embeddings are frozen,
         # and to see whether to save them, PEFT would look that name up on a hub.
         model.peft_config["default"].base_model_name_or_path = base_model
@@ -207,14 +200,10 @@ class WeightsMethod(Method):
         """The weights that a saved file must have."""
         return {name for name, _ in model.named_parameters()}
 
-    def save(
-        self, model: PreTrainedModel, folder: Path, base_model: str, weights: Mapping[str, torch.Tensor] | None = None
-    ) -> None:
+    def save(self, model: PreTrainedModel, folder: Path, base_model: str, weights: Tensors | None = None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        whole = weights or {}
-        trained = {
-            name: whole.get(name, p).detach().contiguous() for name, p in model.named_parameters() if p.requires_grad
-        }
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        trained = {name: (weights or {}).get(name, p).detach().contiguous() for name, p in trained.items()}
         save_file(trained, folder / WEIGHTS, metadata={"base_model": base_model, "method": self.name})
 
 
@@ -268,56 +257,42 @@ def build_method(section: Mapping[str, Any]) -> Method:
     """
     options = dict(section)
     name = options.pop("name", "badit")
-    if not isinstance(name, str) or name not in _METHODS:
-        known = ", ".join(_METHODS)
-        raise BaditError(f"method.name: unknown method {name!r:.60}{nearest(name, _METHODS)}; known: {known}")
-    return _METHODS[name](options)
-
-
-def _badit(options: dict[str, Any]) -> Method:
-    regroup = options.pop("regroup", {})
-    if regroup is not None:
-        if not isinstance(regroup, dict):
-            raise BaditError("method.regroup: must be a mapping such as {every: 20}, or null to train without DOG")
-        known = inspect.signature(RegroupCallback).parameters.keys() - {"probe", "log_path", "checkpoint"}
-        _built(RegroupCallback, "method.regroup", regroup, known)
-    return AdapterMethod("badit", _config(BaditConfig, options), regroup=regroup)
-
-
-def _adapter(name: str, baseline: Baseline, surgery: Surgery | None, options: dict[str, Any]) -> Method:
-    for key in options.keys() & baseline.settled.keys():
-        raise BaditError(f"method.{key}: is what the name {name} stands for ({baseline.settled[key]}); leave it out")
-    config = _config(baseline.config_cls, options, baseline.settled)
-    return AdapterMethod(name, config, check=baseline.check, surgery=surgery)
-
-
-def _neurons(options: dict[str, Any]) -> Method:
-    known = {field.name for field in dataclasses.fields(NeuronOptions)}
-    return NeuronMethod("task-neurons", _built(NeuronOptions, "method", options, known))
-
-
-def _without_options(name: str, kind: type[Method], options: dict[str, Any]) -> Method:
-    return _built(partial(kind, name), "method", options, set())
-
-
-_METHODS: dict[str, Callable[[dict[str, Any]], Method]] = {
-    "badit": _badit,
-    **{name: partial(_adapter, name, baseline, None) for name, baseline in BASELINES.items()},
-    **{name: partial(_adapter, name, BASELINES["lora"], name) for name in get_args(Surgery)},
-    "task-neurons": _neurons,
-    "full": partial(_without_options, "full", WeightsMethod),
-    "base": partial(_without_options, "base", Method),
-}
-
-
-def _config(config_cls: type[Any], options: dict[str, Any], settled: Mapping[str, Any] = MappingProxyType({})) -> Any:
+    if not isinstance(name, str) or name not in _NAMES:
+        raise BaditError(f"method.name: unknown method {name!r:.60}{nearest(name, _NAMES)}; known: {', '.join(_NAMES)}")
+    if name in ("full", "base"):
+        return _built(partial(WeightsMethod if name == "full" else Method, name), options, set())
+    if name == "task-neurons":
+        return NeuronMethod(name, _built(NeuronOptions, options, _fields(NeuronOptions)))
     for key in options.keys() & RETIRED_FIELDS:
         raise BaditError(f"method.{key}: is no option any more and changed no result; leave it out")
-    known = {field.name for field in dataclasses.fields(config_cls) if field.init} - _INTERNAL - settled.keys()
-    return _built(partial(config_cls, task_type="CAUSAL_LM", **settled), "method", options, known)
+    if name == "badit":
+        regroup = options.pop("regroup", {})
+        if regroup is not None and not isinstance(regroup, dict):
+            raise BaditError("method.regroup: must be a mapping such as {every: 20}, or null to train without DOG")
+        if regroup is not None:
+            known = inspect.signature(RegroupCallback).parameters.keys() - {"probe", "log_path", "checkpoint"}
+            _built(RegroupCallback, regroup, known, "method.regroup")
+        return AdapterMethod(name, _config(Baseline(BaditConfig), options), regroup=regroup)
+    surgery: Any = name if name in get_args(Surgery) else None
+    baseline = BASELINES["lora" if surgery else name]
+    for key in options.keys() & baseline.settled.keys():
+        raise BaditError(f"method.{key}: is what the name {name} stands for ({baseline.settled[key]}); leave it out")
+    return AdapterMethod(name, _config(baseline, options), check=baseline.check, surgery=surgery)
 
 
-def _built(build: Callable[..., Any], place: str, options: Mapping[str, Any], known: set[str]) -> Any:
+_NAMES = ["badit", *BASELINES, *get_args(Surgery), "task-neurons", "full", "base"]
+
+
+def _config(baseline: Baseline, options: dict[str, Any]) -> PeftConfig:
+    known = _fields(baseline.config_cls) - _INTERNAL - baseline.settled.keys()
+    return _built(partial(baseline.config_cls, task_type="CAUSAL_LM", **baseline.settled), options, known)
+
+
+def _fields(options_cls: type[Any]) -> set[str]:
+    return {field.name for field in dataclasses.fields(options_cls) if field.init}
+
+
+def _built(build: Callable[..., Any], options: Mapping[str, Any], known: set[str], place: str = "method") -> Any:
     for key in options:
         if key not in known:
             raise BaditError(f"{place}.{key}: unknown key{nearest(key, known)}")

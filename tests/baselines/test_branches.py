@@ -10,7 +10,6 @@ from torch import nn
 from transformers import DynamicCache, T5Config, T5ForConditionalGeneration
 
 import reference
-from badit.baselines import BASELINES
 from badit.errors import BaditError
 from baselines import naive
 from baselines.naive import (
@@ -80,16 +79,6 @@ def test_step_0_is_the_base_model_and_a_new_task_starts_where_the_last_ended(tin
             torch.testing.assert_close(logits(model), before, atol=1e-4, rtol=1e-4)
         randomise(model, seed=5)
         assert (logits(model) - before).abs().max() > 1e-2
-
-
-@pytest.mark.parametrize("method", BRANCHES)
-def test_the_number_of_trained_parameters_does_not_grow(tiny_model, method):
-    width, hidden, inner, rank = 32, 10, 48, 2
-    in_the_gate = {"o-lora": 0, "gainlora": 2 * hidden * width + width, "sapt": 2 * hidden * width + 3 * width}
-    model = adapt(tiny_model("llama"), method)
-    for _ in range(3):
-        assert model.get_nb_trainable_parameters()[0] == 2 * rank * (width + inner) + in_the_gate[method]
-        model.base_model.next_task()
 
 
 @pytest.mark.parametrize("method", BRANCHES)
@@ -183,20 +172,10 @@ def test_passes_without_gates_are_refused(tiny_model, method):
         get_peft_model(nn.Sequential(nn.Linear(4, 4)), config(method, target_modules=["0"], task_type=None))
 
 
-@pytest.mark.parametrize("method", BRANCHES)
-def test_its_options(method):
-    config_cls = BASELINES[method].config_cls
-    default = config_cls()
-    assert (default.r, default.lora_alpha, default.lora_dropout, default.past_branches) == (4, 32, 0.05, 0)
-    with pytest.raises(TypeError, match="num_experts"):
-        config_cls(num_experts=2)
-    for value in (-1, 1.5, True):
-        with pytest.raises(BaditError, match="past_branches must be a whole number of at least 0"):
-            config_cls(past_branches=value)
-    if method in GATED:
-        assert default.gate_hidden_size == 100
-        with pytest.raises(BaditError, match="gate_hidden_size must be a whole number of at least 1"):
-            config_cls(gate_hidden_size=0)
+@pytest.mark.parametrize("value", [-1, 1.5, True])
+def test_the_number_of_past_branches_is_checked(value):
+    with pytest.raises(BaditError, match="past_branches must be a whole number of at least 0"):
+        config("o-lora", past_branches=value)
 
 
 def test_a_model_without_tokens_can_have_branches_without_gates():

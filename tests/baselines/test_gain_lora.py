@@ -75,17 +75,6 @@ def test_the_share_of_energy_grows_with_the_tasks(monkeypatch, past):
     assert shares == pytest.approx(3 * [0.995 + 0.005 * min(past, 15) / 15])
 
 
-def test_the_projectors_are_of_the_inputs_of_each_map(monkeypatch):
-    monkeypatch.setattr("badit.baselines.gain_lora._SHARE_OF_ENERGY", 1.0)
-    made, prompts = new_gate(), torch.randn(3, WIDTH)
-    hidden = torch.nn.functional.silu(prompts @ made.down.T).detach()
-    z = torch.nn.functional.silu(hidden @ made.up.T).detach()
-    made.end_task(prompts)
-    for projector, inputs in ((made.seen_by_down, prompts), (made.seen_by_up, hidden), (made.seen_by_key, z)):
-        assert projector.trace().item() == pytest.approx(3, abs=1e-4)
-        torch.testing.assert_close(inputs @ projector, inputs, atol=1e-5, rtol=1e-4)
-
-
 @given(st.integers(1, 5), st.floats(1e-3, 1.0), st.integers(0, 2**32 - 1))
 @settings(max_examples=30, deadline=None)
 def test_no_update_opens_a_new_gate_on_the_earlier_prompts(count, size, seed):

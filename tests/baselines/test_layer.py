@@ -4,8 +4,6 @@ import math
 
 import pytest
 import torch
-from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 import reference
 from badit.baselines.mixture import MixtureLinear
@@ -13,20 +11,15 @@ from badit.errors import BaditError
 from badit.tuner.prompt import RoutingContext
 from baselines import naive
 from baselines.naive import MIXTURES, config, randomise
+from tuner.helpers import KINDS, base_layer
 
 IN, OUT = 20, 18  # the chunks of four experts have 4 directions, of which rank 2 takes half
-KINDS = ("linear", "linear without bias", "conv1d")
 
 
 def make(method, kind="linear", *, dtype=torch.float64, at_start=False, **options):
-    if kind == "conv1d":
-        base = Conv1D(OUT, IN)
-        nn.init.normal_(base.weight)
-        nn.init.normal_(base.bias)
-    else:
-        base = nn.Linear(IN, OUT, bias=kind == "linear")
-    base.requires_grad_(False)
-    layer = MixtureLinear(base.to(dtype), "layer", RoutingContext(), "default", config(method, **options))
+    layer = MixtureLinear(
+        base_layer(kind, IN, OUT).to(dtype), "layer", RoutingContext(), "default", config(method, **options)
+    )
     layer.set_adapter("default")
     return (layer if at_start else randomise(layer)).eval()
 

@@ -130,15 +130,6 @@ def max_relative_residual(weight, triples):
     return (residual / s).max()
 
 
-@pytest.mark.parametrize("tolerance", [1e-1, 1e-2, 1e-4])
-def test_the_tolerance_asked_for_is_the_one_kept(tolerance):
-    weight = gaussian((200, 300), seed=3)
-    triples = top_singular_triples(weight, 12, method="randomized", tolerance=tolerance)
-    worst = max_relative_residual(weight, triples)
-    assert worst <= 1.01 * tolerance
-    assert worst > tolerance / 1000, "iterated far beyond what was asked"
-
-
 @pytest.mark.parametrize("blocks", [1, 2, 3])
 def test_starting_anew_from_the_leading_vectors_comes_to_the_same_end(monkeypatch, blocks):
     weight = gaussian((200, 300), seed=3)
@@ -148,18 +139,6 @@ def test_starting_anew_from_the_leading_vectors_comes_to_the_same_end(monkeypatc
     triples = top_singular_triples(weight, 12, method="randomized", tolerance=1e-4)
     assert max_relative_residual(weight, triples) <= 1.01e-4
     np.testing.assert_allclose(triples.s_N, exact, rtol=1e-5)
-    assert_orthonormal(triples)
-
-
-@PROPERTY
-@given(st.integers(2, 40), st.integers(2, 40), st.data())
-def test_randomised_triples_span_the_leading_part(rows, columns, data):
-    rank, seed = data.draw(st.integers(1, min(rows, columns))), data.draw(_SEED)
-    weight = gaussian((rows, columns), seed)
-    triples = top_singular_triples(weight, rank, method="randomized", tolerance=1e-3, seed=seed)
-    residual, s = residuals(weight, triples)
-    assert (residual <= 1.01e-3 * s + 1e-5 * s[0]).all()
-    np.testing.assert_allclose(s, reference.singular_triples(weight, rank)[1], rtol=2e-3, atol=1e-5 * s[0])
     assert_orthonormal(triples)
 
 
@@ -291,15 +270,3 @@ def test_each_expert_holds_its_own_run_of_triples(scaling, method):
     for k, (b_k, a_k) in enumerate(experts):
         run = slice(3 * k, 3 * k + 3)
         np.testing.assert_allclose(factor_B[:, run] @ factor_A[run], b_k @ a_k, atol=1e-4)
-
-
-@pytest.mark.parametrize("method", ["exact", "randomized"])
-@pytest.mark.parametrize("spectrum", ["flat", "slow", "clustered", "rank deficient"])
-def test_experts_are_orthogonal_to_one_another(spectrum, method):
-    weight = weight_with(spectrum, (50, 40))
-    factor_A, factor_B = expert_factors(top_singular_triples(weight, 12, method=method), 2.0)
-    for k in range(4):
-        for other in range(k):
-            one, two = slice(3 * k, 3 * k + 3), slice(3 * other, 3 * other + 3)
-            np.testing.assert_allclose(factor_A[one] @ factor_A[two].T, 0.0, atol=1e-5)
-            np.testing.assert_allclose(factor_B[:, one].T @ factor_B[:, two], 0.0, atol=1e-5)

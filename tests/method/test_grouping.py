@@ -98,18 +98,6 @@ def test_gram_ignores_the_length_of_every_gradient(exponents, seed):
     )
 
 
-@pytest.mark.parametrize("scale", [1e-36, 1e-30, 1e-20, 1e20, 1e30, 1e37])
-def test_gram_ignores_the_scale_of_the_loss(scale):
-    grad_A, grad_B = gradient_pair(1)
-    torch.testing.assert_close(cosine_gram(grad_A * scale, grad_B * scale), cosine_gram(grad_A, grad_B))
-
-
-def test_gram_keeps_the_balance_of_A_and_B_within_a_component():
-    grad_A, grad_B = gradient_pair(2)
-    np.testing.assert_allclose(cosine_gram(grad_A, 7 * grad_B), reference.cosine_gram(grad_A, 7 * grad_B), atol=2e-6)
-    assert not torch.allclose(cosine_gram(grad_A, 7 * grad_B), cosine_gram(grad_A, grad_B), atol=1e-2)
-
-
 @pytest.mark.parametrize("poison", [0.0, float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("side", ["A", "B"])
 def test_a_component_without_a_usable_gradient_has_a_zero_row(poison, side):
@@ -128,14 +116,6 @@ def test_a_component_without_a_usable_gradient_has_a_zero_row(poison, side):
     np.testing.assert_allclose(gram[others][:, others].diagonal(), 1.0, atol=2e-6)
 
 
-@PROPERTY
-@given(st.integers(1, 6), _SEED)
-def test_sums_of_grams_are_positive_semidefinite(steps, seed):
-    total = sum(cosine_gram(*gradient_pair(seed + step, 8, 3, 2)).double() for step in range(steps))
-    assert torch.equal(total, total.T)
-    assert torch.linalg.eigvalsh(total).min() >= -1e-5 * steps
-
-
 # --- objective ---
 
 
@@ -147,20 +127,6 @@ def test_objective_equals_the_squared_group_sums(shape, kind, seed):
     labels = np.random.default_rng(seed).permutation(contiguous(num_experts, size))
     objective = grouping_objective(gradients @ gradients.T, labels)
     assert objective == pytest.approx(reference.objective(gradients, labels), abs=1e-9)
-
-
-@PROPERTY
-@given(_EXPERTS_AND_SIZE, _KIND, _SEED)
-def test_the_exchange_formula_equals_computing_the_objective_twice(shape, kind, seed):
-    num_experts, size = shape
-    gradients = unit_gradients(kind, num_experts * size, seed)
-    labels = np.random.default_rng(seed).permutation(contiguous(num_experts, size))
-    gram = gradients @ gradients.T
-    S = gram @ np.eye(num_experts)[labels]
-    for i, j in np.argwhere(labels[:, None] != labels[None, :]):
-        a, b = labels[i], labels[j]
-        gain = 2 * (S[i, b] - S[i, a] + S[j, a] - S[j, b]) + 2 * (gram[i, i] + gram[j, j]) - 4 * gram[i, j]
-        assert gain == pytest.approx(reference.exchange_gain(gradients, labels, i, j), abs=1e-9)
 
 
 # --- group_components: what holds for any Gram ---
@@ -256,33 +222,16 @@ def test_no_exchange_improves_a_grouping_of_the_swap_solver(shape, kind, restart
 
 @pytest.mark.parametrize(("num_experts", "size"), [(3, 4), (6, 2), (2, 6), (12, 1), (1, 12)])
 @pytest.mark.parametrize("seed", range(3))
-def test_exchanges_climb_as_the_naive_ones_do_from_each_of_several_starts(seed, num_experts, size):
-    gradients, rng = unit_gradients("random", 12, seed), np.random.default_rng(seed)
-    starts = np.stack([rng.permutation(contiguous(num_experts, size)) for _ in range(5)])
-    starts[1] = reference.exchange_until_optimal(gradients, starts[0])  # one that is done before it begins
-    kept = starts.copy()
-    found = grouping._swap_until_optimal(gradients @ gradients.T, starts, num_experts)
-    for labels, start in zip(found, starts, strict=True):
-        expected = reference.exchange_until_optimal(gradients, start)
+def test_exchanges_climb_as_the_naive_ones_do(seed, num_experts, size):
+    gradients = unit_gradients("random", 12, seed)
+    start = np.random.default_rng(seed).permutation(contiguous(num_experts, size))
+    expected = reference.exchange_until_optimal(gradients, start)
+    for begin in (start, expected):
+        kept = begin.copy()
+        labels = grouping._swap_until_optimal(gradients @ gradients.T, begin, num_experts)
         # In experts of two, exchanging the one or the other pair gives the same groups under other names.
         assert np.array_equal(labels[:, None] == labels, expected[:, None] == expected)
-    assert np.array_equal(starts, kept)
-
-
-@PROPERTY
-@given(_EXPERTS_AND_SIZE, _KIND, st.integers(1, 5), _SEED)
-def test_exchanges_end_in_balanced_groupings_that_no_exchange_improves(shape, kind, starts, seed):
-    num_experts, size = shape
-    gradients, rng = unit_gradients(kind, num_experts * size, seed), np.random.default_rng(seed)
-    before = np.stack([rng.permutation(contiguous(num_experts, size)) for _ in range(starts)])
-    for labels, start in zip(
-        grouping._swap_until_optimal(gradients @ gradients.T, before, num_experts), before, strict=True
-    ):
-        assert_balanced(labels, num_experts, size)
-        objective = reference.objective(gradients, labels)
-        assert objective >= reference.objective(gradients, start) - 1e-8
-        if len(labels) > 1:
-            assert reference.best_exchange(gradients, labels)[0] <= 1e-8 * max(1.0, objective)
+        assert np.array_equal(begin, kept)
 
 
 def test_the_swap_solver_is_at_least_the_papers_from_a_bad_grouping():
@@ -337,15 +286,6 @@ def test_exchanges_come_to_an_end_on_ties_in_large_numbers(seed, num_experts, si
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_one_round_of_the_papers_loop_equals_it_on_real_vectors(seed):
-    gradients = unit_gradients("random", 20, seed)
-    labels = np.random.default_rng(seed).permutation(contiguous(4, 5))
-    similarity = reference.polar_similarity(gradients, labels, 4)
-    found = grouping._assign_balanced(grouping._polar_similarity(gradients @ gradients.T, labels, 4))
-    assert np.array_equal(found, reference.assign_balanced(similarity, 5))
-
-
-@pytest.mark.parametrize("seed", range(8))
 def test_the_papers_loop_equals_it_on_real_vectors(seed):
     gradients, planted = planted_gradients(seed, num_experts=4, size=5, dimensions=30, noise=0.3)
     start = np.roll(planted, seed)
@@ -394,21 +334,6 @@ def test_matching_keeps_the_groups_and_the_largest_overlap(shape, seed):
         for names in itertools.permutations(range(num_experts))
     )
     assert int((matched == current).sum()) == largest
-
-
-@pytest.mark.parametrize("solver", ["swap", "paper"])
-def test_a_regrouping_keeps_as_many_names_as_it_can(solver):
-    regrouped = 0
-    for seed in range(12):
-        gradients = unit_gradients("random", 12, seed)
-        current = np.random.default_rng(seed).permutation(contiguous(4, 3))
-        labels = group_components(gradients @ gradients.T, current, solver=solver, seed=seed)
-        kept = int((labels == current).sum())
-        assert kept == max(
-            int((np.array(names)[labels] == current).sum()) for names in itertools.permutations(range(4))
-        )
-        regrouped += kept < 12
-    assert regrouped >= 6
 
 
 # --- expert_angles ---

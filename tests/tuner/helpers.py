@@ -7,12 +7,15 @@ from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model
+from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from badit.tuner import BaditConfig, BaditLinear
 
 FAMILIES = ("llama", "qwen3", "gemma2", "gemma3", "mistral", "gpt2")
 SMALL: dict[str, Any] = {"num_experts": 3, "r": 2, "lora_alpha": 4, "lora_dropout": 0.0, "task_type": "CAUSAL_LM"}
 NEW = 6  # tokens that `generate` adds, unless told otherwise
+KINDS = ("linear", "linear without bias", "conv1d")
 
 
 def config(**options: Any) -> BaditConfig:
@@ -31,7 +34,7 @@ def layers(model: torch.nn.Module) -> list[BaditLinear]:
 
 
 @torch.no_grad()
-def randomise(model: Any, adapter: str = "default", seed: int = 0, size: float = 0.1) -> Any:
+def randomise(model: Any, adapter: str = "default", seed: int = 0) -> Any:
     """Moves A and B off their start, makes the router decide, and shuffles the grouping: an adapter after training."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -42,8 +45,8 @@ def randomise(model: Any, adapter: str = "default", seed: int = 0, size: float =
         if adapter not in layer.badit_A:
             continue
         a, b, router = layer.badit_A[adapter], layer.badit_B[adapter], layer.badit_router[adapter]
-        a.add_(noise(a, size))
-        b.add_(noise(b, size))
+        a.add_(noise(a, 0.1))
+        b.add_(noise(b, 0.1))
         router.copy_(noise(router, 2.0 / router.shape[1] ** 0.5))
         if adapter in layer.badit_moments:
             layer.badit_moments[adapter].copy_(noise(layer.badit_moments[adapter], 1.0).abs() + 0.5)
@@ -74,12 +77,6 @@ def forward(model: Any, ids: torch.Tensor, mask: torch.Tensor, cache: Any = None
     if cache is not None:
         options[cache_name(model)] = cache
     return model(input_ids=ids, attention_mask=mask, position_ids=positions(mask)[:, -ids.shape[1] :], **options)
-
-
-@torch.no_grad()
-def logits(model: Any, ids: torch.Tensor, mask: torch.Tensor, **options: Any) -> torch.Tensor:
-    """At the attended positions."""
-    return forward(model, ids, mask, **options).logits[mask.bool()]
 
 
 def generate(model: Any, ids: torch.Tensor, mask: torch.Tensor, new_tokens: int = NEW, **options: Any) -> torch.Tensor:
@@ -141,3 +138,23 @@ def enable_checkpointing(model: Any, reentrant: bool) -> None:
     inner = model.get_base_model()
     enable = getattr(inner, "activation_checkpointing_enable", None) or inner.gradient_checkpointing_enable
     enable({"use_reentrant": reentrant})
+
+
+IDS, MASK = padded(random_rows(6, 11, 9))
+
+
+@torch.no_grad()
+def logits(model: Any, ids: torch.Tensor = IDS, mask: torch.Tensor = MASK) -> torch.Tensor:
+    """At the attended positions."""
+    return forward(model, ids, mask).logits[mask.bool()].float()
+
+
+def base_layer(kind: str, in_features: int, out_features: int) -> Any:
+    """One frozen layer of the kinds that are adapted, KINDS."""
+    if kind == "conv1d":
+        layer: Any = Conv1D(out_features, in_features)
+        nn.init.normal_(layer.weight)
+        nn.init.normal_(layer.bias)
+    else:
+        layer = nn.Linear(in_features, out_features, bias=kind == "linear")
+    return layer.requires_grad_(False)

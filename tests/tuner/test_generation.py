@@ -31,14 +31,6 @@ def test_greedy_equals_teacher_forcing(tiny_model, family, options):
     assert torch.equal(generate(model, ids, mask, **options), greedy_by_hand(model, ids, mask, NEW))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_row_generates_what_it_generates_alone(tiny_model, family):
-    model = adapted(tiny_model(family))
-    together = generate(model, *padded(ROWS))[:, -NEW:]
-    for row, expected in zip(ROWS, together, strict=True):
-        assert torch.equal(generate(model, *padded([row]))[0, -NEW:], expected)
-
-
 @pytest.mark.parametrize("options", [{}, {"use_cache": False}], ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_beams_equal_the_beams_of_a_batch_of_one(tiny_model, family, options):
@@ -173,15 +165,6 @@ def test_adapters_switched_off_generate_as_the_base_model(tiny_model):
     with model.disable_adapter():
         assert torch.equal(generate(model, ids, mask), expected)
     assert not torch.equal(generate(model, ids, mask), expected)
-
-
-def test_rows_with_adapters_of_their_own_are_refused(tiny_model):
-    model = adapted(tiny_model("llama"))
-    ids, mask = padded(ROWS)
-    with pytest.raises(BaditError, match="adapter_names: BADIT cannot mix adapters within a batch"):
-        generate(model, ids, mask, adapter_names=["default"] * 3)
-    with pytest.raises(BaditError, match="adapter_names"):
-        model(input_ids=ids, adapter_names=["default"] * 3)
 
 
 @pytest.mark.parametrize("rows", [1, 3])

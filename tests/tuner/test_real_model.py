@@ -5,7 +5,7 @@ from peft import PeftModel, get_peft_model
 from transformers import DynamicCache, StaticCache
 
 from badit.tuner import BaditConfig
-from tuner.helpers import cached_steps, forward, greedy_by_hand, layers, logits, randomise, teacher_forced
+from tuner.helpers import cached_steps, forward, greedy_by_hand, layers, logits, teacher_forced
 
 TEXTS = [
     "Classify the sentiment of the sentence as positive or negative.\nSentence: The soup was cold, and so was he.",
@@ -29,6 +29,19 @@ def with_answers(tokenizer):
 
 def published(model, **options):
     return get_peft_model(model, BaditConfig(task_type="CAUSAL_LM", **options)).eval()
+
+
+@torch.no_grad()
+def trained(model):
+    """A, B and the router moved by a few per cent of their size, the router decisive, the grouping shuffled."""
+    generator = torch.Generator().manual_seed(0)
+    for layer in layers(model):
+        for parameter in (layer.badit_A["default"], layer.badit_B["default"]):
+            parameter.add_(0.1 * parameter.std() * torch.randn(parameter.shape, generator=generator))
+        layer.badit_router["default"].copy_(torch.randn(layer.badit_router["default"].shape, generator=generator))
+        labels = layer.expert_of("default")
+        labels.copy_(labels[torch.randperm(len(labels), generator=generator)])
+    return model
 
 
 def test_step_0_equals_the_base_model(smollm2):
@@ -55,7 +68,7 @@ def test_step_0_on_a_bf16_base(smollm2):
 
 def test_what_is_learnt_routes_alike_in_training_and_generation(smollm2, tmp_path):
     base, tokenizer = smollm2
-    model = randomise(published(base, **FEW), size=0.01)
+    model = trained(published(base, **FEW))
     ids, mask, length = with_answers(tokenizer)
     forced = teacher_forced(model, ids, mask, length)[:, length - 1 :]
     for cache in (DynamicCache(), StaticCache(config=base.config, max_cache_len=ids.shape[1])):

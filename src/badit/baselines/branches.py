@@ -22,8 +22,8 @@ from badit.errors import BaditError
 from badit.method import prompt_mean
 from badit.tuner.config import COUNT, COUNT_OR_ZERO, ExpertConfig, option
 from badit.tuner.layer import Buffers, ExpertLinear, Pair
-from badit.tuner.model import ExpertModel, TaskBatches
-from badit.tuner.prompt import RoutingContext, before_first_label
+from badit.tuner.model import ExpertModel
+from badit.tuner.prompt import RoutingContext
 
 
 @dataclass
@@ -36,7 +36,7 @@ class BranchConfig(ExpertConfig):
     past_branches: int = option(0, "Number of frozen branches; next_task() adds to it.", COUNT_OR_ZERO)
 
     def to_dict(self) -> dict[str, Any]:
-        """What is saved: all but ``num_experts``, which is no option here, so that loading would refuse it."""
+        """What is saved: all but ``num_experts``, which is no option here."""
         return {name: value for name, value in super().to_dict().items() if name != "num_experts"}
 
     @property
@@ -96,22 +96,9 @@ class BranchGate(nn.Module):
         self.past_keys = self.keys_KD.detach()
         self.start_key()
 
-    def start_task(self, prompt_ND: torch.Tensor) -> None:
-        """Prepares for training on a task, from p0 of its N training prompts."""
-
-    def end_task(self, prompt_ND: torch.Tensor) -> None:
-        """Keeps what it needs of a finished task, from p0 of its N training prompts."""
-
-    def before_update(self) -> None:
-        """Called before every step of the optimiser."""
-
-    def after_update(self) -> None:
-        """Called after every step of the optimiser."""
-
 
 class BranchLinear(ExpertLinear):
-    """badit_A (R, I) and badit_B (O, R), the current branch, are trained; badit_A_past (P, I) and badit_B_past (O, P)
-    are saved buffers."""
+    """badit_A (R, I), badit_B (O, R) are trained; badit_A_past (P, I), badit_B_past (O, P) are saved buffers."""
 
     adapter_layer_names = ("badit_A", "badit_B")
     other_param_names = (*ExpertLinear.other_param_names, "badit_A_past", "badit_B_past")
@@ -170,9 +157,7 @@ class BranchLinear(ExpertLinear):
 class BranchModel(ExpertModel):
     """A base model with LoRA branches in its target modules and, next to it, every adapter's gate.
 
-    A task is: :meth:`start_task`, training, :meth:`end_task`, :meth:`next_task` and a new optimiser. Training adds
-    :meth:`extra_loss` to the loss and calls :meth:`before_update` and :meth:`after_update` around each step of the
-    optimiser.
+    A task is trained between the hooks ``start_task`` and ``end_task``; :meth:`next_task` and a new optimiser follow.
     """
 
     tuner_layer_cls = BranchLinear
@@ -215,7 +200,7 @@ class BranchModel(ExpertModel):
                 gate = self.badit_gate[adapter_name]
                 forward_pass.fresh[adapter_name] = gate(_prompt_mean(output, mask_BT).to(gate.key.dtype))
 
-    def _active_gates(self) -> list[BranchGate]:
+    def _active_gates(self) -> list[Any]:
         return [self.badit_gate[name] for name in self.active_adapters if name in self.badit_gate]
 
     @torch.no_grad()
@@ -223,25 +208,6 @@ class BranchModel(ExpertModel):
         """p0 (B, D): the mean of the token embeddings over the prompt, from tokens and mask, both (B, T)."""
         input_ids, prompt_mask = input_ids.to(self.device), prompt_mask.to(self.device)
         return _prompt_mean(self._embeddings()(input_ids), prompt_mask)
-
-    def _prompts_of(self, batches: TaskBatches, gate: BranchGate) -> torch.Tensor:
-        """p0 (N, D) of all prompts, in the gate's type."""
-        rows = [
-            self.prompt_embeddings(
-                batch["input_ids"], batch["attention_mask"].bool() & before_first_label(batch["labels"])
-            )
-            for of_task in batches.values()
-            for batch in of_task
-        ]
-        return torch.cat(rows).to(gate.key)
-
-    def start_task(self, batches: TaskBatches) -> None:
-        for gate in self._active_gates():
-            gate.start_task(self._prompts_of(batches, gate))
-
-    def end_task(self, batches: TaskBatches) -> None:
-        for gate in self._active_gates():
-            gate.end_task(self._prompts_of(batches, gate))
 
     @torch.no_grad()
     def next_task(self) -> None:
@@ -256,14 +222,6 @@ class BranchModel(ExpertModel):
                 if adapter_name in layer.badit_A:
                     layer.next_task(adapter_name)
             self.peft_config[adapter_name].past_branches += 1
-
-    def before_update(self) -> None:
-        for gate in self._active_gates():
-            gate.before_update()
-
-    def after_update(self) -> None:
-        for gate in self._active_gates():
-            gate.after_update()
 
     def extra_loss(self, attention_mask: torch.Tensor) -> torch.Tensor | None:
         """The penalties of the active adapters, summed over the adapted layers; None where there are none."""

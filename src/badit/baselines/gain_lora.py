@@ -19,6 +19,7 @@ are trained as in LoRA, unprojected.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -28,6 +29,8 @@ import torch.nn.functional as F
 from badit.baselines import baseline
 from badit.baselines.branches import BranchGate, BranchModel, GatedBranchConfig
 from badit.errors import BaditError
+from badit.tuner.model import TaskBatches
+from badit.tuner.prompt import before_first_label
 
 _SHARE_OF_ENERGY = 0.995
 _TASKS_TO_WHOLE = 15  # the share grows to 1 in as many tasks
@@ -136,7 +139,35 @@ def grown_projector(projector_DD: torch.Tensor, inputs_ND: torch.Tensor, share: 
     return (projector + vh[new].T @ vh[new]).to(projector_DD.dtype)
 
 
-@baseline("gainlora", BranchModel)
+class GainLoraModel(BranchModel):
+    """Branches whose gates see each task's prompts, and each step of the optimiser."""
+
+    def _prompts_of(self, batches: TaskBatches, gate: BranchGate) -> torch.Tensor:
+        """p0 (N, D) of all prompts, in the gate's type."""
+        rows = []
+        for batch in itertools.chain(*batches.values()):
+            prompt_mask = batch["attention_mask"].bool() & before_first_label(batch["labels"])
+            rows.append(self.prompt_embeddings(batch["input_ids"], prompt_mask))
+        return torch.cat(rows).to(gate.key)
+
+    def start_task(self, batches: TaskBatches) -> None:
+        for gate in self._active_gates():
+            gate.start_task(self._prompts_of(batches, gate))
+
+    def end_task(self, batches: TaskBatches) -> None:
+        for gate in self._active_gates():
+            gate.end_task(self._prompts_of(batches, gate))
+
+    def before_update(self) -> None:
+        for gate in self._active_gates():
+            gate.before_update()
+
+    def after_update(self) -> None:
+        for gate in self._active_gates():
+            gate.after_update()
+
+
+@baseline("gainlora", GainLoraModel)
 @dataclass
 class GainLoraConfig(GatedBranchConfig):
     """GainLoRA (arXiv 2505.15424): one LoRA branch per task, each behind a gate of its own."""

@@ -5,10 +5,9 @@ A neuron's output ω_j is what enters the MLP's last projection: act(gate)·up, 
 |∂L/∂ω_j · ω_j|; the top share of all neurons is trained: their rows of the first projections, their column of the last.
 
 From the paper: the score, the choice by share, the masked gradients. Assumptions: L is an example's mean cross-entropy
-over its answer tokens; the absolute value is taken at every position and then averaged over all attended positions of
-all examples, so that the size of the batches and their padding make no difference; neurons of all layers are ranked
-together; dropout is off; the last projection's bias belongs to no neuron and stays. Left out: the paper's weighting of
-neurons in continual fine-tuning.
+over its answer tokens; absolute values are averaged over all attended positions of all examples, whatever the batches;
+neurons of all layers are ranked together; dropout is off; the last projection's bias stays. Left out: the paper's
+weighting of neurons in continual fine-tuning.
 
 Shape suffixes: B = rows, T = positions, F = neurons of a layer, L = labels that are predicted.
 """
@@ -44,14 +43,11 @@ class _Mlp(NamedTuple):
 
 
 def neuron_scores(model: PreTrainedModel, batches: Iterable[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-    """How much each neuron matters to the examples (arXiv 2407.06488): the mean of |∂L/∂ω_j · ω_j|.
+    """The mean of |∂L/∂ω_j · ω_j|, (F,) in float32 on the CPU, by the name of each layer's MLP.
 
     Args:
         model: a causal language model without adapters; no gradient of its parameters is touched.
         batches: ``input_ids``, ``attention_mask`` and ``labels`` (−100 on all but the answers), each (B, T).
-
-    Returns:
-        By the name of the layer's MLP, scores (F,) in float32 on the CPU.
 
     Raises:
         BaditError: a model whose layers have no MLP of this kind, or no batches.
@@ -75,11 +71,7 @@ def neuron_scores(model: PreTrainedModel, batches: Iterable[Mapping[str, Any]]) 
 
 
 def top_neurons(scores: Mapping[str, torch.Tensor], share: float) -> dict[str, torch.Tensor]:
-    """Masks (F,) that are true for the ``share`` of all neurons with the highest scores, at least one.
-
-    Raises:
-        BaditError: a share that is not above 0 and at most 1.
-    """
+    """Masks (F,) of the ``share`` (above 0, at most 1) of all neurons with the highest scores, at least one."""
     SHARE.check("share", share)
     flat = torch.cat(list(scores.values()))
     chosen = torch.zeros(len(flat), dtype=torch.bool)
@@ -88,11 +80,7 @@ def top_neurons(scores: Mapping[str, torch.Tensor], share: float) -> dict[str, t
 
 
 def union(first: Mapping[str, torch.Tensor], *others: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The neurons of any of the masks: what a run on several tasks trains.
-
-    Raises:
-        BaditError: masks of different layers.
-    """
+    """The neurons of any of the masks: what a run on several tasks trains. BaditError for masks of different layers."""
     if any(mask.keys() != first.keys() for mask in others):
         raise BaditError("masks: they name different layers; take all of them from one model")
     return {name: torch.stack([mask[name] for mask in (first, *others)]).any(dim=0) for name in first}
@@ -101,8 +89,8 @@ def union(first: Mapping[str, torch.Tensor], *others: Mapping[str, torch.Tensor]
 def train_only(model: PreTrainedModel, masks: Mapping[str, torch.Tensor]) -> list[RemovableHandle]:
     """Freezes all but the neurons of the masks (F,): the gradients of the other rows and columns become zero.
 
-    The optimiser must not decay weights (``weight_decay=0``): that moves a weight which has no gradient. The hooks stay
-    with this model's parameters until the returned handles are removed; a copy of the model has none.
+    The optimiser must not decay weights (``weight_decay=0``), which moves weights without a gradient. The hooks stay
+    until the returned handles are removed; a copy of the model has none.
 
     Raises:
         BaditError: a model whose layers have no MLP of this kind, or masks that are not of this model.

@@ -3,16 +3,15 @@
 A layer sees hidden states, not the batch, so hooks on the base model read the batch's ``labels``, ``attention_mask``
 and cache before each forward pass.
 
-* Labels given (training, scoring): the prompt is what comes before the first label. Of a chat with several labelled
-  answers that is the first turn alone, where a generation of a later answer has read all before it: one row per answer
-  (:func:`badit.data.answer_rows`) makes the two equal.
+* Labels (training, scoring): the prompt is what comes before the first label; of several answers in a chat, the first
+  turn alone. One row per answer (:func:`badit.data.answer_rows`) makes training and generation equal.
 * No labels, no cache or an empty one (plain forward, prefill): every attended position is prompt.
 * A filled cache (decoding): the gates were settled when it was filled. They are kept *on the cache object*, so that
   generations may alternate, and a copied prompt cache keeps its routing.
 * ``prompt_mask=`` given to the model's forward: that mask, in any case.
 
-Without a cache ``generate`` runs the whole sequence again for every token, and with an assistant its first pass holds
-candidate tokens of the answer. So the model's ``generate`` is wrapped, too, to note where the prompt ends.
+``generate`` may run the whole sequence again for every token, or add candidate tokens of the answer. So the model's
+``generate`` is wrapped, too, to note where the prompt ends.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ from badit.errors import BaditError
 
 _IGNORED_LABEL = -100
 _HELD = "badit_gates"
-_CACHE_NAMES = ("cache", "past_key_values")  # transformers renamed it within version 5
+_CACHE_NAMES = ("cache", "past_key_values")  # renamed within transformers 5; an output may have both
 
 
 @dataclass
@@ -41,12 +40,11 @@ class ForwardPass:
     """One forward pass, as the adapted layers need to know it.
 
     Attributes:
-        find_prompt: works out the prompt's mask when it is first asked for. Routing by token and disabled adapters
-            never ask, so batches in which no prompt can be told are refused only where it matters.
+        find_prompt: works out the prompt's mask, only if it is asked for; some batches have none.
         held: by layer, the gates that the pass's cache holds already; None where the prompt settles them now.
         shape: of the batch, (B, T), where it is known.
         fills_cache: whether decoding may follow, for which layers must leave their gates in ``fresh``.
-        settled: what layers may keep of this pass for the next, of one generation that decodes from one cache.
+        settled: what layers keep of this pass for the next one of a generation from one cache.
         row_tasks: for methods that tell tasks apart: by adapter, the index (B) of each row's task.
     """
 
@@ -75,8 +73,7 @@ class RoutingContext:
         # While generating: the gates that the cache holds, and what layers keep as long as it is these.
         self._settled: tuple[dict[str, torch.Tensor], dict[str, Any]] | None = None
         self._looked_at_labels = self._warned_of_whole_rows = False
-        # Each tells whether its layer will ask for the prompt's mask, which is then worked out before the pass: a
-        # compiled layer cannot look into the batch.
+        # Each tells whether its layer will ask for the prompt's mask, which must be known before a compiled layer runs.
         self.mask_readers: list[Callable[[], bool]] = []
         self._hooks: list[Any] = []
         self._generate: Callable[..., Any] | None = None
@@ -110,10 +107,9 @@ class RoutingContext:
         """The model's own ``generate``, during which positions past the end of the input are answer."""
         assert self._generate is not None
         given = (kwargs.get("inputs_embeds"), *args[:1], kwargs.get("input_ids"), kwargs.get("inputs"))
-        inputs = next((value for value in given if isinstance(value, torch.Tensor)), None)
+        lengths = [value.shape[1] for value in given if isinstance(value, torch.Tensor)]
         outer = self._generation_prompt_length, self._settled
-        self._generation_prompt_length = None if inputs is None else inputs.shape[1]
-        self._settled = {}, {}
+        self._generation_prompt_length, self._settled = next(iter(lengths), None), ({}, {})
         try:
             return self._generate(*args, **kwargs)
         finally:
@@ -162,9 +158,7 @@ class RoutingContext:
         fills_cache = cache is not None or batch.get("use_cache") is not False
         if prompt_mask_BT is not None:
             return ForwardPass(lambda: prompt_mask_BT.bool(), shape=prompt_mask_BT.shape, fills_cache=fills_cache)
-        tokens: Any = batch.get("input_ids")
-        if tokens is None:
-            tokens = batch.get("inputs_embeds")
+        tokens: Any = batch.get("inputs_embeds") if batch.get("input_ids") is None else batch["input_ids"]
         shape = tokens.shape[:2] if isinstance(tokens, torch.Tensor) and tokens.ndim >= 2 else None
         if cache is not None and int(cache.get_seq_length() if hasattr(cache, "get_seq_length") else len(cache)) > 0:
             held = getattr(cache, _HELD, {})
@@ -184,20 +178,13 @@ class RoutingContext:
         return ForwardPass(find_prompt, shape=shape, fills_cache=fills_cache)
 
     def _prompt(
-        self,
-        model: nn.Module,
-        batch: Mapping[str, Any],
-        shape: torch.Size,
-        device: torch.device,
-        generation_prompt_length: int | None,
-        unlabelled: bool,
+        self, model: nn.Module, batch: Any, shape: torch.Size, device: Any, prompt_length: int | None, unlabelled: bool
     ) -> torch.Tensor:
         if unlabelled and not self._warned_of_whole_rows:
             self._warned_of_whole_rows = True
             warnings.warn(
-                "a language model is trained without labels, so the router reads the answers with the prompts: "
-                "pass the model labels (-100 on the prompt) or prompt_mask= (batch, positions), "
-                "or use routing='token'",
+                "a language model is trained without labels, so the router reads the answers with the prompts: pass "
+                "the model labels (-100 on the prompt) or prompt_mask= (batch, positions), or use routing='token'",
                 stacklevel=2,
             )
         _refuse_packing(batch)
@@ -208,9 +195,9 @@ class RoutingContext:
                 self._looked_at_labels = True
                 _warn_of_labels(labels_BT)
             return mask_BT & before_first_label(labels_BT)
-        if generation_prompt_length is None:
+        if prompt_length is None:
             return mask_BT
-        if mask_BT.shape[1] < generation_prompt_length:
+        if mask_BT.shape[1] < prompt_length:
             if model.training and any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
                 raise BaditError(
                     "generate lost its cache, as transformers before 5.24 does in training mode under gradient "
@@ -220,12 +207,11 @@ class RoutingContext:
                 "the prompt comes in pieces, and the first would set the routing of all: "
                 "generate without prefill_chunk_size, or use routing='token'"
             )
-        return mask_BT & (torch.arange(mask_BT.shape[1], device=device) < generation_prompt_length)
+        return mask_BT & (torch.arange(mask_BT.shape[1], device=device) < prompt_length)
 
 
 def cache_of(output: Mapping[str, Any]) -> dict[str, Any]:
     """The cache in the output of a model or of ``generate``, by the name under which the next call takes it."""
-    # Both names may be there; the present one comes first.
     return dict([(name, output[name]) for name in _CACHE_NAMES if output.get(name) is not None][:1])
 
 
@@ -275,9 +261,8 @@ def _warn_of_labels(labels_BT: torch.Tensor) -> None:
     answers_B = (labelled_BT[:, 1:] & ~labelled_BT[:, :-1]).sum(dim=1) + labelled_BT[:, 0]
     if bool(labelled_BT[:, :2].all()):
         warnings.warn(
-            "every position carries a label, so the prompt that routes is the first token alone: "
-            "set labels to -100 on the prompt (TRL: completion_only_loss or assistant_only_loss), "
-            "or use routing='token'",
+            "every position carries a label, so the prompt that routes is the first token alone: set labels to -100 "
+            "on the prompt (TRL: completion_only_loss or assistant_only_loss), or use routing='token'",
             stacklevel=2,
         )
     elif bool((answers_B > 1).any()):
