@@ -43,19 +43,16 @@ def load_adapter(model: PreTrainedModel, folder: Path, config: PeftConfig, *, tr
         adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
         expected = get_peft_model_state_dict(adapted, save_embedding_layers=False).keys()
     if unknown := sorted(shapes.keys() - expected):
-        raise BaditError(
-            f"{folder}: belongs to another base model or method, with a tensor {unknown[0]!r:.120}; "
-            "name the base model that it was trained on"
-        )
+        other = f"belongs to another base model or method, with a tensor {unknown[0]!r:.120}"
+        raise BaditError(f"{folder}: {other}; name the base model that it was trained on")
     return adapted
 
 
 def tensor_shapes(path: Path) -> Shapes:
     """The names and shapes of a safetensors file's tensors, from its header; BaditError if missing or damaged."""
     if not path.is_file():
-        raise BaditError(
-            f"{path.parent}: has no {path.name}; pickled weights are not read; remove the folder to train again"
-        )
+        fix = "pickled weights are not read; remove the folder to train again"
+        raise BaditError(f"{path.parent}: has no {path.name}; {fix}")
     with explained(path, action="loaded", any_error=True), safe_open(path, framework="pt") as file:
         return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (not a dict)
 
@@ -69,16 +66,13 @@ def _check_settings(path: Path, config: PeftConfig, shapes: Shapes) -> None:
         raise BaditError(f"{path}: {error}") from None
     fields = {field.name: field for field in dataclasses.fields(config)}
     if unknown := sorted(saved.keys() - fields.keys() - _BOOKKEEPING - RETIRED_FIELDS):
-        raise BaditError(
-            f"{path}: {unknown[0]!r:.60}: is no setting that this PEFT knows; upgrade it, or remove the line"
-        )
+        fix = "upgrade it, or remove the line"
+        raise BaditError(f"{path}: {unknown[0]!r:.60}: is no setting that this PEFT knows; {fix}")
     for key, expected in _plain(config.to_dict()).items():
         found = _plain(saved[key] if key in saved or key not in fields else _default(fields[key]))
         if key not in _BOOKKEEPING and found != expected:
-            raise BaditError(
-                f"{path}: {key}: is {found!r:.60}, but the run's recipe says {expected!r:.60}; "
-                "this is another run's adapter"
-            )
+            differs = f"is {found!r:.60}, but the run's recipe says {expected!r:.60}"
+            raise BaditError(f"{path}: {key}: {differs}; this is another run's adapter")
     # An expression is matched against every module's name, and some take forever: only the recipe's own is taken.
     own_expression = getattr(config, "target_modules", None)
     for key, allowed in (("target_modules", (None, own_expression)), ("tasks", (None,))):

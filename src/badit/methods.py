@@ -24,6 +24,7 @@ import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
+from transformers.pytorch_utils import Conv1D
 
 from badit.adapters import load_adapter, tensor_shapes
 from badit.angles import AngleLog
@@ -53,10 +54,9 @@ class Method:
     """The base model as it is, to compare with; and the interface of all methods."""
 
     trains = False
-    #: Whether the base weights are trained, so that they must be there in float32.
-    trains_base_weights = False
-    #: Whether every row's task must be known, in generation as in training.
-    needs_tasks = False
+    trains_base_weights = False  # so that they must be there in float32
+    needs_whole_weights = False  # so that no engine may divide the model over processes
+    needs_tasks = False  # of every row, in generation as in training
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -85,12 +85,16 @@ class Method:
 
     def before_training(self, model: Any, batches: TaskBatches) -> None:
         """Reads the data before training on it."""
+        hooks_of(model).start_task(batches)
 
     def after_training(self, model: Any, batches: TaskBatches) -> None:
         """Reads the data again after training on it, before the result is saved."""
+        hooks_of(model).end_task(batches)
 
     def refuse_shards(self, model: Any) -> None:
         """Raises BaditError where an engine is about to divide a model that needs whole weights over processes."""
+        if self.needs_whole_weights or hooks_of(model).needs_whole_weights:
+            raise BaditError(f"{self.name} works on whole weights: launch it without FSDP and DeepSpeed")
 
     def callbacks(self, run: Run) -> list[TrainerCallback]:
         return []
@@ -105,22 +109,20 @@ class AdapterMethod(Method):
     trains = True
 
     def __init__(
-        self,
-        name: str,
-        config: PeftConfig,
-        *,
-        check: Callable[[Any, Any], None] = lambda config, model: None,
-        regroup: dict[str, Any] | None = None,
-        surgery: Surgery | None = None,
+        self, name: str, config: PeftConfig, regroup: dict[str, Any] | None = None, surgery: Surgery | None = None
     ) -> None:
         super().__init__(name)
-        self.config, self.check, self.regroup, self.surgery = config, check, regroup, surgery
+        self.config, self.regroup, self.surgery = config, regroup, surgery
         self.needs_tasks = getattr(config, "needs_tasks", False)
 
     def apply(self, model: PreTrainedModel, tasks: Sequence[str] = ()) -> PeftModel:
         """PEFT's own methods adapt the same modules as BADIT; a method that tells tasks apart learns their names."""
         config: Any = self.config
-        self.check(config, model)
+        if getattr(config, "init_lora_weights", None) == "olora" and any(
+            isinstance(m, Conv1D) for m in model.modules()
+        ):
+            # PEFT factorises its weight the wrong way round.
+            raise BaditError("method: PEFT's olora cannot adapt the Conv1D layers of this model; take pissa instead")
         if self.needs_tasks and config.tasks is None and tasks:
             config.tasks = list(tasks)
         if config.target_modules is None:
@@ -148,16 +150,6 @@ class AdapterMethod(Method):
         # and to see whether to save them, PEFT would look that name up on a hub.
         model.peft_config["default"].base_model_name_or_path = base_model
         model.save_pretrained(str(folder), save_embedding_layers=False, state_dict=weights)
-
-    def before_training(self, model: PeftModel, batches: TaskBatches) -> None:
-        hooks_of(model).start_task(batches)
-
-    def after_training(self, model: PeftModel, batches: TaskBatches) -> None:
-        hooks_of(model).end_task(batches)
-
-    def refuse_shards(self, model: PeftModel) -> None:
-        if hooks_of(model).needs_whole_weights:
-            raise BaditError(f"{self.name} works on whole weights: launch it without FSDP and DeepSpeed")
 
     def callbacks(self, run: Run) -> list[TrainerCallback]:
         if self.regroup is None:
@@ -221,6 +213,8 @@ class NeuronOptions:
 class NeuronMethod(WeightsMethod):
     """Task neurons: of the base model's weights only those of the neurons that matter to the stage's tasks."""
 
+    needs_whole_weights = True
+
     def __init__(self, name: str, options: NeuronOptions) -> None:
         super().__init__(name)
         self.options = options
@@ -236,9 +230,6 @@ class NeuronMethod(WeightsMethod):
         if self._masks is None:
             return round(self.options.share * neurons.trained_parameters(model, neurons.all_neurons(model)))
         return neurons.trained_parameters(model, self._masks)
-
-    def refuse_shards(self, model: PreTrainedModel) -> None:
-        raise BaditError(f"{self.name} works on whole weights: launch it without FSDP and DeepSpeed")
 
     def _saved_names(self, model: PreTrainedModel) -> set[str]:
         return neurons.trained_names(model)
@@ -277,7 +268,7 @@ def build_method(section: Mapping[str, Any]) -> Method:
     baseline = BASELINES["lora" if surgery else name]
     for key in options.keys() & baseline.settled.keys():
         raise BaditError(f"method.{key}: is what the name {name} stands for ({baseline.settled[key]}); leave it out")
-    return AdapterMethod(name, _config(baseline, options), check=baseline.check, surgery=surgery)
+    return AdapterMethod(name, _config(baseline, options), surgery=surgery)
 
 
 _NAMES = ["badit", *BASELINES, *get_args(Surgery), "task-neurons", "full", "base"]

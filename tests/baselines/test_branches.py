@@ -119,24 +119,6 @@ def test_every_token_is_generated_by_a_pass_as_in_training(tiny_model, method, f
 
 
 @pytest.mark.parametrize("method", GATED)
-def test_the_gates_follow_the_prompt_alone(tiny_model, method):
-    model, answers = adapted(tiny_model("llama"), method), {}
-    layers(model)[0].register_forward_pre_hook(
-        lambda layer, args: answers.update(last=layer.component_gates("default", args[0]).detach())
-    )
-    for answer in (3, 90):
-        ids = torch.cat([IDS, torch.full((3, 2), answer)], dim=1)
-        teacher_forced(model, ids, torch.cat([MASK, MASK[:, -2:]], dim=1), IDS.shape[1])
-        answers[answer] = answers["last"]
-    with torch.no_grad():
-        model(input_ids=ids, prompt_mask=torch.cat([MASK, torch.zeros(3, 2, dtype=torch.long)], dim=1))
-    assert torch.equal(answers[3], answers[90])
-    torch.testing.assert_close(answers["last"], answers[3])
-    assert answers[3].shape == (3, 1, 6)
-    assert (answers[3][0] - answers[3][1]).abs().max() > 1e-3
-
-
-@pytest.mark.parametrize("method", GATED)
 def test_the_loss_trains_no_embeddings_through_the_gates(tiny_model, method):
     model, found = adapted(tiny_model("llama"), method), []
     table = model.get_input_embeddings().weight.requires_grad_(True)

@@ -109,17 +109,6 @@ def test_a_task_starts_with_its_gate_open_and_the_earlier_ones_shut(monkeypatch)
     assert abs(direction @ made.key.detach().double().numpy()) > 1 - 1e-5
 
 
-def test_a_new_gate_goes_on_with_the_last_network_and_a_key_of_its_own():
-    made = new_gate()
-    down, up, key = (tensor.detach().clone() for tensor in (made.down, made.up, made.key))
-    made.next_task()
-    assert torch.equal(made.down, down)
-    assert torch.equal(made.up, up)
-    for past, value in ((made.past_down, down), (made.past_up, up), (made.past_keys, key)):
-        assert torch.equal(past[0], value)
-    assert abs(torch.cosine_similarity(made.key, key, dim=0)) < 0.9
-
-
 def test_prompts_that_leave_no_direction_end_the_learning():
     made = new_gate()
     made.seen_by_key.copy_(torch.eye(WIDTH))

@@ -82,15 +82,6 @@ def test_an_interrupted_run_ends_as_one_that_was_not(
     assert all(torch.equal(one[key], other[key]) for key in one)
 
 
-@pytest.mark.parametrize("name", BASELINES)
-def test_every_option_reaches_the_configuration(name: str) -> None:
-    options = {**OPTIONS[name], "target_modules": ["q_proj"], "lora_dropout": 0.3}
-    config = build_method({"name": name, **options}).config
-    assert isinstance(config, BASELINES[name].config_cls)
-    for key, value in {**options, **BASELINES[name].settled, "target_modules": {"q_proj"}}.items():
-        assert getattr(config, key) == value
-
-
 @pytest.mark.parametrize(
     ("method", "message"),
     [

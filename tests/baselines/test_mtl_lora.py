@@ -51,28 +51,6 @@ def test_forward_equals_the_formula(kind, rows, with_positions):
     assert (found - layer.get_base_layer()(x)).abs().mean() > 1e-4
 
 
-def test_gradients_equal_the_naive_ones():
-    model, x = one_layer(), torch.randn(3, 5, IN, dtype=torch.float64, requires_grad=True)
-    layer = layers(model)[0]
-    a, b, lambda_, w = trained = [getattr(layer, f"badit_{part}")["default"] for part in PARTS]
-    y = []
-    for row, name in enumerate(ROWS):
-        task = TASKS.index(name)
-        mixed = sum(g * b[:, 2 * k : 2 * k + 2] for k, g in enumerate((w[task] / 0.1).softmax(dim=-1)))
-        y.append(layer.get_base_layer()(x[row]) + 2.0 * x[row] @ (mixed @ lambda_[task] @ a).T)
-    upstream = torch.randn(3, 5, OUT, dtype=torch.float64)
-    expected = torch.autograd.grad((torch.stack(y) * upstream).sum(), [*trained, x])
-    with hooks_of(model).rows_of(ROWS):
-        found = torch.autograd.grad((model(x) * upstream).sum(), [*trained, x])
-    for ours, theirs in zip(found, expected, strict=True):
-        assert theirs.abs().max() > 1e-3
-        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
-    for gradient in found[2:4]:  # of Λ and w: no row is of the task "seas"
-        assert gradient[0].any()
-        assert gradient[1].any()
-        assert not gradient[2].any()
-
-
 def test_the_start(tiny_model):
     layer = layers(adapt(tiny_model("llama"), "mtl-lora", r=4, num_experts=5))[0]
     out_features, in_features = layer.weight_OI.shape
@@ -132,25 +110,6 @@ def test_contexts_nest_and_end_with_an_error(tiny_model):
 # --- whole models ---
 
 
-@pytest.mark.parametrize("alike", [True, False])
-def test_from_weights_that_are_all_alike_the_Bs_would_never_part(tiny_model, alike):
-    """Why the task's weights start at random."""
-    model = adapt(tiny_model("llama"), "mtl-lora").train()
-    if alike:
-        for layer in layers(model):
-            nn.init.zeros_(layer.badit_task_logits["default"])
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
-    for _ in range(3):
-        optimizer.zero_grad()
-        loss(model).backward()
-        optimizer.step()
-    for layer in layers(model):
-        first, second, third = layer.badit_B["default"].detach().split(2, dim=1)
-        assert first.any()
-        for apart in (first - second, second - third):
-            assert (apart.abs().max() < 1e-6) == alike
-
-
 @pytest.mark.parametrize("within", [True, False])
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_gradient_checkpointing_changes_no_gradient(tiny_model, reentrant, within):
@@ -170,22 +129,6 @@ def test_gradient_checkpointing_changes_no_gradient(tiny_model, reentrant, withi
     assert found[0].keys() == found[1].keys()
     for name, gradient in found[0].items():
         torch.testing.assert_close(found[1][name], gradient, atol=1e-6, rtol=1e-4)
-
-
-def test_a_second_adapter_has_tasks_of_its_own(tiny_model):
-    model = adapted(tiny_model("llama"), "mtl-lora")
-    first = logits(model)
-    model.add_adapter("second", config("mtl-lora", tasks=["hills", "cities"]))
-    randomise(model, seed=1, adapter="second")
-    assert torch.equal(logits(model), first)
-    model.set_adapter("second")
-    assert not torch.equal(logits(model, rows=["cities"] * 3), logits(model, rows=["hills"] * 3))
-    with pytest.raises(BaditError, match="no task 'rivers'"):
-        logits(model)
-    model.set_adapter("default")
-    model.delete_adapter("second")
-    assert not [name for name in model.state_dict() if "second" in name]
-    assert torch.equal(logits(model), first)
 
 
 @pytest.mark.parametrize(

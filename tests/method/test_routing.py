@@ -26,28 +26,12 @@ def test_a_router_at_zero_gives_gates_of_exactly_one(num_experts, dtype):
 
 
 @PROPERTY
-@given(_LOGITS)
-def test_mean_one_gates_are_k_times_the_softmax(rows):
-    gates = expert_gates(torch.tensor(rows))
-    np.testing.assert_allclose(gates.mean(dim=-1), 1.0, atol=1e-6)
-    np.testing.assert_allclose(gates, reference.expert_gates(rows), rtol=1e-5)
-
-
-@PROPERTY
-@given(_LOGITS)
-def test_softmax_gates_sum_to_one(rows):
-    gates = expert_gates(torch.tensor(rows), kind="softmax")
-    np.testing.assert_allclose(gates.sum(dim=-1), 1.0, atol=1e-6)
-    np.testing.assert_allclose(gates, reference.expert_gates(rows, "softmax"), rtol=1e-5)
-
-
-@PROPERTY
-@given(_LOGITS, st.integers(1, 12), st.sampled_from(["mean_one", "softmax"]))
-def test_top_k_keeps_exactly_k_gates_and_the_sum(rows, top_k, kind):
+@given(_LOGITS, st.none() | st.integers(1, 12), st.sampled_from(["mean_one", "softmax"]))
+def test_gates_equal_the_naive_ones_and_sum_to_what_they_say(rows, top_k, kind):
     logits = torch.tensor(rows)
     num_experts = logits.shape[-1]
     gates = expert_gates(logits, kind=kind, top_k=top_k)
-    assert ((gates != 0).sum(dim=-1) == min(top_k, num_experts)).all()
+    assert ((gates != 0).sum(dim=-1) == min(top_k or num_experts, num_experts)).all()
     np.testing.assert_allclose(gates.sum(dim=-1), num_experts if kind == "mean_one" else 1.0, rtol=1e-6)
     np.testing.assert_allclose(gates, reference.expert_gates(rows, kind, top_k), rtol=1e-5)
 
@@ -104,13 +88,6 @@ def test_masked_positions_receive_no_gradient():
     torch.testing.assert_close(x.grad, torch.tensor([[[0.5, 0.5], [0.5, 0.5], [0.0, 0.0]]]))
 
 
-def test_a_row_without_prompt_has_a_mean_of_zero():
-    x = torch.full((2, 3, 4), float("nan"))
-    x[1] = 5.0
-    means = prompt_mean(x, torch.tensor([[False] * 3, [True] * 3]))
-    torch.testing.assert_close(means, torch.tensor([[0.0] * 4, [5.0] * 4]))
-
-
 def moments_of(batches):
     moments = torch.zeros(2, batches[0].shape[1])
     for n, batch in enumerate(batches, start=1):
@@ -131,23 +108,11 @@ def test_the_moments_are_the_naive_ones_whatever_the_common_part(count, seed, co
     np.testing.assert_allclose(standardised(x, found), reference.standardised(x, *found.double().numpy()), rtol=1e-4)
 
 
-def test_standardised_prompts_have_a_norm_of_eight_on_average():
-    rows = 3 + torch.randn(200, 64) * torch.logspace(-3, 2, 64)
-    unit = standardised(rows, moments_of([rows]))
-    np.testing.assert_allclose(unit.square().sum(dim=1).mean(), 64.0, rtol=1e-3)
-    np.testing.assert_allclose(unit.mean(dim=0), 0.0, atol=1e-3)
-
-
 def test_ranks_that_add_up_have_the_moments_of_the_whole_batch():
     rows = 100 + torch.randn(6, 5)
     whole = batch_moments(rows)
     others = [torch.cat([rows[2:].sum(dim=0), torch.tensor([4.0])]), (rows[2:] - whole[0]).square().sum(dim=0)]
     torch.testing.assert_close(batch_moments(rows[:2], lambda sums: sums + others.pop(0)), whole, rtol=1e-4, atol=1e-4)
-
-
-def test_before_any_prompt_and_in_features_that_do_not_vary_the_router_reads_nothing():
-    assert not standardised(torch.randn(2, 5), torch.zeros(2, 5)).any()
-    assert not standardised(torch.randn(1, 5), moments_of([torch.randn(1, 5)])).any()
 
 
 def test_features_that_do_not_vary_pass_no_gradient_on():

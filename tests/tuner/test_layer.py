@@ -160,15 +160,6 @@ def test_gradients_equal_the_naive_ones(kind, options):
         torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
 
 
-def test_get_delta_weight_is_the_layer_under_fixed_gates(monkeypatch):
-    layer, (x, mask) = make(), batch()
-    gates = torch.tensor([0.5, 2.0, 0.0], dtype=torch.float64)
-    monkeypatch.setattr(layer, "_route", lambda adapter, x: gates.expand(*x.shape[:-1], EXPERTS))
-    expected = run(layer, x, mask) - layer.get_base_layer()(x)
-    torch.testing.assert_close(x @ layer.get_delta_weight("default", gates).T, expected, atol=1e-6, rtol=1e-6)
-    torch.testing.assert_close(layer.get_delta_weight("default"), layer.get_delta_weight("default", torch.ones(3)))
-
-
 def test_gate_sums_count_training_passes_only():
     layer, (x, mask) = make(), batch()
     run(layer, x, mask)

@@ -98,15 +98,6 @@ def test_a_deep_copy_is_independent(tiny_model: Model) -> None:
     assert not copied.unload()._forward_pre_hooks
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_pickled_file_holds_the_same_adapter(tiny_model: Model, tmp_path: Path, family: str) -> None:
-    model = adapted(tiny_model(family))
-    model.save_pretrained(tmp_path, safe_serialization=False)
-    assert (tmp_path / "adapter_model.bin").is_file()
-    loaded = PeftModel.from_pretrained(tiny_model(family), tmp_path)
-    torch.testing.assert_close(logits(loaded), logits(model))
-
-
 class _Harmful:
     def __init__(self, path: Path) -> None:
         self.path = path

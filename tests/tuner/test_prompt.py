@@ -92,16 +92,6 @@ def test_padding_and_batch_mates_do_not_matter(tiny_model, family, side):
         torch.testing.assert_close(together[i][mask[i].bool()], alone, **CLOSE)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_the_answer_does_not_change_the_gates(tiny_model, family):
-    model = adapted(tiny_model(family))
-    first = teacher_forced(model, *with_answers(), LENGTH)
-    second = teacher_forced(model, *with_answers(random_rows(6, 6, 6, seed=2)), LENGTH)
-    real = with_answers()[1][:, :LENGTH].bool()
-    torch.testing.assert_close(first[:, :LENGTH][real], second[:, :LENGTH][real], **CLOSE)
-    assert (first[:, LENGTH:] - second[:, LENGTH:]).abs().max() > 0.1
-
-
 @pytest.mark.parametrize("eager", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_four_dimensional_masks_route_like_the_two_dimensional(tiny_model, family, eager):

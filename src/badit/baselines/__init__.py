@@ -28,12 +28,10 @@ class Baseline:
     Attributes:
         config_cls: its PEFT configuration.
         settled: fields of the configuration that the name settles.
-        check: raises BaditError for a configuration and a base model that do not go together.
     """
 
     config_cls: type[PeftConfig]
     settled: Mapping[str, Any] = field(default_factory=dict)
-    check: Callable[[Any, Any], None] = lambda config, model: None
 
 
 BASELINES: dict[str, Baseline] = {}

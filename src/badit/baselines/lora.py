@@ -14,18 +14,8 @@ pissa and olora change the base weight, until the adapter is unloaded and after:
 from __future__ import annotations
 
 from peft import LoraConfig
-from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from badit.baselines import BASELINES, Baseline
-from badit.errors import BaditError
-
-
-def refuse_conv1d_for_olora(config: LoraConfig, model: nn.Module) -> None:
-    """Raises BaditError for OLoRA on Conv1D, whose weight PEFT factorises the wrong way round."""
-    if config.init_lora_weights == "olora" and any(isinstance(module, Conv1D) for module in model.modules()):
-        raise BaditError("method: PEFT's olora cannot adapt the Conv1D layers of this model; take pissa instead")
-
 
 for _name, _settled in {
     "lora": {},
@@ -34,4 +24,4 @@ for _name, _settled in {
     "dora": {"use_dora": True},
     "rslora": {"use_rslora": True},
 }.items():
-    BASELINES[_name] = Baseline(LoraConfig, _settled, refuse_conv1d_for_olora)
+    BASELINES[_name] = Baseline(LoraConfig, _settled)

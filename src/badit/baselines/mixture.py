@@ -86,10 +86,6 @@ class MixtureLinear(ExpertLinear):
             losses.append(config.imbalance(logits_LK).to(attended_BT.device) * config.balance_weight)
         return losses
 
-    def delete_adapter(self, adapter_name: str) -> None:
-        self._router_logits.pop(adapter_name, None)
-        super().delete_adapter(adapter_name)
-
 
 class MixtureModel(ExpertModel):
     """A base model with a mixture of LoRA experts in its target modules.

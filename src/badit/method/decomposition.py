@@ -69,12 +69,14 @@ def top_singular_triples(
         raise BaditError("the weight holds NaN or infinite values; it cannot be decomposed")
     small = min(w_OI.shape) <= max(_EXACT_UP_TO, 4 * rank)
     if method == "exact" or (method == "auto" and small):
-        triples = _exact(w_OI, rank)
+        u_ON, s_N, vh_NI = _exact(w_OI, rank)
     elif method in ("auto", "randomized"):
-        triples = _randomized(w_OI, rank, tolerance, seed)
+        u_ON, s_N, vh_NI = _randomized(w_OI, rank, tolerance, seed)
     else:
         raise BaditError(f"svd method must be auto, exact or randomized, got {method!r}")
-    return _fix_signs(*triples)
+    peak_N = u_ON.gather(0, u_ON.abs().argmax(dim=0, keepdim=True)).squeeze(0)
+    sign_N = torch.where(peak_N < 0, -1.0, 1.0)
+    return SingularTriples((u_ON * sign_N).contiguous(), s_N.contiguous(), (vh_NI * sign_N[:, None]).contiguous())
 
 
 def expert_factors(triples: SingularTriples, scaling: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -161,9 +163,3 @@ def _beyond(basis_DM: torch.Tensor, new_DP: torch.Tensor) -> tuple[torch.Tensor,
     left_MP = basis_DM.T @ q_DP
     q_DP, again_PP = torch.linalg.qr(q_DP - basis_DM @ left_MP)
     return q_DP, torch.cat([within_MP + left_MP @ r_PP, again_PP @ r_PP])
-
-
-def _fix_signs(u_ON: torch.Tensor, s_N: torch.Tensor, vh_NI: torch.Tensor) -> SingularTriples:
-    peak_N = u_ON.gather(0, u_ON.abs().argmax(dim=0, keepdim=True)).squeeze(0)
-    sign_N = torch.where(peak_N < 0, -1.0, 1.0)
-    return SingularTriples((u_ON * sign_N).contiguous(), s_N.contiguous(), (vh_NI * sign_N[:, None]).contiguous())
