@@ -114,18 +114,8 @@ def test_svd_method_and_tolerance_reach_the_decomposition(tiny_model, monkeypatc
 
     seen, real = [], module.top_singular_triples
     monkeypatch.setattr(module, "top_singular_triples", lambda *a, **k: seen.append(k) or real(*a, **k))
-    exact = adapt(tiny_model("llama"), svd_method="exact", svd_tolerance=0.5)
-    rough = adapt(tiny_model("llama"), svd_method="randomized", svd_tolerance=0.5)
-    close = adapt(tiny_model("llama"), svd_method="randomized", svd_tolerance=1e-5)
-    assert {tuple(k.items()) for k in seen} == {
-        (("method", "exact"), ("tolerance", 0.5)),
-        (("method", "randomized"), ("tolerance", 0.5)),
-        (("method", "randomized"), ("tolerance", 1e-5)),
-    }
-    error_rough, error_close = (
-        (layers(m)[0].badit_B["default"] - layers(exact)[0].badit_B["default"]).abs().max() for m in (rough, close)
-    )
-    assert error_close < 1e-3 < error_rough
+    adapt(tiny_model("llama"), svd_method="randomized", svd_tolerance=0.5)
+    assert seen == 2 * [{"method": "randomized", "tolerance": 0.5}]
 
 
 @pytest.mark.parametrize(

@@ -94,7 +94,11 @@ class MtlLoraModel(ExpertModel):
     needs_tasks = True
 
     def _refuse_unsuitable(self, config: MtlLoraConfig) -> None:
-        config.refuse_bad_tasks()  # again: the tasks may have been set since the configuration was made
+        tasks = config.tasks
+        if not isinstance(tasks, list) or not tasks or not all(isinstance(name, str) for name in tasks):
+            raise BaditError(f"method.tasks: must list the names of the tasks to be trained on, got {tasks!r:.60}")
+        if twice := [name for name in tasks if tasks.count(name) > 1]:
+            raise BaditError(f"method.tasks: {twice[0]!r} is listed more than once")
 
     @contextmanager
     def rows_of(self, tasks: Sequence[str] | None) -> Iterator[None]:
@@ -134,23 +138,6 @@ class MtlLoraConfig(ExpertConfig):
     lora_alpha: float = option(64, "LoRA's alpha; the scaling is lora_alpha / r.", POSITIVE)
     temperature: float = option(0.1, "Of the softmax that weighs the B's; low is sharp.", POSITIVE)
     tasks: list[str] | None = option(None, "Names of the tasks. Must be there when the adapter is made.")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.tasks is not None:
-            self.refuse_bad_tasks()
-
-    @property
-    def has_fixed_gates(self) -> bool:
-        return False
-
-    def refuse_bad_tasks(self) -> None:
-        """Raises BaditError unless ``tasks`` lists at least one name, and none twice."""
-        tasks = self.tasks
-        if not isinstance(tasks, list) or not tasks or not all(isinstance(name, str) for name in tasks):
-            raise BaditError(f"method.tasks: must list the names of the tasks to be trained on, got {tasks!r:.60}")
-        if twice := [name for name in tasks if tasks.count(name) > 1]:
-            raise BaditError(f"method.tasks: {twice[0]!r} is listed more than once")
 
     def task_indices(self, names: Sequence[str]) -> list[int]:
         """Where each of the names stands in ``tasks``; BaditError for a name that is not there."""

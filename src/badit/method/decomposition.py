@@ -99,23 +99,18 @@ def expert_directions(triples: SingularTriples) -> tuple[torch.Tensor, torch.Ten
 
 
 def _exact(w_OI: torch.Tensor, rank: int) -> SingularTriples:
-    if w_OI.device.type == "cpu" and (triples := _by_gram(w_OI, rank)) is not None:
-        return triples
+    if w_OI.device.type == "cpu":
+        # By eigenvectors of the shorter side's Gram matrix in float64, which is faster, unless σ_N is too small.
+        wide_SL = (w_OI if w_OI.shape[0] <= w_OI.shape[1] else w_OI.T).double()
+        squares_S, vectors_SS = torch.linalg.eigh(wide_SL @ wide_SL.T)  # in ascending order
+        s_N = squares_S[-rank:].clamp_min(0).sqrt().flip(0)
+        if s_N[-1] > _GRAM_DOWN_TO * s_N[0]:
+            short_SN = vectors_SS[:, -rank:].flip(1)
+            long_NL = short_SN.T @ wide_SL / s_N[:, None]
+            u_ON, vh_NI = (short_SN, long_NL) if wide_SL.shape == w_OI.shape else (long_NL.T, short_SN.T)
+            return SingularTriples(u_ON.float(), s_N.float(), vh_NI.float())
     u, s, vh = torch.linalg.svd(w_OI, full_matrices=False)
     return SingularTriples(u[:, :rank], s[:rank], vh[:rank])
-
-
-def _by_gram(w_OI: torch.Tensor, rank: int) -> SingularTriples | None:
-    """By eigenvectors of the shorter side's Gram matrix in float64, which is faster; None where σ_N is too small."""
-    wide_SL = (w_OI if w_OI.shape[0] <= w_OI.shape[1] else w_OI.T).double()
-    squares_S, vectors_SS = torch.linalg.eigh(wide_SL @ wide_SL.T)  # in ascending order
-    s_N = squares_S[-rank:].clamp_min(0).sqrt().flip(0)
-    if s_N[-1] <= _GRAM_DOWN_TO * s_N[0]:
-        return None
-    short_SN = vectors_SS[:, -rank:].flip(1)
-    long_NL = short_SN.T @ wide_SL / s_N[:, None]
-    u_ON, vh_NI = (short_SN, long_NL) if wide_SL.shape == w_OI.shape else (long_NL.T, short_SN.T)
-    return SingularTriples(u_ON.float(), s_N.float(), vh_NI.float())
 
 
 def _randomized(w_OI: torch.Tensor, rank: int, tolerance: float, seed: int) -> SingularTriples:

@@ -161,7 +161,7 @@ class ExpertConfig(PeftConfig):
     @property
     def has_fixed_gates(self) -> bool:
         """Whether no gate depends on the input, so that the adapter is a plain LoRA."""
-        return self.num_experts == 1
+        return self.num_experts == 1 and not self.needs_tasks
 
     @property
     def subtracted_share(self) -> float:
