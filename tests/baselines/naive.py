@@ -15,8 +15,8 @@ from badit.baselines import BASELINES
 from badit.baselines.branches import BranchLinear
 from badit.baselines.mixture import MixtureLinear
 from badit.tuner import BaditConfig, ExpertLinear, hooks_of
+from tuner.helpers import IDS, MASK, layers, padded, random_rows
 from tuner.helpers import forward as model_forward
-from tuner.helpers import padded, random_rows
 
 MIXTURES = ("loramoe", "hydralora", "goat")
 BRANCHES, GATED = ("o-lora", "gainlora", "sapt"), ("gainlora", "sapt")
@@ -39,7 +39,6 @@ SMALL: dict[str, dict[str, Any]] = {
 }
 RANK = 2  # one expert's, in all of the above; the scaling is 2
 _NOISE = {"badit_A": 0.1, "badit_B": 0.1, "badit_router": 0.4, "badit_lambda": 0.5}
-IDS, MASK = padded(random_rows(6, 11, 9))
 ROWS = ["rivers", "cities", "rivers"]
 FIRST, SECOND = (padded(random_rows(*[5] * 4, seed=seed)) for seed in (1, 2))  # prompts of two tasks
 
@@ -47,10 +46,6 @@ FIRST, SECOND = (padded(random_rows(*[5] * 4, seed=seed)) for seed in (1, 2))  #
 def config(method: str, **options: Any) -> Any:
     values = {"lora_dropout": 0.0, "task_type": "CAUSAL_LM", **SMALL[method], **options}
     return CONFIGS[method](**values)
-
-
-def layers(model: Any) -> list[Any]:
-    return [module for module in model.modules() if isinstance(module, ExpertLinear)]
 
 
 def gate(model: Any, adapter: str = "default") -> Any:

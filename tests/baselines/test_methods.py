@@ -19,7 +19,7 @@ from badit.recipe import build_recipe
 from badit.run import Run
 from badit.tuner import hooks_of
 from baselines.naive import SMALL
-from tuner.helpers import padded, random_rows
+from tuner.helpers import IDS, MASK
 
 # PEFT 0.19 looks for the saved configuration of a base model that was never saved.
 pytestmark = pytest.mark.filterwarnings("ignore:Could not find a config file in  - :UserWarning")
@@ -31,7 +31,6 @@ OPTIONS: dict[str, Values] = {
 }  # fmt: skip
 FROM_PEFT = [name for name, baseline in BASELINES.items() if baseline.config_cls is LoraConfig]
 TASKS = ["cities", "rivers"]
-IDS, MASK = padded(random_rows(6, 11, 9))
 ROWS = ["rivers", "cities", "cities"]
 
 
@@ -87,7 +86,7 @@ def test_an_interrupted_run_ends_as_one_that_was_not(
     [
         (
             {"name": "hidralora"},
-            r"unknown method 'hidralora' \(did you mean 'hydralora'\?\); known: badit, gainlora, goat",
+            r"unknown method 'hidralora' \(did you mean 'hydralora'\?\); known: badit, gainlora, loramoe",
         ),
         ({"name": ["goat"]}, r"unknown method \['goat'\]"),
         (

@@ -222,16 +222,17 @@ def test_no_exchange_improves_a_grouping_of_the_swap_solver(shape, kind, restart
 
 @pytest.mark.parametrize(("num_experts", "size"), [(3, 4), (6, 2), (2, 6), (12, 1), (1, 12)])
 @pytest.mark.parametrize("seed", range(3))
-def test_exchanges_climb_as_the_naive_ones_do(seed, num_experts, size):
-    gradients = unit_gradients("random", 12, seed)
-    start = np.random.default_rng(seed).permutation(contiguous(num_experts, size))
-    expected = reference.exchange_until_optimal(gradients, start)
-    for begin in (start, expected):
-        kept = begin.copy()
-        labels = grouping._swap_until_optimal(gradients @ gradients.T, begin, num_experts)
+def test_exchanges_climb_as_the_naive_ones_do_from_each_of_several_starts(seed, num_experts, size):
+    gradients, rng = unit_gradients("random", 12, seed), np.random.default_rng(seed)
+    starts = np.stack([rng.permutation(contiguous(num_experts, size)) for _ in range(5)])
+    starts[1] = reference.exchange_until_optimal(gradients, starts[0])  # one that is done before it begins
+    kept = starts.copy()
+    found = grouping._swap_until_optimal(gradients @ gradients.T, starts, num_experts)
+    for labels, start in zip(found, starts, strict=True):
+        expected = reference.exchange_until_optimal(gradients, start)
         # In experts of two, exchanging the one or the other pair gives the same groups under other names.
         assert np.array_equal(labels[:, None] == labels, expected[:, None] == expected)
-        assert np.array_equal(begin, kept)
+    assert np.array_equal(starts, kept)
 
 
 def test_the_swap_solver_is_at_least_the_papers_from_a_bad_grouping():

@@ -10,7 +10,7 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from badit.tuner import BaditConfig, BaditLinear
+from badit.tuner import BaditConfig, ExpertLinear
 
 FAMILIES = ("llama", "qwen3", "gemma2", "gemma3", "mistral", "gpt2")
 SMALL: dict[str, Any] = {"num_experts": 3, "r": 2, "lora_alpha": 4, "lora_dropout": 0.0, "task_type": "CAUSAL_LM"}
@@ -28,9 +28,9 @@ def adapt(model: Any, **options: Any) -> PeftModel:
     return get_peft_model(model, config(**options)).eval()
 
 
-def layers(model: torch.nn.Module) -> list[BaditLinear]:
+def layers(model: torch.nn.Module) -> list[Any]:
     """The adapted layers, first to last."""
-    return [module for module in model.modules() if isinstance(module, BaditLinear)]
+    return [module for module in model.modules() if isinstance(module, ExpertLinear)]
 
 
 @torch.no_grad()

@@ -1,6 +1,14 @@
-"""Mixtures of LoRA experts, weighed by a softmax at every position, as LoRAMoE, HydraLoRA and GOAT use them.
+"""Mixtures of LoRA experts, weighed by a softmax at every position, and the two dense ones among the baselines.
 
-    y = W x + s · (Σ_k g_k(x) B_k A_k x − share · B0 A0 x) + the weighted balance loss of some
+    y = W x + s · (Σ_k g_k(x) B_k A_k x − share · B0 A0 x) + the weighted balance loss of some,      g = softmax(W_g x)
+
+* LoRAMoE (Dou et al. 2024, "LoRAMoE: Alleviate World Knowledge Forgetting in Large Language Models via MoE-Style
+  Plugin", arXiv 2312.09979): every expert has its own A_k. Defaults: 8 experts of rank 4, alpha 32. The balance loss is
+  off unless it is given a weight, as in the authors' own default.
+* HydraLoRA (Tian et al. 2024, "HydraLoRA: An Asymmetric LoRA Architecture for Efficient Fine-Tuning",
+  arXiv 2404.19245): one A for all. Defaults: 4 B's, rank 4, alpha 32.
+
+A and W_g start as LoRA's A does, B_k at zero; no share of B0 A0. (:mod:`badit.baselines.goat` is sparse and has one.)
 
 Shape suffixes: K = experts, L = the attended positions of a batch.
 """
@@ -9,15 +17,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from badit.baselines import baseline
 from badit.errors import BaditError
 from badit.method import expert_gates
-from badit.tuner.config import NOT_NEGATIVE, ExpertConfig, option
+from badit.tuner.config import COUNT, NOT_NEGATIVE, ExpertConfig, option
 from badit.tuner.layer import ExpertLinear
 from badit.tuner.model import ExpertModel
 from badit.tuner.prompt import inside_backward
@@ -99,3 +108,32 @@ class MixtureModel(ExpertModel):
         """The weighted balance loss, a mean over the layers; None where the method has none or its weight is 0."""
         losses = [loss for layer in self.expert_layers() for loss in layer.balance_losses(attention_mask)]
         return torch.stack(losses).mean() if losses else None
+
+
+@baseline("loramoe", MixtureModel)
+@dataclass
+class LoraMoeConfig(BalancedMixtureConfig):
+    """LoRAMoE (arXiv 2312.09979): a dense mixture of LoRA experts, routed by token in each layer."""
+
+    method: ClassVar[str] = "BADIT_LORAMOE"
+
+    def imbalance(self, logits_LK: torch.Tensor) -> torch.Tensor:
+        """Var(Z) / mean(Z)² over the experts, with Z_k the sum of expert k's gates over the batch's attended positions.
+
+        The population's variance. The paper multiplies Z by 1 ± δ for rows of world knowledge and others, which a
+        mixture of tasks does not tell apart: here δ = 0.
+        """
+        z_K = self.gates(logits_LK).sum(dim=0)
+        return z_K.var(correction=0) / z_K.mean().square()
+
+
+@baseline("hydralora", MixtureModel)
+@dataclass
+class HydraLoraConfig(MixtureConfig):
+    """HydraLoRA (arXiv 2404.19245): several B's over one shared A, routed by token in each layer."""
+
+    method: ClassVar[str] = "BADIT_HYDRALORA"
+    shares_A: ClassVar[bool] = True
+
+    num_experts: int = option(4, "Number of B's.", COUNT)
+    r: int = option(4, "Rank of A and of every B.", COUNT)

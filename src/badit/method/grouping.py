@@ -108,7 +108,7 @@ def group_components(
     if solver == "swap":
         random = (rng.permutation(ordered_N) for _ in range(restarts))
         starts = (_until_stable(gram_NN, random_N, num_experts, _centroid_similarity) for random_N in random)
-        candidates = [_swap_until_optimal(gram_NN, start_N, num_experts) for start_N in (current_N, *starts)]
+        candidates = list(_swap_until_optimal(gram_NN, np.stack([current_N, *starts]), num_experts))
     elif solver == "paper":
         random_N = rng.permutation(ordered_N)
         start_N = _until_stable(gram_NN, random_N, num_experts, _centroid_similarity, balanced=False)
@@ -214,22 +214,50 @@ def _polar_similarity(gram_NN: np.ndarray, labels_N: np.ndarray, num_experts: in
     return sums_NK @ (vectors_KK * inverse_root_K) @ vectors_KK.T
 
 
-def _swap_until_optimal(gram_NN: np.ndarray, labels_N: np.ndarray, num_experts: int) -> np.ndarray:
-    """Exchanges the best pair of components until no exchange of two improves the objective."""
+def _swap_until_optimal(gram_NN: np.ndarray, starts_SN: np.ndarray, num_experts: int) -> np.ndarray:
+    """In each of S groupings, exchanges the best pair of components until no exchange of two improves the objective.
+
+    Components are in the order of their experts, so that a group is a slice; R = components of an expert. The best
+    exchange of every two experts is kept, and only those of the two that have just exchanged are computed again. All
+    groupings take a round together; once half of them are done, the others continue without them.
+    """
+    starts, components = starts_SN.shape
+    size = components // num_experts
     noise = 1e-9 * max(1.0, float(np.abs(gram_NN).max()))  # a smaller gain could be rounding, and undo itself for ever
-    labels_N = labels_N.copy()
-    n = np.arange(len(labels_N))
-    sums_NK = gram_NN @ np.eye(num_experts)[labels_N]
+    order_SN = np.argsort(starts_SN, axis=1, kind="stable")
+    gram_SNN = gram_NN[order_SN[:, :, None], order_SN[:, None, :]]
+    gram_SKRKR = gram_SNN.reshape(starts, num_experts, size, num_experts, size)
+    sums_SKRK = gram_SKRKR.sum(axis=-1)
+    sums_SNK = sums_SKRK.reshape(starts, components, num_experts)
+    # Views, which follow the exchanges: G_ii, and S_ia of i's own group a.
+    diagonal_SKR, own_SKR = np.einsum("skrkr->skr", gram_SKRKR), np.einsum("skrk->skr", sums_SKRK)
+    # A quarter of the gains, here and below: (S_ib − S_ia + G_ii) / 2 + (S_ja − S_jb + G_jj) / 2 − G_ij.
+    best_SKK = np.empty((starts, num_experts, num_experts))
+    s, k = np.arange(starts), np.arange(num_experts)
+    changed_SC = np.tile(k, (starts, 1))
     while True:
-        move_NK = (sums_NK - sums_NK[n, labels_N][:, None] + np.diag(gram_NN)[:, None]) / 2
-        move_NN = move_NK[:, labels_N]
-        quarter_gain_NN = move_NN + move_NN.T - gram_NN
-        quarter_gain_NN[labels_N[:, None] == labels_N] = 0.0
-        i, j = divmod(int(quarter_gain_NN.argmax()), len(n))
-        if quarter_gain_NN[i, j] <= noise / 4:
-            return labels_N
-        a, b = labels_N[i], labels_N[j]
-        labels_N[i], labels_N[j] = b, a
-        exchange_N = gram_NN[:, j] - gram_NN[:, i]
-        sums_NK[:, a] += exchange_N
-        sums_NK[:, b] -= exchange_N
+        move_SKRK = (sums_SKRK - (own_SKR - diagonal_SKR)[..., None]) / 2
+        there_SCRK = move_SKRK[s[:, None], changed_SC]
+        back_SCKR = move_SKRK.transpose(0, 3, 1, 2)[s[:, None], changed_SC]
+        gain_SCRKR = there_SCRK[..., None] + back_SCKR[:, :, None] - gram_SKRKR[s[:, None], changed_SC]
+        best_SKK[s[:, None], changed_SC] = best_SKK[s[:, None], :, changed_SC] = gain_SCRKR.max(axis=2).max(axis=-1)
+        best_SKK[:, k, k] = 0.0
+        a, b = np.divmod(best_SKK.reshape(starts, -1).argmax(axis=1), num_experts)
+        improves_S = best_SKK[s, a, b] > noise / 4
+        if 2 * improves_S.sum() <= starts:
+            break
+        gain_SRR = move_SKRK[s, a, :, b][:, :, None] + move_SKRK[s, b, :, a][:, None] - gram_SKRKR[s, a, :, b]
+        i, j = np.divmod(gain_SRR.reshape(starts, -1).argmax(axis=1), size)
+        i, j = a * size + i, b * size + j
+        j = np.where(improves_S, j, i)  # where all is done, a component changes places with itself
+        exchange_SN = gram_SNN[s, j] - gram_SNN[s, i]
+        sums_SNK[s, :, a] += exchange_SN
+        sums_SNK[s, :, b] -= exchange_SN
+        for rows in (order_SN, sums_SNK, gram_SNN, gram_SNN.transpose(0, 2, 1)):
+            rows[s, i], rows[s, j] = rows[s, j], rows[s, i]
+        changed_SC = np.stack([a, b], axis=1)
+    found_SN = np.empty_like(starts_SN)
+    found_SN[s[:, None], order_SN] = np.arange(components) // size
+    if improves_S.any():
+        found_SN[improves_S] = _swap_until_optimal(gram_NN, found_SN[improves_S], num_experts)
+    return found_SN
