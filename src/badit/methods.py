@@ -112,7 +112,8 @@ class AdapterMethod(Method):
         self, name: str, config: PeftConfig, regroup: dict[str, Any] | None = None, surgery: Surgery | None = None
     ) -> None:
         super().__init__(name)
-        self.config, self.regroup, self.surgery = config, regroup, surgery
+        self.config, self.regroup = config, regroup
+        self.surgery: Surgery | None = surgery
         self.needs_tasks = getattr(config, "needs_tasks", False)
 
     def apply(self, model: PreTrainedModel, tasks: Sequence[str] = ()) -> PeftModel:
