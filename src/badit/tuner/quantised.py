@@ -50,8 +50,8 @@ def keep_in_place(model: nn.Module) -> None:
         state = getattr(getattr(module, "weight", None), "quant_state", None)
         if getattr(state, "packing_format_for_cpu", False):
             raise BaditError(
-                f"{name} has been evaluated on a CPU, where bitsandbytes reorders 4-bit weights so that no adapter can be "
-                "trained on them: load the model again, and add the adapter before you evaluate it"
+                f"{name} has been evaluated on a CPU, where bitsandbytes reorders 4-bit weights so that no adapter can "
+                "be trained on them: load the model again, and add the adapter before you evaluate it"
             )
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
