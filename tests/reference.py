@@ -43,9 +43,7 @@ def singular_triples(weight: Any, rank: int) -> tuple[np.ndarray, np.ndarray, np
     return u[:, :rank], s[:rank], vh[:rank]
 
 
-def decompose(
-    weight: Any, num_experts: int, r: int, scaling: float
-) -> tuple[list[tuple[np.ndarray, np.ndarray]], np.ndarray]:
+def decompose(weight: Any, num_experts: int, r: int, scaling: float) -> tuple[list[Any], np.ndarray]:
     """W = s Σ_k B_k A_k + Ŵ: the experts' pairs (B_k, A_k) from the k-th run of r triples, and the residual Ŵ."""
     u, s, vh = singular_triples(weight, num_experts * r)
     experts, residual = [], float64(weight).copy()
@@ -75,10 +73,7 @@ def unit_gradients(grad_A: Any, grad_B: Any) -> np.ndarray:
 
 def cosine_gram(grad_A: Any, grad_B: Any) -> np.ndarray:
     unit = unit_gradients(grad_A, grad_B)
-    gram = np.empty((len(unit), len(unit)))
-    for i, j in itertools.product(range(len(unit)), repeat=2):
-        gram[i, j] = float(np.dot(unit[i], unit[j]))
-    return gram
+    return np.array([[float(np.dot(one, other)) for other in unit] for one in unit])
 
 
 def objective(gradients: np.ndarray, labels: Any) -> float:
@@ -154,20 +149,15 @@ def polar_similarity(gradients: np.ndarray, labels: Any, num_experts: int) -> np
     C = np.stack([gradients[members(labels, k)].sum(axis=0) for k in range(num_experts)], axis=1)
     u, _, vh = np.linalg.svd(C, full_matrices=False)
     Q = u @ vh
-    similarity = np.empty((len(gradients), num_experts))
-    for i, k in itertools.product(range(len(gradients)), range(num_experts)):
-        similarity[i, k] = float(gradients[i] @ Q[:, k])
-    return similarity
+    return np.array([[float(gradient @ Q[:, k]) for k in range(num_experts)] for gradient in gradients])
 
 
 def assign_balanced(similarity: np.ndarray, size: int) -> np.ndarray:
     """max Σ_ik π_ik similarity_ik with exactly ``size`` components an expert, one slot after another."""
     slots = [k for k in range(similarity.shape[1]) for _ in range(size)]
     cost = np.array([[-similarity[i, k] for k in slots] for i in range(len(similarity))])
-    labels = np.empty(len(similarity), dtype=np.int64)
-    for i, slot in zip(*linear_sum_assignment(cost), strict=True):
-        labels[i] = slots[slot]
-    return labels
+    _, chosen = linear_sum_assignment(cost)
+    return np.array([slots[slot] for slot in chosen])
 
 
 def polar_grouping(gradients: np.ndarray, labels: Any, num_experts: int, size: int, rounds: int = 50) -> np.ndarray:
@@ -256,30 +246,13 @@ def expert_gates(logits: Any, kind: str = "mean_one", top_k: int | None = None) 
 
 
 def badit_linear(
-    x: Any,
-    W: Any,
-    bias: Any | None,
-    A: Any,
-    B: Any,
-    A0: Any | None,
-    B0: Any | None,
-    expert_of: Any,
-    gates: Any,
-    scaling: float,
+    x: Any, W: Any, bias: Any, A: Any, B: Any, A0: Any, B0: Any, expert_of: Any, gates: Any, scaling: float
 ) -> np.ndarray:
     """y = W x + bias + s Σ_k gate_k B_k A_k x − s Σ_k B0_k A0_k x, one position and one expert at a time.
 
-    Args:
-        x: inputs (..., in).
-        W: the base weight (out, in), with ``bias`` (out) or None.
-        A: the adapter's rows (N, in), and ``B`` its columns (out, N).
-        A0: the frozen initial factors, with ``B0``; both None for an adapter that did not decompose its weight.
-        expert_of: the label of each of the N components.
-        gates: (..., K), broadcast over the leading dimensions of x: (K), (batch, 1, K), (batch, positions, K).
-        scaling: s = lora_alpha / r.
+    ``bias``, or A0 and B0, may be None; the gates (..., K) are broadcast over the leading dimensions of x (..., in).
     """
-    x, W, A, B = float64(x), float64(W), float64(A), float64(B)
-    gates = float64(gates)
+    x, W, A, B, gates = map(float64, (x, W, A, B, gates))
     num_experts = gates.shape[-1]
     gates = np.broadcast_to(gates, (*x.shape[:-1], num_experts))
     y = np.zeros((*x.shape[:-1], W.shape[0]))
@@ -290,11 +263,8 @@ def badit_linear(
         for k in range(num_experts):
             index = members(expert_of, k)
             y[where] += scaling * gates[(*where, k)] * (B[:, index] @ (A[index] @ x[where]))
-        if A0 is not None and B0 is not None:
-            r = len(A) // num_experts
-            for k in range(num_experts):  # the initial experts are runs of r, wherever regrouping has moved components
-                index = list(range(k * r, (k + 1) * r))
-                y[where] -= scaling * (float64(B0)[:, index] @ (float64(A0)[index] @ x[where]))
+        if A0 is not None and B0 is not None:  # regrouping moves no initial component
+            y[where] -= scaling * (float64(B0) @ (float64(A0) @ x[where]))
     return y
 
 
@@ -369,18 +339,11 @@ class OrthogonalFactor:
 
 
 def orthogonal_step(
-    A: Any,
-    B: Any,
-    grad_A: Any,
-    grad_B: Any,
-    of_A: OrthogonalFactor,
-    of_B: OrthogonalFactor,
-    lr: float,
-    betas: tuple[float, float],
+    A: Any, B: Any, grad_A: Any, grad_B: Any, of_A: OrthogonalFactor, of_B: OrthogonalFactor, lr: float, betas: Any,
     floor: float = 1e-6,
-) -> tuple[np.ndarray, np.ndarray]:
+) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
     """A (N, in) and B (out, N) after one step; what the two factors keep is changed in place."""
-    A, B, grad_A, grad_B = float64(A), float64(B), float64(grad_A), float64(grad_B)
+    A, B, grad_A, grad_B = map(float64, (A, B, grad_A, grad_B))
     update_A = of_A.update(B.T, grad_A, *betas, floor)
     update_B = of_B.update(A, grad_B.T, *betas, floor).T
     return A - lr * update_A, B - lr * update_B

@@ -24,8 +24,7 @@ from trl import SFTConfig, SFTTrainer
 import badit
 import reference
 from badit.baselines.goat import GoatConfig
-from badit.baselines.hydralora import HydraLoraConfig
-from badit.baselines.loramoe import LoraMoeConfig
+from badit.baselines.mixture import HydraLoraConfig, LoraMoeConfig
 from badit.baselines.o_lora import OLoraConfig
 from badit.errors import BaditError
 from badit.optimizer import OPTIMIZERS, OrthogonalUpdates, build_optimizer, factor_pairs, lora_plus_groups

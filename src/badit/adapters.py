@@ -31,45 +31,34 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 def load_adapter(model: PreTrainedModel, folder: Path, config: PeftConfig, *, trainable: bool) -> PeftModel:
-    """The base model with the adapter that a run with the method's ``config`` has left in ``folder``.
+    """The base model with the adapter that a run with the method's ``config`` has saved in ``folder``.
 
     Raises:
         BaditError: it is missing, damaged, incomplete or another one.
     """
-    shapes = tensor_shapes(folder / SAFETENSORS_WEIGHTS_NAME)  # without it PEFT would go on to look for a pickled file
+    shapes = tensor_shapes(folder / SAFETENSORS_WEIGHTS_NAME)  # without it PEFT would look for a pickled file
     _check_settings(folder / CONFIG_NAME, config, shapes)
     with explained(folder, action="loaded", any_error=True), warnings.catch_warnings():
         warnings.filterwarnings("error", message="Found missing adapter keys")
         adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
         expected = get_peft_model_state_dict(adapted, save_embedding_layers=False).keys()
     if unknown := sorted(shapes.keys() - expected):
-        raise BaditError(
-            f"{folder}: belongs to another base model or method, with a tensor {unknown[0]!r:.120}; "
-            "name the base model that it was trained on"
-        )
+        other = f"belongs to another base model or method, with a tensor {unknown[0]!r:.120}"
+        raise BaditError(f"{folder}: {other}; name the base model that it was trained on")
     return adapted
 
 
 def tensor_shapes(path: Path) -> Shapes:
-    """The names and shapes of a safetensors file's tensors, from its header alone.
-
-    Raises:
-        BaditError: it is missing or damaged.
-    """
+    """The names and shapes of a safetensors file's tensors, from its header; BaditError if missing or damaged."""
     if not path.is_file():
-        raise BaditError(
-            f"{path.parent}: has no {path.name}; pickled weights are not read; remove the folder to train again"
-        )
+        fix = "pickled weights are not read; remove the folder to train again"
+        raise BaditError(f"{path.parent}: has no {path.name}; {fix}")
     with explained(path, action="loaded", any_error=True), safe_open(path, framework="pt") as file:
         return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (not a dict)
 
 
 def _check_settings(path: Path, config: PeftConfig, shapes: Shapes) -> None:
-    """That the saved configuration is the recipe's.
-
-    Raises:
-        BaditError: it is missing or damaged, of a newer format, or has another setting.
-    """
+    """Raises BaditError unless the saved configuration is the recipe's, but for sound bookkeeping."""
     saved = read_json(path)
     try:
         refuse_newer_format(saved.get(FORMAT_FIELD, 1))
@@ -77,28 +66,19 @@ def _check_settings(path: Path, config: PeftConfig, shapes: Shapes) -> None:
         raise BaditError(f"{path}: {error}") from None
     fields = {field.name: field for field in dataclasses.fields(config)}
     if unknown := sorted(saved.keys() - fields.keys() - _BOOKKEEPING - RETIRED_FIELDS):
-        raise BaditError(
-            f"{path}: {unknown[0]!r:.60}: is no setting that this PEFT knows; upgrade it, or remove the line"
-        )
+        fix = "upgrade it, or remove the line"
+        raise BaditError(f"{path}: {unknown[0]!r:.60}: is no setting that this PEFT knows; {fix}")
     for key, expected in _plain(config.to_dict()).items():
         found = _plain(saved[key] if key in saved or key not in fields else _default(fields[key]))
         if key not in _BOOKKEEPING and found != expected:
-            raise BaditError(
-                f"{path}: {key}: is {found!r:.60}, but the run's recipe says {expected!r:.60}; "
-                "this is another run's adapter"
-            )
-    _check_bookkeeping(path, saved, config, shapes)
-
-
-def _check_bookkeeping(path: Path, saved: Mapping[str, Any], config: PeftConfig, shapes: Shapes) -> None:
-    targets, wanted = saved.get("target_modules"), getattr(config, "target_modules", None)
-    listed = isinstance(targets, list) and all(isinstance(name, str) for name in targets)
-    # An expression is matched against every module's name, and some take forever: none but the recipe's own.
-    if not listed and targets not in (wanted, None):
-        raise BaditError(f"{path}: target_modules: must be a list of names, not {targets!r:.60}")
-    tasks = saved.get("tasks")
-    if tasks is not None and not (isinstance(tasks, list) and all(isinstance(name, str) for name in tasks)):
-        raise BaditError(f"{path}: tasks: must be a list of names, not {tasks!r:.60}")
+            differs = f"is {found!r:.60}, but the run's recipe says {expected!r:.60}"
+            raise BaditError(f"{path}: {key}: {differs}; this is another run's adapter")
+    # An expression is matched against every module's name, and some take forever: only the recipe's own is taken.
+    own_expression = getattr(config, "target_modules", None)
+    for key, allowed in (("target_modules", (None, own_expression)), ("tasks", (None,))):
+        names = saved.get(key)
+        if names not in allowed and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+            raise BaditError(f"{path}: {key}: must be a list of names, not {names!r:.60}")
     past = saved.get("past_branches", 0)
     largest = max((size for shape in shapes.values() for size in shape), default=0)
     if isinstance(past, bool) or not isinstance(past, int) or not 0 <= past <= largest:
@@ -110,7 +90,7 @@ def _default(field: dataclasses.Field[Any]) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """As JSON has it; sets, of which JSON keeps no order, as sorted lists."""
+    """As JSON has it; sets as sorted lists."""
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (set, frozenset)):

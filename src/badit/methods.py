@@ -7,8 +7,8 @@
     method: {name: full}                                                  # every weight of the base model
     method: {name: base}                                                  # the base model as it is, to compare with
 
-The options of a method are the fields of its (PEFT) configuration, so there is no second list of them to keep. Methods
-that add PEFT adapters and methods that train the base model's own weights answer the same few calls.
+The options of a method are the fields of its (PEFT) configuration. Methods that add PEFT adapters and methods that
+train the base model's own weights have the same interface.
 """
 
 from __future__ import annotations
@@ -23,19 +23,11 @@ import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
+from transformers.pytorch_utils import Conv1D
 
 from badit.adapters import load_adapter, tensor_shapes
 from badit.angles import AngleLog
-from badit.baselines import BASELINES, Baseline
-from badit.baselines.neurons import (
-    all_neurons,
-    neuron_scores,
-    top_neurons,
-    train_only,
-    trained_names,
-    trained_parameters,
-    union,
-)
+from badit.baselines import BASELINES, Baseline, neurons
 from badit.errors import BaditError, explained, first_line, nearest
 from badit.gradients import parameter_count
 from badit.recipe import Recipe
@@ -44,26 +36,26 @@ from badit.run import Run
 from badit.surgery import Surgery, SurgeryTrainer
 from badit.trainer import AnswerTrainer
 from badit.tuner import BaditConfig
-from badit.tuner.config import FORMAT_FIELD, RETIRED_FIELDS
+from badit.tuner.config import COUNT, FORMAT_FIELD, RETIRED_FIELDS, SHARE, check_options, option
 from badit.tuner.model import TARGET_MODULES, TaskBatches, hooks_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# PEFT's own bookkeeping and what a run fills in, which are not for a recipe to set.
+# PEFT's own bookkeeping and what a run fills in: no recipe sets them.
 _INTERNAL = {"peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
              "inference_mode", "runtime_config", "tasks", "past_branches", FORMAT_FIELD}  # fmt: skip
 WEIGHTS = "weights.safetensors"
+Tensors = Mapping[str, torch.Tensor]
 
 
 class Method:
-    """The base model as it is, to compare with; and the calls that all methods answer."""
+    """The base model as it is, to compare with; and the interface of all methods."""
 
     trains = False
-    #: Whether the base weights must be there in float32, since they are what is trained.
-    trains_base_weights = False
-    #: Whether every row's task must be known, in generation as in training.
-    needs_tasks = False
+    trains_base_weights = False  # so that they must be there in float32
+    needs_whole_weights = False  # so that no engine may divide the model over processes
+    needs_tasks = False  # of every row, in generation as in training
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -76,41 +68,32 @@ class Method:
         return model
 
     def proceed(self, model: PreTrainedModel, folder: Path) -> Any:
-        """The base model with what :meth:`save` left in ``folder``, made ready for the next task of a sequence."""
+        """The base model with what :meth:`save` wrote to ``folder``, made ready for the next task of a sequence."""
         return self.load(model, folder)
 
     def load(self, model: PreTrainedModel, folder: Path) -> Any:
-        """The base model with what :meth:`save` left in ``folder``, for inference.
-
-        Raises:
-            BaditError: it is missing or damaged.
-        """
+        """The base model with what :meth:`save` wrote to ``folder``, for inference; BaditError if it is damaged."""
         return model
 
-    def save(
-        self, model: Any, folder: Path, base_model: str, weights: Mapping[str, torch.Tensor] | None = None
-    ) -> None:
-        """Writes what was learnt; ``base_model`` is the name that the base model goes by in the recipe.
-
-        ``weights`` are whole tensors by name, of a model that has only shards of them.
-        """
+    def save(self, model: Any, folder: Path, base_model: str, weights: Tensors | None = None) -> None:
+        """Writes what was learnt, under the recipe's name of the base model; ``weights`` replace a model's shards."""
 
     def trained_parameters(self, model: Any) -> int:
         """How many numbers training changes, in a model that :meth:`apply` has made ready."""
         return sum(parameter_count(p) for p in model.parameters() if p.requires_grad) if self.trains else 0
 
     def before_training(self, model: Any, batches: TaskBatches) -> None:
-        """Looks at the data before training on it."""
+        """Reads the data before training on it."""
+        hooks_of(model).start_task(batches)
 
     def after_training(self, model: Any, batches: TaskBatches) -> None:
-        """Looks at the data once more after training on it, before the result is saved."""
+        """Reads the data again after training on it, before the result is saved."""
+        hooks_of(model).end_task(batches)
 
     def refuse_shards(self, model: Any) -> None:
-        """Called where an engine is about to divide the model over processes.
-
-        Raises:
-            BaditError: the method needs whole weights.
-        """
+        """Raises BaditError where an engine is about to divide a model that needs whole weights over processes."""
+        if self.needs_whole_weights or hooks_of(model).needs_whole_weights:
+            raise BaditError(f"{self.name} works on whole weights: launch it without FSDP and DeepSpeed")
 
     def callbacks(self, run: Run) -> list[TrainerCallback]:
         return []
@@ -120,31 +103,26 @@ class Method:
 
 
 class AdapterMethod(Method):
-    """A method that leaves the base weights alone and trains a PEFT adapter."""
+    """A method that trains a PEFT adapter next to the base weights."""
 
     trains = True
 
     def __init__(
-        self,
-        name: str,
-        config: PeftConfig,
-        *,
-        check: Callable[[Any, Any], None] | None = None,
-        regroup: dict[str, Any] | None = None,
-        surgery: Surgery | None = None,
+        self, name: str, config: PeftConfig, regroup: dict[str, Any] | None = None, surgery: Surgery | None = None
     ) -> None:
         super().__init__(name)
-        self.config = config
-        self.needs_tasks = getattr(config, "needs_tasks", False)
-        self.check = check
-        self.regroup = regroup
+        self.config, self.regroup = config, regroup
         self.surgery: Surgery | None = surgery
+        self.needs_tasks = getattr(config, "needs_tasks", False)
 
     def apply(self, model: PreTrainedModel, tasks: Sequence[str] = ()) -> PeftModel:
-        """PEFT's own methods adapt what BADIT would by default; a method that tells tasks apart learns their names."""
+        """PEFT's own methods adapt the same modules as BADIT; a method that tells tasks apart learns their names."""
         config: Any = self.config
-        if self.check is not None:
-            self.check(config, model)
+        if getattr(config, "init_lora_weights", None) == "olora" and any(
+            isinstance(m, Conv1D) for m in model.modules()
+        ):
+            # PEFT factorises its weight the wrong way round.
+            raise BaditError("method: PEFT's olora cannot adapt the Conv1D layers of this model; take pissa instead")
         if self.needs_tasks and config.tasks is None and tasks:
             config.tasks = list(tasks)
         if config.target_modules is None:
@@ -167,23 +145,11 @@ class AdapterMethod(Method):
     def load(self, model: PreTrainedModel, folder: Path) -> PeftModel:
         return load_adapter(model, folder, self.config, trainable=False).eval()
 
-    def save(
-        self, model: PeftModel, folder: Path, base_model: str, weights: Mapping[str, torch.Tensor] | None = None
-    ) -> None:
-        # The name that the recipe gives; a built-in model's own would be a folder of this machine's cache. From a name
-        # PEFT would look the embeddings up on a hub, to see whether to save them too: they are frozen.
+    def save(self, model: PeftModel, folder: Path, base_model: str, weights: Tensors | None = None) -> None:
+        # The recipe's name; a built-in model's own would be a folder of this machine's cache. Embeddings are frozen,
+        # and to see whether to save them, PEFT would look that name up on a hub.
         model.peft_config["default"].base_model_name_or_path = base_model
         model.save_pretrained(str(folder), save_embedding_layers=False, state_dict=weights)
-
-    def before_training(self, model: PeftModel, batches: TaskBatches) -> None:
-        hooks_of(model).start_task(batches)
-
-    def after_training(self, model: PeftModel, batches: TaskBatches) -> None:
-        hooks_of(model).end_task(batches)
-
-    def refuse_shards(self, model: PeftModel) -> None:
-        if hooks_of(model).needs_whole_weights:
-            raise BaditError(f"{self.name} works on whole weights: launch it without FSDP and DeepSpeed")
 
     def callbacks(self, run: Run) -> list[TrainerCallback]:
         if self.regroup is None:
@@ -206,9 +172,8 @@ class WeightsMethod(Method):
         if recipe.model.dtype == "float16":
             raise BaditError(f"model.dtype: float16 is too narrow to train base weights in; {self.name} needs bfloat16")
         if recipe.model.quantisation:
-            raise BaditError(
-                f"model.quantisation: {self.name} trains the base weights, which must be whole: leave it out"
-            )
+            whole = "trains the base weights, which must be whole: leave it out"
+            raise BaditError(f"model.quantisation: {self.name} {whole}")
 
     def load(self, model: PreTrainedModel, folder: Path) -> PreTrainedModel:
         path = folder / WEIGHTS
@@ -227,14 +192,10 @@ class WeightsMethod(Method):
         """The weights that a saved file must have."""
         return {name for name, _ in model.named_parameters()}
 
-    def save(
-        self, model: PreTrainedModel, folder: Path, base_model: str, weights: Mapping[str, torch.Tensor] | None = None
-    ) -> None:
+    def save(self, model: PreTrainedModel, folder: Path, base_model: str, weights: Tensors | None = None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        whole = weights or {}
-        trained = {
-            name: whole.get(name, p).detach().contiguous() for name, p in model.named_parameters() if p.requires_grad
-        }
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        trained = {name: (weights or {}).get(name, p).detach().contiguous() for name, p in trained.items()}
         save_file(trained, folder / WEIGHTS, metadata={"base_model": base_model, "method": self.name})
 
 
@@ -242,18 +203,17 @@ class WeightsMethod(Method):
 class NeuronOptions:
     """Options of task neurons."""
 
-    share: float = 0.1
-    score_batches: int = 4
+    share: float = option(0.1, "Share of all FFN neurons that each task trains.", SHARE)
+    score_batches: int = option(4, "Number of batches per task that the neurons are scored on.", COUNT)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.share, float | int) or not 0 < self.share <= 1:
-            raise BaditError(f"share must be above 0 and at most 1, got {self.share!r}")
-        if not isinstance(self.score_batches, int) or self.score_batches < 1:
-            raise BaditError(f"score_batches must be a whole number of at least 1, got {self.score_batches!r}")
+        check_options(self)
 
 
 class NeuronMethod(WeightsMethod):
     """Task neurons: of the base model's weights only those of the neurons that matter to the stage's tasks."""
+
+    needs_whole_weights = True
 
     def __init__(self, name: str, options: NeuronOptions) -> None:
         super().__init__(name)
@@ -268,22 +228,16 @@ class NeuronMethod(WeightsMethod):
     def trained_parameters(self, model: PreTrainedModel) -> int:
         """Before the data has been seen, those of one task's neurons; several tasks share some of them."""
         if self._masks is None:
-            return round(self.options.share * trained_parameters(model, all_neurons(model)))
-        return trained_parameters(model, self._masks)
-
-    def refuse_shards(self, model: PreTrainedModel) -> None:
-        raise BaditError(f"{self.name} works on whole weights: launch it without FSDP and DeepSpeed")
+            return round(self.options.share * neurons.trained_parameters(model, neurons.all_neurons(model)))
+        return neurons.trained_parameters(model, self._masks)
 
     def _saved_names(self, model: PreTrainedModel) -> set[str]:
-        return trained_names(model)
+        return neurons.trained_names(model)
 
     def before_training(self, model: PreTrainedModel, batches: TaskBatches) -> None:
-        masks = [
-            top_neurons(neuron_scores(model, of_task[: self.options.score_batches]), self.options.share)
-            for of_task in batches.values()
-        ]
-        self._masks = union(*masks)
-        train_only(model, self._masks)
+        scores = [neurons.neuron_scores(model, of_task[: self.options.score_batches]) for of_task in batches.values()]
+        self._masks = neurons.union(*(neurons.top_neurons(of_task, self.options.share) for of_task in scores))
+        neurons.train_only(model, self._masks)
 
 
 def build_method(section: Mapping[str, Any]) -> Method:
@@ -294,66 +248,45 @@ def build_method(section: Mapping[str, Any]) -> Method:
     """
     options = dict(section)
     name = options.pop("name", "badit")
-    if not isinstance(name, str) or name not in _METHODS:
-        known = ", ".join(_METHODS)
-        raise BaditError(f"method.name: unknown method {name!r:.60}{nearest(name, _METHODS)}; known: {known}")
-    return _METHODS[name](options)
-
-
-def _badit(options: dict[str, Any]) -> Method:
-    regroup = options.pop("regroup", {})
-    if regroup is not None:
-        if not isinstance(regroup, dict):
-            raise BaditError("method.regroup: must be a mapping such as {every: 20}, or null to train without DOG")
-        _refuse_unknown("method.regroup", regroup, {field.name for field in dataclasses.fields(RegroupOptions)})
-        _built(lambda: RegroupOptions(**regroup))
-    return AdapterMethod("badit", _config(BaditConfig, options), regroup=regroup)
-
-
-def _adapter(name: str, baseline: Baseline, surgery: Surgery | None, options: dict[str, Any]) -> Method:
-    for key in options.keys() & baseline.settled.keys():
-        raise BaditError(f"method.{key}: is what the name {name} stands for ({baseline.settled[key]}); leave it out")
-    config = _config(baseline.config_cls, options, baseline.settled)
-    return AdapterMethod(name, config, check=baseline.check, surgery=surgery)
-
-
-def _neurons(options: dict[str, Any]) -> Method:
-    _refuse_unknown("method", options, {field.name for field in dataclasses.fields(NeuronOptions)})
-    return NeuronMethod("task-neurons", _built(lambda: NeuronOptions(**options)))
-
-
-def _without_options(name: str, kind: type[Method], options: dict[str, Any]) -> Method:
-    _refuse_unknown("method", options, set())
-    return kind(name)
-
-
-_METHODS: dict[str, Callable[[dict[str, Any]], Method]] = {
-    "badit": _badit,
-    **{name: partial(_adapter, name, baseline, None) for name, baseline in BASELINES.items()},
-    **{name: partial(_adapter, name, BASELINES["lora"], name) for name in get_args(Surgery)},
-    "task-neurons": _neurons,
-    "full": partial(_without_options, "full", WeightsMethod),
-    "base": partial(_without_options, "base", Method),
-}
-
-
-def _config(config_cls: type[Any], options: dict[str, Any], settled: Mapping[str, Any] | None = None) -> PeftConfig:
-    fields = {field.name for field in dataclasses.fields(config_cls) if field.init}
-    known = fields - _INTERNAL - (settled or {}).keys()
+    if not isinstance(name, str) or name not in _NAMES:
+        raise BaditError(f"method.name: unknown method {name!r:.60}{nearest(name, _NAMES)}; known: {', '.join(_NAMES)}")
+    if name in ("full", "base"):
+        return _built(partial(WeightsMethod if name == "full" else Method, name), options, set())
+    if name == "task-neurons":
+        return NeuronMethod(name, _built(NeuronOptions, options, _fields(NeuronOptions)))
     for key in options.keys() & RETIRED_FIELDS:
         raise BaditError(f"method.{key}: is no option any more and changed no result; leave it out")
-    _refuse_unknown("method", options, known)
-    return _built(lambda: config_cls(task_type="CAUSAL_LM", **options, **(settled or {})))
+    if name == "badit":
+        regroup = options.pop("regroup", {})
+        if regroup is not None and not isinstance(regroup, dict):
+            raise BaditError("method.regroup: must be a mapping such as {every: 20}, or null to train without DOG")
+        if regroup is not None:
+            _built(RegroupOptions, regroup, _fields(RegroupOptions), "method.regroup")
+        return AdapterMethod(name, _config(Baseline(BaditConfig), options), regroup=regroup)
+    surgery: Any = name if name in get_args(Surgery) else None
+    baseline = BASELINES["lora" if surgery else name]
+    for key in options.keys() & baseline.settled.keys():
+        raise BaditError(f"method.{key}: is what the name {name} stands for ({baseline.settled[key]}); leave it out")
+    return AdapterMethod(name, _config(baseline, options), surgery=surgery)
 
 
-def _refuse_unknown(where: str, options: Mapping[str, Any], known: set[str]) -> None:
+_NAMES = ["badit", *BASELINES, *get_args(Surgery), "task-neurons", "full", "base"]
+
+
+def _config(baseline: Baseline, options: dict[str, Any]) -> PeftConfig:
+    known = _fields(baseline.config_cls) - _INTERNAL - baseline.settled.keys()
+    return _built(partial(baseline.config_cls, task_type="CAUSAL_LM", **baseline.settled), options, known)
+
+
+def _fields(options_cls: type[Any]) -> set[str]:
+    return {field.name for field in dataclasses.fields(options_cls) if field.init}
+
+
+def _built(build: Callable[..., Any], options: Mapping[str, Any], known: set[str], place: str = "method") -> Any:
     for key in options:
         if key not in known:
-            raise BaditError(f"{where}.{key}: unknown key{nearest(key, known)}")
-
-
-def _built(build: Callable[[], Any]) -> Any:
+            raise BaditError(f"{place}.{key}: unknown key{nearest(key, known)}")
     try:
-        return build()
+        return build(**options)
     except (ValueError, TypeError, OverflowError) as error:  # BaditError among them
         raise BaditError(f"method: {error}") from None

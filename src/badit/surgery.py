@@ -82,7 +82,7 @@ class SurgeryTrainer(AnswerTrainer):
     """
 
     def __init__(self, *args: Any, surgery: Surgery, **kwargs: Any) -> None:
-        one_of("surgery", surgery, _COMBINATIONS)
+        one_of(*_COMBINATIONS).check("surgery", surgery)
         self._combine = _COMBINATIONS[surgery]()
         super().__init__(*args, **kwargs)
         if self.accelerator.distributed_type != DistributedType.NO:

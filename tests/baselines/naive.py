@@ -14,16 +14,21 @@ import reference
 from badit.baselines import BASELINES
 from badit.baselines.branches import BranchLinear
 from badit.baselines.mixture import MixtureLinear
-from badit.tuner import ExpertLinear, hooks_of
+from badit.tuner import BaditConfig, ExpertLinear, hooks_of
+from tuner.helpers import IDS, MASK, layers, padded, random_rows
 from tuner.helpers import forward as model_forward
-from tuner.helpers import padded, random_rows
 
 MIXTURES = ("loramoe", "hydralora", "goat")
 BRANCHES, GATED = ("o-lora", "gainlora", "sapt"), ("gainlora", "sapt")
-METHODS = (*MIXTURES, "mtl-lora", *BRANCHES)
+METHODS = ("badit", "badit standardised", *MIXTURES, "mtl-lora", *BRANCHES)
+CONFIGS = {"badit": BaditConfig, "badit standardised": BaditConfig} | {
+    name: baseline.config_cls for name, baseline in BASELINES.items()
+}
 FAMILIES = ("llama", "gpt2", "gemma2")
 TASKS = ["cities", "rivers", "seas"]
 SMALL: dict[str, dict[str, Any]] = {
+    "badit": {"num_experts": 3, "r": 2, "lora_alpha": 4},
+    "badit standardised": {"num_experts": 3, "r": 2, "router_input": "standardised", "init_weights": "directions"},
     "loramoe": {"num_experts": 3, "r": 2, "lora_alpha": 4},
     "hydralora": {"num_experts": 3, "r": 2, "lora_alpha": 4},
     "goat": {"num_experts": 4, "r": 8, "lora_alpha": 16, "top_k": 2},
@@ -34,18 +39,13 @@ SMALL: dict[str, dict[str, Any]] = {
 }
 RANK = 2  # one expert's, in all of the above; the scaling is 2
 _NOISE = {"badit_A": 0.1, "badit_B": 0.1, "badit_router": 0.4, "badit_lambda": 0.5}
-IDS, MASK = padded(random_rows(6, 11, 9))
 ROWS = ["rivers", "cities", "rivers"]
 FIRST, SECOND = (padded(random_rows(*[5] * 4, seed=seed)) for seed in (1, 2))  # prompts of two tasks
 
 
 def config(method: str, **options: Any) -> Any:
     values = {"lora_dropout": 0.0, "task_type": "CAUSAL_LM", **SMALL[method], **options}
-    return BASELINES[method].config_cls(**values)
-
-
-def layers(model: Any) -> list[Any]:
-    return [module for module in model.modules() if isinstance(module, ExpertLinear)]
+    return CONFIGS[method](**values)
 
 
 def gate(model: Any, adapter: str = "default") -> Any:
@@ -62,6 +62,11 @@ def randomise(model: Any, seed: int = 0, adapter: str = "default") -> Any:
     found += [(parameter, 0.1) for parameter in (gates[adapter].parameters() if adapter in gates else ())]
     for parameter, size in found:
         parameter.add_((size * torch.randn(parameter.shape, generator=generator)).to(parameter.dtype))
+    for layer in layers(model):
+        if adapter in getattr(layer, "badit_expert_of", ()):
+            layer.expert_of(adapter).copy_(layer.expert_of(adapter).flip(0))
+        if adapter in getattr(layer, "badit_moments", ()):
+            layer.badit_moments[adapter].copy_(torch.rand(2, layer.in_features, generator=generator) + 0.5)
     return model
 
 

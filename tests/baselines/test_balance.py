@@ -4,12 +4,10 @@ import pytest
 import torch
 
 import reference
-from badit.baselines.goat import GoatConfig
-from badit.baselines.loramoe import LoraMoeConfig
 from badit.data import AnswerCollator
 from badit.errors import BaditError
 from baselines import naive
-from baselines.naive import adapted, config, layers
+from baselines.naive import adapted, layers
 from training.trainers import examples, make_trainer
 from tuner.helpers import enable_checkpointing, forward, padded, random_rows
 
@@ -18,25 +16,6 @@ BALANCED = ("loramoe", "goat")
 
 def probabilities(logits):
     return reference.expert_gates(logits, "softmax", None)
-
-
-@pytest.mark.parametrize("method", BALANCED)
-def test_the_formula(method):
-    logits = torch.randn(20, config(method).num_experts)
-    options = config(method)
-    gates = reference.expert_gates(logits, "softmax", getattr(options, "top_k", None))
-    expected = naive.imbalance(method, gates, probabilities(logits))
-    assert options.imbalance(logits).item() == pytest.approx(expected, rel=1e-5)
-
-
-def test_even_use_is_the_least():
-    even, uneven = torch.zeros(8, 4), torch.tensor([[4.0, 0, 0, 0]]).expand(8, 4)
-    assert LoraMoeConfig(num_experts=4).imbalance(even) == 0
-    assert LoraMoeConfig(num_experts=4).imbalance(uneven) > 0.5
-    balanced = torch.eye(4).repeat(2, 1) * 3
-    goat = GoatConfig(num_experts=4, r=8, top_k=1)
-    assert goat.imbalance(balanced).item() == pytest.approx(1)
-    assert goat.imbalance(uneven) > 3
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -60,14 +39,6 @@ def test_it_is_the_mean_over_layers_at_attended_positions_alone(tiny_model, meth
     last = layers(model)[-1].name
     assert f"base_model.model.{last}.badit_router.default" in moved
     assert not any(name.startswith(f"base_model.model.{last}.badit_B") for name in moved)
-
-
-@pytest.mark.parametrize("method", ["hydralora", "loramoe"])
-def test_there_is_none_by_default(tiny_model, method):
-    model = adapted(tiny_model("llama"), method).train()
-    ids, mask = padded(random_rows(4, 9))
-    forward(model, ids, mask)
-    assert model.base_model.extra_loss(mask) is None
 
 
 def test_it_is_read_once_and_only_after_a_training_pass(tiny_model):

@@ -4,8 +4,6 @@ import math
 
 import pytest
 import torch
-from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 import reference
 from badit.baselines.mixture import MixtureLinear
@@ -13,20 +11,15 @@ from badit.errors import BaditError
 from badit.tuner.prompt import RoutingContext
 from baselines import naive
 from baselines.naive import MIXTURES, config, randomise
+from tuner.helpers import KINDS, base_layer
 
 IN, OUT = 20, 18  # the chunks of four experts have 4 directions, of which rank 2 takes half
-KINDS = ("linear", "linear without bias", "conv1d")
 
 
 def make(method, kind="linear", *, dtype=torch.float64, at_start=False, **options):
-    if kind == "conv1d":
-        base = Conv1D(OUT, IN)
-        nn.init.normal_(base.weight)
-        nn.init.normal_(base.bias)
-    else:
-        base = nn.Linear(IN, OUT, bias=kind == "linear")
-    base.requires_grad_(False)
-    layer = MixtureLinear(base.to(dtype), "layer", RoutingContext(), "default", config(method, **options))
+    layer = MixtureLinear(
+        base_layer(kind, IN, OUT).to(dtype), "layer", RoutingContext(), "default", config(method, **options)
+    )
     layer.set_adapter("default")
     return (layer if at_start else randomise(layer)).eval()
 
@@ -44,29 +37,6 @@ def test_forward_equals_the_loop_over_experts(method, kind):
     assert (layer(x) - layer.get_base_layer()(x)).abs().mean() > 0.03
 
 
-@pytest.mark.parametrize("method", MIXTURES)
-def test_gradients_equal_the_naive_ones(method):
-    layer, x = make(method).double(), batch().requires_grad_(True)
-    options = layer.badit_config["default"]
-    a, b, router = trained = [p["default"] for p in (layer.badit_A, layer.badit_B, layer.badit_router)]
-    logits = x @ router.T
-    if method == "goat":
-        logits = logits.scatter(-1, logits.argsort(dim=-1)[..., : -options.top_k], float("-inf"))
-    gates, y = logits.softmax(dim=-1), layer.get_base_layer()(x)
-    for k in range(options.num_experts):
-        run = slice(2 * k, 2 * k + 2)
-        y = y + options.scaling * gates[..., k : k + 1] * (x @ (a if method == "hydralora" else a[run]).T @ b[:, run].T)
-    if method == "goat":
-        a0, b0 = layer.kept_factors("default")
-        y = y - options.scaling / options.num_experts * (x @ a0.T @ b0.T)
-    upstream = torch.randn(3, 5, OUT, dtype=torch.float64)
-    expected = torch.autograd.grad((y * upstream).sum(), [*trained, x])
-    found = torch.autograd.grad((layer(x) * upstream).sum(), [*trained, x])
-    for ours, theirs in zip(found, expected, strict=True):
-        assert theirs.abs().max() > 1e-3
-        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
-
-
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("method", ["loramoe", "hydralora"])
 def test_step_0_is_the_base_layer_to_the_bit(method, kind):
@@ -77,16 +47,6 @@ def test_step_0_is_the_base_layer_to_the_bit(method, kind):
         assert 0.8 * bound < parameter.abs().max().item() <= bound
         assert parameter.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.3)
     assert not layer.badit_B["default"].any()
-
-
-@pytest.mark.parametrize("method", MIXTURES)
-def test_shapes(method):
-    layer = make(method)
-    components, rows = {"loramoe": (6, 6), "hydralora": (6, 2), "goat": (8, 8)}[method]
-    assert layer.badit_A["default"].shape == (rows, IN)
-    assert layer.badit_B["default"].shape == (OUT, components)
-    assert layer.badit_router["default"].shape == (config(method).num_experts, IN)
-    assert ("default" in layer.badit_A0) == (method == "goat")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -134,22 +94,3 @@ def test_goat_uses_top_k_experts_a_token_and_keeps_all_in_the_graph(top_k):
 def test_goat_refuses_a_weight_too_small_for_its_rank():
     with pytest.raises(BaditError, match=r"layer: a weight of shape \(18, 20\) has 4 directions .* at most r = 16$"):
         make("goat", r=24)
-
-
-@pytest.mark.parametrize("method", MIXTURES)
-def test_bf16_base_with_an_fp32_adapter(method):
-    layer, exact = make(method, dtype=torch.bfloat16), make(method)
-    for name in ("badit_A", "badit_B", "badit_router", "badit_A0", "badit_B0"):
-        getattr(layer, name).float()
-    output = layer(batch(torch.bfloat16))
-    assert output.dtype == torch.bfloat16
-    assert output.isfinite().all()
-    assert exact(batch()).dtype == torch.float64
-
-
-def test_dropout_acts_in_training_only_and_not_on_the_gates():
-    layer, x = make("loramoe", lora_dropout=0.5), batch()
-    assert torch.equal(layer(x), layer(x))
-    layer.train()
-    assert not torch.equal(layer(x), layer(x))
-    assert torch.equal(layer.component_gates("default", x), layer.component_gates("default", x))

@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from peft import AutoPeftModelForCausalLM, PeftModel, PeftType
+from peft import PeftModel, PeftType
 
 from badit.errors import BaditError
 from badit.tuner import hooks_of
@@ -50,6 +50,8 @@ def test_where_it_goes_and_step_0(tiny_model, method, family):
     assert [layer.name for layer in layers(model)] == [target.format(i) for i in range(2)]
     if method == "goat":
         assert 1e-3 < (logits(model) - base).norm() / base.norm() < 0.3
+    elif method == "badit":
+        torch.testing.assert_close(logits(model), base, atol=1e-5, rtol=0)
     else:
         assert torch.equal(logits(model), base)
 
@@ -80,7 +82,8 @@ def test_training_changes_its_own_parameters_and_nothing_else(tiny_model, method
         model.base_model.after_update()
     assert losses[-1] < losses[0] - 0.1
     assert all(p.grad.any() for name, p in model.named_parameters() if name in expected)
-    assert {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])} == expected
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert {name for name in changed if "badit_moments" not in name and "badit_batches" not in name} == expected
 
 
 @by_family
@@ -90,25 +93,18 @@ def test_saved_and_loaded(tiny_model, tmp_path, monkeypatch, method, family):
     expected, settings = logits(model), model.peft_config["default"].to_dict()
     model.save_pretrained(tmp_path)
     written = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert written["peft_type"] == f"BADIT_{method.upper().replace('-', '_')}"
+    assert written["peft_type"] == config(method).method
     for low_memory in (False, True):
         with monkeypatch.context() as patch:
-            patch.setattr("badit.baselines.goat.top_singular_triples", None)  # no need of it to load
+            for module in ("badit.baselines.goat", "badit.tuner.config"):
+                patch.setattr(f"{module}.top_singular_triples", None)  # loading needs no decomposition
             loaded = PeftModel.from_pretrained(tiny_model(family), tmp_path, low_cpu_mem_usage=low_memory).eval()
         assert torch.equal(logits(loaded), expected)
+        assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in model.state_dict().items())
         assert loaded.peft_config["default"].to_dict() == {**settings, "inference_mode": True}
         assert not trainable(loaded)
     again = PeftModel.from_pretrained(tiny_model(family), tmp_path, is_trainable=True)
     assert trainable(again) == trainable(model)
-
-
-@by_method
-def test_loaded_by_the_auto_class(tiny_model, tmp_path, method):
-    tiny_model("llama").save_pretrained(tmp_path / "base")
-    model = adapted(type(tiny_model("llama")).from_pretrained(tmp_path / "base"), method)
-    model.save_pretrained(tmp_path / "adapter")
-    loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
-    torch.testing.assert_close(logits(loaded), logits(model))
 
 
 @by_family
@@ -158,7 +154,7 @@ def test_what_it_cannot_do_is_refused(tiny_model, method):
     for merge in (model.merge_and_unload, model.merge_adapter, layers(model)[0].merge):
         with pytest.raises(BaditError, match=r"no single weight to merge into; keep it as an adapter \(unload\(\)"):
             merge()
-    name = f"BADIT_{method.upper().replace('-', '_')}"
+    name = config(method).method
     with pytest.raises(BaditError, match=f"adapter_names: {name} cannot mix adapters"):
         model(input_ids=IDS, adapter_names=["default"] * 3)
     with pytest.raises(BaditError, match=f"RMSNorm; {name} adapts nn.Linear and Conv1D"):
@@ -204,12 +200,16 @@ def test_gradient_checkpointing_changes_no_gradient(tiny_model, method, reentran
 @by_method
 def test_a_bf16_base_model_copies_and_names(tiny_model, tmp_path, method):
     model = adapted(tiny_model("llama", dtype=torch.bfloat16), method)
-    assert {tensor.dtype for name, tensor in model.state_dict().items() if "badit_" in name} == {torch.float32}
+    tensors = {name: tensor for name, tensor in model.state_dict().items() if "badit_" in name}
+    assert {tensor.dtype for name, tensor in tensors.items() if "expert_of" not in name} == {torch.float32}
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(tiny_model("llama", dtype=torch.bfloat16), tmp_path).eval()
     assert logits(model).dtype == torch.bfloat16
     assert torch.equal(logits(loaded), logits(model))
-    assert torch.equal(logits(copy.deepcopy(model)), logits(model))
+    copied, expected = copy.deepcopy(model), logits(model)
+    assert torch.equal(logits(copied), expected)
+    assert not torch.equal(logits(randomise(copied, seed=5)), expected)
+    assert torch.equal(logits(model), expected)
     assert f"badit.{type(layers(model)[0]).__name__}" in repr(model)
     options = config(method)
     register(type(options), type(model.base_model))  # again, which changes nothing

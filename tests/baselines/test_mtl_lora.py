@@ -1,6 +1,5 @@
 """MTL-LoRA: its formula row by row, its start, and how every row gets its task in training and generation."""
 
-import copy
 import math
 from contextlib import nullcontext
 
@@ -10,17 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import get_peft_model
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
-from badit.baselines.mtl_lora import MtlLoraConfig
 from badit.errors import BaditError
 from badit.tuner import hooks_of
 from baselines import naive
 from baselines.naive import IDS, MASK, ROWS, TASKS, adapt, adapted, config, gradients, layers, logits, loss, randomise
-from tuner.helpers import enable_checkpointing, forward
+from tuner.helpers import KINDS, base_layer, enable_checkpointing, forward
 
 IN, OUT = 12, 10
-KINDS = ("linear", "linear without bias", "conv1d")
 PARTS = ("A", "B", "lambda", "task_logits")
 
 
@@ -29,12 +25,7 @@ class OneLayer(nn.Module):
 
     def __init__(self, kind):
         super().__init__()
-        if kind == "conv1d":
-            self.layer = Conv1D(OUT, IN)
-            nn.init.normal_(self.layer.weight)
-            nn.init.normal_(self.layer.bias)
-        else:
-            self.layer = nn.Linear(IN, OUT, bias=kind == "linear")
+        self.layer = base_layer(kind, IN, OUT)
 
     def forward(self, x):
         return self.layer(x)
@@ -58,37 +49,6 @@ def test_forward_equals_the_formula(kind, rows, with_positions):
         found = model(x)
     torch.testing.assert_close(found, naive.mtl_forward(layer, x, rows), atol=1e-6, rtol=1e-6)
     assert (found - layer.get_base_layer()(x)).abs().mean() > 1e-4
-
-
-def test_gradients_equal_the_naive_ones():
-    model, x = one_layer(), torch.randn(3, 5, IN, dtype=torch.float64, requires_grad=True)
-    layer = layers(model)[0]
-    a, b, lambda_, w = trained = [getattr(layer, f"badit_{part}")["default"] for part in PARTS]
-    y = []
-    for row, name in enumerate(ROWS):
-        task = TASKS.index(name)
-        mixed = sum(g * b[:, 2 * k : 2 * k + 2] for k, g in enumerate((w[task] / 0.1).softmax(dim=-1)))
-        y.append(layer.get_base_layer()(x[row]) + 2.0 * x[row] @ (mixed @ lambda_[task] @ a).T)
-    upstream = torch.randn(3, 5, OUT, dtype=torch.float64)
-    expected = torch.autograd.grad((torch.stack(y) * upstream).sum(), [*trained, x])
-    with hooks_of(model).rows_of(ROWS):
-        found = torch.autograd.grad((model(x) * upstream).sum(), [*trained, x])
-    for ours, theirs in zip(found, expected, strict=True):
-        assert theirs.abs().max() > 1e-3
-        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
-    for gradient in found[2:4]:  # of Λ and w: no row is of the task "seas"
-        assert gradient[0].any()
-        assert gradient[1].any()
-        assert not gradient[2].any()
-
-
-def test_the_temperature_sharpens():
-    sharp, even = one_layer(temperature=1e-3), one_layer(temperature=1e3)
-    for model, largest in ((sharp, 1.0), (even, 1 / 3)):
-        with hooks_of(model).rows_of(ROWS):
-            gates = layers(model)[0].component_gates("default", torch.zeros(3, 5, IN))
-        assert gates.shape == (3, 1, 6)
-        torch.testing.assert_close(gates[..., ::2].amax(dim=-1), torch.full((3, 1), largest), atol=1e-3, rtol=0)
 
 
 def test_the_start(tiny_model):
@@ -147,35 +107,7 @@ def test_contexts_nest_and_end_with_an_error(tiny_model):
         forward(model, IDS, MASK)
 
 
-def test_other_models_need_no_tasks(tiny_model):
-    base = logits(tiny_model("llama"), rows=None)
-    model = adapted(tiny_model("llama"), "mtl-lora")
-    with model.disable_adapter():
-        assert torch.equal(logits(model, rows=None), base)
-    assert torch.equal(logits(model.unload(), rows=None), base)
-    assert torch.equal(logits(adapt(tiny_model("llama"), "hydralora"), rows=["of any name"]), base)
-
-
 # --- whole models ---
-
-
-@pytest.mark.parametrize("alike", [True, False])
-def test_from_weights_that_are_all_alike_the_Bs_would_never_part(tiny_model, alike):
-    """Why the task's weights start at random."""
-    model = adapt(tiny_model("llama"), "mtl-lora").train()
-    if alike:
-        for layer in layers(model):
-            nn.init.zeros_(layer.badit_task_logits["default"])
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
-    for _ in range(3):
-        optimizer.zero_grad()
-        loss(model).backward()
-        optimizer.step()
-    for layer in layers(model):
-        first, second, third = layer.badit_B["default"].detach().split(2, dim=1)
-        assert first.any()
-        for apart in (first - second, second - third):
-            assert (apart.abs().max() < 1e-6) == alike
 
 
 @pytest.mark.parametrize("within", [True, False])
@@ -199,55 +131,19 @@ def test_gradient_checkpointing_changes_no_gradient(tiny_model, reentrant, withi
         torch.testing.assert_close(found[1][name], gradient, atol=1e-6, rtol=1e-4)
 
 
-def test_a_second_adapter_has_tasks_of_its_own(tiny_model):
-    model = adapted(tiny_model("llama"), "mtl-lora")
-    first = logits(model)
-    model.add_adapter("second", config("mtl-lora", tasks=["hills", "cities"]))
-    randomise(model, seed=1, adapter="second")
-    assert torch.equal(logits(model), first)
-    model.set_adapter("second")
-    assert not torch.equal(logits(model, rows=["cities"] * 3), logits(model, rows=["hills"] * 3))
-    with pytest.raises(BaditError, match="no task 'rivers'"):
-        logits(model)
-    model.set_adapter("default")
-    model.delete_adapter("second")
-    assert not [name for name in model.state_dict() if "second" in name]
-    assert torch.equal(logits(model), first)
-
-
-def test_a_copy_has_tasks_of_its_own(tiny_model):
-    model = adapted(tiny_model("llama"), "mtl-lora")
-    copied = copy.deepcopy(model)
-    assert torch.equal(logits(copied), logits(model))
-    with hooks_of(model).rows_of(ROWS), pytest.raises(BaditError, match="each row's task"):
-        forward(copied, IDS, MASK)
-    assert "badit.MtlLoraLinear" in repr(copied)
-
-
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("tasks", "message"),
     [
-        ({"tasks": []}, r"^method\.tasks: must list the names of the tasks .*, got \[\]$"),
-        ({"tasks": "cities"}, r"^method\.tasks: must list the names .*, got 'cities'$"),
-        ({"tasks": ["cities", 3]}, r"^method\.tasks: must list the names"),
-        ({"tasks": ["a", "b", "a"]}, r"^method\.tasks: 'a' is listed more than once$"),
-        ({"temperature": 0}, r"^temperature must be a positive number, got 0$"),
-        ({"temperature": True}, r"^temperature must be a positive number, got True$"),
+        (None, r"must list the names of the tasks .*, got None$"),
+        ([], r"must list the names of the tasks .*, got \[\]$"),
+        ("cities", r"must list the names .*, got 'cities'$"),
+        (["cities", 3], r"must list the names"),
+        (["a", "b", "a"], r"'a' is listed more than once$"),
     ],
 )
-def test_mistakes_in_the_configuration(options, message):
-    with pytest.raises(BaditError, match=message):
-        config("mtl-lora", **options)
-
-
-def test_the_tasks_may_be_set_before_the_adapter_is_made_and_not_left_out(tiny_model):
-    options = config("mtl-lora", tasks=None)
-    with pytest.raises(BaditError, match=r"^method\.tasks: must list the names of the tasks .*, got None$"):
+def test_the_tasks_must_be_there_when_the_adapter_is_made(tiny_model, tasks, message):
+    options = config("mtl-lora", tasks=tasks)
+    with pytest.raises(BaditError, match=rf"^method\.tasks: {message}"):
         get_peft_model(tiny_model("llama"), options)
     options.tasks = TASKS
     assert len(layers(get_peft_model(tiny_model("llama"), options))) == 2
-
-
-def test_published_defaults():
-    options = MtlLoraConfig()
-    assert (options.num_experts, options.r, options.temperature, options.scaling) == (3, 8, 0.1, 8)

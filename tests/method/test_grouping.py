@@ -98,18 +98,6 @@ def test_gram_ignores_the_length_of_every_gradient(exponents, seed):
     )
 
 
-@pytest.mark.parametrize("scale", [1e-36, 1e-30, 1e-20, 1e20, 1e30, 1e37])
-def test_gram_ignores_the_scale_of_the_loss(scale):
-    grad_A, grad_B = gradient_pair(1)
-    torch.testing.assert_close(cosine_gram(grad_A * scale, grad_B * scale), cosine_gram(grad_A, grad_B))
-
-
-def test_gram_keeps_the_balance_of_A_and_B_within_a_component():
-    grad_A, grad_B = gradient_pair(2)
-    np.testing.assert_allclose(cosine_gram(grad_A, 7 * grad_B), reference.cosine_gram(grad_A, 7 * grad_B), atol=2e-6)
-    assert not torch.allclose(cosine_gram(grad_A, 7 * grad_B), cosine_gram(grad_A, grad_B), atol=1e-2)
-
-
 @pytest.mark.parametrize("poison", [0.0, float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("side", ["A", "B"])
 def test_a_component_without_a_usable_gradient_has_a_zero_row(poison, side):
@@ -128,18 +116,6 @@ def test_a_component_without_a_usable_gradient_has_a_zero_row(poison, side):
     np.testing.assert_allclose(gram[others][:, others].diagonal(), 1.0, atol=2e-6)
 
 
-def test_gram_of_zero_gradients_is_zero():
-    assert torch.equal(cosine_gram(torch.zeros(4, 3), torch.zeros(2, 4)), torch.zeros(4, 4))
-
-
-@PROPERTY
-@given(st.integers(1, 6), _SEED)
-def test_sums_of_grams_are_positive_semidefinite(steps, seed):
-    total = sum(cosine_gram(*gradient_pair(seed + step, 8, 3, 2)).double() for step in range(steps))
-    assert torch.equal(total, total.T)
-    assert torch.linalg.eigvalsh(total).min() >= -1e-5 * steps
-
-
 # --- objective ---
 
 
@@ -151,20 +127,6 @@ def test_objective_equals_the_squared_group_sums(shape, kind, seed):
     labels = np.random.default_rng(seed).permutation(contiguous(num_experts, size))
     objective = grouping_objective(gradients @ gradients.T, labels)
     assert objective == pytest.approx(reference.objective(gradients, labels), abs=1e-9)
-
-
-@PROPERTY
-@given(_EXPERTS_AND_SIZE, _KIND, _SEED)
-def test_the_exchange_formula_equals_computing_the_objective_twice(shape, kind, seed):
-    num_experts, size = shape
-    gradients = unit_gradients(kind, num_experts * size, seed)
-    labels = np.random.default_rng(seed).permutation(contiguous(num_experts, size))
-    gram = gradients @ gradients.T
-    S = gram @ np.eye(num_experts)[labels]
-    for i, j in np.argwhere(labels[:, None] != labels[None, :]):
-        a, b = labels[i], labels[j]
-        gain = 2 * (S[i, b] - S[i, a] + S[j, a] - S[j, b]) + 2 * (gram[i, i] + gram[j, j]) - 4 * gram[i, j]
-        assert gain == pytest.approx(reference.exchange_gain(gradients, labels, i, j), abs=1e-9)
 
 
 # --- group_components: what holds for any Gram ---
@@ -184,32 +146,11 @@ def test_grouping_is_an_exact_partition_and_never_worse(shape, kind, solver, see
     assert after > before or np.array_equal(labels, current)
 
 
-@PROPERTY
-@given(_EXPERTS_AND_SIZE, st.integers(-12, 12), _SOLVER, _SEED)
-def test_grouping_is_an_exact_partition_for_any_symmetric_matrix(shape, exponent, solver, seed):
-    num_experts, size = shape
-    rng = np.random.default_rng(seed)
-    matrix = 10.0**exponent * rng.choice([-1.0, 1.0, 0.5, rng.standard_normal()], (num_experts * size,) * 2)
-    matrix = matrix + matrix.T
-    current = contiguous(num_experts, size)
-    labels = group_components(matrix, current, solver=solver, restarts=2, seed=seed)
-    assert_balanced(labels, num_experts, size)
-    assert grouping_objective(matrix, labels) >= grouping_objective(matrix, current)
-
-
 @pytest.mark.parametrize("solver", ["swap", "paper"])
 @pytest.mark.parametrize("kind", ["zero", "all equal", "orthogonal"])
 def test_labels_stay_where_every_grouping_is_as_good(kind, solver):
     gradients = unit_gradients(kind, 12, 0)
     current = np.random.default_rng(0).permutation(contiguous(3, 4))
-    assert np.array_equal(group_components(gradients @ gradients.T, current, solver=solver), current)
-
-
-@pytest.mark.parametrize("solver", ["swap", "paper"])
-@pytest.mark.parametrize(("num_experts", "size"), [(1, 5), (5, 1)])
-def test_labels_stay_where_there_is_only_one_grouping(num_experts, size, solver):
-    gradients = unit_gradients("random", 5, 1)
-    current = np.random.default_rng(1).permutation(contiguous(num_experts, size))
     assert np.array_equal(group_components(gradients @ gradients.T, current, solver=solver), current)
 
 
@@ -229,20 +170,6 @@ def test_a_seed_determines_the_grouping(seed, solver):
     first = group_components(gram, current, solver=solver, seed=seed)
     np.random.seed(seed)  # the global generator must not matter
     assert np.array_equal(group_components(gram.copy(), current, solver=solver, seed=seed), first)
-
-
-def test_the_seed_reaches_the_starts():
-    gradients = np.random.default_rng(0).standard_normal((60, 50))
-    gram, current = gradients @ gradients.T / 50, contiguous(15, 4)
-    results = {tuple(group_components(gram, current, restarts=1, seed=seed)) for seed in range(8)}
-    assert len(results) > 1
-
-
-def test_a_float32_gram_and_a_list_of_labels_are_taken():
-    gradients, _ = planted_gradients(0)
-    gram = gradients @ gradients.T
-    expected = group_components(gram, contiguous(8, 4))
-    assert np.array_equal(group_components(gram.astype(np.float32), contiguous(8, 4).tolist()), expected)
 
 
 @pytest.mark.parametrize(
@@ -308,22 +235,6 @@ def test_exchanges_climb_as_the_naive_ones_do_from_each_of_several_starts(seed, 
     assert np.array_equal(starts, kept)
 
 
-@PROPERTY
-@given(_EXPERTS_AND_SIZE, _KIND, st.integers(1, 5), _SEED)
-def test_exchanges_end_in_balanced_groupings_that_no_exchange_improves(shape, kind, starts, seed):
-    num_experts, size = shape
-    gradients, rng = unit_gradients(kind, num_experts * size, seed), np.random.default_rng(seed)
-    before = np.stack([rng.permutation(contiguous(num_experts, size)) for _ in range(starts)])
-    for labels, start in zip(
-        grouping._swap_until_optimal(gradients @ gradients.T, before, num_experts), before, strict=True
-    ):
-        assert_balanced(labels, num_experts, size)
-        objective = reference.objective(gradients, labels)
-        assert objective >= reference.objective(gradients, start) - 1e-8
-        if len(labels) > 1:
-            assert reference.best_exchange(gradients, labels)[0] <= 1e-8 * max(1.0, objective)
-
-
 def test_the_swap_solver_is_at_least_the_papers_from_a_bad_grouping():
     paper_optimal, stuck = 0, 0
     for seed in range(12):
@@ -336,25 +247,9 @@ def test_the_swap_solver_is_at_least_the_papers_from_a_bad_grouping():
         assert swap >= paper - 1e-6
         assert swap == pytest.approx(best)
         paper_optimal += paper == pytest.approx(best)
-        stuck += np.array_equal(grouping._polar_assignment(gram, bad, 8, 4), bad)
+        stuck += np.array_equal(grouping._until_stable(gram, bad, 8, grouping._polar_similarity), bad)
     assert paper_optimal < 12, "the paper's solver did as well: the comparison shows nothing"
     assert stuck >= 4, "the bad grouping was expected to be a fixed point of the paper's loop, often"
-
-
-@pytest.mark.parametrize("seed", range(6))
-def test_without_restarts_the_swap_solver_climbs_from_the_present_grouping(seed):
-    gradients = unit_gradients("random", 12, seed)
-    current = np.random.default_rng(seed).permutation(contiguous(3, 4))
-    expected = match_labels(reference.exchange_until_optimal(gradients, current), current)
-    assert np.array_equal(group_components(gradients @ gradients.T, current, restarts=0, seed=99), expected)
-
-
-def test_a_small_gain_is_taken():
-    gram = np.eye(4)
-    gram[[0, 1, 2, 3], [1, 0, 3, 2]] = 0.5
-    gram[[0, 2, 1, 3], [2, 0, 3, 1]] = 0.5001
-    labels = group_components(gram, np.array([0, 0, 1, 1]))
-    assert labels[0] == labels[2] != labels[1] == labels[3]
 
 
 @pytest.mark.parametrize(
@@ -375,22 +270,6 @@ def test_exchanges_come_to_an_end_on_ties_in_large_numbers(seed, num_experts, si
     assert not thread.is_alive()
 
 
-@pytest.mark.parametrize("solver", ["swap", "paper"])
-def test_each_solver_finds_well_separated_groups(solver):
-    gradients, planted = planted_gradients(0, num_experts=3, size=4, noise=0.01)
-    labels = group_components(gradients @ gradients.T, contiguous(3, 4), solver=solver, restarts=3)
-    assert np.array_equal(match_labels(labels, planted), planted)
-
-
-@pytest.mark.parametrize("seed", range(8))
-def test_one_round_of_the_papers_loop_equals_it_on_real_vectors(seed):
-    gradients = unit_gradients("random", 20, seed)
-    labels = np.random.default_rng(seed).permutation(contiguous(4, 5))
-    similarity = reference.polar_similarity(gradients, labels, 4)
-    found = grouping._polar_assignment(gradients @ gradients.T, labels, 4, 5, max_rounds=1)
-    assert np.array_equal(found, reference.assign_balanced(similarity, 5))
-
-
 @pytest.mark.parametrize("seed", range(8))
 def test_the_papers_loop_equals_it_on_real_vectors(seed):
     gradients, planted = planted_gradients(seed, num_experts=4, size=5, dimensions=30, noise=0.3)
@@ -398,19 +277,9 @@ def test_the_papers_loop_equals_it_on_real_vectors(seed):
     start[:2] = start[2]  # k-means hands over groups of unequal sizes
     expected = reference.polar_grouping(gradients, start, 4, 5)
     assert_balanced(expected, 4, 5)
-    assert np.array_equal(grouping._polar_assignment(gradients @ gradients.T, start, 4, 5), expected)
-
-
-@PROPERTY
-@given(st.integers(2, 5), st.integers(2, 4), _SEED)
-def test_polar_targets_need_only_the_gram(num_experts, size, seed):
-    gradients = np.random.default_rng(seed).standard_normal((num_experts * size, 30))
-    onehot = np.eye(num_experts)[contiguous(num_experts, size)]
-    gram = gradients @ gradients.T
-    values, vectors = np.linalg.eigh(onehot.T @ gram @ onehot)
-    in_gram_space = gram @ onehot @ (vectors / np.sqrt(values)) @ vectors.T
-    on_vectors = reference.polar_similarity(gradients, contiguous(num_experts, size), num_experts)
-    np.testing.assert_allclose(in_gram_space, on_vectors, atol=1e-8)
+    assert np.array_equal(
+        grouping._until_stable(gradients @ gradients.T, start, 4, grouping._polar_similarity), expected
+    )
 
 
 @PROPERTY
@@ -429,15 +298,6 @@ def test_centroid_similarity_equals_it_on_real_vectors(num_experts, seed):
 
 
 @PROPERTY
-@given(_EXPERTS_AND_SIZE, _SEED)
-def test_matching_undoes_a_renaming(shape, seed):
-    num_experts, size = shape
-    rng = np.random.default_rng(seed)
-    current = rng.permutation(contiguous(num_experts, size))
-    assert np.array_equal(match_labels(rng.permutation(num_experts)[current], current), current)
-
-
-@PROPERTY
 @given(st.tuples(st.integers(1, 4), st.integers(1, 4)), _SEED)
 def test_matching_keeps_the_groups_and_the_largest_overlap(shape, seed):
     num_experts, size = shape
@@ -452,37 +312,6 @@ def test_matching_keeps_the_groups_and_the_largest_overlap(shape, seed):
     assert int((matched == current).sum()) == largest
 
 
-@pytest.mark.parametrize("solver", ["swap", "paper"])
-@pytest.mark.parametrize("seed", range(5))
-def test_nothing_moves_where_the_present_grouping_is_the_planted_one_renamed(seed, solver):
-    gradients, planted = planted_gradients(seed)
-    current = np.random.default_rng(seed).permutation(8)[planted]
-    assert np.array_equal(group_components(gradients @ gradients.T, current, solver=solver, seed=seed), current)
-
-
-@pytest.mark.parametrize("solver", ["swap", "paper"])
-def test_a_regrouping_keeps_as_many_names_as_it_can(solver):
-    regrouped = 0
-    for seed in range(12):
-        gradients = unit_gradients("random", 12, seed)
-        current = np.random.default_rng(seed).permutation(contiguous(4, 3))
-        labels = group_components(gradients @ gradients.T, current, solver=solver, seed=seed)
-        kept = int((labels == current).sum())
-        assert kept == max(
-            int((np.array(names)[labels] == current).sum()) for names in itertools.permutations(range(4))
-        )
-        regrouped += kept < 12
-    assert regrouped >= 6
-
-
-def test_a_regrouping_moves_only_the_components_that_were_misplaced():
-    gradients, planted = planted_gradients(3)
-    current = planted.copy()
-    i, j = int(np.flatnonzero(planted == 0)[0]), int(np.flatnonzero(planted == 5)[0])
-    current[i], current[j] = current[j], current[i]
-    assert np.array_equal(group_components(gradients @ gradients.T, current), planted)
-
-
 # --- expert_angles ---
 
 
@@ -495,14 +324,6 @@ def test_angles_equal_those_pair_by_pair(shape, kind, seed):
     found, expected = expert_angles(gradients @ gradients.T, labels), reference.angles(gradients, labels)
     np.testing.assert_allclose(found[:2], expected[:2], atol=1e-4)  # arccos near ±1 turns 1e-16 into 1e-6 degrees
     np.testing.assert_allclose(found[2:], expected[2:], atol=1e-9)
-
-
-def test_signed_angles_hide_opposites_and_absolute_cosines_do_not():
-    gram = np.array([[1.0, 0.9, -0.9], [0.9, 1.0, -0.8], [-0.9, -0.8, 1.0]])
-    angles = expert_angles(gram, np.array([0, 0, 0]))
-    assert angles.intra_abs_cos == pytest.approx(2.6 / 3)
-    expected = np.degrees(np.arccos([0.9, -0.9, -0.8])).mean()
-    assert angles.intra_degrees == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(

@@ -25,52 +25,15 @@ def test_a_router_at_zero_gives_gates_of_exactly_one(num_experts, dtype):
     assert (gates == 1.0).all()
 
 
-@pytest.mark.parametrize("logit", [-80.0, 3.7, 1e4])
-def test_equal_logits_give_gates_of_exactly_one(logit):
-    assert (expert_gates(torch.full((3, 41), logit)) == 1.0).all()
-
-
 @PROPERTY
-@given(_LOGITS)
-def test_mean_one_gates_are_k_times_the_softmax(rows):
-    gates = expert_gates(torch.tensor(rows))
-    np.testing.assert_allclose(gates.mean(dim=-1), 1.0, atol=1e-6)
-    np.testing.assert_allclose(gates, reference.expert_gates(rows), rtol=1e-5)
-
-
-@PROPERTY
-@given(_LOGITS)
-def test_softmax_gates_sum_to_one(rows):
-    gates = expert_gates(torch.tensor(rows), kind="softmax")
-    np.testing.assert_allclose(gates.sum(dim=-1), 1.0, atol=1e-6)
-    np.testing.assert_allclose(gates, reference.expert_gates(rows, "softmax"), rtol=1e-5)
-
-
-@PROPERTY
-@given(_LOGITS, st.integers(1, 12), st.sampled_from(["mean_one", "softmax"]))
-def test_top_k_keeps_exactly_k_gates_and_the_sum(rows, top_k, kind):
+@given(_LOGITS, st.none() | st.integers(1, 12), st.sampled_from(["mean_one", "softmax"]))
+def test_gates_equal_the_naive_ones_and_sum_to_what_they_say(rows, top_k, kind):
     logits = torch.tensor(rows)
     num_experts = logits.shape[-1]
     gates = expert_gates(logits, kind=kind, top_k=top_k)
-    assert ((gates != 0).sum(dim=-1) == min(top_k, num_experts)).all()
+    assert ((gates != 0).sum(dim=-1) == min(top_k or num_experts, num_experts)).all()
     np.testing.assert_allclose(gates.sum(dim=-1), num_experts if kind == "mean_one" else 1.0, rtol=1e-6)
     np.testing.assert_allclose(gates, reference.expert_gates(rows, kind, top_k), rtol=1e-5)
-
-
-def test_gates_depend_on_their_own_row_only_and_ignore_a_common_shift():
-    logits = torch.randn(2, 5, 6, generator=torch.Generator().manual_seed(0))
-    gates = expert_gates(logits, top_k=3)
-    assert gates.shape == logits.shape
-    torch.testing.assert_close(gates[1, 2], expert_gates(logits[1, 2], top_k=3))
-    torch.testing.assert_close(gates, expert_gates(logits + 20, top_k=3), rtol=1e-4, atol=0)
-
-
-@pytest.mark.parametrize("kind", ["mean_one", "softmax"])
-def test_logits_far_apart_give_finite_gates(kind):
-    logits = torch.tensor([[1e30, -1e30, 0.0], [-3e38, -3e38, 3e38]])
-    total = 3.0 if kind == "mean_one" else 1.0
-    expected = torch.tensor([[total, 0.0, 0.0], [0.0, 0.0, total]])
-    torch.testing.assert_close(expert_gates(logits, kind=kind), expected)
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 3])
@@ -115,14 +78,6 @@ def test_prompt_mean_equals_the_loop(batch, positions, features, seed):
     np.testing.assert_allclose(means, reference.prompt_mean(x, mask), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("poison", [float("nan"), float("inf"), float("-inf"), 1e38])
-def test_masked_positions_change_nothing(poison):
-    x = torch.randn(2, 6, 3, generator=torch.Generator().manual_seed(2))
-    mask = torch.tensor([[0, 0, 1, 1, 1, 0], [1, 0, 0, 0, 0, 0]], dtype=torch.bool)
-    poisoned = x.masked_fill(~mask[..., None], poison)
-    assert torch.equal(prompt_mean(poisoned, mask), prompt_mean(x, mask))
-
-
 def test_masked_positions_receive_no_gradient():
     mask = torch.tensor([[True, True, False]])
     x = torch.full((1, 3, 2), 2.0)
@@ -131,40 +86,6 @@ def test_masked_positions_receive_no_gradient():
     prompt_mean(x, mask).sum().backward()
     assert x.grad is not None
     torch.testing.assert_close(x.grad, torch.tensor([[[0.5, 0.5], [0.5, 0.5], [0.0, 0.0]]]))
-
-
-def test_a_row_without_prompt_has_a_mean_of_zero():
-    x = torch.full((2, 3, 4), float("nan"))
-    x[1] = 5.0
-    means = prompt_mean(x, torch.tensor([[False] * 3, [True] * 3]))
-    torch.testing.assert_close(means, torch.tensor([[0.0] * 4, [5.0] * 4]))
-
-
-@pytest.mark.parametrize("mask_dtype", [torch.bool, torch.int64, torch.float32])
-def test_any_non_zero_mask_value_means_prompt(mask_dtype):
-    x = torch.tensor([[[1.0], [3.0], [100.0]]])
-    mask = torch.tensor([[2, 1, 0]]).to(mask_dtype)
-    torch.testing.assert_close(prompt_mean(x, mask), torch.tensor([[2.0]]))
-
-
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 2e-2), (torch.float16, 3e-3)])
-def test_prompt_mean_of_half_precision_over_a_long_prompt(dtype, tolerance):
-    x = (1 + torch.randn(1, 1500, 4, generator=torch.Generator().manual_seed(3))).to(dtype)
-    mask = torch.ones(1, 1500, dtype=torch.bool)
-    means = prompt_mean(x, mask)
-    assert means.dtype == dtype
-    np.testing.assert_allclose(means.float(), reference.prompt_mean(x, mask), rtol=tolerance)
-
-
-def test_padding_on_either_side_gives_the_same_mean():
-    x = torch.randn(1, 4, 3, generator=torch.Generator().manual_seed(4))
-    padding = torch.zeros(1, 3, 3)
-    real, pad = torch.ones(1, 4, dtype=torch.bool), torch.zeros(1, 3, dtype=torch.bool)
-    plain = prompt_mean(x, real)
-    left = prompt_mean(torch.cat([padding, x], dim=1), torch.cat([pad, real], dim=1))
-    right = prompt_mean(torch.cat([x, padding], dim=1), torch.cat([real, pad], dim=1))
-    torch.testing.assert_close(left, plain)
-    torch.testing.assert_close(right, plain)
 
 
 def moments_of(batches):
@@ -187,32 +108,11 @@ def test_the_moments_are_the_naive_ones_whatever_the_common_part(count, seed, co
     np.testing.assert_allclose(standardised(x, found), reference.standardised(x, *found.double().numpy()), rtol=1e-4)
 
 
-def test_equal_batches_weigh_the_same_up_to_the_fiftieth():
-    rows = torch.randn(50, 4, 6)
-    found = moments_of(list(rows))
-    np.testing.assert_allclose(found[0], rows.flatten(0, 1).mean(dim=0), atol=1e-5)
-    np.testing.assert_allclose(found[1], rows.flatten(0, 1).var(dim=0, correction=0), rtol=1e-4)
-    later = moments_of([*rows, *(torch.full((4, 6), 9.0) for _ in range(400))])
-    np.testing.assert_allclose(later[0], 9.0, atol=0.01)
-
-
-def test_standardised_prompts_have_a_norm_of_eight_on_average():
-    rows = 3 + torch.randn(200, 64) * torch.logspace(-3, 2, 64)
-    unit = standardised(rows, moments_of([rows]))
-    np.testing.assert_allclose(unit.square().sum(dim=1).mean(), 64.0, rtol=1e-3)
-    np.testing.assert_allclose(unit.mean(dim=0), 0.0, atol=1e-3)
-
-
 def test_ranks_that_add_up_have_the_moments_of_the_whole_batch():
     rows = 100 + torch.randn(6, 5)
     whole = batch_moments(rows)
     others = [torch.cat([rows[2:].sum(dim=0), torch.tensor([4.0])]), (rows[2:] - whole[0]).square().sum(dim=0)]
     torch.testing.assert_close(batch_moments(rows[:2], lambda sums: sums + others.pop(0)), whole, rtol=1e-4, atol=1e-4)
-
-
-def test_before_any_prompt_and_in_features_that_do_not_vary_the_router_reads_nothing():
-    assert not standardised(torch.randn(2, 5), torch.zeros(2, 5)).any()
-    assert not standardised(torch.randn(1, 5), moments_of([torch.randn(1, 5)])).any()
 
 
 def test_features_that_do_not_vary_pass_no_gradient_on():

@@ -37,15 +37,9 @@ if importlib.util.find_spec("diffusers") is None:
     sys.modules["diffusers"] = _stand_in
 
 _SIZES: dict[str, Any] = {
-    "vocab_size": 100,
-    "hidden_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "initializer_range": 0.2,
-}
+    "vocab_size": 100, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "initializer_range": 0.2,
+    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
 _DECODER = {**_SIZES, "intermediate_size": 24, "num_key_value_heads": 1, "max_position_embeddings": 64}
 _MODELS = {
     "tiny-random-OPTForCausalLM": lambda: OPTConfig(
@@ -124,17 +118,8 @@ def _parameters(argnames: str, module: str) -> list[Any] | None:
     if names == "test_name,model_id,config_cls,config_kwargs":
         return [(name, model, BaditConfig, {**_SMALL, **options}) for name, model, options in _CASES]
     if names == "test_name,tuner_method,config_cls,config_kwargs_1,config_kwargs_2":
-        options = {**_SMALL, "init_weights": False}
-        return [
-            (
-                name,
-                "badit",
-                BaditConfig,
-                {**options, "target_modules": ["lin0"]},
-                {**options, "target_modules": [other]},
-            )
-            for name, other in (("same", "lin0"), ("different", "lin1"))
-        ]
+        first, second = ({**_SMALL, "init_weights": False, "target_modules": [name]} for name in ("lin0", "lin1"))
+        return [("same", "badit", BaditConfig, first, first), ("different", "badit", BaditConfig, first, second)]
     task = _TASK_TYPES.get(module, "CAUSAL_LM")
     if names == "model_id":
         return _local_models(task)
@@ -151,11 +136,8 @@ def pytest_pycollect_makeitem(collector: Any, name: str, obj: Any) -> None:
         return
     marks = []
     for mark in obj.pytestmark:
-        ours = (
-            _parameters(mark.args[0], collector.path.stem)
-            if mark.name == "parametrize" and isinstance(mark.args[0], str)
-            else None
-        )
+        is_ours = mark.name == "parametrize" and isinstance(mark.args[0], str)
+        ours = _parameters(mark.args[0], collector.path.stem) if is_ours else None
         marks.append(mark if ours is None else pytest.mark.parametrize(mark.args[0], ours).mark)
     obj.pytestmark = marks
 

@@ -13,8 +13,7 @@ from peft import get_peft_model
 from transformers import TrainerCallback
 
 from badit.angles import AngleLog
-from badit.baselines.hydralora import HydraLoraConfig
-from badit.baselines.loramoe import LoraMoeConfig
+from badit.baselines.mixture import HydraLoraConfig, LoraMoeConfig
 from badit.files import read_jsonl
 from badit.tuner import BaditConfig
 from badit.tuner.layer import ExpertLinear

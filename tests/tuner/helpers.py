@@ -7,12 +7,15 @@ from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model
+from torch import nn
+from transformers.pytorch_utils import Conv1D
 
-from badit.tuner import BaditConfig, BaditLinear
+from badit.tuner import BaditConfig, ExpertLinear
 
 FAMILIES = ("llama", "qwen3", "gemma2", "gemma3", "mistral", "gpt2")
 SMALL: dict[str, Any] = {"num_experts": 3, "r": 2, "lora_alpha": 4, "lora_dropout": 0.0, "task_type": "CAUSAL_LM"}
 NEW = 6  # tokens that `generate` adds, unless told otherwise
+KINDS = ("linear", "linear without bias", "conv1d")
 
 
 def config(**options: Any) -> BaditConfig:
@@ -25,9 +28,9 @@ def adapt(model: Any, **options: Any) -> PeftModel:
     return get_peft_model(model, config(**options)).eval()
 
 
-def layers(model: torch.nn.Module) -> list[BaditLinear]:
+def layers(model: torch.nn.Module) -> list[Any]:
     """The adapted layers, first to last."""
-    return [module for module in model.modules() if isinstance(module, BaditLinear)]
+    return [module for module in model.modules() if isinstance(module, ExpertLinear)]
 
 
 @torch.no_grad()
@@ -135,3 +138,23 @@ def enable_checkpointing(model: Any, reentrant: bool) -> None:
     inner = model.get_base_model()
     enable = getattr(inner, "activation_checkpointing_enable", None) or inner.gradient_checkpointing_enable
     enable({"use_reentrant": reentrant})
+
+
+IDS, MASK = padded(random_rows(6, 11, 9))
+
+
+@torch.no_grad()
+def logits(model: Any, ids: torch.Tensor = IDS, mask: torch.Tensor = MASK) -> torch.Tensor:
+    """At the attended positions."""
+    return forward(model, ids, mask).logits[mask.bool()].float()
+
+
+def base_layer(kind: str, in_features: int, out_features: int) -> Any:
+    """One frozen layer of the kinds that are adapted, KINDS."""
+    if kind == "conv1d":
+        layer: Any = Conv1D(out_features, in_features)
+        nn.init.normal_(layer.weight)
+        nn.init.normal_(layer.bias)
+    else:
+        layer = nn.Linear(in_features, out_features, bias=kind == "linear")
+    return layer.requires_grad_(False)

@@ -102,16 +102,3 @@ def test_micro_batches_add_their_graphs_once(tiny_model: Callable[..., Any]) -> 
         regroup(model, seed=step)
     assert counters["stats"]["unique_graphs"] == 2 * GRAPHS
     assert not counters["graph_break"]
-
-
-def test_batches_of_other_lengths_are_compiled_for_once(tiny_model: Callable[..., Any]) -> None:
-    model = adapted(tiny_model("llama", num_hidden_layers=DEPTH)).eval()
-    plain = adapted(tiny_model("llama", num_hidden_layers=DEPTH)).eval()
-    compile_layers(model)
-    with torch.no_grad():
-        for length in (12, 11, 10, 9):
-            inputs = {key: value[:, -length:] if torch.is_tensor(value) else value for key, value in batch().items()}
-            with torch._dynamo.config.patch(error_on_recompile=length < 11):
-                logits = model(**inputs).logits
-            torch.testing.assert_close(logits, plain(**inputs).logits, rtol=1e-4, atol=1e-4)
-    assert not counters["graph_break"]

@@ -7,44 +7,25 @@ from peft.tuners.tuners_utils import BaseTuner
 
 from badit.errors import BaditError
 from badit.tuner import BaditConfig
-from tuner.helpers import adapt, adapted, config, forward, layers, padded, random_rows, randomise
+from tuner.helpers import adapt, adapted, config, layers, logits
 
 SAVES_BIASES = hasattr(BaseTuner, "_get_learnable_bias_state_dict")  # PEFT 0.21 and later
 # What PEFT 0.19 wrongly says of models without a saved configuration.
 SAYS_TIED = pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True` and a tied layer:UserWarning")
 pytestmark = pytest.mark.filterwarnings("ignore:Could not find a config file in  - :UserWarning")
 
-IDS, MASK = padded(random_rows(5, 8))
-
-
-def names(model):
-    return [layer.name for layer in layers(model)]
-
-
-def logits(model):
-    with torch.no_grad():
-        return forward(model, IDS, MASK).logits
-
-
-def test_defaults_are_the_published_setting():
-    defaults = BaditConfig()
-    assert (defaults.num_experts, defaults.r, defaults.lora_alpha, defaults.lora_dropout) == (8, 4, 32, 0.05)
-    assert (defaults.num_components, defaults.scaling, defaults.subtracted_share) == (32, 8.0, 1.0)
-
 
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        *[(name, value) for name in ("num_experts", "r") for value in (0, -1, 2.0, True, "4", None)],
-        *[("lora_alpha", value) for value in (0, -1, "32", None, True, float("nan"), float("inf"), 10**400)],
-        *[("lora_dropout", value) for value in (-0.1, 1.0, "0.1", None, float("nan"))],
-        *[("svd_tolerance", value) for value in (0, -1e-3, "small", None, float("nan"), float("inf"))],
+        *[("num_experts", value) for value in (0, 2.0, True, "4", None)],
+        ("r", 0),
+        *[("lora_alpha", value) for value in (0, "32", None, True, float("nan"), float("inf"), 10**400)],
+        *[("lora_dropout", value) for value in (-0.1, 1.0, "0.1", float("nan"))],
+        ("svd_tolerance", 0),
         *[("top_k", value) for value in (0, 9, 1.5, True)],
-        *[("routing", value) for value in ("sequence", None, "PROMPT")],
-        *[("gates", value) for value in ("sigmoid", None)],
         *[("init_weights", value) for value in ("pissa", 1, None, False)],
-        *[("svd_method", value) for value in ("fast", None)],
-        *[("bias", value) for value in ("lora_only", None, True)],
+        *[(name, "other") for name in ("routing", "router_input", "gates", "svd_method", "bias", "num_experts")],
     ],
 )
 def test_bad_values_are_refused(field, value):
@@ -55,7 +36,6 @@ def test_bad_values_are_refused(field, value):
 @pytest.mark.parametrize(
     ("options", "field"),
     [
-        ({"router_input": "median"}, "router_input must be one of 'mean', 'standardised'"),
         ({"router_input": "standardised", "routing": "token"}, "needs routing='prompt'"),
         ({"target_modules": r".*gate_proj", "layers_to_transform": [0]}, "layers_to_transform"),
         ({"target_modules": r".*gate_proj", "layers_pattern": "layers"}, "layers_pattern"),
@@ -67,29 +47,6 @@ def test_options_that_contradict_each_other_are_refused(options, field):
         BaditConfig(**options)
 
 
-def test_too_large_a_rank_names_the_layer_and_the_fields(tiny_model):
-    with pytest.raises(BaditError, match=r"layers\.0\.mlp\.gate_proj.*num_experts × r = 33.*lower num_experts or r"):
-        adapt(tiny_model("llama"), num_experts=3, r=11)
-
-
-def test_num_experts_and_r_are_the_shapes(tiny_model):
-    layer = layers(adapt(tiny_model("llama"), num_experts=4, r=3))[0]
-    assert layer.badit_A["default"].shape == (12, 32)
-    assert layer.badit_B["default"].shape == (48, 12)
-    assert layer.badit_router["default"].shape == (4, 32)
-    assert layer.expert_of("default").tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
-
-
-def test_lora_alpha_scales_what_the_adapter_adds(tiny_model):
-    deltas = []
-    for alpha in (4, 12):
-        layer = layers(adapt(tiny_model("llama"), init_weights="lora", lora_alpha=alpha))[0]
-        layer.badit_A["default"].data.fill_(0.5)
-        layer.badit_B["default"].data.fill_(0.25)
-        deltas.append(layer.get_delta_weight("default"))
-    torch.testing.assert_close(deltas[1], 3 * deltas[0])
-
-
 def test_lora_dropout_is_active_in_training_only(tiny_model):
     model = adapted(tiny_model("llama"), lora_dropout=0.5)
     without = adapted(tiny_model("llama"), lora_dropout=0.0)
@@ -99,70 +56,36 @@ def test_lora_dropout_is_active_in_training_only(tiny_model):
 
 
 @pytest.mark.parametrize(
-    ("target_modules", "expected"),
+    ("options", "expected"),
     [
-        (None, ["mlp.gate_proj"]),
-        (["q_proj", "down_proj"], ["self_attn.q_proj", "mlp.down_proj"]),
-        (("v_proj",), ["self_attn.v_proj"]),
-        (r".*\.mlp\.(gate|up)_proj", ["mlp.gate_proj", "mlp.up_proj"]),
-        ("all-linear", [f"self_attn.{x}_proj" for x in "qkvo"] + [f"mlp.{x}_proj" for x in ("gate", "up", "down")]),
+        ({"target_modules": ["q_proj", "down_proj"]}, ["0.self_attn.q", "0.mlp.down", "1.self_attn.q", "1.mlp.down"]),
+        ({"target_modules": ("v_proj",)}, ["0.self_attn.v", "1.self_attn.v"]),
+        ({"target_modules": r".*1\.mlp\.(gate|up)_proj"}, ["1.mlp.gate", "1.mlp.up"]),
+        ({"exclude_modules": ["model.layers.1.mlp.gate_proj"]}, ["0.mlp.gate"]),
+        ({"exclude_modules": r".*layers\.1\..*"}, ["0.mlp.gate"]),
+        ({"target_modules": ["up_proj"], "layers_to_transform": 1}, ["1.mlp.up"]),
+        ({"target_modules": ["up_proj"], "layers_to_transform": [0], "layers_pattern": "layers"}, ["0.mlp.up"]),
     ],
+    ids=str,
 )
-def test_target_modules(tiny_model, target_modules, expected):
-    model = adapt(tiny_model("llama"), target_modules=target_modules)
-    assert names(model) == [f"model.layers.{i}.{name}" for i in range(2) for name in expected]
+def test_which_modules_are_adapted(tiny_model, options, expected):
+    model = adapt(tiny_model("llama"), **options)
+    assert [layer.name for layer in layers(model)] == [f"model.layers.{name}_proj" for name in expected]
 
 
 @SAYS_TIED
-def test_target_modules_that_cannot_be_adapted_are_refused(tiny_model):
-    with pytest.raises(BaditError, match=r"embed_tokens is a Embedding.*change target_modules"):
-        adapt(tiny_model("llama"), target_modules=["embed_tokens"])
-    with pytest.raises(ValueError, match="not found in the base model"):
-        adapt(tiny_model("llama"), target_modules=["no_such_layer"])
-
-
-@pytest.mark.parametrize("exclude", [["model.layers.1.mlp.gate_proj"], r".*layers\.1\..*"])
-def test_exclude_modules(tiny_model, exclude):
-    assert names(adapt(tiny_model("llama"), exclude_modules=exclude)) == ["model.layers.0.mlp.gate_proj"]
-
-
-def test_layers_to_transform_and_layers_pattern(tiny_model):
-    target = ["gate_proj"]
-    assert names(adapt(tiny_model("llama"), target_modules=target, layers_to_transform=1)) == [
-        "model.layers.1.mlp.gate_proj"
-    ]
-    with_pattern = {"target_modules": target, "layers_to_transform": [0]}
-    assert names(adapt(tiny_model("llama"), **with_pattern, layers_pattern="layers")) == [
-        "model.layers.0.mlp.gate_proj"
-    ]
-    with pytest.raises(ValueError, match="not found in the base model"):
-        adapt(tiny_model("llama"), **with_pattern, layers_pattern="blocks")
-
-
-def test_routing_by_token_gives_every_position_its_own_gates(tiny_model):
-    x = torch.randn(2, 5, 32)
-    by_prompt, by_token = (
-        layers(adapted(tiny_model("llama"), routing=routing))[0].gates("default", x) for routing in ("prompt", "token")
-    )
-    assert (by_prompt.shape, by_token.shape) == ((2, 1, 3), (2, 5, 3))
-
-
-def test_gates_softmax_sum_to_one(tiny_model):
-    x = torch.randn(2, 5, 32)
-    for kind, total in (("mean_one", 3.0), ("softmax", 1.0)):
-        gates = layers(adapted(tiny_model("llama"), gates=kind))[0].gates("default", x)
-        torch.testing.assert_close(gates.sum(-1), torch.full((2, 1), total))
-
-
-def test_softmax_gates_do_not_start_as_the_base_model(tiny_model):
-    base = logits(tiny_model("llama"))
-    assert (logits(adapt(tiny_model("llama"), gates="softmax")) - base).abs().max() > 0.1
-
-
-def test_top_k_leaves_k_gates(tiny_model):
-    gates = layers(adapted(tiny_model("llama"), top_k=2))[0].gates("default", torch.randn(4, 5, 32))
-    assert ((gates > 0).sum(-1) == 2).all()
-    torch.testing.assert_close(gates.sum(-1), torch.full((4, 1), 3.0))
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"target_modules": ["embed_tokens"]}, r"embed_tokens is a Embedding.*change target_modules"),
+        ({"target_modules": ["no_such_layer"]}, "not found in the base model"),
+        ({"r": 11}, r"layers\.0\.mlp\.gate_proj.*num_experts × r = 33.*lower num_experts or r"),
+    ],
+    ids=str,
+)
+def test_modules_that_cannot_be_adapted_are_refused(tiny_model, options, message):
+    with pytest.raises(ValueError, match=message):
+        adapt(tiny_model("llama"), **options)
 
 
 @pytest.mark.parametrize("init_weights", [True, "bad", "lora"])
@@ -191,18 +114,8 @@ def test_svd_method_and_tolerance_reach_the_decomposition(tiny_model, monkeypatc
 
     seen, real = [], module.top_singular_triples
     monkeypatch.setattr(module, "top_singular_triples", lambda *a, **k: seen.append(k) or real(*a, **k))
-    exact = adapt(tiny_model("llama"), svd_method="exact", svd_tolerance=0.5)
-    rough = adapt(tiny_model("llama"), svd_method="randomized", svd_tolerance=0.5)
-    close = adapt(tiny_model("llama"), svd_method="randomized", svd_tolerance=1e-5)
-    assert {tuple(k.items()) for k in seen} == {
-        (("method", "exact"), ("tolerance", 0.5)),
-        (("method", "randomized"), ("tolerance", 0.5)),
-        (("method", "randomized"), ("tolerance", 1e-5)),
-    }
-    error_rough, error_close = (
-        (layers(m)[0].badit_B["default"] - layers(exact)[0].badit_B["default"]).abs().max() for m in (rough, close)
-    )
-    assert error_close < 1e-3 < error_rough
+    adapt(tiny_model("llama"), svd_method="randomized", svd_tolerance=0.5)
+    assert seen == 2 * [{"method": "randomized", "tolerance": 0.5}]
 
 
 @pytest.mark.parametrize(
@@ -232,8 +145,3 @@ def test_modules_to_save(tiny_model, tmp_path):
     head[0].data.add_(0.5)
     model.save_pretrained(tmp_path)
     torch.testing.assert_close(logits(PeftModel.from_pretrained(tiny_model("llama"), tmp_path)), logits(model))
-
-
-def test_randomised_adapters_are_all_alike(tiny_model):
-    """The other tests compare models that `randomise` made: equal seeds, equal adapters."""
-    assert torch.equal(logits(randomise(adapt(tiny_model("llama")))), logits(adapted(tiny_model("llama"))))

@@ -32,42 +32,12 @@ def test_greedy_equals_teacher_forcing(tiny_model, family, options):
 
 
 @pytest.mark.parametrize("options", [{}, {"use_cache": False}], ids=str)
-def test_greedy_with_every_linear_adapted(tiny_model, options):
-    model = adapted(tiny_model("qwen3"), target_modules="all-linear")
-    ids, mask = padded(ROWS)
-    assert torch.equal(generate(model, ids, mask, **options), greedy_by_hand(model, ids, mask, NEW))
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_row_generates_what_it_generates_alone(tiny_model, family):
-    model = adapted(tiny_model(family))
-    together = generate(model, *padded(ROWS))[:, -NEW:]
-    for row, expected in zip(ROWS, together, strict=True):
-        assert torch.equal(generate(model, *padded([row]))[0, -NEW:], expected)
-
-
-@pytest.mark.parametrize("options", [{}, {"use_cache": False}], ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_beams_equal_the_beams_of_a_batch_of_one(tiny_model, family, options):
     model = adapted(tiny_model(family))
     together = generate(model, *padded(ROWS), num_beams=3, **options)[:, -NEW:]
     for row, expected in zip(ROWS, together, strict=True):
         assert torch.equal(generate(model, *padded([row]), num_beams=3)[0, -NEW:], expected)
-
-
-def test_several_sequences_a_prompt_share_its_routing(tiny_model):
-    model = adapted(tiny_model("llama"))
-    ids, mask = padded(ROWS)
-    found = generate(model, ids, mask, num_beams=3, num_return_sequences=3)
-    assert torch.equal(found[::3], generate(model, ids, mask, num_beams=3))
-
-
-def test_several_calls_in_a_row_with_other_batch_sizes(tiny_model):
-    model = adapted(tiny_model("llama"))
-    for rows in (ROWS, ROWS[:1], random_rows(4, 6, 3, 8, 5, seed=5), ROWS):
-        ids, mask = padded(rows)
-        for options in ({}, {"cache_implementation": "static"}, {"use_cache": False}):
-            assert torch.equal(generate(model, ids, mask, **options), greedy_by_hand(model, ids, mask, NEW))
 
 
 def test_inputs_embeds_and_positional_input(tiny_model):
@@ -80,21 +50,6 @@ def test_inputs_embeds_and_positional_input(tiny_model):
         assert torch.equal(model.base_model.generate(ids, use_cache=use_cache, **options), expected)
         new = model.generate(inputs_embeds=embedded, use_cache=use_cache, **options)
         assert torch.equal(new, expected[:, -NEW:])
-
-
-def test_right_padding_is_warned_of_by_transformers(tiny_model, caplog):
-    import logging
-
-    from transformers.utils import logging as transformers_logging
-
-    model = adapted(tiny_model("llama"))
-    transformers_logging.enable_propagation()
-    try:
-        with caplog.at_level(logging.WARNING, logger="transformers"):
-            generate(model, *padded(ROWS, "right"))
-    finally:
-        transformers_logging.disable_propagation()
-    assert "right-padding was detected" in caplog.text
 
 
 @torch.no_grad()
@@ -165,20 +120,6 @@ def test_two_generations_in_turns(tiny_model):
         assert torch.equal(torch.cat(mine, dim=1), theirs)
 
 
-def test_a_cache_that_is_reset_is_routed_anew(tiny_model):
-    from transformers import StaticCache
-
-    model = adapted(tiny_model("llama"))
-    cache = StaticCache(config=model.get_base_model().config, max_cache_len=24)
-    for row in ROWS:
-        ids, mask = padded([row])
-        cache.reset()
-        with torch.no_grad():
-            first = forward(model, ids, mask, cache, use_cache=True).logits[:, -1:].argmax(-1)
-        tokens = [first, *continue_by_hand(model, cache, first, mask, NEW - 1)]
-        assert torch.equal(torch.cat(tokens, dim=1), greedy_by_hand(model, ids, mask, NEW)[:, -NEW:])
-
-
 def test_a_prompt_in_pieces_is_refused(tiny_model):
     model = adapted(tiny_model("llama"))
     with pytest.raises(BaditError, match="without prefill_chunk_size, or use routing='token'"):
@@ -193,24 +134,6 @@ def test_candidate_tokens_do_not_join_the_prompt(tiny_model):
     model = adapted(tiny_model("llama"))
     ids, mask = padded([[5, 6, 7, 8, 5, 6, 7, 8, 5, 6]])
     assert torch.equal(generate(model, ids, mask, 12, prompt_lookup_num_tokens=3), generate(model, ids, mask, 12))
-
-
-def test_adapters_switched_off_generate_as_the_base_model(tiny_model):
-    model = adapted(tiny_model("llama"))
-    ids, mask = padded(ROWS)
-    expected = generate(tiny_model("llama"), ids, mask)
-    with model.disable_adapter():
-        assert torch.equal(generate(model, ids, mask), expected)
-    assert not torch.equal(generate(model, ids, mask), expected)
-
-
-def test_rows_with_adapters_of_their_own_are_refused(tiny_model):
-    model = adapted(tiny_model("llama"))
-    ids, mask = padded(ROWS)
-    with pytest.raises(BaditError, match="adapter_names: BADIT cannot mix adapters within a batch"):
-        generate(model, ids, mask, adapter_names=["default"] * 3)
-    with pytest.raises(BaditError, match="adapter_names"):
-        model(input_ids=ids, adapter_names=["default"] * 3)
 
 
 @pytest.mark.parametrize("rows", [1, 3])

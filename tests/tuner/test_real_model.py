@@ -5,7 +5,7 @@ from peft import PeftModel, get_peft_model
 from transformers import DynamicCache, StaticCache
 
 from badit.tuner import BaditConfig
-from tuner.helpers import cached_steps, forward, greedy_by_hand, layers, teacher_forced
+from tuner.helpers import cached_steps, forward, greedy_by_hand, layers, logits, teacher_forced
 
 TEXTS = [
     "Classify the sentiment of the sentence as positive or negative.\nSentence: The soup was cold, and so was he.",
@@ -13,7 +13,7 @@ TEXTS = [
     "Rewrite the following sentence in the past tense: She walks to the market every morning and buys three apples.",
 ]
 ANSWERS = [" Answer: negative, of course.", " Answer: Paris, on the Seine.", " Answer: She walked there daily."]
-FEW = [0, 10, 20, 29]  # where a test needs real text but not every layer
+FEW = {"layers_to_transform": [0, 10, 20, 29], "target_modules": ["gate_proj"]}  # where not every layer is needed
 
 
 def prompts(tokenizer):
@@ -27,28 +27,20 @@ def with_answers(tokenizer):
     return torch.cat([ids, answers], dim=1), torch.cat([mask, torch.ones_like(answers)], dim=1), ids.shape[1]
 
 
-def logits(model, ids, mask):
-    with torch.no_grad():
-        return forward(model, ids, mask).logits[mask.bool()].float()
-
-
 def published(model, **options):
     return get_peft_model(model, BaditConfig(task_type="CAUSAL_LM", **options)).eval()
 
 
-def trained(model, **options):
-    """Four layers adapted; A, B and the router moved by a few per cent of their size, the router decisive."""
-    model = published(model, layers_to_transform=FEW, target_modules=["gate_proj"], **options)
+@torch.no_grad()
+def trained(model):
+    """A, B and the router moved by a few per cent of their size, the router decisive, the grouping shuffled."""
     generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for layer in layers(model):
-            for parameter in (layer.badit_A["default"], layer.badit_B["default"]):
-                noise = torch.randn(parameter.shape, generator=generator)
-                parameter.add_(0.1 * parameter.std() * noise.to(parameter.dtype))
-            router = layer.badit_router["default"]
-            router.copy_(torch.randn(router.shape, generator=generator))
-            labels = layer.expert_of("default")
-            labels.copy_(labels[torch.randperm(len(labels), generator=generator)])
+    for layer in layers(model):
+        for parameter in (layer.badit_A["default"], layer.badit_B["default"]):
+            parameter.add_(0.1 * parameter.std() * torch.randn(parameter.shape, generator=generator))
+        layer.badit_router["default"].copy_(torch.randn(layer.badit_router["default"].shape, generator=generator))
+        labels = layer.expert_of("default")
+        labels.copy_(labels[torch.randperm(len(labels), generator=generator)])
     return model
 
 
@@ -64,20 +56,9 @@ def test_step_0_equals_the_base_model(smollm2):
         assert torch.equal(logits(model, ids, mask), expected)
 
 
-def test_step_0_on_a_bf16_base(smollm2):
-    base, tokenizer = smollm2
-    ids, mask = prompts(tokenizer)
-    base = base.to(torch.bfloat16)
-    expected = logits(base, ids, mask)
-    model = published(base, layers_to_transform=FEW, target_modules=["gate_proj"])
-    found = logits(model, ids, mask)
-    assert (found - expected).abs().mean() < 0.05
-    assert (found.argmax(-1) == expected.argmax(-1)).float().mean() > 0.9
-
-
 def test_what_is_learnt_routes_alike_in_training_and_generation(smollm2, tmp_path):
     base, tokenizer = smollm2
-    model = trained(base)
+    model = trained(published(base, **FEW))
     ids, mask, length = with_answers(tokenizer)
     forced = teacher_forced(model, ids, mask, length)[:, length - 1 :]
     for cache in (DynamicCache(), StaticCache(config=base.config, max_cache_len=ids.shape[1])):
@@ -90,33 +71,11 @@ def test_what_is_learnt_routes_alike_in_training_and_generation(smollm2, tmp_pat
     alone = teacher_forced(model, ids[1:2, row], mask[1:2, row], own)[0]
     torch.testing.assert_close(alone[own - 1 :], forced[1], atol=2e-3, rtol=1e-3)
 
-    options = {"max_new_tokens": 5, "do_sample": False}
+    options = {"input_ids": ids[:, :length], "attention_mask": mask[:, :length], "max_new_tokens": 5}
     expected = greedy_by_hand(model, ids[:, :length], mask[:, :length], 5)
     for use_cache in (True, False):
-        found = model.generate(
-            input_ids=ids[:, :length], attention_mask=mask[:, :length], use_cache=use_cache, **options
-        )
-        assert torch.equal(found, expected)
+        assert torch.equal(model.generate(**options, use_cache=use_cache, do_sample=False), expected)
 
     model.save_pretrained(tmp_path)
     reloaded = PeftModel.from_pretrained(model.unload(), tmp_path).eval()
     torch.testing.assert_close(teacher_forced(reloaded, ids, mask, length)[:, length - 1 :], forced)
-
-
-def test_a_few_steps_of_training_lower_the_loss(smollm2):
-    base, tokenizer = smollm2
-    model = published(base, layers_to_transform=FEW, target_modules=["gate_proj"], lora_dropout=0.0).train()
-    ids, mask, length = with_answers(tokenizer)
-    labels = ids.clone()
-    labels[:, :length] = -100
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
-    losses = []
-    for _ in range(3):
-        loss = forward(model, ids, mask, labels=labels).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    assert losses[2] < losses[1] < losses[0]
-    for layer in layers(model):
-        assert layer.badit_router["default"].any()

@@ -2,8 +2,8 @@
 
     method: {name: loramoe, num_experts: 8, r: 4}
 
-A baseline is a PEFT configuration, whose fields are its options. Every module of this package is imported with it and
-enters its own: importing the package also tells PEFT, so that ``PeftModel.from_pretrained`` knows them.
+A baseline is a PEFT configuration, whose fields are its options. Importing this package imports all of its modules,
+which register theirs here and with PEFT, so that ``PeftModel.from_pretrained`` knows them.
 """
 
 from __future__ import annotations
@@ -21,10 +21,6 @@ from badit.tuner.model import ExpertModel, register
 Config = TypeVar("Config", bound=PeftConfig)
 
 
-def _suits_all(config: Any, model: Any) -> None:
-    pass
-
-
 @dataclass(frozen=True)
 class Baseline:
     """A method to compare with.
@@ -32,19 +28,17 @@ class Baseline:
     Attributes:
         config_cls: its PEFT configuration.
         settled: fields of the configuration that the name settles.
-        check: raises BaditError for a configuration and a base model that do not go together.
     """
 
     config_cls: type[PeftConfig]
     settled: Mapping[str, Any] = field(default_factory=dict)
-    check: Callable[[Any, Any], None] = _suits_all
 
 
 BASELINES: dict[str, Baseline] = {}
 
 
 def baseline(name: str, model_cls: type[ExpertModel]) -> Callable[[type[Config]], type[Config]]:
-    """Enters a configuration class under a recipe's ``name``, and registers it with PEFT under its ``method``."""
+    """Registers a configuration class under a recipe's ``name``, and with PEFT under its ``method``."""
 
     def enter(config_cls: type[Config]) -> type[Config]:
         register(config_cls, model_cls)

@@ -2,9 +2,8 @@
 
     y = W x + s · Σ_{i≤t} a_i(p0) B_i A_i x        branches i < t frozen, branch t trained
 
-All branches are one wide product (:mod:`badit.tuner.layer`): buffers hold the frozen ones, and the trained one
-comes after them. The weights a_i are 1, or those of a gate, which stands next to the base model, once for all layers: a
-hook on the token embeddings works out the weights of a pass and leaves them where the layers find them.
+All branches are one wide product (:mod:`badit.tuner.layer`), the frozen ones in buffers before the trained one. The
+weights a_i are 1, or those of one gate for all layers: a hook on the token embeddings computes them for each pass.
 
 Shape suffixes: B = batch, T = positions, N = prompts, D = width of the token embeddings, K = branches,
 I/O = in/out features, R = rank of a branch, P = (K − 1)·R, the rank of the frozen branches together.
@@ -12,19 +11,19 @@ I/O = in/out features, R = rank of a branch, P = (K − 1)·R, the rank of the f
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
-from peft.tuners._buffer_dict import BufferDict
 from torch import nn
 
 from badit.errors import BaditError
 from badit.method import prompt_mean
-from badit.tuner.config import ExpertConfig, is_int
-from badit.tuner.layer import ExpertLinear
-from badit.tuner.model import ExpertModel, TaskBatches
-from badit.tuner.prompt import RoutingContext, before_first_label
+from badit.tuner.config import COUNT, COUNT_OR_ZERO, ExpertConfig, option
+from badit.tuner.layer import Buffers, ExpertLinear, Pair
+from badit.tuner.model import ExpertModel
+from badit.tuner.prompt import RoutingContext
 
 
 @dataclass
@@ -34,15 +33,10 @@ class BranchConfig(ExpertConfig):
     gate_cls: ClassVar[type[BranchGate] | None] = None  # None: every branch has the weight 1
 
     num_experts: int = field(default=1, init=False)  # trained at a time
-    past_branches: int = field(default=0, metadata={"help": "Number of frozen branches; next_task() adds to it."})
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not is_int(self.past_branches) or self.past_branches < 0:
-            raise BaditError(f"past_branches must be a whole number of at least 0, got {self.past_branches!r}")
+    past_branches: int = option(0, "Number of frozen branches; next_task() adds to it.", COUNT_OR_ZERO)
 
     def to_dict(self) -> dict[str, Any]:
-        """What is saved: all but ``num_experts``, which is no option here, so that loading would refuse it."""
+        """What is saved: all but ``num_experts``, which is no option here."""
         return {name: value for name, value in super().to_dict().items() if name != "num_experts"}
 
     @property
@@ -63,19 +57,15 @@ class BranchConfig(ExpertConfig):
 class GatedBranchConfig(BranchConfig):
     """Branches weighed by a small network that reads the prompt."""
 
-    gate_hidden_size: int = field(default=100, metadata={"help": "Hidden size of the gate's network."})
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not is_int(self.gate_hidden_size) or self.gate_hidden_size < 1:
-            raise BaditError(f"gate_hidden_size must be a whole number of at least 1, got {self.gate_hidden_size!r}")
+    gate_hidden_size: int = option(100, "Hidden size of the gate's network.", COUNT)
 
 
 class BranchGate(nn.Module):
     """The weights of one adapter's branches, from p0, the mean of the token embeddings over the prompt.
 
-    ``key`` (D) is the current task's and trained, ``past_keys`` (K − 1, D) are the earlier tasks' and frozen. All
-    tensors lie flat in the module: PEFT looks for the adapter's name right before a tensor's.
+    ``down`` (H, D) and ``up`` (D, H), a network with the hidden size H, and the current task's ``key`` (D) are trained;
+    ``past_keys`` (K − 1, D) are the earlier tasks' and frozen. A method adds tensors and then starts its key. All lie
+    flat in the module: PEFT looks for the adapter's name right before a tensor's.
     """
 
     past_keys: torch.Tensor
@@ -83,7 +73,11 @@ class BranchGate(nn.Module):
     def __init__(self, width: int, config: GatedBranchConfig, device: torch.device) -> None:
         super().__init__()
         self.key = nn.Parameter(torch.empty(width, device=device))
+        self.down = nn.Parameter(torch.empty(config.gate_hidden_size, width, device=device))
+        self.up = nn.Parameter(torch.empty(width, config.gate_hidden_size, device=device))
         self.register_buffer("past_keys", torch.zeros(config.past_branches, width, device=device))
+        for weight in (self.down, self.up):
+            nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
 
     @property
     def keys_KD(self) -> torch.Tensor:
@@ -93,41 +87,28 @@ class BranchGate(nn.Module):
         """The weights (B, K), the current branch's last."""
         raise NotImplementedError
 
+    def start_key(self) -> None:
+        """Fills the current key."""
+        raise NotImplementedError
+
     def next_task(self) -> None:
         """Freezes what is the current task's own and starts it again."""
         self.past_keys = self.keys_KD.detach()
         self.start_key()
 
-    def start_key(self) -> None:
-        """Fills the current key."""
-        raise NotImplementedError
-
-    def start_task(self, prompt_ND: torch.Tensor) -> None:
-        """Sets itself up for a task, from p0 of its N training prompts, before it is trained."""
-
-    def end_task(self, prompt_ND: torch.Tensor) -> None:
-        """Keeps what it needs to know of the task, from p0 of the task's N training prompts."""
-
-    def before_update(self) -> None:
-        """Is called before every step of the optimiser."""
-
-    def after_update(self) -> None:
-        """Is called after every step of the optimiser."""
-
 
 class BranchLinear(ExpertLinear):
-    """badit_A (R, I) and badit_B (O, R), the current branch, are trained; badit_A_past (P, I) and badit_B_past (O, P)
-    are saved buffers."""
+    """badit_A (R, I), badit_B (O, R) are trained; badit_A_past (P, I), badit_B_past (O, P) are saved buffers."""
 
     adapter_layer_names = ("badit_A", "badit_B")
     other_param_names = (*ExpertLinear.other_param_names, "badit_A_past", "badit_B_past")
     why_not_merged = "a branch stays apart from the others, for the next task and for its gate,"
 
-    badit_A_past: BufferDict
-    badit_B_past: BufferDict
+    badit_A_past: Buffers
+    badit_B_past: Buffers
 
     def update_layer(self, adapter_name: str, config: BranchConfig, inference_mode: bool = False) -> None:
-        """Adds an adapter: room for its frozen branches, whose values are loaded, and a fresh current one."""
+        """Adds an adapter: room for its frozen branches, whose values are loaded, and a new current one."""
         past_rank = config.past_branches * config.r
         self.badit_A_past[adapter_name] = torch.zeros(past_rank, self.in_features)
         self.badit_B_past[adapter_name] = torch.zeros(self.out_features, past_rank)
@@ -140,38 +121,24 @@ class BranchLinear(ExpertLinear):
 
     @torch.no_grad()
     def next_task(self, adapter_name: str) -> None:
-        """Freezes the current branch behind the earlier ones and starts it again, as LoRA starts."""
+        """Freezes the current branch after the earlier ones and starts it again, as LoRA starts."""
         self.badit_A_past[adapter_name], self.badit_B_past[adapter_name] = self.factors(adapter_name)
         self.badit_B[adapter_name].zero_()
         self.initialise(adapter_name)
 
-    def _past_A(self, adapter_name: str) -> torch.Tensor:
-        return cast(torch.Tensor, self.badit_A_past[adapter_name])
-
-    def factors(self, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        past_B_OP = cast(torch.Tensor, self.badit_B_past[adapter_name])
+    def factors(self, adapter_name: str) -> Pair:
         a_RI, b_OR = super().factors(adapter_name)
-        return torch.cat([self._past_A(adapter_name), a_RI]), torch.cat([past_B_OP, b_OR], dim=1)
+        past_A_PI, past_B_OP = self.badit_A_past[adapter_name], self.badit_B_past[adapter_name]
+        return torch.cat([past_A_PI, a_RI]), torch.cat([past_B_OP, b_OR], dim=1)
 
     def gates(self, adapter_name: str, x: torch.Tensor) -> torch.Tensor:
+        """a (B, 1, K) of the running pass: new from its prompt, or held by the cache since the prompt's pass."""
         config: BranchConfig = self.badit_config[adapter_name]
         if config.gate_cls is None:
             return torch.ones(config.num_branches, device=x.device)
-        weights_BK = self._branch_weights(adapter_name).to(x.device)
-        if x.ndim != 3 or len(x) != len(weights_BK):
-            raise BaditError(
-                f"{self.name} sees an input of shape {tuple(x.shape)}, the gates are those of {len(weights_BK)} "
-                "prompts: leave it out of target_modules, or decode as many rows as the cache holds"
-            )
-        return weights_BK[:, None]
-
-    def _branch_weights(self, adapter_name: str) -> torch.Tensor:
-        """a (B, K) of the running pass: fresh from its prompt, or held by the cache since the prompt's pass."""
         forward_pass = self.routing.forward_pass()
-        weights_BK = None
-        if forward_pass is not None:
-            known = forward_pass.fresh if forward_pass.held is None else forward_pass.held
-            weights_BK = known.get(adapter_name)
+        known = {} if forward_pass is None else forward_pass.fresh if forward_pass.held is None else forward_pass.held
+        weights_BK = known.get(adapter_name)
         if forward_pass is None or weights_BK is None:
             raise BaditError(
                 f"{self.name} finds no gates for this pass, since they follow the prompt's tokens: call the whole "
@@ -179,101 +146,68 @@ class BranchLinear(ExpertLinear):
             )
         if forward_pass.held is None and weights_BK.requires_grad and not torch.is_grad_enabled():
             raise BaditError("gradient checkpointing would cut the gates off from the loss: set use_reentrant=False")
-        return weights_BK
-
-    def penalty(self, adapter_name: str) -> torch.Tensor | None:
-        """What the adapter adds to the loss here: a scalar, or nothing."""
-        return self.badit_config[adapter_name].penalty(self._past_A(adapter_name), self.badit_A[adapter_name])
+        if x.ndim != 3 or len(x) != len(weights_BK):
+            raise BaditError(
+                f"{self.name} sees an input of shape {tuple(x.shape)}, the gates are those of {len(weights_BK)} "
+                "prompts: leave it out of target_modules, or decode as many rows as the cache holds"
+            )
+        return weights_BK.to(x.device)[:, None]
 
 
 class BranchModel(ExpertModel):
     """A base model with LoRA branches in its target modules and, next to it, every adapter's gate.
 
-    A task is: :meth:`start_task`, training, :meth:`end_task`, :meth:`next_task` and a new optimiser. Training adds
-    :meth:`extra_loss` to the loss and calls :meth:`before_update` and :meth:`after_update` around each step of the
-    optimiser.
+    A task is trained between the hooks ``start_task`` and ``end_task``; :meth:`next_task` and a new optimiser follow.
     """
 
     tuner_layer_cls = BranchLinear
     routes_prompts = True
     needs_whole_weights = True
 
-    badit_gate: nn.ModuleDict
+    badit_gate: Any  # a ModuleDict of every adapter's BranchGate
 
-    def _pre_injection_hook(self, model: nn.Module, config: BranchConfig, adapter_name: str) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def _pre_injection_hook(self, model: nn.Module, config: BranchConfig, adapter_name: str) -> None:
         super()._pre_injection_hook(model, config, adapter_name)
         self.badit_gate = nn.ModuleDict()
         self._embedding_hook: Any = None
 
     def _refuse_unsuitable(self, config: BranchConfig) -> None:
-        if config.gate_cls is None:
-            return
-        if getattr(getattr(self.model, "config", None), "is_encoder_decoder", False):
+        if config.gate_cls is not None and self._is_encoder_decoder():
             raise BaditError(f"{config.method} is for decoder-only models: its gates follow the prompt")
-        if not hasattr(self.model, "get_input_embeddings"):
+        if config.gate_cls is not None and not hasattr(self.model, "get_input_embeddings"):
             raise BaditError(f"{config.method} is for language models: its gates follow the prompt's token embeddings")
 
-    def _create_and_replace(self, peft_config: BranchConfig, adapter_name: str, *args: Any, **kwargs: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def _create_and_replace(self, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         if peft_config.gate_cls is not None and adapter_name not in self.badit_gate:
-            self._add_gate(peft_config.gate_cls, peft_config, adapter_name)
+            weight = self._embeddings().weight
+            self.badit_gate[adapter_name] = peft_config.gate_cls(weight.shape[1], peft_config, weight.device)
+            if self._embedding_hook is None:
+                self._embedding_hook = self._embeddings().register_forward_hook(self._weigh)
         super()._create_and_replace(peft_config, adapter_name, *args, **kwargs)
 
-    def _add_gate(self, gate_cls: type[BranchGate], config: Any, adapter_name: str) -> None:
-        embeddings = self._embeddings()
-        weight = cast(torch.Tensor, embeddings.weight)
-        self.badit_gate[adapter_name] = gate_cls(weight.shape[1], config, weight.device)
-        if self._embedding_hook is None:
-            self._embedding_hook = embeddings.register_forward_hook(self._weigh)
-
-    def _embeddings(self) -> nn.Module:
-        return cast(Any, self.model).get_input_embeddings()
+    def _embeddings(self) -> Any:
+        model: Any = self.model
+        return model.get_input_embeddings()
 
     def _weigh(self, embeddings: nn.Module, args: tuple, output: torch.Tensor) -> None:
-        """Works out the weights of a pass. Not in a layer: checkpointing would run the gate once more in backward."""
+        """Computes the weights of a pass; in a layer, checkpointing would compute them again in the backward pass."""
         forward_pass = RoutingContext.of(self.model).forward_pass()
         if forward_pass is None or forward_pass.held is not None:
             return
-        for adapter_name in {name for layer in self._layers() for name in layer.running_adapters}:
+        for adapter_name in {name for layer in self.expert_layers() for name in layer.running_adapters}:
             mask_BT = forward_pass.prompt_mask_BT
             if mask_BT is not None:
-                gate = self._gate(adapter_name)
+                gate = self.badit_gate[adapter_name]
                 forward_pass.fresh[adapter_name] = gate(_prompt_mean(output, mask_BT).to(gate.key.dtype))
 
-    def _layers(self) -> list[BranchLinear]:
-        return [module for module in self.model.modules() if isinstance(module, BranchLinear)]
-
-    def _gate(self, adapter_name: str) -> BranchGate:
-        return cast(BranchGate, self.badit_gate[adapter_name])
-
-    def _active_gates(self) -> list[BranchGate]:
-        return [self._gate(name) for name in self.active_adapters if name in self.badit_gate]
+    def _active_gates(self) -> list[Any]:
+        return [self.badit_gate[name] for name in self.active_adapters if name in self.badit_gate]
 
     @torch.no_grad()
     def prompt_embeddings(self, input_ids: torch.Tensor, prompt_mask: torch.Tensor) -> torch.Tensor:
         """p0 (B, D): the mean of the token embeddings over the prompt, from tokens and mask, both (B, T)."""
+        input_ids, prompt_mask = input_ids.to(self.device), prompt_mask.to(self.device)
         return _prompt_mean(self._embeddings()(input_ids), prompt_mask)
-
-    def start_task(self, batches: TaskBatches) -> None:
-        """Shows the active adapters' gates the training prompts of a task that is about to be trained."""
-        for gate in self._active_gates():
-            gate.start_task(self._embeddings_of_prompts(batches).to(gate.key))
-
-    def end_task(self, batches: TaskBatches) -> None:
-        """Shows the active adapters' gates the finished task's training prompts."""
-        for gate in self._active_gates():
-            gate.end_task(self._embeddings_of_prompts(batches).to(gate.key))
-
-    def _embeddings_of_prompts(self, batches: TaskBatches) -> torch.Tensor:
-        """p0 (N, D) of all prompts."""
-        rows = [
-            self.prompt_embeddings(
-                batch["input_ids"].to(self.device),
-                (batch["attention_mask"].bool() & before_first_label(batch["labels"])).to(self.device),
-            )
-            for of_task in batches.values()
-            for batch in of_task
-        ]
-        return torch.cat(rows)
 
     @torch.no_grad()
     def next_task(self) -> None:
@@ -284,24 +218,18 @@ class BranchModel(ExpertModel):
         for gate in self._active_gates():
             gate.next_task()
         for adapter_name in self.active_adapters:
-            for layer in self._layers():
+            for layer in self.expert_layers():
                 if adapter_name in layer.badit_A:
                     layer.next_task(adapter_name)
             self.peft_config[adapter_name].past_branches += 1
 
-    def before_update(self) -> None:
-        """To be called right before each step of the optimiser."""
-        for gate in self._active_gates():
-            gate.before_update()
-
-    def after_update(self) -> None:
-        """To be called right after each step of the optimiser."""
-        for gate in self._active_gates():
-            gate.after_update()
-
     def extra_loss(self, attention_mask: torch.Tensor) -> torch.Tensor | None:
         """The penalties of the active adapters, summed over the adapted layers; None where there are none."""
-        penalties = [layer.penalty(name) for layer in self._layers() for name in layer.running_adapters]
+        penalties = [
+            self.peft_config[name].penalty(layer.badit_A_past[name], layer.badit_A[name])
+            for layer in self.expert_layers()
+            for name in layer.running_adapters
+        ]
         found = [penalty.to(attention_mask.device) for penalty in penalties if penalty is not None]
         return torch.stack(found).sum() if found else None
 
@@ -317,16 +245,15 @@ class BranchModel(ExpertModel):
         super().set_requires_grad(adapter_names, requires_grad)
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
         for name in set(names) & set(self.badit_gate):
-            self._gate(name).requires_grad_(requires_grad)
+            self.badit_gate[name].requires_grad_(requires_grad)
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
         if adapter_name in self.badit_gate:
             del self.badit_gate[adapter_name]
-        self._train_active_gates(True)  # as PEFT does with the layers of an adapter that takes the deleted one's place
+        self._train_active_gates(True)  # as PEFT does with the layers of the adapter that becomes active
 
     def unload(self) -> nn.Module:
-        """The base model as it was before the adapters."""
         if self._embedding_hook is not None:
             self._embedding_hook.remove()
         return super().unload()

@@ -3,8 +3,8 @@ Low-Rank Adaptation for Continual Learning of Language Models", arXiv 2505.15424
 
     y = W x + s · Σ_{i≤t} a_i B_i A_i x,    a_i = |2σ(4 cos(z_i, k_i)) − 1|,    z_i = SiLU(G2_i SiLU(G1_i p0))
 
-p0 is the mean of the token embeddings over the prompt; a_i is one number for a sequence, the same in all layers. A new
-task goes on with the last one's G1 and G2 and has a new key, orthogonal to what the earlier tasks' z have spanned, so
+p0 is the mean of the token embeddings over the prompt; a_i is one number per sequence, the same in all layers. A new
+task continues with the last one's G1 and G2 and has a new key, orthogonal to what the earlier tasks' z have spanned, so
 that its gate is 0 there. It stays so, since training moves G1, G2 and k only orthogonally to what each has been
 multiplied with in the earlier tasks: an update Δ becomes Δ (I − P), P the projector onto those inputs. P grows after
 each task t = 1, 2, … as in gradient projection memory (Saha et al. 2021, arXiv 2103.09762): by the leading singular
@@ -12,24 +12,25 @@ directions of what it does not yet span, until it holds the share 0.995 + 0.005 
 
 From the paper: gates, projections, shares and hidden size 100. From its authors' code: the count of tasks (t − 1, at
 most 15), and the new key, which is the leading singular direction of what the earlier tasks' z leave of the new task's.
-(A random direction is nearly orthogonal to those as well, and leaves the new gate all but shut on its own task.) Left
+(A random direction is nearly orthogonal to those as well, and leaves the new gate nearly shut on its own task.) Left
 out: their scaling of projected rows back to the norm before, since it moves the gate on earlier prompts. A_t and B_t
 are trained as in LoRA, unprojected.
 """
 
 from __future__ import annotations
 
-import math
+import itertools
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from badit.baselines import baseline
 from badit.baselines.branches import BranchGate, BranchModel, GatedBranchConfig
 from badit.errors import BaditError
+from badit.tuner.model import TaskBatches
+from badit.tuner.prompt import before_first_label
 
 _SHARE_OF_ENERGY = 0.995
 _TASKS_TO_WHOLE = 15  # the share grows to 1 in as many tasks
@@ -37,12 +38,10 @@ _NEGLIGIBLE = 1e-5  # of the norm of all inputs: what float32 cannot tell from r
 
 
 class GainLoraGate(BranchGate):
-    """A network and a key for each task.
+    """A network and a key for each task; ``down`` is G1, ``up`` is G2.
 
-    Trained: ``down`` (H, D), which is G1, ``up`` (D, H), which is G2, and ``key`` (D). Saved buffers: the same of the
-    earlier tasks, stacked, and the projectors ``seen_by_down`` (D, D), ``seen_by_up`` (H, H), ``seen_by_key`` (D, D).
-
-    Shape suffixes: B = batch, N = prompts, D = width of the token embeddings, H = hidden size, K = branches.
+    Saved buffers: the same of the earlier tasks, stacked, and the projectors ``seen_by_down`` (D, D), ``seen_by_up``
+    (H, H), ``seen_by_key`` (D, D).
     """
 
     past_down: torch.Tensor
@@ -54,15 +53,11 @@ class GainLoraGate(BranchGate):
     def __init__(self, width: int, config: GatedBranchConfig, device: torch.device) -> None:
         super().__init__(width, config, device)
         hidden, past = config.gate_hidden_size, config.past_branches
-        self.down = nn.Parameter(torch.empty(hidden, width, device=device))
-        self.up = nn.Parameter(torch.empty(width, hidden, device=device))
         self.register_buffer("past_down", torch.zeros(past, hidden, width, device=device))
         self.register_buffer("past_up", torch.zeros(past, width, hidden, device=device))
         for name, size in (("down", width), ("up", hidden), ("key", width)):
             self.register_buffer(f"seen_by_{name}", torch.zeros(size, size, device=device))
         self._before_update: dict[str, torch.Tensor] = {}
-        for weight in (self.down, self.up):
-            nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
         self.start_key()
 
     def forward(self, prompt_BD: torch.Tensor) -> torch.Tensor:
@@ -100,32 +95,30 @@ class GainLoraGate(BranchGate):
     @torch.no_grad()
     def start_task(self, prompt_ND: torch.Tensor) -> None:
         """Turns the key towards the task's own z, as far as the earlier tasks' leave it room."""
-        _, z_ND = self._network(prompt_ND)
+        z_ND = self._inputs(prompt_ND)["key"]
         _, _, vh = torch.linalg.svd((z_ND - z_ND @ self.seen_by_key).double(), full_matrices=False)
-        # Once more, since rounding has left some of what was projected out.
+        # Projected once more, since rounding has left some of the earlier tasks'.
         self.key.copy_(F.normalize(vh[0].to(self.key) - vh[0].to(self.key) @ self.seen_by_key, dim=0))
-
-    def _network(self, prompt_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """SiLU(G1 p0), (N, H), and z, (N, D), of the current task."""
-        hidden_NH = F.silu(prompt_ND @ self.down.T)
-        return hidden_NH, F.silu(hidden_NH @ self.up.T)
 
     @torch.no_grad()
     def end_task(self, prompt_ND: torch.Tensor) -> None:
         """Lets the projectors grow by the inputs that the finished task's prompts give to G1, G2 and the key."""
-        hidden_NH, z_ND = self._network(prompt_ND)
         share = _SHARE_OF_ENERGY + (1 - _SHARE_OF_ENERGY) * min(len(self.past_keys) / _TASKS_TO_WHOLE, 1)
-        self.seen_by_down = grown_projector(self.seen_by_down, prompt_ND, share)
-        self.seen_by_up = grown_projector(self.seen_by_up, hidden_NH, share)
-        self.seen_by_key = grown_projector(self.seen_by_key, z_ND, share)
+        for name, inputs in self._inputs(prompt_ND).items():
+            setattr(self, f"seen_by_{name}", grown_projector(self.get_buffer(f"seen_by_{name}"), inputs, share))
+
+    def _inputs(self, prompt_ND: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What the current task's G1, G2 and key are multiplied with: p0, SiLU(G1 p0), (N, H), and z, (N, D)."""
+        hidden_NH = F.silu(prompt_ND @ self.down.T)
+        return {"down": prompt_ND, "up": hidden_NH, "key": F.silu(hidden_NH @ self.up.T)}
 
     def before_update(self) -> None:
-        """Remembers the trained tensors, of which :meth:`after_update` takes the difference."""
+        """Keeps the trained tensors, of which :meth:`after_update` takes the difference."""
         self._before_update = {name: tensor.detach().clone() for name, tensor in self.named_parameters()}
 
     @torch.no_grad()
     def after_update(self) -> None:
-        """Takes off from each tensor the part of its update that acts on the earlier tasks' inputs."""
+        """Subtracts from each tensor the part of its update that acts on the earlier tasks' inputs."""
         for name, before in self._before_update.items():
             tensor = self.get_parameter(name)
             tensor.sub_((tensor - before) @ self.get_buffer(f"seen_by_{name}"))
@@ -146,7 +139,35 @@ def grown_projector(projector_DD: torch.Tensor, inputs_ND: torch.Tensor, share: 
     return (projector + vh[new].T @ vh[new]).to(projector_DD.dtype)
 
 
-@baseline("gainlora", BranchModel)
+class GainLoraModel(BranchModel):
+    """Branches whose gates see each task's prompts, and each step of the optimiser."""
+
+    def _prompts_of(self, batches: TaskBatches, gate: BranchGate) -> torch.Tensor:
+        """p0 (N, D) of all prompts, in the gate's type."""
+        rows = []
+        for batch in itertools.chain(*batches.values()):
+            prompt_mask = batch["attention_mask"].bool() & before_first_label(batch["labels"])
+            rows.append(self.prompt_embeddings(batch["input_ids"], prompt_mask))
+        return torch.cat(rows).to(gate.key)
+
+    def start_task(self, batches: TaskBatches) -> None:
+        for gate in self._active_gates():
+            gate.start_task(self._prompts_of(batches, gate))
+
+    def end_task(self, batches: TaskBatches) -> None:
+        for gate in self._active_gates():
+            gate.end_task(self._prompts_of(batches, gate))
+
+    def before_update(self) -> None:
+        for gate in self._active_gates():
+            gate.before_update()
+
+    def after_update(self) -> None:
+        for gate in self._active_gates():
+            gate.after_update()
+
+
+@baseline("gainlora", GainLoraModel)
 @dataclass
 class GainLoraConfig(GatedBranchConfig):
     """GainLoRA (arXiv 2505.15424): one LoRA branch per task, each behind a gate of its own."""

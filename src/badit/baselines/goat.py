@@ -17,7 +17,7 @@ of Switch Transformers with each token's two choices counted as halves.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -26,7 +26,7 @@ from badit.baselines import baseline
 from badit.baselines.mixture import BalancedMixtureConfig, MixtureModel
 from badit.errors import BaditError
 from badit.method import SingularTriples, expert_factors, expert_gates, top_singular_triples
-from badit.tuner.config import is_number
+from badit.tuner.config import COUNT, NOT_NEGATIVE, POSITIVE, option
 
 
 @baseline("goat", MixtureModel)
@@ -36,11 +36,11 @@ class GoatConfig(BalancedMixtureConfig):
 
     method: ClassVar[str] = "BADIT_GOAT"
 
-    r: int = field(default=32, metadata={"help": "Total rank; one expert's is r / num_experts."})
-    lora_alpha: float = field(default=256, metadata={"help": "LoRA's alpha; the scaling is lora_alpha / r."})
-    top_k: int = field(default=2, metadata={"help": "Number of experts that a token uses."})
-    rho: float = field(default=10.0, metadata={"help": "The experts start with 1/rho of their part of the weight."})
-    balance_weight: float = field(default=1e-3, metadata={"help": "Weight of the balance loss; 0 leaves it out."})
+    r: int = option(32, "Total rank; one expert's is r / num_experts.", COUNT)
+    lora_alpha: float = option(256, "LoRA's alpha; the scaling is lora_alpha / r.", POSITIVE)
+    top_k: int = option(2, "Number of experts that a token uses.")
+    rho: float = option(10.0, "The experts start with 1/rho of their part of the weight.", POSITIVE)
+    balance_weight: float = option(1e-3, "Weight of the balance loss; 0 leaves it out.", NOT_NEGATIVE)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -48,9 +48,7 @@ class GoatConfig(BalancedMixtureConfig):
             raise BaditError(
                 f"r = {self.r} is GOAT's total rank: it must be a multiple of num_experts = {self.num_experts}"
             )
-        if not is_number(self.rho) or not self.rho > 0:
-            raise BaditError(f"rho must be a positive number, got {self.rho!r}")
-        self._refuse_top_k_beyond_experts(self.top_k)
+        self._check_top_k(self.top_k)
 
     @property
     def num_components(self) -> int:
@@ -71,8 +69,7 @@ class GoatConfig(BalancedMixtureConfig):
                 f"experts, too few for r = {self.r}: at most r = {chunk * self.num_experts}"
             )
         u, s, vh = top_singular_triples(weight_OI, min(weight_OI.shape), method="exact")
-        starts_K = chunk * torch.arange(self.num_experts, device=s.device)
-        chosen_N = (starts_K[:, None] + torch.arange(rank, device=s.device)).flatten()
+        chosen_N = [k * chunk + i for k in range(self.num_experts) for i in range(rank)]
         return expert_factors(SingularTriples(u[:, chosen_N], s[chosen_N], vh[chosen_N]), self.scaling * self.rho)
 
     def imbalance(self, logits_LK: torch.Tensor) -> torch.Tensor:

@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -29,8 +29,8 @@ from torch import nn
 from badit.baselines import baseline
 from badit.errors import BaditError, nearest
 from badit.method import expert_gates
-from badit.tuner.config import ExpertConfig, is_number
-from badit.tuner.layer import ExpertLinear
+from badit.tuner.config import COUNT, POSITIVE, ExpertConfig, option
+from badit.tuner.layer import ExpertLinear, Pair
 from badit.tuner.model import ExpertModel
 from badit.tuner.prompt import RoutingContext
 
@@ -66,9 +66,7 @@ class MtlLoraLinear(ExpertLinear):
         lambda_BRR = self.badit_lambda[adapter_name][self._tasks_of_rows(adapter_name, x)]
         return torch.einsum("b...i,boi->b...o", super().hidden(adapter_name, x, a_PI), lambda_BRR)
 
-    def frozen_factors(
-        self, adapter_name: str, gates_N: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def frozen_factors(self, adapter_name: str, gates_N: torch.Tensor | None = None) -> Pair:
         """A' = Λ_t A (R, I) and B' (O, R), of the one task that :meth:`MtlLoraModel.rows_of` is given."""
         a_RI, b_OR = super().frozen_factors(adapter_name, gates_N)
         (task,) = self._tasks_of_rows(adapter_name, a_RI[:1])
@@ -76,8 +74,7 @@ class MtlLoraLinear(ExpertLinear):
 
     def _tasks_of_rows(self, adapter_name: str, x: torch.Tensor) -> torch.Tensor:
         """The indices (B) of the tasks of x (B, …, I)."""
-        forward_pass = self.routing.forward_pass()
-        tasks_B = (self.routing if forward_pass is None else forward_pass).row_tasks.get(adapter_name)
+        tasks_B = (self.routing.forward_pass() or self.routing).row_tasks.get(adapter_name)
         if tasks_B is None:
             raise BaditError(
                 "MTL-LoRA must know each row's task: run it within badit.tuner.hooks_of(model).rows_of(names)"
@@ -97,7 +94,11 @@ class MtlLoraModel(ExpertModel):
     needs_tasks = True
 
     def _refuse_unsuitable(self, config: MtlLoraConfig) -> None:
-        config.refuse_bad_tasks()  # again: the tasks may have been set since the configuration was made
+        tasks = config.tasks
+        if not isinstance(tasks, list) or not tasks or not all(isinstance(name, str) for name in tasks):
+            raise BaditError(f"method.tasks: must list the names of the tasks to be trained on, got {tasks!r:.60}")
+        if twice := [name for name in tasks if tasks.count(name) > 1]:
+            raise BaditError(f"method.tasks: {twice[0]!r} is listed more than once")
 
     @contextmanager
     def rows_of(self, tasks: Sequence[str] | None) -> Iterator[None]:
@@ -106,22 +107,17 @@ class MtlLoraModel(ExpertModel):
         Raises:
             BaditError: a task that an active adapter has not learnt, or None.
         """
-        layers = [module for module in self.model.modules() if isinstance(module, MtlLoraLinear)]
-        running = {adapter_name: layer for layer in layers for adapter_name in layer.running_adapters}
+        running = {adapter_name: layer for layer in self.expert_layers() for adapter_name in layer.running_adapters}
         if running and tasks is None:
             raise BaditError(
                 "MTL-LoRA must know each row's task, and this batch does not say: give rows_of(names) the names"
             )
+        row_tasks = {}
+        for adapter_name, layer in running.items():
+            indices = self.peft_config[adapter_name].task_indices(tasks or ())
+            row_tasks[adapter_name] = torch.tensor(indices, dtype=torch.long, device=layer.device)
         routing = RoutingContext.of(self.model)
-        outer, routing.row_tasks = (
-            routing.row_tasks,
-            {
-                adapter_name: torch.tensor(
-                    self.peft_config[adapter_name].task_indices(tasks or ()), dtype=torch.long, device=layer.device
-                )
-                for adapter_name, layer in running.items()
-            },
-        )
+        outer, routing.row_tasks = routing.row_tasks, row_tasks
         try:
             yield
         finally:
@@ -137,40 +133,18 @@ class MtlLoraConfig(ExpertConfig):
     needs_tasks: ClassVar[bool] = True
     shares_A: ClassVar[bool] = True
 
-    num_experts: int = field(default=3, metadata={"help": "Number of B's."})
-    r: int = field(default=8, metadata={"help": "Rank of A and of every B."})
-    lora_alpha: float = field(default=64, metadata={"help": "LoRA's alpha; the scaling is lora_alpha / r."})
-    temperature: float = field(default=0.1, metadata={"help": "Of the softmax that weighs the B's; low is sharp."})
-    tasks: list[str] | None = field(
-        default=None, metadata={"help": "Names of the tasks. Must be there when the adapter is made."}
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not is_number(self.temperature) or not self.temperature > 0:
-            raise BaditError(f"temperature must be a positive number, got {self.temperature!r}")
-        if self.tasks is not None:
-            self.refuse_bad_tasks()
-
-    @property
-    def has_fixed_gates(self) -> bool:
-        return False
-
-    def refuse_bad_tasks(self) -> None:
-        """Raises BaditError unless ``tasks`` lists at least one name, and none twice."""
-        tasks = self.tasks
-        if not isinstance(tasks, list) or not tasks or not all(isinstance(name, str) for name in tasks):
-            raise BaditError(f"method.tasks: must list the names of the tasks to be trained on, got {tasks!r:.60}")
-        if len(set(tasks)) < len(tasks):
-            twice = next(name for name in tasks if tasks.count(name) > 1)
-            raise BaditError(f"method.tasks: {twice!r} is listed more than once")
+    num_experts: int = option(3, "Number of B's.", COUNT)
+    r: int = option(8, "Rank of A and of every B.", COUNT)
+    lora_alpha: float = option(64, "LoRA's alpha; the scaling is lora_alpha / r.", POSITIVE)
+    temperature: float = option(0.1, "Of the softmax that weighs the B's; low is sharp.", POSITIVE)
+    tasks: list[str] | None = option(None, "Names of the tasks. Must be there when the adapter is made.")
 
     def task_indices(self, names: Sequence[str]) -> list[int]:
         """Where each of the names stands in ``tasks``; BaditError for a name that is not there."""
-        index_of = {name: index for index, name in enumerate(self.tasks or ())}
+        known = self.tasks or []
         for name in names:
-            if name not in index_of:
+            if name not in known:
                 raise BaditError(
-                    f"the adapter has learnt no task {name!r}{nearest(name, index_of)}: see its config's tasks"
+                    f"the adapter has learnt no task {name!r}{nearest(name, known)}: see its config's tasks"
                 )
-        return [index_of[name] for name in names]
+        return [known.index(name) for name in names]

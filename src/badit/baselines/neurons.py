@@ -5,21 +5,19 @@ A neuron's output ω_j is what enters the MLP's last projection: act(gate)·up, 
 |∂L/∂ω_j · ω_j|; the top share of all neurons is trained: their rows of the first projections, their column of the last.
 
 From the paper: the score, the choice by share, the masked gradients. Assumptions: L is an example's mean cross-entropy
-over its answer tokens; the absolute value is taken at every position and then averaged over all attended positions of
-all examples, so that the size of the batches and their padding make no difference; neurons of all layers are ranked
-together; dropout is off; the last projection's bias belongs to no neuron and stays. Left out: the paper's weighting of
-neurons in continual fine-tuning.
+over its answer tokens; absolute values are averaged over all attended positions of all examples, whatever the batches;
+neurons of all layers are ranked together; dropout is off; the last projection's bias stays. Left out: the paper's
+weighting of neurons in continual fine-tuning.
 
 Shape suffixes: B = rows, T = positions, F = neurons of a layer, L = labels that are predicted.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,33 +27,27 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from badit.errors import BaditError
-from badit.tuner.config import is_number
+from badit.tuner.config import SHARE
 
 # The first projections, whose outputs are neurons, and the last, whose inputs they are.
 _PROJECTIONS = ((("gate_proj", "up_proj"), "down_proj"), (("c_fc",), "c_proj"))
 _IGNORED_LABEL = -100
 
 
-@dataclass(frozen=True)
-class _Mlp:
-    first: list[nn.Linear | Conv1D]
-    last: nn.Linear | Conv1D
+class _Mlp(NamedTuple):
+    """One layer's neurons: their number F, the projection they enter, and their parameters with the neurons' axis."""
 
-    @property
-    def width(self) -> int:
-        """The number of neurons; Conv1D keeps its weight as (in, out)."""
-        return self.last.weight.shape[0 if isinstance(self.last, Conv1D) else 1]
+    width: int
+    last: nn.Linear | Conv1D
+    parameters: list[tuple[nn.Parameter, int]]
 
 
 def neuron_scores(model: PreTrainedModel, batches: Iterable[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-    """How much each neuron matters to the examples (arXiv 2407.06488): the mean of |∂L/∂ω_j · ω_j|.
+    """The mean of |∂L/∂ω_j · ω_j|, (F,) in float32 on the CPU, by the name of each layer's MLP.
 
     Args:
         model: a causal language model without adapters; no gradient of its parameters is touched.
         batches: ``input_ids``, ``attention_mask`` and ``labels`` (−100 on all but the answers), each (B, T).
-
-    Returns:
-        By the name of the layer's MLP, scores (F,) in float32 on the CPU.
 
     Raises:
         BaditError: a model whose layers have no MLP of this kind, or no batches.
@@ -63,25 +55,24 @@ def neuron_scores(model: PreTrainedModel, batches: Iterable[Mapping[str, Any]]) 
     mlps = _mlps(model)
     totals: dict[str, torch.Tensor] = {}
     positions = 0
-    with _evaluating(model):
+    training = model.training
+    model.eval()  # without dropout, and without gradient checkpointing, which would run the hooks twice
+    try:
         for batch in batches:
             inputs = {key: batch[key].to(model.device) for key in ("input_ids", "attention_mask", "labels")}
             for name, sums_F in _score_sums(model, mlps, inputs).items():
                 totals[name] = sums_F + totals.get(name, 0)
             positions += int(batch["attention_mask"].sum())
+    finally:
+        model.train(training)
     if not positions:
         raise BaditError("batches: there are none; give at least one batch of the task's examples")
     return {name: total_F / positions for name, total_F in totals.items()}
 
 
 def top_neurons(scores: Mapping[str, torch.Tensor], share: float) -> dict[str, torch.Tensor]:
-    """Masks (F,) that are true for the ``share`` of all neurons with the highest scores, at least one.
-
-    Raises:
-        BaditError: a share that is not above 0 and at most 1.
-    """
-    if not is_number(share) or not 0 < share <= 1:
-        raise BaditError(f"share must be above 0 and at most 1, got {share!r}")
+    """Masks (F,) of the ``share`` (above 0, at most 1) of all neurons with the highest scores, at least one."""
+    SHARE.check("share", share)
     flat = torch.cat(list(scores.values()))
     chosen = torch.zeros(len(flat), dtype=torch.bool)
     chosen[flat.argsort(descending=True, stable=True)[: max(1, round(share * len(flat)))]] = True
@@ -89,11 +80,7 @@ def top_neurons(scores: Mapping[str, torch.Tensor], share: float) -> dict[str, t
 
 
 def union(first: Mapping[str, torch.Tensor], *others: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The neurons of any of the masks: what a run on several tasks trains.
-
-    Raises:
-        BaditError: masks of different layers.
-    """
+    """The neurons of any of the masks: what a run on several tasks trains. BaditError for masks of different layers."""
     if any(mask.keys() != first.keys() for mask in others):
         raise BaditError("masks: they name different layers; take all of them from one model")
     return {name: torch.stack([mask[name] for mask in (first, *others)]).any(dim=0) for name in first}
@@ -102,8 +89,8 @@ def union(first: Mapping[str, torch.Tensor], *others: Mapping[str, torch.Tensor]
 def train_only(model: PreTrainedModel, masks: Mapping[str, torch.Tensor]) -> list[RemovableHandle]:
     """Freezes all but the neurons of the masks (F,): the gradients of the other rows and columns become zero.
 
-    The optimiser must not decay weights (``weight_decay=0``): that moves a weight which has no gradient. The hooks stay
-    with this model's parameters until the returned handles are removed; a copy of the model has none.
+    The optimiser must not decay weights (``weight_decay=0``), which moves weights without a gradient. The hooks stay
+    until the returned handles are removed; a copy of the model has none.
 
     Raises:
         BaditError: a model whose layers have no MLP of this kind, or masks that are not of this model.
@@ -114,36 +101,27 @@ def train_only(model: PreTrainedModel, masks: Mapping[str, torch.Tensor]) -> lis
     model.requires_grad_(False)
     handles = []
     for name, mlp in mlps.items():
-        frozen_F = ~masks[name].bool()
-        frozen_rows = frozen_F[:, None]
-        for projection in mlp.first:
-            frozen = frozen_F if isinstance(projection, Conv1D) else frozen_rows
-            handles.append(_mask_gradient(projection.weight, frozen))
-            if projection.bias is not None:
-                handles.append(_mask_gradient(projection.bias, frozen_F))
-        frozen = frozen_rows if isinstance(mlp.last, Conv1D) else frozen_F
-        handles.append(_mask_gradient(mlp.last.weight, frozen))
+        for parameter, axis in mlp.parameters:
+            frozen = ~masks[name].bool()
+            if axis < parameter.ndim - 1:
+                frozen = frozen[:, None]
+            parameter.requires_grad_(True)
+            handles.append(parameter.register_hook(partial(_masked, frozen)))
     return handles
 
 
 def trained_parameters(model: PreTrainedModel, masks: Mapping[str, torch.Tensor]) -> int:
     """How many numbers of the model's weights (and first biases) :func:`train_only` leaves free."""
-    count = 0
-    for name, mlp in _mlps(model).items():
-        tensors = [mlp.last.weight, *(p for layer in mlp.first for p in (layer.weight, layer.bias) if p is not None)]
-        per_neuron = sum(tensor.numel() for tensor in tensors) // mlp.width
-        count += per_neuron * int(masks[name].sum())
-    return count
+    return sum(
+        parameter.numel() // mlp.width * int(masks[name].sum())
+        for name, mlp in _mlps(model).items()
+        for parameter, _ in mlp.parameters
+    )
 
 
 def trained_names(model: PreTrainedModel) -> set[str]:
     """The names of the parameters that :func:`train_only` leaves free, in part or as a whole."""
-    tensors = [
-        tensor
-        for mlp in _mlps(model).values()
-        for tensor in (mlp.last.weight, *(p for layer in mlp.first for p in (layer.weight, layer.bias)))
-    ]
-    free = {id(tensor) for tensor in tensors if tensor is not None}
+    free = {id(parameter) for mlp in _mlps(model).values() for parameter, _ in mlp.parameters}
     return {name for name, parameter in model.named_parameters() if id(parameter) in free}
 
 
@@ -152,11 +130,9 @@ def all_neurons(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     return {name: torch.ones(mlp.width, dtype=torch.bool, device="cpu") for name, mlp in _mlps(model).items()}
 
 
-def _mask_gradient(parameter: torch.Tensor, frozen: torch.Tensor) -> RemovableHandle:
-    """Trains a parameter where ``frozen``, which broadcasts to it, is false."""
-    parameter.requires_grad_(True)
-    # The model may move to another device after this.
-    return parameter.register_hook(lambda gradient: gradient.masked_fill(frozen.to(gradient.device), 0))
+def _masked(frozen: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+    """Zero where ``frozen``; the model may have moved to another device since."""
+    return gradient.masked_fill(frozen.to(gradient.device), 0)
 
 
 def _mlps(model: PreTrainedModel) -> dict[str, _Mlp]:
@@ -164,25 +140,19 @@ def _mlps(model: PreTrainedModel) -> dict[str, _Mlp]:
     for name, module in model.named_modules():
         children: dict[str, Any] = dict(module.named_children())
         for first, last in _PROJECTIONS:
-            if all(isinstance(children.get(child), (nn.Linear, Conv1D)) for child in (*first, last)):
-                found[name] = _Mlp([children[child] for child in first], children[last])
+            if not all(isinstance(children.get(child), (nn.Linear, Conv1D)) for child in (*first, last)):
+                continue
+            # nn.Linear keeps its weight as (out, in), Conv1D as (in, out).
+            axes = [(children[child].weight, int(isinstance(children[child], Conv1D))) for child in first]
+            axes += [(children[child].bias, 0) for child in first if children[child].bias is not None]
+            weight, axis = children[last].weight, int(not isinstance(children[last], Conv1D))
+            found[name] = _Mlp(weight.shape[axis], children[last], [*axes, (weight, axis)])
     if len(found) != getattr(model.config, "num_hidden_layers", None):
         raise BaditError(
             f"task neurons do not go with this model of type {model.config.model_type}: every layer needs an MLP of "
             "gate_proj, up_proj and down_proj, or of c_fc and c_proj, without adapters"
         )
     return found
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Within, dropout and gradient checkpointing, which would run the hooks twice, are off."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
 
 
 def _score_sums(
@@ -197,20 +167,17 @@ def _score_sums(
     with ExitStack() as hooks:
         for name, mlp in mlps.items():
             hooks.callback(mlp.last.register_forward_pre_hook(partial(keep, name)).remove)
-        loss = _summed_loss(model, inputs)
-    gradients = torch.autograd.grad(loss, list(outputs.values()))
-    sums = {}
-    for (name, output_BTF), gradient_BTF in zip(outputs.items(), gradients, strict=True):
-        products_BTF = gradient_BTF.float() * output_BTF.detach().float()
-        sums[name] = products_BTF.abs().sum(dim=(0, 1)).cpu()
-    return sums
-
-
-def _summed_loss(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """The examples' mean cross-entropies, added up: an example's activations see its own loss alone."""
-    logits_BTV = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False).logits
+        logits_BTV = model(
+            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False
+        ).logits
+    # The examples' mean cross-entropies, added up: an example's activations see its own loss alone.
     targets_BT = inputs["labels"][:, 1:]
     labelled_BT = targets_BT != _IGNORED_LABEL
     row_L = labelled_BT.nonzero()[:, 0]
     losses_L = F.cross_entropy(logits_BTV[:, :-1][labelled_BT].float(), targets_BT[labelled_BT], reduction="none")
-    return (losses_L / labelled_BT.sum(dim=1)[row_L]).sum()
+    loss = (losses_L / labelled_BT.sum(dim=1)[row_L]).sum()
+    gradients = torch.autograd.grad(loss, list(outputs.values()))
+    return {
+        name: (gradient_BTF.float() * output_BTF.detach().float()).abs().sum(dim=(0, 1)).cpu()
+        for (name, output_BTF), gradient_BTF in zip(outputs.items(), gradients, strict=True)
+    }

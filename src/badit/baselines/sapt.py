@@ -7,10 +7,10 @@ p0 is the mean of the token embeddings over the prompt; a is the same in all lay
 tasks are frozen, the query's network is trained on in every task, and so a changes for earlier tasks, too. A new key
 takes the share a_t from all the others alike: next_task() scales what the adapter adds by 1 − a_t.
 
-From the paper: the attention, √d, hidden size 100. The order of W1, W2, SiLU and layer norm and the keys' start,
-uniform in (−1, 1), are those of its authors' code for LLaMA. Assumption: p0 is a mean, where that code takes the
-maximum over the tokens. Left out: the replay of generated pseudo-samples that keeps a in place on earlier tasks
-(the paper's attentive reflection), for which this is not SAPT in full.
+From the paper: the attention, √d, hidden size 100. From its authors' code for LLaMA: the order of W1, W2, SiLU and
+layer norm, and the keys' start, uniform in (−1, 1). Assumption: p0 is a mean, where that code takes the maximum over
+the tokens. Left out: the replay of generated pseudo-samples that keeps a in place on earlier tasks (the paper's
+attentive reflection), for which this is not SAPT in full.
 """
 
 from __future__ import annotations
@@ -28,21 +28,12 @@ from badit.baselines.branches import BranchGate, BranchModel, GatedBranchConfig
 
 
 class SaptGate(BranchGate):
-    """Attention of the prompt's query to the tasks' keys.
-
-    Trained: ``down`` (H, D), ``up`` (D, H), ``norm_weight`` (D), ``norm_bias`` (D) and ``key`` (D).
-
-    Shape suffixes: B = batch, D = width of the token embeddings, H = hidden size, K = branches.
-    """
+    """Attention of the prompt's query to the keys; ``norm_weight`` (D) and ``norm_bias`` (D) are trained, too."""
 
     def __init__(self, width: int, config: GatedBranchConfig, device: torch.device) -> None:
         super().__init__(width, config, device)
-        self.down = nn.Parameter(torch.empty(config.gate_hidden_size, width, device=device))
-        self.up = nn.Parameter(torch.empty(width, config.gate_hidden_size, device=device))
         self.norm_weight = nn.Parameter(torch.ones(width, device=device))
         self.norm_bias = nn.Parameter(torch.zeros(width, device=device))
-        for weight in (self.down, self.up):
-            nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
         self.start_key()
 
     def forward(self, prompt_BD: torch.Tensor) -> torch.Tensor:
@@ -51,7 +42,6 @@ class SaptGate(BranchGate):
         return (query_BD @ self.keys_KD.T / math.sqrt(len(self.key))).softmax(dim=-1)
 
     def start_key(self) -> None:
-        """Uniform in (−1, 1)."""
         nn.init.uniform_(self.key, -1, 1)
 
 

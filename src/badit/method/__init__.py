@@ -18,26 +18,8 @@ from badit.method.orthogonal import Moments, inverse_root, no_moments, orthogona
 from badit.method.routing import batch_moments, expert_gates, prompt_mean, standardised, updated_moments
 
 __all__ = [
-    "CompressedFactors",
-    "ExpertAngles",
-    "Moments",
-    "SingularTriples",
-    "batch_moments",
-    "compress",
-    "cosine_gram",
-    "expert_angles",
-    "expert_directions",
-    "expert_factors",
-    "expert_gates",
-    "frozen_factors",
-    "group_components",
-    "grouping_objective",
-    "inverse_root",
-    "match_labels",
-    "no_moments",
-    "orthogonal_updates",
-    "prompt_mean",
-    "standardised",
-    "top_singular_triples",
-    "updated_moments",
-]
+    "CompressedFactors", "ExpertAngles", "Moments", "SingularTriples", "batch_moments", "compress", "cosine_gram",
+    "expert_angles", "expert_directions", "expert_factors", "expert_gates", "frozen_factors", "group_components",
+    "grouping_objective", "inverse_root", "match_labels", "no_moments", "orthogonal_updates", "prompt_mean",
+    "standardised", "top_singular_triples", "updated_moments",
+]  # fmt: skip

@@ -31,7 +31,7 @@ _MAX_BLOCKS = 8
 
 
 class SingularTriples(NamedTuple):
-    """The N leading singular triples of a weight, σ in descending order: W ≈ u_ON diag(s_N) vh_NI (all float32)."""
+    """The N leading singular triples, σ in descending order: W ≈ u_ON diag(s_N) vh_NI (all float32)."""
 
     u_ON: torch.Tensor
     s_N: torch.Tensor
@@ -39,26 +39,18 @@ class SingularTriples(NamedTuple):
 
 
 def top_singular_triples(
-    weight_OI: torch.Tensor,
-    rank: int,
-    *,
-    method: SvdMethod = "auto",
-    tolerance: float = 1e-3,
-    seed: int = 0,
+    weight_OI: torch.Tensor, rank: int, *, method: SvdMethod = "auto", tolerance: float = 1e-3, seed: int = 0
 ) -> SingularTriples:
-    """The ``rank`` largest singular triples of a weight, computed in float32 whatever the weight's dtype.
+    """The ``rank`` largest singular triples of a weight, in float32, with the largest entry of every u positive.
 
     Args:
         weight_OI: the weight, (out, in), any floating dtype.
         rank: how many triples, N ≤ min(out, in).
         method: "exact" (a dense factorisation), "randomized" (block Krylov iteration) or "auto", which iterates only
             where both dimensions are large against the rank.
-        tolerance: the randomised method iterates until ‖W v − σ u‖ / σ ≤ tolerance for *every* triple. It never trusts
-            a fixed number of passes: on a flat spectrum a few passes leave residuals of tens of per cent.
+        tolerance: the randomised method iterates until ‖W v − σ u‖ / σ ≤ tolerance for *every* triple: on a flat
+            spectrum a fixed number of passes may leave residuals of tens of per cent.
         seed: of the randomised method's start.
-
-    Returns:
-        Triples with signs fixed (the largest entry of every u is positive), so that equal weights give equal factors.
 
     Raises:
         BaditError: a weight that is not 2-D or not finite, a rank that is too large, a tolerance that is not positive.
@@ -77,19 +69,21 @@ def top_singular_triples(
         raise BaditError("the weight holds NaN or infinite values; it cannot be decomposed")
     small = min(w_OI.shape) <= max(_EXACT_UP_TO, 4 * rank)
     if method == "exact" or (method == "auto" and small):
-        triples = _exact(w_OI, rank)
+        u_ON, s_N, vh_NI = _exact(w_OI, rank)
     elif method in ("auto", "randomized"):
-        triples = _randomized(w_OI, rank, tolerance, seed)
+        u_ON, s_N, vh_NI = _randomized(w_OI, rank, tolerance, seed)
     else:
         raise BaditError(f"svd method must be auto, exact or randomized, got {method!r}")
-    return _fix_signs(triples)
+    peak_N = u_ON.gather(0, u_ON.abs().argmax(dim=0, keepdim=True)).squeeze(0)
+    sign_N = torch.where(peak_N < 0, -1.0, 1.0)
+    return SingularTriples((u_ON * sign_N).contiguous(), s_N.contiguous(), (vh_NI * sign_N[:, None]).contiguous())
 
 
 def expert_factors(triples: SingularTriples, scaling: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Splits the singular values evenly between the factors: A_NI = √(Σ/s) Vᵀ and B_ON = U √(Σ/s).
 
-    Then s · B_ON @ A_NI is the top-N part of the weight exactly, for any scaling s, and component i = (row i of A,
-    column i of B) has both factors of norm √(σ_i/s). Expert k holds components k·r … k·r + r − 1.
+    Then s · B_ON @ A_NI is the top-N part of the weight exactly, for any scaling s; both factors of component i have
+    the norm √(σ_i/s). Expert k holds components k·r … k·r + r − 1.
     """
     root_N = (triples.s_N / scaling).sqrt()
     return root_N[:, None] * triples.vh_NI, triples.u_ON * root_N
@@ -98,46 +92,36 @@ def expert_factors(triples: SingularTriples, scaling: float) -> tuple[torch.Tens
 def expert_directions(triples: SingularTriples) -> tuple[torch.Tensor, torch.Tensor]:
     """The experts' directions without their magnitudes: A_NI = Vᵀ/√3, B_ON = 0.
 
-    BAD's orthogonality on LoRA's own terms: 1/√3 is the norm of a row of LoRA's random A, and with B at zero the
-    experts start as nothing, so that no gate acts on the pretrained weight itself. Not in the paper.
+    1/√3 is the norm of a row of LoRA's random A. With B at zero no gate acts on the pretrained weight itself. Not in
+    the paper.
     """
     return triples.vh_NI / math.sqrt(3), torch.zeros_like(triples.u_ON)
 
 
 def _exact(w_OI: torch.Tensor, rank: int) -> SingularTriples:
-    triples = _by_gram(w_OI, rank) if w_OI.device.type == "cpu" else None
-    if triples is not None:
-        return triples
+    if w_OI.device.type == "cpu":
+        # By eigenvectors of the shorter side's Gram matrix in float64, which is faster, unless σ_N is too small.
+        wide_SL = (w_OI if w_OI.shape[0] <= w_OI.shape[1] else w_OI.T).double()
+        squares_S, vectors_SS = torch.linalg.eigh(wide_SL @ wide_SL.T)  # in ascending order
+        s_N = squares_S[-rank:].clamp_min(0).sqrt().flip(0)
+        if s_N[-1] > _GRAM_DOWN_TO * s_N[0]:
+            short_SN = vectors_SS[:, -rank:].flip(1)
+            long_NL = short_SN.T @ wide_SL / s_N[:, None]
+            u_ON, vh_NI = (short_SN, long_NL) if wide_SL.shape == w_OI.shape else (long_NL.T, short_SN.T)
+            return SingularTriples(u_ON.float(), s_N.float(), vh_NI.float())
     u, s, vh = torch.linalg.svd(w_OI, full_matrices=False)
     return SingularTriples(u[:, :rank], s[:rank], vh[:rank])
-
-
-def _by_gram(w_OI: torch.Tensor, rank: int) -> SingularTriples | None:
-    """By the eigenvectors of the shorter side's Gram matrix in float64: faster than a decomposition of both sides.
-
-    None where a wanted singular value is too small against the largest for its square to hold its digits.
-    """
-    wide_SL = (w_OI if w_OI.shape[0] <= w_OI.shape[1] else w_OI.T).double()
-    squares_S, vectors_SS = torch.linalg.eigh(wide_SL @ wide_SL.T)  # in ascending order
-    s_N = squares_S[-rank:].clamp_min(0).sqrt().flip(0)
-    if s_N[-1] <= _GRAM_DOWN_TO * s_N[0]:
-        return None
-    short_SN = vectors_SS[:, -rank:].flip(1)
-    long_NL = short_SN.T @ wide_SL / s_N[:, None]
-    u_ON, vh_NI = (short_SN, long_NL) if wide_SL.shape == w_OI.shape else (long_NL.T, short_SN.T)
-    return SingularTriples(u_ON.float(), s_N.float(), vh_NI.float())
 
 
 def _randomized(w_OI: torch.Tensor, rank: int, tolerance: float, seed: int) -> SingularTriples:
     """Block Krylov iteration with Rayleigh–Ritz (Musco & Musco 2015, arXiv 1504.05477), stopped by its residual.
 
-    The triples are the best in the span of all blocks so far, W·(WᵀW)^j·random, which takes a fraction of the passes
-    over W that iterating on the last block alone does. Both sides have an orthonormal basis, and R is what W is between
-    them: UᵀW = RᵀVᵀ. So every Ritz triple has Wᵀu = σv, and ‖W v − σ u‖ is the whole of its error. When the blocks have
-    become many, the leading Ritz vectors start anew.
+    The triples are the best in the span of all blocks so far, W·(WᵀW)^j·random. Both sides have an orthonormal basis,
+    and R is what W is between them: UᵀW = RᵀVᵀ. So every Ritz triple has Wᵀu = σv, and ‖W v − σ u‖ is the whole of its
+    error. After _MAX_BLOCKS blocks, the iteration starts again from the leading Ritz vectors.
     """
-    # Squares of very small or large weights vanish or overflow in float32, and the residual's norm with them: divide by
-    # the power of two below the largest entry, which rounds nothing.
+    # Squares of very small or large weights vanish or overflow in float32: divide by the power of two below the largest
+    # entry, which rounds nothing.
     low, high = w_OI.aminmax()
     peak = torch.maximum(-low, high).clamp_min(torch.finfo(torch.float32).tiny)
     unit = peak / (2 * torch.frexp(peak).mantissa)
@@ -156,8 +140,7 @@ def _randomized(w_OI: torch.Tensor, rank: int, tolerance: float, seed: int) -> S
         left_MM, s_M, right_MM = torch.linalg.svd(r_MM.T)
         u_ON, s_N, v_IN = u_OM @ left_MM[:, :rank], s_M[:rank], v_IM @ right_MM[:rank].T
         residual_N = torch.linalg.vector_norm(w_OI @ v_IN - u_ON * s_N, dim=0)
-        # A rank-deficient weight has σ = 0 triples, whose relative residual is undefined: measure those against what
-        # rounding leaves of the largest σ in float32's products, below which the directions are noise anyway.
+        # Triples of σ near 0 are measured against what float32's rounding leaves of the largest σ.
         noise = s_N[0] * torch.finfo(torch.float32).eps * max(w_OI.shape) ** 0.5
         if bool((residual_N <= (tolerance * s_N).clamp_min(noise)).all()):
             return SingularTriples(u_ON, s_N * unit, v_IN.T)
@@ -169,19 +152,9 @@ def _randomized(w_OI: torch.Tensor, rank: int, tolerance: float, seed: int) -> S
 
 
 def _beyond(basis_DM: torch.Tensor, new_DP: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """q_DP and r_M'P with new = [basis, q] r, where [basis, q] has orthonormal columns.
-
-    In two rounds, since rounding leaves something of the basis in the first one's block.
-    """
+    """q_DP and r_M'P with new = [basis, q] r and orthonormal [basis, q]; in two rounds, because of rounding."""
     within_MP = basis_DM.T @ new_DP
     q_DP, r_PP = torch.linalg.qr(new_DP - basis_DM @ within_MP)
     left_MP = basis_DM.T @ q_DP
     q_DP, again_PP = torch.linalg.qr(q_DP - basis_DM @ left_MP)
     return q_DP, torch.cat([within_MP + left_MP @ r_PP, again_PP @ r_PP])
-
-
-def _fix_signs(triples: SingularTriples) -> SingularTriples:
-    u_ON, s_N, vh_NI = triples
-    peak_N = u_ON.gather(0, u_ON.abs().argmax(dim=0, keepdim=True)).squeeze(0)
-    sign_N = torch.where(peak_N < 0, -1.0, 1.0)
-    return SingularTriples((u_ON * sign_N).contiguous(), s_N.contiguous(), (vh_NI * sign_N[:, None]).contiguous())

@@ -16,10 +16,7 @@ import torch
 
 
 class CompressedFactors(NamedTuple):
-    """A LoRA of smaller rank, A (P, I) and B (O, P) in float32, and what it lost.
-
-    ``lost`` is the Frobenius norm of the difference to the product before, ``norm`` that of the product itself.
-    """
+    """A LoRA of smaller rank in float32, and the Frobenius norms of what the product lost and of the product itself."""
 
     a_PI: torch.Tensor
     b_OP: torch.Tensor
@@ -37,11 +34,10 @@ def frozen_factors(
     """A' and B' of the LoRA that the components are under fixed gates.
 
     Args:
-        a_RI: the rows of A; where there are fewer than N of them, R | N, component i uses row i mod R.
-        b_ON: the columns of B.
+        a_RI: A, of which component i uses row i mod R.
+        b_ON: B.
         scale_N: s · gate of every component.
-        initial: A0 (N, I) and B0 (O, N), if a part of them is taken off the base weight.
-        initial_scale: s times that part.
+        initial: A0 (N, I) and B0 (O, N), if a part of them is subtracted; ``initial_scale`` is s times that part.
 
     Returns:
         A' (P, I) and B' (O, P), P = R, or R + N with initial factors.
@@ -56,12 +52,8 @@ def frozen_factors(
 def compress(a_RI: torch.Tensor, b_OR: torch.Tensor, rank: int) -> CompressedFactors:
     """The closest product of rank P (Eckart & Young 1936), the singular values split evenly between the factors.
 
-    The SVD is that of the small core between two QR factorisations, in float64; the weight itself is never formed.
-
-    Args:
-        a_RI: A.
-        b_OR: B.
-        rank: P. What the weight's own dimensions cannot fill is zero.
+    The SVD is that of the small core between two QR factorisations, in float64. What the weight's own dimensions cannot
+    fill of P is zero.
     """
     q_OC, core_CR = torch.linalg.qr(b_OR.double())
     q_IC, core_AR = torch.linalg.qr(a_RI.double().T)

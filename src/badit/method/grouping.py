@@ -5,14 +5,14 @@ for the assignment Π ∈ {0,1}^{N×K} with exactly r components an expert that 
 
     Σ_k ‖Σ_i π_ik ĝ_i‖²  =  tr(Πᵀ G Π),     G = [⟨ĝ_i, ĝ_j⟩].
 
-Everything below needs only the Gram matrix G: N² numbers a layer, whatever the layer's size; running means of G are
-again Gram matrices, and the Grams of gradient shards add up.
+Everything below needs only the Gram matrix G, N² numbers per layer; running means of G are again Gram matrices, and the
+Grams of gradient shards add up.
 
 * spherical k-means: ⟨ĝ_i, c_k⟩ = (GΠ)_ik / √(ΠᵀGΠ)_kk
 * the paper's polar targets: C = U Σ Vᵀ the centroid matrix, Q = U Vᵀ, and ⟨ĝ_i, q_k⟩ = (GΠ (ΠᵀGΠ)^(−1/2))_ik
 * exchanging i ∈ a with j ∈ b changes the objective by 2(S_ib − S_ia + S_ja − S_jb) + 2(G_ii + G_jj) − 4 G_ij, S = GΠ
 
-Swaps are the default's last step because both k-means and the paper's loop stop at points a single exchange improves:
+Swaps are the default's last step because both k-means and the paper's loop stop where a single exchange would improve:
 the paper's loop climbs the nuclear norm of C, and the current grouping is nearly always its fixed point.
 
 Shape suffixes: N = components, K = experts, I/O = in/out features. Solvers run in float64 on the CPU.
@@ -33,8 +33,7 @@ Solver = Literal["swap", "paper"]
 # (tensor, "max" or "sum") -> the tensor combined over processes.
 OverShards = Callable[[torch.Tensor, Literal["max", "sum"]], torch.Tensor]
 
-# A new grouping must gain more than rounding noise, or labels would drift without reason.
-_MIN_RELATIVE_GAIN = 1e-6
+_MIN_RELATIVE_GAIN = 1e-6  # of a new grouping: more than rounding noise
 
 
 def cosine_gram(
@@ -42,18 +41,16 @@ def cosine_gram(
 ) -> torch.Tensor:
     """G_NN = [⟨ĝ_i, ĝ_j⟩] of the components' gradients, float32, on the gradients' device.
 
-    The cosine makes it independent of loss scaling and gradient clipping. A component whose gradient is zero (or not
-    finite) has a zero row and column: it pulls no grouping anywhere.
+    A component whose gradient is zero or not finite has a zero row and column.
 
     Args:
         grad_A_NI, grad_B_ON: the gradients; or this process's shards of them, some columns of A and some rows of B.
             Equal leading dimensions are layers, each with a Gram of its own.
-        over_shards: combines a tensor over the processes that hold the other shards, by "max" or "sum". Two tensors
-            are exchanged, of N and N² numbers, never a gradient.
+        over_shards: combines a tensor over the processes that hold the other shards, by "max" or "sum"; it is given
+            tensors of N and N² numbers.
     """
     a_NI, b_NO = grad_A_NI.detach().float(), grad_B_ON.detach().float().mT
-    # Divide by the peak before multiplying: squares of small or large gradients vanish or overflow, fp16's and
-    # float32's alike.
+    # Divide by the peak before multiplying: squares of small or large gradients vanish or overflow.
     peak_N = over_shards(torch.maximum(_peaks(a_NI), _peaks(b_NO)), "max")
     peak_N1 = torch.where(peak_N > 0, peak_N, 1.0).unsqueeze(-1)
     a_NI, b_NO = a_NI / peak_N1, b_NO / peak_N1
@@ -83,35 +80,39 @@ def group_components(
     restarts: int = 10,
     seed: int | Sequence[int] = 0,
 ) -> np.ndarray:
-    """The best balanced grouping found, as labels_N; never worse than ``current_N``, and that itself unless it gains.
+    """The best balanced grouping found, as labels_N; ``current_N`` itself where nothing better is found.
 
     Args:
         gram_NN: symmetric cosine Gram (or a mean of such).
-        current_N: the present labels 0 … K−1, each exactly r = N/K times. K is read from them.
+        current_N: the present labels 0 … K−1, each exactly r = N/K times.
         solver: "swap", restarts of balanced spherical k-means each finished by exact pairwise exchanges (one of the
             starts is the present grouping); or "paper", one run of k-means start, polar targets, integer assignment.
         restarts: number of k-means starts of the "swap" solver.
         seed: the same seed and Gram give the same labels.
 
     Returns:
-        Integer labels, every expert exactly r components, permuted to overlap ``current_N`` as much as possible: an
-        expert keeps its identity and with it its row of the router.
+        Integer labels, permuted to overlap ``current_N`` as much as possible: an expert keeps its row of the router.
 
     Raises:
         BaditError: a Gram that is not square, finite and of the labels' size; unbalanced labels; an unknown solver.
     """
-    gram_NN = _validated_gram(gram_NN, len(current_N))
-    current_N = np.asarray(current_N, dtype=np.int64)
-    num_experts, size = _balanced_shape(current_N)
+    gram_NN, current_N = np.asarray(gram_NN, dtype=np.float64), np.asarray(current_N, dtype=np.int64)
+    if gram_NN.shape != (len(current_N), len(current_N)):
+        raise BaditError(f"the Gram matrix has shape {gram_NN.shape}, the labels name {len(current_N)} components")
+    if not np.isfinite(gram_NN).all():
+        raise BaditError("the Gram matrix of the components' gradients holds NaN or infinite values")
+    gram_NN = (gram_NN + gram_NN.T) / 2
+    num_experts = _number_of_groups(current_N)
     rng = np.random.default_rng(seed)
+    ordered_N = np.repeat(np.arange(num_experts), len(current_N) // num_experts)
     if solver == "swap":
-        starts = [current_N] + [
-            _balanced_kmeans(gram_NN, _random_labels(num_experts, size, rng), size) for _ in range(restarts)
-        ]
-        candidates = list(_swap_until_optimal(gram_NN, np.stack(starts), num_experts))
+        random = (rng.permutation(ordered_N) for _ in range(restarts))
+        starts = (_until_stable(gram_NN, random_N, num_experts, _centroid_similarity) for random_N in random)
+        candidates = list(_swap_until_optimal(gram_NN, np.stack([current_N, *starts]), num_experts))
     elif solver == "paper":
-        start_N = _spherical_kmeans(gram_NN, _random_labels(num_experts, size, rng), num_experts)
-        candidates = [_polar_assignment(gram_NN, start_N, num_experts, size)]
+        random_N = rng.permutation(ordered_N)
+        start_N = _until_stable(gram_NN, random_N, num_experts, _centroid_similarity, balanced=False)
+        candidates = [_until_stable(gram_NN, start_N, num_experts, _polar_similarity)]
     else:
         raise BaditError(f"grouping solver must be 'swap' or 'paper', got {solver!r}")
 
@@ -134,9 +135,9 @@ def match_labels(labels_N: np.ndarray, reference_N: np.ndarray) -> np.ndarray:
 
 
 class ExpertAngles(NamedTuple):
-    """Mean angles in degrees between components' gradients (paper, Fig. 4), and the mean |cos| beside each.
+    """Mean angles in degrees between components' gradients (paper, Fig. 4), and the mean |cos|; NaN without a pair.
 
-    A signed mean hides opposite directions: +0.9 and −0.9 average to 90°. NaN where there is no pair to average.
+    Signed means hide opposite directions: +0.9 and −0.9 average to 90°.
     """
 
     intra_degrees: float
@@ -150,115 +151,79 @@ class ExpertAngles(NamedTuple):
 
 
 def expert_angles(gram_NN: np.ndarray, labels_N: np.ndarray) -> ExpertAngles:
-    """Angles within experts and between experts under a cosine Gram.
-
-    Measured on the Gram that a grouping was fitted to, they flatter it; give the Gram of the steps that followed.
-    """
+    """Angles within and between experts under a cosine Gram, of steps that the grouping was not fitted to."""
     gram_NN = np.clip(np.asarray(gram_NN, dtype=np.float64), -1.0, 1.0)
     live_N = np.diag(gram_NN) > 0
     pair_NN = np.triu(live_N[:, None] & live_N[None, :], k=1)
     same_NN = labels_N[:, None] == labels_N[None, :]
     intra, inter = gram_NN[pair_NN & same_NN], gram_NN[pair_NN & ~same_NN]
-
-    def mean(values: np.ndarray) -> float:
-        return float(values.mean()) if values.size else float("nan")
-
-    return ExpertAngles(
-        mean(np.degrees(np.arccos(intra))),
-        mean(np.degrees(np.arccos(inter))),
-        mean(np.abs(intra)),
-        mean(np.abs(inter)),
-    )
+    values = np.degrees(np.arccos(intra)), np.degrees(np.arccos(inter)), np.abs(intra), np.abs(inter)
+    return ExpertAngles(*(float(each.mean()) if each.size else float("nan") for each in values))
 
 
-def _validated_gram(gram_NN: np.ndarray, components: int) -> np.ndarray:
-    gram_NN = np.asarray(gram_NN, dtype=np.float64)
-    if gram_NN.shape != (components, components):
-        raise BaditError(f"the Gram matrix has shape {gram_NN.shape}, the labels name {components} components")
-    if not np.isfinite(gram_NN).all():
-        raise BaditError("the Gram matrix of the components' gradients holds NaN or infinite values")
-    return (gram_NN + gram_NN.T) / 2
-
-
-def _balanced_shape(labels_N: np.ndarray) -> tuple[int, int]:
+def _number_of_groups(labels_N: np.ndarray) -> int:
     sizes_K = np.bincount(labels_N) if len(labels_N) and labels_N.min() >= 0 else np.zeros(1, dtype=np.int64)
     if sizes_K.min() < 1 or sizes_K.min() != sizes_K.max():
         raise BaditError(f"every expert must hold the same number of components, got sizes {sizes_K.tolist()}")
-    return len(sizes_K), int(sizes_K[0])
-
-
-def _random_labels(num_experts: int, size: int, rng: np.random.Generator) -> np.ndarray:
-    return rng.permutation(np.repeat(np.arange(num_experts), size))
-
-
-def _one_hot(labels_N: np.ndarray, num_experts: int) -> np.ndarray:
-    return np.eye(num_experts)[labels_N]
+    return len(sizes_K)
 
 
 def _centroid_similarity(gram_NN: np.ndarray, labels_N: np.ndarray, num_experts: int) -> np.ndarray:
-    """⟨ĝ_i, c_k⟩ for unit centroids c_k; an empty or cancelling group has no direction and attracts nothing."""
-    onehot_NK = _one_hot(labels_N, num_experts)
+    """⟨ĝ_i, c_k⟩ for unit centroids c_k; 0 for an empty or cancelling group."""
+    onehot_NK = np.eye(num_experts)[labels_N]
     sums_NK = gram_NN @ onehot_NK
     squared_K = (onehot_NK * sums_NK).sum(axis=0)
     return np.where(squared_K > 1e-12, sums_NK / np.sqrt(np.maximum(squared_K, 1e-12)), 0.0)
 
 
-def _assign_balanced(similarity_NK: np.ndarray, size: int) -> np.ndarray:
-    """The assignment of exactly ``size`` components to every expert with the largest total similarity (exact)."""
+def _assign_balanced(similarity_NK: np.ndarray) -> np.ndarray:
+    """The assignment of equally many components to every expert with the largest total similarity (exact)."""
+    size = len(similarity_NK) // similarity_NK.shape[1]
     component, slot = linear_sum_assignment(np.repeat(similarity_NK, size, axis=1), maximize=True)
     labels_N = np.empty(len(similarity_NK), dtype=np.int64)
     labels_N[component] = slot // size
     return labels_N
 
 
-def _balanced_kmeans(gram_NN: np.ndarray, labels_N: np.ndarray, size: int, max_rounds: int = 50) -> np.ndarray:
-    num_experts = len(labels_N) // size
-    for _ in range(max_rounds):
-        new_N = _assign_balanced(_centroid_similarity(gram_NN, labels_N, num_experts), size)
-        if np.array_equal(new_N, labels_N):
-            break
-        labels_N = new_N
-    return labels_N
-
-
-def _spherical_kmeans(gram_NN: np.ndarray, labels_N: np.ndarray, num_experts: int, max_rounds: int = 50) -> np.ndarray:
-    for _ in range(max_rounds):
-        new_N = _centroid_similarity(gram_NN, labels_N, num_experts).argmax(axis=1)
-        if np.array_equal(new_N, labels_N):
-            break
-        labels_N = new_N
-    return labels_N
-
-
-def _polar_assignment(
-    gram_NN: np.ndarray, labels_N: np.ndarray, num_experts: int, size: int, max_rounds: int = 50
+def _until_stable(
+    gram_NN: np.ndarray,
+    labels_N: np.ndarray,
+    num_experts: int,
+    similarity: Callable[[np.ndarray, np.ndarray, int], np.ndarray],
+    balanced: bool = True,
+    max_rounds: int = 50,
 ) -> np.ndarray:
-    """The paper's iteration: orthogonal targets by the polar factor of the centroids, then an integer assignment."""
+    """The labels after assigning components to the experts that they resemble, again and again."""
     for _ in range(max_rounds):
-        onehot_NK = _one_hot(labels_N, num_experts)
-        sums_NK = gram_NN @ onehot_NK
-        values_K, vectors_KK = np.linalg.eigh(onehot_NK.T @ sums_NK)
-        # A dependent or empty centroid has no polar direction: the pseudo-inverse leaves it out.
-        kept_K = values_K > 1e-10 * max(values_K.max(), 1e-30)
-        inverse_root_K = np.where(kept_K, 1 / np.sqrt(np.where(kept_K, values_K, 1.0)), 0.0)
-        new_N = _assign_balanced(sums_NK @ (vectors_KK * inverse_root_K) @ vectors_KK.T, size)
+        similarity_NK = similarity(gram_NN, labels_N, num_experts)
+        new_N = _assign_balanced(similarity_NK) if balanced else similarity_NK.argmax(axis=1)
         if np.array_equal(new_N, labels_N):
             break
         labels_N = new_N
     return labels_N
+
+
+def _polar_similarity(gram_NN: np.ndarray, labels_N: np.ndarray, num_experts: int) -> np.ndarray:
+    """⟨ĝ_i, q_k⟩ with the paper's orthogonal targets q_k, the polar factor of the centroids."""
+    onehot_NK = np.eye(num_experts)[labels_N]
+    sums_NK = gram_NN @ onehot_NK
+    values_K, vectors_KK = np.linalg.eigh(onehot_NK.T @ sums_NK)
+    # A dependent or empty centroid has no polar direction: the pseudo-inverse leaves it out.
+    kept_K = values_K > 1e-10 * max(values_K.max(), 1e-30)
+    inverse_root_K = np.where(kept_K, 1 / np.sqrt(np.where(kept_K, values_K, 1.0)), 0.0)
+    return sums_NK @ (vectors_KK * inverse_root_K) @ vectors_KK.T
 
 
 def _swap_until_optimal(gram_NN: np.ndarray, starts_SN: np.ndarray, num_experts: int) -> np.ndarray:
     """In each of S groupings, exchanges the best pair of components until no exchange of two improves the objective.
 
-    Components stand in the order of their experts, so that a group is a slice; R = components of an expert. The best
-    exchange of every two experts is kept, and only those of the two that have just exchanged are looked for again: a
-    round costs 2·R·N rather than N². The groupings go through their rounds together, since where N is small the time
-    is that of calling numpy, and once half of them are done, the others go on without them.
+    Components are in the order of their experts, so that a group is a slice; R = components of an expert. The best
+    exchange of every two experts is kept, and only those of the two that have just exchanged are computed again. All
+    groupings take a round together; once half of them are done, the others continue without them.
     """
     starts, components = starts_SN.shape
     size = components // num_experts
-    noise = 1e-9 * max(1.0, float(np.abs(gram_NN).max()))  # a gain below it could be rounding, and undo itself for ever
+    noise = 1e-9 * max(1.0, float(np.abs(gram_NN).max()))  # a smaller gain could be rounding, and undo itself for ever
     order_SN = np.argsort(starts_SN, axis=1, kind="stable")
     gram_SNN = gram_NN[order_SN[:, :, None], order_SN[:, None, :]]
     gram_SKRKR = gram_SNN.reshape(starts, num_experts, size, num_experts, size)

@@ -15,19 +15,17 @@ With X = A or Bᵀ and Y the other of the two, G the gradient of X, and all mome
     X ← X − η R_Y⁻¹ M / w₁                    so that Y's part of the change of ΔW is Q_Yᵀ M, free of scale again
 
 * Bias correction: w ← β w + (1 − β), which is 1 − βᵗ after t steps.
-* Escaped mass: the new frame does not hold all of the old one, and P V Pᵀ has lost what lay outside. The loss of the
-  trace, over N, is spread evenly over the new frame: e = (tr V − tr P V Pᵀ) / N. So tr V is the running mean of the
-  gradient's size, and a frame that turns quickly does not lengthen the steps. (The paper adds up the largest loss of an
-  eigenvalue, apart from V, and its authors' code has that switched off.)
+* Escaped mass: P V Pᵀ has lost what lay outside of the new frame. The loss of the trace is spread evenly over it:
+  e = (tr V − tr P V Pᵀ) / N. So tr V is the running mean of the gradient's size, and a frame that turns quickly does
+  not lengthen the steps. (The paper adds the largest loss of an eigenvalue to V; its authors' code does not.)
 * Zero: the inverse root of a zero matrix is zero. While B is zero, A has no frame to move in: it stays, and has no
   moments, w = 0. A zero gradient only lets the moments fade.
-* Floor: inverse roots are taken of C + floor·‖C‖·1, so that directions without a gradient, or without a frame, stay
-  finite. In moments it also is what rounding in the products may cost.
+* Floor: inverse roots are taken of C + floor·‖C‖·1, so that directions without a gradient, or a frame, stay finite.
 * The step's size: an entry of M is about 1, as in Adam, hence a change of ΔW of singular values up to η √D.
 
 The Gram matrices of shards of X and G (some of the D columns in each process) add up; nothing else is exchanged.
 Products of long matrices run in the tensors' own type, N × N algebra in float64. An inverse root is a fixed number of
-matrix products, not an eigendecomposition, for which a GPU and its host would wait for each other.
+matrix products, so that a GPU and its host need not wait for each other.
 
 Shape suffixes: N = components, I/O = in/out features, D = I for A and O for B; leading dimensions are layers.
 """
@@ -49,13 +47,7 @@ _CONVERGED = 1e-3
 
 
 class Moments(NamedTuple):
-    """What a factor keeps from step to step.
-
-    basis_ND: its own orthonormal frame Q.
-    first_ND: M, of its gradients in the other factor's frame.
-    second_NN: V, of the same.
-    weights_2: (…, 2), w₁ and w₂: the share of the moments' weights that has been given out.
-    """
+    """What a factor keeps from step to step: its own frame Q, M, V, and w₁ and w₂ (…, 2)."""
 
     basis_ND: torch.Tensor
     first_ND: torch.Tensor
@@ -83,16 +75,12 @@ def orthogonal_updates(
 
     Args:
         factors: A (…, N, I) and Bᵀ (…, N, O), in float32 or float64; or this process's shards, some columns of each.
-        gradients: of the same shapes.
+        gradients: of the same shapes, as are the updates.
         moments: of both; :func:`no_moments` at the start.
         betas: the decay of the first and of the second moment.
         floor: relative, of inverse roots.
         features: I and O, where the tensors are shards.
-        over_shards: combines a tensor over the processes that hold the other shards. Two tensors of 4 N² and 2 N²
-            numbers are exchanged.
-
-    Returns:
-        The updates of A (…, N, I) and of Bᵀ (…, N, O), and the moments of both.
+        over_shards: combines tensors of 4 N² and 2 N² numbers over the processes that hold the other shards.
     """
     beta_1, beta_2 = betas
     products = [p for x, own in zip(factors, moments, strict=True) for p in (x @ x.mT, x @ own.basis_ND.mT)]
@@ -133,8 +121,8 @@ def inverse_root(gram_NN: torch.Tensor, floor: float = 1e-6) -> torch.Tensor:
     """(C + floor·‖C‖·1)^(−1/2) of symmetric positive semi-definite matrices C (…, N, N); zero where C is.
 
     The coupled Newton–Schulz iteration with the scaling of Chen and Chow (2014, "A Stable Scaling of Newton-Schulz for
-    Improving the Sign Function Computation of a Hermitian Matrix"), which takes 12 steps for a floor of 1e-6. ‖C‖ is
-    Frobenius's norm. A matrix with eigenvalues below −floor·‖C‖ has no such root and is taken for ‖C‖·1.
+    Improving the Sign Function Computation of a Hermitian Matrix"). ‖C‖ is Frobenius's norm. A matrix with eigenvalues
+    below −floor·‖C‖ has no such root and is taken for ‖C‖·1.
     """
     norm = torch.linalg.matrix_norm(gram_NN, keepdim=True)
     is_zero = norm <= _TINY

@@ -3,11 +3,9 @@
     gate = K · softmax(router(x̄))        mean 1: with a router started at zero every gate is exactly 1 at step 0
     gate = softmax(router(x̄))            the paper's form, sum 1; kept as an ablation
 
-x̄ is the mean of the layer's input over the prompt's positions. Never padding, never the answer: the answer is not
-there yet when a generation starts, so a gate that had seen it in training would mean something else.
-
-Most of x̄ is the same for all prompts, and a router that reads it learns hardly more than one mixture for all of them.
-So it may read x̂ instead, which has what sets a prompt apart from the others (not in the paper):
+x̄ is the mean of the layer's input over the prompt's positions: never padding, and never the answer, which is not there
+yet when a generation starts. Most of x̄ is the same for all prompts, so a router that reads it learns little more than
+one mixture for all of them. It may read x̂ instead, how a prompt differs from the others (not in the paper):
 
     x̂ = 8/√I · (x̄ − μ)/√v       μ, v: running mean and variance of every feature over the training's prompts
 
@@ -25,10 +23,8 @@ import torch
 GateKind = Literal["mean_one", "softmax"]
 RouterInput = Literal["mean", "standardised"]
 
-# x̂'s norm, on average. It sets how fast gates come apart; on SmolLM2, 2.4 to 24 were tried and 7 did best.
-_NORM = 8.0
-# Least weight of a batch in the moments, which so forget what is hundreds of batches old: training changes the layers.
-_LEAST_WEIGHT = 0.02
+_NORM = 8.0  # x̂'s, on average: how fast gates diverge. On SmolLM2, 2.4 to 24 were tried and 7 did best.
+_LEAST_WEIGHT = 0.02  # of a batch in the moments, which thereby forget batches hundreds of steps ago
 
 
 def prompt_mean(x_BTI: torch.Tensor, prompt_mask_BT: torch.Tensor) -> torch.Tensor:
@@ -43,10 +39,7 @@ def prompt_mean(x_BTI: torch.Tensor, prompt_mask_BT: torch.Tensor) -> torch.Tens
 def batch_moments(
     x_BI: torch.Tensor, add_up: Callable[[torch.Tensor], torch.Tensor] = lambda sums: sums
 ) -> torch.Tensor:
-    """Mean and variance (2, I) over a batch of prompts in float32; ``add_up`` sums a tensor over ranks, if any.
-
-    In two steps, since the features' means are large against their differences between prompts.
-    """
+    """Mean and variance (2, I) over a batch of prompts in float32; ``add_up`` sums a tensor over ranks, if any."""
     x_BI = x_BI.float()
     total = add_up(torch.cat([x_BI.sum(dim=0), x_BI.new_tensor([len(x_BI)])]))
     mean_I = total[:-1] / total[-1]
@@ -54,10 +47,7 @@ def batch_moments(
 
 
 def updated_moments(moments_2I: torch.Tensor, batches: torch.Tensor, new_2I: torch.Tensor) -> torch.Tensor:
-    """μ and v (2, I) with one batch more, the ``batches``-th (a scalar tensor, from 1), of the moments ``new_2I``.
-
-    The n-th batch weighs 1/n, so that at first all weigh the same, but never less than 1/50.
-    """
+    """μ and v (2, I) after the n-th batch (a scalar tensor), of moments ``new_2I``; it weighs max(1/n, 1/50)."""
     weight = (1 / batches).clamp_min(_LEAST_WEIGHT)
     between_I = weight * (1 - weight) * (new_2I[0] - moments_2I[0]).square()
     mixed_2I = torch.lerp(moments_2I, new_2I, weight)
@@ -77,9 +67,8 @@ def standardised(x: torch.Tensor, moments_2I: torch.Tensor) -> torch.Tensor:
 def expert_gates(logits: torch.Tensor, *, kind: GateKind = "mean_one", top_k: int | None = None) -> torch.Tensor:
     """Gates (..., K) from router logits (..., K).
 
-    With ``top_k`` only the k largest logits keep a gate and the softmax runs over those, so that the sum stays K
-    ("mean_one") or 1 ("softmax"). Every expert stays in the autograd graph, with a zero gate, which is what
-    data-parallel training needs. A tie is broken towards the lower index.
+    With ``top_k`` the softmax runs over the k largest logits (on ties, the lower index), so that the sum stays K
+    ("mean_one") or 1 ("softmax"). The others stay in the autograd graph, with a zero gate, for data-parallel training.
     """
     num_experts = logits.shape[-1]
     kept = logits

@@ -1,10 +1,10 @@
-"""The tuners: they put layers of experts into a base model, say what they cannot do, and what they ask of training."""
+"""The tuners, which put layers of experts into a base model, and the hooks by which a method takes part in training."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
@@ -21,26 +21,20 @@ from badit.tuner.quantised import keep_in_place, refuse_unsuitable_layer
 # A stage's training batches by task.
 TaskBatches = Mapping[str, Sequence[Mapping[str, torch.Tensor]]]
 
-# The paper adapts the MLP's gate projection; models without one get their MLP's first projection.
+# The paper adapts the MLP's gate projection; in models without one, it is the MLP's first projection.
 _GATE_PROJECTION = (
     "llama", "mistral", "ministral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "gemma3_text", "olmo2", "olmo3",
     "smollm3", "granite", "cohere", "cohere2", "stablelm",
 )  # fmt: skip
-TARGET_MODULES = {
-    **{model_type: ["gate_proj"] for model_type in _GATE_PROJECTION},
-    "phi3": ["gate_up_proj"],
-    "phi": ["fc1"],
-    "opt": ["fc1"],
-    "gpt2": ["c_fc"],
-    "gpt_neo": ["c_fc"],
-    "gpt_neox": ["dense_h_to_4h"],
-    "bloom": ["dense_h_to_4h"],
-    "falcon": ["dense_h_to_4h"],
-}
+_FIRST_PROJECTION = {
+    "phi3": "gate_up_proj", "phi": "fc1", "opt": "fc1", "gpt2": "c_fc", "gpt_neo": "c_fc", "gpt_neox": "dense_h_to_4h",
+    "bloom": "dense_h_to_4h", "falcon": "dense_h_to_4h",
+}  # fmt: skip
+TARGET_MODULES = {name: [_FIRST_PROJECTION.get(name, "gate_proj")] for name in (*_GATE_PROJECTION, *_FIRST_PROJECTION)}
 
 
 class Hooks:
-    """What a method asks of whoever trains, evaluates or exports its model. By default it asks nothing.
+    """What a method asks of the code that trains, evaluates or exports its model. By default it asks nothing.
 
     Methods override these on their tuner; :func:`hooks_of` finds it. Batches are given by the task's name, each a dict
     of ``input_ids``, ``attention_mask`` and ``labels`` (batch, positions).
@@ -54,32 +48,26 @@ class Hooks:
     needs_whole_weights = False
 
     def start_task(self, batches: TaskBatches) -> None:
-        """Is called before training, with the batches that it is about to see."""
+        """Called before training, with the batches that it is about to see."""
 
     def end_task(self, batches: TaskBatches) -> None:
-        """Is called after training, before the adapter is saved, with the batches that it has seen."""
+        """Called after training, before the adapter is saved, with the batches that it has seen."""
 
     def next_task(self) -> None:
-        """Is called when a saved adapter is about to be trained on the next task of a sequence."""
+        """Called when a saved adapter is about to be trained on the next task of a sequence."""
 
     def before_update(self) -> None:
-        """Is called right before every step of the optimiser."""
+        """Called right before every step of the optimiser."""
 
     def after_update(self) -> None:
-        """Is called right after every step of the optimiser."""
+        """Called right after every step of the optimiser."""
 
     def extra_loss(self, attention_mask: torch.Tensor) -> torch.Tensor | None:
-        """What the method adds to the cross-entropy of the training pass that has just run: a scalar, or nothing.
-
-        The mask (batch, positions) leaves padding out.
-        """
+        """A scalar to add to the last training pass's loss, if any; the mask (batch, positions) leaves padding out."""
         return None
 
     def rows_of(self, tasks: Sequence[str] | None) -> AbstractContextManager[None]:
-        """Within, the rows that the model is given, in forward passes and in ``generate``, are of these tasks.
-
-        A backward pass need not be within. ``tasks`` may be None where the method does not need them.
-        """
+        """A context in which the rows of forward passes and ``generate`` are of these tasks; None if not needed."""
         return nullcontext()
 
 
@@ -96,14 +84,18 @@ class ExpertModel(Hooks, BaseTuner):
     tuner_layer_cls = ExpertLinear
     target_module_mapping = TARGET_MODULES
 
-    peft_config: dict[str, Any]  # pyright: ignore[reportIncompatibleVariableOverride] (ours alone)
+    peft_config: dict[str, Any]  # pyright: ignore[reportIncompatibleVariableOverride] (only this package's)
+
+    def expert_layers(self) -> list[Any]:
+        """The adapted layers, first to last."""
+        return [module for module in self.model.modules() if isinstance(module, ExpertLinear)]
 
     def _check_new_adapter_config(self, config: ExpertConfig) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         try:
             super()._check_new_adapter_config(config)
             self._refuse_unsuitable(config)
         except ValueError:
-            # PEFT has entered the configuration already; a refused one must not stay behind.
+            # PEFT has entered the configuration already; a refused one must not stay.
             for name in [name for name, known in self.peft_config.items() if known is config]:
                 del self.peft_config[name]
             raise
@@ -113,7 +105,10 @@ class ExpertModel(Hooks, BaseTuner):
         keep_in_place(model)
 
     def _refuse_unsuitable(self, config: Any) -> None:
-        """Raises for a configuration that does not go with this model or its other adapters."""
+        """Raises BaditError for a configuration that does not go with this model or its other adapters."""
+
+    def _is_encoder_decoder(self) -> bool:
+        return getattr(getattr(self.model, "config", None), "is_encoder_decoder", False) is True
 
     def _create_and_replace(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -141,21 +136,20 @@ class ExpertModel(Hooks, BaseTuner):
         return super().unload()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The base model's forward pass, by the call that runs its hooks; PEFT before 0.21 goes round them."""
+        """The base model's forward pass, with its hooks, which PEFT before 0.21 leaves out."""
         return self.model(*args, **kwargs)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """Where PEFT asks for rows of one batch with different adapters; without this it would drop the request."""
+        """PEFT's hook for a batch whose rows have different adapters, which it would otherwise ignore."""
         if kwargs.get("adapter_names") is not None:
             method = self.peft_config[self.active_adapters[0]].method
             raise BaditError(f"adapter_names: {method} cannot mix adapters within a batch; set_adapter between batches")
         yield
 
-    def merge_adapter(self, *args: Any, **kwargs: Any) -> NoReturn:
+    def merge_adapter(self, *args: Any, **kwargs: Any) -> Any:
         """Refused: see the layer's ``merge``."""
-        next(module for module in self.model.modules() if isinstance(module, ExpertLinear)).merge()
-        raise AssertionError("merge always raises")
+        self.expert_layers()[0].merge()
 
     merge_and_unload = merge_adapter
 
@@ -164,32 +158,20 @@ class BaditModel(ExpertModel):
     """A base model with BADIT experts in its target modules."""
 
     tuner_layer_cls = BaditLinear
-
     routes_prompts = True
 
-    peft_config: dict[str, BaditConfig]
-
     def _refuse_unsuitable(self, config: BaditConfig) -> None:
-        if (
-            config.routing == "prompt"
-            and getattr(getattr(self.model, "config", None), "is_encoder_decoder", False) is True
-        ):
+        if config.routing == "prompt" and self._is_encoder_decoder():
             raise BaditError("routing='prompt' is for decoder-only models; use routing='token' on an encoder-decoder")
 
 
 def register(config_cls: Any, model_cls: Any) -> None:
-    """Registers the method that ``config_cls.method`` names, once; importing twice is harmless.
-
-    Raises:
-        BaditError: another package, or a later PEFT, has registered a method of this name.
-    """
+    """Registers the method that ``config_cls.method`` names, once; BaditError where that name is already taken."""
     name = config_cls.method.lower()
     registered = PEFT_TYPE_TO_CONFIG_MAPPING.get(peft_type(config_cls.method))
     if registered is config_cls:
         return
     if registered is not None:
-        raise BaditError(
-            f"a PEFT method named {name!r} is already registered by {registered.__module__}; "
-            "uninstall that package or this one"
-        )
+        known = f"a PEFT method named {name!r} is already registered by {registered.__module__}"
+        raise BaditError(f"{known}; uninstall that package or this one")
     register_peft_method(name=name, config_cls=config_cls, model_cls=model_cls, prefix=model_cls.prefix)

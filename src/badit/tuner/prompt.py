@@ -1,18 +1,17 @@
 """What the adapted layers need to know of the forward pass they are in: which positions are the prompt.
 
-A layer sees hidden states, not the batch, so a hook on the base model reads the batch's ``labels``, ``attention_mask``
-and cache before each forward pass and keeps what follows here, where the layers look it up.
+A layer sees hidden states, not the batch, so hooks on the base model read the batch's ``labels``, ``attention_mask``
+and cache before each forward pass.
 
-* Labels given (training, scoring): the prompt is what comes before the first label. Of a chat with several labelled
-  answers that is the first turn's alone, where a generation of a later answer has read all before it: a row an answer
-  (:func:`badit.data.answer_rows`) makes the two equal.
+* Labels (training, scoring): the prompt is what comes before the first label; of several answers in a chat, the first
+  turn alone. One row per answer (:func:`badit.data.answer_rows`) makes training and generation equal.
 * No labels, no cache or an empty one (plain forward, prefill): every attended position is prompt.
 * A filled cache (decoding): the gates were settled when it was filled. They are kept *on the cache object*, so that
-  several generations may run in turns, and a copied prompt cache carries its routing along.
-* ``prompt_mask=`` given to the model's forward: that mask, whatever else is there.
+  generations may alternate, and a copied prompt cache keeps its routing.
+* ``prompt_mask=`` given to the model's forward: that mask, in any case.
 
-Without a cache ``generate`` runs the whole sequence again for every token, and with an assistant its first pass holds
-guesses at the answer. So the model's ``generate`` is wrapped, too, to note where the prompt ends.
+``generate`` may run the whole sequence again for every token, or add candidate tokens of the answer. So the model's
+``generate`` is wrapped, too, to note where the prompt ends.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ from badit.errors import BaditError
 
 _IGNORED_LABEL = -100
 _HELD = "badit_gates"
-_CACHE_NAMES = ("cache", "past_key_values")  # transformers renamed it within version 5
+_CACHE_NAMES = ("cache", "past_key_values")  # renamed within transformers 5; an output may have both
 
 
 @dataclass
@@ -41,12 +40,11 @@ class ForwardPass:
     """One forward pass, as the adapted layers need to know it.
 
     Attributes:
-        find_prompt: works out the prompt's mask when it is first asked for. Routing by token never asks, nor do
-            adapters that are switched off, so batches in which no prompt can be told are refused only where it matters.
+        find_prompt: works out the prompt's mask, only if it is asked for; some batches have none.
         held: by layer, the gates that the pass's cache holds already; None where the prompt settles them now.
         shape: of the batch, (B, T), where it is known.
         fills_cache: whether decoding may follow, for which layers must leave their gates in ``fresh``.
-        settled: what layers may keep of this pass for the next, of one generation that decodes from one cache.
+        settled: what layers keep of this pass for the next one of a generation from one cache.
         row_tasks: for methods that tell tasks apart: by adapter, the index (B) of each row's task.
     """
 
@@ -75,8 +73,7 @@ class RoutingContext:
         # While generating: the gates that the cache holds, and what layers keep as long as it is these.
         self._settled: tuple[dict[str, torch.Tensor], dict[str, Any]] | None = None
         self._looked_at_labels = self._warned_of_whole_rows = False
-        # Each tells whether its layer will ask for the prompt's mask. That is then worked out before the pass, since a
-        # compiled layer cannot look into the batch.
+        # Each tells whether its layer will ask for the prompt's mask, which must be known before a compiled layer runs.
         self.mask_readers: list[Callable[[], bool]] = []
         self._hooks: list[Any] = []
         self._generate: Callable[..., Any] | None = None
@@ -85,18 +82,17 @@ class RoutingContext:
 
     @classmethod
     def of(cls, model: nn.Module) -> RoutingContext:
-        """The model's context; the first call makes it and hooks it in."""
+        """The model's context; the first call makes it and adds its hooks."""
         context = model.__dict__.get("_badit_routing")
         if context is None:
-            context = cls()
+            context = model.__dict__["_badit_routing"] = cls()
             context._hooks = [
                 model.register_forward_pre_hook(context._enter, with_kwargs=True),
                 model.register_forward_hook(context._leave, with_kwargs=True, always_call=True),
             ]
-            model.__dict__["_badit_routing"] = context
             context._generate = getattr(model, "generate", None)
             if context._generate is not None:
-                # Methods, not closures: a deep copy of the model binds them to the copy.
+                # A method, not a closure: a deep copy of the model binds it to the copy.
                 model.__dict__["generate"] = MethodType(_generate, model)
         return context
 
@@ -111,10 +107,9 @@ class RoutingContext:
         """The model's own ``generate``, during which positions past the end of the input are answer."""
         assert self._generate is not None
         given = (kwargs.get("inputs_embeds"), *args[:1], kwargs.get("input_ids"), kwargs.get("inputs"))
-        inputs = next((value for value in given if isinstance(value, torch.Tensor)), None)
+        lengths = [value.shape[1] for value in given if isinstance(value, torch.Tensor)]
         outer = self._generation_prompt_length, self._settled
-        self._generation_prompt_length = None if inputs is None else inputs.shape[1]
-        self._settled = {}, {}
+        self._generation_prompt_length, self._settled = next(iter(lengths), None), ({}, {})
         try:
             return self._generate(*args, **kwargs)
         finally:
@@ -122,9 +117,7 @@ class RoutingContext:
 
     def forward_pass(self) -> ForwardPass | None:
         """The pass that the calling layer belongs to; None when not the whole base model was called."""
-        if self._running is not None:
-            return self._running
-        return self._differentiated if self.runs_again() else None
+        return self._differentiated if self.runs_again() else self._running
 
     def runs_again(self) -> bool:
         """Whether the calling layer is computed again in the backward pass, by gradient checkpointing."""
@@ -132,9 +125,8 @@ class RoutingContext:
 
     def _enter(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         prompt_mask_BT = kwargs.pop("prompt_mask", None)
-        named = dict(zip(_parameter_names(model), args, strict=False)) if args else {}
-        batch = {**named, **kwargs}
-        self._running = self._describe(model, batch, prompt_mask_BT)
+        names = inspect.signature(model.forward).parameters if args else ()
+        self._running = self._describe(model, {**dict(zip(names, args, strict=False)), **kwargs}, prompt_mask_BT)
         self._running.row_tasks = self.row_tasks
         if torch.is_grad_enabled():
             self._differentiated = self._running
@@ -147,107 +139,79 @@ class RoutingContext:
         if running is None:
             return
         if torch.is_grad_enabled():
-            self._recall_in_backward(running, output)
-        if not running.fresh:
-            return
+
+            def recall(gradient: torch.Tensor) -> None:
+                self._differentiated = running
+
+            # Several passes may precede one backward pass, which then enters each at its outputs, the latest first.
+            for tensor in _tensors(output):
+                if tensor.requires_grad:
+                    tensor.register_hook(recall)
         cache = _cache(kwargs)
-        if cache is None:  # use_cache=True without a cache: the model made one
-            cache = _cache(output) if isinstance(output, Mapping) else None
-        if cache is not None and not isinstance(cache, tuple):
+        if cache is None and isinstance(output, Mapping):  # use_cache=True without a cache: the model made one
+            cache = _cache(output)
+        if running.fresh and cache is not None and not isinstance(cache, tuple):
             setattr(cache, _HELD, running.fresh)
 
-    def _recall_in_backward(self, forward_pass: ForwardPass, output: Any) -> None:
-        """Several passes may precede one backward pass, which then enters each at its outputs, the latest first."""
-
-        def recall(gradient: torch.Tensor) -> None:
-            self._differentiated = forward_pass
-
-        for tensor in _tensors(output):
-            if tensor.requires_grad:
-                tensor.register_hook(recall)
-
     def _describe(self, model: nn.Module, batch: Mapping[str, Any], prompt_mask_BT: torch.Tensor | None) -> ForwardPass:
-        fills_cache = _cache(batch) is not None or batch.get("use_cache") is not False
+        cache = _cache(batch)
+        fills_cache = cache is not None or batch.get("use_cache") is not False
         if prompt_mask_BT is not None:
             return ForwardPass(lambda: prompt_mask_BT.bool(), shape=prompt_mask_BT.shape, fills_cache=fills_cache)
-        tokens = batch.get("input_ids")
-        if tokens is None:
-            tokens = batch.get("inputs_embeds")
+        tokens: Any = batch.get("inputs_embeds") if batch.get("input_ids") is None else batch["input_ids"]
         shape = tokens.shape[:2] if isinstance(tokens, torch.Tensor) and tokens.ndim >= 2 else None
-        cache = _cache(batch)
-        if cache is not None and _length(cache) > 0:
+        if cache is not None and int(cache.get_seq_length() if hasattr(cache, "get_seq_length") else len(cache)) > 0:
             held = getattr(cache, _HELD, {})
-            return ForwardPass(lambda: None, held=held, shape=shape, settled=self._settled_for(held))
-        if not isinstance(tokens, torch.Tensor) or shape is None:
+            if self._settled is not None and self._settled[0] is not held:
+                self._settled = held, {}
+            settled = None if self._settled is None else self._settled[1]
+            return ForwardPass(lambda: None, held=held, shape=shape, settled=settled)
+        if shape is None:
             return ForwardPass(lambda: None)
+        # A classifier has no output embeddings, and its whole row is the prompt.
+        in_training = batch.get("labels") is None and torch.is_grad_enabled() and model.training
+        unlabelled = in_training and getattr(model, "get_output_embeddings", lambda: None)() is not None
         # Only what is small is kept for later: neither the embeddings nor the cache.
         kept = {name: batch.get(name) for name in ("attention_mask", "labels", "position_ids", "cu_seq_lens_q")}
-        find_prompt = partial(self._prompt, model, kept, shape, tokens.device, self._generation_prompt_length)
-        if batch.get("labels") is None and torch.is_grad_enabled() and _trains_language(model):
-            find_prompt = partial(self._whole_rows, model, kept, shape, tokens.device)
+        length = None if unlabelled else self._generation_prompt_length
+        find_prompt = partial(self._prompt, model, kept, shape, tokens.device, length, unlabelled)
         return ForwardPass(find_prompt, shape=shape, fills_cache=fills_cache)
 
-    def _settled_for(self, held: dict[str, torch.Tensor]) -> dict[str, Any] | None:
-        if self._settled is not None and self._settled[0] is not held:
-            self._settled = held, {}
-        return None if self._settled is None else self._settled[1]
-
-    def _whole_rows(
-        self, model: nn.Module, batch: Mapping[str, Any], shape: torch.Size, device: torch.device
+    def _prompt(
+        self, model: nn.Module, batch: Any, shape: torch.Size, device: Any, prompt_length: int | None, unlabelled: bool
     ) -> torch.Tensor:
-        if not self._warned_of_whole_rows:
+        if unlabelled and not self._warned_of_whole_rows:
             self._warned_of_whole_rows = True
             warnings.warn(
-                "a language model is trained without labels, so the router reads the answers with the prompts: "
-                "pass the model labels (-100 on the prompt) or prompt_mask= (batch, positions), "
-                "or use routing='token'",
+                "a language model is trained without labels, so the router reads the answers with the prompts: pass "
+                "the model labels (-100 on the prompt) or prompt_mask= (batch, positions), or use routing='token'",
                 stacklevel=2,
             )
-        return self._prompt(model, batch, shape, device, None)
-
-    def _prompt(
-        self,
-        model: nn.Module,
-        batch: Mapping[str, Any],
-        shape: torch.Size,
-        device: torch.device,
-        generation_prompt_length: int | None,
-    ) -> torch.Tensor:
         _refuse_packing(batch)
         mask_BT = _attended(batch["attention_mask"], shape, device)
         labels_BT = batch["labels"]
         if isinstance(labels_BT, torch.Tensor) and labels_BT.shape == mask_BT.shape:
-            self._look_at_labels(labels_BT)
+            if not self._looked_at_labels:  # once, since it waits for the device
+                self._looked_at_labels = True
+                _warn_of_labels(labels_BT)
             return mask_BT & before_first_label(labels_BT)
-        if generation_prompt_length is None:
+        if prompt_length is None:
             return mask_BT
-        if mask_BT.shape[1] < generation_prompt_length:
-            raise BaditError(_why_in_pieces(model))
-        return mask_BT & (torch.arange(mask_BT.shape[1], device=device) < generation_prompt_length)
-
-    def _look_at_labels(self, labels_BT: torch.Tensor) -> None:
-        """Warns of labels that do not tell prompt from answer. Looks once, since it waits for the device."""
-        if self._looked_at_labels:
-            return
-        self._looked_at_labels = True
-        if bool((labels_BT[:, :2] != _IGNORED_LABEL).all()):
-            warnings.warn(
-                "every position carries a label, so the prompt that routes is the first token alone: "
-                "set labels to -100 on the prompt (TRL: completion_only_loss or assistant_only_loss), "
-                "or use routing='token'",
-                stacklevel=2,
+        if mask_BT.shape[1] < prompt_length:
+            if model.training and any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+                raise BaditError(
+                    "generate lost its cache, as transformers before 5.24 does in training mode under gradient "
+                    "checkpointing: call model.eval() first"
+                )
+            raise BaditError(
+                "the prompt comes in pieces, and the first would set the routing of all: "
+                "generate without prefill_chunk_size, or use routing='token'"
             )
-        elif bool((_answers(labels_BT) > 1).any()):
-            warnings.warn(
-                "a row has several answers, and all of them are routed on what comes before the first: "
-                "give each answer a row of its own (badit.data.answer_rows), or use routing='token'",
-                stacklevel=2,
-            )
+        return mask_BT & (torch.arange(mask_BT.shape[1], device=device) < prompt_length)
 
 
 def cache_of(output: Mapping[str, Any]) -> dict[str, Any]:
     """The cache in the output of a model or of ``generate``, by the name under which the next call takes it."""
-    # Both names may be there; the present one comes first.
     return dict([(name, output[name]) for name in _CACHE_NAMES if output.get(name) is not None][:1])
 
 
@@ -267,17 +231,11 @@ def inside_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
-def _why_in_pieces(model: nn.Module) -> str:
-    """Why a pass of a generation holds less than its prompt, though nothing is cached, and the fix."""
-    if model.training and any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
-        return (
-            "generate lost its cache, as transformers before 5.24 does in training mode under gradient "
-            "checkpointing: call model.eval() first"
-        )
-    return (
-        "the prompt comes in pieces, and the first would set the routing of all: "
-        "generate without prefill_chunk_size, or use routing='token'"
-    )
+def before_first_label(labels_BT: torch.Tensor) -> torch.Tensor:
+    """True up to the first predicted label. Position 0 predicts nothing, so its label does not count."""
+    labelled_BT = labels_BT != _IGNORED_LABEL
+    labelled_BT[:, 0] = False
+    return labelled_BT.cumsum(dim=1) == 0
 
 
 def _generate(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -293,35 +251,26 @@ def _tensors(output: Any) -> Iterator[torch.Tensor]:
             yield from _tensors(value)
 
 
-def _trains_language(model: nn.Module) -> bool:
-    """Whether it is a language model in training mode; of a classifier the whole row is the prompt."""
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    return model.training and head is not None
-
-
-def _parameter_names(model: nn.Module) -> list[str]:
-    return list(inspect.signature(model.forward).parameters)
-
-
 def _cache(batch: Mapping[str, Any]) -> Any:
-    return next((batch[name] for name in _CACHE_NAMES if batch.get(name) is not None), None)
+    return next(iter(cache_of(batch).values()), None)
 
 
-def _length(cache: Any) -> int:
-    return int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else len(cache)
-
-
-def before_first_label(labels_BT: torch.Tensor) -> torch.Tensor:
-    """True up to the first predicted label. Position 0 predicts nothing, so its label does not count."""
+def _warn_of_labels(labels_BT: torch.Tensor) -> None:
+    """Warns of labels that do not tell prompt from answer."""
     labelled_BT = labels_BT != _IGNORED_LABEL
-    labelled_BT[:, 0] = False
-    return labelled_BT.cumsum(dim=1) == 0
-
-
-def _answers(labels_BT: torch.Tensor) -> torch.Tensor:
-    """The number of runs of labels in each row, (B,)."""
-    labelled_BT = labels_BT != _IGNORED_LABEL
-    return (labelled_BT[:, 1:] & ~labelled_BT[:, :-1]).sum(dim=1) + labelled_BT[:, 0]
+    answers_B = (labelled_BT[:, 1:] & ~labelled_BT[:, :-1]).sum(dim=1) + labelled_BT[:, 0]
+    if bool(labelled_BT[:, :2].all()):
+        warnings.warn(
+            "every position carries a label, so the prompt that routes is the first token alone: set labels to -100 "
+            "on the prompt (TRL: completion_only_loss or assistant_only_loss), or use routing='token'",
+            stacklevel=2,
+        )
+    elif bool((answers_B > 1).any()):
+        warnings.warn(
+            "a row has several answers, and all of them are routed on what comes before the first: "
+            "give each answer a row of its own (badit.data.answer_rows), or use routing='token'",
+            stacklevel=2,
+        )
 
 
 def _attended(attention_mask: Any, shape: torch.Size, device: torch.device) -> torch.Tensor:
@@ -346,13 +295,8 @@ def _attended(attention_mask: Any, shape: torch.Size, device: torch.device) -> t
 
 def _refuse_packing(batch: Mapping[str, Any]) -> None:
     position_ids = batch["position_ids"]
-    restarts = (
-        batch["attention_mask"] is None
-        and isinstance(position_ids, torch.Tensor)
-        and position_ids.ndim == 2
-        and bool((position_ids[:, 1:] == 0).any())
-    )
-    if restarts or batch["cu_seq_lens_q"] is not None:
+    unmasked = batch["attention_mask"] is None and isinstance(position_ids, torch.Tensor) and position_ids.ndim == 2
+    if (unmasked and bool((position_ids[:, 1:] == 0).any())) or batch["cu_seq_lens_q"] is not None:
         raise BaditError(
             "a packed batch holds several prompts in one row, which routing='prompt' cannot mix apart: "
             "set packing=False and padding_free=False, or use routing='token'"

@@ -1,6 +1,6 @@
-"""Base layers with a quantised weight, which the experts leave alone: bitsandbytes' in 8 and 4 bits, torchao's in int8.
+"""Base layers with a quantised weight, which stays as it is: bitsandbytes' in 8 and 4 bits, torchao's in int8.
 
-The experts start from the weight as the layer uses it, that is from what its numbers stand for.
+The experts start from the dequantised weight.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from badit.errors import BaditError
 
 
 def is_quantised(layer: nn.Module) -> bool:
-    """Whether the weight is one of those that can be adapted without being a plain tensor of numbers."""
+    """Whether the weight is of a known quantised kind."""
     kind = type(getattr(layer, "weight", None))
     return kind.__name__ in ("Int8Params", "Params4bit") or kind.__module__.startswith("torchao.")
 
 
 def weight_as_used(layer: nn.Module) -> torch.Tensor:
-    """The weight (out, in) that the layer multiplies by, dequantised where need be; Conv1D keeps it the other way."""
+    """The weight (out, in) that the layer multiplies by, dequantised if necessary; Conv1D stores it transposed."""
     weight: Any = layer.weight
     match type(weight).__name__:
         case "Int8Params":
@@ -38,10 +38,9 @@ def weight_as_used(layer: nn.Module) -> torch.Tensor:
 
 
 def keep_in_place(model: nn.Module) -> None:
-    """Has 4-bit weights stay as they are.
+    """Keeps 4-bit weights as they are.
 
-    For evaluation on a CPU with AVX-512 bitsandbytes puts them into another order, with coarser scales; and in that
-    order it has no gradients, so that training after an evaluation would go wrong.
+    For evaluation on a CPU with AVX-512, bitsandbytes reorders them, with coarser scales and without gradients.
 
     Raises:
         BaditError: that has happened already.
@@ -51,26 +50,22 @@ def keep_in_place(model: nn.Module) -> None:
         state = getattr(getattr(module, "weight", None), "quant_state", None)
         if getattr(state, "packing_format_for_cpu", False):
             raise BaditError(
-                f"{name} has been evaluated on a CPU, where bitsandbytes reorders 4-bit weights so that they cannot be "
-                "trained beside: load the model again, and add the adapter before you evaluate it"
+                f"{name} has been evaluated on a CPU, where bitsandbytes reorders 4-bit weights so that no adapter can "
+                "be trained on them: load the model again, and add the adapter before you evaluate it"
             )
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
 
 
 def shape_of(layer: nn.Module) -> tuple[int, int]:
-    """(out, in) features, without a look at the weight, which may be packed."""
+    """(out, in) features, without reading the weight, which may be packed."""
     if isinstance(layer, Conv1D):
         return layer.nf, layer.nx
     return cast(int, layer.out_features), cast(int, layer.in_features)
 
 
 def refuse_unsuitable_layer(layer: nn.Module, name: str, method: str) -> None:
-    """Raises for a layer whose weight cannot be decomposed.
-
-    Raises:
-        BaditError: it is none of nn.Linear and Conv1D, or its weight is kept in a form that is not known here.
-    """
+    """Raises BaditError for a layer that is neither nn.Linear nor Conv1D, or whose weight is of an unknown form."""
     kind = type(layer).__name__
     if hasattr(layer, "qweight"):
         raise BaditError(
