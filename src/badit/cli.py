@@ -103,7 +103,7 @@ def table(
     results: str,
     *,
     format: Literal["text", "markdown", "latex", "csv"] = "text",
-    metric: Literal["rouge_l", "exact_match", "nll"] = "rouge_l",
+    metric: str = "rouge_l",
     by_task: bool = False,
     released: bool = False,
 ) -> str:
@@ -112,7 +112,7 @@ def table(
     Args:
         results: a comparison's results.json, or the folder that holds it.
         format: the form of the table.
-        metric: the metric of differences, ranks and --by-task.
+        metric: the metric of differences, ranks and --by-task: rouge_l, exact_match or nll.
         by_task: a row per task and a column per method.
         released: forgetting and transfer as SAPT's released code computes them.
     """
