@@ -173,7 +173,7 @@ def imbalance(method: str, gates_: np.ndarray, probabilities: np.ndarray) -> flo
     choices = [(i, k) for i in range(positions) for k in range(num_experts) if gates_[i, k] > 0]
     total = 0.0
     for k in range(num_experts):
-        f = sum(1 for _, chosen in choices if chosen == k) / len(choices)
+        f = sum(1 for _, chosen in choices if chosen == k) / positions
         total += f * sum(probabilities[i, k] for i in range(positions)) / positions
     return num_experts * total
 

@@ -20,7 +20,7 @@ def probabilities(logits):
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 @pytest.mark.parametrize("method", BALANCED)
-def test_it_is_the_mean_over_layers_at_attended_positions_alone(tiny_model, method, family):
+def test_it_is_the_sum_over_layers_at_attended_positions_alone(tiny_model, method, family):
     model = adapted(tiny_model(family), method, balance_weight=0.3).train()
     ids, mask = padded(random_rows(4, 9, 7))
     inputs = {}
@@ -33,7 +33,7 @@ def test_it_is_the_mean_over_layers_at_attended_positions_alone(tiny_model, meth
         logits = seen @ layer.badit_router["default"].T
         expected.append(naive.imbalance(method, naive.gates(layer, seen), probabilities(logits)))
     found = model.base_model.extra_loss(mask)
-    assert found.item() == pytest.approx(0.3 * sum(expected) / 2, rel=1e-4)
+    assert found.item() == pytest.approx(0.3 * sum(expected), rel=1e-4)
     found.backward()
     moved = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
     last = layers(model)[-1].name

@@ -28,10 +28,24 @@ def new_gate(**options):
 def after_a_task(prompts, monkeypatch):
     """A gate of a second task that has kept all of the first one's energy."""
     monkeypatch.setattr("badit.baselines.gain_lora._SHARE_OF_ENERGY", 1.0)
-    made = new_gate()
+    made = new_gate(energy="inputs")
     made.end_task(prompts)
     made.next_task()
     return made
+
+
+def test_the_energy_of_the_covariance_is_held_by_fewer_directions():
+    """Its squared singular values are the fourth powers of the inputs'."""
+    prompts = torch.randn(200, WIDTH) * torch.logspace(0, -2, WIDTH)
+    ranks = {}
+    for energy in ("covariance", "inputs"):
+        torch.manual_seed(0)
+        made = new_gate(energy=energy)
+        made.end_task(prompts)
+        ranks[energy] = round(made.seen_by_down.trace().item())
+        powers = np.linalg.svd(prompts.double().numpy(), compute_uv=False) ** (4 if energy == "covariance" else 2)
+        assert ranks[energy] == 1 + np.searchsorted(np.cumsum(powers) / powers.sum(), 0.995)
+    assert ranks["covariance"] < ranks["inputs"]
 
 
 @torch.no_grad()

@@ -243,7 +243,7 @@ def test_the_swap_solver_is_at_least_the_papers_from_a_bad_grouping():
         best = reference.objective(gradients, planted)
         assert reference.objective(gradients, bad) < 0.6 * best
         swap = reference.objective(gradients, group_components(gram, bad, seed=seed))
-        paper = reference.objective(gradients, group_components(gram, bad, solver="paper", seed=seed))
+        paper = reference.objective(gradients, group_components(gram, bad, solver="paper", restarts=1, seed=seed))
         assert swap >= paper - 1e-6
         assert swap == pytest.approx(best)
         paper_optimal += paper == pytest.approx(best)

@@ -8,7 +8,8 @@ task continues with the last one's G1 and G2 and has a new key, orthogonal to wh
 that its gate is 0 there. It stays so, since training moves G1, G2 and k only orthogonally to what each has been
 multiplied with in the earlier tasks: an update Δ becomes Δ (I − P), P the projector onto those inputs. P grows after
 each task t = 1, 2, … as in gradient projection memory (Saha et al. 2021, arXiv 2103.09762): by the leading singular
-directions of what it does not yet span, until it holds the share 0.995 + 0.005 · (t − 1)/15 of the inputs' energy.
+directions of what it does not yet span, until it holds the share 0.995 + 0.005 · (t − 1)/15 of the energy: the sum of
+the squared singular values of the inputs X (the paper) or of XᵀX (the released code, and the default here).
 
 From the paper: gates, projections, shares and hidden size 100. From its authors' code: the count of tasks (t − 1, at
 most 15), and the new key, which is the leading singular direction of what the earlier tasks' z leave of the new task's.
@@ -29,6 +30,7 @@ import torch.nn.functional as F
 from badit.baselines import baseline
 from badit.baselines.branches import BranchGate, BranchModel, GatedBranchConfig
 from badit.errors import BaditError
+from badit.tuner.config import one_of, option
 from badit.tuner.model import TaskBatches
 from badit.tuner.prompt import before_first_label
 
@@ -50,13 +52,14 @@ class GainLoraGate(BranchGate):
     seen_by_up: torch.Tensor
     seen_by_key: torch.Tensor
 
-    def __init__(self, width: int, config: GatedBranchConfig, device: torch.device) -> None:
+    def __init__(self, width: int, config: GainLoraConfig, device: torch.device) -> None:
         super().__init__(width, config, device)
         hidden, past = config.gate_hidden_size, config.past_branches
         self.register_buffer("past_down", torch.zeros(past, hidden, width, device=device))
         self.register_buffer("past_up", torch.zeros(past, width, hidden, device=device))
         for name, size in (("down", width), ("up", hidden), ("key", width)):
             self.register_buffer(f"seen_by_{name}", torch.zeros(size, size, device=device))
+        self.of_covariance = config.energy == "covariance"
         self._before_update: dict[str, torch.Tensor] = {}
         self.start_key()
 
@@ -105,6 +108,7 @@ class GainLoraGate(BranchGate):
         """Lets the projectors grow by the inputs that the finished task's prompts give to G1, G2 and the key."""
         share = _SHARE_OF_ENERGY + (1 - _SHARE_OF_ENERGY) * min(len(self.past_keys) / _TASKS_TO_WHOLE, 1)
         for name, inputs in self._inputs(prompt_ND).items():
+            inputs = inputs.double().T @ inputs.double() if self.of_covariance else inputs
             setattr(self, f"seen_by_{name}", grown_projector(self.get_buffer(f"seen_by_{name}"), inputs, share))
 
     def _inputs(self, prompt_ND: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -174,3 +178,10 @@ class GainLoraConfig(GatedBranchConfig):
 
     method: ClassVar[str] = "BADIT_GAINLORA"
     gate_cls: ClassVar[Any] = GainLoraGate
+
+    energy: str = option(
+        "covariance",
+        "Whose squared singular values the projectors hold a share of: those of the inputs' 'covariance', as in the "
+        "released code, or those of the 'inputs', as in the paper, which needs many more directions.",
+        one_of("covariance", "inputs"),
+    )

@@ -12,7 +12,7 @@ tenth of W's own norm σ₁). So step 0 is near the base model and not equal to 
 
 From the paper: the equations, K 8, top 2, ρ 10, weight of the balance loss 1e-3. Assumptions: the router starts as
 LoRA's A does; r 32 makes experts of rank 4 and alpha 256 keeps s = 8, both as LoRAMoE's here; the balance loss is that
-of Switch Transformers with each token's two choices counted as halves.
+of Switch Transformers with both choices of a token counted, summed over layers, as in the released code.
 """
 
 from __future__ import annotations
@@ -73,10 +73,9 @@ class GoatConfig(BalancedMixtureConfig):
         return expert_factors(SingularTriples(u[:, chosen_N], s[chosen_N], vh[chosen_N]), self.scaling * self.rho)
 
     def imbalance(self, logits_LK: torch.Tensor) -> torch.Tensor:
-        """K · Σ_k f_k p_k: f_k is expert k's share of the choices, p_k the mean over positions of the full softmax.
+        """K · Σ_k f_k p_k: f_k is the share of positions that choose expert k, p_k the mean of the full softmax.
 
-        It is 1 where all are alike; only p carries a gradient.
+        It is top_k where all are alike, since every choice counts, as in the released code; only p carries a gradient.
         """
-        chosen_LK = (self.gates(logits_LK) > 0).float()
-        f_K = chosen_LK.sum(dim=0) / chosen_LK.sum()
+        f_K = (self.gates(logits_LK) > 0).float().mean(dim=0)
         return self.num_experts * (f_K * logits_LK.softmax(dim=-1).mean(dim=0)).sum()

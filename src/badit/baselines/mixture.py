@@ -105,9 +105,9 @@ class MixtureModel(ExpertModel):
     tuner_layer_cls = MixtureLinear
 
     def extra_loss(self, attention_mask: torch.Tensor) -> torch.Tensor | None:
-        """The weighted balance loss, a mean over the layers; None where the method has none or its weight is 0."""
+        """The weighted balance losses of all layers, summed as in the released code; None where there are none."""
         losses = [loss for layer in self.expert_layers() for loss in layer.balance_losses(attention_mask)]
-        return torch.stack(losses).mean() if losses else None
+        return torch.stack(losses).sum() if losses else None
 
 
 @baseline("loramoe", MixtureModel)

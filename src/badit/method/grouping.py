@@ -86,8 +86,8 @@ def group_components(
         gram_NN: symmetric cosine Gram (or a mean of such).
         current_N: the present labels 0 … K−1, each exactly r = N/K times.
         solver: "swap", restarts of balanced spherical k-means each finished by exact pairwise exchanges (one of the
-            starts is the present grouping); or "paper", one run of k-means start, polar targets, integer assignment.
-        restarts: number of k-means starts of the "swap" solver.
+            starts is the present grouping); or "paper": k-means start, polar targets, integer assignment.
+        restarts: number of k-means starts; the best grouping counts. The "paper" solver takes at least one.
         seed: the same seed and Gram give the same labels.
 
     Returns:
@@ -110,9 +110,9 @@ def group_components(
         starts = (_until_stable(gram_NN, random_N, num_experts, _centroid_similarity) for random_N in random)
         candidates = list(_swap_until_optimal(gram_NN, np.stack([current_N, *starts]), num_experts))
     elif solver == "paper":
-        random_N = rng.permutation(ordered_N)
-        start_N = _until_stable(gram_NN, random_N, num_experts, _centroid_similarity, balanced=False)
-        candidates = [_until_stable(gram_NN, start_N, num_experts, _polar_similarity)]
+        random = (rng.permutation(ordered_N) for _ in range(max(1, restarts)))
+        starts = [_until_stable(gram_NN, x_N, num_experts, _centroid_similarity, balanced=False) for x_N in random]
+        candidates = [_until_stable(gram_NN, start_N, num_experts, _polar_similarity) for start_N in starts]
     else:
         raise BaditError(f"grouping solver must be 'swap' or 'paper', got {solver!r}")
 
