@@ -1,17 +1,11 @@
 """What experts and tasks learn: angles between experts, moves of components, score matrices, and task gaps.
 
-All but the held-out angles come from what a run or a comparison has written itself.
-
-Component i is the pair (row i of A, column i of B), and its gradient ĝ_i those two, concatenated and normalised. DOG
-groups components of like gradients, so the angles between components of one expert should be small, those between
-components of two experts near 90° (paper, Fig. 4: arXiv 2605.05676). Angles on the gradients that a grouping was made
-from flatter it. Here they are
-
-* of the steps that followed a regrouping, under the grouping before it and the one after it;
-* for methods that never regroup, of the steps before the line was logged ("training");
-* for a finished adapter, of the whole loss on data that it was not trained on ("held-out").
-
-Experts that share one A have no components of their own, and so no such angles.
+All but the held-out angles come from what a run or a comparison has written. Component i is the pair (row i of A,
+column i of B), and its gradient ĝ_i those two, concatenated and normalised. Angles between components of one expert
+should be small, those between experts near 90° (paper, Fig. 4: arXiv 2605.05676). Angles on the gradients that a
+grouping was made from flatter it, so they are of the steps that followed a regrouping ("before", "after" it); for
+methods that never regroup, of the steps before the log line ("training"); and for a finished adapter, of the whole loss
+on data that it was not trained on ("held-out"). Experts that share one A have no components, and so no such angles.
 
 Shape suffixes: N = components, I/O = in/out features.
 """
@@ -22,7 +16,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 import pandas as pd
 import torch
@@ -82,11 +76,8 @@ TASK_GAP = Table(
 )
 
 
-# --- experts ---
-
-
-class _Logged(BaseModel):
-    """A line of a log; the angles are missing where no step followed, and null where there was no pair."""
+class _Angles(BaseModel):
+    """A line of ``angles.jsonl``; an angle is missing where no step followed, and null where there was no pair."""
 
     step: Annotated[int, Field(ge=0, le=2**53)]
     module: str
@@ -95,17 +86,19 @@ class _Logged(BaseModel):
     intra_abs_cos: float | None = None
     inter_abs_cos: float | None = None
 
-    @property
+    def row(self, measured: str, prefix: str = "") -> tuple:
+        angles = (getattr(self, prefix + field) for field in ExpertAngles._fields)
+        return self.step, *self.place(), measured, *angles
+
     def place(self) -> tuple[int, str]:
         return layer_and_module(self.module.rpartition(".")[0])  # the last part is the adapter's name
 
-    def angles(self, prefix: str = "") -> list[float | None]:
-        return [getattr(self, prefix + field) for field in ExpertAngles._fields]
 
+class _Regrouping(_Angles):
+    """A line of ``regroupings.jsonl``."""
 
-class _Regrouping(_Logged):
-    previous_labels: list[int]
-    labels: list[int]
+    previous_labels: list[Annotated[int, Field(ge=0, lt=MAX_EXPERTS)]]
+    labels: list[Annotated[int, Field(ge=0, lt=MAX_EXPERTS)]]
     previous_intra_degrees: float | None = None
     previous_inter_degrees: float | None = None
     previous_intra_abs_cos: float | None = None
@@ -115,15 +108,10 @@ class _Regrouping(_Logged):
     def _same_components(self) -> _Regrouping:
         if len(self.labels) != len(self.previous_labels):
             raise ValueError("labels and previous_labels must name the same number of components")
-        if any(not 0 <= label < min(len(self.labels), MAX_EXPERTS) for label in (*self.labels, *self.previous_labels)):
-            raise ValueError("labels and previous_labels must be experts, from 0 and fewer than components")
         return self
 
 
-_Line = TypeVar("_Line", bound=_Logged)
-
-
-def _lines(path: Path, kind: type[_Line]) -> Iterator[_Line]:
+def _lines(path: Path, kind: type[_Angles]) -> Iterator[Any]:
     for number, content in enumerate(read_jsonl(path), start=1):
         with explained(f"{path}: line {number}", fix="remove the file to leave it out"):
             line = kind.model_validate(content)
@@ -140,15 +128,13 @@ def expert_angles(
     Raises:
         BaditError: a damaged log.
     """
-    rows: list[tuple] = []
+    rows = []
     for line in _lines(run.regroupings_path, _Regrouping):
-        rows.append((line.step, *line.place, "before", *line.angles("previous_")))
-        rows.append((line.step, *line.place, "after", *line.angles()))
-    rows += [(line.step, *line.place, "training", *line.angles()) for line in _lines(run.angles_path, _Logged)]
+        rows += [line.row("before", "previous_"), line.row("after")]
+    rows += [line.row("training") for line in _lines(run.angles_path, _Angles)]
     if model is not None and batches is not None:
         environment = read_json(run.environment_path) if run.environment_path.is_file() else {}
-        steps = (environment.get("training") or {}).get("steps")
-        step = steps if isinstance(steps, int) else None
+        step = (environment.get("training") or {}).get("steps")
         found = held_out_angles(model, batches, progress=progress)
         rows += [(step, *place, "held-out", *angles) for place, angles in found.items()]
     return EXPERT_ANGLES.frame(
@@ -165,10 +151,10 @@ def component_flow(run: Run) -> pd.DataFrame:
     Raises:
         BaditError: a damaged log.
     """
-    rows: list[tuple] = []
+    rows = []
     for line in _lines(run.regroupings_path, _Regrouping):
         moves = Counter(zip(line.previous_labels, line.labels, strict=True))
-        rows += [(line.step, *line.place, *move, count) for move, count in sorted(moves.items())]
+        rows += [(line.step, *line.place(), *move, count) for move, count in sorted(moves.items())]
     about = "Where each regrouping took the experts' components from and to; those that stayed are counted too."
     return COMPONENT_FLOW.frame(rows, about)
 
@@ -186,8 +172,7 @@ def held_out_angles(
     parameters = [p for one in experts for p in (one.layer.badit_A[one.adapter], one.layer.badit_B[one.adapter])]
     sums = [torch.zeros_like(parameter, dtype=torch.float32) for parameter in parameters]
     everything = [batch for of_task in batches.values() for batch in of_task]
-    # A model that was loaded for inference has them frozen.
-    frozen = [parameter for parameter in parameters if not parameter.requires_grad]
+    frozen = [parameter for parameter in parameters if not parameter.requires_grad]  # of a model loaded for inference
     try:
         for parameter in frozen:
             parameter.requires_grad_(True)
@@ -205,9 +190,6 @@ def held_out_angles(
         gram_NN = cosine_gram(grad_A_NI, grad_B_ON).cpu().numpy()
         angles[one.place] = list(angles_of(gram_NN, one.expert_of_N.cpu().numpy()).defined().values())
     return angles
-
-
-# --- tasks ---
 
 
 def transfer(run: Run) -> pd.DataFrame:
