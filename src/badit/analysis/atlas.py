@@ -1,14 +1,8 @@
 """The atlas of abilities: which experts the tasks draw on, what is lost without each, and whose prompts it answers to.
 
-What is said of expert k is said of the experts k of all adapted modules together: their mean gate, and the loss when
-all of them are switched off.
-
-* similarity of two tasks: Pearson's correlation of their mean gates, each gate first centred over tasks, so that what
-  all tasks have in common does not count. T unrelated tasks are at −1/(T − 1) on average.
-* losses without an expert: its gates are 0, the others stay. The initial factors of a method that starts from the
-  pretrained weight stay subtracted, so the expert's share of that weight is gone too.
-* nearest prompts: every gate standardised over all prompts, then averaged over modules.
-* recovery: whether gates find the abilities that tasks are known to share, which only the built-in suite can tell.
+What is said of expert k is said of the experts k of all adapted modules together. Where an expert is switched off, its
+gates are 0 and the others stay; of a method whose experts start from the pretrained weight, the expert's share of that
+weight is gone too.
 
 Shape suffixes: T = tasks, P = prompts (of one task), M = adapted modules, K = experts, L = answer tokens, S = states of
 the model (with all experts, then without each of them), R = the given order of the tasks, then permutations, E = pairs.
@@ -35,6 +29,8 @@ _NEAREST = 5
 _SHOWN_CHARACTERS = 300
 # A gate whose deviation is smaller than this over all prompts or tasks counts as constant.
 _CONSTANT = 1e-6
+
+Texts = Mapping[str, Sequence[tuple[str, str]]]
 
 GATE_SIMILARITY = Table(
     "gate_similarity",
@@ -83,20 +79,13 @@ ABILITY_RECOVERY = Table(
 
 
 def ability_atlas(
-    model: Any,
-    batches: Batches,
-    gates: PromptGates,
-    texts: Mapping[str, Sequence[tuple[str, str]]],
-    tasks: Sequence[Task],
-    *,
-    progress: bool = False,
+    model: Any, batches: Batches, gates: PromptGates, texts: Texts, tasks: Sequence[Task], *, progress: bool = False
 ) -> list[pd.DataFrame]:
     """All tables of the atlas, from as many forward passes over the batches as there are experts, and one.
 
     Args:
         model: in evaluation mode, with one active adapter.
-        batches: what losses are measured on: by task, batches of ``input_ids``, ``attention_mask``, ``labels`` and
-            ``tasks``.
+        batches: what losses are measured on, as for :func:`badit.analysis.gates.prompt_gates`.
         gates: of the same tasks in the same order, perhaps of more prompts.
         texts: by task, the id and the text of the gates' prompts, in their order.
         tasks: ability_recovery is measured where all of them have known abilities.
@@ -141,7 +130,7 @@ def gate_similarity(gates: PromptGates) -> pd.DataFrame:
     )
 
 
-def nearest_prompts(gates: PromptGates, texts: Mapping[str, Sequence[tuple[str, str]]]) -> pd.DataFrame:
+def nearest_prompts(gates: PromptGates, texts: Texts) -> pd.DataFrame:
     """The prompts that draw on each expert most, above what the other prompts do."""
     prompts = [(task, *text) for task in gates.tasks for text in texts[task]]
     rows = []
@@ -167,16 +156,9 @@ def prompt_scores(gates: PromptGates) -> np.ndarray:
 
 @torch.no_grad()
 def expert_losses(model: Any, batches: Batches, *, progress: bool = False) -> tuple[np.ndarray, np.ndarray]:
-    """What every task's loss is without each expert.
+    """Each task's mean loss over its answer tokens, in nats, with all experts and then without each of them (T, S).
 
-    Args:
-        model: in evaluation mode, with one active adapter.
-        batches: as for :func:`badit.analysis.gates.prompt_gates`.
-        progress: show a bar on stderr.
-
-    Returns:
-        Each task's mean loss over its answer tokens, in nats, with all experts and then without each of them (T, S);
-        and the standard errors of the changes (T, K), as far as they come from the choice of prompts.
+    Also the standard errors of the changes (T, K), as far as they come from the choice of prompts.
     """
     experts = active_experts(model)
     estimates = []
@@ -312,15 +294,9 @@ def ability_recovery(
 
     Two measures, each against what it would be if the tasks' sets of abilities were permuted:
 
-    * correlation, over pairs of tasks, of the gates' similarity with the Jaccard overlap of the tasks' abilities. Pairs
-      that share a task are not independent, so the p-value is that of Mantel's test (Mantel 1967, Cancer Research 27);
+    * correlation, over pairs of tasks, of the gates' similarity (T, T) with the Jaccard overlap of abilities; the p-value
+      is Mantel's (Mantel 1967, Cancer Research 27), as pairs that share a task are not independent;
     * the share of tasks whose nearest neighbour by gates shares an ability with them.
-
-    Args:
-        similarity_TT: symmetric; the diagonal is not read.
-        abilities: of every task, at least one.
-        permutations: of the tasks, from which chance and p-value are taken.
-        seed: of the permutations.
     """
     tasks = np.arange(len(abilities))
     overlap_TT = np.array([[len(set(a) & set(b)) / len(set(a) | set(b)) for b in abilities] for a in abilities])
@@ -335,15 +311,13 @@ def ability_recovery(
         related_R = np.full(len(order_RT), np.nan)
     rows = []
     for measure, value_R in (("correlation", correlation_R), ("nearest_neighbour", related_R)):
-        if np.isfinite(value_R).all():
-            # Equal values may differ by rounding.
-            rows.append((measure, value_R[0], value_R[1:].mean(), (value_R >= value_R[0] - 1e-9).mean()))
-        else:
-            rows.append((measure, np.nan, np.nan, np.nan))
+        # Equal values may differ by rounding.
+        p_value = np.nan if np.isnan(value_R[0]) else (value_R >= value_R[0] - 1e-9).mean()
+        rows.append((measure, value_R[0], value_R[1:].mean(), p_value))
     return ABILITY_RECOVERY.frame(
         rows,
-        f"Whether tasks that are known to share abilities draw on the experts alike, over {len(tasks)} tasks. Chance "
-        f"and p come from {permutations} permutations of the tasks (seed {seed}); the correlation's p is Mantel's test.",
+        f"Whether tasks that are known to share abilities draw on the experts alike, over {len(tasks)} tasks. "
+        f"Chance and p come from {permutations} permutations of the tasks (seed {seed}); the correlation's p is Mantel's test.",
     )
 
 

@@ -1,9 +1,8 @@
 """Which experts a prompt draws on: the gates of BADIT, of the mixture baselines and of MTL-LoRA.
 
-Every adapted layer multiplies its components by gates, and all components of an expert have the same one. The gates of
-every method are a softmax and sum to K or to 1. Divided by their mean over the experts, they are on one scale: 1 is
-neutral, K is one expert alone. Where every position has its own gates, a prompt's are the mean over its positions,
-without padding and answer.
+Every adapted layer multiplies its components by gates, and all components of an expert have the same one. All gates are
+a softmax and sum to K or to 1. Here they are divided by their mean over the experts: 1 is neutral, K is one expert
+alone. Where every position has its own gates, a prompt's are the mean over its positions, without padding and answer.
 
 Shape suffixes: B = rows, T = positions, N = components, M = adapted modules, K = experts, P = prompts of one task,
 U = experts of all of a layer's modules.
@@ -78,12 +77,7 @@ class Experts:
 
 @dataclass(frozen=True)
 class PromptGates:
-    """How much every prompt draws on every expert.
-
-    Attributes:
-        modules: the adapted modules, each by its layer and its name below that.
-        by_task: gates (P, M, K) on the scale on which 1 is neutral, the prompts in the order of the batches' rows.
-    """
+    """How much every prompt draws on every expert: by task, gates (P, M, K), the prompts in the order of the rows."""
 
     modules: Sequence[tuple[int, str]]
     by_task: Mapping[str, np.ndarray]
@@ -166,13 +160,7 @@ def prompt_gates(model: Any, batches: Batches) -> PromptGates:
 
 @torch.no_grad()
 def mean_component_gates(model: Any, batches: Batches, *, progress: bool = False) -> dict[str, list[torch.Tensor]]:
-    """By task, the components' gates (N) in every adapted layer, as they multiply, the mean over the task's prompts.
-
-    Args:
-        model: in evaluation mode, with one active adapter of any kind whose components are gated.
-        batches: as for :func:`prompt_gates`.
-        progress: show a bar on stderr.
-    """
+    """By task, the components' gates (N) in every adapted layer, as they multiply, the mean over the task's prompts."""
     adapted = adapted_layers(model)
     tasks = tqdm(batches.items(), desc="Gates", unit="task", disable=not progress)
     return {task: [g_PN.mean(dim=0) for g_PN in _component_gates(model, adapted, of_task)] for task, of_task in tasks}
@@ -199,8 +187,8 @@ def _component_gates(
 
 def gates_frame(gates: PromptGates) -> pd.DataFrame:
     """Every task's gates in every module: mean and standard deviation over its prompts."""
-    counts = sorted({len(gates_PMK) for gates_PMK in gates.by_task.values()})
-    each = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+    counts = [len(gates_PMK) for gates_PMK in gates.by_task.values()]
+    each = str(min(counts)) if len(set(counts)) == 1 else f"{min(counts)} to {max(counts)}"
     # A single prompt has no standard deviation.
     stds = [g.std(axis=0, ddof=1) if len(g) > 1 else np.full_like(g[0], np.nan) for g in gates.by_task.values()]
     modules = pd.DataFrame(gates.modules, columns=["layer", "module"])

@@ -97,9 +97,8 @@ class MeasuredParameter(NamedTuple):
 def layer_and_module(name: str, prefix: str | None = None) -> tuple[int, str]:
     """The index of the transformer layer, −1 outside of the layers, and the name below it.
 
-    Args:
-        name: of a module, or of an adapter's parameter, such as ``model.layers.12.mlp.gate_proj``.
-        prefix: how the names of the adapter's own parts begin; the name from there on is replaced by "adapter".
+    ``name`` is that of a module, or of an adapter's parameter, whose own part, which begins with ``prefix``, becomes
+    "adapter".
     """
     parts = [part for part in name.split(".") if part != "base_layer"]
     own = next((i for i, part in enumerate(parts) if prefix and part.startswith(prefix)), None)
@@ -132,14 +131,7 @@ def measured_parameters(model: nn.Module) -> list[MeasuredParameter]:
 
 
 class TaskGradients:
-    """Sums of the instances' gradients by task and half, and of the squares of "weights" by task and row.
-
-    Args:
-        model: whose gradients are taken.
-        tasks: their number, T.
-        sketch_size: numbers that are kept for a parameter, a task and a half.
-        seed: of the sketches.
-    """
+    """Sums of the instances' gradients by task and half, as sketches, and of the squares of "weights" by row."""
 
     def __init__(self, model: nn.Module, tasks: int, sketch_size: int, seed: int) -> None:
         self._model = model
@@ -194,10 +186,7 @@ class TaskGradients:
             self._squares[index][self._row // 2] += gradient.square().mean(dim=in_dim)
 
     def grams(self) -> tuple[list[Place], torch.Tensor]:
-        """The places that have a gradient, and for each the inner products G (P, R, R) of the halves' sums.
-
-        Weights come first, each kind in the order of the layers and, within a layer, of the model's modules.
-        """
+        """The places that have a gradient, weights first, and the inner products (P, R, R) of their halves' sums."""
         grams: dict[Place, torch.Tensor] = {}
         for item, sketch in zip(self._measured, self._sketches, strict=True):
             grams[item.place] = grams.get(item.place, 0) + sketch.gram()
@@ -207,10 +196,7 @@ class TaskGradients:
         return places, torch.stack([grams[place] for place in places])
 
     def row_scores(self, task: int) -> list[torch.Tensor]:
-        """For each layer, the mean squared gradient of every row of its weights (U,), on the CPU.
-
-        The mean is taken over the row's entries and over the task's instances, each squared by itself.
-        """
+        """For each layer, the mean squared gradient of every row of its weights (U,), over the task's instances."""
         layers: dict[int, list[torch.Tensor]] = {}
         for item, squares_TU in zip(self._measured, self._squares, strict=True):
             if item.in_dim is not None:
@@ -219,15 +205,7 @@ class TaskGradients:
 
 
 class SketchedSums:
-    """Sums of vectors (N), kept as sketches; a vector of at most ``size`` coordinates is kept as it is.
-
-    Args:
-        length: N.
-        sums: how many sums are kept apart.
-        size: M.
-        generator: on the CPU, where h and σ come from; they are the same for all sums.
-        device: where the vectors are.
-    """
+    """Sums of vectors (N = length), kept apart as sketches of at most M = size numbers; shorter vectors stay exact."""
 
     def __init__(
         self, length: int, sums: int, size: int, generator: torch.Generator, device: torch.device | None = None

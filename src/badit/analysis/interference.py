@@ -1,12 +1,9 @@
 """How tasks interfere in a model: conflicts between their gradients, and the units that they share.
 
-One pass over the data measures both: each instance's forward pass gives its neurons' outputs, its backward pass its
-gradients (:mod:`badit.analysis.gradients`). Gradient conflict and magnitude similarity are those of Yu et al. 2020,
-arXiv 2001.06782; co-activation is that of the paper's Figures 1 and 2, arXiv 2605.05676.
-
-Co-activation: each task marks its strongest units, and for each unit the tasks are counted. Units are neurons, rows of
-weight matrices, or experts. If tasks marked independently, the number of tasks that mark a unit would be binomial with
-the marked share p (Poisson-binomial where shares differ), and |A ∩ B| / |A ∪ B| of two tasks would be p / (2 − p).
+Gradient conflict and magnitude similarity are those of Yu et al. 2020, arXiv 2001.06782; co-activation is that of the
+paper's Figures 1 and 2, arXiv 2605.05676. Each task marks its strongest units, and for each unit the tasks are counted.
+If tasks marked independently, the number of tasks that mark a unit would be binomial with the marked share p
+(Poisson-binomial where shares differ), and |A ∩ B| / |A ∪ B| of two tasks would be p / (2 − p).
 
 A neuron is an output of the MLP's gate projection, or of its first projection where there is no gate, before the
 activation function. Its score on a task is its mean over all positions of all instances. Assumptions: a block of
@@ -85,8 +82,7 @@ def measure_interference(
         progress: whether to show a bar.
 
     Returns:
-        The tables gradient_pairs, gradient_overall, gradient_summary, gradient_tasks, coactivation, coactivation_tasks
-        and coactivation_pairs; the last three with the kinds "neurons" and "parameters".
+        The gradient tables, and the co-activation tables with the kinds "neurons" and "parameters".
 
     Raises:
         BaditError: no tasks, an instance without a finite loss, or a model whose layers have no MLP of a known kind.
@@ -174,14 +170,11 @@ def strongest(scores: Sequence[torch.Tensor], share: float) -> list[torch.Tensor
 
 
 def coactivation(marked: Mapping[str, Mapping[str, Sequence[torch.Tensor]]], about: str) -> list[pd.DataFrame]:
-    """Counts, for every unit, the tasks that have marked it.
+    """The tables coactivation, coactivation_tasks and coactivation_pairs.
 
     Args:
         marked: by the kind of the units and by task, which units it marks: booleans (U,) for each layer.
         about: how the units were marked.
-
-    Returns:
-        The tables coactivation, coactivation_tasks and coactivation_pairs.
     """
     counts, by_task, pairs = [], [], []
     for kind, masks in marked.items():

@@ -20,7 +20,7 @@ from typing import Annotated, Any
 
 import pandas as pd
 import torch
-from pydantic import BaseModel, Field, model_validator
+from pydantic import BaseModel, Field, create_model
 from tqdm import tqdm
 
 from badit.analysis.gates import Batches, active_experts
@@ -76,46 +76,25 @@ TASK_GAP = Table(
 )
 
 
-class _Angles(BaseModel):
-    """A line of ``angles.jsonl``; an angle is missing where no step followed, and null where there was no pair."""
-
-    step: Annotated[int, Field(ge=0, le=2**53)]
-    module: str
-    intra_degrees: float | None = None
-    inter_degrees: float | None = None
-    intra_abs_cos: float | None = None
-    inter_abs_cos: float | None = None
-
-    def row(self, measured: str, prefix: str = "") -> tuple:
-        angles = (getattr(self, prefix + field) for field in ExpertAngles._fields)
-        return self.step, *self.place(), measured, *angles
-
-    def place(self) -> tuple[int, str]:
-        return layer_and_module(self.module.rpartition(".")[0])  # the last part is the adapter's name
+_Label = Annotated[int, Field(ge=0, lt=MAX_EXPERTS)]
+# An angle is missing where no step followed, and null where there was no pair.
+_fields: dict[str, Any] = dict.fromkeys(ExpertAngles._fields, (float | None, None))
+_previous: dict[str, Any] = {f"previous_{field}": (float | None, None) for field in ExpertAngles._fields}
+_Angles = create_model("_Angles", step=(Annotated[int, Field(ge=0, le=2**53)], ...), module=(str, ...), **_fields)
+_Regrouping = create_model(
+    "_Regrouping", __base__=_Angles, labels=(list[_Label], ...), previous_labels=(list[_Label], ...), **_previous
+)
 
 
-class _Regrouping(_Angles):
-    """A line of ``regroupings.jsonl``."""
-
-    previous_labels: list[Annotated[int, Field(ge=0, lt=MAX_EXPERTS)]]
-    labels: list[Annotated[int, Field(ge=0, lt=MAX_EXPERTS)]]
-    previous_intra_degrees: float | None = None
-    previous_inter_degrees: float | None = None
-    previous_intra_abs_cos: float | None = None
-    previous_inter_abs_cos: float | None = None
-
-    @model_validator(mode="after")
-    def _same_components(self) -> _Regrouping:
-        if len(self.labels) != len(self.previous_labels):
-            raise ValueError("labels and previous_labels must name the same number of components")
-        return self
-
-
-def _lines(path: Path, kind: type[_Angles]) -> Iterator[Any]:
+def _logged(path: Path, kind: type[BaseModel]) -> Iterator[tuple[tuple, dict[str, Any]]]:
+    """A log's lines, each with its step, layer and module."""
     for number, content in enumerate(read_jsonl(path), start=1):
         with explained(f"{path}: line {number}", fix="remove the file to leave it out"):
-            line = kind.model_validate(content)
-        yield line
+            line = kind.model_validate(content).model_dump()
+        if len(line.get("labels", ())) != len(line.get("previous_labels", ())):
+            raise BaditError(f"{path}: line {number}: labels and previous_labels must have the same length")
+        module = line["module"].rpartition(".")[0]  # the last part is the adapter's name
+        yield (line["step"], *layer_and_module(module)), line
 
 
 def expert_angles(
@@ -123,15 +102,15 @@ def expert_angles(
 ) -> pd.DataFrame:
     """The angles that the run has logged and, given its model and held-out batches, those of the finished adapter.
 
-    ``progress`` shows a bar on stderr.
-
     Raises:
         BaditError: a damaged log.
     """
     rows = []
-    for line in _lines(run.regroupings_path, _Regrouping):
-        rows += [line.row("before", "previous_"), line.row("after")]
-    rows += [line.row("training") for line in _lines(run.angles_path, _Angles)]
+    for place, line in _logged(run.regroupings_path, _Regrouping):
+        rows.append((*place, "before", *(line[name] for name in _previous)))
+        rows.append((*place, "after", *(line[name] for name in _fields)))
+    for place, line in _logged(run.angles_path, _Angles):
+        rows.append((*place, "training", *(line[name] for name in _fields)))
     if model is not None and batches is not None:
         environment = read_json(run.environment_path) if run.environment_path.is_file() else {}
         step = (environment.get("training") or {}).get("steps")
@@ -152,9 +131,9 @@ def component_flow(run: Run) -> pd.DataFrame:
         BaditError: a damaged log.
     """
     rows = []
-    for line in _lines(run.regroupings_path, _Regrouping):
-        moves = Counter(zip(line.previous_labels, line.labels, strict=True))
-        rows += [(line.step, *line.place(), *move, count) for move, count in sorted(moves.items())]
+    for place, line in _logged(run.regroupings_path, _Regrouping):
+        moves = Counter(zip(line["previous_labels"], line["labels"], strict=True))
+        rows += [(*place, *move, count) for move, count in sorted(moves.items())]
     about = "Where each regrouping took the experts' components from and to; those that stayed are counted too."
     return COMPONENT_FLOW.frame(rows, about)
 
@@ -162,10 +141,7 @@ def component_flow(run: Run) -> pd.DataFrame:
 def held_out_angles(
     model: Any, batches: Batches, *, progress: bool = False
 ) -> dict[tuple[int, str], list[float | None]]:
-    """By module, the angles between the experts' gradients of the summed loss over all batches.
-
-    Modules whose experts share one A are left out. ``progress`` shows a bar on stderr.
-    """
+    """By module whose experts have an A each, the angles between their gradients of the loss over all batches."""
     experts = [one for one in active_experts(model) if not one.layer.badit_config[one.adapter].shares_A]
     if not experts:
         return {}
@@ -214,14 +190,7 @@ def transfer(run: Run) -> pd.DataFrame:
 
 
 def task_gap(path: str | os.PathLike[str]) -> pd.DataFrame:
-    """Every method's score on every task, trained on that task alone and on all of them.
-
-    Args:
-        path: a comparison's folder or its results.json.
-
-    Raises:
-        BaditError: it is missing or damaged.
-    """
+    """Every method's score on every task, trained on that task alone and on all of them; ``path`` is a comparison's."""
     results = load_results(path)
     scores = results.scores.loc[results.scores["metric"] == "rouge_l"]
     pairs = pd.concat([paired(scores, method, method + SINGLE_TASK) for method in results.methods])

@@ -1,4 +1,4 @@
-"""What figures share: choices, charts of one choice out of many, heat maps, legends, and the forms of numbers and names.
+"""What figures share: choices, heat maps of one choice out of many, legends, and the forms of numbers and names.
 
 A run has tens of thousands of values such as the cosines of every layer and module. A chart with choices holds them as
 CSV, with a row for each place and a column for each combination of choices, such as "3|mlp.gate_proj".
@@ -62,21 +62,17 @@ def choice(name: str, options: Mapping[str, str] | Iterable[str]) -> alt.Paramet
     return alt.param(name=name, value=keys[0], bind=binding)
 
 
-def layer_choice(layers: Iterable[int], all_layers: str = "all layers") -> alt.Parameter:
-    """All layers together, then each."""
-    names = {str(layer): f"layer {layer}" if layer >= 0 else "outside the layers" for layer in sorted(set(layers))}
-    return choice("layer", {ALL: all_layers} | (names if len(names) > 1 else {}))
-
-
-def module_choice(modules: Iterable[str]) -> alt.Parameter:
-    """All modules together, then each."""
-    names = {name: name for name in sorted(set(modules))}
-    return choice("module", {ALL: "all modules"} | (names if len(names) > 1 else {}))
+def all_or_one(name: str, values: Iterable[Any], together: str = "") -> alt.Parameter:
+    """All values of a column together, then each."""
+    each = {str(value): f"layer {value}" if name == "layer" else value for value in sorted(set(values))}
+    return choice(name, {ALL: together or f"all {name}s"} | (each if len(each) > 1 else {}))
 
 
 def with_all(frame: pd.DataFrame, *columns: str) -> pd.DataFrame:
-    """The rows, and again under ALL of every column, so that their mean over the column can be chosen."""
+    """The rows, and again under ALL of every column, where there are none, so that their mean can be chosen."""
     for column in columns:
+        if (frame[column] == ALL).any():
+            continue
         text = frame.assign(**{column: frame[column].astype(str)})
         frame = pd.concat([text, text.assign(**{column: ALL})])
     return frame
@@ -89,6 +85,7 @@ def chart_of(frame: pd.DataFrame) -> alt.Chart:
 
 def by_choice(frame: pd.DataFrame, places: Sequence[str], choices: Sequence[alt.Parameter]) -> pd.DataFrame:
     """Means of the column ``value``: a row for each place, a column for each combination of options, joined by "|"."""
+    frame = with_all(frame, *(str(option.name) for option in choices if option.param.value == ALL))
     keys = pd.Series("", index=frame.index)
     for option in choices:
         keys = keys + "|" + frame[option.name].astype(str)
@@ -97,11 +94,9 @@ def by_choice(frame: pd.DataFrame, places: Sequence[str], choices: Sequence[alt.
 
 
 def chart_by_choice(values: pd.DataFrame, choices: Sequence[alt.Parameter]) -> alt.Chart:
-    """A chart with a row for each place that has a ``value`` under the chosen options.
+    """A chart of what :func:`by_choice` has found: a row for each place that has a ``value`` under the chosen options.
 
-    Args:
-        values: from :func:`by_choice`.
-        choices: to be added to the finished chart with ``add_params``.
+    The choices are to be added to the finished chart with ``add_params``.
     """
     places = values.index.to_frame()
     numbers = {name: "number" for name in places if pd.api.types.is_numeric_dtype(places[name])}

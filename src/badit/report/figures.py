@@ -11,31 +11,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import altair as alt
 import numpy as np
 import pandas as pd
 
 from badit.metrics import METRICS
-from badit.report.charts import (
-    ALL,
-    ROW,
-    UNKNOWN,
-    by_choice,
-    chart_by_choice,
-    chart_of,
-    choice,
-    heat_map,
-    layer_choice,
-    legend,
-    module_choice,
-    names_in,
-    number,
-    text_table,
-    with_all,
-)
+from badit.report import charts
 
 _MOST_POINTS = 250
 _MOST_PAIRS = 120
@@ -53,16 +36,15 @@ _MEASURES = {
 }
 
 
-@dataclass(frozen=True)
-class Figure:
+class Figure(NamedTuple):
     """A figure or a table of the page.
 
-    Args:
+    Attributes:
         section: the key of the section that it is in.
         title: its heading.
         table: the name of the frame that it is made from.
-        draw: from that frame to an Altair chart, or to a DataFrame of text that is shown as a table; None where there
-            is nothing to show. Its docstring is the caption, which says how to read the figure.
+        draw: from that frame to an Altair chart, to a DataFrame of text, or to None where there is nothing to show. Its
+            docstring is the caption; ``gradient_cosines`` is called gradient-cosines in the page and as a file.
         width: the share of the text's width that it takes; "square" suits matrices.
     """
 
@@ -71,15 +53,6 @@ class Figure:
     table: str
     draw: Callable[[pd.DataFrame], Any]
     width: Literal["full", "half", "square"] = "full"
-
-    @property
-    def name(self) -> str:
-        """Its name in the page and, exported, its file's: ``gradient_cosines`` draws gradient-cosines."""
-        return self.draw.__name__.replace("_", "-")
-
-    @property
-    def caption(self) -> str:
-        return " ".join((self.draw.__doc__ or "").split())
 
 
 # --- scores and training ---
@@ -95,7 +68,7 @@ def loss_curves(frame: pd.DataFrame) -> Any:
         means = {"series": "last", "run": "last", "step": "last", "loss": "mean"}
         thinned.append(of_point.agg(means).round({"loss": 4}))
     base = (
-        chart_of(pd.concat(thinned))
+        charts.chart_of(pd.concat(thinned))
         .transform_window(mean="mean(loss)", frame=[-2, 2], groupby=["series", "run"], sort=[alt.SortField("step")])
         .encode(
             x=alt.X("step:Q", title="step", axis=alt.Axis(grid=False, tickCount=5)),
@@ -112,7 +85,7 @@ def loss_curves(frame: pd.DataFrame) -> Any:
     smooth = base.mark_line(strokeWidth=2.2).encode(
         y="mean:Q",
         opacity=alt.condition(pick, alt.value(1), alt.value(0.1)),
-        strokeDash=alt.StrokeDash("series:N", scale=dashes, legend=legend(series, symbolType="stroke")),
+        strokeDash=alt.StrokeDash("series:N", scale=dashes, legend=charts.legend(series, symbolType="stroke")),
         tooltip=alt.value(None),
     )
     spots = base.mark_point(size=60, filled=True, opacity=0).encode(
@@ -128,21 +101,21 @@ def scores_by_task(frame: pd.DataFrame) -> Any:
     rows = frame.pivot_table("score", ["task", "run"], "metric", sort=False).round(2).reset_index()
     labels = {name: metric.label for name, metric in METRICS.items() if name in rows}
     series = list(dict.fromkeys(frame["run"]))
-    rows = rows.assign(full=rows["task"], task=rows["task"].map(names_in(frame, "task")))
+    rows = rows.assign(full=rows["task"], task=rows["task"].map(charts.names_in(frame, "task")))
     means = rows.groupby("task")[next(iter(labels))].mean()
     order = means.sort_values(ascending=False, kind="stable").index.tolist()
     pick = alt.selection_point(name="pick", fields=["run"], bind="legend")
     symbols = alt.Scale(domain=series, range=_SYMBOLS)
     x = alt.X("score:Q", title="score (0 to 100)", scale=alt.Scale(zero=True, nice=True), axis=alt.Axis(tickCount=6))
     chart = (
-        chart_of(rows)
+        charts.chart_of(rows)
         .transform_calculate(score="datum[metric]")
         .mark_point(filled=True, size=75)
         .encode(
             x=x,
             y=alt.Y("task:N", title=None, sort=order, axis=alt.Axis(grid=True, labelOverlap=False)),
             color=_colour("run", series),
-            shape=alt.Shape("run:N", scale=symbols, legend=legend(series)),
+            shape=alt.Shape("run:N", scale=symbols, legend=charts.legend(series)),
             opacity=alt.condition(pick, alt.value(0.9), alt.value(0.08)),
             tooltip=[
                 alt.Tooltip("full:N", title="task"),
@@ -150,9 +123,9 @@ def scores_by_task(frame: pd.DataFrame) -> Any:
                 *(alt.Tooltip(f"{metric}:Q", title=label, format=".1f") for metric, label in labels.items()),
             ],
         )
-        .add_params(pick, choice("metric", labels))
+        .add_params(pick, charts.choice("metric", labels))
     )
-    return chart.properties(width="container", height=ROW * len(order))
+    return chart.properties(width="container", height=charts.ROW * len(order))
 
 
 def scores_table(frame: pd.DataFrame) -> pd.DataFrame:
@@ -160,14 +133,14 @@ def scores_table(frame: pd.DataFrame) -> pd.DataFrame:
     several = frame["run"].nunique() > 1
     tasks = frame["task"].unique()
     shown = pd.DataFrame({"task": [*tasks, "mean over tasks"]}, dtype=object)
-    shown["instances"] = [number(n, ".0f") for n in frame.groupby("task")["n"].max()[tasks]] + [""]
+    shown["instances"] = [charts.number(n, ".0f") for n in frame.groupby("task")["n"].max()[tasks]] + [""]
     strong = []
     for metric in [metric for metric in METRICS if metric in set(frame["metric"])]:
         scores = frame[frame["metric"] == metric].pivot_table("score", "task", "run", sort=False).reindex(tasks)
         values = np.vstack([scores, scores.mean()])
         for run, column in zip(scores, values.T, strict=True):
             heading = f"{run}: {METRICS[metric].label}" if several else METRICS[metric].label
-            shown[heading] = [number(score) for score in column]
+            shown[heading] = [charts.number(score) for score in column]
             best = np.flatnonzero(column >= np.nanmax(values, axis=1) - 1e-9)
             strong += [(i, heading) for i in best] if several else []
     shown.attrs |= {"footer": 1, "strong": strong}
@@ -182,7 +155,7 @@ def methods(frame: pd.DataFrame) -> pd.DataFrame:
 def differences(frame: pd.DataFrame) -> Any:
     """Mean paired difference and its 95 % bootstrap interval over runs and instances: an interval that crosses the
     dotted line decides nothing, and one over a single run says nothing of other seeds."""
-    base = chart_of(frame).encode(
+    base = charts.chart_of(frame).encode(
         y=alt.Y("method:N", title=None, sort=None),
         tooltip=["method:N", *(alt.Tooltip(f"{name}:Q", format="+.2f") for name in ("mean", "low", "high"))],
     )
@@ -190,15 +163,15 @@ def differences(frame: pd.DataFrame) -> Any:
     x = alt.X("low:Q", title=title, axis=alt.Axis(tickCount=6))
     bars = base.mark_rule(style="interval", strokeWidth=2.5).encode(x=x, x2="high:Q")
     means = base.mark_point(filled=True, size=90, opacity=1).encode(x="mean:Q")
-    zero = chart_of(pd.DataFrame({"zero": [0]})).mark_rule(style="reference", tooltip=None).encode(x="zero:Q")
-    return alt.layer(zero, bars, means).properties(width="container", height=ROW * len(frame))
+    zero = charts.chart_of(pd.DataFrame({"zero": [0]})).mark_rule(style="reference", tooltip=None).encode(x="zero:Q")
+    return alt.layer(zero, bars, means).properties(width="container", height=charts.ROW * len(frame))
 
 
 def task_gap(frame: pd.DataFrame) -> Any:
     """A circle is the model trained on the task alone, a diamond the one trained on all tasks: a diamond on the left
     has lost by learning together."""
     kinds = {"single": "one model per task", "multi": "one model for all"}
-    rows = frame.assign(full=frame["task"], task=frame["task"].map(names_in(frame, "task"))).sort_values("gap")
+    rows = frame.assign(full=frame["task"], task=frame["task"].map(charts.names_in(frame, "task"))).sort_values("gap")
     tooltip = [
         alt.Tooltip("full:N", title="task"),
         *(alt.Tooltip(f"{column}:Q", title=kind, format=".1f") for column, kind in kinds.items()),
@@ -206,7 +179,7 @@ def task_gap(frame: pd.DataFrame) -> Any:
     ]
     order = list(dict.fromkeys(rows["task"]))
     y = alt.Y("task:N", title=None, sort=order, axis=alt.Axis(labelOverlap=False))
-    base = chart_of(rows).transform_filter("datum.method === method").encode(y=y, tooltip=tooltip)
+    base = charts.chart_of(rows).transform_filter("datum.method === method").encode(y=y, tooltip=tooltip)
     x = alt.X("single:Q", title="Rouge-L", axis=alt.Axis(tickCount=6))
     domain = list(kinds.values())
     shape = alt.Shape("kind:N", scale=alt.Scale(domain=domain, range=["circle", "diamond"]))
@@ -214,8 +187,8 @@ def task_gap(frame: pd.DataFrame) -> Any:
     for column, kind in kinds.items():
         marks = base.transform_calculate(kind=f"'{kind}'").mark_point(filled=True, size=80, opacity=1)
         layers.append(marks.encode(x=f"{column}:Q", color=_colour("kind", domain), shape=shape))
-    chart = alt.layer(*layers).add_params(choice("method", frame["method"]))
-    return chart.properties(width="container", height=ROW * len(order))
+    chart = alt.layer(*layers).add_params(charts.choice("method", frame["method"]))
+    return chart.properties(width="container", height=charts.ROW * len(order))
 
 
 def transfer(frame: pd.DataFrame) -> Any:
@@ -224,11 +197,11 @@ def transfer(frame: pd.DataFrame) -> Any:
     rows["task"] = pd.Categorical(rows["task"], list(dict.fromkeys([*rows["trained_task"], *rows["task"]])))
     titles = ("after training on", "Rouge-L on")
     style = {"signed": False, "limit": float(np.nanmax([*rows["value"], 1.0])), "form": ".0f", "written": True}
-    return heat_map(rows, "trained_task", "task", "Rouge-L", titles=titles, **style)
+    return charts.heat_map(rows, "trained_task", "task", "Rouge-L", titles=titles, **style)
 
 
 def _colour(field: str, names: list[str], **options: Any) -> alt.Color:
-    return alt.Color(f"{field}:N", scale=alt.Scale(domain=names), legend=legend(names, **options))
+    return alt.Color(f"{field}:N", scale=alt.Scale(domain=names), legend=charts.legend(names, **options))
 
 
 # --- gradients ---
@@ -239,13 +212,12 @@ def gradient_cosines(frame: pd.DataFrame) -> Any:
     else of the model's weights; with all layers and all modules the gradients are taken as one vector, otherwise the
     cosines' mean is shown."""
     frame = frame[frame["parameters"] == _kinds(frame)[0]].rename(columns={"cosine": "value"})
-    together, single = frame[frame["layer"] == ALL], frame[frame["layer"] != ALL]
-    means = with_all(single, "layer", "module")
+    together, single = frame[frame["layer"] == charts.ALL], frame[frame["layer"] != charts.ALL]
+    choices = [charts.all_or_one(name, single[name]) for name in ("layer", "module")]
+    means = charts.with_all(single, "layer", "module")
     if len(together):
-        means = means[(means["layer"] != ALL) | (means["module"] != ALL)]
-    choices = [layer_choice(single["layer"].astype(int)), module_choice(single["module"])]
-    rows = pd.concat([together, means])
-    return heat_map(rows, "task_a", "task_b", "cosine", choices=choices, symmetric=True)
+        means = pd.concat([together, means[(means["layer"] != charts.ALL) | (means["module"] != charts.ALL)]])
+    return charts.heat_map(means, "task_a", "task_b", "cosine", choices=choices, symmetric=True)
 
 
 def gradient_cosines_weights(frame: pd.DataFrame) -> Any:
@@ -271,16 +243,16 @@ def _by_layer(frame: pd.DataFrame, column: str, title: str, form: str) -> Any:
     if rows.empty:
         return None
     layers = alt.Axis(format="d", tickCount=8, grid=False)
-    base = chart_of(rows).transform_filter("datum.parameters === parameters")
+    base = charts.chart_of(rows).transform_filter("datum.parameters === parameters")
     base = base.encode(
         x=alt.X("layer:Q", title="layer", scale=alt.Scale(nice=False), axis=layers),
         y=alt.Y(f"{column}:Q", title=title, axis=alt.Axis(format=form, tickCount=5)),
-        color=alt.Color("module:N", legend=legend(rows["module"])),
+        color=alt.Color("module:N", legend=charts.legend(rows["module"])),
     )
     few = rows["layer"].nunique() <= 12
     spots = base.mark_point(filled=True, size=25 if few else 60, opacity=1 if few else 0)
     chart = base.mark_line(strokeWidth=1.8, tooltip=None) + spots
-    return chart.add_params(choice("parameters", _kinds(rows))).properties(width="container", height=220)
+    return chart.add_params(charts.choice("parameters", _kinds(rows))).properties(width="container", height=220)
 
 
 def gradient_pairs(frame: pd.DataFrame) -> pd.DataFrame:
@@ -291,13 +263,13 @@ def gradient_pairs(frame: pd.DataFrame) -> pd.DataFrame:
         rows = pd.concat([rows[: _MOST_PAIRS // 2], rows[-_MOST_PAIRS // 2 :]])
     rows = rows.rename(columns={"task_a": "task", "task_b": "other_task"})
     forms = {"cosine": ".3f", "corrected_cosine": ".2f", "magnitude_similarity": ".2f"}
-    return text_table(rows, {"task": "", "other_task": "", **forms})
+    return charts.text_table(rows, {"task": "", "other_task": "", **forms})
 
 
 def gradient_tasks(frame: pd.DataFrame) -> pd.DataFrame:
     """A task with a large norm weighs more in a mixed batch; one with low reliability needs more instances."""
     forms = {"task": "", "norm": ".2f", "reliability": ".2f", "instances": ".0f", "parameters": ""}
-    return text_table(frame, forms)
+    return charts.text_table(frame, forms)
 
 
 def _kinds(frame: pd.DataFrame) -> list[str]:
@@ -316,8 +288,9 @@ def shared_units(frame: pd.DataFrame) -> Any:
     rows = rows.rename(columns={"kind": "units", "share": "measured", "chance": "by chance"})
     names = ["measured", "by chance"]
     long = rows.melt(["units", "layer", "tasks"], names, "series")
-    choices = [choice("units", frame["kind"]), layer_choice(rows["layer"], "mean over layers")]
-    base = chart_by_choice(by_choice(with_all(long, "layer"), ["tasks", "series"], choices), choices).encode(
+    choices = [charts.choice("units", frame["kind"]), charts.all_or_one("layer", rows["layer"], "mean over layers")]
+    values = charts.by_choice(long, ["tasks", "series"], choices)
+    base = charts.chart_by_choice(values, choices).encode(
         x=alt.X("tasks:O", title="number of tasks that share a unit", axis=alt.Axis(labelAngle=0)),
         y=alt.Y("value:Q", title="share of all units", axis=alt.Axis(format="%", tickCount=5)),
         color=_colour("series", names),
@@ -335,11 +308,11 @@ def units_of_tasks(frame: pd.DataFrame) -> Any:
     sums = frame.groupby(["kind", "task"], sort=False, observed=True)[["marked", "exclusive", "universal"]].sum()
     some = sums["marked"] - sums["exclusive"] - sums["universal"]
     sums = sums.rename(columns={"exclusive": parts[0], "universal": parts[2]}).assign(**{parts[1]: some}).reset_index()
-    names = names_in(frame, "task")
+    names = charts.names_in(frame, "task")
     long = sums.melt(["kind", "task"], parts, "part", "units").rename(columns={"task": "full"})
     long = long.assign(task=long["full"].map(names), order=long["part"].map(parts.index))
     chart = (
-        chart_of(long)
+        charts.chart_of(long)
         .transform_filter("datum.kind === kind")
         .transform_joinaggregate(total="sum(units)", groupby=["task"])
         .transform_calculate(share="datum.units / datum.total")
@@ -352,14 +325,16 @@ def units_of_tasks(frame: pd.DataFrame) -> Any:
             tooltip=[alt.Tooltip("full:N", title="task"), "part:N", "units:Q", alt.Tooltip("share:Q", format=".1%")],
         )
     )
-    return chart.add_params(choice("kind", frame["kind"])).properties(width="container", height=ROW * len(names))
+    return chart.add_params(charts.choice("kind", frame["kind"])).properties(
+        width="container", height=charts.ROW * len(names)
+    )
 
 
 def unit_overlaps(frame: pd.DataFrame) -> Any:
     """Jaccard overlap over all layers: units marked for both tasks, of those marked for either."""
     rows = frame.rename(columns={"kind": "units", "overlap": "value"})
-    units = choice("units", rows["units"])
-    return heat_map(rows, "task_a", "task_b", "overlap (Jaccard)", choices=[units], signed=False, symmetric=True)
+    units = charts.choice("units", rows["units"])
+    return charts.heat_map(rows, "task_a", "task_b", "overlap (Jaccard)", choices=[units], signed=False, symmetric=True)
 
 
 # --- geometry of experts ---
@@ -371,7 +346,7 @@ def expert_angles(frame: pd.DataFrame) -> Any:
     chart = _by_step(frame, "degrees", "angle (degrees)", zero=False)
     # A line at 90°, and invisible ones 5° to both sides: a shorter scale would exaggerate small differences.
     lines = pd.DataFrame({"degrees": [85, 90, 95], "seen": [0, 1, 0]})
-    right_angle = chart_of(lines).mark_rule(style="reference", tooltip=None)
+    right_angle = charts.chart_of(lines).mark_rule(style="reference", tooltip=None)
     right_angle = right_angle.encode(y="degrees:Q", opacity=alt.Opacity("seen:Q", scale=None, legend=None))
     return None if chart is None else chart + right_angle
 
@@ -390,9 +365,9 @@ def _by_step(frame: pd.DataFrame, unit: str, title: str, *, zero: bool) -> Any:
     long = rows.melt(["step", "measured", "layer"], groups, "group").dropna(subset=["value"])
     if long.empty:
         return None
-    choices = [layer_choice(rows.loc[rows["layer"] >= 0, "layer"])]
-    places = ["step", "measured", "group"]
-    base = chart_by_choice(by_choice(with_all(long, "layer"), places, choices), choices).encode(
+    choices = [charts.all_or_one("layer", rows.loc[rows["layer"] >= 0, "layer"])]
+    values = charts.by_choice(long, ["step", "measured", "group"], choices)
+    base = charts.chart_by_choice(values, choices).encode(
         x=alt.X("step:Q", title="step", axis=alt.Axis(grid=False, tickCount=5)),
         y=alt.Y("value:Q", title=title, scale=alt.Scale(zero=zero)),
         color=_colour("group", groups),
@@ -403,7 +378,7 @@ def _by_step(frame: pd.DataFrame, unit: str, title: str, *, zero: bool) -> Any:
     if periods := [name for name in _MEASURED.values() if name in shown - {held_out}]:
         logged = base.transform_filter(f"datum.measured !== '{held_out}'")
         dashes = alt.Scale(domain=periods, range=[[3, 3], [1, 0]][-len(periods) :])
-        series = legend(periods, symbolStrokeColor="#808690")  # visible on a light page and on a dark one
+        series = charts.legend(periods, symbolStrokeColor="#808690")  # visible on a light page and on a dark one
         dash = alt.StrokeDash("measured:N", scale=dashes, legend=series)
         layers.append(logged.mark_line(strokeWidth=2, tooltip=None).encode(strokeDash=dash))
         layers.append(logged.mark_point(filled=True, size=28, opacity=1))
@@ -421,16 +396,16 @@ def component_flow(frame: pd.DataFrame) -> Any:
     steps = np.unique(frame["step"])
     steps = steps[np.linspace(0, len(steps) - 1, min(len(steps), _MOST_STEPS)).astype(int)]
     experts = range(1 + frame[["from_expert", "to_expert"]].max().max())
-    rows = with_all(frame[frame["step"].isin(steps)], "layer")
+    rows = charts.with_all(frame[frame["step"].isin(steps)], "layer")
     counts = rows.groupby(["layer", "step", "from_expert", "to_expert"])["components"].sum().unstack(fill_value=0)
     counts = counts.reindex(columns=pd.Index(experts, name="to_expert"), fill_value=0)
     shares = counts.div(counts.sum(axis="columns"), axis="rows").stack().rename("value").reset_index()
     shares = shares.assign(**{name: pd.Categorical(shares[name], experts) for name in ("from_expert", "to_expert")})
-    layers = layer_choice(frame.loc[frame["layer"] >= 0, "layer"])
-    choices = [layers, choice("step", {str(step): f"step {step}" for step in steps})]
+    layers = charts.all_or_one("layer", frame.loc[frame["layer"] >= 0, "layer"])
+    choices = [layers, charts.choice("step", {str(step): f"step {step}" for step in steps})]
     style = {"titles": ("from expert", "to expert"), "signed": False, "limit": 1.0, "form": ".0%", "written": True}
     label = "share of the expert's components"
-    return heat_map(shares, "from_expert", "to_expert", label, choices=choices, **style)
+    return charts.heat_map(shares, "from_expert", "to_expert", label, choices=choices, **style)
 
 
 # --- atlas ---
@@ -439,15 +414,18 @@ def component_flow(frame: pd.DataFrame) -> Any:
 def gates(frame: pd.DataFrame) -> Any:
     """Mean gate over a task's prompts: 1 is neutral, blue is more, orange is less; the mean over layers has its own
     colour scale."""
-    choices = [layer_choice(frame["layer"], "mean over layers"), module_choice(frame["module"])]
-    rows = with_all(_with_every_expert(frame).rename(columns={"mean": "value"}), "layer", "module")
-    return heat_map(rows, "task", "expert", "mean gate", choices=choices, titles=("", "expert"), middle=1.0)
+    choices = [
+        charts.all_or_one("layer", frame["layer"], "mean over layers"),
+        charts.all_or_one("module", frame["module"]),
+    ]
+    rows = _with_every_expert(frame).rename(columns={"mean": "value"})
+    return charts.heat_map(rows, "task", "expert", "mean gate", choices=choices, titles=("", "expert"), middle=1.0)
 
 
 def gate_similarity(frame: pd.DataFrame) -> Any:
     """Correlation of two tasks' gates over all layers, without what all tasks have in common."""
     rows = frame.rename(columns={"similarity": "value"})
-    return heat_map(rows, "task_a", "task_b", "correlation", limit=1.0, symmetric=True)
+    return charts.heat_map(rows, "task_a", "task_b", "correlation", limit=1.0, symmetric=True)
 
 
 def expert_losses(frame: pd.DataFrame) -> Any:
@@ -455,7 +433,7 @@ def expert_losses(frame: pd.DataFrame) -> Any:
     do better without."""
     rows = _with_every_expert(frame).rename(columns={"change": "value"})
     label, titles = "rise of the loss (nats per token)", ("", "expert switched off")
-    return heat_map(rows, "task", "expert", label, titles=titles, written=True)
+    return charts.heat_map(rows, "task", "expert", label, titles=titles, written=True)
 
 
 def _with_every_expert(frame: pd.DataFrame) -> pd.DataFrame:
@@ -466,22 +444,23 @@ def abilities(frame: pd.DataFrame) -> pd.DataFrame:
     """The sentences are made from the numbers next to them."""
     headings = {"tasks": "drawn_on_most_by", "hurt_most": "missed_most_by", "summary": "in_words"}
     short = {name: frame[name].replace(re.compile(r"\btask(\d+)_([^\W_]+)\w*"), r"\1 \2") for name in headings}
-    rows = frame.assign(**short).replace({"": UNKNOWN})
+    rows = frame.assign(**short).replace({"": charts.UNKNOWN})
     rows = rows.rename(columns={**headings, "spread": "spread_over_tasks", "change": "rise_of_the_loss_without_it"})
     forms = {"expert": ".0f", "in_words": "", "mean_gate": ".2f", "spread_over_tasks": ".3f"}
     forms |= {"rise_of_the_loss_without_it": ".3f", "drawn_on_most_by": "", "missed_most_by": ""}
-    return text_table(rows, forms)
+    return charts.text_table(rows, forms)
 
 
 def nearest_prompts(frame: pd.DataFrame) -> pd.DataFrame:
     """Prompts of the measured instances by their gate for the expert."""
-    return text_table(frame.sort_values(["expert", "rank"]), {"expert": ".0f", "rank": ".0f", "task": "", "prompt": ""})
+    forms = {"expert": ".0f", "rank": ".0f", "task": "", "prompt": ""}
+    return charts.text_table(frame.sort_values(["expert", "rank"]), forms)
 
 
 def ability_recovery(frame: pd.DataFrame) -> pd.DataFrame:
     """The p-value is the share of random reassignments of the built-in tasks' abilities that do at least as well."""
     rows = frame.replace({"measure": _MEASURES})
-    return text_table(rows, {"measure": "", "value": ".2f", "chance": ".2f", "p_value": ".4f"})
+    return charts.text_table(rows, {"measure": "", "value": ".2f", "chance": ".2f", "p_value": ".4f"})
 
 
 # In the order of the page.

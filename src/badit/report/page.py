@@ -50,17 +50,10 @@ _SETTINGS = ["model.name", "method.name", "method.num_experts", "method.r", "dat
 
 @dataclass(frozen=True)
 class Block:
-    """A part of a section, which the template's macro of its kind lays out.
+    """A part of a section, which the template's macro of its kind (figure, table, samples, details, note) lays out.
 
-    Args:
-        kind: figure, table, samples, details or note.
-        title: its heading.
-        content: a chart, a frame of text, or what else the macro shows.
-        name: its name in the page and, of a figure, its file's.
-        caption: how to read it.
-        width: see :class:`badit.report.figures.Figure`.
-        file: what it is made from, below the source's folder.
-        source: the source's label, where there are several.
+    ``content`` is a chart, a frame of text, or what else the macro shows; ``name`` its id and, of a figure, its file's
+    name; ``file`` what it is made from, below the folder of ``source``, whose label is given where there are several.
     """
 
     kind: str
@@ -83,14 +76,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Section:
-    """A section of the page; what it is about stands in the template.
-
-    Args:
-        key: its address in the page.
-        title: its heading.
-        command: what makes a run's part of it; empty if there is no such command.
-        blocks: what it shows.
-    """
+    """A section of the page, which ``command`` makes where a run has it not; the template says what it is about."""
 
     key: str
     title: str
@@ -176,10 +162,11 @@ def _drawn(figure: Figure, sources: Sequence[Source]) -> Iterator[Block]:
             continue
         label = source.label if len(sources) > 2 else ""
         slug = re.sub(r"[^a-z0-9]+", "-", label.lower()).strip("-")[:40]
-        name = f"{figure.name}-{i}-{slug}".rstrip("-") if label else figure.name
+        name = figure.draw.__name__.replace("_", "-") + (f"-{i}-{slug}".rstrip("-") if label else "")
+        caption = " ".join(str(figure.draw.__doc__).split())
         kind = "table" if isinstance(content, pd.DataFrame) else "figure"
         width = "half" if len(with_table) > 1 and kind == "figure" else figure.width
-        yield Block(kind, figure.title, content, name, figure.caption, width, frame.attrs["file"], label)
+        yield Block(kind, figure.title, content, name, caption, width, frame.attrs["file"], label)
 
 
 def _notes(section: Section, sources: Sequence[Source], blocks: Sequence[Block]) -> Iterator[Block]:

@@ -48,8 +48,7 @@ class Source:
     Args:
         label: what the page calls it; no two sources of a report have the same.
         folder: where it is.
-        frames: those that have rows: the tables of an analysis, losses, scores, methods and differences. Their attribute
-            "file" says where they are from.
+        frames: by name, those that have rows; their attribute "file" says where they are from.
         scores: a run's scores; None before it is scored.
         results: of a comparison.
         config: a run's resolved recipe.
