@@ -90,9 +90,6 @@ def ability_atlas(
         texts: by task, the id and the text of the gates' prompts, in their order.
         tasks: ability_recovery is measured where all of them have known abilities.
         progress: show a bar on stderr.
-
-    Raises:
-        BaditError: a model without experts.
     """
     losses_TS, errors_TK = expert_losses(model, batches, progress=progress)
     frames = [
@@ -124,9 +121,8 @@ def gate_similarity(gates: PromptGates) -> pd.DataFrame:
     tasks = len(gates.tasks)
     return GATE_SIMILARITY.frame(
         [(a, b, similarity_TT.at[a, b]) for a, b in combinations(sorted(gates.tasks), 2)],
-        "How alike two tasks draw on the experts: Pearson's correlation of their mean gates over all modules and "
-        f"experts, after each gate's mean over the {tasks} tasks is taken off. Tasks without anything in common are at "
-        f"{-1 / max(1, tasks - 1):.2f} on average.",
+        f"Pearson's correlation of two tasks' mean gates over all modules and experts, less each gate's mean over the "
+        f"{tasks} tasks. Tasks without anything in common are at {-1 / max(1, tasks - 1):.2f} on average.",
     )
 
 
@@ -180,9 +176,8 @@ def losses_frame(tasks: Sequence[str], losses_TS: np.ndarray) -> pd.DataFrame:
     rows["loss_without"] = losses_TS[:, 1:].ravel()
     return EXPERT_LOSSES.frame(
         rows.assign(change=rows["loss_without"] - rows["loss"]),
-        "What each task's loss becomes when an expert is switched off: its gates are 0 in every layer, the other gates "
-        "stay as the routers have them. Of an expert that started as a part of the pretrained weight, that part goes "
-        "too.",
+        "What each task's loss becomes when an expert's gates are 0 in every layer; the other gates stay. Of an expert "
+        "that started as a part of the pretrained weight, that part goes too.",
     )
 
 
@@ -200,8 +195,7 @@ def _prompt_losses(model: Any, of_task: Sequence[Mapping[str, Any]]) -> tuple[np
 def _per_token(sums_SP: np.ndarray, counts_P: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The losses per token (S) of all states, and the standard errors (K) of the changes from the first state.
 
-    A loss per token is a ratio of two sums over prompts; the error is that of its linear approximation. It is 0 for a
-    single prompt, which does not tell.
+    A loss per token is a ratio of two sums over prompts; the error is that of its linear approximation.
     """
     tokens, prompts = counts_P.sum(), len(counts_P)
     loss_S = sums_SP.sum(axis=1) / tokens
@@ -220,10 +214,7 @@ _ALIKE_CHANGES = 0.25  # how far the first may be ahead of the mean, in means
 def expert_abilities(gates: PromptGates, change_TK: np.ndarray, error_TK: np.ndarray) -> pd.DataFrame:
     """What every expert is for: at most two tasks that draw on it most, and two that lose most without it.
 
-    Args:
-        gates: the tasks' prompts.
-        change_TK: by task (in the gates' order) and expert, by how much the loss rises without the expert.
-        error_TK: the standard errors of that.
+    ``change_TK`` is by how much the tasks' losses rise without each expert, ``error_TK`` the standard errors of that.
     """
     rows = []
     for expert, (gate_T, change_T, error_T) in enumerate(
@@ -240,16 +231,12 @@ def expert_abilities(gates: PromptGates, change_TK: np.ndarray, error_TK: np.nda
         rows.append((expert, *names, gate_T.mean(), np.ptp(gate_T), mean, summary))
     return ABILITIES.frame(
         rows,
-        "What each expert is for, over all modules together: gates are means over modules, losses those with the "
-        "expert switched off in every layer. Where several tasks are named, a number is their mean.",
+        "What each expert is for, over all modules together. Where several tasks are named, a number is their mean.",
     )
 
 
 def _standing_out(value_T: np.ndarray, error_T: np.ndarray) -> list[int]:
-    """The first few tasks, by value, that are beyond the mean by more than half of what the first is.
-
-    None, if the first is ahead of the mean by less than a few standard errors.
-    """
+    """The first few tasks that lead the mean by more than half of the first's lead; none, if that is within noise."""
     first, mean = np.argsort(-value_T, kind="stable")[:_NAMED], value_T.mean()
     if value_T[first[0]] - mean < _STANDARD_ERRORS * error_T[first[0]]:
         return []
@@ -294,8 +281,8 @@ def ability_recovery(
 
     Two measures, each against what it would be if the tasks' sets of abilities were permuted:
 
-    * correlation, over pairs of tasks, of the gates' similarity (T, T) with the Jaccard overlap of abilities; the p-value
-      is Mantel's (Mantel 1967, Cancer Research 27), as pairs that share a task are not independent;
+    * correlation, over pairs of tasks, of the gates' similarity (T, T) with the Jaccard overlap of abilities; p is that
+      of Mantel's test (1967, Cancer Research 27), as pairs that share a task are not independent;
     * the share of tasks whose nearest neighbour by gates shares an ability with them.
     """
     tasks = np.arange(len(abilities))
@@ -316,8 +303,8 @@ def ability_recovery(
         rows.append((measure, value_R[0], value_R[1:].mean(), p_value))
     return ABILITY_RECOVERY.frame(
         rows,
-        f"Whether tasks that are known to share abilities draw on the experts alike, over {len(tasks)} tasks. "
-        f"Chance and p come from {permutations} permutations of the tasks (seed {seed}); the correlation's p is Mantel's test.",
+        f"Whether tasks that are known to share abilities draw on the experts alike, over {len(tasks)} tasks, by "
+        f"{permutations} permutations of the tasks (seed {seed}); the correlation's p is Mantel's test.",
     )
 
 

@@ -137,14 +137,11 @@ def changed_gates(
 
 @torch.no_grad()
 def prompt_gates(model: Any, batches: Batches) -> PromptGates:
-    """The gates of every prompt, from one forward pass.
+    """The gates of every prompt, from one forward pass of a model in evaluation mode with one active adapter.
 
     Args:
-        model: in evaluation mode, with one active adapter.
+        model: with experts.
         batches: by task, batches of ``input_ids``, ``attention_mask``, ``labels`` and ``tasks``.
-
-    Raises:
-        BaditError: a model without experts, or no batches.
     """
     experts = active_experts(model)
     if not batches:
@@ -197,8 +194,7 @@ def gates_frame(gates: PromptGates) -> pd.DataFrame:
     return GATES.frame(
         rows.assign(mean=gates.means.ravel(), std=np.ravel(stds)),
         f"How much each task draws on each expert: the gates of its prompts, from {each} prompts of each of "
-        f"{len(gates.by_task)} tasks. Gates are on a scale on which 1 is neutral and the number of experts is one "
-        "expert alone; where every token has gates of its own, a prompt's are the mean over its tokens.",
+        f"{len(gates.by_task)} tasks; 1 is neutral, and the number of experts is one expert alone.",
     )
 
 

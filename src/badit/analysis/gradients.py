@@ -1,25 +1,17 @@
 """Gradients of tasks, taken one parameter at a time from the backward pass and kept as sketches, and how they agree.
 
-A task's gradient is the mean over its instances of the gradient of the instance's own loss, the mean cross-entropy of
-its answer tokens. Each instance has its own pass, so batches and padding make no difference. A parameter's gradient
-exists only until it has been added to its sketch.
-
-Measured parameters: "weights", the weight matrices of the linear layers inside the transformer's layers (the base
-layer's where an adapter wraps it), frozen or not; "adapter", the parameters of a PEFT adapter that the loss depends on.
+A task's gradient is the mean over its instances of the gradient of the mean cross-entropy of the answer's tokens. Each
+instance has its own pass. Measured parameters: "weights", the weight matrices of the linear layers inside the
+transformer's layers, frozen or not; "adapter", the parameters of a PEFT adapter that the loss depends on.
 
 The sketch is a count sketch (Charikar et al. 2002, "Finding Frequent Items in Data Streams"; for inner products,
 Weinberger et al. 2009, arXiv 0902.2206). Coordinate i goes with a sign σ(i) to the bucket h(i) of M:
 
-    (S a)_b = Σ_{h(i) = b} σ(i) a_i,    E⟨S a, S b⟩ = ⟨a, b⟩,    Var⟨S a, S b⟩ ≲ (‖a‖² ‖b‖² + ⟨a, b⟩²) / M,
+    (S a)_b = Σ_{h(i) = b} σ(i) a_i,    E⟨S a, S b⟩ = ⟨a, b⟩,    Var⟨S a, S b⟩ ≲ (‖a‖² ‖b‖² + ⟨a, b⟩²) / M.
 
-so the cosine of two sketches has a standard error of about (1 − cos²) / √M. An h and σ drawn for each coordinate would
-take more memory than the vector. Here it is cut into runs c of M coordinates p, with random signs s and t and random
-shifts, all different:
-
-    h(c, p) = (p + shift_c) mod M,    σ(c, p) = s_p t_c.
-
-Coordinates of one run never meet. Those of two runs meet as rarely as under independent hashing, and their signs make
-the estimate unbiased and the meetings uncorrelated, whatever structure the vector has.
+An h and σ drawn for each coordinate would take more memory than the vector. Here it is cut into runs c of M coordinates
+p, with random signs s and t and random shifts: h(c, p) = (p + shift_c) mod M, σ(c, p) = s_p t_c. Coordinates of one run
+never meet; those of two runs meet as rarely as under independent hashing, with signs that leave no bias.
 
 Shape suffixes: N = coordinates, M = buckets, T = tasks, R = 2T half-tasks in task order, U = rows of a weight (output
 features), P = places (a kind, layer and module), E = pairs of tasks.

@@ -100,11 +100,7 @@ def _logged(path: Path, kind: type[BaseModel]) -> Iterator[tuple[tuple, dict[str
 def expert_angles(
     run: Run, model: Any = None, batches: Batches | None = None, *, progress: bool = False
 ) -> pd.DataFrame:
-    """The angles that the run has logged and, given its model and held-out batches, those of the finished adapter.
-
-    Raises:
-        BaditError: a damaged log.
-    """
+    """The angles that the run has logged and, given its model and held-out batches, those of the finished adapter."""
     rows = []
     for place, line in _logged(run.regroupings_path, _Regrouping):
         rows.append((*place, "before", *(line[name] for name in _previous)))
@@ -119,17 +115,12 @@ def expert_angles(
     return EXPERT_ANGLES.frame(
         [row for row in rows if any(angle is not None for angle in row[4:])],
         "Angles between the gradients of components of one expert (within) and of two experts (between), means over "
-        "pairs. A signed mean hides opposite directions, so the mean |cosine| is given as well. Of a regrouping, both "
-        "groupings are measured on the steps that followed it, which neither was made from.",
+        "pairs. Of a regrouping, both groupings are measured on the steps that followed it.",
     )
 
 
 def component_flow(run: Run) -> pd.DataFrame:
-    """How many components every regrouping has moved from one expert to another, and how many have stayed.
-
-    Raises:
-        BaditError: a damaged log.
-    """
+    """How many components every regrouping has moved from one expert to another, and how many have stayed."""
     rows = []
     for place, line in _logged(run.regroupings_path, _Regrouping):
         moves = Counter(zip(line["previous_labels"], line["labels"], strict=True))
@@ -169,11 +160,7 @@ def held_out_angles(
 
 
 def transfer(run: Run) -> pd.DataFrame:
-    """The score matrix of a sequential run.
-
-    Raises:
-        BaditError: the run is no sequence of tasks, or it has not been scored.
-    """
+    """The score matrix of a sequential run, which has been scored."""
     scores = read_scores(run.scores_path)
     order, matrix = scores.get("order") or [], scores.get("matrix") or []
     if {len(matrix), *map(len, matrix)} != {len(order)} or not order:

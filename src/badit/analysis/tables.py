@@ -97,11 +97,7 @@ def _plain(value: Any, kind: Any) -> str | float | int | None:
 
 
 def load_frame(path: Path) -> pd.DataFrame:
-    """Reads and checks a table, whose file has the table's name.
-
-    Raises:
-        BaditError: it is missing or damaged, is another table, a column is missing, or a value is of another kind.
-    """
+    """Reads and checks a table, whose file has the table's name; a BaditError says what is missing or damaged."""
     content = read_json(path)
     refuse_other_format(content, path, FORMAT)
     with explained(path, fix="make the table again with: badit analyze"):
@@ -115,11 +111,7 @@ def load_frame(path: Path) -> pd.DataFrame:
 
 
 def load_frames(folder: Path) -> dict[str, pd.DataFrame]:
-    """All tables of a folder, sorted by name.
-
-    Raises:
-        BaditError: one of them is damaged.
-    """
+    """All tables of a folder, sorted by name."""
     return {name: load_frame(folder / f"{name}.json") for name in sorted(TABLES) if (folder / f"{name}.json").is_file()}
 
 

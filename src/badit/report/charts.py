@@ -128,15 +128,12 @@ def heat_map(
 
     Args:
         frame: values, with a column for each choice.
-        rows: the column that names the row; categories, where it has any, give the order.
-        columns: the same for columns.
+        rows: the column that names the row; categories, where it has any, give the order. ``columns`` is the same.
         label: what the value is, with its unit.
         choices: what is chosen by; the layer first.
         titles: of the rows and of the columns.
-        signed: whether values have a colour on each side of the middle.
-        middle: the neutral value.
-        limit: the distance from the middle that has the strongest colour, so that the same colour means the same in
-            every layer; by default what nearly all values stay within.
+        signed: whether values have a colour on each side of the ``middle``.
+        limit: the distance from the middle with the strongest colour; by default what nearly all values stay within.
         form: how numbers are written, as d3 knows it.
         written: write the number into the cell, too.
         symmetric: whether rows and columns name the two of an unordered pair.
@@ -151,18 +148,18 @@ def heat_map(
     of_all = np.array([key.split("|")[0] == ALL for key in values], dtype=bool)
     bounds = [limit or limit_of(values.loc[:, part].to_numpy(), middle) for part in (of_all, ~of_all)]
     bound = f"({choices[0].name} === '{ALL}' ? {bounds[0]} : {bounds[1]})" if of_all.any() else str(bounds[1])
+    domains = {side: alt.Scale(domain=list(names[side].values())) for side in names}
     upright = max(map(len, names["column"].values()), default=0) > 3
+    below = alt.Axis(labelAngle=-90 if upright else 0, labelLimit=130, labelOverlap=False)
     base = chart_by_choice(values, choices).encode(
-        x=alt.X("column:N", title=titles[1] or None, scale=alt.Scale(domain=list(names["column"].values())))
-        .axis(labelAngle=-90 if upright else 0, labelLimit=130, labelOverlap=False),
-        y=alt.Y("row:N", title=titles[0] or None, scale=alt.Scale(domain=list(names["row"].values())))
-        .axis(labelOverlap=False),
+        x=alt.X("column:N", title=titles[1] or None, scale=domains["column"], axis=below),
+        y=alt.Y("row:N", title=titles[0] or None, scale=domains["row"], axis=alt.Axis(labelOverlap=False)),
         tooltip=[
             alt.Tooltip("row_full:N", title=titles[0] or "row"),
             alt.Tooltip("column_full:N", title=titles[1] or "column"),
             alt.Tooltip("value:Q", title=label, format=".4f"),
         ],
-    )  # fmt: skip
+    )
     scale = alt.Scale(
         domainMin={"expr": f"{middle} - {bound}"} if signed else middle,
         domainMid=middle if signed else alt.Undefined,
@@ -187,13 +184,10 @@ def heat_map(
     return chart.add_params(*choices).properties(width="container", height=count * row, view=view)
 
 
-def limit_of(values: Any, middle: float = 0.0) -> float:
-    """The distance from the middle that all but the outermost 2 % of values stay within, rounded up to two digits."""
-    distances = np.abs(np.asarray(values, dtype=float) - middle)
-    known = distances[np.isfinite(distances)]
-    limit = max(float(np.quantile(known, 0.98, method="inverted_cdf")) if len(known) else 0.0, 0.01)
-    step = 10.0 ** (np.floor(np.log10(limit)) - 1)
-    return float(round(np.ceil(limit / step - 1e-9) * step, 10))
+def limit_of(values: np.ndarray, middle: float) -> float:
+    """The distance from the middle that all but the outermost 2 % of values stay within, to two digits."""
+    distances = np.abs(values[np.isfinite(values)] - middle)
+    return float(f"{max(0.01, np.quantile(distances, 0.98) if len(distances) else 0):.2g}")
 
 
 def legend(names: Iterable[str], **options: Any) -> alt.Legend | None:

@@ -43,17 +43,10 @@ _DIFFERENCES = ["method", "mean", "low", "high", "reference"]
 
 @dataclass
 class Source:
-    """One run or one comparison.
+    """One run or one comparison: its frames that have rows, whose attribute "file" says where they are from.
 
-    Args:
-        label: what the page calls it; no two sources of a report have the same.
-        folder: where it is.
-        frames: by name, those that have rows; their attribute "file" says where they are from.
-        scores: a run's scores; None before it is scored.
-        results: of a comparison.
-        config: a run's resolved recipe.
-        environment: where a run was made, and what its training took.
-        analysed: whether there is an analysis.
+    ``scores`` are a run's own, ``results`` a comparison's, ``config`` is a run's resolved recipe, and ``analysed`` says
+    whether there is an analysis. No two sources of a report have the same label.
     """
 
     label: str
@@ -95,11 +88,7 @@ class Source:
 
 
 def read_sources(paths: Sequence[str | os.PathLike[str]]) -> list[Source]:
-    """Reads what the report's arguments name.
-
-    Raises:
-        BaditError: none are given, one is given twice or is neither run nor comparison, or a file is damaged.
-    """
+    """Reads what the report's arguments name; a BaditError says what is no run or is damaged."""
     if not paths:
         raise BaditError("report: name at least one run's or comparison's folder")
     folders = [Path(path).parent if Path(path).name == RESULTS else Path(path) for path in paths]
