@@ -1,4 +1,4 @@
-"""A whole analysis of a tiny run: which tables it leaves, that it goes on where it stopped, and what it refuses."""
+"""A whole analysis of a tiny run: which tables it leaves, that it continues where it stopped, and what it refuses."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_a_single_task_has_no_tables_of_pairs(recipe_values: Values) -> None:
     assert names(run) == (INTERFERENCE | EXPERTS) - pairs
 
 
-def test_tables_that_stand_apart_are_shown_beside_the_runs_scores(run: Path, tmp_path: Path) -> None:
+def test_tables_in_another_folder_are_shown_with_the_runs_scores(run: Path, tmp_path: Path) -> None:
     apart = tmp_path / "apart"
     assert main(["analyze", str(run), "--instances", "2", "-o", str(apart)]) == 0
     assert not (run / "analysis").exists()
@@ -103,13 +103,6 @@ def test_a_base_model_is_measured_on_named_tasks(model_folder: Path, task_file: 
     assert names(output) == INTERFERENCE
     assert (output / "config.yaml").is_file()
     assert json.loads((output / "environment.json").read_text())["packages"]
-
-
-def test_a_trained_model_is_measured_on_what_it_has_not_seen(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: dict[str, Any] = {}
-    monkeypatch.setattr(module, "_measure", lambda run, recipe, chosen, *rest: seen.update(chosen=chosen))
-    analyze(run, instances=2, progress=False)
-    assert [tuple(found) for _, found in seen["chosen"]] == [task.test[:2] for task, _ in seen["chosen"]]
 
 
 @pytest.mark.parametrize(

@@ -295,7 +295,7 @@ def ability_recovery(
     others_TT = np.where(np.eye(len(tasks), dtype=bool), -np.inf, similarity_TT)
     related_R = (overlap_TT > 0)[order_RT, order_RT[:, others_TT.argmax(axis=1)]].mean(axis=1)
     if len(tasks) < 2 or np.isnan(others_TT).any():
-        related_R = np.full(len(order_RT), np.nan)
+        correlation_R = related_R = np.full(len(order_RT), np.nan)
     rows = []
     for measure, value_R in (("correlation", correlation_R), ("nearest_neighbour", related_R)):
         # Equal values may differ by rounding.
