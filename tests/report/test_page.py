@@ -212,7 +212,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert main(["report", str(tmp_path / "none"), "-o", str(page)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("badit: ")
-    with pytest.raises(BaditError, match="is a folder; name a file"):
+    with pytest.raises(BaditError, match="cannot be written"):
         write_report([run], tmp_path)
     (tmp_path / "file").write_text("")
     with pytest.raises(BaditError, match="cannot be written"):
