@@ -90,7 +90,8 @@ def measure_interference(
     sizes = {task: sum(len(batch["input_ids"]) for batch in of_task) for task, of_task in batches.items()}
     if not sizes or not all(sizes.values()):
         raise BaditError("batches: give at least one task, and for every task at least one instance")
-    device, dtype = next(model.parameters()).device, next(model.parameters()).dtype
+    parameter = next(model.parameters())
+    device, dtype = parameter.device, parameter.dtype
     projections = _first_projections(model)
     gradients = TaskGradients(model, len(batches), sketch_size, seed)
     outputs: dict[int, torch.Tensor] = {}  # an instance's, by layer, summed over its positions
@@ -122,17 +123,14 @@ def measure_interference(
     data = f"Measured on {len(sizes)} tasks with {few if few == many else f'{few} to {many}'} instances each."
     about_gradients = (
         f"{data} A task's gradient is the mean over its instances of the gradient of the answer's mean cross-entropy, "
-        f"without dropout, with the weights in {str(dtype).removeprefix('torch.')}. Weights are those of the linear "
-        "layers inside the transformer's layers, whether they are trained or not. Inner products are estimated without "
-        f"bias from random projections (count sketches) of each parameter to {sketch_size} numbers, and a cosine has a "
-        f"standard error of at most {sketch_size**-0.5:.2g}; parameters of no more numbers are exact. Noise from the "
-        "choice of instances comes on top: see reliability."
+        f"without dropout, with the weights in {str(dtype).removeprefix('torch.')}. Inner products are estimated from "
+        f"random projections of each parameter to {sketch_size} numbers, and a cosine has a standard error of at most "
+        f"{sketch_size**-0.5:.2g}. Noise from the choice of instances comes on top: see reliability."
     )
     about_units = (
-        f"{data} Each task marks the strongest {share:.3g} of the units of every layer, ranked within it. "
-        "Neurons: outputs of the MLP's gate projection (or first projection), before the activation function, averaged "
-        "over all tokens of prompts and answers. Parameters: rows of the layer's weight matrices, attention and MLP "
-        "together, by their squared gradient, averaged over the row and over the instances."
+        f"{data} Each task marks the strongest {share:.3g} of the units of every layer. Neurons: outputs of the MLP's "
+        "first projection, before the activation function, averaged over all tokens. Parameters: rows of the layer's "
+        "weight matrices, by their squared gradient, averaged over the row and over the instances."
     )
     return [*gradient_frames(list(batches), gradients, about_gradients), *coactivation(marked, about_units)]
 

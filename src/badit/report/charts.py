@@ -49,9 +49,11 @@ def short_names(names: Iterable[str]) -> dict[str, str]:
 
 
 def names_in(frame: pd.DataFrame, column: str) -> dict[str, str]:
-    """The values of a column with their short names, in the order of its categories, else of their appearance."""
+    """The values of a column with their short names, in the order of categories, of numbers, or of appearance."""
     values = frame[column]
-    return short_names(map(str, values.cat.categories if values.dtype == "category" else values.unique()))
+    numbers = pd.api.types.is_numeric_dtype(values)
+    order = values.cat.categories if values.dtype == "category" else np.unique(values) if numbers else values.unique()
+    return short_names(map(str, order))
 
 
 def choice(name: str, options: Mapping[str, str] | Iterable[str]) -> alt.Parameter:

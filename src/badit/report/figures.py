@@ -395,12 +395,9 @@ def component_flow(frame: pd.DataFrame) -> Any:
     most twelve regroupings are shown."""
     steps = np.unique(frame["step"])
     steps = steps[np.linspace(0, len(steps) - 1, min(len(steps), _MOST_STEPS)).astype(int)]
-    experts = range(1 + frame[["from_expert", "to_expert"]].max().max())
     rows = charts.with_all(frame[frame["step"].isin(steps)], "layer")
     counts = rows.groupby(["layer", "step", "from_expert", "to_expert"])["components"].sum().unstack(fill_value=0)
-    counts = counts.reindex(columns=pd.Index(experts, name="to_expert"), fill_value=0)
     shares = counts.div(counts.sum(axis="columns"), axis="rows").stack().rename("value").reset_index()
-    shares = shares.assign(**{name: pd.Categorical(shares[name], experts) for name in ("from_expert", "to_expert")})
     layers = charts.all_or_one("layer", frame.loc[frame["layer"] >= 0, "layer"])
     choices = [layers, charts.choice("step", {str(step): f"step {step}" for step in steps})]
     style = {"titles": ("from expert", "to expert"), "signed": False, "limit": 1.0, "form": ".0%", "written": True}
@@ -414,11 +411,9 @@ def component_flow(frame: pd.DataFrame) -> Any:
 def gates(frame: pd.DataFrame) -> Any:
     """Mean gate over a task's prompts: 1 is neutral, blue is more, orange is less; the mean over layers has its own
     colour scale."""
-    choices = [
-        charts.all_or_one("layer", frame["layer"], "mean over layers"),
-        charts.all_or_one("module", frame["module"]),
-    ]
-    rows = _with_every_expert(frame).rename(columns={"mean": "value"})
+    layers = charts.all_or_one("layer", frame["layer"], "mean over layers")
+    choices = [layers, charts.all_or_one("module", frame["module"])]
+    rows = frame.rename(columns={"mean": "value"})
     return charts.heat_map(rows, "task", "expert", "mean gate", choices=choices, titles=("", "expert"), middle=1.0)
 
 
@@ -431,13 +426,9 @@ def gate_similarity(frame: pd.DataFrame) -> Any:
 def expert_losses(frame: pd.DataFrame) -> Any:
     """Rise of a task's loss when an expert's gates are 0 in all layers: blue tasks need the expert, orange ones would
     do better without."""
-    rows = _with_every_expert(frame).rename(columns={"change": "value"})
+    rows = frame.rename(columns={"change": "value"})
     label, titles = "rise of the loss (nats per token)", ("", "expert switched off")
     return charts.heat_map(rows, "task", "expert", label, titles=titles, written=True)
-
-
-def _with_every_expert(frame: pd.DataFrame) -> pd.DataFrame:
-    return frame.assign(expert=pd.Categorical(frame["expert"], range(1 + frame["expert"].max())))
 
 
 def abilities(frame: pd.DataFrame) -> pd.DataFrame:

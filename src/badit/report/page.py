@@ -13,7 +13,7 @@ import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,6 @@ import pandas as pd
 import vl_convert
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from jinja2.utils import htmlsafe_json_dumps
 from markupsafe import Markup
 
 from badit import __version__
@@ -116,24 +115,17 @@ def render(title: str, sections: Sequence[Section]) -> str:
     """The page."""
     scripts = [_library(), _resource("page.js")]
     hashes = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts]
-    policy = "default-src 'none'; script-src {}; style-src 'unsafe-inline'; img-src data: blob:; base-uri 'none'; "
-    policy += "form-action 'none'"
-    templates = Environment(
-        loader=PackageLoader("badit.report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    options: dict[str, Any] = {"autoescape": True, "trim_blocks": True, "lstrip_blocks": True}
+    templates = Environment(loader=PackageLoader("badit.report"), undefined=StrictUndefined, **options)
+    templates.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
     return templates.get_template("page.html.j2").render(
         title=title,
         sections=sections,
         version=__version__,
-        policy=policy.format(" ".join(f"'sha256-{each}'" for each in hashes)),
+        hashes=hashes,
         style=Markup(_resource("look.css") + _resource("page.css")),
         scripts=[Markup(script) for script in scripts],
-        themes=_embedded({"light": chart_config("light"), "dark": chart_config("dark")}),
-        embedded=_embedded,
+        themes={"light": chart_config("light"), "dark": chart_config("dark")},
         short_names=short_names,
     )
 
@@ -217,10 +209,13 @@ def _run_facts(source: Source) -> dict[str, str]:
 def _comparison_facts(source: Source) -> dict[str, str]:
     results = source.results
     assert results is not None
-    runs = results.scores[["method", "seed", "order"]].drop_duplicates()
-    counts = {"methods": len(results.scored_methods), "runs": len(runs), "tasks": results.scores["task"].nunique()}
-    texts = {name: str(count) for name, count in counts.items()}
-    return texts | {"protocol": results.protocol, "reference": results.reference}
+    return {
+        "methods": str(len(results.scored_methods)),
+        "runs": str(len(results.scores[["method", "seed", "order"]].drop_duplicates())),
+        "tasks": str(results.scores["task"].nunique()),
+        "protocol": results.protocol,
+        "reference": results.reference,
+    }
 
 
 def _samples(sources: Sequence[Source]) -> Iterator[Block]:
@@ -279,23 +274,16 @@ def _settings(sources: Sequence[Source]) -> Iterator[Block]:
             text = json.dumps(source.environment, indent=2, ensure_ascii=False)
             yield Block("details", f"{label}Environment", text, file="environment.json")
         cells = read_json(source.folder / RESULTS)["cells"] if source.results is not None else []
-        first: dict[str, Any] = {}
-        for cell in cells:
-            if cell["status"] == "done" and cell.get("selected", True):
-                first.setdefault(cell["method"], cell)
-        for method, cell in first.items():
-            parts = {key: cell.get(key) for key in ("learning_rate", "seed", "order", "config", "environment")}
-            text = _as_yaml({key: value for key, value in parts.items() if value})
+        done = [cell for cell in cells if cell["status"] == "done" and cell.get("selected", True)]
+        for method in dict.fromkeys(cell["method"] for cell in done):
+            cell = next(cell for cell in done if cell["method"] == method)
+            keys = ("learning_rate", "seed", "order", "config", "environment")
+            text = _as_yaml({key: cell[key] for key in keys if cell.get(key)})
             yield Block("details", label + method, text, file=RESULTS)
 
 
 def _as_yaml(content: Mapping[str, Any]) -> str:
     return yaml.safe_dump(dict(content), sort_keys=False, allow_unicode=True, width=100)
-
-
-def _embedded(value: Mapping[str, Any]) -> Markup:
-    """JSON for a script element, in which no text can end the element."""
-    return htmlsafe_json_dumps(value, dumps=partial(json.dumps, separators=(",", ":"), allow_nan=False))
 
 
 def _resource(name: str) -> str:
