@@ -111,19 +111,14 @@ def test_a_base_model_is_measured_on_named_tasks(model_folder: Path, task_file: 
         (["{run}", "--instances", "1"], "instances: must be at least 2"),
         (
             ["no-such-model"],
-            "no-such-model: is no run's folder; to measure on a base model, name its tasks with --data",
+            "no-such-model: is no run's folder; to measure on a base model, name its tasks",
         ),
         (["no-such-model", "--data", "nowhere"], "nowhere"),
         (["{model}", "--data", "{lonely}"], "data: task sums has no two instances of one split"),
     ],
 )
 def test_bad_input_is_a_line_and_exit_code_2(
-    recipe_values: Values,
-    model_folder: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    arguments: list[str],
-    message: str,
+    recipe_values: Values, model_folder: Path, tmp_path: Path, capsys: Any, arguments: list[str], message: str
 ) -> None:
     lonely = tmp_path / "lonely.jsonl"
     lonely.write_text('{"task": "sums", "instruction": "Add.", "input": "1 1", "output": "2"}\n')

@@ -252,12 +252,11 @@ def test_the_seed_decides_and_what_is_not_defined_is_missing():
 
 @pytest.mark.parametrize("known", [True, False])
 def test_the_atlas(tiny_model, known):
-    model = helpers.adapted(tiny_model("llama"))
-    batches = naive.batches()
+    model, batches = helpers.adapted(tiny_model("llama")), naive.batches()
     own = {task: [(f"{task}-{i}", f"text {i}") for i in range(3)] for task in TASKS}
-    abilities = {"cities": ("lookup",), "rivers": ("lookup",), "seas": ("counting",)} if known else {}
     train = (Instance(id="1", input="x", outputs=("y",)),)
-    tasks = [Task(name=task, definition="d", abilities=abilities.get(task, ()), train=train) for task in TASKS]
+    abilities = ("lookup",) if known else ()
+    tasks = [Task(name=task, definition="d", abilities=abilities, train=train) for task in TASKS]
     tables = ability_atlas(model, batches, prompt_gates(model, batches), own, tasks)
     names = ["gates", "gate_similarity", "expert_losses", "nearest_prompts", "abilities"]
     assert [table.attrs["name"] for table in tables] == [*names, *(["ability_recovery"] if known else [])]

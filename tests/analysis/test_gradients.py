@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable
 from typing import Any
@@ -113,16 +112,6 @@ def test_agreement_follows_from_the_inner_products(of_a: list[list[float]], of_b
         if min(abs(float(sums[0] @ sums[1])), abs(float(sums[2] @ sums[3]))) > 1e-6:
             assert same(found["corrected_cosine"][0, 0, 1], naive.corrected(*instances, ["g"]))
     assert not any((found[name].abs() > 1).any() for name in ("cosine", "corrected_cosine", "reliability"))
-
-
-def test_the_correction_undoes_the_noise_of_few_instances() -> None:
-    generator = torch.Generator().manual_seed(0)
-    a, b = torch.randn(2, 4000, generator=generator).double()
-    b = 0.6 * a + 0.8 * b
-    sums_R = torch.stack([v + 1.5 * torch.randn(4000, generator=generator).double() for v in (a, a, b, b)])
-    found = agreement((sums_R @ sums_R.T)[None], torch.ones(2, 2).double())
-    assert float(found["cosine"][0, 0, 1]) < 0.35
-    assert float(found["corrected_cosine"][0, 0, 1]) == pytest.approx(0.6, abs=0.08)
 
 
 # --- gradients of models ---
@@ -264,17 +253,11 @@ def test_no_more_than_one_gradient_is_held(tiny_model: Model) -> None:
     assert sum(sketch.sums_RM.numel() for sketch in sketches) <= len(parameters) * 2 * 50 * 8
 
 
-def test_equal_tasks_agree_and_one_instance_has_no_halves(tiny_model: Model) -> None:
-    examples = naive.make_examples({"a": 4, "b": 1})
-    examples["c"] = copy.deepcopy(examples["a"])
-    tables = measured(tiny_model("llama"), examples)
-    overall = tables["gradient_overall"].set_index(["task_a", "task_b"])
-    assert overall.loc[("a", "c"), ["cosine", "magnitude_similarity"]].tolist() == pytest.approx([1, 1])
-    assert overall["corrected_cosine"].loc[[("a", "b"), ("b", "c")]].isna().all()
-    assert overall["cosine"].notna().all()
-    reliability = tables["gradient_tasks"].set_index("task")["reliability"]
-    assert math.isnan(reliability["b"])
-    assert reliability["a"] == pytest.approx(reliability["c"])
+def test_one_instance_has_no_halves(tiny_model: Model) -> None:
+    tables = measured(tiny_model("llama"), naive.make_examples({"a": 4, "b": 1}))
+    assert tables["gradient_overall"]["corrected_cosine"].isna().all()
+    assert tables["gradient_overall"]["cosine"].notna().all()
+    assert tables["gradient_tasks"].set_index("task")["reliability"].isna().to_dict() == {"a": False, "b": True}
 
 
 def test_a_gate_outside_the_layers_belongs_to_the_adapter(tiny_model: Model) -> None:

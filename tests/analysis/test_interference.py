@@ -100,9 +100,7 @@ def test_a_model_without_known_mlps_is_refused(tiny_model: Model) -> None:
     batches = naive.batched(naive.make_examples(SIZES))
     model = tiny_model("llama")
     model.model.layers[1].mlp.second = nn.ModuleDict({"gate_proj": nn.Linear(2, 2)})
-    with pytest.raises(
-        BaditError, match="of type llama: every layer needs one MLP, with"
-    ):
+    with pytest.raises(BaditError, match="of type llama: every layer needs one MLP, with"):
         measure_interference(model, batches)
     del model.model.layers[1].mlp
     with pytest.raises(BaditError, match="of type llama"):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -100,8 +101,7 @@ def _measure(
     folder = output / "analysis"
     model, tokenizer = load_run(run, recipe)
     model.eval()
-    if not build_method(recipe.method).trains:
-        # A report then finds a base model's configuration as it does any run's.
+    if not build_method(recipe.method).trains:  # a report then finds a base model's configuration as it does any run's
         Run.prepare(recipe)
         if not run.environment_path.is_file():
             write_json(run.environment_path, environment())
@@ -127,18 +127,15 @@ def _measure(
                 shared.append(TABLES[name].frame(rows, about))
         return [angles, component_flow(run), *atlas, *shared]
 
-    def measured(part: str) -> list[pd.DataFrame]:
-        if part == "interference":
-            return measure_interference(model, batches, progress=progress)
-        if part == "experts":
-            return experts()
+    def learning() -> list[pd.DataFrame]:
         return [transfer(run)] if recipe.data.order is not None and run.scores_path.is_file() else []
 
-    for part in _PARTS:
+    measures = (partial(measure_interference, model, batches, progress=progress), experts, learning)
+    for part, measure in zip(_PARTS, measures, strict=True):
         if part in record["parts"]:
             continue
         began = time.monotonic()
-        frames = [frame for frame in measured(part) if len(frame)]
+        frames = [frame for frame in measure() if len(frame)]
         for frame in frames:
             save_frame(frame, folder)
         record["parts"][part] = {

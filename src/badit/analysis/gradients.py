@@ -141,10 +141,7 @@ class TaskGradients:
 
     @contextmanager
     def taking(self) -> Iterator[None]:
-        """Within, a backward pass adds its gradients to the sums and leaves none behind; dropout is off.
-
-        Afterwards the model is as it was: modes, ``requires_grad`` and ``grad``.
-        """
+        """Within, a backward pass adds its gradients to the sums; dropout is off. It leaves the model as it was."""
         modes = [(module, module.training) for module in self._model.modules()]
         before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in self._model.parameters()]
         try:
@@ -231,17 +228,14 @@ class SketchedSums:
 
 
 def agreement(gram_PRR: torch.Tensor, counts_T2: torch.Tensor) -> dict[str, torch.Tensor]:
-    """How far the tasks' gradients agree; NaN where a number is not defined.
+    """How far the tasks' gradients agree, from inner products of the halves' sums; NaN where a number is not defined.
 
-    Args:
-        gram_PRR: inner products of the halves' sums; halves 1 and 2 of a task are its even and its odd instances.
-        counts_T2: instances in each half.
+    Halves 1 and 2 of a task are its even and its odd instances.
 
     Returns:
         cosine: (P, T, T), cos(g_a, g_b) of the mean gradients.
         corrected_cosine: (P, T, T), ⟨g_a, g_b⟩ / √(⟨a_1, a_2⟩ ⟨b_1, b_2⟩), with the halves' means a_1 and a_2.
-            Independent noise in the halves makes |g|² too large, and cancels in ⟨a_1, a_2⟩: Spearman's correction for
-            attenuation. Clipped to [−1, 1]; undefined where one of the two is not positive.
+            Spearman's correction for attenuation: noise cancels in ⟨a_1, a_2⟩. Undefined where one is not positive.
         magnitude_similarity: (P, T, T), 2 |g_a| |g_b| / (|g_a|² + |g_b|²) (Yu et al. 2020, arXiv 2001.06782).
         norm: (P, T), |g|.
         reliability: (P, T), cos(a_1, a_2).
@@ -288,16 +282,16 @@ def gradient_frames(tasks: Sequence[str], gradients: TaskGradients, about: str) 
         flat = {name: values[name][:, first_E, second_E].flatten().numpy() for name in names}
         return rows.merge(pairs, how="cross").assign(**flat)
 
-    cosine_PE = single["cosine"][:, first_E, second_E]
-    summary = places.assign(
-        conflict_rate=(cosine_PE < 0).double().masked_fill(cosine_PE.isnan(), torch.nan).nanmean(dim=1).numpy(),
-        mean_cosine=cosine_PE.nanmean(dim=1).numpy(),
-        mean_magnitude_similarity=single["magnitude_similarity"][:, first_E, second_E].nanmean(dim=1).numpy(),
-        reliability=single["reliability"].nanmean(dim=1).numpy(),
-    )
+    cosine_PE, magnitude_PE = (single[name][:, first_E, second_E] for name in ("cosine", "magnitude_similarity"))
+    means = {
+        "conflict_rate": (cosine_PE < 0).double().masked_fill(cosine_PE.isnan(), torch.nan),
+        "mean_cosine": cosine_PE,
+        "mean_magnitude_similarity": magnitude_PE,
+        "reliability": single["reliability"],
+    }
+    summary = places.assign(**{name: values.nanmean(dim=1).numpy() for name, values in means.items()})
     by_task = kinds.merge(pd.DataFrame({"task": tasks}), how="cross").assign(
-        norm=whole["norm"].flatten().numpy(),
-        reliability=whole["reliability"].flatten().numpy(),
+        **{name: whole[name].flatten().numpy() for name in ("norm", "reliability")},
         instances=gradients.counts_T2.sum(dim=1).repeat(len(kinds)).numpy(),
     )
     return [

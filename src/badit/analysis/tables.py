@@ -1,9 +1,8 @@
 """The tables of an analysis: one DataFrame per measurement, one JSON file per table.
 
-A :class:`Table` is declared next to the function that measures it. It documents the columns, and a loaded file, which
-may come from another machine or version, is checked against it. A frame's ``attrs`` hold ``name``, ``about`` (what was
-measured, how, on how much data) and ``columns`` (name -> meaning, with the unit). A file holds the same, ``format`` and
-``rows``. A number that is not defined is NaN in a frame and null in a file.
+A :class:`Table` is declared next to the function that measures it, and a loaded file, which may come from elsewhere, is
+checked against it. A frame's ``attrs`` hold ``name``, ``about`` (what was measured, how, on how much data) and
+``columns`` (name -> meaning, with the unit). A file holds the same, ``format`` and ``rows``; null stands for NaN.
 """
 
 from __future__ import annotations
@@ -58,12 +57,7 @@ class Table:
         TABLES[name] = self
 
     def frame(self, rows: Any, about: str) -> pd.DataFrame:
-        """A frame of this table.
-
-        Args:
-            rows: tuples in the order of the columns, or anything else that a DataFrame can be made of.
-            about: how it was measured, in sentences for a reader who has only the table.
-        """
+        """A frame of this table, from anything that a DataFrame can be made of; ``about`` says how it was measured."""
         frame = pd.DataFrame(rows, columns=list(self.columns))
         for name, (_, kind) in self.columns.items():
             if kind is NUMBER:

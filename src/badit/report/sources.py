@@ -243,10 +243,9 @@ def by_similarity(pairs: pd.DataFrame, column: str) -> list[str]:
     if len(tasks) < 3:
         return tasks
     # The first of several kinds counts. A damaged file may hold what no similarity can be.
-    pairs = pairs.drop_duplicates(_PAIR).assign(similarity=pairs[column].clip(-1, 1))
-    similarity = pairs.pivot(index=_PAIR[0], columns=_PAIR[1], values="similarity").reindex(index=tasks, columns=tasks)
-    mean = np.nan_to_num(pairs["similarity"].mean())
-    similarity_TT = similarity.combine_first(similarity.T).fillna(mean).to_numpy()
+    half = pairs.drop_duplicates(_PAIR).pivot(index="task_a", columns="task_b", values=column).clip(-1, 1)
+    similarity = half.combine_first(half.T).reindex(index=tasks, columns=tasks)
+    similarity_TT = similarity.fillna(np.nan_to_num(half.stack().mean())).to_numpy()
     distance_TT = similarity_TT.max() - similarity_TT
     np.fill_diagonal(distance_TT, 0.0)
     tree = linkage(squareform(distance_TT, checks=False), method="average", optimal_ordering=True)
