@@ -23,7 +23,6 @@ from badit.report import charts
 _MOST_POINTS = 250
 _MOST_PAIRS = 120
 _MOST_STEPS = 12
-_SYMBOLS = ["circle", "square", "triangle-up", "diamond", "cross", "triangle-down"]
 _MEASURED = {
     "before": "before regrouping",
     "after": "after regrouping",
@@ -67,31 +66,23 @@ def loss_curves(frame: pd.DataFrame) -> Any:
         of_point = points.groupby(np.arange(len(points)) // -(-len(points) // _MOST_POINTS))
         means = {"series": "last", "run": "last", "step": "last", "loss": "mean"}
         thinned.append(of_point.agg(means).round({"loss": 4}))
-    base = (
-        charts.chart_of(pd.concat(thinned))
-        .transform_window(mean="mean(loss)", frame=[-2, 2], groupby=["series", "run"], sort=[alt.SortField("step")])
-        .encode(
-            x=alt.X("step:Q", title="step", axis=alt.Axis(grid=False, tickCount=5)),
-            color=_colour("series", series, symbolType="stroke"),
-            detail="run:N",
-        )
+    base = charts.chart_of(pd.concat(thinned)).encode(
+        x=alt.X("step:Q", title="step", axis=alt.Axis(grid=False, tickCount=5)),
+        color=_colour("series", series, symbolType="stroke"),
+        detail="run:N",
     )
+    by_step = [alt.SortField("step")]
+    base = base.transform_window(mean="mean(loss)", frame=[-2, 2], groupby=["series", "run"], sort=by_step)
     loss = alt.Y("loss:Q", title="training loss (nats per token)", scale=alt.Scale(zero=False))
-    raw = base.mark_line(strokeWidth=1).encode(
-        y=loss, opacity=alt.condition(pick, alt.value(0.4), alt.value(0.05)), tooltip=alt.value(None)
-    )
+    raw = base.mark_line(strokeWidth=1, tooltip=None).encode(y=loss, opacity=_picked(pick, 0.4, 0.05))
     # Lines that have one of the seven colours again are dashed, then dotted.
     dashes = alt.Scale(domain=series, range=[[1, 0]] * 7 + [[6, 3]] * 7 + [[2, 2]] * 7)
-    smooth = base.mark_line(strokeWidth=2.2).encode(
-        y="mean:Q",
-        opacity=alt.condition(pick, alt.value(1), alt.value(0.1)),
-        strokeDash=alt.StrokeDash("series:N", scale=dashes, legend=charts.legend(series, symbolType="stroke")),
-        tooltip=alt.value(None),
-    )
-    spots = base.mark_point(size=60, filled=True, opacity=0).encode(
-        y="mean:Q",
-        tooltip=["run:N", "step:Q", "loss:Q", alt.Tooltip("mean:Q", title="running mean", format=".3f")],
-    )
+    dash = alt.StrokeDash("series:N", scale=dashes, legend=charts.legend(series, symbolType="stroke"))
+    smooth = base.mark_line(strokeWidth=2.2, tooltip=None)
+    smooth = smooth.encode(y="mean:Q", opacity=_picked(pick, 1, 0.1), strokeDash=dash)
+    mean = alt.Tooltip("mean:Q", title="running mean", format=".3f")
+    spots = base.mark_point(size=60, filled=True, opacity=0)
+    spots = spots.encode(y="mean:Q", tooltip=["run:N", "step:Q", "loss:Q", mean])
     return alt.layer(raw, smooth, spots.add_params(pick)).properties(width="container", height=280)
 
 
@@ -105,26 +96,19 @@ def scores_by_task(frame: pd.DataFrame) -> Any:
     means = rows.groupby("task")[next(iter(labels))].mean()
     order = means.sort_values(ascending=False, kind="stable").index.tolist()
     pick = alt.selection_point(name="pick", fields=["run"], bind="legend")
-    symbols = alt.Scale(domain=series, range=_SYMBOLS)
-    x = alt.X("score:Q", title="score (0 to 100)", scale=alt.Scale(zero=True, nice=True), axis=alt.Axis(tickCount=6))
-    chart = (
-        charts.chart_of(rows)
-        .transform_calculate(score="datum[metric]")
-        .mark_point(filled=True, size=75)
-        .encode(
-            x=x,
-            y=alt.Y("task:N", title=None, sort=order, axis=alt.Axis(grid=True, labelOverlap=False)),
-            color=_colour("run", series),
-            shape=alt.Shape("run:N", scale=symbols, legend=charts.legend(series)),
-            opacity=alt.condition(pick, alt.value(0.9), alt.value(0.08)),
-            tooltip=[
-                alt.Tooltip("full:N", title="task"),
-                alt.Tooltip("run:N"),
-                *(alt.Tooltip(f"{metric}:Q", title=label, format=".1f") for metric, label in labels.items()),
-            ],
-        )
-        .add_params(pick, charts.choice("metric", labels))
+    shapes = ["circle", "square", "triangle-up", "diamond", "cross", "triangle-down"]
+    shape = alt.Shape("run:N", scale=alt.Scale(domain=series, range=shapes), legend=charts.legend(series))
+    tooltip = [alt.Tooltip(f"{metric}:Q", title=label, format=".1f") for metric, label in labels.items()]
+    chart = charts.chart_of(rows).transform_calculate(score="datum[metric]").mark_point(filled=True, size=75)
+    chart = chart.encode(
+        x=alt.X("score:Q", title="score (0 to 100)", scale=alt.Scale(zero=True), axis=alt.Axis(tickCount=6)),
+        y=alt.Y("task:N", title=None, sort=order, axis=alt.Axis(grid=True, labelOverlap=False)),
+        color=_colour("run", series),
+        shape=shape,
+        opacity=_picked(pick, 0.9, 0.08),
+        tooltip=[alt.Tooltip("full:N", title="task"), alt.Tooltip("run:N"), *tooltip],
     )
+    chart = chart.add_params(pick, charts.choice("metric", labels))
     return chart.properties(width="container", height=charts.ROW * len(order))
 
 
@@ -172,22 +156,22 @@ def task_gap(frame: pd.DataFrame) -> Any:
     has lost by learning together."""
     kinds = {"single": "one model per task", "multi": "one model for all"}
     rows = frame.assign(full=frame["task"], task=frame["task"].map(charts.names_in(frame, "task"))).sort_values("gap")
-    tooltip = [
-        alt.Tooltip("full:N", title="task"),
-        *(alt.Tooltip(f"{column}:Q", title=kind, format=".1f") for column, kind in kinds.items()),
-        alt.Tooltip("gap:Q", title="gap", format="+.1f"),
-    ]
-    order = list(dict.fromkeys(rows["task"]))
-    y = alt.Y("task:N", title=None, sort=order, axis=alt.Axis(labelOverlap=False))
-    base = charts.chart_of(rows).transform_filter("datum.method === method").encode(y=y, tooltip=tooltip)
-    x = alt.X("single:Q", title="Rouge-L", axis=alt.Axis(tickCount=6))
-    domain = list(kinds.values())
+    order, domain = list(dict.fromkeys(rows["task"])), list(kinds.values())
+    tooltip = [alt.Tooltip(f"{kind}:Q", format=".1f") for kind in domain]
+    base = (
+        charts.chart_of(rows.rename(columns=kinds))
+        .transform_filter("datum.method === method")
+        .encode(
+            y=alt.Y("task:N", title=None, sort=order, axis=alt.Axis(labelOverlap=False)),
+            tooltip=[alt.Tooltip("full:N", title="task"), *tooltip, alt.Tooltip("gap:Q", format="+.1f")],
+        )
+    )
+    x = alt.X(f"{domain[0]}:Q", title="Rouge-L", axis=alt.Axis(tickCount=6))
+    span = base.mark_rule(strokeWidth=2).encode(x=x, x2=f"{domain[1]}:Q")
     shape = alt.Shape("kind:N", scale=alt.Scale(domain=domain, range=["circle", "diamond"]))
-    layers = [base.mark_rule(strokeWidth=2).encode(x=x, x2="multi:Q")]
-    for column, kind in kinds.items():
-        marks = base.transform_calculate(kind=f"'{kind}'").mark_point(filled=True, size=80, opacity=1)
-        layers.append(marks.encode(x=f"{column}:Q", color=_colour("kind", domain), shape=shape))
-    chart = alt.layer(*layers).add_params(charts.choice("method", frame["method"]))
+    marks = base.transform_fold(domain, ["kind", "score"]).mark_point(filled=True, size=80, opacity=1)
+    marks = marks.encode(x="score:Q", color=_colour("kind", domain), shape=shape)
+    chart = (span + marks).add_params(charts.choice("method", frame["method"]))
     return chart.properties(width="container", height=charts.ROW * len(order))
 
 
@@ -198,6 +182,10 @@ def transfer(frame: pd.DataFrame) -> Any:
     titles = ("after training on", "Rouge-L on")
     style = {"signed": False, "limit": float(np.nanmax([*rows["value"], 1.0])), "form": ".0f", "written": True}
     return charts.heat_map(rows, "trained_task", "task", "Rouge-L", titles=titles, **style)
+
+
+def _picked(pick: alt.Parameter, strong: float, weak: float) -> Any:
+    return alt.condition(pick, alt.value(strong), alt.value(weak))
 
 
 def _colour(field: str, names: list[str], **options: Any) -> alt.Color:
@@ -311,11 +299,10 @@ def units_of_tasks(frame: pd.DataFrame) -> Any:
     names = charts.names_in(frame, "task")
     long = sums.melt(["kind", "task"], parts, "part", "units").rename(columns={"task": "full"})
     long = long.assign(task=long["full"].map(names), order=long["part"].map(parts.index))
+    chart = charts.chart_of(long).transform_filter("datum.kind === kind")
+    chart = chart.transform_joinaggregate(total="sum(units)", groupby=["task"])
     chart = (
-        charts.chart_of(long)
-        .transform_filter("datum.kind === kind")
-        .transform_joinaggregate(total="sum(units)", groupby=["task"])
-        .transform_calculate(share="datum.units / datum.total")
+        chart.transform_calculate(share="datum.units / datum.total")
         .mark_bar()
         .encode(
             x=alt.X("share:Q", title="share of the task's marked units", axis=alt.Axis(format="%", tickCount=5)),
@@ -325,9 +312,8 @@ def units_of_tasks(frame: pd.DataFrame) -> Any:
             tooltip=[alt.Tooltip("full:N", title="task"), "part:N", "units:Q", alt.Tooltip("share:Q", format=".1%")],
         )
     )
-    return chart.add_params(charts.choice("kind", frame["kind"])).properties(
-        width="container", height=charts.ROW * len(names)
-    )
+    chart = chart.add_params(charts.choice("kind", frame["kind"]))
+    return chart.properties(width="container", height=charts.ROW * len(names))
 
 
 def unit_overlaps(frame: pd.DataFrame) -> Any:
