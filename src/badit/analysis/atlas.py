@@ -159,12 +159,11 @@ def expert_losses(model: Any, batches: Batches, *, progress: bool = False) -> tu
     experts = active_experts(model)
     estimates = []
     for of_task in tqdm(batches.values(), desc="Experts", unit="task", disable=not progress, leave=False):
-        sums_SP = []
+        passes = []
         for off in range(-1, experts[0].number):  # −1 switches off none
             with changed_gates(experts, lambda one, gates, off=off: gates.masked_fill(one.expert_of_N == off, 0.0)):
-                sums_P, counts_P = _prompt_losses(model, of_task)
-            sums_SP.append(sums_P)
-        estimates.append(_per_token(np.stack(sums_SP), counts_P))
+                passes.append(_prompt_losses(model, of_task))
+        estimates.append(_per_token(np.stack([sums_P for sums_P, _ in passes]), passes[0][1]))
     losses_TS, errors_TK = (np.stack(values) for values in zip(*estimates, strict=True))
     return losses_TS, errors_TK
 

@@ -22,7 +22,7 @@ ROW = 23
 MOST_VALUES = 150_000
 
 
-def number(value: float | None, form: str = ".1f") -> str:
+def number(value: Any, form: str = ".1f") -> str:
     """``number(-1234.5)`` is "−1,234.5"; what rounds to zero has no sign; an unknown number is a dash."""
     return UNKNOWN if value is None or pd.isna(value) else f"{value:z,{form}}".replace("-", "−")
 
@@ -73,7 +73,7 @@ def all_or_one(name: str, values: Iterable[Any], together: str = "") -> alt.Para
 def with_all(frame: pd.DataFrame, *columns: str) -> pd.DataFrame:
     """The rows, and again under ALL of every column, where there are none, so that their mean can be chosen."""
     for column in columns:
-        if (frame[column] == ALL).any():
+        if ALL in set(frame[column]):
             continue
         text = frame.assign(**{column: frame[column].astype(str)})
         frame = pd.concat([text, text.assign(**{column: ALL})])
@@ -87,7 +87,7 @@ def chart_of(frame: pd.DataFrame) -> alt.Chart:
 
 def by_choice(frame: pd.DataFrame, places: Sequence[str], choices: Sequence[alt.Parameter]) -> pd.DataFrame:
     """Means of the column ``value``: a row for each place, a column for each combination of options, joined by "|"."""
-    frame = with_all(frame, *(str(option.name) for option in choices if option.param.value == ALL))
+    frame = with_all(frame, *(str(option.name) for option in choices if getattr(option.param, "value", None) == ALL))
     keys = pd.Series("", index=frame.index)
     for option in choices:
         keys = keys + "|" + frame[option.name].astype(str)
@@ -144,7 +144,7 @@ def heat_map(
         frame = pd.concat([frame, frame.rename(columns={rows: columns, columns: rows})])
     names = {"row": names_in(frame, rows), "column": names_in(frame, columns)}
     full = {"row_full": frame[rows].astype(str), "column_full": frame[columns].astype(str)}
-    short = {side: full[f"{side}_full"].map(names[side]) for side in names}
+    short = {side: full[f"{side}_full"].map(names[side].get) for side in names}
     values = by_choice(frame.assign(**full, **short), ["row", "row_full", "column", "column_full"], choices)
     # All layers together often vary less than one, and have their own limit.
     of_all = np.array([key.split("|")[0] == ALL for key in values], dtype=bool)

@@ -114,7 +114,7 @@ def scores_by_task(frame: pd.DataFrame) -> Any:
 
 def scores_table(frame: pd.DataFrame) -> pd.DataFrame:
     """Click a heading to sort; the last row has the means over tasks, and the best of several is in bold."""
-    several = frame["run"].nunique() > 1
+    several = len(set(frame["run"])) > 1
     tasks = frame["task"].unique()
     shown = pd.DataFrame({"task": [*tasks, "mean over tasks"]}, dtype=object)
     shown["instances"] = [charts.number(n, ".0f") for n in frame.groupby("task")["n"].max()[tasks]] + [""]
@@ -293,7 +293,8 @@ def shared_units(frame: pd.DataFrame) -> Any:
 def units_of_tasks(frame: pd.DataFrame) -> Any:
     """Units of all layers, marked for this task alone, for some others too, or for all of them."""
     parts = ["this task alone", "some tasks", "all tasks"]
-    sums = frame.groupby(["kind", "task"], sort=False, observed=True)[["marked", "exclusive", "universal"]].sum()
+    parts_of = frame.groupby(["kind", "task"], sort=False, observed=True)
+    sums = pd.DataFrame(parts_of[["marked", "exclusive", "universal"]].sum())
     some = sums["marked"] - sums["exclusive"] - sums["universal"]
     sums = sums.rename(columns={"exclusive": parts[0], "universal": parts[2]}).assign(**{parts[1]: some}).reset_index()
     names = charts.names_in(frame, "task")

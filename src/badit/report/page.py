@@ -189,8 +189,8 @@ def _overview(sources: Sequence[Source]) -> Iterator[Block]:
 def _run_facts(source: Source) -> dict[str, str]:
     facts = {}
     if source.scores is not None:
-        by_metric = source.scores.groupby("metric", sort=False)["score"].mean()
-        facts = {METRICS[str(metric)].label: number(mean) for metric, mean in by_metric.items()}
+        for metric, scores in source.scores.groupby("metric", sort=False):
+            facts[METRICS[str(metric)].label] = number(scores["score"].mean())
         facts["tasks"] = str(source.scores["task"].nunique())
     training = source.environment.get("training")
     for name, value in training.items() if isinstance(training, Mapping) else ():

@@ -4,6 +4,9 @@ An argument is a run's folder, a folder that holds analysis/ alone, a comparison
 but one of these may be missing; the report then says how to make it.
 """
 
+# pandas' own types make every selection a frame, a series or a scalar.
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportIndexIssue=false
+
 from __future__ import annotations
 
 import math
