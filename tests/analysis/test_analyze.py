@@ -1,4 +1,4 @@
-"""A whole analysis of a tiny run: which tables it leaves, that it goes on where it stopped, and what it refuses."""
+"""A whole analysis of a tiny run: which tables it leaves, that it continues where it stopped, and what it refuses."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_a_single_task_has_no_tables_of_pairs(recipe_values: Values) -> None:
     assert names(run) == (INTERFERENCE | EXPERTS) - pairs
 
 
-def test_tables_that_stand_apart_are_shown_beside_the_runs_scores(run: Path, tmp_path: Path) -> None:
+def test_tables_in_another_folder_are_shown_with_the_runs_scores(run: Path, tmp_path: Path) -> None:
     apart = tmp_path / "apart"
     assert main(["analyze", str(run), "--instances", "2", "-o", str(apart)]) == 0
     assert not (run / "analysis").exists()
@@ -105,32 +105,20 @@ def test_a_base_model_is_measured_on_named_tasks(model_folder: Path, task_file: 
     assert json.loads((output / "environment.json").read_text())["packages"]
 
 
-def test_a_trained_model_is_measured_on_what_it_has_not_seen(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: dict[str, Any] = {}
-    monkeypatch.setattr(module, "_measure", lambda run, recipe, chosen, *rest: seen.update(chosen=chosen))
-    analyze(run, instances=2, progress=False)
-    assert [tuple(found) for _, found in seen["chosen"]] == [task.test[:2] for task, _ in seen["chosen"]]
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["{run}", "--instances", "1"], "instances: must be at least 2"),
         (
             ["no-such-model"],
-            "no-such-model: is no run's folder; to measure on a base model, name its tasks with --data",
+            "no-such-model: is no run's folder; to measure on a base model, name its tasks",
         ),
         (["no-such-model", "--data", "nowhere"], "nowhere"),
         (["{model}", "--data", "{lonely}"], "data: task sums has no two instances of one split"),
     ],
 )
 def test_bad_input_is_a_line_and_exit_code_2(
-    recipe_values: Values,
-    model_folder: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    arguments: list[str],
-    message: str,
+    recipe_values: Values, model_folder: Path, tmp_path: Path, capsys: Any, arguments: list[str], message: str
 ) -> None:
     lonely = tmp_path / "lonely.jsonl"
     lonely.write_text('{"task": "sums", "instruction": "Add.", "input": "1 1", "output": "2"}\n')

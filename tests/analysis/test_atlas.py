@@ -100,8 +100,6 @@ def test_losses_do_not_see_the_split_into_batches_and_leave_nothing_behind(tiny_
         np.testing.assert_allclose(one, two, atol=1e-5)
     assert naive.losses(model, row) == before
     assert all(parameter.grad is None for parameter in model.parameters())
-    _, error_TK = expert_losses(model, {"cities": [row]})
-    np.testing.assert_allclose(error_TK, 0, atol=1e-12)  # one prompt tells nothing of others
 
 
 def test_an_expert_without_weights_is_not_missed(tiny_model):
@@ -134,15 +132,6 @@ def test_scores_of_prompts_are_the_naive_ones_and_do_not_see_a_modules_scale(see
         assert rows["rank"].tolist() == [1, 2, 3, 4, 5]
         assert [*rows[["task", "instance", "prompt"]].itertuples(index=False, name=None)] == [names[p] for p in best]
         assert rows["score"].tolist() == pytest.approx([scores[p, expert] for p in best], abs=1e-5)
-
-
-def test_a_gate_that_does_not_move_has_no_nearest_prompts():
-    values = np.ones((2, 3, 4))
-    values[0, :, 1] = 1.5
-    gates = made({"a": values, "b": np.ones((2, 3, 4))})
-    table = nearest_prompts(gates, {"a": [("1", "x" * 400), ("2", "y")], "b": [("3", "z"), ("4", "w")]})
-    assert table["expert"].tolist() == [1] * 4  # fewer prompts than places
-    assert table.loc[0, ["rank", "task", "instance", "prompt"]].tolist() == [1, "a", "1", "x" * 300]
 
 
 # --- summaries ---
@@ -207,12 +196,6 @@ def test_a_summary_says_where_tasks_hardly_differ(gates, changes, summary):
     assert (found["tasks"], found["hurt_most"], found["summary"]) == ("", "", summary)
 
 
-def test_a_summary_says_where_one_loss_rises_and_the_others_fall():
-    (mixed,) = summaries([[1.0], [1.0], [1.0]], [[0.02], [-0.06], [-0.05]], names=["category_of", "b", "c"])
-    end = "the loss of category of rises by 0.02 nats a token, while that of all tasks falls by 0.03."
-    assert mixed["summary"].endswith(end)
-
-
 def test_a_lead_within_noise_is_none():
     gates, changes = [[1.1], [1.0], [0.9]], [[0.4], [0.1], [0.1]]
     found = [summaries(gates, changes, prompts=4, noise=noise)[0] for noise in (0.02, 0.3)]
@@ -221,19 +204,6 @@ def test_a_lead_within_noise_is_none():
     assert summaries(gates, changes, prompts=1)[0]["tasks"] == "task0_t0"
     found = [summaries(gates, changes, error=error)[0]["hurt_most"] for error in (0.06, 0.07)]
     assert found == ["task0_t0", ""]
-
-
-@given(st.integers(0, 2**32 - 1), st.integers(1, 6), st.floats(0, 2))
-def test_what_is_named_leads(seed, tasks, size):
-    rng = np.random.default_rng(seed)
-    gate_TK, change_TK = 1 + size * rng.normal(size=(tasks, 3)), size * rng.normal(size=(tasks, 3))
-    names = [f"t{t}" for t in range(tasks)]
-    for expert, row in enumerate(summaries(gate_TK, change_TK, names=names)):
-        for column, values in (("tasks", gate_TK[:, expert]), ("hurt_most", change_TK[:, expert])):
-            named = [names.index(name) for name in row[column].split(", ") if name]
-            assert named == np.argsort(-values)[: len(named)].tolist()
-            assert len(named) <= 2
-            assert all(values[t] > values.mean() for t in named)
 
 
 # --- recovery of known abilities ---
@@ -268,16 +238,6 @@ def test_planted_abilities_are_recovered():
         assert 1 / 10_001 <= p_value < 0.001  # never 0: the observed order is one of those that may be
 
 
-def test_without_structure_p_is_uniform():
-    abilities = [set(task.abilities) for task in builtin_tasks()]
-    found = [recovered(random_similarity(seed, len(abilities)), abilities, permutations=200) for seed in range(200)]
-    p_values = np.array([each["correlation"][2] for each in found])
-    assert p_values.mean() == pytest.approx(0.5, abs=0.07)
-    assert (p_values <= 0.05).mean() == pytest.approx(0.05, abs=0.04)
-    values, chances = np.mean([each["nearest_neighbour"][:2] for each in found], axis=0)
-    assert values == pytest.approx(chances, abs=0.03)
-
-
 def test_the_seed_decides_and_what_is_not_defined_is_missing():
     abilities = [{"a"}, {"a"}, {"b"}, {"b"}]
     first, again, other = (recovered(random_similarity(1, 4), abilities, seed=seed) for seed in (3, 3, 4))
@@ -292,12 +252,11 @@ def test_the_seed_decides_and_what_is_not_defined_is_missing():
 
 @pytest.mark.parametrize("known", [True, False])
 def test_the_atlas(tiny_model, known):
-    model = helpers.adapted(tiny_model("llama"))
-    batches = naive.batches()
+    model, batches = helpers.adapted(tiny_model("llama")), naive.batches()
     own = {task: [(f"{task}-{i}", f"text {i}") for i in range(3)] for task in TASKS}
-    abilities = {"cities": ("lookup",), "rivers": ("lookup",), "seas": ("counting",)} if known else {}
     train = (Instance(id="1", input="x", outputs=("y",)),)
-    tasks = [Task(name=task, definition="d", abilities=abilities.get(task, ()), train=train) for task in TASKS]
+    abilities = ("lookup",) if known else ()
+    tasks = [Task(name=task, definition="d", abilities=abilities, train=train) for task in TASKS]
     tables = ability_atlas(model, batches, prompt_gates(model, batches), own, tasks)
     names = ["gates", "gate_similarity", "expert_losses", "nearest_prompts", "abilities"]
     assert [table.attrs["name"] for table in tables] == [*names, *(["ability_recovery"] if known else [])]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable
 from typing import Any
@@ -87,26 +86,6 @@ def test_inner_products_are_unbiased_with_the_stated_variance(kind: str) -> None
     assert 0 < float(estimates.var()) < 1.3 * bound
 
 
-def test_the_seed_decides_the_sketch_and_parameters_of_one_generator_differ() -> None:
-    assert torch.equal(matrix(50, 8, 1), matrix(50, 8, 1))
-    assert not torch.equal(matrix(50, 8, 1), matrix(50, 8, 2))
-    generator = torch.Generator().manual_seed(0)
-    first, second = (SketchedSums(50, 1, 8, generator) for _ in range(2))
-    for sketch in (first, second):
-        sketch.add(0, torch.arange(50.0))
-    assert not torch.equal(first.sums_RM, second.sums_RM)
-
-
-@pytest.mark.parametrize("length", [6, 50])
-def test_half_precision_is_added_up_in_float32(length: int) -> None:
-    vector = torch.randn(length).bfloat16()
-    sketch, exact = sums(length, 1, 8), sums(length, 1, 8)
-    for _ in range(300):  # in bfloat16 the sum would stop to grow at 256 times the number
-        sketch.add(0, vector)
-    exact.add(0, 300 * vector.float())
-    torch.testing.assert_close(sketch.sums_RM, exact.sums_RM, rtol=1e-4, atol=1e-3)
-
-
 # --- agreement of tasks ---
 
 vectors = st.lists(st.lists(st.floats(-4, 4, width=16), min_size=3, max_size=3), min_size=5, max_size=5)
@@ -133,16 +112,6 @@ def test_agreement_follows_from_the_inner_products(of_a: list[list[float]], of_b
         if min(abs(float(sums[0] @ sums[1])), abs(float(sums[2] @ sums[3]))) > 1e-6:
             assert same(found["corrected_cosine"][0, 0, 1], naive.corrected(*instances, ["g"]))
     assert not any((found[name].abs() > 1).any() for name in ("cosine", "corrected_cosine", "reliability"))
-
-
-def test_the_correction_undoes_the_noise_of_few_instances() -> None:
-    generator = torch.Generator().manual_seed(0)
-    a, b = torch.randn(2, 4000, generator=generator).double()
-    b = 0.6 * a + 0.8 * b
-    sums_R = torch.stack([v + 1.5 * torch.randn(4000, generator=generator).double() for v in (a, a, b, b)])
-    found = agreement((sums_R @ sums_R.T)[None], torch.ones(2, 2).double())
-    assert float(found["cosine"][0, 0, 1]) < 0.35
-    assert float(found["corrected_cosine"][0, 0, 1]) == pytest.approx(0.6, abs=0.08)
 
 
 # --- gradients of models ---
@@ -181,13 +150,9 @@ def assert_same(frame: pd.DataFrame, expected: list[list[Any]], tolerance: float
     ("name", "prefix", "expected"),
     [
         ("model.layers.12.mlp.gate_proj", None, (12, "mlp.gate_proj")),
-        ("transformer.h.3.mlp.c_fc", None, (3, "mlp.c_fc")),
         ("base_model.model.model.layers.0.self_attn.q_proj.base_layer", None, (0, "self_attn.q_proj")),
-        ("base_model.model.model.layers.7.mlp.gate_proj.badit_A.default", "badit_", (7, "mlp.gate_proj.adapter")),
         ("base_model.model.transformer.h.1.attn.c_attn.lora_A.x.weight", "lora_", (1, "attn.c_attn.adapter")),
-        ("model.layers.2.mlp.experts.5.gate_proj", None, (2, "mlp.experts.5.gate_proj")),
         ("base_model.badit_gate.default.key", "badit_", (-1, "adapter")),
-        ("base_model.model.lm_head.lora_B.default.weight", "lora_", (-1, "lm_head.adapter")),
         ("model.embed_tokens", None, (-1, "embed_tokens")),
     ],
 )
@@ -284,37 +249,14 @@ def test_no_more_than_one_gradient_is_held(tiny_model: Model) -> None:
     assert sum(sketch.sums_RM.numel() for sketch in sketches) <= len(parameters) * 2 * 50 * 8
 
 
-def test_bfloat16_comes_near_float32(tiny_model: Model) -> None:
-    examples = naive.make_examples(SIZES)
-    exact = measured(tiny_model("llama"), examples)["gradient_overall"]
-    table = measured(tiny_model("llama", dtype=torch.bfloat16), examples)["gradient_overall"]
-    assert "in bfloat16" in table.attrs["about"]
-    assert table["cosine"].tolist() == pytest.approx(exact["cosine"].tolist(), abs=0.05)
+def test_one_instance_has_no_halves(tiny_model: Model) -> None:
+    tables = measured(tiny_model("llama"), naive.make_examples({"a": 4, "b": 1}))
+    assert tables["gradient_overall"]["corrected_cosine"].isna().all()
+    assert tables["gradient_overall"]["cosine"].notna().all()
+    assert tables["gradient_tasks"].set_index("task")["reliability"].isna().to_dict() == {"a": False, "b": True}
 
 
-def test_equal_tasks_agree_and_one_instance_has_no_halves(tiny_model: Model) -> None:
-    examples = naive.make_examples({"a": 4, "b": 1})
-    examples["c"] = copy.deepcopy(examples["a"])
-    tables = measured(tiny_model("llama"), examples)
-    overall = tables["gradient_overall"].set_index(["task_a", "task_b"])
-    assert overall.loc[("a", "c"), ["cosine", "magnitude_similarity"]].tolist() == pytest.approx([1, 1])
-    assert overall["corrected_cosine"].loc[[("a", "b"), ("b", "c")]].isna().all()
-    assert overall["cosine"].notna().all()
-    reliability = tables["gradient_tasks"].set_index("task")["reliability"]
-    assert math.isnan(reliability["b"])
-    assert reliability["a"] == pytest.approx(reliability["c"])
-
-
-def test_a_single_task_has_no_pairs(tiny_model: Model) -> None:
-    tables = measured(tiny_model("llama"), naive.make_examples({"a": 2}))
-    assert tables["gradient_pairs"].empty
-    assert tables["gradient_overall"].empty
-    summary = tables["gradient_summary"]
-    assert summary[["conflict_rate", "mean_cosine", "mean_magnitude_similarity"]].isna().all(axis=None)
-    assert summary["reliability"].between(-1, 1).all()
-
-
-def test_a_gate_beside_the_layers_belongs_to_the_adapter(tiny_model: Model) -> None:
+def test_a_gate_outside_the_layers_belongs_to_the_adapter(tiny_model: Model) -> None:
     config = GainLoraConfig(r=2, gate_hidden_size=4, target_modules=["gate_proj"], task_type="CAUSAL_LM")
     model = get_peft_model(tiny_model("llama"), config).eval()
     summary = measured(model, naive.make_examples({"a": 2, "b": 2}))["gradient_summary"]

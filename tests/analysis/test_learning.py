@@ -14,8 +14,6 @@ from analysis.naive_interference import rows
 from badit.analysis.learning import component_flow, expert_angles, held_out_angles, task_gap, transfer
 from badit.errors import BaditError
 from badit.evaluate import load_run
-from badit.method import cosine_gram
-from badit.method import expert_angles as angles_of
 from badit.recipe import build_recipe
 from badit.run import Run
 from badit.train import fit
@@ -63,11 +61,9 @@ def test_angles_and_moves_come_from_the_logs(tmp_path):
     [
         ({"step": 10, "modules": 30, "intra_degrees": 70.0}, "line 2: module: field required"),
         ({**regrouping(10), "step": 10**30}, "line 2: step: "),
-        (regrouping(10, after=(0, 1)), "line 2: labels and previous_labels must name the same number"),
-        (regrouping(10, after=(0, 1, 0, 10**9)), "line 2: labels and previous_labels must be experts"),
-        (regrouping(10, before=(0, 1, 0, -1)), "line 2: labels and previous_labels must be experts"),
-        (regrouping(10, [0] * 2000, [1500] * 2000), "line 2: labels and previous_labels must be experts"),
-        ({**regrouping(10), "labels": "0011"}, "line 2: labels: input should be a valid list"),
+        (regrouping(10, after=(0, 1)), "line 2: labels and previous_labels must have the same length"),
+        (regrouping(10, after=(0, 1, 0, 10**9)), "line 2: labels.3: input should be less than 1024"),
+        (regrouping(10, before=(0, 1, 0, -1)), "line 2: previous_labels.3: input should be greater"),
         ([1, 2], "must hold one JSON object, not a list .line 2"),
     ],
 )
@@ -139,14 +135,6 @@ def test_a_single_component_per_expert_has_no_angles_within(tiny_model):
     assert 0 <= between_cos <= 1
 
 
-def test_planted_experts_are_seen():
-    """Components of one expert pull one way, those of two experts at right angles."""
-    grad_A = torch.zeros(4, 6)
-    grad_A[[0, 2], 0], grad_A[[1, 3], 1] = 1.0, torch.tensor([2.0, -1.0])
-    angles = angles_of(cosine_gram(grad_A, torch.zeros(5, 4)).numpy(), np.array([0, 1, 0, 1]))
-    assert angles == pytest.approx((90.0, 90.0, 1.0, 0.0))  # expert 0 at 0°, expert 1's two at 180°
-
-
 # --- tasks ---
 
 ALONE = "lora, one model a task"
@@ -165,35 +153,23 @@ def results(tmp_path, cells, protocol="mixed"):
     return tmp_path
 
 
-def test_the_gap_is_over_the_seeds_that_have_both(tmp_path):
-    folder = results(
-        tmp_path,
-        [
-            ("lora", 0, None, {"a": 40, "b": 60}),
-            ("lora", 1, None, {"a": 50, "b": 70}),
-            ("lora", 2, None, {"a": 0, "b": 0}),  # without single-task runs
-            ("badit", 0, None, {"a": 45, "b": 65}),
-            (ALONE, 0, None, {"a": 60, "b": 60}),
-            (ALONE, 1, None, {"a": 62, "b": 64}),
-        ],
-    )
-    table = task_gap(folder)
+def test_the_gap_is_over_the_seeds_that_have_both_and_every_order(tmp_path):
+    cells = [
+        ("lora", 0, None, {"a": 40, "b": 60}),
+        ("lora", 1, None, {"a": 50, "b": 70}),
+        ("lora", 2, None, {"a": 0, "b": 0}),  # without single-task runs
+        ("badit", 0, None, {"a": 45, "b": 65}),
+        (ALONE, 0, None, {"a": 60, "b": 60}),
+        (ALONE, 1, None, {"a": 62, "b": 64}),
+    ]
+    table = task_gap(results(tmp_path, cells))
     assert rows(table) == [["lora", "a", 61, 45, 16], ["lora", "b", 62, 65, -3]]
-    assert task_gap(folder / "results.json").equals(table)
     assert "all tasks mixed" in table.attrs["about"]
-
-
-def test_every_order_of_a_sequence_counts(tmp_path):
     cells = [("lora", 0, "one", {"a": 40}), ("lora", 0, "two", {"a": 20}), (ALONE, 0, None, {"a": 60})]
-    table = task_gap(results(tmp_path, cells, protocol="sequential"))
+    table = task_gap(results(tmp_path, cells, protocol="sequential") / "results.json")
     assert rows(table) == [["lora", "a", 60, 30, 30]]
     assert "one after another" in table.attrs["about"]
-
-
-def test_a_comparison_without_single_task_runs_has_no_gaps(tmp_path):
     assert task_gap(results(tmp_path, [("lora", 0, None, {"a": 40})])).empty
-    with pytest.raises(BaditError, match="cannot be read"):
-        task_gap(tmp_path / "elsewhere")
 
 
 def scored(tmp_path, **sequence):
@@ -211,22 +187,10 @@ def test_transfer_is_the_score_matrix(tmp_path):
 @pytest.mark.parametrize(
     ("sequence", "message"),
     [
-        ({}, "matrix: must have a row and a column for every task"),
         ({"order": ["a"], "matrix": [["x"]]}, r"matrix\.0\.0: input should be a valid number"),
-        ({"order": ["a", "b"], "matrix": [[1, 2]]}, "matrix: must have a row and a column for every task"),
-        (
-            {"order": ["a", "b"], "matrix": [[1, 2], [1]]},
-            "matrix: must have a row and a column for every task of order",
-        ),
+        ({"order": ["a", "b"], "matrix": [[1, 2], [1]]}, "matrix: must have a row and a column for every task"),
     ],
 )
 def test_a_run_without_a_matrix_is_refused(tmp_path, sequence, message):
-    with pytest.raises(BaditError, match=message) as caught:
+    with pytest.raises(BaditError, match=message):
         transfer(scored(tmp_path, **sequence))
-    assert str(caught.value).startswith(str(tmp_path / "scores.json"))
-    assert "\n" not in str(caught.value)
-
-
-def test_a_run_that_is_not_scored_is_refused(tmp_path):
-    with pytest.raises(BaditError, match="cannot be read"):
-        transfer(Run(tmp_path))

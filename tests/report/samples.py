@@ -63,8 +63,8 @@ def tables(shape: Shape = SMALL) -> dict[str, pd.DataFrame]:
     rng = np.random.default_rng(shape.seed)
     product = itertools.product
     kinds, tasks, experts = ("neurons", "parameters"), shape.tasks, range(shape.experts)
-    count = len(tasks)
-    alike = {(a, b): 0.25 if len(a) % 3 == len(b) % 3 else 0.02 for a, b in shape.pairs}
+    count, places, pairs = len(tasks), shape.places, shape.pairs
+    alike = {(a, b): 0.25 if len(a) % 3 == len(b) % 3 else 0.02 for a, b in pairs}
 
     def noise(size: float = 1.0) -> float:
         return float(size * rng.normal())
@@ -72,20 +72,20 @@ def tables(shape: Shape = SMALL) -> dict[str, pd.DataFrame]:
     def cosine(pair: tuple[str, str], scale: float = 1.0) -> float:
         return float(np.clip(scale * alike[pair] + noise(0.08), -1, 1))
 
-    moves = [(place, expert, int(rng.integers(shape.experts))) for place in shape.places for expert in experts]
-    angles = [(80 + noise(), 91 + noise(0.2), 0.2, 0.14) for _ in shape.places]
+    moves = [(place, expert, int(rng.integers(shape.experts))) for place in places for expert in experts]
+    logged = product(shape.steps, places, (("before", 85), ("after", 78)))
     neighbours = [tasks[expert % count] for expert in (*experts, shape.experts)]
     prompt = "Passage: the quick brown fox jumped over the lazy dog, and what did it see? " * 2
     rows: dict[str, Iterable[Sequence[Any]]] = {
         "gradient_pairs": [
-            (*pair, *place, cosine(pair), rng.uniform(0.3, 1)) for pair, place in product(shape.pairs, shape.places)
+            (*pair, *place, cosine(pair), rng.uniform(0.3, 1)) for pair, place in product(pairs, places)
         ],
         "gradient_overall": [
             (*pair, "adapter", cosine(pair), None if i % 5 == 4 else cosine(pair, 2.2), 0.5)
-            for i, pair in enumerate(shape.pairs)
+            for i, pair in enumerate(pairs)
         ],
         "gradient_summary": [
-            (*place, "adapter", abs(noise(0.2)), 0.1, 0.7, 0.35 + noise(0.05)) for place in [*shape.places, (-1, "all")]
+            (*place, "adapter", abs(noise(0.2)), 0.1, 0.7, 0.35 + noise(0.05)) for place in [*places, (-1, "all")]
         ],
         "gradient_tasks": [(task, "adapter", rng.uniform(0.2, 9), rng.uniform(0.1, 0.7), 8) for task in tasks],
         "coactivation": [
@@ -96,28 +96,18 @@ def tables(shape: Shape = SMALL) -> dict[str, pd.DataFrame]:
             (kind, task, layer, 154, int(rng.integers(5, 30)), int(rng.integers(20, 60)))
             for kind, task, layer in product(kinds, tasks, range(shape.layers))
         ],
-        "coactivation_pairs": [
-            (kind, *pair, 0.35 + cosine(pair) / 3, 0.05) for kind, pair in product(kinds, shape.pairs)
-        ],
+        "coactivation_pairs": [(kind, *pair, 0.35 + cosine(pair) / 3, 0.05) for kind, pair in product(kinds, pairs)],
         "expert_angles": [
-            *(
-                (step, *place, measured, angle + noise(), 91.4, 0.21, 0.15)
-                for step, place, (measured, angle) in product(
-                    shape.steps, shape.places, (("before", 85), ("after", 78))
-                )
-            ),
-            *((376, *place, "held-out", *of_place) for place, of_place in zip(shape.places, angles, strict=True)),
+            *((step, *place, name, angle + noise(), 91.4, 0.21, 0.15) for step, place, (name, angle) in logged),
+            *((376, *place, "held-out", 80 + noise(), 91 + noise(0.2), 0.2, 0.14) for place in places),
         ],
         "component_flow": [
             (step, *place, expert, to, moved)
             for step, (place, expert, away) in product(shape.steps, moves)
             for to, moved in {expert: 3, away: 1 + 3 * (away == expert)}.items()
         ],
-        "gates": [
-            (task, *place, expert, 1 + noise(0.08), 0.01)
-            for task, place, expert in product(tasks, shape.places, experts)
-        ],
-        "gate_similarity": [(*pair, cosine(pair, 2)) for pair in shape.pairs],
+        "gates": [(task, *place, k, 1 + noise(0.08), 0.01) for task, place, k in product(tasks, places, experts)],
+        "gate_similarity": [(*pair, cosine(pair, 2)) for pair in pairs],
         "expert_losses": [(task, expert, 1.7, 1.74, 0.04 + noise(0.05)) for task, expert in product(tasks, experts)],
         "nearest_prompts": [
             (expert, rank, neighbours[expert], f"id-{rank}", 2.5 - rank / 3, f"{prompt} {rank}")
@@ -134,10 +124,7 @@ def tables(shape: Shape = SMALL) -> dict[str, pd.DataFrame]:
         ],
         "task_gap": [("lora", task, 40.0 + i, 42.0, i - 2.0) for i, task in enumerate(tasks)],
     }
-    assert rows.keys() == TABLES.keys()
-    return {
-        name: TABLES[name].frame([list(row) for row in found], f"Synthetic {name}.") for name, found in rows.items()
-    }
+    return {name: TABLES[name].frame([*map(list, rows[name])], f"Synthetic {name}.") for name in TABLES}
 
 
 def save_tables(folder: Path, shape: Shape = SMALL, *, leave_out: Sequence[str] = ("task_gap", "transfer")) -> None:

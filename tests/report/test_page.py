@@ -21,6 +21,8 @@ from report.samples import LARGE, SMALL, TASKS, Shape, save_frame, save_tables, 
 
 NASTY = '<script>alert("x")</script>'
 NASTY_TASK = "<img src=x onerror=alert(1)> & \"quotes\" 'single' <!-- {{ 7*7 }}"
+QUOTES = ('" onmouseover=alert(1) x="', "' onfocus=alert(1) autofocus='")
+SCRIPT = "</script><script>alert(1)</script>"
 OF_EXPERTS = ("gates", "gate_similarity", "expert_losses", "nearest_prompts", "abilities", "ability_recovery")
 
 
@@ -136,47 +138,29 @@ def test_a_comparison(tmp_path: Path) -> None:
     assert page.source.count('"series":"badit"') > 37, "the curves of all seeds are there"
 
 
-def test_no_text_becomes_markup(tmp_path: Path) -> None:
-    """Names, answers, prompts, sentences, module names, settings and folders, each with markup that would run."""
-    tasks = (NASTY.replace("/", "∕"), NASTY_TASK, "third", "fourth")
-    shape = dataclasses.replace(SMALL, tasks=tasks, modules=(NASTY, "</script><b>", "{{ 7*7 }}"))
-    run = write_run(tmp_path / "<b>run", dataclasses.replace(shape, tasks=tasks[2:]), analysed=False)
+def test_no_text_becomes_markup_or_an_address(tmp_path: Path) -> None:
+    """Names, answers, prompts, modules, settings and folders, each with markup or an attribute that would run."""
+    names = (NASTY.replace("/", "∕"), NASTY_TASK, "third", *QUOTES, "javascript:alert(1)")
+    shape = dataclasses.replace(
+        SMALL, tasks=names, modules=(NASTY, "</script><script>alert(1)</script>", "<!--<script>")
+    )
+    run = write_run(tmp_path / f"<b>{QUOTES[0]}", dataclasses.replace(shape, tasks=names[2:4]), analysed=False)
     save_tables(run, shape)
     config = run / "config.yaml"
     config.write_text(config.read_text().replace("smollm2-135m", NASTY) + f'note: "{NASTY_TASK!r:.20}</pre>"\n')
     answer = {"task": "third", "instance_id": "1", "prompt": f"Input: {NASTY}\nOutput:", "references": [NASTY, "</dd>"]}
     (run / "predictions" / "third.jsonl").write_text(json.dumps({**answer, "prediction": f"</article>{NASTY}"}) + "\n")
-    page = page_of([run], tmp_path, title=NASTY)
+    compared = dataclasses.replace(SMALL, tasks=names[3:5])
+    compared_folder = write_comparison(tmp_path / names[-1], compared, methods=("lora", names[-1], QUOTES[0]))
+    page = page_of([run, compared_folder], tmp_path, title=NASTY)
     assert not page.all("img")
-    assert not [attributes for _, attributes in page.elements if any(name.startswith("on") for name in attributes)]
     assert "49" not in page.text.split()
-    runnable = [attributes for attributes in page.all("script") if attributes.get("type") != "application/json"]
-    assert len(runnable) == 2
-    assert NASTY in page.text
-    assert 'alert("x")' not in "".join(page.scripts), "within JSON it is spelt \\u003cscript\\u003e"
-
-
-def test_no_text_becomes_an_attribute_or_a_link(tmp_path: Path) -> None:
-    """Names of tasks, methods and folders with quotes that would end an attribute, and addresses that would run."""
-    quotes = ('" onmouseover=alert(1) x="', "' onfocus=alert(1) autofocus='")
-    names = (*quotes, "javascript:alert(1)", "[a](javascript:alert(1))")
-    folder = tmp_path / "javascript:alert(1)"
-    compared = write_comparison(
-        folder, dataclasses.replace(SMALL, tasks=names[:2]), methods=("lora", names[2], names[0])
-    )
-    run = write_run(tmp_path / names[0], dataclasses.replace(SMALL, tasks=names[2:3]), analysed=False)
-    save_tables(run, dataclasses.replace(SMALL, tasks=names, modules=names[:2]))
-    page = page_of([run, compared], tmp_path)
+    assert len([script for script in page.all("script") if script.get("type") != "application/json"]) == 2
+    assert all(name in page.text for name in (NASTY, *names))
     for tag, attributes in page.elements:
         assert not [name for name in attributes if name.startswith("on") or name == "autofocus"], tag
-        for name in ("href", "src", "action", "formaction", "xlink:href", "srcdoc"):
+        for name in ("href", "src", "srcset", "data", "action", "formaction", "xlink:href", "srcdoc"):
             assert (attributes.get(name) or "#").startswith("#"), f"{tag}: the page links to itself alone"
-    assert all(name in page.text for name in names)
-
-
-def test_json_cannot_end_its_element_and_nothing_foreign_runs_or_is_fetched(tmp_path: Path) -> None:
-    shape = dataclasses.replace(SMALL, modules=("</script><script>alert(1)</script>", "<!--<script>"))
-    page = page_of([write_run(tmp_path / "run", shape)], tmp_path)
     blocks = re.findall(r'<script type="application/json"[^>]*>(.*?)</script>', page.source, flags=re.DOTALL)
     assert len(blocks) >= 14
     for block in blocks:
@@ -188,9 +172,6 @@ def test_json_cannot_end_its_element_and_nothing_foreign_runs_or_is_fetched(tmp_
     assert "default-src 'none'" in policy
     assert re.search(r"script-src( 'sha256-[A-Za-z0-9+/]{43}='){2};", policy)
     assert "connect-src" not in policy
-    for tag, attributes in page.elements:
-        assert not {"src", "srcset", "data", "action"} & attributes.keys(), tag
-        assert not (attributes.get("href") or "#").startswith(("http", "//")), tag
 
 
 def test_the_page_of_a_full_analysis_stays_small(tmp_path: Path) -> None:
@@ -212,7 +193,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert main(["report", str(tmp_path / "none"), "-o", str(page)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("badit: ")
-    with pytest.raises(BaditError, match="is a folder; name a file"):
+    with pytest.raises(BaditError, match="cannot be written"):
         write_report([run], tmp_path)
     (tmp_path / "file").write_text("")
     with pytest.raises(BaditError, match="cannot be written"):

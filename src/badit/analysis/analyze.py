@@ -1,8 +1,5 @@
 """``badit analyze``: all measurements that go with a run, a base model or a comparison, into tables in its folder.
 
-A run is measured on instances that it was not trained on, where its data has any. Every part's tables are written as
-soon as it is done, so an interrupted analysis continues with the part that it was at.
-
 OUTPUT/analysis/       the tables, one .json each
 OUTPUT/analysis.json   what was measured on what, how long each part took, versions and hardware
 """
@@ -10,14 +7,15 @@ OUTPUT/analysis.json   what was measured on what, how long each part took, versi
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from badit.analysis.atlas import ability_atlas
-from badit.analysis.gates import PromptGates, has_experts, marked_experts, prompt_gates
+from badit.analysis.gates import has_experts, marked_experts, prompt_gates
 from badit.analysis.interference import coactivation, measure_interference
 from badit.analysis.learning import component_flow, expert_angles, task_gap, transfer
 from badit.analysis.tables import TABLES, load_frames, save_frame
@@ -34,8 +32,7 @@ from badit.train import encoded, make_plan, pad_id
 
 _PARTS = ("interference", "experts", "learning")
 _BATCH_SIZE = 4
-# Switching off every expert takes as many passes as there are experts, so only a part of the data goes through.
-_LOSS_BATCHES = 1
+_ABOUT_EXPERTS = " Experts: those whose mean gate over a task's prompts is above neutral."
 
 
 def analyze(
@@ -48,6 +45,9 @@ def analyze(
     trust_remote_code: bool = False,
 ) -> Path:
     """Measures interference between tasks, what experts do, and what tasks gain or lose together.
+
+    A run is measured on instances that it was not trained on, where its data has any. An interrupted analysis continues
+    with the part that it was at.
 
     Args:
         target: a run's folder, a comparison's folder, or the name or folder of a base model.
@@ -73,13 +73,17 @@ def analyze(
     recipe = Run(folder).trusted_recipe(trust_remote_code) if is_run else _recipe_of_base(str(target), data, output)
     run = Run(folder if is_run else recipe.output)
     trained = build_method(recipe.method).trains
-    if data is None and trained:
-        tasks = make_plan(recipe).tasks
-    else:
-        tasks = load_tasks(expand_source(data or recipe.data.source))
+    own_tasks = data is None and trained
+    tasks = make_plan(recipe).tasks if own_tasks else load_tasks(expand_source(data or recipe.data.source))
     chosen = [(task, _chosen(task, instances, trained=trained)) for task in tasks]
     output = Path(output or run.path)
-    record = _record(output, {"data": data, "instances": instances})
+    settings, path = {"data": data, "instances": instances}, output / "analysis.json"
+    record = read_json(path) if path.is_file() else {"settings": settings, "environment": environment(), "parts": {}}
+    if record.get("settings") != settings or not isinstance(record.get("parts"), dict):
+        raise BaditError(
+            f"{output / 'analysis'}: holds an analysis with other settings; remove it and {path.name} to measure "
+            "again, or choose another --output"
+        )
     if not set(_PARTS) <= record["parts"].keys():
         _measure(run, recipe, chosen, output, record, progress)
     return output
@@ -97,31 +101,37 @@ def _measure(
     folder = output / "analysis"
     model, tokenizer = load_run(run, recipe)
     model.eval()
-    if not build_method(recipe.method).trains:
-        # A report then finds a base model's configuration as it does any run's.
+    if not build_method(recipe.method).trains:  # a report then finds a base model's configuration as it does any run's
         Run.prepare(recipe)
         if not run.environment_path.is_file():
             write_json(run.environment_path, environment())
     examples = [encoded(tokenizer, recipe, task, instance) for task, instances in chosen for instance in instances]
     batches = batches_by_task(examples, AnswerCollator(pad_id(tokenizer), with_tasks=True), _BATCH_SIZE)
 
-    def interference() -> list[pd.DataFrame]:
-        return measure_interference(model, batches, progress=progress)
-
     def experts() -> list[pd.DataFrame]:
         if not has_experts(model):
             return []
         gates = prompt_gates(model, batches)
         texts = {task.name: [(instance.id, instance.input) for instance in found] for task, found in chosen}
-        some = {task: of_task[:_LOSS_BATCHES] for task, of_task in batches.items()}
-        atlas = ability_atlas(model, some, gates, texts, [task for task, _ in chosen], progress=progress)
+        # Losses take a pass for every expert, so only one batch of each task goes through.
+        first = {task: of_task[:1] for task, of_task in batches.items()}
+        atlas = ability_atlas(model, first, gates, texts, [task for task, _ in chosen], progress=progress)
         angles = expert_angles(run, model, batches, progress=progress)
-        return [angles, component_flow(run), *atlas, *_with_experts(folder, gates)]
+        # The co-activation tables are written again, with the experts as further units.
+        known, shared = load_frames(folder), []
+        for frame in coactivation({"experts": marked_experts(gates)}, _ABOUT_EXPERTS):
+            name = frame.attrs["name"]
+            if name in known:  # a single task has no pairs
+                rows = pd.concat([known[name].loc[known[name]["kind"] != "experts"], frame])
+                about = known[name].attrs["about"].removesuffix(_ABOUT_EXPERTS) + _ABOUT_EXPERTS
+                shared.append(TABLES[name].frame(rows, about))
+        return [angles, component_flow(run), *atlas, *shared]
 
     def learning() -> list[pd.DataFrame]:
         return [transfer(run)] if recipe.data.order is not None and run.scores_path.is_file() else []
 
-    for part, measure in zip(_PARTS, (interference, experts, learning), strict=True):
+    measures = (partial(measure_interference, model, batches, progress=progress), experts, learning)
+    for part, measure in zip(_PARTS, measures, strict=True):
         if part in record["parts"]:
             continue
         began = time.monotonic()
@@ -134,18 +144,6 @@ def _measure(
             "peak_memory_gib": round(peak_memory() / 2**30, 2),
         }
         write_json(output / "analysis.json", record)
-
-
-def _with_experts(folder: Path, gates: PromptGates) -> Iterator[pd.DataFrame]:
-    """The co-activation tables with the experts that tasks share added to their neurons and parameters."""
-    known = load_frames(folder)
-    about = " Experts: those whose mean gate over a task's prompts is above neutral."
-    for frame in coactivation({"experts": marked_experts(gates)}, about):
-        name = frame.attrs["name"]
-        if name in known:  # a single task has no pairs
-            others = known[name].loc[known[name]["kind"] != "experts"]
-            rows = pd.concat([others, frame])
-            yield TABLES[name].frame(rows, known[name].attrs["about"].removesuffix(about) + about)
 
 
 def _recipe_of_base(model: str, data: str | None, output: str | Path | None) -> Recipe:
@@ -162,19 +160,3 @@ def _chosen(task: Task, count: int, *, trained: bool) -> Sequence[Instance]:
     if found is None:
         raise BaditError(f"data: task {task.name} has no two instances of one split to measure on")
     return found[:count]
-
-
-def _record(output: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """What ``analysis.json`` says has been measured; nothing where it is not there yet."""
-    path = output / "analysis.json"
-    if not path.is_file():
-        return {"settings": settings, "environment": environment(), "parts": {}}
-    record = read_json(path)
-    if not isinstance(record.get("parts"), dict):
-        raise BaditError(f"{path}: parts: is missing; remove the file to measure again")
-    if record.get("settings") != settings:
-        raise BaditError(
-            f"{output / 'analysis'}: holds an analysis with other settings; remove it and {path.name} to measure "
-            "again, or choose another --output"
-        )
-    return record

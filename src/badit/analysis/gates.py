@@ -1,11 +1,8 @@
 """Which experts a prompt draws on: the gates of BADIT, of the mixture baselines and of MTL-LoRA.
 
-Every adapted layer multiplies its components by gates, and all components of an expert have the same one. The gates of
-every method are therefore read, and changed, in one place: :func:`changed_gates`.
-
-All these methods' gates are a softmax and sum to K or to 1. Divided by their mean over the experts, they are on one
-scale: 1 is neutral, K is one expert alone. Where every position has gates of its own, a prompt's are the mean over its
-positions, without padding and answer.
+Every adapted layer multiplies its components by gates, and all components of an expert have the same one. All gates are
+a softmax and sum to K or to 1. Here they are divided by their mean over the experts: 1 is neutral, K is one expert
+alone. Where every position has its own gates, a prompt's are the mean over its positions, without padding and answer.
 
 Shape suffixes: B = rows, T = positions, N = components, M = adapted modules, K = experts, P = prompts of one task,
 U = experts of all of a layer's modules.
@@ -16,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -52,13 +49,14 @@ GATES = Table(
 
 @dataclass(frozen=True)
 class Experts:
-    """An adapted layer, the adapter that is active in it, and the place of both in the model."""
+    """An adapted layer and the adapter that is active in it."""
 
     layer: ExpertLinear
     adapter: str
 
     @property
     def place(self) -> tuple[int, str]:
+        """The index of the transformer layer and the module's name below it."""
         return layer_and_module(self.layer.name)
 
     @property
@@ -72,19 +70,14 @@ class Experts:
 
     @property
     def first_components_K(self) -> torch.Tensor:
-        """A component of every expert, in the order of the experts: all components of one have the same gate."""
+        """A component of every expert, in the order of the experts."""
         labels_N = self.expert_of_N.cpu()
         return labels_N.argsort(stable=True)[:: len(labels_N) // (int(labels_N.max()) + 1)]
 
 
 @dataclass(frozen=True)
 class PromptGates:
-    """How much every prompt draws on every expert.
-
-    Attributes:
-        modules: the adapted modules, each by its layer and its name below that.
-        by_task: gates (P, M, K) on the scale on which 1 is neutral, the prompts in the order of the batches' rows.
-    """
+    """How much every prompt draws on every expert: by task, gates (P, M, K), the prompts in the order of the rows."""
 
     modules: Sequence[tuple[int, str]]
     by_task: Mapping[str, np.ndarray]
@@ -111,7 +104,7 @@ def has_experts(model: nn.Module) -> bool:
 
 
 def active_experts(model: nn.Module) -> list[Experts]:
-    """The layers of the adapter that is active, first to last.
+    """The layers of the active adapter, first to last.
 
     Raises:
         BaditError: there is no such adapter, or there are several.
@@ -130,14 +123,12 @@ def changed_gates(
 ) -> Iterator[None]:
     """Within, the components' gates (B, 1 or T, N) of every layer are what ``change`` makes of them."""
 
-    def changing(one: Experts) -> Callable[[str, torch.Tensor], torch.Tensor]:
-        own = one.layer.component_gates
-        return lambda adapter, x: change(one, own(adapter, x))
+    def changed(one: Experts, own: Callable, adapter: str, x: torch.Tensor) -> torch.Tensor:
+        return change(one, own(adapter, x))
 
     try:
-        for one in experts:
-            # In the instance's own dictionary it hides the class's method, which is there again once it is taken out.
-            vars(one.layer)["component_gates"] = changing(one)
+        for one in experts:  # an attribute of the instance hides the class's method
+            vars(one.layer)["component_gates"] = partial(changed, one, one.layer.component_gates)
         yield
     finally:
         for one in experts:
@@ -146,22 +137,19 @@ def changed_gates(
 
 @torch.no_grad()
 def prompt_gates(model: Any, batches: Batches) -> PromptGates:
-    """The gates of every prompt, from one forward pass.
+    """The gates of every prompt, from one forward pass of a model in evaluation mode with one active adapter.
 
     Args:
-        model: in evaluation mode, with one active adapter.
+        model: with experts.
         batches: by task, batches of ``input_ids``, ``attention_mask``, ``labels`` and ``tasks``.
-
-    Raises:
-        BaditError: a model without experts, or no batches.
     """
     experts = active_experts(model)
     if not batches:
         raise BaditError("batches: there are none; give at least one batch of one task")
     by_task = {}
     for task, of_task in batches.items():
-        batches_M = zip(*(_component_gates(model, experts, batch) for batch in of_task), strict=True)
-        gates = [torch.cat(found)[:, one.first_components_K] for one, found in zip(experts, batches_M, strict=True)]
+        layers_PN = _component_gates(model, experts, of_task)
+        gates = [gates_PN[:, one.first_components_K] for one, gates_PN in zip(experts, layers_PN, strict=True)]
         gates_PMK = torch.stack(gates, dim=1)
         by_task[task] = (gates_PMK / gates_PMK.mean(dim=-1, keepdim=True)).numpy()
     return PromptGates([one.place for one in experts], by_task)
@@ -169,71 +157,52 @@ def prompt_gates(model: Any, batches: Batches) -> PromptGates:
 
 @torch.no_grad()
 def mean_component_gates(model: Any, batches: Batches, *, progress: bool = False) -> dict[str, list[torch.Tensor]]:
-    """By task, the components' gates (N) in every adapted layer, as they multiply, the mean over the task's prompts.
-
-    Args:
-        model: in evaluation mode, with one active adapter of any kind whose components are gated.
-        batches: as for :func:`prompt_gates`.
-        progress: show a bar on stderr.
-    """
+    """By task, the components' gates (N) in every adapted layer, as they multiply, the mean over the task's prompts."""
     adapted = adapted_layers(model)
-    means = {}
-    with tqdm(total=sum(map(len, batches.values())), desc="Gates", unit="batch", disable=not progress) as bar:
-        for task, of_task in batches.items():
-            found = []
-            for batch in of_task:
-                found.append(_component_gates(model, adapted, batch))
-                bar.update()
-            means[task] = [torch.cat(of_layer).mean(dim=0) for of_layer in zip(*found, strict=True)]
-    return means
+    tasks = tqdm(batches.items(), desc="Gates", unit="task", disable=not progress)
+    return {task: [g_PN.mean(dim=0) for g_PN in _component_gates(model, adapted, of_task)] for task, of_task in tasks}
+
+
+def _component_gates(
+    model: Any, experts: Sequence[Experts], of_task: Sequence[Mapping[str, Any]]
+) -> list[torch.Tensor]:
+    """The components' gates (P, N) by layer, means over each prompt's positions, on the CPU."""
+    kept: dict[str, list[torch.Tensor]] = {one.layer.name: [] for one in experts}
+
+    def keep(prompt_BT: torch.Tensor, one: Experts, gates: torch.Tensor) -> torch.Tensor:
+        gates_BTN = gates.float().expand(*prompt_BT.shape, -1)
+        kept[one.layer.name].append(prompt_mean(gates_BTN, prompt_BT.to(gates.device)).cpu())
+        return gates
+
+    for batch in of_task:
+        inputs = on_device(batch, model.device)
+        prompt_BT = inputs["attention_mask"].bool() & before_first_label(inputs["labels"])
+        with changed_gates(experts, partial(keep, prompt_BT)):
+            answer_losses(model, inputs, model)  # for its forward pass, which tells every method what it needs to know
+    return [torch.cat(of_layer) for of_layer in kept.values()]
 
 
 def gates_frame(gates: PromptGates) -> pd.DataFrame:
     """Every task's gates in every module: mean and standard deviation over its prompts."""
-    counts = sorted({len(gates_PMK) for gates_PMK in gates.by_task.values()})
-    each = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
-    # A single prompt tells nothing of the spread.
-    std_TMK = np.stack(
-        [
-            gates_PMK.std(axis=0, ddof=1) if len(gates_PMK) > 1 else np.full_like(gates_PMK[0], np.nan)
-            for gates_PMK in gates.by_task.values()
-        ]
-    )
+    counts = [len(gates_PMK) for gates_PMK in gates.by_task.values()]
+    each = str(min(counts)) if len(set(counts)) == 1 else f"{min(counts)} to {max(counts)}"
+    # A single prompt has no standard deviation.
+    stds = [g.std(axis=0, ddof=1) if len(g) > 1 else np.full_like(g[0], np.nan) for g in gates.by_task.values()]
     modules = pd.DataFrame(gates.modules, columns=["layer", "module"])
     experts = pd.DataFrame({"expert": range(gates.means.shape[-1])})
     rows = pd.DataFrame({"task": gates.tasks}).merge(modules, how="cross").merge(experts, how="cross")
     return GATES.frame(
-        rows.assign(mean=gates.means.ravel(), std=std_TMK.ravel()),
+        rows.assign(mean=gates.means.ravel(), std=np.ravel(stds)),
         f"How much each task draws on each expert: the gates of its prompts, from {each} prompts of each of "
-        f"{len(gates.by_task)} tasks. Gates are on a scale on which 1 is neutral and the number of experts is one "
-        "expert alone; where every token has gates of its own, a prompt's are the mean over its tokens.",
+        f"{len(gates.by_task)} tasks; 1 is neutral, and the number of experts is one expert alone.",
     )
 
 
 def marked_experts(gates: PromptGates) -> dict[str, list[torch.Tensor]]:
-    """By task, which experts it draws on: those whose mean gate over its prompts is above neutral.
-
-    There is one mask (U,) for every layer, over the experts of all its adapted modules.
-    """
+    """By task, a mask (U,) for every layer: the experts whose mean gate over the task's prompts is above neutral."""
     layers_M = np.array([layer for layer, _ in gates.modules])
     marked = gates.means > 1 + _ROUNDING
     return {
         task: [torch.from_numpy(marked_MK[layers_M == layer].ravel()) for layer in np.unique(layers_M)]
         for task, marked_MK in zip(gates.tasks, marked, strict=True)
     }
-
-
-def _component_gates(model: Any, experts: Sequence[Experts], batch: Mapping[str, Any]) -> list[torch.Tensor]:
-    """The components' gates (B, N) by layer, means over each prompt's positions, on the CPU."""
-    inputs = on_device(batch, model.device)
-    prompt_BT = inputs["attention_mask"].bool() & before_first_label(inputs["labels"])
-    kept: dict[str, torch.Tensor] = {}
-
-    def keep(one: Experts, gates: torch.Tensor) -> torch.Tensor:
-        gates_BTN = gates.float().expand(*prompt_BT.shape, -1)
-        kept[one.layer.name] = prompt_mean(gates_BTN, prompt_BT.to(gates.device)).cpu()
-        return gates
-
-    with changed_gates(experts, keep):
-        answer_losses(model, inputs, model)  # for its forward pass, which tells every method what it needs to know
-    return [kept[one.layer.name] for one in experts]

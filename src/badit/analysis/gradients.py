@@ -1,28 +1,17 @@
 """Gradients of tasks, taken one parameter at a time from the backward pass and kept as sketches, and how they agree.
 
-A task's gradient is the mean over its instances of the gradient of the instance's own loss, the mean cross-entropy of
-its answer tokens; each instance has a pass of its own, so that batches and padding make no difference. A parameter's
-gradient exists only until it has been added to its sketch: no more than one whole gradient is ever held.
-
-Measured parameters: "weights", the weight matrices of the linear layers inside the transformer's layers (the base
-layer's where an adapter wraps it; no embeddings, output layer, norms or biases), frozen or not; "adapter", all
-parameters of a PEFT adapter that the loss depends on.
+A task's gradient is the mean over its instances of the gradient of the mean cross-entropy of the answer's tokens. Each
+instance has its own pass. Measured parameters: "weights", the weight matrices of the linear layers inside the
+transformer's layers, frozen or not; "adapter", the parameters of a PEFT adapter that the loss depends on.
 
 The sketch is a count sketch (Charikar et al. 2002, "Finding Frequent Items in Data Streams"; for inner products,
 Weinberger et al. 2009, arXiv 0902.2206). Coordinate i goes with a sign σ(i) to the bucket h(i) of M:
 
-    (S a)_b = Σ_{h(i) = b} σ(i) a_i,    E⟨S a, S b⟩ = ⟨a, b⟩,    Var⟨S a, S b⟩ ≲ (‖a‖² ‖b‖² + ⟨a, b⟩²) / M;
+    (S a)_b = Σ_{h(i) = b} σ(i) a_i,    E⟨S a, S b⟩ = ⟨a, b⟩,    Var⟨S a, S b⟩ ≲ (‖a‖² ‖b‖² + ⟨a, b⟩²) / M.
 
-sketches of sums are sums of sketches, and the cosine of two sketches has a standard error of about (1 − cos²) / √M. An
-h and σ drawn for each coordinate would take more memory than the vector. Here it is cut into runs c of M coordinates p:
-
-    h(c, p) = (p + shift_c) mod M,    σ(c, p) = s_p t_c,
-
-with random signs s and t and random shifts, all different. No two coordinates of one run meet; those that meet from two
-runs have the signs t_c t_d, which make the estimate unbiased, and s_p s_q with p ≠ q, under which no two meetings are
-correlated (except for a shift of M / 2). So coordinates of two runs meet as rarely and cancel as well as under
-independent hashing, whatever structure the vector has; without the shifts, strong columns of a matrix could share a few
-buckets.
+An h and σ drawn for each coordinate would take more memory than the vector. Here it is cut into runs c of M coordinates
+p, with random signs s and t and random shifts: h(c, p) = (p + shift_c) mod M, σ(c, p) = s_p t_c. Coordinates of one run
+never meet; those of two runs meet as rarely as under independent hashing, with signs that leave no bias.
 
 Shape suffixes: N = coordinates, M = buckets, T = tasks, R = 2T half-tasks in task order, U = rows of a weight (output
 features), P = places (a kind, layer and module), E = pairs of tasks.
@@ -51,24 +40,17 @@ _PARAMETERS = '"weights" (of the linear layers) or "adapter"'
 _COSINE = Column("cosine of the two tasks' gradients")
 _MAGNITUDE = Column("2|a||b| / (|a|² + |b|²) of the two gradients: 1 for equal norms")
 _RELIABILITY = "cosine between gradients on two halves of a task's instances: how little of them is noise"
+_PAIR = {"task_a": TASK_A, "task_b": TASK_B}
 _PLACE = {
     "layer": Column("transformer layer, from 0; −1 for what belongs to none", INDEX),
     "module": Column('name below the layer, such as mlp.gate_proj; with ".adapter" for the adapter on it', TEXT),
 }
 _ALL_MODULES = {"parameters": Column(f"{_PARAMETERS}, all modules together", TEXT)}
 
-GRADIENT_PAIRS = Table(
-    "gradient_pairs",
-    task_a=TASK_A,
-    task_b=TASK_B,
-    **_PLACE,
-    cosine=_COSINE,
-    magnitude_similarity=_MAGNITUDE,
-)
+GRADIENT_PAIRS = Table("gradient_pairs", **_PAIR, **_PLACE, cosine=_COSINE, magnitude_similarity=_MAGNITUDE)
 GRADIENT_OVERALL = Table(
     "gradient_overall",
-    task_a=TASK_A,
-    task_b=TASK_B,
+    **_PAIR,
     **_ALL_MODULES,
     cosine=_COSINE,
     corrected_cosine=Column(
@@ -107,9 +89,8 @@ class MeasuredParameter(NamedTuple):
 def layer_and_module(name: str, prefix: str | None = None) -> tuple[int, str]:
     """The index of the transformer layer, −1 outside of the layers, and the name below it.
 
-    Args:
-        name: of a module, or of an adapter's parameter, such as ``model.layers.12.mlp.gate_proj``.
-        prefix: how the names of the adapter's own parts begin; the name from there on is replaced by "adapter".
+    ``name`` is that of a module, or of an adapter's parameter, whose own part, which begins with ``prefix``, becomes
+    "adapter".
     """
     parts = [part for part in name.split(".") if part != "base_layer"]
     own = next((i for i, part in enumerate(parts) if prefix and part.startswith(prefix)), None)
@@ -123,7 +104,7 @@ def layer_and_module(name: str, prefix: str | None = None) -> tuple[int, str]:
 
 def measured_parameters(model: nn.Module) -> list[MeasuredParameter]:
     """The weights of the linear layers, then the adapter's parameters, each in the model's order."""
-    # PEFT names an adapter's own parts so, and itself tells by the name what to train.
+    # PEFT names an adapter's own parts with this prefix.
     prefix = getattr(model.base_model, "prefix", None) if isinstance(model, PeftModel) else None
 
     def is_own(name: str) -> bool:
@@ -137,21 +118,12 @@ def measured_parameters(model: nn.Module) -> list[MeasuredParameter]:
         weight = module.weight
         if isinstance(weight, nn.Parameter) and weight.is_floating_point():  # a quantised one has no gradient
             found.append(MeasuredParameter(("weights", layer, below), weight, 0 if isinstance(module, Conv1D) else 1))
-    for name, parameter in model.named_parameters():
-        if is_own(name):
-            found.append(MeasuredParameter(("adapter", *layer_and_module(name, prefix)), parameter))
-    return found
+    adapter = [(layer_and_module(name, prefix), p) for name, p in model.named_parameters() if is_own(name)]
+    return found + [MeasuredParameter(("adapter", *place), parameter) for place, parameter in adapter]
 
 
 class TaskGradients:
-    """Sums of the instances' gradients by task and half, and of the squares of "weights" by task and row.
-
-    Args:
-        model: whose gradients are taken.
-        tasks: their number, T.
-        sketch_size: numbers that are kept for a parameter, a task and a half.
-        seed: of the sketches.
-    """
+    """Sums of the instances' gradients by task and half, as sketches, and of the squares of "weights" by row."""
 
     def __init__(self, model: nn.Module, tasks: int, sketch_size: int, seed: int) -> None:
         self._model = model
@@ -161,19 +133,15 @@ class TaskGradients:
         generator = torch.Generator().manual_seed(seed)
         self._sketches: list[SketchedSums] = []
         self._squares: list[torch.Tensor] = []
-        for item in self._measured:
-            parameter = item.parameter
+        for _, parameter, in_dim in self._measured:
             sketch = SketchedSums(parameter.numel(), 2 * tasks, sketch_size, generator, parameter.device)
             self._sketches.append(sketch)
-            rows = 0 if item.in_dim is None else parameter.shape[1 - item.in_dim]
+            rows = 0 if in_dim is None else parameter.shape[1 - in_dim]
             self._squares.append(torch.zeros(tasks, rows, device=parameter.device))
 
     @contextmanager
     def taking(self) -> Iterator[None]:
-        """Within, a backward pass adds its gradients to the sums and leaves none behind; dropout is off.
-
-        Afterwards the model is as it was: modes, ``requires_grad`` and ``grad``.
-        """
+        """Within, a backward pass adds its gradients to the sums; dropout is off. It leaves the model as it was."""
         modes = [(module, module.training) for module in self._model.modules()]
         before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in self._model.parameters()]
         try:
@@ -206,25 +174,18 @@ class TaskGradients:
         if in_dim is not None:
             self._squares[index][self._row // 2] += gradient.square().mean(dim=in_dim)
 
-    def grams(self) -> tuple[pd.DataFrame, torch.Tensor]:
-        """The places that have a gradient, and for each the inner products G (P, R, R) of the halves' sums.
-
-        Weights come first, each kind in the order of the layers and, within a layer, of the model's modules.
-        """
+    def grams(self) -> tuple[list[Place], torch.Tensor]:
+        """The places that have a gradient, weights first, and the inner products (P, R, R) of their halves' sums."""
         grams: dict[Place, torch.Tensor] = {}
         for item, sketch in zip(self._measured, self._sketches, strict=True):
             grams[item.place] = grams.get(item.place, 0) + sketch.gram()
         places = sorted((place for place in grams if grams[place].any()), key=lambda p: (p[0] != "weights", p[1]))
         if not places:
             raise BaditError("the model has no weights with a gradient; quantised ones without an adapter have none")
-        frame = pd.DataFrame(places, columns=["parameters", "layer", "module"])
-        return frame, torch.stack([grams[place] for place in places])
+        return places, torch.stack([grams[place] for place in places])
 
     def row_scores(self, task: int) -> list[torch.Tensor]:
-        """For each layer, the mean squared gradient of every row of its weights (U,), on the CPU.
-
-        The mean is taken over the row's entries and over the task's instances, each squared by itself.
-        """
+        """For each layer, the mean squared gradient of every row of its weights (U,), over the task's instances."""
         layers: dict[int, list[torch.Tensor]] = {}
         for item, squares_TU in zip(self._measured, self._squares, strict=True):
             if item.in_dim is not None:
@@ -233,15 +194,7 @@ class TaskGradients:
 
 
 class SketchedSums:
-    """Sums of vectors (N), kept as sketches; a vector of at most ``size`` coordinates is kept as it is.
-
-    Args:
-        length: N.
-        sums: how many sums are kept apart.
-        size: M.
-        generator: on the CPU, where h and σ come from; they are the same for all sums.
-        device: where the vectors are.
-    """
+    """Sums of vectors (N = length), kept apart as sketches of at most M = size numbers; shorter vectors stay exact."""
 
     def __init__(
         self, length: int, sums: int, size: int, generator: torch.Generator, device: torch.device | None = None
@@ -250,10 +203,10 @@ class SketchedSums:
         self._exact = length <= size
         if not self._exact:
             runs = -(-length // size)
-            # Past M runs, shifts repeat; a vector has as many from some 268 million coordinates on, at M = 16384.
+            # Past M runs, shifts repeat: from some 268 million coordinates on, at M = 16384.
             self._shifts = torch.randperm(size, generator=generator).repeat(-(-runs // size))[:runs].tolist()
-            self._run_signs = _signs(runs, generator).tolist()
-            self._signs_M = _signs(size, generator).to(self.sums_RM)
+            self._run_signs = (2 * torch.randint(2, (runs,), generator=generator) - 1).tolist()
+            self._signs_M = (2 * torch.randint(2, (size,), generator=generator) - 1).to(self.sums_RM)
 
     def add(self, index: int, vector_N: torch.Tensor) -> None:
         """Adds a vector, of any floating type, to one of the sums."""
@@ -274,26 +227,16 @@ class SketchedSums:
         return sums_RM @ sums_RM.T
 
 
-def _signs(count: int, generator: torch.Generator) -> torch.Tensor:
-    return 2 * torch.randint(2, (count,), generator=generator) - 1
-
-
 def agreement(gram_PRR: torch.Tensor, counts_T2: torch.Tensor) -> dict[str, torch.Tensor]:
-    """How far the tasks' gradients agree; NaN where a number is not defined.
+    """How far the tasks' gradients agree, from inner products of the halves' sums; NaN where a number is not defined.
 
-    Halves 1 and 2 of a task are its even and its odd instances, in the order given.
-
-    Args:
-        gram_PRR: inner products of the halves' sums.
-        counts_T2: instances in each half.
+    Halves 1 and 2 of a task are its even and its odd instances.
 
     Returns:
         cosine: (P, T, T), cos(g_a, g_b) of the mean gradients.
         corrected_cosine: (P, T, T), ⟨g_a, g_b⟩ / √(⟨a_1, a_2⟩ ⟨b_1, b_2⟩), with the halves' means a_1 and a_2.
-            Independent noise in the halves makes |g|² too large and cosines too small, and cancels in ⟨a_1, a_2⟩:
-            Spearman's correction for attenuation. Clipped to [−1, 1]; undefined where one of the two is not positive.
-        magnitude_similarity: (P, T, T), 2 |g_a| |g_b| / (|g_a|² + |g_b|²), 1 for equal norms (Yu et al. 2020, arXiv
-            2001.06782).
+            Spearman's correction for attenuation: noise cancels in ⟨a_1, a_2⟩. Undefined where one is not positive.
+        magnitude_similarity: (P, T, T), 2 |g_a| |g_b| / (|g_a|² + |g_b|²) (Yu et al. 2020, arXiv 2001.06782).
         norm: (P, T), |g|.
         reliability: (P, T), cos(a_1, a_2).
     """
@@ -306,9 +249,8 @@ def agreement(gram_PRR: torch.Tensor, counts_T2: torch.Tensor) -> dict[str, torc
         return values_PT[:, :, None] * values_PT[:, None, :]
 
     # Of an empty half all inner products are 0, and its mean's 0 / 0 = NaN.
-    halves_PT2T2 = by_half(gram_PRR / counts_R[:, None] / counts_R)
+    within_P22T = by_half(gram_PRR / counts_R[:, None] / counts_R).diagonal(dim1=-4, dim2=-2)
     means_PTT = by_half(gram_PRR).sum(dim=(-3, -1)) / (counts_T[:, None] * counts_T)
-    within_P22T = halves_PT2T2.diagonal(dim1=-4, dim2=-2)
     between_PT = within_P22T[:, 0, 1]
     squared_PT = means_PTT.diagonal(dim1=-2, dim2=-1)
     norms_PTT = outer(squared_PT.sqrt())
@@ -327,35 +269,34 @@ def gradient_frames(tasks: Sequence[str], gradients: TaskGradients, about: str) 
     order = sorted(range(len(tasks)), key=tasks.__getitem__)
     pairs = pd.DataFrame(combinations([tasks[t] for t in order], 2), columns=["task_a", "task_b"])
     first_E, second_E = torch.tensor(order)[torch.triu_indices(len(order), len(order), offset=1)]
-    places, gram_PRR = gradients.grams()
-
-    found = agreement(gram_PRR, gradients.counts_T2)
-    cosine_PE, magnitude_PE = (found[name][:, first_E, second_E] for name in ("cosine", "magnitude_similarity"))
-    conflicts_PE = (cosine_PE < 0).double().masked_fill(cosine_PE.isnan(), torch.nan)
-    by_pair = places.merge(pairs, how="cross")
-    by_pair = by_pair.assign(cosine=cosine_PE.flatten().numpy(), magnitude_similarity=magnitude_PE.flatten().numpy())
-    summary = places.assign(
-        conflict_rate=conflicts_PE.nanmean(dim=1).numpy(),
-        mean_cosine=cosine_PE.nanmean(dim=1).numpy(),
-        mean_magnitude_similarity=magnitude_PE.nanmean(dim=1).numpy(),
-        reliability=found["reliability"].nanmean(dim=1).numpy(),
-    )
-
-    # All modules together: inner products of whole gradients are sums over the places.
+    found, gram_PRR = gradients.grams()
+    places = pd.DataFrame(found, columns=["parameters", "layer", "module"])
     kinds = pd.DataFrame({"parameters": places["parameters"].unique()})
+    # Inner products of whole gradients are sums over the places.
     of_kind = [gram_PRR[(places["parameters"] == kind).tolist()].sum(dim=0) for kind in kinds["parameters"]]
-    found = agreement(torch.stack(of_kind), gradients.counts_T2)
-    overall = kinds.merge(pairs, how="cross")
-    for name in ("cosine", "corrected_cosine", "magnitude_similarity"):
-        overall[name] = found[name][:, first_E, second_E].flatten().numpy()
+    single = agreement(gram_PRR, gradients.counts_T2)
+    whole = agreement(torch.stack(of_kind), gradients.counts_T2)
+
+    def by_pair(rows: pd.DataFrame, values: dict[str, torch.Tensor]) -> pd.DataFrame:
+        names = ("cosine", "corrected_cosine", "magnitude_similarity")
+        flat = {name: values[name][:, first_E, second_E].flatten().numpy() for name in names}
+        return rows.merge(pairs, how="cross").assign(**flat)
+
+    cosine_PE, magnitude_PE = (single[name][:, first_E, second_E] for name in ("cosine", "magnitude_similarity"))
+    means = {
+        "conflict_rate": (cosine_PE < 0).double().masked_fill(cosine_PE.isnan(), torch.nan),
+        "mean_cosine": cosine_PE,
+        "mean_magnitude_similarity": magnitude_PE,
+        "reliability": single["reliability"],
+    }
+    summary = places.assign(**{name: values.nanmean(dim=1).numpy() for name, values in means.items()})
     by_task = kinds.merge(pd.DataFrame({"task": tasks}), how="cross").assign(
-        norm=found["norm"].flatten().numpy(),
-        reliability=found["reliability"].flatten().numpy(),
+        **{name: whole[name].flatten().numpy() for name in ("norm", "reliability")},
         instances=gradients.counts_T2.sum(dim=1).repeat(len(kinds)).numpy(),
     )
     return [
-        GRADIENT_PAIRS.frame(by_pair, about),
-        GRADIENT_OVERALL.frame(overall, about),
+        GRADIENT_PAIRS.frame(by_pair(places, single), about),
+        GRADIENT_OVERALL.frame(by_pair(kinds, whole), about),
         GRADIENT_SUMMARY.frame(summary, about),
         GRADIENT_TASKS.frame(by_task, about),
     ]

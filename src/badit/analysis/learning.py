@@ -1,17 +1,11 @@
 """What experts and tasks learn: angles between experts, moves of components, score matrices, and task gaps.
 
-All but the held-out angles come from what a run or a comparison has written itself.
-
-Component i is the pair (row i of A, column i of B), and its gradient ĝ_i those two, concatenated and normalised. DOG
-groups components of like gradients, so the angles between components of one expert should be small, those between
-components of two experts near 90° (paper, Fig. 4: arXiv 2605.05676). Angles on the gradients that a grouping was made
-from flatter it. Here they are
-
-* of the steps that followed a regrouping, under the grouping before it and the one after it;
-* for methods that never regroup, of the steps before the line was logged ("training");
-* for a finished adapter, of the whole loss on data that it was not trained on ("held-out").
-
-Experts that share one A have no components of their own, and so no such angles.
+All but the held-out angles come from what a run or a comparison has written. Component i is the pair (row i of A,
+column i of B), and its gradient ĝ_i those two, concatenated and normalised. Angles between components of one expert
+should be small, those between experts near 90° (paper, Fig. 4: arXiv 2605.05676). Angles on the gradients that a
+grouping was made from flatter it, so they are of the steps that followed a regrouping ("before", "after" it); for
+methods that never regroup, of the steps before the log line ("training"); and for a finished adapter, of the whole loss
+on data that it was not trained on ("held-out"). Experts that share one A have no components, and so no such angles.
 
 Shape suffixes: N = components, I/O = in/out features.
 """
@@ -22,11 +16,11 @@ import os
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 import pandas as pd
 import torch
-from pydantic import BaseModel, Field, model_validator
+from pydantic import BaseModel, Field, create_model
 from tqdm import tqdm
 
 from badit.analysis.gates import Batches, active_experts
@@ -82,93 +76,55 @@ TASK_GAP = Table(
 )
 
 
-# --- experts ---
+_Label = Annotated[int, Field(ge=0, lt=MAX_EXPERTS)]
+# An angle is missing where no step followed, and null where there was no pair.
+_fields: dict[str, Any] = dict.fromkeys(ExpertAngles._fields, (float | None, None))
+_previous: dict[str, Any] = {f"previous_{field}": (float | None, None) for field in ExpertAngles._fields}
+_Angles = create_model("_Angles", step=(Annotated[int, Field(ge=0, le=2**53)], ...), module=(str, ...), **_fields)
+_Regrouping = create_model(
+    "_Regrouping", __base__=_Angles, labels=(list[_Label], ...), previous_labels=(list[_Label], ...), **_previous
+)
 
 
-class _Logged(BaseModel):
-    """A line of a log; the angles are missing where no step followed, and null where there was no pair."""
-
-    step: Annotated[int, Field(ge=0, le=2**53)]
-    module: str
-    intra_degrees: float | None = None
-    inter_degrees: float | None = None
-    intra_abs_cos: float | None = None
-    inter_abs_cos: float | None = None
-
-    @property
-    def place(self) -> tuple[int, str]:
-        return layer_and_module(self.module.rpartition(".")[0])  # the last part is the adapter's name
-
-    def angles(self, prefix: str = "") -> list[float | None]:
-        return [getattr(self, prefix + field) for field in ExpertAngles._fields]
-
-
-class _Regrouping(_Logged):
-    previous_labels: list[int]
-    labels: list[int]
-    previous_intra_degrees: float | None = None
-    previous_inter_degrees: float | None = None
-    previous_intra_abs_cos: float | None = None
-    previous_inter_abs_cos: float | None = None
-
-    @model_validator(mode="after")
-    def _same_components(self) -> _Regrouping:
-        if len(self.labels) != len(self.previous_labels):
-            raise ValueError("labels and previous_labels must name the same number of components")
-        if any(not 0 <= label < min(len(self.labels), MAX_EXPERTS) for label in (*self.labels, *self.previous_labels)):
-            raise ValueError("labels and previous_labels must be experts, from 0 and fewer than components")
-        return self
-
-
-_Line = TypeVar("_Line", bound=_Logged)
-
-
-def _lines(path: Path, kind: type[_Line]) -> Iterator[_Line]:
+def _logged(path: Path, kind: type[BaseModel]) -> Iterator[tuple[tuple, dict[str, Any]]]:
+    """A log's lines, each with its step, layer and module."""
     for number, content in enumerate(read_jsonl(path), start=1):
         with explained(f"{path}: line {number}", fix="remove the file to leave it out"):
-            line = kind.model_validate(content)
-        yield line
+            line = kind.model_validate(content).model_dump()
+        if len(line.get("labels", ())) != len(line.get("previous_labels", ())):
+            raise BaditError(f"{path}: line {number}: labels and previous_labels must have the same length")
+        module = line["module"].rpartition(".")[0]  # the last part is the adapter's name
+        yield (line["step"], *layer_and_module(module)), line
 
 
 def expert_angles(
     run: Run, model: Any = None, batches: Batches | None = None, *, progress: bool = False
 ) -> pd.DataFrame:
-    """The angles that the run has logged and, given its model and held-out batches, those of the finished adapter.
-
-    ``progress`` shows a bar on stderr.
-
-    Raises:
-        BaditError: a damaged log.
-    """
-    rows: list[tuple] = []
-    for line in _lines(run.regroupings_path, _Regrouping):
-        rows.append((line.step, *line.place, "before", *line.angles("previous_")))
-        rows.append((line.step, *line.place, "after", *line.angles()))
-    rows += [(line.step, *line.place, "training", *line.angles()) for line in _lines(run.angles_path, _Logged)]
+    """The angles that the run has logged and, given its model and held-out batches, those of the finished adapter."""
+    rows = []
+    for place, line in _logged(run.regroupings_path, _Regrouping):
+        rows.append((*place, "before", *(line[name] for name in _previous)))
+        rows.append((*place, "after", *(line[name] for name in _fields)))
+    for place, line in _logged(run.angles_path, _Angles):
+        rows.append((*place, "training", *(line[name] for name in _fields)))
     if model is not None and batches is not None:
         environment = read_json(run.environment_path) if run.environment_path.is_file() else {}
-        steps = (environment.get("training") or {}).get("steps")
-        step = steps if isinstance(steps, int) else None
+        step = (environment.get("training") or {}).get("steps")
         found = held_out_angles(model, batches, progress=progress)
         rows += [(step, *place, "held-out", *angles) for place, angles in found.items()]
     return EXPERT_ANGLES.frame(
         [row for row in rows if any(angle is not None for angle in row[4:])],
         "Angles between the gradients of components of one expert (within) and of two experts (between), means over "
-        "pairs. A signed mean hides opposite directions, so the mean |cosine| is given as well. Of a regrouping, both "
-        "groupings are measured on the steps that followed it, which neither was made from.",
+        "pairs. Of a regrouping, both groupings are measured on the steps that followed it.",
     )
 
 
 def component_flow(run: Run) -> pd.DataFrame:
-    """How many components every regrouping has moved from one expert to another, and how many have stayed.
-
-    Raises:
-        BaditError: a damaged log.
-    """
-    rows: list[tuple] = []
-    for line in _lines(run.regroupings_path, _Regrouping):
-        moves = Counter(zip(line.previous_labels, line.labels, strict=True))
-        rows += [(line.step, *line.place, *move, count) for move, count in sorted(moves.items())]
+    """How many components every regrouping has moved from one expert to another, and how many have stayed."""
+    rows = []
+    for place, line in _logged(run.regroupings_path, _Regrouping):
+        moves = Counter(zip(line["previous_labels"], line["labels"], strict=True))
+        rows += [(*place, *move, count) for move, count in sorted(moves.items())]
     about = "Where each regrouping took the experts' components from and to; those that stayed are counted too."
     return COMPONENT_FLOW.frame(rows, about)
 
@@ -176,18 +132,14 @@ def component_flow(run: Run) -> pd.DataFrame:
 def held_out_angles(
     model: Any, batches: Batches, *, progress: bool = False
 ) -> dict[tuple[int, str], list[float | None]]:
-    """By module, the angles between the experts' gradients of the summed loss over all batches.
-
-    Modules whose experts share one A are left out. ``progress`` shows a bar on stderr.
-    """
+    """By module whose experts have an A each, the angles between their gradients of the loss over all batches."""
     experts = [one for one in active_experts(model) if not one.layer.badit_config[one.adapter].shares_A]
     if not experts:
         return {}
     parameters = [p for one in experts for p in (one.layer.badit_A[one.adapter], one.layer.badit_B[one.adapter])]
     sums = [torch.zeros_like(parameter, dtype=torch.float32) for parameter in parameters]
     everything = [batch for of_task in batches.values() for batch in of_task]
-    # A model that was loaded for inference has them frozen.
-    frozen = [parameter for parameter in parameters if not parameter.requires_grad]
+    frozen = [parameter for parameter in parameters if not parameter.requires_grad]  # of a model loaded for inference
     try:
         for parameter in frozen:
             parameter.requires_grad_(True)
@@ -207,15 +159,8 @@ def held_out_angles(
     return angles
 
 
-# --- tasks ---
-
-
 def transfer(run: Run) -> pd.DataFrame:
-    """The score matrix of a sequential run.
-
-    Raises:
-        BaditError: the run is no sequence of tasks, or it has not been scored.
-    """
+    """The score matrix of a sequential run, which has been scored."""
     scores = read_scores(run.scores_path)
     order, matrix = scores.get("order") or [], scores.get("matrix") or []
     if {len(matrix), *map(len, matrix)} != {len(order)} or not order:
@@ -232,14 +177,7 @@ def transfer(run: Run) -> pd.DataFrame:
 
 
 def task_gap(path: str | os.PathLike[str]) -> pd.DataFrame:
-    """Every method's score on every task, trained on that task alone and on all of them.
-
-    Args:
-        path: a comparison's folder or its results.json.
-
-    Raises:
-        BaditError: it is missing or damaged.
-    """
+    """Every method's score on every task, trained on that task alone and on all of them; ``path`` is a comparison's."""
     results = load_results(path)
     scores = results.scores.loc[results.scores["metric"] == "rouge_l"]
     pairs = pd.concat([paired(scores, method, method + SINGLE_TASK) for method in results.methods])

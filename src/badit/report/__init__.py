@@ -18,7 +18,7 @@ def write_report(
     title: str | None = None,
     figures: str | os.PathLike[str] | None = None,
 ) -> Path:
-    """Writes one self-contained page on runs and comparisons.
+    """Writes one self-contained page on runs and comparisons, and returns its path.
 
     Args:
         runs: runs' folders, comparisons' folders or results.json files; several are shown side by side, and differences
@@ -26,9 +26,6 @@ def write_report(
         output: the page.
         title: its heading; by default the names of the runs.
         figures: a folder for every figure as .svg and .pdf.
-
-    Returns:
-        The page's path.
 
     Raises:
         BaditError: the extra is not installed, a folder is no run, a file is damaged, or the page cannot be written.
@@ -39,8 +36,6 @@ def write_report(
     from badit.report.sources import read_sources
 
     output = Path(output)
-    if output.is_dir():
-        raise BaditError(f"{output}: is a folder; name a file for the page, such as {output / 'report.html'}")
     sources = read_sources(runs)
     sections = sections_of(sources)
     page = render(title or " · ".join(source.label for source in sources), sections)

@@ -1,66 +1,59 @@
-"""What figures share: their declaration, charts of which the reader chooses one out of many, heat maps and legends.
+"""What figures share: choices, heat maps of one choice out of many, legends, and the forms of numbers and names.
 
-A run has tens of thousands of values such as the cosines of every layer and module. They are kept as one line of text
-for each choice, while what belongs to the same place in every line is written once; the chart looks the chosen line up:
-
-    places    {row, column, …, index}         lines  {key: "3|mlp.gate_proj", values: "0.12,-0.034,,…"}
-    value  =  the number after ``index`` commas of the line of layer + "|" + module; nothing where there is none
+A run has tens of thousands of values such as the cosines of every layer and module. A chart with choices holds them as
+CSV, with a row for each place and a column for each combination of choices, such as "3|mlp.gate_proj".
 """
-
-# pandas' own types make every selection a frame, a series or a scalar.
-# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportIndexIssue=false
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, cast
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, cast
 
 import altair as alt
 import numpy as np
 import pandas as pd
 
-from badit.report.formatting import short_names
-
 ALL = "all"
+UNKNOWN = "–"
 # Charts with a row for each task or method give it this height, in pixels.
 ROW = 23
 # What one figure may hold; with more tasks, layers and modules can be chosen but not both.
 MOST_VALUES = 150_000
-# Heat maps: the height of few, of many and of very many rows, and the width that a number needs, in pixels.
-_HIGH_ROW, _LOW_ROW, _MANY_ROWS, _MATRIX_HEIGHT, _NUMBER_WIDTH = 38, 13, 40, 320, 34
-# How many letters a row of a legend has room for next to names of tasks on a phone, and on a page wider than _WIDE.
-_NARROW_ROW, _WIDE_ROW, _WIDE = 36, 80, 480
 
 
-@dataclass(frozen=True)
-class Figure:
-    """A figure or a table of the page.
+def number(value: Any, form: str = ".1f") -> str:
+    """``number(-1234.5)`` is "−1,234.5"; what rounds to zero has no sign; an unknown number is a dash."""
+    return UNKNOWN if value is None or pd.isna(value) else f"{value:z,{form}}".replace("-", "−")
 
-    Args:
-        section: the key of the section that it is in.
-        title: its heading.
-        table: the name of the frame that it is made from.
-        draw: from that frame to an Altair chart, or to a DataFrame of text that is shown as a table; None where there
-            is nothing to show. Its docstring is the caption, which says how to read the figure.
-        width: the share of the text's width that it takes; "square" suits matrices.
+
+def text_table(frame: pd.DataFrame, forms: Mapping[str, str]) -> pd.DataFrame:
+    """Columns of a frame as text under headings without underscores: numbers by their form, text where it is empty."""
+    columns = {
+        name.replace("_", " "): [number(value, form) if form else str(value) for value in frame[name]]
+        for name, form in forms.items()
+    }
+    return pd.DataFrame(columns, dtype=object)
+
+
+def short_names(names: Iterable[str]) -> dict[str, str]:
+    """Short names of tasks, each unique: task1590_diplomacy_text_generation is "1590 diplomacy".
+
+    A name of another form loses its underscores and, past 22 characters, its end. Where two would be equal, both stay
+    whole.
     """
+    plain = {name: re.sub(r"^task(\d+)_([^_]+).*", r"\1 \2", name, flags=re.DOTALL).replace("_", " ") for name in names}
+    short = {name: text if len(text) <= 22 else text[:21].rstrip() + "…" for name, text in plain.items()}
+    taken = list(short.values())
+    return {name: each if taken.count(each) == 1 else name for name, each in short.items()}
 
-    section: str
-    title: str
-    table: str
-    draw: Callable[[pd.DataFrame], Any]
-    width: Literal["full", "half", "square"] = "full"
 
-    @property
-    def name(self) -> str:
-        """Its name in the page and, exported, its file's: ``gradient_cosines`` draws gradient-cosines."""
-        return self.draw.__name__.replace("_", "-")
-
-    @property
-    def caption(self) -> str:
-        return " ".join((self.draw.__doc__ or "").split())
+def names_in(frame: pd.DataFrame, column: str) -> dict[str, str]:
+    """The values of a column with their short names, in the order of categories, of numbers, or of appearance."""
+    values = frame[column]
+    numbers = pd.api.types.is_numeric_dtype(values)
+    order = values.cat.categories if values.dtype == "category" else np.unique(values) if numbers else values.unique()
+    return short_names(map(str, order))
 
 
 def choice(name: str, options: Mapping[str, str] | Iterable[str]) -> alt.Parameter:
@@ -71,21 +64,17 @@ def choice(name: str, options: Mapping[str, str] | Iterable[str]) -> alt.Paramet
     return alt.param(name=name, value=keys[0], bind=binding)
 
 
-def layer_choice(layers: Iterable[int], all_layers: str = "all layers") -> alt.Parameter:
-    """All layers together, then each."""
-    names = {str(layer): f"layer {layer}" if layer >= 0 else "outside the layers" for layer in sorted(set(layers))}
-    return choice("layer", {ALL: all_layers} | (names if len(names) > 1 else {}))
-
-
-def module_choice(modules: Iterable[str]) -> alt.Parameter:
-    """All modules together, then each."""
-    names = {name: name for name in sorted(set(modules))}
-    return choice("module", {ALL: "all modules"} | (names if len(names) > 1 else {}))
+def all_or_one(name: str, values: Iterable[Any], together: str = "") -> alt.Parameter:
+    """All values of a column together, then each."""
+    each = {str(value): f"layer {value}" if name == "layer" else value for value in sorted(set(values))}
+    return choice(name, {ALL: together or f"all {name}s"} | (each if len(each) > 1 else {}))
 
 
 def with_all(frame: pd.DataFrame, *columns: str) -> pd.DataFrame:
-    """The rows, and again under ALL of every column, so that their mean over the column can be chosen."""
+    """The rows, and again under ALL of every column, where there are none, so that their mean can be chosen."""
     for column in columns:
+        if ALL in set(frame[column]):
+            continue
         text = frame.assign(**{column: frame[column].astype(str)})
         frame = pd.concat([text, text.assign(**{column: ALL})])
     return frame
@@ -96,42 +85,28 @@ def chart_of(frame: pd.DataFrame) -> alt.Chart:
     return alt.Chart(alt.InlineData(values=frame.astype(object).where(frame.notna(), None).to_dict("records")))
 
 
-def values_by_choice(frame: pd.DataFrame, places: Sequence[str], choices: Sequence[alt.Parameter]) -> pd.DataFrame:
-    """Means of the column ``value``: a row for each combination of options, joined by "|", a column for each place."""
-    keys = pd.Series("", index=frame.index, dtype=str)
-    for i, option in enumerate(choices):
-        keys = keys + ("|" if i else "") + frame[option.name].astype(str)
-    found = frame.assign(key=keys).pivot_table("value", "key", list(places), sort=False, observed=True)
-    if found.size > MOST_VALUES:
-        found = found.loc[[ALL in key.split("|") for key in found.index]]
-    return found
+def by_choice(frame: pd.DataFrame, places: Sequence[str], choices: Sequence[alt.Parameter]) -> pd.DataFrame:
+    """Means of the column ``value``: a row for each place, a column for each combination of options, joined by "|"."""
+    frame = with_all(frame, *(str(option.name) for option in choices if getattr(option.param, "value", None) == ALL))
+    keys = pd.Series("", index=frame.index)
+    for option in choices:
+        keys = keys + "|" + frame[option.name].astype(str)
+    found = frame.assign(key=keys.str[1:]).pivot_table("value", list(places), "key", sort=False, observed=True)
+    return found if found.size <= MOST_VALUES else found.loc[:, [ALL in key.split("|") for key in found]]
 
 
-def chosen(values: pd.DataFrame, choices: Sequence[alt.Parameter], *, symmetric: bool = False) -> alt.Chart:
-    """A chart with a row for each place, which has its ``value`` under the chosen options; unknown values are left out.
+def chart_by_choice(values: pd.DataFrame, choices: Sequence[alt.Parameter]) -> alt.Chart:
+    """A chart of what :func:`by_choice` has found: a row for each place that has a ``value`` under the chosen options.
 
-    Args:
-        values: from :func:`values_by_choice`.
-        choices: to be added to the finished chart with ``add_params``.
-        symmetric: whether a place's value is also that of the place with row and column exchanged.
+    The choices are to be added to the finished chart with ``add_params``.
     """
-    places = values.columns.to_frame(index=False).assign(index=range(values.shape[1]))
-    if symmetric:
-        exchanged = {"row": "column", "column": "row", "row_full": "column_full", "column_full": "row_full"}
-        places = pd.concat([places, places.rename(columns=exchanged)])
-    lines = [
-        {"key": key, "values": ",".join("" if np.isnan(value) else f"{value:.4g}" for value in row)}
-        for key, row in zip(values.index, values.to_numpy(), strict=True)
-    ]
-    key = " + '|' + ".join(option.name for option in choices) or "''"
+    places = values.index.to_frame()
+    numbers = {name: "number" for name in places if pd.api.types.is_numeric_dtype(places[name])}
+    form = alt.CsvDataFormat(type="csv", parse=cast(Any, numbers))
+    key = f"join([{','.join(str(option.name) for option in choices)}],'|')"
     return (
-        chart_of(places)
-        .transform_calculate(key=key)
-        .transform_lookup(
-            lookup="key", from_=alt.LookupData(data=alt.InlineData(values=lines), key="key", fields=["values"])
-        )
-        .transform_filter("isString(datum.values)")
-        .transform_calculate(value="toNumber(split(datum.values, ',')[datum.index])")
+        alt.Chart(alt.InlineData(values=values.to_csv(float_format="%.4g"), format=form))
+        .transform_calculate(value=f"toNumber(datum[{key}])")
         .transform_filter("isValid(datum.value)")
     )
 
@@ -143,8 +118,7 @@ def heat_map(
     label: str,
     *,
     choices: Sequence[alt.Parameter] = (),
-    row_title: str = "",
-    column_title: str = "",
+    titles: tuple[str, str] = ("", ""),
     signed: bool = True,
     middle: float = 0.0,
     limit: float | None = None,
@@ -156,50 +130,42 @@ def heat_map(
 
     Args:
         frame: values, with a column for each choice.
-        rows: the column that names the row; categories, where it has any, give the order.
-        columns: the same for columns.
+        rows: the column that names the row; categories, where it has any, give the order. ``columns`` is the same.
         label: what the value is, with its unit.
         choices: what is chosen by; the layer first.
-        row_title: title of the rows.
-        column_title: title of the columns.
-        signed: whether values have a colour on each side of the middle.
-        middle: the neutral value.
-        limit: the distance from the middle that has the strongest colour, so that the same colour means the same in
-            every layer; by default what nearly all values stay within.
+        titles: of the rows and of the columns.
+        signed: whether values have a colour on each side of the ``middle``.
+        limit: the distance from the middle with the strongest colour; by default what nearly all values stay within.
         form: how numbers are written, as d3 knows it.
         written: write the number into the cell, too.
         symmetric: whether rows and columns name the two of an unordered pair.
     """
-    both = [rows, columns]
-    row_names, column_names = (names_in(frame, *(both if symmetric else [side])) for side in both)
-    named = frame.assign(
-        row=frame[rows].astype(str).map(row_names),
-        row_full=frame[rows].astype(str),
-        column=frame[columns].astype(str).map(column_names),
-        column_full=frame[columns].astype(str),
-    )
-    values = values_by_choice(named, ["row", "row_full", "column", "column_full"], choices)
-    of_all = np.array([key.split("|")[0] == ALL for key in values.index], dtype=bool)
-    limits = [limit or limit_of(part.to_numpy(), middle) for part in (values[~of_all], values[of_all]) if len(part)]
-    upright = max(map(len, column_names.values()), default=0) > 3
+    if symmetric:
+        frame = pd.concat([frame, frame.rename(columns={rows: columns, columns: rows})])
+    names = {"row": names_in(frame, rows), "column": names_in(frame, columns)}
+    full = {"row_full": frame[rows].astype(str), "column_full": frame[columns].astype(str)}
+    short = {side: full[f"{side}_full"].map(names[side].get) for side in names}
+    values = by_choice(frame.assign(**full, **short), ["row", "row_full", "column", "column_full"], choices)
+    # All layers together often vary less than one, and have their own limit.
+    of_all = np.array([key.split("|")[0] == ALL for key in values], dtype=bool)
+    bounds = [limit or limit_of(values.loc[:, part].to_numpy(), middle) for part in (of_all, ~of_all)]
+    bound = f"({choices[0].name} === '{ALL}' ? {bounds[0]} : {bounds[1]})" if of_all.any() else str(bounds[1])
+    domains = {side: alt.Scale(domain=list(names[side].values())) for side in names}
+    upright = max(map(len, names["column"].values()), default=0) > 3
     below = alt.Axis(labelAngle=-90 if upright else 0, labelLimit=130, labelOverlap=False)
-    base = chosen(values, choices, symmetric=symmetric).encode(
-        x=alt.X("column:N", title=column_title or None, scale=_domain(column_names), axis=below),
-        y=alt.Y("row:N", title=row_title or None, scale=_domain(row_names), axis=alt.Axis(labelOverlap=False)),
+    base = chart_by_choice(values, choices).encode(
+        x=alt.X("column:N", title=titles[1] or None, scale=domains["column"], axis=below),
+        y=alt.Y("row:N", title=titles[0] or None, scale=domains["row"], axis=alt.Axis(labelOverlap=False)),
         tooltip=[
-            alt.Tooltip("row_full:N", title=row_title or "row"),
-            alt.Tooltip("column_full:N", title=column_title or "column"),
+            alt.Tooltip("row_full:N", title=titles[0] or "row"),
+            alt.Tooltip("column_full:N", title=titles[1] or "column"),
             alt.Tooltip("value:Q", title=label, format=".4f"),
         ],
     )
-    # All layers together often vary less than one, and have a limit of their own.
-    bound = repr(limits[0]) if limits else "1"
-    if len(limits) > 1 and choices:
-        bound = f"({choices[0].name} === '{ALL}' ? {limits[1]!r} : {limits[0]!r})"
     scale = alt.Scale(
-        domainMin={"expr": f"{middle!r} - {bound}"} if signed else middle,
+        domainMin={"expr": f"{middle} - {bound}"} if signed else middle,
         domainMid=middle if signed else alt.Undefined,
-        domainMax={"expr": f"{middle!r} + {bound}"},
+        domainMax={"expr": f"{middle} + {bound}"},
         clamp=True,
         interpolate="rgb",
         range="diverging" if signed else "heatmap",
@@ -207,54 +173,31 @@ def heat_map(
     colour = alt.Color("value:Q", scale=scale, legend=alt.Legend(title=label, format=form, tickCount=4))
     chart = base.mark_rect().encode(color=colour)
     if written:
-        # Where cells are wide enough for numbers, in the ink that stands out from the cell's colour.
-        opacity = {"expr": f"width / {len(column_names)} < {_NUMBER_WIDTH} ? 0 : 1"}
+        # Where cells are at least 34 pixels wide, in the ink that stands out from the cell's colour.
+        opacity = {"expr": f"width / {len(names['column'])} < 34 ? 0 : 1"}
         on_light = "luminance(scale('color', datum.value)) > 0.25"
         chart += base.mark_text(fontSize=10, opacity=opacity, tooltip=None).encode(
             text=alt.Text("value:Q", format=form),
             color=alt.condition(on_light, alt.value("#15171a"), alt.value("#ffffff")),
         )
-    count = len(row_names)
-    row_height = _LOW_ROW if count > _MANY_ROWS else min(_HIGH_ROW, max(ROW, _MATRIX_HEIGHT // max(1, count)))
+    count = len(names["row"])
+    row = 13 if count > 40 else min(38, max(ROW, 320 // max(1, count)))
     view = alt.ViewBackground(style="matrix")
-    return chart.add_params(*choices).properties(width="container", height=count * row_height, view=view)
+    return chart.add_params(*choices).properties(width="container", height=count * row, view=view)
 
 
-def names_in(frame: pd.DataFrame, *columns: str) -> dict[str, str]:
-    """The values of columns with their short names, in the order of their categories, else of their appearance."""
-    found: dict[str, None] = {}
-    for column in columns:
-        values = frame[column]
-        found |= dict.fromkeys(map(str, values.cat.categories if values.dtype == "category" else values.unique()))
-    return short_names(found)
+def limit_of(values: np.ndarray, middle: float) -> float:
+    """The distance from the middle that all but the outermost 2 % of values stay within, to two digits."""
+    distances = np.abs(values[np.isfinite(values)] - middle)
+    return float(f"{max(0.01, np.quantile(distances, 0.98) if len(distances) else 0):.2g}")
 
 
-def limit_of(values: Any, middle: float = 0.0, least: float = 0.01) -> float:
-    """The distance from the middle that all but the outermost 2 % of values stay within, rounded up to two digits."""
-    distances = np.abs(np.asarray(values, dtype=float).ravel() - middle)
-    distances = np.sort(distances[np.isfinite(distances)])
-    limit = max(float(distances[math.ceil(0.98 * len(distances)) - 1]) if len(distances) else 0.0, least)
-    step = 10.0 ** (math.floor(math.log10(limit)) - 1)
-    return round(math.ceil(limit / step - 1e-9) * step, 10)
-
-
-def legend(names: Iterable[str], *, room: int = _NARROW_ROW, **options: Any) -> alt.Legend | None:
-    """A legend without a title whose rows fit the page; None where there is nothing to tell apart.
-
-    Args:
-        names: what the legend names.
-        room: how many letters a row may have on a phone, or in a figure of half a page's width.
-        options: more of Vega-Lite's properties.
-    """
+def legend(names: Iterable[str], **options: Any) -> alt.Legend | None:
+    """A legend without a title whose rows fit the page; None where there is nothing to tell apart."""
     different = list(dict.fromkeys(names))
     if len(different) < 2:
         return None
-    longest = max(map(len, different)) + 4  # with its symbol
-    # The page's room and not the plot's width, which is only known once the legend has its place. An exported figure
-    # has no page, and is narrow.
-    columns = f"containerSize()[0] >= {_WIDE} ? {max(1, _WIDE_ROW // longest)} : {max(1, room // longest)}"
+    longest = max(map(len, different)) + 4  # letters, with the symbol
+    # A page has room for 80 letters in a row, a phone and an exported figure, which has no container, for 36.
+    columns = f"containerSize()[0] >= 480 ? {max(1, 80 // longest)} : {max(1, 36 // longest)}"
     return alt.Legend(title=None, columns=cast(Any, {"expr": columns}), **options)
-
-
-def _domain(names: Mapping[str, str]) -> alt.Scale:
-    return alt.Scale(domain=list(names.values()))

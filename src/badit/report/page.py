@@ -1,12 +1,8 @@
-"""From sources to one HTML file that needs nothing else: no network, no other file; and its figures as SVG and PDF.
+"""From sources to one HTML file that needs no network and no other file, and to figures as SVG and PDF.
 
-All text is escaped by the template; the charts' data stand in JSON blocks without a single "<". On top of that, the
-page's policy lets only the two scripts run whose hashes it names, and nothing be fetched: were markup to slip through
-from a model's answer, it could neither run nor send anything.
+The template escapes all text, and the charts' data stand in JSON blocks without a single "<". The page's policy lets
+only the two scripts run whose hashes it names, and nothing be fetched.
 """
-
-# pandas' own types make every selection a frame, a series or a scalar.
-# pyright: reportArgumentType=false, reportAttributeAccessIssue=false
 
 from __future__ import annotations
 
@@ -17,7 +13,7 @@ import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -27,50 +23,36 @@ import pandas as pd
 import vl_convert
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from jinja2.utils import htmlsafe_json_dumps
 from markupsafe import Markup
 
 from badit import __version__
 from badit.data import own_input
 from badit.files import read_json
 from badit.metrics import METRICS, Prediction, exact_match, rouge_l
-from badit.report import measurements, scores
-from badit.report.charts import Figure
-from badit.report.formatting import UNKNOWN, duration, number, short_names, whole
+from badit.report.charts import UNKNOWN, number, short_names
+from badit.report.figures import FIGURES, Figure
 from badit.report.sources import Source, together
 from badit.report.theme import chart_config
 from badit.results import RESULTS
-
-# In the order of the page.
-FIGURES: Sequence[Figure] = [*scores.FIGURES, *measurements.FIGURES]
 
 # What Vega-Lite knows the charts by, such as 6.4.
 _VEGA_LITE = ".".join(alt.SCHEMA_VERSION.removeprefix("v").split(".")[:2])
 # Of an exported figure, in pixels of 1/72 inch: the width of a page's text, of half of it, and of a matrix.
 _WIDTHS = {"full": 520, "half": 340, "square": 400}
-# Sample predictions: how many per task, of how many models before there are fewer, and how many letters.
-_SAMPLES, _MANY_MODELS, _SAMPLES_OF_MANY = 6, 3, 3
+# Sample predictions: how many per task, of how many models before there are half of them, and how many letters.
+_SAMPLES, _MANY_MODELS = 6, 3
 _LONGEST_QUESTION, _LONGEST_ANSWER = 700, 400
 _PARTLY_RIGHT = 50.0
-# What the overview shows of a run: settings of its recipe, and what its environment says of its training.
+# What the overview shows of a run's recipe.
 _SETTINGS = ["model.name", "method.name", "method.num_experts", "method.r", "data.source", "training.learning_rate"]
-_TRAINING = {"trainable_parameters": whole, "steps": whole, "seconds": duration}
-_RUN_FILES = ["scores.json", "config.yaml", "environment.json"]
 
 
 @dataclass(frozen=True)
 class Block:
-    """A part of a section, which the template's macro of its kind lays out.
+    """A part of a section, which the template's macro of its kind (figure, table, samples, details, note) lays out.
 
-    Args:
-        kind: figure, table, samples, details or note.
-        title: its heading.
-        content: a chart, a frame of text, or what else the macro shows.
-        name: its name in the page and, of a figure, its file's.
-        caption: how to read it.
-        width: see :class:`badit.report.charts.Figure`.
-        file: what it is made from, below the source's folder.
-        source: the source's label, where there are several.
+    ``content`` is a chart, a frame of text, or what else the macro shows; ``name`` its id and, of a figure, its file's
+    name; ``file`` what it is made from, below the folder of ``source``, whose label is given where there are several.
     """
 
     kind: str
@@ -84,7 +66,7 @@ class Block:
 
     @property
     def specification(self) -> dict[str, Any]:
-        """Vega-Lite: the title and the caption are read out for the chart, and the colours are the page's to choose."""
+        """Vega-Lite; the description is read out for the chart, and the colours are the page's to choose."""
         content = self.content.to_dict(validate=False)
         content = {key: value for key, value in content.items() if key not in ("config", "$schema")}
         fit = {"autosize": {"type": "fit-x", "contains": "padding"}}
@@ -93,14 +75,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Section:
-    """A section of the page; what it is about stands in the template.
-
-    Args:
-        key: its address in the page.
-        title: its heading.
-        command: what makes a run's part of it; empty if there is no such command.
-        blocks: what it shows.
-    """
+    """A section of the page, which ``command`` makes where a run has it not; the template says what it is about."""
 
     key: str
     title: str
@@ -121,25 +96,17 @@ SECTIONS: Sequence[Section] = [
     Section("settings", "Configuration and environment"),
 ]
 
-_templates = Environment(
-    loader=PackageLoader("badit.report"),
-    autoescape=True,
-    undefined=StrictUndefined,
-    trim_blocks=True,
-    lstrip_blocks=True,
-)
-
 
 def sections_of(sources: Sequence[Source]) -> list[Section]:
     """The page's sections with their blocks."""
-    shared = together(sources)
+    shown = [together(sources), *sources]
     others = {"overview": _overview, "samples": _samples, "settings": _settings}
     found = []
     for section in SECTIONS:
         blocks = list(others[section.key](sources)) if section.key in others else []
         for figure in FIGURES:
             if figure.section == section.key:
-                blocks += _drawn(figure, [shared, *sources], len(sources) > 1)
+                blocks += _drawn(figure, shown)
         found.append(replace(section, blocks=[*blocks, *_notes(section, sources, blocks)]))
     return found
 
@@ -147,25 +114,19 @@ def sections_of(sources: Sequence[Source]) -> list[Section]:
 def render(title: str, sections: Sequence[Section]) -> str:
     """The page."""
     scripts = [_library(), _resource("page.js")]
-    policy = {
-        "default-src": "'none'",
-        "script-src": " ".join(f"'sha256-{_sha256(script)}'" for script in scripts),
-        "style-src": "'unsafe-inline'",
-        "img-src": "data: blob:",
-        "base-uri": "'none'",
-        "form-action": "'none'",
-    }
-    return _templates.get_template("page.html.j2").render(
+    hashes = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts]
+    options: dict[str, Any] = {"autoescape": True, "trim_blocks": True, "lstrip_blocks": True}
+    templates = Environment(loader=PackageLoader("badit.report"), undefined=StrictUndefined, **options)
+    templates.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
+    return templates.get_template("page.html.j2").render(
         title=title,
         sections=sections,
         version=__version__,
-        policy="; ".join(f"{name} {value}" for name, value in policy.items()),
+        hashes=hashes,
         style=Markup(_resource("look.css") + _resource("page.css")),
         scripts=[Markup(script) for script in scripts],
-        themes=_embedded({"light": chart_config("light"), "dark": chart_config("dark")}),
-        embedded=_embedded,
+        themes={"light": chart_config("light"), "dark": chart_config("dark")},
         short_names=short_names,
-        task_names=_task_names,
     )
 
 
@@ -183,20 +144,21 @@ def export_figures(sections: Sequence[Section], folder: Path) -> list[Path]:
     return written
 
 
-def _drawn(figure: Figure, sources: Sequence[Source], several: bool) -> Iterator[Block]:
+def _drawn(figure: Figure, sources: Sequence[Source]) -> Iterator[Block]:
     """The figure of every source that has its table; those of several sources are side by side."""
     with_table = [(i, source) for i, source in enumerate(sources) if figure.table in source.frames]
     for i, source in with_table:
-        content = figure.draw(source.frames[figure.table])
+        frame = source.frames[figure.table]
+        content = figure.draw(frame)
         if content is None:
             continue
-        name, label = figure.name, source.label if several else ""
-        if label:
-            slug = re.sub(r"[^a-z0-9]+", "-", label.lower()).strip("-")[:40]
-            name = f"{name}-{i}-{slug}".rstrip("-")
+        label = source.label if len(sources) > 2 else ""
+        slug = re.sub(r"[^a-z0-9]+", "-", label.lower()).strip("-")[:40]
+        name = figure.draw.__name__.replace("_", "-") + (f"-{i}-{slug}".rstrip("-") if label else "")
+        caption = " ".join(str(figure.draw.__doc__).split())
         kind = "table" if isinstance(content, pd.DataFrame) else "figure"
         width = "half" if len(with_table) > 1 and kind == "figure" else figure.width
-        yield Block(kind, figure.title, content, name, figure.caption, width, source.files[figure.table], label)
+        yield Block(kind, figure.title, content, name, caption, width, frame.attrs["file"], label)
 
 
 def _notes(section: Section, sources: Sequence[Source], blocks: Sequence[Block]) -> Iterator[Block]:
@@ -217,7 +179,8 @@ def _overview(sources: Sequence[Source]) -> Iterator[Block]:
     facts = dict.fromkeys(fact for column in columns.values() for fact in column)
     rows = [[fact, *(column.get(fact, UNKNOWN) for column in columns.values())] for fact in facts]
     files = [RESULTS] if any(source.results for source in sources) else []
-    files += _RUN_FILES if any(source.results is None for source in sources) else []
+    if any(source.results is None for source in sources):
+        files += ["scores.json", "config.yaml", "environment.json"]
     if rows:
         table = pd.DataFrame(rows, columns=["run", *columns])
         yield Block("table", "At a glance", table, "facts", file=", ".join(files))
@@ -226,13 +189,15 @@ def _overview(sources: Sequence[Source]) -> Iterator[Block]:
 def _run_facts(source: Source) -> dict[str, str]:
     facts = {}
     if source.scores is not None:
-        by_metric = source.scores.groupby("metric", sort=False)["score"]
-        facts = {METRICS[str(metric)].label: number(scores.mean()) for metric, scores in by_metric}
+        for metric, scores in source.scores.groupby("metric", sort=False):
+            facts[METRICS[str(metric)].label] = number(scores["score"].mean())
         facts["tasks"] = str(source.scores["task"].nunique())
     training = source.environment.get("training")
     for name, value in training.items() if isinstance(training, Mapping) else ():
-        if name in _TRAINING and isinstance(value, int | float) and not isinstance(value, bool):
-            facts["training time" if name == "seconds" else name.replace("_", " ")] = _TRAINING[name](value)
+        if name in ("trainable_parameters", "steps", "seconds") and type(value) in (int, float):
+            minutes = name == "seconds"
+            heading = "training time" if minutes else name.replace("_", " ")
+            facts[heading] = f"{number(value / 60)} min" if minutes else number(value, ".0f")
     for key in _SETTINGS:
         section, _, name = key.partition(".")
         values = source.config.get(section)
@@ -244,10 +209,13 @@ def _run_facts(source: Source) -> dict[str, str]:
 def _comparison_facts(source: Source) -> dict[str, str]:
     results = source.results
     assert results is not None
-    runs = results.scores[["method", "seed", "order"]].drop_duplicates()
-    counts = {"methods": len(results.scored_methods), "runs": len(runs), "tasks": results.scores["task"].nunique()}
-    texts = {name: str(count) for name, count in counts.items()}
-    return texts | {"protocol": results.protocol, "reference": results.reference}
+    return {
+        "methods": str(len(results.scored_methods)),
+        "runs": str(len(results.scores[["method", "seed", "order"]].drop_duplicates())),
+        "tasks": str(results.scores["task"].nunique()),
+        "protocol": results.protocol,
+        "reference": results.reference,
+    }
 
 
 def _samples(sources: Sequence[Source]) -> Iterator[Block]:
@@ -259,34 +227,32 @@ def _samples(sources: Sequence[Source]) -> Iterator[Block]:
             if method not in runs and run.predictions:
                 runs[method] = run
         models += runs.items()
-    tasks = list(dict.fromkeys(task for _, run in models for task in run.predictions))
     content = {}
-    for task in tasks:
-        answers = {
-            (i, name): {answer.instance_id: answer for answer in run.predictions[task]}
-            for i, (name, run) in enumerate(models)
+    for task in dict.fromkeys(task for _, run in models for task in run.predictions):
+        answers = [
+            (name, {answer.instance_id: answer for answer in run.predictions[task]})
+            for name, run in models
             if task in run.predictions
-        }
-        first, *others = answers.values()
-        shared = [instance for instance in first if all(instance in other for other in others)]
-        count = min(_SAMPLES if len(answers) <= _MANY_MODELS else _SAMPLES_OF_MANY, len(shared))
+        ]
+        shared = [instance for instance in answers[0][1] if all(instance in own for _, own in answers)]
+        count = min(_SAMPLES if len(answers) <= _MANY_MODELS else _SAMPLES // 2, len(shared))
         chosen = [shared[i * len(shared) // count] for i in range(count)]
-        content[task] = [_sample({key: own[instance] for key, own in answers.items()}) for instance in chosen]
+        content[task] = [_sample([(name, own[instance]) for name, own in answers]) for instance in chosen]
     if content:
         caption = "Long prompts show their end, which holds the instance's own input."
         yield Block("samples", "", content, caption=caption, file="predictions/")
 
 
-def _sample(answers: Mapping[tuple[int, str], Prediction]) -> dict[str, Any]:
+def _sample(answers: Sequence[tuple[str, Prediction]]) -> dict[str, Any]:
     """An instance with its references, and every model's answer with its verdict."""
-    first = next(iter(answers.values()))
+    first = answers[0][1]
     question = own_input(first.prompt) or first.prompt
     shown = []
-    for (_, model), answer in answers.items():
+    for model, answer in answers:
         score = rouge_l(answer.prediction, answer.references)
         right = exact_match(answer.prediction, answer.references) > 0
         verdict = "right" if right else "partly right" if score >= _PARTLY_RIGHT else "wrong"
-        shown.append((model, _cut(answer.prediction), verdict, f"Rouge-L {number(score, 0)}"))
+        shown.append((model, _cut(answer.prediction), verdict, f"Rouge-L {number(score, '.0f')}"))
     return {
         "question": question if len(question) <= _LONGEST_QUESTION else "…" + question[-_LONGEST_QUESTION:],
         "references": [_cut(reference) for reference in dict.fromkeys(first.references)][:4],
@@ -307,28 +273,17 @@ def _settings(sources: Sequence[Source]) -> Iterator[Block]:
         if source.environment:
             text = json.dumps(source.environment, indent=2, ensure_ascii=False)
             yield Block("details", f"{label}Environment", text, file="environment.json")
-        seen = set()
-        for cell in read_json(source.folder / RESULTS)["cells"] if source.results is not None else ():
-            if cell["status"] == "done" and cell.get("selected", True) and cell["method"] not in seen:
-                seen.add(cell["method"])
-                parts = {key: cell.get(key) for key in ("learning_rate", "seed", "order", "config", "environment")}
-                text = _as_yaml({key: value for key, value in parts.items() if value})
-                yield Block("details", label + cell["method"], text, file=RESULTS)
+        cells = read_json(source.folder / RESULTS)["cells"] if source.results is not None else []
+        done = [cell for cell in cells if cell["status"] == "done" and cell.get("selected", True)]
+        for method in dict.fromkeys(cell["method"] for cell in done):
+            cell = next(cell for cell in done if cell["method"] == method)
+            keys = ("learning_rate", "seed", "order", "config", "environment")
+            text = _as_yaml({key: cell[key] for key in keys if cell.get(key)})
+            yield Block("details", label + method, text, file=RESULTS)
 
 
 def _as_yaml(content: Mapping[str, Any]) -> str:
     return yaml.safe_dump(dict(content), sort_keys=False, allow_unicode=True, width=100)
-
-
-def _task_names(table: pd.DataFrame) -> dict[str, str]:
-    """The short names of the tasks in a table."""
-    columns = [table[heading] for heading in ("task", "other task") if heading in table]
-    return short_names(dict.fromkeys(task for column in columns for task in column))
-
-
-def _embedded(value: Mapping[str, Any]) -> Markup:
-    """JSON for a script element, in which no text can end the element."""
-    return htmlsafe_json_dumps(value, dumps=partial(json.dumps, separators=(",", ":"), allow_nan=False))
 
 
 def _resource(name: str) -> str:
@@ -340,7 +295,3 @@ def _library() -> str:
     """Vega, Vega-Lite and Vega-Embed in one script."""
     script = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;", _VEGA_LITE)
     return script.replace("</script", "<\\/script").replace("<!--", "<\\!--")
-
-
-def _sha256(script: str) -> str:
-    return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()

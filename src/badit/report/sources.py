@@ -42,29 +42,19 @@ _ORDERS = {
 }
 _PAIR = ["task_a", "task_b"]
 _DIFFERENCES = ["method", "mean", "low", "high", "reference"]
-_DIFFERENCE = {f"difference_{name}": name for name in ("mean", "low", "high")}
 
 
 @dataclass
 class Source:
-    """One run or one comparison.
+    """One run or one comparison: its frames that have rows, whose attribute "file" says where they are from.
 
-    Args:
-        label: what the page calls it; no two sources of a report have the same.
-        folder: where it is.
-        frames: those that have rows: the tables of an analysis, and a comparison's methods, differences and scores.
-        files: where each frame is from, below the folder.
-        scores: a run's scores; None before it is scored.
-        results: of a comparison.
-        config: a run's resolved recipe.
-        environment: where a run was made, and what its training took.
-        analysed: whether there is an analysis.
+    ``scores`` are a run's own, ``results`` a comparison's, ``config`` is a run's resolved recipe, and ``analysed`` says
+    whether there is an analysis. No two sources of a report have the same label.
     """
 
     label: str
     folder: Path
     frames: dict[str, pd.DataFrame] = field(default_factory=dict)
-    files: dict[str, str] = field(default_factory=dict)
     scores: pd.DataFrame | None = None
     results: Results | None = None
     config: Mapping[str, Any] = field(default_factory=dict)
@@ -72,9 +62,9 @@ class Source:
     analysed: bool = False
 
     def add(self, name: str, frame: pd.DataFrame, file: str) -> None:
-        """Adds a frame that has rows."""
+        """Adds a frame that has rows, unless there is one of this name."""
         if len(frame):
-            self.frames[name], self.files[name] = frame, file
+            self.frames.setdefault(name, frame).attrs.setdefault("file", file)
 
     @cached_property
     def members(self) -> list[tuple[str, Source]]:
@@ -83,13 +73,12 @@ class Source:
 
         if self.results is None:
             return [(self.label, self)]
+        cells = self.results.cells[(self.results.cells["status"] == "done") & self.results.cells["selected"]]
         found = []
-        cells = self.results.cells
         for method in self.results.methods:
-            own = cells[(cells["method"] == method) & (cells["status"] == "done") & cells["selected"]]
-            for cell in own[["learning_rate", "seed", "order"]].astype(object).itertuples(index=False):
-                rate, seed, order = (None if pd.isna(value) else value for value in cell)
-                place = str(Cell(method, rate, seed, order))
+            own = cells.loc[cells["method"] == method, ["learning_rate", "seed", "order"]].astype(object)
+            for cell in own.where(own.notna(), None).itertuples(index=False):
+                place = str(Cell(method, *cell))
                 if (self.folder / place).is_dir():
                     found.append((method, Source(place, self.folder / place)))
         return found
@@ -102,18 +91,22 @@ class Source:
 
 
 def read_sources(paths: Sequence[str | os.PathLike[str]]) -> list[Source]:
-    """Reads what the report's arguments name.
-
-    Raises:
-        BaditError: none are given, one is given twice or is neither run nor comparison, or a file is damaged.
-    """
+    """Reads what the report's arguments name; a BaditError says what is no run or is damaged."""
     if not paths:
         raise BaditError("report: name at least one run's or comparison's folder")
-    folders = [_folder(Path(path)) for path in paths]
-    for folder in folders:
+    folders = [Path(path).parent if Path(path).name == RESULTS else Path(path) for path in paths]
+    for path, folder in zip(paths, folders, strict=True):
+        if not any((folder / name).exists() for name in (RESULTS, "config.yaml", "analysis")):
+            raise BaditError(
+                f"{path}: holds no config.yaml, results.json or analysis; name a run's folder or a comparison's"
+            )
         if folders.count(folder) > 1:
             raise BaditError(f"{folder}: is given more than once")
-    sources = [_read(folder, label) for folder, label in zip(folders, _labels(folders), strict=True)]
+    # The end of each path, as much of it as tells them apart.
+    parts = [folder.resolve().parts for folder in folders]
+    ends = (["/".join(each[-length:]) for each in parts] for length in range(1, max(map(len, parts)) + 1))
+    labels = next((labels for labels in ends if len(set(labels)) == len(labels)), [*map(str, folders)])
+    sources = [_read(folder, label) for folder, label in zip(folders, labels, strict=True)]
     _order_tasks(sources)
     return sources
 
@@ -121,69 +114,41 @@ def read_sources(paths: Sequence[str | os.PathLike[str]]) -> list[Source]:
 def together(sources: Sequence[Source]) -> Source:
     """What is shown of all sources in one figure: losses, and the runs' scores and their differences to the first."""
     shared = Source("", Path())
+    losses = []
     for source in sources:
         for method, run in source.members:
             series = f"{source.label}: {method}" if len(sources) > 1 and source.results else method
-            losses = pd.DataFrame(_losses(run.folder)).assign(series=series, run=run.label)
-            shared.add("losses", pd.concat([*filter(len, [shared.frames.get("losses", [])]), losses]), "metrics.jsonl")
-    if scored := [source for source in sources if source.scores is not None]:
-        rows = [source.scores.assign(run=source.label) for source in scored if source.scores is not None]
-        shared.add("scores", pd.concat(rows, ignore_index=True), "scores.json")
-        shared.add("differences", _differences(scored), "predictions/")
+            losses += [{**point, "series": series, "run": run.label} for point in _losses(run.folder)]
+    shared.add("losses", pd.DataFrame(losses), "metrics.jsonl")
+    scores = [source.scores.assign(run=source.label) for source in sources if source.scores is not None]
+    if scores:
+        shared.add("scores", pd.concat(scores, ignore_index=True), "scores.json")
+        shared.add("differences", _differences([s for s in sources if s.scores is not None]), "predictions/")
     return shared
-
-
-def is_source(folder: str | os.PathLike[str]) -> bool:
-    """Whether a folder holds what a report can be made of."""
-    return any((Path(folder) / name).exists() for name in (RESULTS, "config.yaml", "analysis"))
-
-
-def _folder(path: Path) -> Path:
-    folder = path.parent if path.name == RESULTS and path.is_file() else path
-    if not folder.is_dir():
-        raise BaditError(f"{path}: is not there; name a run's folder, a comparison's, or a results.json")
-    if not is_source(folder):
-        raise BaditError(
-            f"{path}: holds no config.yaml, results.json or analysis; name a run's folder or a comparison's"
-        )
-    return folder
-
-
-def _labels(folders: Sequence[Path]) -> list[str]:
-    """The end of each path, as much of it as tells them apart."""
-    parts = [folder.resolve().parts for folder in folders]
-    for length in range(1, max(map(len, parts)) + 1):
-        labels = ["/".join(each[-length:]) for each in parts]
-        if len(set(labels)) == len(labels):
-            return labels
-    return [str(folder) for folder in folders]
 
 
 def _read(folder: Path, label: str) -> Source:
     source, run = Source(label, folder), Run(folder)
-    frames = load_frames(run.analysis_path)
-    source.analysed = bool(frames)
-    for name, frame in frames.items():
+    for name, frame in load_frames(run.analysis_path).items():
+        source.analysed = True
         source.add(name, frame, f"analysis/{name}.json")
     if run.config_path.is_file():
-        # As plain values: a recipe of another version may have other keys, and is still worth showing.
-        source.config = read_values(run.config_path)
+        source.config = read_values(run.config_path)  # a recipe of another version may have other keys
     if run.environment_path.is_file():
         source.environment = read_json(run.environment_path)
     if (folder / RESULTS).is_file():
         _add_results(source)
     else:
         _add_logs(source, run)
-    parts = []
-    if (overall := source.frames.get("gradient_overall")) is not None:
-        parts.append(overall.assign(layer="all", module="all"))
-    if (pairs := source.frames.get("gradient_pairs")) is not None:
-        kinds = overall["parameters"] if overall is not None else ["adapter"]
-        parts.append(pairs.assign(parameters="adapter" if "adapter" in set(kinds) else kinds[0]))
-    files = [f"analysis/{name}.json" for name in ("gradient_pairs", "gradient_overall") if name in source.frames]
-    if parts:
+    pairs, overall = (source.frames.get(name) for name in ("gradient_pairs", "gradient_overall"))
+    cosines = [] if overall is None else [overall.assign(layer="all", module="all")]
+    if pairs is not None:
+        kinds = ["adapter"] if overall is None else overall["parameters"].tolist()
+        cosines.append(pairs.assign(parameters="adapter" if "adapter" in kinds else kinds[0]))
+    if cosines:
         columns = [*_PAIR, "parameters", "layer", "module", "cosine"]
-        source.add("gradient_cosines", pd.concat([part[columns] for part in parts]), ", ".join(files))
+        files = ", ".join(each.attrs["file"] for each in cosines[::-1])
+        source.add("gradient_cosines", pd.concat([each[columns] for each in cosines]).copy(), files)
     return source
 
 
@@ -194,13 +159,12 @@ def _add_results(source: Source) -> None:
     methods = pd.DataFrame(dict(table.columns), dtype=object)
     methods.attrs = {"strong": [(i, methods.columns[j]) for i, j in table.best], "notes": table.footer()}
     source.add("methods", methods, RESULTS)
-    numbers = table.numbers.rename(columns=_DIFFERENCE).assign(reference=results.reference)
-    source.add("differences", numbers[_DIFFERENCES].dropna(), RESULTS)
+    numbers = table.numbers.rename(columns=lambda name: name.removeprefix("difference_"))
+    source.add("differences", numbers.assign(reference=results.reference)[_DIFFERENCES].dropna(), RESULTS)
     scores = results.scores.assign(run=pd.Categorical(results.scores["method"], results.scored_methods))
     means = scores.groupby(["run", "task", "metric"], observed=True)[["score", "n"]].mean().reset_index()
     source.add("scores", means.astype({"run": str}), RESULTS)
-    if "task_gap" not in source.frames:
-        source.add("task_gap", task_gap(source.folder), RESULTS)
+    source.add("task_gap", task_gap(source.folder), RESULTS)
 
 
 def _add_logs(source: Source, run: Run) -> None:
@@ -208,13 +172,13 @@ def _add_logs(source: Source, run: Run) -> None:
     if run.scores_path.is_file():
         scores = read_scores(run.scores_path)
         source.scores = scores_frame(scores)
-        if "matrix" in scores and "transfer" not in source.frames:
+        if "matrix" in scores:
             source.add("transfer", transfer(run), run.scores_path.name)
     # The log of a run that was kept for its results may have means over modules alone.
     regrouped = any("labels" in line for line in list(read_jsonl(run.regroupings_path))[:1])
-    if regrouped and "component_flow" not in source.frames:
+    if regrouped:
         source.add("component_flow", component_flow(run), run.regroupings_path.name)
-    if (regrouped or run.angles_path.is_file()) and "expert_angles" not in source.frames:
+    if regrouped or run.angles_path.is_file():
         source.add("expert_angles", expert_angles(run), (run.regroupings_path if regrouped else run.angles_path).name)
 
 
@@ -234,43 +198,41 @@ def _is_number(value: Any) -> bool:
 
 def _differences(runs: Sequence[Source]) -> pd.DataFrame:
     """Paired differences in Rouge-L to the first run, over the instances that both have answered."""
-    rows = []
-    scores = [_instance_scores(run) for run in runs] if len(runs) > 1 else []
-    for run, own in zip(runs[1:], scores[1:], strict=True):
-        pairs = scores[0].merge(own, on=["task", "instance"], suffixes=("_first", ""))
+    first, rows = runs[0], []
+    scores = _rouge_l(first)
+    for run in runs[1:]:
+        pairs = (_rouge_l(run).reindex(scores.index) - scores).dropna()
         if len(pairs):
-            difference = pairs.assign(difference=pairs["score"] - pairs["score_first"]).groupby("task")["difference"]
-            found = paired_bootstrap(
-                {str(task): each.to_numpy()[None] for task, each in difference}, resample_seeds=False
-            )
-            rows.append([run.label, found.mean, found.low, found.high, runs[0].label])
+            by_task = {str(task): each.to_numpy()[None] for task, each in pairs.groupby(level="task")}
+            found = paired_bootstrap(by_task, resample_seeds=False)
+            rows.append([run.label, found.mean, found.low, found.high, first.label])
     return pd.DataFrame(rows, columns=_DIFFERENCES)
 
 
-def _instance_scores(run: Source) -> pd.DataFrame:
-    """Rouge-L by task and instance."""
+def _rouge_l(run: Source) -> pd.Series:
+    """By task and instance."""
     scores = instance_scores(run.predictions) if run.predictions else {}
-    rows = [
-        (task, answer.instance_id, score)
+    rows = {
+        (task, answer.instance_id): score
         for task, answers in run.predictions.items()
         for answer, score in zip(answers, scores[task]["rouge_l"], strict=True)
-    ]
-    return pd.DataFrame(rows, columns=["task", "instance", "score"])
+    }
+    return pd.Series(
+        list(rows.values()), pd.MultiIndex.from_tuples(list(rows), names=["task", "instance"]), dtype=float
+    )
 
 
 def _order_tasks(sources: Sequence[Source]) -> None:
     """Makes the tasks of matrices categories: all sources have the order of the first one with similarities."""
-    orders: dict[str, list[str]] = {}
     for name, (similarities, column) in _ORDERS.items():
-        if similarities not in orders:
-            pairs = next((source.frames[similarities] for source in sources if similarities in source.frames), None)
-            orders[similarities] = by_similarity(pairs, column) if pairs is not None else []
+        pairs = next((source.frames[similarities] for source in sources if similarities in source.frames), None)
+        order = by_similarity(pairs, column) if pairs is not None else []
         for source in sources:
             if name in source.frames:
                 frame = source.frames[name]
                 columns = [task for task in ("task", *_PAIR) if task in frame]
                 tasks = list(dict.fromkeys(task for column in columns for task in frame[column]))
-                known = [task for task in orders[similarities] if task in tasks]
+                known = [task for task in order if task in tasks]
                 known += [task for task in tasks if task not in known]
                 source.frames[name] = frame.assign(**{task: pd.Categorical(frame[task], known) for task in columns})
 
@@ -284,10 +246,9 @@ def by_similarity(pairs: pd.DataFrame, column: str) -> list[str]:
     if len(tasks) < 3:
         return tasks
     # The first of several kinds counts. A damaged file may hold what no similarity can be.
-    pairs = pairs.drop_duplicates(_PAIR).assign(similarity=pairs[column].clip(-1, 1))
-    similarity = pairs.pivot(index=_PAIR[0], columns=_PAIR[1], values="similarity").reindex(index=tasks, columns=tasks)
-    mean = np.nan_to_num(pairs["similarity"].mean())
-    similarity_TT = similarity.combine_first(similarity.T).fillna(mean).to_numpy()
+    half = pairs.drop_duplicates(_PAIR).pivot(index="task_a", columns="task_b", values=column).clip(-1, 1)
+    similarity = half.combine_first(half.T).reindex(index=tasks, columns=tasks)
+    similarity_TT = similarity.fillna(np.nan_to_num(half.stack().mean())).to_numpy()
     distance_TT = similarity_TT.max() - similarity_TT
     np.fill_diagonal(distance_TT, 0.0)
     tree = linkage(squareform(distance_TT, checks=False), method="average", optimal_ordering=True)

@@ -1,10 +1,9 @@
 """Colours and type of the charts, for a light page and a dark one.
 
-Charts name no colours themselves: their scales take the ranges "category", "heatmap" and "diverging" from here, so that
-the page can change all of them at once. Categories are those of Okabe & Ito (2008), which colour-blind people can tell
-apart, without the yellow that vanishes on white. Magnitudes are cividis (Nuñez et al. 2018, doi
-10.1371/journal.pone.0199239), running away from the page's colour in either theme. Signed values run from orange,
-below, to blue, above, through the page's colour in the middle.
+Charts name no colours: their scales take the ranges "category", "heatmap" and "diverging" from here. Categories are
+those of Okabe & Ito (2008), which colour-blind people can tell apart, without the yellow that vanishes on white.
+Magnitudes are cividis (Nuñez et al. 2018, doi 10.1371/journal.pone.0199239), running away from the page's colour in
+either theme. Signed values run from orange, below, to blue, above, through the page's colour in the middle.
 """
 
 from __future__ import annotations
@@ -35,47 +34,34 @@ _FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, 
 
 def chart_config(mode: Mode, *, font: str = _FONT) -> dict[str, Any]:
     """Vega-Lite's ``config`` for a theme."""
-    ink = _INK[mode]
-    quiet = {"labelColor": ink["faint"], "titleColor": ink["text"], "labelFontSize": 11, "titleFontSize": 12}
+    ink, ranges = _INK[mode], _RANGES[mode]
+    first, faint, line = ranges["category"][0], ink["faint"], ink["line"]
+    quiet = {"labelColor": faint, "titleColor": ink["text"], "labelFontSize": 11, "titleFontSize": 12}
+    quiet["titleFontWeight"] = 500
+    axis = {"titlePadding": 10, "gridOpacity": 0.6, "ticks": False, "labelPadding": 6, "labelLimit": 150}
+    legend = {"titleLimit": 260, "orient": "top", "gradientThickness": 10, "gradientLength": 180, "labelLimit": 170}
+    symbols = {"symbolStrokeWidth": 2, "symbolOpacity": 1, "symbolBaseFillColor": faint}
     return {
         "font": font,
         "background": "transparent",
         "view": {"stroke": None},
         "style": {
-            # What a matrix has no value for, such as its diagonal, must not look like 0.
-            "matrix": {"fill": ink["empty"]},
-            "reference": {"color": ink["faint"], "strokeDash": [2, 4]},
-            "interval": {"color": _RANGES[mode]["category"][0]},
+            "matrix": {"fill": ink["empty"]},  # a missing value, such as the diagonal, must not look like 0
+            "reference": {"color": faint, "strokeDash": [2, 4]},
+            "interval": {"color": first},
         },
-        "range": {**_RANGES[mode], "ramp": _RANGES[mode]["heatmap"]},
-        # One description a chart is read out, not one a mark.
-        "mark": {"aria": False, "color": _RANGES[mode]["category"][0], "tooltip": True},
-        "rule": {"color": ink["faint"]},
+        "range": {**ranges, "ramp": ranges["heatmap"]},
+        # A screen reader reads one description per chart, not one per mark.
+        "mark": {"aria": False, "color": first, "tooltip": True},
+        "rule": {"color": faint},
         "text": {"color": ink["text"]},
-        "axis": {
-            **quiet,
-            "titleFontWeight": 500,
-            "titlePadding": 10,
-            "domainColor": ink["line"],
-            "gridColor": ink["line"],
-            "gridOpacity": 0.6,
-            "ticks": False,
-            "labelPadding": 6,
-            "labelLimit": 150,
-        },
+        "axis": {**quiet, **axis, "domainColor": line, "gridColor": line},
         "axisBand": {"domain": False, "grid": False},
         "legend": {
             **quiet,
-            "titleFontWeight": 500,
-            "titleLimit": 260,
-            "orient": "top",
-            "gradientThickness": 10,
-            "gradientLength": 180,
-            "labelLimit": 170,
-            "symbolStrokeWidth": 2,
-            "symbolOpacity": 1,
-            "symbolBaseFillColor": ink["faint"],
-            "symbolBaseStrokeColor": ink["faint"],
+            **legend,
+            **symbols,
+            "symbolBaseStrokeColor": faint,
             "layout": {"top": {"direction": "vertical", "anchor": "start"}},
         },
     }

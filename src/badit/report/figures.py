@@ -1,0 +1,471 @@
+"""The figures of the report: :data:`FIGURES`, from a table's frame to a chart or to a table of text.
+
+To add one, write a function whose docstring is the caption and add it to :data:`FIGURES`. Tasks of tables that pair
+them are categories, whose order puts similar tasks next to one another (see ``badit.report.sources``).
+"""
+
+# pandas' own types make every selection a frame, a series or a scalar.
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportIndexIssue=false
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import altair as alt
+import numpy as np
+import pandas as pd
+
+from badit.metrics import METRICS
+from badit.report import charts
+
+_MOST_POINTS = 250
+_MOST_PAIRS = 120
+_MOST_STEPS = 12
+_MEASURED = {
+    "before": "before regrouping",
+    "after": "after regrouping",
+    "training": "in training",
+    "held-out": "held-out data",
+}
+_MEASURES = {
+    "correlation": "correlation of gates with known abilities",
+    "nearest_neighbour": "tasks whose nearest neighbour shares an ability",
+}
+
+
+class Figure(NamedTuple):
+    """A figure or a table of the page.
+
+    Attributes:
+        section: the key of the section that it is in.
+        title: its heading.
+        table: the name of the frame that it is made from.
+        draw: from that frame to an Altair chart, to a DataFrame of text, or to None where there is nothing to show. Its
+            docstring is the caption; ``gradient_cosines`` is called gradient-cosines in the page and as a file.
+        width: the share of the text's width that it takes; "square" suits matrices.
+    """
+
+    section: str
+    title: str
+    table: str
+    draw: Callable[[pd.DataFrame], Any]
+    width: Literal["full", "half", "square"] = "full"
+
+
+# --- scores and training ---
+
+
+def loss_curves(frame: pd.DataFrame) -> Any:
+    """The pale line is what was logged, the strong one its running mean over five log lines."""
+    series = list(dict.fromkeys(frame["series"]))
+    pick = alt.selection_point(name="pick", fields=["series"], bind="legend")
+    thinned = []  # at most 250 points of a curve, each the mean of its neighbours
+    for _, points in frame.groupby(["series", "run"], sort=False):
+        of_point = points.groupby(np.arange(len(points)) // -(-len(points) // _MOST_POINTS))
+        means = {"series": "last", "run": "last", "step": "last", "loss": "mean"}
+        thinned.append(of_point.agg(means).round({"loss": 4}))
+    base = charts.chart_of(pd.concat(thinned)).encode(
+        x=alt.X("step:Q", title="step", axis=alt.Axis(grid=False, tickCount=5)),
+        color=_colour("series", series, symbolType="stroke"),
+        detail="run:N",
+    )
+    by_step = [alt.SortField("step")]
+    base = base.transform_window(mean="mean(loss)", frame=[-2, 2], groupby=["series", "run"], sort=by_step)
+    loss = alt.Y("loss:Q", title="training loss (nats per token)", scale=alt.Scale(zero=False))
+    raw = base.mark_line(strokeWidth=1, tooltip=None).encode(y=loss, opacity=_picked(pick, 0.4, 0.05))
+    # Lines that have one of the seven colours again are dashed, then dotted.
+    dashes = alt.Scale(domain=series, range=[[1, 0]] * 7 + [[6, 3]] * 7 + [[2, 2]] * 7)
+    dash = alt.StrokeDash("series:N", scale=dashes, legend=charts.legend(series, symbolType="stroke"))
+    smooth = base.mark_line(strokeWidth=2.2, tooltip=None)
+    smooth = smooth.encode(y="mean:Q", opacity=_picked(pick, 1, 0.1), strokeDash=dash)
+    mean = alt.Tooltip("mean:Q", title="running mean", format=".3f")
+    spots = base.mark_point(size=60, filled=True, opacity=0)
+    spots = spots.encode(y="mean:Q", tooltip=["run:N", "step:Q", "loss:Q", mean])
+    return alt.layer(raw, smooth, spots.add_params(pick)).properties(width="container", height=280)
+
+
+def scores_by_task(frame: pd.DataFrame) -> Any:
+    """One mark for each run on each task, the tasks with the highest mean first; click the legend to bring one run
+    forward."""
+    rows = frame.pivot_table("score", ["task", "run"], "metric", sort=False).round(2).reset_index()
+    labels = {name: metric.label for name, metric in METRICS.items() if name in rows}
+    series = list(dict.fromkeys(frame["run"]))
+    rows = rows.assign(full=rows["task"], task=rows["task"].map(charts.names_in(frame, "task")))
+    means = rows.groupby("task")[next(iter(labels))].mean()
+    order = means.sort_values(ascending=False, kind="stable").index.tolist()
+    pick = alt.selection_point(name="pick", fields=["run"], bind="legend")
+    shapes = ["circle", "square", "triangle-up", "diamond", "cross", "triangle-down"]
+    shape = alt.Shape("run:N", scale=alt.Scale(domain=series, range=shapes), legend=charts.legend(series))
+    tooltip = [alt.Tooltip(f"{metric}:Q", title=label, format=".1f") for metric, label in labels.items()]
+    chart = charts.chart_of(rows).transform_calculate(score="datum[metric]").mark_point(filled=True, size=75)
+    chart = chart.encode(
+        x=alt.X("score:Q", title="score (0 to 100)", scale=alt.Scale(zero=True), axis=alt.Axis(tickCount=6)),
+        y=alt.Y("task:N", title=None, sort=order, axis=alt.Axis(grid=True, labelOverlap=False)),
+        color=_colour("run", series),
+        shape=shape,
+        opacity=_picked(pick, 0.9, 0.08),
+        tooltip=[alt.Tooltip("full:N", title="task"), alt.Tooltip("run:N"), *tooltip],
+    )
+    chart = chart.add_params(pick, charts.choice("metric", labels))
+    return chart.properties(width="container", height=charts.ROW * len(order))
+
+
+def scores_table(frame: pd.DataFrame) -> pd.DataFrame:
+    """Click a heading to sort; the last row has the means over tasks, and the best of several is in bold."""
+    several = len(set(frame["run"])) > 1
+    tasks = frame["task"].unique()
+    shown = pd.DataFrame({"task": [*tasks, "mean over tasks"]}, dtype=object)
+    shown["instances"] = [charts.number(n, ".0f") for n in frame.groupby("task")["n"].max()[tasks]] + [""]
+    strong = []
+    for metric in [metric for metric in METRICS if metric in set(frame["metric"])]:
+        scores = frame[frame["metric"] == metric].pivot_table("score", "task", "run", sort=False).reindex(tasks)
+        values = np.vstack([scores, scores.mean()])
+        for run, column in zip(scores, values.T, strict=True):
+            heading = f"{run}: {METRICS[metric].label}" if several else METRICS[metric].label
+            shown[heading] = [charts.number(score) for score in column]
+            best = np.flatnonzero(column >= np.nanmax(values, axis=1) - 1e-9)
+            strong += [(i, heading) for i in best] if several else []
+    shown.attrs |= {"footer": 1, "strong": strong}
+    return shown
+
+
+def methods(frame: pd.DataFrame) -> pd.DataFrame:
+    """The table of badit table: mean ± standard deviation over runs, the best in bold."""
+    return frame
+
+
+def differences(frame: pd.DataFrame) -> Any:
+    """Mean paired difference and its 95 % bootstrap interval over runs and instances: an interval that crosses the
+    dotted line decides nothing, and one over a single run says nothing of other seeds."""
+    base = charts.chart_of(frame).encode(
+        y=alt.Y("method:N", title=None, sort=None),
+        tooltip=["method:N", *(alt.Tooltip(f"{name}:Q", format="+.2f") for name in ("mean", "low", "high"))],
+    )
+    title = f"Rouge-L points above {frame['reference'].iloc[0]}"
+    x = alt.X("low:Q", title=title, axis=alt.Axis(tickCount=6))
+    bars = base.mark_rule(style="interval", strokeWidth=2.5).encode(x=x, x2="high:Q")
+    means = base.mark_point(filled=True, size=90, opacity=1).encode(x="mean:Q")
+    zero = charts.chart_of(pd.DataFrame({"zero": [0]})).mark_rule(style="reference", tooltip=None).encode(x="zero:Q")
+    return alt.layer(zero, bars, means).properties(width="container", height=charts.ROW * len(frame))
+
+
+def task_gap(frame: pd.DataFrame) -> Any:
+    """A circle is the model trained on the task alone, a diamond the one trained on all tasks: a diamond on the left
+    has lost by learning together."""
+    kinds = {"single": "one model per task", "multi": "one model for all"}
+    rows = frame.assign(full=frame["task"], task=frame["task"].map(charts.names_in(frame, "task"))).sort_values("gap")
+    order, domain = list(dict.fromkeys(rows["task"])), list(kinds.values())
+    tooltip = [alt.Tooltip(f"{kind}:Q", format=".1f") for kind in domain]
+    base = (
+        charts.chart_of(rows.rename(columns=kinds))
+        .transform_filter("datum.method === method")
+        .encode(
+            y=alt.Y("task:N", title=None, sort=order, axis=alt.Axis(labelOverlap=False)),
+            tooltip=[alt.Tooltip("full:N", title="task"), *tooltip, alt.Tooltip("gap:Q", format="+.1f")],
+        )
+    )
+    x = alt.X(f"{domain[0]}:Q", title="Rouge-L", axis=alt.Axis(tickCount=6))
+    span = base.mark_rule(strokeWidth=2).encode(x=x, x2=f"{domain[1]}:Q")
+    shape = alt.Shape("kind:N", scale=alt.Scale(domain=domain, range=["circle", "diamond"]))
+    marks = base.transform_fold(domain, ["kind", "score"]).mark_point(filled=True, size=80, opacity=1)
+    marks = marks.encode(x="score:Q", color=_colour("kind", domain), shape=shape)
+    chart = (span + marks).add_params(charts.choice("method", frame["method"]))
+    return chart.properties(width="container", height=charts.ROW * len(order))
+
+
+def transfer(frame: pd.DataFrame) -> Any:
+    """A row is the model after one more task: down a column from the diagonal, a task is forgotten."""
+    rows = frame.sort_values("stage", kind="stable").rename(columns={"rouge_l": "value"})
+    rows["task"] = pd.Categorical(rows["task"], list(dict.fromkeys([*rows["trained_task"], *rows["task"]])))
+    titles = ("after training on", "Rouge-L on")
+    style = {"signed": False, "limit": float(np.nanmax([*rows["value"], 1.0])), "form": ".0f", "written": True}
+    return charts.heat_map(rows, "trained_task", "task", "Rouge-L", titles=titles, **style)
+
+
+def _picked(pick: alt.Parameter, strong: float, weak: float) -> Any:
+    return alt.condition(pick, alt.value(strong), alt.value(weak))
+
+
+def _colour(field: str, names: list[str], **options: Any) -> alt.Color:
+    return alt.Color(f"{field}:N", scale=alt.Scale(domain=names), legend=charts.legend(names, **options))
+
+
+# --- gradients ---
+
+
+def gradient_cosines(frame: pd.DataFrame) -> Any:
+    """Blue pairs of tasks agree and orange ones conflict, of the adapter's parameters where there is an adapter and
+    else of the model's weights; with all layers and all modules the gradients are taken as one vector, otherwise the
+    cosines' mean is shown."""
+    frame = frame[frame["parameters"] == _kinds(frame)[0]].rename(columns={"cosine": "value"})
+    together, single = frame[frame["layer"] == charts.ALL], frame[frame["layer"] != charts.ALL]
+    choices = [charts.all_or_one(name, single[name]) for name in ("layer", "module")]
+    means = charts.with_all(single, "layer", "module")
+    if len(together):
+        means = pd.concat([together, means[(means["layer"] != charts.ALL) | (means["module"] != charts.ALL)]])
+    return charts.heat_map(means, "task_a", "task_b", "cosine", choices=choices, symmetric=True)
+
+
+def gradient_cosines_weights(frame: pd.DataFrame) -> Any:
+    """The same for the weights that the adapter adds to."""
+    other = _kinds(frame)[1:]
+    return gradient_cosines(frame[frame["parameters"] == other[0]]) if other else None
+
+
+def conflict_rate_by_layer(frame: pd.DataFrame) -> Any:
+    """Share of pairs of tasks whose gradients have a negative cosine."""
+    return _by_layer(frame, "conflict_rate", "conflict rate", "%")
+
+
+def reliability_by_layer(frame: pd.DataFrame) -> Any:
+    """Cosine between gradients on two halves of a task's instances, mean over tasks: near 0, the cosines between tasks
+    are noise."""
+    return _by_layer(frame, "reliability", "reliability", ".2f")
+
+
+def _by_layer(frame: pd.DataFrame, column: str, title: str, form: str) -> Any:
+    """A column of ``gradient_summary`` over the layers, a line for each module."""
+    rows = frame.loc[(frame["layer"] >= 0) & frame[column].notna(), ["layer", "module", "parameters", column]]
+    if rows.empty:
+        return None
+    layers = alt.Axis(format="d", tickCount=8, grid=False)
+    base = charts.chart_of(rows).transform_filter("datum.parameters === parameters")
+    base = base.encode(
+        x=alt.X("layer:Q", title="layer", scale=alt.Scale(nice=False), axis=layers),
+        y=alt.Y(f"{column}:Q", title=title, axis=alt.Axis(format=form, tickCount=5)),
+        color=alt.Color("module:N", legend=charts.legend(rows["module"])),
+    )
+    few = rows["layer"].nunique() <= 12
+    spots = base.mark_point(filled=True, size=25 if few else 60, opacity=1 if few else 0)
+    chart = base.mark_line(strokeWidth=1.8, tooltip=None) + spots
+    return chart.add_params(charts.choice("parameters", _kinds(rows))).properties(width="container", height=220)
+
+
+def gradient_pairs(frame: pd.DataFrame) -> pd.DataFrame:
+    """The corrected cosine is without the noise of few instances (a dash: too noisy to tell), magnitude similarity is 1
+    where both gradients are equally large, and of more than 120 pairs those in the middle are left out."""
+    rows = frame[(frame["parameters"] == _kinds(frame)[0]) & frame["cosine"].notna()].sort_values("cosine")
+    if len(rows) > _MOST_PAIRS:
+        rows = pd.concat([rows[: _MOST_PAIRS // 2], rows[-_MOST_PAIRS // 2 :]])
+    rows = rows.rename(columns={"task_a": "task", "task_b": "other_task"})
+    forms = {"cosine": ".3f", "corrected_cosine": ".2f", "magnitude_similarity": ".2f"}
+    return charts.text_table(rows, {"task": "", "other_task": "", **forms})
+
+
+def gradient_tasks(frame: pd.DataFrame) -> pd.DataFrame:
+    """A task with a large norm weighs more in a mixed batch; one with low reliability needs more instances."""
+    forms = {"task": "", "norm": ".2f", "reliability": ".2f", "instances": ".0f", "parameters": ""}
+    return charts.text_table(frame, forms)
+
+
+def _kinds(frame: pd.DataFrame) -> list[str]:
+    """What gradients are over: the adapter's parameters before the weights that they adapt."""
+    return sorted(frame["parameters"].unique(), key=lambda kind: (kind != "adapter", kind))
+
+
+# --- co-activation ---
+
+
+def shared_units(frame: pd.DataFrame) -> Any:
+    """Bars above the dashed line are more sharing than by chance; units marked for no task are not drawn."""
+    rows = frame[(frame["tasks"] > 0) & (frame["layer"] >= 0)]
+    if rows.empty:
+        return None
+    rows = rows.rename(columns={"kind": "units", "share": "measured", "chance": "by chance"})
+    names = ["measured", "by chance"]
+    long = rows.melt(["units", "layer", "tasks"], names, "series")
+    choices = [charts.choice("units", frame["kind"]), charts.all_or_one("layer", rows["layer"], "mean over layers")]
+    values = charts.by_choice(long, ["tasks", "series"], choices)
+    base = charts.chart_by_choice(values, choices).encode(
+        x=alt.X("tasks:O", title="number of tasks that share a unit", axis=alt.Axis(labelAngle=0)),
+        y=alt.Y("value:Q", title="share of all units", axis=alt.Axis(format="%", tickCount=5)),
+        color=_colour("series", names),
+    )
+    bars = base.transform_filter("datum.series === 'measured'").mark_bar(cornerRadiusEnd=2)
+    chance = base.transform_filter("datum.series === 'by chance'").mark_line(
+        point=alt.OverlayMarkDef(size=36, filled=True), strokeDash=[4, 3]
+    )
+    return (bars + chance).add_params(*choices).properties(width="container", height=240)
+
+
+def units_of_tasks(frame: pd.DataFrame) -> Any:
+    """Units of all layers, marked for this task alone, for some others too, or for all of them."""
+    parts = ["this task alone", "some tasks", "all tasks"]
+    parts_of = frame.groupby(["kind", "task"], sort=False, observed=True)
+    sums = pd.DataFrame(parts_of[["marked", "exclusive", "universal"]].sum())
+    some = sums["marked"] - sums["exclusive"] - sums["universal"]
+    sums = sums.rename(columns={"exclusive": parts[0], "universal": parts[2]}).assign(**{parts[1]: some}).reset_index()
+    names = charts.names_in(frame, "task")
+    long = sums.melt(["kind", "task"], parts, "part", "units").rename(columns={"task": "full"})
+    long = long.assign(task=long["full"].map(names), order=long["part"].map(parts.index))
+    chart = charts.chart_of(long).transform_filter("datum.kind === kind")
+    chart = chart.transform_joinaggregate(total="sum(units)", groupby=["task"])
+    chart = (
+        chart.transform_calculate(share="datum.units / datum.total")
+        .mark_bar()
+        .encode(
+            x=alt.X("share:Q", title="share of the task's marked units", axis=alt.Axis(format="%", tickCount=5)),
+            y=alt.Y("task:N", title=None, sort=list(names.values())),
+            order=alt.Order("order:Q"),
+            color=_colour("part", parts),
+            tooltip=[alt.Tooltip("full:N", title="task"), "part:N", "units:Q", alt.Tooltip("share:Q", format=".1%")],
+        )
+    )
+    chart = chart.add_params(charts.choice("kind", frame["kind"]))
+    return chart.properties(width="container", height=charts.ROW * len(names))
+
+
+def unit_overlaps(frame: pd.DataFrame) -> Any:
+    """Jaccard overlap over all layers: units marked for both tasks, of those marked for either."""
+    rows = frame.rename(columns={"kind": "units", "overlap": "value"})
+    units = charts.choice("units", rows["units"])
+    return charts.heat_map(rows, "task_a", "task_b", "overlap (Jaccard)", choices=[units], signed=False, symmetric=True)
+
+
+# --- geometry of experts ---
+
+
+def expert_angles(frame: pd.DataFrame) -> Any:
+    """Means over modules: solid lines are the grouping made at that step, dashed ones the grouping before it on the
+    same steps, diamonds the finished adapter on held-out data, the dotted line 90°."""
+    chart = _by_step(frame, "degrees", "angle (degrees)", zero=False)
+    # A line at 90°, and invisible ones 5° to both sides: a shorter scale would exaggerate small differences.
+    lines = pd.DataFrame({"degrees": [85, 90, 95], "seen": [0, 1, 0]})
+    right_angle = charts.chart_of(lines).mark_rule(style="reference", tooltip=None)
+    right_angle = right_angle.encode(y="degrees:Q", opacity=alt.Opacity("seen:Q", scale=None, legend=None))
+    return None if chart is None else chart + right_angle
+
+
+def expert_cosines(frame: pd.DataFrame) -> Any:
+    """Mean |cosine| between components' gradients: 0 is orthogonal, and opposite directions count as near."""
+    return _by_step(frame, "abs_cos", "mean |cosine|", zero=True)
+
+
+def _by_step(frame: pd.DataFrame, unit: str, title: str, *, zero: bool) -> Any:
+    """Within and between experts by step: means over modules, of all layers or one."""
+    step = frame["step"].where(frame["step"].notna() | (frame["measured"] != "held-out"), frame["step"].max())
+    rows = frame.assign(step=step, measured=frame["measured"].map(_MEASURED)).dropna(subset=["step", "measured"])
+    rows = rows.rename(columns={f"within_{unit}": "within experts", f"between_{unit}": "between experts"})
+    groups = ["within experts", "between experts"]
+    long = rows.melt(["step", "measured", "layer"], groups, "group").dropna(subset=["value"])
+    if long.empty:
+        return None
+    choices = [charts.all_or_one("layer", rows.loc[rows["layer"] >= 0, "layer"])]
+    values = charts.by_choice(long, ["step", "measured", "group"], choices)
+    base = charts.chart_by_choice(values, choices).encode(
+        x=alt.X("step:Q", title="step", axis=alt.Axis(grid=False, tickCount=5)),
+        y=alt.Y("value:Q", title=title, scale=alt.Scale(zero=zero)),
+        color=_colour("group", groups),
+    )
+    held_out = _MEASURED["held-out"]
+    shown = set(long["measured"])
+    layers = []
+    if periods := [name for name in _MEASURED.values() if name in shown - {held_out}]:
+        logged = base.transform_filter(f"datum.measured !== '{held_out}'")
+        dashes = alt.Scale(domain=periods, range=[[3, 3], [1, 0]][-len(periods) :])
+        series = charts.legend(periods, symbolStrokeColor="#808690")  # visible on a light page and on a dark one
+        dash = alt.StrokeDash("measured:N", scale=dashes, legend=series)
+        layers.append(logged.mark_line(strokeWidth=2, tooltip=None).encode(strokeDash=dash))
+        layers.append(logged.mark_point(filled=True, size=28, opacity=1))
+    if held_out in shown:
+        diamond = alt.Scale(domain=[held_out], range=["diamond"])
+        shape = alt.Shape("measured:N", scale=diamond, legend=alt.Legend(title=None))
+        finished = base.transform_filter(f"datum.measured === '{held_out}'")
+        layers.append(finished.mark_point(filled=True, size=110, opacity=1).encode(shape=shape))
+    return alt.layer(*layers).add_params(*choices).properties(width="container", height=260)
+
+
+def component_flow(frame: pd.DataFrame) -> Any:
+    """A row is an expert before the regrouping and its cells are where its components went, so the diagonal stayed; at
+    most twelve regroupings are shown."""
+    steps = np.unique(frame["step"])
+    steps = steps[np.linspace(0, len(steps) - 1, min(len(steps), _MOST_STEPS)).astype(int)]
+    rows = charts.with_all(frame[frame["step"].isin(steps)], "layer")
+    counts = rows.groupby(["layer", "step", "from_expert", "to_expert"])["components"].sum().unstack(fill_value=0)
+    shares = counts.div(counts.sum(axis="columns"), axis="rows").stack().rename("value").reset_index()
+    layers = charts.all_or_one("layer", frame.loc[frame["layer"] >= 0, "layer"])
+    choices = [layers, charts.choice("step", {str(step): f"step {step}" for step in steps})]
+    style = {"titles": ("from expert", "to expert"), "signed": False, "limit": 1.0, "form": ".0%", "written": True}
+    label = "share of the expert's components"
+    return charts.heat_map(shares, "from_expert", "to_expert", label, choices=choices, **style)
+
+
+# --- atlas ---
+
+
+def gates(frame: pd.DataFrame) -> Any:
+    """Mean gate over a task's prompts: 1 is neutral, blue is more, orange is less; the mean over layers has its own
+    colour scale."""
+    layers = charts.all_or_one("layer", frame["layer"], "mean over layers")
+    choices = [layers, charts.all_or_one("module", frame["module"])]
+    rows = frame.rename(columns={"mean": "value"})
+    return charts.heat_map(rows, "task", "expert", "mean gate", choices=choices, titles=("", "expert"), middle=1.0)
+
+
+def gate_similarity(frame: pd.DataFrame) -> Any:
+    """Correlation of two tasks' gates over all layers, without what all tasks have in common."""
+    rows = frame.rename(columns={"similarity": "value"})
+    return charts.heat_map(rows, "task_a", "task_b", "correlation", limit=1.0, symmetric=True)
+
+
+def expert_losses(frame: pd.DataFrame) -> Any:
+    """Rise of a task's loss when an expert's gates are 0 in all layers: blue tasks need the expert, orange ones would
+    do better without."""
+    rows = frame.rename(columns={"change": "value"})
+    label, titles = "rise of the loss (nats per token)", ("", "expert switched off")
+    return charts.heat_map(rows, "task", "expert", label, titles=titles, written=True)
+
+
+def abilities(frame: pd.DataFrame) -> pd.DataFrame:
+    """The sentences are made from the numbers next to them."""
+    headings = {"tasks": "drawn_on_most_by", "hurt_most": "missed_most_by", "summary": "in_words"}
+    short = {name: frame[name].replace(re.compile(r"\btask(\d+)_([^\W_]+)\w*"), r"\1 \2") for name in headings}
+    rows = frame.assign(**short).replace({"": charts.UNKNOWN})
+    rows = rows.rename(columns={**headings, "spread": "spread_over_tasks", "change": "rise_of_the_loss_without_it"})
+    forms = {"expert": ".0f", "in_words": "", "mean_gate": ".2f", "spread_over_tasks": ".3f"}
+    forms |= {"rise_of_the_loss_without_it": ".3f", "drawn_on_most_by": "", "missed_most_by": ""}
+    return charts.text_table(rows, forms)
+
+
+def nearest_prompts(frame: pd.DataFrame) -> pd.DataFrame:
+    """Prompts of the measured instances by their gate for the expert."""
+    forms = {"expert": ".0f", "rank": ".0f", "task": "", "prompt": ""}
+    return charts.text_table(frame.sort_values(["expert", "rank"]), forms)
+
+
+def ability_recovery(frame: pd.DataFrame) -> pd.DataFrame:
+    """The p-value is the share of random reassignments of the built-in tasks' abilities that do at least as well."""
+    rows = frame.replace({"measure": _MEASURES})
+    return charts.text_table(rows, {"measure": "", "value": ".2f", "chance": ".2f", "p_value": ".4f"})
+
+
+# In the order of the page.
+FIGURES = [
+    Figure("scores", "Methods", "methods", methods),
+    Figure("scores", "Differences", "differences", differences),
+    Figure("scores", "Scores by task", "scores", scores_by_task),
+    Figure("scores", "The same in numbers", "scores", scores_table),
+    Figure("curves", "Training loss", "losses", loss_curves),
+    Figure("gradients", "Cosine between tasks' gradients", "gradient_cosines", gradient_cosines, "square"),
+    Figure("gradients", "The same of the weights", "gradient_cosines", gradient_cosines_weights, "square"),
+    Figure("gradients", "Conflict rate by layer", "gradient_summary", conflict_rate_by_layer, "half"),
+    Figure("gradients", "Reliability by layer", "gradient_summary", reliability_by_layer, "half"),
+    Figure("gradients", "Pairs of tasks, the most conflicting first", "gradient_overall", gradient_pairs),
+    Figure("gradients", "Gradients of single tasks", "gradient_tasks", gradient_tasks),
+    Figure("units", "Units shared by k tasks", "coactivation", shared_units),
+    Figure("units", "What each task has to itself", "coactivation_tasks", units_of_tasks),
+    Figure("units", "Overlap of marked units between tasks", "coactivation_pairs", unit_overlaps, "square"),
+    Figure("geometry", "Angles within and between experts", "expert_angles", expert_angles, "half"),
+    Figure("geometry", "The same without signs", "expert_angles", expert_cosines, "half"),
+    Figure("geometry", "Where regrouping took the components", "component_flow", component_flow, "square"),
+    Figure("atlas", "What each task draws on", "gates", gates, "square"),
+    Figure("atlas", "Tasks that draw on the same experts", "gate_similarity", gate_similarity, "square"),
+    Figure("atlas", "What is lost without an expert", "expert_losses", expert_losses, "square"),
+    Figure("atlas", "The experts one by one", "abilities", abilities),
+    Figure("atlas", "The prompts that draw on each expert most", "nearest_prompts", nearest_prompts),
+    Figure("atlas", "Do gates find the tasks' known abilities?", "ability_recovery", ability_recovery),
+    Figure("learning", "One model per task, or one for all", "task_gap", task_gap),
+    Figure("learning", "What is left of each task", "transfer", transfer, "square"),
+]
