@@ -23,14 +23,10 @@ demo: $(VENV)/.demo  ## tune SmolLM2 on the built-in tasks with LoRA and with BA
 test: $(VENV)/.dev test-lowest-peft  ## all tests; adapter and training tests also on the lowest supported PEFT
 	PYTHONUNBUFFERED=1 OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) tests  # unbuffered: the summary is printed last
 
-stress: $(VENV)/.dev $(VENV)/atheris $(VENV)/deepspeed  ## long robustness tests: killed runs, thousands of invalid inputs, DeepSpeed
-	BADIT_STRESS=4 PYTHONPATH=$(abspath $(VENV)/atheris) OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) tests/fuzz
+stress: $(VENV)/.dev $(VENV)/deepspeed  ## long robustness tests: killed runs, thousands of invalid inputs, DeepSpeed
+	BADIT_STRESS=4 PYTHONPATH=$(abspath) OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) tests/fuzz
 	BADIT_STRESS=4 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) tests/training/test_kills.py
 	PYTHONPATH=$(abspath $(VENV)/deepspeed) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/training/test_deepspeed.py
-
-$(VENV)/atheris: pyproject.toml | $(VENV)/.dev
-	$(BIN)/pip install --quiet --target $@ --no-deps 'atheris>=3,<4'
-	touch $@
 
 # In a separate folder, because libraries import DeepSpeed whenever it is installed. It builds from source, which needs torch.
 $(VENV)/deepspeed: pyproject.toml | $(VENV)/.dev

@@ -19,7 +19,6 @@ from badit.files import (
     read_jsonl,
     read_text,
     refuse_links,
-    remove,
     replace_folder,
     write_json,
     write_text,
@@ -39,19 +38,14 @@ def outside(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"\xff\xfe{}", "not UTF-8 at byte 0"),
         (b'{"a": "\xc3', "not UTF-8 at byte 7"),
-        (b"\xef\xbb\xbf{}", "byte order mark"),
-        (b"", "invalid JSON at line 1 column 1"),
+        (b"\xef\xbb\xbf{}", "starts with a byte order mark"),
         (b'{\n"a": }', "invalid JSON at line 2 column 6"),
-        (b"[" * 100_000, "nested too deeply"),
-        (b'{"a":' * 100_000, "nested too deeply"),
+        (b'{"a":' * 100_000, "JSON nested too deeply"),
         (b"1" * 10_000, "a number is too long"),
         (b'{"a": "\\uD83D"}', "half a surrogate pair"),
-        (b'{"a": 1, "b": 2, "a": 1}', "the key 'a' is there twice; keep one (line 1 on)"),
-        (b'{"a": {"b": 1, "c": 2, "b": 1}}', "the key 'b' is there twice"),
+        (b'{"a": {"b": 1, "c": 2, "b": 1}}', "the key 'b' is there twice; keep one (line 1 on)"),
         (b"[]", "must hold one JSON object, not a list (line 1)"),
-        (b"null", "must hold one JSON object, not a NoneType"),
     ],
 )
 def test_what_is_not_json_is_named(tmp_path: Path, content: bytes, message: str) -> None:
@@ -59,7 +53,7 @@ def test_what_is_not_json_is_named(tmp_path: Path, content: bytes, message: str)
     file.write_bytes(content)
     with pytest.raises(BaditError) as caught:
         read_json(file)
-    assert str(caught.value).startswith(f"{file}: {message}") or message in str(caught.value)
+    assert str(caught.value).startswith(f"{file}: {message}")
 
 
 def test_numbers_that_are_not_json_and_whole_surrogate_pairs() -> None:
@@ -69,7 +63,6 @@ def test_numbers_that_are_not_json_and_whole_surrogate_pairs() -> None:
 
 
 def test_a_repeated_key_is_found_in_linear_time() -> None:
-    """With a dictionary for each key before the repeated one, as it once was, this takes some 20 minutes."""
     text = "{" + ", ".join(f'"{number}": 0' for number in range(150_000)) + ', "149999": 1}'
     with pytest.raises(BaditError, match="the key '149999' is there twice"):
         parse_json(text, file=Path("x"))
@@ -81,7 +74,6 @@ def test_a_repeated_key_is_found_in_linear_time() -> None:
         (pipe_in_its_place, "cannot be read (a pipe or a device)"),
         (endless_file, "cannot be read (a pipe or a device)"),
         (folder_in_its_place, "cannot be read (Is a directory)"),
-        (remove, "cannot be read (No such file or directory)"),
     ],
 )
 def test_what_is_no_file_is_named(tmp_path: Path, replace: Any, message: str) -> None:
@@ -110,13 +102,7 @@ def test_a_log_is_rewound_to_a_step_without_what_is_pending(tmp_path: Path) -> N
     assert list(read_jsonl(tmp_path / "new" / "log.jsonl")) == []
 
 
-def test_a_file_or_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(BaditError, match=r"file/scores\.json: cannot be written \(Not a directory"):
-        write_json(tmp_path / "file" / "scores.json", {})
-
-
-def test_writing_replaces_a_link_and_leaves_what_it_leads_to(outside: Path, tmp_path: Path) -> None:
+def test_writing_replaces_a_link_and_leaves_its_target(outside: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     for name in ("scores.json", "scores.json.partial", "log.jsonl"):
         (run / name).symlink_to(outside)
@@ -128,7 +114,13 @@ def test_writing_replaces_a_link_and_leaves_what_it_leads_to(outside: Path, tmp_
     replace_folder(run / "adapter.partial", run / "adapter")
     assert (run / "scores.json").read_text() == "theirs"
     assert not any(path.is_symlink() for path in (run / "scores.json", run / "adapter"))
+    for name in ("predictions", "predictions.partial"):
+        (run / name).symlink_to(outside.parent)
+    copy_folder(run / "adapter", run / "predictions")
+    assert not (run / "predictions").is_symlink()
     assert outside.read_text() == "mine"
+    with pytest.raises(BaditError, match=r"scores\.json/x: cannot be written \(Not a directory"):
+        write_json(run / "scores.json" / "x", {})
 
 
 @pytest.mark.parametrize("target", ["../outside/key.txt", "../outside", "../outside/new.txt", "/etc/passwd", "loop"])
@@ -136,6 +128,8 @@ def test_a_folder_with_a_link_out_of_it_is_refused_and_not_copied(outside: Path,
     run = tmp_path / "run"
     (run / "predictions").mkdir()
     (run / "inner").symlink_to("predictions")
+    (run / "wandb").mkdir()
+    (run / "wandb" / "debug-core.log").symlink_to(outside)  # as wandb does it
     (tmp_path / "named").symlink_to(run)  # what the user names may be a link
     refuse_links(tmp_path / "named")
     (run / "predictions" / "loop").symlink_to(os.path.relpath(target, "predictions") if ".." in target else target)
@@ -144,17 +138,6 @@ def test_a_folder_with_a_link_out_of_it_is_refused_and_not_copied(outside: Path,
     with pytest.raises(BaditError, match="leads out of"):
         copy_folder(run, tmp_path / "copy")
     assert not (tmp_path / "copy").exists()
-
-
-def test_a_copy_takes_the_place_of_links(outside: Path, tmp_path: Path) -> None:
-    stage, run = tmp_path / "stage", tmp_path / "run"
-    stage.mkdir()
-    (stage / "key.txt").write_text("theirs")
-    for name in ("predictions", "predictions.partial"):
-        (run / name).symlink_to(outside.parent)
-    copy_folder(stage, run / "predictions")
-    assert (run / "predictions" / "key.txt").read_text() == "theirs"
-    assert outside.read_text() == "mine"
 
 
 @pytest.mark.parametrize("name", ["../x", "/etc/passwd", "a/../../x", "a\0b"])

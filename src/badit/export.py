@@ -1,17 +1,8 @@
 """``badit export``: a run as a plain LoRA adapter or a merged model, and what its fixed mixture costs in Rouge-L.
 
-What is written is used without badit:
-
-    adapter_config.json         PEFT's configuration of a plain LoRA; a merged model has its config.json instead
-    adapter_model.safetensors   the factors; a merged model has its weights and tokenizer instead
-    README.md                   the model card
-    gates.json                  the fixed mixture, where there is one
-    export.json                 the run, the choices, the error and the files; marks the folder as an export
-    scores.json                 what freezing costs, once it has been measured
-
-Gates that follow the prompt are replaced by fixed ones: the mean over a task's prompts, the mean over tasks, or those
-of a JSON file, by adapted module a list with a gate for each expert, as they multiply:
-``{"model.layers.0.mlp.gate_proj": [1.02, 0.97, …], …}``. An export leaves its own as ``gates.json``.
+An export's folder has what PEFT or transformers loads without badit, the model card ``README.md``, ``export.json`` (the
+run, the choices, the error and the files), ``gates.json`` (the fixed mixture, by adapted module a list with a gate for
+each expert, as they multiply) and ``scores.json`` (what freezing costs, once it has been measured).
 
 Shape suffixes: O/I = out/in features, P = rank, N = components, K = experts.
 """
@@ -19,11 +10,9 @@ Shape suffixes: O/I = out/in features, P = rank, N = components, K = experts.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -42,7 +31,7 @@ from badit.card import CARD, Base, model_card
 from badit.data import AnswerCollator, Task, batches_by_task
 from badit.errors import BaditError, explained, nearest
 from badit.evaluate import evaluate, load_run, score_model
-from badit.files import read_json, remove, replace_folder, write_json, write_text
+from badit.files import read_json, refuse_links, remove, replace_folder, write_json, write_text
 from badit.method import compress
 from badit.methods import build_method
 from badit.models import load_base_model
@@ -53,7 +42,7 @@ from badit.train import base_model, device, encoded, make_plan, model_dtype, pad
 from badit.tuner import hooks_of
 from badit.tuner.config import is_number
 
-#: The ranks that vLLM makes room for (``--max-lora-rank``); an adapter takes the next one up.
+#: The ranks of vLLM's ``--max-lora-rank``; an adapter takes the next one up.
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 #: By the module's name in the base model, A (P, I) and B (O, P) with W + B A the adapted weight: float32, on the CPU.
 Factors = Mapping[str, tuple[torch.Tensor, torch.Tensor]]
@@ -68,6 +57,7 @@ _PROMPTS_PER_TASK = 32
 _BATCH_SIZE = 8
 # These start from a part of the base weight, W − s·B0 A0, which PEFT subtracts again whenever one is loaded.
 _CHANGES_BASE = ("pissa", "olora")
+_MORE_THAN_LORA = ("use_dora", "lora_bias", "modules_to_save", "trainable_token_indices", "target_parameters")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,19 +66,19 @@ class Export:
 
     Attributes:
         folder: where.
-        mixture: the gates that took the router's place, in words; None where the run has no gates that vary.
+        mixture: the gates that replaced the router, in words; None if the run has no gates that vary.
         task: the task whose mixture it is.
         rank: of the adapter; None for a merged model.
-        exact_rank: what it takes without an error; None for a merged model.
-        errors: by module, ‖ΔW − ΔW'‖ / ‖ΔW‖ (Frobenius) of the adapter's part ΔW; empty where nothing is lost.
+        exact_rank: the rank without an error; None for a merged model.
+        errors: by module, ‖ΔW − ΔW'‖ / ‖ΔW‖ (Frobenius) of the adapter's part ΔW; empty if nothing is lost.
         total_error: the same over all modules together.
     """
 
     folder: Path
     mixture: str | None
     task: str | None
-    rank: int | None
-    exact_rank: int | None
+    rank: int | None = None
+    exact_rank: int | None = None
     errors: Mapping[str, float] = dataclasses.field(default_factory=dict)
     total_error: float = 0.0
 
@@ -112,24 +102,10 @@ def export(
     merged: bool = False,
     progress: bool = True,
 ) -> Export:
-    """Writes a run's adapter as a plain LoRA, or its model with the adapter merged, for use without badit.
+    """Writes a run's adapter as a plain LoRA, or a merged model, as :meth:`badit.Run.export` describes it.
 
-    Gates that follow the prompt become fixed: ``task``'s mean gates, those of the file ``gates``, or the mean over the
-    run's tasks. The LoRA then equals the mixture exactly, at the rank that this takes, unless ``rank`` is smaller or it
-    takes more than 512, the most that vLLM serves.
-
-    Args:
-        run: a run's folder.
-        output: the folder to write, which must be new, empty or an earlier export.
-        task: one of the run's tasks.
-        gates: a JSON file with a list of gates for every adapted module.
-        rank: compress to this rank (SVD), at most 512.
-        merged: write a whole model instead of an adapter.
-        progress: show a bar on stderr while gates are measured.
-
-    Raises:
-        BaditError: no such run, one that has diverged, options that do not go with its method, or a folder that holds
-            something else.
+    ``output`` must be new, empty or an earlier export. The LoRA equals the fixed mixture exactly, unless ``rank`` is
+    smaller than that takes (SVD), or it takes more than 512, the most that vLLM serves.
     """
     folder = Run.existing(run)
     recipe = folder.trusted_recipe()
@@ -139,79 +115,92 @@ def export(
     mixes = config is not None and not is_lora and not config.has_fixed_gates
     output = Path(output)
     _refuse_other_files(output)
-    if task is not None and gates is not None:
-        raise BaditError("give either a task or a file of gates, not both")
-    if rank is not None and merged:
-        raise BaditError("--rank: a merged weight has no rank; leave it out, or leave --merged out")
-    if rank is not None and not 1 <= rank <= VLLM_RANKS[-1]:
-        raise BaditError(f"--rank: must be between 1 and {VLLM_RANKS[-1]}, not {rank}")
-    if not method.trains:
-        raise BaditError(f"{folder.path}: is a run of the base model as it is: there is nothing to export")
-    if config is None and not merged:
-        raise BaditError(f"{folder.path}: {method.name} trains the base weights, which is no LoRA; export it --merged")
-    for option, value in (("--task", task), ("--gates", gates)):
-        if value is not None and not mixes:
-            raise BaditError(f"{option}: {method.name} does the same for every prompt, so there is none to choose")
-    if task is None and mixes and method.needs_tasks:
-        raise BaditError(f"{method.name} learns something of its own for each task: choose one with --task")
+    same = f"{method.name} does the same for every prompt, so there is none to choose"
+    servable = rank is None or 1 <= rank <= VLLM_RANKS[-1]
+    untold = task is None and mixes and method.needs_tasks
+    problems = {
+        "give either a task or a file of gates, not both": task is not None and gates is not None,
+        "--rank: a merged weight has no rank; leave it out, or leave --merged out": rank is not None and merged,
+        f"--rank: must be between 1 and {VLLM_RANKS[-1]}, not {rank}": not servable,
+        f"{folder.path}: is a run of the base model as it is: there is nothing to export": not method.trains,
+        f"{folder.path}: {method.name} trains the base weights; export it --merged": config is None and not merged,
+        f"--task: {same}": task is not None and not mixes,
+        f"--gates: {same}": gates is not None and not mixes,
+        f"{method.name} learns each task separately: choose one with --task": untold,
+    }
+    for problem, found in problems.items():
+        if found:
+            raise BaditError(problem)
     tasks = {known.name: known for known in make_plan(recipe).tasks} if mixes else {}
     if task is not None and task not in tasks:
         raise BaditError(f"--task: the run has no task {task}{nearest(task, tasks)}; known: {', '.join(tasks)}")
-    chosen = list(tasks.values()) if task is None else [tasks[task]]
 
     loaded, tokenizer = load_run(folder, recipe)
-    model: Any = loaded  # a PeftModel, but of methods that train the base weights
+    model: Any = loaded  # a PeftModel, except for methods that train the base weights
     mixture: str | None = None
     fixed: Gates | None = None
     if gates is not None:
         mixture, fixed = f"gates of {gates}", _read_gates(Path(gates), model)
     elif mixes:
+        chosen = list(tasks.values()) if task is None else [tasks[task]]
         mixture, fixed = _mean_gates(model, tokenizer, recipe, chosen, task, progress)
 
-    factors: Factors = {}  # none where PEFT itself merges, or where the base weights were trained
+    factors: Factors = {}  # none if PEFT itself merges, or if the base weights were trained
     if config is not None and not is_lora:
         factors = mixture_factors(model, fixed, task)
     elif not merged:
-        factors = _lora_factors(model, lambda: method.apply(base_model(recipe)[0]))
+        changed = getattr(config, "init_lora_weights", None) in _CHANGES_BASE
+        factors = _lora_factors(model, method.apply(base_model(recipe)[0]) if changed else None)
     for name, pair in factors.items():
         if not all(factor.isfinite().all() for factor in pair):
             raise BaditError(f"{folder.path}: {name} holds NaN or infinite values: its training has diverged")
 
-    done = Export(output, mixture, task, None, None)
-    record = {"run": str(folder.path), "method": method.name, "base_model": recipe.model.name}
+    done = Export(output, mixture, task)
+    record: dict[str, Any] = {"run": str(folder.path), "method": method.name, "base_model": recipe.model.name}
     record |= {"mixture": mixture, "task": task}
     if not merged:
         exact_rank = len(next(iter(factors.values()))[0])
         rank = min(rank or exact_rank, exact_rank, VLLM_RANKS[-1])
+        record |= {"rank": rank, "exact_rank": exact_rank}
         errors, total = {}, 0.0
         if rank < exact_rank:
-            factors, errors, total = _compressed(factors, rank)
-        done = dataclasses.replace(done, rank=rank, exact_rank=exact_rank, errors=errors, total_error=total)
-        record |= {"rank": rank, "exact_rank": exact_rank}
-        record |= {"relative_error": {"total": total, "modules": errors}} if errors else {}
-    with _new_folder(output, record) as partial:
-        if merged:
-            _merged(model, factors).save_pretrained(partial)
-            tokenizer.save_pretrained(partial)
-        else:
-            write_adapter(partial, factors, model.unload(), recipe.model.name, recipe.model.revision)
-        if fixed is not None:  # a line for each module
-            lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(list(of))}" for name, of in fixed.items())
-            write_text(partial / GATES, "{\n" + lines + "\n}\n")
-        write_text(partial / CARD, model_card(folder, recipe, Base.of(recipe), export=record))
+            closest = {name: compress(*pair, rank) for name, pair in factors.items()}
+            factors = {name: (each.a_PI, each.b_OP) for name, each in closest.items()}
+            errors = {name: each.lost / each.norm if each.norm else 0.0 for name, each in closest.items()}
+            norm = math.hypot(*(each.norm for each in closest.values()))
+            total = math.hypot(*(each.lost for each in closest.values())) / norm if norm else 0.0
+            record["relative_error"] = {"total": total, "modules": errors}
+        done = Export(output, mixture, task, rank, exact_rank, errors, total)
+    partial = output.with_name(output.name + ".partial")
+    try:
+        with explained(output, action="written"):
+            remove(partial)
+            partial.mkdir(parents=True)
+            if not merged:
+                write_adapter(partial, factors, model.unload(), recipe.model.name, recipe.model.revision)
+            else:
+                if factors:
+                    merge(model := model.unload(), factors)
+                elif isinstance(model, PeftModel):
+                    with explained("the adapter", action="merged", any_error=True):  # NaN in a merged weight
+                        model = model.merge_and_unload(safe_merge=True)
+                model.save_pretrained(partial)
+                tokenizer.save_pretrained(partial)
+            if fixed is not None:
+                write_json(partial / GATES, fixed)
+            write_text(partial / CARD, model_card(folder, recipe, Base.of(recipe), export=record))
+            write_json(partial / RECORD, {**record, "files": sorted(path.name for path in partial.iterdir())})
+            replace_folder(partial, output)
+    finally:
+        remove(partial)
     return done
 
 
 def score_export(run: str | Path, exported: Export, *, progress: bool = True) -> dict[str, Any]:
-    """Scores an export as other tools load it, next to its run, and writes ``scores.json`` into its folder.
+    """Scores an export as other tools load it, and writes and returns its ``scores.json``.
 
-    The run's scores are those in its folder, or are made. A mixture of one task is scored on that task alone.
-
-    Returns:
-        ``tasks``: by name, Rouge-L ``routed``, ``frozen`` and their ``difference``; and the three ``mean``s.
-
-    Raises:
-        BaditError: no such run, or an export that cannot be loaded.
+    It has Rouge-L ``routed`` (the run's), ``frozen`` and their ``difference`` for each of ``tasks``, and the ``mean``
+    of the three. A mixture of one task is scored on that task only.
     """
     folder = Run.existing(run)
     recipe = folder.trusted_recipe()
@@ -235,13 +224,20 @@ def score_export(run: str | Path, exported: Export, *, progress: bool = True) ->
     return result
 
 
-# ── the fixed mixture ──
+def _refuse_other_files(folder: Path) -> None:
+    """Raises BaditError unless the folder does not exist, is empty, or is an earlier export with nothing added."""
+    if folder.exists() and not folder.is_dir():
+        raise BaditError(f"{folder}: is a file; choose another folder with -o")
+    files = read_json(folder / RECORD).get("files") if (folder / RECORD).is_file() else None
+    own = [RECORD, SCORES, *files] if isinstance(files, list) else []
+    if others := [path.name for path in folder.glob("*") if path.name not in own]:
+        raise BaditError(f"{folder}: holds {min(others)}, which is of no export; choose another folder with -o")
 
 
 def _mean_gates(
     model: PeftModel, tokenizer: Any, recipe: Recipe, tasks: Sequence[Task], task: str | None, progress: bool
 ) -> tuple[str, Gates]:
-    """The mean over the first training prompts of each of ``tasks``, every task weighing the same; and it in words."""
+    """The mean over the first training prompts of ``tasks``, with equal weight per task; and a description of it."""
     prompts = [(each, each.train[:_PROMPTS_PER_TASK]) for each in tasks if each.train]
     if not prompts:
         raise BaditError(f"task {task}: has no training prompts to take mean gates from; give --gates FILE")
@@ -257,35 +253,22 @@ def _mean_gates(
 
 
 def _read_gates(path: Path, model: PeftModel) -> Gates:
-    """A file's gates.
-
-    Raises:
-        BaditError: no such file, or not a gate for every expert of every adapted module and nothing else.
-    """
+    """A file's gates: one for every expert of every adapted module and nothing else."""
+    if (path.parent / RECORD).is_file():
+        refuse_links(path.parent)  # an export, which may come from elsewhere
     content = read_json(path)
     experts = {one.layer.name: len(one.first_components_K) for one in adapted_layers(model)}
-    for name in content:
-        if name not in experts:
+    for name in (*content, *experts):
+        gates, number = content.get(name), experts.get(name)
+        if number is None:
             raise BaditError(f"{path}: {name}: the run adapts no such module{nearest(name, experts)}")
-    for name, number in experts.items():
-        if name not in content:
-            raise BaditError(f"{path}: {name}: is missing; give it a list of {number} gates")
-        gates = content[name]
         if not isinstance(gates, list) or len(gates) != number or not all(map(is_number, gates)):
             raise BaditError(f"{path}: {name}: must be a list of {number} numbers, one gate for each expert")
     return content
 
 
-# ── the factors ──
-
-
 def mixture_factors(model: PeftModel, gates: Gates | None, task: str | None = None) -> Factors:
-    """The factors of the active adapter's experts.
-
-    Args:
-        gates: the fixed gates; None where the method's own are fixed.
-        task: for methods that learn something of its own for each task, whose.
-    """
+    """The factors of the active adapter's experts with fixed ``gates`` (None: the method's own), for ``task``."""
     factors = {}
     with hooks_of(model).rows_of(None if task is None else [task]):
         for one in adapted_layers(model):
@@ -297,34 +280,25 @@ def mixture_factors(model: PeftModel, gates: Gates | None, task: str | None = No
     return factors
 
 
-def _lora_factors(model: PeftModel, initial_model: Callable[[], PeftModel]) -> Factors:
-    """The factors of an adapter of PEFT's LoRA family.
-
-    Args:
-        model: the base model with the trained adapter.
-        initial_model: makes the base model with the adapter as it was before training; called for PiSSA and OLoRA.
-
-    Raises:
-        BaditError: the adapter is more than a LoRA.
-    """
+def _lora_factors(model: PeftModel, initial: PeftModel | None) -> Factors:
+    """The factors of an adapter of PEFT's LoRA family; ``initial`` is that of PiSSA or OLoRA before training."""
     config: Any = model.peft_config["default"]
-    fields = ("use_dora", "lora_bias", "modules_to_save", "trainable_token_indices", "target_parameters")
-    extra = [name for name in fields if getattr(config, name)] + ["bias"] * (config.bias != "none")
+    extra = [name for name in _MORE_THAN_LORA if getattr(config, name)] + ["bias"] * (config.bias != "none")
     if extra:
         raise BaditError(f"method.{extra[0]}: makes the adapter more than a plain LoRA; export the model: --merged")
     if config.init_lora_weights not in (True, False, "gaussian", "orthogonal", "eva", *_CHANGES_BASE):
         raise BaditError(
             f"method.init_lora_weights: {config.init_lora_weights} has changed the base weight in a way that cannot be "
-            "told from the adapter; export the model: --merged"
+            "separated from the adapter; export the model: --merged"
         )
     factors = _scaled_lora(model)
-    if config.init_lora_weights in _CHANGES_BASE:
-        initial = _scaled_lora(initial_model())
+    if initial is not None:
+        before = _scaled_lora(initial)
         factors = {
-            name: (torch.cat([a_PI, initial[name][0]]), torch.cat([b_OP, -initial[name][1]], dim=1))
+            name: (torch.cat([a_PI, before[name][0]]), torch.cat([b_OP, -before[name][1]], dim=1))
             for name, (a_PI, b_OP) in factors.items()
         }
-    # Zeros fill up those of a smaller rank: one rank and one alpha for all modules is what every server reads.
+    # Zeros pad smaller ranks: servers read one rank and one alpha for all modules.
     rank = max(len(a_PI) for a_PI, _ in factors.values())
     return {
         name: (F.pad(a_PI, (0, 0, 0, rank - len(a_PI))), F.pad(b_OP, (0, rank - len(a_PI))))
@@ -336,93 +310,28 @@ def _scaled_lora(model: PeftModel) -> Factors:
     """The A's and B's of PEFT's LoRA layers, with the scaling in B."""
     factors = {}
     for name, layer in model.get_base_model().named_modules():
-        if not isinstance(layer, LoraLayer):
-            continue
-        if "default" not in layer.lora_A:
-            raise BaditError(f"{name} is an embedding, which takes no plain LoRA; export the model: --merged")
-        parts: Any = layer.lora_A["default"], layer.lora_B["default"]
-        a_PI, b_OP = (part.weight.detach().to("cpu", torch.float32) for part in parts)
-        factors[name] = (a_PI, b_OP * layer.scaling["default"])
+        if isinstance(layer, LoraLayer):
+            if "default" not in layer.lora_A:
+                raise BaditError(f"{name} is an embedding, which takes no plain LoRA; export the model: --merged")
+            parts: Any = layer.lora_A["default"], layer.lora_B["default"]
+            a_PI, b_OP = (part.weight.detach().to("cpu", torch.float32) for part in parts)
+            factors[name] = (a_PI, b_OP * layer.scaling["default"])
     return factors
-
-
-def _compressed(factors: Factors, rank: int) -> tuple[Factors, dict[str, float], float]:
-    """The closest factors of a smaller rank, by module their relative error, and that of all modules together."""
-    found = {name: compress(*pair, rank) for name, pair in factors.items()}
-    errors = {name: each.lost / each.norm if each.norm else 0.0 for name, each in found.items()}
-    lost, norm = (math.hypot(*values) for values in zip(*((f.lost, f.norm) for f in found.values()), strict=True))
-    return {name: (each.a_PI, each.b_OP) for name, each in found.items()}, errors, lost / norm if norm else 0.0
-
-
-# ── the folder ──
-
-
-def _refuse_other_files(folder: Path) -> None:
-    """Raises BaditError unless the folder is not there, empty, or an earlier export with nothing added to it."""
-    if not folder.exists():
-        return
-    if not folder.is_dir():
-        raise BaditError(f"{folder}: is a file; choose another folder with -o")
-    own = []
-    if (folder / RECORD).is_file():
-        files = read_json(folder / RECORD).get("files")
-        own = [RECORD, SCORES, *(files if isinstance(files, list) else [])]
-    others = sorted(path.name for path in folder.iterdir() if path.name not in own)
-    if others:
-        raise BaditError(f"{folder}: holds {others[0]}, which is of no export; choose another folder with -o")
-
-
-@contextmanager
-def _new_folder(folder: Path, record: Mapping[str, Any]) -> Iterator[Path]:
-    """A folder to write to, which takes the place of ``folder`` once all is written, with ``record`` in it.
-
-    Raises:
-        BaditError: it cannot be written.
-    """
-    partial = folder.with_name(folder.name + ".partial")
-    try:
-        with explained(folder, action="written"):
-            remove(partial)
-            partial.mkdir(parents=True)
-            yield partial
-            write_json(partial / RECORD, {**record, "files": sorted(path.name for path in partial.iterdir())})
-            replace_folder(partial, folder)
-    finally:
-        remove(partial)
 
 
 def write_adapter(folder: Path, factors: Factors, base: nn.Module, name: str, revision: str | None = None) -> None:
     """A plain LoRA as every PEFT since 0.5 loads it: one rank, alpha = rank, nothing but A's and B's.
 
-    The configuration names only what a plain LoRA must say. Fields of later methods are left out, as servers refuse
-    some of them and older versions warn of those that they do not know.
-
-    Args:
-        folder: an existing folder.
-        factors: all of one rank.
-        base: the base model, without an adapter.
-        name: the base model's, as it is loaded by, at its ``revision``.
+    The configuration has only the fields of a plain LoRA: servers refuse some later ones, and older versions warn.
+    ``name`` and ``revision`` are those of the base model, and ``factors`` all have one rank.
     """
     rank = len(next(iter(factors.values()))[0])
-    config = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": name,
-        "revision": revision,
-        "r": rank,
-        "lora_alpha": rank,  # a scaling of 1: B has it
-        "lora_dropout": 0.0,
-        "target_modules": target_modules(base, factors),
-        "bias": "none",
-        "fan_in_fan_out": any(isinstance(base.get_submodule(module), Conv1D) for module in factors),
-        "use_rslora": False,
-        "use_dora": False,
-        "init_lora_weights": True,
-        "inference_mode": True,
-        "modules_to_save": None,
-        "rank_pattern": {},
-        "alpha_pattern": {},
-    }
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": name, "revision": revision}
+    config |= {"r": rank, "lora_alpha": rank, "lora_dropout": 0.0}  # a scaling of 1: B has it
+    config |= {"target_modules": target_modules(base, factors), "bias": "none", "modules_to_save": None}
+    config |= {"fan_in_fan_out": any(isinstance(base.get_submodule(module), Conv1D) for module in factors)}
+    config |= {"use_rslora": False, "use_dora": False, "init_lora_weights": True, "inference_mode": True}
+    config |= {"rank_pattern": {}, "alpha_pattern": {}}
     tensors = {}
     for module, (a_PI, b_OP) in factors.items():
         tensors[f"base_model.model.{module}.lora_A.weight"] = a_PI.contiguous()
@@ -432,29 +341,15 @@ def write_adapter(folder: Path, factors: Factors, base: nn.Module, name: str, re
 
 
 def target_modules(base: nn.Module, factors: Factors) -> list[str]:
-    """The modules' last names, where these mean the same modules; else their whole names."""
+    """The modules' last names, if these mean the same modules; else their whole names."""
     last_names = {name.rpartition(".")[2] for name in factors}
     meant = {name for name, _ in base.named_modules() if name.rpartition(".")[2] in last_names}
     return sorted(last_names if meant == factors.keys() else factors)
 
 
-def _merged(model: Any, factors: Factors) -> Any:
-    """The base model with the factors added, or with what PEFT merges or training has changed."""
-    if factors:
-        model = model.unload()
-        merge(model, factors)
-        return model
-    with explained("the adapter", action="merged", any_error=True):  # NaN in a merged weight
-        return model.merge_and_unload(safe_merge=True) if isinstance(model, PeftModel) else model
-
-
 @torch.no_grad()
 def merge(base: nn.Module, factors: Factors) -> None:
-    """Adds B A to every weight, in float32, rounded once to the weight's own type.
-
-    Raises:
-        BaditError: a weight that another module uses, too, which must not change for it.
-    """
+    """Adds B A to every weight, in float32, rounded once to the weight's own type."""
     owners = Counter(id(parameter) for _, parameter in base.named_parameters(remove_duplicate=False))
     for name, (a_PI, b_OP) in factors.items():
         layer: Any = base.get_submodule(name)

@@ -1,9 +1,7 @@
-"""Every file operation: strict reading, writing each file whole or not at all, and no way out of a folder by a link.
+"""File operations: strict reading, writing each file whole or not at all, and no way out of a folder by a link.
 
-Errors are one line that names the file and the fix. Whatever is done to a folder that may come from elsewhere (a run, a
-comparison, an export) begins with :func:`refuse_links`, so that also other libraries, which open files there by
-themselves, read and write inside it. Names that stand in a file go through :func:`inside`. Writing replaces what is
-there, so that a link is never written through.
+Commands on a folder that may come from elsewhere (a run, a comparison, an export) begin with :func:`refuse_links`.
+Names that are read from a file go through :func:`inside`. What cannot be read or written is a BaditError.
 """
 
 from __future__ import annotations
@@ -13,6 +11,7 @@ import json
 import os
 import shutil
 import socket
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,15 +21,12 @@ from badit.errors import BaditError, explained
 
 # In a folder that is in use: the process that uses it.
 OWNER = ".owner"
+# Written by wandb into a run's folder, with links to its log files in the user's cache; badit reads nothing there.
+_TRACKER_FOLDER = "wandb"
 
 
 def read_text(file: Path) -> str:
-    """The file's text.
-
-    Raises:
-        BaditError: it cannot be read, is not UTF-8, or starts with a byte order mark. A pipe or a device is no file,
-            for what it gives may never come or never end.
-    """
+    """The text of a UTF-8 file; a pipe or a device is refused."""
     with explained(file, action="read"):
         if file.exists() and not file.is_file() and not file.is_dir():
             raise BaditError(f"{file}: cannot be read (a pipe or a device); put a file there")
@@ -43,26 +39,16 @@ def read_text(file: Path) -> str:
 def parse_json(text: str, *, file: Path, first_line: int = 1, constants: bool = False) -> Any:
     """The JSON value in `text`, which starts at line `first_line` of `file`.
 
-    Args:
-        constants: whether NaN and infinities are taken, which are not JSON but which Python's writer uses.
-
-    Raises:
-        BaditError: invalid JSON, an object with the same key twice, half a surrogate pair (which no tokenizer takes),
-            or nesting beyond what the parser can follow.
+    Repeated keys and half surrogate pairs are refused, and NaN and infinities unless `constants` is true.
     """
 
     def refuse(problem: str) -> NoReturn:
         raise BaditError(f"{file}: {problem} (line {first_line} on)") from None
 
     def distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        # The last one would win, and what the others say be lost without a word.
-        entries = dict(pairs)
-        if len(entries) < len(pairs):
-            seen: set[str] = set()
-            for key, _ in pairs:
-                if key in seen:
-                    refuse(f"the key {key!r:.60} is there twice; keep one")
-                seen.add(key)
+        if len(entries := dict(pairs)) < len(pairs):
+            repeated = Counter(key for key, _ in pairs).most_common(1)[0][0]
+            refuse(f"the key {repeated!r:.60} is there twice; keep one")
         return entries
 
     def refuse_constant(constant: str) -> NoReturn:
@@ -73,6 +59,8 @@ def parse_json(text: str, *, file: Path, first_line: int = 1, constants: bool = 
         if "\\ud" in text.lower():  # an escaped surrogate; encoding finds one without its other half
             json.dumps(value, ensure_ascii=False).encode()
         return value
+    except BaditError:
+        raise
     except json.JSONDecodeError as error:
         line = first_line + error.lineno - 1
         raise BaditError(f"{file}: invalid JSON at line {line} column {error.colno}: {error.msg}") from None
@@ -80,48 +68,28 @@ def parse_json(text: str, *, file: Path, first_line: int = 1, constants: bool = 
         refuse("half a surrogate pair; escape both halves")
     except RecursionError:
         refuse("JSON nested too deeply; flatten it")
-    except BaditError:
-        raise
-    except ValueError:  # Python refuses to turn thousands of digits into an integer
+    except ValueError:  # Python does not convert thousands of digits to an integer
         refuse("a number is too long; shorten it")
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """One JSON object.
-
-    Raises:
-        BaditError: the file is missing or damaged.
-    """
-    return _object(read_text(path), path, 1)
-
-
-def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
-    """The lines of a log; a last line that a crash cut short is left out, as nothing was lost but that line.
-
-    Raises:
-        BaditError: a line is no JSON object.
-    """
-    if not path.is_file():
-        return
-    # Only \n ends a line: answers may hold other separators, such as U+2028. What follows the last one was cut short.
-    for number, line in enumerate(read_text(path).split("\n")[:-1], start=1):
-        yield _object(line, path, number)
-
-
-def _object(text: str, path: Path, line: int) -> dict[str, Any]:
-    # Numbers that training has made may be NaN: of a run that diverged, or where a mean is over nothing.
-    value = parse_json(text, file=path, first_line=line, constants=True)
+def read_json(path: Path, text: str | None = None, line: int = 1) -> dict[str, Any]:
+    """The one JSON object of a file, or of its ``line`` with this ``text``; numbers may be NaN or infinite."""
+    value = parse_json(read_text(path) if text is None else text, file=path, first_line=line, constants=True)
     if not isinstance(value, dict):
         raise BaditError(f"{path}: must hold one JSON object, not a {type(value).__name__} (line {line})")
     return value
 
 
-def refuse_other_format(content: Mapping[str, Any], path: Path, known: int) -> None:
-    """Raises for a file whose ``format``, the version of its form, is not the one that this release reads.
+def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a log, none if it is missing; a last line that a crash cut short is left out."""
+    # Only \n ends a line: answers may hold other separators, such as U+2028. What follows the last one was cut short.
+    lines = read_text(path).split("\n")[:-1] if path.is_file() else []
+    for number, line in enumerate(lines, start=1):
+        yield read_json(path, line, number)
 
-    Raises:
-        BaditError: the format is newer, or there is none.
-    """
+
+def refuse_other_format(content: Mapping[str, Any], path: Path, known: int) -> None:
+    """Raises BaditError unless a file's ``format``, the version of its structure, is the known one."""
     found = content.get("format")
     if isinstance(found, int) and not isinstance(found, bool) and found > known:
         raise BaditError(f"{path}: format: is {found!r:.60}, this badit reads {known}: pip install --upgrade badit")
@@ -130,11 +98,7 @@ def refuse_other_format(content: Mapping[str, Any], path: Path, known: int) -> N
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a file whole: never half of it, whenever the process or the machine dies.
-
-    Raises:
-        BaditError: it cannot be written.
-    """
+    """Writes a file whole: never half of it, even if the process or the machine stops."""
     partial = path.with_name(path.name + ".partial")
     with explained(path, action="written"):
         partial.unlink(missing_ok=True)
@@ -157,10 +121,7 @@ class StepLog:
         self._step_key = step_key
 
     def rewind(self, step: int, pending: Collection[Mapping[str, Any]] = ()) -> None:
-        """Drops what was logged after ``step``: a resumed run is about to log it again, a new one starts empty.
-
-        So it is with lines of ``pending`` beginnings, which may have been completed and logged at ``step`` itself.
-        """
+        """Drops the lines after ``step`` and those that contain an item of ``pending``, which will be logged again."""
         self._path.parent.mkdir(parents=True, exist_ok=True)
         kept = [
             line
@@ -170,14 +131,10 @@ class StepLog:
         write_text(self._path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def append(self, line: Mapping[str, Any]) -> None:
-        """Adds a line; not through a link, which is never badit's."""
-
-        with open(self._path, "a", encoding="utf-8", opener=_open_no_link) as file:
+        """Adds a line; a link in the log's place is not followed."""
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW
+        with open(os.open(self._path, flags, mode=0o666), "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
-
-
-def _open_no_link(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NOFOLLOW, mode=0o666)
 
 
 def sync(path: Path) -> None:
@@ -190,7 +147,7 @@ def sync(path: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Removes a file, a link (and not what it points to) or a whole folder, if it is there."""
+    """Removes a file, a link (but not its target) or a whole folder, if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -198,7 +155,7 @@ def remove(path: Path) -> None:
 
 
 def replace_folder(partial: Path, final: Path) -> None:
-    """Puts a finished folder in the place of an older one."""
+    """Replaces an older folder by a finished one."""
     for path in [*partial.rglob("*"), partial]:
         sync(path)
     remove(final)
@@ -207,11 +164,7 @@ def replace_folder(partial: Path, final: Path) -> None:
 
 
 def copy_folder(source: Path, target: Path) -> None:
-    """Puts a copy of ``source`` in the place of ``target``, whole or not at all; neither is gone through a link.
-
-    Raises:
-        BaditError: ``source`` has a link that leads out of it.
-    """
+    """Replaces ``target`` by a copy of ``source``, whole or not at all; a link out of ``source`` is refused."""
     refuse_links(source)
     partial = target.with_name(target.name + ".partial")
     remove(partial)
@@ -220,26 +173,17 @@ def copy_folder(source: Path, target: Path) -> None:
 
 
 def refuse_links(folder: Path) -> None:
-    """Makes sure that nothing which is done in a folder reads or writes outside it.
-
-    The folder itself may be a link, since that is what the user named.
-
-    Raises:
-        BaditError: something in it is a link that leads out of it.
-    """
+    """Raises BaditError if something in the folder is a link out of it; the folder itself may be a link."""
     top = folder.resolve()
     for place, folders, files in os.walk(top):  # not through links to folders
         for path in (Path(place, name) for name in (*folders, *files)):
             if path.is_symlink():
                 inside(folder, folder / path.relative_to(top))
+        folders[:] = [name for name in folders if name != _TRACKER_FOLDER]
 
 
 def inside(folder: Path, path: Path) -> Path:
-    """The path, if it leads to nothing outside the folder: for names that are read from files, and for links.
-
-    Raises:
-        BaditError: it does, or no system allows such a path.
-    """
+    """The path; raises BaditError if it leads out of the folder, or if no system allows it."""
     try:
         leaves = not path.resolve().is_relative_to(folder.resolve())
     except (OSError, RuntimeError, ValueError):  # a link that leads to itself, or a NUL

@@ -3,10 +3,10 @@
     import badit.harness                         # registers the model "badit" with lm_eval
     lm_eval.simple_evaluate(model="badit", model_args={"run": "runs/mine"}, tasks=["arc_easy"])
 
-lm_eval scores a continuation by one forward pass over context and continuation. Its own model class ``hf`` does not say
-where the context ends, so gates that should follow the prompt alone follow the continuation and the batch's padding as
-well: they differ from those of training and generation, and change with the batch size. ``badit`` is that class with
-the context told. What is generated is the same under both, since a generation's input is all prompt.
+lm_eval scores a continuation by one forward pass over context and continuation. Its own model class ``hf`` does not
+mark the end of the context, so gates that should follow the prompt also follow the continuation and the padding: they
+differ from those of training and generation, and change with the batch size. ``badit`` marks it. Generations are the
+same under both, since a generation's input is all prompt.
 """
 
 from __future__ import annotations
@@ -49,21 +49,18 @@ Request = tuple[tuple[str, str] | None, list[int], list[int]]
 
 @register_model("badit")
 class BaditLM(_HFLM):
-    """lm_eval's ``hf`` for causal models whose gates follow the prompt; for any others it gives what ``hf`` gives.
+    """lm_eval's ``hf`` for causal models whose gates follow the prompt; for any others the same as ``hf``.
 
-    The prompt is a request's context, few-shot examples included. A text that is scored without any
+    The prompt is a request's context, few-shot examples included. A text that is scored without context
     (``loglikelihood_rolling``) is routed by the one token that lm_eval puts before it.
 
     Args:
         run: a run's folder, in place of ``pretrained`` and ``peft``: its base model with what it has learnt.
-        task: the task that all requests belong to, for methods that tell tasks apart.
+        task: the task that all requests belong to, for methods that need each row's task.
         pretrained: otherwise, a base model as :func:`badit.load_base_model` takes it, or a loaded model.
-        device: where a run's model goes (default: the accelerator, if there is one).
+        device: of a run's model (default: the accelerator, if there is one).
         trust_remote_code: run Python code that comes with the base model.
-        options: what else ``hf`` takes, such as ``peft``, ``dtype``, ``batch_size`` and ``max_length``.
-
-    Raises:
-        BaditError: no such run or model, both of them or none, or a model that is not causal.
+        options: further options of ``hf``, such as ``peft``, ``dtype``, ``batch_size`` and ``max_length``.
     """
 
     def __init__(
@@ -87,7 +84,7 @@ class BaditLM(_HFLM):
             options.setdefault("tokenizer", tokenizer)
             if uses_template(tokenizer, recipe.prompt.chat_template):
                 _log.info("The run was trained in its model's chat format, which needs --apply_chat_template here.")
-            # lm_eval's command line asks for cuda:0 unless it is told otherwise, on any machine.
+            # lm_eval's command line asks for cuda:0 by default, on any machine.
             if device is not None and (torch.cuda.is_available() or not device.startswith("cuda")):
                 pretrained = pretrained.to(device)
         elif isinstance(pretrained, str):
@@ -96,17 +93,14 @@ class BaditLM(_HFLM):
             options["device"] = device
         super().__init__(pretrained=pretrained, trust_remote_code=trust_remote_code, **options)
         if self.backend != "causal":
-            raise BaditError("model_args: pretrained: badit scores causal language models alone; use --model hf")
+            raise BaditError("model_args: pretrained: badit scores causal language models only; use --model hf")
         self._task = task
 
     @torch.no_grad()
     def _loglikelihood_tokens(
         self, requests: Sequence[Request], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
-        """Of each request's continuation the log-likelihood in nats, and whether greedy decoding would give it.
-
-        The longest come first. A pass for each: continuations of one token share none, as they do under ``hf``.
-        """
+        """Each continuation's log-likelihood in nats, and whether greedy decoding gives it; the longest run first."""
         ordered = sorted(range(len(requests)), key=lambda i: len(requests[i][1]) + len(requests[i][2]), reverse=True)
         size = override_bs or self.batch_size
         if size == "auto" and ordered:
@@ -124,17 +118,15 @@ class BaditLM(_HFLM):
         return found
 
     def _scored(self, requests: Sequence[Request]) -> list[tuple[float, bool]]:
-        """One batch: the gates of a row follow its context, and padding neither counts nor is attended to."""
+        """One batch, whose rows are routed by their contexts."""
         examples, contexts = [], []
         for _, context, continuation in requests:
             if not 1 <= len(continuation) <= self.max_length:
-                raise BaditError(
-                    f"a continuation has {len(continuation)} tokens; 1 to {self.max_length} (max_length) can be scored"
-                )
+                allowed = f"1 to {self.max_length} (max_length) can be scored"
+                raise BaditError(f"a continuation has {len(continuation)} tokens; {allowed}")
             ids = (context + continuation)[-(self.max_length + 1) :]  # the last one is predicted, but never read
             contexts.append(len(ids) - len(continuation))
-            targets = [-100] * (contexts[-1] - 1) + continuation
-            examples.append({"input_ids": ids[:-1], "labels": targets})
+            examples.append({"input_ids": ids[:-1], "labels": [-100] * (contexts[-1] - 1) + continuation})
         inputs = {key: value.to(self.device) for key, value in AnswerCollator(pad_id(self.tokenizer))(examples).items()}
         targets_BT = inputs.pop("labels")
         row_L, position_L = (targets_BT != -100).nonzero(as_tuple=True)
@@ -143,43 +135,32 @@ class BaditLM(_HFLM):
         precision = self.mixed_precision_dtype
         with (
             torch.autocast(self.device.type, dtype=precision, enabled=precision is not None),
-            self._telling_task(len(requests)),
+            self._rows_of_task(len(requests)),
             logits_only_at(self.model, row_L, position_L),
         ):
             logits_LV = self.model(**inputs, **prompt_argument(self.model, prompt_BT), use_cache=False).logits[0]
         targets_L1 = targets_BT[row_L, position_L][:, None]
         log_probs_LV = F.log_softmax(logits_LV, dim=-1, dtype=self.softmax_dtype or torch.float32)
-        likelihoods_L = log_probs_LV.gather(1, targets_L1)
         greedy_L = logits_LV.argmax(dim=-1) == targets_L1[:, 0]
         lengths = [len(continuation) for _, _, continuation in requests]
-        return [
-            (float(likelihoods.sum()), bool(greedy.all()))
-            for likelihoods, greedy in zip(likelihoods_L.split(lengths), greedy_L.split(lengths), strict=True)
-        ]
+        parts = zip(log_probs_LV.gather(1, targets_L1).split(lengths), greedy_L.split(lengths), strict=True)
+        return [(float(likelihoods.sum()), bool(greedy.all())) for likelihoods, greedy in parts]
 
     def _model_call(self, inps: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """A bare forward pass, by which ``hf`` finds the largest batch that fits."""
-        with self._telling_task(len(inps)):
+        with self._rows_of_task(len(inps)):
             return super()._model_call(inps, *args, **kwargs)
 
     def _model_generate(self, context: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        with self._telling_task(len(context)):
+        with self._rows_of_task(len(context)):
             return super()._model_generate(context, *args, **kwargs)
 
-    def _telling_task(self, rows: int) -> AbstractContextManager[None]:
+    def _rows_of_task(self, rows: int) -> AbstractContextManager[None]:
         return hooks_of(self.model).rows_of(None if self._task is None else [self._task] * rows)
 
 
 def run_command_line(run: str, arguments: Sequence[str]) -> None:
-    """lm_eval's own command line, ``lm_eval run``, on a run's model.
-
-    Args:
-        run: a run's folder.
-        arguments: lm_eval's options.
-
-    Raises:
-        BaditError: no such run, or input that lm_eval refuses, such as an unknown task.
-    """
+    """lm_eval's own command line, ``lm_eval run``, with its options ``arguments`` on a run's model."""
     from lm_eval.__main__ import cli_evaluate
 
     former = sys.argv

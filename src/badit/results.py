@@ -17,7 +17,7 @@ import pandas as pd
 from pydantic import BaseModel, ConfigDict, Field, create_model
 
 from badit.errors import BaditError, explained, nearest
-from badit.files import read_json, refuse_other_format
+from badit.files import read_json, refuse_links, refuse_other_format
 from badit.metrics import METRICS
 from badit.statistics import DECIMALS, Difference, Form, paired_bootstrap
 
@@ -148,6 +148,7 @@ def load_results(path: str | os.PathLike[str]) -> Results:
     """
     path = Path(path)
     if path.is_dir():
+        refuse_links(path)
         path = path / RESULTS
     content = read_json(path)
     refuse_other_format(content, path, FORMAT)

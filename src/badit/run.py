@@ -85,11 +85,14 @@ class Run:
         """A folder that holds a run.
 
         Raises:
-            BaditError: it does not.
+            BaditError: it does not, or a link in it leads out of it.
         """
+        from badit.files import refuse_links
+
         run = cls(path)
         if not run.config_path.is_file():
             raise BaditError(f"{run.path}: has no config.yaml, so it is no run's folder; make one: badit train RECIPE")
+        refuse_links(run.path)
         return run
 
     @classmethod

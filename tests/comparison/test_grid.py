@@ -132,7 +132,9 @@ def test_a_run_leaves_the_section_out_of_account(tmp_path: Path) -> None:
 
 def test_the_shipped_comparison() -> None:
     grid = Grid(load_recipe(SUPERNI))
-    assert grid.section.methods["badit"].model_extra == grid.recipe.method, "badit train runs the cell that badit compare has"
+    assert grid.section.methods["badit"].model_extra == grid.recipe.method, (
+        "badit train runs the cell that badit compare has"
+    )
     for method in grid.methods:
         for cell in grid.chosen(method, 1e-3):
             build_method(grid.recipe_of(cell).method)

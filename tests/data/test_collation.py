@@ -1,3 +1,5 @@
+"""Padding, and batches by task."""
+
 from __future__ import annotations
 
 import pytest
@@ -10,18 +12,24 @@ EXAMPLES = [
     {"input_ids": [5, 6, 7], "labels": [-100, 6, 7], "prompt_length": 1, "task": "a"},
     {"input_ids": [8], "labels": [8], "prompt_length": 0, "task": "b"},
 ]
+PADDED = {
+    "right": {"input_ids": [8, 9, 9], "attention_mask": [1, 0, 0], "labels": [8, -100, -100]},
+    "left": {"input_ids": [9, 9, 8], "attention_mask": [0, 0, 1], "labels": [-100, -100, 8]},
+}
 
 
-def test_padding_on_either_side():
-    right, left = AnswerCollator(9)(EXAMPLES), AnswerCollator(0, side="left")(EXAMPLES)
-    assert right.keys() == left.keys() == {"input_ids", "attention_mask", "labels"}
-    assert all(tensor.dtype == torch.long for tensor in right.values())
-    assert right["input_ids"].tolist() == [[5, 6, 7], [8, 9, 9]]
-    assert right["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
-    assert right["labels"].tolist() == [[-100, 6, 7], [8, -100, -100]]
-    assert left["input_ids"].tolist() == [[5, 6, 7], [0, 0, 8]]
-    assert left["attention_mask"].tolist() == [[1, 1, 1], [0, 0, 1]]
-    assert left["labels"].tolist() == [[-100, 6, 7], [-100, -100, 8]]
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_padding_on_either_side(side):
+    batch = AnswerCollator(9, side)(EXAMPLES)
+    assert all(tensor.dtype == torch.long for tensor in batch.values())
+    assert {key: tensor[0].tolist() for key, tensor in batch.items()} == {
+        "input_ids": [5, 6, 7],
+        "attention_mask": [1, 1, 1],
+        "labels": [-100, 6, 7],
+    }
+    assert {key: tensor[1].tolist() for key, tensor in batch.items()} == PADDED[side]
+    with pytest.raises(BaditError, match="empty"):
+        AnswerCollator(0, side)([])
 
 
 def test_batches_by_task():
@@ -32,10 +40,3 @@ def test_batches_by_task():
     }
     moved = on_device(batches["b"][0], torch.device("meta"))
     assert (moved["input_ids"].device.type, moved["tasks"]) == ("meta", ["b", "b"])
-
-
-def test_bad_use_is_refused():
-    with pytest.raises(BaditError, match="side"):
-        AnswerCollator(0, side="middle")  # pyright: ignore[reportArgumentType]
-    with pytest.raises(BaditError, match="empty"):
-        AnswerCollator(0)([])

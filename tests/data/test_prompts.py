@@ -43,24 +43,18 @@ def test_the_text_without_and_with_demonstrations():
     assert "Peru" not in prompt_text(TASK, FRANCE, "def+pos1")
 
 
-@pytest.mark.parametrize("encoding", ["def+pos0", "def+pos10", "def+pos", "def-pos2", "", "Def"])
-def test_an_unknown_encoding_is_refused_and_the_nearest_named(encoding):
-    with pytest.raises(BaditError, match="encoding: unknown") as caught:
-        prompt_text(TASK, FRANCE, encoding)
-    assert ("did you mean 'def+pos2'" in str(caught.value)) == (encoding == "def-pos2")
+def test_an_unknown_encoding_is_refused_and_the_nearest_named():
+    with pytest.raises(BaditError, match=r"encoding: unknown 'def-pos2' \(did you mean 'def\+pos2'"):
+        prompt_text(TASK, FRANCE, "def-pos2")  # pyright: ignore[reportArgumentType]
 
 
-def test_the_plain_prompt_is_bos_and_the_text():
-    ids = encode_prompt(PLAIN, build_prompt(TASK, FRANCE), max_source_tokens=100)
-    assert PLAIN.decode(ids) == "<s>" + prompt_text(TASK, FRANCE)
+def test_the_prompt_is_bos_and_the_text_or_the_users_turn_and_the_assistants_header():
+    ids, chat = (encode_prompt(each, build_prompt(TASK, FRANCE), max_source_tokens=100) for each in (PLAIN, CHAT))
+    text = prompt_text(TASK, FRANCE)
+    assert PLAIN.decode(ids) == "<s>" + text
+    assert CHAT.decode(chat) == f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"
     own = encode_prompt(PLAIN, "<s>France", max_source_tokens=100)
     assert own.count(PLAIN.bos_token_id) == 1, "a text that starts with BOS gets no other"
-
-
-def test_the_chat_prompt_is_the_users_turn_and_the_assistants_header():
-    ids = encode_prompt(CHAT, build_prompt(TASK, FRANCE), max_source_tokens=100)
-    text = prompt_text(TASK, FRANCE)
-    assert CHAT.decode(ids) == f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"
 
 
 @pytest.mark.parametrize("adds", ["$A", "<s> $A", "<s> $A </s>"])
@@ -80,8 +74,6 @@ def test_never_ignores_the_template_and_always_needs_one():
     assert encoded(CHAT, chat_template="always") == encoded(CHAT)
     with pytest.raises(BaditError, match="has none"):
         encoded(PLAIN, chat_template="always")
-    with pytest.raises(BaditError, match="did you mean 'never'"):
-        encoded(PLAIN, chat_template="nevr")
 
 
 @ALL
@@ -110,21 +102,14 @@ def test_a_long_input_uses_the_room_it_has_and_a_long_definition_gives_way_too(t
     assert "France" not in text
 
 
-def test_no_room_for_the_end_is_refused():
+def test_a_plain_string_is_cut_at_its_end_without_a_warning_and_no_room_for_the_end_is_refused(caplog):
+    with caplog.at_level(logging.WARNING):
+        ids = encode_prompt(tokenizer := make_tokenizer(), "France " * 500, max_source_tokens=10)
+    assert len(ids) <= 11
+    assert tokenizer.decode(ids).startswith("<s>France ")
+    assert not caplog.records
     with pytest.raises(BaditError, match="max_source_tokens: 1 has no room"):
         encode_prompt(PLAIN, build_prompt(TASK, FRANCE), max_source_tokens=1)
-
-
-def test_a_plain_string_is_cut_at_its_end():
-    ids = encode_prompt(PLAIN, "France " * 100, max_source_tokens=10)
-    assert len(ids) <= 11
-    assert PLAIN.decode(ids).startswith("<s>France ")
-
-
-def test_a_text_beyond_the_models_window_raises_no_warning(caplog):
-    with caplog.at_level(logging.WARNING):
-        encode_prompt(make_tokenizer(), "France " * 500, max_source_tokens=20)
-    assert not caplog.records
 
 
 @pytest.mark.parametrize(
@@ -136,9 +121,6 @@ def test_the_end_of_turn_is_what_the_template_writes(template, end):
     assert end_of_turn_id(tokenizer, "never") == tokenizer.eos_token_id
     tokenizer.chat_template = BRACKETS
     assert end_of_turn_id(tokenizer) == tokenizer.eos_token_id, "a changed template counts"
-
-
-def test_no_end_at_all_is_refused():
     with pytest.raises(BaditError, match="eos_token"):
         end_of_turn_id(make_tokenizer(eos_token=None))
 
@@ -149,8 +131,6 @@ def test_an_answer_is_cut_and_then_ended(tokenizer):
     cut = encode_answer(tokenizer, "Paris and Rome", max_answer_tokens=3)
     assert tokenizer.decode(whole[:-1]) == "Paris and Rome"
     assert cut == [*whole[:3], end_of_turn_id(tokenizer)]
-    with pytest.raises(BaditError, match="max_answer_tokens"):
-        encode_answer(tokenizer, "Paris", max_answer_tokens=-1)
 
 
 @ALL
@@ -159,7 +139,7 @@ def test_an_answer_is_cut_and_then_ended(tokenizer):
 def test_an_example_is_the_evaluations_prompt_and_then_the_whole_answer(tokenizer, text, answer):
     before = (tokenizer.special_tokens_map, tokenizer.chat_template, len(tokenizer), tokenizer.pad_token)
     instance = Instance(id="x", input=text, outputs=(answer, "another"))
-    lengths = {"max_source_tokens": 60, "max_answer_tokens": 20}
+    lengths: Any = {"max_source_tokens": 60, "max_answer_tokens": 20}
     trained = encode_example(tokenizer, TASK, instance, **lengths)
     asked = encode_example(tokenizer, TASK, instance, **lengths, with_answer=False)
     n = trained["prompt_length"]
@@ -187,11 +167,7 @@ def test_each_answer_of_a_chat_has_all_that_came_before_it():
 
 @pytest.mark.parametrize(
     ("messages", "problem"),
-    [
-        ([ANSWER, USER], "the assistant speaks first"),
-        ([USER, {"content": "Rome."}], "message 1 must have a role"),
-        ([USER, "Rome."], "message 1 must have a role"),
-    ],
+    [([ANSWER, USER], "the assistant speaks first"), ([USER, {"content": "Rome."}], "message 1 must have a role")],
 )
 def test_what_is_no_chat_is_refused(messages, problem):
     with pytest.raises(BaditError, match=problem):

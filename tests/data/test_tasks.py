@@ -40,22 +40,14 @@ def numbers(names: Sequence[str]) -> list[int]:
     return [int(name.split("_")[0].removeprefix("task")) for name in names]
 
 
-def test_tasks_are_frozen() -> None:
-    with pytest.raises(ValidationError):
-        make_task().name = "other"  # pyright: ignore[reportAttributeAccessIssue]
-
-
 @pytest.mark.parametrize(
     "name", ["", " ", ".hidden", "a/b", "a\\b", "a\nb", "a\x7fb", "a\u2028b", "x" * 121, "語" * 81]
 )
 def test_names_that_cannot_be_file_names_are_refused(name: str) -> None:
     with pytest.raises(ValidationError, match="file name"):
         Task(name=name, definition="d")
-
-
-@pytest.mark.parametrize("name", ["x" * 120, "語" * 80, "task 1 (new)", "a..b"])
-def test_other_names_are_fine(name: str) -> None:
-    assert Task(name=name, definition="d").name == name
+    for fine in ("x" * 120, "語" * 80, "task 1 (new)", "a..b"):
+        assert Task(name=fine, definition="d").name == fine
 
 
 @given(SIZES, st.integers(0, 20), st.integers(0, 3))
@@ -68,13 +60,11 @@ def test_holding_out_moves_at_most_a_quarter(sizes, per_task, seed):
         assert [order.index(i) for i in after.train] == sorted(order.index(i) for i in after.train)
 
 
-@given(SIZES, st.integers(0, 3), st.randoms())
-def test_a_tasks_draws_do_not_depend_on_the_others(sizes, seed, rng):
+@given(SIZES, st.integers(0, 3))
+def test_a_tasks_draws_do_not_depend_on_the_others(sizes, seed):
     tasks = make_tasks(sizes)
-    shuffled = rng.sample(tasks, len(tasks))
     for choose in (lambda some: hold_out(some, 3, seed), lambda some: limit(some, 4, 2, seed)):
-        together = {task.name: task for task in choose(shuffled)}
-        assert all(choose([task]) == [together[task.name]] for task in tasks)
+        assert choose(tasks[::-1]) == [choose([task])[0] for task in tasks[::-1]]
 
 
 def test_the_draw_depends_on_seed_and_name_and_is_the_same_on_every_machine():
@@ -82,12 +72,7 @@ def test_the_draw_depends_on_seed_and_name_and_is_the_same_on_every_machine():
     assert [i.id for i in task.validation] == ["a2", "a11", "a20", "a26", "a36"]
     draws = [hold_out([make_task(name, train=100)], 10, seed)[0] for name in ("a", "b") for seed in (0, 1)]
     assert len({tuple(i.id for i in draw.validation) for draw in draws}) == 4
-
-
-def test_a_validation_set_that_is_there_stays():
-    task = make_task(train=40)
-    task = task.model_copy(update={"validation": task.test})
-    assert hold_out([task], 5, seed=0) == [task]
+    assert hold_out([task], 3, seed=1) == [task], "a validation set that is there stays"
 
 
 @given(st.integers(0, 12), st.integers(0, 6), st.integers(0, 3))
@@ -125,20 +110,8 @@ def test_the_mixture_is_shuffled_by_the_seed():
     epochs = [mixture(tasks, "proportional", seed) for seed in (0, 1)]
     assert epochs[0] != epochs[1]
     assert [name for name, _ in epochs[0]] != ["task-0"] * 20 + ["task-1"] * 20
-
-
-@pytest.mark.parametrize(
-    ("use", "message"),
-    [
-        (lambda: hold_out([], -1, 0), "per_task: must be 0 or more"),
-        (lambda: limit([], -1, None, 0), "train: must be 0 or more"),
-        (lambda: limit([], None, -1, 0), "test: must be 0 or more"),
-        (lambda: mixture([], "balance", 0), "did you mean 'balanced'"),  # pyright: ignore[reportArgumentType]
-    ],
-)
-def test_wrong_counts_and_samplings_are_refused(use, message):
-    with pytest.raises(BaditError, match=message):
-        use()
+    with pytest.raises(BaditError, match="did you mean 'balanced'"):
+        mixture(tasks, "balance", 0)  # pyright: ignore[reportArgumentType]
 
 
 @given(names=st.permutations(SUPERNI), order=st.sampled_from(list(PUBLISHED)))
@@ -153,13 +126,6 @@ def test_a_subset_keeps_sapts_order(order: str, kept: set[str]) -> None:
     assert numbers(order_of(sorted(kept), order)) == expected
 
 
-@given(names=st.sets(st.text("abcdef_12", min_size=1), min_size=1, max_size=8), seed=st.integers(0, 10**6))
-def test_a_seeded_order_is_a_permutation_and_always_the_same(names: set[str], seed: int) -> None:
-    first = order_of(list(names), f"seeded-{seed}")
-    assert sorted(first) == sorted(names)
-    assert order_of(first, f"seeded-{seed}") == first
-
-
 def test_a_list_of_names_or_numbers_gives_the_order_itself() -> None:
     assert order_of(["a", "b", "c"], ["c", "a", "b"]) == ["c", "a", "b"]
     names = [name for name in SUPERNI if name.startswith(("task002", "task363", "task591"))]
@@ -170,21 +136,17 @@ def test_a_list_of_names_or_numbers_gives_the_order_itself() -> None:
     ("order", "message"),
     [
         ("sapt-3", r"data\.order: unknown order 'sapt-3' \(did you mean 'sapt-2'\?\); known: sapt-1, sapt-2, seeded-N"),
-        ("seeded-", r"unknown order 'seeded-' \(did you mean 'seeded-0'\?\)"),
         ("seeded--1", "unknown order 'seeded--1'"),
-        ("", "unknown order ''"),
-        ("sapt-1", r"does not say where task cities comes; add it, or leave it out of data\.tasks"),
-        (["cities"], "does not say where task rivers comes"),
+        ("sapt-1", r"has no place for task cities; add it, or leave it out of data\.tasks"),
+        (["cities"], "has no place for task rivers"),
         (["cities", "rivers", "cities"], r"data\.order: 'cities' is named twice; name it once"),
-        (["cities", "rivets"], r"data\.order: unknown task 'rivets' \(did you mean 'rivers'\?\)"),
-        ([], r"data\.order: the list is empty"),
     ],
 )
-def test_what_says_not_where_each_task_comes_is_refused(order: str | list[str], message: str) -> None:
+def test_an_order_without_a_place_for_every_task_is_refused(order: str | list[str], message: str) -> None:
     with pytest.raises(BaditError, match=message):
         order_of(["cities", "rivers"], order)
 
 
 def test_two_tasks_of_one_number_have_no_place_in_sapts_orders() -> None:
-    with pytest.raises(BaditError, match="does not say where task task363_"):
+    with pytest.raises(BaditError, match="no place for task task363_"):
         order_of(["task363_one", "task363_other"], "sapt-1")

@@ -1,4 +1,4 @@
-"""The pages of the documentation, and what stands in them: code, commands, links to what the project has."""
+"""The pages of the documentation and the code and commands in them."""
 
 from __future__ import annotations
 
@@ -9,13 +9,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-# As a launcher is called, up to badit's own arguments.
-_LAUNCHER = re.compile(r"^(?:accelerate launch|torchrun) .*?-m badit ")
 
 
 @dataclass(frozen=True)
 class Page:
-    """A page by its path in the repository."""
+    """A page by its path in the repository; a recipe's page is its header."""
 
     path: str
 
@@ -29,34 +27,22 @@ class Page:
 
     def commands(self) -> list[list[str]]:
         """The arguments of every ``badit`` that a block of shell commands or a recipe's header calls."""
+        blocks = self.blocks("sh")
+        if self.path.endswith(".yaml"):
+            header = "\n".join(re.findall(r"^# *(.*)", self.text, flags=re.MULTILINE))
+            blocks = [re.sub(r" {2,}.*", "", header)]  # two spaces or more separate a command from its explanation
         found = []
-        for block in [*self.blocks("sh"), *re.findall(r"((?:^#.*\n)+)", self.text if self.is_recipe else "", re.M)]:
-            text = re.sub(r"^# *", "", block, flags=re.MULTILINE) if self.is_recipe else block
-            for statement in _statements(text):
-                statement = _LAUNCHER.sub("badit ", statement)
+        for block in blocks:
+            # A statement continues after a backslash and within quotes.
+            for statement in re.findall(r'(?:"[^"]*"|\\\n|[^"\n])+', block):
+                # Without a launcher, up to badit's own arguments.
+                statement = re.sub(r"^(?:accelerate launch|torchrun) .*?-m badit ", "badit ", statement)
                 if statement.startswith("badit "):
-                    # In a recipe's header two spaces or more set what a command does apart from it.
-                    statement = re.split(r" {2,}", statement)[0] if self.is_recipe else statement
-                    found.append(shlex.split(statement, comments=True)[1:])
+                    found.append(shlex.split(statement.replace("\\\n", "\n"), comments=True)[1:])
         return found
-
-    @property
-    def is_recipe(self) -> bool:
-        return self.path.endswith(".yaml")
 
     def __str__(self) -> str:
         return self.path
-
-
-def _statements(block: str) -> list[str]:
-    """The lines of a block, joined where a backslash or an open quote says that a statement goes on."""
-    statements: list[str] = []
-    for line in block.splitlines():
-        if statements and (statements[-1].endswith("\\") or statements[-1].count('"') % 2):
-            statements[-1] = statements[-1].removesuffix("\\") + "\n" + line
-        else:
-            statements.append(line)
-    return statements
 
 
 def pages() -> list[Page]:

@@ -86,5 +86,4 @@ def test_a_walk_comes_to_its_end(page: Page, tmp_path: Path) -> None:
             arguments = next(commands)
             if arguments != ["--version"]:
                 assert main(arguments) == 0
-    assert list(commands) == []
     assert (tmp_path / "runs/mine/report.html").is_file()

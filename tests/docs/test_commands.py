@@ -16,15 +16,9 @@ from docs.pages import ROOT, Page, pages, recipes
 WITH_COMMANDS = [page for page in [*pages(), *recipes()] if page.commands()]
 
 
-def test_the_pages_have_commands() -> None:
-    assert {"README.md", "docs/quickstart.md", "docs/benchmark.md", "recipes/README.md"} <= {
-        page.path for page in WITH_COMMANDS
-    }
-    assert sum(len(page.commands()) for page in WITH_COMMANDS) > 40
-
-
 @pytest.mark.parametrize("page", WITH_COMMANDS, ids=str)
 def test_every_command_is_one(page: Page) -> None:
+    assert sum(len(each.commands()) for each in WITH_COMMANDS) > 40
     for arguments in page.commands():
         _, bound, _ = app.parse_args(arguments, exit_on_error=False, print_error=False)
         given = bound.arguments
@@ -56,5 +50,6 @@ def test_every_block_of_yaml_is_a_recipe(page: Page) -> None:
         content = yaml.safe_load(block)
         content.pop("extends", None)
         recipe = build_recipe(content)
-        for section in [recipe.method, *((m.model_extra or {}) for m in (recipe.compare.methods.values() if recipe.compare else ()))]:
+        compared = recipe.compare.methods.values() if recipe.compare else ()
+        for section in [recipe.method, *(entry.model_extra or {} for entry in compared)]:
             build_method(section)

@@ -18,6 +18,7 @@ _TABLE = re.compile(r"<!-- table: ([\w/.-]+\.json) -->\n(.*?)\n<!-- end of table
 @pytest.mark.parametrize("page", [page for page in pages() if _FIGURE.search(page.text)], ids=str)
 def test_figures_are_those_of_the_committed_results(page: Page) -> None:
     """A figure that is quoted from a results file carries a comment that names the file and the key."""
+    assert len(_FIGURE.findall(Page("README.md").text)) >= 4
     for figure, decimals, file, key in _FIGURE.findall(page.text):
         value: Any = json.loads((RESULTS / file).read_text())
         for part in key.split("."):
@@ -30,9 +31,3 @@ def test_tables_are_those_of_the_committed_results(page: Page) -> None:
     """A comparison's table stands between comments, the first of which names its results."""
     for file, found in _TABLE.findall(page.text):
         assert found == render(RESULTS / file, form="markdown").strip()
-
-
-def test_the_readme_has_both() -> None:
-    readme = Page("README.md").text
-    assert len(_FIGURE.findall(readme)) >= 4
-    assert _TABLE.search(readme)

@@ -25,9 +25,7 @@ ROWS = re.findall(
 )
 HERE = {option: value for option, value, _ in ROWS}
 SECTIONS = [name for name, field in Recipe.model_fields.items() if isinstance(field.default, BaseModel)]
-CONFIGS = {
-    cls.__name__: cls for cls in (BaditConfig, NeuronOptions, *(rival.config_cls for rival in BASELINES.values()))
-}
+CONFIGS = {cls.__name__: cls for cls in (BaditConfig, NeuronOptions, *(each.config_cls for each in BASELINES.values()))}
 
 
 def fields(cls: Any) -> dict[str, Any]:
@@ -69,9 +67,9 @@ def test_the_page_has_every_default() -> None:
     wanted = {f"BaditConfig.{name}" for name in fields(BaditConfig).keys() - peft}
     wanted |= {f"RegroupCallback.{name}" for name in inspect.signature(RegroupCallback).parameters}
     wanted |= {f"{section}.{name}" for section in SECTIONS for name in type(getattr(Recipe(), section)).model_fields}
-    for rival in BASELINES.values():
-        if issubclass(rival.config_cls, ExpertConfig):
-            own = fields(rival.config_cls).items() - fields(ExpertConfig).items()
-            wanted |= {f"{rival.config_cls.__name__}.{name}" for name, _ in own if name not in peft}
+    for config in (baseline.config_cls for baseline in BASELINES.values()):
+        if issubclass(config, ExpertConfig):
+            own = fields(config).items() - fields(ExpertConfig).items()
+            wanted |= {f"{config.__name__}.{name}" for name, _ in own if name not in peft}
     wanted |= {f"NeuronOptions.{name}" for name in fields(NeuronOptions)}
     assert wanted - HERE.keys() == set()

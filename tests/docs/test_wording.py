@@ -8,21 +8,15 @@ import re
 from badit.report.page import SECTIONS
 from docs.pages import ROOT, Page
 
-ELLIPSIS = "…"
-
 
 def texts() -> list[str]:
     """Every text in the source, with … for what it fills in."""
-    found = []
-    for file in (ROOT / "src" / "badit").glob("**/*.py"):
-        for node in ast.walk(ast.parse(file.read_text())):
-            if isinstance(node, ast.Constant) and isinstance(node.value, str):
-                found.append(node.value)
-            elif isinstance(node, ast.JoinedStr):
-                found.append(
-                    "".join(part.value if isinstance(part, ast.Constant) else ELLIPSIS for part in node.values)
-                )
-    return found
+    nodes = [node for file in (ROOT / "src").glob("**/*.py") for node in ast.walk(ast.parse(file.read_text()))]
+    plain = [node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    filled = [node.values for node in nodes if isinstance(node, ast.JoinedStr)]
+    return plain + [
+        "".join(str(part.value) if isinstance(part, ast.Constant) else "…" for part in parts) for parts in filled
+    ]
 
 
 def test_the_reports_sections_are_those_of_the_page() -> None:
@@ -35,5 +29,5 @@ def test_every_quoted_message_is_in_the_source() -> None:
     quoted = re.findall(r"^\| `([^`]+)` \|", Page("docs/troubleshooting.md").text, flags=re.MULTILINE)
     assert len(quoted) > 30
     known = texts()
-    pattern = {text: re.escape(text).replace(ELLIPSIS, f".*{ELLIPSIS}.*") for text in quoted}
+    pattern = {text: re.escape(text).replace("…", ".*….*") for text in quoted}
     assert [text for text in quoted if not any(re.search(pattern[text], one, re.DOTALL) for one in known)] == []

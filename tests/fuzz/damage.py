@@ -1,7 +1,6 @@
 """Ways to break a valid file: by its values, by its bytes, and by what stands in its place.
 
-Damage to valid files reaches further than random bytes: most of a file still passes, so that what comes after the first
-check is tried as well.
+Damage to valid files reaches further than random bytes: most of a file still passes the first checks.
 """
 
 from __future__ import annotations
@@ -36,7 +35,6 @@ VALUES = (
     | st.lists(st.integers(-2, 2) | st.text(max_size=3), max_size=3)
     | st.dictionaries(st.text(max_size=4), st.integers() | st.text(max_size=3), max_size=2)
 )
-Place = tuple[str | int, ...]
 
 
 @st.composite
@@ -44,51 +42,38 @@ def damaged_value(draw: st.DrawFn, value: Any) -> Any:
     """The plain value with one to three of its parts replaced, removed, doubled, renamed, wrapped or added to."""
     value = copy.deepcopy(value)
     for _ in range(draw(st.integers(1, 3))):
-        places = list(_places(value))
-        place = draw(st.sampled_from(places))
-        if not place:
-            value = draw(VALUES) if draw(st.integers(0, 9)) == 0 else value
+        parts = list(_parts(value))
+        if not parts or draw(st.integers(0, 99)) == 0:
+            value = draw(VALUES)
             continue
-        parent = _at(value, place[:-1])
-        _damage_part(draw, parent, place[-1])
+        parent, key = draw(st.sampled_from(parts))
+        match draw(st.sampled_from(["replace", "replace", "replace", "remove", "wrap", "swap", "double", "nest"])):
+            case "replace":
+                parent[key] = draw(VALUES)
+            case "remove":
+                del parent[key]
+            case "wrap":
+                parent[key] = draw(st.sampled_from([[parent[key]], {"value": parent[key]}, str(parent[key])[:50]]))
+            case "swap":  # with a sibling
+                other = draw(st.sampled_from(list(parent) if isinstance(parent, dict) else [*range(len(parent))]))
+                parent[key], parent[other] = parent[other], parent[key]
+            case "double" if isinstance(parent, list):
+                parent.insert(key, copy.deepcopy(parent[key]))
+            case "double":
+                other = draw(st.sampled_from([f"{key}x", str(key).upper(), "", "__class__"]) | st.text(max_size=5))
+                parent[other] = parent[key]
+            case "nest":
+                for _ in range(draw(st.sampled_from([1, 30, 100]))):
+                    parent[key] = [parent[key]]
     return value
 
 
-def _damage_part(draw: st.DrawFn, parent: Any, key: Any) -> None:
-    kinds = ["replace", "replace", "replace", "remove", "wrap", "swap", "double", "nest"]
-    match draw(st.sampled_from(kinds)):
-        case "replace":
-            parent[key] = draw(VALUES)
-        case "remove":
-            del parent[key]
-        case "wrap":
-            parent[key] = draw(st.sampled_from([[parent[key]], {"value": parent[key]}, str(parent[key])[:50]]))
-        case "swap":  # with a sibling
-            others = list(parent) if isinstance(parent, dict) else list(range(len(parent)))
-            other = draw(st.sampled_from(others))
-            parent[key], parent[other] = parent[other], parent[key]
-        case "double" if isinstance(parent, list):
-            parent.insert(key, copy.deepcopy(parent[key]))
-        case "double":
-            other = draw(st.sampled_from([f"{key}x", str(key).upper(), "", "__class__"]) | st.text(max_size=5))
-            parent[other] = parent[key]
-        case "nest":
-            for _ in range(draw(st.sampled_from([1, 30, 100]))):
-                parent[key] = [parent[key]]
-
-
-def _places(value: Any, place: Place = ()) -> Iterator[Place]:
-    yield place
+def _parts(value: Any, depth: int = 0) -> Iterator[tuple[Any, Any]]:
+    """Every part of a value, as the dict or list that holds it and its key."""
     parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for key, part in parts:
-        if len(place) < 8:
-            yield from _places(part, (*place, key))
-
-
-def _at(value: Any, place: Place) -> Any:
-    for key in place:
-        value = value[key]
-    return value
+    for key, part in parts if depth < 8 else ():
+        yield value, key
+        yield from _parts(part, depth + 1)
 
 
 def as_json(value: Any) -> bytes:
@@ -97,9 +82,8 @@ def as_json(value: Any) -> bytes:
 
 
 def as_lines(values: Any) -> bytes:
-    """One JSON value a line, of anything that can be gone through."""
-    lines = values if isinstance(values, list) else [values]
-    return b"".join(as_json(line) + b"\n" for line in lines)
+    """One JSON value per line."""
+    return b"".join(as_json(line) + b"\n" for line in (values if isinstance(values, list) else [values]))
 
 
 def as_yaml(value: Any) -> bytes:
@@ -117,23 +101,21 @@ _INSERTED = [
 @st.composite
 def damaged_bytes(draw: st.DrawFn, content: bytes) -> bytes:
     """The content cut short, with bytes flipped, put in, taken out or doubled, or in another encoding."""
-    position = draw(st.integers(0, len(content)))
-    end = min(len(content), position + draw(st.integers(1, 40)))
-    match draw(st.sampled_from(["cut", "flip", "insert", "insert", "remove", "double", "whole"])):
-        case "cut":
-            return content[:position]
-        case "flip":
-            return content[:position] + bytes([draw(st.integers(0, 255))]) + content[position + 1 :]
-        case "insert":
-            return content[:position] + draw(st.sampled_from(_INSERTED)) + content[position:]
-        case "remove":
-            return content[:position] + content[end:]
-        case "double":
-            return content[:end] + content[position:]
-        case _:
-            wholes = [b"\xef\xbb\xbf" + content, content * 2, b"", b"\n" * 50, content[::-1]]
-            wholes += [content.replace(b"\n", b"\r\n"), content.decode("utf-8", "replace").encode("utf-16")]
-            return draw(st.sampled_from(wholes))
+    start = draw(st.integers(0, len(content)))
+    end = min(len(content), start + draw(st.integers(1, 40)))
+    flipped = content[:start] + bytes([draw(st.integers(0, 255))]) + content[start + 1 :]
+    inserted = content[:start] + draw(st.sampled_from(_INSERTED)) + content[start:]
+    parts = [
+        content[:start],
+        flipped,
+        inserted,
+        inserted,
+        content[:start] + content[end:],
+        content[:end] + content[start:],
+    ]
+    wholes = [b"\xef\xbb\xbf" + content, content * 2, b"", b"\n" * 50, content[::-1]]
+    wholes += [content.replace(b"\n", b"\r\n"), content.decode("utf-8", "replace").encode("utf-16")]
+    return draw(st.sampled_from([*parts, draw(st.sampled_from(wholes))]))
 
 
 def damaged(value: Any, form: Callable[[Any], bytes]) -> st.SearchStrategy[bytes]:

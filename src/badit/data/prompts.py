@@ -1,10 +1,8 @@
-"""From a task's instance to token ids: the prompt's text, its truncation, and the answer's end.
+"""From a task's instance to token ids: the prompt's text, its truncation, and the end of the answer.
 
-A prompt has three pieces, and a long one is cut in the middle one: the definition says what to do and the closing
-"Output: " says that it is time to do it, so the end of the input gives way.
-Prompt and answer are tokenised apart, so that the tokens a model is trained to continue are the very tokens it is
-asked to continue at evaluation. Truncation cuts characters and tokenises the result again, since tokens may merge
-across a cut; this needs nothing of a tokenizer but a count, and only for prompts that are too long.
+A prompt that is too long loses the end of its input first, since the definition and the closing "Output: " say what to
+do. Truncation cuts characters and tokenises again, since tokens may merge across a cut. Prompt and answer are tokenised
+separately, so that training continues the same tokens as evaluation.
 """
 
 from __future__ import annotations
@@ -29,24 +27,20 @@ IGNORED_LABEL = -100
 
 
 class Prompt(NamedTuple):
-    """A prompt's text in the pieces that truncation tells apart."""
+    """A prompt's text in the pieces that truncation treats differently."""
 
     head: str
     input: str
     tail: str
 
-    @property
-    def text(self) -> str:
-        return self.head + self.input + self.tail
-
 
 def build_prompt(task: Task, instance: Instance, encoding: PromptEncoding = "def") -> Prompt:
     """The prompt of one instance: "def" gives the definition alone, "def+posN" the first N demonstrations too.
 
-    A task with fewer than N demonstrations shows all it has, as in the official evaluation.
+    A task with fewer than N demonstrations shows all of them, as in the official evaluation.
     """
     refuse_unknown("encoding", encoding, get_args(PromptEncoding))
-    shots = int(encoding.removeprefix("def+pos")) if encoding != "def" else 0
+    shots = int(encoding.removeprefix("def").removeprefix("+pos") or 0)
     examples = "".join(
         f" Positive Example {number} -\nInput: {shot.input}\n Output: {shot.output}\n\n"
         for number, shot in enumerate(task.demonstrations[:shots], start=1)
@@ -56,12 +50,12 @@ def build_prompt(task: Task, instance: Instance, encoding: PromptEncoding = "def
 
 
 def prompt_text(task: Task, instance: Instance, encoding: PromptEncoding = "def") -> str:
-    """The whole text of an instance's prompt, before any truncation and chat template."""
-    return build_prompt(task, instance, encoding).text
+    """The whole text of an instance's prompt, before truncation and chat template."""
+    return "".join(build_prompt(task, instance, encoding))
 
 
 def own_input(text: str) -> str:
-    """The instance's own input, out of the text of a prompt; empty where there is none."""
+    """The instance's own input in the text of a prompt; empty if there is none."""
     return text.rpartition("Input: ")[2].partition("\nOutput:")[0].strip()
 
 
@@ -75,45 +69,34 @@ def encode_prompt(
     """Token ids of a prompt, ready for the model to continue.
 
     Args:
-        tokenizer: left as it is; no special token is set or changed.
         prompt: its pieces, or a plain string, which is cut at its end.
-        max_source_tokens: for the prompt's text. The tokens of the chat template, or the one at the beginning of the
-            sequence (BOS) where the tokenizer adds one, come on top and are never cut.
-        chat_template: "auto" makes the text the user's turn where the tokenizer has a template, "always" insists on
-            one, "never" gives the bare text.
-
-    Raises:
-        BaditError: no template with "always", or no room for the prompt's last piece.
+        max_source_tokens: for the prompt's text. The tokens of the chat template, or BOS if the tokenizer adds it, come
+            on top and are never cut.
+        chat_template: "auto" makes the text the user's turn if the tokenizer has a template, "always" requires one,
+            "never" gives the bare text.
     """
-    pieces = Prompt("", prompt, "") if isinstance(prompt, str) else prompt
-    text = _shortened(*pieces, fits=lambda text: len(_tokens(tokenizer, text)) <= max_source_tokens)
-    if text is None:
-        raise BaditError(f"max_source_tokens: {max_source_tokens} has no room for the end {pieces.tail!r}; raise it")
+    head, content, tail = Prompt("", prompt, "") if isinstance(prompt, str) else prompt
+
+    def fits(text: str) -> bool:
+        return len(_tokens(tokenizer, text)) <= max_source_tokens
+
+    if fits(head + content + tail):
+        text = head + content + tail
+    elif fits(head + tail):
+        text = head + _longest_prefix(content, lambda part: fits(head + part + tail)) + tail
+    elif fits(tail):
+        text = _longest_prefix(head, lambda part: fits(part + tail)) + tail
+    else:
+        raise BaditError(f"max_source_tokens: {max_source_tokens} has no room for the end {tail!r}; raise it")
     if uses_template(tokenizer, chat_template):
         turn = [{"role": "user", "content": text}]
         # Templates write BOS themselves, so what they render is tokenised without adding another.
-        rendered = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
-        return _tokens(tokenizer, str(rendered))
+        return _tokens(tokenizer, str(tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)))
     ids = _tokens(tokenizer, text)
-    # Special tokens by hand: some tokenizers would close the prompt with EOS, which ends it before the answer.
+    # BOS by hand: some tokenizers would also close the prompt with EOS.
     bos: list[Any] = [tokenizer.bos_token_id]
     adds_bos = tokenizer("")["input_ids"][:1] == bos
     return bos + ids if adds_bos and ids[:1] != bos else ids
-
-
-def _shortened(head: str, content: str, tail: str, *, fits: Callable[[str], bool]) -> str | None:
-    """The longest text that fits: `content` loses its end first, then `head` its own; None if `tail` alone is too long.
-
-    Args:
-        fits: whether a text is short enough.
-    """
-    if fits(head + content + tail):
-        return head + content + tail
-    if fits(head + tail):
-        return head + _longest_prefix(content, lambda part: fits(head + part + tail)) + tail
-    if fits(tail):
-        return _longest_prefix(head, lambda part: fits(part + tail)) + tail
-    return None
 
 
 def _longest_prefix(text: str, fits: Callable[[str], bool]) -> str:
@@ -129,30 +112,18 @@ def _longest_prefix(text: str, fits: Callable[[str], bool]) -> str:
 
 
 def encode_answer(
-    tokenizer: PreTrainedTokenizerBase,
-    answer: str,
-    *,
-    max_answer_tokens: int,
-    chat_template: ChatTemplate = "auto",
+    tokenizer: PreTrainedTokenizerBase, answer: str, *, max_answer_tokens: int, chat_template: ChatTemplate = "auto"
 ) -> list[int]:
-    """Token ids of an answer, at most `max_answer_tokens` of them, and the token that ends the turn after those."""
-    if max_answer_tokens < 0:
-        raise BaditError(f"max_answer_tokens: must be 0 or more, not {max_answer_tokens}")
-    ids = _tokens(tokenizer, answer)[:max_answer_tokens]
-    return [*ids, end_of_turn_id(tokenizer, chat_template)]
+    """Token ids of an answer, at most `max_answer_tokens`, followed by the token that ends the turn."""
+    return [*_tokens(tokenizer, answer)[:max_answer_tokens], end_of_turn_id(tokenizer, chat_template)]
 
 
 def end_of_turn_id(tokenizer: PreTrainedTokenizerBase, chat_template: ChatTemplate = "auto") -> int:
-    """The token that ends an answer: what the chat template puts after an assistant's message, else EOS.
-
-    Raises:
-        BaditError: the tokenizer has neither.
-    """
+    """The token that ends an answer: what the chat template puts after an assistant's message, else EOS."""
     end: Any = None
     if uses_template(tokenizer, chat_template):
         end = _end_in_template(tokenizer, tokenizer.get_chat_template())
-    if end is None:
-        end = tokenizer.eos_token_id
+    end = tokenizer.eos_token_id if end is None else end
     if end is None:
         raise BaditError("tokenizer: has neither an end-of-turn nor an EOS token; set its eos_token")
     return end
@@ -171,28 +142,21 @@ def encode_example(
 ) -> dict[str, Any]:
     """One instance for a causal language model.
 
-    The answer to train on is the first reference, so that an instance is one example however many references it has;
-    evaluation takes the best over all of them.
+    The answer to train on is the first reference; evaluation takes the best over all of them.
 
     Returns:
         `input_ids` and `labels` (lists of one length; the prompt's labels are -100), `prompt_length` in tokens, and
-        `task` and `id`, their names. Without the answer the prompt is all there is.
+        the names `task` and `id`. Without the answer, the prompt only.
     """
-    prompt = encode_prompt(
-        tokenizer,
-        build_prompt(task, instance, encoding),
-        max_source_tokens=max_source_tokens,
-        chat_template=chat_template,
-    )
+    source = build_prompt(task, instance, encoding)
+    prompt = encode_prompt(tokenizer, source, max_source_tokens=max_source_tokens, chat_template=chat_template)
     answer: list[int] = []
     if with_answer:
-        answer = encode_answer(
-            tokenizer, instance.outputs[0], max_answer_tokens=max_answer_tokens, chat_template=chat_template
-        )
-    labels = [IGNORED_LABEL] * len(prompt) + answer
+        first = instance.outputs[0]
+        answer = encode_answer(tokenizer, first, max_answer_tokens=max_answer_tokens, chat_template=chat_template)
     return {
         "input_ids": prompt + answer,
-        "labels": labels,
+        "labels": [IGNORED_LABEL] * len(prompt) + answer,
         "prompt_length": len(prompt),
         "task": task.name,
         "id": instance.id,
@@ -208,45 +172,33 @@ def uses_template(tokenizer: PreTrainedTokenizerBase, chat_template: ChatTemplat
 
 
 def _tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    # verbose=False: a text about to be cut is no reason to warn that it is longer than the model's window.
+    # verbose=False: no warning that a text which is about to be cut is longer than the model's window.
     return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]  # pyright: ignore[reportReturnType]
 
 
 @lru_cache(maxsize=8)
 def _end_in_template(tokenizer: PreTrainedTokenizerBase, template: str) -> int | None:
-    """The first added token after an assistant's message rendered by `template`, None if there is none."""
-    answer = "ANSWER"
-    turns = [{"role": "user", "content": "QUESTION"}, {"role": "assistant", "content": answer}]
+    """The first added token after an assistant's message rendered by `template`."""
+    turns = [{"role": "user", "content": "QUESTION"}, {"role": "assistant", "content": "ANSWER"}]
     rendered = tokenizer.apply_chat_template(turns, chat_template=template, tokenize=False)
-    _, found, after = str(rendered).rpartition(answer)
+    _, found, after = str(rendered).rpartition("ANSWER")
     added = tokenizer.added_tokens_decoder
-    # Text between the message and its end, such as Llama 2's space, is not an added token and is passed over.
+    # Text between the message and its end, such as Llama 2's space, is not an added token.
     return next((token for token in _tokens(tokenizer, after) if token in added), None) if found else None
 
 
 def answer_rows(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, list[dict[str, Any]]]]:
-    """A conversation as a row for each of the assistant's messages, with all that came before it as the prompt.
+    """A conversation, a list of dicts of ``role`` and ``content``, as one row per message of the assistant.
 
-    Rows have TRL's conversational prompt–completion form, whose loss is on the completion alone. In training each
-    answer is then routed on what its generation reads: the whole conversation so far.
-
-    Args:
-        messages: dicts of ``role`` and ``content``, as chat templates take them.
-
-    Returns:
-        ``{"prompt": [messages], "completion": [one message]}``, in the order of the conversation; none where the
-        assistant says nothing.
-
-    Raises:
-        BaditError: a message has no role, or the assistant speaks first.
+    A row ``{"prompt": [messages before it], "completion": [the message]}`` has TRL's conversational prompt–completion
+    form, whose loss is on the completion only: training routes each answer on the whole conversation so far.
     """
     rows = []
     for number, message in enumerate(messages):
         if not isinstance(message, Mapping) or "role" not in message:
             raise BaditError(f"messages: message {number} must have a role, such as user or assistant: {message!r:.60}")
-        if message["role"] != "assistant":
-            continue
-        if number == 0:
-            raise BaditError("messages: the assistant speaks first; put the user's or a system's message before it")
-        rows.append({"prompt": [dict(before) for before in messages[:number]], "completion": [dict(message)]})
+        if message["role"] == "assistant":
+            if number == 0:
+                raise BaditError("messages: the assistant speaks first; put a user's or system message before it")
+            rows.append({"prompt": [dict(before) for before in messages[:number]], "completion": [dict(message)]})
     return rows

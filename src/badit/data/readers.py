@@ -1,21 +1,30 @@
-"""Where tasks come from: the built-in suite, the two layouts of Super-NaturalInstructions, and plain .jsonl.
+"""Readers of tasks: the built-in suite, the two layouts of Super-NaturalInstructions, and plain .jsonl.
 
-A reader first lists the names it can offer and reads a file only when its task is asked for: the official collection
-(github.com/allenai/natural-instructions) has some 1,600 files.
+The official collection has some 1,600 files, so a file is read only when its task is asked for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, AliasChoices, BaseModel, ConfigDict, Field
 
 from badit.data.suite import builtin_tasks
-from badit.data.tasks import OUTPUT_NAMES, Instance, Outputs, Split, Task, TaskName, resolve_names
-from badit.errors import BaditError, explained, first_problem, nearest, refuse_unknown
+from badit.data.tasks import (
+    Demonstration,
+    FirstString,
+    Instance,
+    Outputs,
+    Split,
+    Strings,
+    Task,
+    TaskName,
+    resolve_names,
+)
+from badit.errors import BaditError, explained, refuse_unknown
 from badit.files import parse_json, read_text
 
 Format = Literal["auto", "sapt", "superni", "jsonl", "builtin"]
@@ -31,16 +40,15 @@ def load_tasks(source: str | Path, *, tasks: Sequence[str] | None = None, format
     Args:
         source: "builtin" for the built-in suite, or a path to one of
             sapt: a folder of `<task>/train.json` and `<task>/test.json`, each in the Super-NaturalInstructions schema.
-                `<task>/dev.json` is not read: in the published release it equals test.json, so that a choice made on
-                it would be made on the test set. `validation` stays empty; `hold_out` fills it from `train`.
+                `<task>/dev.json` is not read: in the published release it equals test.json.
             superni: a folder with `tasks/*.json` (or `*.json`) and, in it or next to it, the lists
-                `splits/<list>/train_tasks.txt` and `test_tasks.txt` (`default` if there are several). A task of the
-                first list has all its instances in `train`, one of the second its first 100 in `test`, and one in
-                neither is left out. Without lists, the first 100 instances are `test` and the rest `train`.
+                `splits/<list>/train_tasks.txt` and `test_tasks.txt` (`default` if there are several). Tasks of the
+                first list are for training, those of the second have their first 100 instances in `test`, all others
+                are left out. Without lists, the first 100 instances are `test` and the rest `train`.
             jsonl: a .jsonl file or a folder of train.jsonl, validation.jsonl and test.jsonl; a line has "task",
                 "instruction", "input" (or none), "output" or "outputs", and may have "id" and "split".
-        tasks: full names, or number prefixes such as "task363" or "363" where one task alone has the number.
-        format: the layout; "auto" looks.
+        tasks: full names, or number prefixes such as "task363" or "363" that fit one task only.
+        format: the layout; "auto" detects it.
 
     Raises:
         BaditError: a broken file, an unknown layout, or a task that is not there.
@@ -55,54 +63,41 @@ def load_tasks(source: str | Path, *, tasks: Sequence[str] | None = None, format
 
 def _catalog(source: str | Path, format: Format) -> Catalog:
     if source == "builtin" and format in ("auto", "builtin"):
-        return _already_read(builtin_tasks())
+        return {task.name: lambda task=task: task for task in builtin_tasks()}
     if format == "builtin":
         raise BaditError(f"source: must be 'builtin' for the built-in suite, not {str(source)!r:.60}")
     path = Path(source)
     with explained(path, action="read"):
         if not path.exists():
             raise BaditError(f"{path}: no such file or folder; give a path or 'builtin'")
-        if format == "sapt" or (format == "auto" and any(path.glob("*/train.json"))):
-            return _sapt(path)
-        if format == "jsonl" or (format == "auto" and _jsonl_files(path)):
-            return _already_read(_tasks_from_jsonl(path))
-        if format == "superni" or _superni_files(path):
-            return _superni(path)
+        sapt, lines = sorted(path.glob("*/train.json")), _jsonl_files(path)
+        official = sorted((path / "tasks" if (path / "tasks").is_dir() else path).glob("*.json"))
+        if format == "sapt" or (format == "auto" and sapt):
+            return {file.parent.name: partial(_read_sapt, file.parent) for file in sapt}
+        if format == "jsonl" or (format == "auto" and lines):
+            return {task.name: lambda task=task: task for task in _read_jsonl(path, lines)}
+        if format == "superni" or official:
+            lists = _split_lists(path)
+            listed = lists["train"] | lists["test"] if lists else {file.stem for file in official}
+            return {file.stem: partial(_read_superni, file, lists) for file in official if file.stem in listed}
     raise BaditError(f"{path}: no tasks found; expected <task>/train.json, tasks/*.json or a .jsonl")
 
 
-def _already_read(tasks: Iterable[Task]) -> Catalog:
-    return {task.name: lambda task=task: task for task in tasks}
+def _read_sapt(folder: Path) -> Task:
+    test = _read_official(folder / "test.json", folder.name, "test").test
+    return _read_official(folder / "train.json", folder.name, "train").model_copy(update={"test": test})
 
 
-def _sapt(root: Path) -> Catalog:
-    def read(folder: Path) -> Task:
-        test = _read_official(folder / "test.json", folder.name, "test").test
-        return _read_official(folder / "train.json", folder.name, "train").model_copy(update={"test": test})
-
-    return {file.parent.name: partial(read, file.parent) for file in root.glob("*/train.json")}
-
-
-def _superni_files(root: Path) -> list[Path]:
-    return sorted((root / "tasks" if (root / "tasks").is_dir() else root).glob("*.json"))
-
-
-def _superni(root: Path) -> Catalog:
-    lists = _split_lists(root)
-
-    def read(file: Path) -> Task:
-        if lists and file.stem in lists["train"]:
-            return _read_official(file, file.stem, "train")
-        task = _read_official(file, file.stem, "test")
-        rest = () if lists else task.test[OFFICIAL_TEST_INSTANCES:]
-        return task.model_copy(update={"train": rest, "test": task.test[:OFFICIAL_TEST_INSTANCES]})
-
-    listed = lists["train"] | lists["test"] if lists else None
-    return {file.stem: partial(read, file) for file in _superni_files(root) if listed is None or file.stem in listed}
+def _read_superni(file: Path, lists: Mapping[str, set[str]] | None) -> Task:
+    if lists and file.stem in lists["train"]:
+        return _read_official(file, file.stem, "train")
+    task = _read_official(file, file.stem, "test")
+    rest = () if lists else task.test[OFFICIAL_TEST_INSTANCES:]
+    return task.model_copy(update={"train": rest, "test": task.test[:OFFICIAL_TEST_INSTANCES]})
 
 
 def _split_lists(root: Path) -> dict[str, set[str]] | None:
-    """The names in train_tasks.txt and test_tasks.txt, or None where there are no split lists."""
+    """The names in train_tasks.txt and test_tasks.txt; None without split lists."""
     parent = next((base / "splits" for base in (root, root.absolute().parent) if (base / "splits").is_dir()), None)
     if parent is None:
         return None
@@ -115,51 +110,32 @@ def _split_lists(root: Path) -> dict[str, set[str]] | None:
     return lists
 
 
-# Official files have many more fields (Contributors, Source, Negative Examples, …); none of them is needed here.
-_OFFICIAL_NAMES = {
-    "definition": "Definition",
-    "demonstrations": "Positive Examples",
-    "categories": "Categories",
-    "domains": "Domains",
-}
+class _OfficialInstance(BaseModel):
+    id: str | None = None
+    input: str
+    output: Outputs
+
+
+class _OfficialTask(BaseModel):
+    """A Super-NaturalInstructions file; its other fields (Contributors, Negative Examples, …) are not needed."""
+
+    definition: FirstString = Field(alias="Definition")
+    demonstrations: tuple[Demonstration, ...] = Field((), alias="Positive Examples")
+    categories: Strings = Field((), alias="Categories")
+    domains: Strings = Field((), alias="Domains")
+    instances: list[_OfficialInstance] = Field(alias="Instances", min_length=1)
 
 
 def _read_official(file: Path, name: str, split: Split) -> Task:
-    """The task of one Super-NaturalInstructions file, with all the file's instances in `split`.
-
-    An instance without an id gets "<name>-<its index>".
-
-    Raises:
-        BaditError: a needed field is missing or has another type; `file`, instance and field are named.
-    """
-    record = parse_json(read_text(file), file=file)
-    if not isinstance(record, dict):
-        raise BaditError(f"{file}: must hold one JSON object, not a {type(record).__name__}")
-    instances = record.get("Instances")
-    if not isinstance(instances, list) or not instances:
-        raise BaditError(f"{file}: field 'Instances': must be a list of at least one instance")
-    fields = {ours: record[theirs] for ours, theirs in _OFFICIAL_NAMES.items() if theirs in record}
-    fields[split] = [
-        {**instance, "id": f"{name}-{index}"} if isinstance(instance, dict) and instance.get("id") is None else instance
-        for index, instance in enumerate(instances)
-    ]
-    try:
-        return Task.model_validate({"name": name, **fields})
-    except ValidationError as error:
-        location, problem = first_problem(error)
-        raise BaditError(f"{file}: {_official_place(location, split, instances)}{problem}") from None
-
-
-def _official_place(location: tuple[int | str, ...], split: Split, instances: list[Any]) -> str:
-    """Where in an official file a problem lies, in that file's own words."""
-    field, *rest = location
-    if field == split and rest:
-        index = int(rest[0])
-        identity = instances[index].get("id") if isinstance(instances[index], dict) else None
-        named = f" (id {identity!r:.60})" if isinstance(identity, str) else ""
-        return f"instance {index}{named}: " + "".join(f"field '{part}': " for part in rest[1:2])
-    official = "Instances" if field == split else _OFFICIAL_NAMES.get(str(field), str(field))
-    return f"field '{official}': " + "".join(f"{part}: " for part in rest)
+    """The task of one official file, all instances in `split`; one without an id gets "<name>-<its index>"."""
+    content = parse_json(read_text(file), file=file)
+    with explained(file):
+        found = _OfficialTask.model_validate(content)
+        instances = tuple(
+            Instance(id=f"{name}-{index}" if one.id is None else one.id, input=one.input, outputs=one.output)
+            for index, one in enumerate(found.instances)
+        )
+        return Task.model_validate({"name": name, **found.model_dump(exclude={"instances"}), split: instances})
 
 
 def _not_blank(outputs: tuple[str, ...]) -> tuple[str, ...]:
@@ -169,69 +145,53 @@ def _not_blank(outputs: tuple[str, ...]) -> tuple[str, ...]:
 
 
 class _Line(BaseModel):
-    """A line of a .jsonl file."""
+    """A line of a .jsonl file. Unknown keys are refused: a misspelt "input" would otherwise be an empty one."""
 
-    # Unknown keys are refused: a misspelt "input" would otherwise read as an empty one.
     model_config = ConfigDict(extra="forbid")
 
     task: TaskName
     instruction: str = Field(min_length=1)
     input: str = ""
-    # Stricter than an instance of the published benchmark: here a blank answer is a slip that can be corrected.
-    outputs: Annotated[Outputs, AfterValidator(_not_blank)] = Field(validation_alias=OUTPUT_NAMES)
+    # Stricter than an instance of the published benchmark: here a blank answer is a mistake that can be corrected.
+    outputs: Annotated[Outputs, AfterValidator(_not_blank)] = Field(validation_alias=AliasChoices("output", "outputs"))
     id: str | None = None
     split: Split | None = None
 
 
-_KEYS = ("task", "instruction", "input", "output", "outputs", "id", "split")
-
-
 def _jsonl_files(source: Path) -> dict[Path, Split | None]:
-    """The files of a source and the split each is named for: None for a single file, whose lines say it themselves."""
+    """The files of a source and the split that each is named for: None for a single file, whose lines name it."""
     if source.is_dir():
         return {file: split for split in get_args(Split) if (file := source / f"{split}.jsonl").is_file()}
     return {source: None} if source.suffix == ".jsonl" else {}
 
 
-def _tasks_from_jsonl(source: Path) -> Iterator[Task]:
-    """All tasks of a .jsonl file, or of a folder's train.jsonl, validation.jsonl and test.jsonl.
+def _read_jsonl(source: Path, files: Mapping[Path, Split | None]) -> list[Task]:
+    """All tasks of .jsonl files.
 
     A line without an id gets "<task>-<its index among the task's lines>"; one without a split is for training unless
     its file's name says otherwise.
-
-    Raises:
-        BaditError: a broken line, a task with two instructions, or two equal ids in a task's split.
     """
-    instructions: dict[str, str] = {}
-    instances: dict[str, dict[Split, list[Instance]]] = {}
-    for file, file_split in _jsonl_files(source).items():
-        for number, line in _lines(file):
-            if instructions.setdefault(line.task, line.instruction) != line.instruction:
-                raise BaditError(
-                    f"{file}: line {number}: field 'instruction': task '{line.task}' has another one above;"
-                    " use one instruction per task"
-                )
+    found: dict[str, dict[str, Any]] = {}
+    for file, file_split in files.items():
+        # Not splitlines(): JSON strings may hold U+2028 and similar characters unescaped.
+        for number, text in enumerate(read_text(file).split("\n"), start=1):
+            if not text.strip():
+                continue
+            record = parse_json(text, file=file, first_line=number)
+            with explained(place := f"{file}: line {number}"):
+                line = _Line.model_validate(record)
+            task = found.setdefault(line.task, {"name": line.task, "definition": line.instruction})
+            if task["definition"] != line.instruction:
+                known = f"task '{line.task}' has another one above; use one instruction per task"
+                raise BaditError(f"{place}: instruction: {known}")
             if file_split and line.split and line.split != file_split:
-                raise BaditError(f"{file}: line {number}: field 'split': the file's name says '{file_split}'")
-            splits = instances.setdefault(line.task, {split: [] for split in get_args(Split)})
-            identity = line.id if line.id is not None else f"{line.task}-{sum(map(len, splits.values()))}"
+                raise BaditError(f"{place}: split: the file's name says '{file_split}'")
+            count = sum(len(task.get(split, ())) for split in get_args(Split))
+            identity = line.id if line.id is not None else f"{line.task}-{count}"
             instance = Instance(id=identity, input=line.input, outputs=line.outputs)
-            splits[file_split or line.split or "train"].append(instance)
-    for name, splits in instances.items():
+            task.setdefault(file_split or line.split or "train", []).append(instance)
+    tasks = []
+    for name, fields in found.items():
         with explained(f"{source}: task '{name}'"):
-            yield Task.model_validate({"name": name, "definition": instructions[name], **splits})
-
-
-def _lines(file: Path) -> Iterator[tuple[int, _Line]]:
-    # Not splitlines(): JSON strings may hold U+2028 and its like unescaped.
-    for number, text in enumerate(read_text(file).split("\n"), start=1):
-        if not text.strip():
-            continue
-        record = parse_json(text, file=file, first_line=number)
-        try:
-            yield number, _Line.model_validate(record)
-        except ValidationError as error:
-            location, problem = first_problem(error)
-            field = f"field {location[0]!r:.60}: " if location else ""
-            hint = nearest(str(location[0]), _KEYS) if location and location[0] not in _KEYS else ""
-            raise BaditError(f"{file}: line {number}: {field}{problem}{hint}") from None
+            tasks.append(Task.model_validate(fields))
+    return tasks

@@ -24,7 +24,7 @@ from badit.analysis.learning import component_flow, expert_angles, task_gap, tra
 from badit.analysis.tables import load_frames
 from badit.errors import BaditError
 from badit.evaluate import read_predictions
-from badit.files import read_json, read_jsonl
+from badit.files import read_json, read_jsonl, refuse_links
 from badit.metrics import Prediction, group_by_task, instance_scores
 from badit.recipe import read_values
 from badit.render import method_table
@@ -102,6 +102,8 @@ def read_sources(paths: Sequence[str | os.PathLike[str]]) -> list[Source]:
             )
         if folders.count(folder) > 1:
             raise BaditError(f"{folder}: is given more than once")
+        if Path(path) == folder:
+            refuse_links(folder)
     # The end of each path, as much of it as tells them apart.
     parts = [folder.resolve().parts for folder in folders]
     ends = (["/".join(each[-length:]) for each in parts] for length in range(1, max(map(len, parts)) + 1))

@@ -1,8 +1,8 @@
-"""The studio's page and calls, for a browser on this machine alone.
+"""The studio's page and calls, for a browser on this machine only.
 
-Other pages that the same browser has open may send requests here, too. So names other than this machine's are refused
-in ``Host`` (a foreign name that has been made to resolve to 127.0.0.1), and so are calls whose ``Origin`` is not this
-page. What data and models say reaches the page as JSON, which it shows as text; its policy lets nothing else run.
+Other pages open in the same browser may send requests here too. So a foreign ``Host`` (a name that resolves to
+127.0.0.1) is refused, and so are calls whose ``Origin`` is not this page. What data and models say reaches the page as
+JSON, which it shows as text; its policy lets nothing else run.
 """
 
 from __future__ import annotations
@@ -20,34 +20,30 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import anyio
-import uvicorn
-from anyio import from_thread, to_thread
-from starlette.applications import Starlette
-from starlette.datastructures import Headers, MutableHeaders
-from starlette.exceptions import HTTPException
-from starlette.middleware import Middleware
-from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
-from starlette.routing import Route
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
-
 from badit.errors import BaditError, explained
 from badit.files import parse_json
 from badit.report.theme import chart_config
 from badit.studio.session import Question, Session, Show
 
+try:
+    import anyio
+    import uvicorn
+    from anyio import from_thread, to_thread
+    from starlette.applications import Starlette
+    from starlette.datastructures import Headers, MutableHeaders
+    from starlette.exceptions import HTTPException
+    from starlette.middleware import Middleware
+    from starlette.requests import Request
+    from starlette.responses import JSONResponse, Response
+    from starlette.routing import Mount, Route
+    from starlette.staticfiles import StaticFiles
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
+except ModuleNotFoundError as error:
+    raise BaditError(f"the studio needs its extra ({error.name} is missing): pip install 'badit[studio]'") from None
+
 HOST = "127.0.0.1"
 MAX_BODY = 128 * 1024
 _GRACE = 5  # seconds for the answer that is being written to end at its next word
-
-# By address, where a file lies and what it is.
-_FILES = {
-    "/": ("badit.studio", "page/index.html", "text/html"),
-    "/studio.css": ("badit.studio", "page/studio.css", "text/css"),
-    "/studio.js": ("badit.studio", "page/studio.js", "text/javascript"),
-    "/look.css": ("badit.report", "templates/look.css", "text/css"),
-}
 _HEADERS = {
     # The empty icon is a data: address.
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
@@ -61,20 +57,10 @@ _HEADERS = {
 
 
 def serve(run: str, *, port: int = 8642, browser: bool = True, trust_remote_code: bool = False) -> None:
-    """Serves the page of a run until Ctrl-C or SIGTERM, and prints its address.
-
-    Args:
-        run: a run's folder, of any method that trains an adapter.
-        port: of 127.0.0.1; 0 takes a free one.
-        browser: open the page where there is a screen to open it on.
-        trust_remote_code: run Python code that comes with the run's base model.
-
-    Raises:
-        BaditError: a port that is in use, no such run, one without an adapter, or a damaged one.
-    """
+    """Serves the page of a run until Ctrl-C or SIGTERM, and prints its address; port 0 takes a free one."""
     with listen(port) as listening:
         session = Session(run, trust_remote_code=trust_remote_code)
-        # The page can be used meanwhile; a daemon, so that nobody waits for it at the end.
+        # The page can be used meanwhile; nobody waits for a daemon at the end.
         threading.Thread(target=session.measure, daemon=True).start()
         url = f"http://{HOST}:{listening.getsockname()[1]}"
         print(f"Studio: {url}   (Ctrl-C ends it)", flush=True)
@@ -87,11 +73,7 @@ def serve(run: str, *, port: int = 8642, browser: bool = True, trust_remote_code
 
 
 def listen(port: int) -> socket.socket:
-    """A socket that this machine alone can reach; connections wait in it until they are served.
-
-    Raises:
-        BaditError: the port is in use, or not for this user.
-    """
+    """A socket that only this machine can reach; connections wait in it until they are served."""
     if not 0 <= port <= 65535:
         raise BaditError(f"--port: must be from 0 to 65535, not {port}")
     try:
@@ -102,7 +84,7 @@ def listen(port: int) -> socket.socket:
 
 
 def open_browser(url: str) -> None:
-    """Opens the page where there is a screen to open it on; a browser in the terminal would take the terminal over."""
+    """Opens the page if there is a screen; a browser in the terminal would take the terminal over."""
     if sys.platform != "linux" or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"):
         webbrowser.open(url)
 
@@ -111,49 +93,47 @@ class Server(uvicorn.Server):
     """Serves an :func:`application` until Ctrl-C or SIGTERM: ``run(sockets=[listening])``."""
 
     def __init__(self, application: Starlette) -> None:
-        super().__init__(
-            uvicorn.Config(
-                application,
-                log_level="warning",
-                access_log=False,
-                lifespan="off",
-                ws="none",
-                proxy_headers=False,
-                server_header=False,
-                timeout_graceful_shutdown=_GRACE,
-            )
-        )
+        options: dict[str, Any] = {"lifespan": "off", "ws": "none", "proxy_headers": False, "server_header": False}
+        options |= {"log_level": "warning", "access_log": False, "timeout_graceful_shutdown": _GRACE}
+        super().__init__(uvicorn.Config(application, **options))
         self._ending = application.state.ending
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """On a signal the answer that is being written ends, too; uvicorn would wait for it."""
+        """On a signal the answer that is being written ends too; uvicorn would wait for it."""
         self._ending.set()
         super().handle_exit(sig, frame)
 
 
 def application(session: Session) -> Starlette:
-    """The web application for a loaded run. Its ``state.ending``, once set, ends the answer that is being written."""
+    """The web application of a loaded run. Its ``state.ending``, once set, ends the answer that is being written."""
     lock, ending = anyio.Lock(), threading.Event()
     colours = {mode: chart_config(mode)["range"]["diverging"] for mode in ("light", "dark")}
     about = {**session.about(), "colours": colours}
 
-    async def show_about(request: Request) -> Response:
-        return JSONResponse(about)
-
-    async def show_task(request: Request) -> Response:
+    async def task(request: Request) -> Response:
         return JSONResponse(session.task(request.query_params.get("name", "")))
 
     async def answer(request: Request) -> Any:
-        question = await _question(request)
+        if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
+            raise HTTPException(415, "the request must be application/json")
+        body = bytearray()
+        async for chunk in request.stream():
+            body += chunk
+            if len(body) > MAX_BODY:
+                raise HTTPException(413, f"the request is larger than {MAX_BODY // 1024} KiB")
+        with explained("request"):
+            question = Question.model_validate(parse_json(body.decode(), file=Path("request")))
         session.check(question)
         return _stream(lambda show: session.answer(question, show), lock, ending)
 
+    look = resources.files("badit.report").joinpath("templates", "look.css").read_bytes()
     web = Starlette(
         routes=[
-            *(Route(address, _file(*where)) for address, where in _FILES.items()),
-            Route("/api/run", show_about),
-            Route("/api/task", show_task),
+            Route("/api/run", JSONResponse(about), methods=["GET"]),
+            Route("/api/task", task),
             Route("/api/answer", answer, methods=["POST"]),
+            Route("/look.css", Response(look, media_type="text/css"), methods=["GET"]),
+            Mount("/", StaticFiles(packages=[("badit.studio", "page")], html=True)),
         ],
         middleware=[Middleware(_guarded)],
         exception_handlers={BaditError: _refused, HTTPException: _refused},
@@ -163,7 +143,7 @@ def application(session: Session) -> Starlette:
 
 
 def _guarded(app: ASGIApp) -> ASGIApp:
-    """The application for this machine's own page alone, with the headers of every response."""
+    """The application for this machine's own page only, with the headers of every response."""
 
     async def guarded(scope: Scope, receive: Receive, send: Send) -> None:
         async def send_with_headers(message: Message) -> None:
@@ -184,27 +164,6 @@ def _guarded(app: ASGIApp) -> ASGIApp:
     return guarded
 
 
-def _file(package: str, name: str, media_type: str) -> Any:
-    content = resources.files(package).joinpath(*name.split("/")).read_bytes()
-
-    async def show_file(request: Request) -> Response:
-        return Response(content, media_type=media_type)
-
-    return show_file
-
-
-async def _question(request: Request) -> Question:
-    if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
-        raise HTTPException(415, "the request must be application/json")
-    body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > MAX_BODY:
-            raise HTTPException(413, f"the request is larger than {MAX_BODY // 1024} KiB")
-    with explained("request"):
-        return Question.model_validate(parse_json(body.decode(), file=Path("request")))
-
-
 async def _refused(request: Request, error: Exception) -> Response:
     return _error(error.status_code, error.detail) if isinstance(error, HTTPException) else _error(400, str(error))
 
@@ -216,8 +175,8 @@ def _error(status: int, message: str) -> Response:
 def _stream(work: Callable[[Show], None], lock: anyio.Lock, ending: threading.Event) -> ASGIApp:
     """A response that runs ``work`` in a thread, once the lock is free, and sends server-sent events as it shows them.
 
-    A client that goes away while it waits has not been at work at all; one that goes away later ends the work at its
-    next event, and so does ``ending``, once it is set. The lock is held until the thread has ended: there is one model.
+    The work ends at its next event if the client has gone or ``ending`` is set, and does not start for a client that
+    has gone before. The lock is held until the thread has ended: there is one model.
     """
 
     async def stream(scope: Scope, receive: Receive, send: Send) -> None:
@@ -237,7 +196,7 @@ def _stream(work: Callable[[Show], None], lock: anyio.Lock, ending: threading.Ev
                 from_thread.run(send_event, "done", {})
             except BaditError as error:
                 from_thread.run(send_event, "error", {"message": str(error)})
-            except CancelledError:  # what becomes in a thread of an event that was cancelled while it was being sent
+            except CancelledError:  # raised in a thread by an event that was cancelled while it was being sent
                 return
 
         async def end_when_gone() -> None:

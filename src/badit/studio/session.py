@@ -1,4 +1,4 @@
-"""A run at work for the page: what it is, its tasks, and answers side by side.
+"""A loaded run for the page: what it is, its tasks, and answers side by side.
 
 A prompt is answered by up to three mixtures, here called sides: "router" is the adapter as it was trained, "hand" the
 adapter with gates set by hand, "base" the base model, with the adapter switched off. Gates are on the scale of
@@ -24,16 +24,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from pydantic import BaseModel, ConfigDict, Field
 
 from badit.analysis.atlas import ABILITIES
-from badit.analysis.gates import (
-    GATES,
-    Experts,
-    PromptGates,
-    active_experts,
-    changed_gates,
-    gates_frame,
-    has_experts,
-    prompt_gates,
-)
+from badit.analysis.gates import GATES, Experts, PromptGates, adapted_layers, changed_gates, gates_frame, prompt_gates
 from badit.analysis.tables import load_frame, save_frame
 from badit.data import AnswerCollator, Instance, Task, batches_by_task, encode_prompt
 from badit.errors import BaditError, nearest
@@ -48,9 +39,9 @@ MAX_NEW_TOKENS = 512
 _EXAMPLES = 6
 _SHOWN_TASKS = 5
 _DIGITS = 5
-_PROMPTS_PER_TASK = 4  # a task's prompts are close together in their gates
-_PAUSE = 0.01  # seconds, without which the measuring thread would take the model again before a waiting one wakes up
-# Sums of softmaxes are 1 or K but for their last bits, which are not to be multiplied into gates set by hand.
+_PROMPTS_PER_TASK = 4  # gates of a task's prompts are close together
+_PAUSE = 0.01  # seconds in which a waiting question gets the model before the measuring thread takes it again
+# Sums of softmaxes are 1 or K except for their last bits, which must not be multiplied into gates set by hand.
 _DECIMALS = 6
 
 Side = Literal["router", "hand", "base"]
@@ -59,9 +50,9 @@ Show = Callable[[str, Mapping[str, Any]], None]
 
 
 class Question(BaseModel):
-    """What the page asks: a prompt, or an input for one of the run's tasks, and the sides that are to answer.
+    """What the page asks: a prompt, or an input for one of the run's tasks, and the sides that answer it.
 
-    ``gates`` are those of the side "hand", one for each expert, on the scale on which 1 is neutral.
+    ``gates`` are those of the side "hand", one per expert, on the scale on which 1 is neutral.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -77,19 +68,14 @@ class Session:
     """A loaded run. Its model is switched from side to side, so it answers one question at a time; others wait."""
 
     def __init__(self, path: str | Path, *, trust_remote_code: bool = False) -> None:
-        """Loads the run. Where its tasks' mixtures are not known yet, :meth:`measure` finds them out.
-
-        Raises:
-            BaditError: no such run, one without an adapter, or a damaged one.
-        """
         self.run = Run.existing(path)
         self.recipe = self.run.trusted_recipe(trust_remote_code)
         self.method = build_method(self.recipe.method)
         if getattr(self.method, "config", None) is None:
-            raise BaditError(
-                f"{self.run.path}: its method, {self.method.name}, has no adapter to try; "
-                "name a run of a method that has one, such as badit or lora"
+            problem = (
+                f"its method, {self.method.name}, has no adapter to try; name a run of one that has, such as badit"
             )
+            raise BaditError(f"{self.run.path}: {problem}")
         self.tasks: dict[str, Task] = {}
         self.remark = ""
         try:
@@ -101,7 +87,7 @@ class Session:
         model, self.tokenizer = load_run(self.run, self.recipe)
         assert isinstance(model, PeftModel)
         self.model = model
-        self.experts: list[Experts] = active_experts(model) if has_experts(model) else []
+        self.experts = [one for one in adapted_layers(model) if one.number > 1]
         self.number_of_experts = self.experts[0].number if self.experts else 0
         self._free = threading.Lock()
         #: The tasks' mean gates: a row per task, a column per layer, module and expert; None before they are known.
@@ -109,34 +95,28 @@ class Session:
 
     @property
     def unmeasured(self) -> bool:
-        """Whether the tasks' mixtures can be known and are not yet."""
+        """Whether the tasks' mixtures are not known yet but can be measured."""
         return bool(self.experts) and self.task_gates is None and any(task.train for task in self.tasks.values())
 
     def measure(self) -> None:
-        """Finds out the tasks' mixtures from a few of their training prompts, and keeps them in the run's folder.
-
-        Questions may be asked meanwhile, from other threads.
-        """
+        """Measures the tasks' mixtures, and keeps them in the run's folder; questions may be asked meanwhile."""
         if not self.unmeasured:
             return
-        gates = PromptGates([one.place for one in self.experts], {})
+        by_task: dict[str, np.ndarray] = {}
         collate = AnswerCollator(pad_id(self.tokenizer), with_tasks=True)
-        for task in self.tasks.values():
-            if not task.train:
-                continue
+        for task in (task for task in self.tasks.values() if task.train):
             with self._free:
                 prompts = task.train[:_PROMPTS_PER_TASK]
                 examples = [encoded(self.tokenizer, self.recipe, task, instance) for instance in prompts]
-                found = prompt_gates(self.model, batches_by_task(examples, collate, _PROMPTS_PER_TASK))
-            gates = PromptGates(gates.modules, {**gates.by_task, **found.by_task})
+                by_task |= prompt_gates(self.model, batches_by_task(examples, collate, _PROMPTS_PER_TASK)).by_task
             time.sleep(_PAUSE)
-        frame = gates_frame(gates)
+        frame = gates_frame(PromptGates([one.place for one in self.experts], by_task))
         with suppress(BaditError, OSError):  # a run that cannot be written to is measured at every start
             save_frame(frame, self.run.studio_path)
         self.task_gates = self._by_task(frame)
 
     def _saved_task_gates(self) -> pd.DataFrame | None:
-        """The tables of the run's analysis or of :meth:`measure`; None where neither is of the present adapter."""
+        """The tables of the run's analysis or of :meth:`measure`, if they are of the present adapter."""
         since = (self.run.adapter_path / SAFETENSORS_WEIGHTS_NAME).stat().st_mtime
         for path in (folder / f"{GATES.name}.json" for folder in (self.run.analysis_path, self.run.studio_path)):
             with suppress(BaditError, KeyError, ValueError):  # damaged, or of other modules: they are measured again
@@ -145,11 +125,7 @@ class Session:
         return None
 
     def _by_task(self, frame: pd.DataFrame) -> pd.DataFrame:
-        """The table "gates" with a row per task.
-
-        Raises:
-            ValueError: it is of other modules, experts or tasks than the run's.
-        """
+        """The table "gates" with a row per task; ValueError if its modules, experts or tasks are not the run's."""
         columns = [(*one.place, expert) for one in self.experts for expert in range(one.number)]
         by_task = frame.pivot(index="task", columns=["layer", "module", "expert"], values="mean")
         if by_task.empty or set(by_task.columns) != set(columns) or by_task.isna().any(axis=None):
@@ -160,6 +136,8 @@ class Session:
 
     def about(self) -> dict[str, Any]:
         """What the page shows of the run before anything is asked."""
+        path = self.run.analysis_path / f"{ABILITIES.name}.json"
+        said = load_frame(path).set_index("expert")["summary"] if path.is_file() else None
         return {
             "run": self.run.path.resolve().name,
             "method": self.method.name,
@@ -168,27 +146,15 @@ class Session:
             "remark": self.remark,
             "needs_task": self.method.needs_tasks,
             "experts": self.number_of_experts,
-            "abilities": self._abilities(),
+            "abilities": [] if said is None else [str(said.get(i, "")) for i in range(self.number_of_experts)],
             "modules": [one.place for one in self.experts],
             "max_characters": MAX_CHARACTERS,
             "max_new_tokens": MAX_NEW_TOKENS,
             "new_tokens": min(self.recipe.evaluation.max_new_tokens, MAX_NEW_TOKENS),
         }
 
-    def _abilities(self) -> list[str]:
-        """What the run's analysis says of every expert; empty where there is none."""
-        path = self.run.analysis_path / f"{ABILITIES.name}.json"
-        if not path.is_file():
-            return []
-        said = load_frame(path).set_index("expert")["summary"]
-        return [str(said.get(expert, "")) for expert in range(self.number_of_experts)]
-
     def task(self, name: str) -> dict[str, Any]:
-        """A task's instruction and a few of its instances, those that were not trained on if there are any.
-
-        Raises:
-            BaditError: the run has no such task.
-        """
+        """A task's instruction and a few of its instances, if possible those that were not trained on."""
         task = self._task(name)
         instances = task.test or task.validation or task.train
         fitting = [instance for instance in instances if len(instance.input) <= MAX_CHARACTERS]
@@ -201,37 +167,33 @@ class Session:
         return self.tasks[name]
 
     def check(self, question: Question) -> None:
-        """Refuses what the run cannot answer.
-
-        Raises:
-            BaditError: an unknown task or none where one is needed, an empty prompt, or gates that do not go with it.
-        """
+        """Raises BaditError for what the run cannot answer."""
         if not question.text.strip():
             raise BaditError("text: the prompt is empty")
         if question.task is not None:
             self._task(question.task)
         elif self.method.needs_tasks:
             raise BaditError(f"task: {self.method.name} must know the prompt's task; choose one")
-        if "hand" not in question.sides:
-            return
         experts = self.number_of_experts
-        if not experts:
+        if "hand" in question.sides and not experts:
             raise BaditError(f"gates: {self.method.name} has none to set by hand")
-        if question.gates is None or len(question.gates) != experts or max(question.gates) > experts:
+        gates = question.gates or []
+        if "hand" in question.sides and (len(gates) != experts or max(gates) > experts):
             raise BaditError(f"gates: must be {experts} numbers from 0 to {experts}, one for each expert")
 
     def answer(self, question: Question, show: Show) -> None:
-        """Answers on every side that is asked for, one after another.
+        """Answers on every requested side, one after another, until ``show`` raises.
 
-        Shows "prompt" once, and then of every side "gates" (where there are experts), "text" as it grows, and "end".
-        What ``show`` raises ends the answer.
-
-        Raises:
-            BaditError: as :meth:`check`.
+        Shows "prompt" once, and then for every side "gates" (if there are experts), "text" as it grows, and "end".
         """
-        self.check(question)
         with self._free:
-            ids = self._encoded(question)
+            if question.task is None:
+                section = self.recipe.prompt
+                options: Any = {"max_source_tokens": section.max_source_tokens, "chat_template": section.chat_template}
+                ids = encode_prompt(self.tokenizer, question.text, **options)
+            else:
+                task, instance = self._task(question.task), Instance(id="studio", input=question.text, outputs=("",))
+                ids = encoded(self.tokenizer, self.recipe, task, instance, answer=False)["input_ids"]
             show("prompt", {"text": self.tokenizer.decode(ids), "tokens": len(ids)})
             for side in question.sides:
                 self._answer(side, question, ids, show)
@@ -240,76 +202,41 @@ class Session:
         began = time.monotonic()
         by_hand = question.gates if side == "hand" else None
         switched: Any = self.model.disable_adapter() if side == "base" else mixed(self.experts, by_hand)
+        options: Any = {"max_new_tokens": question.max_new_tokens, "task": question.task}
         with switched as used:
-            untold = bool(self.experts) and side != "base"
+            gates_shown = side == "base" or not self.experts
 
-            def grown(text: str) -> None:
-                nonlocal untold
-                if untold:  # the prompt's pass, which the first token comes of, has had its gates
-                    show("gates", {"side": side, **self._described(used)})
-                    untold = False
+            def show_text(text: str) -> None:
+                nonlocal gates_shown
+                if not gates_shown:  # the first token follows the prompt's pass, which has set them
+                    gates_MK = np.stack([used[one.layer.name].numpy() for one in self.experts]).astype(float)
+                    near = {} if self.task_gates is None else nearest_tasks(self.task_gates, gates_MK)
+                    shown = [{"task": task, "difference": near[task]} for task in list(near)[:_SHOWN_TASKS]]
+                    gates = gates_MK.round(_DIGITS).tolist()
+                    show("gates", {"side": side, "gates": gates, "nearest": shown, "unmeasured": self.unmeasured})
+                    gates_shown = True
                 show("text", {"side": side, "text": text})
 
-            answer = stream_answer(
-                self.model,
-                self.tokenizer,
-                ids,
-                show=grown,
-                max_new_tokens=question.max_new_tokens,
-                task=question.task,
-            )
-        seconds = round(time.monotonic() - began, 2)
-        show("end", {"side": side, **answer._asdict(), "seconds": seconds})
-
-    def _described(self, used: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-        gates_MK = np.stack([used[one.layer.name].numpy() for one in self.experts]).astype(float)
-        near = {} if self.task_gates is None else nearest_tasks(self.task_gates, gates_MK)
-        return {
-            "gates": gates_MK.round(_DIGITS).tolist(),
-            "nearest": [{"task": task, "difference": near[task]} for task in list(near)[:_SHOWN_TASKS]],
-            "unmeasured": self.unmeasured,
-        }
-
-    def _encoded(self, question: Question) -> list[int]:
-        """The prompt in the recipe's format, as the run was trained on it."""
-        if question.task is None:
-            section = self.recipe.prompt
-            return encode_prompt(
-                self.tokenizer,
-                question.text,
-                max_source_tokens=section.max_source_tokens,
-                chat_template=section.chat_template,
-            )
-        instance = Instance(id="studio", input=question.text, outputs=("",))
-        return encoded(self.tokenizer, self.recipe, self._task(question.task), instance, answer=False)["input_ids"]
+            answer = stream_answer(self.model, self.tokenizer, ids, show=show_text, **options)
+        show("end", {"side": side, **answer._asdict(), "seconds": round(time.monotonic() - began, 2)})
 
 
 def nearest_tasks(task_gates: pd.DataFrame, gates_MK: np.ndarray) -> dict[str, float]:
-    """All tasks, the nearest first, each with the mean absolute difference between its gates and these.
-
-    Args:
-        task_gates: a row per task, a column per module and expert.
-        gates_MK: a prompt's gates.
-    """
+    """All tasks, the nearest first, with the mean absolute difference between their gates and a prompt's."""
     difference = (task_gates - gates_MK.ravel()).abs().mean(axis=1).sort_values(kind="stable")
     return {str(task): float(value) for task, value in difference.items()}
 
 
 @contextmanager
 def mixed(experts: Sequence[Experts], by_hand: Sequence[float] | None = None) -> Iterator[dict[str, torch.Tensor]]:
-    """Within, prompts are answered with the routers' gates, or with gates set by hand for all layers.
+    """Within, prompts are answered with the routers' gates, or with gates set by hand (K) for all layers.
 
-    Args:
-        experts: the adapted layers; none for a method without experts.
-        by_hand: a gate for each of the K experts.
-
-    Yields:
-        By adapted module, the gates (K) of the first pass within, which is the prompt's, a mean over its positions.
+    Yields by adapted module the gates (K) of the first pass, which is the prompt's, as a mean over its positions.
     """
     used: dict[str, torch.Tensor] = {}
 
     def mixing(one: Experts, own: torch.Tensor) -> torch.Tensor:
-        # The number that is neutral is the method's: 1, or 1/K where its gates sum to 1.
+        # The neutral gate depends on the method: 1, or 1/K if its gates sum to 1.
         neutral = own.mean(dim=-1, keepdim=True).round(decimals=_DECIMALS)
         gates = own
         if by_hand is not None:

@@ -1,0 +1,382 @@
+"""Broken files, through the commands that read them: each command does its work or says in one line why it cannot."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from badit.recipe import build_recipe
+from badit.train import fit
+from fuzz.command import STRESS, cases, ends_well, written
+from fuzz.damage import (
+    NASTY_VALUES,
+    REPLACEMENTS,
+    as_json,
+    as_lines,
+    as_yaml,
+    damaged,
+    damaged_bytes,
+    damaged_value,
+)
+from report.samples import Shape, comparison_cell, write_run, write_sequence
+
+LINES: list[dict[str, Any]] = [
+    {"task": task, "instruction": f"Name the {task}.", "input": f"land {i}", "output": f"{task} {i}", "split": split}
+    for task in ("capital", "river")
+    for i, split in enumerate(["train", "train", "validation", "test"])
+]
+LINES[0] |= {"id": "first", "outputs": ["a", "b"]}
+del LINES[0]["output"]
+OFFICIAL = as_json(
+    {
+        "Contributors": ["A"],
+        "Definition": ["Say it."],
+        "Categories": ["Question Answering"],
+        "Domains": ["News"],
+        "Positive Examples": [{"input": "a", "output": "b", "explanation": "c"}],
+        "Negative Examples": [],
+        "Instances": [{"id": f"task1-{i}", "input": f"in {i}", "output": [f"out {i}"]} for i in range(3)],
+    }
+)
+METHODS: dict[str, dict[str, Any]] = {
+    "badit": {"name": "badit", "num_experts": 4, "r": 2, "lora_alpha": 8, "regroup": {"every": 3, "solver": "paper"}},
+    "lora": {"name": "lora", "r": 8, "target_modules": ["q_proj"]},
+    "loramoe": {"name": "loramoe", "num_experts": 2, "r": 2},
+    "task-neurons": {"name": "task-neurons", "share": 0.1},
+    "base": {"name": "base"},
+    "full": {"name": "full"},
+}
+SHAPE = Shape(tasks=("task1_a", "task2_b"), layers=2, modules=("mlp.gate_proj",), experts=2, steps=(20,))
+ANGLES: dict[str, Any] = {
+    "step": 10,
+    "module": "model.layers.0.mlp.gate_proj.default",
+    "intra_degrees": 70.0,
+    "inter_degrees": 91.0,
+}
+REGROUPING: dict[str, Any] = ANGLES | {"previous_labels": [0, 0, 1, 1], "labels": [0, 1, 0, 1]}
+REGROUPING |= {"intra_abs_cos": 0.4, "inter_abs_cos": 0.1, "previous_intra_degrees": None, "previous_inter_degrees": 90}
+
+
+def recipe_values(method: str) -> dict[str, Any]:
+    """Every field of a recipe, written out."""
+    content = build_recipe({"method": METHODS[method]}).model_dump(mode="json")
+    content["data"] |= {"source": "tasks.jsonl", "tasks": ["capital", "river"], "train_per_task": 2}
+    methods = {"lora": {"name": "lora", "r": 4}, "badit": {"name": "badit"}}
+    content["compare"] = {"methods": methods, "reference": "lora", "single_task": ["lora"]}
+    content["compare"] |= {"seeds": [0, 1], "learning_rates": [0.0005, 0.001]}
+    return content
+
+
+def results(protocol: str) -> dict[str, Any]:
+    shape = Shape(tasks=("task1_a", "task2_b"))
+    cells = [comparison_cell(shape, method, seed, 20.0 + seed) for method in ("lora", "badit") for seed in (0, 1)]
+    cells += [{**copy.deepcopy(cells[0]), "method": "lora, one model a task"}]
+    failed = {"status": "failed", "error": "out of\nmemory", "scores": None, "instances": None}
+    cells += [{**cells[0], "seed": 7, **failed}]
+    if protocol == "sequential":
+        transfer = {"forgetting": 1.5, "backward_transfer": -2.0, "forward_transfer": 0.25}
+        orders = {"order": "sapt-1", "continual": {"standard": transfer, "released": transfer}}
+        cells = [cell | orders for cell in cells]
+    methods = ["lora", "badit", "lora, one model a task"]
+    return {"format": 1, "protocol": protocol, "reference": "lora", "methods": methods, "cells": cells}
+
+
+def training_run(method: str) -> Callable[[Path, Path], None]:
+    def make(folder: Path, material: Path) -> None:
+        values = {
+            "model": {"name": str(material / "model"), "dtype": "float32"},
+            "data": {"source": str(material / "tasks.jsonl")},
+            "training": {"max_steps": 1, "per_device_train_batch_size": 2},
+            "method": {key: value for key, value in METHODS[method].items() if key != "target_modules"},
+        }
+        fit(build_recipe({**values, "output": str(folder / "run")}), progress=False)
+
+    return make
+
+
+def files(**contents: bytes) -> Callable[[Path, Path], None]:
+    """Makes a folder of files, whose names have __ for / and a trailing type after the last _."""
+
+    def make(folder: Path, material: Path) -> None:
+        for name, content in contents.items():
+            path = folder / ".".join(name.replace("__", "/").rsplit("_", 1))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+
+    return make
+
+
+def run_files(folder: Path, material: Path) -> None:
+    write_run(folder / "analysed", SHAPE)
+    for name, lines in (("regroupings", [REGROUPING]), ("angles", [ANGLES])):
+        write_run(folder / name, SHAPE, analysed=False)
+        (folder / name / f"{name}.jsonl").write_bytes(as_lines(lines))
+    write_sequence(folder / "sequence", SHAPE)
+
+
+@dataclass
+class Subject:
+    """Valid files, those of them that are broken, the commands that read them, and how many cases to try."""
+
+    make: Callable[[Path, Path], None]
+    broken: list[str]
+    commands: list[list[str]]
+    cases: int = 40
+
+
+DRY_RUN = [["train", "recipe.yaml", "--dry-run"]]
+TABLES = [["table", ".", "--format", form] for form in ("text", "markdown", "latex", "csv")]
+TABLES += [["table", "results.json", "--by-task"]]
+SPLITS = {
+    split: as_lines([line for line in LINES if line["split"] == split]) for split in ("train", "validation", "test")
+}
+SUBJECTS = {
+    "one file": Subject(files(tasks_jsonl=as_lines(LINES)), ["tasks.jsonl"], [["tasks", "tasks.jsonl"]]),
+    "a file per split": Subject(
+        files(**{f"{split}_jsonl": lines for split, lines in SPLITS.items()}), ["train.jsonl"], [["tasks", "."]]
+    ),
+    "sapt": Subject(
+        files(task1_a__train_json=OFFICIAL, task1_a__test_json=OFFICIAL), ["task1_a/train.json"], [["tasks", "."]]
+    ),
+    "superni": Subject(
+        files(
+            tasks__task1_a_json=OFFICIAL,
+            splits__default__train_tasks_txt=b"task1_a\n",
+            splits__default__test_tasks_txt=b"",
+        ),
+        ["tasks/task1_a.json", "splits/default/train_tasks.txt"],
+        [["tasks", "."]],
+    ),
+    **{
+        f"recipe {method}": Subject(
+            files(tasks_jsonl=as_lines(LINES), recipe_yaml=as_yaml(recipe_values(method))), ["recipe.yaml"], DRY_RUN
+        )
+        for method in METHODS
+    },
+    "extended recipe": Subject(
+        files(
+            tasks_jsonl=as_lines(LINES),
+            base_yaml=as_yaml(recipe_values("badit")),
+            recipe_yaml=as_yaml({"extends": "base.yaml", "training": {"seed": 1}}),
+        ),
+        ["base.yaml", "recipe.yaml", "tasks.jsonl"],
+        DRY_RUN,
+        15,
+    ),
+    "mixed": Subject(files(results_json=as_json(results("mixed"))), ["results.json"], TABLES, 60),
+    "sequential": Subject(files(results_json=as_json(results("sequential"))), ["results.json"], TABLES, 60),
+    "analysed results": Subject(
+        files(results_json=as_json(results("mixed"))), ["results.json"], [["analyze", "."]], 10
+    ),
+    **{
+        f"report {kind}": Subject(run_files, [f"{kind}/{name}" for name in names], [["report", kind]], 3)
+        for kind, names in {
+            "analysed": [f"analysis/{n}.json" for n in ("gradient_overall", "gates", "expert_angles", "abilities")],
+            "regroupings": ["config.yaml", "environment.json", "metrics.jsonl", "scores.json", "regroupings.jsonl"],
+            "angles": ["angles.jsonl", "predictions/task1_a.jsonl"],
+            "sequence": ["scores.json"],
+        }.items()
+    },
+    **{
+        f"adapter {method}": Subject(
+            training_run(method),
+            [f"run/adapter/{name}" for name in names],
+            [["generate", "run", "Name the capital.", "--max-new-tokens", "1"]],
+            8,
+        )
+        for method, names in {
+            "badit": ["adapter_model.safetensors", "adapter_config.json"],
+            "lora": ["adapter_model.safetensors", "adapter_config.json"],
+            "full": ["weights.safetensors"],
+        }.items()
+    },
+}
+BROKEN = [(name, file) for name, subject in SUBJECTS.items() for file in subject.broken]
+
+
+@pytest.fixture(scope="module")
+def valid(material: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Path], None]:
+    """Puts a copy of a subject's valid files into a folder that is cleared; they are made once."""
+    made: dict[str, Path] = {}
+
+    def put(name: str, folder: Path) -> None:
+        if name not in made:
+            made[name] = tmp_path_factory.mktemp("valid")
+            SUBJECTS[name].make(made[name], material)
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(made[name], folder)
+
+    return put
+
+
+def try_all(name: str) -> bool:
+    done = [ends_well(*command) for command in SUBJECTS[name].commands]
+    return all(done)
+
+
+@pytest.mark.parametrize(("name", "file"), BROKEN)
+def test_broken_files(valid: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, file: str) -> None:
+    subject, folder = SUBJECTS[name], tmp_path / "case"
+    valid(name, folder)
+    content = (folder / file).read_bytes()
+
+    @cases(subject.cases)
+    @given(data=st.data())
+    def try_one(data: st.DataObject) -> None:
+        valid(name, folder)
+        monkeypatch.chdir(folder)
+        (folder / file).write_bytes(data.draw(broken(file, content)))
+        before = written(folder)
+        command = data.draw(st.sampled_from(subject.commands))
+        done = ends_well(*command)
+        if command[0] in ("report", "analyze"):
+            assert (folder / "report.html").exists() == done
+        elif command[0] != "generate":
+            assert written(folder) == before
+
+    try_one()
+
+
+def broken(file: str, content: bytes) -> st.SearchStrategy[bytes]:
+    match Path(file).suffix:
+        case ".json":
+            return damaged(json.loads(content), as_json)
+        case ".jsonl":
+            return damaged([json.loads(line) for line in content.splitlines()[:8]], as_lines)
+        case ".yaml":
+            return damaged(yaml.safe_load(content), as_yaml)
+        case ".safetensors":
+            return damaged_tensors(content)
+        case _:
+            return damaged_bytes(content)
+
+
+@st.composite
+def damaged_tensors(draw: st.DrawFn, content: bytes) -> bytes:
+    """A safetensors file: its header's values, the header's length, or any bytes."""
+    (length,) = struct.unpack("<Q", content[:8])
+    header, tensors = json.loads(content[8 : 8 + length]), content[8 + length :]
+    match draw(st.sampled_from(["header", "header", "length", "bytes", "tensors"])):
+        case "header":
+            text = as_json(draw(damaged_value(header)))
+            return struct.pack("<Q", len(text)) + text + tensors
+        case "length":
+            wrong = draw(st.sampled_from([0, 1, length - 1, length + 1, 2**40, 2**64 - 1]))
+            return struct.pack("<Q", wrong) + content[8:]
+        case "tensors":
+            return content[: 8 + length] + draw(damaged_bytes(tensors))
+        case _:
+            return draw(damaged_bytes(content))
+
+
+@pytest.mark.parametrize(("name", "file"), BROKEN)
+def test_something_else_in_a_files_place(
+    valid: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, file: str
+) -> None:
+    folder = tmp_path / "case"
+    valid(name, folder)
+    monkeypatch.chdir(folder)
+    assert try_all(name), "valid before it is broken"
+    few = STRESS == 1 and name.startswith("report")
+    for replace in REPLACEMENTS[BROKEN.index((name, file)) % len(REPLACEMENTS) :][:1] if few else REPLACEMENTS:
+        valid(name, folder)
+        monkeypatch.chdir(folder)
+        replace(folder / file)
+        try_all(name)
+
+
+NAMES = ["two\nlines", "\x1b[2J", "é" * 110, "$HOME", "-", "CON", " ", ".hidden", "\u202e", "\u2028"]
+
+
+@pytest.mark.parametrize("name", [*NAMES, "x" * 300, "..", "../x", "/x", "a/b", "a\\b", "", "\0"])
+def test_names_that_are_no_tasks(tmp_path: Path, name: str) -> None:
+    (tmp_path / "tasks.jsonl").write_bytes(as_lines([{**line, "task": name} for line in LINES]))
+    ends_well("tasks", str(tmp_path / "tasks.jsonl"))
+    if name in NAMES:
+        (tmp_path / "data").mkdir()
+        (tmp_path / "data" / f"{name}.json").write_bytes(OFFICIAL)
+        ends_well("tasks", str(tmp_path / "data"))
+
+
+@pytest.mark.parametrize("filler", ["x", "\n", "[", "0", '"'])
+def test_ten_megabytes(tmp_path: Path, filler: str) -> None:
+    for name, content in (("task.json", OFFICIAL), ("tasks.jsonl", as_lines(LINES))):
+        (tmp_path / name).write_bytes(content + filler.encode() * 10_000_000)
+        ends_well("tasks", str(tmp_path / name if name == "tasks.jsonl" else tmp_path))
+
+
+FIELDS = [
+    f"{section}.{key}" for section, keys in recipe_values("badit").items() if isinstance(keys, dict) for key in keys
+]
+
+
+@pytest.mark.parametrize("field", FIELDS)
+def test_every_field_with_every_nasty_value(
+    valid: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, field: str
+) -> None:
+    valid("recipe badit", tmp_path / "case")
+    monkeypatch.chdir(tmp_path / "case")
+    for value in NASTY_VALUES[:: 1 if STRESS > 1 else 5]:
+        try:
+            written_out = yaml.safe_dump(value, default_flow_style=True).removesuffix("\n...\n").strip()
+        except UnicodeEncodeError:
+            continue
+        ends_well("train", "recipe.yaml", f"{field}={written_out}", "--dry-run")
+
+
+def doubled(first: str, each: str) -> str:
+    """Aliases that multiply to billions of values: every line names the one before it nine times."""
+    lines = [f"{name}: &{name} {each.replace('_', ', '.join([f'*{old}'] * 9))}" for old, name in pairwise("abcdefghi")]
+    return "\n".join([f"a: &a {first}", *lines, ""])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        doubled("[x, x]", "[_]"),
+        doubled("{x: 1}", "{<<: [_]}"),
+        "model: &m {name: *m}\n",
+        "a: *nowhere\n",
+        "output: !!python/object/apply:os.system ['touch ran']\n",
+        "output: !!python/name:os.system\n",
+        "output: !custom x\n",
+        "output: !!binary aGk=\n",
+        "output: !!set {a, b}\n",
+        "output: !!timestamp 2001-99-99\n",
+        "output: " + "9" * 5000 + "\n",
+        "? [a, b]\n: c\n",
+        "training: {seed: 1}\ntraining: {num_train_epochs: 2}\n",
+        "1: 2\n",
+        "[" * 2000,
+        "a:\n" + "".join(" " * i + "- \n" for i in range(400)),
+        "--- a\n--- b\n",
+        "training: {seed: 1:2:3}\n",
+        "training: {num_train_epochs: 1_0.5e+3}\n",
+        "\ufefftraining: {seed: 1}\n",
+        "training: {seed: 1}\r\noutput: x\r\n",
+        'output: "\\ud800"\n',
+        "#" * 10_000_000,
+        "output: " + "x" * 10_000_000,
+    ],
+    ids=lambda text: text[:30],
+)
+def test_yaml_that_does_more_than_hold_values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    files(tasks_jsonl=as_lines(LINES))(tmp_path, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipe.yaml").write_text(
+        "data: {source: tasks.jsonl}\n" + text if text[0] not in "[#-!\ufeff" else text
+    )
+    ends_well("train", "recipe.yaml", "--dry-run")
+    assert not (tmp_path / "ran").exists()
