@@ -67,7 +67,7 @@ def on(event: str, function: Callable[[Any, dict[str, Any]], Any]) -> TrainerCal
     """A callback that calls ``function(state, keywords)`` at an event, such as "on_step_end"."""
 
     def call(self: Any, args: Any, state: Any, control: Any, **keywords: Any) -> None:
-        function(state, keywords)
+        function(state, {**keywords, "args": args})
 
     return type("Callback", (TrainerCallback,), {event: call})()
 
