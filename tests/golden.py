@@ -20,16 +20,11 @@ FILE = ROOT / "golden.json"
 _STEPS = 20
 _REGROUP = {"every": 5}
 _SMALL: dict[str, Any] = {"num_experts": 4, "r": 2}
+_DIRECTIONS = {"name": "badit", **_SMALL, "init_weights": "directions", "regroup": _REGROUP}
 METHODS: dict[str, dict[str, Any]] = {
     "bad": {"name": "badit", **_SMALL, "regroup": _REGROUP},
-    "directions": {"name": "badit", **_SMALL, "init_weights": "directions", "regroup": _REGROUP},
-    "standardised": {
-        "name": "badit",
-        **_SMALL,
-        "init_weights": "directions",
-        "router_input": "standardised",
-        "regroup": _REGROUP,
-    },
+    "directions": _DIRECTIONS,
+    "standardised": {**_DIRECTIONS, "router_input": "standardised"},
     "token": {"name": "badit", **_SMALL, "routing": "token", "regroup": _REGROUP},
     "top_k": {"name": "badit", **_SMALL, "top_k": 2, "regroup": None},
     "loramoe": {"name": "loramoe", **_SMALL, "balance_weight": 0.01},
@@ -131,18 +126,12 @@ def measure(material: Path, folder: Path) -> dict[str, Any]:
     }
 
 
-def material(folder: Path) -> Path:
-    """The tiny model and tasks of the tests' fixture."""
-    sys.path.insert(0, str(ROOT))
-    from conftest import make_material
-
-    make_material(folder)
-    return folder
-
-
 def main() -> int:
+    from materials import make_material
+
     with tempfile.TemporaryDirectory() as folder:
-        found = measure(material(Path(folder) / "material"), Path(folder))
+        make_material(Path(folder) / "material")
+        found = measure(Path(folder) / "material", Path(folder))
     if sys.argv[1:] == ["record"]:
         FILE.write_text(json.dumps(found, indent=1) + "\n")
         return 0

@@ -13,7 +13,6 @@ from unittest.mock import patch
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
 
 from badit.checkpoint import last_checkpoint
 from badit.cli import main
@@ -68,7 +67,7 @@ class Launches:
 
     Args:
         recipe_values: a recipe; its dropout, which depends on the process, is switched off.
-        folder: for the runs, NAME, and what their processes saw, NAME-record.
+        folder: for the runs.
     """
 
     def __init__(self, recipe_values: dict[str, Any], folder: Path) -> None:
@@ -89,9 +88,7 @@ class Launches:
 
     def train(self, name: str, processes: int, engine: str, *, code: int = 0, stop_at: int = 0) -> str:
         """Returns what was printed. ``code``: the exit code that is expected. ``stop_at``: see ranks.py."""
-        self.record(name).mkdir(exist_ok=True)
-        command = [SCRIPT, self.record(name), *self.settings(name, 2)]
-        done = launch(engine, processes, *command, BADIT_STOP_AT=str(stop_at))
+        done = launch(engine, processes, SCRIPT, *self.settings(name, 2), BADIT_STOP_AT=str(stop_at))
         assert (done.returncode != 0) == bool(code), done.stderr
         assert code == 0 or done.returncode == code or f"exitcode  : {code}" in done.stderr, done.stderr
         assert "Traceback" not in done.stdout
@@ -100,19 +97,9 @@ class Launches:
     def run(self, name: str) -> Run:
         return Run(self.folder / name)
 
-    def record(self, name: str) -> Path:
-        return self.folder / f"{name}-record"
-
 
 def losses(run: Run) -> list[float]:
     return [line["loss"] for line in read_jsonl(run.metrics_path)]
-
-
-def assert_equal_on_both_ranks(record: Path) -> None:
-    first, second = (load_file(record / f"rank-{rank}.safetensors") for rank in (0, 1))
-    assert sum("badit_A" in name for name in first) == 12 * 2, "twelve steps, two layers"
-    assert sum("expert_of" in name for name in first) == 2
-    assert_same(first, second)
 
 
 def assert_same_run(two: Run, one: Run) -> None:
