@@ -116,22 +116,18 @@ def tables() -> dict[str, str]:
     return found
 
 
-def measure(material: Path, folder: Path) -> dict[str, Any]:
-    runs = {name: train_method(name, material, folder / name) for name in METHODS}
-    return {
-        "runs": runs,
-        "analysis": analysis_tables(folder / "bad", folder / "analysed"),
-        "comparison": comparison(material, folder / "compared"),
-        "tables": tables(),
-    }
-
-
 def main() -> int:
     from materials import make_material
 
-    with tempfile.TemporaryDirectory() as folder:
-        make_material(Path(folder) / "material")
-        found = measure(Path(folder) / "material", Path(folder))
+    with tempfile.TemporaryDirectory() as name:
+        folder, material = Path(name), Path(name) / "material"
+        make_material(material)
+        found: dict[str, Any] = {
+            "runs": {name: train_method(name, material, folder / name) for name in METHODS},
+            "analysis": analysis_tables(folder / "bad", folder / "analysed"),
+            "comparison": comparison(material, folder / "compared"),
+            "tables": tables(),
+        }
     if sys.argv[1:] == ["record"]:
         FILE.write_text(json.dumps(found, indent=1) + "\n")
         return 0

@@ -78,10 +78,7 @@ def test_a_comparison(material, tmp_path, capsys):
     results = badit.compare(values, training={"max_steps": 1}, progress=False)
     assert "training and scoring" not in capsys.readouterr().err
     pd.testing.assert_frame_equal(results.scores, badit.load_results(tmp_path / "compared").scores)
-    assert results.cells["status"].tolist() == ["done", "done"]
-    summary = badit.summarise(results).set_index("method")
-    for cell in read_json(tmp_path / "compared" / "results.json")["cells"]:
-        assert summary["rouge_l_mean"][cell["method"]] == cell["scores"]["rouge_l"]
+    assert badit.summarise(results)["runs"].tolist() == [1, 1]
     assert "| badit |" in badit.table(tmp_path / "compared", form="markdown")
     pd.testing.assert_frame_equal(badit.compare(values, training={"max_steps": 1}).cells, results.cells)
 

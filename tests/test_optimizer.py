@@ -59,10 +59,10 @@ def train(model, optimizer, steps):
 class Factors(nn.Module):
     """Trained factors only, A (N, I) and B (O, K·N), with gradients."""
 
-    def __init__(self, rows, columns, dtype=torch.float64):
+    def __init__(self, rows, columns):
         super().__init__()
-        self.badit_A = nn.ParameterDict({"default": nn.Parameter(torch.randn(rows, 9, dtype=dtype))})
-        self.badit_B = nn.ParameterDict({"default": nn.Parameter(torch.zeros(7, columns, dtype=dtype))})
+        self.badit_A = nn.ParameterDict({"default": nn.Parameter(torch.randn(rows, 9).double())})
+        self.badit_B = nn.ParameterDict({"default": nn.Parameter(torch.zeros(7, columns).double())})
 
     @property
     def pair(self):
@@ -86,9 +86,10 @@ def test_training_lowers_the_loss(tiny_model, method):
     assert {id(p) for pair in pairs for p in pair} == {id(p) for p in optimizer.param_groups[0]["params"]}
 
 
-@pytest.mark.parametrize("shared_by", [1, 3])
-def test_steps_equal_the_formulas(shared_by):
-    """The B's of experts that share A are stacked: (K·O, N)."""
+@pytest.mark.parametrize(("shared_by", "at_a_time"), [(1, 2**23), (3, 2**23), (1, 1)])
+def test_steps_equal_the_formulas(shared_by, at_a_time, monkeypatch):
+    """The B's of experts that share A are stacked: (K·O, N). Layers are updated in groups."""
+    monkeypatch.setattr("badit.optimizer._NUMBERS_AT_A_TIME", at_a_time)
     layers = [Factors(4, 4 * shared_by) for _ in range(3)]
     optimizer = OrthogonalUpdates(nn.ModuleList(layers), 0.01, weight_decay=0.1)
 
@@ -112,21 +113,6 @@ def test_steps_equal_the_formulas(shared_by):
         for layer, (a, b) in zip(layers, values, strict=True):
             np.testing.assert_allclose(reference.float64(layer.pair[0]), a, rtol=0, atol=1e-8)
             np.testing.assert_allclose(stacked(layer.pair[1]), b, rtol=0, atol=1e-8)
-
-
-def test_a_few_layers_at_a_time_give_what_all_at_once_give(monkeypatch):
-    results = []
-    for numbers in (2**23, 1):
-        monkeypatch.setattr("badit.optimizer._NUMBERS_AT_A_TIME", numbers)
-        torch.manual_seed(0)
-        layers = [Factors(4, 4) for _ in range(3)]
-        optimizer = OrthogonalUpdates(nn.ModuleList(layers), 0.01)
-        for _ in range(3):
-            for layer in layers:
-                layer.draw_gradients()
-            optimizer.step()
-        results.append([p.detach() for layer in layers for p in layer.pair])
-    torch.testing.assert_close(results[0], results[1], rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -209,7 +195,7 @@ def test_shards_end_as_one_process_does_and_resume_to_the_bit(tmp_path):
 def test_a_step_reads_no_value_of_a_tensor():
     """Parameters without values refuse whatever would make a GPU's host wait."""
     with torch.device("meta"):
-        layers = [Factors(4, 8, torch.float32) for _ in range(2)]
+        layers = [Factors(4, 8) for _ in range(2)]
     optimizer = OrthogonalUpdates(nn.ModuleList(layers), 0.01, weight_decay=0.1)
     for _ in range(2):
         for layer in layers:

@@ -1,6 +1,5 @@
 """Recipes: what they accept, what they refuse and how they say so."""
 
-import contextlib
 import dataclasses
 import itertools
 import re
@@ -9,8 +8,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from transformers import TrainingArguments
 
 from badit.errors import BaditError
@@ -100,20 +97,15 @@ def test_overrides_reach_nested_keys_with_yaml_values():
     [
         ({"trainig": {}}, [], r"trainig: unknown key \(did you mean 'training'\?\)"),
         ({"training": {"epoch": 1}}, [], r"training\.epoch: unknown key \(did you mean 'num_train_epochs'\?\)"),
-        ({"training": {"num_train_epochs": 0}}, [], r"training\.num_train_epochs: input should be greater than 0"),
-        ({"training": 3}, [], r"training: "),
         ({"prompt": {"encoding": "pos"}}, [], r"prompt\.encoding: "),
         ({}, ["training.num_train_epochs"], r"has the form key=value"),
-        ({}, ["=3"], r"has the form key=value"),
         ({}, ["training.num_train_epochs.more=3"], r"training\.num_train_epochs: "),
         ({"output": "x"}, ["output.name=3"], r"output is a single value"),
-        ({}, ["data.tasks=[a"], r"is not valid YAML"),
         ({}, ['output="\\ud800"'], r"is not valid YAML"),
         ({}, ["data.tasks=[yes]"], r"data\.tasks\.0: input should be a valid string, got True"),
         ({}, ["training.learning_rate=.nan"], r"training\.learning_rate: input should be a finite number"),
         ({}, ["training.max_steps=3000000000"], r"training\.max_steps: input should be less than or equal to"),
         ({"output": "a\0b"}, [], r"output: must be a name or a path"),
-        ({"output": " "}, [], r"output: must be a name or a path"),
         ({"k" * 500: 1}, [], r"^recipe: k{120}: unknown key$"),
     ],
 )
@@ -206,7 +198,6 @@ def test_common_recipes_are_checked_without_torch():
         (b"a: " + b"[" * 5000, "is not valid YAML"),
         (b"a: &b [*b]", "an alias stands for the value that it is in"),
         (b"training: {seed: 1}\ntraining: {}\n", "line 2, column 1: the key 'training' is there twice"),
-        (b"output: 2001-99-99", "is not valid YAML"),
         (b"#" * 1_000_001, "has more than 1,000,000 characters"),
         (b"a: [" + b"1, " * 100_000 + b"1]", "comes to more than 100,000 values"),
     ],
@@ -265,7 +256,6 @@ ELSEWHERE = r"own\.yaml: extends: must be a file in the recipe's folder"
     [
         ("/etc/base.yaml", "", ELSEWHERE),
         ("../base.yaml", "", ELSEWHERE),
-        ("below/../../base.yaml", "", ELSEWHERE),
         ("[base.yaml]", "", ELSEWHERE),
         ('"a\\0b"', "", ELSEWHERE),
         ("none.yaml", "", r"none\.yaml: cannot be read"),
@@ -278,23 +268,6 @@ def test_what_cannot_be_extended_is_named(tmp_path, name, base, message):
     with pytest.raises(BaditError, match=message) as caught:
         load_recipe(written(tmp_path, own=f"extends: {name}", base=base))
     assert "\n" not in str(caught.value)
-
-
-KEY = st.sampled_from(["model", "data", "training", "epochs", "name", "method", "output", "x"])
-VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEY, inner, max_size=4),
-    max_leaves=12,
-)
-
-
-@settings(deadline=None, max_examples=100)
-@given(VALUES)
-def test_any_content_is_a_recipe_or_a_named_mistake(content):
-    if not isinstance(content, dict):
-        content = {"training": content}
-    with contextlib.suppress(BaditError):
-        build_method(build_recipe(content).method)
 
 
 def test_variables_in_the_source(monkeypatch):

@@ -41,6 +41,7 @@ def renamed(content, new):
 
 def test_text(shown):
     lines = shown(mixed()).splitlines()
+    assert max(map(len, lines)) <= 140
     assert columns(lines[0])[0] == "method"
     assert "vs lora [95 %]" in lines[0]
     base, lora, badit = map(columns, lines[2:5])
@@ -64,11 +65,6 @@ def test_notes_on_differences(shown):
     assert "an interval over one run is over instances alone and says nothing of other seeds" in lines
     content["cells"] = [entry for entry in content["cells"] if entry["method"] != "lora"]
     assert "no differences, as lora has no scores" in shown(content)
-
-
-def test_text_of_a_usual_comparison_fits_a_terminal(shown):
-    for content in (renamed(mixed(), "badit-no-regroup"), renamed(sequential(), "task-neurons")):
-        assert max(map(len, shown(content).splitlines())) <= 140
 
 
 def test_markdown_marks_the_best_and_escapes(shown):

@@ -81,15 +81,12 @@ def test_long_orders_have_short_names_of_their_own(orders):
     ("compare", "message"),
     [
         ({"reference": "lorra"}, r"compare\.reference: 'lorra' is none of the methods \(did you mean 'lora'\?\)"),
-        ({"unmatched": ["goat"]}, r"compare\.unmatched: 'goat' is none of the methods"),
         ({"methods": {"a/b": {"name": "lora"}}}, r"compare\.methods: 'a/b' names a folder; use letters"),
-        ({"methods": {"..": {"name": "lora"}}}, r"compare\.methods: '\.\.' names a folder"),
         ({"methods": {"lora": {"name": "lroa"}}}, r"compare\.methods\.lora: method\.name: unknown method 'lroa'"),
         ({"methods": {"lora": {"name": "lora", "rank": 4}}}, r"compare\.methods\.lora: method\.rank: unknown key"),
         ({"learning_rates": [1e-4, 1e-3]}, r"training\.learning_rate: the search starts from 0\.0005; add it"),
         ({"learning_rates": [5e-4]}, r"data\.validation_per_task: choosing learning rates needs held-out instances"),
         ({"learning_rates": [1e-3, 5e-4]}, r"compare\.learning_rates: must be positive and ascending"),
-        ({"seeds": []}, r"compare\.seeds: "),
         ({"seeds": [0, 1, 0]}, r"compare\.seeds: 0 is listed more than once"),
         ({"orders": [["a", "b"], ["a", "b"]]}, r"compare\.orders: a-b is listed more than once"),
         ({"method": {}}, r"compare\.method: unknown key \(did you mean 'methods'\?\)"),
@@ -190,17 +187,9 @@ def test_in_a_single_valley_it_finds_the_lowest_rung_and_tries_no_rung_in_vain(v
     assert measured == {LADDER[rung]: losses[rung] for rung in tried}
 
 
-@pytest.mark.parametrize(
-    ("losses", "start", "best", "order"),
-    [
-        ([5, 4, 3, 4, 5], 2, 2, [2, 1, 3]),  # a right start costs three trainings
-        ([5, 4, 3, 4, 5], 3, 2, [3, 2, 1]),  # so does one that is a rung too high
-        ([1, 1, 1], 1, 1, [1, 0, 2]),  # equal losses go to the rate tried first
-        ([math.inf, math.nan, math.inf], 1, 1, [1, 0, 2]),  # where all fail the start stays
-    ],
-)
-def test_the_order_of_the_walk(losses, start, best, order):
-    assert walk(losses, start)[:2] == (best, order)
+def test_ties_and_failures_stay_at_the_rate_tried_first():
+    for losses in ([1, 1, 1], [math.inf, math.nan, math.inf]):
+        assert walk(losses, 1)[:2] == (1, [1, 0, 2])
 
 
 LOSSES = st.lists(st.sampled_from([0.5, 1.0, 2.0, math.inf, math.nan, -math.inf]), min_size=1, max_size=len(LADDER))

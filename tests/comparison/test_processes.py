@@ -7,7 +7,6 @@ import subprocess
 import sys
 import threading
 import time
-import traceback
 from pathlib import Path
 
 import pytest
@@ -216,23 +215,14 @@ def test_running_cells_are_asked_to_stop_and_decide_nothing(values, monkeypatch)
     assert by_status(results_of(values), selected=True) == by_status(results_of(values), status="failed") == []
 
 
-def interrupt_within(function):
-    """Sends a Ctrl-C as soon as the main thread is within the function."""
-
-    def send():
-        main = threading.main_thread().ident
-        while not any(frame.name == function for frame in traceback.extract_stack(sys._current_frames()[main])):
-            time.sleep(0.05)
-        signal.pthread_kill(main, signal.SIGINT)
-
-    threading.Thread(target=send, daemon=True).start()
-
-
 @pytest.mark.usefixtures("_ctrl_c_interrupts")
 def test_a_second_interruption_ends_the_cells_at_once(values, monkeypatch):
     """A cell that takes its time to save its state, and a user who will not wait for it."""
     values["compare"]["methods"] = LORA
     told = []
+
+    def ctrl_c_later():
+        threading.Timer(0.5, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT)).start()
 
     class Slow:
         def __init__(self, *arguments, **options):
@@ -240,14 +230,14 @@ def test_a_second_interruption_ends_the_cells_at_once(values, monkeypatch):
 
         def stop(self):
             told.append("stop")
-            interrupt_within("shutdown")
+            ctrl_c_later()
 
         def kill(self):
             told.append("kill")
             self.ended.set()
 
         def wait(self):
-            interrupt_within("result")
+            ctrl_c_later()
             self.ended.wait()
             return "interrupted"
 

@@ -137,19 +137,6 @@ def test_a_sequence_is_summarised_over_seeds_and_orders(tmp_path):
     assert (released.forgetting_mean, released.forward_transfer_mean) == (10.5, None)
 
 
-def test_the_order_of_cells_and_of_tasks_does_not_matter(tmp_path):
-    content = mixed()
-    expected = summarise(load_results(write(tmp_path, content)))
-    content["cells"].reverse()
-    for entry in content["cells"]:
-        if entry["scores"]:
-            entry["scores"]["tasks"] = dict(reversed(entry["scores"]["tasks"].items()))
-            entry["instances"] = dict(reversed(entry["instances"].items()))
-    drawn = ["difference_low", "difference_high"]  # from other random draws
-    found = summarise(load_results(write(tmp_path, content)))
-    pd.testing.assert_frame_equal(found.drop(columns=drawn), expected.drop(columns=drawn))
-
-
 def test_ranks_and_differences_are_taken_in_the_metric_and_rounding_breaks_no_tie(tmp_path):
     results = load_results(write(tmp_path, mixed()))
     by_exact_match = summarise(results, "exact_match").set_index("method").iloc[:3]
@@ -183,14 +170,11 @@ def test_incomplete_comparisons_and_several_learning_rates(tmp_path):
         ("format", 2, "format: is 2, this badit reads 1: pip install --upgrade badit"),
         ("protocol", "mixd", "protocol: input should be 'mixed' or 'sequential'"),
         ("reference", "lroa", "reference: 'lroa' is none of the methods (did you mean 'lora'?)"),
-        ("methods", [], "methods: list should have at least 1 item"),
         ("cells.1.method", "x", "cells.1.method: 'x' is none of the methods"),
-        ("cells.1.scores", None, "cells.1.scores: is missing"),
         ("cells.1.scores.rouge_l", float("nan"), "cells.1.scores.rouge_l: input should be a finite number"),
         ("cells.2.seed", 0, "cells.2: repeats method, seed and order of cells.1"),
         ("cells.2.scores.tasks.task_b.instances", 9, "cells.2.scores.tasks: other tasks or"),
         ("cells.2.instances.task_b.rouge_l", [1.0], "cells.2.instances: needs one rouge_l"),
-        ("cells.2.instances", {}, "cells.2.instances: needs one rouge_l"),
         ("cells.2.continual", {"standard": {"forgetting": 1}}, "cells.2.continual.standard.backward_"),
     ],
 )
@@ -211,7 +195,6 @@ def test_a_broken_file_is_refused_by_field(path, value, message, tmp_path):
     ("change", "message"),
     [
         ({"rouge_l": 101}, "rouge_l: input should be less than or equal to 100"),
-        ({"rouge_l": None}, "rouge_l: input should be a valid number"),
         ({"tasks": {}}, "tasks: dictionary should have at least 1 item"),
         ({"tasks": {"a": {"rouge_l": 1, "exact_match": 1, "instances": 0}}}, "tasks.a.instances: input should be"),
     ],

@@ -96,41 +96,28 @@ def test_the_interval_covers_the_true_difference():
     assert ten > max(three, 0.85)
 
 
-@pytest.mark.parametrize(
-    "tasks",
-    [
-        {},
-        {"a": np.zeros((0, 3))},
-        {"a": np.zeros((2, 0))},
-        {"a": np.zeros(4)},
-        {"a": np.array([[1.0, np.nan]])},
-        {"a": np.zeros((2, 3)), "b": np.zeros((3, 3))},
-    ],
-)
+EMPTY = [{}, {"a": np.zeros((0, 3))}, {"a": np.zeros((2, 0))}]
+ODD = [{"a": np.zeros(4)}, {"a": np.array([[1.0, np.nan]])}, {"a": np.zeros((2, 3)), "b": np.zeros((3, 3))}]
+
+
+@pytest.mark.parametrize("tasks", EMPTY + ODD)
 def test_bad_differences_are_refused(tasks):
     with pytest.raises(BaditError, match="every task needs finite numbers of the shape"):
         paired_bootstrap(tasks)
 
 
 def naive_standard(a):
-    """The published formulas with their own indices, which count from 1."""
+    """The published formulas, here with indices from 0."""
     T = len(a)
-
-    def at(i, j):
-        return a[i - 1][j - 1]
-
-    performance = sum(at(T, j) for j in range(1, T + 1)) / T
-    forgetting = sum(max(at(i, j) for i in range(j, T)) - at(T, j) for j in range(1, T)) / (T - 1)
-    backward = sum(at(T, j) - at(j, j) for j in range(1, T)) / (T - 1)
-    return performance, forgetting, backward
+    forgetting = sum(max(a[i][j] for i in range(j, T - 1)) - a[T - 1][j] for j in range(T - 1)) / (T - 1)
+    backward = sum(a[T - 1][j] - a[j][j] for j in range(T - 1)) / (T - 1)
+    return sum(a[-1]) / T, forgetting, backward
 
 
 def naive_released(a):
+    """As in released code: with scores from before a task was trained, and divided by the number of tasks."""
     T = len(a)
-    forgetting = 0.0
-    for j in range(T - 1):
-        column = [row[j] for row in a]
-        forgetting += (max(column[:-1]) - column[-1]) / (T - 1)
+    forgetting = sum(max(a[i][j] for i in range(T - 1)) - a[T - 1][j] for j in range(T - 1)) / (T - 1)
     backward = sum(a[T - 1][j] - a[j][j] for j in range(T)) / T
     return sum(a[-1]) / T, forgetting, backward
 

@@ -4,7 +4,7 @@
 
     recipe    the file to train
     output    the run's folder
-    record    a folder for what a run does not keep: the optimizer's state, the sums of open windows, counts of events
+    counts    a file for the counts of the events, if the process ends by itself
     event     when to strike: a callback's event such as on_step_end, or "file", an operation on a file of the run
     number    at which of these events, counted from 1 (0: never)
     signal    what to send itself there; or 0: from there on no file may grow beyond 2 kB, as on a full disk
@@ -26,9 +26,7 @@ from typing import Any
 
 import peft.utils.transformers_weight_conversion  # noqa: F401
 import rouge_score.rouge_scorer  # noqa: F401
-import torch
 import transformers.models.llama.modeling_llama  # noqa: F401
-from safetensors.torch import save_file
 from transformers import TrainerCallback
 
 import badit.evaluate  # noqa: F401 (imported, as are those above, so that the forked processes need not)
@@ -64,35 +62,15 @@ class Striker:
             self.count("file")
 
 
-def recorder(path: Path, callbacks: list[TrainerCallback]) -> TrainerCallback:
-    """Keeps the state at the end of each training that is in no file of the run."""
-
-    def record(state: Any, keywords: dict[str, Any]) -> None:
-        tensors = {}
-        for index, of_parameter in keywords["optimizer"].state_dict()["state"].items():
-            tensors |= {f"optimizer.{index}.{key}": torch.as_tensor(value) for key, value in of_parameter.items()}
-        for callback in callbacks:
-            for layer, window in getattr(getattr(callback, "regrouper", callback), "windows", {}).items():
-                tensors[f"steps.{layer}"] = torch.tensor(window.steps)
-                if window.gram_sum is not None:
-                    tensors[f"gram.{layer}"] = window.gram_sum
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({key: value.contiguous() for key, value in tensors.items()}, path)
-
-    return on("on_train_end", record)
-
-
 def train(order: dict[str, Any]) -> int:
-    record, striker, own = Path(order["record"]), Striker(order), AdapterMethod.callbacks
+    striker, own = Striker(order), AdapterMethod.callbacks
 
     def callbacks(self: AdapterMethod, run: Any) -> list[TrainerCallback]:
-        found = own(self, run)
-        stage = "run" if str(run.path) == order["output"] else run.path.name
-        return [*found, recorder(record / f"{stage}.safetensors", found), *striker.callbacks]
+        return [*own(self, run), *striker.callbacks]
 
     AdapterMethod.callbacks = callbacks  # pyright: ignore
     code = main(["train", order["recipe"], f"output={order['output']}"])
-    (record / "counts.json").write_text(json.dumps(striker.counts))
+    Path(order["counts"]).write_text(json.dumps(striker.counts))
     return code
 
 

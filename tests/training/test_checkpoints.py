@@ -8,16 +8,14 @@ import signal
 
 import pytest
 import torch
-from transformers import TrainerState
 
 from badit.checkpoint import SEAL, STAGING, damage_of, last_checkpoint, seal
 from badit.cli import main
 from badit.errors import BaditError
-from badit.files import read_jsonl
 from badit.recipe import build_recipe
 from badit.run import Run
 from badit.train import fit
-from badit.trainer import MetricsLog, StopOnSignal
+from badit.trainer import StopOnSignal
 from training.trainers import assert_same, fit_until, learned
 
 
@@ -150,13 +148,3 @@ def test_signals_stop_after_the_step_and_a_second_one_at_once():
     with pytest.raises(KeyboardInterrupt), StopOnSignal():
         os.kill(os.getpid(), signal.SIGTERM)  # after the last step
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
-
-
-def test_the_metrics_log_drops_what_a_resumed_run_logs_again(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 5, "loss": 2}\n{"step": 10, "loss": 1}\n{"step": 1')
-    log, state = MetricsLog(path), TrainerState(global_step=5)
-    log.on_train_begin(None, state, None)
-    state.global_step = 6
-    log.on_log(None, state, None, logs={"loss": 1.5})
-    assert list(read_jsonl(path)) == [{"step": 5, "loss": 2}, {"step": 6, "loss": 1.5}]

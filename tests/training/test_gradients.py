@@ -71,23 +71,15 @@ def make_factors(components, inputs, outputs):
     return pair
 
 
-@settings(max_examples=30, deadline=None)
-@given(
-    shapes=st.lists(st.tuples(st.sampled_from([2, 4]), st.sampled_from([3, 5]), st.sampled_from([1, 6])), max_size=8),
-    without=st.integers(0, 7),
-    at_a_time=st.sampled_from([1, 60, 2**24]),
-)
-def test_layers_taken_together_are_what_each_is_alone(shapes, without, at_a_time):
-    factors = [make_factors(*shape) for shape in shapes]
-    if without < len(factors):
-        factors[without][1].grad = None
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("badit.gradients._NUMBERS_AT_A_TIME", at_a_time)
-        grams = component_grams(factors)
-    assert [gram_NN is None for gram_NN in grams] == [index == without for index in range(len(factors))]
-    for (a_NI, b_ON), gram_NN in zip(factors, grams, strict=True):
-        if gram_NN is not None:
-            torch.testing.assert_close(gram_NN, cosine_gram(a_NI.grad, b_ON.grad), rtol=0, atol=2e-6)
+@pytest.mark.parametrize("at_a_time", [1, 60, 2**24])
+def test_layers_taken_together_are_what_each_is_alone(monkeypatch, at_a_time):
+    monkeypatch.setattr("badit.gradients._NUMBERS_AT_A_TIME", at_a_time)
+    factors = [make_factors(*shape) for shape in [(2, 3, 6), (4, 5, 1), (4, 3, 6), (2, 3, 6), (4, 5, 1)]]
+    factors[3][1].grad = None
+    grams = component_grams(factors)
+    assert grams.pop(3) is None
+    expected = [cosine_gram(a_NI.grad, b_ON.grad) for a_NI, b_ON in factors if b_ON.grad is not None]
+    torch.testing.assert_close(grams, expected, rtol=0, atol=2e-6)
 
 
 @pytest.fixture
@@ -124,18 +116,11 @@ def test_gradients_and_weights_that_deepspeed_keeps(deepspeed, mark):
     scale_columns(b_ON, scale_N)
     assert torch.equal(deepspeed[id(b_ON)], master_ON * scale_N)
     assert torch.equal(b_ON, master_ON * scale_N), "the copy that the next forward pass reads"
-
-
-def test_weights_that_deepspeed_divides_are_put_together_to_be_saved(deepspeed):
-    model = nn.BatchNorm1d(3)
-    assert whole_weights(model) is None
-    model.bias.requires_grad_(False)
-    for parameter in model.parameters():
-        parameter.ds_id = 0
-    deepspeed[id(model.weight)] = torch.arange(3.0)
-    weights = whole_weights(model)
-    assert weights.keys() == {"weight", "running_mean", "running_var", "num_batches_tracked"}
-    assert weights["weight"].tolist() == [0, 1, 2]
+    whole = whole_weights(nn.ModuleList([nn.ParameterList([b_ON])]))
+    if mark == "ds_id":
+        assert torch.equal(whole["0.0"], deepspeed[id(b_ON)])
+    else:
+        assert whole is None
 
 
 def test_an_engine_that_steps_in_the_backward_pass_is_read_just_before():
@@ -150,19 +135,7 @@ def test_an_engine_that_steps_in_the_backward_pass_is_read_just_before():
     wrapper.optimizer.step()
     wrapper.optimizer.step()
     assert order == ["read", "step"] * 2
-
-    ordinary = torch.optim.SGD([nn.Parameter(torch.zeros(1))])
-    step = ordinary.step
-    assert not steps_in_backward(ordinary)
-    assert not before_step(ordinary, lambda: order.append("read"))
-    assert ordinary.step == step
-
-
-def test_columns_of_whole_weights_are_scaled():
-    _, b_ON = make_factors(4, 3, 5)
-    before = b_ON.detach().clone()
-    scale_columns(b_ON, torch.arange(4.0))
-    assert torch.equal(b_ON, before * torch.arange(4.0))
+    assert not before_step(torch.optim.SGD([nn.Parameter(torch.zeros(1))]), lambda: None)
 
 
 def test_methods_that_need_whole_weights_are_refused(tiny_model):

@@ -67,9 +67,8 @@ def train(request, server, material, tmp_path_factory):
     (folder / "recipe.yaml").write_text(yaml.safe_dump(values))
 
     def run(name, event="", number=0, sent=0):
-        record = folder / f"{name}-record"
-        record.mkdir(exist_ok=True)
-        order = {"recipe": str(folder / "recipe.yaml"), "output": str(folder / name), "record": str(record)}
+        paths = {"recipe": "recipe.yaml", "output": name, "counts": f"{name}.json"}
+        order = {key: str(folder / path) for key, path in paths.items()}
         server.stdin.write(json.dumps({**order, "event": event, "number": number, "signal": sent}) + "\n")
         server.stdin.flush()
         return json.loads(server.stdout.readline())
@@ -87,7 +86,7 @@ def contents(folder):
         if path.name == "environment.json":
             training = read_json(path)["training"]
             found[name] = {key: training[key] for key in ("steps", "tokens", "trainable_parameters")}
-        elif path.is_file() and name not in ("config.yaml", "counts.json"):
+        elif path.is_file() and name != "config.yaml":
             found[name] = path.read_bytes()
     return found
 
@@ -95,15 +94,13 @@ def contents(folder):
 def assert_ends_as_whole(train, name):
     done = train(name)
     assert done["status"] == 0, done
-    for suffix in ("", "-record"):
-        whole, resumed = contents(train.folder / f"whole{suffix}"), contents(train.folder / f"{name}{suffix}")
-        assert whole
-        assert whole.keys() == resumed.keys(), name
-        assert [key for key in whole if whole[key] != resumed[key]] == [], name
+    whole, resumed = contents(train.folder / "whole"), contents(train.folder / name)
+    assert whole.keys() == resumed.keys(), name
+    assert [key for key in whole if whole[key] != resumed[key]] == [], name
 
 
 def test_killed_runs_end_as_the_one_that_was_not(train):
-    counts = read_json(train.folder / "whole-record" / "counts.json")
+    counts = read_json(train.folder / "whole.json")
     rng = random.Random(0)
     strikes = [(rng.choice(STEP_EVENTS), rng.randint(1, counts["on_step_end"])) for _ in range(KILLS)]
     strikes += [("file", rng.randint(1, counts["file"])) for _ in range(KILLS)]

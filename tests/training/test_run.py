@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from badit.errors import BaditError
-from badit.evaluate import answers, evaluate, load_run, validation_loss
+from badit.evaluate import evaluate, load_run, validation_loss
 from badit.evaluate import train_and_score as train
 from badit.files import read_json, read_jsonl
 from badit.methods import AdapterMethod
@@ -19,7 +19,7 @@ from badit.run import Run
 from badit.train import encoded, fit, make_plan
 from badit.tuner import hooks_of
 from materials import make_recipe
-from training.trainers import fit_until, learned
+from training.trainers import fit_until
 
 train_module = import_module("badit.train")  # badit.train is the function
 
@@ -72,74 +72,51 @@ def test_the_validation_split_is_scored_apart(finished):
     assert read_json(Run(recipe.output).scores_path) == scores
 
 
-def test_an_answer_to_a_prompt(finished):
-    run = Run.existing(finished[0].output)
-    asked = ["Name the capital.", "Name the river of land 3, and no other one."]
-    found = answers(run, asked, max_new_tokens=3)
-    assert found == [answer for prompt in asked for answer in answers(run, [prompt], max_new_tokens=3)]
-    assert any(found)
-    with pytest.raises(BaditError, match="prompt is empty"):
-        answers(run, ["Name the capital.", " \n"])
-
-
 # --- damaged runs -----------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def copied(finished, tmp_path):
-    return shutil.copytree(finished[0].output, tmp_path / "copied")
+def change_tensors(function):
+    def change(path):
+        save_file(function({name: tensor.clone() for name, tensor in load_file(path).items()}), path)
+
+    return change
+
+
+def change_config(**changes):
+    def change(path):
+        config = path.with_name("adapter_config.json")
+        config.write_text(json.dumps({**read_json(config), **changes}))
+
+    return change
 
 
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
+        (lambda path: path.write_bytes(b"cut short"), r"adapter_model\.safetensors: cannot be loaded"),
+        (lambda path: path.rename(path.with_suffix(".bin")), r"adapter: has no adapter_model\.safetensors"),
+        (change_tensors(lambda t: {**t, "layers.7.badit_A": torch.zeros(2)}), r"belongs to another base .*layers\.7"),
         (
-            lambda tensors: {**tensors, "base_model.model.model.layers.7.badit_A": torch.zeros(2)},
-            r"belongs to another base model or method, with a tensor .*layers\.7",
-        ),
-        (
-            lambda tensors: {name: torch.zeros_like(t) if "expert_of" in name else t for name, t in tensors.items()},
+            change_tensors(lambda t: {k: torch.zeros_like(v) if "expert_of" in k else v for k, v in t.items()}),
             r"does not give each of the 4 experts 2 components: the file is damaged",
         ),
         (
-            lambda tensors: {name: tensor for name, tensor in tensors.items() if "router" not in name},
+            change_tensors(lambda t: {name: tensor for name, tensor in t.items() if "router" not in name}),
             r"adapter: cannot be loaded .Found missing adapter keys",
         ),
+        (change_config(r=4), r"config\.json: r: is 4, but the run's recipe says 2; this is another run's adapter"),
+        (change_config(peft_type="LORA"), r"config\.json: peft_type: is 'LORA', but the run's recipe says 'BADIT'"),
+        (change_config(surplus=1), r"config\.json: 'surplus': is no setting that this PEFT knows"),
+        (change_config(target_modules="(.*)*$"), r"config\.json: target_modules: must be a list of names"),
+        (change_config(past_branches=10**12), r"'past_branches': is no setting|past_branches: the weights have no"),
+        (change_config(format_version=9), r"the adapter has format 9, this badit reads formats up to 1"),
     ],
 )
-def test_damaged_weights_are_named(copied, damage, message):
-    path = copied / "adapter" / "adapter_model.safetensors"
-    save_file(damage({name: tensor.clone() for name, tensor in load_file(path).items()}), path)
+def test_a_damaged_adapter_is_named(finished, tmp_path, damage, message):
+    run = Run(shutil.copytree(finished[0].output, tmp_path / "copied"))
+    damage(run.adapter_path / "adapter_model.safetensors")
     with pytest.raises(BaditError, match=message):
-        evaluate(copied, progress=False)
-
-
-def test_a_cut_or_pickled_adapter_is_named(copied):
-    path = copied / "adapter" / "adapter_model.safetensors"
-    path.write_bytes(b"cut short")
-    with pytest.raises(BaditError, match=r"adapter_model\.safetensors: cannot be loaded"):
-        evaluate(copied, progress=False)
-    path.rename(path.with_suffix(".bin"))
-    with pytest.raises(BaditError, match=r"adapter: has no adapter_model\.safetensors"):
-        evaluate(copied, progress=False)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"r": 4}, r"r: is 4, but the run's recipe says 2; this is another run's adapter"),
-        ({"peft_type": "LORA"}, r"peft_type: is 'LORA', but the run's recipe says 'BADIT'"),
-        ({"surplus": 1}, r"'surplus': is no setting that this PEFT knows"),
-        ({"target_modules": "(.*)*$"}, r"target_modules: must be a list of names"),
-        ({"past_branches": 10**12}, r"'past_branches': is no setting|past_branches: the weights have no"),
-        ({"format_version": 9}, r"format_version: the adapter has format 9, this badit reads formats up to 1"),
-    ],
-)
-def test_a_changed_adapter_configuration_is_named(copied, change, message):
-    path = copied / "adapter" / "adapter_config.json"
-    path.write_text(json.dumps({**read_json(path), **change}))
-    with pytest.raises(BaditError, match=r"adapter_config\.json: " + message):
-        evaluate(copied, progress=False)
+        evaluate(run.path, progress=False)
 
 
 def test_a_folder_without_a_run_or_of_something_else_is_named(recipe_values, tmp_path):
@@ -158,29 +135,6 @@ def test_a_folder_without_a_run_or_of_something_else_is_named(recipe_values, tmp
 
 
 # --- options ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "method", [{"name": "lora", "r": 8}, {"name": "badit", "num_experts": 4, "r": 2, "regroup": None}]
-)
-def test_runs_without_regrouping(recipe_values, method):
-    run = fit(build_recipe({**recipe_values, "method": method}, ["training.max_steps=2"]), progress=False)
-    assert not run.regroupings_path.exists()
-    tensors = learned(run)
-    assert all("gate_proj" in name for name in tensors)
-    if method["name"] == "lora":
-        assert {name.split(".")[-2] for name in tensors} == {"lora_A", "lora_B"}
-    else:
-        labels = [tensor.tolist() for name, tensor in tensors.items() if "expert_of" in name]
-        assert labels == [[0, 0, 1, 1, 2, 2, 3, 3]] * 2
-
-
-def test_the_base_model_is_scored_without_training(recipe_values):
-    recipe = build_recipe({**recipe_values, "method": {"name": "base"}})
-    scores = train(recipe, progress=False)
-    assert set(scores["tasks"]) == {"cities", "rivers"}
-    assert not Run(recipe.output).adapter_path.exists()
-    assert evaluate(recipe.output, progress=False) == scores
 
 
 def test_a_resumed_run_keeps_its_first_dtype(recipe_values, monkeypatch):
@@ -222,11 +176,9 @@ def test_every_data_option_reaches_the_plan(recipe_values):
     [
         ({"name": "badet"}, r"method\.name: unknown method 'badet' \(did you mean 'badit'\?\)"),
         ({"name": "badit", "num_expert": 4}, r"method\.num_expert: unknown key \(did you mean 'num_experts'\?\)"),
-        ({"name": "badit", "peft_type": "LORA"}, r"method\.peft_type: unknown key"),
         ({"name": "badit", "num_experts": 0}, r"method: num_experts must be"),
         ({"name": "badit", "regroup": {"evry": 3}}, r"method\.regroup\.evry: unknown key \(did you mean 'every'\?\)"),
         ({"name": "badit", "regroup": {"every": 0}}, r"method: regroup\.every must be"),
-        ({"name": "badit", "regroup": 3}, r"method\.regroup: must be a mapping"),
         ({"name": "base", "r": 4}, r"method\.r: unknown key"),
     ],
 )

@@ -1,8 +1,5 @@
 """Runs that report to trackers: what TensorBoard and Trackio have of them, read from their files."""
 
-import os
-from importlib import import_module
-
 import pytest
 
 from badit import train
@@ -11,7 +8,7 @@ from badit.files import read_jsonl
 from badit.recipe import build_recipe
 from badit.run import Run
 from badit.train import fit
-from training.trainers import fit_until, on, with_callbacks
+from training.trainers import fit_until
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:tensorboard", "ignore::DeprecationWarning:trackio")
 
@@ -72,17 +69,3 @@ def test_a_tracker_that_is_unknown_or_not_installed_is_one_line(recipe_values, m
     with pytest.raises(BaditError, match=r"report_to: swanlab is not installed; install it, or leave it out"):
         train(recipe_values, training={"report_to": ["swanlab"]}, progress=False)
     assert not Run(recipe_values["output"]).path.exists()
-
-
-def test_trackers_write_into_the_runs_folder_unless_told_otherwise(recipe_values, monkeypatch):
-    train_module = import_module("badit.train")  # badit.train is the function
-    monkeypatch.setattr(train_module, "get_available_reporting_integrations", lambda: ["wandb", "swanlab"])
-    monkeypatch.setattr("transformers.trainer.get_reporting_integration_callbacks", lambda report_to: [])
-    monkeypatch.setenv("SWANLAB_LOG_DIR", "elsewhere")
-    monkeypatch.delenv("WANDB_DIR", raising=False)
-    seen = []
-    look = on("on_train_begin", lambda *args: seen.append((os.environ["WANDB_DIR"], os.environ["SWANLAB_LOG_DIR"])))
-    with with_callbacks(look):
-        run = fit(reporting(recipe_values, "wandb, swanlab", "training.max_steps=1"), progress=False)
-    assert seen == [(str(run.path), "elsewhere")]
-    assert "WANDB_DIR" not in os.environ
