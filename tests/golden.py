@@ -132,13 +132,11 @@ def main() -> int:
         FILE.write_text(json.dumps(found, indent=1) + "\n")
         return 0
     known = json.loads(FILE.read_text())
-    different = [
-        f"{part}.{name}" for part in known for name in known[part] if found[part].get(name) != known[part][name]
-    ]
-    for name in different:
-        part, key = name.split(".", 1)
-        print(f"differs: {name}\n  was {str(known[part][key])[:600]}\n  is  {str(found[part].get(key))[:600]}")
-    print(f"{sum(map(len, known.values())) - len(different)} same, {len(different)} different")
+    pairs = [(f"{part}.{name}", known[part][name], found[part].get(name)) for part in known for name in known[part]]
+    different = [pair for pair in pairs if pair[1] != pair[2]]
+    for name, was, new in different:
+        print(f"differs: {name}\n  was {str(was)[:600]}\n  is  {str(new)[:600]}")
+    print(f"{len(pairs) - len(different)} same, {len(different)} different")
     return int(bool(different))
 
 

@@ -42,6 +42,8 @@ def test_every_shipped_recipe_is_valid_and_listed_and_says_how_to_run_it():
     for path in RECIPES:
         build_method(load_recipe(ROOT / path).method)
         assert f"badit train {path}" in "\n".join(header(path))
+    comparison = load_recipe(ROOT / "recipes/superni-cpu.yaml")
+    assert comparison.compare.methods["badit"] == comparison.method, "badit train runs a cell of the comparison"
     for path in (ROOT / "benchmarks/results").glob("**/config.yaml"):
         assert load_config(path).training.per_device_train_batch_size > 0, "the recipes of earlier runs are read"
 

@@ -2,7 +2,6 @@
 
 import math
 from contextlib import nullcontext
-from pathlib import Path
 
 import pytest
 import yaml
@@ -14,11 +13,10 @@ from badit.compare import Cell, Grid, check, climb, order_name, trainable_parame
 from badit.errors import BaditError
 from badit.methods import build_method
 from badit.models import load_base_model
-from badit.recipe import build_recipe, dump_recipe, load_recipe
+from badit.recipe import build_recipe, dump_recipe
 from badit.run import Run
 from comparison.cells import comparison_values
 
-SUPERNI = Path(__file__).parents[2] / "recipes" / "superni-cpu.yaml"
 METHODS = {
     "lora": {"name": "lora", "r": 4},
     "badit-no-dog": {"name": "badit", "regroup": None},
@@ -107,14 +105,6 @@ def test_the_section_is_needed_for_a_comparison_and_ignored_by_a_run(tmp_path):
     assert "compare" not in yaml.safe_load(dump_recipe(compared))
     Run.prepare(build_recipe({"output": str(tmp_path / "run")}))
     Run.prepare(compared)
-
-
-def test_the_shipped_comparison():
-    grid = Grid(load_recipe(SUPERNI))
-    assert grid.section.methods["badit"] == grid.recipe.method, "badit train runs the cell that badit compare has"
-    for method in grid.methods:
-        for cell in grid.chosen(method, 1e-3):
-            build_method(grid.recipe_of(cell).method)
 
 
 OPTIONS = {"goat": {"r": 8}, "full": {}, "base": {}, "task-neurons": {"share": 0.2}}

@@ -1,7 +1,5 @@
 """Checkpoints are complete or absent; damaged ones are skipped, none is executed. Signals and logs of a resumed run."""
 
-import errno
-import json
 import os
 import shutil
 import signal
@@ -10,10 +8,8 @@ import pytest
 import torch
 
 from badit.checkpoint import SEAL, STAGING, damage_of, last_checkpoint, seal
-from badit.cli import main
 from badit.errors import BaditError
 from badit.recipe import build_recipe
-from badit.run import Run
 from badit.train import fit
 from badit.trainer import StopOnSignal
 from training.trainers import assert_same, fit_until, learned
@@ -115,22 +111,6 @@ def test_no_code_in_a_checkpoint_is_run_even_if_it_is_sealed(recipe_values, tmp_
             with pytest.raises(BaditError, match="checkpoint-10: holds what no training has written there"):
                 fit(build_recipe(recipe_values), progress=False)
         assert not marker.exists()
-
-
-def test_a_full_disk_is_one_line_and_the_run_continues_afterwards(recipe_values, tmp_path, monkeypatch, capsys):
-    path = tmp_path / "recipe.json"
-    path.write_text(json.dumps(recipe_values))
-
-    def full(*args, **kwargs):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(torch, "save", full)
-        assert main(["train", str(path)]) == 2
-    message = f"badit: {tmp_path / 'run'}: cannot be written, the disk (or a quota) is full; "
-    assert capsys.readouterr().err.splitlines()[-1].startswith(message)
-    assert not list(Run(tmp_path / "run").checkpoints_path.rglob("*.json")), "no half checkpoint takes room"
-    assert main(["train", str(path)]) == 0
 
 
 def test_signals_stop_after_the_step_and_a_second_one_at_once():

@@ -137,10 +137,8 @@ def test_a_folder_without_a_run_or_of_something_else_is_named(recipe_values, tmp
 # --- options ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_resumed_run_keeps_its_first_dtype(recipe_values, monkeypatch):
+def test_a_resumed_run_keeps_the_fast_dtype_that_it_began_with(recipe_values, monkeypatch):
     recipe = build_recipe(recipe_values, ["model.dtype=fast"])
-    monkeypatch.setattr(train_module, "slowdown", lambda dtype: 36.0)
-    fit_until(5, recipe)
     dtypes, apply = [], AdapterMethod.apply
 
     def noting(self, model, tasks):
@@ -148,10 +146,24 @@ def test_a_resumed_run_keeps_its_first_dtype(recipe_values, monkeypatch):
         return apply(self, model, tasks)
 
     monkeypatch.setattr(AdapterMethod, "apply", noting)
+    monkeypatch.setattr(train_module, "slowdown", lambda dtype: 36.4)  # a processor that is slow in 16 bits
+    assert train_module.fast_dtype(torch.device("cuda")) == "bfloat16"
+    fit_until(5, recipe)
     monkeypatch.setattr(train_module, "slowdown", lambda dtype: 0.6)
-    fit(recipe, progress=False)
-    assert dtypes == [torch.float32]
-    assert Run(recipe.output).environment["dtype"] == "float32"
+    assert train_module.fast_dtype(torch.device("cpu")) == "bfloat16"
+    assert fit(recipe, progress=False).environment["dtype"] == "float32"
+    assert dtypes == [torch.float32] * 2
+
+
+def test_of_a_slow_dtype_is_warned_once(recipe_values, monkeypatch, capsys):
+    assert 0 < train_module.slowdown("bfloat16") < 1000
+    monkeypatch.setattr(train_module, "slowdown", lambda dtype: 36.4)
+    train_module.warn_of_slow_dtype.cache_clear()
+    for _ in range(2):
+        train_module.base_model(build_recipe(recipe_values, ["model.dtype=float16"]))
+    train_module.warn_of_slow_dtype.cache_clear()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "takes 36 times as long as in float32; model.dtype=float32 is faster here" in line
 
 
 def test_every_data_option_reaches_the_plan(recipe_values):

@@ -1,5 +1,6 @@
 """Gradient surgery: the combinations against loops, and what the trainer does with them."""
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -37,18 +38,11 @@ def naive_pcgrad(gradients, orders):
 
 def naive_cagrad(gradients, c):
     """Algorithm 1 for two tasks, times two: the weights by trying ten thousand of them."""
-    g = float64(gradients)
-    mean = (g[0] + g[1]) / 2
-    radius = c * float(mean @ mean) ** 0.5
-
-    def mixed(w):
-        return w * g[0] + (1 - w) * g[1]
-
-    def length(vector):
-        return float(vector @ vector) ** 0.5
-
-    best = min((i / 10000 for i in range(10001)), key=lambda w: mixed(w) @ mean + radius * length(mixed(w)))
-    return torch.from_numpy(2 * (mean + radius / length(mixed(best)) * mixed(best)))
+    g, norm = float64(gradients), np.linalg.norm
+    mean = g.mean(axis=0)
+    mixtures = [w * g[0] + (1 - w) * g[1] for w in np.linspace(0, 1, 10001)]
+    best = min(mixtures, key=lambda mixture: mixture @ mean + c * norm(mean) * norm(mixture))
+    return torch.from_numpy(2 * (mean + c * norm(mean) / norm(best) * best))
 
 
 def random_gradients(tasks, parameters, seed):

@@ -7,13 +7,12 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from badit import BaditConfig, BaditError, RegroupCallback
 from badit.data import answer_rows
 from badit.files import read_jsonl
-from badit.models import resolve_model
 from badit.tuner.layer import BaditLinear
 from data.examples import make_tokenizer
 from training.trainers import QUIET
@@ -107,16 +106,12 @@ def test_chats_with_a_loss_on_the_assistant_are_routed_on_the_prompt(model_folde
     assert set(chain(*read)) == prompts_of(tokenizer, [chat(i, turns)[:2] for i in range(4)])
 
 
-def test_a_row_per_answer_is_routed_on_the_whole_chat_before_it(tmp_path):
-    """With SmolLM2's own tokenizer and template, which has no marks of what the assistant says."""
-    tokenizer = AutoTokenizer.from_pretrained(resolve_model("smollm2-135m"))
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
-    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(tmp_path / "model")
+def test_a_row_per_answer_is_routed_on_the_whole_chat_before_it(model_folder, tmp_path):
+    tokenizer = make_tokenizer(chat_template=MARKED)
     rows = [row for i in range(2) for row in answer_rows(chat(i, turns=2))]
-    assert len(rows) == 4
-    trainer = sft_trainer(tmp_path / "model", tmp_path / "out", rows, tokenizer, max_steps=1)
+    read = routed_on(sft_trainer(model_folder, tmp_path, rows, tokenizer, max_steps=1), tokenizer)
     expected = prompts_of(tokenizer, [chat(i, turns=2)[:end] for i in range(2) for end in (2, 4)])
-    assert set(chain(*routed_on(trainer, tokenizer))) == expected
+    assert set(chain(*read)) == expected
 
 
 def test_packed_batches_need_routing_by_token(model_folder, tmp_path):
