@@ -1,5 +1,6 @@
 """The optimizers on adapters of every kind, in a loop, in trainers and in several processes; and what they refuse."""
 
+import io
 import os
 from pathlib import Path
 from unittest.mock import patch
@@ -25,7 +26,7 @@ from badit.baselines.o_lora import OLoraConfig
 from badit.errors import BaditError
 from badit.optimizer import OPTIMIZERS, OrthogonalUpdates, build_optimizer, factor_pairs, lora_plus_groups
 from training.launches import ON_CPU, launch
-from training.trainers import QUIET, assert_same, examples, make_trainer
+from training.trainers import QUIET, adapted, assert_same, examples, make_trainer
 
 METHODS = {
     "badit": lambda: BaditConfig(num_experts=4, r=2, lora_dropout=0.0),
@@ -114,16 +115,39 @@ def test_steps_equal_the_formulas(shared_by, at_a_time, monkeypatch):
             np.testing.assert_allclose(stacked(layer.pair[1]), b, rtol=0, atol=1e-8)
 
 
-@pytest.mark.parametrize(
-    ("method", "dtype", "max_grad_norm"),
-    [("badit", torch.float32, 0.0), ("badit", torch.float32, 0.1), ("hydralora", torch.bfloat16, 0.0)],
-)
-def test_a_trainer_takes_it_and_resumes_to_the_bit(tiny_model, tmp_path, method, dtype, max_grad_norm):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_restored_optimizer_continues_to_the_bit(tiny_model, dtype):
+    def fresh():
+        torch.manual_seed(0)
+        model = tuned(tiny_model("llama", dtype=dtype), "hydralora", autocast_adapter_dtype=False)
+        optimizer = OrthogonalUpdates(model, 0.01, other_lr=0.02)
+        return model, optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+
+    def three_steps(model, optimizer, scheduler):
+        for _ in range(3):
+            train(model, optimizer, 1)
+            scheduler.step()
+
+    whole, resumed, file = fresh(), fresh(), io.BytesIO()
+    three_steps(*whole)
+    torch.save([part.state_dict() for part in whole], file)
+    file.seek(0)
+    three_steps(*whole)
+    assert [group["lr"] for group in whole[1].param_groups] == pytest.approx([0.01 / 7, 0.02 / 7])
+    for part, state in zip(resumed, torch.load(file, weights_only=True), strict=True):
+        part.load_state_dict(state)
+    three_steps(*resumed)
+    states = whole[0].state_dict(), resumed[0].state_dict()
+    assert {value.dtype for name, value in states[0].items() if "badit_A" in name} == {dtype}
+    assert_same(*states)
+
+
+@pytest.mark.parametrize("max_grad_norm", [0.0, 0.1])
+def test_a_trainer_takes_it_and_resumes_to_the_bit(tiny_model, tmp_path, max_grad_norm):
     options = {"max_steps": 6, "save_steps": 3, "gradient_accumulation_steps": 2, "max_grad_norm": max_grad_norm}
 
     def trained(folder, checkpoint=None):
-        torch.manual_seed(0)
-        model = tuned(tiny_model("llama", dtype=dtype), method, autocast_adapter_dtype=False)
+        model = adapted(tiny_model("llama"))
         trainer = make_trainer(model, tmp_path / folder, [], **options)
         trainer.optimizer = OrthogonalUpdates(model, 0.01)
         trainer.train(resume_from_checkpoint=checkpoint)
