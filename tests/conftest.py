@@ -45,7 +45,7 @@ _DECODER: dict[str, Any] = {
 }
 _WINDOW: dict[str, Any] = {"sliding_window": 4}  # shorter than the tests' prompts
 _MIXED = {**_WINDOW, "layer_types": ["sliding_attention", "full_attention"]}
-_GPT2 = {"n_embd": 32, "n_inner": 48, "n_layer": 2, "n_head": 4, "n_positions": 128}
+_GPT2: dict[str, Any] = {"n_embd": 32, "n_inner": 48, "n_layer": 2, "n_head": 4, "n_positions": 128}
 _FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
     "llama": lambda: LlamaConfig(**_DECODER),
     "qwen3": lambda: Qwen3Config(**_DECODER, use_sliding_window=True, **_MIXED),

@@ -25,7 +25,7 @@ from training.trainers import adapted, make_trainer
 
 def trained(folder: Path, batch_size: int, checkpoint: Path | None = None) -> dict[str, torch.Tensor]:
     torch.manual_seed(0)
-    sizes = {"vocab_size": 100, "hidden_size": 32, "intermediate_size": 47, "num_hidden_layers": 2}
+    sizes: dict[str, Any] = {"vocab_size": 100, "hidden_size": 32, "intermediate_size": 47, "num_hidden_layers": 2}
     config = LlamaConfig(**sizes, num_attention_heads=4, pad_token_id=0)
     # Five rows of A and 47 of B do not divide evenly.
     model = adapted(LlamaForCausalLM(config), lora_dropout=0.0, num_experts=5, r=1)
