@@ -43,14 +43,14 @@ def chromium(profile: Path) -> Iterator[Chrome]:
 
 
 def emulate(browser: Chrome, *, width: int = 1200, theme: str = "light") -> None:
-    """Sets the screen and the reader's wishes for the pages to come, and empties the logs of those before."""
+    """Sets the screen and the reader's preferences for the next pages, and empties the logs."""
     for log in ("browser", "performance"):
         browser.get_log(log)
     metrics = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
-    wishes = {"prefers-color-scheme": theme, "prefers-reduced-motion": "reduce"}
-    media = {"features": [{"name": name, "value": value} for name, value in wishes.items()]}
-    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
+    preferences = {"prefers-color-scheme": theme, "prefers-reduced-motion": "reduce"}
+    features = [{"name": name, "value": value} for name, value in preferences.items()]
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
 
 
 def until(condition: Callable[[], Any], what: str) -> Any:

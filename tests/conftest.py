@@ -1,8 +1,9 @@
-"""Fixtures of every room: tiny random models of six families, the small real model, and a run that takes seconds."""
+"""Shared fixtures: tiny random models of six families, the small real model, and runs that take seconds."""
 
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import shutil
 from collections.abc import Callable
@@ -17,7 +18,6 @@ from transformers import (
     Gemma3TextConfig,
     GPT2Config,
     LlamaConfig,
-    LlamaForCausalLM,
     MistralConfig,
     PreTrainedConfig,
     Qwen3Config,
@@ -28,19 +28,11 @@ from badit.run import Run
 from badit.train import fit
 from data.examples import CHATML, make_tokenizer
 from fuzz.command import COUNTED
+from materials import make_material, make_recipe, write_tasks
 
-VOCABULARY = 100
-_WINDOW = 4  # shorter than the tests' prompts, so that windowed layers really forget
-_MIXED_LAYERS = ["sliding_attention", "full_attention"]
-
-# Weights larger than a fresh model's, so that a wrong gate or mask moves the logits by far more than rounding does.
-_COMMON: dict[str, Any] = {
-    "vocab_size": VOCABULARY,
-    "initializer_range": 0.2,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": None,
-}
+# The initial weights are larger than usual, so that a wrong gate or mask changes the logits by far more than rounding.
+_COMMON: dict[str, Any] = {"vocab_size": 100, "initializer_range": 0.2, "pad_token_id": 0, "bos_token_id": 1}
+_COMMON["eos_token_id"] = None
 _DECODER: dict[str, Any] = {
     **_COMMON,
     "hidden_size": 32,
@@ -51,23 +43,17 @@ _DECODER: dict[str, Any] = {
     "head_dim": 8,
     "max_position_embeddings": 128,
 }
-
-
-def _config(family: str) -> PreTrainedConfig:
-    if family == "llama":
-        return LlamaConfig(**_DECODER)
-    if family == "qwen3":
-        return Qwen3Config(**_DECODER, use_sliding_window=True, sliding_window=_WINDOW, layer_types=_MIXED_LAYERS)
-    if family == "gemma2":
-        return Gemma2Config(**_DECODER, query_pre_attn_scalar=8, sliding_window=_WINDOW, layer_types=_MIXED_LAYERS)
-    if family == "gemma3":
-        return Gemma3TextConfig(**_DECODER, query_pre_attn_scalar=8, sliding_window=_WINDOW, layer_types=_MIXED_LAYERS)
-    if family == "mistral":
-        return MistralConfig(**_DECODER, sliding_window=_WINDOW)
-    if family == "gpt2":
-        no_dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-        return GPT2Config(**_COMMON, n_embd=32, n_inner=48, n_layer=2, n_head=4, n_positions=128, **no_dropout)
-    raise ValueError(f"no tiny model of family {family!r}")
+_WINDOW: dict[str, Any] = {"sliding_window": 4}  # shorter than the tests' prompts
+_MIXED = {**_WINDOW, "layer_types": ["sliding_attention", "full_attention"]}
+_GPT2: dict[str, Any] = {"n_embd": 32, "n_inner": 48, "n_layer": 2, "n_head": 4, "n_positions": 128}
+_FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
+    "llama": lambda: LlamaConfig(**_DECODER),
+    "qwen3": lambda: Qwen3Config(**_DECODER, use_sliding_window=True, **_MIXED),
+    "gemma2": lambda: Gemma2Config(**_DECODER, query_pre_attn_scalar=8, **_MIXED),
+    "gemma3": lambda: Gemma3TextConfig(**_DECODER, query_pre_attn_scalar=8, **_MIXED),
+    "mistral": lambda: MistralConfig(**_DECODER, **_WINDOW),
+    "gpt2": lambda: GPT2Config(**_COMMON, **_GPT2, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0),
+}
 
 
 @pytest.fixture(autouse=True)
@@ -75,18 +61,25 @@ def _fixed_seed() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(scope="module")
+def quick_collection() -> None:
+    """For modules that train often: each training collects garbage, which would visit all imported modules."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture
 def tiny_model() -> Callable[..., Any]:
     """A factory: ``tiny_model("llama")`` is a random causal language model, the same at every call, in eval mode."""
 
     def make(family: str, *, dtype: torch.dtype = torch.float32, seed: int = 0, **overrides: Any) -> Any:
-        config = _config(family)
+        config = _FAMILIES[family]()
         for name, value in overrides.items():
             setattr(config, name, value)
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        # Cast afterwards: weights drawn in another type would be other weights.
+        # Cast afterwards: weights drawn in another dtype would be different weights.
         return model.to(dtype).eval()
 
     return make
@@ -102,10 +95,9 @@ def _smollm2_once() -> tuple[Any, Any]:
 @pytest.fixture
 def smollm2(_smollm2_once: tuple[Any, Any]) -> tuple[Any, Any]:
     """SmolLM2-135M-Instruct in float32 and its tokenizer; a copy, so a test may adapt and train it."""
-    model, tokenizer = _smollm2_once
-    tokenizer = copy.deepcopy(tokenizer)
+    model, tokenizer = copy.deepcopy(_smollm2_once)
     tokenizer.padding_side = "left"
-    return copy.deepcopy(model), tokenizer
+    return model, tokenizer
 
 
 @pytest.fixture
@@ -130,12 +122,12 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Run]:
-    """A factory: ``trained({"name": "lora"})`` is a run of three large steps, so that what it has learnt shows.
+    """A factory: ``trained({"name": "lora"})`` is a run of three large steps, so that the effect of training shows.
 
-    What is trained alike is trained once; each call gives a copy, which a test may change.
+    Equal trainings are run once; each call returns a copy, which a test may change.
     """
     folder = tmp_path_factory.mktemp("trained")
-    make_material(folder, initializer_range=0.2)  # a wrong factor then moves the logits by far more than rounding does
+    make_material(folder, initializer_range=0.2)  # a wrong factor then changes the logits by far more than rounding
     runs: dict[str, Path] = {}
 
     def make(method: dict[str, Any], source: Path = folder / "tasks.jsonl", name: str = "run") -> Run:
@@ -155,69 +147,19 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Run]:
     return make
 
 
-def make_material(folder: Path, **config: Any) -> None:
-    tokenizer = make_tokenizer(chat_template=CHATML)
-    llama = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=128,
-        eos_token_id=tokenizer.eos_token_id,
-        **config,
-    )
-    torch.manual_seed(0)
-    LlamaForCausalLM(llama).save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
-    lines = [
-        {
-            "task": task,
-            "instruction": f"Name the {verb}.",
-            "input": f"land {i} " * (1 + i % 4),
-            "output": f"{verb} {i}",
-            "split": "test" if i >= 12 else "train",
-        }
-        for task, verb in (("cities", "capital"), ("rivers", "river"))
-        for i in range(16)
-    ]
-    (folder / "tasks.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-
-
 @pytest.fixture
 def task_file(tmp_path: Path) -> Path:
-    path = tmp_path / "tasks.jsonl"
-    lines = []
-    for task, verb in (("cities", "capital"), ("rivers", "river")):
-        for i in range(16):
-            split = "test" if i >= 12 else "train"
-            line = {"task": task, "instruction": f"Name the {verb}.", "input": f"land {i} " * (1 + i % 4)}
-            lines.append({**line, "output": f"{verb} {i}", "split": split})
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return path
+    write_tasks(tmp_path / "tasks.jsonl")
+    return tmp_path / "tasks.jsonl"
 
 
 @pytest.fixture
 def recipe_values(tmp_path: Path, model_folder: Path, task_file: Path) -> dict[str, Any]:
-    """24 training instances in batches of 4: six steps an epoch, twelve in all."""
-    return {
-        "model": {"name": str(model_folder), "dtype": "float32"},
-        "data": {"source": str(task_file)},
-        "method": {"name": "badit", "num_experts": 4, "r": 2, "lora_dropout": 0.1, "regroup": {"every": 3}},
-        "training": {
-            "num_train_epochs": 2,
-            "per_device_train_batch_size": 4,
-            "learning_rate": 0.01,
-            "logging_steps": 1,
-            "save_steps": 5,
-        },
-        "evaluation": {"batch_size": 4, "max_new_tokens": 4},
-        "output": str(tmp_path / "run"),
-    }
+    return make_recipe(model_folder, task_file, tmp_path / "run")
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """A line on how many cases of broken input were tried; a hook in that room would not be asked by ``make test``."""
+    """Prints how many cases of broken input were tried. ``make test`` does not call this hook in a subfolder."""
     reports = [report for reports in terminalreporter.stats.values() for report in reports]
     properties = [dict(report.user_properties) for report in reports if getattr(report, "when", "") == "teardown"]
     if total := sum(each.get(COUNTED, 0) for each in properties):

@@ -20,16 +20,11 @@ FILE = ROOT / "golden.json"
 _STEPS = 20
 _REGROUP = {"every": 5}
 _SMALL: dict[str, Any] = {"num_experts": 4, "r": 2}
+_DIRECTIONS = {"name": "badit", **_SMALL, "init_weights": "directions", "regroup": _REGROUP}
 METHODS: dict[str, dict[str, Any]] = {
     "bad": {"name": "badit", **_SMALL, "regroup": _REGROUP},
-    "directions": {"name": "badit", **_SMALL, "init_weights": "directions", "regroup": _REGROUP},
-    "standardised": {
-        "name": "badit",
-        **_SMALL,
-        "init_weights": "directions",
-        "router_input": "standardised",
-        "regroup": _REGROUP,
-    },
+    "directions": _DIRECTIONS,
+    "standardised": {**_DIRECTIONS, "router_input": "standardised"},
     "token": {"name": "badit", **_SMALL, "routing": "token", "regroup": _REGROUP},
     "top_k": {"name": "badit", **_SMALL, "top_k": 2, "regroup": None},
     "loramoe": {"name": "loramoe", **_SMALL, "balance_weight": 0.01},
@@ -121,39 +116,27 @@ def tables() -> dict[str, str]:
     return found
 
 
-def measure(material: Path, folder: Path) -> dict[str, Any]:
-    runs = {name: train_method(name, material, folder / name) for name in METHODS}
-    return {
-        "runs": runs,
-        "analysis": analysis_tables(folder / "bad", folder / "analysed"),
-        "comparison": comparison(material, folder / "compared"),
-        "tables": tables(),
-    }
-
-
-def material(folder: Path) -> Path:
-    """The tiny model and tasks of the tests' fixture."""
-    sys.path.insert(0, str(ROOT))
-    from conftest import make_material
-
-    make_material(folder)
-    return folder
-
-
 def main() -> int:
-    with tempfile.TemporaryDirectory() as folder:
-        found = measure(material(Path(folder) / "material"), Path(folder))
+    from materials import make_material
+
+    with tempfile.TemporaryDirectory() as name:
+        folder, material = Path(name), Path(name) / "material"
+        make_material(material)
+        found: dict[str, Any] = {
+            "runs": {name: train_method(name, material, folder / name) for name in METHODS},
+            "analysis": analysis_tables(folder / "bad", folder / "analysed"),
+            "comparison": comparison(material, folder / "compared"),
+            "tables": tables(),
+        }
     if sys.argv[1:] == ["record"]:
         FILE.write_text(json.dumps(found, indent=1) + "\n")
         return 0
     known = json.loads(FILE.read_text())
-    different = [
-        f"{part}.{name}" for part in known for name in known[part] if found[part].get(name) != known[part][name]
-    ]
-    for name in different:
-        part, key = name.split(".", 1)
-        print(f"differs: {name}\n  was {str(known[part][key])[:600]}\n  is  {str(found[part].get(key))[:600]}")
-    print(f"{sum(map(len, known.values())) - len(different)} same, {len(different)} different")
+    pairs = [(f"{part}.{name}", known[part][name], found[part].get(name)) for part in known for name in known[part]]
+    different = [pair for pair in pairs if pair[1] != pair[2]]
+    for name, was, new in different:
+        print(f"differs: {name}\n  was {str(was)[:600]}\n  is  {str(new)[:600]}")
+    print(f"{len(pairs) - len(different)} same, {len(different)} different")
     return int(bool(different))
 
 

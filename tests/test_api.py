@@ -1,8 +1,5 @@
 """The functions of `badit`: each against the files that it writes, and the light import of them all."""
 
-from __future__ import annotations
-
-import json
 import pkgutil
 import re
 import subprocess
@@ -10,7 +7,6 @@ import sys
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import pandas as pd
 import pytest
@@ -19,59 +15,54 @@ from safetensors.torch import load_file
 
 import badit
 from badit import BaditError
+from badit.files import read_json
 from badit.metrics import rouge_l
 from badit.recipe import Recipe, RecipeValues, load_recipe, make_recipe
 from comparison.cells import comparison_values
 from comparison.conftest import inline  # noqa: F401 (a fixture)
 
-Values = dict[str, Any]
-
 
 @pytest.fixture
-def recipe_file(recipe_values: Values, tmp_path: Path) -> Path:
+def recipe_file(recipe_values, tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe_values))
     return path
 
 
-def test_from_a_recipe_to_a_report(recipe_file: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    planned = badit.plan(recipe_file, data={"train_per_task": 5})
-    assert planned.training_instances == 10
+def test_from_a_recipe_to_a_report(recipe_file, tmp_path, capfd):
+    assert badit.plan(recipe_file, data={"train_per_task": 5}).training_instances == 10
     assert not (tmp_path / "run").exists()
 
     run = badit.train(recipe_file, training={"max_steps": 3}, output=tmp_path / "run", progress=False)
     assert run == badit.Run(str(tmp_path / "run"))
     assert run.recipe == badit.load_recipe(recipe_file, ["training.max_steps=3"])
-    kept = json.loads((run.path / "scores.json").read_text())
     scores = run.scores.pivot(index="task", columns="metric", values="score")
-    assert scores.to_dict("index") == {
-        task: {metric: entry[metric] for metric in ("rouge_l", "exact_match")} for task, entry in kept["tasks"].items()
-    }
+    tasks = read_json(run.path / "scores.json")["tasks"]
+    for metric in ("rouge_l", "exact_match"):
+        assert scores[metric].to_dict() == {task: entry[metric] for task, entry in tasks.items()}
     rivers = run.predictions.query("task == 'rivers'")
     mean = sum(map(rouge_l, rivers.prediction, rivers.references)) / len(rivers)
     assert mean == pytest.approx(scores["rouge_l"]["rivers"])
     assert run.metrics.dropna(subset="loss")["step"].tolist() == [1, 2, 3]
     assert run.environment["training"]["steps"] == 3
     assert run.tables == {}
-
     pd.testing.assert_frame_equal(run.evaluate(progress=False), run.scores)
 
     prompts = ["Name the capital.", "Name the river."]
     answers = run.generate(prompts, max_new_tokens=3)
     assert [badit.Run(str(run.path)).generate(prompt, max_new_tokens=3) for prompt in prompts] == answers
-    model, _ = run.load()
-    assert "default" in model.peft_config
+    assert "default" in run.load()[0].peft_config
 
     exported = run.export(tmp_path / "exported", score=True, progress=False)
     tensors = load_file(exported.folder / "adapter_model.safetensors")
     assert {len(tensor) for name, tensor in tensors.items() if "lora_A" in name} == {exported.rank}
-    costs = json.loads((exported.folder / "scores.json").read_text())
+    costs = read_json(exported.folder / "scores.json")
     assert costs["tasks"]["rivers"]["routed"] == scores["rouge_l"]["rivers"]
 
     tables = run.analyze(instances=2, progress=False)
     assert {file.stem for file in (run.path / "analysis").iterdir()} == tables.keys() == run.tables.keys()
-    kept = json.loads((run.path / "analysis" / "gradient_pairs.json").read_text())
-    assert tables["gradient_pairs"].to_numpy().tolist() == kept["rows"]
+    rows = read_json(run.path / "analysis" / "gradient_pairs.json")["rows"]
+    assert tables["gradient_pairs"].to_numpy().tolist() == rows
 
     page = badit.write_report(run, tmp_path / "report.html", title="Two tasks")
     assert page == tmp_path / "report.html"
@@ -82,47 +73,34 @@ def test_from_a_recipe_to_a_report(recipe_file: Path, tmp_path: Path, capfd: pyt
 
 
 @pytest.mark.usefixtures("inline")
-def test_a_comparison(material: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_comparison(material, tmp_path, capsys):
     values = comparison_values(material, tmp_path / "compared")
     results = badit.compare(values, training={"max_steps": 1}, progress=False)
     assert "training and scoring" not in capsys.readouterr().err
     pd.testing.assert_frame_equal(results.scores, badit.load_results(tmp_path / "compared").scores)
-    assert results.cells["status"].tolist() == ["done", "done"]
-    summary = badit.summarise(results).set_index("method")
-    for cell in json.loads((tmp_path / "compared" / "results.json").read_text())["cells"]:
-        assert summary["rouge_l_mean"][cell["method"]] == cell["scores"]["rouge_l"]
+    assert badit.summarise(results)["runs"].tolist() == [1, 1]
     assert "| badit |" in badit.table(tmp_path / "compared", form="markdown")
-    again = badit.compare(values, training={"max_steps": 1})
-    pd.testing.assert_frame_equal(again.cells, results.cells)
+    pd.testing.assert_frame_equal(badit.compare(values, training={"max_steps": 1}).cells, results.cells)
 
 
-def test_a_recipe_may_be_a_file_values_or_a_recipe(recipe_file: Path, recipe_values: Values) -> None:
+def test_a_recipe_may_be_a_file_values_or_a_recipe(recipe_file, recipe_values):
     recipe = load_recipe(recipe_file)
-    assert make_recipe(recipe_file, {}) == make_recipe(recipe_values, {}) == make_recipe(recipe, {}) == recipe
     assert make_recipe(None, {}) == Recipe()
+    assert set(RecipeValues.__annotations__) == set(Recipe.model_fields)
     for given in (recipe_file, recipe_values, recipe):
+        assert make_recipe(given, {}) == recipe
         made = make_recipe(given, {"training": {"num_train_epochs": 3}, "output": Path("elsewhere")})
-        assert (made.training.num_train_epochs, made.training.per_device_train_batch_size, made.output) == (
-            3,
-            recipe.training.per_device_train_batch_size,
-            "elsewhere",
-        )
+        training = recipe.training.model_copy(update={"num_train_epochs": 3.0})
+        assert (made.training, made.output) == (training, "elsewhere")
         other = make_recipe(given, {"method": {"name": "lora", "r": 3}})
         assert other.method == {"name": "lora", "r": 3}, "options of one method mean nothing to another"
     assert recipe_values["training"]["num_train_epochs"] == 2, "what is given is left as it is"
-
-
-def test_the_values_are_the_recipes_sections() -> None:
-    assert set(RecipeValues.__annotations__) == set(Recipe.model_fields)
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
         (lambda run: badit.train("missing.yaml"), "missing.yaml: cannot be read"),
-        (lambda run: badit.train({"trainning": {}}), r"recipe: trainning: unknown key \(did you mean 'training'\?\)"),
-        (lambda run: badit.train(training={"num_train_epochs": 0}), "recipe: training.num_train_epochs: "),
-        (lambda run: badit.plan(data={"source": "nowhere"}), "nowhere: no such file or folder"),
         (lambda run: badit.compare(jobs=0), "jobs: must be at least 1, not 0"),
         (lambda run: badit.Run(run).evaluate(), "has no adapter yet"),
         (lambda run: badit.Run(run).scores, r"has no scores yet; make them with: badit evaluate"),
@@ -131,27 +109,25 @@ def test_the_values_are_the_recipes_sections() -> None:
           for name in ("recipe", "scores", "predictions", "metrics", "environment", "tables")),
     ],
 )  # fmt: skip
-def test_bad_input_is_a_badit_error(call: Any, message: str, recipe_values: Values, tmp_path: Path) -> None:
+def test_bad_input_is_a_badit_error(call, message, recipe_values, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(recipe_values))
     with pytest.raises(BaditError, match=message):
         call(tmp_path / "run")
 
 
-def test_every_public_name_is_there() -> None:
-    assert set(badit.__all__) - {"__version__"} == badit._HOMES.keys()
-    for name in badit.__all__:
-        assert getattr(badit, name) is not None
-        assert name in dir(badit)
+def test_every_public_name_is_there():
+    assert set(badit.__all__) <= set(dir(badit))
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = badit.nothing
     modules = {module.name for module in pkgutil.iter_modules(badit.__path__)}
-    for name in modules & set(badit.__all__):
-        import_module(f"badit.{name}")
+    for name in badit.__all__:
+        if name in modules:
+            import_module(f"badit.{name}")
         assert not isinstance(getattr(badit, name), ModuleType), "a module hides the name"
 
 
-def test_importing_badit_is_light() -> None:
+def test_importing_badit_is_light():
     heavy = ("numpy", "torch", "transformers", "peft", "pydantic")
     script = f"import sys, badit; print([module for module in {heavy} if module in sys.modules])"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)

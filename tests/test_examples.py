@@ -1,20 +1,22 @@
-"""The examples, each in its small form, on a tiny model: they run, and leave what they say they do."""
-
-from __future__ import annotations
+"""The examples and the README's snippets, in their small form on a tiny model: they run and leave what they say."""
 
 import json
+import re
 import runpy
+import subprocess
 import sys
-from pathlib import Path
-from typing import Any
 
 import pytest
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainingArguments
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
-LINES = 60
+from badit.data import AnswerCollator
+from badit.files import read_json, read_jsonl
+from docs.pages import ROOT, Page
+from training.trainers import QUIET, examples
+
+README = Page("README.md")
 
 # TRL switches gradient checkpointing on by default, under a name that transformers is about to change.
 pytestmark = pytest.mark.filterwarnings(
@@ -24,55 +26,65 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 
-def run(monkeypatch: pytest.MonkeyPatch, name: str, *arguments: Any) -> dict[str, Any]:
-    monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
-    return runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+@pytest.fixture
+def run(material, tmp_path, monkeypatch):
+    def run(name, *arguments):
+        options = ["--small", "--model", material / "model", "--output", tmp_path / "out"]
+        monkeypatch.setattr(sys, "argv", [name, *map(str, [*arguments, *options])])
+        return runpy.run_path(str(ROOT / "examples" / name), run_name="__main__")
+
+    return run
 
 
-def test_every_example_is_short_and_tested_here() -> None:
-    scripts = sorted(EXAMPLES.glob("*.py"))
+def test_every_example_is_short_and_tested_here():
+    scripts = sorted((ROOT / "examples").glob("*.py"))
     assert [script.name for script in scripts] == ["accelerate_loop.py", "own_tasks.py", "sft_trl.py"]
-    assert all(len(script.read_text().splitlines()) < LINES for script in scripts)
+    assert all(len(script.read_text().splitlines()) < 60 for script in scripts)
 
 
-def test_sft_trl(material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    chat = [
-        {"role": "user", "content": "Which city?"},
-        {"role": "assistant", "content": "Rome."},
-        {"role": "user", "content": "And the river?"},
-        {"role": "assistant", "content": "Tiber."},
-    ]
+def test_sft_trl(run, material, tmp_path):
+    texts = ["Which city?", "Rome.", "And the river?", "Tiber."]
+    chat = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
     (tmp_path / "chats.jsonl").write_text(4 * (json.dumps({"messages": chat}) + "\n"))
-    run(
-        monkeypatch, "sft_trl.py", tmp_path / "chats.jsonl",
-        "--small", "--model", material / "model", "--output", tmp_path / "out",
-    )  # fmt: skip
-    lines = (tmp_path / "out" / "regroupings.jsonl").read_text().splitlines()
-    assert {json.loads(line)["step"] for line in lines} == {2}
+    run("sft_trl.py", tmp_path / "chats.jsonl")
+    assert {line["step"] for line in read_jsonl(tmp_path / "out" / "regroupings.jsonl")} == {2}
     base = AutoModelForCausalLM.from_pretrained(material / "model")
     PeftModel.from_pretrained(base, tmp_path / "out" / "adapter")
 
 
-def test_accelerate_loop(material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    names = run(
-        monkeypatch, "accelerate_loop.py",
-        "--data", material / "tasks.jsonl",
-        "--small", "--model", material / "model", "--output", tmp_path / "out",
-    )  # fmt: skip
-    assert names["regrouper"].steps == 4
-    assert names["regrouper"].metrics["objective_after"] >= names["regrouper"].metrics["objective_before"]
+def test_accelerate_loop(run, material, tmp_path):
+    regrouper = run("accelerate_loop.py", "--data", material / "tasks.jsonl")["regrouper"]
+    assert regrouper.steps == 4
+    assert regrouper.metrics["objective_after"] >= regrouper.metrics["objective_before"]
     assert load_file(tmp_path / "out" / "adapter" / "adapter_model.safetensors")
 
 
-def test_own_tasks(
-    material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run(
-        monkeypatch, "own_tasks.py", material / "tasks.jsonl",
-        "--small", "--model", material / "model", "--output", tmp_path / "out",
-    )  # fmt: skip
+def test_own_tasks(run, material, tmp_path, capsys):
+    run("own_tasks.py", material / "tasks.jsonl")
     printed = capsys.readouterr().out
     assert "cities: 12 training and 4 test instances" in printed
     assert "rivers: Rouge-L" in printed
-    config = json.loads((tmp_path / "out-lora" / "adapter_config.json").read_text())
-    assert config["peft_type"] == "LORA"
+    assert read_json(tmp_path / "out-lora" / "adapter_config.json")["peft_type"] == "LORA"
+
+
+def test_every_link_and_every_path_of_the_readmes_tree_exists():
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", README.text) if not link.startswith("https://")]
+    assert links
+    assert all((ROOT / link).exists() for link in links)
+    for line in README.blocks("text")[0].splitlines():
+        folder = ROOT / "src" / "badit" if line.startswith("  ") else ROOT
+        for name in line[:18].replace(",", " ").split():
+            assert (folder / name).exists(), name
+
+
+def test_the_readmes_snippets_run(tiny_model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    args = TrainingArguments(output_dir="out", max_steps=3, remove_unused_columns=False, **QUIET)
+    names = {"model": tiny_model("llama"), "args": args, "dataset": examples(), "collator": AnswerCollator(0)}
+    tune, load = README.blocks("python")
+    exec(tune, names)
+    tiny_model("llama").save_pretrained("base")
+    # In another process, where only the snippet tells PEFT of the method.
+    base = "from transformers import AutoModelForCausalLM\nbase = AutoModelForCausalLM.from_pretrained('base')\n"
+    done = subprocess.run([sys.executable, "-c", base + load], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -1,19 +1,13 @@
 """Recipes: what they accept, what they refuse and how they say so."""
 
-from __future__ import annotations
-
-import contextlib
 import dataclasses
 import itertools
 import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from transformers import TrainingArguments
 
 from badit.errors import BaditError
@@ -36,85 +30,68 @@ RECIPES = [path.relative_to(ROOT) for path in sorted((ROOT / "recipes").glob("**
 PAPER = [path for path in RECIPES if path.parent.name == "paper"]
 
 
-def header(path: Path) -> str:
-    """The comments that a shipped recipe begins with."""
+def header(path):
+    """The lines of comment that a shipped recipe begins with."""
     lines = (ROOT / path).read_text().splitlines()
-    return "\n".join(itertools.takewhile(lambda line: line.startswith("#"), lines))
+    return [line.lstrip("# ") for line in itertools.takewhile(lambda line: line.startswith("#"), lines)]
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=str)
-def test_every_shipped_recipe_is_valid_and_says_how_to_run_it(path: Path) -> None:
-    recipe = load_recipe(ROOT / path)
-    build_method(recipe.method)
-    assert f"badit train {path}" in header(path)
-
-
-def test_every_recipe_is_in_the_list_of_recipes() -> None:
+def test_every_shipped_recipe_is_valid_and_listed_and_says_how_to_run_it():
     linked = re.findall(r"\]\((\S+\.yaml)\)", (ROOT / "recipes/README.md").read_text())
     assert sorted(linked) == sorted(str(path.relative_to("recipes")) for path in RECIPES)
-    assert len(PAPER) == 6
+    for path in RECIPES:
+        build_method(load_recipe(ROOT / path).method)
+        assert f"badit train {path}" in "\n".join(header(path))
+    comparison = load_recipe(ROOT / "recipes/superni-cpu.yaml")
+    assert comparison.compare.methods["badit"] == comparison.method, "badit train runs a cell of the comparison"
+    for path in (ROOT / "benchmarks/results").glob("**/config.yaml"):
+        assert load_config(path).training.per_device_train_batch_size > 0, "the recipes of earlier runs are read"
 
 
-@pytest.mark.parametrize("path", PAPER, ids=lambda path: path.stem)
-def test_a_recipe_of_the_paper_has_its_setting_and_both_commands(path: Path) -> None:
-    lines = [line.lstrip("# ") for line in header(path).splitlines()]
-    assert f"badit train {path}" in lines
-    assert f"accelerate launch --multi_gpu --num_processes 8 -m badit train {path}" in lines
-
-    recipe = load_recipe(ROOT / path)
-    assert recipe.method == {
-        "name": "badit",
-        "num_experts": 8,
-        "r": 4,
-        "lora_alpha": 32,
-        "lora_dropout": 0.05,
-        "target_modules": ["gate_proj"],
-        "regroup": {"every": 20},
-    }
-    training = recipe.training
-    assert (training.num_train_epochs, training.per_device_train_batch_size, training.gradient_accumulation_steps) == (
-        10,
-        1,
-        1,
-    )
-    assert (training.learning_rate, training.lr_scheduler_type, training.warmup_steps) == (2e-4, "cosine", 0.03)
-    assert (training.weight_decay, recipe.model.dtype) == (0, "bfloat16")
-    assert training.gradient_checkpointing == ("8b" in path.stem or "9b" in path.stem)
-    data = recipe.data
-    assert (data.source, data.tasks, data.train_per_task, data.test_per_task) == ("$BADIT_SUPERNI", None, None, None)
-    assert recipe.output == f"runs/paper/{path.stem}"
-
-
-def test_the_papers_recipes_differ_in_model_memory_and_output_alone() -> None:
-    recipes = [load_recipe(ROOT / path) for path in PAPER]
-    assert len({recipe.model.name for recipe in recipes}) == 6
-    for recipe in recipes[1:]:
-        keys = set(differing_keys(recipes[0].model_dump(), recipe.model_dump()))
+def test_the_papers_recipes_have_its_settings_and_differ_in_model_memory_and_output_only():
+    recipes = {path: load_recipe(ROOT / path) for path in PAPER}
+    assert len({recipe.model.name for recipe in recipes.values()}) == 6
+    for path, recipe in recipes.items():
+        commands = [f"badit train {path}", f"accelerate launch --multi_gpu --num_processes 8 -m badit train {path}"]
+        assert set(commands) <= set(header(path))
+        assert recipe.training.gradient_checkpointing == ("8b" in path.stem or "9b" in path.stem)
+        assert recipe.output == f"runs/paper/{path.stem}"
+        keys = set(differing_keys(recipes[PAPER[0]].model_dump(), recipe.model_dump()))
         assert keys <= {"model.name", "training.gradient_checkpointing", "output"}
+    badit = {"name": "badit", "num_experts": 8, "r": 4, "lora_alpha": 32, "lora_dropout": 0.05}
+    assert recipe.method == {**badit, "target_modules": ["gate_proj"], "regroup": {"every": 20}}
+    sizes = {"num_train_epochs": 10, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1}
+    rates = {"learning_rate": 2e-4, "lr_scheduler_type": "cosine", "warmup_steps": 0.03, "weight_decay": 0}
+    assert {**sizes, **rates}.items() <= recipe.training.model_dump().items()
+    data = {"source": "$BADIT_SUPERNI", "tasks": None, "train_per_task": None, "test_per_task": None}
+    assert data.items() <= recipe.data.model_dump().items()
+    assert recipe.model.dtype == "bfloat16"
 
 
-def test_a_recipe_survives_being_written(tmp_path: Path) -> None:
+def test_a_recipe_survives_being_written_and_an_empty_file_is_the_default(tmp_path):
     recipe = build_recipe({"training": {"learning_rate": 3e-4}, "method": {"name": "lora", "r": 8}})
-    path = tmp_path / "config.yaml"
-    path.write_text(dump_recipe(recipe))
-    assert load_recipe(path) == recipe
+    (tmp_path / "config.yaml").write_text(dump_recipe(recipe))
+    assert load_recipe(tmp_path / "config.yaml") == recipe
+    (tmp_path / "empty.yaml").touch()
+    assert load_recipe(tmp_path / "empty.yaml") == Recipe()
+    with pytest.raises(BaditError, match=r"none\.yaml: cannot be read"):
+        load_recipe(tmp_path / "none.yaml")
 
 
-def test_overrides_reach_nested_keys_with_yaml_values() -> None:
+def test_overrides_reach_nested_keys_with_yaml_values():
+    overrides = ["training.num_train_epochs=2.5", "training.learning_rate=5e-4", "data.tasks=[a, b]", "method.r=-4"]
     recipe = build_recipe(
         {"training": {"num_train_epochs": 1}},
-        [
-            "training.num_train_epochs=2.5",
-            "training.learning_rate=5e-4",
-            "data.tasks=[a, b]",
-            "method.r=2",
-            "method.regroup=null",
-        ],
+        [*overrides, "method.regroup=null", "data.seed=1_000", "training.seed=08"],
     )
-    assert recipe.training.num_train_epochs == 2.5
-    assert recipe.training.learning_rate == 5e-4
-    assert recipe.data.tasks == ["a", "b"]
-    assert recipe.method == {"r": 2, "regroup": None}
+    training, data = recipe.training, recipe.data
+    assert (training.num_train_epochs, training.learning_rate, training.seed) == (2.5, 5e-4, 8)
+    assert (data.tasks, data.seed) == (["a", "b"], 1000)
+    assert recipe.method == {"r": -4, "regroup": None}
+    # A task may be named by its number.
+    tasks = build_recipe({}, ["data.tasks=[363, 073, 002, 089, task511, 0]"]).data.tasks
+    assert tasks == ["363", "073", "002", "089", "task511", "0"]
+    assert build_recipe({"data": {"tasks": [363]}}).data.tasks == ["363"]
 
 
 @pytest.mark.parametrize(
@@ -122,30 +99,19 @@ def test_overrides_reach_nested_keys_with_yaml_values() -> None:
     [
         ({"trainig": {}}, [], r"trainig: unknown key \(did you mean 'training'\?\)"),
         ({"training": {"epoch": 1}}, [], r"training\.epoch: unknown key \(did you mean 'num_train_epochs'\?\)"),
-        (
-            {"training": {"num_train_epochs": "many"}},
-            [],
-            r"training\.num_train_epochs: input should be a valid number.*'many'",
-        ),
-        ({"training": {"num_train_epochs": 0}}, [], r"training\.num_train_epochs: input should be greater than 0"),
-        ({"training": 3}, [], r"training: "),
         ({"prompt": {"encoding": "pos"}}, [], r"prompt\.encoding: "),
         ({}, ["training.num_train_epochs"], r"has the form key=value"),
-        ({}, ["=3"], r"has the form key=value"),
         ({}, ["training.num_train_epochs.more=3"], r"training\.num_train_epochs: "),
         ({"output": "x"}, ["output.name=3"], r"output is a single value"),
-        ({}, ["data.tasks=[a"], r"is not valid YAML"),
         ({}, ['output="\\ud800"'], r"is not valid YAML"),
-        ({}, ["training.num_train_epochs=.inf"], r"training\.num_train_epochs: input should be"),
+        ({}, ["data.tasks=[yes]"], r"data\.tasks\.0: input should be a valid string, got True"),
         ({}, ["training.learning_rate=.nan"], r"training\.learning_rate: input should be a finite number"),
-        ({}, ["training.seed=-1"], r"training\.seed: input should be greater than or equal to 0"),
         ({}, ["training.max_steps=3000000000"], r"training\.max_steps: input should be less than or equal to"),
         ({"output": "a\0b"}, [], r"output: must be a name or a path"),
-        ({"output": " "}, [], r"output: must be a name or a path"),
         ({"k" * 500: 1}, [], r"^recipe: k{120}: unknown key$"),
     ],
 )
-def test_mistakes_are_named_on_one_line(content: dict[str, Any], overrides: list[str], message: str) -> None:
+def test_mistakes_are_named_on_one_line(content, overrides, message):
     with pytest.raises(BaditError, match=message) as caught:
         build_recipe(content, overrides)
     assert "\n" not in str(caught.value)
@@ -164,46 +130,40 @@ KEYS = {
 }
 
 
-def test_these_are_all_keys_of_badits_own() -> None:
+def test_these_are_all_keys_of_badits_own():
     assert Recipe.model_fields.keys() == KEYS.keys()
-    ours = {field.name for field in dataclasses.fields(TrainingArguments)}
+    inherited = {field.name for field in dataclasses.fields(TrainingArguments)}
     for name, keys in KEYS.items():
         section = CompareSection if name == "compare" else type(getattr(Recipe(), name))
         declared = set(getattr(section, "model_fields", {}))
-        assert (declared - ours if name == "training" else declared) == set(keys.split()), name
+        assert (declared - inherited if name == "training" else declared) == set(keys.split()), name
 
 
-def test_the_training_section_takes_and_forwards_every_other_argument() -> None:
+def test_the_training_section_accepts_and_forwards_every_other_argument():
     given = {"optim": "sgd", "adam_beta1": 0.8, "lr_scheduler_type": "polynomial", "neftune_noise_alpha": None}
     given |= {"save_strategy": "epoch", "fsdp_config": {"min_num_params": 1}, "debug": "", "dataloader_num_workers": 2}
-    recipe = build_recipe({"training": given})
-    assert given.items() <= recipe.training.arguments().items()
-    assert not {"group_by_length", "max_skipped_steps"} & recipe.training.arguments().keys()
+    forwarded = build_recipe({"training": given}).training.arguments()
+    assert given.items() <= forwarded.items()
+    assert not {"group_by_length", "max_skipped_steps"} & forwarded.keys()
     fields = [field for field in dataclasses.fields(TrainingArguments) if field.init]
-    defaults = {f.name: f.default for f in fields if f.name not in TrainingSection.model_fields}
-    settled = {}
-    for name, value in defaults.items():
+    others = [field for field in fields if field.name not in TrainingSection.model_fields]
+    settled = []
+    for field in others:
         try:
-            build_recipe({"training": {name: None if value is dataclasses.MISSING else value}})
+            build_recipe({"training": {field.name: None if field.default is dataclasses.MISSING else field.default}})
         except BaditError as error:
-            settled[name] = str(error)
-    assert all("is not for a recipe to set: " in message for message in settled.values())
-    assert 30 < len(settled) < 50 < len(defaults) - len(settled) + 10
+            settled.append(str(error))
+    assert all("is not for a recipe to set: " in message for message in settled)
+    assert 30 < len(settled) < 50 < len(others) - len(settled) + 10
 
 
 @pytest.mark.parametrize("old", RENAMED_ARGUMENTS)
-def test_an_earlier_name_is_answered_with_the_new_one_and_read_in_a_runs_own_recipe(tmp_path: Path, old: str) -> None:
+def test_an_earlier_name_is_answered_with_the_new_one_and_read_in_a_runs_own_recipe(tmp_path, old):
     new, value = RENAMED_ARGUMENTS[old], {"scheduler": "linear", "deterministic": True}.get(old, 1)
     with pytest.raises(BaditError, match=rf"^recipe: training\.{old}: is called {new}, as transformers has it$"):
         build_recipe({"training": {old: value}})
     (tmp_path / "config.yaml").write_text(f"training: {{{old}: {value}, max_steps: null}}")
-    recipe = load_config(tmp_path / "config.yaml")
-    assert recipe == build_recipe({"training": {new: value}})
-
-
-@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks/results").glob("**/config.yaml")), ids=str)
-def test_the_recipes_of_earlier_runs_are_read(path: Path) -> None:
-    assert load_config(path).training.per_device_train_batch_size > 0
+    assert load_config(tmp_path / "config.yaml") == build_recipe({"training": {new: value}})
 
 
 @pytest.mark.parametrize(
@@ -211,23 +171,20 @@ def test_the_recipes_of_earlier_runs_are_read(path: Path) -> None:
     [
         ("output_dir", "x", "is not for a recipe to set: the run's folder is the recipe's output"),
         ("eval_strategy", "steps", "nothing is scored during training"),
-        ("hub_token", "x", "publish a finished run with badit push"),
         ("gradient_checkpointing_kwargs", {}, "use_reentrant"),
         ("optim", "adamm", r"input should be 'adamw_torch'"),
-        ("lr_scheduler_type", "cosinus", r"lr_scheduler_type: input should be 'linear', 'cosine'"),
         ("adam_beta1", "high", "input should be a valid number, got 'high'"),
         ("dataloader_num_workers", True, "input should be a valid integer, got True"),
         ("warmup_steps", 1.5, "must be a whole number of steps, or below 1, a fraction of the run, got 1.5"),
-        ("save_steps", 0, "input should be greater than 0"),
         ("adam_beta3", 0.9, r"unknown key \(did you mean 'adam_beta2'\?\)"),
     ],
 )
-def test_arguments_are_checked(key: str, value: Any, message: str) -> None:
+def test_arguments_are_checked(key, value, message):
     with pytest.raises(BaditError, match=rf"^recipe: training\.{key}: .*{message}|{message}"):
         build_recipe({"training": {key: value}})
 
 
-def test_common_recipes_are_checked_without_torch() -> None:
+def test_common_recipes_are_checked_without_torch():
     code = "import sys, badit.recipe as r; r.build_recipe({}, ['training.seed=2']); print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
@@ -243,14 +200,11 @@ def test_common_recipes_are_checked_without_torch() -> None:
         (b"a: " + b"[" * 5000, "is not valid YAML"),
         (b"a: &b [*b]", "an alias stands for the value that it is in"),
         (b"training: {seed: 1}\ntraining: {}\n", "line 2, column 1: the key 'training' is there twice"),
-        (b"method: {r: 1, r: 2}", "line 1, column 16: the key 'r' is there twice"),
-        (b"output: 2001-99-99", "is not valid YAML"),
-        (b"output: " + b"9" * 5000, "is not valid YAML"),
         (b"#" * 1_000_001, "has more than 1,000,000 characters"),
         (b"a: [" + b"1, " * 100_000 + b"1]", "comes to more than 100,000 values"),
     ],
 )
-def test_broken_files_are_named(tmp_path: Path, text: bytes, message: str) -> None:
+def test_broken_files_are_named(tmp_path, text, message):
     path = tmp_path / "broken.yaml"
     path.write_bytes(text)
     with pytest.raises(BaditError, match=message) as caught:
@@ -259,19 +213,14 @@ def test_broken_files_are_named(tmp_path: Path, text: bytes, message: str) -> No
     assert "\n" not in str(caught.value)
 
 
-def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(BaditError, match=r"none\.yaml: cannot be read"):
-        load_recipe(tmp_path / "none.yaml")
-
-
-def written(folder: Path, **texts: str) -> Path:
+def written(folder, **texts):
     """Writes ``NAME.yaml`` for each text and returns the path of the one called ``own``."""
     for name, text in texts.items():
         (folder / f"{name}.yaml").write_text(text)
     return folder / "own.yaml"
 
 
-def test_a_recipe_extends_another_key_by_key(tmp_path: Path) -> None:
+def test_a_recipe_extends_another_key_by_key(tmp_path):
     path = written(
         tmp_path,
         base="{method: {name: badit, r: 2, regroup: {every: 5, seed: 3}}, training: {max_steps: 4, warmup_steps: 0.1}}",
@@ -279,106 +228,51 @@ def test_a_recipe_extends_another_key_by_key(tmp_path: Path) -> None:
         own="{extends: middle.yaml, method: {num_experts: 3, regroup: {every: 7}}, output: c}",
     )
     recipe = load_recipe(path, ["training.warmup_steps=0.2"])
-    assert recipe == build_recipe(
-        {
-            "method": {"name": "badit", "r": 2, "num_experts": 3, "regroup": {"every": 7, "seed": 3}},
-            "training": {"max_steps": 5, "warmup_steps": 0.2},
-            "output": "c",
-        }
-    )
+    method = {"name": "badit", "r": 2, "num_experts": 3, "regroup": {"every": 7, "seed": 3}}
+    training = {"max_steps": 5, "warmup_steps": 0.2}
+    assert recipe == build_recipe({"method": method, "training": training, "output": "c"})
     assert "extends" not in dump_recipe(recipe)
 
 
 @pytest.mark.parametrize(
-    ("own", "expected"),
+    ("own", "method"),
     [
         ("{name: lora}", {"name": "lora"}),
         ("{name: badit}", {"name": "badit", "r": 2, "regroup": {"every": 5}}),
         ("{regroup: null}", {"name": "badit", "r": 2, "regroup": None}),
     ],
 )
-def test_another_method_does_not_take_over_the_options(tmp_path: Path, own: str, expected: dict[str, Any]) -> None:
-    base = "method: {name: badit, r: 2, regroup: {every: 5}}"
-    path = written(tmp_path, base=base, own=f"extends: base.yaml\nmethod: {own}")
-    assert load_recipe(path).method == expected
+def test_another_method_or_model_does_not_inherit_the_options(tmp_path, own, method):
+    base = "{method: {name: badit, r: 2, regroup: {every: 5}}, model: {name: a/b, revision: main}}"
+    recipe = load_recipe(
+        written(tmp_path, base=base, own=f"{{extends: base.yaml, model: {{name: c/d}}, method: {own}}}")
+    )
+    assert (recipe.method, recipe.model.revision) == (method, None)
 
 
-def test_another_model_does_not_take_over_the_revision(tmp_path: Path) -> None:
-    path = written(tmp_path, base="model: {name: a/b, revision: main}", own="{extends: base.yaml, model: {name: c/d}}")
-    assert load_recipe(path).model.revision is None
-
-
-@pytest.mark.parametrize(
-    "name", ["/etc/base.yaml", "../base.yaml", "below/../../base.yaml", "[base.yaml]", "null", '"a\\0b"']
-)
-def test_a_recipe_extends_no_file_from_elsewhere(tmp_path: Path, name: str) -> None:
-    (tmp_path / "below").mkdir()
-    path = written(tmp_path, own=f"extends: {name}")
-    with pytest.raises(BaditError, match=r"own\.yaml: extends: must be a file in the recipe's folder") as caught:
-        load_recipe(path)
-    assert "\n" not in str(caught.value)
+ELSEWHERE = r"own\.yaml: extends: must be a file in the recipe's folder"
 
 
 @pytest.mark.parametrize(
-    ("texts", "message"),
+    ("name", "base", "message"),
     [
-        ({}, r"base\.yaml: cannot be read"),
-        ({"base": "- a"}, r"base\.yaml: must hold 'key: value' lines"),
-        ({"base": "training: {epoch: 1}"}, r"base\.yaml: training\.epoch: unknown key"),
-        ({"base": "extends: base.yaml"}, r"base\.yaml: extends: base\.yaml extends this file already"),
-        ({"base": "extends: own.yaml"}, r"base\.yaml: extends: own\.yaml extends this file already"),
+        ("/etc/base.yaml", "", ELSEWHERE),
+        ("../base.yaml", "", ELSEWHERE),
+        ("[base.yaml]", "", ELSEWHERE),
+        ('"a\\0b"', "", ELSEWHERE),
+        ("none.yaml", "", r"none\.yaml: cannot be read"),
+        ("base.yaml", "training: {epoch: 1}", r"base\.yaml: training\.epoch: unknown key"),
+        ("base.yaml", "extends: own.yaml", r"base\.yaml: extends: own\.yaml extends this file already"),
     ],
 )
-def test_a_mistake_names_the_extended_file_that_it_is_in(tmp_path: Path, texts: dict[str, str], message: str) -> None:
-    path = written(tmp_path, own="extends: base.yaml", **texts)
+def test_what_cannot_be_extended_is_named(tmp_path, name, base, message):
+    (tmp_path / "below").mkdir()
     with pytest.raises(BaditError, match=message) as caught:
-        load_recipe(path)
+        load_recipe(written(tmp_path, own=f"extends: {name}", base=base))
     assert "\n" not in str(caught.value)
 
 
-def test_a_task_may_be_named_by_its_number() -> None:
-    recipe = build_recipe({}, ["data.tasks=[363, 073, 002, 089, task511, 0]"])
-    assert recipe.data.tasks == ["363", "073", "002", "089", "task511", "0"]
-    assert build_recipe({"data": {"tasks": [363]}}).data.tasks == ["363"]
-    with pytest.raises(BaditError, match=r"data\.tasks\.0: input should be a valid string, got True"):
-        build_recipe({}, ["data.tasks=[yes]"])
-
-
-def test_whole_numbers_stay_numbers() -> None:
-    recipe = build_recipe({}, ["training.seed=0", "data.seed=1_000", "method.r=-4", "training.num_train_epochs=08"])
-    assert (recipe.training.seed, recipe.data.seed, recipe.training.num_train_epochs) == (0, 1000, 8)
-    assert recipe.method["r"] == -4
-
-
-def test_an_empty_file_is_the_default_recipe(tmp_path: Path) -> None:
-    path = tmp_path / "empty.yaml"
-    path.touch()
-    assert load_recipe(path) == Recipe()
-
-
-@settings(deadline=None, max_examples=100)
-@given(
-    st.recursive(
-        st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
-        lambda inner: (
-            st.lists(inner, max_size=3)
-            | st.dictionaries(
-                st.sampled_from(["model", "data", "training", "epochs", "name", "method", "output", "x"]),
-                inner,
-                max_size=4,
-            )
-        ),
-        max_leaves=12,
-    )
-)
-def test_any_content_is_a_recipe_or_a_named_mistake(content: Any) -> None:
-    if not isinstance(content, dict):
-        content = {"training": content}
-    with contextlib.suppress(BaditError):
-        build_method(build_recipe(content).method)
-
-
-def test_variables_in_the_source(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_variables_in_the_source(monkeypatch):
     monkeypatch.setenv("TASKS", "/somewhere")
     monkeypatch.delenv("NO_TASKS", raising=False)
     assert expand_source("$TASKS/superni") == "/somewhere/superni"
@@ -386,6 +280,6 @@ def test_variables_in_the_source(monkeypatch: pytest.MonkeyPatch) -> None:
         expand_source("${NO_TASKS}/superni")
 
 
-def test_differing_keys_are_dotted() -> None:
+def test_differing_keys_are_dotted():
     assert differing_keys({"a": {"b": 1, "c": 2}, "d": 3}, {"a": {"b": 1, "c": 4}, "e": 3}) == ["a.c", "d", "e"]
     assert differing_keys({"a": {"b": None}}, {"a": {}}) == ["a.b"]

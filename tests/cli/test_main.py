@@ -1,69 +1,53 @@
-"""The command line as a user meets it: help, exit codes, one-line errors."""
+"""The command line as a user meets it: help, exit codes, one-line errors, train and demo on a tiny model."""
 
-from __future__ import annotations
-
-import json
 import subprocess
 import sys
-from pathlib import Path
-from typing import Any
 
 import docstring_parser
 import pytest
 import yaml
+from peft import get_peft_model
 
+from badit import demo
 from badit.cli import app, main
+from badit.files import read_json
+from badit.methods import build_method
+from badit.recipe import build_recipe
 
 COMMANDS = [name for name in app if not name.startswith("-")]
 
 
-def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_command_and_parameter_has_help(capsys):
     assert main(["--help"]) == 0
     shown = capsys.readouterr().out
-    assert all(command in shown for command in COMMANDS)
-
-
-@pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_and_parameter_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([command, "--help"]) == 0
-    assert f"Usage: badit {command}" in capsys.readouterr().out
-    described = {
-        parameter.arg_name for parameter in docstring_parser.parse(app[command].default_command.__doc__).params
-    }
-    assert described >= {argument.field_info.name for argument in app[command].assemble_argument_collection()}
+    for command in COMMANDS:
+        assert command in shown
+        assert main([command, "--help"]) == 0
+        assert f"Usage: badit {command}" in capsys.readouterr().out
+        described = docstring_parser.parse(app[command].default_command.__doc__).params
+        arguments = {argument.field_info.name for argument in app[command].assemble_argument_collection()}
+        assert {parameter.arg_name for parameter in described} >= arguments, command
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["--version"]])
-def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
-    script = (
-        "import sys\nfrom badit.cli import main\n"
-        f"main({arguments!r})\n"
-        "print([m for m in ('torch', 'transformers', 'peft', 'pydantic') if m in sys.modules])"
-    )
+def test_help_imports_nothing_heavy(arguments):
+    heavy = ("torch", "transformers", "peft", "pydantic")
+    script = f"import sys\nfrom badit.cli import main\nmain({arguments!r})\nprint({{*{heavy}}} & {{*sys.modules}})"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == "[]"
-
-
-@pytest.mark.parametrize("arguments", [["trian"], ["train"], ["train", "x", "--nope", "x"]])
-def test_a_wrong_command_exits_with_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(arguments) == 2
-    shown = capsys.readouterr().err
-    assert shown.startswith("badit: ")
-    assert shown.count("\n") == 1
+    assert done.stdout.splitlines()[-1] == "set()"
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["trian"], "trian"),
+        (["train", "x", "--nope", "x"], "--nope"),
         (["train", "missing.yaml"], "missing.yaml: cannot be read"),
         (["evaluate", "missing-run"], "missing-run: has no config.yaml"),
-        (["generate", "missing-run", "Hello"], "missing-run: has no config.yaml"),
         (["tasks", "missing-data"], "missing-data"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_code_2(
-    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: Any
-) -> None:
+def test_bad_input_is_one_line_and_exit_code_2(arguments, message, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(arguments) == 2
     captured = capsys.readouterr()
@@ -74,62 +58,90 @@ def test_bad_input_is_one_line_and_exit_code_2(
     assert not list(tmp_path.iterdir()), "nothing was written"
 
 
-def test_tasks_lists_the_built_in_suite(capsys: pytest.CaptureFixture[str]) -> None:
+def test_tasks_lists_the_built_in_suite_and_an_interruption_exits_with_130(capsys, monkeypatch):
     assert main(["tasks", "builtin"]) == 0
     shown = capsys.readouterr().out
     assert "review_sentiment" in shown
     assert "16 tasks, all valid" in shown
 
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
 
-def test_overrides_may_follow_flags(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+    monkeypatch.setattr("badit.data.load_tasks", interrupt)
+    assert main(["tasks", "builtin"]) == 130
+    assert "interrupted" in capsys.readouterr().err
+
+
+def test_a_dry_run_writes_nothing_and_overrides_may_follow_flags(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "recipe.yaml").write_text("data: {train_per_task: 3, test_per_task: 2}\n")
     assert main(["train", "recipe.yaml", "data.train_per_task=4", "--dry-run", "output=somewhere"]) == 0
-    assert "64 training and 32 test instances; the run would be written to somewhere" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "16 tasks, 64 training and 32 test instances; the run would be written to somewhere" in shown
+    assert yaml.safe_load(shown.rpartition("\n16 tasks")[0])["output"] == "somewhere"
+    assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
     assert main(["train", "recipe.yaml", "--dry-run", "output=somewhere", "--jbos"]) == 2
     assert "--jbos" in capsys.readouterr().err
 
 
-def test_a_dry_run_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "recipe.yaml").write_text("data: {train_per_task: 3, test_per_task: 2}\n")
-    assert main(["train", "recipe.yaml", "output=somewhere", "--dry-run"]) == 0
-    shown = capsys.readouterr().out
-    assert "16 tasks, 48 training and 32 test instances; the run would be written to somewhere" in shown
-    assert yaml.safe_load(shown.rpartition("\n16 tasks")[0])["output"] == "somewhere"
-    assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
-
-
-def test_train_evaluate_generate(
-    recipe_values: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = tmp_path / "recipe.yaml"
+def test_train_evaluate_generate(recipe_values, tmp_path, capsys):
+    path, run = tmp_path / "recipe.yaml", tmp_path / "run"
     path.write_text(yaml.safe_dump(recipe_values))
     assert main(["train", str(path), "training.num_train_epochs=1"]) == 0
     shown = capsys.readouterr().out
     assert "badit Rouge-L" in shown
     assert "mean over tasks" in shown
-    run = recipe_values["output"]
-    scores = json.loads((Path(run) / "scores.json").read_text())
-    assert main(["evaluate", run]) == 0
-    assert json.loads((Path(run) / "scores.json").read_text()) == scores
-    assert main(["generate", run, "Name the capital.", "--max-new-tokens", "2"]) == 0
+    scores = read_json(run / "scores.json")
+    assert main(["evaluate", str(run)]) == 0
+    assert read_json(run / "scores.json") == scores
+    assert main(["generate", str(run), "Name the capital.", "--max-new-tokens", "2"]) == 0
 
 
-def test_an_interruption_exits_with_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    import badit.data
-
-    def interrupt(*args: Any, **kwargs: Any) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(badit.data, "load_tasks", interrupt)
-    assert main(["tasks", "builtin"]) == 130
-    assert "interrupted" in capsys.readouterr().err
-
-
-def test_debug_shows_the_traceback() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "badit", "--debug", "tasks", "missing-data"], capture_output=True, text=True, check=False
-    )
+def test_debug_shows_the_traceback():
+    command = [sys.executable, "-m", "badit", "--debug", "tasks", "missing-data"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert "Traceback" in done.stderr
+
+
+# --- demo -------------------------------------------------------------------------------------------------------------
+
+
+def test_the_demos_methods_have_the_same_budget_scaling_and_recipe(smollm2):
+    model, _ = smollm2
+    lora, badit = (build_method(demo.METHODS[name]).config for name in ("LoRA", "BADIT"))
+    assert (lora.lora_alpha / lora.r, lora.lora_dropout) == (badit.scaling, badit.lora_dropout)
+    badit.init_weights = "lora"  # no need of singular vectors to count
+    counts = []
+    for config in (lora, badit):
+        config.target_modules = {"gate_proj"}
+        adapted = get_peft_model(model, config)
+        counts.append(adapted.get_nb_trainable_parameters()[0])
+        model = adapted.unload()
+    assert counts[0] == pytest.approx(counts[1], rel=0.01)
+    recipes = [build_recipe(demo.demo_recipe(method, "x", 1.0, 0)) for method in demo.METHODS.values()]
+    assert len({recipe.model_dump_json(exclude={"method"}) for recipe in recipes}) == 1
+
+
+def test_the_demo_shows_scores_budget_angles_and_samples(recipe_values, monkeypatch, capsys, tmp_path):
+    def tiny(method, output, epochs, seed):
+        training = {**recipe_values["training"], "num_train_epochs": epochs, "seed": seed}
+        return {**recipe_values, "method": method, "training": training, "output": output}
+
+    methods = {
+        "base": {"name": "base"},
+        "LoRA": {"name": "lora", "r": 8},
+        "BADIT": {"name": "badit", "num_experts": 4, "r": 2, "regroup": {"every": 3}},
+    }
+    monkeypatch.setattr(demo, "METHODS", methods)
+    monkeypatch.setattr(demo, "demo_recipe", tiny)
+    command = ["demo", "--output", str(tmp_path / "demo"), "--epochs", "2"]
+    assert main(command) == 0
+    shown = capsys.readouterr().out
+    for text in ("base Rouge-L", "BADIT EM", "trainable parameters", "[cities] land 12"):
+        assert text in shown
+    assert "as decomposed (steps after 3)" in shown
+    assert "regrouped (steps after 9)" in shown
+    assert all(f"  {name:10} " in shown for name in ("reference", "base", "LoRA", "BADIT"))
+    assert main(command) == 0
+    assert capsys.readouterr().out == shown, "the second time it is shown again"

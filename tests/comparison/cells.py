@@ -13,10 +13,11 @@ from badit.worker import ERROR
 compare_module = import_module("badit.compare")  # badit.compare is the function
 
 Values = dict[str, Any]
+LORA = {"lora": {"name": "lora", "r": 4}}
 
 
 def comparison_values(material: Path, output: Path, **compare: Any) -> Values:
-    """A recipe that compares LoRA with BADIT, of as many parameters; two steps a run."""
+    """A recipe that compares LoRA with BADIT, with equal budgets; two steps per run."""
     methods = {"lora": {"name": "lora", "r": 8}, "badit": {"name": "badit", "num_experts": 4, "r": 2}}
     return {
         "model": {"name": str(material / "model"), "dtype": "float32"},
@@ -29,7 +30,7 @@ def comparison_values(material: Path, output: Path, **compare: Any) -> Values:
 
 
 class InlineCell:
-    """Stands in for a cell's process: the same worker, in the process of the test."""
+    """Replaces a cell's process: the same worker, in the process of the test."""
 
     started: list[str]
 
@@ -39,7 +40,7 @@ class InlineCell:
         self._config, self._folder, self._score = config, folder, score
 
     def stop(self) -> None:
-        """It runs while it is waited for, so there is nothing to stop in between."""
+        """It runs while it is waited for, so there is nothing to stop."""
 
     def wait(self) -> str | None:
         code = worker.run_cell(self._folder, self._config, score=self._score)
@@ -48,13 +49,10 @@ class InlineCell:
 
 def by_status(results: Values, **wanted: Any) -> list[str]:
     """``method/seed`` of the cells whose fields have these values."""
-    return [
-        f"{cell['method']}/{cell['seed']}"
-        for cell in results["cells"]
-        if all(cell[field] == value for field, value in wanted.items())
-    ]
+    cells = [cell for cell in results["cells"] if wanted.items() <= {key: cell[key] for key in wanted}.items()]
+    return [f"{cell['method']}/{cell['seed']}" for cell in cells]
 
 
 def compared(values: Values, **options: Any) -> Values:
-    """The results of a comparison, which reports to nobody unless it is told to."""
+    """The results of a comparison, by default without progress reports."""
     return compare_module.compare(build_recipe(values), **{"report": lambda line: None, **options})

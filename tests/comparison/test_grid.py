@@ -1,11 +1,7 @@
 """The cells of a comparison: folders, recipes, budgets, what is refused, and the search for the learning rate."""
 
-from __future__ import annotations
-
 import math
 from contextlib import nullcontext
-from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
@@ -17,139 +13,110 @@ from badit.compare import Cell, Grid, check, climb, order_name, trainable_parame
 from badit.errors import BaditError
 from badit.methods import build_method
 from badit.models import load_base_model
-from badit.recipe import build_recipe, dump_recipe, load_recipe
+from badit.recipe import build_recipe, dump_recipe
 from badit.run import Run
 from comparison.cells import comparison_values
 
-Values = dict[str, Any]
-SUPERNI = Path(__file__).parents[2] / "recipes" / "superni-cpu.yaml"
-METHODS: Values = {
+METHODS = {
     "lora": {"name": "lora", "r": 4},
     "badit-no-dog": {"name": "badit", "regroup": None},
     "base": {"name": "base"},
 }
 
 
-def grid_with(training: Values | None = None, data: Values | None = None, **compare: Any) -> Grid:
-    content = {"training": training or {}, "data": data or {}, "output": "out"}
-    return Grid(build_recipe({**content, "compare": {"methods": METHODS, "seeds": [3, 5], **compare}}))
+def grid_with(data=None, **compare):
+    content = {"data": data or {}, "output": "out", "compare": {"methods": METHODS, "seeds": [3, 5], **compare}}
+    return Grid(build_recipe(content))
 
 
-def test_cells_and_folders_of_a_mixed_comparison() -> None:
+def test_cells_and_folders():
     grid = grid_with()
     assert [str(cell) for cell in grid.chosen("lora", 5e-4)] == ["lora/lr-0.0005/seed-3", "lora/lr-0.0005/seed-5"]
     assert [str(cell) for cell in grid.chosen("base", None)] == ["base"]
     assert str(grid.searched("lora", 1e-3)) == "lora/lr-0.001/seed-3"
-
-
-def test_cells_and_folders_of_a_sequential_comparison() -> None:
-    grid = grid_with(orders=["sapt-1", ["task363_sst2", "cities"]], single_task=["lora"])
-    tasks = ["cities", "task363_sst2"]
+    grid, tasks = grid_with(orders=["sapt-1", ["task363_sst2", "cities"]], single_task=["lora"]), ["cities", "task_b"]
     assert [str(cell) for cell in grid.chosen("lora", 0.01, tasks)] == [
         "lora/order-sapt-1/lr-0.01/seed-3",
         "lora/order-task363-cities/lr-0.01/seed-3",
         "lora/order-sapt-1/lr-0.01/seed-5",
         "lora/order-task363-cities/lr-0.01/seed-5",
         "lora/single/lr-0.01/seed-3/cities",
-        "lora/single/lr-0.01/seed-3/task363_sst2",
+        "lora/single/lr-0.01/seed-3/task_b",
         "lora/single/lr-0.01/seed-5/cities",
-        "lora/single/lr-0.01/seed-5/task363_sst2",
+        "lora/single/lr-0.01/seed-5/task_b",
     ]
     assert str(grid.searched("lora", 0.01)) == "lora/order-sapt-1/lr-0.01/seed-3"
 
 
-def test_a_cells_recipe_differs_in_what_the_cell_names() -> None:
+def test_a_cells_recipe_differs_in_what_the_cell_names():
     grid = grid_with(data={"tasks": ["cities", "rivers"]}, orders=[["rivers", "cities"]])
-    plain = grid.recipe.model_dump(exclude={"compare", "method", "output"})
 
+    def without_method(recipe):
+        return recipe.model_dump(exclude={"compare", "method", "output"})
+
+    plain = without_method(grid.recipe)
     recipe = grid.recipe_of(Cell("lora", 0.02, 5, ("rivers", "cities")))
-    assert recipe.method == METHODS["lora"]
+    assert (recipe.method, recipe.compare) == (METHODS["lora"], None)
     assert recipe.output == "out/lora/order-rivers-cities/lr-0.02/seed-5"
-    assert recipe.compare is None
-    expected = {**plain, "training": {**plain["training"], "learning_rate": 0.02, "seed": 5}}
-    expected["data"] = {**plain["data"], "order": ["rivers", "cities"]}
-    assert recipe.model_dump(exclude={"compare", "method", "output"}) == expected
-
+    training = {**plain["training"], "learning_rate": 0.02, "seed": 5}
+    data = {**plain["data"], "order": ["rivers", "cities"]}
+    assert without_method(recipe) == {**plain, "training": training, "data": data}
     single = grid.recipe_of(Cell("lora", 0.02, 5, task="rivers"))
     assert (single.data.tasks, single.data.order) == (["rivers"], None)
     base = grid.recipe_of(Cell("base", None, None))
-    assert base.model_dump(exclude={"compare", "method", "output"}) == plain
-    assert base.output == "out/base"
+    assert (without_method(base), base.output) == (plain, "out/base")
 
 
 @given(st.lists(st.permutations([f"review_sentiment_{i}" for i in range(12)]), min_size=2, max_size=2, unique_by=tuple))
-def test_long_orders_have_short_names_of_their_own(orders: list[list[str]]) -> None:
+def test_long_orders_have_short_names_of_their_own(orders):
     one, other = map(order_name, orders)
     assert one != other
     assert len(one) <= 80
-    names = [f"task{number}_x" for number in range(1000, 1015)]
-    assert order_name(names) != order_name([*names[:-2], names[-1], names[-2]])
-    assert order_name(names[:3]) == "task1000-task1001-task1002"
+    assert order_name(["task1000_x", "task1001_y", "cities"]) == "task1000-task1001-cities"
 
 
 @pytest.mark.parametrize(
     ("compare", "message"),
     [
         ({"reference": "lorra"}, r"compare\.reference: 'lorra' is none of the methods \(did you mean 'lora'\?\)"),
-        ({"budget": "loar"}, r"compare\.budget: 'loar' is none of the methods \(did you mean 'lora'\?\)"),
-        ({"unmatched": ["goat"]}, r"compare\.unmatched: 'goat' is none of the methods"),
-        ({"single_task": ["goat"]}, r"compare\.single_task: 'goat' is none of the methods"),
         ({"methods": {"a/b": {"name": "lora"}}}, r"compare\.methods: 'a/b' names a folder; use letters"),
-        ({"methods": {"..": {"name": "lora"}}}, r"compare\.methods: '\.\.' names a folder"),
         ({"methods": {"lora": {"name": "lroa"}}}, r"compare\.methods\.lora: method\.name: unknown method 'lroa'"),
         ({"methods": {"lora": {"name": "lora", "rank": 4}}}, r"compare\.methods\.lora: method\.rank: unknown key"),
         ({"learning_rates": [1e-4, 1e-3]}, r"training\.learning_rate: the search starts from 0\.0005; add it"),
         ({"learning_rates": [5e-4]}, r"data\.validation_per_task: choosing learning rates needs held-out instances"),
         ({"learning_rates": [1e-3, 5e-4]}, r"compare\.learning_rates: must be positive and ascending"),
-        ({"learning_rates": [5e-4, 5e-4]}, r"compare\.learning_rates: must be positive and ascending"),
-        ({"seeds": []}, r"compare\.seeds: "),
         ({"seeds": [0, 1, 0]}, r"compare\.seeds: 0 is listed more than once"),
-        ({"orders": []}, r"compare\.orders: "),
         ({"orders": [["a", "b"], ["a", "b"]]}, r"compare\.orders: a-b is listed more than once"),
         ({"method": {}}, r"compare\.method: unknown key \(did you mean 'methods'\?\)"),
     ],
 )
-def test_mistakes_are_named_on_one_line(compare: Values, message: str) -> None:
+def test_mistakes_are_named_on_one_line(compare, message):
     with pytest.raises(BaditError, match=message) as caught:
         grid_with(**compare)
     assert "\n" not in str(caught.value)
 
 
-def test_a_section_with_methods_is_needed() -> None:
+def test_the_section_is_needed_for_a_comparison_and_ignored_by_a_run(tmp_path):
     with pytest.raises(BaditError, match="compare: the recipe has no such section"):
         Grid(build_recipe({}))
     with pytest.raises(BaditError, match=r"compare\.methods: field required"):
         build_recipe({"compare": {}})
-
-
-def test_a_run_leaves_the_section_out_of_account(tmp_path: Path) -> None:
-    alone = build_recipe({"output": str(tmp_path / "run")})
     compared = build_recipe({"output": str(tmp_path / "run"), "compare": {"methods": METHODS}})
     assert "compare" not in yaml.safe_load(dump_recipe(compared))
-    Run.prepare(alone)
+    Run.prepare(build_recipe({"output": str(tmp_path / "run")}))
     Run.prepare(compared)
 
 
-def test_the_shipped_comparison() -> None:
-    grid = Grid(load_recipe(SUPERNI))
-    assert grid.section.methods["badit"].model_extra == grid.recipe.method, (
-        "badit train runs the cell that badit compare has"
-    )
-    for method in grid.methods:
-        for cell in grid.chosen(method, 1e-3):
-            build_method(grid.recipe_of(cell).method)
-
-
-OPTIONS: Values = {"goat": {"r": 8}, "full": {}, "base": {}, "task-neurons": {"share": 0.2}}
+OPTIONS = {"goat": {"r": 8}, "full": {}, "base": {}, "task-neurons": {"share": 0.2}}
 ALL_METHODS = [*BASELINES, "badit", "pcgrad", "cagrad", "full", "base", "task-neurons"]
 TASKS = ["cities", "rivers"]
 
 
-def small_grid(material: Path, methods: Values, **compare: Any) -> Grid:
+def small_grid(material, methods, **compare):
     return Grid(build_recipe(comparison_values(material, material / "none", methods=methods, **compare)))
 
 
-def test_a_skeleton_counts_as_the_real_model_does(material: Path) -> None:
+def test_a_skeleton_counts_as_the_real_model_does(material):
     sections = {name: {"name": name, **OPTIONS.get(name, {"r": 4})} for name in ALL_METHODS}
     counts = trainable_parameters(small_grid(material, sections), TASKS)
     real = {}
@@ -158,40 +125,30 @@ def test_a_skeleton_counts_as_the_real_model_does(material: Path) -> None:
         real[name] = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     layers, hidden, width = 2, 32, 48
     assert real["lora"] == layers * 4 * (hidden + width)
-    real |= {"base": 0, "task-neurons": round(0.2 * layers * width * 3 * hidden)}
-    assert counts == real
+    assert counts == real | {"base": 0, "task-neurons": round(0.2 * layers * width * 3 * hidden)}
     of_one_task = trainable_parameters(small_grid(material, {"lora": sections["mtl-lora"]}), TASKS[:1])
     assert of_one_task["lora"] < counts["mtl-lora"], "MTL-LoRA has a matrix for every task"
 
 
 @pytest.mark.parametrize(("rank", "fair"), [(42, True), (38, True), (43, False), (37, False)])
-def test_budgets_may_differ_by_five_percent(material: Path, rank: int, fair: bool) -> None:
+def test_budgets_may_differ_by_five_percent(material, rank, fair):
     methods = {f"r{r}": {"name": "lora", "r": r} for r in (40, rank)} | {"base": {"name": "base"}}
     counts = check(small_grid(material, methods, reference="r40"))[1]
-    message = (
-        rf"compare\.methods\.r{rank}: trains {counts[f'r{rank}']:,} parameters, r40 {counts['r40']:,}.*agree to 5%"
-    )
+    first, second = counts[f"r{rank}"], counts["r40"]
+    message = rf"compare\.methods\.r{rank}: trains {first:,} parameters, r40 {second:,}.*agree to 5%"
     with nullcontext() if fair else pytest.raises(BaditError, match=message):
         check(small_grid(material, methods, reference="r40", budget="r40"))
     check(small_grid(material, methods, reference="r40", budget="r40", unmatched=[f"r{rank}"]))
 
 
-def test_a_method_that_does_not_go_with_the_model_is_named(material: Path) -> None:
-    grid = small_grid(material, {"lora": {"name": "lora"}, "other": {"name": "lora", "target_modules": ["attention"]}})
-    with pytest.raises(BaditError, match=r"compare\.methods\.other: method: Target modules .*not found") as caught:
-        trainable_parameters(grid, TASKS)
-    assert "\n" not in str(caught.value)
-
-
 LADDER = [1e-4, 2e-4, 4e-4, 8e-4, 1.6e-3, 3.2e-3, 6.4e-3]
 
 
-def walk(losses: list[float], start: int) -> tuple[int, list[int], dict[float, float]]:
+def walk(losses, start):
     """The rung found, the rungs in the order of their trainings, and the losses by rate."""
-    ladder = LADDER[: len(losses)]
-    tried: list[int] = []
+    ladder, tried = LADDER[: len(losses)], []
 
-    def loss_of(rate: float) -> float:
+    def loss_of(rate):
         tried.append(ladder.index(rate))
         return losses[tried[-1]]
 
@@ -200,7 +157,7 @@ def walk(losses: list[float], start: int) -> tuple[int, list[int], dict[float, f
 
 
 @st.composite
-def valleys(draw: st.DrawFn) -> tuple[list[float], int, int]:
+def valleys(draw):
     """Losses that fall strictly to one rung and rise strictly after it; that rung; a start."""
     size = draw(st.integers(1, len(LADDER)))
     best = draw(st.integers(0, size - 1))
@@ -210,39 +167,27 @@ def valleys(draw: st.DrawFn) -> tuple[list[float], int, int]:
 
 
 @given(valleys())
-def test_in_a_single_valley_it_finds_the_lowest_rung_and_tries_no_rung_in_vain(
-    valley: tuple[list[float], int, int],
-) -> None:
+def test_in_a_single_valley_it_finds_the_lowest_rung_and_tries_no_rung_in_vain(valley):
     losses, best, start = valley
     found, tried, measured = walk(losses, start)
     assert found == best
     above = start if best < start else best + 1  # where the rung below the start is better, none above it is tried
     on_the_way = range(max(min(start, best) - 1, 0), min(above + 1, len(losses)))
-    assert sorted(tried) == list(on_the_way), "each once: the way from start to best and the rungs beside it"
+    assert sorted(tried) == list(on_the_way), "each once: the way from start to best and the neighbouring rungs"
     assert measured == {LADDER[rung]: losses[rung] for rung in tried}
 
 
-@pytest.mark.parametrize(
-    ("losses", "start", "best", "order"),
-    [
-        ([5, 4, 3, 4, 5], 2, 2, [2, 1, 3]),  # a right start costs three trainings
-        ([5, 4, 3, 4, 5], 3, 2, [3, 2, 1]),  # so does one that is a rung too high
-        ([1, 1, 1], 1, 1, [1, 0, 2]),  # equal losses go to the rate tried first
-        ([math.inf, math.nan, math.inf], 1, 1, [1, 0, 2]),  # where all fail the start stays
-    ],
-)
-def test_the_order_of_the_walk(losses: list[float], start: int, best: int, order: list[int]) -> None:
-    found, tried, _ = walk(losses, start)
-    assert (found, tried) == (best, order)
+def test_ties_and_failures_stay_at_the_rate_tried_first():
+    for losses in ([1, 1, 1], [math.inf, math.nan, math.inf]):
+        assert walk(losses, 1)[:2] == (1, [1, 0, 2])
 
 
-@given(
-    st.lists(st.sampled_from([0.5, 1.0, 2.0, math.inf, math.nan, -math.inf]), min_size=1, max_size=len(LADDER)),
-    st.data(),
-)
-def test_on_any_losses_it_ends_no_worse_than_both_neighbours(losses: list[float], data: st.DataObject) -> None:
-    start = data.draw(st.integers(0, len(losses) - 1))
-    found, tried, measured = walk(losses, start)
+LOSSES = st.lists(st.sampled_from([0.5, 1.0, 2.0, math.inf, math.nan, -math.inf]), min_size=1, max_size=len(LADDER))
+
+
+@given(LOSSES, st.data())
+def test_on_any_losses_it_ends_no_worse_than_both_neighbours(losses, data):
+    found, tried, measured = walk(losses, data.draw(st.integers(0, len(losses) - 1)))
     finite = [loss if math.isfinite(loss) else math.inf for loss in losses]
     assert len(tried) == len(set(tried)) == len(measured)
     assert finite[found] == min(finite[rung] for rung in tried)

@@ -1,7 +1,5 @@
 """Cells as processes: what they are given, how they end, and what an interruption leaves."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal
@@ -9,10 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-import traceback
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
@@ -23,11 +18,15 @@ from badit.recipe import build_recipe
 from badit.results import load_results
 from badit.run import Run
 from badit.worker import CellProcess
-from comparison.cells import InlineCell, Values, by_status, compare_module, compared
+from comparison.cells import LORA, InlineCell, by_status, compare_module, compared
 
 
-def test_a_cell_in_a_process_of_its_own(values: Values) -> None:
-    values["compare"]["methods"] = {"lora": {"name": "lora", "r": 4}}
+def results_of(values):
+    return read_json(Path(values["output"]) / "results.json")
+
+
+def test_a_cell_in_a_process_of_its_own(values):
+    values["compare"]["methods"] = LORA
     (cell,) = compared(values, jobs=2)["cells"]
     assert (cell["status"], cell["error"]) == ("done", None)
     assert cell["environment"]["torch_threads"] == max(1, (os.cpu_count() or 1) // 2)
@@ -37,65 +36,57 @@ def test_a_cell_in_a_process_of_its_own(values: Values) -> None:
     assert load_results(values["output"]).scored_methods == ["lora"]
 
 
-@pytest.mark.parametrize("jobs", [1, 2])
-def test_jobs_share_the_cores_and_a_cell_gets_the_free_gpu(
-    values: Values, monkeypatch: pytest.MonkeyPatch, jobs: int
-) -> None:
+def test_jobs_share_the_cores_and_a_cell_gets_the_free_gpu(values, monkeypatch):
     """One long cell; short ones next to it, which all belong on the other GPU."""
     long_began, last_began = threading.Event(), threading.Event()
-    shares: dict[str, list[tuple[int | None, int | None]]] = {"long": [], "short": []}
+    shares = {"long": [], "short": []}
 
     class Cell:
-        def __init__(self, config: str, folder: Path, *, score: bool, threads: int | None, device: int | None) -> None:
-            self._name = folder.parts[-3]
-            shares[self._name].append((threads, device))
-            if self._name == "long":
+        def __init__(self, config, folder, *, score, threads, device):
+            method = folder.parts[-3]
+            shares[method].append((threads, device))
+            self._waits_for = last_began if method == "long" else long_began
+            if method == "long":
                 long_began.set()
             elif len(shares["short"]) == 3:
                 last_began.set()
 
-        def wait(self) -> str | None:
-            if jobs == 2:
-                (last_began if self._name == "long" else long_began).wait()
+        def wait(self):
+            self._waits_for.wait()
             return "not run"
 
     monkeypatch.setattr(compare_module, "CellProcess", Cell)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
-    lora = {"name": "lora", "r": 4}
-    values["compare"] |= {"methods": {"long": lora, "short": lora}, "seeds": [0, 1, 2], "reference": "long"}
-    compared(values, jobs=jobs)
-    if jobs == 1:
-        assert set(shares["long"] + shares["short"]) == {(None, None)}
-        return
-    assert {threads for threads, _ in shares["long"] + shares["short"]} == {4}
-    assert len({device for _, device in [*shares["short"], (4, 1 - shares["long"][0][1])]}) == 1
+    methods = {"long": LORA["lora"], "short": LORA["lora"]}
+    values["compare"] |= {"methods": methods, "seeds": [0, 1, 2], "reference": "long"}
+    compared(values, jobs=2)
+    assert shares["long"][0][0] == 4
+    assert set(shares["short"]) == {(4, 1 - shares["long"][0][1])}
 
 
-def cell_process(values: Values, config: str | None = None) -> CellProcess:
+def cell_process(values, config=None):
     recipe = build_recipe({**values, "compare": None})
-    folder = Run.prepare(recipe).path
     config = json.dumps(recipe.model_dump(mode="json")) if config is None else config
-    return CellProcess(config, folder, score=True, threads=3, device=1)
+    return CellProcess(config, Run.prepare(recipe).path, score=True, threads=3, device=1)
 
 
-def test_a_killed_process_is_named(values: Values) -> None:
-    process = cell_process(values)
-    os.kill(process._process.pid, signal.SIGKILL)
-    message = "killed by SIGKILL (out of memory?)"
-    assert process.wait() == message
-    assert (Path(values["output"]) / "error.txt").read_text() == message + "\n"
-
-
-@pytest.mark.parametrize("end", [CellProcess.stop, CellProcess.kill])
-def test_a_process_that_is_asked_to_stop_has_not_failed(values: Values, end: Callable[[CellProcess], None]) -> None:
-    process = cell_process(values)
+@pytest.mark.parametrize(
+    ("end", "message", "kept"),
+    [
+        (lambda cell: os.kill(cell._process.pid, signal.SIGKILL), "killed by SIGKILL (out of memory?)", True),
+        (CellProcess.stop, "interrupted", False),
+        (CellProcess.kill, "interrupted", False),
+    ],
+)
+def test_how_a_process_ended_is_named(values, end, message, kept):
+    process, error = cell_process(values), Path(values["output"]) / "error.txt"
     end(process)
-    assert process.wait() == "interrupted"
-    assert not (Path(values["output"]) / "error.txt").exists()
+    assert process.wait() == message
+    assert (error.read_text() if error.exists() else "") == (message + "\n") * kept
 
 
-def test_a_process_gets_its_share_in_its_environment(values: Values, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_gets_its_share_in_its_environment(values, monkeypatch):
     script = "import os, sys; print(os.environ['OMP_NUM_THREADS'], os.environ['CUDA_VISIBLE_DEVICES']); sys.exit(7)"
     start = subprocess.Popen
     monkeypatch.setattr(subprocess, "Popen", lambda command, **k: start([sys.executable, "-c", script], **k))
@@ -105,7 +96,7 @@ def test_a_process_gets_its_share_in_its_environment(values: Values, monkeypatch
     assert log.read_text() == "3 1\n"
 
 
-def test_a_cell_ends_with_the_process_that_started_it() -> None:
+def test_a_cell_ends_with_the_process_that_started_it():
     script = """
 import sys, time
 from badit import worker
@@ -123,7 +114,7 @@ worker.main()
         assert process.wait() == -signal.SIGTERM
 
 
-def test_sigterm_stops_the_command_and_its_cells_which_save_their_state(values: Values, tmp_path: Path) -> None:
+def test_sigterm_stops_the_command_and_its_cells_which_save_their_state(values, tmp_path):
     values["training"] |= {"max_steps": 100_000, "logging_steps": 1}
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(values, sort_keys=False))
@@ -139,62 +130,46 @@ def test_sigterm_stops_the_command_and_its_cells_which_save_their_state(values: 
         process.kill()
     assert process.returncode == 130
     assert out == ""
-    assert err.splitlines() == [
-        "lora/lr-0.01/seed-0: training and scoring",
-        "",
-        "badit: interrupted; the same command continues from the last checkpoint",
-    ]
+    message = "badit: interrupted; the same command continues from the last checkpoint"
+    assert err.splitlines() == ["lora/lr-0.01/seed-0: training and scoring", "", message]
     steps = cell.metrics_path.read_text().count("\n")
     assert last_checkpoint(cell.checkpoints_path) == cell.checkpoints_path / f"checkpoint-{steps}"
     assert not (cell.path / "error.txt").exists()
     time.sleep(0.5)
     assert cell.metrics_path.read_text().count("\n") == steps, "the cell has ended too"
-    assert by_status(read_json(Path(values["output"]) / "results.json"), status="missing", error=None) == ["lora/0"]
+    assert by_status(results_of(values), status="missing", error=None) == ["lora/0"]
 
 
-class Interrupting:
-    """A report that takes a Ctrl-C's place at the given line."""
+def test_an_interrupted_comparison_keeps_what_is_done_and_continues(values, inline, monkeypatch):
+    values["compare"] |= {"methods": LORA, "seeds": [0, 1]}
+    lines = []
 
-    def __init__(self, at: int) -> None:
-        self.lines: list[str] = []
-        self._at = at
-
-    def __call__(self, line: str) -> None:
-        self.lines.append(line)
-        if len(self.lines) == self._at:
+    def report(line):
+        lines.append(line)
+        if len(lines) == 3:  # the second cell is about to begin
             raise KeyboardInterrupt
 
-
-def test_an_interrupted_comparison_keeps_what_is_done_and_goes_on(values: Values, inline: list[str]) -> None:
-    values["compare"] |= {"methods": {"lora": {"name": "lora", "r": 4}}, "seeds": [0, 1]}
     with pytest.raises(KeyboardInterrupt):
-        compared(values, report=Interrupting(at=3))  # the second cell is about to begin
-    results = read_json(Path(values["output"]) / "results.json")
+        compared(values, report=report)
+    results = results_of(values)
     load_results(values["output"])
     assert by_status(results, status="done") == ["lora/0"]
     assert by_status(results, status="missing", error=None) == ["lora/1"]
-    assert inline == ["lr-0.01/seed-0"]
-    assert by_status(compared(values), status="done") == ["lora/0", "lora/1"]
-    assert inline == ["lr-0.01/seed-0", "lr-0.01/seed-1"]
 
+    def interrupted(self):
+        raise KeyboardInterrupt
 
-def test_an_interruption_while_waiting(values: Values, inline: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    values["compare"]["methods"] = {"lora": {"name": "lora", "r": 4}}
     with monkeypatch.context() as patch:
-
-        def interrupted(self: InlineCell) -> str | None:
-            raise KeyboardInterrupt
-
         patch.setattr(InlineCell, "wait", interrupted)
         with pytest.raises(KeyboardInterrupt):
             compared(values)
-    results = read_json(Path(values["output"]) / "results.json")
-    assert by_status(results, status="missing", error=None) == by_status(results) == ["lora/0"]
-    assert by_status(compared(values), status="done") == ["lora/0"]
+    assert by_status(results_of(values), status="missing", error=None) == ["lora/1"]
+    assert by_status(compared(values), status="done") == ["lora/0", "lora/1"]
+    assert inline == ["lr-0.01/seed-0", "lr-0.01/seed-1", "lr-0.01/seed-1"]
 
 
 @pytest.fixture
-def _ctrl_c_interrupts() -> Iterator[None]:
+def _ctrl_c_interrupts():
     """As in a foreground process; a shell has those in the background ignore it."""
     former = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
@@ -202,76 +177,63 @@ def _ctrl_c_interrupts() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("_ctrl_c_interrupts")
-def test_running_cells_are_asked_to_stop_and_decide_nothing(values: Values, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_running_cells_are_asked_to_stop_and_decide_nothing(values, monkeypatch):
     """Two methods at a time: a Ctrl-C while one searches its last rate must not settle its rate."""
     values["compare"]["learning_rates"] = [0.001, 0.01]
-    waiting = threading.Event()
-    stopped: list[str] = []
+    waiting, stopped, lines = threading.Event(), [], []
 
     class Cell:
-        def __init__(self, config: str, folder: Path, **options: Any) -> None:
+        def __init__(self, config, folder, **options):
             self._folder, self._stop = folder, threading.Event()
 
-        def stop(self) -> None:
+        def stop(self):
             stopped.append(str(self._folder.relative_to(values["output"])))
             self._stop.set()
 
-        def wait(self) -> str | None:
-            if self._folder.parts[-3] == "lora":
-                if self._folder.parts[-2] == "lr-0.001":
-                    waiting.set()
-                    self._stop.wait()
-                    return "interrupted"
+        def wait(self):
+            method, rate, _ = self._folder.parts[-3:]
+            if (method, rate) == ("lora", "lr-0.01"):
                 (self._folder / "validation.json").write_text('{"loss": 1.0}')
                 return None
-            waiting.wait()
-            os.kill(os.getpid(), signal.SIGINT)
+            if method == "lora":
+                waiting.set()
+            else:
+                waiting.wait()
+                os.kill(os.getpid(), signal.SIGINT)
             self._stop.wait()
             return "interrupted"
 
     monkeypatch.setattr(compare_module, "CellProcess", Cell)
-    lines: list[str] = []
     with pytest.raises(KeyboardInterrupt):
         compared(values, jobs=2, report=lines.append)
     assert sorted(stopped) == ["badit/lr-0.01/seed-0", "lora/lr-0.001/seed-0"]
     assert not any("learning rate" in line or "FAILED" in line for line in lines)
-    results = read_json(Path(values["output"]) / "results.json")
-    assert by_status(results, selected=True) == []
-    assert by_status(results, status="failed") == []
-
-
-def interrupt_within(function: str) -> None:
-    """Sends a Ctrl-C as soon as the main thread is within the function."""
-
-    def send() -> None:
-        main = threading.main_thread().ident
-        while not any(frame.name == function for frame in traceback.extract_stack(sys._current_frames()[main])):
-            time.sleep(0.05)
-        signal.pthread_kill(main, signal.SIGINT)
-
-    threading.Thread(target=send, daemon=True).start()
+    assert by_status(results_of(values), selected=True) == by_status(results_of(values), status="failed") == []
 
 
 @pytest.mark.usefixtures("_ctrl_c_interrupts")
-def test_a_second_interruption_ends_the_cells_at_once(values: Values, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_interruption_ends_the_cells_at_once(values, monkeypatch):
     """A cell that takes its time to save its state, and a user who will not wait for it."""
-    values["compare"]["methods"] = {"lora": {"name": "lora", "r": 4}}
-    told: list[str] = []
+    values["compare"]["methods"] = LORA
+    told = []
+
+    def ctrl_c_later():
+        threading.Timer(0.5, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT)).start()
 
     class Slow:
-        def __init__(self, *arguments: Any, **options: Any) -> None:
+        def __init__(self, *arguments, **options):
             self.ended = threading.Event()
 
-        def stop(self) -> None:
+        def stop(self):
             told.append("stop")
-            interrupt_within("shutdown")
+            ctrl_c_later()
 
-        def kill(self) -> None:
+        def kill(self):
             told.append("kill")
             self.ended.set()
 
-        def wait(self) -> str | None:
-            interrupt_within("result")
+        def wait(self):
+            ctrl_c_later()
             self.ended.wait()
             return "interrupted"
 
@@ -279,5 +241,4 @@ def test_a_second_interruption_ends_the_cells_at_once(values: Values, monkeypatc
     with pytest.raises(KeyboardInterrupt):
         compared(values)
     assert told == ["stop", "kill"]
-    results = read_json(Path(values["output"]) / "results.json")
-    assert by_status(results, status="missing", error=None) == ["lora/0"]
+    assert by_status(results_of(values), status="missing", error=None) == ["lora/0"]

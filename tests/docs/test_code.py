@@ -20,7 +20,7 @@ _BLOCK = re.compile(r"^```(python|sh)\n(.*?)^```", flags=re.DOTALL | re.MULTILIN
 # Pages whose commands are run besides, since each builds on those before it.
 WALKED = [Page("docs/quickstart.md")]
 # Pages whose code another test runs, in the surroundings that it needs.
-ELSEWHERE = {"README.md": "tests/test_readme.py"}
+ELSEWHERE = {"README.md": "tests/test_examples.py"}
 WITH_CODE = [page for page in pages() if page.blocks("python") and page not in WALKED and page.path not in ELSEWHERE]
 
 

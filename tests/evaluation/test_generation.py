@@ -1,19 +1,25 @@
+"""Decoding against a naive loop: batches, end tokens, adapters, streaming; and scoring the answers."""
+
 import itertools
 import warnings
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import get_peft_model
 
 from badit import BaditConfig, generation
+from badit.data import Instance, Task
 from badit.errors import BaditError
+from badit.evaluate import evaluate, read_predictions, score_model, write_predictions
 from badit.generation import generate_answers, stream_answer
+from badit.metrics import Prediction
+from badit.recipe import build_recipe
 from data.examples import make_tokenizer
 from tuner.helpers import randomise
 
 
 def naive_tokens(model, prompt, *, ends=(), limit=12):
-    """One prompt at a time, no cache, no padding: the largest logit, again and again. The end token is left out."""
+    """One prompt at a time, without cache and padding: always the largest logit. The end token is left out."""
     tokens = list(prompt)
     for _ in range(limit):
         with torch.no_grad():
@@ -38,31 +44,33 @@ def test_equals_naive_decoding_in_the_order_of_the_prompts(model, tokenizer, pro
     expected = [words(naive_tokens(model, prompt, ends={1})) for prompt in prompts]
     assert len(set(expected)) > 4  # the answers differ, so that a wrong order shows
     assert generate(model, tokenizer, prompts, batch_size=batch_size) == expected
+    assert generate(model, tokenizer, []) == []
 
 
-def test_decodes_the_longest_prompts_first_with_masked_left_padding(model, tokenizer, prompts, monkeypatch):
-    batches = []
-    original = model.generate
+def test_progress_goes_to_stderr_only_when_asked_for(model, tokenizer, prompts, capsys):
+    for progress in (False, True):
+        generate(model, tokenizer, prompts, progress=progress)
+        out, err = capsys.readouterr()
+        assert (out, "8/8" in err, bool(err)) == ("", progress, progress)
 
-    def spy(input_ids, attention_mask, **options):
-        if not options.keys() & {"cache", "past_key_values"}:  # with a cache, the rest of a batch goes on
-            batches.append((input_ids, attention_mask))
-        return original(input_ids=input_ids, attention_mask=attention_mask, **options)
+
+def spy_on(model, monkeypatch):
+    """The arguments of each call of ``model.generate``."""
+    calls, original = [], model.generate
+
+    def spy(**options):
+        calls.append(options)
+        return original(**options)
 
     monkeypatch.setattr(model, "generate", spy)
-    generate(model, tokenizer, prompts, batch_size=3)
-    assert [mask.sum(1).tolist() for _, mask in batches] == [[30, 17, 9], [9, 5, 3], [2, 1]]
-    for ids, mask in batches:
-        assert mask[:, -1].all()
-        assert (ids[mask == 0] == tokenizer.pad_token_id).all()
+    return calls
 
 
 def test_stops_at_every_end_token_of_model_and_tokenizer(model, tokenizer, prompts):
     free = [naive_tokens(model, prompt) for prompt in prompts]
-    first, second = free[1][4], free[5][2]
-    model.generation_config.eos_token_id = [first, 127]
-    tokenizer.eos_token = f"w{second}"
-    ends = {first, 127, second}
+    ends = {free[1][4], 127, free[5][2]}
+    model.generation_config.eos_token_id = [free[1][4], 127]
+    tokenizer.eos_token = f"w{free[5][2]}"
     expected = [words(naive_tokens(model, prompt, ends=ends)) for prompt in prompts]
     assert sum(len(answer.split()) < 12 for answer in expected) >= 2
     assert generate(model, tokenizer, prompts) == expected
@@ -76,153 +84,100 @@ def test_padding_with_an_ordinary_token_is_not_part_of_the_answer(model, tokeniz
     assert generate(model, tokenizer_without_special_tokens, prompts) == expected
 
 
-def test_sets_aside_the_models_own_decoding_options_and_restores_them(model, tokenizer, prompts):
+def test_ignores_the_models_own_decoding_options_and_leaves_everything_as_it_was(
+    model, tokenizer, prompts, monkeypatch
+):
     expected = generate(model, tokenizer, prompts)
-    own = model.generation_config
-    own.do_sample, own.temperature, own.top_p, own.repetition_penalty, own.no_repeat_ngram_size = True, 2.0, 0.5, 9.0, 1
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert generate(model, tokenizer, prompts) == expected
-    assert model.generation_config is own
-
-
-def test_leaves_training_mode_and_tokenizer_as_they_were(model, tokenizer, prompts, monkeypatch):
     model.train()
     model.model.layers[0].eval()
     tokenizer.padding_side = "right"
-    before = [module.training for module in model.modules()]
-    generate(model, tokenizer, prompts)
-    assert [module.training for module in model.modules()] == before
-    assert tokenizer.padding_side == "right"
-
     own = model.generation_config
+    own.do_sample, own.temperature, own.top_p, own.repetition_penalty, own.no_repeat_ngram_size = True, 2.0, 0.5, 9.0, 1
+    modes = [module.training for module in model.modules()]
+
+    def assert_unchanged():
+        assert [module.training for module in model.modules()] == modes
+        assert model.generation_config is own
+        assert tokenizer.padding_side == "right"
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert generate(model, tokenizer, prompts) == expected
+    assert_unchanged()
     monkeypatch.setattr(model, "generate", lambda **_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         generate(model, tokenizer, prompts)
-    assert [module.training for module in model.modules()] == before
-    assert model.generation_config is own
-
-
-def test_adapters_take_part(model, tokenizer, prompts):
-    plain = generate(model, tokenizer, prompts)
-    lora = LoraConfig(r=4, target_modules=["q_proj", "up_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
-    adapted = get_peft_model(model, lora).train()
-    answers = generate(adapted, tokenizer, prompts)
-    assert adapted.training
-    adapted.eval()
-    assert answers == [words(naive_tokens(adapted, prompt, ends={1})) for prompt in prompts]
-    assert answers != plain
+    assert_unchanged()
 
 
 @pytest.fixture
 def ending(model, prompts):
-    """The model with two end tokens, by which its answers to the prompts have several lengths."""
+    """The model with end tokens by which its answers to the prompts have several lengths."""
     free = [naive_tokens(model, prompt) for prompt in prompts]
     model.generation_config.eos_token_id = [free[1][4], free[5][2], free[2][7]]
     return model
 
 
-def rows_of_each_call(model, monkeypatch):
-    rows, original = [], model.generate
-
-    def spy(input_ids, **options):
-        rows.append(len(input_ids))
-        return original(input_ids=input_ids, **options)
-
-    monkeypatch.setattr(model, "generate", spy)
-    return rows
-
-
-def test_a_batch_goes_on_without_the_half_that_has_ended(ending, tokenizer, prompts, monkeypatch):
-    ends = {1, *ending.generation_config.eos_token_id}
-    expected = [words(naive_tokens(ending, prompt, ends=ends)) for prompt in prompts]
-    assert len({len(answer.split()) for answer in expected}) >= 3
-    rows = rows_of_each_call(ending, monkeypatch)
-    assert generate(ending, tokenizer, prompts) == expected
+@pytest.mark.parametrize("routing", [None, "prompt", "token"])
+def test_a_batch_continues_without_the_rows_that_have_ended(ending, tokenizer, prompts, routing, monkeypatch):
+    """The mixtures of the rows that continue are still theirs."""
+    model = ending
+    if routing:
+        config = BaditConfig(num_experts=4, r=2, target_modules=["gate_proj"], routing=routing, task_type="CAUSAL_LM")
+        model = randomise(get_peft_model(ending, config))
+        expected = generate(model, tokenizer, prompts, batch_size=1)
+    else:
+        ends = {1, *ending.generation_config.eos_token_id}
+        expected = [words(naive_tokens(ending, prompt, ends=ends)) for prompt in prompts]
+    assert len({len(answer.split()) for answer in expected}) >= 2
+    calls = spy_on(model, monkeypatch)
+    assert generate(model, tokenizer, prompts) == expected
+    rows = [len(call["input_ids"]) for call in calls]
     assert rows[0] == 8
     assert len(rows) > 1
     assert all(2 * after <= before for before, after in itertools.pairwise(rows))
 
 
-@pytest.mark.parametrize("routing", ["prompt", "token"])
-def test_the_mixtures_of_the_rows_that_go_on_are_theirs(ending, tokenizer, prompts, routing, monkeypatch):
-    config = BaditConfig(num_experts=4, r=2, target_modules=["gate_proj"], routing=routing, task_type="CAUSAL_LM")
-    adapted = randomise(get_peft_model(ending, config))
-    alone = generate(adapted, tokenizer, prompts, batch_size=1)
-    rows = rows_of_each_call(adapted, monkeypatch)
-    assert generate(adapted, tokenizer, prompts) == alone
-    assert len(rows) > 1
-    assert len({len(answer.split()) for answer in alone}) > 1
-
-
-def test_where_rows_cannot_be_taken_out_of_a_cache_a_batch_is_decoded_in_one_go(
-    ending, tokenizer, prompts, monkeypatch
-):
+def test_where_rows_cannot_be_removed_from_a_cache_the_batch_stays_whole(ending, tokenizer, prompts, monkeypatch):
     expected = generate(ending, tokenizer, prompts)
     monkeypatch.setattr(generation, "select_rows", lambda cache, rows: False)
-    rows = rows_of_each_call(ending, monkeypatch)
+    calls = spy_on(ending, monkeypatch)
     assert generate(ending, tokenizer, prompts) == expected
-    assert rows == [8, 8]
-
-
-def test_progress_goes_to_stderr_only_when_asked_for(model, tokenizer, prompts, capsys):
-    generate(model, tokenizer, prompts)
-    assert capsys.readouterr() == ("", "")
-    generate(model, tokenizer, prompts, progress=True)
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert "8/8" in err
-
-
-def test_no_prompts_no_answers(model, tokenizer):
-    assert generate(model, tokenizer, []) == []
-
-
-@pytest.mark.parametrize(
-    ("prompts", "options", "message"),
-    [
-        ([[5], []], {}, "number 1 has no tokens"),
-        ([[5]], {"batch_size": 0}, "batch_size"),
-        ([[5]], {"max_new_tokens": 0}, "max_new_tokens"),
-    ],
-)
-def test_refuses_what_cannot_be_decoded(model, tokenizer, prompts, options, message):
-    with pytest.raises(BaditError, match=message):
-        generate(model, tokenizer, prompts, **options)
+    assert [len(call["input_ids"]) for call in calls] == [8, 8]
 
 
 def stream(model, tokenizer, prompt, **options):
     shown = []
-    return stream_answer(model, tokenizer, prompt, show=shown.append, max_new_tokens=12, **options), shown
+    options = {"show": shown.append, "max_new_tokens": 12, **options}
+    return stream_answer(model, tokenizer, prompt, **options), shown
+
+
+def test_what_cannot_be_decoded_is_refused(model, tokenizer):
+    for call, message in (
+        (lambda: generate(model, tokenizer, [[5], []]), "number 1 has no tokens"),
+        (lambda: generate(model, tokenizer, [[5]], batch_size=0), "batch_size"),
+        (lambda: generate(model, tokenizer, [[5]], max_new_tokens=0), "max_new_tokens"),
+        (lambda: stream(model, tokenizer, []), "has no tokens"),
+        (lambda: stream(model, tokenizer, [5], max_new_tokens=0), "at least 1, not 0"),
+    ):
+        with pytest.raises(BaditError, match=message):
+            call()
 
 
 def test_a_streamed_answer_is_the_same_and_grows_by_tokens(model, tokenizer, prompts):
-    ends = 0
+    ended = []
     for prompt in prompts:
         tokens = naive_tokens(model, prompt, ends={1})
         answer, shown = stream(model, tokenizer, prompt)
-        ended = len(tokens) < 12
-        assert answer == (words(tokens), len(tokens), ended)
+        ended.append(len(tokens) < 12)
+        assert answer == (words(tokens), len(tokens), ended[-1])
         expected = [words(tokens[: i + 1]) for i in range(len(tokens))]
-        assert shown == [*expected, *expected[-1:] * ended]
-        ends += ended
-    assert generate(model, tokenizer, prompts[:1]) == [stream(model, tokenizer, prompts[0])[0].text]
-
-
-def test_what_the_show_raises_ends_the_answer_and_restores_the_model(model, tokenizer, prompts):
-    model.train()
-    own, shown = model.generation_config, []
-
-    def show(text):
-        shown.append(text)
-        if len(shown) == 3:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        stream_answer(model, tokenizer, prompts[1], show=show, max_new_tokens=12)
-    assert len(shown) == 3
-    assert model.training
-    assert model.generation_config is own
+        assert shown == [*expected, *expected[-1:] * ended[-1]]
+    assert any(ended)
+    own = model.train().generation_config
+    with pytest.raises(ZeroDivisionError):
+        stream(model, tokenizer, prompts[1], show=lambda text: 1 / 0)
+    assert (model.training, model.generation_config) == (True, own)
 
 
 def test_half_a_character_waits_for_its_other_half(model, prompts):
@@ -240,7 +195,69 @@ def test_half_a_character_waits_for_its_other_half(model, prompts):
     assert len(set(shown)) < len(ids), "some tokens are a part of a character"
 
 
-@pytest.mark.parametrize(("prompt", "limit", "message"), [([], 12, "has no tokens"), ([5], 0, "at least 1, not 0")])
-def test_a_stream_refuses_what_has_no_answer(model, tokenizer, prompt, limit, message):
-    with pytest.raises(BaditError, match=message):
-        stream_answer(model, tokenizer, prompt, show=print, max_new_tokens=limit)
+# --- scores and files of answers --------------------------------------------------------------------------------------
+
+RECIPE = build_recipe({"evaluation": {"max_new_tokens": 4, "batch_size": 2}, "prompt": {"chat_template": "never"}})
+
+
+def tasks_of(*answers):
+    """Two tasks, of three instances and one, with these references."""
+    inputs = ["w5 w6 w7", "w9", "w3 w3 w3 w3 w90", "w77 w8"]
+    pairs = zip(inputs, answers, strict=True)
+    instances = [Instance(id=f"i{i}", input=text, outputs=("zzz", answer)) for i, (text, answer) in enumerate(pairs)]
+    right = Task(name="right", definition="w1", test=tuple(instances[:3]), validation=tuple(instances[:1]))
+    return [right, Task(name="wrong", definition="w1", test=tuple(instances[3:]))]
+
+
+def test_scores_and_predictions_belong_to_their_instances(model, tokenizer):
+    _, answers = score_model(model, tokenizer, RECIPE, tasks_of(*"abcd"), "test", progress=False)
+    tasks = tasks_of(*[answer.prediction for answer in answers[:3]], "d")
+    scores, predictions = score_model(model, tokenizer, RECIPE, tasks, "test", progress=False)
+    assert scores["tasks"]["right"] == {"rouge_l": 100.0, "exact_match": 100.0, "instances": 3}
+    assert scores["tasks"]["wrong"] == {"rouge_l": 0.0, "exact_match": 0.0, "instances": 1}
+    assert (scores["rouge_l"], scores["rouge_l_instances"]) == (50.0, 75.0)
+    ids = [(p.task, p.instance_id) for p in predictions]
+    assert ids == [("right", "i0"), ("right", "i1"), ("right", "i2"), ("wrong", "i3")]
+    for prediction, instance in zip(predictions, [i for task in tasks for i in task.test], strict=True):
+        assert instance.input in prediction.prompt
+        assert prediction.references == instance.outputs
+    _, predictions = score_model(model, tokenizer, RECIPE, tasks[:1], "validation", progress=False)
+    assert [p.instance_id for p in predictions] == ["i0"]
+
+
+AWKWARD = [
+    Prediction("a", "2", "", ("x",), ""),
+    Prediction("task b", "1", 'line\nbreak \u2028 and "quotes"', ("ü", "中"), "p\r\n"),
+    Prediction("task b", "0", "y", ("x",), "p"),
+]
+
+
+def test_predictions_survive_the_files_and_an_interrupted_write(tmp_path, monkeypatch):
+    folder = tmp_path / "new" / "folder"
+    write_predictions(folder, [AWKWARD[1], AWKWARD[0], AWKWARD[2]])
+    assert sorted(file.name for file in folder.iterdir()) == ["a.jsonl", "task b.jsonl"]
+    assert read_predictions(folder) == AWKWARD
+    monkeypatch.setattr("pathlib.Path.replace", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        write_predictions(folder, [Prediction("task b", "9", "", ("x",), "")])
+    assert read_predictions(folder) == AWKWARD
+
+
+@pytest.mark.parametrize("name", ["", " ", "../up", "a/b", "a\\b", ".hidden", "new\nline"])
+def test_a_task_name_never_leaves_the_folder(tmp_path, name):
+    with pytest.raises(BaditError, match="cannot be a file name"):
+        write_predictions(tmp_path / "inside", [Prediction(name, "1", "", ("x",), "")])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bad_predictions_and_splits_are_named(tmp_path):
+    for line in ("{", "[]", '{"task": "a"}', '{"references": [], "surplus": 1}'):
+        write_predictions(tmp_path, AWKWARD[:1])
+        with (tmp_path / "a.jsonl").open("a") as file:
+            file.write(line + "\n")
+        with pytest.raises(BaditError, match=r"a\.jsonl: (line 2: .*evaluate again|invalid JSON at line 2)"):
+            read_predictions(tmp_path)
+    with pytest.raises(BaditError, match=r"no \.jsonl files"):
+        read_predictions(tmp_path / "empty")
+    with pytest.raises(BaditError, match=r"none of test, validation \(did you mean 'test'\?\)"):
+        evaluate(tmp_path, split="tests")

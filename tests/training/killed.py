@@ -1,9 +1,10 @@
-"""Processes of ``badit train`` that end as they are told to: by a signal, or by a disk that takes no more.
+"""Processes of ``badit train`` that end as they are told to: by a signal, or on a full disk.
 
 ``python killed.py`` imports everything once, then forks a process for each line of its standard input, a JSON object:
 
     recipe    the file to train
-    record    a folder for what a run leaves nowhere: the optimizer's state, the sums of open windows, counts of events
+    output    the run's folder
+    counts    a file for the counts of the events, if the process ends by itself
     event     when to strike: a callback's event such as on_step_end, or "file", an operation on a file of the run
     number    at which of these events, counted from 1 (0: never)
     signal    what to send itself there; or 0: from there on no file may grow beyond 2 kB, as on a full disk
@@ -23,30 +24,28 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import peft.utils.transformers_weight_conversion
-import rouge_score.rouge_scorer
-import torch
-import transformers.models.llama.modeling_llama
-from safetensors.torch import save_file
+import peft.utils.transformers_weight_conversion  # noqa: F401
+import rouge_score.rouge_scorer  # noqa: F401
+import transformers.models.llama.modeling_llama  # noqa: F401
 from transformers import TrainerCallback
 
-import badit.cli
-import badit.evaluate
+import badit.evaluate  # noqa: F401 (imported, as are those above, so that the forked processes need not)
 from badit.cli import main
 from badit.methods import AdapterMethod
+from training.trainers import on
 
-_WRITING = os.O_WRONLY | os.O_RDWR
-EVENTS = (
-    "on_step_begin", "on_pre_optimizer_step", "on_optimizer_step", "on_step_end", "on_log", "on_save", "on_train_end"
-)  # fmt: skip
+STEP_EVENTS = ("on_step_begin", "on_pre_optimizer_step", "on_optimizer_step", "on_step_end")
+EVENTS = (*STEP_EVENTS, "on_log", "on_save", "on_train_end")
 
 
-class Striker(TrainerCallback):
+class Striker:
     """Counts events and strikes at one of them."""
 
     def __init__(self, order: dict[str, Any]) -> None:
         self.order = order
         self.counts: Counter[str] = Counter()
+        self.callbacks = [on(event, lambda *args, event=event: self.count(event)) for event in EVENTS]
+        sys.addaudithook(self.watch_files)
 
     def count(self, event: str) -> None:
         self.counts[event] += 1
@@ -56,63 +55,28 @@ class Striker(TrainerCallback):
             else:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (2_000, resource.RLIM_INFINITY))
 
-    def watch_files(self, folder: Path) -> None:
-        def hook(event: str, args: tuple[Any, ...]) -> None:
-            opened = event == "open" and isinstance(args[2], int) and args[2] & _WRITING
-            if (opened or event in ("os.rename", "os.remove", "os.rmdir", "os.mkdir")) and str(folder) in str(args[0]):
-                self.count("file")
-
-        sys.addaudithook(hook)
-
-
-def _event(name: str) -> Any:
-    return lambda self, *args, **kwargs: self.count(name)
-
-
-for name in EVENTS:
-    setattr(Striker, name, _event(name))
-
-
-class Recorder(TrainerCallback):
-    """Keeps the state at the end of each training that is in no file of the run."""
-
-    def __init__(self, path: Path, callbacks: list[TrainerCallback]) -> None:
-        self.path, self.callbacks = path, callbacks
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        tensors = {}
-        for index, of_parameter in kwargs["optimizer"].state_dict()["state"].items():
-            tensors |= {f"optimizer.{index}.{key}": torch.as_tensor(value) for key, value in of_parameter.items()}
-        for callback in self.callbacks:
-            windows = getattr(getattr(callback, "regrouper", callback), "windows", {})
-            for layer, window in windows.items():
-                tensors[f"steps.{layer}"] = torch.tensor(window.steps)
-                if window.gram_sum is not None:
-                    tensors[f"gram.{layer}"] = window.gram_sum
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({key: value.contiguous() for key, value in tensors.items()}, self.path)
+    def watch_files(self, event: str, args: tuple[Any, ...]) -> None:
+        opened = event == "open" and isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR)
+        changes = ("os.rename", "os.remove", "os.rmdir", "os.mkdir")
+        if (opened or event in changes) and self.order["output"] in str(args[0]):
+            self.count("file")
 
 
 def train(order: dict[str, Any]) -> int:
-    record = Path(order["record"])
-    striker = Striker(order)
-    own = AdapterMethod.callbacks
+    striker, own = Striker(order), AdapterMethod.callbacks
 
     def callbacks(self: AdapterMethod, run: Any) -> list[TrainerCallback]:
-        found = own(self, run)
-        stage = "run" if str(run.path) == order["output"] else run.path.name
-        return [*found, Recorder(record / f"{stage}.safetensors", found), striker]
+        return [*own(self, run), *striker.callbacks]
 
     AdapterMethod.callbacks = callbacks  # pyright: ignore
-    striker.watch_files(Path(order["output"]))
     code = main(["train", order["recipe"], f"output={order['output']}"])
-    (record / "counts.json").write_text(json.dumps(striker.counts))
+    Path(order["counts"]).write_text(json.dumps(striker.counts))
     return code
 
 
 def serve() -> None:
     gc.collect()
-    gc.freeze()  # so that no child's collections go through all imported modules
+    gc.freeze()  # so that the forked processes' collections skip the imported modules
     for line in sys.stdin:
         with tempfile.TemporaryFile("w+") as errors:
             child = os.fork()
@@ -124,9 +88,6 @@ def serve() -> None:
             errors.seek(0)
             print(json.dumps({"status": status, "errors": errors.read()}), flush=True)
 
-
-# Imported for the processes to come, which would otherwise each import them for itself.
-IMPORTED = (badit.cli, badit.evaluate, peft.utils, rouge_score.rouge_scorer, transformers.models.llama)
 
 if __name__ == "__main__":
     serve()

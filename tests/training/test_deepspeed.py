@@ -1,21 +1,21 @@
 """DeepSpeed's ZeRO, in two processes on the CPU: what is trained and how it is resumed. `make stress` installs it."""
 
-from __future__ import annotations
-
 from importlib.util import find_spec
 
 import pytest
 
-from training.launches import ENGINES, Launches, assert_same_run, assert_stops_and_resumes
+from training.launches import ENGINES, assert_same_run, assert_stops_and_resumes
 
 if find_spec("deepspeed") is None:
     pytest.skip("DeepSpeed is not installed; `make stress` installs it and runs this", allow_module_level=True)
 
 
-def test_two_processes_end_as_one_does_and_resume_exactly(launches: Launches) -> None:
-    launches.train("one", 1, batch=4)
+def test_two_processes_end_as_one_does_and_resume_exactly(launches, capsys):
+    launches.train_alone("one", batch=4)
     for engine in (name for name in ENGINES if name.startswith("deepspeed")):
         launches.train(engine, 2, engine)
         assert_same_run(launches.run(engine), launches.run("one"))
-        assert_stops_and_resumes(launches, engine, written_under="DeepSpeed")
+        assert_stops_and_resumes(launches, engine)
+        assert launches.train_alone(f"{engine}-copied") == 2
+        assert "was written under DeepSpeed" in capsys.readouterr().err
         assert "was written by 2 processes" in launches.train(f"{engine}-copied", 3, engine, code=2)

@@ -1,76 +1,59 @@
-"""The regrouping callback in a real Trainer: what it reads, what it changes, what it remembers."""
-
-from __future__ import annotations
+"""Regrouping in a Trainer and in a plain loop: what it reads, changes, saves and is measured on."""
 
 import json
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
-from transformers import TrainerCallback
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainingArguments
 
 import reference
+from badit import BaditError, RegroupCallback, Regrouper
 from badit.angles import trainable_adapters
-from badit.errors import BaditError
+from badit.data import AnswerCollator
+from badit.files import read_jsonl
 from badit.method import expert_angles, grouping_objective
-from badit.regroup import STATE_FILE, RegroupCallback
-from training.trainers import StopAt, adapted, make_trainer
+from badit.regroup import STATE_FILE, OutputProbe
+from training.trainers import QUIET, StopAt, adapted, adapter_state, assert_same, examples, make_trainer, on
 
-Model = Callable[..., Any]
-
-# PEFT 0.19 looks for the model's configuration on disk when it saves; these models never were there.
+# PEFT 0.19 looks for the model's configuration on disk when it saves; these models were never saved.
 pytestmark = pytest.mark.filterwarnings("ignore:Could not find a config file in:UserWarning")
 
-
-def log_lines(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "regroupings.jsonl").read_text().splitlines()]
-
-
-def state_of(model: Any) -> dict[str, torch.Tensor]:
-    return {name: tensor.clone() for name, tensor in model.state_dict().items() if "badit_" in name}
+PROMPT = {"input_ids": torch.tensor([[5, 6, 7, 8]])}
+BATCHES = 12
 
 
-def assert_same_state(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
-    assert one.keys() == other.keys()
-    for name in one:
-        assert torch.equal(one[name], other[name]), name
+def log_lines(folder):
+    return list(read_jsonl(folder / "regroupings.jsonl"))
 
 
-class Watch(TrainerCallback):
-    """Keeps every step's gradients, as they stand before the optimizer uses them."""
-
-    def __init__(self) -> None:
-        self.gradients: list[dict[str, tuple[np.ndarray, np.ndarray]]] = []
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        gradients = {}
-        for name, (layer, adapter) in trainable_adapters(kwargs["model"]):
-            pair = layer.badit_A[adapter].grad, layer.badit_B[adapter].grad
-            gradients[name] = tuple(grad.double().numpy().copy() for grad in pair)
-        self.gradients.append(gradients)
+def train(model, folder, *callbacks, resume=False, **options):
+    make_trainer(model, folder, list(callbacks), **options).train(resume_from_checkpoint=resume)
+    return model
 
 
-def test_every_line_holds_an_exact_partition_of_the_mean_gram_and_the_angles_of_the_window_after(
-    tiny_model: Model, tmp_path: Path
-) -> None:
+def test_every_line_has_a_partition_by_the_mean_gram_and_the_angles_of_the_next_window(tiny_model, tmp_path):
     model = adapted(tiny_model("llama"))
-    watch = Watch()
-    callbacks = [RegroupCallback(every=3, stop=0.8), watch]
-    options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "max_grad_norm": 0.01}
-    make_trainer(model, tmp_path, callbacks, **options).train()
-    assert len(watch.gradients) == 12, "of optimizer steps, not of micro-batches"
-    lines = log_lines(tmp_path)
     layers = dict(trainable_adapters(model))
-    assert {(line["step"], line["module"]) for line in lines} == {(step, name) for step in (3, 6, 9) for name in layers}
-    assert sum(line["components_moved"] for line in lines) > 0, "a test in which nothing moves shows nothing"
+    steps = []
 
-    def mean_gram(line: dict[str, Any], first: int) -> np.ndarray:
-        window = watch.gradients[first : first + 3]
-        return np.mean([reference.cosine_gram(*step[line["module"]]) for step in window], axis=0)
+    def keep_gradients(state, keywords):
+        factors = {name: (layer.badit_A[adapter], layer.badit_B[adapter]) for name, (layer, adapter) in layers.items()}
+        steps.append({name: [factor.grad.numpy().copy() for factor in pair] for name, pair in factors.items()})
+
+    callbacks = [RegroupCallback(every=3, stop=0.8), on("on_pre_optimizer_step", keep_gradients)]
+    options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "max_grad_norm": 0.01}
+    train(model, tmp_path, *callbacks, **options)
+    assert len(steps) == 12, "optimizer steps, not micro-batches"
+    lines = log_lines(tmp_path)
+    assert {(line["step"], line["module"]) for line in lines} == {(step, name) for step in (3, 6, 9) for name in layers}
+    assert any(line["components_moved"] for line in lines)
+
+    def mean_gram(line, first):
+        return np.mean([reference.cosine_gram(*step[line["module"]]) for step in steps[first : first + 3]], axis=0)
 
     for line in lines:
         before_N, after_N = np.array(line["previous_labels"]), np.array(line["labels"])
@@ -85,117 +68,80 @@ def test_every_line_holds_an_exact_partition_of_the_mean_gram_and_the_angles_of_
             angles = expert_angles(mean_gram(line, line["step"]), labels_N)
             assert line[f"{prefix}intra_degrees"] == pytest.approx(angles.intra_degrees, abs=0.01)
             assert line[f"{prefix}inter_abs_cos"] == pytest.approx(angles.inter_abs_cos, abs=1e-4)
-    for name, (layer, adapter) in layers.items():
-        last = [line for line in lines if line["module"] == name][-1]
-        assert layer.expert_of(adapter).tolist() == last["labels"]
-        assert layer.expert_of(adapter).dtype == torch.int64
-
-
-def test_start_and_stop_bound_the_regroupings(tiny_model: Model, tmp_path: Path) -> None:
-    make_trainer(adapted(tiny_model("llama")), tmp_path, [RegroupCallback(every=2, start=0.4, stop=0.7)]).train()
-    assert sorted({line["step"] for line in log_lines(tmp_path)}) == [6, 8]
+    last = {line["module"]: line["labels"] for line in lines}
+    assert {name: layer.expert_of(adapter).tolist() for name, (layer, adapter) in layers.items()} == last
 
 
 @pytest.mark.parametrize("rescale", [False, True])
-def test_what_a_regrouping_changes(tiny_model: Model, tmp_path: Path, rescale: bool) -> None:
-    """Without rescale no weight at all; with it the weight of the mean mixture stays the same."""
+def test_what_a_regrouping_changes(tiny_model, tmp_path, rescale):
+    """Without rescale no weight; with it the weight of the mean mixture stays. The probe measures the output."""
     model = adapted(tiny_model("llama"))
-    seen: dict[int, Any] = {}
+    regroup = RegroupCallback(every=6, rescale=rescale, probe=PROMPT)
+    seen, gates = [], {}
 
-    class Before(TrainerCallback):
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if state.global_step == 6:
-                seen["before"] = state_of(model)
-                seen["gates"] = {
-                    name: window.gate_sums[:-1] / window.gate_sums[-1]
-                    for name, window in regroup.regrouper.windows.items()
-                }
-                seen["delta"] = {
-                    name: layer.get_delta_weight(adapter, seen["gates"][name]).detach()
-                    for name, (layer, adapter) in trainable_adapters(model)
-                }
+    def look(state, keywords):
+        if state.global_step != 6:
+            return
+        with torch.no_grad():
+            row_V = model.eval()(**PROMPT).logits[0, -1]
+            model.train()
+            if not gates:  # the regrouping starts new windows
+                windows = regroup.regrouper.windows.items()
+                gates.update({name: window.gate_sums[:-1] / window.gate_sums[-1] for name, window in windows})
+            deltas = [layer.get_delta_weight(a, gates[name]) for name, (layer, a) in trainable_adapters(model)]
+        seen.append((adapter_state(model), deltas, row_V - row_V.mean()))
 
-    class After(TrainerCallback):
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if state.global_step == 6:
-                seen["after"] = state_of(model)
-                for name, (layer, adapter) in trainable_adapters(model):
-                    delta = layer.get_delta_weight(adapter, seen["gates"][name]).detach()
-                    seen[name] = (delta - seen["delta"][name]).abs().max() / seen["delta"][name].abs().max()
-
-    regroup = RegroupCallback(every=6, rescale=rescale)
-    # A large router makes the experts' mean gates differ, so that a moved component would be scaled differently.
+    # A large router gives the experts different mean gates, so that a moved component is scaled differently.
     for _, (layer, adapter) in trainable_adapters(model):
         torch.nn.init.normal_(layer.badit_router[adapter], std=0.5)
-    make_trainer(model, tmp_path, [Before(), regroup, After()]).train()
-    assert any(line["components_moved"] for line in log_lines(tmp_path) if line["step"] == 6)
-    changed = {
-        name.split(".")[-2] for name in seen["before"] if not torch.equal(seen["before"][name], seen["after"][name])
-    }
+    train(model, tmp_path, on("on_step_end", look), regroup, on("on_step_end", look))
+    (before, deltas, output), (after, new_deltas, new_output) = seen
+    lines = [line for line in log_lines(tmp_path) if line["step"] == 6]
+    assert any(line["components_moved"] for line in lines)
+    changed = {name.split(".")[-2] for name in before if not torch.equal(before[name], after[name])}
     assert changed == ({"badit_expert_of", "badit_B"} if rescale else {"badit_expert_of"})
-    drift = max(float(seen[name]) for name, _ in trainable_adapters(model))
+    drift = max(float((b - a).abs().max() / a.abs().max()) for a, b in zip(deltas, new_deltas, strict=True))
     assert drift < 1e-5 if rescale else drift > 1e-3
-
-
-def test_the_output_change_is_what_a_forward_pass_shows(tiny_model: Model, tmp_path: Path) -> None:
-    model = adapted(tiny_model("llama"))
-    probe = {"input_ids": torch.tensor([[5, 6, 7, 8]])}
-    logits: dict[str, torch.Tensor] = {}
-
-    def centred() -> torch.Tensor:
-        with torch.no_grad():
-            row = model.eval()(**probe).logits[0, -1]
-        model.train()
-        return row - row.mean()
-
-    class Before(TrainerCallback):
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if state.global_step == 6:
-                logits["before"] = centred()
-
-    class After(TrainerCallback):
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if state.global_step == 6:
-                logits["after"] = centred()
-
-    make_trainer(model, tmp_path, [Before(), RegroupCallback(every=6, probe=probe), After()]).train()
-    expected = (logits["after"] - logits["before"]).norm() / logits["before"].norm()
-    first = [line for line in log_lines(tmp_path) if line["step"] == 6]
+    expected = float((new_output - output).norm() / output.norm())
     assert expected > 0
-    assert [line["output_change"] for line in first] == pytest.approx([float(expected)] * len(first), rel=1e-4)
+    assert [line["output_change"] for line in lines] == pytest.approx([expected] * 2, rel=1e-4)
+
+
+@pytest.fixture
+def whole(tiny_model, tmp_path):
+    """The folder of a finished training of twelve steps, and its adapter's state."""
+    model = train(adapted(tiny_model("llama")), tmp_path / "whole", RegroupCallback(every=3))
+    return tmp_path / "whole", adapter_state(model)
 
 
 @pytest.mark.parametrize("stopped_at", [7, 9])
-def test_resuming_is_exact(tiny_model: Model, tmp_path: Path, stopped_at: int) -> None:
-    """Killed within a window, and right after a regrouping; the last checkpoint is of step 5 or 10."""
-    whole = adapted(tiny_model("llama"))
-    make_trainer(whole, tmp_path / "whole", [RegroupCallback(every=3)]).train()
-
-    killed = adapted(tiny_model("llama"))
+def test_resuming_is_exact(tiny_model, tmp_path, whole, stopped_at):
+    """Stopped within a window, and right after a regrouping; the last checkpoint is of step 5."""
     with pytest.raises(KeyboardInterrupt):
-        make_trainer(killed, tmp_path / "killed", [RegroupCallback(every=3), StopAt(stopped_at)]).train()
-    resumed = adapted(tiny_model("llama"))
-    make_trainer(resumed, tmp_path / "killed", [RegroupCallback(every=3)]).train(resume_from_checkpoint=True)
-
-    assert_same_state(state_of(whole), state_of(resumed))
-    assert log_lines(tmp_path / "whole") == log_lines(tmp_path / "killed")
+        train(adapted(tiny_model("llama")), tmp_path, RegroupCallback(every=3), StopAt(stopped_at))
+    resumed = train(adapted(tiny_model("llama")), tmp_path, RegroupCallback(every=3), resume=True)
+    assert_same(adapter_state(resumed), whole[1])
+    assert log_lines(tmp_path) == log_lines(whole[0])
 
 
-def test_a_checkpoint_without_its_regrouping_state_is_refused(tiny_model: Model, tmp_path: Path) -> None:
-    make_trainer(adapted(tiny_model("llama")), tmp_path, [RegroupCallback(every=3)]).train()
-    checkpoint = tmp_path / "checkpoint-10"
+def test_a_checkpoint_has_safetensors_and_is_refused_without_a_valid_state(tiny_model, tmp_path, whole):
+    checkpoint, moved = whole[0] / "checkpoint-10", tmp_path / "moved"
+    labels = [
+        tensor for name, tensor in load_file(checkpoint / "adapter_model.safetensors").items() if "expert" in name
+    ]
+    assert [tensor.dtype for tensor in labels] == [torch.int64] * 2
+    grams = load_file(checkpoint / STATE_FILE)
+    assert {tuple(tensor.shape) for name, tensor in grams.items() if name.startswith("gram_sum")} == {(8, 8)}
 
-    def resume(**options: Any) -> None:
-        trainer = make_trainer(adapted(tiny_model("llama")), tmp_path, [RegroupCallback(every=3, **options)])
-        trainer.train(resume_from_checkpoint=str(checkpoint))
+    def resume(**options):
+        callback = RegroupCallback(every=3, **options)
+        train(adapted(tiny_model("llama")), whole[0], callback, resume=str(checkpoint))
 
-    moved = tmp_path / "elsewhere"
     moved.mkdir()
     (checkpoint / STATE_FILE).rename(moved / STATE_FILE)
     with pytest.raises(BaditError, match="is missing"):
         resume()
     resume(checkpoint=moved)
-
     (checkpoint / STATE_FILE).write_bytes(b"\x08\0\0\0\0\0\0\0not json")
     with pytest.raises(BaditError, match="is damaged"):
         resume()
@@ -204,43 +150,171 @@ def test_a_checkpoint_without_its_regrouping_state_is_refused(tiny_model: Model,
         resume()
 
 
-def test_the_checkpoint_holds_integers_and_safetensors(tiny_model: Model, tmp_path: Path) -> None:
-    make_trainer(adapted(tiny_model("llama")), tmp_path, [RegroupCallback(every=3)]).train()
-    adapter = load_file(tmp_path / "checkpoint-10" / "adapter_model.safetensors")
-    labels = [tensor for name, tensor in adapter.items() if "expert_of" in name]
-    assert len(labels) == 2
-    assert {tensor.dtype for tensor in labels} == {torch.int64}
-    grams = load_file(tmp_path / "checkpoint-10" / STATE_FILE)
-    assert {tuple(tensor.shape) for name, tensor in grams.items() if name.startswith("gram_sum")} == {(8, 8)}
+def test_the_solver_and_the_bounds_are_used(tiny_model, tmp_path):
+    objectives = []
+    for solver in ("swap", "paper"):
+        callback = RegroupCallback(every=2, start=0.4, stop=0.7, solver=solver)
+        train(adapted(tiny_model("llama")), tmp_path / solver, callback, save_strategy="no")
+        lines = log_lines(tmp_path / solver)
+        assert sorted({line["step"] for line in lines}) == [6, 8]
+        objectives.append(np.array([line["objective_after"] for line in lines if line["step"] == 6]))
+    assert (objectives[0] >= objectives[1] - 1e-9).all()
+    assert (objectives[0] != objectives[1]).any()
 
 
-def test_no_adapter_is_an_error(tiny_model: Model, tmp_path: Path) -> None:
-    trainer = make_trainer(tiny_model("llama"), tmp_path, [RegroupCallback()])
-    with pytest.raises(BaditError, match="no trainable BADIT adapter"):
-        trainer.train()
-
-
-@pytest.mark.parametrize(
-    ("options", "field"),
-    [
+def test_bad_options_and_models_are_refused(tiny_model, tmp_path):
+    for options, field in (
         ({"every": 0}, "every"),
         ({"every": True}, "every"),
         ({"start": 0.5, "stop": 0.2}, "start and stop"),
         ({"stop": 1.5}, "start and stop"),
         ({"solver": "greedy"}, "solver"),
         ({"restarts": -1}, "restarts"),
-    ],
-)
-def test_bad_options(options: dict[str, Any], field: str) -> None:
-    with pytest.raises(BaditError, match=field):
-        RegroupCallback(**options)
+    ):
+        with pytest.raises(BaditError, match=field):
+            RegroupCallback(**options)
+    for total in (0, 1.5, True):
+        with pytest.raises(BaditError, match="total_steps"):
+            Regrouper(adapted(tiny_model("llama")), total)
+    with pytest.raises(BaditError, match="no trainable BADIT adapter"):
+        train(tiny_model("llama"), tmp_path, RegroupCallback())
 
 
-def test_the_papers_solver_is_used_when_asked_for(tiny_model: Model, tmp_path: Path) -> None:
-    objectives = {}
-    for solver in ("swap", "paper"):
-        model = adapted(tiny_model("llama"))
-        make_trainer(model, tmp_path / solver, [RegroupCallback(every=6, solver=solver)]).train()  # pyright: ignore
-        objectives[solver] = [line["objective_after"] for line in log_lines(tmp_path / solver) if line["step"] == 6]
-    assert all(swap >= paper - 1e-9 for swap, paper in zip(objectives["swap"], objectives["paper"], strict=True))
-    assert objectives["swap"] != objectives["paper"]
+# --- a loop of the user's own -----------------------------------------------------------------------------------------
+
+
+def batches():
+    collate, rows = AnswerCollator(0), examples(BATCHES * 4)
+    return [collate(rows[start : start + 4]) for start in range(0, len(rows), 4)]
+
+
+def optimizer_of(model):
+    return torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=0.01)
+
+
+def train_by_trainer(model, folder, accumulated):
+    class InOrder(Trainer):
+        def get_train_dataloader(self):
+            return self.accelerator.prepare(DataLoader(batches(), batch_size=None))
+
+    arguments = {"max_steps": BATCHES // accumulated, "gradient_accumulation_steps": accumulated}
+    optimizer = optimizer_of(model)
+    trainer = InOrder(
+        model=model,
+        args=TrainingArguments(output_dir=str(folder), max_grad_norm=0, save_strategy="no", **QUIET, **arguments),
+        train_dataset=batches(),
+        optimizers=(optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)),
+        callbacks=[RegroupCallback(every=2, stop=1.0, probe=PROMPT)],
+    )
+    trainer.model_accepts_loss_kwargs = False  # the mean over each batch, as in the loop below
+    trainer.train()
+
+
+class Loop:
+    """A plain loop over the batches, as in docs/integrations.md."""
+
+    def __init__(self, model, log, accumulated=1):
+        self.accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulated)
+        parts = model.train(), optimizer_of(model), DataLoader(batches(), batch_size=None)
+        self.model, self.optimizer, self.loader = self.accelerator.prepare(*parts)
+        steps = BATCHES // accumulated
+        self.regrouper = Regrouper(self.model, steps, every=2, stop=1.0, probe=PROMPT, log_path=log)
+        self.accelerator.register_for_checkpointing(self.regrouper)
+
+    def run(self, first=0, last=BATCHES):
+        for batch in list(self.loader)[first:last]:
+            with self.accelerator.accumulate(self.model):
+                self.accelerator.backward(self.model(**batch).loss)
+                if self.accelerator.sync_gradients:
+                    self.regrouper.after_backward()
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+                if self.accelerator.sync_gradients:
+                    self.regrouper.step()
+        if last == BATCHES:
+            self.regrouper.finish()
+
+
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_a_plain_loop_ends_as_the_trainer_does(tiny_model, tmp_path, accumulated):
+    trained, model = (adapted(tiny_model("llama"), lora_dropout=0.0) for _ in range(2))
+    train_by_trainer(trained, tmp_path, accumulated)
+    loop = Loop(model, tmp_path / "own.jsonl", accumulated)
+    loop.run()
+    expected = log_lines(tmp_path)
+    assert list(read_jsonl(tmp_path / "own.jsonl")) == expected
+    assert {line["step"] for line in expected} == set(range(2, BATCHES // accumulated + 1, 2))
+    assert any(line["components_moved"] for line in expected)
+    assert_same(adapter_state(model), adapter_state(trained))
+    for field in ("objective_before", "components_moved", "output_change", "intra_degrees"):
+        last = [line[field] for line in expected if field in line][-2:]
+        assert loop.regrouper.metrics[field] == pytest.approx(np.mean(last))
+
+
+def test_a_loop_continues_from_accelerates_checkpoint_or_from_safetensors(tiny_model, tmp_path):
+    """Within a window; what the first loop logs after its checkpoint is logged once."""
+    whole = Loop(adapted(tiny_model("llama"), lora_dropout=0.0), tmp_path / "whole.jsonl")
+    whole.run(last=7)
+    whole.accelerator.save_state(str(tmp_path / "checkpoint"))
+    whole.regrouper.save(tmp_path)
+    state = whole.regrouper.state_dict()
+    (tmp_path / "resumed.jsonl").write_text((tmp_path / "whole.jsonl").read_text())
+    whole.run(first=7)
+
+    resumed = Loop(adapted(tiny_model("llama"), lora_dropout=0.0), tmp_path / "resumed.jsonl")
+    resumed.accelerator.load_state(str(tmp_path / "checkpoint"))
+    assert resumed.regrouper.steps == 7
+    resumed.run(first=7)
+    assert (tmp_path / "resumed.jsonl").read_text() == (tmp_path / "whole.jsonl").read_text()
+    assert_same(adapter_state(whole.model), adapter_state(resumed.model))
+
+    resumed.regrouper.load(tmp_path, steps=7)
+    loaded = resumed.regrouper.state_dict()
+    assert (loaded["windows"], loaded["steps"]) == (state["windows"], 7)
+    assert_same(loaded["tensors"], state["tensors"])
+    with pytest.raises(BaditError, match="another model"):
+        resumed.regrouper.load_state_dict({**state, "windows": {}})
+
+
+# --- what the change of the output is measured on ---------------------------------------------------------------------
+
+
+def seen_by(model, probe):
+    """The token ids that the model runs on when the probe asks it."""
+    seen = []
+    base = model.get_base_model()
+    handle = base.register_forward_pre_hook(lambda m, args, kwargs: seen.append(kwargs["input_ids"]), with_kwargs=True)
+    probe.output()
+    handle.remove()
+    return [ids.tolist() for ids in seen]
+
+
+def example(prompt, answer):
+    """Of given lengths; every token is the number of its position, from 3."""
+    ids = list(range(3, 3 + prompt + answer))
+    return {"input_ids": ids, "labels": [-100] * prompt + ids[prompt:]}
+
+
+def test_the_default_probe_is_the_last_16_tokens_of_one_short_prompt(tiny_model):
+    model = adapted(tiny_model("llama"))
+    for lengths, expected in (
+        ([(50, 2), (9, 1), (20, 3)], range(3, 12)),
+        ([(50, 2), (40, 5)], range(27, 43)),
+        ([(14, 1)] * 16 + [(5, 1)], range(3, 17)),  # the seventeenth is not looked at
+    ):
+        rows = DataLoader([example(*pair) for pair in lengths], batch_size=2, collate_fn=AnswerCollator(0))
+        assert seen_by(model, OutputProbe.of(model, rows)) == [[list(expected)]]
+    assert OutputProbe.of(model, None) is None
+
+
+def test_a_given_batch_is_used_without_padding_and_answers_and_leaves_the_model_as_it_was(tiny_model):
+    model = adapted(tiny_model("llama")).train()
+    model.get_base_model().model.layers[0].eval()
+    modes = [module.training for module in model.modules()]
+    probe = OutputProbe(model, AnswerCollator(0)([example(50, 10), example(2, 1)]))
+    assert seen_by(model, probe) == [[list(range(3, 53))], [[3, 4]]]
+    before = probe.output()
+    assert torch.equal(probe.output(), before), "no dropout"
+    assert probe.change(before) == 0
+    assert not before.requires_grad
+    assert [module.training for module in model.modules()] == modes

@@ -1,28 +1,29 @@
-"""The answer-only loss against a naive one, and the order of the batches."""
+"""The answer-only loss against a naive one, the order of the batches, and the angles between experts."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+import math
+from statistics import fmean
 
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft import get_peft_model
 
+from badit.angles import AngleLog
+from badit.baselines.hydralora import HydraLoraConfig
+from badit.baselines.loramoe import LoraMoeConfig
 from badit.data import AnswerCollator
 from badit.errors import BaditError
+from badit.files import read_jsonl
 from badit.trainer import EpochSampler, logits_only_at
-from training.trainers import adapted, examples, make_trainer
+from badit.tuner import BaditConfig
+from badit.tuner.layer import ExpertLinear
+from training.trainers import adapted, examples, make_trainer, on
 from tuner.helpers import randomise
 
-Model = Callable[..., Any]
-FAMILIES = ["llama", "gemma2", "gpt2"]
 
-
-def naive_loss(model: Any, batch: dict[str, torch.Tensor], items: int) -> torch.Tensor:
+def naive_loss(model, batch, items):
     """Every logit computed, then the mean negative log-likelihood of the answers' tokens, one by one."""
     logits = model(**batch).logits
     total = torch.zeros(())
@@ -35,119 +36,110 @@ def naive_loss(model: Any, batch: dict[str, torch.Tensor], items: int) -> torch.
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_the_loss_and_its_gradients_equal_the_naive_ones(
-    tiny_model: Model, tmp_path: Path, family: str, side: Any
-) -> None:
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
+def test_the_loss_and_its_gradients_equal_the_naive_ones(tiny_model, tmp_path, family, side):
     model = randomise(adapted(tiny_model(family), lora_dropout=0.0)).eval()
     trainer = make_trainer(model, tmp_path, [])
     batch = dict(AnswerCollator(0, side=side)(examples(5)))
     items = int((batch["labels"] != -100).sum())
+    parameters = [p for p in model.parameters() if p.requires_grad]
 
     expected = naive_loss(model, batch, items)
-    wanted = torch.autograd.grad(expected, [p for p in model.parameters() if p.requires_grad])
     loss = trainer.compute_loss(model, batch, num_items_in_batch=items)
-    found = torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad])
-
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
-    for a, b in zip(wanted, found, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
-    assert trainer.compute_loss(model, batch).item() == pytest.approx(expected.item(), rel=1e-5)
+    gradients = torch.autograd.grad(loss, parameters), torch.autograd.grad(expected, parameters)
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
+    loss, outputs = trainer.compute_loss(model, batch, return_outputs=True)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert outputs.logits.shape[:2] == (1, items), "logits at labels only"
+    assert model(input_ids=batch["input_ids"]).logits.shape[:2] == batch["input_ids"].shape, "the hook is removed"
 
 
-def test_logits_are_computed_only_at_labels(tiny_model: Model, tmp_path: Path) -> None:
-    model = adapted(tiny_model("llama"))
-    trainer = make_trainer(model, tmp_path, [])
-    batch = dict(AnswerCollator(0)(examples(5)))
-    _, outputs = trainer.compute_loss(model, batch, return_outputs=True)
-    assert outputs.logits.shape == (1, int((batch["labels"] != -100).sum()), 100)
-    assert model(input_ids=batch["input_ids"]).logits.shape[:2] == batch["input_ids"].shape, "the hook is gone"
-
-
-def test_accumulated_batches_weigh_tokens_equally(tiny_model: Model, tmp_path: Path) -> None:
+def test_accumulated_batches_weigh_tokens_equally(tiny_model, tmp_path):
     """Two batches of two, accumulated, step as one batch of four does."""
     states = []
-    for batch, accumulation in ((4, 1), (2, 2)):
+    options = {"count": 4, "max_steps": 1, "save_strategy": "no", "optim": "sgd"}
+    for size, accumulation in ((4, 1), (2, 2)):
         model = adapted(tiny_model("llama"), lora_dropout=0.0)
-        trainer = make_trainer(
-            model,
-            tmp_path / str(batch),
-            [],
-            count=4,
-            per_device_train_batch_size=batch,
-            gradient_accumulation_steps=accumulation,
-            max_steps=1,
-            save_strategy="no",
-            optim="sgd",
-        )
-        trainer.train()
+        sizes = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulation}
+        make_trainer(model, tmp_path, [], **options, **sizes).train()
         states.append({n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad})
-    for name in states[0]:
-        torch.testing.assert_close(states[0][name], states[1][name], rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(states[0], states[1], rtol=1e-5, atol=1e-7)
 
 
-def test_a_model_without_an_output_layer_is_refused(tiny_model: Model) -> None:
-    model = tiny_model("llama").model
-    with (
-        pytest.raises(BaditError, match="only causal language models"),
-        logits_only_at(model, *torch.zeros(2, 1).long()),
-    ):
+def test_a_model_without_an_output_layer_is_refused(tiny_model):
+    positions = torch.zeros(2, 1).long()
+    with pytest.raises(BaditError, match="only causal"), logits_only_at(tiny_model("llama").model, *positions):
         pass
 
 
-@settings(deadline=None, max_examples=60)
-@given(
-    lengths=st.lists(st.integers(1, 500), min_size=1, max_size=300),
-    batch_size=st.integers(1, 9),
-    seed=st.integers(0, 5),
-    epoch=st.integers(0, 5),
-)
-def test_every_example_comes_once_in_batches_led_by_the_longest(
-    lengths: list[int], batch_size: int, seed: int, epoch: int
-) -> None:
+def order_of(lengths, batch_size, seed=0, epoch=0):
     sampler = EpochSampler(lengths, batch_size=batch_size, seed=seed)
     sampler.set_epoch(epoch)
-    order = list(sampler)
+    return list(sampler)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.integers(1, 500), min_size=1, max_size=300), st.integers(1, 9), st.integers(0, 5), st.integers(0, 5))
+def test_every_example_comes_once_in_batches_led_by_the_longest(lengths, batch_size, seed, epoch):
+    order = order_of(lengths, batch_size, seed, epoch)
     assert sorted(order) == list(range(len(lengths)))
-    assert order == list(sampler)
+    assert order == order_of(lengths, batch_size, seed, epoch)
     if len(lengths) >= 16 * batch_size and len(lengths) % batch_size == 0:
         assert lengths[order[0]] == max(lengths)
 
 
-def test_the_order_depends_on_seed_and_epoch() -> None:
-    sampler = EpochSampler(list(range(100)), batch_size=4, seed=0)
-    orders = []
-    for seed, epoch in ((0, 0), (0, 1), (1, 0)):
-        sampler = EpochSampler(list(range(100)), batch_size=4, seed=seed)
-        sampler.set_epoch(epoch)
-        orders.append(list(sampler))
-    assert len({tuple(order) for order in orders}) == 3
+def test_the_order_depends_on_seed_and_epoch_and_saves_padding():
+    lengths = torch.randint(10, 500, (512,), generator=torch.Generator().manual_seed(0)).tolist()
+    assert len({tuple(order_of(lengths, 8, seed, epoch)) for seed, epoch in ((0, 0), (0, 1), (1, 0))}) == 3
+
+    def padding(batch_size):
+        order = order_of(lengths, batch_size)
+        return sum(8 * max(lengths[i] for i in order[start : start + 8]) for start in range(0, 512, 8)) - sum(lengths)
+
+    assert padding(8) < 0.2 * padding(None)
 
 
-def test_grouping_by_length_saves_padding() -> None:
-    generator = torch.Generator().manual_seed(0)
-    lengths = torch.randint(10, 500, (512,), generator=generator).tolist()
-
-    def padded(batch_size: int | None) -> int:
-        order = list(EpochSampler(lengths, batch_size=batch_size, seed=0))
-        return sum(8 * max(lengths[i] for i in order[start : start + 8]) for start in range(0, len(order), 8))
-
-    assert padded(8) - sum(lengths) < 0.2 * (padded(None) - sum(lengths))
-
-
-def test_of_several_gpus_one_process_uses_one_and_says_so_once(
-    tiny_model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_of_several_gpus_one_process_uses_one_and_says_so_once(tiny_model, tmp_path, monkeypatch, capsys):
     models = [adapted(tiny_model("llama")) for _ in range(2)]
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     for model in models:
         trainer = make_trainer(model, tmp_path, [], use_cpu=False, max_steps=1, save_strategy="no")
         assert trainer.args.train_batch_size == 4
         trainer.train()
-    assert (
-        capsys.readouterr().err.count(
-            "badit: training on one of 2 GPUs; to use all of them: "
-            "accelerate launch --multi_gpu --num_processes 2 -m badit train RECIPE"
-        )
-        == 1
-    )
+    launch = "accelerate launch --multi_gpu --num_processes 2 -m badit train RECIPE"
+    assert capsys.readouterr().err.count(f"badit: training on one of 2 GPUs; to use all of them: {launch}") == 1
+
+
+def naive_angles(steps, r):
+    """The mean over pairs of the angle whose cosine is the mean over steps."""
+    cosines = {"intra": [], "inter": []}
+    for i in range(len(steps[0])):
+        for j in range(i):
+            cosine = fmean(float(torch.cosine_similarity(g[i], g[j], dim=0)) for g in steps)
+            cosines["intra" if i // r == j // r else "inter"].append(cosine)
+    degrees = {f"{kind}_degrees": fmean(math.degrees(math.acos(c)) for c in cosines[kind]) for kind in cosines}
+    return degrees | {f"{kind}_abs_cos": fmean(map(abs, cosines[kind])) for kind in cosines}
+
+
+@pytest.mark.filterwarnings("ignore:Could not find a config file in  - :UserWarning")  # PEFT 0.19
+@pytest.mark.parametrize("config_class", [LoraMoeConfig, BaditConfig, HydraLoraConfig])
+def test_without_regrouping_every_window_has_the_angles_of_its_mean_gradients(tiny_model, tmp_path, config_class):
+    steps, path = [], tmp_path / "angles.jsonl"
+    model = get_peft_model(tiny_model("llama"), config_class(num_experts=3, r=2))
+    layers = [module for module in model.modules() if isinstance(module, ExpertLinear)]
+
+    def keep_gradients(state, keywords):
+        pairs = {f"{m.name}.default": (m.badit_A["default"].grad, m.badit_B["default"].grad.T) for m in layers}
+        steps.append({name: [factor.clone() for factor in pair] for name, pair in pairs.items()})
+
+    make_trainer(model, tmp_path, [on("on_pre_optimizer_step", keep_gradients), AngleLog(path, every=5)]).train()
+    if config_class is HydraLoraConfig:
+        assert not path.exists(), "experts that share their A have no angles"
+        return
+    lines = list(read_jsonl(path))
+    assert [(line["step"], line["window_steps"]) for line in lines[::2]] == [(5, 5), (10, 5), (12, 2)]
+    for line in lines:
+        window = steps[line["step"] - line["window_steps"] : line["step"]]
+        expected = naive_angles([torch.cat(step[line["module"]], dim=1) for step in window], r=2)
+        assert {key: line[key] for key in expected} == pytest.approx(expected, abs=0.05)

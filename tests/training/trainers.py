@@ -1,17 +1,27 @@
-"""A small BADIT training that the tests of this folder share."""
+"""Small trainings, callbacks that watch or stop them, and comparisons of their weights."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from peft import get_peft_model
+from safetensors.torch import load_file
 from transformers import TrainerCallback, TrainingArguments
 
 from badit.data import AnswerCollator
+from badit.methods import AdapterMethod
+from badit.recipe import Recipe
+from badit.run import Run
+from badit.train import fit
 from badit.trainer import AnswerTrainer
 from badit.tuner import BaditConfig
+
+QUIET: dict[str, Any] = {"use_cpu": True, "report_to": [], "disable_tqdm": True, "dataloader_pin_memory": False}
 
 
 def examples(count: int = 24) -> list[dict[str, list[int]]]:
@@ -39,23 +49,27 @@ def make_trainer(
     group_by_length: bool = True,
     **options: Any,
 ) -> AnswerTrainer:
-    arguments = {"num_train_epochs": 2, "per_device_train_batch_size": 4, "learning_rate": 0.01}
-    arguments |= {"save_steps": 5, "use_cpu": True}
+    """By default, twelve steps of four examples."""
+    arguments = {"num_train_epochs": 2, "per_device_train_batch_size": 4, "learning_rate": 0.01, "save_steps": 5}
     return AnswerTrainer(
         model=model,
         args=TrainingArguments(
-            output_dir=str(folder),
-            remove_unused_columns=False,
-            report_to=[],
-            disable_tqdm=True,
-            dataloader_pin_memory=False,
-            **{**arguments, **options},
+            output_dir=str(folder), remove_unused_columns=False, **{**QUIET, **arguments, **options}
         ),
         train_dataset=examples(count),
         data_collator=AnswerCollator(0),
         callbacks=callbacks,
         group_by_length=group_by_length,
     )
+
+
+def on(event: str, function: Callable[[Any, dict[str, Any]], Any]) -> TrainerCallback:
+    """A callback that calls ``function(state, keywords)`` at an event, such as "on_step_end"."""
+
+    def call(self: Any, args: Any, state: Any, control: Any, **keywords: Any) -> None:
+        function(state, {**keywords, "args": args})
+
+    return type("Callback", (TrainerCallback,), {event: call})()
 
 
 class StopAt(TrainerCallback):
@@ -67,3 +81,39 @@ class StopAt(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == self.step:
             raise KeyboardInterrupt
+
+
+@contextmanager
+def with_callbacks(*added: TrainerCallback, kind: type = AdapterMethod, folder: str = "") -> Iterator[None]:
+    """Within, runs also have these callbacks; with ``folder``, only those in a folder of that name."""
+    own: Any = kind.callbacks  # pyright: ignore
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            kind,
+            "callbacks",
+            lambda self, run: [*own(self, run), *(added if folder in ("", run.path.name) else [])],
+        )
+        yield
+
+
+def fit_until(step: int, recipe: Recipe, **options: Any) -> Run:
+    """A run that was stopped after a step."""
+    with with_callbacks(StopAt(step), **options), pytest.raises(KeyboardInterrupt):
+        fit(recipe, progress=False)
+    return Run(recipe.output)
+
+
+def learned(run: Run) -> dict[str, torch.Tensor]:
+    """The tensors of a run's adapter."""
+    (path,) = run.adapter_path.glob("*.safetensors")
+    return load_file(path)
+
+
+def adapter_state(model: Any) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items() if "badit_" in name}
+
+
+def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    """To the bit."""
+    assert one.keys() == other.keys()
+    assert [name for name in one if not torch.equal(one[name], other[name])] == []

@@ -1,0 +1,65 @@
+"""A tiny model, two tasks and a recipe that trains in a second, for tests and golden.py."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from data.examples import CHATML, make_tokenizer
+
+
+def write_tasks(path: Path) -> None:
+    """Two tasks of 12 training and 4 test instances, with inputs of several lengths."""
+    lines = [
+        {
+            "task": task,
+            "instruction": f"Name the {verb}.",
+            "input": f"land {i} " * (1 + i % 4),
+            "output": f"{verb} {i}",
+            "split": "test" if i >= 12 else "train",
+        }
+        for task, verb in (("cities", "capital"), ("rivers", "river"))
+        for i in range(16)
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def make_material(folder: Path, **config: Any) -> None:
+    """Writes ``model`` and ``tasks.jsonl`` into a folder."""
+    tokenizer = make_tokenizer(chat_template=CHATML)
+    llama = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=128,
+        eos_token_id=tokenizer.eos_token_id,
+        **config,
+    )
+    torch.manual_seed(0)
+    LlamaForCausalLM(llama).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    write_tasks(folder / "tasks.jsonl")
+
+
+def make_recipe(model: Path, tasks: Path, output: Path) -> dict[str, Any]:
+    """24 training instances in batches of 4: six steps per epoch, twelve in total."""
+    return {
+        "model": {"name": str(model), "dtype": "float32"},
+        "data": {"source": str(tasks)},
+        "method": {"name": "badit", "num_experts": 4, "r": 2, "lora_dropout": 0.1, "regroup": {"every": 3}},
+        "training": {
+            "num_train_epochs": 2,
+            "per_device_train_batch_size": 4,
+            "learning_rate": 0.01,
+            "logging_steps": 1,
+            "save_steps": 5,
+        },
+        "evaluation": {"batch_size": 4, "max_new_tokens": 4},
+        "output": str(output),
+    }
