@@ -31,7 +31,7 @@ from badit.baselines import BASELINES, Baseline, neurons
 from badit.errors import BaditError, explained, first_line, nearest
 from badit.gradients import parameter_count
 from badit.recipe import Recipe
-from badit.regroup import RegroupCallback, RegroupOptions
+from badit.regroup import TOP_K_REFUSED, RegroupCallback, RegroupOptions
 from badit.run import Run
 from badit.surgery import Surgery, SurgeryTrainer
 from badit.trainer import AnswerTrainer
@@ -260,9 +260,17 @@ def build_method(section: Mapping[str, Any]) -> Method:
         regroup = options.pop("regroup", {})
         if regroup is not None and not isinstance(regroup, dict):
             raise BaditError("method.regroup: must be a mapping such as {every: 20}, or null to train without DOG")
+        if (preset := options.pop("preset", "default")) not in ("default", "paper"):
+            raise BaditError(f"method.preset: must be default or paper, got {preset!r:.60}")
+        if preset == "paper":
+            options = {**BaditConfig.PAPER, **options}
+            regroup = None if regroup is None else {**RegroupOptions.PAPER, **regroup}
+        config: Any = _config(Baseline(BaditConfig), options)
         if regroup is not None:
             _built(RegroupOptions, regroup, _fields(RegroupOptions), "method.regroup")
-        return AdapterMethod(name, _config(Baseline(BaditConfig), options), regroup=regroup)
+            if config.top_k is not None and config.top_k < config.num_experts:
+                raise BaditError(f"method.regroup: {TOP_K_REFUSED} (regroup: null)")
+        return AdapterMethod(name, config, regroup=regroup)
     surgery: Any = name if name in get_args(Surgery) else None
     baseline = BASELINES["lora" if surgery else name]
     for key in options.keys() & baseline.settled.keys():

@@ -16,7 +16,7 @@ import os
 from collections.abc import Iterable, Mapping, Sized
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -31,9 +31,13 @@ from badit.generation import evaluation_mode
 from badit.gradients import of_first, rank, scale_columns
 from badit.method import expert_angles, group_components, grouping_objective
 from badit.method.grouping import Solver
+from badit.tuner.config import is_number
 from badit.tuner.layer import BaditLinear
 from badit.tuner.prompt import before_first_label
 
+TOP_K_REFUSED = (
+    "regrouping would move components into experts that top_k switches off; leave top_k out, or do not regroup"
+)
 STATE_FILE = "badit_regroup.safetensors"
 # A mean gate near zero (top_k can starve an expert) must not make a weight explode.
 _RESCALE_LIMIT = 4.0
@@ -46,7 +50,8 @@ class RegroupOptions:
     """When and how to regroup.
 
     Attributes:
-        every: optimizer steps between regroupings; each one uses the mean Gram of the steps since the last.
+        every: optimizer steps between regroupings, or below 1 the fraction of the run; each regrouping uses the mean
+            Gram of the steps since the last.
         start, stop: fractions of the run before and after which nothing is regrouped.
         solver, restarts, seed: of :func:`badit.method.group_components`.
         rescale: multiply moved components by the ratio of the mean gates (see the module's text).
@@ -55,7 +60,7 @@ class RegroupOptions:
         BaditError: an option out of its range.
     """
 
-    every: int = 20
+    every: float = 20
     start: float = 0.0
     stop: float = 0.9
     solver: Solver = "swap"
@@ -63,9 +68,13 @@ class RegroupOptions:
     seed: int = 0
     rescale: bool = True
 
+    #: As in the released code: once per epoch of ten, in the first half of the training.
+    PAPER: ClassVar[dict[str, Any]] = {"every": 0.1, "stop": 0.5, "solver": "paper", "restarts": 10, "rescale": False}
+
     def __post_init__(self) -> None:
-        if not isinstance(self.every, int) or isinstance(self.every, bool) or self.every < 1:
-            raise BaditError(f"regroup.every must be a whole number of at least 1 step, got {self.every!r}")
+        every = self.every
+        if not is_number(every) or not every > 0 or (every >= 1 and every != int(every)):
+            raise BaditError(f"regroup.every must be a whole number of steps or a fraction of the run, got {every!r}")
         if not 0 <= self.start <= self.stop <= 1:
             raise BaditError(f"regroup needs 0 ≤ start ≤ stop ≤ 1, got start={self.start} and stop={self.stop}")
         if self.solver not in ("swap", "paper"):
@@ -126,6 +135,12 @@ class Regrouper:
         self._layers: dict[str, tuple[BaditLinear, str]] = dict(trainable_adapters(model))
         if not self._layers:
             raise BaditError("there is no trainable BADIT adapter to regroup; add one to the model, or do not regroup")
+        for name, (layer, adapter) in self._layers.items():
+            config = layer.badit_config[adapter]
+            if config.top_k is not None and config.top_k < config.num_experts:
+                raise BaditError(f"{name}: {TOP_K_REFUSED}")
+        every = self.options.every
+        self.every = int(every) if every >= 1 else max(1, round(every * total_steps))
         self._first = math.ceil(self.options.start * total_steps)
         self._last = math.floor(self.options.stop * total_steps)
         self.steps = 0
@@ -143,7 +158,7 @@ class Regrouper:
     def step(self) -> None:
         """Counts an optimizer step that has been taken, and regroups if one is due."""
         self.steps += 1
-        if self.steps % self.options.every == 0 and self._first <= self.steps <= self._last:
+        if self.steps % self.every == 0 and self._first <= self.steps <= self._last:
             self._regroup()
 
     def finish(self) -> None:

@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 from peft import get_peft_model
 
 from badit.angles import AngleLog
-from badit.baselines.hydralora import HydraLoraConfig
-from badit.baselines.loramoe import LoraMoeConfig
+from badit.baselines.mixture import HydraLoraConfig, LoraMoeConfig
 from badit.data import AnswerCollator
 from badit.errors import BaditError
 from badit.files import read_jsonl

@@ -188,10 +188,22 @@ class BaditConfig(ExpertConfig):
 
     Use it with ``get_peft_model`` as any PEFT configuration, and add ``badit.RegroupCallback()`` to the trainer for
     DOG. Defaults are the paper's published setting (arXiv 2605.05676: K 8, r 4, alpha 32, dropout 0.05, gate_proj).
-    Its ablations: ``init_weights="lora"`` without BAD, no callback without DOG, ``gates="softmax"`` its own gates.
+    Its ablations: ``init_weights="lora"`` without BAD, no callback without DOG. :meth:`paper` has its exact form.
     """
 
     method: ClassVar[str] = "BADIT"
+    #: The published form: with these gates the adapted model does not start as the base model.
+    PAPER: ClassVar[dict[str, Any]] = {
+        "num_experts": 8,
+        "r": 4,
+        "lora_alpha": 32,
+        "lora_dropout": 0.05,
+        "routing": "prompt",
+        "router_input": "mean",
+        "gates": "softmax",
+        "init_weights": "bad",
+        "svd_method": "exact",
+    }
 
     routing: str = option(
         "prompt",
@@ -229,6 +241,11 @@ class BaditConfig(ExpertConfig):
         1e-3, "Largest relative residual ‖Wv − σu‖/σ of any triple of the randomized SVD.", POSITIVE
     )
     bias: str = option("none", "Biases to train: 'none', 'all' or 'badit_only'.", one_of("none", "all", "badit_only"))
+
+    @classmethod
+    def paper(cls, **options: Any) -> BaditConfig:
+        """The paper's exact form (``method: {preset: paper}`` in a recipe), but for what ``options`` give."""
+        return cls(**{**cls.PAPER, **options})
 
     def __post_init__(self) -> None:
         super().__post_init__()
