@@ -31,7 +31,7 @@ from badit.recipe import Recipe
 from badit.results import read_scores
 from badit.run import Run
 from badit.statistics import FORMS, continual_scores
-from badit.train import Plan, Split, base_model, encoded, fit, in_use, make_plan, pad_id
+from badit.train import Plan, Split, base_model, encoded, fit, in_use, make_plan, pad_id, refuse_beyond_model
 from badit.trainer import answer_losses
 
 if TYPE_CHECKING:
@@ -121,7 +121,9 @@ def score_model(
         BaditError: an empty prompt.
     """
     pairs: list[tuple[Task, Instance]] = [(task, instance) for task in tasks for instance in getattr(task, split)]
-    prompts = [encoded(tokenizer, recipe, *pair, answer=False)["input_ids"] for pair in pairs]
+    examples = [encoded(tokenizer, recipe, *pair, answer=False) for pair in pairs]
+    refuse_beyond_model(examples, model, more=recipe.evaluation.max_new_tokens)
+    prompts = [example["input_ids"] for example in examples]
     found = generate_answers(
         model,
         tokenizer,

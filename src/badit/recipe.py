@@ -325,7 +325,10 @@ def _content(path: Path, extending: tuple[Path, ...] = ()) -> dict[str, Any]:
     name = content.pop("extends")
     if not isinstance(name, str) or Path(name).is_absolute() or ".." in Path(name).parts:
         raise BaditError(f"{path}: extends: must be a file in the recipe's folder, such as base.yaml, not {name!r:.60}")
-    base_path = inside(path.parent, path.parent / name)
+    try:
+        base_path = inside(path.parent, path.parent / name)
+    except BaditError as error:
+        raise BaditError(f"{path}: extends: {error}") from None
     base = _content(base_path, (*extending, path))
     build_recipe(base, where=base_path)  # its mistakes are reported as its own
     return merged(base, content)

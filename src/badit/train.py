@@ -12,12 +12,12 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 import transformers
@@ -51,6 +51,7 @@ from badit.run import Run
 from badit.trainer import MetricsLog, ProgressBar, StopOnSignal
 
 if TYPE_CHECKING:
+    from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Split = Literal["test", "validation"]
@@ -93,7 +94,7 @@ class Plan:
 
     @property
     def training_instances(self) -> int:
-        return len(mixture(self.tasks, self.recipe.data.sampling, self.recipe.data.seed))
+        return sum(len(task.train) for task in self.tasks)
 
     @property
     def test_instances(self) -> int:
@@ -193,9 +194,10 @@ def _train_stage(
         model.enable_input_require_grads()
 
     tasks = {task.name: task for task in stage.tasks}
-    pairs = mixture(stage.tasks, recipe.data.sampling, recipe.data.seed)
+    pairs = mixture(stage.tasks, recipe.data.seed)
     shown = tqdm(pairs, desc="Encoding", unit="example", disable=not progress, leave=False)
     examples = [encoded(tokenizer, recipe, tasks[name], instance) for name, instance in shown]
+    refuse_beyond_model(examples, base)
     collate = AnswerCollator(pad_id(tokenizer), with_tasks=True)
     batches = batches_by_task(examples, collate, recipe.training.per_device_train_batch_size)
     method.before_training(model, batches)
@@ -215,6 +217,7 @@ def _train_stage(
             *method.callbacks(folder),
             *_tensorboard(trackers, folder.path, checkpoint),
         ],
+        balanced=recipe.data.sampling == "balanced",
         **recipe.training.model_dump(include=recipe.training.OWN),
     )
     trainer.remove_callback(transformers.PrinterCallback)  # prints the log lines, which metrics.jsonl has
@@ -293,10 +296,38 @@ def model_fingerprint(model: PreTrainedModel) -> str:
     """A hash of some numbers of every weight, the same in every floating-point type that holds them."""
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
+        if type(parameter.data) is not torch.Tensor or not parameter.is_floating_point():
+            continue  # quantised
         flat = parameter.detach().flatten()
         some = flat[:: max(1, flat.numel() // 64)][:64].bfloat16().float().cpu()
         digest.update(f"{name} {tuple(parameter.shape)}".encode() + some.numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def refuse_beyond_model(
+    examples: Iterable[Mapping[str, Any]], model: PreTrainedModel | PeftModel, more: int = 0
+) -> None:
+    """Refuses encoded instances, each with ``more`` tokens to come, that the model has no positions or embeddings for.
+
+    Rotary positions have no end.
+
+    Raises:
+        BaditError: it names the first one.
+    """
+    config, embeddings = model.config.get_text_config(), cast(Any, model.get_input_embeddings()).weight
+    rotary = getattr(config, "rope_parameters", None) or getattr(config, "rope_theta", None)
+    positions = None if rotary else getattr(config, "max_position_embeddings", None)
+    for example in examples:
+        ids, name = example["input_ids"], f"{example['task']}/{example['id']}"
+        if isinstance(positions, int) and len(ids) + more > positions:
+            raise BaditError(
+                f"instance {name} has {len(ids)} tokens{f' and {more} to come' if more else ''}, the model {positions} "
+                "positions; lower prompt.max_source_tokens"
+            )
+        if max(ids, default=0) >= len(embeddings):
+            raise BaditError(
+                f"instance {name} has token {max(ids)}, the model {len(embeddings)} embeddings; use its own tokenizer"
+            )
 
 
 def _arguments(plan: Plan, folder: Run, seed: int, checkpoint: Path | None, trackers: list[str]) -> TrainingArguments:

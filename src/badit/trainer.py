@@ -48,6 +48,7 @@ class AnswerTrainer(Trainer):
 
     Args:
         group_by_length: make batches of similar length.
+        balanced: see every task equally often in an epoch; the examples need ``task``, its name.
         max_skipped_steps: steps with a loss or gradient that is not finite to skip before giving up.
         optimizer: ``adamw`` (or what ``args.optim`` names), ``lora+`` or ``orthogonal``, with the arguments' rates.
         lora_plus_ratio: B's learning rate over A's, for ``lora+``.
@@ -59,6 +60,7 @@ class AnswerTrainer(Trainer):
         args: TrainingArguments,
         *,
         group_by_length: bool = True,
+        balanced: bool = False,
         max_skipped_steps: int = 10,
         optimizer: OptimizerName = "adamw",
         lora_plus_ratio: float = 16.0,
@@ -71,7 +73,7 @@ class AnswerTrainer(Trainer):
         self.skipped_steps = 0
         self._at_last_line = (0, 0)  # of the log: the step, and the skipped ones until then
         self._micro_batches: list[tuple[torch.Tensor, Mapping[str, Any]]] = []
-        self._group_by_length = group_by_length
+        self._group_by_length, self._balanced = group_by_length, balanced
         self._optimizer_name, self._lora_plus_ratio = optimizer, lora_plus_ratio
         # The loss below is divided by the number of labels in the accumulated batch, so the Trainer must count them.
         self.model_accepts_loss_kwargs = True
@@ -94,7 +96,8 @@ class AnswerTrainer(Trainer):
         # Of several processes each takes its part of a common batch, which is the one that a single process would have.
         batch_size = self._train_batch_size * self.args.world_size if self._group_by_length else None
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        sampler = EpochSampler(lengths, batch_size=batch_size, seed=seed)
+        tasks = [example["task"] for example in dataset] if self._balanced else None
+        sampler = EpochSampler(lengths, batch_size=batch_size, seed=seed, tasks=tasks)
         self.add_callback(_SetEpoch(sampler))
         return sampler
 
@@ -229,10 +232,19 @@ class EpochSampler(Sampler[int]):
     With ``batch_size`` the order is one of batches of similar length: the shuffled indices are cut into runs, each
     sorted by length and cut into batches, and the batches are shuffled. The longest batch comes first, since that is
     where memory runs out.
+
+    With ``tasks``, every example's, an epoch takes the mean number of examples from each task: small tasks are
+    repeated, and of large ones every epoch draws a new subset.
     """
 
-    def __init__(self, lengths: Sequence[int], *, batch_size: int | None, seed: int) -> None:
+    def __init__(
+        self, lengths: Sequence[int], *, batch_size: int | None, seed: int, tasks: Sequence[str] | None = None
+    ) -> None:
         self._lengths = lengths
+        self._by_task: dict[str, list[int]] = {}
+        for index, task in enumerate(tasks or ()):
+            self._by_task.setdefault(task, []).append(index)
+        self._per_task = round(len(lengths) / max(len(self._by_task), 1))
         self._batch_size = batch_size
         self._seed = seed
         self._epoch = 0
@@ -241,11 +253,22 @@ class EpochSampler(Sampler[int]):
         self._epoch = epoch
 
     def __len__(self) -> int:
-        return len(self._lengths)
+        return self._per_task * len(self._by_task) if self._by_task else len(self._lengths)
+
+    def _drawn(self, generator: torch.Generator) -> list[int]:
+        chosen: list[int] = []
+        for indices in self._by_task.values():
+            repeats, rest = divmod(self._per_task, len(indices))
+            some = torch.randperm(len(indices), generator=generator)[:rest].tolist()
+            chosen += indices * repeats + [indices[i] for i in some]
+        return [chosen[i] for i in torch.randperm(len(chosen), generator=generator).tolist()]
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self._seed * 1_000_003 + self._epoch)
-        order: list[int] = torch.randperm(len(self._lengths), generator=generator).tolist()
+        if self._by_task:
+            order = self._drawn(generator)
+        else:
+            order = torch.randperm(len(self._lengths), generator=generator).tolist()
         if self._batch_size is None:
             return iter(order)
         run = self._batch_size * _BATCHES_PER_RUN

@@ -177,7 +177,7 @@ def test_sequences_in_two_orders(values, inline, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"orders": ["seeded-0", "sapt-1"]}, r"data\.order: does not say where task"),
+        ({"orders": ["seeded-0", "sapt-1"]}, r"data\.order: has no place for task"),
         ({"orders": [["cities", "rivers"], ["cities", "../rivers"]]}, r"data\.order: unknown task '\.\./rivers'"),
         ({"methods": {"lora": {"name": "lora", "target_modules": ["x"]}}}, r"compare\.methods\.lora: method: Target"),
         ({"budget": "lora"}, r"compare\.methods\.badit: trains .* change its rank until they agree to 5%"),

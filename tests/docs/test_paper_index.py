@@ -16,6 +16,7 @@ from badit import BaditConfig, RegroupCallback
 from badit.baselines import BASELINES
 from badit.methods import NeuronOptions
 from badit.recipe import Recipe, load_recipe
+from badit.regroup import RegroupOptions
 from badit.tuner.config import FORMAT_FIELD, ExpertConfig
 from docs.pages import ROOT, Page
 
@@ -36,7 +37,8 @@ def default_of(option: str) -> Any:
     """The default in the code: of a configuration's field, a recipe's, a function's parameter; or a constant."""
     place, _, name = option.rpartition(".")
     if place == "RegroupCallback":
-        return inspect.signature(RegroupCallback).parameters[name].default
+        options = fields(RegroupOptions)
+        return options[name] if name in options else inspect.signature(RegroupCallback).parameters[name].default
     if place in SECTIONS:
         return getattr(getattr(Recipe(), place), name)
     if place in CONFIGS:
@@ -65,7 +67,8 @@ def test_the_papers_recipes_have_what_the_page_says() -> None:
 def test_the_page_has_every_default() -> None:
     peft = {*fields(PeftConfig), FORMAT_FIELD, "past_branches", "tasks"}
     wanted = {f"BaditConfig.{name}" for name in fields(BaditConfig).keys() - peft}
-    wanted |= {f"RegroupCallback.{name}" for name in inspect.signature(RegroupCallback).parameters}
+    names = {*inspect.signature(RegroupCallback).parameters, *fields(RegroupOptions)} - {"options"}
+    wanted |= {f"RegroupCallback.{name}" for name in names}
     wanted |= {f"{section}.{name}" for section in SECTIONS for name in type(getattr(Recipe(), section)).model_fields}
     for config in (baseline.config_cls for baseline in BASELINES.values()):
         if issubclass(config, ExpertConfig):

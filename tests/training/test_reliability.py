@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,11 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from badit.cli import main
+from badit.errors import BaditError
 from badit.files import OWNER, exclusive
 from badit.recipe import build_recipe
 from badit.run import Run
+from badit.train import refuse_beyond_model
 from badit.trainer import AnswerTrainer
 
 Values = dict[str, Any]
@@ -115,3 +119,36 @@ def test_a_run_whose_losses_are_all_nan_stops_after_half_of_its_steps(
     assert "not finite in step 4, after 3 skipped steps; the batch has instances" in capsys.readouterr().err
     assert Run(recipe_values["output"]).metrics["loss"].isna().all()
     assert not Run(recipe_values["output"]).adapter_path.exists()
+
+
+def test_instances_beyond_the_model_are_named(tiny_model: Callable[..., Any]) -> None:
+    example = {"task": "cities", "id": "7", "input_ids": [5] * 60}
+    model = tiny_model("gpt2", n_positions=64)
+    refuse_beyond_model([example], model, more=4)
+    with pytest.raises(BaditError, match=r"cities/7 has 60 tokens and 5 to come, the model 64 positions; lower"):
+        refuse_beyond_model([example], model, more=5)
+    rotary = tiny_model("llama", max_position_embeddings=20)
+    refuse_beyond_model([example], rotary)
+    rows = rotary.config.vocab_size
+    with pytest.raises(BaditError, match=f"instance cities/7 has token {rows}, the model {rows} embeddings"):
+        refuse_beyond_model([{**example, "input_ids": [rows]}], rotary)
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (
+            "{{ raise_exception('no roles') }}",
+            r"chat_template: cannot be rendered \(no roles\); use prompt.chat_template",
+        ),
+        ("{% for message in messages %}<s>{% endfor %}", "chat_template: renders a prompt without the text"),
+        ("", "chat_template: renders a prompt without the text"),
+        ("{{ ''.__class__.__mro__ }}", r"chat_template: (cannot be rendered|renders a prompt without)"),
+    ],
+)
+def test_a_chat_template_that_loses_the_prompt_is_refused(
+    recipe_file: Path, recipe_values: Values, capsys: pytest.CaptureFixture[str], template: str, message: str
+) -> None:
+    (Path(recipe_values["model"]["name"]) / "chat_template.jinja").write_text(template or "{# nothing #}")
+    assert main(["train", str(recipe_file)]) == 2
+    assert re.search(message, capsys.readouterr().err)

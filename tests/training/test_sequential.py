@@ -186,7 +186,7 @@ def test_two_tasks_have_different_random_numbers(recipe_values):
 
 
 def test_sequences_that_cannot_be_trained_are_refused(recipe_values, tmp_path):
-    with pytest.raises(BaditError, match="does not say where task cities comes"):
+    with pytest.raises(BaditError, match="has no place for task cities"):
         make_plan(build_recipe(recipe_values, ["data.order=[rivers]"]))
     lines = Path(recipe_values["data"]["source"]).read_text().splitlines(keepends=True)
     kept = [line for line in lines if (entry := json.loads(line))["task"] == "rivers" or entry["split"] == "test"]

@@ -1,6 +1,7 @@
 """The answer-only loss against a naive one, the order of the batches, and the angles between experts."""
 
 import math
+from collections import Counter
 from statistics import fmean
 
 import pytest
@@ -72,8 +73,8 @@ def test_a_model_without_an_output_layer_is_refused(tiny_model):
         pass
 
 
-def order_of(lengths, batch_size, seed=0, epoch=0):
-    sampler = EpochSampler(lengths, batch_size=batch_size, seed=seed)
+def order_of(lengths, batch_size, seed=0, epoch=0, tasks=None):
+    sampler = EpochSampler(lengths, batch_size=batch_size, seed=seed, tasks=tasks)
     sampler.set_epoch(epoch)
     return list(sampler)
 
@@ -86,6 +87,25 @@ def test_every_example_comes_once_in_batches_led_by_the_longest(lengths, batch_s
     assert order == order_of(lengths, batch_size, seed, epoch)
     if len(lengths) >= 16 * batch_size and len(lengths) % batch_size == 0:
         assert lengths[order[0]] == max(lengths)
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=6), st.sampled_from([None, 4]), st.integers(0, 5))
+def test_a_balanced_epoch_has_every_task_alike_and_epochs_together_every_example(sizes, batch_size, seed):
+    tasks = [f"task-{i}" for i, size in enumerate(sizes) for _ in range(size)]
+    seen = set()
+    for epoch in range(60):
+        order = order_of([5] * len(tasks), batch_size, seed, epoch, tasks)
+        of_task = Counter(tasks[index] for index in order)
+        assert set(of_task.values()) == {round(len(tasks) / len(sizes))}
+        for task in of_task:
+            uses = Counter(index for index in order if tasks[index] == task)
+            counts = [uses[index] for index, name in enumerate(tasks) if name == task]
+            assert max(counts) - min(counts) <= 1
+        assert order == order_of([5] * len(tasks), batch_size, seed, epoch, tasks)
+        seen |= set(order)
+    rare = round(len(tasks) / len(sizes)) / max(sizes) < 0.2
+    assert rare or seen == set(range(len(tasks))), "large tasks are drawn from again in every epoch"
 
 
 def test_the_order_depends_on_seed_and_epoch_and_saves_padding():

@@ -12,7 +12,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 from badit.data.tasks import Instance, Task
-from badit.errors import BaditError, refuse_unknown
+from badit.errors import BaditError, explained, refuse_unknown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -90,8 +90,13 @@ def encode_prompt(
         raise BaditError(f"max_source_tokens: {max_source_tokens} has no room for the end {tail!r}; raise it")
     if uses_template(tokenizer, chat_template):
         turn = [{"role": "user", "content": text}]
+        fix = "use prompt.chat_template=never, or another template"
+        with explained("chat_template", action="rendered", fix=fix, any_error=True):
+            rendered = str(tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False))
+        if text.strip() not in rendered:
+            raise BaditError(f"chat_template: renders a prompt without the text that it is given; {fix}")
         # Templates write BOS themselves, so what they render is tokenised without adding another.
-        return _tokens(tokenizer, str(tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)))
+        return _tokens(tokenizer, rendered)
     ids = _tokens(tokenizer, text)
     # BOS by hand: some tokenizers would also close the prompt with EOS.
     bos: list[Any] = [tokenizer.bos_token_id]

@@ -10,11 +10,11 @@ import random
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
-from badit.errors import BaditError, nearest, refuse_unknown
+from badit.errors import BaditError, nearest
 
 Split = Literal["train", "validation", "test"]
 Sampling = Literal["proportional", "balanced"]
@@ -129,24 +129,11 @@ def limit(tasks: Iterable[Task], train: int | None, test: int | None, seed: int)
     return limited
 
 
-def mixture(tasks: Sequence[Task], sampling: Sampling, seed: int) -> list[tuple[str, Instance]]:
-    """One epoch's training list of (task name, instance), shuffled.
-
-    Args:
-        sampling: "proportional" takes each instance once. "balanced" takes the mean number of instances of every task,
-            so that the epoch has the same length: a small task is repeated, a large one subsampled.
-        seed: of the draws and the order; give each epoch its own to see all of a subsampled task.
-    """
-    refuse_unknown("sampling", sampling, get_args(Sampling))
-    trained = [task for task in tasks if task.train]
-    mean_size = round(sum(len(task.train) for task in trained) / max(len(trained), 1))
-    epoch: list[tuple[str, Instance]] = []
-    for task in trained:
-        repeats, rest = divmod(mean_size, len(task.train)) if sampling == "balanced" else (1, 0)
-        indices = [*range(len(task.train))] * repeats + _draw(len(task.train), rest, "mixture", task.name, seed)
-        epoch.extend((task.name, task.train[index]) for index in indices)
-    random.Random(f"mixture/{seed}").shuffle(epoch)
-    return epoch
+def mixture(tasks: Sequence[Task], seed: int) -> list[tuple[str, Instance]]:
+    """All training instances as (task name, instance), shuffled."""
+    pairs = [(task.name, instance) for task in tasks for instance in task.train]
+    random.Random(f"mixture/{seed}").shuffle(pairs)
+    return pairs
 
 
 def _draw(size: int, count: int | None, purpose: str, name: str, seed: int) -> list[int]:

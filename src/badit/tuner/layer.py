@@ -349,13 +349,19 @@ class BaditLinear(ExpertLinear):
         if self.badit_config[adapter_name].router_input == "mean":
             return self._route(adapter_name, x)
         moments_2I, batches = self.badit_moments[adapter_name], self.badit_batches[adapter_name]
-        # Gradient checkpointing runs the layer again in the backward pass, on prompts that have been counted.
-        if self.training and not self.routing.runs_again():
+        this_pass = self.routing.forward_pass()
+        kept = {} if this_pass is None else this_pass.moments
+        if self.routing.runs_again():
+            # By gradient checkpointing, on prompts that have been counted, and perhaps after later passes.
+            moments_2I = kept.get(self._key(adapter_name), moments_2I)
+        elif self.training and (torch.is_grad_enabled() if this_pass is None else this_pass.begun_with_gradients):
             with torch.no_grad():
                 batches += 1
                 new_2I = batch_moments(x.detach().flatten(0, -2), _sum_over_ranks)
-                moments_2I.copy_(updated_moments(moments_2I, batches, new_2I))
-        return self._route(adapter_name, standardised(x, moments_2I))
+                moments_2I.copy_(updated_moments(moments_2I.float(), batches.float(), new_2I))
+            if not torch.compiler.is_compiling():  # a layer's name would compile each layer separately
+                kept[self._key(adapter_name)] = moments_2I.clone()
+        return self._route(adapter_name, standardised(x, moments_2I.float()))
 
     def _route(self, adapter_name: str, x: torch.Tensor) -> torch.Tensor:
         config = self.badit_config[adapter_name]

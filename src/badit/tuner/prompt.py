@@ -46,6 +46,8 @@ class ForwardPass:
         fills_cache: whether decoding may follow, for which layers must leave their gates in ``fresh``.
         settled: what layers keep of this pass for the next one of a generation from one cache.
         row_tasks: for methods that tell tasks apart: by adapter, the index (B) of each row's task.
+        begun_with_gradients: whether it was, although checkpointing may run the layers without.
+        moments: by layer, those that its prompts were standardised with, for checkpointing, which runs it again.
     """
 
     find_prompt: Callable[[], torch.Tensor | None]
@@ -54,6 +56,8 @@ class ForwardPass:
     fills_cache: bool = True
     settled: dict[str, Any] | None = None
     row_tasks: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    begun_with_gradients: bool = False
+    moments: dict[str, torch.Tensor] = field(default_factory=dict)
     fresh: dict[str, torch.Tensor] = field(default_factory=dict)
 
     @cached_property
@@ -90,6 +94,9 @@ class RoutingContext:
                 model.register_forward_pre_hook(context._enter, with_kwargs=True),
                 model.register_forward_hook(context._leave, with_kwargs=True, always_call=True),
             ]
+            decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+            if decoder is not None and decoder is not model:
+                context._hooks.append(decoder.register_forward_pre_hook(context._refuse_alone))
             context._generate = getattr(model, "generate", None)
             if context._generate is not None:
                 # A method, not a closure: a deep copy of the model binds it to the copy.
@@ -123,6 +130,14 @@ class RoutingContext:
         """Whether the calling layer is computed again in the backward pass, by gradient checkpointing."""
         return self._running is None and inside_backward()
 
+    def _refuse_alone(self, decoder: nn.Module, args: tuple) -> None:
+        """Called by itself, the decoder would be routed on padding, on answers and on the newest token."""
+        if self.forward_pass() is None and any(reads() for reads in self.mask_readers):
+            raise BaditError(
+                "the model's decoder was called by itself, so the prompt is not known: call the whole model, or use "
+                "routing='token'"
+            )
+
     def _enter(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         prompt_mask_BT = kwargs.pop("prompt_mask", None)
         names = inspect.signature(model.forward).parameters if args else ()
@@ -130,6 +145,7 @@ class RoutingContext:
         self._running.row_tasks = self.row_tasks
         if torch.is_grad_enabled():
             self._differentiated = self._running
+            self._running.begun_with_gradients = True
         if self._running.held is None and any(reads() for reads in self.mask_readers):
             _ = self._running.prompt_mask_BT  # kept from now on
         return args, kwargs
