@@ -154,13 +154,7 @@ def load_results(path: str | os.PathLike[str]) -> Results:
     refuse_other_format(content, path, FORMAT)
     with explained(path):
         file = _File.model_validate(content)
-    counted = [cell for cell in file.cells if cell.status == "done" and cell.selected]
-    for place, name in [
-        ("reference", file.reference),
-        *((f"cells.{i}.method", c.method) for i, c in enumerate(file.cells)),
-    ]:
-        if name not in file.methods:
-            raise BaditError(f"{path}: {place}: {name!r:.60} is none of the methods{nearest(name, file.methods)}")
+    counted = _counted(file, path)
     cells, scores, instances, continual = [], [], [], []
     for cell in file.cells:
         training = cell.environment.training if cell.environment else _Training()
@@ -322,3 +316,27 @@ def _frame(rows: Iterable[Any], columns: list[str]) -> pd.DataFrame:
 
 def _known_metrics(entry: _Part) -> list[tuple[str, Any]]:
     return [(name, value) for name in METRICS if (value := getattr(entry, name)) is not None]
+
+
+def _counted(file: _File, path: Path) -> list[_Cell]:
+    """The cells that count, which must fit together; else a BaditError names the first that does not."""
+    named = {"reference": file.reference} | {f"cells.{i}.method": cell.method for i, cell in enumerate(file.cells)}
+    for place, name in named.items():
+        if name not in file.methods:
+            raise BaditError(f"{path}: {place}: {name!r:.60} is none of the methods{nearest(name, file.methods)}")
+    counted: dict[object, _Cell] = {}
+    sizes: dict[str, int] | None = None
+    for place, cell in ((f"{path}: cells.{i}", cell) for i, cell in enumerate(file.cells)):
+        if cell.status != "done" or not cell.selected:
+            continue
+        if counted.setdefault((cell.method, cell.seed, cell.order), cell) is not cell:
+            raise BaditError(f"{place}: repeats method, seed and order of another cell; select one of the two")
+        own = {task: entry.instances for task, entry in cell.scores.tasks.items()} if cell.scores else {}
+        if not own or own != (sizes := sizes or own):
+            raise BaditError(f"{place}.scores.tasks: other tasks or instances than in the cells before")
+        for metric in METRICS if cell.instances is not None else ():
+            lists = {task: getattr(scores, metric) for task, scores in (cell.instances or {}).items()}
+            kept = {task: len(values) for task, values in lists.items() if values is not None}
+            if kept != own and (kept or metric in _FIRST_METRICS):
+                raise BaditError(f"{place}.instances: needs one {metric} for each instance of scores.tasks")
+    return list(counted.values())

@@ -2,6 +2,7 @@
 
 import itertools
 import warnings
+from statistics import fmean
 
 import pytest
 import torch
@@ -213,8 +214,10 @@ def test_scores_and_predictions_belong_to_their_instances(model, tokenizer):
     _, answers = score_model(model, tokenizer, RECIPE, tasks_of(*"abcd"), "test", progress=False)
     tasks = tasks_of(*[answer.prediction for answer in answers[:3]], "d")
     scores, predictions = score_model(model, tokenizer, RECIPE, tasks, "test", progress=False)
-    assert scores["tasks"]["right"] == {"rouge_l": 100.0, "exact_match": 100.0, "instances": 3}
-    assert scores["tasks"]["wrong"] == {"rouge_l": 0.0, "exact_match": 0.0, "instances": 1}
+    for task, score, count in (("right", 100.0, 3), ("wrong", 0.0, 1)):
+        nll = [prediction.nll for prediction in predictions if prediction.task == task]
+        expected = {"rouge_l": score, "exact_match": score, "nll": pytest.approx(fmean(nll)), "instances": count}
+        assert scores["tasks"][task] == expected
     assert (scores["rouge_l"], scores["rouge_l_instances"]) == (50.0, 75.0)
     ids = [(p.task, p.instance_id) for p in predictions]
     assert ids == [("right", "i0"), ("right", "i1"), ("right", "i2"), ("wrong", "i3")]

@@ -172,7 +172,7 @@ def test_incomplete_comparisons_and_several_learning_rates(tmp_path):
         ("reference", "lroa", "reference: 'lroa' is none of the methods (did you mean 'lora'?)"),
         ("cells.1.method", "x", "cells.1.method: 'x' is none of the methods"),
         ("cells.1.scores.rouge_l", float("nan"), "cells.1.scores.rouge_l: input should be a finite number"),
-        ("cells.2.seed", 0, "cells.2: repeats method, seed and order of cells.1"),
+        ("cells.2.seed", 0, "cells.2: repeats method, seed and order of another cell"),
         ("cells.2.scores.tasks.task_b.instances", 9, "cells.2.scores.tasks: other tasks or"),
         ("cells.2.instances.task_b.rouge_l", [1.0], "cells.2.instances: needs one rouge_l"),
         ("cells.2.continual", {"standard": {"forgetting": 1}}, "cells.2.continual.standard.backward_"),

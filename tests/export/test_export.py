@@ -37,7 +37,7 @@ LORA = {"r": 3, "lora_alpha": 12}
 # Each with the rank that an exact export takes.
 METHODS: dict[str, tuple[dict[str, Any], int]] = {
     "badit": (BADIT, 12),
-    "softmax": ({**BADIT, "gates": "softmax", "top_k": 2}, 12),
+    "softmax": ({**BADIT, "gates": "softmax", "top_k": 2, "regroup": None}, 12),
     "token": ({**BADIT, "routing": "token"}, 12),
     "directions": ({**BADIT, "init_weights": "directions", "router_input": "standardised"}, 6),
     "loramoe": ({"name": "loramoe", "num_experts": 3, "r": 2}, 6),

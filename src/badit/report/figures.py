@@ -89,7 +89,7 @@ def loss_curves(frame: pd.DataFrame) -> Any:
 def scores_by_task(frame: pd.DataFrame) -> Any:
     """One mark for each run on each task, the tasks with the highest mean first; click the legend to bring one run
     forward."""
-    rows = frame.pivot_table("score", ["task", "run"], "metric", sort=False).round(2).reset_index()
+    rows = frame.pivot_table("score", ["task", "run"], "metric", sort=False).round(3).reset_index()
     labels = {name: metric.label for name, metric in METRICS.items() if name in rows}
     series = list(dict.fromkeys(frame["run"]))
     rows = rows.assign(full=rows["task"], task=rows["task"].map(charts.names_in(frame, "task")))
@@ -98,10 +98,15 @@ def scores_by_task(frame: pd.DataFrame) -> Any:
     pick = alt.selection_point(name="pick", fields=["run"], bind="legend")
     shapes = ["circle", "square", "triangle-up", "diamond", "cross", "triangle-down"]
     shape = alt.Shape("run:N", scale=alt.Scale(domain=series, range=shapes), legend=charts.legend(series))
-    tooltip = [alt.Tooltip(f"{metric}:Q", title=label, format=".1f") for metric, label in labels.items()]
+    tooltip = [
+        alt.Tooltip(f"{metric}:Q", title=label, format=f".{METRICS[metric].decimals}f")
+        for metric, label in labels.items()
+    ]
     chart = charts.chart_of(rows).transform_calculate(score="datum[metric]").mark_point(filled=True, size=75)
     chart = chart.encode(
-        x=alt.X("score:Q", title="score (0 to 100)", scale=alt.Scale(zero=True), axis=alt.Axis(tickCount=6)),
+        x=alt.X(
+            "score:Q", title="score (0 to 100; NLL in nats)", scale=alt.Scale(zero=True), axis=alt.Axis(tickCount=6)
+        ),
         y=alt.Y("task:N", title=None, sort=order, axis=alt.Axis(grid=True, labelOverlap=False)),
         color=_colour("run", series),
         shape=shape,
@@ -119,14 +124,16 @@ def scores_table(frame: pd.DataFrame) -> pd.DataFrame:
     shown = pd.DataFrame({"task": [*tasks, "mean over tasks"]}, dtype=object)
     shown["instances"] = [charts.number(n, ".0f") for n in frame.groupby("task")["n"].max()[tasks]] + [""]
     strong = []
-    for metric in [metric for metric in METRICS if metric in set(frame["metric"])]:
+    for metric, about in ((name, METRICS[name]) for name in METRICS if name in set(frame["metric"])):
         scores = frame[frame["metric"] == metric].pivot_table("score", "task", "run", sort=False).reindex(tasks)
         values = np.vstack([scores, scores.mean()])
         for run, column in zip(scores, values.T, strict=True):
-            heading = f"{run}: {METRICS[metric].label}" if several else METRICS[metric].label
-            shown[heading] = [charts.number(score) for score in column]
-            best = np.flatnonzero(column >= np.nanmax(values, axis=1) - 1e-9)
-            strong += [(i, heading) for i in best] if several else []
+            heading = f"{run}: {about.label}" if several else about.label
+            shown[heading] = [charts.number(score, f".{about.decimals}f") for score in column]
+            ranks = (
+                pd.DataFrame((1 if about.lower_is_better else -1) * values).round(9).rank(axis="columns", method="min")
+            )
+            strong += [(i, heading) for i in np.flatnonzero(ranks[list(scores).index(run)] == 1)] if several else []
     shown.attrs |= {"footer": 1, "strong": strong}
     return shown
 

@@ -190,7 +190,7 @@ def _run_facts(source: Source) -> dict[str, str]:
     facts = {}
     if source.scores is not None:
         for metric, scores in source.scores.groupby("metric", sort=False):
-            facts[METRICS[str(metric)].label] = number(scores["score"].mean())
+            facts[METRICS[str(metric)].label] = number(scores["score"].mean(), f".{METRICS[str(metric)].decimals}f")
         facts["tasks"] = str(source.scores["task"].nunique())
     training = source.environment.get("training")
     for name, value in training.items() if isinstance(training, Mapping) else ():
