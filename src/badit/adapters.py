@@ -41,8 +41,11 @@ def load_adapter(model: PreTrainedModel, folder: Path, config: PeftConfig, *, tr
     with explained(folder, action="loaded", any_error=True), warnings.catch_warnings():
         warnings.filterwarnings("error", message="Found missing adapter keys")
         adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
-        expected = get_peft_model_state_dict(adapted, save_embedding_layers=False).keys()
-    if unknown := sorted(shapes.keys() - expected):
+        loaded = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    if not all(tensor.isfinite().all() for tensor in loaded.values()):
+        fix = "train again with a lower training.learning_rate"
+        raise BaditError(f"{folder}: holds NaN or infinite values: its training has diverged; {fix}")
+    if unknown := sorted(shapes.keys() - loaded.keys()):
         other = f"belongs to another base model or method, with a tensor {unknown[0]!r:.120}"
         raise BaditError(f"{folder}: {other}; name the base model that it was trained on")
     return adapted

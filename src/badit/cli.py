@@ -293,19 +293,28 @@ _of_run(Run.push, lambda run, address: address)
 
 @app.command
 def generate(
-    run: str, prompt: str, *, task: str | None = None, max_new_tokens: int = 50, trust_remote_code: bool = False
+    run: str,
+    prompt: str,
+    *,
+    task: str | None = None,
+    raw: bool = False,
+    max_new_tokens: int = 50,
+    trust_remote_code: bool = False,
 ) -> str:
     """Answer one prompt with a run's adapter.
 
     Args:
         run: a run's folder.
         prompt: the prompt's text, or - to read it from standard input.
-        task: the prompt's task, which only methods that tell tasks apart ask for.
+        task: a task of the run's data, by name or number: the text is an input, and becomes the prompt that it was
+            trained with.
+        raw: with --task, take the text as a whole prompt. Methods that tell tasks apart need the task anyway.
         max_new_tokens: the longest answer, in tokens.
         trust_remote_code: run Python code that comes with the run's base model, if its recipe asks for it as well.
     """
     text = sys.stdin.read() if prompt == "-" else prompt
-    return Run(run).generate(text, task=task, max_new_tokens=max_new_tokens, trust_remote_code=trust_remote_code)
+    options = {"max_new_tokens": max_new_tokens, "trust_remote_code": trust_remote_code}
+    return Run(run).generate(text, task=task, raw=raw, **options)
 
 
 @app.command

@@ -19,7 +19,8 @@ from pydantic import TypeAdapter
 from tqdm.auto import tqdm
 
 from badit.card import write_run_card
-from badit.data import AnswerCollator, Instance, Task, encode_prompt, on_device
+from badit.data import AnswerCollator, Instance, Task, encode_prompt, load_tasks, on_device
+from badit.data.prompts import Prompt, build_prompt
 from badit.data.tasks import file_safe
 from badit.environment import is_main_process
 from badit.errors import BaditError, explained, nearest
@@ -27,7 +28,7 @@ from badit.files import copy_folder, exclusive, parse_json, read_json, read_text
 from badit.generation import evaluation_mode, generate_answers
 from badit.methods import build_method
 from badit.metrics import Prediction, group_by_task, instance_scores, mean_scores
-from badit.recipe import Recipe
+from badit.recipe import Recipe, expand_source
 from badit.results import read_scores
 from badit.run import Run
 from badit.statistics import FORMS, continual_scores
@@ -275,23 +276,25 @@ def answers(
     prompts: Sequence[str],
     *,
     task: str | None = None,
+    raw: bool = False,
     max_new_tokens: int = 50,
     batch_size: int = 16,
     progress: bool = False,
     trust_remote_code: bool = False,
 ) -> list[str]:
-    """A run's answers to prompts' texts, in the prompt format of its recipe.
-
-    Args:
-        task: the task that the prompts belong to, which only methods that tell tasks apart ask for.
-
-    Raises:
-        BaditError: an empty prompt, or a run that cannot be loaded.
-    """
+    """A run's answers to prompts' texts, or to inputs of one of its tasks; see :meth:`badit.Run.generate`."""
     if not all(prompt.strip() for prompt in prompts):
         raise BaditError("the prompt is empty")
     recipe = run.trusted_recipe(trust_remote_code)
     section = recipe.prompt
+    texts: list[str | Prompt] = [*prompts]
+    if task is not None:
+        (found,) = load_tasks(expand_source(recipe.data.source), tasks=[task], format=recipe.data.format)
+        task = found.name
+        if not raw:
+            texts = [
+                build_prompt(found, Instance(id="", input=text, outputs=("",)), section.encoding) for text in prompts
+            ]
     model, tokenizer = load_run(run, recipe)
     encode = partial(
         encode_prompt, tokenizer, max_source_tokens=section.max_source_tokens, chat_template=section.chat_template
@@ -299,7 +302,7 @@ def answers(
     return generate_answers(
         model,
         tokenizer,
-        [encode(prompt) for prompt in prompts],
+        [encode(text) for text in texts],
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
         progress=progress,

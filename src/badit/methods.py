@@ -14,6 +14,7 @@ train the base model's own weights have the same interface.
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -196,7 +197,9 @@ class WeightsMethod(Method):
         folder.mkdir(parents=True, exist_ok=True)
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         trained = {name: (weights or {}).get(name, p).detach().contiguous() for name, p in trained.items()}
-        save_file(trained, folder / WEIGHTS, metadata={"base_model": base_model, "method": self.name})
+        # One entry: safetensors writes several in an order that changes.
+        origin = json.dumps({"base_model": base_model, "method": self.name})
+        save_file(trained, folder / WEIGHTS, metadata={"badit": origin})
 
 
 @dataclasses.dataclass(frozen=True)

@@ -284,6 +284,12 @@ class RegroupCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         model, probe = kwargs["model"], self._probe
+        if getattr(args, "packing", False) and any(
+            layer.badit_config[adapter].routing == "prompt" for _, (layer, adapter) in trainable_adapters(model)
+        ):
+            raise BaditError(
+                "packed rows hold several prompts; set packing=False and padding_free=False, or use routing='token'"
+            )
         self.regrouper = Regrouper(
             model,
             state.max_steps,

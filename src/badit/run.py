@@ -223,6 +223,7 @@ class Run:
         prompts: str | Sequence[str],
         *,
         task: str | None = None,
+        raw: bool = False,
         max_new_tokens: int = 50,
         batch_size: int = 16,
         progress: bool = False,
@@ -234,7 +235,9 @@ class Run:
 
         Args:
             prompts: one text, which gives one answer, or a list of texts; on the command line - reads standard input.
-            task: the prompts' task, which only methods that tell tasks apart ask for.
+            task: a task of the run's data, by name or number: the texts are inputs, and become the prompts that it was
+                trained with.
+            raw: with ``task``, take the texts as whole prompts. Methods that tell tasks apart need the task anyway.
             max_new_tokens: the longest answer, in tokens.
             batch_size: prompts decoded at a time.
             progress: show a bar on stderr.
@@ -249,6 +252,7 @@ class Run:
             self,
             [prompts] if isinstance(prompts, str) else list(prompts),
             task=task,
+            raw=raw,
             max_new_tokens=max_new_tokens,
             batch_size=batch_size,
             progress=progress,

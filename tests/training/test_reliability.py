@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from badit.cli import main
+from badit.data import load_tasks
 from badit.errors import BaditError
 from badit.files import OWNER, exclusive
 from badit.recipe import build_recipe
@@ -119,6 +121,39 @@ def test_a_run_whose_losses_are_all_nan_stops_after_half_of_its_steps(
     assert "not finite in step 4, after 3 skipped steps; the batch has instances" in capsys.readouterr().err
     assert Run(recipe_values["output"]).metrics["loss"].isna().all()
     assert not Run(recipe_values["output"]).adapter_path.exists()
+
+
+def test_an_adapter_that_is_not_finite_is_refused(
+    recipe_file: Path, recipe_values: Values, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", str(recipe_file)]) == 0
+    (path,) = Run(recipe_values["output"]).adapter_path.glob("*.safetensors")
+    tensors = load_file(path)
+    tensors[next(name for name in tensors if "badit_A" in name)].fill_(torch.nan)
+    save_file(tensors, path, metadata={"format": "pt"})
+    for command in (["evaluate"], ["generate"]):
+        assert main([*command, recipe_values["output"], *(["Hello"] if command == ["generate"] else [])]) == 2
+        assert "holds NaN or infinite values: its training has diverged" in capsys.readouterr().err
+
+
+def test_an_answer_to_a_tasks_input_has_the_prompt_that_the_task_was_trained_with(
+    recipe_file: Path, recipe_values: Values, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert main(["train", str(recipe_file)]) == 0
+    run, seen = Run(recipe_values["output"]), []
+    evaluate_module = import_module("badit.evaluate")
+    encode = evaluate_module.encode_prompt
+    monkeypatch.setattr(
+        evaluate_module, "encode_prompt", lambda tok, text, **kw: seen.append(text) or encode(tok, text, **kw)
+    )
+    instance = next(task for task in load_tasks(recipe_values["data"]["source"]) if task.name == "cities").test[0]
+    trained_with = run.predictions.query("task == 'cities'")["prompt"].iloc[0]
+    run.generate([instance.input], task="cities", max_new_tokens=2)
+    assert " ".join("".join(seen[0]).split()) in " ".join(trained_with.split())
+    run.generate(["as it is"], task="cities", raw=True, max_new_tokens=2)
+    assert seen[1] == "as it is"
+    with pytest.raises(BaditError, match="citys"):
+        run.generate("Lima", task="citys")
 
 
 def test_instances_beyond_the_model_are_named(tiny_model: Callable[..., Any]) -> None:

@@ -94,7 +94,7 @@ class RoutingContext:
                 model.register_forward_pre_hook(context._enter, with_kwargs=True),
                 model.register_forward_hook(context._leave, with_kwargs=True, always_call=True),
             ]
-            decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+            decoder = getattr(model, "get_decoder", lambda: None)()
             if decoder is not None and decoder is not model:
                 context._hooks.append(decoder.register_forward_pre_hook(context._refuse_alone))
             context._generate = getattr(model, "generate", None)
