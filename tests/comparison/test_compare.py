@@ -120,14 +120,15 @@ def test_rates_that_fail_or_diverge_are_worst(values, inline, monkeypatch):
     results = compared(values)
     fields = ("selected", "status", "error", "validation_loss")
     found = {cell["learning_rate"]: tuple(cell[field] for field in fields) for cell in results["cells"]}
-    loss = found[0.01][3]
+    loss, diverged = found[0.01][3], found[3e38][2]
+    assert diverged.endswith("its training has diverged; train again with a lower training.learning_rate")
     assert found == {
         0.001: (False, "failed", "RuntimeError: no such", None),
         0.01: (True, "done", None, loss),
-        3e38: (False, "done", None, None),  # not finite
+        3e38: (False, "failed", diverged, None),
     }
     json.dumps(results, allow_nan=False)
-    assert load_results(values["output"]).cells["error"].dropna().tolist() == ["RuntimeError: no such"]
+    assert load_results(values["output"]).cells["error"].dropna().tolist() == ["RuntimeError: no such", diverged]
 
 
 def test_sequences_in_two_orders(values, inline, capsys, monkeypatch):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import io
 import itertools
+import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,11 @@ FRAMES = tables()
 
 def stored(chart: Any) -> pd.DataFrame:
     """What a chart with choices holds: a row for each place, a column for each combination of options."""
-    text = next(data for data in chart.to_dict()["datasets"].values() if isinstance(data, str))
-    return pd.read_csv(io.StringIO(text))
+    spec = chart.to_dict()
+    places = next(data for data in spec["datasets"].values() if "values" in data[0])
+    keys = json.loads(re.search(r"indexof\((\[.*?\]),", json.dumps(spec).replace('\\"', '"'))[1])
+    values = [[float(text or "nan") for text in place["values"].split(",")] for place in places]
+    return pd.concat([pd.DataFrame(places), pd.DataFrame(values, columns=keys)], axis="columns")
 
 
 def shown(chart: Any, key: str) -> dict[tuple[str, str], float]:

@@ -1,11 +1,12 @@
 """What figures share: choices, heat maps of one choice out of many, legends, and the forms of numbers and names.
 
-A run has tens of thousands of values such as the cosines of every layer and module. A chart with choices holds them as
-CSV, with a row for each place and a column for each combination of choices, such as "3|mlp.gate_proj".
+A run has tens of thousands of values such as the cosines of every layer and module. A chart with choices holds a text
+for each place, with a value for each combination of choices, such as "3|mlp.gate_proj".
 """
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
@@ -100,13 +101,14 @@ def chart_by_choice(values: pd.DataFrame, choices: Sequence[alt.Parameter]) -> a
 
     The choices are to be added to the finished chart with ``add_params``.
     """
-    places = values.index.to_frame()
-    numbers = {name: "number" for name in places if pd.api.types.is_numeric_dtype(places[name])}
-    form = alt.CsvDataFormat(type="csv", parse=cast(Any, numbers))
+    # One text per place, not a column per key: a reader of CSV or of expressions by name would need eval, which the
+    # page's policy refuses.
+    texts = [",".join("" if pd.isna(x) else f"{x:.4g}" for x in row) for row in values.to_numpy()]
+    keys = json.dumps([*map(str, values)])
     key = f"join([{','.join(str(option.name) for option in choices)}],'|')"
     return (
-        alt.Chart(alt.InlineData(values=values.to_csv(float_format="%.4g"), format=form))
-        .transform_calculate(value=f"toNumber(datum[{key}])")
+        chart_of(values.index.to_frame(index=False).assign(values=texts))
+        .transform_calculate(value=f"toNumber(split(datum.values,',')[indexof({keys},{key})])")
         .transform_filter("isValid(datum.value)")
     )
 
