@@ -36,7 +36,7 @@ def last_checkpoint(checkpoints: Path) -> Path | None:
         if damage is None:
             return folder
         if is_main_process():
-            print(f"badit: {folder} is damaged ({damage}); going on from the one before it", file=sys.stderr)
+            print(f"badit: {folder} is damaged ({damage}); continuing from the one before it", file=sys.stderr)
     return None
 
 
@@ -103,7 +103,7 @@ def refuse_other_engine(checkpoint: Path, engine: str, processes: int) -> None:
     parts = len(list(checkpoint.glob("*/*zero_pp_rank_*_optim_states.pt")))
     if engine == "DeepSpeed" and parts not in (0, processes):
         raise BaditError(
-            f"{checkpoint}: was written by {parts} processes, and DeepSpeed goes on with no other number than that, "
+            f"{checkpoint}: was written by {parts} processes, and DeepSpeed resumes with the same number only, "
             f"not with {processes}; {fix}"
         )
 

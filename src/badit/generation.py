@@ -40,7 +40,7 @@ def generate_answers(
     The prompts are sorted by length, which keeps the padding small, and the longest come first: memory peaks in the
     first batch, and the progress bar overestimates the time left rather than underestimating it. They are padded on the
     left, and the padding is masked, so an answer does not depend on its batch (up to floating-point rounding). Once
-    half of a batch has ended, the rest goes on without it.
+    half of a batch has ended, the others continue without those rows.
 
     Every decoding option of the model's own generation config, such as a repetition penalty, is set aside; its end
     tokens and the tokenizer's both end an answer. The model's training mode is restored; the tokenizer is only read.
@@ -101,7 +101,7 @@ def _continuations(
 ) -> list[list[int]]:
     """The new tokens of every row of a batch, up to its end token at least.
 
-    A batch stops when half of its rows have ended, and goes on with the others, unless it is to be decoded in one go.
+    A batch stops when half of its rows have ended, and continues with the others, unless ``in_one_go``.
     """
     from transformers import StoppingCriteriaList
 

@@ -168,7 +168,7 @@ RENAMED_ARGUMENTS = {
 # Fields of TrainingArguments that are not for a recipe to set (a * stands for the rest of a name), and why.
 _SETTLED_ARGUMENTS = {
     "output_dir": "the run's folder is the recipe's output",
-    "resume_from_checkpoint": "a run goes on from its own last checkpoint",
+    "resume_from_checkpoint": "a run resumes from its own last checkpoint",
     "*eval* do_* prediction_loss_only include_for_metrics load_best_model_at_end metric_for_best_model "
     "greater_is_better": "nothing is scored during training; see the evaluation section",
     "remove_unused_columns label_names": "batches have exactly what the method needs",

@@ -26,7 +26,7 @@ FORMAT = 1
 # The file in a comparison's folder.
 RESULTS = "results.json"
 # What follows a method's name where it has trained on each task alone.
-SINGLE_TASK = ", one model a task"
+SINGLE_TASK = ", one model per task"
 # Every file has these metrics; one that was added later may be missing in older files.
 _FIRST_METRICS = ("rouge_l", "exact_match")
 

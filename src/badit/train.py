@@ -1,7 +1,7 @@
 """One run from recipe to adapter: read the tasks, load the base model, apply the method, encode, train, save.
 
 A recipe with ``data.order`` is a sequence: its tasks are trained one after another, each with a folder of its own. An
-interrupted run goes on where it stopped.
+interrupted run continues where it stopped.
 """
 
 from __future__ import annotations
@@ -237,7 +237,7 @@ def _train_stage(
         except UnpicklingError:  # torch's loader has met something else than tensors and plain values
             raise BaditError(
                 f"{checkpoint}: holds what no training has written there, and nothing of it has been run; "
-                "remove the folder to go on from the checkpoint before it"
+                "remove the folder to continue from the checkpoint before it"
             ) from None
         finally:
             bar.close()

@@ -54,7 +54,7 @@ class CellProcess:
         self._process.send_signal(signal.SIGTERM)
 
     def kill(self) -> None:
-        """Ends the cell at once; it will go on from its last checkpoint."""
+        """Ends the cell at once; the next start resumes from its last checkpoint."""
         self._asked_to_stop = True
         self._process.kill()
 

@@ -137,7 +137,7 @@ def test_a_single_component_per_expert_has_no_angles_within(tiny_model):
 
 # --- tasks ---
 
-ALONE = "lora, one model a task"
+ALONE = "lora, one model per task"
 
 
 def results(tmp_path, cells, protocol="mixed"):

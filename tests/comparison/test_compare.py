@@ -151,7 +151,7 @@ def test_sequences_in_two_orders(values, inline, capsys, monkeypatch):
 
     results = compared(values)
     assert results["protocol"] == "sequential"
-    assert results["methods"] == ["lora", "base", "lora, one model a task"]
+    assert results["methods"] == ["lora", "base", "lora, one model per task"]
     first, second, base, single = results["cells"]
     assert [cell["order"] for cell in results["cells"]] == ["rivers-cities", "cities-rivers", None, None]
     assert {cell["status"] for cell in results["cells"]} == {"done"}

@@ -82,14 +82,14 @@ def recipe_values(method: str) -> dict[str, Any]:
 def results(protocol: str) -> dict[str, Any]:
     shape = Shape(tasks=("task1_a", "task2_b"))
     cells = [comparison_cell(shape, method, seed, 20.0 + seed) for method in ("lora", "badit") for seed in (0, 1)]
-    cells += [{**copy.deepcopy(cells[0]), "method": "lora, one model a task"}]
+    cells += [{**copy.deepcopy(cells[0]), "method": "lora, one model per task"}]
     failed = {"status": "failed", "error": "out of\nmemory", "scores": None, "instances": None}
     cells += [{**cells[0], "seed": 7, **failed}]
     if protocol == "sequential":
         transfer = {"forgetting": 1.5, "backward_transfer": -2.0, "forward_transfer": 0.25}
         orders = {"order": "sapt-1", "continual": {"standard": transfer, "released": transfer}}
         cells = [cell | orders for cell in cells]
-    methods = ["lora", "badit", "lora, one model a task"]
+    methods = ["lora", "badit", "lora, one model per task"]
     return {"format": 1, "protocol": protocol, "reference": "lora", "methods": methods, "cells": cells}
 
 

@@ -20,7 +20,7 @@ _SEED = st.integers(0, 2**32 - 1)
 _EXPERTS_AND_SIZE = st.tuples(st.integers(1, 5), st.integers(1, 4))
 _SOLVER = st.sampled_from(["swap", "paper"])
 
-# Gradients (components, dimensions) on which clustering is degenerate, beside the ordinary ones.
+# Gradients (components, dimensions) on which clustering is degenerate, besides the ordinary ones.
 _GRADIENTS = {
     "random": lambda rng, n: rng.standard_normal((n, 7)),
     "few dimensions": lambda rng, n: rng.standard_normal((n, 2)),

@@ -18,7 +18,7 @@ _SEED = st.integers(0, 2**32 - 1)
 # N, I, O. With as many components as features a step from B = 0 can bring A to about zero; see the test of extremes.
 _SHAPE = st.tuples(st.integers(1, 4), st.integers(7, 10), st.integers(7, 10))
 
-# How the columns of B start, beside those that are drawn: (O, N) -> (O, N).
+# How the columns of B start, besides those that are drawn: (O, N) -> (O, N).
 _STARTS = {
     "random": lambda B: B,
     "zero": torch.zeros_like,

@@ -100,7 +100,7 @@ BaditConfig.initial_factors = _initial_factors
 
 
 def _local_models(task: str) -> list[Any]:
-    """A folder for each model; a classifier's has its own head, which would else be drawn anew at every loading."""
+    """A folder for each model; a classifier's has its own head, which would else be drawn again at every loading."""
     auto_class = AutoModelForSequenceClassification if task == "SEQ_CLS" else AutoModelForCausalLM
     models = []
     for name, config in _MODELS.items():

@@ -188,10 +188,10 @@ def write_comparison(folder: Path, shape: Shape = SMALL, *, methods: Sequence[st
             cells.append(comparison_cell(shape, method, seed, 20.0 + 10 * min(number, 2) + number))
             place = folder / method / (f"lr-0.0005/seed-{seed}" if seed is not None else "")
             write_run(place, Shape(shape.tasks, seed=number + (seed or 0)), method=method, analysed=False)
-    cells += [comparison_cell(shape, "lora, one model a task", seed, 34.0) for seed in range(3)]
+    cells += [comparison_cell(shape, "lora, one model per task", seed, 34.0) for seed in range(3)]
     failed = {"status": "failed", "error": "out of\nmemory", "scores": None, "instances": None}
     cells.append({**comparison_cell(shape, "goat", 0, 0.0), **failed})
-    names = [*methods, "goat", "lora, one model a task"]
+    names = [*methods, "goat", "lora, one model per task"]
     content = {"format": 1, "protocol": "mixed", "reference": "lora", "methods": names, "cells": cells}
     (folder / "results.json").write_text(json.dumps(content))
     return folder

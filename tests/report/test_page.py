@@ -131,7 +131,13 @@ def test_several_runs_are_side_by_side(tmp_path: Path) -> None:
 
 def test_a_comparison(tmp_path: Path) -> None:
     page = page_of([write_comparison(tmp_path / "compared") / "results.json"], tmp_path)
-    for words in ("vs lora [95 %]", "failed (out of memory)", "lora, one model a task", "task-gap", 'id="differences"'):
+    for words in (
+        "vs lora [95 %]",
+        "failed (out of memory)",
+        "lora, one model per task",
+        "task-gap",
+        'id="differences"',
+    ):
         assert words in page.source
     assert re.search(r'>badit</th>.*?<td class=" strong">[\d.]+ ± [\d.]+</td>', page.source, re.DOTALL)
     assert "name a run's folder as well" in page.text

@@ -43,7 +43,7 @@ def test_a_comparison_is_its_folder_or_its_file(tmp_path: Path) -> None:
     folder = write_comparison(tmp_path / "compared")
     for path in (folder, folder / "results.json"):
         (source,) = read_sources([path])
-        assert list(source.frames["methods"]["method"]) == ["base", "lora", "badit", "lora, one model a task"]
+        assert list(source.frames["methods"]["method"]) == ["base", "lora", "badit", "lora, one model per task"]
         assert set(source.frames["task_gap"]["method"]) == {"lora"}, "without any analysis"
         assert source.frames["task_gap"].attrs["file"] == "results.json"
         notes = source.frames["methods"].attrs["notes"]

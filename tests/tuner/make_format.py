@@ -1,6 +1,6 @@
 """Writes the adapter that holds the present format: ``PYTHONPATH=tests python -m tuner.make_format``, once a format.
 
-Later releases must read it as it is meant: beside the adapter's files stands what its layers then compute.
+Later releases must read it as it is meant: the file next to the adapter's has what its layers then compute.
 """
 
 from __future__ import annotations

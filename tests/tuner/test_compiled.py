@@ -1,4 +1,4 @@
-"""torch.compile, decoder layer by decoder layer: whole graphs, two for any depth, and none anew after a regrouping."""
+"""torch.compile, decoder layer by decoder layer: whole graphs, two for any depth, none compiled again by a regrouping."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def regroup(model: nn.Module, seed: int) -> None:
     ],
     ids=str,
 )
-def test_a_regrouping_compiles_nothing_anew(tiny_model: Callable[..., Any], options: dict[str, Any]) -> None:
+def test_a_regrouping_compiles_nothing_again(tiny_model: Callable[..., Any], options: dict[str, Any]) -> None:
     plain = adapted(tiny_model("llama", num_hidden_layers=DEPTH), **options).train()
     compiled = adapted(tiny_model("llama", num_hidden_layers=DEPTH), **options).train()
     compile_layers(compiled)

@@ -62,7 +62,7 @@ def test_the_number_is_saved() -> None:
 @pytest.mark.filterwarnings("ignore:Unexpected keyword arguments")
 @pytest.mark.parametrize("more", [{}, {"something_new": 1}], ids=["alone", "with a new setting"])
 def test_a_newer_format_is_refused(tmp_path: Path, more: dict[str, Any]) -> None:
-    """PEFT alone would leave a new setting out, with a warning, and go on with another adapter than was saved."""
+    """PEFT alone would leave a new setting out, with a warning, and continue with another adapter than was saved."""
     folder = changed(tmp_path / "new", format_version=FORMAT + 1, **more)
     with pytest.raises(BaditError, match=f"format {FORMAT + 1}, .* up to {FORMAT}: pip install --upgrade badit"):
         PeftModel.from_pretrained(base_model(), str(folder))

@@ -148,7 +148,7 @@ def test_gates_are_worked_in_once_a_generation(tiny_model, monkeypatch, rows):
 
 
 def test_a_prompt_cache_is_decoded_with_the_weights_of_the_day(tiny_model):
-    """What a generation works in does not outlive it: the cache may, and training may go on in between."""
+    """What a generation works in does not outlive it: the cache may, and training may continue in between."""
     model = adapted(tiny_model("llama"))
     ids, mask = padded(random_rows(6))
     cache, first = prefill(model, ids, mask)

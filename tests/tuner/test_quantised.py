@@ -1,4 +1,4 @@
-"""Experts beside quantised base weights: started from what these stand for, which never change, trained and saved."""
+"""Experts next to quantised base weights: started from what these stand for, which never change, trained and saved."""
 
 from __future__ import annotations
 
