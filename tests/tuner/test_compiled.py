@@ -1,4 +1,4 @@
-"""torch.compile, decoder layer by decoder layer: whole graphs, two for any depth, none compiled again by a regrouping."""
+"""torch.compile, decoder layer by decoder layer: whole graphs, two for any depth; regrouping recompiles nothing."""
 
 from __future__ import annotations
 
