@@ -60,6 +60,7 @@ p.add_argument("--lr", type=float, default=2e-3)
 p.add_argument("--b-rate", type=float, default=1.0, help="LoRA+: B's rate over A's (adamw)")
 p.add_argument("--router-rate", type=float, default=1.0, help="the router's rate over --lr")
 p.add_argument("--dog", type=int, default=0, help="regroup every so many steps (expert gates)")
+p.add_argument("--must-pay", action="store_true", help="take a regrouping back that the next window does not favour")
 a = p.parse_args()
 torch.set_num_threads(1)
 torch.manual_seed(a.seed)
@@ -67,6 +68,7 @@ random.seed(a.seed)
 from peft.optimizers import create_riemannian_optimizer  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
+from badit.method import group_components, grouping_objective  # noqa: E402
 from badit.optimizer import OrthogonalUpdates  # noqa: E402
 
 tok = AutoTokenizer.from_pretrained(a.model)
@@ -94,7 +96,7 @@ class Adapted(nn.Module):
         # In dictionaries, as in PEFT: OrthogonalUpdates finds pairs of factors by these names.
         self.lora_A, self.lora_B = nn.ParameterDict({"rig": A.contiguous()}), nn.ParameterDict({"rig": B.contiguous()})
         self.start = (A.clone(), B.clone()) if a.init == "bad" else None
-        self.label = torch.arange(a.N) // (a.N // a.K)
+        self.label, self.former, self.moved = torch.arange(a.N) // (a.N // a.K), None, 0
         self.R = self.Z = None
         if a.gate == "expert":
             self.R = nn.Parameter(torch.zeros(a.K, inputs))
@@ -251,34 +253,16 @@ steps = a.epochs * math.ceil(len(train) / a.batch)
 
 
 def regroup():
-    """The paper's objective by balanced spherical k-means on the running Gram matrix, from several starts."""
-    import numpy as np
-    from scipy.optimize import linear_sum_assignment as assign
-
+    """DOG as it is shipped. With --must-pay, a grouping that the next window's Gram does not favour is taken back."""
     for x in adapted:
-        d = x.gram.diagonal().clamp_min(1e-20).rsqrt()
-        C, found = (x.gram * d[:, None] * d).double(), []
-        for start in range(6):
-            e = (
-                x.label.clone()
-                if start == 0
-                else torch.tensor(np.random.RandomState(start).permutation(a.N) // (a.N // a.K))
-            )
-            for _ in range(30):
-                P = F.one_hot(e, a.K).double()
-                similar = C @ P * (P.T @ C @ P).diagonal().clamp_min(1e-9).rsqrt()
-                new = torch.tensor(assign(-similar.repeat_interleave(a.N // a.K, 1).numpy())[1] // (a.N // a.K))
-                if torch.equal(new, e):
-                    break
-                e = new
-            P = F.one_hot(e, a.K).double()
-            found.append(((P.T @ C @ P).diagonal().sum().item(), e))
-        e = max(found, key=lambda f: f[0])[1]
-        overlap = F.one_hot(x.label, a.K).double().T @ F.one_hot(e, a.K).double()
-        old, new = assign(-overlap.numpy())
-        rename = torch.empty(a.K, dtype=torch.long)
-        rename[torch.tensor(new)] = torch.tensor(old)
-        x.label = rename[e]
+        gram = x.gram.double().numpy()
+        if a.must_pay and x.former is not None:
+            former, present = (grouping_objective(gram, labels.numpy()) for labels in (x.former, x.label))
+            x.label = x.label if present >= former else x.former
+        x.former = x.label
+        x.label = torch.from_numpy(group_components(gram, x.label.numpy(), seed=step))
+        x.moved += int((x.label != x.former).sum())
+        x.gram = None
 
 
 began, step, log = time.process_time(), 0, []
@@ -299,7 +283,7 @@ for _ in range(a.epochs):
                 g = x.A.grad @ x.A.grad.T + x.B.grad.T @ x.B.grad
                 d = g.diagonal().clamp_min(1e-20).rsqrt()
                 g = g * d[:, None] * d
-                x.gram = g if x.gram is None else 0.95 * x.gram + 0.05 * g
+                x.gram = g if x.gram is None else x.gram + g
             if (step + 1) % a.dog == 0 and step < 0.7 * steps:
                 regroup()
         nn.utils.clip_grad_norm_(down + up + router, 1.0)
@@ -321,6 +305,7 @@ result = evaluate() | {
     "arguments": arguments,
     "versions": versions,
     "parameters": sum(q.numel() for q in down + up + router),
+    "moved": sum(x.moved for x in adapted),
     "train_loss": sum(log[-50:]) / len(log[-50:]),
     "cpu_seconds": time.process_time() - began,
 }

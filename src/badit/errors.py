@@ -119,8 +119,12 @@ def _class(module: str, name: str) -> Any:
 
 def first_problem(error: Any) -> tuple[tuple[int | str, ...], str]:
     """Where the first problem of a pydantic ValidationError lies and what it is, without pydantic's own prefixes."""
-    problem = error.errors(include_url=False, include_input=False)[0]
+    problem = error.errors(include_url=False)[0]
     message = problem["msg"].removeprefix("Value error, ").replace("\n", " ")
+    if problem["type"] == "missing" and isinstance(problem["input"], dict):
+        wanted = str(problem["loc"][-1])
+        for found in difflib.get_close_matches(wanted, map(str, problem["input"]), n=1):
+            message += f" (found {found!r:.60}, did you mean {wanted!r}?)"
     return problem["loc"], message[:1].lower() + message[1:]
 
 

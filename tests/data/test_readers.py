@@ -237,3 +237,10 @@ def test_importing_the_package_is_cheap():
     )
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert printed.startswith("[] ")
+
+
+def test_a_misspelt_key_is_named_with_the_one_that_was_meant(tmp_path):
+    path = tmp_path / "tasks.jsonl"
+    path.write_text('{"task": "a", "instruction": "b", "input": "c", "ouput": "d"}\n')
+    with pytest.raises(BaditError, match=r"line 1: output: field required \(found 'ouput', did you mean 'output'\?\)"):
+        load_tasks(path)
