@@ -1,14 +1,20 @@
 """Shared fixtures: tiny random models of six families, the small real model, and runs that take seconds."""
 
+# ruff: noqa: E402
+
 from __future__ import annotations
 
 import copy
 import gc
 import json
+import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+for library in ("bitsandbytes", "torch.utils._pytree", "torchao"):  # their notices at import would follow the summary
+    logging.getLogger(library).setLevel(logging.ERROR)
 
 import pytest
 import torch
