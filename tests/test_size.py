@@ -10,7 +10,7 @@ from statistics import median
 
 ROOT = Path(__file__).parents[1]
 SOURCE_LINES, SOURCE_MODULES, MODULE_LINES = 15_700, 80, 500
-TEST_LINES = 18_350
+TEST_LINES = 18_400
 
 
 def lines(folder: Path) -> dict[str, int]:
