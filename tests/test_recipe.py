@@ -261,6 +261,7 @@ ELSEWHERE = r"own\.yaml: extends: (must be a file in the recipe's folder|.*leads
         ("/etc/base.yaml", "", ELSEWHERE),
         ("../base.yaml", "", ELSEWHERE),
         ("[base.yaml]", "", ELSEWHERE),
+        ("a" * 3000, "", ELSEWHERE),
         ('"a\\0b"', "", ELSEWHERE),
         ("none.yaml", "", r"none\.yaml: cannot be read"),
         ("base.yaml", "training: {epoch: 1}", r"base\.yaml: training\.epoch: unknown key"),

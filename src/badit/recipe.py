@@ -323,12 +323,12 @@ def _content(path: Path, extending: tuple[Path, ...] = ()) -> dict[str, Any]:
     if "extends" not in content:
         return content
     name = content.pop("extends")
-    if not isinstance(name, str) or Path(name).is_absolute() or ".." in Path(name).parts:
+    if not isinstance(name, str) or len(name) > 255 or Path(name).is_absolute() or ".." in Path(name).parts:
         raise BaditError(f"{path}: extends: must be a file in the recipe's folder, such as base.yaml, not {name!r:.60}")
     try:
         base_path = inside(path.parent, path.parent / name)
-    except BaditError as error:
-        raise BaditError(f"{path}: extends: {error}") from None
+    except BaditError:
+        raise BaditError(f"{path}: extends: {name!r:.60} leads out of the recipe's folder") from None
     base = _content(base_path, (*extending, path))
     build_recipe(base, where=base_path)  # its mistakes are reported as its own
     return merged(base, content)
