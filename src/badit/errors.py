@@ -123,9 +123,8 @@ def first_problem(error: Any) -> tuple[tuple[int | str, ...], str]:
     message = problem["msg"].removeprefix("Value error, ").replace("\n", " ")
     if problem["type"] == "missing" and isinstance(problem["input"], dict):
         wanted = str(problem["loc"][-1])
-        for found in difflib.get_close_matches(
-            wanted, map(str, problem["input"]), n=1, cutoff=0.86
-        ):  # task_b is no task_a
+        # A high cutoff: task_b is not a misspelt task_a.
+        for found in difflib.get_close_matches(wanted, map(str, problem["input"]), n=1, cutoff=0.86):
             message += f" (found {found!r:.60}, did you mean {wanted!r}?)"
     return problem["loc"], message[:1].lower() + message[1:]
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -122,9 +122,10 @@ def score_model(
         BaditError: an empty prompt.
     """
     pairs: list[tuple[Task, Instance]] = [(task, instance) for task in tasks for instance in getattr(task, split)]
-    examples = [encoded(tokenizer, recipe, *pair, answer=False) for pair in pairs]
-    refuse_beyond_model(examples, model, more=recipe.evaluation.max_new_tokens)
-    prompts = [example["input_ids"] for example in examples]
+    examples = [encoded(tokenizer, recipe, *pair) for pair in pairs]
+    prompts = [example["input_ids"][: example["prompt_length"]] for example in examples]
+    without_answers = ({**example, "input_ids": ids} for example, ids in zip(examples, prompts, strict=True))
+    refuse_beyond_model(without_answers, model, more=recipe.evaluation.max_new_tokens)
     found = generate_answers(
         model,
         tokenizer,
@@ -134,7 +135,7 @@ def score_model(
         progress=progress,
         tasks=[task.name for task, _ in pairs],
     )
-    losses = answer_token_losses(model, tokenizer, recipe, pairs, progress=progress)
+    losses = answer_token_losses(model, tokenizer, recipe, examples, progress=progress)
     predictions = [
         Prediction(task.name, instance.id, answer, tuple(instance.outputs), str(tokenizer.decode(prompt)), fmean(nll))
         for (task, instance), prompt, answer, nll in zip(pairs, prompts, found, losses, strict=True)
@@ -205,15 +206,14 @@ def answer_token_losses(
     model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     recipe: Recipe,
-    pairs: Sequence[tuple[Task, Instance]],
+    examples: Sequence[Mapping[str, Any]],
     *,
     progress: bool,
 ) -> list[list[float]]:
-    """The negative log-likelihood of every token of each instance's first reference, in nats."""
+    """The negative log-likelihood of every token of each encoded instance's first reference, in nats."""
     collate = AnswerCollator(pad_id(tokenizer), with_tasks=True)
-    examples = [encoded(tokenizer, recipe, *pair) for pair in pairs]
     order = sorted(range(len(examples)), key=lambda i: len(examples[i]["input_ids"]))
-    losses: list[list[float]] = [[] for _ in pairs]
+    losses: list[list[float]] = [[] for _ in examples]
     with evaluation_mode(model), tqdm(total=len(order), desc="NLL", unit="answer", disable=not progress) as bar:
         for start in range(0, len(order), recipe.evaluation.batch_size):
             batch = order[start : start + recipe.evaluation.batch_size]
@@ -240,12 +240,13 @@ def validation_loss(path: str | Path, *, trust_remote_code: bool = False) -> dic
     if run.validation_path.is_file():
         return read_json(run.validation_path)
     recipe = run.trusted_recipe(trust_remote_code)
-    pairs = [(task, one) for task in make_plan(recipe, split="validation").tasks for one in task.validation]
+    plan = make_plan(recipe, split="validation")
+    model, tokenizer = load_run(run, recipe)
+    examples = [encoded(tokenizer, recipe, task, instance) for task in plan.tasks for instance in task.validation]
     losses: dict[str, list[float]] = {}
-    for (task, _), nll in zip(
-        pairs, answer_token_losses(*load_run(run, recipe), recipe, pairs, progress=False), strict=True
-    ):
-        losses.setdefault(task.name, []).extend(nll)
+    found = answer_token_losses(model, tokenizer, recipe, examples, progress=False)
+    for example, nll in zip(examples, found, strict=True):
+        losses.setdefault(example["task"], []).extend(nll)
     by_task = {name: fmean(of_task) for name, of_task in losses.items()}
     result = {"loss": fmean(by_task.values()), "tasks": by_task}
     write_json(run.validation_path, result)
