@@ -9,13 +9,15 @@ import itertools
 from stage_a import ADAPTERS, OPTIMIZERS, run, search, varied
 
 VARIANTS = {
-    "none": [],
     "20": ["--dog", "20"],
     "80": ["--dog", "80"],
     "20-must-pay": ["--dog", "20", "--must-pay"],
 }
 
-for seed, optimizer, (variant, options) in itertools.product(range(3), ("orthogonal", "adamw"), VARIANTS.items()):
+CELLS = [("orthogonal", variant) for variant in VARIANTS] + [("adamw", "20")]
+
+for seed, (optimizer, variant) in itertools.product(range(3), CELLS):
+    options = VARIANTS[variant]
     rate = f"{search('expert', optimizer)[0]:g}"
     cell = [*ADAPTERS["expert"], *OPTIMIZERS[optimizer][0], "--lr", rate, *options, *varied(seed)]
     run(f"dog-{variant}_{optimizer}_s{seed}", cell)
