@@ -23,7 +23,7 @@ import badit
 from badit.environment import environment
 from badit.files import write_json
 from badit.harness import BaditLM
-from badit.train import encoded
+from badit.train import encoded_texts
 
 RESULTS = Path(__file__).parent / "results" / "lm-eval"
 CHOICES = 4
@@ -61,7 +61,7 @@ def questions(run: badit.Run, tokenizer: Any, instances: int) -> Iterator[tuple[
         for instance in task.test[:instances]:
             others = [answer for answer in answers if answer not in instance.outputs]
             wrong = random.Random(instance.id).sample(others, min(CHOICES - 1, len(others)))
-            prompt = encoded(tokenizer, recipe, task, instance, answer=False)["input_ids"]
+            (prompt,) = encoded_texts(tokenizer, recipe, [instance.input], task)
             choices = [instance.outputs[0], *wrong]
             yield prompt, [tokenizer.encode(choice, add_special_tokens=False) for choice in choices]
 

@@ -193,6 +193,16 @@ def angles(gradients: np.ndarray, labels: Any) -> tuple[float, float, float, flo
 # --- routing ---
 
 
+def segment_means(x: Any, mask: Any, segments: Any, count: int) -> np.ndarray:
+    """The mean over the masked positions of each segment of packed rows; zero for one without any."""
+    means = np.zeros((count, x.shape[-1]))
+    for segment in range(count):
+        rows = [x[b, t] for b, t in np.ndindex(*mask.shape) if mask[b, t] and segments[b, t] == segment]
+        if rows:
+            means[segment] = np.mean(rows, axis=0)
+    return means
+
+
 def prompt_mean(x: Any, mask: Any) -> np.ndarray:
     """x̄ (batch, features): the mean over the positions where the mask is true, zeros where it is nowhere true."""
     x, mask = float64(x), integers(mask)

@@ -122,7 +122,8 @@ def test_mistakes_are_named_on_one_line(content, overrides, message):
 # A new key is a decision: whoever adds one adds it here.
 KEYS = {
     "model": "name dtype quantisation revision trust_remote_code",
-    "data": "source format tasks train_per_task test_per_task validation_per_task sampling order seed",
+    "data": "source format task instruction columns turns tasks train_per_task test_per_task validation_per_task "
+    "sampling temperature weights order seed",
     "prompt": "encoding max_source_tokens max_answer_tokens chat_template",
     "method": "",
     "training": "group_by_length max_skipped_steps optimizer lora_plus_ratio",

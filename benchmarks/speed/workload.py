@@ -12,8 +12,9 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from badit import BaditConfig, load_base_model
+from badit.models import fast_dtype
 from badit.recipe import build_recipe
-from badit.train import encoded, fast_dtype, make_plan
+from badit.train import encoded, make_plan
 from badit.trainer import answer_losses
 
 MODEL = "smollm2-135m"
@@ -88,8 +89,8 @@ def data_options(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 def instances(tokenizer: Any, source: str, split: str, per_task: int) -> list[dict[str, Any]]:
     """The first instances of every task, encoded for training (``train``) or generation (``test``), in file order."""
     recipe = build_recipe({"data": {"source": source, "train_per_task": per_task, "test_per_task": per_task}})
-    return [
-        encoded(tokenizer, recipe, task, instance, answer=split == "train")
-        for task in make_plan(recipe).tasks
-        for instance in getattr(task, split)
-    ]
+    pairs = [(task, instance) for task in make_plan(recipe).tasks for instance in getattr(task, split)]
+    examples = encoded(tokenizer, recipe, pairs)
+    if split == "train":
+        return examples
+    return [{**example, "input_ids": example["input_ids"][: example["prompt_length"]]} for example in examples]

@@ -108,10 +108,10 @@ def model_card(
 
 def _training(run: Run, recipe: Recipe) -> dict[str, Any]:
     """The recipe's hyperparameters, and what the training took."""
-    source = recipe.data.source
+    sources = ["the built-in tasks" if s.path == "builtin" else Path(s.path).name for s, _ in recipe.data.sources()]
     rows = {
         # Only the last part of a path, which would name its owner's folders.
-        "data": "the built-in tasks" if source == "builtin" else Path(source).name,
+        "data": ", ".join(sources),
         "prompt": recipe.prompt.encoding,
         **pd.json_normalize({"method": recipe.method}).to_dict("records")[0],
         **recipe.training.model_dump(exclude=_WITHOUT_EFFECT, exclude_none=True),

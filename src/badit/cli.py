@@ -169,23 +169,21 @@ def report(
 
 
 @app.command
-def tasks(path: str, *, format: Literal["auto", "sapt", "superni", "jsonl", "builtin"] = "auto") -> str:
-    """List and validate task data.
+def tasks(source: str, *overrides: str, show: int = 0) -> str:
+    """List and validate task data, and show how a model would see it.
 
     Args:
-        path: a folder in the SAPT or official layout, a .jsonl file, or 'builtin'.
-        format: the layout of the data.
+        source: a recipe, or data as in a recipe's data.source: a file, a folder, a data set of the hub or 'builtin'.
+        overrides: key=value, such as data.columns={input: text, output: label} or data.format=superni.
+        show: so many training prompts of each task as the model gets them, with what is trained, and statistics.
     """
-    from badit.data import load_tasks
-    from badit.render import text_table
+    from badit.preview import preview, task_table
+    from badit.recipe import build_recipe, load_recipe
 
-    found = load_tasks(path, format=format)
-    rows = [
-        [task.name, *(str(len(split)) for split in (task.train, task.validation, task.test)), _short(task.definition)]
-        for task in found
-    ]
-    listed = text_table(["task", "train", "validation", "test", "definition"], rows, right={1, 2, 3})
-    return f"{listed}\n\n{len(found)} tasks, all valid"
+    is_recipe = Path(source).suffix in (".yaml", ".yml")
+    recipe = load_recipe(source, overrides) if is_recipe else build_recipe({"data": {"source": source}}, overrides)
+    listed = task_table(recipe.data)
+    return f"{listed}\n\n{preview(recipe, show)}" if show else listed
 
 
 @app.command
@@ -348,11 +346,6 @@ def _report_if_possible(runs: Sequence[str | Path], output: Path) -> str:
     if not has_extra():
         return "For a page of figures: pip install 'badit[report]', then badit report " + " ".join(map(str, runs))
     return f"Report: {write_report(runs, output)}"
-
-
-def _short(text: str, width: int = 60) -> str:
-    flat = " ".join(text.split())
-    return flat if len(flat) <= width else flat[: width - 1] + "…"
 
 
 def quiet_libraries() -> None:

@@ -35,12 +35,12 @@ from badit.errors import BaditError, nearest
 from badit.files import exclusive, read_json, write_json
 from badit.methods import build_method
 from badit.metrics import mean_scores
-from badit.models import load_skeleton
+from badit.models import device, load_skeleton, warn_of_slow_dtype
 from badit.recipe import Recipe, build_recipe, merged
 from badit.results import FORMAT, RESULTS, SINGLE_TASK, read_scores
 from badit.run import Run
 from badit.statistics import FORMS, continual_scores
-from badit.train import device, keep_inputs, make_plan, task_fingerprints, warn_of_slow_dtype
+from badit.train import keep_inputs, make_plan, task_fingerprints
 from badit.worker import ERROR, CellProcess
 
 # Ranks are whole numbers, so budgets can only be near each other.

@@ -9,7 +9,6 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, get_args
@@ -19,8 +18,7 @@ from pydantic import TypeAdapter
 from tqdm.auto import tqdm
 
 from badit.card import write_run_card
-from badit.data import AnswerCollator, Instance, Task, encode_prompt, load_tasks, on_device
-from badit.data.prompts import Prompt, build_prompt
+from badit.data import AnswerCollator, Instance, Task, load_sources, on_device
 from badit.data.tasks import file_safe
 from badit.environment import is_main_process
 from badit.errors import BaditError, explained, nearest
@@ -28,11 +26,22 @@ from badit.files import copy_folder, exclusive, parse_json, read_json, read_text
 from badit.generation import evaluation_mode, generate_answers
 from badit.methods import build_method
 from badit.metrics import Prediction, group_by_task, instance_scores, mean_scores
-from badit.recipe import Recipe, expand_source
+from badit.recipe import Recipe
 from badit.results import read_scores
 from badit.run import Run
 from badit.statistics import FORMS, continual_scores
-from badit.train import Plan, Split, base_model, encoded, fit, in_use, make_plan, pad_id, refuse_beyond_model
+from badit.train import (
+    Plan,
+    Split,
+    base_model,
+    encoded,
+    encoded_texts,
+    fit,
+    in_use,
+    make_plan,
+    pad_id,
+    refuse_beyond_model,
+)
 from badit.trainer import answer_losses
 
 if TYPE_CHECKING:
@@ -122,7 +131,7 @@ def score_model(
         BaditError: an empty prompt.
     """
     pairs: list[tuple[Task, Instance]] = [(task, instance) for task in tasks for instance in getattr(task, split)]
-    examples = [encoded(tokenizer, recipe, *pair) for pair in pairs]
+    examples = encoded(tokenizer, recipe, pairs)
     prompts = [example["input_ids"][: example["prompt_length"]] for example in examples]
     without_answers = ({**example, "input_ids": ids} for example, ids in zip(examples, prompts, strict=True))
     refuse_beyond_model(without_answers, model, more=recipe.evaluation.max_new_tokens)
@@ -242,7 +251,7 @@ def validation_loss(path: str | Path, *, trust_remote_code: bool = False) -> dic
     recipe = run.trusted_recipe(trust_remote_code)
     plan = make_plan(recipe, split="validation")
     model, tokenizer = load_run(run, recipe)
-    examples = [encoded(tokenizer, recipe, task, instance) for task in plan.tasks for instance in task.validation]
+    examples = encoded(tokenizer, recipe, [(task, each) for task in plan.tasks for each in task.validation])
     losses: dict[str, list[float]] = {}
     found = answer_token_losses(model, tokenizer, recipe, examples, progress=False)
     for example, nll in zip(examples, found, strict=True):
@@ -287,23 +296,15 @@ def answers(
     if not all(prompt.strip() for prompt in prompts):
         raise BaditError("the prompt is empty")
     recipe = run.trusted_recipe(trust_remote_code)
-    section = recipe.prompt
-    texts: list[str | Prompt] = [*prompts]
+    found = None
     if task is not None:
-        (found,) = load_tasks(expand_source(recipe.data.source), tasks=[task], format=recipe.data.format)
+        (found,) = load_sources(recipe.data.sources(), [task])
         task = found.name
-        if not raw:
-            texts = [
-                build_prompt(found, Instance(id="", input=text, outputs=("",)), section.encoding) for text in prompts
-            ]
     model, tokenizer = load_run(run, recipe)
-    encode = partial(
-        encode_prompt, tokenizer, max_source_tokens=section.max_source_tokens, chat_template=section.chat_template
-    )
     return generate_answers(
         model,
         tokenizer,
-        [encode(text) for text in texts],
+        encoded_texts(tokenizer, recipe, prompts, None if raw else found),
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
         progress=progress,

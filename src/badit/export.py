@@ -34,11 +34,11 @@ from badit.evaluate import evaluate, load_run, score_model
 from badit.files import read_json, refuse_links, remove, replace_folder, write_json, write_text
 from badit.method import compress
 from badit.methods import build_method
-from badit.models import load_base_model
+from badit.models import device, load_base_model
 from badit.recipe import Recipe
 from badit.results import read_scores
 from badit.run import Run
-from badit.train import base_model, device, encoded, make_plan, model_dtype, pad_id
+from badit.train import base_model, encoded, make_plan, model_dtype, pad_id
 from badit.tuner import hooks_of
 from badit.tuner.config import is_number
 
@@ -241,7 +241,7 @@ def _mean_gates(
     prompts = [(each, each.train[:_PROMPTS_PER_TASK]) for each in tasks if each.train]
     if not prompts:
         raise BaditError(f"task {task}: has no training prompts to take mean gates from; give --gates FILE")
-    examples = [encoded(tokenizer, recipe, each, instance) for each, instances in prompts for instance in instances]
+    examples = encoded(tokenizer, recipe, [(each, instance) for each, some in prompts for instance in some])
     batches = batches_by_task(examples, AnswerCollator(pad_id(tokenizer), with_tasks=True), _BATCH_SIZE)
     by_task = mean_component_gates(model, batches, progress=progress)
     gates = {

@@ -36,6 +36,23 @@ def read_text(file: Path) -> str:
     return text
 
 
+def lines_of(file: Path) -> Iterator[tuple[int, str]]:
+    """The lines of a UTF-8 file with their numbers, read one by one; only \\n ends a line."""
+    with explained(file, action="read"):
+        if file.exists() and not file.is_file():
+            read_text(file)
+        with file.open("rb") as stream:
+            for number, line in enumerate(stream, start=1):
+                if number == 1 and line.startswith(b"\xef\xbb\xbf"):
+                    raise BaditError(f"{file}: starts with a byte order mark; save the file as UTF-8 without one")
+                try:
+                    text = line.decode("utf-8")
+                except UnicodeDecodeError as error:
+                    place = stream.tell() - len(line) + error.start
+                    raise BaditError(f"{file}: not UTF-8 at byte {place}; save the file as UTF-8") from None
+                yield number, text
+
+
 def parse_json(text: str, *, file: Path, first_line: int = 1, constants: bool = False) -> Any:
     """The JSON value in `text`, which starts at line `first_line` of `file`.
 
@@ -236,3 +253,10 @@ def exclusive(folder: Path) -> Iterator[None]:
 def is_unused(folder: Path) -> bool:
     """Whether a folder holds nothing but what a process leaves that is killed in its first write."""
     return all(path.name == OWNER or path.suffix == ".partial" for path in folder.iterdir())
+
+
+def cache_folder() -> Path:
+    """`$BADIT_CACHE`, else `$XDG_CACHE_HOME/badit`, else `~/.cache/badit`. The folder may not exist yet."""
+    if chosen := os.environ.get("BADIT_CACHE"):
+        return Path(chosen).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "badit"

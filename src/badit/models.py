@@ -14,14 +14,16 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 import zipfile
 from contextlib import AbstractContextManager
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from badit.errors import BaditError, explained, nearest, refuse_unknown
-from badit.files import read_json, remove, write_json
+from badit.files import cache_folder, read_json, remove, write_json
 
 if TYPE_CHECKING:
     import torch
@@ -36,6 +38,8 @@ CONVERTER_VERSION = 1
 MANIFEST = "manifest.json"
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+# A 16-bit type takes from half of float32's time, on processors with instructions for it, to forty times, without.
+_SLOW = 3.0
 Quantisation = Literal["bnb-8bit", "bnb-4bit", "torchao-int8"]
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -69,12 +73,11 @@ def load_base_model(
     if revision is not None and Path(source).is_dir():
         raise BaditError(f"revision: {name} is a local model, which has none; leave revision out")
 
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision or "main"}
-    with _loading(source, "tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+    tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code, revision=revision)
     if quantisation is not None:
         options["quantization_config"] = _quantisation_config(quantisation, dtype)
         options["device_map"] = {"": device or "cpu"}  # quantised weights are made where they stay
@@ -89,6 +92,17 @@ def load_base_model(
         if shown:
             logging.enable_progress_bar()
     return model, tokenizer
+
+
+def load_tokenizer(
+    name: str | Path, *, trust_remote_code: bool = False, revision: str | None = None
+) -> PreTrainedTokenizerBase:
+    """A model's tokenizer alone."""
+    from transformers import AutoTokenizer
+
+    source = resolve_model(name)
+    with _loading(source, "tokenizer"):
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code, revision=revision or "main")
 
 
 def _quantisation_config(kind: Quantisation, dtype: Any) -> Any:
@@ -144,13 +158,6 @@ def _loading(source: str, part: str) -> AbstractContextManager[None]:
     """Turns whatever transformers raises for a missing, damaged or foreign model into a BaditError."""
     origin = "" if Path(source).is_dir() else " (no such folder, so from the hub)"
     return explained(f"model {source}{origin}: {part}", action="loaded", any_error=True)
-
-
-def cache_folder() -> Path:
-    """`$BADIT_CACHE`, else `$XDG_CACHE_HOME/badit`, else `~/.cache/badit`. The folder may not exist yet."""
-    if chosen := os.environ.get("BADIT_CACHE"):
-        return Path(chosen).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "badit"
 
 
 def _built_in_folder() -> Path:
@@ -247,3 +254,49 @@ def _convert(gguf: Path, folder: Path) -> None:
     backend.pre_tokenizer = Sequence([Digits(individual_digits=True), backend.pre_tokenizer])
     tokenizer.model_max_length = config.max_position_embeddings
     tokenizer.save_pretrained(folder)
+
+
+def device() -> torch.device:
+    """The accelerator of this process, by its local rank where several share a machine; else the processor."""
+    import torch
+
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is None or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1"):
+        return torch.device("cpu")
+    return torch.device(accelerator.type, int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def fast_dtype(device: torch.device) -> Literal["bfloat16", "float32"]:
+    """bfloat16, unless this is a processor that computes in it slowly: then float32."""
+    return "float32" if device.type == "cpu" and slowdown("bfloat16") > _SLOW else "bfloat16"
+
+
+@cache
+def slowdown(dtype: str) -> float:
+    """The time of this processor's matrix product in a dtype ("bfloat16", "float16"), over that in float32.
+
+    The best of three rounds of a few milliseconds each, measured once per process.
+    """
+    import torch
+
+    seconds = {}
+    for name in (dtype, "float32"):
+        x, weight = (torch.ones(size, 512, dtype=getattr(torch, name)) for size in (64, 512))
+        rounds = []
+        for _ in range(3):
+            started = time.perf_counter()
+            torch.nn.functional.linear(x, weight)
+            rounds.append(time.perf_counter() - started)
+        seconds[name] = min(rounds)
+    return seconds[dtype] / seconds["float32"]
+
+
+@cache
+def warn_of_slow_dtype(dtype: str, device: torch.device) -> None:
+    """Says on stderr, once per process, that this processor computes in a model's dtype slowly, and what to set."""
+    if device.type == "cpu" and dtype in ("bfloat16", "float16") and (ratio := slowdown(dtype)) > _SLOW:
+        print(
+            f"badit: this processor has no instructions for {dtype} and takes {ratio:.0f} times as long as in float32; "
+            "model.dtype=float32 is faster here",
+            file=sys.stderr,
+        )

@@ -20,11 +20,13 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
 
 from badit.data.prompts import ChatTemplate, PromptEncoding
+from badit.data.rows import Format, Source, Turns
 from badit.errors import BaditError, first_problem, nearest
 from badit.files import inside, read_text
 from badit.models import Quantisation
 from badit.yaml_values import parse_yaml
 
+Column = Literal["task", "instruction", "input", "output", "id", "split", "messages"]
 OptimizerName = Literal["adamw", "lora+", "orthogonal"]
 Dtype = Literal["fast", "auto", "float32", "bfloat16", "float16"]
 # What every library below can count to; a seed must suit numpy's generator as well, which takes none below 0.
@@ -76,11 +78,35 @@ class ModelSection(_Section):
     trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
 
 
+class SourceSection(_Section):
+    """One of several sources of tasks; what it leaves out is as in the data section."""
+
+    path: PathText
+    format: Format | None = None
+    task: TaskName | None = None
+    instruction: str | None = None
+    columns: dict[Column, str] | None = None
+    turns: Turns | None = None
+    weight: float = Field(1.0, gt=0, description="of its tasks in the mixture")
+
+
 class DataSection(_Section):
     """The tasks."""
 
-    source: PathText = Field("builtin", description="'builtin', a folder or a .jsonl file; $VARIABLES are expanded")
-    format: Literal["auto", "sapt", "superni", "jsonl", "builtin"] = "auto"
+    source: PathText | list[PathText | SourceSection] = Field(
+        "builtin",
+        description="'builtin', a file, a folder, a pattern with * or a data set of the hub, or a list of these; "
+        "$VARIABLES are expanded",
+    )
+    format: Format = "auto"
+    task: TaskName | None = Field(
+        None, description="the one task that rows belong to which name none (default: the file's name)"
+    )
+    instruction: str | None = Field(None, description="that of rows which have none; null: the input is all")
+    columns: dict[Column, str] = Field(
+        {}, description="columns by what they hold, such as {input: text, output: label}"
+    )
+    turns: Turns = Field("last", description="of a chat, train the last answer, or all of them")
     tasks: list[TaskName] | None = Field(None, description="names or numbers of the tasks to use (default: all)")
     train_per_task: Count | None = Field(None, description="at most so many training instances per task")
     test_per_task: Count | None = Field(None, description="the first so many test instances per task")
@@ -88,11 +114,23 @@ class DataSection(_Section):
     sampling: Literal["proportional", "balanced"] = Field(
         "proportional", description="tasks weigh by their size, or all the same"
     )
+    temperature: float = Field(1.0, ge=1, description="T: tasks weigh by their size to the power of 1/T")
+    weights: dict[TaskName, Annotated[float, Field(gt=0)]] = Field({}, description="factors on the weights of tasks")
     order: str | list[TaskName] | None = Field(
         None,
         description="trains the tasks one after another: sapt-1, sapt-2, seeded-N or a list of names; null mixes them",
     )
     seed: Seed = Field(0, description="of the subsampling; kept apart from training.seed so that runs share their data")
+
+    def sources(self) -> list[tuple[Source, float]]:
+        """Where the tasks are, and the weight of each source."""
+        found = []
+        for entry in [self.source] if isinstance(self.source, str) else self.source:
+            section = SourceSection(path=entry) if isinstance(entry, str) else entry  # pyright: ignore[reportCallIssue]
+            own = section.model_dump(exclude={"path", "weight"}, exclude_none=True)
+            shared = {name: getattr(self, name) for name in ("format", "task", "instruction", "columns", "turns")}
+            found.append((Source(expand_source(section.path), **{**shared, **own}), section.weight))
+        return found
 
 
 class PromptSection(_Section):

@@ -284,11 +284,11 @@ class RegroupCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         model, probe = kwargs["model"], self._probe
-        if getattr(args, "packing", False) and any(
-            layer.badit_config[adapter].routing == "prompt" for _, (layer, adapter) in trainable_adapters(model)
-        ):
+        wrapped = getattr(args, "packing", False) and getattr(args, "packing_strategy", "") == "wrapped"
+        if wrapped and any(one.badit_config[name].routing == "prompt" for _, (one, name) in trainable_adapters(model)):
             raise BaditError(
-                "packed rows hold several prompts; set packing=False and padding_free=False, or use routing='token'"
+                "packing_strategy: wrapped rows are cut anywhere, so an answer may have lost its prompt; use bfd, or "
+                "routing='token'"
             )
         self.regrouper = Regrouper(
             model,

@@ -10,18 +10,15 @@ import dataclasses
 import hashlib
 import os
 import shutil
-import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import cache
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 import transformers
-from tqdm import tqdm
 from transformers import TrainingArguments
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.integrations.integration_utils import TensorBoardCallback, get_available_reporting_integrations
@@ -30,23 +27,28 @@ from badit.attention import fast_on_short_sequences
 from badit.checkpoint import SealCheckpoints, last_checkpoint, refuse_other_engine, staging_folder, step_of
 from badit.data import (
     AnswerCollator,
+    Examples,
     Instance,
     Task,
     batches_by_task,
-    encode_example,
+    build_prompt,
+    encode_examples,
+    encode_prompts,
+    encode_tasks,
     hold_out,
     limit,
-    load_tasks,
+    load_sources,
     mixture,
     ordered,
+    quotas,
 )
 from badit.environment import environment, is_main_process, peak_memory
 from badit.errors import BaditError, first_line
 from badit.files import copy_folder, exclusive, read_json, replace_folder, write_json
 from badit.gradients import parameter_count, whole_weights
 from badit.methods import Method, build_method
-from badit.models import load_base_model
-from badit.recipe import Recipe, expand_source
+from badit.models import device, fast_dtype, load_base_model, warn_of_slow_dtype
+from badit.recipe import Recipe
 from badit.run import Run
 from badit.trainer import MetricsLog, ProgressBar, StopOnSignal
 
@@ -61,8 +63,6 @@ SettledDtype = Literal["auto", "float32", "bfloat16", "float16"]
 _SEEDS_PER_STAGE = 1_000
 # Of trackers that write files, the variable that says where.
 _TRACKER_FOLDERS = {"wandb": "WANDB_DIR", "swanlab": "SWANLAB_LOG_DIR"}
-# A 16-bit type takes from half of float32's time, on processors with instructions for it, to forty times, without.
-_SLOW = 3.0
 
 
 @dataclasses.dataclass
@@ -92,6 +92,11 @@ class Plan:
             return [Stage(run, self.tasks)]
         return [Stage(run.stage(i, task.name), [task]) for i, task in enumerate(self.tasks, start=1)]
 
+    def quotas(self, tasks: Sequence[Task]) -> dict[str, int] | None:
+        """How many training instances of each task an epoch has; None where each comes once."""
+        data = self.recipe.data
+        return quotas(tasks, balanced=data.sampling == "balanced", temperature=data.temperature)
+
     @property
     def training_instances(self) -> int:
         return sum(len(task.train) for task in self.tasks)
@@ -110,8 +115,7 @@ def make_plan(recipe: Recipe, *, split: Split | None = None) -> Plan:
     data = recipe.data
     method = build_method(recipe.method)
     method.refuse_recipe(recipe)
-    tasks = load_tasks(expand_source(data.source), tasks=data.tasks, format=data.format)
-    tasks = hold_out(tasks, data.validation_per_task, data.seed)
+    tasks = hold_out(load_sources(data.sources(), data.tasks, data.weights), data.validation_per_task, data.seed)
     tasks = limit(tasks, data.train_per_task, data.test_per_task, data.seed)
     split = split or recipe.evaluation.split
     for task in tasks:
@@ -156,7 +160,8 @@ def _fit(plan: Plan, progress: bool, allow_changed_inputs: bool) -> Run:
     # Of several processes the first alone writes; the others meet it in the first step of training.
     run = Run.prepare(recipe) if is_main_process() else Run(recipe.output)
     if is_main_process() and not run.environment_path.is_file():
-        write_json(run.environment_path, {**environment(), "dtype": model_dtype(recipe)})
+        shares = {} if plan.sequential else {"mixture": plan.quotas(plan.tasks)}
+        write_json(run.environment_path, {**environment(), "dtype": model_dtype(recipe), **shares})
     keep_inputs(run, task_fingerprints(plan.tasks), allow_changed_inputs)
     if run.adapter_path.is_dir() or run.scores_path.is_file():
         _remove_checkpoints(run)
@@ -183,7 +188,7 @@ def _train_stage(
     plan: Plan, stage: Stage, number: int, learnt: Path | None, progress: bool, allow_changed_inputs: bool
 ) -> None:
     """Trains on the stage's tasks, from the base model or from what the stage before left in ``learnt``."""
-    recipe, method, folder = plan.recipe, plan.method, stage.folder
+    recipe, method, folder, data = plan.recipe, plan.method, stage.folder, plan.recipe.data
     seed = recipe.training.seed + _SEEDS_PER_STAGE * number
 
     transformers.set_seed(seed)
@@ -193,10 +198,8 @@ def _train_stage(
     if recipe.training.gradient_checkpointing:
         model.enable_input_require_grads()
 
-    tasks = {task.name: task for task in stage.tasks}
-    pairs = mixture(stage.tasks, recipe.data.seed)
-    shown = tqdm(pairs, desc="Encoding", unit="example", disable=not progress, leave=False)
-    examples = [encoded(tokenizer, recipe, tasks[name], instance) for name, instance in shown]
+    order = mixture(stage.tasks, data.seed)
+    examples = encode_tasks(tokenizer, stage.tasks, recipe.prompt.model_dump(), order, progress=progress)
     refuse_beyond_model(examples, base)
     collate = AnswerCollator(pad_id(tokenizer), with_tasks=True)
     batches = batches_by_task(examples, collate, recipe.training.per_device_train_batch_size)
@@ -217,7 +220,7 @@ def _train_stage(
             *method.callbacks(folder),
             *_tensorboard(trackers, folder.path, checkpoint),
         ],
-        balanced=recipe.data.sampling == "balanced",
+        quotas=plan.quotas(stage.tasks),
         **recipe.training.model_dump(include=recipe.training.OWN),
     )
     trainer.remove_callback(transformers.PrinterCallback)  # prints the log lines, which metrics.jsonl has
@@ -289,7 +292,7 @@ def keep_inputs(run: Run, found: Mapping[str, str], allow_changed: bool = False)
 
 def task_fingerprints(tasks: Sequence[Task]) -> dict[str, str]:
     """A hash of each task's definition and instances."""
-    return {f"task {task.name}": hashlib.sha256(repr(task).encode()).hexdigest()[:16] for task in tasks}
+    return {f"task {task.name}": task.fingerprint for task in tasks}
 
 
 def model_fingerprint(model: PreTrainedModel) -> str:
@@ -317,6 +320,10 @@ def refuse_beyond_model(
     config, embeddings = model.config.get_text_config(), cast(Any, model.get_input_embeddings()).weight
     rotary = getattr(config, "rope_parameters", None) or getattr(config, "rope_theta", None)
     positions = None if rotary else getattr(config, "max_position_embeddings", None)
+    if isinstance(examples, Examples):
+        fits = not isinstance(positions, int) or max(examples.lengths, default=0) + more <= positions
+        if fits and examples.largest_id < len(embeddings):
+            return
     for example in examples:
         ids, name = example["input_ids"], f"{example['task']}/{example['id']}"
         if isinstance(positions, int) and len(ids) + more > positions:
@@ -421,10 +428,23 @@ def _tracker_folders(names: list[str], folder: Path) -> Iterator[None]:
 
 
 def encoded(
-    tokenizer: PreTrainedTokenizerBase, recipe: Recipe, task: Task, instance: Instance, *, answer: bool = True
-) -> dict[str, Any]:
-    """One instance in the recipe's prompt format, as token ids and labels."""
-    return encode_example(tokenizer, task, instance, with_answer=answer, **recipe.prompt.model_dump())
+    tokenizer: PreTrainedTokenizerBase, recipe: Recipe, pairs: Iterable[tuple[Task, Instance]]
+) -> list[dict[str, Any]]:
+    """Instances of tasks in the recipe's prompt format, as token ids and labels."""
+    return encode_examples(tokenizer, list(pairs), **recipe.prompt.model_dump())
+
+
+def encoded_texts(
+    tokenizer: PreTrainedTokenizerBase, recipe: Recipe, texts: Sequence[str], task: Task | None = None
+) -> list[list[int]]:
+    """Token ids of prompts: of texts as they are, or as inputs of a task."""
+    section = recipe.prompt
+    prompts: list[Any] = list(texts)
+    if task is not None:
+        inputs = [Instance(id="", input=text, outputs=("",)) for text in texts]
+        prompts = [build_prompt(task, instance, section.encoding) for instance in inputs]
+    options: Any = {"max_source_tokens": section.max_source_tokens, "chat_template": section.chat_template}
+    return encode_prompts(tokenizer, prompts, **options)
 
 
 def base_model(recipe: Recipe, *, dtype: SettledDtype | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -448,48 +468,6 @@ def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return tokenizer.pad_token_id if isinstance(tokenizer.pad_token_id, int) else 0
 
 
-def device() -> torch.device:
-    """The accelerator of this process, by its local rank where several share a machine; else the processor."""
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    if accelerator is None or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1"):
-        return torch.device("cpu")
-    return torch.device(accelerator.type, int(os.environ.get("LOCAL_RANK", "0")))
-
-
 def model_dtype(recipe: Recipe) -> SettledDtype:
     """The dtype of a recipe's base model on this process's device."""
     return fast_dtype(device()) if recipe.model.dtype == "fast" else recipe.model.dtype
-
-
-def fast_dtype(device: torch.device) -> Literal["bfloat16", "float32"]:
-    """bfloat16, unless this is a processor that computes in it slowly: then float32."""
-    return "float32" if device.type == "cpu" and slowdown("bfloat16") > _SLOW else "bfloat16"
-
-
-@cache
-def slowdown(dtype: str) -> float:
-    """The time of this processor's matrix product in a dtype ("bfloat16", "float16"), over that in float32.
-
-    The best of three rounds of a few milliseconds each, measured once per process.
-    """
-    seconds = {}
-    for name in (dtype, "float32"):
-        x, weight = (torch.ones(size, 512, dtype=getattr(torch, name)) for size in (64, 512))
-        rounds = []
-        for _ in range(3):
-            started = time.perf_counter()
-            torch.nn.functional.linear(x, weight)
-            rounds.append(time.perf_counter() - started)
-        seconds[name] = min(rounds)
-    return seconds[dtype] / seconds["float32"]
-
-
-@cache
-def warn_of_slow_dtype(dtype: str, device: torch.device) -> None:
-    """Says on stderr, once per process, that this processor computes in a model's dtype slowly, and what to set."""
-    if device.type == "cpu" and dtype in ("bfloat16", "float16") and (ratio := slowdown(dtype)) > _SLOW:
-        print(
-            f"badit: this processor has no instructions for {dtype} and takes {ratio:.0f} times as long as in float32; "
-            "model.dtype=float32 is faster here",
-            file=sys.stderr,
-        )

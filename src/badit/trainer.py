@@ -48,7 +48,7 @@ class AnswerTrainer(Trainer):
 
     Args:
         group_by_length: make batches of similar length.
-        balanced: see every task equally often in an epoch; the examples need ``task``, its name.
+        quotas: how many examples of each task an epoch has (:func:`badit.data.quotas`); they need ``task``, its name.
         max_skipped_steps: steps with a loss or gradient that is not finite to skip before giving up.
         optimizer: ``adamw`` (or what ``args.optim`` names), ``lora+`` or ``orthogonal``, with the arguments' rates.
         lora_plus_ratio: B's learning rate over A's, for ``lora+``.
@@ -60,7 +60,7 @@ class AnswerTrainer(Trainer):
         args: TrainingArguments,
         *,
         group_by_length: bool = True,
-        balanced: bool = False,
+        quotas: Mapping[str, int] | None = None,
         max_skipped_steps: int = 10,
         optimizer: OptimizerName = "adamw",
         lora_plus_ratio: float = 16.0,
@@ -73,7 +73,7 @@ class AnswerTrainer(Trainer):
         self.skipped_steps = 0
         self._at_last_line = (0, 0)  # of the log: the step, and the skipped ones until then
         self._micro_batches: list[tuple[torch.Tensor, Mapping[str, Any]]] = []
-        self._group_by_length, self._balanced = group_by_length, balanced
+        self._group_by_length, self._quotas = group_by_length, quotas
         self._optimizer_name, self._lora_plus_ratio = optimizer, lora_plus_ratio
         # The loss below is divided by the number of labels in the accumulated batch, so the Trainer must count them.
         self.model_accepts_loss_kwargs = True
@@ -92,12 +92,14 @@ class AnswerTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler[int] | None:
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset
-        lengths = [len(example["input_ids"]) for example in dataset]
+        lengths = getattr(dataset, "lengths", None) or [len(example["input_ids"]) for example in dataset]
         # Of several processes each takes its part of a common batch, which is the one that a single process would have.
         batch_size = self._train_batch_size * self.args.world_size if self._group_by_length else None
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        tasks = [example["task"] for example in dataset] if self._balanced else None
-        sampler = EpochSampler(lengths, batch_size=batch_size, seed=seed, tasks=tasks)
+        tasks: Sequence[str] = ()
+        if self._quotas is not None:
+            tasks = getattr(dataset, "tasks", None) or [example["task"] for example in dataset]
+        sampler = EpochSampler(lengths, batch_size=batch_size, seed=seed, tasks=tasks, quotas=self._quotas)
         self.add_callback(_SetEpoch(sampler))
         return sampler
 
@@ -233,18 +235,24 @@ class EpochSampler(Sampler[int]):
     sorted by length and cut into batches, and the batches are shuffled. The longest batch comes first, since that is
     where memory runs out.
 
-    With ``tasks``, every example's, an epoch takes the mean number of examples from each task: small tasks are
+    With ``tasks``, every example's, and ``quotas`` an epoch takes so many examples from each task: small tasks are
     repeated, and of large ones every epoch draws a new subset.
     """
 
     def __init__(
-        self, lengths: Sequence[int], *, batch_size: int | None, seed: int, tasks: Sequence[str] | None = None
+        self,
+        lengths: Sequence[int],
+        *,
+        batch_size: int | None,
+        seed: int,
+        tasks: Sequence[str] = (),
+        quotas: Mapping[str, int] | None = None,
     ) -> None:
         self._lengths = lengths
         self._by_task: dict[str, list[int]] = {}
-        for index, task in enumerate(tasks or ()):
+        for index, task in enumerate(tasks):
             self._by_task.setdefault(task, []).append(index)
-        self._per_task = round(len(lengths) / max(len(self._by_task), 1))
+        self._quotas = quotas or {}
         self._batch_size = batch_size
         self._seed = seed
         self._epoch = 0
@@ -253,12 +261,12 @@ class EpochSampler(Sampler[int]):
         self._epoch = epoch
 
     def __len__(self) -> int:
-        return self._per_task * len(self._by_task) if self._by_task else len(self._lengths)
+        return sum(self._quotas[task] for task in self._by_task) if self._by_task else len(self._lengths)
 
     def _drawn(self, generator: torch.Generator) -> list[int]:
         chosen: list[int] = []
-        for indices in self._by_task.values():
-            repeats, rest = divmod(self._per_task, len(indices))
+        for task, indices in self._by_task.items():
+            repeats, rest = divmod(self._quotas[task], len(indices))
             some = torch.randperm(len(indices), generator=generator)[:rest].tolist()
             chosen += indices * repeats + [indices[i] for i in some]
         return [chosen[i] for i in torch.randperm(len(chosen), generator=generator).tolist()]

@@ -182,7 +182,6 @@ ITEM = {"id": "x", "input": "a", "output": "b"}
         ({"Instances": [{**ITEM, "output": []}]}, "Instances.0.output: value should have at least 1 item"),
         ({"Instances": [{**ITEM, "output": ["b", 3]}]}, "Instances.0.output.1: input should be a valid string"),
         ({"Instances": [ITEM] * 2}, "test: two instances have the id 'x'; give each its own"),
-        ({"Definition": []}, "Definition: input should be a valid string"),
         ({"Domains": None}, "Domains: input should be a valid tuple"),
         ({"Positive Examples": [{"input": "a"}]}, "Positive Examples.0.output: field required"),
     ],
@@ -198,8 +197,8 @@ def test_a_file_of_two_tasks(tmp_path):
     file = write_lines(tmp_path / "all.jsonl", LINE, bare, third, end="\r\n\r\n")
     advice, capitals = load_tasks(file)
     assert (advice.name, advice.definition) == ("advice", "Give advice.")
-    assert advice.validation[0].model_dump() == {"id": "advice-0", "input": "", "outputs": ("Rest.", "")}
-    assert [i.id for i in capitals.train + capitals.test] == ["capitals-0", "x"]
+    assert advice.validation[0] == Instance(id="advice-0", input="", outputs=("Rest.", ""))
+    assert [i.id for i in (*capitals.train, *capitals.test)] == ["capitals-0", "x"]
     assert capitals.test[0].input == "Peru\u2028!"
     assert load_tasks(file, tasks=["capitals"], format="jsonl") == [capitals]
 
@@ -208,7 +207,7 @@ def test_a_folder_whose_files_are_the_splits(tmp_path):
     write_lines(tmp_path / "train.jsonl", LINE, LINE)
     write_lines(tmp_path / "test.jsonl", {**LINE, "split": "test"})
     (task,) = load_tasks(tmp_path)
-    assert [i.id for i in task.train + task.test] == ["capitals-0", "capitals-1", "capitals-2"]
+    assert [i.id for i in (*task.train, *task.test)] == ["capitals-0", "capitals-1", "capitals-2"]
     write_lines(tmp_path / "train.jsonl", {**LINE, "split": "test"})
     assert "train.jsonl: line 1: split: the file's name says 'train'" in refusal(tmp_path)
 

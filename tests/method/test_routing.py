@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import reference
-from badit.method import batch_moments, expert_gates, prompt_mean, standardised, updated_moments
+from badit.method import batch_moments, expert_gates, prompt_mean, segment_means, standardised, updated_moments
 
 PROPERTY = settings(deadline=None, max_examples=60)
 
@@ -76,6 +76,18 @@ def test_prompt_mean_equals_the_loop(batch, positions, features, seed):
     means = prompt_mean(x, mask)
     assert means.dtype == x.dtype
     np.testing.assert_allclose(means, reference.prompt_mean(x, mask), rtol=1e-5, atol=1e-6)
+
+
+@PROPERTY
+@given(st.integers(1, 3), st.integers(1, 9), st.integers(1, 5), st.integers(0, 2**32 - 1))
+def test_segment_means_equal_the_loop(batch, positions, count, seed):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(batch, positions, 3, generator=generator)
+    mask = torch.rand(batch, positions, generator=generator) < 0.6
+    segments = torch.randint(count, (batch, positions), generator=generator)
+    x[~mask] = float("nan")
+    means = segment_means(x, mask, segments, count)
+    np.testing.assert_allclose(means, reference.segment_means(x, mask, segments, count), rtol=1e-5, atol=1e-6)
 
 
 def test_masked_positions_receive_no_gradient():

@@ -46,7 +46,8 @@ def one(shown: Events, name: str, side: str) -> Mapping[str, Any]:
 def prompt(session: Session, *, answer: bool = False) -> dict[str, Any]:
     task = session.tasks["rivers"]
     instance = task.train[0].model_copy(update={"input": "land 3"})
-    return encoded(session.tokenizer, session.recipe, task, instance, answer=answer)
+    (example,) = encoded(session.tokenizer, session.recipe, [(task, instance)])
+    return example if answer else {**example, "input_ids": example["input_ids"][: example["prompt_length"]]}
 
 
 def answer_of(session: Session, model: Any) -> str:

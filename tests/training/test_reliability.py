@@ -141,15 +141,15 @@ def test_an_answer_to_a_tasks_input_has_the_prompt_that_the_task_was_trained_wit
 ) -> None:
     assert main(["train", str(recipe_file)]) == 0
     run, seen = Run(recipe_values["output"]), []
-    evaluate_module = import_module("badit.evaluate")
-    encode = evaluate_module.encode_prompt
+    train_module = import_module("badit.train")
+    encode = train_module.encode_prompts
     monkeypatch.setattr(
-        evaluate_module, "encode_prompt", lambda tok, text, **kw: seen.append(text) or encode(tok, text, **kw)
+        train_module, "encode_prompts", lambda tok, texts, **kw: seen.extend(texts) or encode(tok, texts, **kw)
     )
     instance = next(task for task in load_tasks(recipe_values["data"]["source"]) if task.name == "cities").test[0]
     trained_with = run.predictions.query("task == 'cities'")["prompt"].iloc[0]
     run.generate([instance.input], task="cities", max_new_tokens=2)
-    assert " ".join("".join(seen[0]).split()) in " ".join(trained_with.split())
+    assert " ".join("".join(seen[0][:3]).split()) in " ".join(trained_with.split())
     run.generate(["as it is"], task="cities", raw=True, max_new_tokens=2)
     assert seen[1] == "as it is"
     with pytest.raises(BaditError, match="citys"):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from badit import models
 from badit.errors import BaditError
 from badit.evaluate import evaluate, load_run, validation_loss
 from badit.evaluate import train_and_score as train
@@ -146,22 +147,22 @@ def test_a_resumed_run_keeps_the_fast_dtype_that_it_began_with(recipe_values, mo
         return apply(self, model, tasks)
 
     monkeypatch.setattr(AdapterMethod, "apply", noting)
-    monkeypatch.setattr(train_module, "slowdown", lambda dtype: 36.4)  # a processor that is slow in 16 bits
-    assert train_module.fast_dtype(torch.device("cuda")) == "bfloat16"
+    monkeypatch.setattr(models, "slowdown", lambda dtype: 36.4)  # a processor that is slow in 16 bits
+    assert models.fast_dtype(torch.device("cuda")) == "bfloat16"
     fit_until(5, recipe)
-    monkeypatch.setattr(train_module, "slowdown", lambda dtype: 0.6)
-    assert train_module.fast_dtype(torch.device("cpu")) == "bfloat16"
+    monkeypatch.setattr(models, "slowdown", lambda dtype: 0.6)
+    assert models.fast_dtype(torch.device("cpu")) == "bfloat16"
     assert fit(recipe, progress=False).environment["dtype"] == "float32"
     assert dtypes == [torch.float32] * 2
 
 
 def test_of_a_slow_dtype_is_warned_once(recipe_values, monkeypatch, capsys):
-    assert 0 < train_module.slowdown("bfloat16") < 1000
-    monkeypatch.setattr(train_module, "slowdown", lambda dtype: 36.4)
-    train_module.warn_of_slow_dtype.cache_clear()
+    assert 0 < models.slowdown("bfloat16") < 1000
+    monkeypatch.setattr(models, "slowdown", lambda dtype: 36.4)
+    models.warn_of_slow_dtype.cache_clear()
     for _ in range(2):
         train_module.base_model(build_recipe(recipe_values, ["model.dtype=float16"]))
-    train_module.warn_of_slow_dtype.cache_clear()
+    models.warn_of_slow_dtype.cache_clear()
     (line,) = capsys.readouterr().err.splitlines()
     assert "takes 36 times as long as in float32; model.dtype=float32 is faster here" in line
 
@@ -228,7 +229,7 @@ def naive_loss(recipe, *, routed_by=None):
     for task in make_plan(recipe).tasks:
         losses = []
         for instance in task.validation:
-            example = encoded(tokenizer, recipe, task, instance)
+            example = encoded(tokenizer, recipe, [(task, instance)])[0]
             ids, prompt = torch.tensor([example["input_ids"]]), example["prompt_length"]
             inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
             if routed_by is not None:

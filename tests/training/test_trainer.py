@@ -73,8 +73,8 @@ def test_a_model_without_an_output_layer_is_refused(tiny_model):
         pass
 
 
-def order_of(lengths, batch_size, seed=0, epoch=0, tasks=None):
-    sampler = EpochSampler(lengths, batch_size=batch_size, seed=seed, tasks=tasks)
+def order_of(lengths, batch_size, seed=0, epoch=0, tasks=(), quotas=None):
+    sampler = EpochSampler(lengths, batch_size=batch_size, seed=seed, tasks=tasks, quotas=quotas)
     sampler.set_epoch(epoch)
     return list(sampler)
 
@@ -93,16 +93,17 @@ def test_every_example_comes_once_in_batches_led_by_the_longest(lengths, batch_s
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=6), st.sampled_from([None, 4]), st.integers(0, 5))
 def test_a_balanced_epoch_has_every_task_alike_and_epochs_together_every_example(sizes, batch_size, seed):
     tasks = [f"task-{i}" for i, size in enumerate(sizes) for _ in range(size)]
+    shares = dict.fromkeys(tasks, round(len(tasks) / len(sizes)))
     seen = set()
     for epoch in range(60):
-        order = order_of([5] * len(tasks), batch_size, seed, epoch, tasks)
+        order = order_of([5] * len(tasks), batch_size, seed, epoch, tasks, shares)
         of_task = Counter(tasks[index] for index in order)
         assert set(of_task.values()) == {round(len(tasks) / len(sizes))}
         for task in of_task:
             uses = Counter(index for index in order if tasks[index] == task)
             counts = [uses[index] for index, name in enumerate(tasks) if name == task]
             assert max(counts) - min(counts) <= 1
-        assert order == order_of([5] * len(tasks), batch_size, seed, epoch, tasks)
+        assert order == order_of([5] * len(tasks), batch_size, seed, epoch, tasks, shares)
         seen |= set(order)
     rare = round(len(tasks) / len(sizes)) / max(sizes) < 0.2
     assert rare or seen == set(range(len(tasks))), "large tasks are drawn from again in every epoch"

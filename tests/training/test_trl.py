@@ -46,13 +46,13 @@ def config(**options):
     return BaditConfig(num_experts=4, r=2, task_type="CAUSAL_LM", **options)
 
 
-def sft_trainer(model_folder, output, rows, tokenizer=None, routing="prompt", **options):
+def sft_trainer(model_folder, output, rows, tokenizer=None, routing="prompt", dropout=0.05, **options):
     return SFTTrainer(
         model=AutoModelForCausalLM.from_pretrained(model_folder),
         processing_class=tokenizer or AutoTokenizer.from_pretrained(model_folder),
         args=SFTConfig(output_dir=str(output), **{**ARGUMENTS, "num_train_epochs": 2, **options}),
         train_dataset=Dataset.from_list(rows),
-        peft_config=config(routing=routing),
+        peft_config=config(routing=routing, lora_dropout=dropout),
         callbacks=[RegroupCallback(every=2)],
     )
 
@@ -114,14 +114,33 @@ def test_a_row_per_answer_is_routed_on_the_whole_chat_before_it(model_folder, tm
     assert set(chain(*read)) == expected
 
 
-def test_packed_batches_need_routing_by_token(model_folder, tmp_path):
-    for options in ({"padding_free": True, "max_length": None}, {"packing": True, "max_length": 64}):
-        with pytest.raises(BaditError, match="packing=False and padding_free=False"):
-            sft_trainer(model_folder, tmp_path, ROWS[:16], **options).train()
-    trainer = sft_trainer(model_folder, tmp_path, ROWS, routing="token", packing=True, max_length=64)
+PADDING_FREE = {"padding_free": True, "max_length": None}
+
+
+@pytest.mark.parametrize(
+    "options", [{"packing": True, "max_length": 64}, PADDING_FREE], ids=["packing", "padding_free"]
+)
+@pytest.mark.parametrize("routing", ["prompt", "token"])
+def test_packed_rows_are_trained_and_regrouped(model_folder, tmp_path, options, routing):
+    trainer = sft_trainer(model_folder, tmp_path, ROWS, routing=routing, **options)
     trainer.train()
-    assert trainer.state.global_step < 2 * 64 / 4, "several rows in one"
+    assert trainer.state.global_step < (2 * 64 / 4 if options["max_length"] else 2 * 64 / 4 + 1)
     assert (tmp_path / "regroupings.jsonl").read_text()
+
+
+def test_padding_free_training_equals_padded_training(model_folder, tmp_path):
+    losses = []
+    for options in ({"max_length": None}, PADDING_FREE):
+        trainer = sft_trainer(model_folder, tmp_path, ROWS[:16], logging_steps=1, dropout=0.0, **options)
+        trainer.train()
+        losses.append([line["loss"] for line in trainer.state.log_history if "loss" in line])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_rows_that_are_cut_anywhere_are_refused(model_folder, tmp_path):
+    options = {"packing": True, "packing_strategy": "wrapped", "max_length": 64}
+    with pytest.raises(BaditError, match="wrapped rows are cut anywhere"):
+        sft_trainer(model_folder, tmp_path, ROWS[:16], **options).train()
 
 
 # --- preferences ------------------------------------------------------------------------------------------------------

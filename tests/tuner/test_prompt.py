@@ -4,18 +4,21 @@ All with a router that decides and a shuffled grouping, so that a gate taken fro
 """
 
 from contextlib import nullcontext
+from itertools import chain
 
 import pytest
 import torch
 from transformers import DynamicCache, StaticCache
 
 from badit.errors import BaditError
+from badit.tuner.prompt import ForwardPass, RoutingContext, Segments
 from tuner.helpers import (
     FAMILIES,
     adapted,
     cache_name,
     cached_steps,
     config,
+    enable_checkpointing,
     forward,
     layers,
     padded,
@@ -155,18 +158,55 @@ def test_labels_that_do_not_tell_prompt_from_answer_warn_once(tiny_model, labell
     torch.testing.assert_close(found, plain(model, ids, mask, prompt_mask=prompt), **CLOSE)
 
 
-def test_packed_batches_are_refused_where_a_prompt_is_needed(tiny_model):
-    ids, lengths = torch.tensor(random_rows(9)), torch.tensor([0, 4, 9], dtype=torch.int32)
-    packed = {"input_ids": ids, "position_ids": torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]]), "use_cache": False}
-    model, by_token = adapted(tiny_model("llama")), adapted(tiny_model("llama"), routing="token")
-    for batch in (packed, {"input_ids": ids, "cu_seq_lens_q": lengths, "cu_seq_lens_k": lengths}):
-        with pytest.raises(BaditError, match="packing=False and padding_free=False, or use routing='token'"):
-            model(**batch)
-    with torch.no_grad():
-        base = tiny_model("llama")(**packed).logits
-        with model.disable_adapter():
-            assert torch.equal(model(**packed).logits, base)
-        torch.testing.assert_close(by_token(**packed).logits[:, 4:], by_token(input_ids=ids[:, 4:]).logits, **CLOSE)
+def packed_row(rows, labels):
+    """Several rows as one, as TRL's and transformers' padding-free collators pack them."""
+    position_ids = torch.cat([torch.arange(len(row)) for row in rows])[None]
+    ids, labels = (torch.tensor([list(chain.from_iterable(each))]) for each in (rows, labels))
+    return {"input_ids": ids, "labels": labels, "position_ids": position_ids}
+
+
+@pytest.mark.parametrize("options", [{}, {"router_input": "standardised"}, {"gradient_checkpointing": True}], ids=str)
+@pytest.mark.parametrize("family", ["llama", "qwen3", "mistral"])
+def test_training_on_packed_rows_equals_training_on_separate_ones(tiny_model, family, options):
+    rows = [prompt + answer for prompt, answer in zip(PROMPTS, ANSWERS, strict=True)]
+    labels = [[-100] * len(prompt) + answer for prompt, answer in zip(PROMPTS, ANSWERS, strict=True)]
+    ids, mask = padded(rows, side="right")
+    padded_labels = padded(labels, side="right")[0].masked_fill(mask == 0, -100)
+    apart = {"input_ids": ids, "attention_mask": mask, "labels": padded_labels}
+    found = []
+    for batch in (apart, packed_row(rows, labels)):
+        checkpointing = options.get("gradient_checkpointing", False)
+        model = adapted(tiny_model(family), **({} if checkpointing else options), lora_dropout=0.0).train()
+        if checkpointing:
+            model.enable_input_require_grads()
+            enable_checkpointing(model, reentrant=False)
+        loss = model(**batch, use_cache=False).loss
+        loss.backward()
+        found.append([loss.detach(), *(p.grad for p in model.parameters() if p.requires_grad)])
+    assert any(gradient.abs().max() > 1e-3 for gradient in found[0][1:])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_packed_rows_of_flash_attention_and_of_several_rows_have_their_own_prompts(tiny_model):
+    model, context = adapted(tiny_model("llama")), RoutingContext.of(tiny_model("llama").model)
+    ids, ends = torch.tensor(random_rows(9)), torch.tensor([0, 4, 9], dtype=torch.int32)
+    labels = ids.masked_fill(torch.tensor([[1, 1, 0, 0, 1, 1, 1, 0, 0]]).bool(), -100)
+    by_ends = context._describe(model, {"input_ids": ids, "labels": labels, "cu_seq_lens_q": ends}, None).prompt
+    positions_ = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]])
+    twice = {"input_ids": ids.repeat(2, 1), "labels": labels.repeat(2, 1), "position_ids": positions_.repeat(2, 1)}
+    by_positions = context._describe(model, twice, None).prompt
+    expected = torch.tensor([[1, 1, 0, 0, 1, 1, 1, 0, 0]]).bool()
+    assert torch.equal(by_ends[0], expected)
+    assert torch.equal(by_positions[0], expected.repeat(2, 1))
+    assert by_ends[1].of_BT.tolist() == [[0] * 4 + [1] * 5]
+    assert by_positions[1].of_BT.tolist() == [[0] * 4 + [1] * 5, [2] * 4 + [3] * 5]
+
+
+def test_a_method_with_one_mixture_in_a_row_refuses_packed_rows():
+    packed = ForwardPass(lambda: (torch.ones(1, 2), Segments(torch.tensor([[0, 1]]), 2)))
+    with pytest.raises(BaditError, match="set packing=False and padding_free=False"):
+        _ = packed.prompt_mask_BT
 
 
 def test_an_unreadable_mask_is_refused(tiny_model):

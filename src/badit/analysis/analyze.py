@@ -19,13 +19,13 @@ from badit.analysis.gates import has_experts, marked_experts, prompt_gates
 from badit.analysis.interference import coactivation, measure_interference
 from badit.analysis.learning import component_flow, expert_angles, task_gap, transfer
 from badit.analysis.tables import TABLES, load_frames, save_frame
-from badit.data import AnswerCollator, Instance, Task, batches_by_task, load_tasks
+from badit.data import AnswerCollator, Instance, Task, batches_by_task, load_sources
 from badit.environment import environment, peak_memory
 from badit.errors import BaditError
 from badit.evaluate import load_run
 from badit.files import read_json, write_json
 from badit.methods import build_method
-from badit.recipe import Recipe, build_recipe, expand_source
+from badit.recipe import DataSection, Recipe, build_recipe
 from badit.results import RESULTS
 from badit.run import Run
 from badit.train import encoded, make_plan, pad_id
@@ -74,7 +74,8 @@ def analyze(
     run = Run(folder if is_run else recipe.output)
     trained = build_method(recipe.method).trains
     own_tasks = data is None and trained
-    tasks = make_plan(recipe).tasks if own_tasks else load_tasks(expand_source(data or recipe.data.source))
+    section = recipe.data if data is None else DataSection(source=data)  # pyright: ignore[reportCallIssue]
+    tasks = make_plan(recipe).tasks if own_tasks else load_sources(section.sources())
     chosen = [(task, _chosen(task, instances, trained=trained)) for task in tasks]
     output = Path(output or run.path)
     settings, path = {"data": data, "instances": instances}, output / "analysis.json"
@@ -105,7 +106,7 @@ def _measure(
         Run.prepare(recipe)
         if not run.environment_path.is_file():
             write_json(run.environment_path, environment())
-    examples = [encoded(tokenizer, recipe, task, instance) for task, instances in chosen for instance in instances]
+    examples = encoded(tokenizer, recipe, [(task, instance) for task, instances in chosen for instance in instances])
     batches = batches_by_task(examples, AnswerCollator(pad_id(tokenizer), with_tasks=True), _BATCH_SIZE)
 
     def experts() -> list[pd.DataFrame]:

@@ -27,31 +27,42 @@ IGNORED_LABEL = -100
 
 
 class Prompt(NamedTuple):
-    """A prompt's text in the pieces that truncation treats differently."""
+    """A prompt's text in the pieces that truncation treats differently.
+
+    `history` holds the (role, content) of earlier messages of a chat, of which truncation drops the oldest first. With
+    `is_message` the text is a message as a user writes it, which says by itself what to do.
+    """
 
     head: str
     input: str
     tail: str
+    history: tuple[tuple[str, str], ...] = ()
+    is_message: bool = False
 
 
 def build_prompt(task: Task, instance: Instance, encoding: PromptEncoding = "def") -> Prompt:
     """The prompt of one instance: "def" gives the definition alone, "def+posN" the first N demonstrations too.
 
-    A task with fewer than N demonstrations shows all of them, as in the official evaluation.
+    A task with fewer than N demonstrations shows all of them, as in the official evaluation. Without a definition the
+    instance's input is the whole prompt.
     """
     refuse_unknown("encoding", encoding, get_args(PromptEncoding))
+    definition = task.definition if instance.instruction is None else instance.instruction
+    if definition is None:
+        return Prompt("", instance.input, "", instance.history, is_message=True)
     shots = int(encoding.removeprefix("def").removeprefix("+pos") or 0)
     examples = "".join(
         f" Positive Example {number} -\nInput: {shot.input}\n Output: {shot.output}\n\n"
         for number, shot in enumerate(task.demonstrations[:shots], start=1)
     )
-    head = f"{task.definition}\n\n{examples}Now complete the following example -\nInput: "
-    return Prompt(head, instance.input, "\nOutput: ")
+    head = f"{definition}\n\n{examples}Now complete the following example -\nInput: "
+    return Prompt(head, instance.input, "\nOutput: ", instance.history)
 
 
 def prompt_text(task: Task, instance: Instance, encoding: PromptEncoding = "def") -> str:
     """The whole text of an instance's prompt, before truncation and chat template."""
-    return "".join(build_prompt(task, instance, encoding))
+    prompt = build_prompt(task, instance, encoding)
+    return prompt.head + prompt.input + prompt.tail
 
 
 def own_input(text: str) -> str:
@@ -66,42 +77,97 @@ def encode_prompt(
     max_source_tokens: int,
     chat_template: ChatTemplate = "auto",
 ) -> list[int]:
-    """Token ids of a prompt, ready for the model to continue.
+    """Token ids of a prompt, ready for the model to continue: :func:`encode_prompts` for a single one."""
+    options = {"max_source_tokens": max_source_tokens, "chat_template": chat_template}
+    return encode_prompts(tokenizer, [prompt], **options)[0]  # pyright: ignore[reportArgumentType]
+
+
+def encode_prompts(
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt | str],
+    *,
+    max_source_tokens: int,
+    chat_template: ChatTemplate = "auto",
+) -> list[list[int]]:
+    """Token ids of prompts, ready for the model to continue.
 
     Args:
-        prompt: its pieces, or a plain string, which is cut at its end.
-        max_source_tokens: for the prompt's text. The tokens of the chat template, or BOS if the tokenizer adds it, come
+        prompts: each in its pieces, or a plain string, which is cut at its end.
+        max_source_tokens: for a prompt's text. The tokens of the chat template, or BOS if the tokenizer adds it, come
             on top and are never cut.
         chat_template: "auto" makes the text the user's turn if the tokenizer has a template, "always" requires one,
             "never" gives the bare text.
     """
-    head, content, tail = Prompt("", prompt, "") if isinstance(prompt, str) else prompt
-
-    def fits(text: str) -> bool:
-        return len(_tokens(tokenizer, text)) <= max_source_tokens
-
-    if fits(head + content + tail):
-        text = head + content + tail
-    elif fits(head + tail):
-        text = head + _longest_prefix(content, lambda part: fits(head + part + tail)) + tail
-    elif fits(tail):
-        text = _longest_prefix(head, lambda part: fits(part + tail)) + tail
-    else:
-        raise BaditError(f"max_source_tokens: {max_source_tokens} has no room for the end {tail!r}; raise it")
+    pieces = [Prompt("", prompt, "") if isinstance(prompt, str) else prompt for prompt in prompts]
+    texts = ["".join(prompt[:3]) for prompt in pieces]
+    # A token is at least one character of ASCII, so most texts need not be tokenised to see that they are short enough.
+    unsure = [
+        i for i, text in enumerate(texts) if pieces[i].history or not (text.isascii() and len(text) < max_source_tokens)
+    ]
+    lengths = [len(ids) for ids in _tokens(tokenizer, [texts[i] for i in unsure])]
+    histories = [prompt.history for prompt in pieces]
+    for i, length in zip(unsure, lengths, strict=True):
+        if length > max_source_tokens:
+            texts[i] = _cut(tokenizer, pieces[i], max_source_tokens)
+        histories[i] = _recent(tokenizer, histories[i], max_source_tokens - length)
     if uses_template(tokenizer, chat_template):
-        turn = [{"role": "user", "content": text}]
-        fix = "use prompt.chat_template=never, or another template"
-        with explained("chat_template", action="rendered", fix=fix, any_error=True):
-            rendered = str(tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False))
-        if text.strip() not in rendered:
-            raise BaditError(f"chat_template: renders a prompt without the text that it is given; {fix}")
         # Templates write BOS themselves, so what they render is tokenised without adding another.
-        return _tokens(tokenizer, rendered)
-    ids = _tokens(tokenizer, text)
+        return _tokens(tokenizer, _rendered(tokenizer, texts, histories))
+    for i, prompt in enumerate(pieces):
+        if histories[i]:
+            turns = "".join(f"{role}: {content}\n\n" for role, content in (*histories[i], ("user", texts[i])))
+            texts[i] = f"{turns}assistant: "
+        elif prompt.is_message and not texts[i][-1:].isspace():
+            texts[i] += "\n"
     # BOS by hand: some tokenizers would also close the prompt with EOS.
     bos: list[Any] = [tokenizer.bos_token_id]
     adds_bos = tokenizer("")["input_ids"][:1] == bos
-    return bos + ids if adds_bos and ids[:1] != bos else ids
+    return [bos + ids if adds_bos and ids[:1] != bos else ids for ids in _tokens(tokenizer, texts)]
+
+
+def _rendered(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], histories: Sequence[tuple[tuple[str, str], ...]]
+) -> list[str]:
+    """The user's messages after their histories in the tokenizer's chat template, up to the assistant's answer."""
+    fix = "use prompt.chat_template=never, or another template"
+    found = []
+    for text, history in zip(texts, histories, strict=True):
+        turns = [{"role": role, "content": content} for role, content in (*history, ("user", text))]
+        with explained("chat_template", action="rendered", fix=fix, any_error=True):
+            found.append(str(tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)))
+        if text.strip() not in found[-1]:
+            raise BaditError(f"chat_template: renders a prompt without the text that it is given; {fix}")
+    return found
+
+
+def _cut(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, most: int) -> str:
+    """A prompt's text in at most so many tokens."""
+    head, content, tail = prompt[:3]
+
+    def fits(text: str) -> bool:
+        return len(_tokens(tokenizer, [text])[0]) <= most
+
+    if fits(head + tail):
+        return head + _longest_prefix(content, lambda part: fits(head + part + tail)) + tail
+    if fits(tail):
+        return _longest_prefix(head, lambda part: fits(part + tail)) + tail
+    raise BaditError(f"max_source_tokens: {most} has no room for the end {tail!r}; raise it")
+
+
+def _recent(
+    tokenizer: PreTrainedTokenizerBase, history: tuple[tuple[str, str], ...], most: int
+) -> tuple[tuple[str, str], ...]:
+    """The latest messages that come to at most so many tokens, and the system's before them if it fits as well."""
+    lengths = [len(ids) for ids in _tokens(tokenizer, [content for _, content in history])]
+    system = history[:1] if history and history[0][0] == "system" and lengths[0] <= most else ()
+    left = most - sum(lengths[: len(system)])
+    start = len(history)
+    while start > len(system) and lengths[start - 1] <= left:
+        start -= 1
+        left -= lengths[start]
+    while start < len(history) and history[start][0] != "user":  # templates want the user first
+        start += 1
+    return system + history[start:]
 
 
 def _longest_prefix(text: str, fits: Callable[[str], bool]) -> str:
@@ -120,7 +186,7 @@ def encode_answer(
     tokenizer: PreTrainedTokenizerBase, answer: str, *, max_answer_tokens: int, chat_template: ChatTemplate = "auto"
 ) -> list[int]:
     """Token ids of an answer, at most `max_answer_tokens`, followed by the token that ends the turn."""
-    return [*_tokens(tokenizer, answer)[:max_answer_tokens], end_of_turn_id(tokenizer, chat_template)]
+    return [*_tokens(tokenizer, [answer])[0][:max_answer_tokens], end_of_turn_id(tokenizer, chat_template)]
 
 
 def end_of_turn_id(tokenizer: PreTrainedTokenizerBase, chat_template: ChatTemplate = "auto") -> int:
@@ -135,37 +201,47 @@ def end_of_turn_id(tokenizer: PreTrainedTokenizerBase, chat_template: ChatTempla
 
 
 def encode_example(
+    tokenizer: PreTrainedTokenizerBase, task: Task, instance: Instance, **options: Any
+) -> dict[str, Any]:
+    """One instance for a causal language model; see :func:`encode_examples` for the options and the result."""
+    return encode_examples(tokenizer, [(task, instance)], **options)[0]
+
+
+def encode_examples(
     tokenizer: PreTrainedTokenizerBase,
-    task: Task,
-    instance: Instance,
+    pairs: Sequence[tuple[Task, Instance]],
     *,
     encoding: PromptEncoding = "def",
     max_source_tokens: int = 1024,
     max_answer_tokens: int = 50,
     chat_template: ChatTemplate = "auto",
     with_answer: bool = True,
-) -> dict[str, Any]:
-    """One instance for a causal language model.
+) -> list[dict[str, Any]]:
+    """Instances of tasks for a causal language model; many at once take a fifth of the time.
 
     The answer to train on is the first reference; evaluation takes the best over all of them.
 
     Returns:
-        `input_ids` and `labels` (lists of one length; the prompt's labels are -100), `prompt_length` in tokens, and
-        the names `task` and `id`. Without the answer, the prompt only.
+        For each `input_ids` and `labels` (lists of one length; the prompt's labels are -100), `prompt_length` in
+        tokens, and the names `task` and `id`. Without the answer, the prompt only.
     """
-    source = build_prompt(task, instance, encoding)
-    prompt = encode_prompt(tokenizer, source, max_source_tokens=max_source_tokens, chat_template=chat_template)
-    answer: list[int] = []
+    sources = [build_prompt(task, instance, encoding) for task, instance in pairs]
+    prompts = encode_prompts(tokenizer, sources, max_source_tokens=max_source_tokens, chat_template=chat_template)
+    answers: list[list[int]] = [[] for _ in pairs]
     if with_answer:
-        first = instance.outputs[0]
-        answer = encode_answer(tokenizer, first, max_answer_tokens=max_answer_tokens, chat_template=chat_template)
-    return {
-        "input_ids": prompt + answer,
-        "labels": [IGNORED_LABEL] * len(prompt) + answer,
-        "prompt_length": len(prompt),
-        "task": task.name,
-        "id": instance.id,
-    }
+        end = end_of_turn_id(tokenizer, chat_template)
+        found = _tokens(tokenizer, [instance.outputs[0] for _, instance in pairs])
+        answers = [[*ids[:max_answer_tokens], end] for ids in found]
+    return [
+        {
+            "input_ids": prompt + answer,
+            "labels": [IGNORED_LABEL] * len(prompt) + answer,
+            "prompt_length": len(prompt),
+            "task": task.name,
+            "id": instance.id,
+        }
+        for (task, instance), prompt, answer in zip(pairs, prompts, answers, strict=True)
+    ]
 
 
 def uses_template(tokenizer: PreTrainedTokenizerBase, chat_template: ChatTemplate) -> bool:
@@ -176,9 +252,10 @@ def uses_template(tokenizer: PreTrainedTokenizerBase, chat_template: ChatTemplat
     return chat_template != "never" and bool(tokenizer.chat_template)
 
 
-def _tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+def _tokens(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
     # verbose=False: no warning that a text which is about to be cut is longer than the model's window.
-    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]  # pyright: ignore[reportReturnType]
+    options: dict[str, Any] = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
+    return tokenizer(list(texts), **options)["input_ids"] if texts else []  # pyright: ignore[reportReturnType]
 
 
 @lru_cache(maxsize=8)
@@ -189,7 +266,7 @@ def _end_in_template(tokenizer: PreTrainedTokenizerBase, template: str) -> int |
     _, found, after = str(rendered).rpartition("ANSWER")
     added = tokenizer.added_tokens_decoder
     # Text between the message and its end, such as Llama 2's space, is not an added token.
-    return next((token for token in _tokens(tokenizer, after) if token in added), None) if found else None
+    return next((token for token in _tokens(tokenizer, [after])[0] if token in added), None) if found else None
 
 
 def answer_rows(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, list[dict[str, Any]]]]:

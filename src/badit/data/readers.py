@@ -1,44 +1,71 @@
-"""Readers of tasks: the built-in suite, the two layouts of Super-NaturalInstructions, and plain .jsonl.
+"""Readers of tasks: the built-in suite, Super-NaturalInstructions in two layouts, and rows of files and of the hub.
 
-The official collection has some 1,600 files, so a file is read only when its task is asked for.
+A row is a task's instance, an instruction (Alpaca), a prompt and its completion (FLAN, P3) or a chat (ShareGPT). No
+code of a data set is run. Of the official collection of some 1,600 files only those of the chosen tasks are read.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from glob import glob, has_magic
+from itertools import chain
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Any, get_args
 
-from pydantic import AfterValidator, AliasChoices, BaseModel, ConfigDict, Field
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+from pydantic import BaseModel, Field
 
+from badit.data import cache
+from badit.data.rows import SPLIT_NAMES, Format, Record, Source, read_rows
 from badit.data.suite import builtin_tasks
 from badit.data.tasks import (
+    SPLITS,
     Demonstration,
     FirstString,
     Instance,
     Outputs,
+    Rows,
     Split,
     Strings,
     Task,
-    TaskName,
     resolve_names,
 )
 from badit.errors import BaditError, explained, refuse_unknown
-from badit.files import parse_json, read_text
-
-Format = Literal["auto", "sapt", "superni", "jsonl", "builtin"]
-Catalog = Mapping[str, Callable[[], Task]]
+from badit.files import lines_of, parse_json, read_text
 
 # The official evaluation scores the first 100 instances of a test task.
 OFFICIAL_TEST_INSTANCES = 100
 
+# Sources of this size and more are kept in the cache.
+_LARGE = 4 * 2**20
+_ROWS_AT_A_TIME = 5_000
+_TABLES = {".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
+_LINES = (".jsonl", ".json")
+_HUB = re.compile(r"([\w-][\w.-]*/[\w.-]+)(?::([\w.-]+))?")
+_SCHEMA = pa.schema(
+    [
+        ("task", pa.int32()),
+        ("split", pa.int8()),
+        ("hash", pa.uint64()),
+        ("id", pa.string()),
+        ("input", pa.string()),
+        ("outputs", pa.list_(pa.string())),
+        ("instruction", pa.string()),
+        ("history", pa.list_(pa.list_(pa.string()))),
+    ]
+)
 
-def load_tasks(source: str | Path, *, tasks: Sequence[str] | None = None, format: Format = "auto") -> list[Task]:
+
+def load_tasks(
+    source: str | Path | Source, *, tasks: Sequence[str] | None = None, format: Format = "auto"
+) -> list[Task]:
     """The tasks at `source`, sorted by name, or those named in `tasks`, in that order.
 
     Args:
-        source: "builtin" for the built-in suite, or a path to one of
+        source: a :class:`Source` or its path: "builtin", or one of
             sapt: a folder of `<task>/train.json` and `<task>/test.json`, each in the Super-NaturalInstructions schema.
                 `<task>/dev.json` is not read: in the published release it equals test.json.
             superni: a folder with `tasks/*.json` (or `*.json`) and, in it or next to it, the lists
@@ -47,53 +74,146 @@ def load_tasks(source: str | Path, *, tasks: Sequence[str] | None = None, format
                 are left out. Without lists, the first 100 instances are `test` and the rest `train`.
             jsonl: a .jsonl file or a folder of train.jsonl, validation.jsonl and test.jsonl; a line has "task",
                 "instruction", "input" (or none), "output" or "outputs", and may have "id" and "split".
+            other rows: files in .jsonl, .json, .csv, .tsv, .parquet or .arrow, a folder or a pattern of them, a folder
+                of `save_to_disk`, or a data set of the hub. See docs/data.md for the forms of a row.
         tasks: full names, or number prefixes such as "task363" or "363" that fit one task only.
         format: the layout; "auto" detects it.
 
     Raises:
         BaditError: a broken file, an unknown layout, or a task that is not there.
     """
-    refuse_unknown("format", format, get_args(Format))
-    catalog = _catalog(source, format)
-    if not catalog:
-        raise BaditError(f"{source}: holds no tasks")
-    names = sorted(catalog) if tasks is None else resolve_names(tasks, catalog)
-    return [catalog[name]() for name in names]
+    where = source if isinstance(source, Source) else Source(source, format)
+    refuse_unknown("format", where.format, get_args(Format))
+    if where.path == "builtin" and where.format in ("auto", "builtin"):
+        found = builtin_tasks()
+    elif where.format == "builtin":
+        raise BaditError(f"source: must be 'builtin' for the built-in suite, not {str(where.path)!r:.60}")
+    else:
+        with explained(where.path, action="read"):
+            found = _official(where, tasks)
+            found = _of_rows(where) if found is None else found
+    if not found:
+        raise BaditError(f"{where.path}: holds no tasks")
+    by_name = {task.name: task for task in found}
+    return [by_name[name] for name in (sorted(by_name) if tasks is None else resolve_names(tasks, by_name))]
 
 
-def _catalog(source: str | Path, format: Format) -> Catalog:
-    if source == "builtin" and format in ("auto", "builtin"):
-        return {task.name: lambda task=task: task for task in builtin_tasks()}
-    if format == "builtin":
-        raise BaditError(f"source: must be 'builtin' for the built-in suite, not {str(source)!r:.60}")
-    path = Path(source)
-    with explained(path, action="read"):
-        if not path.exists():
-            raise BaditError(f"{path}: no such file or folder; give a path or 'builtin'")
-        sapt, lines = sorted(path.glob("*/train.json")), _jsonl_files(path)
-        official = sorted((path / "tasks" if (path / "tasks").is_dir() else path).glob("*.json"))
-        if format == "sapt" or (format == "auto" and sapt):
-            return {file.parent.name: partial(_read_sapt, file.parent) for file in sapt}
-        if format == "jsonl" or (format == "auto" and lines):
-            return {task.name: lambda task=task: task for task in _read_jsonl(path, lines)}
-        if format == "superni" or official:
-            lists = _split_lists(path)
-            listed = lists["train"] | lists["test"] if lists else {file.stem for file in official}
-            return {file.stem: partial(_read_superni, file, lists) for file in official if file.stem in listed}
-    raise BaditError(f"{path}: no tasks found; expected <task>/train.json, tasks/*.json or a .jsonl")
+def load_sources(
+    sources: Sequence[tuple[Source, float]],
+    wanted: Sequence[str] | None = None,
+    weights: Mapping[str, float] | None = None,
+) -> list[Task]:
+    """The tasks of several sources, sorted by name, or those that are wanted, in that order.
+
+    Args:
+        sources: each with the weight of its tasks.
+        wanted: as for :func:`load_tasks`.
+        weights: further factors on the weights of tasks, by name or number.
+
+    Raises:
+        BaditError: bad data, a task that two sources have, or a weight of a task that is not there.
+    """
+    found: dict[str, Task] = {}
+    for source, weight in sources:
+        for task in load_tasks(source, tasks=wanted if len(sources) == 1 else None):
+            if task.name in found:
+                raise BaditError(f"data.source: {source.path} has task {task.name}, as one before it; set its task")
+            found[task.name] = task.model_copy(update={"weight": weight})
+    if len(sources) > 1:
+        names = sorted(found) if wanted is None else resolve_names(wanted, found)
+        found = {name: found[name] for name in names}
+    for key, weight in (weights or {}).items():
+        (name,) = resolve_names([key], found, field="data.weights")
+        found[name] = found[name].model_copy(update={"weight": found[name].weight * weight})
+    return list(found.values())
 
 
-def _read_sapt(folder: Path) -> Task:
-    test = _read_official(folder / "test.json", folder.name, "test").test
-    return _read_official(folder / "train.json", folder.name, "train").model_copy(update={"test": test})
+def _collected(
+    files: Sequence[Path], records: Iterable[Record], place: Callable[[str], object], *settings: Any
+) -> list[Task]:
+    """The tasks of records, which are read unless files of this size and date have been read before.
+
+    Errors that concern a whole task are at its ``place``.
+
+    A record without an id gets "<task>-<its index among the task's records>".
+    """
+    stats = [(file, file.stat()) for file in files]
+    key = None
+    if sum(stat.st_size for _, stat in stats) >= _LARGE:
+        key = [*settings, [(str(file.resolve()), stat.st_size, stat.st_mtime_ns) for file, stat in stats]]
+
+    def make(notes: dict[str, Any]) -> Iterator[Mapping[str, Any]]:
+        numbers: dict[str, int] = {}
+        counts: list[int] = []
+        abouts: list[Any] = notes.setdefault("tasks", [])
+        for chunk in cache.chunks(records, _ROWS_AT_A_TIME):
+            columns: dict[str, list[Any]] = {name: [] for name in _SCHEMA.names}
+            for record in chunk:
+                number = numbers.setdefault(record.task, len(numbers))
+                if number == len(abouts):
+                    abouts.append({"name": record.task, **record.about})
+                    counts.append(0)
+                fields = dict(record.instance)
+                if fields["id"] is None:
+                    fields["id"] = f"{record.task}-{counts[number]}"
+                counts[number] += 1
+                definition = abouts[number]["definition"]
+                if fields.get("instruction") == definition:
+                    fields["instruction"] = None
+                instance = Instance(**fields)
+                row = {"task": number, "split": SPLITS.index(record.split), "hash": instance.digest}
+                for name, value in (row | instance.model_dump()).items():
+                    columns[name].append(value)
+            yield columns
+
+    table, notes = cache.table(_SCHEMA, make, key)
+    codes, splits = (
+        np.concatenate([np.zeros(0, np.int64), *map(np.asarray, table.column(c))]) for c in ("task", "split")
+    )
+    places = codes * len(SPLITS) + splits
+    order = np.argsort(places, kind="stable")
+    ends = np.searchsorted(places[order], np.arange(1, len(notes["tasks"]) * len(SPLITS)))
+    parts = iter(np.split(order, ends))
+    tasks = []
+    for about in notes["tasks"]:
+        splits = {split: Rows(table, next(parts)) for split in SPLITS}
+        with explained(place(about["name"])):
+            tasks.append(Task.model_validate(about | splits))
+    return tasks
 
 
-def _read_superni(file: Path, lists: Mapping[str, set[str]] | None) -> Task:
-    if lists and file.stem in lists["train"]:
-        return _read_official(file, file.stem, "train")
-    task = _read_official(file, file.stem, "test")
-    rest = () if lists else task.test[OFFICIAL_TEST_INSTANCES:]
-    return task.model_copy(update={"train": rest, "test": task.test[:OFFICIAL_TEST_INSTANCES]})
+def _official(where: Source, wanted: Sequence[str] | None) -> list[Task] | None:
+    """The tasks of a folder in one of the two layouts of Super-NaturalInstructions; None if it is in neither."""
+    path = Path(where.path)
+    if not path.is_dir() or where.format == "jsonl" or _is_saved(path):
+        return None
+    sapt = {file.parent.name: file.parent for file in path.glob("*/train.json")}
+    if where.format == "sapt" or (where.format == "auto" and sapt):
+        names = sorted(sapt) if wanted is None else resolve_names(wanted, sapt)
+        files = [sapt[name] / f"{split}.json" for name in names for split in ("train", "test")]
+        sapt_records = (record for file in files for record in _read_official(file, file.parent.name, file.stem))
+        return _collected(files, sapt_records, lambda name: sapt[name] / "train.json")
+    official = {file.stem: file for file in (path / "tasks" if (path / "tasks").is_dir() else path).glob("*.json")}
+    if where.format != "superni" and (
+        not official or _row_files(path, (".jsonl",)) or _holds_rows(min(official.values()))
+    ):
+        return None
+    lists = _split_lists(path)
+    official = {name: file for name, file in official.items() if not lists or name in lists["train"] | lists["test"]}
+    names = sorted(official) if wanted is None else resolve_names(wanted, official)
+
+    def records() -> Iterator[Record]:
+        for name in names:
+            split = "train" if lists and name in lists["train"] else "test"
+            for number, record in enumerate(_read_official(official[name], name, split)):
+                if split == "test" and number >= OFFICIAL_TEST_INSTANCES:
+                    if lists:
+                        break
+                    record = record._replace(split="train")
+                yield record
+
+    settings = [sorted(lists["train"]), sorted(lists["test"])] if lists else []
+    return _collected([official[name] for name in names], records(), official.__getitem__, *settings)
 
 
 def _split_lists(root: Path) -> dict[str, set[str]] | None:
@@ -126,72 +246,143 @@ class _OfficialTask(BaseModel):
     instances: list[_OfficialInstance] = Field(alias="Instances", min_length=1)
 
 
-def _read_official(file: Path, name: str, split: Split) -> Task:
-    """The task of one official file, all instances in `split`; one without an id gets "<name>-<its index>"."""
+def _read_official(file: Path, name: str, split: Any) -> Iterator[Record]:
+    """All instances of one official file; one without an id gets "<name>-<its index>"."""
     content = parse_json(read_text(file), file=file)
     with explained(file):
         found = _OfficialTask.model_validate(content)
-        instances = tuple(
-            Instance(id=f"{name}-{index}" if one.id is None else one.id, input=one.input, outputs=one.output)
-            for index, one in enumerate(found.instances)
-        )
-        return Task.model_validate({"name": name, **found.model_dump(exclude={"instances"}), split: instances})
+    about = found.model_dump(exclude={"instances"})
+    for index, one in enumerate(found.instances):
+        identity = f"{name}-{index}" if one.id is None else one.id
+        yield Record(name, about, split, {"id": identity, "input": one.input, "outputs": one.output})
 
 
-def _not_blank(outputs: tuple[str, ...]) -> tuple[str, ...]:
-    if not any(output.strip() for output in outputs):
-        raise ValueError("must hold at least one answer that is not blank")
-    return outputs
+def _of_rows(where: Source) -> list[Task]:
+    """The tasks of files with a row for each instance, of a saved data set, or of one of the hub."""
+    path = Path(where.path)
+    settings = [where.task, where.instruction, dict(where.columns), where.turns]
+    if has_magic(str(where.path)) and not path.exists():
+        files = sorted(Path(name) for name in glob(str(where.path), recursive=True) if Path(name).is_file())
+    elif path.is_dir() and not _is_saved(path):
+        files = _row_files(path, (*_TABLES, *_LINES) if where.format == "auto" else (".jsonl",))
+    elif path.is_file() and path.suffix in {*_TABLES, *_LINES}:
+        files = [path]
+    elif path.is_dir() or not path.exists():
+        return _of_data_sets(where, path, settings)
+    else:
+        files = []
+    if not files:
+        known = f"<task>/train.json, tasks/*.json or files in {', '.join([*_LINES, *_TABLES])}"
+        raise BaditError(f"{path}: no tasks found; expected {known}")
+
+    def records() -> Iterator[Record]:
+        for file in files:
+            split = _split_in(file) if len(files) > 1 else None
+            task = where.task or (file.resolve().parent.name if split else file.stem)
+            rows = _table_rows(file) if file.suffix in _TABLES else _json_rows(file)
+            yield from read_rows(rows, split, task, where, strict=file.suffix in _LINES and not where.columns)
+
+    return _collected(files, records(), lambda name: f"{path}: task '{name}'", *settings)
 
 
-class _Line(BaseModel):
-    """A line of a .jsonl file. Unknown keys are refused: a misspelt "input" would otherwise be an empty one."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    task: TaskName
-    instruction: str = Field(min_length=1)
-    input: str = ""
-    # Stricter than an instance of the published benchmark: here a blank answer is a mistake that can be corrected.
-    outputs: Annotated[Outputs, AfterValidator(_not_blank)] = Field(validation_alias=AliasChoices("output", "outputs"))
-    id: str | None = None
-    split: Split | None = None
+def _row_files(folder: Path, suffixes: Iterable[str]) -> list[Path]:
+    """A folder's files of rows: those named for a split in its order, then the others by name."""
+    files = [file for file in folder.iterdir() if file.suffix in suffixes and file.is_file()]
+    return sorted(files, key=lambda file: ([*SPLITS, None].index(_split_in(file)), file.name))
 
 
-def _jsonl_files(source: Path) -> dict[Path, Split | None]:
-    """The files of a source and the split that each is named for: None for a single file, whose lines name it."""
-    if source.is_dir():
-        return {file: split for split in get_args(Split) if (file := source / f"{split}.jsonl").is_file()}
-    return {source: None} if source.suffix == ".jsonl" else {}
+def _split_in(file: Path) -> Split | None:
+    """The split that a file is named for, such as train-00000-of-00002.parquet."""
+    found: Any = SPLIT_NAMES.get(re.sub(r"-\d+-of-\d+$", "", file.stem))
+    return found
 
 
-def _read_jsonl(source: Path, files: Mapping[Path, Split | None]) -> list[Task]:
-    """All tasks of .jsonl files.
+def _is_saved(folder: Path) -> bool:
+    """Whether ``save_to_disk`` of the library datasets has written the folder."""
+    return any((folder / name).is_file() for name in ("dataset_dict.json", "state.json"))
 
-    A line without an id gets "<task>-<its index among the task's lines>"; one without a split is for training unless
-    its file's name says otherwise.
-    """
-    found: dict[str, dict[str, Any]] = {}
-    for file, file_split in files.items():
-        # Not splitlines(): JSON strings may hold U+2028 and similar characters unescaped.
-        for number, text in enumerate(read_text(file).split("\n"), start=1):
-            if not text.strip():
-                continue
-            record = parse_json(text, file=file, first_line=number)
-            with explained(place := f"{file}: line {number}"):
-                line = _Line.model_validate(record)
-            task = found.setdefault(line.task, {"name": line.task, "definition": line.instruction})
-            if task["definition"] != line.instruction:
-                known = f"task '{line.task}' has another one above; use one instruction per task"
-                raise BaditError(f"{place}: instruction: {known}")
-            if file_split and line.split and line.split != file_split:
-                raise BaditError(f"{place}: split: the file's name says '{file_split}'")
-            count = sum(len(task.get(split, ())) for split in get_args(Split))
-            identity = line.id if line.id is not None else f"{line.task}-{count}"
-            instance = Instance(id=identity, input=line.input, outputs=line.outputs)
-            task.setdefault(file_split or line.split or "train", []).append(instance)
-    tasks = []
-    for name, fields in found.items():
-        with explained(f"{source}: task '{name}'"):
-            tasks.append(Task.model_validate(fields))
-    return tasks
+
+def _holds_rows(file: Path) -> bool:
+    """Whether a .json file is a list."""
+    with file.open("rb") as stream:
+        return stream.read(1024).lstrip()[:1] == b"["
+
+
+def _json_rows(file: Path) -> Iterator[tuple[str, Any]]:
+    """The rows of a file, which is a list or has one on each line, each with its place."""
+    if _holds_rows(file):
+        for number, row in enumerate(parse_json(read_text(file), file=file), start=1):
+            yield f"{file}: item {number}", row
+        return
+    for number, text in lines_of(file):
+        if text.strip():
+            yield f"{file}: line {number}", parse_json(text, file=file, first_line=number)
+
+
+def _table_rows(file: Path) -> Iterator[tuple[str, Any]]:
+    """The rows of a CSV, Parquet or Arrow file, read some at a time; those of CSV are text."""
+    if _TABLES[file.suffix] == "csv":
+        separator = "\t" if file.suffix == ".tsv" else ","
+        text: dict[str, Any] = {"dtype": str, "keep_default_na": False, "encoding": "utf-8-sig"}
+        with explained(file, action="read", any_error=True):
+            frames = pd.read_csv(file, sep=separator, chunksize=_ROWS_AT_A_TIME, **text)
+            parts = chain.from_iterable(frame.to_dict("records") for frame in frames)
+    else:
+        from datasets import load_dataset
+
+        with explained(file, action="read", any_error=True):
+            parts = load_dataset(_TABLES[file.suffix], data_files=str(file), split="train", streaming=True)
+    yield from _rows_of(parts, str(file))
+
+
+def _rows_of(rows: Any, place: str) -> Iterator[tuple[str, Any]]:
+    """The rows of a data set of the library datasets: labels by their names, other plain values as text."""
+    labels = {
+        name: column.names
+        for name, column in (getattr(rows, "features", None) or {}).items()
+        if hasattr(column, "int2str")
+    }
+    iterator = enumerate(iter(rows), start=1)
+    while True:
+        with explained(place, action="read", any_error=True):
+            try:
+                number, row = next(iterator)
+            except StopIteration:
+                return
+        for name, value in list(row.items()):
+            if value is None or value != value:  # or a NaN
+                del row[name]
+            elif name in labels and isinstance(value, int) and value >= 0:
+                row[name] = labels[name][value]
+            elif isinstance(value, (int, float, bool)):
+                row[name] = str(value)
+        yield f"{place}: row {number}", row
+
+
+def _of_data_sets(where: Source, path: Path, settings: list[Any]) -> list[Task]:
+    """The tasks of a data set: its splits by their names."""
+    from datasets import Dataset, load_dataset, load_from_disk, utils
+
+    utils.logging.disable_progress_bar()
+    if path.is_dir():
+        with explained(path, action="read", any_error=True):
+            found = load_from_disk(str(path))
+    elif match := _HUB.fullmatch(str(where.path)):
+        fix = "give the path of a file or folder, 'builtin', or the name of a data set of the hub"
+        with explained(f"{where.path}: no such file or folder", action="loaded from the hub", fix=fix, any_error=True):
+            found = load_dataset(match[1], match[2])
+    else:
+        raise BaditError(f"{path}: no such file or folder; give a path or 'builtin'")
+    parts: dict[str, Any] = {"train": found} if isinstance(found, Dataset) else {str(k): v for k, v in found.items()}
+    name = where.task or path.name.partition(":")[0]
+    known = {split: SPLIT_NAMES.get(split.partition("-")[0]) for split in parts}
+    if unknown := [split for split in parts if known[split] is None and len(parts) > 1]:
+        raise BaditError(f"{where.path}: the split {unknown[0]!r:.60} is none of {', '.join(SPLIT_NAMES)}; rename it")
+
+    def records() -> Iterator[Record]:
+        for split, rows in parts.items():
+            place = f"{where.path}: {split}"
+            yield from read_rows(_rows_of(rows, place), known[split], name, where, strict=False)  # pyright: ignore
+
+    files = [Path(file["filename"]) for rows in parts.values() for file in rows.cache_files]
+    return _collected(files, records(), lambda task: f"{where.path}: task '{task}'", *settings)

@@ -6,18 +6,21 @@ has no influence.
 
 from __future__ import annotations
 
+import hashlib
 import random
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from typing import Annotated, Literal
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Annotated, Any, Literal, get_args, overload
 
+import numpy as np
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
+from badit.data.cache import Table
 from badit.errors import BaditError, nearest
 
 Split = Literal["train", "validation", "test"]
-Sampling = Literal["proportional", "balanced"]
+SPLITS: tuple[Split, ...] = get_args(Split)
 
 # A task's name becomes a file's name; file systems allow 255 bytes, suffix included.
 MAX_NAME_CHARACTERS = 120
@@ -42,7 +45,7 @@ TaskName = Annotated[str, AfterValidator(file_safe)]
 # The official files use a string or a list of strings for the same field.
 Strings = Annotated[tuple[str, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)]
 FirstString = Annotated[
-    str, BeforeValidator(lambda value: value[0] if isinstance(value, list | tuple) and value else value)
+    str, BeforeValidator(lambda value: next(iter(value), "") if isinstance(value, list | tuple) else value)
 ]
 Outputs = Annotated[Strings, Field(min_length=1)]
 
@@ -52,6 +55,9 @@ class Instance(BaseModel):
 
     An answer may be blank: task511 of the published benchmark has six such training instances. They are kept, so that
     results stay comparable with published ones.
+
+    `instruction` stands in place of the task's definition where a task has several wordings. `history` holds the
+    earlier messages of a chat, (role, content) each; `input` is then the message to be answered.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -59,6 +65,70 @@ class Instance(BaseModel):
     id: str
     input: str
     outputs: Outputs
+    instruction: str | None = None
+    history: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def digest(self) -> int:
+        """A hash of all of it, 64 bits."""
+        fields = (self.id, self.input, self.outputs, self.instruction, self.history)
+        return int.from_bytes(hashlib.blake2b(repr(fields).encode(), digest_size=8).digest())
+
+
+class Rows(Sequence[Instance]):
+    """Instances in an Arrow table, each made when it is read.
+
+    Args:
+        table: with the fields of an instance, and ``hash``, its digest.
+        indices: the rows that belong to it, in their order.
+    """
+
+    def __init__(self, table: Table, indices: np.ndarray) -> None:
+        self._table, self._indices = table, indices
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    @overload
+    def __getitem__(self, index: int) -> Instance: ...
+    @overload
+    def __getitem__(self, index: slice) -> Rows: ...
+    def __getitem__(self, index: int | slice) -> Instance | Rows:
+        if isinstance(index, slice):
+            return Rows(self._table, self._indices[index])
+        return _instance(self._table[int(self._indices[index])])
+
+    def __iter__(self) -> Iterator[Instance]:
+        for start in range(0, len(self), _ROWS_AT_A_TIME):
+            for batch in self._table.take(self._indices[start : start + _ROWS_AT_A_TIME]):
+                yield from map(_instance, batch.to_pylist())
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and len(self) == len(other) and all(map(Instance.__eq__, self, other))
+
+    __hash__ = None  # pyright: ignore[reportAssignmentType] (equal to tuples, which hash otherwise)
+
+    def __repr__(self) -> str:
+        return f"<{len(self)} instances>"
+
+    def column(self, name: str) -> list[Any]:
+        """One field of all of them."""
+        return [value for batch in self._table.take(self._indices) for value in batch.column(name).to_pylist()]
+
+    def select(self, indices: Sequence[int]) -> Rows:
+        return Rows(self._table, self._indices[np.asarray(indices, dtype=np.int64)])
+
+
+_ROWS_AT_A_TIME = 1_000
+_FIELDS = tuple(Instance.model_fields)
+
+
+def _instance(row: dict[str, Any]) -> Instance:
+    return Instance(**{name: row[name] for name in _FIELDS})
+
+
+def _selected(instances: Sequence[Instance], indices: Sequence[int]) -> Sequence[Instance]:
+    return instances.select(indices) if isinstance(instances, Rows) else tuple(instances[index] for index in indices)
 
 
 class Demonstration(BaseModel):
@@ -71,34 +141,48 @@ class Demonstration(BaseModel):
     explanation: str = ""
 
 
-def _distinct_ids(instances: tuple[Instance, ...]) -> tuple[Instance, ...]:
-    for repeated, count in Counter(instance.id for instance in instances).most_common(1):
-        if count > 1:
-            raise ValueError(f"two instances have the id {repeated!r:.60}; give each its own")
+def _distinct_ids(instances: tuple[Instance, ...] | Rows) -> tuple[Instance, ...] | Rows:
+    rows = isinstance(instances, Rows)
+    ids = instances.column("id") if rows else [instance.id for instance in instances]
+    if len(set(ids)) < len(ids):
+        repeated = Counter(ids).most_common(1)[0][0]
+        raise ValueError(f"two instances have the id {repeated!r:.60}; give each its own")
     return instances
 
 
-Instances = Annotated[tuple[Instance, ...], AfterValidator(_distinct_ids)]
+Instances = Annotated[Rows | tuple[Instance, ...], Field(union_mode="left_to_right"), AfterValidator(_distinct_ids)]
 
 
 class Task(BaseModel):
     """One instruction and its data.
 
     `name` serves as a file name. `abilities` are known for the built-in suite only and are empty elsewhere. If the
-    definition is a list, the first one is used, as in the official evaluation.
+    definition is a list, the first one is used, as in the official evaluation; if it is None, an instance's input is
+    the whole prompt. `weight` is a factor on its weight in a mixture.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
 
     name: TaskName
-    definition: FirstString
+    definition: FirstString | None
     demonstrations: tuple[Demonstration, ...] = ()
     categories: Strings = ()
     domains: Strings = ()
     abilities: tuple[str, ...] = ()
+    weight: float = 1.0
     train: Instances = ()
     validation: Instances = ()
     test: Instances = ()
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of the definition, the demonstrations and all instances."""
+        digest = hashlib.sha256(repr((self.name, self.definition, self.demonstrations)).encode())
+        for instances in (self.train, self.validation, self.test):
+            rows = isinstance(instances, Rows)
+            hashes = instances.column("hash") if rows else [instance.digest for instance in instances]
+            digest.update(np.asarray(hashes, dtype=np.uint64).tobytes() + b"|")
+        return digest.hexdigest()[:16]
 
 
 def hold_out(tasks: Iterable[Task], per_task: int, seed: int) -> list[Task]:
@@ -110,8 +194,8 @@ def hold_out(tasks: Iterable[Task], per_task: int, seed: int) -> list[Task]:
     for task in tasks:
         count = 0 if task.validation else min(per_task, len(task.train) // 4)
         held = set(_draw(len(task.train), count, "hold_out", task.name, seed))
-        train = tuple(instance for index, instance in enumerate(task.train) if index not in held)
-        validation = task.validation or tuple(task.train[index] for index in sorted(held))
+        train = _selected(task.train, [index for index in range(len(task.train)) if index not in held])
+        validation = task.validation or _selected(task.train, sorted(held))
         after.append(task.model_copy(update={"train": train, "validation": validation}))
     return after
 
@@ -124,16 +208,31 @@ def limit(tasks: Iterable[Task], train: int | None, test: int | None, seed: int)
     limited = []
     for task in tasks:
         kept = sorted(_draw(len(task.train), train, "limit", task.name, seed))
-        update = {"train": tuple(task.train[index] for index in kept), "test": task.test[:test]}
+        update = {"train": _selected(task.train, kept), "test": task.test[:test]}
         limited.append(task.model_copy(update=update))
     return limited
 
 
-def mixture(tasks: Sequence[Task], seed: int) -> list[tuple[str, Instance]]:
-    """All training instances as (task name, instance), shuffled."""
-    pairs = [(task.name, instance) for task in tasks for instance in task.train]
-    random.Random(f"mixture/{seed}").shuffle(pairs)
-    return pairs
+def mixture(tasks: Sequence[Task], seed: int) -> list[int]:
+    """The indices of all training instances, which are counted through the tasks, in random order."""
+    indices = list(range(sum(len(task.train) for task in tasks)))
+    random.Random(f"mixture/{seed}").shuffle(indices)
+    return indices
+
+
+def quotas(tasks: Sequence[Task], *, balanced: bool = False, temperature: float = 1.0) -> dict[str, int] | None:
+    """How many training instances of each task an epoch has, of as many in all as there are.
+
+    A task of n instances and weight w weighs w · n^(1/temperature), or w if the tasks are ``balanced``. None where each
+    instance is to be seen once.
+    """
+    sizes = {task.name: len(task.train) for task in tasks if task.train}
+    power = 0.0 if balanced else 1 / temperature
+    if power == 1 and len({task.weight for task in tasks}) <= 1:
+        return None
+    weights = {task.name: task.weight * sizes[task.name] ** power for task in tasks if task.train}
+    count, total = sum(sizes.values()), sum(weights.values())
+    return {name: max(1, round(count * weight / total)) for name, weight in weights.items()}
 
 
 def _draw(size: int, count: int | None, purpose: str, name: str, seed: int) -> list[int]:

@@ -15,11 +15,11 @@ from badit.method.grouping import (
     match_labels,
 )
 from badit.method.orthogonal import Moments, inverse_root, no_moments, orthogonal_updates
-from badit.method.routing import batch_moments, expert_gates, prompt_mean, standardised, updated_moments
+from badit.method.routing import batch_moments, expert_gates, prompt_mean, segment_means, standardised, updated_moments
 
 __all__ = [
     "CompressedFactors", "ExpertAngles", "Moments", "SingularTriples", "batch_moments", "compress", "cosine_gram",
     "expert_angles", "expert_directions", "expert_factors", "expert_gates", "frozen_factors", "group_components",
     "grouping_objective", "inverse_root", "match_labels", "no_moments", "orthogonal_updates", "prompt_mean",
-    "standardised", "top_singular_triples", "updated_moments",
+    "segment_means", "standardised", "top_singular_triples", "updated_moments",
 ]  # fmt: skip

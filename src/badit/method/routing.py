@@ -9,7 +9,8 @@ one mixture for all of them. It may read x̂ instead, how a prompt differs from 
 
     x̂ = 8/√I · (x̄ − μ)/√v       μ, v: running mean and variance of every feature over the training's prompts
 
-Shape suffixes: B = batch, T = positions, I = in features, K = experts; `...` may be (B,) or (B, T).
+Shape suffixes: B = batch, T = positions, S = segments of packed rows, I = in features, K = experts; `...` may be (B,)
+or (B, T).
 """
 
 from __future__ import annotations
@@ -34,6 +35,17 @@ def prompt_mean(x_BTI: torch.Tensor, prompt_mask_BT: torch.Tensor) -> torch.Tens
     # where() rather than a bare product: padding may hold NaN or infinity, and 0 · NaN is NaN.
     x_BTI = torch.where(prompt_mask_BT[..., None].bool(), x_BTI, 0.0)
     return torch.einsum("bt,bti->bi", weight_BT, x_BTI)
+
+
+def segment_means(
+    x_BTI: torch.Tensor, prompt_mask_BT: torch.Tensor, segment_BT: torch.Tensor, segments: int
+) -> torch.Tensor:
+    """x̄_SI of packed rows: the mean of x over the masked positions of each segment of the batch."""
+    weight_BT = prompt_mask_BT.bool().to(x_BTI.dtype)
+    counts_S = weight_BT.new_zeros(segments).index_add(0, segment_BT.flatten(), weight_BT.flatten())
+    weight_BT = weight_BT / counts_S.clamp_min(1.0)[segment_BT]
+    x_BTI = torch.where(prompt_mask_BT[..., None].bool(), x_BTI, 0.0) * weight_BT[..., None]
+    return x_BTI.new_zeros(segments, x_BTI.shape[-1]).index_add(0, segment_BT.flatten(), x_BTI.flatten(0, 1))
 
 
 def batch_moments(

@@ -26,13 +26,13 @@ from pydantic import BaseModel, ConfigDict, Field
 from badit.analysis.atlas import ABILITIES
 from badit.analysis.gates import GATES, Experts, PromptGates, adapted_layers, changed_gates, gates_frame, prompt_gates
 from badit.analysis.tables import load_frame, save_frame
-from badit.data import AnswerCollator, Instance, Task, batches_by_task, encode_prompt
+from badit.data import AnswerCollator, Task, batches_by_task
 from badit.errors import BaditError, nearest
 from badit.evaluate import load_run
 from badit.generation import stream_answer
 from badit.methods import build_method
 from badit.run import Run
-from badit.train import encoded, make_plan, pad_id
+from badit.train import encoded, encoded_texts, make_plan, pad_id
 
 MAX_CHARACTERS = 20_000
 MAX_NEW_TOKENS = 512
@@ -107,7 +107,7 @@ class Session:
         for task in (task for task in self.tasks.values() if task.train):
             with self._free:
                 prompts = task.train[:_PROMPTS_PER_TASK]
-                examples = [encoded(self.tokenizer, self.recipe, task, instance) for instance in prompts]
+                examples = encoded(self.tokenizer, self.recipe, [(task, instance) for instance in prompts])
                 by_task |= prompt_gates(self.model, batches_by_task(examples, collate, _PROMPTS_PER_TASK)).by_task
             time.sleep(_PAUSE)
         frame = gates_frame(PromptGates([one.place for one in self.experts], by_task))
@@ -187,13 +187,8 @@ class Session:
         Shows "prompt" once, and then for every side "gates" (if there are experts), "text" as it grows, and "end".
         """
         with self._free:
-            if question.task is None:
-                section = self.recipe.prompt
-                options: Any = {"max_source_tokens": section.max_source_tokens, "chat_template": section.chat_template}
-                ids = encode_prompt(self.tokenizer, question.text, **options)
-            else:
-                task, instance = self._task(question.task), Instance(id="studio", input=question.text, outputs=("",))
-                ids = encoded(self.tokenizer, self.recipe, task, instance, answer=False)["input_ids"]
+            task = None if question.task is None else self._task(question.task)
+            (ids,) = encoded_texts(self.tokenizer, self.recipe, [question.text], task)
             show("prompt", {"text": self.tokenizer.decode(ids), "tokens": len(ids)})
             for side in question.sides:
                 self._answer(side, question, ids, show)

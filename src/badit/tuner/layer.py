@@ -22,7 +22,15 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from badit.errors import BaditError
-from badit.method import batch_moments, expert_gates, frozen_factors, prompt_mean, standardised, updated_moments
+from badit.method import (
+    batch_moments,
+    expert_gates,
+    frozen_factors,
+    prompt_mean,
+    segment_means,
+    standardised,
+    updated_moments,
+)
 from badit.tuner.config import BaditConfig
 from badit.tuner.prompt import ForwardPass, RoutingContext
 from badit.tuner.quantised import shape_of, weight_as_used
@@ -306,7 +314,7 @@ class BaditLinear(ExpertLinear):
         return forward_pass.settled
 
     def gates(self, adapter_name: str, x: torch.Tensor) -> torch.Tensor:
-        """The gates for an input x (B, T, I): (B, 1, K) for routing by prompt, (B, T, K) by token.
+        """The gates for an input x (B, T, I): (B, 1, K) for routing by prompt, (B, T, K) by token and for packed rows.
 
         For x (B, I), as in models without positions, (B, K); for x (B·T, I) (B·T, K).
         """
@@ -330,7 +338,7 @@ class BaditLinear(ExpertLinear):
             if (rows := len(gates)) != len(x):
                 raise BaditError(f"this cache was filled with a batch of {rows}, the present batch has {len(x)} rows")
             return gates.to(x.device)
-        mask_BT = None if forward_pass is None else forward_pass.prompt_mask_BT
+        mask_BT, segments = (None, None) if forward_pass is None else forward_pass.prompt
         if forward_pass is None or mask_BT is None:
             mask_BT = torch.ones(x.shape[:-1], dtype=torch.bool, device=x.device)
             return self._route_prompts(adapter_name, prompt_mean(x, mask_BT)[:, None] if x.ndim == 3 else x)
@@ -339,6 +347,10 @@ class BaditLinear(ExpertLinear):
                 f"{self.name} sees an input of shape {tuple(x.shape)}, the batch has {tuple(mask_BT.shape)} positions: "
                 "leave it out of target_modules, or use routing='token'"
             )
+        if segments is not None:  # packed rows: a mixture for each segment
+            of_BT = segments.of_BT.to(x.device)
+            means_SI = segment_means(x, mask_BT.to(x.device), of_BT, segments.number)
+            return self._route_prompts(adapter_name, means_SI)[of_BT]
         gates = self._route_prompts(adapter_name, prompt_mean(x, mask_BT.to(x.device))[:, None])
         if forward_pass.fills_cache:
             # Only then, since a layer's name in compiled code would compile each layer separately.

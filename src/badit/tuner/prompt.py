@@ -9,6 +9,7 @@ and cache before each forward pass.
 * A filled cache (decoding): the gates were settled when it was filled. They are kept *on the cache object*, so that
   generations may alternate, and a copied prompt cache keeps its routing.
 * ``prompt_mask=`` given to the model's forward: that mask, in any case.
+* Packed rows (positions that begin again, or ``cu_seq_lens_q``): each segment is a prompt with its answer.
 
 ``generate`` may run the whole sequence again for every token, or add candidate tokens of the answer. So the model's
 ``generate`` is wrapped, too, to note where the prompt ends.
@@ -22,7 +23,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from types import MethodType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -33,6 +34,13 @@ from badit.errors import BaditError
 _IGNORED_LABEL = -100
 _HELD = "badit_gates"
 _CACHE_NAMES = ("cache", "past_key_values")  # renamed within transformers 5; an output may have both
+
+
+class Segments(NamedTuple):
+    """The prompts with their answers that are packed into rows: ``of_BT`` numbers them from 0 through the batch."""
+
+    of_BT: torch.Tensor
+    number: int
 
 
 @dataclass
@@ -50,7 +58,7 @@ class ForwardPass:
         moments: by layer, those that its prompts were standardised with, for checkpointing, which runs it again.
     """
 
-    find_prompt: Callable[[], torch.Tensor | None]
+    find_prompt: Callable[[], tuple[torch.Tensor | None, Segments | None]]
     held: dict[str, torch.Tensor] | None = None
     shape: torch.Size | None = None
     fills_cache: bool = True
@@ -61,9 +69,23 @@ class ForwardPass:
     fresh: dict[str, torch.Tensor] = field(default_factory=dict)
 
     @cached_property
-    def prompt_mask_BT(self) -> torch.Tensor | None:
-        """None where the model is no language model: then a layer's whole input is its prompt."""
+    def prompt(self) -> tuple[torch.Tensor | None, Segments | None]:
+        """The prompts' mask (B, T), and of packed rows their segments.
+
+        No mask where the model is no language model: then a layer's whole input is its prompt.
+        """
         return self.find_prompt()
+
+    @property
+    def prompt_mask_BT(self) -> torch.Tensor | None:
+        """The mask for a method that has one mixture in a row; BaditError for packed rows."""
+        mask_BT, segments = self.prompt
+        if segments is not None:
+            raise BaditError(
+                "a packed batch holds several prompts in one row, which this method cannot mix apart: "
+                "set packing=False and padding_free=False"
+            )
+        return mask_BT
 
 
 class RoutingContext:
@@ -147,7 +169,7 @@ class RoutingContext:
             self._differentiated = self._running
             self._running.begun_with_gradients = True
         if self._running.held is None and any(reads() for reads in self.mask_readers):
-            _ = self._running.prompt_mask_BT  # kept from now on
+            _ = self._running.prompt  # kept from now on
         return args, kwargs
 
     def _leave(self, model: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
@@ -173,7 +195,9 @@ class RoutingContext:
         cache = _cache(batch)
         fills_cache = cache is not None or batch.get("use_cache") is not False
         if prompt_mask_BT is not None:
-            return ForwardPass(lambda: prompt_mask_BT.bool(), shape=prompt_mask_BT.shape, fills_cache=fills_cache)
+            return ForwardPass(
+                lambda: (prompt_mask_BT.bool(), None), shape=prompt_mask_BT.shape, fills_cache=fills_cache
+            )
         tokens: Any = batch.get("inputs_embeds") if batch.get("input_ids") is None else batch["input_ids"]
         shape = tokens.shape[:2] if isinstance(tokens, torch.Tensor) and tokens.ndim >= 2 else None
         if cache is not None and int(cache.get_seq_length() if hasattr(cache, "get_seq_length") else len(cache)) > 0:
@@ -181,9 +205,9 @@ class RoutingContext:
             if self._settled is not None and self._settled[0] is not held:
                 self._settled = held, {}
             settled = None if self._settled is None else self._settled[1]
-            return ForwardPass(lambda: None, held=held, shape=shape, settled=settled)
+            return ForwardPass(lambda: (None, None), held=held, shape=shape, settled=settled)
         if shape is None:
-            return ForwardPass(lambda: None)
+            return ForwardPass(lambda: (None, None))
         # A classifier has no output embeddings, and its whole row is the prompt.
         in_training = batch.get("labels") is None and torch.is_grad_enabled() and model.training
         unlabelled = in_training and getattr(model, "get_output_embeddings", lambda: None)() is not None
@@ -195,7 +219,7 @@ class RoutingContext:
 
     def _prompt(
         self, model: nn.Module, batch: Any, shape: torch.Size, device: Any, prompt_length: int | None, unlabelled: bool
-    ) -> torch.Tensor:
+    ) -> tuple[torch.Tensor, Segments | None]:
         if unlabelled and not self._warned_of_whole_rows:
             self._warned_of_whole_rows = True
             warnings.warn(
@@ -203,16 +227,18 @@ class RoutingContext:
                 "the model labels (-100 on the prompt) or prompt_mask= (batch, positions), or use routing='token'",
                 stacklevel=2,
             )
-        _refuse_packing(batch)
         mask_BT = _attended(batch["attention_mask"], shape, device)
+        segments = _segments(batch, shape, device)
         labels_BT = batch["labels"]
         if isinstance(labels_BT, torch.Tensor) and labels_BT.shape == mask_BT.shape:
+            if segments is not None:
+                return mask_BT & _before_first_labels(labels_BT, segments), segments
             if not self._looked_at_labels:  # once, since it waits for the device
                 self._looked_at_labels = True
                 _warn_of_labels(labels_BT)
-            return mask_BT & before_first_label(labels_BT)
+            return mask_BT & before_first_label(labels_BT), None
         if prompt_length is None:
-            return mask_BT
+            return mask_BT, segments
         if mask_BT.shape[1] < prompt_length:
             if model.training and any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
                 raise BaditError(
@@ -223,7 +249,7 @@ class RoutingContext:
                 "the prompt comes in pieces, and the first would set the routing of all: "
                 "generate without prefill_chunk_size, or use routing='token'"
             )
-        return mask_BT & (torch.arange(mask_BT.shape[1], device=device) < prompt_length)
+        return mask_BT & (torch.arange(mask_BT.shape[1], device=device) < prompt_length), None
 
 
 def cache_of(output: Mapping[str, Any]) -> dict[str, Any]:
@@ -252,6 +278,16 @@ def before_first_label(labels_BT: torch.Tensor) -> torch.Tensor:
     labelled_BT = labels_BT != _IGNORED_LABEL
     labelled_BT[:, 0] = False
     return labelled_BT.cumsum(dim=1) == 0
+
+
+def _before_first_labels(labels_BT: torch.Tensor, segments: Segments) -> torch.Tensor:
+    """As :func:`before_first_label`, for each segment of packed rows."""
+    of_P = segments.of_BT.flatten()
+    first_P = torch.cat([of_P.new_ones(1, dtype=torch.bool), of_P[1:] != of_P[:-1]])
+    labelled_P = (labels_BT.flatten() != _IGNORED_LABEL) & ~first_P
+    labels_S = labelled_P.new_zeros(segments.number, dtype=torch.long).index_add(0, of_P, labelled_P.long())
+    before_S = labels_S.cumsum(dim=0) - labels_S
+    return (labelled_P.cumsum(dim=0) == before_S[of_P]).view_as(labels_BT)
 
 
 def _generate(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -309,11 +345,16 @@ def _attended(attention_mask: Any, shape: torch.Size, device: torch.device) -> t
     )
 
 
-def _refuse_packing(batch: Mapping[str, Any]) -> None:
-    position_ids = batch["position_ids"]
-    unmasked = batch["attention_mask"] is None and isinstance(position_ids, torch.Tensor) and position_ids.ndim == 2
-    if (unmasked and bool((position_ids[:, 1:] == 0).any())) or batch["cu_seq_lens_q"] is not None:
-        raise BaditError(
-            "a packed batch holds several prompts in one row, which routing='prompt' cannot mix apart: "
-            "set packing=False and padding_free=False, or use routing='token'"
-        )
+def _segments(batch: Mapping[str, Any], shape: torch.Size, device: torch.device) -> Segments | None:
+    """The segments of packed rows, by positions that begin again or by flash attention's sequence ends; else None."""
+    position_ids, ends = batch["position_ids"], batch["cu_seq_lens_q"]
+    starts_BT = torch.zeros(shape, dtype=torch.bool, device=device)
+    if isinstance(ends, torch.Tensor):
+        starts_BT.view(-1)[ends[:-1].to(device)] = True
+    elif batch["attention_mask"] is None and isinstance(position_ids, torch.Tensor) and position_ids.ndim == 2:
+        starts_BT |= position_ids == 0
+    starts_BT[:, 0] = True
+    if not bool(starts_BT[:, 1:].any()):
+        return None
+    of_P = starts_BT.flatten().cumsum(dim=0) - 1
+    return Segments(of_P.view(shape), int(of_P[-1]) + 1)

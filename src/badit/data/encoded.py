@@ -1,0 +1,191 @@
+"""Instances as token ids, encoded many at a time and, if there are very many, once for all runs; and their batches."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import pyarrow as pa
+from tqdm import tqdm
+
+from badit.data import cache
+from badit.data.prompts import IGNORED_LABEL, encode_examples
+from badit.data.tasks import Instance, Task
+from badit.errors import BaditError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+# Data sets of so many instances are kept in the cache.
+_LARGE = 20_000
+_ROWS_AT_A_TIME = 1_000
+_PARALLEL = "TOKENIZERS_PARALLELISM"
+_SCHEMA = pa.schema(
+    [("task", pa.int32()), ("id", pa.string()), ("prompt_length", pa.int32()), ("input_ids", pa.list_(pa.int32()))]
+)
+
+
+class Examples(Sequence[dict[str, Any]]):
+    """Encoded instances, each read from an Arrow table when it is asked for, as ``encode_example`` makes it.
+
+    Args:
+        table: a row for each.
+        names: the tasks, by the numbers in the table.
+        order: the rows in the order of the examples.
+    """
+
+    def __init__(self, table: cache.Table, names: Sequence[str], order: Sequence[int]) -> None:
+        self._table, self._names, self._order = table, names, np.asarray(order, dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        row = self._table[int(self._order[index])]
+        ids, length = row["input_ids"], row["prompt_length"]
+        return {**row, "task": self._names[row["task"]], "labels": [IGNORED_LABEL] * length + ids[length:]}
+
+    @cached_property
+    def lengths(self) -> list[int]:
+        """Their numbers of tokens."""
+        lengths = [np.diff(np.asarray(part.offsets)) for part in self._table.column("input_ids")]
+        return np.concatenate(lengths)[self._order].tolist() if lengths else []
+
+    @property
+    def tasks(self) -> Sequence[str]:
+        """Their tasks' names."""
+        names: Any = self._names
+        numbers = [number for part in self._table.column("task") for number in part.to_pylist()]
+        return [names[numbers[row]] for row in self._order.tolist()]
+
+    @property
+    def largest_id(self) -> int:
+        """Of all tokens; −1 if there are none."""
+        chunks = [np.asarray(part.flatten()) for part in self._table.column("input_ids")]
+        return max((int(ids.max()) for ids in chunks if len(ids)), default=-1)
+
+
+def encode_tasks(
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Sequence[Task],
+    options: Mapping[str, Any],
+    order: Sequence[int],
+    *,
+    progress: bool = False,
+) -> Examples:
+    """The training instances of tasks as token ids.
+
+    Args:
+        options: of :func:`badit.data.encode_examples`.
+        order: the examples as indices of the instances, which are counted through the tasks.
+        progress: show a bar on stderr.
+    """
+    names = [task.name for task in tasks]
+    count = sum(len(task.train) for task in tasks)
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    key = None
+    if count >= _LARGE and backend is not None:
+        about = repr((backend.to_str(), tokenizer.chat_template, tokenizer.special_tokens_map))
+        fingerprints = [task.fingerprint for task in tasks]
+        key = ["examples", hashlib.sha256(about.encode()).hexdigest(), dict(options), fingerprints]
+
+    def make(notes: dict[str, Any]) -> Iterator[Mapping[str, Any]]:
+        pairs: Iterator[tuple[int, Instance]] = (
+            (number, instance) for number, task in enumerate(tasks) for instance in task.train
+        )
+        with tqdm(total=count, desc="Encoding", unit="example", disable=not progress, leave=False) as bar:
+            for chunk in cache.chunks(pairs, _ROWS_AT_A_TIME):
+                found = encode_examples(tokenizer, [(tasks[number], instance) for number, instance in chunk], **options)
+                columns = {name: [example[name] for example in found] for name in _SCHEMA.names}
+                yield {**columns, "task": [number for number, _ in chunk]}
+                bar.update(len(chunk))
+
+    with _all_cores():
+        table, _ = cache.table(_SCHEMA, make, key)
+    return Examples(table, names, order)
+
+
+@contextmanager
+def _all_cores() -> Iterator[None]:
+    """Within, tokenizers uses a thread on every core; afterwards, as before, processes may be forked."""
+    before = os.environ.get(_PARALLEL)
+    os.environ[_PARALLEL] = "true"
+    try:
+        yield
+    finally:
+        os.environ[_PARALLEL] = before or "false"
+
+
+@dataclass
+class AnswerCollator:
+    """Pads encoded examples to the longest of the batch.
+
+    Args:
+        pad_token_id: fills `input_ids`. The attention mask hides it, so a tokenizer without a pad token can use 0.
+        side: of the padding: "right" for training, "left" for batched generation.
+        with_tasks: adds `tasks`, the rows' task names, for a trainer that removes them before the model is called.
+    """
+
+    pad_token_id: int
+    side: Literal["left", "right"] = "right"
+    with_tasks: bool = field(default=False, kw_only=True)
+
+    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """`input_ids`, `attention_mask` and `labels`, each (batch, longest) of int64; other keys are left out."""
+        import torch
+
+        if not examples:
+            raise BaditError("examples: the batch is empty; give at least one example")
+
+        def padded(rows: Iterable[list[int]], fill: int) -> torch.Tensor:
+            tensors = [torch.tensor(row, dtype=torch.long) for row in rows]
+            return torch.nn.utils.rnn.pad_sequence(tensors, True, fill, padding_side=self.side)
+
+        batch: dict[str, Any] = {
+            "input_ids": padded((example["input_ids"] for example in examples), self.pad_token_id),
+            "attention_mask": padded(([1] * len(example["input_ids"]) for example in examples), 0),
+            "labels": padded((example["labels"] for example in examples), IGNORED_LABEL),
+        }
+        return batch | ({"tasks": [example["task"] for example in examples]} if self.with_tasks else {})
+
+
+class Batches(Sequence[dict[str, Any]]):
+    """Batches of some examples in their order, each collated when it is asked for."""
+
+    def __init__(
+        self, examples: Sequence[Mapping[str, Any]], indices: Sequence[int], collate: AnswerCollator, size: int
+    ) -> None:
+        self._examples, self._indices, self._collate, self._size = examples, indices, collate, size
+
+    def __len__(self) -> int:
+        return -(-len(self._indices) // self._size)
+
+    def __getitem__(self, index: int | slice) -> Any:
+        if isinstance(index, slice):
+            return [self[number] for number in range(len(self))[index]]
+        start = range(len(self))[index] * self._size
+        return self._collate([self._examples[i] for i in self._indices[start : start + self._size]])
+
+
+def batches_by_task(
+    examples: Sequence[Mapping[str, Any]], collate: AnswerCollator, batch_size: int
+) -> dict[str, Batches]:
+    """Batches of one task each, by the examples' `task`, in the examples' order."""
+    tasks = getattr(examples, "tasks", None) or [example["task"] for example in examples]
+    groups: dict[str, list[int]] = defaultdict(list)
+    for index, task in enumerate(tasks):
+        groups[task].append(index)
+    return {task: Batches(examples, indices, collate, batch_size) for task, indices in groups.items()}
+
+
+def on_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """The batch with its tensors on a device; other values are unchanged."""
+    return {key: value.to(device) if hasattr(value, "to") else value for key, value in batch.items()}

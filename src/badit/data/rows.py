@@ -1,0 +1,228 @@
+"""The forms of a row: a task's instance, an instruction (Alpaca), a prompt with its completion (FLAN, P3), a chat."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+from pydantic import AfterValidator, AliasChoices, BaseModel, ConfigDict, Field
+
+from badit.data.tasks import Outputs, Split, TaskName
+from badit.errors import BaditError, explained
+
+Format = Literal["auto", "sapt", "superni", "jsonl", "builtin"]
+Turns = Literal["last", "all"]
+
+#: What data sets call the splits.
+SPLIT_NAMES = {"train": "train", "test": "test"} | dict.fromkeys(
+    ("validation", "valid", "val", "dev", "eval"), "validation"
+)
+# The keys of a prompt and its completion, as data sets call them.
+_PAIRS = [
+    ("prompt", "completion"), ("prompt", "response"), ("inputs_pretokenized", "targets_pretokenized"),
+    ("inputs", "targets"), ("input", "target"), ("input", "output"), ("question", "answer"),
+]  # fmt: skip
+_CHATS = ("messages", "conversations")
+_ROLES = {"human": "user", "gpt": "assistant", "model": "assistant"}
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where tasks are, and how their rows are to be read.
+
+    Attributes:
+        path: "builtin", a file, a folder, a pattern with ``*``, or a data set of the hub, ``org/name`` or, with a
+            configuration, ``org/name:CONFIG``.
+        format: the layout of a folder; "auto" detects it.
+        task: the name of the one task that rows are of which name none (default: the file's or the data set's name).
+        instruction: that of rows which have none; without it, a row's input is its whole prompt.
+        columns: the columns that ``task``, ``instruction``, ``input``, ``output``, ``id``, ``split`` and ``messages``
+            are in, where they have other names.
+        turns: of a chat, train the "last" answer, or "all" of them, each as an instance with a prompt of its own.
+    """
+
+    path: str | Path
+    format: Format = "auto"
+    task: str | None = None
+    instruction: str | None = None
+    columns: Mapping[str, str] = field(default_factory=dict)
+    turns: Turns = "last"
+
+
+class Record(NamedTuple):
+    """An instance on its way to its task: ``about`` are the fields of a task that has not been seen before."""
+
+    task: str
+    about: Mapping[str, Any]
+    split: Split
+    instance: Mapping[str, Any]
+
+
+def _not_blank(outputs: tuple[str, ...]) -> tuple[str, ...]:
+    if not any(output.strip() for output in outputs):
+        raise ValueError("must hold at least one answer that is not blank")
+    return outputs
+
+
+# Stricter than an instance of the published benchmark: here a blank answer is a mistake that can be corrected.
+_Answers = Annotated[Outputs, AfterValidator(_not_blank)]
+
+
+class _Line(BaseModel):
+    """A row with a task. Unknown keys are refused: a misspelt "input" would otherwise be an empty one."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    task: TaskName
+    instruction: str = Field(min_length=1)
+    input: str = ""
+    outputs: _Answers = Field(validation_alias=AliasChoices("output", "outputs"))
+    id: str | None = None
+    split: Split | None = None
+
+
+class _Row(BaseModel):
+    """Any other row; it may have keys that are not read."""
+
+    task: TaskName
+    input: str
+    outputs: _Answers
+    instruction: str | None = None
+    history: tuple[tuple[str, str], ...] = ()
+    id: str | None = Field(None, coerce_numbers_to_str=True)
+    split: Split | None = None
+
+
+class _RowError(Exception):
+    """Raised with what is wrong in a row."""
+
+
+@contextmanager
+def _at(place: str) -> Iterator[None]:
+    try:
+        yield
+    except _RowError as error:
+        raise BaditError(f"{place}: {error}") from None
+
+
+def read_rows(
+    rows: Iterable[tuple[str, Any]], file_split: Split | None, name: str, where: Source, *, strict: bool
+) -> Iterator[Record]:
+    """The instances of rows; ``name`` is the task of rows that name none, ``strict`` refuses keys that are not known.
+
+    A row without a split is for training unless its file's name says otherwise.
+    """
+    definitions: dict[str, str] = {}
+    for place, row in rows:
+        with explained(place), _at(place):
+            if where.columns and isinstance(row, Mapping):
+                row = _renamed(row, where.columns)
+            for one in _parsed(row, name, where, strict):
+                known = definitions.setdefault(one.task, one.instruction or "")
+                if strict and (one.instruction or "") != known:
+                    raise BaditError(
+                        f"{place}: instruction: task '{one.task}' has another one above; use one instruction per task, "
+                        "or data.columns={instruction: instruction} to keep several"
+                    )
+                if file_split and one.split and one.split != file_split:
+                    raise BaditError(f"{place}: split: the file's name says '{file_split}'")
+                instance = one.model_dump(include={"id", "input", "outputs", "instruction", "history"})
+                about = {"definition": one.instruction}
+                yield Record(one.task, about, file_split or one.split or "train", instance)
+
+
+def _renamed(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
+    for column in columns.values():
+        if column not in row:
+            raise _RowError(f"data.columns: there is no column {column!r:.60}; found: {', '.join(map(str, row))}")
+    kept = {key: value for key, value in row.items() if key not in columns.values()}
+    return kept | {name: row[column] for name, column in columns.items()}
+
+
+def _parsed(row: Any, name: str, where: Source, strict: bool) -> Iterator[_Line | _Row]:
+    """The instances of one row, by its form."""
+    if strict and not isinstance(row, Mapping):
+        _Line.model_validate(row)
+    if strict and "task" in row and "instruction" in row:
+        line = _Line.model_validate(row)
+        yield line.model_copy(update={"task": where.task}) if where.task else line
+        return
+    own_task = row.get("task", row.get("task_name"))
+    split = row.get("split") or None
+    values = {
+        "task": where.task or (name if own_task is None else own_task),
+        "id": row.get("id") or None,
+        "split": SPLIT_NAMES.get(split, split) if isinstance(split, str) else split,
+        "instruction": where.instruction,
+    }
+    if (chat := _chat_of(row)) is not None:
+        for number, (history, question, answer) in enumerate(_answers(chat, where.turns)):
+            identity = None if values["id"] is None else f"{row['id']}" + (f"-{number}" if number else "")
+            yield _Row(**{**values, "id": identity}, history=history, input=question, outputs=(answer,))
+        return
+    outputs = row.get("output", row.get("outputs"))
+    if row.get("instruction") is not None and outputs is not None:
+        _refuse_near("input", row)
+        text, content = row["instruction"], row.get("input", "")
+        if own_task is not None or where.columns.get("instruction"):
+            values |= {"instruction": text, "input": content}
+        else:  # as Alpaca has it: every row has an instruction of its own, which is the prompt
+            values["input"] = f"{text}\n\n{content}" if content else text
+        yield _Row(**values, outputs=outputs)
+        return
+    for prompt, completion in _PAIRS:
+        if row.get(prompt) is not None and row.get(completion) is not None:
+            yield _Row(**values, input=row[prompt], outputs=row[completion])
+            return
+    if strict and "task" in row:
+        _Line.model_validate(row)
+    _refuse_near("output", row)
+    raise _RowError(
+        f"no known form of a row: found {', '.join(map(str, row)):.200}; name the columns with "
+        "data.columns={input: COLUMN, output: COLUMN}"
+    )
+
+
+def _refuse_near(key: str, row: Mapping[str, Any]) -> None:
+    """Raises _RowError for a row that seems to have a key, but misspelt."""
+    if key not in row:
+        for found in get_close_matches(key, map(str, row), n=1, cutoff=0.8):
+            raise _RowError(f"found {found!r:.60}, did you mean {key!r}?")
+
+
+def _chat_of(row: Mapping[str, Any]) -> list[Any] | None:
+    """The messages of a row, if it is a chat."""
+    for key in _CHATS:
+        if isinstance(row.get(key), list):
+            return row[key]
+    prompt, completion = row.get("prompt"), row.get("completion")
+    return [*prompt, *completion] if isinstance(prompt, list) and isinstance(completion, list) else None
+
+
+def _answers(messages: Sequence[Any], turns: Turns) -> Iterator[tuple[tuple[tuple[str, str], ...], str, str]]:
+    """Of every answer of a chat, or of the last: the messages before, the message that it answers, and the answer."""
+    chat = tuple(_message(number, message) for number, message in enumerate(messages))
+    answered = [number for number, (role, _) in enumerate(chat) if role == "assistant"]
+    if not answered:
+        raise _RowError("messages: no message is the assistant's")
+    for number in answered if turns == "all" else answered[-1:]:
+        if number == 0 or chat[number - 1][0] != "user":
+            raise _RowError(f"messages.{number}: the assistant's message must follow one of the user")
+        yield chat[: number - 1], chat[number - 1][1], chat[number][1]
+
+
+def _message(number: int, message: Any) -> tuple[str, str]:
+    """The role and the text of a message."""
+    if not isinstance(message, Mapping):
+        raise _RowError(f"messages.{number}: must have a role and a content, not {message!r:.60}")
+    role, content = message.get("role", message.get("from")), message.get("content", message.get("value"))
+    if isinstance(content, list):
+        parts = [part.get("text") for part in content if isinstance(part, Mapping)]
+        content = "".join(map(str, parts)) if len(parts) == len(content) and None not in parts else None
+    if not isinstance(role, str) or not isinstance(content, str):
+        raise _RowError(f"messages.{number}: must have a role and a content of text")
+    return _ROLES.get(role, role), content

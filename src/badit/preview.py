@@ -1,0 +1,89 @@
+"""What ``badit tasks`` prints: the tasks of a recipe's data, their mixture, and prompts as the model gets them."""
+
+from __future__ import annotations
+
+from statistics import median
+from typing import TYPE_CHECKING
+
+from badit.data import build_prompt, encode_examples, hold_out, limit, load_sources, quotas
+from badit.data.tasks import Task
+from badit.errors import one_line
+from badit.render import text_table
+
+if TYPE_CHECKING:
+    from badit.recipe import DataSection, Recipe
+
+# Statistics are over the first so many training instances of a task.
+_MEASURED = 1_000
+# Around what is trained.
+_OPEN, _CLOSE = "⟦", "⟧"
+
+
+def tasks_of(data: DataSection) -> list[Task]:
+    """The tasks of a recipe, with the instances that its training would have."""
+    tasks = hold_out(load_sources(data.sources(), data.tasks, data.weights), data.validation_per_task, data.seed)
+    return limit(tasks, data.train_per_task, data.test_per_task, data.seed)
+
+
+def task_table(data: DataSection) -> str:
+    """A row for each task: its instances, its share of an epoch, and its definition."""
+    tasks = tasks_of(data)
+    found = quotas(tasks, balanced=data.sampling == "balanced", temperature=data.temperature)
+    shares = found or {task.name: len(task.train) for task in tasks}
+    total = max(1, sum(shares.values()))
+    rows = [
+        [
+            task.name,
+            *(f"{len(split):,}" for split in (task.train, task.validation, task.test)),
+            f"{shares.get(task.name, 0) / total:.1%}",
+            _short("–" if task.definition is None else task.definition),
+        ]
+        for task in tasks
+    ]
+    heading = ["task", "train", "validation", "test", "mixture", "definition"]
+    listed = text_table(heading, rows, right={1, 2, 3, 4})
+    return f"{listed}\n\n{len(tasks)} tasks, all valid"
+
+
+def preview(recipe: Recipe, count: int) -> str:
+    """Statistics of every task's training data in tokens, and its first ``count`` prompts.
+
+    What is trained stands between ⟦ and ⟧.
+    """
+    from badit.models import load_tokenizer
+
+    tokenizer = load_tokenizer(recipe.model.name, revision=recipe.model.revision)
+    section = recipe.prompt
+    rows, shown = [], []
+    for task in tasks_of(recipe.data):
+        instances = list(task.train[:_MEASURED])
+        examples = encode_examples(tokenizer, [(task, instance) for instance in instances], **section.model_dump())
+        prompts = ["".join(build_prompt(task, instance, section.encoding)[:3]) for instance in instances]
+        texts = [*prompts, *(instance.outputs[0] for instance in instances)]
+        lengths = [len(ids) for ids in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]]  # pyright: ignore
+        whole, answers = lengths[: len(instances)], lengths[len(instances) :]
+        scored = {(instance.input, instance.history) for instance in (*task.test, *task.validation)}
+        columns = [
+            f"{median(whole):.0f}" if whole else "–",
+            str(max(whole, default=0)),
+            str(sum(length > section.max_source_tokens for length in whole)),
+            f"{median(answers):.0f}" if answers else "–",
+            str(max(answers, default=0)),
+            str(sum(length > section.max_answer_tokens for length in answers)),
+            str(sum((instance.input, instance.history) in scored for instance in task.train)),
+        ]
+        rows.append([task.name, *columns])
+        for example in examples[:count]:
+            ids, start = example["input_ids"], example["prompt_length"]
+            text = f"{tokenizer.decode(ids[:start])}{_OPEN}{tokenizer.decode(ids[start:])}{_CLOSE}"
+            lines = [f"── {task.name}, instance {example['id']}, {len(ids)} tokens", *text.split("\n")]
+            shown.append("\n".join(map(one_line, lines)))
+    heading = ["task", "prompt", "longest", "cut", "answer", "longest", "cut", "in test too"]
+    note = f"Tokens of the first {_MEASURED:,} training instances: median, longest, and how many are cut."
+    table = text_table(heading, rows, right=set(range(1, len(heading))))
+    return "\n\n".join([table, note, *shown])
+
+
+def _short(text: str, width: int = 60) -> str:
+    flat = " ".join(text.split())
+    return flat if len(flat) <= width else flat[: width - 1] + "…"

@@ -1,0 +1,295 @@
+"""Every form of a row in a real file of every format, mixtures of sources, and data that is kept in the cache."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pandas as pd
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from badit.cli import main
+from badit.data import (
+    Instance,
+    Source,
+    Task,
+    build_prompt,
+    encode_example,
+    encode_examples,
+    encode_prompt,
+    encode_tasks,
+    load_sources,
+    load_tasks,
+    quotas,
+    readers,
+)
+from badit.errors import BaditError
+from data.examples import CHATML, make_tokenizer
+
+ROWS = [
+    {"task": "capitals", "instruction": "Name the capital.", "input": "France", "output": "Paris"},
+    {"task": "capitals", "instruction": "Name the capital.", "input": 'Peru, "the" one', "output": "Lima"},
+    {"task": "sums", "instruction": "Add.", "input": "1 + 1", "output": "2"},
+]  # fmt: skip
+CHAT = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Capital of France?"},
+    {"role": "assistant", "content": "Paris"},
+    {"role": "user", "content": "And of Peru?"},
+    {"role": "assistant", "content": "Lima"},
+]
+
+
+def write(file: Path, rows: list[dict[str, Any]]) -> Path:
+    frame = pd.DataFrame(rows)
+    if file.suffix == ".csv":
+        frame.to_csv(file, index=False)
+    elif file.suffix == ".tsv":
+        frame.to_csv(file, index=False, sep="\t")
+    elif file.suffix == ".parquet":
+        frame.to_parquet(file)
+    elif file.suffix == ".json":
+        file.write_text(json.dumps(rows))
+    elif file.suffix == ".jsonl":
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    elif file.suffix == ".arrow":
+        datasets.Dataset.from_list(rows).save_to_disk(file.with_suffix(""))
+        (file.with_suffix("") / "data-00000-of-00001.arrow").rename(file)
+    else:
+        datasets.DatasetDict({"train": datasets.Dataset.from_list(rows)}).save_to_disk(file)
+    return file
+
+
+def refusal(source: Source | Path) -> str:
+    with pytest.raises(BaditError) as caught:
+        load_tasks(source)
+    return str(caught.value)
+
+
+def task_of(path: Path, **options: Any) -> Task:
+    (task,) = load_tasks(Source(path, **options))
+    return task
+
+
+@pytest.mark.parametrize(
+    "name", ["rows.csv", "rows.tsv", "rows.parquet", "rows.arrow", "rows.json", "rows.jsonl", "saved"]
+)
+def test_the_same_rows_give_the_same_tasks_in_every_format(tmp_path: Path, name: str) -> None:
+    capitals, sums = load_tasks(write(tmp_path / name, ROWS))
+    assert (capitals.name, capitals.definition) == ("capitals", "Name the capital.")
+    assert capitals.train == (
+        Instance(id="capitals-0", input="France", outputs=("Paris",)),
+        Instance(id="capitals-1", input='Peru, "the" one', outputs=("Lima",)),
+    )
+    assert sums.train[0].outputs == ("2",)
+
+
+def test_a_csv_keeps_every_text_as_it_stands(tmp_path: Path) -> None:
+    (tmp_path / "codes.csv").write_text("\ufeffinput,output,split\n007,NA,train\nnull,1e3,dev\n", encoding="utf-8")
+    task = task_of(tmp_path / "codes.csv")
+    assert (task.name, task.definition, task.train[0].input, task.train[0].outputs) == ("codes", None, "007", ("NA",))
+    assert (task.validation[0].input, task.validation[0].outputs) == ("null", ("1e3",))
+
+
+def test_files_of_a_folder_or_a_pattern_are_splits_or_tasks(tmp_path: Path) -> None:
+    pair = [{"prompt": "Say hello", "completion": "hello"}]
+    for name in ("train-00000-of-00002.parquet", "train-00001-of-00002.parquet", "val.csv", "test.jsonl"):
+        write(tmp_path / name, pair)
+    task = task_of(tmp_path)
+    assert (task.name, len(task.train), len(task.validation), len(task.test)) == (tmp_path.name, 2, 1, 1)
+    write(tmp_path / "greeting.csv", pair)
+    assert [task.name for task in load_tasks(tmp_path)] == sorted(["greeting", tmp_path.name])
+    assert [task.name for task in load_tasks(f"{tmp_path}/gree*.csv")] == ["greeting"]
+    assert "no tasks found" in refusal(tmp_path / "none*.csv")
+
+
+ALPACA = {"instruction": "Name the capital.", "input": "France", "output": "Paris", "text": "unused"}
+
+
+@pytest.mark.parametrize(
+    ("row", "prompt", "answer"),
+    [
+        (ALPACA, "Name the capital.\n\nFrance", "Paris"),
+        ({"instruction": "Say hello.", "output": "hello"}, "Say hello.", "hello"),
+        ({"inputs": "1 + 1 =", "targets": "2", "task_source": "Flan2021"}, "1 + 1 =", "2"),
+        ({"inputs_pretokenized": "Good?", "targets_pretokenized": "no", "inputs": [3], "targets": [5]}, "Good?", "no"),
+        ({"question": "Why?", "answer": "So."}, "Why?", "So."),
+        ({"prompt": CHAT[1:2], "completion": CHAT[2:3]}, "Capital of France?", "Paris"),
+        ({"messages": CHAT}, "And of Peru?", "Lima"),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}, CHAT[2]]}, "Hi", "Paris"),
+        ({"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}]}, "Hi", "Ho"),
+    ],
+)  # fmt: skip
+def test_the_forms_of_rows_that_name_no_task(tmp_path: Path, row: dict[str, Any], prompt: str, answer: str) -> None:
+    task = task_of(write(tmp_path / "rows.jsonl", [row]))
+    assert (task.name, task.definition, task.train[0].input, task.train[0].outputs) == ("rows", None, prompt, (answer,))
+    assert task_of(tmp_path / "rows.jsonl", task="mine").name == "mine"
+
+
+def test_columns_instructions_and_labels_have_the_names_that_are_given(tmp_path: Path) -> None:
+    features = datasets.Features(
+        {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["bad", "good"])}
+    )
+    rows = datasets.Dataset.from_dict({"text": ["Fine", "Dull"], "label": [1, 0]}, features=features)
+    datasets.DatasetDict({"train": rows, "validation": rows.select([0])}).save_to_disk(tmp_path / "reviews")
+    columns = {"input": "text", "output": "label"}
+    task = task_of(tmp_path / "reviews", columns=columns, instruction="Judge.")
+    assert (task.name, task.definition) == ("reviews", "Judge.")
+    assert [each.outputs for each in (*task.train, *task.validation)] == [("good",), ("bad",), ("good",)]
+    assert "found text, label; name the columns with data.columns" in refusal(tmp_path / "reviews")
+    wrong = Source(tmp_path / "reviews", columns={"input": "txt"})
+    assert "train: row 1: data.columns: there is no column 'txt'; found: text, label" in refusal(wrong)
+
+
+def test_several_wordings_of_one_task(tmp_path: Path) -> None:
+    rows = [{"topic": "capitals", "how": f"Wording {i}.", "context": "France", "response": "Paris"} for i in range(2)]
+    columns = {"task": "topic", "instruction": "how", "input": "context", "output": "response"}
+    task = task_of(write(tmp_path / "dolly.jsonl", rows), columns=columns)
+    first, second = (build_prompt(task, instance).head for instance in task.train)
+    assert first.startswith("Wording 0.\n\n")
+    assert second.startswith("Wording 1.\n\n")
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"instruction": "a", "inptu": "b", "output": "c"}, "line 1: found 'inptu', did you mean 'input'?"),
+        ({"prompt": "a", "ouput": "b"}, "line 1: found 'ouput', did you mean 'output'?"),
+        ({"prompt": "a", "completion": " "}, "line 1: outputs: must hold at least one answer that is not blank"),
+        ({"messages": CHAT[:2]}, "line 1: messages: no message is the assistant's"),
+        ({"messages": [CHAT[0], CHAT[2]]}, "line 1: messages.1: the assistant's message must follow one of the user"),
+        ({"messages": [{"role": "user"}]}, "line 1: messages.0: must have a role and a content of text"),
+        ({"messages": ["Hi"]}, "line 1: messages.0: must have a role and a content, not 'Hi'"),
+    ],
+)
+def test_a_wrong_row_is_named(tmp_path: Path, row: dict[str, Any], message: str) -> None:
+    assert refusal(write(tmp_path / "rows.jsonl", [row])) == f"{tmp_path / 'rows.jsonl'}: {message}"
+
+
+@pytest.mark.parametrize("name", ["rows.csv", "rows.parquet"])
+def test_a_broken_table_is_one_line(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b'input,output\n"a,b\x00\xff' * 3)
+    assert refusal(tmp_path / name).startswith(f"{tmp_path / name}: ")
+
+
+def test_all_turns_are_instances_with_prompts_of_their_own(tmp_path: Path) -> None:
+    path = write(tmp_path / "chat.jsonl", [{"messages": CHAT, "id": "x"}])
+    task = task_of(path, turns="all")
+    assert [(each.id, each.input, each.outputs, len(each.history)) for each in task.train] == [
+        ("x", "Capital of France?", ("Paris",), 1),
+        ("x-1", "And of Peru?", ("Lima",), 3),
+    ]
+    tokenizer = make_tokenizer(chat_template=CHATML)
+    ids = encode_example(tokenizer, task, task.train[1])["input_ids"]
+    assert tokenizer.decode(ids) == "".join(
+        f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in CHAT
+    ).rstrip("\n")
+    plain = make_tokenizer(chat_template=None)
+    text = str(plain.decode(encode_prompt(plain, build_prompt(task, task.train[1]), max_source_tokens=500)))
+    assert text.endswith("user: Capital of France?\n\nassistant: Paris\n\nuser: And of Peru?\n\nassistant: ")
+
+
+def test_a_long_chat_loses_its_oldest_messages_first() -> None:
+    tokenizer = make_tokenizer(chat_template=CHATML)
+    turns = [("user", "first question"), ("assistant", "first answer"), ("user", "second"), ("assistant", "reply")]
+    instance = Instance(id="x", input="third", outputs=("end",), history=(("system", "Brief."), *turns))
+    task = Task(name="chat", definition=None, train=(instance,))
+    seen = set()
+    for most in range(8, 120):
+        text = tokenizer.decode(encode_prompt(tokenizer, build_prompt(task, instance), max_source_tokens=most))
+        assert "third" in text
+        kept = [content for _, content in turns if f"\n{content}<" in text]
+        assert kept == [content for _, content in turns][len(turns) - len(kept) :]
+        assert len(kept) % 2 == 0
+        seen.add(len(kept))
+    assert seen == {0, 2, 4}
+
+
+def test_a_data_set_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    rows = datasets.Dataset.from_list([{"prompt": "a", "completion": "b"}])
+
+    def load_dataset(*names: Any) -> Any:
+        asked.append(names)
+        return datasets.DatasetDict({"train": rows, "test": rows})
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    (task,) = load_tasks("someone/things:small")
+    assert (task.name, len(task.train), len(task.test), asked) == ("things", 1, 1, [("someone/things", "small")])
+    monkeypatch.undo()
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert "someone/things: no such file or folder" in refusal(Path("someone/things"))
+
+
+def test_sources_are_mixed_by_their_weights(tmp_path: Path) -> None:
+    pair = {"prompt": "Say hello", "completion": "hello"}
+    a, b = (write(tmp_path / f"{name}.csv", [pair] * count) for name, count in (("a", 30), ("b", 10)))
+    tasks = load_sources([(Source(b), 3.0), (Source(a), 1.0)], weights={"a": 2.0})
+    assert [(task.name, task.weight) for task in tasks] == [("a", 2.0), ("b", 3.0)]
+    assert quotas(tasks) == {"a": 27, "b": 13}
+    assert [task.name for task in load_sources([(Source(b), 1), (Source(a), 1)], ["b"])] == ["b"]
+    with pytest.raises(BaditError, match="has task a, as one before it; set its task"):
+        load_sources([(Source(a), 1.0)] * 2)
+    with pytest.raises(BaditError, match=r"data.weights: unknown task 'c'"):
+        load_sources([(Source(a), 1.0)], weights={"c": 2.0})
+
+
+@given(sizes=st.lists(st.integers(1, 99), min_size=1, max_size=6), temperature=st.floats(1, 50))
+def test_quotas_weigh_sizes_by_the_temperature(sizes: list[int], temperature: float) -> None:
+    instances = [tuple(Instance(id=str(i), input="", outputs=("a",)) for i in range(size)) for size in sizes]
+    tasks = [Task(name=f"t{i}", definition="", train=train) for i, train in enumerate(instances)]
+    assert quotas(tasks) is None
+    found = quotas(tasks, temperature=temperature) or dict(zip((t.name for t in tasks), sizes, strict=True))
+    powers = [size ** (1 / temperature) for size in sizes]
+    for count, power in zip(found.values(), powers, strict=True):
+        assert count == max(1, round(sum(sizes) * power / sum(powers)))
+
+
+def test_large_data_is_read_and_encoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BADIT_CACHE", str(tmp_path / "cache"))
+    path = write(tmp_path / "rows.jsonl", [{**ROWS[0], "input": f"country {i}"} for i in range(50)])
+    small = load_tasks(path)
+    for name, module in (("_LARGE", readers), ("_LARGE", __import__("badit.data.encoded", fromlist=["x"]))):
+        monkeypatch.setattr(module, name, 1)
+    tokenizer, order = make_tokenizer(chat_template=CHATML), [*reversed(range(50))]
+    tasks = load_tasks(path)
+    examples = encode_tasks(tokenizer, tasks, {"max_answer_tokens": 5}, order)
+    assert tasks == small
+    assert [task.fingerprint for task in tasks] == [task.fingerprint for task in small]
+    assert list(examples) == encode_examples(
+        tokenizer, [(tasks[0], tasks[0].train[i]) for i in order], max_answer_tokens=5
+    )
+    assert examples.lengths == [len(each["input_ids"]) for each in examples]
+    assert examples.largest_id == max(max(each["input_ids"]) for each in examples)
+
+    def parsed_again(*arguments: Any, **options: Any) -> Any:
+        raise AssertionError("it is in the cache")
+
+    monkeypatch.setattr(readers, "read_rows", parsed_again)
+    monkeypatch.setattr(encode_tasks.__globals__["encode_examples"], "__code__", parsed_again.__code__)
+    assert load_tasks(path) == small
+    assert len(encode_tasks(tokenizer, tasks, {"max_answer_tokens": 5}, order)) == 50
+    write(path, [ROWS[0]])
+    with pytest.raises(AssertionError, match="in the cache"):
+        load_tasks(path)
+
+
+def test_the_command_shows_the_mixture_and_the_prompts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], recipe_values: dict[str, Any]
+) -> None:
+    recipe_file = tmp_path / "recipe.yaml"
+    recipe_file.write_text(yaml.safe_dump(recipe_values))
+    path = write(tmp_path / "rows.jsonl", [*ROWS, {**ROWS[0], "split": "test"}])
+    assert main(["tasks", str(path), "data.sampling=balanced"]) == 0
+    assert "capitals      2           0     1    50.0%  Name the capital." in capsys.readouterr().out
+    assert main(["tasks", str(recipe_file), f"data.source={path}", "--show", "1"]) == 0
+    shown = capsys.readouterr().out
+    assert "Input: France\nOutput: " in shown
+    assert "⟦Paris" in shown
+    (row,) = [line for line in shown.splitlines() if line.startswith("capitals ") and "Name" not in line]
+    assert row.split()[-1] == "1", "an input that is in the test set too"
