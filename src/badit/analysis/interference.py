@@ -26,6 +26,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from badit.analysis.gates import Batches, PromptGates, marked_experts
 from badit.analysis.gradients import TaskGradients, gradient_frames, layer_and_module
 from badit.analysis.tables import COUNT, INDEX, LAYER, TASK, TASK_A, TASK_B, TEXT, Column, Table
 from badit.baselines.neurons import top_neurons
@@ -63,35 +64,30 @@ COACTIVATION_PAIRS = Table(
 
 def measure_interference(
     model: nn.Module,
-    batches: Mapping[str, Sequence[Mapping[str, Any]]],
+    batches: Batches,
+    gates: PromptGates | None = None,
     *,
     sketch_size: int = 16384,
     share: float = 0.1,
     seed: int = 0,
     progress: bool = False,
 ) -> list[pd.DataFrame]:
-    """Measures tasks' gradients and the units that they have in common, and leaves the model as it was.
+    """The gradient tables, and the co-activation tables with "neurons", "parameters" and, given gates, "experts".
 
     Args:
-        model: a causal language model, perhaps with a PEFT adapter.
+        model: a causal language model, perhaps with a PEFT adapter. It is left as it was.
         batches: by task, batches of ``input_ids``, ``attention_mask`` and ``labels`` (−100 on all but the answers),
             each (B, T), and perhaps ``tasks``, the rows' task names.
+        gates: those of the tasks' prompts.
         sketch_size: numbers that each parameter's gradient is kept in; a cosine's standard error is its inverse root.
         share: of the units of a layer, how many a task marks.
         seed: of the sketches.
         progress: whether to show a bar.
-
-    Returns:
-        The gradient tables, and the co-activation tables with the kinds "neurons" and "parameters".
-
-    Raises:
-        BaditError: no tasks, an instance without a finite loss, or a model whose layers have no MLP of a known kind.
     """
     sizes = {task: sum(len(batch["input_ids"]) for batch in of_task) for task, of_task in batches.items()}
     if not sizes or not all(sizes.values()):
         raise BaditError("batches: give at least one task, and for every task at least one instance")
     parameter = next(model.parameters())
-    device, dtype = parameter.device, parameter.dtype
     projections = _first_projections(model)
     gradients = TaskGradients(model, len(batches), sketch_size, seed)
     outputs: dict[int, torch.Tensor] = {}  # an instance's, by layer, summed over its positions
@@ -107,7 +103,7 @@ def measure_interference(
         for number, (task, of_task) in enumerate(batches.items()):
             sums: list[Any] = [0] * len(projections)
             positions = 0
-            for index, instance in enumerate(_instances(of_task, device)):
+            for index, instance in enumerate(_instances(of_task, parameter.device)):
                 gradients.begin_instance(number)
                 losses_L, _, _ = answer_losses(model, instance, model)
                 if not torch.isfinite(losses_L.mean()):
@@ -123,15 +119,18 @@ def measure_interference(
     data = f"Measured on {len(sizes)} tasks with {few if few == many else f'{few} to {many}'} instances each."
     about_gradients = (
         f"{data} A task's gradient is the mean over its instances of the gradient of the answer's mean cross-entropy, "
-        f"without dropout, with the weights in {str(dtype).removeprefix('torch.')}. Inner products are estimated from "
-        f"random projections of each parameter to {sketch_size} numbers, and a cosine has a standard error of at most "
-        f"{sketch_size**-0.5:.2g}. Noise from the choice of instances comes on top: see reliability."
+        f"without dropout, with the weights in {str(parameter.dtype).removeprefix('torch.')}. Inner products are "
+        f"estimated from random projections of each parameter to {sketch_size} numbers, and a cosine has a standard "
+        f"error of at most {sketch_size**-0.5:.2g}. Noise from the choice of instances comes on top: see reliability."
     )
     about_units = (
         f"{data} Each task marks the strongest {share:.3g} of the units of every layer. Neurons: outputs of the MLP's "
         "first projection, before the activation function, averaged over all tokens. Parameters: rows of the layer's "
         "weight matrices, by their squared gradient, averaged over the row and over the instances."
     )
+    if gates is not None:
+        marked["experts"] = marked_experts(gates)
+        about_units += " Experts: those whose mean gate over a task's prompts is above neutral."
     return [*gradient_frames(list(batches), gradients, about_gradients), *coactivation(marked, about_units)]
 
 
@@ -139,27 +138,26 @@ def _instances(batches: Sequence[Mapping[str, Any]], device: torch.device) -> It
     """Each row as a batch of its own, without padding."""
     for batch in batches:
         for row, mask_T in enumerate(batch["attention_mask"].bool()):
-            keys = ("input_ids", "attention_mask", "labels")
-            tensors = {key: batch[key][row][mask_T][None].to(device) for key in keys}
+            tensors = {key: batch[key][row][mask_T][None].to(device) for key in batch if key != "tasks"}
             yield tensors | ({"tasks": [batch["tasks"][row]]} if "tasks" in batch else {})
 
 
 def _first_projections(model: nn.Module) -> list[nn.Module]:
     """In the order of the layers; where an adapter wraps one, the wrapper, whose output has the adapter's part."""
     names = sorted({name for names in TARGET_MODULES.values() for name in names})
-    found = []
+    layers, found = [], []
     for name, module in model.named_modules():
         layer, below = layer_and_module(name)
         if layer >= 0 and below.rpartition(".")[2] in names and not name.endswith(".base_layer"):
-            found.append((layer, module))
-    config = getattr(model, "config", None)
-    layers = range(getattr(config, "num_hidden_layers", 0))
-    if not found or [layer for layer, _ in found] != list(layers):
+            layers.append(layer)
+            found.append(module)
+    config: Any = model.config
+    if not found or layers != list(range(getattr(config, "num_hidden_layers", 0))):
         raise BaditError(
-            f"co-activation does not go with a model of type {getattr(config, 'model_type', type(model).__name__)}: "
-            f"every layer needs one MLP, with a projection named {' or '.join(names)}"
+            f"co-activation does not go with a model of type {config.model_type}: every layer needs one MLP, with a "
+            f"projection named {' or '.join(names)}"
         )
-    return [module for _, module in found]
+    return found
 
 
 def strongest(scores: Sequence[torch.Tensor], share: float) -> list[torch.Tensor]:
@@ -170,9 +168,7 @@ def strongest(scores: Sequence[torch.Tensor], share: float) -> list[torch.Tensor
 def coactivation(marked: Mapping[str, Mapping[str, Sequence[torch.Tensor]]], about: str) -> list[pd.DataFrame]:
     """The tables coactivation, coactivation_tasks and coactivation_pairs.
 
-    Args:
-        marked: by the kind of the units and by task, which units it marks: booleans (U,) for each layer.
-        about: how the units were marked.
+    ``marked`` is by the kind of the units and by task: booleans (U,) for each layer. ``about`` says how they were made.
     """
     counts, by_task, pairs = [], [], []
     for kind, masks in marked.items():
@@ -196,8 +192,8 @@ def coactivation(marked: Mapping[str, Mapping[str, Sequence[torch.Tensor]]], abo
             overlap_TT, chance_TT = (
                 both_TT / (sizes_T[:, None] + sizes_T - both_TT) for both_TT in (marked_TA @ marked_TA.T, expected_TT)
             )
-        for a, b in combinations(sorted(range(len(tasks)), key=tasks.__getitem__), 2):
-            pairs.append((kind, tasks[a], tasks[b], overlap_TT[a, b], chance_TT[a, b]))
+        order = sorted(range(len(tasks)), key=tasks.__getitem__)
+        pairs += [(kind, tasks[a], tasks[b], overlap_TT[a, b], chance_TT[a, b]) for a, b in combinations(order, 2)]
     return [
         COACTIVATION.frame(counts, about),
         COACTIVATION_TASKS.frame(by_task, about),

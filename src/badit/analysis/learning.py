@@ -1,11 +1,10 @@
 """What experts and tasks learn: angles between experts, moves of components, score matrices, and task gaps.
 
-All but the held-out angles come from what a run or a comparison has written. Component i is the pair (row i of A,
-column i of B), and its gradient ĝ_i those two, concatenated and normalised. Angles between components of one expert
-should be small, those between experts near 90° (paper, Fig. 4: arXiv 2605.05676). Angles on the gradients that a
-grouping was made from flatter it, so they are of the steps that followed a regrouping ("before", "after" it); for
-methods that never regroup, of the steps before the log line ("training"); and for a finished adapter, of the whole loss
-on data that it was not trained on ("held-out"). Experts that share one A have no components, and so no such angles.
+Component i is the pair (row i of A, column i of B), and its gradient ĝ_i those two, concatenated and normalised. Angles
+between components of one expert should be small, those between experts near 90° (paper, Fig. 4: arXiv 2605.05676). They
+are measured on the steps that followed a regrouping ("before", "after" it), since those that it was made from flatter
+it; without regrouping, on the steps before the log line ("training"); of a finished adapter, on data that it was not
+trained on ("held-out"). Experts that share one A have no components, and so no such angles.
 
 Shape suffixes: N = components, I/O = in/out features.
 """
@@ -76,14 +75,12 @@ TASK_GAP = Table(
 )
 
 
-_Label = Annotated[int, Field(ge=0, lt=MAX_EXPERTS)]
 # An angle is missing where no step followed, and null where there was no pair.
 _fields: dict[str, Any] = dict.fromkeys(ExpertAngles._fields, (float | None, None))
 _previous: dict[str, Any] = {f"previous_{field}": (float | None, None) for field in ExpertAngles._fields}
 _Angles = create_model("_Angles", step=(Annotated[int, Field(ge=0, le=2**53)], ...), module=(str, ...), **_fields)
-_Regrouping = create_model(
-    "_Regrouping", __base__=_Angles, labels=(list[_Label], ...), previous_labels=(list[_Label], ...), **_previous
-)
+_labels = (list[Annotated[int, Field(ge=0, lt=MAX_EXPERTS)]], ...)
+_Regrouping = create_model("_Regrouping", __base__=_Angles, labels=_labels, previous_labels=_labels, **_previous)
 
 
 def _logged(path: Path, kind: type[BaseModel]) -> Iterator[tuple[tuple, dict[str, Any]]]:
@@ -163,11 +160,8 @@ def transfer(run: Run) -> pd.DataFrame:
     """The score matrix of a sequential run, which has been scored."""
     scores = read_scores(run.scores_path)
     order, matrix = scores.get("order") or [], scores.get("matrix") or []
-    if {len(matrix), *map(len, matrix)} != {len(order)} or not order:
-        raise BaditError(
-            f"{run.scores_path}: matrix: must have a row and a column for every task of order; only a run that learns "
-            "its tasks in an order has one"
-        )
+    if {len(matrix), *map(len, matrix)} != {len(order)}:
+        raise BaditError(f"{run.scores_path}: matrix: must have a row and a column for every task of order")
     rows = [
         (stage, trained, task, score)
         for stage, (trained, scores_T) in enumerate(zip(order, matrix, strict=True), start=1)
