@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 import re
@@ -71,20 +72,13 @@ def places(model: Any) -> dict[Place, list[str]]:
 
 def gradients(model: Any, examples: Examples) -> dict[str, list[dict[str, torch.Tensor]]]:
     """By task, each instance's gradient by parameter, in float64."""
+    model = copy.deepcopy(model).requires_grad_(True)
     names = [name for of_place in places(model).values() for name in of_place]
     parameters = [dict(model.named_parameters())[name] for name in names]
-    before = [parameter.requires_grad for parameter in parameters]
-    for parameter in parameters:
-        parameter.requires_grad_(True)
-    result = {
-        task: [
-            dict(zip(names, (g.double() for g in torch.autograd.grad(loss(model, e), parameters)), strict=True))
-            for e in of_task
-        ]
-        for task, of_task in examples.items()
-    }
-    for parameter, flag in zip(parameters, before, strict=True):
-        parameter.requires_grad_(flag)
+    result = {}
+    for task, of_task in examples.items():
+        found = [torch.autograd.grad(loss(model, example), parameters) for example in of_task]
+        result[task] = [{name: g.double() for name, g in zip(names, of, strict=True)} for of in found]
     return result
 
 
@@ -177,20 +171,15 @@ def row_scores(model: Any, examples: Examples) -> dict[str, list[Vector]]:
 def neuron_means(model: Any, examples: Examples, projections: Callable[[Any], list[Any]]) -> dict[str, list[Vector]]:
     """By task and layer, the projections' outputs averaged over all positions of all instances."""
     means: dict[str, list[Vector]] = {}
+    kept: dict[Any, list[torch.Tensor]] = {}
+    model = copy.deepcopy(model)
+    for module in projections(model):
+        module.register_forward_hook(lambda module, args, output: kept.setdefault(module, []).append(output[0].float()))
     for task, instances in examples.items():
-        layers: list[list[torch.Tensor]] = [[] for _ in projections(model)]
+        kept.clear()
         for example in instances:
-            kept: list[torch.Tensor] = []
-            handles = [
-                module.register_forward_hook(lambda module, args, output: kept.append(output[0]))  # noqa: B023
-                for module in projections(model)
-            ]
             loss(model, example)
-            for handle in handles:
-                handle.remove()
-            for layer, output in zip(layers, kept, strict=True):
-                layer += list(output.float())
-        means[task] = [torch.stack(positions).mean(dim=0).tolist() for positions in layers]
+        means[task] = [torch.cat(kept[module]).mean(dim=0).tolist() for module in projections(model)]
     return means
 
 
@@ -207,19 +196,17 @@ def coactivation(kind: str, marks: Mapping[str, Sequence[Sequence[bool]]]) -> di
         units = range(len(marks[names[0]][layer]))
         shares = [sum(marks[name][layer]) / len(units) for name in names]
         counts = [sum(marks[name][layer][unit] for name in names) for unit in units]
-        for tasks in range(len(names) + 1):
-            chance = 0.0
-            for outcome in itertools.product([False, True], repeat=len(names)):
-                if sum(outcome) == tasks:
-                    chance += math.prod(p if hit else 1 - p for p, hit in zip(shares, outcome, strict=True))
+        chances = [0.0] * (len(names) + 1)
+        for outcome in itertools.product([False, True], repeat=len(names)):
+            chances[sum(outcome)] += math.prod(p if hit else 1 - p for p, hit in zip(shares, outcome, strict=True))
+        for tasks, chance in enumerate(chances):
             rows["coactivation"].append([kind, layer, tasks, counts.count(tasks) / len(units), chance])
         for name in names:
             own = [counts[unit] for unit in units if marks[name][layer][unit]]
             universal = sum(count == len(names) for count in counts)
             rows["coactivation_tasks"].append([kind, name, layer, len(own), own.count(1), universal])
     for a, b in itertools.combinations(sorted(names), 2):
-        both = either = 0
-        expected_both = expected_either = 0.0
+        both = either = expected_both = expected_either = 0
         for of_a, of_b in zip(marks[a], marks[b], strict=True):
             both += sum(x and y for x, y in zip(of_a, of_b, strict=True))
             either += sum(x or y for x, y in zip(of_a, of_b, strict=True))

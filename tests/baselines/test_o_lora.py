@@ -4,10 +4,8 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from badit.data import AnswerCollator
 from baselines import naive
 from baselines.naive import MASK, adapt, adapted, layers, logits, loss, trainable
-from training.trainers import examples, make_trainer
 
 
 @pytest.mark.parametrize("tasks", [2, 4])
@@ -21,25 +19,8 @@ def test_the_penalty_equals_the_naive_sum(tiny_model, tasks):
     assert moved == {name for name in trainable(model) if "badit_A" in name}
     with model.disable_adapter():
         assert model.base_model.extra_loss(MASK) is None
-
-
-def test_there_is_none_in_the_first_task_nor_with_a_weight_of_0(tiny_model):
-    assert adapt(tiny_model("llama"), "o-lora").base_model.extra_loss(MASK) is None
+    assert adapt(tiny_model("llama"), "o-lora").base_model.extra_loss(MASK) is None, "the first task has none"
     assert adapted(tiny_model("llama"), "o-lora", orthogonality_weight=0).base_model.extra_loss(MASK) is None
-
-
-def test_the_trainer_adds_it(tiny_model, tmp_path):
-    batch = dict(AnswerCollator(0)(examples(5)))
-    losses = {}
-    for weight in (0.0, 0.5):
-        model = adapted(tiny_model("llama"), "o-lora", orthogonality_weight=weight)
-        trainer = make_trainer(model, tmp_path, [])
-        for mode in (True, False):
-            model.train(mode)
-            losses[weight, mode] = trainer.compute_loss(model, batch).item()
-    penalty = 0.5 * sum(naive.penalty(layer) for layer in layers(model))
-    assert losses[0.5, True] - losses[0.0, True] == pytest.approx(penalty, rel=1e-4)
-    assert losses[0.5, False] == losses[0.0, False]
 
 
 def test_one_task_is_plain_lora(tiny_model):

@@ -1,7 +1,5 @@
 """What one method of a comparison has of its own, a cheaper search, varied data, and which methods are level."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest
@@ -12,15 +10,15 @@ from badit.errors import BaditError
 from badit.recipe import build_recipe
 from badit.results import load_results, summarise
 from badit.run import Run
-from comparison.cells import Values, compared
+from comparison.cells import compared
 
-OPTIMIZERS: Values = {
+OPTIMIZERS = {
     "lora": {"name": "lora", "r": 8},
     "orthogonal": {"name": "lora", "r": 8, "training": {"optimizer": "orthogonal"}, "seeds": [4]},
 }
 
 
-def test_training_values_and_seeds_of_one_method_alone(values: Values) -> None:
+def test_training_values_and_seeds_of_one_method_alone(values):
     grid = Grid(build_recipe(values | {"compare": {"methods": OPTIMIZERS, "seeds": [0, 1], "vary_data": True}}))
     cells = [cell for name in grid.methods for cell in grid.chosen(name, 0.01)]
     assert [str(cell) for cell in cells] == [
@@ -43,12 +41,12 @@ def test_training_values_and_seeds_of_one_method_alone(values: Values) -> None:
         ({"lora": {"name": "lora", "seeds": [3, 3]}}, "compare.methods.lora.seeds: 3 is listed more than once"),
     ],
 )
-def test_bad_values_of_one_method_are_named(values: Values, methods: Values, message: str) -> None:
+def test_bad_values_of_one_method_are_named(values, methods, message):
     with pytest.raises(BaditError, match=message):
         Grid(build_recipe(values | {"compare": {"methods": methods}}))
 
 
-def test_a_search_on_less_data_is_kept_apart(values: Values, inline: list[str]) -> None:
+def test_a_search_on_less_data_is_kept_apart(values, inline):
     search = {"data": {"train_per_task": 4}, "training": {"max_steps": 1}}
     values["compare"] |= {"learning_rates": [0.01, 0.02], "search": search, "methods": OPTIMIZERS}
     results = compared(values)
@@ -65,9 +63,7 @@ def test_a_search_on_less_data_is_kept_apart(values: Values, inline: list[str]) 
     assert len(inline) == len(set(inline)) + 2  # LR/SEED: both methods searched the same rates
 
 
-def test_every_instance_has_its_nll_and_equal_methods_are_level(
-    values: Values, inline: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_every_instance_has_its_nll_and_equal_methods_are_level(values, inline, capsys):
     same = {"name": "lora", "r": 8}
     compared(values | {"compare": {"methods": {"lora": same, "again": same}, "seeds": [0]}})
     results = load_results(values["output"])
@@ -81,7 +77,7 @@ def test_every_instance_has_its_nll_and_equal_methods_are_level(
     assert "+0.000 [+0.000, +0.000] ≈" in capsys.readouterr().out
 
 
-def test_a_lower_nll_ranks_first(values: Values, inline: list[str]) -> None:
+def test_a_lower_nll_ranks_first(values, inline):
     methods = {"lora": {"name": "lora", "r": 8}, "base": {"name": "base"}}
     compared(values | {"compare": {"methods": methods, "seeds": [0]}})
     results = load_results(values["output"])

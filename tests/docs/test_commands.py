@@ -1,7 +1,5 @@
 """Every command of the documentation against the real argument parser, and what it names against the project."""
 
-from __future__ import annotations
-
 import re
 import tomllib
 
@@ -11,13 +9,13 @@ import yaml
 from badit.cli import app
 from badit.methods import build_method
 from badit.recipe import build_recipe, load_recipe
-from docs.pages import ROOT, Page, pages, recipes
+from docs.pages import ROOT, pages, recipes
 
 WITH_COMMANDS = [page for page in [*pages(), *recipes()] if page.commands()]
 
 
 @pytest.mark.parametrize("page", WITH_COMMANDS, ids=str)
-def test_every_command_is_one(page: Page) -> None:
+def test_every_command_is_one(page):
     assert sum(len(each.commands()) for each in WITH_COMMANDS) > 40
     for arguments in page.commands():
         _, bound, _ = app.parse_args(arguments, exit_on_error=False, print_error=False)
@@ -27,7 +25,7 @@ def test_every_command_is_one(page: Page) -> None:
 
 
 @pytest.mark.parametrize("page", pages(), ids=str)
-def test_what_is_called_in_a_sentence_exists(page: Page) -> None:
+def test_what_is_called_in_a_sentence_exists(page):
     # Code between backticks may go over a line's end.
     spans = [
         " ".join(span.split()) for span in re.findall(r"`([^`]+)`", re.sub(r"```.*?```", "", page.text, flags=re.S))
@@ -45,7 +43,7 @@ def test_what_is_called_in_a_sentence_exists(page: Page) -> None:
 
 
 @pytest.mark.parametrize("page", [page for page in pages() if page.blocks("yaml")], ids=str)
-def test_every_block_of_yaml_is_a_recipe(page: Page) -> None:
+def test_every_block_of_yaml_is_a_recipe(page):
     for block in page.blocks("yaml"):
         content = yaml.safe_load(block)
         content.pop("extends", None)

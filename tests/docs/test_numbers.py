@@ -1,10 +1,7 @@
 """Figures and tables in the documentation against the committed results."""
 
-from __future__ import annotations
-
 import json
 import re
-from typing import Any
 
 import pytest
 
@@ -16,18 +13,18 @@ _TABLE = re.compile(r"<!-- table: ([\w/.-]+\.json) -->\n(.*?)\n<!-- end of table
 
 
 @pytest.mark.parametrize("page", [page for page in pages() if _FIGURE.search(page.text)], ids=str)
-def test_figures_are_those_of_the_committed_results(page: Page) -> None:
+def test_figures_are_those_of_the_committed_results(page):
     """A figure that is quoted from a results file carries a comment that names the file and the key."""
     assert len(_FIGURE.findall(Page("README.md").text)) >= 4
     for figure, decimals, file, key in _FIGURE.findall(page.text):
-        value: Any = json.loads((RESULTS / file).read_text())
+        value = json.loads((RESULTS / file).read_text())
         for part in key.split("."):
             value = value[int(part) if isinstance(value, list) else part]
         assert f"{value:.{len(decimals)}f}" == figure, f"{file}: {key}"
 
 
 @pytest.mark.parametrize("page", [page for page in pages() if _TABLE.search(page.text)], ids=str)
-def test_tables_are_those_of_the_committed_results(page: Page) -> None:
+def test_tables_are_those_of_the_committed_results(page):
     """A comparison's table stands between comments, the first of which names its results."""
     for file, found in _TABLE.findall(page.text):
         assert found == render(RESULTS / file, form="markdown").strip()

@@ -1,7 +1,5 @@
 """Messages and headings that the documentation quotes are those of the source."""
 
-from __future__ import annotations
-
 import ast
 import re
 
@@ -9,7 +7,7 @@ from badit.report.page import SECTIONS
 from docs.pages import ROOT, Page
 
 
-def texts() -> list[str]:
+def texts():
     """Every text in the source, with … for what it fills in."""
     nodes = [node for file in (ROOT / "src").glob("**/*.py") for node in ast.walk(ast.parse(file.read_text()))]
     plain = [node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)]
@@ -19,13 +17,13 @@ def texts() -> list[str]:
     ]
 
 
-def test_the_reports_sections_are_those_of_the_page() -> None:
+def test_the_reports_sections_are_those_of_the_page():
     listed = re.findall(r"^\| \*\*(.+?)\*\* \|", Page("docs/analysis.md").text, flags=re.MULTILINE)
     assert len(listed) == len(SECTIONS)
     assert set(listed) <= set(texts())
 
 
-def test_every_quoted_message_is_in_the_source() -> None:
+def test_every_quoted_message_is_in_the_source():
     quoted = re.findall(r"^\| `([^`]+)` \|", Page("docs/troubleshooting.md").text, flags=re.MULTILINE)
     assert len(quoted) > 30
     known = texts()

@@ -48,13 +48,6 @@ def test_equals_naive_decoding_in_the_order_of_the_prompts(model, tokenizer, pro
     assert generate(model, tokenizer, []) == []
 
 
-def test_progress_goes_to_stderr_only_when_asked_for(model, tokenizer, prompts, capsys):
-    for progress in (False, True):
-        generate(model, tokenizer, prompts, progress=progress)
-        out, err = capsys.readouterr()
-        assert (out, "8/8" in err, bool(err)) == ("", progress, progress)
-
-
 def spy_on(model, monkeypatch):
     """The arguments of each call of ``model.generate``."""
     calls, original = [], model.generate

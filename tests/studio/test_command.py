@@ -1,26 +1,21 @@
 """``badit studio`` on the command line: an address in a line, an end by Ctrl-C, and mistakes in one line."""
 
-from __future__ import annotations
-
 import http.client
 import json
 import signal
 import subprocess
 import sys
 import webbrowser
-from collections.abc import Callable
 from contextlib import closing
-from typing import Any
 
 import pytest
 
 from badit.cli import main
-from badit.run import Run
 from badit.studio import server
 from studio.conftest import BADIT
 
 
-def test_it_serves_until_it_is_interrupted(trained: Callable[..., Run]) -> None:
+def test_it_serves_until_it_is_interrupted(trained):
     run = trained(BADIT)
     command = [sys.executable, "-m", "badit", "studio", str(run.path), "--port", "0", "--no-browser"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
@@ -43,9 +38,7 @@ def test_it_serves_until_it_is_interrupted(trained: Callable[..., Run]) -> None:
     assert "Traceback" not in errors
 
 
-def test_mistakes_are_told_in_one_line_before_a_model_is_loaded(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_mistakes_are_told_in_one_line_before_a_model_is_loaded(monkeypatch, capsys):
     with server.listen(0) as taken:
         host, port = taken.getsockname()
         assert host == "127.0.0.1", "only this machine can reach it"
@@ -64,8 +57,8 @@ def test_mistakes_are_told_in_one_line_before_a_model_is_loaded(
 
 
 @pytest.mark.parametrize(("display", "opened"), [("", []), (":0", ["http://127.0.0.1:1"])])
-def test_a_browser_is_opened_if_there_is_a_screen(display: str, opened: list[str], monkeypatch: Any) -> None:
-    seen: list[str] = []
+def test_a_browser_is_opened_if_there_is_a_screen(display, opened, monkeypatch):
+    seen = []
     monkeypatch.setattr(webbrowser, "open", seen.append)
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setenv("DISPLAY", display)

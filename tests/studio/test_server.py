@@ -1,20 +1,16 @@
 """The calls over HTTP: what is answered, how it streams and ends, and what is refused."""
 
-from __future__ import annotations
-
 import http.client
 import json
 import threading
-from collections.abc import Iterator, Mapping
 from contextlib import closing
-from typing import Any
 
 import pytest
 from starlette.testclient import TestClient
 
 from badit.errors import BaditError
 from badit.studio.server import MAX_BODY, application
-from badit.studio.session import MAX_CHARACTERS, MAX_NEW_TOKENS, Session
+from badit.studio.session import MAX_CHARACTERS, MAX_NEW_TOKENS
 from studio.conftest import served
 
 PAGE = "http://127.0.0.1:8642"
@@ -24,18 +20,18 @@ PATIENCE = 60
 
 
 @pytest.fixture
-def client(session: Session) -> TestClient:
+def client(session):
     return TestClient(application(session), base_url=PAGE, headers={"Origin": PAGE})
 
 
-def parsed(body: str) -> list[tuple[str, Mapping[str, Any]]]:
+def parsed(body):
     """Server-sent events by name."""
     events = [event.split("\n") for event in body.split("\n\n")[:-1]]
     assert all(name.startswith("event: ") and data.startswith("data: ") for name, data in events)
     return [(name.removeprefix("event: "), json.loads(data.removeprefix("data: "))) for name, data in events]
 
 
-def test_an_answer_streams_as_events(client: TestClient) -> None:
+def test_an_answer_streams_as_events(client):
     response = client.post("/api/answer", json=ASK)
     assert response.headers["content-type"].startswith("text/event-stream")
     events = parsed(response.text)
@@ -47,7 +43,7 @@ def test_an_answer_streams_as_events(client: TestClient) -> None:
     assert len(set(texts)) >= 3
 
 
-def test_the_page_is_told_what_the_run_is(client: TestClient) -> None:
+def test_the_page_is_told_what_the_run_is(client):
     about = client.get("/api/run").json()
     assert about["tasks"] == ["cities", "rivers"]
     assert about["modules"] == [[0, "mlp.gate_proj"], [1, "mlp.gate_proj"]]
@@ -57,7 +53,7 @@ def test_the_page_is_told_what_the_run_is(client: TestClient) -> None:
     assert task["examples"][1] == {"input": "land 13 land 13 ", "references": ["river 13"]}
 
 
-def test_every_response_carries_the_policy_and_no_file_names_another_machine(client: TestClient) -> None:
+def test_every_response_carries_the_policy_and_no_file_names_another_machine(client):
     for path in (*FILES, "/api/run", "/api/nothing", "/../x"):
         headers = client.get(path).headers
         policy = dict(part.split(" ", 1) for part in headers["content-security-policy"].split("; "))
@@ -74,14 +70,14 @@ def test_every_response_carries_the_policy_and_no_file_names_another_machine(cli
 
 
 @pytest.mark.parametrize("host", ["evil.example:8642", "127.0.0.1.evil.example", "192.168.1.5", "", "["])
-def test_foreign_names_of_this_machine_are_refused(client: TestClient, host: str) -> None:
+def test_foreign_names_of_this_machine_are_refused(client, host):
     for method, path in (("GET", "/"), ("GET", "/api/run"), ("POST", "/api/answer")):
         response = client.request(method, path, headers={"Host": host, "Origin": f"http://{host}"}, json=ASK)
         assert response.status_code == 400
         assert "cities" not in response.text
 
 
-def test_only_the_page_itself_may_ask(session: Session) -> None:
+def test_only_the_page_itself_may_ask(session):
     client = TestClient(application(session), base_url=PAGE)
     others = ("http://evil.example", "https://127.0.0.1:8642", "http://127.0.0.1:8643", "http://localhost:8642")
     for origin in (None, "null", *others):
@@ -110,7 +106,7 @@ def test_only_the_page_itself_may_ask(session: Session) -> None:
     ],
     ids=lambda value: str(value)[:40],
 )
-def test_what_is_no_question_is_refused_in_one_line(client: TestClient, question: Any, problem: str) -> None:
+def test_what_is_no_question_is_refused_in_one_line(client, question, problem):
     body = question if isinstance(question, bytes) else json.dumps({**ASK, **question}).encode()
     response = client.post("/api/answer", content=body, headers={"Content-Type": "application/json"})
     assert response.status_code == 400
@@ -119,7 +115,7 @@ def test_what_is_no_question_is_refused_in_one_line(client: TestClient, question
     assert message.isprintable()
 
 
-def test_other_requests_are_refused(client: TestClient) -> None:
+def test_other_requests_are_refused(client):
     assert client.post("/api/answer", data={"text": "a"}).status_code == 415
     large = b" " * (MAX_BODY + 1)
     response = client.post("/api/answer", content=large, headers={"Content-Type": "application/json"})
@@ -132,18 +128,18 @@ def test_other_requests_are_refused(client: TestClient) -> None:
 class Slow:
     """A session whose answers end when they are told to, and which notes how many run."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         self.running = self.most_running = 0
         self.began = threading.Semaphore(0)
         self.goes_on, self.stopped = threading.Event(), threading.Event()
 
-    def about(self) -> dict[str, Any]:
+    def about(self):
         return {}
 
-    def check(self, question: Any) -> None:
+    def check(self, question):
         pass
 
-    def answer(self, question: Any, show: Any) -> None:
+    def answer(self, question, show):
         self.running += 1
         self.most_running = max(self.most_running, self.running)
         self.began.release()
@@ -159,20 +155,20 @@ class Slow:
 
 
 @pytest.fixture
-def slow() -> Iterator[tuple[Slow, int]]:
+def slow():
     session = Slow()
     with served(session) as port:
         yield session, port
 
 
-def asked(port: int, text: str) -> Any:
+def asked(port, text):
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
     headers = {"Origin": f"http://127.0.0.1:{port}", "Content-Type": "application/json"}
     connection.request("POST", "/api/answer", json.dumps({**ASK, "text": text}), headers)
     return closing(connection)
 
 
-def test_events_come_while_the_answer_is_being_written_and_others_wait(slow: tuple[Slow, int]) -> None:
+def test_events_come_while_the_answer_is_being_written_and_others_wait(slow):
     session, port = slow
     with asked(port, "number 0") as first, asked(port, "number 1") as second, closing(first.getresponse()) as response:
         assert response.readline() == b"event: text\n"
@@ -186,7 +182,7 @@ def test_events_come_while_the_answer_is_being_written_and_others_wait(slow: tup
     assert session.most_running == 1
 
 
-def test_an_answer_ends_when_its_reader_goes_away(slow: tuple[Slow, int]) -> None:
+def test_an_answer_ends_when_its_reader_goes_away(slow):
     session, port = slow
     with asked(port, "first") as first, closing(first.getresponse()) as response:
         assert response.readline()
@@ -200,8 +196,8 @@ def test_an_answer_ends_when_its_reader_goes_away(slow: tuple[Slow, int]) -> Non
     assert [session.began.acquire(blocking=False) for _ in range(3)] == [True, True, False], "one was never begun"
 
 
-def test_an_error_in_the_midst_of_an_answer_is_told(client: TestClient, session: Session, monkeypatch: Any) -> None:
-    def fail(question: Any, show: Any) -> None:
+def test_an_error_in_the_midst_of_an_answer_is_told(client, session, monkeypatch):
+    def fail(question, show):
         show("text", {"side": "router", "text": "so far"})
         raise BaditError("the model\nbroke")
 
