@@ -31,6 +31,7 @@ from badit.errors import BaditError, nearest
 Form = Literal["standard", "released"]
 FORMS: tuple[Form, ...] = get_args(Form)
 
+_RESAMPLES = 10_000
 # Scores gathered at a time: 8 MiB of float64, whatever the number of resamples.
 _CHUNK = 2**20
 #: Scores are equal that round to the same nine decimals: means of equal scores may differ by rounding.
@@ -54,13 +55,7 @@ class Difference(NamedTuple):
     runs: int
 
 
-def paired_bootstrap(
-    differences_by_task: Mapping[str, np.ndarray],
-    *,
-    resample_seeds: bool = True,
-    resamples: int = 10_000,
-    seed: int = 0,
-) -> Difference:
+def paired_bootstrap(differences_by_task: Mapping[str, np.ndarray], *, resample_seeds: bool = True) -> Difference:
     """Mean difference between two methods, paired by run and instance, with a 95 % percentile bootstrap interval.
 
     The difference is the mean over tasks of the mean over runs and instances, so every task counts the same. A resample
@@ -78,8 +73,6 @@ def paired_bootstrap(
         differences_by_task: (S, N) each; score of the method minus score of the reference. N may differ by task; the
             runs are the same and in the same order for all tasks, whose own order does not matter.
         resample_seeds: draw runs too; without it the interval is one for these very runs.
-        resamples: number of resamples.
-        seed: of the random numbers.
 
     Raises:
         BaditError: no tasks, or differences that are empty, not finite, or of another shape.
@@ -88,10 +81,10 @@ def paired_bootstrap(
     shapes = {(task_SN.ndim, *task_SN.shape[:1]) for task_SN in tasks_SN}
     if len(shapes) != 1 or not all(x.ndim == 2 and x.size and np.isfinite(x).all() for x in tasks_SN):
         raise BaditError("differences_by_task: every task needs finite numbers of the shape (runs, instances)")
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     runs = len(tasks_SN[0])
-    drawn_RS = rng.integers(runs, size=(resamples, runs)) if resample_seeds else np.arange(runs)[None]
-    means_RS = [_resampled_means(task_SN, resamples, rng) for task_SN in tasks_SN]
+    drawn_RS = rng.integers(runs, size=(_RESAMPLES, runs)) if resample_seeds else np.arange(runs)[None]
+    means_RS = [_resampled_means(task_SN, rng) for task_SN in tasks_SN]
     estimates_R = np.mean([np.take_along_axis(means, drawn_RS, axis=1).mean(axis=1) for means in means_RS], axis=0)
     low, inner_low, inner_high, high = map(float, np.quantile(estimates_R, [0.025, 0.05, 0.95, 0.975]))
     return Difference(
@@ -105,13 +98,13 @@ def paired_bootstrap(
     )
 
 
-def _resampled_means(task_SN: np.ndarray, resamples: int, rng: np.random.Generator) -> np.ndarray:
+def _resampled_means(task_SN: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """(R, S): each run's mean over each resample of the instances."""
     instances = task_SN.shape[1]
     chunk = max(1, _CHUNK // task_SN.size)
-    means_RS = np.empty((resamples, len(task_SN)))
-    for start in range(0, resamples, chunk):
-        drawn_RN = rng.integers(instances, size=(min(chunk, resamples - start), instances))
+    means_RS = np.empty((_RESAMPLES, len(task_SN)))
+    for start in range(0, _RESAMPLES, chunk):
+        drawn_RN = rng.integers(instances, size=(min(chunk, _RESAMPLES - start), instances))
         means_RS[start : start + chunk] = task_SN[:, drawn_RN].mean(axis=2).T
     return means_RS
 

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from transformers.pytorch_utils import Conv1D
 
 from badit.data import AnswerCollator
+from training.trainers import examples
 
 Examples = Mapping[str, Sequence[Mapping[str, Any]]]
 Vector = list[float]
@@ -24,22 +25,10 @@ _ADAPTER = re.compile(r"\.layers\.(\d+)\.(mlp\.[a-z_]+)\.(?:badit|lora)_")
 Place = tuple[str, int, str]
 
 
-def make_examples(sizes: Mapping[str, int], seed: int = 0) -> dict[str, list[dict[str, Any]]]:
-    """Random prompts and answers of several lengths; each task draws from tokens of its own."""
-    generator = torch.Generator().manual_seed(seed)
-    made: dict[str, list[dict[str, Any]]] = {}
-    for number, (task, size) in enumerate(sizes.items()):
-        low = 3 + 20 * (number % 4)
-
-        def draw(count: int, low: int = low) -> list[int]:
-            return torch.randint(low, low + 25, (count,), generator=generator).tolist()
-
-        made[task] = []
-        for i in range(size):
-            prompt, answer = draw(3 + i % 4), draw(1 + i % 3)
-            labels = [-100] * len(prompt) + answer
-            made[task].append({"input_ids": prompt + answer, "labels": labels, "task": task})
-    return made
+def make_examples(sizes: Mapping[str, int]) -> dict[str, list[dict[str, Any]]]:
+    """Random prompts and answers of several lengths."""
+    made = iter(examples(sum(sizes.values())))
+    return {task: [{**next(made), "task": task} for _ in range(size)] for task, size in sizes.items()}
 
 
 def rows(frame: pd.DataFrame) -> list[list[Any]]:
@@ -47,9 +36,9 @@ def rows(frame: pd.DataFrame) -> list[list[Any]]:
     return frame.astype(object).where(frame.notna(), None).to_numpy().tolist()
 
 
-def batched(examples: Examples, size: int = 3, side: Any = "right") -> dict[str, list[dict[str, Any]]]:
+def batched(of_tasks: Examples, size: int = 3, side: Any = "right") -> dict[str, list[dict[str, Any]]]:
     collate = AnswerCollator(0, side, with_tasks=True)
-    return {task: [collate(of[i : i + size]) for i in range(0, len(of), size)] for task, of in examples.items()}
+    return {task: [collate(of[i : i + size]) for i in range(0, len(of), size)] for task, of in of_tasks.items()}
 
 
 def loss(model: Any, example: Mapping[str, Any]) -> torch.Tensor:

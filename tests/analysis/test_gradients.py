@@ -113,8 +113,10 @@ def test_agreement_follows_from_the_inner_products(of_a, of_b):
 # --- gradients of models ---
 
 
-def measured(model, examples, **options):
-    frames = measure_interference(model, naive.batched(examples), **options)
+def measured(model, examples, sketch_size=16384):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("badit.analysis.interference.SKETCH_SIZE", sketch_size)
+        frames = measure_interference(model, naive.batched(examples))
     return {frame.attrs["name"]: frame for frame in frames}
 
 
@@ -179,9 +181,7 @@ def test_small_sketches_are_off_by_no_more_than_they_say(tiny_model):
     assert 0.2 < errors.square().mean().sqrt() < 1.2
     assert errors.abs().max() < 4.5
     assert "at most 0.088" in table.attrs["about"]
-    again, other = (measured(model, examples, sketch_size=size, seed=seed)["gradient_pairs"] for seed in (0, 1))
-    assert again.equals(table)
-    assert not other.equals(table)
+    assert measured(model, examples, sketch_size=size)["gradient_pairs"].equals(table), "the signs are always the same"
 
 
 @pytest.mark.parametrize(("family", "side"), [("llama", "right"), ("llama", "left"), ("gpt2", "left")])
@@ -241,7 +241,7 @@ def test_no_more_than_one_gradient_is_held(tiny_model):
     for handle in handles:
         handle.remove()
     assert held == [1] * (3 * len(parameters))
-    sketches = TaskGradients(model, 50, sketch_size=8, seed=0)._sketches
+    sketches = TaskGradients(model, 50, sketch_size=8)._sketches
     assert sum(sketch.sums_RM.numel() for sketch in sketches) <= len(parameters) * 2 * 50 * 8
 
 

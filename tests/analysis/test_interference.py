@@ -63,7 +63,8 @@ def test_each_layer_has_its_own_strongest(scores, share):
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "badit"])
-def test_the_tables_are_the_naive_ones(tiny_model, kind):
+def test_the_tables_are_the_naive_ones(tiny_model, kind, monkeypatch):
+    monkeypatch.setattr("badit.analysis.interference.SHARE", SHARE)
     model = adapted(tiny_model("llama")) if kind == "badit" else tiny_model(kind)
     examples = naive.make_examples(SIZES)
     scores = {
@@ -75,7 +76,7 @@ def test_the_tables_are_the_naive_ones(tiny_model, kind):
         marks = {task: [naive.marked(layer, SHARE) for layer in layers] for task, layers in by_task.items()}
         for name, rows in naive.coactivation(of_kind, marks).items():
             expected.setdefault(name, []).extend(rows)
-    frames = {f.attrs["name"]: f for f in measure_interference(model, naive.batched(examples), share=SHARE)}
+    frames = {f.attrs["name"]: f for f in measure_interference(model, naive.batched(examples))}
     for name, rows in expected.items():
         assert_same(frames[name], rows)
     assert "strongest 0.2 of the units" in frames["coactivation"].attrs["about"]

@@ -1,11 +1,11 @@
-"""One branch per task in whole models: formulas, tasks in a row, gates in training and generation."""
+"""One branch per task in whole models: formulas, tasks in a row, gates, O-LoRA's penalty, SAPT's attention."""
 
 import json
 
 import numpy as np
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import DynamicCache, T5Config, T5ForConditionalGeneration
 
@@ -59,7 +59,7 @@ def test_step_0_is_the_base_model_and_a_new_task_starts_where_the_last_ended(tin
             expected = pytest.approx((3 * layer.weight_OI.shape[1]) ** -0.5, rel=0.3)
             assert layer.badit_A["default"].std().item() == expected
         assert all(a is b for a, b in zip(parameters, (p for p in model.parameters() if p.requires_grad), strict=True))
-        if method != "sapt":  # whose new key takes its share: see test_sapt
+        if method != "sapt":  # whose new key takes its share: see below
             torch.testing.assert_close(logits(model), before, atol=1e-4, rtol=1e-4)
         randomise(model, seed=5)
         assert (logits(model) - before).abs().max() > 1e-2
@@ -146,3 +146,66 @@ def test_a_model_without_tokens_can_have_branches_without_gates():
     model.base_model.next_task()
     torch.testing.assert_close(model(x), first)
     model.base_model.end_task({})
+
+
+@pytest.mark.parametrize("tasks", [2, 4])
+def test_the_penalty_equals_the_naive_sum(tiny_model, tasks):
+    model = adapted(tiny_model("llama"), "o-lora", tasks, orthogonality_weight=0.3, target_modules="all-linear")
+    expected = 0.3 * sum(naive.penalty(layer) for layer in layers(model))
+    found = model.base_model.extra_loss(MASK)
+    assert found.item() == pytest.approx(expected, rel=1e-5)
+    found.backward()
+    moved = {name for name, p in model.named_parameters() if p.grad is not None}
+    assert moved == {name for name in trainable(model) if "badit_A" in name}
+    with model.disable_adapter():
+        assert model.base_model.extra_loss(MASK) is None
+    assert adapt(tiny_model("llama"), "o-lora").base_model.extra_loss(MASK) is None, "the first task has none"
+    assert adapted(tiny_model("llama"), "o-lora", orthogonality_weight=0).base_model.extra_loss(MASK) is None
+
+
+def test_one_task_is_plain_lora(tiny_model):
+    ours = adapted(tiny_model("llama"), "o-lora", tasks=1)
+    lora = LoraConfig(r=2, lora_alpha=4, target_modules=["gate_proj"], task_type="CAUSAL_LM")
+    theirs = get_peft_model(tiny_model("llama"), lora).eval()
+    with torch.no_grad():
+        for layer in layers(ours):
+            other = theirs.get_submodule(f"base_model.model.{layer.name}")
+            other.lora_A["default"].weight.copy_(layer.badit_A["default"])
+            other.lora_B["default"].weight.copy_(layer.badit_B["default"])
+    torch.testing.assert_close(logits(ours), logits(theirs), atol=1e-5, rtol=1e-5)
+    loss(ours).backward()
+    loss(theirs).backward()
+    for layer in layers(ours):
+        other = theirs.get_submodule(f"base_model.model.{layer.name}")
+        for one, two in ((layer.badit_A, other.lora_A), (layer.badit_B, other.lora_B)):
+            torch.testing.assert_close(one["default"].grad, two["default"].weight.grad, atol=1e-6, rtol=1e-4)
+    assert ours.get_nb_trainable_parameters()[0] == theirs.get_nb_trainable_parameters()[0]
+
+
+@pytest.mark.parametrize("tasks", [1, 2, 4])
+def test_the_attention_equals_the_formula_and_sums_to_one(tiny_model, tasks):
+    model = adapted(tiny_model("llama"), "sapt", tasks)
+    prompts = model.base_model.prompt_embeddings(IDS, MASK)
+    found = gate(model)(prompts).detach()
+    assert found.shape == (3, tasks)
+    for row, prompt in zip(found, prompts, strict=True):
+        np.testing.assert_allclose(row, naive.weights("sapt", model, prompt), atol=1e-6)
+    torch.testing.assert_close(found.sum(dim=1), torch.ones(3))
+    assert (found > 0).all()
+
+
+def test_a_new_key_takes_the_same_share_from_all_others(tiny_model):
+    """What a layer adds is multiplied with 1 − a_t, and the earlier branches keep their proportions."""
+    model = adapted(tiny_model("llama"), "sapt")
+    prompts = model.base_model.prompt_embeddings(IDS, MASK)
+    layer, added = layers(model)[0], []
+    layer.register_forward_hook(lambda layer, args, y: added.append((y - layer.base_layer(args[0])).detach()))
+    before = gate(model)(prompts).detach()
+    logits(model)
+    model.base_model.next_task()
+    after = gate(model)(prompts).detach()
+    logits(model)
+    share = after[:, -1:]
+    assert (share > 0.01).all()
+    torch.testing.assert_close(after[:, :-1], (1 - share) * before)
+    torch.testing.assert_close(added[1], (1 - share[..., None]) * added[0], atol=1e-5, rtol=1e-4)

@@ -67,6 +67,20 @@ def test_a_cells_recipe_differs_in_what_the_cell_names():
     assert (without_method(base), base.output) == (plain, "out/base")
 
 
+def test_a_method_may_have_training_values_and_seeds_of_its_own():
+    own = {
+        "lora": METHODS["lora"],
+        "own": {"name": "lora", "r": 4, "training": {"optimizer": "orthogonal"}, "seeds": [4]},
+    }
+    grid = grid_with(methods=own, vary_data=True)
+    cells = [cell for name in grid.methods for cell in grid.chosen(name, 0.01)]
+    assert [str(cell) for cell in cells] == ["lora/lr-0.01/seed-3", "lora/lr-0.01/seed-5", "own/lr-0.01/seed-4"]
+    recipes = [grid.recipe_of(cell) for cell in cells]
+    assert [recipe.training.optimizer for recipe in recipes] == ["adamw", "adamw", "orthogonal"]
+    assert [recipe.data.seed for recipe in recipes] == [3, 5, 4]
+    assert all(recipe.method == METHODS["lora"] for recipe in recipes)
+
+
 @given(st.lists(st.permutations([f"review_sentiment_{i}" for i in range(12)]), min_size=2, max_size=2, unique_by=tuple))
 def test_long_orders_have_short_names_of_their_own(orders):
     one, other = map(order_name, orders)
@@ -87,6 +101,19 @@ def test_long_orders_have_short_names_of_their_own(orders):
         ({"learning_rates": [1e-3, 5e-4]}, r"compare\.learning_rates: must be positive and ascending"),
         ({"seeds": [0, 1, 0]}, r"compare\.seeds: 0 is listed more than once"),
         ({"orders": [["a", "b"], ["a", "b"]]}, r"compare\.orders: a-b is listed more than once"),
+        (
+            {"methods": {"a": {"name": "lora", "training": {"optimiser": 1}}}},
+            r"training\.optimiser: unknown key.*optimizer",
+        ),
+        (
+            {"methods": {"a": {"name": "lora", "training": {"optimizer": "sgd"}}}},
+            r"training\.optimizer: input should be",
+        ),
+        ({"methods": {"a": {"name": "lora", "seeds": []}}}, r"compare\.methods\.a\.seeds: list should have at least 1"),
+        (
+            {"methods": {"a": {"name": "lora", "seeds": [3, 3]}}},
+            r"compare\.methods\.a\.seeds: 3 is listed more than once",
+        ),
         ({"method": {}}, r"compare\.method: unknown key \(did you mean 'methods'\?\)"),
     ],
 )

@@ -1,6 +1,7 @@
 """The code of the documentation is run: a page's blocks in their order, in a folder of their own, with a tiny model."""
 
 import re
+import shutil
 
 import pytest
 from transformers import AutoModelForCausalLM
@@ -8,8 +9,6 @@ from transformers import AutoModelForCausalLM
 from badit.analysis.analyze import analyze
 from badit.cli import main
 from badit.export import export
-from badit.recipe import build_recipe
-from badit.train import fit
 from docs.pages import ROOT, Page, pages
 
 _BLOCK = re.compile(r"^```(python|sh)\n(.*?)^```", flags=re.DOTALL | re.MULTILINE)
@@ -28,20 +27,11 @@ def _tiny_built_in_model(material, tmp_path, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def finished(material, tmp_path_factory):
+def finished(trained, tmp_path_factory):
     """A folder with what pages take for granted: a run with its analysis, and its export."""
     folder = tmp_path_factory.mktemp("finished")
-    recipe = build_recipe(
-        {
-            "model": {"name": str(material / "model"), "dtype": "float32"},
-            "data": {"source": str(material / "tasks.jsonl")},
-            "method": {"name": "badit", "num_experts": 4, "r": 2, "regroup": {"every": 2}},
-            "training": {"max_steps": 4, "per_device_train_batch_size": 4, "learning_rate": 0.01, "logging_steps": 1},
-            "evaluation": {"batch_size": 4, "max_new_tokens": 4},
-            "output": str(folder / "runs" / "mine"),
-        }
-    )
-    fit(recipe, progress=False)
+    run = trained({"name": "badit", "num_experts": 4, "r": 2, "regroup": {"every": 2}})
+    shutil.copytree(run.path, folder / "runs" / "mine")
     export(folder / "runs" / "mine", folder / "exports" / "mine")
     analyze(folder / "runs" / "mine", instances=2)
     return folder

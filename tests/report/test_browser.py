@@ -1,7 +1,6 @@
 """The page in a browser: it draws, sorts, changes layers and themes, and neither fetches nor runs anything foreign."""
 
 import dataclasses
-import json
 
 import pytest
 from selenium.webdriver import ActionChains, Keys
@@ -9,7 +8,7 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.support.select import Select
 
 from badit.report import write_report
-from browsers import chromium, emulate, until
+from browsers import chromium, emulate, requests, until
 from report.samples import SMALL, Shape, save_tables, write_run
 
 MARKUP = "<img src=x onerror='window.ran = true'><script>window.ran = true</script>"
@@ -59,9 +58,7 @@ def test_every_chart_is_drawn_and_nothing_is_requested_but_the_page(browser, pag
     assert len(charts) >= 14
     assert all(marks > 5 and width > 300 for _, marks, width in charts), charts
     assert browser.get_log("browser") == []
-    events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
-    requests = [event["params"]["request"] for event in events if event["method"] == "Network.requestWillBeSent"]
-    schemes = {request["url"].partition(":")[0] for request in requests}
+    schemes = {request["url"].partition(":")[0] for request in requests(browser)}
     assert {"file"} <= schemes <= {"file", "data", "blob"}
 
 

@@ -10,7 +10,7 @@ from selenium.webdriver.support.select import Select
 from badit.analysis.atlas import ABILITIES
 from badit.analysis.tables import save_frame
 from badit.studio.session import Session
-from browsers import chromium, emulate, until
+from browsers import chromium, emulate, requests, until
 from studio.conftest import BADIT, served
 
 # No slash in it, which the name of a task may not have.
@@ -46,14 +46,9 @@ class Page:
         self.one("#answer").click()
         self.told("Done.")
 
-    def requests(self):
-        """What the page has requested since the last look."""
-        events = [json.loads(entry["message"])["message"] for entry in self.browser.get_log("performance")]
-        return [event["params"]["request"] for event in events if event["method"] == "Network.requestWillBeSent"]
-
     def sent(self):
         """The questions that the page has sent since the last look."""
-        return [json.loads(request["postData"]) for request in self.requests() if "postData" in request]
+        return [json.loads(request["postData"]) for request in requests(self.browser) if "postData" in request]
 
     def next_question(self):
         question = until(self.sent, "the page has asked")[-1]
@@ -98,7 +93,7 @@ def test_an_answer_streams_next_to_the_base_models(page):
     page.one("#read summary").click()
     assert "Name the capital.\n\nNow complete the following example -\nInput: land 12" in page.text("#read pre")
     assert page.browser.get_log("browser") == []
-    requested = {request["url"] for request in page.requests()}
+    requested = {request["url"] for request in requests(page.browser)}
     assert page.address in requested
     others = {url for url in requested if not url.startswith((page.address, "data:", "chrome:", "chrome-untrusted:"))}
     assert others == set(), "nothing of another machine"

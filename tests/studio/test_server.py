@@ -1,17 +1,23 @@
-"""The calls over HTTP: what is answered, how it streams and ends, and what is refused."""
+"""``badit studio``: its command, and calls over HTTP: what is answered, how it streams and ends, what is refused."""
 
 import http.client
 import json
+import signal
+import subprocess
+import sys
 import threading
+import webbrowser
 from contextlib import closing
 
 import pytest
 from starlette.testclient import TestClient
 
+from badit.cli import main
 from badit.errors import BaditError
+from badit.studio import server
 from badit.studio.server import MAX_BODY, application
 from badit.studio.session import MAX_CHARACTERS, MAX_NEW_TOKENS
-from studio.conftest import served
+from studio.conftest import BADIT, served
 
 PAGE = "http://127.0.0.1:8642"
 ASK = {"text": "land 3", "task": "rivers", "sides": ["router", "base"], "max_new_tokens": 6}
@@ -41,16 +47,6 @@ def test_an_answer_streams_as_events(client):
     assert texts == sorted(texts, key=len)
     assert all(texts[-1].startswith(text) for text in texts)
     assert len(set(texts)) >= 3
-
-
-def test_the_page_is_told_what_the_run_is(client):
-    about = client.get("/api/run").json()
-    assert about["tasks"] == ["cities", "rivers"]
-    assert about["modules"] == [[0, "mlp.gate_proj"], [1, "mlp.gate_proj"]]
-    assert (about["experts"], about["method"]) == (4, "badit")
-    task = client.get("/api/task", params={"name": "rivers"}).json()
-    assert task["instruction"] == "Name the river."
-    assert task["examples"][1] == {"input": "land 13 land 13 ", "references": ["river 13"]}
 
 
 def test_every_response_carries_the_policy_and_no_file_names_another_machine(client):
@@ -204,3 +200,55 @@ def test_an_error_in_the_midst_of_an_answer_is_told(client, session, monkeypatch
     monkeypatch.setattr(session, "answer", fail)
     events = parsed(client.post("/api/answer", json=ASK).text)
     assert events[-1] == ("error", {"message": "the model\\nbroke"})
+
+
+def test_it_serves_until_it_is_interrupted(trained):
+    run = trained(BADIT)
+    command = [sys.executable, "-m", "badit", "studio", str(run.path), "--port", "0", "--no-browser"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        assert line.startswith("Studio: http://127.0.0.1:")
+        port = int(line.split()[1].rpartition(":")[2])
+        with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=60)) as connection:
+            connection.request("GET", "/api/run")
+            assert json.load(connection.getresponse())["run"] == "run"
+            # An answer that is still being written does not delay the end.
+            headers = {"Origin": f"http://127.0.0.1:{port}", "Content-Type": "application/json"}
+            question = {"text": "land", "sides": ["router", "base"], "max_new_tokens": 512}
+            connection.request("POST", "/api/answer", json.dumps(question), headers)
+            with closing(connection.getresponse()) as response:
+                assert response.readline() == b"event: prompt\n"
+                process.send_signal(signal.SIGINT)
+                _, errors = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert "Traceback" not in errors
+
+
+def test_mistakes_are_told_in_one_line_before_a_model_is_loaded(monkeypatch, capsys):
+    with server.listen(0) as taken:
+        host, port = taken.getsockname()
+        assert host == "127.0.0.1", "only this machine can reach it"
+        for arguments, expected in (
+            ([f"--port={port}"], f"--port: {port} cannot be used (Address already in use); give another one, or 0"),
+            (["--port=-1"], "--port: must be from 0 to 65535, not -1"),
+            (["--port=0"], "no-run: has no config.yaml"),
+        ):
+            assert main(["studio", "no-run", *arguments]) == 2
+            (line,) = capsys.readouterr().err.splitlines()
+            assert line.startswith(f"badit: {expected}")
+    monkeypatch.delitem(sys.modules, "badit.studio.server")
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    assert main(["studio", "no-run"]) == 2
+    assert "the studio needs its extra (uvicorn is missing): pip install 'badit[studio]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("display", "opened"), [("", []), (":0", ["http://127.0.0.1:1"])])
+def test_a_browser_is_opened_if_there_is_a_screen(display, opened, monkeypatch):
+    seen = []
+    monkeypatch.setattr(webbrowser, "open", seen.append)
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setenv("DISPLAY", display)
+    monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
+    server.open_browser("http://127.0.0.1:1")
+    assert seen == opened

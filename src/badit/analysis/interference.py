@@ -34,6 +34,11 @@ from badit.errors import BaditError
 from badit.trainer import answer_losses
 from badit.tuner.model import TARGET_MODULES
 
+# Numbers that each parameter's gradient is kept in: a cosine's standard error is the inverse root of it.
+SKETCH_SIZE = 16384
+# Of the units of a layer, how many a task marks.
+SHARE = 0.1
+
 _KIND = Column('"neurons", "parameters" (rows of weight matrices) or "experts"', TEXT)
 COACTIVATION = Table(
     "coactivation",
@@ -67,9 +72,6 @@ def measure_interference(
     batches: Batches,
     gates: PromptGates | None = None,
     *,
-    sketch_size: int = 16384,
-    share: float = 0.1,
-    seed: int = 0,
     progress: bool = False,
 ) -> list[pd.DataFrame]:
     """The gradient tables, and the co-activation tables with "neurons", "parameters" and, given gates, "experts".
@@ -79,9 +81,6 @@ def measure_interference(
         batches: by task, batches of ``input_ids``, ``attention_mask`` and ``labels`` (−100 on all but the answers),
             each (B, T), and perhaps ``tasks``, the rows' task names.
         gates: those of the tasks' prompts.
-        sketch_size: numbers that each parameter's gradient is kept in; a cosine's standard error is its inverse root.
-        share: of the units of a layer, how many a task marks.
-        seed: of the sketches.
         progress: whether to show a bar.
     """
     sizes = {task: sum(len(batch["input_ids"]) for batch in of_task) for task, of_task in batches.items()}
@@ -89,7 +88,7 @@ def measure_interference(
         raise BaditError("batches: give at least one task, and for every task at least one instance")
     parameter = next(model.parameters())
     projections = _first_projections(model)
-    gradients = TaskGradients(model, len(batches), sketch_size, seed)
+    gradients = TaskGradients(model, len(batches), SKETCH_SIZE)
     outputs: dict[int, torch.Tensor] = {}  # an instance's, by layer, summed over its positions
 
     def keep(layer: int, module: nn.Module, args: tuple, output: torch.Tensor) -> None:
@@ -113,18 +112,18 @@ def measure_interference(
                 sums = [total + outputs[layer] for layer, total in enumerate(sums)]
                 positions += instance["input_ids"].numel()
                 bar.update()
-            marked["neurons"][task] = strongest([total.cpu() / positions for total in sums], share)
-            marked["parameters"][task] = strongest(gradients.row_scores(number), share)
+            marked["neurons"][task] = strongest([total.cpu() / positions for total in sums], SHARE)
+            marked["parameters"][task] = strongest(gradients.row_scores(number), SHARE)
     few, many = min(sizes.values()), max(sizes.values())
     data = f"Measured on {len(sizes)} tasks with {few if few == many else f'{few} to {many}'} instances each."
     about_gradients = (
         f"{data} A task's gradient is the mean over its instances of the gradient of the answer's mean cross-entropy, "
         f"without dropout, with the weights in {str(parameter.dtype).removeprefix('torch.')}. Inner products are "
-        f"estimated from random projections of each parameter to {sketch_size} numbers, and a cosine has a standard "
-        f"error of at most {sketch_size**-0.5:.2g}. Noise from the choice of instances comes on top: see reliability."
+        f"estimated from random projections of each parameter to {SKETCH_SIZE} numbers, and a cosine has a standard "
+        f"error of at most {SKETCH_SIZE**-0.5:.2g}. Noise from the choice of instances comes on top: see reliability."
     )
     about_units = (
-        f"{data} Each task marks the strongest {share:.3g} of the units of every layer. Neurons: outputs of the MLP's "
+        f"{data} Each task marks the strongest {SHARE:.3g} of the units of every layer. Neurons: outputs of the MLP's "
         "first projection, before the activation function, averaged over all tokens. Parameters: rows of the layer's "
         "weight matrices, by their squared gradient, averaged over the row and over the instances."
     )

@@ -63,7 +63,8 @@ class BranchGate(nn.Module):
     """The weights of one adapter's branches, from p0, the mean of the token embeddings over the prompt.
 
     ``down`` (H, D) and ``up`` (D, H), a network with the hidden size H, and the current task's ``key`` (D) are trained;
-    ``past_keys`` (K − 1, D) are frozen. All lie flat: PEFT looks for the adapter's name right before a tensor's.
+    ``past_keys`` (K − 1, D) are frozen. All lie flat: PEFT looks for the adapter's name right before a tensor's. A
+    method's ``forward`` gives the weights (B, K), the current branch's last.
     """
 
     past_keys: torch.Tensor
@@ -80,10 +81,6 @@ class BranchGate(nn.Module):
     @property
     def keys_KD(self) -> torch.Tensor:
         return torch.cat([self.past_keys, self.key[None]])
-
-    def forward(self, prompt_BD: torch.Tensor) -> torch.Tensor:
-        """The weights (B, K), the current branch's last."""
-        raise NotImplementedError
 
     def start_key(self) -> None:
         """Fills the current key."""

@@ -42,13 +42,9 @@ class MixtureConfig(ExpertConfig):
 
 @dataclass
 class BalancedMixtureConfig(MixtureConfig):
-    """A mixture whose loss has a term that keeps its experts in use."""
+    """A mixture whose loss has a term, ``imbalance``, that is least where all experts are used alike."""
 
     balance_weight: float = option(0.0, "Weight of the balance loss; 0 leaves it out.", NOT_NEGATIVE)
-
-    def imbalance(self, logits_LK: torch.Tensor) -> torch.Tensor:
-        """A scalar that is least where all experts are used alike."""
-        raise NotImplementedError
 
 
 class MixtureLinear(ExpertLinear):
@@ -78,7 +74,7 @@ class MixtureLinear(ExpertLinear):
         kept, self._router_logits = self._router_logits, {}
         losses = []
         for adapter_name in filter(self._is_balanced, self.running_adapters):
-            config: BalancedMixtureConfig = self.badit_config[adapter_name]
+            config = self.badit_config[adapter_name]
             if adapter_name not in kept:
                 raise BaditError(
                     f"{self.name} has seen no training pass that its balance loss could be taken of; with gradient "

@@ -55,7 +55,8 @@ def loss_curves(frame: pd.DataFrame) -> Any:
     pick = alt.selection_point(name="pick", fields=["series"], bind="legend")
     # At most 250 points of a curve, each the mean of its neighbours.
     curves = frame.groupby(["series", "run"], sort=False)
-    point = curves.cumcount() // -(-curves["step"].transform("size") // _MOST_POINTS)
+    lengths: Any = curves["step"].transform("size")
+    point = curves.cumcount() // -(-lengths // _MOST_POINTS)
     thinned = frame.groupby(["series", "run", point], sort=False).agg({"step": "last", "loss": "mean"})
     base = charts.chart_of(thinned.round({"loss": 4}).reset_index(["series", "run"])).encode(
         x=alt.X("step:Q", title="step", axis=alt.Axis(grid=False, tickCount=5)),

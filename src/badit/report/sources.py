@@ -136,8 +136,17 @@ def _read(folder: Path, label: str) -> Source:
         source.environment = read_json(run.environment_path)
     if (folder / RESULTS).is_file():
         _add_results(source)
-    else:
-        _add_logs(source, run)
+    elif run.scores_path.is_file():
+        scores = read_scores(run.scores_path)
+        source.scores = scores_frame(scores)
+        if "matrix" in scores:
+            source.add("transfer", transfer(run), run.scores_path.name)
+    # The log of a run that was kept for its results may have means over modules alone.
+    regrouped = any("labels" in line for line in list(read_jsonl(run.regroupings_path))[:1])
+    if regrouped:
+        source.add("component_flow", component_flow(run), run.regroupings_path.name)
+    if regrouped or run.angles_path.is_file():
+        source.add("expert_angles", expert_angles(run), (run.regroupings_path if regrouped else run.angles_path).name)
     pairs, overall = (source.frames.get(name) for name in ("gradient_pairs", "gradient_overall"))
     cosines = [] if overall is None else [overall.assign(layer="all", module="all")]
     if pairs is not None:
@@ -162,21 +171,6 @@ def _add_results(source: Source) -> None:
     means = scores.groupby(["run", "task", "metric"], observed=True)[["score", "n"]].mean().reset_index()
     source.add("scores", means.astype({"run": str}), RESULTS)
     source.add("task_gap", task_gap(source.folder), RESULTS)
-
-
-def _add_logs(source: Source, run: Run) -> None:
-    """A run's scores, and the tables of an analysis that only sum up what the run has written itself."""
-    if run.scores_path.is_file():
-        scores = read_scores(run.scores_path)
-        source.scores = scores_frame(scores)
-        if "matrix" in scores:
-            source.add("transfer", transfer(run), run.scores_path.name)
-    # The log of a run that was kept for its results may have means over modules alone.
-    regrouped = any("labels" in line for line in list(read_jsonl(run.regroupings_path))[:1])
-    if regrouped:
-        source.add("component_flow", component_flow(run), run.regroupings_path.name)
-    if regrouped or run.angles_path.is_file():
-        source.add("expert_angles", expert_angles(run), (run.regroupings_path if regrouped else run.angles_path).name)
 
 
 def _losses(folder: Path) -> list[dict[str, float]]:

@@ -50,10 +50,7 @@ Show = Callable[[str, Mapping[str, Any]], None]
 
 
 class Question(BaseModel):
-    """What the page asks: a prompt, or an input for one of the run's tasks, and the sides that answer it.
-
-    ``gates`` are those of the side "hand", one per expert, on the scale on which 1 is neutral.
-    """
+    """What the page asks: a prompt, or an input for a task, the sides that answer, and the gates of the side "hand"."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -126,10 +123,9 @@ class Session:
         """The table "gates" with a row per task; ValueError if its modules, experts or tasks are not the run's."""
         columns = [(*one.place, expert) for one in self.experts for expert in range(one.number)]
         by_task = frame.pivot(index="task", columns=["layer", "module", "expert"], values="mean")
-        if by_task.empty or set(by_task.columns) != set(columns) or by_task.isna().any(axis=None):
-            raise ValueError("the table is of other modules or experts")
-        if self.tasks and not set(by_task.index) <= self.tasks.keys():
-            raise ValueError("the table is of other tasks")
+        other = set(by_task.columns) != set(columns) or (self.tasks and not set(by_task.index) <= self.tasks.keys())
+        if by_task.empty or other or by_task.isna().any(axis=None):
+            raise ValueError("the table is of other modules, experts or tasks")
         return by_task.loc[:, columns]
 
     def about(self) -> dict[str, Any]:
@@ -179,10 +175,7 @@ class Session:
             raise BaditError(f"gates: must be {experts} numbers from 0 to {experts}, one for each expert")
 
     def answer(self, question: Question, show: Show) -> None:
-        """Answers on every requested side, one after another, until ``show`` raises.
-
-        Shows "prompt" once, and then for every side "gates" (if there are experts), "text" as it grows, and "end".
-        """
+        """Shows "prompt", and then for each side "gates" (if there are experts), "text" as it grows, and "end"."""
         with self._free:
             if question.task is None:
                 options = self.recipe.prompt.model_dump(include={"max_source_tokens", "chat_template"})
