@@ -178,7 +178,7 @@ def _difference_notes(results: Results, summary: pd.DataFrame, score: str, metri
     if reference not in results.scored_methods:
         return [f"vs {reference}: no differences, as {reference} has no scores"]
     notes = [f"vs {reference}: paired difference in {score} and its 95 % bootstrap interval over runs and instances"]
-    if True in summary["level"].tolist():
+    if any(level is True for level in summary["level"].tolist()):
         notes.append(f"≈: level, the 90 % interval lies within ±{METRICS[metric].margin:g}")
     paired = summary.loc[summary["difference_runs"].notna()].to_dict("records")
     notes += [

@@ -178,11 +178,7 @@ def load_results(path: str | os.PathLike[str]) -> Results:
 
 
 def read_scores(path: Path) -> dict[str, Any]:
-    """What a run's scores.json holds, all of it, with the scores checked.
-
-    Raises:
-        BaditError: it is missing or damaged.
-    """
+    """What a run's scores.json holds, all of it, with the scores checked."""
     content = read_json(path)
     with explained(path, fix="score the run again"):
         _Scores.model_validate(content)

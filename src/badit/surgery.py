@@ -81,10 +81,7 @@ class SurgeryTrainer(AnswerTrainer):
             raise BaditError("surgery runs in a single process: start it without a launcher")
 
     def training_step(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        num_items_in_batch: torch.Tensor | int | None = None,
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
         """Adds the combined gradient of a micro-batch, tensors (B, T) and ``tasks``, to ``.grad``; returns its loss."""
         if "tasks" not in inputs:

@@ -109,10 +109,13 @@ def test_long_orders_have_short_names_of_their_own(orders):
             {"methods": {"a": {"name": "lora", "training": {"optimizer": "sgd"}}}},
             r"training\.optimizer: input should be",
         ),
-        ({"methods": {"a": {"name": "lora", "seeds": []}}}, r"compare\.methods\.a\.seeds: list should have at least 1"),
+        (
+            {"methods": {"lora": {"name": "lora", "seeds": []}}},
+            r"compare\.methods\.lora\.seeds: list should have at least 1",
+        ),
         (
             {"methods": {"a": {"name": "lora", "seeds": [3, 3]}}},
-            r"compare\.methods\.a\.seeds: 3 is listed more than once",
+            r"compare\.methods\.lora\.seeds: 3 is listed more than once",
         ),
         ({"method": {}}, r"compare\.method: unknown key \(did you mean 'methods'\?\)"),
     ],

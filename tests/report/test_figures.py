@@ -29,13 +29,8 @@ def stored(chart):
 
 def shown(chart, key):
     """What a heat map shows for a choice, by full names of row and column."""
-    return (
-        stored(chart)
-        .astype({"row_full": str, "column_full": str})
-        .set_index(["row_full", "column_full"])[key]
-        .dropna()
-        .to_dict()
-    )
+    cells = stored(chart).astype({"row_full": str, "column_full": str}).set_index(["row_full", "column_full"])
+    return cells[key].dropna().to_dict()
 
 
 def cosines(pairs, overall=None):

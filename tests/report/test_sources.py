@@ -46,11 +46,8 @@ def test_a_comparison_is_its_folder_or_its_file(tmp_path):
     methods = [method for method, _ in source.members]
     assert methods == ["base", *["lora"] * 3, *["badit"] * 3]
     assert [run.label for _, run in source.members][:2] == ["base", "lora/lr-0.0005/seed-0"]
-    assert together([source]).frames["losses"].groupby("series")["run"].nunique().to_dict() == {
-        "badit": 3,
-        "base": 1,
-        "lora": 3,
-    }
+    runs = together([source]).frames["losses"].groupby("series")["run"].nunique()
+    assert runs.to_dict() == {"badit": 3, "base": 1, "lora": 3}
 
 
 def test_a_sequence_has_a_matrix_and_the_losses_of_all_stages(tmp_path):

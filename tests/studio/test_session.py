@@ -104,7 +104,8 @@ def test_the_nearest_task_comes_first(session):
     expected = sorted(zip(apart, session.task_gates.index, strict=True))
     assert [near["task"] for near in shown["nearest"]] == [task for _, task in expected]
     found = nearest_tasks(pd.DataFrame([[1.0, 1.0], [1.5, 0.5]], index=["a", "b"]), np.array([[1.4, 0.6]]))
-    assert list(found.items()) == [("b", pytest.approx(0.1)), ("a", pytest.approx(0.4))]
+    apart = {"b": pytest.approx(0.1), "a": pytest.approx(0.4)}
+    assert found == [{"task": task, "difference": difference} for task, difference in apart.items()]
 
 
 def test_tasks_gates_are_measured_once_and_taken_from_the_analysis(trained):

@@ -105,24 +105,19 @@ def train_only(model: PreTrainedModel, masks: Mapping[str, torch.Tensor]) -> lis
     return handles
 
 
-def trained_parameters(model: PreTrainedModel, masks: Mapping[str, torch.Tensor]) -> int:
-    """How many numbers of the model's weights (and first biases) :func:`train_only` leaves free."""
-    return sum(
-        parameter.numel() // mlp.width * int(masks[name].sum())
-        for name, mlp in _mlps(model).items()
-        for parameter, _ in mlp.parameters
-    )
+def trained_parameters(model: PreTrainedModel, masks: Mapping[str, torch.Tensor] | None = None) -> int:
+    """How many numbers of the model's weights (and first biases) :func:`train_only` leaves free; without masks, all."""
+    count = 0
+    for name, mlp in _mlps(model).items():
+        neurons = mlp.width if masks is None else int(masks[name].sum())
+        count += sum(parameter.numel() // mlp.width * neurons for parameter, _ in mlp.parameters)
+    return count
 
 
 def trained_names(model: PreTrainedModel) -> set[str]:
     """The names of the parameters that :func:`train_only` leaves free, in part or as a whole."""
     free = {id(parameter) for mlp in _mlps(model).values() for parameter, _ in mlp.parameters}
     return {name for name, parameter in model.named_parameters() if id(parameter) in free}
-
-
-def all_neurons(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """Masks (F,) that are true everywhere."""
-    return {name: torch.ones(mlp.width, dtype=torch.bool, device="cpu") for name, mlp in _mlps(model).items()}
 
 
 def _mlps(model: PreTrainedModel) -> dict[str, _Mlp]:

@@ -107,6 +107,7 @@ def heat_map(
     frame: pd.DataFrame,
     rows: str,
     columns: str,
+    value: str,
     label: str,
     *,
     choices: Sequence[alt.Parameter] = (),
@@ -118,18 +119,19 @@ def heat_map(
     written: bool = False,
     symmetric: bool = False,
 ) -> Any:
-    """A heat map of the column ``value``, means over what is not chosen (``choices``, the layer first).
+    """A heat map of a column, means over what is not chosen (``choices``, the layer first).
 
     Args:
         frame: values, with a column for each choice.
         rows: the column that names the row; categories, where it has any, give the order. ``columns`` is the same.
-        label: what the value is, with its unit; ``form`` is how it is written, as d3 knows it.
+        value: the column of values; ``label`` is what they are, with the unit, ``form`` how they are written in d3.
         titles: of the rows and of the columns.
         signed: whether values have a colour on each side of the ``middle``.
         limit: the distance from the middle with the strongest colour; by default what nearly all values stay within.
         written: write the number into the cell, too.
         symmetric: whether rows and columns name the two of an unordered pair.
     """
+    frame = frame.rename(columns={value: "value"})
     if symmetric:
         frame = pd.concat([frame, frame.rename(columns={rows: columns, columns: rows})])
     names = {"row": names_in(frame, rows), "column": names_in(frame, columns)}

@@ -168,11 +168,11 @@ def task_gap(frame: pd.DataFrame) -> Any:
 
 def transfer(frame: pd.DataFrame) -> Any:
     """A row is the model after one more task: down a column from the diagonal, a task is forgotten."""
-    rows = frame.sort_values("stage", kind="stable").rename(columns={"rouge_l": "value"})
+    rows = frame.sort_values("stage", kind="stable")
     rows["task"] = pd.Categorical(rows["task"], list(dict.fromkeys([*rows["trained_task"], *rows["task"]])))
     titles = ("after training on", "Rouge-L on")
-    style = {"signed": False, "limit": float(np.nanmax([*rows["value"], 1.0])), "form": ".0f", "written": True}
-    return charts.heat_map(rows, "trained_task", "task", "Rouge-L", titles=titles, **style)
+    style = {"signed": False, "limit": float(np.nanmax([*rows["rouge_l"], 1.0])), "form": ".0f", "written": True}
+    return charts.heat_map(rows, "trained_task", "task", "rouge_l", "Rouge-L", titles=titles, **style)
 
 
 def _picked(pick: alt.Parameter, strong: float, weak: float) -> Any:
@@ -190,13 +190,13 @@ def gradient_cosines(frame: pd.DataFrame) -> Any:
     """Blue pairs of tasks agree and orange ones conflict, of the adapter's parameters where there is an adapter and
     else of the model's weights; with all layers and all modules the gradients are taken as one vector, otherwise the
     cosines' mean is shown."""
-    frame = frame[frame["parameters"] == _kinds(frame)[0]].rename(columns={"cosine": "value"})
+    frame = frame[frame["parameters"] == _kinds(frame)[0]]
     together, single = frame[frame["layer"] == charts.ALL], frame[frame["layer"] != charts.ALL]
     choices = [charts.all_or_one(name, single[name]) for name in ("layer", "module")]
     means = charts.with_all(single, "layer", "module")
     if len(together):
         means = pd.concat([together, means[(means["layer"] != charts.ALL) | (means["module"] != charts.ALL)]])
-    return charts.heat_map(means, "task_a", "task_b", "cosine", choices=choices, symmetric=True)
+    return charts.heat_map(means, "task_a", "task_b", "cosine", "cosine", choices=choices, symmetric=True)
 
 
 def gradient_cosines_weights(frame: pd.DataFrame) -> Any:
@@ -305,9 +305,9 @@ def units_of_tasks(frame: pd.DataFrame) -> Any:
 
 def unit_overlaps(frame: pd.DataFrame) -> Any:
     """Jaccard overlap over all layers: units marked for both tasks, of those marked for either."""
-    rows = frame.rename(columns={"kind": "units", "overlap": "value"})
-    units = charts.choice("units", rows["units"])
-    return charts.heat_map(rows, "task_a", "task_b", "overlap (Jaccard)", choices=[units], signed=False, symmetric=True)
+    style = {"choices": [charts.choice("units", frame["kind"])], "signed": False, "symmetric": True}
+    rows = frame.rename(columns={"kind": "units"})
+    return charts.heat_map(rows, "task_a", "task_b", "overlap", "overlap (Jaccard)", **style)
 
 
 # --- geometry of experts ---
@@ -370,12 +370,12 @@ def component_flow(frame: pd.DataFrame) -> Any:
     steps = steps[np.linspace(0, len(steps) - 1, min(len(steps), _MOST_STEPS)).astype(int)]
     rows = charts.with_all(frame[frame["step"].isin(steps)], "layer")
     counts = rows.groupby(["layer", "step", "from_expert", "to_expert"])["components"].sum().unstack(fill_value=0)
-    shares = counts.div(counts.sum(axis="columns"), axis="rows").stack().rename("value").reset_index()
+    shares = counts.div(counts.sum(axis="columns"), axis="rows").stack().rename("share").reset_index()
     layers = charts.all_or_one("layer", frame.loc[frame["layer"] >= 0, "layer"])
     choices = [layers, charts.choice("step", {str(step): f"step {step}" for step in steps})]
     style = {"titles": ("from expert", "to expert"), "signed": False, "limit": 1.0, "form": ".0%", "written": True}
     label = "share of the expert's components"
-    return charts.heat_map(shares, "from_expert", "to_expert", label, choices=choices, **style)
+    return charts.heat_map(shares, "from_expert", "to_expert", "share", label, choices=choices, **style)
 
 
 # --- atlas ---
@@ -385,23 +385,20 @@ def gates(frame: pd.DataFrame) -> Any:
     """Mean gate over a task's prompts: 1 is neutral, blue is more, orange is less; the mean over layers has its own
     colour scale."""
     layers = charts.all_or_one("layer", frame["layer"], "mean over layers")
-    choices = [layers, charts.all_or_one("module", frame["module"])]
-    rows = frame.rename(columns={"mean": "value"})
-    return charts.heat_map(rows, "task", "expert", "mean gate", choices=choices, titles=("", "expert"), middle=1.0)
+    style = {"choices": [layers, charts.all_or_one("module", frame["module"])], "titles": ("", "expert"), "middle": 1.0}
+    return charts.heat_map(frame, "task", "expert", "mean", "mean gate", **style)
 
 
 def gate_similarity(frame: pd.DataFrame) -> Any:
     """Correlation of two tasks' gates over all layers, without what all tasks have in common."""
-    rows = frame.rename(columns={"similarity": "value"})
-    return charts.heat_map(rows, "task_a", "task_b", "correlation", limit=1.0, symmetric=True)
+    return charts.heat_map(frame, "task_a", "task_b", "similarity", "correlation", limit=1.0, symmetric=True)
 
 
 def expert_losses(frame: pd.DataFrame) -> Any:
     """Rise of a task's loss when an expert's gates are 0 in all layers: blue tasks need the expert, orange ones would
     do better without."""
-    rows = frame.rename(columns={"change": "value"})
     label, titles = "rise of the loss (nats per token)", ("", "expert switched off")
-    return charts.heat_map(rows, "task", "expert", label, titles=titles, written=True)
+    return charts.heat_map(frame, "task", "expert", "change", label, titles=titles, written=True)
 
 
 def abilities(frame: pd.DataFrame) -> pd.DataFrame:
