@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
@@ -71,73 +72,57 @@ def gradients(model: Any, examples: Examples) -> dict[str, list[dict[str, torch.
     return result
 
 
-def flat(instances: Sequence[Mapping[str, torch.Tensor]], names: Sequence[str]) -> torch.Tensor | None:
-    """The mean gradient over instances as one vector."""
-    if not instances:
-        return None
-    return torch.cat([sum(g[name] for g in instances).flatten() / len(instances) for name in names])
+def flat(instances: Sequence[Mapping[str, torch.Tensor]], names: Sequence[str]) -> torch.Tensor:
+    """The instances' gradients as vectors, one row each."""
+    return torch.stack([torch.cat([g[name].flatten() for name in names]) for g in instances])
 
 
-def cosine(a: torch.Tensor | None, b: torch.Tensor | None) -> float | None:
-    if a is None or b is None or not a.any() or not b.any():
-        return None
-    return float(a @ b) / math.sqrt(float(a @ a) * float(b @ b))
+def cosine(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float(a @ b / (a.norm() * b.norm()))
 
 
 def magnitude(a: torch.Tensor, b: torch.Tensor) -> float:
     return 2 * float(a.norm() * b.norm()) / float(a @ a + b @ b)
 
 
-def halves(instances: Sequence[Any]) -> tuple[list[Any], list[Any]]:
-    return list(instances[0::2]), list(instances[1::2])
+def halves(vectors: torch.Tensor) -> list[torch.Tensor]:
+    """The means of the even and of the odd rows; NaN where there is none."""
+    return [vectors[half::2].mean(dim=0) for half in (0, 1)]
 
 
-def corrected(a: Sequence[Any], b: Sequence[Any], names: Sequence[str]) -> float | None:
-    between = []
-    for instances in (a, b):
-        first, second = (flat(half, names) for half in halves(instances))
-        if first is None or second is None or float(first @ second) <= 0:
-            return None
-        between.append(float(first @ second))
-    value = float(flat(a, names) @ flat(b, names)) / math.sqrt(between[0] * between[1])
+def corrected(a: torch.Tensor, b: torch.Tensor) -> float:
+    between = [float(torch.dot(*halves(vectors))) for vectors in (a, b)]
+    if not all(product > 0 for product in between):
+        return math.nan
+    value = float(a.mean(dim=0) @ b.mean(dim=0)) / math.sqrt(between[0] * between[1])
     return max(-1.0, min(1.0, value))
-
-
-def mean(values: Sequence[float | None]) -> float | None:
-    defined = [value for value in values if value is not None]
-    return sum(defined) / len(defined) if defined else None
 
 
 def tables(model: Any, examples: Examples) -> dict[str, list[list[Any]]]:
     """The rows of the four gradient tables."""
-    by_task = gradients(model, examples)
-    found = places(model)
+    by_task, found = gradients(model, examples), places(model)
     pairs = list(itertools.combinations(sorted(by_task), 2))
-    rows: dict[str, list[list[Any]]] = {"gradient_pairs": [], "gradient_overall": [], "gradient_summary": []}
+    tables_: dict[str, list[list[Any]]] = {f"gradient_{name}": [] for name in ("pairs", "overall", "summary", "tasks")}
     for (kind, layer, module), names in found.items():
         vectors = {task: flat(instances, names) for task, instances in by_task.items()}
-        cosines = [cosine(vectors[a], vectors[b]) for a, b in pairs]
-        magnitudes = [magnitude(vectors[a], vectors[b]) for a, b in pairs]
-        rows["gradient_pairs"] += [
-            [a, b, layer, module, c, m] for (a, b), c, m in zip(pairs, cosines, magnitudes, strict=True)
-        ]
-        conflicts = mean([None if c is None else float(c < 0) for c in cosines])
-        reliability = mean([cosine(*(flat(half, names) for half in halves(of))) for of in by_task.values()])
-        rows["gradient_summary"].append(
-            [layer, module, kind, conflicts, mean(cosines), mean(magnitudes), reliability],
-        )
-    rows["gradient_tasks"] = []
-    for kind in sorted({kind for kind, _, _ in found}, reverse=True):
+        means = {task: rows.mean(dim=0) for task, rows in vectors.items()}
+        values = [(cosine(means[a], means[b]), magnitude(means[a], means[b])) for a, b in pairs]
+        tables_["gradient_pairs"] += [[*pair, layer, module, *of] for pair, of in zip(pairs, values, strict=True)]
+        cosines, magnitudes = np.transpose(values)
+        reliability = np.nanmean([cosine(*halves(rows)) for rows in vectors.values()])
+        numbers = [np.mean(cosines[~np.isnan(cosines)] < 0), np.nanmean(cosines), np.mean(magnitudes), reliability]
+        tables_["gradient_summary"].append([layer, module, kind, *map(float, numbers)])
+    for kind in {kind for kind, _, _ in found}:
         names = [name for place, of_place in found.items() if place[0] == kind for name in of_place]
+        vectors = {task: flat(instances, names) for task, instances in by_task.items()}
         for a, b in pairs:
-            first, second = flat(by_task[a], names), flat(by_task[b], names)
-            overall = [cosine(first, second), corrected(by_task[a], by_task[b], names), magnitude(first, second)]
-            rows["gradient_overall"].append([a, b, kind, *overall])
-        for task, instances in by_task.items():
-            reliability = cosine(*(flat(half, names) for half in halves(instances)))
-            norm = float(flat(instances, names).norm())
-            rows["gradient_tasks"].append([task, kind, norm, reliability, len(instances)])
-    return rows
+            first, second = vectors[a].mean(dim=0), vectors[b].mean(dim=0)
+            overall = [cosine(first, second), corrected(vectors[a], vectors[b]), magnitude(first, second)]
+            tables_["gradient_overall"].append([a, b, kind, *overall])
+        for task, rows in vectors.items():
+            numbers = [float(rows.mean(dim=0).norm()), cosine(*halves(rows)), len(rows)]
+            tables_["gradient_tasks"].append([task, kind, *numbers])
+    return tables_
 
 
 def row_scores(model: Any, examples: Examples) -> dict[str, list[Vector]]:

@@ -147,10 +147,7 @@ def prompt_scores(gates: PromptGates) -> np.ndarray:
 
 @torch.no_grad()
 def expert_losses(model: Any, batches: Batches, *, progress: bool = False) -> tuple[np.ndarray, np.ndarray]:
-    """Each task's mean loss over its answer tokens, in nats, with all experts and then without each of them (T, S).
-
-    Also the standard errors of the changes (T, K), as far as they come from the choice of prompts.
-    """
+    """Mean losses over the answer tokens, with all experts and without each (T, S), and the changes' errors (T, K)."""
     experts = active_experts(model)
     estimates = []
     for of_task in tqdm(batches.values(), desc="Experts", unit="task", disable=not progress, leave=False):

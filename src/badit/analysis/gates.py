@@ -3,6 +3,7 @@
 Every adapted layer multiplies its components by gates, and all components of an expert have the same one. All gates are
 a softmax and sum to K or to 1. Here they are divided by their mean over the experts: 1 is neutral, K is one expert
 alone. Where every position has its own gates, a prompt's are the mean over its positions, without padding and answer.
+Batches are by task, each of ``input_ids``, ``attention_mask``, ``labels`` (B, T) and ``tasks``.
 
 Shape suffixes: B = rows, T = positions, N = components, M = adapted modules, K = experts, P = prompts of one task,
 U = experts of all of a layer's modules.
@@ -35,6 +36,7 @@ from badit.tuner.prompt import before_first_label
 _ROUNDING = 1e-6
 
 Batches = Mapping[str, Sequence[Mapping[str, Any]]]
+Change = Callable[["Experts", torch.Tensor], torch.Tensor]
 
 GATES = Table(
     "gates",
@@ -107,9 +109,7 @@ def active_experts(model: nn.Module) -> list[Experts]:
 
 
 @contextmanager
-def changed_gates(
-    experts: Sequence[Experts], change: Callable[[Experts, torch.Tensor], torch.Tensor]
-) -> Iterator[None]:
+def changed_gates(experts: Sequence[Experts], change: Change) -> Iterator[None]:
     """Within, the components' gates (B, 1 or T, N) of every layer are what ``change`` makes of them."""
     try:
         for one in experts:  # an attribute of the instance hides the class's method
@@ -123,10 +123,7 @@ def changed_gates(
 
 @torch.no_grad()
 def prompt_gates(model: Any, batches: Batches) -> PromptGates:
-    """The gates of every prompt, from one forward pass of a model in evaluation mode with one active adapter.
-
-    ``batches`` are by task, each of ``input_ids``, ``attention_mask``, ``labels`` and ``tasks``.
-    """
+    """The gates of every prompt, from one forward pass of a model in evaluation mode with one active adapter."""
     experts = active_experts(model)
     if not experts:
         raise BaditError("the model has no active adapter with several experts, such as BADIT's or LoRAMoE's")
@@ -149,9 +146,7 @@ def mean_component_gates(model: Any, batches: Batches, *, progress: bool = False
     return {task: [g_PN.mean(dim=0) for g_PN in _component_gates(model, adapted, of_task)] for task, of_task in tasks}
 
 
-def _component_gates(
-    model: Any, experts: Sequence[Experts], of_task: Sequence[Mapping[str, Any]]
-) -> list[torch.Tensor]:
+def _component_gates(model: Any, experts: Sequence[Experts], of_task: Sequence[Any]) -> list[torch.Tensor]:
     """The components' gates (P, N) by layer, means over each prompt's positions, on the CPU."""
     kept: dict[str, list[torch.Tensor]] = {one.layer.name: [] for one in experts}
     prompt_BT = torch.empty(0)  # of the running batch
