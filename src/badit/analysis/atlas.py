@@ -21,7 +21,7 @@ import torch
 from tqdm import tqdm
 
 from badit.analysis.gates import Batches, PromptGates, active_experts, changed_gates, gates_frame
-from badit.analysis.tables import EXPERT_NUMBER, INDEX, TASK, TASK_A, TASK_B, TEXT, Column, Table
+from badit.analysis.tables import EXPERT, INDEX, TEXT, Column, Table
 from badit.data import Task, on_device
 from badit.trainer import answer_losses
 
@@ -34,35 +34,34 @@ Texts = Mapping[str, Sequence[tuple[str, str]]]
 
 GATE_SIMILARITY = Table(
     "gate_similarity",
-    task_a=TASK_A,
-    task_b=TASK_B,
-    similarity=Column("correlation, −1 to 1; null where a task's gates do not differ from the mean"),
+    "task_a task_b",
+    similarity="correlation, −1 to 1; null where a task's gates do not differ from the mean",
 )
 EXPERT_LOSSES = Table(
     "expert_losses",
-    task=TASK,
-    expert=EXPERT_NUMBER._replace(meaning="the expert switched off, counted from 0"),
-    loss=Column("mean loss over the task's answer tokens with all experts, in nats"),
-    loss_without=Column("the same without the expert"),
-    change=Column("loss_without minus loss, in nats per token"),
+    "task",
+    expert=Column("the expert switched off, counted from 0", EXPERT),
+    loss="mean loss over the task's answer tokens with all experts, in nats",
+    loss_without="the same without the expert",
+    change="loss_without minus loss, in nats per token",
 )
 NEAREST_PROMPTS = Table(
     "nearest_prompts",
-    expert=EXPERT_NUMBER,
+    "expert",
     rank=Column("1 for the prompt with the highest score", INDEX),
-    task=TASK._replace(meaning="the prompt's task"),
+    task=Column("the prompt's task", TEXT),
     instance=Column("the instance's id in the task", TEXT),
-    score=Column("mean over modules of the standardised gate"),
+    score="mean over modules of the standardised gate",
     prompt=Column(f"the first {_SHOWN_CHARACTERS} characters of the instance's own input", TEXT),
 )
 ABILITIES = Table(
     "abilities",
-    expert=EXPERT_NUMBER,
+    "expert",
     tasks=Column("the tasks that draw on it most; empty where none stands out", TEXT),
     hurt_most=Column("the tasks whose loss rises most without it; empty where none stands out", TEXT),
-    mean_gate=Column("mean gate over tasks; 1 is neutral"),
-    spread=Column("the largest of the tasks' mean gates minus the smallest"),
-    change=Column("mean over tasks of the loss without it minus the loss, in nats per token"),
+    mean_gate="mean gate over tasks; 1 is neutral",
+    spread="the largest of the tasks' mean gates minus the smallest",
+    change="mean over tasks of the loss without it minus the loss, in nats per token",
     summary=Column("both in a sentence", TEXT),
 )
 ABILITY_RECOVERY = Table(
@@ -72,9 +71,9 @@ ABILITY_RECOVERY = Table(
         "nearest_neighbour: share of tasks whose nearest neighbour by gates shares an ability",
         TEXT,
     ),
-    value=Column("the measure; null where it is not defined"),
-    chance=Column("its mean over the permutations"),
-    p_value=Column("share of permutations that reach the value (one-sided, the observed one counted as well)"),
+    value="the measure; null where it is not defined",
+    chance="its mean over the permutations",
+    p_value="share of permutations that reach the value (one-sided, the observed one counted as well)",
 )
 
 

@@ -24,7 +24,7 @@ from torch import nn
 from tqdm import tqdm
 
 from badit.analysis.gradients import layer_and_module
-from badit.analysis.tables import EXPERT_NUMBER, LAYER, MODULE, TASK, Column, Table
+from badit.analysis.tables import Table
 from badit.data import on_device
 from badit.errors import BaditError
 from badit.method import prompt_mean
@@ -40,12 +40,9 @@ Change = Callable[["Experts", torch.Tensor], torch.Tensor]
 
 GATES = Table(
     "gates",
-    task=TASK,
-    layer=LAYER,
-    module=MODULE,
-    expert=EXPERT_NUMBER,
-    mean=Column("mean gate over the task's prompts; 1 is neutral"),
-    std=Column("standard deviation over the task's prompts (divisor n − 1)"),
+    "task layer module expert",
+    mean="mean gate over the task's prompts; 1 is neutral",
+    std="standard deviation over the task's prompts (divisor n − 1)",
 )
 
 

@@ -31,49 +31,46 @@ from peft import PeftModel
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from badit.analysis.tables import COUNT, INDEX, TASK, TASK_A, TASK_B, TEXT, Column, Table
+from badit.analysis.tables import COUNT, INDEX, TEXT, Column, Table
 from badit.errors import BaditError
 
 Place = tuple[str, int, str]  # "weights" or "adapter", the layer, the module's name below the layer
 
 _PARAMETERS = '"weights" (of the linear layers) or "adapter"'
-_COSINE = Column("cosine of the two tasks' gradients")
-_MAGNITUDE = Column("2|a||b| / (|a|² + |b|²) of the two gradients: 1 for equal norms")
+_COSINE = "cosine of the two tasks' gradients"
+_MAGNITUDE = "2|a||b| / (|a|² + |b|²) of the two gradients: 1 for equal norms"
 _RELIABILITY = "cosine between gradients on two halves of a task's instances: how little of them is noise"
-_PAIR = {"task_a": TASK_A, "task_b": TASK_B}
 _PLACE = {
     "layer": Column("transformer layer, from 0; −1 for what belongs to none", INDEX),
     "module": Column('name below the layer, such as mlp.gate_proj; with ".adapter" for the adapter on it', TEXT),
 }
-_ALL_MODULES = {"parameters": Column(f"{_PARAMETERS}, all modules together", TEXT)}
+_ALL_MODULES = Column(f"{_PARAMETERS}, all modules together", TEXT)
 
-GRADIENT_PAIRS = Table("gradient_pairs", **_PAIR, **_PLACE, cosine=_COSINE, magnitude_similarity=_MAGNITUDE)
+GRADIENT_PAIRS = Table("gradient_pairs", "task_a task_b", **_PLACE, cosine=_COSINE, magnitude_similarity=_MAGNITUDE)
 GRADIENT_OVERALL = Table(
     "gradient_overall",
-    **_PAIR,
-    **_ALL_MODULES,
+    "task_a task_b",
+    parameters=_ALL_MODULES,
     cosine=_COSINE,
-    corrected_cosine=Column(
-        "the cosine that noiseless gradients would have, from the halves of the instances; null where noise is all "
-        "that can be seen"
-    ),
+    corrected_cosine="the cosine that noiseless gradients would have, from the halves of the instances; null where "
+    "noise is all that can be seen",
     magnitude_similarity=_MAGNITUDE,
 )
 GRADIENT_SUMMARY = Table(
     "gradient_summary",
     **_PLACE,
     parameters=Column(_PARAMETERS, TEXT),
-    conflict_rate=Column("share of the pairs of tasks whose gradients have a negative cosine"),
-    mean_cosine=Column("mean cosine over the pairs of tasks"),
-    mean_magnitude_similarity=Column("mean of 2|a||b| / (|a|² + |b|²) over the pairs of tasks"),
-    reliability=Column(f"{_RELIABILITY}; mean over tasks"),
+    conflict_rate="share of the pairs of tasks whose gradients have a negative cosine",
+    mean_cosine="mean cosine over the pairs of tasks",
+    mean_magnitude_similarity="mean of 2|a||b| / (|a|² + |b|²) over the pairs of tasks",
+    reliability=f"{_RELIABILITY}; mean over tasks",
 )
 GRADIENT_TASKS = Table(
     "gradient_tasks",
-    task=TASK,
-    **_ALL_MODULES,
-    norm=Column("norm of the task's gradient (nats per token, for a unit of the parameters)"),
-    reliability=Column(_RELIABILITY),
+    "task",
+    parameters=_ALL_MODULES,
+    norm="norm of the task's gradient (nats per token, for a unit of the parameters)",
+    reliability=_RELIABILITY,
     instances=Column("instances that the gradient is the mean of", COUNT),
 )
 

@@ -28,7 +28,7 @@ from tqdm.auto import tqdm
 
 from badit.analysis.gates import Batches, PromptGates, marked_experts
 from badit.analysis.gradients import TaskGradients, gradient_frames, layer_and_module
-from badit.analysis.tables import COUNT, INDEX, LAYER, TASK, TASK_A, TASK_B, TEXT, Column, Table
+from badit.analysis.tables import COUNT, INDEX, Column, Table
 from badit.baselines.neurons import top_neurons
 from badit.errors import BaditError
 from badit.trainer import answer_losses
@@ -39,31 +39,25 @@ SKETCH_SIZE = 16384
 # Of the units of a layer, how many a task marks.
 SHARE = 0.1
 
-_KIND = Column('"neurons", "parameters" (rows of weight matrices) or "experts"', TEXT)
 COACTIVATION = Table(
     "coactivation",
-    kind=_KIND,
-    layer=LAYER,
+    "kind layer",
     tasks=Column("by how many tasks a unit is marked", INDEX),
-    share=Column("share of the layer's units that are marked by so many"),
-    chance=Column("the same if the tasks marked independently: binomial with the marked share"),
+    share="share of the layer's units that are marked by so many",
+    chance="the same if the tasks marked independently: binomial with the marked share",
 )
 COACTIVATION_TASKS = Table(
     "coactivation_tasks",
-    kind=_KIND,
-    task=TASK,
-    layer=LAYER,
+    "kind task layer",
     marked=Column("units marked by the task", COUNT),
     exclusive=Column("units marked by this task alone", COUNT),
     universal=Column("units marked by every task", COUNT),
 )
 COACTIVATION_PAIRS = Table(
     "coactivation_pairs",
-    kind=_KIND,
-    task_a=TASK_A,
-    task_b=TASK_B,
-    overlap=Column("units of all layers that both have marked, as a share of those that either has (Jaccard)"),
-    chance=Column("the same if the two marked independently: p / (2 − p) where both mark the share p"),
+    "kind task_a task_b",
+    overlap="units of all layers that both have marked, as a share of those that either has (Jaccard)",
+    chance="the same if the two marked independently: p / (2 − p) where both mark the share p",
 )
 
 

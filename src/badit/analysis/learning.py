@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from badit.analysis.gates import Batches, active_experts
 from badit.analysis.gradients import layer_and_module
-from badit.analysis.tables import COUNT, EXPERT_NUMBER, INDEX, LAYER, MAX_EXPERTS, MODULE, TASK, TEXT, Column, Table
+from badit.analysis.tables import COUNT, EXPERT, INDEX, MAX_EXPERTS, SHARED, TEXT, Column, Table
 from badit.data import on_device
 from badit.errors import BaditError, explained
 from badit.files import read_json, read_jsonl
@@ -37,41 +37,41 @@ from badit.trainer import answer_losses
 EXPERT_ANGLES = Table(
     "expert_angles",
     step=Column("step of the regrouping or of the log line; the last one for held-out; null if not known", COUNT),
-    layer=LAYER,
-    module=MODULE,
+    layer=SHARED["layer"],
+    module=SHARED["module"],
     measured=Column(
         "before or after: the grouping before or after this step's regrouping, on the steps that followed; training: a "
         "method without regrouping; held-out: the finished adapter on data it was not trained on",
         TEXT,
     ),
-    within_degrees=Column("mean angle between components of one expert, in degrees"),
-    between_degrees=Column("mean angle between components of two experts, in degrees"),
-    within_abs_cos=Column("mean |cosine| between components of one expert"),
-    between_abs_cos=Column("mean |cosine| between components of two experts"),
+    within_degrees="mean angle between components of one expert, in degrees",
+    between_degrees="mean angle between components of two experts, in degrees",
+    within_abs_cos="mean |cosine| between components of one expert",
+    between_abs_cos="mean |cosine| between components of two experts",
 )
 COMPONENT_FLOW = Table(
     "component_flow",
     step=Column("step of the regrouping", INDEX),
-    layer=LAYER,
-    module=MODULE,
-    from_expert=EXPERT_NUMBER._replace(meaning="the expert before, counted from 0"),
-    to_expert=EXPERT_NUMBER._replace(meaning="the expert after, counted from 0"),
+    layer=SHARED["layer"],
+    module=SHARED["module"],
+    from_expert=Column("the expert before, counted from 0", EXPERT),
+    to_expert=Column("the expert after, counted from 0", EXPERT),
     components=Column("how many components went this way; pairs without any are left out", COUNT),
 )
 TRANSFER = Table(
     "transfer",
     stage=Column("how many tasks had been learnt", INDEX),
     trained_task=Column("the task learnt last", TEXT),
-    task=TASK._replace(meaning="the task scored"),
-    rouge_l=Column("its Rouge-L, 0 to 100; null where a task still to come was not scored"),
+    task=Column("the task scored", TEXT),
+    rouge_l="its Rouge-L, 0 to 100; null where a task still to come was not scored",
 )
 TASK_GAP = Table(
     "task_gap",
     method=Column("the method's name in the comparison", TEXT),
-    task=TASK,
-    single=Column("Rouge-L of the model trained on this task alone, 0 to 100"),
-    multi=Column("Rouge-L of the model trained on all tasks, 0 to 100"),
-    gap=Column("single minus multi, in points: above 0, the task lost by being trained with the others"),
+    task=SHARED["task"],
+    single="Rouge-L of the model trained on this task alone, 0 to 100",
+    multi="Rouge-L of the model trained on all tasks, 0 to 100",
+    gap="single minus multi, in points: above 0, the task lost by being trained with the others",
 )
 
 

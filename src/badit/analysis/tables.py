@@ -38,21 +38,30 @@ class Column(NamedTuple):
     kind: Any = NUMBER
 
 
-TASK = Column("the task's name", TEXT)
-TASK_A, TASK_B = Column("a task's name", TEXT), Column("another's, later in the alphabet", TEXT)
-LAYER = Column("index of the transformer layer, from 0", INDEX)
-MODULE = Column("the adapted module's name below its layer", TEXT)
-EXPERT_NUMBER = Column("the expert, counted from 0", EXPERT)
+SHARED = {
+    "task": Column("the task's name", TEXT),
+    "task_a": Column("a task's name", TEXT),
+    "task_b": Column("another's, later in the alphabet", TEXT),
+    "layer": Column("index of the transformer layer, from 0", INDEX),
+    "module": Column("the adapted module's name below its layer", TEXT),
+    "expert": Column("the expert, counted from 0", EXPERT),
+    "kind": Column('"neurons", "parameters" (rows of weight matrices) or "experts"', TEXT),
+}
 
 TABLES: dict[str, Table] = {}
 
 
 class Table:
-    """The declaration of a table, which :data:`TABLES` then holds by its name."""
+    """The declaration of a table, which :data:`TABLES` then holds by its name.
 
-    def __init__(self, name: str, **columns: Column) -> None:
-        self.name, self.columns = name, columns
-        fields: dict[str, Any] = {column: (list[kind], ...) for column, (_, kind) in columns.items()}
+    The columns are those of :data:`SHARED` with the names in ``shared``, then ``columns``, where a text is the meaning
+    of a number.
+    """
+
+    def __init__(self, name: str, shared: str = "", **columns: Column | str) -> None:
+        own = {column: Column(each) if isinstance(each, str) else each for column, each in columns.items()}
+        self.name, self.columns = name, {column: SHARED[column] for column in shared.split()} | own
+        fields: dict[str, Any] = {column: (list[kind], ...) for column, (_, kind) in self.columns.items()}
         self.values = create_model(name, **fields)
         TABLES[name] = self
 

@@ -190,8 +190,8 @@ def gradient_cosines(frame: pd.DataFrame) -> Any:
     """Blue pairs of tasks agree and orange ones conflict, of the adapter's parameters where there is an adapter and
     else of the model's weights; with all layers and all modules the gradients are taken as one vector, otherwise the
     cosines' mean is shown."""
-    frame = frame[frame["parameters"] == _kinds(frame)[0]]
-    together, single = frame[frame["layer"] == charts.ALL], frame[frame["layer"] != charts.ALL]
+    own = frame[frame["parameters"] == _kinds(frame)[0]]
+    together, single = own[own["layer"] == charts.ALL], own[own["layer"] != charts.ALL]
     choices = [charts.all_or_one(name, single[name]) for name in ("layer", "module")]
     means = charts.with_all(single, "layer", "module")
     if len(together):
