@@ -126,9 +126,7 @@ def component_flow(run: Run) -> pd.DataFrame:
     return COMPONENT_FLOW.frame(rows, about)
 
 
-def held_out_angles(
-    model: Any, batches: Batches, *, progress: bool = False
-) -> dict[tuple[int, str], list[float | None]]:
+def held_out_angles(model: Any, batches: Batches, *, progress: bool = False) -> dict[tuple[int, str], list]:
     """By module whose experts have an A each, the angles between their gradients of the loss over all batches."""
     experts = [one for one in active_experts(model) if not one.layer.badit_config[one.adapter].shares_A]
     if not experts:

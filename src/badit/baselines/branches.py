@@ -40,11 +40,6 @@ class BranchConfig(ExpertConfig):
         return {name: value for name, value in super().to_dict().items() if name != "num_experts"}
 
     @property
-    def num_branches(self) -> int:
-        """K, the current branch among them."""
-        return self.past_branches + 1
-
-    @property
     def has_fixed_gates(self) -> bool:
         return self.gate_cls is None
 
@@ -112,7 +107,7 @@ class BranchLinear(ExpertLinear):
     def expert_of(self, adapter_name: str) -> torch.Tensor:
         """The branch that every component belongs to, the frozen ones' first."""
         config: BranchConfig = self.badit_config[adapter_name]
-        return torch.arange(config.num_branches, device=self.device).repeat_interleave(config.r)
+        return torch.arange(config.past_branches + 1, device=self.device).repeat_interleave(config.r)
 
     @torch.no_grad()
     def next_task(self, adapter_name: str) -> None:
@@ -130,7 +125,7 @@ class BranchLinear(ExpertLinear):
         """a (B, 1, K) of the running pass: new from its prompt, or held by the cache since the prompt's pass."""
         config: BranchConfig = self.badit_config[adapter_name]
         if config.gate_cls is None:
-            return torch.ones(config.num_branches, device=x.device)
+            return torch.ones(config.past_branches + 1, device=x.device)
         forward_pass = self.routing.forward_pass()
         known = {} if forward_pass is None else forward_pass.fresh if forward_pass.held is None else forward_pass.held
         weights_BK = known.get(adapter_name)
