@@ -34,23 +34,6 @@ def test_gates_are_those_of_every_row_by_itself_and_reading_them_changes_nothing
         assert gates.by_task[task].std(axis=-1).max() > 0.05  # else the comparison would say nothing
 
 
-@pytest.mark.parametrize("method", ["badit standardised", "badit token", "loramoe"])
-def test_the_order_the_split_and_the_padding_make_no_difference(tiny_model, method):
-    model = naive.adapted(tiny_model("llama"), method)
-    batches = naive.batches()
-    gates = prompt_gates(model, batches)
-    split = prompt_gates(model, {task: naive.rows(of_task) for task, of_task in reversed(batches.items())})
-    assert split.tasks == list(reversed(TASKS))
-    for of_task in batches.values():
-        of_task.reverse()
-        for each in of_task:
-            each.update({key: each[key].flip(0) for key in ("input_ids", "attention_mask", "labels")})
-    backwards = prompt_gates(model, batches)
-    for task in TASKS:
-        np.testing.assert_allclose(split.by_task[task], gates.by_task[task], atol=1e-5)
-        np.testing.assert_allclose(backwards.by_task[task], gates.by_task[task][::-1], atol=1e-5)
-
-
 def test_an_error_within_leaves_nothing_behind(tiny_model):
     model = naive.adapted(tiny_model("llama"), "badit")
     with pytest.raises(ZeroDivisionError), changed_gates(active_experts(model), lambda one, gates: 1 / 0):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from analysis import naive_interference as naive
-from badit.analysis.interference import coactivation, measure_interference, strongest
+from badit.analysis.interference import coactivation, measure_interference
 from badit.errors import BaditError
 from tuner.helpers import adapted
 
@@ -52,13 +52,6 @@ def test_the_counts_are_the_naive_ones(marks):
         # On average a unit has as many marks by chance as it really has.
         expected, observed = (sum(of_layer["tasks"] * of_layer[name]) for name in ("chance", "share"))
         assert observed == pytest.approx(expected)
-
-
-@settings(deadline=None, max_examples=50)
-@given(st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=9), min_size=1, max_size=3), st.floats(0.01, 1))
-def test_each_layer_has_its_own_strongest(scores, share):
-    masks = strongest([torch.tensor(layer, dtype=torch.float32) for layer in scores], share)
-    assert [mask.tolist() for mask in masks] == [naive.marked(layer, share) for layer in scores]
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "badit"])

@@ -182,18 +182,6 @@ def test_one_task_is_plain_lora(tiny_model):
     assert ours.get_nb_trainable_parameters()[0] == theirs.get_nb_trainable_parameters()[0]
 
 
-@pytest.mark.parametrize("tasks", [1, 2, 4])
-def test_the_attention_equals_the_formula_and_sums_to_one(tiny_model, tasks):
-    model = adapted(tiny_model("llama"), "sapt", tasks)
-    prompts = model.base_model.prompt_embeddings(IDS, MASK)
-    found = gate(model)(prompts).detach()
-    assert found.shape == (3, tasks)
-    for row, prompt in zip(found, prompts, strict=True):
-        np.testing.assert_allclose(row, naive.weights("sapt", model, prompt), atol=1e-6)
-    torch.testing.assert_close(found.sum(dim=1), torch.ones(3))
-    assert (found > 0).all()
-
-
 def test_a_new_key_takes_the_same_share_from_all_others(tiny_model):
     """What a layer adds is multiplied with 1 − a_t, and the earlier branches keep their proportions."""
     model = adapted(tiny_model("llama"), "sapt")
