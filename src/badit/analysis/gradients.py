@@ -58,6 +58,7 @@ GRADIENT_OVERALL = Table(
 )
 GRADIENT_SUMMARY = Table(
     "gradient_summary",
+    "",
     **_PLACE,
     parameters=Column(_PARAMETERS, TEXT),
     conflict_rate="share of the pairs of tasks whose gradients have a negative cosine",
