@@ -175,10 +175,14 @@ class Session:
             raise BaditError(f"gates: must be {experts} numbers from 0 to {experts}, one for each expert")
 
     def answer(self, question: Question, show: Show) -> None:
-        """Shows "prompt", and then for each side "gates" (if there are experts), "text" as it grows, and "end"."""
+        """Answers on every requested side, one after another, until ``show`` raises.
+
+        Shows "prompt" once, and then for every side "gates" (if there are experts), "text" as it grows, and "end".
+        """
         with self._free:
             if question.task is None:
-                options = self.recipe.prompt.model_dump(include={"max_source_tokens", "chat_template"})
+                section = self.recipe.prompt
+                options: Any = {"max_source_tokens": section.max_source_tokens, "chat_template": section.chat_template}
                 ids = encode_prompt(self.tokenizer, question.text, **options)
             else:
                 task, instance = self._task(question.task), Instance(id="studio", input=question.text, outputs=("",))
