@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -51,6 +52,12 @@ def emulate(browser: Chrome, *, width: int = 1200, theme: str = "light") -> None
     preferences = {"prefers-color-scheme": theme, "prefers-reduced-motion": "reduce"}
     features = [{"name": name, "value": value} for name, value in preferences.items()]
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+
+
+def requests(browser: Chrome) -> list[dict[str, Any]]:
+    """What pages have requested since the logs were emptied or looked at."""
+    events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+    return [event["params"]["request"] for event in events if event["method"] == "Network.requestWillBeSent"]
 
 
 def until(condition: Callable[[], Any], what: str) -> Any:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from badit.metrics import mean_scores
 from data.examples import CHATML, make_tokenizer
 
 
@@ -63,3 +64,17 @@ def make_recipe(model: Path, tasks: Path, output: Path) -> dict[str, Any]:
         "evaluation": {"batch_size": 4, "max_new_tokens": 4},
         "output": str(output),
     }
+
+
+def results_cell(method: str, seed: int | None, instances: dict[str, Any], **fields: Any) -> dict[str, Any]:
+    """A finished cell of results.json with every instance's scores, by task and metric."""
+    done = {"order": None, "learning_rate": None if seed is None else 5e-4, "status": "done", "error": None}
+    scores = {"scores": mean_scores(instances), "instances": instances, "selected": True}
+    return {"method": method, "seed": seed, **done, **scores, **fields}
+
+
+def write_results(folder: Path, cells: list[dict[str, Any]], methods: list[str], protocol: str = "mixed") -> Path:
+    path = folder / "results.json"
+    content = {"format": 1, "protocol": protocol, "reference": "lora", "methods": methods, "cells": cells}
+    path.write_text(json.dumps(content))
+    return path

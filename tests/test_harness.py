@@ -1,14 +1,9 @@
 """lm-evaluation-harness on adapters that route by prompt: a continuation has no say in its own gates."""
 
-from __future__ import annotations
-
 import json
 import logging
 import sys
-from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
-from typing import Any
 
 import lm_eval
 import pytest
@@ -23,7 +18,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from badit.cli import main
 from badit.errors import BaditError
 from badit.harness import BaditLM
-from badit.run import Run
 from tuner.helpers import adapted, cached_steps
 
 # (context, continuation), of several lengths; the last two share all tokens that are read, but not the context.
@@ -38,31 +32,31 @@ PAIRS = [
 ]
 
 
-def requests(pairs: list[tuple[Any, ...]], kind: Any = "loglikelihood") -> list[Instance]:
+def requests(pairs, kind="loglikelihood"):
     return [Instance(request_type=kind, doc={}, arguments=pair, idx=i) for i, pair in enumerate(pairs)]
 
 
-def answers(model: HFLM, pairs: list[tuple[str, str]]) -> tuple[torch.Tensor, list[bool]]:
+def answers(model, pairs):
     likelihoods, greedy = zip(*model.loglikelihood(requests(pairs), disable_tqdm=True), strict=True)
     return torch.tensor(likelihoods), list(greedy)
 
 
 @pytest.fixture
-def base(model_folder: Path) -> tuple[Any, Any]:
+def base(model_folder):
     return AutoModelForCausalLM.from_pretrained(model_folder), AutoTokenizer.from_pretrained(model_folder)
 
 
 @pytest.fixture
-def routed(base: tuple[Any, Any]) -> tuple[Any, Any]:
+def routed(base):
     """A model whose gates differ between prompts, and its tokenizer."""
     return adapted(base[0]), base[1]
 
 
-def wrapped(cls: type[HFLM], model: tuple[Any, Any], batch_size: Any = 4, **options: Any) -> Any:
+def wrapped(cls, model, batch_size=4, **options):
     return cls(pretrained=model[0], tokenizer=model[1], batch_size=batch_size, **options)
 
 
-def decoded_likelihood(model: Any, context: list[int], continuation: list[int]) -> tuple[float, bool]:
+def decoded_likelihood(model, context, continuation):
     """The continuation token by token from a cache that the context alone has filled, as a generation goes."""
     ids = torch.tensor([context + continuation])
     logits = cached_steps(model, ids, torch.ones_like(ids), len(context), DynamicCache())[0, :-1]
@@ -71,7 +65,7 @@ def decoded_likelihood(model: Any, context: list[int], continuation: list[int]) 
     return float(found), bool((logits.argmax(-1) == targets).all())
 
 
-def test_a_continuation_is_scored_by_the_gates_that_generate_it(routed: tuple[Any, Any]) -> None:
+def test_a_continuation_is_scored_by_the_gates_that_generate_it(routed):
     scorer = wrapped(BaditLM, routed)
     likelihoods, greedy = answers(scorer, PAIRS)
     for (context, continuation), likelihood, is_greedy in zip(PAIRS, likelihoods, greedy, strict=True):
@@ -81,7 +75,7 @@ def test_a_continuation_is_scored_by_the_gates_that_generate_it(routed: tuple[An
         assert (float(likelihood), is_greedy) == (pytest.approx(expected[0], rel=1e-5), expected[1])
 
 
-def test_the_batch_and_its_order_change_no_score_while_under_hf_they_do(routed: tuple[Any, Any]) -> None:
+def test_the_batch_and_its_order_change_no_score_while_under_hf_they_do(routed):
     """hf lets the continuation and the padding into the gates, as docs/lm-eval.md says."""
     ours, _ = answers(wrapped(BaditLM, routed, 2), PAIRS)
     for batch_size, options in ((1, {}), (16, {}), ("auto", {"max_batch_size": 4})):
@@ -95,7 +89,7 @@ def test_the_batch_and_its_order_change_no_score_while_under_hf_they_do(routed: 
     assert torch.isclose(alone[0], ours[0], rtol=1e-5)
 
 
-def test_other_models_score_as_under_hf(base: tuple[Any, Any]) -> None:
+def test_other_models_score_as_under_hf(base):
     model, tokenizer = base
     model = get_peft_model(model, LoraConfig(r=4, target_modules=["gate_proj"], init_lora_weights=False)).eval()
     ours, greedy = answers(wrapped(BaditLM, (model, tokenizer)), PAIRS)
@@ -105,7 +99,7 @@ def test_other_models_score_as_under_hf(base: tuple[Any, Any]) -> None:
     assert greedy == theirs_greedy
 
 
-def test_generations_are_those_of_hf_and_count_as_greedy(routed: tuple[Any, Any]) -> None:
+def test_generations_are_those_of_hf_and_count_as_greedy(routed):
     contexts = [context for context, _ in PAIRS if context]
     asked = [(context, {"until": ["Rome"], "max_gen_toks": 6}) for context in contexts]
     found = [
@@ -124,7 +118,7 @@ def test_generations_are_those_of_hf_and_count_as_greedy(routed: tuple[Any, Any]
     assert [greedy for _, greedy in scorer._loglikelihood_tokens(pairs, disable_tqdm=True)] == [True] * len(pairs)
 
 
-def test_a_text_without_context_is_routed_by_what_comes_before_each_window(routed: tuple[Any, Any]) -> None:
+def test_a_text_without_context_is_routed_by_what_comes_before_each_window(routed):
     scorer = wrapped(BaditLM, routed, max_length=12)
     text = " ".join(["Answer with the capital of the country. Input: Italy Output: Rome"] * 3)
     ids = scorer.tok_encode(text)[:-1]
@@ -140,7 +134,7 @@ def test_a_text_without_context_is_routed_by_what_comes_before_each_window(route
     assert found == pytest.approx(expected, rel=1e-5)
 
 
-def test_what_is_too_long_loses_its_beginning(routed: tuple[Any, Any]) -> None:
+def test_what_is_too_long_loses_its_beginning(routed):
     scorer = wrapped(BaditLM, routed, max_length=8)
     context, continuation = list(range(5, 25)), [30, 31, 32]
     ((found, _),) = scorer._loglikelihood_tokens([(None, context, continuation)], disable_tqdm=True)
@@ -151,7 +145,7 @@ def test_what_is_too_long_loses_its_beginning(routed: tuple[Any, Any]) -> None:
 
 
 @pytest.fixture
-def task_folder(tmp_path: Path) -> Path:
+def task_folder(tmp_path):
     """Two tasks as lm_eval's users define them, a YAML file each on one .jsonl file."""
     folder = tmp_path / "harness-tasks"
     folder.mkdir()
@@ -175,12 +169,12 @@ def task_folder(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def run(trained: Callable[..., Run]) -> Run:
+def run(trained):
     return trained({"name": "badit", "num_experts": 4, "r": 2, "lora_dropout": 0.1, "regroup": {"every": 3}})
 
 
 @pytest.fixture(autouse=True)
-def _apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _apart(tmp_path, monkeypatch):
     """No network, no files outside, none of lm_eval's own tasks (which take long to list), and its logging undone."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
@@ -192,7 +186,7 @@ def _apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     root.handlers[:] = handlers
 
 
-def evaluated(model: str, arguments: dict[str, Any], tasks: Path, batch_size: int = 4) -> dict[str, list[Any]]:
+def evaluated(model, arguments, tasks, batch_size=4):
     """lm_eval's answers by task: log-likelihoods of the choices, and generations."""
     results = lm_eval.simple_evaluate(
         model=model,
@@ -209,7 +203,7 @@ def evaluated(model: str, arguments: dict[str, Any], tasks: Path, batch_size: in
     return {"likelihoods": likelihoods, "texts": [each["resps"][0][0] for each in samples["toy_answer"]]}
 
 
-def test_a_run_and_its_adapter_are_the_same_to_lm_eval(run: Run, task_folder: Path) -> None:
+def test_a_run_and_its_adapter_are_the_same_to_lm_eval(run, task_folder):
     base = run.trusted_recipe().model.name
     by_run = evaluated("badit", {"run": str(run.path)}, task_folder)
     by_adapter = evaluated("badit", {"pretrained": base, "peft": str(run.adapter_path)}, task_folder, batch_size=1)
@@ -218,9 +212,7 @@ def test_a_run_and_its_adapter_are_the_same_to_lm_eval(run: Run, task_folder: Pa
     assert by_run["texts"] == by_adapter["texts"] == under_hf["texts"]
 
 
-def test_the_command_line_on_tasks_of_ones_own(
-    run: Run, task_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command_line_on_tasks_of_ones_own(run, task_folder, tmp_path, capsys):
     arguments = ["--tasks", "toy_choice,toy_answer", "--include_path", str(task_folder)]
     written = ["--batch_size", "4", "--log_samples", "--output_path", str(tmp_path / "written")]
     before = list(sys.argv)
@@ -231,7 +223,7 @@ def test_the_command_line_on_tasks_of_ones_own(
     assert "<|im_start|>" in samples.read_text()
 
 
-def test_methods_that_tell_tasks_apart_are_told_the_task(trained: Callable[..., Run]) -> None:
+def test_methods_that_tell_tasks_apart_are_told_the_task(trained):
     run = str(trained({"name": "mtl-lora", "r": 4}).path)
     asked = requests([("Name the capital.", {"max_gen_toks": 4})], "generate_until")
     scores = []
@@ -244,7 +236,7 @@ def test_methods_that_tell_tasks_apart_are_told_the_task(trained: Callable[..., 
         answers(BaditLM(run=run, batch_size=2), PAIRS)
 
 
-def test_bad_arguments_are_named(run: Run, task_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_arguments_are_named(run, task_folder, capsys):
     for arguments, message in (
         ({"run": "a", "pretrained": "b"}, "give either run=FOLDER or pretrained=MODEL"),
         ({"run": "a", "peft": "b"}, "a run has its adapter"),

@@ -9,8 +9,8 @@ from pathlib import Path
 from statistics import median
 
 ROOT = Path(__file__).parents[1]
-SOURCE_LINES, SOURCE_MODULES, MODULE_LINES = 15_700, 80, 500
-TEST_LINES = 18_400
+SOURCE_LINES, SOURCE_MODULES, MODULE_LINES = 15_290, 80, 500
+TEST_LINES = 17_790
 
 
 def lines(folder: Path) -> dict[str, int]:

@@ -44,14 +44,11 @@ def trainable_adapters(
 
 @dataclass
 class Window:
-    """One layer's sums since the last regrouping, and that regrouping's log line, which waits for its angles.
-
-    gate_sums: (K + 1), the sums of the gates and their number, on this rank.
-    """
+    """One layer's sums since the last regrouping, and that regrouping's log line, which waits for its angles."""
 
     gram_sum: torch.Tensor | None = None
     steps: int = 0
-    gate_sums: torch.Tensor | None = None
+    gate_sums: torch.Tensor | None = None  # (K + 1), the sums of the gates and their number, on this rank
     pending: dict[str, Any] = field(default_factory=dict)
 
     def restart(self) -> None:
@@ -66,9 +63,7 @@ class Window:
 class Windows(dict[str, Window]):
     """The window of every layer, by its name: filled before each optimizer step, and kept in checkpoints.
 
-    Args:
-        layers: (layer, adapter) by name.
-        optimizer: the Trainer's, whose engine may take its steps within the backward pass.
+    ``layers`` are (layer, adapter) by name; the Trainer's ``optimizer`` may take its steps within the backward pass.
     """
 
     def __init__(self, layers: Mapping[str, tuple[ExpertLinear, str]], optimizer: Any = None) -> None:
@@ -117,11 +112,7 @@ class Windows(dict[str, Window]):
         return tensors, {name: {"steps": window.steps, "pending": window.pending} for name, window in self.items()}
 
     def set_state(self, tensors: Mapping[str, torch.Tensor], notes: Mapping[str, Any]) -> None:
-        """Restores what :meth:`state` gave.
-
-        Raises:
-            BaditError: it is of other layers.
-        """
+        """Restores what :meth:`state` gave."""
         if notes.keys() != self.keys():
             raise BaditError("the regrouping's state belongs to another model or another choice of target_modules")
         for name in self:
@@ -131,10 +122,7 @@ class Windows(dict[str, Window]):
         self._forget_gates()
 
     def save(self, path: Path, *, write: bool = True) -> None:
-        """Writes the state to a safetensors file, with the plain values in its metadata.
-
-        All ranks must call it. Those with ``write`` write.
-        """
+        """Writes the state to a safetensors file, on the ranks with ``write``; all must call it."""
         tensors, notes = self.state()
         if write:
             partial = path.with_name(f"{path.name}.partial")
@@ -142,11 +130,7 @@ class Windows(dict[str, Window]):
             os.replace(partial, path)
 
     def load(self, path: Path) -> None:
-        """Restores the state from a checkpoint's file.
-
-        Raises:
-            BaditError: the file is missing or damaged, or of another model.
-        """
+        """Restores the state from a checkpoint's file."""
         if not path.is_file():
             raise BaditError(
                 f"{path}: is missing, so training cannot continue exactly where it stopped; resume from another "
@@ -165,15 +149,11 @@ def _plus(total: torch.Tensor | None, term: torch.Tensor) -> torch.Tensor:
 
 
 class AngleLog(TrainerCallback):
-    """Writes a line for every layer and window: step, module, window_steps, and the angles of
-    :class:`badit.method.grouping.ExpertAngles`.
+    """Writes to the log ``path`` a line for every layer and window of ``every`` optimizer steps: step, module,
+    window_steps, and the angles of :class:`badit.method.grouping.ExpertAngles`.
 
     Layers with one expert, and those whose experts share their A, have no angles. The sums are kept in checkpoints, so
     that a resumed run writes the same log.
-
-    Args:
-        path: the log.
-        every: optimizer steps in a window.
     """
 
     def __init__(self, path: Path, every: int = 20) -> None:

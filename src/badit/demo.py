@@ -35,7 +35,7 @@ def run_demo(output: Path, epochs: float, seed: int) -> None:
         for name, run in runs.items()
         if (took := run.environment.get("training"))
     ]
-    print("\n" + text_table(["method", "trainable parameters", "steps", "training"], budgets, right={1, 2, 3}))
+    print("\n" + text_table(["method", "trainable parameters", "steps", "training"], budgets))
     print("\n" + _angles(runs["BADIT"].regroupings_path))
     print("\n" + _samples({name: run.predictions_path for name, run in runs.items()}))
     print(f"\nRuns: {output}")
@@ -60,25 +60,23 @@ def _angles(log: Path) -> str:
     if lines.empty:
         return "The run was too short to measure angles between experts."
     means: Any = lines.groupby("step").mean(numeric_only=True)
-    first, last = means.iloc[0], means.iloc[-1]
     rows = []
-    for title, row, prefix in (("as decomposed", first, "previous_"), ("regrouped", last, "")):
+    for title, row, prefix in (("as decomposed", means.iloc[0], "previous_"), ("regrouped", means.iloc[-1], "")):
         numbers = [f"{row[f'{prefix}{side}_degrees']:.1f}°" for side in ("intra", "inter")]
         numbers += [f"{row[f'{prefix}{side}_abs_cos']:.3f}" for side in ("intra", "inter")]
         rows.append([f"{title} (steps after {row.name})", *numbers])
     header = ["gradients of the components", "within", "between", "|cos| within", "|cos| between"]
-    return "Angles within and between experts, mean over layers\n\n" + text_table(header, rows, right={1, 2, 3, 4})
+    return "Angles within and between experts, mean over layers\n\n" + text_table(header, rows)
 
 
 def _samples(folders: Mapping[str, Path]) -> str:
     """One instance of each of a few tasks, with every method's answer."""
     files = sorted(next(iter(folders.values())).glob("*.jsonl"))
-    blocks = []
+    lines = []
     for file in (files[i * len(files) // SAMPLES] for i in range(SAMPLES)):
         answers = {name: next(read_jsonl(folder / file.name)) for name, folder in folders.items()}
         reference = next(iter(answers.values()))
-        lines = [f"[{file.stem}] {' '.join(own_input(reference['prompt']).split())}"]
+        lines += ["", f"[{file.stem}] {' '.join(own_input(reference['prompt']).split())}"]
         lines += [f"  {'reference':10} {reference['references'][0]}"]
         lines += [f"  {name:10} {' '.join(answer['prediction'].split())[:100]}" for name, answer in answers.items()]
-        blocks.append("\n".join(lines))
-    return "\n\n".join(blocks)
+    return "\n".join(lines[1:])

@@ -4,9 +4,8 @@
     lm_eval.simple_evaluate(model="badit", model_args={"run": "runs/mine"}, tasks=["arc_easy"])
 
 lm_eval scores a continuation by one forward pass over context and continuation. Its own model class ``hf`` does not
-mark the end of the context, so gates that should follow the prompt also follow the continuation and the padding: they
-differ from those of training and generation, and change with the batch size. ``badit`` marks it. Generations are the
-same under both, since a generation's input is all prompt.
+mark the end of the context, so gates that should follow the prompt also follow the continuation and the padding.
+``badit`` marks it. Generations are the same under both, since a generation's input is all prompt.
 """
 
 from __future__ import annotations
@@ -51,8 +50,8 @@ Request = tuple[tuple[str, str] | None, list[int], list[int]]
 class BaditLM(_HFLM):
     """lm_eval's ``hf`` for causal models whose gates follow the prompt; for any others the same as ``hf``.
 
-    The prompt is a request's context, few-shot examples included. A text that is scored without context
-    (``loglikelihood_rolling``) is routed by the one token that lm_eval puts before it.
+    The prompt is a request's context, few-shot examples included. A text without context (``loglikelihood_rolling``) is
+    routed by the one token that lm_eval puts before it.
 
     Args:
         run: a run's folder, in place of ``pretrained`` and ``peft``: its base model with what it has learnt.
@@ -121,9 +120,8 @@ class BaditLM(_HFLM):
         """One batch, whose rows are routed by their contexts."""
         examples, contexts = [], []
         for _, context, continuation in requests:
-            if not 1 <= len(continuation) <= self.max_length:
-                allowed = f"1 to {self.max_length} (max_length) can be scored"
-                raise BaditError(f"a continuation has {len(continuation)} tokens; {allowed}")
+            if not 1 <= (size := len(continuation)) <= self.max_length:
+                raise BaditError(f"a continuation has {size} tokens; 1 to {self.max_length} (max_length) can be scored")
             ids = (context + continuation)[-(self.max_length + 1) :]  # the last one is predicted, but never read
             contexts.append(len(ids) - len(continuation))
             examples.append({"input_ids": ids[:-1], "labels": [-100] * (contexts[-1] - 1) + continuation})
@@ -147,8 +145,7 @@ class BaditLM(_HFLM):
         return [(float(likelihoods.sum()), bool(greedy.all())) for likelihoods, greedy in parts]
 
     def _model_call(self, inps: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """A bare forward pass, by which ``hf`` finds the largest batch that fits."""
-        with self._rows_of_task(len(inps)):
+        with self._rows_of_task(len(inps)):  # by which ``hf`` finds the largest batch that fits
             return super()._model_call(inps, *args, **kwargs)
 
     def _model_generate(self, context: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:

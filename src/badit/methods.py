@@ -231,7 +231,7 @@ class NeuronMethod(WeightsMethod):
     def trained_parameters(self, model: PreTrainedModel) -> int:
         """Before the data has been seen, those of one task's neurons; several tasks share some of them."""
         if self._masks is None:
-            return round(self.options.share * neurons.trained_parameters(model, neurons.all_neurons(model)))
+            return round(self.options.share * neurons.trained_parameters(model))
         return neurons.trained_parameters(model, self._masks)
 
     def _saved_names(self, model: PreTrainedModel) -> set[str]:

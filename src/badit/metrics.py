@@ -24,15 +24,9 @@ _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 @dataclass(frozen=True)
 class Prediction:
-    """A model's answer to one instance, with all that is needed to score it again.
+    """A model's answer (``prediction``) to one instance, with all that is needed to score it again.
 
-    Attributes:
-        task: the task's name.
-        instance_id: the instance's id within the task.
-        prediction: the decoded answer.
-        references: the accepted answers.
-        prompt: the text that the model was given.
-        nll: of the first reference given the prompt, in nats per token; None if it was not measured.
+    ``nll`` is that of the first reference given the prompt, in nats per token; None if it was not measured.
     """
 
     task: str
@@ -70,15 +64,9 @@ def exact_match(prediction: str, references: Sequence[str]) -> float:
 
 @dataclass(frozen=True)
 class Metric:
-    """A metric of answers.
+    """A metric of answers, from 0 to ``most``; ``score`` is None where an answer has none.
 
-    Attributes:
-        label: its name in tables.
-        score: of an answer; None if it cannot be told.
-        most: the highest value that there can be; the lowest is 0.
-        margin: methods are level whose difference is surely below it, see :class:`badit.statistics.Difference`.
-        decimals: in tables.
-        lower_is_better: whether 0 is the best value.
+    ``label`` and ``decimals`` are for tables; ``margin`` makes methods level, see :class:`badit.statistics.Difference`.
     """
 
     label: str
@@ -114,17 +102,11 @@ def instance_scores(predictions: Mapping[str, Sequence[Prediction]]) -> dict[str
     """Every instance's scores in each metric, in the predictions' order: `{task: {"rouge_l": [...], …}}`.
 
     A metric that some answer has no score in is left out.
-
-    Raises:
-        BaditError: no tasks, a task without predictions, or a prediction without references.
     """
-    if not predictions:
-        raise BaditError("predictions: no tasks to score")
-    scores = {}
-    for task, answers in predictions.items():
-        if not answers:
-            raise BaditError(f"predictions: task {task} has none")
-        scores[task] = {name: [metric.score(answer) for answer in answers] for name, metric in METRICS.items()}
+    scores: dict[str, dict[str, list[Any]]] = {
+        task: {name: [metric.score(answer) for answer in answers] for name, metric in METRICS.items()}
+        for task, answers in predictions.items()
+    }
     missing = {name for of_task in scores.values() for name in of_task if None in of_task[name]}
     return {
         task: {name: values for name, values in of_task.items() if name not in missing}
@@ -135,10 +117,8 @@ def instance_scores(predictions: Mapping[str, Sequence[Prediction]]) -> dict[str
 def mean_scores(instances: Mapping[str, Mapping[str, Sequence[float]]]) -> dict[str, Any]:
     """A run's scores from those of every instance, as scores.json has them.
 
-    Returns:
-        For each metric, such as ``rouge_l``, the mean over tasks, in which every task counts the same; with the suffix
-        ``_instances`` the mean over all instances; and ``tasks``, which maps each task's name to its own mean of each
-        metric and its number of ``instances``.
+    Of each metric the mean over tasks and, as ``METRIC_instances``, over all instances; and ``tasks``: of each task its
+    own means and its number of ``instances``.
     """
     means: dict[str, Any] = {}
     for metric in next(iter(instances.values())):

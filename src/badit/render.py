@@ -5,9 +5,8 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
-from dataclasses import dataclass
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 
@@ -38,37 +37,21 @@ _LATEX = str.maketrans(
 )
 
 
-@dataclass(frozen=True)
-class Table:
-    """A comparison's table.
+class Table(NamedTuple):
+    """A comparison's table: ``texts``, whose first column names the row, and (row, column) of what is made bold.
 
-    Attributes:
-        columns: each with its title and its values as text; the first one names the row.
-        best: (row, column) of what is made bold.
-        notes: lines below the table.
-        numbers: a row for each row of the table in full precision, which is what the CSV form has.
-        omitted: the comparison's cells that the table does not cover.
+    ``notes`` are lines below it; ``numbers`` has the same rows in full precision and the cells that are not in it.
     """
 
-    columns: Sequence[tuple[str, Sequence[str]]]
+    texts: pd.DataFrame
     best: Set[tuple[int, int]]
     notes: Sequence[str]
     numbers: pd.DataFrame
-    omitted: pd.DataFrame
 
-    def lines(self, escape: Callable[[str], str] = str, bold: Callable[[str], str] = str) -> list[list[str]]:
-        """The header and the rows as text."""
-        lines = zip(*([title, *texts] for title, texts in self.columns), strict=True)
-        escaped = [[escape(one_line(text)) for text in line] for line in lines]
-        return [
-            [bold(text) if (i - 1, j) in self.best else text for j, text in enumerate(line)]
-            for i, line in enumerate(escaped)
-        ]
 
-    def footer(self) -> list[str]:
-        """The notes and the omitted cells, one line each."""
-        cells = [f"not in the table: {_described(cell)}" for cell in self.omitted.to_dict("records")]
-        return [one_line(line) for line in (*self.notes, *cells)]
+def number(value: Any, form: str = ".1f", sign: str = "-") -> str:
+    """``number(-1234.5)`` is "−1,234.5"; what rounds to zero has no sign; an unknown number is a dash."""
+    return UNKNOWN if value is None or pd.isna(value) else f"{value:{sign}z,{form}}".replace("-", "−")
 
 
 def render(
@@ -106,8 +89,8 @@ def render(
 
 def method_table(results: Results, metric: str = "rouge_l", released: bool = False) -> Table:
     """A row for each method that has been scored."""
-    label = METRICS[metric].label
-    patterns = {"rank": ("rank", "{:g}")}
+    label, form = METRICS[metric].label, f".{METRICS[metric].decimals}f"
+    last = {"rank": ("rank", "g")}
     if results.protocol == "sequential":
         runs, score = "runs", "AP"
         spreads = {"rouge_l": "AP", "forgetting": "forgetting", "backward_transfer": "BWT", "forward_transfer": "FWT"}
@@ -119,86 +102,75 @@ def method_table(results: Results, metric: str = "rouge_l", released: bool = Fal
         runs, score = "seeds", label
         known = set(results.scores["metric"])
         spreads = {name: metric.label for name, metric in METRICS.items() if name in known}
-        patterns |= {"task_rank": ("task rank", "{:.1f}"), "seconds": ("time (s)", "{:,.0f}")}
-        patterns |= {"peak_memory_gib": ("GiB", "{:.1f}")}
+        last |= {"task_rank": ("task rank", ".1f"), "seconds": ("time (s)", ".0f"), "peak_memory_gib": ("GiB", ".1f")}
         notes = [
             f"rank: by {label}, 1 is best; task rank: mean over tasks of the rank on each",
             "time: median, GiB: maximum over seeds",
         ]
     summary = summarise(results, metric, "released" if released else "standard")
     summary = summary.loc[summary["runs"] > 0]
-    columns = [
-        ("method", _texts(summary["method"])),
-        ("parameters", _texts(summary["trainable_parameters"], "{:,}".format)),
-        ("lr", _texts(summary["learning_rate"])),
-        (runs, _texts(summary["runs"])),
-    ]
+    columns: dict[str, Iterable[Any]] = {
+        "method": summary["method"],
+        "parameters": [number(count, ".0f") for count in summary["trainable_parameters"]],
+        "lr": summary["learning_rate"].fillna(UNKNOWN),
+        runs: map(str, summary["runs"]),
+    }
     best = set()
     for name, title in spreads.items():
         means, stds = (summary[f"{name}_{part}"] for part in ("mean", "std"))
         lower_is_better = name == "forgetting" or (name in METRICS and METRICS[name].lower_is_better)
         best |= {(i, len(columns)) for i in _highest(-means if lower_is_better else means)}
-        show = _number(METRICS[name].decimals if name in METRICS else 1)
-        columns.append((title, [_spread(mean, std, show) for mean, std in zip(means, stds, strict=True)]))
-    difference = [summary[f"difference_{part}"] for part in ("mean", "low", "high")]
-    signed = _number(METRICS[metric].decimals, "+")
-    intervals = [
-        _interval(mean, low, high, level, signed)
-        for mean, low, high, level in zip(*difference, summary["level"], strict=True)
-    ]
-    columns.append((f"vs {results.reference} [95 %]", intervals))
-    columns += [(title, _texts(summary[name], pattern.format)) for name, (title, pattern) in patterns.items()]
+        own = f".{METRICS[name].decimals}f" if name in METRICS else ".1f"
+        pairs = zip(means, stds, strict=True)
+        columns[title] = [number(mean, own) + ("" if pd.isna(std) else f" ± {number(std, own)}") for mean, std in pairs]
+    columns[f"vs {results.reference} [95 %]"] = differences = []
+    for row in summary.to_dict("records"):
+        mean, low, high = (number(row[f"difference_{part}"], form, "+") for part in ("mean", "low", "high"))
+        differences.append(mean if mean == UNKNOWN else f"{mean} [{low}, {high}]{' ≈' if row['level'] is True else ''}")
+    columns |= {title: [number(x, of) for x in summary[name]] for name, (title, of) in last.items()}
     numbers = ["method", "trainable_parameters", "learning_rate", "runs"]
     numbers += [f"{name}_{part}" for name in spreads for part in ("mean", "std")]
-    numbers += [name for name in summary if name.startswith("difference_")] + ["level", *patterns]
-    notes = [*_difference_notes(results, summary, score, metric), *notes, *_unscored(results)]
-    return Table(columns, best, notes, summary[numbers], _omitted(results))
+    numbers += [name for name in summary if name.startswith("difference_")] + ["level", *last]
+    notes = [*_difference_notes(results, summary, score, metric), *notes]
+    return _table(results, columns.items(), best, notes, summary[numbers])
 
 
 def _task_table(results: Results, metric: str) -> Table:
     """A row for each task, a column for each method that has been scored."""
     means = task_means(results, metric)
     means.loc["mean over tasks"] = [fmean(means[method]) for method in means]
-    show = _number(METRICS[metric].decimals)
-    columns = [("task", _texts(means.index)), *((method, _texts(means[method], show)) for method in means)]
+    form = f".{METRICS[metric].decimals}f"
+    columns = [("task", means.index), *((method, [number(x, form) for x in means[method]]) for method in means)]
     sign = -1 if METRICS[metric].lower_is_better else 1
     best = {(i, j + 1) for i, row in enumerate(sign * means.to_numpy()) for j in _highest(row)}
-    notes = [f"{METRICS[metric].label}, mean over each method's runs", *_unscored(results)]
-    numbers = means.add_suffix(f"_{metric}", axis="columns").reset_index()
-    return Table(columns, best, notes, numbers, _omitted(results))
+    notes = [f"{METRICS[metric].label}, mean over each method's runs"]
+    return _table(results, columns, best, notes, means.add_suffix(f"_{metric}", axis="columns").reset_index())
 
 
-def _texts(values: Iterable[Any], show: Callable[[Any], str] = str) -> list[str]:
-    return [UNKNOWN if pd.isna(value) else show(value) for value in values]
-
-
-def _number(decimals: int, sign: str = "-") -> Callable[[float], str]:
-    # z: what rounds to zero has no sign.
-    return lambda value: f"{value:{sign}z.{decimals}f}".replace("-", "−")
-
-
-def _spread(mean: float, std: float, show: Callable[[float], str]) -> str:
-    return UNKNOWN if pd.isna(mean) else show(mean) + ("" if pd.isna(std) else f" ± {show(std)}")
-
-
-def _interval(mean: float, low: float, high: float, level: Any, show: Callable[[float], str]) -> str:
-    text = UNKNOWN if pd.isna(mean) else f"{show(mean)} [{show(low)}, {show(high)}]"
-    return f"{text} ≈" if not pd.isna(level) and level else text
+def _table(
+    results: Results,
+    columns: Iterable[tuple[str, Iterable[Any]]],
+    best: Set[tuple[int, int]],
+    notes: Sequence[str],
+    numbers: pd.DataFrame,
+) -> Table:
+    """Adds what is not in the table: methods without a score, and cells that are not done."""
+    titles, texts = zip(*columns, strict=True)
+    unscored = [name for name in results.methods if name not in results.scored_methods]
+    notes = [*notes, f"no finished run: {', '.join(unscored)}"] if unscored else [*notes]
+    omitted = results.cells.loc[results.cells["status"] != "done", _OMITTED].astype(object)
+    for cell in omitted.where(omitted.notna(), None).to_dict("records"):
+        where = [f"{name.replace('_', ' ')} {cell[name]}" for name in _OMITTED[1:4] if cell[name] is not None]
+        reason = f" ({' '.join(cell['error'].split()):.100})" if cell["error"] else ""
+        notes.append(f"not in the table: {', '.join([cell['method'], *where])}: {cell['status']}{reason}")
+    rows = pd.DataFrame(zip(*texts, strict=True), columns=titles, dtype=object)
+    return Table(rows, best, [*map(one_line, notes)], pd.concat([numbers.astype(object), omitted]))
 
 
 def _highest(values: Any) -> list[int]:
     """Where the highest value is; in several places if it is shared, up to rounding."""
     known = {i: value for i, value in enumerate(values) if not pd.isna(value)}
     return [i for i, value in known.items() if value >= max(known.values()) - 1e-9]
-
-
-def _unscored(results: Results) -> list[str]:
-    names = [name for name in results.methods if name not in results.scored_methods]
-    return [f"no finished run: {', '.join(names)}"] if names else []
-
-
-def _omitted(results: Results) -> pd.DataFrame:
-    return results.cells.loc[results.cells["status"] != "done", _OMITTED]
 
 
 def _difference_notes(results: Results, summary: pd.DataFrame, score: str, metric: str) -> list[str]:
@@ -219,77 +191,65 @@ def _difference_notes(results: Results, summary: pd.DataFrame, score: str, metri
     return notes
 
 
-def _described(cell: Mapping[str, Any]) -> str:
-    """``lora, seed 0, learning rate 0.002: failed (out of memory)``."""
-    known = {name: cell[name] for name in ("seed", "order", "learning_rate") if not pd.isna(cell[name])}
-    place = ", ".join([cell["method"], *(f"{name.replace('_', ' ')} {value}" for name, value in known.items())])
-    reason = "" if pd.isna(cell["error"]) else " ".join(cell["error"].split())
-    return f"{place}: {cell['status']}" + (f" ({reason:.100})" if reason else "")
+def _lines(table: Table, escape: Callable[[str], str] = str, bold: Callable[[str], str] = str) -> list[list[str]]:
+    """The header and the rows."""
+    lines = [[escape(one_line(text)) for text in row] for row in (table.texts.columns, *table.texts.to_numpy())]
+    for row, column in table.best:
+        lines[row + 1][column] = bold(lines[row + 1][column])
+    return lines
 
 
 def _text(table: Table) -> str:
-    header, *rows = table.lines()
-    return "\n".join([text_table(header, rows, right=set(range(1, len(header)))), "", *table.footer()])
+    header, *rows = _lines(table)
+    return "\n".join([text_table(header, rows), "", *table.notes])
 
 
 def _markdown(table: Table) -> str:
     def escape(value: str) -> str:
         return _MARKDOWN_SPECIAL.sub(r"\\\1", value)
 
-    header, *rows = table.lines(escape, lambda value: f"**{value}**")
+    header, *rows = _lines(table, escape, lambda value: f"**{value}**")
     lines = [f"| {' | '.join(row)} |" for row in (header, ["---", *("---:" for _ in header[1:])], *rows)]
-    return "\n".join([*lines, "", *(f"- {escape(line)}" for line in table.footer())])
+    return "\n".join([*lines, "", *(f"- {escape(note)}" for note in table.notes)])
 
 
 def _latex(table: Table) -> str:
     """A booktabs tabular; the lines below the table become comments."""
-    lines = table.lines(lambda value: value.translate(_LATEX), lambda value: rf"\textbf{{{value}}}")
+    lines = _lines(table, lambda value: value.translate(_LATEX), lambda value: rf"\textbf{{{value}}}")
     header, *rows = [" & ".join(line) + r" \\" for line in lines]
-    begin, end = rf"\begin{{tabular}}{{l{'r' * (len(table.columns) - 1)}}}", r"\end{tabular}"
-    notes = [f"% {note}" for note in table.footer()]
+    begin, end = rf"\begin{{tabular}}{{l{'r' * (len(lines[0]) - 1)}}}", r"\end{tabular}"
+    notes = [f"% {note}" for note in table.notes]
     return "\n".join([begin, r"\toprule", header, r"\midrule", *rows, r"\bottomrule", end, *notes])
 
 
 def _csv(table: Table) -> str:
     """In full precision; a cell that was left out is a row of its own, with its status."""
-    frame = pd.concat([table.numbers.astype(object), table.omitted.astype(object)])
-    return frame.to_csv(index=False).removesuffix("\n")
+    return table.numbers.to_csv(index=False).removesuffix("\n")
 
 
 #: The forms of a comparison's table.
 FORMATS: dict[str, Callable[[Table], str]] = {"text": _text, "markdown": _markdown, "latex": _latex, "csv": _csv}
 
 
-def text_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, right: Set[int] = frozenset()) -> str:
-    """Aligned columns under a header and a rule; the columns in ``right`` are right-aligned."""
-    header, *rows = [[*map(one_line, line)] for line in (header, *rows)]
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-
-    def line(cells: Sequence[str]) -> str:
-        padded = [
-            cell.rjust(width) if i in right else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
-        ]
-        return "  ".join(padded).rstrip()
-
-    return "\n".join([line(header), "  ".join("─" * width for width in widths), *map(line, rows)])
+def text_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, right: Set[int] | None = None) -> str:
+    """Aligned columns under a header and a rule; those in ``right`` (default: all but the first) are right-aligned."""
+    columns = []
+    for i, cells in enumerate(zip(header, *rows, strict=True)):
+        texts = [*map(one_line, cells)]
+        width = max(map(len, texts))
+        align = str.rjust if (i in right if right is not None else i) else str.ljust
+        columns.append([align(text, width) for text in (texts[0], "─" * width, *texts[1:])])
+    return "\n".join("  ".join(line).rstrip() for line in zip(*columns, strict=True))
 
 
 def score_table(scores: Mapping[str, pd.DataFrame]) -> str:
-    """A column for every metric of each entry of ``scores``, a row for each task, and the means below.
-
-    Args:
-        scores: by name, frames of the same tasks as :func:`badit.results.scores_frame` makes them.
-    """
-    columns, shown = {}, []
+    """A column for each metric of each run's :func:`badit.results.scores_frame`, a row for each task, and the means."""
+    columns = {}
     for name, frame in scores.items():
-        for metric, rows in frame.groupby("metric", sort=False):
-            shown.append(str(metric))
-            columns[f"{name} {METRICS[str(metric)].label}"] = dict(zip(rows["task"], rows["score"], strict=True))
+        for key, rows in frame.groupby("metric", sort=False):
+            values = dict(zip(rows["task"], rows["score"], strict=True))
+            values["mean over tasks"] = fmean(values.values())
+            metric = METRICS[str(key)]
+            columns[f"{name} {metric.label}"] = {task: number(x, f".{metric.decimals}f") for task, x in values.items()}
     table = pd.DataFrame(columns)
-    table.loc["mean over tasks"] = [fmean(table[name]) for name in table]
-    shows = [_number(METRICS[metric].decimals) for metric in shown]
-    rows = [
-        [str(task), *(show(x) for show, x in zip(shows, scores, strict=True))] for task, *scores in table.itertuples()
-    ]
-    return text_table(["task", *table], rows, right=set(range(1, len(columns) + 1)))
+    return text_table(["task", *table], [[str(task), *texts] for task, *texts in table.itertuples()])

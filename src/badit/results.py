@@ -1,14 +1,13 @@
 """The results of a comparison: methods x seeds (x task orders), from results.json to tidy frames and a summary.
 
-A comparison may be partial. Cells that failed or are still missing, and learning rates that lost the search, count for
-nothing in the scores and the summary.
+Cells that failed or are missing, and learning rates that lost the search, have no scores and are not in the summary.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Annotated, Any, Literal
@@ -71,10 +70,13 @@ class _Scores(_by_metric("_Means")):
     continual: dict[Form, _Transfer] | None = None
 
 
+_Amount = Annotated[float, Field(ge=0, le=_MOST)]
+
+
 class _Training(_Part):
     trainable_parameters: Annotated[int, Field(ge=0, le=_MOST)] | None = None
-    seconds: Annotated[float, Field(ge=0, le=_MOST)] | None = None
-    peak_memory_gib: Annotated[float, Field(ge=0, le=_MOST)] | None = None
+    seconds: _Amount | None = None
+    peak_memory_gib: _Amount | None = None
 
 
 class _Environment(_Part):
@@ -154,13 +156,9 @@ def load_results(path: str | os.PathLike[str]) -> Results:
     refuse_other_format(content, path, FORMAT)
     with explained(path):
         file = _File.model_validate(content)
-    counted = _counted(file, path)
-    cells, scores, instances, continual = [], [], [], []
-    for cell in file.cells:
-        training = cell.environment.training if cell.environment else _Training()
-        values = {**dict(cell), **dict(training)}
-        cells.append([values[column] for column in _CELL])
-    for cell in counted:
+    scores, instances, continual = [], [], []
+    cells = [{**dict(cell), **dict((cell.environment or _Environment()).training)} for cell in file.cells]
+    for cell in _counted(file, path):
         run = (cell.method, cell.seed, cell.order)
         for task, entry in cell.scores.tasks.items() if cell.scores else ():
             scores += [(*run, task, metric, score, entry.instances) for metric, score in _known_metrics(entry)]
@@ -180,11 +178,7 @@ def load_results(path: str | os.PathLike[str]) -> Results:
 
 
 def read_scores(path: Path) -> dict[str, Any]:
-    """What a run's scores.json holds, all of it, with the scores checked.
-
-    Raises:
-        BaditError: it is missing or damaged.
-    """
+    """What a run's scores.json holds, all of it, with the scores checked."""
     content = read_json(path)
     with explained(path, fix="score the run again"):
         _Scores.model_validate(content)
@@ -194,15 +188,10 @@ def read_scores(path: Path) -> dict[str, Any]:
 def scores_frame(scores: Mapping[str, Any]) -> pd.DataFrame:
     """A run's scores as a frame: a row for each task and metric, with the columns task, metric, score and n.
 
-    Scores are from 0 to 100 (the NLL is in nats), and n is the number of instances. Of a sequence of tasks they are the
-    final model's, and the frame's ``attrs`` have ``order``, ``matrix`` and ``continual`` as in scores.json.
+    Of a sequence of tasks they are the final model's; ``attrs`` has ``order``, ``matrix`` and ``continual``.
     """
-    rows = [
-        (task, metric, entry[metric], entry["instances"])
-        for task, entry in scores["tasks"].items()
-        for metric in METRICS
-        if metric in entry
-    ]
+    tasks = scores["tasks"].items()
+    rows = [(task, name, entry[name], entry["instances"]) for task, entry in tasks for name in METRICS if name in entry]
     frame = pd.DataFrame(rows, columns=["task", "metric", "score", "n"])
     frame.attrs = {key: scores[key] for key in ("order", "matrix", "continual") if key in scores}
     return frame
@@ -226,9 +215,8 @@ def summarise(results: Results, metric: str = "rouge_l", form: Form = "standard"
         ``peak_memory_gib``, the maximum.
     """
     by_task = task_means(results, metric)
-    rank = pd.Series({name: fmean(by_task[name]) for name in by_task}, dtype=float)
     ascending = METRICS[metric].lower_is_better
-    rank = rank.round(DECIMALS).rank(ascending=ascending)
+    rank = by_task.apply(fmean).astype(float).round(DECIMALS).rank(ascending=ascending)
     task_rank = by_task.round(DECIMALS).rank(axis="columns", ascending=ascending).mean()
     by_run = results.scores.groupby([*_RUN, "metric"], sort=False, dropna=False)["score"].agg(fmean).reset_index()
     transfers = results.continual.loc[results.continual["form"] == form]
@@ -236,12 +224,9 @@ def summarise(results: Results, metric: str = "rouge_l", form: Form = "standard"
     for method in results.methods:
         cells = results.cells.loc[results.cells["method"] == method]
         cells = cells.loc[(cells["status"] == "done") & cells["selected"]]
-        row: dict[str, Any] = {
-            "method": method,
-            "runs": len(cells),
-            "learning_rate": " / ".join(dict.fromkeys(map(str, cells["learning_rate"].dropna()))) or None,
-            "trainable_parameters": cells["trainable_parameters"].max(),
-        }
+        rates = dict.fromkeys(map(str, cells["learning_rate"].dropna()))
+        row: dict[str, Any] = {"method": method, "runs": len(cells), "learning_rate": " / ".join(rates) or None}
+        row["trainable_parameters"] = cells["trainable_parameters"].max()
         of_method = by_run.loc[by_run["method"] == method]
         for name in METRICS:
             row |= _spread(name, of_method.loc[of_method["metric"] == name, "score"])
@@ -269,14 +254,10 @@ def task_means(results: Results, metric: str = "rouge_l") -> pd.DataFrame:
 
 
 def paired(frame: pd.DataFrame, method: str, other: str) -> pd.DataFrame:
-    """The scores of two methods side by side, from runs of the same seed and order.
+    """The ``scores`` or ``instances`` of two methods side by side, from runs of the same seed and order.
 
-    A run without a seed, or without an order, is paired with all of the other method's.
-
-    Args:
-        frame: ``scores`` or ``instances`` of a comparison.
-        method: the method whose columns keep their names.
-        other: the method whose seed, order and score become ``seed_other``, ``order_other`` and ``score_other``.
+    A run without a seed, or without an order, is paired with all of the other method's. The other method's seed, order
+    and score become ``seed_other``, ``order_other`` and ``score_other``.
     """
     shared = [column for column in ("task", "metric", "instance", "n") if column in frame]
     ours, theirs = (frame.loc[frame["method"] == name] for name in (method, other))
@@ -292,14 +273,14 @@ def _difference(results: Results, method: str, metric: str) -> dict[str, Any]:
     kept = results.instances.loc[results.instances["metric"] == metric]
     pairs = paired(kept, method, results.reference)
     if method == results.reference or pairs.empty:
-        return dict.fromkeys(f"difference_{field.name}" for field in fields(Difference))
+        return dict.fromkeys(f"difference_{name}" for name in Difference._fields)
     runs = pairs.groupby(["seed", "order", "seed_other", "order_other"], sort=False, dropna=False).ngroup()
     pairs = pairs.assign(run=runs, difference=pairs["score"] - pairs["score_other"])
     tables = {
         str(task): rows.pivot(index="run", columns="instance", values="difference").to_numpy()
         for task, rows in pairs.groupby("task")
     }
-    return {f"difference_{name}": value for name, value in asdict(paired_bootstrap(tables)).items()}
+    return {f"difference_{name}": value for name, value in paired_bootstrap(tables)._asdict().items()}
 
 
 def _spread(name: str, values: pd.Series) -> dict[str, float | None]:

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from statistics import fmean
 from typing import Literal, NamedTuple, get_args
 
@@ -32,25 +31,19 @@ from badit.errors import BaditError, nearest
 Form = Literal["standard", "released"]
 FORMS: tuple[Form, ...] = get_args(Form)
 
+_RESAMPLES = 10_000
 # Scores gathered at a time: 8 MiB of float64, whatever the number of resamples.
 _CHUNK = 2**20
 #: Scores are equal that round to the same nine decimals: means of equal scores may differ by rounding.
 DECIMALS = 9
 
 
-@dataclass(frozen=True)
-class Difference:
-    """Mean paired difference between two methods, in points, and its 95 % bootstrap interval.
+class Difference(NamedTuple):
+    """Mean paired difference between two methods over ``runs`` pairs of runs, in points, and its bootstrap intervals.
 
-    Attributes:
-        mean: the difference that was observed.
-        low: the 2.5 % quantile of the resampled differences.
-        high: their 97.5 % quantile.
-        share_not_positive: the share of them that are at most 0, up to rounding.
-        inner_low: their 5 % quantile. Two methods are level (equivalent at 5 %, by two one-sided tests) if the interval
-            from here to ``inner_high`` lies within a margin that was chosen beforehand.
-        inner_high: their 95 % quantile.
-        runs: the number of pairs of runs it is taken over.
+    ``low`` and ``high`` are the 2.5 % and 97.5 % quantiles of the resampled differences, ``share_not_positive`` the
+    share of them that are at most 0, up to rounding, ``inner_low`` and ``inner_high`` the 5 % and 95 % quantiles: two
+    methods are level (equivalent at 5 %, by two one-sided tests) if these lie within a margin chosen beforehand.
     """
 
     mean: float
@@ -62,13 +55,7 @@ class Difference:
     runs: int
 
 
-def paired_bootstrap(
-    differences_by_task: Mapping[str, np.ndarray],
-    *,
-    resample_seeds: bool = True,
-    resamples: int = 10_000,
-    seed: int = 0,
-) -> Difference:
+def paired_bootstrap(differences_by_task: Mapping[str, np.ndarray], *, resample_seeds: bool = True) -> Difference:
     """Mean difference between two methods, paired by run and instance, with a 95 % percentile bootstrap interval.
 
     The difference is the mean over tasks of the mean over runs and instances, so every task counts the same. A resample
@@ -76,19 +63,16 @@ def paired_bootstrap(
     ones for every task: the pigeonhole bootstrap (Owen 2007, doi:10.1214/07-AOAS122) of crossed runs and instances,
     stratified by task.
 
-    The interval covers what other test instances of these tasks and, with `resample_seeds`, other runs would have
-    given. It does not cover other tasks, which are taken as fixed, nor choices that all runs share: the training data,
-    the learning rate, the base model. Few runs are a small sample of all possible ones. The bootstrap puts their
-    variance at (S - 1) / S of its unbiased estimate, so with three runs the interval is too narrow where the runs
-    differ much, and with a single run it covers the instances alone. Runs count as exchangeable; those that share a
-    seed or a task order, as in a sequential comparison, are not quite.
+    The interval covers other test instances of these tasks and, with `resample_seeds`, other runs. It does not cover
+    other tasks, nor choices that all runs share: the training data, the learning rate, the base model. The bootstrap
+    puts the variance of runs at (S - 1) / S of its unbiased estimate: with three runs the interval is too narrow where
+    they differ much, and with a single run it covers the instances alone. Runs count as exchangeable; those that share
+    a seed or a task order, as in a sequential comparison, are not quite.
 
     Args:
         differences_by_task: (S, N) each; score of the method minus score of the reference. N may differ by task; the
-            runs are the same and in the same order for all tasks.
+            runs are the same and in the same order for all tasks, whose own order does not matter.
         resample_seeds: draw runs too; without it the interval is one for these very runs.
-        resamples: number of resamples.
-        seed: of the random numbers. The result does not depend on the order of the tasks.
 
     Raises:
         BaditError: no tasks, or differences that are empty, not finite, or of another shape.
@@ -97,16 +81,11 @@ def paired_bootstrap(
     shapes = {(task_SN.ndim, *task_SN.shape[:1]) for task_SN in tasks_SN}
     if len(shapes) != 1 or not all(x.ndim == 2 and x.size and np.isfinite(x).all() for x in tasks_SN):
         raise BaditError("differences_by_task: every task needs finite numbers of the shape (runs, instances)")
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     runs = len(tasks_SN[0])
-    drawn_RS = rng.integers(runs, size=(resamples, runs)) if resample_seeds else np.arange(runs)[None]
-    estimates_R = np.mean(
-        [
-            np.take_along_axis(_resampled_means(task_SN, resamples, rng), drawn_RS, axis=1).mean(axis=1)
-            for task_SN in tasks_SN
-        ],
-        axis=0,
-    )
+    drawn_RS = rng.integers(runs, size=(_RESAMPLES, runs)) if resample_seeds else np.arange(runs)[None]
+    means_RS = [_resampled_means(task_SN, rng) for task_SN in tasks_SN]
+    estimates_R = np.mean([np.take_along_axis(means, drawn_RS, axis=1).mean(axis=1) for means in means_RS], axis=0)
     low, inner_low, inner_high, high = map(float, np.quantile(estimates_R, [0.025, 0.05, 0.95, 0.975]))
     return Difference(
         mean=float(np.mean([task_SN.mean() for task_SN in tasks_SN])),
@@ -119,13 +98,13 @@ def paired_bootstrap(
     )
 
 
-def _resampled_means(task_SN: np.ndarray, resamples: int, rng: np.random.Generator) -> np.ndarray:
+def _resampled_means(task_SN: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """(R, S): each run's mean over each resample of the instances."""
     instances = task_SN.shape[1]
     chunk = max(1, _CHUNK // task_SN.size)
-    means_RS = np.empty((resamples, len(task_SN)))
-    for start in range(0, resamples, chunk):
-        drawn_RN = rng.integers(instances, size=(min(chunk, resamples - start), instances))
+    means_RS = np.empty((_RESAMPLES, len(task_SN)))
+    for start in range(0, _RESAMPLES, chunk):
+        drawn_RN = rng.integers(instances, size=(min(chunk, _RESAMPLES - start), instances))
         means_RS[start : start + chunk] = task_SN[:, drawn_RN].mean(axis=2).T
     return means_RS
 
@@ -159,11 +138,13 @@ def continual_scores(
     """
     if form not in FORMS:
         raise BaditError(f"form: '{form}' is none of {', '.join(FORMS)}{nearest(form, FORMS)}")
-    _check_matrix(scores, single_task)
-    tasks = range(len(scores))
+    tasks, earlier = range(len(scores)), range(len(scores) - 1)
+    measured = [score for i, row in enumerate(scores) for score in row[: i + 1]]
+    if not tasks or any(len(row) != len(tasks) for row in scores) or not all(map(math.isfinite, measured)):
+        raise BaditError("scores: must be a square matrix, with a score for each task that was trained by then")
+    if single_task is not None and (len(single_task) != len(tasks) or not all(map(math.isfinite, single_task))):
+        raise BaditError(f"single_task: {len(tasks)} finite scores are needed, one for each task")
     final = scores[-1]
-    earlier = tasks[:-1]
-
     gains = [final[j] - scores[j][j] for j in earlier]
     if form == "standard":
         best = [max(scores[i][j] for i in earlier[j:]) for j in earlier]
@@ -171,24 +152,9 @@ def continual_scores(
     else:
         best = [max(0.0 if math.isnan(scores[i][j]) else scores[i][j] for i in earlier) for j in earlier]
         backward_divisor = len(tasks)
-
     return ContinualScores(
         average_performance=fmean(final),
         forgetting=fmean(best[j] - final[j] for j in earlier) if earlier else 0.0,
         backward_transfer=math.fsum(gains) / backward_divisor if earlier else 0.0,
         forward_transfer=None if single_task is None else fmean(scores[j][j] - single_task[j] for j in tasks),
     )
-
-
-def _check_matrix(scores: Sequence[Sequence[float]], single_task: Sequence[float] | None) -> None:
-    size = len(scores)
-    if not size:
-        raise BaditError("scores: the matrix is empty")
-    for i, row in enumerate(scores):
-        if len(row) != size:
-            raise BaditError(f"scores: row {i} has {len(row)} entries for {size} tasks; the matrix must be square")
-        for j in range(i + 1):
-            if not math.isfinite(row[j]):
-                raise BaditError(f"scores: row {i} lacks the score of task {j}, which was trained by then")
-    if single_task is not None and (len(single_task) != size or not all(map(math.isfinite, single_task))):
-        raise BaditError(f"single_task: {size} finite scores are needed, one for each task")

@@ -10,17 +10,16 @@ Both run in torchjd, on all trainable parameters as one vector. A task's loss is
 the gradients add up to the plain one: that is what pcgrad gives without conflicts, and cagrad, times T, at c = 0.
 
 Assumptions: tasks weigh as their answer tokens in the batch do, where the papers give every task a loss of its own;
-surgery is done in every micro-batch, and accumulation adds up the results; a micro-batch of one task is a plain one,
-where cagrad's formula would lengthen its gradient by 1 + c. torchjd's cagrad takes no step where ‖g_w‖ is below a ten
-thousandth of the norm of all gradients (Pareto-stationary). CAGrad's rescaling of the step is left out.
+surgery is done in every micro-batch; one of a single task is a plain one, where cagrad's formula would lengthen its
+gradient by 1 + c. torchjd's cagrad takes no step where ‖g_w‖ is below a ten thousandth of the norm of all gradients
+(Pareto-stationary). CAGrad's rescaling of the step is left out.
 
 Shape suffixes: B = rows, T = positions in (B, T), else tasks, P = trainable parameters, counted one by one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -39,18 +38,12 @@ _Gradients = list[torch.Tensor | None]
 
 def pcgrad() -> Combination:
     """PCGrad (arXiv 2001.06782). Its order comes from torch's global generator on the CPU, which checkpoints keep."""
-    with _needing_torchjd():
-        from torchjd.aggregation import PCGrad
-
-        return PCGrad()
+    return _aggregator("PCGrad")
 
 
 def cagrad(c: float = 0.5) -> Combination:
     """CAGrad (arXiv 2110.14048) times T; c is the radius of the ball around the mean gradient, relative to its norm."""
-    with _needing_torchjd():
-        from torchjd.aggregation import CAGrad
-
-        aggregate = CAGrad(c=c)  # imports the solver
+    aggregate = _aggregator("CAGrad", c=c)
 
     def combine(gradients_TP: torch.Tensor) -> torch.Tensor:
         # torchjd takes gradients with a norm below 0.01 for zeros, so it gets them with norm 1.
@@ -63,10 +56,11 @@ def cagrad(c: float = 0.5) -> Combination:
 _COMBINATIONS: dict[str, Callable[[], Combination]] = {"pcgrad": pcgrad, "cagrad": cagrad}
 
 
-@contextmanager
-def _needing_torchjd() -> Iterator[None]:
+def _aggregator(name: str, **options: Any) -> Combination:
     try:
-        yield
+        from torchjd import aggregation
+
+        return getattr(aggregation, name)(**options)  # imports the solver
     except ImportError:
         raise BaditError("surgery needs torchjd and a solver: pip install 'badit[surgery]'") from None
 
@@ -75,10 +69,8 @@ class SurgeryTrainer(AnswerTrainer):
     """An :class:`AnswerTrainer` on batches with ``tasks``, which combines the tasks' gradients by ``surgery``.
 
     It holds T + 1 gradients at a time, in float32. Dropout draws again for each task. A method's own loss
-    (``ExpertModel.extra_loss``) is taken over each task's rows, and the mean of these counts once a micro-batch.
-
-    Raises:
-        BaditError: an unknown surgery, no torchjd, or more than one process, whose tasks would not be the same.
+    (``ExpertModel.extra_loss``) is taken over each task's rows, and the mean of these counts once a micro-batch. It
+    runs in one process: others would have other tasks.
     """
 
     def __init__(self, *args: Any, surgery: Surgery, **kwargs: Any) -> None:
@@ -89,18 +81,9 @@ class SurgeryTrainer(AnswerTrainer):
             raise BaditError("surgery runs in a single process: start it without a launcher")
 
     def training_step(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        num_items_in_batch: torch.Tensor | int | None = None,
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
-        """Adds the combined gradient of a micro-batch to ``.grad`` and returns its loss, a detached scalar.
-
-        ``inputs`` are tensors (B, T) and ``tasks``, the task's name of each row.
-
-        Raises:
-            BaditError: no ``tasks``.
-        """
+        """Adds the combined gradient of a micro-batch, tensors (B, T) and ``tasks``, to ``.grad``; returns its loss."""
         if "tasks" not in inputs:
             raise BaditError("tasks: missing from the batch; collate with AnswerCollator(..., with_tasks=True)")
         tasks = list(dict.fromkeys(inputs["tasks"]))
@@ -110,12 +93,18 @@ class SurgeryTrainer(AnswerTrainer):
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         earlier = _take_gradients(parameters)
         losses, gradients = [], []
-        with self._extra_loss_divided_by(len(tasks)):
+        steps = self.current_gradient_accumulation_steps
+        # ``compute_loss`` averages a method's own loss over these, and the cross-entropy over the number of labels.
+        self.current_gradient_accumulation_steps = steps * len(tasks)
+        try:
             for task in tasks:
                 losses.append(super().training_step(model, rows_of_task(inputs, task), num_items_in_batch))
                 gradients.append(_take_gradients(parameters))
+        finally:
+            self.current_gradient_accumulation_steps = steps
         gradients_TP = torch.stack([_as_row(of_task, parameters) for of_task in gradients])
-        combined_P = self._combined(gradients_TP)
+        # A loss scaler that overflows, or a run that diverges, is for the Trainer to see.
+        combined_P = self._combine(gradients_TP) if gradients_TP.isfinite().all() else gradients_TP.sum(dim=0)
         parts = combined_P.split([parameter.numel() for parameter in parameters])
         for index, (parameter, before, part_P) in enumerate(zip(parameters, earlier, parts, strict=True)):
             parameter.grad = before
@@ -124,29 +113,9 @@ class SurgeryTrainer(AnswerTrainer):
                 parameter.grad = combined if before is None else before + combined
         return torch.stack(losses).sum()
 
-    def _combined(self, gradients_TP: torch.Tensor) -> torch.Tensor:
-        # A loss scaler that overflows, or a run that diverges, is for the Trainer to see.
-        return self._combine(gradients_TP) if gradients_TP.isfinite().all() else gradients_TP.sum(dim=0)
-
-    @contextmanager
-    def _extra_loss_divided_by(self, tasks: int) -> Iterator[None]:
-        """Within, a micro-batch counts as ``tasks`` of them, over which ``compute_loss`` averages a method's own loss.
-
-        The cross-entropy is divided by the number of labels and does not change.
-        """
-        steps = self.current_gradient_accumulation_steps
-        self.current_gradient_accumulation_steps = steps * tasks
-        try:
-            yield
-        finally:
-            self.current_gradient_accumulation_steps = steps
-
 
 def rows_of_task(inputs: dict[str, Any], task: str) -> dict[str, Any]:
-    """The batch's rows of one task, without the trailing positions that are padding in all of them.
-
-    Leading padding stays, since it sets the positions of what follows.
-    """
+    """The rows of one task, without what is padding at the end of all of them; leading padding sets positions."""
     rows = [row for row, name in enumerate(inputs["tasks"]) if name == task]
     attended_T = inputs["attention_mask"][rows].bool().any(dim=0)
     length = int(attended_T.nonzero().max()) + 1
@@ -164,9 +133,6 @@ def _take_gradients(parameters: Sequence[nn.Parameter]) -> _Gradients:
 
 def _as_row(gradients: _Gradients, parameters: Sequence[nn.Parameter]) -> torch.Tensor:
     """All gradients as one vector (P,) in float32, zero for a parameter that the loss does not depend on."""
-    return torch.cat(
-        [
-            (torch.zeros_like(parameter) if gradient is None else gradient).detach().flatten().float()
-            for gradient, parameter in zip(gradients, parameters, strict=True)
-        ]
-    )
+    pairs = zip(gradients, parameters, strict=True)
+    known = [torch.zeros_like(parameter) if gradient is None else gradient for gradient, parameter in pairs]
+    return torch.cat([gradient.detach().flatten().float() for gradient in known])

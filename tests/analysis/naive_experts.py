@@ -5,11 +5,15 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from peft import get_peft_model
+from scipy.special import log_softmax
+from scipy.stats import zscore
 
 import reference
 from badit.baselines.mtl_lora import MtlLoraConfig
@@ -86,17 +90,16 @@ def rows(of_task: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 def gates(model: Any, row: Mapping[str, Any]) -> np.ndarray:
     """One prompt's gates (modules, experts), from every layer's own input and router, position by position."""
     inputs: dict[str, torch.Tensor] = {}
-    handles = [
-        layer.register_forward_pre_hook(lambda module, args: inputs.__setitem__(module.name, args[0][0]))
-        for layer in layers(model)
-    ]
-    losses(model, row)
-    for handle in handles:
-        handle.remove()
+    with ExitStack() as hooks:
+        for layer in layers(model):
+            keep = layer.register_forward_pre_hook(lambda layer, args: inputs.update({layer.name: args[0][0]}))
+            hooks.callback(keep.remove)
+        losses(model, row)
     first = next(t for t, label in enumerate(row["labels"][0].tolist()) if label != -100)
     found = []
     for layer in layers(model):
-        gate = np.mean([_gate(layer, x, inputs[layer.name][:first], row) for x in inputs[layer.name][:first]], axis=0)
+        prompt = inputs[layer.name][:first]
+        gate = np.mean([_gate(layer, x_t, prompt, row) for x_t in prompt], axis=0)
         found.append(gate * len(gate) / gate.sum())
     return np.array(found)
 
@@ -119,15 +122,8 @@ def losses(model: Any, row: Mapping[str, Any]) -> list[float]:
     """The cross-entropy of every answer token of a row, from the logits of all positions."""
     with hooks_of(model).rows_of(row["tasks"]):
         out = model(input_ids=row["input_ids"], attention_mask=row["attention_mask"], labels=row["labels"])
-    logits, labels = reference.float64(out.logits[0]), row["labels"][0].tolist()
-    found = []
-    for t in range(1, len(labels)):
-        if labels[t] != -100:
-            scores = logits[t - 1]
-            found.append(
-                math.log(sum(math.exp(score - scores.max()) for score in scores)) + scores.max() - scores[labels[t]]
-            )
-    return found
+    log_p, labels = log_softmax(reference.float64(out.logits[0]), axis=-1), row["labels"][0].tolist()
+    return [-log_p[t - 1, label] for t, label in enumerate(labels) if t and label != -100]
 
 
 def task_loss(model: Any, of_task: Sequence[Mapping[str, Any]]) -> float:
@@ -138,19 +134,15 @@ def change_error(pairs: Sequence[tuple[list[float], list[float]]]) -> float:
     """The standard error of a change a token, from each prompt's losses before and after."""
     tokens = sum(len(before) for before, _ in pairs)
     change = sum(sum(after) - sum(before) for before, after in pairs) / tokens
-    squares = [(sum(after) - sum(before) - change * len(before)) ** 2 for before, after in pairs]
-    # The variance of the sum of residuals over its divisor n − 1, by the square of the number of tokens.
-    return math.sqrt(sum(squares) / (len(pairs) - 1) * len(pairs)) / tokens
+    residuals = [sum(after) - sum(before) - change * len(before) for before, after in pairs]
+    return math.sqrt(sum(r**2 for r in residuals) / (len(pairs) - 1) * len(pairs)) / tokens
 
 
 @torch.no_grad()
 def delete_expert(model: Any, expert: int) -> Any:
     """Sets the expert's columns of B to zero in all layers; the frozen initial factors stay."""
     for layer in layers(model):
-        b = layer.badit_B["default"]
-        for i in range(b.shape[1]):
-            if expert_of(layer)[i] == expert:
-                b[:, i] = 0
+        layer.badit_B["default"][:, [of == expert for of in expert_of(layer)]] = 0
     return model
 
 
@@ -173,42 +165,26 @@ def similarity(by_task: Mapping[str, np.ndarray]) -> np.ndarray:
 
 def prompt_scores(by_task: Mapping[str, np.ndarray]) -> np.ndarray:
     """(prompts, experts): mean over modules of each gate's z-score over all prompts."""
-    prompts = [gate for g in by_task.values() for gate in g.astype(float)]
-    modules, experts = prompts[0].shape
-    scores = np.zeros((len(prompts), experts))
-    for m, k in itertools.product(range(modules), range(experts)):
-        values = [prompt[m, k] for prompt in prompts]
-        mean = sum(values) / len(values)
-        std = math.sqrt(sum((value - mean) ** 2 for value in values) / len(values))
-        for p, value in enumerate(values):
-            scores[p, k] += (value - mean) / std / modules if std > 1e-6 else 0
-    return scores
+    return zscore(np.concatenate(list(by_task.values())).astype(float), axis=0).mean(axis=1)
 
 
 def recovery(similarity_: np.ndarray, abilities: Sequence[set[str]]) -> dict[str, tuple[float, float, float]]:
     """Value, mean and share of at least the value, over all permutations of the tasks."""
     tasks = range(len(abilities))
+    pairs = list(itertools.combinations(tasks, 2))
+    nearest = [max((b for b in tasks if b != a), key=lambda b, a=a: similarity_[a, b]) for a in tasks]
 
-    def correlation(order: Sequence[int]) -> float:
-        pairs = list(itertools.combinations(tasks, 2))
-        overlaps = [
-            len(abilities[order[a]] & abilities[order[b]]) / len(abilities[order[a]] | abilities[order[b]])
-            for a, b in pairs
-        ]
-        return float(np.corrcoef([similarity_[a, b] for a, b in pairs], overlaps)[0, 1])
+    def correlation(sets: Sequence[set[str]]) -> float:
+        overlaps = [len(sets[a] & sets[b]) / len(sets[a] | sets[b]) for a, b in pairs]
+        return float(np.corrcoef([similarity_[pair] for pair in pairs], overlaps)[0, 1])
 
-    def neighbours(order: Sequence[int]) -> float:
-        hits = 0
-        for a in tasks:
-            nearest = max((b for b in tasks if b != a), key=lambda b: similarity_[a, b])
-            hits += bool(abilities[order[a]] & abilities[order[nearest]])
-        return hits / len(abilities)
+    def neighbours(sets: Sequence[set[str]]) -> float:
+        return float(np.mean([bool(sets[a] & sets[nearest[a]]) for a in tasks]))
 
     results = {}
     for name, measure in (("correlation", correlation), ("nearest_neighbour", neighbours)):
-        value = measure(list(tasks))
-        values = [measure(order) for order in itertools.permutations(tasks)]
-        results[name] = value, float(np.mean(values)), float(np.mean([v >= value - 1e-9 for v in values]))
+        values = [measure(sets) for sets in itertools.permutations(abilities)]  # the first is the given order
+        results[name] = values[0], float(np.mean(values)), float(np.mean([v >= values[0] - 1e-9 for v in values]))
     return results
 
 
@@ -220,8 +196,6 @@ def gradients(model: Any, by_task: Mapping[str, Sequence[Mapping[str, Any]]]) ->
         parameter.requires_grad_(True)
     for row in (row for of_task in by_task.values() for row in rows(of_task)):
         out = model(input_ids=row["input_ids"], attention_mask=row["attention_mask"], labels=row["labels"])
-        targets = row["labels"][0, 1:]
-        log_p = out.logits[0, :-1].log_softmax(dim=-1)
-        sum(-log_p[t, label] for t, label in enumerate(targets.tolist()) if label != -100).backward()
+        F.cross_entropy(out.logits[0, :-1], row["labels"][0, 1:], reduction="sum").backward()
     found = [parameter.grad for parameter in parameters]
     return list(zip(found[::2], found[1::2], strict=True))

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
 from transformers.pytorch_utils import Conv1D
 
 from badit.data import AnswerCollator
+from training.trainers import examples
 
 Examples = Mapping[str, Sequence[Mapping[str, Any]]]
 Vector = list[float]
@@ -23,22 +26,10 @@ _ADAPTER = re.compile(r"\.layers\.(\d+)\.(mlp\.[a-z_]+)\.(?:badit|lora)_")
 Place = tuple[str, int, str]
 
 
-def make_examples(sizes: Mapping[str, int], seed: int = 0) -> dict[str, list[dict[str, Any]]]:
-    """Random prompts and answers of several lengths; each task draws from tokens of its own."""
-    generator = torch.Generator().manual_seed(seed)
-    made: dict[str, list[dict[str, Any]]] = {}
-    for number, (task, size) in enumerate(sizes.items()):
-        low = 3 + 20 * (number % 4)
-
-        def draw(count: int, low: int = low) -> list[int]:
-            return torch.randint(low, low + 25, (count,), generator=generator).tolist()
-
-        made[task] = []
-        for i in range(size):
-            prompt, answer = draw(3 + i % 4), draw(1 + i % 3)
-            labels = [-100] * len(prompt) + answer
-            made[task].append({"input_ids": prompt + answer, "labels": labels, "task": task})
-    return made
+def make_examples(sizes: Mapping[str, int]) -> dict[str, list[dict[str, Any]]]:
+    """Random prompts and answers of several lengths."""
+    made = iter(examples(sum(sizes.values())))
+    return {task: [{**next(made), "task": task} for _ in range(size)] for task, size in sizes.items()}
 
 
 def rows(frame: pd.DataFrame) -> list[list[Any]]:
@@ -46,9 +37,9 @@ def rows(frame: pd.DataFrame) -> list[list[Any]]:
     return frame.astype(object).where(frame.notna(), None).to_numpy().tolist()
 
 
-def batched(examples: Examples, size: int = 3, side: Any = "right") -> dict[str, list[dict[str, Any]]]:
+def batched(of_tasks: Examples, size: int = 3, side: Any = "right") -> dict[str, list[dict[str, Any]]]:
     collate = AnswerCollator(0, side, with_tasks=True)
-    return {task: [collate(of[i : i + size]) for i in range(0, len(of), size)] for task, of in examples.items()}
+    return {task: [collate(of[i : i + size]) for i in range(0, len(of), size)] for task, of in of_tasks.items()}
 
 
 def loss(model: Any, example: Mapping[str, Any]) -> torch.Tensor:
@@ -71,90 +62,67 @@ def places(model: Any) -> dict[Place, list[str]]:
 
 def gradients(model: Any, examples: Examples) -> dict[str, list[dict[str, torch.Tensor]]]:
     """By task, each instance's gradient by parameter, in float64."""
+    model = copy.deepcopy(model).requires_grad_(True)
     names = [name for of_place in places(model).values() for name in of_place]
     parameters = [dict(model.named_parameters())[name] for name in names]
-    before = [parameter.requires_grad for parameter in parameters]
-    for parameter in parameters:
-        parameter.requires_grad_(True)
-    result = {
-        task: [
-            dict(zip(names, (g.double() for g in torch.autograd.grad(loss(model, e), parameters)), strict=True))
-            for e in of_task
-        ]
-        for task, of_task in examples.items()
-    }
-    for parameter, flag in zip(parameters, before, strict=True):
-        parameter.requires_grad_(flag)
+    result = {}
+    for task, of_task in examples.items():
+        found = [torch.autograd.grad(loss(model, example), parameters) for example in of_task]
+        result[task] = [{name: g.double() for name, g in zip(names, of, strict=True)} for of in found]
     return result
 
 
-def flat(instances: Sequence[Mapping[str, torch.Tensor]], names: Sequence[str]) -> torch.Tensor | None:
-    """The mean gradient over instances as one vector."""
-    if not instances:
-        return None
-    return torch.cat([sum(g[name] for g in instances).flatten() / len(instances) for name in names])
+def flat(instances: Sequence[Mapping[str, torch.Tensor]], names: Sequence[str]) -> torch.Tensor:
+    """The instances' gradients as vectors, one row each."""
+    return torch.stack([torch.cat([g[name].flatten() for name in names]) for g in instances])
 
 
-def cosine(a: torch.Tensor | None, b: torch.Tensor | None) -> float | None:
-    if a is None or b is None or not a.any() or not b.any():
-        return None
-    return float(a @ b) / math.sqrt(float(a @ a) * float(b @ b))
+def cosine(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float(a @ b / (a.norm() * b.norm()))
 
 
 def magnitude(a: torch.Tensor, b: torch.Tensor) -> float:
     return 2 * float(a.norm() * b.norm()) / float(a @ a + b @ b)
 
 
-def halves(instances: Sequence[Any]) -> tuple[list[Any], list[Any]]:
-    return list(instances[0::2]), list(instances[1::2])
+def halves(vectors: torch.Tensor) -> list[torch.Tensor]:
+    """The means of the even and of the odd rows; NaN where there is none."""
+    return [vectors[half::2].mean(dim=0) for half in (0, 1)]
 
 
-def corrected(a: Sequence[Any], b: Sequence[Any], names: Sequence[str]) -> float | None:
-    between = []
-    for instances in (a, b):
-        first, second = (flat(half, names) for half in halves(instances))
-        if first is None or second is None or float(first @ second) <= 0:
-            return None
-        between.append(float(first @ second))
-    value = float(flat(a, names) @ flat(b, names)) / math.sqrt(between[0] * between[1])
+def corrected(a: torch.Tensor, b: torch.Tensor) -> float:
+    between = [float(torch.dot(*halves(vectors))) for vectors in (a, b)]
+    if not all(product > 0 for product in between):
+        return math.nan
+    value = float(a.mean(dim=0) @ b.mean(dim=0)) / math.sqrt(between[0] * between[1])
     return max(-1.0, min(1.0, value))
-
-
-def mean(values: Sequence[float | None]) -> float | None:
-    defined = [value for value in values if value is not None]
-    return sum(defined) / len(defined) if defined else None
 
 
 def tables(model: Any, examples: Examples) -> dict[str, list[list[Any]]]:
     """The rows of the four gradient tables."""
-    by_task = gradients(model, examples)
-    found = places(model)
+    by_task, found = gradients(model, examples), places(model)
     pairs = list(itertools.combinations(sorted(by_task), 2))
-    rows: dict[str, list[list[Any]]] = {"gradient_pairs": [], "gradient_overall": [], "gradient_summary": []}
+    tables_: dict[str, list[list[Any]]] = {f"gradient_{name}": [] for name in ("pairs", "overall", "summary", "tasks")}
     for (kind, layer, module), names in found.items():
         vectors = {task: flat(instances, names) for task, instances in by_task.items()}
-        cosines = [cosine(vectors[a], vectors[b]) for a, b in pairs]
-        magnitudes = [magnitude(vectors[a], vectors[b]) for a, b in pairs]
-        rows["gradient_pairs"] += [
-            [a, b, layer, module, c, m] for (a, b), c, m in zip(pairs, cosines, magnitudes, strict=True)
-        ]
-        conflicts = mean([None if c is None else float(c < 0) for c in cosines])
-        reliability = mean([cosine(*(flat(half, names) for half in halves(of))) for of in by_task.values()])
-        rows["gradient_summary"].append(
-            [layer, module, kind, conflicts, mean(cosines), mean(magnitudes), reliability],
-        )
-    rows["gradient_tasks"] = []
-    for kind in sorted({kind for kind, _, _ in found}, reverse=True):
+        means = {task: rows.mean(dim=0) for task, rows in vectors.items()}
+        values = [(cosine(means[a], means[b]), magnitude(means[a], means[b])) for a, b in pairs]
+        tables_["gradient_pairs"] += [[*pair, layer, module, *of] for pair, of in zip(pairs, values, strict=True)]
+        cosines, magnitudes = np.transpose(values)
+        reliability = np.nanmean([cosine(*halves(rows)) for rows in vectors.values()])
+        numbers = [np.mean(cosines[~np.isnan(cosines)] < 0), np.nanmean(cosines), np.mean(magnitudes), reliability]
+        tables_["gradient_summary"].append([layer, module, kind, *map(float, numbers)])
+    for kind in {kind for kind, _, _ in found}:
         names = [name for place, of_place in found.items() if place[0] == kind for name in of_place]
+        vectors = {task: flat(instances, names) for task, instances in by_task.items()}
         for a, b in pairs:
-            first, second = flat(by_task[a], names), flat(by_task[b], names)
-            overall = [cosine(first, second), corrected(by_task[a], by_task[b], names), magnitude(first, second)]
-            rows["gradient_overall"].append([a, b, kind, *overall])
-        for task, instances in by_task.items():
-            reliability = cosine(*(flat(half, names) for half in halves(instances)))
-            norm = float(flat(instances, names).norm())
-            rows["gradient_tasks"].append([task, kind, norm, reliability, len(instances)])
-    return rows
+            first, second = vectors[a].mean(dim=0), vectors[b].mean(dim=0)
+            overall = [cosine(first, second), corrected(vectors[a], vectors[b]), magnitude(first, second)]
+            tables_["gradient_overall"].append([a, b, kind, *overall])
+        for task, rows in vectors.items():
+            numbers = [float(rows.mean(dim=0).norm()), cosine(*halves(rows)), len(rows)]
+            tables_["gradient_tasks"].append([task, kind, *numbers])
+    return tables_
 
 
 def row_scores(model: Any, examples: Examples) -> dict[str, list[Vector]]:
@@ -177,20 +145,15 @@ def row_scores(model: Any, examples: Examples) -> dict[str, list[Vector]]:
 def neuron_means(model: Any, examples: Examples, projections: Callable[[Any], list[Any]]) -> dict[str, list[Vector]]:
     """By task and layer, the projections' outputs averaged over all positions of all instances."""
     means: dict[str, list[Vector]] = {}
+    kept: dict[Any, list[torch.Tensor]] = {}
+    model = copy.deepcopy(model)
+    for module in projections(model):
+        module.register_forward_hook(lambda module, args, output: kept.setdefault(module, []).append(output[0].float()))
     for task, instances in examples.items():
-        layers: list[list[torch.Tensor]] = [[] for _ in projections(model)]
+        kept.clear()
         for example in instances:
-            kept: list[torch.Tensor] = []
-            handles = [
-                module.register_forward_hook(lambda module, args, output: kept.append(output[0]))  # noqa: B023
-                for module in projections(model)
-            ]
             loss(model, example)
-            for handle in handles:
-                handle.remove()
-            for layer, output in zip(layers, kept, strict=True):
-                layer += list(output.float())
-        means[task] = [torch.stack(positions).mean(dim=0).tolist() for positions in layers]
+        means[task] = [torch.cat(kept[module]).mean(dim=0).tolist() for module in projections(model)]
     return means
 
 
@@ -207,19 +170,17 @@ def coactivation(kind: str, marks: Mapping[str, Sequence[Sequence[bool]]]) -> di
         units = range(len(marks[names[0]][layer]))
         shares = [sum(marks[name][layer]) / len(units) for name in names]
         counts = [sum(marks[name][layer][unit] for name in names) for unit in units]
-        for tasks in range(len(names) + 1):
-            chance = 0.0
-            for outcome in itertools.product([False, True], repeat=len(names)):
-                if sum(outcome) == tasks:
-                    chance += math.prod(p if hit else 1 - p for p, hit in zip(shares, outcome, strict=True))
+        chances = [0.0] * (len(names) + 1)
+        for outcome in itertools.product([False, True], repeat=len(names)):
+            chances[sum(outcome)] += math.prod(p if hit else 1 - p for p, hit in zip(shares, outcome, strict=True))
+        for tasks, chance in enumerate(chances):
             rows["coactivation"].append([kind, layer, tasks, counts.count(tasks) / len(units), chance])
         for name in names:
             own = [counts[unit] for unit in units if marks[name][layer][unit]]
             universal = sum(count == len(names) for count in counts)
             rows["coactivation_tasks"].append([kind, name, layer, len(own), own.count(1), universal])
     for a, b in itertools.combinations(sorted(names), 2):
-        both = either = 0
-        expected_both = expected_either = 0.0
+        both = either = expected_both = expected_either = 0
         for of_a, of_b in zip(marks[a], marks[b], strict=True):
             both += sum(x and y for x, y in zip(of_a, of_b, strict=True))
             either += sum(x or y for x, y in zip(of_a, of_b, strict=True))

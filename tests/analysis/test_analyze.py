@@ -1,7 +1,5 @@
 """A whole analysis of a tiny run: which tables it leaves, that it continues where it stopped, and what it refuses."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any
@@ -26,18 +24,22 @@ EXPERTS = {
 }  # fmt: skip
 
 
-def names(folder: Path) -> set[str]:
+def names(folder):
     return set(load_frames(folder / "analysis"))
 
 
-@pytest.fixture
-def run(recipe_values: Values) -> Path:
+def finished(recipe_values):
     recipe = build_recipe(recipe_values)
     train_and_score(recipe, progress=False)
     return Path(recipe.output)
 
 
-def test_a_run_with_experts_has_all_tables(run: Path) -> None:
+@pytest.fixture
+def run(recipe_values):
+    return finished(recipe_values)
+
+
+def test_a_run_with_experts_has_all_tables(run):
     assert analyze(run, instances=2, progress=False) == run
     assert names(run) == INTERFERENCE | EXPERTS
     tables = load_frames(run / "analysis")
@@ -47,26 +49,18 @@ def test_a_run_with_experts_has_all_tables(run: Path) -> None:
     record = json.loads((run / "analysis.json").read_text())
     assert list(record["parts"]) == ["interference", "experts", "learning"]
     assert record["settings"] == {"data": None, "instances": 2}
-    # The co-activation tables are written twice; after an interruption in between, experts are in them once.
-    written = {path.name: path.read_text() for path in (run / "analysis").iterdir()}
-    del record["parts"]["experts"]
-    (run / "analysis.json").write_text(json.dumps(record))
-    analyze(run, instances=2, progress=False)
-    assert {path.name: path.read_text() for path in (run / "analysis").iterdir()} == written
     with pytest.raises(BaditError, match=r"analysis: holds an analysis with other settings; remove it and analysis\."):
         analyze(run, instances=3, progress=False)
 
 
-def test_a_single_task_has_no_tables_of_pairs(recipe_values: Values) -> None:
+def test_a_single_task_has_no_tables_of_pairs(recipe_values):
     recipe_values["data"]["tasks"] = ["cities"]
-    run = Path(build_recipe(recipe_values).output)
-    train_and_score(build_recipe(recipe_values), progress=False)
-    analyze(run, instances=2, progress=False)
+    run = analyze(finished(recipe_values), instances=2, progress=False)
     pairs = {"gradient_pairs", "gradient_overall", "coactivation_pairs", "gate_similarity"}
     assert names(run) == (INTERFERENCE | EXPERTS) - pairs
 
 
-def test_tables_in_another_folder_are_shown_with_the_runs_scores(run: Path, tmp_path: Path) -> None:
+def test_tables_in_another_folder_are_shown_with_the_runs_scores(run, tmp_path):
     apart = tmp_path / "apart"
     assert main(["analyze", str(run), "--instances", "2", "-o", str(apart)]) == 0
     assert not (run / "analysis").exists()
@@ -75,30 +69,27 @@ def test_tables_in_another_folder_are_shown_with_the_runs_scores(run: Path, tmp_
     assert "<code>analysis/gates.json</code> of apart" in page
 
 
-def test_a_finished_part_is_not_measured_again(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_finished_part_is_not_measured_again(run, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(module, "ability_atlas", _interrupt)
-        with pytest.raises(KeyboardInterrupt):
+        patch.setattr(module, "ability_atlas", lambda *a, **k: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
             analyze(run, instances=2, progress=False)
     assert names(run) == INTERFERENCE
-    with monkeypatch.context() as patch:
-        patch.setattr(module, "measure_interference", lambda *a, **k: pytest.fail("measured again"))
-        analyze(run, instances=2, progress=False)
-        assert names(run) == INTERFERENCE | EXPERTS
-        patch.setattr(module, "load_run", lambda *a, **k: pytest.fail("loaded a model"))
-        analyze(run, instances=2, progress=False)
+    monkeypatch.setattr(module, "measure_interference", lambda *a, **k: pytest.fail("measured again"))
+    analyze(run, instances=2, progress=False)
+    assert names(run) == INTERFERENCE | EXPERTS
+    monkeypatch.setattr(module, "load_run", lambda *a, **k: pytest.fail("loaded a model"))
+    analyze(run, instances=2, progress=False)
 
 
-def test_a_sequence_has_its_score_matrix(recipe_values: Values) -> None:
+def test_a_sequence_has_its_score_matrix(recipe_values):
     recipe_values["data"]["order"] = "seeded-0"
     recipe_values["method"] = {"name": "lora", "r": 2}
-    recipe = build_recipe(recipe_values)
-    train_and_score(recipe, progress=False)
-    analyze(recipe.output, instances=2, progress=False)
-    assert names(Path(recipe.output)) == INTERFERENCE | {"transfer"}
+    run = analyze(finished(recipe_values), instances=2, progress=False)
+    assert names(run) == INTERFERENCE | {"transfer"}
 
 
-def test_a_base_model_is_measured_on_named_tasks(model_folder: Path, task_file: Path, tmp_path: Path) -> None:
+def test_a_base_model_is_measured_on_named_tasks(model_folder, task_file, tmp_path):
     output = analyze(model_folder, data=str(task_file), instances=2, output=tmp_path / "base", progress=False)
     assert names(output) == INTERFERENCE
     assert (output / "config.yaml").is_file()
@@ -109,26 +100,16 @@ def test_a_base_model_is_measured_on_named_tasks(model_folder: Path, task_file: 
     ("arguments", "message"),
     [
         (["{run}", "--instances", "1"], "instances: must be at least 2"),
-        (
-            ["no-such-model"],
-            "no-such-model: is no run's folder; to measure on a base model, name its tasks",
-        ),
+        (["no-such-model"], "no-such-model: is no run's folder; to measure on a base model, name its tasks"),
         (["no-such-model", "--data", "nowhere"], "nowhere"),
         (["{model}", "--data", "{lonely}"], "data: task sums has no two instances of one split"),
     ],
 )
-def test_bad_input_is_a_line_and_exit_code_2(
-    recipe_values: Values, model_folder: Path, tmp_path: Path, capsys: Any, arguments: list[str], message: str
-) -> None:
+def test_bad_input_is_a_line_and_exit_code_2(recipe_values, model_folder, tmp_path, capsys, arguments, message):
     lonely = tmp_path / "lonely.jsonl"
     lonely.write_text('{"task": "sums", "instruction": "Add.", "input": "1 1", "output": "2"}\n')
     places = {"run": recipe_values["output"], "model": model_folder, "lonely": lonely}
     assert main(["analyze", *(argument.format(**places) for argument in arguments), "-o", str(tmp_path / "o")]) == 2
-    error = capsys.readouterr().err
-    assert message in error
-    assert error.count("\n") == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
     assert not (tmp_path / "o").exists()
-
-
-def _interrupt(*arguments: Any, **options: Any) -> None:
-    raise KeyboardInterrupt

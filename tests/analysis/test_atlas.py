@@ -73,9 +73,11 @@ def test_similar_tasks_are_found():
 
 @pytest.mark.parametrize("method", METHODS)
 def test_an_expert_switched_off_is_an_expert_deleted(tiny_model, method):
-    model = naive.adapted(tiny_model("llama"), method)
+    model = naive.adapted(tiny_model("llama"), method).requires_grad_(True)
     batches = naive.batches()
-    losses_TS, errors_TK = expert_losses(model, batches)
+    with torch.enable_grad():
+        losses_TS, errors_TK = expert_losses(model, batches)
+    assert all(parameter.grad is None for parameter in model.parameters())
     for expert in range(naive.layers(model)[0].badit_config["default"].num_experts):
         without = naive.delete_expert(copy.deepcopy(model), expert)
         for t, task in enumerate(TASKS):
@@ -89,28 +91,9 @@ def test_an_expert_switched_off_is_an_expert_deleted(tiny_model, method):
         assert losses_TS[t, 0] == pytest.approx(naive.task_loss(model, batches[task]), abs=1e-4)
 
 
-def test_losses_do_not_see_the_split_into_batches_and_leave_nothing_behind(tiny_model):
-    model = naive.adapted(tiny_model("llama"), "goat").requires_grad_(True)
-    batches = naive.batches()
-    row = naive.rows(batches["cities"])[0]
-    before = naive.losses(model, row)
-    with torch.enable_grad():
-        whole, split = (expert_losses(model, each) for each in (batches, {t: naive.rows(batches[t]) for t in TASKS}))
-    for one, two in zip(whole, split, strict=True):
-        np.testing.assert_allclose(one, two, atol=1e-5)
-    assert naive.losses(model, row) == before
-    assert all(parameter.grad is None for parameter in model.parameters())
-
-
-def test_an_expert_without_weights_is_not_missed(tiny_model):
-    model = naive.delete_expert(naive.adapted(tiny_model("llama"), "loramoe"), 1)
-    losses_TS, _ = expert_losses(model, naive.batches())
-    change_TK = losses_TS[:, 1:] - losses_TS[:, :1]
-    np.testing.assert_allclose(change_TK[:, 1], 0, atol=1e-6)
-    assert np.abs(change_TK[:, [0, 2]]).min() > 1e-4
-    assert losses_frame(TASKS, np.array([[1, 2, 1.5], [3, 3, 4], [0, 1, 2]])).to_numpy().tolist() == [
+def test_the_table_of_losses_has_every_expert_of_every_task():
+    assert losses_frame(TASKS[:2], np.array([[1, 2, 1.5], [3, 3, 4]])).to_numpy().tolist() == [
         ["cities", 0, 1, 2, 1], ["cities", 1, 1, 1.5, 0.5], ["rivers", 0, 3, 3, 0], ["rivers", 1, 3, 4, 1],
-        ["seas", 0, 0, 1, 1], ["seas", 1, 0, 2, 2],
     ]  # fmt: skip
 
 
@@ -163,36 +146,21 @@ def test_a_summary_names_who_draws_on_it_and_who_is_hurt():
     )
 
 
+ALIKE, LOSS = "All tasks draw on it alike (gate 1.0", "Without it the loss of"
+END = "nats a token on average."
+
+
 @pytest.mark.parametrize(
     ("gates", "changes", "summary"),
     [
-        (
-            [[1.02], [1.01], [1.022]],
-            [[0.31], [0.3], [0.29]],
-            "All tasks draw on it alike (gate 1.02, spread 0.01). "
-            "Without it the loss of all tasks rises by 0.30 nats a token on average.",
-        ),
-        (
-            [[1.0], [1.0]],
-            [[0.004], [-0.001]],
-            "All tasks draw on it alike (gate 1.00, spread 0.000). "
-            "Without it no task's loss changes by 0.005 nats a token.",
-        ),
-        (
-            [[1.0], [1.0]],
-            [[-0.05], [-0.03]],
-            "All tasks draw on it alike (gate 1.00, spread 0.000). "
-            "Without it the loss of all tasks falls by 0.04 nats a token on average.",
-        ),
-        (
-            [[1.2]],
-            [[0.3]],
-            "Its gate is 1.20 on the one task. Without it the loss of that task rises by 0.30 nats a token.",
-        ),
+        ([1.02, 1.01, 1.022], [0.31, 0.3, 0.29], f"{ALIKE}2, spread 0.01). {LOSS} all tasks rises by 0.30 {END}"),
+        ([1.0, 1.0], [-0.05, -0.03], f"{ALIKE}0, spread 0.000). {LOSS} all tasks falls by 0.04 {END}"),
+        ([1.0, 1.0], [0, 4e-3], f"{ALIKE}0, spread 0.000). Without it no task's loss changes by 0.005 nats a token."),
+        ([1.2], [0.3], f"Its gate is 1.20 on the one task. {LOSS} that task rises by 0.30 nats a token."),
     ],
 )
 def test_a_summary_says_where_tasks_hardly_differ(gates, changes, summary):
-    (found,) = summaries(gates, changes)
+    (found,) = summaries([[gate] for gate in gates], [[change] for change in changes])
     assert (found["tasks"], found["hurt_most"], found["summary"]) == ("", "", summary)
 
 
@@ -214,15 +182,15 @@ def random_similarity(seed, tasks):
     return (values + values.T) / 2
 
 
-def recovered(similarity_TT, abilities, **options):
-    table = ability_recovery(similarity_TT, abilities, **options)
+def recovered(similarity_TT, abilities):
+    table = ability_recovery(similarity_TT, abilities)
     return {measure: values for measure, *values in table.itertuples(index=False, name=None)}
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_both_measures_equal_those_over_all_permutations(seed):
     abilities = [{"a"}, {"a", "b"}, {"b", "c"}, {"c"}, {"a", "c"}]
-    found = recovered(random_similarity(seed, 5), abilities, permutations=20_000)
+    found = recovered(random_similarity(seed, 5), abilities)
     for measure, (value, chance, p_value) in naive.recovery(random_similarity(seed, 5), abilities).items():
         assert found[measure][0] == pytest.approx(value, abs=1e-9)
         assert found[measure][1:] == pytest.approx([chance, p_value], abs=0.02)
@@ -238,10 +206,7 @@ def test_planted_abilities_are_recovered():
         assert 1 / 10_001 <= p_value < 0.001  # never 0: the observed order is one of those that may be
 
 
-def test_the_seed_decides_and_what_is_not_defined_is_missing():
-    abilities = [{"a"}, {"a"}, {"b"}, {"b"}]
-    first, again, other = (recovered(random_similarity(1, 4), abilities, seed=seed) for seed in (3, 3, 4))
-    assert first == again != other
+def test_what_is_not_defined_is_missing():
     assert np.isnan(recovered(random_similarity(0, 3), [{"a"}, {"a"}, {"a"}])["correlation"]).all()
     for undefined in (recovered(np.full((3, 3), np.nan), [{"a"}, {"b"}, {"a"}]), recovered(np.zeros((1, 1)), [{"a"}])):
         assert np.isnan([*undefined.values()]).all()

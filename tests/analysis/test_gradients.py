@@ -1,12 +1,9 @@
 """Sketches by themselves; gradients of tasks against whole gradients by autograd, and what the measurement leaves."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import Any
 
-import pandas as pd
 import pytest
 import torch
 from hypothesis import given, settings
@@ -16,23 +13,22 @@ from peft import LoraConfig, get_peft_model
 from analysis import naive_interference as naive
 from badit.analysis.gradients import SketchedSums, TaskGradients, agreement, layer_and_module, measured_parameters
 from badit.analysis.interference import measure_interference
-from badit.baselines.gain_lora import GainLoraConfig
 from badit.errors import BaditError
 from tuner.helpers import adapted
 
 Model = Callable[..., Any]
-SIZES = {"rivers": 5, "cities": 4, "jokes": 3}
+SIZES = {"rivers": 5, "cities": 4, "jokes": 1}  # a single instance has no halves
 KINDS = ["llama", "gpt2", "badit", "lora"]
 
 
 # --- sketches ---
 
 
-def sums(length: int, count: int, size: int, seed: int = 0) -> SketchedSums:
+def sums(length, count, size, seed=0):
     return SketchedSums(length, count, size, torch.Generator().manual_seed(seed))
 
 
-def matrix(length: int, size: int, seed: int) -> torch.Tensor:
+def matrix(length, size, seed):
     """S (N, M), a row for each coordinate, from the sketches of the unit vectors."""
     sketch = sums(length, length, size, seed)
     for i, unit in enumerate(torch.eye(length)):
@@ -40,7 +36,7 @@ def matrix(length: int, size: int, seed: int) -> torch.Tensor:
     return sketch.sums_RM
 
 
-def inner(a: torch.Tensor, b: torch.Tensor, size: int, seed: int) -> torch.Tensor:
+def inner(a, b, size, seed):
     sketch = sums(len(a), 2, size, seed)
     sketch.add(0, a)
     sketch.add(1, b)
@@ -49,7 +45,7 @@ def inner(a: torch.Tensor, b: torch.Tensor, size: int, seed: int) -> torch.Tenso
 
 @settings(deadline=None, max_examples=40)
 @given(st.integers(1, 60), st.integers(1, 24), st.integers(0, 1000))
-def test_a_sketch_is_linear_with_a_signed_bucket_for_each_coordinate(length: int, size: int, seed: int) -> None:
+def test_a_sketch_is_linear_with_a_signed_bucket_for_each_coordinate(length, size, seed):
     matrix_NM = matrix(length, size, seed)
     assert matrix_NM.shape == (length, min(length, size))
     assert ((matrix_NM != 0).sum(dim=1) == 1).all()
@@ -67,7 +63,7 @@ def test_a_sketch_is_linear_with_a_signed_bucket_for_each_coordinate(length: int
 
 
 @pytest.mark.parametrize("kind", ["noise", "column", "row", "constant"])
-def test_inner_products_are_unbiased_with_the_stated_variance(kind: str) -> None:
+def test_inner_products_are_unbiased_with_the_stated_variance(kind):
     """Two gradients of a weight (60, 32): noise with a common part, or all in one column, one row or equal numbers."""
     a, b = torch.randn(2, 60, 32, generator=torch.Generator().manual_seed(3))
     b = 0.5 * a + b
@@ -93,15 +89,15 @@ vectors = st.lists(st.lists(st.floats(-4, 4, width=16), min_size=3, max_size=3),
 
 @settings(deadline=None, max_examples=100)
 @given(vectors, vectors)
-def test_agreement_follows_from_the_inner_products(of_a: list[list[float]], of_b: list[list[float]]) -> None:
-    instances = [[{"g": torch.tensor(v).double()} for v in of] for of in (of_a, of_b[:4])]
-    sums = [sum((g["g"] for g in half), torch.zeros(3).double()) for of in instances for half in naive.halves(of)]
+def test_agreement_follows_from_the_inner_products(of_a, of_b):
+    instances = [torch.tensor(of).double() for of in (of_a, of_b[:4])]
+    sums = [of[half::2].sum(dim=0) for of in instances for half in (0, 1)]
     sums_R = torch.stack(sums)
     found = agreement((sums_R @ sums_R.T)[None], torch.tensor([[3.0, 2.0], [2.0, 2.0]]).double())
-    a, b = (naive.flat(of, ["g"]) for of in instances)
+    a, b = (of.mean(dim=0) for of in instances)
 
-    def same(value: torch.Tensor, expected: float | None) -> bool:
-        return bool(value.isnan()) if expected is None else float(value) == pytest.approx(expected, abs=1e-6)
+    def same(value, expected):
+        return float(value) == pytest.approx(expected, abs=1e-6, nan_ok=True)
 
     # Where sums all but cancel, rounding decides whether there is a direction.
     if min(float(v.norm()) for v in (a, b, *sums)) > 1e-3:
@@ -110,19 +106,21 @@ def test_agreement_follows_from_the_inner_products(of_a: list[list[float]], of_b
         assert same(found["norm"][0, 0], float(a.norm()))
         assert same(found["reliability"][0, 1], naive.cosine(sums[2], sums[3]))
         if min(abs(float(sums[0] @ sums[1])), abs(float(sums[2] @ sums[3]))) > 1e-6:
-            assert same(found["corrected_cosine"][0, 0, 1], naive.corrected(*instances, ["g"]))
+            assert same(found["corrected_cosine"][0, 0, 1], naive.corrected(*instances))
     assert not any((found[name].abs() > 1).any() for name in ("cosine", "corrected_cosine", "reliability"))
 
 
 # --- gradients of models ---
 
 
-def measured(model: Any, examples: naive.Examples, **options: Any) -> dict[str, pd.DataFrame]:
-    frames = measure_interference(model, naive.batched(examples), **options)
+def measured(model, examples, sketch_size=16384):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("badit.analysis.interference.SKETCH_SIZE", sketch_size)
+        frames = measure_interference(model, naive.batched(examples))
     return {frame.attrs["name"]: frame for frame in frames}
 
 
-def make(tiny_model: Model, kind: str) -> Any:
+def make(tiny_model, kind):
     if kind in ("llama", "gpt2"):
         return tiny_model(kind)
     if kind == "badit":
@@ -135,15 +133,16 @@ def make(tiny_model: Model, kind: str) -> Any:
     return lora.eval()
 
 
-def assert_same(frame: pd.DataFrame, expected: list[list[Any]], tolerance: float = 1e-4) -> None:
+def assert_same(frame, expected, tolerance=1e-4):
     """The same rows in any order; numbers to within the tolerance."""
 
-    def key(row: list[Any]) -> list[str]:
+    def key(row):
         return [str(value) for value in row if not isinstance(value, float) and value is not None]
 
     assert len(frame) == len(expected) > 0
     for row, twin in zip(sorted(naive.rows(frame), key=key), sorted(expected, key=key), strict=True):
-        assert row == pytest.approx(twin, abs=tolerance), (row, twin)
+        known = [None if value != value else value for value in twin]  # NaN where it is not defined
+        assert row == pytest.approx(known, abs=tolerance), (row, twin)
 
 
 @pytest.mark.parametrize(
@@ -156,12 +155,12 @@ def assert_same(frame: pd.DataFrame, expected: list[list[Any]], tolerance: float
         ("model.embed_tokens", None, (-1, "embed_tokens")),
     ],
 )
-def test_names_tell_layer_and_module(name: str, prefix: str | None, expected: tuple[int, str]) -> None:
+def test_names_tell_layer_and_module(name, prefix, expected):
     assert layer_and_module(name, prefix) == expected
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_large_sketches_give_the_naive_tables(tiny_model: Model, kind: str) -> None:
+def test_large_sketches_give_the_naive_tables(tiny_model, kind):
     model, examples = make(tiny_model, kind), naive.make_examples(SIZES)
     places = naive.places(model)
     parameters = dict(model.named_parameters())
@@ -175,7 +174,7 @@ def test_large_sketches_give_the_naive_tables(tiny_model: Model, kind: str) -> N
     assert tables["gradient_summary"]["conflict_rate"].nunique() > 1, "rates that are all alike show nothing"
 
 
-def test_small_sketches_are_off_by_no_more_than_they_say(tiny_model: Model) -> None:
+def test_small_sketches_are_off_by_no_more_than_they_say(tiny_model):
     model, examples, size = tiny_model("llama"), naive.make_examples(SIZES), 128
     exact = {tuple(row[:4]): row[4] for row in naive.tables(model, examples)["gradient_pairs"]}
     table = measured(model, examples, sketch_size=size)["gradient_pairs"]
@@ -183,13 +182,11 @@ def test_small_sketches_are_off_by_no_more_than_they_say(tiny_model: Model) -> N
     assert 0.2 < errors.square().mean().sqrt() < 1.2
     assert errors.abs().max() < 4.5
     assert "at most 0.088" in table.attrs["about"]
-    again, other = (measured(model, examples, sketch_size=size, seed=seed)["gradient_pairs"] for seed in (0, 1))
-    assert again.equals(table)
-    assert not other.equals(table)
+    assert measured(model, examples, sketch_size=size)["gradient_pairs"].equals(table), "the signs are always the same"
 
 
 @pytest.mark.parametrize(("family", "side"), [("llama", "right"), ("llama", "left"), ("gpt2", "left")])
-def test_batches_and_padding_make_no_difference(tiny_model: Model, family: str, side: Any) -> None:
+def test_batches_and_padding_make_no_difference(tiny_model, family, side):
     model, examples = tiny_model(family), naive.make_examples(SIZES)
     one_by_one = measure_interference(model, naive.batched(examples, 1))
     together = measure_interference(model, naive.batched(examples, 9, side))
@@ -199,7 +196,7 @@ def test_batches_and_padding_make_no_difference(tiny_model: Model, family: str, 
 
 @pytest.mark.parametrize("kind", ["badit", "lora"])
 @pytest.mark.parametrize("fails", [False, True])
-def test_the_model_is_left_as_it_was(tiny_model: Model, kind: str, fails: bool) -> None:
+def test_the_model_is_left_as_it_was(tiny_model, kind, fails):
     model, examples = make(tiny_model, kind).train(), naive.make_examples(SIZES)
     list(model.modules())[-1].eval()
     parameters = list(model.parameters())
@@ -207,7 +204,7 @@ def test_the_model_is_left_as_it_was(tiny_model: Model, kind: str, fails: bool) 
         parameter.requires_grad_(i % 3 > 0)
         parameter.grad = torch.ones_like(parameter) if i % 2 else None
 
-    def state() -> list[Any]:
+    def state():
         hooks = [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()]
         hooks += [len(getattr(p, "_post_accumulate_grad_hooks", None) or {}) for p in parameters]
         values = [p.tolist() for p in parameters]
@@ -216,15 +213,15 @@ def test_the_model_is_left_as_it_was(tiny_model: Model, kind: str, fails: bool) 
 
     before = state()
     if fails:
-        examples["jokes"][1]["labels"] = [-100] * len(examples["jokes"][1]["labels"])
-        with pytest.raises(BaditError, match="task jokes, instance 1: has no finite loss; it has no answer tokens"):
+        examples["cities"][1]["labels"] = [-100] * len(examples["cities"][1]["labels"])
+        with pytest.raises(BaditError, match="task cities, instance 1: has no finite loss; it has no answer tokens"):
             measured(model, examples)
     else:
         measured(model, examples)
     assert state() == before
 
 
-def test_a_frozen_model_is_measured_without_dropout_and_within_no_grad(tiny_model: Model) -> None:
+def test_a_frozen_model_is_measured_without_dropout_and_within_no_grad(tiny_model):
     examples = naive.make_examples(SIZES)
     expected = measured(tiny_model("llama"), examples)
     model = tiny_model("llama", attention_dropout=0.5).requires_grad_(False).train()
@@ -233,11 +230,11 @@ def test_a_frozen_model_is_measured_without_dropout_and_within_no_grad(tiny_mode
     assert all(tables[name].equals(table) for name, table in expected.items())
 
 
-def test_no_more_than_one_gradient_is_held(tiny_model: Model) -> None:
+def test_no_more_than_one_gradient_is_held(tiny_model):
     model, held = tiny_model("llama"), []
     parameters = [item.parameter for item in measured_parameters(model)]
 
-    def count(parameter: torch.Tensor) -> None:
+    def count(parameter):
         held.append(sum(p.grad is not None for p in model.parameters()))
 
     handles = [parameter.register_post_accumulate_grad_hook(count) for parameter in parameters]
@@ -245,28 +242,11 @@ def test_no_more_than_one_gradient_is_held(tiny_model: Model) -> None:
     for handle in handles:
         handle.remove()
     assert held == [1] * (3 * len(parameters))
-    sketches = TaskGradients(model, 50, sketch_size=8, seed=0)._sketches
+    sketches = TaskGradients(model, 50, sketch_size=8)._sketches
     assert sum(sketch.sums_RM.numel() for sketch in sketches) <= len(parameters) * 2 * 50 * 8
 
 
-def test_one_instance_has_no_halves(tiny_model: Model) -> None:
-    tables = measured(tiny_model("llama"), naive.make_examples({"a": 4, "b": 1}))
-    assert tables["gradient_overall"]["corrected_cosine"].isna().all()
-    assert tables["gradient_overall"]["cosine"].notna().all()
-    assert tables["gradient_tasks"].set_index("task")["reliability"].isna().to_dict() == {"a": False, "b": True}
-
-
-def test_a_gate_outside_the_layers_belongs_to_the_adapter(tiny_model: Model) -> None:
-    config = GainLoraConfig(r=2, gate_hidden_size=4, target_modules=["gate_proj"], task_type="CAUSAL_LM")
-    model = get_peft_model(tiny_model("llama"), config).eval()
-    summary = measured(model, naive.make_examples({"a": 2, "b": 2}))["gradient_summary"]
-    own = summary.loc[summary["parameters"] == "adapter", ["layer", "module"]]
-    places = set(own.itertuples(index=False, name=None))
-    assert places <= {(-1, "adapter"), (0, "mlp.gate_proj.adapter"), (1, "mlp.gate_proj.adapter")}
-    assert len(places) >= 2
-
-
-def test_bad_input_is_refused(tiny_model: Model) -> None:
+def test_bad_input_is_refused(tiny_model):
     model, batches = tiny_model("llama"), naive.batched(naive.make_examples({"a": 2}))
     for none in ({}, {**batches, "b": []}):
         with pytest.raises(BaditError, match="batches: give at least one task, and for every task at least one"):

@@ -1,20 +1,16 @@
 """Units that tasks share: the counts against loops, the chances against enumeration, and what marks the units."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 
-import pandas as pd
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.stats import binom
 from torch import nn
 
 from analysis import naive_interference as naive
-from badit.analysis.interference import coactivation, measure_interference, strongest
+from badit.analysis.interference import coactivation, measure_interference
 from badit.errors import BaditError
 from tuner.helpers import adapted
 
@@ -23,21 +19,20 @@ SIZES = {"rivers": 3, "cities": 2, "jokes": 2}
 SHARE = 0.2
 
 
-def projections(model: Any) -> list[Any]:
+def projections(model):
     inner = getattr(model, "get_base_model", lambda: model)()
     if hasattr(inner, "transformer"):
         return [block.mlp.c_fc for block in inner.transformer.h]
     return [layer.mlp.gate_proj for layer in inner.model.layers]
 
 
-def assert_same(frame: pd.DataFrame, expected: list[list[Any]]) -> None:
-    assert len(frame) == len(expected)
+def assert_same(frame, expected):
     for row, twin in zip(naive.rows(frame), expected, strict=True):
         assert row == pytest.approx(twin, abs=1e-9), (row, twin)
 
 
 @st.composite
-def all_marks(draw: st.DrawFn) -> dict[str, list[list[bool]]]:
+def all_marks(draw):
     """One to four tasks, one to three layers of one to six units each."""
     widths = draw(st.lists(st.integers(1, 6), min_size=1, max_size=3))
     names = draw(st.lists(st.sampled_from("cabd"), min_size=1, max_size=4, unique=True))
@@ -47,7 +42,7 @@ def all_marks(draw: st.DrawFn) -> dict[str, list[list[bool]]]:
 
 @settings(deadline=None, max_examples=100)
 @given(all_marks())
-def test_the_counts_are_the_naive_ones(marks: dict[str, list[list[bool]]]) -> None:
+def test_the_counts_are_the_naive_ones(marks):
     marked = {name: [torch.tensor(layer) for layer in layers] for name, layers in marks.items()}
     frames = {frame.attrs["name"]: frame for frame in coactivation({"experts": marked, "neurons": marked}, "about")}
     for name, rows in naive.coactivation("experts", marks).items():
@@ -59,44 +54,27 @@ def test_the_counts_are_the_naive_ones(marks: dict[str, list[list[bool]]]) -> No
         assert observed == pytest.approx(expected)
 
 
-def test_chance_is_binomial_and_the_overlap_of_independent_sets() -> None:
-    generator = torch.Generator().manual_seed(0)
-    tasks, units, share = 5, 4000, 0.1
-    marked = {f"task {i}": strongest([*torch.rand(2, units, generator=generator)], share) for i in range(tasks)}
-    counts, _, pairs = coactivation({"neurons": marked}, "")
-    assert counts["chance"].tolist() == pytest.approx([*binom.pmf(range(tasks + 1), tasks, share)] * 2)
-    assert counts["share"].tolist() == pytest.approx(counts["chance"].tolist(), abs=0.02)
-    assert pairs["chance"].tolist() == pytest.approx([share / (2 - share)] * 10)
-    assert pairs["overlap"].tolist() == pytest.approx(pairs["chance"].tolist(), abs=0.015)
-
-
-@settings(deadline=None, max_examples=50)
-@given(st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=9), min_size=1, max_size=3), st.floats(0.01, 1))
-def test_each_layer_has_its_own_strongest(scores: list[list[int]], share: float) -> None:
-    masks = strongest([torch.tensor(layer, dtype=torch.float32) for layer in scores], share)
-    assert [mask.tolist() for mask in masks] == [naive.marked(layer, share) for layer in scores]
-
-
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "badit"])
-def test_the_tables_are_the_naive_ones(tiny_model: Model, kind: str) -> None:
+def test_the_tables_are_the_naive_ones(tiny_model, kind, monkeypatch):
+    monkeypatch.setattr("badit.analysis.interference.SHARE", SHARE)
     model = adapted(tiny_model("llama")) if kind == "badit" else tiny_model(kind)
     examples = naive.make_examples(SIZES)
     scores = {
         "neurons": naive.neuron_means(model, examples, projections),
         "parameters": naive.row_scores(model, examples),
     }
-    expected: dict[str, list[list[Any]]] = {}
+    expected = {}
     for of_kind, by_task in scores.items():
         marks = {task: [naive.marked(layer, SHARE) for layer in layers] for task, layers in by_task.items()}
         for name, rows in naive.coactivation(of_kind, marks).items():
             expected.setdefault(name, []).extend(rows)
-    frames = {f.attrs["name"]: f for f in measure_interference(model, naive.batched(examples), share=SHARE)}
+    frames = {f.attrs["name"]: f for f in measure_interference(model, naive.batched(examples))}
     for name, rows in expected.items():
         assert_same(frames[name], rows)
     assert "strongest 0.2 of the units" in frames["coactivation"].attrs["about"]
 
 
-def test_a_model_without_known_mlps_is_refused(tiny_model: Model) -> None:
+def test_a_model_without_known_mlps_is_refused(tiny_model):
     batches = naive.batched(naive.make_examples(SIZES))
     model = tiny_model("llama")
     model.model.layers[1].mlp.second = nn.ModuleDict({"gate_proj": nn.Linear(2, 2)})

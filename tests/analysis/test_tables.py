@@ -1,16 +1,12 @@
 """A table's file: what is read is what was written, and what is damaged or of another kind is refused."""
 
-from __future__ import annotations
-
 import json
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from pandas.testing import assert_frame_equal
 
-from badit.analysis.tables import COUNT, EXPERT, FORMAT, INDEX, NUMBER, TABLES, TEXT, load_frame, load_frames
+from badit.analysis.tables import COUNT, EXPERT, INDEX, NUMBER, TABLES, TEXT, load_frame, load_frames
 from badit.analysis.tables import save_frame as save
 from badit.errors import BaditError
 
@@ -23,7 +19,7 @@ VALUES = [
 ]
 
 
-def table(name: str) -> Any:
+def table(name):
     """Two rows of values of each column's kind."""
     columns = TABLES[name].columns
     rows = {column: next(values for kind, values in VALUES if kind is own) for column, (_, own) in columns.items()}
@@ -31,7 +27,7 @@ def table(name: str) -> Any:
 
 
 @pytest.mark.parametrize("name", TABLES)
-def test_a_table_is_read_as_it_was_written_and_misses_no_column(tmp_path: Path, name: str) -> None:
+def test_a_table_is_read_as_it_was_written_and_misses_no_column(tmp_path, name):
     frame = table(name)
     path = save(frame, tmp_path)
     loaded = load_frame(path)
@@ -47,7 +43,7 @@ def test_a_table_is_read_as_it_was_written_and_misses_no_column(tmp_path: Path, 
             load_frame(path)
 
 
-def test_numbers_have_six_digits_and_null_where_they_are_not_defined(tmp_path: Path) -> None:
+def test_numbers_have_six_digits_and_null_where_they_are_not_defined(tmp_path):
     rows = [("a", 0, "m", 2, 1.23456789, np.inf), ("b", 0, "m", 2, 100, np.nan)]
     path = save(TABLES["gates"].frame(rows, ""), tmp_path)
     assert '  ["a", 0, "m", 2, 1.23457, null],\n  ["b", 0, "m", 2, 100.0, null]\n' in path.read_text()
@@ -64,39 +60,18 @@ def test_numbers_have_six_digits_and_null_where_they_are_not_defined(tmp_path: P
         ("gates", "mean", "1.0"),
         ("gates", "std", True),
         ("gates", "mean", float("nan")),
-        ("gates", "mean", 10**400),
         ("gates", "expert", 1.5),
         ("gates", "expert", -1),
         ("component_flow", "to_expert", 10**9),
-        ("component_flow", "components", 0.5),
         ("gates", "layer", None),
         ("gates", "layer", 10**20),
         ("abilities", "summary", None),
     ],
 )
-def test_wrong_values_are_named(name: str, column: str, value: Any, tmp_path: Path) -> None:
+def test_wrong_values_are_named(name, column, value, tmp_path):
     path = save(table(name), tmp_path)
     content = json.loads(path.read_text())
     content["rows"][1][list(content["columns"]).index(column)] = value
     path.write_text(json.dumps(content))
     with pytest.raises(BaditError, match=rf"{name}\.json: {column}\.1: input should be"):
         load_frame(path)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"format": FORMAT + 1}, "format: is 2, this badit reads 1: pip install --upgrade badit"),
-        ({"name": "gates"}, "name: unknown 'gates'"),
-        ({"about": 1}, "about: input should be a valid string"),
-        ({"rows": {}}, "rows: input should be a valid list"),
-        ({"rows": [["a", "b"]]}, "a row has another number of values than there are columns"),
-    ],
-)
-def test_a_damaged_file_is_refused_in_a_line(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
-    path = save(table("gate_similarity"), tmp_path)
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
-    with pytest.raises(BaditError, match=message) as caught:
-        load_frame(path)
-    assert str(caught.value).startswith(f"{path}: ")
-    assert "\n" not in str(caught.value)

@@ -1,34 +1,19 @@
-"""One branch per task in whole models: formulas, tasks in a row, gates in training and generation."""
+"""One branch per task in whole models: formulas, tasks in a row, gates, O-LoRA's penalty, SAPT's attention."""
 
 import json
 
 import numpy as np
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import DynamicCache, T5Config, T5ForConditionalGeneration
 
 import reference
 from badit.errors import BaditError
 from baselines import naive
-from baselines.naive import (
-    BRANCHES,
-    FAMILIES,
-    GATED,
-    IDS,
-    MASK,
-    adapt,
-    adapted,
-    config,
-    gate,
-    layers,
-    logits,
-    loss,
-    randomise,
-    trainable,
-)
-from tuner.helpers import cache_name, cached_steps, greedy_by_hand, teacher_forced
+from baselines.naive import BRANCHES, FAMILIES, GATED, adapt, adapted, config, gate, logits, loss, randomise, trainable
+from tuner.helpers import IDS, MASK, cache_name, cached_steps, greedy_by_hand, layers, teacher_forced
 
 pytestmark = pytest.mark.filterwarnings("ignore:Could not find a config file in  - :UserWarning")  # PEFT 0.19
 
@@ -71,11 +56,10 @@ def test_step_0_is_the_base_model_and_a_new_task_starts_where_the_last_ended(tin
         model.base_model.next_task()
         for layer in layers(model):
             assert not layer.badit_B["default"].any()
-            assert layer.badit_A["default"].std().item() == pytest.approx(
-                1 / (3 * layer.weight_OI.shape[1]) ** 0.5, rel=0.3
-            )
+            expected = pytest.approx((3 * layer.weight_OI.shape[1]) ** -0.5, rel=0.3)
+            assert layer.badit_A["default"].std().item() == expected
         assert all(a is b for a, b in zip(parameters, (p for p in model.parameters() if p.requires_grad), strict=True))
-        if method != "sapt":  # whose new key takes its share: see test_sapt
+        if method != "sapt":  # whose new key takes its share: see below
             torch.testing.assert_close(logits(model), before, atol=1e-4, rtol=1e-4)
         randomise(model, seed=5)
         assert (logits(model) - before).abs().max() > 1e-2
@@ -148,16 +132,10 @@ def test_passes_without_gates_are_refused(tiny_model, method):
     with pytest.raises(BaditError, match=r"input of shape \(2, 1, 32\), the gates are those of 3 prompts"):
         model(input_ids=IDS[:2, :1], **{cache_name(model): cache})
     sizes = {"d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2, "vocab_size": 20}
-    with pytest.raises(BaditError, match="is for decoder-only models"):
-        get_peft_model(T5ForConditionalGeneration(T5Config(**sizes)), config(method, target_modules=["wo"]))
-    with pytest.raises(BaditError, match="is for language models"):
-        get_peft_model(nn.Sequential(nn.Linear(4, 4)), config(method, target_modules=["0"], task_type=None))
-
-
-@pytest.mark.parametrize("value", [-1, 1.5, True])
-def test_the_number_of_past_branches_is_checked(value):
-    with pytest.raises(BaditError, match="past_branches must be a whole number of at least 0"):
-        config("o-lora", past_branches=value)
+    t5 = T5ForConditionalGeneration(T5Config(**sizes))
+    for other, target in ((t5, "wo"), (nn.Sequential(nn.Linear(4, 4)), "0")):
+        with pytest.raises(BaditError, match="is for decoder-only language models"):
+            get_peft_model(other, config(method, target_modules=[target], task_type=None))
 
 
 def test_a_model_without_tokens_can_have_branches_without_gates():
@@ -168,3 +146,54 @@ def test_a_model_without_tokens_can_have_branches_without_gates():
     model.base_model.next_task()
     torch.testing.assert_close(model(x), first)
     model.base_model.end_task({})
+
+
+@pytest.mark.parametrize("tasks", [2, 4])
+def test_the_penalty_equals_the_naive_sum(tiny_model, tasks):
+    model = adapted(tiny_model("llama"), "o-lora", tasks, orthogonality_weight=0.3, target_modules="all-linear")
+    expected = 0.3 * sum(naive.penalty(layer) for layer in layers(model))
+    found = model.base_model.extra_loss(MASK)
+    assert found.item() == pytest.approx(expected, rel=1e-5)
+    found.backward()
+    moved = {name for name, p in model.named_parameters() if p.grad is not None}
+    assert moved == {name for name in trainable(model) if "badit_A" in name}
+    with model.disable_adapter():
+        assert model.base_model.extra_loss(MASK) is None
+    assert adapt(tiny_model("llama"), "o-lora").base_model.extra_loss(MASK) is None, "the first task has none"
+    assert adapted(tiny_model("llama"), "o-lora", orthogonality_weight=0).base_model.extra_loss(MASK) is None
+
+
+def test_one_task_is_plain_lora(tiny_model):
+    ours = adapted(tiny_model("llama"), "o-lora", tasks=1)
+    lora = LoraConfig(r=2, lora_alpha=4, target_modules=["gate_proj"], task_type="CAUSAL_LM")
+    theirs = get_peft_model(tiny_model("llama"), lora).eval()
+    with torch.no_grad():
+        for layer in layers(ours):
+            other = theirs.get_submodule(f"base_model.model.{layer.name}")
+            other.lora_A["default"].weight.copy_(layer.badit_A["default"])
+            other.lora_B["default"].weight.copy_(layer.badit_B["default"])
+    torch.testing.assert_close(logits(ours), logits(theirs), atol=1e-5, rtol=1e-5)
+    loss(ours).backward()
+    loss(theirs).backward()
+    for layer in layers(ours):
+        other = theirs.get_submodule(f"base_model.model.{layer.name}")
+        for one, two in ((layer.badit_A, other.lora_A), (layer.badit_B, other.lora_B)):
+            torch.testing.assert_close(one["default"].grad, two["default"].weight.grad, atol=1e-6, rtol=1e-4)
+    assert ours.get_nb_trainable_parameters()[0] == theirs.get_nb_trainable_parameters()[0]
+
+
+def test_a_new_key_takes_the_same_share_from_all_others(tiny_model):
+    """What a layer adds is multiplied with 1 − a_t, and the earlier branches keep their proportions."""
+    model = adapted(tiny_model("llama"), "sapt")
+    prompts = model.base_model.prompt_embeddings(IDS, MASK)
+    layer, added = layers(model)[0], []
+    layer.register_forward_hook(lambda layer, args, y: added.append((y - layer.base_layer(args[0])).detach()))
+    before = gate(model)(prompts).detach()
+    logits(model)
+    model.base_model.next_task()
+    after = gate(model)(prompts).detach()
+    logits(model)
+    share = after[:, -1:]
+    assert (share > 0.01).all()
+    torch.testing.assert_close(after[:, :-1], (1 - share) * before)
+    torch.testing.assert_close(added[1], (1 - share[..., None]) * added[0], atol=1e-5, rtol=1e-4)

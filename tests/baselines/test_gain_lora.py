@@ -9,14 +9,7 @@ from hypothesis import strategies as st
 from badit.baselines.gain_lora import GainLoraGate, grown_projector
 from badit.errors import BaditError
 from baselines import naive
-from baselines.naive import (
-    FIRST,
-    SECOND,
-    adapt,
-    batches,
-    config,
-    logits,
-)
+from baselines.naive import FIRST, SECOND, adapt, batches, config, logits
 
 WIDTH = 16
 

@@ -1,9 +1,6 @@
 """Every baseline by its name in a recipe: its options, its refusals, and a run from training to scores."""
 
-from __future__ import annotations
-
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,27 +22,26 @@ from tuner.helpers import IDS, MASK
 pytestmark = pytest.mark.filterwarnings("ignore:Could not find a config file in  - :UserWarning")
 
 Values = dict[str, Any]
-OPTIONS: dict[str, Values] = {
+OPTIONS = {
     **{name: {key: value for key, value in small.items() if key != "tasks"} for name, small in SMALL.items()},
     **{name: {"r": 4, "lora_alpha": 8, "lora_dropout": 0.1} for name in BASELINES if name not in SMALL}
 }  # fmt: skip
 FROM_PEFT = [name for name, baseline in BASELINES.items() if baseline.config_cls is LoraConfig]
-TASKS = ["cities", "rivers"]
 ROWS = ["rivers", "cities", "cities"]
 
 
-def logits(model: Any) -> torch.Tensor:
+def logits(model):
     with torch.no_grad(), hooks_of(model).rows_of(ROWS):
         return model(input_ids=IDS, attention_mask=MASK).logits[MASK.bool()]
 
 
 @pytest.mark.parametrize("name", BASELINES)
-def test_a_run(recipe_values: Values, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_a_run(recipe_values, tmp_path, monkeypatch, name):
     recipe = build_recipe({**recipe_values, "method": {"name": name, **OPTIONS[name]}})
-    trained: list[Any] = []
+    trained = []
     apply = AdapterMethod.apply
 
-    def kept(self: Any, model: Any, tasks: Any) -> Any:
+    def kept(self, model, tasks):
         trained.append(apply(self, model, tasks))
         return trained[-1]
 
@@ -64,9 +60,7 @@ def test_a_run(recipe_values: Values, tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("name", ["goat", "pissa"])
-def test_an_interrupted_run_ends_as_one_that_was_not(
-    recipe_values: Values, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
+def test_an_interrupted_run_ends_as_one_that_was_not(recipe_values, tmp_path, monkeypatch, name):
     from training.trainers import StopAt
 
     values = {**recipe_values, "method": {"name": name, **OPTIONS[name]}}
@@ -84,15 +78,9 @@ def test_an_interrupted_run_ends_as_one_that_was_not(
 @pytest.mark.parametrize(
     ("method", "message"),
     [
-        (
-            {"name": "hidralora"},
-            r"unknown method 'hidralora' \(did you mean 'hydralora'\?\); known: badit, gainlora, loramoe",
-        ),
+        ({"name": "hidralora"}, r"unknown method 'hidralora' \(did you mean 'hydralora'\?\); known: badit, gainlora"),
         ({"name": ["goat"]}, r"unknown method \['goat'\]"),
-        (
-            {"name": "pissa", "init_lora_weights": True},
-            r"init_lora_weights: is what the name pissa stands for \(pissa\)",
-        ),
+        ({"name": "pissa", "init_lora_weights": 1}, r"init_lora_weights: is what the name pissa stands for \(pissa\)"),
         ({"name": "loramoe", "num_expert": 4}, r"num_expert: unknown key \(did you mean 'num_experts'\?\)"),
         ({"name": "loramoe", "balance_weight": -1}, r"method: balance_weight must be a number of at least 0, got -1"),
         ({"name": "mtl-lora", "temperature": 0}, r"method: temperature must be a positive number, got 0"),
@@ -101,36 +89,31 @@ def test_an_interrupted_run_ends_as_one_that_was_not(
         ({"name": "sapt", "gate_hidden_size": 0}, r"gate_hidden_size must be a whole number of at least 1"),
         ({"name": "goat", "rho": 0}, r"method: rho must be a positive number, got 0"),
         ({"name": "goat", "top_k": None}, r"method: top_k must be between 1 and num_experts = 8, got None"),
-        ({"name": "goat", "r": 12}, r"method: r = 12 is GOAT's total rank: it must be a multiple of num_experts = 8"),
+        ({"name": "goat", "r": 12}, r"method: r = 12 must be a multiple of num_experts = 8: it is GOAT's total rank"),
     ],
 )
-def test_mistakes_are_named_on_one_line(method: Values, message: str) -> None:
+def test_mistakes_are_named_on_one_line(method, message):
     with pytest.raises(BaditError, match=message) as caught:
         build_method(method)
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("name", BASELINES)
+@pytest.mark.parametrize("name", FROM_PEFT)
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3"])
-def test_step_0_in_several_families(tiny_model: Any, name: str, family: str) -> None:
-    options = {**OPTIONS[name], **({"fan_in_fan_out": True} if family == "gpt2" and name in FROM_PEFT else {})}
-    method = build_method({"name": name, **options})
+def test_where_lora_and_its_relatives_go(tiny_model, name, family):
+    method = build_method({"name": name, **OPTIONS[name], "fan_in_fan_out": family == "gpt2"})
     if (name, family) == ("olora", "gpt2"):
         with pytest.raises(BaditError, match=r"olora cannot adapt the Conv1D layers.*take pissa instead"):
-            method.apply(tiny_model(family), TASKS)
+            method.apply(tiny_model(family))
         return
-    model = method.apply(tiny_model(family), TASKS).eval()
-    target = "c_fc" if family == "gpt2" else "gate_proj"
+    model = method.apply(tiny_model(family)).eval()
     trained = [key for key, parameter in model.named_parameters() if parameter.requires_grad]
-    assert all(target in key or "badit_gate" in key for key in trained)
-    difference = (logits(model) - logits(tiny_model(family))).abs().max()
-    assert difference <= (1.0 if name == "goat" else 1e-4)
+    assert all(("c_fc" if family == "gpt2" else "gate_proj") in key for key in trained)
+    assert (logits(model) - logits(tiny_model(family))).abs().max() <= 1e-4
 
 
 @pytest.mark.parametrize("name", ["pissa", "olora"])
-def test_an_adapter_that_changes_the_base_weight_is_loaded_as_it_was(
-    tiny_model: Any, tmp_path: Path, name: str
-) -> None:
+def test_an_adapter_that_changes_the_base_weight_is_loaded_as_it_was(tiny_model, tmp_path, name):
     model = build_method({"name": name, **OPTIONS[name]}).apply(tiny_model("llama")).eval()
     with torch.no_grad():
         for key, parameter in model.named_parameters():

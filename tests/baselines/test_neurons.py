@@ -1,7 +1,5 @@
 """Task neurons: the scores against one-by-one autograd, the choice, and what training then leaves alone."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import Any
@@ -22,18 +20,18 @@ Model = Callable[..., Any]
 WIDTH = 48
 
 
-def mlps(model: Any) -> dict[str, Any]:
+def mlps(model):
     """The MLPs of the two layers by name, in Llama's and in GPT-2's words."""
     if hasattr(model, "transformer"):
         return {f"transformer.h.{i}.mlp": block.mlp for i, block in enumerate(model.transformer.h)}
     return {f"model.layers.{i}.mlp": layer.mlp for i, layer in enumerate(model.model.layers)}
 
 
-def projections(mlp: Any) -> tuple[list[Any], Any]:
+def projections(mlp):
     return ([mlp.c_fc], mlp.c_proj) if hasattr(mlp, "c_fc") else ([mlp.gate_proj, mlp.up_proj], mlp.down_proj)
 
 
-def neurons_first(weight: torch.Tensor, neurons: int = WIDTH) -> torch.Tensor:
+def neurons_first(weight, neurons=WIDTH):
     """A projection's weight as (neurons, hidden); the two sizes differ."""
     return weight if weight.shape[0] == neurons else weight.T
 
@@ -41,15 +39,15 @@ def neurons_first(weight: torch.Tensor, neurons: int = WIDTH) -> torch.Tensor:
 class Probe:
     """A hook that keeps the neurons' outputs and adds zeros to them, which the loss is differentiated by."""
 
-    def __init__(self, positions: int) -> None:
+    def __init__(self, positions):
         self.added = torch.zeros(1, positions, WIDTH, requires_grad=True)
 
-    def __call__(self, module: Any, args: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    def __call__(self, module, args):
         self.outputs = args[0].detach()
         return args[0] + self.added
 
 
-def naive_scores(model: Any, data: list[dict[str, Any]]) -> dict[str, list[float]]:
+def naive_scores(model, data):
     """One example at a time without padding, one neuron at one position at a time."""
     totals = {name: [0.0] * WIDTH for name in mlps(model)}
     positions = sum(len(example["input_ids"]) for example in data)
@@ -75,9 +73,7 @@ def naive_scores(model: Any, data: list[dict[str, Any]]) -> dict[str, list[float
 @pytest.mark.parametrize(  # padding on the left would move GPT-2's absolute positions
     ("family", "side"), [("llama", "right"), ("llama", "left"), ("gemma2", "right"), ("gpt2", "right")]
 )
-def test_the_scores_equal_the_naive_ones_however_the_examples_are_batched(
-    tiny_model: Model, family: str, side: Any
-) -> None:
+def test_the_scores_equal_the_naive_ones_however_the_examples_are_batched(tiny_model, family, side):
     model = tiny_model(family, attention_dropout=0.5)
     data = examples(5)
     collate = AnswerCollator(0, side)
@@ -91,7 +87,7 @@ def test_the_scores_equal_the_naive_ones_however_the_examples_are_batched(
             assert scores_F.min() < scores_F.max() / 2, "scores that are all alike show nothing"
 
 
-def test_scoring_touches_no_gradient_and_works_on_a_frozen_model(tiny_model: Model) -> None:
+def test_scoring_touches_no_gradient_and_works_on_a_frozen_model(tiny_model):
     model = tiny_model("llama")
     batch = AnswerCollator(0)(examples(4))
     scores = neuron_scores(model, [batch])
@@ -107,7 +103,7 @@ def test_scoring_touches_no_gradient_and_works_on_a_frozen_model(tiny_model: Mod
     share=st.floats(0.01, 1),
     seed=st.integers(0, 1000),
 )
-def test_the_top_share_is_of_all_layers_together(widths: list[int], share: float, seed: int) -> None:
+def test_the_top_share_is_of_all_layers_together(widths, share, seed):
     generator = torch.Generator().manual_seed(seed)
     scores = {f"layer {i}": torch.rand(width, generator=generator) for i, width in enumerate(widths)}
     masks = top_neurons(scores, share)
@@ -118,7 +114,7 @@ def test_the_top_share_is_of_all_layers_together(widths: list[int], share: float
     assert min(chosen) >= max(others, default=-math.inf)
 
 
-def test_a_union_has_every_tasks_neurons() -> None:
+def test_a_union_has_every_tasks_neurons():
     first, second = ({"a": torch.tensor(mask, dtype=torch.bool)} for mask in ([1, 0, 0], [0, 0, 1]))
     assert union(first)["a"].tolist() == [True, False, False]
     assert union(first, second)["a"].tolist() == [True, False, True]
@@ -127,7 +123,7 @@ def test_a_union_has_every_tasks_neurons() -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "llama with biases"])
-def test_a_step_moves_the_masked_neurons_and_nothing_else(tiny_model: Model, family: str) -> None:
+def test_a_step_moves_the_masked_neurons_and_nothing_else(tiny_model, family):
     model = tiny_model(family.split()[0], **({"mlp_bias": True} if "biases" in family else {})).train()
     batch = AnswerCollator(0)(examples(6))
     masks = top_neurons(neuron_scores(model, [batch]), 0.25)
@@ -167,7 +163,7 @@ def test_a_step_moves_the_masked_neurons_and_nothing_else(tiny_model: Model, fam
     assert neurons_first(first[0].weight.grad)[~mask].any(), "without the hooks the gradient is whole again"
 
 
-def test_what_it_cannot_do_is_refused(tiny_model: Model) -> None:
+def test_what_it_cannot_do_is_refused(tiny_model):
     model = tiny_model("llama")
     scores = {name: torch.rand(WIDTH) for name in mlps(model)}
     for share in (0, 1.1, True, "all"):

@@ -99,11 +99,9 @@ def test_csv_is_precise_and_has_the_omitted_cells(shown):
     assert [row["method"] for row in rows] == ["base", "lora", "badit_x", "badit_x", "goat"]
     badit = rows[2]
     first, second = (content["cells"][i]["scores"]["rouge_l"] for i in (5, 6))
-    found = [float(badit[f"rouge_l_{name}"]) for name in ("mean", "std")]
-    assert found == pytest.approx([(first + second) / 2, abs(first - second) / 2**0.5], abs=1e-12)
-    low, mean, high = (float(badit[f"difference_{name}"]) for name in ("low", "mean", "high"))
-    assert mean == pytest.approx(4.5)
-    assert low < mean < high
+    names = ["rouge_l_mean", "rouge_l_std", "difference_low", "difference_mean", "difference_high"]
+    expected = [(first + second) / 2, abs(first - second) / 2**0.5, 3, 4.5, 6]
+    assert [float(badit[name]) for name in names] == pytest.approx(expected, abs=1e-12)
     assert float(badit["difference_share_not_positive"]) == 0
     assert (badit["difference_runs"], badit["runs"], badit["status"]) == ("2", "2", "")
     assert rows[1]["difference_low"] == ""

@@ -131,6 +131,38 @@ def test_rates_that_fail_or_diverge_are_worst(values, inline, monkeypatch):
     assert load_results(values["output"]).cells["error"].dropna().tolist() == ["RuntimeError: no such", diverged]
 
 
+def test_a_search_on_less_data_is_kept_apart(values, inline):
+    search = {"data": {"train_per_task": 4}, "training": {"max_steps": 1}}
+    values["compare"] |= {"learning_rates": [0.01, 0.02], "search": search}
+    results = compared(values)
+    output = Path(values["output"])
+    searched = Run(output / "lora" / "search" / "lr-0.01" / "seed-0")
+    assert searched.recipe.data.train_per_task == 4
+    assert searched.validation_path.is_file()
+    assert not searched.scores_path.exists()
+    rate = next(cell["learning_rate"] for cell in results["cells"] if cell["method"] == "lora" and cell["selected"])
+    chosen = Run(output / "lora" / f"lr-{rate:g}" / "seed-0")
+    assert chosen.recipe.data.train_per_task is None
+    assert sum(not cell["selected"] for cell in results["cells"]) == 4
+    assert compared(values) == results
+    assert len(inline) == 2 * (2 + 1), "both methods have searched two rates and trained once"
+
+
+def test_every_instance_has_its_nll_which_ranks_the_lowest_first_and_equal_methods_are_level(values, inline, capsys):
+    same = {"name": "lora", "r": 8}
+    compared(values | {"compare": {"methods": {"lora": same, "again": same, "base": {"name": "base"}}, "seeds": [0]}})
+    results = load_results(values["output"])
+    nll = results.instances[results.instances["metric"] == "nll"]
+    assert len(nll) == len(results.instances) / 3
+    assert (nll["score"] > 0).all()
+    summary = summarise(results, "nll").set_index("method")
+    assert summary.loc["again", "level"]
+    assert summary["rank"].to_dict() == {"lora": 1.5, "again": 1.5, "base": 3}
+    assert summary["nll_mean"].idxmax() == "base"
+    assert main(["table", values["output"], "--metric", "nll"]) == 0
+    assert "+0.000 [+0.000, +0.000] ≈" in capsys.readouterr().out
+
+
 def test_sequences_in_two_orders(values, inline, capsys, monkeypatch):
     orders = [["rivers", "cities"], ["cities", "rivers"]]
     values["compare"] |= {"methods": {**LORA, "base": {"name": "base"}}, "orders": orders, "single_task": ["lora"]}

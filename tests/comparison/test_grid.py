@@ -24,6 +24,10 @@ METHODS = {
 }
 
 
+def one_method(**options):
+    return {"methods": {"lora": {"name": "lora", **options}}}
+
+
 def grid_with(data=None, **compare):
     content = {"data": data or {}, "output": "out", "compare": {"methods": METHODS, "seeds": [3, 5], **compare}}
     return Grid(build_recipe(content))
@@ -67,6 +71,20 @@ def test_a_cells_recipe_differs_in_what_the_cell_names():
     assert (without_method(base), base.output) == (plain, "out/base")
 
 
+def test_a_method_may_have_training_values_and_seeds_of_its_own():
+    own = {
+        "lora": METHODS["lora"],
+        "own": {"name": "lora", "r": 4, "training": {"optimizer": "orthogonal"}, "seeds": [4]},
+    }
+    grid = grid_with(methods=own, vary_data=True)
+    cells = [cell for name in grid.methods for cell in grid.chosen(name, 0.01)]
+    assert [str(cell) for cell in cells] == ["lora/lr-0.01/seed-3", "lora/lr-0.01/seed-5", "own/lr-0.01/seed-4"]
+    recipes = [grid.recipe_of(cell) for cell in cells]
+    assert [recipe.training.optimizer for recipe in recipes] == ["adamw", "adamw", "orthogonal"]
+    assert [recipe.data.seed for recipe in recipes] == [3, 5, 4]
+    assert all(recipe.method == METHODS["lora"] for recipe in recipes)
+
+
 @given(st.lists(st.permutations([f"review_sentiment_{i}" for i in range(12)]), min_size=2, max_size=2, unique_by=tuple))
 def test_long_orders_have_short_names_of_their_own(orders):
     one, other = map(order_name, orders)
@@ -81,12 +99,16 @@ def test_long_orders_have_short_names_of_their_own(orders):
         ({"reference": "lorra"}, r"compare\.reference: 'lorra' is none of the methods \(did you mean 'lora'\?\)"),
         ({"methods": {"a/b": {"name": "lora"}}}, r"compare\.methods: 'a/b' names a folder; use letters"),
         ({"methods": {"lora": {"name": "lroa"}}}, r"compare\.methods\.lora: method\.name: unknown method 'lroa'"),
-        ({"methods": {"lora": {"name": "lora", "rank": 4}}}, r"compare\.methods\.lora: method\.rank: unknown key"),
+        (one_method(rank=4), r"compare\.methods\.lora: method\.rank: unknown key"),
         ({"learning_rates": [1e-4, 1e-3]}, r"training\.learning_rate: the search starts from 0\.0005; add it"),
         ({"learning_rates": [5e-4]}, r"data\.validation_per_task: choosing learning rates needs held-out instances"),
         ({"learning_rates": [1e-3, 5e-4]}, r"compare\.learning_rates: must be positive and ascending"),
         ({"seeds": [0, 1, 0]}, r"compare\.seeds: 0 is listed more than once"),
         ({"orders": [["a", "b"], ["a", "b"]]}, r"compare\.orders: a-b is listed more than once"),
+        (one_method(training={"optimiser": "lora+"}), r"training\.optimiser: unknown key.*optimizer"),
+        (one_method(training={"optimizer": "sgd"}), r"training\.optimizer: input should be"),
+        (one_method(seeds=[]), r"compare\.methods\.lora\.seeds: list should have at least 1 item"),
+        (one_method(seeds=[3, 3]), r"compare\.methods\.lora\.seeds: 3 is listed more than once"),
         ({"method": {}}, r"compare\.method: unknown key \(did you mean 'methods'\?\)"),
     ],
 )

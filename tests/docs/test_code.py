@@ -1,10 +1,7 @@
 """The code of the documentation is run: a page's blocks in their order, in a folder of their own, with a tiny model."""
 
-from __future__ import annotations
-
 import re
-from pathlib import Path
-from typing import Any
+import shutil
 
 import pytest
 from transformers import AutoModelForCausalLM
@@ -12,8 +9,6 @@ from transformers import AutoModelForCausalLM
 from badit.analysis.analyze import analyze
 from badit.cli import main
 from badit.export import export
-from badit.recipe import build_recipe
-from badit.train import fit
 from docs.pages import ROOT, Page, pages
 
 _BLOCK = re.compile(r"^```(python|sh)\n(.*?)^```", flags=re.DOTALL | re.MULTILINE)
@@ -25,27 +20,18 @@ WITH_CODE = [page for page in pages() if page.blocks("python") and page not in W
 
 
 @pytest.fixture(autouse=True)
-def _tiny_built_in_model(material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _tiny_built_in_model(material, tmp_path, monkeypatch):
     monkeypatch.setattr("badit.models._built_in_folder", lambda: material / "model")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
 
 
 @pytest.fixture(scope="module")
-def finished(material: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(trained, tmp_path_factory):
     """A folder with what pages take for granted: a run with its analysis, and its export."""
     folder = tmp_path_factory.mktemp("finished")
-    recipe = build_recipe(
-        {
-            "model": {"name": str(material / "model"), "dtype": "float32"},
-            "data": {"source": str(material / "tasks.jsonl")},
-            "method": {"name": "badit", "num_experts": 4, "r": 2, "regroup": {"every": 2}},
-            "training": {"max_steps": 4, "per_device_train_batch_size": 4, "learning_rate": 0.01, "logging_steps": 1},
-            "evaluation": {"batch_size": 4, "max_new_tokens": 4},
-            "output": str(folder / "runs" / "mine"),
-        }
-    )
-    fit(recipe, progress=False)
+    run = trained({"name": "badit", "num_experts": 4, "r": 2, "regroup": {"every": 2}})
+    shutil.copytree(run.path, folder / "runs" / "mine")
     export(folder / "runs" / "mine", folder / "exports" / "mine")
     analyze(folder / "runs" / "mine", instances=2)
     return folder
@@ -57,16 +43,16 @@ def finished(material: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     "ignore:'pin_memory' argument is set as true:UserWarning",
 )
 @pytest.mark.parametrize("page", WITH_CODE, ids=str)
-def test_the_code_of_a_page_runs(page: Page, finished: Path, material: Path, tmp_path: Path) -> None:
+def test_the_code_of_a_page_runs(page, finished, material, tmp_path):
     for name in ("runs", "exports"):
         (tmp_path / name).symlink_to(finished / name)
     (tmp_path / "my-tasks.jsonl").symlink_to(material / "tasks.jsonl")
-    names: dict[str, Any] = {"base": AutoModelForCausalLM.from_pretrained(material / "model")}
+    names = {"base": AutoModelForCausalLM.from_pretrained(material / "model")}
     for block in page.blocks("python"):
         exec(compile(block, page.path, "exec"), names)
 
 
-def test_dry_runs_find_nothing_amiss(material: Path, tmp_path: Path) -> None:
+def test_dry_runs_find_nothing_amiss(material, tmp_path):
     (tmp_path / "my-tasks.jsonl").symlink_to(material / "tasks.jsonl")
     commands = [command for page in pages() for command in page.commands() if "--dry-run" in command]
     complete = [command for command in commands if "data.source=my-tasks.jsonl" in command]
@@ -75,9 +61,9 @@ def test_dry_runs_find_nothing_amiss(material: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("page", WALKED, ids=str)
-def test_a_walk_comes_to_its_end(page: Page, tmp_path: Path) -> None:
+def test_a_walk_comes_to_its_end(page, tmp_path):
     commands = iter(page.commands())
-    names: dict[str, Any] = {}
+    names = {}
     for language, block in _BLOCK.findall(page.text):
         if language == "python":
             exec(compile(block, page.path, "exec"), names)

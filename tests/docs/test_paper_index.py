@@ -1,12 +1,9 @@
 """docs/paper-index.md against the code: every default is there, with the value that it has."""
 
-from __future__ import annotations
-
 import dataclasses
 import inspect
 import re
 from importlib import import_module
-from typing import Any
 
 import pytest
 from peft import LoraConfig, PeftConfig
@@ -29,11 +26,11 @@ SECTIONS = [name for name, field in Recipe.model_fields.items() if isinstance(fi
 CONFIGS = {cls.__name__: cls for cls in (BaditConfig, NeuronOptions, *(each.config_cls for each in BASELINES.values()))}
 
 
-def fields(cls: Any) -> dict[str, Any]:
+def fields(cls):
     return {field.name: field.default for field in dataclasses.fields(cls) if field.init}
 
 
-def default_of(option: str) -> Any:
+def default_of(option):
     """The default in the code: of a configuration's field, a recipe's, a function's parameter; or a constant."""
     place, _, name = option.rpartition(".")
     if place == "RegroupCallback":
@@ -52,11 +49,11 @@ def default_of(option: str) -> Any:
 
 
 @pytest.mark.parametrize("option", HERE)
-def test_a_default_is_what_the_page_says(option: str) -> None:
+def test_a_default_is_what_the_page_says(option):
     assert HERE[option] == repr(default_of(option))
 
 
-def test_the_papers_recipes_have_what_the_page_says() -> None:
+def test_the_papers_recipes_have_what_the_page_says():
     recipe = load_recipe(ROOT / "recipes/paper/qwen3-4b.yaml")
     for option, _, value in ROWS:
         section, _, name = option.partition(".")
@@ -64,7 +61,7 @@ def test_the_papers_recipes_have_what_the_page_says() -> None:
             assert value == repr(getattr(getattr(recipe, section), name)), option
 
 
-def test_the_page_has_every_default() -> None:
+def test_the_page_has_every_default():
     peft = {*fields(PeftConfig), FORMAT_FIELD, "past_branches", "tasks"}
     wanted = {f"BaditConfig.{name}" for name in fields(BaditConfig).keys() - peft}
     names = {*inspect.signature(RegroupCallback).parameters, *fields(RegroupOptions)} - {"options"}

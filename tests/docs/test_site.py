@@ -1,13 +1,10 @@
 """The site is built without a warning, so that every link and anchor holds, and needs no network to be read."""
 
-from __future__ import annotations
-
 import os
 import re
 import subprocess
 import sys
 from html import unescape
-from pathlib import Path
 
 import pytest
 
@@ -16,7 +13,7 @@ from docs.pages import ROOT, Page
 
 
 @pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def site(tmp_path_factory):
     folder = tmp_path_factory.mktemp("built") / "site"
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)]
     environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
@@ -25,7 +22,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_nothing_is_fetched(site: Path) -> None:
+def test_nothing_is_fetched(site):
     for file in site.glob("**/*.html"):
         tags = re.findall(r"<(?:script|link|img|iframe|source)\b[^>]*>", file.read_text())
         assert [tag for tag in tags if re.search(r"""(?:src|href)=["'](?:https?:)?//""", tag)] == [], file
@@ -33,7 +30,7 @@ def test_nothing_is_fetched(site: Path) -> None:
         assert not re.search(r"@import|url\([\"']?(?:https?:)?//", file.read_text()), file
 
 
-def test_formulas_are_mathml(site: Path) -> None:
+def test_formulas_are_mathml(site):
     for page in ("method", "benchmark", "serving"):
         formulas = re.findall(r"<math .*?</math>", (site / f"{page}.html").read_text(), flags=re.DOTALL)
         assert len(formulas) == len(Page(f"docs/{page}.md").blocks("math")) > 0
@@ -42,7 +39,7 @@ def test_formulas_are_mathml(site: Path) -> None:
             assert not set("\\&") & set(unescape(re.sub(r"<[^>]+>", "", formula))), formula
 
 
-def test_code_options_and_files_come_from_the_source(site: Path) -> None:
+def test_code_options_and_files_come_from_the_source(site):
     shown = re.sub(r"<[^>]+>", "", (site / "method.html").read_text())
     assert "def expert_gates(logits: torch.Tensor" in shown
     assert "<!-- code" not in shown
@@ -52,6 +49,6 @@ def test_code_options_and_files_come_from_the_source(site: Path) -> None:
     assert 'href="source/recipes/own-tasks.yaml.html"' in (site / "recipes.html").read_text()
 
 
-def test_the_api_has_every_public_name() -> None:
+def test_the_api_has_every_public_name():
     described = set(re.findall(r"^::: badit\.(\w+)$", Page("docs/api.md").text, flags=re.MULTILINE))
     assert described == set(badit.__all__) - {"__version__"}

@@ -10,6 +10,7 @@ import pytest
 
 from badit.errors import BaditError
 from badit.results import load_results, read_scores, scores_frame, summarise, task_means
+from materials import results_cell
 
 TASKS = {"task002_quoref": 3, "task_b": 2}
 
@@ -24,18 +25,9 @@ def cell(method, seed, level, **fields):
         }
         for task, size in TASKS.items()
     }
-    tasks = {
-        task: {**{metric: fmean(values) for metric, values in each.items()}, "instances": TASKS[task]}
-        for task, each in instances.items()
-    }
-    means = {metric: fmean(scores[metric] for scores in tasks.values()) for metric in ("rouge_l", "exact_match")}
     training = {"trainable_parameters": 4_800_000, "seconds": 100.0 + shift, "peak_memory_gib": 2 + shift / 10}
-    return {
-        "method": method, "seed": seed, "order": None, "learning_rate": 0.002, "status": "done", "error": None,
-        "selected": True, "validation_loss": 1.9, "config": {"model": {}},
-        "environment": {"training": {**training, "steps": 9}},
-        "scores": {**means, "tasks": tasks}, "instances": instances, **fields,
-    }  # fmt: skip
+    environment = {"training": {**training, "steps": 9}}
+    return results_cell(method, seed, instances, **{"environment": environment, "learning_rate": 0.002, **fields})
 
 
 def unscored(method, seed, **fields):
@@ -168,7 +160,6 @@ def test_incomplete_comparisons_and_several_learning_rates(tmp_path):
     ("path", "value", "message"),
     [
         ("format", 2, "format: is 2, this badit reads 1: pip install --upgrade badit"),
-        ("protocol", "mixd", "protocol: input should be 'mixed' or 'sequential'"),
         ("reference", "lroa", "reference: 'lroa' is none of the methods (did you mean 'lora'?)"),
         ("cells.1.method", "x", "cells.1.method: 'x' is none of the methods"),
         ("cells.1.scores.rouge_l", float("nan"), "cells.1.scores.rouge_l: input should be a finite number"),

@@ -16,6 +16,7 @@ import yaml
 
 from badit.analysis.tables import TABLES, save_frame
 from badit.metrics import METRICS, mean_scores
+from materials import results_cell, write_results
 
 TASKS = (
     "task002_quoref_answer_generation",
@@ -191,9 +192,7 @@ def write_comparison(folder: Path, shape: Shape = SMALL, *, methods: Sequence[st
     cells += [comparison_cell(shape, "lora, one model per task", seed, 34.0) for seed in range(3)]
     failed = {"status": "failed", "error": "out of\nmemory", "scores": None, "instances": None}
     cells.append({**comparison_cell(shape, "goat", 0, 0.0), **failed})
-    names = [*methods, "goat", "lora, one model per task"]
-    content = {"format": 1, "protocol": "mixed", "reference": "lora", "methods": names, "cells": cells}
-    (folder / "results.json").write_text(json.dumps(content))
+    write_results(folder, cells, [*methods, "goat", "lora, one model per task"])
     return folder
 
 
@@ -206,16 +205,5 @@ def comparison_cell(shape: Shape, method: str, seed: int | None, level: float) -
         }
         for i, task in enumerate(shape.tasks)
     }
-    return {
-        "method": method,
-        "seed": seed,
-        "order": None,
-        "learning_rate": None if seed is None else 5e-4,
-        "status": "done",
-        "error": None,
-        "selected": True,
-        "config": {"model": {"name": "smollm2-135m"}, "method": {"name": method}},
-        "environment": {"training": TRAINING},
-        "scores": mean_scores(instances),
-        "instances": instances,
-    }
+    config = {"model": {"name": "smollm2-135m"}, "method": {"name": method}}
+    return results_cell(method, seed, instances, config=config, environment={"training": TRAINING})

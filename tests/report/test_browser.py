@@ -1,38 +1,33 @@
 """The page in a browser: it draws, sorts, changes layers and themes, and neither fetches nor runs anything foreign."""
 
-from __future__ import annotations
-
 import dataclasses
-import json
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
-from selenium.webdriver import ActionChains, Chrome, Keys
+from selenium.webdriver import ActionChains, Keys
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.select import Select
 
 from badit.report import write_report
-from browsers import chromium, emulate, until
-from report.samples import SMALL, Shape, save_tables, write_comparison, write_run
+from browsers import chromium, emulate, requests, until
+from report.samples import SMALL, Shape, save_tables, write_run
 
 MARKUP = "<img src=x onerror='window.ran = true'><script>window.ran = true</script>"
 
 
 @pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chrome]:
+def browser(tmp_path_factory):
     with chromium(tmp_path_factory.mktemp("profile")) as driver:
         yield driver
 
 
 @pytest.fixture(scope="module")
-def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def page(tmp_path_factory):
     folder = tmp_path_factory.mktemp("page")
     runs = [write_run(folder / "badit"), write_run(folder / "lora", Shape(seed=4), method="lora", analysed=False)]
     return write_report(runs, folder / "report.html")
 
 
-def opened(browser: Chrome, page: Path, *, width: int = 1200, theme: str = "light") -> Chrome:
+def opened(browser, page, *, width=1200, theme="light"):
     """The page, its charts drawn, with the logs of what came before it emptied."""
     emulate(browser, width=width, theme=theme)
     browser.get(page.as_uri())
@@ -40,22 +35,22 @@ def opened(browser: Chrome, page: Path, *, width: int = 1200, theme: str = "ligh
     return browser
 
 
-def drawn(browser: Chrome, theme: str) -> None:
+def drawn(browser, theme):
     script = "return document.documentElement.dataset.drawn"
     until(lambda: browser.execute_script(script) == theme, f"the charts are drawn for a {theme} page")
 
 
-def fills(browser: Chrome, figure: str) -> list[str]:
+def fills(browser, figure):
     script = "return [...document.querySelectorAll(arguments[0])].map((cell) => cell.getAttribute('fill'))"
     return browser.execute_script(script, f"#{figure} .mark-rect.role-mark path")
 
 
-def column(browser: Chrome, table: str, number: int) -> list[str]:
+def column(browser, table, number):
     script = "return [...document.querySelectorAll(arguments[0])].map((cell) => cell.textContent)"
     return browser.execute_script(script, f"#{table} tbody tr > :nth-child({number})")
 
 
-def test_every_chart_is_drawn_and_nothing_is_requested_but_the_page(browser: Chrome, page: Path) -> None:
+def test_every_chart_is_drawn_and_nothing_is_requested_but_the_page(browser, page):
     opened(browser, page)
     script = """return [...document.querySelectorAll('figure:has(.specification)')].map((figure) =>
         [figure.id, figure.querySelectorAll('svg g[class*=mark-] path').length, figure.offsetWidth])"""
@@ -63,13 +58,11 @@ def test_every_chart_is_drawn_and_nothing_is_requested_but_the_page(browser: Chr
     assert len(charts) >= 14
     assert all(marks > 5 and width > 300 for _, marks, width in charts), charts
     assert browser.get_log("browser") == []
-    events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
-    requests = [event["params"]["request"] for event in events if event["method"] == "Network.requestWillBeSent"]
-    schemes = {request["url"].partition(":")[0] for request in requests}
+    schemes = {request["url"].partition(":")[0] for request in requests(browser)}
     assert {"file"} <= schemes <= {"file", "data", "blob"}
 
 
-def test_tables_sort_by_click_and_by_key(browser: Chrome, page: Path) -> None:
+def test_tables_sort_by_click_and_by_key(browser, page):
     opened(browser, page)
     table = "gradient-pairs-1-badit"
     before = column(browser, table, 4)
@@ -77,7 +70,7 @@ def test_tables_sort_by_click_and_by_key(browser: Chrome, page: Path) -> None:
     header = browser.find_elements(By.CSS_SELECTOR, f"#{table} thead th")[3]
     button = header.find_element(By.TAG_NAME, "button")
 
-    def numbers() -> list[float]:
+    def numbers():
         shown = column(browser, table, 4)
         known = [text for text in shown if text != "–"]
         assert shown[: len(known)] == known, "what is not known stays below"
@@ -97,7 +90,7 @@ def test_tables_sort_by_click_and_by_key(browser: Chrome, page: Path) -> None:
     assert foot.text.startswith("mean over tasks")
 
 
-def test_the_choice_of_a_layer_changes_the_chart_and_outlives_the_theme(browser: Chrome, page: Path) -> None:
+def test_the_choice_of_a_layer_changes_the_chart_and_outlives_the_theme(browser, page):
     opened(browser, page)
     figure = "gradient-cosines-1-badit"
     layer = browser.find_element(By.CSS_SELECTOR, f"#{figure} select[name=layer]")
@@ -118,7 +111,7 @@ def test_the_choice_of_a_layer_changes_the_chart_and_outlives_the_theme(browser:
     assert browser.get_log("browser") == []
 
 
-def test_the_theme_is_the_systems_until_it_is_chosen(browser: Chrome, page: Path) -> None:
+def test_the_theme_is_the_systems_until_it_is_chosen(browser, page):
     background = "return getComputedStyle(document.body).backgroundColor"
     opened(browser, page, theme="light")
     light, light_fills = browser.execute_script(background), fills(browser, "gates-1-badit")
@@ -134,7 +127,7 @@ def test_the_theme_is_the_systems_until_it_is_chosen(browser: Chrome, page: Path
     assert fills(browser, "gates-1-badit") == light_fills
 
 
-def test_a_phone_scrolls_tables_and_not_the_page(browser: Chrome, page: Path) -> None:
+def test_a_phone_scrolls_tables_and_not_the_page(browser, page):
     opened(browser, page, width=390)
     assert browser.execute_script("return document.documentElement.scrollWidth") == 390
     script = """return [...document.querySelectorAll('.chart svg')].map((chart) =>
@@ -145,7 +138,7 @@ def test_a_phone_scrolls_tables_and_not_the_page(browser: Chrome, page: Path) ->
     assert browser.execute_script("return arguments[0].scrollWidth > arguments[0].clientWidth", wide)
 
 
-def test_samples_of_a_task_are_chosen_and_a_figure_is_saved(browser: Chrome, page: Path, tmp_path: Path) -> None:
+def test_samples_of_a_task_are_chosen_and_a_figure_is_saved(browser, page, tmp_path):
     opened(browser, page)
     select = Select(browser.find_element(By.CSS_SELECTOR, ".samples select"))
     select.select_by_visible_text("1290 xsum")
@@ -160,7 +153,7 @@ def test_samples_of_a_task_are_chosen_and_a_figure_is_saved(browser: Chrome, pag
     assert saved.read_text().startswith("<svg")
 
 
-def test_markup_in_names_stays_text_also_in_charts(browser: Chrome, tmp_path: Path) -> None:
+def test_markup_in_names_stays_text_also_in_charts(browser, tmp_path):
     tasks = (MARKUP, "<b>second</b>", "third", "javascript:window.ran = true", '" onmouseover="window.ran = true')
     run = write_run(tmp_path / "run", Shape(("third",)), analysed=False)
     save_tables(run, dataclasses.replace(SMALL, tasks=tasks, modules=(MARKUP, "m")))
@@ -174,11 +167,4 @@ def test_markup_in_names_stays_text_also_in_charts(browser: Chrome, tmp_path: Pa
     assert MARKUP in [option.get_attribute("textContent") for option in options]
     assert browser.find_elements(By.CSS_SELECTOR, "img, main b:not([aria-hidden])") == []
     assert browser.execute_script("return window.ran") is None
-    assert browser.get_log("browser") == []
-
-
-def test_a_comparison_is_drawn(browser: Chrome, tmp_path: Path) -> None:
-    opened(browser, write_report([write_comparison(tmp_path / "compared")], tmp_path / "report.html"))
-    for figure in ("differences", "scores-by-task", "task-gap", "loss-curves"):
-        assert len(browser.find_elements(By.CSS_SELECTOR, f"#{figure} svg path")) > 10
     assert browser.get_log("browser") == []

@@ -1,12 +1,8 @@
 """Figures: what they look up, their limits, and that each exports as SVG and PDF."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import re
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -15,14 +11,14 @@ import vl_convert
 
 from badit.report import charts, figures
 from badit.report.figures import FIGURES
-from badit.report.page import SECTIONS, Block, Section, export_figures, sections_of
+from badit.report.page import SECTIONS, Section, export_figures, sections_of
 from badit.report.sources import read_sources
 from report.samples import SMALL, TASKS, tables, write_comparison, write_run, write_sequence
 
 FRAMES = tables()
 
 
-def stored(chart: Any) -> pd.DataFrame:
+def stored(chart):
     """What a chart with choices holds: a row for each place, a column for each combination of options."""
     spec = chart.to_dict()
     places = next(data for data in spec["datasets"].values() if "values" in data[0])
@@ -31,24 +27,19 @@ def stored(chart: Any) -> pd.DataFrame:
     return pd.concat([pd.DataFrame(places), pd.DataFrame(values, columns=keys)], axis="columns")
 
 
-def shown(chart: Any, key: str) -> dict[tuple[str, str], float]:
+def shown(chart, key):
     """What a heat map shows for a choice, by full names of row and column."""
-    return (
-        stored(chart)
-        .astype({"row_full": str, "column_full": str})
-        .set_index(["row_full", "column_full"])[key]
-        .dropna()
-        .to_dict()
-    )
+    cells = stored(chart).astype({"row_full": str, "column_full": str}).set_index(["row_full", "column_full"])
+    return cells[key].dropna().to_dict()
 
 
-def cosines(pairs: pd.DataFrame, overall: pd.DataFrame | None = None) -> pd.DataFrame:
+def cosines(pairs, overall=None):
     """The frame that a source makes of the two tables."""
     parts = [pairs.assign(parameters="adapter")]
     return pd.concat(parts if overall is None else [*parts, overall.assign(layer="all", module="all")])
 
 
-def test_cosines_of_a_layer_a_module_and_all() -> None:
+def test_cosines_of_a_layer_a_module_and_all():
     pairs, overall = FRAMES["gradient_pairs"], FRAMES["gradient_overall"]
     chart = figures.gradient_cosines(cosines(pairs, overall))
     everywhere = shown(chart, "all|all")
@@ -68,7 +59,7 @@ def test_cosines_of_a_layer_a_module_and_all() -> None:
     assert {pair: cells[pair] for pair in SMALL.pairs} == pytest.approx(means.to_dict(), abs=1e-4)
 
 
-def test_many_tasks_leave_out_single_modules_of_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_tasks_leave_out_single_modules_of_a_layer(monkeypatch):
     monkeypatch.setattr(charts, "MOST_VALUES", 50)
     chart = figures.gradient_cosines(cosines(FRAMES["gradient_pairs"], FRAMES["gradient_overall"]))
     keys = [key for key in stored(chart) if "|" in key]
@@ -76,7 +67,7 @@ def test_many_tasks_leave_out_single_modules_of_a_layer(monkeypatch: pytest.Monk
     assert all("all" in key.split("|") for key in keys)
 
 
-def test_shared_units_are_means_over_layers() -> None:
+def test_shared_units_are_means_over_layers():
     frame = FRAMES["coactivation"]
     found = stored(figures.shared_units(frame)).set_index(["tasks", "series"])
     for series, column in (("measured", "share"), ("by chance", "chance")):
@@ -86,7 +77,7 @@ def test_shared_units_are_means_over_layers() -> None:
     assert set(found.index.levels[0]) == set(range(1, len(TASKS) + 1)), "units of no task are not drawn"
 
 
-def test_angles_are_means_over_modules_at_their_steps() -> None:
+def test_angles_are_means_over_modules_at_their_steps():
     frame = FRAMES["expert_angles"]
     found = stored(figures.expert_angles(frame)).set_index(["step", "measured", "group"])
     rows = frame[(frame["step"] == 40) & (frame["measured"] == "after")]
@@ -98,7 +89,7 @@ def test_angles_are_means_over_modules_at_their_steps() -> None:
     assert set(found.loc["held-out data", "step"]) == {60}, "without a step they are at the last"
 
 
-def test_flow_is_a_share_of_each_row() -> None:
+def test_flow_is_a_share_of_each_row():
     frame = FRAMES["component_flow"]
     cells = shown(figures.component_flow(frame), "all|40")
     assert set(cells) == set(itertools.product(map(str, range(SMALL.experts)), repeat=2))
@@ -110,16 +101,7 @@ def test_flow_is_a_share_of_each_row() -> None:
         assert cells[str(expert), str(expert)] == pytest.approx(stayed, rel=1e-3)
 
 
-def test_gates_are_means_over_layers_and_modules() -> None:
-    frame = FRAMES["gates"]
-    chart = figures.gates(frame)
-    own = frame[(frame["task"] == TASKS[1]) & (frame["expert"] == 2)]
-    assert shown(chart, "all|all")[TASKS[1], "2"] == pytest.approx(own["mean"].mean(), rel=1e-3)
-    one = own.loc[(own["layer"] == 2) & (own["module"] == "mlp.gate_proj"), "mean"].item()
-    assert shown(chart, "2|mlp.gate_proj")[TASKS[1], "2"] == pytest.approx(one, rel=1e-3)
-
-
-def test_of_many_pairs_those_in_the_middle_are_left_out() -> None:
+def test_of_many_pairs_those_in_the_middle_are_left_out():
     pairs = pd.DataFrame(itertools.combinations([f"t{i}" for i in range(20)], 2), columns=["task_a", "task_b"])
     frame = pairs.assign(cosine=np.linspace(-1, 1, len(pairs)), parameters="adapter", corrected_cosine=np.nan)
     table = figures.gradient_pairs(frame.assign(magnitude_similarity=1.0))
@@ -127,7 +109,7 @@ def test_of_many_pairs_those_in_the_middle_are_left_out() -> None:
     assert set(table["corrected cosine"]) == {"–"}
 
 
-def test_long_curves_are_thinned_to_means() -> None:
+def test_long_curves_are_thinned_to_means():
     points = pd.DataFrame({"series": "a", "run": "a", "step": range(1, 1001), "loss": np.arange(1.0, 1001.0)})
     (records,) = figures.loss_curves(points).to_dict()["datasets"].values()
     assert len(records) == 250
@@ -135,7 +117,7 @@ def test_long_curves_are_thinned_to_means() -> None:
     assert records[-1]["step"] == 1000
 
 
-def test_the_table_of_scores_ends_with_means_and_marks_the_best() -> None:
+def test_the_table_of_scores_ends_with_means_and_marks_the_best():
     rows = [("mean over tasks", "x", 1.0), ("b", "x", 4.0), ("mean over tasks", "y", 2.0)]
     frame = pd.DataFrame(rows, columns=["task", "run", "score"]).assign(metric="rouge_l", n=8)
     table = figures.scores_table(frame)
@@ -145,7 +127,7 @@ def test_the_table_of_scores_ends_with_means_and_marks_the_best() -> None:
 
 
 @pytest.fixture(scope="module")
-def blocks(tmp_path_factory: pytest.TempPathFactory) -> list[Block]:
+def blocks(tmp_path_factory):
     """Every figure there is: of a run, a sequence and a comparison."""
     folder = tmp_path_factory.mktemp("runs")
     runs = [write_run(folder / "badit"), write_sequence(folder / "sequence"), write_comparison(folder / "compared")]
@@ -155,7 +137,7 @@ def blocks(tmp_path_factory: pytest.TempPathFactory) -> list[Block]:
     return [block for block in found if block.kind == "figure"]
 
 
-def test_every_figure_exports(blocks: list[Block], tmp_path: Path) -> None:
+def test_every_figure_exports(blocks, tmp_path):
     written = export_figures([Section("all", "All", blocks=blocks)], tmp_path / "figures")
     names = {block.name for block in blocks}
     assert len(names) == len(blocks) >= 18, "each has a name of its own"
@@ -170,7 +152,7 @@ def test_every_figure_exports(blocks: list[Block], tmp_path: Path) -> None:
             assert b"undefined" not in content
 
 
-def test_figures_follow_the_schema_and_name_no_colours(blocks: list[Block]) -> None:
+def test_figures_follow_the_schema_and_name_no_colours(blocks):
     for block in blocks:
         block.content.to_dict(validate=True)
         assert block.caption.endswith(".")

@@ -1,12 +1,7 @@
 """What a report is made from: folders, frames and their errors, and the forms of numbers and names."""
 
-from __future__ import annotations
-
 import itertools
 import json
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import pytest
@@ -19,7 +14,7 @@ from badit.report.sources import by_similarity, read_sources, together
 from report.samples import SMALL, TASKS, save_frame, tables, write_comparison, write_run, write_sequence
 
 
-def test_a_run_is_read_whole(tmp_path: Path) -> None:
+def test_a_run_is_read_whole(tmp_path):
     sources = read_sources([write_run(tmp_path / "run")])
     (run,) = sources
     assert (run.label, run.analysed, run.config["method"]["name"]) == ("run", True, "badit")
@@ -31,7 +26,7 @@ def test_a_run_is_read_whole(tmp_path: Path) -> None:
     assert losses["step"].tolist() == list(range(10, 380, 10)), "the last line has no loss"
 
 
-def test_an_analysis_without_a_run_is_enough(tmp_path: Path) -> None:
+def test_an_analysis_without_a_run_is_enough(tmp_path):
     save_frame(tables()["gates"], tmp_path / "analysis")
     sources = read_sources([tmp_path])
     assert list(sources[0].frames) == ["gates"]
@@ -39,7 +34,7 @@ def test_an_analysis_without_a_run_is_enough(tmp_path: Path) -> None:
     assert together(sources).frames == sources[0].predictions == {}
 
 
-def test_a_comparison_is_its_folder_or_its_file(tmp_path: Path) -> None:
+def test_a_comparison_is_its_folder_or_its_file(tmp_path):
     folder = write_comparison(tmp_path / "compared")
     for path in (folder, folder / "results.json"):
         (source,) = read_sources([path])
@@ -51,21 +46,18 @@ def test_a_comparison_is_its_folder_or_its_file(tmp_path: Path) -> None:
     methods = [method for method, _ in source.members]
     assert methods == ["base", *["lora"] * 3, *["badit"] * 3]
     assert [run.label for _, run in source.members][:2] == ["base", "lora/lr-0.0005/seed-0"]
-    assert together([source]).frames["losses"].groupby("series")["run"].nunique().to_dict() == {
-        "badit": 3,
-        "base": 1,
-        "lora": 3,
-    }
+    runs = together([source]).frames["losses"].groupby("series")["run"].nunique()
+    assert runs.to_dict() == {"badit": 3, "base": 1, "lora": 3}
 
 
-def test_a_sequence_has_a_matrix_and_the_losses_of_all_stages(tmp_path: Path) -> None:
+def test_a_sequence_has_a_matrix_and_the_losses_of_all_stages(tmp_path):
     sources = read_sources([write_sequence(tmp_path / "run")])
     assert len(sources[0].frames["transfer"]) == len(TASKS) ** 2
     assert sources[0].frames["transfer"].attrs["file"] == "scores.json"
     assert together(sources).frames["losses"]["step"].tolist() == [10 * i for i in range(1, 2 * len(TASKS) + 1)]
 
 
-def test_regroupings_are_read_without_an_analysis(tmp_path: Path) -> None:
+def test_regroupings_are_read_without_an_analysis(tmp_path):
     run = write_run(tmp_path / "run", analysed=False)
     line = {"step": 20, "module": "model.layers.1.mlp.gate_proj.default", "previous_labels": [0, 1], "labels": [1, 0]}
     angles = {"intra_degrees": 78.0, "inter_degrees": 91.0}
@@ -78,7 +70,7 @@ def test_regroupings_are_read_without_an_analysis(tmp_path: Path) -> None:
     assert not read_sources([run])[0].frames, "a run that was kept for its results has means over modules alone"
 
 
-def test_differences_are_over_the_instances_that_both_runs_have(tmp_path: Path) -> None:
+def test_differences_are_over_the_instances_that_both_runs_have(tmp_path):
     runs = [write_run(tmp_path / name, analysed=False) for name in ("a", "b")]
     answers = runs[1] / "predictions" / f"{TASKS[0]}.jsonl"
     lines = [json.loads(line) for line in answers.read_text().splitlines()]
@@ -94,14 +86,14 @@ def test_differences_are_over_the_instances_that_both_runs_have(tmp_path: Path) 
     assert "differences" not in together(read_sources(runs)).frames
 
 
-def test_labels_tell_runs_apart(tmp_path: Path) -> None:
+def test_labels_tell_runs_apart(tmp_path):
     paths = [write_run(tmp_path / name, analysed=False) for name in ("a/badit", "b/badit", "b/lora")]
     assert [source.label for source in read_sources(paths)] == ["a/badit", "b/badit", "b/lora"]
     assert [source.label for source in read_sources(paths[1:])] == ["badit", "lora"]
 
 
 @given(st.lists(st.integers(0, 1), min_size=1, max_size=8), st.randoms(use_true_random=False))
-def test_two_groups_of_similar_tasks_become_two_blocks(groups: Sequence[int], random: Any) -> None:
+def test_two_groups_of_similar_tasks_become_two_blocks(groups, random):
     tasks = [f"t{i}" for i in range(len(groups))]
     pairs = [
         (tasks[a], tasks[b], (0.8 if groups[a] == groups[b] else 0.0) + 0.1 * random.random())
@@ -113,7 +105,7 @@ def test_two_groups_of_similar_tasks_become_two_blocks(groups: Sequence[int], ra
     assert sum(one != two for one, two in itertools.pairwise(sides)) <= 1 or len(tasks) < 3
 
 
-def test_matrices_of_several_runs_have_one_order_of_tasks(tmp_path: Path) -> None:
+def test_matrices_of_several_runs_have_one_order_of_tasks(tmp_path):
     one, two = read_sources([write_run(tmp_path / "a"), write_run(tmp_path / "b", SMALL)])
     orders = [
         list(run.frames[name][column].cat.categories)
@@ -124,27 +116,7 @@ def test_matrices_of_several_runs_have_one_order_of_tasks(tmp_path: Path) -> Non
     assert sorted(orders[0]) == sorted(TASKS)
 
 
-Damage = Callable[[Path], Any]
-
-
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (lambda run: (run / "metrics.jsonl").write_text("{\n"), "metrics.jsonl: invalid JSON at line 1"),
-        (lambda run: (run / "scores.json").write_text('{"rouge_l": 1}'), "scores.json: exact_match"),
-        (lambda run: (run / "config.yaml").write_text("- 1"), "config.yaml: must hold 'key: value' lines"),
-        (lambda run: (run / "analysis" / "gates.json").write_text("{}"), "gates.json: format"),
-        (lambda run: (run / "predictions" / "x.jsonl").write_text("{}\n"), "x.jsonl: line 1: task: field required"),
-    ],
-)
-def test_damaged_files_are_named(damage: Damage, message: str, tmp_path: Path) -> None:
-    run = write_run(tmp_path / "run")
-    damage(run)
-    with pytest.raises(BaditError, match=message):
-        [(together([source]), source.predictions) for source in read_sources([run])]
-
-
-def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
+def test_what_is_no_run_is_refused(tmp_path):
     run = write_run(tmp_path / "run", analysed=False)
     (tmp_path / "empty").mkdir()
     for paths, message in (
@@ -158,13 +130,13 @@ def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
 
 
 @given(st.lists(st.text(alphabet="ab_t1", min_size=1, max_size=40), unique=True, max_size=8))
-def test_short_names_stay_unique(names: list[str]) -> None:
+def test_short_names_stay_unique(names):
     short = short_names(names)
     assert list(short) == names
     assert len(set(short.values())) == len(names)
 
 
-def test_forms_of_names_and_numbers() -> None:
+def test_forms_of_names_and_numbers():
     assert short_names(TASKS)["task1590_diplomacy_text_generation"] == "1590 diplomacy"
     assert short_names(["who_has_more"])["who_has_more"] == "who has more"
     assert number(-0.25, ".2f") == "−0.25"

@@ -1,15 +1,10 @@
 """Tiny trained runs, loaded, and served."""
 
-from __future__ import annotations
-
 import threading
-from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import pytest
 
-from badit.run import Run
 from badit.studio.server import Server, application, listen
 from badit.studio.session import Session
 
@@ -17,20 +12,20 @@ BADIT = {"name": "badit", "num_experts": 4, "r": 2, "router_input": "standardise
 
 
 @pytest.fixture(scope="session")
-def session(trained: Callable[..., Run]) -> Session:
+def session(trained):
     session = Session(trained(BADIT).path)
     session.measure()
     return session
 
 
 @pytest.fixture(scope="session")
-def plain_session(trained: Callable[..., Run]) -> Session:
+def plain_session(trained):
     """Of a method without gates."""
     return Session(trained({"name": "lora", "r": 4}).path)
 
 
 @contextmanager
-def served(session: Any) -> Iterator[int]:
+def served(session):
     """A real server of the session; its port."""
     with listen(0) as listening:
         running = Server(application(session))

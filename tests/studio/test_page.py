@@ -1,22 +1,16 @@
 """The page in a browser: an answer streams, sliders send their gates, text stays text, and a phone shows all of it."""
 
-from __future__ import annotations
-
 import json
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
 
 import pytest
-from selenium.webdriver import Chrome, Keys
+from selenium.webdriver import Keys
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.select import Select
 
 from badit.analysis.atlas import ABILITIES
 from badit.analysis.tables import save_frame
-from badit.run import Run
 from badit.studio.session import Session
-from browsers import chromium, emulate, until
+from browsers import chromium, emulate, requests, until
 from studio.conftest import BADIT, served
 
 # No slash in it, which the name of a task may not have.
@@ -27,70 +21,65 @@ NUMBERS = ".slider input[type=number]"
 class Page:
     """The studio's page in the browser, as a reader uses it."""
 
-    def __init__(self, browser: Chrome, address: str, *, width: int = 1200, theme: str = "light") -> None:
+    def __init__(self, browser, address, *, width=1200, theme="light"):
         self.browser, self.address = browser, address
         emulate(browser, width=width, theme=theme)
         browser.get(address)
         until(lambda: self.run("return document.documentElement.dataset.ready"), "the page is ready")
 
-    def run(self, script: str) -> Any:
+    def run(self, script):
         return self.browser.execute_script(script)
 
-    def all(self, selector: str) -> list[Any]:
+    def all(self, selector):
         return self.browser.find_elements(By.CSS_SELECTOR, selector)
 
-    def one(self, selector: str) -> Any:
+    def one(self, selector):
         return self.browser.find_element(By.CSS_SELECTOR, selector)
 
-    def text(self, selector: str) -> str:
+    def text(self, selector):
         return self.one(selector).text
 
-    def told(self, status: str) -> None:
+    def told(self, status):
         until(lambda: self.text("#status") == status, f"the page says: {status}")
 
-    def ask(self) -> None:
+    def ask(self):
         self.one("#answer").click()
         self.told("Done.")
 
-    def requests(self) -> list[dict[str, Any]]:
-        """What the page has requested since the last look."""
-        events = [json.loads(entry["message"])["message"] for entry in self.browser.get_log("performance")]
-        return [event["params"]["request"] for event in events if event["method"] == "Network.requestWillBeSent"]
-
-    def sent(self) -> list[dict[str, Any]]:
+    def sent(self):
         """The questions that the page has sent since the last look."""
-        return [json.loads(request["postData"]) for request in self.requests() if "postData" in request]
+        return [json.loads(request["postData"]) for request in requests(self.browser) if "postData" in request]
 
-    def next_question(self) -> dict[str, Any]:
+    def next_question(self):
         question = until(self.sent, "the page has asked")[-1]
         self.told("Done.")
         return question
 
-    def values(self) -> list[float]:
+    def values(self):
         return [float(number.get_property("value")) for number in self.all(NUMBERS)]
 
-    def gates(self) -> list[float]:
+    def gates(self):
         return [float(cell.get_attribute("textContent")) for cell in self.all("#heat-map td")]
 
 
 @pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chrome]:
+def browser(tmp_path_factory):
     with chromium(tmp_path_factory.mktemp("profile")) as driver:
         yield driver
 
 
 @pytest.fixture(scope="module")
-def address(session: Session) -> Iterator[str]:
+def address(session):
     with served(session) as port:
         yield f"http://127.0.0.1:{port}/"
 
 
 @pytest.fixture
-def page(browser: Chrome, address: str) -> Page:
+def page(browser, address):
     return Page(browser, address)
 
 
-def test_an_answer_streams_next_to_the_base_models(page: Page) -> None:
+def test_an_answer_streams_next_to_the_base_models(page):
     page.run("""
         window.seen = new Set();
         const side = document.querySelector("#side-router .text");
@@ -104,13 +93,13 @@ def test_an_answer_streams_next_to_the_base_models(page: Page) -> None:
     page.one("#read summary").click()
     assert "Name the capital.\n\nNow complete the following example -\nInput: land 12" in page.text("#read pre")
     assert page.browser.get_log("browser") == []
-    requested = {request["url"] for request in page.requests()}
+    requested = {request["url"] for request in requests(page.browser)}
     assert page.address in requested
     others = {url for url in requested if not url.startswith((page.address, "data:", "chrome:", "chrome-untrusted:"))}
     assert others == set(), "nothing of another machine"
 
 
-def test_the_heat_map_has_every_gate_and_is_walked_by_keys(page: Page, session: Session) -> None:
+def test_the_heat_map_has_every_gate_and_is_walked_by_keys(page, session):
     page.ask()
     cells = page.all("#heat-map td")
     assert len(cells) == session.number_of_experts * len(session.experts)
@@ -122,7 +111,7 @@ def test_the_heat_map_has_every_gate_and_is_walked_by_keys(page: Page, session: 
     assert len(page.all("#nearest li")) == 2
 
 
-def test_the_heat_map_is_of_a_module_or_of_their_mean(browser: Chrome, trained: Callable[..., Run]) -> None:
+def test_the_heat_map_is_of_a_module_or_of_their_mean(browser, trained):
     session = Session(trained({**BADIT, "target_modules": ["gate_proj", "o_proj"]}).path)
     with served(session) as port:
         page = Page(browser, f"http://127.0.0.1:{port}/")
@@ -139,7 +128,7 @@ def test_the_heat_map_is_of_a_module_or_of_their_mean(browser: Chrome, trained: 
     assert mean == pytest.approx([(a + b) / 2 for a, b in zip(first, second, strict=True)], abs=0.0011)
 
 
-def test_sliders_send_their_gates_and_the_router_comes_back(page: Page) -> None:
+def test_sliders_send_their_gates_and_the_router_comes_back(page):
     page.ask()
     (first,) = page.sent()
     assert (first["sides"], first["gates"]) == (["router", "base"], None)
@@ -170,7 +159,7 @@ def test_sliders_send_their_gates_and_the_router_comes_back(page: Page) -> None:
     assert page.browser.get_log("browser") == []
 
 
-def test_an_answer_can_be_stopped_and_a_prompt_of_ones_own_be_asked(page: Page) -> None:
+def test_an_answer_can_be_stopped_and_a_prompt_of_ones_own_be_asked(page):
     limit, box = page.one("#limit"), page.one("#text")
     limit.clear()
     limit.send_keys("512")
@@ -193,9 +182,7 @@ def test_an_answer_can_be_stopped_and_a_prompt_of_ones_own_be_asked(page: Page) 
     page.told("text: the prompt is empty")
 
 
-def test_a_method_without_gates_says_so_and_a_studio_that_has_ended_is_told(
-    browser: Chrome, plain_session: Session
-) -> None:
+def test_a_method_without_gates_says_so_and_a_studio_that_has_ended_is_told(browser, plain_session):
     with served(plain_session) as port:
         page = Page(browser, f"http://127.0.0.1:{port}/")
         page.ask()
@@ -208,9 +195,7 @@ def test_a_method_without_gates_says_so_and_a_studio_that_has_ended_is_told(
     page.told("The studio does not answer; is it still running?")
 
 
-def test_markup_in_names_data_and_tables_stays_text(
-    browser: Chrome, trained: Callable[..., Run], tmp_path: Path
-) -> None:
+def test_markup_in_names_data_and_tables_stays_text(browser, trained, tmp_path):
     source = tmp_path / "tasks.jsonl"
     lines = [
         {"task": MARKUP, "instruction": MARKUP, "input": f"{MARKUP} {i}", "output": MARKUP, "split": split}
@@ -236,7 +221,7 @@ def test_markup_in_names_data_and_tables_stays_text(
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
-def test_a_phone_shows_it_without_scrolling_sideways(browser: Chrome, address: str, theme: str) -> None:
+def test_a_phone_shows_it_without_scrolling_sideways(browser, address, theme):
     page = Page(browser, address, width=390, theme=theme)
     page.ask()
     assert page.sent()
@@ -247,7 +232,7 @@ def test_a_phone_shows_it_without_scrolling_sideways(browser: Chrome, address: s
     assert (sum(map(int, channels)) > 700) == (theme == "light")
 
 
-def test_every_control_has_a_name_and_the_theme_can_be_chosen(page: Page) -> None:
+def test_every_control_has_a_name_and_the_theme_can_be_chosen(page):
     for control in page.all("button, input, select, textarea, table"):
         if control.is_displayed():
             assert control.accessible_name, control.get_attribute("outerHTML")

@@ -1,21 +1,23 @@
-"""The calls over HTTP: what is answered, how it streams and ends, and what is refused."""
-
-from __future__ import annotations
+"""``badit studio``: its command, and calls over HTTP: what is answered, how it streams and ends, what is refused."""
 
 import http.client
 import json
+import signal
+import subprocess
+import sys
 import threading
-from collections.abc import Iterator, Mapping
+import webbrowser
 from contextlib import closing
-from typing import Any
 
 import pytest
 from starlette.testclient import TestClient
 
+from badit.cli import main
 from badit.errors import BaditError
+from badit.studio import server
 from badit.studio.server import MAX_BODY, application
-from badit.studio.session import MAX_CHARACTERS, MAX_NEW_TOKENS, Session
-from studio.conftest import served
+from badit.studio.session import MAX_CHARACTERS, MAX_NEW_TOKENS
+from studio.conftest import BADIT, served
 
 PAGE = "http://127.0.0.1:8642"
 ASK = {"text": "land 3", "task": "rivers", "sides": ["router", "base"], "max_new_tokens": 6}
@@ -24,18 +26,18 @@ PATIENCE = 60
 
 
 @pytest.fixture
-def client(session: Session) -> TestClient:
+def client(session):
     return TestClient(application(session), base_url=PAGE, headers={"Origin": PAGE})
 
 
-def parsed(body: str) -> list[tuple[str, Mapping[str, Any]]]:
+def parsed(body):
     """Server-sent events by name."""
     events = [event.split("\n") for event in body.split("\n\n")[:-1]]
     assert all(name.startswith("event: ") and data.startswith("data: ") for name, data in events)
     return [(name.removeprefix("event: "), json.loads(data.removeprefix("data: "))) for name, data in events]
 
 
-def test_an_answer_streams_as_events(client: TestClient) -> None:
+def test_an_answer_streams_as_events(client):
     response = client.post("/api/answer", json=ASK)
     assert response.headers["content-type"].startswith("text/event-stream")
     events = parsed(response.text)
@@ -47,17 +49,7 @@ def test_an_answer_streams_as_events(client: TestClient) -> None:
     assert len(set(texts)) >= 3
 
 
-def test_the_page_is_told_what_the_run_is(client: TestClient) -> None:
-    about = client.get("/api/run").json()
-    assert about["tasks"] == ["cities", "rivers"]
-    assert about["modules"] == [[0, "mlp.gate_proj"], [1, "mlp.gate_proj"]]
-    assert (about["experts"], about["method"]) == (4, "badit")
-    task = client.get("/api/task", params={"name": "rivers"}).json()
-    assert task["instruction"] == "Name the river."
-    assert task["examples"][1] == {"input": "land 13 land 13 ", "references": ["river 13"]}
-
-
-def test_every_response_carries_the_policy_and_no_file_names_another_machine(client: TestClient) -> None:
+def test_every_response_carries_the_policy_and_no_file_names_another_machine(client):
     for path in (*FILES, "/api/run", "/api/nothing", "/../x"):
         headers = client.get(path).headers
         policy = dict(part.split(" ", 1) for part in headers["content-security-policy"].split("; "))
@@ -74,14 +66,14 @@ def test_every_response_carries_the_policy_and_no_file_names_another_machine(cli
 
 
 @pytest.mark.parametrize("host", ["evil.example:8642", "127.0.0.1.evil.example", "192.168.1.5", "", "["])
-def test_foreign_names_of_this_machine_are_refused(client: TestClient, host: str) -> None:
+def test_foreign_names_of_this_machine_are_refused(client, host):
     for method, path in (("GET", "/"), ("GET", "/api/run"), ("POST", "/api/answer")):
         response = client.request(method, path, headers={"Host": host, "Origin": f"http://{host}"}, json=ASK)
         assert response.status_code == 400
         assert "cities" not in response.text
 
 
-def test_only_the_page_itself_may_ask(session: Session) -> None:
+def test_only_the_page_itself_may_ask(session):
     client = TestClient(application(session), base_url=PAGE)
     others = ("http://evil.example", "https://127.0.0.1:8642", "http://127.0.0.1:8643", "http://localhost:8642")
     for origin in (None, "null", *others):
@@ -110,7 +102,7 @@ def test_only_the_page_itself_may_ask(session: Session) -> None:
     ],
     ids=lambda value: str(value)[:40],
 )
-def test_what_is_no_question_is_refused_in_one_line(client: TestClient, question: Any, problem: str) -> None:
+def test_what_is_no_question_is_refused_in_one_line(client, question, problem):
     body = question if isinstance(question, bytes) else json.dumps({**ASK, **question}).encode()
     response = client.post("/api/answer", content=body, headers={"Content-Type": "application/json"})
     assert response.status_code == 400
@@ -119,7 +111,7 @@ def test_what_is_no_question_is_refused_in_one_line(client: TestClient, question
     assert message.isprintable()
 
 
-def test_other_requests_are_refused(client: TestClient) -> None:
+def test_other_requests_are_refused(client):
     assert client.post("/api/answer", data={"text": "a"}).status_code == 415
     large = b" " * (MAX_BODY + 1)
     response = client.post("/api/answer", content=large, headers={"Content-Type": "application/json"})
@@ -132,18 +124,18 @@ def test_other_requests_are_refused(client: TestClient) -> None:
 class Slow:
     """A session whose answers end when they are told to, and which notes how many run."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         self.running = self.most_running = 0
         self.began = threading.Semaphore(0)
         self.goes_on, self.stopped = threading.Event(), threading.Event()
 
-    def about(self) -> dict[str, Any]:
+    def about(self):
         return {}
 
-    def check(self, question: Any) -> None:
+    def check(self, question):
         pass
 
-    def answer(self, question: Any, show: Any) -> None:
+    def answer(self, question, show):
         self.running += 1
         self.most_running = max(self.most_running, self.running)
         self.began.release()
@@ -159,20 +151,20 @@ class Slow:
 
 
 @pytest.fixture
-def slow() -> Iterator[tuple[Slow, int]]:
+def slow():
     session = Slow()
     with served(session) as port:
         yield session, port
 
 
-def asked(port: int, text: str) -> Any:
+def asked(port, text):
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
     headers = {"Origin": f"http://127.0.0.1:{port}", "Content-Type": "application/json"}
     connection.request("POST", "/api/answer", json.dumps({**ASK, "text": text}), headers)
     return closing(connection)
 
 
-def test_events_come_while_the_answer_is_being_written_and_others_wait(slow: tuple[Slow, int]) -> None:
+def test_events_come_while_the_answer_is_being_written_and_others_wait(slow):
     session, port = slow
     with asked(port, "number 0") as first, asked(port, "number 1") as second, closing(first.getresponse()) as response:
         assert response.readline() == b"event: text\n"
@@ -186,7 +178,7 @@ def test_events_come_while_the_answer_is_being_written_and_others_wait(slow: tup
     assert session.most_running == 1
 
 
-def test_an_answer_ends_when_its_reader_goes_away(slow: tuple[Slow, int]) -> None:
+def test_an_answer_ends_when_its_reader_goes_away(slow):
     session, port = slow
     with asked(port, "first") as first, closing(first.getresponse()) as response:
         assert response.readline()
@@ -200,11 +192,63 @@ def test_an_answer_ends_when_its_reader_goes_away(slow: tuple[Slow, int]) -> Non
     assert [session.began.acquire(blocking=False) for _ in range(3)] == [True, True, False], "one was never begun"
 
 
-def test_an_error_in_the_midst_of_an_answer_is_told(client: TestClient, session: Session, monkeypatch: Any) -> None:
-    def fail(question: Any, show: Any) -> None:
+def test_an_error_in_the_midst_of_an_answer_is_told(client, session, monkeypatch):
+    def fail(question, show):
         show("text", {"side": "router", "text": "so far"})
         raise BaditError("the model\nbroke")
 
     monkeypatch.setattr(session, "answer", fail)
     events = parsed(client.post("/api/answer", json=ASK).text)
     assert events[-1] == ("error", {"message": "the model\\nbroke"})
+
+
+def test_it_serves_until_it_is_interrupted(trained):
+    run = trained(BADIT)
+    command = [sys.executable, "-m", "badit", "studio", str(run.path), "--port", "0", "--no-browser"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        assert line.startswith("Studio: http://127.0.0.1:")
+        port = int(line.split()[1].rpartition(":")[2])
+        with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=60)) as connection:
+            connection.request("GET", "/api/run")
+            assert json.load(connection.getresponse())["run"] == "run"
+            # An answer that is still being written does not delay the end.
+            headers = {"Origin": f"http://127.0.0.1:{port}", "Content-Type": "application/json"}
+            question = {"text": "land", "sides": ["router", "base"], "max_new_tokens": 512}
+            connection.request("POST", "/api/answer", json.dumps(question), headers)
+            with closing(connection.getresponse()) as response:
+                assert response.readline() == b"event: prompt\n"
+                process.send_signal(signal.SIGINT)
+                _, errors = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert "Traceback" not in errors
+
+
+def test_mistakes_are_told_in_one_line_before_a_model_is_loaded(monkeypatch, capsys):
+    with server.listen(0) as taken:
+        host, port = taken.getsockname()
+        assert host == "127.0.0.1", "only this machine can reach it"
+        for arguments, expected in (
+            ([f"--port={port}"], f"--port: {port} cannot be used (Address already in use); give another one, or 0"),
+            (["--port=-1"], "--port: must be from 0 to 65535, not -1"),
+            (["--port=0"], "no-run: has no config.yaml"),
+        ):
+            assert main(["studio", "no-run", *arguments]) == 2
+            (line,) = capsys.readouterr().err.splitlines()
+            assert line.startswith(f"badit: {expected}")
+    monkeypatch.delitem(sys.modules, "badit.studio.server")
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    assert main(["studio", "no-run"]) == 2
+    assert "the studio needs its extra (uvicorn is missing): pip install 'badit[studio]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("display", "opened"), [("", []), (":0", ["http://127.0.0.1:1"])])
+def test_a_browser_is_opened_if_there_is_a_screen(display, opened, monkeypatch):
+    seen = []
+    monkeypatch.setattr(webbrowser, "open", seen.append)
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setenv("DISPLAY", display)
+    monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
+    server.open_browser("http://127.0.0.1:1")
+    assert seen == opened

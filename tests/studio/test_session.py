@@ -1,13 +1,10 @@
 """A loaded run: the sides' answers against the library's own, gates that are exactly those asked for, nearest tasks."""
 
-from __future__ import annotations
-
 import copy
 import json
 import os
 import threading
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -20,7 +17,6 @@ from badit.analysis.tables import load_frame, save_frame
 from badit.data import AnswerCollator, batches_by_task
 from badit.errors import BaditError
 from badit.generation import generate_answers
-from badit.run import Run
 from badit.studio.session import Question, Session, mixed, nearest_tasks
 from badit.train import encoded
 from badit.tuner import hooks_of
@@ -30,32 +26,32 @@ HAND = [0.0, 2.5, 1.25, 0.1]
 Events = list[tuple[str, Mapping[str, Any]]]
 
 
-def events(session: Session, **question: Any) -> Events:
-    shown: Events = []
+def events(session, **question):
+    shown = []
     asked = Question.model_validate({"text": "land 3", "task": "rivers", "max_new_tokens": 8, **question})
     session.check(asked)
     session.answer(asked, lambda name, data: shown.append((name, data)))
     return shown
 
 
-def one(shown: Events, name: str, side: str) -> Mapping[str, Any]:
+def one(shown, name, side):
     (found,) = [data for kind, data in shown if kind == name and data.get("side") == side]
     return found
 
 
-def prompt(session: Session, *, answer: bool = False) -> dict[str, Any]:
+def prompt(session, *, answer=False):
     task = session.tasks["rivers"]
     instance = task.train[0].model_copy(update={"input": "land 3"})
     (example,) = encoded(session.tokenizer, session.recipe, [(task, instance)])
     return example if answer else {**example, "input_ids": example["input_ids"][: example["prompt_length"]]}
 
 
-def answer_of(session: Session, model: Any) -> str:
+def answer_of(session, model):
     ids = prompt(session)["input_ids"]
     return generate_answers(model, session.tokenizer, [ids], max_new_tokens=8, progress=False)[0]
 
 
-def test_the_sides_answer_as_the_run_and_its_base_model_do(session: Session) -> None:
+def test_the_sides_answer_as_the_run_and_its_base_model_do(session):
     ids = prompt(session)["input_ids"]
     shown = events(session, sides=["router", "base"])
     expected = answer_of(session, session.model)
@@ -83,9 +79,7 @@ def test_the_sides_answer_as_the_run_and_its_base_model_do(session: Session) -> 
     ],
     ids=lambda value: str(value)[:40],
 )
-def test_a_mixture_by_hand_is_the_plain_lora_of_those_gates(
-    trained: Callable[..., Run], method: dict[str, Any], neutral: float
-) -> None:
+def test_a_mixture_by_hand_is_the_plain_lora_of_those_gates(trained, method, neutral):
     session = Session(trained(method).path)
     gates = HAND[: session.number_of_experts]
     shown = events(session, sides=["hand", "router"], gates=gates)
@@ -104,17 +98,18 @@ def test_a_mixture_by_hand_is_the_plain_lora_of_those_gates(
     assert one(shown, "end", "hand")["text"] == answer_of(session, lora), "the gates are those of every pass"
 
 
-def test_the_nearest_task_comes_first(session: Session) -> None:
+def test_the_nearest_task_comes_first(session):
     shown = one(events(session, sides=["router"]), "gates", "router")
     assert session.task_gates is not None
     apart = np.abs(session.task_gates.to_numpy() - np.ravel(shown["gates"])).mean(axis=1)
     expected = sorted(zip(apart, session.task_gates.index, strict=True))
     assert [near["task"] for near in shown["nearest"]] == [task for _, task in expected]
     found = nearest_tasks(pd.DataFrame([[1.0, 1.0], [1.5, 0.5]], index=["a", "b"]), np.array([[1.4, 0.6]]))
-    assert list(found.items()) == [("b", pytest.approx(0.1)), ("a", pytest.approx(0.4))]
+    apart = {"b": pytest.approx(0.1), "a": pytest.approx(0.4)}
+    assert found == [{"task": task, "difference": difference} for task, difference in apart.items()]
 
 
-def test_tasks_gates_are_measured_once_and_taken_from_the_analysis(trained: Callable[..., Run]) -> None:
+def test_tasks_gates_are_measured_once_and_taken_from_the_analysis(trained):
     run = trained(BADIT)
     first = Session(run.path)
     assert first.unmeasured
@@ -142,7 +137,7 @@ def test_tasks_gates_are_measured_once_and_taken_from_the_analysis(trained: Call
     assert Session(run.path).unmeasured, "they are older than the adapter"
 
 
-def test_questions_are_answered_while_tasks_are_measured(trained: Callable[..., Run]) -> None:
+def test_questions_are_answered_while_tasks_are_measured(trained):
     """The model is switched from side to side: what is measured meanwhile must not be measured of another side."""
     quiet, busy = Session(trained(BADIT).path), Session(trained(BADIT).path)
     quiet.measure()
@@ -157,7 +152,7 @@ def test_questions_are_answered_while_tasks_are_measured(trained: Callable[..., 
     assert quiet.task_gates.equals(busy.task_gates)
 
 
-def test_a_run_whose_data_is_gone_still_answers(trained: Callable[..., Run], material: Path, tmp_path: Path) -> None:
+def test_a_run_whose_data_is_gone_still_answers(trained, material, tmp_path):
     source = tmp_path / "tasks.jsonl"
     source.write_text((material / "tasks.jsonl").read_text())
     run = trained(BADIT, source)
@@ -170,9 +165,7 @@ def test_a_run_whose_data_is_gone_still_answers(trained: Callable[..., Run], mat
     assert one(shown, "end", "router")["tokens"]
 
 
-def test_what_cannot_be_answered_is_refused(
-    session: Session, plain_session: Session, trained: Callable[..., Run], tmp_path: Path
-) -> None:
+def test_what_cannot_be_answered_is_refused(session, plain_session, trained, tmp_path):
     by_task = Session(trained({"name": "mtl-lora", "num_experts": 3, "r": 2}).path)
     assert by_task.about()["needs_task"]
     assert {name for name, _ in events(plain_session, sides=["router", "base"])} == {"prompt", "text", "end"}

@@ -15,10 +15,10 @@ from typing import Any
 import pandas as pd
 
 from badit.analysis.atlas import ability_atlas
-from badit.analysis.gates import has_experts, marked_experts, prompt_gates
-from badit.analysis.interference import coactivation, measure_interference
+from badit.analysis.gates import active_experts, prompt_gates
+from badit.analysis.interference import measure_interference
 from badit.analysis.learning import component_flow, expert_angles, task_gap, transfer
-from badit.analysis.tables import TABLES, load_frames, save_frame
+from badit.analysis.tables import save_frame
 from badit.data import AnswerCollator, Instance, Task, batches_by_task, load_sources
 from badit.environment import environment, peak_memory
 from badit.errors import BaditError
@@ -32,7 +32,6 @@ from badit.train import encoded, make_plan, pad_id
 
 _PARTS = ("interference", "experts", "learning")
 _BATCH_SIZE = 4
-_ABOUT_EXPERTS = " Experts: those whose mean gate over a task's prompts is above neutral."
 
 
 def analyze(
@@ -69,10 +68,14 @@ def analyze(
     if (folder / RESULTS).is_file():
         save_frame(task_gap(folder), Path(output or folder) / "analysis")
         return Path(output or folder)
-    is_run = (folder / "config.yaml").is_file()
-    recipe = Run(folder).trusted_recipe(trust_remote_code) if is_run else _recipe_of_base(str(target), data, output)
-    run = Run(folder if is_run else recipe.output)
-    trained = build_method(recipe.method).trains
+    if (folder / "config.yaml").is_file():
+        recipe = Run(folder).trusted_recipe(trust_remote_code)
+    elif data is None:
+        raise BaditError(f"{target}: is no run's folder; to measure on a base model, name its tasks with --data")
+    else:
+        values = {"model": {"name": str(target)}, "data": {"source": data}, "method": {"name": "base"}}
+        recipe = build_recipe({**values, "output": str(output or "runs/analysis")})
+    run, trained = Run(recipe.output), build_method(recipe.method).trains
     own_tasks = data is None and trained
     section = recipe.data if data is None else DataSection(source=data)  # pyright: ignore[reportCallIssue]
     tasks = make_plan(recipe).tasks if own_tasks else load_sources(section.sources())
@@ -99,7 +102,6 @@ def _measure(
     progress: bool,
 ) -> None:
     """Measures the parts that are not recorded as done; a part is recorded after its tables are written."""
-    folder = output / "analysis"
     model, tokenizer = load_run(run, recipe)
     model.eval()
     if not build_method(recipe.method).trains:  # a report then finds a base model's configuration as it does any run's
@@ -108,50 +110,34 @@ def _measure(
             write_json(run.environment_path, environment())
     examples = encoded(tokenizer, recipe, [(task, instance) for task, instances in chosen for instance in instances])
     batches = batches_by_task(examples, AnswerCollator(pad_id(tokenizer), with_tasks=True), _BATCH_SIZE)
+    gates = prompt_gates(model, batches) if active_experts(model) else None
 
     def experts() -> list[pd.DataFrame]:
-        if not has_experts(model):
+        if gates is None:
             return []
-        gates = prompt_gates(model, batches)
         texts = {task.name: [(instance.id, instance.input) for instance in found] for task, found in chosen}
         # Losses take a pass for every expert, so only one batch of each task goes through.
         first = {task: of_task[:1] for task, of_task in batches.items()}
         atlas = ability_atlas(model, first, gates, texts, [task for task, _ in chosen], progress=progress)
-        angles = expert_angles(run, model, batches, progress=progress)
-        # The co-activation tables are written again, with the experts as further units.
-        known, shared = load_frames(folder), []
-        for frame in coactivation({"experts": marked_experts(gates)}, _ABOUT_EXPERTS):
-            name = frame.attrs["name"]
-            if name in known:  # a single task has no pairs
-                rows = pd.concat([known[name].loc[known[name]["kind"] != "experts"], frame])
-                about = known[name].attrs["about"].removesuffix(_ABOUT_EXPERTS) + _ABOUT_EXPERTS
-                shared.append(TABLES[name].frame(rows, about))
-        return [angles, component_flow(run), *atlas, *shared]
+        return [expert_angles(run, model, batches, progress=progress), component_flow(run), *atlas]
 
     def learning() -> list[pd.DataFrame]:
         return [transfer(run)] if recipe.data.order is not None and run.scores_path.is_file() else []
 
-    measures = (partial(measure_interference, model, batches, progress=progress), experts, learning)
+    measures = (partial(measure_interference, model, batches, gates, progress=progress), experts, learning)
     for part, measure in zip(_PARTS, measures, strict=True):
         if part in record["parts"]:
             continue
         began = time.monotonic()
         frames = [frame for frame in measure() if len(frame)]
         for frame in frames:
-            save_frame(frame, folder)
+            save_frame(frame, output / "analysis")
         record["parts"][part] = {
             "tables": [frame.attrs["name"] for frame in frames],
             "seconds": round(time.monotonic() - began, 1),
             "peak_memory_gib": round(peak_memory() / 2**30, 2),
         }
         write_json(output / "analysis.json", record)
-
-
-def _recipe_of_base(model: str, data: str | None, output: str | Path | None) -> Recipe:
-    if data is None:
-        raise BaditError(f"{model}: is no run's folder; to measure on a base model, name its tasks with --data")
-    section = {"model": {"name": model}, "data": {"source": data}, "method": {"name": "base"}}
-    return build_recipe({**section, "output": str(output or "runs/analysis")})
 
 
 def _chosen(task: Task, count: int, *, trained: bool) -> Sequence[Instance]:

@@ -21,7 +21,7 @@ import torch
 from tqdm import tqdm
 
 from badit.analysis.gates import Batches, PromptGates, active_experts, changed_gates, gates_frame
-from badit.analysis.tables import EXPERT_NUMBER, INDEX, TASK, TASK_A, TASK_B, TEXT, Column, Table
+from badit.analysis.tables import EXPERT, INDEX, TEXT, Column, Table
 from badit.data import Task, on_device
 from badit.trainer import answer_losses
 
@@ -34,35 +34,34 @@ Texts = Mapping[str, Sequence[tuple[str, str]]]
 
 GATE_SIMILARITY = Table(
     "gate_similarity",
-    task_a=TASK_A,
-    task_b=TASK_B,
-    similarity=Column("correlation, −1 to 1; null where a task's gates do not differ from the mean"),
+    "task_a task_b",
+    similarity="correlation, −1 to 1; null where a task's gates do not differ from the mean",
 )
 EXPERT_LOSSES = Table(
     "expert_losses",
-    task=TASK,
-    expert=EXPERT_NUMBER._replace(meaning="the expert switched off, counted from 0"),
-    loss=Column("mean loss over the task's answer tokens with all experts, in nats"),
-    loss_without=Column("the same without the expert"),
-    change=Column("loss_without minus loss, in nats per token"),
+    "task",
+    expert=Column("the expert switched off, counted from 0", EXPERT),
+    loss="mean loss over the task's answer tokens with all experts, in nats",
+    loss_without="the same without the expert",
+    change="loss_without minus loss, in nats per token",
 )
 NEAREST_PROMPTS = Table(
     "nearest_prompts",
-    expert=EXPERT_NUMBER,
+    "expert",
     rank=Column("1 for the prompt with the highest score", INDEX),
-    task=TASK._replace(meaning="the prompt's task"),
+    task=Column("the prompt's task", TEXT),
     instance=Column("the instance's id in the task", TEXT),
-    score=Column("mean over modules of the standardised gate"),
+    score="mean over modules of the standardised gate",
     prompt=Column(f"the first {_SHOWN_CHARACTERS} characters of the instance's own input", TEXT),
 )
 ABILITIES = Table(
     "abilities",
-    expert=EXPERT_NUMBER,
+    "expert",
     tasks=Column("the tasks that draw on it most; empty where none stands out", TEXT),
     hurt_most=Column("the tasks whose loss rises most without it; empty where none stands out", TEXT),
-    mean_gate=Column("mean gate over tasks; 1 is neutral"),
-    spread=Column("the largest of the tasks' mean gates minus the smallest"),
-    change=Column("mean over tasks of the loss without it minus the loss, in nats per token"),
+    mean_gate="mean gate over tasks; 1 is neutral",
+    spread="the largest of the tasks' mean gates minus the smallest",
+    change="mean over tasks of the loss without it minus the loss, in nats per token",
     summary=Column("both in a sentence", TEXT),
 )
 ABILITY_RECOVERY = Table(
@@ -72,9 +71,9 @@ ABILITY_RECOVERY = Table(
         "nearest_neighbour: share of tasks whose nearest neighbour by gates shares an ability",
         TEXT,
     ),
-    value=Column("the measure; null where it is not defined"),
-    chance=Column("its mean over the permutations"),
-    p_value=Column("share of permutations that reach the value (one-sided, the observed one counted as well)"),
+    value="the measure; null where it is not defined",
+    chance="its mean over the permutations",
+    p_value="share of permutations that reach the value (one-sided, the observed one counted as well)",
 )
 
 
@@ -83,13 +82,8 @@ def ability_atlas(
 ) -> list[pd.DataFrame]:
     """All tables of the atlas, from as many forward passes over the batches as there are experts, and one.
 
-    Args:
-        model: in evaluation mode, with one active adapter.
-        batches: what losses are measured on, as for :func:`badit.analysis.gates.prompt_gates`.
-        gates: of the same tasks in the same order, perhaps of more prompts.
-        texts: by task, the id and the text of the gates' prompts, in their order.
-        tasks: ability_recovery is measured where all of them have known abilities.
-        progress: show a bar on stderr.
+    Losses are measured on the batches; the gates are of the same tasks in the same order, perhaps of more prompts,
+    whose ids and texts are in ``texts``. ``ability_recovery`` is measured where all tasks have known abilities.
     """
     losses_TS, errors_TK = expert_losses(model, batches, progress=progress)
     frames = [
@@ -152,10 +146,7 @@ def prompt_scores(gates: PromptGates) -> np.ndarray:
 
 @torch.no_grad()
 def expert_losses(model: Any, batches: Batches, *, progress: bool = False) -> tuple[np.ndarray, np.ndarray]:
-    """Each task's mean loss over its answer tokens, in nats, with all experts and then without each of them (T, S).
-
-    Also the standard errors of the changes (T, K), as far as they come from the choice of prompts.
-    """
+    """Mean losses over the answer tokens, with all experts and without each (T, S), and the changes' errors (T, K)."""
     experts = active_experts(model)
     estimates = []
     for of_task in tqdm(batches.values(), desc="Experts", unit="task", disable=not progress, leave=False):
@@ -163,18 +154,25 @@ def expert_losses(model: Any, batches: Batches, *, progress: bool = False) -> tu
         for off in range(-1, experts[0].number):  # −1 switches off none
             with changed_gates(experts, lambda one, gates, off=off: gates.masked_fill(one.expert_of_N == off, 0.0)):
                 passes.append(_prompt_losses(model, of_task))
-        estimates.append(_per_token(np.stack([sums_P for sums_P, _ in passes]), passes[0][1]))
+        sums_SP, counts_P = np.stack([sums_P for sums_P, _ in passes]), passes[0][1]
+        tokens, prompts = counts_P.sum(), len(counts_P)
+        loss_S = sums_SP.sum(axis=1) / tokens
+        # A loss per token is a ratio of two sums over prompts; the error is that of its linear approximation.
+        residual_KP = sums_SP[1:] - sums_SP[0] - (loss_S[1:] - loss_S[0])[:, None] * counts_P
+        squares_K = np.square(residual_KP).sum(axis=1)
+        estimates.append((loss_S, np.sqrt(squares_K * prompts / max(1, prompts - 1)) / tokens))
     losses_TS, errors_TK = (np.stack(values) for values in zip(*estimates, strict=True))
     return losses_TS, errors_TK
 
 
 def losses_frame(tasks: Sequence[str], losses_TS: np.ndarray) -> pd.DataFrame:
     """What every task loses without each expert."""
-    experts = pd.DataFrame({"expert": range(losses_TS.shape[1] - 1)})
-    rows = pd.DataFrame({"task": tasks, "loss": losses_TS[:, 0]}).merge(experts, how="cross")
-    rows["loss_without"] = losses_TS[:, 1:].ravel()
     return EXPERT_LOSSES.frame(
-        rows.assign(change=rows["loss_without"] - rows["loss"]),
+        [
+            (task, expert, loss, without, without - loss)
+            for task, (loss, *others) in zip(tasks, losses_TS, strict=True)
+            for expert, without in enumerate(others)
+        ],
         "What each task's loss becomes when an expert's gates are 0 in every layer; the other gates stay. Of an expert "
         "that started as a part of the pretrained weight, that part goes too.",
     )
@@ -191,30 +189,16 @@ def _prompt_losses(model: Any, of_task: Sequence[Mapping[str, Any]]) -> tuple[np
     return torch.cat(sums).numpy(), torch.cat(counts).numpy()
 
 
-def _per_token(sums_SP: np.ndarray, counts_P: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The losses per token (S) of all states, and the standard errors (K) of the changes from the first state.
-
-    A loss per token is a ratio of two sums over prompts; the error is that of its linear approximation.
-    """
-    tokens, prompts = counts_P.sum(), len(counts_P)
-    loss_S = sums_SP.sum(axis=1) / tokens
-    change_K = loss_S[1:] - loss_S[0]
-    residual_KP = sums_SP[1:] - sums_SP[0] - change_K[:, None] * counts_P
-    return loss_S, np.sqrt(np.square(residual_KP).sum(axis=1) * prompts / max(1, prompts - 1)) / tokens
-
-
 _NAMED = 2
 _ALIKE_GATES = 0.02
 _STANDARD_ERRORS = 3
 _NO_CHANGE = 0.005  # nats per token
 _ALIKE_CHANGES = 0.25  # how far the first may be ahead of the mean, in means
+_PERMUTATIONS, _SEED = 10_000, 0
 
 
 def expert_abilities(gates: PromptGates, change_TK: np.ndarray, error_TK: np.ndarray) -> pd.DataFrame:
-    """What every expert is for: at most two tasks that draw on it most, and two that lose most without it.
-
-    ``change_TK`` is by how much the tasks' losses rise without each expert, ``error_TK`` the standard errors of that.
-    """
+    """What every expert is for, from the gates, the losses' rise without each expert, and its standard errors."""
     rows = []
     for expert, (gate_T, change_T, error_T) in enumerate(
         zip(gates.means.mean(axis=1).T, change_TK.T, error_TK.T, strict=True)
@@ -225,8 +209,8 @@ def expert_abilities(gates: PromptGates, change_TK: np.ndarray, error_TK: np.nda
         mean, most = change_T.mean(), change_T.max()
         missed = most >= _NO_CHANGE and most - mean > _ALIKE_CHANGES * mean
         hurt = _standing_out(change_T, error_T) if missed else []
-        summary = f"{_on_gates(gates.tasks, gate_T, drawn)} {_on_losses(gates.tasks, change_T, hurt)}"
         names = (", ".join(gates.tasks[t] for t in named) for named in (drawn, hurt))
+        summary = _summary(gates.tasks, gate_T, drawn, change_T, hurt)
         rows.append((expert, *names, gate_T.mean(), np.ptp(gate_T), mean, summary))
     return ABILITIES.frame(
         rows,
@@ -242,40 +226,34 @@ def _standing_out(value_T: np.ndarray, error_T: np.ndarray) -> list[int]:
     return [int(t) for t in first if value_T[t] > (mean + value_T[first[0]]) / 2]
 
 
-def _on_gates(tasks: Sequence[str], gate_T: np.ndarray, drawn: list[int]) -> str:
-    mean = f"{gate_T.mean():.2f}"
-    if len(gate_T) == 1:
-        return f"Its gate is {mean} on the one task."
-    if not drawn:
-        return f"All tasks draw on it alike (gate {mean}, spread {_amount(np.ptp(gate_T))})."
-    return f"Drawn on most by {_joined(tasks, drawn)} (gate {gate_T[drawn].mean():.2f} against {mean} on average)."
+def _summary(tasks: Sequence[str], gate_T: np.ndarray, drawn: list[int], change_T: np.ndarray, hurt: list[int]) -> str:
+    def named(chosen: list[int]) -> str:
+        """The tasks' names as words: task363_sst2_polarity is "363 sst2 polarity"."""
+        return " and ".join(re.sub(r"^task(?=\d)", "", tasks[t]).replace("_", " ") for t in chosen)
 
+    def amount(value: float) -> str:
+        return f"{value:.2f}" if value >= 0.01 else f"{value:.3f}"
 
-def _on_losses(tasks: Sequence[str], change_T: np.ndarray, hurt: list[int]) -> str:
-    mean = change_T.mean()
+    gate, mean = f"{gate_T.mean():.2f}", change_T.mean()
+    drawn_on = f"Its gate is {gate} on the one task."
+    if drawn:
+        drawn_on = f"Drawn on most by {named(drawn)} (gate {gate_T[drawn].mean():.2f} against {gate} on average)."
+    elif len(tasks) > 1:
+        drawn_on = f"All tasks draw on it alike (gate {gate}, spread {amount(np.ptp(gate_T))})."
     if np.abs(change_T).max() < _NO_CHANGE:
-        return f"Without it no task's loss changes by {_NO_CHANGE} nats a token."
-    overall = f"{'rises' if mean >= 0 else 'falls'} by {_amount(abs(mean))}"
-    if not hurt:
-        whose, end = ("that task", "") if len(change_T) == 1 else ("all tasks", " on average")
-        return f"Without it the loss of {whose} {overall} nats a token{end}."
-    others = f"of all tasks by {_amount(mean)}" if mean >= 0 else f"while that of all tasks {overall}"
-    rise = _amount(change_T[hurt].mean())
-    return f"Without it the loss of {_joined(tasks, hurt)} rises by {rise} nats a token, {others}."
+        return f"{drawn_on} Without it no task's loss changes by {_NO_CHANGE} nats a token."
+    overall = f"{'rises' if mean >= 0 else 'falls'} by {amount(abs(mean))}"
+    whose, end = ("all tasks", " on average") if len(tasks) > 1 else ("that task", "")
+    if hurt:
+        whose, end = (
+            named(hurt),
+            f", of all tasks by {amount(mean)}" if mean >= 0 else f", while that of all tasks {overall}",
+        )
+        overall = f"rises by {amount(change_T[hurt].mean())}"
+    return f"{drawn_on} Without it the loss of {whose} {overall} nats a token{end}."
 
 
-def _joined(tasks: Sequence[str], named: Sequence[int]) -> str:
-    """The tasks' names as words: task363_sst2_polarity is "363 sst2 polarity"."""
-    return " and ".join(re.sub(r"^task(?=\d)", "", tasks[t]).replace("_", " ") for t in named)
-
-
-def _amount(value: float) -> str:
-    return f"{value:.2f}" if value >= 0.01 else f"{value:.3f}"
-
-
-def ability_recovery(
-    similarity_TT: np.ndarray, abilities: Sequence[Collection[str]], *, permutations: int = 10_000, seed: int = 0
-) -> pd.DataFrame:
+def ability_recovery(similarity_TT: np.ndarray, abilities: Sequence[Collection[str]]) -> pd.DataFrame:
     """How well the similarity of the tasks' gates agrees with the abilities that they are known to need.
 
     Two measures, each against what it would be if the tasks' sets of abilities were permuted:
@@ -286,7 +264,7 @@ def ability_recovery(
     """
     tasks = np.arange(len(abilities))
     overlap_TT = np.array([[len(set(a) & set(b)) / len(set(a) | set(b)) for b in abilities] for a in abilities])
-    order_RT = np.random.default_rng(seed).permuted(np.tile(tasks, (permutations, 1)), axis=1)
+    order_RT = np.random.default_rng(_SEED).permuted(np.tile(tasks, (_PERMUTATIONS, 1)), axis=1)
     order_RT = np.vstack([tasks, order_RT])
     first_E, second_E = np.triu_indices(len(tasks), k=1)
     overlap_RE = overlap_TT[order_RT[:, first_E], order_RT[:, second_E]]
@@ -303,14 +281,14 @@ def ability_recovery(
     return ABILITY_RECOVERY.frame(
         rows,
         f"Whether tasks that are known to share abilities draw on the experts alike, over {len(tasks)} tasks, by "
-        f"{permutations} permutations of the tasks (seed {seed}); the correlation's p is Mantel's test.",
+        f"{_PERMUTATIONS} permutations of the tasks (seed {_SEED}); the correlation's p is Mantel's test.",
     )
 
 
 def _standardised(values_RE: np.ndarray) -> np.ndarray:
     """Rows with mean 0 and sum of squares 1, so that a product of two is their correlation; NaN where all are equal."""
-    if values_RE.shape[1] < 2:
-        return np.full_like(values_RE, np.nan)
+    if not values_RE.size:
+        return values_RE
     centred_RE = values_RE - values_RE.mean(axis=1, keepdims=True)
     norm_R = np.linalg.norm(centred_RE, axis=1, keepdims=True)
     return centred_RE / np.where(norm_R > 1e-12, norm_R, np.nan)

@@ -3,6 +3,7 @@
 Every adapted layer multiplies its components by gates, and all components of an expert have the same one. All gates are
 a softmax and sum to K or to 1. Here they are divided by their mean over the experts: 1 is neutral, K is one expert
 alone. Where every position has its own gates, a prompt's are the mean over its positions, without padding and answer.
+Batches are by task, each of ``input_ids``, ``attention_mask``, ``labels`` (B, T) and ``tasks``.
 
 Shape suffixes: B = rows, T = positions, N = components, M = adapted modules, K = experts, P = prompts of one task,
 U = experts of all of a layer's modules.
@@ -13,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from torch import nn
 from tqdm import tqdm
 
 from badit.analysis.gradients import layer_and_module
-from badit.analysis.tables import EXPERT_NUMBER, LAYER, MODULE, TASK, Column, Table
+from badit.analysis.tables import Table
 from badit.data import on_device
 from badit.errors import BaditError
 from badit.method import prompt_mean
@@ -35,15 +36,13 @@ from badit.tuner.prompt import before_first_label
 _ROUNDING = 1e-6
 
 Batches = Mapping[str, Sequence[Mapping[str, Any]]]
+Change = Callable[["Experts", torch.Tensor], torch.Tensor]
 
 GATES = Table(
     "gates",
-    task=TASK,
-    layer=LAYER,
-    module=MODULE,
-    expert=EXPERT_NUMBER,
-    mean=Column("mean gate over the task's prompts; 1 is neutral"),
-    std=Column("standard deviation over the task's prompts (divisor n − 1)"),
+    "task layer module expert",
+    mean="mean gate over the task's prompts; 1 is neutral",
+    std="standard deviation over the task's prompts (divisor n − 1)",
 )
 
 
@@ -98,37 +97,21 @@ def adapted_layers(model: nn.Module) -> list[Experts]:
     return [Experts(layer, adapter) for layer in layers for adapter in layer.running_adapters]
 
 
-def has_experts(model: nn.Module) -> bool:
-    """Whether the model has an active adapter whose experts are weighed by gates."""
-    return any(one.number > 1 for one in adapted_layers(model))
-
-
 def active_experts(model: nn.Module) -> list[Experts]:
-    """The layers of the active adapter, first to last.
-
-    Raises:
-        BaditError: there is no such adapter, or there are several.
-    """
+    """The layers of the active adapter with several experts, first to last; BaditError if several such are active."""
     found = [one for one in adapted_layers(model) if one.number > 1]
-    if not found:
-        raise BaditError("the model has no active adapter with several experts, such as BADIT's or LoRAMoE's")
     if len({one.adapter for one in found}) > 1:
         raise BaditError("several adapters are active; choose the one to look at: model.set_adapter(NAME)")
     return found
 
 
 @contextmanager
-def changed_gates(
-    experts: Sequence[Experts], change: Callable[[Experts, torch.Tensor], torch.Tensor]
-) -> Iterator[None]:
+def changed_gates(experts: Sequence[Experts], change: Change) -> Iterator[None]:
     """Within, the components' gates (B, 1 or T, N) of every layer are what ``change`` makes of them."""
-
-    def changed(one: Experts, own: Callable, adapter: str, x: torch.Tensor) -> torch.Tensor:
-        return change(one, own(adapter, x))
-
     try:
         for one in experts:  # an attribute of the instance hides the class's method
-            vars(one.layer)["component_gates"] = partial(changed, one, one.layer.component_gates)
+            own = one.layer.component_gates
+            vars(one.layer)["component_gates"] = lambda adapter, x, one=one, own=own: change(one, own(adapter, x))
         yield
     finally:
         for one in experts:
@@ -137,13 +120,10 @@ def changed_gates(
 
 @torch.no_grad()
 def prompt_gates(model: Any, batches: Batches) -> PromptGates:
-    """The gates of every prompt, from one forward pass of a model in evaluation mode with one active adapter.
-
-    Args:
-        model: with experts.
-        batches: by task, batches of ``input_ids``, ``attention_mask``, ``labels`` and ``tasks``.
-    """
+    """The gates of every prompt, from one forward pass of a model in evaluation mode with one active adapter."""
     experts = active_experts(model)
+    if not experts:
+        raise BaditError("the model has no active adapter with several experts, such as BADIT's or LoRAMoE's")
     if not batches:
         raise BaditError("batches: there are none; give at least one batch of one task")
     by_task = {}
@@ -163,21 +143,20 @@ def mean_component_gates(model: Any, batches: Batches, *, progress: bool = False
     return {task: [g_PN.mean(dim=0) for g_PN in _component_gates(model, adapted, of_task)] for task, of_task in tasks}
 
 
-def _component_gates(
-    model: Any, experts: Sequence[Experts], of_task: Sequence[Mapping[str, Any]]
-) -> list[torch.Tensor]:
+def _component_gates(model: Any, experts: Sequence[Experts], of_task: Sequence[Any]) -> list[torch.Tensor]:
     """The components' gates (P, N) by layer, means over each prompt's positions, on the CPU."""
     kept: dict[str, list[torch.Tensor]] = {one.layer.name: [] for one in experts}
+    prompt_BT = torch.empty(0)  # of the running batch
 
-    def keep(prompt_BT: torch.Tensor, one: Experts, gates: torch.Tensor) -> torch.Tensor:
+    def keep(one: Experts, gates: torch.Tensor) -> torch.Tensor:
         gates_BTN = gates.float().expand(*prompt_BT.shape, -1)
         kept[one.layer.name].append(prompt_mean(gates_BTN, prompt_BT.to(gates.device)).cpu())
         return gates
 
-    for batch in of_task:
-        inputs = on_device(batch, model.device)
-        prompt_BT = inputs["attention_mask"].bool() & before_first_label(inputs["labels"])
-        with changed_gates(experts, partial(keep, prompt_BT)):
+    with changed_gates(experts, keep):
+        for batch in of_task:
+            inputs = on_device(batch, model.device)
+            prompt_BT = inputs["attention_mask"].bool() & before_first_label(inputs["labels"])
             answer_losses(model, inputs, model)  # for its forward pass, which tells every method what it needs to know
     return [torch.cat(of_layer) for of_layer in kept.values()]
 

@@ -9,9 +9,9 @@ Weinberger et al. 2009, arXiv 0902.2206). Coordinate i goes with a sign σ(i) to
 
     (S a)_b = Σ_{h(i) = b} σ(i) a_i,    E⟨S a, S b⟩ = ⟨a, b⟩,    Var⟨S a, S b⟩ ≲ (‖a‖² ‖b‖² + ⟨a, b⟩²) / M.
 
-An h and σ drawn for each coordinate would take more memory than the vector. Here it is cut into runs c of M coordinates
-p, with random signs s and t and random shifts: h(c, p) = (p + shift_c) mod M, σ(c, p) = s_p t_c. Coordinates of one run
-never meet; those of two runs meet as rarely as under independent hashing, with signs that leave no bias.
+To save memory the vector is cut into runs c of M coordinates p, with random signs s and t and random shifts:
+h(c, p) = (p + shift_c) mod M, σ(c, p) = s_p t_c. Coordinates of one run never meet; those of two runs meet as rarely as
+under independent hashing, with signs that leave no bias.
 
 Shape suffixes: N = coordinates, M = buckets, T = tasks, R = 2T half-tasks in task order, U = rows of a weight (output
 features), P = places (a kind, layer and module), E = pairs of tasks.
@@ -31,66 +31,63 @@ from peft import PeftModel
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from badit.analysis.tables import COUNT, INDEX, TASK, TASK_A, TASK_B, TEXT, Column, Table
+from badit.analysis.tables import COUNT, INDEX, TEXT, Column, Table
 from badit.errors import BaditError
 
 Place = tuple[str, int, str]  # "weights" or "adapter", the layer, the module's name below the layer
 
 _PARAMETERS = '"weights" (of the linear layers) or "adapter"'
-_COSINE = Column("cosine of the two tasks' gradients")
-_MAGNITUDE = Column("2|a||b| / (|a|² + |b|²) of the two gradients: 1 for equal norms")
+_COSINE = "cosine of the two tasks' gradients"
+_MAGNITUDE = "2|a||b| / (|a|² + |b|²) of the two gradients: 1 for equal norms"
 _RELIABILITY = "cosine between gradients on two halves of a task's instances: how little of them is noise"
-_PAIR = {"task_a": TASK_A, "task_b": TASK_B}
 _PLACE = {
     "layer": Column("transformer layer, from 0; −1 for what belongs to none", INDEX),
     "module": Column('name below the layer, such as mlp.gate_proj; with ".adapter" for the adapter on it', TEXT),
 }
-_ALL_MODULES = {"parameters": Column(f"{_PARAMETERS}, all modules together", TEXT)}
+_ALL_MODULES = Column(f"{_PARAMETERS}, all modules together", TEXT)
 
-GRADIENT_PAIRS = Table("gradient_pairs", **_PAIR, **_PLACE, cosine=_COSINE, magnitude_similarity=_MAGNITUDE)
+GRADIENT_PAIRS = Table("gradient_pairs", "task_a task_b", **_PLACE, cosine=_COSINE, magnitude_similarity=_MAGNITUDE)
 GRADIENT_OVERALL = Table(
     "gradient_overall",
-    **_PAIR,
-    **_ALL_MODULES,
+    "task_a task_b",
+    parameters=_ALL_MODULES,
     cosine=_COSINE,
-    corrected_cosine=Column(
-        "the cosine that noiseless gradients would have, from the halves of the instances; null where noise is all "
-        "that can be seen"
-    ),
+    corrected_cosine="the cosine that noiseless gradients would have, from the halves of the instances; null where "
+    "noise is all that can be seen",
     magnitude_similarity=_MAGNITUDE,
 )
 GRADIENT_SUMMARY = Table(
     "gradient_summary",
+    "",
     **_PLACE,
     parameters=Column(_PARAMETERS, TEXT),
-    conflict_rate=Column("share of the pairs of tasks whose gradients have a negative cosine"),
-    mean_cosine=Column("mean cosine over the pairs of tasks"),
-    mean_magnitude_similarity=Column("mean of 2|a||b| / (|a|² + |b|²) over the pairs of tasks"),
-    reliability=Column(f"{_RELIABILITY}; mean over tasks"),
+    conflict_rate="share of the pairs of tasks whose gradients have a negative cosine",
+    mean_cosine="mean cosine over the pairs of tasks",
+    mean_magnitude_similarity="mean of 2|a||b| / (|a|² + |b|²) over the pairs of tasks",
+    reliability=f"{_RELIABILITY}; mean over tasks",
 )
 GRADIENT_TASKS = Table(
     "gradient_tasks",
-    task=TASK,
-    **_ALL_MODULES,
-    norm=Column("norm of the task's gradient (nats per token, for a unit of the parameters)"),
-    reliability=Column(_RELIABILITY),
+    "task",
+    parameters=_ALL_MODULES,
+    norm="norm of the task's gradient (nats per token, for a unit of the parameters)",
+    reliability=_RELIABILITY,
     instances=Column("instances that the gradient is the mean of", COUNT),
 )
 
 
 class MeasuredParameter(NamedTuple):
-    """A parameter and where it belongs; ``in_dim`` is the dimension of a weight's input features."""
+    """A parameter and where it belongs."""
 
     place: Place
     parameter: nn.Parameter
-    in_dim: int | None = None
+    in_dim: int | None = None  # of a weight, the dimension of the input features
 
 
 def layer_and_module(name: str, prefix: str | None = None) -> tuple[int, str]:
-    """The index of the transformer layer, −1 outside of the layers, and the name below it.
+    """The index of a module's transformer layer, −1 outside of the layers, and the name below it.
 
-    ``name`` is that of a module, or of an adapter's parameter, whose own part, which begins with ``prefix``, becomes
-    "adapter".
+    An adapter's own part of a parameter's name, which begins with ``prefix``, becomes "adapter".
     """
     parts = [part for part in name.split(".") if part != "base_layer"]
     own = next((i for i, part in enumerate(parts) if prefix and part.startswith(prefix)), None)
@@ -125,19 +122,16 @@ def measured_parameters(model: nn.Module) -> list[MeasuredParameter]:
 class TaskGradients:
     """Sums of the instances' gradients by task and half, as sketches, and of the squares of "weights" by row."""
 
-    def __init__(self, model: nn.Module, tasks: int, sketch_size: int, seed: int) -> None:
+    def __init__(self, model: nn.Module, tasks: int, sketch_size: int) -> None:
         self._model = model
         self._measured = measured_parameters(model)
         self.counts_T2 = torch.zeros(tasks, 2, dtype=torch.float64)
         self._row = 0
-        generator = torch.Generator().manual_seed(seed)
-        self._sketches: list[SketchedSums] = []
-        self._squares: list[torch.Tensor] = []
-        for _, parameter, in_dim in self._measured:
-            sketch = SketchedSums(parameter.numel(), 2 * tasks, sketch_size, generator, parameter.device)
-            self._sketches.append(sketch)
-            rows = 0 if in_dim is None else parameter.shape[1 - in_dim]
-            self._squares.append(torch.zeros(tasks, rows, device=parameter.device))
+        generator = torch.Generator().manual_seed(0)
+        parameters = [item.parameter for item in self._measured]
+        self._sketches = [SketchedSums(p.numel(), 2 * tasks, sketch_size, generator, p.device) for p in parameters]
+        rows = [0 if in_dim is None else p.shape[1 - in_dim] for _, p, in_dim in self._measured]
+        self._squares = [torch.zeros(tasks, n, device=p.device) for n, p in zip(rows, parameters, strict=True)]
 
     @contextmanager
     def taking(self) -> Iterator[None]:
@@ -230,15 +224,12 @@ class SketchedSums:
 def agreement(gram_PRR: torch.Tensor, counts_T2: torch.Tensor) -> dict[str, torch.Tensor]:
     """How far the tasks' gradients agree, from inner products of the halves' sums; NaN where a number is not defined.
 
-    Halves 1 and 2 of a task are its even and its odd instances.
-
     Returns:
         cosine: (P, T, T), cos(g_a, g_b) of the mean gradients.
-        corrected_cosine: (P, T, T), ⟨g_a, g_b⟩ / √(⟨a_1, a_2⟩ ⟨b_1, b_2⟩), with the halves' means a_1 and a_2.
-            Spearman's correction for attenuation: noise cancels in ⟨a_1, a_2⟩. Undefined where one is not positive.
+        corrected_cosine: (P, T, T), ⟨g_a, g_b⟩ / √(⟨a_1, a_2⟩ ⟨b_1, b_2⟩), with a_1 and a_2 the means of the even and
+            the odd instances (Spearman's correction for attenuation). Undefined where one product is not positive.
         magnitude_similarity: (P, T, T), 2 |g_a| |g_b| / (|g_a|² + |g_b|²) (Yu et al. 2020, arXiv 2001.06782).
-        norm: (P, T), |g|.
-        reliability: (P, T), cos(a_1, a_2).
+        norm: (P, T), |g|; reliability: (P, T), cos(a_1, a_2).
     """
     counts_R, counts_T = counts_T2.flatten(), counts_T2.sum(dim=1)
 
@@ -294,9 +285,6 @@ def gradient_frames(tasks: Sequence[str], gradients: TaskGradients, about: str) 
         **{name: whole[name].flatten().numpy() for name in ("norm", "reliability")},
         instances=gradients.counts_T2.sum(dim=1).repeat(len(kinds)).numpy(),
     )
-    return [
-        GRADIENT_PAIRS.frame(by_pair(places, single), about),
-        GRADIENT_OVERALL.frame(by_pair(kinds, whole), about),
-        GRADIENT_SUMMARY.frame(summary, about),
-        GRADIENT_TASKS.frame(by_task, about),
-    ]
+    rows = {GRADIENT_PAIRS: by_pair(places, single), GRADIENT_OVERALL: by_pair(kinds, whole)}
+    rows |= {GRADIENT_SUMMARY: summary, GRADIENT_TASKS: by_task}
+    return [table.frame(of_table, about) for table, of_table in rows.items()]

@@ -26,74 +26,63 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from badit.analysis.gates import Batches, PromptGates, marked_experts
 from badit.analysis.gradients import TaskGradients, gradient_frames, layer_and_module
-from badit.analysis.tables import COUNT, INDEX, LAYER, TASK, TASK_A, TASK_B, TEXT, Column, Table
+from badit.analysis.tables import COUNT, INDEX, Column, Table
 from badit.baselines.neurons import top_neurons
 from badit.errors import BaditError
 from badit.trainer import answer_losses
 from badit.tuner.model import TARGET_MODULES
 
-_KIND = Column('"neurons", "parameters" (rows of weight matrices) or "experts"', TEXT)
+# Numbers that each parameter's gradient is kept in: a cosine's standard error is the inverse root of it.
+SKETCH_SIZE = 16384
+# Of the units of a layer, how many a task marks.
+SHARE = 0.1
+
 COACTIVATION = Table(
     "coactivation",
-    kind=_KIND,
-    layer=LAYER,
+    "kind layer",
     tasks=Column("by how many tasks a unit is marked", INDEX),
-    share=Column("share of the layer's units that are marked by so many"),
-    chance=Column("the same if the tasks marked independently: binomial with the marked share"),
+    share="share of the layer's units that are marked by so many",
+    chance="the same if the tasks marked independently: binomial with the marked share",
 )
 COACTIVATION_TASKS = Table(
     "coactivation_tasks",
-    kind=_KIND,
-    task=TASK,
-    layer=LAYER,
+    "kind task layer",
     marked=Column("units marked by the task", COUNT),
     exclusive=Column("units marked by this task alone", COUNT),
     universal=Column("units marked by every task", COUNT),
 )
 COACTIVATION_PAIRS = Table(
     "coactivation_pairs",
-    kind=_KIND,
-    task_a=TASK_A,
-    task_b=TASK_B,
-    overlap=Column("units of all layers that both have marked, as a share of those that either has (Jaccard)"),
-    chance=Column("the same if the two marked independently: p / (2 − p) where both mark the share p"),
+    "kind task_a task_b",
+    overlap="units of all layers that both have marked, as a share of those that either has (Jaccard)",
+    chance="the same if the two marked independently: p / (2 − p) where both mark the share p",
 )
 
 
 def measure_interference(
     model: nn.Module,
-    batches: Mapping[str, Sequence[Mapping[str, Any]]],
+    batches: Batches,
+    gates: PromptGates | None = None,
     *,
-    sketch_size: int = 16384,
-    share: float = 0.1,
-    seed: int = 0,
     progress: bool = False,
 ) -> list[pd.DataFrame]:
-    """Measures tasks' gradients and the units that they have in common, and leaves the model as it was.
+    """The gradient tables, and the co-activation tables with "neurons", "parameters" and, given gates, "experts".
 
     Args:
-        model: a causal language model, perhaps with a PEFT adapter.
+        model: a causal language model, perhaps with a PEFT adapter. It is left as it was.
         batches: by task, batches of ``input_ids``, ``attention_mask`` and ``labels`` (−100 on all but the answers),
             each (B, T), and perhaps ``tasks``, the rows' task names.
-        sketch_size: numbers that each parameter's gradient is kept in; a cosine's standard error is its inverse root.
-        share: of the units of a layer, how many a task marks.
-        seed: of the sketches.
+        gates: those of the tasks' prompts.
         progress: whether to show a bar.
-
-    Returns:
-        The gradient tables, and the co-activation tables with the kinds "neurons" and "parameters".
-
-    Raises:
-        BaditError: no tasks, an instance without a finite loss, or a model whose layers have no MLP of a known kind.
     """
     sizes = {task: sum(len(batch["input_ids"]) for batch in of_task) for task, of_task in batches.items()}
     if not sizes or not all(sizes.values()):
         raise BaditError("batches: give at least one task, and for every task at least one instance")
     parameter = next(model.parameters())
-    device, dtype = parameter.device, parameter.dtype
     projections = _first_projections(model)
-    gradients = TaskGradients(model, len(batches), sketch_size, seed)
+    gradients = TaskGradients(model, len(batches), SKETCH_SIZE)
     outputs: dict[int, torch.Tensor] = {}  # an instance's, by layer, summed over its positions
 
     def keep(layer: int, module: nn.Module, args: tuple, output: torch.Tensor) -> None:
@@ -107,7 +96,7 @@ def measure_interference(
         for number, (task, of_task) in enumerate(batches.items()):
             sums: list[Any] = [0] * len(projections)
             positions = 0
-            for index, instance in enumerate(_instances(of_task, device)):
+            for index, instance in enumerate(_instances(of_task, parameter.device)):
                 gradients.begin_instance(number)
                 losses_L, _, _ = answer_losses(model, instance, model)
                 if not torch.isfinite(losses_L.mean()):
@@ -117,21 +106,24 @@ def measure_interference(
                 sums = [total + outputs[layer] for layer, total in enumerate(sums)]
                 positions += instance["input_ids"].numel()
                 bar.update()
-            marked["neurons"][task] = strongest([total.cpu() / positions for total in sums], share)
-            marked["parameters"][task] = strongest(gradients.row_scores(number), share)
+            marked["neurons"][task] = strongest([total.cpu() / positions for total in sums], SHARE)
+            marked["parameters"][task] = strongest(gradients.row_scores(number), SHARE)
     few, many = min(sizes.values()), max(sizes.values())
     data = f"Measured on {len(sizes)} tasks with {few if few == many else f'{few} to {many}'} instances each."
     about_gradients = (
         f"{data} A task's gradient is the mean over its instances of the gradient of the answer's mean cross-entropy, "
-        f"without dropout, with the weights in {str(dtype).removeprefix('torch.')}. Inner products are estimated from "
-        f"random projections of each parameter to {sketch_size} numbers, and a cosine has a standard error of at most "
-        f"{sketch_size**-0.5:.2g}. Noise from the choice of instances comes on top: see reliability."
+        f"without dropout, with the weights in {str(parameter.dtype).removeprefix('torch.')}. Inner products are "
+        f"estimated from random projections of each parameter to {SKETCH_SIZE} numbers, and a cosine has a standard "
+        f"error of at most {SKETCH_SIZE**-0.5:.2g}. Noise from the choice of instances comes on top: see reliability."
     )
     about_units = (
-        f"{data} Each task marks the strongest {share:.3g} of the units of every layer. Neurons: outputs of the MLP's "
+        f"{data} Each task marks the strongest {SHARE:.3g} of the units of every layer. Neurons: outputs of the MLP's "
         "first projection, before the activation function, averaged over all tokens. Parameters: rows of the layer's "
         "weight matrices, by their squared gradient, averaged over the row and over the instances."
     )
+    if gates is not None:
+        marked["experts"] = marked_experts(gates)
+        about_units += " Experts: those whose mean gate over a task's prompts is above neutral."
     return [*gradient_frames(list(batches), gradients, about_gradients), *coactivation(marked, about_units)]
 
 
@@ -139,27 +131,26 @@ def _instances(batches: Sequence[Mapping[str, Any]], device: torch.device) -> It
     """Each row as a batch of its own, without padding."""
     for batch in batches:
         for row, mask_T in enumerate(batch["attention_mask"].bool()):
-            keys = ("input_ids", "attention_mask", "labels")
-            tensors = {key: batch[key][row][mask_T][None].to(device) for key in keys}
+            tensors = {key: batch[key][row][mask_T][None].to(device) for key in batch if key != "tasks"}
             yield tensors | ({"tasks": [batch["tasks"][row]]} if "tasks" in batch else {})
 
 
 def _first_projections(model: nn.Module) -> list[nn.Module]:
     """In the order of the layers; where an adapter wraps one, the wrapper, whose output has the adapter's part."""
     names = sorted({name for names in TARGET_MODULES.values() for name in names})
-    found = []
+    layers, found = [], []
     for name, module in model.named_modules():
         layer, below = layer_and_module(name)
         if layer >= 0 and below.rpartition(".")[2] in names and not name.endswith(".base_layer"):
-            found.append((layer, module))
-    config = getattr(model, "config", None)
-    layers = range(getattr(config, "num_hidden_layers", 0))
-    if not found or [layer for layer, _ in found] != list(layers):
+            layers.append(layer)
+            found.append(module)
+    config: Any = model.config
+    if not found or layers != list(range(getattr(config, "num_hidden_layers", 0))):
         raise BaditError(
-            f"co-activation does not go with a model of type {getattr(config, 'model_type', type(model).__name__)}: "
-            f"every layer needs one MLP, with a projection named {' or '.join(names)}"
+            f"co-activation does not go with a model of type {config.model_type}: every layer needs one MLP, with a "
+            f"projection named {' or '.join(names)}"
         )
-    return [module for _, module in found]
+    return found
 
 
 def strongest(scores: Sequence[torch.Tensor], share: float) -> list[torch.Tensor]:
@@ -170,9 +161,7 @@ def strongest(scores: Sequence[torch.Tensor], share: float) -> list[torch.Tensor
 def coactivation(marked: Mapping[str, Mapping[str, Sequence[torch.Tensor]]], about: str) -> list[pd.DataFrame]:
     """The tables coactivation, coactivation_tasks and coactivation_pairs.
 
-    Args:
-        marked: by the kind of the units and by task, which units it marks: booleans (U,) for each layer.
-        about: how the units were marked.
+    ``marked`` is by the kind of the units and by task: booleans (U,) for each layer. ``about`` says how they were made.
     """
     counts, by_task, pairs = [], [], []
     for kind, masks in marked.items():
@@ -196,8 +185,8 @@ def coactivation(marked: Mapping[str, Mapping[str, Sequence[torch.Tensor]]], abo
             overlap_TT, chance_TT = (
                 both_TT / (sizes_T[:, None] + sizes_T - both_TT) for both_TT in (marked_TA @ marked_TA.T, expected_TT)
             )
-        for a, b in combinations(sorted(range(len(tasks)), key=tasks.__getitem__), 2):
-            pairs.append((kind, tasks[a], tasks[b], overlap_TT[a, b], chance_TT[a, b]))
+        order = sorted(range(len(tasks)), key=tasks.__getitem__)
+        pairs += [(kind, tasks[a], tasks[b], overlap_TT[a, b], chance_TT[a, b]) for a, b in combinations(order, 2)]
     return [
         COACTIVATION.frame(counts, about),
         COACTIVATION_TASKS.frame(by_task, about),

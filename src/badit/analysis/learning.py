@@ -1,11 +1,10 @@
 """What experts and tasks learn: angles between experts, moves of components, score matrices, and task gaps.
 
-All but the held-out angles come from what a run or a comparison has written. Component i is the pair (row i of A,
-column i of B), and its gradient ĝ_i those two, concatenated and normalised. Angles between components of one expert
-should be small, those between experts near 90° (paper, Fig. 4: arXiv 2605.05676). Angles on the gradients that a
-grouping was made from flatter it, so they are of the steps that followed a regrouping ("before", "after" it); for
-methods that never regroup, of the steps before the log line ("training"); and for a finished adapter, of the whole loss
-on data that it was not trained on ("held-out"). Experts that share one A have no components, and so no such angles.
+Component i is the pair (row i of A, column i of B), and its gradient ĝ_i those two, concatenated and normalised. Angles
+between components of one expert should be small, those between experts near 90° (paper, Fig. 4: arXiv 2605.05676). They
+are measured on the steps that followed a regrouping ("before", "after" it), since those that it was made from flatter
+it; without regrouping, on the steps before the log line ("training"); of a finished adapter, on data that it was not
+trained on ("held-out"). Experts that share one A have no components, and so no such angles.
 
 Shape suffixes: N = components, I/O = in/out features.
 """
@@ -25,7 +24,7 @@ from tqdm import tqdm
 
 from badit.analysis.gates import Batches, active_experts
 from badit.analysis.gradients import layer_and_module
-from badit.analysis.tables import COUNT, EXPERT_NUMBER, INDEX, LAYER, MAX_EXPERTS, MODULE, TASK, TEXT, Column, Table
+from badit.analysis.tables import COUNT, EXPERT, INDEX, MAX_EXPERTS, SHARED, TEXT, Column, Table
 from badit.data import on_device
 from badit.errors import BaditError, explained
 from badit.files import read_json, read_jsonl
@@ -38,52 +37,50 @@ from badit.trainer import answer_losses
 EXPERT_ANGLES = Table(
     "expert_angles",
     step=Column("step of the regrouping or of the log line; the last one for held-out; null if not known", COUNT),
-    layer=LAYER,
-    module=MODULE,
+    layer=SHARED["layer"],
+    module=SHARED["module"],
     measured=Column(
         "before or after: the grouping before or after this step's regrouping, on the steps that followed; training: a "
         "method without regrouping; held-out: the finished adapter on data it was not trained on",
         TEXT,
     ),
-    within_degrees=Column("mean angle between components of one expert, in degrees"),
-    between_degrees=Column("mean angle between components of two experts, in degrees"),
-    within_abs_cos=Column("mean |cosine| between components of one expert"),
-    between_abs_cos=Column("mean |cosine| between components of two experts"),
+    within_degrees="mean angle between components of one expert, in degrees",
+    between_degrees="mean angle between components of two experts, in degrees",
+    within_abs_cos="mean |cosine| between components of one expert",
+    between_abs_cos="mean |cosine| between components of two experts",
 )
 COMPONENT_FLOW = Table(
     "component_flow",
     step=Column("step of the regrouping", INDEX),
-    layer=LAYER,
-    module=MODULE,
-    from_expert=EXPERT_NUMBER._replace(meaning="the expert before, counted from 0"),
-    to_expert=EXPERT_NUMBER._replace(meaning="the expert after, counted from 0"),
+    layer=SHARED["layer"],
+    module=SHARED["module"],
+    from_expert=Column("the expert before, counted from 0", EXPERT),
+    to_expert=Column("the expert after, counted from 0", EXPERT),
     components=Column("how many components went this way; pairs without any are left out", COUNT),
 )
 TRANSFER = Table(
     "transfer",
     stage=Column("how many tasks had been learnt", INDEX),
     trained_task=Column("the task learnt last", TEXT),
-    task=TASK._replace(meaning="the task scored"),
-    rouge_l=Column("its Rouge-L, 0 to 100; null where a task still to come was not scored"),
+    task=Column("the task scored", TEXT),
+    rouge_l="its Rouge-L, 0 to 100; null where a task still to come was not scored",
 )
 TASK_GAP = Table(
     "task_gap",
     method=Column("the method's name in the comparison", TEXT),
-    task=TASK,
-    single=Column("Rouge-L of the model trained on this task alone, 0 to 100"),
-    multi=Column("Rouge-L of the model trained on all tasks, 0 to 100"),
-    gap=Column("single minus multi, in points: above 0, the task lost by being trained with the others"),
+    task=SHARED["task"],
+    single="Rouge-L of the model trained on this task alone, 0 to 100",
+    multi="Rouge-L of the model trained on all tasks, 0 to 100",
+    gap="single minus multi, in points: above 0, the task lost by being trained with the others",
 )
 
 
-_Label = Annotated[int, Field(ge=0, lt=MAX_EXPERTS)]
 # An angle is missing where no step followed, and null where there was no pair.
 _fields: dict[str, Any] = dict.fromkeys(ExpertAngles._fields, (float | None, None))
 _previous: dict[str, Any] = {f"previous_{field}": (float | None, None) for field in ExpertAngles._fields}
 _Angles = create_model("_Angles", step=(Annotated[int, Field(ge=0, le=2**53)], ...), module=(str, ...), **_fields)
-_Regrouping = create_model(
-    "_Regrouping", __base__=_Angles, labels=(list[_Label], ...), previous_labels=(list[_Label], ...), **_previous
-)
+_labels = (list[Annotated[int, Field(ge=0, lt=MAX_EXPERTS)]], ...)
+_Regrouping = create_model("_Regrouping", __base__=_Angles, labels=_labels, previous_labels=_labels, **_previous)
 
 
 def _logged(path: Path, kind: type[BaseModel]) -> Iterator[tuple[tuple, dict[str, Any]]]:
@@ -129,9 +126,7 @@ def component_flow(run: Run) -> pd.DataFrame:
     return COMPONENT_FLOW.frame(rows, about)
 
 
-def held_out_angles(
-    model: Any, batches: Batches, *, progress: bool = False
-) -> dict[tuple[int, str], list[float | None]]:
+def held_out_angles(model: Any, batches: Batches, *, progress: bool = False) -> dict[tuple[int, str], list]:
     """By module whose experts have an A each, the angles between their gradients of the loss over all batches."""
     experts = [one for one in active_experts(model) if not one.layer.badit_config[one.adapter].shares_A]
     if not experts:
@@ -163,11 +158,8 @@ def transfer(run: Run) -> pd.DataFrame:
     """The score matrix of a sequential run, which has been scored."""
     scores = read_scores(run.scores_path)
     order, matrix = scores.get("order") or [], scores.get("matrix") or []
-    if {len(matrix), *map(len, matrix)} != {len(order)} or not order:
-        raise BaditError(
-            f"{run.scores_path}: matrix: must have a row and a column for every task of order; only a run that learns "
-            "its tasks in an order has one"
-        )
+    if {len(matrix), *map(len, matrix)} != {len(order)}:
+        raise BaditError(f"{run.scores_path}: matrix: must have a row and a column for every task of order")
     rows = [
         (stage, trained, task, score)
         for stage, (trained, scores_T) in enumerate(zip(order, matrix, strict=True), start=1)

@@ -14,9 +14,9 @@ from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-from pydantic import BaseModel, Field, Strict, create_model, model_validator
+from pydantic import BaseModel, Field, Strict, create_model
 
-from badit.errors import explained, refuse_unknown
+from badit.errors import BaditError, explained, refuse_unknown
 from badit.files import read_json, refuse_other_format, write_text
 
 FORMAT = 1
@@ -38,21 +38,30 @@ class Column(NamedTuple):
     kind: Any = NUMBER
 
 
-TASK = Column("the task's name", TEXT)
-TASK_A, TASK_B = Column("a task's name", TEXT), Column("another's, later in the alphabet", TEXT)
-LAYER = Column("index of the transformer layer, from 0", INDEX)
-MODULE = Column("the adapted module's name below its layer", TEXT)
-EXPERT_NUMBER = Column("the expert, counted from 0", EXPERT)
+SHARED = {
+    "task": Column("the task's name", TEXT),
+    "task_a": Column("a task's name", TEXT),
+    "task_b": Column("another's, later in the alphabet", TEXT),
+    "layer": Column("index of the transformer layer, from 0", INDEX),
+    "module": Column("the adapted module's name below its layer", TEXT),
+    "expert": Column("the expert, counted from 0", EXPERT),
+    "kind": Column('"neurons", "parameters" (rows of weight matrices) or "experts"', TEXT),
+}
 
 TABLES: dict[str, Table] = {}
 
 
 class Table:
-    """The declaration of a table, which :data:`TABLES` then holds by its name."""
+    """The declaration of a table, which :data:`TABLES` then holds by its name.
 
-    def __init__(self, name: str, **columns: Column) -> None:
-        self.name, self.columns = name, columns
-        fields: dict[str, Any] = {column: (list[kind], ...) for column, (_, kind) in columns.items()}
+    The columns are those of :data:`SHARED` with the names in ``shared``, then ``columns``, where a text is the meaning
+    of a number.
+    """
+
+    def __init__(self, name: str, shared: str = "", **columns: Column | str) -> None:
+        own = {column: Column(each) if isinstance(each, str) else each for column, each in columns.items()}
+        self.name, self.columns = name, {column: SHARED[column] for column in shared.split()} | own
+        fields: dict[str, Any] = {column: (list[kind], ...) for column, (_, kind) in self.columns.items()}
         self.values = create_model(name, **fields)
         TABLES[name] = self
 
@@ -75,19 +84,26 @@ def save_frame(frame: pd.DataFrame, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     table = TABLES[frame.attrs["name"]]
     path = folder / f"{table.name}.json"
-    columns = [[_plain(value, kind) for value in frame[name]] for name, (_, kind) in table.columns.items()]
+
+    def plain(value: Any, kind: Any) -> str | float | int | None:
+        if kind is TEXT:
+            return value
+        if not math.isfinite(value):
+            return None
+        return float(f"{value:.6g}") if kind is NUMBER else int(value)
+
+    columns = [[plain(value, kind) for value in frame[name]] for name, (_, kind) in table.columns.items()]
     rows = ",\n".join("  " + json.dumps(row, ensure_ascii=False) for row in zip(*columns, strict=True))
     head = json.dumps({"format": FORMAT, **frame.attrs}, indent=1, ensure_ascii=False)
     write_text(path, f'{head[:-2]},\n "rows": [\n{rows}\n ]\n}}\n')
     return path
 
 
-def _plain(value: Any, kind: Any) -> str | float | int | None:
-    if kind is TEXT:
-        return value
-    if not math.isfinite(value):
-        return None
-    return float(f"{value:.6g}") if kind is NUMBER else int(value)
+class _File(BaseModel):
+    name: str
+    about: str
+    columns: dict[str, str]
+    rows: list[list[Any]]
 
 
 def load_frame(path: Path) -> pd.DataFrame:
@@ -98,6 +114,8 @@ def load_frame(path: Path) -> pd.DataFrame:
         file = _File.model_validate(content)
         refuse_unknown(f"{path}: name", file.name, TABLES.keys() & {path.stem})
         table = TABLES[file.name]
+        if any(len(row) != len(file.columns) for row in file.rows):
+            raise BaditError(f"{path}: rows: a row has another number of values than there are columns")
         by_column = {name: [row[i] for row in file.rows] for i, name in enumerate(file.columns)}
         frame = table.frame(table.values.model_validate(by_column).model_dump(), file.about)
     frame.attrs["columns"] = {name: file.columns[name] for name in table.columns}
@@ -107,16 +125,3 @@ def load_frame(path: Path) -> pd.DataFrame:
 def load_frames(folder: Path) -> dict[str, pd.DataFrame]:
     """All tables of a folder, sorted by name."""
     return {name: load_frame(folder / f"{name}.json") for name in sorted(TABLES) if (folder / f"{name}.json").is_file()}
-
-
-class _File(BaseModel):
-    name: str
-    about: str
-    columns: dict[str, str]
-    rows: list[list[Any]]
-
-    @model_validator(mode="after")
-    def _rectangular(self) -> _File:
-        if any(len(row) != len(self.columns) for row in self.rows):
-            raise ValueError("a row has another number of values than there are columns")
-        return self

@@ -11,8 +11,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from peft import PeftConfig
 
@@ -21,17 +20,11 @@ from badit.tuner.model import ExpertModel, register
 Config = TypeVar("Config", bound=PeftConfig)
 
 
-@dataclass(frozen=True)
-class Baseline:
-    """A method to compare with.
-
-    Attributes:
-        config_cls: its PEFT configuration.
-        settled: fields of the configuration that the name settles.
-    """
+class Baseline(NamedTuple):
+    """A method to compare with: its PEFT configuration, and those of its fields that the name settles."""
 
     config_cls: type[PeftConfig]
-    settled: Mapping[str, Any] = field(default_factory=dict)
+    settled: Mapping[str, Any] = {}
 
 
 BASELINES: dict[str, Baseline] = {}

@@ -40,17 +40,11 @@ class BranchConfig(ExpertConfig):
         return {name: value for name, value in super().to_dict().items() if name != "num_experts"}
 
     @property
-    def num_branches(self) -> int:
-        """K, the current branch among them."""
-        return self.past_branches + 1
-
-    @property
     def has_fixed_gates(self) -> bool:
         return self.gate_cls is None
 
     def penalty(self, past_A_PI: torch.Tensor, a_RI: torch.Tensor) -> torch.Tensor | None:
         """What one layer adds to the loss: a scalar, or nothing."""
-        return None
 
 
 @dataclass
@@ -64,8 +58,8 @@ class BranchGate(nn.Module):
     """The weights of one adapter's branches, from p0, the mean of the token embeddings over the prompt.
 
     ``down`` (H, D) and ``up`` (D, H), a network with the hidden size H, and the current task's ``key`` (D) are trained;
-    ``past_keys`` (K − 1, D) are the earlier tasks' and frozen. A method adds tensors and then starts its key. All lie
-    flat in the module: PEFT looks for the adapter's name right before a tensor's.
+    ``past_keys`` (K − 1, D) are frozen. All lie flat: PEFT looks for the adapter's name right before a tensor's. A
+    method's ``forward`` gives the weights (B, K), the current branch's last.
     """
 
     past_keys: torch.Tensor
@@ -82,10 +76,6 @@ class BranchGate(nn.Module):
     @property
     def keys_KD(self) -> torch.Tensor:
         return torch.cat([self.past_keys, self.key[None]])
-
-    def forward(self, prompt_BD: torch.Tensor) -> torch.Tensor:
-        """The weights (B, K), the current branch's last."""
-        raise NotImplementedError
 
     def start_key(self) -> None:
         """Fills the current key."""
@@ -117,7 +107,7 @@ class BranchLinear(ExpertLinear):
     def expert_of(self, adapter_name: str) -> torch.Tensor:
         """The branch that every component belongs to, the frozen ones' first."""
         config: BranchConfig = self.badit_config[adapter_name]
-        return torch.arange(config.num_branches, device=self.device).repeat_interleave(config.r)
+        return torch.arange(config.past_branches + 1, device=self.device).repeat_interleave(config.r)
 
     @torch.no_grad()
     def next_task(self, adapter_name: str) -> None:
@@ -135,7 +125,7 @@ class BranchLinear(ExpertLinear):
         """a (B, 1, K) of the running pass: new from its prompt, or held by the cache since the prompt's pass."""
         config: BranchConfig = self.badit_config[adapter_name]
         if config.gate_cls is None:
-            return torch.ones(config.num_branches, device=x.device)
+            return torch.ones(config.past_branches + 1, device=x.device)
         forward_pass = self.routing.forward_pass()
         known = {} if forward_pass is None else forward_pass.fresh if forward_pass.held is None else forward_pass.held
         weights_BK = known.get(adapter_name)
@@ -155,10 +145,7 @@ class BranchLinear(ExpertLinear):
 
 
 class BranchModel(ExpertModel):
-    """A base model with LoRA branches in its target modules and, next to it, every adapter's gate.
-
-    A task is trained between the hooks ``start_task`` and ``end_task``; :meth:`next_task` and a new optimiser follow.
-    """
+    """A base model with LoRA branches in its target modules and, next to it, every adapter's gate."""
 
     tuner_layer_cls = BranchLinear
     routes_prompts = True
@@ -172,22 +159,18 @@ class BranchModel(ExpertModel):
         self._embedding_hook: Any = None
 
     def _refuse_unsuitable(self, config: BranchConfig) -> None:
-        if config.gate_cls is not None and self._is_encoder_decoder():
-            raise BaditError(f"{config.method} is for decoder-only models: its gates follow the prompt")
-        if config.gate_cls is not None and not hasattr(self.model, "get_input_embeddings"):
-            raise BaditError(f"{config.method} is for language models: its gates follow the prompt's token embeddings")
+        unsuitable = self._is_encoder_decoder() or not hasattr(self.model, "get_input_embeddings")
+        if config.gate_cls is not None and unsuitable:
+            raise BaditError(f"{config.method} is for decoder-only language models: its gates follow the prompt")
 
     def _create_and_replace(self, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         if peft_config.gate_cls is not None and adapter_name not in self.badit_gate:
-            weight = self._embeddings().weight
-            self.badit_gate[adapter_name] = peft_config.gate_cls(weight.shape[1], peft_config, weight.device)
+            embeddings = self.model.get_input_embeddings()
+            width, device = embeddings.weight.shape[1], embeddings.weight.device
+            self.badit_gate[adapter_name] = peft_config.gate_cls(width, peft_config, device)
             if self._embedding_hook is None:
-                self._embedding_hook = self._embeddings().register_forward_hook(self._weigh)
+                self._embedding_hook = embeddings.register_forward_hook(self._weigh)
         super()._create_and_replace(peft_config, adapter_name, *args, **kwargs)
-
-    def _embeddings(self) -> Any:
-        model: Any = self.model
-        return model.get_input_embeddings()
 
     def _weigh(self, embeddings: nn.Module, args: tuple, output: torch.Tensor) -> None:
         """Computes the weights of a pass; in a layer, checkpointing would compute them again in the backward pass."""
@@ -206,15 +189,12 @@ class BranchModel(ExpertModel):
     @torch.no_grad()
     def prompt_embeddings(self, input_ids: torch.Tensor, prompt_mask: torch.Tensor) -> torch.Tensor:
         """p0 (B, D): the mean of the token embeddings over the prompt, from tokens and mask, both (B, T)."""
-        input_ids, prompt_mask = input_ids.to(self.device), prompt_mask.to(self.device)
-        return _prompt_mean(self._embeddings()(input_ids), prompt_mask)
+        embeddings_BTD = self.model.get_input_embeddings()(input_ids.to(self.device))
+        return _prompt_mean(embeddings_BTD, prompt_mask)
 
     @torch.no_grad()
     def next_task(self) -> None:
-        """Freezes the active adapters' current branches, and gates, and starts new ones in the same parameters.
-
-        A new B is zero: the model stays what it is, but for SAPT, whose new key takes a share of the weight.
-        """
+        """Freezes the active adapters' current branches, and gates, and starts new ones in the same parameters."""
         for gate in self._active_gates():
             gate.next_task()
         for adapter_name in self.active_adapters:

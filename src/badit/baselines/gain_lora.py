@@ -3,19 +3,18 @@ Low-Rank Adaptation for Continual Learning of Language Models", arXiv 2505.15424
 
     y = W x + s · Σ_{i≤t} a_i B_i A_i x,    a_i = |2σ(4 cos(z_i, k_i)) − 1|,    z_i = SiLU(G2_i SiLU(G1_i p0))
 
-p0 is the mean of the token embeddings over the prompt; a_i is one number per sequence, the same in all layers. A new
-task continues with the last one's G1 and G2 and has a new key, orthogonal to what the earlier tasks' z have spanned, so
-that its gate is 0 there. It stays so, since training moves G1, G2 and k only orthogonally to what each has been
-multiplied with in the earlier tasks: an update Δ becomes Δ (I − P), P the projector onto those inputs. P grows after
-each task t = 1, 2, … as in gradient projection memory (Saha et al. 2021, arXiv 2103.09762): by the leading singular
-directions of what it does not yet span, until it holds the share 0.995 + 0.005 · (t − 1)/15 of the energy: the sum of
-the squared singular values of the inputs X (the paper) or of XᵀX (the released code, and the default here).
+p0 is the mean of the token embeddings over the prompt; a_i is the same in all layers. A new task continues with the
+last one's G1 and G2 and has a new key, orthogonal to what the earlier tasks' z have spanned: its gate is 0 there. It
+stays so: G1, G2 and k move only orthogonally to what each has been multiplied with in the earlier tasks; an update Δ
+becomes Δ (I − P), P the projector onto those inputs. P grows after each task t = 1, 2, … as in gradient projection
+memory (Saha et al. 2021, arXiv 2103.09762): by the leading singular directions of what it does not yet span, until it
+holds the share 0.995 + 0.005 · (t − 1)/15 of the energy: the sum of the squared singular values of the inputs X (the
+paper) or of XᵀX (the released code, and the default here).
 
 From the paper: gates, projections, shares and hidden size 100. From its authors' code: the count of tasks (t − 1, at
-most 15), and the new key, which is the leading singular direction of what the earlier tasks' z leave of the new task's.
-(A random direction is nearly orthogonal to those as well, and leaves the new gate nearly shut on its own task.) Left
-out: their scaling of projected rows back to the norm before, since it moves the gate on earlier prompts. A_t and B_t
-are trained as in LoRA, unprojected.
+most 15), and the new key, the leading singular direction of what the earlier tasks' z leave of the new one's. (A random
+one leaves the new gate nearly shut on its own task.) Left out: their scaling of projected rows back to the norm before,
+since it moves the gate on earlier prompts. A_t and B_t are trained as in LoRA, unprojected.
 """
 
 from __future__ import annotations
@@ -40,17 +39,13 @@ _NEGLIGIBLE = 1e-5  # of the norm of all inputs: what float32 cannot tell from r
 
 
 class GainLoraGate(BranchGate):
-    """A network and a key for each task; ``down`` is G1, ``up`` is G2.
-
-    Saved buffers: the same of the earlier tasks, stacked, and the projectors ``seen_by_down`` (D, D), ``seen_by_up``
-    (H, H), ``seen_by_key`` (D, D).
-    """
+    """A network and a key for each task; ``down`` is G1, ``up`` is G2. Those of earlier tasks are saved buffers."""
 
     past_down: torch.Tensor
     past_up: torch.Tensor
-    seen_by_down: torch.Tensor
-    seen_by_up: torch.Tensor
-    seen_by_key: torch.Tensor
+    seen_by_down: torch.Tensor  # the projectors: (D, D),
+    seen_by_up: torch.Tensor  # (H, H),
+    seen_by_key: torch.Tensor  # and (D, D)
 
     def __init__(self, width: int, config: GainLoraConfig, device: torch.device) -> None:
         super().__init__(width, config, device)
@@ -73,11 +68,7 @@ class GainLoraGate(BranchGate):
 
     @torch.no_grad()
     def start_key(self) -> None:
-        """A random unit vector, orthogonal to the earlier tasks' z; :meth:`start_task` finds a better one.
-
-        Raises:
-            BaditError: there is none left.
-        """
+        """A random unit vector, orthogonal to the earlier tasks' z; :meth:`start_task` finds a better one."""
         if self.key.is_meta:  # its value is about to be loaded
             return
         size = len(self.key)
@@ -132,8 +123,7 @@ class GainLoraGate(BranchGate):
 def grown_projector(projector_DD: torch.Tensor, inputs_ND: torch.Tensor, share: float) -> torch.Tensor:
     """The projector P = M Mᵀ, (D, D), with more columns in M: the fewest that hold the share of ‖inputs‖².
 
-    As in arXiv 2103.09762, eq. 8 and 9: the new columns are leading right singular vectors of inputs (I − P), and what
-    P held before counts.
+    These are leading right singular vectors of inputs (I − P), and what P held counts (arXiv 2103.09762, eq. 8 and 9).
     """
     projector, inputs = projector_DD.double(), inputs_ND.double()
     _, s, vh = torch.linalg.svd(inputs - inputs @ projector, full_matrices=False)
@@ -146,21 +136,21 @@ def grown_projector(projector_DD: torch.Tensor, inputs_ND: torch.Tensor, share: 
 class GainLoraModel(BranchModel):
     """Branches whose gates see each task's prompts, and each step of the optimiser."""
 
-    def _prompts_of(self, batches: TaskBatches, gate: BranchGate) -> torch.Tensor:
-        """p0 (N, D) of all prompts, in the gate's type."""
+    def _prompts_of(self, batches: TaskBatches) -> torch.Tensor:
+        """p0 (N, D) of all prompts."""
         rows = []
         for batch in itertools.chain(*batches.values()):
             prompt_mask = batch["attention_mask"].bool() & before_first_label(batch["labels"])
             rows.append(self.prompt_embeddings(batch["input_ids"], prompt_mask))
-        return torch.cat(rows).to(gate.key)
+        return torch.cat(rows)
 
     def start_task(self, batches: TaskBatches) -> None:
         for gate in self._active_gates():
-            gate.start_task(self._prompts_of(batches, gate))
+            gate.start_task(self._prompts_of(batches).to(gate.key))
 
     def end_task(self, batches: TaskBatches) -> None:
         for gate in self._active_gates():
-            gate.end_task(self._prompts_of(batches, gate))
+            gate.end_task(self._prompts_of(batches).to(gate.key))
 
     def before_update(self) -> None:
         for gate in self._active_gates():

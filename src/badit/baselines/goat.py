@@ -7,8 +7,7 @@ The whole spectrum of W is cut into K chunks, and expert k starts from the first
 B0_k = U √(Σ/(sρ)), A0_k = √(Σ/(sρ)) Vᵀ. Here r is the total rank and s = lora_alpha / r.
 
 With P_k the part of W that expert k starts from, the model at step 0 adds (1/ρ) · Σ_k (g_k − 1/K) P_k to W: nothing on
-average over evenly used experts, but for a single token something, of norm at most (1 − 1/K) σ₁/ρ (ρ = 10: under a
-tenth of W's own norm σ₁). So step 0 is near the base model and not equal to it.
+average over evenly used experts, for a single token at most a norm of (1 − 1/K) σ₁/ρ, under a tenth of W's own norm σ₁.
 
 From the paper: the equations, K 8, top 2, ρ 10, weight of the balance loss 1e-3. Assumptions: the router starts as
 LoRA's A does; r 32 makes experts of rank 4 and alpha 256 keeps s = 8, both as LoRAMoE's here; the balance loss is that
@@ -46,7 +45,7 @@ class GoatConfig(BalancedMixtureConfig):
         super().__post_init__()
         if self.r % self.num_experts:
             raise BaditError(
-                f"r = {self.r} is GOAT's total rank: it must be a multiple of num_experts = {self.num_experts}"
+                f"r = {self.r} must be a multiple of num_experts = {self.num_experts}: it is GOAT's total rank"
             )
         self._check_top_k(self.top_k)
 
@@ -73,9 +72,6 @@ class GoatConfig(BalancedMixtureConfig):
         return expert_factors(SingularTriples(u[:, chosen_N], s[chosen_N], vh[chosen_N]), self.scaling * self.rho)
 
     def imbalance(self, logits_LK: torch.Tensor) -> torch.Tensor:
-        """K · Σ_k f_k p_k: f_k is the share of positions that choose expert k, p_k the mean of the full softmax.
-
-        It is top_k where all are alike, since every choice counts, as in the released code; only p carries a gradient.
-        """
+        """K · Σ_k f_k p_k: f_k is the share of positions that choose expert k, p_k the mean of the full softmax."""
         f_K = (self.gates(logits_LK) > 0).float().mean(dim=0)
         return self.num_experts * (f_K * logits_LK.softmax(dim=-1).mean(dim=0)).sum()

@@ -3,10 +3,9 @@
     y = W x + s · (Σ_k g_k(x) B_k A_k x − share · B0 A0 x) + the weighted balance loss of some,      g = softmax(W_g x)
 
 * LoRAMoE (Dou et al. 2024, "LoRAMoE: Alleviate World Knowledge Forgetting in Large Language Models via MoE-Style
-  Plugin", arXiv 2312.09979): every expert has its own A_k. Defaults: 8 experts of rank 4, alpha 32. The balance loss is
-  off unless it is given a weight, as in the authors' own default.
+  Plugin", arXiv 2312.09979): every expert has its own A_k. The balance loss is off by default, as the authors have it.
 * HydraLoRA (Tian et al. 2024, "HydraLoRA: An Asymmetric LoRA Architecture for Efficient Fine-Tuning",
-  arXiv 2404.19245): one A for all. Defaults: 4 B's, rank 4, alpha 32.
+  arXiv 2404.19245): one A for all.
 
 A and W_g start as LoRA's A does, B_k at zero; no share of B0 A0. (:mod:`badit.baselines.goat` is sparse and has one.)
 
@@ -43,13 +42,9 @@ class MixtureConfig(ExpertConfig):
 
 @dataclass
 class BalancedMixtureConfig(MixtureConfig):
-    """A mixture whose loss has a term that keeps its experts in use."""
+    """A mixture whose loss has a term, ``imbalance``, that is least where all experts are used alike."""
 
     balance_weight: float = option(0.0, "Weight of the balance loss; 0 leaves it out.", NOT_NEGATIVE)
-
-    def imbalance(self, logits_LK: torch.Tensor) -> torch.Tensor:
-        """A scalar that is least where all experts are used alike."""
-        raise NotImplementedError
 
 
 class MixtureLinear(ExpertLinear):
@@ -79,7 +74,7 @@ class MixtureLinear(ExpertLinear):
         kept, self._router_logits = self._router_logits, {}
         losses = []
         for adapter_name in filter(self._is_balanced, self.running_adapters):
-            config: BalancedMixtureConfig = self.badit_config[adapter_name]
+            config = self.badit_config[adapter_name]
             if adapter_name not in kept:
                 raise BaditError(
                     f"{self.name} has seen no training pass that its balance loss could be taken of; with gradient "
@@ -87,20 +82,15 @@ class MixtureLinear(ExpertLinear):
                 )
             logits_LK = kept[adapter_name].flatten(0, -2)
             if len(logits_LK) != attended_BT.numel():
-                raise BaditError(
-                    f"{self.name} sees {len(logits_LK)} positions, the batch has {attended_BT.numel()}: "
-                    "leave it out of target_modules, or set balance_weight=0"
-                )
+                sizes = f"{len(logits_LK)} positions, the batch has {attended_BT.numel()}"
+                raise BaditError(f"{self.name} sees {sizes}: leave it out of target_modules, or set balance_weight=0")
             logits_LK = logits_LK[attended_BT.flatten().bool().to(logits_LK.device)]
             losses.append(config.imbalance(logits_LK).to(attended_BT.device) * config.balance_weight)
         return losses
 
 
 class MixtureModel(ExpertModel):
-    """A base model with a mixture of LoRA experts in its target modules.
-
-    Train it with :class:`badit.trainer.AnswerTrainer`, or add :meth:`extra_loss` to the loss yourself.
-    """
+    """A base model with a mixture of LoRA experts in its target modules; :meth:`extra_loss` is added to the loss."""
 
     tuner_layer_cls = MixtureLinear
 
@@ -118,10 +108,9 @@ class LoraMoeConfig(BalancedMixtureConfig):
     method: ClassVar[str] = "BADIT_LORAMOE"
 
     def imbalance(self, logits_LK: torch.Tensor) -> torch.Tensor:
-        """Var(Z) / mean(Z)² over the experts, with Z_k the sum of expert k's gates over the batch's attended positions.
+        """Var(Z) / mean(Z)² over the experts (population variance), Z_k the sum of expert k's gates over the positions.
 
-        The population's variance. The paper multiplies Z by 1 ± δ for rows of world knowledge and others, which a
-        mixture of tasks does not tell apart: here δ = 0.
+        The paper multiplies Z by 1 ± δ for rows of world knowledge and others: here δ = 0.
         """
         z_K = self.gates(logits_LK).sum(dim=0)
         return z_K.var(correction=0) / z_K.mean().square()

@@ -102,20 +102,16 @@ class MtlLoraModel(ExpertModel):
 
     @contextmanager
     def rows_of(self, tasks: Sequence[str] | None) -> Iterator[None]:
-        """Tells the active adapters the task of every row.
-
-        Raises:
-            BaditError: a task that an active adapter has not learnt, or None.
-        """
+        """Tells the active adapters the task of every row."""
         running = {adapter_name: layer for layer in self.expert_layers() for adapter_name in layer.running_adapters}
         if running and tasks is None:
             raise BaditError(
                 "MTL-LoRA must know each row's task, and this batch does not say: give rows_of(names) the names"
             )
-        row_tasks = {}
-        for adapter_name, layer in running.items():
-            indices = self.peft_config[adapter_name].task_indices(tasks or ())
-            row_tasks[adapter_name] = torch.tensor(indices, dtype=torch.long, device=layer.device)
+        row_tasks = {
+            name: torch.tensor(self.peft_config[name].task_indices(tasks or ()), dtype=torch.long, device=layer.device)
+            for name, layer in running.items()
+        }
         routing = RoutingContext.of(self.model)
         outer, routing.row_tasks = routing.row_tasks, row_tasks
         try:
@@ -142,9 +138,6 @@ class MtlLoraConfig(ExpertConfig):
     def task_indices(self, names: Sequence[str]) -> list[int]:
         """Where each of the names stands in ``tasks``; BaditError for a name that is not there."""
         known = self.tasks or []
-        for name in names:
-            if name not in known:
-                raise BaditError(
-                    f"the adapter has learnt no task {name!r}{nearest(name, known)}: see its config's tasks"
-                )
+        for name in (name for name in names if name not in known):
+            raise BaditError(f"the adapter has learnt no task {name!r}{nearest(name, known)}: see its config's tasks")
         return [known.index(name) for name in names]

@@ -5,9 +5,8 @@ A neuron's output ω_j is what enters the MLP's last projection: act(gate)·up, 
 |∂L/∂ω_j · ω_j|; the top share of all neurons is trained: their rows of the first projections, their column of the last.
 
 From the paper: the score, the choice by share, the masked gradients. Assumptions: L is an example's mean cross-entropy
-over its answer tokens; absolute values are averaged over all attended positions of all examples, whatever the batches;
-neurons of all layers are ranked together; dropout is off; the last projection's bias stays. Left out: the paper's
-weighting of neurons in continual fine-tuning.
+over its answer tokens; absolute values are averaged over all attended positions of all examples; neurons of all layers
+are ranked together; the last projection's bias stays. Left out: the weighting of neurons in continual fine-tuning.
 
 Shape suffixes: B = rows, T = positions, F = neurons of a layer, L = labels that are predicted.
 """
@@ -45,12 +44,8 @@ class _Mlp(NamedTuple):
 def neuron_scores(model: PreTrainedModel, batches: Iterable[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
     """The mean of |∂L/∂ω_j · ω_j|, (F,) in float32 on the CPU, by the name of each layer's MLP.
 
-    Args:
-        model: a causal language model without adapters; no gradient of its parameters is touched.
-        batches: ``input_ids``, ``attention_mask`` and ``labels`` (−100 on all but the answers), each (B, T).
-
-    Raises:
-        BaditError: a model whose layers have no MLP of this kind, or no batches.
+    ``batches`` have ``input_ids``, ``attention_mask`` and ``labels`` (−100 on all but the answers), each (B, T). The
+    model is without adapters, and no gradient of its parameters is touched.
     """
     mlps = _mlps(model)
     totals: dict[str, torch.Tensor] = {}
@@ -91,9 +86,6 @@ def train_only(model: PreTrainedModel, masks: Mapping[str, torch.Tensor]) -> lis
 
     The optimiser must not decay weights (``weight_decay=0``), which moves weights without a gradient. The hooks stay
     until the returned handles are removed; a copy of the model has none.
-
-    Raises:
-        BaditError: a model whose layers have no MLP of this kind, or masks that are not of this model.
     """
     mlps = _mlps(model)
     if {name: mlp.width for name, mlp in mlps.items()} != {name: len(mask_F) for name, mask_F in masks.items()}:
@@ -106,33 +98,26 @@ def train_only(model: PreTrainedModel, masks: Mapping[str, torch.Tensor]) -> lis
             if axis < parameter.ndim - 1:
                 frozen = frozen[:, None]
             parameter.requires_grad_(True)
-            handles.append(parameter.register_hook(partial(_masked, frozen)))
+            # The model may move to another device.
+            handles.append(
+                parameter.register_hook(lambda grad, frozen=frozen: grad.masked_fill(frozen.to(grad.device), 0))
+            )
     return handles
 
 
-def trained_parameters(model: PreTrainedModel, masks: Mapping[str, torch.Tensor]) -> int:
-    """How many numbers of the model's weights (and first biases) :func:`train_only` leaves free."""
-    return sum(
-        parameter.numel() // mlp.width * int(masks[name].sum())
-        for name, mlp in _mlps(model).items()
-        for parameter, _ in mlp.parameters
-    )
+def trained_parameters(model: PreTrainedModel, masks: Mapping[str, torch.Tensor] | None = None) -> int:
+    """How many numbers of the model's weights (and first biases) :func:`train_only` leaves free; without masks, all."""
+    count = 0
+    for name, mlp in _mlps(model).items():
+        neurons = mlp.width if masks is None else int(masks[name].sum())
+        count += sum(parameter.numel() // mlp.width * neurons for parameter, _ in mlp.parameters)
+    return count
 
 
 def trained_names(model: PreTrainedModel) -> set[str]:
     """The names of the parameters that :func:`train_only` leaves free, in part or as a whole."""
     free = {id(parameter) for mlp in _mlps(model).values() for parameter, _ in mlp.parameters}
     return {name for name, parameter in model.named_parameters() if id(parameter) in free}
-
-
-def all_neurons(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """Masks (F,) that are true everywhere."""
-    return {name: torch.ones(mlp.width, dtype=torch.bool, device="cpu") for name, mlp in _mlps(model).items()}
-
-
-def _masked(frozen: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
-    """Zero where ``frozen``; the model may have moved to another device since."""
-    return gradient.masked_fill(frozen.to(gradient.device), 0)
 
 
 def _mlps(model: PreTrainedModel) -> dict[str, _Mlp]:
@@ -167,9 +152,8 @@ def _score_sums(
     with ExitStack() as hooks:
         for name, mlp in mlps.items():
             hooks.callback(mlp.last.register_forward_pre_hook(partial(keep, name)).remove)
-        logits_BTV = model(
-            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False
-        ).logits
+        texts = {key: inputs[key] for key in ("input_ids", "attention_mask")}
+        logits_BTV = model(**texts, use_cache=False).logits
     # The examples' mean cross-entropies, added up: an example's activations see its own loss alone.
     targets_BT = inputs["labels"][:, 1:]
     labelled_BT = targets_BT != _IGNORED_LABEL

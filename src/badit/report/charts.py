@@ -15,17 +15,13 @@ import altair as alt
 import numpy as np
 import pandas as pd
 
+from badit.render import number
+
 ALL = "all"
-UNKNOWN = "–"
 # Charts with a row for each task or method give it this height, in pixels.
 ROW = 23
 # What one figure may hold; with more tasks, layers and modules can be chosen but not both.
 MOST_VALUES = 150_000
-
-
-def number(value: Any, form: str = ".1f") -> str:
-    """``number(-1234.5)`` is "−1,234.5"; what rounds to zero has no sign; an unknown number is a dash."""
-    return UNKNOWN if value is None or pd.isna(value) else f"{value:z,{form}}".replace("-", "−")
 
 
 def text_table(frame: pd.DataFrame, forms: Mapping[str, str]) -> pd.DataFrame:
@@ -38,10 +34,9 @@ def text_table(frame: pd.DataFrame, forms: Mapping[str, str]) -> pd.DataFrame:
 
 
 def short_names(names: Iterable[str]) -> dict[str, str]:
-    """Short names of tasks, each unique: task1590_diplomacy_text_generation is "1590 diplomacy".
+    """Short names of tasks: task1590_diplomacy_text_generation is "1590 diplomacy"; whole where two would be equal.
 
-    A name of another form loses its underscores and, past 22 characters, its end. Where two would be equal, both stay
-    whole.
+    A name of another form loses its underscores and, past 22 characters, its end.
     """
     plain = {name: re.sub(r"^task(\d+)_([^_]+).*", r"\1 \2", name, flags=re.DOTALL).replace("_", " ") for name in names}
     short = {name: text if len(text) <= 22 else text[:21].rstrip() + "…" for name, text in plain.items()}
@@ -74,10 +69,9 @@ def all_or_one(name: str, values: Iterable[Any], together: str = "") -> alt.Para
 def with_all(frame: pd.DataFrame, *columns: str) -> pd.DataFrame:
     """The rows, and again under ALL of every column, where there are none, so that their mean can be chosen."""
     for column in columns:
-        if ALL in set(frame[column]):
-            continue
-        text = frame.assign(**{column: frame[column].astype(str)})
-        frame = pd.concat([text, text.assign(**{column: ALL})])
+        if ALL not in set(frame[column]):
+            text = frame.assign(**{column: frame[column].astype(str)})
+            frame = pd.concat([text, text.assign(**{column: ALL})])
     return frame
 
 
@@ -97,12 +91,8 @@ def by_choice(frame: pd.DataFrame, places: Sequence[str], choices: Sequence[alt.
 
 
 def chart_by_choice(values: pd.DataFrame, choices: Sequence[alt.Parameter]) -> alt.Chart:
-    """A chart of what :func:`by_choice` has found: a row for each place that has a ``value`` under the chosen options.
-
-    The choices are to be added to the finished chart with ``add_params``.
-    """
-    # One text per place, not a column per key: a reader of CSV or of expressions by name would need eval, which the
-    # page's policy refuses.
+    """A chart of what :func:`by_choice` has found: the places that have a ``value`` under the chosen options."""
+    # One text per place, not a column per key, whose lookup by name would need eval, which the page's policy refuses.
     texts = [",".join("" if pd.isna(x) else f"{x:.4g}" for x in row) for row in values.to_numpy()]
     keys = json.dumps([*map(str, values)])
     key = f"join([{','.join(str(option.name) for option in choices)}],'|')"
@@ -117,6 +107,7 @@ def heat_map(
     frame: pd.DataFrame,
     rows: str,
     columns: str,
+    value: str,
     label: str,
     *,
     choices: Sequence[alt.Parameter] = (),
@@ -128,20 +119,19 @@ def heat_map(
     written: bool = False,
     symmetric: bool = False,
 ) -> Any:
-    """A heat map of the column ``value``, means over what is not chosen.
+    """A heat map of a column, means over what is not chosen (``choices``, the layer first).
 
     Args:
         frame: values, with a column for each choice.
         rows: the column that names the row; categories, where it has any, give the order. ``columns`` is the same.
-        label: what the value is, with its unit.
-        choices: what is chosen by; the layer first.
+        value: the column of values; ``label`` is what they are, with the unit, ``form`` how they are written in d3.
         titles: of the rows and of the columns.
         signed: whether values have a colour on each side of the ``middle``.
         limit: the distance from the middle with the strongest colour; by default what nearly all values stay within.
-        form: how numbers are written, as d3 knows it.
         written: write the number into the cell, too.
         symmetric: whether rows and columns name the two of an unordered pair.
     """
+    frame = frame.rename(columns={value: "value"})
     if symmetric:
         frame = pd.concat([frame, frame.rename(columns={rows: columns, columns: rows})])
     names = {"row": names_in(frame, rows), "column": names_in(frame, columns)}
@@ -164,24 +154,19 @@ def heat_map(
             alt.Tooltip("value:Q", title=label, format=".4f"),
         ],
     )
-    scale = alt.Scale(
-        domainMin={"expr": f"{middle} - {bound}"} if signed else middle,
-        domainMid=middle if signed else alt.Undefined,
-        domainMax={"expr": f"{middle} + {bound}"},
-        clamp=True,
-        interpolate="rgb",
-        range="diverging" if signed else "heatmap",
-    )
+    ends: dict[str, Any] = {"domainMin": middle, "domainMax": {"expr": f"{middle} + {bound}"}, "range": "heatmap"}
+    if signed:
+        ends |= {"domainMin": {"expr": f"{middle} - {bound}"}, "domainMid": middle, "range": "diverging"}
+    scale = alt.Scale(**ends, clamp=True, interpolate="rgb")
     colour = alt.Color("value:Q", scale=scale, legend=alt.Legend(title=label, format=form, tickCount=4))
     chart = base.mark_rect().encode(color=colour)
     if written:
         # Where cells are at least 34 pixels wide, in the ink that stands out from the cell's colour.
         opacity = {"expr": f"width / {len(names['column'])} < 34 ? 0 : 1"}
-        on_light = "luminance(scale('color', datum.value)) > 0.25"
-        chart += base.mark_text(fontSize=10, opacity=opacity, tooltip=None).encode(
-            text=alt.Text("value:Q", format=form),
-            color=alt.condition(on_light, alt.value("#15171a"), alt.value("#ffffff")),
-        )
+        light = "luminance(scale('color', datum.value)) > 0.25"
+        ink = alt.condition(light, alt.value("#15171a"), alt.value("#ffffff"))
+        text = base.mark_text(fontSize=10, opacity=opacity, tooltip=None)
+        chart += text.encode(text=alt.Text("value:Q", format=form), color=ink)
     count = len(names["row"])
     row = 13 if count > 40 else min(38, max(ROW, 320 // max(1, count)))
     view = alt.ViewBackground(style="matrix")

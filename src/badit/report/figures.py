@@ -18,17 +18,14 @@ import numpy as np
 import pandas as pd
 
 from badit.metrics import METRICS
+from badit.render import UNKNOWN, number
 from badit.report import charts
 
 _MOST_POINTS = 250
 _MOST_PAIRS = 120
 _MOST_STEPS = 12
-_MEASURED = {
-    "before": "before regrouping",
-    "after": "after regrouping",
-    "training": "in training",
-    "held-out": "held-out data",
-}
+_MEASURED = {"before": "before regrouping", "after": "after regrouping", "training": "in training"}
+_MEASURED["held-out"] = "held-out data"
 _MEASURES = {
     "correlation": "correlation of gates with known abilities",
     "nearest_neighbour": "tasks whose nearest neighbour shares an ability",
@@ -36,15 +33,10 @@ _MEASURES = {
 
 
 class Figure(NamedTuple):
-    """A figure or a table of the page.
+    """A figure or a table in a section of the page, made from the frame of the name ``table``.
 
-    Attributes:
-        section: the key of the section that it is in.
-        title: its heading.
-        table: the name of the frame that it is made from.
-        draw: from that frame to an Altair chart, to a DataFrame of text, or to None where there is nothing to show. Its
-            docstring is the caption; ``gradient_cosines`` is called gradient-cosines in the page and as a file.
-        width: the share of the text's width that it takes; "square" suits matrices.
+    ``draw`` makes of it an Altair chart, a DataFrame of text, or None where there is nothing to show. Its docstring is
+    the caption, and its name the figure's, with "-" for "_". ``width`` is of the text's; "square" suits matrices.
     """
 
     section: str
@@ -61,12 +53,12 @@ def loss_curves(frame: pd.DataFrame) -> Any:
     """The pale line is what was logged, the strong one its running mean over five log lines."""
     series = list(dict.fromkeys(frame["series"]))
     pick = alt.selection_point(name="pick", fields=["series"], bind="legend")
-    thinned = []  # at most 250 points of a curve, each the mean of its neighbours
-    for _, points in frame.groupby(["series", "run"], sort=False):
-        of_point = points.groupby(np.arange(len(points)) // -(-len(points) // _MOST_POINTS))
-        means = {"series": "last", "run": "last", "step": "last", "loss": "mean"}
-        thinned.append(of_point.agg(means).round({"loss": 4}))
-    base = charts.chart_of(pd.concat(thinned)).encode(
+    # At most 250 points of a curve, each the mean of its neighbours.
+    curves = frame.groupby(["series", "run"], sort=False)
+    lengths: Any = curves["step"].transform("size")
+    point = curves.cumcount() // -(-lengths // _MOST_POINTS)
+    thinned = frame.groupby(["series", "run", point], sort=False).agg({"step": "last", "loss": "mean"})
+    base = charts.chart_of(thinned.round({"loss": 4}).reset_index(["series", "run"])).encode(
         x=alt.X("step:Q", title="step", axis=alt.Axis(grid=False, tickCount=5)),
         color=_colour("series", series, symbolType="stroke"),
         detail="run:N",
@@ -98,20 +90,17 @@ def scores_by_task(frame: pd.DataFrame) -> Any:
     pick = alt.selection_point(name="pick", fields=["run"], bind="legend")
     shapes = ["circle", "square", "triangle-up", "diamond", "cross", "triangle-down"]
     shape = alt.Shape("run:N", scale=alt.Scale(domain=series, range=shapes), legend=charts.legend(series))
-    tooltip = [
-        alt.Tooltip(f"{metric}:Q", title=label, format=f".{METRICS[metric].decimals}f")
-        for metric, label in labels.items()
-    ]
+    tooltip = [alt.Tooltip("full:N", title="task"), alt.Tooltip("run:N")]
+    tooltip += [alt.Tooltip(f"{name}:Q", title=labels[name], format=f".{METRICS[name].decimals}f") for name in labels]
+    score = {"title": "score (0 to 100; NLL in nats)", "scale": alt.Scale(zero=True), "axis": alt.Axis(tickCount=6)}
     chart = charts.chart_of(rows).transform_calculate(score="datum[metric]").mark_point(filled=True, size=75)
     chart = chart.encode(
-        x=alt.X(
-            "score:Q", title="score (0 to 100; NLL in nats)", scale=alt.Scale(zero=True), axis=alt.Axis(tickCount=6)
-        ),
+        x=alt.X("score:Q", **score),
         y=alt.Y("task:N", title=None, sort=order, axis=alt.Axis(grid=True, labelOverlap=False)),
         color=_colour("run", series),
         shape=shape,
         opacity=_picked(pick, 0.9, 0.08),
-        tooltip=[alt.Tooltip("full:N", title="task"), alt.Tooltip("run:N"), *tooltip],
+        tooltip=tooltip,
     )
     chart = chart.add_params(pick, charts.choice("metric", labels))
     return chart.properties(width="container", height=charts.ROW * len(order))
@@ -122,18 +111,16 @@ def scores_table(frame: pd.DataFrame) -> pd.DataFrame:
     several = len(set(frame["run"])) > 1
     tasks = frame["task"].unique()
     shown = pd.DataFrame({"task": [*tasks, "mean over tasks"]}, dtype=object)
-    shown["instances"] = [charts.number(n, ".0f") for n in frame.groupby("task")["n"].max()[tasks]] + [""]
+    shown["instances"] = [number(n, ".0f") for n in frame.groupby("task")["n"].max()[tasks]] + [""]
     strong = []
     for metric, about in ((name, METRICS[name]) for name in METRICS if name in set(frame["metric"])):
         scores = frame[frame["metric"] == metric].pivot_table("score", "task", "run", sort=False).reindex(tasks)
         values = np.vstack([scores, scores.mean()])
-        for run, column in zip(scores, values.T, strict=True):
+        ranks = pd.DataFrame(values).round(9).rank(axis="columns", method="min", ascending=about.lower_is_better)
+        for i, run in enumerate(scores):
             heading = f"{run}: {about.label}" if several else about.label
-            shown[heading] = [charts.number(score, f".{about.decimals}f") for score in column]
-            ranks = (
-                pd.DataFrame((1 if about.lower_is_better else -1) * values).round(9).rank(axis="columns", method="min")
-            )
-            strong += [(i, heading) for i in np.flatnonzero(ranks[list(scores).index(run)] == 1)] if several else []
+            shown[heading] = [number(score, f".{about.decimals}f") for score in values[:, i]]
+            strong += [(row, heading) for row in np.flatnonzero(ranks[i] == 1)] if several else []
     shown.attrs |= {"footer": 1, "strong": strong}
     return shown
 
@@ -165,13 +152,10 @@ def task_gap(frame: pd.DataFrame) -> Any:
     rows = frame.assign(full=frame["task"], task=frame["task"].map(charts.names_in(frame, "task"))).sort_values("gap")
     order, domain = list(dict.fromkeys(rows["task"])), list(kinds.values())
     tooltip = [alt.Tooltip(f"{kind}:Q", format=".1f") for kind in domain]
-    base = (
-        charts.chart_of(rows.rename(columns=kinds))
-        .transform_filter("datum.method === method")
-        .encode(
-            y=alt.Y("task:N", title=None, sort=order, axis=alt.Axis(labelOverlap=False)),
-            tooltip=[alt.Tooltip("full:N", title="task"), *tooltip, alt.Tooltip("gap:Q", format="+.1f")],
-        )
+    base = charts.chart_of(rows.rename(columns=kinds)).transform_filter("datum.method === method")
+    base = base.encode(
+        y=alt.Y("task:N", title=None, sort=order, axis=alt.Axis(labelOverlap=False)),
+        tooltip=[alt.Tooltip("full:N", title="task"), *tooltip, alt.Tooltip("gap:Q", format="+.1f")],
     )
     x = alt.X(f"{domain[0]}:Q", title="Rouge-L", axis=alt.Axis(tickCount=6))
     span = base.mark_rule(strokeWidth=2).encode(x=x, x2=f"{domain[1]}:Q")
@@ -184,11 +168,11 @@ def task_gap(frame: pd.DataFrame) -> Any:
 
 def transfer(frame: pd.DataFrame) -> Any:
     """A row is the model after one more task: down a column from the diagonal, a task is forgotten."""
-    rows = frame.sort_values("stage", kind="stable").rename(columns={"rouge_l": "value"})
+    rows = frame.sort_values("stage", kind="stable")
     rows["task"] = pd.Categorical(rows["task"], list(dict.fromkeys([*rows["trained_task"], *rows["task"]])))
     titles = ("after training on", "Rouge-L on")
-    style = {"signed": False, "limit": float(np.nanmax([*rows["value"], 1.0])), "form": ".0f", "written": True}
-    return charts.heat_map(rows, "trained_task", "task", "Rouge-L", titles=titles, **style)
+    style = {"signed": False, "limit": float(np.nanmax([*rows["rouge_l"], 1.0])), "form": ".0f", "written": True}
+    return charts.heat_map(rows, "trained_task", "task", "rouge_l", "Rouge-L", titles=titles, **style)
 
 
 def _picked(pick: alt.Parameter, strong: float, weak: float) -> Any:
@@ -206,13 +190,13 @@ def gradient_cosines(frame: pd.DataFrame) -> Any:
     """Blue pairs of tasks agree and orange ones conflict, of the adapter's parameters where there is an adapter and
     else of the model's weights; with all layers and all modules the gradients are taken as one vector, otherwise the
     cosines' mean is shown."""
-    frame = frame[frame["parameters"] == _kinds(frame)[0]].rename(columns={"cosine": "value"})
-    together, single = frame[frame["layer"] == charts.ALL], frame[frame["layer"] != charts.ALL]
+    own = frame[frame["parameters"] == _kinds(frame)[0]]
+    together, single = own[own["layer"] == charts.ALL], own[own["layer"] != charts.ALL]
     choices = [charts.all_or_one(name, single[name]) for name in ("layer", "module")]
     means = charts.with_all(single, "layer", "module")
     if len(together):
         means = pd.concat([together, means[(means["layer"] != charts.ALL) | (means["module"] != charts.ALL)]])
-    return charts.heat_map(means, "task_a", "task_b", "cosine", choices=choices, symmetric=True)
+    return charts.heat_map(means, "task_a", "task_b", "cosine", "cosine", choices=choices, symmetric=True)
 
 
 def gradient_cosines_weights(frame: pd.DataFrame) -> Any:
@@ -291,34 +275,29 @@ def shared_units(frame: pd.DataFrame) -> Any:
         color=_colour("series", names),
     )
     bars = base.transform_filter("datum.series === 'measured'").mark_bar(cornerRadiusEnd=2)
-    chance = base.transform_filter("datum.series === 'by chance'").mark_line(
-        point=alt.OverlayMarkDef(size=36, filled=True), strokeDash=[4, 3]
-    )
+    chance = base.transform_filter("datum.series === 'by chance'")
+    chance = chance.mark_line(point=alt.OverlayMarkDef(size=36, filled=True), strokeDash=[4, 3])
     return (bars + chance).add_params(*choices).properties(width="container", height=240)
 
 
 def units_of_tasks(frame: pd.DataFrame) -> Any:
     """Units of all layers, marked for this task alone, for some others too, or for all of them."""
     parts = ["this task alone", "some tasks", "all tasks"]
-    parts_of = frame.groupby(["kind", "task"], sort=False, observed=True)
-    sums = pd.DataFrame(parts_of[["marked", "exclusive", "universal"]].sum())
-    some = sums["marked"] - sums["exclusive"] - sums["universal"]
-    sums = sums.rename(columns={"exclusive": parts[0], "universal": parts[2]}).assign(**{parts[1]: some}).reset_index()
+    some = frame["marked"] - frame["exclusive"] - frame["universal"]
+    rows = frame.rename(columns={"exclusive": parts[0], "universal": parts[2]}).assign(**{parts[1]: some})
+    sums = rows.groupby(["kind", "task"], sort=False, observed=True)[parts].sum().reset_index()
     names = charts.names_in(frame, "task")
     long = sums.melt(["kind", "task"], parts, "part", "units").rename(columns={"task": "full"})
     long = long.assign(task=long["full"].map(names), order=long["part"].map(parts.index))
     chart = charts.chart_of(long).transform_filter("datum.kind === kind")
     chart = chart.transform_joinaggregate(total="sum(units)", groupby=["task"])
-    chart = (
-        chart.transform_calculate(share="datum.units / datum.total")
-        .mark_bar()
-        .encode(
-            x=alt.X("share:Q", title="share of the task's marked units", axis=alt.Axis(format="%", tickCount=5)),
-            y=alt.Y("task:N", title=None, sort=list(names.values())),
-            order=alt.Order("order:Q"),
-            color=_colour("part", parts),
-            tooltip=[alt.Tooltip("full:N", title="task"), "part:N", "units:Q", alt.Tooltip("share:Q", format=".1%")],
-        )
+    chart = chart.transform_calculate(share="datum.units / datum.total").mark_bar()
+    chart = chart.encode(
+        x=alt.X("share:Q", title="share of the task's marked units", axis=alt.Axis(format="%", tickCount=5)),
+        y=alt.Y("task:N", title=None, sort=list(names.values())),
+        order=alt.Order("order:Q"),
+        color=_colour("part", parts),
+        tooltip=[alt.Tooltip("full:N", title="task"), "part:N", "units:Q", alt.Tooltip("share:Q", format=".1%")],
     )
     chart = chart.add_params(charts.choice("kind", frame["kind"]))
     return chart.properties(width="container", height=charts.ROW * len(names))
@@ -326,9 +305,9 @@ def units_of_tasks(frame: pd.DataFrame) -> Any:
 
 def unit_overlaps(frame: pd.DataFrame) -> Any:
     """Jaccard overlap over all layers: units marked for both tasks, of those marked for either."""
-    rows = frame.rename(columns={"kind": "units", "overlap": "value"})
-    units = charts.choice("units", rows["units"])
-    return charts.heat_map(rows, "task_a", "task_b", "overlap (Jaccard)", choices=[units], signed=False, symmetric=True)
+    style = {"choices": [charts.choice("units", frame["kind"])], "signed": False, "symmetric": True}
+    rows = frame.rename(columns={"kind": "units"})
+    return charts.heat_map(rows, "task_a", "task_b", "overlap", "overlap (Jaccard)", **style)
 
 
 # --- geometry of experts ---
@@ -391,12 +370,12 @@ def component_flow(frame: pd.DataFrame) -> Any:
     steps = steps[np.linspace(0, len(steps) - 1, min(len(steps), _MOST_STEPS)).astype(int)]
     rows = charts.with_all(frame[frame["step"].isin(steps)], "layer")
     counts = rows.groupby(["layer", "step", "from_expert", "to_expert"])["components"].sum().unstack(fill_value=0)
-    shares = counts.div(counts.sum(axis="columns"), axis="rows").stack().rename("value").reset_index()
+    shares = counts.div(counts.sum(axis="columns"), axis="rows").stack().rename("share").reset_index()
     layers = charts.all_or_one("layer", frame.loc[frame["layer"] >= 0, "layer"])
     choices = [layers, charts.choice("step", {str(step): f"step {step}" for step in steps})]
     style = {"titles": ("from expert", "to expert"), "signed": False, "limit": 1.0, "form": ".0%", "written": True}
     label = "share of the expert's components"
-    return charts.heat_map(shares, "from_expert", "to_expert", label, choices=choices, **style)
+    return charts.heat_map(shares, "from_expert", "to_expert", "share", label, choices=choices, **style)
 
 
 # --- atlas ---
@@ -406,30 +385,27 @@ def gates(frame: pd.DataFrame) -> Any:
     """Mean gate over a task's prompts: 1 is neutral, blue is more, orange is less; the mean over layers has its own
     colour scale."""
     layers = charts.all_or_one("layer", frame["layer"], "mean over layers")
-    choices = [layers, charts.all_or_one("module", frame["module"])]
-    rows = frame.rename(columns={"mean": "value"})
-    return charts.heat_map(rows, "task", "expert", "mean gate", choices=choices, titles=("", "expert"), middle=1.0)
+    style = {"choices": [layers, charts.all_or_one("module", frame["module"])], "titles": ("", "expert"), "middle": 1.0}
+    return charts.heat_map(frame, "task", "expert", "mean", "mean gate", **style)
 
 
 def gate_similarity(frame: pd.DataFrame) -> Any:
     """Correlation of two tasks' gates over all layers, without what all tasks have in common."""
-    rows = frame.rename(columns={"similarity": "value"})
-    return charts.heat_map(rows, "task_a", "task_b", "correlation", limit=1.0, symmetric=True)
+    return charts.heat_map(frame, "task_a", "task_b", "similarity", "correlation", limit=1.0, symmetric=True)
 
 
 def expert_losses(frame: pd.DataFrame) -> Any:
     """Rise of a task's loss when an expert's gates are 0 in all layers: blue tasks need the expert, orange ones would
     do better without."""
-    rows = frame.rename(columns={"change": "value"})
     label, titles = "rise of the loss (nats per token)", ("", "expert switched off")
-    return charts.heat_map(rows, "task", "expert", label, titles=titles, written=True)
+    return charts.heat_map(frame, "task", "expert", "change", label, titles=titles, written=True)
 
 
 def abilities(frame: pd.DataFrame) -> pd.DataFrame:
     """The sentences are made from the numbers next to them."""
     headings = {"tasks": "drawn_on_most_by", "hurt_most": "missed_most_by", "summary": "in_words"}
     short = {name: frame[name].replace(re.compile(r"\btask(\d+)_([^\W_]+)\w*"), r"\1 \2") for name in headings}
-    rows = frame.assign(**short).replace({"": charts.UNKNOWN})
+    rows = frame.assign(**short).replace({"": UNKNOWN})
     rows = rows.rename(columns={**headings, "spread": "spread_over_tasks", "change": "rise_of_the_loss_without_it"})
     forms = {"expert": ".0f", "in_words": "", "mean_gate": ".2f", "spread_over_tasks": ".3f"}
     forms |= {"rise_of_the_loss_without_it": ".3f", "drawn_on_most_by": "", "missed_most_by": ""}

@@ -12,11 +12,10 @@ import json
 import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
 from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import altair as alt
 import pandas as pd
@@ -29,7 +28,8 @@ from badit import __version__
 from badit.data import own_input
 from badit.files import read_json
 from badit.metrics import METRICS, Prediction, exact_match, rouge_l
-from badit.report.charts import UNKNOWN, number, short_names
+from badit.render import UNKNOWN, number
+from badit.report.charts import short_names
 from badit.report.figures import FIGURES, Figure
 from badit.report.sources import Source, together
 from badit.report.theme import chart_config
@@ -47,8 +47,7 @@ _PARTLY_RIGHT = 50.0
 _SETTINGS = ["model.name", "method.name", "method.num_experts", "method.r", "data.source", "training.learning_rate"]
 
 
-@dataclass(frozen=True)
-class Block:
+class Block(NamedTuple):
     """A part of a section, which the template's macro of its kind (figure, table, samples, details, note) lays out.
 
     ``content`` is a chart, a frame of text, or what else the macro shows; ``name`` its id and, of a figure, its file's
@@ -73,8 +72,7 @@ class Block:
         return {**content, **fit, "description": f"{self.title}. {self.caption}"}
 
 
-@dataclass(frozen=True)
-class Section:
+class Section(NamedTuple):
     """A section of the page, which ``command`` makes where a run has it not; the template says what it is about."""
 
     key: str
@@ -104,10 +102,8 @@ def sections_of(sources: Sequence[Source]) -> list[Section]:
     found = []
     for section in SECTIONS:
         blocks = list(others[section.key](sources)) if section.key in others else []
-        for figure in FIGURES:
-            if figure.section == section.key:
-                blocks += _drawn(figure, shown)
-        found.append(replace(section, blocks=[*blocks, *_notes(section, sources, blocks)]))
+        blocks += [block for figure in FIGURES if figure.section == section.key for block in _drawn(figure, shown)]
+        found.append(section._replace(blocks=[*blocks, *_notes(section, sources, blocks)]))
     return found
 
 
@@ -175,7 +171,7 @@ def _notes(section: Section, sources: Sequence[Source], blocks: Sequence[Block])
 
 def _overview(sources: Sequence[Source]) -> Iterator[Block]:
     """Facts and headline numbers, a column for each source."""
-    columns = {source.label: _comparison_facts(source) if source.results else _run_facts(source) for source in sources}
+    columns = {source.label: _facts(source) for source in sources}
     facts = dict.fromkeys(fact for column in columns.values() for fact in column)
     rows = [[fact, *(column.get(fact, UNKNOWN) for column in columns.values())] for fact in facts]
     files = [RESULTS] if any(source.results for source in sources) else []
@@ -186,7 +182,15 @@ def _overview(sources: Sequence[Source]) -> Iterator[Block]:
         yield Block("table", "At a glance", table, "facts", file=", ".join(files))
 
 
-def _run_facts(source: Source) -> dict[str, str]:
+def _facts(source: Source) -> dict[str, str]:
+    if results := source.results:
+        return {
+            "methods": str(len(results.scored_methods)),
+            "runs": str(len(results.scores[["method", "seed", "order"]].drop_duplicates())),
+            "tasks": str(results.scores["task"].nunique()),
+            "protocol": results.protocol,
+            "reference": results.reference,
+        }
     facts = {}
     if source.scores is not None:
         for metric, scores in source.scores.groupby("metric", sort=False):
@@ -194,28 +198,16 @@ def _run_facts(source: Source) -> dict[str, str]:
         facts["tasks"] = str(source.scores["task"].nunique())
     training = source.environment.get("training")
     for name, value in training.items() if isinstance(training, Mapping) else ():
-        if name in ("trainable_parameters", "steps", "seconds") and type(value) in (int, float):
-            minutes = name == "seconds"
-            heading = "training time" if minutes else name.replace("_", " ")
-            facts[heading] = f"{number(value / 60)} min" if minutes else number(value, ".0f")
+        if name in ("trainable_parameters", "steps") and type(value) in (int, float):
+            facts[name.replace("_", " ")] = number(value, ".0f")
+        if name == "seconds" and type(value) in (int, float):
+            facts["training time"] = f"{number(value / 60)} min"
     for key in _SETTINGS:
         section, _, name = key.partition(".")
         values = source.config.get(section)
         if isinstance(values, Mapping) and values.get(name) is not None:
             facts[key] = str(values[name])
     return facts
-
-
-def _comparison_facts(source: Source) -> dict[str, str]:
-    results = source.results
-    assert results is not None
-    return {
-        "methods": str(len(results.scored_methods)),
-        "runs": str(len(results.scores[["method", "seed", "order"]].drop_duplicates())),
-        "tasks": str(results.scores["task"].nunique()),
-        "protocol": results.protocol,
-        "reference": results.reference,
-    }
 
 
 def _samples(sources: Sequence[Source]) -> Iterator[Block]:

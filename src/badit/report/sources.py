@@ -25,7 +25,7 @@ from badit.analysis.tables import load_frames
 from badit.errors import BaditError
 from badit.evaluate import read_predictions
 from badit.files import read_json, read_jsonl, refuse_links
-from badit.metrics import Prediction, group_by_task, instance_scores
+from badit.metrics import Prediction, group_by_task, rouge_l
 from badit.recipe import read_values
 from badit.render import method_table
 from badit.results import RESULTS, Results, load_results, read_scores, scores_frame
@@ -73,15 +73,11 @@ class Source:
 
         if self.results is None:
             return [(self.label, self)]
-        cells = self.results.cells[(self.results.cells["status"] == "done") & self.results.cells["selected"]]
-        found = []
-        for method in self.results.methods:
-            own = cells.loc[cells["method"] == method, ["learning_rate", "seed", "order"]].astype(object)
-            for cell in own.where(own.notna(), None).itertuples(index=False):
-                place = str(Cell(method, *cell))
-                if (self.folder / place).is_dir():
-                    found.append((method, Source(place, self.folder / place)))
-        return found
+        methods, cells = self.results.methods, self.results.cells
+        done = cells.loc[(cells["status"] == "done") & cells["selected"], ["method", "learning_rate", "seed", "order"]]
+        rows = done.astype(object).where(done.notna(), None).to_numpy().tolist()
+        runs = [(row[0], str(Cell(*row))) for row in sorted(rows, key=lambda row: methods.index(row[0]))]
+        return [(method, Source(at, self.folder / at)) for method, at in runs if (self.folder / at).is_dir()]
 
     @cached_property
     def predictions(self) -> Mapping[str, list[Prediction]]:
@@ -140,8 +136,17 @@ def _read(folder: Path, label: str) -> Source:
         source.environment = read_json(run.environment_path)
     if (folder / RESULTS).is_file():
         _add_results(source)
-    else:
-        _add_logs(source, run)
+    elif run.scores_path.is_file():
+        scores = read_scores(run.scores_path)
+        source.scores = scores_frame(scores)
+        if "matrix" in scores:
+            source.add("transfer", transfer(run), run.scores_path.name)
+    # The log of a run that was kept for its results may have means over modules alone.
+    regrouped = any("labels" in line for line in list(read_jsonl(run.regroupings_path))[:1])
+    if regrouped:
+        source.add("component_flow", component_flow(run), run.regroupings_path.name)
+    if regrouped or run.angles_path.is_file():
+        source.add("expert_angles", expert_angles(run), (run.regroupings_path if regrouped else run.angles_path).name)
     pairs, overall = (source.frames.get(name) for name in ("gradient_pairs", "gradient_overall"))
     cosines = [] if overall is None else [overall.assign(layer="all", module="all")]
     if pairs is not None:
@@ -158,30 +163,14 @@ def _add_results(source: Source) -> None:
     """A comparison's table of methods, their differences and mean scores, and what tasks lose by one another."""
     source.results = results = load_results(source.folder)
     table = method_table(results)
-    methods = pd.DataFrame(dict(table.columns), dtype=object)
-    methods.attrs = {"strong": [(i, methods.columns[j]) for i, j in table.best], "notes": table.footer()}
-    source.add("methods", methods, RESULTS)
+    table.texts.attrs = {"strong": [(i, table.texts.columns[j]) for i, j in table.best], "notes": table.notes}
+    source.add("methods", table.texts, RESULTS)
     numbers = table.numbers.rename(columns=lambda name: name.removeprefix("difference_"))
     source.add("differences", numbers.assign(reference=results.reference)[_DIFFERENCES].dropna(), RESULTS)
     scores = results.scores.assign(run=pd.Categorical(results.scores["method"], results.scored_methods))
     means = scores.groupby(["run", "task", "metric"], observed=True)[["score", "n"]].mean().reset_index()
     source.add("scores", means.astype({"run": str}), RESULTS)
     source.add("task_gap", task_gap(source.folder), RESULTS)
-
-
-def _add_logs(source: Source, run: Run) -> None:
-    """A run's scores, and the tables of an analysis that only sum up what the run has written itself."""
-    if run.scores_path.is_file():
-        scores = read_scores(run.scores_path)
-        source.scores = scores_frame(scores)
-        if "matrix" in scores:
-            source.add("transfer", transfer(run), run.scores_path.name)
-    # The log of a run that was kept for its results may have means over modules alone.
-    regrouped = any("labels" in line for line in list(read_jsonl(run.regroupings_path))[:1])
-    if regrouped:
-        source.add("component_flow", component_flow(run), run.regroupings_path.name)
-    if regrouped or run.angles_path.is_file():
-        source.add("expert_angles", expert_angles(run), (run.regroupings_path if regrouped else run.angles_path).name)
 
 
 def _losses(folder: Path) -> list[dict[str, float]]:
@@ -200,28 +189,22 @@ def _is_number(value: Any) -> bool:
 
 def _differences(runs: Sequence[Source]) -> pd.DataFrame:
     """Paired differences in Rouge-L to the first run, over the instances that both have answered."""
-    first, rows = runs[0], []
-    scores = _rouge_l(first)
+    rows = []
+    scores = _rouge_l(runs[0])
     for run in runs[1:]:
         pairs = (_rouge_l(run).reindex(scores.index) - scores).dropna()
         if len(pairs):
-            by_task = {str(task): each.to_numpy()[None] for task, each in pairs.groupby(level="task")}
+            by_task = {str(task): each.to_numpy()[None] for task, each in pairs.groupby(level=0)}
             found = paired_bootstrap(by_task, resample_seeds=False)
-            rows.append([run.label, found.mean, found.low, found.high, first.label])
+            rows.append([run.label, found.mean, found.low, found.high, runs[0].label])
     return pd.DataFrame(rows, columns=_DIFFERENCES)
 
 
 def _rouge_l(run: Source) -> pd.Series:
     """By task and instance."""
-    scores = instance_scores(run.predictions) if run.predictions else {}
-    rows = {
-        (task, answer.instance_id): score
-        for task, answers in run.predictions.items()
-        for answer, score in zip(answers, scores[task]["rouge_l"], strict=True)
-    }
-    return pd.Series(
-        list(rows.values()), pd.MultiIndex.from_tuples(list(rows), names=["task", "instance"]), dtype=float
-    )
+    answers = {(answer.task, answer.instance_id): answer for answers in run.predictions.values() for answer in answers}
+    index = pd.MultiIndex.from_tuples(list(answers), names=["task", "instance"])
+    return pd.Series([rouge_l(each.prediction, each.references) for each in answers.values()], index, dtype=float)
 
 
 def _order_tasks(sources: Sequence[Source]) -> None:

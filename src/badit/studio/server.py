@@ -33,6 +33,7 @@ try:
     from starlette.datastructures import Headers, MutableHeaders
     from starlette.exceptions import HTTPException
     from starlette.middleware import Middleware
+    from starlette.middleware.trustedhost import TrustedHostMiddleware
     from starlette.requests import Request
     from starlette.responses import JSONResponse, Response
     from starlette.routing import Mount, Route
@@ -135,7 +136,7 @@ def application(session: Session) -> Starlette:
             Route("/look.css", Response(look, media_type="text/css"), methods=["GET"]),
             Mount("/", StaticFiles(packages=[("badit.studio", "page")], html=True)),
         ],
-        middleware=[Middleware(_guarded)],
+        middleware=[Middleware(_guarded), Middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"])],
         exception_handlers={BaditError: _refused, HTTPException: _refused},
     )
     web.state.ending = ending
@@ -143,7 +144,7 @@ def application(session: Session) -> Starlette:
 
 
 def _guarded(app: ASGIApp) -> ASGIApp:
-    """The application for this machine's own page only, with the headers of every response."""
+    """The application for its own page only, which browsers name with every POST; adds every response's headers."""
 
     async def guarded(scope: Scope, receive: Receive, send: Send) -> None:
         async def send_with_headers(message: Message) -> None:
@@ -152,20 +153,15 @@ def _guarded(app: ASGIApp) -> ASGIApp:
             await send(message)
 
         headers = Headers(scope=scope)
-        host = headers.get("host", "")
-        answering = app
-        if host.partition(":")[0] not in (HOST, "localhost"):
-            answering = _error(400, "the request is for another machine")
-        # Browsers name the page with every POST.
-        elif scope["method"] not in ("GET", "HEAD") and headers.get("origin") != f"http://{host}":
-            answering = _error(403, "the request does not come from this page")
+        own = scope["method"] in ("GET", "HEAD") or headers.get("origin") == f"http://{headers.get('host')}"
+        answering = app if own else _error(403, "the request does not come from this page")
         await answering(scope, receive, send_with_headers)
 
     return guarded
 
 
 async def _refused(request: Request, error: Exception) -> Response:
-    return _error(error.status_code, error.detail) if isinstance(error, HTTPException) else _error(400, str(error))
+    return _error(getattr(error, "status_code", 400), getattr(error, "detail", str(error)))
 
 
 def _error(status: int, message: str) -> Response:
@@ -175,8 +171,7 @@ def _error(status: int, message: str) -> Response:
 def _stream(work: Callable[[Show], None], lock: anyio.Lock, ending: threading.Event) -> ASGIApp:
     """A response that runs ``work`` in a thread, once the lock is free, and sends server-sent events as it shows them.
 
-    The work ends at its next event if the client has gone or ``ending`` is set, and does not start for a client that
-    has gone before. The lock is held until the thread has ended: there is one model.
+    The work ends at its next event if the client has gone or ``ending`` is set. The lock is held until then.
     """
 
     async def stream(scope: Scope, receive: Receive, send: Send) -> None:

@@ -24,7 +24,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from pydantic import BaseModel, ConfigDict, Field
 
 from badit.analysis.atlas import ABILITIES
-from badit.analysis.gates import GATES, Experts, PromptGates, adapted_layers, changed_gates, gates_frame, prompt_gates
+from badit.analysis.gates import GATES, Experts, PromptGates, active_experts, changed_gates, gates_frame, prompt_gates
 from badit.analysis.tables import load_frame, save_frame
 from badit.data import AnswerCollator, Task, batches_by_task
 from badit.errors import BaditError, nearest
@@ -50,10 +50,7 @@ Show = Callable[[str, Mapping[str, Any]], None]
 
 
 class Question(BaseModel):
-    """What the page asks: a prompt, or an input for one of the run's tasks, and the sides that answer it.
-
-    ``gates`` are those of the side "hand", one per expert, on the scale on which 1 is neutral.
-    """
+    """What the page asks: a prompt, or an input for a task, the sides that answer, and the gates of the side "hand"."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -72,10 +69,8 @@ class Session:
         self.recipe = self.run.trusted_recipe(trust_remote_code)
         self.method = build_method(self.recipe.method)
         if getattr(self.method, "config", None) is None:
-            problem = (
-                f"its method, {self.method.name}, has no adapter to try; name a run of one that has, such as badit"
-            )
-            raise BaditError(f"{self.run.path}: {problem}")
+            problem = f"its method, {self.method.name}, has no adapter to try"
+            raise BaditError(f"{self.run.path}: {problem}; name a run of one that has, such as badit")
         self.tasks: dict[str, Task] = {}
         self.remark = ""
         try:
@@ -87,7 +82,7 @@ class Session:
         model, self.tokenizer = load_run(self.run, self.recipe)
         assert isinstance(model, PeftModel)
         self.model = model
-        self.experts = [one for one in adapted_layers(model) if one.number > 1]
+        self.experts = active_experts(model)
         self.number_of_experts = self.experts[0].number if self.experts else 0
         self._free = threading.Lock()
         #: The tasks' mean gates: a row per task, a column per layer, module and expert; None before they are known.
@@ -128,10 +123,9 @@ class Session:
         """The table "gates" with a row per task; ValueError if its modules, experts or tasks are not the run's."""
         columns = [(*one.place, expert) for one in self.experts for expert in range(one.number)]
         by_task = frame.pivot(index="task", columns=["layer", "module", "expert"], values="mean")
-        if by_task.empty or set(by_task.columns) != set(columns) or by_task.isna().any(axis=None):
-            raise ValueError("the table is of other modules or experts")
-        if self.tasks and not set(by_task.index) <= self.tasks.keys():
-            raise ValueError("the table is of other tasks")
+        other = set(by_task.columns) != set(columns) or (self.tasks and not set(by_task.index) <= self.tasks.keys())
+        if by_task.empty or other or by_task.isna().any(axis=None):
+            raise ValueError("the table is of other modules, experts or tasks")
         return by_task.loc[:, columns]
 
     def about(self) -> dict[str, Any]:
@@ -174,10 +168,9 @@ class Session:
             self._task(question.task)
         elif self.method.needs_tasks:
             raise BaditError(f"task: {self.method.name} must know the prompt's task; choose one")
-        experts = self.number_of_experts
+        experts, gates = self.number_of_experts, question.gates or []
         if "hand" in question.sides and not experts:
             raise BaditError(f"gates: {self.method.name} has none to set by hand")
-        gates = question.gates or []
         if "hand" in question.sides and (len(gates) != experts or max(gates) > experts):
             raise BaditError(f"gates: must be {experts} numbers from 0 to {experts}, one for each expert")
 
@@ -197,7 +190,7 @@ class Session:
         began = time.monotonic()
         by_hand = question.gates if side == "hand" else None
         switched: Any = self.model.disable_adapter() if side == "base" else mixed(self.experts, by_hand)
-        options: Any = {"max_new_tokens": question.max_new_tokens, "task": question.task}
+        options = question.model_dump(include={"max_new_tokens", "task"})
         with switched as used:
             gates_shown = side == "base" or not self.experts
 
@@ -205,10 +198,9 @@ class Session:
                 nonlocal gates_shown
                 if not gates_shown:  # the first token follows the prompt's pass, which has set them
                     gates_MK = np.stack([used[one.layer.name].numpy() for one in self.experts]).astype(float)
-                    near = {} if self.task_gates is None else nearest_tasks(self.task_gates, gates_MK)
-                    shown = [{"task": task, "difference": near[task]} for task in list(near)[:_SHOWN_TASKS]]
+                    near = [] if self.task_gates is None else nearest_tasks(self.task_gates, gates_MK)[:_SHOWN_TASKS]
                     gates = gates_MK.round(_DIGITS).tolist()
-                    show("gates", {"side": side, "gates": gates, "nearest": shown, "unmeasured": self.unmeasured})
+                    show("gates", {"side": side, "gates": gates, "nearest": near, "unmeasured": self.unmeasured})
                     gates_shown = True
                 show("text", {"side": side, "text": text})
 
@@ -216,10 +208,10 @@ class Session:
         show("end", {"side": side, **answer._asdict(), "seconds": round(time.monotonic() - began, 2)})
 
 
-def nearest_tasks(task_gates: pd.DataFrame, gates_MK: np.ndarray) -> dict[str, float]:
-    """All tasks, the nearest first, with the mean absolute difference between their gates and a prompt's."""
+def nearest_tasks(task_gates: pd.DataFrame, gates_MK: np.ndarray) -> list[dict[str, Any]]:
+    """All tasks, the nearest first, with the mean absolute ``difference`` between their gates and a prompt's."""
     difference = (task_gates - gates_MK.ravel()).abs().mean(axis=1).sort_values(kind="stable")
-    return {str(task): float(value) for task, value in difference.items()}
+    return difference.rename("difference").rename_axis("task").reset_index().to_dict("records")
 
 
 @contextmanager
@@ -230,15 +222,14 @@ def mixed(experts: Sequence[Experts], by_hand: Sequence[float] | None = None) ->
     """
     used: dict[str, torch.Tensor] = {}
 
-    def mixing(one: Experts, own: torch.Tensor) -> torch.Tensor:
+    def mixing(one: Experts, gates: torch.Tensor) -> torch.Tensor:
         # The neutral gate depends on the method: 1, or 1/K if its gates sum to 1.
-        neutral = own.mean(dim=-1, keepdim=True).round(decimals=_DECIMALS)
-        gates = own
+        neutral = gates.mean(dim=-1, keepdim=True).round(decimals=_DECIMALS)
         if by_hand is not None:
-            gates = neutral * torch.tensor(by_hand, dtype=own.dtype, device=own.device)[one.expert_of_N.to(own.device)]
+            gates = neutral * torch.tensor(by_hand).to(gates)[one.expert_of_N.to(gates.device)]
         if one.layer.name not in used:
             relative_N = (gates / neutral).flatten(0, -2).mean(dim=0)
-            used[one.layer.name] = relative_N[one.first_components_K.to(own.device)].cpu()
+            used[one.layer.name] = relative_N[one.first_components_K.to(gates.device)].cpu()
         return gates
 
     with changed_gates(experts, mixing):

@@ -1,21 +1,104 @@
-"""The balance losses: their formulas, what counts in them, and how the trainer adds them."""
+"""The layers of the mixtures against loops over their experts, what they start from, and their balance losses."""
+
+import math
 
 import pytest
 import torch
 
 import reference
+from badit.baselines.mixture import MixtureLinear
 from badit.data import AnswerCollator
 from badit.errors import BaditError
+from badit.tuner.prompt import RoutingContext
 from baselines import naive
-from baselines.naive import adapted, layers
+from baselines.naive import MIXTURES, adapted, config, layers, randomise
 from training.trainers import examples, make_trainer
-from tuner.helpers import enable_checkpointing, forward, padded, random_rows
+from tuner.helpers import KINDS, base_layer, enable_checkpointing, forward, padded, random_rows
+
+IN, OUT = 20, 18  # the chunks of four experts have 4 directions, of which rank 2 takes half
+
+
+def make(method, kind="linear", *, dtype=torch.float64, at_start=False, **options):
+    layer = MixtureLinear(
+        base_layer(kind, IN, OUT).to(dtype), "layer", RoutingContext(), "default", config(method, **options)
+    )
+    layer.set_adapter("default")
+    return (layer if at_start else randomise(layer)).eval()
+
+
+def batch(dtype=torch.float64):
+    return torch.randn(3, 5, IN, dtype=dtype)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("method", MIXTURES)
+def test_forward_equals_the_loop_over_experts(method, kind):
+    layer, x = make(method, kind), batch()
+    torch.testing.assert_close(layer(x), naive.forward(method, layer, x), atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(layer(x[:, 0]), layer(x)[:, 0])
+    assert (layer(x) - layer.get_base_layer()(x)).abs().mean() > 0.03
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("method", ["loramoe", "hydralora"])
+def test_step_0_is_the_base_layer_to_the_bit(method, kind):
+    layer, x = make(method, kind, dtype=torch.float32, at_start=True), batch(torch.float32)
+    assert torch.equal(layer(x), layer.get_base_layer()(x))
+    bound = 1 / math.sqrt(IN)  # kaiming(√5)
+    for parameter in (layer.badit_A["default"], layer.badit_router["default"]):
+        assert 0.8 * bound < parameter.abs().max().item() <= bound
+        assert parameter.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.3)
+    assert not layer.badit_B["default"].any()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("rho", [10.0, 2.0])
+def test_goat_starts_from_stretches_of_the_spectrum(kind, rho):
+    layer = make("goat", kind, dtype=torch.float32, at_start=True, rho=rho)
+    a, b = layer.badit_A["default"], layer.badit_B["default"]
+    start = naive.goat_start(reference.float64(layer.weight_OI), 4, 2, 2.0, rho)
+    found = naive.experts("goat", reference.float64(a), reference.float64(b), 4)
+    for (b_k, a_k), (found_b, found_a) in zip(start, found, strict=True):
+        torch.testing.assert_close(torch.tensor(found_b @ found_a), torch.tensor(b_k @ a_k), atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(torch.tensor(abs(found_a)), torch.tensor(abs(a_k)), atol=1e-5, rtol=1e-5)
+    assert torch.equal(layer.kept_factors("default")[0], a)
+    assert torch.equal(layer.kept_factors("default")[1], b)
+
+
+def test_goat_at_step_0_is_as_far_from_the_base_layer_as_it_says():
+    """It adds (1/ρ) Σ_k (g_k − 1/K) P_k, of norm at most (1 − 1/K) σ₁/ρ, and nothing where all gates are alike."""
+    layer, x = make("goat", at_start=True), batch()
+    added = layer(x) - layer.get_base_layer()(x)
+    parts = [20.0 * b @ a for b, a in naive.goat_start(reference.float64(layer.weight_OI), 4, 2, 2.0, 10.0)]
+    gates, expected = naive.gates(layer, x), torch.zeros_like(added)
+    for k, part in enumerate(parts):
+        expected += torch.tensor(gates[..., k] - 0.25)[..., None] * (x @ torch.tensor(part).T) / 10
+    torch.testing.assert_close(added, expected, atol=1e-6, rtol=1e-5)
+    sigma = torch.linalg.svdvals(layer.weight_OI)[0]
+    assert added.norm(dim=-1).max() > 1e-3
+    assert (added.norm(dim=-1) <= 0.75 * sigma / 10 * x.norm(dim=-1)).all()
+    dense = make("goat", at_start=True, top_k=4)
+    with torch.no_grad():
+        dense.badit_router["default"].zero_()
+    torch.testing.assert_close(dense(x), dense.get_base_layer()(x), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 3])
+def test_goat_uses_top_k_experts_a_token_and_keeps_all_in_the_graph(top_k):
+    layer, x = make("goat", top_k=top_k), batch()
+    gates = layer.component_gates("default", x)[..., ::2]
+    assert ((gates > 0).sum(dim=-1) == top_k).all()
+    torch.testing.assert_close(gates.sum(dim=-1), torch.ones(3, 5))
+    layer(x).sum().backward()
+    assert all(p["default"].grad is not None for p in (layer.badit_A, layer.badit_B, layer.badit_router))
+
+
+def test_goat_refuses_a_weight_too_small_for_its_rank():
+    with pytest.raises(BaditError, match=r"layer: a weight of shape \(18, 20\) has 4 directions .* at most r = 16$"):
+        make("goat", r=24)
+
 
 BALANCED = ("loramoe", "goat")
-
-
-def probabilities(logits):
-    return reference.expert_gates(logits, "softmax", None)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -27,13 +110,13 @@ def test_it_is_the_sum_over_layers_at_attended_positions_alone(tiny_model, metho
     for layer in layers(model):
         layer.register_forward_pre_hook(lambda layer, args: inputs.update({layer: args[0].detach()}))
     forward(model, ids, mask)
-    expected = []
+    expected = 0
     for layer, x in inputs.items():
         seen = x[mask.bool()]
-        logits = seen @ layer.badit_router["default"].T
-        expected.append(naive.imbalance(method, naive.gates(layer, seen), probabilities(logits)))
+        full = reference.expert_gates(seen @ layer.badit_router["default"].T, "softmax", None)
+        expected += 0.3 * naive.imbalance(method, naive.gates(layer, seen), full)
     found = model.base_model.extra_loss(mask)
-    assert found.item() == pytest.approx(0.3 * sum(expected), rel=1e-4)
+    assert found.item() == pytest.approx(expected, rel=1e-4)
     found.backward()
     moved = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
     last = layers(model)[-1].name
@@ -77,12 +160,16 @@ def test_gradient_checkpointing(tiny_model):
         model.base_model.extra_loss(mask)
 
 
-@pytest.mark.parametrize("method", BALANCED)
-def test_the_trainer_adds_it_in_training_and_not_in_evaluation(tiny_model, tmp_path, method):
+@pytest.mark.parametrize(
+    ("method", "option"),
+    [("loramoe", "balance_weight"), ("goat", "balance_weight"), ("o-lora", "orthogonality_weight")],
+)
+def test_the_trainer_adds_it_in_training_and_not_in_evaluation(tiny_model, tmp_path, method, option):
+    """As it does O-LoRA's penalty."""
     batch = dict(AnswerCollator(0)(examples(5)))
     losses = {}
     for weight in (0.0, 0.5):
-        model = adapted(tiny_model("llama"), method, balance_weight=weight)
+        model = adapted(tiny_model("llama"), method, **{option: weight})
         trainer = make_trainer(model, tmp_path, [])
         for mode in (True, False):
             losses[weight, mode] = trainer.compute_loss(model.train(mode), batch)

@@ -1,0 +1,103 @@
+"""The pages of the documentation against the code: commands, recipes, figures, tables, messages, headings."""
+
+import ast
+import json
+import re
+import tomllib
+
+import pytest
+import yaml
+
+from badit.cli import app
+from badit.methods import build_method
+from badit.recipe import build_recipe, load_recipe
+from badit.render import render
+from badit.report.page import SECTIONS
+from docs.pages import RESULTS, ROOT, Page, pages, recipes
+
+WITH_COMMANDS = [page for page in [*pages(), *recipes()] if page.commands()]
+
+
+@pytest.mark.parametrize("page", WITH_COMMANDS, ids=str)
+def test_every_command_is_one(page):
+    assert sum(len(each.commands()) for each in WITH_COMMANDS) > 40
+    for arguments in page.commands():
+        _, bound, _ = app.parse_args(arguments, exit_on_error=False, print_error=False)
+        given = bound.arguments
+        if str(given.get("recipe", "")).startswith("recipes/"):
+            build_method(load_recipe(ROOT / given["recipe"], given.get("overrides", ())).method)
+
+
+@pytest.mark.parametrize("page", pages(), ids=str)
+def test_what_is_called_in_a_sentence_exists(page):
+    # Code between backticks may go over a line's end.
+    spans = [
+        " ".join(span.split()) for span in re.findall(r"`([^`]+)`", re.sub(r"```.*?```", "", page.text, flags=re.S))
+    ]
+    verbs = [span.split()[1] for span in spans if re.match(r"badit [a-z]", span)]
+    assert set(verbs) <= set(app)
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"(?:`|^|; )make ([a-z][a-z-]*)", page.text, flags=re.MULTILINE):
+        assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), f"make {target}"
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    for named in re.findall(r"(?:badit|\.)\[([\w,]+)\]['`]", page.text):
+        assert set(named.split(",")) <= set(extras)
+    for script in re.findall(r"python (\S+\.py)", page.text):
+        assert (ROOT / script).is_file(), script
+
+
+@pytest.mark.parametrize("page", [page for page in pages() if page.blocks("yaml")], ids=str)
+def test_every_block_of_yaml_is_a_recipe(page):
+    for block in page.blocks("yaml"):
+        content = yaml.safe_load(block)
+        content.pop("extends", None)
+        recipe = build_recipe(content)
+        compared = recipe.compare.methods.values() if recipe.compare else ()
+        for section in [recipe.method, *(entry.model_extra or {} for entry in compared)]:
+            build_method(section)
+
+
+_FIGURE = re.compile(r"(\d+\.(\d+))<!-- ([\w/.-]+):([^>]+?) -->")
+_TABLE = re.compile(r"<!-- table: ([\w/.-]+\.json) -->\n(.*?)\n<!-- end of table -->", flags=re.DOTALL)
+
+
+@pytest.mark.parametrize("page", [page for page in pages() if _FIGURE.search(page.text)], ids=str)
+def test_figures_are_those_of_the_committed_results(page):
+    """A figure that is quoted from a results file carries a comment that names the file and the key."""
+    assert len(_FIGURE.findall(Page("README.md").text)) >= 4
+    for figure, decimals, file, key in _FIGURE.findall(page.text):
+        value = json.loads((RESULTS / file).read_text())
+        for part in key.split("."):
+            value = value[int(part) if isinstance(value, list) else part]
+        assert f"{value:.{len(decimals)}f}" == figure, f"{file}: {key}"
+
+
+@pytest.mark.parametrize("page", [page for page in pages() if _TABLE.search(page.text)], ids=str)
+def test_tables_are_those_of_the_committed_results(page):
+    """A comparison's table stands between comments, the first of which names its results."""
+    for file, found in _TABLE.findall(page.text):
+        assert found == render(RESULTS / file, form="markdown").strip()
+
+
+def texts():
+    """Every text in the source, with … for what it fills in."""
+    nodes = [node for file in (ROOT / "src").glob("**/*.py") for node in ast.walk(ast.parse(file.read_text()))]
+    plain = [node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    filled = [node.values for node in nodes if isinstance(node, ast.JoinedStr)]
+    return plain + [
+        "".join(str(part.value) if isinstance(part, ast.Constant) else "…" for part in parts) for parts in filled
+    ]
+
+
+def test_the_reports_sections_are_those_of_the_page():
+    listed = re.findall(r"^\| \*\*(.+?)\*\* \|", Page("docs/analysis.md").text, flags=re.MULTILINE)
+    assert len(listed) == len(SECTIONS)
+    assert set(listed) <= set(texts())
+
+
+def test_every_quoted_message_is_in_the_source():
+    quoted = re.findall(r"^\| `([^`]+)` \|", Page("docs/troubleshooting.md").text, flags=re.MULTILINE)
+    assert len(quoted) > 30
+    known = texts()
+    pattern = {text: re.escape(text).replace("…", ".*….*") for text in quoted}
+    assert [text for text in quoted if not any(re.search(pattern[text], one, re.DOTALL) for one in known)] == []
