@@ -242,32 +242,6 @@ def expert_gates(logits: Any, kind: str = "mean_one", top_k: int | None = None) 
     return gates
 
 
-# --- the adapted layer ---
-
-
-def badit_linear(
-    x: Any, W: Any, bias: Any, A: Any, B: Any, A0: Any, B0: Any, expert_of: Any, gates: Any, scaling: float
-) -> np.ndarray:
-    """y = W x + bias + s Σ_k gate_k B_k A_k x − s Σ_k B0_k A0_k x, one position and one expert at a time.
-
-    ``bias``, or A0 and B0, may be None; the gates (..., K) are broadcast over the leading dimensions of x (..., in).
-    """
-    x, W, A, B, gates = map(float64, (x, W, A, B, gates))
-    num_experts = gates.shape[-1]
-    gates = np.broadcast_to(gates, (*x.shape[:-1], num_experts))
-    y = np.zeros((*x.shape[:-1], W.shape[0]))
-    for where in np.ndindex(*x.shape[:-1]):
-        y[where] = W @ x[where]
-        if bias is not None:
-            y[where] += float64(bias)
-        for k in range(num_experts):
-            index = members(expert_of, k)
-            y[where] += scaling * gates[(*where, k)] * (B[:, index] @ (A[index] @ x[where]))
-        if A0 is not None and B0 is not None:  # regrouping moves no initial component
-            y[where] -= scaling * (float64(B0) @ (float64(A0) @ x[where]))
-    return y
-
-
 # --- freezing ---
 
 

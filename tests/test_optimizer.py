@@ -155,8 +155,6 @@ def test_a_trainer_takes_it_and_resumes_to_the_bit(tiny_model, tmp_path, max_gra
     assert_same(trained("whole"), trained("resumed", str(tmp_path / "whole" / "checkpoint-3")))
 
 
-# TRL switches gradient checkpointing on by default, under a name that transformers is about to change.
-@pytest.mark.filterwarnings("ignore:`gradient_checkpointing.*` is deprecated:FutureWarning")
 def test_trainer_trl_and_accelerate_accept_it(tiny_model, model_folder, tmp_path):
     options = {**QUIET, "output_dir": str(tmp_path), "save_strategy": "no", "max_steps": 3}
     rows = [{"input_ids": row["input_ids"][:4], "labels": row["input_ids"][:4]} for row in examples()]

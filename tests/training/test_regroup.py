@@ -19,9 +19,6 @@ from badit.method import expert_angles, grouping_objective
 from badit.regroup import STATE_FILE, OutputProbe
 from training.trainers import QUIET, StopAt, adapted, adapter_state, assert_same, examples, make_trainer, on
 
-# PEFT 0.19 looks for the model's configuration on disk when it saves; these models were never saved.
-pytestmark = pytest.mark.filterwarnings("ignore:Could not find a config file in:UserWarning")
-
 PROMPT = {"input_ids": torch.tensor([[5, 6, 7, 8]])}
 BATCHES = 12
 

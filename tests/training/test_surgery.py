@@ -18,8 +18,6 @@ from tuner.helpers import randomise
 
 TASKS = ("cities", "rivers", "hills")
 both = pytest.mark.parametrize("surgery", ["pcgrad", "cagrad"])
-# PEFT 0.19 looks for the model's configuration on disk when it saves; these models were never saved.
-pytestmark = pytest.mark.filterwarnings("ignore:Could not find a config file in:UserWarning")
 
 
 def naive_pcgrad(gradients, orders):

@@ -141,7 +141,6 @@ def naive_angles(steps, r):
     return degrees | {f"{kind}_abs_cos": fmean(map(abs, cosines[kind])) for kind in cosines}
 
 
-@pytest.mark.filterwarnings("ignore:Could not find a config file in  - :UserWarning")  # PEFT 0.19
 @pytest.mark.parametrize("config_class", [LoraMoeConfig, BaditConfig, HydraLoraConfig])
 def test_without_regrouping_every_window_has_the_angles_of_its_mean_gradients(tiny_model, tmp_path, config_class):
     steps, path = [], tmp_path / "angles.jsonl"

@@ -17,12 +17,6 @@ from badit.tuner.layer import BaditLinear
 from data.examples import make_tokenizer
 from training.trainers import QUIET
 
-# TRL switches gradient checkpointing on by default, under a name that transformers is about to change.
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:`gradient_checkpointing.*` is deprecated:FutureWarning",
-    "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning",
-)
-
 # CHATML with TRL's marks of what the assistant says.
 MARKED = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' %}"

@@ -12,7 +12,6 @@ from tuner.helpers import adapt, adapted, config, layers, logits
 SAVES_BIASES = hasattr(BaseTuner, "_get_learnable_bias_state_dict")  # PEFT 0.21 and later
 # What PEFT 0.19 wrongly says of models without a saved configuration.
 SAYS_TIED = pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True` and a tied layer:UserWarning")
-pytestmark = pytest.mark.filterwarnings("ignore:Could not find a config file in  - :UserWarning")
 
 
 @pytest.mark.parametrize(

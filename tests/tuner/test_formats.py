@@ -17,9 +17,6 @@ from badit.tuner import BaditConfig
 from badit.tuner.config import FORMAT
 from tuner.make_format import FOLDER, OPTIONS, base_model, computed
 
-# PEFT 0.19 looks for the saved configuration of a base model that was never saved.
-pytestmark = pytest.mark.filterwarnings("ignore:Could not find a config file in  - :UserWarning")
-
 SAVED = sorted(folder for folder in FOLDER.glob("*/*") if folder.is_dir())
 
 

@@ -10,9 +10,6 @@ from safetensors.torch import load_file
 
 from tuner.helpers import FAMILIES, IDS, MASK, adapted, config, layers, logits, randomise
 
-# PEFT 0.19 looks for the saved configuration of a base model that was never saved.
-pytestmark = pytest.mark.filterwarnings("ignore:Could not find a config file in  - :UserWarning")
-
 # With PEFT 0.19 transformers 5.24 loads no adapter at all into GPT-2, LoRA included.
 OLD_PEFT = peft.__version__.startswith("0.19.")
 LOADED_BY_TRANSFORMERS = [family for family in FAMILIES if not (OLD_PEFT and family == "gpt2")]
