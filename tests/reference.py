@@ -1,6 +1,6 @@
-"""The method's formulas as written down: loops over components and experts, float64, no cleverness.
+"""The method's formulas as written down, in float64, to compare the code in ``badit`` with.
 
-The fast code in ``badit`` is held against these. Tensors and arrays are taken alike; arrays come back.
+Arguments may be tensors or arrays; arrays are returned.
 Components are rows i of A (N, in) and columns i of B (out, N); a component's gradient is the two, concatenated.
 """
 
@@ -19,19 +19,17 @@ from scipy.optimize import linear_sum_assignment
 def float64(values: Any) -> np.ndarray:
     """Any tensor or array as a float64 array."""
     if isinstance(values, torch.Tensor):
-        return values.detach().to("cpu", torch.float64).numpy()
+        values = values.detach().to("cpu", torch.float64)
     return np.asarray(values, dtype=np.float64)
 
 
 def integers(values: Any) -> np.ndarray:
-    if isinstance(values, torch.Tensor):
-        values = values.detach().cpu().numpy()
     return np.asarray(values, dtype=np.int64)
 
 
-def members(labels: Any, expert: int) -> list[int]:
+def members(labels: Any, expert: int) -> np.ndarray:
     """The components of one expert."""
-    return [i for i, label in enumerate(integers(labels)) if label == expert]
+    return np.flatnonzero(integers(labels) == expert)
 
 
 # --- decomposition (BAD) ---
@@ -61,14 +59,10 @@ def decompose(weight: Any, num_experts: int, r: int, scaling: float) -> tuple[li
 
 def unit_gradients(grad_A: Any, grad_B: Any) -> np.ndarray:
     """Rows ĝ_i (N, in + out); zeros for a gradient that is zero or not finite."""
-    grad_A, grad_B = float64(grad_A), float64(grad_B)
-    rows = []
-    for i in range(len(grad_A)):
-        gradient = np.concatenate([grad_A[i], grad_B[:, i]])
-        length = math.sqrt(sum(float(value) ** 2 for value in gradient))
-        usable = math.isfinite(length) and length > 0
-        rows.append(gradient / length if usable else np.zeros_like(gradient))
-    return np.array(rows)
+    gradients = np.concatenate([float64(grad_A), float64(grad_B).T], axis=1)
+    lengths = np.linalg.norm(gradients, axis=1, keepdims=True)
+    usable = np.isfinite(lengths) & (lengths > 0)
+    return np.where(usable, gradients, 0.0) / np.where(usable, lengths, 1.0)
 
 
 def cosine_gram(grad_A: Any, grad_B: Any) -> np.ndarray:
@@ -78,13 +72,8 @@ def cosine_gram(grad_A: Any, grad_B: Any) -> np.ndarray:
 
 def objective(gradients: np.ndarray, labels: Any) -> float:
     """Σ_k ‖Σ_{i ∈ k} ĝ_i‖², on the gradients themselves."""
-    total = 0.0
-    for k in sorted(set(integers(labels).tolist())):
-        group_sum = np.zeros(gradients.shape[1])
-        for i in members(labels, k):
-            group_sum = group_sum + gradients[i]
-        total += float(group_sum @ group_sum)
-    return total
+    sums = [gradients[members(labels, k)].sum(axis=0) for k in set(integers(labels).tolist())]
+    return sum(float(group_sum @ group_sum) for group_sum in sums)
 
 
 def balanced_partitions(components: int, num_experts: int) -> Iterator[np.ndarray]:
@@ -137,10 +126,9 @@ def centroid_similarity(gradients: np.ndarray, labels: Any, num_experts: int) ->
     similarity = np.zeros((len(gradients), num_experts))
     for k in range(num_experts):
         group = members(labels, k)
-        if group:
+        if len(group):
             centroid = gradients[group].sum(axis=0)
-            for i, gradient in enumerate(gradients):
-                similarity[i, k] = float(gradient @ centroid) / float(np.linalg.norm(centroid))
+            similarity[:, k] = gradients @ centroid / np.linalg.norm(centroid)
     return similarity
 
 
@@ -148,16 +136,14 @@ def polar_similarity(gradients: np.ndarray, labels: Any, num_experts: int) -> np
     """The paper's targets: C (dimensions, K) of the groups' sums, C = U Σ Vᵀ, Q = U Vᵀ; returns ⟨ĝ_i, q_k⟩."""
     C = np.stack([gradients[members(labels, k)].sum(axis=0) for k in range(num_experts)], axis=1)
     u, _, vh = np.linalg.svd(C, full_matrices=False)
-    Q = u @ vh
-    return np.array([[float(gradient @ Q[:, k]) for k in range(num_experts)] for gradient in gradients])
+    return gradients @ (u @ vh)
 
 
 def assign_balanced(similarity: np.ndarray, size: int) -> np.ndarray:
     """max Σ_ik π_ik similarity_ik with exactly ``size`` components an expert, one slot after another."""
-    slots = [k for k in range(similarity.shape[1]) for _ in range(size)]
-    cost = np.array([[-similarity[i, k] for k in slots] for i in range(len(similarity))])
-    _, chosen = linear_sum_assignment(cost)
-    return np.array([slots[slot] for slot in chosen])
+    slots = np.repeat(np.arange(similarity.shape[1]), size)
+    _, chosen = linear_sum_assignment(similarity[:, slots], maximize=True)
+    return slots[chosen]
 
 
 def polar_grouping(gradients: np.ndarray, labels: Any, num_experts: int, size: int, rounds: int = 50) -> np.ndarray:
@@ -173,21 +159,16 @@ def polar_grouping(gradients: np.ndarray, labels: Any, num_experts: int, size: i
 
 def angles(gradients: np.ndarray, labels: Any) -> tuple[float, float, float, float]:
     """Mean angle in degrees within and between experts, then mean |cos| within and between; zero gradients left out."""
-    labels = integers(labels)
-    degrees: dict[bool, list[float]] = {True: [], False: []}
-    sizes: dict[bool, list[float]] = {True: [], False: []}
-    for i, j in itertools.combinations(range(len(gradients)), 2):
-        if not gradients[i].any() or not gradients[j].any():
-            continue
-        cosine = max(-1.0, min(1.0, float(gradients[i] @ gradients[j])))
-        same = bool(labels[i] == labels[j])
-        degrees[same].append(math.degrees(math.acos(cosine)))
-        sizes[same].append(abs(cosine))
+    cosines: dict[bool, list[float]] = {True: [], False: []}
+    for i, j in itertools.combinations(np.flatnonzero(gradients.any(axis=1)), 2):
+        cosines[bool(labels[i] == labels[j])].append(max(-1.0, min(1.0, float(gradients[i] @ gradients[j]))))
 
-    def mean(values: list[float]) -> float:
-        return sum(values) / len(values) if values else math.nan
+    def mean(values: Any) -> float:
+        return float(np.mean(values)) if len(values) else math.nan
 
-    return mean(degrees[True]), mean(degrees[False]), mean(sizes[True]), mean(sizes[False])
+    within, between = cosines[True], cosines[False]
+    degrees = (mean(np.degrees(np.arccos(values))) for values in (within, between))
+    return *degrees, mean(np.abs(within)), mean(np.abs(between))
 
 
 # --- routing ---
@@ -195,13 +176,8 @@ def angles(gradients: np.ndarray, labels: Any) -> tuple[float, float, float, flo
 
 def prompt_mean(x: Any, mask: Any) -> np.ndarray:
     """x̄ (batch, features): the mean over the positions where the mask is true, zeros where it is nowhere true."""
-    x, mask = float64(x), integers(mask)
-    means = np.zeros((x.shape[0], x.shape[2]))
-    for b in range(x.shape[0]):
-        prompt = [x[b, t] for t in range(x.shape[1]) if mask[b, t]]
-        if prompt:
-            means[b] = sum(prompt) / len(prompt)
-    return means
+    prompts = [row[integers(where) == 1] for row, where in zip(float64(x), mask, strict=True)]
+    return np.array([rows.sum(axis=0) / max(len(rows), 1) for rows in prompts])
 
 
 def prompt_moments(batches: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -212,20 +188,15 @@ def prompt_moments(batches: Any) -> tuple[np.ndarray, np.ndarray]:
         rows = float64(batch)
         new_mean = (1 - weight) * mean + weight * rows.mean(axis=0)
         # The variance of the mixture of what was and what came, about the new mean.
-        was = variance + (mean - new_mean) ** 2
-        came = sum((row - new_mean) ** 2 for row in rows) / len(rows)
+        was, came = variance + (mean - new_mean) ** 2, ((rows - new_mean) ** 2).mean(axis=0)
         mean, variance = new_mean, (1 - weight) * was + weight * came
     return mean, variance
 
 
 def standardised(x: Any, mean: np.ndarray, variance: np.ndarray) -> np.ndarray:
     """x̂: every feature by its mean and variance, scaled to a norm of 8 on average; 0 where the variance is."""
-    x = float64(x)
-    result = np.zeros_like(x)
-    for i in range(x.shape[-1]):
-        if variance[i] > 0:
-            result[..., i] = 8 / math.sqrt(x.shape[-1]) * (x[..., i] - mean[i]) / math.sqrt(variance[i])
-    return result
+    unit = (float64(x) - mean) / np.sqrt(np.where(variance > 0, variance, np.inf))
+    return 8 / math.sqrt(len(mean)) * unit
 
 
 def expert_gates(logits: Any, kind: str = "mean_one", top_k: int | None = None) -> np.ndarray:
@@ -260,11 +231,8 @@ def frozen_weight(
 
 def closest_of_rank(weight: Any, rank: int) -> np.ndarray:
     """The sum of the leading singular triples (Eckart and Young)."""
-    u, s, vh = np.linalg.svd(float64(weight), full_matrices=False)
-    closest = np.zeros_like(float64(weight))
-    for i in range(min(rank, len(s))):
-        closest += s[i] * np.outer(u[:, i], vh[i])
-    return closest
+    u, s, vh = singular_triples(weight, rank)
+    return (u * s) @ vh
 
 
 # --- orthogonal updates ---

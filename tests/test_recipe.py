@@ -203,7 +203,7 @@ def test_common_recipes_are_checked_without_torch():
         (b"a: &b [*b]", "is not valid YAML"),
         (b"training: {seed: 1}\ntraining: {}\n", "line 2, column 1: the key 'training' is there twice"),
         (b"#" * 1_000_001, "has more than 1,000,000 characters"),
-        (b"a: [" + b"1, " * 100_000 + b"1]", "comes to more than 100,000 values"),
+        (b"a: &a [" + b"1, " * 1000 + b"1]\nb: [" + b"*a, " * 100 + b"*a]", "comes to more than 100,000 values"),
     ],
 )
 def test_broken_files_are_named(tmp_path, text, message):
