@@ -1,9 +1,6 @@
-"""The optimizers on adapters of every kind, in a loop, in trainers and in several processes; and what they refuse."""
+"""The optimizers on adapters of every kind, in a loop and in other libraries' trainers; and what they refuse."""
 
 import io
-import os
-from pathlib import Path
-from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -11,12 +8,10 @@ import torch
 from accelerate import Accelerator
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
-import optimizer_ranks
 import reference
 from badit import BaditConfig
 from badit.baselines.goat import GoatConfig
@@ -24,8 +19,7 @@ from badit.baselines.mixture import HydraLoraConfig, LoraMoeConfig
 from badit.baselines.o_lora import OLoraConfig
 from badit.errors import BaditError
 from badit.optimizer import OPTIMIZERS, OrthogonalUpdates, build_optimizer, factor_pairs, lora_plus_groups
-from training.launches import ON_CPU, launch
-from training.trainers import QUIET, adapted, assert_same, examples, make_trainer
+from training.trainers import QUIET, assert_same, examples
 
 METHODS = {
     "badit": lambda: BaditConfig(num_experts=4, r=2, lora_dropout=0.0),
@@ -141,52 +135,22 @@ def test_a_restored_optimizer_continues_to_the_bit(tiny_model, dtype):
     assert_same(*states)
 
 
-@pytest.mark.parametrize("max_grad_norm", [0.0, 0.1])
-def test_a_trainer_takes_it_and_resumes_to_the_bit(tiny_model, tmp_path, max_grad_norm):
-    options = {"max_steps": 6, "save_steps": 3, "gradient_accumulation_steps": 2, "max_grad_norm": max_grad_norm}
-
-    def trained(folder, checkpoint=None):
-        model = adapted(tiny_model("llama"))
-        trainer = make_trainer(model, tmp_path / folder, [], **options)
-        trainer.optimizer = OrthogonalUpdates(model, 0.01)
-        trainer.train(resume_from_checkpoint=checkpoint)
-        return dict(model.named_parameters())
-
-    assert_same(trained("whole"), trained("resumed", str(tmp_path / "whole" / "checkpoint-3")))
-
-
 def test_trainer_trl_and_accelerate_accept_it(tiny_model, model_folder, tmp_path):
     options = {**QUIET, "output_dir": str(tmp_path), "save_strategy": "no", "max_steps": 3}
     rows = [{"input_ids": row["input_ids"][:4], "labels": row["input_ids"][:4]} for row in examples()]
     texts = [{"prompt": f"Name city {i}.", "completion": f" city {i}"} for i in range(12)]
-    lora = tuned(tiny_model("llama"), "lora")
-    badit = tuned(AutoModelForCausalLM.from_pretrained(model_folder), "badit")
-    arguments = {"args": TrainingArguments(**options), "train_dataset": rows}
-    Trainer(lora, **arguments, optimizers=(OrthogonalUpdates(lora, 0.01), None)).train()
-    arguments = {"args": SFTConfig(bf16=False, **options), "train_dataset": Dataset.from_list(texts)}
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
-    SFTTrainer(
-        badit, **arguments, processing_class=tokenizer, optimizers=(OrthogonalUpdates(badit, 0.01), None)
-    ).train()
-    for model in (lora, badit):
+    of_trl = {"train_dataset": Dataset.from_list(texts), "processing_class": tokenizer}
+    for trainer, method, args, arguments in (
+        (Trainer, "lora", TrainingArguments(**options), {"train_dataset": rows}),
+        (SFTTrainer, "badit", SFTConfig(bf16=False, **options), of_trl),
+    ):
+        model = tuned(AutoModelForCausalLM.from_pretrained(model_folder), method)
+        trainer(model, args, **arguments, optimizers=(OrthogonalUpdates(model, 0.01), None)).train()
         assert all(b.abs().max() > 0 for _, b in factor_pairs(model))
     model = tuned(tiny_model("llama"), "badit")
     losses = train(*Accelerator(cpu=True).prepare(model, OrthogonalUpdates(model, 0.005)), 5)
     assert losses[-1] < losses[0]
-
-
-def test_shards_end_as_one_process_does_and_resume_to_the_bit(tmp_path):
-    with patch.dict(os.environ, ON_CPU):
-        optimizer_ranks.run(tmp_path / "one", 4)
-    alone = load_file(tmp_path / "one" / "rank-0.safetensors")
-    for engine in ("fsdp2", "fsdp2, full state"):
-        done = launch(engine, 2, Path(optimizer_ranks.__file__), tmp_path / engine, 2)
-        assert done.returncode == 0, done.stderr
-        first, second = (load_file(tmp_path / engine / f"rank-{rank}.safetensors") for rank in (0, 1))
-        assert_same(first, second)
-        torch.testing.assert_close(first, alone, rtol=0, atol=1e-4)
-        whole = {name: value for name, value in first.items() if not name.startswith("resumed.")}
-        assert_same(whole, {name: first[f"resumed.{name}"] for name in whole})
 
 
 def test_a_step_reads_no_value_of_a_tensor():
