@@ -159,17 +159,23 @@ def test_the_solver_and_the_bounds_are_used(tiny_model, tmp_path):
     assert (objectives[0] != objectives[1]).any()
 
 
-def test_bad_options_and_models_are_refused(tiny_model, tmp_path):
-    for options, field in (
-        ({"every": 0}, "every"),
-        ({"every": True}, "every"),
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        *(({"every": every}, "every must be a whole number of steps or a fraction of the run")
+          for every in (0, -1, 1.5, float("nan"), True, "20")),
         ({"start": 0.5, "stop": 0.2}, "0 ≤ start ≤ stop ≤ 1"),
         ({"stop": 1.5}, "0 ≤ start ≤ stop ≤ 1"),
         ({"solver": "greedy"}, "solver"),
         ({"restarts": -1}, "restarts"),
-    ):
-        with pytest.raises(BaditError, match=field):
-            RegroupCallback(**options)
+    ],
+)  # fmt: skip
+def test_bad_options_are_refused(options, message):
+    with pytest.raises(BaditError, match=message):
+        RegroupCallback(**options)
+
+
+def test_bad_steps_and_models_are_refused(tiny_model, tmp_path):
     for total in (0, 1.5, True):
         with pytest.raises(BaditError, match="total_steps"):
             Regrouper(adapted(tiny_model("llama")), total)
@@ -190,19 +196,15 @@ def optimizer_of(model):
 
 
 def train_by_trainer(model, folder, accumulated):
-    class InOrder(Trainer):
-        def get_train_dataloader(self):
-            return self.accelerator.prepare(DataLoader(batches(), batch_size=None))
-
-    arguments = {"max_steps": BATCHES // accumulated, "gradient_accumulation_steps": accumulated}
-    optimizer = optimizer_of(model)
-    trainer = InOrder(
+    options = {"max_steps": BATCHES // accumulated, "gradient_accumulation_steps": accumulated}
+    options |= {"max_grad_norm": 0, "lr_scheduler_type": "constant", "save_strategy": "no"}
+    trainer = Trainer(
         model=model,
-        args=TrainingArguments(output_dir=str(folder), max_grad_norm=0, save_strategy="no", **QUIET, **arguments),
-        train_dataset=batches(),
-        optimizers=(optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)),
+        args=TrainingArguments(output_dir=str(folder), **QUIET, **options),
+        optimizers=(optimizer_of(model), None),
         callbacks=[RegroupCallback(every=2, stop=1.0, probe=PROMPT)],
     )
+    trainer.get_train_dataloader = lambda: trainer.accelerator.prepare(DataLoader(batches(), batch_size=None))
     trainer.model_accepts_loss_kwargs = False  # the mean over each batch, as in the loop below
     trainer.train()
 

@@ -1,6 +1,7 @@
 """TRL's trainers with a BADIT configuration and the regrouping callback, as a user would write it."""
 
 import math
+from contextlib import nullcontext
 from itertools import chain
 
 import pytest
@@ -87,25 +88,21 @@ def test_supervised_fine_tuning(model_folder, tmp_path):
         torch.testing.assert_close(loaded.eval()(**inputs).logits, trainer.model.eval()(**inputs).logits)
 
 
-@pytest.mark.parametrize("turns", [1, 2])
-def test_chats_with_a_loss_on_the_assistant_are_routed_on_the_prompt(model_folder, tmp_path, turns):
-    tokenizer = make_tokenizer(chat_template=MARKED)
-    rows = [{"messages": chat(i, turns)} for i in range(4)]
-    trainer = sft_trainer(model_folder, tmp_path, rows, tokenizer, assistant_only_loss=True, max_steps=1)
-    if turns == 1:
-        read = routed_on(trainer, tokenizer)
+@pytest.mark.parametrize("rows", ["one turn", "two turns", "one row per answer"])
+def test_chats_with_a_loss_on_the_assistant_are_routed_on_the_prompt(model_folder, tmp_path, rows):
+    tokenizer, chats, options = make_tokenizer(chat_template=MARKED), [chat(i, turns=2) for i in range(2)], {}
+    prompts = [messages[:end] for messages in chats for end in (2, 4)]
+    if rows == "one row per answer":
+        data = [row for messages in chats for row in answer_rows(messages)]
     else:
-        with pytest.warns(UserWarning, match=r"several answers.*badit\.data\.answer_rows"):
-            read = routed_on(trainer, tokenizer)
-    assert set(chain(*read)) == prompts_of(tokenizer, [chat(i, turns)[:2] for i in range(4)])
-
-
-def test_a_row_per_answer_is_routed_on_the_whole_chat_before_it(model_folder, tmp_path):
-    tokenizer = make_tokenizer(chat_template=MARKED)
-    rows = [row for i in range(2) for row in answer_rows(chat(i, turns=2))]
-    read = routed_on(sft_trainer(model_folder, tmp_path, rows, tokenizer, max_steps=1), tokenizer)
-    expected = prompts_of(tokenizer, [chat(i, turns=2)[:end] for i in range(2) for end in (2, 4)])
-    assert set(chain(*read)) == expected
+        chats = [chat(i, turns=2 if rows == "two turns" else 1) for i in range(4)]
+        prompts = [messages[:2] for messages in chats]
+        data, options = [{"messages": messages} for messages in chats], {"assistant_only_loss": True}
+    trainer = sft_trainer(model_folder, tmp_path, data, tokenizer, max_steps=1, **options)
+    several = pytest.warns(UserWarning, match=r"several answers.*badit\.data\.answer_rows")
+    with several if rows == "two turns" else nullcontext():
+        read = routed_on(trainer, tokenizer)
+    assert set(chain(*read)) == prompts_of(tokenizer, prompts)
 
 
 def test_packed_batches_need_routing_by_token(model_folder, tmp_path):
