@@ -80,18 +80,17 @@ def balanced_partitions(components: int, num_experts: int) -> Iterator[np.ndarra
     """Every partition into equal groups once, named in the order of their first components."""
     size = components // num_experts
 
-    def fill(labels: list[int], expert: int) -> Iterator[np.ndarray]:
-        free = [i for i in range(components) if labels[i] < 0]
-        if not free:
-            yield np.array(labels)
+    def fill(labels: np.ndarray, expert: int) -> Iterator[np.ndarray]:
+        if expert == num_experts:
+            yield labels
             return
-        for others in itertools.combinations(free[1:], size - 1):
-            chosen = list(labels)
-            for i in (free[0], *others):
-                chosen[i] = expert
+        first, *free = members(labels, -1)
+        for others in itertools.combinations(free, size - 1):
+            chosen = labels.copy()
+            chosen[[first, *others]] = expert
             yield from fill(chosen, expert + 1)
 
-    yield from fill([-1] * components, 0)
+    yield from fill(np.full(components, -1), 0)
 
 
 def best_objective(gradients: np.ndarray, num_experts: int) -> float:
@@ -99,37 +98,14 @@ def best_objective(gradients: np.ndarray, num_experts: int) -> float:
     return max(objective(gradients, labels) for labels in balanced_partitions(len(gradients), num_experts))
 
 
-def exchange_gain(gradients: np.ndarray, labels: Any, i: int, j: int) -> float:
-    """What the objective gains when i and j change places, by computing it before and after."""
-    exchanged = integers(labels).copy()
-    exchanged[i], exchanged[j] = exchanged[j], exchanged[i]
-    return objective(gradients, exchanged) - objective(gradients, labels)
-
-
-def best_exchange(gradients: np.ndarray, labels: Any) -> tuple[float, int, int]:
-    """The largest gain of any exchange, and its pair."""
-    pairs = itertools.combinations(range(len(gradients)), 2)
-    return max((exchange_gain(gradients, labels, i, j), i, j) for i, j in pairs)
-
-
-def exchange_until_optimal(gradients: np.ndarray, labels: Any) -> np.ndarray:
-    labels = integers(labels).copy()
-    while True:
-        gain, i, j = best_exchange(gradients, labels)
-        if gain <= 1e-9:
-            return labels
-        labels[i], labels[j] = labels[j], labels[i]
-
-
-def centroid_similarity(gradients: np.ndarray, labels: Any, num_experts: int) -> np.ndarray:
-    """⟨ĝ_i, c_k⟩ with unit centroids c_k; zero for an empty group."""
-    similarity = np.zeros((len(gradients), num_experts))
-    for k in range(num_experts):
-        group = members(labels, k)
-        if len(group):
-            centroid = gradients[group].sum(axis=0)
-            similarity[:, k] = gradients @ centroid / np.linalg.norm(centroid)
-    return similarity
+def best_exchange(gradients: np.ndarray, labels: Any) -> float:
+    """The largest gain of the objective when any two components change places."""
+    gains = []
+    for i, j in itertools.combinations(range(len(gradients)), 2):
+        exchanged = integers(labels).copy()
+        exchanged[[i, j]] = exchanged[[j, i]]
+        gains.append(objective(gradients, exchanged) - objective(gradients, labels))
+    return max(gains)
 
 
 def polar_similarity(gradients: np.ndarray, labels: Any, num_experts: int) -> np.ndarray:

@@ -3,8 +3,6 @@
 import dataclasses
 import itertools
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +12,6 @@ from badit.errors import BaditError
 from badit.methods import build_method
 from badit.recipe import (
     RENAMED_ARGUMENTS,
-    CompareSection,
     Recipe,
     TrainingSection,
     build_recipe,
@@ -34,6 +31,13 @@ def header(path):
     """The lines of comment that a shipped recipe begins with."""
     lines = (ROOT / path).read_text().splitlines()
     return [line.lstrip("# ") for line in itertools.takewhile(lambda line: line.startswith("#"), lines)]
+
+
+def written(folder, **texts):
+    """Writes ``NAME.yaml`` for each text and returns the path of the one called ``own``."""
+    for name, text in texts.items():
+        (folder / f"{name}.yaml").write_text(text)
+    return folder / "own.yaml"
 
 
 def test_every_shipped_recipe_is_valid_and_listed_and_says_how_to_run_it():
@@ -72,12 +76,8 @@ def test_the_papers_recipes_have_its_settings_and_differ_in_model_memory_and_out
 
 def test_a_recipe_survives_being_written_and_an_empty_file_is_the_default(tmp_path):
     recipe = build_recipe({"training": {"learning_rate": 3e-4}, "method": {"name": "lora", "r": 8}})
-    (tmp_path / "config.yaml").write_text(dump_recipe(recipe))
-    assert load_recipe(tmp_path / "config.yaml") == recipe
-    (tmp_path / "empty.yaml").touch()
-    assert load_recipe(tmp_path / "empty.yaml") == Recipe()
-    with pytest.raises(BaditError, match=r"none\.yaml: cannot be read"):
-        load_recipe(tmp_path / "none.yaml")
+    assert load_recipe(written(tmp_path, own=dump_recipe(recipe))) == recipe
+    assert load_recipe(written(tmp_path, own="")) == Recipe()
 
 
 def test_overrides_reach_nested_keys_with_yaml_values():
@@ -117,28 +117,6 @@ def test_mistakes_are_named_on_one_line(content, overrides, message):
     with pytest.raises(BaditError, match=message) as caught:
         build_recipe(content, overrides)
     assert "\n" not in str(caught.value)
-
-
-# A new key is a decision: whoever adds one adds it here.
-KEYS = {
-    "model": "name dtype quantisation revision trust_remote_code",
-    "data": "source format tasks train_per_task test_per_task validation_per_task sampling order seed",
-    "prompt": "encoding max_source_tokens max_answer_tokens chat_template",
-    "method": "",
-    "training": "group_by_length max_skipped_steps optimizer lora_plus_ratio",
-    "evaluation": "split batch_size max_new_tokens unseen_tasks",
-    "compare": "methods reference seeds orders learning_rates search vary_data budget unmatched single_task",
-    "output": "",
-}
-
-
-def test_these_are_all_keys_of_badits_own():
-    assert Recipe.model_fields.keys() == KEYS.keys()
-    inherited = {field.name for field in dataclasses.fields(TrainingArguments)}
-    for name, keys in KEYS.items():
-        section = CompareSection if name == "compare" else type(getattr(Recipe(), name))
-        declared = set(getattr(section, "model_fields", {}))
-        assert (declared - inherited if name == "training" else declared) == set(keys.split()), name
 
 
 def test_the_training_section_accepts_and_forwards_every_other_argument():
@@ -186,12 +164,6 @@ def test_arguments_are_checked(key, value, message):
         build_recipe({"training": {key: value}})
 
 
-def test_common_recipes_are_checked_without_torch():
-    code = "import sys, badit.recipe as r; r.build_recipe({}, ['training.seed=2']); print('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == "False\n"
-
-
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -213,13 +185,6 @@ def test_broken_files_are_named(tmp_path, text, message):
         load_recipe(path)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
-
-
-def written(folder, **texts):
-    """Writes ``NAME.yaml`` for each text and returns the path of the one called ``own``."""
-    for name, text in texts.items():
-        (folder / f"{name}.yaml").write_text(text)
-    return folder / "own.yaml"
 
 
 def test_a_recipe_extends_another_key_by_key(tmp_path):
@@ -252,24 +217,16 @@ def test_another_method_or_model_does_not_inherit_the_options(tmp_path, own, met
     assert (recipe.method, recipe.model.revision) == (method, None)
 
 
-ELSEWHERE = r"own\.yaml: extends: (must be a file in the recipe's folder|.*leads out of)"
-
-
 @pytest.mark.parametrize(
     ("name", "base", "message"),
     [
-        ("/etc/base.yaml", "", ELSEWHERE),
-        ("../base.yaml", "", ELSEWHERE),
-        ("[base.yaml]", "", ELSEWHERE),
-        ("a" * 3000, "", ELSEWHERE),
-        ('"a\\0b"', "", ELSEWHERE),
+        ("a" * 3000, "", r"own\.yaml: extends: (must be a file in the recipe's folder|.*leads out of)"),
         ("none.yaml", "", r"none\.yaml: cannot be read"),
         ("base.yaml", "training: {epoch: 1}", r"base\.yaml: training\.epoch: unknown key"),
         ("base.yaml", "extends: own.yaml", r"base\.yaml: extends: own\.yaml extends this file already"),
     ],
 )
 def test_what_cannot_be_extended_is_named(tmp_path, name, base, message):
-    (tmp_path / "below").mkdir()
     with pytest.raises(BaditError, match=message) as caught:
         load_recipe(written(tmp_path, own=f"extends: {name}", base=base))
     assert "\n" not in str(caught.value)

@@ -199,23 +199,7 @@ def test_no_exchange_improves_a_grouping_of_the_swap_solver(shape, kind, restart
     num_experts, size = shape
     gradients = unit_gradients(kind, num_experts * size, seed)
     labels = group_components(gradients @ gradients.T, contiguous(num_experts, size), restarts=restarts, seed=seed)
-    gain, _, _ = reference.best_exchange(gradients, labels)
-    assert gain <= 1e-6 * max(1.0, reference.objective(gradients, labels))
-
-
-@pytest.mark.parametrize(("num_experts", "size"), [(3, 4), (6, 2), (2, 6), (12, 1), (1, 12)])
-@pytest.mark.parametrize("seed", range(3))
-def test_exchanges_climb_as_the_naive_ones_do_from_each_of_several_starts(seed, num_experts, size):
-    gradients, rng = unit_gradients("random", 12, seed), np.random.default_rng(seed)
-    starts = np.stack([rng.permutation(contiguous(num_experts, size)) for _ in range(5)])
-    starts[1] = reference.exchange_until_optimal(gradients, starts[0])  # one that is done before it begins
-    kept = starts.copy()
-    found = grouping._swap_until_optimal(gradients @ gradients.T, starts, num_experts)
-    for labels, start in zip(found, starts, strict=True):
-        expected = reference.exchange_until_optimal(gradients, start)
-        # In experts of two, exchanging the one or the other pair gives the same groups under other names.
-        assert np.array_equal(labels[:, None] == labels, expected[:, None] == expected)
-    assert np.array_equal(starts, kept)
+    assert reference.best_exchange(gradients, labels) <= 1e-6 * max(1.0, reference.objective(gradients, labels))
 
 
 def test_the_swap_solver_is_at_least_the_papers_from_a_bad_grouping():
@@ -258,18 +242,6 @@ def test_the_papers_loop_equals_it_on_real_vectors(seed):
     assert_balanced(expected, 4, 5)
     assert np.array_equal(
         grouping._until_stable(gradients @ gradients.T, start, 4, grouping._polar_similarity), expected
-    )
-
-
-@PROPERTY
-@given(st.integers(1, 4), _SEED)
-def test_centroid_similarity_equals_it_on_real_vectors(num_experts, seed):
-    gradients = unit_gradients("random", 10, seed)
-    labels = np.random.default_rng(seed).integers(0, num_experts, 10)  # any sizes, some groups may be empty
-    np.testing.assert_allclose(
-        grouping._centroid_similarity(gradients @ gradients.T, labels, num_experts),
-        reference.centroid_similarity(gradients, labels, num_experts),
-        atol=1e-9,
     )
 
 
