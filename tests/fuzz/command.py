@@ -45,7 +45,6 @@ def ends_well(*arguments: str) -> bool:
     line = said[:-1]
     assert line.isprintable(), f"one line without control characters: {line!r}"
     assert 10 < len(line) < 1500, line
-    assert "Traceback" not in line, line
     line.encode()
     return False
 

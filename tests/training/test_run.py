@@ -1,6 +1,5 @@
 """A run from recipe to scores on a tiny model: its folder, its resuming, its validation loss, what it refuses."""
 
-import json
 import shutil
 from importlib import import_module
 from importlib.metadata import version
@@ -12,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from badit.errors import BaditError
 from badit.evaluate import evaluate, load_run, validation_loss
 from badit.evaluate import train_and_score as train
-from badit.files import read_json, read_jsonl
+from badit.files import read_json, read_jsonl, write_json
 from badit.methods import AdapterMethod
 from badit.recipe import build_recipe
 from badit.run import Run
@@ -76,16 +75,13 @@ def test_the_validation_split_is_scored_apart(finished):
 
 
 def change_tensors(function):
-    def change(path):
-        save_file(function({name: tensor.clone() for name, tensor in load_file(path).items()}), path)
-
-    return change
+    return lambda path: save_file(function({name: t.clone() for name, t in load_file(path).items()}), path)
 
 
 def change_config(**changes):
     def change(path):
         config = path.with_name("adapter_config.json")
-        config.write_text(json.dumps({**read_json(config), **changes}))
+        write_json(config, {**read_json(config), **changes})
 
     return change
 
@@ -93,13 +89,7 @@ def change_config(**changes):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda path: path.write_bytes(b"cut short"), r"adapter_model\.safetensors: cannot be loaded"),
-        (lambda path: path.rename(path.with_suffix(".bin")), r"adapter: has no adapter_model\.safetensors"),
         (change_tensors(lambda t: {**t, "layers.7.badit_A": torch.zeros(2)}), r"belongs to another base .*layers\.7"),
-        (
-            change_tensors(lambda t: {k: torch.zeros_like(v) if "expert_of" in k else v for k, v in t.items()}),
-            r"does not give each of the 4 experts 2 components: the file is damaged",
-        ),
         (
             change_tensors(lambda t: {name: tensor for name, tensor in t.items() if "router" not in name}),
             r"adapter: cannot be loaded .Found missing adapter keys",
@@ -109,7 +99,6 @@ def change_config(**changes):
         (change_config(surplus=1), r"config\.json: 'surplus': is no setting that this PEFT knows"),
         (change_config(target_modules="(.*)*$"), r"config\.json: target_modules: must be a list of names"),
         (change_config(past_branches=10**12), r"'past_branches': is no setting|past_branches: the weights have no"),
-        (change_config(format_version=9), r"the adapter has format 9, this badit reads formats up to 1"),
     ],
 )
 def test_a_damaged_adapter_is_named(finished, tmp_path, damage, message):
@@ -190,7 +179,6 @@ def test_every_data_option_reaches_the_plan(recipe_values):
         ({"name": "badit", "num_expert": 4}, r"method\.num_expert: unknown key \(did you mean 'num_experts'\?\)"),
         ({"name": "badit", "num_experts": 0}, r"method: num_experts must be"),
         ({"name": "badit", "regroup": {"evry": 3}}, r"method\.regroup\.evry: unknown key \(did you mean 'every'\?\)"),
-        ({"name": "badit", "regroup": {"every": 0}}, r"method: regroup\.every must be"),
         ({"name": "base", "r": 4}, r"method\.r: unknown key"),
     ],
 )
