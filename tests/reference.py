@@ -41,19 +41,6 @@ def singular_triples(weight: Any, rank: int) -> tuple[np.ndarray, np.ndarray, np
     return u[:, :rank], s[:rank], vh[:rank]
 
 
-def decompose(weight: Any, num_experts: int, r: int, scaling: float) -> tuple[list[Any], np.ndarray]:
-    """W = s Σ_k B_k A_k + Ŵ: the experts' pairs (B_k, A_k) from the k-th run of r triples, and the residual Ŵ."""
-    u, s, vh = singular_triples(weight, num_experts * r)
-    experts, residual = [], float64(weight).copy()
-    for k in range(num_experts):
-        run = slice(k * r, (k + 1) * r)
-        root = np.diag(np.sqrt(s[run] / scaling))
-        b_k, a_k = u[:, run] @ root, root @ vh[run]
-        experts.append((b_k, a_k))
-        residual = residual - scaling * (b_k @ a_k)
-    return experts, residual
-
-
 # --- grouping (DOG) ---
 
 

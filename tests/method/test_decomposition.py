@@ -210,13 +210,7 @@ def test_what_cannot_be_decomposed_is_refused(weight, options, message):
 def test_factors_equal_the_papers_split(num_experts, r, scaling, seed):
     weight, rank = gaussian((14, 17), seed), num_experts * r
     factor_A, factor_B = expert_factors(top_singular_triples(weight, rank), scaling)
-    experts, residual = reference.decompose(weight, num_experts, r, scaling)
     u, s, vh = reference.singular_triples(weight, rank)
     np.testing.assert_allclose(scaling * (factor_B @ factor_A), (u * s) @ vh, atol=2e-5 * s[0])
-    np.testing.assert_allclose(weight - scaling * (factor_B @ factor_A), residual, atol=2e-5 * s[0])
     np.testing.assert_allclose(factor_A.norm(dim=1), np.sqrt(s / scaling), rtol=1e-4)
     np.testing.assert_allclose(factor_B.norm(dim=0), np.sqrt(s / scaling), rtol=1e-4)
-    for k, (b_k, a_k) in enumerate(experts):
-        run = slice(k * r, (k + 1) * r)
-        assert factor_A[run].shape == a_k.shape
-        assert factor_B[:, run].shape == b_k.shape

@@ -118,9 +118,8 @@ def test_the_matrix_and_the_scores_computed_from_it(recipe_values, unseen):
     assert scores["tasks"]["cities"]["rouge_l"] == 80.0
 
 
-@pytest.mark.parametrize("name", ["badit", "gainlora"])
-def test_an_interruption_in_the_second_stage_changes_nothing(recipe_values, tmp_path, name):
-    method = {"name": name, "lora_dropout": 0.1, **OPTIONS.get(name, {"r": 2})}
+def test_an_interruption_in_the_second_stage_changes_nothing(recipe_values, tmp_path):
+    method = {"name": "gainlora", "lora_dropout": 0.1, "r": 2}
     whole, recipe = sequence(recipe_values, method, output=tmp_path / "whole"), sequence(recipe_values, method)
     expected = train_and_score(whole, progress=False)
     with with_callbacks(StopAt(3), folder=STAGES[1]), pytest.raises(KeyboardInterrupt):

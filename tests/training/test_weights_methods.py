@@ -12,7 +12,7 @@ from badit.checkpoint import last_checkpoint
 from badit.data import AnswerCollator
 from badit.errors import BaditError
 from badit.evaluate import load_run, train_and_score
-from badit.methods import WEIGHTS, Method, WeightsMethod
+from badit.methods import WEIGHTS, AdapterMethod, Method, WeightsMethod
 from badit.recipe import build_recipe
 from badit.run import Run
 from badit.train import base_model, encoded, fit, make_plan, pad_id
@@ -104,14 +104,22 @@ def test_task_neurons_change_the_tasks_neurons_only(recipe_values, trained):
     assert torch.equal(logits(load_run(run)[0]), logits(trained[0]))
 
 
-@pytest.mark.parametrize("method", [FULL, NEURONS], ids=lambda method: method["name"])
-def test_an_interrupted_run_ends_as_one_that_was_not(recipe_values, tmp_path, method):
-    whole = fit(recipe_with(recipe_values, method, output=tmp_path / "whole"), progress=False)
-    recipe = recipe_with(recipe_values, method)
-    run = fit_until(6, recipe, kind=Method)
+ORTHOGONAL = ["training.optimizer=orthogonal", "training.gradient_accumulation_steps=2", "training.num_train_epochs=2"]
+
+
+@pytest.mark.parametrize(
+    ("method", "overrides"),
+    [(FULL, []), (NEURONS, []), ({"name": "pcgrad", "r": 4}, []), ({"name": "badit"}, ORTHOGONAL)],
+    ids=str,
+)
+def test_an_interrupted_run_ends_as_one_that_was_not(recipe_values, tmp_path, method, overrides):
+    whole = fit(recipe_with(recipe_values, method, *overrides, output=tmp_path / "whole"), progress=False)
+    recipe = recipe_with(recipe_values, method, *overrides)
+    kind = AdapterMethod if method["name"] in ("pcgrad", "badit") else Method
+    run = fit_until(6, recipe, kind=kind)
     assert last_checkpoint(run.checkpoints_path) is not None
     begun = []
-    with with_callbacks(on("on_step_begin", lambda state, _: begun.append(state.global_step)), kind=Method):
+    with with_callbacks(on("on_step_begin", lambda state, _: begun.append(state.global_step)), kind=kind):
         fit(recipe, progress=False)
     assert begun == [5], "the sixth step only"
     assert_same(learned(run), learned(whole))

@@ -6,16 +6,7 @@ import transformers
 from packaging.version import Version
 
 from badit.errors import BaditError
-from tuner.helpers import (
-    FAMILIES,
-    adapted,
-    enable_checkpointing,
-    forward,
-    generate,
-    layers,
-    padded,
-    random_rows,
-)
+from tuner.helpers import FAMILIES, adapted, enable_checkpointing, forward, generate, layers, padded, random_rows
 
 # transformers before 5.24 checkpoints a pass without gradients, too, of which torch warns.
 no_inputs_to_differentiate = pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")

@@ -30,9 +30,9 @@ LENGTH = 9
 CLOSE = {"atol": 1e-4, "rtol": 1e-4}
 
 
-def with_answers(answers=ANSWERS):
+def with_answers():
     """Left-padded prompts, each followed by an answer of six tokens."""
-    return padded([prompt + answer for prompt, answer in zip(PROMPTS, answers, strict=True)])
+    return padded([prompt + answer for prompt, answer in zip(PROMPTS, ANSWERS, strict=True)])
 
 
 def new_cache(kind, model):
