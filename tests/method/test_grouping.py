@@ -1,7 +1,6 @@
 """DOG: the Gram-space solvers against the loops in ``reference``, which work on the gradients themselves."""
 
 import itertools
-import math
 import threading
 
 import numpy as np
@@ -275,24 +274,6 @@ def test_angles_equal_those_pair_by_pair(shape, kind, seed):
     found, expected = expert_angles(gradients @ gradients.T, labels), reference.angles(gradients, labels)
     np.testing.assert_allclose(found[:2], expected[:2], atol=1e-4)  # arccos near ±1 turns 1e-16 into 1e-6 degrees
     np.testing.assert_allclose(found[2:], expected[2:], atol=1e-9)
-
-
-@pytest.mark.parametrize(
-    ("labels", "gram", "intra", "inter"),
-    [
-        ([0, 1, 2], np.eye(3), math.nan, 90.0),  # experts of one component have no pair within
-        ([0, 0, 0], np.eye(3), 90.0, math.nan),  # a single expert has none between
-        ([0, 1], np.zeros((2, 2)), math.nan, math.nan),  # zero gradients have no angle
-        ([0, 0, 1, 1], np.diag([1.0, 1.0, 1.0, 0.0]), 90.0, 90.0),
-        ([0, 0, 1, 1], np.diag([1.0, 0.0, 1.0, 0.0]), math.nan, 90.0),
-    ],
-)
-def test_angles_are_nan_where_there_is_no_pair(labels, gram, intra, inter):
-    angles = expert_angles(gram, np.array(labels))
-    assert angles.intra_degrees == pytest.approx(intra, nan_ok=True)
-    assert angles.inter_degrees == pytest.approx(inter, nan_ok=True)
-    assert math.isnan(angles.intra_abs_cos) == math.isnan(intra)
-    assert math.isnan(angles.inter_abs_cos) == math.isnan(inter)
 
 
 def test_cosines_rounded_past_one_give_angles_of_zero_and_a_half_turn():

@@ -11,13 +11,14 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 
 import reference
-from badit import BaditError, RegroupCallback, Regrouper
+from badit import BaditConfig, BaditError, RegroupCallback, Regrouper
 from badit.angles import trainable_adapters
 from badit.data import AnswerCollator
 from badit.files import read_jsonl
 from badit.method import expert_angles, grouping_objective
+from badit.methods import build_method
 from badit.regroup import STATE_FILE, OutputProbe
-from training.trainers import QUIET, StopAt, adapted, adapter_state, assert_same, examples, make_trainer, on
+from training.trainers import QUIET, adapted, adapter_state, assert_same, examples, make_trainer, on
 
 PROMPT = {"input_ids": torch.tensor([[5, 6, 7, 8]])}
 BATCHES = 12
@@ -111,16 +112,6 @@ def whole(tiny_model, tmp_path):
     return tmp_path / "whole", adapter_state(model)
 
 
-@pytest.mark.parametrize("stopped_at", [7, 9])
-def test_resuming_is_exact(tiny_model, tmp_path, whole, stopped_at):
-    """Stopped within a window, and right after a regrouping; the last checkpoint is of step 5."""
-    with pytest.raises(KeyboardInterrupt):
-        train(adapted(tiny_model("llama")), tmp_path, RegroupCallback(every=3), StopAt(stopped_at))
-    resumed = train(adapted(tiny_model("llama")), tmp_path, RegroupCallback(every=3), resume=True)
-    assert_same(adapter_state(resumed), whole[1])
-    assert log_lines(tmp_path) == log_lines(whole[0])
-
-
 def test_a_checkpoint_has_safetensors_and_is_refused_without_a_valid_state(tiny_model, tmp_path, whole):
     checkpoint, moved = whole[0] / "checkpoint-10", tmp_path / "moved"
     labels = [
@@ -160,6 +151,19 @@ def test_the_solver_and_the_bounds_are_used(tiny_model, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("every", "steps"), [(0.1, [10, 20, 30, 40, 50]), (0.25, [25, 50]), (30, [30]), (1e-9, [*range(1, 51)])]
+)
+def test_a_fraction_of_the_run_between_regroupings(tiny_model, every, steps):
+    model = adapted(tiny_model("llama"))
+    regrouper = Regrouper(model, 100, every=every, stop=0.5)
+    regrouped = []
+    regrouper._regroup = lambda: regrouped.append(regrouper.steps)
+    for _ in range(100):
+        regrouper.step()
+    assert regrouped == steps
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
         *(({"every": every}, "every must be a whole number of steps or a fraction of the run")
@@ -183,6 +187,30 @@ def test_bad_steps_and_models_are_refused(tiny_model, tmp_path):
         train(tiny_model("llama"), tmp_path, RegroupCallback())
 
 
+def test_regrouping_into_experts_that_are_switched_off_is_refused(tiny_model):
+    with pytest.raises(BaditError, match="components into experts that top_k switches off"):
+        build_method({"name": "badit", "top_k": 2})
+    assert build_method({"name": "badit", "top_k": 2, "regroup": None}).config.top_k == 2
+    model = adapted(tiny_model("llama"), top_k=2)
+    with pytest.raises(BaditError, match=r"gate_proj\.default: regrouping would move components"):
+        Regrouper(model, 10)
+
+
+def test_the_papers_form_has_one_name():
+    method = build_method({"name": "badit", "preset": "paper"})
+    config = BaditConfig.paper()
+    assert (config.gates, config.init_weights, config.svd_method) == ("softmax", "bad", "exact")
+    for name in BaditConfig.PAPER:
+        assert getattr(method.config, name) == getattr(config, name), name
+    assert method.regroup["solver"] == "paper"
+    own = build_method({"name": "badit", "preset": "paper", "num_experts": 4, "regroup": {"restarts": 3}})
+    assert (own.config.num_experts, own.config.gates) == (4, "softmax")
+    assert (own.regroup["restarts"], own.regroup["stop"]) == (3, 0.5)
+    assert build_method({"name": "badit", "preset": "paper", "regroup": None}).regroup is None
+    with pytest.raises(BaditError, match=r"method\.preset: must be default or paper, got 'papers'"):
+        build_method({"name": "badit", "preset": "papers"})
+
+
 # --- a loop of the user's own -----------------------------------------------------------------------------------------
 
 
@@ -196,15 +224,19 @@ def optimizer_of(model):
 
 
 def train_by_trainer(model, folder, accumulated):
-    options = {"max_steps": BATCHES // accumulated, "gradient_accumulation_steps": accumulated}
-    options |= {"max_grad_norm": 0, "lr_scheduler_type": "constant", "save_strategy": "no"}
-    trainer = Trainer(
+    class InOrder(Trainer):
+        def get_train_dataloader(self):
+            return self.accelerator.prepare(DataLoader(batches(), batch_size=None))
+
+    arguments = {"max_steps": BATCHES // accumulated, "gradient_accumulation_steps": accumulated}
+    optimizer = optimizer_of(model)
+    trainer = InOrder(
         model=model,
-        args=TrainingArguments(output_dir=str(folder), **QUIET, **options),
-        optimizers=(optimizer_of(model), None),
+        args=TrainingArguments(output_dir=str(folder), max_grad_norm=0, save_strategy="no", **QUIET, **arguments),
+        train_dataset=batches(),
+        optimizers=(optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)),
         callbacks=[RegroupCallback(every=2, stop=1.0, probe=PROMPT)],
     )
-    trainer.get_train_dataloader = lambda: trainer.accelerator.prepare(DataLoader(batches(), batch_size=None))
     trainer.model_accepts_loss_kwargs = False  # the mean over each batch, as in the loop below
     trainer.train()
 

@@ -180,11 +180,16 @@ def test_every_data_option_reaches_the_plan(recipe_values):
         ({"name": "badit", "num_experts": 0}, r"method: num_experts must be"),
         ({"name": "badit", "regroup": {"evry": 3}}, r"method\.regroup\.evry: unknown key \(did you mean 'every'\?\)"),
         ({"name": "base", "r": 4}, r"method\.r: unknown key"),
+        ({"name": "full", "r": 4}, r"method\.r: unknown key"),
+        ({"name": "task-neurons", "share": 0}, r"method: share must be above 0 and at most 1, got 0"),
+        ({"name": "task-neurons", "score_batches": 0}, r"method: score_batches must be a whole number of at least 1"),
+        ({"name": "task-neurons", "shares": 0.1}, r"method\.shares: unknown key \(did you mean 'share'\?\)"),
+        ({"name": "task-neurons"}, r"training\.weight_decay: must be 0 with task-neurons"),
     ],
 )
 def test_bad_methods_are_named(recipe_values, method, message):
     with pytest.raises(BaditError, match=message):
-        make_plan(build_recipe({**recipe_values, "method": method}))
+        make_plan(build_recipe({**recipe_values, "method": method}, ["training.weight_decay=0.01"]))
 
 
 def test_training_and_prompt_options_have_their_effects(recipe_values):

@@ -16,7 +16,7 @@ from badit.methods import WEIGHTS, AdapterMethod, Method, WeightsMethod
 from badit.recipe import build_recipe
 from badit.run import Run
 from badit.train import base_model, encoded, fit, make_plan, pad_id
-from training.trainers import assert_same, fit_until, learned, on, with_callbacks
+from training.trainers import assert_same, fit_until, learned, logits, on, with_callbacks
 
 SHARE = 0.2
 FULL = {"name": "full"}
@@ -34,12 +34,6 @@ def base_weights(recipe):
 
 def trained_count(run):
     return run.environment["training"]["trainable_parameters"]
-
-
-def logits(model):
-    ids = torch.arange(5, 15)[None]
-    with torch.no_grad():
-        return model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
 
 
 @pytest.fixture
@@ -149,21 +143,6 @@ def test_damaged_weights_are_named_on_one_line(recipe_values, damage, message):
     with pytest.raises(BaditError, match=message) as caught:
         load_run(run)
     assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("method", "message"),
-    [
-        ({**NEURONS, "share": 0}, r"method: share must be above 0 and at most 1, got 0"),
-        ({**NEURONS, "score_batches": 0}, r"method: score_batches must be a whole number of at least 1"),
-        ({**NEURONS, "shares": 0.1}, r"method\.shares: unknown key \(did you mean 'share'\?\)"),
-        ({**FULL, "r": 4}, r"method\.r: unknown key"),
-        (NEURONS, r"training\.weight_decay: must be 0 with task-neurons"),
-    ],
-)
-def test_bad_options_are_named(recipe_values, method, message):
-    with pytest.raises(BaditError, match=message):
-        make_plan(recipe_with(recipe_values, method, "training.weight_decay=0.01"))
 
 
 def test_surgery_trains_differently_from_the_plain_sum(recipe_values, tmp_path):

@@ -19,7 +19,7 @@ from badit.recipe import Recipe
 from badit.run import Run
 from badit.train import fit
 from badit.trainer import AnswerTrainer
-from badit.tuner import BaditConfig
+from badit.tuner import BaditConfig, hooks_of
 
 QUIET: dict[str, Any] = {"use_cpu": True, "report_to": [], "disable_tqdm": True, "dataloader_pin_memory": False}
 
@@ -107,6 +107,17 @@ def learned(run: Run) -> dict[str, torch.Tensor]:
     """The tensors of a run's adapter."""
     (path,) = run.adapter_path.glob("*.safetensors")
     return load_file(path)
+
+
+@torch.no_grad()
+def logits(model: Any, task: str = "rivers") -> torch.Tensor:
+    """For a fixed prompt of a task, in eval mode."""
+    training = model.training
+    ids = torch.arange(5, 15)[None]
+    with hooks_of(model).rows_of([task]):
+        found = model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+    model.train(training)
+    return found
 
 
 def adapter_state(model: Any) -> dict[str, torch.Tensor]:

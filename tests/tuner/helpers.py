@@ -149,6 +149,13 @@ def logits(model: Any, ids: torch.Tensor = IDS, mask: torch.Tensor = MASK) -> to
     return forward(model, ids, mask).logits[mask.bool()].float()
 
 
+def gradients(model: Any) -> dict[str, torch.Tensor]:
+    """By name; the model's own are cleared."""
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return found
+
+
 def base_layer(kind: str, in_features: int, out_features: int) -> Any:
     """One frozen layer of the kinds that are adapted, KINDS."""
     if kind == "conv1d":

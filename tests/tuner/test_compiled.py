@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch._dynamo.utils import counters
 
-from tuner.helpers import adapted, layers, padded, random_rows
+from tuner.helpers import adapted, gradients, layers, padded, random_rows
 
 # The compiler looks at it when it makes the second graph; nothing here does.
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
@@ -41,10 +41,9 @@ def compiled(model: Any) -> Any:
     return model
 
 
-def gradients(model: nn.Module, inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
-    model.zero_grad()
-    model(**inputs).loss.backward()
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+def trained(model: nn.Module) -> dict[str, torch.Tensor]:
+    model(**batch()).loss.backward()
+    return gradients(model)
 
 
 def regroup(model: nn.Module, seed: int) -> None:
@@ -65,15 +64,15 @@ def regroup(model: nn.Module, seed: int) -> None:
 )
 def test_a_regrouping_compiles_nothing_again(tiny_model: Callable[..., Any], options: dict[str, Any]) -> None:
     plain, model = (adapted(tiny_model("llama", num_hidden_layers=DEPTH), **options).train() for _ in range(2))
-    before = gradients(compiled(model), batch())
-    gradients(plain, batch())
+    before = trained(compiled(model))
+    trained(plain)
     assert counters["stats"]["unique_graphs"] == GRAPHS
     for seed in (1, 2):
         regroup(plain, seed)
         regroup(model, seed)
         with torch._dynamo.config.patch(error_on_recompile=True):
-            after = gradients(model, batch())
-        expected = gradients(plain, batch())
+            after = trained(model)
+        expected = trained(plain)
         torch.testing.assert_close(after, expected, rtol=1e-4, atol=1e-6)
         assert any(not torch.allclose(after[name], before[name], rtol=1e-2) for name in after)
     assert counters["stats"]["unique_graphs"] == GRAPHS

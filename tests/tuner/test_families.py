@@ -71,11 +71,3 @@ def test_an_encoder_decoder_routes_by_token_only():
         model = adapt(base, **options, routing="token")
         after = model(input_ids=ids, attention_mask=MASK, labels=ids).logits
     torch.testing.assert_close(after, before, atol=1e-5, rtol=0)
-
-
-def test_a_model_without_a_default_target_asks_for_target_modules(tiny_model, monkeypatch):
-    from badit.tuner import BaditModel
-
-    monkeypatch.delitem(BaditModel.target_module_mapping, "llama")
-    with pytest.raises(ValueError, match="target_modules"):
-        adapt(tiny_model("llama"))

@@ -23,10 +23,16 @@ from tuner.helpers import (
 ROWS = random_rows(5, 9, 7)
 
 
-@pytest.mark.parametrize("options", [{}, {"use_cache": False}, {"cache_implementation": "static"}], ids=str)
+STATIC = {"cache_implementation": "static"}  # for which `generate` gives the model masks of four dimensions
+EAGER = {"_attn_implementation": "eager"}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "options"), [({}, {}), ({}, {"use_cache": False}), ({}, STATIC), (EAGER, STATIC)], ids=str
+)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_greedy_equals_teacher_forcing(tiny_model, family, options):
-    model = adapted(tiny_model(family))
+def test_greedy_equals_teacher_forcing(tiny_model, family, overrides, options):
+    model = adapted(tiny_model(family, **overrides))
     ids, mask = padded(ROWS)
     assert torch.equal(generate(model, ids, mask, **options), greedy_by_hand(model, ids, mask, NEW))
 

@@ -6,7 +6,17 @@ import transformers
 from packaging.version import Version
 
 from badit.errors import BaditError
-from tuner.helpers import FAMILIES, adapted, enable_checkpointing, forward, generate, layers, padded, random_rows
+from tuner.helpers import (
+    FAMILIES,
+    adapted,
+    enable_checkpointing,
+    forward,
+    generate,
+    gradients,
+    layers,
+    padded,
+    random_rows,
+)
 
 # transformers before 5.24 checkpoints a pass without gradients, too, of which torch warns.
 no_inputs_to_differentiate = pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
@@ -20,12 +30,6 @@ def batch(seed=0, lengths=(5, 9, 7)):
     for row, length in enumerate(lengths):
         labels[row, :length] = -100
     return {"ids": ids, "mask": mask, "labels": labels}
-
-
-def gradients(model):
-    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad()
-    return found
 
 
 def trainable(model, **options):

@@ -13,13 +13,11 @@ from badit.errors import BaditError
 from tuner.helpers import (
     FAMILIES,
     adapted,
-    cache_name,
     cached_steps,
     config,
     forward,
     layers,
     padded,
-    positions,
     random_rows,
     teacher_forced,
 )
@@ -86,26 +84,6 @@ def test_padding_and_batch_mates_do_not_matter(tiny_model, family, side):
     for i, (prompt, row) in enumerate(zip(PROMPTS, rows, strict=True)):
         alone = teacher_forced(model, *padded([row]), len(prompt))[0]
         torch.testing.assert_close(together[i][mask[i].bool()], alone, **CLOSE)
-
-
-@pytest.mark.parametrize("eager", [False, True])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_four_dimensional_masks_route_like_the_two_dimensional(tiny_model, family, eager):
-    """`generate` hands such masks to models with compilable caches; rows of padding attend to nothing there."""
-    from transformers.masking_utils import create_masks_for_generate
-
-    model = adapted(tiny_model(family, **({"_attn_implementation": "eager"} if eager else {})))
-    ids, mask = padded(PROMPTS)
-    inner, cache = model.get_base_model(), new_cache("static", model)
-    embedded, name = inner.get_input_embeddings()(ids), cache_name(model)
-    four = create_masks_for_generate(
-        config=inner.config, inputs_embeds=embedded, attention_mask=mask, position_ids=positions(mask), **{name: cache}
-    )
-    with torch.no_grad():
-        found = model(
-            input_ids=ids, attention_mask=four, position_ids=positions(mask), use_cache=True, **{name: cache}
-        ).logits
-    torch.testing.assert_close(found[mask.bool()], plain(model, ids, mask)[mask.bool()], **CLOSE)
 
 
 def test_no_mask_means_all_of_it_and_arguments_may_be_positional_or_embedded(tiny_model):
