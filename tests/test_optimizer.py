@@ -1,6 +1,7 @@
 """The optimizers on adapters of every kind, in a loop and in other libraries' trainers; and what they refuse."""
 
 import io
+from functools import partial
 
 import numpy as np
 import pytest
@@ -13,23 +14,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingA
 from trl import SFTConfig, SFTTrainer
 
 import reference
-from badit import BaditConfig
-from badit.baselines.goat import GoatConfig
-from badit.baselines.mixture import HydraLoraConfig, LoraMoeConfig
-from badit.baselines.o_lora import OLoraConfig
 from badit.errors import BaditError
 from badit.optimizer import OPTIMIZERS, OrthogonalUpdates, build_optimizer, factor_pairs, lora_plus_groups
+from baselines import naive
 from training.trainers import QUIET, assert_same, examples
 
-METHODS = {
-    "badit": lambda: BaditConfig(num_experts=4, r=2, lora_dropout=0.0),
-    "badit, bad": lambda: BaditConfig(num_experts=4, r=2, lora_dropout=0.0, init_weights="bad"),
-    "lora": lambda: LoraConfig(r=8, lora_alpha=64, target_modules=["gate_proj", "q_proj"]),
-    "loramoe": lambda: LoraMoeConfig(num_experts=4, r=2, lora_dropout=0.0),
-    "hydralora": lambda: HydraLoraConfig(lora_dropout=0.0),
-    "goat": lambda: GoatConfig(num_experts=4, r=8, lora_alpha=64, lora_dropout=0.0),
-    "o-lora": lambda: OLoraConfig(r=4, lora_dropout=0.0),
-}
+METHODS = {name: partial(naive.config, name) for name in ("badit", "loramoe", "hydralora", "goat", "o-lora")}
+METHODS["badit, bad"] = partial(naive.config, "badit", init_weights="bad")
+METHODS["lora"] = partial(LoraConfig, r=8, lora_alpha=64, target_modules=["gate_proj", "q_proj"])
 
 
 def tuned(model, method, **options):

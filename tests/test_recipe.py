@@ -112,11 +112,7 @@ def test_overrides_reach_nested_keys_with_yaml_values():
         ({}, ["training.optim=adamm"], "training\\.optim: input should be 'adamw_torch'"),
         ({}, ["training.adam_beta1=high"], "training\\.adam_beta1: input should be a valid number, got 'high'"),
         ({}, ["training.dataloader_num_workers=true"], "input should be a valid integer, got True"),
-        (
-            {},
-            ["training.warmup_steps=1.5"],
-            "a whole number of steps, or below 1, a fraction of the run, got 1.5",
-        ),
+        ({}, ["training.warmup_steps=1.5"], "a whole number of steps, or below 1, a fraction of the run, got 1.5"),
         ({}, ["training.adam_beta3=0.9"], r"training\.adam_beta3: unknown key \(did you mean 'adam_beta2'\?\)"),
     ],
 )

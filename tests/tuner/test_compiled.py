@@ -58,9 +58,7 @@ def regroup(model: nn.Module, seed: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "options",
-    [{}, {"router_input": "standardised", "top_k": 2}, {"routing": "token", "gates": "softmax"}],
-    ids=str,
+    "options", [{}, {"router_input": "standardised", "top_k": 2}, {"routing": "token", "gates": "softmax"}], ids=str
 )
 def test_a_regrouping_compiles_nothing_again(tiny_model: Callable[..., Any], options: dict[str, Any]) -> None:
     plain, model = (adapted(tiny_model("llama", num_hidden_layers=DEPTH), **options).train() for _ in range(2))

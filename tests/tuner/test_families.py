@@ -22,9 +22,6 @@ def test_step_0_with_all_linear_layers_equals_the_base_model(tiny_model, family)
 def test_step_0_equals_a_bf16_base_model(tiny_model, family):
     base = logits(tiny_model(family, dtype=torch.bfloat16))
     model = adapt(tiny_model(family, dtype=torch.bfloat16))
-    assert {p.dtype for n, p in model.named_parameters() if "badit_" in n} == {torch.float32}
-    assert {b.dtype for n, b in model.named_buffers() if "_A0" in n or "_B0" in n} == {torch.float32}
-    assert {layer.expert_of("default").dtype for layer in layers(model)} == {torch.int64}
     assert layers(model)[0].weight_OI.dtype == torch.bfloat16
     default = "transformer.h.{}.mlp.c_fc" if family == "gpt2" else "model.layers.{}.mlp.gate_proj"
     assert [layer.name for layer in layers(model)] == [default.format(i) for i in range(2)]

@@ -32,9 +32,9 @@ TIED = pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True` a
 Model = Callable[..., Any]
 
 
-def with_two(base: Any, **second: Any) -> Any:
+def with_two(base: Any) -> Any:
     model = adapted(base)
-    model.add_adapter("second", config(**{"num_experts": 4, **second}))
+    model.add_adapter("second", config(num_experts=4))
     return randomise(model, "second", seed=1)
 
 
@@ -55,7 +55,7 @@ def test_adapters_are_switched_and_both_at_once_add_up(tiny_model: Model, family
 
 
 def test_both_at_once_decode_as_they_are_teacher_forced(tiny_model: Model) -> None:
-    model = with_two(tiny_model("llama"), routing="prompt")
+    model = with_two(tiny_model("llama"))
     model.base_model.set_adapter(["default", "second"])
     forced = teacher_forced(model, IDS, MASK, 8)[:, 7:]
     assert torch.equal(MASK[:, 7], torch.ones(3, dtype=torch.long))

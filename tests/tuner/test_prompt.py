@@ -10,17 +10,7 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 from badit.errors import BaditError
-from tuner.helpers import (
-    FAMILIES,
-    adapted,
-    cached_steps,
-    config,
-    forward,
-    layers,
-    padded,
-    random_rows,
-    teacher_forced,
-)
+from tuner.helpers import FAMILIES, adapted, cached_steps, config, forward, layers, padded, random_rows, teacher_forced
 
 PROMPTS = random_rows(5, 9, 7)
 ANSWERS = random_rows(6, 6, 6, seed=1)
