@@ -1,7 +1,5 @@
 """A tiny model, two tasks and a recipe that trains in a second, for tests and golden.py."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

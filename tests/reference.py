@@ -4,8 +4,6 @@ Arguments may be tensors or arrays; arrays are returned.
 Components are rows i of A (N, in) and columns i of B (out, N); a component's gradient is the two, concatenated.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Iterator

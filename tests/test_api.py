@@ -15,8 +15,6 @@ import badit
 from badit import BaditError
 from badit.files import read_json
 from badit.recipe import Recipe, RecipeValues, load_recipe, make_recipe
-from comparison.cells import comparison_values
-from comparison.conftest import inline  # noqa: F401 (a fixture)
 
 
 @pytest.fixture
@@ -64,17 +62,6 @@ def test_from_a_recipe_to_a_report(recipe_file, tmp_path, capfd):
     shown = capfd.readouterr()
     assert shown.out == ""
     assert not re.search("Training|Encoding|Generating|gradients", shown.err), "no progress was asked for"
-
-
-@pytest.mark.usefixtures("inline")
-def test_a_comparison(material, tmp_path, capsys):
-    values = comparison_values(material, tmp_path / "compared")
-    results = badit.compare(values, training={"max_steps": 1}, progress=False)
-    assert "training and scoring" not in capsys.readouterr().err
-    pd.testing.assert_frame_equal(results.scores, badit.load_results(tmp_path / "compared").scores)
-    assert badit.summarise(results)["runs"].tolist() == [1, 1]
-    assert "| badit |" in badit.table(tmp_path / "compared", form="markdown")
-    pd.testing.assert_frame_equal(badit.compare(values, training={"max_steps": 1}).cells, results.cells)
 
 
 def test_a_recipe_may_be_a_file_values_or_a_recipe(recipe_file, recipe_values):

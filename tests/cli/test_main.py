@@ -96,9 +96,6 @@ def test_debug_lets_the_exception_pass():
         main(["--debug", "tasks", "missing-data"])
 
 
-# --- demo -------------------------------------------------------------------------------------------------------------
-
-
 def test_the_demos_methods_have_the_same_budget_scaling_and_recipe(smollm2):
     model, _ = smollm2
     lora, badit = (build_method(demo.METHODS[name]).config for name in ("LoRA", "BADIT"))

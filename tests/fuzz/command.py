@@ -1,7 +1,5 @@
 """The command, called in this process, and what it must do whatever it reads: a whole result or one line and a 2."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import os

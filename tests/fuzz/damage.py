@@ -3,8 +3,6 @@
 Damage to valid files reaches further than random bytes: most of a file still passes the first checks.
 """
 
-from __future__ import annotations
-
 import copy
 import json
 import os

@@ -1,7 +1,5 @@
 """Broken files, through the commands that read them: each command does its work or says in one line why it cannot."""
 
-from __future__ import annotations
-
 import copy
 import json
 import shutil

@@ -1,7 +1,5 @@
 """Threads that stand for processes, each with a shard of the same tensors."""
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor

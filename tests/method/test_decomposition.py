@@ -52,9 +52,6 @@ def assert_orthonormal(triples, atol=1e-5):
     np.testing.assert_allclose(triples.vh_NI @ triples.vh_NI.T, identity, atol=atol)
 
 
-# --- the exact method ---
-
-
 @PROPERTY
 @given(st.integers(1, 20), st.integers(1, 20), st.data())
 def test_exact_triples_equal_those_of_numpy(rows, columns, data):
@@ -82,9 +79,6 @@ def test_leading_triples_keep_float32s_digits_down_to_small_singular_values(shap
     assert_orthonormal(triples)
     one, other = residuals(weight, triples)[0], residuals(weight.T, (triples.vh_NI.T, triples.s_N, triples.u_ON.T))[0]
     np.testing.assert_allclose([one, other], 0.0, atol=1e-6)
-
-
-# --- the randomised method ---
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-20, 1.0, 1e20, 1e30])
@@ -158,9 +152,6 @@ def test_auto_iterates_only_where_both_sides_are_large_against_the_rank(monkeypa
         assert torch.equal(auto.u_ON, exact.u_ON) == (method == "exact")
 
 
-# --- both ---
-
-
 @pytest.mark.parametrize("method", ["exact", "randomized"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_triples_are_float32_whatever_the_weight(dtype, method):
@@ -200,9 +191,6 @@ def test_signs_are_settled_by_the_largest_entry_of_u(method):
 def test_what_cannot_be_decomposed_is_refused(weight, options, message):
     with pytest.raises(BaditError, match=message):
         top_singular_triples(weight, **{"rank": 2, **options})
-
-
-# --- expert factors ---
 
 
 @PROPERTY

@@ -58,9 +58,6 @@ def planted_gradients(seed, num_experts=8, size=4, dimensions=200, noise=0.06):
     return gradients / np.linalg.norm(gradients, axis=1, keepdims=True), labels
 
 
-# --- cosine_gram ---
-
-
 def gradient_pair(seed, components=6, in_features=9, out_features=5):
     generator = torch.Generator().manual_seed(seed)
     return (
@@ -110,9 +107,6 @@ def test_a_component_without_a_usable_gradient_has_a_zero_row(poison, side):
     np.testing.assert_allclose(gram[others][:, others].diagonal(), 1.0, atol=2e-6)
 
 
-# --- objective ---
-
-
 @PROPERTY
 @given(_EXPERTS_AND_SIZE, _KIND, _SEED)
 def test_objective_equals_the_squared_group_sums(shape, kind, seed):
@@ -121,9 +115,6 @@ def test_objective_equals_the_squared_group_sums(shape, kind, seed):
     labels = np.random.default_rng(seed).permutation(contiguous(num_experts, size))
     objective = grouping_objective(gradients @ gradients.T, labels)
     assert objective == pytest.approx(reference.objective(gradients, labels), abs=1e-9)
-
-
-# --- group_components: what holds for any Gram ---
 
 
 @PROPERTY
@@ -175,9 +166,6 @@ def test_inputs_that_do_not_fit_are_refused(gram, labels, message):
         group_components(gram, np.array(labels, dtype=np.int64))
     with pytest.raises(BaditError, match="'swap' or 'paper', got 'greedy'"):
         group_components(np.eye(4), contiguous(2, 2), solver="greedy")
-
-
-# --- group_components: quality ---
 
 
 @pytest.mark.parametrize(("components", "num_experts"), [(6, 3), (8, 2), (8, 4), (9, 3), (10, 2)])
@@ -244,9 +232,6 @@ def test_the_papers_loop_equals_it_on_real_vectors(seed):
     )
 
 
-# --- labels ---
-
-
 @PROPERTY
 @given(st.tuples(st.integers(1, 4), st.integers(1, 4)), _SEED)
 def test_matching_keeps_the_groups_and_the_largest_overlap(shape, seed):
@@ -260,9 +245,6 @@ def test_matching_keeps_the_groups_and_the_largest_overlap(shape, seed):
         for names in itertools.permutations(range(num_experts))
     )
     assert int((matched == current).sum()) == largest
-
-
-# --- expert_angles ---
 
 
 @PROPERTY

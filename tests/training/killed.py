@@ -11,8 +11,6 @@
     signal    what to send itself there; or 0: from there on no file may grow beyond 2 kB, as on a full disk
 """
 
-from __future__ import annotations
-
 import gc
 import json
 import os

@@ -1,7 +1,5 @@
 """Trainings in several processes, started as in docs/several-gpus.md, and what must be the same however they ran."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import subprocess

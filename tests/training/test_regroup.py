@@ -211,9 +211,6 @@ def test_the_papers_form_has_one_name():
         build_method({"name": "badit", "preset": "papers"})
 
 
-# --- a loop of the user's own -----------------------------------------------------------------------------------------
-
-
 def batches():
     collate, rows = AnswerCollator(0), examples(BATCHES * 4)
     return [collate(rows[start : start + 4]) for start in range(0, len(rows), 4)]
@@ -305,9 +302,6 @@ def test_a_loop_continues_from_accelerates_checkpoint_or_from_safetensors(tiny_m
     assert_same(loaded["tensors"], state["tensors"])
     with pytest.raises(BaditError, match="another model"):
         resumed.regrouper.load_state_dict({**state, "windows": {}})
-
-
-# --- what the change of the output is measured on ---------------------------------------------------------------------
 
 
 def seen_by(model, probe):

@@ -6,7 +6,6 @@ from importlib.metadata import version
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from badit.errors import BaditError
 from badit.evaluate import evaluate, load_run, validation_loss
@@ -18,7 +17,7 @@ from badit.run import Run
 from badit.train import encoded, fit, make_plan
 from badit.tuner import hooks_of
 from materials import make_recipe
-from training.trainers import fit_until
+from training.trainers import change_tensors, fit_until
 
 train_module = import_module("badit.train")  # badit.train is the function
 
@@ -71,13 +70,6 @@ def test_the_validation_split_is_scored_apart(finished):
     assert read_json(Run(recipe.output).scores_path) == scores
 
 
-# --- damaged runs -----------------------------------------------------------------------------------------------------
-
-
-def change_tensors(function):
-    return lambda path: save_file(function({name: t.clone() for name, t in load_file(path).items()}), path)
-
-
 def change_config(**changes):
     def change(path):
         config = path.with_name("adapter_config.json")
@@ -121,9 +113,6 @@ def test_a_folder_without_a_run_or_of_something_else_is_named(recipe_values, tmp
         evaluate(tmp_path / "run")
     with pytest.raises(BaditError, match=r"has no validation instances; set data\.validation_per_task"):
         validation_loss(tmp_path / "run")
-
-
-# --- options ----------------------------------------------------------------------------------------------------------
 
 
 def test_a_resumed_run_keeps_the_fast_dtype_that_it_began_with(recipe_values, monkeypatch):
@@ -206,9 +195,6 @@ def test_training_and_prompt_options_have_their_effects(recipe_values):
     assert rates == [0.01, 0.01]
     assert run.recipe == recipe
     assert not run.predictions["prompt"].str.contains("<|im_start|>", regex=False).any()
-
-
-# --- the loss that learning rates are chosen by -----------------------------------------------------------------------
 
 
 def naive_loss(recipe, *, routed_by=None):

@@ -1,7 +1,5 @@
 """``training.optimizer`` of a recipe: which optimizer trains, and several processes."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -100,9 +100,6 @@ def test_packed_batches_need_routing_by_token(model_folder, tmp_path):
     assert (tmp_path / "regroupings.jsonl").read_text()
 
 
-# --- preferences ------------------------------------------------------------------------------------------------------
-
-
 def dpo_trainer(model_folder, output, model=None, **options):
     rejected = [{"role": "assistant", "content": "I could not say"}]
     rows = [{"prompt": chat(i)[:-1], "chosen": chat(i)[-1:], "rejected": rejected} for i in range(16)]

@@ -5,7 +5,6 @@ import json
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 
 from badit.baselines.neurons import neuron_scores, top_neurons, union
 from badit.checkpoint import last_checkpoint
@@ -16,7 +15,7 @@ from badit.methods import WEIGHTS, AdapterMethod, Method, WeightsMethod
 from badit.recipe import build_recipe
 from badit.run import Run
 from badit.train import base_model, encoded, fit, make_plan, pad_id
-from training.trainers import assert_same, fit_until, learned, logits, on, with_callbacks
+from training.trainers import assert_same, change_tensors, fit_until, learned, logits, on, with_callbacks
 
 SHARE = 0.2
 FULL = {"name": "full"}
@@ -118,10 +117,6 @@ def test_an_interrupted_run_ends_as_one_that_was_not(recipe_values, tmp_path, me
     assert begun == [5], "the sixth step only"
     assert_same(learned(run), learned(whole))
     assert trained_count(whole) == trained_count(run)
-
-
-def change_tensors(function):
-    return lambda path: save_file(function(load_file(path)), path)
 
 
 @pytest.mark.parametrize(

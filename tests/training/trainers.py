@@ -1,7 +1,5 @@
 """Small trainings, callbacks that watch or stop them, and comparisons of their weights."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from peft import get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback, TrainingArguments
 
 from badit.data import AnswerCollator
@@ -118,6 +116,11 @@ def logits(model: Any, task: str = "rivers") -> torch.Tensor:
         found = model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
     model.train(training)
     return found
+
+
+def change_tensors(change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> Callable[[Path], None]:
+    """A function that rewrites a safetensors file."""
+    return lambda path: save_file(change({name: t.clone() for name, t in load_file(path).items()}), path)
 
 
 def adapter_state(model: Any) -> dict[str, torch.Tensor]:

@@ -1,7 +1,5 @@
 """Steps that the tuner's tests share: adapting a tiny model, random adapter weights, decoding by hand."""
 
-from __future__ import annotations
-
 import inspect
 from typing import Any
 

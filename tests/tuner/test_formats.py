@@ -1,7 +1,5 @@
 """Adapters that earlier releases have saved are read as they were meant, and those of later ones are refused."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

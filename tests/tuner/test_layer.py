@@ -97,7 +97,7 @@ def test_directions_start_as_the_base_layer_to_the_bit_whatever_the_gates(kind, 
     assert "default" not in layer.badit_A0
 
 
-def test_only_training_passes_count_prompts():
+def test_only_training_passes_count_prompts_and_gates():
     layer = make(router_input="standardised", at_start=True)
     passes = [batch() for _ in range(3)]
     for x, mask in passes:
@@ -111,6 +111,9 @@ def test_only_training_passes_count_prompts():
     np.testing.assert_allclose(layer.badit_moments["default"][0], mean, atol=1e-5)
     np.testing.assert_allclose(layer.badit_moments["default"][1], variance, atol=1e-5)
     assert layer.badit_batches["default"] == 3
+    *sums, count = layer.gate_sums["default"].tolist()
+    assert count == 9
+    assert sum(sums) == pytest.approx(27)
     run(layer.train().to(torch.bfloat16), x.to(torch.bfloat16), mask)
     assert layer.badit_batches["default"] == 4
     assert layer.badit_moments["default"].isfinite().all()
@@ -124,16 +127,3 @@ def test_an_input_without_positions_has_one_gate_a_row_and_one_that_is_not_the_b
     x, mask = batch()
     with pytest.raises(BaditError, match=r"layer sees an input of shape \(3, 4, 12\).*leave it out of target_modules"):
         run(layer, x[:, :4], mask)
-
-
-def test_gate_sums_count_training_passes_only():
-    layer, (x, mask) = make(), batch()
-    run(layer, x, mask)
-    layer.train()
-    with torch.no_grad():
-        run(layer, x, mask)
-    assert layer.gate_sums == {}
-    run(layer, x, mask)
-    run(layer, x, mask)
-    assert layer.gate_sums["default"][-1] == 6
-    torch.testing.assert_close(layer.gate_sums["default"][:-1].sum(), torch.tensor(18.0))

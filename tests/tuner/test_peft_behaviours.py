@@ -1,7 +1,5 @@
 """What PEFT does with any method: several adapters, copies, other ways of saving; done right, or refused."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from peft.utils.hotswap import hotswap_adapter
 from transformers import DynamicCache, OPTConfig, OPTForCausalLM
 
 from tuner.helpers import (
@@ -84,15 +81,6 @@ def test_a_deep_copy_is_independent(tiny_model: Model) -> None:
     assert torch.equal(logits(copied), changed)
     assert torch.equal(copied.generate(**options), tokens)
     assert not copied.unload()._forward_pre_hooks
-
-
-def test_swapping_weights_into_a_running_model_is_refused(tiny_model: Model, tmp_path: Path) -> None:
-    model = adapted(tiny_model("llama"))
-    expected = logits(model)
-    randomise(adapted(tiny_model("llama")), seed=3).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"(?i)hotswap"):
-        hotswap_adapter(model, tmp_path, adapter_name="default")
-    assert torch.equal(logits(model), expected)
 
 
 @TIED

@@ -1,7 +1,5 @@
 """Experts next to quantised base weights: started from what these stand for, which never change, trained and saved."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -9,7 +7,7 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftModel
 from torch import nn
 
 from badit.errors import BaditError
@@ -18,9 +16,10 @@ from badit.files import read_jsonl
 from badit.models import Quantisation, load_base_model
 from badit.recipe import build_recipe
 from badit.train import make_plan
-from badit.tuner import BaditConfig, BaditLinear
+from badit.tuner import BaditLinear
 from badit.tuner.quantised import is_quantised, refuse_unsuitable_layer, weight_as_used
 from materials import make_material
+from tuner.helpers import adapt
 
 # torchao does not go with the lowest torch that all else goes with.
 needs_torchao = pytest.mark.skipif(find_spec("torchao") is None, reason="torchao is not installed")
@@ -42,10 +41,6 @@ def load(model_folder: Path) -> Load:
 
 def ids() -> torch.Tensor:
     return torch.arange(3, 15)[None]
-
-
-def adapted(model: Any, **options: Any) -> Any:
-    return get_peft_model(model, BaditConfig(num_experts=4, r=2, lora_dropout=0.0, task_type="CAUSAL_LM", **options))
 
 
 def stored(model: Any) -> dict[str, torch.Tensor]:
@@ -89,7 +84,7 @@ def test_the_experts_start_as_the_weights_leading_part_and_change_nothing(load: 
         used_OI = layer(torch.eye(128)).T
     torch.testing.assert_close(weight_OI, used_OI, rtol=0, atol=float(weight_OI.abs().max()) * 1e-2)
 
-    model = adapted(base)
+    model = adapt(base, num_experts=4)
     expert = next(module for module in model.modules() if isinstance(module, BaditLinear))
     a_NI, b_ON = expert.kept_factors("default")
     u, s, vh = torch.linalg.svd(weight_OI)
@@ -105,7 +100,7 @@ def test_training_learns_leaves_the_base_alone_and_is_saved(load: Load, tmp_path
     for evaluated in (False, True):  # an evaluation changes neither the weights nor the training after it
         base = load(kind)
         before = stored(base)
-        model = adapted(base)
+        model = adapt(base, num_experts=4)
         if evaluated:
             with torch.no_grad():
                 model.eval()(input_ids=ids())
@@ -128,7 +123,7 @@ def test_a_base_that_has_been_reordered_is_refused(load: Load) -> None:
         base(input_ids=ids())  # reorders it on a CPU with AVX-512 in bfloat16; elsewhere the next line stands for that
     layer.weight.quant_state.packing_format_for_cpu = True
     with pytest.raises(BaditError, match=r"has been evaluated on a CPU.*load the model again"):
-        adapted(base)
+        adapt(base, num_experts=4)
 
 
 @pytest.mark.parametrize("kind", KINDS)
