@@ -1,7 +1,5 @@
 """A tiny model, two tasks and a recipe that trains in a second, for tests and golden.py."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any
@@ -32,18 +30,10 @@ def write_tasks(path: Path) -> None:
 def make_material(folder: Path, **config: Any) -> None:
     """Writes ``model`` and ``tasks.jsonl`` into a folder."""
     tokenizer = make_tokenizer(chat_template=CHATML)
-    llama = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=128,
-        eos_token_id=tokenizer.eos_token_id,
-        **config,
-    )
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    ends = {"max_position_embeddings": 128, "eos_token_id": tokenizer.eos_token_id}
     torch.manual_seed(0)
-    LlamaForCausalLM(llama).save_pretrained(folder / "model")
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes | ends | config)).save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     write_tasks(folder / "tasks.jsonl")
 

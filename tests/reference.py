@@ -1,10 +1,8 @@
-"""The method's formulas as written down: loops over components and experts, float64, no cleverness.
+"""The method's formulas as written down, in float64, to compare the code in ``badit`` with.
 
-The fast code in ``badit`` is held against these. Tensors and arrays are taken alike; arrays come back.
+Arguments may be tensors or arrays; arrays are returned.
 Components are rows i of A (N, in) and columns i of B (out, N); a component's gradient is the two, concatenated.
 """
-
-from __future__ import annotations
 
 import itertools
 import math
@@ -19,19 +17,17 @@ from scipy.optimize import linear_sum_assignment
 def float64(values: Any) -> np.ndarray:
     """Any tensor or array as a float64 array."""
     if isinstance(values, torch.Tensor):
-        return values.detach().to("cpu", torch.float64).numpy()
+        values = values.detach().to("cpu", torch.float64)
     return np.asarray(values, dtype=np.float64)
 
 
 def integers(values: Any) -> np.ndarray:
-    if isinstance(values, torch.Tensor):
-        values = values.detach().cpu().numpy()
     return np.asarray(values, dtype=np.int64)
 
 
-def members(labels: Any, expert: int) -> list[int]:
+def members(labels: Any, expert: int) -> np.ndarray:
     """The components of one expert."""
-    return [i for i, label in enumerate(integers(labels)) if label == expert]
+    return np.flatnonzero(integers(labels) == expert)
 
 
 # --- decomposition (BAD) ---
@@ -43,32 +39,15 @@ def singular_triples(weight: Any, rank: int) -> tuple[np.ndarray, np.ndarray, np
     return u[:, :rank], s[:rank], vh[:rank]
 
 
-def decompose(weight: Any, num_experts: int, r: int, scaling: float) -> tuple[list[Any], np.ndarray]:
-    """W = s Σ_k B_k A_k + Ŵ: the experts' pairs (B_k, A_k) from the k-th run of r triples, and the residual Ŵ."""
-    u, s, vh = singular_triples(weight, num_experts * r)
-    experts, residual = [], float64(weight).copy()
-    for k in range(num_experts):
-        run = slice(k * r, (k + 1) * r)
-        root = np.diag(np.sqrt(s[run] / scaling))
-        b_k, a_k = u[:, run] @ root, root @ vh[run]
-        experts.append((b_k, a_k))
-        residual = residual - scaling * (b_k @ a_k)
-    return experts, residual
-
-
 # --- grouping (DOG) ---
 
 
 def unit_gradients(grad_A: Any, grad_B: Any) -> np.ndarray:
     """Rows ĝ_i (N, in + out); zeros for a gradient that is zero or not finite."""
-    grad_A, grad_B = float64(grad_A), float64(grad_B)
-    rows = []
-    for i in range(len(grad_A)):
-        gradient = np.concatenate([grad_A[i], grad_B[:, i]])
-        length = math.sqrt(sum(float(value) ** 2 for value in gradient))
-        usable = math.isfinite(length) and length > 0
-        rows.append(gradient / length if usable else np.zeros_like(gradient))
-    return np.array(rows)
+    gradients = np.concatenate([float64(grad_A), float64(grad_B).T], axis=1)
+    lengths = np.linalg.norm(gradients, axis=1, keepdims=True)
+    usable = np.isfinite(lengths) & (lengths > 0)
+    return np.where(usable, gradients, 0.0) / np.where(usable, lengths, 1.0)
 
 
 def cosine_gram(grad_A: Any, grad_B: Any) -> np.ndarray:
@@ -78,31 +57,25 @@ def cosine_gram(grad_A: Any, grad_B: Any) -> np.ndarray:
 
 def objective(gradients: np.ndarray, labels: Any) -> float:
     """Σ_k ‖Σ_{i ∈ k} ĝ_i‖², on the gradients themselves."""
-    total = 0.0
-    for k in sorted(set(integers(labels).tolist())):
-        group_sum = np.zeros(gradients.shape[1])
-        for i in members(labels, k):
-            group_sum = group_sum + gradients[i]
-        total += float(group_sum @ group_sum)
-    return total
+    sums = [gradients[members(labels, k)].sum(axis=0) for k in set(integers(labels).tolist())]
+    return sum(float(group_sum @ group_sum) for group_sum in sums)
 
 
 def balanced_partitions(components: int, num_experts: int) -> Iterator[np.ndarray]:
     """Every partition into equal groups once, named in the order of their first components."""
     size = components // num_experts
 
-    def fill(labels: list[int], expert: int) -> Iterator[np.ndarray]:
-        free = [i for i in range(components) if labels[i] < 0]
-        if not free:
-            yield np.array(labels)
+    def fill(labels: np.ndarray, expert: int) -> Iterator[np.ndarray]:
+        if expert == num_experts:
+            yield labels
             return
-        for others in itertools.combinations(free[1:], size - 1):
-            chosen = list(labels)
-            for i in (free[0], *others):
-                chosen[i] = expert
+        first, *free = members(labels, -1)
+        for others in itertools.combinations(free, size - 1):
+            chosen = labels.copy()
+            chosen[[first, *others]] = expert
             yield from fill(chosen, expert + 1)
 
-    yield from fill([-1] * components, 0)
+    yield from fill(np.full(components, -1), 0)
 
 
 def best_objective(gradients: np.ndarray, num_experts: int) -> float:
@@ -110,54 +83,28 @@ def best_objective(gradients: np.ndarray, num_experts: int) -> float:
     return max(objective(gradients, labels) for labels in balanced_partitions(len(gradients), num_experts))
 
 
-def exchange_gain(gradients: np.ndarray, labels: Any, i: int, j: int) -> float:
-    """What the objective gains when i and j change places, by computing it before and after."""
-    exchanged = integers(labels).copy()
-    exchanged[i], exchanged[j] = exchanged[j], exchanged[i]
-    return objective(gradients, exchanged) - objective(gradients, labels)
-
-
-def best_exchange(gradients: np.ndarray, labels: Any) -> tuple[float, int, int]:
-    """The largest gain of any exchange, and its pair."""
-    pairs = itertools.combinations(range(len(gradients)), 2)
-    return max((exchange_gain(gradients, labels, i, j), i, j) for i, j in pairs)
-
-
-def exchange_until_optimal(gradients: np.ndarray, labels: Any) -> np.ndarray:
-    labels = integers(labels).copy()
-    while True:
-        gain, i, j = best_exchange(gradients, labels)
-        if gain <= 1e-9:
-            return labels
-        labels[i], labels[j] = labels[j], labels[i]
-
-
-def centroid_similarity(gradients: np.ndarray, labels: Any, num_experts: int) -> np.ndarray:
-    """⟨ĝ_i, c_k⟩ with unit centroids c_k; zero for an empty group."""
-    similarity = np.zeros((len(gradients), num_experts))
-    for k in range(num_experts):
-        group = members(labels, k)
-        if group:
-            centroid = gradients[group].sum(axis=0)
-            for i, gradient in enumerate(gradients):
-                similarity[i, k] = float(gradient @ centroid) / float(np.linalg.norm(centroid))
-    return similarity
+def best_exchange(gradients: np.ndarray, labels: Any) -> float:
+    """The largest gain of the objective when any two components change places."""
+    gains = []
+    for i, j in itertools.combinations(range(len(gradients)), 2):
+        exchanged = integers(labels).copy()
+        exchanged[[i, j]] = exchanged[[j, i]]
+        gains.append(objective(gradients, exchanged) - objective(gradients, labels))
+    return max(gains)
 
 
 def polar_similarity(gradients: np.ndarray, labels: Any, num_experts: int) -> np.ndarray:
     """The paper's targets: C (dimensions, K) of the groups' sums, C = U Σ Vᵀ, Q = U Vᵀ; returns ⟨ĝ_i, q_k⟩."""
     C = np.stack([gradients[members(labels, k)].sum(axis=0) for k in range(num_experts)], axis=1)
     u, _, vh = np.linalg.svd(C, full_matrices=False)
-    Q = u @ vh
-    return np.array([[float(gradient @ Q[:, k]) for k in range(num_experts)] for gradient in gradients])
+    return gradients @ (u @ vh)
 
 
 def assign_balanced(similarity: np.ndarray, size: int) -> np.ndarray:
     """max Σ_ik π_ik similarity_ik with exactly ``size`` components an expert, one slot after another."""
-    slots = [k for k in range(similarity.shape[1]) for _ in range(size)]
-    cost = np.array([[-similarity[i, k] for k in slots] for i in range(len(similarity))])
-    _, chosen = linear_sum_assignment(cost)
-    return np.array([slots[slot] for slot in chosen])
+    slots = np.repeat(np.arange(similarity.shape[1]), size)
+    _, chosen = linear_sum_assignment(similarity[:, slots], maximize=True)
+    return slots[chosen]
 
 
 def polar_grouping(gradients: np.ndarray, labels: Any, num_experts: int, size: int, rounds: int = 50) -> np.ndarray:
@@ -173,21 +120,16 @@ def polar_grouping(gradients: np.ndarray, labels: Any, num_experts: int, size: i
 
 def angles(gradients: np.ndarray, labels: Any) -> tuple[float, float, float, float]:
     """Mean angle in degrees within and between experts, then mean |cos| within and between; zero gradients left out."""
-    labels = integers(labels)
-    degrees: dict[bool, list[float]] = {True: [], False: []}
-    sizes: dict[bool, list[float]] = {True: [], False: []}
-    for i, j in itertools.combinations(range(len(gradients)), 2):
-        if not gradients[i].any() or not gradients[j].any():
-            continue
-        cosine = max(-1.0, min(1.0, float(gradients[i] @ gradients[j])))
-        same = bool(labels[i] == labels[j])
-        degrees[same].append(math.degrees(math.acos(cosine)))
-        sizes[same].append(abs(cosine))
+    cosines: dict[bool, list[float]] = {True: [], False: []}
+    for i, j in itertools.combinations(np.flatnonzero(gradients.any(axis=1)), 2):
+        cosines[bool(labels[i] == labels[j])].append(max(-1.0, min(1.0, float(gradients[i] @ gradients[j]))))
 
-    def mean(values: list[float]) -> float:
-        return sum(values) / len(values) if values else math.nan
+    def mean(values: Any) -> float:
+        return float(np.mean(values)) if len(values) else math.nan
 
-    return mean(degrees[True]), mean(degrees[False]), mean(sizes[True]), mean(sizes[False])
+    within, between = cosines[True], cosines[False]
+    degrees = (mean(np.degrees(np.arccos(values))) for values in (within, between))
+    return *degrees, mean(np.abs(within)), mean(np.abs(between))
 
 
 # --- routing ---
@@ -205,13 +147,8 @@ def segment_means(x: Any, mask: Any, segments: Any, count: int) -> np.ndarray:
 
 def prompt_mean(x: Any, mask: Any) -> np.ndarray:
     """x̄ (batch, features): the mean over the positions where the mask is true, zeros where it is nowhere true."""
-    x, mask = float64(x), integers(mask)
-    means = np.zeros((x.shape[0], x.shape[2]))
-    for b in range(x.shape[0]):
-        prompt = [x[b, t] for t in range(x.shape[1]) if mask[b, t]]
-        if prompt:
-            means[b] = sum(prompt) / len(prompt)
-    return means
+    prompts = [row[integers(where) == 1] for row, where in zip(float64(x), mask, strict=True)]
+    return np.array([rows.sum(axis=0) / max(len(rows), 1) for rows in prompts])
 
 
 def prompt_moments(batches: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -222,20 +159,15 @@ def prompt_moments(batches: Any) -> tuple[np.ndarray, np.ndarray]:
         rows = float64(batch)
         new_mean = (1 - weight) * mean + weight * rows.mean(axis=0)
         # The variance of the mixture of what was and what came, about the new mean.
-        was = variance + (mean - new_mean) ** 2
-        came = sum((row - new_mean) ** 2 for row in rows) / len(rows)
+        was, came = variance + (mean - new_mean) ** 2, ((rows - new_mean) ** 2).mean(axis=0)
         mean, variance = new_mean, (1 - weight) * was + weight * came
     return mean, variance
 
 
 def standardised(x: Any, mean: np.ndarray, variance: np.ndarray) -> np.ndarray:
     """x̂: every feature by its mean and variance, scaled to a norm of 8 on average; 0 where the variance is."""
-    x = float64(x)
-    result = np.zeros_like(x)
-    for i in range(x.shape[-1]):
-        if variance[i] > 0:
-            result[..., i] = 8 / math.sqrt(x.shape[-1]) * (x[..., i] - mean[i]) / math.sqrt(variance[i])
-    return result
+    unit = (float64(x) - mean) / np.sqrt(np.where(variance > 0, variance, np.inf))
+    return 8 / math.sqrt(len(mean)) * unit
 
 
 def expert_gates(logits: Any, kind: str = "mean_one", top_k: int | None = None) -> np.ndarray:
@@ -250,32 +182,6 @@ def expert_gates(logits: Any, kind: str = "mean_one", top_k: int | None = None) 
         for k in kept:
             gates[(*where, k)] = math.exp(row[k] - max(row)) / total * (num_experts if kind == "mean_one" else 1)
     return gates
-
-
-# --- the adapted layer ---
-
-
-def badit_linear(
-    x: Any, W: Any, bias: Any, A: Any, B: Any, A0: Any, B0: Any, expert_of: Any, gates: Any, scaling: float
-) -> np.ndarray:
-    """y = W x + bias + s Σ_k gate_k B_k A_k x − s Σ_k B0_k A0_k x, one position and one expert at a time.
-
-    ``bias``, or A0 and B0, may be None; the gates (..., K) are broadcast over the leading dimensions of x (..., in).
-    """
-    x, W, A, B, gates = map(float64, (x, W, A, B, gates))
-    num_experts = gates.shape[-1]
-    gates = np.broadcast_to(gates, (*x.shape[:-1], num_experts))
-    y = np.zeros((*x.shape[:-1], W.shape[0]))
-    for where in np.ndindex(*x.shape[:-1]):
-        y[where] = W @ x[where]
-        if bias is not None:
-            y[where] += float64(bias)
-        for k in range(num_experts):
-            index = members(expert_of, k)
-            y[where] += scaling * gates[(*where, k)] * (B[:, index] @ (A[index] @ x[where]))
-        if A0 is not None and B0 is not None:  # regrouping moves no initial component
-            y[where] -= scaling * (float64(B0) @ (float64(A0) @ x[where]))
-    return y
 
 
 # --- freezing ---
@@ -296,11 +202,8 @@ def frozen_weight(
 
 def closest_of_rank(weight: Any, rank: int) -> np.ndarray:
     """The sum of the leading singular triples (Eckart and Young)."""
-    u, s, vh = np.linalg.svd(float64(weight), full_matrices=False)
-    closest = np.zeros_like(float64(weight))
-    for i in range(min(rank, len(s))):
-        closest += s[i] * np.outer(u[:, i], vh[i])
-    return closest
+    u, s, vh = singular_triples(weight, rank)
+    return (u * s) @ vh
 
 
 # --- orthogonal updates ---

@@ -9,7 +9,7 @@ from torch import nn
 
 from badit import BaditConfig
 from badit.tuner import BaditModel
-from tuner.helpers import randomise
+from tuner.helpers import gradients, randomise
 
 
 def names_of(script):
@@ -32,10 +32,9 @@ def test_the_usual_implementations_compute_the_same_mixture(per_sequence):
     x_BTI = torch.randn(3, 5, 12)
 
     def output_and_gradients():
-        model.zero_grad()
         output = model(x_BTI)
         output.square().sum().backward()
-        return output.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        return output.detach(), gradients(model)
 
     output, wide = output_and_gradients()
     names_of("loops")["use_loops"](model, per_sequence=per_sequence)

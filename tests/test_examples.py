@@ -18,12 +18,7 @@ from training.trainers import QUIET, examples
 
 README = Page("README.md")
 
-# TRL switches gradient checkpointing on by default, under a name that transformers is about to change.
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:`gradient_checkpointing.*` is deprecated:FutureWarning",
-    "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning",
-    "ignore:'pin_memory' argument is set as true:UserWarning",
-)
+pytestmark = pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning")
 
 
 @pytest.fixture

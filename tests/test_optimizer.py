@@ -1,9 +1,7 @@
-"""The optimizers on adapters of every kind, in a loop, in trainers and in several processes; and what they refuse."""
+"""The optimizers on adapters of every kind, in a loop and in other libraries' trainers; and what they refuse."""
 
 import io
-import os
-from pathlib import Path
-from unittest.mock import patch
+from functools import partial
 
 import numpy as np
 import pytest
@@ -11,31 +9,19 @@ import torch
 from accelerate import Accelerator
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
-import optimizer_ranks
 import reference
-from badit import BaditConfig
-from badit.baselines.goat import GoatConfig
-from badit.baselines.mixture import HydraLoraConfig, LoraMoeConfig
-from badit.baselines.o_lora import OLoraConfig
 from badit.errors import BaditError
 from badit.optimizer import OPTIMIZERS, OrthogonalUpdates, build_optimizer, factor_pairs, lora_plus_groups
-from training.launches import ON_CPU, launch
-from training.trainers import QUIET, adapted, assert_same, examples, make_trainer
+from baselines import naive
+from training.trainers import QUIET, assert_same, examples
 
-METHODS = {
-    "badit": lambda: BaditConfig(num_experts=4, r=2, lora_dropout=0.0),
-    "badit, bad": lambda: BaditConfig(num_experts=4, r=2, lora_dropout=0.0, init_weights="bad"),
-    "lora": lambda: LoraConfig(r=8, lora_alpha=64, target_modules=["gate_proj", "q_proj"]),
-    "loramoe": lambda: LoraMoeConfig(num_experts=4, r=2, lora_dropout=0.0),
-    "hydralora": lambda: HydraLoraConfig(lora_dropout=0.0),
-    "goat": lambda: GoatConfig(num_experts=4, r=8, lora_alpha=64, lora_dropout=0.0),
-    "o-lora": lambda: OLoraConfig(r=4, lora_dropout=0.0),
-}
+METHODS = {name: partial(naive.config, name) for name in ("badit", "loramoe", "hydralora", "goat", "o-lora")}
+METHODS["badit, bad"] = partial(naive.config, "badit", init_weights="bad")
+METHODS["lora"] = partial(LoraConfig, r=8, lora_alpha=64, target_modules=["gate_proj", "q_proj"])
 
 
 def tuned(model, method, **options):
@@ -72,19 +58,6 @@ class Factors(nn.Module):
             parameter.grad = torch.randn_like(parameter)
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_training_lowers_the_loss(tiny_model, method):
-    model = tuned(tiny_model("llama"), method)
-    optimizer = OrthogonalUpdates(model, 0.005)
-    losses = train(model, optimizer, 10)
-    assert losses[-1] < losses[0] - 0.02
-    pairs = factor_pairs(model)
-    assert len(pairs) == (4 if method == "lora" else 2)
-    trained = {id(p) for p in model.parameters() if p.requires_grad}
-    assert {id(p) for group in optimizer.param_groups for p in group["params"]} == trained
-    assert {id(p) for pair in pairs for p in pair} == {id(p) for p in optimizer.param_groups[0]["params"]}
-
-
 @pytest.mark.parametrize(("shared_by", "at_a_time"), [(1, 2**23), (3, 2**23), (1, 1)])
 def test_steps_equal_the_formulas(shared_by, at_a_time, monkeypatch):
     """The B's of experts that share A are stacked: (K·O, N). Layers are updated in groups."""
@@ -103,10 +76,8 @@ def test_steps_equal_the_formulas(shared_by, at_a_time, monkeypatch):
             if (step, index) == (0, 1):  # a layer without gradients
                 layer.zero_grad()
                 continue
-            a, b = layer.pair
-            moved = reference.orthogonal_step(
-                *values[index], a.grad, stacked(b.grad), *states[index], 0.01, (0.9, 0.98)
-            )
+            gradients = layer.pair[0].grad, stacked(layer.pair[1].grad)
+            moved = reference.orthogonal_step(*values[index], *gradients, *states[index], 0.01, (0.9, 0.98))
             values[index] = [after - 0.01 * 0.1 * was for after, was in zip(moved, values[index], strict=True)]
         optimizer.step()
         for layer, (a, b) in zip(layers, values, strict=True):
@@ -141,54 +112,22 @@ def test_a_restored_optimizer_continues_to_the_bit(tiny_model, dtype):
     assert_same(*states)
 
 
-@pytest.mark.parametrize("max_grad_norm", [0.0, 0.1])
-def test_a_trainer_takes_it_and_resumes_to_the_bit(tiny_model, tmp_path, max_grad_norm):
-    options = {"max_steps": 6, "save_steps": 3, "gradient_accumulation_steps": 2, "max_grad_norm": max_grad_norm}
-
-    def trained(folder, checkpoint=None):
-        model = adapted(tiny_model("llama"))
-        trainer = make_trainer(model, tmp_path / folder, [], **options)
-        trainer.optimizer = OrthogonalUpdates(model, 0.01)
-        trainer.train(resume_from_checkpoint=checkpoint)
-        return dict(model.named_parameters())
-
-    assert_same(trained("whole"), trained("resumed", str(tmp_path / "whole" / "checkpoint-3")))
-
-
-# TRL switches gradient checkpointing on by default, under a name that transformers is about to change.
-@pytest.mark.filterwarnings("ignore:`gradient_checkpointing.*` is deprecated:FutureWarning")
 def test_trainer_trl_and_accelerate_accept_it(tiny_model, model_folder, tmp_path):
     options = {**QUIET, "output_dir": str(tmp_path), "save_strategy": "no", "max_steps": 3}
     rows = [{"input_ids": row["input_ids"][:4], "labels": row["input_ids"][:4]} for row in examples()]
     texts = [{"prompt": f"Name city {i}.", "completion": f" city {i}"} for i in range(12)]
-    lora = tuned(tiny_model("llama"), "lora")
-    badit = tuned(AutoModelForCausalLM.from_pretrained(model_folder), "badit")
-    arguments = {"args": TrainingArguments(**options), "train_dataset": rows}
-    Trainer(lora, **arguments, optimizers=(OrthogonalUpdates(lora, 0.01), None)).train()
-    arguments = {"args": SFTConfig(bf16=False, **options), "train_dataset": Dataset.from_list(texts)}
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
-    SFTTrainer(
-        badit, **arguments, processing_class=tokenizer, optimizers=(OrthogonalUpdates(badit, 0.01), None)
-    ).train()
-    for model in (lora, badit):
+    of_trl = {"train_dataset": Dataset.from_list(texts), "processing_class": tokenizer}
+    for trainer, method, args, arguments in (
+        (Trainer, "lora", TrainingArguments(**options), {"train_dataset": rows}),
+        (SFTTrainer, "badit", SFTConfig(bf16=False, **options), of_trl),
+    ):
+        model = tuned(AutoModelForCausalLM.from_pretrained(model_folder), method)
+        trainer(model, args, **arguments, optimizers=(OrthogonalUpdates(model, 0.01), None)).train()
         assert all(b.abs().max() > 0 for _, b in factor_pairs(model))
     model = tuned(tiny_model("llama"), "badit")
     losses = train(*Accelerator(cpu=True).prepare(model, OrthogonalUpdates(model, 0.005)), 5)
     assert losses[-1] < losses[0]
-
-
-def test_shards_end_as_one_process_does_and_resume_to_the_bit(tmp_path):
-    with patch.dict(os.environ, ON_CPU):
-        optimizer_ranks.run(tmp_path / "one", 4)
-    alone = load_file(tmp_path / "one" / "rank-0.safetensors")
-    for engine in ("fsdp2", "fsdp2, full state"):
-        done = launch(engine, 2, Path(optimizer_ranks.__file__), tmp_path / engine, 2)
-        assert done.returncode == 0, done.stderr
-        first, second = (load_file(tmp_path / engine / f"rank-{rank}.safetensors") for rank in (0, 1))
-        assert_same(first, second)
-        torch.testing.assert_close(first, alone, rtol=0, atol=1e-4)
-        whole = {name: value for name, value in first.items() if not name.startswith("resumed.")}
-        assert_same(whole, {name: first[f"resumed.{name}"] for name in whole})
 
 
 def test_a_step_reads_no_value_of_a_tensor():
@@ -214,20 +153,20 @@ def test_embeddings_and_factors_without_a_partner_go_to_adamw(tiny_model):
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-@pytest.mark.parametrize("method", ["badit", "lora", "hydralora"])
-def test_one_call_builds_each(tiny_model, name, method):
+@pytest.mark.parametrize("method", METHODS)
+def test_one_call_builds_each_and_it_lowers_the_loss(tiny_model, name, method):
     model = tuned(tiny_model("llama"), method)
     optimizer = build_optimizer(name, model, 0.005, other_lr=0.002, ratio=4.0, weight_decay=0.01)
-    groups = optimizer.param_groups
+    groups, sides = optimizer.param_groups, [set(side) for side in zip(*factor_pairs(model), strict=True)]
+    assert len(sides[0]) == (4 if method == "lora" else 2)
     rates = {"adamw": [0.005, 0.005, 0.002], "lora+": [0.005, 0.02, 0.002], "orthogonal": [0.005, 0.002]}[name]
-    assert [group["lr"] for group in groups] == (rates[:-1] if method == "lora" else rates)
+    assert [group["lr"] for group in groups] == (rates[:-1] if method in ("lora", "o-lora") else rates)
     assert {group["weight_decay"] for group in groups} == {0.01}
-    assert sum(len(group["params"]) for group in groups) == sum(p.requires_grad for p in model.parameters())
-    if name == "lora+":  # B learns faster
-        sides = zip(*factor_pairs(model), strict=True)
-        assert [set(group["params"]) for group in groups[:2]] == [set(side) for side in sides]
-    losses = train(model, optimizer, 5)
-    assert losses[-1] < losses[0]
+    own = [set(group["params"]) for group in groups]
+    assert own[: len(rates) - 1] == ([sides[0] | sides[1]] if name == "orthogonal" else sides)
+    assert set.union(*own) == {p for p in model.parameters() if p.requires_grad}
+    losses = train(model, optimizer, 10)
+    assert losses[-1] < losses[0] - (0.02 if name == "orthogonal" else 0)
 
 
 def test_what_does_not_go_is_refused_in_one_line(tiny_model, monkeypatch):

@@ -3,8 +3,6 @@
 import dataclasses
 import itertools
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +12,6 @@ from badit.errors import BaditError
 from badit.methods import build_method
 from badit.recipe import (
     RENAMED_ARGUMENTS,
-    CompareSection,
     Recipe,
     TrainingSection,
     build_recipe,
@@ -34,6 +31,13 @@ def header(path):
     """The lines of comment that a shipped recipe begins with."""
     lines = (ROOT / path).read_text().splitlines()
     return [line.lstrip("# ") for line in itertools.takewhile(lambda line: line.startswith("#"), lines)]
+
+
+def written(folder, **texts):
+    """Writes ``NAME.yaml`` for each text and returns the path of the one called ``own``."""
+    for name, text in texts.items():
+        (folder / f"{name}.yaml").write_text(text)
+    return folder / "own.yaml"
 
 
 def test_every_shipped_recipe_is_valid_and_listed_and_says_how_to_run_it():
@@ -62,22 +66,13 @@ def test_the_papers_recipes_have_its_settings_and_differ_in_model_memory_and_out
         assert keys <= {"model.name", "training.gradient_checkpointing", "output"}
     badit = {"name": "badit", "num_experts": 8, "r": 4, "lora_alpha": 32, "lora_dropout": 0.05}
     assert recipe.method == {**badit, "target_modules": ["gate_proj"], "regroup": {"every": 0.1, "stop": 0.5}}
-    sizes = {"num_train_epochs": 10, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1}
-    rates = {"learning_rate": 2e-4, "lr_scheduler_type": "cosine", "warmup_steps": 0.03, "weight_decay": 0}
-    assert {**sizes, **rates}.items() <= recipe.training.model_dump().items()
-    data = {"source": "$BADIT_SUPERNI", "tasks": None, "train_per_task": None, "test_per_task": None}
-    assert data.items() <= recipe.data.model_dump().items()
-    assert recipe.model.dtype == "bfloat16"
+    assert recipe.training.num_train_epochs == 10  # docs/paper-index.md has the other values
 
 
 def test_a_recipe_survives_being_written_and_an_empty_file_is_the_default(tmp_path):
     recipe = build_recipe({"training": {"learning_rate": 3e-4}, "method": {"name": "lora", "r": 8}})
-    (tmp_path / "config.yaml").write_text(dump_recipe(recipe))
-    assert load_recipe(tmp_path / "config.yaml") == recipe
-    (tmp_path / "empty.yaml").touch()
-    assert load_recipe(tmp_path / "empty.yaml") == Recipe()
-    with pytest.raises(BaditError, match=r"none\.yaml: cannot be read"):
-        load_recipe(tmp_path / "none.yaml")
+    assert load_recipe(written(tmp_path, own=dump_recipe(recipe))) == recipe
+    assert load_recipe(written(tmp_path, own="")) == Recipe()
 
 
 def test_overrides_reach_nested_keys_with_yaml_values():
@@ -111,35 +106,20 @@ def test_overrides_reach_nested_keys_with_yaml_values():
         ({}, ["training.max_steps=3000000000"], r"training\.max_steps: input should be less than or equal to"),
         ({"output": "a\0b"}, [], r"output: must be a name or a path"),
         ({"k" * 500: 1}, [], r"^recipe: k{120}: unknown key$"),
+        ({}, ["training.output_dir=x"], "is not for a recipe to set: the run's folder is the recipe's output"),
+        ({}, ["training.eval_strategy=steps"], "nothing is scored during training"),
+        ({}, ["training.gradient_checkpointing_kwargs={}"], "use_reentrant"),
+        ({}, ["training.optim=adamm"], "training\\.optim: input should be 'adamw_torch'"),
+        ({}, ["training.adam_beta1=high"], "training\\.adam_beta1: input should be a valid number, got 'high'"),
+        ({}, ["training.dataloader_num_workers=true"], "input should be a valid integer, got True"),
+        ({}, ["training.warmup_steps=1.5"], "a whole number of steps, or below 1, a fraction of the run, got 1.5"),
+        ({}, ["training.adam_beta3=0.9"], r"training\.adam_beta3: unknown key \(did you mean 'adam_beta2'\?\)"),
     ],
 )
 def test_mistakes_are_named_on_one_line(content, overrides, message):
     with pytest.raises(BaditError, match=message) as caught:
         build_recipe(content, overrides)
     assert "\n" not in str(caught.value)
-
-
-# A new key is a decision: whoever adds one adds it here.
-KEYS = {
-    "model": "name dtype quantisation revision trust_remote_code",
-    "data": "source format task instruction columns turns tasks train_per_task test_per_task validation_per_task "
-    "sampling temperature weights order seed",
-    "prompt": "encoding max_source_tokens max_answer_tokens chat_template",
-    "method": "",
-    "training": "group_by_length max_skipped_steps optimizer lora_plus_ratio",
-    "evaluation": "split batch_size max_new_tokens unseen_tasks",
-    "compare": "methods reference seeds orders learning_rates search vary_data budget unmatched single_task",
-    "output": "",
-}
-
-
-def test_these_are_all_keys_of_badits_own():
-    assert Recipe.model_fields.keys() == KEYS.keys()
-    inherited = {field.name for field in dataclasses.fields(TrainingArguments)}
-    for name, keys in KEYS.items():
-        section = CompareSection if name == "compare" else type(getattr(Recipe(), name))
-        declared = set(getattr(section, "model_fields", {}))
-        assert (declared - inherited if name == "training" else declared) == set(keys.split()), name
 
 
 def test_the_training_section_accepts_and_forwards_every_other_argument():
@@ -170,30 +150,6 @@ def test_an_earlier_name_is_answered_with_the_new_one_and_read_in_a_runs_own_rec
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "message"),
-    [
-        ("output_dir", "x", "is not for a recipe to set: the run's folder is the recipe's output"),
-        ("eval_strategy", "steps", "nothing is scored during training"),
-        ("gradient_checkpointing_kwargs", {}, "use_reentrant"),
-        ("optim", "adamm", r"input should be 'adamw_torch'"),
-        ("adam_beta1", "high", "input should be a valid number, got 'high'"),
-        ("dataloader_num_workers", True, "input should be a valid integer, got True"),
-        ("warmup_steps", 1.5, "must be a whole number of steps, or below 1, a fraction of the run, got 1.5"),
-        ("adam_beta3", 0.9, r"unknown key \(did you mean 'adam_beta2'\?\)"),
-    ],
-)
-def test_arguments_are_checked(key, value, message):
-    with pytest.raises(BaditError, match=rf"^recipe: training\.{key}: .*{message}|{message}"):
-        build_recipe({"training": {key: value}})
-
-
-def test_common_recipes_are_checked_without_torch():
-    code = "import sys, badit.recipe as r; r.build_recipe({}, ['training.seed=2']); print('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == "False\n"
-
-
-@pytest.mark.parametrize(
     ("text", "message"),
     [
         (b"training: [", "line 1.* is not valid YAML"),
@@ -204,7 +160,7 @@ def test_common_recipes_are_checked_without_torch():
         (b"a: &b [*b]", "is not valid YAML"),
         (b"training: {seed: 1}\ntraining: {}\n", "line 2, column 1: the key 'training' is there twice"),
         (b"#" * 1_000_001, "has more than 1,000,000 characters"),
-        (b"a: [" + b"1, " * 100_000 + b"1]", "comes to more than 100,000 values"),
+        (b"a: &a [" + b"1, " * 1000 + b"1]\nb: [" + b"*a, " * 100 + b"*a]", "comes to more than 100,000 values"),
     ],
 )
 def test_broken_files_are_named(tmp_path, text, message):
@@ -214,13 +170,6 @@ def test_broken_files_are_named(tmp_path, text, message):
         load_recipe(path)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
-
-
-def written(folder, **texts):
-    """Writes ``NAME.yaml`` for each text and returns the path of the one called ``own``."""
-    for name, text in texts.items():
-        (folder / f"{name}.yaml").write_text(text)
-    return folder / "own.yaml"
 
 
 def test_a_recipe_extends_another_key_by_key(tmp_path):
@@ -253,24 +202,16 @@ def test_another_method_or_model_does_not_inherit_the_options(tmp_path, own, met
     assert (recipe.method, recipe.model.revision) == (method, None)
 
 
-ELSEWHERE = r"own\.yaml: extends: (must be a file in the recipe's folder|.*leads out of)"
-
-
 @pytest.mark.parametrize(
     ("name", "base", "message"),
     [
-        ("/etc/base.yaml", "", ELSEWHERE),
-        ("../base.yaml", "", ELSEWHERE),
-        ("[base.yaml]", "", ELSEWHERE),
-        ("a" * 3000, "", ELSEWHERE),
-        ('"a\\0b"', "", ELSEWHERE),
+        ("a" * 3000, "", r"own\.yaml: extends: (must be a file in the recipe's folder|.*leads out of)"),
         ("none.yaml", "", r"none\.yaml: cannot be read"),
         ("base.yaml", "training: {epoch: 1}", r"base\.yaml: training\.epoch: unknown key"),
         ("base.yaml", "extends: own.yaml", r"base\.yaml: extends: own\.yaml extends this file already"),
     ],
 )
 def test_what_cannot_be_extended_is_named(tmp_path, name, base, message):
-    (tmp_path / "below").mkdir()
     with pytest.raises(BaditError, match=message) as caught:
         load_recipe(written(tmp_path, own=f"extends: {name}", base=base))
     assert "\n" not in str(caught.value)

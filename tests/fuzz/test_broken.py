@@ -1,13 +1,12 @@
 """Broken files, through the commands that read them: each command does its work or says in one line why it cannot."""
 
-from __future__ import annotations
-
 import copy
 import json
 import shutil
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -19,23 +18,16 @@ from hypothesis import strategies as st
 
 from badit.recipe import build_recipe
 from badit.train import fit
-from fuzz.command import STRESS, cases, ends_well, written
-from fuzz.damage import (
-    NASTY_VALUES,
-    REPLACEMENTS,
-    as_json,
-    as_lines,
-    as_yaml,
-    damaged,
-    damaged_bytes,
-    damaged_value,
-)
+from fuzz import command
+from fuzz.command import COUNTED, STRESS, cases, ends_well, written
+from fuzz.damage import NASTY_VALUES, REPLACEMENTS, as_json, as_lines, as_yaml, damaged, damaged_bytes, damaged_value
 from report.samples import Shape, comparison_cell, write_run, write_sequence
 
+SPLIT_NAMES = ("train", "validation", "test")
 LINES: list[dict[str, Any]] = [
     {"task": task, "instruction": f"Name the {task}.", "input": f"land {i}", "output": f"{task} {i}", "split": split}
     for task in ("capital", "river")
-    for i, split in enumerate(["train", "train", "validation", "test"])
+    for i, split in enumerate(["train", *SPLIT_NAMES])
 ]
 LINES[0] |= {"id": "first", "outputs": ["a", "b"]}
 del LINES[0]["output"]
@@ -59,12 +51,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "full": {"name": "full"},
 }
 SHAPE = Shape(tasks=("task1_a", "task2_b"), layers=2, modules=("mlp.gate_proj",), experts=2, steps=(20,))
-ANGLES: dict[str, Any] = {
-    "step": 10,
-    "module": "model.layers.0.mlp.gate_proj.default",
-    "intra_degrees": 70.0,
-    "inter_degrees": 91.0,
-}
+ANGLES: dict[str, Any] = {"step": 10, "module": "model.layers.0.mlp.gate_proj.default"}
+ANGLES |= {"intra_degrees": 70.0, "inter_degrees": 91.0}
 REGROUPING: dict[str, Any] = ANGLES | {"previous_labels": [0, 0, 1, 1], "labels": [0, 1, 0, 1]}
 REGROUPING |= {"intra_abs_cos": 0.4, "inter_abs_cos": 0.1, "previous_intra_degrees": None, "previous_inter_degrees": 90}
 
@@ -93,29 +81,20 @@ def results(protocol: str) -> dict[str, Any]:
     return {"format": 1, "protocol": protocol, "reference": "lora", "methods": methods, "cells": cells}
 
 
-def training_run(method: str) -> Callable[[Path, Path], None]:
-    def make(folder: Path, material: Path) -> None:
-        values = {
-            "model": {"name": str(material / "model"), "dtype": "float32"},
-            "data": {"source": str(material / "tasks.jsonl")},
-            "training": {"max_steps": 1, "per_device_train_batch_size": 2},
-            "method": {key: value for key, value in METHODS[method].items() if key != "target_modules"},
-        }
-        fit(build_recipe({**values, "output": str(folder / "run")}), progress=False)
-
-    return make
+def training_run(method: str, folder: Path, material: Path) -> None:
+    values = {
+        "model": {"name": str(material / "model"), "dtype": "float32"},
+        "data": {"source": str(material / "tasks.jsonl")},
+        "training": {"max_steps": 1, "per_device_train_batch_size": 2},
+        "method": {key: value for key, value in METHODS[method].items() if key != "target_modules"},
+    }
+    fit(build_recipe({**values, "output": str(folder / "run")}), progress=False)
 
 
-def files(**contents: bytes) -> Callable[[Path, Path], None]:
-    """Makes a folder of files, whose names have __ for / and a trailing type after the last _."""
-
-    def make(folder: Path, material: Path) -> None:
-        for name, content in contents.items():
-            path = folder / ".".join(name.replace("__", "/").rsplit("_", 1))
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(content)
-
-    return make
+def write(contents: dict[str, bytes], folder: Path, material: Path) -> None:
+    for name, content in contents.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
 
 
 def run_files(folder: Path, material: Path) -> None:
@@ -136,74 +115,67 @@ class Subject:
     cases: int = 40
 
 
-DRY_RUN = [["train", "recipe.yaml", "--dry-run"]]
+def tasks(contents: dict[str, bytes], broken: list[str], path: str = ".") -> Subject:
+    return Subject(partial(write, contents), broken, [["tasks", path]])
+
+
+def recipe(contents: dict[str, dict[str, Any]], broken: list[str], cases: int = 40) -> Subject:
+    recipes = {name: as_yaml(values) for name, values in contents.items()}
+    return Subject(partial(write, TASKS | recipes), broken, [["train", "recipe.yaml", "--dry-run"]], cases)
+
+
+def comparison(protocol: str, commands: list[list[str]], cases: int = 60) -> Subject:
+    return Subject(partial(write, {"results.json": as_json(results(protocol))}), ["results.json"], commands, cases)
+
+
+TASKS = {"tasks.jsonl": as_lines(LINES)}
+SPLITS = {f"{split}.jsonl": as_lines([line for line in LINES if line["split"] == split]) for split in SPLIT_NAMES}
+SAPT = {"task1_a/train.json": OFFICIAL, "task1_a/test.json": OFFICIAL}
+LIST = "splits/default/train_tasks.txt"
+SUPERNI = {"tasks/task1_a.json": OFFICIAL, LIST: b"task1_a\n", "splits/default/test_tasks.txt": b""}
+EXTENDED = {"base.yaml": recipe_values("badit"), "recipe.yaml": {"extends": "base.yaml", "training": {"seed": 1}}}
 TABLES = [["table", ".", "--format", form] for form in ("text", "markdown", "latex", "csv")]
 TABLES += [["table", "results.json", "--by-task"]]
-SPLITS = {
-    split: as_lines([line for line in LINES if line["split"] == split]) for split in ("train", "validation", "test")
+REPORTS = {
+    "analysed": [f"analysis/{name}.json" for name in ("gradient_overall", "gates", "expert_angles", "abilities")],
+    "regroupings": ["config.yaml", "environment.json", "metrics.jsonl", "scores.json", "regroupings.jsonl"],
+    "angles": ["angles.jsonl", "predictions/task1_a.jsonl"],
+    "sequence": ["scores.json"],
 }
+ADAPTERS = {
+    "badit": ["adapter_model.safetensors", "adapter_config.json"],
+    "lora": ["adapter_model.safetensors", "adapter_config.json"],
+    "full": ["weights.safetensors"],
+}
+GENERATE = [["generate", "run", "Name the capital.", "--max-new-tokens", "1"]]
 SUBJECTS = {
-    "one file": Subject(files(tasks_jsonl=as_lines(LINES)), ["tasks.jsonl"], [["tasks", "tasks.jsonl"]]),
-    "a file per split": Subject(
-        files(**{f"{split}_jsonl": lines for split, lines in SPLITS.items()}), ["train.jsonl"], [["tasks", "."]]
-    ),
-    "sapt": Subject(
-        files(task1_a__train_json=OFFICIAL, task1_a__test_json=OFFICIAL), ["task1_a/train.json"], [["tasks", "."]]
-    ),
-    "superni": Subject(
-        files(
-            tasks__task1_a_json=OFFICIAL,
-            splits__default__train_tasks_txt=b"task1_a\n",
-            splits__default__test_tasks_txt=b"",
-        ),
-        ["tasks/task1_a.json", "splits/default/train_tasks.txt"],
-        [["tasks", "."]],
-    ),
-    **{
-        f"recipe {method}": Subject(
-            files(tasks_jsonl=as_lines(LINES), recipe_yaml=as_yaml(recipe_values(method))), ["recipe.yaml"], DRY_RUN
-        )
-        for method in METHODS
-    },
-    "extended recipe": Subject(
-        files(
-            tasks_jsonl=as_lines(LINES),
-            base_yaml=as_yaml(recipe_values("badit")),
-            recipe_yaml=as_yaml({"extends": "base.yaml", "training": {"seed": 1}}),
-        ),
-        ["base.yaml", "recipe.yaml", "tasks.jsonl"],
-        DRY_RUN,
-        15,
-    ),
-    "mixed": Subject(files(results_json=as_json(results("mixed"))), ["results.json"], TABLES, 60),
-    "sequential": Subject(files(results_json=as_json(results("sequential"))), ["results.json"], TABLES, 60),
-    "analysed results": Subject(
-        files(results_json=as_json(results("mixed"))), ["results.json"], [["analyze", "."]], 10
-    ),
+    "one file": tasks(TASKS, ["tasks.jsonl"], "tasks.jsonl"),
+    "a file per split": tasks(SPLITS, ["train.jsonl"]),
+    "sapt": tasks(SAPT, ["task1_a/train.json"]),
+    "superni": tasks(SUPERNI, ["tasks/task1_a.json", LIST]),
+    **{f"recipe {method}": recipe({"recipe.yaml": recipe_values(method)}, ["recipe.yaml"]) for method in METHODS},
+    "extended recipe": recipe(EXTENDED, ["base.yaml", "recipe.yaml", "tasks.jsonl"], 15),
+    "mixed": comparison("mixed", TABLES),
+    "sequential": comparison("sequential", TABLES),
+    "analysed results": comparison("mixed", [["analyze", "."]], 10),
     **{
         f"report {kind}": Subject(run_files, [f"{kind}/{name}" for name in names], [["report", kind]], 3)
-        for kind, names in {
-            "analysed": [f"analysis/{n}.json" for n in ("gradient_overall", "gates", "expert_angles", "abilities")],
-            "regroupings": ["config.yaml", "environment.json", "metrics.jsonl", "scores.json", "regroupings.jsonl"],
-            "angles": ["angles.jsonl", "predictions/task1_a.jsonl"],
-            "sequence": ["scores.json"],
-        }.items()
+        for kind, names in REPORTS.items()
     },
     **{
-        f"adapter {method}": Subject(
-            training_run(method),
-            [f"run/adapter/{name}" for name in names],
-            [["generate", "run", "Name the capital.", "--max-new-tokens", "1"]],
-            8,
-        )
-        for method, names in {
-            "badit": ["adapter_model.safetensors", "adapter_config.json"],
-            "lora": ["adapter_model.safetensors", "adapter_config.json"],
-            "full": ["weights.safetensors"],
-        }.items()
+        f"adapter {name}": Subject(partial(training_run, name), [f"run/adapter/{file}" for file in files], GENERATE, 8)
+        for name, files in ADAPTERS.items()
     },
 }
 BROKEN = [(name, file) for name, subject in SUBJECTS.items() for file in subject.broken]
+
+
+@pytest.fixture(autouse=True)
+def _counted(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Counts the cases of broken input; tests/conftest.py sums them up."""
+    before = command.tried
+    yield
+    request.node.user_properties.append((COUNTED, command.tried - before))
 
 
 @pytest.fixture(scope="module")
@@ -222,7 +194,7 @@ def valid(material: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[
 
 
 def try_all(name: str) -> bool:
-    done = [ends_well(*command) for command in SUBJECTS[name].commands]
+    done = [ends_well(*words) for words in SUBJECTS[name].commands]
     return all(done)
 
 
@@ -239,11 +211,11 @@ def test_broken_files(valid: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         monkeypatch.chdir(folder)
         (folder / file).write_bytes(data.draw(broken(file, content)))
         before = written(folder)
-        command = data.draw(st.sampled_from(subject.commands))
-        done = ends_well(*command)
-        if command[0] in ("report", "analyze"):
+        words = data.draw(st.sampled_from(subject.commands))
+        done = ends_well(*words)
+        if words[0] in ("report", "analyze"):
             assert (folder / "report.html").exists() == done
-        elif command[0] != "generate":
+        elif words[0] != "generate":
             assert written(folder) == before
 
     try_one()
@@ -347,7 +319,6 @@ def doubled(first: str, each: str) -> str:
     [
         doubled("[x, x]", "[_]"),
         doubled("{x: 1}", "{<<: [_]}"),
-        "model: &m {name: *m}\n",
         "a: *nowhere\n",
         "output: !!python/object/apply:os.system ['touch ran']\n",
         "output: !!python/name:os.system\n",
@@ -357,9 +328,7 @@ def doubled(first: str, each: str) -> str:
         "output: !!timestamp 2001-99-99\n",
         "output: " + "9" * 5000 + "\n",
         "? [a, b]\n: c\n",
-        "training: {seed: 1}\ntraining: {num_train_epochs: 2}\n",
         "1: 2\n",
-        "[" * 2000,
         "a:\n" + "".join(" " * i + "- \n" for i in range(400)),
         "--- a\n--- b\n",
         "training: {seed: 1:2:3}\n",
@@ -373,10 +342,9 @@ def doubled(first: str, each: str) -> str:
     ids=lambda text: text[:30],
 )
 def test_yaml_that_does_more_than_hold_values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
-    files(tasks_jsonl=as_lines(LINES))(tmp_path, tmp_path)
+    write(TASKS, tmp_path, tmp_path)
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "recipe.yaml").write_text(
-        "data: {source: tasks.jsonl}\n" + text if text[0] not in "[#-!\ufeff" else text
-    )
+    source = "" if text[0] in "[#-\ufeff" else "data: {source: tasks.jsonl}\n"
+    (tmp_path / "recipe.yaml").write_text(source + text)
     ends_well("train", "recipe.yaml", "--dry-run")
     assert not (tmp_path / "ran").exists()

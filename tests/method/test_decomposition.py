@@ -29,11 +29,6 @@ _SPECTRA = {
 }
 
 
-def weight_with(spectrum, shape, seed=0):
-    """A float32 weight with the singular values of this name and random singular vectors."""
-    return weight_of(_SPECTRA[spectrum](min(shape)), shape, seed)
-
-
 def weight_of(singular_values, shape, seed=0):
     """A float32 weight with these singular values and random singular vectors."""
     rng = np.random.default_rng(seed)
@@ -55,13 +50,6 @@ def assert_orthonormal(triples, atol=1e-5):
     identity = np.eye(len(triples.s_N))
     np.testing.assert_allclose(triples.u_ON.T @ triples.u_ON, identity, atol=atol)
     np.testing.assert_allclose(triples.vh_NI @ triples.vh_NI.T, identity, atol=atol)
-
-
-def product(triples):
-    return (triples.u_ON * triples.s_N) @ triples.vh_NI
-
-
-# --- the exact method ---
 
 
 @PROPERTY
@@ -93,14 +81,11 @@ def test_leading_triples_keep_float32s_digits_down_to_small_singular_values(shap
     np.testing.assert_allclose([one, other], 0.0, atol=1e-6)
 
 
-# --- the randomised method ---
-
-
 @pytest.mark.parametrize("scale", [1e-30, 1e-20, 1.0, 1e20, 1e30])
 @pytest.mark.parametrize("shape", [(150, 230), (230, 150)])
 @pytest.mark.parametrize("spectrum", sorted(_SPECTRA))
 def test_every_randomised_triple_is_within_the_tolerance(spectrum, shape, scale):
-    weight, rank, tolerance = weight_with(spectrum, shape) * scale, 16, 1e-3
+    weight, rank, tolerance = weight_of(_SPECTRA[spectrum](min(shape)), shape) * scale, 16, 1e-3
     triples = top_singular_triples(weight, rank, method="randomized", tolerance=tolerance)
     residual, s = residuals(weight, triples)
     # Below float32's resolution of the largest σ the directions are noise, and a relative residual means nothing.
@@ -112,11 +97,6 @@ def test_every_randomised_triple_is_within_the_tolerance(spectrum, shape, scale)
     np.testing.assert_allclose(s, truth, rtol=2 * tolerance, atol=noise)
 
 
-def max_relative_residual(weight, triples):
-    residual, s = residuals(weight, triples)
-    return (residual / s).max()
-
-
 @pytest.mark.parametrize("blocks", [1, 2, 3])
 def test_starting_anew_from_the_leading_vectors_comes_to_the_same_end(monkeypatch, blocks):
     weight = gaussian((200, 300), seed=3)
@@ -124,7 +104,8 @@ def test_starting_anew_from_the_leading_vectors_comes_to_the_same_end(monkeypatc
     monkeypatch.setattr(decomposition, "_MAX_BLOCKS", blocks)
     monkeypatch.setattr(decomposition, "_exact", lambda *_: pytest.fail("gave up"))
     triples = top_singular_triples(weight, 12, method="randomized", tolerance=1e-4)
-    assert max_relative_residual(weight, triples) <= 1.01e-4
+    residual, s = residuals(weight, triples)
+    assert (residual / s).max() <= 1.01e-4
     np.testing.assert_allclose(triples.s_N, exact, rtol=1e-5)
     assert_orthonormal(triples)
 
@@ -171,9 +152,6 @@ def test_auto_iterates_only_where_both_sides_are_large_against_the_rank(monkeypa
         assert torch.equal(auto.u_ON, exact.u_ON) == (method == "exact")
 
 
-# --- both ---
-
-
 @pytest.mark.parametrize("method", ["exact", "randomized"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_triples_are_float32_whatever_the_weight(dtype, method):
@@ -188,7 +166,7 @@ def test_triples_are_float32_whatever_the_weight(dtype, method):
 
 @pytest.mark.parametrize("method", ["exact", "randomized"])
 def test_signs_are_settled_by_the_largest_entry_of_u(method):
-    weight = weight_with("slow", (50, 70))
+    weight = weight_of(_SPECTRA["slow"](50), (50, 70))
     triples = top_singular_triples(weight, 8, method=method, tolerance=1e-5)
     peaks = triples.u_ON.gather(0, triples.u_ON.abs().argmax(dim=0, keepdim=True))
     assert (peaks > 0).all()
@@ -201,13 +179,10 @@ def test_signs_are_settled_by_the_largest_entry_of_u(method):
     ("weight", "options", "message"),
     [
         (torch.ones(4), {}, r"only a 2-D weight can be decomposed, this one has shape \(4,\)"),
-        (torch.ones(2, 3, 4), {}, r"only a 2-D weight .* \(2, 3, 4\)"),
         (torch.ones(4, 9), {"rank": 5}, r"num_experts × r = 5 .* \(4, 9\): at most 4 exist; lower num_experts or r"),
         (torch.ones(4, 9), {"rank": 0}, "num_experts × r = 0"),
         (torch.ones(4, 9), {"tolerance": 0.0}, "svd_tolerance must be positive, got 0.0"),
-        (torch.ones(4, 9), {"tolerance": -1e-3}, "svd_tolerance must be positive"),
         (torch.ones(4, 9), {"tolerance": float("nan")}, "svd_tolerance must be positive"),
-        (torch.full((4, 9), float("nan")), {}, "NaN or infinite"),
         (torch.ones(40, 90).masked_fill(torch.arange(90) == 50, float("nan")), {}, "NaN or infinite"),
         (torch.diag(torch.tensor([1.0, float("inf")])), {"rank": 1}, "NaN or infinite"),
         (torch.ones(4, 9), {"method": "lanczos"}, "must be auto, exact or randomized, got 'lanczos'"),
@@ -218,21 +193,12 @@ def test_what_cannot_be_decomposed_is_refused(weight, options, message):
         top_singular_triples(weight, **{"rank": 2, **options})
 
 
-# --- expert factors ---
-
-
 @PROPERTY
 @given(st.integers(1, 4), st.integers(1, 3), st.floats(1e-3, 1e3), _SEED)
 def test_factors_equal_the_papers_split(num_experts, r, scaling, seed):
     weight, rank = gaussian((14, 17), seed), num_experts * r
     factor_A, factor_B = expert_factors(top_singular_triples(weight, rank), scaling)
-    experts, residual = reference.decompose(weight, num_experts, r, scaling)
     u, s, vh = reference.singular_triples(weight, rank)
     np.testing.assert_allclose(scaling * (factor_B @ factor_A), (u * s) @ vh, atol=2e-5 * s[0])
-    np.testing.assert_allclose(weight - scaling * (factor_B @ factor_A), residual, atol=2e-5 * s[0])
     np.testing.assert_allclose(factor_A.norm(dim=1), np.sqrt(s / scaling), rtol=1e-4)
     np.testing.assert_allclose(factor_B.norm(dim=0), np.sqrt(s / scaling), rtol=1e-4)
-    for k, (b_k, a_k) in enumerate(experts):
-        run = slice(k * r, (k + 1) * r)
-        assert factor_A[run].shape == a_k.shape
-        assert factor_B[:, run].shape == b_k.shape

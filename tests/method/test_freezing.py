@@ -1,7 +1,5 @@
 """Fixed gates make a plain LoRA, exactly; a smaller rank makes the closest one."""
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 from hypothesis import given, settings

@@ -1,7 +1,6 @@
 """DOG: the Gram-space solvers against the loops in ``reference``, which work on the gradients themselves."""
 
 import itertools
-import math
 import threading
 
 import numpy as np
@@ -59,9 +58,6 @@ def planted_gradients(seed, num_experts=8, size=4, dimensions=200, noise=0.06):
     return gradients / np.linalg.norm(gradients, axis=1, keepdims=True), labels
 
 
-# --- cosine_gram ---
-
-
 def gradient_pair(seed, components=6, in_features=9, out_features=5):
     generator = torch.Generator().manual_seed(seed)
     return (
@@ -70,18 +66,13 @@ def gradient_pair(seed, components=6, in_features=9, out_features=5):
     )
 
 
+_DTYPES = st.sampled_from([torch.bfloat16, torch.float16, torch.float32, torch.float64])
+
+
 @PROPERTY
-@given(st.integers(1, 8), st.integers(1, 6), st.integers(1, 6), _SEED)
-def test_gram_equals_the_cosines_pair_by_pair(components, in_features, out_features, seed):
-    grad_A, grad_B = gradient_pair(seed, components, in_features, out_features)
-    gram = cosine_gram(grad_A, grad_B)
-    assert gram.dtype == torch.float32
-    np.testing.assert_allclose(gram, reference.cosine_gram(grad_A, grad_B), atol=2e-6)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_gram_is_float32_whatever_the_gradients(dtype):
-    grad_A, grad_B = (grad.to(dtype) for grad in gradient_pair(0))
+@given(st.integers(1, 8), st.integers(1, 6), st.integers(1, 6), _DTYPES, _SEED)
+def test_gram_equals_the_cosines_pair_by_pair(components, in_features, out_features, dtype, seed):
+    grad_A, grad_B = (grad.to(dtype) for grad in gradient_pair(seed, components, in_features, out_features))
     gram = cosine_gram(grad_A.requires_grad_(), grad_B)
     assert gram.dtype == torch.float32
     assert not gram.requires_grad
@@ -116,9 +107,6 @@ def test_a_component_without_a_usable_gradient_has_a_zero_row(poison, side):
     np.testing.assert_allclose(gram[others][:, others].diagonal(), 1.0, atol=2e-6)
 
 
-# --- objective ---
-
-
 @PROPERTY
 @given(_EXPERTS_AND_SIZE, _KIND, _SEED)
 def test_objective_equals_the_squared_group_sums(shape, kind, seed):
@@ -127,9 +115,6 @@ def test_objective_equals_the_squared_group_sums(shape, kind, seed):
     labels = np.random.default_rng(seed).permutation(contiguous(num_experts, size))
     objective = grouping_objective(gradients @ gradients.T, labels)
     assert objective == pytest.approx(reference.objective(gradients, labels), abs=1e-9)
-
-
-# --- group_components: what holds for any Gram ---
 
 
 @PROPERTY
@@ -147,19 +132,12 @@ def test_grouping_is_an_exact_partition_and_never_worse(shape, kind, solver, see
 
 
 @pytest.mark.parametrize("solver", ["swap", "paper"])
-@pytest.mark.parametrize("kind", ["zero", "all equal", "orthogonal"])
-def test_labels_stay_where_every_grouping_is_as_good(kind, solver):
-    gradients = unit_gradients(kind, 12, 0)
-    current = np.random.default_rng(0).permutation(contiguous(3, 4))
-    assert np.array_equal(group_components(gradients @ gradients.T, current, solver=solver), current)
-
-
-@pytest.mark.parametrize("solver", ["swap", "paper"])
-def test_rounding_noise_moves_nothing(solver):
-    gradients = unit_gradients("all equal", 12, 0)
-    noise = 1e-9 * np.random.default_rng(2).standard_normal((12, 12))
-    current = contiguous(3, 4)
-    assert np.array_equal(group_components(gradients @ gradients.T + noise, current, solver=solver), current)
+@pytest.mark.parametrize(("kind", "noise"), [("zero", 0), ("all equal", 0), ("orthogonal", 0), ("all equal", 1e-9)])
+def test_labels_stay_where_every_grouping_is_as_good_up_to_rounding(kind, noise, solver):
+    gradients, rng = unit_gradients(kind, 12, 0), np.random.default_rng(2)
+    gram = gradients @ gradients.T + noise * rng.standard_normal((12, 12))
+    current = rng.permutation(contiguous(3, 4))
+    assert np.array_equal(group_components(gram, current, solver=solver), current)
 
 
 @pytest.mark.parametrize("solver", ["swap", "paper"])
@@ -177,10 +155,8 @@ def test_a_seed_determines_the_grouping(seed, solver):
     [
         (np.eye(4), [0, 0, 1, 1, 1, 0], r"shape \(4, 4\), the labels name 6 components"),
         (np.ones((4, 3)), [0, 0, 1, 1], r"shape \(4, 3\)"),
-        (np.full((4, 4), np.nan), [0, 0, 1, 1], "NaN or infinite"),
         (np.diag([1.0, np.inf, 1.0, 1.0]), [0, 0, 1, 1], "NaN or infinite"),
         (np.eye(4), [0, 0, 0, 1], r"same number of components, got sizes \[3, 1\]"),
-        (np.eye(4), [0, 0, 2, 2], r"same number of components, got sizes \[2, 0, 2\]"),
         (np.eye(4), [-1, -1, 0, 0], "same number of components"),
         (np.zeros((0, 0)), [], "same number of components"),
     ],
@@ -188,14 +164,8 @@ def test_a_seed_determines_the_grouping(seed, solver):
 def test_inputs_that_do_not_fit_are_refused(gram, labels, message):
     with pytest.raises(BaditError, match=message):
         group_components(gram, np.array(labels, dtype=np.int64))
-
-
-def test_an_unknown_solver_is_refused():
     with pytest.raises(BaditError, match="'swap' or 'paper', got 'greedy'"):
         group_components(np.eye(4), contiguous(2, 2), solver="greedy")
-
-
-# --- group_components: quality ---
 
 
 @pytest.mark.parametrize(("components", "num_experts"), [(6, 3), (8, 2), (8, 4), (9, 3), (10, 2)])
@@ -216,23 +186,7 @@ def test_no_exchange_improves_a_grouping_of_the_swap_solver(shape, kind, restart
     num_experts, size = shape
     gradients = unit_gradients(kind, num_experts * size, seed)
     labels = group_components(gradients @ gradients.T, contiguous(num_experts, size), restarts=restarts, seed=seed)
-    gain, _, _ = reference.best_exchange(gradients, labels)
-    assert gain <= 1e-6 * max(1.0, reference.objective(gradients, labels))
-
-
-@pytest.mark.parametrize(("num_experts", "size"), [(3, 4), (6, 2), (2, 6), (12, 1), (1, 12)])
-@pytest.mark.parametrize("seed", range(3))
-def test_exchanges_climb_as_the_naive_ones_do_from_each_of_several_starts(seed, num_experts, size):
-    gradients, rng = unit_gradients("random", 12, seed), np.random.default_rng(seed)
-    starts = np.stack([rng.permutation(contiguous(num_experts, size)) for _ in range(5)])
-    starts[1] = reference.exchange_until_optimal(gradients, starts[0])  # one that is done before it begins
-    kept = starts.copy()
-    found = grouping._swap_until_optimal(gradients @ gradients.T, starts, num_experts)
-    for labels, start in zip(found, starts, strict=True):
-        expected = reference.exchange_until_optimal(gradients, start)
-        # In experts of two, exchanging the one or the other pair gives the same groups under other names.
-        assert np.array_equal(labels[:, None] == labels, expected[:, None] == expected)
-    assert np.array_equal(starts, kept)
+    assert reference.best_exchange(gradients, labels) <= 1e-6 * max(1.0, reference.objective(gradients, labels))
 
 
 def test_the_swap_solver_is_at_least_the_papers_from_a_bad_grouping():
@@ -259,12 +213,8 @@ def test_exchanges_come_to_an_end_on_ties_in_large_numbers(seed, num_experts, si
     rng = np.random.default_rng(seed)
     matrix = scale * rng.choice([-1.0, 1.0, 0.5, rng.standard_normal()], (num_experts * size,) * 2)
     # In a thread, so that exchanges which undo one another for ever fail here rather than hang.
-    thread = threading.Thread(
-        target=group_components,
-        args=(matrix + matrix.T, contiguous(num_experts, size)),
-        kwargs={"seed": seed},
-        daemon=True,
-    )
+    arguments = (matrix + matrix.T, contiguous(num_experts, size))
+    thread = threading.Thread(target=group_components, args=arguments, kwargs={"seed": seed}, daemon=True)
     thread.start()
     thread.join(timeout=30)
     assert not thread.is_alive()
@@ -283,21 +233,6 @@ def test_the_papers_loop_equals_it_on_real_vectors(seed):
 
 
 @PROPERTY
-@given(st.integers(1, 4), _SEED)
-def test_centroid_similarity_equals_it_on_real_vectors(num_experts, seed):
-    gradients = unit_gradients("random", 10, seed)
-    labels = np.random.default_rng(seed).integers(0, num_experts, 10)  # any sizes, some groups may be empty
-    np.testing.assert_allclose(
-        grouping._centroid_similarity(gradients @ gradients.T, labels, num_experts),
-        reference.centroid_similarity(gradients, labels, num_experts),
-        atol=1e-9,
-    )
-
-
-# --- labels ---
-
-
-@PROPERTY
 @given(st.tuples(st.integers(1, 4), st.integers(1, 4)), _SEED)
 def test_matching_keeps_the_groups_and_the_largest_overlap(shape, seed):
     num_experts, size = shape
@@ -312,9 +247,6 @@ def test_matching_keeps_the_groups_and_the_largest_overlap(shape, seed):
     assert int((matched == current).sum()) == largest
 
 
-# --- expert_angles ---
-
-
 @PROPERTY
 @given(_EXPERTS_AND_SIZE, _KIND, _SEED)
 def test_angles_equal_those_pair_by_pair(shape, kind, seed):
@@ -324,24 +256,6 @@ def test_angles_equal_those_pair_by_pair(shape, kind, seed):
     found, expected = expert_angles(gradients @ gradients.T, labels), reference.angles(gradients, labels)
     np.testing.assert_allclose(found[:2], expected[:2], atol=1e-4)  # arccos near ±1 turns 1e-16 into 1e-6 degrees
     np.testing.assert_allclose(found[2:], expected[2:], atol=1e-9)
-
-
-@pytest.mark.parametrize(
-    ("labels", "gram", "intra", "inter"),
-    [
-        ([0, 1, 2], np.eye(3), math.nan, 90.0),  # experts of one component have no pair within
-        ([0, 0, 0], np.eye(3), 90.0, math.nan),  # a single expert has none between
-        ([0, 1], np.zeros((2, 2)), math.nan, math.nan),  # zero gradients have no angle
-        ([0, 0, 1, 1], np.diag([1.0, 1.0, 1.0, 0.0]), 90.0, 90.0),
-        ([0, 0, 1, 1], np.diag([1.0, 0.0, 1.0, 0.0]), math.nan, 90.0),
-    ],
-)
-def test_angles_are_nan_where_there_is_no_pair(labels, gram, intra, inter):
-    angles = expert_angles(gram, np.array(labels))
-    assert angles.intra_degrees == pytest.approx(intra, nan_ok=True)
-    assert angles.inter_degrees == pytest.approx(inter, nan_ok=True)
-    assert math.isnan(angles.intra_abs_cos) == math.isnan(intra)
-    assert math.isnan(angles.inter_abs_cos) == math.isnan(inter)
 
 
 def test_cosines_rounded_past_one_give_angles_of_zero_and_a_half_turn():

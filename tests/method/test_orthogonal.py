@@ -1,7 +1,5 @@
 """Orthogonal updates against the formulas in ``reference``, and what they promise of ΔW = B A."""
 
-import threading
-
 import numpy as np
 import pytest
 import torch
@@ -10,6 +8,7 @@ from hypothesis import strategies as st
 
 import reference
 from badit.method import inverse_root, no_moments, orthogonal_updates
+from method.shards import in_processes
 
 PROPERTY = settings(deadline=None, max_examples=25)
 BETAS, LR = (0.9, 0.98), 0.02
@@ -47,13 +46,14 @@ def problem(shape, seed, dtype=torch.float64):
     return random(components, in_features), random(out_features, components), random(4, out_features, in_features)
 
 
-def train(A, B, gradients, *, floor=1e-6, steps=None):
-    """A and B after every step, the gradients being those of ΔW."""
+def train(A, B, gradients, **options):
+    """A and B after every step; the gradients, or functions of A and B, are those of ΔW."""
     moments = no_moments(A), no_moments(B.mT)
     found = []
-    for gradient in gradients[:steps]:
+    for gradient in gradients:
+        gradient = gradient(A, B) if callable(gradient) else gradient
         of_A, of_B = B.mT @ gradient, (gradient @ A.mT).mT
-        (up_A, up_B), moments = orthogonal_updates((A, B.mT), (of_A, of_B), moments, betas=BETAS, floor=floor)
+        (up_A, up_B), moments = orthogonal_updates((A, B.mT), (of_A, of_B), moments, betas=BETAS, **options)
         A, B = A - LR * up_A, B - LR * up_B.mT
         found.append((A, B))
     return found
@@ -117,25 +117,12 @@ def test_the_change_of_the_product_is_the_same_for_all_its_factors(shape, seed, 
         for _ in range(2)
     )
     R = left @ torch.diag(torch.logspace(-spread, spread, components, dtype=torch.float64)) @ right
-    other_A, other_B = R @ A, B @ torch.linalg.inv(R)
-    moments, other = [(no_moments(A), no_moments(B.mT)) for _ in range(2)]
-    for target in targets:
-        # The gradient of a loss of the product: ‖ΔW − T‖² / 2.
-        gradient, other_gradient = B @ A - target, other_B @ other_A - target
-        (up_A, up_B), moments = orthogonal_updates(
-            (A, B.mT), (B.mT @ gradient, A @ gradient.mT), moments, betas=BETAS, floor=1e-14
-        )
-        A, B = A - LR * up_A, B - LR * up_B.mT
-        (up_A, up_B), other = orthogonal_updates(
-            (other_A, other_B.mT),
-            (other_B.mT @ other_gradient, other_A @ other_gradient.mT),
-            other,
-            betas=BETAS,
-            floor=1e-14,
-        )
-        other_A, other_B = other_A - LR * up_A, other_B - LR * up_B.mT
-        size = float((B @ A).abs().max()) + 1
-        torch.testing.assert_close(other_B @ other_A, B @ A, rtol=0, atol=1e-5 * size)
+    # The gradients of losses of the product: ‖ΔW − T‖² / 2.
+    losses = [lambda A, B, target=target: B @ A - target for target in targets]
+    starts = (A, B), (R @ A, B @ torch.linalg.inv(R))
+    products = ([b @ a for a, b in train(*start, losses, floor=1e-14)] for start in starts)
+    for product, other in zip(*products, strict=True):
+        torch.testing.assert_close(other, product, rtol=0, atol=1e-5 * (float(product.abs().max()) + 1))
 
 
 @PROPERTY
@@ -164,7 +151,7 @@ def test_factors_at_zero_wait_and_start_with_the_first_gradient():
     still_A, still_B = train(A, B, [nothing, nothing])[-1]
     assert torch.equal(still_A, A)
     assert torch.equal(still_B, B)
-    after_one, after_two = train(A, B, gradients, steps=2)
+    after_one, after_two = train(A, B, gradients[:2])
     assert torch.equal(after_one[0], A), "A has no frame yet"
     assert after_one[1].abs().max() > 0
     assert not torch.equal(after_two[0], A)
@@ -200,49 +187,19 @@ def test_steps_ignore_the_scale_of_the_loss(scale):
 @pytest.mark.parametrize("parts", [2, 3])
 def test_the_grams_of_shards_add_up(parts):
     A, B, gradients = problem((4, 7, 9), 0)
-    whole = train(A, B, gradients, steps=3)[-1]
-    barrier, offered, results = threading.Barrier(parts), {}, {}
+    steps = [(B.mT @ gradient, A @ gradient.mT) for gradient in gradients[:3]]
 
-    def process(rank):
-        def over_shards(tensor, operation):
-            assert operation == "sum"
-            offered[rank] = tensor
-            barrier.wait(timeout=30)
-            total = sum(offered[other] for other in range(parts))
-            barrier.wait(timeout=30)
-            return total
-
+    def trained(parts=1, rank=0, **options):
         def part(rows):
             return rows.tensor_split(parts, dim=-1)[rank]
 
-        a, b = part(A), part(B.mT)
-        moments = no_moments(a), no_moments(b)
-        full_a, full_b = A, B
-        for gradient in gradients[:3]:
-            of_A, of_B = part(full_b.mT @ gradient), part(full_a @ gradient.mT)
-            (up_a, up_b), moments = orthogonal_updates(
-                (a, b), (of_A, of_B), moments, betas=BETAS, features=(7, 9), over_shards=over_shards
-            )
-            a, b = a - LR * up_a, b - LR * up_b
-            offered[rank] = (a, b)
-            barrier.wait(timeout=30)
-            full_a, full_b = (torch.cat([offered[r][side] for r in range(parts)], dim=-1) for side in (0, 1))
-            full_b = full_b.mT
-            barrier.wait(timeout=30)
-        results[rank] = full_a, full_b
+        rows = part(A), part(B.mT)
+        moments = tuple(map(no_moments, rows))
+        for step in steps:
+            updates, moments = orthogonal_updates(rows, tuple(map(part, step)), moments, betas=BETAS, **options)
+            rows = tuple(each - LR * update for each, update in zip(rows, updates, strict=True))
+        return rows
 
-    threads = [threading.Thread(target=process, args=(rank,)) for rank in range(parts)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for found in results.values():
-        torch.testing.assert_close(found, whole, rtol=0, atol=1e-9)
-
-
-def test_a_step_reads_no_value_of_a_tensor():
-    """Tensors without values refuse whatever would make a GPU's host wait."""
-    a, b = torch.empty(3, 4, 6, device="meta"), torch.empty(3, 4, 5, device="meta")
-    updates, moments = orthogonal_updates((a, b), (a, b), (no_moments(a), no_moments(b)))
-    assert [update.shape for update in updates] == [a.shape, b.shape]
-    assert moments[0].second_NN.shape == (3, 4, 4)
+    sharded = in_processes(parts, lambda rank, sums: trained(parts, rank, features=(7, 9), over_shards=sums))
+    found = tuple(torch.cat(shards, dim=-1) for shards in zip(*sharded, strict=True))
+    torch.testing.assert_close(found, trained(), rtol=0, atol=1e-9)

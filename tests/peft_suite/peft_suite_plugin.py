@@ -5,8 +5,6 @@ are on a hub, small random ones in a local folder; tests without such a paramete
 ``listed.yaml`` names the tests that must fail, each with its reason; one that passes fails the run.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import os
 import sys

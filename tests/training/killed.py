@@ -1,25 +1,21 @@
-"""Processes of ``badit train`` that end as they are told to: by a signal, or on a full disk.
+"""A process of ``badit train`` that ends as it is told to: by a signal, or on a full disk.
 
-``python killed.py`` imports everything once, then forks a process for each line of its standard input, a JSON object:
+``test_kills`` forks one for each order from a server that has imported this module. An order has
 
     recipe    the file to train
     output    the run's folder
     counts    a file for the counts of the events, if the process ends by itself
+    errors    a file for the process's standard error
     event     when to strike: a callback's event such as on_step_end, or "file", an operation on a file of the run
     number    at which of these events, counted from 1 (0: never)
     signal    what to send itself there; or 0: from there on no file may grow beyond 2 kB, as on a full disk
-
-It answers each with a line: the exit status, negative for a signal, and the process's standard error.
 """
-
-from __future__ import annotations
 
 import gc
 import json
 import os
 import resource
 import sys
-import tempfile
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -27,7 +23,6 @@ from typing import Any
 import peft.utils.transformers_weight_conversion  # noqa: F401
 import rouge_score.rouge_scorer  # noqa: F401
 import transformers.models.llama.modeling_llama  # noqa: F401
-from transformers import TrainerCallback
 
 import badit.evaluate  # noqa: F401 (imported, as are those above, so that the forked processes need not)
 from badit.cli import main
@@ -62,32 +57,15 @@ class Striker:
             self.count("file")
 
 
-def train(order: dict[str, Any]) -> int:
+def train(order: dict[str, Any]) -> None:
+    for stream, path in ((1, os.devnull), (2, order["errors"])):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
     striker, own = Striker(order), AdapterMethod.callbacks
-
-    def callbacks(self: AdapterMethod, run: Any) -> list[TrainerCallback]:
-        return [*own(self, run), *striker.callbacks]
-
-    AdapterMethod.callbacks = callbacks  # pyright: ignore
+    AdapterMethod.callbacks = lambda self, run: [*own(self, run), *striker.callbacks]  # pyright: ignore
     code = main(["train", order["recipe"], f"output={order['output']}"])
     Path(order["counts"]).write_text(json.dumps(striker.counts))
-    return code
+    sys.exit(code)
 
 
-def serve() -> None:
-    gc.collect()
-    gc.freeze()  # so that the forked processes' collections skip the imported modules
-    for line in sys.stdin:
-        with tempfile.TemporaryFile("w+") as errors:
-            child = os.fork()
-            if child == 0:
-                os.dup2(errors.fileno(), 2)
-                os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-                os._exit(train(json.loads(line)))
-            status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-            errors.seek(0)
-            print(json.dumps({"status": status, "errors": errors.read()}), flush=True)
-
-
-if __name__ == "__main__":
-    serve()
+gc.collect()
+gc.freeze()  # so that the forked processes' collections skip the imported modules

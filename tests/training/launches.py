@@ -1,7 +1,5 @@
 """Trainings in several processes, started as in docs/several-gpus.md, and what must be the same however they ran."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import subprocess
@@ -118,18 +116,18 @@ def assert_same_run(two: Run, one: Run) -> None:
     assert not two.checkpoints_path.exists()
 
 
-def assert_stops_and_resumes(launches: Launches, engine: str) -> None:
+def assert_stops_and_resumes(launches: Launches, engine: str, *, whole: str = "") -> None:
     """A signal to one process stops both at the same step; resumed, they end as those that were not, to the bit.
 
-    ``launches`` has trained ENGINE. The run that was stopped stays, as it was then, as ENGINE-copied.
+    ``whole`` names the finished run (by default the engine's own). A copy of the stopped run stays as ENGINE-copied.
     """
     name = f"{engine}-stopped"
     printed = launches.train(name, 2, engine, code=130, stop_at=7)
     assert printed.count("badit: interrupted") == 1, printed
-    stopped, whole = launches.run(name), launches.run(engine)
+    stopped, finished = launches.run(name), launches.run(whole or engine)
     assert last_checkpoint(stopped.checkpoints_path) == stopped.checkpoints_path / "checkpoint-7"
     shutil.copytree(stopped.path, launches.folder / f"{engine}-copied")
     launches.train(name, 2, engine)
-    assert_same(learned(stopped), learned(whole))
+    assert_same(learned(stopped), learned(finished))
     for file in ("metrics.jsonl", "regroupings.jsonl", "scores.json"):
-        assert (stopped.path / file).read_text() == (whole.path / file).read_text()
+        assert (stopped.path / file).read_text() == (finished.path / file).read_text()

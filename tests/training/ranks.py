@@ -6,8 +6,6 @@ accelerate shards a model (FSDP2) on accelerators only; with ``BADIT_SHARD_ON_CP
 ``BADIT_STOP_AT=N`` sends the last process, and no other, a SIGTERM in step N.
 """
 
-from __future__ import annotations
-
 import os
 import signal
 import sys

@@ -12,6 +12,7 @@ from badit.errors import BaditError
 from badit.recipe import build_recipe
 from badit.train import fit
 from badit.trainer import StopOnSignal
+from test_security import Mark
 from training.trainers import assert_same, fit_until, learned
 
 
@@ -86,22 +87,12 @@ def test_a_run_continues_from_the_last_good_checkpoint(recipe_values, tmp_path, 
     assert stopped.metrics_path.read_text() == whole.metrics_path.read_text()
 
 
-class Attack:
-    """Makes a folder when it is unpickled."""
-
-    def __init__(self, marker):
-        self.marker = marker
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.marker),)
-
-
 def test_no_code_in_a_checkpoint_is_run_even_if_it_is_sealed(recipe_values, tmp_path, stopped):
     checkpoint, marker = stopped.checkpoints_path / "checkpoint-10", tmp_path / "attacked"
     good = shutil.copytree(checkpoint, tmp_path / "good")
     for file in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin"):
         staged = shutil.copytree(good, stopped.checkpoints_path / STAGING / "checkpoint-10")
-        torch.save(Attack(marker), staged / file)
+        torch.save(Mark(marker), staged / file)
         (staged / SEAL).unlink()
         seal(staged, stopped.checkpoints_path)
         assert last_checkpoint(stopped.checkpoints_path) == checkpoint

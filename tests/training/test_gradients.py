@@ -1,8 +1,6 @@
 """Gram matrices from shards add up to that of the whole gradient; DeepSpeed's are read by its API, in time."""
 
 import sys
-import threading
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from types import ModuleType, SimpleNamespace
 
@@ -16,24 +14,7 @@ from badit.errors import BaditError
 from badit.gradients import before_step, component_grams, scale_columns, steps_in_backward, whole_weights
 from badit.method import cosine_gram
 from badit.methods import build_method
-
-
-class Processes:
-    """``over_shards`` for threads that stand for processes: each waits for the others' tensors."""
-
-    def __init__(self, count):
-        self.tensors = [None] * count
-        self.barrier = threading.Barrier(count)
-
-    def over_shards(self, rank):
-        def combine(tensor, operation):
-            self.tensors[rank] = tensor
-            self.barrier.wait(timeout=30)
-            stacked = torch.stack(list(self.tensors))
-            self.barrier.wait(timeout=30)
-            return stacked.amax(dim=0) if operation == "max" else stacked.sum(dim=0)
-
-        return combine
+from method.shards import in_processes
 
 
 @settings(max_examples=40, deadline=None)
@@ -53,11 +34,8 @@ def test_shards_give_the_gram_of_the_whole(count, shape, scale, dead, broken):
         grad_A[0], grad_B[:, 0] = 0, 0
     if broken:
         grad_A[-1, -1] = torch.inf
-    processes = Processes(count)
     shards = list(zip(grad_A.tensor_split(count, dim=1), grad_B.tensor_split(count, dim=0), strict=True))
-    with ThreadPoolExecutor(count) as pool:
-        calls = [pool.submit(cosine_gram, *shards[rank], processes.over_shards(rank)) for rank in range(count)]
-        grams = [call.result(timeout=60) for call in calls]
+    grams = in_processes(count, lambda rank, over_shards: cosine_gram(*shards[rank], over_shards))
     for gram_NN in grams:
         assert torch.equal(gram_NN, grams[0])
         torch.testing.assert_close(gram_NN, cosine_gram(grad_A, grad_B), rtol=0, atol=1e-5)

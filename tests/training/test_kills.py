@@ -3,21 +3,20 @@
 ``make stress`` kills each kind of run at 20 random steps and 20 random operations on its files; ``make test`` at a few.
 """
 
-import json
+import multiprocessing
 import os
 import random
 import signal
-import subprocess
-import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import yaml
 
 from badit.files import read_json
+from training import killed
+from training.launches import TESTS
 
-SCRIPT = Path(__file__).with_name("killed.py")
-STEP_EVENTS = ("on_step_begin", "on_pre_optimizer_step", "on_optimizer_step", "on_step_end")
 KILLS = 20 if os.environ.get("BADIT_STRESS") else 2
 
 BADIT = {"name": "badit", "num_experts": 4, "r": 2, "lora_dropout": 0.1, "regroup": {"every": 4}}
@@ -43,18 +42,17 @@ KINDS = {
 
 
 @pytest.fixture(scope="module")
-def server():
-    path = os.pathsep.join([str(SCRIPT.parent.parent), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-W", "ignore", str(SCRIPT)]
-    pipe = subprocess.PIPE
-    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment) as process:
-        yield process
-    assert process.returncode == 0
+def processes():
+    """Forks of a server process that has imported everything once."""
+    path = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["training.killed"])
+    with patch.dict(os.environ, {"PYTHONPATH": path, "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1"}):
+        yield context
 
 
 @pytest.fixture(scope="module", params=KINDS)
-def train(request, server, material, tmp_path_factory):
+def train(request, processes, material, tmp_path_factory):
     """Trains one kind of run into a folder, to its end or to where it is struck; "whole" has been trained."""
     folder, kind = tmp_path_factory.mktemp(request.param), KINDS[request.param]
     values = {
@@ -67,11 +65,12 @@ def train(request, server, material, tmp_path_factory):
     (folder / "recipe.yaml").write_text(yaml.safe_dump(values))
 
     def run(name, event="", number=0, sent=0):
-        paths = {"recipe": "recipe.yaml", "output": name, "counts": f"{name}.json"}
-        order = {key: str(folder / path) for key, path in paths.items()}
-        server.stdin.write(json.dumps({**order, "event": event, "number": number, "signal": sent}) + "\n")
-        server.stdin.flush()
-        return json.loads(server.stdout.readline())
+        paths = {"recipe": "recipe.yaml", "output": name, "counts": f"{name}.json", "errors": f"{name}.txt"}
+        order = {key: str(folder / path) for key, path in paths.items()} | {"event": event, "number": number}
+        process = processes.Process(target=killed.train, args=({**order, "signal": sent},))
+        process.start()
+        process.join()
+        return {"status": process.exitcode, "errors": Path(order["errors"]).read_text()}
 
     run.folder = folder
     assert run("whole")["status"] == 0
@@ -102,7 +101,7 @@ def assert_ends_as_whole(train, name):
 def test_killed_runs_end_as_the_one_that_was_not(train):
     counts = read_json(train.folder / "whole.json")
     rng = random.Random(0)
-    strikes = [(rng.choice(STEP_EVENTS), rng.randint(1, counts["on_step_end"])) for _ in range(KILLS)]
+    strikes = [(rng.choice(killed.STEP_EVENTS), rng.randint(1, counts["on_step_end"])) for _ in range(KILLS)]
     strikes += [("file", rng.randint(1, counts["file"])) for _ in range(KILLS)]
     strikes += [("on_train_end", 1)]  # after the last checkpoint
     for i, (event, number) in enumerate(strikes):

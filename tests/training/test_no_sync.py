@@ -6,6 +6,7 @@ shape that depends on values.
 
 import sys
 from collections import Counter
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -44,47 +45,38 @@ def place():
     return None
 
 
-class Reads(TorchFunctionMode):
-    def __init__(self, waits):
-        super().__init__()
-        self._waits = waits
+waits = Counter()
 
+
+class Reads(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if getattr(func, "__name__", "") in READS and (where := place()):
-            self._waits[where] += 1
+            waits[where] += 1
         return func(*args, **(kwargs or {}))
 
 
 class Shapes(TorchDispatchMode):
-    def __init__(self, waits):
-        super().__init__()
-        self._waits = waits
-
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         by_mask = func in MASKED and any(index is not None and index.dtype == torch.bool for index in args[1])
         if (by_mask or func in SHAPED_BY_VALUES) and (where := place()):
-            self._waits[where] += 1
+            waits[where] += 1
         return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("options", [{}, {"router_input": "standardised", "top_k": 2}, {"routing": "token"}], ids=str)
 @pytest.mark.parametrize("micro_batches", [1, 2])
 def test_a_step_waits_for_its_labels_and_once_before_the_optimizer(tiny_model, tmp_path, options, micro_batches):
-    waits, modes, counted = Counter(), [], []
+    modes, counted = ExitStack(), []
+    waits.clear()
 
     def begin(state, keywords):
         if state.global_step > 0:  # the first batch is checked for a warning
-            modes.extend([Reads(waits), Shapes(waits)])
-            for mode in modes:
-                mode.__enter__()
-
-    def end(state, keywords):
-        counted.extend([state.global_step] * bool(modes))
-        while modes:
-            modes.pop().__exit__(None, None, None)
+            modes.enter_context(Reads())
+            modes.enter_context(Shapes())
+            counted.append(state.global_step)
 
     regrouping = [] if "top_k" in options else [RegroupCallback(every=100)]
-    callbacks = [*regrouping, on("on_step_begin", begin), on("on_step_end", end)]
+    callbacks = [*regrouping, on("on_step_begin", begin), on("on_step_end", lambda *args: modes.close())]
     steps = {"max_steps": 4, "gradient_accumulation_steps": micro_batches, "logging_steps": 100}
     make_trainer(adapted(tiny_model("llama"), **options), tmp_path, callbacks, save_strategy="no", **steps).train()
     assert len(counted) == 3

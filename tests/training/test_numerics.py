@@ -1,14 +1,12 @@
 """Losses and gradients are finite on odd batches and odd weights; steps that are not finite are skipped and counted."""
 
 import itertools
-import json
 import math
 import re
 
 import pytest
 import torch
 
-from badit.cli import main
 from badit.errors import BaditError
 from badit.files import read_jsonl
 from badit.methods import AdapterMethod
@@ -21,14 +19,10 @@ from training.trainers import adapted, learned, make_trainer, on, with_callbacks
 
 def odd_batch():
     """An ordinary row, one whose prompt is one token, one without an answer, and one that is all padding."""
-    ids = torch.arange(3, 3 + 4 * 8).view(4, 8)
-    mask = torch.ones_like(ids)
-    labels = torch.full_like(ids, -100)
-    labels[0, 5:] = ids[0, 5:]
-    labels[1, 1:3] = ids[1, 1:3]
-    mask[1, 3:] = 0
-    mask[3] = 0
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    ids, position = torch.arange(3, 3 + 4 * 8).view(4, 8), torch.arange(8)
+    length, answer = torch.tensor([[8], [3], [8], [0]]), torch.tensor([[5], [1], [8], [0]])
+    labels = ids.masked_fill((position < answer) | (position >= length), -100)
+    return {"input_ids": ids, "attention_mask": (position < length).long(), "labels": labels}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -102,26 +96,20 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(recipe_values, monkeyp
     assert not re.search("NaN|Infinity", run.metrics_path.read_text())
 
 
-def test_too_many_of_them_stop_the_run_and_name_the_batch(recipe_values, tmp_path, monkeypatch, capsys):
-    path = tmp_path / "recipe.json"
-    path.write_text(json.dumps(recipe_values))
-    command = ["train", str(path), "training.max_skipped_steps=2"]
-    with monkeypatch.context() as patch:
-        break_loss(patch, {3, 7, 9})
-        assert main(command) == 2
-    error = capsys.readouterr().err.splitlines()[-1]
-    message = "badit: training: the loss or its gradient is not finite in step 9, after 2 skipped steps; "
-    assert error.startswith(message)
-    ids = {f"{task.name}/{each.id}" for task in make_plan(build_recipe(recipe_values)).tasks for each in task.train}
-    named = error.partition("the batch has instances ")[2].partition(";")[0].split(", ")
+def test_too_many_of_them_stop_the_run_and_name_the_batch(recipe_values, monkeypatch):
+    recipe = build_recipe(recipe_values, ["training.max_skipped_steps=2"])
+    message = "training: the loss or its gradient is not finite in step 9, after 2 skipped steps; "
+    # The checkpoint of step 5 has counted one skipped step, so the run continues with one skip left, not two.
+    for steps in ({3, 7, 9}, {7, 9}):
+        with monkeypatch.context() as patch:
+            break_loss(patch, steps)
+            with pytest.raises(BaditError, match=f"^{message}") as caught:
+                fit(recipe, progress=False)
+    ids = {f"{task.name}/{each.id}" for task in make_plan(recipe).tasks for each in task.train}
+    named = str(caught.value).partition("the batch has instances ")[2].partition(";")[0].split(", ")
     assert len(named) == 4
     assert set(named) <= ids
-    # The checkpoint of step 5 has counted one skipped step, so the run continues with one skip left, not two.
-    with monkeypatch.context() as patch:
-        break_loss(patch, {7, 9})
-        assert main(command) == 2
-    assert "in step 9" in capsys.readouterr().err
-    assert main(command) == 0
+    fit(recipe, progress=False)
 
 
 def test_deterministic_algorithms_are_used_in_training_only(recipe_values, monkeypatch):

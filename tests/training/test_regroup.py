@@ -11,16 +11,14 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 
 import reference
-from badit import BaditError, RegroupCallback, Regrouper
+from badit import BaditConfig, BaditError, RegroupCallback, Regrouper
 from badit.angles import trainable_adapters
 from badit.data import AnswerCollator
 from badit.files import read_jsonl
 from badit.method import expert_angles, grouping_objective
+from badit.methods import build_method
 from badit.regroup import STATE_FILE, OutputProbe
-from training.trainers import QUIET, StopAt, adapted, adapter_state, assert_same, examples, make_trainer, on
-
-# PEFT 0.19 looks for the model's configuration on disk when it saves; these models were never saved.
-pytestmark = pytest.mark.filterwarnings("ignore:Could not find a config file in:UserWarning")
+from training.trainers import QUIET, adapted, adapter_state, assert_same, examples, make_trainer, on
 
 PROMPT = {"input_ids": torch.tensor([[5, 6, 7, 8]])}
 BATCHES = 12
@@ -114,16 +112,6 @@ def whole(tiny_model, tmp_path):
     return tmp_path / "whole", adapter_state(model)
 
 
-@pytest.mark.parametrize("stopped_at", [7, 9])
-def test_resuming_is_exact(tiny_model, tmp_path, whole, stopped_at):
-    """Stopped within a window, and right after a regrouping; the last checkpoint is of step 5."""
-    with pytest.raises(KeyboardInterrupt):
-        train(adapted(tiny_model("llama")), tmp_path, RegroupCallback(every=3), StopAt(stopped_at))
-    resumed = train(adapted(tiny_model("llama")), tmp_path, RegroupCallback(every=3), resume=True)
-    assert_same(adapter_state(resumed), whole[1])
-    assert log_lines(tmp_path) == log_lines(whole[0])
-
-
 def test_a_checkpoint_has_safetensors_and_is_refused_without_a_valid_state(tiny_model, tmp_path, whole):
     checkpoint, moved = whole[0] / "checkpoint-10", tmp_path / "moved"
     labels = [
@@ -162,17 +150,36 @@ def test_the_solver_and_the_bounds_are_used(tiny_model, tmp_path):
     assert (objectives[0] != objectives[1]).any()
 
 
-def test_bad_options_and_models_are_refused(tiny_model, tmp_path):
-    for options, field in (
-        ({"every": 0}, "every"),
-        ({"every": True}, "every"),
+@pytest.mark.parametrize(
+    ("every", "steps"), [(0.1, [10, 20, 30, 40, 50]), (0.25, [25, 50]), (30, [30]), (1e-9, [*range(1, 51)])]
+)
+def test_a_fraction_of_the_run_between_regroupings(tiny_model, every, steps):
+    model = adapted(tiny_model("llama"))
+    regrouper = Regrouper(model, 100, every=every, stop=0.5)
+    regrouped = []
+    regrouper._regroup = lambda: regrouped.append(regrouper.steps)
+    for _ in range(100):
+        regrouper.step()
+    assert regrouped == steps
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        *(({"every": every}, "every must be a whole number of steps or a fraction of the run")
+          for every in (0, -1, 1.5, float("nan"), True, "20")),
         ({"start": 0.5, "stop": 0.2}, "0 ≤ start ≤ stop ≤ 1"),
         ({"stop": 1.5}, "0 ≤ start ≤ stop ≤ 1"),
         ({"solver": "greedy"}, "solver"),
         ({"restarts": -1}, "restarts"),
-    ):
-        with pytest.raises(BaditError, match=field):
-            RegroupCallback(**options)
+    ],
+)  # fmt: skip
+def test_bad_options_are_refused(options, message):
+    with pytest.raises(BaditError, match=message):
+        RegroupCallback(**options)
+
+
+def test_bad_steps_and_models_are_refused(tiny_model, tmp_path):
     for total in (0, 1.5, True):
         with pytest.raises(BaditError, match="total_steps"):
             Regrouper(adapted(tiny_model("llama")), total)
@@ -180,7 +187,28 @@ def test_bad_options_and_models_are_refused(tiny_model, tmp_path):
         train(tiny_model("llama"), tmp_path, RegroupCallback())
 
 
-# --- a loop of the user's own -----------------------------------------------------------------------------------------
+def test_regrouping_into_experts_that_are_switched_off_is_refused(tiny_model):
+    with pytest.raises(BaditError, match="components into experts that top_k switches off"):
+        build_method({"name": "badit", "top_k": 2})
+    assert build_method({"name": "badit", "top_k": 2, "regroup": None}).config.top_k == 2
+    model = adapted(tiny_model("llama"), top_k=2)
+    with pytest.raises(BaditError, match=r"gate_proj\.default: regrouping would move components"):
+        Regrouper(model, 10)
+
+
+def test_the_papers_form_has_one_name():
+    method = build_method({"name": "badit", "preset": "paper"})
+    config = BaditConfig.paper()
+    assert (config.gates, config.init_weights, config.svd_method) == ("softmax", "bad", "exact")
+    for name in BaditConfig.PAPER:
+        assert getattr(method.config, name) == getattr(config, name), name
+    assert method.regroup["solver"] == "paper"
+    own = build_method({"name": "badit", "preset": "paper", "num_experts": 4, "regroup": {"restarts": 3}})
+    assert (own.config.num_experts, own.config.gates) == (4, "softmax")
+    assert (own.regroup["restarts"], own.regroup["stop"]) == (3, 0.5)
+    assert build_method({"name": "badit", "preset": "paper", "regroup": None}).regroup is None
+    with pytest.raises(BaditError, match=r"method\.preset: must be default or paper, got 'papers'"):
+        build_method({"name": "badit", "preset": "papers"})
 
 
 def batches():
@@ -274,9 +302,6 @@ def test_a_loop_continues_from_accelerates_checkpoint_or_from_safetensors(tiny_m
     assert_same(loaded["tensors"], state["tensors"])
     with pytest.raises(BaditError, match="another model"):
         resumed.regrouper.load_state_dict({**state, "windows": {}})
-
-
-# --- what the change of the output is measured on ---------------------------------------------------------------------
 
 
 def seen_by(model, probe):

@@ -11,12 +11,11 @@ from training.trainers import learned
 
 def test_two_processes_end_as_one_does(launches, capsys):
     launches.train_alone("one", batch=4)
-    for engine in ("ddp", "fsdp2", "fsdp2, full state"):
+    for engine in ("ddp", "fsdp2"):
         printed = launches.train(engine, 2, engine)
         assert printed.count("mean over tasks") == 1
         assert printed.count("0/12 [00:00<?") == 1, "one bar"
         assert_same_run(launches.run(engine), launches.run("one"))
-    for engine in ("ddp", "fsdp2"):
         assert_stops_and_resumes(launches, engine)
     # The stopped run of two processes continues in one, whose steps have half as many instances; and in three.
     shutil.copytree(launches.run("ddp-copied").path, launches.folder / "alone")

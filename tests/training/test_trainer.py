@@ -1,9 +1,8 @@
 """The answer-only loss against a naive one, the order of the batches, and the angles between experts."""
 
-import math
 from collections import Counter
-from statistics import fmean
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,11 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import get_peft_model
 
+import reference
 from badit.angles import AngleLog
 from badit.baselines.mixture import HydraLoraConfig, LoraMoeConfig
 from badit.data import AnswerCollator
 from badit.errors import BaditError
 from badit.files import read_jsonl
+from badit.method import expert_angles
 from badit.trainer import EpochSampler, logits_only_at
 from badit.tuner import BaditConfig
 from badit.tuner.layer import ExpertLinear
@@ -25,14 +26,9 @@ from tuner.helpers import randomise
 
 def naive_loss(model, batch, items):
     """Every logit computed, then the mean negative log-likelihood of the answers' tokens, one by one."""
-    logits = model(**batch).logits
-    total = torch.zeros(())
-    for row in range(len(batch["labels"])):
-        for position in range(1, batch["labels"].shape[1]):
-            label = batch["labels"][row, position]
-            if label != -100:
-                total = total - F.log_softmax(logits[row, position - 1].float(), dim=-1)[label]
-    return total / items
+    logs = F.log_softmax(model(**batch).logits.float(), dim=-1)
+    answers = (batch["labels"] != -100).nonzero().tolist()
+    return -sum(logs[row, position - 1, batch["labels"][row, position]] for row, position in answers) / items
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -131,18 +127,6 @@ def test_of_several_gpus_one_process_uses_one_and_says_so_once(tiny_model, tmp_p
     assert capsys.readouterr().err.count(f"badit: training on one of 2 GPUs; to use all of them: {launch}") == 1
 
 
-def naive_angles(steps, r):
-    """The mean over pairs of the angle whose cosine is the mean over steps."""
-    cosines = {"intra": [], "inter": []}
-    for i in range(len(steps[0])):
-        for j in range(i):
-            cosine = fmean(float(torch.cosine_similarity(g[i], g[j], dim=0)) for g in steps)
-            cosines["intra" if i // r == j // r else "inter"].append(cosine)
-    degrees = {f"{kind}_degrees": fmean(math.degrees(math.acos(c)) for c in cosines[kind]) for kind in cosines}
-    return degrees | {f"{kind}_abs_cos": fmean(map(abs, cosines[kind])) for kind in cosines}
-
-
-@pytest.mark.filterwarnings("ignore:Could not find a config file in  - :UserWarning")  # PEFT 0.19
 @pytest.mark.parametrize("config_class", [LoraMoeConfig, BaditConfig, HydraLoraConfig])
 def test_without_regrouping_every_window_has_the_angles_of_its_mean_gradients(tiny_model, tmp_path, config_class):
     steps, path = [], tmp_path / "angles.jsonl"
@@ -150,7 +134,7 @@ def test_without_regrouping_every_window_has_the_angles_of_its_mean_gradients(ti
     layers = [module for module in model.modules() if isinstance(module, ExpertLinear)]
 
     def keep_gradients(state, keywords):
-        pairs = {f"{m.name}.default": (m.badit_A["default"].grad, m.badit_B["default"].grad.T) for m in layers}
+        pairs = {f"{m.name}.default": (m.badit_A["default"].grad, m.badit_B["default"].grad) for m in layers}
         steps.append({name: [factor.clone() for factor in pair] for name, pair in pairs.items()})
 
     make_trainer(model, tmp_path, [on("on_pre_optimizer_step", keep_gradients), AngleLog(path, every=5)]).train()
@@ -161,5 +145,6 @@ def test_without_regrouping_every_window_has_the_angles_of_its_mean_gradients(ti
     assert [(line["step"], line["window_steps"]) for line in lines[::2]] == [(5, 5), (10, 5), (12, 2)]
     for line in lines:
         window = steps[line["step"] - line["window_steps"] : line["step"]]
-        expected = naive_angles([torch.cat(step[line["module"]], dim=1) for step in window], r=2)
+        gram_NN = np.mean([reference.cosine_gram(*step[line["module"]]) for step in window], axis=0)
+        expected = expert_angles(gram_NN, np.repeat(np.arange(3), 2))._asdict()
         assert {key: line[key] for key in expected} == pytest.approx(expected, abs=0.05)

@@ -1,12 +1,13 @@
 """TRL's trainers with a BADIT configuration and the regrouping callback, as a user would write it."""
 
 import math
+from contextlib import nullcontext
 from itertools import chain
 
 import pytest
 import torch
 from datasets import Dataset
-from peft import PeftModel, get_peft_model
+from peft import get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
@@ -16,12 +17,6 @@ from badit.files import read_jsonl
 from badit.tuner.layer import BaditLinear
 from data.examples import make_tokenizer
 from training.trainers import QUIET
-
-# TRL switches gradient checkpointing on by default, under a name that transformers is about to change.
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:`gradient_checkpointing.*` is deprecated:FutureWarning",
-    "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning",
-)
 
 # CHATML with TRL's marks of what the assistant says.
 MARKED = (
@@ -78,40 +73,21 @@ def prompts_of(tokenizer, chats):
     return {tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for chat in chats}
 
 
-def test_supervised_fine_tuning(model_folder, tmp_path):
-    trainer = sft_trainer(model_folder, tmp_path / "out", ROWS[:16])
-    before = {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
-    trainer.train()
-    changed = {n for n, parameter in trainer.model.named_parameters() if not torch.equal(parameter, before[n])}
-    assert {name.split(".")[-2] for name in changed} == {"badit_A", "badit_B", "badit_router"}
-    assert {line["step"] for line in read_jsonl(tmp_path / "out" / "regroupings.jsonl")} == {2, 4, 6}
-
-    trainer.save_model(str(tmp_path / "adapter"))
-    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model_folder), tmp_path / "adapter")
-    inputs = {"input_ids": torch.tensor([[5, 6, 7]])}
-    with torch.no_grad():
-        torch.testing.assert_close(loaded.eval()(**inputs).logits, trainer.model.eval()(**inputs).logits)
-
-
-@pytest.mark.parametrize("turns", [1, 2])
-def test_chats_with_a_loss_on_the_assistant_are_routed_on_the_prompt(model_folder, tmp_path, turns):
-    tokenizer = make_tokenizer(chat_template=MARKED)
-    rows = [{"messages": chat(i, turns)} for i in range(4)]
-    trainer = sft_trainer(model_folder, tmp_path, rows, tokenizer, assistant_only_loss=True, max_steps=1)
-    if turns == 1:
-        read = routed_on(trainer, tokenizer)
+@pytest.mark.parametrize("rows", ["one turn", "two turns", "one row per answer"])
+def test_chats_with_a_loss_on_the_assistant_are_routed_on_the_prompt(model_folder, tmp_path, rows):
+    tokenizer, chats, options = make_tokenizer(chat_template=MARKED), [chat(i, turns=2) for i in range(2)], {}
+    prompts = [messages[:end] for messages in chats for end in (2, 4)]
+    if rows == "one row per answer":
+        data = [row for messages in chats for row in answer_rows(messages)]
     else:
-        with pytest.warns(UserWarning, match=r"several answers.*badit\.data\.answer_rows"):
-            read = routed_on(trainer, tokenizer)
-    assert set(chain(*read)) == prompts_of(tokenizer, [chat(i, turns)[:2] for i in range(4)])
-
-
-def test_a_row_per_answer_is_routed_on_the_whole_chat_before_it(model_folder, tmp_path):
-    tokenizer = make_tokenizer(chat_template=MARKED)
-    rows = [row for i in range(2) for row in answer_rows(chat(i, turns=2))]
-    read = routed_on(sft_trainer(model_folder, tmp_path, rows, tokenizer, max_steps=1), tokenizer)
-    expected = prompts_of(tokenizer, [chat(i, turns=2)[:end] for i in range(2) for end in (2, 4)])
-    assert set(chain(*read)) == expected
+        chats = [chat(i, turns=2 if rows == "two turns" else 1) for i in range(4)]
+        prompts = [messages[:2] for messages in chats]
+        data, options = [{"messages": messages} for messages in chats], {"assistant_only_loss": True}
+    trainer = sft_trainer(model_folder, tmp_path, data, tokenizer, max_steps=1, **options)
+    several = pytest.warns(UserWarning, match=r"several answers.*badit\.data\.answer_rows")
+    with several if rows == "two turns" else nullcontext():
+        read = routed_on(trainer, tokenizer)
+    assert set(chain(*read)) == prompts_of(tokenizer, prompts)
 
 
 PADDING_FREE = {"padding_free": True, "max_length": None}
@@ -141,9 +117,6 @@ def test_rows_that_are_cut_anywhere_are_refused(model_folder, tmp_path):
     options = {"packing": True, "packing_strategy": "wrapped", "max_length": 64}
     with pytest.raises(BaditError, match="wrapped rows are cut anywhere"):
         sft_trainer(model_folder, tmp_path, ROWS[:16], **options).train()
-
-
-# --- preferences ------------------------------------------------------------------------------------------------------
 
 
 def dpo_trainer(model_folder, output, model=None, **options):

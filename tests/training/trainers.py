@@ -1,7 +1,5 @@
 """Small trainings, callbacks that watch or stop them, and comparisons of their weights."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from peft import get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback, TrainingArguments
 
 from badit.data import AnswerCollator
@@ -19,7 +17,7 @@ from badit.recipe import Recipe
 from badit.run import Run
 from badit.train import fit
 from badit.trainer import AnswerTrainer
-from badit.tuner import BaditConfig
+from badit.tuner import BaditConfig, hooks_of
 
 QUIET: dict[str, Any] = {"use_cpu": True, "report_to": [], "disable_tqdm": True, "dataloader_pin_memory": False}
 
@@ -107,6 +105,22 @@ def learned(run: Run) -> dict[str, torch.Tensor]:
     """The tensors of a run's adapter."""
     (path,) = run.adapter_path.glob("*.safetensors")
     return load_file(path)
+
+
+@torch.no_grad()
+def logits(model: Any, task: str = "rivers") -> torch.Tensor:
+    """For a fixed prompt of a task, in eval mode."""
+    training = model.training
+    ids = torch.arange(5, 15)[None]
+    with hooks_of(model).rows_of([task]):
+        found = model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+    model.train(training)
+    return found
+
+
+def change_tensors(change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> Callable[[Path], None]:
+    """A function that rewrites a safetensors file."""
+    return lambda path: save_file(change({name: t.clone() for name, t in load_file(path).items()}), path)
 
 
 def adapter_state(model: Any) -> dict[str, torch.Tensor]:

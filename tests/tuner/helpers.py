@@ -1,7 +1,5 @@
 """Steps that the tuner's tests share: adapting a tiny model, random adapter weights, decoding by hand."""
 
-from __future__ import annotations
-
 import inspect
 from typing import Any
 
@@ -147,6 +145,13 @@ IDS, MASK = padded(random_rows(6, 11, 9))
 def logits(model: Any, ids: torch.Tensor = IDS, mask: torch.Tensor = MASK) -> torch.Tensor:
     """At the attended positions."""
     return forward(model, ids, mask).logits[mask.bool()].float()
+
+
+def gradients(model: Any) -> dict[str, torch.Tensor]:
+    """By name; the model's own are cleared."""
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return found
 
 
 def base_layer(kind: str, in_features: int, out_features: int) -> Any:

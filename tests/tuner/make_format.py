@@ -3,8 +3,6 @@
 Later releases must read it as it is meant: the file next to the adapter's has what its layers then compute.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """torch.compile, decoder layer by decoder layer: whole graphs, two for any depth; regrouping recompiles nothing."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,12 +8,10 @@ import torch
 from torch import nn
 from torch._dynamo.utils import counters
 
-from tuner.helpers import adapted, layers, padded, random_rows
+from tuner.helpers import adapted, gradients, layers, padded, random_rows
 
 # The compiler looks at it when it makes the second graph; nothing here does.
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
-
-Batch = dict[str, Any]
 
 # The first layer's input needs no gradient, the others' does: two graphs, however many layers there are.
 GRAPHS, DEPTH = 2, 4
@@ -29,7 +25,7 @@ def _nothing_compiled() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-def batch(seed: int = 0) -> Batch:
+def batch(seed: int = 0) -> dict[str, Any]:
     """Three padded rows of 12 positions with answers of 4."""
     ids, mask = padded(random_rows(12, 9, 7, seed=seed), side="left")
     labels = ids.clone()
@@ -37,15 +33,16 @@ def batch(seed: int = 0) -> Batch:
     return {"input_ids": ids, "attention_mask": mask, "labels": labels, "use_cache": False}
 
 
-def compile_layers(model: Any) -> None:
+def compiled(model: Any) -> Any:
     for layer in model.get_base_model().model.layers:
         layer.compile(backend="eager", fullgraph=True)  # the graphs are what is looked at, not what becomes of them
+    return model
 
 
-def gradients(model: nn.Module, inputs: Batch) -> dict[str, torch.Tensor]:
-    model.zero_grad()
-    model(**inputs).loss.backward()
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+def trained(model: nn.Module, micro_batches: int = 1) -> dict[str, torch.Tensor]:
+    for seed in range(micro_batches):
+        model(**batch(seed)).loss.backward()
+    return gradients(model)
 
 
 def regroup(model: nn.Module, seed: int) -> None:
@@ -60,45 +57,32 @@ def regroup(model: nn.Module, seed: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "options",
+    ("options", "micro_batches"),
     [
-        {},
-        {"router_input": "standardised", "top_k": 2},
-        {"routing": "token", "gates": "softmax"},
+        ({}, 1),
+        ({}, 3),  # the second one adds to gradients and sums of gates: two graphs more, once
+        ({"router_input": "standardised", "top_k": 2}, 1),
+        ({"routing": "token", "gates": "softmax"}, 1),
     ],
     ids=str,
 )
-def test_a_regrouping_compiles_nothing_again(tiny_model: Callable[..., Any], options: dict[str, Any]) -> None:
-    plain = adapted(tiny_model("llama", num_hidden_layers=DEPTH), **options).train()
-    compiled = adapted(tiny_model("llama", num_hidden_layers=DEPTH), **options).train()
-    compile_layers(compiled)
-    before = gradients(compiled, batch())
-    gradients(plain, batch())
-    assert counters["stats"]["unique_graphs"] == GRAPHS
+def test_a_regrouping_compiles_nothing_again(
+    tiny_model: Callable[..., Any], options: dict[str, Any], micro_batches: int
+) -> None:
+    plain, model = (adapted(tiny_model("llama", num_hidden_layers=DEPTH), **options).train() for _ in range(2))
+    before = trained(compiled(model), micro_batches)
+    trained(plain, micro_batches)
+    graphs = GRAPHS * min(micro_batches, 2)
+    assert counters["stats"]["unique_graphs"] == graphs
     for seed in (1, 2):
-        for model in (plain, compiled):
-            regroup(model, seed)
+        regroup(plain, seed)
+        regroup(model, seed)
         with torch._dynamo.config.patch(error_on_recompile=True):
-            after = gradients(compiled, batch())
-        expected = gradients(plain, batch())
-        assert after.keys() == expected.keys()
-        for name, gradient in expected.items():
-            torch.testing.assert_close(after[name], gradient, rtol=1e-4, atol=1e-6)
+            after = trained(model, micro_batches)
+        expected = trained(plain, micro_batches)
+        torch.testing.assert_close(after, expected, rtol=1e-4, atol=1e-6)
         assert any(not torch.allclose(after[name], before[name], rtol=1e-2) for name in after)
-    assert counters["stats"]["unique_graphs"] == GRAPHS
+    assert counters["stats"]["unique_graphs"] == graphs
     assert not counters["graph_break"]
-    for one, other in zip(layers(plain), layers(compiled), strict=True):
+    for one, other in zip(layers(plain), layers(model), strict=True):
         torch.testing.assert_close(one.gate_sums["default"], other.gate_sums["default"])
-
-
-def test_micro_batches_add_their_graphs_once(tiny_model: Callable[..., Any]) -> None:
-    model = adapted(tiny_model("llama", num_hidden_layers=DEPTH)).train()
-    compile_layers(model)
-    for step in range(3):
-        with torch._dynamo.config.patch(error_on_recompile=step > 0):
-            for micro_batch in range(3):
-                model(**batch(seed=micro_batch)).loss.backward()
-        assert all(float(layer.gate_sums["default"][-1]) == 9 for layer in layers(model))
-        regroup(model, seed=step)
-    assert counters["stats"]["unique_graphs"] == 2 * GRAPHS
-    assert not counters["graph_break"]

@@ -23,10 +23,16 @@ from tuner.helpers import (
 ROWS = random_rows(5, 9, 7)
 
 
-@pytest.mark.parametrize("options", [{}, {"use_cache": False}, {"cache_implementation": "static"}], ids=str)
+STATIC = {"cache_implementation": "static"}  # for which `generate` gives the model masks of four dimensions
+EAGER = {"_attn_implementation": "eager"}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "options"), [({}, {}), ({}, {"use_cache": False}), ({}, STATIC), (EAGER, STATIC)], ids=str
+)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_greedy_equals_teacher_forcing(tiny_model, family, options):
-    model = adapted(tiny_model(family))
+def test_greedy_equals_teacher_forcing(tiny_model, family, overrides, options):
+    model = adapted(tiny_model(family, **overrides))
     ids, mask = padded(ROWS)
     assert torch.equal(generate(model, ids, mask, **options), greedy_by_hand(model, ids, mask, NEW))
 
@@ -44,11 +50,10 @@ def test_inputs_embeds_and_positional_input(tiny_model):
     model = adapted(tiny_model("llama"))
     ids, mask = padded(ROWS)
     expected = generate(model, ids, mask)
-    embedded = model.get_input_embeddings()(ids)
-    options = {"attention_mask": mask, "max_new_tokens": NEW, "do_sample": False, "pad_token_id": 0}
     for use_cache in (True, False):
-        assert torch.equal(model.base_model.generate(ids, use_cache=use_cache, **options), expected)
-        new = model.generate(inputs_embeds=embedded, use_cache=use_cache, **options)
+        options = {"attention_mask": mask, "max_new_tokens": NEW, "do_sample": False, "use_cache": use_cache}
+        assert torch.equal(model.base_model.generate(ids, **options), expected)
+        new = model.generate(inputs_embeds=model.get_input_embeddings()(ids), **options)
         assert torch.equal(new, expected[:, -NEW:])
 
 
@@ -68,56 +73,55 @@ def prefill(model, ids, mask):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_copied_prompt_cache_carries_its_routing(tiny_model, family):
+def test_prompt_caches_and_their_copies_carry_their_routing_and_take_turns(tiny_model, family):
     model = adapted(tiny_model(family))
-    ids, mask = padded(ROWS)
-    cache, first = prefill(model, ids, mask)
-    expected = greedy_by_hand(model, ids, mask, NEW)[:, -NEW:]
-    for _ in range(2):
-        tokens = [first, *continue_by_hand(model, copy.deepcopy(cache), first, mask, NEW - 1)]
-        assert torch.equal(torch.cat(tokens, dim=1), expected)
+    batches = [padded(ROWS), padded(ROWS), padded(random_rows(8, 4, seed=9))]
+    caches = [prefill(model, *batch) for batch in (batches[0], batches[2])]
+    caches.insert(1, copy.deepcopy(caches[0]))
+    runs = [
+        continue_by_hand(model, cache, first, mask, NEW - 1)
+        for (cache, first), (_, mask) in zip(caches, batches, strict=True)
+    ]
+    steps = [[first for _, first in caches], *zip(*runs, strict=True)]
+    for tokens, batch in zip(zip(*steps, strict=True), batches, strict=True):
+        assert torch.equal(torch.cat(tokens, dim=1), greedy_by_hand(model, *batch, NEW)[:, -NEW:])
+
+
+def continued(model, cache, ids):
+    """``generate`` from a copy of a cache that holds the beginning of these prompts."""
+    return generate(model, ids, torch.ones_like(ids), **{cache_name(model): copy.deepcopy(cache)})
 
 
 def test_generate_continues_from_a_copied_prompt_cache(tiny_model):
     """The prompt cache of a shared beginning: its routing stays, whatever text is appended."""
     model = adapted(tiny_model("llama"))
-    ids, mask = padded(random_rows(6, 6))
-    cache, _ = prefill(model, ids, mask)
-    longer = torch.cat([ids, torch.tensor([[7, 8], [9, 10]])], dim=1)
-    options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
-    name = cache_name(model)
-    found = [
-        model.generate(
-            input_ids=longer, attention_mask=torch.ones_like(longer), **options, **{name: copy.deepcopy(cache)}
-        )
-        for _ in range(2)
-    ]
-    assert torch.equal(found[0], found[1])
-    expected = longer
+    cache, _ = prefill(model, *padded(random_rows(6, 6)))
+    ids = torch.cat([padded(random_rows(6, 6))[0], torch.tensor([[7, 8], [9, 10]])], dim=1)
+    found = continued(model, cache, ids)
+    assert torch.equal(continued(model, cache, ids), found)
     with torch.no_grad():
-        for _ in range(4):
-            all_of_it = torch.ones_like(expected)
-            prompt = all_of_it.clone()
-            prompt[:, 6:] = 0
-            token = forward(model, expected, all_of_it, prompt_mask=prompt).logits[:, -1:].argmax(-1)
-            expected = torch.cat([expected, token], dim=1)
-    assert torch.equal(found[0], expected)
+        for _ in range(NEW):
+            mask = torch.ones_like(ids)
+            prompt_mask = mask * (torch.arange(ids.shape[1]) < 6)
+            token = forward(model, ids, mask, prompt_mask=prompt_mask).logits[:, -1:].argmax(-1)
+            ids = torch.cat([ids, token], dim=1)
+    assert torch.equal(found, ids)
 
 
-def test_two_generations_in_turns(tiny_model):
+def test_a_prompt_cache_is_decoded_with_the_present_weights(tiny_model):
+    """What a generation keeps ends with it: the cache may stay, and training may continue in between."""
     model = adapted(tiny_model("llama"))
-    batches = [padded(ROWS), padded(random_rows(8, 4, seed=9))]
-    expected = [greedy_by_hand(model, ids, mask, NEW)[:, -NEW:] for ids, mask in batches]
-    runs, tokens = [], []
-    for ids, mask in batches:
-        cache, first = prefill(model, ids, mask)
-        runs.append(continue_by_hand(model, cache, first, mask, NEW - 1))
-        tokens.append([first])
-    for _ in range(NEW - 1):
-        for run, mine in zip(runs, tokens, strict=True):
-            mine.append(next(run))
-    for mine, theirs in zip(tokens, expected, strict=True):
-        assert torch.equal(torch.cat(mine, dim=1), theirs)
+    ids, mask = padded(random_rows(6))
+    cache, first = prefill(model, ids, mask)
+    ids = torch.cat([ids, first], dim=1)
+    before = continued(model, cache, ids)
+    with torch.no_grad():
+        for layer in layers(model):
+            layer.badit_B["default"].mul_(-3)
+    after = continued(model, cache, ids)
+    assert not torch.equal(before, after)
+    tokens = list(continue_by_hand(model, cache, first, mask, NEW))
+    assert torch.equal(torch.cat(tokens, dim=1), after[:, -NEW:])
 
 
 def test_a_prompt_in_pieces_is_refused(tiny_model):
@@ -145,25 +149,3 @@ def test_gates_are_worked_in_once_a_generation(tiny_model, monkeypatch, rows):
     for generation in (1, 2):
         generate(model, *padded(ROWS[:rows]))
         assert len(times) == 2 * generation, "for the prompt, and for the first token after it"
-
-
-def test_a_prompt_cache_is_decoded_with_the_weights_of_the_day(tiny_model):
-    """What a generation works in does not outlive it: the cache may, and training may continue in between."""
-    model = adapted(tiny_model("llama"))
-    ids, mask = padded(random_rows(6))
-    cache, first = prefill(model, ids, mask)
-    longer = torch.cat([ids, first], dim=1)
-    options = {"attention_mask": torch.ones_like(longer), "max_new_tokens": NEW, "do_sample": False, "pad_token_id": 0}
-    name = cache_name(model)
-
-    def continued():
-        return model.generate(input_ids=longer, **options, **{name: copy.deepcopy(cache)})
-
-    before = continued()
-    with torch.no_grad():
-        for layer in layers(model):
-            layer.badit_B["default"].mul_(-3)
-    after = continued()
-    assert not torch.equal(before, after)
-    tokens = [first, *continue_by_hand(model, cache, first, mask, NEW)]
-    assert torch.equal(torch.cat(tokens, dim=1), after[:, -NEW - 1 :])

@@ -1,6 +1,4 @@
-"""What is trained, and that checkpointing, autocast and low precision leave the gradients what they are."""
-
-import warnings
+"""Checkpointing, autocast and low precision leave the gradients what they are."""
 
 import pytest
 import torch
@@ -14,14 +12,13 @@ from tuner.helpers import (
     enable_checkpointing,
     forward,
     generate,
-    layers,
+    gradients,
     padded,
     random_rows,
 )
 
 # transformers before 5.24 checkpoints a pass without gradients, too, of which torch warns.
 no_inputs_to_differentiate = pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
-by_family = pytest.mark.parametrize("family", FAMILIES)
 
 
 def batch(seed=0, lengths=(5, 9, 7)):
@@ -33,45 +30,16 @@ def batch(seed=0, lengths=(5, 9, 7)):
     return {"ids": ids, "mask": mask, "labels": labels}
 
 
-def gradients(model):
-    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad()
-    return found
-
-
 def trainable(model, **options):
     return adapted(model, **options).train()
 
 
-@by_family
-@pytest.mark.parametrize("options", [{}, {"routing": "token"}, {"top_k": 1}], ids=str)
-def test_A_B_and_router_alone_get_gradients_without_a_warning(tiny_model, family, options):
-    model = trainable(tiny_model(family), **options)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        forward(model, **batch()).loss.backward()
-    found = gradients(model)
-    expected = {
-        f"base_model.model.{layer.name}.badit_{part}.default"
-        for layer in layers(model)
-        for part in ("A", "B", "router")
-    }
-    assert set(found) == expected
-    assert {name for name, p in model.named_parameters() if p.requires_grad} == expected
-    for name, gradient in found.items():
-        assert gradient.isfinite().all()
-        # A single gate is K whatever the logits: its router has a zero gradient, but stays in the graph.
-        assert gradient.any() or (options == {"top_k": 1} and "router" in name), name
-
-
-# --- gradient checkpointing: a way to fill the gradients, which must be the same with it ---
-
-
-def both_losses(model, between=None):
-    first = forward(model, **batch(), use_cache=False).loss
-    if between is not None:
-        between(model)
-    return first, forward(model, **batch(1, (8, 3, 10)), use_cache=False).loss
+def passes(model, between=lambda model: None, **options):
+    """The outputs of two forward passes."""
+    options = {"use_cache": False, **options}
+    first = forward(model, **batch(), **options)
+    between(model)
+    return first, forward(model, **batch(1, (8, 3, 10)), **options)
 
 
 def evaluate(model):
@@ -82,19 +50,9 @@ def evaluate(model):
     model.train()
 
 
-def second_loss_first(model):
-    for loss in reversed(both_losses(model)):
-        loss.backward()
-
-
-def hidden_states(model):
-    """A loss that does not use the logits, as in representation training."""
-    passes = [forward(model, **batch(seed), use_cache=False, output_hidden_states=True) for seed in (0, 1)]
-    sum(output.hidden_states[-1].square().mean() for output in passes).backward()
-
-
-def tuples(model):
-    sum(forward(model, **batch(seed), use_cache=False, return_dict=False)[0] for seed in (0, 1)).backward()
+def one_after_the_other(model, order=1):
+    for output in passes(model)[::order]:
+        output.loss.backward()
 
 
 def inner_layer(model):
@@ -110,48 +68,41 @@ def inner_layer(model):
 
 CHECKPOINTED = {
     "one pass": lambda model: forward(model, **batch(), use_cache=False).loss.backward(),
-    "two passes": lambda model: sum(both_losses(model)).backward(),
-    "two passes, one after the other": lambda model: [loss.backward() for loss in both_losses(model)],
-    "two passes, the second first": second_loss_first,
-    "an evaluation in between": lambda model: sum(both_losses(model, evaluate)).backward(),
-    "hidden states": hidden_states,
-    "tuples": tuples,
+    "two passes": lambda model: sum(output.loss for output in passes(model)).backward(),
+    "two passes, one after the other": one_after_the_other,
+    "two passes, the second first": lambda model: one_after_the_other(model, order=-1),
+    "an evaluation in between": lambda model: sum(output.loss for output in passes(model, evaluate)).backward(),
+    "hidden states": lambda model: sum(
+        output.hidden_states[-1].square().mean() for output in passes(model, output_hidden_states=True)
+    ).backward(),
+    "tuples": lambda model: sum(output[0] for output in passes(model, return_dict=False)).backward(),
     "an inner layer": inner_layer,
 }
 
 
 @no_inputs_to_differentiate
 @pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("router_input", ["mean", "standardised"])
 @pytest.mark.parametrize(
     ("family", "how"),
     [*((family, "one pass") for family in FAMILIES), ("gemma2", "two passes"), ("gpt2", "two passes, the second first")]
     + [("llama", how) for how in CHECKPOINTED if how != "one pass"],
 )
-def test_gradient_checkpointing_changes_no_gradient(tiny_model, family, how, reentrant):
-    model = trainable(tiny_model(family), target_modules="all-linear" if how == "one pass" else None)
-    model.enable_input_require_grads()
-    CHECKPOINTED[how](model)
-    expected = gradients(model)
-    enable_checkpointing(model, reentrant)
-    CHECKPOINTED[how](model)
-    found = gradients(model)
-    assert set(found) == set(expected)
-    for name, gradient in expected.items():
-        torch.testing.assert_close(found[name], gradient, atol=1e-6, rtol=1e-4)
-
-
-@pytest.mark.parametrize("reentrant", [True, False])
-def test_gradient_checkpointing_counts_every_prompt_once(tiny_model, reentrant):
-    options = {"router_input": "standardised", "target_modules": "all-linear"}
-    plain, checkpointed = (trainable(tiny_model("llama"), **options) for _ in range(2))
-    enable_checkpointing(checkpointed, reentrant)
-    for model in (plain, checkpointed):
+def test_gradient_checkpointing_changes_no_gradient(tiny_model, family, how, router_input, reentrant):
+    """Each pass is computed again with the running moments that it had, and counts its prompts once."""
+    found = []
+    for checkpointed in (False, True):
+        targets = "all-linear" if how == "one pass" else None
+        model = trainable(tiny_model(family), target_modules=targets, router_input=router_input)
         model.enable_input_require_grads()
-        for _ in range(2):
-            forward(model.train(), **batch(), use_cache=False).loss.backward()
-    for one, other in zip(layers(plain), layers(checkpointed), strict=True):
-        assert one.badit_batches["default"] == other.badit_batches["default"] == 5  # three of them made up
-        torch.testing.assert_close(one.badit_moments["default"], other.badit_moments["default"])
+        if checkpointed:
+            enable_checkpointing(model, reentrant)
+        CHECKPOINTED[how](model)
+        found.append(gradients(model) | {name: b for name, b in model.named_buffers() if "moments" in name})
+    torch.testing.assert_close(*found, atol=1e-6, rtol=1e-4)
+    counted = 1 if how in ("one pass", "an inner layer") else 2
+    batches = {int(b) for name, b in model.named_buffers() if "batches" in name}
+    assert batches == ({3 + counted} if router_input == "standardised" else set()), "three of them made up"
 
 
 @no_inputs_to_differentiate
@@ -168,15 +119,12 @@ def test_generation_in_training_mode_under_checkpointing(tiny_model, reentrant):
         assert torch.equal(generate(model, ids, mask), expected)
 
 
-# --- low precision ---
-
-
 def cosine(one, other):
     flat = [torch.cat([g[name].flatten().float() for name in sorted(g)]) for g in (one, other)]
     return torch.nn.functional.cosine_similarity(*flat, dim=0)
 
 
-@by_family
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("how", ["autocast", "bf16 base"])
 def test_low_precision_gradients_point_the_same_way(tiny_model, family, how):
     exact = trainable(tiny_model(family))

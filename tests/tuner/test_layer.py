@@ -1,11 +1,8 @@
-"""One adapted layer against the naive loop over experts: values, gradients, dtypes."""
-
-import itertools
+"""One adapted layer against the naive loop over experts: values, gradients, running moments."""
 
 import numpy as np
 import pytest
 import torch
-from transformers.pytorch_utils import Conv1D
 
 import reference
 from badit.errors import BaditError
@@ -13,46 +10,31 @@ from badit.tuner.layer import BaditLinear
 from badit.tuner.prompt import ForwardPass, RoutingContext
 from tuner.helpers import KINDS, base_layer, config, randomise
 
-IN, OUT, EXPERTS, RANK = 12, 10, 3, 2
+IN, OUT, GATES = 12, 10, ("mean_one", "softmax")
 
 
 def naive_gates(layer, x, mask):
-    """Each position's gates (batch, positions, K), by the written-down formulas."""
-    options = layer.badit_config["default"]
-    seen = reference.prompt_mean(x, mask)[:, None].repeat(x.shape[1], axis=1) if options.routing == "prompt" else x
-    if options.router_input == "standardised":
-        seen = reference.standardised(seen, *layer.badit_moments["default"].double().numpy())
-    logits = reference.float64(seen) @ reference.float64(layer.badit_router["default"]).T
-    return reference.expert_gates(logits, options.gates, options.top_k)
-
-
-def naive_forward(layer, x, mask):
-    """y = W x + b + s·Σ_k gate_k B_k A_k x − s·B0 A0 x, one expert and one position at a time."""
-    options, base = layer.badit_config["default"], layer.get_base_layer()
-    weight = base.weight.T if isinstance(base, Conv1D) else base.weight
-    a, b, expert_of = layer.badit_A["default"], layer.badit_B["default"], layer.expert_of("default")
-    a0, b0 = layer.kept_factors("default") if options.subtracted_share else (None, None)
-    gates = naive_gates(layer, x, mask)
-    y = reference.badit_linear(x, weight, base.bias, a, b, a0, b0, expert_of, gates, options.scaling)
-    return torch.from_numpy(y)
-
-
-def differentiable_forward(layer, x, mask):
-    """The same by a loop over experts that autograd can follow."""
-    options = layer.badit_config["default"]
-    a, b, router = (p["default"] for p in (layer.badit_A, layer.badit_B, layer.badit_router))
-    seen = x
+    """Each position's gates (batch, positions, K), or (batch, 1, K) by the prompt; differentiable."""
+    options, seen = layer.badit_config["default"], x
     if options.routing == "prompt":
         seen = torch.stack([row[prompt].mean(dim=0) for row, prompt in zip(x, mask, strict=True)])[:, None]
-    logits = seen @ router.T
+    if options.router_input == "standardised":
+        mean, variance = layer.badit_moments["default"].double()
+        seen = 8 / IN**0.5 * (seen - mean) / variance.sqrt()
+    logits = seen @ layer.badit_router["default"].T
     if options.top_k is not None:
         weak = logits.argsort(dim=-1)[..., : -options.top_k]
         logits = logits.scatter(-1, weak, float("-inf"))
-    gates = logits.softmax(dim=-1) * (options.num_experts if options.gates == "mean_one" else 1)
-    y = layer.get_base_layer()(x)
+    return logits.softmax(dim=-1) * (options.num_experts if options.gates == "mean_one" else 1)
+
+
+def naive_forward(layer, x, mask):
+    """y = W x + b + s·Σ_k gate_k B_k A_k x − s·B0 A0 x, one expert after another."""
+    options, gates, y = layer.badit_config["default"], naive_gates(layer, x, mask), layer.get_base_layer()(x)
     for k in range(options.num_experts):
         mine = layer.expert_of("default") == k
-        y = y + options.scaling * gates[..., k : k + 1] * (x @ a[mine].T @ b[:, mine].T)
+        a_k, b_k = layer.badit_A["default"][mine], layer.badit_B["default"][:, mine]
+        y = y + options.scaling * gates[..., k : k + 1] * (x @ a_k.T @ b_k.T)
     if options.subtracted_share:
         a0, b0 = layer.kept_factors("default")
         y = y - options.scaling * (x @ a0.T @ b0.T)
@@ -81,23 +63,24 @@ def run(layer, x, mask):
         layer.routing._running = None
 
 
+OPTIONS = [
+    *({"routing": r, "gates": g, "top_k": k} for r in ("prompt", "token") for g in GATES for k in (None, 1, 2)),
+    *({"init_weights": w, "router_input": r} for w in ("bad", "lora", "directions") for r in ("mean", "standardised")),
+]
+
+
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(
-    ("routing", "gates", "top_k"), list(itertools.product(["prompt", "token"], ["mean_one", "softmax"], [None, 1, 2]))
-)
-def test_forward_equals_the_loop_over_experts(kind, routing, gates, top_k):
-    layer = make(kind, routing=routing, gates=gates, top_k=top_k)
-    x, mask = batch()
-    torch.testing.assert_close(run(layer, x, mask), naive_forward(layer, x, mask), atol=1e-6, rtol=1e-6)
-
-
-@pytest.mark.parametrize("router_input", ["mean", "standardised"])
-@pytest.mark.parametrize("init_weights", ["bad", "lora", "directions"])
-def test_forward_from_every_start_equals_the_loop(init_weights, router_input):
-    layer = make(init_weights=init_weights, router_input=router_input)
-    x, mask = batch()
-    assert naive_gates(layer, x, mask).std(axis=0).max() > 0.1
-    torch.testing.assert_close(run(layer, x, mask), naive_forward(layer, x, mask), atol=1e-5, rtol=1e-5)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_values_and_gradients_equal_the_loop_over_experts(kind, options):
+    layer, (x, mask) = make(kind, **options), batch()
+    x.requires_grad_()
+    assert options.get("top_k") == 1 or naive_gates(layer, x, mask).std(dim=0).max() > 0.1
+    found, expected = run(layer, x, mask), naive_forward(layer, x, mask)
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
+    trained = [layer.badit_A["default"], layer.badit_B["default"], layer.badit_router["default"], x]
+    upstream = torch.randn(3, 5, OUT, dtype=torch.float64)
+    gradients = (torch.autograd.grad((y * upstream).sum(), trained) for y in (found, expected))
+    torch.testing.assert_close(*gradients, atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -114,18 +97,26 @@ def test_directions_start_as_the_base_layer_to_the_bit_whatever_the_gates(kind, 
     assert "default" not in layer.badit_A0
 
 
-def test_only_training_passes_count_prompts():
+def test_only_training_passes_count_prompts_and_gates():
     layer = make(router_input="standardised", at_start=True)
     passes = [batch() for _ in range(3)]
     for x, mask in passes:
         layer.train()
         run(layer, x, mask)
+        with torch.no_grad():  # as those of a preference loss's reference
+            run(layer, x + 1, mask)
         layer.eval()
         run(layer, x + 1, mask)
     mean, variance = reference.prompt_moments([reference.prompt_mean(x, mask) for x, mask in passes])
     np.testing.assert_allclose(layer.badit_moments["default"][0], mean, atol=1e-5)
     np.testing.assert_allclose(layer.badit_moments["default"][1], variance, atol=1e-5)
     assert layer.badit_batches["default"] == 3
+    *sums, count = layer.gate_sums["default"].tolist()
+    assert count == 9
+    assert sum(sums) == pytest.approx(27)
+    run(layer.train().to(torch.bfloat16), x.to(torch.bfloat16), mask)
+    assert layer.badit_batches["default"] == 4
+    assert layer.badit_moments["default"].isfinite().all()
 
 
 def test_an_input_without_positions_has_one_gate_a_row_and_one_that_is_not_the_batch_is_refused():
@@ -136,38 +127,3 @@ def test_an_input_without_positions_has_one_gate_a_row_and_one_that_is_not_the_b
     x, mask = batch()
     with pytest.raises(BaditError, match=r"layer sees an input of shape \(3, 4, 12\).*leave it out of target_modules"):
         run(layer, x[:, :4], mask)
-
-
-@pytest.mark.parametrize(
-    ("kind", "options"),
-    [
-        ("linear", {}),
-        ("conv1d", {}),
-        ("linear", {"routing": "token", "top_k": 2}),
-        ("linear", {"gates": "softmax", "init_weights": "lora"}),
-    ],
-)
-def test_gradients_equal_the_naive_ones(kind, options):
-    layer = make(kind, **options).double()
-    x, mask = batch()
-    x.requires_grad_(True)
-    trained = [layer.badit_A["default"], layer.badit_B["default"], layer.badit_router["default"]]
-    upstream = torch.randn(3, 5, OUT, dtype=torch.float64)
-    naive = torch.autograd.grad((differentiable_forward(layer, x, mask) * upstream).sum(), [*trained, x])
-    found = torch.autograd.grad((run(layer, x, mask) * upstream).sum(), [*trained, x])
-    for ours, theirs in zip(found, naive, strict=True):
-        assert theirs.abs().max() > 1e-3
-        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
-
-
-def test_gate_sums_count_training_passes_only():
-    layer, (x, mask) = make(), batch()
-    run(layer, x, mask)
-    layer.train()
-    with torch.no_grad():
-        run(layer, x, mask)
-    assert layer.gate_sums == {}
-    run(layer, x, mask)
-    run(layer, x, mask)
-    assert layer.gate_sums["default"][-1] == 6
-    torch.testing.assert_close(layer.gate_sums["default"][:-1].sum(), torch.tensor(18.0))

