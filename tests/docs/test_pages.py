@@ -96,7 +96,7 @@ def test_the_reports_sections_are_those_of_the_page():
 
 
 def test_every_quoted_message_is_in_the_source():
-    quoted = re.findall(r"^\| `([^`]+)` \|", Page("docs/troubleshooting.md").text, flags=re.MULTILINE)
+    quoted = re.findall(r"^### `([^`]+)`$", Page("docs/troubleshooting.md").text, flags=re.MULTILINE)
     assert len(quoted) > 30
     known = texts()
     pattern = {text: re.escape(text).replace("…", ".*….*") for text in quoted}

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, cast
 
 import altair as alt
@@ -103,6 +105,19 @@ def chart_by_choice(values: pd.DataFrame, choices: Sequence[alt.Parameter]) -> a
     )
 
 
+_limits: ContextVar[list[list[float]] | None] = ContextVar("limits", default=None)
+
+
+@contextmanager
+def shared_scales() -> Iterator[None]:
+    """Within, a heat map that is drawn has the colour scale of all that have been drawn before it."""
+    token = _limits.set([])
+    try:
+        yield
+    finally:
+        _limits.reset(token)
+
+
 def heat_map(
     frame: pd.DataFrame,
     rows: str,
@@ -141,6 +156,9 @@ def heat_map(
     # All layers together often vary less than one, and have their own limit.
     of_all = np.array([key.split("|")[0] == ALL for key in values], dtype=bool)
     bounds = [limit or limit_of(values.loc[:, part].to_numpy(), middle) for part in (of_all, ~of_all)]
+    if (known := _limits.get()) is not None:
+        known.append(bounds)
+        bounds = [max(each) for each in zip(*known, strict=True)]
     bound = f"({choices[0].name} === '{ALL}' ? {bounds[0]} : {bounds[1]})" if of_all.any() else str(bounds[1])
     domains = {side: alt.Scale(domain=list(names[side].values())) for side in names}
     upright = max(map(len, names["column"].values()), default=0) > 3
@@ -187,4 +205,4 @@ def legend(names: Iterable[str], **options: Any) -> alt.Legend | None:
     longest = max(map(len, different)) + 4  # letters, with the symbol
     # A page has room for 80 letters in a row, a phone and an exported figure, which has no container, for 36.
     columns = f"containerSize()[0] >= 480 ? {max(1, 80 // longest)} : {max(1, 36 // longest)}"
-    return alt.Legend(title=None, columns=cast(Any, {"expr": columns}), **options)
+    return alt.Legend(title=None, values=different, columns=cast(Any, {"expr": columns}), **options)

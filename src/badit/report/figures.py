@@ -10,7 +10,7 @@ them are categories, whose order puts similar tasks next to one another (see ``b
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import altair as alt
@@ -51,7 +51,8 @@ class Figure(NamedTuple):
 
 def loss_curves(frame: pd.DataFrame) -> Any:
     """The pale line is what was logged, the strong one its running mean over five log lines."""
-    series = list(dict.fromkeys(frame["series"]))
+    series = frame.attrs.get("order") or list(dict.fromkeys(frame["series"]))
+    present = frame["series"].unique()
     pick = alt.selection_point(name="pick", fields=["series"], bind="legend")
     # At most 250 points of a curve, each the mean of its neighbours.
     curves = frame.groupby(["series", "run"], sort=False)
@@ -60,7 +61,7 @@ def loss_curves(frame: pd.DataFrame) -> Any:
     thinned = frame.groupby(["series", "run", point], sort=False).agg({"step": "last", "loss": "mean"})
     base = charts.chart_of(thinned.round({"loss": 4}).reset_index(["series", "run"])).encode(
         x=alt.X("step:Q", title="step", axis=alt.Axis(grid=False, tickCount=5)),
-        color=_colour("series", series, symbolType="stroke"),
+        color=_colour("series", series, present, symbolType="stroke"),
         detail="run:N",
     )
     by_step = [alt.SortField("step")]
@@ -69,7 +70,7 @@ def loss_curves(frame: pd.DataFrame) -> Any:
     raw = base.mark_line(strokeWidth=1, tooltip=None).encode(y=loss, opacity=_picked(pick, 0.4, 0.05))
     # Lines that have one of the seven colours again are dashed, then dotted.
     dashes = alt.Scale(domain=series, range=[[1, 0]] * 7 + [[6, 3]] * 7 + [[2, 2]] * 7)
-    dash = alt.StrokeDash("series:N", scale=dashes, legend=charts.legend(series, symbolType="stroke"))
+    dash = alt.StrokeDash("series:N", scale=dashes, legend=charts.legend(present, symbolType="stroke"))
     smooth = base.mark_line(strokeWidth=2.2, tooltip=None)
     smooth = smooth.encode(y="mean:Q", opacity=_picked(pick, 1, 0.1), strokeDash=dash)
     mean = alt.Tooltip("mean:Q", title="running mean", format=".3f")
@@ -83,13 +84,14 @@ def scores_by_task(frame: pd.DataFrame) -> Any:
     forward."""
     rows = frame.pivot_table("score", ["task", "run"], "metric", sort=False).round(3).reset_index()
     labels = {name: metric.label for name, metric in METRICS.items() if name in rows}
-    series = list(dict.fromkeys(frame["run"]))
+    series = frame.attrs.get("order") or list(dict.fromkeys(frame["run"]))
+    present = frame["run"].unique()
     rows = rows.assign(full=rows["task"], task=rows["task"].map(charts.names_in(frame, "task")))
     means = rows.groupby("task")[next(iter(labels))].mean()
     order = means.sort_values(ascending=False, kind="stable").index.tolist()
     pick = alt.selection_point(name="pick", fields=["run"], bind="legend")
     shapes = ["circle", "square", "triangle-up", "diamond", "cross", "triangle-down"]
-    shape = alt.Shape("run:N", scale=alt.Scale(domain=series, range=shapes), legend=charts.legend(series))
+    shape = alt.Shape("run:N", scale=alt.Scale(domain=series, range=shapes), legend=charts.legend(present))
     tooltip = [alt.Tooltip("full:N", title="task"), alt.Tooltip("run:N")]
     tooltip += [alt.Tooltip(f"{name}:Q", title=labels[name], format=f".{METRICS[name].decimals}f") for name in labels]
     score = {"title": "score (0 to 100; NLL in nats)", "scale": alt.Scale(zero=True), "axis": alt.Axis(tickCount=6)}
@@ -97,7 +99,7 @@ def scores_by_task(frame: pd.DataFrame) -> Any:
     chart = chart.encode(
         x=alt.X("score:Q", **score),
         y=alt.Y("task:N", title=None, sort=order, axis=alt.Axis(grid=True, labelOverlap=False)),
-        color=_colour("run", series),
+        color=_colour("run", series, present),
         shape=shape,
         opacity=_picked(pick, 0.9, 0.08),
         tooltip=tooltip,
@@ -132,7 +134,10 @@ def methods(frame: pd.DataFrame) -> pd.DataFrame:
 
 def differences(frame: pd.DataFrame) -> Any:
     """Mean paired difference and its 95 % bootstrap interval over runs and instances: an interval that crosses the
-    dotted line decides nothing, and one over a single run says nothing of other seeds."""
+    dotted line decides nothing, and one over a single run says nothing of other seeds. An untuned model, which would be
+    far off, is left out."""
+    trained: Any = frame.loc[~frame["untuned"].astype(bool)]
+    frame = trained if len(trained) else frame
     base = charts.chart_of(frame).encode(
         y=alt.Y("method:N", title=None, sort=None),
         tooltip=["method:N", *(alt.Tooltip(f"{name}:Q", format="+.2f") for name in ("mean", "low", "high"))],
@@ -179,8 +184,10 @@ def _picked(pick: alt.Parameter, strong: float, weak: float) -> Any:
     return alt.condition(pick, alt.value(strong), alt.value(weak))
 
 
-def _colour(field: str, names: list[str], **options: Any) -> alt.Color:
-    return alt.Color(f"{field}:N", scale=alt.Scale(domain=names), legend=charts.legend(names, **options))
+def _colour(field: str, names: Sequence[str], present: Sequence[str] = (), **options: Any) -> alt.Color:
+    """A colour for each name; the legend has those that are present (default: all)."""
+    legend = charts.legend(present if len(present) else names, **options)
+    return alt.Color(f"{field}:N", scale=alt.Scale(domain=list(names)), legend=legend)
 
 
 # --- gradients ---
@@ -225,7 +232,7 @@ def _by_layer(frame: pd.DataFrame, column: str, title: str, form: str) -> Any:
     base = charts.chart_of(rows).transform_filter("datum.parameters === parameters")
     base = base.encode(
         x=alt.X("layer:Q", title="layer", scale=alt.Scale(nice=False), axis=layers),
-        y=alt.Y(f"{column}:Q", title=title, axis=alt.Axis(format=form, tickCount=5)),
+        y=alt.Y(f"{column}:Q", title=title, axis=alt.Axis(format=form, tickCount=5), scale=alt.Scale(domainMax=1)),
         color=alt.Color("module:N", legend=charts.legend(rows["module"])),
     )
     few = rows["layer"].nunique() <= 12
@@ -396,13 +403,15 @@ def gate_similarity(frame: pd.DataFrame) -> Any:
 
 def expert_losses(frame: pd.DataFrame) -> Any:
     """Rise of a task's loss when an expert's gates are 0 in all layers: blue tasks need the expert, orange ones would
-    do better without."""
+    do better without. An expert that started from the pretrained weight takes its part of that weight with it, so its
+    numbers are large whatever it has learnt."""
     label, titles = "rise of the loss (nats per token)", ("", "expert switched off")
     return charts.heat_map(frame, "task", "expert", "change", label, titles=titles, written=True)
 
 
 def abilities(frame: pd.DataFrame) -> pd.DataFrame:
-    """The sentences are made from the numbers next to them."""
+    """The sentences are made from the numbers next to them. The rise of the loss without an expert that started from
+    the pretrained weight includes the loss of that part of the weight."""
     headings = {"tasks": "drawn_on_most_by", "hurt_most": "missed_most_by", "summary": "in_words"}
     short = {name: frame[name].replace(re.compile(r"\btask(\d+)_([^\W_]+)\w*"), r"\1 \2") for name in headings}
     rows = frame.assign(**short).replace({"": UNKNOWN})

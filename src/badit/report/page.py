@@ -29,9 +29,9 @@ from badit.data import own_input
 from badit.files import read_json
 from badit.metrics import METRICS, Prediction, exact_match, rouge_l
 from badit.render import UNKNOWN, number
-from badit.report.charts import short_names
+from badit.report.charts import shared_scales, short_names
 from badit.report.figures import FIGURES, Figure
-from badit.report.sources import Source, together
+from badit.report.sources import Source, conclusions, together
 from badit.report.theme import chart_config
 from badit.results import RESULTS
 
@@ -48,7 +48,7 @@ _SETTINGS = ["model.name", "method.name", "method.num_experts", "method.r", "dat
 
 
 class Block(NamedTuple):
-    """A part of a section, which the template's macro of its kind (figure, table, samples, details, note) lays out.
+    """A part of a section, which the template's macro of its kind (figure, table, samples, details, note …) lays out.
 
     ``content`` is a chart, a frame of text, or what else the macro shows; ``name`` its id and, of a figure, its file's
     name; ``file`` what it is made from, below the folder of ``source``, whose label is given where there are several.
@@ -141,11 +141,13 @@ def export_figures(sections: Sequence[Section], folder: Path) -> list[Path]:
 
 
 def _drawn(figure: Figure, sources: Sequence[Source]) -> Iterator[Block]:
-    """The figure of every source that has its table; those of several sources are side by side."""
+    """The figure of every source that has its table; those of several sources are side by side, on shared scales."""
     with_table = [(i, source) for i, source in enumerate(sources) if figure.table in source.frames]
-    for i, source in with_table:
-        frame = source.frames[figure.table]
-        content = figure.draw(frame)
+    drawn: list[Any] = []
+    with shared_scales():
+        for _ in range(2):  # the second time all scales are known
+            drawn = [figure.draw(source.frames[figure.table]) for _, source in with_table]
+    for (i, source), content in zip(with_table, drawn, strict=True):
         if content is None:
             continue
         label = source.label if len(sources) > 2 else ""
@@ -154,7 +156,7 @@ def _drawn(figure: Figure, sources: Sequence[Source]) -> Iterator[Block]:
         caption = " ".join(str(figure.draw.__doc__).split())
         kind = "table" if isinstance(content, pd.DataFrame) else "figure"
         width = "half" if len(with_table) > 1 and kind == "figure" else figure.width
-        yield Block(kind, figure.title, content, name, caption, width, frame.attrs["file"], label)
+        yield Block(kind, figure.title, content, name, caption, width, source.frames[figure.table].attrs["file"], label)
 
 
 def _notes(section: Section, sources: Sequence[Source], blocks: Sequence[Block]) -> Iterator[Block]:
@@ -170,7 +172,9 @@ def _notes(section: Section, sources: Sequence[Source], blocks: Sequence[Block])
 
 
 def _overview(sources: Sequence[Source]) -> Iterator[Block]:
-    """Facts and headline numbers, a column for each source."""
+    """What can be concluded, then facts and headline numbers, a column for each source."""
+    if found := conclusions(sources):
+        yield Block("conclusions", "", found)
     columns = {source.label: _facts(source) for source in sources}
     facts = dict.fromkeys(fact for column in columns.values() for fact in column)
     rows = [[fact, *(column.get(fact, UNKNOWN) for column in columns.values())] for fact in facts]

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -27,7 +27,7 @@ from badit.evaluate import read_predictions
 from badit.files import read_json, read_jsonl, refuse_links
 from badit.metrics import Prediction, group_by_task, rouge_l
 from badit.recipe import read_values
-from badit.render import method_table
+from badit.render import method_table, number
 from badit.results import RESULTS, Results, load_results, read_scores, scores_frame
 from badit.run import Run
 from badit.statistics import paired_bootstrap
@@ -41,7 +41,11 @@ _ORDERS = {
     "expert_losses": ("gate_similarity", "similarity"),
 }
 _PAIR = ["task_a", "task_b"]
-_DIFFERENCES = ["method", "mean", "low", "high", "reference"]
+_DIFFERENCES = ["method", "mean", "low", "high", "reference", "untuned"]
+# Below this, halves of one task's instances agree so little that cosines between tasks are mostly noise.
+_RELIABLE = 0.3
+# Mean gates that differ by less than this between tasks, of a neutral 1, are called alike.
+_ALIKE = 0.1
 
 
 @dataclass
@@ -118,11 +122,78 @@ def together(sources: Sequence[Source]) -> Source:
             series = f"{source.label}: {method}" if len(sources) > 1 and source.results else method
             losses += [{**point, "series": series, "run": run.label} for point in _losses(run.folder)]
     shared.add("losses", pd.DataFrame(losses), "metrics.jsonl")
+    # A method has one colour in all figures.
+    order = list(dict.fromkeys(name for source in sources for name, _ in source.members))
+    if "losses" in shared.frames and set(shared.frames["losses"]["series"]) <= set(order):
+        shared.frames["losses"].attrs["order"] = order
     scores = [source.scores.assign(run=source.label) for source in sources if source.scores is not None]
     if scores:
         shared.add("scores", pd.concat(scores, ignore_index=True), "scores.json")
+        shared.frames["scores"].attrs["order"] = list(dict.fromkeys([*order, *(s.label for s in sources)]))
         shared.add("differences", _differences([s for s in sources if s.scores is not None]), "predictions/")
     return shared
+
+
+def conclusions(sources: Sequence[Source]) -> list[str]:
+    """At most three statements with their uncertainty, the best supported first."""
+    found: list[tuple[float, str]] = []
+    for source in [together(sources), *sources]:
+        of = f"{source.label}: " if source.label and len(sources) > 1 else ""
+        statements = (_on_differences, _on_gradients, _on_gates, _on_single_tasks)
+        found += [(support, of + text) for state in statements for support, text in state(source.frames)]
+    return [text for _, text in sorted(found, key=lambda each: -each[0])[:3]]
+
+
+def _on_differences(frames: Mapping[str, pd.DataFrame]) -> Iterator[tuple[float, str]]:
+    rows = frames["differences"].query("~untuned") if "differences" in frames else pd.DataFrame()
+    if len(rows):
+        row = max(rows.to_dict("records"), key=lambda each: abs(each["mean"]))
+        mean, low, high = row["mean"], row["low"], row["high"]
+        interval = f"(95 % interval {number(low, '.1f', '+')} to {number(high, '.1f', '+')})"
+        if low > 0 or high < 0:
+            way = "more" if mean > 0 else "less"
+            text = (
+                f"{row['method']} scores {number(abs(mean))} Rouge-L points {way} than {row['reference']} {interval}."
+            )
+        else:
+            least = "does not differ clearly from" if len(rows) == 1 else "differs most, but not clearly, from"
+            text = f"{row['method']} {least} {row['reference']}: {number(mean, '.1f', '+')} Rouge-L {interval}."
+        yield abs(mean) / max((high - low) / 2, 1e-9), text
+
+
+def _on_gradients(frames: Mapping[str, pd.DataFrame]) -> Iterator[tuple[float, str]]:
+    if "gradient_overall" in frames and "gradient_tasks" in frames:
+        pairs, tasks = frames["gradient_overall"], frames["gradient_tasks"]
+        kind = "adapter" if "adapter" in set(pairs["parameters"]) else pairs["parameters"].iloc[0]
+        cosines = pairs.loc[pairs["parameters"] == kind, "cosine"].dropna()
+        agreement = float(tasks.loc[tasks["parameters"] == kind, "reliability"].mean())
+        if len(cosines) and math.isfinite(agreement):
+            share = f"{(cosines < 0).mean():.0%} of {len(cosines)} pairs of tasks have gradients in conflict"
+            noise = "mostly noise" if agreement < _RELIABLE else "above noise"
+            text = f"{share}, {noise}: gradients on two halves of a task agree to {number(agreement, '.2f')}."
+            yield 2 * agreement, text
+
+
+def _on_gates(frames: Mapping[str, pd.DataFrame]) -> Iterator[tuple[float, str]]:
+    if "abilities" in frames and "gates" in frames:
+        between, within = float(frames["abilities"]["spread"].max()), float(frames["gates"]["std"].mean())
+        alike = "almost alike" if between < _ALIKE else "differently"
+        text = (
+            f"Tasks draw on the experts {alike}: an expert's mean gate differs by at most {number(between, '.2f')} "
+            f"between tasks, and by {number(within, '.2f')} (standard deviation) between prompts of one task."
+        )
+        yield between / within if within > 0 else 0.0, text
+
+
+def _on_single_tasks(frames: Mapping[str, pd.DataFrame]) -> Iterator[tuple[float, str]]:
+    for method, rows in frames["task_gap"].groupby("method", sort=False) if "task_gap" in frames else ():
+        gaps = rows["gap"].to_numpy()
+        gap, error = float(gaps.mean()), float(gaps.std(ddof=min(1, len(gaps) - 1)) / len(gaps) ** 0.5)
+        text = (
+            f"{method}: one model for all tasks scores {number(gap, '.1f', '+')} Rouge-L points against one model per "
+            f"task (standard error {number(error)} over {len(gaps)} tasks)."
+        )
+        yield abs(gap) / (2 * error) if error > 0 else 0.0, text
 
 
 def _read(folder: Path, label: str) -> Source:
@@ -166,7 +237,10 @@ def _add_results(source: Source) -> None:
     table.texts.attrs = {"strong": [(i, table.texts.columns[j]) for i, j in table.best], "notes": table.notes}
     source.add("methods", table.texts, RESULTS)
     numbers = table.numbers.rename(columns=lambda name: name.removeprefix("difference_"))
-    source.add("differences", numbers.assign(reference=results.reference)[_DIFFERENCES].dropna(), RESULTS)
+    trained = set(results.cells.loc[results.cells["learning_rate"].notna(), "method"])
+    untuned = ~numbers["method"].isin(trained)
+    numbers = numbers.assign(reference=results.reference, untuned=untuned)
+    source.add("differences", numbers[_DIFFERENCES].dropna(), RESULTS)
     scores = results.scores.assign(run=pd.Categorical(results.scores["method"], results.scored_methods))
     means = scores.groupby(["run", "task", "metric"], observed=True)[["score", "n"]].mean().reset_index()
     source.add("scores", means.astype({"run": str}), RESULTS)
@@ -196,7 +270,8 @@ def _differences(runs: Sequence[Source]) -> pd.DataFrame:
         if len(pairs):
             by_task = {str(task): each.to_numpy()[None] for task, each in pairs.groupby(level=0)}
             found = paired_bootstrap(by_task, resample_seeds=False)
-            rows.append([run.label, found.mean, found.low, found.high, runs[0].label])
+            untuned = run.config.get("method", {}).get("name") == "base"
+            rows.append([run.label, found.mean, found.low, found.high, runs[0].label, untuned])
     return pd.DataFrame(rows, columns=_DIFFERENCES)
 
 
