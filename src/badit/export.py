@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -140,7 +141,7 @@ def export(
     mixture: str | None = None
     fixed: Gates | None = None
     if gates is not None:
-        mixture, fixed = f"gates of {gates}", _read_gates(Path(gates), model)
+        mixture, fixed = f"gates of {Path(gates).name}", _read_gates(Path(gates), model)
     elif mixes:
         chosen = list(tasks.values()) if task is None else [tasks[task]]
         mixture, fixed = _mean_gates(model, tokenizer, recipe, chosen, task, progress)
@@ -156,8 +157,9 @@ def export(
             raise BaditError(f"{folder.path}: {name} holds NaN or infinite values: its training has diverged")
 
     done = Export(output, mixture, task)
-    record: dict[str, Any] = {"run": str(folder.path), "method": method.name, "base_model": recipe.model.name}
-    record |= {"mixture": mixture, "task": task}
+    # Relative to the export, so that it names no folder of its owner's, and both can be moved together.
+    path = os.path.relpath(folder.path.resolve(), output.resolve())
+    record: dict[str, Any] = {"run": path, "method": method.name, "mixture": mixture, "task": task}
     if not merged:
         exact_rank = len(next(iter(factors.values()))[0])
         rank = min(rank or exact_rank, exact_rank, VLLM_RANKS[-1])
