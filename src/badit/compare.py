@@ -32,7 +32,7 @@ import torch
 
 from badit.data import ordered
 from badit.errors import BaditError, nearest
-from badit.files import exclusive, read_json, write_json
+from badit.files import exclusive, read_json, refuse_links, write_json
 from badit.methods import build_method
 from badit.metrics import mean_scores
 from badit.models import device, load_skeleton, warn_of_slow_dtype
@@ -210,6 +210,7 @@ def check(grid: Grid) -> tuple[list[str], dict[str, int]]:
     Raises:
         BaditError: something that would stop the comparison, or make it unfair.
     """
+    refuse_links(Path(grid.recipe.output))
     for name, method in grid.methods.items():
         method.refuse_recipe(grid.recipe_of(Cell(name)))
     reference = grid.section.reference

@@ -221,12 +221,13 @@ def exclusive(folder: Path) -> Iterator[None]:
     without one.
 
     Raises:
-        BaditError: another process holds the folder; the message names it.
+        BaditError: another process holds the folder, which the message names, or a link in it leads out of it.
     """
     place, is_new = folder.resolve(), not folder.exists()
     if place in _held:
         yield
         return
+    refuse_links(folder)
     folder.mkdir(parents=True, exist_ok=True)
     owner = folder / OWNER
     descriptor = os.open(folder, os.O_RDONLY)

@@ -23,7 +23,7 @@ from badit.data import AnswerCollator, Instance, Task, batches_by_task, load_sou
 from badit.environment import environment, peak_memory
 from badit.errors import BaditError
 from badit.evaluate import load_run
-from badit.files import read_json, write_json
+from badit.files import exclusive, read_json, refuse_links, write_json
 from badit.methods import build_method
 from badit.recipe import DataSection, Recipe, build_recipe
 from badit.results import RESULTS
@@ -81,6 +81,7 @@ def analyze(
     tasks = make_plan(recipe).tasks if own_tasks else load_sources(section.sources())
     chosen = [(task, _chosen(task, instances, trained=trained)) for task in tasks]
     output = Path(output or run.path)
+    refuse_links(output)
     settings, path = {"data": data, "instances": instances}, output / "analysis.json"
     record = read_json(path) if path.is_file() else {"settings": settings, "environment": environment(), "parts": {}}
     if record.get("settings") != settings or not isinstance(record.get("parts"), dict):
@@ -89,7 +90,8 @@ def analyze(
             "again, or choose another --output"
         )
     if not set(_PARTS) <= record["parts"].keys():
-        _measure(run, recipe, chosen, output, record, progress)
+        with exclusive(output):
+            _measure(run, recipe, chosen, output, record, progress)
     return output
 
 
