@@ -14,13 +14,16 @@ import torch
 import transformers
 
 import badit.tuner
+from badit.checkpoint import last_checkpoint
 from badit.cli import app, main
 from badit.errors import BaditError
 from badit.evaluate import answers
+from badit.files import write_json
 from badit.models import load_base_model
 from badit.recipe import Recipe, build_recipe, dump_recipe
 from badit.run import Run
 from badit.train import fit
+from evaluation.test_results import mixed, unscored
 
 SOURCE = Path(badit.tuner.__file__).parents[1]
 TREES = {path.relative_to(SOURCE): ast.parse(path.read_text(encoding="utf-8")) for path in SOURCE.rglob("*.py")}
@@ -216,3 +219,39 @@ def test_a_folder_with_a_link_out_of_it_is_refused(
     assert main([command.partition(" ")[0], *words]) == 2
     assert f"badit: {run}/adapter.partial: leads out of {run}; put the file itself there\n" in capsys.readouterr().err
     assert [path.read_text() for path in outside.iterdir()] == ["mine"]
+
+
+def test_nothing_that_is_printed_commands_the_terminal(
+    recipe_values: dict[str, Any], tmp_path: Path, capsys: Any
+) -> None:
+    """Names of folders, tasks and options, and errors of cells, with codes that clear the screen and reverse text."""
+    printing = {path.name for path, tree in TREES.items() for node in ast.walk(tree) if ast.unparse(node) == "print"}
+    assert printing == {"errors.py"}
+    codes = "x\x1b[2J\x07\u202e"
+    folder = tmp_path / codes
+    checkpoint = folder / "checkpoint-5"
+    checkpoint.mkdir(parents=True)
+    write_json(checkpoint / "seal.json", {f"\n{codes}": ""})
+    failed = unscored("lora", 1, status="failed", error=f"\n{codes}")
+    write_json(folder / "results.json", {**mixed(), "cells": [failed]})
+    recipe_values |= {"method": {"name": "lora", "r": 2}, "output": str(folder / "run")}
+    recipe_values["training"]["max_steps"] = 1
+    source = Path(recipe_values["data"]["source"])
+    source.write_text(source.read_text().replace("Name the", json.dumps(codes)[1:-1]))
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(json.dumps(recipe_values))
+    assert last_checkpoint(folder) is None
+    for code, *words in [
+        (0, "tasks", str(source)),
+        (0, "train", str(recipe), "--dry-run"),
+        (0, "train", str(recipe)),
+        (2, "train", str(recipe), "method.r=3"),
+        (0, "export", str(folder / "run"), "--output", str(folder / "out")),
+        (0, "table", str(folder)),
+        (0, "table", str(folder), "--format=csv"),
+        (2, codes),
+    ]:
+        assert main(words) == code
+        out, err = capsys.readouterr()
+        assert r"x\x1b[2J\x07\u202e" in out + err, words
+        assert not set(out + err) & {"\x1b", "\x07", "\u202e"}, words

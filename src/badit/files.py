@@ -13,7 +13,7 @@ import shutil
 import socket
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -245,7 +245,8 @@ def exclusive(folder: Path) -> Iterator[None]:
     finally:
         if place in _held:
             _held.remove(place)
-            owner.unlink(missing_ok=True)
+            with suppress(OSError):  # on a file system that is read-only, or has become so
+                owner.unlink()
         os.close(descriptor)
         if is_new and not any(folder.iterdir()):
             folder.rmdir()

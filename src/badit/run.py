@@ -25,7 +25,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Unpack
 
-from badit.errors import BaditError
+from badit.errors import BaditError, say
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -400,14 +400,14 @@ def compare(
     Raises:
         BaditError: bad input. What goes wrong within a cell is in its ``error``.
     """
-    from badit.compare import compare, report_to_stderr
+    from badit.compare import compare
     from badit.recipe import make_recipe
     from badit.results import load_results
 
     if jobs < 1:
         raise BaditError(f"jobs: must be at least 1, not {jobs}")
     made = make_recipe(recipe, values)
-    compare(made, jobs=jobs, report=report_to_stderr if progress else lambda line: None)
+    compare(made, jobs=jobs, report=say if progress else lambda line: None)
     return load_results(made.output)
 
 

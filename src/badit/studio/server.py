@@ -20,7 +20,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from badit.errors import BaditError, explained
+from badit.errors import BaditError, explained, show
 from badit.files import parse_json
 from badit.report.theme import chart_config
 from badit.studio.session import Question, Session, Show
@@ -64,13 +64,13 @@ def serve(run: str, *, port: int = 8642, browser: bool = True, trust_remote_code
         # The page can be used meanwhile; nobody waits for a daemon at the end.
         threading.Thread(target=session.measure, daemon=True).start()
         url = f"http://{HOST}:{listening.getsockname()[1]}"
-        print(f"Studio: {url}   (Ctrl-C ends it)", flush=True)
+        show(f"Studio: {url}   (Ctrl-C ends it)")
         if browser:
             open_browser(url)
         try:
             Server(application(session)).run(sockets=[listening])
         except KeyboardInterrupt:  # uvicorn has closed what was open and passes the signal on
-            print()
+            show("")
 
 
 def listen(port: int) -> socket.socket:
