@@ -230,9 +230,13 @@ def _refuse_other_files(folder: Path) -> None:
     """Raises BaditError unless the folder does not exist, is empty, or is an earlier export with nothing added."""
     if folder.exists() and not folder.is_dir():
         raise BaditError(f"{folder}: is a file; choose another folder with -o")
-    refuse_links(folder)
-    files = read_json(folder / RECORD).get("files") if (folder / RECORD).is_file() else None
-    own = [RECORD, SCORES, *files] if isinstance(files, list) else []
+    if Path.cwd().is_relative_to(folder.resolve()):
+        raise BaditError(f"{folder}: has the current folder in it, and is replaced as a whole; choose another with -o")
+    own: list[Any] = []
+    if (folder / RECORD).is_file():
+        refuse_links(folder)
+        files = read_json(folder / RECORD).get("files")
+        own = [RECORD, SCORES, *files] if isinstance(files, list) else []
     if others := [path.name for path in folder.glob("*") if path.name not in own]:
         raise BaditError(f"{folder}: holds {min(others)}, which is of no export; choose another folder with -o")
 

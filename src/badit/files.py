@@ -172,8 +172,10 @@ def remove(path: Path) -> None:
 
 
 def replace_folder(partial: Path, final: Path) -> None:
-    """Replaces an older folder by a finished one."""
+    """Replaces an older folder by a finished one, whose files can be read by whom the folder can be."""
     for path in [*partial.rglob("*"), partial]:
+        if path.is_file():  # safetensors makes its files private
+            path.chmod(partial.stat().st_mode & 0o666)
         sync(path)
     remove(final)
     os.replace(partial, final)
@@ -221,13 +223,12 @@ def exclusive(folder: Path) -> Iterator[None]:
     without one.
 
     Raises:
-        BaditError: another process holds the folder, which the message names, or a link in it leads out of it.
+        BaditError: another process holds the folder; the message names it.
     """
     place, is_new = folder.resolve(), not folder.exists()
     if place in _held:
         yield
         return
-    refuse_links(folder)
     folder.mkdir(parents=True, exist_ok=True)
     owner = folder / OWNER
     descriptor = os.open(folder, os.O_RDONLY)

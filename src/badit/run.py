@@ -102,7 +102,7 @@ class Run:
         Raises:
             BaditError: another recipe's run is there, or something that is no run, or it cannot be written.
         """
-        from badit.files import is_unused, write_text
+        from badit.files import is_unused, refuse_links, write_text
         from badit.recipe import differing_keys, dump_recipe
 
         run = cls(recipe.output)
@@ -116,6 +116,7 @@ class Run:
             return run
         if run.path.exists() and (not run.path.is_dir() or not is_unused(run.path)):
             raise BaditError(f"{run.path}: exists and is not a run's folder; choose another output=FOLDER")
+        refuse_links(run.path)
         run.path.mkdir(parents=True, exist_ok=True)
         write_text(run.config_path, dump_recipe(recipe))
         return run

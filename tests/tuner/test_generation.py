@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import ContinuousBatchingConfig, DynamicCache, GenerationConfig
 
 from badit.errors import BaditError
 from tuner.helpers import (
@@ -151,6 +151,24 @@ def test_gates_are_worked_in_once_a_generation(tiny_model, monkeypatch, rows):
     for generation in (1, 2):
         generate(model, *padded(ROWS[:rows]))
         assert len(times) == 2 * generation, "for the prompt, and for the first token after it"
+
+
+def test_guidance_and_batches_without_padding_need_routing_by_token(tiny_model):
+    by_prompt, by_token = (adapted(tiny_model("llama"), routing=routing) for routing in ("prompt", "token"))
+    ids, mask = padded([ROWS[1]])
+    for options in ({"guidance_scale": 2.0}, {"generation_config": GenerationConfig(guidance_scale=2.0)}):
+        with pytest.raises(BaditError, match="guidance_scale: generates from an unconditional prompt too"):
+            by_prompt.generate(input_ids=ids, **options)
+    assert generate(by_token, ids, mask, guidance_scale=2.0).shape == (1, len(ROWS[1]) + NEW)
+    # Without numbers it would take most of the machine's memory.
+    room = ContinuousBatchingConfig(num_blocks=8, max_batch_tokens=64)
+    config = GenerationConfig(max_new_tokens=NEW, do_sample=False, eos_token_id=-1)
+    options = {"generation_config": config, "continuous_batching_config": room}
+    (refused,) = by_prompt.generate_batch(inputs=ROWS[:1], **options).values()
+    assert "generate_batch: keeps no mixture of a prompt" in refused.error
+    found = by_token.generate_batch(inputs=ROWS, **options)
+    for row, answer in zip(ROWS, found.values(), strict=True):
+        assert answer.generated_tokens == generate(by_token, *padded([row]))[0, -NEW:].tolist()
 
 
 def test_a_second_turn_on_a_kept_cache_warns_and_a_reset_cache_mixes_again(tiny_model):

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from badit.errors import BaditError, explained
-from badit.files import refuse_links, write_text
+from badit.files import write_text
 
 
 def write_report(
@@ -44,7 +44,6 @@ def write_report(
         write_text(output, page)
     if figures is not None:
         with explained(figures, action="written"):
-            refuse_links(Path(figures))
             export_figures(sections, Path(figures))
     return output
 

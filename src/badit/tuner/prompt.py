@@ -202,6 +202,8 @@ class RoutingContext:
             )
         tokens: Any = batch.get("inputs_embeds") if batch.get("input_ids") is None else batch["input_ids"]
         shape = tokens.shape[:2] if isinstance(tokens, torch.Tensor) and tokens.ndim >= 2 else None
+        if type(cache).__name__ == "PagedAttentionCache" and any(reads() for reads in self.mask_readers):
+            raise BaditError("generate_batch: keeps no mixture of a prompt; call generate, or use routing='token'")
         if (held := _held(cache)) is not None:
             if held and shape is not None and shape[1] > 1 and self._generation_prompt_length is None:
                 self._warn_of_kept_mixture()
@@ -303,7 +305,15 @@ def _before_first_labels(labels_BT: torch.Tensor, segments: Segments) -> torch.T
 
 
 def _generate(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    return RoutingContext.of(model).generate(*args, **kwargs)
+    context: RoutingContext = RoutingContext.of(model)
+    config: Any = kwargs.get("generation_config") or model.generation_config
+    scale = kwargs.get("guidance_scale", getattr(config, "guidance_scale", None))
+    if scale not in (None, 1) and any(reads() for reads in context.mask_readers):
+        raise BaditError(
+            "guidance_scale: generates from an unconditional prompt too, for which routing='prompt' has no mixture; "
+            "leave it out, or use routing='token'"
+        )
+    return context.generate(*args, **kwargs)
 
 
 def _tensors(output: Any) -> Iterator[torch.Tensor]:
@@ -320,10 +330,9 @@ def _cache(batch: Mapping[str, Any]) -> Any:
 
 
 def _held(cache: Any) -> dict[str, torch.Tensor] | None:
-    """The gates that a filled cache holds, by layer; None for an empty cache or none."""
-    if cache is None or int(cache.get_seq_length() if hasattr(cache, "get_seq_length") else len(cache)) == 0:
-        return None
-    return getattr(cache, _HELD, {})
+    """The gates that a filled cache holds, by layer; None for an empty cache, none, or the pages of generate_batch."""
+    is_filled = int(cache.get_seq_length()) > 0 if hasattr(cache, "get_seq_length") else isinstance(cache, tuple)
+    return getattr(cache, _HELD, {}) if is_filled else None
 
 
 def _warn_of_labels(labels_BT: torch.Tensor) -> None:
