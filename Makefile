@@ -10,9 +10,9 @@ WORKERS ?= 2
 # The lowest supported releases of the adapters' dependencies, from pyproject.toml: torch==2.7 peft==0.19 …
 LOWEST := $(shell $(PYTHON) -c 'import re, tomllib; \
   wanted = tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"]; \
-  print(*(re.sub(">=([^,]+),.*", r"==\1", one) for one in wanted if re.match("accelerate|peft|torch|transformers", one)))')
+  print(*(re.sub(">=([^,]+),.*", r"==\1", one) for one in wanted if re.match("accelerate|huggingface|peft|torch|transformers", one)))')
 # The tests that depend on these releases.
-ADAPTER_TESTS := tests/tuner tests/baselines tests/training tests/test_security.py
+ADAPTER_TESTS := tests/tuner tests/baselines tests/training tests/test_security.py tests/test_errors.py tests/export/test_push.py
 PYTEST := -m pytest -n $(WORKERS) --dist loadfile
 
 .PHONY: demo test stress bench check lint docs dist test-lowest-peft test-matrix test-peft audit clean
@@ -20,12 +20,13 @@ PYTEST := -m pytest -n $(WORKERS) --dist loadfile
 demo: $(VENV)/.demo  ## tune SmolLM2 on the built-in tasks with LoRA and with BADIT
 	$(BIN)/badit demo
 
-test: $(VENV)/.dev test-lowest-peft  ## all tests; adapter and training tests also on the lowest supported PEFT
+test: $(VENV)/.dev test-lowest-peft  ## all tests; adapter, training and hub tests also on the lowest supported PEFT and hub client
 	PYTHONUNBUFFERED=1 OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) tests  # unbuffered: the summary is printed last
 
-stress: $(VENV)/.dev $(VENV)/deepspeed  ## long robustness tests: killed runs, thousands of invalid inputs, DeepSpeed
+stress: $(VENV)/.dev $(VENV)/deepspeed  ## long robustness tests: invalid input, kills, full disks, links, two processes, DeepSpeed
 	BADIT_STRESS=4 PYTHONPATH=$(abspath) OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) tests/fuzz
-	BADIT_STRESS=4 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) tests/training/test_kills.py
+	BADIT_STRESS=4 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) tests/training/test_kills.py \
+	  tests/training/test_disks.py tests/training/test_reliability.py tests/test_security.py
 	PYTHONPATH=$(abspath $(VENV)/deepspeed) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/training/test_deepspeed.py
 
 # In a separate folder, because libraries import DeepSpeed whenever it is installed. It builds from source, which needs torch.
@@ -60,15 +61,17 @@ dist: $(VENV)/.dev  ## source distribution and wheel, in dist/
 	rm -rf dist
 	$(BIN)/hatchling build
 
-# --no-deps: only PEFT itself changes. The folder precedes the virtual environment's packages on the path.
-LOWEST_PEFT := $(VENV)/$(subst ==,-,$(filter peft%,$(LOWEST)))
+# --no-deps: only PEFT and the hub's client change, whose HTTP client has another name in version 2. The folder precedes the virtual
+# environment's packages on the path.
+LOWEST_HUB_PEFT := $(filter huggingface-hub% peft%,$(LOWEST))
+LOWEST_PEFT := $(VENV)/$(subst ==,-,$(firstword $(LOWEST_HUB_PEFT))-$(lastword $(LOWEST_HUB_PEFT)))
 # Tests that start processes take minutes and use no additional features of PEFT.
 PROCESSES := test_kills test_several_processes
 test-lowest-peft: $(VENV)/.dev $(LOWEST_PEFT)
 	PYTHONPATH=$(LOWEST_PEFT) OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) $(PROCESSES:%=--ignore tests/training/%.py) $(ADAPTER_TESTS)
 
 $(LOWEST_PEFT): $(VENV)/.dev
-	$(BIN)/pip install --quiet --no-deps --target $@ $(filter peft%,$(LOWEST))
+	$(BIN)/pip install --quiet --no-deps --target $@ $(LOWEST_HUB_PEFT) 'httpx<1' 'httpcore<2'
 
 # Each in its own virtual environment of several gigabytes: the lowest torch includes its GPU libraries.
 test-matrix: $(MATRIX)/lowest/.done $(MATRIX)/newest/.done  ## adapter tests on the lowest and on the newest releases

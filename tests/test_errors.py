@@ -3,16 +3,18 @@
 import errno
 import json
 import os
+from importlib import import_module
 from pathlib import Path
 
-import httpx2
 import pytest
 import torch
-from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+from huggingface_hub.errors import HFValidationError, HTTPError, RepositoryNotFoundError
 from pydantic import BaseModel
 from safetensors import SafetensorError
 
 from badit.errors import BaditError, explained, one_line
+
+http = import_module(HTTPError.__module__.partition(".")[0])  # the hub's client, which differs between its releases
 
 
 class Settings(BaseModel):
@@ -30,8 +32,8 @@ def raise_it(error):
 
 
 def refused(status):
-    request = httpx2.Request("GET", "https://hub")
-    return RepositoryNotFoundError(f"{status} refused.\nmore", response=httpx2.Response(status, request=request))
+    request = http.Request("GET", "https://hub")
+    return RepositoryNotFoundError(f"{status} refused.\nmore", response=http.Response(status, request=request))
 
 
 FULL = r"place: cannot be written, the disk (or a quota) is full; make room and run the same command again"
@@ -53,7 +55,7 @@ READ_ONLY = "place: cannot be written, the file system is read-only; choose a fo
         (system_error(errno.EROFS), READ_ONLY),
         (RuntimeError("open file failed with strerror: Read-only file system"), READ_ONLY),
         (refused(401), "place: the hub refuses: 401 refused; the token is not valid"),
-        (httpx2.ConnectError("no route"), "place: the hub cannot be reached (no route)"),
+        (http.ConnectError("no route"), "place: the hub cannot be reached (no route)"),
         (HFValidationError("bad name"), "place: bad name"),
         (BaditError("mine: as it was"), "mine: as it was"),
     ],

@@ -157,6 +157,7 @@ def test_an_earlier_name_is_answered_with_the_new_one_and_read_in_a_runs_own_rec
         (b"\xff\xfe", "not UTF-8 at byte 0"),
         (b"!!python/object/apply:os.system ['true']", "is not valid YAML"),
         (b"a: " + b"[" * 5000, "is not valid YAML"),
+        (b"a: 0x" + b"f" * 6000, "line 1, column 4: has a number of more than 100 digits"),
         (b"a: &b [*b]", "is not valid YAML"),
         (b"training: {seed: 1}\ntraining: {}\n", "line 2, column 1: the key 'training' is there twice"),
         (b"#" * 1_000_001, "has more than 1,000,000 characters"),

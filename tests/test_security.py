@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,16 @@ import torch
 import transformers
 
 import badit.tuner
-from badit.cli import main
+from badit.checkpoint import last_checkpoint
+from badit.cli import app, main
 from badit.errors import BaditError
 from badit.evaluate import answers
+from badit.files import write_json
 from badit.models import load_base_model
 from badit.recipe import Recipe, build_recipe, dump_recipe
 from badit.run import Run
 from badit.train import fit
+from evaluation.test_results import mixed, unscored
 
 SOURCE = Path(badit.tuner.__file__).parents[1]
 TREES = {path.relative_to(SOURCE): ast.parse(path.read_text(encoding="utf-8")) for path in SOURCE.rglob("*.py")}
@@ -167,29 +171,88 @@ def test_a_recipe_reads_no_recipe_outside_its_folder(tmp_path: Path, name: Any, 
     assert "extends: " in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["evaluate", "generate", "analyze", "report", "export", "push", "studio"])
-def test_a_run_with_a_link_out_of_its_folder_is_refused(command: str, tmp_path: Path, capsys: Any) -> None:
-    run = tmp_path / "run"
-    run.mkdir()
-    (run / "config.yaml").write_text("method: {name: lora}\n")
-    (run / "adapter").symlink_to(tmp_path)
-    more = {"generate": ["Hello"], "push": ["org/x"], "export": ["-o", str(tmp_path / "out")]}
-    assert main([command, str(run), *more.get(command, [])]) == 2
-    assert capsys.readouterr().err == f"badit: {run}/adapter: leads out of {run}; put the file itself there\n"
+# Each command with arguments, in which RUN is a folder that has what the command reads and a link out of it. What is
+# written to, such as an export, is such a folder too. "tasks" reads data, in which the user may have links.
+LINKED = {
+    "train": ["RECIPE", "output=RUN"],
+    "compare": ["RECIPE", "output=RUN"],
+    "evaluate": ["RUN"],
+    "generate": ["RUN", "Hello"],
+    "analyze": ["RUN"],
+    "analyze to": ["MODEL", "--data=builtin", "--output=RUN"],
+    "report": ["RUN"],
+    "export": ["RUN", "--output=NEW"],
+    "export to": ["WHOLE", "--output=RUN"],
+    "export gates": ["WHOLE", "--output=NEW", "--gates=RUN/gates.json"],
+    "push": ["RUN", "org/x"],
+    "studio": ["RUN", "--port=0"],
+    "harness": ["RUN", "--tasks=arc_easy"],
+    "table": ["RUN"],
+    "demo": ["--output=RUN"],
+}
+LINKS = {"compare": "lora", "demo": "lora", "analyze to": "analysis"}
+HOLDS = {"table": "results.json", **dict.fromkeys(["push", "export to", "export gates"], "export.json")}
 
 
-def test_a_comparison_or_an_export_with_a_link_out_of_its_folder_is_refused(
-    run: Run, tmp_path: Path, capsys: Any
+def test_every_command_is_tried_on_links() -> None:
+    assert {name.partition(" ")[0] for name in LINKED} == {name for name in app if not name.startswith("-")} - {"tasks"}
+
+
+@pytest.mark.parametrize("command", LINKED)
+def test_a_folder_with_a_link_out_of_it_is_refused(
+    command: str, recipe_values: dict[str, Any], trained: Any, tmp_path: Path, capsys: Any
 ) -> None:
-    exported = Run(run.path).export(tmp_path / "out", progress=False).folder
-    (exported / "results.json").write_text("{}")
-    (exported / "link").symlink_to(tmp_path)
-    for words in (
-        ["table", str(exported)],
-        ["push", str(exported), "org/x"],
-        ["export", str(run.path), "-o", str(tmp_path / "new"), "--gates", str(exported / "gates.json")],
-    ):
-        assert main(words) == 2
-        assert (
-            capsys.readouterr().err == f"badit: {exported}/link: leads out of {exported}; put the file itself there\n"
-        )
+    run, outside = tmp_path / "linked", tmp_path / "outside"
+    run.mkdir()
+    outside.mkdir()
+    (outside / "key.json").write_text("mine")
+    link = run / LINKS.get(command, "adapter.partial")
+    link.symlink_to(outside)
+    if command not in ("train", "compare", "demo"):  # as if one had been killed in its first write
+        (run / HOLDS.get(command, "config.yaml")).write_text("{}")
+    recipe_values["compare"] = {"methods": {"lora": {"name": "lora", "r": 2}}, "reference": "lora"}
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe_values))
+    places = {"RUN": run, "NEW": tmp_path / "new", "RECIPE": tmp_path / "recipe.yaml"}
+    places |= {"MODEL": recipe_values["model"]["name"]}
+    if "WHOLE" in LINKED[command]:
+        places["WHOLE"] = trained({"name": "badit", "num_experts": 4, "r": 2}).path
+    words = [re.sub("[A-Z]{3,}", lambda found: str(places[found[0]]), word) for word in LINKED[command]]
+    assert main([command.partition(" ")[0], *words]) == 2
+    assert re.search(f"{link}.*: leads out of {run}; put the file itself there\n$", capsys.readouterr().err)
+    assert [path.read_text() for path in outside.iterdir()] == ["mine"]
+
+
+def test_nothing_that_is_printed_commands_the_terminal(
+    recipe_values: dict[str, Any], tmp_path: Path, capsys: Any
+) -> None:
+    """Names of folders, tasks and options, and errors of cells, with codes that clear the screen and reverse text."""
+    printing = {path.name for path, tree in TREES.items() for node in ast.walk(tree) if ast.unparse(node) == "print"}
+    assert printing == {"errors.py"}
+    codes = "x\x1b[2J\x07\u202e"
+    folder = tmp_path / codes
+    checkpoint = folder / "checkpoint-5"
+    checkpoint.mkdir(parents=True)
+    write_json(checkpoint / "seal.json", {f"\n{codes}": ""})
+    failed = unscored("lora", 1, status="failed", error=f"\n{codes}")
+    write_json(folder / "results.json", {**mixed(), "cells": [failed]})
+    recipe_values |= {"method": {"name": "lora", "r": 2}, "output": str(folder / "run")}
+    recipe_values["training"]["max_steps"] = 1
+    source = Path(recipe_values["data"]["source"])
+    source.write_text(source.read_text().replace("Name the", json.dumps(codes)[1:-1]))
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(json.dumps(recipe_values))
+    assert last_checkpoint(folder) is None
+    for code, *words in [
+        (0, "tasks", str(source)),
+        (0, "train", str(recipe), "--dry-run"),
+        (0, "train", str(recipe)),
+        (2, "train", str(recipe), "method.r=3"),
+        (0, "export", str(folder / "run"), "--output", str(folder / "out")),
+        (0, "table", str(folder)),
+        (0, "table", str(folder), "--format=csv"),
+        (2, codes),
+    ]:
+        assert main(words) == code
+        out, err = capsys.readouterr()
+        assert r"x\x1b[2J\x07\u202e" in out + err, words
+        assert not set(out + err) & {"\x1b", "\x07", "\u202e"}, words

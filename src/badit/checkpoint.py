@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from accelerate import PartialState
 from transformers import TrainerCallback
 
 from badit.environment import is_main_process
-from badit.errors import BaditError
+from badit.errors import BaditError, say
 from badit.files import read_json, replace_folder, write_json
 
 STAGING = "partial"
@@ -36,7 +35,7 @@ def last_checkpoint(checkpoints: Path) -> Path | None:
         if damage is None:
             return folder
         if is_main_process():
-            print(f"badit: {folder} is damaged ({damage}); continuing from the one before it", file=sys.stderr)
+            say(f"badit: {folder} is damaged ({damage}); continuing from the one before it")
     return None
 
 

@@ -20,7 +20,7 @@ from cyclopts import App, CycloptsError, Parameter
 
 from badit import __version__
 from badit.environment import is_main_process
-from badit.errors import BaditError, explained, one_line
+from badit.errors import BaditError, explained, say, show
 from badit.run import AnyPath, Run  # noqa: F401 (AnyPath stands in the annotations of Run's methods)
 from badit.run import analyze as measure
 
@@ -93,8 +93,7 @@ def compare(recipe: str, *overrides: str, jobs: int = 1, dry_run: bool = False) 
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     results = run_comparison(made, jobs=jobs)
     path = Path(made.output) / RESULTS
-    print(render(path))
-    print(f"\nResults: {path}")
+    show(f"{render(path)}\n\nResults: {path}")
     return int("failed" in set(results.cells["status"]))
 
 
@@ -330,7 +329,7 @@ def demo(*, output: Output = "runs/demo", epochs: float = 1.0, seed: int = 0) ->
 
     run_demo(Path(output), epochs, seed)
     runs = [Path(output) / name for name in ("lora", "base", "badit")]  # differences are taken to the first
-    print(_report_if_possible(runs, Path(output) / "report.html"))
+    show(_report_if_possible(runs, Path(output) / "report.html"))
 
 
 def _score_table(runs: dict[str, Run]) -> str:
@@ -366,26 +365,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with explained():
             found = app(words[debug:], exit_on_error=False, print_error=False)
+        if isinstance(found, str):
+            show(found)
     except CycloptsError as error:
         command = " ".join(["badit", *(error.command_chain or [])])
-        print(f"badit: {one_line(str(error))} See: {command} --help", file=sys.stderr)
+        say(f"badit: {error} See: {command} --help")
         return 2
     except BaditError as error:
         if debug:
             raise
         # Of several processes all meet the same bad input, and the first reports it; in training one may be alone.
         if is_main_process() or _is_training():
-            print(f"badit: {one_line(str(error))}", file=sys.stderr)
+            say(f"badit: {error}")
         return 2
     except KeyboardInterrupt:
         if is_main_process():
-            print("\nbadit: interrupted; the same command continues from the last checkpoint", file=sys.stderr)
+            say("")
+            say("badit: interrupted; the same command continues from the last checkpoint")
         return 130
     except BrokenPipeError:  # the reader (head, less) has closed
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    if isinstance(found, str):
-        print(found)
     return found if isinstance(found, int) else 0
 
 

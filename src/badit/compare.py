@@ -18,7 +18,6 @@ import json
 import math
 import os
 import re
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,8 +30,8 @@ from typing import Any
 import torch
 
 from badit.data import ordered
-from badit.errors import BaditError, nearest
-from badit.files import exclusive, read_json, write_json
+from badit.errors import BaditError, nearest, say
+from badit.files import exclusive, inside, read_json, write_json
 from badit.methods import build_method
 from badit.metrics import mean_scores
 from badit.models import device, load_skeleton, warn_of_slow_dtype
@@ -49,7 +48,7 @@ _TOLERANCE = 0.05
 Order = str | tuple[str, ...] | None
 
 
-def compare(recipe: Recipe, *, jobs: int = 1, report: Callable[[str], None] = print) -> dict[str, Any]:
+def compare(recipe: Recipe, *, jobs: int = 1, report: Callable[[str], None] = say) -> dict[str, Any]:
     """Runs a comparison, or continues it.
 
     Args:
@@ -74,11 +73,6 @@ def compare(recipe: Recipe, *, jobs: int = 1, report: Callable[[str], None] = pr
             results = _assemble(grid, tasks, comparison.rates, counts)
             write_json(Path(recipe.output) / RESULTS, results)
     return results
-
-
-def report_to_stderr(line: str) -> None:
-    """For a terminal, whose standard output is for the table."""
-    print(line, file=sys.stderr, flush=True)
 
 
 @dataclass(frozen=True)
@@ -190,7 +184,8 @@ class Grid:
         return build_recipe(values)
 
     def run_of(self, cell: Cell) -> Run:
-        return Run(Path(self.recipe.output, str(cell)))
+        output = Path(self.recipe.output)
+        return Run(inside(output, output / str(cell)))
 
 
 @contextmanager

@@ -9,7 +9,8 @@ from typing import Any
 import pandas as pd
 
 from badit.data import own_input
-from badit.files import read_jsonl
+from badit.errors import show
+from badit.files import inside, read_jsonl
 from badit.render import score_table, text_table
 from badit.run import Run, train
 
@@ -26,19 +27,19 @@ def run_demo(output: Path, epochs: float, seed: int) -> None:
     """Trains and scores the three runs, or those that are not finished, and prints the results."""
     runs: dict[str, Run] = {}
     for name, method in METHODS.items():
-        print(f"── {name} ──", flush=True)
-        runs[name] = train(demo_recipe(method, str(output / name.lower()), epochs, seed))
-    print("\nScores on unseen instances of the 16 built-in tasks (EM: exact match)\n")
-    print(score_table({name: run.scores for name, run in runs.items()}))
+        show(f"── {name} ──")
+        runs[name] = train(demo_recipe(method, str(inside(output, output / name.lower())), epochs, seed))
+    show("\nScores on unseen instances of the 16 built-in tasks (EM: exact match)\n")
+    show(score_table({name: run.scores for name, run in runs.items()}))
     budgets = [
         [name, f"{took['trainable_parameters']:,}", str(took["steps"]), f"{took['seconds']:.0f} s"]
         for name, run in runs.items()
         if (took := run.environment.get("training"))
     ]
-    print("\n" + text_table(["method", "trainable parameters", "steps", "training"], budgets))
-    print("\n" + _angles(runs["BADIT"].regroupings_path))
-    print("\n" + _samples({name: run.predictions_path for name, run in runs.items()}))
-    print(f"\nRuns: {output}")
+    show("\n" + text_table(["method", "trainable parameters", "steps", "training"], budgets))
+    show("\n" + _angles(runs["BADIT"].regroupings_path))
+    show("\n" + _samples({name: run.predictions_path for name, run in runs.items()}))
+    show(f"\nRuns: {output}")
 
 
 def demo_recipe(method: Mapping[str, Any], output: str, epochs: float, seed: int) -> dict[str, Any]:

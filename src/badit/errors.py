@@ -1,4 +1,4 @@
-"""The exception that users are meant to read, and the one place that turns other libraries' exceptions into it."""
+"""The exception that users are meant to read, what turns other libraries' exceptions into it, and all that prints."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ _FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # safetensors ends a message with "(os error 28)"; torch's writer says why it could not open a file, not why it stopped.
 _ERROR_NUMBER = re.compile(r"\(os error (\d+)\)")
 _OPEN_FAILED = re.compile(r"open file failed with strerror: (.+)")
+# Commands to a terminal, marks that reverse the order of text, and what no encoding has. Line breaks and tabs are left.
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 _WRITE_FAILED = re.compile(r"PytorchStreamWriter failed|inline_container|iostream error")
 _HUB_FIXES = {
     401: "; the token is not valid (any more): run hf auth login",
@@ -154,4 +156,18 @@ def refuse_unknown(field: str, value: object, known: Iterable[str]) -> None:
 
 def one_line(text: str) -> str:
     """Text for a terminal: a line break or a control character, which may be a command to it, stands as its escape."""
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in text)
+    return "".join(char if char.isprintable() else _escape(char) for char in text)
+
+
+def _escape(char: str) -> str:
+    return char.encode("unicode_escape").decode("ascii")
+
+
+def say(line: str) -> None:
+    """Prints a line to stderr, as :func:`one_line`."""
+    print(one_line(line), file=sys.stderr, flush=True)
+
+
+def show(text: str) -> None:
+    """Prints a result to stdout; control characters other than line breaks and tabs stand as their escapes."""
+    print(_CONTROL.sub(lambda found: _escape(found[0]), text), flush=True)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -140,7 +141,7 @@ def export(
     mixture: str | None = None
     fixed: Gates | None = None
     if gates is not None:
-        mixture, fixed = f"gates of {gates}", _read_gates(Path(gates), model)
+        mixture, fixed = f"gates of {Path(gates).name}", _read_gates(Path(gates), model)
     elif mixes:
         chosen = list(tasks.values()) if task is None else [tasks[task]]
         mixture, fixed = _mean_gates(model, tokenizer, recipe, chosen, task, progress)
@@ -156,8 +157,9 @@ def export(
             raise BaditError(f"{folder.path}: {name} holds NaN or infinite values: its training has diverged")
 
     done = Export(output, mixture, task)
-    record: dict[str, Any] = {"run": str(folder.path), "method": method.name, "base_model": recipe.model.name}
-    record |= {"mixture": mixture, "task": task}
+    # Relative to the export, so that it names no folder of its owner's, and both can be moved together.
+    path = os.path.relpath(folder.path.resolve(), output.resolve())
+    record: dict[str, Any] = {"run": path, "method": method.name, "mixture": mixture, "task": task}
     if not merged:
         exact_rank = len(next(iter(factors.values()))[0])
         rank = min(rank or exact_rank, exact_rank, VLLM_RANKS[-1])
@@ -228,8 +230,13 @@ def _refuse_other_files(folder: Path) -> None:
     """Raises BaditError unless the folder does not exist, is empty, or is an earlier export with nothing added."""
     if folder.exists() and not folder.is_dir():
         raise BaditError(f"{folder}: is a file; choose another folder with -o")
-    files = read_json(folder / RECORD).get("files") if (folder / RECORD).is_file() else None
-    own = [RECORD, SCORES, *files] if isinstance(files, list) else []
+    if Path.cwd().is_relative_to(folder.resolve()):
+        raise BaditError(f"{folder}: has the current folder in it, and is replaced as a whole; choose another with -o")
+    own: list[Any] = []
+    if (folder / RECORD).is_file():
+        refuse_links(folder)
+        files = read_json(folder / RECORD).get("files")
+        own = [RECORD, SCORES, *files] if isinstance(files, list) else []
     if others := [path.name for path in folder.glob("*") if path.name not in own]:
         raise BaditError(f"{folder}: holds {min(others)}, which is of no export; choose another folder with -o")
 

@@ -13,7 +13,7 @@ import shutil
 import socket
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -172,8 +172,10 @@ def remove(path: Path) -> None:
 
 
 def replace_folder(partial: Path, final: Path) -> None:
-    """Replaces an older folder by a finished one."""
+    """Replaces an older folder by a finished one, whose files can be read by whom the folder can be."""
     for path in [*partial.rglob("*"), partial]:
+        if path.is_file():  # safetensors makes its files private
+            path.chmod(partial.stat().st_mode & 0o666)
         sync(path)
     remove(final)
     os.replace(partial, final)
@@ -244,7 +246,8 @@ def exclusive(folder: Path) -> Iterator[None]:
     finally:
         if place in _held:
             _held.remove(place)
-            owner.unlink(missing_ok=True)
+            with suppress(OSError):  # on a file system that is read-only, or has become so
+                owner.unlink()
         os.close(descriptor)
         if is_new and not any(folder.iterdir()):
             folder.rmdir()

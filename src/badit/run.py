@@ -25,7 +25,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Unpack
 
-from badit.errors import BaditError
+from badit.errors import BaditError, say
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -102,7 +102,7 @@ class Run:
         Raises:
             BaditError: another recipe's run is there, or something that is no run, or it cannot be written.
         """
-        from badit.files import is_unused, write_text
+        from badit.files import is_unused, refuse_links, write_text
         from badit.recipe import differing_keys, dump_recipe
 
         run = cls(recipe.output)
@@ -116,6 +116,7 @@ class Run:
             return run
         if run.path.exists() and (not run.path.is_dir() or not is_unused(run.path)):
             raise BaditError(f"{run.path}: exists and is not a run's folder; choose another output=FOLDER")
+        refuse_links(run.path)
         run.path.mkdir(parents=True, exist_ok=True)
         write_text(run.config_path, dump_recipe(recipe))
         return run
@@ -400,14 +401,14 @@ def compare(
     Raises:
         BaditError: bad input. What goes wrong within a cell is in its ``error``.
     """
-    from badit.compare import compare, report_to_stderr
+    from badit.compare import compare
     from badit.recipe import make_recipe
     from badit.results import load_results
 
     if jobs < 1:
         raise BaditError(f"jobs: must be at least 1, not {jobs}")
     made = make_recipe(recipe, values)
-    compare(made, jobs=jobs, report=report_to_stderr if progress else lambda line: None)
+    compare(made, jobs=jobs, report=say if progress else lambda line: None)
     return load_results(made.output)
 
 

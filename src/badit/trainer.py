@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import signal
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -22,7 +21,7 @@ from torch.utils.data import Dataset, Sampler
 from tqdm import tqdm
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from badit.errors import BaditError
+from badit.errors import BaditError, say
 from badit.files import StepLog
 from badit.gradients import any_of_all, local_gradient, steps_in_backward
 from badit.optimizer import OrthogonalUpdates, lora_plus_groups
@@ -170,7 +169,7 @@ def use_one_gpu(args: TrainingArguments) -> None:
 @cache
 def _say_how_to_use_all(gpus: int) -> None:
     command = f"accelerate launch --multi_gpu --num_processes {gpus} -m badit train RECIPE"
-    print(f"badit: training on one of {gpus} GPUs; to use all of them: {command}", file=sys.stderr)
+    say(f"badit: training on one of {gpus} GPUs; to use all of them: {command}")
 
 
 def answer_losses(

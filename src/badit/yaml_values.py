@@ -16,6 +16,7 @@ from badit.errors import BaditError
 # A recipe has some hundred values. With aliases of aliases, a text of a few lines can stand for billions.
 MAX_VALUES = 100_000
 MAX_CHARACTERS = 1_000_000
+MAX_DIGITS = 100
 
 
 def parse_yaml(text: str, *, where: str | Path) -> Any:
@@ -59,6 +60,8 @@ class _Loader(yaml.SafeLoader):
 
 
 def _whole_number(loader: _Loader, node: yaml.ScalarNode) -> int | str:
+    if len(node.value) > MAX_DIGITS:
+        raise _RefusedError(node.start_mark, f"has a number of more than {MAX_DIGITS} digits; shorten it")
     return node.value if re.fullmatch(r"[+-]?0[\d_]+", node.value) else loader.construct_yaml_int(node)
 
 

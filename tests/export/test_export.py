@@ -216,6 +216,8 @@ def test_a_folder_is_replaced_only_by_what_wrote_it(
     run, out = trained(BADIT), tmp_path / "out"
     out.mkdir()
     assert export(run.path, out, merged=True).folder == out  # an empty one is taken
+    for folder in (run.adapter_path, out):
+        assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {folder.stat().st_mode & 0o666}
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     failing = lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt)  # noqa: E731
     monkeypatch.setattr(sys.modules["badit.export"], "write_adapter", failing)
@@ -224,7 +226,9 @@ def test_a_folder_is_replaced_only_by_what_wrote_it(
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
     assert not list(tmp_path.glob("*.partial"))
     (out / "notes.txt").write_text("mine")
+    monkeypatch.chdir(tmp_path)
     for folder, message in (
+        (Path(), r"\.: has the current folder in it, and is replaced as a whole; choose another with -o"),
         (out, r"out: holds notes\.txt, which is of no export; choose another folder with -o"),
         (run.config_path, "is a file"),
     ):

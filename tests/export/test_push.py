@@ -1,17 +1,18 @@
-"""`badit push` against a hub that is none: what would be uploaded, and every refusal as one line."""
+"""`badit push` with the hub's own client and a server on this machine: what is uploaded, and refusals in one line."""
 
 from __future__ import annotations
 
+import base64
 import json
-from collections.abc import Callable
-from importlib import import_module
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
+import huggingface_hub
 import pytest
-from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub import ModelCard
 
 import badit
 from badit.card import write_run_card
@@ -19,45 +20,58 @@ from badit.cli import main
 from badit.errors import BaditError
 from badit.run import Run
 
-# The hub's HTTP client, which differs between its releases.
-http = import_module(HfHubHTTPError.__mro__[1].__module__.partition(".")[0])
-ADDRESS = "https://hub.example/org/tuned"
 BADIT = {"name": "badit", "num_experts": 4, "r": 2}
 
 
-class Hub(HfApi):
-    """The hub's client, whose calls arrive here."""
+class Hub(BaseHTTPRequestHandler):
+    """Answers the client as the hub does. Every file goes into the commit itself."""
 
-    private: bool | None = None
+    address: str
+    private: bool | None
     files: dict[str, bytes]
-    refusal: Exception | None = None
+    status: int
 
-    def create_repo(self, repo_id: str, *, private: bool = False, exist_ok: bool = False, **other: Any) -> Any:
-        assert exist_ok
-        if Hub.refusal is not None:
-            raise Hub.refusal
-        Hub.private = private
-        return SimpleNamespace(repo_id=repo_id)
+    def do_GET(self) -> None:
+        self.answer({"id": "meta-llama/base", "cardData": {"license": "llama3.2"}})
 
-    def create_commit(
-        self, repo_id: str, operations: list[CommitOperationAdd], *, commit_message: str, **o: Any
-    ) -> Any:
-        Hub.files = {}
-        for operation in operations:
-            with operation.as_file() as file:
-                Hub.files[operation.path_in_repo] = file.read()
-        return SimpleNamespace(repo_url=ADDRESS)
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        assert self.headers["Authorization"] == "Bearer hf_token"
+        if self.path == "/api/repos/create":
+            Hub.private = json.loads(body).get("visibility") == "private"
+            self.answer({"url": f"{Hub.address}/org/tuned", "id": "1"})
+        elif self.path == "/api/validate-yaml":  # of the card
+            self.answer({"warnings": [], "errors": []})
+        elif self.path == "/api/models/org/tuned/preupload/main":
+            names = [file["path"] for file in json.loads(body)["files"]]
+            self.answer({"files": [{"path": name, "uploadMode": "regular", "shouldIgnore": False} for name in names]})
+        elif self.path == "/api/models/org/tuned/commit/main":
+            lines = [json.loads(line) for line in body.splitlines()]
+            values = [line["value"] for line in lines if line["key"] == "file"]
+            Hub.files = {value["path"]: base64.b64decode(value["content"]) for value in values}
+            self.answer({"commitUrl": f"{Hub.address}/org/tuned/commit/1", "commitOid": "1", "success": True})
 
-    def model_info(self, repo_id: str, **other: Any) -> Any:
-        return SimpleNamespace(card_data=ModelCard("---\nlicense: llama3.2\n---\n").data)
+    def answer(self, content: dict[str, Any]) -> None:
+        body = json.dumps(content).encode()
+        self.send_response(Hub.status)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: Any) -> None:
+        pass
 
 
 @pytest.fixture(autouse=True)
-def hub(monkeypatch: pytest.MonkeyPatch) -> type[Hub]:
-    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
-    monkeypatch.setattr("huggingface_hub.get_token", lambda: "a token")
-    Hub.private, Hub.files, Hub.refusal = None, {}, None
-    return Hub
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Hub]]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        Hub.address, Hub.private, Hub.files, Hub.status = f"http://127.0.0.1:{server.server_port}", None, {}, 200
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", Hub.address)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        monkeypatch.setenv("HF_TOKEN", "hf_token")
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield Hub
+        server.shutdown()
 
 
 @pytest.fixture
@@ -70,7 +84,7 @@ def test_a_run_and_its_export_are_uploaded_with_their_cards(
 ) -> None:
     write_run_card(run)
     assert main(["push", str(run.path), "org/tuned", "--private"]) == 0
-    assert capsys.readouterr().out.strip() == ADDRESS
+    assert capsys.readouterr().out.strip() == f"{hub.address}/org/tuned"
     assert hub.private is True
     assert hub.files.keys() == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
     assert hub.files["adapter_model.safetensors"] == (run.adapter_path / "adapter_model.safetensors").read_bytes()
@@ -79,13 +93,20 @@ def test_a_run_and_its_export_are_uploaded_with_their_cards(
     here = str(tmp_path.parent).encode()  # where the run lies, too
     assert not any(here in content for content in hub.files.values()), "a path of this machine"
 
-    badit.Run(run.path).export(tmp_path / "lora", progress=False)
+    badit.Run(run.path).export(tmp_path / "first", progress=False)
+    badit.Run(run.path).export(tmp_path / "lora", gates=tmp_path / "first" / "gates.json", progress=False)
+    assert here.decode() not in (tmp_path / "lora" / "export.json").read_text()
     assert "## Training" in (tmp_path / "lora" / "README.md").read_text()
-    assert badit.Run(tmp_path / "lora").push("org/tuned") == ADDRESS
+    assert badit.Run(tmp_path / "lora").push("org/tuned") == f"{hub.address}/org/tuned"
     assert hub.private is False
     assert hub.files.keys() == {"README.md", "adapter_config.json", "adapter_model.safetensors", "gates.json"}
     assert json.loads(hub.files["adapter_config.json"])["peft_type"] == "LORA"
     assert b"import badit" not in hub.files["README.md"]
+    assert b"here one mixture is fixed: gates of gates.json." in hub.files["README.md"]
+    assert not any(here in content for content in hub.files.values())
+    badit.Run(run.path).export(tmp_path / "merged", merged=True, progress=False)
+    badit.Run(tmp_path / "merged").push("org/tuned")
+    assert "model.safetensors" in hub.files
     assert not any(here in content for content in hub.files.values())
 
     run.config_path.write_text(run.config_path.read_text().replace(run.trusted_recipe().model.name, "meta-llama/base"))
@@ -101,11 +122,15 @@ def test_what_cannot_be_pushed_is_one_line(run: Run, hub: type[Hub], monkeypatch
             badit.Run(run.path).push(name)
         assert name in str(caught.value)
         assert "\n" not in str(caught.value)
-    response = http.Response(401, request=http.Request("POST", "https://hub.example"))
-    hub.refusal = HfHubHTTPError("401: Invalid\nlong text", response=response)
-    with pytest.raises(BaditError, match=r"refuses: 401: Invalid; .* hf auth login"):
+    for status, fix in ((401, "the token is not valid"), (403, "the token has no access there")):
+        hub.status = status
+        with pytest.raises(BaditError, match=rf"^org/tuned: the hub refuses: .*{status}.*; {fix}") as caught:
+            badit.Run(run.path).push("org/tuned")
+        assert str(caught.value).isprintable()
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(BaditError, match=r"org/tuned: the hub cannot be reached \(.*Connection refused\); try again"):
         badit.Run(run.path).push("org/tuned")
-    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
     with pytest.raises(BaditError, match="hf auth login, or set HF_TOKEN"):
         badit.Run(run.path).push("org/tuned")
     assert hub.files == {}

@@ -3,6 +3,7 @@
 import http.client
 import json
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -190,6 +191,23 @@ def test_an_answer_ends_when_its_reader_goes_away(slow):
         assert b"last" in response.read(), "the lock is free again"
     assert session.running == 0
     assert [session.began.acquire(blocking=False) for _ in range(3)] == [True, True, False], "one was never begun"
+
+
+def test_a_request_that_does_not_come_to_its_end_is_closed(capfd, slow, monkeypatch):
+    session, port = slow
+    head = f"POST /api/answer HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nOrigin: http://127.0.0.1:{port}\r\n"
+    head += "Content-Type: application/json\r\nContent-Length: 100\r\n\r\n{"
+    with socket.create_connection(("127.0.0.1", port)) as leaves:
+        leaves.sendall(head.encode())
+    monkeypatch.setattr("badit.studio.server._PATIENCE", 0.2)
+    with asked(port, "longer than that") as first, closing(first.getresponse()) as response:
+        for sent in ("", head[:20], head):
+            with socket.create_connection(("127.0.0.1", port), timeout=PATIENCE) as connection:
+                connection.sendall(sent.encode())
+                assert connection.recv(1000) in (b"", b"HTTP/1.1 400 Bad Request"), "closed"
+        session.goes_on.set()
+        assert b"longer than that" in response.read()
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_an_error_in_the_midst_of_an_answer_is_told(client, session, monkeypatch):

@@ -1,6 +1,7 @@
 """Runs that are killed, interrupted or run out of disk end as if they had not been: to the bit, in every file.
 
-``make stress`` kills each kind of run at 20 random steps and 20 random operations on its files; ``make test`` at a few.
+``make stress`` kills each kind of run at 20 random steps and at the first 20 and 20 random operations on its files;
+``make test`` at two of each.
 """
 
 import multiprocessing
@@ -102,6 +103,7 @@ def test_killed_runs_end_as_the_one_that_was_not(train):
     counts = read_json(train.folder / "whole.json")
     rng = random.Random(0)
     strikes = [(rng.choice(killed.STEP_EVENTS), rng.randint(1, counts["on_step_end"])) for _ in range(KILLS)]
+    strikes += [("file", number) for number in range(1, KILLS + 1)]  # from the first
     strikes += [("file", rng.randint(1, counts["file"])) for _ in range(KILLS)]
     strikes += [("on_train_end", 1)]  # after the last checkpoint
     for i, (event, number) in enumerate(strikes):

@@ -24,6 +24,7 @@ from badit.recipe import build_recipe
 from badit.run import Run
 from badit.train import refuse_beyond_model
 from badit.trainer import AnswerTrainer
+from fuzz.command import STRESS
 
 Values = dict[str, Any]
 
@@ -41,11 +42,14 @@ def test_a_run_in_use_is_refused_and_free_once_its_process_is_killed(
     recipe_file: Path, recipe_values: Values, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = recipe_values["output"]
+    assert main(["train", str(recipe_file)]) == 0
     held = [sys.executable, "-c", HOLD + "    print('held', flush=True); sys.stdin.read()", output]
     with subprocess.Popen(held, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout is not None
         assert other.stdout.readline() == "held\n"
-        for command in (["train", str(recipe_file)], ["train", str(recipe_file), "method.name=base"]):
+        comparison = "compare={methods: {lora: {name: lora, r: 2}}, reference: lora}"
+        trains = [["train", str(recipe_file)], ["train", str(recipe_file), "method.name=base"]]
+        for command in (*trains, ["compare", str(recipe_file), comparison], ["evaluate", output], ["analyze", output]):
             assert main(command) == 2
             assert f"{output}: is in use by process {other.pid} on " in capsys.readouterr().err
         other.kill()
@@ -53,6 +57,22 @@ def test_a_run_in_use_is_refused_and_free_once_its_process_is_killed(
     assert not Path(output, OWNER).exists()
     with exclusive(Path(output)), exclusive(Path(output)):  # a process may enter again what it holds
         assert main(["evaluate", output]) == 0
+
+
+@pytest.mark.parametrize("attempt", range(STRESS))
+def test_of_two_processes_that_train_into_one_folder_one_is_refused(
+    attempt: int, recipe_file: Path, recipe_values: Values, tmp_path: Path
+) -> None:
+    command = [sys.executable, "-m", "badit", "train", str(recipe_file)]
+    pair = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    said = [process.communicate()[1] for process in pair]
+    assert sorted(process.returncode for process in pair) in ([0, 2], [0, 0]), said  # or one after the other
+    assert all("is in use by" in said[i] for i, process in enumerate(pair) if process.returncode)
+    assert main(["train", str(recipe_file), f"output={tmp_path / 'alone'}"]) == 0
+    alone, shared = Run(tmp_path / "alone"), Run(recipe_values["output"])
+    assert shared.metrics_path.read_bytes() == alone.metrics_path.read_bytes()
+    weights = "adapter_model.safetensors"
+    assert (shared.adapter_path / weights).read_bytes() == (alone.adapter_path / weights).read_bytes()
 
 
 def test_a_refused_folder_is_left_as_it_was(recipe_file: Path, recipe_values: Values) -> None:

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import ContinuousBatchingConfig, DynamicCache, GenerationConfig
 
 from badit.errors import BaditError
 from tuner.helpers import (
@@ -97,8 +97,9 @@ def test_generate_continues_from_a_copied_prompt_cache(tiny_model):
     model = adapted(tiny_model("llama"))
     cache, _ = prefill(model, *padded(random_rows(6, 6)))
     ids = torch.cat([padded(random_rows(6, 6))[0], torch.tensor([[7, 8], [9, 10]])], dim=1)
-    found = continued(model, cache, ids)
-    assert torch.equal(continued(model, cache, ids), found)
+    with pytest.warns(UserWarning, match="keeps the mixture of its first prompt"):
+        found = continued(model, cache, ids)
+    assert torch.equal(continued(model, cache, ids), found)  # a second warning is an error
     with torch.no_grad():
         for _ in range(NEW):
             mask = torch.ones_like(ids)
@@ -114,7 +115,8 @@ def test_a_prompt_cache_is_decoded_with_the_present_weights(tiny_model):
     ids, mask = padded(random_rows(6))
     cache, first = prefill(model, ids, mask)
     ids = torch.cat([ids, first], dim=1)
-    before = continued(model, cache, ids)
+    with pytest.warns(UserWarning, match="keeps the mixture of its first prompt"):
+        before = continued(model, cache, ids)
     with torch.no_grad():
         for layer in layers(model):
             layer.badit_B["default"].mul_(-3)
@@ -149,3 +151,35 @@ def test_gates_are_worked_in_once_a_generation(tiny_model, monkeypatch, rows):
     for generation in (1, 2):
         generate(model, *padded(ROWS[:rows]))
         assert len(times) == 2 * generation, "for the prompt, and for the first token after it"
+
+
+def test_guidance_and_batches_without_padding_need_routing_by_token(tiny_model):
+    by_prompt, by_token = (adapted(tiny_model("llama"), routing=routing) for routing in ("prompt", "token"))
+    ids, mask = padded([ROWS[1]])
+    for options in ({"guidance_scale": 2.0}, {"generation_config": GenerationConfig(guidance_scale=2.0)}):
+        with pytest.raises(BaditError, match="guidance_scale: generates from an unconditional prompt too"):
+            by_prompt.generate(input_ids=ids, **options)
+    assert generate(by_token, ids, mask, guidance_scale=2.0).shape == (1, len(ROWS[1]) + NEW)
+    # Without numbers it would take most of the machine's memory.
+    room = ContinuousBatchingConfig(num_blocks=8, max_batch_tokens=64)
+    config = GenerationConfig(max_new_tokens=NEW, do_sample=False, eos_token_id=-1)
+    options = {"generation_config": config, "continuous_batching_config": room}
+    (refused,) = by_prompt.generate_batch(inputs=ROWS[:1], **options).values()
+    assert "generate_batch: keeps no mixture of a prompt" in refused.error
+    found = by_token.generate_batch(inputs=ROWS, **options)
+    for row, answer in zip(ROWS, found.values(), strict=True):
+        assert answer.generated_tokens == generate(by_token, *padded([row]))[0, -NEW:].tolist()
+
+
+def test_a_second_turn_on_a_kept_cache_warns_and_a_reset_cache_mixes_again(tiny_model):
+    model = adapted(tiny_model("llama"))
+    ids, mask = padded(random_rows(9, 9))
+    cache, _ = prefill(model, ids[:, :6], mask[:, :6])
+    last = {"use_cache": True, "logits_to_keep": 1}
+    with torch.no_grad(), pytest.warns(UserWarning, match="keeps the mixture of its first prompt"):
+        kept = forward(model, ids[:, 6:], mask, cache, **last).logits
+    with torch.no_grad():
+        fresh = forward(model, ids, mask, **last).logits
+        assert (kept - fresh).abs().max() > 0.05
+        cache.reset()
+        torch.testing.assert_close(forward(model, ids, mask, cache, **last).logits, fresh)

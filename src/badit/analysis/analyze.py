@@ -23,7 +23,7 @@ from badit.data import AnswerCollator, Instance, Task, batches_by_task, load_sou
 from badit.environment import environment, peak_memory
 from badit.errors import BaditError
 from badit.evaluate import load_run
-from badit.files import read_json, write_json
+from badit.files import exclusive, inside, read_json, refuse_links, write_json
 from badit.methods import build_method
 from badit.recipe import DataSection, Recipe, build_recipe
 from badit.results import RESULTS
@@ -65,23 +65,26 @@ def analyze(
     if instances < 2:
         raise BaditError(f"instances: must be at least 2, one for each half whose gradients are compared: {instances}")
     folder = Path(target)
-    if (folder / RESULTS).is_file():
-        save_frame(task_gap(folder), Path(output or folder) / "analysis")
-        return Path(output or folder)
-    if (folder / "config.yaml").is_file():
+    is_run, is_comparison = (folder / "config.yaml").is_file(), (folder / RESULTS).is_file()
+    output = Path(output or (folder if is_run or is_comparison else "runs/analysis"))
+    path = inside(output, output / "analysis.json")
+    refuse_links(inside(output, output / "analysis"))
+    if is_comparison:
+        save_frame(task_gap(folder), output / "analysis")
+        return output
+    if is_run:
         recipe = Run(folder).trusted_recipe(trust_remote_code)
     elif data is None:
         raise BaditError(f"{target}: is no run's folder; to measure on a base model, name its tasks with --data")
     else:
         values = {"model": {"name": str(target)}, "data": {"source": data}, "method": {"name": "base"}}
-        recipe = build_recipe({**values, "output": str(output or "runs/analysis")})
+        recipe = build_recipe({**values, "output": str(output)})
     run, trained = Run(recipe.output), build_method(recipe.method).trains
     own_tasks = data is None and trained
     section = recipe.data if data is None else DataSection(source=data)  # pyright: ignore[reportCallIssue]
     tasks = make_plan(recipe).tasks if own_tasks else load_sources(section.sources())
     chosen = [(task, _chosen(task, instances, trained=trained)) for task in tasks]
-    output = Path(output or run.path)
-    settings, path = {"data": data, "instances": instances}, output / "analysis.json"
+    settings = {"data": data, "instances": instances}
     record = read_json(path) if path.is_file() else {"settings": settings, "environment": environment(), "parts": {}}
     if record.get("settings") != settings or not isinstance(record.get("parts"), dict):
         raise BaditError(
@@ -89,7 +92,8 @@ def analyze(
             "again, or choose another --output"
         )
     if not set(_PARTS) <= record["parts"].keys():
-        _measure(run, recipe, chosen, output, record, progress)
+        with exclusive(output):
+            _measure(run, recipe, chosen, output, record, progress)
     return output
 
 

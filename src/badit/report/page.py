@@ -26,7 +26,7 @@ from markupsafe import Markup
 
 from badit import __version__
 from badit.data import own_input
-from badit.files import read_json
+from badit.files import read_json, remove
 from badit.metrics import METRICS, Prediction, exact_match, rouge_l
 from badit.render import UNKNOWN, number
 from badit.report.charts import shared_scales, short_names
@@ -136,6 +136,7 @@ def export_figures(sections: Sequence[Section], folder: Path) -> list[Path]:
         svg = vl_convert.vegalite_to_svg(content, vl_version=_VEGA_LITE, config=config, allowed_base_urls=[])
         for suffix, data in ((".svg", svg.encode()), (".pdf", vl_convert.svg_to_pdf(svg))):
             written.append(folder / (block.name + suffix))
+            remove(written[-1])  # a link is not followed
             written[-1].write_bytes(data)
     return written
 

@@ -20,13 +20,14 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from badit.errors import BaditError, explained
+from badit.errors import BaditError, explained, show
 from badit.files import parse_json
 from badit.report.theme import chart_config
 from badit.studio.session import Question, Session, Show
 
 try:
     import anyio
+    import h11
     import uvicorn
     from anyio import from_thread, to_thread
     from starlette.applications import Starlette
@@ -34,16 +35,18 @@ try:
     from starlette.exceptions import HTTPException
     from starlette.middleware import Middleware
     from starlette.middleware.trustedhost import TrustedHostMiddleware
-    from starlette.requests import Request
+    from starlette.requests import ClientDisconnect, Request
     from starlette.responses import JSONResponse, Response
     from starlette.routing import Mount, Route
     from starlette.staticfiles import StaticFiles
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
+    from uvicorn.protocols.http.h11_impl import H11Protocol
 except ModuleNotFoundError as error:
     raise BaditError(f"the studio needs its extra ({error.name} is missing): pip install 'badit[studio]'") from None
 
 HOST = "127.0.0.1"
 MAX_BODY = 128 * 1024
+_PATIENCE = 30  # seconds for a request to be whole
 _GRACE = 5  # seconds for the answer that is being written to end at its next word
 _HEADERS = {
     # The empty icon is a data: address.
@@ -64,13 +67,13 @@ def serve(run: str, *, port: int = 8642, browser: bool = True, trust_remote_code
         # The page can be used meanwhile; nobody waits for a daemon at the end.
         threading.Thread(target=session.measure, daemon=True).start()
         url = f"http://{HOST}:{listening.getsockname()[1]}"
-        print(f"Studio: {url}   (Ctrl-C ends it)", flush=True)
+        show(f"Studio: {url}   (Ctrl-C ends it)")
         if browser:
             open_browser(url)
         try:
             Server(application(session)).run(sockets=[listening])
         except KeyboardInterrupt:  # uvicorn has closed what was open and passes the signal on
-            print()
+            show("")
 
 
 def listen(port: int) -> socket.socket:
@@ -90,12 +93,35 @@ def open_browser(url: str) -> None:
         webbrowser.open(url)
 
 
+class _Connection(H11Protocol):
+    """Closes a connection whose request does not come to its end."""
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self._timer = self.loop.call_later(_PATIENCE, transport.close)
+
+    def handle_events(self) -> None:
+        super().handle_events()
+        if self.conn.their_state not in (h11.IDLE, h11.SEND_BODY):
+            self._timer.cancel()
+
+    def on_response_complete(self) -> None:
+        self._timer.cancel()
+        self._timer = self.loop.call_later(_PATIENCE, self.transport.close)
+        super().on_response_complete()
+
+
 class Server(uvicorn.Server):
     """Serves an :func:`application` until Ctrl-C or SIGTERM: ``run(sockets=[listening])``."""
 
     def __init__(self, application: Starlette) -> None:
         options: dict[str, Any] = {"lifespan": "off", "ws": "none", "proxy_headers": False, "server_header": False}
-        options |= {"log_level": "warning", "access_log": False, "timeout_graceful_shutdown": _GRACE}
+        options |= {
+            "http": _Connection,
+            "log_level": "warning",
+            "access_log": False,
+            "timeout_graceful_shutdown": _GRACE,
+        }
         super().__init__(uvicorn.Config(application, **options))
         self._ending = application.state.ending
 
@@ -137,7 +163,7 @@ def application(session: Session) -> Starlette:
             Mount("/", StaticFiles(packages=[("badit.studio", "page")], html=True)),
         ],
         middleware=[Middleware(_guarded), Middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"])],
-        exception_handlers={BaditError: _refused, HTTPException: _refused},
+        exception_handlers=dict.fromkeys([BaditError, HTTPException, ClientDisconnect], _refused),
     )
     web.state.ending = ending
     return web

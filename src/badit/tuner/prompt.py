@@ -98,7 +98,7 @@ class RoutingContext:
         self._generation_prompt_length: int | None = None
         # While generating: the gates that the cache holds, and what layers keep as long as it is these.
         self._settled: tuple[dict[str, torch.Tensor], dict[str, Any]] | None = None
-        self._looked_at_labels = self._warned_of_whole_rows = False
+        self._looked_at_labels = self._warned_of_whole_rows = self._has_warned_of_kept_mixture = False
         # Each tells whether its layer will ask for the prompt's mask, which must be known before a compiled layer runs.
         self.mask_readers: list[Callable[[], bool]] = []
         self._hooks: list[Any] = []
@@ -137,6 +137,8 @@ class RoutingContext:
         assert self._generate is not None
         given = (kwargs.get("inputs_embeds"), *args[:1], kwargs.get("input_ids"), kwargs.get("inputs"))
         lengths = [value.shape[1] for value in given if isinstance(value, torch.Tensor)]
+        if _held(_cache(kwargs)):
+            self._warn_of_kept_mixture()
         outer = self._generation_prompt_length, self._settled
         self._generation_prompt_length, self._settled = next(iter(lengths), None), ({}, {})
         try:
@@ -200,8 +202,11 @@ class RoutingContext:
             )
         tokens: Any = batch.get("inputs_embeds") if batch.get("input_ids") is None else batch["input_ids"]
         shape = tokens.shape[:2] if isinstance(tokens, torch.Tensor) and tokens.ndim >= 2 else None
-        if cache is not None and int(cache.get_seq_length() if hasattr(cache, "get_seq_length") else len(cache)) > 0:
-            held = getattr(cache, _HELD, {})
+        if type(cache).__name__ == "PagedAttentionCache" and any(reads() for reads in self.mask_readers):
+            raise BaditError("generate_batch: keeps no mixture of a prompt; call generate, or use routing='token'")
+        if (held := _held(cache)) is not None:
+            if held and shape is not None and shape[1] > 1 and self._generation_prompt_length is None:
+                self._warn_of_kept_mixture()
             if self._settled is not None and self._settled[0] is not held:
                 self._settled = held, {}
             settled = None if self._settled is None else self._settled[1]
@@ -216,6 +221,15 @@ class RoutingContext:
         length = None if unlabelled else self._generation_prompt_length
         find_prompt = partial(self._prompt, model, kept, shape, tokens.device, length, unlabelled)
         return ForwardPass(find_prompt, shape=shape, fills_cache=fills_cache)
+
+    def _warn_of_kept_mixture(self) -> None:
+        if not self._has_warned_of_kept_mixture:
+            self._has_warned_of_kept_mixture = True
+            warnings.warn(
+                "text is added to a filled cache, which keeps the mixture of its first prompt: to mix for the whole "
+                "text, call cache.reset() and give all of it, or use routing='token'",
+                stacklevel=2,
+            )
 
     def _prompt(
         self, model: nn.Module, batch: Any, shape: torch.Size, device: Any, prompt_length: int | None, unlabelled: bool
@@ -291,7 +305,15 @@ def _before_first_labels(labels_BT: torch.Tensor, segments: Segments) -> torch.T
 
 
 def _generate(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    return RoutingContext.of(model).generate(*args, **kwargs)
+    context: RoutingContext = RoutingContext.of(model)
+    config: Any = kwargs.get("generation_config") or model.generation_config
+    scale = kwargs.get("guidance_scale", getattr(config, "guidance_scale", None))
+    if scale not in (None, 1) and any(reads() for reads in context.mask_readers):
+        raise BaditError(
+            "guidance_scale: generates from an unconditional prompt too, for which routing='prompt' has no mixture; "
+            "leave it out, or use routing='token'"
+        )
+    return context.generate(*args, **kwargs)
 
 
 def _tensors(output: Any) -> Iterator[torch.Tensor]:
@@ -305,6 +327,12 @@ def _tensors(output: Any) -> Iterator[torch.Tensor]:
 
 def _cache(batch: Mapping[str, Any]) -> Any:
     return next(iter(cache_of(batch).values()), None)
+
+
+def _held(cache: Any) -> dict[str, torch.Tensor] | None:
+    """The gates that a filled cache holds, by layer; None for an empty cache, none, or the pages of generate_batch."""
+    is_filled = int(cache.get_seq_length()) > 0 if hasattr(cache, "get_seq_length") else isinstance(cache, tuple)
+    return getattr(cache, _HELD, {}) if is_filled else None
 
 
 def _warn_of_labels(labels_BT: torch.Tensor) -> None:

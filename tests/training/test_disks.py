@@ -1,0 +1,129 @@
+"""On a full disk or a read-only file system a command says so in one line; with room it continues to the same result.
+
+The disk is a small tmpfs. Where none may be mounted, a limit on the size of files stands in for it.
+"""
+
+from __future__ import annotations
+
+import resource
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from badit.cli import main
+from fuzz.command import STRESS
+from materials import make_recipe
+
+FULL = "cannot be written, the disk (or a quota) is full; make room and run the same command again"
+READ_ONLY = "cannot be written, the file system is read-only; choose a folder that can be written"
+# Each command with the kB that are left on the disk, None for a read-only one; `make stress` adds many.
+CASES: dict[str, list[int | None]] = {
+    "train": [None, 0, 24, 100],
+    "train a sequence": [150],
+    "evaluate": [None, 0, 4],
+    "analyze": [None, 0, 16],
+    "export": [None, 8],
+    "export --merged": [40],
+    "report": [None, 0],
+}
+if STRESS > 1:
+    CASES = {command: [None, *range(0, 240, 8)] for command in CASES}
+
+
+class Disk:
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir()
+        self.folder, self.mounted = folder, False
+        with suppress(FileNotFoundError):
+            mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(folder)]
+            self.mounted = subprocess.run(mount, check=False, capture_output=True).returncode == 0
+
+    @contextmanager
+    def with_room(self, kilobytes: int | None) -> Iterator[str]:
+        """Within, so much can be written and no more; what a command then says."""
+        if not self.mounted:
+            former = resource.getrlimit(resource.RLIMIT_FSIZE)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (min(kilobytes or 0, 1) * 1024, former[1]))
+            yield FULL
+            resource.setrlimit(resource.RLIMIT_FSIZE, former)
+        elif kilobytes is None:
+            subprocess.run(["mount", "-o", "remount,ro", str(self.folder)], check=True)
+            yield READ_ONLY
+            subprocess.run(["mount", "-o", "remount,rw", str(self.folder)], check=True)
+        else:
+            room = shutil.disk_usage(self.folder).free - 1024 * kilobytes
+            (self.folder / "fill").write_bytes(bytes(room))
+            yield FULL
+            (self.folder / "fill").unlink()
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Disk]:
+    disk = Disk(tmp_path / "disk")
+    yield disk
+    if disk.mounted:
+        subprocess.run(["umount", "--lazy", str(disk.folder)], check=True)
+
+
+@pytest.fixture(scope="module")
+def whole(material: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """What the commands leave on a disk with room: by their names, the folder that they have written."""
+    folder = tmp_path_factory.mktemp("whole")
+    values = make_recipe(material / "model", material / "tasks.jsonl", folder / "train")
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(values))
+    for command in CASES:
+        assert main(words(command, folder, folder / "train", folder / command)) == 0
+    return {command: folder / command for command in CASES}
+
+
+def words(command: str, folder: Path, run: Path, output: Path) -> list[str]:
+    verb, *more = command.split()
+    if verb == "train":
+        return [
+            "train",
+            str(folder / "recipe.yaml"),
+            f"output={output}",
+            *(["data.order=[rivers,cities]"] * bool(more)),
+        ]
+    if verb == "report":
+        return ["report", str(run), f"--output={output / 'page.html'}"]
+    if verb == "export":
+        return ["export", str(run), f"--output={output}", *more]
+    if not output.exists():
+        shutil.copytree(run, output)
+    return [verb, str(output), *(["--instances=2"] if verb == "analyze" else [])]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """What does not depend on the time or the folder."""
+    files = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
+    aside = ("environment.json", "config.yaml", "export.json", "analysis.json", ".html", "README.md")
+    return {name: path.read_bytes() for name, path in files.items() if not name.endswith(aside)}
+
+
+@pytest.mark.parametrize(("command", "room"), [(command, room) for command, rooms in CASES.items() for room in rooms])
+def test_a_disk_that_cannot_be_written(
+    command: str, room: int | None, whole: dict[str, Path], disk: Disk, capsys: Any
+) -> None:
+    folder, place = whole["train"].parent, disk.folder / "out"
+    arguments = words(command, folder, whole["train"], place)
+    with disk.with_room(room) as problem:
+        code = main(arguments)
+    said = capsys.readouterr().err.splitlines()
+    if code == 0:
+        assert room is not None, "a read-only disk has been written"
+        assert STRESS > 1, "the room was enough"
+    else:
+        assert code == 2, said
+        assert said[-1].startswith(f"badit: {disk.folder}")
+        assert said[-1].endswith(problem)
+        assert sum("badit:" in line for line in said) == 1
+    assert main(arguments) == 0
+    assert contents(place) == contents(whole[command])
+    assert not list(disk.folder.rglob("*.partial"))
