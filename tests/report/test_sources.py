@@ -2,7 +2,9 @@
 
 import itertools
 import json
+from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 from hypothesis import given
@@ -10,7 +12,7 @@ from hypothesis import strategies as st
 
 from badit.errors import BaditError
 from badit.report.charts import number, short_names, text_table
-from badit.report.sources import by_similarity, read_sources, together
+from badit.report.sources import Source, by_similarity, conclusions, read_sources, together
 from report.samples import SMALL, TASKS, save_frame, tables, write_comparison, write_run, write_sequence
 
 
@@ -145,3 +147,37 @@ def test_forms_of_names_and_numbers():
     assert number(None) == number(float("nan")) == "–"
     shown = text_table(pd.DataFrame({"task_a": ["x"], "p_value": [0.04]}), {"p_value": ".3f", "task_a": ""})
     assert shown.to_dict("records") == [{"p value": "0.040", "task a": "x"}]
+
+
+def frames(mean: float, low: float, high: float, reliability: float, spread: float) -> dict[str, pd.DataFrame]:
+    rows = [("base", -9.0, -9.5, -8.5, "lora", True), ("badit", mean, low, high, "lora", False)]
+    columns = ["method", "mean", "low", "high", "reference", "untuned"]
+    return {
+        "differences": pd.DataFrame(rows, columns=columns),
+        "gradient_overall": pd.DataFrame({"parameters": ["adapter"] * 4, "cosine": [-0.1, 0.1, 0.2, np.nan]}),
+        "gradient_tasks": pd.DataFrame({"parameters": ["adapter"], "reliability": [reliability]}),
+        "abilities": pd.DataFrame({"spread": [spread, 0.01]}),
+        "gates": pd.DataFrame({"std": [0.1, 0.1]}),
+        "task_gap": pd.DataFrame({"method": ["lora"] * 2, "gap": [-1.0, -3.0]}),
+    }
+
+
+def test_conclusions_are_three_and_the_best_supported_comes_first() -> None:
+    source = Source("run", Path(), frames(4.0, 3.0, 5.0, 0.2, 0.5))
+    assert conclusions([source]) == [
+        "Tasks draw on the experts differently: an expert's mean gate differs by at most 0.500 between tasks, and by "
+        "0.100 (standard deviation) between prompts of one task.",
+        "badit scores 4.0 Rouge-L points more than lora (95 % interval +3.0 to +5.0).",
+        "lora: one model for all tasks scores −2.0 Rouge-L points against one model per task (standard error 1.0 over 2 "
+        "tasks).",
+    ]
+    source = Source("run", Path(), frames(0.5, -1.0, 2.0, 0.9, 0.05))
+    first, _, third = conclusions([source])
+    assert first == (
+        "33% of 3 pairs of tasks have gradients in conflict, above noise: gradients on two halves of a task agree to 0.90."
+    )
+    assert third.startswith("Tasks draw on the experts almost alike")
+    source.frames = {"differences": source.frames["differences"]}
+    assert conclusions([source]) == [
+        "badit does not differ clearly from lora: +0.5 Rouge-L (95 % interval −1.0 to +2.0)."
+    ]

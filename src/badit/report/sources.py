@@ -177,12 +177,13 @@ def _on_gradients(frames: Mapping[str, pd.DataFrame]) -> Iterator[tuple[float, s
 def _on_gates(frames: Mapping[str, pd.DataFrame]) -> Iterator[tuple[float, str]]:
     if "abilities" in frames and "gates" in frames:
         between, within = float(frames["abilities"]["spread"].max()), float(frames["gates"]["std"].mean())
-        alike = "almost alike" if between < _ALIKE else "differently"
+        alike = between < _ALIKE
         text = (
-            f"Tasks draw on the experts {alike}: an expert's mean gate differs by at most {number(between, '.2f')} "
-            f"between tasks, and by {number(within, '.2f')} (standard deviation) between prompts of one task."
+            f"Tasks draw on the experts {'almost alike' if alike else 'differently'}: an expert's mean gate differs by "
+            f"at most {number(between, '.3f')} between tasks, and by {number(within, '.3f')} (standard deviation) "
+            "between prompts of one task."
         )
-        yield between / within if within > 0 else 0.0, text
+        yield 0.5 if alike or not within > 0 else between / within, text
 
 
 def _on_single_tasks(frames: Mapping[str, pd.DataFrame]) -> Iterator[tuple[float, str]]:
