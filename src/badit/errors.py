@@ -8,7 +8,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,11 +26,11 @@ _HUB_FIXES = {
 class BaditError(ValueError):
     """Bad input. The message names the file, the field and the fix; the command line prints it and exits with 2.
 
-    The message is one line: a line break or a control character, such as one in a file's name, stands as its escape.
+    Every mistake has one line: a line break or a control character, such as one in a file's name, stands as its escape.
     """
 
-    def __init__(self, message: str) -> None:
-        super().__init__(one_line(message))
+    def __init__(self, *messages: str) -> None:
+        super().__init__("\n".join(map(one_line, messages)))
 
 
 @contextmanager
@@ -117,9 +117,38 @@ def _class(module: str, name: str) -> Any:
     return getattr(sys.modules.get(module), name, ())
 
 
-def first_problem(error: Any) -> tuple[tuple[int | str, ...], str]:
-    """Where the first problem of a pydantic ValidationError lies and what it is, without pydantic's own prefixes."""
-    problem = error.errors(include_url=False)[0]
+def problems(
+    error: Any, values: Any, known_keys: Callable[[Sequence[int | str]], Iterable[str]] | None = None
+) -> list[tuple[str, str]]:
+    """The problems of a pydantic ValidationError of ``values``: the dotted key of each and what is wrong with it.
+
+    ``known_keys`` names the keys of the section at a place, to find the one that a misspelt key stands for.
+    """
+    found: dict[str, str] = {}
+    for problem in error.errors(include_url=False):
+        place, inner = [], values
+        for part in problem["loc"]:  # which also names the alternative of a union that was tried
+            try:
+                inner = inner[part]
+            except (LookupError, TypeError):
+                if problem["type"] != "missing":
+                    break
+            place.append(part)
+        message, location = first_problem(error, problem)[1], problem["loc"]
+        if problem["type"] == "extra_forbidden":
+            message = (
+                f"unknown key{nearest(str(location[-1]), known_keys(location[:-1]))}" if known_keys else "unknown key"
+            )
+        elif problem["type"] != "missing":
+            given = repr(problem["input"])
+            message += f", got {given if len(given) < 60 else given[:57] + '...'}"
+        found.setdefault(f"{'.'.join(map(str, place)):.120}", message)
+    return list(found.items())
+
+
+def first_problem(error: Any, problem: Any = None) -> tuple[tuple[int | str, ...], str]:
+    """Where a ValidationError's first problem, or this one, lies and what it is, without pydantic's own prefixes."""
+    problem = problem or error.errors(include_url=False)[0]
     message = problem["msg"].removeprefix("Value error, ").replace("\n", " ")
     if problem["type"] == "missing" and isinstance(problem["input"], dict):
         wanted = str(problem["loc"][-1])
