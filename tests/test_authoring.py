@@ -45,6 +45,17 @@ def test_a_first_recipe_fits_the_data(material, tmp_path, monkeypatch, capsys, k
     assert "exists" in capsys.readouterr().err
 
 
+def test_a_table_needs_no_other_file_than_its_recipe(material, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = [f"{task},{task} of land {i},{task} {i}" for task in ("capital", "river") for i in range(8)]
+    Path("data.csv").write_text("\n".join(["task,question,answer", *rows]))
+    assert main(["init", "data.csv", "data.columns={input: question, output: answer}"]) == 0
+    recipe = load_recipe("recipe.yaml")
+    assert recipe.data.columns == {"input": "question", "output": "answer"}
+    assert main(["train", "recipe.yaml", "--dry-run", f"model.name={material / 'model'}"]) == 0
+    assert main(["init", "data.csv", "training.seed=1", "-o", "other.yaml"]) == 2
+
+
 def test_no_recipe_for_data_that_cannot_be_scored(tmp_path):
     line = {"task": "a", "instruction": "b", "input": "c", "output": "d"}
     (tmp_path / "one.jsonl").write_text(json.dumps(line))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import heapq
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -14,11 +15,12 @@ import yaml
 from pydantic import BaseModel
 
 from badit.arguments import argument_names, settled
-from badit.data import load_tasks
+from badit.data import Instance, load_sources
 from badit.environment import status
+from badit.errors import BaditError
 from badit.methods import NAMES, AdapterMethod, on_skeleton, options_of
 from badit.models import load_tokenizer
-from badit.recipe import Recipe, build_recipe, expand_source
+from badit.recipe import Recipe, build_recipe
 from badit.regroup import RegroupOptions
 from badit.train import Plan, Stage, encoded, make_plan, model_dtype, refuse_beyond_model, training_arguments
 from badit.trainer import prompt_argument
@@ -27,13 +29,24 @@ from badit.yaml_values import parse_yaml
 # --- a first recipe ---------------------------------------------------------------------------------------------------
 
 
-def first_recipe(source: str, path: str) -> str:
+def first_recipe(source: str, path: str, overrides: Sequence[str] = ()) -> str:
     """The text of a recipe for some data, with comments, to be written to ``path``.
+
+    Args:
+        source: as ``data.source``.
+        path: the recipe's file.
+        overrides: what the data section needs to read the data, such as ``data.columns={input: text}``.
 
     Raises:
         BaditError: the data cannot be read, or no recipe can train and score it.
     """
-    tasks = load_tasks(expand_source(source))
+    if others := [one for one in overrides if not one.startswith("data.")]:
+        raise BaditError(f"{others[0]!r:.60}: only keys of the data section, such as data.columns={{input: text}}")
+    data = build_recipe({"data": {"source": source}}, overrides).data
+    given = data.model_dump(mode="json", exclude_defaults=True, exclude={"source"})
+    extra = "".join(f"\n  {key}: {as_yaml(value)}" for key, value in given.items())
+    with status("reading the tasks"):
+        tasks = load_sources(data.sources(), data.tasks, data.weights)
     train, test = (sum(len(getattr(task, split)) for task in tasks) for split in ("train", "test"))
     held_out = min(10, *(len(task.train) // 4 for task in tasks))
     split = "test" if all(task.test for task in tasks) else "validation"
@@ -58,7 +71,7 @@ def first_recipe(source: str, path: str) -> str:
 model:
   name: smollm2-135m               # small, for a first try; or a model's folder, or ORG/NAME on the hub
 data:
-  source: {as_yaml(source)}
+  source: {as_yaml(source)}{extra}
   validation_per_task: {held_out:<12}# held out of each task's training data{", and scored" * (split == "validation")}
   # train_per_task: 50             # at most so many of each task, for a quick try
 prompt:
@@ -104,9 +117,8 @@ def check(recipe: Recipe) -> list[str]:
         tokenizer = load_tokenizer(section.name, trust_remote_code=section.trust_remote_code, revision=section.revision)
         method, model = on_skeleton(recipe, [task.name for task in plan.tasks], dtype=model_dtype(recipe))
         size = recipe.training.per_device_train_batch_size
-        pairs = [(task, instance) for task in plan.tasks for instance in task.train]
-        pairs.sort(key=lambda pair: len(pair[1].input) + len(pair[1].outputs[0]), reverse=True)
-        longest = [encoded(tokenizer, recipe, *pair) for pair in pairs[:size]]  # by characters
+        pairs = ((task, instance) for task in plan.tasks for instance in task.train)
+        longest = encoded(tokenizer, recipe, heapq.nlargest(size, pairs, key=lambda pair: _characters(pair[1])))
         refuse_beyond_model(longest, model)
     if not method.trains:
         return [*lines, f"the method {method.name} trains nothing"]
@@ -133,6 +145,10 @@ def check(recipe: Recipe) -> list[str]:
     return [*lines, f"{about} {total:.1f} GiB of memory for a batch of {len(longest)} × {tokens} tokens ({shown})"]
 
 
+def _characters(instance: Instance) -> int:
+    return sum(map(len, (instance.input, instance.outputs[0], *(text for _, text in instance.history))))
+
+
 def _processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
@@ -142,8 +158,7 @@ def _steps(plan: Plan, stage: Stage) -> int:
     training, count = plan.recipe.training, sum(len(task.train) for task in stage.tasks)
     if training.max_steps > 0:
         return training.max_steps
-    if plan.recipe.data.sampling == "balanced":
-        count = round(count / len(stage.tasks)) * len(stage.tasks)
+    count = sum(quotas.values()) if (quotas := plan.quotas(stage.tasks)) else count
     batches = math.ceil(count / (training.per_device_train_batch_size * _processes()))
     return math.ceil(training.num_train_epochs * max(1, math.ceil(batches / training.gradient_accumulation_steps)))
 

@@ -178,11 +178,12 @@ def report(
 
 
 @app.command
-def init(data: str = "builtin", *, output: Output = "recipe.yaml") -> str:
+def init(data: str = "builtin", *overrides: str, output: Output = "recipe.yaml") -> str:
     """Write a first recipe for your data, with comments.
 
     Args:
-        data: a folder in the SAPT or official layout, a .jsonl file, or 'builtin'.
+        data: as in a recipe's data.source: a file, a folder, a data set of the hub or 'builtin'.
+        overrides: what the data needs to be read, such as data.columns={input: text, output: label}.
         output: the recipe's file, which must not exist.
     """
     if Path(output).exists():
@@ -191,7 +192,7 @@ def init(data: str = "builtin", *, output: Output = "recipe.yaml") -> str:
     from badit.authoring import first_recipe
     from badit.files import write_text
 
-    write_text(Path(output), first_recipe(data, output))
+    write_text(Path(output), first_recipe(data, output, overrides))
     return f"Recipe: {output}\nNext: badit train {shlex.quote(output)} --dry-run"
 
 
@@ -225,6 +226,7 @@ def tasks(source: str, *overrides: str, show: int = 0) -> str:
         overrides: key=value, such as data.columns={input: text, output: label} or data.format=superni.
         show: so many training prompts of each task as the model gets them, with what is trained, and statistics.
     """
+    _load("badit.preview")
     from badit.preview import preview, task_table
     from badit.recipe import build_recipe, load_recipe
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import os
 import shutil
+import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -21,7 +21,6 @@ import torch
 import transformers
 from transformers import TrainingArguments
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
-from transformers.integrations.integration_utils import TensorBoardCallback, get_available_reporting_integrations
 
 from badit.attention import fast_on_short_sequences
 from badit.checkpoint import (
@@ -31,7 +30,6 @@ from badit.checkpoint import (
     last_checkpoint,
     refuse_other_engine,
     staging_folder,
-    step_of,
 )
 from badit.data import (
     AnswerCollator,
@@ -58,6 +56,7 @@ from badit.methods import Method, build_method
 from badit.models import device, fast_dtype, load_base_model, warn_of_slow_dtype
 from badit.recipe import Recipe
 from badit.run import Run
+from badit.trackers import tensorboard, tracker_folders, trackers_of
 from badit.trainer import MetricsLog, ProgressBar
 
 if TYPE_CHECKING:
@@ -69,8 +68,6 @@ SettledDtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 # Keeps the random numbers of a sequence's tasks apart, and those of runs whose seeds are close.
 _SEEDS_PER_STAGE = 1_000
-# Of trackers that write files, the variable that says where.
-_TRACKER_FOLDERS = {"wandb": "WANDB_DIR", "swanlab": "SWANLAB_LOG_DIR"}
 
 
 @dataclasses.dataclass
@@ -163,7 +160,7 @@ def fit(recipe: Recipe, *, progress: bool = True, allow_changed_inputs: bool = F
             that have changed since the run began and are not allowed to.
     """
     plan = make_plan(recipe)
-    _trackers(recipe)
+    trackers_of(recipe)
     with in_use(recipe):
         return _fit(plan, progress, allow_changed_inputs)
 
@@ -225,7 +222,7 @@ def _train_stage(
     batches = batches_by_task(examples, collate, recipe.training.per_device_train_batch_size)
     held_out = None
     if recipe.training.eval_strategy != "no":
-        held_out = [encoded(tokenizer, recipe, task, one) for task in stage.tasks for one in task.validation]
+        held_out = encoded(tokenizer, recipe, [(task, one) for task in stage.tasks for one in task.validation])
         held_out.sort(key=lambda example: len(example["input_ids"]))
     with status(f"preparing the data for {method.name}"):
         method.before_training(model, batches)
@@ -233,7 +230,7 @@ def _train_stage(
     deterministic = torch.are_deterministic_algorithms_enabled()
     checkpoint = last_checkpoint(folder.checkpoints_path)
     staging_folder(folder.checkpoints_path)
-    trackers = _trackers(recipe)
+    trackers = trackers_of(recipe)
     bar = ProgressBar()
     trainer = method.trainer(
         model=model,
@@ -245,7 +242,7 @@ def _train_stage(
             MetricsLog(folder.metrics_path),
             *([bar] if progress else []),
             *method.callbacks(folder),
-            *_tensorboard(trackers, folder.path, checkpoint),
+            *tensorboard(trackers, folder.path, checkpoint),
         ],
         quotas=plan.quotas(stage.tasks),
         **recipe.training.model_dump(include=recipe.training.OWN),
@@ -261,7 +258,7 @@ def _train_stage(
     stop = StopOnSignal()
     trainer.add_callback(SealCheckpoints(trainer, folder.checkpoints_path))
     trainer.add_callback(stop)
-    with stop, fast_on_short_sequences(base), _tracker_folders(trackers, folder.path):
+    with stop, fast_on_short_sequences(base), tracker_folders(trackers, folder.path):
         try:
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         except UnpicklingError:  # torch's loader has met something else than tensors and plain values
@@ -397,7 +394,7 @@ def training_arguments(
         "output_dir": str(folder / "checkpoints" / STAGING),
         "resume_from_checkpoint": None if checkpoint is None else str(checkpoint),  # read by the callbacks
         "seed": seed,
-        "report_to": [name for name in trackers if name != "tensorboard"],  # see _tensorboard
+        "report_to": [name for name in trackers if name != "tensorboard"],  # see trackers.tensorboard
         "include_num_input_tokens_seen": "non_padding",
         "remove_unused_columns": False,
         "disable_tqdm": True,
@@ -430,42 +427,6 @@ def _total(stages: list[dict[str, Any]]) -> dict[str, Any]:
     most = ("trainable_parameters", "parameters", "peak_memory_gib")
     total = {key: (max if key in most else sum)(stage[key] for stage in stages) for key in stages[0]}
     return {**total, "seconds": round(total["seconds"], 1)}
-
-
-def _trackers(recipe: Recipe) -> list[str]:
-    """The experiment trackers to report to.
-
-    Raises:
-        BaditError: one is not installed.
-    """
-    names, installed = recipe.training.report_to, get_available_reporting_integrations()
-    for name in names:
-        if name not in installed and name != "all":
-            raise BaditError(f"training.report_to: {name} is not installed; install it, or leave it out")
-    return installed if "all" in names else names
-
-
-def _tensorboard(names: list[str], folder: Path, checkpoint: Path | None) -> list[TensorBoardCallback]:
-    """HF's callback, which by itself could neither write into the run's folder nor hide steps that are logged again."""
-    if "tensorboard" not in names or not is_main_process():
-        return []
-    from torch.utils.tensorboard import SummaryWriter
-
-    purge_step = None if checkpoint is None else step_of(checkpoint) + 1
-    return [TensorBoardCallback(SummaryWriter(str(folder / "tensorboard"), purge_step=purge_step))]
-
-
-@contextmanager
-def _tracker_folders(names: list[str], folder: Path) -> Iterator[None]:
-    """Within, trackers write their files into the run's folder, unless the user's environment names another one."""
-    added = [_TRACKER_FOLDERS[name] for name in names if name in _TRACKER_FOLDERS]
-    added = [variable for variable in added if variable not in os.environ]
-    os.environ.update(dict.fromkeys(added, str(folder)))
-    try:
-        yield
-    finally:
-        for variable in added:
-            del os.environ[variable]
 
 
 def encoded(
