@@ -12,10 +12,9 @@ from badit.cli import main
 from badit.errors import BaditError
 from badit.files import read_jsonl
 from badit.methods import NAMES, build_method
-from badit.recipe import build_recipe, load_recipe, shipped_recipes
+from badit.recipe import CompareSection, Recipe, build_recipe, load_recipe, shipped_recipes
 from badit.regroup import RegroupOptions
 from badit.train import fit
-from test_recipe import KEYS
 
 
 @pytest.mark.parametrize(
@@ -114,8 +113,9 @@ def test_a_check_warns_of_a_run_without_regroupings(recipe_values, capsys):
 
 def test_every_key_is_listed_with_default_and_meaning(capsys):
     listed = [key for key, _, _ in recipe_keys()]
-    for section, keys in KEYS.items():
-        assert {f"{section}.{key}" for key in keys.split()} <= {*listed} or section == "output"
+    sections = {name: type(getattr(Recipe(), name)) for name in Recipe.model_fields} | {"compare": CompareSection}
+    for name, section in sections.items():
+        assert {f"{name}.{key}" for key in getattr(section, "model_fields", ())} <= {*listed}
     assert {f"method.regroup.{name}" for name in RegroupOptions().__dict__} <= {*listed}
     assert main(["keys", "training.learning"]) == 0
     assert capsys.readouterr().out.split() == ["training.learning_rate", "0.0005", "a", "number,", "above", "0"]
