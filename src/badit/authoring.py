@@ -43,12 +43,12 @@ def first_recipe(source: str, path: str, overrides: Sequence[str] = ()) -> str:
     if others := [one for one in overrides if not one.startswith("data.")]:
         raise BaditError(f"{others[0]!r:.60}: only keys of the data section, such as data.columns={{input: text}}")
     data = build_recipe({"data": {"source": source}}, overrides).data
-    given = data.model_dump(mode="json", exclude_defaults=True, exclude={"source"})
+    given = data.model_dump(mode="json", exclude_defaults=True, exclude={"source", "validation_per_task"})
     extra = "".join(f"\n  {key}: {as_yaml(value)}" for key, value in given.items())
     with status("reading the tasks"):
         tasks = load_sources(data.sources(), data.tasks, data.weights)
     train, test = (sum(len(getattr(task, split)) for task in tasks) for split in ("train", "test"))
-    held_out = min(10, *(len(task.train) // 4 for task in tasks))
+    held_out = data.validation_per_task or min(10, *(len(task.train) // 4 for task in tasks))
     split = "test" if all(task.test for task in tasks) else "validation"
     if split == "validation" and not all(task.validation for task in tasks):
         train -= held_out * len(tasks)
