@@ -17,7 +17,7 @@ PAPER = "https://arxiv.org/abs/2605.05676"
 
 def make_run(folder, task="capitals", **sections):
     """A run as training leaves it, without the training."""
-    recipe, run = build_recipe({**sections, "output": str(folder)}), Run(folder)
+    recipe, run = build_recipe({**sections, "output": str(folder)}), Run.at(folder)
     run.adapter_path.mkdir(parents=True)
     run.config_path.write_text(dump_recipe(recipe))
     scores = {"rouge_l": 51.25, "exact_match": 40.0}

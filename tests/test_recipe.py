@@ -3,11 +3,14 @@
 import dataclasses
 import itertools
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from transformers import TrainingArguments
 
+from badit.arguments import argument_names
 from badit.errors import BaditError
 from badit.methods import build_method
 from badit.recipe import (
@@ -107,7 +110,7 @@ def test_overrides_reach_nested_keys_with_yaml_values():
         ({"output": "a\0b"}, [], r"output: must be a name or a path"),
         ({"k" * 500: 1}, [], r"^recipe: k{120}: unknown key$"),
         ({}, ["training.output_dir=x"], "is not for a recipe to set: the run's folder is the recipe's output"),
-        ({}, ["training.eval_strategy=steps"], "nothing is scored during training"),
+        ({}, ["training.eval_on_start=true"], "a resumed run would evaluate again"),
         ({}, ["training.gradient_checkpointing_kwargs={}"], "use_reentrant"),
         ({}, ["training.optim=adamm"], "training\\.optim: input should be 'adamw_torch'"),
         ({}, ["training.adam_beta1=high"], "training\\.adam_beta1: input should be a valid number, got 'high'"),
@@ -120,6 +123,41 @@ def test_mistakes_are_named_on_one_line(content, overrides, message):
     with pytest.raises(BaditError, match=message) as caught:
         build_recipe(content, overrides)
     assert "\n" not in str(caught.value)
+
+
+def test_all_mistakes_are_named_at_once_before_any_slow_import(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        "{trainig: {}, training: {seed: -1, optm: sgd, epochs: 1}, data: {order: 3}, "
+        "method: {name: badit, num_expert: 8, regroup: {evry: 2}}, "
+        "compare: {methods: {a: {name: lroa}, b: {name: mtl-lora, r: 2, seeds: [0]}}}}"
+    )
+    code = f"import sys; from badit.cli import main; main(['train', {str(path)!r}]); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
+    assert sorted(line.removeprefix(f"badit: {path}: ") for line in done.stderr.splitlines()) == [
+        "compare.methods.a.name: unknown method 'lroa' (did you mean 'lora'?)",
+        "data.order: input should be a valid string, got 3",
+        "method.num_expert: unknown key (did you mean 'num_experts'?)",
+        "method.regroup.evry: unknown key (did you mean 'every'?)",
+        "trainig: unknown key (did you mean 'training'?)",
+        "training.epochs: is called num_train_epochs, as transformers has it",
+        "training.optm: unknown key (did you mean 'optim'?)",
+        "training.seed: input should be greater than or equal to 0, got -1",
+    ]
+
+
+def test_recipes_that_come_with_badit_are_read_by_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert load_recipe("superni-cpu") == load_recipe(ROOT / "recipes/superni-cpu.yaml")
+    assert load_recipe("paper/qwen3-4b").model.name == "Qwen/Qwen3-4B"
+    recipe = load_recipe(written(tmp_path, own="{extends: superni-cpu, output: mine}"))
+    assert (recipe.data.source, recipe.output) == ("$BADIT_SUPERNI", "mine")
+    written(tmp_path, **{"superni-cpu": "output: here"})
+    with pytest.raises(
+        BaditError, match=r"superni-cpuu: no such file, and no recipe.* \(did you mean 'superni-cpu'\?\)"
+    ):
+        load_recipe("superni-cpuu")
 
 
 def test_the_training_section_accepts_and_forwards_every_other_argument():
@@ -136,6 +174,7 @@ def test_the_training_section_accepts_and_forwards_every_other_argument():
             build_recipe({"training": {field.name: None if field.default is dataclasses.MISSING else field.default}})
         except BaditError as error:
             settled.append(str(error))
+    assert argument_names() == {field.name for field in fields}, "read from the source"
     assert all("is not for a recipe to set: " in message for message in settled)
     assert 30 < len(settled) < 50 < len(others) - len(settled) + 10
 

@@ -15,10 +15,8 @@ import textwrap
 import warnings
 from collections.abc import Iterator
 from importlib import import_module
-from types import UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Any
 
-import yaml
 from links import ROOT, moved
 from mkdocs.exceptions import PluginError
 
@@ -53,9 +51,11 @@ def beginning(path: str) -> str:
 
 def options(name: str, other: str | None = None) -> str:
     """A table of the fields of a dataclass or a pydantic model, but those that ``other`` has alike."""
+    from badit.authoring import as_yaml
+
     known = list(_fields(_imported(other))) if other else []
     fields = [field for field in _fields(_imported(name)) if field not in known]
-    rows = [f"| `{option}` | `{_yaml(default)}` | {_cell(text)} |" for option, default, text in fields]
+    rows = [f"| `{option}` | `{as_yaml(default)}` | {_cell(text)} |" for option, default, text in fields]
     return "\n".join(["| option | default | |", "|---|---|---|", *rows])
 
 
@@ -67,31 +67,13 @@ def _imported(name: str) -> Any:
 
 
 def _fields(kind: Any) -> Iterator[tuple[str, Any, str]]:
+    from badit.authoring import described_section
+    from badit.tuner.config import described
+
     if dataclasses.is_dataclass(kind):
-        for field in dataclasses.fields(kind):
-            if field.init and "help" in field.metadata and not _inherited_from_peft(field.name):
-                yield field.name, field.default, field.metadata["help"]
-        return
-    for option, field in kind.model_fields.items():
-        limits = [f"{word} {getattr(limit, key)}" for limit in field.metadata for key, word in _known_limits(limit)]
-        text = ", ".join(filter(None, [_shown(field.annotation), *limits]))
-        default = "required" if field.is_required() else field.get_default(call_default_factory=True)
-        yield option, default, "; ".join(filter(None, [text, field.description]))
-
-
-def _known_limits(limit: Any) -> list[tuple[str, str]]:
-    return [(key, word) for key, word in _LIMITS.items() if hasattr(limit, key)]
-
-
-_LIMITS = {"ge": "at least", "gt": "above", "lt": "below"}
-_WORDS = {
-    str: "text",
-    int: "a whole number",
-    float: "a number",
-    bool: "true or false",
-    list: "a list",
-    dict: "values by name",
-}
+        yield from (one for one in described(kind) if not _inherited_from_peft(one[0]))
+    else:
+        yield from described_section(kind)
 
 
 def _inherited_from_peft(name: str) -> bool:
@@ -100,24 +82,6 @@ def _inherited_from_peft(name: str) -> bool:
     from badit.tuner.config import FORMAT_FIELD
 
     return name == FORMAT_FIELD or name in {field.name for field in dataclasses.fields(PeftConfig)}
-
-
-def _shown(annotation: Any) -> str:
-    """A type in words, for those that are no more than a list of values or a plain type."""
-    if get_origin(annotation) is Annotated:
-        return _shown(get_args(annotation)[0])
-    if get_origin(annotation) is Literal:
-        return "one of " + ", ".join(str(value) for value in get_args(annotation))
-    if get_origin(annotation) in (Union, UnionType):
-        return " or ".join(_shown(part) for part in get_args(annotation))
-    if annotation is type(None):
-        return "null"
-    return _WORDS.get(get_origin(annotation) or annotation, "")
-
-
-def _yaml(value: Any) -> str:
-    """A plain value as a recipe has it."""
-    return yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=1000).split("\n")[0]
 
 
 def _cell(text: str) -> str:

@@ -83,6 +83,9 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'badit' has no attribute {name!r}")
+    from badit.environment import quiet_notices
+
+    quiet_notices()
     module, _, own_name = _HOMES[name].partition(":")
     return getattr(import_module(module), own_name or name)
 
@@ -99,4 +102,4 @@ sys.modules[__name__].__class__ = _Package
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted(__all__)

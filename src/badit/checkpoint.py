@@ -10,16 +10,20 @@ except by torch's loader of plain tensors and numbers (``weights_only=True``, wh
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
+import signal
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from accelerate import PartialState
-from transformers import TrainerCallback
+from transformers import EarlyStoppingCallback, TrainerCallback
 
 from badit.environment import is_main_process
 from badit.errors import BaditError, say
 from badit.files import read_json, replace_folder, write_json
+from badit.gradients import any_of_all
 
 STAGING = "partial"
 SEAL = "seal.json"
@@ -58,15 +62,18 @@ def damage_of(folder: Path) -> str | None:
     return None
 
 
-def seal(staged: Path, checkpoints: Path) -> None:
-    """Seals a folder that is complete, and puts it among the checkpoints, of which it keeps the one before as well."""
+def seal(staged: Path, checkpoints: Path, best: str | None = None) -> None:
+    """Seals a folder that is complete, and puts it among the checkpoints, of which it keeps the one before as well.
+
+    It also keeps the one called ``best``.
+    """
     write_json(staged / SEAL, {name: _sha256(staged / name) for name in _files(staged)})
     final = checkpoints / staged.name
     replace_folder(staged, final)
     # Checkpoints of later steps are of a run that ended before this one was resumed from an earlier step.
     earlier = sorted((folder for folder in _folders(checkpoints) if step_of(folder) < step_of(final)), key=step_of)
     for folder in _folders(checkpoints):
-        if folder != final and folder not in earlier[1 - _KEPT :]:
+        if folder != final and folder not in earlier[1 - _KEPT :] and folder.name != best:
             shutil.rmtree(folder)
 
 
@@ -110,9 +117,9 @@ def refuse_other_engine(checkpoint: Path, engine: str, processes: int) -> None:
 class SealCheckpoints(TrainerCallback):
     """Seals what the trainer and the callbacks before this one have written into its output folder.
 
-    It also keeps what the trainer would forget: the losses summed up since its last line of the log, and the number of
-    skipped steps. Without the former the first line after a resumption would be the mean of fewer steps than in a run
-    that was not stopped.
+    It also keeps what the trainer would forget: the losses summed up since its last line of the log, the number of
+    skipped steps, which checkpoint is the best, how long ago that was, and whether the training is over. Without the
+    first the first line after a resumption would be the mean of fewer steps than in a run that was not stopped.
     """
 
     def __init__(self, trainer: Any, checkpoints: Path) -> None:
@@ -126,21 +133,81 @@ class SealCheckpoints(TrainerCallback):
             self._trainer._tr_loss += kept["loss"]
             self._trainer._globalstep_last_logged = kept["last_logged_step"]
             self._trainer.skipped_steps = kept["skipped_steps"]
+            self._trainer.finished = kept.get("finished", False)
+            if kept.get("best"):
+                state.best_model_checkpoint = str(self._checkpoints / kept["best"])
+            for callback in self._trainer.callback_handler.callbacks:
+                if isinstance(callback, EarlyStoppingCallback):
+                    vars(callback).update(state.stateful_callbacks["EarlyStoppingCallback"]["attributes"])
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # The log has the mean over the processes, and so has every one of them after a resumption.
         mean = self._trainer.accelerator.reduce(self._trainer._tr_loss, reduction="mean")
+        best = state.best_model_checkpoint and Path(state.best_model_checkpoint).name
         PartialState().wait_for_everyone()  # every process writes its part
         if state.is_world_process_zero:
             kept = {
                 "loss": float(mean),
                 "last_logged_step": self._trainer._globalstep_last_logged,
                 "skipped_steps": self._trainer.skipped_steps,
+                "finished": control.should_training_stop,
+                "best": best,
             }
             staged = checkpoint_being_written(args, state)
             write_json(staged / _SUMS, kept)
-            seal(staged, self._checkpoints)
+            seal(staged, self._checkpoints, best)
+        if best:  # the trainer knows it by the place that it has written it to
+            state.best_model_checkpoint = str(self._checkpoints / best)
         PartialState().wait_for_everyone()
+
+
+class StopOnSignal(TrainerCallback):
+    """On Ctrl-C or SIGTERM: finishes the step, saves a checkpoint, then stops. A second signal stops at once.
+
+    It must be the last callback, so that the others' state is in the checkpoint by the time it stops. Of several
+    processes all stop at the same step, whichever was told to.
+    """
+
+    _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+    def __init__(self) -> None:
+        self._asked = self._stopping = False
+        self._step = 0
+        self._former: dict[int, Any] = {}
+
+    def __enter__(self) -> StopOnSignal:
+        try:
+            self._former = {number: signal.signal(number, self._handle) for number in self._SIGNALS}
+        except ValueError:  # only the main thread may set handlers; elsewhere a caller has its own way to stop
+            self._former = {}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._former.items():
+            signal.signal(number, handler)
+        if self._asked and error[0] is None:  # too late for a checkpoint of its own: the last step's is there
+            raise KeyboardInterrupt
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self._asked:
+            raise KeyboardInterrupt
+        self._asked = True
+        if is_main_process():  # written directly: the handler may have come in the middle of a print
+            line = f"\nbadit: finishing step {self._step} and saving; press Ctrl-C again to stop now\n"
+            os.write(2, line.encode())
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._step = state.global_step + 1
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._step = state.global_step + 1  # what comes now, such as an evaluation, belongs to the next one
+        self._stopping = any_of_all(self._asked)
+        if self._stopping:
+            control.should_save = True
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._stopping:
+            raise KeyboardInterrupt
 
 
 def checkpoint_being_written(args: Any, state: Any) -> Path:

@@ -6,20 +6,21 @@ A command returns what it prints, or an exit code. Everything heavy is imported 
 from __future__ import annotations
 
 import inspect
-import logging
+import json
 import os
 import shlex
 import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from cyclopts import App, CycloptsError, Parameter
 
 from badit import __version__
-from badit.environment import is_main_process
+from badit.environment import is_main_process, quiet_notices, status
 from badit.errors import BaditError, explained, say, show
 from badit.run import AnyPath, Run  # noqa: F401 (AnyPath stands in the annotations of Run's methods)
 from badit.run import analyze as measure
@@ -33,6 +34,7 @@ app = App(
     result_action="return_value",
     suppress_keyboard_interrupt=False,
 )
+app.register_install_completion_command(help="Install completion for your shell, and say where.")
 Output = Annotated[str, Parameter(name=["--output", "-o"])]
 
 
@@ -45,20 +47,19 @@ def train(recipe: str, *overrides: str, dry_run: bool = False, allow_changed_inp
     Args:
         recipe: a YAML file, such as recipes/superni-cpu.yaml.
         overrides: key=value, such as training.num_train_epochs=2 output=runs/mine.
-        dry_run: validate recipe and data, say what would be done, and stop.
+        dry_run: check recipe, data and model, say what would be done, and stop.
         allow_changed_inputs: continue a run although its data or base weights have changed, and record that.
     """
     from badit.recipe import dump_recipe, load_recipe
-    from badit.run import plan
     from badit.run import train as run_training
 
-    made = load_recipe(recipe, overrides)
+    with status("reading the recipe"):
+        made = load_recipe(recipe, overrides)
+    _load("badit.authoring" if dry_run else "badit.evaluate")
     if dry_run:
-        planned = plan(made)
-        return (
-            f"{dump_recipe(made)}\n{len(planned.tasks)} tasks, {planned.training_instances} training and "
-            f"{planned.test_instances} {made.evaluation.split} instances; the run would be written to {made.output}"
-        )
+        from badit.authoring import check
+
+        return "\n".join([dump_recipe(made), *check(made)])
     run = run_training(made, allow_changed_inputs=allow_changed_inputs)
     if not is_main_process():
         return None
@@ -78,15 +79,20 @@ def compare(recipe: str, *overrides: str, jobs: int = 1, dry_run: bool = False) 
         jobs: runs at a time; they share the cores and GPUs.
         dry_run: validate everything, show methods and budgets, and stop.
     """
-    from badit.compare import Grid, check
     from badit.recipe import load_recipe
-    from badit.render import render, text_table
-    from badit.results import RESULTS
     from badit.run import compare as run_comparison
 
-    made = load_recipe(recipe, overrides)
+    with status("reading the recipe"):
+        made = load_recipe(recipe, overrides)
+    _load("badit.compare")
+    from badit.compare import Grid, check
+    from badit.render import render, text_table
+    from badit.results import RESULTS
+
     if dry_run:
-        rows = [[name, f"{count:,}" if count else "–"] for name, count in check(Grid(made))[1].items()]
+        with status("checking data and methods"):
+            counts = check(Grid(made))[1]
+        rows = [[name, f"{count:,}" if count else "–"] for name, count in counts.items()]
         budgets = text_table(["method", "trainable parameters"], rows, right={1})
         return f"{budgets}\n\nThe runs would be written to {made.output}"
     # A batch system's SIGTERM must reach the running cells as Ctrl-C does: they have sessions of their own.
@@ -115,6 +121,7 @@ def table(
         by_task: a row per task and a column per method.
         released: forgetting and transfer as SAPT's released code computes them.
     """
+    _load("badit.render")
     from badit.render import render
 
     return render(results, form=format, metric=metric, by_task=by_task, released=released)
@@ -130,6 +137,7 @@ def analyze(
     progress: bool = True,
     trust_remote_code: bool = False,
 ) -> str:
+    _load("badit.analysis.analyze")
     from badit.render import text_table
 
     options = {"progress": progress, "trust_remote_code": trust_remote_code}
@@ -161,10 +169,51 @@ def report(
         figures: a folder for every figure as .svg and .pdf.
         title: the page's heading (default: the runs' names).
     """
+    _load("badit.report.page")
     from badit.report import write_report
 
     page = write_report([run, *more], output, title=title, figures=figures)
     return f"Report: {page}" + (f"\nFigures: {figures}" if figures else "")
+
+
+@app.command
+def init(data: str = "builtin", *overrides: str, output: Output = "recipe.yaml") -> str:
+    """Write a first recipe for your data, with comments.
+
+    Args:
+        data: as in a recipe's data.source: a file, a folder, a data set of the hub or 'builtin'.
+        overrides: what the data needs to be read, such as data.columns={input: text, output: label}.
+        output: the recipe's file, which must not exist.
+    """
+    if Path(output).exists():
+        raise BaditError(f"{output}: exists; choose another --output")
+    _load("badit.authoring")
+    from badit.authoring import first_recipe
+    from badit.files import write_text
+
+    write_text(Path(output), first_recipe(data, output, overrides))
+    return f"Recipe: {output}\nNext: badit train {shlex.quote(output)} --dry-run"
+
+
+@app.command
+def keys(prefix: str = "", *, schema: bool = False) -> str:
+    """Print every key of a recipe, with its default and meaning.
+
+    Args:
+        prefix: the keys that begin with this alone, such as training or method.r.
+        schema: print a JSON schema for editors instead.
+    """
+    _load("badit.authoring")
+    from badit import authoring
+
+    if schema:
+        return json.dumps(authoring.schema(), indent=2, ensure_ascii=False)
+    lines = [
+        f"{key:32} {default:16} {text}" for key, default, text in authoring.recipe_keys() if key.startswith(prefix)
+    ]
+    if not lines:
+        raise BaditError(f"{prefix!r:.60}: no key begins so; see badit keys")
+    return "\n".join(lines)
 
 
 @app.command
@@ -176,6 +225,7 @@ def tasks(source: str, *overrides: str, show: int = 0) -> str:
         overrides: key=value, such as data.columns={input: text, output: label} or data.format=superni.
         show: so many training prompts of each task as the model gets them, with what is trained, and statistics.
     """
+    _load("badit.preview")
     from badit.preview import preview, task_table
     from badit.recipe import build_recipe, load_recipe
 
@@ -197,6 +247,7 @@ def studio(run: str, *, port: int = 8642, browser: bool = True, trust_remote_cod
         browser: open the page.
         trust_remote_code: run Python code that comes with the run's base model, if its recipe asks for it as well.
     """
+    _load("badit.studio.session")
     from badit.studio.server import serve
 
     serve(run, port=port, browser=browser, trust_remote_code=trust_remote_code)
@@ -214,6 +265,7 @@ def harness(run: str, *options: Annotated[str, Parameter(allow_leading_hyphen=Tr
         run: a run's folder.
         options: what 'lm_eval run' takes, except the model.
     """
+    _load("badit.evaluate")
     from badit.harness import run_command_line
 
     run_command_line(run, list(options))
@@ -230,6 +282,7 @@ def _of_run(method: Callable[..., Any], show: Callable[..., str | None]) -> None
 
     def command(run: str, *arguments: Any, **options: Any) -> str | None:
         found = Run(run)
+        _load("badit.evaluate")
         return show(found, method(found, *arguments, **options))
 
     command.__signature__ = inspect.Signature(parameters)  # pyright: ignore[reportFunctionMemberAccess]
@@ -309,9 +362,10 @@ def generate(
         max_new_tokens: the longest answer, in tokens.
         trust_remote_code: run Python code that comes with the run's base model, if its recipe asks for it as well.
     """
-    text = sys.stdin.read() if prompt == "-" else prompt
+    text, found = sys.stdin.read() if prompt == "-" else prompt, Run(run)
+    _load("badit.evaluate")
     options = {"max_new_tokens": max_new_tokens, "trust_remote_code": trust_remote_code}
-    return Run(run).generate(text, task=task, raw=raw, **options)
+    return found.generate(text, task=task, raw=raw, **options)
 
 
 @app.command
@@ -325,11 +379,18 @@ def demo(*, output: Output = "runs/demo", epochs: float = 1.0, seed: int = 0) ->
         epochs: passes over the training data.
         seed: of the adapters, the batches and dropout.
     """
+    _load("badit.evaluate")
     from badit.demo import run_demo
 
     run_demo(Path(output), epochs, seed)
     runs = [Path(output) / name for name in ("lora", "base", "badit")]  # differences are taken to the first
     show(_report_if_possible(runs, Path(output) / "report.html"))
+
+
+def _load(module: str) -> None:
+    """Imports a module, which may take seconds, so that what follows takes none."""
+    with status("loading libraries"):
+        import_module(module)
 
 
 def _score_table(runs: dict[str, Run]) -> str:
@@ -347,13 +408,17 @@ def _report_if_possible(runs: Sequence[str | Path], output: Path) -> str:
     return f"Report: {write_report(runs, output)}"
 
 
+def _complain(text: str) -> None:
+    for line in text.splitlines():
+        say(f"badit: {line}", red=True)
+
+
 def quiet_libraries() -> None:
     """Hides the progress bars and notices of transformers, tokenizers, torch and torchao; badit shows its own."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.simplefilter("ignore", FutureWarning)
-    for name in ("torchao", "torch.utils._pytree", "bitsandbytes"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    quiet_notices()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -369,19 +434,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
             show(found)
     except CycloptsError as error:
         command = " ".join(["badit", *(error.command_chain or [])])
-        say(f"badit: {error} See: {command} --help")
+        _complain(f"{error} See: {command} --help")
         return 2
     except BaditError as error:
         if debug:
             raise
         # Of several processes all meet the same bad input, and the first reports it; in training one may be alone.
         if is_main_process() or _is_training():
-            say(f"badit: {error}")
+            _complain(str(error))
         return 2
     except KeyboardInterrupt:
         if is_main_process():
             say("")
-            say("badit: interrupted; the same command continues from the last checkpoint")
+            _complain("interrupted; the same command continues from the last checkpoint")
         return 130
     except BrokenPipeError:  # the reader (head, less) has closed
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -30,11 +30,12 @@ from typing import Any
 import torch
 
 from badit.data import ordered
+from badit.environment import status
 from badit.errors import BaditError, nearest, say
 from badit.files import exclusive, inside, read_json, write_json
-from badit.methods import build_method
+from badit.methods import build_method, on_skeleton
 from badit.metrics import mean_scores
-from badit.models import device, load_skeleton, warn_of_slow_dtype
+from badit.models import device, warn_of_slow_dtype
 from badit.recipe import Recipe, build_recipe, merged
 from badit.results import FORMAT, RESULTS, SINGLE_TASK, read_scores
 from badit.run import Run
@@ -63,7 +64,8 @@ def compare(recipe: Recipe, *, jobs: int = 1, report: Callable[[str], None] = sa
         BaditError: bad input. What goes wrong within a cell is in its ``error`` and stops nothing.
     """
     grid = Grid(recipe)
-    tasks, counts = check(grid)
+    with status("checking data and methods"):
+        tasks, counts = check(grid)
     warn_of_slow_dtype(recipe.model.dtype, device())  # what the cells say goes to their logs
     comparison = _Comparison(grid, tasks, jobs, report)
     with exclusive(Path(recipe.output)):
@@ -185,7 +187,7 @@ class Grid:
 
     def run_of(self, cell: Cell) -> Run:
         output = Path(self.recipe.output)
-        return Run(inside(output, output / str(cell)))
+        return Run.at(inside(output, output / str(cell)))
 
 
 @contextmanager
@@ -236,13 +238,12 @@ def trainable_parameters(grid: Grid, tasks: Sequence[str]) -> dict[str, int]:
     Raises:
         BaditError: a method does not go with the model, or is more than 5 % off the budget and not listed as unmatched.
     """
-    model, section = grid.recipe.model, grid.section
+    section = grid.section
     counts = {}
     for name in section.methods:
-        skeleton = load_skeleton(model.name, revision=model.revision, trust_remote_code=model.trust_remote_code)
-        with _named(name), torch.device("meta"):
-            method = build_method(grid.recipe_of(Cell(name)).method)  # a new one: applying it may set some options
-            counts[name] = method.trained_parameters(method.apply(skeleton, tasks))
+        with _named(name):
+            method, model = on_skeleton(grid.recipe_of(Cell(name)), tasks)
+            counts[name] = method.trained_parameters(model)
     if section.budget is not None:
         budget = counts[section.budget]
         for name, count in counts.items():

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import platform
 import resource
 import subprocess
 import sys
-from contextlib import suppress
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,38 @@ _PACKAGES = ("badit", "torch", "transformers", "peft", "accelerate", "safetensor
 def is_main_process() -> bool:
     """Whether this is the only process, or the first of those that accelerate or torchrun has started."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def quiet_notices() -> None:
+    """Hides what torch, torchao and bitsandbytes log at import, and what transformers and PEFT say of each other.
+
+    Levels and filters of the user's own stay.
+    """
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft)\.", append=True)
+    for name in ("torchao", "torch.utils._pytree", "bitsandbytes"):
+        if (logger := logging.getLogger(name)).level == logging.NOTSET:
+            logger.setLevel(logging.ERROR)
+
+
+_waiting = False
+
+
+@contextmanager
+def status(text: str) -> Iterator[None]:
+    """Within, a line on a terminal says what is waited for. It is erased at the end. One in another is not shown."""
+    global _waiting
+    if _waiting or not sys.stderr.isatty() or not is_main_process():
+        yield
+        return
+    from rich.console import Console
+
+    _waiting = True
+    try:
+        with Console(stderr=True).status(f"badit: {text} …") as shown:
+            shown.update(spinner="dots")  # which shows it at once
+            yield
+    finally:
+        _waiting = False
 
 
 def environment() -> dict[str, Any]:

@@ -8,7 +8,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -28,11 +28,11 @@ _HUB_FIXES = {
 class BaditError(ValueError):
     """Bad input. The message names the file, the field and the fix; the command line prints it and exits with 2.
 
-    The message is one line: a line break or a control character, such as one in a file's name, stands as its escape.
+    Every mistake has one line: a line break or a control character, such as one in a file's name, stands as its escape.
     """
 
-    def __init__(self, message: str) -> None:
-        super().__init__(one_line(message))
+    def __init__(self, *messages: str) -> None:
+        super().__init__("\n".join(map(one_line, messages)))
 
 
 @contextmanager
@@ -119,9 +119,38 @@ def _class(module: str, name: str) -> Any:
     return getattr(sys.modules.get(module), name, ())
 
 
-def first_problem(error: Any) -> tuple[tuple[int | str, ...], str]:
-    """Where the first problem of a pydantic ValidationError lies and what it is, without pydantic's own prefixes."""
-    problem = error.errors(include_url=False)[0]
+def problems(
+    error: Any, values: Any, known_keys: Callable[[Sequence[int | str]], Iterable[str]] | None = None
+) -> list[tuple[str, str]]:
+    """The problems of a pydantic ValidationError of ``values``: the dotted key of each and what is wrong with it.
+
+    ``known_keys`` names the keys of the section at a place, to find the one that a misspelt key stands for.
+    """
+    found: dict[str, str] = {}
+    for problem in error.errors(include_url=False):
+        place, inner = [], values
+        for part in problem["loc"]:  # which also names the alternative of a union that was tried
+            try:
+                inner = inner[part]
+            except (LookupError, TypeError):
+                if problem["type"] != "missing":
+                    break
+            place.append(part)
+        message, location = first_problem(error, problem)[1], problem["loc"]
+        if problem["type"] == "extra_forbidden":
+            message = (
+                f"unknown key{nearest(str(location[-1]), known_keys(location[:-1]))}" if known_keys else "unknown key"
+            )
+        elif problem["type"] != "missing":
+            given = repr(problem["input"])
+            message += f", got {given if len(given) < 60 else given[:57] + '...'}"
+        found.setdefault(f"{'.'.join(map(str, place)):.120}", message)
+    return list(found.items())
+
+
+def first_problem(error: Any, problem: Any = None) -> tuple[tuple[int | str, ...], str]:
+    """Where a ValidationError's first problem, or this one, lies and what it is, without pydantic's own prefixes."""
+    problem = problem or error.errors(include_url=False)[0]
     message = problem["msg"].removeprefix("Value error, ").replace("\n", " ")
     if problem["type"] == "missing" and isinstance(problem["input"], dict):
         wanted = str(problem["loc"][-1])
@@ -163,9 +192,12 @@ def _escape(char: str) -> str:
     return char.encode("unicode_escape").decode("ascii")
 
 
-def say(line: str) -> None:
-    """Prints a line to stderr, as :func:`one_line`."""
-    print(one_line(line), file=sys.stderr, flush=True)
+def say(line: str, *, red: bool = False) -> None:
+    """Prints a line to stderr, as :func:`one_line`; in red on a terminal unless NO_COLOR is set."""
+    before, after = (
+        ("\x1b[31m", "\x1b[0m") if red and sys.stderr.isatty() and not os.environ.get("NO_COLOR") else ("", "")
+    )
+    print(f"{before}{one_line(line)}{after}", file=sys.stderr, flush=True)
 
 
 def show(text: str) -> None:

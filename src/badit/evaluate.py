@@ -87,7 +87,7 @@ def evaluate(
     """
     if split not in (None, *get_args(Split)):
         raise BaditError(f"split: '{split}' is none of {', '.join(get_args(Split))}{nearest(split, get_args(Split))}")
-    run = Run.existing(path)
+    run = Run(path)
     recipe = run.trusted_recipe(trust_remote_code)
     own_split = recipe.evaluation.split
     plan = make_plan(recipe, split=split or own_split)
@@ -245,7 +245,7 @@ def validation_loss(path: str | Path, *, trust_remote_code: bool = False) -> dic
     Raises:
         BaditError: as :func:`evaluate`.
     """
-    run = Run.existing(path)
+    run = Run(path)
     if run.validation_path.is_file():
         return read_json(run.validation_path)
     recipe = run.trusted_recipe(trust_remote_code)

@@ -38,7 +38,7 @@ from badit.methods import build_method
 from badit.models import device, load_base_model
 from badit.recipe import Recipe
 from badit.results import read_scores
-from badit.run import Run
+from badit.run import RECORD, Run
 from badit.train import base_model, encoded, make_plan, model_dtype, pad_id
 from badit.tuner import hooks_of
 from badit.tuner.config import is_number
@@ -50,7 +50,6 @@ Factors = Mapping[str, tuple[torch.Tensor, torch.Tensor]]
 #: By the module's name, a gate for each of its K experts, as they multiply.
 Gates = Mapping[str, Sequence[float]]
 
-RECORD = "export.json"
 SCORES = "scores.json"
 GATES = "gates.json"
 # Gates of prompts of one task are close together: this many training prompts settle the mean.
@@ -108,7 +107,7 @@ def export(
     ``output`` must be new, empty or an earlier export. The LoRA equals the fixed mixture exactly, unless ``rank`` is
     smaller than that takes (SVD), or it takes more than 512, the most that vLLM serves.
     """
-    folder = Run.existing(run)
+    folder = Run(run)
     recipe = folder.trusted_recipe()
     method = build_method(recipe.method)
     config: Any = getattr(method, "config", None)  # PEFT's, of a method that trains an adapter
@@ -204,7 +203,7 @@ def score_export(run: str | Path, exported: Export, *, progress: bool = True) ->
     It has Rouge-L ``routed`` (the run's), ``frozen`` and their ``difference`` for each of ``tasks``, and the ``mean``
     of the three. A mixture of one task is scored on that task only.
     """
-    folder = Run.existing(run)
+    folder = Run(run)
     recipe = folder.trusted_recipe()
     split = recipe.evaluation.split
     routed = read_scores(folder.scores_path) if folder.scores_path.is_file() else evaluate(run, progress=progress)

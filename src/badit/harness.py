@@ -77,7 +77,7 @@ class BaditLM(_HFLM):
         if run is not None:
             if "peft" in options:
                 raise BaditError("model_args: a run has its adapter: leave peft out, or give pretrained instead of run")
-            folder = Run.existing(run)
+            folder = Run(run)
             recipe = folder.trusted_recipe(trust_remote_code)
             pretrained, tokenizer = load_run(folder, recipe)
             options.setdefault("tokenizer", tokenizer)

@@ -31,13 +31,14 @@ from badit.angles import AngleLog
 from badit.baselines import BASELINES, Baseline, neurons
 from badit.errors import BaditError, explained, first_line, nearest
 from badit.gradients import parameter_count
+from badit.models import load_skeleton
 from badit.recipe import Recipe
 from badit.regroup import TOP_K_REFUSED, RegroupCallback, RegroupOptions
 from badit.run import Run
 from badit.surgery import Surgery, SurgeryTrainer
 from badit.trainer import AnswerTrainer
 from badit.tuner import BaditConfig
-from badit.tuner.config import COUNT, FORMAT_FIELD, RETIRED_FIELDS, SHARE, check_options, option
+from badit.tuner.config import COUNT, FORMAT_FIELD, RETIRED_FIELDS, SHARE, check_options, described, option
 from badit.tuner.model import TARGET_MODULES, TaskBatches, hooks_of
 
 if TYPE_CHECKING:
@@ -251,8 +252,8 @@ def build_method(section: Mapping[str, Any]) -> Method:
     """
     options = dict(section)
     name = options.pop("name", "badit")
-    if not isinstance(name, str) or name not in _NAMES:
-        raise BaditError(f"method.name: unknown method {name!r:.60}{nearest(name, _NAMES)}; known: {', '.join(_NAMES)}")
+    if not isinstance(name, str) or name not in NAMES:
+        raise BaditError(f"method.name: unknown method {name!r:.60}{nearest(name, NAMES)}; known: {', '.join(NAMES)}")
     if name in ("full", "base"):
         return _built(partial(WeightsMethod if name == "full" else Method, name), options, set())
     if name == "task-neurons":
@@ -281,7 +282,34 @@ def build_method(section: Mapping[str, Any]) -> Method:
     return AdapterMethod(name, _config(baseline, options), surgery=surgery)
 
 
-_NAMES = ["badit", *BASELINES, *get_args(Surgery), "task-neurons", "full", "base"]
+NAMES = ["badit", *BASELINES, *get_args(Surgery), "task-neurons", "full", "base"]
+
+
+def options_of(name: str) -> list[tuple[str, Any, str]]:
+    """Name, default and meaning of each option of a method."""
+    if name in ("full", "base"):
+        return []
+    if name == "task-neurons":
+        return described(NeuronOptions)
+    baseline = Baseline(BaditConfig) if name == "badit" else BASELINES.get(name, BASELINES["lora"])
+    options: list[tuple[str, Any, str]] = [
+        one for one in described(baseline.config_cls) if one[0] not in _INTERNAL | baseline.settled.keys()
+    ]
+    if name == "badit":
+        options.append(("preset", "default", "'paper': the paper's exact form."))
+        options += [(f"regroup.{key}", default, text) for key, default, text in described(RegroupOptions)]
+    return options
+
+
+def on_skeleton(recipe: Recipe, tasks: Sequence[str], dtype: str = "float32") -> tuple[Method, Any]:
+    """A recipe's method, applied to its base model without weights, to count and check."""
+    section = recipe.model
+    model = load_skeleton(
+        section.name, dtype=dtype, revision=section.revision, trust_remote_code=section.trust_remote_code
+    )
+    method = build_method(recipe.method)
+    with torch.device("meta"):
+        return method, method.apply(model, tasks)
 
 
 def _config(baseline: Baseline, options: dict[str, Any]) -> PeftConfig:

@@ -22,6 +22,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from badit.environment import status
 from badit.errors import BaditError, explained, nearest, refuse_unknown, say
 from badit.files import cache_folder, read_json, remove, write_json
 
@@ -84,7 +85,7 @@ def load_base_model(
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        with _loading(source, "weights"):
+        with _loading(source, "weights"), status(f"loading {name}"):
             model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True, **options)
             if quantisation is None:
                 model.to(device or "cpu")  # pyright: ignore[reportArgumentType] (a device is what it takes)
@@ -97,7 +98,7 @@ def load_base_model(
 def load_tokenizer(
     name: str | Path, *, trust_remote_code: bool = False, revision: str | None = None
 ) -> PreTrainedTokenizerBase:
-    """A model's tokenizer alone."""
+    """A model's tokenizer, as :func:`load_base_model` loads it."""
     from transformers import AutoTokenizer
 
     source = resolve_model(name)
@@ -123,7 +124,9 @@ def _quantisation_config(kind: Quantisation, dtype: Any) -> Any:
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute)
 
 
-def load_skeleton(name: str | Path, *, trust_remote_code: bool = False, revision: str | None = None) -> PreTrainedModel:
+def load_skeleton(
+    name: str | Path, *, dtype: str = "float32", trust_remote_code: bool = False, revision: str | None = None
+) -> PreTrainedModel:
     """A model's modules and shapes on the meta device, without its weights."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -132,7 +135,7 @@ def load_skeleton(name: str | Path, *, trust_remote_code: bool = False, revision
     with _loading(source, "configuration"):
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code, revision=revision or "main")
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+            return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
 
 
 def resolve_model(name: str | Path) -> str:

@@ -24,10 +24,10 @@ from torch import nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.optim.adamw import adamw
 
+from badit.arguments import OptimizerName
 from badit.errors import BaditError, refuse_unknown
 from badit.gradients import over_shards
 from badit.method import Moments, no_moments, orthogonal_updates
-from badit.recipe import OptimizerName
 
 OPTIMIZERS: tuple[OptimizerName, ...] = get_args(OptimizerName)
 

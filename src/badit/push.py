@@ -12,11 +12,10 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
 from badit.card import CARD, Base, licence, model_card
 from badit.errors import BaditError, explained
-from badit.export import RECORD
 from badit.files import read_json, refuse_links
 from badit.methods import AdapterMethod, build_method
 from badit.models import HUB_ID
-from badit.run import Run
+from badit.run import RECORD, Run
 
 _VISIBLE = re.compile(r"[^./\\\0][^/\\\0]*")  # the name of a file directly in the folder that is not hidden
 
@@ -34,13 +33,13 @@ def push_to_hub(folder: str | os.PathLike[str], repository: str, *, private: boo
     if (source / RECORD).is_file():
         refuse_links(source)
         record = read_json(source / RECORD)
-        run = Run.existing(source.resolve() / str(record.get("run")))
+        run = Run(source.resolve() / str(record.get("run")))
         names: Any = record.get("files")
         if not isinstance(names, list) or not all(isinstance(name, str) and _VISIBLE.fullmatch(name) for name in names):
             raise BaditError(f"{source / RECORD}: files: must be the names of the export's own files; export again")
         names = [name for name in names if name != CARD]  # which is written again
     else:
-        run = Run.existing(folder)
+        run = Run(folder)
         method = build_method(run.recipe.method)
         if not method.trains:
             raise BaditError(f"{run.path}: is a run of the base model as it is: there is nothing to push")

@@ -6,45 +6,38 @@ Unknown keys are refused, with the nearest known one named. ``key=value`` overri
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import re
-from collections.abc import Mapping, Sequence
-from difflib import get_close_matches
-from enum import Enum
-from fnmatch import fnmatchcase
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, TypedDict, get_args, get_type_hints
+from typing import Annotated, Any, Literal, TypedDict, get_args
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from badit.arguments import (
+    MOST,
+    RENAMED_ARGUMENTS,
+    Count,
+    CountOrZero,
+    Section,
+    Seed,
+    TrainingSection,
+    key_problems,
+    package_folder,
+    value_problems,
+)
 from badit.data.prompts import ChatTemplate, PromptEncoding
 from badit.data.rows import Format, Source, Turns
-from badit.errors import BaditError, first_problem, nearest
+from badit.errors import BaditError, nearest, problems
 from badit.files import inside, read_text
 from badit.models import Quantisation
 from badit.yaml_values import parse_yaml
 
 Column = Literal["task", "instruction", "input", "output", "id", "split", "messages"]
-OptimizerName = Literal["adamw", "lora+", "orthogonal"]
 Dtype = Literal["fast", "auto", "float32", "bfloat16", "float16"]
-# What every library below can count to; a seed must suit numpy's generator as well, which takes none below 0.
-_MOST = 2**31 - 1
-Count = Annotated[int, Field(ge=1, le=_MOST)]
-CountOrZero = Annotated[int, Field(ge=0, le=_MOST)]
-Seed = CountOrZero
-
-
-def _steps(steps: float) -> float:
-    """A number of steps or, below 1, a fraction of the run: as transformers takes it."""
-    if steps >= 1 and steps != int(steps):
-        raise ValueError("must be a whole number of steps, or below 1, a fraction of the run")
-    return int(steps) if steps == int(steps) else steps
-
-
-Steps = Annotated[float, Field(ge=0, le=_MOST), AfterValidator(_steps)]
-PositiveSteps = Annotated[float, Field(gt=0, le=_MOST), AfterValidator(_steps)]
 
 
 def _a_path(text: str) -> str:
@@ -58,11 +51,7 @@ PathText = Annotated[str, AfterValidator(_a_path)]
 TaskName = Annotated[str, Field(coerce_numbers_to_str=True)]
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class ModelSection(_Section):
+class ModelSection(Section):
     """The base model."""
 
     name: PathText = Field("smollm2-135m", description="built-in name, local folder or hub id (org/name)")
@@ -78,7 +67,7 @@ class ModelSection(_Section):
     trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
 
 
-class SourceSection(_Section):
+class SourceSection(Section):
     """One of several sources of tasks; what it leaves out is as in the data section."""
 
     path: PathText
@@ -90,7 +79,7 @@ class SourceSection(_Section):
     weight: float = Field(1.0, gt=0, description="of its tasks in the mixture")
 
 
-class DataSection(_Section):
+class DataSection(Section):
     """The tasks."""
 
     source: PathText | list[PathText | SourceSection] = Field(
@@ -133,97 +122,16 @@ class DataSection(_Section):
         return found
 
 
-class PromptSection(_Section):
+class PromptSection(Section):
     """From an instance to tokens."""
 
     encoding: PromptEncoding = Field("def", description="'def', or 'def+posN' with N demonstrations")
-    max_source_tokens: int = Field(1024, ge=8, le=_MOST)
+    max_source_tokens: int = Field(1024, ge=8, le=MOST)
     max_answer_tokens: Count = 50
     chat_template: ChatTemplate = "auto"
 
 
-class TrainingSection(_Section):
-    """Optimisation: fields of transformers' TrainingArguments, by their own names, and those in ``OWN``.
-
-    Only the fields that badit has its own default for, or checks more strictly, are declared here. Every other field of
-    TrainingArguments is accepted and passed on (:func:`build_recipe` checks it).
-    """
-
-    #: The fields that are badit's own: arguments of :class:`badit.trainer.AnswerTrainer`.
-    OWN: ClassVar[set[str]] = {"group_by_length", "max_skipped_steps", "optimizer", "lora_plus_ratio"}
-
-    model_config = ConfigDict(extra="allow")
-
-    num_train_epochs: float = Field(1.0, gt=0, le=1e6)
-    max_steps: int = Field(-1, ge=-1, le=_MOST, description="if positive, the number of steps in place of epochs")
-    per_device_train_batch_size: Count = 8
-    gradient_accumulation_steps: Count = 1
-    optimizer: OptimizerName = Field(
-        "adamw", description="lora+: B learns lora_plus_ratio times as fast as A; orthogonal: badit.OrthogonalUpdates"
-    )
-    lora_plus_ratio: float = Field(16.0, gt=0, description="for optimizer: lora+")
-    learning_rate: float = Field(5e-4, gt=0)
-    lr_scheduler_type: str = Field("cosine", description="such as cosine, linear, constant or constant_with_warmup")
-    warmup_steps: Steps = Field(0.03, description="below 1: a fraction of the run")
-    weight_decay: float = Field(0.0, ge=0)
-    max_grad_norm: float = Field(1.0, ge=0, description="0 switches clipping off")
-    gradient_checkpointing: bool = False
-    group_by_length: bool = Field(True, description="batches of similar length")
-    seed: Seed = 0
-    full_determinism: bool = Field(False, description="only operations that give the same bits every time, if slower")
-    max_skipped_steps: CountOrZero = Field(
-        10, description="steps with a loss or gradient that is not finite to skip before the run stops"
-    )
-    logging_steps: PositiveSteps = Field(10, description="steps between lines of metrics.jsonl")
-    save_steps: PositiveSteps = Field(100, description="steps between checkpoints")
-    report_to: list[str] = Field(
-        [], description="experiment trackers, such as tensorboard, trackio, wandb or mlflow (badit[trackers])"
-    )
-
-    @field_validator("report_to", mode="before")
-    @classmethod
-    def _one_or_several(cls, names: Any) -> Any:
-        return ([] if names == "none" else [names]) if isinstance(names, str) else names
-
-    def arguments(self) -> dict[str, Any]:
-        """The values for TrainingArguments: all but badit's own."""
-        return self.model_dump(exclude=self.OWN)
-
-
-#: What this section called fields in earlier releases (and transformers in one case), and their names now.
-RENAMED_ARGUMENTS = {
-    "epochs": "num_train_epochs",
-    "batch_size": "per_device_train_batch_size",
-    "gradient_accumulation": "gradient_accumulation_steps",
-    "scheduler": "lr_scheduler_type",
-    "warmup": "warmup_steps",
-    "warmup_ratio": "warmup_steps",
-    "deterministic": "full_determinism",
-    "log_every": "logging_steps",
-    "save_every": "save_steps",
-}
-
-# Fields of TrainingArguments that are not for a recipe to set (a * stands for the rest of a name), and why.
-_SETTLED_ARGUMENTS = {
-    "output_dir": "the run's folder is the recipe's output",
-    "resume_from_checkpoint": "a run resumes from its own last checkpoint",
-    "*eval* do_* prediction_loss_only include_for_metrics load_best_model_at_end metric_for_best_model "
-    "greater_is_better": "nothing is scored during training; see the evaluation section",
-    "remove_unused_columns label_names": "batches have exactly what the method needs",
-    "train_sampling_strategy length_column_name": "set group_by_length",
-    "activation_checkpointing": "set gradient_checkpointing",
-    "*_checkpointing_kwargs": "badit needs use_reentrant=False and sets it",
-    "auto_find_batch_size": "an exact resumption needs a known batch size",
-    "save_total_limit save_only_model": "the last two checkpoints are kept, with all that an exact resumption needs",
-    "enable_jit_checkpoint": "SIGTERM saves a checkpoint as it is",
-    "push_to_hub hub_*": "publish a finished run with badit push",
-    "disable_tqdm": "badit has its own progress bar",
-    "include_num_input_tokens_seen": "tokens are always counted",
-    "local_rank parallelism_config": "the launcher sets it",
-}
-
-
-class EvaluationSection(_Section):
+class EvaluationSection(Section):
     """Generation and scoring."""
 
     split: Literal["test", "validation"] = "test"
@@ -234,7 +142,7 @@ class EvaluationSection(_Section):
     )
 
 
-class ComparedMethod(_Section):
+class ComparedMethod(Section):
     """A method section, and what is this method's own in the comparison."""
 
     model_config = ConfigDict(extra="allow")
@@ -243,7 +151,7 @@ class ComparedMethod(_Section):
     seeds: list[Seed] | None = Field(None, min_length=1, description="in place of compare.seeds")
 
 
-class CompareSection(_Section):
+class CompareSection(Section):
     """What ``badit compare`` crosses; a single run leaves it out of account."""
 
     methods: dict[str, ComparedMethod] = Field(description="a name for each method to compare, and its method section")
@@ -275,7 +183,7 @@ class CompareSection(_Section):
         return rates
 
 
-class Recipe(_Section):
+class Recipe(Section):
     """One run: what is tuned, on what, how, and where the result goes."""
 
     model: ModelSection = ModelSection()  # pyright: ignore[reportCallIssue]
@@ -320,23 +228,43 @@ def make_recipe(recipe: RecipeLike | None, values: Mapping[str, Any]) -> Recipe:
     elif isinstance(recipe, Recipe):
         content = recipe.model_dump()
     else:
-        content, where = _content(Path(recipe)), Path(recipe)
+        where = _or_shipped(Path(recipe))
+        content = _content(where)
     return build_recipe(merged(content, values), where=where)
 
 
 def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recipe:
     """Reads a recipe file and applies ``key=value`` overrides.
 
-    A top-level ``extends: FILE`` names another recipe in the file's folder or below it. The file's own values are laid
-    over that recipe's, key by key within sections. Only a section that gives another ``name`` (a method's, a model's)
-    replaces the extended recipe's section as a whole, since options of one method mean nothing to another.
+    Where there is no such file, the recipe of this name that comes with badit is read, such as superni-cpu. A top-level
+    ``extends`` names another recipe in the file's folder or below it, or one that comes with badit. The file's own
+    values are laid over that recipe's, key by key within sections. Only a section that gives another ``name`` (a
+    method's, a model's) replaces the extended recipe's section as a whole, since options of one method mean nothing to
+    another.
 
     Raises:
         BaditError: a file or an override cannot be read, a file extends itself or one from elsewhere, or a key is
             unknown or has a wrong value.
     """
-    path = Path(path)
+    path = _or_shipped(Path(path))
     return build_recipe(_content(path), overrides, where=path)
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """The recipes that come with badit by their names; in a checkout they are next to the source."""
+    package = Path(__file__).parent
+    folder = next((one for one in (package / "recipes", package.parents[1] / "recipes") if one.is_dir()), package)
+    return {file.relative_to(folder).with_suffix("").as_posix(): file for file in sorted(folder.glob("**/*.yaml"))}
+
+
+def _or_shipped(path: Path, name: str = "") -> Path:
+    """The file or, where there is none, the recipe of this name that comes with badit."""
+    name, shipped = name or str(path), shipped_recipes()
+    if path.suffix or path.exists():
+        return path
+    if name not in shipped:
+        raise BaditError(f"{name}: no such file, and no recipe that comes with badit{nearest(name, shipped)}")
+    return shipped[name]
 
 
 def load_config(path: Path) -> Recipe:
@@ -367,6 +295,7 @@ def _content(path: Path, extending: tuple[Path, ...] = ()) -> dict[str, Any]:
         base_path = inside(path.parent, path.parent / name)
     except BaditError:
         raise BaditError(f"{path}: extends: {name!r:.60} leads out of the recipe's folder") from None
+    base_path = _or_shipped(base_path, name)
     base = _content(base_path, (*extending, path))
     build_recipe(base, where=base_path)  # its mistakes are reported as its own
     return merged(base, content)
@@ -399,66 +328,58 @@ def read_values(path: Path) -> dict[str, Any]:
 
 
 def build_recipe(content: Mapping[str, Any], overrides: Sequence[str] = (), *, where: str | Path = "recipe") -> Recipe:
-    """A recipe from plain values, with overrides applied; ``where`` opens the error messages."""
+    """A recipe from plain values, with overrides applied; ``where`` opens every line of the error's message."""
     values = _copied(content)
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals or not key:
             raise BaditError(f"{override!r:.80}: an override has the form key=value, such as data.train_per_task=20")
         _set(values, key.split("."), parse_yaml(value, where=override), override)
+    found, recipe = list(_unknown_keys(values)), Recipe()  # pyright: ignore[reportCallIssue]
     try:
         recipe = Recipe.model_validate(values)
     except ValidationError as error:
-        raise BaditError(f"{where}: {_first_problem(error)}") from None
-    _check_arguments(recipe.training, where)
+        found += [f"{place}: {problem}" for place, problem in problems(error, values, _known_keys)]
+    if found := found or list(value_problems(recipe.training)):
+        raise BaditError(*(f"{where}: {problem}" for problem in found))
     return recipe
 
 
-def _check_arguments(training: TrainingSection, where: str | Path) -> None:
-    """Checks the fields of TrainingArguments that :class:`TrainingSection` does not declare.
+def _unknown_keys(values: Mapping[str, Any]) -> Iterator[str]:
+    """Keys that neither TrainingArguments nor any method has, found without importing either.
 
-    Only these need transformers, which takes seconds to import.
+    Once the methods are imported, :func:`badit.methods.build_method` names them just as quickly.
     """
-    given = dict(training.model_extra or {})
-    for key in given.keys() & RENAMED_ARGUMENTS.keys():
-        raise BaditError(f"{where}: training.{key}: is called {RENAMED_ARGUMENTS[key]}, as transformers has it")
-    if training.optimizer == "orthogonal" and "optim" in given:
-        raise BaditError(f"{where}: training.optim: does not go with optimizer: orthogonal; leave one of them out")
-    if training.lr_scheduler_type not in ("cosine", "linear", "constant", "constant_with_warmup"):
-        given["lr_scheduler_type"] = training.lr_scheduler_type
-    if not given and not training.report_to:
+    if isinstance(training := values.get("training"), Mapping):
+        yield from key_problems(training)
+    if "badit.methods" in sys.modules:
         return
-    from transformers import TrainingArguments
-    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
-
-    for name in training.report_to:
-        if name not in INTEGRATION_TO_CALLBACK and name != "all":
-            hint = nearest(name, INTEGRATION_TO_CALLBACK)
-            raise BaditError(f"{where}: training.report_to: unknown tracker {name!r:.60}{hint}")
-
-    types = get_type_hints(TrainingArguments)
-    known = {field.name for field in dataclasses.fields(TrainingArguments) if field.init}
-    for key, value in given.items():
-        if key not in known:
-            close = get_close_matches(key, [*known, *TrainingSection.model_fields, *RENAMED_ARGUMENTS], n=1)
-            hint = f" (did you mean '{RENAMED_ARGUMENTS.get(close[0], close[0])}'?)" if close else ""
-            raise BaditError(f"{where}: training.{key:.120}: unknown key{hint}")
-        for names, reason in _SETTLED_ARGUMENTS.items():
-            if any(fnmatchcase(key, name) for name in names.split()):
-                raise BaditError(f"{where}: training.{key}: is not for a recipe to set: {reason}")
-        try:
-            TypeAdapter(_plain(types[key])).validate_python(value, strict=True)
-        except ValidationError as error:
-            raise BaditError(f"{where}: training.{key}: {_first_problem(error)}") from None
+    sections: dict[str, Any] = {"method": values.get("method")}
+    if isinstance(compare := values.get("compare"), Mapping) and isinstance(compare.get("methods"), Mapping):
+        sections |= {f"compare.methods.{name}": section for name, section in compare["methods"].items()}
+    options, names = _method_words()
+    for place, section in sections.items():
+        for key in section if isinstance(section, Mapping) else ():
+            if key not in options:
+                yield f"{place}.{key!s:.120}: unknown key{nearest(key, options)}"
+            elif key == "name" and str(section[key]) not in names:
+                yield f"{place}.name: unknown method {section[key]!r:.60}{nearest(section[key], names)}"
+            elif key == "regroup" and isinstance(section[key], Mapping):
+                yield from (
+                    f"{place}.regroup.{one!s:.120}: unknown key{nearest(one, options)}"
+                    for one in section[key]
+                    if one not in options
+                )
 
 
-def _plain(type_: Any) -> Any:
-    """A field's type in plain values: an enumeration's values in place of the enumeration and of any other text."""
-    parts = get_args(type_) or (type_,)
-    for part in parts:
-        if isinstance(part, type) and issubclass(part, Enum):
-            return Literal[tuple(member.value for member in part)]
-    return type_
+@cache
+def _method_words() -> tuple[set[str], set[str]]:
+    """All words that may be an option of a method, and all that may be a method's name, from the source."""
+    own, peft = Path(__file__).parent, package_folder("peft")
+    files = [*own.glob("baselines/*.py"), own / "methods.py", own / "regroup.py", own / "tuner" / "config.py"]
+    text = "\n".join(read_text(file) for file in [*files, peft / "tuners" / "lora" / "config.py"])
+    options = {"name", "regroup", "preset", "base_weight", *ComparedMethod.model_fields}
+    return options | set(re.findall(r"^    (\w+): ", text, re.M)), set(re.findall(r'"([a-z][\w-]*)"', text))
 
 
 def expand_source(source: str) -> str:
@@ -511,21 +432,11 @@ def _set(content: dict[str, Any], keys: list[str], value: Any, override: str) ->
     content[last] = value
 
 
-def _first_problem(error: ValidationError) -> str:
-    """The first problem as ``dotted.key: what is wrong``, with the value."""
-    location, message = first_problem(error)
-    problem = error.errors(include_url=False)[0]
-    dotted = f"{'.'.join(map(str, location)):.120}: " if location else ""
-    if problem["type"] == "extra_forbidden":
-        return f"{dotted}unknown key{nearest(str(location[-1]), _known_keys(list(map(str, location[:-1]))))}"
-    given = repr(problem["input"])
-    return f"{dotted}{message}, got {given if len(given) < 60 else given[:57] + '...'}"
-
-
-def _known_keys(location: Sequence[str]) -> list[str]:
+def _known_keys(location: Sequence[int | str]) -> list[str]:
+    """The keys of the section at a place."""
     section: type[BaseModel] = Recipe
     for part in location:
-        annotation = section.model_fields[part].annotation
+        annotation = section.model_fields[str(part)].annotation
         candidates = [annotation, *get_args(annotation)]
         section = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
     return list(section.model_fields)

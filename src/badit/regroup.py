@@ -25,13 +25,13 @@ from transformers import TrainerCallback
 
 from badit.angles import Windows, trainable_adapters
 from badit.checkpoint import checkpoint_being_written, resumed_checkpoint
-from badit.errors import BaditError
+from badit.errors import BaditError, say
 from badit.files import StepLog
 from badit.generation import evaluation_mode
 from badit.gradients import of_first, rank, scale_columns
 from badit.method import expert_angles, group_components, grouping_objective
 from badit.method.grouping import Solver
-from badit.tuner.config import is_number
+from badit.tuner.config import COUNT_OR_ZERO, FRACTION, Rule, check_options, is_number, one_of, option
 from badit.tuner.layer import BaditLinear
 from badit.tuner.prompt import before_first_label
 
@@ -45,42 +45,43 @@ _RESCALE_LIMIT = 4.0
 _CANDIDATES, _TOKENS, _PAIRS = 16, 16, 2
 
 
+_EVERY = Rule(
+    "a whole number of steps or a fraction of the run",
+    lambda value: is_number(value) and value > 0 and (value < 1 or value == int(value)),
+)
+
+
 @dataclass(frozen=True)
 class RegroupOptions:
-    """When and how to regroup.
-
-    Attributes:
-        every: optimizer steps between regroupings, or below 1 the fraction of the run; each regrouping uses the mean
-            Gram of the steps since the last.
-        start, stop: fractions of the run before and after which nothing is regrouped.
-        solver, restarts, seed: of :func:`badit.method.group_components`.
-        rescale: multiply moved components by the ratio of the mean gates (see the module's text).
+    """When and how to regroup; each regrouping uses the mean Gram of the steps since the last.
 
     Raises:
         BaditError: an option out of its range.
     """
 
-    every: float = 20
-    start: float = 0.0
-    stop: float = 0.9
-    solver: Solver = "swap"
-    restarts: int = 10
-    seed: int = 0
-    rescale: bool = True
+    every: float = option(20, "Optimizer steps between regroupings, or below 1 the fraction of the run.", _EVERY)
+    start: float = option(0.0, "Fraction of the run before which nothing is regrouped.", FRACTION)
+    stop: float = option(0.9, "Fraction of the run after which nothing is regrouped.", FRACTION)
+    solver: Solver = option(
+        "swap", "'swap': balanced k-means, then exact swaps; 'paper': the paper's iteration.", one_of("swap", "paper")
+    )
+    restarts: int = option(10, "Further random starts of the solver.", COUNT_OR_ZERO)
+    seed: int = option(0, "Seed of the random starts.")
+    rescale: bool = option(True, "Multiply moved components by the ratio of their experts' mean gates.")
 
     #: As in the released code: once per epoch of ten, in the first half of the training.
     PAPER: ClassVar[dict[str, Any]] = {"every": 0.1, "stop": 0.5, "solver": "paper", "restarts": 10, "rescale": False}
 
     def __post_init__(self) -> None:
-        every = self.every
-        if not is_number(every) or not every > 0 or (every >= 1 and every != int(every)):
-            raise BaditError(f"regroup.every must be a whole number of steps or a fraction of the run, got {every!r}")
-        if not 0 <= self.start <= self.stop <= 1:
-            raise BaditError(f"regroup needs 0 ≤ start ≤ stop ≤ 1, got start={self.start} and stop={self.stop}")
-        if self.solver not in ("swap", "paper"):
-            raise BaditError(f"regroup.solver must be 'swap' or 'paper', got {self.solver!r}")
-        if not isinstance(self.restarts, int) or self.restarts < 0:
-            raise BaditError(f"regroup.restarts must be a whole number of at least 0, got {self.restarts!r}")
+        check_options(self, "regroup.")
+        if self.start > self.stop:
+            raise BaditError(f"regroup needs start ≤ stop, got start={self.start} and stop={self.stop}")
+
+    def due(self, total_steps: int) -> range:
+        """The steps of a run after which it regroups."""
+        every = int(self.every) if self.every >= 1 else max(1, round(self.every * total_steps))
+        first = max(math.ceil(self.start * total_steps), 1)
+        return range(math.ceil(first / every) * every, math.floor(self.stop * total_steps) + 1, every)
 
 
 class Regrouper:
@@ -112,6 +113,7 @@ class Regrouper:
 
     Attributes:
         steps: optimizer steps so far.
+        due: the steps after which it regroups.
         metrics: of the last regrouping, the means over the layers: objective_before, objective_after,
             components_moved and output_change, and the angles of the grouping until then. Empty before the first.
 
@@ -139,10 +141,7 @@ class Regrouper:
             config = layer.badit_config[adapter]
             if config.top_k is not None and config.top_k < config.num_experts:
                 raise BaditError(f"{name}: {TOP_K_REFUSED}")
-        every = self.options.every
-        self.every = int(every) if every >= 1 else max(1, round(every * total_steps))
-        self._first = math.ceil(self.options.start * total_steps)
-        self._last = math.floor(self.options.stop * total_steps)
+        self.due = self.options.due(total_steps)
         self.steps = 0
         self.metrics: dict[str, float] = {}
         self.windows = Windows(self._layers, optimizer)
@@ -158,7 +157,7 @@ class Regrouper:
     def step(self) -> None:
         """Counts an optimizer step that has been taken, and regroups if one is due."""
         self.steps += 1
-        if self.steps % self.every == 0 and self._first <= self.steps <= self._last:
+        if self.steps in self.due:
             self._regroup()
 
     def finish(self) -> None:
@@ -313,6 +312,8 @@ class RegroupCallback(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._running.finish()
+        if not any(step <= state.global_step for step in self._running.due[:1]) and state.is_world_process_zero:
+            say(f"badit: 0 regroupings in {state.global_step} steps: lower regroup.every")
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._running.windows.save(checkpoint_being_written(args, state) / STATE_FILE, write=args.should_save)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Annotated, Any, Literal
@@ -134,6 +135,15 @@ class Results:
     scores: pd.DataFrame
     instances: pd.DataFrame
     continual: pd.DataFrame
+
+    def __repr__(self) -> str:
+        done = self.cells["status"].tolist().count("done")
+        return f"Results({self.protocol}: {', '.join(self.methods)}; {done} of {len(self.cells)} cells are done)"
+
+    def _repr_html_(self) -> str:
+        """For notebooks: the summary, without what is not known."""
+        table = summarise(self).dropna(axis="columns", how="all").round(3)
+        return f"<p>{escape(repr(self))}</p>{table.to_html(index=False)}"
 
     @property
     def scored_methods(self) -> list[str]:

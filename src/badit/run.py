@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Unpack
 
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
     from badit.results import Results
     from badit.train import Plan
 
+# In the folder of an export, what it was made of.
+RECORD = "export.json"
 #: A folder or a file; a Run stands for its folder.
 AnyPath = str | os.PathLike[str]
 
@@ -46,9 +49,27 @@ class Run:
 
     Attributes:
         path: the folder.
+
+    Raises:
+        BaditError: the folder holds no run (nor an export, which can be pushed), or a link in it leads out of it.
     """
 
     def __init__(self, path: AnyPath) -> None:
+        from badit.files import refuse_links
+
+        self._set_paths(path)
+        if not self.config_path.is_file() and not (self.path / RECORD).is_file():
+            raise BaditError(f"{self.path}: has no config.yaml, so it is no run's folder; make one: badit train RECIPE")
+        refuse_links(self.path)
+
+    @classmethod
+    def at(cls, path: AnyPath) -> Run:
+        """The files of a run that may not be there yet, or of a stage of a run."""
+        run = cls.__new__(cls)
+        run._set_paths(path)
+        return run
+
+    def _set_paths(self, path: AnyPath) -> None:
         self.path = Path(path)
         self.config_path = self.path / "config.yaml"
         self.environment_path = self.path / "environment.json"
@@ -76,24 +97,18 @@ class Run:
     def __repr__(self) -> str:
         return f"Run({str(self.path)!r})"
 
+    def _repr_html_(self) -> str:
+        """For notebooks: the run and its scores."""
+        recipe = self.recipe
+        about = f"{self.path}: {recipe.method.get('name', 'badit')} on {recipe.model.name}"
+        if not self.scores_path.is_file():
+            return f"<p>{escape(about)}, not scored yet</p>"
+        table = self.scores.pivot(index="task", columns="metric", values="score").round(2)
+        return f"<p>{escape(about)}</p>{table.to_html()}"
+
     def stage(self, number: int, task: str) -> Run:
         """The folder of one task of a sequence, counted from 1."""
-        return Run(self.path / "stages" / f"{number:02d}-{task}")
-
-    @classmethod
-    def existing(cls, path: AnyPath) -> Run:
-        """A folder that holds a run.
-
-        Raises:
-            BaditError: it does not, or a link in it leads out of it.
-        """
-        from badit.files import refuse_links
-
-        run = cls(path)
-        if not run.config_path.is_file():
-            raise BaditError(f"{run.path}: has no config.yaml, so it is no run's folder; make one: badit train RECIPE")
-        refuse_links(run.path)
-        return run
+        return Run.at(self.path / "stages" / f"{number:02d}-{task}")
 
     @classmethod
     def prepare(cls, recipe: Recipe) -> Run:
@@ -105,7 +120,7 @@ class Run:
         from badit.files import is_unused, refuse_links, write_text
         from badit.recipe import differing_keys, dump_recipe
 
-        run = cls(recipe.output)
+        run = cls.at(recipe.output)
         if run.config_path.is_file():
             aside = {"output", "compare"}
             if keys := differing_keys(run.recipe.model_dump(exclude=aside), recipe.model_dump(exclude=aside)):
@@ -140,14 +155,14 @@ class Run:
         """The recipe that the run was made by, with the folder where the run is now as its output."""
         from badit.recipe import load_config
 
-        return load_config(Run.existing(self.path).config_path).model_copy(update={"output": str(self.path)})
+        return load_config(self.config_path).model_copy(update={"output": str(self.path)})
 
     @property
     def scores(self) -> pd.DataFrame:
         """The scores on the recipe's split: task, metric, score (0 to 100), n."""
         from badit.results import read_scores, scores_frame
 
-        if not Run.existing(self.path).scores_path.is_file():
+        if not self.scores_path.is_file():
             raise BaditError(f"{self.path}: has no scores yet; make them with: badit evaluate {self.path}")
         return scores_frame(read_scores(self.scores_path))
 
@@ -158,9 +173,7 @@ class Run:
 
         from badit.evaluate import read_predictions
 
-        return pd.DataFrame(
-            [vars(prediction) for prediction in read_predictions(Run.existing(self.path).predictions_path)]
-        )
+        return pd.DataFrame([vars(prediction) for prediction in read_predictions(self.predictions_path)])
 
     @property
     def metrics(self) -> pd.DataFrame:
@@ -169,21 +182,21 @@ class Run:
 
         from badit.files import read_jsonl
 
-        return pd.DataFrame(read_jsonl(Run.existing(self.path).metrics_path))
+        return pd.DataFrame(read_jsonl(self.metrics_path))
 
     @property
     def environment(self) -> dict[str, Any]:
         """Versions and hardware; under ``training`` parameters, steps, seconds and memory."""
         from badit.files import read_json
 
-        return read_json(Run.existing(self.path).environment_path)
+        return read_json(self.environment_path)
 
     @property
     def tables(self) -> dict[str, pd.DataFrame]:
         """What :meth:`analyze` has measured, by name; empty before."""
         from badit.analysis.tables import load_frames
 
-        return load_frames(Run.existing(self.path).analysis_path)
+        return load_frames(self.analysis_path)
 
     def load(self, *, trust_remote_code: bool = False) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
         """The base model with what the run has learnt, for inference, and the tokenizer."""

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import os
 import shutil
+import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -21,10 +21,16 @@ import torch
 import transformers
 from transformers import TrainingArguments
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
-from transformers.integrations.integration_utils import TensorBoardCallback, get_available_reporting_integrations
 
 from badit.attention import fast_on_short_sequences
-from badit.checkpoint import SealCheckpoints, last_checkpoint, refuse_other_engine, staging_folder, step_of
+from badit.checkpoint import (
+    STAGING,
+    SealCheckpoints,
+    StopOnSignal,
+    last_checkpoint,
+    refuse_other_engine,
+    staging_folder,
+)
 from badit.data import (
     AnswerCollator,
     Examples,
@@ -42,7 +48,7 @@ from badit.data import (
     ordered,
     quotas,
 )
-from badit.environment import environment, is_main_process, peak_memory
+from badit.environment import environment, is_main_process, peak_memory, status
 from badit.errors import BaditError, first_line
 from badit.files import copy_folder, exclusive, read_json, replace_folder, write_json
 from badit.gradients import parameter_count, whole_weights
@@ -50,7 +56,8 @@ from badit.methods import Method, build_method
 from badit.models import device, fast_dtype, load_base_model, warn_of_slow_dtype
 from badit.recipe import Recipe
 from badit.run import Run
-from badit.trainer import MetricsLog, ProgressBar, StopOnSignal
+from badit.trackers import tensorboard, tracker_folders, trackers_of
+from badit.trainer import MetricsLog, ProgressBar
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -61,8 +68,6 @@ SettledDtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 # Keeps the random numbers of a sequence's tasks apart, and those of runs whose seeds are close.
 _SEEDS_PER_STAGE = 1_000
-# Of trackers that write files, the variable that says where.
-_TRACKER_FOLDERS = {"wandb": "WANDB_DIR", "swanlab": "SWANLAB_LOG_DIR"}
 
 
 @dataclasses.dataclass
@@ -81,13 +86,18 @@ class Plan:
     tasks: list[Task]
     method: Method
 
+    def __repr__(self) -> str:
+        return (
+            f"Plan({len(self.tasks)} tasks, {self.training_instances} training, {self.test_instances} test instances)"
+        )
+
     @property
     def sequential(self) -> bool:
         return self.recipe.data.order is not None
 
     @property
     def stages(self) -> list[Stage]:
-        run = Run(self.recipe.output)
+        run = Run.at(self.recipe.output)
         if not self.sequential:
             return [Stage(run, self.tasks)]
         return [Stage(run.stage(i, task.name), [task]) for i, task in enumerate(self.tasks, start=1)]
@@ -115,7 +125,9 @@ def make_plan(recipe: Recipe, *, split: Split | None = None) -> Plan:
     data = recipe.data
     method = build_method(recipe.method)
     method.refuse_recipe(recipe)
-    tasks = hold_out(load_sources(data.sources(), data.tasks, data.weights), data.validation_per_task, data.seed)
+    with status("reading the tasks"):
+        tasks = load_sources(data.sources(), data.tasks, data.weights)
+    tasks = hold_out(tasks, data.validation_per_task, data.seed)
     tasks = limit(tasks, data.train_per_task, data.test_per_task, data.seed)
     split = split or recipe.evaluation.split
     for task in tasks:
@@ -125,6 +137,9 @@ def make_plan(recipe: Recipe, *, split: Split | None = None) -> Plan:
                 "validation": "set data.validation_per_task to hold some out of its training instances",
             }
             raise BaditError(f"data: task {task.name} has no {split} instances; {fix[split]}")
+        if recipe.training.eval_strategy != "no" and not task.validation:
+            fix = "set data.validation_per_task to hold some out of its training instances"
+            raise BaditError(f"training.eval_strategy: task {task.name} has no validation instances; {fix}")
     if data.order is not None:
         tasks = ordered(tasks, data.order)
     untrained = [task.name for task in tasks if not task.train]
@@ -145,7 +160,7 @@ def fit(recipe: Recipe, *, progress: bool = True, allow_changed_inputs: bool = F
             that have changed since the run began and are not allowed to.
     """
     plan = make_plan(recipe)
-    _trackers(recipe)
+    trackers_of(recipe)
     with in_use(recipe):
         return _fit(plan, progress, allow_changed_inputs)
 
@@ -158,7 +173,7 @@ def in_use(recipe: Recipe) -> AbstractContextManager[None]:
 def _fit(plan: Plan, progress: bool, allow_changed_inputs: bool) -> Run:
     recipe = plan.recipe
     # Of several processes the first alone writes; the others meet it in the first step of training.
-    run = Run.prepare(recipe) if is_main_process() else Run(recipe.output)
+    run = Run.prepare(recipe) if is_main_process() else Run.at(recipe.output)
     if is_main_process() and not run.environment_path.is_file():
         shares = {} if plan.sequential else {"mixture": plan.quotas(plan.tasks)}
         write_json(run.environment_path, {**environment(), "dtype": model_dtype(recipe), **shares})
@@ -193,8 +208,10 @@ def _train_stage(
 
     transformers.set_seed(seed)
     base, tokenizer = base_model(recipe, dtype="float32" if method.trains_base_weights else None)
-    keep_inputs(Run(recipe.output), {"the base model": model_fingerprint(base)}, allow_changed_inputs)
-    model = method.apply(base, [task.name for task in plan.tasks]) if learnt is None else method.proceed(base, learnt)
+    keep_inputs(Run.at(recipe.output), {"the base model": model_fingerprint(base)}, allow_changed_inputs)
+    with status(f"preparing the model for {method.name}"):
+        names = [task.name for task in plan.tasks]
+        model = method.apply(base, names) if learnt is None else method.proceed(base, learnt)
     if recipe.training.gradient_checkpointing:
         model.enable_input_require_grads()
 
@@ -203,22 +220,29 @@ def _train_stage(
     refuse_beyond_model(examples, base)
     collate = AnswerCollator(pad_id(tokenizer), with_tasks=True)
     batches = batches_by_task(examples, collate, recipe.training.per_device_train_batch_size)
-    method.before_training(model, batches)
+    held_out = None
+    if recipe.training.eval_strategy != "no":
+        held_out = encoded(tokenizer, recipe, [(task, one) for task in stage.tasks for one in task.validation])
+        held_out.sort(key=lambda example: len(example["input_ids"]))
+    with status(f"preparing the data for {method.name}"):
+        method.before_training(model, batches)
 
     deterministic = torch.are_deterministic_algorithms_enabled()
     checkpoint = last_checkpoint(folder.checkpoints_path)
-    trackers = _trackers(recipe)
+    staging_folder(folder.checkpoints_path)
+    trackers = trackers_of(recipe)
     bar = ProgressBar()
     trainer = method.trainer(
         model=model,
-        args=_arguments(plan, folder, seed, checkpoint, trackers),
+        args=training_arguments(plan, folder.path, seed, checkpoint, trackers),
         train_dataset=examples,
+        eval_dataset=held_out,
         data_collator=collate,
         callbacks=[
             MetricsLog(folder.metrics_path),
             *([bar] if progress else []),
             *method.callbacks(folder),
-            *_tensorboard(trackers, folder.path, checkpoint),
+            *tensorboard(trackers, folder.path, checkpoint),
         ],
         quotas=plan.quotas(stage.tasks),
         **recipe.training.model_dump(include=recipe.training.OWN),
@@ -234,7 +258,7 @@ def _train_stage(
     stop = StopOnSignal()
     trainer.add_callback(SealCheckpoints(trainer, folder.checkpoints_path))
     trainer.add_callback(stop)
-    with stop, fast_on_short_sequences(base), _tracker_folders(trackers, folder.path):
+    with stop, fast_on_short_sequences(base), tracker_folders(trackers, folder.path):
         try:
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         except UnpicklingError:  # torch's loader has met something else than tensors and plain values
@@ -247,7 +271,12 @@ def _train_stage(
             torch.use_deterministic_algorithms(deterministic)  # full_determinism is for the training alone
             staging_folder(folder.checkpoints_path)  # a checkpoint that has not come to its end takes no room
     seconds = time.monotonic() - started
-    method.after_training(model, batches)
+    state = trainer.state
+    if progress and trainer.args.load_best_model_at_end and trainer.is_world_process_zero():
+        best = f"step {state.best_global_step}, with eval_loss {state.best_metric:.4f}"
+        print(f"badit: trained {state.global_step} steps; kept is the model of {best}", file=sys.stderr)
+    with status("saving"):
+        method.after_training(model, batches)
 
     weights = whole_weights(model)
     if trainer.is_world_process_zero():
@@ -256,16 +285,17 @@ def _train_stage(
         summary = {
             "trainable_parameters": method.trained_parameters(model),
             "parameters": sum(parameter_count(parameter) for parameter in model.parameters()),
-            "steps": trainer.state.global_step,
-            "tokens": int(trainer.state.num_input_tokens_seen),
+            "steps": state.global_step,
+            "tokens": int(state.num_input_tokens_seen),
             "seconds": round(seconds, 1),
             "peak_memory_gib": round(peak_memory() / 2**30, 2),
         }
         write_json(folder.environment_path, {**known, "training": summary})
         partial = folder.adapter_path.with_name("adapter.partial")
         shutil.rmtree(partial, ignore_errors=True)
-        method.save(model, partial, recipe.model.name, weights)
-        replace_folder(partial, folder.adapter_path)
+        with status("saving"):
+            method.save(model, partial, recipe.model.name, weights)
+            replace_folder(partial, folder.adapter_path)
     trainer.accelerator.wait_for_everyone()
     unset_hf_deepspeed_config()  # else the next model to be loaded, for scoring or a stage, would be divided as well
 
@@ -337,8 +367,14 @@ def refuse_beyond_model(
             )
 
 
-def _arguments(plan: Plan, folder: Run, seed: int, checkpoint: Path | None, trackers: list[str]) -> TrainingArguments:
-    """The recipe's arguments for HF's Trainer, and those that a run settles itself."""
+def training_arguments(
+    plan: Plan, folder: Path, seed: int, checkpoint: Path | None = None, trackers: Sequence[str] = ()
+) -> TrainingArguments:
+    """The recipe's arguments for HF's Trainer, and those that a run settles itself.
+
+    Raises:
+        BaditError: values that do not go together.
+    """
     given = plan.recipe.training.arguments()
     # Base weights that are trained are kept in float32 and used in the recipe's dtype.
     bf16 = plan.method.trains_base_weights and model_dtype(plan.recipe) == "bfloat16"
@@ -347,7 +383,7 @@ def _arguments(plan: Plan, folder: Run, seed: int, checkpoint: Path | None, trac
         "use_cpu": (bf16 or given.get("bf16", False)) and not torch.accelerator.is_available(),  # HF insists on it
         "dataloader_pin_memory": False,
         "project": "badit",
-        "run_name": folder.path.resolve().name,
+        "run_name": folder.resolve().name,
     }
     if given.pop("gradient_checkpointing"):
         known = {field.name for field in dataclasses.fields(TrainingArguments)}
@@ -355,13 +391,15 @@ def _arguments(plan: Plan, folder: Run, seed: int, checkpoint: Path | None, trac
         name = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
         given |= {name: True, f"{name}_kwargs": {"use_reentrant": False}}
     settled = {
-        "output_dir": str(staging_folder(folder.checkpoints_path)),
+        "output_dir": str(folder / "checkpoints" / STAGING),
         "resume_from_checkpoint": None if checkpoint is None else str(checkpoint),  # read by the callbacks
         "seed": seed,
-        "report_to": [name for name in trackers if name != "tensorboard"],  # see _tensorboard
+        "report_to": [name for name in trackers if name != "tensorboard"],  # see trackers.tensorboard
         "include_num_input_tokens_seen": "non_padding",
         "remove_unused_columns": False,
         "disable_tqdm": True,
+        "prediction_loss_only": True,
+        "per_device_eval_batch_size": plan.recipe.evaluation.batch_size,
     }
     try:
         return TrainingArguments(**{**defaults, **given, **settled})
@@ -389,42 +427,6 @@ def _total(stages: list[dict[str, Any]]) -> dict[str, Any]:
     most = ("trainable_parameters", "parameters", "peak_memory_gib")
     total = {key: (max if key in most else sum)(stage[key] for stage in stages) for key in stages[0]}
     return {**total, "seconds": round(total["seconds"], 1)}
-
-
-def _trackers(recipe: Recipe) -> list[str]:
-    """The experiment trackers to report to.
-
-    Raises:
-        BaditError: one is not installed.
-    """
-    names, installed = recipe.training.report_to, get_available_reporting_integrations()
-    for name in names:
-        if name not in installed and name != "all":
-            raise BaditError(f"training.report_to: {name} is not installed; install it, or leave it out")
-    return installed if "all" in names else names
-
-
-def _tensorboard(names: list[str], folder: Path, checkpoint: Path | None) -> list[TensorBoardCallback]:
-    """HF's callback, which by itself could neither write into the run's folder nor hide steps that are logged again."""
-    if "tensorboard" not in names or not is_main_process():
-        return []
-    from torch.utils.tensorboard import SummaryWriter
-
-    purge_step = None if checkpoint is None else step_of(checkpoint) + 1
-    return [TensorBoardCallback(SummaryWriter(str(folder / "tensorboard"), purge_step=purge_step))]
-
-
-@contextmanager
-def _tracker_folders(names: list[str], folder: Path) -> Iterator[None]:
-    """Within, trackers write their files into the run's folder, unless the user's environment names another one."""
-    added = [_TRACKER_FOLDERS[name] for name in names if name in _TRACKER_FOLDERS]
-    added = [variable for variable in added if variable not in os.environ]
-    os.environ.update(dict.fromkeys(added, str(folder)))
-    try:
-        yield
-    finally:
-        for variable in added:
-            del os.environ[variable]
 
 
 def encoded(

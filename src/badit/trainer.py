@@ -1,17 +1,15 @@
 """HF's Trainer with a loss on answers only, batches of similar length, and steps that are not finite left out.
 
-Its callbacks write the metrics file, show one progress bar, and stop on a signal without losing a step.
+Its callbacks write the metrics file and show one progress bar.
 """
 
 from __future__ import annotations
 
 import math
-import signal
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -19,13 +17,13 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import Dataset, Sampler
 from tqdm import tqdm
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 
+from badit.arguments import OptimizerName
 from badit.errors import BaditError, say
 from badit.files import StepLog
 from badit.gradients import any_of_all, local_gradient, steps_in_backward
 from badit.optimizer import OrthogonalUpdates, lora_plus_groups
-from badit.recipe import OptimizerName
 from badit.regroup import RegroupCallback
 from badit.tuner.model import hooks_of
 from badit.tuner.prompt import before_first_label
@@ -51,6 +49,11 @@ class AnswerTrainer(Trainer):
         max_skipped_steps: steps with a loss or gradient that is not finite to skip before giving up.
         optimizer: ``adamw`` (or what ``args.optim`` names), ``lora+`` or ``orthogonal``, with the arguments' rates.
         lora_plus_ratio: B's learning rate over A's, for ``lora+``.
+        early_stopping_patience: evaluations without a better loss before the training stops; None never stops it.
+
+    Attributes:
+        skipped_steps: how many have been skipped so far.
+        finished: whether the training had come to its end before it was resumed.
     """
 
     def __init__(
@@ -63,13 +66,16 @@ class AnswerTrainer(Trainer):
         max_skipped_steps: int = 10,
         optimizer: OptimizerName = "adamw",
         lora_plus_ratio: float = 16.0,
+        early_stopping_patience: int | None = None,
         **kwargs: Any,
     ) -> None:
         use_one_gpu(args)
         # These come first: the other callbacks read gradients.
-        callbacks = [SkipNonFinite(self, max_skipped_steps), _MethodUpdates(), *(kwargs.pop("callbacks", None) or [])]
+        callbacks = [SkipNonFinite(self, max_skipped_steps), _MethodUpdates(), _Flow()]
+        callbacks += [EarlyStoppingCallback(early_stopping_patience)] if early_stopping_patience else []
+        callbacks += kwargs.pop("callbacks", None) or []
         super().__init__(model, args, callbacks=callbacks, **kwargs)
-        self.skipped_steps = 0
+        self.skipped_steps, self.finished = 0, False
         self._at_last_line = (0, 0)  # of the log: the step, and the skipped ones until then
         self._micro_batches: list[tuple[torch.Tensor, Mapping[str, Any]]] = []
         self._group_by_length, self._quotas = group_by_length, quotas
@@ -127,9 +133,10 @@ class AnswerTrainer(Trainer):
         if self.skipped_steps:
             logs["skipped_steps"] = self.skipped_steps
         step, skipped = self._at_last_line
-        if "loss" in logs and self.skipped_steps - skipped == self.state.global_step - step:
-            logs["loss"] = math.nan
-        self._at_last_line = self.state.global_step, self.skipped_steps
+        if "loss" in logs:
+            if self.skipped_steps - skipped == self.state.global_step - step:
+                logs["loss"] = math.nan
+            self._at_last_line = self.state.global_step, self.skipped_steps
         super().log(logs, *args, **kwargs)
 
     def compute_loss(
@@ -154,6 +161,27 @@ class AnswerTrainer(Trainer):
                 parts = 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps
                 loss = loss + extra / parts
         return (loss, outputs) if return_outputs else loss
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """HF's, which takes a step also where a resumed training has none left."""
+        if self.finished:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """HF's, which leaves the training's random numbers as they are."""
+        with torch.random.fork_rng():
+            return super().evaluate(*args, **kwargs)
+
+    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """The mean over the batch's instances of their negative log-likelihood per answer token, in nats."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            losses_L, row_L, _ = answer_losses(model, inputs, self.accelerator.unwrap_model(model))
+        counts_B = torch.bincount(row_L, minlength=len(inputs["labels"])).clamp_min(1)
+        totals_B = torch.zeros(len(counts_B), device=losses_L.device).index_add(0, row_L, losses_L)
+        return (totals_B / counts_B).mean(), None, None
 
 
 def use_one_gpu(args: TrainingArguments) -> None:
@@ -312,6 +340,16 @@ class _MethodUpdates(TrainerCallback):
         hooks_of(kwargs["model"]).after_update()
 
 
+class _Flow(TrainerCallback):
+    """Logs the last step and every evaluated one, and saves every evaluated one if the best is wanted."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_log |= control.should_evaluate or state.global_step >= state.max_steps
+        control.should_save |= control.should_evaluate and args.load_best_model_at_end
+
+    on_epoch_end = on_step_end
+
+
 class SkipNonFinite(TrainerCallback):
     """Drops the gradients of such a step, so that neither weights nor moments nor Gram matrices ever see them.
 
@@ -368,6 +406,9 @@ def _instances(
     return f"instance{'s' if len(names) > 1 else ''} {', '.join(names[:_NAMED])}{more}"
 
 
+_LOSSES = {"loss", "eval_loss"}
+
+
 class MetricsLog(TrainerCallback):
     """Appends the trainer's log lines to a file, less those that a resumed run is about to log again.
 
@@ -383,12 +424,12 @@ class MetricsLog(TrainerCallback):
             self._log.rewind(state.global_step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
-        if state.is_world_process_zero and logs and "loss" in logs:
+        if state.is_world_process_zero and logs and logs.keys() & _LOSSES:
             # The gradient's norm is infinite in a step that is skipped, which JSON has no number for.
             kept = {
                 key: value if math.isfinite(value) else None
                 for key, value in logs.items()
-                if (math.isfinite(value) or key == "loss")
+                if (math.isfinite(value) or key in _LOSSES)
                 and not key.endswith(("_runtime", "_per_second"))
                 and not key.startswith("regroup/")
             }
@@ -396,23 +437,35 @@ class MetricsLog(TrainerCallback):
 
 
 class ProgressBar(TrainerCallback):
-    """One bar with the time left and the latest loss."""
+    """One bar with the time left and the latest losses; it also says when the training waits for something else."""
 
     def __init__(self) -> None:
         self._bar: tqdm | None = None
+        self._losses: dict[str, str] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
             total = state.max_steps
             self._bar = tqdm(total=total, initial=state.global_step, desc="Training", unit="step", dynamic_ncols=True)
 
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._bar is not None:
+            self._bar.set_description("Training", refresh=False)
+
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._bar is not None:
             self._bar.update()
+            if control.should_evaluate or control.should_save:
+                self._bar.set_description("Evaluating" if control.should_evaluate else "Saving")
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._bar is not None:
+            self._bar.set_description("Saving" if control.should_save else "Training")
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
-        if self._bar is not None and logs and "loss" in logs:
-            self._bar.set_postfix(loss=f"{logs['loss']:.3f}", refresh=False)
+        if self._bar is not None and logs:
+            self._losses |= {name: f"{logs[name]:.3f}" for name in sorted(_LOSSES, reverse=True) if name in logs}
+            self._bar.set_postfix(self._losses, refresh=False)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.close()
@@ -421,44 +474,3 @@ class ProgressBar(TrainerCallback):
         """Ends the bar's line, for what is written after it."""
         if self._bar is not None:
             self._bar.close()
-
-
-class StopOnSignal(TrainerCallback):
-    """On Ctrl-C or SIGTERM: finishes the step, saves a checkpoint, then stops. A second signal stops at once.
-
-    It must be the last callback, so that the others' state is in the checkpoint by the time it stops. Of several
-    processes all stop at the same step, whichever was told to.
-    """
-
-    _SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
-    def __init__(self) -> None:
-        self._asked = self._stopping = False
-        self._former: dict[int, Any] = {}
-
-    def __enter__(self) -> StopOnSignal:
-        try:
-            self._former = {number: signal.signal(number, self._handle) for number in self._SIGNALS}
-        except ValueError:  # only the main thread may set handlers; elsewhere a caller has its own way to stop
-            self._former = {}
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for number, handler in self._former.items():
-            signal.signal(number, handler)
-        if self._asked and error[0] is None:  # too late for a checkpoint of its own: the last step's is there
-            raise KeyboardInterrupt
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self._asked:
-            raise KeyboardInterrupt
-        self._asked = True
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._stopping = any_of_all(self._asked)
-        if self._stopping:
-            control.should_save = True
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._stopping:
-            raise KeyboardInterrupt

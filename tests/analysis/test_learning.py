@@ -37,20 +37,20 @@ def regrouping(step, before=(0, 0, 1, 1), after=(1, 0, 0, 1), **angles):
 
 
 def test_angles_and_moves_come_from_the_logs(tmp_path):
-    assert expert_angles(Run(tmp_path)).empty
-    assert component_flow(Run(tmp_path)).empty
+    assert expert_angles(Run.at(tmp_path)).empty
+    assert component_flow(Run.at(tmp_path)).empty
     after = dict(zip(FIELDS, (70.0, 90.0, 0.4, 0.1), strict=True))
     before = {f"previous_{field}": value for field, value in zip(FIELDS, (85.0, 88.0, 0.2, 0.2), strict=True)}
     stays = regrouping(20, before=(1, 0, 0, 1), after=(1, 0, 0, 1))
     log(tmp_path / "regroupings.jsonl", regrouping(10, **before, **after), stays)
     log(tmp_path / "angles.jsonl", {"step": 5, "module": NAME, **after, "intra_degrees": None})
     place = [1, "mlp.gate_proj"]
-    assert rows(expert_angles(Run(tmp_path))) == [
+    assert rows(expert_angles(Run.at(tmp_path))) == [
         [10, *place, "before", 85.0, 88.0, 0.2, 0.2],
         [10, *place, "after", 70.0, 90.0, 0.4, 0.1],
         [5, *place, "training", None, 90.0, 0.4, 0.1],
     ]  # no step followed the regrouping at 20
-    assert rows(component_flow(Run(tmp_path))) == [
+    assert rows(component_flow(Run.at(tmp_path))) == [
         [10, *place, 0, 0, 1], [10, *place, 0, 1, 1], [10, *place, 1, 0, 1], [10, *place, 1, 1, 1],
         [20, *place, 0, 0, 2], [20, *place, 1, 1, 2],
     ]  # fmt: skip
@@ -69,7 +69,7 @@ def test_a_damaged_log_is_refused(tmp_path, line, message):
     log(tmp_path / "regroupings.jsonl", regrouping(5), line)
     for read in (expert_angles, component_flow):
         with pytest.raises(BaditError, match=message) as caught:
-            read(Run(tmp_path))
+            read(Run.at(tmp_path))
         assert str(caught.value).startswith(str(tmp_path / "regroupings.jsonl"))
         assert "\n" not in str(caught.value)
 
@@ -166,7 +166,7 @@ def scored(tmp_path, **sequence):
     task = {"rouge_l": 55, "exact_match": 0}
     content = {**task, "tasks": {"a": {**task, "instances": 1}}, **sequence}
     (tmp_path / "scores.json").write_text(json.dumps(content))
-    return Run(tmp_path)
+    return Run.at(tmp_path)
 
 
 def test_transfer_is_the_score_matrix(tmp_path):

@@ -53,7 +53,7 @@ def test_a_run(recipe_values, tmp_path, monkeypatch, name):
     tensors = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
     assert all("gate_proj" in key or "badit_gate" in key for key in tensors)
     assert evaluate(tmp_path / "run", progress=False) == scores
-    loaded, _ = load_run(Run.existing(tmp_path / "run"))
+    loaded, _ = load_run(Run(tmp_path / "run"))
     trained[0].eval()
     with torch.no_grad(), hooks_of(loaded).rows_of(ROWS), hooks_of(trained[0]).rows_of(ROWS):
         assert torch.equal(loaded(input_ids=IDS % 60).logits, trained[0](input_ids=IDS % 60).logits)

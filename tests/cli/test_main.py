@@ -1,5 +1,6 @@
 """The command line as a user meets it: help, exit codes, one-line errors, and the demo on a tiny model."""
 
+import os
 import subprocess
 import sys
 
@@ -89,6 +90,22 @@ def test_a_dry_run_writes_nothing_and_overrides_may_follow_flags(tmp_path, capsy
     assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
     assert main(["train", "recipe.yaml", "--dry-run", "output=somewhere", "--jbos"]) == 2
     assert "--jbos" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("variables", "red"), [({}, True), ({"NO_COLOR": "1"}, False)])
+def test_a_terminal_shows_what_is_waited_for_and_errors_in_red(tmp_path, variables, red):
+    (tmp_path / "recipe.yaml").write_text("trainig: {}")
+    terminal, stderr = os.openpty()
+    environment = {**os.environ, "TERM": "xterm", **variables}
+    command = [sys.executable, "-m", "badit", "train", str(tmp_path / "recipe.yaml")]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=stderr, env=environment, check=False)
+    os.close(stderr)
+    shown = os.read(terminal, 10_000).decode()
+    os.close(terminal)
+    assert (done.returncode, done.stdout) == (2, b"")
+    assert "badit: reading the recipe …" in shown
+    assert ("\x1b[31mbadit: " in shown) == red
+    assert "trainig: unknown key" in shown
 
 
 def test_debug_lets_the_exception_pass():

@@ -120,7 +120,7 @@ def test_sigterm_stops_the_command_and_its_cells_which_save_their_state(values, 
     path.write_text(yaml.safe_dump(values, sort_keys=False))
     command = [sys.executable, "-m", "badit", "compare", str(path)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    cell = Run(Path(values["output"]) / "lora" / "lr-0.01" / "seed-0")
+    cell = Run.at(Path(values["output"]) / "lora" / "lr-0.01" / "seed-0")
     try:
         while process.poll() is None and not (cell.metrics_path.is_file() and cell.metrics_path.stat().st_size):
             time.sleep(0.1)

@@ -34,7 +34,8 @@ def sdist(tmp_path_factory):
 def test_the_wheel_is_the_package_and_no_more(wheel):
     names = {name for name in wheel.namelist() if not name.startswith(f"{INFO}/")}
     files = [file for file in PACKAGE.glob("**/*") if file.is_file() and "__pycache__" not in file.parts]
-    assert names == {str(file.relative_to(PACKAGE.parent)) for file in files}
+    recipes = {f"badit/{file.relative_to(ROOT)}" for file in (ROOT / "recipes").glob("**/*.*")}
+    assert names == {str(file.relative_to(PACKAGE.parent)) for file in files} | recipes
     assert {"badit/py.typed", "badit/report/templates/page.html.j2", "badit/report/templates/page.js"} <= names
     assert f"{INFO}/licenses/LICENSE" in wheel.namelist()
     assert wheel.read(f"{INFO}/entry_points.txt").decode() == "[console_scripts]\nbadit = badit.cli:main\n"

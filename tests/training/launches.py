@@ -93,7 +93,7 @@ class Launches:
         return done.stdout + done.stderr
 
     def run(self, name: str) -> Run:
-        return Run(self.folder / name)
+        return Run.at(self.folder / name)
 
 
 def losses(run: Run) -> list[float]:

@@ -7,11 +7,10 @@ import signal
 import pytest
 import torch
 
-from badit.checkpoint import SEAL, STAGING, damage_of, last_checkpoint, seal
+from badit.checkpoint import SEAL, STAGING, StopOnSignal, damage_of, last_checkpoint, seal
 from badit.errors import BaditError
 from badit.recipe import build_recipe
 from badit.train import fit
-from badit.trainer import StopOnSignal
 from test_security import Mark
 from training.trainers import assert_same, fit_until, learned
 
@@ -104,7 +103,7 @@ def test_no_code_in_a_checkpoint_is_run_even_if_it_is_sealed(recipe_values, tmp_
         assert not marker.exists()
 
 
-def test_signals_stop_after_the_step_and_a_second_one_at_once():
+def test_signals_stop_after_the_step_and_a_second_one_at_once(capfd):
     handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     reached = []
 
@@ -116,6 +115,7 @@ def test_signals_stop_after_the_step_and_a_second_one_at_once():
     with pytest.raises(KeyboardInterrupt), StopOnSignal():
         signal_thrice()
     assert reached == [0]
+    assert capfd.readouterr().err == "\nbadit: finishing step 0 and saving; press Ctrl-C again to stop now\n"
     with pytest.raises(KeyboardInterrupt), StopOnSignal():
         os.kill(os.getpid(), signal.SIGTERM)  # after the last step
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers

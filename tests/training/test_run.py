@@ -37,7 +37,7 @@ def finished(material, tmp_path_factory):
 
 def test_a_run_leaves_all_its_files(finished):
     recipe, scores = finished
-    run = Run.existing(recipe.output)
+    run = Run(recipe.output)
     assert read_json(run.scores_path) == scores
     assert set(scores["tasks"]) == {"cities", "rivers"}
     assert {"rouge_l", "rouge_l_instances", "exact_match"} <= scores.keys()

@@ -61,4 +61,4 @@ def test_a_tracker_that_is_unknown_or_not_installed_is_one_line(recipe_values, m
     monkeypatch.setattr("transformers.integrations.integration_utils.is_swanlab_available", lambda: False)
     with pytest.raises(BaditError, match=r"report_to: swanlab is not installed; install it, or leave it out"):
         train(recipe_values, training={"report_to": ["swanlab"]}, progress=False)
-    assert not Run(recipe_values["output"]).path.exists()
+    assert not Run.at(recipe_values["output"]).path.exists()

@@ -98,7 +98,7 @@ def fit_until(step: int, recipe: Recipe, **options: Any) -> Run:
     """A run that was stopped after a step."""
     with with_callbacks(StopAt(step), **options), pytest.raises(KeyboardInterrupt):
         fit(recipe, progress=False)
-    return Run(recipe.output)
+    return Run.at(recipe.output)
 
 
 def learned(run: Run) -> dict[str, torch.Tensor]:

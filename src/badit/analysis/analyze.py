@@ -79,7 +79,7 @@ def analyze(
     else:
         values = {"model": {"name": str(target)}, "data": {"source": data}, "method": {"name": "base"}}
         recipe = build_recipe({**values, "output": str(output)})
-    run, trained = Run(recipe.output), build_method(recipe.method).trains
+    run, trained = Run.at(recipe.output), build_method(recipe.method).trains
     own_tasks = data is None and trained
     section = recipe.data if data is None else DataSection(source=data)  # pyright: ignore[reportCallIssue]
     tasks = make_plan(recipe).tasks if own_tasks else load_sources(section.sources())

@@ -1,9 +1,11 @@
 """Tasks: reading, splitting and ordering them, their prompts and batches, and the built-in suite.
 
-Importing this package loads neither torch nor transformers.
+Importing this package loads neither torch nor transformers, and pandas and pyarrow only with the names that need them.
 """
 
-from badit.data.encoded import AnswerCollator, Examples, batches_by_task, encode_tasks, on_device
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from badit.data.prompts import (
     ChatTemplate,
     Prompt,
@@ -19,10 +21,13 @@ from badit.data.prompts import (
     own_input,
     prompt_text,
 )
-from badit.data.readers import load_sources, load_tasks
 from badit.data.rows import Source
 from badit.data.suite import ABILITIES, builtin_tasks
 from badit.data.tasks import SAPT_ORDERS, Demonstration, Instance, Task, hold_out, limit, mixture, ordered, quotas
+
+if TYPE_CHECKING:
+    from badit.data.encoded import AnswerCollator, Examples, batches_by_task, encode_tasks, on_device
+    from badit.data.readers import load_sources, load_tasks
 
 __all__ = [
     "ABILITIES", "SAPT_ORDERS", "AnswerCollator", "ChatTemplate", "Demonstration", "Examples", "Instance", "Prompt",
@@ -31,3 +36,9 @@ __all__ = [
     "end_of_turn_id", "hold_out", "limit", "load_sources", "load_tasks", "mixture", "on_device", "ordered",
     "own_input", "prompt_text", "quotas",
 ]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'badit.data' has no attribute {name!r}")
+    return getattr(import_module("badit.data.readers" if name.startswith("load_") else "badit.data.encoded"), name)

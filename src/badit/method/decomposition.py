@@ -64,6 +64,9 @@ def top_singular_triples(
         )
     if not tolerance > 0:
         raise BaditError(f"svd_tolerance must be positive, got {tolerance}")
+    if weight_OI.is_meta:  # a model without weights has shapes alone
+        shapes = (len(weight_OI), rank), (rank,), (rank, weight_OI.shape[1])
+        return SingularTriples(*(weight_OI.new_empty(shape) for shape in shapes))
     w_OI = weight_OI.detach().to(torch.float32)
     if not torch.isfinite(torch.stack(w_OI.aminmax())).all():  # one pass over the weight, which NaN comes through
         raise BaditError("the weight holds NaN or infinite values; it cannot be decomposed")

@@ -86,7 +86,7 @@ class Source:
     @cached_property
     def predictions(self) -> Mapping[str, list[Prediction]]:
         """Every task's answers; empty where none are kept."""
-        folder = Run(self.folder).predictions_path
+        folder = Run.at(self.folder).predictions_path
         return group_by_task(read_predictions(folder)) if any(folder.glob("[!.]*.jsonl")) else {}
 
 
@@ -198,7 +198,7 @@ def _on_single_tasks(frames: Mapping[str, pd.DataFrame]) -> Iterator[tuple[float
 
 
 def _read(folder: Path, label: str) -> Source:
-    source, run = Source(label, folder), Run(folder)
+    source, run = Source(label, folder), Run.at(folder)
     for name, frame in load_frames(run.analysis_path).items():
         source.analysed = True
         source.add(name, frame, f"analysis/{name}.json")
@@ -251,7 +251,7 @@ def _add_results(source: Source) -> None:
 def _losses(folder: Path) -> list[dict[str, float]]:
     """Step and loss of each log line; a sequence's stages follow one another."""
     found: list[dict[str, float]] = []
-    for file in [Run(folder).metrics_path, *sorted(folder.glob("stages/*/metrics.jsonl"))]:
+    for file in [Run.at(folder).metrics_path, *sorted(folder.glob("stages/*/metrics.jsonl"))]:
         start = found[-1]["step"] if found else 0
         lines = [line for line in read_jsonl(file) if _is_number(line.get("step")) and _is_number(line.get("loss"))]
         found += [{"step": start + line["step"], "loss": line["loss"]} for line in lines]

@@ -65,7 +65,7 @@ class Session:
     """A loaded run. Its model is switched from side to side, so it answers one question at a time; others wait."""
 
     def __init__(self, path: str | Path, *, trust_remote_code: bool = False) -> None:
-        self.run = Run.existing(path)
+        self.run = Run(path)
         self.recipe = self.run.trusted_recipe(trust_remote_code)
         self.method = build_method(self.recipe.method)
         if getattr(self.method, "config", None) is None:

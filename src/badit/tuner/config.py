@@ -53,6 +53,7 @@ COUNT_OR_ZERO = Rule("a whole number of at least 0", lambda value: is_int(value)
 POSITIVE = Rule("a positive number", lambda value: is_number(value) and value > 0)
 NOT_NEGATIVE = Rule("a number of at least 0", lambda value: is_number(value) and value >= 0)
 DROPOUT = Rule("at least 0 and below 1", lambda value: is_number(value) and 0 <= value < 1)
+FRACTION = Rule("between 0 and 1", lambda value: is_number(value) and 0 <= value <= 1)
 SHARE = Rule("above 0 and at most 1", lambda value: is_number(value) and 0 < value <= 1)
 
 
@@ -67,11 +68,20 @@ def option(default: Any, help: str, rule: Rule | None = None) -> Any:
     return field(default=default, metadata={"help": help, "rule": rule})
 
 
-def check_options(config: Any) -> None:
-    """Raises BaditError for a field of a dataclass whose value breaks its rule."""
+def described(kind: Any) -> list[tuple[str, Any, str]]:
+    """Name, default and meaning of each option of a configuration, badit's or PEFT's."""
+    return [
+        (each.name, each.default_factory() if callable(each.default_factory) else each.default, each.metadata["help"])
+        for each in dataclasses.fields(kind)
+        if each.init and "help" in each.metadata
+    ]
+
+
+def check_options(config: Any, prefix: str = "") -> None:
+    """Raises BaditError for a field of a dataclass whose value breaks its rule; ``prefix`` precedes its name."""
     for each in dataclasses.fields(config):
         if (rule := each.metadata.get("rule")) is not None:
-            rule.check(each.name, getattr(config, each.name))
+            rule.check(f"{prefix}{each.name}", getattr(config, each.name))
 
 
 def peft_type(name: str = "BADIT") -> PeftType:

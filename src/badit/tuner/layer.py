@@ -88,7 +88,7 @@ class ExpertLinear(nn.Module, BaseTunerLayer):
             self.badit_A0[adapter_name] = torch.zeros(config.num_components, self.in_features)
             self.badit_B0[adapter_name] = torch.zeros(self.out_features, config.num_components)
         self.badit_dropout[adapter_name] = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
-        if not self.badit_A[adapter_name].is_meta:
+        if not self.badit_A[adapter_name].is_meta or self.weight_OI.is_meta:  # else its values are about to be loaded
             self.initialise(adapter_name)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)

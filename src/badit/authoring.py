@@ -1,0 +1,285 @@
+"""Help with writing recipes: a first one for given data, a check without training, every key, a schema for editors."""
+
+from __future__ import annotations
+
+import heapq
+import math
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import torch
+import yaml
+from pydantic import BaseModel
+
+from badit.arguments import argument_names, settled
+from badit.data import Instance, load_sources
+from badit.environment import status
+from badit.errors import BaditError
+from badit.methods import NAMES, AdapterMethod, on_skeleton, options_of
+from badit.models import load_tokenizer
+from badit.recipe import Recipe, build_recipe
+from badit.regroup import RegroupOptions
+from badit.train import Plan, Stage, encoded, make_plan, model_dtype, refuse_beyond_model, training_arguments
+from badit.trainer import prompt_argument
+from badit.yaml_values import parse_yaml
+
+# --- a first recipe ---------------------------------------------------------------------------------------------------
+
+
+def first_recipe(source: str, path: str, overrides: Sequence[str] = ()) -> str:
+    """The text of a recipe for some data, with comments, to be written to ``path``.
+
+    Args:
+        source: as ``data.source``.
+        path: the recipe's file.
+        overrides: what the data section needs to read the data, such as ``data.columns={input: text}``.
+
+    Raises:
+        BaditError: the data cannot be read, or no recipe can train and score it.
+    """
+    if others := [one for one in overrides if not one.startswith("data.")]:
+        raise BaditError(f"{others[0]!r:.60}: only keys of the data section, such as data.columns={{input: text}}")
+    data = build_recipe({"data": {"source": source}}, overrides).data
+    given = data.model_dump(mode="json", exclude_defaults=True, exclude={"source", "validation_per_task"})
+    extra = "".join(f"\n  {key}: {as_yaml(value)}" for key, value in given.items())
+    with status("reading the tasks"):
+        tasks = load_sources(data.sources(), data.tasks, data.weights)
+    train, test = (sum(len(getattr(task, split)) for task in tasks) for split in ("train", "test"))
+    held_out = data.validation_per_task or min(10, *(len(task.train) // 4 for task in tasks))
+    split = "test" if all(task.test for task in tasks) else "validation"
+    if split == "validation" and not all(task.validation for task in tasks):
+        train -= held_out * len(tasks)
+    steps = 3 * math.ceil(train / 8)
+    every = 20 if steps >= 100 else max(1, steps // 5)
+    answer = max((len(output) for task in tasks for one in task.train for output in one.outputs), default=0)
+    tokens = min(1024, max(50, math.ceil(answer / 150) * 50))  # of about three characters
+    lora = "{name: lora, r: 34, lora_alpha: 272, lora_dropout: 0.05}"
+    badit = f"{{name: badit, num_experts: 8, r: 4, regroup: {{every: {every}}}}}"
+    method = badit if len(tasks) > 1 else lora  # which one task alone has no use for
+    text = f"""\
+# {len(tasks)} {"task" if len(tasks) == 1 else "tasks"} with {train:,} training and {test:,} test instances.
+#
+#   badit train {path} --dry-run    check it: steps, parameters, memory
+#   badit train {path}              train and score; the same command continues after an interruption
+#   badit compare {path}            LoRA and BADIT side by side
+#
+# "badit keys" lists every key. A key can also be given on the command line: training.num_train_epochs=1
+
+model:
+  name: smollm2-135m               # small, for a first try; or a model's folder, or ORG/NAME on the hub
+data:
+  source: {as_yaml(source)}{extra}
+  validation_per_task: {held_out:<12}# held out of each task's training data{", and scored" * (split == "validation")}
+  # train_per_task: 50             # at most so many of each task, for a quick try
+prompt:
+  max_source_tokens: 1024          # longer inputs are cut
+  max_answer_tokens: {tokens:<14}# longer answers are cut
+method: {method}  # others: badit keys method
+training:
+  num_train_epochs: 3
+  per_device_train_batch_size: 8   # lower it if memory runs out, and raise gradient_accumulation_steps
+  learning_rate: 5.0e-4
+  # eval_strategy: epoch           # report the loss on the held-out instances after every epoch
+evaluation:
+  split: {split:<26}# the instances that are scored
+  max_new_tokens: {tokens:<17}# of a generated answer
+compare:                           # for badit compare
+  methods:
+    lora: {lora}
+    badit: {badit}
+  reference: lora                  # the method that differences are taken to
+  learning_rates: [2.5e-4, 5.0e-4, 1.0e-3]  # each method's is chosen by the loss on the held-out instances
+  seeds: [0, 1, 2]
+output: runs/{Path(path).stem}
+"""
+    make_plan(build_recipe(parse_yaml(text, where=path), where=path))
+    return text
+
+
+# --- a check without training -----------------------------------------------------------------------------------------
+
+
+def check(recipe: Recipe) -> list[str]:
+    """What training a recipe would do, as lines of text. The model is built without its weights.
+
+    Raises:
+        BaditError: bad data, no such model, a method that does not go with it, or arguments that exclude each other.
+    """
+    plan = make_plan(recipe)
+    training_arguments(plan, Path(recipe.output), recipe.training.seed)
+    counts = f"{plan.training_instances} training and {plan.test_instances} {recipe.evaluation.split} instances"
+    lines = [f"{len(plan.tasks)} tasks, {counts}; the run would be written to {recipe.output}"]
+    section = recipe.model
+    with status(f"checking {section.name}"):
+        tokenizer = load_tokenizer(section.name, trust_remote_code=section.trust_remote_code, revision=section.revision)
+        method, model = on_skeleton(recipe, [task.name for task in plan.tasks], dtype=model_dtype(recipe))
+        size = recipe.training.per_device_train_batch_size
+        pairs = ((task, instance) for task in plan.tasks for instance in task.train)
+        longest = encoded(tokenizer, recipe, heapq.nlargest(size, pairs, key=lambda pair: _characters(pair[1])))
+        refuse_beyond_model(longest, model)
+    if not method.trains:
+        return [*lines, f"the method {method.name} trains nothing"]
+    steps = [_steps(plan, stage) for stage in plan.stages]
+    lines.append(f"{sum(steps)} steps of {size * recipe.training.gradient_accumulation_steps * _processes()} instances")
+    if isinstance(method, AdapterMethod) and method.regroup is not None:
+        due = sum(len(RegroupOptions(**method.regroup).due(count)) for count in steps)
+        lines.append(f"{due} regroupings in {sum(steps)} steps" + (": lower method.regroup.every" if not due else ""))
+    trained, parameters = method.trained_parameters(model), sum(p.numel() for p in model.parameters())
+    lines.append(f"{trained:,} of {parameters:,} parameters are trained")
+    tokens = max(len(one["input_ids"]) for one in longest)
+    answers = sum(len(one["input_ids"]) - one["prompt_length"] for one in longest)
+    weights = sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad)
+    weights *= {None: 1.0, "bnb-4bit": 0.3}.get(section.quantisation, 0.5) if weights else 0.0
+    parts = {
+        "weights": weights,
+        "gradients and optimizer": 16 * trained,  # the weight, its gradient and two moments, in float32
+        "activations": _activations(recipe, model, len(longest), tokens),
+        "logits": 12 * answers * model.config.get_text_config().vocab_size,  # and their softmax and gradient
+    }
+    shown = ", ".join(f"{name} {'?' if part is None else f'{part / 2**30:.1f}'}" for name, part in parts.items())
+    total = sum(part or 0 for part in parts.values()) / 2**30
+    about = "about" if parts["activations"] is not None else "more than"
+    return [*lines, f"{about} {total:.1f} GiB of memory for a batch of {len(longest)} × {tokens} tokens ({shown})"]
+
+
+def _characters(instance: Instance) -> int:
+    return sum(map(len, (instance.input, instance.outputs[0], *(text for _, text in instance.history))))
+
+
+def _processes() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _steps(plan: Plan, stage: Stage) -> int:
+    """The optimizer steps of a stage, as HF's Trainer counts them."""
+    training, count = plan.recipe.training, sum(len(task.train) for task in stage.tasks)
+    if training.max_steps > 0:
+        return training.max_steps
+    count = sum(quotas.values()) if (quotas := plan.quotas(stage.tasks)) else count
+    batches = math.ceil(count / (training.per_device_train_batch_size * _processes()))
+    return math.ceil(training.num_train_epochs * max(1, math.ceil(batches / training.gradient_accumulation_steps)))
+
+
+def _activations(recipe: Recipe, model: Any, rows: int, tokens: int) -> float | None:
+    """Bytes that autograd keeps of a forward pass, counted on the meta device; None if the model does not run there."""
+    kept: dict[int, int] = {}
+    own = {one.untyped_storage()._cdata for one in (*model.parameters(), *model.buffers())}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    config = model.config.get_text_config()
+    try:
+        with torch.device("meta"), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            prompts = prompt_argument(model, torch.ones(rows, tokens, dtype=torch.bool))
+            masks = torch.ones(rows, 1, tokens, tokens, dtype=torch.bool)  # with a smaller one its values are looked at
+            outputs = model.train()(
+                torch.zeros(rows, tokens, dtype=torch.long),
+                attention_mask=masks,
+                use_cache=False,
+                logits_to_keep=1,
+                **prompts,
+            )
+        total = sum(size for storage, size in kept.items() if storage not in own)
+    except Exception:  # an architecture that looks at values
+        return None
+    del outputs
+    if recipe.training.gradient_checkpointing:  # the inputs of every layer, and one layer's activations at a time
+        layers = config.num_hidden_layers
+        total = total / layers + layers * rows * tokens * config.hidden_size * 4
+    return total
+
+
+# --- every key --------------------------------------------------------------------------------------------------------
+
+
+def recipe_keys() -> Iterator[tuple[str, str, str]]:
+    """Every key of a recipe: its dotted name, its default as YAML, and its meaning.
+
+    Options that several methods have alike are one entry, which names the methods.
+    """
+    for name, field in Recipe.model_fields.items():
+        kinds = [field.annotation, *get_args(field.annotation)]
+        section = next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
+        if section is not None:
+            yield from ((f"{name}.{key}", as_yaml(default), text) for key, default, text in described_section(section))
+            if name == "training":
+                yield "training.NAME", "", "any other field of TrainingArguments, such as optim or adam_beta2"
+        elif name == "method":
+            yield "method.name", "badit", f"one of {', '.join(NAMES)}"
+            yield from _method_keys()
+        else:
+            yield name, as_yaml(field.default), field.description or ""
+
+
+def _method_keys() -> Iterator[tuple[str, str, str]]:
+    found: dict[tuple[str, str, str], list[str]] = {}
+    for method in NAMES:
+        for key, default, text in options_of(method):
+            found.setdefault((key, as_yaml(default), " ".join(text.split())), []).append(method)
+    for (key, default, text), methods in sorted(found.items(), key=lambda item: NAMES.index(item[1][0])):
+        yield f"method.{key}", default, f"[{', '.join(methods)}] {text}"
+
+
+def schema() -> dict[str, Any]:
+    """A JSON schema of recipes, for editors."""
+    made = Recipe.model_json_schema()
+    words: dict[str, Any] = {"name": {"enum": NAMES}, "regroup": {"type": ["object", "null"], "properties": {}}}
+    for key, _, text in recipe_keys():
+        section, *option = key.split(".")
+        if section == "method" and option != ["name"]:
+            place = words["regroup"]["properties"] if len(option) > 1 else words
+            place[option[-1]] = {"description": text}
+    others = {name: {} for name in sorted(argument_names()) if not settled(name)}
+    for section, more in (
+        (made["properties"]["method"], words),
+        (made["$defs"]["ComparedMethod"], words),
+        (made["$defs"]["TrainingSection"], others),
+    ):
+        section["properties"] = {**more, **section.get("properties", {})}
+        section["additionalProperties"] = False
+    made["properties"]["extends"] = {"type": "string", "description": "a recipe whose values these are laid over"}
+    return made
+
+
+def described_section(kind: type[BaseModel]) -> Iterator[tuple[str, Any, str]]:
+    """The name, default and meaning of each field of a section."""
+    for name, field in kind.model_fields.items():
+        limits = [
+            f"{word} {getattr(limit, key)}" for limit in field.metadata for key, word in _LIMITS if hasattr(limit, key)
+        ]
+        text = ", ".join(filter(None, [_shown(field.annotation), *limits]))
+        default = "required" if field.is_required() else field.get_default(call_default_factory=True)
+        yield name, default, "; ".join(filter(None, [text, field.description]))
+
+
+_LIMITS = (("ge", "at least"), ("gt", "above"), ("lt", "below"))
+_WORDS = {
+    str: "text",
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    list: "a list",
+    dict: "values by name",
+    type(None): "null",
+}
+
+
+def _shown(annotation: Any) -> str:
+    """A type in words, for those that are no more than a list of values or a plain type."""
+    if get_origin(annotation) is Annotated:
+        return _shown(get_args(annotation)[0])
+    if get_origin(annotation) is Literal:
+        return "one of " + ", ".join(str(value) for value in get_args(annotation))
+    if get_origin(annotation) in (Union, UnionType):
+        return " or ".join(_shown(part) for part in get_args(annotation))
+    return _WORDS.get(get_origin(annotation) or annotation, "")
+
+
+def as_yaml(value: Any) -> str:
+    """A plain value as a recipe has it."""
+    return yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=1000).split("\n")[0]

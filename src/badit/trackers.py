@@ -1,0 +1,54 @@
+"""Experiment trackers (``training.report_to``): transformers' own, with their files in the run's folder."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from transformers.integrations.integration_utils import TensorBoardCallback, get_available_reporting_integrations
+
+from badit.checkpoint import step_of
+from badit.environment import is_main_process
+from badit.errors import BaditError
+from badit.recipe import Recipe
+
+# Of trackers that write files, the variable that says where.
+_TRACKER_FOLDERS = {"wandb": "WANDB_DIR", "swanlab": "SWANLAB_LOG_DIR"}
+
+
+def trackers_of(recipe: Recipe) -> list[str]:
+    """The experiment trackers to report to.
+
+    Raises:
+        BaditError: one is not installed.
+    """
+    names, installed = recipe.training.report_to, get_available_reporting_integrations()
+    for name in names:
+        if name not in installed and name != "all":
+            raise BaditError(f"training.report_to: {name} is not installed; install it, or leave it out")
+    return installed if "all" in names else names
+
+
+def tensorboard(names: list[str], folder: Path, checkpoint: Path | None) -> list[TensorBoardCallback]:
+    """HF's callback, which by itself could neither write into the run's folder nor hide steps that are logged again."""
+    if "tensorboard" not in names or not is_main_process():
+        return []
+    from torch.utils.tensorboard import SummaryWriter
+
+    purge_step = None if checkpoint is None else step_of(checkpoint) + 1
+    return [TensorBoardCallback(SummaryWriter(str(folder / "tensorboard"), purge_step=purge_step))]
+
+
+@contextmanager
+def tracker_folders(names: list[str], folder: Path) -> Iterator[None]:
+    """Within, trackers write their files into the run's folder, unless the user's environment names another one."""
+    added = [_TRACKER_FOLDERS[name] for name in names if name in _TRACKER_FOLDERS]
+    added = [variable for variable in added if variable not in os.environ]
+    os.environ.update(dict.fromkeys(added, str(folder)))
+    try:
+        yield
+    finally:
+        for variable in added:
+            del os.environ[variable]

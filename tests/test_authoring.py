@@ -1,0 +1,136 @@
+"""A first recipe, the check without training, the list of keys and the schema: each against what it stands for."""
+
+import json
+from pathlib import Path
+
+import jsonschema
+import pytest
+import yaml
+
+from badit.authoring import check, first_recipe, recipe_keys, schema
+from badit.cli import main
+from badit.errors import BaditError
+from badit.files import read_jsonl
+from badit.methods import NAMES, build_method
+from badit.recipe import CompareSection, Recipe, build_recipe, load_recipe, shipped_recipes
+from badit.regroup import RegroupOptions
+from badit.train import fit
+
+
+@pytest.mark.parametrize(
+    ("keep", "split", "method"),
+    [
+        (lambda line: True, "test", "badit"),
+        (lambda line: line["split"] == "train", "validation", "badit"),
+        (lambda line: line["task"] == "rivers", "test", "lora"),
+    ],
+)
+def test_a_first_recipe_fits_the_data(material, tmp_path, monkeypatch, capsys, keep, split, method):
+    lines = [json.loads(line) for line in (material / "tasks.jsonl").read_text().splitlines()]
+    monkeypatch.chdir(tmp_path)
+    data, path = Path("my tasks.jsonl"), Path("mine.yaml")
+    lines[0]["output"] = "a long answer " * 30
+    data.write_text("\n".join(json.dumps(line) for line in lines if keep(line)))
+    assert main(["init", str(data), "-o", str(path)]) == 0
+    recipe = load_recipe(path)
+    assert (recipe.evaluation.split, recipe.method["name"], recipe.output) == (split, method, "runs/mine")
+    assert recipe.prompt.max_answer_tokens == (150 if method == "badit" else 50)
+    for compared in recipe.compare.methods.values():
+        build_method(compared.model_extra)
+    assert all(len(line) <= 110 for line in path.read_text().splitlines())
+    assert main(["train", str(path), "--dry-run", f"model.name={material / 'model'}"]) == 0
+    assert "GiB of memory" in capsys.readouterr().out
+    assert main(["init", str(data), "-o", str(path)]) == 2
+    assert "exists" in capsys.readouterr().err
+
+
+def test_a_table_needs_no_other_file_than_its_recipe(material, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = [f"{task},{task} of land {i},{task} {i}" for task in ("capital", "river") for i in range(8)]
+    Path("data.csv").write_text("\n".join(["task,question,answer", *rows]))
+    assert main(["init", "data.csv", "data.columns={input: question, output: answer}"]) == 0
+    recipe = load_recipe("recipe.yaml")
+    assert recipe.data.columns == {"input": "question", "output": "answer"}
+    assert main(["train", "recipe.yaml", "--dry-run", f"model.name={material / 'model'}"]) == 0
+    assert main(["init", "data.csv", "training.seed=1", "-o", "other.yaml"]) == 2
+
+
+def test_no_recipe_for_data_that_cannot_be_scored(tmp_path):
+    line = {"task": "a", "instruction": "b", "input": "c", "output": "d"}
+    (tmp_path / "one.jsonl").write_text(json.dumps(line))
+    with pytest.raises(BaditError, match="task a has no validation instances"):
+        first_recipe(str(tmp_path / "one.jsonl"), "recipe.yaml")
+
+
+@pytest.mark.parametrize(
+    ("section", "values"),
+    [
+        ("training", {"gradient_accumulation_steps": 2, "num_train_epochs": 1.5}),
+        ("training", {"max_steps": 4}),
+        ("data", {"order": ["rivers", "cities"], "train_per_task": 5}),
+        ("data", {"sampling": "balanced", "train_per_task": 7}),
+        ("method", {"num_experts": 4, "r": 2, "regroup": {"every": 0.2, "start": 0.1, "stop": 0.5}}),
+        ("method", {"name": "lora", "r": 3}),
+        ("method", {"name": "full"}),
+    ],
+)
+def test_a_check_says_what_training_then_does(recipe_values, section, values):
+    own = values if section == "method" else {**recipe_values[section], **values}
+    recipe = build_recipe({**recipe_values, section: own})
+    shown = "\n".join(check(recipe))
+    run = fit(recipe, progress=False)
+    found = run.environment["training"]
+    assert f"\n{found['steps']} steps of" in shown
+    assert f"\n{found['trainable_parameters']:,} of {found['parameters']:,} parameters" in shown
+    if recipe.method.get("name", "badit") == "badit":
+        logs = [stage / "regroupings.jsonl" for stage in (run.path, *run.path.glob("stages/*"))]
+        due = sum(len({line["step"] for line in read_jsonl(log)}) for log in logs)
+        assert f"\n{due} regroupings in {found['steps']} steps" in shown
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"method": {"name": "badit", "target_modules": ["gate_prj"]}}, "method: Target modules .*gate_prj"),
+        ({"method": {"name": "badit", "num_experts": 8, "r": 40}}, "320 singular triples do not fit"),
+        ({"model": {"name": "no-such-folder"}}, "no such folder"),
+        ({"prompt": {"max_source_tokens": 1024, "encoding": "def+pos2"}, "data": {"max": 1}}, "data.max: unknown key"),
+        ({"training": {"load_best_model_at_end": True}}, "load_best_model_at_end"),
+    ],
+)
+def test_a_check_finds_what_would_stop_the_training(recipe_values, tmp_path, values, message):
+    with pytest.raises(BaditError, match=message):
+        check(build_recipe({**recipe_values, **values}))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_check_warns_of_a_run_without_regroupings(recipe_values, capsys):
+    recipe = build_recipe(recipe_values, ["training.max_steps=2"])
+    assert "0 regroupings in 2 steps: lower method.regroup.every" in check(recipe)
+    fit(recipe, progress=False)
+    assert "badit: 0 regroupings in 2 steps: lower regroup.every" in capsys.readouterr().err
+
+
+def test_every_key_is_listed_with_default_and_meaning(capsys):
+    listed = [key for key, _, _ in recipe_keys()]
+    sections = {name: type(getattr(Recipe(), name)) for name in Recipe.model_fields} | {"compare": CompareSection}
+    for name, section in sections.items():
+        assert {f"{name}.{key}" for key in getattr(section, "model_fields", ())} <= {*listed}
+    assert {f"method.regroup.{name}" for name in RegroupOptions().__dict__} <= {*listed}
+    assert main(["keys", "training.learning"]) == 0
+    assert capsys.readouterr().out.split() == ["training.learning_rate", "0.0005", "a", "number,", "above", "0"]
+    assert main(["keys", "lerning"]) == 2
+    # A default is what it is taken to be.
+    for key, default, _ in recipe_keys():
+        if key.count(".") == 1 and not key.startswith(("method", "compare", "training.NAME")):
+            build_recipe({}, [f"{key}={default}"])
+
+
+def test_the_schema_fits_the_recipes_and_knows_the_methods(capsys):
+    assert main(["keys", "--schema"]) == 0
+    validator = jsonschema.Draft202012Validator(json.loads(capsys.readouterr().out))
+    for path in shipped_recipes().values():
+        assert not list(validator.iter_errors(yaml.safe_load(path.read_text()))), path
+    for wrong in ({"method": {"name": "lroa"}}, {"method": {"rank": 4}}, {"training": {"epochs": 1}}, {"dat": {}}):
+        assert list(validator.iter_errors(wrong)), wrong
+    assert schema()["properties"]["method"]["properties"]["name"] == {"enum": NAMES}

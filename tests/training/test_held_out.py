@@ -1,0 +1,96 @@
+"""The loss on held-out instances during training: what it is, that it disturbs nothing, best model, early stopping."""
+
+from statistics import fmean
+
+import pytest
+from safetensors.torch import load_file
+
+from badit.errors import BaditError
+from badit.evaluate import answer_token_losses, load_run
+from badit.recipe import build_recipe
+from badit.train import encoded, fit, make_plan
+from training.trainers import assert_same, fit_until, learned, on, with_callbacks
+
+HELD_OUT = {"eval_strategy": "steps", "eval_steps": 2}
+BEST = {**HELD_OUT, "save_steps": 4, "load_best_model_at_end": True, "early_stopping_patience": 2}
+# Beyond this rate the held-out loss rises after a few steps.
+RISING = {"learning_rate": 0.3, "lr_scheduler_type": "constant", "num_train_epochs": 6, "warmup_steps": 0}
+
+
+@pytest.fixture
+def recipe(recipe_values, tmp_path):
+    """A factory of recipes with held-out instances, each with a folder of its own."""
+
+    def make(name, **training):
+        data = {**recipe_values["data"], "validation_per_task": 3}
+        training = {**recipe_values["training"], **training}
+        return build_recipe({**recipe_values, "data": data, "training": training, "output": str(tmp_path / name)})
+
+    return make
+
+
+def test_it_is_the_mean_nll_of_instances_and_changes_no_training(recipe):
+    plain, measured = recipe("plain", logging_steps=5), recipe("measured", **HELD_OUT, logging_steps=5)
+    one, other = (fit(each, progress=False) for each in (plain, measured))
+    assert_same(learned(one), learned(other))
+    log = other.metrics
+    losses = log.dropna(subset="eval_loss")
+    assert losses["step"].tolist() == [2, 4, 6, 8, 10]
+    assert one.metrics["step"].tolist() == [5, 10]
+    last = fit(recipe("last", logging_steps=7), progress=False)
+    assert last.metrics["step"].tolist() == [7, 10], "the last step is logged"
+    model, tokenizer = load_run(other, measured)
+    pairs = [(task, instance) for task in make_plan(measured).tasks for instance in task.validation]
+    examples = encoded(tokenizer, measured, pairs)
+    found = answer_token_losses(model, tokenizer, measured, examples, progress=False)
+    assert losses["eval_loss"].iloc[-1] == pytest.approx(fmean(map(fmean, found)), rel=1e-4)
+
+
+def test_the_best_model_is_kept_and_training_stops_and_resumes_as_if_it_had_not_been_stopped(recipe):
+    whole = fit(recipe("whole", **BEST, **RISING), progress=False)
+    losses = whole.metrics.dropna(subset="eval_loss").set_index("step")["eval_loss"]
+    best, last = int(losses.idxmin()), int(losses.index[-1])
+    assert best < last == best + 4 < 30, "two evaluations without a better one"
+    until = fit_until(last, recipe("until", **BEST, **RISING))
+    kept = {folder.name: folder for folder in until.checkpoints_path.iterdir()}
+    assert_same(learned(whole), load_file(kept[f"checkpoint-{best}"] / "adapter_model.safetensors"))
+    for step in range(best, last + 1):
+        resumed = recipe(f"stopped-{step}", **BEST, **RISING)
+        fit_until(step, resumed)
+        run = fit(resumed, progress=False)
+        assert_same(learned(whole), learned(run))
+        assert run.metrics_path.read_text() == whole.metrics_path.read_text()
+
+
+def test_a_training_that_had_ended_takes_no_further_step(recipe):
+    """It was killed between its last checkpoint and the adapter, in the middle of an epoch or after an early stop."""
+    for name, training in {"steps": {"max_steps": 3}, "early": {**BEST, **RISING}}.items():
+        whole = fit(recipe(f"{name}-whole", **training), progress=False)
+
+        def kill(state, keywords):
+            raise KeyboardInterrupt
+
+        with with_callbacks(on("on_train_end", kill)), pytest.raises(KeyboardInterrupt):
+            fit(recipe(name, **training), progress=False)
+        run = fit(recipe(name, **training), progress=False)
+        assert_same(learned(whole), learned(run))
+        assert run.metrics_path.read_text() == whole.metrics_path.read_text()
+        assert run.environment["training"]["steps"] == whole.environment["training"]["steps"]
+
+
+@pytest.mark.parametrize(
+    ("training", "message"),
+    [
+        ({"early_stopping_patience": 2}, "early_stopping_patience needs load_best_model_at_end"),
+        ({"load_best_model_at_end": True}, "load_best_model_at_end"),
+        ({**HELD_OUT, "load_best_model_at_end": True, "save_steps": 5}, "round multiple"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(recipe, training, message):
+    with pytest.raises(BaditError, match=message):
+        fit(recipe("bad", **training), progress=False)
+
+
+def test_held_out_instances_are_needed(recipe_values):
+    with pytest.raises(BaditError, match=r"eval_strategy: task cities has no validation instances; set data\.valid"):
+        make_plan(build_recipe({**recipe_values, "training": {"eval_strategy": "epoch"}}))
