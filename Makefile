@@ -15,7 +15,7 @@ LOWEST := $(shell $(PYTHON) -c 'import re, tomllib; \
 ADAPTER_TESTS := tests/tuner tests/baselines tests/training tests/test_security.py tests/test_errors.py tests/export/test_push.py
 PYTEST := -m pytest -n $(WORKERS) --dist loadfile
 
-.PHONY: demo test stress bench check lint docs dist test-lowest-peft test-matrix test-peft audit clean
+.PHONY: demo test stress bench check lint docs dist test-lowest-peft test-matrix test-peft test-serving audit clean
 
 demo: $(VENV)/.demo  ## tune SmolLM2 on the built-in tasks with LoRA and with BADIT
 	$(BIN)/badit demo
@@ -107,6 +107,26 @@ $(PEFT_SOURCE): tests/peft_suite/peft.txt | $(VENV)/.dev
 	tar -xzf $@.partial/peft-*.tar.gz -C $@.partial --strip-components 1
 	touch $@.partial/tests/__init__.py  # the tests import each other as a package
 	mv $@.partial $@
+
+# Exports in vLLM and llama.cpp on Linux x64 without a GPU; needs node and npm. vLLM pins its own torch and transformers, so
+# it has its own environment. pip checks the hash of the source distribution that has llama.cpp's converters.
+SERVING := $(VENV)/serving
+LLAMA_CPP := convert_hf_to_gguf.py convert_lora_to_gguf.py conversion gguf-py
+test-serving: $(VENV)/.dev $(SERVING)/.done
+	BADIT_SERVING=$(abspath $(SERVING)) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/serving
+	cp $(SERVING)/results.json benchmarks/results/serving.json
+
+$(SERVING)/.done: pyproject.toml tests/serving/vllm.txt tests/serving/llama.txt
+	$(PYTHON) -m venv --clear $(SERVING)
+	$(SERVING)/bin/pip install --quiet --requirement tests/serving/vllm.txt --editable .
+	$(SERVING)/bin/pip uninstall --quiet --yes torchaudio torchcodec  # these releases do not load with vLLM's torch
+	npm install --silent --prefix $(SERVING) --ignore-scripts --omit optional node-llama-cpp@3.22.1 @node-llama-cpp/linux-x64@3.22.1
+	$(SERVING)/bin/pip download --quiet --no-deps --no-binary llama-cpp-python --require-hashes \
+	  --requirement tests/serving/llama.txt --dest $(SERVING)/source
+	mkdir $(SERVING)/llama.cpp
+	tar -xzf $(SERVING)/source/llama_cpp_python-*.tar.gz -C $(SERVING)/llama.cpp --strip-components 3 \
+	  --wildcards $(LLAMA_CPP:%='*/vendor/llama.cpp/%')
+	touch $@
 
 $(VENV)/.demo: pyproject.toml | $(BIN)/pip
 	$(BIN)/pip install --quiet --editable ".[demo]"

@@ -24,7 +24,7 @@ def summarise(runs: str, seeds: list[int]) -> dict[str, Any]:
     """Keep the finished runs and return mean, standard deviation and raw values of each method's two scores."""
     summary: dict[str, Any] = {"seeds": seeds, "methods": {}}
     for method in map(str.lower, METHODS):
-        kept = [keep(Run.existing(f"{runs}-{seed}/{method}"), f"demo/{seed}/{method}") for seed in seeds]
+        kept = [keep(Run(f"{runs}-{seed}/{method}"), f"demo/{seed}/{method}") for seed in seeds]
         scores = [read_json(folder / "scores.json") for folder in kept]
         summary["methods"][method] = {key: _spread([one[key] for one in scores]) for key in ("rouge_l", "exact_match")}
     return summary

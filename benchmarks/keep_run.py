@@ -58,4 +58,4 @@ if __name__ == "__main__":
     parser.add_argument("run", help="a finished run's folder")
     parser.add_argument("name", help="where to keep it, under benchmarks/results")
     options = parser.parse_args()
-    print(keep(Run.existing(options.run), options.name))
+    print(keep(Run(options.run), options.name))

@@ -57,7 +57,9 @@ def test_a_runs_card_has_scores_data_options_and_the_way_to_load_it(tmp_path):
     for row in rows:
         assert "\n".join(f"<td>{value}</td>" for value in row) in page
     assert "someone" not in str(card)
+    assert "`pip install badit`" in card.text
     assert "import badit.tuner" in card.text
+    assert "4-bit" in card.text  # the hub's weights are others
     assert 'base, tokenizer = badit.load_base_model("smollm2-135m")' in card.text
     compile(card.text.partition("```python\n")[2].partition("```")[0], "card", "exec")
 
@@ -68,8 +70,10 @@ def test_how_to_load_what_is_not_badits_own(tmp_path):
     assert "import badit.baselines" in text
     assert 'AutoModelForCausalLM.from_pretrained("org/base")' in text
     assert 'PeftModel.from_pretrained(base, "org/tuned")' in text
+    assert "pip install" not in card_of(*make_run(tmp_path / "lora", method={"name": "lora"})).text
     run = make_run(tmp_path / "run", model={"name": "org/base"})
     lora = card_of(*run, export={"rank": 64, "mixture": "the mean over 2 tasks"})
+    assert 'AutoPeftModelForCausalLM.from_pretrained("FOLDER")' in lora.text
     assert "badit." not in lora.text.partition("```python")[2].partition("```")[0]
     assert lora.data.tags == ["badit", "multi-task", "lora"]
     assert "the mean over 2 tasks" in lora.text

@@ -17,7 +17,7 @@ import pandas as pd
 from badit.errors import one_line
 from badit.files import read_json, read_text, write_text
 from badit.methods import AdapterMethod, build_method
-from badit.models import BUILT_IN, HUB_ID
+from badit.models import BUILT_IN, BUILT_IN_HUB_ID, HUB_ID
 from badit.recipe import Recipe, load_config
 from badit.results import read_scores
 from badit.run import Run
@@ -44,7 +44,7 @@ class Base(NamedTuple):
 
         name = recipe.model.name
         if name == BUILT_IN:
-            return cls("HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0")
+            return cls(BUILT_IN_HUB_ID, "apache-2.0")
         folder = Path(name).expanduser()
         if not folder.is_dir():
             return cls(name if HUB_ID.fullmatch(name) else None, None)
@@ -78,6 +78,7 @@ def model_card(
 
     method = str(recipe.method.get("name", "badit"))
     merged = export is not None and export.get("rank") is None
+    place = type(getattr(build_method(recipe.method), "config", None)).__module__.split(".")  # badit.tuner, peft, …
     header = ModelCardData(
         license=base.licence,
         library_name="transformers" if merged else "peft",
@@ -92,6 +93,7 @@ def model_card(
         text=_text,
         address=address,
         method=method,
+        registers=".".join(place[:2]) if export is None and place[0] == "badit" else "",
         shown_method="BADIT" if method == "badit" else _text(method),
         hub_id=base.hub_id,
         licence=base.licence,

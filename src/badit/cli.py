@@ -294,6 +294,7 @@ def _of_run(method: Callable[..., Any], show: Callable[..., str | None]) -> None
 
 def _shown_export(run: Run, exported: Any) -> str:
     """What was written, the commands that serve it, and what a fixed mixture costs, if it was scored."""
+    from badit.card import Base
     from badit.export import SCORES
     from badit.files import read_json
     from badit.models import resolve_model
@@ -303,12 +304,14 @@ def _shown_export(run: Run, exported: Any) -> str:
     if exported.merged:
         facts |= {"model": folder, "vLLM": f"vllm serve {folder}", "llama.cpp": f"convert_hf_to_gguf.py {folder}"}
     else:
-        name, rank = shlex.quote(exported.folder.resolve().name), exported.max_lora_rank
+        served, adapter = exported.tasks.values() or [exported], f"{folder}/TASK" if exported.tasks else folder
+        modules = " ".join(shlex.quote(f"{each.folder.resolve().name}={each.folder}") for each in served)
+        command = f"vllm serve {base} --enable-lora --max-lora-rank {exported.max_lora_rank}"
         facts |= {
             "rank": _shown_rank(exported),
-            "adapter": folder,
-            "vLLM": f"vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules {name}={folder}",
-            "llama.cpp": f"convert_lora_to_gguf.py {folder} --base {base}",
+            "adapter": adapter,
+            "vLLM": f"{command} --lora-modules {modules}",
+            "llama.cpp": f"convert_lora_to_gguf.py {adapter}{'' if Base.of(run.recipe).hub_id else f' --base {base}'}",
         }
     shown = "\n".join(f"{name:10} {value}" for name, value in facts.items())
     path = exported.folder / SCORES

@@ -194,10 +194,10 @@ def _escape(char: str) -> str:
 
 def say(line: str, *, red: bool = False) -> None:
     """Prints a line to stderr, as :func:`one_line`; in red on a terminal unless NO_COLOR is set."""
-    before, after = (
-        ("\x1b[31m", "\x1b[0m") if red and sys.stderr.isatty() and not os.environ.get("NO_COLOR") else ("", "")
-    )
-    print(f"{before}{one_line(line)}{after}", file=sys.stderr, flush=True)
+    text = one_line(line)
+    if red and sys.stderr.isatty() and not os.environ.get("NO_COLOR"):
+        text = f"\x1b[31m{text}\x1b[0m"
+    print(text, file=sys.stderr, flush=True)
 
 
 def show(text: str) -> None:

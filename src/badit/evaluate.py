@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
@@ -119,10 +119,12 @@ def score_model(
     split: Split,
     *,
     progress: bool,
+    answer: Callable[[list[list[int]]], list[str]] | None = None,
 ) -> tuple[dict[str, Any], list[Prediction]]:
     """Answers every instance of the tasks' split, with a recipe's prompts and settings, and scores the answers.
 
-    All tasks are decoded together, so that batches hold prompts of like length.
+    All tasks are decoded together, so that batches hold prompts of like length. ``answer`` takes prompts' token ids and
+    answers in place of the model, which is then not used; the NLL is left out.
 
     Returns:
         The scores as :func:`badit.metrics.mean_scores` has them, and the predictions, in the order of the tasks.
@@ -133,21 +135,24 @@ def score_model(
     pairs: list[tuple[Task, Instance]] = [(task, instance) for task in tasks for instance in getattr(task, split)]
     examples = encoded(tokenizer, recipe, pairs)
     prompts = [example["input_ids"][: example["prompt_length"]] for example in examples]
-    without_answers = ({**example, "input_ids": ids} for example, ids in zip(examples, prompts, strict=True))
-    refuse_beyond_model(without_answers, model, more=recipe.evaluation.max_new_tokens)
-    found = generate_answers(
-        model,
-        tokenizer,
-        prompts,
-        max_new_tokens=recipe.evaluation.max_new_tokens,
-        batch_size=recipe.evaluation.batch_size,
-        progress=progress,
-        tasks=[task.name for task, _ in pairs],
-    )
-    losses = answer_token_losses(model, tokenizer, recipe, examples, progress=progress)
+    if answer is not None:
+        found, losses = answer(prompts), [None] * len(pairs)
+    else:
+        without_answers = ({**example, "input_ids": ids} for example, ids in zip(examples, prompts, strict=True))
+        refuse_beyond_model(without_answers, model, more=recipe.evaluation.max_new_tokens)
+        found = generate_answers(
+            model,
+            tokenizer,
+            prompts,
+            max_new_tokens=recipe.evaluation.max_new_tokens,
+            batch_size=recipe.evaluation.batch_size,
+            progress=progress,
+            tasks=[task.name for task, _ in pairs],
+        )
+        losses = [fmean(each) for each in answer_token_losses(model, tokenizer, recipe, examples, progress=progress)]
     predictions = [
-        Prediction(task.name, instance.id, answer, tuple(instance.outputs), str(tokenizer.decode(prompt)), fmean(nll))
-        for (task, instance), prompt, answer, nll in zip(pairs, prompts, found, losses, strict=True)
+        Prediction(task.name, instance.id, text, tuple(instance.outputs), str(tokenizer.decode(prompt)), nll)
+        for (task, instance), prompt, text, nll in zip(pairs, prompts, found, losses, strict=True)
     ]
     return mean_scores(instance_scores(group_by_task(predictions))), predictions
 

@@ -14,9 +14,12 @@ import math
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -30,21 +33,23 @@ from transformers.pytorch_utils import Conv1D
 from badit.analysis.gates import adapted_layers, mean_component_gates
 from badit.card import CARD, Base, model_card
 from badit.data import AnswerCollator, Task, batches_by_task
-from badit.errors import BaditError, explained, nearest
+from badit.errors import BaditError, explained, nearest, refuse_unknown
 from badit.evaluate import evaluate, load_run, score_model
 from badit.files import read_json, refuse_links, remove, replace_folder, write_json, write_text
 from badit.method import compress
 from badit.methods import build_method
-from badit.models import device, load_base_model
+from badit.models import device, load_base_model, resolve_model
 from badit.recipe import Recipe
 from badit.results import read_scores
 from badit.run import RECORD, Run
-from badit.train import base_model, encoded, make_plan, model_dtype, pad_id
+from badit.train import base_model, encoded, make_plan, model_dtype, model_fingerprint, pad_id, task_fingerprints
 from badit.tuner import hooks_of
 from badit.tuner.config import is_number
 
 #: The ranks of vLLM's ``--max-lora-rank``; an adapter takes the next one up.
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+#: What answers the instances that an export is scored on.
+Engine = Literal["transformers", "vllm"]
 #: By the module's name in the base model, A (P, I) and B (O, P) with W + B A the adapted weight: float32, on the CPU.
 Factors = Mapping[str, tuple[torch.Tensor, torch.Tensor]]
 #: By the module's name, a gate for each of its K experts, as they multiply.
@@ -72,6 +77,7 @@ class Export:
         exact_rank: the rank without an error; None for a merged model.
         errors: by module, ‖ΔW − ΔW'‖ / ‖ΔW‖ (Frobenius) of the adapter's part ΔW; empty if nothing is lost.
         total_error: the same over all modules together.
+        tasks: the adapter of each task, of an export of all tasks, whose errors are those of the worst of them.
     """
 
     folder: Path
@@ -81,10 +87,19 @@ class Export:
     exact_rank: int | None = None
     errors: Mapping[str, float] = dataclasses.field(default_factory=dict)
     total_error: float = 0.0
+    tasks: Mapping[str, Export] = dataclasses.field(default_factory=dict)
 
     @property
     def merged(self) -> bool:
         return self.rank is None
+
+    def record(self, run: Run, method: str) -> dict[str, Any]:
+        """The content of ``export.json``, but for the list of files."""
+        # Relative to the export, so that it names no folder of its owner's, and both can be moved together.
+        path = os.path.relpath(run.path.resolve(), self.folder.resolve())
+        kept: dict[str, Any] = {"run": path, "method": method, "mixture": self.mixture, "task": self.task}
+        kept |= {} if self.merged else {"rank": self.rank, "exact_rank": self.exact_rank}
+        return kept | ({"relative_error": {"total": self.total_error, "modules": self.errors}} if self.errors else {})
 
     @property
     def max_lora_rank(self) -> int | None:
@@ -97,6 +112,7 @@ def export(
     output: str | Path,
     *,
     task: str | None = None,
+    all_tasks: bool = False,
     gates: str | Path | None = None,
     rank: int | None = None,
     merged: bool = False,
@@ -117,14 +133,16 @@ def export(
     _refuse_other_files(output)
     same = f"{method.name} does the same for every prompt, so there is none to choose"
     servable = rank is None or 1 <= rank <= VLLM_RANKS[-1]
-    untold = task is None and mixes and method.needs_tasks
+    untold = task is None and not all_tasks and mixes and method.needs_tasks
     problems = {
-        "give either a task or a file of gates, not both": task is not None and gates is not None,
+        "give only one of --task, --all-tasks and --gates": sum((task is not None, all_tasks, gates is not None)) > 1,
+        "--all-tasks: the adapters share one base model; leave --merged out": all_tasks and merged,
         "--rank: a merged weight has no rank; leave it out, or leave --merged out": rank is not None and merged,
         f"--rank: must be between 1 and {VLLM_RANKS[-1]}, not {rank}": not servable,
         f"{folder.path}: is a run of the base model as it is: there is nothing to export": not method.trains,
         f"{folder.path}: {method.name} trains the base weights; export it --merged": config is None and not merged,
         f"--task: {same}": task is not None and not mixes,
+        f"--all-tasks: {same}": all_tasks and not mixes,
         f"--gates: {same}": gates is not None and not mixes,
         f"{method.name} learns each task separately: choose one with --task": untold,
     }
@@ -137,92 +155,158 @@ def export(
 
     loaded, tokenizer = load_run(folder, recipe)
     model: Any = loaded  # a PeftModel, except for methods that train the base weights
-    mixture: str | None = None
-    fixed: Gates | None = None
+    mixtures: Mapping[str | None, tuple[str | None, Gates | None]] = {task: (None, None)}
     if gates is not None:
-        mixture, fixed = f"gates of {Path(gates).name}", _read_gates(Path(gates), model)
+        mixtures = {None: (f"gates of {Path(gates).name}", _read_gates(Path(gates), model))}
     elif mixes:
-        chosen = list(tasks.values()) if task is None else [tasks[task]]
-        mixture, fixed = _mean_gates(model, tokenizer, recipe, chosen, task, progress)
+        mixtures = _mean_gates(folder, model, tokenizer, recipe, tasks, list(tasks) if all_tasks else [task], progress)
 
-    factors: Factors = {}  # none if PEFT itself merges, or if the base weights were trained
-    if config is not None and not is_lora:
-        factors = mixture_factors(model, fixed, task)
-    elif not merged:
-        changed = getattr(config, "init_lora_weights", None) in _CHANGES_BASE
-        factors = _lora_factors(model, method.apply(base_model(recipe)[0]) if changed else None)
-    for name, pair in factors.items():
-        if not all(factor.isfinite().all() for factor in pair):
-            raise BaditError(f"{folder.path}: {name} holds NaN or infinite values: its training has diverged")
+    base = Base.of(recipe).hub_id or str(Path(recipe.model.name).expanduser().resolve())
+    adapters: list[tuple[Export, Factors, Gates | None]] = []
+    for of_task, (mixture, fixed) in mixtures.items():
+        factors: Factors = {}  # none if PEFT itself merges, or if the base weights were trained
+        if config is not None and not is_lora:
+            factors = mixture_factors(model, fixed, of_task)
+        elif not merged:
+            changed = getattr(config, "init_lora_weights", None) in _CHANGES_BASE
+            factors = _lora_factors(model, method.apply(base_model(recipe)[0]) if changed else None)
+        for module, pair in factors.items():
+            if not all(factor.isfinite().all() for factor in pair):
+                raise BaditError(f"{folder.path}: {module} holds NaN or infinite values: its training has diverged")
+        done = Export(output / of_task if all_tasks and of_task else output, mixture, of_task)
+        if not merged:
+            done, factors = _compressed(done, factors, rank)
+        adapters.append((done, factors, fixed))
 
-    done = Export(output, mixture, task)
-    # Relative to the export, so that it names no folder of its owner's, and both can be moved together.
-    path = os.path.relpath(folder.path.resolve(), output.resolve())
-    record: dict[str, Any] = {"run": path, "method": method.name, "mixture": mixture, "task": task}
-    if not merged:
-        exact_rank = len(next(iter(factors.values()))[0])
-        rank = min(rank or exact_rank, exact_rank, VLLM_RANKS[-1])
-        record |= {"rank": rank, "exact_rank": exact_rank}
-        errors, total = {}, 0.0
-        if rank < exact_rank:
-            closest = {name: compress(*pair, rank) for name, pair in factors.items()}
-            factors = {name: (each.a_PI, each.b_OP) for name, each in closest.items()}
-            errors = {name: each.lost / each.norm if each.norm else 0.0 for name, each in closest.items()}
-            norm = math.hypot(*(each.norm for each in closest.values()))
-            total = math.hypot(*(each.lost for each in closest.values())) / norm if norm else 0.0
-            record["relative_error"] = {"total": total, "modules": errors}
-        done = Export(output, mixture, task, rank, exact_rank, errors, total)
+    if not merged or adapters[0][1]:
+        model = model.unload()
+    elif isinstance(model, PeftModel):
+        with explained("the adapter", action="merged", any_error=True):  # NaN in a merged weight
+            model = model.merge_and_unload(safe_merge=True)
     partial = output.with_name(output.name + ".partial")
     try:
         with explained(output, action="written"):
             remove(partial)
-            partial.mkdir(parents=True)
-            if not merged:
-                write_adapter(partial, factors, model.unload(), recipe.model.name, recipe.model.revision)
-            else:
-                if factors:
-                    merge(model := model.unload(), factors)
-                elif isinstance(model, PeftModel):
-                    with explained("the adapter", action="merged", any_error=True):  # NaN in a merged weight
-                        model = model.merge_and_unload(safe_merge=True)
-                model.save_pretrained(partial)
-                tokenizer.save_pretrained(partial)
-            if fixed is not None:
-                write_json(partial / GATES, fixed)
-            write_text(partial / CARD, model_card(folder, recipe, Base.of(recipe), export=record))
-            write_json(partial / RECORD, {**record, "files": sorted(path.name for path in partial.iterdir())})
+            for done, factors, fixed in adapters:
+                place = partial / done.folder.relative_to(output)
+                place.mkdir(parents=True)
+                if merged:
+                    merge(model, factors)
+                    model.save_pretrained(place)
+                    tokenizer.save_pretrained(place)
+                else:
+                    write_adapter(place, factors, model, base, recipe.model.revision)
+                if fixed is not None:
+                    write_json(place / GATES, fixed)
+                write_text(
+                    place / CARD, model_card(folder, recipe, Base.of(recipe), export=done.record(folder, method.name))
+                )
+                _write_record(place, done.record(folder, method.name))
+            exported = [done for done, _, _ in adapters]
+            done = max(exported, key=lambda each: each.total_error)
+            if all_tasks:
+                mixture = f"mean gates of each of {len(exported)} tasks"
+                of_task = {str(each.task): each for each in exported}
+                done = dataclasses.replace(done, folder=output, mixture=mixture, task=None, tasks=of_task)
+                _write_record(partial, done.record(folder, method.name))
             replace_folder(partial, output)
     finally:
         remove(partial)
     return done
 
 
-def score_export(run: str | Path, exported: Export, *, progress: bool = True) -> dict[str, Any]:
+def _compressed(done: Export, factors: Factors, rank: int | None) -> tuple[Export, Factors]:
+    """The export of an adapter of at most this rank, by default the exact one, and its factors."""
+    exact_rank = len(next(iter(factors.values()))[0])
+    rank = min(rank or exact_rank, exact_rank, VLLM_RANKS[-1])
+    if rank == exact_rank:
+        return dataclasses.replace(done, rank=rank, exact_rank=exact_rank), factors
+    closest = {name: compress(*pair, rank) for name, pair in factors.items()}
+    errors = {name: each.lost / each.norm if each.norm else 0.0 for name, each in closest.items()}
+    norm = math.hypot(*(each.norm for each in closest.values()))
+    total = math.hypot(*(each.lost for each in closest.values())) / norm if norm else 0.0
+    done = dataclasses.replace(done, rank=rank, exact_rank=exact_rank, errors=errors, total_error=total)
+    return done, {name: (each.a_PI, each.b_OP) for name, each in closest.items()}
+
+
+def score_export(
+    run: str | Path, exported: Export, *, engine: Engine = "transformers", progress: bool = True
+) -> dict[str, Any]:
     """Scores an export as other tools load it, and writes and returns its ``scores.json``.
 
     It has Rouge-L ``routed`` (the run's), ``frozen`` and their ``difference`` for each of ``tasks``, and the ``mean``
-    of the three. A mixture of one task is scored on that task only.
+    of the three. A mixture of one task is scored on that task only, an export of all tasks with each task's adapter.
     """
+    refuse_unknown("engine", engine, get_args(Engine))
     folder = Run(run)
     recipe = folder.trusted_recipe()
     split = recipe.evaluation.split
     routed = read_scores(folder.scores_path) if folder.scores_path.is_file() else evaluate(run, progress=progress)
-    tasks = [task for task in make_plan(recipe).tasks if exported.task in (None, task.name)]
-    if exported.merged:
-        model, tokenizer = load_base_model(exported.folder, dtype=model_dtype(recipe), device=device())
-    else:
-        base, tokenizer = base_model(recipe)
-        with explained(exported.folder, action="loaded", any_error=True):
-            model = PeftModel.from_pretrained(base, str(exported.folder)).eval()
-    frozen, _ = score_model(model, tokenizer, recipe, tasks, split, progress=progress)
-    by_task = {}
-    for name, scores in frozen["tasks"].items():
-        before, after = routed["tasks"][name]["rouge_l"], scores["rouge_l"]
-        by_task[name] = {"routed": before, "frozen": after, "difference": after - before}
+    vllm = _vllm(exported, recipe) if engine == "vllm" else None
+    by_task: dict[str, Any] = {}
+    result: dict[str, Any] = {}
+    for number, part in enumerate(list(exported.tasks.values()) or [exported], start=1):
+        tasks = [task for task in make_plan(recipe).tasks if part.task in (None, task.name)]
+        model: Any = None
+        if vllm is not None:
+            tokenizer = vllm.get_tokenizer()
+        elif part.merged:
+            model, tokenizer = load_base_model(part.folder, dtype=model_dtype(recipe), device=device())
+        else:
+            base, tokenizer = base_model(recipe)
+            with explained(part.folder, action="loaded", any_error=True):
+                model = PeftModel.from_pretrained(base, str(part.folder)).eval()
+        answer = None if vllm is None else partial(_vllm_answers, vllm, recipe, part, number)
+        frozen, _ = score_model(model, tokenizer, recipe, tasks, split, progress=progress, answer=answer)
+        of_part = {}
+        for name, scores in frozen["tasks"].items():
+            before, after = routed["tasks"][name]["rouge_l"], scores["rouge_l"]
+            of_part[name] = {"routed": before, "frozen": after, "difference": after - before}
+        by_task |= of_part
+        result = _write_scores(part, of_part, split, engine)
+    return _write_scores(exported, by_task, split, engine) if exported.tasks else result
+
+
+def _write_scores(
+    exported: Export, by_task: Mapping[str, Mapping[str, float]], split: str, engine: str
+) -> dict[str, Any]:
     mean = {key: fmean(entry[key] for entry in by_task.values()) for key in ("routed", "frozen", "difference")}
-    result = {"metric": "rouge_l", "split": split, "mixture": exported.mixture, "tasks": by_task, "mean": mean}
+    result = {"metric": "rouge_l", "split": split, "engine": engine, "mixture": exported.mixture}
+    result |= {"tasks": by_task, "mean": mean}
     write_json(exported.folder / SCORES, result)
     return result
+
+
+def _vllm(exported: Export, recipe: Recipe) -> Any:
+    """vLLM's engine for an export, or for all parts of one."""
+    if find_spec("vllm") is None:
+        raise BaditError("engine: vllm needs vLLM in this environment: install it, or take transformers")
+    if recipe.model.quantisation is not None:
+        raise BaditError("engine: vllm does not load model.quantisation; take transformers")
+    from vllm import LLM  # pyright: ignore[reportMissingImports] (brings its own torch)
+
+    lora = {} if exported.merged else {"enable_lora": True, "max_lora_rank": exported.max_lora_rank}
+    base = str(exported.folder) if exported.merged else resolve_model(recipe.model.name)
+    revision = None if exported.merged else recipe.model.revision
+    with explained("vLLM", action="started", any_error=True):
+        # On a processor, compiling takes longer than it saves.
+        return LLM(base, dtype=model_dtype(recipe), revision=revision, enforce_eager=device().type == "cpu", **lora)
+
+
+def _vllm_answers(vllm: Any, recipe: Recipe, part: Export, number: int, prompts: list[list[int]]) -> list[str]:
+    """Greedy answers to token ids of prompts, up to the end of turn."""
+    from vllm import SamplingParams  # pyright: ignore[reportMissingImports]
+    from vllm.lora.request import LoRARequest  # pyright: ignore[reportMissingImports]
+
+    settings = SamplingParams(temperature=0.0, max_tokens=recipe.evaluation.max_new_tokens)
+    request = None if part.merged else LoRARequest(str(number), number, str(part.folder.resolve()))
+    with explained("vLLM", action="used", any_error=True):
+        found = vllm.generate([{"prompt_token_ids": ids} for ids in prompts], settings, lora_request=request)
+    return [each.outputs[0].text.strip() for each in found]
+
+
+def _write_record(folder: Path, record: Mapping[str, Any]) -> None:
+    write_json(folder / RECORD, {**record, "files": sorted(path.name for path in folder.iterdir())})
 
 
 def _refuse_other_files(folder: Path) -> None:
@@ -238,31 +322,63 @@ def _refuse_other_files(folder: Path) -> None:
         own = [RECORD, SCORES, *files] if isinstance(files, list) else []
     if others := [path.name for path in folder.glob("*") if path.name not in own]:
         raise BaditError(f"{folder}: holds {min(others)}, which is of no export; choose another folder with -o")
+    for of_task in (path for path in folder.glob("*") if path.is_dir()):
+        _refuse_other_files(of_task)
 
 
 def _mean_gates(
-    model: PeftModel, tokenizer: Any, recipe: Recipe, tasks: Sequence[Task], task: str | None, progress: bool
-) -> tuple[str, Gates]:
-    """The mean over the first training prompts of ``tasks``, with equal weight per task; and a description of it."""
-    prompts = [(each, each.train[:_PROMPTS_PER_TASK]) for each in tasks if each.train]
-    if not prompts:
-        raise BaditError(f"task {task}: has no training prompts to take mean gates from; give --gates FILE")
-    examples = encoded(tokenizer, recipe, [(each, instance) for each, some in prompts for instance in some])
-    batches = batches_by_task(examples, AnswerCollator(pad_id(tokenizer), with_tasks=True), _BATCH_SIZE)
-    by_task = mean_component_gates(model, batches, progress=progress)
-    gates = {
-        one.layer.name: torch.stack(of_tasks).mean(dim=0)[one.first_components_K].tolist()
-        for one, *of_tasks in zip(adapted_layers(model), *by_task.values(), strict=True)
-    }
-    of_what = f"of {len(prompts)} tasks, and over these," if task is None else f"of task {task}"
-    return f"mean gates {of_what} on {len(examples)} training prompts", gates
+    run: Run,
+    model: Any,
+    tokenizer: Any,
+    recipe: Recipe,
+    tasks: Mapping[str, Task],
+    chosen: Sequence[str | None],
+    progress: bool,
+) -> dict[str | None, tuple[str, Gates]]:
+    """For each chosen task, or None for all together, a description and the mean gates over its training prompts.
+
+    All together have equal weight. A task's gates are measured once and kept in the run's ``gates.json``, with
+    fingerprints of what they depend on.
+    """
+    depends = {"model": model_fingerprint(model), "dtype": model_dtype(recipe), "prompt": recipe.prompt.model_dump()}
+    depends |= {"prompts_per_task": _PROMPTS_PER_TASK, **task_fingerprints(list(tasks.values()))}
+    kept = read_json(run.gates_path) if run.gates_path.is_file() else {}
+    by_task: dict[str, Gates] = kept.get("tasks", {}) if kept.get("depends_on") == depends else {}
+    names = [name for name in tasks if tasks[name].train and (None in chosen or name in chosen)]
+    without = [f"task {name}" for name in chosen if name not in (None, *names)]
+    if without or not names:
+        first = next(iter(without), "the run")
+        raise BaditError(f"{first}: has no training prompts to take mean gates from; give --gates FILE")
+    if missing := [tasks[name] for name in names if name not in by_task]:
+        pairs = [(task, instance) for task in missing for instance in task.train[:_PROMPTS_PER_TASK]]
+        examples = encoded(tokenizer, recipe, pairs)
+        batches = batches_by_task(examples, AnswerCollator(pad_id(tokenizer), with_tasks=True), _BATCH_SIZE)
+        layers = adapted_layers(model)
+        for name, gates in mean_component_gates(model, batches, progress=progress).items():
+            of_layers = zip(layers, gates, strict=True)
+            by_task[name] = {one.layer.name: gates_N[one.first_components_K].tolist() for one, gates_N in of_layers}
+        with suppress(BaditError):  # a run that cannot be written to can still be exported
+            write_json(run.gates_path, {"depends_on": depends, "tasks": by_task})
+
+    found: dict[str | None, tuple[str, Gates]] = {}
+    for task in chosen:
+        over = names if task is None else [task]
+        number = sum(len(tasks[name].train[:_PROMPTS_PER_TASK]) for name in over)
+        of_what = f"of {len(over)} tasks, and over these," if task is None else f"of task {task}"
+        each = [_checked_gates(by_task[name], run.gates_path, model) for name in over]
+        mean = {module: torch.tensor([gates[module] for gates in each]).mean(dim=0).tolist() for module in each[0]}
+        found[task] = (f"mean gates {of_what} on {number} training prompts", mean)
+    return found
 
 
 def _read_gates(path: Path, model: PeftModel) -> Gates:
     """A file's gates: one for every expert of every adapted module and nothing else."""
     if (path.parent / RECORD).is_file():
         refuse_links(path.parent)  # an export, which may come from elsewhere
-    content = read_json(path)
+    return _checked_gates(read_json(path), path, model)
+
+
+def _checked_gates(content: Any, path: Path, model: PeftModel) -> Gates:
     experts = {one.layer.name: len(one.first_components_K) for one in adapted_layers(model)}
     for name in (*content, *experts):
         gates, number = content.get(name), experts.get(name)

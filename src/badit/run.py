@@ -12,6 +12,7 @@ checkpoints/       what an interrupted run resumes from
 regroupings.jsonl  the log of DOG
 angles.jsonl       angles between experts, of mixtures that do not regroup
 analysis/          tables of `badit analyze`, a .json each
+gates.json         the tasks' mean gates, as `badit export` has measured them
 studio/            what `badit studio` has measured of a run that was not analysed
 stages/NN-TASK/    of a sequence of tasks: the same files after each task; adapter/ above is the last one's
 
@@ -83,6 +84,7 @@ class Run:
         self.regroupings_path = self.path / "regroupings.jsonl"
         self.angles_path = self.path / "angles.jsonl"
         self.analysis_path = self.path / "analysis"
+        self.gates_path = self.path / "gates.json"
         self.studio_path = self.path / "studio"
 
     def __fspath__(self) -> str:
@@ -298,10 +300,12 @@ class Run:
         output: AnyPath,
         *,
         task: str | None = None,
+        all_tasks: bool = False,
         gates: AnyPath | None = None,
         rank: int | None = None,
         merged: bool = False,
         score: bool = False,
+        engine: Literal["transformers", "vllm"] = "transformers",
         progress: bool = True,
     ) -> Export:
         """Write a run as a plain LoRA or a merged model, for PEFT, vLLM and llama.cpp.
@@ -311,10 +315,12 @@ class Run:
         Args:
             output: the folder to write.
             task: fix the gates to this task's mean (default: the mean over the run's tasks).
+            all_tasks: write an adapter for each task, into subfolders with the tasks' names.
             gates: fix the gates to those of a file, such as an export's gates.json.
             rank: compress to this rank (default: the rank that is exact, at most 512).
             merged: write a whole model instead of an adapter.
             score: score the export on the run's split as well, into its scores.json.
+            engine: what answers for the scores; vllm must be installed.
             progress: show bars on stderr.
 
         Raises:
@@ -326,13 +332,14 @@ class Run:
             self.path,
             Path(output),
             task=task,
+            all_tasks=all_tasks,
             gates=None if gates is None else Path(gates),
             rank=rank,
             merged=merged,
             progress=progress,
         )
         if score:
-            score_export(self.path, exported, progress=progress)
+            score_export(self.path, exported, engine=engine, progress=progress)
         return exported
 
     def push(self, repository: str, *, private: bool = False) -> str:

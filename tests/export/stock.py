@@ -24,15 +24,15 @@ else:
     raise AssertionError("badit can be imported, so this proves nothing")
 
 import torch  # noqa: E402
-from peft import PeftModel  # noqa: E402
+from peft import AutoPeftModelForCausalLM  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
 for job in json.loads(Path(sys.argv[1]).read_text()):
-    model = AutoModelForCausalLM.from_pretrained(job["base"], dtype=torch.float32)
-    if job["adapter"]:
-        model = PeftModel.from_pretrained(model, job["adapter"])
+    if job["adapter"]:  # its configuration names the base model
+        model = AutoPeftModelForCausalLM.from_pretrained(job["adapter"], dtype=torch.float32)
     else:
+        model = AutoModelForCausalLM.from_pretrained(job["base"], dtype=torch.float32)
         AutoTokenizer.from_pretrained(job["base"])
     with torch.no_grad():
         save_file({"logits": model.eval()(input_ids=torch.tensor(job["tokens"])).logits}, job["logits"])

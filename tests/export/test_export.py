@@ -138,6 +138,37 @@ def test_a_tasks_gates_are_the_mean_over_its_training_prompts(trained: Trained, 
         assert not torch.equal(of_name["cities"], of_name["rivers"])
 
 
+def test_all_tasks_get_their_adapters_from_gates_that_are_measured_once(
+    trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, out = trained(BADIT), tmp_path / "all"
+    one = export(run.path, tmp_path / "one", task="cities")
+    measure, measured = mean_component_gates, []
+    monkeypatch.setattr(
+        "badit.export.mean_component_gates",
+        lambda model, batches, **options: measured.append(list(batches)) or measure(model, batches, **options),
+    )
+    done = export(run.path, out, all_tasks=True)
+    assert measured == [["rivers"]]
+    assert [each.folder for each in done.tasks.values()] == [out / "cities", out / "rivers"]
+    for name in ("adapter_model.safetensors", "adapter_config.json", "gates.json"):
+        assert (out / "cities" / name).read_bytes() == (one.folder / name).read_bytes()
+    assert main(["export", str(run.path), "-o", str(out), "--all-tasks", "--rank", "4", "--score"]) == 0
+    shown = capsys.readouterr().out
+    assert f"--lora-modules cities={out}/cities rivers={out}/rivers" in shown
+    assert "mean over tasks" in shown
+    export(run.path, tmp_path / "mean")
+    assert measured == [["rivers"]]
+
+    path = run.adapter_path / "adapter_model.safetensors"
+    save_file({name: tensor + 0.01 for name, tensor in load_file(path).items()}, path)
+    export(run.path, tmp_path / "mean")  # another adapter's gates
+    assert measured == [["rivers"], ["cities", "rivers"]]
+    (out / "cities" / "notes.txt").write_text("mine")
+    with pytest.raises(BaditError, match=r"cities: holds notes\.txt"):
+        export(run.path, out)
+
+
 def test_gates_of_a_file(trained: Trained, tmp_path: Path) -> None:
     run = trained(BADIT)
     first = export(run.path, tmp_path / "first", task="cities").folder
@@ -191,7 +222,9 @@ def test_a_smaller_rank_is_the_closest_one_and_its_error_is_reported(
     ("method", "options", "message"),
     [
         (BADIT, {"task": "citys"}, r"the run has no task citys \(did you mean 'cities'\?\); known: cities, rivers"),
-        (BADIT, {"task": "cities", "gates": "x.json"}, "not both"),
+        (BADIT, {"task": "cities", "gates": "x.json"}, "only one of --task, --all-tasks and --gates"),
+        (BADIT, {"all_tasks": True, "merged": True}, "--all-tasks: the adapters share one base model"),
+        ({"name": "lora", **LORA}, {"all_tasks": True}, "--all-tasks: lora does the same for every prompt"),
         (BADIT, {"rank": 4, "merged": True}, "--rank: a merged weight has no rank"),
         (BADIT, {"rank": 513}, "--rank: must be between 1 and 512, not 513"),
         ({"name": "base"}, {}, "there is nothing to export"),
@@ -272,6 +305,8 @@ def test_what_is_scored_is_the_folder(trained: Trained, tmp_path: Path) -> None:
     entry = result["tasks"]["cities"]
     assert entry["routed"] == 77.0
     assert entry["difference"] == pytest.approx(entry["frozen"] - 77.0)
+    with pytest.raises(BaditError, match="engine: vllm needs vLLM in this environment"):  # tests/serving has it
+        score_export(run.path, done, engine="vllm", progress=False)
     path = done.folder / "adapter_model.safetensors"
     save_file({name: 0 * tensor for name, tensor in load_file(path).items()}, path)
     base = score_export(run.path, done, progress=False)["tasks"]["cities"]["frozen"]

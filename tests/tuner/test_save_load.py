@@ -17,7 +17,9 @@ def test_auto_classes_and_the_adapter_loader_of_transformers(tiny_model, tmp_pat
     base, adapter = tmp_path / "base", tmp_path / "adapter"
     tiny_model(family).save_pretrained(base)
     model = adapted(type(tiny_model(family)).from_pretrained(base))
-    model.save_pretrained(adapter)
+    for _ in range(2):
+        model.save_pretrained(adapter)
+    assert (adapter / "README.md").read_text().count("`pip install badit`, and `import badit.tuner`") == 1
     expected = logits(model)
     torch.testing.assert_close(logits(AutoPeftModelForCausalLM.from_pretrained(adapter)), expected)
     plain = tiny_model(family)

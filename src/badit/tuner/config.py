@@ -6,6 +6,7 @@ import dataclasses
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, get_args
 
 import torch
@@ -186,6 +187,15 @@ class ExpertConfig(PeftConfig):
     def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
         """PEFT's hook for a saved configuration: leaves the retired settings out."""
         return super().check_kwargs(**{key: value for key, value in kwargs.items() if key not in RETIRED_FIELDS})
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Also tells a reader of the README.md that PEFT saves with an adapter what loading it takes."""
+        super().save_pretrained(save_directory, **kwargs)
+        place = ".".join(type(self).__module__.split(".")[:2])
+        note = f"Before loading this adapter with PEFT: `pip install badit`, and `import {place}` in your script."
+        path = Path(save_directory, "README.md")
+        if path.is_file() and note not in (text := path.read_text("utf-8")):
+            path.write_text(f"{text.rstrip()}\n\n{note}\n", "utf-8")
 
     def _check_top_k(self, top_k: Any) -> None:
         if not is_int(top_k) or not 1 <= top_k <= self.num_experts:

@@ -1,0 +1,170 @@
+"""Exports of a BADIT run answer in vLLM and llama.cpp, token by token, as in transformers: ``make test-serving``.
+
+BADIT_SERVING is the folder of the environment that the Makefile prepares; without it the tests are skipped. Everything
+is in float32 on the CPU. The base model is the built-in one, found under its hub id in a local hub cache. The results
+go to results.json in that folder.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from importlib.metadata import version
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoTokenizer
+
+from badit import Run, train
+from badit.models import BUILT_IN_HUB_ID, resolve_model
+
+ENVIRONMENT = os.environ.get("BADIT_SERVING")
+pytestmark = pytest.mark.skipif(not ENVIRONMENT, reason="BADIT_SERVING names no environment: make test-serving")
+HERE, SERVING = Path(__file__).parent, Path(ENVIRONMENT or ".").resolve()
+WORK = SERVING / "work"
+SNAPSHOT = Path(f"models--{BUILT_IN_HUB_ID.replace('/', '--')}") / "snapshots" / "0"
+SOURCE = str(HERE.parents[1] / "src")
+LLAMA, PYTHON = SERVING / "llama.cpp", SERVING / "bin" / "python"
+
+RECIPE: dict[str, Any] = {
+    "model": {"name": "smollm2-135m", "dtype": "float32"},
+    "data": {"source": "builtin", "train_per_task": 5, "test_per_task": 4},
+    "method": {
+        "name": "badit",
+        "router_input": "standardised",  # the gates vary after few steps
+        "target_modules": ["q_proj", "gate_proj"],  # llama.cpp permutes the first
+        "regroup": {"every": 10},
+    },
+    "training": {  # 20 steps, after which the answers are others and still long
+        "num_train_epochs": 1,
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 1,
+        "learning_rate": 1e-4,
+    },
+    "evaluation": {"max_new_tokens": 16},
+    "output": str(WORK / "run"),
+}
+FORMS: dict[str, dict[str, Any]] = {"lora": {}, "rank-16": {"rank": 16}, "merged": {"merged": True}}
+REQUESTS = ["Explain how {} works.", "Write a short story about {}.", "List five facts about {}.",
+            "Describe {} to a child.", "What would the world be like without {}?"]  # fmt: skip
+TOPICS = ["a bicycle", "the tide", "bread", "a library", "the violin", "electricity", "a volcano", "chess"]
+TOKENS, LONG = 32, 20
+# Servers sum in another order. A token may differ only where transformers' two largest logits are this close.
+BOUND = 1e-3
+ENGINES = [("vllm", "lora"), ("vllm", "rank-16"), ("vllm", "merged"), ("llama", "lora"), ("llama", "merged")]
+
+
+def call(command: list[Any], python_path: str = "") -> None:
+    """A process whose hub cache has only the built-in model."""
+    hub = {"HF_HUB_CACHE": str(WORK / "hub"), "HF_HUB_OFFLINE": "1", "PYTHONPATH": python_path}
+    one_thread = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_CPU_KVCACHE_SPACE": "1"}  # and 1 GiB
+    environment = {**os.environ, **hub, **one_thread}
+    done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+
+
+def answer(program: list[Any], name: str, model: Any, prompts: list[list[int]], **more: Any) -> Any:
+    job, answers = WORK / f"{name}.job.json", WORK / f"{name}.json"
+    settings = {"model": str(model), "prompts": prompts, "tokens": TOKENS, "answers": str(answers), **more}
+    job.write_text(json.dumps(settings))
+    call([*program, job])
+    return json.loads(answers.read_text())
+
+
+@pytest.fixture(scope="module")
+def prompts() -> list[list[int]]:
+    tokenizer: Any = AutoTokenizer.from_pretrained(resolve_model("smollm2-135m"))
+    chats = [[{"role": "user", "content": ask.format(topic)}] for ask in REQUESTS for topic in TOPICS]
+    return [tokenizer.apply_chat_template(chat, add_generation_prompt=True)["input_ids"] for chat in chats]
+
+
+@pytest.fixture(scope="module")
+def exports() -> dict[str, Path]:
+    run: Run = train(RECIPE, progress=False)
+    snapshot = WORK / "hub" / SNAPSHOT
+    snapshot.mkdir(parents=True, exist_ok=True)
+    (snapshot.parents[1] / "refs").mkdir(exist_ok=True)
+    (snapshot.parents[1] / "refs" / "main").write_text("0")
+    for file in Path(resolve_model("smollm2-135m")).iterdir():
+        if not (snapshot / file.name).exists():
+            (snapshot / file.name).symlink_to(file)
+    return {name: run.export(WORK / name, progress=False, **options).folder for name, options in FORMS.items()}
+
+
+@pytest.fixture(scope="module")
+def references(exports: dict[str, Path], prompts: list[list[int]]) -> dict[str, Any]:
+    """transformers' answers and margins, by export; under "base" those of the base model."""
+    program = [sys.executable, HERE / "transformers_answers.py"]
+    models = {"base": BUILT_IN_HUB_ID, **exports}
+    return {name: answer(program, f"transformers-{name}", model, prompts) for name, model in models.items()}
+
+
+@pytest.fixture(scope="module")
+def vllm(exports: dict[str, Path], prompts: list[list[int]]) -> dict[str, Any]:
+    """By export; one engine serves both LoRAs."""
+    program = [PYTHON, HERE / "vllm_answers.py"]
+    loras = {name: str(exports[name]) for name in ("lora", "rank-16")}
+    found = answer(program, "vllm-loras", BUILT_IN_HUB_ID, prompts, loras=loras, rank=64)
+    return found | answer(program, "vllm-merged", exports["merged"], prompts, loras={})
+
+
+@pytest.fixture(scope="module")
+def llama(exports: dict[str, Path], prompts: list[list[int]]) -> dict[str, Any]:
+    """By export, after llama.cpp's own conversion."""
+    found = {}
+    for name, whole in (("lora", WORK / "hub" / SNAPSHOT), ("merged", exports["merged"])):
+        model, lora = WORK / f"{name}-model.gguf", WORK / "lora.gguf" if name == "lora" else None
+        call([PYTHON, LLAMA / "convert_hf_to_gguf.py", whole, "--outtype", "f32", "--outfile", model])
+        if lora is not None:
+            call([PYTHON, LLAMA / "convert_lora_to_gguf.py", exports[name], "--outfile", lora])
+        found |= answer(["node", HERE / "llama_answers.mjs"], f"llama-{name}", model, prompts, lora=lora and str(lora))
+    return found
+
+
+@pytest.fixture(scope="module")
+def results() -> Any:
+    """The record of all comparisons, written at the end."""
+    converters = next((SERVING / "source").iterdir()).name  # of which the hash is checked
+    found: dict[str, Any] = {"versions": {name: version(name) for name in ("torch", "transformers", "peft")}}
+    found["versions"]["converters"] = converters.removesuffix(".tar.gz")
+    found |= {"max_new_tokens": TOKENS, "bound": BOUND, "comparisons": []}
+    yield found
+    (SERVING / "results.json").write_text(json.dumps(found, indent=2) + "\n")
+
+
+@pytest.mark.parametrize(("engine", "export"), ENGINES)
+def test_answers_are_those_of_transformers(
+    engine: str, export: str, request: pytest.FixtureRequest, references: dict[str, Any], results: dict[str, Any]
+) -> None:
+    expected, margins = references[export]["answers"], references[export]["margins"]
+    served = request.getfixturevalue(engine)
+    differences = []
+    for i, (one, other) in enumerate(zip(expected, served[export], strict=True)):
+        at = next((t for t, (a, b) in enumerate(zip_longest(one, other)) if a != b), None)
+        if at is not None:
+            differences.append({"prompt": i, "token": at, "margin": margins[i][at]})
+    long = sum(len(each) >= LONG for each in expected)
+    changed = sum(one != base for one, base in zip(expected, references["base"]["answers"], strict=True))
+    results["versions"] |= served["versions"]
+    results["comparisons"].append(
+        {"engine": engine, "export": export, "prompts": len(expected), "of_20_tokens_or_more": long,
+         "differ_from_base": changed, "equal": len(expected) - len(differences), "differences": differences,
+         "smallest_margin": min(map(min, margins))}
+    )  # fmt: skip
+    assert long >= 32
+    assert changed >= 32
+    assert all(each["margin"] < BOUND for each in differences), differences
+
+
+def test_vllm_scores_an_export_as_transformers_does(exports: dict[str, Path]) -> None:
+    run, found = WORK / "run", {}
+    for engine, python in (("transformers", sys.executable), ("vllm", PYTHON)):
+        out = WORK / f"scored-{engine}"
+        call([python, "-m", "badit", "export", run, "-o", out, "--all-tasks", "--score", "--engine", engine], SOURCE)
+        found[engine] = json.loads((out / "scores.json").read_text())
+    assert len(found["vllm"]["tasks"]) == 16
+    assert found["vllm"] == {**found["transformers"], "engine": "vllm"}
