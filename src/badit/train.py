@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import shutil
-import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -49,7 +48,7 @@ from badit.data import (
     quotas,
 )
 from badit.environment import environment, is_main_process, peak_memory, status
-from badit.errors import BaditError, first_line
+from badit.errors import BaditError, first_line, say
 from badit.files import copy_folder, exclusive, read_json, replace_folder, write_json
 from badit.gradients import parameter_count, whole_weights
 from badit.methods import Method, build_method
@@ -274,7 +273,7 @@ def _train_stage(
     state = trainer.state
     if progress and trainer.args.load_best_model_at_end and trainer.is_world_process_zero():
         best = f"step {state.best_global_step}, with eval_loss {state.best_metric:.4f}"
-        print(f"badit: trained {state.global_step} steps; kept is the model of {best}", file=sys.stderr)
+        say(f"badit: trained {state.global_step} steps; kept is the model of {best}")
     with status("saving"):
         method.after_training(model, batches)
 

@@ -221,8 +221,11 @@ def test_a_data_set_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     (task,) = load_tasks("someone/things:small")
     assert (task.name, len(task.train), len(task.test), asked) == ("things", 1, 1, [("someone/things", "small")])
-    monkeypatch.undo()
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+    def unreachable(*names: Any) -> Any:
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
     assert "someone/things: no such file or folder" in refusal(Path("someone/things"))
 
 

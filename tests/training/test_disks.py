@@ -103,7 +103,7 @@ def words(command: str, folder: Path, run: Path, output: Path) -> list[str]:
 def contents(folder: Path) -> dict[str, bytes]:
     """What does not depend on the time or the folder."""
     files = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
-    aside = ("environment.json", "config.yaml", "export.json", "analysis.json", ".html", "README.md")
+    aside = ("environment.json", "config.yaml", "gates.json", "export.json", "analysis.json", ".html", "README.md")
     return {name: path.read_bytes() for name, path in files.items() if not name.endswith(aside)}
 
 

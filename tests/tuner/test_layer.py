@@ -56,7 +56,7 @@ def batch(dtype=torch.float64):
 
 
 def run(layer, x, mask):
-    layer.routing._running = ForwardPass(lambda: mask, begun_with_gradients=torch.is_grad_enabled())
+    layer.routing._running = ForwardPass(lambda: (mask, None), begun_with_gradients=torch.is_grad_enabled())
     try:
         return layer(x)
     finally:

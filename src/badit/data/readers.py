@@ -304,6 +304,8 @@ def _is_saved(folder: Path) -> bool:
 
 def _holds_rows(file: Path) -> bool:
     """Whether a .json file is a list."""
+    if not file.is_file():
+        return False  # a pipe or a device, which is refused where it is read
     with file.open("rb") as stream:
         return stream.read(1024).lstrip()[:1] == b"["
 

@@ -137,7 +137,8 @@ class RoutingContext:
         assert self._generate is not None
         given = (kwargs.get("inputs_embeds"), *args[:1], kwargs.get("input_ids"), kwargs.get("inputs"))
         lengths = [value.shape[1] for value in given if isinstance(value, torch.Tensor)]
-        if _held(_cache(kwargs)):
+        cache = _cache(kwargs)
+        if _held(cache) and lengths and lengths[0] - int(cache.get_seq_length()) > 1:
             self._warn_of_kept_mixture()
         outer = self._generation_prompt_length, self._settled
         self._generation_prompt_length, self._settled = next(iter(lengths), None), ({}, {})
