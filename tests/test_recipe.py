@@ -268,3 +268,8 @@ def test_variables_in_the_source(monkeypatch):
 def test_differing_keys_are_dotted():
     assert differing_keys({"a": {"b": 1, "c": 2}, "d": 3}, {"a": {"b": 1, "c": 4}, "e": 3}) == ["a.c", "d", "e"]
     assert differing_keys({"a": {"b": None}}, {"a": {}}) == ["a.b"]
+
+
+def test_a_number_of_thousands_of_digits_is_named_without_them():
+    with pytest.raises(BaditError, match=r"training\.save_steps: .*got a number of thousands of digits"):
+        build_recipe({"training": {"save_steps": 16**6000}})

@@ -142,7 +142,10 @@ def problems(
                 f"unknown key{nearest(str(location[-1]), known_keys(location[:-1]))}" if known_keys else "unknown key"
             )
         elif problem["type"] != "missing":
-            given = repr(problem["input"])
+            try:
+                given = repr(problem["input"])
+            except ValueError:  # Python does not write out thousands of digits
+                given = "a number of thousands of digits"
             message += f", got {given if len(given) < 60 else given[:57] + '...'}"
         found.setdefault(f"{'.'.join(map(str, place)):.120}", message)
     return list(found.items())
