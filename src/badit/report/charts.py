@@ -205,4 +205,4 @@ def legend(names: Iterable[str], **options: Any) -> alt.Legend | None:
     longest = max(map(len, different)) + 4  # letters, with the symbol
     # A page has room for 80 letters in a row, a phone and an exported figure, which has no container, for 36.
     columns = f"containerSize()[0] >= 480 ? {max(1, 80 // longest)} : {max(1, 36 // longest)}"
-    return alt.Legend(title=None, values=different, columns=cast(Any, {"expr": columns}), **options)
+    return alt.Legend(title=None, columns=cast(Any, {"expr": columns}), **options)

@@ -52,7 +52,7 @@ class Figure(NamedTuple):
 def loss_curves(frame: pd.DataFrame) -> Any:
     """The pale line is what was logged, the strong one its running mean over five log lines."""
     series = frame.attrs.get("order") or list(dict.fromkeys(frame["series"]))
-    present = frame["series"].unique()
+    present = list(frame["series"].unique())
     pick = alt.selection_point(name="pick", fields=["series"], bind="legend")
     # At most 250 points of a curve, each the mean of its neighbours.
     curves = frame.groupby(["series", "run"], sort=False)
@@ -70,7 +70,7 @@ def loss_curves(frame: pd.DataFrame) -> Any:
     raw = base.mark_line(strokeWidth=1, tooltip=None).encode(y=loss, opacity=_picked(pick, 0.4, 0.05))
     # Lines that have one of the seven colours again are dashed, then dotted.
     dashes = alt.Scale(domain=series, range=[[1, 0]] * 7 + [[6, 3]] * 7 + [[2, 2]] * 7)
-    dash = alt.StrokeDash("series:N", scale=dashes, legend=charts.legend(present, symbolType="stroke"))
+    dash = alt.StrokeDash("series:N", scale=dashes, legend=charts.legend(present, values=present, symbolType="stroke"))
     smooth = base.mark_line(strokeWidth=2.2, tooltip=None)
     smooth = smooth.encode(y="mean:Q", opacity=_picked(pick, 1, 0.1), strokeDash=dash)
     mean = alt.Tooltip("mean:Q", title="running mean", format=".3f")
@@ -85,13 +85,15 @@ def scores_by_task(frame: pd.DataFrame) -> Any:
     rows = frame.pivot_table("score", ["task", "run"], "metric", sort=False).round(3).reset_index()
     labels = {name: metric.label for name, metric in METRICS.items() if name in rows}
     series = frame.attrs.get("order") or list(dict.fromkeys(frame["run"]))
-    present = frame["run"].unique()
+    present = list(frame["run"].unique())
     rows = rows.assign(full=rows["task"], task=rows["task"].map(charts.names_in(frame, "task")))
     means = rows.groupby("task")[next(iter(labels))].mean()
     order = means.sort_values(ascending=False, kind="stable").index.tolist()
     pick = alt.selection_point(name="pick", fields=["run"], bind="legend")
     shapes = ["circle", "square", "triangle-up", "diamond", "cross", "triangle-down"]
-    shape = alt.Shape("run:N", scale=alt.Scale(domain=series, range=shapes), legend=charts.legend(present))
+    shape = alt.Shape(
+        "run:N", scale=alt.Scale(domain=series, range=shapes), legend=charts.legend(present, values=present)
+    )
     tooltip = [alt.Tooltip("full:N", title="task"), alt.Tooltip("run:N")]
     tooltip += [alt.Tooltip(f"{name}:Q", title=labels[name], format=f".{METRICS[name].decimals}f") for name in labels]
     score = {"title": "score (0 to 100; NLL in nats)", "scale": alt.Scale(zero=True), "axis": alt.Axis(tickCount=6)}
@@ -186,7 +188,7 @@ def _picked(pick: alt.Parameter, strong: float, weak: float) -> Any:
 
 def _colour(field: str, names: Sequence[str], present: Sequence[str] = (), **options: Any) -> alt.Color:
     """A colour for each name; the legend has those that are present (default: all)."""
-    legend = charts.legend(present if len(present) else names, **options)
+    legend = charts.legend(present, values=present, **options) if present else charts.legend(names, **options)
     return alt.Color(f"{field}:N", scale=alt.Scale(domain=list(names)), legend=legend)
 
 
