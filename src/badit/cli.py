@@ -347,28 +347,50 @@ _of_run(Run.push, lambda run, address: address)
 @app.command
 def generate(
     run: str,
-    prompt: str,
+    prompt: str | None = None,
     *,
+    file: str | None = None,
     task: str | None = None,
     raw: bool = False,
     max_new_tokens: int = 50,
     trust_remote_code: bool = False,
 ) -> str:
-    """Answer one prompt with a run's adapter.
+    """Answer one prompt, or those of a file, with a run's adapter.
 
     Args:
         run: a run's folder.
         prompt: the prompt's text, or - to read it from standard input.
+        file: a text on each line, or in "input" of each line of a .jsonl; the answers are printed as JSON lines.
         task: a task of the run's data, by name or number: the text is an input, and becomes the prompt that it was
             trained with.
         raw: with --task, take the text as a whole prompt. Methods that tell tasks apart need the task anyway.
         max_new_tokens: the longest answer, in tokens.
         trust_remote_code: run Python code that comes with the run's base model, if its recipe asks for it as well.
     """
-    text, found = sys.stdin.read() if prompt == "-" else prompt, Run(run)
+    if (prompt is None) == (file is None):
+        raise BaditError("generate: give a prompt, or --file FILE with one on each line")
+    found = Run(run)
+    texts = sys.stdin.read() if prompt == "-" else _inputs(Path(file)) if file else prompt or ""
     _load("badit.evaluate")
     options = {"max_new_tokens": max_new_tokens, "trust_remote_code": trust_remote_code}
-    return found.generate(text, task=task, raw=raw, **options)
+    answers = found.generate(texts, task=task, raw=raw, progress=file is not None, **options)
+    if isinstance(texts, str):
+        return answers
+    pairs = ({"input": text, "answer": answer} for text, answer in zip(texts, answers, strict=True))
+    return "\n".join(json.dumps(pair, ensure_ascii=False) for pair in pairs)
+
+
+def _inputs(file: Path) -> list[str]:
+    """The texts on a file's lines, blank ones left out."""
+    from badit.files import lines_of, read_json
+
+    lines = [(number, line.rstrip("\r\n")) for number, line in lines_of(file) if line.strip()]
+    if file.suffix != ".jsonl":
+        return [line for _, line in lines]
+    texts = [read_json(file, line, number).get("input") for number, line in lines]
+    if wrong := [number for (number, _), text in zip(lines, texts, strict=True) if not isinstance(text, str)]:
+        raise BaditError(f"{file}: line {wrong[0]}: input: must be a text")
+    return [str(text) for text in texts]
 
 
 @app.command

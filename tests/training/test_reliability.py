@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
@@ -207,3 +208,25 @@ def test_a_chat_template_that_loses_the_prompt_is_refused(
     (Path(recipe_values["model"]["name"]) / "chat_template.jinja").write_text(template or "{# nothing #}")
     assert main(["train", str(recipe_file)]) == 2
     assert re.search(message, capsys.readouterr().err)
+
+
+def test_a_file_of_inputs_gives_json_lines(
+    recipe_file: Path, recipe_values: Values, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", str(recipe_file)]) == 0
+    text, rows, run = tmp_path / "inputs.txt", tmp_path / "inputs.jsonl", recipe_values["output"]
+    text.write_text("Lima\n\nRome\n")
+    rows.write_text('{"input": "Lima"}\n{"input": "Rome", "id": 3}\n')
+    printed = []
+    for file in (text, rows):
+        capsys.readouterr()
+        assert main(["generate", run, f"--file={file}", "--task=cities", "--max-new-tokens=3"]) == 0
+        printed.append([json.loads(line) for line in capsys.readouterr().out.splitlines()])
+    assert printed[0] == printed[1]
+    assert [line["input"] for line in printed[0]] == ["Lima", "Rome"]
+    assert printed[0][0]["answer"] == Run(run).generate("Lima", task="cities", max_new_tokens=3)
+    rows.write_text('{"input": "Lima"}\n{"text": "Rome"}\n')
+    assert main(["generate", run, f"--file={rows}"]) == 2
+    assert "line 2: input: must be a text" in capsys.readouterr().err
+    assert main(["generate", run]) == 2
+    assert "give a prompt, or --file FILE" in capsys.readouterr().err
