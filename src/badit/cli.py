@@ -50,11 +50,10 @@ def train(recipe: str, *overrides: str, dry_run: bool = False, allow_changed_inp
         dry_run: check recipe, data and model, say what would be done, and stop.
         allow_changed_inputs: continue a run although its data or base weights have changed, and record that.
     """
-    from badit.recipe import dump_recipe, load_recipe
+    from badit.recipe import dump_recipe
     from badit.run import train as run_training
 
-    with status("reading the recipe"):
-        made = load_recipe(recipe, overrides)
+    made = _read_recipe(recipe, overrides)
     _load("badit.authoring" if dry_run else "badit.evaluate")
     if dry_run:
         from badit.authoring import check
@@ -79,11 +78,9 @@ def compare(recipe: str, *overrides: str, jobs: int = 1, dry_run: bool = False) 
         jobs: runs at a time; they share the cores and GPUs.
         dry_run: validate everything, show methods and budgets, and stop.
     """
-    from badit.recipe import load_recipe
     from badit.run import compare as run_comparison
 
-    with status("reading the recipe"):
-        made = load_recipe(recipe, overrides)
+    made = _read_recipe(recipe, overrides)
     _load("badit.compare")
     from badit.compare import Grid, check
     from badit.render import render, text_table
@@ -410,6 +407,17 @@ def demo(*, output: Output = "runs/demo", epochs: float = 1.0, seed: int = 0) ->
     run_demo(Path(output), epochs, seed)
     runs = [Path(output) / name for name in ("lora", "base", "badit")]  # differences are taken to the first
     show(_report_if_possible(runs, Path(output) / "report.html"))
+
+
+def _read_recipe(path: str, overrides: Sequence[str]) -> Any:
+    """A recipe whose data is there: what is wrong with it is known before the heavy imports."""
+    from badit.recipe import load_recipe
+
+    with status("reading the recipe"):
+        made = load_recipe(path, overrides)
+        for source, _ in made.data.sources():
+            source.refuse_missing()
+    return made
 
 
 def _load(module: str) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -296,3 +298,19 @@ def test_the_command_shows_the_mixture_and_the_prompts(
     assert "⟦Paris" in shown
     (row,) = [line for line in shown.splitlines() if line.startswith("capitals ") and "Name" not in line]
     assert row.split()[-1] == "1", "an input that is in the test set too"
+
+
+@pytest.mark.parametrize(
+    ("source", "message"), [("nowhere.csv", "no such file or folder"), ("$UNSET_/x", "UNSET_ is not set")]
+)
+def test_missing_data_is_named_before_anything_heavy_is_imported(
+    tmp_path: Path, recipe_values: dict[str, Any], source: str, message: str
+) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(recipe_values | {"data": {"source": source}}))
+    code = "import sys; from badit.cli import main; code = main(sys.argv[1:]); print(code, 'torch' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "train", str(recipe)], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "2 False\n"
+    assert message in done.stderr

@@ -19,7 +19,7 @@ import pyarrow as pa
 from pydantic import BaseModel, Field
 
 from badit.data import cache
-from badit.data.rows import SPLIT_NAMES, Format, Record, Source, read_rows
+from badit.data.rows import HUB_NAME, SPLIT_NAMES, Format, Record, Source, read_rows
 from badit.data.suite import builtin_tasks
 from badit.data.tasks import (
     SPLITS,
@@ -44,7 +44,6 @@ _LARGE = 4 * 2**20
 _ROWS_AT_A_TIME = 5_000
 _TABLES = {".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
 _LINES = (".jsonl", ".json")
-_HUB = re.compile(r"([\w-][\w.-]*/[\w.-]+)(?::([\w.-]+))?")
 _SCHEMA = pa.schema(
     [
         ("task", pa.int32()),
@@ -369,7 +368,7 @@ def _of_data_sets(where: Source, path: Path, settings: list[Any]) -> list[Task]:
     if path.is_dir():
         with explained(path, action="read", any_error=True):
             found = load_from_disk(str(path))
-    elif match := _HUB.fullmatch(str(where.path)):
+    elif match := HUB_NAME.fullmatch(str(where.path)):
         fix = "give the path of a file or folder, 'builtin', or the name of a data set of the hub"
         with explained(f"{where.path}: no such file or folder", action="loaded from the hub", fix=fix, any_error=True):
             found = load_dataset(match[1], match[2])

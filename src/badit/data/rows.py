@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from glob import has_magic
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -17,6 +19,7 @@ from badit.errors import BaditError, explained
 Format = Literal["auto", "sapt", "superni", "jsonl", "builtin"]
 Turns = Literal["last", "all"]
 
+HUB_NAME = re.compile(r"([\w-][\w.-]*/[\w.-]+)(?::([\w.-]+))?")
 #: What data sets call the splits.
 SPLIT_NAMES = {"train": "train", "test": "test"} | dict.fromkeys(
     ("validation", "valid", "val", "dev", "eval"), "validation"
@@ -51,6 +54,12 @@ class Source:
     instruction: str | None = None
     columns: Mapping[str, str] = field(default_factory=dict)
     turns: Turns = "last"
+
+    def refuse_missing(self) -> None:
+        """Raises BaditError where there is no such file or folder, and the name is none of the hub or a pattern."""
+        path = str(self.path)
+        if path != "builtin" and not has_magic(path) and not HUB_NAME.fullmatch(path) and not Path(path).exists():
+            raise BaditError(f"{path}: no such file or folder; give a path or 'builtin'")
 
 
 class Record(NamedTuple):
