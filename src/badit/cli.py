@@ -205,12 +205,11 @@ def keys(prefix: str = "", *, schema: bool = False) -> str:
 
     if schema:
         return json.dumps(authoring.schema(), indent=2, ensure_ascii=False)
-    lines = [
-        f"{key:32} {default:16} {text}" for key, default, text in authoring.recipe_keys() if key.startswith(prefix)
-    ]
-    if not lines:
+    found = [row for row in authoring.recipe_keys() if row[0].startswith(prefix)]
+    if not found:
         raise BaditError(f"{prefix!r:.60}: no key begins so; see badit keys")
-    return "\n".join(lines)
+    width = max(len(key) for key, _, _ in found)
+    return "\n".join(f"{key:{width}}  {default:16}  {text}" for key, default, text in found)
 
 
 @app.command
