@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -49,16 +48,12 @@ CHAT = [
 
 def write(file: Path, rows: list[dict[str, Any]]) -> Path:
     frame = pd.DataFrame(rows)
-    if file.suffix == ".csv":
-        frame.to_csv(file, index=False)
-    elif file.suffix == ".tsv":
-        frame.to_csv(file, index=False, sep="\t")
+    if file.suffix in (".csv", ".tsv"):
+        frame.to_csv(file, index=False, sep="," if file.suffix == ".csv" else "\t")
     elif file.suffix == ".parquet":
         frame.to_parquet(file)
-    elif file.suffix == ".json":
-        file.write_text(json.dumps(rows))
-    elif file.suffix == ".jsonl":
-        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    elif file.suffix in (".json", ".jsonl"):
+        frame.to_json(file, orient="records", lines=file.suffix == ".jsonl")
     elif file.suffix == ".arrow":
         datasets.Dataset.from_list(rows).save_to_disk(file.with_suffix(""))
         (file.with_suffix("") / "data-00000-of-00001.arrow").rename(file)
@@ -78,11 +73,9 @@ def task_of(path: Path, **options: Any) -> Task:
     return task
 
 
-@pytest.mark.parametrize(
-    "name", ["rows.csv", "rows.tsv", "rows.parquet", "rows.arrow", "rows.json", "rows.jsonl", "saved"]
-)
-def test_the_same_rows_give_the_same_tasks_in_every_format(tmp_path: Path, name: str) -> None:
-    capitals, sums = load_tasks(write(tmp_path / name, ROWS))
+@pytest.mark.parametrize("suffix", ["csv", "tsv", "parquet", "arrow", "json", "jsonl", "saved"])
+def test_the_same_rows_give_the_same_tasks_in_every_format(tmp_path: Path, suffix: str) -> None:
+    capitals, sums = load_tasks(write(tmp_path / f"rows.{suffix}", ROWS))
     assert (capitals.name, capitals.definition) == ("capitals", "Name the capital.")
     assert capitals.train == (
         Instance(id="capitals-0", input="France", outputs=("Paris",)),
@@ -259,8 +252,8 @@ def test_large_data_is_read_and_encoded_once(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setenv("BADIT_CACHE", str(tmp_path / "cache"))
     path = write(tmp_path / "rows.jsonl", [{**ROWS[0], "input": f"country {i}"} for i in range(50)])
     small = load_tasks(path)
-    for name, module in (("_LARGE", readers), ("_LARGE", __import__("badit.data.encoded", fromlist=["x"]))):
-        monkeypatch.setattr(module, name, 1)
+    for module in ("readers", "encoded"):
+        monkeypatch.setattr(f"badit.data.{module}._LARGE", 1)
     tokenizer, order = make_tokenizer(chat_template=CHATML), [*reversed(range(50))]
     tasks = load_tasks(path)
     examples = encode_tasks(tokenizer, tasks, {"max_answer_tokens": 5}, order)

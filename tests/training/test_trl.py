@@ -93,9 +93,7 @@ def test_chats_with_a_loss_on_the_assistant_are_routed_on_the_prompt(model_folde
 PADDING_FREE = {"padding_free": True, "max_length": None}
 
 
-@pytest.mark.parametrize(
-    "options", [{"packing": True, "max_length": 64}, PADDING_FREE], ids=["packing", "padding_free"]
-)
+@pytest.mark.parametrize("options", [{"packing": True, "max_length": 64}, PADDING_FREE])
 @pytest.mark.parametrize("routing", ["prompt", "token"])
 def test_packed_rows_are_trained_and_regrouped(model_folder, tmp_path, options, routing):
     trainer = sft_trainer(model_folder, tmp_path, ROWS, routing=routing, **options)
