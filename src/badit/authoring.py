@@ -158,7 +158,7 @@ def _steps(plan: Plan, stage: Stage) -> int:
     training, count = plan.recipe.training, sum(len(task.train) for task in stage.tasks)
     if training.max_steps > 0:
         return training.max_steps
-    count = sum(quotas.values()) if (quotas := plan.quotas(stage.tasks)) else count
+    count = sum(quotas.values()) if (quotas := plan.recipe.data.quotas(stage.tasks)) else count
     batches = math.ceil(count / (training.per_device_train_batch_size * _processes()))
     return math.ceil(training.num_train_epochs * max(1, math.ceil(batches / training.gradient_accumulation_steps)))
 

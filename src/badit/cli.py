@@ -227,8 +227,9 @@ def tasks(source: str, *overrides: str, show: int = 0) -> str:
 
     is_recipe = Path(source).suffix in (".yaml", ".yml")
     recipe = load_recipe(source, overrides) if is_recipe else build_recipe({"data": {"source": source}}, overrides)
-    listed = task_table(recipe.data)
-    return f"{listed}\n\n{preview(recipe, show)}" if show else listed
+    found = recipe.data.load()
+    listed = task_table(recipe.data, found)
+    return f"{listed}\n\n{preview(recipe, found, show)}" if show else listed
 
 
 @app.command

@@ -245,8 +245,9 @@ def score_export(
     vllm = _vllm(exported, recipe) if engine == "vllm" else None
     by_task: dict[str, Any] = {}
     result: dict[str, Any] = {}
+    known = make_plan(recipe).tasks
     for number, part in enumerate(list(exported.tasks.values()) or [exported], start=1):
-        tasks = [task for task in make_plan(recipe).tasks if part.task in (None, task.name)]
+        tasks = [task for task in known if part.task in (None, task.name)]
         model: Any = None
         if vllm is not None:
             tokenizer = vllm.get_tokenizer()

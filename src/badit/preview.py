@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from statistics import median
 from typing import TYPE_CHECKING
 
-from badit.data import build_prompt, encode_examples, hold_out, limit, load_sources, quotas
+from badit.data import build_prompt, encode_examples
 from badit.data.tasks import Task
 from badit.errors import one_line
 from badit.render import text_table
@@ -19,17 +20,9 @@ _MEASURED = 1_000
 _OPEN, _CLOSE = "⟦", "⟧"
 
 
-def tasks_of(data: DataSection) -> list[Task]:
-    """The tasks of a recipe, with the instances that its training would have."""
-    tasks = hold_out(load_sources(data.sources(), data.tasks, data.weights), data.validation_per_task, data.seed)
-    return limit(tasks, data.train_per_task, data.test_per_task, data.seed)
-
-
-def task_table(data: DataSection) -> str:
+def task_table(data: DataSection, tasks: Sequence[Task]) -> str:
     """A row for each task: its instances, its share of an epoch, and its definition."""
-    tasks = tasks_of(data)
-    found = quotas(tasks, balanced=data.sampling == "balanced", temperature=data.temperature)
-    shares = found or {task.name: len(task.train) for task in tasks}
+    shares = data.quotas(tasks) or {task.name: len(task.train) for task in tasks}
     total = max(1, sum(shares.values()))
     rows = [
         [
@@ -45,7 +38,7 @@ def task_table(data: DataSection) -> str:
     return f"{listed}\n\n{len(tasks)} tasks, all valid"
 
 
-def preview(recipe: Recipe, count: int) -> str:
+def preview(recipe: Recipe, tasks: Sequence[Task], count: int) -> str:
     """Statistics of every task's training data in tokens, and its first ``count`` prompts.
 
     What is trained stands between ⟦ and ⟧.
@@ -55,7 +48,7 @@ def preview(recipe: Recipe, count: int) -> str:
     tokenizer = load_tokenizer(recipe.model.name, revision=recipe.model.revision)
     section = recipe.prompt
     rows, shown = [], []
-    for task in tasks_of(recipe.data):
+    for task in tasks:
         instances = list(task.train[:_MEASURED])
         examples = encode_examples(tokenizer, [(task, instance) for instance in instances], **section.model_dump())
         prompts = ["".join(build_prompt(task, instance, section.encoding)[:3]) for instance in instances]

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypedDict, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict, get_args
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -35,6 +35,9 @@ from badit.errors import BaditError, nearest, problems
 from badit.files import inside, read_text
 from badit.models import Quantisation
 from badit.yaml_values import parse_yaml
+
+if TYPE_CHECKING:
+    from badit.data import Task
 
 Column = Literal["task", "instruction", "input", "output", "id", "split", "messages"]
 Dtype = Literal["fast", "auto", "float32", "bfloat16", "float16"]
@@ -120,6 +123,20 @@ class DataSection(Section):
             shared = {name: getattr(self, name) for name in ("format", "task", "instruction", "columns", "turns")}
             found.append((Source(expand_source(section.path), **{**shared, **own}), section.weight))
         return found
+
+    def load(self) -> list[Task]:
+        """The tasks with the instances that are to be trained, validated and tested; BaditError if they are bad."""
+        from badit.data import hold_out, limit, load_sources
+
+        tasks = load_sources(self.sources(), self.tasks, self.weights)
+        tasks = hold_out(tasks, self.validation_per_task, self.seed)
+        return limit(tasks, self.train_per_task, self.test_per_task, self.seed)
+
+    def quotas(self, tasks: Sequence[Task]) -> dict[str, int] | None:
+        """How many training instances of each task an epoch has; None where each comes once."""
+        from badit.data import quotas
+
+        return quotas(tasks, balanced=self.sampling == "balanced", temperature=self.temperature)
 
 
 class PromptSection(Section):

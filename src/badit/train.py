@@ -40,12 +40,8 @@ from badit.data import (
     encode_examples,
     encode_prompts,
     encode_tasks,
-    hold_out,
-    limit,
-    load_sources,
     mixture,
     ordered,
-    quotas,
 )
 from badit.environment import environment, is_main_process, peak_memory, status
 from badit.errors import BaditError, first_line, say
@@ -101,11 +97,6 @@ class Plan:
             return [Stage(run, self.tasks)]
         return [Stage(run.stage(i, task.name), [task]) for i, task in enumerate(self.tasks, start=1)]
 
-    def quotas(self, tasks: Sequence[Task]) -> dict[str, int] | None:
-        """How many training instances of each task an epoch has; None where each comes once."""
-        data = self.recipe.data
-        return quotas(tasks, balanced=data.sampling == "balanced", temperature=data.temperature)
-
     @property
     def training_instances(self) -> int:
         return sum(len(task.train) for task in self.tasks)
@@ -125,9 +116,7 @@ def make_plan(recipe: Recipe, *, split: Split | None = None) -> Plan:
     method = build_method(recipe.method)
     method.refuse_recipe(recipe)
     with status("reading the tasks"):
-        tasks = load_sources(data.sources(), data.tasks, data.weights)
-    tasks = hold_out(tasks, data.validation_per_task, data.seed)
-    tasks = limit(tasks, data.train_per_task, data.test_per_task, data.seed)
+        tasks = data.load()
     split = split or recipe.evaluation.split
     for task in tasks:
         if not getattr(task, split):
@@ -174,7 +163,7 @@ def _fit(plan: Plan, progress: bool, allow_changed_inputs: bool) -> Run:
     # Of several processes the first alone writes; the others meet it in the first step of training.
     run = Run.prepare(recipe) if is_main_process() else Run.at(recipe.output)
     if is_main_process() and not run.environment_path.is_file():
-        shares = {} if plan.sequential else {"mixture": plan.quotas(plan.tasks)}
+        shares = {} if plan.sequential else {"mixture": recipe.data.quotas(plan.tasks)}
         write_json(run.environment_path, {**environment(), "dtype": model_dtype(recipe), **shares})
     keep_inputs(run, task_fingerprints(plan.tasks), allow_changed_inputs)
     if run.adapter_path.is_dir() or run.scores_path.is_file():
@@ -243,7 +232,7 @@ def _train_stage(
             *method.callbacks(folder),
             *tensorboard(trackers, folder.path, checkpoint),
         ],
-        quotas=plan.quotas(stage.tasks),
+        quotas=data.quotas(stage.tasks),
         **recipe.training.model_dump(include=recipe.training.OWN),
     )
     trainer.remove_callback(transformers.PrinterCallback)  # prints the log lines, which metrics.jsonl has

@@ -75,7 +75,7 @@ def test_tasks_lists_the_built_in_suite_and_an_interruption_exits_with_130(capsy
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("badit.preview.load_sources", interrupt)
+    monkeypatch.setattr("badit.data.load_sources", interrupt)
     assert main(["tasks", "builtin"]) == 130
     assert "interrupted" in capsys.readouterr().err
 
