@@ -35,7 +35,7 @@ from badit.card import CARD, Base, model_card
 from badit.data import AnswerCollator, Task, batches_by_task
 from badit.errors import BaditError, explained, nearest, refuse_unknown
 from badit.evaluate import evaluate, load_run, score_model
-from badit.files import read_json, refuse_links, remove, replace_folder, write_json, write_text
+from badit.files import OWNER, exclusive, read_json, refuse_links, remove, replace_folder, write_json, write_text
 from badit.method import compress
 from badit.methods import build_method
 from badit.models import device, load_base_model, resolve_model
@@ -184,8 +184,8 @@ def export(
         with explained("the adapter", action="merged", any_error=True):  # NaN in a merged weight
             model = model.merge_and_unload(safe_merge=True)
     partial = output.with_name(output.name + ".partial")
-    try:
-        with explained(output, action="written"):
+    with explained(output, action="written"), exclusive(output):
+        try:
             remove(partial)
             for done, factors, fixed in adapters:
                 place = partial / done.folder.relative_to(output)
@@ -210,8 +210,8 @@ def export(
                 done = dataclasses.replace(done, folder=output, mixture=mixture, task=None, tasks=of_task)
                 _write_record(partial, done.record(folder, method.name))
             replace_folder(partial, output)
-    finally:
-        remove(partial)
+        finally:
+            remove(partial)
     return done
 
 
@@ -316,11 +316,11 @@ def _refuse_other_files(folder: Path) -> None:
         raise BaditError(f"{folder}: is a file; choose another folder with -o")
     if Path.cwd().is_relative_to(folder.resolve()):
         raise BaditError(f"{folder}: has the current folder in it, and is replaced as a whole; choose another with -o")
-    own: list[Any] = []
+    own: list[Any] = [OWNER]
     if (folder / RECORD).is_file():
         refuse_links(folder)
         files = read_json(folder / RECORD).get("files")
-        own = [RECORD, SCORES, *files] if isinstance(files, list) else []
+        own += [RECORD, SCORES, *files] if isinstance(files, list) else []
     if others := [path.name for path in folder.glob("*") if path.name not in own]:
         raise BaditError(f"{folder}: holds {min(others)}, which is of no export; choose another folder with -o")
     for of_task in (path for path in folder.glob("*") if path.is_dir()):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -23,6 +25,7 @@ from badit.data import AnswerCollator, batches_by_task
 from badit.errors import BaditError
 from badit.evaluate import evaluate, load_run
 from badit.export import Export, export, merge, mixture_factors, score_export, target_modules, write_adapter
+from badit.files import OWNER
 from badit.run import Run
 from badit.train import encoded, make_plan
 from badit.tuner import hooks_of
@@ -258,6 +261,14 @@ def test_a_folder_is_replaced_only_by_what_wrote_it(
         export(run.path, out)
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
     assert not list(tmp_path.glob("*.partial"))
+    monkeypatch.undo()
+    other = os.open(out, os.O_RDONLY)  # as another process that writes an export there
+    fcntl.flock(other, fcntl.LOCK_EX)
+    with pytest.raises(BaditError, match="out: is in use by another process"):
+        export(run.path, out)
+    os.close(other)
+    assert export(run.path, out).folder == out
+    assert not (out / OWNER).exists()
     (out / "notes.txt").write_text("mine")
     monkeypatch.chdir(tmp_path)
     for folder, message in (

@@ -147,6 +147,7 @@ def write_run(folder: Path, shape: Shape = SMALL, *, method: str = "badit", anal
     (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
     (folder / "environment.json").write_text(json.dumps({"python": "3.11.7", "training": TRAINING}))
     lines = [{"step": step, "loss": 1.7 + math.exp(-step / 60) + 0.1 * rng.normal()} for step in range(10, 380, 10)]
+    lines += [{"step": step, "eval_loss": 1.9 + math.exp(-step / 90)} for step in range(94, 380, 94)]
     write_lines(folder / "metrics.jsonl", [*lines, {"step": 376}])
     instances = {task: {metric: rng.uniform(0, 99, 8).tolist() for metric in METRICS} for task in shape.tasks}
     (folder / "scores.json").write_text(json.dumps(mean_scores(instances)))

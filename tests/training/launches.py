@@ -77,7 +77,8 @@ class Launches:
 
     def settings(self, name: str, batch: int) -> list[str]:
         sizes = [f"training.per_device_train_batch_size={batch}", "training.max_steps=12"]
-        return [str(self._recipe), f"output={self.folder / name}", *sizes]
+        held_out = ["data.validation_per_task=2", "training.eval_strategy=steps", "training.eval_steps=6"]
+        return [str(self._recipe), f"output={self.folder / name}", *sizes, *held_out]
 
     def train_alone(self, name: str, *, batch: int = 2) -> int:
         """In this process; returns the exit code."""
@@ -97,7 +98,9 @@ class Launches:
 
 
 def losses(run: Run) -> list[float]:
-    return [line["loss"] for line in read_jsonl(run.metrics_path)]
+    """Of every step, and the held-out loss after steps 6 and 12."""
+    lines = list(read_jsonl(run.metrics_path))
+    return [line[key] for key in ("loss", "eval_loss") for line in lines if key in line]
 
 
 def assert_same_run(two: Run, one: Run) -> None:

@@ -27,7 +27,7 @@ def test_two_processes_end_as_one_does(launches, capsys):
         launches.train(f"{engine}-copied", 3, engine)
     for name in ("alone", "ddp-copied", "fsdp2-copied"):
         run = launches.run(name)
-        assert [line["step"] for line in read_jsonl(run.metrics_path)] == list(range(1, 13))
+        assert [line["step"] for line in read_jsonl(run.metrics_path) if "loss" in line] == list(range(1, 13))
         assert all(tensor.isfinite().all() for tensor in learned(run).values())
     assert losses(launches.run("fsdp2-copied")) == pytest.approx(losses(launches.run("ddp-copied")), abs=1e-5)
 

@@ -51,6 +51,16 @@ class Figure(NamedTuple):
 
 def loss_curves(frame: pd.DataFrame) -> Any:
     """The pale line is what was logged, the strong one its running mean over five log lines."""
+    return _curves(frame, "training loss (nats per token)", smoothed=2)
+
+
+def held_out_losses(frame: pd.DataFrame) -> Any:
+    """The mean loss on the tasks' validation instances, by which the best checkpoint is chosen."""
+    return _curves(frame, "held-out loss (nats per token)", smoothed=0)
+
+
+def _curves(frame: pd.DataFrame, title: str, smoothed: int) -> Any:
+    """Losses by step, and their running mean over so many points on either side."""
     series = frame.attrs.get("order") or list(dict.fromkeys(frame["series"]))
     present = list(frame["series"].unique())
     pick = alt.selection_point(name="pick", fields=["series"], bind="legend")
@@ -65,8 +75,9 @@ def loss_curves(frame: pd.DataFrame) -> Any:
         detail="run:N",
     )
     by_step = [alt.SortField("step")]
-    base = base.transform_window(mean="mean(loss)", frame=[-2, 2], groupby=["series", "run"], sort=by_step)
-    loss = alt.Y("loss:Q", title="training loss (nats per token)", scale=alt.Scale(zero=False))
+    window = [-smoothed, smoothed]
+    base = base.transform_window(mean="mean(loss)", frame=window, groupby=["series", "run"], sort=by_step)
+    loss = alt.Y("loss:Q", title=title, scale=alt.Scale(zero=False))
     raw = base.mark_line(strokeWidth=1, tooltip=None).encode(y=loss, opacity=_picked(pick, 0.4, 0.05))
     # Lines that have one of the seven colours again are dashed, then dotted.
     dashes = alt.Scale(domain=series, range=[[1, 0]] * 7 + [[6, 3]] * 7 + [[2, 2]] * 7)
@@ -442,6 +453,7 @@ FIGURES = [
     Figure("scores", "Scores by task", "scores", scores_by_task),
     Figure("scores", "The same in numbers", "scores", scores_table),
     Figure("curves", "Training loss", "losses", loss_curves),
+    Figure("curves", "Held-out loss", "held_out_losses", held_out_losses),
     Figure("gradients", "Cosine between tasks' gradients", "gradient_cosines", gradient_cosines, "square"),
     Figure("gradients", "The same of the weights", "gradient_cosines", gradient_cosines_weights, "square"),
     Figure("gradients", "Conflict rate by layer", "gradient_summary", conflict_rate_by_layer, "half"),

@@ -116,16 +116,17 @@ def read_sources(paths: Sequence[str | os.PathLike[str]]) -> list[Source]:
 def together(sources: Sequence[Source]) -> Source:
     """What is shown of all sources in one figure: losses, and the runs' scores and their differences to the first."""
     shared = Source("", Path())
-    losses = []
-    for source in sources:
-        for method, run in source.members:
-            series = f"{source.label}: {method}" if len(sources) > 1 and source.results else method
-            losses += [{**point, "series": series, "run": run.label} for point in _losses(run.folder)]
-    shared.add("losses", pd.DataFrame(losses), "metrics.jsonl")
-    # A method has one colour in all figures.
     order = list(dict.fromkeys(name for source in sources for name, _ in source.members))
-    if "losses" in shared.frames and set(shared.frames["losses"]["series"]) <= set(order):
-        shared.frames["losses"].attrs["order"] = order
+    for frame, key in (("losses", "loss"), ("held_out_losses", "eval_loss")):
+        losses = []
+        for source in sources:
+            for method, run in source.members:
+                series = f"{source.label}: {method}" if len(sources) > 1 and source.results else method
+                losses += [{**point, "series": series, "run": run.label} for point in _losses(run.folder, key)]
+        shared.add(frame, pd.DataFrame(losses), "metrics.jsonl")
+        # A method has one colour in all figures.
+        if losses and {point["series"] for point in losses} <= set(order):
+            shared.frames[frame].attrs["order"] = order
     scores = [source.scores.assign(run=source.label) for source in sources if source.scores is not None]
     if scores:
         shared.add("scores", pd.concat(scores, ignore_index=True), "scores.json")
@@ -248,13 +249,13 @@ def _add_results(source: Source) -> None:
     source.add("task_gap", task_gap(source.folder), RESULTS)
 
 
-def _losses(folder: Path) -> list[dict[str, float]]:
-    """Step and loss of each log line; a sequence's stages follow one another."""
+def _losses(folder: Path, key: str) -> list[dict[str, float]]:
+    """Step and loss of each log line that has one under ``key``; a sequence's stages follow one another."""
     found: list[dict[str, float]] = []
     for file in [Run.at(folder).metrics_path, *sorted(folder.glob("stages/*/metrics.jsonl"))]:
         start = found[-1]["step"] if found else 0
-        lines = [line for line in read_jsonl(file) if _is_number(line.get("step")) and _is_number(line.get("loss"))]
-        found += [{"step": start + line["step"], "loss": line["loss"]} for line in lines]
+        lines = [line for line in read_jsonl(file) if _is_number(line.get("step")) and _is_number(line.get(key))]
+        found += [{"step": start + line["step"], "loss": line[key]} for line in lines]
     return found
 
 
