@@ -35,6 +35,8 @@ ADAPTERS = {
 }
 # Cells with gates have these optimizers and so many seeds (the second change in docs/experiments/rig-a.md).
 GATED, GATED_SEEDS = ("adamw", "orthogonal"), range(3)
+# A cell whose search was a near tie is run at the other rate as well (the third change there).
+SECOND_RATE = ("expert", "orthogonal", 2e-3)
 Cell = tuple[str, str]
 SEARCH = ["--train", "100"]
 SEEDS = range(5)
@@ -77,6 +79,13 @@ def finals(cells: list[Cell], found: dict[Cell, tuple[float, float]], seeds: ran
             run(f"{adapter}_{optimizer}_s{seed}", options)
 
 
+def second_rate(adapter: str, optimizer: str, rate: float) -> None:
+    """The seeds of a cell at another rate than the one that was found."""
+    for seed in GATED_SEEDS:
+        options = [*ADAPTERS[adapter], *OPTIMIZERS[optimizer][0], "--lr", f"{rate:g}", *varied(seed)]
+        run(f"{adapter}_{optimizer}_{rate:g}_s{seed}", options)
+
+
 def per_task(rate: float) -> None:
     """The reference: one LoRA per task, with AdamW."""
     for seed, task in itertools.product(GATED_SEEDS, TASKS):
@@ -99,6 +108,7 @@ def main() -> None:
         if sys.argv[1:] == ["finals"]:
             finals(cells, found, seeds)
     if sys.argv[1:] == ["finals"]:
+        second_rate(*SECOND_RATE)
         per_task(found["lora", "adamw"][0])
 
 
