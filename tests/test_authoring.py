@@ -81,6 +81,7 @@ def test_a_check_says_what_training_then_does(recipe_values, section, values):
     run = fit(recipe, progress=False)
     found = run.environment["training"]
     assert f"\n{found['steps']} steps of" in shown
+    assert "\n1 to 3 minutes of training" in shown
     assert f"\n{found['trainable_parameters']:,} of {found['parameters']:,} parameters" in shown
     if recipe.method.get("name", "badit") == "badit":
         logs = [stage / "regroupings.jsonl" for stage in (run.path, *run.path.glob("stages/*"))]

@@ -53,6 +53,7 @@ p.add_argument("--K", type=int, default=8)
 p.add_argument("--scale", type=float, default=8.0)
 p.add_argument("--init", choices=("lora", "dirs", "bad"), default="lora")
 p.add_argument("--gate", choices=("none", "expert", "component", "oracle"), default="none", help="oracle: by the task")
+p.add_argument("--shared", action="store_true", help="half of the experts have no gate (expert gates)")
 p.add_argument("--act", choices=("softmax", "exp"), default="softmax")
 p.add_argument("--rank", type=int, default=8, help="of the prompt embedding, for --gate component")
 p.add_argument("--opt", choices=("adamw", "orthogonal", "riemannian"), default="adamw", help="the last: PEFT's")
@@ -122,7 +123,11 @@ class Adapted(nn.Module):
                 self.mean = torch.lerp(self.mean, mean, w)
             z = 8 / math.sqrt(z.shape[-1]) * (z - self.mean) * (self.var + 1e-12).rsqrt()
             logits = (z if self.Z is None else z @ self.Z.T) @ self.R.T
+        if a.shared:
+            logits = logits[:, a.K // 2 :]
         g = logits.softmax(-1) * logits.shape[-1] if a.act == "softmax" else logits.clamp(-1.5, 1.5).exp()
+        if a.shared:  # the others stay at 1 on average
+            g = torch.cat([torch.ones(len(g), a.K // 2), g], dim=1)
         return (g[:, self.label] if a.gate == "expert" else g)[:, None]
 
     def forward(self, x):

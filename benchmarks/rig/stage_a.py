@@ -32,6 +32,10 @@ ADAPTERS = {
     "directions": ["--init", "dirs"],
     "oracle": ["--init", "dirs", "--gate", "oracle", "--act", "exp", "--router-rate", "3"],
     "expert": ["--init", "dirs", "--gate", "expert", "--router-rate", "0.3"],
+    # Of stage B.
+    "expert-1": ["--init", "dirs", "--gate", "expert"],
+    "shared": ["--init", "dirs", "--gate", "expert", "--router-rate", "0.3", "--shared"],
+    "component": ["--init", "dirs", "--gate", "component", "--act", "exp", "--router-rate", "0.3"],
 }
 # Cells with gates have these optimizers and so many seeds (the second change in docs/experiments/rig-a.md).
 GATED, GATED_SEEDS = ("adamw", "orthogonal"), range(3)

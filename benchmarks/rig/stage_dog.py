@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Regrouping on the rig (docs/experiments/rig-dog.md): expert gates with and without DOG, after stage A's search.
+"""Regrouping on the rig (docs/experiments/rig-dog.md): expert gates with and without DOG.
 
 python benchmarks/rig/stage_dog.py
 """
 
 import itertools
 
-from stage_a import ADAPTERS, OPTIMIZERS, run, search, varied
+from stage_a import ADAPTERS, OPTIMIZERS, run, varied
 
 VARIANTS = {
     "20": ["--dog", "20"],
@@ -18,6 +18,5 @@ CELLS = [("orthogonal", variant) for variant in VARIANTS] + [("adamw", "20")]
 
 for seed, (optimizer, variant) in itertools.product(range(3), CELLS):
     options = VARIANTS[variant]
-    rate = f"{search('expert', optimizer)[0]:g}"
-    cell = [*ADAPTERS["expert"], *OPTIMIZERS[optimizer][0], "--lr", rate, *options, *varied(seed)]
+    cell = [*ADAPTERS["expert"], *OPTIMIZERS[optimizer][0], "--lr", "2e-3", *options, *varied(seed)]
     run(f"dog-{variant}_{optimizer}_s{seed}", cell)
