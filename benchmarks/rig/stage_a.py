@@ -84,8 +84,8 @@ def finals(cells: list[Cell], found: dict[Cell, tuple[float, float]], seeds: ran
 
 
 def second_rate(adapter: str, optimizer: str, rate: float) -> None:
-    """The seeds of a cell at another rate than the one that was found."""
-    for seed in GATED_SEEDS:
+    """All seeds of a cell at another rate than the one that was found."""
+    for seed in SEEDS:
         options = [*ADAPTERS[adapter], *OPTIMIZERS[optimizer][0], "--lr", f"{rate:g}", *varied(seed)]
         run(f"{adapter}_{optimizer}_{rate:g}_s{seed}", options)
 
