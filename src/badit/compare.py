@@ -34,7 +34,7 @@ from badit.environment import status
 from badit.errors import BaditError, nearest, say
 from badit.files import exclusive, inside, read_json, write_json
 from badit.methods import build_method, on_skeleton
-from badit.metrics import mean_scores
+from badit.metrics import METRICS, mean_scores
 from badit.models import device, warn_of_slow_dtype
 from badit.recipe import Recipe, build_recipe, merged
 from badit.results import FORMAT, RESULTS, SINGLE_TASK, read_scores
@@ -256,7 +256,9 @@ def trainable_parameters(grid: Grid, tasks: Sequence[str]) -> dict[str, int]:
     return counts
 
 
-def climb(ladder: Sequence[float], start: float, loss_of: Callable[[float], float]) -> tuple[float, dict[float, float]]:
+def climb(
+    ladder: Sequence[float], start: float, loss_of: Callable[[float], float], level: float = 0.0
+) -> tuple[float, dict[float, float]]:
     """Walks a ladder of learning rates downhill in loss, until both neighbours of the best one are worse.
 
     The loss is taken to have a single valley, so a rate above one that is worse than its lower neighbour need not be
@@ -266,9 +268,11 @@ def climb(ladder: Sequence[float], start: float, loss_of: Callable[[float], floa
         ladder: rates in ascending order.
         start: the rung to begin at.
         loss_of: trains and measures; not finite (diverged, failed) counts as worst.
+        level: losses that are less than this apart are level.
 
     Returns:
-        The best rate and the loss of every rate that was tried. Equal losses go to the rate that was tried first.
+        The lowest of the rates that are level with the best, since a rate that is too high costs more than one that is
+        too low, above all in a longer training; and the loss of every rate that was tried.
     """
     here = ladder.index(start)
     losses: dict[int, float] = {}
@@ -285,7 +289,8 @@ def climb(ladder: Sequence[float], start: float, loss_of: Callable[[float], floa
             measure(here + 1)
         best = min(losses, key=losses.__getitem__)
         if best == here:
-            return ladder[here], {ladder[rung]: loss for rung, loss in losses.items()}
+            chosen = min(rung for rung, loss in losses.items() if loss < losses[best] + level or rung == best)
+            return ladder[chosen], {ladder[rung]: loss for rung, loss in losses.items()}
         here = best
 
 
@@ -323,7 +328,7 @@ class _Comparison:
         rate = grid.start_rates[name] if grid.methods[name].trains else None
         if rate is not None and grid.section.learning_rates is not None:
             ladder = grid.section.learning_rates
-            rate, _ = climb(ladder, rate, lambda tried: self._loss(grid.searched(name, tried)))
+            rate, _ = climb(ladder, rate, lambda tried: self._loss(grid.searched(name, tried)), METRICS["nll"].margin)
             self._report(f"{name}: learning rate {rate:g}")
         self.rates[name] = rate
         for cell in grid.chosen(name, rate, self._tasks):

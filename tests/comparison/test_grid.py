@@ -178,6 +178,12 @@ def walk(losses, start):
     return ladder.index(rate), tried, measured
 
 
+def test_of_rates_that_are_level_the_lowest_is_taken():
+    losses = dict(zip(LADDER, [1.43, 1.405, 1.40, 1.42, *[9.0] * len(LADDER)], strict=False))
+    assert climb(LADDER, LADDER[2], losses.__getitem__, 0.01)[0] == LADDER[1]
+    assert climb(LADDER, LADDER[2], losses.__getitem__, 0.004)[0] == LADDER[2]
+
+
 @st.composite
 def valleys(draw):
     """Losses that fall strictly to one rung and rise strictly after it; that rung; a start."""
