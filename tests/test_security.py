@@ -6,6 +6,8 @@ import ast
 import json
 import pickle
 import re
+import sys
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ import transformers
 import badit.tuner
 from badit.checkpoint import last_checkpoint
 from badit.cli import app, main
+from badit.environment import status
 from badit.errors import BaditError
 from badit.evaluate import answers
 from badit.files import write_json
@@ -175,7 +178,9 @@ def test_a_recipe_reads_no_recipe_outside_its_folder(tmp_path: Path, name: Any, 
 # written to, such as an export, is such a folder too. "tasks" reads data, in which the user may have links.
 LINKED = {
     "train": ["RECIPE", "output=RUN"],
+    "train again": ["RECIPE", "output=RUN"],
     "compare": ["RECIPE", "output=RUN"],
+    "compare again": ["RECIPE", "output=RUN"],
     "evaluate": ["RUN"],
     "generate": ["RUN", "Hello"],
     "analyze": ["RUN"],
@@ -191,7 +196,12 @@ LINKED = {
     "demo": ["--output=RUN"],
 }
 LINKS = {"compare": "lora", "demo": "lora", "analyze to": "analysis"}
-HOLDS = {"table": "results.json", **dict.fromkeys(["push", "export to", "export gates"], "export.json")}
+LINKS |= {"train again": "checkpoints", "compare again": "lora/lr-0.01/seed-0/log.txt"}
+HOLDS = {
+    "compare again": "results.json",
+    "table": "results.json",
+    **dict.fromkeys(["push", "export to", "export gates"], "export.json"),
+}
 
 
 def test_every_command_is_tried_on_links() -> None:
@@ -208,11 +218,14 @@ def test_a_folder_with_a_link_out_of_it_is_refused(
     outside.mkdir()
     (outside / "key.json").write_text("mine")
     link = run / LINKS.get(command, "adapter.partial")
+    link.parent.mkdir(parents=True, exist_ok=True)
     link.symlink_to(outside)
     if command not in ("train", "compare", "demo"):  # as if one had been killed in its first write
         (run / HOLDS.get(command, "config.yaml")).write_text("{}")
     recipe_values["compare"] = {"methods": {"lora": {"name": "lora", "r": 2}}, "reference": "lora"}
     (tmp_path / "recipe.yaml").write_text(json.dumps(recipe_values))
+    if command == "train again":
+        (run / "config.yaml").write_text(dump_recipe(build_recipe(recipe_values | {"output": str(run)})))
     places = {"RUN": run, "NEW": tmp_path / "new", "RECIPE": tmp_path / "recipe.yaml"}
     places |= {"MODEL": recipe_values["model"]["name"]}
     if "WHOLE" in LINKED[command]:
@@ -221,6 +234,15 @@ def test_a_folder_with_a_link_out_of_it_is_refused(
     assert main([command.partition(" ")[0], *words]) == 2
     assert re.search(f"{link}.*: leads out of {run}; put the file itself there\n$", capsys.readouterr().err)
     assert [path.read_text() for path in outside.iterdir()] == ["mine"]
+
+
+def test_what_is_waited_for_commands_no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = StringIO()
+    terminal.isatty = lambda: True  # pyright: ignore[reportAttributeAccessIssue]
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with status("loading x\x1b[2J[bold]"):
+        pass
+    assert r"loading x\x1b[2J[bold]" in terminal.getvalue()
 
 
 def test_nothing_that_is_printed_commands_the_terminal(

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 # What a run fills in by itself, or PEFT for its own bookkeeping: it may differ from the recipe's.
 _BOOKKEEPING = {"task_type", "base_model_name_or_path", "revision", "inference_mode", "peft_version", "tasks",
-                "past_branches", "target_modules", FORMAT_FIELD}  # fmt: skip
+                "past_branches", "target_modules", "fan_in_fan_out", FORMAT_FIELD}  # fmt: skip
 Shapes = Mapping[str, tuple[int, ...]]
 
 

@@ -23,7 +23,7 @@ from badit.methods import NAMES, AdapterMethod, Method, on_skeleton, options_of
 from badit.models import device, load_tokenizer
 from badit.recipe import Recipe, build_recipe
 from badit.regroup import RegroupOptions
-from badit.train import Plan, Stage, encoded, make_plan, model_dtype, refuse_beyond_model, training_arguments
+from badit.train import Plan, Stage, encoded, make_plan, model_dtype, training_arguments
 from badit.trainer import prompt_argument
 from badit.yaml_values import parse_yaml
 
@@ -125,10 +125,9 @@ def check(recipe: Recipe) -> list[str]:
         method, model = on_skeleton(recipe, [task.name for task in plan.tasks], dtype=model_dtype(recipe))
         size = recipe.training.per_device_train_batch_size
         pairs = ((task, instance) for task in plan.tasks for instance in task.train)
-        longest = encoded(tokenizer, recipe, heapq.nlargest(size, pairs, key=lambda pair: _characters(pair[1])))
-        refuse_beyond_model(longest, model)
+        longest = encoded(tokenizer, recipe, heapq.nlargest(size, pairs, key=lambda pair: _characters(pair[1])), model)
         pairs = [(task, instance) for task in plan.tasks for instance in task.train]
-        some = encoded(tokenizer, recipe, pairs[:: max(1, len(pairs) // _SAMPLED)])
+        some = encoded(tokenizer, recipe, pairs[:: max(1, len(pairs) // _SAMPLED)], model)
     if not method.trains:
         return [*lines, f"the method {method.name} trains nothing"]
     steps = [_steps(plan, stage) for stage in plan.stages]

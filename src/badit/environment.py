@@ -15,6 +15,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from badit.errors import one_line
+
 _PACKAGES = ("badit", "torch", "transformers", "peft", "accelerate", "safetensors", "scipy", "numpy", "trl")
 
 
@@ -45,10 +47,11 @@ def status(text: str) -> Iterator[None]:
         yield
         return
     from rich.console import Console
+    from rich.text import Text
 
     _waiting = True
     try:
-        with Console(stderr=True).status(f"badit: {text} …") as shown:
+        with Console(stderr=True).status(Text(one_line(f"badit: {text} …"))) as shown:
             shown.update(spinner="dots")  # which shows it at once
             yield
     finally:

@@ -31,14 +31,17 @@ from badit.results import read_scores
 from badit.run import Run
 from badit.statistics import FORMS, continual_scores
 from badit.train import (
+    BASE_MODEL,
     Plan,
     Split,
     base_model,
+    changed_inputs,
     encoded,
     encoded_texts,
     fit,
     in_use,
     make_plan,
+    model_fingerprint,
     pad_id,
     refuse_beyond_model,
 )
@@ -133,7 +136,7 @@ def score_model(
         BaditError: an empty prompt.
     """
     pairs: list[tuple[Task, Instance]] = [(task, instance) for task in tasks for instance in getattr(task, split)]
-    examples = encoded(tokenizer, recipe, pairs)
+    examples = encoded(tokenizer, recipe, pairs, model)
     prompts = [example["input_ids"][: example["prompt_length"]] for example in examples]
     if answer is not None:
         found, losses = answer(prompts), [None] * len(pairs)
@@ -256,7 +259,7 @@ def validation_loss(path: str | Path, *, trust_remote_code: bool = False) -> dic
     recipe = run.trusted_recipe(trust_remote_code)
     plan = make_plan(recipe, split="validation")
     model, tokenizer = load_run(run, recipe)
-    examples = encoded(tokenizer, recipe, [(task, each) for task in plan.tasks for each in task.validation])
+    examples = encoded(tokenizer, recipe, [(task, each) for task in plan.tasks for each in task.validation], model)
     losses: dict[str, list[float]] = {}
     found = answer_token_losses(model, tokenizer, recipe, examples, progress=False)
     for example, nll in zip(examples, found, strict=True):
@@ -283,6 +286,11 @@ def load_run(run: Run, recipe: Recipe | None = None) -> tuple[PreTrainedModel | 
     if not run.adapter_path.is_dir():
         raise BaditError(f"{run.path}: has no adapter yet; finish its training with: badit train {run.config_path}")
     model, tokenizer = base_model(recipe)
+    whole = Run.at(recipe.output)
+    known = read_json(whole.environment_path).get("inputs", {}) if whole.environment_path.is_file() else {}
+    if changed_inputs(known, {BASE_MODEL: model_fingerprint(model)}):
+        fix = "restore it, or train again with another output=FOLDER"
+        raise BaditError(f"{run.path}: the base model {recipe.model.name} changed since the run was trained; {fix}")
     return method.load(model, run.adapter_path), tokenizer
 
 
@@ -309,7 +317,7 @@ def answers(
     return generate_answers(
         model,
         tokenizer,
-        encoded_texts(tokenizer, recipe, prompts, None if raw else found),
+        encoded_texts(tokenizer, recipe, prompts, None if raw else found, model, max_new_tokens),
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
         progress=progress,

@@ -352,7 +352,7 @@ def _mean_gates(
         raise BaditError(f"{first}: has no training prompts to take mean gates from; give --gates FILE")
     if missing := [tasks[name] for name in names if name not in by_task]:
         pairs = [(task, instance) for task in missing for instance in task.train[:_PROMPTS_PER_TASK]]
-        examples = encoded(tokenizer, recipe, pairs)
+        examples = encoded(tokenizer, recipe, pairs, model)
         batches = batches_by_task(examples, AnswerCollator(pad_id(tokenizer), with_tasks=True), _BATCH_SIZE)
         layers = adapted_layers(model)
         for name, gates in mean_component_gates(model, batches, progress=progress).items():

@@ -198,7 +198,8 @@ def refuse_links(folder: Path) -> None:
         for path in (Path(place, name) for name in (*folders, *files)):
             if path.is_symlink():
                 inside(folder, folder / path.relative_to(top))
-        folders[:] = [name for name in folders if name != _TRACKER_FOLDER]
+        if "config.yaml" in files or Path(place).parent.name == "stages":  # a run, or a stage of one
+            folders[:] = [name for name in folders if name != _TRACKER_FOLDER]
 
 
 def inside(folder: Path, path: Path) -> Path:
@@ -217,13 +218,13 @@ _held: set[Path] = set()
 
 @contextmanager
 def exclusive(folder: Path) -> Iterator[None]:
-    """Within, other processes are kept out of a folder, which is made if it is not there.
+    """Within, other processes are kept out of a folder, which is made if it is not there and has no links out of it.
 
     The lock ends with the process, which may enter again what it holds already. File systems without locks are used
     without one.
 
     Raises:
-        BaditError: another process holds the folder; the message names it.
+        BaditError: another process holds the folder, which the message names, or a link leads out of it.
     """
     place, is_new = folder.resolve(), not folder.exists()
     if place in _held:
@@ -241,6 +242,7 @@ def exclusive(folder: Path) -> Iterator[None]:
         except OSError:
             pass
         _held.add(place)
+        refuse_links(folder)
         write_text(owner, f"process {os.getpid()} on {socket.gethostname()}\n")
         yield
     finally:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 from transformers.pytorch_utils import Conv1D
@@ -120,11 +120,12 @@ class AdapterMethod(Method):
     def apply(self, model: PreTrainedModel, tasks: Sequence[str] = ()) -> PeftModel:
         """PEFT's own methods adapt the same modules as BADIT; a method that tells tasks apart learns their names."""
         config: Any = self.config
-        if getattr(config, "init_lora_weights", None) == "olora" and any(
-            isinstance(m, Conv1D) for m in model.modules()
-        ):
-            # PEFT factorises its weight the wrong way round.
-            raise BaditError("method: PEFT's olora cannot adapt the Conv1D layers of this model; take pissa instead")
+        if isinstance(config, LoraConfig) and any(isinstance(module, Conv1D) for module in model.modules()):
+            if config.init_lora_weights == "olora":  # PEFT factorises its weight the wrong way round
+                raise BaditError(
+                    "method: PEFT's olora cannot adapt the Conv1D layers of this model; take pissa instead"
+                )
+            config.fan_in_fan_out = True  # as PEFT would set it, with a warning
         if self.needs_tasks and config.tasks is None and tasks:
             config.tasks = list(tasks)
         if config.target_modules is None:
@@ -136,7 +137,11 @@ class AdapterMethod(Method):
             return get_peft_model(model, config)  # pyright: ignore[reportReturnType] (never a mixed model)
         except BaditError:
             raise
-        except (ValueError, RuntimeError) as error:  # a target_modules that is not there, or a rank beyond all memory
+        except (
+            ValueError,
+            RuntimeError,
+            OverflowError,
+        ) as error:  # no such target_modules, or a rank beyond all memory
             raise BaditError(f"method: {first_line(error)}") from None
 
     def proceed(self, model: PreTrainedModel, folder: Path) -> PeftModel:

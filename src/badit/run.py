@@ -123,6 +123,7 @@ class Run:
         from badit.recipe import differing_keys, dump_recipe
 
         run = cls.at(recipe.output)
+        refuse_links(run.path)
         if run.config_path.is_file():
             aside = {"output", "compare"}
             if keys := differing_keys(run.recipe.model_dump(exclude=aside), recipe.model_dump(exclude=aside)):
@@ -133,7 +134,6 @@ class Run:
             return run
         if run.path.exists() and (not run.path.is_dir() or not is_unused(run.path)):
             raise BaditError(f"{run.path}: exists and is not a run's folder; choose another output=FOLDER")
-        refuse_links(run.path)
         run.path.mkdir(parents=True, exist_ok=True)
         write_text(run.config_path, dump_recipe(recipe))
         return run

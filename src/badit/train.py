@@ -61,6 +61,8 @@ if TYPE_CHECKING:
 Split = Literal["test", "validation"]
 SettledDtype = Literal["auto", "float32", "bfloat16", "float16"]
 
+# The name of its fingerprint among a run's inputs.
+BASE_MODEL = "the base model"
 # Keeps the random numbers of a sequence's tasks apart, and those of runs whose seeds are close.
 _SEEDS_PER_STAGE = 1_000
 
@@ -196,7 +198,7 @@ def _train_stage(
 
     transformers.set_seed(seed)
     base, tokenizer = base_model(recipe, dtype="float32" if method.trains_base_weights else None)
-    keep_inputs(Run.at(recipe.output), {"the base model": model_fingerprint(base)}, allow_changed_inputs)
+    keep_inputs(Run.at(recipe.output), {BASE_MODEL: model_fingerprint(base)}, allow_changed_inputs)
     with status(f"preparing the model for {method.name}"):
         names = [task.name for task in plan.tasks]
         model = method.apply(base, names) if learnt is None else method.proceed(base, learnt)
@@ -210,7 +212,7 @@ def _train_stage(
     batches = batches_by_task(examples, collate, recipe.training.per_device_train_batch_size)
     held_out = None
     if recipe.training.eval_strategy != "no":
-        held_out = encoded(tokenizer, recipe, [(task, one) for task in stage.tasks for one in task.validation])
+        held_out = encoded(tokenizer, recipe, [(task, one) for task in stage.tasks for one in task.validation], base)
         held_out.sort(key=lambda example: len(example["input_ids"]))
     with status(f"preparing the data for {method.name}"):
         method.before_training(model, batches)
@@ -296,16 +298,26 @@ def keep_inputs(run: Run, found: Mapping[str, str], allow_changed: bool = False)
     """
     content = read_json(run.environment_path) if run.environment_path.is_file() else {}
     known: dict[str, str] = content.get("inputs", {})
-    changed = [name for name in found if known.get(name, found[name]) != found[name]]
+    changed = changed_inputs(known, found)
     if changed and not allow_changed:
         names = ", ".join(changed[:5]) + (f" and {len(changed) - 5} more" if len(changed) > 5 else "")
         raise BaditError(
             f"{run.path}: {names} changed since the run began; restore the former input, choose another output=FOLDER, "
             "or continue with --allow-changed-inputs"
         )
-    if is_main_process() and content and not found.items() <= known.items():
+    if is_main_process() and content and (changed or not found.items() <= known.items()):
         record = {"changed_inputs": sorted({*content.get("changed_inputs", ()), *changed})} if changed else {}
-        write_json(run.environment_path, {**content, "inputs": {**known, **found}, **record})
+        kept = {name: value for name, value in known.items() if name not in changed}
+        write_json(run.environment_path, {**content, "inputs": {**kept, **found}, **record})
+
+
+def changed_inputs(known: Mapping[str, str], found: Mapping[str, str]) -> list[str]:
+    """The inputs that are not as a run knows them; of tasks, also those that have been added or removed."""
+    tasks = {name for name in (*known, *found) if name.startswith("task ")}
+    if tasks.isdisjoint(known) or tasks.isdisjoint(found):
+        tasks = set()
+    compared = tasks | (known.keys() & found.keys())
+    return sorted(name for name in compared if known.get(name) != found.get(name))
 
 
 def task_fingerprints(tasks: Sequence[Task]) -> dict[str, str]:
@@ -314,14 +326,15 @@ def task_fingerprints(tasks: Sequence[Task]) -> dict[str, str]:
 
 
 def model_fingerprint(model: PreTrainedModel) -> str:
-    """A hash of some numbers of every weight, the same in every floating-point type that holds them."""
+    """A hash of every weight: the sum of its bits in bfloat16 and 64 of its numbers. Quantised weights are left out."""
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
         if type(parameter.data) is not torch.Tensor or not parameter.is_floating_point():
             continue  # quantised
         flat = parameter.detach().flatten()
         some = flat[:: max(1, flat.numel() // 64)][:64].bfloat16().float().cpu()
-        digest.update(f"{name} {tuple(parameter.shape)}".encode() + some.numpy().tobytes())
+        total = int(flat.bfloat16().view(torch.int16).sum(dtype=torch.int64))
+        digest.update(f"{name} {tuple(parameter.shape)} {total}".encode() + some.numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
@@ -347,7 +360,7 @@ def refuse_beyond_model(
         if isinstance(positions, int) and len(ids) + more > positions:
             raise BaditError(
                 f"instance {name} has {len(ids)} tokens{f' and {more} to come' if more else ''}, the model {positions} "
-                "positions; lower prompt.max_source_tokens"
+                "positions; lower prompt.max_source_tokens or the number of new tokens"
             )
         if max(ids, default=0) >= len(embeddings):
             raise BaditError(
@@ -418,23 +431,28 @@ def _total(stages: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def encoded(
-    tokenizer: PreTrainedTokenizerBase, recipe: Recipe, pairs: Iterable[tuple[Task, Instance]]
+    tokenizer: PreTrainedTokenizerBase, recipe: Recipe, pairs: Iterable[tuple[Task, Instance]], model: Any
 ) -> list[dict[str, Any]]:
-    """Instances of tasks in the recipe's prompt format, as token ids and labels."""
-    return encode_examples(tokenizer, list(pairs), **recipe.prompt.model_dump())
+    """Instances of tasks in the recipe's prompt format, as token ids and labels; BaditError if not for the model."""
+    examples = encode_examples(tokenizer, list(pairs), **recipe.prompt.model_dump())
+    if model is not None:  # else a server has it
+        refuse_beyond_model(examples, model)
+    return examples
 
 
 def encoded_texts(
-    tokenizer: PreTrainedTokenizerBase, recipe: Recipe, texts: Sequence[str], task: Task | None = None
+    tokenizer: PreTrainedTokenizerBase, recipe: Recipe, texts: Sequence[str], task: Task | None, model: Any, more: int
 ) -> list[list[int]]:
-    """Token ids of prompts: of texts as they are, or as inputs of a task."""
+    """Token ids of prompts for a model that adds ``more`` tokens: of texts as they are, or as inputs of a task."""
     section = recipe.prompt
     prompts: list[Any] = list(texts)
     if task is not None:
         inputs = [Instance(id="", input=text, outputs=("",)) for text in texts]
         prompts = [build_prompt(task, instance, section.encoding) for instance in inputs]
     options: Any = {"max_source_tokens": section.max_source_tokens, "chat_template": section.chat_template}
-    return encode_prompts(tokenizer, prompts, **options)
+    found = encode_prompts(tokenizer, prompts, **options)
+    refuse_beyond_model([{"task": "prompt", "id": i, "input_ids": ids} for i, ids in enumerate(found)], model, more)
+    return found
 
 
 def base_model(recipe: Recipe, *, dtype: SettledDtype | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

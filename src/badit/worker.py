@@ -12,7 +12,7 @@ import traceback
 from pathlib import Path
 
 from badit.errors import BaditError, explained
-from badit.files import write_json, write_text
+from badit.files import exclusive, write_json, write_text
 from badit.run import Run
 
 ERROR, LOG = "error.txt", "log.txt"
@@ -119,12 +119,13 @@ def _run(folder: Path, config: str, *, score: bool) -> None:
     from badit.train import fit
 
     recipe = build_recipe(json.loads(config))
-    if not score:
-        validation_loss(fit(recipe, progress=False).path, trust_remote_code=recipe.model.trust_remote_code)
-        return
-    train_and_score(recipe, progress=False)
-    run = Run(folder)
-    write_json(run.instances_path, instance_scores(group_by_task(read_predictions(run.predictions_path))))
+    with exclusive(folder):
+        if not score:
+            validation_loss(fit(recipe, progress=False).path, trust_remote_code=recipe.model.trust_remote_code)
+            return
+        train_and_score(recipe, progress=False)
+        run = Run(folder)
+        write_json(run.instances_path, instance_scores(group_by_task(read_predictions(run.predictions_path))))
 
 
 if __name__ == "__main__":

@@ -125,7 +125,7 @@ def test_a_tasks_gates_are_the_mean_over_its_training_prompts(trained: Trained, 
     model, tokenizer = load_run(run)
     means = {}
     for task in make_plan(recipe).tasks:
-        examples = encoded(tokenizer, recipe, [(task, instance) for instance in task.train])
+        examples = encoded(tokenizer, recipe, [(task, instance) for instance in task.train], None)
         batches = batches_by_task(examples, AnswerCollator(0, with_tasks=True), 1)  # a prompt at a time
         means[task.name] = mean_component_gates(model, batches)[task.name]
     kept = {}

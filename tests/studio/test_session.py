@@ -42,7 +42,7 @@ def one(shown, name, side):
 def prompt(session, *, answer=False):
     task = session.tasks["rivers"]
     instance = task.train[0].model_copy(update={"input": "land 3"})
-    (example,) = encoded(session.tokenizer, session.recipe, [(task, instance)])
+    (example,) = encoded(session.tokenizer, session.recipe, [(task, instance)], session.model)
     return example if answer else {**example, "input_ids": example["input_ids"][: example["prompt_length"]]}
 
 

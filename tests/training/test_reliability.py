@@ -16,6 +16,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
 from badit.cli import main
 from badit.data import load_tasks
@@ -118,16 +119,24 @@ def test_a_run_whose_inputs_have_changed_is_not_continued(
     shutil.rmtree(run.adapter_path)
     run.scores_path.unlink()
     lines = source.read_text().splitlines(keepends=True)
+    of_one = [line for line in lines if '"cities"' in line]
+    added = [line.replace('"rivers"', '"lakes"') for line in lines if '"rivers"' in line]
+    for changed, name in ((lines + added, "lakes"), (of_one, "rivers"), (lines[:-1], "rivers")):
+        source.write_text("".join(changed))
+        assert main(["train", str(recipe_file)]) == 2
+        assert f"{run.path}: task {name} changed since the run began" in capsys.readouterr().err
     source.write_text("".join([*lines, lines[-1].replace('"input": "', '"input": "more ')]))
     assert main(["train", str(recipe_file)]) == 2
     assert "changed since the run began" in capsys.readouterr().err
     assert main(["train", str(recipe_file), "--allow-changed-inputs"]) == 0
     assert len(run.environment["changed_inputs"]) == 1
     capsys.readouterr()
-    shutil.rmtree(run.adapter_path)
     weights = Path(recipe_values["model"]["name"], "model.safetensors")
     tensors = {name: tensor * 1.5 for name, tensor in load_file(weights).items()}
     save_file(tensors, weights, metadata={"format": "pt"})
+    assert main(["evaluate", str(run.path)]) == 2
+    assert "changed since the run was trained; restore it" in capsys.readouterr().err
+    shutil.rmtree(run.adapter_path)
     run.scores_path.unlink()
     assert main(["train", str(recipe_file)]) == 2
     assert f"{run.path}: the base model changed" in capsys.readouterr().err
@@ -188,6 +197,49 @@ def test_instances_beyond_the_model_are_named(tiny_model: Callable[..., Any]) ->
     rows = rotary.config.vocab_size
     with pytest.raises(BaditError, match=f"instance cities/7 has token {rows}, the model {rows} embeddings"):
         refuse_beyond_model([{**example, "input_ids": [rows]}], rotary)
+
+
+def test_prompts_beyond_the_model_are_refused_by_every_command(
+    tiny_model: Callable[..., Any], recipe_values: Values, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A GPT-2 of 96 positions, on which LoRA also changes a Conv1D's setting that PEFT saves."""
+    folder = Path(recipe_values["model"]["name"])
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tiny_model("gpt2", n_positions=96, vocab_size=len(tokenizer), eos_token_id=2).save_pretrained(folder)
+    recipe, output, held_out = tmp_path / "gpt2.yaml", recipe_values["output"], tmp_path / "long.jsonl"
+    values = {"method": {"name": "lora", "r": 2}, "training": {"max_steps": 1}, "prompt": {"chat_template": "never"}}
+    recipe.write_text(yaml.safe_dump(recipe_values | values))
+    assert main(["train", str(recipe)]) == 0
+    one = {"task": "lakes", "instruction": "Name it.", "input": "land " * 120, "output": "sea"}
+    rows = [{**one, "split": split, "input": "land"} for split in ("train", "train", "test")]
+    held_out.write_text("\n".join(map(json.dumps, [*rows, *[{**one, "split": "validation"}] * 2])))
+    evaluated = ["output=" + str(tmp_path / "new"), f"data.source={held_out}", "training.eval_strategy=epoch"]
+    for words in (
+        ["generate", output, "land " * 120],
+        ["generate", output, "land", "--task=cities", "--max-new-tokens=100"],
+        ["analyze", "--data", str(held_out), output],
+        ["train", str(recipe), *evaluated],
+    ):
+        capsys.readouterr()
+        assert main(words) == 2, words
+        assert "96 positions; lower prompt.max_source_tokens" in capsys.readouterr().err, words
+
+
+@pytest.mark.parametrize("attempt", range(STRESS))
+def test_of_two_processes_that_compare_into_one_folder_one_is_refused(
+    attempt: int, recipe_values: Values, tmp_path: Path
+) -> None:
+    recipe = tmp_path / "compare.yaml"
+    methods = {"base": {"name": "base"}, "lora": {"name": "lora", "r": 2}}
+    section = {"methods": methods, "reference": "lora", "seeds": [0]}
+    recipe.write_text(yaml.safe_dump(recipe_values | {"training": {"max_steps": 1}, "compare": section}))
+    command = [sys.executable, "-m", "badit", "compare", str(recipe)]
+    pair = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    said = [process.communicate()[1] for process in pair]
+    assert sorted(process.returncode for process in pair) in ([0, 2], [0, 0]), said
+    assert all("is in use by" in said[i] for i, process in enumerate(pair) if process.returncode)
+    cells = json.loads(Path(recipe_values["output"], "results.json").read_text())["cells"]
+    assert [cell["status"] for cell in cells] == ["done", "done"]
 
 
 @pytest.mark.parametrize(

@@ -212,7 +212,7 @@ def naive_loss(recipe, *, routed_by=None):
     for task in make_plan(recipe).tasks:
         losses = []
         for instance in task.validation:
-            example = encoded(tokenizer, recipe, [(task, instance)])[0]
+            example = encoded(tokenizer, recipe, [(task, instance)], model)[0]
             ids, prompt = torch.tensor([example["input_ids"]]), example["prompt_length"]
             inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
             if routed_by is not None:

@@ -74,7 +74,7 @@ def neurons_of_tasks(recipe):
     collate = AnswerCollator(pad_id(tokenizer))
     masks = []
     for task in make_plan(recipe).tasks:
-        batch = collate(encoded(tokenizer, recipe, [(task, instance) for instance in task.train]))
+        batch = collate(encoded(tokenizer, recipe, [(task, instance) for instance in task.train], None))
         masks.append(top_neurons(neuron_scores(model, [batch]), SHARE))
     return union(*masks)
 

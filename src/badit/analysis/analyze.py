@@ -112,7 +112,8 @@ def _measure(
         Run.prepare(recipe)
         if not run.environment_path.is_file():
             write_json(run.environment_path, environment())
-    examples = encoded(tokenizer, recipe, [(task, instance) for task, instances in chosen for instance in instances])
+    pairs = [(task, instance) for task, instances in chosen for instance in instances]
+    examples = encoded(tokenizer, recipe, pairs, model)
     batches = batches_by_task(examples, AnswerCollator(pad_id(tokenizer), with_tasks=True), _BATCH_SIZE)
     gates = prompt_gates(model, batches) if active_experts(model) else None
 

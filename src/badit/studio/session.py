@@ -102,7 +102,7 @@ class Session:
         for task in (task for task in self.tasks.values() if task.train):
             with self._free:
                 prompts = task.train[:_PROMPTS_PER_TASK]
-                examples = encoded(self.tokenizer, self.recipe, [(task, instance) for instance in prompts])
+                examples = encoded(self.tokenizer, self.recipe, [(task, one) for one in prompts], self.model)
                 by_task |= prompt_gates(self.model, batches_by_task(examples, collate, _PROMPTS_PER_TASK)).by_task
             time.sleep(_PAUSE)
         frame = gates_frame(PromptGates([one.place for one in self.experts], by_task))
@@ -181,7 +181,8 @@ class Session:
         """
         with self._free:
             task = None if question.task is None else self._task(question.task)
-            (ids,) = encoded_texts(self.tokenizer, self.recipe, [question.text], task)
+            of_model = self.model, question.max_new_tokens
+            (ids,) = encoded_texts(self.tokenizer, self.recipe, [question.text], task, *of_model)
             show("prompt", {"text": self.tokenizer.decode(ids), "tokens": len(ids)})
             for side in question.sides:
                 self._answer(side, question, ids, show)
