@@ -58,7 +58,8 @@ class TrainingSection(Section):
 
     #: The fields that are badit's own: arguments of :class:`badit.trainer.AnswerTrainer`.
     OWN: ClassVar[set[str]] = {
-        "group_by_length", "max_skipped_steps", "optimizer", "lora_plus_ratio", "early_stopping_patience"
+        "group_by_length", "max_skipped_steps", "optimizer", "lora_plus_ratio", "router_lr_ratio",
+        "early_stopping_patience"
     }  # fmt: skip
 
     model_config = ConfigDict(extra="allow")
@@ -71,6 +72,9 @@ class TrainingSection(Section):
         "adamw", description="lora+: B learns lora_plus_ratio times as fast as A; orthogonal: badit.OrthogonalUpdates"
     )
     lora_plus_ratio: float = Field(16.0, gt=0, description="for optimizer: lora+")
+    router_lr_ratio: float = Field(
+        1.0, gt=0, description="learning rate of routers, and whatever is no factor, over that of the factors"
+    )
     learning_rate: float = Field(5e-4, gt=0)
     lr_scheduler_type: str = Field("cosine", description="such as cosine, linear, constant or constant_with_warmup")
     warmup_steps: Steps = Field(0.03, description="below 1: a fraction of the run")

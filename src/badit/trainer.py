@@ -49,6 +49,7 @@ class AnswerTrainer(Trainer):
         max_skipped_steps: steps with a loss or gradient that is not finite to skip before giving up.
         optimizer: ``adamw`` (or what ``args.optim`` names), ``lora+`` or ``orthogonal``, with the arguments' rates.
         lora_plus_ratio: B's learning rate over A's, for ``lora+``.
+        router_lr_ratio: that of everything that is no factor over that of the factors (for ``lora+``, of A).
         early_stopping_patience: evaluations without a better loss before the training stops; None never stops it.
 
     Attributes:
@@ -66,6 +67,7 @@ class AnswerTrainer(Trainer):
         max_skipped_steps: int = 10,
         optimizer: OptimizerName = "adamw",
         lora_plus_ratio: float = 16.0,
+        router_lr_ratio: float = 1.0,
         early_stopping_patience: int | None = None,
         **kwargs: Any,
     ) -> None:
@@ -79,19 +81,21 @@ class AnswerTrainer(Trainer):
         self._at_last_line = (0, 0)  # of the log: the step, and the skipped ones until then
         self._micro_batches: list[tuple[torch.Tensor, Mapping[str, Any]]] = []
         self._group_by_length, self._quotas = group_by_length, quotas
-        self._optimizer_name, self._lora_plus_ratio = optimizer, lora_plus_ratio
+        self._optimizer_name, self._router_lr_ratio = optimizer, router_lr_ratio
+        self._lora_plus_ratio = lora_plus_ratio if optimizer == "lora+" else 1.0
         # The loss below is divided by the number of labels in the accumulated batch, so the Trainer must count them.
         self.model_accepts_loss_kwargs = True
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """HF's, on the groups of LoRA+ if that is asked for; or orthogonal updates."""
+        """HF's, on groups with learning rates of their own if these are asked for; or orthogonal updates."""
         trained: Any = self.model if model is None else model
         rate = self.args.learning_rate
+        other = rate * self._router_lr_ratio
         if self.optimizer is None and self._optimizer_name == "orthogonal":
-            self.optimizer = OrthogonalUpdates(trained, rate, weight_decay=self.args.weight_decay)
-        elif self.optimizer is None and self._optimizer_name == "lora+":
+            self.optimizer = OrthogonalUpdates(trained, rate, other_lr=other, weight_decay=self.args.weight_decay)
+        elif self.optimizer is None and (self._lora_plus_ratio, self._router_lr_ratio) != (1.0, 1.0):
             kind, options = self.get_optimizer_cls_and_kwargs(self.args, trained)
-            groups = lora_plus_groups(trained, rate, self._lora_plus_ratio)
+            groups = lora_plus_groups(trained, rate, self._lora_plus_ratio, other_lr=other)
             self.optimizer = kind(groups, **options, weight_decay=self.args.weight_decay)
         return super().create_optimizer(model)
 

@@ -25,10 +25,11 @@ def test_a_run_trains_with_the_optimizer_of_its_recipe(recipe_values: Values) ->
     used: list[Any] = []
     adapters = []
     for name in ("adamw", "lora+", "orthogonal"):
-        values = values_with(recipe_values, name, optimizer=name, lora_plus_ratio=4.0, max_steps=3)
+        values = values_with(recipe_values, name, optimizer=name, lora_plus_ratio=4.0, router_lr_ratio=0.5, max_steps=3)
         with with_callbacks(on("on_train_begin", lambda state, keywords: used.append(keywords["optimizer"].optimizer))):
             adapters.append(learned(fit(build_recipe(values), progress=False)))
     assert [group["initial_lr"] for group in used[1].param_groups[:2]] == [1e-2, 4e-2]
+    assert [optimizer.param_groups[-1]["initial_lr"] for optimizer in used] == [5e-3] * 3, "the routers' rate"
     assert isinstance(used[2], OrthogonalUpdates)
     changed = next(key for key in adapters[0] if key.endswith("badit_B"))
     assert not any(torch.equal(adapters[0][changed], other[changed]) for other in adapters[1:])
