@@ -265,6 +265,7 @@ class BaditConfig(ExpertConfig):
         None,
         "Names of fused weights of MoE experts to adapt, such as 'experts.gate_up_proj': every matrix has its own "
         "experts and router. Without target_modules, nothing else is adapted.",
+        Rule("a list of names", lambda value: value is None or isinstance(value, (list, tuple, set))),
     )
     bias: str = option("none", "Biases to train: 'none', 'all' or 'badit_only'.", one_of("none", "all", "badit_only"))
 
@@ -279,8 +280,10 @@ class BaditConfig(ExpertConfig):
             self._check_top_k(self.top_k)
         if self.router_input == "standardised" and self.routing != "prompt":
             raise BaditError("router_input='standardised' compares prompts: it needs routing='prompt'")
-        if self.target_parameters and self.routing != "prompt":
-            raise BaditError("target_parameters needs routing='prompt'")
+        if self.target_parameters and (self.routing != "prompt" or self.layers_to_transform is not None):
+            raise BaditError(
+                "target_parameters needs routing='prompt', and whole names in place of layers_to_transform"
+            )
         if self.bias != "none" and not _PEFT_SAVES_BIASES:
             raise BaditError("bias must be 'none' with PEFT before 0.21, which would not save the trained biases")
 
