@@ -128,8 +128,9 @@ class AdapterMethod(Method):
             raise BaditError("method: PEFT's olora cannot adapt the Conv1D layers of this model; take pissa instead")
         if self.needs_tasks and config.tasks is None and tasks:
             config.tasks = list(tasks)
-        if config.target_modules is None and not getattr(config, "target_parameters", None):
-            config.target_modules = default_targets(model)
+        if config.target_modules is None:
+            fused = getattr(config, "target_parameters", None)
+            config.target_modules = set() if fused else default_targets(model)
             if config.target_modules is None:
                 raise BaditError(f"method.target_modules: name the modules to adapt in a {model.config.model_type}")
         try:
