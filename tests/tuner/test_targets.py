@@ -100,6 +100,10 @@ def test_fused_experts_are_adapted_from_step_0_to_unloading(tiny_model, tmp_path
         logits(model, row[keep.bool()][None], keep[keep.bool()][None]) for row, keep in zip(IDS, MASK, strict=True)
     ]
     torch.testing.assert_close(torch.cat(alone), expected, atol=2e-5, rtol=0)
+    if family != "gpt_oss":  # whose attention does not tell packed rows apart in transformers 5.24
+        packed = {"input_ids": IDS[MASK.bool()][None], "position_ids": (MASK.cumsum(dim=1) - 1)[MASK.bool()][None]}
+        found = model(**packed, use_cache=False).logits[0].detach()
+        torch.testing.assert_close(found, expected, atol=2e-5, rtol=0)
     assert torch.equal(generate(model, ids, mask), greedy_by_hand(model, ids, mask, 6))
     model.save_pretrained(tmp_path)
     assert torch.equal(logits(PeftModel.from_pretrained(tiny_model(family), tmp_path)), expected)

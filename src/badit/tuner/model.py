@@ -129,10 +129,9 @@ class ExpertModel(Hooks, BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        routing = RoutingContext.of(self.model)
         if parameter_name is not None:
             name = f"{current_key.rpartition('.')[0]}.{parameter_name}"
-            matrices = split_experts(target, parameter_name, name, routing)
+            matrices = split_experts(target, parameter_name, name, RoutingContext.of(self.model))
             for index, matrix in enumerate(matrices):
                 self._create_and_replace(peft_config, adapter_name, matrix, str(index), matrices, f"{name}.{index}")
             return
@@ -141,7 +140,7 @@ class ExpertModel(Hooks, BaseTuner):
             return
         refuse_unsuitable_layer(target, current_key, peft_config.method)
         layer_cls: Any = self.tuner_layer_cls
-        layer = layer_cls(target, current_key, routing, adapter_name, peft_config)
+        layer = layer_cls(target, current_key, RoutingContext.of(self.model), adapter_name, peft_config)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)

@@ -101,7 +101,7 @@ def base_layer(model: nn.Module, name: str) -> Any:
     """The module of this name; for EXPERTS.PARAMETER.INDEX, where the parameter is a fused weight, its matrix."""
     weight, _, index = name.rpartition(".")
     experts, _, parameter = weight.rpartition(".")
-    if index.isdigit() and isinstance(getattr(model.get_submodule(experts), parameter), nn.Parameter):
+    if index.isdigit() and isinstance(getattr(model.get_submodule(experts), parameter, None), nn.Parameter):
         return FusedExpert(model.get_submodule(experts), parameter, int(index))
     return model.get_submodule(name)
 
