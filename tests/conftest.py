@@ -23,10 +23,13 @@ from transformers import (
     Gemma2Config,
     Gemma3TextConfig,
     GPT2Config,
+    GptOssConfig,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
     PreTrainedConfig,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 from badit.recipe import build_recipe
@@ -51,6 +54,7 @@ _DECODER: dict[str, Any] = {
 }
 _WINDOW: dict[str, Any] = {"sliding_window": 4}  # shorter than the tests' prompts
 _MIXED = {**_WINDOW, "layer_types": ["sliding_attention", "full_attention"]}
+_MOE: dict[str, Any] = {**_DECODER, "num_local_experts": 5, "num_experts_per_tok": 2}
 _GPT2: dict[str, Any] = {"n_embd": 32, "n_inner": 48, "n_layer": 2, "n_head": 4, "n_positions": 128}
 _FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
     "llama": lambda: LlamaConfig(**_DECODER),
@@ -58,6 +62,9 @@ _FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
     "gemma2": lambda: Gemma2Config(**_DECODER, query_pre_attn_scalar=8, **_MIXED),
     "gemma3": lambda: Gemma3TextConfig(**_DECODER, query_pre_attn_scalar=8, **_MIXED),
     "mistral": lambda: MistralConfig(**_DECODER, **_WINDOW),
+    "mixtral": lambda: MixtralConfig(**_MOE),
+    "qwen3_moe": lambda: Qwen3MoeConfig(**_MOE, num_experts=5, moe_intermediate_size=24),
+    "gpt_oss": lambda: GptOssConfig(**_MOE),
     "gpt2": lambda: GPT2Config(**_COMMON, **_GPT2, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0),
 }
 

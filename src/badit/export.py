@@ -45,6 +45,7 @@ from badit.run import RECORD, Run
 from badit.train import base_model, encoded, make_plan, model_dtype, model_fingerprint, pad_id, task_fingerprints
 from badit.tuner import hooks_of
 from badit.tuner.config import is_number
+from badit.tuner.targets import FusedExpert, base_layer, short_names
 
 #: The ranks of vLLM's ``--max-lora-rank``; an adapter takes the next one up.
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -451,23 +452,27 @@ def write_adapter(folder: Path, factors: Factors, base: nn.Module, name: str, re
     rank = len(next(iter(factors.values()))[0])
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": name, "revision": revision}
     config |= {"r": rank, "lora_alpha": rank, "lora_dropout": 0.0}  # a scaling of 1: B has it
-    config |= {"target_modules": target_modules(base, factors), "bias": "none", "modules_to_save": None}
-    config |= {"fan_in_fan_out": any(isinstance(base.get_submodule(module), Conv1D) for module in factors)}
+    layers = {module: base_layer(base, module) for module in factors}
+    modules = [module for module, layer in layers.items() if not isinstance(layer, FusedExpert)]
+    config |= {"target_modules": short_names(base, modules), "bias": "none", "modules_to_save": None}
+    config |= {"fan_in_fan_out": any(isinstance(layer, Conv1D) for layer in layers.values())}
     config |= {"use_rslora": False, "use_dora": False, "init_lora_weights": True, "inference_mode": True}
     config |= {"rank_pattern": {}, "alpha_pattern": {}}
-    tensors = {}
-    for module, (a_PI, b_OP) in factors.items():
-        tensors[f"base_model.model.{module}.lora_A.weight"] = a_PI.contiguous()
-        tensors[f"base_model.model.{module}.lora_B.weight"] = b_OP.contiguous()
+    pairs: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}  # by module, or of all matrices of a fused weight
+    for name, pair in factors.items():
+        pairs.setdefault(name if name in modules else name.rpartition(".")[0], []).append(pair)
+    if fused := pairs.keys() - modules:
+        config["target_parameters"] = sorted({".".join(name.split(".")[-2:]) for name in fused})
+    tensors, wrappers = {}, Counter()
+    for name, of_name in reversed(pairs.items()):
+        if name in fused:  # PEFT wraps the module of fused weights again for each, the last one outermost
+            name, _, _ = name.rpartition(".")
+            wrappers[name] += 1
+            name += ".base_layer" * (wrappers[name] - 1)
+        tensors[f"base_model.model.{name}.lora_A.weight"] = torch.cat([a_PI for a_PI, _ in of_name])
+        tensors[f"base_model.model.{name}.lora_B.weight"] = torch.stack([b for _, b in of_name], dim=-1).flatten(1)
     save_file(tensors, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
     write_json(folder / CONFIG_NAME, config)
-
-
-def target_modules(base: nn.Module, factors: Factors) -> list[str]:
-    """The modules' last names, if these mean the same modules; else their whole names."""
-    last_names = {name.rpartition(".")[2] for name in factors}
-    meant = {name for name, _ in base.named_modules() if name.rpartition(".")[2] in last_names}
-    return sorted(last_names if meant == factors.keys() else factors)
 
 
 @torch.no_grad()
@@ -475,7 +480,7 @@ def merge(base: nn.Module, factors: Factors) -> None:
     """Adds B A to every weight, in float32, rounded once to the weight's own type."""
     owners = Counter(id(parameter) for _, parameter in base.named_parameters(remove_duplicate=False))
     for name, (a_PI, b_OP) in factors.items():
-        layer: Any = base.get_submodule(name)
+        layer = base_layer(base, name)
         if owners[id(layer.weight)] > 1:
             raise BaditError(f"{name}: shares its weight with another module, so nothing can be merged into it alone")
         delta_OI = (b_OP @ a_PI).to(layer.weight.device)

@@ -39,7 +39,8 @@ from badit.surgery import Surgery, SurgeryTrainer
 from badit.trainer import AnswerTrainer
 from badit.tuner import BaditConfig
 from badit.tuner.config import COUNT, FORMAT_FIELD, RETIRED_FIELDS, SHARE, check_options, described, option
-from badit.tuner.model import TARGET_MODULES, TaskBatches, hooks_of
+from badit.tuner.model import TaskBatches, hooks_of
+from badit.tuner.targets import default_targets
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -129,10 +130,10 @@ class AdapterMethod(Method):
         if self.needs_tasks and config.tasks is None and tasks:
             config.tasks = list(tasks)
         if config.target_modules is None:
-            default = TARGET_MODULES.get(model.config.model_type)
-            if default is None:
+            fused = getattr(config, "target_parameters", None)
+            config.target_modules = set() if fused else default_targets(model)
+            if config.target_modules is None:
                 raise BaditError(f"method.target_modules: name the modules to adapt in a {model.config.model_type}")
-            config.target_modules = set(default)
         try:
             return get_peft_model(model, config)  # pyright: ignore[reportReturnType] (never a mixed model)
         except BaditError:

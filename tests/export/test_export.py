@@ -24,11 +24,12 @@ from badit.cli import main
 from badit.data import AnswerCollator, batches_by_task
 from badit.errors import BaditError
 from badit.evaluate import evaluate, load_run
-from badit.export import Export, export, merge, mixture_factors, score_export, target_modules, write_adapter
+from badit.export import Export, export, merge, mixture_factors, score_export, write_adapter
 from badit.files import OWNER
 from badit.run import Run
 from badit.train import encoded, make_plan
 from badit.tuner import hooks_of
+from badit.tuner.targets import short_names
 from baselines import naive as baselines
 from export.contract import check_adapter
 from tuner.helpers import FAMILIES, adapt, adapted, forward, layers, padded, random_rows
@@ -375,9 +376,9 @@ def test_names_that_mean_other_modules_are_whole_and_nothing_is_merged_into_a_sh
     base = tiny_model("llama")
     names = [f"model.layers.{i}.mlp.{part}" for i in range(2) for part in ("gate_proj", "up_proj")]
     factors: Any = dict.fromkeys(names)
-    assert target_modules(base, factors) == ["gate_proj", "up_proj"]
+    assert short_names(base, factors) == ["gate_proj", "up_proj"]
     del factors[names[0]]
-    assert target_modules(base, factors) == sorted(names[1:])
+    assert short_names(base, factors) == sorted(names[1:])
     base = tiny_model("gpt2")  # whose head is its embedding
     before = base.lm_head.weight.clone()
     with pytest.raises(BaditError, match="lm_head: shares its weight with another module"):

@@ -1,5 +1,7 @@
 """Six model families: where the adapter goes, and that step 0 is the base model."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -58,7 +60,7 @@ def test_an_encoder_decoder_routes_by_token_only():
     t5 = T5Config(
         vocab_size=50, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=0, pad_token_id=0
     )
-    options = {"target_modules": ["wi"], "task_type": None}
+    options: dict[str, Any] = {"task_type": None}
     with pytest.raises(BaditError, match="decoder-only models; use routing='token'"):
         adapt(T5ForConditionalGeneration(t5), **options)
     base = T5ForConditionalGeneration(t5).eval()
@@ -66,5 +68,6 @@ def test_an_encoder_decoder_routes_by_token_only():
     with torch.no_grad():
         before = base(input_ids=ids, attention_mask=MASK, labels=ids).logits
         model = adapt(base, **options, routing="token")
+        assert {layer.name.split(".")[-1] for layer in layers(model)} == {"wi"}
         after = model(input_ids=ids, attention_mask=MASK, labels=ids).logits
     torch.testing.assert_close(after, before, atol=1e-5, rtol=0)

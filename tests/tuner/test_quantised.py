@@ -17,7 +17,7 @@ from badit.models import Quantisation, load_base_model
 from badit.recipe import build_recipe
 from badit.train import make_plan
 from badit.tuner import BaditLinear
-from badit.tuner.quantised import is_quantised, refuse_unsuitable_layer, weight_as_used
+from badit.tuner.targets import is_quantised, refuse_unsuitable_layer, weight_as_used
 from materials import make_material
 from tuner.helpers import adapt
 

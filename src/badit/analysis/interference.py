@@ -32,7 +32,7 @@ from badit.analysis.tables import COUNT, INDEX, Column, Table
 from badit.baselines.neurons import top_neurons
 from badit.errors import BaditError
 from badit.trainer import answer_losses
-from badit.tuner.model import TARGET_MODULES
+from badit.tuner.targets import PROJECTIONS, default_targets
 
 # Numbers that each parameter's gradient is kept in: a cosine's standard error is the inverse root of it.
 SKETCH_SIZE = 16384
@@ -137,18 +137,18 @@ def _instances(batches: Sequence[Mapping[str, Any]], device: torch.device) -> It
 
 def _first_projections(model: nn.Module) -> list[nn.Module]:
     """In the order of the layers; where an adapter wraps one, the wrapper, whose output has the adapter's part."""
-    names = sorted({name for names in TARGET_MODULES.values() for name in names})
+    names = default_targets(model) or set()
     layers, found = [], []
     for name, module in model.named_modules():
         layer, below = layer_and_module(name)
-        if layer >= 0 and below.rpartition(".")[2] in names and not name.endswith(".base_layer"):
+        if layer >= 0 and names & {name, below.rpartition(".")[2]} and not name.endswith(".base_layer"):
             layers.append(layer)
             found.append(module)
     config: Any = model.config
     if not found or layers != list(range(getattr(config, "num_hidden_layers", 0))):
         raise BaditError(
             f"co-activation does not go with a model of type {config.model_type}: every layer needs one MLP, with a "
-            f"projection named {' or '.join(names)}"
+            f"projection named {' or '.join(PROJECTIONS)}"
         )
     return found
 

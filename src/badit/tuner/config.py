@@ -128,7 +128,8 @@ class ExpertConfig(PeftConfig):
     target_modules: list[str] | str | None = option(
         None,
         "Names of the modules to adapt, a regex, or 'all-linear'. "
-        "Default: the MLP's gate projection (as in the paper), or its first projection where there is no gate.",
+        "Default: the MLP's gate projection (as in the paper), or its first projection where there is no gate; "
+        "q_proj and v_proj where all MLPs are fused MoE experts.",
     )
     exclude_modules: list[str] | str | None = option(
         None, "Names of modules to leave out of target_modules, or a regex."
@@ -260,6 +261,12 @@ class BaditConfig(ExpertConfig):
     svd_tolerance: float = option(
         1e-3, "Largest relative residual ‖Wv − σu‖/σ of any triple of the randomized SVD.", POSITIVE
     )
+    target_parameters: list[str] | None = option(
+        None,
+        "Names of fused weights of MoE experts to adapt, such as 'experts.gate_up_proj': every matrix has its own "
+        "experts and router. Without target_modules, nothing else is adapted.",
+        Rule("a list of names", lambda value: value is None or isinstance(value, (list, tuple, set))),
+    )
     bias: str = option("none", "Biases to train: 'none', 'all' or 'badit_only'.", one_of("none", "all", "badit_only"))
 
     @classmethod
@@ -273,6 +280,10 @@ class BaditConfig(ExpertConfig):
             self._check_top_k(self.top_k)
         if self.router_input == "standardised" and self.routing != "prompt":
             raise BaditError("router_input='standardised' compares prompts: it needs routing='prompt'")
+        if self.target_parameters and (self.routing != "prompt" or self.layers_to_transform is not None):
+            raise BaditError(
+                "target_parameters needs routing='prompt', and whole names in place of layers_to_transform"
+            )
         if self.bias != "none" and not _PEFT_SAVES_BIASES:
             raise BaditError("bias must be 'none' with PEFT before 0.21, which would not save the trained biases")
 

@@ -33,7 +33,7 @@ from badit.method import (
 )
 from badit.tuner.config import BaditConfig
 from badit.tuner.prompt import ForwardPass, RoutingContext
-from badit.tuner.quantised import shape_of, weight_as_used
+from badit.tuner.targets import FusedExpert, shape_of, weight_as_used
 
 Buffers = dict[str, torch.Tensor]  # what a BufferDict is, by adapter
 Pair = tuple[torch.Tensor, torch.Tensor]
@@ -123,6 +123,8 @@ class ExpertLinear(nn.Module, BaseTunerLayer):
             else:
                 a_PI, b_ON = self.factors(adapter)
                 scale = config.scaling * self.component_gates(adapter, x_in)
+                if (tokens_P := self.tokens_P) is not None:
+                    scale = scale.expand(*self.batch_shape, -1).flatten(0, 1)[tokens_P]
                 if config.subtracted_share:
                     # B0 A0 are N more components of a negative gate: two products instead of four.
                     a0_NI, b0_ON = self.kept_factors(adapter)
@@ -187,6 +189,20 @@ class ExpertLinear(nn.Module, BaseTunerLayer):
     def weight_OI(self) -> torch.Tensor:
         """The base layer's weight as (out, in), dequantised if necessary."""
         return weight_as_used(self.get_base_layer())
+
+    @property
+    def tokens_P(self) -> torch.Tensor | None:
+        """For a matrix of a fused weight, the tokens of the batch, as one row, that its input has; else None."""
+        base_layer = self.get_base_layer()
+        return base_layer.tokens_P if isinstance(base_layer, FusedExpert) else None
+
+    @property
+    def batch_shape(self) -> torch.Size:
+        """Of the running pass, (B, T); BaditError where it is not known."""
+        forward_pass = self.routing.forward_pass()
+        if forward_pass is None or forward_pass.shape is None:
+            raise BaditError(f"{self.name}: call the whole model with input_ids, or leave target_parameters out")
+        return forward_pass.shape
 
     @property
     def device(self) -> torch.device:
@@ -308,7 +324,7 @@ class BaditLinear(ExpertLinear):
     def _settled(self, adapter_name: str) -> dict[str, Any] | None:
         """While one ``generate`` decodes, the product of its first new token stays valid."""
         forward_pass = self.routing.forward_pass()
-        by_token = self.badit_config[adapter_name].routing == "token"
+        by_token = self.badit_config[adapter_name].routing == "token" or self.tokens_P is not None
         if forward_pass is None or by_token or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return None
         return forward_pass.settled
@@ -322,7 +338,8 @@ class BaditLinear(ExpertLinear):
             return self._route(adapter_name, x)
         forward_pass = self.routing.forward_pass()
         shape = None if forward_pass is None else forward_pass.shape
-        if x.ndim == 2 and shape is not None and len(x) == shape.numel():  # OPT's MLP sees the rows as one
+        if self.tokens_P is None and x.ndim == 2 and shape is not None and len(x) == shape.numel():
+            # OPT's MLP sees the rows as one.
             gates_BTK = self._prompt_gates(adapter_name, x.unflatten(0, shape), forward_pass).expand(*shape, -1)
             return gates_BTK.flatten(0, 1)
         return self._prompt_gates(adapter_name, x, forward_pass)
@@ -335,23 +352,31 @@ class BaditLinear(ExpertLinear):
                     "this cache was filled without the adapter, so it holds no routing of its prompt; "
                     "fill it with the adapter active, or use routing='token'"
                 )
-            if (rows := len(gates)) != len(x):
-                raise BaditError(f"this cache was filled with a batch of {rows}, the present batch has {len(x)} rows")
+            if (rows := len(gates)) != (present := len(x) if self.tokens_P is None else self.batch_shape[0]):
+                raise BaditError(f"this cache was filled with a batch of {rows}, the present batch has {present} rows")
             return gates.to(x.device)
         mask_BT, segments = (None, None) if forward_pass is None else forward_pass.prompt
         if forward_pass is None or mask_BT is None:
             mask_BT = torch.ones(x.shape[:-1], dtype=torch.bool, device=x.device)
             return self._route_prompts(adapter_name, prompt_mean(x, mask_BT)[:, None] if x.ndim == 3 else x)
-        if x.ndim != 3 or x.shape[:2] != mask_BT.shape:
+        if self.tokens_P is None and (x.ndim != 3 or x.shape[:2] != mask_BT.shape):
             raise BaditError(
                 f"{self.name} sees an input of shape {tuple(x.shape)}, the batch has {tuple(mask_BT.shape)} positions: "
                 "leave it out of target_modules, or use routing='token'"
             )
-        if segments is not None:  # packed rows: a mixture for each segment
-            of_BT = segments.of_BT.to(x.device)
-            means_SI = segment_means(x, mask_BT.to(x.device), of_BT, segments.number)
+        mask_BT = mask_BT.to(x.device)
+        of_BT = None if segments is None else segments.of_BT.to(x.device)
+        number = len(mask_BT) if segments is None else segments.number
+        if (tokens_P := self.tokens_P) is not None:  # the mean over those of the prompt's tokens that reach the matrix
+            of_P = tokens_P // mask_BT.shape[1] if of_BT is None else of_BT.flatten()[tokens_P]
+            means_SI = segment_means(x[None], mask_BT.flatten()[tokens_P][None], of_P[None], number)
+        elif of_BT is not None:
+            means_SI = segment_means(x, mask_BT, of_BT, number)
+        else:
+            means_SI = prompt_mean(x, mask_BT)
+        if of_BT is not None:  # packed rows: a mixture for each segment
             return self._route_prompts(adapter_name, means_SI)[of_BT]
-        gates = self._route_prompts(adapter_name, prompt_mean(x, mask_BT.to(x.device))[:, None])
+        gates = self._route_prompts(adapter_name, means_SI[:, None])
         if forward_pass.fills_cache:
             # Only then, since a layer's name in compiled code would compile each layer separately.
             forward_pass.fresh[self._key(adapter_name)] = gates.detach()

@@ -16,21 +16,10 @@ from badit.errors import BaditError
 from badit.tuner.config import BaditConfig, ExpertConfig, peft_type
 from badit.tuner.layer import BaditLinear, ExpertLinear
 from badit.tuner.prompt import RoutingContext
-from badit.tuner.quantised import keep_in_place, refuse_unsuitable_layer
+from badit.tuner.targets import default_targets, join_experts, keep_in_place, refuse_unsuitable_layer, split_experts
 
 # A stage's training batches by task.
 TaskBatches = Mapping[str, Sequence[Mapping[str, torch.Tensor]]]
-
-# The paper adapts the MLP's gate projection; in models without one, it is the MLP's first projection.
-_GATE_PROJECTION = (
-    "llama", "mistral", "ministral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "gemma3_text", "olmo2", "olmo3",
-    "smollm3", "granite", "cohere", "cohere2", "stablelm",
-)  # fmt: skip
-_FIRST_PROJECTION = {
-    "phi3": "gate_up_proj", "phi": "fc1", "opt": "fc1", "gpt2": "c_fc", "gpt_neo": "c_fc", "gpt_neox": "dense_h_to_4h",
-    "bloom": "dense_h_to_4h", "falcon": "dense_h_to_4h",
-}  # fmt: skip
-TARGET_MODULES = {name: [_FIRST_PROJECTION.get(name, "gate_proj")] for name in (*_GATE_PROJECTION, *_FIRST_PROJECTION)}
 
 
 class Hooks:
@@ -82,7 +71,6 @@ class ExpertModel(Hooks, BaseTuner):
 
     prefix = "badit_"
     tuner_layer_cls = ExpertLinear
-    target_module_mapping = TARGET_MODULES
 
     peft_config: dict[str, Any]  # pyright: ignore[reportIncompatibleVariableOverride] (only this package's)
 
@@ -104,6 +92,27 @@ class ExpertModel(Hooks, BaseTuner):
         super()._pre_injection_hook(model, config, adapter_name)
         keep_in_place(model)
 
+    def _prepare_adapter_config(self, peft_config: Any, model_config: Any) -> Any:
+        """Chooses default targets and checks that the given ones exist."""
+        fused = {name for name, p in self.model.named_parameters() if p.ndim == 3}
+        modules = {name.removesuffix(".base_layer") for name, _ in self.model.named_modules()}
+
+        def is_in(names: set[str], target: str) -> bool:
+            return any(name == target or name.endswith(f".{target}") for name in names)
+
+        parameters = getattr(peft_config, "target_parameters", None) or ()
+        if peft_config.target_modules is None:
+            peft_config.target_modules = set() if parameters else default_targets(self.model)
+            if peft_config.target_modules is None:
+                raise BaditError(f"target_modules: name the modules to adapt in a {model_config['model_type']}")
+        if unknown := [target for target in parameters if not is_in(fused, target)]:
+            raise BaditError(f"target_parameters: the model has no fused weight {unknown[0]!r}")
+        if isinstance(peft_config.target_modules, set):
+            for target in peft_config.target_modules:
+                if is_in(fused, target) and not is_in(modules, target):
+                    raise BaditError(f"target_modules: {target} is a fused weight: name it in target_parameters")
+        return peft_config
+
     def _refuse_unsuitable(self, config: Any) -> None:
         """Raises BaditError for a configuration that does not go with this model or its other adapters."""
 
@@ -120,6 +129,12 @@ class ExpertModel(Hooks, BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
+        if parameter_name is not None:
+            name = f"{current_key.rpartition('.')[0]}.{parameter_name}"
+            matrices = split_experts(target, parameter_name, name, RoutingContext.of(self.model))
+            for index, matrix in enumerate(matrices):
+                self._create_and_replace(peft_config, adapter_name, matrix, str(index), matrices, f"{name}.{index}")
+            return
         if isinstance(target, ExpertLinear):
             target.update_layer(adapter_name, peft_config)
             return
@@ -133,6 +148,7 @@ class ExpertModel(Hooks, BaseTuner):
     def unload(self) -> nn.Module:
         """The base model as it was before the adapters."""
         RoutingContext.of(self.model).detach(self.model)
+        join_experts(self.model)
         return super().unload()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

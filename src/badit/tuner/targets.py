@@ -1,0 +1,207 @@
+"""What is adapted in a base model: the default modules, quantised weights, and the fused weights of MoE layers.
+
+A quantised weight stays as it is (bitsandbytes' in 8 and 4 bits, torchao's in int8); the experts start from the
+dequantised one. A fused weight (MoE experts, …) stays as it is, too: each of its matrices becomes a base layer.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from types import MethodType
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from badit.errors import BaditError
+
+# The MLP's gate projection, as in the paper, or its first projection; then, where all MLPs are fused, LoRA's default.
+PROJECTIONS = ("gate_proj", "gate_up_proj", "up_proj", "fc1", "c_fc", "fc_in", "dense_h_to_4h", "w1", "wi_0", "wi")
+_PATTERNS = (
+    *(rf"(?!.*(attn|attention|router|norm)).*\.{name}" for name in PROJECTIONS), r".*\.(q_proj|v_proj)"
+)  # fmt: skip
+_SPLIT = "split_"  # before a fused weight's name: the list of its matrices
+
+
+def default_targets(model: Any) -> set[str] | None:
+    """Names of the modules to adapt in every layer of a model's decoder; None where some layer has none of them."""
+    is_whole = getattr(getattr(model, "config", None), "is_encoder_decoder", False) or not hasattr(model, "get_decoder")
+    decoder = model if is_whole else model.get_decoder()
+    prefix = next((name for name, module in model.named_modules() if module is decoder), "")
+    layers = {}  # by the module's name, its layer's
+    for name, module in model.named_modules():
+        layer = re.match(r".*?\.\d+(?=\.)", name)
+        is_linear = isinstance(module, (nn.Linear, Conv1D)) or hasattr(module, "qweight")
+        if is_linear and layer and name.startswith(prefix):
+            layers[name.removesuffix(".base_layer")] = layer[0]
+    for pattern in _PATTERNS:
+        found = [name for name in layers if re.fullmatch(pattern, name)]
+        if found and {layers[name] for name in found} == set(layers.values()):
+            return set(short_names(model, found))
+    return None
+
+
+def short_names(model: nn.Module, names: Iterable[str]) -> list[str]:
+    """The modules' last names, if these mean the same modules; else their whole names."""
+    names = set(names)
+    last_names = {name.rpartition(".")[2] for name in names}
+    meant = {name for name, _ in model.named_modules() if name.rpartition(".")[2] in last_names}
+    return sorted(last_names if meant == names else names)
+
+
+class FusedExpert(nn.Module):
+    """The matrix of one MoE expert in a fused weight, as a linear layer without a weight of its own."""
+
+    def __init__(self, experts: nn.Module, parameter: str, index: int) -> None:
+        super().__init__()
+        self.__dict__["experts"] = experts  # not a submodule, which it contains
+        self.parameter, self.index = parameter, index
+        self.out_features, self.in_features = self.weight.shape
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """A view (out, in)."""
+        experts: Any = self.experts
+        weight = getattr(experts, self.parameter)[self.index]
+        return weight.T if experts.is_transposed else weight
+
+    @property
+    def tokens_P(self) -> torch.Tensor | None:
+        """The tokens of the batch, as one row, that the input of the running pass has."""
+        return vars(self.experts)["tokens_P"]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        biases = getattr(self.experts, f"{self.parameter}_bias", None)
+        return F.linear(x, self.weight, None if biases is None else biases[self.index])
+
+
+def split_experts(experts: Any, parameter: str, name: str, routing: Any) -> nn.ModuleList:
+    """The matrices of a module's fused weight; the first call replaces its forward pass by one that calls them.
+
+    Raises:
+        BaditError: the parameter is no fused weight of a form that transformers declares.
+    """
+    weights = ("gate_up_proj" if getattr(experts, "has_gate", True) else "up_proj", "down_proj")
+    known = hasattr(experts, "is_transposed") and parameter in weights
+    if not known or not getattr(experts, parameter).is_floating_point():
+        raise BaditError(f"{name}: is no fused weight of MoE experts that can be adapted: change target_parameters")
+    if not hasattr(experts, _SPLIT + parameter):
+        for each in weights:
+            matrices = (FusedExpert(experts, each, index) for index in range(experts.num_experts))
+            setattr(experts, _SPLIT + each, nn.ModuleList(matrices))
+        experts.routing, experts.tokens_P = routing, None
+        experts.forward = MethodType(_forward, experts)
+    return getattr(experts, _SPLIT + parameter)
+
+
+def base_layer(model: nn.Module, name: str) -> Any:
+    """The module of this name; for EXPERTS.PARAMETER.INDEX, where the parameter is a fused weight, its matrix."""
+    weight, _, index = name.rpartition(".")
+    experts, _, parameter = weight.rpartition(".")
+    if index.isdigit() and isinstance(getattr(model.get_submodule(experts), parameter, None), nn.Parameter):
+        return FusedExpert(model.get_submodule(experts), parameter, int(index))
+    return model.get_submodule(name)
+
+
+def join_experts(model: nn.Module) -> None:
+    """Undoes :func:`split_experts` in a whole model."""
+    for module in model.modules():
+        if "routing" in vars(module) and "forward" in vars(module):
+            lists = [name for name in module._modules if name.startswith(_SPLIT)]
+            for name in ("forward", "routing", "tokens_P", *lists):
+                delattr(module, name)
+
+
+def _forward(
+    self: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    """As transformers computes it expert by expert: (tokens, hidden) of the experts that the MoE's router chose.
+
+    ``tokens_P`` tells the adapted layers which tokens of the batch they see.
+    """
+    lists = [getattr(self, name) for name in self._modules if name.startswith(_SPLIT)]
+    choices_C = top_k_index.flatten()
+    order_C = choices_C.argsort(stable=True)
+    counts = choices_C.bincount(minlength=self.num_experts).tolist()
+    running = self.routing.forward_pass()
+    decodes = running is not None and running.held is not None
+    result = torch.zeros_like(hidden_states)
+    for (first, last), choice_P in zip(zip(*lists, strict=True), order_C.split(counts), strict=True):
+        # Without tokens, too: the gates are kept for decoding, and in training every process needs the same gradients.
+        if decodes and not len(choice_P):
+            continue
+        self.tokens_P = choice_P // top_k_index.shape[-1]
+        x = first(hidden_states[self.tokens_P])
+        x = last(self._apply_gate(x) if self.has_gate else self.act_fn(x))
+        if getattr(self, "has_post_expert_norm", False):
+            x = self.post_expert_norm(x)
+        x = x * top_k_weights.flatten()[choice_P, None]
+        result.index_add_(0, self.tokens_P, x.to(result.dtype))
+    return result
+
+
+def is_quantised(layer: nn.Module) -> bool:
+    """Whether the weight is of a known quantised kind."""
+    kind = type(getattr(layer, "weight", None))
+    return kind.__name__ in ("Int8Params", "Params4bit") or kind.__module__.startswith("torchao.")
+
+
+def weight_as_used(layer: nn.Module) -> torch.Tensor:
+    """The weight (out, in) that the layer multiplies by, dequantised if necessary; Conv1D stores it transposed."""
+    weight: Any = layer.weight
+    match type(weight).__name__:
+        case "Int8Params":
+            # bitsandbytes moves the rows' scales (of 127 steps each) to the layer in its first forward pass.
+            scale_O = weight.SCB if weight.SCB is not None else cast(Any, layer).state.SCB
+            return weight.data.float() * (scale_O.float() / 127)[:, None]
+        case "Params4bit":
+            from bitsandbytes.functional import dequantize_4bit  # pyright: ignore[reportMissingImports] (an extra)
+
+            return dequantize_4bit(weight.data, weight.quant_state)
+    if is_quantised(layer):
+        return weight.dequantize()
+    return weight.T if isinstance(layer, Conv1D) else weight
+
+
+def keep_in_place(model: nn.Module) -> None:
+    """Keeps 4-bit weights as they are.
+
+    For evaluation on a CPU with AVX-512, bitsandbytes reorders them, with coarser scales and without gradients.
+
+    Raises:
+        BaditError: that has happened already.
+    """
+    module: Any
+    for name, module in model.named_modules():
+        state = getattr(getattr(module, "weight", None), "quant_state", None)
+        if getattr(state, "packing_format_for_cpu", False):
+            raise BaditError(
+                f"{name} has been evaluated on a CPU, where bitsandbytes reorders 4-bit weights so that no adapter can "
+                "be trained on them: load the model again, and add the adapter before you evaluate it"
+            )
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def shape_of(layer: nn.Module) -> tuple[int, int]:
+    """(out, in) features, without reading the weight, which may be packed."""
+    if isinstance(layer, Conv1D):
+        return layer.nf, layer.nx
+    return cast(int, layer.out_features), cast(int, layer.in_features)
+
+
+def refuse_unsuitable_layer(layer: nn.Module, name: str, method: str) -> None:
+    """Raises BaditError for a layer that is neither nn.Linear nor Conv1D, or whose weight is of an unknown form."""
+    kind = type(layer).__name__
+    if hasattr(layer, "qweight"):
+        raise BaditError(
+            f"{name} is a {kind}, quantised by GPTQ or AWQ, which keep no weight that {method} could start from: "
+            "take the unquantised model, or quantise that with bitsandbytes or torchao"
+        )
+    if not isinstance(layer, (nn.Linear, Conv1D, FusedExpert)):
+        raise BaditError(f"{name} is a {kind}; {method} adapts nn.Linear and Conv1D: change target_modules")
+    if not is_quantised(layer) and not layer.weight.is_floating_point():
+        raise BaditError(f"{name} has a weight of type {layer.weight.dtype}, which cannot be decomposed")
