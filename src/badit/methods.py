@@ -121,11 +121,10 @@ class AdapterMethod(Method):
     def apply(self, model: PreTrainedModel, tasks: Sequence[str] = ()) -> PeftModel:
         """PEFT's own methods adapt the same modules as BADIT; a method that tells tasks apart learns their names."""
         config: Any = self.config
-        if isinstance(config, LoraConfig) and any(isinstance(module, Conv1D) for module in model.modules()):
+        is_lora = isinstance(self.config, LoraConfig)
+        if is_lora and any(isinstance(module, Conv1D) for module in model.modules()):
             if config.init_lora_weights == "olora":  # PEFT factorises its weight the wrong way round
-                raise BaditError(
-                    "method: PEFT's olora cannot adapt the Conv1D layers of this model; take pissa instead"
-                )
+                raise BaditError("method: PEFT's olora cannot adapt this model's Conv1D layers; take pissa instead")
             config.fan_in_fan_out = True  # as PEFT would set it, with a warning
         if self.needs_tasks and config.tasks is None and tasks:
             config.tasks = list(tasks)
@@ -138,11 +137,7 @@ class AdapterMethod(Method):
             return get_peft_model(model, config)  # pyright: ignore[reportReturnType] (never a mixed model)
         except BaditError:
             raise
-        except (
-            ValueError,
-            RuntimeError,
-            OverflowError,
-        ) as error:  # no such target_modules, or a rank beyond all memory
+        except (ValueError, RuntimeError, OverflowError) as error:  # no such modules, or a rank beyond all memory
             raise BaditError(f"method: {first_line(error)}") from None
 
     def proceed(self, model: PreTrainedModel, folder: Path) -> PeftModel:
