@@ -10,7 +10,7 @@ import pandas as pd
 
 from badit.data import own_input
 from badit.errors import show
-from badit.files import inside, read_jsonl
+from badit.files import inside, read_jsonl, refuse_links
 from badit.render import score_table, text_table
 from badit.run import Run, train
 
@@ -25,6 +25,7 @@ SAMPLES = 3
 
 def run_demo(output: Path, epochs: float, seed: int) -> None:
     """Trains and scores the three runs, or those that are not finished, and prints the results."""
+    refuse_links(output)
     runs: dict[str, Run] = {}
     for name, method in METHODS.items():
         show(f"── {name} ──")
