@@ -1,4 +1,4 @@
-"""BADIT in Axolotl: ``plugins: [badit.axolotl.BaditPlugin]``, ``adapter: badit``, and options in a section ``badit``."""
+"""BADIT in Axolotl: ``plugins: [badit.axolotl.BaditPlugin]``, ``adapter: badit``, and options under ``badit``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Prints as JSON what the runs of W&B's and MLflow's local stores have logged: a list of {metric: {step: value}} each."""
+"""Prints what W&B and MLflow have stored of the runs in these folders: a list of {store: {metric: {step: value}}}."""
 
 import json
 import struct
@@ -40,10 +40,9 @@ def mlflow_run(client, run):
     }
 
 
-client = MlflowClient(sys.argv[2])
+client = MlflowClient(sys.argv[1])
 experiments = [one.experiment_id for one in client.search_experiments()]
-runs = {
-    "wandb": [wandb_run(path) for path in sorted(Path(sys.argv[1]).rglob("*.wandb"))],
-    "mlflow": [mlflow_run(client, run) for run in client.search_runs(experiments, order_by=["start_time"])],
-}
-print(json.dumps(runs))
+of_mlflow = client.search_runs(experiments, order_by=["start_time"])
+of_wandb = [next(Path(folder).rglob("*.wandb")) for folder in sys.argv[2:]]
+pairs = zip(of_wandb, of_mlflow, strict=True)
+print(json.dumps([{"wandb": wandb_run(path), "mlflow": mlflow_run(client, run)} for path, run in pairs]))
