@@ -35,11 +35,12 @@ def write(path: Path, text: str) -> None:
 
 
 def call(tool: str, *arguments: Any, folder: Path, **variables: str) -> str:
-    """What a Python process of a tool's environment prints."""
+    """What a Python process of a tool's environment prints, errors included."""
     command = [str(ENVIRONMENTS / tool / "bin" / "python"), *map(str, arguments)]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **variables}
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, (done.stdout + done.stderr)[-8000:]
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    done = subprocess.run(command, cwd=folder, env=environment, **pipes, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-8000:]
     return done.stdout
 
 
@@ -50,7 +51,7 @@ def test_wandb_and_mlflow_have_the_losses_and_regroupings_of_every_stage(recipe_
     call("trackers", "-m", "badit", "train", "recipe.yaml", folder=tmp_path, WANDB_MODE="offline")
     stages = sorted((tmp_path / "run" / "stages").iterdir())
     reader = Path(__file__).with_name("logged.py")
-    logged = json.loads(call("trackers", reader, "sqlite:///mlflow.db", *stages, folder=tmp_path))
+    logged = json.loads(call("trackers", reader, "sqlite:///mlflow.db", *stages, folder=tmp_path).splitlines()[-1])
     for stage, runs in zip(stages, logged, strict=True):
         losses = {str(line["step"]): line["loss"] for line in read_jsonl(stage / "metrics.jsonl")}
         means = pd.DataFrame(read_jsonl(stage / "regroupings.jsonl")).groupby("step").mean(numeric_only=True)
@@ -77,15 +78,31 @@ def assert_trained(adapter: Path, model_folder: Path, config: BaditConfig) -> No
 OPTIONS = {"num_experts": 4, "r": 2, "target_modules": ["q_proj", "down_proj"]}
 
 
-def test_axolotl_trains_an_adapter(model_folder, tmp_path):
+# By kind of training, further options, the type of data, and whether badit warns of a training without labels.
+PACKED = {"sample_packing": True, "sequence_len": 64, "attn_implementation": "sdpa", "micro_batch_size": 1}
+AXOLOTL: dict[str, tuple[dict[str, Any], str, bool]] = {
+    "answers": ({}, "chat_template", False),
+    "packed": (PACKED, "chat_template", False),
+    "dpo": ({"rl": "dpo"}, "chat_template.default", True),
+}
+
+
+@pytest.mark.parametrize("kind", AXOLOTL)
+def test_axolotl_trains_an_adapter(model_folder, tmp_path, kind):
+    options, data, warns = AXOLOTL[kind]
     (text,) = (block for block in PAGE.blocks("yaml") if "badit.axolotl" in block)
-    write(tmp_path / "chats.jsonl", "".join(json.dumps({"messages": chat}) + "\n" for chat in CHATS))
     values = yaml.safe_load(text)
     values |= {"base_model": str(model_folder), "badit": {**OPTIONS, "regroup": {"every": 4}}, "output_dir": "out"}
     values |= {"micro_batch_size": 4, "gradient_accumulation_steps": 1, "max_steps": 10, "learning_rate": 0.01}
-    values["datasets"][0]["path"] = "chats.jsonl"
-    write(tmp_path / "axolotl.yaml", yaml.safe_dump(values))
-    call("axolotl", "-m", "axolotl.cli.train", "axolotl.yaml", folder=tmp_path, AXOLOTL_DO_NOT_TRACK="1")
+    values["datasets"][0] |= {"path": "chats.jsonl", "type": data}
+    write(tmp_path / "axolotl.yaml", yaml.safe_dump(values | options))
+    rows = [{"messages": chat} for chat in CHATS]
+    if kind == "dpo":
+        rejected = {"role": "assistant", "content": "I could not say"}
+        rows = [{"messages": chat[:1], "chosen": chat[1], "rejected": rejected} for chat in CHATS]
+    write(tmp_path / "chats.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    said = call("axolotl", "-m", "axolotl.cli.train", "axolotl.yaml", folder=tmp_path, AXOLOTL_DO_NOT_TRACK="1")
+    assert [("without labels" in said), ("several answers" in said)] == [warns, False], "the prompt is what routes"
     assert_trained(tmp_path / "out", model_folder, BaditConfig(**OPTIONS, task_type="CAUSAL_LM"))
 
 
