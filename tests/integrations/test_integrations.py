@@ -16,6 +16,7 @@ import pytest
 import torch
 import yaml
 from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from badit import BaditConfig
@@ -104,6 +105,14 @@ def test_axolotl_trains_an_adapter(model_folder, tmp_path, kind):
     said = call("axolotl", "-m", "axolotl.cli.train", "axolotl.yaml", folder=tmp_path, AXOLOTL_DO_NOT_TRACK="1")
     assert [("without labels" in said), ("several answers" in said)] == [warns, False], "the prompt is what routes"
     assert_trained(tmp_path / "out", model_folder, BaditConfig(**OPTIONS, task_type="CAUSAL_LM"))
+    if kind == "answers":
+        values |= {"lora_model_dir": "out", "output_dir": "again", "max_steps": 1, "learning_rate": 1e-12}
+        values["badit"]["regroup"] = False
+        write(tmp_path / "axolotl.yaml", yaml.safe_dump(values))
+        call("axolotl", "-m", "axolotl.cli.train", "axolotl.yaml", folder=tmp_path, AXOLOTL_DO_NOT_TRACK="1")
+        first, again = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("out", "again"))
+        torch.testing.assert_close(again, first)
+        assert not (tmp_path / "again" / "regroupings.jsonl").exists()
 
 
 def test_llama_factory_trains_an_adapter_that_exists(model_folder, tmp_path):
@@ -116,8 +125,14 @@ def test_llama_factory_trains_an_adapter_that_exists(model_folder, tmp_path):
     values |= {"gradient_accumulation_steps": 1, "max_steps": 10, "learning_rate": 0.01, "use_cpu": True}
     write(tmp_path / "train.py", script)
     write(tmp_path / "train.yaml", yaml.safe_dump(values))
-    pairs = [{"instruction": question["content"], "output": answer["content"]} for question, answer in CHATS]
+    write(tmp_path / "torchaudio.py", "")  # that of PyPI needs CUDA's libraries, and text needs none
+    contents = [[message["content"] for message in chat] for chat in CHATS]
+    earlier = {"input": "", "history": [["Name a river.", "river 1"]]}
+    pairs = [{"instruction": question, "output": answer, **earlier} for question, answer in contents]
     write(tmp_path / "data" / "chats.json", json.dumps(pairs))
-    write(tmp_path / "data" / "dataset_info.json", json.dumps({"chats": {"file_name": "chats.json"}}))
-    call("llamafactory", "train.py", "train.yaml", folder=tmp_path)
+    columns = {"prompt": "instruction", "query": "input", "response": "output", "history": "history"}
+    information = {"chats": {"file_name": "chats.json", "columns": columns}}
+    write(tmp_path / "data" / "dataset_info.json", json.dumps(information))
+    said = call("llamafactory", "train.py", "train.yaml", folder=tmp_path)
+    assert "routing='token'" not in said, "no warning that something else than the prompt routes"
     assert_trained(tmp_path / "out", model_folder, BaditConfig(**OPTIONS, task_type="CAUSAL_LM"))
