@@ -8,6 +8,7 @@ from axolotl.integrations.base import AdapterCapabilities, BasePlugin  # pyright
 from peft import PeftModel, get_peft_model
 from pydantic import BaseModel
 
+from badit.errors import BaditError
 from badit.regroup import RegroupCallback
 from badit.tuner import BaditConfig
 
@@ -24,6 +25,12 @@ class BaditSection(BaseModel):
 
 class BaditPlugin(BasePlugin):
     """Trains a BADIT adapter; ``lora_model_dir`` continues one."""
+
+    def register(self, cfg: Any) -> None:
+        if cfg.get("adapter") == "badit" and cfg.get("merge_lora"):  # Axolotl would write the base model, and only warn
+            raise BaditError(
+                "merge-lora: a BADIT adapter has no single weight to merge into; load it with PEFT instead"
+            )
 
     def get_input_args(self) -> str:
         return f"{__name__}.BaditSection"
