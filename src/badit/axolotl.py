@@ -27,10 +27,8 @@ class BaditPlugin(BasePlugin):
     """Trains a BADIT adapter; ``lora_model_dir`` continues one."""
 
     def register(self, cfg: Any) -> None:
-        if cfg.get("adapter") == "badit" and cfg.get("merge_lora"):  # Axolotl would write the base model, and only warn
-            raise BaditError(
-                "merge-lora: a BADIT adapter has no single weight to merge into; load it with PEFT instead"
-            )
+        if cfg.get("adapter") == "badit" and cfg.get("merge_lora"):  # Axolotl would write the base model and only warn
+            raise BaditError("merge-lora: a BADIT adapter has no single weight to merge into; load it with PEFT")
 
     def get_input_args(self) -> str:
         return f"{__name__}.BaditSection"

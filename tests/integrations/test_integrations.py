@@ -1,7 +1,7 @@
 """badit with W&B, MLflow, Axolotl and LLaMA-Factory, each in its own environment: ``make test-integrations``.
 
-The configurations and the script are those of docs/integrations.md, on a tiny model and data. They are fenced as yml and
-py there, since other tests read blocks of yaml and python as badit's own.
+The configurations and the script are those of docs/integrations.md, on a tiny model and data. Their fences are yml and
+py, since other tests read blocks of yaml and python as badit's own.
 """
 
 from __future__ import annotations
