@@ -15,7 +15,7 @@ LOWEST := $(shell $(PYTHON) -c 'import re, tomllib; \
 ADAPTER_TESTS := tests/tuner tests/baselines tests/training tests/test_security.py tests/test_errors.py tests/export/test_push.py
 PYTEST := -m pytest -n $(WORKERS) --dist loadfile
 
-.PHONY: demo test stress bench check lint docs dist test-lowest-peft test-matrix test-peft test-serving audit clean
+.PHONY: demo test stress bench check lint docs dist test-lowest-peft test-matrix test-peft test-serving test-integrations audit clean
 
 demo: $(VENV)/.demo  ## tune SmolLM2 on the built-in tasks with LoRA and with BADIT
 	$(BIN)/badit demo
@@ -126,6 +126,18 @@ $(SERVING)/.done: pyproject.toml tests/serving/vllm.txt tests/serving/llama.txt
 	mkdir $(SERVING)/llama.cpp
 	tar -xzf $(SERVING)/source/llama_cpp_python-*.tar.gz -C $(SERVING)/llama.cpp --strip-components 3 \
 	  --wildcards $(LLAMA_CPP:%='*/vendor/llama.cpp/%')
+	touch $@
+
+# Other tools with badit, each in its own environment of some gigabytes. Axolotl and LLaMA-Factory pin older releases than
+# badit's dependencies, so badit is installed without its own there.
+INTEGRATIONS := $(VENV)/integrations
+test-integrations: $(VENV)/.dev $(patsubst tests/integrations/%.txt,$(INTEGRATIONS)/%/.done,$(wildcard tests/integrations/*.txt))
+	BADIT_INTEGRATIONS=$(abspath $(INTEGRATIONS)) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/integrations
+
+$(INTEGRATIONS)/%/.done: tests/integrations/%.txt pyproject.toml
+	$(PYTHON) -m venv --clear $(INTEGRATIONS)/$*
+	$(INTEGRATIONS)/$*/bin/pip install --quiet --requirement $<
+	$(INTEGRATIONS)/$*/bin/pip install --quiet --no-deps --editable .
 	touch $@
 
 $(VENV)/.demo: pyproject.toml | $(BIN)/pip

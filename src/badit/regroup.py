@@ -357,7 +357,8 @@ class OutputProbe:
         """On the last 16 prompt tokens of the shortest of the data loader's first examples.
 
         Of a preference loss's data, such as TRL's DPO, on the prompts of the first two pairs: its batches are the
-        chosen answers' rows and then the rejected ones'. None for a data set that cannot be indexed.
+        chosen answers' rows and then the rejected ones'. Of KTO's data, on the first prompt. None for a data set
+        that cannot be indexed or is not tokenised, such as GRPO's.
         """
         dataset, collate = getattr(dataloader, "dataset", None), getattr(dataloader, "collate_fn", None)
         if collate is None or not isinstance(dataset, Sized) or not hasattr(dataset, "__getitem__") or not len(dataset):
@@ -366,7 +367,7 @@ class OutputProbe:
         if all("input_ids" in example for example in candidates):
             shortest = min(candidates, key=lambda example: len(example["input_ids"]))
             return cls(model, {"input_ids": _prompts(collate([shortest]))[0][:, -_TOKENS:]})
-        if "chosen_ids" not in candidates[0]:
+        if "prompt_ids" not in candidates[0]:
             return None
         batch = collate(candidates[:_PAIRS])
         rows = {key: batch[key][: len(batch[key]) // 2] for key in ("input_ids", "attention_mask", "completion_mask")}

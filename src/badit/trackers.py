@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from transformers.integrations.integration_utils import TensorBoardCallback, get_available_reporting_integrations
 
@@ -14,8 +16,8 @@ from badit.environment import is_main_process
 from badit.errors import BaditError
 from badit.recipe import Recipe
 
-# Of trackers that write files, the variable that says where.
-_TRACKER_FOLDERS = {"wandb": "WANDB_DIR", "swanlab": "SWANLAB_LOG_DIR"}
+# Of trackers that write files, the variable that says where. W&B reads its own once per process.
+_TRACKER_FOLDERS = {"swanlab": "SWANLAB_LOG_DIR"}
 
 
 def trackers_of(recipe: Recipe) -> list[str]:
@@ -43,12 +45,21 @@ def tensorboard(names: list[str], folder: Path, checkpoint: Path | None) -> list
 
 @contextmanager
 def tracker_folders(names: list[str], folder: Path) -> Iterator[None]:
-    """Within, trackers write their files into the run's folder, unless the user's environment names another one."""
+    """Within, trackers write their files into the run's folder, unless the user's environment names another one.
+
+    W&B's run begins and ends here: HF's callback ends none, so that a sequence's next stage would log to it.
+    """
+    wandb: Any = import_module("wandb") if "wandb" in names and is_main_process() else None
+    run: AbstractContextManager[Any] = nullcontext()
+    if wandb and wandb.run is None:
+        project, where = os.environ.get("WANDB_PROJECT", "badit"), os.environ.get("WANDB_DIR", str(folder))
+        run = wandb.init(project=project, dir=where, name=folder.resolve().name)
     added = [_TRACKER_FOLDERS[name] for name in names if name in _TRACKER_FOLDERS]
     added = [variable for variable in added if variable not in os.environ]
     os.environ.update(dict.fromkeys(added, str(folder)))
     try:
-        yield
+        with run:
+            yield
     finally:
         for variable in added:
             del os.environ[variable]

@@ -9,7 +9,7 @@ import torch
 from datasets import Dataset
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, KTOConfig, KTOTrainer, SFTConfig, SFTTrainer
 
 from badit import BaditConfig, BaditError, RegroupCallback
 from badit.data import answer_rows
@@ -60,7 +60,8 @@ def routed_on(trainer, tokenizer):
     def keep(module, args, kwargs, output):
         # Registered before badit's own hook ends the pass.
         mask_BT = base.__dict__["_badit_routing"].forward_pass().prompt_mask_BT
-        passes.append([tokenizer.decode(ids[mask]) for ids, mask in zip(kwargs["input_ids"], mask_BT, strict=True)])
+        if mask_BT is not None:  # a decoding step has the gates of its prompt
+            passes.append([tokenizer.decode(ids[mask]) for ids, mask in zip(kwargs["input_ids"], mask_BT, strict=True)])
 
     handle = base.register_forward_hook(keep, with_kwargs=True, prepend=True)
     trainer.train()
@@ -175,3 +176,43 @@ def test_dpo_after_fine_tuning_uses_the_tuned_adapter_as_its_reference(model_fol
     assert losses(trainer)[0] == pytest.approx(math.log(2), abs=0.02)
     assert all((layer.badit_moments["ref"] == 0.3).all() for layer in layers)
     assert not any((layer.badit_moments["default"] == 0.3).all() for layer in layers)
+
+
+def answered_trainer(kind, model_folder, output, routing):
+    """KTO on answers that are called good or bad; GRPO with the number of an answer's vowels and digits as reward."""
+    rows = [{"prompt": chat(i)[:-1], "completion": chat(i)[-1:], "label": i % 2 == 0} for i in range(4)]
+    arguments, options = {"output_dir": str(output), "max_steps": 4, **ARGUMENTS}, {}
+    if kind is GRPOTrainer:
+        rows = [{"prompt": row["prompt"]} for row in rows]
+        options["reward_funcs"] = lambda completions, **columns: [
+            float(sum(letter in "aeiou0123456789" for letter in message["content"])) for (message,) in completions
+        ]
+        args = GRPOConfig(**arguments, num_generations=4, max_completion_length=6, beta=0.1)
+    else:
+        args = KTOConfig(**arguments)
+    return kind(
+        model=AutoModelForCausalLM.from_pretrained(model_folder),
+        processing_class=AutoTokenizer.from_pretrained(model_folder),
+        args=args,
+        train_dataset=Dataset.from_list(rows),
+        peft_config=config(routing=routing),
+        callbacks=[RegroupCallback(every=2)],
+        **options,
+    )
+
+
+@pytest.mark.parametrize("kind", [KTOTrainer, GRPOTrainer])
+@pytest.mark.parametrize("routing", ["prompt", "token"])
+def test_kto_and_grpo_train_the_router_on_the_prompt_and_regroup(model_folder, tmp_path, kind, routing):
+    """GRPO's passes include those in which it generates: both read the same prompts."""
+    trainer = answered_trainer(kind, model_folder, tmp_path, routing)
+    routers = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if "router" in name}
+    passes, tokenizer = routed_on(trainer, trainer.processing_class), trainer.processing_class
+    read = {text.removeprefix("<s>") for text in chain(*passes)}
+    assert read - {""} == prompts_of(tokenizer, [chat(i)[:-1] for i in range(4)])
+    trained = dict(trainer.model.named_parameters())
+    assert routers
+    assert not any(torch.equal(trained[name], router) for name, router in routers.items())
+    lines = list(read_jsonl(tmp_path / "regroupings.jsonl"))
+    assert {line["step"] for line in lines} == {2}
+    assert all((line["output_change"] is None) == (kind is GRPOTrainer) for line in lines)

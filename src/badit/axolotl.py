@@ -1,0 +1,54 @@
+"""BADIT in Axolotl: ``plugins: [badit.axolotl.BaditPlugin]``, ``adapter: badit``, and options under ``badit``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from axolotl.integrations.base import AdapterCapabilities, BasePlugin  # pyright: ignore[reportMissingImports]
+from peft import PeftModel, get_peft_model
+from pydantic import BaseModel
+
+from badit.errors import BaditError
+from badit.regroup import RegroupCallback
+from badit.tuner import BaditConfig
+
+
+class BaditSection(BaseModel):
+    """The key that the plugin adds to Axolotl's configuration.
+
+    Attributes:
+        badit: options of ``BaditConfig``, and ``regroup``: those of ``RegroupCallback``, or false.
+    """
+
+    badit: dict[str, Any] = {}
+
+
+class BaditPlugin(BasePlugin):
+    """Trains a BADIT adapter; ``lora_model_dir`` continues one."""
+
+    def register(self, cfg: Any) -> None:
+        if cfg.get("adapter") == "badit" and cfg.get("merge_lora"):  # Axolotl would write the base model and only warn
+            raise BaditError("merge-lora: a BADIT adapter has no single weight to merge into; load it with PEFT")
+
+    def get_input_args(self) -> str:
+        return f"{__name__}.BaditSection"
+
+    def get_adapter_capabilities(self) -> list[AdapterCapabilities]:
+        return [AdapterCapabilities(name="badit")]
+
+    def load_adapter(self, model: Any, cfg: Any, inference: bool = False, config_only: bool = False) -> Any:
+        """The adapted model and its configuration; with ``config_only``, as for DPO, TRL adapts the model."""
+        if cfg.adapter != "badit":
+            return None
+        options = {name: value for name, value in cfg.badit.items() if name != "regroup"}
+        config = BaditConfig(**{"task_type": "CAUSAL_LM", **options})
+        if config_only:
+            return None, config
+        if cfg.lora_model_dir:
+            model = PeftModel.from_pretrained(model, cfg.lora_model_dir, is_trainable=not inference)
+            return model, model.active_peft_config
+        return get_peft_model(model, config), config
+
+    def add_callbacks_post_trainer(self, cfg: Any, trainer: Any) -> list[Any]:
+        regroup = cfg.badit.get("regroup", {})
+        return [] if cfg.adapter != "badit" or regroup is False else [RegroupCallback(**regroup)]

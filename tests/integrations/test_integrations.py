@@ -1,0 +1,142 @@
+"""badit with W&B, MLflow, Axolotl and LLaMA-Factory, each in its own environment: ``make test-integrations``.
+
+The configurations and the script are those of docs/integrations.md, on a tiny model and data. Their fences are yml and
+py, since other tests read blocks of yaml and python as badit's own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+import yaml
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from badit import BaditConfig
+from badit.files import read_jsonl
+from docs.pages import Page
+
+ENVIRONMENTS = Path(os.environ["BADIT_INTEGRATIONS"]).resolve()
+PAGE = Page("docs/integrations.md")
+CHATS = [
+    [{"role": "user", "content": f"Name city {i}."}, {"role": "assistant", "content": f"city {i}"}] for i in range(24)
+]
+
+
+def write(path: Path, text: str) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(text)
+
+
+def call(tool: str, *arguments: Any, folder: Path, **variables: str) -> str:
+    """What a Python process of a tool's environment prints, errors included."""
+    command = [str(ENVIRONMENTS / tool / "bin" / "python"), *map(str, arguments)]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **variables}
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    done = subprocess.run(command, cwd=folder, env=environment, **pipes, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-8000:]
+    return done.stdout
+
+
+def test_wandb_and_mlflow_have_the_losses_and_regroupings_of_every_stage(recipe_values, tmp_path):
+    recipe_values["training"]["report_to"] = ["wandb", "mlflow"]
+    recipe_values["data"]["order"] = ["cities", "rivers"]
+    write(tmp_path / "recipe.yaml", yaml.safe_dump(recipe_values))
+    call("trackers", "-m", "badit", "train", "recipe.yaml", folder=tmp_path, WANDB_MODE="offline")
+    stages = sorted((tmp_path / "run" / "stages").iterdir())
+    reader = Path(__file__).with_name("logged.py")
+    logged = json.loads(call("trackers", reader, "sqlite:///mlflow.db", *stages, folder=tmp_path).splitlines()[-1])
+    for stage, runs in zip(stages, logged, strict=True):
+        losses = {str(line["step"]): line["loss"] for line in read_jsonl(stage / "metrics.jsonl")}
+        means = pd.DataFrame(read_jsonl(stage / "regroupings.jsonl")).groupby("step").mean(numeric_only=True)
+        moved = {str(step): value for step, value in means["components_moved"].items()}
+        assert moved
+        assert runs["wandb"]["train/loss"] == runs["mlflow"]["loss"] == pytest.approx(losses)
+        for name, run in (("train/regroup/", runs["wandb"]), ("regroup/", runs["mlflow"])):
+            assert run[f"{name}components_moved"] == pytest.approx(moved)
+
+
+def assert_trained(adapter: Path, model_folder: Path, config: BaditConfig) -> None:
+    """An adapter that loads here, and of which every router and factor has moved from its start and is regrouped."""
+    base = AutoModelForCausalLM.from_pretrained(model_folder)
+    start = {name: p.detach().clone() for name, p in get_peft_model(base, config).named_parameters()}
+    trained = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model_folder), adapter)
+    learned = {name: p for name, p in trained.named_parameters() if "badit_" in name}
+    assert any("router" in name for name in learned)
+    assert not [name for name, p in learned.items() if start[name].requires_grad and torch.equal(p, start[name])]
+    lines = list(read_jsonl(adapter / "regroupings.jsonl"))
+    assert {line["step"] for line in lines} == {4, 8}
+    assert any(line["components_moved"] for line in lines)
+
+
+NOT_THE_PROMPT = "or use routing='token'"  # the end of badit's warnings
+OPTIONS: dict[str, Any] = {"num_experts": 4, "r": 2, "target_modules": ["q_proj", "down_proj"]}
+
+
+# By kind of training, further options, the type of data, and whether badit warns of a training without labels.
+PACKED = {"sample_packing": True, "sequence_len": 64, "attn_implementation": "sdpa", "micro_batch_size": 1}
+AXOLOTL: dict[str, tuple[dict[str, Any], str, bool]] = {
+    "answers": ({}, "chat_template", False),
+    "packed": (PACKED, "chat_template", False),
+    "dpo": ({"rl": "dpo"}, "chat_template.default", True),  # Axolotl's TRL passes no labels
+}
+
+
+@pytest.mark.parametrize("kind", AXOLOTL)
+def test_axolotl_trains_an_adapter(model_folder, tmp_path, kind):
+    options, data, warns = AXOLOTL[kind]
+    (text,) = (block for block in PAGE.blocks("yml") if "badit.axolotl" in block)
+    values = yaml.safe_load(text)
+    values |= {"base_model": str(model_folder), "badit": {**OPTIONS, "regroup": {"every": 4}}, "output_dir": "out"}
+    values |= {"micro_batch_size": 4, "gradient_accumulation_steps": 1, "max_steps": 10, "learning_rate": 0.01}
+    values["datasets"][0] |= {"path": "chats.jsonl", "type": data}
+    write(tmp_path / "axolotl.yaml", yaml.safe_dump(values | options))
+    rows = [{"messages": chat} for chat in CHATS]
+    if kind == "dpo":
+        rejected = {"role": "assistant", "content": "I could not say"}
+        rows = [{"messages": chat[:1], "chosen": chat[1], "rejected": rejected} for chat in CHATS]
+    write(tmp_path / "chats.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    said = call("axolotl", "-m", "axolotl.cli.train", "axolotl.yaml", folder=tmp_path, AXOLOTL_DO_NOT_TRACK="1")
+    assert (NOT_THE_PROMPT in said) == warns
+    assert_trained(tmp_path / "out", model_folder, BaditConfig(**OPTIONS, task_type="CAUSAL_LM"))
+    if kind == "answers":
+        values |= {"lora_model_dir": "out", "output_dir": "again", "max_steps": 1, "learning_rate": 1e-12}
+        values["badit"]["regroup"] = False
+        write(tmp_path / "axolotl.yaml", yaml.safe_dump(values))
+        call("axolotl", "-m", "axolotl.cli.train", "axolotl.yaml", folder=tmp_path, AXOLOTL_DO_NOT_TRACK="1")
+        first, again = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("out", "again"))
+        torch.testing.assert_close(again, first)
+        assert not (tmp_path / "again" / "regroupings.jsonl").exists()
+        with pytest.raises(AssertionError, match="BaditError: merge-lora: a BADIT adapter has no single weight"):
+            call("axolotl", "-m", "axolotl.cli.merge_lora", "axolotl.yaml", folder=tmp_path, AXOLOTL_DO_NOT_TRACK="1")
+
+
+def test_llama_factory_trains_an_adapter_that_exists(model_folder, tmp_path):
+    (text,) = (block for block in PAGE.blocks("yml") if "adapter_name_or_path" in block)
+    (script,) = (block for block in PAGE.blocks("py") if "llamafactory" in block)
+    options = "num_experts=8, r=4, "
+    assert options in script
+    script = script.replace(options, f"**{OPTIONS}, ").replace("every=20", "every=4")
+    values = yaml.safe_load(text) | {"model_name_or_path": str(model_folder), "output_dir": "out", "report_to": "none"}
+    values |= {"gradient_accumulation_steps": 1, "max_steps": 10, "learning_rate": 0.01, "use_cpu": True}
+    write(tmp_path / "train.py", script)
+    write(tmp_path / "train.yaml", yaml.safe_dump(values))
+    write(tmp_path / "torchaudio.py", "")  # that of PyPI needs CUDA's libraries, and text needs none
+    contents = [[message["content"] for message in chat] for chat in CHATS]
+    earlier = {"input": "", "history": [["Name a river.", "river 1"]]}
+    pairs = [{"instruction": question, "output": answer, **earlier} for question, answer in contents]
+    write(tmp_path / "data" / "chats.json", json.dumps(pairs))
+    columns = {"prompt": "instruction", "query": "input", "response": "output", "history": "history"}
+    information = {"chats": {"file_name": "chats.json", "columns": columns}}
+    write(tmp_path / "data" / "dataset_info.json", json.dumps(information))
+    said = call("llamafactory", "train.py", "train.yaml", folder=tmp_path)
+    assert NOT_THE_PROMPT not in said
+    assert_trained(tmp_path / "out", model_folder, BaditConfig(**OPTIONS, task_type="CAUSAL_LM"))
