@@ -103,7 +103,7 @@ def test_mistakes_are_named_on_one_line(method, message):
 def test_where_lora_and_its_relatives_go(tiny_model, name, family):
     method = build_method({"name": name, **OPTIONS[name], "fan_in_fan_out": family == "gpt2"})
     if (name, family) == ("olora", "gpt2"):
-        with pytest.raises(BaditError, match=r"olora cannot adapt the Conv1D layers.*take pissa instead"):
+        with pytest.raises(BaditError, match=r"olora cannot adapt this model's Conv1D layers.*take pissa instead"):
             method.apply(tiny_model(family))
         return
     model = method.apply(tiny_model(family)).eval()
