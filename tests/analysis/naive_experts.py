@@ -32,9 +32,6 @@ BADIT: dict[str, dict[str, Any]] = {
 METHODS = (*BADIT, *mixtures.MIXTURES, "mtl-lora")
 
 
-# --- models and batches ---
-
-
 def adapted(model: Any, method: str, **options: Any) -> Any:
     """A tiny model with the method's adapter as after training."""
     if method in BADIT:
@@ -81,9 +78,6 @@ def rows(of_task: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             row = {key: each[key][i][keep][None] for key in ("input_ids", "attention_mask", "labels")}
             single.append({**row, "tasks": [each["tasks"][i]]})
     return single
-
-
-# --- gates and losses ---
 
 
 @torch.no_grad()
@@ -151,9 +145,6 @@ def expert_of(layer: Any) -> list[int]:
     if isinstance(layer, BaditLinear):
         return layer.expert_of("default").tolist()
     return [k for k in range(config.num_experts) for _ in range(config.num_components // config.num_experts)]
-
-
-# --- what the atlas makes of them ---
 
 
 def similarity(by_task: Mapping[str, np.ndarray]) -> np.ndarray:

@@ -40,9 +40,6 @@ def random_gates(seed, tasks=4, prompts=3, modules=2, experts=3):
     return made({f"task{t}": rng.dirichlet(np.ones(experts), (prompts, modules)) * experts for t in range(tasks)})
 
 
-# --- similarity ---
-
-
 @given(st.integers(0, 2**32 - 1), st.permutations(range(4)))
 def test_similarity_is_the_naive_one_and_does_not_see_the_order_of_tasks_nor_what_they_share(seed, order):
     gates = random_gates(seed)
@@ -66,9 +63,6 @@ def test_similar_tasks_are_found():
     values = [similarity(random_gates(seed, tasks=5, modules=40))[np.triu_indices(5, k=1)] for seed in range(20)]
     assert np.mean(values) == pytest.approx(-1 / 4, abs=0.02)
     assert gate_similarity(made({"a": np.ones((2, 3, 4)), "b": np.ones((2, 3, 4))}))["similarity"].isna().all()
-
-
-# --- losses without an expert ---
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -97,9 +91,6 @@ def test_the_table_of_losses_has_every_expert_of_every_task():
     ]  # fmt: skip
 
 
-# --- nearest prompts ---
-
-
 @pytest.mark.parametrize("seed", range(5))
 def test_scores_of_prompts_are_the_naive_ones_and_do_not_see_a_modules_scale(seed):
     gates = random_gates(seed)
@@ -115,9 +106,6 @@ def test_scores_of_prompts_are_the_naive_ones_and_do_not_see_a_modules_scale(see
         assert rows["rank"].tolist() == [1, 2, 3, 4, 5]
         assert [*rows[["task", "instance", "prompt"]].itertuples(index=False, name=None)] == [names[p] for p in best]
         assert rows["score"].tolist() == pytest.approx([scores[p, expert] for p in best], abs=1e-5)
-
-
-# --- summaries ---
 
 
 def summaries(gate_TK, change_TK, prompts=2, noise=0.0, names=None, error=0.0):
@@ -174,9 +162,6 @@ def test_a_lead_within_noise_is_none():
     assert found == ["task0_t0", ""]
 
 
-# --- recovery of known abilities ---
-
-
 def random_similarity(seed, tasks):
     values = np.random.default_rng(seed).normal(size=(tasks, tasks))
     return (values + values.T) / 2
@@ -210,9 +195,6 @@ def test_what_is_not_defined_is_missing():
     assert np.isnan(recovered(random_similarity(0, 3), [{"a"}, {"a"}, {"a"}])["correlation"]).all()
     for undefined in (recovered(np.full((3, 3), np.nan), [{"a"}, {"b"}, {"a"}]), recovered(np.zeros((1, 1)), [{"a"}])):
         assert np.isnan([*undefined.values()]).all()
-
-
-# --- all of it ---
 
 
 @pytest.mark.parametrize("known", [True, False])

@@ -21,9 +21,6 @@ SIZES = {"rivers": 5, "cities": 4, "jokes": 1}  # a single instance has no halve
 KINDS = ["llama", "gpt2", "badit", "lora"]
 
 
-# --- sketches ---
-
-
 def sums(length, count, size, seed=0):
     return SketchedSums(length, count, size, torch.Generator().manual_seed(seed))
 
@@ -108,9 +105,6 @@ def test_agreement_follows_from_the_inner_products(of_a, of_b):
         if min(abs(float(sums[0] @ sums[1])), abs(float(sums[2] @ sums[3]))) > 1e-6:
             assert same(found["corrected_cosine"][0, 0, 1], naive.corrected(*instances))
     assert not any((found[name].abs() > 1).any() for name in ("cosine", "corrected_cosine", "reliability"))
-
-
-# --- gradients of models ---
 
 
 def measured(model, examples, sketch_size=16384):

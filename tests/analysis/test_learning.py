@@ -33,9 +33,6 @@ def regrouping(step, before=(0, 0, 1, 1), after=(1, 0, 0, 1), **angles):
     return {"step": step, "module": NAME, "previous_labels": list(before), "labels": list(after), **angles}
 
 
-# --- logs of experts ---
-
-
 def test_angles_and_moves_come_from_the_logs(tmp_path):
     assert expert_angles(Run.at(tmp_path)).empty
     assert component_flow(Run.at(tmp_path)).empty
@@ -88,9 +85,6 @@ def test_a_trained_run(recipe_values):
     assert Counter(angles["measured"]) == {"before": 3 * 2, "after": 3 * 2, "held-out": 2}
     assert set(angles.loc[angles["measured"] == "held-out", "step"]) == {12}
     assert angles["within_degrees"].between(0, 180, inclusive="neither").all()
-
-
-# --- held-out gradients ---
 
 
 @pytest.mark.parametrize("method", ["badit", "badit token", "loramoe", "goat"])
