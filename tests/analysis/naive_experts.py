@@ -120,10 +120,6 @@ def losses(model: Any, row: Mapping[str, Any]) -> list[float]:
     return [-log_p[t - 1, label] for t, label in enumerate(labels) if t and label != -100]
 
 
-def task_loss(model: Any, of_task: Sequence[Mapping[str, Any]]) -> float:
-    return float(np.mean([loss for row in rows(of_task) for loss in losses(model, row)]))
-
-
 def change_error(pairs: Sequence[tuple[list[float], list[float]]]) -> float:
     """The standard error of a change a token, from each prompt's losses before and after."""
     tokens = sum(len(before) for before, _ in pairs)

@@ -144,7 +144,7 @@ def heat_map(
         frame = pd.concat([frame, frame.rename(columns={rows: columns, columns: rows})])
     row_names, column_names = names_in(frame, rows), names_in(frame, columns)
     frame = frame.assign(row_full=frame[rows].astype(str), column_full=frame[columns].astype(str))
-    frame = frame.assign(row=frame["row_full"].map(row_names), column=frame["column_full"].map(column_names))
+    frame = frame.assign(row=frame["row_full"].map(row_names.get), column=frame["column_full"].map(column_names.get))
     values = by_choice(frame, ["row", "row_full", "column", "column_full"], choices)
     # All layers together often vary less than one, and have their own limit.
     of_all = np.array([key.split("|")[0] == ALL for key in values], dtype=bool)

@@ -144,6 +144,7 @@ def export_figures(sections: Sequence[Section], folder: Path) -> list[Path]:
 def _drawn(figure: Figure, sources: Sequence[Source]) -> Iterator[Block]:
     """The figure of every source that has its table; those of several sources are side by side, on shared scales."""
     with_table = [(i, source) for i, source in enumerate(sources) if figure.table in source.frames]
+    drawn: list[Any] = []
     with shared_scales():
         for _ in range(2):  # the second time all scales are known
             drawn = [figure.draw(source.frames[figure.table]) for _, source in with_table]
