@@ -67,7 +67,7 @@ class Windows(dict[str, Window]):
     def __init__(self, layers: Mapping[str, tuple[ExpertLinear, str]], optimizer: Any = None) -> None:
         super().__init__({name: Window() for name in layers})
         self._layers = layers
-        self._forget_gates()
+        self._taken_gates()
         self._reads_in_engine = before_step(optimizer, self._read_gradients)
 
     def after_backward(self) -> None:
@@ -76,19 +76,19 @@ class Windows(dict[str, Window]):
             self._read_gradients()
 
     def _read_gradients(self) -> None:
-        places = self._layers.values()
-        grams = component_grams([(layer.badit_A[adapter], layer.badit_B[adapter]) for layer, adapter in places])
-        for window, (layer, adapter), gram_NN in zip(self.values(), places, grams, strict=True):
-            gate_sums = layer.gate_sums.pop(adapter, None) if isinstance(layer, BaditLinear) else None
+        factors = [(layer.badit_A[adapter], layer.badit_B[adapter]) for layer, adapter in self._layers.values()]
+        for window, gram_NN, gate_sums in zip(
+            self.values(), component_grams(factors), self._taken_gates(), strict=True
+        ):
             if gram_NN is not None:
                 window.gram_sum = _plus(window.gram_sum, gram_NN)
                 window.steps += 1
                 window.gate_sums = window.gate_sums if gate_sums is None else _plus(window.gate_sums, gate_sums)
 
-    def _forget_gates(self) -> None:
-        for layer, adapter in self._layers.values():
-            if isinstance(layer, BaditLinear):
-                layer.gate_sums.pop(adapter, None)
+    def _taken_gates(self) -> list[torch.Tensor | None]:
+        """Each layer's sums of gates since the last call."""
+        places = self._layers.values()
+        return [one.gate_sums.pop(adapter, None) if isinstance(one, BaditLinear) else None for one, adapter in places]
 
     def mean_grams(self) -> dict[str, np.ndarray]:
         """The mean Grams on the CPU, in one copy for all layers; windows without steps are left out."""
@@ -117,7 +117,7 @@ class Windows(dict[str, Window]):
             gram_sum, gate_sums = (tensors.get(f"{kind}:{name}") for kind in ("gram_sum", "gate_sums"))
             own_sums = None if gate_sums is None else own_part(gate_sums)
             self[name] = Window(gram_sum, note["steps"], own_sums, note["pending"])
-        self._forget_gates()
+        self._taken_gates()  # those of before belong to no window
 
     def save(self, path: Path, *, write: bool = True) -> None:
         """Writes the state to a safetensors file, on the ranks with ``write``; all must call it."""

@@ -145,9 +145,8 @@ def expert_of(layer: Any) -> list[int]:
 
 def similarity(by_task: Mapping[str, np.ndarray]) -> np.ndarray:
     """Pearson's correlation of the tasks' mean gates, each gate centred over tasks."""
-    profiles = [[float(np.mean(gate)) for gate in g.reshape(len(g), -1).T] for g in by_task.values()]
-    centred = [[p[j] - sum(q[j] for q in profiles) / len(profiles) for j in range(len(p))] for p in profiles]
-    return np.array([[float(np.corrcoef(a, b)[0, 1]) for b in centred] for a in centred])
+    profiles = np.array([[np.mean(gate) for gate in g.reshape(len(g), -1).T] for g in by_task.values()])
+    return np.corrcoef([profile - np.mean(profiles, axis=0) for profile in profiles])
 
 
 def prompt_scores(by_task: Mapping[str, np.ndarray]) -> np.ndarray:
@@ -177,12 +176,7 @@ def recovery(similarity_: np.ndarray, abilities: Sequence[set[str]]) -> dict[str
 
 def gradients(model: Any, by_task: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[tuple[Any, Any]]:
     """Each layer's gradients of A and B, of the sum of all answer tokens' losses, row by row."""
-    parameters = [p["default"] for layer in layers(model) for p in (layer.badit_A, layer.badit_B)]
-    for parameter in parameters:
-        parameter.grad = None
-        parameter.requires_grad_(True)
     for row in (row for of_task in by_task.values() for row in rows(of_task)):
         out = model(input_ids=row["input_ids"], attention_mask=row["attention_mask"], labels=row["labels"])
         F.cross_entropy(out.logits[0, :-1], row["labels"][0, 1:], reduction="sum").backward()
-    found = [parameter.grad for parameter in parameters]
-    return list(zip(found[::2], found[1::2], strict=True))
+    return [(layer.badit_A["default"].grad, layer.badit_B["default"].grad) for layer in layers(model)]

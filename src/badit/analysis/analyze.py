@@ -100,6 +100,7 @@ def analyze(
             frames = [frame for frame in measure() if len(frame)]
             for frame in frames:
                 save_frame(frame, output / "analysis")
+            # After its tables are written, so that an interrupted part is measured again.
             record["parts"][part] = {
                 "tables": [frame.attrs["name"] for frame in frames],
                 "seconds": round(time.monotonic() - began, 1),

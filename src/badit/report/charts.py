@@ -75,9 +75,10 @@ def with_all(frame: pd.DataFrame, *columns: str) -> pd.DataFrame:
     return frame
 
 
-def chart_of(frame: pd.DataFrame) -> alt.Chart:
-    """A chart of the frame's rows."""
-    return alt.Chart(alt.InlineData(values=frame.astype(object).where(frame.notna(), None).to_dict("records")))
+def chart_of(frame: pd.DataFrame, chosen: str = "") -> alt.Chart:
+    """A chart of the frame's rows; of those with the value that is ``chosen`` for a column of that name."""
+    chart = alt.Chart(alt.InlineData(values=frame.astype(object).where(frame.notna(), None).to_dict("records")))
+    return chart.transform_filter(f"datum.{chosen} === {chosen}") if chosen else chart
 
 
 def by_choice(frame: pd.DataFrame, places: Sequence[str], choices: Sequence[alt.Parameter]) -> pd.DataFrame:

@@ -155,14 +155,9 @@ def task_gap(frame: pd.DataFrame) -> Any:
     rows = frame.assign(full=frame["task"], task=frame["task"].map(charts.names_in(frame, "task"))).sort_values("gap")
     rows, order = rows.rename(columns={"single": single, "multi": multi}), list(dict.fromkeys(rows["task"]))
     tooltip = [alt.Tooltip("full:N", title="task"), *(alt.Tooltip(f"{kind}:Q", format=".1f") for kind in kinds)]
-    base = (
-        charts.chart_of(rows)
-        .transform_filter("datum.method === method")
-        .encode(
-            y=alt.Y("task:N", title=None, sort=order, axis=alt.Axis(labelOverlap=False)),
-            tooltip=[*tooltip, alt.Tooltip("gap:Q", format="+.1f")],
-        )
-    )
+    y = alt.Y("task:N", title=None, sort=order, axis=alt.Axis(labelOverlap=False))
+    tooltip.append(alt.Tooltip("gap:Q", format="+.1f"))
+    base = charts.chart_of(rows, chosen="method").encode(y=y, tooltip=tooltip)
     x = alt.X(f"{single}:Q", title="Rouge-L", axis=alt.Axis(tickCount=6))
     span = base.mark_rule(strokeWidth=2).encode(x=x, x2=f"{multi}:Q")
     shape = alt.Shape("kind:N", scale=alt.Scale(domain=kinds, range=["circle", "diamond"]))
@@ -187,10 +182,8 @@ def _picked(pick: alt.Parameter, strong: float, weak: float) -> Any:
 
 def _colour(field: str, names: Sequence[str], present: Sequence[str] = (), **options: Any) -> alt.Color:
     """A colour for each name; the legend has those that are present (default: all)."""
-    options |= {"values": present} if present else {}
-    return alt.Color(
-        f"{field}:N", scale=alt.Scale(domain=list(names)), legend=charts.legend(present or names, **options)
-    )
+    shown = charts.legend(present or names, **options, **({"values": present} if present else {}))
+    return alt.Color(f"{field}:N", scale=alt.Scale(domain=list(names)), legend=shown)
 
 
 def gradient_cosines(frame: pd.DataFrame) -> Any:
@@ -229,14 +222,10 @@ def _by_layer(frame: pd.DataFrame, column: str, title: str, form: str) -> Any:
     if rows.empty:
         return None
     layers = alt.Axis(format="d", tickCount=8, grid=False)
-    base = (
-        charts.chart_of(rows)
-        .transform_filter("datum.parameters === parameters")
-        .encode(
-            x=alt.X("layer:Q", title="layer", scale=alt.Scale(nice=False), axis=layers),
-            y=alt.Y(f"{column}:Q", title=title, axis=alt.Axis(format=form, tickCount=5), scale=alt.Scale(domainMax=1)),
-            color=alt.Color("module:N", legend=charts.legend(rows["module"])),
-        )
+    base = charts.chart_of(rows, chosen="parameters").encode(
+        x=alt.X("layer:Q", title="layer", scale=alt.Scale(nice=False), axis=layers),
+        y=alt.Y(f"{column}:Q", title=title, axis=alt.Axis(format=form, tickCount=5), scale=alt.Scale(domainMax=1)),
+        color=alt.Color("module:N", legend=charts.legend(rows["module"])),
     )
     size, opacity = (25, 1) if rows["layer"].nunique() <= 12 else (60, 0)
     spots = base.mark_point(filled=True, size=size, opacity=opacity)
@@ -295,7 +284,7 @@ def units_of_tasks(frame: pd.DataFrame) -> Any:
     names = charts.names_in(frame, "task")
     long = sums.melt(["kind", "task"], parts, "part", "units").rename(columns={"task": "full"})
     long = long.assign(task=long["full"].map(names), order=long["part"].map(parts.index))
-    chart = charts.chart_of(long).transform_filter("datum.kind === kind").mark_bar()
+    chart = charts.chart_of(long, chosen="kind").mark_bar()
     chart = chart.transform_joinaggregate(total="sum(units)", groupby=["task"])
     chart = chart.transform_calculate(share="datum.units / datum.total").encode(
         x=alt.X("share:Q", title="share of the task's marked units", axis=alt.Axis(format="%", tickCount=5)),

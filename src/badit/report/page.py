@@ -12,7 +12,7 @@ import json
 import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -44,6 +44,7 @@ _WIDTHS = {"full": 520, "half": 340, "square": 400}
 _SAMPLES, _MANY_MODELS = 6, 3
 _LONGEST_QUESTION, _LONGEST_ANSWER = 700, 400
 _PARTLY_RIGHT = 50.0
+_as_yaml = partial(yaml.safe_dump, sort_keys=False, allow_unicode=True, width=100)
 # What the overview shows of a run's recipe.
 _SETTINGS = ["model.name", "method.name", "method.num_experts", "method.r", "data.source", "training.learning_rate"]
 
@@ -272,10 +273,6 @@ def _settings(sources: Sequence[Source]) -> Iterator[Block]:
                 keys = ("learning_rate", "seed", "order", "config", "environment")
                 text = _as_yaml({key: cell[key] for key in keys if cell.get(key)})
                 yield Block("details", label + cell["method"], text, file=RESULTS)
-
-
-def _as_yaml(content: Mapping[str, Any]) -> str:
-    return yaml.safe_dump(dict(content), sort_keys=False, allow_unicode=True, width=100)
 
 
 def _resource(name: str) -> str:
