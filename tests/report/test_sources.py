@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from badit.errors import BaditError
@@ -83,6 +83,7 @@ def test_labels_tell_runs_apart(tmp_path):
     assert [source.label for source in read_sources(paths[1:])] == ["badit", "lora"]
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 1), min_size=1, max_size=8), st.randoms(use_true_random=False))
 def test_two_groups_of_similar_tasks_become_two_blocks(groups, random):
     tasks = [f"t{i}" for i in range(len(groups))]
