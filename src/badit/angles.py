@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch import nn
 from transformers import TrainerCallback
 
 from badit.checkpoint import checkpoint_being_written, resumed_checkpoint
@@ -31,15 +32,12 @@ ANGLES_FILE = "badit_angles.safetensors"
 Layer = TypeVar("Layer", bound=ExpertLinear)
 
 
-def trainable_adapters(
-    model: torch.nn.Module, kind: type[Layer] = BaditLinear
-) -> Iterator[tuple[str, tuple[Layer, str]]]:
+def trainable_adapters(model: nn.Module, kind: type[Layer] = BaditLinear) -> Iterator[tuple[str, tuple[Layer, str]]]:
     """(name, (layer, adapter)) of every adapter that is being trained in layers of a kind, in the model's order."""
-    for module in model.modules():
-        if isinstance(module, kind):
-            for adapter in module.badit_A:
-                if module.badit_A[adapter].requires_grad:
-                    yield f"{module.name}.{adapter}", (module, adapter)
+    for layer in (module for module in model.modules() if isinstance(module, kind)):
+        for adapter, factor in layer.badit_A.items():
+            if factor.requires_grad:
+                yield f"{layer.name}.{adapter}", (layer, adapter)
 
 
 @dataclass
@@ -69,7 +67,7 @@ class Windows(dict[str, Window]):
     def __init__(self, layers: Mapping[str, tuple[ExpertLinear, str]], optimizer: Any = None) -> None:
         super().__init__({name: Window() for name in layers})
         self._layers = layers
-        self._forget_gates()
+        self._taken_gates()
         self._reads_in_engine = before_step(optimizer, self._read_gradients)
 
     def after_backward(self) -> None:
@@ -78,19 +76,19 @@ class Windows(dict[str, Window]):
             self._read_gradients()
 
     def _read_gradients(self) -> None:
-        places = self._layers.values()
-        grams = component_grams([(layer.badit_A[adapter], layer.badit_B[adapter]) for layer, adapter in places])
-        for window, (layer, adapter), gram_NN in zip(self.values(), places, grams, strict=True):
-            gate_sums = layer.gate_sums.pop(adapter, None) if isinstance(layer, BaditLinear) else None
+        factors = [(layer.badit_A[adapter], layer.badit_B[adapter]) for layer, adapter in self._layers.values()]
+        for window, gram_NN, gate_sums in zip(
+            self.values(), component_grams(factors), self._taken_gates(), strict=True
+        ):
             if gram_NN is not None:
                 window.gram_sum = _plus(window.gram_sum, gram_NN)
                 window.steps += 1
                 window.gate_sums = window.gate_sums if gate_sums is None else _plus(window.gate_sums, gate_sums)
 
-    def _forget_gates(self) -> None:
-        for layer, adapter in self._layers.values():
-            if isinstance(layer, BaditLinear):
-                layer.gate_sums.pop(adapter, None)
+    def _taken_gates(self) -> list[torch.Tensor | None]:
+        """Each layer's sums of gates since the last call."""
+        places = self._layers.values()
+        return [one.gate_sums.pop(adapter, None) if isinstance(one, BaditLinear) else None for one, adapter in places]
 
     def mean_grams(self) -> dict[str, np.ndarray]:
         """The mean Grams on the CPU, in one copy for all layers; windows without steps are left out."""
@@ -115,11 +113,11 @@ class Windows(dict[str, Window]):
         """Restores what :meth:`state` gave."""
         if notes.keys() != self.keys():
             raise BaditError("the regrouping's state belongs to another model or another choice of target_modules")
-        for name in self:
-            sums = tensors.get(f"gate_sums:{name}")
-            gram_sum, gate_sums = tensors.get(f"gram_sum:{name}"), None if sums is None else own_part(sums)
-            self[name] = Window(gram_sum, notes[name]["steps"], gate_sums, notes[name]["pending"])
-        self._forget_gates()
+        for name, note in notes.items():
+            gram_sum, gate_sums = (tensors.get(f"{kind}:{name}") for kind in ("gram_sum", "gate_sums"))
+            own_sums = None if gate_sums is None else own_part(gate_sums)
+            self[name] = Window(gram_sum, note["steps"], own_sums, note["pending"])
+        self._taken_gates()  # those of before belong to no window
 
     def save(self, path: Path, *, write: bool = True) -> None:
         """Writes the state to a safetensors file, on the ranks with ``write``; all must call it."""
@@ -149,8 +147,7 @@ def _plus(total: torch.Tensor | None, term: torch.Tensor) -> torch.Tensor:
 
 
 class AngleLog(TrainerCallback):
-    """Writes to the log ``path`` a line for every layer and window of ``every`` optimizer steps: step, module,
-    window_steps, and the angles of :class:`badit.method.grouping.ExpertAngles`.
+    """Writes a line per layer and window of ``every`` steps: step, module, window_steps, and ExpertAngles' fields.
 
     Layers with one expert, and those whose experts share their A, have no angles. The sums are kept in checkpoints, so
     that a resumed run writes the same log.
@@ -164,8 +161,7 @@ class AngleLog(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         for name, (layer, adapter) in trainable_adapters(kwargs["model"], ExpertLinear):
-            config = layer.badit_config[adapter]
-            if config.num_experts > 1 and not config.shares_A:
+            if layer.badit_config[adapter].num_experts > 1 and not layer.badit_config[adapter].shares_A:
                 self._layers[name] = layer, adapter
         self.windows = Windows(self._layers, kwargs.get("optimizer"))
         if self._layers and state.global_step:
@@ -180,8 +176,7 @@ class AngleLog(TrainerCallback):
         if state.global_step % self.every and state.global_step != state.max_steps:
             return
         # All ranks have the same sums, and one of them writes.
-        grams = self.windows.mean_grams() if state.is_world_process_zero else {}
-        for name, gram_NN in grams.items():
+        for name, gram_NN in self.windows.mean_grams().items() if state.is_world_process_zero else ():
             layer, adapter = self._layers[name]
             angles = expert_angles(gram_NN, layer.expert_of(adapter).cpu().numpy()).defined()
             line = {"step": state.global_step, "module": name, "window_steps": self.windows[name].steps}

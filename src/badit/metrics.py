@@ -1,8 +1,7 @@
-"""Rouge-L and exact match as Super-NaturalInstructions defines them, and the NLL of the reference answer.
+"""Rouge-L and exact match, and the NLL of the reference answer, which needs no generated answer and has less noise.
 
-Rouge-L and exact match run from 0 to 100, and an answer is scored against the reference that suits it best. They are
-those of the benchmark's official evaluation (Wang et al. 2022, arXiv:2204.07705); Rouge-L comes from the `rouge-score`
-package. The NLL needs no generated answer and has less noise than scores of generated answers.
+Rouge-L and exact match run from 0 to 100, against the reference that suits the answer best. They are those of the
+official evaluation of Super-NaturalInstructions (Wang et al. 2022, arXiv:2204.07705), Rouge-L from `rouge-score`.
 """
 
 from __future__ import annotations
@@ -46,9 +45,8 @@ def rouge_l(prediction: str, references: Sequence[str]) -> float:
     Raises:
         BaditError: no references.
     """
-    _require_references(references)
-    scorer = _rouge_scorer()
-    return 100.0 * max(scorer.score(reference, prediction)["rougeL"].fmeasure for reference in references)
+    score = _rouge_scorer().score
+    return 100.0 * max(score(reference, prediction)["rougeL"].fmeasure for reference in _checked(references))
 
 
 def exact_match(prediction: str, references: Sequence[str]) -> float:
@@ -57,9 +55,8 @@ def exact_match(prediction: str, references: Sequence[str]) -> float:
     Raises:
         BaditError: no references.
     """
-    _require_references(references)
     answer = normalize_answer(prediction)
-    return 100.0 * any(normalize_answer(reference) == answer for reference in references)
+    return 100.0 * any(normalize_answer(reference) == answer for reference in _checked(references))
 
 
 @dataclass(frozen=True)
@@ -103,15 +100,13 @@ def instance_scores(predictions: Mapping[str, Sequence[Prediction]]) -> dict[str
 
     A metric that some answer has no score in is left out.
     """
-    scores: dict[str, dict[str, list[Any]]] = {
-        task: {name: [metric.score(answer) for answer in answers] for name, metric in METRICS.items()}
-        for task, answers in predictions.items()
-    }
-    missing = {name for of_task in scores.values() for name in of_task if None in of_task[name]}
-    return {
-        task: {name: values for name, values in of_task.items() if name not in missing}
-        for task, of_task in scores.items()
-    }
+    scores: dict[str, dict[str, list[Any]]] = {task: {} for task in predictions}
+    for name, metric in METRICS.items():
+        by_task = {task: [metric.score(answer) for answer in answers] for task, answers in predictions.items()}
+        if not any(None in values for values in by_task.values()):
+            for task, values in by_task.items():
+                scores[task][name] = values
+    return scores
 
 
 def mean_scores(instances: Mapping[str, Mapping[str, Sequence[float]]]) -> dict[str, Any]:
@@ -124,17 +119,18 @@ def mean_scores(instances: Mapping[str, Mapping[str, Sequence[float]]]) -> dict[
     for metric in next(iter(instances.values())):
         means[metric] = fmean(fmean(scores[metric]) for scores in instances.values())
         means[f"{metric}_instances"] = fmean(score for scores in instances.values() for score in scores[metric])
-    tasks = {
+    means["tasks"] = {
         task: {metric: fmean(values) for metric, values in scores.items()} | {"instances": len(scores["rouge_l"])}
         for task, scores in instances.items()
     }
-    return {**means, "tasks": tasks}
+    return means
 
 
-def _require_references(references: Sequence[str]) -> None:
+def _checked(references: Sequence[str]) -> Sequence[str]:
     # A bare string is a sequence of its letters, each of which would quietly become a reference.
     if not references or isinstance(references, str):
         raise BaditError("references: give a sequence of at least one accepted answer")
+    return references
 
 
 @cache

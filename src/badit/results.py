@@ -14,7 +14,7 @@ from statistics import fmean, stdev
 from typing import Annotated, Any, Literal
 
 import pandas as pd
-from pydantic import BaseModel, ConfigDict, Field, create_model
+from pydantic import AliasPath, BaseModel, ConfigDict, Field, create_model
 
 from badit.errors import BaditError, explained, nearest
 from badit.files import read_json, refuse_links, refuse_other_format
@@ -31,13 +31,15 @@ SINGLE_TASK = ", one model per task"
 _FIRST_METRICS = ("rouge_l", "exact_match")
 
 
+# A mean of scores of 100 may be off by rounding.
+_ROUNDING = 1e-6
+# What no run comes near, so that sums and means stay finite.
+_MOST = 10**15
+
+
 class _Part(BaseModel):
     # A results file also keeps what the tables do not need, such as every run's recipe and environment.
     model_config = ConfigDict(extra="ignore", frozen=True, allow_inf_nan=False)
-
-
-# A mean of scores of 100 may be off by rounding.
-_ROUNDING = 1e-6
 
 
 def _by_metric(name: str, *, lists: bool = False, **others: Any) -> type[_Part]:
@@ -52,8 +54,6 @@ def _by_metric(name: str, *, lists: bool = False, **others: Any) -> type[_Part]:
 
 _Score = Annotated[float, Field(ge=-_ROUNDING, le=100 + _ROUNDING)]
 _Points = Annotated[float, Field(ge=-100 - _ROUNDING, le=100 + _ROUNDING)]
-# What no run comes near, so that sums and means stay finite.
-_MOST = 10**15
 _TaskScores = _by_metric("_TaskScores", instances=(Annotated[int, Field(ge=1, le=_MOST)], ...))
 _InstanceScores = _by_metric("_InstanceScores", lists=True)
 
@@ -71,17 +71,9 @@ class _Scores(_by_metric("_Means")):
     continual: dict[Form, _Transfer] | None = None
 
 
-_Amount = Annotated[float, Field(ge=0, le=_MOST)]
-
-
-class _Training(_Part):
-    trainable_parameters: Annotated[int, Field(ge=0, le=_MOST)] | None = None
-    seconds: _Amount | None = None
-    peak_memory_gib: _Amount | None = None
-
-
-class _Environment(_Part):
-    training: _Training = _Training()
+def _amount(name: str) -> Any:
+    """A cell's entry of ``environment.training``."""
+    return Field(None, ge=0, le=_MOST, validation_alias=AliasPath("environment", "training", name))
 
 
 class _Cell(_Part):
@@ -92,7 +84,10 @@ class _Cell(_Part):
     status: Literal["done", "failed", "missing"]
     error: str | None = None
     selected: bool = True
-    environment: _Environment | None = None
+    environment: dict[str, Any] | None = None
+    trainable_parameters: int | None = _amount("trainable_parameters")
+    seconds: float | None = _amount("seconds")
+    peak_memory_gib: float | None = _amount("peak_memory_gib")
     scores: _Scores | None = None
     instances: dict[str, _InstanceScores] | None = None  # pyright: ignore[reportInvalidTypeForm]
     continual: dict[Form, _Transfer] | None = None
@@ -167,7 +162,6 @@ def load_results(path: str | os.PathLike[str]) -> Results:
     with explained(path):
         file = _File.model_validate(content)
     scores, instances, continual = [], [], []
-    cells = [{**dict(cell), **dict((cell.environment or _Environment()).training)} for cell in file.cells]
     for cell in _counted(file, path):
         run = (cell.method, cell.seed, cell.order)
         for task, entry in cell.scores.tasks.items() if cell.scores else ():
@@ -180,7 +174,7 @@ def load_results(path: str | os.PathLike[str]) -> Results:
         protocol=file.protocol,
         reference=file.reference,
         methods=list(dict.fromkeys(file.methods)),
-        cells=_frame(cells, _CELL).astype({"error": object, "trainable_parameters": "Int64"}),
+        cells=_frame(map(dict, file.cells), _CELL).astype({"error": object, "trainable_parameters": "Int64"}),
         scores=_frame(scores, [*_RUN, "task", "metric", "score", "n"]),
         instances=_frame(instances, [*_RUN, "task", "metric", "instance", "score"]),
         continual=_frame(continual, [*_RUN, "form", *_Transfer.model_fields]),

@@ -60,8 +60,7 @@ def paired_bootstrap(differences_by_task: Mapping[str, np.ndarray], *, resample_
 
     The difference is the mean over tasks of the mean over runs and instances, so every task counts the same. A resample
     draws instances with replacement within each task, the same ones for every run, and runs with replacement, the same
-    ones for every task: the pigeonhole bootstrap (Owen 2007, doi:10.1214/07-AOAS122) of crossed runs and instances,
-    stratified by task.
+    ones for every task: the pigeonhole bootstrap (Owen 2007, doi:10.1214/07-AOAS122), stratified by task.
 
     The interval covers other test instances of these tasks and, with `resample_seeds`, other runs. It does not cover
     other tasks, nor choices that all runs share: the training data, the learning rate, the base model. The bootstrap
@@ -87,15 +86,9 @@ def paired_bootstrap(differences_by_task: Mapping[str, np.ndarray], *, resample_
     means_RS = [_resampled_means(task_SN, rng) for task_SN in tasks_SN]
     estimates_R = np.mean([np.take_along_axis(means, drawn_RS, axis=1).mean(axis=1) for means in means_RS], axis=0)
     low, inner_low, inner_high, high = map(float, np.quantile(estimates_R, [0.025, 0.05, 0.95, 0.975]))
-    return Difference(
-        mean=float(np.mean([task_SN.mean() for task_SN in tasks_SN])),
-        low=low,
-        high=high,
-        share_not_positive=float((np.round(estimates_R, DECIMALS) <= 0).mean()),
-        inner_low=inner_low,
-        inner_high=inner_high,
-        runs=runs,
-    )
+    mean = float(np.mean([task_SN.mean() for task_SN in tasks_SN]))
+    share_not_positive = float((np.round(estimates_R, DECIMALS) <= 0).mean())
+    return Difference(mean, low, high, share_not_positive, inner_low, inner_high, runs)
 
 
 def _resampled_means(task_SN: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -144,17 +137,14 @@ def continual_scores(
         raise BaditError("scores: must be a square matrix, with a score for each task that was trained by then")
     if single_task is not None and (len(single_task) != len(tasks) or not all(map(math.isfinite, single_task))):
         raise BaditError(f"single_task: {len(tasks)} finite scores are needed, one for each task")
-    final = scores[-1]
-    gains = [final[j] - scores[j][j] for j in earlier]
+    forward = None if single_task is None else fmean(scores[j][j] - single_task[j] for j in tasks)
+    if not earlier:
+        return ContinualScores(fmean(scores[-1]), 0.0, 0.0, forward)
     if form == "standard":
         best = [max(scores[i][j] for i in earlier[j:]) for j in earlier]
-        backward_divisor = len(earlier)
     else:
         best = [max(0.0 if math.isnan(scores[i][j]) else scores[i][j] for i in earlier) for j in earlier]
-        backward_divisor = len(tasks)
-    return ContinualScores(
-        average_performance=fmean(final),
-        forgetting=fmean(best[j] - final[j] for j in earlier) if earlier else 0.0,
-        backward_transfer=math.fsum(gains) / backward_divisor if earlier else 0.0,
-        forward_transfer=None if single_task is None else fmean(scores[j][j] - single_task[j] for j in tasks),
-    )
+    forgetting = fmean(best[j] - scores[-1][j] for j in earlier)
+    backward = math.fsum(scores[-1][j] - scores[j][j] for j in earlier)
+    divisor = len(earlier) if form == "standard" else len(tasks)
+    return ContinualScores(fmean(scores[-1]), forgetting, backward / divisor, forward)

@@ -32,9 +32,6 @@ BADIT: dict[str, dict[str, Any]] = {
 METHODS = (*BADIT, *mixtures.MIXTURES, "mtl-lora")
 
 
-# --- models and batches ---
-
-
 def adapted(model: Any, method: str, **options: Any) -> Any:
     """A tiny model with the method's adapter as after training."""
     if method in BADIT:
@@ -83,9 +80,6 @@ def rows(of_task: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return single
 
 
-# --- gates and losses ---
-
-
 @torch.no_grad()
 def gates(model: Any, row: Mapping[str, Any]) -> np.ndarray:
     """One prompt's gates (modules, experts), from every layer's own input and router, position by position."""
@@ -126,10 +120,6 @@ def losses(model: Any, row: Mapping[str, Any]) -> list[float]:
     return [-log_p[t - 1, label] for t, label in enumerate(labels) if t and label != -100]
 
 
-def task_loss(model: Any, of_task: Sequence[Mapping[str, Any]]) -> float:
-    return float(np.mean([loss for row in rows(of_task) for loss in losses(model, row)]))
-
-
 def change_error(pairs: Sequence[tuple[list[float], list[float]]]) -> float:
     """The standard error of a change a token, from each prompt's losses before and after."""
     tokens = sum(len(before) for before, _ in pairs)
@@ -153,14 +143,10 @@ def expert_of(layer: Any) -> list[int]:
     return [k for k in range(config.num_experts) for _ in range(config.num_components // config.num_experts)]
 
 
-# --- what the atlas makes of them ---
-
-
 def similarity(by_task: Mapping[str, np.ndarray]) -> np.ndarray:
     """Pearson's correlation of the tasks' mean gates, each gate centred over tasks."""
-    profiles = [[float(np.mean(gate)) for gate in g.reshape(len(g), -1).T] for g in by_task.values()]
-    centred = [[p[j] - sum(q[j] for q in profiles) / len(profiles) for j in range(len(p))] for p in profiles]
-    return np.array([[float(np.corrcoef(a, b)[0, 1]) for b in centred] for a in centred])
+    profiles = np.array([[np.mean(gate) for gate in g.reshape(len(g), -1).T] for g in by_task.values()])
+    return np.corrcoef([profile - np.mean(profiles, axis=0) for profile in profiles])
 
 
 def prompt_scores(by_task: Mapping[str, np.ndarray]) -> np.ndarray:
@@ -190,12 +176,7 @@ def recovery(similarity_: np.ndarray, abilities: Sequence[set[str]]) -> dict[str
 
 def gradients(model: Any, by_task: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[tuple[Any, Any]]:
     """Each layer's gradients of A and B, of the sum of all answer tokens' losses, row by row."""
-    parameters = [p["default"] for layer in layers(model) for p in (layer.badit_A, layer.badit_B)]
-    for parameter in parameters:
-        parameter.grad = None
-        parameter.requires_grad_(True)
     for row in (row for of_task in by_task.values() for row in rows(of_task)):
         out = model(input_ids=row["input_ids"], attention_mask=row["attention_mask"], labels=row["labels"])
         F.cross_entropy(out.logits[0, :-1], row["labels"][0, 1:], reduction="sum").backward()
-    found = [parameter.grad for parameter in parameters]
-    return list(zip(found[::2], found[1::2], strict=True))
+    return [(layer.badit_A["default"].grad, layer.badit_B["default"].grad) for layer in layers(model)]

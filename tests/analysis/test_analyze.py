@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -14,14 +13,10 @@ from badit.errors import BaditError
 from badit.evaluate import train_and_score
 from badit.recipe import build_recipe
 
-Values = dict[str, Any]
-INTERFERENCE = {
-    "gradient_pairs", "gradient_overall", "gradient_summary", "gradient_tasks",
-    "coactivation", "coactivation_tasks", "coactivation_pairs",
-}  # fmt: skip
-EXPERTS = {
-    "expert_angles", "component_flow", "gates", "gate_similarity", "expert_losses", "nearest_prompts", "abilities",
-}  # fmt: skip
+PAIRS = {"gradient_pairs", "gradient_overall", "coactivation_pairs"}
+INTERFERENCE = PAIRS | {"gradient_summary", "gradient_tasks", "coactivation", "coactivation_tasks"}
+ANGLES = {"expert_angles", "component_flow"}
+EXPERTS = ANGLES | {"gates", "gate_similarity", "expert_losses", "nearest_prompts", "abilities"}
 
 
 def names(folder):
@@ -39,9 +34,17 @@ def run(recipe_values):
     return finished(recipe_values)
 
 
-def test_a_run_with_experts_has_all_tables(run):
+def test_a_run_with_experts_has_all_tables_and_a_finished_part_is_not_measured_again(run, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "ability_atlas", lambda *a, **k: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            analyze(run, instances=2, progress=False)
+    assert names(run) == INTERFERENCE
+    monkeypatch.setattr(module, "measure_interference", lambda *a, **k: pytest.fail("measured again"))
     assert analyze(run, instances=2, progress=False) == run
     assert names(run) == INTERFERENCE | EXPERTS
+    monkeypatch.setattr(module, "load_run", lambda *a, **k: pytest.fail("loaded a model"))
+    analyze(run, instances=2, progress=False)
     tables = load_frames(run / "analysis")
     for name in ("coactivation", "coactivation_tasks", "coactivation_pairs"):
         assert tables[name]["kind"].unique().tolist() == ["neurons", "parameters", "experts"]
@@ -53,11 +56,16 @@ def test_a_run_with_experts_has_all_tables(run):
         analyze(run, instances=3, progress=False)
 
 
-def test_a_single_task_has_no_tables_of_pairs(recipe_values):
-    recipe_values["data"]["tasks"] = ["cities"]
-    run = analyze(finished(recipe_values), instances=2, progress=False)
-    pairs = {"gradient_pairs", "gradient_overall", "coactivation_pairs", "gate_similarity"}
-    assert names(run) == (INTERFERENCE | EXPERTS) - pairs
+@pytest.mark.parametrize(
+    ("data", "method", "tables"),
+    [
+        ({"tasks": ["cities"]}, {}, (INTERFERENCE | EXPERTS) - PAIRS - {"gate_similarity"}),
+        ({"order": "seeded-0"}, {"method": {"name": "lora", "r": 2}}, INTERFERENCE | {"transfer"}),
+    ],
+)
+def test_a_single_task_has_no_pairs_and_a_sequence_has_its_score_matrix(recipe_values, data, method, tables):
+    recipe_values["data"] |= data
+    assert names(analyze(finished(recipe_values | method), instances=2, progress=False)) == tables
 
 
 def test_tables_in_another_folder_are_shown_with_the_runs_scores(run, tmp_path):
@@ -67,26 +75,6 @@ def test_tables_in_another_folder_are_shown_with_the_runs_scores(run, tmp_path):
     page = (apart / "report.html").read_text()
     assert "scores.json</code>" in page
     assert "<code>analysis/gates.json</code> of apart" in page
-
-
-def test_a_finished_part_is_not_measured_again(run, monkeypatch):
-    with monkeypatch.context() as patch:
-        patch.setattr(module, "ability_atlas", lambda *a, **k: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            analyze(run, instances=2, progress=False)
-    assert names(run) == INTERFERENCE
-    monkeypatch.setattr(module, "measure_interference", lambda *a, **k: pytest.fail("measured again"))
-    analyze(run, instances=2, progress=False)
-    assert names(run) == INTERFERENCE | EXPERTS
-    monkeypatch.setattr(module, "load_run", lambda *a, **k: pytest.fail("loaded a model"))
-    analyze(run, instances=2, progress=False)
-
-
-def test_a_sequence_has_its_score_matrix(recipe_values):
-    recipe_values["data"]["order"] = "seeded-0"
-    recipe_values["method"] = {"name": "lora", "r": 2}
-    run = analyze(finished(recipe_values), instances=2, progress=False)
-    assert names(run) == INTERFERENCE | {"transfer"}
 
 
 def test_a_base_model_is_measured_on_named_tasks(model_folder, task_file, tmp_path):

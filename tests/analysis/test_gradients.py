@@ -21,61 +21,42 @@ SIZES = {"rivers": 5, "cities": 4, "jokes": 1}  # a single instance has no halve
 KINDS = ["llama", "gpt2", "badit", "lora"]
 
 
-# --- sketches ---
-
-
-def sums(length, count, size, seed=0):
-    return SketchedSums(length, count, size, torch.Generator().manual_seed(seed))
-
-
-def matrix(length, size, seed):
-    """S (N, M), a row for each coordinate, from the sketches of the unit vectors."""
-    sketch = sums(length, length, size, seed)
-    for i, unit in enumerate(torch.eye(length)):
-        sketch.add(i, unit)
-    return sketch.sums_RM
-
-
-def inner(a, b, size, seed):
-    sketch = sums(len(a), 2, size, seed)
-    sketch.add(0, a)
-    sketch.add(1, b)
-    return sketch.gram()
+def sketched(vectors_RN, size, seed):
+    """The sketches of several vectors."""
+    sketch = SketchedSums(len(vectors_RN[0]), len(vectors_RN), size, torch.Generator().manual_seed(seed))
+    for i, vector_N in enumerate(vectors_RN):
+        sketch.add(i, vector_N)
+    return sketch
 
 
 @settings(deadline=None, max_examples=40)
 @given(st.integers(1, 60), st.integers(1, 24), st.integers(0, 1000))
 def test_a_sketch_is_linear_with_a_signed_bucket_for_each_coordinate(length, size, seed):
-    matrix_NM = matrix(length, size, seed)
+    matrix_NM = sketched(torch.eye(length), size, seed).sums_RM
     assert matrix_NM.shape == (length, min(length, size))
     assert ((matrix_NM != 0).sum(dim=1) == 1).all()
     assert (matrix_NM.abs().sum(dim=1) == 1).all()
     for run_NM in matrix_NM.split(size):
         assert (run_NM != 0).sum(dim=0).max() <= 1, "within a run nothing meets"
-    a, b = torch.randn(2, length, generator=torch.Generator().manual_seed(seed))
-    sketch = sums(length, 2, size, seed)
-    sketch.add(1, a)
-    sketch.add(1, b)
-    torch.testing.assert_close(sketch.sums_RM[1], (a + b) @ matrix_NM)
-    assert not sketch.sums_RM[0].any()
-    exact = torch.stack([a, b]).double()
-    torch.testing.assert_close(inner(a, b, length + size, seed), exact @ exact.T)
+    vectors_RN = torch.randn(2, length, generator=torch.Generator().manual_seed(seed))
+    sketch = sketched(vectors_RN, size, seed)
+    sketch.add(1, vectors_RN[0])
+    torch.testing.assert_close(sketch.sums_RM, torch.stack([vectors_RN[0], vectors_RN.sum(dim=0)]) @ matrix_NM)
+    exact_RN = vectors_RN.double()
+    torch.testing.assert_close(sketched(vectors_RN, length + size, seed).gram(), exact_RN @ exact_RN.T)
 
 
 @pytest.mark.parametrize("kind", ["noise", "column", "row", "constant"])
 def test_inner_products_are_unbiased_with_the_stated_variance(kind):
     """Two gradients of a weight (60, 32): noise with a common part, or all in one column, one row or equal numbers."""
     a, b = torch.randn(2, 60, 32, generator=torch.Generator().manual_seed(3))
-    b = 0.5 * a + b
     strong = torch.ones(60, 32)
-    if kind == "column":  # 32 divides the size below: a fold without shifts would give it two buckets of 64
-        strong[:, 5] = 50
-    if kind == "row":
-        strong[7] = 50
+    # 32 divides the size below: a fold without shifts would give a column two buckets of 64.
+    strong[{"column": (slice(None), 5), "row": 7}.get(kind, slice(0))] = 50
     shift = 20 if kind == "constant" else 0
-    a, b = (a * strong + shift).flatten(), (b * strong - shift).flatten()
+    a, b = (a * strong + shift).flatten(), ((0.5 * a + b) * strong - shift).flatten()
     size, repeats = 64, 250
-    estimates = torch.stack([inner(a, b, size, seed)[0, 1] for seed in range(repeats)])
+    estimates = torch.stack([sketched([a, b], size, seed).gram()[0, 1] for seed in range(repeats)])
     exact = float(a.double() @ b.double())
     bound = (float(a @ a) * float(b @ b) + exact**2) / size
     assert abs(float(estimates.mean()) - exact) < 4 * math.sqrt(bound / repeats)
@@ -91,26 +72,18 @@ vectors = st.lists(st.lists(st.floats(-4, 4, width=16), min_size=3, max_size=3),
 @given(vectors, vectors)
 def test_agreement_follows_from_the_inner_products(of_a, of_b):
     instances = [torch.tensor(of).double() for of in (of_a, of_b[:4])]
-    sums = [of[half::2].sum(dim=0) for of in instances for half in (0, 1)]
-    sums_R = torch.stack(sums)
+    sums_R = torch.stack([of[half::2].sum(dim=0) for of in instances for half in (0, 1)])
     found = agreement((sums_R @ sums_R.T)[None], torch.tensor([[3.0, 2.0], [2.0, 2.0]]).double())
-    a, b = (of.mean(dim=0) for of in instances)
-
-    def same(value, expected):
-        return float(value) == pytest.approx(expected, abs=1e-6, nan_ok=True)
-
-    # Where sums all but cancel, rounding decides whether there is a direction.
-    if min(float(v.norm()) for v in (a, b, *sums)) > 1e-3:
-        assert same(found["cosine"][0, 0, 1], naive.cosine(a, b))
-        assert same(found["magnitude_similarity"][0, 0, 1], naive.magnitude(a, b))
-        assert same(found["norm"][0, 0], float(a.norm()))
-        assert same(found["reliability"][0, 1], naive.cosine(sums[2], sums[3]))
-        if min(abs(float(sums[0] @ sums[1])), abs(float(sums[2] @ sums[3]))) > 1e-6:
-            assert same(found["corrected_cosine"][0, 0, 1], naive.corrected(*instances))
     assert not any((found[name].abs() > 1).any() for name in ("cosine", "corrected_cosine", "reliability"))
-
-
-# --- gradients of models ---
+    a, b = (of.mean(dim=0) for of in instances)
+    if min(float(v.norm()) for v in (a, b, *sums_R)) <= 1e-3:
+        return  # where sums all but cancel, rounding decides whether there is a direction
+    expected = {"cosine": naive.cosine(a, b), "magnitude_similarity": naive.magnitude(a, b)}
+    if min(abs(float(sums_R[0] @ sums_R[1])), abs(float(sums_R[2] @ sums_R[3]))) > 1e-6:
+        expected["corrected_cosine"] = naive.corrected(*instances)
+    assert {name: float(found[name][0, 0, 1]) for name in expected} == pytest.approx(expected, abs=1e-6, nan_ok=True)
+    assert float(found["norm"][0, 0]) == pytest.approx(float(a.norm()), abs=1e-6)
+    assert float(found["reliability"][0, 1]) == pytest.approx(naive.cosine(*sums_R[2:]), abs=1e-6)
 
 
 def measured(model, examples, sketch_size=16384):
@@ -125,12 +98,8 @@ def make(tiny_model, kind):
         return tiny_model(kind)
     if kind == "badit":
         return adapted(tiny_model("llama"))
-    config = LoraConfig(r=2, lora_alpha=4, target_modules=["gate_proj"], task_type="CAUSAL_LM")
-    lora = get_peft_model(tiny_model("llama"), config)
-    for name, parameter in lora.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.1)
-    return lora.eval()
+    options = {"target_modules": ["gate_proj"], "init_lora_weights": False, "task_type": "CAUSAL_LM"}
+    return get_peft_model(tiny_model("llama"), LoraConfig(r=2, lora_alpha=4, **options)).eval()
 
 
 def assert_same(frame, expected, tolerance=1e-4):
@@ -139,7 +108,7 @@ def assert_same(frame, expected, tolerance=1e-4):
     def key(row):
         return [str(value) for value in row if not isinstance(value, float) and value is not None]
 
-    assert len(frame) == len(expected) > 0
+    assert len(expected) > 0
     for row, twin in zip(sorted(naive.rows(frame), key=key), sorted(expected, key=key), strict=True):
         known = [None if value != value else value for value in twin]  # NaN where it is not defined
         assert row == pytest.approx(known, abs=tolerance), (row, twin)
@@ -207,9 +176,8 @@ def test_the_model_is_left_as_it_was(tiny_model, kind, fails):
     def state():
         hooks = [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()]
         hooks += [len(getattr(p, "_post_accumulate_grad_hooks", None) or {}) for p in parameters]
-        values = [p.tolist() for p in parameters]
-        gradients = [None if p.grad is None else p.grad.tolist() for p in parameters]
-        return [values, gradients, [p.requires_grad for p in parameters], [m.training for m in model.modules()], hooks]
+        values = [(p.tolist(), p.requires_grad, None if p.grad is None else p.grad.tolist()) for p in parameters]
+        return values, [module.training for module in model.modules()], hooks
 
     before = state()
     if fails:
@@ -233,14 +201,11 @@ def test_a_frozen_model_is_measured_without_dropout_and_within_no_grad(tiny_mode
 def test_no_more_than_one_gradient_is_held(tiny_model):
     model, held = tiny_model("llama"), []
     parameters = [item.parameter for item in measured_parameters(model)]
-
-    def count(parameter):
-        held.append(sum(p.grad is not None for p in model.parameters()))
-
-    handles = [parameter.register_post_accumulate_grad_hook(count) for parameter in parameters]
+    for parameter in parameters:
+        parameter.register_post_accumulate_grad_hook(
+            lambda _: held.append(sum(p.grad is not None for p in model.parameters()))
+        )
     measured(model, naive.make_examples({"a": 2, "b": 1}))
-    for handle in handles:
-        handle.remove()
     assert held == [1] * (3 * len(parameters))
     sketches = TaskGradients(model, 50, sketch_size=8)._sketches
     assert sum(sketch.sums_RM.numel() for sketch in sketches) <= len(parameters) * 2 * 50 * 8

@@ -33,9 +33,6 @@ def regrouping(step, before=(0, 0, 1, 1), after=(1, 0, 0, 1), **angles):
     return {"step": step, "module": NAME, "previous_labels": list(before), "labels": list(after), **angles}
 
 
-# --- logs of experts ---
-
-
 def test_angles_and_moves_come_from_the_logs(tmp_path):
     assert expert_angles(Run.at(tmp_path)).empty
     assert component_flow(Run.at(tmp_path)).empty
@@ -90,19 +87,15 @@ def test_a_trained_run(recipe_values):
     assert angles["within_degrees"].between(0, 180, inclusive="neither").all()
 
 
-# --- held-out gradients ---
-
-
 @pytest.mark.parametrize("method", ["badit", "badit token", "loramoe", "goat"])
 def test_held_out_angles_equal_the_naive_ones(tiny_model, method):
     model = naive.adapted(tiny_model("llama"), method, target_modules=["gate_proj", "v_proj"])
     batches = naive.batches()
     found = held_out_angles(model, batches)
-    assert list(found) == [(0, "self_attn.v_proj"), (0, "mlp.gate_proj"), (1, "self_attn.v_proj"), (1, "mlp.gate_proj")]
-    for angles, layer, gradients in zip(
-        found.values(), naive.layers(model), naive.gradients(model, batches), strict=True
-    ):
-        expected = reference.angles(reference.unit_gradients(*gradients), naive.expert_of(layer))
+    assert list(found) == [(layer, module) for layer in (0, 1) for module in ("self_attn.v_proj", "mlp.gate_proj")]
+    gradients = naive.gradients(model, batches)
+    for angles, layer, of_layer in zip(found.values(), naive.layers(model), gradients, strict=True):
+        expected = reference.angles(reference.unit_gradients(*of_layer), naive.expert_of(layer))
         assert angles == pytest.approx(expected, abs=0.02)
     assert np.std([angles[0] for angles in found.values()]) > 0.5
 
@@ -113,20 +106,16 @@ def test_experts_that_share_A_have_no_components(tiny_model, method):
 
 
 def test_a_frozen_model_is_measured_within_no_grad_and_left_as_it_was(tiny_model):
-    model = naive.adapted(tiny_model("llama"), "badit").requires_grad_(False)
+    """A single component per expert has no angles within."""
+    model = helpers.adapted(tiny_model("llama"), r=1).requires_grad_(False)
     model.base_model.model.lm_head.weight.requires_grad_(True)
     with torch.no_grad():
-        assert held_out_angles(model, naive.batches())
-    assert [name for name, p in model.named_parameters() if p.requires_grad] == ["base_model.model.lm_head.weight"]
-    assert all(parameter.grad is None for parameter in model.parameters())
-
-
-def test_a_single_component_per_expert_has_no_angles_within(tiny_model):
-    model = helpers.adapted(tiny_model("llama"), r=1)
-    within, between, within_cos, between_cos = held_out_angles(model, naive.batches())[0, "mlp.gate_proj"]
+        within, between, within_cos, between_cos = held_out_angles(model, naive.batches())[0, "mlp.gate_proj"]
     assert within is within_cos is None
     assert 0 < between < 180
     assert 0 <= between_cos <= 1
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == ["base_model.model.lm_head.weight"]
+    assert all(parameter.grad is None for parameter in model.parameters())
 
 
 # --- tasks ---

@@ -40,14 +40,6 @@ class Shape:
     steps: Sequence[int] = (20, 40, 60)
     seed: int = 0
 
-    @property
-    def places(self) -> list[tuple[int, str]]:
-        return list(itertools.product(range(self.layers), self.modules))
-
-    @property
-    def pairs(self) -> list[tuple[str, str]]:
-        return list(itertools.combinations(sorted(self.tasks), 2))
-
 
 SMALL = Shape()
 LARGE = Shape(
@@ -64,7 +56,8 @@ def tables(shape: Shape = SMALL) -> dict[str, pd.DataFrame]:
     rng = np.random.default_rng(shape.seed)
     product = itertools.product
     kinds, tasks, experts = ("neurons", "parameters"), shape.tasks, range(shape.experts)
-    count, places, pairs = len(tasks), shape.places, shape.pairs
+    count, places = len(tasks), list(product(range(shape.layers), shape.modules))
+    pairs = list(itertools.combinations(sorted(tasks), 2))
     alike = {(a, b): 0.25 if len(a) % 3 == len(b) % 3 else 0.02 for a, b in pairs}
 
     def noise(size: float = 1.0) -> float:
@@ -174,8 +167,7 @@ def write_sequence(folder: Path, shape: Shape = SMALL) -> Path:
     for number, task in enumerate(shape.tasks, start=1):
         lines = [{"step": step, "loss": 2.0 + number - step / 20} for step in (10, 20)]
         write_lines(folder / "stages" / f"{number:02d}-{task}" / "metrics.jsonl", lines)
-    scores = json.loads((folder / "scores.json").read_text())
-    count = len(shape.tasks)
+    scores, count = json.loads((folder / "scores.json").read_text()), len(shape.tasks)
     matrix = [[60.0 - 5 * (i - j) if j <= i else None for j in range(count)] for i in range(count)]
     (folder / "scores.json").write_text(json.dumps({**scores, "order": list(shape.tasks), "matrix": matrix}))
     return folder

@@ -29,8 +29,7 @@ def stored(chart):
 
 def shown(chart, key):
     """What a heat map shows for a choice, by full names of row and column."""
-    cells = stored(chart).astype({"row_full": str, "column_full": str}).set_index(["row_full", "column_full"])
-    return cells[key].dropna().to_dict()
+    return stored(chart).set_index(["row_full", "column_full"])[key].dropna().to_dict()
 
 
 def cosines(pairs, overall=None):
@@ -41,49 +40,42 @@ def cosines(pairs, overall=None):
 
 def test_cosines_of_a_layer_a_module_and_all():
     pairs, overall = FRAMES["gradient_pairs"], FRAMES["gradient_overall"]
-    chart = figures.gradient_cosines(cosines(pairs, overall))
-    everywhere = shown(chart, "all|all")
-    for a, b, cosine in overall[["task_a", "task_b", "cosine"]].to_numpy():
-        assert everywhere[a, b] == everywhere[b, a] == pytest.approx(cosine, abs=1e-4)
-    assert not any((task, task) in everywhere for task in TASKS)
-    for key, chosen in {
-        "2|mlp.gate_proj": (pairs["layer"] == 2) & (pairs["module"] == "mlp.gate_proj"),
-        "1|all": pairs["layer"] == 1,
-        "all|self_attn.q_proj": pairs["module"] == "self_attn.q_proj",
-    }.items():
-        means = pairs[chosen].groupby(["task_a", "task_b"])["cosine"].mean()
-        cells = shown(chart, key)
-        assert {pair: cells[pair] for pair in SMALL.pairs} == pytest.approx(means.to_dict(), abs=1e-4)
-    means = pairs.groupby(["task_a", "task_b"])["cosine"].mean()
-    cells = shown(figures.gradient_cosines(cosines(pairs)), "all|all")  # without an overall measurement
-    assert {pair: cells[pair] for pair in SMALL.pairs} == pytest.approx(means.to_dict(), abs=1e-4)
+    chart, alone = (figures.gradient_cosines(frame) for frame in (cosines(pairs, overall), cosines(pairs)))
+    for chart_, key, rows in (
+        (chart, "all|all", overall),
+        (chart, "2|mlp.gate_proj", pairs.query("layer == 2 and module == 'mlp.gate_proj'")),
+        (chart, "1|all", pairs.query("layer == 1")),
+        (chart, "all|self_attn.q_proj", pairs.query("module == 'self_attn.q_proj'")),
+        (alone, "all|all", pairs),  # without an overall measurement
+    ):
+        means = rows.groupby(["task_a", "task_b"])["cosine"].mean().to_dict()
+        both = means | {(b, a): mean for (a, b), mean in means.items()}
+        assert shown(chart_, key) == pytest.approx(both, abs=1e-4)
 
 
 def test_many_tasks_leave_out_single_modules_of_a_layer(monkeypatch):
     monkeypatch.setattr(charts, "MOST_VALUES", 50)
     chart = figures.gradient_cosines(cosines(FRAMES["gradient_pairs"], FRAMES["gradient_overall"]))
-    keys = [key for key in stored(chart) if "|" in key]
-    assert keys
-    assert all("all" in key.split("|") for key in keys)
+    assert {"all" in key.split("|") for key in stored(chart) if "|" in key} == {True}
 
 
 def test_shared_units_are_means_over_layers():
     frame = FRAMES["coactivation"]
     found = stored(figures.shared_units(frame)).set_index(["tasks", "series"])
-    for series, column in (("measured", "share"), ("by chance", "chance")):
-        shares = frame.loc[(frame["kind"] == "neurons") & (frame["tasks"] == 2), column]
-        assert found.at[(2, series), "neurons|all"] == pytest.approx(shares.mean(), rel=1e-3)
-        assert found.at[(2, series), "neurons|1"] == pytest.approx(shares.iloc[1], rel=1e-3)
+    rows = frame.query("kind == 'neurons' and tasks == 2")
+    for series, shares in (("measured", rows["share"]), ("by chance", rows["chance"])):
+        expected = [shares.mean(), shares.iloc[1]]
+        assert found.loc[(2, series), ["neurons|all", "neurons|1"]].tolist() == pytest.approx(expected, rel=1e-3)
     assert set(found.index.levels[0]) == set(range(1, len(TASKS) + 1)), "units of no task are not drawn"
 
 
 def test_angles_are_means_over_modules_at_their_steps():
     frame = FRAMES["expert_angles"]
     found = stored(figures.expert_angles(frame)).set_index(["step", "measured", "group"])
-    rows = frame[(frame["step"] == 40) & (frame["measured"] == "after")]
-    for key, part in (("all", rows), ("1", rows[rows["layer"] == 1])):
-        value = found.at[(40, "after regrouping", "within experts"), key]
-        assert value == pytest.approx(part["within_degrees"].mean(), rel=1e-3)
+    rows = frame.query("step == 40 and measured == 'after'")
+    expected = [rows["within_degrees"].mean(), rows.query("layer == 1")["within_degrees"].mean()]
+    values = found.loc[(40, "after regrouping", "within experts"), ["all", "1"]]
+    assert values.tolist() == pytest.approx(expected, rel=1e-3)
     unknown = frame.assign(step=frame["step"].where(frame["measured"] != "held-out"))
     found = stored(figures.expert_cosines(unknown)).set_index("measured")
     assert set(found.loc["held-out data", "step"]) == {60}, "without a step they are at the last"
@@ -92,13 +84,13 @@ def test_angles_are_means_over_modules_at_their_steps():
 def test_flow_is_a_share_of_each_row():
     frame = FRAMES["component_flow"]
     cells = shown(figures.component_flow(frame), "all|40")
-    assert set(cells) == set(itertools.product(map(str, range(SMALL.experts)), repeat=2))
-    rows = frame[frame["step"] == 40]
-    for expert in range(SMALL.experts):
-        assert sum(cells[str(expert), str(to)] for to in range(SMALL.experts)) == pytest.approx(1, abs=1e-3)
-        own = rows[rows["from_expert"] == expert]
-        stayed = own.loc[own["to_expert"] == expert, "components"].sum() / own["components"].sum()
-        assert cells[str(expert), str(expert)] == pytest.approx(stayed, rel=1e-3)
+    rows, experts = frame.query("step == 40"), range(SMALL.experts)
+    expected = {
+        (str(a), str(b)): rows.query("from_expert == @a and to_expert == @b")["components"].sum()
+        / rows.query("from_expert == @a")["components"].sum()
+        for a, b in itertools.product(experts, repeat=2)
+    }
+    assert cells == pytest.approx(expected, abs=1e-3)
 
 
 def test_of_many_pairs_those_in_the_middle_are_left_out():
@@ -145,11 +137,9 @@ def test_every_figure_exports(blocks, tmp_path):
     for path in written:
         content = path.read_bytes()
         assert content.startswith(b"%PDF" if path.suffix == ".pdf" else b"<svg")
-        if path.suffix == ".svg":
-            # Axes alone have few marks; an empty chart would be nothing but axes.
-            assert content.count(b"<path") > 8, path.name
-            assert b"NaN" not in content
-            assert b"undefined" not in content
+        # Axes alone have few marks; an empty chart would be nothing but axes.
+        assert path.suffix == ".pdf" or content.count(b"<path") > 8, path.name
+        assert path.suffix == ".pdf" or not re.search(b"NaN|undefined", content), path.name
 
 
 def test_figures_follow_the_schema_and_name_no_colours(blocks):

@@ -1,6 +1,5 @@
 """The page: its contents, where each number is from, what is missing, and that no text becomes markup."""
 
-import dataclasses
 import json
 import re
 from html.parser import HTMLParser
@@ -13,7 +12,7 @@ from badit.cli import main
 from badit.errors import BaditError
 from badit.report import write_report
 from badit.report.page import _library
-from report.samples import LARGE, SMALL, TASKS, Shape, save_frame, save_tables, tables, write_comparison, write_run
+from report.samples import LARGE, TASKS, Shape, save_frame, save_tables, tables, write_comparison, write_run
 
 NASTY = '<script>alert("x")</script>'
 NASTY_TASK = "<img src=x onerror=alert(1)> & \"quotes\" 'single' <!-- {{ 7*7 }}"
@@ -64,8 +63,7 @@ def test_a_run_has_every_section_and_each_figure_is_described_and_traced(tmp_pat
         assert re.search(r'<p class="origin">from <code>[\w/., ]+</code>', figure)
         assert re.search(r"<h3 id=.*?>[^<]+</h3>", figure)
         assert re.search(r"<figcaption>[^<]{12,}", figure) or 'id="facts"' in figure
-        if "specification" in figure:
-            assert re.search(r'role="group" aria-label="[^"]{20,}"', figure)
+        assert re.search(r'role="group" aria-label="[^"]{20,}"', figure) or "specification" not in figure
 
 
 def test_what_is_missing_says_how_to_make_it(tmp_path):
@@ -97,8 +95,7 @@ def test_several_runs_are_side_by_side(tmp_path):
     page = page_of(runs, tmp_path)
     figures = [(figure["id"], figure["class"]) for figure in page.all("figure")]
     for name in ("gradient-cosines", "unit-overlaps", "gates", "component-flow"):
-        place = figures.index((f"{name}-1-a", "half"))
-        assert figures[place + 1] == (f"{name}-2-b", "half")
+        assert figures[figures.index((f"{name}-1-a", "half")) + 1] == (f"{name}-2-b", "half")
     assert len(set(figures)) == len(figures)
     assert '<span class="of">b</span> What each task draws on' in page.source
     assert "analysis/gates.json</code> of a" in page.source
@@ -112,13 +109,7 @@ def test_several_runs_are_side_by_side(tmp_path):
 
 def test_a_comparison(tmp_path):
     page = page_of([write_comparison(tmp_path / "compared") / "results.json"], tmp_path)
-    for words in (
-        "vs lora [95 %]",
-        "failed (out of memory)",
-        "lora, one model per task",
-        "task-gap",
-        'id="differences"',
-    ):
+    for words in ("vs lora [95 %]", "failed (out of memory)", "lora, one model per task", "task-gap", "differences"):
         assert words in page.source
     assert re.search(r'>badit</th>.*?<td class=" strong">[\d.]+ ± [\d.]+</td>', page.source, re.DOTALL)
     assert "name a run's folder as well" in page.text
@@ -128,18 +119,15 @@ def test_a_comparison(tmp_path):
 def test_no_text_becomes_markup_or_an_address(tmp_path):
     """Names, answers, prompts, modules, settings and folders, each with markup or an attribute that would run."""
     names = (NASTY.replace("/", "∕"), NASTY_TASK, "third", *QUOTES, "javascript:alert(1)")
-    shape = dataclasses.replace(
-        SMALL, tasks=names, modules=(NASTY, "</script><script>alert(1)</script>", "<!--<script>")
-    )
-    run = write_run(tmp_path / f"<b>{QUOTES[0]}", dataclasses.replace(shape, tasks=names[2:4]), analysed=False)
+    shape = Shape(names, modules=(NASTY, "</script><script>alert(1)</script>", "<!--<script>"))
+    run = write_run(tmp_path / f"<b>{QUOTES[0]}", Shape(names[2:4]), analysed=False)
     save_tables(run, shape)
     config = run / "config.yaml"
     config.write_text(config.read_text().replace("smollm2-135m", NASTY) + f'note: "{NASTY_TASK!r:.20}</pre>"\n')
     answer = {"task": "third", "instance_id": "1", "prompt": f"Input: {NASTY}\nOutput:", "references": [NASTY, "</dd>"]}
     (run / "predictions" / "third.jsonl").write_text(json.dumps({**answer, "prediction": f"</article>{NASTY}"}) + "\n")
-    compared = dataclasses.replace(SMALL, tasks=names[3:5])
-    compared_folder = write_comparison(tmp_path / names[-1], compared, methods=("lora", names[-1], QUOTES[0]))
-    page = page_of([run, compared_folder], tmp_path, title=NASTY)
+    compared = write_comparison(tmp_path / names[-1], Shape(names[3:5]), methods=("lora", names[-1], QUOTES[0]))
+    page = page_of([run, compared], tmp_path, title=NASTY)
     assert not page.all("img")
     assert "49" not in page.text.split()
     assert len([script for script in page.all("script") if script.get("type") != "application/json"]) == 2
@@ -154,18 +142,13 @@ def test_no_text_becomes_markup_or_an_address(tmp_path):
         assert "<" not in block
         json.loads(block)
     assert any("\\u003c/script\\u003e\\u003cscript\\u003ealert(1)" in block for block in blocks)
-    (policy,) = [meta["content"] for meta in page.all("meta") if meta.get("http-equiv") == "Content-Security-Policy"]
-    assert policy is not None
-    assert "default-src 'none'" in policy
-    assert re.search(r"script-src( 'sha256-[A-Za-z0-9+/]{43}='){2};", policy)
+    (policy,) = [meta["content"] for meta in page.all("meta", **{"http-equiv": "Content-Security-Policy"})]
+    assert re.match(r"default-src 'none'; script-src( 'sha256-[A-Za-z0-9+/]{43}='){2};", policy)
     assert "connect-src" not in policy
 
 
 def test_the_page_of_a_full_analysis_stays_small(tmp_path):
-    run = write_run(tmp_path / "run", LARGE)
-    rows = json.loads((run / "analysis/gradient_pairs.json").read_text())["rows"]
-    assert len(rows) == 105 * 30 * 7
-    size = write_report([run], tmp_path / "report.html").stat().st_size
+    size = write_report([write_run(tmp_path / "run", LARGE)], tmp_path / "report.html").stat().st_size
     assert size - len(_library()) < 1.5e6
 
 
@@ -180,11 +163,9 @@ def test_the_command(tmp_path, capsys):
     assert main(["report", str(tmp_path / "none"), "-o", str(page)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("badit: ")
-    with pytest.raises(BaditError, match="cannot be written"):
-        write_report([run], tmp_path)
-    (tmp_path / "file").write_text("")
-    with pytest.raises(BaditError, match="cannot be written"):
-        write_report([run], page, figures=tmp_path / "file")
+    for output, folder in ((tmp_path, None), (page, page)):
+        with pytest.raises(BaditError, match="cannot be written"):
+            write_report([run], output, figures=folder)
     assert write_if_possible([run], run / "report.html") == f"Report: {run / 'report.html'}"
     assert (run / "report.html").is_file()
 

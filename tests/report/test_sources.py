@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from badit.errors import BaditError
 from badit.report.charts import number, short_names, text_table
 from badit.report.sources import Source, by_similarity, conclusions, read_sources, together
-from report.samples import SMALL, TASKS, save_frame, tables, write_comparison, write_run, write_sequence
+from report.samples import SMALL, TASKS, tables, write_comparison, write_lines, write_run, write_sequence
 
 
 def test_a_run_is_read_whole(tmp_path):
@@ -28,14 +28,6 @@ def test_a_run_is_read_whole(tmp_path):
     assert losses["step"].tolist() == list(range(10, 380, 10)), "the last line has no loss"
 
 
-def test_an_analysis_without_a_run_is_enough(tmp_path):
-    save_frame(tables()["gates"], tmp_path / "analysis")
-    sources = read_sources([tmp_path])
-    assert list(sources[0].frames) == ["gates"]
-    assert sources[0].scores is None
-    assert together(sources).frames == sources[0].predictions == {}
-
-
 def test_a_comparison_is_its_folder_or_its_file(tmp_path):
     folder = write_comparison(tmp_path / "compared")
     for path in (folder, folder / "results.json"):
@@ -45,9 +37,9 @@ def test_a_comparison_is_its_folder_or_its_file(tmp_path):
         assert source.frames["task_gap"].attrs["file"] == "results.json"
         notes = source.frames["methods"].attrs["notes"]
         assert "not in the table: goat, seed 0, learning rate 0.0005: failed (out of memory)" in notes
-    methods = [method for method, _ in source.members]
-    assert methods == ["base", *["lora"] * 3, *["badit"] * 3]
-    assert [run.label for _, run in source.members][:2] == ["base", "lora/lr-0.0005/seed-0"]
+    methods, runs = zip(*source.members, strict=True)
+    assert methods == ("base", *["lora"] * 3, *["badit"] * 3)
+    assert [run.label for run in runs[:2]] == ["base", "lora/lr-0.0005/seed-0"]
     runs = together([source]).frames["losses"].groupby("series")["run"].nunique()
     assert runs.to_dict() == {"badit": 3, "base": 1, "lora": 3}
 
@@ -62,28 +54,25 @@ def test_a_sequence_has_a_matrix_and_the_losses_of_all_stages(tmp_path):
 def test_regroupings_are_read_without_an_analysis(tmp_path):
     run = write_run(tmp_path / "run", analysed=False)
     line = {"step": 20, "module": "model.layers.1.mlp.gate_proj.default", "previous_labels": [0, 1], "labels": [1, 0]}
-    angles = {"intra_degrees": 78.0, "inter_degrees": 91.0}
-    (run / "regroupings.jsonl").write_text(json.dumps({**line, **angles}) + "\n")
+    write_lines(run / "regroupings.jsonl", [{**line, "intra_degrees": 78.0, "inter_degrees": 91.0}])
     (source,) = read_sources([run])
     assert set(source.frames["component_flow"]["components"]) == {1}
     assert source.frames["expert_angles"]["within_degrees"].tolist() == [78.0]
     assert not source.analysed
-    (run / "regroupings.jsonl").write_text('{"step": 20, "modules": 30, "objective_before": 1.0}\n')
+    write_lines(run / "regroupings.jsonl", [{"step": 20, "modules": 30, "objective_before": 1.0}])
     assert not read_sources([run])[0].frames, "a run that was kept for its results has means over modules alone"
 
 
 def test_differences_are_over_the_instances_that_both_runs_have(tmp_path):
     runs = [write_run(tmp_path / name, analysed=False) for name in ("a", "b")]
-    answers = runs[1] / "predictions" / f"{TASKS[0]}.jsonl"
+    answers, *others = [runs[1] / "predictions" / f"{task}.jsonl" for task in TASKS]
     lines = [json.loads(line) for line in answers.read_text().splitlines()]
-    wrong = [{**line, "prediction": ""} for line in lines[:4]]
-    answers.write_text("".join(json.dumps(line) + "\n" for line in wrong))
-    for task in TASKS[1:]:
-        (runs[1] / "predictions" / f"{task}.jsonl").unlink()
+    write_lines(answers, [{**line, "prediction": ""} for line in lines[:4]])
+    for other in others:
+        other.unlink()
     (row,) = together(read_sources(runs)).frames["differences"].to_dict("records")
     assert (row["method"], row["reference"]) == ("b", "a")
-    assert row["low"] <= row["mean"] <= row["high"] <= 0
-    assert row["mean"] < 0
+    assert row["low"] <= row["mean"] <= row["high"] <= 0 > row["mean"]
     answers.unlink()
     assert "differences" not in together(read_sources(runs)).frames
 
@@ -94,6 +83,7 @@ def test_labels_tell_runs_apart(tmp_path):
     assert [source.label for source in read_sources(paths[1:])] == ["badit", "lora"]
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 1), min_size=1, max_size=8), st.randoms(use_true_random=False))
 def test_two_groups_of_similar_tasks_become_two_blocks(groups, random):
     tasks = [f"t{i}" for i in range(len(groups))]
@@ -108,22 +98,18 @@ def test_two_groups_of_similar_tasks_become_two_blocks(groups, random):
 
 
 def test_matrices_of_several_runs_have_one_order_of_tasks(tmp_path):
-    one, two = read_sources([write_run(tmp_path / "a"), write_run(tmp_path / "b", SMALL)])
-    orders = [
-        list(run.frames[name][column].cat.categories)
-        for run in (one, two)
-        for name, column in (("gates", "task"), ("expert_losses", "task"), ("gate_similarity", "task_a"))
-    ]
-    assert all(order == by_similarity(tables()["gate_similarity"], "similarity") for order in orders)
-    assert sorted(orders[0]) == sorted(TASKS)
+    order = by_similarity(tables()["gate_similarity"], "similarity")
+    assert sorted(order) == sorted(TASKS)
+    for run in read_sources([write_run(tmp_path / "a"), write_run(tmp_path / "b", SMALL)]):
+        for name, column in (("gates", "task"), ("expert_losses", "task"), ("gate_similarity", "task_a")):
+            assert list(run.frames[name][column].cat.categories) == order
 
 
 def test_what_is_no_run_is_refused(tmp_path):
     run = write_run(tmp_path / "run", analysed=False)
-    (tmp_path / "empty").mkdir()
     for paths, message in (
         ([], "name at least one"),
-        ([tmp_path / "empty"], "holds no config.yaml, results.json or analysis"),
+        ([tmp_path], "holds no config.yaml, results.json or analysis"),
         ([run / "config.yaml"], "holds no config.yaml, results.json or analysis"),
         ([run, run], "is given more than once"),
     ):
@@ -139,11 +125,8 @@ def test_short_names_stay_unique(names):
 
 
 def test_forms_of_names_and_numbers():
-    assert short_names(TASKS)["task1590_diplomacy_text_generation"] == "1590 diplomacy"
-    assert short_names(["who_has_more"])["who_has_more"] == "who has more"
-    assert number(-0.25, ".2f") == "−0.25"
-    assert number(-0.001) == "0.0"
-    assert number(2_165_760, ".0f") == "2,165,760"
+    assert short_names([TASKS[3], "who_has_more"]) == {TASKS[3]: "1590 diplomacy", "who_has_more": "who has more"}
+    assert (number(-0.25, ".2f"), number(-0.001), number(2_165_760, ".0f")) == ("−0.25", "0.0", "2,165,760")
     assert number(None) == number(float("nan")) == "–"
     shown = text_table(pd.DataFrame({"task_a": ["x"], "p_value": [0.04]}), {"p_value": ".3f", "task_a": ""})
     assert shown.to_dict("records") == [{"p value": "0.040", "task a": "x"}]

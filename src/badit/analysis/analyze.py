@@ -7,10 +7,9 @@ OUTPUT/analysis.json   what was measured on what, how long each part took, versi
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 
@@ -32,6 +31,7 @@ from badit.train import encoded, make_plan, pad_id
 
 _PARTS = ("interference", "experts", "learning")
 _BATCH_SIZE = 4
+_Chosen = Sequence[tuple[Task, Sequence[Instance]]]
 
 
 def analyze(
@@ -79,10 +79,9 @@ def analyze(
     else:
         values = {"model": {"name": str(target)}, "data": {"source": data}, "method": {"name": "base"}}
         recipe = build_recipe({**values, "output": str(output)})
-    run, trained = Run.at(recipe.output), build_method(recipe.method).trains
-    own_tasks = data is None and trained
+    trained = build_method(recipe.method).trains
     section = recipe.data if data is None else DataSection(source=data)  # pyright: ignore[reportCallIssue]
-    tasks = make_plan(recipe).tasks if own_tasks else load_sources(section.sources())
+    tasks = make_plan(recipe).tasks if data is None and trained else load_sources(section.sources())
     chosen = [(task, _chosen(task, instances, trained=trained)) for task in tasks]
     settings = {"data": data, "instances": instances}
     record = read_json(path) if path.is_file() else {"settings": settings, "environment": environment(), "parts": {}}
@@ -91,21 +90,29 @@ def analyze(
             f"{output / 'analysis'}: holds an analysis with other settings; remove it and {path.name} to measure "
             "again, or choose another --output"
         )
-    if not set(_PARTS) <= record["parts"].keys():
-        with exclusive(output):
-            _measure(run, recipe, chosen, output, record, progress)
+    if set(_PARTS) <= record["parts"].keys():
+        return output
+    with exclusive(output):
+        for part, measure in zip(_PARTS, _measures(recipe, chosen, progress), strict=True):
+            if part in record["parts"]:
+                continue
+            began = time.monotonic()
+            frames = [frame for frame in measure() if len(frame)]
+            for frame in frames:
+                save_frame(frame, output / "analysis")
+            # After its tables are written, so that an interrupted part is measured again.
+            record["parts"][part] = {
+                "tables": [frame.attrs["name"] for frame in frames],
+                "seconds": round(time.monotonic() - began, 1),
+                "peak_memory_gib": round(peak_memory() / 2**30, 2),
+            }
+            write_json(path, record)
     return output
 
 
-def _measure(
-    run: Run,
-    recipe: Recipe,
-    chosen: Sequence[tuple[Task, Sequence[Instance]]],
-    output: Path,
-    record: dict[str, Any],
-    progress: bool,
-) -> None:
-    """Measures the parts that are not recorded as done; a part is recorded after its tables are written."""
+def _measures(recipe: Recipe, chosen: _Chosen, progress: bool) -> list[Callable[[], list[pd.DataFrame]]]:
+    """What makes the tables of each part, for a loaded model."""
+    run = Run.at(recipe.output)
     model, tokenizer = load_run(run, recipe)
     model.eval()
     if not build_method(recipe.method).trains:  # a report then finds a base model's configuration as it does any run's
@@ -129,26 +136,12 @@ def _measure(
     def learning() -> list[pd.DataFrame]:
         return [transfer(run)] if recipe.data.order is not None and run.scores_path.is_file() else []
 
-    measures = (partial(measure_interference, model, batches, gates, progress=progress), experts, learning)
-    for part, measure in zip(_PARTS, measures, strict=True):
-        if part in record["parts"]:
-            continue
-        began = time.monotonic()
-        frames = [frame for frame in measure() if len(frame)]
-        for frame in frames:
-            save_frame(frame, output / "analysis")
-        record["parts"][part] = {
-            "tables": [frame.attrs["name"] for frame in frames],
-            "seconds": round(time.monotonic() - began, 1),
-            "peak_memory_gib": round(peak_memory() / 2**30, 2),
-        }
-        write_json(output / "analysis.json", record)
+    return [partial(measure_interference, model, batches, gates, progress=progress), experts, learning]
 
 
 def _chosen(task: Task, count: int, *, trained: bool) -> Sequence[Instance]:
     """The first instances of the best split: for a trained model one that it has not seen."""
-    splits = (task.validation, task.test, task.train) if trained else (task.train, task.validation, task.test)
-    found = next((split for split in splits if len(split) >= 2), None)
-    if found is None:
-        raise BaditError(f"data: task {task.name} has no two instances of one split to measure on")
-    return found[:count]
+    for split in (task.validation, task.test, task.train) if trained else (task.train, task.validation, task.test):
+        if len(split) >= 2:
+            return split[:count]
+    raise BaditError(f"data: task {task.name} has no two instances of one split to measure on")

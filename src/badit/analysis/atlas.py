@@ -27,8 +27,13 @@ from badit.trainer import answer_losses
 
 _NEAREST = 5
 _SHOWN_CHARACTERS = 300
-# A gate whose deviation is smaller than this over all prompts or tasks counts as constant.
-_CONSTANT = 1e-6
+_CONSTANT = 1e-6  # a gate with a smaller deviation over all prompts or tasks counts as constant
+_NAMED = 2
+_ALIKE_GATES = 0.02
+_STANDARD_ERRORS = 3
+_NO_CHANGE = 0.005  # nats per token
+_ALIKE_CHANGES = 0.25  # how far the first may be ahead of the mean, in means
+_PERMUTATIONS, _SEED = 10_000, 0
 
 Texts = Mapping[str, Sequence[tuple[str, str]]]
 
@@ -86,13 +91,17 @@ def ability_atlas(
     whose ids and texts are in ``texts``. ``ability_recovery`` is measured where all tasks have known abilities.
     """
     losses_TS, errors_TK = expert_losses(model, batches, progress=progress)
-    frames = [
-        gates_frame(gates),
-        gate_similarity(gates),
-        losses_frame(gates.tasks, losses_TS),
-        nearest_prompts(gates, texts),
-        expert_abilities(gates, losses_TS[:, 1:] - losses_TS[:, :1], errors_TK),
-    ]
+    losses_frame = EXPERT_LOSSES.frame(
+        [
+            (task, expert, loss, without, without - loss)
+            for task, (loss, *others) in zip(gates.tasks, losses_TS, strict=True)
+            for expert, without in enumerate(others)
+        ],
+        "What each task's loss becomes when an expert's gates are 0 in every layer; the other gates stay. Of an expert "
+        "that started as a part of the pretrained weight, that part goes too.",
+    )
+    abilities = expert_abilities(gates, losses_TS[:, 1:] - losses_TS[:, :1], errors_TK)
+    frames = [gates_frame(gates), gate_similarity(gates), losses_frame, nearest_prompts(gates, texts), abilities]
     known = {task.name: task.abilities for task in tasks}
     if all(known.get(task) for task in gates.tasks):
         frames.append(ability_recovery(similarity(gates), [known[task] for task in gates.tasks]))
@@ -102,17 +111,13 @@ def ability_atlas(
 def similarity(gates: PromptGates) -> np.ndarray:
     """(T, T), the correlation of the tasks' gates; NaN for a task whose gates are those of the tasks' mean."""
     profiles = gates.means.reshape(len(gates.tasks), -1).astype(np.float64)
-    centred = profiles - profiles.mean(axis=0)
-    centred -= centred.mean(axis=1, keepdims=True)
-    norm_T = np.linalg.norm(centred, axis=1)
-    unit = centred / np.where(norm_T > _CONSTANT, norm_T, np.nan)[:, None]
+    unit = _standardised(profiles - profiles.mean(axis=0), _CONSTANT)
     return np.clip(unit @ unit.T, -1.0, 1.0)
 
 
 def gate_similarity(gates: PromptGates) -> pd.DataFrame:
     """How alike every two tasks draw on the experts."""
-    similarity_TT = pd.DataFrame(similarity(gates), gates.tasks, gates.tasks)
-    tasks = len(gates.tasks)
+    similarity_TT, tasks = pd.DataFrame(similarity(gates), gates.tasks, gates.tasks), len(gates.tasks)
     return GATE_SIMILARITY.frame(
         [(a, b, similarity_TT.at[a, b]) for a, b in combinations(sorted(gates.tasks), 2)],
         f"Pearson's correlation of two tasks' mean gates over all modules and experts, less each gate's mean over the "
@@ -141,7 +146,7 @@ def prompt_scores(gates: PromptGates) -> np.ndarray:
     """(P, K), all tasks' prompts one after another: their gates standardised over prompts, averaged over modules."""
     gates_PMK = np.concatenate(list(gates.by_task.values())).astype(np.float64)
     deviation_PMK, std_MK = gates_PMK - gates_PMK.mean(axis=0), gates_PMK.std(axis=0)
-    return np.where(std_MK > _CONSTANT, deviation_PMK / np.where(std_MK > _CONSTANT, std_MK, 1.0), 0.0).mean(axis=1)
+    return np.where(std_MK > _CONSTANT, deviation_PMK / np.fmax(std_MK, _CONSTANT), 0.0).mean(axis=1)
 
 
 @torch.no_grad()
@@ -161,21 +166,7 @@ def expert_losses(model: Any, batches: Batches, *, progress: bool = False) -> tu
         residual_KP = sums_SP[1:] - sums_SP[0] - (loss_S[1:] - loss_S[0])[:, None] * counts_P
         squares_K = np.square(residual_KP).sum(axis=1)
         estimates.append((loss_S, np.sqrt(squares_K * prompts / max(1, prompts - 1)) / tokens))
-    losses_TS, errors_TK = (np.stack(values) for values in zip(*estimates, strict=True))
-    return losses_TS, errors_TK
-
-
-def losses_frame(tasks: Sequence[str], losses_TS: np.ndarray) -> pd.DataFrame:
-    """What every task loses without each expert."""
-    return EXPERT_LOSSES.frame(
-        [
-            (task, expert, loss, without, without - loss)
-            for task, (loss, *others) in zip(tasks, losses_TS, strict=True)
-            for expert, without in enumerate(others)
-        ],
-        "What each task's loss becomes when an expert's gates are 0 in every layer; the other gates stay. Of an expert "
-        "that started as a part of the pretrained weight, that part goes too.",
-    )
+    return np.stack([loss_S for loss_S, _ in estimates]), np.stack([error_K for _, error_K in estimates])
 
 
 def _prompt_losses(model: Any, of_task: Sequence[Mapping[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
@@ -189,20 +180,11 @@ def _prompt_losses(model: Any, of_task: Sequence[Mapping[str, Any]]) -> tuple[np
     return torch.cat(sums).numpy(), torch.cat(counts).numpy()
 
 
-_NAMED = 2
-_ALIKE_GATES = 0.02
-_STANDARD_ERRORS = 3
-_NO_CHANGE = 0.005  # nats per token
-_ALIKE_CHANGES = 0.25  # how far the first may be ahead of the mean, in means
-_PERMUTATIONS, _SEED = 10_000, 0
-
-
 def expert_abilities(gates: PromptGates, change_TK: np.ndarray, error_TK: np.ndarray) -> pd.DataFrame:
     """What every expert is for, from the gates, the losses' rise without each expert, and its standard errors."""
     rows = []
-    for expert, (gate_T, change_T, error_T) in enumerate(
-        zip(gates.means.mean(axis=1).T, change_TK.T, error_TK.T, strict=True)
-    ):
+    for expert in range(change_TK.shape[1]):
+        gate_T, change_T, error_T = gates.means.mean(axis=1)[:, expert], change_TK[:, expert], error_TK[:, expert]
         of_prompts = [gates_PMK.mean(axis=1)[:, expert] for gates_PMK in gates.by_task.values()]
         gate_error_T = np.array([g_P.std(ddof=min(1, len(g_P) - 1)) / np.sqrt(len(g_P)) for g_P in of_prompts])
         drawn = _standing_out(gate_T, gate_error_T) if np.ptp(gate_T) >= _ALIKE_GATES else []
@@ -212,10 +194,8 @@ def expert_abilities(gates: PromptGates, change_TK: np.ndarray, error_TK: np.nda
         names = (", ".join(gates.tasks[t] for t in named) for named in (drawn, hurt))
         summary = _summary(gates.tasks, gate_T, drawn, change_T, hurt)
         rows.append((expert, *names, gate_T.mean(), np.ptp(gate_T), mean, summary))
-    return ABILITIES.frame(
-        rows,
-        "What each expert is for, over all modules together. Where several tasks are named, a number is their mean.",
-    )
+    about = "What each expert is for, over all modules together. Where several tasks are named, a number is their mean."
+    return ABILITIES.frame(rows, about)
 
 
 def _standing_out(value_T: np.ndarray, error_T: np.ndarray) -> list[int]:
@@ -242,28 +222,26 @@ def _summary(tasks: Sequence[str], gate_T: np.ndarray, drawn: list[int], change_
         drawn_on = f"All tasks draw on it alike (gate {gate}, spread {amount(np.ptp(gate_T))})."
     if np.abs(change_T).max() < _NO_CHANGE:
         return f"{drawn_on} Without it no task's loss changes by {_NO_CHANGE} nats a token."
-    overall = f"{'rises' if mean >= 0 else 'falls'} by {amount(abs(mean))}"
+    change = f"{'rises' if mean >= 0 else 'falls'} by {amount(abs(mean))}"
     whose, end = ("all tasks", " on average") if len(tasks) > 1 else ("that task", "")
     if hurt:
         whose, end = (
             named(hurt),
-            f", of all tasks by {amount(mean)}" if mean >= 0 else f", while that of all tasks {overall}",
+            f", of all tasks by {amount(mean)}" if mean >= 0 else f", while that of all tasks {change}",
         )
-        overall = f"rises by {amount(change_T[hurt].mean())}"
-    return f"{drawn_on} Without it the loss of {whose} {overall} nats a token{end}."
+        change = f"rises by {amount(change_T[hurt].mean())}"
+    return f"{drawn_on} Without it the loss of {whose} {change} nats a token{end}."
 
 
 def ability_recovery(similarity_TT: np.ndarray, abilities: Sequence[Collection[str]]) -> pd.DataFrame:
     """How well the similarity of the tasks' gates agrees with the abilities that they are known to need.
 
-    Two measures, each against what it would be if the tasks' sets of abilities were permuted:
-
-    * correlation, over pairs of tasks, of the gates' similarity (T, T) with the Jaccard overlap of abilities; p is that
-      of Mantel's test (1967, Cancer Research 27), as pairs that share a task are not independent;
-    * the share of tasks whose nearest neighbour by gates shares an ability with them.
+    Both measures are compared with their values under permutations of the tasks' sets of abilities. The correlation is
+    over pairs of tasks, of the gates' similarity (T, T) with the Jaccard overlap of abilities; its p is that of
+    Mantel's test (1967, Cancer Research 27), as pairs that share a task are not independent.
     """
-    tasks = np.arange(len(abilities))
-    overlap_TT = np.array([[len(set(a) & set(b)) / len(set(a) | set(b)) for b in abilities] for a in abilities])
+    tasks, sets = np.arange(len(abilities)), [set(each) for each in abilities]
+    overlap_TT = np.array([[len(a & b) / len(a | b) for b in sets] for a in sets])
     order_RT = np.random.default_rng(_SEED).permuted(np.tile(tasks, (_PERMUTATIONS, 1)), axis=1)
     order_RT = np.vstack([tasks, order_RT])
     first_E, second_E = np.triu_indices(len(tasks), k=1)
@@ -273,11 +251,11 @@ def ability_recovery(similarity_TT: np.ndarray, abilities: Sequence[Collection[s
     related_R = (overlap_TT > 0)[order_RT, order_RT[:, others_TT.argmax(axis=1)]].mean(axis=1)
     if len(tasks) < 2 or np.isnan(others_TT).any():
         correlation_R = related_R = np.full(len(order_RT), np.nan)
-    rows = []
-    for measure, value_R in (("correlation", correlation_R), ("nearest_neighbour", related_R)):
-        # Equal values may differ by rounding.
-        p_value = np.nan if np.isnan(value_R[0]) else (value_R >= value_R[0] - 1e-9).mean()
-        rows.append((measure, value_R[0], value_R[1:].mean(), p_value))
+    # Equal values may differ by rounding.
+    rows = [
+        (name, v_R[0], v_R[1:].mean(), np.nan if np.isnan(v_R[0]) else (v_R >= v_R[0] - 1e-9).mean())
+        for name, v_R in (("correlation", correlation_R), ("nearest_neighbour", related_R))
+    ]
     return ABILITY_RECOVERY.frame(
         rows,
         f"Whether tasks that are known to share abilities draw on the experts alike, over {len(tasks)} tasks, by "
@@ -285,10 +263,10 @@ def ability_recovery(similarity_TT: np.ndarray, abilities: Sequence[Collection[s
     )
 
 
-def _standardised(values_RE: np.ndarray) -> np.ndarray:
+def _standardised(values_RE: np.ndarray, constant: float = 1e-12) -> np.ndarray:
     """Rows with mean 0 and sum of squares 1, so that a product of two is their correlation; NaN where all are equal."""
     if not values_RE.size:
         return values_RE
     centred_RE = values_RE - values_RE.mean(axis=1, keepdims=True)
-    norm_R = np.linalg.norm(centred_RE, axis=1, keepdims=True)
-    return centred_RE / np.where(norm_R > 1e-12, norm_R, np.nan)
+    norm_R1 = np.linalg.norm(centred_RE, axis=1, keepdims=True)
+    return centred_RE / np.where(norm_R1 > constant, norm_R1, np.nan)

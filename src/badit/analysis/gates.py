@@ -1,8 +1,8 @@
 """Which experts a prompt draws on: the gates of BADIT, of the mixture baselines and of MTL-LoRA.
 
-Every adapted layer multiplies its components by gates, and all components of an expert have the same one. All gates are
-a softmax and sum to K or to 1. Here they are divided by their mean over the experts: 1 is neutral, K is one expert
-alone. Where every position has its own gates, a prompt's are the mean over its positions, without padding and answer.
+All components of an expert have the same gate, and a layer's gates sum to K or to 1. Here they are divided by their
+mean over the experts: 1 is neutral, K is one expert alone. Where every position has its own gates, a prompt's are the
+mean over its positions, without padding and answer.
 Batches are by task, each of ``input_ids``, ``attention_mask``, ``labels`` (B, T) and ``tasks``.
 
 Shape suffixes: B = rows, T = positions, N = components, M = adapted modules, K = experts, P = prompts of one task,
@@ -15,7 +15,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from itertools import product
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -46,8 +47,7 @@ GATES = Table(
 )
 
 
-@dataclass(frozen=True)
-class Experts:
+class Experts(NamedTuple):
     """An adapted layer and the adapter that is active in it."""
 
     layer: ExpertLinear
@@ -128,9 +128,8 @@ def prompt_gates(model: Any, batches: Batches) -> PromptGates:
         raise BaditError("batches: there are none; give at least one batch of one task")
     by_task = {}
     for task, of_task in batches.items():
-        layers_PN = _component_gates(model, experts, of_task)
-        gates = [gates_PN[:, one.first_components_K] for one, gates_PN in zip(experts, layers_PN, strict=True)]
-        gates_PMK = torch.stack(gates, dim=1)
+        layers = zip(experts, _component_gates(model, experts, of_task), strict=True)
+        gates_PMK = torch.stack([gates_PN[:, one.first_components_K] for one, gates_PN in layers], dim=1)
         by_task[task] = (gates_PMK / gates_PMK.mean(dim=-1, keepdim=True)).numpy()
     return PromptGates([one.place for one in experts], by_task)
 
@@ -167,11 +166,10 @@ def gates_frame(gates: PromptGates) -> pd.DataFrame:
     each = str(min(counts)) if len(set(counts)) == 1 else f"{min(counts)} to {max(counts)}"
     # A single prompt has no standard deviation.
     stds = [g.std(axis=0, ddof=1) if len(g) > 1 else np.full_like(g[0], np.nan) for g in gates.by_task.values()]
-    modules = pd.DataFrame(gates.modules, columns=["layer", "module"])
-    experts = pd.DataFrame({"expert": range(gates.means.shape[-1])})
-    rows = pd.DataFrame({"task": gates.tasks}).merge(modules, how="cross").merge(experts, how="cross")
+    places = product(gates.tasks, gates.modules, range(gates.means.shape[-1]))
+    numbers = zip(places, gates.means.ravel(), np.ravel(stds), strict=True)
     return GATES.frame(
-        rows.assign(mean=gates.means.ravel(), std=np.ravel(stds)),
+        [(task, *module, expert, mean, std) for (task, module, expert), mean, std in numbers],
         f"How much each task draws on each expert: the gates of its prompts, from {each} prompts of each of "
         f"{len(gates.by_task)} tasks; 1 is neutral, and the number of experts is one expert alone.",
     )
@@ -180,8 +178,7 @@ def gates_frame(gates: PromptGates) -> pd.DataFrame:
 def marked_experts(gates: PromptGates) -> dict[str, list[torch.Tensor]]:
     """By task, a mask (U,) for every layer: the experts whose mean gate over the task's prompts is above neutral."""
     layers_M = np.array([layer for layer, _ in gates.modules])
-    marked = gates.means > 1 + _ROUNDING
     return {
         task: [torch.from_numpy(marked_MK[layers_M == layer].ravel()) for layer in np.unique(layers_M)]
-        for task, marked_MK in zip(gates.tasks, marked, strict=True)
+        for task, marked_MK in zip(gates.tasks, gates.means > 1 + _ROUNDING, strict=True)
     }

@@ -1,8 +1,8 @@
 """Gradients of tasks, taken one parameter at a time from the backward pass and kept as sketches, and how they agree.
 
-A task's gradient is the mean over its instances of the gradient of the mean cross-entropy of the answer's tokens. Each
-instance has its own pass. Measured parameters: "weights", the weight matrices of the linear layers inside the
-transformer's layers, frozen or not; "adapter", the parameters of a PEFT adapter that the loss depends on.
+A task's gradient is the mean over its instances, each with its own pass, of the gradient of the answer's mean
+cross-entropy. Measured are "weights", the weight matrices of the linear layers inside the transformer's layers, frozen
+or not, and "adapter", the parameters of a PEFT adapter that the loss depends on.
 
 The sketch is a count sketch (Charikar et al. 2002, "Finding Frequent Items in Data Streams"; for inner products,
 Weinberger et al. 2009, arXiv 0902.2206). Coordinate i goes with a sign σ(i) to the bucket h(i) of M:
@@ -33,6 +33,7 @@ from transformers.pytorch_utils import Conv1D
 
 from badit.analysis.tables import COUNT, INDEX, TEXT, Column, Table
 from badit.errors import BaditError
+from badit.generation import evaluation_mode
 
 Place = tuple[str, int, str]  # "weights" or "adapter", the layer, the module's name below the layer
 
@@ -128,30 +129,26 @@ class TaskGradients:
         self.counts_T2 = torch.zeros(tasks, 2, dtype=torch.float64)
         self._row = 0
         generator = torch.Generator().manual_seed(0)
-        parameters = [item.parameter for item in self._measured]
-        self._sketches = [SketchedSums(p.numel(), 2 * tasks, sketch_size, generator, p.device) for p in parameters]
-        rows = [0 if in_dim is None else p.shape[1 - in_dim] for _, p, in_dim in self._measured]
-        self._squares = [torch.zeros(tasks, n, device=p.device) for n, p in zip(rows, parameters, strict=True)]
+        self._sketches, self._squares = [], []
+        for _, p, in_dim in self._measured:
+            self._sketches.append(SketchedSums(p.numel(), 2 * tasks, sketch_size, generator, p.device))
+            self._squares.append(torch.zeros(tasks, 0 if in_dim is None else p.shape[1 - in_dim], device=p.device))
 
     @contextmanager
     def taking(self) -> Iterator[None]:
         """Within, a backward pass adds its gradients to the sums; dropout is off. It leaves the model as it was."""
-        modes = [(module, module.training) for module in self._model.modules()]
         before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in self._model.parameters()]
         try:
-            with ExitStack() as hooks, torch.enable_grad():
-                self._model.eval().requires_grad_(False).zero_grad()
-                for i, item in enumerate(self._measured):
-                    item.parameter.requires_grad_(True)
-                    handle = item.parameter.register_post_accumulate_grad_hook(partial(self._take, i))
+            with evaluation_mode(self._model), ExitStack() as hooks, torch.enable_grad():
+                self._model.requires_grad_(False).zero_grad()
+                for i, (_, parameter, _) in enumerate(self._measured):
+                    handle = parameter.requires_grad_(True).register_post_accumulate_grad_hook(partial(self._take, i))
                     hooks.callback(handle.remove)
                 yield
         finally:
             for parameter, requires_grad, gradient in before:
                 parameter.requires_grad_(requires_grad)
                 parameter.grad = gradient
-            for module, training in modes:
-                module.training = training
 
     def begin_instance(self, task: int) -> None:
         """The next backward pass is an instance of this task, numbered from 0; its halves take turns."""

@@ -14,12 +14,14 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterator
+from itertools import chain, product
 from pathlib import Path
 from typing import Annotated, Any
 
 import pandas as pd
 import torch
 from pydantic import BaseModel, Field, create_model
+from torch import nn
 from tqdm import tqdm
 
 from badit.analysis.gates import Batches, active_experts
@@ -100,8 +102,8 @@ def expert_angles(
     """The angles that the run has logged and, given its model and held-out batches, those of the finished adapter."""
     rows = []
     for place, line in _logged(run.regroupings_path, _Regrouping):
-        rows.append((*place, "before", *(line[name] for name in _previous)))
-        rows.append((*place, "after", *(line[name] for name in _fields)))
+        for measured, names in (("before", _previous), ("after", _fields)):
+            rows.append((*place, measured, *(line[name] for name in names)))
     for place, line in _logged(run.angles_path, _Angles):
         rows.append((*place, "training", *(line[name] for name in _fields)))
     if model is not None and batches is not None:
@@ -134,10 +136,9 @@ def held_out_angles(model: Any, batches: Batches, *, progress: bool = False) -> 
     parameters = [p for one in experts for p in (one.layer.badit_A[one.adapter], one.layer.badit_B[one.adapter])]
     sums = [torch.zeros_like(parameter, dtype=torch.float32) for parameter in parameters]
     everything = [batch for of_task in batches.values() for batch in of_task]
-    frozen = [parameter for parameter in parameters if not parameter.requires_grad]  # of a model loaded for inference
+    frozen = nn.ParameterList(p for p in parameters if not p.requires_grad)  # of a model loaded for inference
     try:
-        for parameter in frozen:
-            parameter.requires_grad_(True)
+        frozen.requires_grad_(True)
         for batch in tqdm(everything, desc="Angles", unit="batch", disable=not progress, leave=False):
             with torch.enable_grad():
                 losses_L, _, _ = answer_losses(model, on_device(batch, model.device), model)
@@ -145,8 +146,7 @@ def held_out_angles(model: Any, batches: Batches, *, progress: bool = False) -> 
             for total, gradient in zip(sums, gradients, strict=True):
                 total += gradient
     finally:
-        for parameter in frozen:
-            parameter.requires_grad_(False)
+        frozen.requires_grad_(False)
     angles = {}
     for one, grad_A_NI, grad_B_ON in zip(experts, sums[::2], sums[1::2], strict=True):
         gram_NN = cosine_gram(grad_A_NI, grad_B_ON).cpu().numpy()
@@ -160,11 +160,8 @@ def transfer(run: Run) -> pd.DataFrame:
     order, matrix = scores.get("order") or [], scores.get("matrix") or []
     if {len(matrix), *map(len, matrix)} != {len(order)}:
         raise BaditError(f"{run.scores_path}: matrix: must have a row and a column for every task of order")
-    rows = [
-        (stage, trained, task, score)
-        for stage, (trained, scores_T) in enumerate(zip(order, matrix, strict=True), start=1)
-        for task, score in zip(order, scores_T, strict=True)
-    ]
+    places = product(enumerate(order, start=1), order)
+    rows = [(*stage, task, score) for (stage, task), score in zip(places, chain(*matrix), strict=True)]
     return TRANSFER.frame(rows, "Rouge-L on every task after each stage of a run that learns its tasks one by one.")
 
 

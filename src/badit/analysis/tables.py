@@ -1,8 +1,8 @@
 """The tables of an analysis: one DataFrame per measurement, one JSON file per table.
 
-A :class:`Table` is declared next to the function that measures it, and a loaded file, which may come from elsewhere, is
-checked against it. A frame's ``attrs`` hold ``name``, ``about`` (what was measured, how, on how much data) and
-``columns`` (name -> meaning, with the unit). A file holds the same, ``format`` and ``rows``; null stands for NaN.
+A loaded file, which may come from elsewhere, is checked against its :class:`Table`. A frame's ``attrs`` hold ``name``,
+``about`` (what was measured, how, on how much data) and ``columns`` (name -> meaning, with the unit). A file holds the
+same, ``format`` and ``rows``; null stands for NaN.
 """
 
 from __future__ import annotations
@@ -52,10 +52,9 @@ TABLES: dict[str, Table] = {}
 
 
 class Table:
-    """The declaration of a table, which :data:`TABLES` then holds by its name.
+    """The declaration of a table, next to the function that measures it; :data:`TABLES` holds it by its name.
 
-    The columns are those of :data:`SHARED` with the names in ``shared``, then ``columns``, where a text is the meaning
-    of a number.
+    Its columns are those of :data:`SHARED` named in ``shared``, then ``columns``, where a text is a number's meaning.
     """
 
     def __init__(self, name: str, shared: str = "", **columns: Column | str) -> None:
@@ -74,8 +73,8 @@ class Table:
                 frame[name] = values.where(np.isfinite(values))
             else:
                 frame[name] = frame[name].astype("str" if kind is TEXT else "float64" if frame[name].hasnans else int)
-        columns = {name: column.meaning for name, column in self.columns.items()}
-        frame.attrs = {"name": self.name, "about": about, "columns": columns}
+        meanings = {name: column.meaning for name, column in self.columns.items()}
+        frame.attrs = {"name": self.name, "about": about, "columns": meanings}
         return frame
 
 
@@ -86,10 +85,8 @@ def save_frame(frame: pd.DataFrame, folder: Path) -> Path:
     path = folder / f"{table.name}.json"
 
     def plain(value: Any, kind: Any) -> str | float | int | None:
-        if kind is TEXT:
-            return value
-        if not math.isfinite(value):
-            return None
+        if kind is TEXT or not math.isfinite(value):
+            return value if kind is TEXT else None
         return float(f"{value:.6g}") if kind is NUMBER else int(value)
 
     columns = [[plain(value, kind) for value in frame[name]] for name, (_, kind) in table.columns.items()]

@@ -1,7 +1,6 @@
 """What figures share: choices, heat maps of one choice out of many, legends, and the forms of numbers and names.
 
-A run has tens of thousands of values such as the cosines of every layer and module. A chart with choices holds a text
-for each place, with a value for each combination of choices, such as "3|mlp.gate_proj".
+A chart with choices holds a text for each place, with a value for each combination such as "3|mlp.gate_proj".
 """
 
 from __future__ import annotations
@@ -49,15 +48,14 @@ def short_names(names: Iterable[str]) -> dict[str, str]:
 def names_in(frame: pd.DataFrame, column: str) -> dict[str, str]:
     """The values of a column with their short names, in the order of categories, of numbers, or of appearance."""
     values = frame[column]
-    numbers = pd.api.types.is_numeric_dtype(values)
-    order = values.cat.categories if values.dtype == "category" else np.unique(values) if numbers else values.unique()
-    return short_names(map(str, order))
+    known = values.cat.categories if values.dtype == "category" else values.unique()
+    return short_names(map(str, sorted(known) if pd.api.types.is_numeric_dtype(values) else known))
 
 
 def choice(name: str, options: Mapping[str, str] | Iterable[str]) -> alt.Parameter:
     """A list to choose from: the values of a column, perhaps with what they are called; the first one is chosen."""
-    names = dict(options) if isinstance(options, Mapping) else {option: option for option in options}
-    keys, labels = list(names), list(names.values())
+    keys = list(dict.fromkeys(options))
+    labels = list(options.values()) if isinstance(options, Mapping) else keys
     binding = alt.binding_select(options=keys, labels=labels, name=f"{name} ") if len(keys) > 1 else alt.Undefined
     return alt.param(name=name, value=keys[0], bind=binding)
 
@@ -77,9 +75,10 @@ def with_all(frame: pd.DataFrame, *columns: str) -> pd.DataFrame:
     return frame
 
 
-def chart_of(frame: pd.DataFrame) -> alt.Chart:
-    """A chart of the frame's rows."""
-    return alt.Chart(alt.InlineData(values=frame.astype(object).where(frame.notna(), None).to_dict("records")))
+def chart_of(frame: pd.DataFrame, chosen: str = "") -> alt.Chart:
+    """A chart of the frame's rows; of those with the value that is ``chosen`` for a column of that name."""
+    chart = alt.Chart(alt.InlineData(values=frame.astype(object).where(frame.notna(), None).to_dict("records")))
+    return chart.transform_filter(f"datum.{chosen} === {chosen}") if chosen else chart
 
 
 def by_choice(frame: pd.DataFrame, places: Sequence[str], choices: Sequence[alt.Parameter]) -> pd.DataFrame:
@@ -136,23 +135,18 @@ def heat_map(
 ) -> Any:
     """A heat map of a column, means over what is not chosen (``choices``, the layer first).
 
-    Args:
-        frame: values, with a column for each choice.
-        rows: the column that names the row; categories, where it has any, give the order. ``columns`` is the same.
-        value: the column of values; ``label`` is what they are, with the unit, ``form`` how they are written in d3.
-        titles: of the rows and of the columns.
-        signed: whether values have a colour on each side of the ``middle``.
-        limit: the distance from the middle with the strongest colour; by default what nearly all values stay within.
-        written: write the number into the cell, too.
-        symmetric: whether rows and columns name the two of an unordered pair.
+    Rows and columns have the names in two columns of the frame, whose categories, where there are any, give the order.
+    ``label`` says what the values are, with the unit; ``form`` is d3's. Values up to ``limit`` from the ``middle`` have
+    colours of their own, by default nearly all, on each side if ``signed``. ``written`` puts the number into the cell;
+    ``symmetric`` is for unordered pairs.
     """
     frame = frame.rename(columns={value: "value"})
     if symmetric:
         frame = pd.concat([frame, frame.rename(columns={rows: columns, columns: rows})])
-    names = {"row": names_in(frame, rows), "column": names_in(frame, columns)}
-    full = {"row_full": frame[rows].astype(str), "column_full": frame[columns].astype(str)}
-    short = {side: full[f"{side}_full"].map(names[side].get) for side in names}
-    values = by_choice(frame.assign(**full, **short), ["row", "row_full", "column", "column_full"], choices)
+    row_names, column_names = names_in(frame, rows), names_in(frame, columns)
+    frame = frame.assign(row_full=frame[rows].astype(str), column_full=frame[columns].astype(str))
+    frame = frame.assign(row=frame["row_full"].map(row_names.get), column=frame["column_full"].map(column_names.get))
+    values = by_choice(frame, ["row", "row_full", "column", "column_full"], choices)
     # All layers together often vary less than one, and have their own limit.
     of_all = np.array([key.split("|")[0] == ALL for key in values], dtype=bool)
     bounds = [limit or limit_of(values.loc[:, part].to_numpy(), middle) for part in (of_all, ~of_all)]
@@ -160,17 +154,15 @@ def heat_map(
         known.append(bounds)
         bounds = [max(each) for each in zip(*known, strict=True)]
     bound = f"({choices[0].name} === '{ALL}' ? {bounds[0]} : {bounds[1]})" if of_all.any() else str(bounds[1])
-    domains = {side: alt.Scale(domain=list(names[side].values())) for side in names}
-    upright = max(map(len, names["column"].values()), default=0) > 3
+    upright = max(map(len, column_names.values()), default=0) > 3
     below = alt.Axis(labelAngle=-90 if upright else 0, labelLimit=130, labelOverlap=False)
+    left = alt.Axis(labelOverlap=False)
+    tooltip = {"row_full:N": titles[0] or "row", "column_full:N": titles[1] or "column"}
     base = chart_by_choice(values, choices).encode(
-        x=alt.X("column:N", title=titles[1] or None, scale=domains["column"], axis=below),
-        y=alt.Y("row:N", title=titles[0] or None, scale=domains["row"], axis=alt.Axis(labelOverlap=False)),
-        tooltip=[
-            alt.Tooltip("row_full:N", title=titles[0] or "row"),
-            alt.Tooltip("column_full:N", title=titles[1] or "column"),
-            alt.Tooltip("value:Q", title=label, format=".4f"),
-        ],
+        x=alt.X("column:N", title=titles[1] or None, scale=alt.Scale(domain=list(column_names.values())), axis=below),
+        y=alt.Y("row:N", title=titles[0] or None, scale=alt.Scale(domain=list(row_names.values())), axis=left),
+        tooltip=[alt.Tooltip(field, title=title) for field, title in tooltip.items()]
+        + [alt.Tooltip("value:Q", title=label, format=".4f")],
     )
     ends: dict[str, Any] = {"domainMin": middle, "domainMax": {"expr": f"{middle} + {bound}"}, "range": "heatmap"}
     if signed:
@@ -180,15 +172,14 @@ def heat_map(
     chart = base.mark_rect().encode(color=colour)
     if written:
         # Where cells are at least 34 pixels wide, in the ink that stands out from the cell's colour.
-        opacity = {"expr": f"width / {len(names['column'])} < 34 ? 0 : 1"}
+        opacity = {"expr": f"width / {len(column_names)} < 34 ? 0 : 1"}
         light = "luminance(scale('color', datum.value)) > 0.25"
         ink = alt.condition(light, alt.value("#15171a"), alt.value("#ffffff"))
         text = base.mark_text(fontSize=10, opacity=opacity, tooltip=None)
         chart += text.encode(text=alt.Text("value:Q", format=form), color=ink)
-    count = len(names["row"])
-    row = 13 if count > 40 else min(38, max(ROW, 320 // max(1, count)))
+    row = 13 if len(row_names) > 40 else min(38, max(ROW, 320 // max(1, len(row_names))))
     view = alt.ViewBackground(style="matrix")
-    return chart.add_params(*choices).properties(width="container", height=count * row, view=view)
+    return chart.add_params(*choices).properties(width="container", height=len(row_names) * row, view=view)
 
 
 def limit_of(values: np.ndarray, middle: float) -> float:

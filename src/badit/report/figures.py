@@ -24,12 +24,8 @@ from badit.report import charts
 _MOST_POINTS = 250
 _MOST_PAIRS = 120
 _MOST_STEPS = 12
-_MEASURED = {"before": "before regrouping", "after": "after regrouping", "training": "in training"}
-_MEASURED["held-out"] = "held-out data"
-_MEASURES = {
-    "correlation": "correlation of gates with known abilities",
-    "nearest_neighbour": "tasks whose nearest neighbour shares an ability",
-}
+_PERIODS = {"before": "before regrouping", "after": "after regrouping", "training": "in training"}
+_HELD_OUT = "held-out data"
 
 
 class Figure(NamedTuple):
@@ -46,9 +42,6 @@ class Figure(NamedTuple):
     width: Literal["full", "half", "square"] = "full"
 
 
-# --- scores and training ---
-
-
 def loss_curves(frame: pd.DataFrame) -> Any:
     """The pale line is what was logged, the strong one its running mean over five log lines."""
     return _curves(frame, "training loss (nats per token)", smoothed=2)
@@ -61,8 +54,8 @@ def held_out_losses(frame: pd.DataFrame) -> Any:
 
 def _curves(frame: pd.DataFrame, title: str, smoothed: int) -> Any:
     """Losses by step, and their running mean over so many points on either side."""
-    series = frame.attrs.get("order") or list(dict.fromkeys(frame["series"]))
     present = list(frame["series"].unique())
+    series = frame.attrs.get("order") or present
     pick = alt.selection_point(name="pick", fields=["series"], bind="legend")
     # At most 250 points of a curve, each the mean of its neighbours.
     curves = frame.groupby(["series", "run"], sort=False)
@@ -74,9 +67,8 @@ def _curves(frame: pd.DataFrame, title: str, smoothed: int) -> Any:
         color=_colour("series", series, present, symbolType="stroke"),
         detail="run:N",
     )
-    by_step = [alt.SortField("step")]
-    window = [-smoothed, smoothed]
-    base = base.transform_window(mean="mean(loss)", frame=window, groupby=["series", "run"], sort=by_step)
+    window: dict[str, Any] = {"frame": [-smoothed, smoothed], "sort": [alt.SortField("step")]}
+    base = base.transform_window(mean="mean(loss)", groupby=["series", "run"], **window)
     loss = alt.Y("loss:Q", title=title, scale=alt.Scale(zero=False))
     raw = base.mark_line(strokeWidth=1, tooltip=None).encode(y=loss, opacity=_picked(pick, 0.4, 0.05))
     # Lines that have one of the seven colours again are dashed, then dotted.
@@ -84,10 +76,9 @@ def _curves(frame: pd.DataFrame, title: str, smoothed: int) -> Any:
     dash = alt.StrokeDash("series:N", scale=dashes, legend=charts.legend(present, values=present, symbolType="stroke"))
     smooth = base.mark_line(strokeWidth=2.2, tooltip=None)
     smooth = smooth.encode(y="mean:Q", opacity=_picked(pick, 1, 0.1), strokeDash=dash)
-    mean = alt.Tooltip("mean:Q", title="running mean", format=".3f")
-    spots = base.mark_point(size=60, filled=True, opacity=0)
-    spots = spots.encode(y="mean:Q", tooltip=["run:N", "step:Q", "loss:Q", mean])
-    return alt.layer(raw, smooth, spots.add_params(pick)).properties(width="container", height=280)
+    tooltip = ["run:N", "step:Q", "loss:Q", alt.Tooltip("mean:Q", title="running mean", format=".3f")]
+    spots = base.mark_point(size=60, filled=True, opacity=0).encode(y="mean:Q", tooltip=tooltip).add_params(pick)
+    return alt.layer(raw, smooth, spots).properties(width="container", height=280)
 
 
 def scores_by_task(frame: pd.DataFrame) -> Any:
@@ -95,29 +86,25 @@ def scores_by_task(frame: pd.DataFrame) -> Any:
     forward."""
     rows = frame.pivot_table("score", ["task", "run"], "metric", sort=False).round(3).reset_index()
     labels = {name: metric.label for name, metric in METRICS.items() if name in rows}
-    series = frame.attrs.get("order") or list(dict.fromkeys(frame["run"]))
     present = list(frame["run"].unique())
+    series = frame.attrs.get("order") or present
     rows = rows.assign(full=rows["task"], task=rows["task"].map(charts.names_in(frame, "task")))
     means = rows.groupby("task")[next(iter(labels))].mean()
     order = means.sort_values(ascending=False, kind="stable").index.tolist()
     pick = alt.selection_point(name="pick", fields=["run"], bind="legend")
-    shapes = ["circle", "square", "triangle-up", "diamond", "cross", "triangle-down"]
-    shape = alt.Shape(
-        "run:N", scale=alt.Scale(domain=series, range=shapes), legend=charts.legend(present, values=present)
-    )
+    shapes = alt.Scale(domain=series, range=["circle", "square", "triangle-up", "diamond", "cross", "triangle-down"])
     tooltip = [alt.Tooltip("full:N", title="task"), alt.Tooltip("run:N")]
     tooltip += [alt.Tooltip(f"{name}:Q", title=labels[name], format=f".{METRICS[name].decimals}f") for name in labels]
     score = {"title": "score (0 to 100; NLL in nats)", "scale": alt.Scale(zero=True), "axis": alt.Axis(tickCount=6)}
     chart = charts.chart_of(rows).transform_calculate(score="datum[metric]").mark_point(filled=True, size=75)
-    chart = chart.encode(
+    chart = chart.add_params(pick, charts.choice("metric", labels)).encode(
         x=alt.X("score:Q", **score),
         y=alt.Y("task:N", title=None, sort=order, axis=alt.Axis(grid=True, labelOverlap=False)),
         color=_colour("run", series, present),
-        shape=shape,
+        shape=alt.Shape("run:N", scale=shapes, legend=charts.legend(present, values=present)),
         opacity=_picked(pick, 0.9, 0.08),
         tooltip=tooltip,
     )
-    chart = chart.add_params(pick, charts.choice("metric", labels))
     return chart.properties(width="container", height=charts.ROW * len(order))
 
 
@@ -151,10 +138,8 @@ def differences(frame: pd.DataFrame) -> Any:
     far off, is left out."""
     trained: Any = frame.loc[~frame["untuned"].astype(bool)]
     frame = trained if len(trained) else frame
-    base = charts.chart_of(frame).encode(
-        y=alt.Y("method:N", title=None, sort=None),
-        tooltip=["method:N", *(alt.Tooltip(f"{name}:Q", format="+.2f") for name in ("mean", "low", "high"))],
-    )
+    tooltip = ["method:N", *(alt.Tooltip(f"{name}:Q", format="+.2f") for name in ("mean", "low", "high"))]
+    base = charts.chart_of(frame).encode(y=alt.Y("method:N", title=None, sort=None), tooltip=tooltip)
     title = f"Rouge-L points above {frame['reference'].iloc[0]}"
     x = alt.X("low:Q", title=title, axis=alt.Axis(tickCount=6))
     bars = base.mark_rule(style="interval", strokeWidth=2.5).encode(x=x, x2="high:Q")
@@ -166,20 +151,18 @@ def differences(frame: pd.DataFrame) -> Any:
 def task_gap(frame: pd.DataFrame) -> Any:
     """A circle is the model trained on the task alone, a diamond the one trained on all tasks: a diamond on the left
     has lost by learning together."""
-    kinds = {"single": "one model per task", "multi": "one model for all"}
+    single, multi = kinds = ["one model per task", "one model for all"]
     rows = frame.assign(full=frame["task"], task=frame["task"].map(charts.names_in(frame, "task"))).sort_values("gap")
-    order, domain = list(dict.fromkeys(rows["task"])), list(kinds.values())
-    tooltip = [alt.Tooltip(f"{kind}:Q", format=".1f") for kind in domain]
-    base = charts.chart_of(rows.rename(columns=kinds)).transform_filter("datum.method === method")
-    base = base.encode(
-        y=alt.Y("task:N", title=None, sort=order, axis=alt.Axis(labelOverlap=False)),
-        tooltip=[alt.Tooltip("full:N", title="task"), *tooltip, alt.Tooltip("gap:Q", format="+.1f")],
-    )
-    x = alt.X(f"{domain[0]}:Q", title="Rouge-L", axis=alt.Axis(tickCount=6))
-    span = base.mark_rule(strokeWidth=2).encode(x=x, x2=f"{domain[1]}:Q")
-    shape = alt.Shape("kind:N", scale=alt.Scale(domain=domain, range=["circle", "diamond"]))
-    marks = base.transform_fold(domain, ["kind", "score"]).mark_point(filled=True, size=80, opacity=1)
-    marks = marks.encode(x="score:Q", color=_colour("kind", domain), shape=shape)
+    rows, order = rows.rename(columns={"single": single, "multi": multi}), list(dict.fromkeys(rows["task"]))
+    tooltip = [alt.Tooltip("full:N", title="task"), *(alt.Tooltip(f"{kind}:Q", format=".1f") for kind in kinds)]
+    y = alt.Y("task:N", title=None, sort=order, axis=alt.Axis(labelOverlap=False))
+    tooltip.append(alt.Tooltip("gap:Q", format="+.1f"))
+    base = charts.chart_of(rows, chosen="method").encode(y=y, tooltip=tooltip)
+    x = alt.X(f"{single}:Q", title="Rouge-L", axis=alt.Axis(tickCount=6))
+    span = base.mark_rule(strokeWidth=2).encode(x=x, x2=f"{multi}:Q")
+    shape = alt.Shape("kind:N", scale=alt.Scale(domain=kinds, range=["circle", "diamond"]))
+    marks = base.transform_fold(kinds, ["kind", "score"]).mark_point(filled=True, size=80, opacity=1)
+    marks = marks.encode(x="score:Q", color=_colour("kind", kinds), shape=shape)
     chart = (span + marks).add_params(charts.choice("method", frame["method"]))
     return chart.properties(width="container", height=charts.ROW * len(order))
 
@@ -199,11 +182,8 @@ def _picked(pick: alt.Parameter, strong: float, weak: float) -> Any:
 
 def _colour(field: str, names: Sequence[str], present: Sequence[str] = (), **options: Any) -> alt.Color:
     """A colour for each name; the legend has those that are present (default: all)."""
-    legend = charts.legend(present, values=present, **options) if present else charts.legend(names, **options)
-    return alt.Color(f"{field}:N", scale=alt.Scale(domain=list(names)), legend=legend)
-
-
-# --- gradients ---
+    shown = charts.legend(present or names, **options, **({"values": present} if present else {}))
+    return alt.Color(f"{field}:N", scale=alt.Scale(domain=list(names)), legend=shown)
 
 
 def gradient_cosines(frame: pd.DataFrame) -> Any:
@@ -242,14 +222,13 @@ def _by_layer(frame: pd.DataFrame, column: str, title: str, form: str) -> Any:
     if rows.empty:
         return None
     layers = alt.Axis(format="d", tickCount=8, grid=False)
-    base = charts.chart_of(rows).transform_filter("datum.parameters === parameters")
-    base = base.encode(
+    base = charts.chart_of(rows, chosen="parameters").encode(
         x=alt.X("layer:Q", title="layer", scale=alt.Scale(nice=False), axis=layers),
         y=alt.Y(f"{column}:Q", title=title, axis=alt.Axis(format=form, tickCount=5), scale=alt.Scale(domainMax=1)),
         color=alt.Color("module:N", legend=charts.legend(rows["module"])),
     )
-    few = rows["layer"].nunique() <= 12
-    spots = base.mark_point(filled=True, size=25 if few else 60, opacity=1 if few else 0)
+    size, opacity = (25, 1) if rows["layer"].nunique() <= 12 else (60, 0)
+    spots = base.mark_point(filled=True, size=size, opacity=opacity)
     chart = base.mark_line(strokeWidth=1.8, tooltip=None) + spots
     return chart.add_params(charts.choice("parameters", _kinds(rows))).properties(width="container", height=220)
 
@@ -261,8 +240,8 @@ def gradient_pairs(frame: pd.DataFrame) -> pd.DataFrame:
     if len(rows) > _MOST_PAIRS:
         rows = pd.concat([rows[: _MOST_PAIRS // 2], rows[-_MOST_PAIRS // 2 :]])
     rows = rows.rename(columns={"task_a": "task", "task_b": "other_task"})
-    forms = {"cosine": ".3f", "corrected_cosine": ".2f", "magnitude_similarity": ".2f"}
-    return charts.text_table(rows, {"task": "", "other_task": "", **forms})
+    forms = {"task": "", "other_task": "", "cosine": ".3f", "corrected_cosine": ".2f", "magnitude_similarity": ".2f"}
+    return charts.text_table(rows, forms)
 
 
 def gradient_tasks(frame: pd.DataFrame) -> pd.DataFrame:
@@ -276,28 +255,24 @@ def _kinds(frame: pd.DataFrame) -> list[str]:
     return sorted(frame["parameters"].unique(), key=lambda kind: (kind != "adapter", kind))
 
 
-# --- co-activation ---
-
-
 def shared_units(frame: pd.DataFrame) -> Any:
     """Bars above the dashed line are more sharing than by chance; units marked for no task are not drawn."""
     rows = frame[(frame["tasks"] > 0) & (frame["layer"] >= 0)]
     if rows.empty:
         return None
-    rows = rows.rename(columns={"kind": "units", "share": "measured", "chance": "by chance"})
     names = ["measured", "by chance"]
+    rows = rows.rename(columns={"kind": "units", "share": names[0], "chance": names[1]})
     long = rows.melt(["units", "layer", "tasks"], names, "series")
     choices = [charts.choice("units", frame["kind"]), charts.all_or_one("layer", rows["layer"], "mean over layers")]
-    values = charts.by_choice(long, ["tasks", "series"], choices)
-    base = charts.chart_by_choice(values, choices).encode(
+    base = charts.chart_by_choice(charts.by_choice(long, ["tasks", "series"], choices), choices).encode(
         x=alt.X("tasks:O", title="number of tasks that share a unit", axis=alt.Axis(labelAngle=0)),
         y=alt.Y("value:Q", title="share of all units", axis=alt.Axis(format="%", tickCount=5)),
         color=_colour("series", names),
     )
-    bars = base.transform_filter("datum.series === 'measured'").mark_bar(cornerRadiusEnd=2)
-    chance = base.transform_filter("datum.series === 'by chance'")
-    chance = chance.mark_line(point=alt.OverlayMarkDef(size=36, filled=True), strokeDash=[4, 3])
-    return (bars + chance).add_params(*choices).properties(width="container", height=240)
+    measured, by_chance = (base.transform_filter(f"datum.series === '{name}'") for name in names)
+    chance = by_chance.mark_line(point=alt.OverlayMarkDef(size=36, filled=True), strokeDash=[4, 3])
+    chart = measured.mark_bar(cornerRadiusEnd=2) + chance
+    return chart.add_params(*choices).properties(width="container", height=240)
 
 
 def units_of_tasks(frame: pd.DataFrame) -> Any:
@@ -309,10 +284,9 @@ def units_of_tasks(frame: pd.DataFrame) -> Any:
     names = charts.names_in(frame, "task")
     long = sums.melt(["kind", "task"], parts, "part", "units").rename(columns={"task": "full"})
     long = long.assign(task=long["full"].map(names), order=long["part"].map(parts.index))
-    chart = charts.chart_of(long).transform_filter("datum.kind === kind")
+    chart = charts.chart_of(long, chosen="kind").mark_bar()
     chart = chart.transform_joinaggregate(total="sum(units)", groupby=["task"])
-    chart = chart.transform_calculate(share="datum.units / datum.total").mark_bar()
-    chart = chart.encode(
+    chart = chart.transform_calculate(share="datum.units / datum.total").encode(
         x=alt.X("share:Q", title="share of the task's marked units", axis=alt.Axis(format="%", tickCount=5)),
         y=alt.Y("task:N", title=None, sort=list(names.values())),
         order=alt.Order("order:Q"),
@@ -328,9 +302,6 @@ def unit_overlaps(frame: pd.DataFrame) -> Any:
     style = {"choices": [charts.choice("units", frame["kind"])], "signed": False, "symmetric": True}
     rows = frame.rename(columns={"kind": "units"})
     return charts.heat_map(rows, "task_a", "task_b", "overlap", "overlap (Jaccard)", **style)
-
-
-# --- geometry of experts ---
 
 
 def expert_angles(frame: pd.DataFrame) -> Any:
@@ -352,33 +323,31 @@ def expert_cosines(frame: pd.DataFrame) -> Any:
 def _by_step(frame: pd.DataFrame, unit: str, title: str, *, zero: bool) -> Any:
     """Within and between experts by step: means over modules, of all layers or one."""
     step = frame["step"].where(frame["step"].notna() | (frame["measured"] != "held-out"), frame["step"].max())
-    rows = frame.assign(step=step, measured=frame["measured"].map(_MEASURED)).dropna(subset=["step", "measured"])
-    rows = rows.rename(columns={f"within_{unit}": "within experts", f"between_{unit}": "between experts"})
+    names = {**_PERIODS, "held-out": _HELD_OUT}
+    rows = frame.assign(step=step, measured=frame["measured"].map(names)).dropna(subset=["step", "measured"])
     groups = ["within experts", "between experts"]
+    rows = rows.rename(columns={f"within_{unit}": groups[0], f"between_{unit}": groups[1]})
     long = rows.melt(["step", "measured", "layer"], groups, "group").dropna(subset=["value"])
     if long.empty:
         return None
     choices = [charts.all_or_one("layer", rows.loc[rows["layer"] >= 0, "layer"])]
-    values = charts.by_choice(long, ["step", "measured", "group"], choices)
-    base = charts.chart_by_choice(values, choices).encode(
+    base = charts.chart_by_choice(charts.by_choice(long, ["step", "measured", "group"], choices), choices).encode(
         x=alt.X("step:Q", title="step", axis=alt.Axis(grid=False, tickCount=5)),
         y=alt.Y("value:Q", title=title, scale=alt.Scale(zero=zero)),
         color=_colour("group", groups),
     )
-    held_out = _MEASURED["held-out"]
-    shown = set(long["measured"])
-    layers = []
-    if periods := [name for name in _MEASURED.values() if name in shown - {held_out}]:
-        logged = base.transform_filter(f"datum.measured !== '{held_out}'")
+    shown, layers = set(long["measured"]), []
+    if periods := [name for name in _PERIODS.values() if name in shown]:
+        logged = base.transform_filter(f"datum.measured !== '{_HELD_OUT}'")
         dashes = alt.Scale(domain=periods, range=[[3, 3], [1, 0]][-len(periods) :])
         series = charts.legend(periods, symbolStrokeColor="#808690")  # visible on a light page and on a dark one
         dash = alt.StrokeDash("measured:N", scale=dashes, legend=series)
         layers.append(logged.mark_line(strokeWidth=2, tooltip=None).encode(strokeDash=dash))
         layers.append(logged.mark_point(filled=True, size=28, opacity=1))
-    if held_out in shown:
-        diamond = alt.Scale(domain=[held_out], range=["diamond"])
+    if _HELD_OUT in shown:
+        diamond = alt.Scale(domain=[_HELD_OUT], range=["diamond"])
         shape = alt.Shape("measured:N", scale=diamond, legend=alt.Legend(title=None))
-        finished = base.transform_filter(f"datum.measured === '{held_out}'")
+        finished = base.transform_filter(f"datum.measured === '{_HELD_OUT}'")
         layers.append(finished.mark_point(filled=True, size=110, opacity=1).encode(shape=shape))
     return alt.layer(*layers).add_params(*choices).properties(width="container", height=260)
 
@@ -398,14 +367,12 @@ def component_flow(frame: pd.DataFrame) -> Any:
     return charts.heat_map(shares, "from_expert", "to_expert", "share", label, choices=choices, **style)
 
 
-# --- atlas ---
-
-
 def gates(frame: pd.DataFrame) -> Any:
     """Mean gate over a task's prompts: 1 is neutral, blue is more, orange is less; the mean over layers has its own
     colour scale."""
-    layers = charts.all_or_one("layer", frame["layer"], "mean over layers")
-    style = {"choices": [layers, charts.all_or_one("module", frame["module"])], "titles": ("", "expert"), "middle": 1.0}
+    choices = [charts.all_or_one("layer", frame["layer"], "mean over layers")]
+    choices.append(charts.all_or_one("module", frame["module"]))
+    style = {"choices": choices, "titles": ("", "expert"), "middle": 1.0}
     return charts.heat_map(frame, "task", "expert", "mean", "mean gate", **style)
 
 
@@ -425,10 +392,10 @@ def expert_losses(frame: pd.DataFrame) -> Any:
 def abilities(frame: pd.DataFrame) -> pd.DataFrame:
     """The sentences are made from the numbers next to them. The rise of the loss without an expert that started from
     the pretrained weight includes the loss of that part of the weight."""
-    headings = {"tasks": "drawn_on_most_by", "hurt_most": "missed_most_by", "summary": "in_words"}
-    short = {name: frame[name].replace(re.compile(r"\btask(\d+)_([^\W_]+)\w*"), r"\1 \2") for name in headings}
-    rows = frame.assign(**short).replace({"": UNKNOWN})
-    rows = rows.rename(columns={**headings, "spread": "spread_over_tasks", "change": "rise_of_the_loss_without_it"})
+    texts = {"tasks": "drawn_on_most_by", "hurt_most": "missed_most_by", "summary": "in_words"}
+    short = frame[[*texts]].replace(re.compile(r"\btask(\d+)_([^\W_]+)\w*"), r"\1 \2").replace({"": UNKNOWN})
+    numbers = {"spread": "spread_over_tasks", "change": "rise_of_the_loss_without_it"}
+    rows = frame.assign(**short).rename(columns=texts | numbers)
     forms = {"expert": ".0f", "in_words": "", "mean_gate": ".2f", "spread_over_tasks": ".3f"}
     forms |= {"rise_of_the_loss_without_it": ".3f", "drawn_on_most_by": "", "missed_most_by": ""}
     return charts.text_table(rows, forms)
@@ -442,8 +409,12 @@ def nearest_prompts(frame: pd.DataFrame) -> pd.DataFrame:
 
 def ability_recovery(frame: pd.DataFrame) -> pd.DataFrame:
     """The p-value is the share of random reassignments of the built-in tasks' abilities that do at least as well."""
-    rows = frame.replace({"measure": _MEASURES})
-    return charts.text_table(rows, {"measure": "", "value": ".2f", "chance": ".2f", "p_value": ".4f"})
+    measures = {
+        "correlation": "correlation of gates with known abilities",
+        "nearest_neighbour": "tasks whose nearest neighbour shares an ability",
+    }
+    forms = {"measure": "", "value": ".2f", "chance": ".2f", "p_value": ".4f"}
+    return charts.text_table(frame.replace({"measure": measures}), forms)
 
 
 # In the order of the page.

@@ -12,7 +12,7 @@ import json
 import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,6 +34,7 @@ from badit.report.figures import FIGURES, Figure
 from badit.report.sources import Source, conclusions, together
 from badit.report.theme import chart_config
 from badit.results import RESULTS
+from badit.tuner.config import is_number
 
 # What Vega-Lite knows the charts by, such as 6.4.
 _VEGA_LITE = ".".join(alt.SCHEMA_VERSION.removeprefix("v").split(".")[:2])
@@ -43,6 +44,7 @@ _WIDTHS = {"full": 520, "half": 340, "square": 400}
 _SAMPLES, _MANY_MODELS = 6, 3
 _LONGEST_QUESTION, _LONGEST_ANSWER = 700, 400
 _PARTLY_RIGHT = 50.0
+_as_yaml = partial(yaml.safe_dump, sort_keys=False, allow_unicode=True, width=100)
 # What the overview shows of a run's recipe.
 _SETTINGS = ["model.name", "method.name", "method.num_experts", "method.r", "data.source", "training.learning_rate"]
 
@@ -50,8 +52,8 @@ _SETTINGS = ["model.name", "method.name", "method.num_experts", "method.r", "dat
 class Block(NamedTuple):
     """A part of a section, which the template's macro of its kind (figure, table, samples, details, note …) lays out.
 
-    ``content`` is a chart, a frame of text, or what else the macro shows; ``name`` its id and, of a figure, its file's
-    name; ``file`` what it is made from, below the folder of ``source``, whose label is given where there are several.
+    ``name`` is its id and, of a figure, its file's name; ``file`` is what it is made from, below the folder of
+    ``source``, whose label is given where there are several.
     """
 
     kind: str
@@ -66,10 +68,9 @@ class Block(NamedTuple):
     @property
     def specification(self) -> dict[str, Any]:
         """Vega-Lite; the description is read out for the chart, and the colours are the page's to choose."""
-        content = self.content.to_dict(validate=False)
-        content = {key: value for key, value in content.items() if key not in ("config", "$schema")}
-        fit = {"autosize": {"type": "fit-x", "contains": "padding"}}
-        return {**content, **fit, "description": f"{self.title}. {self.caption}"}
+        own = {"autosize": {"type": "fit-x", "contains": "padding"}, "description": f"{self.title}. {self.caption}"}
+        content = self.content.to_dict(validate=False) | own
+        return {key: value for key, value in content.items() if key not in ("config", "$schema")}
 
 
 class Section(NamedTuple):
@@ -98,10 +99,10 @@ SECTIONS: Sequence[Section] = [
 def sections_of(sources: Sequence[Source]) -> list[Section]:
     """The page's sections with their blocks."""
     shown = [together(sources), *sources]
-    others = {"overview": _overview, "samples": _samples, "settings": _settings}
+    others = {"overview": _overview(sources), "samples": _samples(sources), "settings": _settings(sources)}
     found = []
     for section in SECTIONS:
-        blocks = list(others[section.key](sources)) if section.key in others else []
+        blocks = list(others.get(section.key, ()))
         blocks += [block for figure in FIGURES if figure.section == section.key for block in _drawn(figure, shown)]
         found.append(section._replace(blocks=[*blocks, *_notes(section, sources, blocks)]))
     return found
@@ -180,8 +181,7 @@ def _overview(sources: Sequence[Source]) -> Iterator[Block]:
     facts = dict.fromkeys(fact for column in columns.values() for fact in column)
     rows = [[fact, *(column.get(fact, UNKNOWN) for column in columns.values())] for fact in facts]
     files = [RESULTS] if any(source.results for source in sources) else []
-    if any(source.results is None for source in sources):
-        files += ["scores.json", "config.yaml", "environment.json"]
+    files += ["scores.json", "config.yaml", "environment.json"] if any(not source.results for source in sources) else []
     if rows:
         table = pd.DataFrame(rows, columns=["run", *columns])
         yield Block("table", "At a glance", table, "facts", file=", ".join(files))
@@ -203,9 +203,9 @@ def _facts(source: Source) -> dict[str, str]:
         facts["tasks"] = str(source.scores["task"].nunique())
     training = source.environment.get("training")
     for name, value in training.items() if isinstance(training, Mapping) else ():
-        if name in ("trainable_parameters", "steps") and type(value) in (int, float):
+        if name in ("trainable_parameters", "steps") and is_number(value):
             facts[name.replace("_", " ")] = number(value, ".0f")
-        if name == "seconds" and type(value) in (int, float):
+        if name == "seconds" and is_number(value):
             facts["training time"] = f"{number(value / 60)} min"
     for key in _SETTINGS:
         section, _, name = key.partition(".")
@@ -226,11 +226,8 @@ def _samples(sources: Sequence[Source]) -> Iterator[Block]:
         models += runs.items()
     content = {}
     for task in dict.fromkeys(task for _, run in models for task in run.predictions):
-        answers = [
-            (name, {answer.instance_id: answer for answer in run.predictions[task]})
-            for name, run in models
-            if task in run.predictions
-        ]
+        of_task = [(name, run.predictions[task]) for name, run in models if task in run.predictions]
+        answers = [(name, {answer.instance_id: answer for answer in each}) for name, each in of_task]
         shared = [instance for instance in answers[0][1] if all(instance in own for _, own in answers)]
         count = min(_SAMPLES if len(answers) <= _MANY_MODELS else _SAMPLES // 2, len(shared))
         chosen = [shared[i * len(shared) // count] for i in range(count)]
@@ -242,23 +239,21 @@ def _samples(sources: Sequence[Source]) -> Iterator[Block]:
 
 def _sample(answers: Sequence[tuple[str, Prediction]]) -> dict[str, Any]:
     """An instance with its references, and every model's answer with its verdict."""
+
+    def cut(text: str) -> str:
+        return text if len(text) <= _LONGEST_ANSWER else text[: _LONGEST_ANSWER - 1] + "…"
+
     first = answers[0][1]
     question = own_input(first.prompt) or first.prompt
+    question = question if len(question) <= _LONGEST_QUESTION else "…" + question[-_LONGEST_QUESTION:]
     shown = []
     for model, answer in answers:
         score = rouge_l(answer.prediction, answer.references)
         right = exact_match(answer.prediction, answer.references) > 0
         verdict = "right" if right else "partly right" if score >= _PARTLY_RIGHT else "wrong"
-        shown.append((model, _cut(answer.prediction), verdict, f"Rouge-L {number(score, '.0f')}"))
-    return {
-        "question": question if len(question) <= _LONGEST_QUESTION else "…" + question[-_LONGEST_QUESTION:],
-        "references": [_cut(reference) for reference in dict.fromkeys(first.references)][:4],
-        "answers": shown,
-    }
-
-
-def _cut(text: str) -> str:
-    return text if len(text) <= _LONGEST_ANSWER else text[: _LONGEST_ANSWER - 1] + "…"
+        shown.append((model, cut(answer.prediction), verdict, f"Rouge-L {number(score, '.0f')}"))
+    references = [cut(reference) for reference in dict.fromkeys(first.references)][:4]
+    return {"question": question, "references": references, "answers": shown}
 
 
 def _settings(sources: Sequence[Source]) -> Iterator[Block]:
@@ -271,16 +266,13 @@ def _settings(sources: Sequence[Source]) -> Iterator[Block]:
             text = json.dumps(source.environment, indent=2, ensure_ascii=False)
             yield Block("details", f"{label}Environment", text, file="environment.json")
         cells = read_json(source.folder / RESULTS)["cells"] if source.results is not None else []
-        done = [cell for cell in cells if cell["status"] == "done" and cell.get("selected", True)]
-        for method in dict.fromkeys(cell["method"] for cell in done):
-            cell = next(cell for cell in done if cell["method"] == method)
-            keys = ("learning_rate", "seed", "order", "config", "environment")
-            text = _as_yaml({key: cell[key] for key in keys if cell.get(key)})
-            yield Block("details", label + method, text, file=RESULTS)
-
-
-def _as_yaml(content: Mapping[str, Any]) -> str:
-    return yaml.safe_dump(dict(content), sort_keys=False, allow_unicode=True, width=100)
+        shown = set()
+        for cell in cells:
+            if cell["status"] == "done" and cell.get("selected", True) and cell["method"] not in shown:
+                shown.add(cell["method"])
+                keys = ("learning_rate", "seed", "order", "config", "environment")
+                text = _as_yaml({key: cell[key] for key in keys if cell.get(key)})
+                yield Block("details", label + cell["method"], text, file=RESULTS)
 
 
 def _resource(name: str) -> str:

@@ -31,6 +31,7 @@ from badit.render import method_table, number
 from badit.results import RESULTS, Results, load_results, read_scores, scores_frame
 from badit.run import Run
 from badit.statistics import paired_bootstrap
+from badit.tuner.config import is_number
 
 # The tables in whose matrices similar tasks stand together, with the table and the column that say how similar.
 _ORDERS = {
@@ -50,10 +51,9 @@ _ALIKE = 0.1
 
 @dataclass
 class Source:
-    """One run or one comparison: its frames that have rows, whose attribute "file" says where they are from.
+    """One run (with ``scores`` and ``config``) or one comparison (with ``results``), whose label no other source has.
 
-    ``scores`` are a run's own, ``results`` a comparison's, ``config`` is a run's resolved recipe, and ``analysed`` says
-    whether there is an analysis. No two sources of a report have the same label.
+    ``frames`` have rows, and their attribute "file" says where they are from.
     """
 
     label: str
@@ -97,9 +97,8 @@ def read_sources(paths: Sequence[str | os.PathLike[str]]) -> list[Source]:
     folders = [Path(path).parent if Path(path).name == RESULTS else Path(path) for path in paths]
     for path, folder in zip(paths, folders, strict=True):
         if not any((folder / name).exists() for name in (RESULTS, "config.yaml", "analysis")):
-            raise BaditError(
-                f"{path}: holds no config.yaml, results.json or analysis; name a run's folder or a comparison's"
-            )
+            fix = "name a run's folder or a comparison's"
+            raise BaditError(f"{path}: holds no config.yaml, results.json or analysis; {fix}")
         if folders.count(folder) > 1:
             raise BaditError(f"{folder}: is given more than once")
         if Path(path) == folder:
@@ -140,30 +139,25 @@ def conclusions(sources: Sequence[Source]) -> list[str]:
     found: list[tuple[float, str]] = []
     for source in [together(sources), *sources]:
         of = f"{source.label}: " if source.label and len(sources) > 1 else ""
-        statements = (_on_differences, _on_gradients, _on_gates, _on_single_tasks)
-        found += [(support, of + text) for state in statements for support, text in state(source.frames)]
+        found += [(support, of + text) for support, text in _statements(source.frames)]
     return [text for _, text in sorted(found, key=lambda each: -each[0])[:3]]
 
 
-def _on_differences(frames: Mapping[str, pd.DataFrame]) -> Iterator[tuple[float, str]]:
-    rows = frames["differences"].query("~untuned") if "differences" in frames else pd.DataFrame()
-    if len(rows):
-        row = max(rows.to_dict("records"), key=lambda each: abs(each["mean"]))
-        mean, low, high = row["mean"], row["low"], row["high"]
+def _statements(frames: Mapping[str, pd.DataFrame]) -> Iterator[tuple[float, str]]:
+    """What the tables say: how far it exceeds its uncertainty, roughly, and the sentence."""
+    rows = frames["differences"].query("~untuned").to_dict("records") if "differences" in frames else []
+    if rows:
+        row = max(rows, key=lambda each: abs(each["mean"]))
+        method, reference, mean, low, high = (row[name] for name in ("method", "reference", "mean", "low", "high"))
         interval = f"(95 % interval {number(low, '.1f', '+')} to {number(high, '.1f', '+')})"
         if low > 0 or high < 0:
             way = "more" if mean > 0 else "less"
-            text = (
-                f"{row['method']} scores {number(abs(mean))} Rouge-L points {way} than {row['reference']} {interval}."
-            )
+            text = f"{method} scores {number(abs(mean))} Rouge-L points {way} than {reference} {interval}."
         else:
             least = "does not differ clearly from" if len(rows) == 1 else "differs most, but not clearly, from"
-            text = f"{row['method']} {least} {row['reference']}: {number(mean, '.1f', '+')} Rouge-L {interval}."
+            text = f"{method} {least} {reference}: {number(mean, '.1f', '+')} Rouge-L {interval}."
         yield abs(mean) / max((high - low) / 2, 1e-9), text
-
-
-def _on_gradients(frames: Mapping[str, pd.DataFrame]) -> Iterator[tuple[float, str]]:
-    if "gradient_overall" in frames and "gradient_tasks" in frames:
+    if {"gradient_overall", "gradient_tasks"} <= frames.keys():
         pairs, tasks = frames["gradient_overall"], frames["gradient_tasks"]
         kind = "adapter" if "adapter" in set(pairs["parameters"]) else pairs["parameters"].iloc[0]
         cosines = pairs.loc[pairs["parameters"] == kind, "cosine"].dropna()
@@ -173,10 +167,7 @@ def _on_gradients(frames: Mapping[str, pd.DataFrame]) -> Iterator[tuple[float, s
             noise = "mostly noise" if agreement < _RELIABLE else "above noise"
             text = f"{share}, {noise}: gradients on two halves of a task agree to {number(agreement, '.2f')}."
             yield 2 * agreement, text
-
-
-def _on_gates(frames: Mapping[str, pd.DataFrame]) -> Iterator[tuple[float, str]]:
-    if "abilities" in frames and "gates" in frames:
+    if {"abilities", "gates"} <= frames.keys():
         between, within = float(frames["abilities"]["spread"].max()), float(frames["gates"]["std"].mean())
         alike = between < _ALIKE
         text = (
@@ -185,9 +176,6 @@ def _on_gates(frames: Mapping[str, pd.DataFrame]) -> Iterator[tuple[float, str]]
             "between prompts of one task."
         )
         yield 0.5 if alike or not within > 0 else between / within, text
-
-
-def _on_single_tasks(frames: Mapping[str, pd.DataFrame]) -> Iterator[tuple[float, str]]:
     for method, rows in frames["task_gap"].groupby("method", sort=False) if "task_gap" in frames else ():
         gaps = rows["gap"].to_numpy()
         gap, error = float(gaps.mean()), float(gaps.std(ddof=min(1, len(gaps) - 1)) / len(gaps) ** 0.5)
@@ -239,9 +227,8 @@ def _add_results(source: Source) -> None:
     table.texts.attrs = {"strong": [(i, table.texts.columns[j]) for i, j in table.best], "notes": table.notes}
     source.add("methods", table.texts, RESULTS)
     numbers = table.numbers.rename(columns=lambda name: name.removeprefix("difference_"))
-    trained = set(results.cells.loc[results.cells["learning_rate"].notna(), "method"])
-    untuned = ~numbers["method"].isin(trained)
-    numbers = numbers.assign(reference=results.reference, untuned=untuned)
+    trained = results.cells.loc[results.cells["learning_rate"].notna(), "method"]
+    numbers = numbers.assign(reference=results.reference, untuned=~numbers["method"].isin(trained))
     source.add("differences", numbers[_DIFFERENCES].dropna(), RESULTS)
     scores = results.scores.assign(run=pd.Categorical(results.scores["method"], results.scored_methods))
     means = scores.groupby(["run", "task", "metric"], observed=True)[["score", "n"]].mean().reset_index()
@@ -254,13 +241,9 @@ def _losses(folder: Path, key: str) -> list[dict[str, float]]:
     found: list[dict[str, float]] = []
     for file in [Run.at(folder).metrics_path, *sorted(folder.glob("stages/*/metrics.jsonl"))]:
         start = found[-1]["step"] if found else 0
-        lines = [line for line in read_jsonl(file) if _is_number(line.get("step")) and _is_number(line.get(key))]
+        lines = [line for line in read_jsonl(file) if is_number(line.get("step")) and is_number(line.get(key))]
         found += [{"step": start + line["step"], "loss": line[key]} for line in lines]
     return found
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _differences(runs: Sequence[Source]) -> pd.DataFrame:
@@ -290,13 +273,11 @@ def _order_tasks(sources: Sequence[Source]) -> None:
         pairs = next((source.frames[similarities] for source in sources if similarities in source.frames), None)
         order = by_similarity(pairs, column) if pairs is not None else []
         for source in sources:
-            if name in source.frames:
-                frame = source.frames[name]
-                columns = [task for task in ("task", *_PAIR) if task in frame]
-                tasks = list(dict.fromkeys(task for column in columns for task in frame[column]))
-                known = [task for task in order if task in tasks]
-                known += [task for task in tasks if task not in known]
-                source.frames[name] = frame.assign(**{task: pd.Categorical(frame[task], known) for task in columns})
+            if (frame := source.frames.get(name)) is not None:
+                columns = [each for each in ("task", *_PAIR) if each in frame]
+                tasks = list(dict.fromkeys(task for each in columns for task in frame[each]))
+                known = sorted(tasks, key=[*order, *tasks].index)
+                source.frames[name] = frame.assign(**{each: pd.Categorical(frame[each], known) for each in columns})
 
 
 def by_similarity(pairs: pd.DataFrame, column: str) -> list[str]:

@@ -40,7 +40,8 @@ def chart_config(mode: Mode, *, font: str = _FONT) -> dict[str, Any]:
     quiet["titleFontWeight"] = 500
     axis = {"titlePadding": 10, "gridOpacity": 0.6, "ticks": False, "labelPadding": 6, "labelLimit": 150}
     legend = {"titleLimit": 260, "orient": "top", "gradientThickness": 10, "gradientLength": 180, "labelLimit": 170}
-    symbols = {"symbolStrokeWidth": 2, "symbolOpacity": 1, "symbolBaseFillColor": faint}
+    symbols = {"symbolStrokeWidth": 2, "symbolOpacity": 1, "symbolBaseFillColor": faint, "symbolBaseStrokeColor": faint}
+    top = {"direction": "vertical", "anchor": "start"}
     return {
         "font": font,
         "background": "transparent",
@@ -57,11 +58,5 @@ def chart_config(mode: Mode, *, font: str = _FONT) -> dict[str, Any]:
         "text": {"color": ink["text"]},
         "axis": {**quiet, **axis, "domainColor": line, "gridColor": line},
         "axisBand": {"domain": False, "grid": False},
-        "legend": {
-            **quiet,
-            **legend,
-            **symbols,
-            "symbolBaseStrokeColor": faint,
-            "layout": {"top": {"direction": "vertical", "anchor": "start"}},
-        },
+        "legend": {**quiet, **legend, **symbols, "layout": {"top": top}},
     }

@@ -1,8 +1,7 @@
 """A loaded run for the page: what it is, its tasks, and answers side by side.
 
 A prompt is answered by up to three mixtures, here called sides: "router" is the adapter as it was trained, "hand" the
-adapter with gates set by hand, "base" the base model, with the adapter switched off. Gates are on the scale of
-:mod:`badit.analysis.gates`, on which 1 is neutral and K is one expert alone.
+adapter with gates set by hand, "base" the base model. Gates are on the scale of :mod:`badit.analysis.gates`.
 
 Shape suffixes: N = components, M = adapted modules, K = experts.
 """
@@ -13,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -36,9 +36,7 @@ from badit.train import encoded, encoded_texts, make_plan, pad_id
 
 MAX_CHARACTERS = 20_000
 MAX_NEW_TOKENS = 512
-_EXAMPLES = 6
-_SHOWN_TASKS = 5
-_DIGITS = 5
+_EXAMPLES, _SHOWN_TASKS, _DIGITS = 6, 5, 5
 _PROMPTS_PER_TASK = 4  # gates of a task's prompts are close together
 _PAUSE = 0.01  # seconds in which a waiting question gets the model before the measuring thread takes it again
 # Sums of softmaxes are 1 or K except for their last bits, which must not be multiplied into gates set by hand.
@@ -150,9 +148,8 @@ class Session:
     def task(self, name: str) -> dict[str, Any]:
         """A task's instruction and a few of its instances, if possible those that were not trained on."""
         task = self._task(name)
-        instances = task.test or task.validation or task.train
-        fitting = [instance for instance in instances if len(instance.input) <= MAX_CHARACTERS]
-        examples = [{"input": one.input, "references": list(one.outputs)} for one in fitting[:_EXAMPLES]]
+        fitting = (one for one in task.test or task.validation or task.train if len(one.input) <= MAX_CHARACTERS)
+        examples = [{"input": one.input, "references": list(one.outputs)} for one in islice(fitting, _EXAMPLES)]
         return {"name": task.name, "instruction": task.definition, "examples": examples}
 
     def _task(self, name: str) -> Task:
@@ -191,20 +188,20 @@ class Session:
         began = time.monotonic()
         by_hand = question.gates if side == "hand" else None
         switched: Any = self.model.disable_adapter() if side == "base" else mixed(self.experts, by_hand)
+        gates_shown = side == "base" or not self.experts
+
+        def show_text(text: str) -> None:
+            nonlocal gates_shown
+            if not gates_shown:  # the first token follows the prompt's pass, which has set them
+                gates_MK = np.stack([used[one.layer.name].numpy() for one in self.experts]).astype(float)
+                near = [] if self.task_gates is None else nearest_tasks(self.task_gates, gates_MK)[:_SHOWN_TASKS]
+                gates = gates_MK.round(_DIGITS).tolist()
+                show("gates", {"side": side, "gates": gates, "nearest": near, "unmeasured": self.unmeasured})
+                gates_shown = True
+            show("text", {"side": side, "text": text})
+
         options = question.model_dump(include={"max_new_tokens", "task"})
         with switched as used:
-            gates_shown = side == "base" or not self.experts
-
-            def show_text(text: str) -> None:
-                nonlocal gates_shown
-                if not gates_shown:  # the first token follows the prompt's pass, which has set them
-                    gates_MK = np.stack([used[one.layer.name].numpy() for one in self.experts]).astype(float)
-                    near = [] if self.task_gates is None else nearest_tasks(self.task_gates, gates_MK)[:_SHOWN_TASKS]
-                    gates = gates_MK.round(_DIGITS).tolist()
-                    show("gates", {"side": side, "gates": gates, "nearest": near, "unmeasured": self.unmeasured})
-                    gates_shown = True
-                show("text", {"side": side, "text": text})
-
             answer = stream_answer(self.model, self.tokenizer, ids, show=show_text, **options)
         show("end", {"side": side, **answer._asdict(), "seconds": round(time.monotonic() - began, 2)})
 
