@@ -8,11 +8,10 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
 import pyarrow as pa
+import pyarrow.compute
 from tqdm import tqdm
 
 from badit.data import cache
@@ -24,16 +23,16 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
+_pc: Any = pyarrow.compute  # whose functions are made at import
 # Data sets of so many instances are kept in the cache.
 _LARGE = 20_000
-_ROWS_AT_A_TIME = 1_000
 _PARALLEL = "TOKENIZERS_PARALLELISM"
 _SCHEMA = pa.schema(
     [("task", pa.int32()), ("id", pa.string()), ("prompt_length", pa.int32()), ("input_ids", pa.list_(pa.int32()))]
 )
 
 
-class Examples(Sequence[dict[str, Any]]):
+class Examples(cache.Table[dict[str, Any]]):
     """Encoded instances, each read from an Arrow table when it is asked for, as ``encode_example`` makes it.
 
     Args:
@@ -42,35 +41,29 @@ class Examples(Sequence[dict[str, Any]]):
         order: the rows in the order of the examples.
     """
 
-    def __init__(self, table: cache.Table, names: Sequence[str], order: Sequence[int]) -> None:
-        self._table, self._names, self._order = table, names, np.asarray(order, dtype=np.int64)
+    def __init__(self, table: pa.Table, names: Sequence[str], order: Sequence[int]) -> None:
+        def example(row: dict[str, Any]) -> dict[str, Any]:
+            ids, length = row["input_ids"], row["prompt_length"]
+            return {**row, "task": names[row["task"]], "labels": [IGNORED_LABEL] * length + ids[length:]}
 
-    def __len__(self) -> int:
-        return len(self._order)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        row = self._table[int(self._order[index])]
-        ids, length = row["input_ids"], row["prompt_length"]
-        return {**row, "task": self._names[row["task"]], "labels": [IGNORED_LABEL] * length + ids[length:]}
-
-    @cached_property
-    def lengths(self) -> list[int]:
-        """Their numbers of tokens."""
-        lengths = [np.diff(np.asarray(part.offsets)) for part in self._table.column("input_ids")]
-        return np.concatenate(lengths)[self._order].tolist() if lengths else []
+        super().__init__(table, order, example)
+        self._names = names
 
     @property
-    def tasks(self) -> Sequence[str]:
+    def lengths(self) -> list[int]:
+        """Their numbers of tokens."""
+        return _pc.list_value_length(self.table["input_ids"]).to_numpy()[self.rows].tolist()
+
+    @property
+    def tasks(self) -> list[str]:
         """Their tasks' names."""
-        names: Any = self._names
-        numbers = [number for part in self._table.column("task") for number in part.to_pylist()]
-        return [names[numbers[row]] for row in self._order.tolist()]
+        return [self._names[number] for number in self.table["task"].to_numpy()[self.rows].tolist()]
 
     @property
     def largest_id(self) -> int:
         """Of all tokens; −1 if there are none."""
-        chunks = [np.asarray(part.flatten()) for part in self._table.column("input_ids")]
-        return max((int(ids.max()) for ids in chunks if len(ids)), default=-1)
+        largest = _pc.max(_pc.list_flatten(self.table["input_ids"])).as_py()
+        return -1 if largest is None else largest
 
 
 def encode_tasks(
@@ -97,15 +90,14 @@ def encode_tasks(
         fingerprints = [task.fingerprint for task in tasks]
         key = ["examples", hashlib.sha256(about.encode()).hexdigest(), dict(options), fingerprints]
 
-    def make(notes: dict[str, Any]) -> Iterator[Mapping[str, Any]]:
+    def make(notes: dict[str, Any]) -> Iterator[dict[str, Any]]:
         pairs: Iterator[tuple[int, Instance]] = (
             (number, instance) for number, task in enumerate(tasks) for instance in task.train
         )
         with tqdm(total=count, desc="Encoding", unit="example", disable=not progress, leave=False) as bar:
-            for chunk in cache.chunks(pairs, _ROWS_AT_A_TIME):
+            for chunk in cache.chunks(pairs):
                 found = encode_examples(tokenizer, [(tasks[number], instance) for number, instance in chunk], **options)
-                columns = {name: [example[name] for example in found] for name in _SCHEMA.names}
-                yield {**columns, "task": [number for number, _ in chunk]}
+                yield from ({**one, "task": number} for one, (number, _) in zip(found, chunk, strict=True))
                 bar.update(len(chunk))
 
     with _all_cores():

@@ -7,13 +7,13 @@ code of a data set is run. Of the official collection of some 1,600 files only t
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from glob import glob, has_magic
 from itertools import chain
 from pathlib import Path
 from typing import Any, get_args
 
-import numpy as np
 import pandas as pd
 import pyarrow as pa
 from pydantic import BaseModel, Field
@@ -27,7 +27,6 @@ from badit.data.tasks import (
     FirstString,
     Instance,
     Outputs,
-    Rows,
     Split,
     Strings,
     Task,
@@ -41,13 +40,12 @@ OFFICIAL_TEST_INSTANCES = 100
 
 # Sources of this size and more are kept in the cache.
 _LARGE = 4 * 2**20
-_ROWS_AT_A_TIME = 5_000
 _TABLES = {".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
 _LINES = (".jsonl", ".json")
 _SCHEMA = pa.schema(
     [
         ("task", pa.int32()),
-        ("split", pa.int8()),
+        ("split", pa.string()),
         ("hash", pa.uint64()),
         ("id", pa.string()),
         ("input", pa.string()),
@@ -141,41 +139,28 @@ def _collected(
     if sum(stat.st_size for _, stat in stats) >= _LARGE:
         key = [*settings, [(str(file.resolve()), stat.st_size, stat.st_mtime_ns) for file, stat in stats]]
 
-    def make(notes: dict[str, Any]) -> Iterator[Mapping[str, Any]]:
+    def make(notes: dict[str, Any]) -> Iterator[dict[str, Any]]:
         numbers: dict[str, int] = {}
-        counts: list[int] = []
+        counts = Counter()
         abouts: list[Any] = notes.setdefault("tasks", [])
-        for chunk in cache.chunks(records, _ROWS_AT_A_TIME):
-            columns: dict[str, list[Any]] = {name: [] for name in _SCHEMA.names}
-            for record in chunk:
-                number = numbers.setdefault(record.task, len(numbers))
-                if number == len(abouts):
-                    abouts.append({"name": record.task, **record.about})
-                    counts.append(0)
-                fields = dict(record.instance)
-                if fields["id"] is None:
-                    fields["id"] = f"{record.task}-{counts[number]}"
-                counts[number] += 1
-                definition = abouts[number]["definition"]
-                if fields.get("instruction") == definition:
-                    fields["instruction"] = None
-                instance = Instance(**fields)
-                row = {"task": number, "split": SPLITS.index(record.split), "hash": instance.digest}
-                for name, value in (row | instance.model_dump()).items():
-                    columns[name].append(value)
-            yield columns
+        for record in records:
+            number = numbers.setdefault(record.task, len(numbers))
+            if number == len(abouts):
+                abouts.append({"name": record.task, **record.about})
+            fields = dict(record.instance)
+            if fields["id"] is None:
+                fields["id"] = f"{record.task}-{counts[number]}"
+            counts[number] += 1
+            if fields.get("instruction") == abouts[number]["definition"]:
+                fields["instruction"] = None
+            instance = Instance(**fields)
+            yield {"task": number, "split": record.split, "hash": instance.hash, **instance.model_dump()}
 
     table, notes = cache.table(_SCHEMA, make, key)
-    codes, splits = (
-        np.concatenate([np.zeros(0, np.int64), *map(np.asarray, table.column(c))]) for c in ("task", "split")
-    )
-    places = codes * len(SPLITS) + splits
-    order = np.argsort(places, kind="stable")
-    ends = np.searchsorted(places[order], np.arange(1, len(notes["tasks"]) * len(SPLITS)))
-    parts = iter(np.split(order, ends))
+    rows = table.select(["task", "split"]).to_pandas().groupby(["task", "split"]).indices
     tasks = []
-    for about in notes["tasks"]:
-        splits = {split: Rows(table, next(parts)) for split in SPLITS}
+    for number, about in enumerate(notes["tasks"]):
+        splits = {split: cache.Table(table, rows.get((number, split), []), Instance.model_validate) for split in SPLITS}
         with explained(place(about["name"])):
             tasks.append(Task.model_validate(about | splits))
     return tasks
@@ -326,7 +311,7 @@ def _table_rows(file: Path) -> Iterator[tuple[str, Any]]:
         separator = "\t" if file.suffix == ".tsv" else ","
         text: dict[str, Any] = {"dtype": str, "keep_default_na": False, "encoding": "utf-8-sig"}
         with explained(file, action="read", any_error=True):
-            frames = pd.read_csv(file, sep=separator, chunksize=_ROWS_AT_A_TIME, **text)
+            frames = pd.read_csv(file, sep=separator, chunksize=cache.ROWS_AT_A_TIME, **text)
             parts = chain.from_iterable(frame.to_dict("records") for frame in frames)
     else:
         from datasets import load_dataset

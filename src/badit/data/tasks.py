@@ -10,8 +10,8 @@ import hashlib
 import random
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Annotated, Any, Literal, get_args, overload
+from collections.abc import Iterable, Sequence
+from typing import Annotated, Any, Literal, get_args
 
 import numpy as np
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
@@ -69,66 +69,10 @@ class Instance(BaseModel):
     history: tuple[tuple[str, str], ...] = ()
 
     @property
-    def digest(self) -> int:
-        """A hash of all of it, 64 bits."""
+    def hash(self) -> int:
+        """Of all of it, 64 bits."""
         fields = (self.id, self.input, self.outputs, self.instruction, self.history)
         return int.from_bytes(hashlib.blake2b(repr(fields).encode(), digest_size=8).digest())
-
-
-class Rows(Sequence[Instance]):
-    """Instances in an Arrow table, each made when it is read.
-
-    Args:
-        table: with the fields of an instance, and ``hash``, its digest.
-        indices: the rows that belong to it, in their order.
-    """
-
-    def __init__(self, table: Table, indices: np.ndarray) -> None:
-        self._table, self._indices = table, indices
-
-    def __len__(self) -> int:
-        return len(self._indices)
-
-    @overload
-    def __getitem__(self, index: int) -> Instance: ...
-    @overload
-    def __getitem__(self, index: slice) -> Rows: ...
-    def __getitem__(self, index: int | slice) -> Instance | Rows:
-        if isinstance(index, slice):
-            return Rows(self._table, self._indices[index])
-        return _instance(self._table[int(self._indices[index])])
-
-    def __iter__(self) -> Iterator[Instance]:
-        for start in range(0, len(self), _ROWS_AT_A_TIME):
-            for batch in self._table.take(self._indices[start : start + _ROWS_AT_A_TIME]):
-                yield from map(_instance, batch.to_pylist())
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Sequence) and len(self) == len(other) and all(map(Instance.__eq__, self, other))
-
-    __hash__ = None  # pyright: ignore[reportAssignmentType] (equal to tuples, which hash otherwise)
-
-    def __repr__(self) -> str:
-        return f"<{len(self)} instances>"
-
-    def column(self, name: str) -> list[Any]:
-        """One field of all of them."""
-        return [value for batch in self._table.take(self._indices) for value in batch.column(name).to_pylist()]
-
-    def select(self, indices: Sequence[int]) -> Rows:
-        return Rows(self._table, self._indices[np.asarray(indices, dtype=np.int64)])
-
-
-_ROWS_AT_A_TIME = 1_000
-_FIELDS = tuple(Instance.model_fields)
-
-
-def _instance(row: dict[str, Any]) -> Instance:
-    return Instance(**{name: row[name] for name in _FIELDS})
-
-
-def _selected(instances: Sequence[Instance], indices: Sequence[int]) -> Sequence[Instance]:
-    return instances.select(indices) if isinstance(instances, Rows) else tuple(instances[index] for index in indices)
 
 
 class Demonstration(BaseModel):
@@ -141,16 +85,23 @@ class Demonstration(BaseModel):
     explanation: str = ""
 
 
-def _distinct_ids(instances: tuple[Instance, ...] | Rows) -> tuple[Instance, ...] | Rows:
-    rows = isinstance(instances, Rows)
-    ids = instances.column("id") if rows else [instance.id for instance in instances]
-    if len(set(ids)) < len(ids):
-        repeated = Counter(ids).most_common(1)[0][0]
-        raise ValueError(f"two instances have the id {repeated!r:.60}; give each its own")
+def _column(instances: Sequence[Instance], name: str) -> list[Any]:
+    return instances.column(name) if isinstance(instances, Table) else [getattr(one, name) for one in instances]
+
+
+def _selected(instances: Sequence[Instance], indices: Sequence[int]) -> Sequence[Instance]:
+    return instances.select(indices) if isinstance(instances, Table) else tuple(instances[index] for index in indices)
+
+
+def _distinct_ids(instances: Sequence[Instance]) -> Sequence[Instance]:
+    ids = Counter(_column(instances, "id"))
+    if len(ids) < len(instances):
+        raise ValueError(f"two instances have the id {ids.most_common(1)[0][0]!r:.60}; give each its own")
     return instances
 
 
-Instances = Annotated[Rows | tuple[Instance, ...], Field(union_mode="left_to_right"), AfterValidator(_distinct_ids)]
+# In a table they have a column for each of an instance's fields, and for its hash.
+Instances = Annotated[Table | tuple[Instance, ...], Field(union_mode="left_to_right"), AfterValidator(_distinct_ids)]
 
 
 class Task(BaseModel):
@@ -179,9 +130,7 @@ class Task(BaseModel):
         """A hash of the definition, the demonstrations and all instances."""
         digest = hashlib.sha256(repr((self.name, self.definition, self.demonstrations)).encode())
         for instances in (self.train, self.validation, self.test):
-            rows = isinstance(instances, Rows)
-            hashes = instances.column("hash") if rows else [instance.digest for instance in instances]
-            digest.update(np.asarray(hashes, dtype=np.uint64).tobytes() + b"|")
+            digest.update(np.asarray(_column(instances, "hash"), dtype=np.uint64).tobytes() + b"|")
         return digest.hexdigest()[:16]
 
 
