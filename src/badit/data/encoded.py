@@ -6,7 +6,6 @@ import hashlib
 import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,7 +15,7 @@ from tqdm import tqdm
 
 from badit.data import cache
 from badit.data.prompts import IGNORED_LABEL, encode_examples
-from badit.data.tasks import Instance, Task
+from badit.data.tasks import Task
 from badit.errors import BaditError
 
 if TYPE_CHECKING:
@@ -28,26 +27,15 @@ _pc: Any = pyarrow.compute  # whose functions are made at import
 _LARGE = 20_000
 _PARALLEL = "TOKENIZERS_PARALLELISM"
 _SCHEMA = pa.schema(
-    [("task", pa.int32()), ("id", pa.string()), ("prompt_length", pa.int32()), ("input_ids", pa.list_(pa.int32()))]
+    [("task", pa.string()), ("id", pa.string()), ("prompt_length", pa.int32()), ("input_ids", pa.list_(pa.int32()))]
 )
 
 
 class Examples(cache.Table[dict[str, Any]]):
-    """Encoded instances, each read from an Arrow table when it is asked for, as ``encode_example`` makes it.
+    """Encoded instances in an Arrow table, each in the form of :func:`badit.data.encode_example` when it is read."""
 
-    Args:
-        table: a row for each.
-        names: the tasks, by the numbers in the table.
-        order: the rows in the order of the examples.
-    """
-
-    def __init__(self, table: pa.Table, names: Sequence[str], order: Sequence[int]) -> None:
-        def example(row: dict[str, Any]) -> dict[str, Any]:
-            ids, length = row["input_ids"], row["prompt_length"]
-            return {**row, "task": names[row["task"]], "labels": [IGNORED_LABEL] * length + ids[length:]}
-
-        super().__init__(table, order, example)
-        self._names = names
+    def __init__(self, table: pa.Table, order: Sequence[int]) -> None:
+        super().__init__(table, order, _example)
 
     @property
     def lengths(self) -> list[int]:
@@ -57,13 +45,18 @@ class Examples(cache.Table[dict[str, Any]]):
     @property
     def tasks(self) -> list[str]:
         """Their tasks' names."""
-        return [self._names[number] for number in self.table["task"].to_numpy()[self.rows].tolist()]
+        return self.table["task"].to_numpy()[self.rows].tolist()
 
     @property
     def largest_id(self) -> int:
         """Of all tokens; −1 if there are none."""
         largest = _pc.max(_pc.list_flatten(self.table["input_ids"])).as_py()
         return -1 if largest is None else largest
+
+
+def _example(row: dict[str, Any]) -> dict[str, Any]:
+    ids, length = row["input_ids"], row["prompt_length"]
+    return {**row, "labels": [IGNORED_LABEL] * length + ids[length:]}
 
 
 def encode_tasks(
@@ -81,7 +74,6 @@ def encode_tasks(
         order: the examples as indices of the instances, which are counted through the tasks.
         progress: show a bar on stderr.
     """
-    names = [task.name for task in tasks]
     count = sum(len(task.train) for task in tasks)
     backend = getattr(tokenizer, "backend_tokenizer", None)
     key = None
@@ -91,29 +83,18 @@ def encode_tasks(
         key = ["examples", hashlib.sha256(about.encode()).hexdigest(), dict(options), fingerprints]
 
     def make(notes: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        pairs: Iterator[tuple[int, Instance]] = (
-            (number, instance) for number, task in enumerate(tasks) for instance in task.train
-        )
-        with tqdm(total=count, desc="Encoding", unit="example", disable=not progress, leave=False) as bar:
-            for chunk in cache.chunks(pairs):
-                found = encode_examples(tokenizer, [(tasks[number], instance) for number, instance in chunk], **options)
-                yield from ({**one, "task": number} for one, (number, _) in zip(found, chunk, strict=True))
-                bar.update(len(chunk))
+        before = os.environ.get(_PARALLEL)
+        os.environ[_PARALLEL] = "true"  # a thread on every core; afterwards, as before, processes may be forked
+        try:
+            with tqdm(total=count, desc="Encoding", unit="example", disable=not progress, leave=False) as bar:
+                for chunk in cache.chunks((task, instance) for task in tasks for instance in task.train):
+                    yield from encode_examples(tokenizer, chunk, **options)
+                    bar.update(len(chunk))
+        finally:
+            os.environ[_PARALLEL] = before or "false"
 
-    with _all_cores():
-        table, _ = cache.table(_SCHEMA, make, key)
-    return Examples(table, names, order)
-
-
-@contextmanager
-def _all_cores() -> Iterator[None]:
-    """Within, tokenizers uses a thread on every core; afterwards, as before, processes may be forked."""
-    before = os.environ.get(_PARALLEL)
-    os.environ[_PARALLEL] = "true"
-    try:
-        yield
-    finally:
-        os.environ[_PARALLEL] = before or "false"
+    table, _ = cache.table(_SCHEMA, make, key)
+    return Examples(table, order)
 
 
 @dataclass
