@@ -7,7 +7,7 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from badit.data import Demonstration, Instance, Task
+from badit.data import Demonstration, Instance, Prompt, Task, encode_prompts
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -59,3 +59,8 @@ def make_task(name: str = "capitals", train: int = 8, test: int = 4, **fields: A
         test=tuple(Instance(id=f"b{i}", input=f"land {i}", outputs=(f"town {i}",)) for i in range(test)),
         **fields,
     )
+
+
+def encode_prompt(tokenizer: Any, prompt: Prompt | str, max_source_tokens: int = 100, **options: Any) -> list[int]:
+    (ids,) = encode_prompts(tokenizer, [prompt], max_source_tokens=max_source_tokens, **options)
+    return ids

@@ -22,7 +22,6 @@ from badit.data import (
     build_prompt,
     encode_example,
     encode_examples,
-    encode_prompt,
     encode_tasks,
     load_sources,
     load_tasks,
@@ -30,7 +29,7 @@ from badit.data import (
     readers,
 )
 from badit.errors import BaditError
-from data.examples import CHATML, make_tokenizer
+from data.examples import CHATML, encode_prompt, make_tokenizer
 
 ROWS = [
     {"task": "capitals", "instruction": "Name the capital.", "input": "France", "output": "Paris"},

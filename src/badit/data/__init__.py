@@ -12,10 +12,8 @@ from badit.data.prompts import (
     PromptEncoding,
     answer_rows,
     build_prompt,
-    encode_answer,
     encode_example,
     encode_examples,
-    encode_prompt,
     encode_prompts,
     end_of_turn_id,
     own_input,
@@ -32,9 +30,8 @@ if TYPE_CHECKING:
 __all__ = [
     "ABILITIES", "SAPT_ORDERS", "AnswerCollator", "ChatTemplate", "Demonstration", "Examples", "Instance", "Prompt",
     "PromptEncoding", "Source", "Task", "answer_rows", "batches_by_task", "build_prompt", "builtin_tasks",
-    "encode_answer", "encode_example", "encode_examples", "encode_prompt", "encode_prompts", "encode_tasks",
-    "end_of_turn_id", "hold_out", "limit", "load_sources", "load_tasks", "mixture", "on_device", "ordered",
-    "own_input", "prompt_text", "quotas",
+    "encode_example", "encode_examples", "encode_prompts", "encode_tasks", "end_of_turn_id", "hold_out", "limit",
+    "load_sources", "load_tasks", "mixture", "on_device", "ordered", "own_input", "prompt_text", "quotas",
 ]  # fmt: skip
 
 

@@ -48,6 +48,7 @@ FirstString = Annotated[
     str, BeforeValidator(lambda value: next(iter(value), "") if isinstance(value, list | tuple) else value)
 ]
 Outputs = Annotated[Strings, Field(min_length=1)]
+Messages = tuple[tuple[str, str], ...]  # (role, content) of each
 
 
 class Instance(BaseModel):
@@ -66,7 +67,7 @@ class Instance(BaseModel):
     input: str
     outputs: Outputs
     instruction: str | None = None
-    history: tuple[tuple[str, str], ...] = ()
+    history: Messages = ()
 
     @property
     def hash(self) -> int:
