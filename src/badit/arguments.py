@@ -84,14 +84,10 @@ class TrainingSection(Section):
     group_by_length: bool = Field(True, description="batches of similar length")
     seed: Seed = 0
     full_determinism: bool = Field(False, description="only operations that give the same bits every time, if slower")
-    max_skipped_steps: CountOrZero = Field(
-        10, description="steps with a loss or gradient that is not finite to skip before the run stops"
-    )
+    max_skipped_steps: CountOrZero = Field(10, description="steps to skip for a loss or gradient that is not finite")
     logging_steps: PositiveSteps = Field(10, description="steps between lines of metrics.jsonl")
     save_steps: PositiveSteps = Field(100, description="steps between checkpoints")
-    eval_strategy: Literal["no", "steps", "epoch"] = Field(
-        "no", description="when to measure eval_loss, the loss on the tasks' validation instances"
-    )
+    eval_strategy: Literal["no", "steps", "epoch"] = Field("no", description="when to measure eval_loss, on validation")
     eval_steps: PositiveSteps | None = Field(None, description="steps between evaluations (default: logging_steps)")
     load_best_model_at_end: bool = Field(
         False, description="keep the adapter with the lowest eval_loss; every evaluated step gets a checkpoint"
@@ -165,10 +161,7 @@ def argument_names() -> set[str]:
 
 def package_folder(name: str) -> Path:
     """Where an installed package is, without importing it."""
-    found = find_spec(name)
-    assert found is not None
-    assert found.submodule_search_locations
-    return Path(found.submodule_search_locations[0])
+    return Path(find_spec(name).origin).parent  # pyright: ignore
 
 
 def key_problems(training: Mapping[Any, Any]) -> Iterator[str]:

@@ -33,8 +33,6 @@ _SAMPLED = 64
 # a processor: 2 in float32, 5 in bfloat16 (a small model, whose products are fast).
 _OVERHEAD = 2.0
 
-# --- a first recipe ---------------------------------------------------------------------------------------------------
-
 
 def first_recipe(source: str, path: str, overrides: Sequence[str] = ()) -> str:
     """The text of a recipe for some data, with comments, to be written to ``path``.
@@ -106,9 +104,6 @@ output: runs/{Path(path).stem}
     return text
 
 
-# --- a check without training -----------------------------------------------------------------------------------------
-
-
 def check(recipe: Recipe) -> list[str]:
     """What training a recipe would do, as lines of text. The model is built without its weights.
 
@@ -124,9 +119,8 @@ def check(recipe: Recipe) -> list[str]:
         tokenizer = load_tokenizer(section.name, trust_remote_code=section.trust_remote_code, revision=section.revision)
         method, model = on_skeleton(recipe, [task.name for task in plan.tasks], dtype=model_dtype(recipe))
         size = recipe.training.per_device_train_batch_size
-        pairs = ((task, instance) for task in plan.tasks for instance in task.train)
-        longest = encoded(tokenizer, recipe, heapq.nlargest(size, pairs, key=lambda pair: _characters(pair[1])), model)
         pairs = [(task, instance) for task in plan.tasks for instance in task.train]
+        longest = encoded(tokenizer, recipe, heapq.nlargest(size, pairs, key=lambda pair: _characters(pair[1])), model)
         some = encoded(tokenizer, recipe, pairs[:: max(1, len(pairs) // _SAMPLED)], model)
     if not method.trains:
         return [*lines, f"the method {method.name} trains nothing"]
@@ -219,9 +213,6 @@ def _activations(recipe: Recipe, model: Any, rows: int, tokens: int) -> float | 
     return total
 
 
-# --- every key --------------------------------------------------------------------------------------------------------
-
-
 def recipe_keys() -> Iterator[tuple[str, str, str]]:
     """Every key of a recipe: its dotted name, its default as YAML, and its meaning.
 
@@ -236,18 +227,14 @@ def recipe_keys() -> Iterator[tuple[str, str, str]]:
                 yield "training.NAME", "", "any other field of TrainingArguments, such as optim or adam_beta2"
         elif name == "method":
             yield "method.name", "badit", f"one of {', '.join(NAMES)}"
-            yield from _method_keys()
+            found: dict[tuple[str, str, str], list[str]] = {}
+            for method in NAMES:
+                for key, default, text in options_of(method):
+                    found.setdefault((key, as_yaml(default), " ".join(text.split())), []).append(method)
+            for (key, default, text), methods in found.items():
+                yield f"method.{key}", default, f"[{', '.join(methods)}] {text}"
         else:
             yield name, as_yaml(field.default), field.description or ""
-
-
-def _method_keys() -> Iterator[tuple[str, str, str]]:
-    found: dict[tuple[str, str, str], list[str]] = {}
-    for method in NAMES:
-        for key, default, text in options_of(method):
-            found.setdefault((key, as_yaml(default), " ".join(text.split())), []).append(method)
-    for (key, default, text), methods in sorted(found.items(), key=lambda item: NAMES.index(item[1][0])):
-        yield f"method.{key}", default, f"[{', '.join(methods)}] {text}"
 
 
 def schema() -> dict[str, Any]:

@@ -91,21 +91,15 @@ class DataSection(Section):
         "$VARIABLES are expanded",
     )
     format: Format = "auto"
-    task: TaskName | None = Field(
-        None, description="the one task that rows belong to which name none (default: the file's name)"
-    )
+    task: TaskName | None = Field(None, description="the task of rows that name none (default: the file's name)")
     instruction: str | None = Field(None, description="that of rows which have none; null: the input is all")
-    columns: dict[Column, str] = Field(
-        {}, description="columns by what they hold, such as {input: text, output: label}"
-    )
+    columns: dict[Column, str] = Field({}, description="columns by what they hold, as {input: text, output: label}")
     turns: Turns = Field("last", description="of a chat, train the last answer, or all of them")
     tasks: list[TaskName] | None = Field(None, description="names or numbers of the tasks to use (default: all)")
     train_per_task: Count | None = Field(None, description="at most so many training instances per task")
     test_per_task: Count | None = Field(None, description="the first so many test instances per task")
     validation_per_task: CountOrZero = Field(0, description="instances to hold out of each task's training data")
-    sampling: Literal["proportional", "balanced"] = Field(
-        "proportional", description="tasks weigh by their size, or all the same"
-    )
+    sampling: Literal["proportional", "balanced"] = Field("proportional", description="tasks weigh by size, or alike")
     temperature: float = Field(1.0, ge=1, description="T: tasks weigh by their size to the power of 1/T")
     weights: dict[TaskName, Annotated[float, Field(gt=0)]] = Field({}, description="factors on the weights of tasks")
     order: str | list[TaskName] | None = Field(
@@ -154,9 +148,7 @@ class EvaluationSection(Section):
     split: Literal["test", "validation"] = "test"
     batch_size: Count = 16
     max_new_tokens: Count = 50
-    unseen_tasks: bool = Field(
-        True, description="in a sequence, score the tasks still to come as well, after every task"
-    )
+    unseen_tasks: bool = Field(True, description="in a sequence, score the tasks still to come after every task, too")
 
 
 class ComparedMethod(Section):
@@ -337,8 +329,7 @@ def read_values(path: Path) -> dict[str, Any]:
         BaditError: the file cannot be read, or it holds no values by name.
     """
     content = parse_yaml(read_text(path), where=path)
-    if content is None:
-        content = {}
+    content = {} if content is None else content
     if not isinstance(content, dict):
         raise BaditError(f"{path}: must hold 'key: value' lines, not a {type(content).__name__}")
     return content
@@ -371,22 +362,18 @@ def _unknown_keys(values: Mapping[str, Any]) -> Iterator[str]:
         yield from key_problems(training)
     if "badit.methods" in sys.modules:
         return
-    sections: dict[str, Any] = {"method": values.get("method")}
+    sections: list[tuple[str, Any]] = [("method", values.get("method"))]
     if isinstance(compare := values.get("compare"), Mapping) and isinstance(compare.get("methods"), Mapping):
-        sections |= {f"compare.methods.{name}": section for name, section in compare["methods"].items()}
+        sections += [(f"compare.methods.{name}", section) for name, section in compare["methods"].items()]
     options, names = _method_words()
-    for place, section in sections.items():
-        for key in section if isinstance(section, Mapping) else ():
+    for place, section in sections:
+        for key, value in section.items() if isinstance(section, Mapping) else ():
             if key not in options:
                 yield f"{place}.{key!s:.120}: unknown key{nearest(key, options)}"
-            elif key == "name" and str(section[key]) not in names:
-                yield f"{place}.name: unknown method {section[key]!r:.60}{nearest(section[key], names)}"
-            elif key == "regroup" and isinstance(section[key], Mapping):
-                yield from (
-                    f"{place}.regroup.{one!s:.120}: unknown key{nearest(one, options)}"
-                    for one in section[key]
-                    if one not in options
-                )
+            elif key == "name" and str(value) not in names:
+                yield f"{place}.name: unknown method {value!r:.60}{nearest(value, names)}"
+            elif key == "regroup":
+                sections.append((f"{place}.regroup", value))
 
 
 @cache

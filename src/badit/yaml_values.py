@@ -28,7 +28,6 @@ def parse_yaml(text: str, *, where: str | Path) -> Any:
     """
     if len(text) > MAX_CHARACTERS:
         raise BaditError(f"{where!s:.120}: has more than {MAX_CHARACTERS:,} characters; write out what is needed")
-    loader = None
     try:
         loader = _Loader(text)
         node = loader.get_single_node()
@@ -41,9 +40,6 @@ def parse_yaml(text: str, *, where: str | Path) -> Any:
     except (yaml.YAMLError, RecursionError, ValueError, OverflowError, TypeError, AttributeError) as error:
         # Besides PyYAML's own errors: what its constructors let through, for a date or a number that there is not.
         mark, problem = getattr(error, "problem_mark", None), "is not valid YAML"
-    finally:
-        if loader is not None:
-            loader.dispose()
     place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
     raise BaditError(f"{where!s:.120}{place}: {problem}")
 

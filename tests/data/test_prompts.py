@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from badit.data import Instance, answer_rows, build_prompt, encode_example, end_of_turn_id, own_input, prompt_text
+from badit.data import Instance, answer_rows, build_prompt, encode_example, own_input, prompt_text
+from badit.data.prompts import end_of_turn_id
 from badit.errors import BaditError
 from data.examples import BRACKETS, CHATML, UNMARKED, encode_prompt, make_task, make_tokenizer
 

@@ -129,7 +129,7 @@ def _collected(
     files: Sequence[Path],
     records: Iterable[Record],
     places: Mapping[str, Path] | None = None,
-    splits: Mapping[str, Split] | None = None,
+    splits: Mapping[str, Any] | None = None,
 ) -> list[Task]:
     """The tasks of records, which are read unless files of this size and date have been read before.
 
@@ -163,9 +163,9 @@ def _collected(
     rows = table.select(["task", "split"]).to_pandas().groupby(["task", "split"]).indices
     tasks = []
     for number, about in enumerate(notes["tasks"]):
-        splits = {split: cache.Table(table, rows.get((number, split), []), Instance.model_validate) for split in SPLITS}
+        parts = {split: cache.Table(table, rows.get((number, split), []), Instance.model_validate) for split in SPLITS}
         with explained((places or {}).get(about["name"], f"{where.path}: task '{about['name']}'")):
-            tasks.append(Task.model_validate(about | splits))
+            tasks.append(Task.model_validate(about | parts))
     return tasks
 
 
@@ -174,7 +174,7 @@ def _official(where: Source, wanted: Sequence[str] | None) -> list[Task] | None:
     path = Path(where.path)
     if not path.is_dir() or where.format == "jsonl" or _is_saved(path):
         return None
-    splits: dict[str, Split] | None = None
+    splits: dict[str, Any] | None = None
     # Of each task the files, each with the split of its first 100 instances and that of the others.
     found: dict[str, list[tuple[Path, Split, Split | None]]] = {}
     sapt = {file.parent.name: file.parent for file in path.glob("*/train.json")}
@@ -198,7 +198,7 @@ def _official(where: Source, wanted: Sequence[str] | None) -> list[Task] | None:
     return _collected(where, [file for _, file, *_ in parts], records, places, splits)
 
 
-def _split_lists(root: Path) -> dict[str, Split] | None:
+def _split_lists(root: Path) -> dict[str, Any] | None:
     """The splits of the tasks in train_tasks.txt and test_tasks.txt; None without split lists."""
     parent = next((base / "splits" for base in (root, root.absolute().parent) if (base / "splits").is_dir()), None)
     if parent is None:

@@ -172,7 +172,8 @@ def _parsed(row: Any, name: str, where: Source, strict: bool) -> Iterator[_Line 
         keys = f"{', '.join(map(str, row)):.200}"
         fix = "name the columns with data.columns={input: COLUMN, output: COLUMN}"
         raise _RowError(f"no known form of a row: found {keys}; {fix}")
-    split, identity = row.get("split") or None, row.get("id") or None
+    split: Any = row.get("split") or None
+    identity = row.get("id") or None
     for number, (history, content, outputs) in enumerate(found):
         yield _Row(
             task=where.task or (name if own_task is None else own_task),
