@@ -172,18 +172,15 @@ def _parsed(row: Any, name: str, where: Source, strict: bool) -> Iterator[_Line 
         keys = f"{', '.join(map(str, row)):.200}"
         fix = "name the columns with data.columns={input: COLUMN, output: COLUMN}"
         raise _RowError(f"no known form of a row: found {keys}; {fix}")
-    split: Any = row.get("split") or None
-    identity = row.get("id") or None
+    split, identity = row.get("split") or None, row.get("id") or None
+    about: dict[str, Any] = {
+        "task": where.task or (name if own_task is None else own_task),
+        "split": SPLIT_NAMES.get(split, split) if isinstance(split, str) else split,
+        "instruction": instruction,
+    }
     for number, (history, content, outputs) in enumerate(found):
-        yield _Row(
-            task=where.task or (name if own_task is None else own_task),
-            id=f"{identity}-{number}" if identity and number else identity,
-            split=SPLIT_NAMES.get(split, split) if isinstance(split, str) else split,
-            instruction=instruction,
-            history=history,
-            input=content,
-            outputs=outputs,
-        )
+        own_id = f"{identity}-{number}" if identity and number else identity
+        yield _Row(**about, id=own_id, history=history, input=content, outputs=outputs)
 
 
 def _refuse_near(key: str, row: Mapping[str, Any]) -> None:
