@@ -96,9 +96,7 @@ class TrainingSection(Section):
     early_stopping_patience: Count | None = Field(
         None, description="stop after so many evaluations without a lower eval_loss (needs load_best_model_at_end)"
     )
-    report_to: list[str] = Field(
-        [], description="experiment trackers, such as tensorboard, trackio, wandb or mlflow (badit[trackers])"
-    )
+    report_to: list[str] = Field([], description="trackers: tensorboard, trackio, wandb, mlflow, … (badit[trackers])")
 
     @field_validator("report_to", mode="before")
     @classmethod
@@ -211,7 +209,5 @@ def value_problems(training: TrainingSection) -> Iterator[str]:
 def _plain(type_: Any) -> Any:
     """A field's type in plain values: an enumeration's values in place of the enumeration and of any other text."""
     parts = get_args(type_) or (type_,)
-    for part in parts:
-        if isinstance(part, type) and issubclass(part, Enum):
-            return Literal[tuple(member.value for member in part)]
-    return type_
+    enum = next((part for part in parts if isinstance(part, type) and issubclass(part, Enum)), None)
+    return type_ if enum is None else Literal[tuple(member.value for member in enum)]

@@ -196,13 +196,8 @@ def _activations(recipe: Recipe, model: Any, rows: int, tokens: int) -> float | 
         with torch.device("meta"), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             prompts = prompt_argument(model, torch.ones(rows, tokens, dtype=torch.bool))
             masks = torch.ones(rows, 1, tokens, tokens, dtype=torch.bool)  # with a smaller one its values are looked at
-            outputs = model.train()(
-                torch.zeros(rows, tokens, dtype=torch.long),
-                attention_mask=masks,
-                use_cache=False,
-                logits_to_keep=1,
-                **prompts,
-            )
+            ids = torch.zeros(rows, tokens, dtype=torch.long)
+            outputs = model.train()(ids, attention_mask=masks, use_cache=False, logits_to_keep=1, **prompts)
         total = sum(size for storage, size in kept.items() if storage not in own)
     except Exception:  # an architecture that looks at values
         return None
@@ -270,15 +265,8 @@ def described_section(kind: type[BaseModel]) -> Iterator[tuple[str, Any, str]]:
 
 
 _LIMITS = (("ge", "at least"), ("gt", "above"), ("lt", "below"))
-_WORDS = {
-    str: "text",
-    int: "a whole number",
-    float: "a number",
-    bool: "true or false",
-    list: "a list",
-    dict: "values by name",
-    type(None): "null",
-}
+_WORDS: dict[Any, str] = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
+_WORDS |= {list: "a list", dict: "values by name", type(None): "null"}
 
 
 def _shown(annotation: Any) -> str:

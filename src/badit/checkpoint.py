@@ -82,12 +82,9 @@ def staging_folder(checkpoints: Path) -> Path:
 
 
 def refuse_other_engine(checkpoint: Path, engine: str, processes: int) -> None:
-    """Each engine keeps weights and optimizer in a form of its own, and DeepSpeed in one for its number of processes.
+    """Refuses a checkpoint of another engine: each keeps weights and optimizer in a form of its own.
 
-    Args:
-        checkpoint: what is about to be resumed from.
-        engine: "FSDP", "DeepSpeed" or, for a single process and DDP, "neither".
-        processes: how many train now.
+    ``engine`` is "FSDP", "DeepSpeed" or, for a single process and DDP, "neither".
 
     Raises:
         BaditError: another engine wrote the checkpoint, or DeepSpeed in another number of processes.

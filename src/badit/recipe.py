@@ -59,9 +59,7 @@ class ModelSection(Section):
 
     name: PathText = Field("smollm2-135m", description="built-in name, local folder or hub id (org/name)")
     dtype: Dtype = Field(
-        "fast",
-        description="type of the frozen base weights; fast: bfloat16, or float32 on a processor without instructions "
-        "for it; auto: the one they are saved in",
+        "fast", description="of the base weights; fast: bfloat16, or float32 on a processor without it; auto: as saved"
     )
     quantisation: Quantisation | None = Field(
         None, description="keep the base weights in 8 or 4 bits (badit[quantised]); experts are trained next to them"
@@ -87,8 +85,7 @@ class DataSection(Section):
 
     source: PathText | list[PathText | SourceSection] = Field(
         "builtin",
-        description="'builtin', a file, a folder, a pattern with * or a data set of the hub, or a list of these; "
-        "$VARIABLES are expanded",
+        description="'builtin', a file, folder, pattern with * or data set of the hub, or a list; with $VARIABLES",
     )
     format: Format = "auto"
     task: TaskName | None = Field(None, description="the task of rows that name none (default: the file's name)")
@@ -103,8 +100,7 @@ class DataSection(Section):
     temperature: float = Field(1.0, ge=1, description="T: tasks weigh by their size to the power of 1/T")
     weights: dict[TaskName, Annotated[float, Field(gt=0)]] = Field({}, description="factors on the weights of tasks")
     order: str | list[TaskName] | None = Field(
-        None,
-        description="trains the tasks one after another: sapt-1, sapt-2, seeded-N or a list of names; null mixes them",
+        None, description="trains tasks one after another: sapt-1, sapt-2, seeded-N or a list of names; null mixes them"
     )
     seed: Seed = Field(0, description="of the subsampling; kept apart from training.seed so that runs share their data")
 
@@ -166,16 +162,14 @@ class CompareSection(Section):
     methods: dict[str, ComparedMethod] = Field(description="a name for each method to compare, and its method section")
     reference: str = Field("lora", description="the method that differences are taken to")
     seeds: list[Seed] = Field([0, 1, 2], min_length=1)
-    vary_data: bool = Field(
-        False, description="add the seed to data.seed, so that the spread over seeds includes the choice of data"
-    )
+    vary_data: bool = Field(False, description="add the seed to data.seed: the spread then includes the choice of data")
     orders: list[str | list[TaskName]] | None = Field(
         None, min_length=1, description="orders of a sequence of tasks, as in data.order; null mixes the tasks"
     )
     learning_rates: list[float] | None = Field(
         None,
-        description="a ladder that every method's rate is searched on, from training.learning_rate, by the loss on "
-        "held-out training instances; null trains all with training.learning_rate",
+        description="a ladder to search each method's rate on, from training.learning_rate, by the loss on held-out "
+        "training instances; null trains all with training.learning_rate",
     )
     search: dict[str, Any] | None = Field(
         None, description="recipe values for the search alone, such as {data: {train_per_task: 30}}, to make it cheaper"

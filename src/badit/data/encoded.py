@@ -14,7 +14,7 @@ import pyarrow.compute
 from tqdm import tqdm
 
 from badit.data import cache
-from badit.data.prompts import IGNORED_LABEL, encode_examples
+from badit.data.prompts import IGNORED_LABEL, encode_examples, with_labels
 from badit.data.tasks import Task
 from badit.errors import BaditError
 
@@ -35,7 +35,7 @@ class Examples(cache.Table[dict[str, Any]]):
     """Encoded instances in an Arrow table, each in the form of :func:`badit.data.encode_example` when it is read."""
 
     def __init__(self, table: pa.Table, order: Sequence[int]) -> None:
-        super().__init__(table, order, _example)
+        super().__init__(table, order, with_labels)
 
     @property
     def lengths(self) -> list[int]:
@@ -52,11 +52,6 @@ class Examples(cache.Table[dict[str, Any]]):
         """Of all tokens; −1 if there are none."""
         largest = _pc.max(_pc.list_flatten(self.table["input_ids"])).as_py()
         return -1 if largest is None else largest
-
-
-def _example(row: dict[str, Any]) -> dict[str, Any]:
-    ids, length = row["input_ids"], row["prompt_length"]
-    return {**row, "labels": [IGNORED_LABEL] * length + ids[length:]}
 
 
 def encode_tasks(
@@ -130,22 +125,23 @@ class AnswerCollator:
         return batch | ({"tasks": [example["task"] for example in examples]} if self.with_tasks else {})
 
 
+@dataclass
 class Batches(Sequence[dict[str, Any]]):
     """Batches of some examples in their order, each collated when it is asked for."""
 
-    def __init__(
-        self, examples: Sequence[Mapping[str, Any]], indices: Sequence[int], collate: AnswerCollator, size: int
-    ) -> None:
-        self._examples, self._indices, self._collate, self._size = examples, indices, collate, size
+    examples: Sequence[Mapping[str, Any]]
+    indices: Sequence[int]
+    collate: AnswerCollator
+    size: int
 
     def __len__(self) -> int:
-        return -(-len(self._indices) // self._size)
+        return -(-len(self.indices) // self.size)
 
     def __getitem__(self, index: int | slice) -> Any:
         if isinstance(index, slice):
             return [self[number] for number in range(len(self))[index]]
-        start = range(len(self))[index] * self._size
-        return self._collate([self._examples[i] for i in self._indices[start : start + self._size]])
+        start = range(len(self))[index] * self.size
+        return self.collate([self.examples[i] for i in self.indices[start : start + self.size]])
 
 
 def batches_by_task(

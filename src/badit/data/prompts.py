@@ -201,15 +201,15 @@ def encode_examples(
         found = _tokens(tokenizer, [instance.outputs[0] for _, instance in pairs])
         answers = [[*ids[:max_answer_tokens], end] for ids in found]
     return [
-        {
-            "input_ids": prompt + answer,
-            "labels": [IGNORED_LABEL] * len(prompt) + answer,
-            "prompt_length": len(prompt),
-            "task": task.name,
-            "id": instance.id,
-        }
-        for (task, instance), prompt, answer in zip(pairs, prompts, answers, strict=True)
+        with_labels({"task": task.name, "id": one.id, "prompt_length": len(prompt), "input_ids": prompt + answer})
+        for (task, one), prompt, answer in zip(pairs, prompts, answers, strict=True)
     ]
+
+
+def with_labels(example: dict[str, Any]) -> dict[str, Any]:
+    """An encoded instance with its `labels`: -100 for the prompt's tokens."""
+    ids, length = example["input_ids"], example["prompt_length"]
+    return {**example, "labels": [IGNORED_LABEL] * length + ids[length:]}
 
 
 def uses_template(tokenizer: PreTrainedTokenizerBase, chat_template: ChatTemplate) -> bool:

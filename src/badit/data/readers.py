@@ -20,17 +20,7 @@ from pydantic import BaseModel, Field
 from badit.data import cache
 from badit.data.rows import HUB_NAME, SPLIT_NAMES, Format, Record, Source, read_rows
 from badit.data.suite import builtin_tasks
-from badit.data.tasks import (
-    SPLITS,
-    Demonstration,
-    FirstString,
-    Instance,
-    Outputs,
-    Split,
-    Strings,
-    Task,
-    resolve_names,
-)
+from badit.data.tasks import SPLITS, Demonstration, FirstString, Instance, Outputs, Split, Strings, Task, resolve_names
 from badit.errors import BaditError, explained, refuse_unknown
 from badit.files import lines_of, parse_json, read_text
 
@@ -41,18 +31,11 @@ OFFICIAL_TEST_INSTANCES = 100
 _LARGE = 4 * 2**20
 _TABLES = {".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
 _LINES = (".jsonl", ".json")
-_SCHEMA = pa.schema(
-    [
-        ("task", pa.int32()),
-        ("split", pa.string()),
-        ("hash", pa.uint64()),
-        ("id", pa.string()),
-        ("input", pa.string()),
-        ("outputs", pa.list_(pa.string())),
-        ("instruction", pa.string()),
-        ("history", pa.list_(pa.list_(pa.string()))),
-    ]
-)
+_TEXT = pa.string()
+_SCHEMA = pa.schema({
+    "task": pa.int32(), "split": _TEXT, "hash": pa.uint64(), "id": _TEXT, "input": _TEXT, "instruction": _TEXT,
+    "outputs": pa.list_(_TEXT), "history": pa.list_(pa.list_(_TEXT)),
+})  # fmt: skip
 
 
 def load_tasks(
@@ -115,13 +98,11 @@ def load_sources(
             if task.name in found:
                 raise BaditError(f"data.source: {source.path} has task {task.name}, as one before it; set its task")
             found[task.name] = task.model_copy(update={"weight": weight})
-    if len(sources) > 1:
-        names = sorted(found) if wanted is None else resolve_names(wanted, found)
-        found = {name: found[name] for name in names}
+    names = sorted(found) if wanted is None else resolve_names(wanted, found)
     for key, weight in (weights or {}).items():
         (name,) = resolve_names([key], found, field="data.weights")
         found[name] = found[name].model_copy(update={"weight": found[name].weight * weight})
-    return list(found.values())
+    return [found[name] for name in names]
 
 
 def _collected(

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, get_args
 import numpy as np
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
-from badit.data.cache import Table
+from badit.data.cache import Item, Table
 from badit.errors import BaditError, nearest
 
 Split = Literal["train", "validation", "test"]
@@ -143,7 +143,7 @@ def hold_out(tasks: Iterable[Task], per_task: int, seed: int) -> list[Task]:
     after = []
     for task in tasks:
         count = 0 if task.validation else min(per_task, len(task.train) // 4)
-        held = set(_draw(len(task.train), count, "hold_out", task.name, seed))
+        held = set(_shuffled(range(len(task.train)), f"hold_out/{seed}/{task.name}")[:count])
         train = _selected(task.train, [index for index in range(len(task.train)) if index not in held])
         validation = task.validation or _selected(task.train, sorted(held))
         after.append(task.model_copy(update={"train": train, "validation": validation}))
@@ -157,17 +157,14 @@ def limit(tasks: Iterable[Task], train: int | None, test: int | None, seed: int)
     """
     limited = []
     for task in tasks:
-        kept = sorted(_draw(len(task.train), train, "limit", task.name, seed))
-        update = {"train": _selected(task.train, kept), "test": task.test[:test]}
-        limited.append(task.model_copy(update=update))
+        kept = sorted(_shuffled(range(len(task.train)), f"limit/{seed}/{task.name}")[:train])
+        limited.append(task.model_copy(update={"train": _selected(task.train, kept), "test": task.test[:test]}))
     return limited
 
 
 def mixture(tasks: Sequence[Task], seed: int) -> list[int]:
     """The indices of all training instances, which are counted through the tasks, in random order."""
-    indices = list(range(sum(len(task.train) for task in tasks)))
-    random.Random(f"mixture/{seed}").shuffle(indices)
-    return indices
+    return _shuffled(range(sum(len(task.train) for task in tasks)), f"mixture/{seed}")
 
 
 def quotas(tasks: Sequence[Task], *, balanced: bool = False, temperature: float = 1.0) -> dict[str, int] | None:
@@ -185,11 +182,10 @@ def quotas(tasks: Sequence[Task], *, balanced: bool = False, temperature: float 
     return {name: max(1, round(count * weight / total)) for name, weight in weights.items()}
 
 
-def _draw(size: int, count: int | None, purpose: str, name: str, seed: int) -> list[int]:
-    """The first `count` (None: all) of a permutation of range(size) that does not depend on `count`."""
-    order = list(range(size))
-    random.Random(f"{purpose}/{seed}/{name}").shuffle(order)
-    return order[:count]
+def _shuffled(items: Iterable[Item], seed: str) -> list[Item]:
+    order = list(items)
+    random.Random(seed).shuffle(order)
+    return order
 
 
 def ordered(tasks: Sequence[Task], order: str | Sequence[str]) -> list[Task]:
@@ -207,12 +203,10 @@ def ordered(tasks: Sequence[Task], order: str | Sequence[str]) -> list[Task]:
         by_number = {_number(name): name for name in sorted(by_name)}
         names = [by_number[str(number)] for number in SAPT_ORDERS[order] if str(number) in by_number]
     elif match := re.fullmatch(r"seeded-([0-9]{1,18})", order):
-        names = sorted(by_name)
-        random.Random(f"order/{int(match[1])}").shuffle(names)
+        names = _shuffled(sorted(by_name), f"order/{int(match[1])}")
     else:
-        hint = nearest(order, [*SAPT_ORDERS, "seeded-0"])
-        known = "sapt-1, sapt-2, seeded-N, a list of names"
-        raise BaditError(f"data.order: unknown order {order!r:.60}{hint}; known: {known}")
+        known = f"{nearest(order, [*SAPT_ORDERS, 'seeded-0'])}; known: sapt-1, sapt-2, seeded-N, a list of names"
+        raise BaditError(f"data.order: unknown order {order!r:.60}{known}")
     if missing := by_name.keys() - names:
         raise BaditError(f"data.order: has no place for task {min(missing)}; add it, or leave it out of data.tasks")
     return [by_name[name] for name in names]
