@@ -21,7 +21,7 @@ from badit.environment import status
 from badit.errors import BaditError
 from badit.methods import NAMES, AdapterMethod, Method, on_skeleton, options_of
 from badit.models import device, load_tokenizer
-from badit.recipe import Recipe, build_recipe
+from badit.recipe import Recipe, build_recipe, section_of
 from badit.regroup import RegroupOptions
 from badit.train import Plan, Stage, encoded, make_plan, model_dtype, training_arguments
 from badit.trainer import prompt_argument
@@ -214,9 +214,7 @@ def recipe_keys() -> Iterator[tuple[str, str, str]]:
     Options that several methods have alike are one entry, which names the methods.
     """
     for name, field in Recipe.model_fields.items():
-        kinds = [field.annotation, *get_args(field.annotation)]
-        section = next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
-        if section is not None:
+        if (section := section_of(field)) is not None:
             yield from ((f"{name}.{key}", as_yaml(default), text) for key, default, text in described_section(section))
             if name == "training":
                 yield "training.NAME", "", "any other field of TrainingArguments, such as optim or adam_beta2"
@@ -242,11 +240,8 @@ def schema() -> dict[str, Any]:
             place = words["regroup"]["properties"] if len(option) > 1 else words
             place[option[-1]] = {"description": text}
     others = {name: {} for name in sorted(argument_names()) if not settled(name)}
-    for section, more in (
-        (made["properties"]["method"], words),
-        (made["$defs"]["ComparedMethod"], words),
-        (made["$defs"]["TrainingSection"], others),
-    ):
+    method, inner = made["properties"]["method"], made["$defs"]
+    for section, more in ((method, words), (inner["ComparedMethod"], words), (inner["TrainingSection"], others)):
         section["properties"] = {**more, **section.get("properties", {})}
         section["additionalProperties"] = False
     made["properties"]["extends"] = {"type": "string", "description": "a recipe whose values these are laid over"}
@@ -256,9 +251,7 @@ def schema() -> dict[str, Any]:
 def described_section(kind: type[BaseModel]) -> Iterator[tuple[str, Any, str]]:
     """The name, default and meaning of each field of a section."""
     for name, field in kind.model_fields.items():
-        limits = [
-            f"{word} {getattr(limit, key)}" for limit in field.metadata for key, word in _LIMITS if hasattr(limit, key)
-        ]
+        limits = [f"{word} {getattr(one, key)}" for one in field.metadata for key, word in _LIMITS if hasattr(one, key)]
         text = ", ".join(filter(None, [_shown(field.annotation), *limits]))
         default = "required" if field.is_required() else field.get_default(call_default_factory=True)
         yield name, default, "; ".join(filter(None, [text, field.description]))

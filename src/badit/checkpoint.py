@@ -107,9 +107,9 @@ def refuse_other_engine(checkpoint: Path, engine: str, processes: int) -> None:
 class SealCheckpoints(TrainerCallback):
     """Seals what the trainer and the callbacks before this one have written into its output folder.
 
-    It also keeps what the trainer would forget: the losses summed up since its last line of the log, the number of
-    skipped steps, which checkpoint is the best, how long ago that was, and whether the training is over. Without the
-    first the first line after a resumption would be the mean of fewer steps than in a run that was not stopped.
+    It also keeps what the trainer would forget: the losses summed up since its last line of the log (else the next line
+    after a resumption would be the mean of fewer steps), the number of skipped steps, which checkpoint is the best, how
+    long ago that was, and whether the training is over.
     """
 
     def __init__(self, trainer: Any, checkpoints: Path) -> None:

@@ -34,8 +34,7 @@ def task_table(data: DataSection, tasks: Sequence[Task]) -> str:
         for task in tasks
     ]
     heading = ["task", "train", "validation", "test", "mixture", "definition"]
-    listed = text_table(heading, rows, right={1, 2, 3, 4})
-    return f"{listed}\n\n{len(tasks)} tasks, all valid"
+    return f"{text_table(heading, rows, right={1, 2, 3, 4})}\n\n{len(tasks)} tasks, all valid"
 
 
 def preview(recipe: Recipe, tasks: Sequence[Task], count: int) -> str:
@@ -55,12 +54,10 @@ def preview(recipe: Recipe, tasks: Sequence[Task], count: int) -> str:
         texts += [instance.outputs[0] for instance in instances]
         lengths = [len(ids) for ids in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]]  # pyright: ignore
         scored = {(instance.input, instance.history) for instance in (*task.test, *task.validation)}
-        columns = [
-            *_measured(lengths[: len(instances)], section.max_source_tokens),
-            *_measured(lengths[len(instances) :], section.max_answer_tokens),
-            str(sum((instance.input, instance.history) in scored for instance in task.train)),
-        ]
-        rows.append([task.name, *columns])
+        prompts = _measured(lengths[: len(instances)], section.max_source_tokens)
+        answers = _measured(lengths[len(instances) :], section.max_answer_tokens)
+        known = sum((instance.input, instance.history) in scored for instance in task.train)
+        rows.append([task.name, *prompts, *answers, str(known)])
         for example in examples[:count]:
             ids, start = example["input_ids"], example["prompt_length"]
             text = f"{tokenizer.decode(ids[:start])}{_OPEN}{tokenizer.decode(ids[start:])}{_CLOSE}"

@@ -12,10 +12,11 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict, get_args
+from typing import Annotated, Any, Literal, TypedDict, get_args
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic.fields import FieldInfo
 
 from badit.arguments import (
     MOST,
@@ -31,13 +32,11 @@ from badit.arguments import (
 )
 from badit.data.prompts import ChatTemplate, PromptEncoding
 from badit.data.rows import Format, Source, Turns
+from badit.data.tasks import Task, hold_out, limit, quotas
 from badit.errors import BaditError, nearest, problems
 from badit.files import inside, read_text
 from badit.models import Quantisation
 from badit.yaml_values import parse_yaml
-
-if TYPE_CHECKING:
-    from badit.data import Task
 
 Column = Literal["task", "instruction", "input", "output", "id", "split", "messages"]
 Dtype = Literal["fast", "auto", "float32", "bfloat16", "float16"]
@@ -84,8 +83,7 @@ class DataSection(Section):
     """The tasks."""
 
     source: PathText | list[PathText | SourceSection] = Field(
-        "builtin",
-        description="'builtin', a file, folder, pattern with * or data set of the hub, or a list; with $VARIABLES",
+        "builtin", description="'builtin', a file, folder, pattern with * or hub data set, or a list; with $VARIABLES"
     )
     format: Format = "auto"
     task: TaskName | None = Field(None, description="the task of rows that name none (default: the file's name)")
@@ -116,7 +114,7 @@ class DataSection(Section):
 
     def load(self) -> list[Task]:
         """The tasks with the instances that are to be trained, validated and tested; BaditError if they are bad."""
-        from badit.data import hold_out, limit, load_sources
+        from badit.data import load_sources
 
         tasks = load_sources(self.sources(), self.tasks, self.weights)
         tasks = hold_out(tasks, self.validation_per_task, self.seed)
@@ -124,8 +122,6 @@ class DataSection(Section):
 
     def quotas(self, tasks: Sequence[Task]) -> dict[str, int] | None:
         """How many training instances of each task an epoch has; None where each comes once."""
-        from badit.data import quotas
-
         return quotas(tasks, balanced=self.sampling == "balanced", temperature=self.temperature)
 
 
@@ -421,20 +417,23 @@ def _copied(value: Any) -> Any:
 def _set(content: dict[str, Any], keys: list[str], value: Any, override: str) -> None:
     *parents, last = keys
     for key in parents:
-        inner = content.setdefault(key, {})
-        if inner is None:
-            inner = content[key] = {}
-        if not isinstance(inner, dict):
+        if content.get(key) is None:
+            content[key] = {}
+        content = content[key]
+        if not isinstance(content, dict):
             raise BaditError(f"{override!r:.80}: {key} is a single value and has no keys of its own")
-        content = inner
     content[last] = value
 
 
 def _known_keys(location: Sequence[int | str]) -> list[str]:
     """The keys of the section at a place."""
-    section: type[BaseModel] = Recipe
+    section: Any = Recipe
     for part in location:
-        annotation = section.model_fields[str(part)].annotation
-        candidates = [annotation, *get_args(annotation)]
-        section = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
+        section = section_of(section.model_fields[str(part)])
     return list(section.model_fields)
+
+
+def section_of(field: FieldInfo) -> type[BaseModel] | None:
+    """The section that a field holds, if any."""
+    kinds = [field.annotation, *get_args(field.annotation)]
+    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)

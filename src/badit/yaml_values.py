@@ -68,16 +68,11 @@ _Loader.add_implicit_resolver(
 
 
 def _count(node: yaml.Node, left: int) -> int:
-    """``left`` less the number of values that a node comes to when every alias is written out.
-
-    Raises:
-        _RefusedError: nothing is left, or a mapping has the same key twice.
-        UnicodeEncodeError: half a surrogate pair, which no file can hold.
-    """
+    """``left`` less the number of values of a node with every alias written out; repeated keys are refused."""
     if left <= 0:
         raise _RefusedError(node.start_mark, f"comes to more than {MAX_VALUES:,} values; write out what is needed")
     if isinstance(node, yaml.ScalarNode):
-        node.value.encode()
+        node.value.encode()  # raises for half a surrogate pair, which no file can hold
         return left - 1
     for part in node.value:
         for inner in part if isinstance(part, tuple) else (part,):

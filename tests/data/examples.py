@@ -12,7 +12,8 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from badit.data import Demonstration, Instance, Prompt, Source, Task, encode_prompts, load_tasks
+from badit.data import Demonstration, Instance, Source, Task, encode_prompts, load_tasks
+from badit.data.prompts import Prompt
 from badit.errors import BaditError
 
 CHATML = (

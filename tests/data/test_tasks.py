@@ -43,7 +43,7 @@ def numbers(names: Sequence[str]) -> list[int]:
 @pytest.mark.parametrize(
     "name", ["", " ", ".hidden", "a/b", "a\\b", "a\nb", "a\x7fb", "a\u2028b", "x" * 121, "語" * 81]
 )
-def test_names_that_cannot_be_file_names_are_refused(name: str) -> None:
+def test_names_that_cannot_be_file_names_are_refused(name):
     with pytest.raises(ValidationError, match="file name"):
         Task(name=name, definition="d")
     for fine in ("x" * 120, "語" * 80, "task 1 (new)", "a..b"):
@@ -92,12 +92,12 @@ def test_the_mixture_has_every_instance_once_shuffled_by_the_seed(sizes, seed):
 
 
 @given(names=st.permutations(SUPERNI), count=st.integers(1, 15), order=st.sampled_from(list(PUBLISHED)))
-def test_the_published_orders_whatever_the_order_of_loading(names: list[str], count: int, order: str) -> None:
+def test_the_published_orders_whatever_the_order_of_loading(names, count, order):
     loaded = names[:count] if order.startswith("sapt") else names
     assert numbers(order_of(loaded, order)) == [number for number in PUBLISHED[order] if number in numbers(loaded)]
 
 
-def test_a_list_of_names_or_numbers_gives_the_order_itself() -> None:
+def test_a_list_of_names_or_numbers_gives_the_order_itself():
     assert order_of(["a", "b", "c"], ["c", "a", "b"]) == ["c", "a", "b"]
     names = [name for name in SUPERNI if name.startswith(("task002", "task363", "task591"))]
     assert numbers(order_of(names, ["591", "task002", "363"])) == [591, 2, 363]
@@ -118,6 +118,6 @@ def test_a_list_of_names_or_numbers_gives_the_order_itself() -> None:
         (["task363_one", "task363_other"], "sapt-1", "no place for task task363_"),
     ],
 )
-def test_an_order_without_a_place_for_every_task_is_refused(names, order, message) -> None:
+def test_an_order_without_a_place_for_every_task_is_refused(names, order, message):
     with pytest.raises(BaditError, match=message):
         order_of(names, order)

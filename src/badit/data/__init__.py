@@ -7,7 +7,6 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from badit.data.prompts import (
-    Prompt,
     answer_rows,
     build_prompt,
     encode_example,
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
     from badit.data.readers import load_sources, load_tasks
 
 __all__ = [
-    "ABILITIES", "AnswerCollator", "Demonstration", "Examples", "Instance", "Prompt", "Source", "Task", "answer_rows",
+    "ABILITIES", "AnswerCollator", "Demonstration", "Examples", "Instance", "Source", "Task", "answer_rows",
     "batches_by_task", "build_prompt", "builtin_tasks", "encode_example", "encode_examples", "encode_prompts",
     "encode_tasks", "hold_out", "limit", "load_sources", "load_tasks", "mixture", "on_device", "ordered", "own_input",
     "prompt_text", "quotas",

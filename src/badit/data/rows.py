@@ -28,7 +28,6 @@ _PAIRS = [
     ("prompt", "completion"), ("prompt", "response"), ("inputs_pretokenized", "targets_pretokenized"),
     ("inputs", "targets"), ("input", "target"), ("input", "output"), ("question", "answer"),
 ]  # fmt: skip
-_CHATS = ("messages", "conversations")
 _ROLES = {"human": "user", "gpt": "assistant", "model": "assistant"}
 
 
@@ -192,7 +191,7 @@ def _refuse_near(key: str, row: Mapping[str, Any]) -> None:
 
 def _chat_of(row: Mapping[str, Any]) -> list[Any] | None:
     """The messages of a row, if it is a chat."""
-    for key in _CHATS:
+    for key in ("messages", "conversations"):
         if isinstance(row.get(key), list):
             return row[key]
     prompt, completion = row.get("prompt"), row.get("completion")
