@@ -184,9 +184,7 @@ def test_instances_beyond_the_model_are_named(tiny_model):
         refuse_beyond_model([{**example, "input_ids": [rows]}], rotary)
 
 
-def test_prompts_beyond_the_model_are_refused_by_every_command(
-    tiny_model: Callable[..., Any], recipe_values: Values, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_prompts_beyond_the_model_are_refused_by_every_command(tiny_model, recipe_values, tmp_path, capsys):
     """A GPT-2 of 96 positions, on which LoRA also changes a Conv1D's setting that PEFT saves."""
     folder = Path(recipe_values["model"]["name"])
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -211,9 +209,7 @@ def test_prompts_beyond_the_model_are_refused_by_every_command(
 
 
 @pytest.mark.parametrize("attempt", range(STRESS))
-def test_of_two_processes_that_compare_into_one_folder_one_is_refused(
-    attempt: int, recipe_values: Values, tmp_path: Path
-) -> None:
+def test_of_two_processes_that_compare_into_one_folder_one_is_refused(attempt, recipe_values, tmp_path):
     recipe = tmp_path / "compare.yaml"
     methods = {"base": {"name": "base"}, "lora": {"name": "lora", "r": 2}}
     section = {"methods": methods, "reference": "lora", "seeds": [0]}

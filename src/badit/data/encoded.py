@@ -34,9 +34,6 @@ _SCHEMA = pa.schema(
 class Examples(cache.Table[dict[str, Any]]):
     """Encoded instances in an Arrow table, each in the form of :func:`badit.data.encode_example` when it is read."""
 
-    def __init__(self, table: pa.Table, order: Sequence[int]) -> None:
-        super().__init__(table, order, with_labels)
-
     @property
     def lengths(self) -> list[int]:
         """Their numbers of tokens."""
@@ -89,7 +86,7 @@ def encode_tasks(
             os.environ[_PARALLEL] = before or "false"
 
     table, _ = cache.table(_SCHEMA, make, key)
-    return Examples(table, order)
+    return Examples(table, order, with_labels)
 
 
 @dataclass

@@ -257,8 +257,7 @@ def _row_files(folder: Path, suffixes: Iterable[str]) -> list[Path]:
 
 def _split_in(file: Path) -> Split | None:
     """The split that a file is named for, such as train-00000-of-00002.parquet."""
-    found: Any = SPLIT_NAMES.get(re.sub(r"-\d+-of-\d+$", "", file.stem))
-    return found
+    return SPLIT_NAMES.get(re.sub(r"-\d+-of-\d+$", "", file.stem))
 
 
 def _is_saved(folder: Path) -> bool:

@@ -20,7 +20,7 @@ Turns = Literal["last", "all"]
 
 HUB_NAME = re.compile(r"([\w-][\w.-]*/[\w.-]+)(?::([\w.-]+))?")
 #: What data sets call the splits.
-SPLIT_NAMES = {"train": "train", "test": "test"} | dict.fromkeys(
+SPLIT_NAMES: dict[str, Any] = {"train": "train", "test": "test"} | dict.fromkeys(
     ("validation", "valid", "val", "dev", "eval"), "validation"
 )
 # The keys of a prompt and its completion, as data sets call them.
