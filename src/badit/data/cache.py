@@ -22,9 +22,10 @@ from badit.files import cache_folder, read_json, sync, write_json
 
 # The version of the files: increase it with any change of what is in them.
 _FORMAT = 2
-ROWS_AT_A_TIME = 1_000
+ROWS_AT_A_TIME = 5_000
 
 Item = TypeVar("Item")
+Indices = Sequence[int] | np.ndarray
 #: Makes a table's rows, and fills the notes that it is given.
 Make = Callable[[dict[str, Any]], Iterable[dict[str, Any]]]
 
@@ -38,10 +39,10 @@ class Table(Sequence[Item]):
         make: an item from a row.
     """
 
-    def __init__(
-        self, table: pa.Table, rows: Sequence[int] | np.ndarray, make: Callable[[dict[str, Any]], Item]
-    ) -> None:
+    def __init__(self, table: pa.Table, rows: Indices, make: Callable[[dict[str, Any]], Item]) -> None:
         self.table, self.rows, self._make = table, np.asarray(rows, dtype=np.int64), make
+        self._batches = table.to_batches()
+        self._starts = np.cumsum([0, *map(len, self._batches)])
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -56,7 +57,7 @@ class Table(Sequence[Item]):
         return self._make(self.table.slice(int(self.rows[index]), 1).to_pylist()[0])
 
     def __iter__(self) -> Iterator[Item]:
-        for batch in self._batches():
+        for batch in self._taken():
             yield from map(self._make, batch.to_pylist())
 
     def __eq__(self, other: object) -> bool:
@@ -69,22 +70,19 @@ class Table(Sequence[Item]):
 
     def column(self, name: str) -> list[Any]:
         """One column of its rows."""
-        return [value for batch in self._batches() for value in batch.column(name).to_pylist()]
+        return [value for batch in self._taken() for value in batch.column(name).to_pylist()]
 
-    def select(self, indices: Sequence[int] | np.ndarray) -> Self:
+    def select(self, indices: Indices) -> Self:
         selected = copy(self)
         selected.rows = self.rows[np.asarray(indices, dtype=np.int64)]
         return selected
 
-    def _batches(self) -> Iterator[pa.RecordBatch]:
-        """Its rows in their order, as many at a time as are in one batch of the table."""
-        batches = self.table.to_batches()
-        starts = np.cumsum([0, *map(len, batches)])
-        numbers = np.searchsorted(starts, self.rows, side="right") - 1
+    def _taken(self) -> Iterator[pa.RecordBatch]:
+        """Its rows in their order, as many at a time as are in one batch of the table, whose own take copies it all."""
+        numbers = np.searchsorted(self._starts, self.rows, side="right") - 1
         for part in np.split(np.arange(len(self)), np.flatnonzero(np.diff(numbers)) + 1) if len(self) else ():
             number = numbers[part[0]]
-            # A table's own take copies all of it.
-            yield batches[number].take(pa.array(self.rows[part] - starts[number]))
+            yield self._batches[number].take(pa.array(self.rows[part] - self._starts[number]))
 
 
 def table(schema: pa.Schema, make: Make, key: Any = None) -> tuple[pa.Table, dict[str, Any]]:
@@ -99,7 +97,7 @@ def table(schema: pa.Schema, make: Make, key: Any = None) -> tuple[pa.Table, dic
         BaditError: the cache cannot be read or written.
     """
     notes: dict[str, Any] = {}
-    batches = (pa.RecordBatch.from_pylist(rows, schema=schema) for rows in chunks(make(notes)))
+    batches = (pa.RecordBatch.from_pylist(rows, schema=schema) for rows in chunks(make(notes), ROWS_AT_A_TIME))
     if key is None:
         return pa.Table.from_batches(batches, schema=schema), notes
     name = hashlib.sha256(json.dumps([_FORMAT, key]).encode()).hexdigest()[:32]
@@ -118,8 +116,8 @@ def table(schema: pa.Schema, make: Make, key: Any = None) -> tuple[pa.Table, dic
         return pa.ipc.open_file(pa.memory_map(str(path))).read_all(), read_json(path.with_suffix(".json"))
 
 
-def chunks(items: Iterable[Item]) -> Iterator[list[Item]]:
-    """Lists of ``ROWS_AT_A_TIME`` items each; the last one may be shorter."""
+def chunks(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
+    """Lists of ``size`` items each; the last one may be shorter."""
     iterator = iter(items)
-    while chunk := list(islice(iterator, ROWS_AT_A_TIME)):
+    while chunk := list(islice(iterator, size)):
         yield chunk

@@ -77,9 +77,10 @@ def encode_tasks(
     def make(notes: dict[str, Any]) -> Iterator[dict[str, Any]]:
         before = os.environ.get(_PARALLEL)
         os.environ[_PARALLEL] = "true"  # a thread on every core; afterwards, as before, processes may be forked
+        pairs = ((task, instance) for task in tasks for instance in task.train)
         try:
             with tqdm(total=count, desc="Encoding", unit="example", disable=not progress, leave=False) as bar:
-                for chunk in cache.chunks((task, instance) for task in tasks for instance in task.train):
+                for chunk in cache.chunks(pairs, 1_000):
                     yield from encode_examples(tokenizer, chunk, **options)
                     bar.update(len(chunk))
         finally:

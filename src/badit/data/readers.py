@@ -142,9 +142,9 @@ def _collected(
 
     table, notes = cache.table(_SCHEMA, make, key)
     rows = table.select(["task", "split"]).to_pandas().groupby(["task", "split"]).indices
-    tasks = []
+    whole, tasks = cache.Table(table, range(len(table)), Instance.model_validate), []
     for number, about in enumerate(notes["tasks"]):
-        parts = {split: cache.Table(table, rows.get((number, split), []), Instance.model_validate) for split in SPLITS}
+        parts = {split: whole.select(rows.get((number, split), [])) for split in SPLITS}
         with explained((places or {}).get(about["name"], f"{where.path}: task '{about['name']}'")):
             tasks.append(Task.model_validate(about | parts))
     return tasks
