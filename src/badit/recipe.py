@@ -159,9 +159,7 @@ class CompareSection(Section):
     reference: str = Field("lora", description="the method that differences are taken to")
     seeds: list[Seed] = Field([0, 1, 2], min_length=1)
     vary_data: bool = Field(False, description="add the seed to data.seed: the spread then includes the choice of data")
-    orders: list[str | list[TaskName]] | None = Field(
-        None, min_length=1, description="orders of a sequence of tasks, as in data.order; null mixes the tasks"
-    )
+    orders: list[str | list[TaskName]] | None = Field(None, min_length=1, description="as data.order; null: all mixed")
     learning_rates: list[float] | None = Field(
         None,
         description="a ladder to search each method's rate on, from training.learning_rate, by the loss on held-out "

@@ -23,8 +23,7 @@ Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
 
 # A task's name becomes a file's name; file systems allow 255 bytes, suffix included.
-MAX_NAME_CHARACTERS = 120
-MAX_NAME_BYTES = 240
+MAX_NAME_CHARACTERS, MAX_NAME_BYTES = 120, 240
 # The two orders of SAPT (Zhao et al. 2024, arXiv 2401.08295) over its 15 SuperNI tasks, by the tasks' numbers.
 SAPT_ORDERS = {
     "sapt-1": (1572, 363, 1290, 181, 2, 1510, 639, 1729, 73, 1590, 748, 511, 591, 1687, 875),
