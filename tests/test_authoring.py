@@ -89,6 +89,9 @@ def test_a_check_says_what_training_then_does(recipe_values, section, values):
         assert f"\n{due} regroupings in {found['steps']} steps" in shown
 
 
+UNEVEN = {"eval_strategy": "steps", "eval_steps": 2, "save_steps": 5, "load_best_model_at_end": True}
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
@@ -97,11 +100,15 @@ def test_a_check_says_what_training_then_does(recipe_values, section, values):
         ({"model": {"name": "no-such-folder"}}, "no such folder"),
         ({"prompt": {"max_source_tokens": 1024, "encoding": "def+pos2"}, "data": {"max": 1}}, "data.max: unknown key"),
         ({"training": {"load_best_model_at_end": True}}, "load_best_model_at_end"),
+        ({"training": {"early_stopping_patience": 2}}, "early_stopping_patience needs load_best_model_at_end"),
+        ({"data": {"validation_per_task": 2}, "training": UNEVEN}, "round multiple"),
+        ({"training": {"eval_strategy": "epoch"}}, "eval_strategy: task cities has no validation instances; set data"),
     ],
 )
 def test_a_check_finds_what_would_stop_the_training(recipe_values, tmp_path, values, message):
+    values = {**recipe_values, **values, "data": {**recipe_values["data"], **values.get("data", {})}}
     with pytest.raises(BaditError, match=message):
-        check(build_recipe({**recipe_values, **values}))
+        check(build_recipe(values))
     assert not (tmp_path / "run").exists()
 
 

@@ -50,9 +50,8 @@ def test_every_shipped_recipe_is_valid_and_listed_and_says_how_to_run_it():
         build_method(load_recipe(ROOT / path).method)
         assert f"badit train {path}" in "\n".join(header(path))
     comparison = load_recipe(ROOT / "recipes/superni-cpu.yaml")
-    assert comparison.compare.methods["badit"].model_extra == comparison.method, (
-        "badit train runs a cell of the comparison"
-    )
+    cell = comparison.compare.methods["badit"].model_extra
+    assert cell == comparison.method, "badit train runs a cell of the comparison"
     for path in (ROOT / "benchmarks/results").glob("**/config.yaml"):
         assert load_config(path).training.per_device_train_batch_size > 0, "the recipes of earlier runs are read"
 
@@ -80,10 +79,8 @@ def test_a_recipe_survives_being_written_and_an_empty_file_is_the_default(tmp_pa
 
 def test_overrides_reach_nested_keys_with_yaml_values():
     overrides = ["training.num_train_epochs=2.5", "training.learning_rate=5e-4", "data.tasks=[a, b]", "method.r=-4"]
-    recipe = build_recipe(
-        {"training": {"num_train_epochs": 1}},
-        [*overrides, "method.regroup=null", "data.seed=1_000", "training.seed=08"],
-    )
+    overrides += ["method.regroup=null", "data.seed=1_000", "training.seed=08"]
+    recipe = build_recipe({"training": {"num_train_epochs": 1}}, overrides)
     training, data = recipe.training, recipe.data
     assert (training.num_train_epochs, training.learning_rate, training.seed) == (2.5, 5e-4, 8)
     assert (data.tasks, data.seed) == (["a", "b"], 1000)
@@ -97,7 +94,6 @@ def test_overrides_reach_nested_keys_with_yaml_values():
 @pytest.mark.parametrize(
     ("content", "overrides", "message"),
     [
-        ({"trainig": {}}, [], r"trainig: unknown key \(did you mean 'training'\?\)"),
         ({"training": {"epoch": 1}}, [], r"training\.epoch: unknown key \(did you mean 'num_train_epochs'\?\)"),
         ({"prompt": {"encoding": "pos"}}, [], r"prompt\.encoding: "),
         ({}, ["training.num_train_epochs"], r"has the form key=value"),
@@ -116,6 +112,7 @@ def test_overrides_reach_nested_keys_with_yaml_values():
         ({}, ["training.adam_beta1=high"], "training\\.adam_beta1: input should be a valid number, got 'high'"),
         ({}, ["training.dataloader_num_workers=true"], "input should be a valid integer, got True"),
         ({}, ["training.warmup_steps=1.5"], "a whole number of steps, or below 1, a fraction of the run, got 1.5"),
+        ({"training": {"save_steps": 16**6000}}, [], r"save_steps: .*got a number of thousands of digits"),
         ({}, ["training.adam_beta3=0.9"], r"training\.adam_beta3: unknown key \(did you mean 'adam_beta2'\?\)"),
     ],
 )
@@ -236,10 +233,8 @@ def test_a_recipe_extends_another_key_by_key(tmp_path):
 )
 def test_another_method_or_model_does_not_inherit_the_options(tmp_path, own, method):
     base = "{method: {name: badit, r: 2, regroup: {every: 5}}, model: {name: a/b, revision: main}}"
-    recipe = load_recipe(
-        written(tmp_path, base=base, own=f"{{extends: base.yaml, model: {{name: c/d}}, method: {own}}}")
-    )
-    assert (recipe.method, recipe.model.revision) == (method, None)
+    path = written(tmp_path, base=base, own=f"{{extends: base.yaml, model: {{name: c/d}}, method: {own}}}")
+    assert (load_recipe(path).method, load_recipe(path).model.revision) == (method, None)
 
 
 @pytest.mark.parametrize(
@@ -268,8 +263,3 @@ def test_variables_in_the_source(monkeypatch):
 def test_differing_keys_are_dotted():
     assert differing_keys({"a": {"b": 1, "c": 2}, "d": 3}, {"a": {"b": 1, "c": 4}, "e": 3}) == ["a.c", "d", "e"]
     assert differing_keys({"a": {"b": None}}, {"a": {}}) == ["a.b"]
-
-
-def test_a_number_of_thousands_of_digits_is_named_without_them():
-    with pytest.raises(BaditError, match=r"training\.save_steps: .*got a number of thousands of digits"):
-        build_recipe({"training": {"save_steps": 16**6000}})

@@ -84,14 +84,10 @@ class TrainingSection(Section):
     group_by_length: bool = Field(True, description="batches of similar length")
     seed: Seed = 0
     full_determinism: bool = Field(False, description="only operations that give the same bits every time, if slower")
-    max_skipped_steps: CountOrZero = Field(
-        10, description="steps with a loss or gradient that is not finite to skip before the run stops"
-    )
+    max_skipped_steps: CountOrZero = Field(10, description="steps to skip for a loss or gradient that is not finite")
     logging_steps: PositiveSteps = Field(10, description="steps between lines of metrics.jsonl")
     save_steps: PositiveSteps = Field(100, description="steps between checkpoints")
-    eval_strategy: Literal["no", "steps", "epoch"] = Field(
-        "no", description="when to measure eval_loss, the loss on the tasks' validation instances"
-    )
+    eval_strategy: Literal["no", "steps", "epoch"] = Field("no", description="when to measure eval_loss, on validation")
     eval_steps: PositiveSteps | None = Field(None, description="steps between evaluations (default: logging_steps)")
     load_best_model_at_end: bool = Field(
         False, description="keep the adapter with the lowest eval_loss; every evaluated step gets a checkpoint"
@@ -100,9 +96,7 @@ class TrainingSection(Section):
     early_stopping_patience: Count | None = Field(
         None, description="stop after so many evaluations without a lower eval_loss (needs load_best_model_at_end)"
     )
-    report_to: list[str] = Field(
-        [], description="experiment trackers, such as tensorboard, trackio, wandb or mlflow (badit[trackers])"
-    )
+    report_to: list[str] = Field([], description="trackers: tensorboard, trackio, wandb, mlflow, … (badit[trackers])")
 
     @field_validator("report_to", mode="before")
     @classmethod
@@ -165,10 +159,7 @@ def argument_names() -> set[str]:
 
 def package_folder(name: str) -> Path:
     """Where an installed package is, without importing it."""
-    found = find_spec(name)
-    assert found is not None
-    assert found.submodule_search_locations
-    return Path(found.submodule_search_locations[0])
+    return Path(find_spec(name).origin).parent  # pyright: ignore
 
 
 def key_problems(training: Mapping[Any, Any]) -> Iterator[str]:
@@ -218,7 +209,5 @@ def value_problems(training: TrainingSection) -> Iterator[str]:
 def _plain(type_: Any) -> Any:
     """A field's type in plain values: an enumeration's values in place of the enumeration and of any other text."""
     parts = get_args(type_) or (type_,)
-    for part in parts:
-        if isinstance(part, type) and issubclass(part, Enum):
-            return Literal[tuple(member.value for member in part)]
-    return type_
+    enum = next((part for part in parts if isinstance(part, type) and issubclass(part, Enum)), None)
+    return type_ if enum is None else Literal[tuple(member.value for member in enum)]

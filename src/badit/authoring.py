@@ -21,7 +21,7 @@ from badit.environment import status
 from badit.errors import BaditError
 from badit.methods import NAMES, AdapterMethod, Method, on_skeleton, options_of
 from badit.models import device, load_tokenizer
-from badit.recipe import Recipe, build_recipe
+from badit.recipe import Recipe, build_recipe, section_of
 from badit.regroup import RegroupOptions
 from badit.train import Plan, Stage, encoded, make_plan, model_dtype, training_arguments
 from badit.trainer import prompt_argument
@@ -32,8 +32,6 @@ _SAMPLED = 64
 # Least time of a step over that of its products with weights: attention, norms, adapters, small batches. Measured on
 # a processor: 2 in float32, 5 in bfloat16 (a small model, whose products are fast).
 _OVERHEAD = 2.0
-
-# --- a first recipe ---------------------------------------------------------------------------------------------------
 
 
 def first_recipe(source: str, path: str, overrides: Sequence[str] = ()) -> str:
@@ -106,9 +104,6 @@ output: runs/{Path(path).stem}
     return text
 
 
-# --- a check without training -----------------------------------------------------------------------------------------
-
-
 def check(recipe: Recipe) -> list[str]:
     """What training a recipe would do, as lines of text. The model is built without its weights.
 
@@ -124,9 +119,8 @@ def check(recipe: Recipe) -> list[str]:
         tokenizer = load_tokenizer(section.name, trust_remote_code=section.trust_remote_code, revision=section.revision)
         method, model = on_skeleton(recipe, [task.name for task in plan.tasks], dtype=model_dtype(recipe))
         size = recipe.training.per_device_train_batch_size
-        pairs = ((task, instance) for task in plan.tasks for instance in task.train)
-        longest = encoded(tokenizer, recipe, heapq.nlargest(size, pairs, key=lambda pair: _characters(pair[1])), model)
         pairs = [(task, instance) for task in plan.tasks for instance in task.train]
+        longest = encoded(tokenizer, recipe, heapq.nlargest(size, pairs, key=lambda pair: _characters(pair[1])), model)
         some = encoded(tokenizer, recipe, pairs[:: max(1, len(pairs) // _SAMPLED)], model)
     if not method.trains:
         return [*lines, f"the method {method.name} trains nothing"]
@@ -202,13 +196,8 @@ def _activations(recipe: Recipe, model: Any, rows: int, tokens: int) -> float | 
         with torch.device("meta"), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             prompts = prompt_argument(model, torch.ones(rows, tokens, dtype=torch.bool))
             masks = torch.ones(rows, 1, tokens, tokens, dtype=torch.bool)  # with a smaller one its values are looked at
-            outputs = model.train()(
-                torch.zeros(rows, tokens, dtype=torch.long),
-                attention_mask=masks,
-                use_cache=False,
-                logits_to_keep=1,
-                **prompts,
-            )
+            ids = torch.zeros(rows, tokens, dtype=torch.long)
+            outputs = model.train()(ids, attention_mask=masks, use_cache=False, logits_to_keep=1, **prompts)
         total = sum(size for storage, size in kept.items() if storage not in own)
     except Exception:  # an architecture that looks at values
         return None
@@ -219,35 +208,26 @@ def _activations(recipe: Recipe, model: Any, rows: int, tokens: int) -> float | 
     return total
 
 
-# --- every key --------------------------------------------------------------------------------------------------------
-
-
 def recipe_keys() -> Iterator[tuple[str, str, str]]:
     """Every key of a recipe: its dotted name, its default as YAML, and its meaning.
 
     Options that several methods have alike are one entry, which names the methods.
     """
     for name, field in Recipe.model_fields.items():
-        kinds = [field.annotation, *get_args(field.annotation)]
-        section = next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
-        if section is not None:
+        if (section := section_of(field)) is not None:
             yield from ((f"{name}.{key}", as_yaml(default), text) for key, default, text in described_section(section))
             if name == "training":
                 yield "training.NAME", "", "any other field of TrainingArguments, such as optim or adam_beta2"
         elif name == "method":
             yield "method.name", "badit", f"one of {', '.join(NAMES)}"
-            yield from _method_keys()
+            found: dict[tuple[str, str, str], list[str]] = {}
+            for method in NAMES:
+                for key, default, text in options_of(method):
+                    found.setdefault((key, as_yaml(default), " ".join(text.split())), []).append(method)
+            for (key, default, text), methods in found.items():
+                yield f"method.{key}", default, f"[{', '.join(methods)}] {text}"
         else:
             yield name, as_yaml(field.default), field.description or ""
-
-
-def _method_keys() -> Iterator[tuple[str, str, str]]:
-    found: dict[tuple[str, str, str], list[str]] = {}
-    for method in NAMES:
-        for key, default, text in options_of(method):
-            found.setdefault((key, as_yaml(default), " ".join(text.split())), []).append(method)
-    for (key, default, text), methods in sorted(found.items(), key=lambda item: NAMES.index(item[1][0])):
-        yield f"method.{key}", default, f"[{', '.join(methods)}] {text}"
 
 
 def schema() -> dict[str, Any]:
@@ -260,11 +240,8 @@ def schema() -> dict[str, Any]:
             place = words["regroup"]["properties"] if len(option) > 1 else words
             place[option[-1]] = {"description": text}
     others = {name: {} for name in sorted(argument_names()) if not settled(name)}
-    for section, more in (
-        (made["properties"]["method"], words),
-        (made["$defs"]["ComparedMethod"], words),
-        (made["$defs"]["TrainingSection"], others),
-    ):
+    method, inner = made["properties"]["method"], made["$defs"]
+    for section, more in ((method, words), (inner["ComparedMethod"], words), (inner["TrainingSection"], others)):
         section["properties"] = {**more, **section.get("properties", {})}
         section["additionalProperties"] = False
     made["properties"]["extends"] = {"type": "string", "description": "a recipe whose values these are laid over"}
@@ -274,24 +251,15 @@ def schema() -> dict[str, Any]:
 def described_section(kind: type[BaseModel]) -> Iterator[tuple[str, Any, str]]:
     """The name, default and meaning of each field of a section."""
     for name, field in kind.model_fields.items():
-        limits = [
-            f"{word} {getattr(limit, key)}" for limit in field.metadata for key, word in _LIMITS if hasattr(limit, key)
-        ]
+        limits = [f"{word} {getattr(one, key)}" for one in field.metadata for key, word in _LIMITS if hasattr(one, key)]
         text = ", ".join(filter(None, [_shown(field.annotation), *limits]))
         default = "required" if field.is_required() else field.get_default(call_default_factory=True)
         yield name, default, "; ".join(filter(None, [text, field.description]))
 
 
 _LIMITS = (("ge", "at least"), ("gt", "above"), ("lt", "below"))
-_WORDS = {
-    str: "text",
-    int: "a whole number",
-    float: "a number",
-    bool: "true or false",
-    list: "a list",
-    dict: "values by name",
-    type(None): "null",
-}
+_WORDS: dict[Any, str] = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
+_WORDS |= {list: "a list", dict: "values by name", type(None): "null"}
 
 
 def _shown(annotation: Any) -> str:

@@ -13,6 +13,7 @@ import hashlib
 import os
 import shutil
 import signal
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -29,12 +30,11 @@ STAGING = "partial"
 SEAL = "seal.json"
 _PREFIX = "checkpoint-"
 _SUMS = "badit_sums.json"
-_KEPT = 2
 
 
 def last_checkpoint(checkpoints: Path) -> Path | None:
     """The newest checkpoint that is as it was sealed; the first process says which damaged ones it passes over."""
-    for folder in sorted(_folders(checkpoints), key=step_of, reverse=True):
+    for folder in reversed(_folders(checkpoints)):
         damage = damage_of(folder)
         if damage is None:
             return folder
@@ -46,8 +46,7 @@ def last_checkpoint(checkpoints: Path) -> Path | None:
 def damage_of(folder: Path) -> str | None:
     """What of a checkpoint is not as it was sealed, in a few words; None if all of it is."""
     try:
-        sealed = read_json(folder / SEAL)
-        present = {name: _sha256(folder / name) for name in _files(folder)}
+        sealed, present = read_json(folder / SEAL), _checksums(folder)
     except BaditError as error:
         return str(error).removeprefix(f"{folder}/")
     except OSError as error:
@@ -63,17 +62,14 @@ def damage_of(folder: Path) -> str | None:
 
 
 def seal(staged: Path, checkpoints: Path, best: str | None = None) -> None:
-    """Seals a folder that is complete, and puts it among the checkpoints, of which it keeps the one before as well.
-
-    It also keeps the one called ``best``.
-    """
-    write_json(staged / SEAL, {name: _sha256(staged / name) for name in _files(staged)})
+    """Seals a complete folder and puts it among the checkpoints, of which the one before and ``best`` are kept."""
+    write_json(staged / SEAL, _checksums(staged))
     final = checkpoints / staged.name
     replace_folder(staged, final)
     # Checkpoints of later steps are of a run that ended before this one was resumed from an earlier step.
-    earlier = sorted((folder for folder in _folders(checkpoints) if step_of(folder) < step_of(final)), key=step_of)
+    earlier = [folder.name for folder in _folders(checkpoints) if step_of(folder) < step_of(final)]
     for folder in _folders(checkpoints):
-        if folder != final and folder not in earlier[1 - _KEPT :] and folder.name != best:
+        if folder.name not in (final.name, *earlier[-1:], best):
             shutil.rmtree(folder)
 
 
@@ -86,21 +82,15 @@ def staging_folder(checkpoints: Path) -> Path:
 
 
 def refuse_other_engine(checkpoint: Path, engine: str, processes: int) -> None:
-    """Each engine keeps weights and optimizer in a form of its own, and DeepSpeed in one for its number of processes.
+    """Refuses a checkpoint of another engine: each keeps weights and optimizer in a form of its own.
 
-    Args:
-        checkpoint: what is about to be resumed from.
-        engine: "FSDP", "DeepSpeed" or, for a single process and DDP, "neither".
-        processes: how many train now.
+    ``engine`` is "FSDP", "DeepSpeed" or, for a single process and DDP, "neither".
 
     Raises:
         BaditError: another engine wrote the checkpoint, or DeepSpeed in another number of processes.
     """
-    wrote = "neither"
-    if any(checkpoint.glob("pytorch_model_fsdp*")):
-        wrote = "FSDP"
-    elif (checkpoint / "latest").is_file():
-        wrote = "DeepSpeed"
+    sharded = any(checkpoint.glob("pytorch_model_fsdp*"))
+    wrote = "FSDP" if sharded else "DeepSpeed" if (checkpoint / "latest").is_file() else "neither"
     fix = "start it so again, or remove the folder to start over"
     if wrote != engine:
         under = "neither FSDP nor DeepSpeed" if wrote == "neither" else wrote
@@ -117,9 +107,9 @@ def refuse_other_engine(checkpoint: Path, engine: str, processes: int) -> None:
 class SealCheckpoints(TrainerCallback):
     """Seals what the trainer and the callbacks before this one have written into its output folder.
 
-    It also keeps what the trainer would forget: the losses summed up since its last line of the log, the number of
-    skipped steps, which checkpoint is the best, how long ago that was, and whether the training is over. Without the
-    first the first line after a resumption would be the mean of fewer steps than in a run that was not stopped.
+    It also keeps what the trainer would forget: the losses summed up since its last line of the log (else the next line
+    after a resumption would be the mean of fewer steps), the number of skipped steps, which checkpoint is the best, how
+    long ago that was, and whether the training is over.
     """
 
     def __init__(self, trainer: Any, checkpoints: Path) -> None:
@@ -168,18 +158,14 @@ class StopOnSignal(TrainerCallback):
     processes all stop at the same step, whichever was told to.
     """
 
-    _SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
     def __init__(self) -> None:
         self._asked = self._stopping = False
         self._step = 0
         self._former: dict[int, Any] = {}
 
     def __enter__(self) -> StopOnSignal:
-        try:
-            self._former = {number: signal.signal(number, self._handle) for number in self._SIGNALS}
-        except ValueError:  # only the main thread may set handlers; elsewhere a caller has its own way to stop
-            self._former = {}
+        with suppress(ValueError):  # only the main thread may set handlers; elsewhere a caller has its own way to stop
+            self._former = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -222,7 +208,9 @@ def resumed_checkpoint(args: Any, state: Any) -> Path:
 
 
 def _folders(checkpoints: Path) -> list[Path]:
-    return [folder for folder in checkpoints.glob(f"{_PREFIX}*") if folder.name.removeprefix(_PREFIX).isdecimal()]
+    """By their steps."""
+    folders = [folder for folder in checkpoints.glob(f"{_PREFIX}*") if folder.name.removeprefix(_PREFIX).isdecimal()]
+    return sorted(folders, key=step_of)
 
 
 def step_of(folder: Path) -> int:
@@ -230,13 +218,11 @@ def step_of(folder: Path) -> int:
     return int(folder.name.removeprefix(_PREFIX))
 
 
-def _files(folder: Path) -> list[str]:
-    """All but the seal, by their paths within the folder."""
-    return sorted(
-        path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir() and path != folder / SEAL
-    )
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _checksums(folder: Path) -> dict[str, str]:
+    """The SHA-256 of every file but the seal, by its path within the folder."""
+    sums = {}
+    for path in sorted(folder.rglob("*")):
+        if not path.is_dir() and path != folder / SEAL:
+            with path.open("rb") as file:
+                sums[path.relative_to(folder).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
+    return sums

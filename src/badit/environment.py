@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import platform
+import re
 import resource
 import subprocess
 import sys
@@ -62,7 +63,7 @@ def environment() -> dict[str, Any]:
     """Versions, hardware and thread settings of this process."""
     import torch
 
-    packages, commit, processor = {}, None, platform.processor()
+    packages, commit, processor = {}, None, platform.processor() or platform.machine()
     for name in _PACKAGES:
         with suppress(metadata.PackageNotFoundError):
             packages[name] = metadata.version(name)
@@ -72,9 +73,8 @@ def environment() -> dict[str, Any]:
         with suppress(OSError, subprocess.SubprocessError):
             commit = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
     with suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-        processor = models[0] if models else platform.machine()
+        if model := re.search(r"^model name\s*: (.+)", Path("/proc/cpuinfo").read_text(), re.M):
+            processor = model[1].strip()
     return {
         "commit": commit,
         "python": platform.python_version(),

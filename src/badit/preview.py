@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from statistics import median
 from typing import TYPE_CHECKING
 
-from badit.data import build_prompt, encode_examples
+from badit.data import encode_examples, prompt_text
 from badit.data.tasks import Task
 from badit.errors import one_line
 from badit.render import text_table
@@ -34,8 +34,7 @@ def task_table(data: DataSection, tasks: Sequence[Task]) -> str:
         for task in tasks
     ]
     heading = ["task", "train", "validation", "test", "mixture", "definition"]
-    listed = text_table(heading, rows, right={1, 2, 3, 4})
-    return f"{listed}\n\n{len(tasks)} tasks, all valid"
+    return f"{text_table(heading, rows, right={1, 2, 3, 4})}\n\n{len(tasks)} tasks, all valid"
 
 
 def preview(recipe: Recipe, tasks: Sequence[Task], count: int) -> str:
@@ -51,21 +50,14 @@ def preview(recipe: Recipe, tasks: Sequence[Task], count: int) -> str:
     for task in tasks:
         instances = list(task.train[:_MEASURED])
         examples = encode_examples(tokenizer, [(task, instance) for instance in instances], **section.model_dump())
-        prompts = ["".join(build_prompt(task, instance, section.encoding)[:3]) for instance in instances]
-        texts = [*prompts, *(instance.outputs[0] for instance in instances)]
+        texts = [prompt_text(task, instance, section.encoding) for instance in instances]
+        texts += [instance.outputs[0] for instance in instances]
         lengths = [len(ids) for ids in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]]  # pyright: ignore
-        whole, answers = lengths[: len(instances)], lengths[len(instances) :]
         scored = {(instance.input, instance.history) for instance in (*task.test, *task.validation)}
-        columns = [
-            f"{median(whole):.0f}" if whole else "–",
-            str(max(whole, default=0)),
-            str(sum(length > section.max_source_tokens for length in whole)),
-            f"{median(answers):.0f}" if answers else "–",
-            str(max(answers, default=0)),
-            str(sum(length > section.max_answer_tokens for length in answers)),
-            str(sum((instance.input, instance.history) in scored for instance in task.train)),
-        ]
-        rows.append([task.name, *columns])
+        prompts = _measured(lengths[: len(instances)], section.max_source_tokens)
+        answers = _measured(lengths[len(instances) :], section.max_answer_tokens)
+        known = sum((instance.input, instance.history) in scored for instance in task.train)
+        rows.append([task.name, *prompts, *answers, str(known)])
         for example in examples[:count]:
             ids, start = example["input_ids"], example["prompt_length"]
             text = f"{tokenizer.decode(ids[:start])}{_OPEN}{tokenizer.decode(ids[start:])}{_CLOSE}"
@@ -75,6 +67,12 @@ def preview(recipe: Recipe, tasks: Sequence[Task], count: int) -> str:
     note = f"Tokens of the first {_MEASURED:,} training instances: median, longest, and how many are cut."
     table = text_table(heading, rows, right=set(range(1, len(heading))))
     return "\n\n".join([table, note, *shown])
+
+
+def _measured(lengths: list[int], most: int) -> list[str]:
+    """Their median, the longest, and how many are cut."""
+    middle = f"{median(lengths):.0f}" if lengths else "–"
+    return [middle, str(max(lengths, default=0)), str(sum(length > most for length in lengths))]
 
 
 def _short(text: str, width: int = 60) -> str:

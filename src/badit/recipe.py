@@ -12,10 +12,11 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict, get_args
+from typing import Annotated, Any, Literal, TypedDict, get_args
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic.fields import FieldInfo
 
 from badit.arguments import (
     MOST,
@@ -31,13 +32,11 @@ from badit.arguments import (
 )
 from badit.data.prompts import ChatTemplate, PromptEncoding
 from badit.data.rows import Format, Source, Turns
+from badit.data.tasks import Task, hold_out, limit, quotas
 from badit.errors import BaditError, nearest, problems
 from badit.files import inside, read_text
 from badit.models import Quantisation
 from badit.yaml_values import parse_yaml
-
-if TYPE_CHECKING:
-    from badit.data import Task
 
 Column = Literal["task", "instruction", "input", "output", "id", "split", "messages"]
 Dtype = Literal["fast", "auto", "float32", "bfloat16", "float16"]
@@ -59,9 +58,7 @@ class ModelSection(Section):
 
     name: PathText = Field("smollm2-135m", description="built-in name, local folder or hub id (org/name)")
     dtype: Dtype = Field(
-        "fast",
-        description="type of the frozen base weights; fast: bfloat16, or float32 on a processor without instructions "
-        "for it; auto: the one they are saved in",
+        "fast", description="of the base weights; fast: bfloat16, or float32 on a processor without it; auto: as saved"
     )
     quantisation: Quantisation | None = Field(
         None, description="keep the base weights in 8 or 4 bits (badit[quantised]); experts are trained next to them"
@@ -86,31 +83,22 @@ class DataSection(Section):
     """The tasks."""
 
     source: PathText | list[PathText | SourceSection] = Field(
-        "builtin",
-        description="'builtin', a file, a folder, a pattern with * or a data set of the hub, or a list of these; "
-        "$VARIABLES are expanded",
+        "builtin", description="'builtin', a file, folder, pattern with * or hub data set, or a list; with $VARIABLES"
     )
     format: Format = "auto"
-    task: TaskName | None = Field(
-        None, description="the one task that rows belong to which name none (default: the file's name)"
-    )
+    task: TaskName | None = Field(None, description="the task of rows that name none (default: the file's name)")
     instruction: str | None = Field(None, description="that of rows which have none; null: the input is all")
-    columns: dict[Column, str] = Field(
-        {}, description="columns by what they hold, such as {input: text, output: label}"
-    )
+    columns: dict[Column, str] = Field({}, description="columns by what they hold, as {input: text, output: label}")
     turns: Turns = Field("last", description="of a chat, train the last answer, or all of them")
     tasks: list[TaskName] | None = Field(None, description="names or numbers of the tasks to use (default: all)")
     train_per_task: Count | None = Field(None, description="at most so many training instances per task")
     test_per_task: Count | None = Field(None, description="the first so many test instances per task")
     validation_per_task: CountOrZero = Field(0, description="instances to hold out of each task's training data")
-    sampling: Literal["proportional", "balanced"] = Field(
-        "proportional", description="tasks weigh by their size, or all the same"
-    )
+    sampling: Literal["proportional", "balanced"] = Field("proportional", description="tasks weigh by size, or alike")
     temperature: float = Field(1.0, ge=1, description="T: tasks weigh by their size to the power of 1/T")
     weights: dict[TaskName, Annotated[float, Field(gt=0)]] = Field({}, description="factors on the weights of tasks")
     order: str | list[TaskName] | None = Field(
-        None,
-        description="trains the tasks one after another: sapt-1, sapt-2, seeded-N or a list of names; null mixes them",
+        None, description="trains tasks one after another: sapt-1, sapt-2, seeded-N or a list of names; null mixes them"
     )
     seed: Seed = Field(0, description="of the subsampling; kept apart from training.seed so that runs share their data")
 
@@ -126,7 +114,7 @@ class DataSection(Section):
 
     def load(self) -> list[Task]:
         """The tasks with the instances that are to be trained, validated and tested; BaditError if they are bad."""
-        from badit.data import hold_out, limit, load_sources
+        from badit.data import load_sources
 
         tasks = load_sources(self.sources(), self.tasks, self.weights)
         tasks = hold_out(tasks, self.validation_per_task, self.seed)
@@ -134,8 +122,6 @@ class DataSection(Section):
 
     def quotas(self, tasks: Sequence[Task]) -> dict[str, int] | None:
         """How many training instances of each task an epoch has; None where each comes once."""
-        from badit.data import quotas
-
         return quotas(tasks, balanced=self.sampling == "balanced", temperature=self.temperature)
 
 
@@ -154,9 +140,7 @@ class EvaluationSection(Section):
     split: Literal["test", "validation"] = "test"
     batch_size: Count = 16
     max_new_tokens: Count = 50
-    unseen_tasks: bool = Field(
-        True, description="in a sequence, score the tasks still to come as well, after every task"
-    )
+    unseen_tasks: bool = Field(True, description="in a sequence, score the tasks still to come after every task, too")
 
 
 class ComparedMethod(Section):
@@ -174,16 +158,12 @@ class CompareSection(Section):
     methods: dict[str, ComparedMethod] = Field(description="a name for each method to compare, and its method section")
     reference: str = Field("lora", description="the method that differences are taken to")
     seeds: list[Seed] = Field([0, 1, 2], min_length=1)
-    vary_data: bool = Field(
-        False, description="add the seed to data.seed, so that the spread over seeds includes the choice of data"
-    )
-    orders: list[str | list[TaskName]] | None = Field(
-        None, min_length=1, description="orders of a sequence of tasks, as in data.order; null mixes the tasks"
-    )
+    vary_data: bool = Field(False, description="add the seed to data.seed: the spread then includes the choice of data")
+    orders: list[str | list[TaskName]] | None = Field(None, min_length=1, description="as data.order; null: all mixed")
     learning_rates: list[float] | None = Field(
         None,
-        description="a ladder that every method's rate is searched on, from training.learning_rate, by the loss on "
-        "held-out training instances; null trains all with training.learning_rate",
+        description="a ladder to search each method's rate on, from training.learning_rate, by the loss on held-out "
+        "training instances; null trains all with training.learning_rate",
     )
     search: dict[str, Any] | None = Field(
         None, description="recipe values for the search alone, such as {data: {train_per_task: 30}}, to make it cheaper"
@@ -337,8 +317,7 @@ def read_values(path: Path) -> dict[str, Any]:
         BaditError: the file cannot be read, or it holds no values by name.
     """
     content = parse_yaml(read_text(path), where=path)
-    if content is None:
-        content = {}
+    content = {} if content is None else content
     if not isinstance(content, dict):
         raise BaditError(f"{path}: must hold 'key: value' lines, not a {type(content).__name__}")
     return content
@@ -371,22 +350,18 @@ def _unknown_keys(values: Mapping[str, Any]) -> Iterator[str]:
         yield from key_problems(training)
     if "badit.methods" in sys.modules:
         return
-    sections: dict[str, Any] = {"method": values.get("method")}
+    sections: list[tuple[str, Any]] = [("method", values.get("method"))]
     if isinstance(compare := values.get("compare"), Mapping) and isinstance(compare.get("methods"), Mapping):
-        sections |= {f"compare.methods.{name}": section for name, section in compare["methods"].items()}
+        sections += [(f"compare.methods.{name}", section) for name, section in compare["methods"].items()]
     options, names = _method_words()
-    for place, section in sections.items():
-        for key in section if isinstance(section, Mapping) else ():
+    for place, section in sections:
+        for key, value in section.items() if isinstance(section, Mapping) else ():
             if key not in options:
                 yield f"{place}.{key!s:.120}: unknown key{nearest(key, options)}"
-            elif key == "name" and str(section[key]) not in names:
-                yield f"{place}.name: unknown method {section[key]!r:.60}{nearest(section[key], names)}"
-            elif key == "regroup" and isinstance(section[key], Mapping):
-                yield from (
-                    f"{place}.regroup.{one!s:.120}: unknown key{nearest(one, options)}"
-                    for one in section[key]
-                    if one not in options
-                )
+            elif key == "name" and str(value) not in names:
+                yield f"{place}.name: unknown method {value!r:.60}{nearest(value, names)}"
+            elif key == "regroup":
+                sections.append((f"{place}.regroup", value))
 
 
 @cache
@@ -440,20 +415,23 @@ def _copied(value: Any) -> Any:
 def _set(content: dict[str, Any], keys: list[str], value: Any, override: str) -> None:
     *parents, last = keys
     for key in parents:
-        inner = content.setdefault(key, {})
-        if inner is None:
-            inner = content[key] = {}
-        if not isinstance(inner, dict):
+        if content.get(key) is None:
+            content[key] = {}
+        content = content[key]
+        if not isinstance(content, dict):
             raise BaditError(f"{override!r:.80}: {key} is a single value and has no keys of its own")
-        content = inner
     content[last] = value
 
 
 def _known_keys(location: Sequence[int | str]) -> list[str]:
     """The keys of the section at a place."""
-    section: type[BaseModel] = Recipe
+    section: Any = Recipe
     for part in location:
-        annotation = section.model_fields[str(part)].annotation
-        candidates = [annotation, *get_args(annotation)]
-        section = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
+        section = section_of(section.model_fields[str(part)])
     return list(section.model_fields)
+
+
+def section_of(field: FieldInfo) -> type[BaseModel] | None:
+    """The section that a field holds, if any."""
+    kinds = [field.annotation, *get_args(field.annotation)]
+    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)

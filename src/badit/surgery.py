@@ -33,8 +33,6 @@ from badit.tuner.config import one_of
 Surgery = Literal["pcgrad", "cagrad"]
 Combination = Callable[[torch.Tensor], torch.Tensor]  # from gradients (T, P) to one (P,)
 
-_Gradients = list[torch.Tensor | None]
-
 
 def pcgrad() -> Combination:
     """PCGrad (arXiv 2001.06782). Its order comes from torch's global generator on the CPU, which checkpoints keep."""
@@ -91,15 +89,16 @@ class SurgeryTrainer(AnswerTrainer):
             return super().training_step(model, inputs, num_items_in_batch)
         assert num_items_in_batch is not None  # AnswerTrainer has the Trainer count them
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        earlier = _take_gradients(parameters)
+        earlier = [parameter.grad for parameter in parameters]
         losses, gradients = [], []
         steps = self.current_gradient_accumulation_steps
         # ``compute_loss`` averages a method's own loss over these, and the cross-entropy over the number of labels.
         self.current_gradient_accumulation_steps = steps * len(tasks)
         try:
             for task in tasks:
+                model.zero_grad()
                 losses.append(super().training_step(model, rows_of_task(inputs, task), num_items_in_batch))
-                gradients.append(_take_gradients(parameters))
+                gradients.append([parameter.grad for parameter in parameters])
         finally:
             self.current_gradient_accumulation_steps = steps
         gradients_TP = torch.stack([_as_row(of_task, parameters) for of_task in gradients])
@@ -123,15 +122,7 @@ def rows_of_task(inputs: dict[str, Any], task: str) -> dict[str, Any]:
     return {**tensors, "tasks": [task] * len(rows)}
 
 
-def _take_gradients(parameters: Sequence[nn.Parameter]) -> _Gradients:
-    """The gradients, which are removed from the parameters."""
-    gradients: _Gradients = [parameter.grad for parameter in parameters]
-    for parameter in parameters:
-        parameter.grad = None
-    return gradients
-
-
-def _as_row(gradients: _Gradients, parameters: Sequence[nn.Parameter]) -> torch.Tensor:
+def _as_row(gradients: Sequence[torch.Tensor | None], parameters: Sequence[nn.Parameter]) -> torch.Tensor:
     """All gradients as one vector (P,) in float32, zero for a parameter that the loss does not depend on."""
     pairs = zip(gradients, parameters, strict=True)
     known = [torch.zeros_like(parameter) if gradient is None else gradient for gradient, parameter in pairs]

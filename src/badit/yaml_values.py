@@ -28,7 +28,6 @@ def parse_yaml(text: str, *, where: str | Path) -> Any:
     """
     if len(text) > MAX_CHARACTERS:
         raise BaditError(f"{where!s:.120}: has more than {MAX_CHARACTERS:,} characters; write out what is needed")
-    loader = None
     try:
         loader = _Loader(text)
         node = loader.get_single_node()
@@ -41,9 +40,6 @@ def parse_yaml(text: str, *, where: str | Path) -> Any:
     except (yaml.YAMLError, RecursionError, ValueError, OverflowError, TypeError, AttributeError) as error:
         # Besides PyYAML's own errors: what its constructors let through, for a date or a number that there is not.
         mark, problem = getattr(error, "problem_mark", None), "is not valid YAML"
-    finally:
-        if loader is not None:
-            loader.dispose()
     place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
     raise BaditError(f"{where!s:.120}{place}: {problem}")
 
@@ -72,16 +68,11 @@ _Loader.add_implicit_resolver(
 
 
 def _count(node: yaml.Node, left: int) -> int:
-    """``left`` less the number of values that a node comes to when every alias is written out.
-
-    Raises:
-        _RefusedError: nothing is left, or a mapping has the same key twice.
-        UnicodeEncodeError: half a surrogate pair, which no file can hold.
-    """
+    """``left`` less the number of values of a node with every alias written out; repeated keys are refused."""
     if left <= 0:
         raise _RefusedError(node.start_mark, f"comes to more than {MAX_VALUES:,} values; write out what is needed")
     if isinstance(node, yaml.ScalarNode):
-        node.value.encode()
+        node.value.encode()  # raises for half a surrogate pair, which no file can hold
         return left - 1
     for part in node.value:
         for inner in part if isinstance(part, tuple) else (part,):

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
+import datasets
+import pandas as pd
+import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from badit.data import Demonstration, Instance, Task
+from badit.data import Demonstration, Instance, Source, Task, encode_prompts, load_tasks
+from badit.data.prompts import Prompt
+from badit.errors import BaditError
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -21,6 +28,13 @@ BRACKETS = (
 # Ends an assistant's message with plain text alone.
 UNMARKED = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
 
+CHAT = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Capital of France?"},
+    {"role": "assistant", "content": "Paris"},
+    {"role": "user", "content": "And of Peru?"},
+    {"role": "assistant", "content": "Lima"},
+]
 SPECIALS = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
 LINES = [
     "Answer with the capital of the country.",
@@ -59,3 +73,36 @@ def make_task(name: str = "capitals", train: int = 8, test: int = 4, **fields: A
         test=tuple(Instance(id=f"b{i}", input=f"land {i}", outputs=(f"town {i}",)) for i in range(test)),
         **fields,
     )
+
+
+def encode_prompt(tokenizer: Any, prompt: Prompt | str, max_source_tokens: int = 100, **options: Any) -> list[int]:
+    (ids,) = encode_prompts(tokenizer, [prompt], max_source_tokens=max_source_tokens, **options)
+    return ids
+
+
+def write_rows(file: Path, *rows: Any) -> Path:
+    """Writes rows in the format that the file's name has; any other name gives a saved data set."""
+    if file.suffix == ".jsonl":
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    elif file.suffix == ".json":
+        file.write_text(json.dumps(rows))
+    elif file.suffix in (".csv", ".tsv"):
+        pd.DataFrame(rows).to_csv(file, index=False, sep="," if file.suffix == ".csv" else "\t")
+    elif file.suffix == ".parquet":
+        pd.DataFrame(rows).to_parquet(file)
+    else:
+        data = datasets.Dataset.from_list([*rows])
+        if file.suffix == ".arrow":
+            data.save_to_disk(file.with_suffix(""))
+            (file.with_suffix("") / "data-00000-of-00001.arrow").rename(file)
+        else:
+            datasets.DatasetDict({"train": data}).save_to_disk(file)
+    return file
+
+
+def refusal(source: Source | Path, **options: Any) -> str:
+    """The one line that says why a source cannot be read."""
+    with pytest.raises(BaditError) as caught:
+        load_tasks(source, **options)
+    assert len(str(caught.value).splitlines()) == 1
+    return str(caught.value)

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import pandas as pd
 import pytest
 import yaml
 from hypothesis import given
@@ -22,7 +21,6 @@ from badit.data import (
     build_prompt,
     encode_example,
     encode_examples,
-    encode_prompt,
     encode_tasks,
     load_sources,
     load_tasks,
@@ -30,42 +28,14 @@ from badit.data import (
     readers,
 )
 from badit.errors import BaditError
-from data.examples import CHATML, make_tokenizer
+from data.examples import CHAT, CHATML, encode_prompt, make_tokenizer, refusal, write_rows
 
 ROWS = [
     {"task": "capitals", "instruction": "Name the capital.", "input": "France", "output": "Paris"},
     {"task": "capitals", "instruction": "Name the capital.", "input": 'Peru, "the" one', "output": "Lima"},
     {"task": "sums", "instruction": "Add.", "input": "1 + 1", "output": "2"},
-]  # fmt: skip
-CHAT = [
-    {"role": "system", "content": "Be brief."},
-    {"role": "user", "content": "Capital of France?"},
-    {"role": "assistant", "content": "Paris"},
-    {"role": "user", "content": "And of Peru?"},
-    {"role": "assistant", "content": "Lima"},
 ]
-
-
-def write(file: Path, rows: list[dict[str, Any]]) -> Path:
-    frame = pd.DataFrame(rows)
-    if file.suffix in (".csv", ".tsv"):
-        frame.to_csv(file, index=False, sep="," if file.suffix == ".csv" else "\t")
-    elif file.suffix == ".parquet":
-        frame.to_parquet(file)
-    elif file.suffix in (".json", ".jsonl"):
-        frame.to_json(file, orient="records", lines=file.suffix == ".jsonl")
-    elif file.suffix == ".arrow":
-        datasets.Dataset.from_list(rows).save_to_disk(file.with_suffix(""))
-        (file.with_suffix("") / "data-00000-of-00001.arrow").rename(file)
-    else:
-        datasets.DatasetDict({"train": datasets.Dataset.from_list(rows)}).save_to_disk(file)
-    return file
-
-
-def refusal(source: Source | Path) -> str:
-    with pytest.raises(BaditError) as caught:
-        load_tasks(source)
-    return str(caught.value)
+HELLO = {"prompt": "Say hello", "completion": "hello"}
 
 
 def task_of(path: Path, **options: Any) -> Task:
@@ -74,8 +44,8 @@ def task_of(path: Path, **options: Any) -> Task:
 
 
 @pytest.mark.parametrize("suffix", ["csv", "tsv", "parquet", "arrow", "json", "jsonl", "saved"])
-def test_the_same_rows_give_the_same_tasks_in_every_format(tmp_path: Path, suffix: str) -> None:
-    capitals, sums = load_tasks(write(tmp_path / f"rows.{suffix}", ROWS))
+def test_the_same_rows_give_the_same_tasks_in_every_format(tmp_path, suffix):
+    capitals, sums = load_tasks(write_rows(tmp_path / f"rows.{suffix}", *ROWS))
     assert (capitals.name, capitals.definition) == ("capitals", "Name the capital.")
     assert capitals.train == (
         Instance(id="capitals-0", input="France", outputs=("Paris",)),
@@ -84,20 +54,19 @@ def test_the_same_rows_give_the_same_tasks_in_every_format(tmp_path: Path, suffi
     assert sums.train[0].outputs == ("2",)
 
 
-def test_a_csv_keeps_every_text_as_it_stands(tmp_path: Path) -> None:
+def test_a_csv_keeps_every_text_as_it_stands(tmp_path):
     (tmp_path / "codes.csv").write_text("\ufeffinput,output,split\n007,NA,train\nnull,1e3,dev\n", encoding="utf-8")
     task = task_of(tmp_path / "codes.csv")
     assert (task.name, task.definition, task.train[0].input, task.train[0].outputs) == ("codes", None, "007", ("NA",))
     assert (task.validation[0].input, task.validation[0].outputs) == ("null", ("1e3",))
 
 
-def test_files_of_a_folder_or_a_pattern_are_splits_or_tasks(tmp_path: Path) -> None:
-    pair = [{"prompt": "Say hello", "completion": "hello"}]
+def test_files_of_a_folder_or_a_pattern_are_splits_or_tasks(tmp_path):
     for name in ("train-00000-of-00002.parquet", "train-00001-of-00002.parquet", "val.csv", "test.jsonl"):
-        write(tmp_path / name, pair)
+        write_rows(tmp_path / name, HELLO)
     task = task_of(tmp_path)
     assert (task.name, len(task.train), len(task.validation), len(task.test)) == (tmp_path.name, 2, 1, 1)
-    write(tmp_path / "greeting.csv", pair)
+    write_rows(tmp_path / "greeting.csv", HELLO)
     assert [task.name for task in load_tasks(tmp_path)] == sorted(["greeting", tmp_path.name])
     assert [task.name for task in load_tasks(f"{tmp_path}/gree*.csv")] == ["greeting"]
     assert "no tasks found" in refusal(tmp_path / "none*.csv")
@@ -119,21 +88,19 @@ ALPACA = {"instruction": "Name the capital.", "input": "France", "output": "Pari
         ({"messages": [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}, CHAT[2]]}, "Hi", "Paris"),
         ({"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}]}, "Hi", "Ho"),
     ],
-)  # fmt: skip
-def test_the_forms_of_rows_that_name_no_task(tmp_path: Path, row: dict[str, Any], prompt: str, answer: str) -> None:
-    task = task_of(write(tmp_path / "rows.jsonl", [row]))
+)
+def test_the_forms_of_rows_that_name_no_task(tmp_path, row, prompt, answer):
+    task = task_of(write_rows(tmp_path / "rows.jsonl", row))
     assert (task.name, task.definition, task.train[0].input, task.train[0].outputs) == ("rows", None, prompt, (answer,))
     assert task_of(tmp_path / "rows.jsonl", task="mine").name == "mine"
 
 
-def test_columns_instructions_and_labels_have_the_names_that_are_given(tmp_path: Path) -> None:
-    features = datasets.Features(
-        {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["bad", "good"])}
-    )
+def test_columns_instructions_and_labels_have_the_names_that_are_given(tmp_path):
+    label = datasets.ClassLabel(names=["bad", "good"])
+    features = datasets.Features({"text": datasets.Value("string"), "label": label})
     rows = datasets.Dataset.from_dict({"text": ["Fine", "Dull"], "label": [1, 0]}, features=features)
     datasets.DatasetDict({"train": rows, "validation": rows.select([0])}).save_to_disk(tmp_path / "reviews")
-    columns = {"input": "text", "output": "label"}
-    task = task_of(tmp_path / "reviews", columns=columns, instruction="Judge.")
+    task = task_of(tmp_path / "reviews", columns={"input": "text", "output": "label"}, instruction="Judge.")
     assert (task.name, task.definition) == ("reviews", "Judge.")
     assert [each.outputs for each in (*task.train, *task.validation)] == [("good",), ("bad",), ("good",)]
     assert "found text, label; name the columns with data.columns" in refusal(tmp_path / "reviews")
@@ -141,92 +108,61 @@ def test_columns_instructions_and_labels_have_the_names_that_are_given(tmp_path:
     assert "train: row 1: data.columns: there is no column 'txt'; found: text, label" in refusal(wrong)
 
 
-def test_several_wordings_of_one_task(tmp_path: Path) -> None:
+def test_several_wordings_of_one_task(tmp_path):
     rows = [{"topic": "capitals", "how": f"Wording {i}.", "context": "France", "response": "Paris"} for i in range(2)]
     columns = {"task": "topic", "instruction": "how", "input": "context", "output": "response"}
-    task = task_of(write(tmp_path / "dolly.jsonl", rows), columns=columns)
-    first, second = (build_prompt(task, instance).head for instance in task.train)
-    assert first.startswith("Wording 0.\n\n")
-    assert second.startswith("Wording 1.\n\n")
+    task = task_of(write_rows(tmp_path / "dolly.jsonl", *rows), columns=columns)
+    assert [build_prompt(task, one).head[:12] for one in task.train] == ["Wording 0.\n\n", "Wording 1.\n\n"]
+    write_rows(tmp_path / "dolly.jsonl", rows[0], ["France", "Paris"])
+    assert "line 2: input should be a valid dictionary" in refusal(Source(tmp_path / "dolly.jsonl", columns=columns))
 
 
-@pytest.mark.parametrize(
-    ("row", "message"),
-    [
-        ({"instruction": "a", "inptu": "b", "output": "c"}, "line 1: found 'inptu', did you mean 'input'?"),
-        ({"prompt": "a", "ouput": "b"}, "line 1: found 'ouput', did you mean 'output'?"),
-        ({"prompt": "a", "completion": " "}, "line 1: outputs: must hold at least one answer that is not blank"),
-        ({"messages": CHAT[:2]}, "line 1: messages: no message is the assistant's"),
-        ({"messages": [CHAT[0], CHAT[2]]}, "line 1: messages.1: the assistant's message must follow one of the user"),
-        ({"messages": [{"role": "user"}]}, "line 1: messages.0: must have a role and a content of text"),
-        ({"messages": ["Hi"]}, "line 1: messages.0: must have a role and a content, not 'Hi'"),
-    ],
-)
-def test_a_wrong_row_is_named(tmp_path: Path, row: dict[str, Any], message: str) -> None:
-    assert refusal(write(tmp_path / "rows.jsonl", [row])) == f"{tmp_path / 'rows.jsonl'}: {message}"
-
-
-@pytest.mark.parametrize("name", ["rows.csv", "rows.parquet"])
-def test_a_broken_table_is_one_line(tmp_path: Path, name: str) -> None:
-    (tmp_path / name).write_bytes(b'input,output\n"a,b\x00\xff' * 3)
-    assert refusal(tmp_path / name).startswith(f"{tmp_path / name}: ")
-
-
-def test_all_turns_are_instances_with_prompts_of_their_own(tmp_path: Path) -> None:
-    path = write(tmp_path / "chat.jsonl", [{"messages": CHAT, "id": "x"}])
-    task = task_of(path, turns="all")
+def test_all_turns_are_instances_with_prompts_of_their_own(tmp_path):
+    task = task_of(write_rows(tmp_path / "chat.jsonl", {"messages": CHAT, "id": "x"}), turns="all")
     assert [(each.id, each.input, each.outputs, len(each.history)) for each in task.train] == [
         ("x", "Capital of France?", ("Paris",), 1),
         ("x-1", "And of Peru?", ("Lima",), 3),
     ]
-    tokenizer = make_tokenizer(chat_template=CHATML)
-    ids = encode_example(tokenizer, task, task.train[1])["input_ids"]
-    assert tokenizer.decode(ids) == "".join(
-        f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in CHAT
-    ).rstrip("\n")
-    plain = make_tokenizer(chat_template=None)
-    text = str(plain.decode(encode_prompt(plain, build_prompt(task, task.train[1]), max_source_tokens=500)))
+    tokenizer, plain = make_tokenizer(chat_template=CHATML), make_tokenizer(chat_template=None)
+    text = "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in CHAT)
+    assert tokenizer.decode(encode_example(tokenizer, task, task.train[1])["input_ids"]) == text.rstrip("\n")
+    text = str(plain.decode(encode_prompt(plain, build_prompt(task, task.train[1]), 500)))
     assert text.endswith("user: Capital of France?\n\nassistant: Paris\n\nuser: And of Peru?\n\nassistant: ")
 
 
-def test_a_long_chat_loses_its_oldest_messages_first() -> None:
+def test_a_long_chat_loses_its_oldest_messages_first():
     tokenizer = make_tokenizer(chat_template=CHATML)
     turns = [("user", "first question"), ("assistant", "first answer"), ("user", "second"), ("assistant", "reply")]
     instance = Instance(id="x", input="third", outputs=("end",), history=(("system", "Brief."), *turns))
     task = Task(name="chat", definition=None, train=(instance,))
     seen = set()
     for most in range(8, 120):
-        text = tokenizer.decode(encode_prompt(tokenizer, build_prompt(task, instance), max_source_tokens=most))
+        text = tokenizer.decode(encode_prompt(tokenizer, build_prompt(task, instance), most))
         assert "third" in text
         kept = [content for _, content in turns if f"\n{content}<" in text]
         assert kept == [content for _, content in turns][len(turns) - len(kept) :]
-        assert len(kept) % 2 == 0
         seen.add(len(kept))
     assert seen == {0, 2, 4}
 
 
-def test_a_data_set_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_data_set_of_the_hub(monkeypatch):
     asked: list[Any] = []
-    rows = datasets.Dataset.from_list([{"prompt": "a", "completion": "b"}])
+    rows = datasets.Dataset.from_list([HELLO])
 
     def load_dataset(*names: Any) -> Any:
         asked.append(names)
+        if names[1] is None:
+            raise ConnectionError("no network")
         return datasets.DatasetDict({"train": rows, "test": rows})
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     (task,) = load_tasks("someone/things:small")
     assert (task.name, len(task.train), len(task.test), asked) == ("things", 1, 1, [("someone/things", "small")])
-
-    def unreachable(*names: Any) -> Any:
-        raise ConnectionError("no network")
-
-    monkeypatch.setattr(datasets, "load_dataset", unreachable)
     assert "someone/things: no such file or folder" in refusal(Path("someone/things"))
 
 
-def test_sources_are_mixed_by_their_weights(tmp_path: Path) -> None:
-    pair = {"prompt": "Say hello", "completion": "hello"}
-    a, b = (write(tmp_path / f"{name}.csv", [pair] * count) for name, count in (("a", 30), ("b", 10)))
+def test_sources_are_mixed_by_their_weights(tmp_path):
+    a, b = (write_rows(tmp_path / f"{name}.csv", *[HELLO] * count) for name, count in (("a", 30), ("b", 10)))
     tasks = load_sources([(Source(b), 3.0), (Source(a), 1.0)], weights={"a": 2.0})
     assert [(task.name, task.weight) for task in tasks] == [("a", 2.0), ("b", 3.0)]
     assert quotas(tasks) == {"a": 27, "b": 13}
@@ -238,32 +174,35 @@ def test_sources_are_mixed_by_their_weights(tmp_path: Path) -> None:
 
 
 @given(sizes=st.lists(st.integers(1, 99), min_size=1, max_size=6), temperature=st.floats(1, 50))
-def test_quotas_weigh_sizes_by_the_temperature(sizes: list[int], temperature: float) -> None:
+def test_quotas_weigh_sizes_by_the_temperature(sizes, temperature):
     instances = [tuple(Instance(id=str(i), input="", outputs=("a",)) for i in range(size)) for size in sizes]
     tasks = [Task(name=f"t{i}", definition="", train=train) for i, train in enumerate(instances)]
     assert quotas(tasks) is None
     found = quotas(tasks, temperature=temperature) or dict(zip((t.name for t in tasks), sizes, strict=True))
     powers = [size ** (1 / temperature) for size in sizes]
-    for count, power in zip(found.values(), powers, strict=True):
-        assert count == max(1, round(sum(sizes) * power / sum(powers)))
+    assert list(found.values()) == [max(1, round(sum(sizes) * power / sum(powers))) for power in powers]
 
 
-def test_large_data_is_read_and_encoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_data_is_read_and_encoded_once(tmp_path, monkeypatch):
     monkeypatch.setenv("BADIT_CACHE", str(tmp_path / "cache"))
-    path = write(tmp_path / "rows.jsonl", [{**ROWS[0], "input": f"country {i}"} for i in range(50)])
+    rows = [{**ROWS[i % 2 * 2], "input": f"country {i}"} for i in range(50)]
+    path = write_rows(tmp_path / "rows.jsonl", *rows)
     small = load_tasks(path)
     for module in ("readers", "encoded"):
         monkeypatch.setattr(f"badit.data.{module}._LARGE", 1)
+    monkeypatch.setattr("badit.data.cache.ROWS_AT_A_TIME", 7)
     tokenizer, order = make_tokenizer(chat_template=CHATML), [*reversed(range(50))]
     tasks = load_tasks(path)
     examples = encode_tasks(tokenizer, tasks, {"max_answer_tokens": 5}, order)
     assert tasks == small
     assert [task.fingerprint for task in tasks] == [task.fingerprint for task in small]
-    assert list(examples) == encode_examples(
-        tokenizer, [(tasks[0], tasks[0].train[i]) for i in order], max_answer_tokens=5
-    )
-    assert examples.lengths == [len(each["input_ids"]) for each in examples]
-    assert examples.largest_id == max(max(each["input_ids"]) for each in examples)
+    assert [one.input for one in tasks[1].train[-1:2:-9]] == ["country 49", "country 31", "country 13"]
+    pairs = [(task, instance) for task in small for instance in task.train]
+    expected = encode_examples(tokenizer, [pairs[i] for i in order], max_answer_tokens=5)
+    assert list(examples) == [examples[i] for i in range(50)] == expected
+    assert examples.lengths == [len(each["input_ids"]) for each in expected]
+    assert examples.tasks == [each["task"] for each in expected]
+    assert examples.largest_id == max(max(each["input_ids"]) for each in expected)
 
     def parsed_again(*arguments: Any, **options: Any) -> Any:
         raise AssertionError("it is in the cache")
@@ -272,17 +211,15 @@ def test_large_data_is_read_and_encoded_once(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(encode_tasks.__globals__["encode_examples"], "__code__", parsed_again.__code__)
     assert load_tasks(path) == small
     assert len(encode_tasks(tokenizer, tasks, {"max_answer_tokens": 5}, order)) == 50
-    write(path, [ROWS[0]])
+    write_rows(path, ROWS[0])
     with pytest.raises(AssertionError, match="in the cache"):
         load_tasks(path)
 
 
-def test_the_command_shows_the_mixture_and_the_prompts(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], recipe_values: dict[str, Any]
-) -> None:
+def test_the_command_shows_the_mixture_and_the_prompts(tmp_path, capsys, recipe_values):
     recipe_file = tmp_path / "recipe.yaml"
     recipe_file.write_text(yaml.safe_dump(recipe_values))
-    path = write(tmp_path / "rows.jsonl", [*ROWS, {**ROWS[0], "split": "test"}])
+    path = write_rows(tmp_path / "rows.jsonl", *ROWS, {**ROWS[0], "split": "test"})
     assert main(["tasks", str(path), "data.sampling=balanced"]) == 0
     assert "capitals      2           0     1    50.0%  Name the capital." in capsys.readouterr().out
     assert main(["tasks", str(recipe_file), f"data.source={path}", "--show", "1"]) == 0
@@ -296,14 +233,11 @@ def test_the_command_shows_the_mixture_and_the_prompts(
 @pytest.mark.parametrize(
     ("source", "message"), [("nowhere.csv", "no such file or folder"), ("$UNSET_/x", "UNSET_ is not set")]
 )
-def test_missing_data_is_named_before_anything_heavy_is_imported(
-    tmp_path: Path, recipe_values: dict[str, Any], source: str, message: str
-) -> None:
+def test_missing_data_is_named_before_anything_heavy_is_imported(tmp_path, recipe_values, source, message):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(recipe_values | {"data": {"source": source}}))
-    code = "import sys; from badit.cli import main; code = main(sys.argv[1:]); print(code, 'torch' in sys.modules)"
-    done = subprocess.run(
-        [sys.executable, "-c", code, "train", str(recipe)], capture_output=True, text=True, check=True
-    )
-    assert done.stdout == "2 False\n"
+    code = "import sys; from badit.cli import main; code = main(sys.argv[1:]); heavy = {'torch', 'transformers'}"
+    command = [sys.executable, "-c", f"{code}; print(code, heavy & {{*sys.modules}})", "train", str(recipe)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout == "2 set()\n"
     assert message in done.stderr

@@ -9,71 +9,48 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from badit.data import (
-    Instance,
-    answer_rows,
-    build_prompt,
-    encode_answer,
-    encode_example,
-    encode_prompt,
-    end_of_turn_id,
-    own_input,
-    prompt_text,
-)
+from badit.data import Instance, answer_rows, build_prompt, encode_example, own_input, prompt_text
+from badit.data.prompts import end_of_turn_id
 from badit.errors import BaditError
-from data.examples import BRACKETS, CHATML, UNMARKED, make_task, make_tokenizer
+from data.examples import BRACKETS, CHATML, UNMARKED, encode_prompt, make_task, make_tokenizer
 
 TASK = make_task()
 FRANCE = Instance(id="x", input="France", outputs=("Paris", "City of Paris"))
+PROMPT = build_prompt(TASK, FRANCE)
+TEXT = "Answer with the capital of the country.\n\nNow complete the following example -\nInput: France\nOutput: "
 PLAIN, CHAT, BRACKETED = (make_tokenizer(chat_template=template) for template in (None, CHATML, BRACKETS))
 ALL = pytest.mark.parametrize("tokenizer", [PLAIN, CHAT, BRACKETED], ids=["plain", "chatml", "brackets"])
 
 
 def test_the_text_without_and_with_demonstrations():
-    text = "Answer with the capital of the country.\n\nNow complete the following example -\nInput: France\nOutput: "
-    assert prompt_text(TASK, FRANCE) == text
-    assert own_input(text) == "France"
-    assert prompt_text(TASK, FRANCE, "def+pos2") == (
-        "Answer with the capital of the country.\n\n"
-        " Positive Example 1 -\nInput: Italy\n Output: Rome\n\n"
-        " Positive Example 2 -\nInput: Peru\n Output: Lima\n\n"
-        "Now complete the following example -\nInput: France\nOutput: "
-    )
-    assert prompt_text(TASK, FRANCE, "def+pos9") == prompt_text(TASK, FRANCE, "def+pos2"), "all that there are"
-    assert "Peru" not in prompt_text(TASK, FRANCE, "def+pos1")
-
-
-def test_an_unknown_encoding_is_refused_and_the_nearest_named():
+    definition, question = TEXT.split("\n\n")
+    one = " Positive Example 1 -\nInput: Italy\n Output: Rome\n\n"
+    two = f"{one} Positive Example 2 -\nInput: Peru\n Output: Lima\n\n"  # which are all that there are
+    for encoding, shots in {"def": "", "def+pos1": one, "def+pos2": two, "def+pos9": two}.items():
+        assert prompt_text(TASK, FRANCE, encoding) == f"{definition}\n\n{shots}{question}"  # pyright: ignore
+    assert own_input(TEXT) == "France"
     with pytest.raises(BaditError, match=r"encoding: unknown 'def-pos2' \(did you mean 'def\+pos2'"):
         prompt_text(TASK, FRANCE, "def-pos2")  # pyright: ignore[reportArgumentType]
 
 
 def test_the_prompt_is_bos_and_the_text_or_the_users_turn_and_the_assistants_header():
-    ids, chat = (encode_prompt(each, build_prompt(TASK, FRANCE), max_source_tokens=100) for each in (PLAIN, CHAT))
-    text = prompt_text(TASK, FRANCE)
-    assert PLAIN.decode(ids) == "<s>" + text
-    assert CHAT.decode(chat) == f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"
-    own = encode_prompt(PLAIN, "<s>France", max_source_tokens=100)
+    assert PLAIN.decode(encode_prompt(PLAIN, PROMPT)) == f"<s>{TEXT}"
+    assert CHAT.decode(encode_prompt(CHAT, PROMPT)) == (f"<|im_start|>user\n{TEXT}<|im_end|>\n<|im_start|>assistant\n")
+    own = encode_prompt(PLAIN, "<s>France")
     assert own.count(PLAIN.bos_token_id) == 1, "a text that starts with BOS gets no other"
+    assert encode_prompt(CHAT, PROMPT, chat_template="never") == encode_prompt(PLAIN, PROMPT)
+    assert encode_prompt(CHAT, PROMPT, chat_template="always") == encode_prompt(CHAT, PROMPT)
+    with pytest.raises(BaditError, match="has none"):
+        encode_prompt(PLAIN, PROMPT, chat_template="always")
 
 
 @pytest.mark.parametrize("adds", ["$A", "<s> $A", "<s> $A </s>"])
 @pytest.mark.parametrize("template", [None, BRACKETS])
 def test_never_two_bos_and_never_eos_after_the_prompt(adds, template):
     tokenizer = make_tokenizer(adds=adds, chat_template=template)
-    ids = encode_prompt(tokenizer, build_prompt(TASK, FRANCE), max_source_tokens=100)
+    ids = encode_prompt(tokenizer, PROMPT)
     assert ids.count(tokenizer.bos_token_id) == (1 if template or adds != "$A" else 0)
     assert tokenizer.eos_token_id not in ids
-
-
-def test_never_ignores_the_template_and_always_needs_one():
-    def encoded(tokenizer: Any, **options: Any) -> list[int]:
-        return encode_prompt(tokenizer, build_prompt(TASK, FRANCE), max_source_tokens=99, **options)
-
-    assert encoded(CHAT, chat_template="never") == encoded(PLAIN)
-    assert encoded(CHAT, chat_template="always") == encoded(CHAT)
-    with pytest.raises(BaditError, match="has none"):
-        encoded(PLAIN, chat_template="always")
 
 
 @ALL
@@ -81,22 +58,20 @@ def test_never_ignores_the_template_and_always_needs_one():
 @given(text=st.text(max_size=300), limit=st.integers(40, 120))
 def test_truncation_keeps_the_definition_and_the_end(tokenizer, text, limit):
     instance = Instance(id="x", input=text, outputs=("Paris",))
-    ids = encode_prompt(tokenizer, build_prompt(TASK, instance), max_source_tokens=limit)
+    ids = encode_prompt(tokenizer, build_prompt(TASK, instance), limit)
     decoded = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
     assert f"{TASK.definition}\n\nNow complete the following example -\nInput: " in decoded
     assert "\nOutput: " in decoded
-    frame = len(encode_prompt(tokenizer, "", max_source_tokens=1))
-    assert len(ids) <= limit + frame
+    assert len(ids) <= limit + len(encode_prompt(tokenizer, ""))
 
 
 @ALL
 def test_a_long_input_uses_the_room_it_has_and_a_long_definition_gives_way_too(tokenizer):
     instance = Instance(id="x", input="France and Italy " * 500, outputs=("Paris",))
-    frame = len(encode_prompt(tokenizer, "", max_source_tokens=1))
-    assert 95 <= len(encode_prompt(tokenizer, build_prompt(TASK, instance), max_source_tokens=100)) - frame <= 100
-
-    task = make_task().model_copy(update={"definition": "Name the capital. " * 200})
-    text = tokenizer.decode(encode_prompt(tokenizer, build_prompt(task, FRANCE), max_source_tokens=30))
+    frame = len(encode_prompt(tokenizer, ""))
+    assert 95 <= len(encode_prompt(tokenizer, build_prompt(TASK, instance))) - frame <= 100
+    task = TASK.model_copy(update={"definition": "Name the capital. " * 200})
+    text = tokenizer.decode(encode_prompt(tokenizer, build_prompt(task, FRANCE), 30))
     assert "Name the capital. Name" in text
     assert "\nOutput: " in text
     assert "France" not in text
@@ -104,12 +79,12 @@ def test_a_long_input_uses_the_room_it_has_and_a_long_definition_gives_way_too(t
 
 def test_a_plain_string_is_cut_at_its_end_without_a_warning_and_no_room_for_the_end_is_refused(caplog):
     with caplog.at_level(logging.WARNING):
-        ids = encode_prompt(tokenizer := make_tokenizer(), "France " * 500, max_source_tokens=10)
+        ids = encode_prompt(tokenizer := make_tokenizer(), "France " * 500, 10)
     assert len(ids) <= 11
     assert tokenizer.decode(ids).startswith("<s>France ")
     assert not caplog.records
     with pytest.raises(BaditError, match="max_source_tokens: 1 has no room"):
-        encode_prompt(PLAIN, build_prompt(TASK, FRANCE), max_source_tokens=1)
+        encode_prompt(PLAIN, PROMPT, 1)
 
 
 @pytest.mark.parametrize(
@@ -126,27 +101,20 @@ def test_the_end_of_turn_is_what_the_template_writes(template, end):
 
 
 @ALL
-def test_an_answer_is_cut_and_then_ended(tokenizer):
-    whole = encode_answer(tokenizer, "Paris and Rome", max_answer_tokens=50)
-    cut = encode_answer(tokenizer, "Paris and Rome", max_answer_tokens=3)
-    assert tokenizer.decode(whole[:-1]) == "Paris and Rome"
-    assert cut == [*whole[:3], end_of_turn_id(tokenizer)]
-
-
-@ALL
 @settings(max_examples=30, deadline=None)
 @given(text=st.text(max_size=200), answer=st.text(max_size=60))
-def test_an_example_is_the_evaluations_prompt_and_then_the_whole_answer(tokenizer, text, answer):
+def test_an_example_is_the_evaluations_prompt_and_then_the_answer_cut_and_ended(tokenizer, text, answer):
     before = (tokenizer.special_tokens_map, tokenizer.chat_template, len(tokenizer), tokenizer.pad_token)
     instance = Instance(id="x", input=text, outputs=(answer, "another"))
     lengths: Any = {"max_source_tokens": 60, "max_answer_tokens": 20}
     trained = encode_example(tokenizer, TASK, instance, **lengths)
     asked = encode_example(tokenizer, TASK, instance, **lengths, with_answer=False)
     n = trained["prompt_length"]
-    assert asked["input_ids"] == trained["input_ids"][:n]
+    assert asked["input_ids"] == trained["input_ids"][:n] == encode_prompt(tokenizer, build_prompt(TASK, instance), 60)
     assert asked["labels"] == [-100] * n
     assert trained["labels"] == [-100] * n + trained["input_ids"][n:]
-    assert trained["input_ids"][n:] == encode_answer(tokenizer, answer, max_answer_tokens=20)
+    whole = tokenizer(answer, add_special_tokens=False)["input_ids"]
+    assert trained["input_ids"][n:] == [*whole[:20], end_of_turn_id(tokenizer)]
     assert trained["task"] == "capitals"
     assert (tokenizer.special_tokens_map, tokenizer.chat_template, len(tokenizer), tokenizer.pad_token) == before
 
@@ -163,12 +131,7 @@ def test_each_answer_of_a_chat_has_all_that_came_before_it():
         {"prompt": [SYSTEM, USER, ANSWER, USER], "completion": [LATER]},
     ]
     assert answer_rows([USER]) == answer_rows([]) == []
-
-
-@pytest.mark.parametrize(
-    ("messages", "problem"),
-    [([ANSWER, USER], "the assistant speaks first"), ([USER, {"content": "Rome."}], "message 1 must have a role")],
-)
-def test_what_is_no_chat_is_refused(messages, problem):
-    with pytest.raises(BaditError, match=problem):
-        answer_rows(messages)
+    with pytest.raises(BaditError, match="the assistant speaks first"):
+        answer_rows([ANSWER, USER])
+    with pytest.raises(BaditError, match="message 1 must have a role"):
+        answer_rows([USER, {"content": "Rome."}])

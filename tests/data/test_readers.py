@@ -1,11 +1,9 @@
-"""The layouts of task data; whatever is in a file, reading it gives tasks or one line that names the file."""
+"""The layouts of task data, and what is wrong in a file: reading it gives tasks or one line that names the file."""
 
 from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ import pytest
 
 from badit.data import Instance, Task, builtin_tasks, load_tasks
 from badit.errors import BaditError
+from data.examples import CHAT, refusal, write_rows
 
 SUPERNI = os.environ.get("BADIT_SUPERNI")
 # Training and test instances per task of the published release.
@@ -35,6 +34,7 @@ OFFICIAL = {
         {"input": "a", "output": [""]},
     ],
 }
+ITEM = {"id": "x", "input": "a", "output": "b"}
 LINE = {"task": "capitals", "instruction": "Name the capital.", "input": "France", "output": "Paris"}
 
 
@@ -42,12 +42,6 @@ def write_task(file: Path, instances: int, prefix: str = "x") -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     items = [{"id": f"{prefix}{i}", "input": f"{prefix} {i}", "output": [f"answer {i}"]} for i in range(instances)]
     file.write_text(json.dumps({"Definition": ["Do it."], "Positive Examples": [], "Instances": items}))
-
-
-def write_lines(file: Path, *records: Any, end: str = "\n") -> Path:
-    lines = [json.dumps(record, ensure_ascii=False) for record in records]
-    file.write_text(end.join(lines), encoding="utf-8", newline="")
-    return file
 
 
 def write_lists(folder: Path, train: str, test: str) -> None:
@@ -60,19 +54,11 @@ def sizes(tasks: list[Task]) -> dict[str, tuple[int, int, int]]:
     return {task.name: (len(task.train), len(task.validation), len(task.test)) for task in tasks}
 
 
-def refusal(source: Path, **options: Any) -> str:
-    with pytest.raises(BaditError) as caught:
-        load_tasks(source, **options)
-    assert len(str(caught.value).splitlines()) == 1
-    return str(caught.value)
-
-
 @pytest.fixture
 def sapt(tmp_path: Path) -> Path:
     for name in ("task363_sst2", "task002_quoref", "plain"):
-        write_task(tmp_path / name / "train.json", 3, "train")
-        write_task(tmp_path / name / "dev.json", 2, "test")
-        write_task(tmp_path / name / "test.json", 2, "test")
+        for split, count in {"train": 3, "dev": 2, "test": 2}.items():
+            write_task(tmp_path / name / f"{split}.json", count, split)
     return tmp_path
 
 
@@ -117,19 +103,15 @@ def test_wrong_selections_are_refused(sapt, wanted, message):
     assert message in refusal(sapt, tasks=wanted)
 
 
-@pytest.mark.parametrize("source", [".", "tasks"])
-def test_the_official_lists_decide(official, source):
-    write_lists(official / "splits" / "default", "task1_a\nmissing\n", "task2_b\n\n")
-    write_lists(official / "splits" / "xlingual", "task3_c\n", "")
-    assert sizes(load_tasks(official / source)) == {"task1_a": (130, 0, 0), "task2_b": (0, 0, 100)}
-
-
-def test_a_single_list_needs_no_special_name_and_a_task_has_one_list_only(official):
+def test_the_official_lists_decide_and_a_single_one_needs_no_special_name(official):
     write_lists(official / "splits" / "mine", "task3_c", "task2_b")
     assert sizes(load_tasks(official)) == {"task2_b": (0, 0, 100), "task3_c": (130, 0, 0)}
     write_lists(official / "splits" / "more", "", "")
     assert "2 split lists and no 'default'" in refusal(official)
-    write_lists(official / "splits" / "default", "task1_a", "task1_a")
+    write_lists(official / "splits" / "default", "task1_a\nmissing\n", "task2_b\n\n")
+    for source in (official, official / "tasks"):
+        assert sizes(load_tasks(source)) == {"task1_a": (130, 0, 0), "task2_b": (0, 0, 100)}
+    (official / "splits" / "default" / "test_tasks.txt").write_text("task1_a")
     assert "'task1_a' is in both" in refusal(official)
 
 
@@ -165,19 +147,17 @@ def test_an_official_record(tmp_path):
     assert (task.name, task.definition) == ("capitals", "Name the capital.")
     assert (task.categories, task.domains, task.abilities) == (("Question Answering",), ("Geography",), ())
     assert task.demonstrations[0].explanation == "Since 1871."
-    assert task.test[0] == Instance(id="x1", input="France", outputs=("Paris",))
-    assert task.test[1] == Instance(id="capitals-1", input="Peru", outputs=("Lima",))
-    assert task.test[2].outputs == ("",)
-
-
-ITEM = {"id": "x", "input": "a", "output": "b"}
+    assert task.test == (
+        Instance(id="x1", input="France", outputs=("Paris",)),
+        Instance(id="capitals-1", input="Peru", outputs=("Lima",)),
+        Instance(id="capitals-2", input="a", outputs=("",)),
+    )
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"Instances": []}, "Instances: list should have at least 1 item"),
-        ({"Instances": ["France"]}, "Instances.0: input should be"),
         ({"Instances": [ITEM, {"id": "y", "output": "b"}]}, "Instances.1.input: field required"),
         ({"Instances": [{**ITEM, "output": []}]}, "Instances.0.output: value should have at least 1 item"),
         ({"Instances": [{**ITEM, "output": ["b", 3]}]}, "Instances.0.output.1: input should be a valid string"),
@@ -194,7 +174,9 @@ def test_what_is_wrong_in_an_official_file_is_named(tmp_path, changes, message):
 def test_a_file_of_two_tasks(tmp_path):
     bare = {"task": "advice", "instruction": "Give advice.", "outputs": ["Rest.", ""], "split": "validation"}
     third = {**LINE, "id": "x", "input": "Peru\u2028!", "split": "test"}
-    file = write_lines(tmp_path / "all.jsonl", LINE, bare, third, end="\r\n\r\n")
+    file = tmp_path / "all.jsonl"
+    lines = [json.dumps(record, ensure_ascii=False) for record in (LINE, bare, third)]
+    file.write_text("\r\n\r\n".join(lines), encoding="utf-8", newline="")
     advice, capitals = load_tasks(file)
     assert (advice.name, advice.definition) == ("advice", "Give advice.")
     assert advice.validation[0] == Instance(id="advice-0", input="", outputs=("Rest.", ""))
@@ -204,42 +186,47 @@ def test_a_file_of_two_tasks(tmp_path):
 
 
 def test_a_folder_whose_files_are_the_splits(tmp_path):
-    write_lines(tmp_path / "train.jsonl", LINE, LINE)
-    write_lines(tmp_path / "test.jsonl", {**LINE, "split": "test"})
+    write_rows(tmp_path / "train.jsonl", LINE, LINE)
+    write_rows(tmp_path / "test.jsonl", {**LINE, "split": "test"})
     (task,) = load_tasks(tmp_path)
     assert [i.id for i in (*task.train, *task.test)] == ["capitals-0", "capitals-1", "capitals-2"]
-    write_lines(tmp_path / "train.jsonl", {**LINE, "split": "test"})
+    write_rows(tmp_path / "train.jsonl", {**LINE, "split": "test"})
     assert "train.jsonl: line 1: split: the file's name says 'train'" in refusal(tmp_path)
 
 
+SAME = {**LINE, "id": "same"}
+
+
 @pytest.mark.parametrize(
-    ("record", "message"),
+    ("rows", "message"),
     [
-        ({**LINE, "output": ""}, "line 2: output: must hold at least one answer that is not blank"),
-        ({"task": "a", "instruction": "b"}, "line 2: output: field required"),
-        ({**LINE, "inptu": "x"}, "line 2: inptu: extra inputs are not permitted"),
-        ({**LINE, "split": "dev"}, "line 2: split: input should be 'train', 'validation' or 'test'"),
-        ({**LINE, "instruction": "Other."}, "line 2: instruction: task 'capitals' has another one above"),
-        ({**LINE, "task": "../escape"}, "line 2: task: '../escape' cannot be a file name"),
-        (["France", "Paris"], "line 2: input should be a valid dictionary"),
-        ({**LINE, "id": "same"}, "task 'capitals': train: two instances have the id 'same'"),
+        ([{**LINE, "output": ""}], "line 1: output: must hold at least one answer that is not blank"),
+        ([{"task": "a", "instruction": "b"}], "line 1: output: field required"),
+        (
+            [{"task": "a", "instruction": "b", "ouput": "d"}],
+            "line 1: output: field required (found 'ouput', did you mean",
+        ),
+        ([{**LINE, "inptu": "x"}], "line 1: inptu: extra inputs are not permitted"),
+        ([{**LINE, "split": "dev"}], "line 1: split: input should be 'train', 'validation' or 'test'"),
+        ([LINE, {**LINE, "instruction": "Other."}], "line 2: instruction: task 'capitals' has another one above"),
+        ([{**LINE, "task": "../escape"}], "line 1: task: '../escape' cannot be a file name"),
+        ([LINE, ["France", "Paris"]], "line 2: input should be a valid dictionary"),
+        ([SAME, SAME], "task 'capitals': train: two instances have the id 'same'"),
+        ([{"instruction": "a", "inptu": "b", "output": "c"}], "line 1: found 'inptu', did you mean 'input'?"),
+        ([{"prompt": "a", "ouput": "b"}], "line 1: found 'ouput', did you mean 'output'?"),
+        ([{"prompt": "a", "completion": " "}], "line 1: outputs: must hold at least one answer that is not blank"),
+        ([{"messages": CHAT[:2]}], "line 1: messages: no message is the assistant's"),
+        ([{"messages": [CHAT[0], CHAT[2]]}], "line 1: messages.1: the assistant's message must follow one of the user"),
+        ([{"messages": [{"role": "user"}]}], "line 1: messages.0: must have a role and a content of text"),
+        ([{"messages": ["Hi"]}], "line 1: messages.0: must have a role and a content, not 'Hi'"),
     ],
 )
-def test_a_broken_line_is_named(tmp_path, record, message):
-    file = write_lines(tmp_path / "all.jsonl", {**LINE, "id": "same"}, record)
+def test_a_wrong_row_is_named(tmp_path, rows: list[Any], message):
+    file = write_rows(tmp_path / "rows.jsonl", *rows)
     assert refusal(file).startswith(f"{file}: {message}")
 
 
-def test_importing_the_package_is_cheap():
-    code = (
-        "import sys, badit.data as d; print([m for m in ('torch', 'transformers') if m in sys.modules], d.load_tasks)"
-    )
-    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert printed.startswith("[] ")
-
-
-def test_a_misspelt_key_is_named_with_the_one_that_was_meant(tmp_path):
-    path = tmp_path / "tasks.jsonl"
-    path.write_text('{"task": "a", "instruction": "b", "input": "c", "ouput": "d"}\n')
-    with pytest.raises(BaditError, match=r"line 1: output: field required \(found 'ouput', did you mean 'output'\?\)"):
-        load_tasks(path)
+@pytest.mark.parametrize("name", ["rows.csv", "rows.parquet"])
+def test_a_broken_table_is_one_line(tmp_path, name):
+    (tmp_path / name).write_bytes(b'input,output\n"a,b\x00\xff' * 3)
+    assert refusal(tmp_path / name).startswith(f"{tmp_path / name}: ")

@@ -24,6 +24,7 @@ PUBLISHED = {
     "seeded-3": [1572, 591, 511, 1729, 2, 1290, 73, 748, 363, 1687, 875, 181, 1510, 1590, 639],
     "seeded-4": [748, 181, 363, 1729, 1687, 2, 1290, 591, 1510, 1590, 73, 639, 511, 875, 1572],
 }
+CITIES = ["cities", "rivers"]
 SUPERNI = [f"task{number:03}_of_superni" for number in PUBLISHED["sapt-1"]]
 
 
@@ -42,7 +43,7 @@ def numbers(names: Sequence[str]) -> list[int]:
 @pytest.mark.parametrize(
     "name", ["", " ", ".hidden", "a/b", "a\\b", "a\nb", "a\x7fb", "a\u2028b", "x" * 121, "語" * 81]
 )
-def test_names_that_cannot_be_file_names_are_refused(name: str) -> None:
+def test_names_that_cannot_be_file_names_are_refused(name):
     with pytest.raises(ValidationError, match="file name"):
         Task(name=name, definition="d")
     for fine in ("x" * 120, "語" * 80, "task 1 (new)", "a..b"):
@@ -50,18 +51,14 @@ def test_names_that_cannot_be_file_names_are_refused(name: str) -> None:
 
 
 @given(SIZES, st.integers(0, 20), st.integers(0, 3))
-def test_holding_out_moves_at_most_a_quarter(sizes, per_task, seed):
-    for before, after in zip(tasks := make_tasks(sizes), hold_out(tasks, per_task, seed), strict=True):
+def test_holding_out_moves_at_most_a_quarter_and_no_draw_depends_on_other_tasks(sizes, per_task, seed):
+    tasks = make_tasks(sizes)
+    for before, after in zip(tasks, hold_out(tasks, per_task, seed), strict=True):
         assert len(after.validation) == min(per_task, len(before.train) // 4)
         assert sorted(i.id for i in after.train + after.validation) == sorted(i.id for i in before.train)
         assert after.test == before.test
         order = list(before.train)
         assert [order.index(i) for i in after.train] == sorted(order.index(i) for i in after.train)
-
-
-@given(SIZES, st.integers(0, 3))
-def test_a_tasks_draws_do_not_depend_on_the_others(sizes, seed):
-    tasks = make_tasks(sizes)
     for choose in (lambda some: hold_out(some, 3, seed), lambda some: limit(some, 4, 2, seed)):
         assert choose(tasks[::-1]) == [choose([task])[0] for task in tasks[::-1]]
 
@@ -91,43 +88,36 @@ def test_the_mixture_has_every_instance_once_shuffled_by_the_seed(sizes, seed):
     order = mixture(tasks, seed)
     assert sorted(order) == list(range(sum(sizes)))
     assert order == mixture(tasks, seed)
-    if min(sizes, default=0) > 9:
-        assert order != mixture(tasks, seed + 1)
+    assert order != mixture(tasks, seed + 1) or sum(sizes) < 10
 
 
-@given(names=st.permutations(SUPERNI), order=st.sampled_from(list(PUBLISHED)))
-def test_the_published_orders_whatever_the_order_of_loading(names: list[str], order: str) -> None:
-    assert numbers(order_of(names, order)) == PUBLISHED[order]
+@given(names=st.permutations(SUPERNI), count=st.integers(1, 15), order=st.sampled_from(list(PUBLISHED)))
+def test_the_published_orders_whatever_the_order_of_loading(names, count, order):
+    loaded = names[:count] if order.startswith("sapt") else names
+    assert numbers(order_of(loaded, order)) == [number for number in PUBLISHED[order] if number in numbers(loaded)]
 
 
-@pytest.mark.parametrize("order", ["sapt-1", "sapt-2"])
-@given(kept=st.sets(st.sampled_from(SUPERNI), min_size=1))
-def test_a_subset_keeps_sapts_order(order: str, kept: set[str]) -> None:
-    expected = [number for number in PUBLISHED[order] if number in set(numbers(sorted(kept)))]
-    assert numbers(order_of(sorted(kept), order)) == expected
-
-
-def test_a_list_of_names_or_numbers_gives_the_order_itself() -> None:
+def test_a_list_of_names_or_numbers_gives_the_order_itself():
     assert order_of(["a", "b", "c"], ["c", "a", "b"]) == ["c", "a", "b"]
     names = [name for name in SUPERNI if name.startswith(("task002", "task363", "task591"))]
     assert numbers(order_of(names, ["591", "task002", "363"])) == [591, 2, 363]
 
 
 @pytest.mark.parametrize(
-    ("order", "message"),
+    ("names", "order", "message"),
     [
-        ("sapt-3", r"data\.order: unknown order 'sapt-3' \(did you mean 'sapt-2'\?\); known: sapt-1, sapt-2, seeded-N"),
-        ("seeded--1", "unknown order 'seeded--1'"),
-        ("sapt-1", r"has no place for task cities; add it, or leave it out of data\.tasks"),
-        (["cities"], "has no place for task rivers"),
-        (["cities", "rivers", "cities"], r"data\.order: 'cities' is named twice; name it once"),
+        (
+            CITIES,
+            "sapt-3",
+            r"data\.order: unknown order 'sapt-3' \(did you mean 'sapt-2'\?\); known: sapt-1, sapt-2, s",
+        ),
+        (CITIES, "seeded--1", "unknown order 'seeded--1'"),
+        (CITIES, "sapt-1", r"has no place for task cities; add it, or leave it out of data\.tasks"),
+        (CITIES, ["cities"], "has no place for task rivers"),
+        (CITIES, ["cities", "rivers", "cities"], r"data\.order: 'cities' is named twice; name it once"),
+        (["task363_one", "task363_other"], "sapt-1", "no place for task task363_"),
     ],
 )
-def test_an_order_without_a_place_for_every_task_is_refused(order: str | list[str], message: str) -> None:
+def test_an_order_without_a_place_for_every_task_is_refused(names, order, message):
     with pytest.raises(BaditError, match=message):
-        order_of(["cities", "rivers"], order)
-
-
-def test_two_tasks_of_one_number_have_no_place_in_sapts_orders() -> None:
-    with pytest.raises(BaditError, match="no place for task task363_"):
-        order_of(["task363_one", "task363_other"], "sapt-1")
+        order_of(names, order)

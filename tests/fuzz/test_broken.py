@@ -199,7 +199,7 @@ def try_all(name: str) -> bool:
 
 
 @pytest.mark.parametrize(("name", "file"), BROKEN)
-def test_broken_files(valid: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, file: str) -> None:
+def test_broken_files(valid, tmp_path, monkeypatch, name, file):
     subject, folder = SUBJECTS[name], tmp_path / "case"
     valid(name, folder)
     content = (folder / file).read_bytes()
@@ -254,9 +254,7 @@ def damaged_tensors(draw: st.DrawFn, content: bytes) -> bytes:
 
 
 @pytest.mark.parametrize(("name", "file"), BROKEN)
-def test_something_else_in_a_files_place(
-    valid: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, file: str
-) -> None:
+def test_something_else_in_a_files_place(valid, tmp_path, monkeypatch, name, file):
     folder = tmp_path / "case"
     valid(name, folder)
     monkeypatch.chdir(folder)
@@ -273,7 +271,7 @@ NAMES = ["two\nlines", "\x1b[2J", "é" * 110, "$HOME", "-", "CON", " ", ".hidden
 
 
 @pytest.mark.parametrize("name", [*NAMES, "x" * 300, "..", "../x", "/x", "a/b", "a\\b", "", "\0"])
-def test_names_that_are_no_tasks(tmp_path: Path, name: str) -> None:
+def test_names_that_are_no_tasks(tmp_path, name):
     (tmp_path / "tasks.jsonl").write_bytes(as_lines([{**line, "task": name} for line in LINES]))
     ends_well("tasks", str(tmp_path / "tasks.jsonl"))
     if name in NAMES:
@@ -283,7 +281,7 @@ def test_names_that_are_no_tasks(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("filler", ["x", "\n", "[", "0", '"'])
-def test_ten_megabytes(tmp_path: Path, filler: str) -> None:
+def test_ten_megabytes(tmp_path, filler):
     for name, content in (("task.json", OFFICIAL), ("tasks.jsonl", as_lines(LINES))):
         (tmp_path / name).write_bytes(content + filler.encode() * 10_000_000)
         ends_well("tasks", str(tmp_path / name if name == "tasks.jsonl" else tmp_path))
@@ -295,9 +293,7 @@ FIELDS = [
 
 
 @pytest.mark.parametrize("field", FIELDS)
-def test_every_field_with_every_nasty_value(
-    valid: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, field: str
-) -> None:
+def test_every_field_with_every_nasty_value(valid, tmp_path, monkeypatch, field):
     valid("recipe badit", tmp_path / "case")
     monkeypatch.chdir(tmp_path / "case")
     for value in NASTY_VALUES[:: 1 if STRESS > 1 else 5]:
@@ -341,7 +337,7 @@ def doubled(first: str, each: str) -> str:
     ],
     ids=lambda text: text[:30],
 )
-def test_yaml_that_does_more_than_hold_values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+def test_yaml_that_does_more_than_hold_values(tmp_path, monkeypatch, text):
     write(TASKS, tmp_path, tmp_path)
     monkeypatch.chdir(tmp_path)
     source = "" if text[0] in "[#-\ufeff" else "data: {source: tasks.jsonl}\n"

@@ -11,7 +11,6 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
@@ -85,12 +84,8 @@ def whole(material: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
 def words(command: str, folder: Path, run: Path, output: Path) -> list[str]:
     verb, *more = command.split()
     if verb == "train":
-        return [
-            "train",
-            str(folder / "recipe.yaml"),
-            f"output={output}",
-            *(["data.order=[rivers,cities]"] * bool(more)),
-        ]
+        order = ["data.order=[rivers,cities]"] if more else []
+        return ["train", str(folder / "recipe.yaml"), f"output={output}", *order]
     if verb == "report":
         return ["report", str(run), f"--output={output / 'page.html'}"]
     if verb == "export":
@@ -108,9 +103,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize(("command", "room"), [(command, room) for command, rooms in CASES.items() for room in rooms])
-def test_a_disk_that_cannot_be_written(
-    command: str, room: int | None, whole: dict[str, Path], disk: Disk, capsys: Any
-) -> None:
+def test_a_disk_that_cannot_be_written(command, room, whole, disk, capsys):
     folder, place = whole["train"].parent, disk.folder / "out"
     arguments = words(command, folder, whole["train"], place)
     with disk.with_room(room) as problem:

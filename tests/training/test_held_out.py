@@ -5,7 +5,6 @@ from statistics import fmean
 import pytest
 from safetensors.torch import load_file
 
-from badit.errors import BaditError
 from badit.evaluate import answer_token_losses, load_run
 from badit.recipe import build_recipe
 from badit.train import encoded, fit, make_plan
@@ -76,21 +75,3 @@ def test_a_training_that_had_ended_takes_no_further_step(recipe):
         assert_same(learned(whole), learned(run))
         assert run.metrics_path.read_text() == whole.metrics_path.read_text()
         assert run.environment["training"]["steps"] == whole.environment["training"]["steps"]
-
-
-@pytest.mark.parametrize(
-    ("training", "message"),
-    [
-        ({"early_stopping_patience": 2}, "early_stopping_patience needs load_best_model_at_end"),
-        ({"load_best_model_at_end": True}, "load_best_model_at_end"),
-        ({**HELD_OUT, "load_best_model_at_end": True, "save_steps": 5}, "round multiple"),
-    ],
-)
-def test_what_does_not_go_together_is_refused(recipe, training, message):
-    with pytest.raises(BaditError, match=message):
-        fit(recipe("bad", **training), progress=False)
-
-
-def test_held_out_instances_are_needed(recipe_values):
-    with pytest.raises(BaditError, match=r"eval_strategy: task cities has no validation instances; set data\.valid"):
-        make_plan(build_recipe({**recipe_values, "training": {"eval_strategy": "epoch"}}))

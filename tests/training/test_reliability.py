@@ -7,10 +7,8 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -28,21 +26,23 @@ from badit.train import refuse_beyond_model
 from badit.trainer import AnswerTrainer
 from fuzz.command import STRESS
 
-Values = dict[str, Any]
-
 HOLD = "import sys; from pathlib import Path; from badit.files import exclusive\nwith exclusive(Path(sys.argv[1])):\n"
 
 
 @pytest.fixture
-def recipe_file(recipe_values: Values, tmp_path: Path) -> Path:
+def recipe_file(recipe_values, tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe_values | {"training": {"max_steps": 2}}))
     return path
 
 
-def test_a_run_in_use_is_refused_and_free_once_its_process_is_killed(
-    recipe_file: Path, recipe_values: Values, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.fixture
+def run(recipe_file, recipe_values):
+    assert main(["train", str(recipe_file)]) == 0
+    return Run(recipe_values["output"])
+
+
+def test_a_run_in_use_is_refused_and_free_once_its_process_is_killed(recipe_file, recipe_values, capsys):
     output = recipe_values["output"]
     assert main(["train", str(recipe_file)]) == 0
     held = [sys.executable, "-c", HOLD + "    print('held', flush=True); sys.stdin.read()", output]
@@ -62,9 +62,7 @@ def test_a_run_in_use_is_refused_and_free_once_its_process_is_killed(
 
 
 @pytest.mark.parametrize("attempt", range(STRESS))
-def test_of_two_processes_that_train_into_one_folder_one_is_refused(
-    attempt: int, recipe_file: Path, recipe_values: Values, tmp_path: Path
-) -> None:
+def test_of_two_processes_that_train_into_one_folder_one_is_refused(attempt, recipe_file, recipe_values, tmp_path):
     command = [sys.executable, "-m", "badit", "train", str(recipe_file)]
     pair = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(2)]
     said = [process.communicate()[1] for process in pair]
@@ -77,7 +75,7 @@ def test_of_two_processes_that_train_into_one_folder_one_is_refused(
     assert (shared.adapter_path / weights).read_bytes() == (alone.adapter_path / weights).read_bytes()
 
 
-def test_a_refused_folder_is_left_as_it_was(recipe_file: Path, recipe_values: Values) -> None:
+def test_a_refused_folder_is_left_as_it_was(recipe_file, recipe_values):
     output = Path(recipe_values["output"])
     output.mkdir()
     (output / "notes.txt").touch()
@@ -87,7 +85,7 @@ def test_a_refused_folder_is_left_as_it_was(recipe_file: Path, recipe_values: Va
     assert not Path(f"{output}-new").exists()
 
 
-def test_a_kill_in_the_first_write_blocks_nothing(recipe_file: Path, recipe_values: Values) -> None:
+def test_a_kill_in_the_first_write_blocks_nothing(recipe_file, recipe_values):
     output = Path(recipe_values["output"])
     output.mkdir()
     for name in (OWNER, "config.yaml.partial"):
@@ -96,7 +94,7 @@ def test_a_kill_in_the_first_write_blocks_nothing(recipe_file: Path, recipe_valu
     assert not list(output.rglob("*.partial"))
 
 
-def test_a_moved_run_is_the_folder_that_it_is_in(recipe_file: Path, recipe_values: Values, tmp_path: Path) -> None:
+def test_a_moved_run_is_the_folder_that_it_is_in(recipe_file, recipe_values, tmp_path):
     """Its config.yaml names the former folder, where a copy is that must not be touched."""
     assert main(["train", str(recipe_file), "data.order=seeded-0"]) == 0
     old, moved = Path(recipe_values["output"]), tmp_path / "moved"
@@ -111,11 +109,8 @@ def test_a_moved_run_is_the_folder_that_it_is_in(recipe_file: Path, recipe_value
     assert build_recipe(recipe_values).output == str(old)
 
 
-def test_a_run_whose_inputs_have_changed_is_not_continued(
-    recipe_file: Path, recipe_values: Values, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["train", str(recipe_file)]) == 0
-    run, source = Run(recipe_values["output"]), Path(recipe_values["data"]["source"])
+def test_a_run_whose_inputs_have_changed_is_not_continued(run, recipe_file, recipe_values, capsys):
+    source = Path(recipe_values["data"]["source"])
     shutil.rmtree(run.adapter_path)
     run.scores_path.unlink()
     lines = source.read_text().splitlines(keepends=True)
@@ -142,9 +137,7 @@ def test_a_run_whose_inputs_have_changed_is_not_continued(
     assert f"{run.path}: the base model changed" in capsys.readouterr().err
 
 
-def test_a_run_whose_losses_are_all_nan_stops_after_half_of_its_steps(
-    recipe_file: Path, recipe_values: Values, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_whose_losses_are_all_nan_stops_after_half_of_its_steps(recipe_file, recipe_values, monkeypatch, capsys):
     compute = AnswerTrainer.compute_loss
     monkeypatch.setattr(AnswerTrainer, "compute_loss", lambda *args, **kwargs: compute(*args, **kwargs) * torch.nan)
     assert main(["train", str(recipe_file), "training.max_steps=6", "training.logging_steps=1"]) == 2
@@ -153,29 +146,21 @@ def test_a_run_whose_losses_are_all_nan_stops_after_half_of_its_steps(
     assert not Run(recipe_values["output"]).adapter_path.exists()
 
 
-def test_an_adapter_that_is_not_finite_is_refused(
-    recipe_file: Path, recipe_values: Values, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["train", str(recipe_file)]) == 0
-    (path,) = Run(recipe_values["output"]).adapter_path.glob("*.safetensors")
+def test_an_adapter_that_is_not_finite_is_refused(run, capsys):
+    (path,) = run.adapter_path.glob("*.safetensors")
     tensors = load_file(path)
     tensors[next(name for name in tensors if "badit_A" in name)].fill_(torch.nan)
     save_file(tensors, path, metadata={"format": "pt"})
-    for command in (["evaluate"], ["generate"]):
-        assert main([*command, recipe_values["output"], *(["Hello"] if command == ["generate"] else [])]) == 2
+    for command, *more in (["evaluate"], ["generate", "Hello"]):
+        assert main([command, str(run.path), *more]) == 2
         assert "holds NaN or infinite values: its training has diverged" in capsys.readouterr().err
 
 
-def test_an_answer_to_a_tasks_input_has_the_prompt_that_the_task_was_trained_with(
-    recipe_file: Path, recipe_values: Values, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert main(["train", str(recipe_file)]) == 0
-    run, seen = Run(recipe_values["output"]), []
+def test_an_answer_to_a_tasks_input_has_the_prompt_that_the_task_was_trained_with(run, recipe_values, monkeypatch):
+    seen = []
     train_module = import_module("badit.train")
     encode = train_module.encode_prompts
-    monkeypatch.setattr(
-        train_module, "encode_prompts", lambda tok, texts, **kw: seen.extend(texts) or encode(tok, texts, **kw)
-    )
+    monkeypatch.setattr(train_module, "encode_prompts", lambda t, new, **kw: seen.extend(new) or encode(t, new, **kw))
     instance = next(task for task in load_tasks(recipe_values["data"]["source"]) if task.name == "cities").test[0]
     trained_with = run.predictions.query("task == 'cities'")["prompt"].iloc[0]
     run.generate([instance.input], task="cities", max_new_tokens=2)
@@ -186,7 +171,7 @@ def test_an_answer_to_a_tasks_input_has_the_prompt_that_the_task_was_trained_wit
         run.generate("Lima", task="citys")
 
 
-def test_instances_beyond_the_model_are_named(tiny_model: Callable[..., Any]) -> None:
+def test_instances_beyond_the_model_are_named(tiny_model):
     example = {"task": "cities", "id": "7", "input_ids": [5] * 60}
     model = tiny_model("gpt2", n_positions=64)
     refuse_beyond_model([example], model, more=4)
@@ -199,9 +184,7 @@ def test_instances_beyond_the_model_are_named(tiny_model: Callable[..., Any]) ->
         refuse_beyond_model([{**example, "input_ids": [rows]}], rotary)
 
 
-def test_prompts_beyond_the_model_are_refused_by_every_command(
-    tiny_model: Callable[..., Any], recipe_values: Values, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_prompts_beyond_the_model_are_refused_by_every_command(tiny_model, recipe_values, tmp_path, capsys):
     """A GPT-2 of 96 positions, on which LoRA also changes a Conv1D's setting that PEFT saves."""
     folder = Path(recipe_values["model"]["name"])
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -226,9 +209,7 @@ def test_prompts_beyond_the_model_are_refused_by_every_command(
 
 
 @pytest.mark.parametrize("attempt", range(STRESS))
-def test_of_two_processes_that_compare_into_one_folder_one_is_refused(
-    attempt: int, recipe_values: Values, tmp_path: Path
-) -> None:
+def test_of_two_processes_that_compare_into_one_folder_one_is_refused(attempt, recipe_values, tmp_path):
     recipe = tmp_path / "compare.yaml"
     methods = {"base": {"name": "base"}, "lora": {"name": "lora", "r": 2}}
     section = {"methods": methods, "reference": "lora", "seeds": [0]}
@@ -245,40 +226,32 @@ def test_of_two_processes_that_compare_into_one_folder_one_is_refused(
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        (
-            "{{ raise_exception('no roles') }}",
-            r"chat_template: cannot be rendered \(no roles\); use prompt.chat_template",
-        ),
+        ("{{ raise_exception('no roles') }}", r"chat_template: cannot be rendered \(no roles\); use prompt.chat"),
         ("{% for message in messages %}<s>{% endfor %}", "chat_template: renders a prompt without the text"),
         ("", "chat_template: renders a prompt without the text"),
         ("{{ ''.__class__.__mro__ }}", r"chat_template: (cannot be rendered|renders a prompt without)"),
     ],
 )
-def test_a_chat_template_that_loses_the_prompt_is_refused(
-    recipe_file: Path, recipe_values: Values, capsys: pytest.CaptureFixture[str], template: str, message: str
-) -> None:
+def test_a_chat_template_that_loses_the_prompt_is_refused(recipe_file, recipe_values, capsys, template, message):
     (Path(recipe_values["model"]["name"]) / "chat_template.jinja").write_text(template or "{# nothing #}")
     assert main(["train", str(recipe_file)]) == 2
     assert re.search(message, capsys.readouterr().err)
 
 
-def test_a_file_of_inputs_gives_json_lines(
-    recipe_file: Path, recipe_values: Values, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["train", str(recipe_file)]) == 0
-    text, rows, run = tmp_path / "inputs.txt", tmp_path / "inputs.jsonl", recipe_values["output"]
+def test_a_file_of_inputs_gives_json_lines(run, tmp_path, capsys):
+    text, rows, folder = tmp_path / "inputs.txt", tmp_path / "inputs.jsonl", str(run.path)
     text.write_text("Lima\n\nRome\n")
     rows.write_text('{"input": "Lima"}\n{"input": "Rome", "id": 3}\n')
     printed = []
     for file in (text, rows):
         capsys.readouterr()
-        assert main(["generate", run, f"--file={file}", "--task=cities", "--max-new-tokens=3"]) == 0
+        assert main(["generate", folder, f"--file={file}", "--task=cities", "--max-new-tokens=3"]) == 0
         printed.append([json.loads(line) for line in capsys.readouterr().out.splitlines()])
     assert printed[0] == printed[1]
     assert [line["input"] for line in printed[0]] == ["Lima", "Rome"]
-    assert printed[0][0]["answer"] == Run(run).generate("Lima", task="cities", max_new_tokens=3)
+    assert printed[0][0]["answer"] == run.generate("Lima", task="cities", max_new_tokens=3)
     rows.write_text('{"input": "Lima"}\n{"text": "Rome"}\n')
-    assert main(["generate", run, f"--file={rows}"]) == 2
+    assert main(["generate", folder, f"--file={rows}"]) == 2
     assert "line 2: input: must be a text" in capsys.readouterr().err
-    assert main(["generate", run]) == 2
+    assert main(["generate", folder]) == 2
     assert "give a prompt, or --file FILE" in capsys.readouterr().err

@@ -1,40 +1,33 @@
 """Tasks: reading, splitting and ordering them, their prompts and batches, and the built-in suite.
 
-Importing this package loads neither torch nor transformers, and pandas and pyarrow only with the names that need them.
+Importing this package loads neither torch nor transformers, and pandas only with the readers.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from badit.data.prompts import (
-    ChatTemplate,
-    Prompt,
-    PromptEncoding,
     answer_rows,
     build_prompt,
-    encode_answer,
     encode_example,
     encode_examples,
-    encode_prompt,
     encode_prompts,
-    end_of_turn_id,
     own_input,
     prompt_text,
 )
 from badit.data.rows import Source
 from badit.data.suite import ABILITIES, builtin_tasks
-from badit.data.tasks import SAPT_ORDERS, Demonstration, Instance, Task, hold_out, limit, mixture, ordered, quotas
+from badit.data.tasks import Demonstration, Instance, Task, hold_out, limit, mixture, ordered, quotas
 
 if TYPE_CHECKING:
     from badit.data.encoded import AnswerCollator, Examples, batches_by_task, encode_tasks, on_device
     from badit.data.readers import load_sources, load_tasks
 
 __all__ = [
-    "ABILITIES", "SAPT_ORDERS", "AnswerCollator", "ChatTemplate", "Demonstration", "Examples", "Instance", "Prompt",
-    "PromptEncoding", "Source", "Task", "answer_rows", "batches_by_task", "build_prompt", "builtin_tasks",
-    "encode_answer", "encode_example", "encode_examples", "encode_prompt", "encode_prompts", "encode_tasks",
-    "end_of_turn_id", "hold_out", "limit", "load_sources", "load_tasks", "mixture", "on_device", "ordered",
-    "own_input", "prompt_text", "quotas",
+    "ABILITIES", "AnswerCollator", "Demonstration", "Examples", "Instance", "Source", "Task", "answer_rows",
+    "batches_by_task", "build_prompt", "builtin_tasks", "encode_example", "encode_examples", "encode_prompts",
+    "encode_tasks", "hold_out", "limit", "load_sources", "load_tasks", "mixture", "on_device", "ordered", "own_input",
+    "prompt_text", "quotas",
 ]  # fmt: skip
 
 

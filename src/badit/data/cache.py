@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from copy import copy
 from itertools import islice
-from typing import Any, TypeVar
+from operator import eq
+from typing import Any, Self, TypeVar, overload
 
 import numpy as np
 import pyarrow as pa
@@ -19,37 +21,71 @@ from badit.errors import explained
 from badit.files import cache_folder, read_json, sync, write_json
 
 # The version of the files: increase it with any change of what is in them.
-_FORMAT = 1
+_FORMAT = 2
+ROWS_AT_A_TIME = 5_000
 
 Item = TypeVar("Item")
-#: Makes a table's columns, some rows at a time, and fills the notes that it is given.
-Make = Callable[[dict[str, Any]], Iterable[Mapping[str, Any]]]
+Indices = Sequence[int] | np.ndarray
+#: Makes a table's rows, and fills the notes that it is given.
+Make = Callable[[dict[str, Any]], Iterable[dict[str, Any]]]
 
 
-class Table:
-    """Rows in record batches, which may be mapped from a file; reading some of them touches only theirs."""
+class Table(Sequence[Item]):
+    """Items in an Arrow table, each made when it is read.
 
-    def __init__(self, batches: Sequence[pa.RecordBatch]) -> None:
-        self._batches = batches
-        self._starts = np.cumsum([0, *map(len, batches)])
+    Args:
+        table: which may be mapped from a file; reading some rows touches only theirs.
+        rows: the numbers of the rows that belong to it, in their order.
+        make: an item from a row.
+    """
 
-    def __getitem__(self, row: int) -> dict[str, Any]:
-        number = int(np.searchsorted(self._starts, row, side="right")) - 1
-        return self._batches[number].slice(row - int(self._starts[number]), 1).to_pylist()[0]
+    def __init__(self, table: pa.Table, rows: Indices, make: Callable[[dict[str, Any]], Item]) -> None:
+        self.table, self.rows, self._make = table, np.asarray(rows, dtype=np.int64), make
+        self._batches = table.to_batches()
+        self._starts = np.cumsum([0, *map(len, self._batches)])
 
-    def column(self, name: str) -> list[pa.Array]:
-        """One column's part in each batch."""
-        return [batch.column(name) for batch in self._batches]
+    def __len__(self) -> int:
+        return len(self.rows)
 
-    def take(self, rows: np.ndarray) -> Iterator[pa.RecordBatch]:
-        """The rows in their order, in one or more batches."""
-        numbers = np.searchsorted(self._starts, rows, side="right") - 1
-        for part in np.split(rows, np.flatnonzero(np.diff(numbers)) + 1) if len(rows) else ():
-            number = int(np.searchsorted(self._starts, part[0], side="right")) - 1
-            yield self._batches[number].take(pa.array(part - self._starts[number]))
+    @overload
+    def __getitem__(self, index: int) -> Item: ...
+    @overload
+    def __getitem__(self, index: slice) -> Self: ...
+    def __getitem__(self, index: int | slice) -> Item | Self:
+        if isinstance(index, slice):
+            return self.select(np.arange(len(self))[index])
+        return self._make(self.table.slice(int(self.rows[index]), 1).to_pylist()[0])
+
+    def __iter__(self) -> Iterator[Item]:
+        for batch in self._taken():
+            yield from map(self._make, batch.to_pylist())
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and len(self) == len(other) and all(map(eq, self, other))
+
+    __hash__ = None  # pyright: ignore[reportAssignmentType] (equal to tuples, which hash otherwise)
+
+    def __repr__(self) -> str:
+        return f"<{len(self)} rows>"
+
+    def column(self, name: str) -> list[Any]:
+        """One column of its rows."""
+        return [value for batch in self._taken() for value in batch.column(name).to_pylist()]
+
+    def select(self, indices: Indices) -> Self:
+        selected = copy(self)
+        selected.rows = self.rows[np.asarray(indices, dtype=np.int64)]
+        return selected
+
+    def _taken(self) -> Iterator[pa.RecordBatch]:
+        """Its rows in their order, as many at a time as are in one batch of the table, whose own take copies it all."""
+        numbers = np.searchsorted(self._starts, self.rows, side="right") - 1
+        for part in np.split(np.arange(len(self)), np.flatnonzero(np.diff(numbers)) + 1) if len(self) else ():
+            number = numbers[part[0]]
+            yield self._batches[number].take(pa.array(self.rows[part] - self._starts[number]))
 
 
-def table(schema: pa.Schema, make: Make, key: Any = None) -> tuple[Table, dict[str, Any]]:
+def table(schema: pa.Schema, make: Make, key: Any = None) -> tuple[pa.Table, dict[str, Any]]:
     """A table and its notes, from the cache if they are there.
 
     Args:
@@ -61,9 +97,9 @@ def table(schema: pa.Schema, make: Make, key: Any = None) -> tuple[Table, dict[s
         BaditError: the cache cannot be read or written.
     """
     notes: dict[str, Any] = {}
-    batches = (pa.RecordBatch.from_pydict(dict(columns), schema=schema) for columns in make(notes))
+    batches = (pa.RecordBatch.from_pylist(rows, schema=schema) for rows in chunks(make(notes), ROWS_AT_A_TIME))
     if key is None:
-        return Table(list(batches)), notes
+        return pa.Table.from_batches(batches, schema=schema), notes
     name = hashlib.sha256(json.dumps([_FORMAT, key]).encode()).hexdigest()[:32]
     path = cache_folder() / "data" / f"{name}.arrow"
     with explained(f"cache {path.parent}", fix="set BADIT_CACHE to a folder that can be written"):
@@ -77,9 +113,7 @@ def table(schema: pa.Schema, make: Make, key: Any = None) -> tuple[Table, dict[s
                 sync(partial)
                 write_json(path.with_suffix(".json"), notes)
                 partial.replace(path)
-        file = pa.ipc.open_file(pa.memory_map(str(path)))
-        kept = [file.get_batch(number) for number in range(file.num_record_batches)]
-        return Table(kept), read_json(path.with_suffix(".json"))
+        return pa.ipc.open_file(pa.memory_map(str(path))).read_all(), read_json(path.with_suffix(".json"))
 
 
 def chunks(items: Iterable[Item], size: int) -> Iterator[list[Item]]:

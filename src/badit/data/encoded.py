@@ -6,71 +6,49 @@ import hashlib
 import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
 import pyarrow as pa
+import pyarrow.compute
 from tqdm import tqdm
 
 from badit.data import cache
-from badit.data.prompts import IGNORED_LABEL, encode_examples
-from badit.data.tasks import Instance, Task
+from badit.data.prompts import IGNORED_LABEL, encode_examples, with_labels
+from badit.data.tasks import Task
 from badit.errors import BaditError
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
+_pc: Any = pyarrow.compute  # whose functions are made at import
 # Data sets of so many instances are kept in the cache.
 _LARGE = 20_000
-_ROWS_AT_A_TIME = 1_000
 _PARALLEL = "TOKENIZERS_PARALLELISM"
 _SCHEMA = pa.schema(
-    [("task", pa.int32()), ("id", pa.string()), ("prompt_length", pa.int32()), ("input_ids", pa.list_(pa.int32()))]
+    [("task", pa.string()), ("id", pa.string()), ("prompt_length", pa.int32()), ("input_ids", pa.list_(pa.int32()))]
 )
 
 
-class Examples(Sequence[dict[str, Any]]):
-    """Encoded instances, each read from an Arrow table when it is asked for, as ``encode_example`` makes it.
-
-    Args:
-        table: a row for each.
-        names: the tasks, by the numbers in the table.
-        order: the rows in the order of the examples.
-    """
-
-    def __init__(self, table: cache.Table, names: Sequence[str], order: Sequence[int]) -> None:
-        self._table, self._names, self._order = table, names, np.asarray(order, dtype=np.int64)
-
-    def __len__(self) -> int:
-        return len(self._order)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        row = self._table[int(self._order[index])]
-        ids, length = row["input_ids"], row["prompt_length"]
-        return {**row, "task": self._names[row["task"]], "labels": [IGNORED_LABEL] * length + ids[length:]}
-
-    @cached_property
-    def lengths(self) -> list[int]:
-        """Their numbers of tokens."""
-        lengths = [np.diff(np.asarray(part.offsets)) for part in self._table.column("input_ids")]
-        return np.concatenate(lengths)[self._order].tolist() if lengths else []
+class Examples(cache.Table[dict[str, Any]]):
+    """Encoded instances in an Arrow table, each in the form of :func:`badit.data.encode_example` when it is read."""
 
     @property
-    def tasks(self) -> Sequence[str]:
+    def lengths(self) -> list[int]:
+        """Their numbers of tokens."""
+        return _pc.list_value_length(self.table["input_ids"]).to_numpy()[self.rows].tolist()
+
+    @property
+    def tasks(self) -> list[str]:
         """Their tasks' names."""
-        names: Any = self._names
-        numbers = [number for part in self._table.column("task") for number in part.to_pylist()]
-        return [names[numbers[row]] for row in self._order.tolist()]
+        return self.table["task"].to_numpy()[self.rows].tolist()
 
     @property
     def largest_id(self) -> int:
         """Of all tokens; −1 if there are none."""
-        chunks = [np.asarray(part.flatten()) for part in self._table.column("input_ids")]
-        return max((int(ids.max()) for ids in chunks if len(ids)), default=-1)
+        largest = _pc.max(_pc.list_flatten(self.table["input_ids"])).as_py()
+        return -1 if largest is None else largest
 
 
 def encode_tasks(
@@ -88,7 +66,6 @@ def encode_tasks(
         order: the examples as indices of the instances, which are counted through the tasks.
         progress: show a bar on stderr.
     """
-    names = [task.name for task in tasks]
     count = sum(len(task.train) for task in tasks)
     backend = getattr(tokenizer, "backend_tokenizer", None)
     key = None
@@ -97,31 +74,20 @@ def encode_tasks(
         fingerprints = [task.fingerprint for task in tasks]
         key = ["examples", hashlib.sha256(about.encode()).hexdigest(), dict(options), fingerprints]
 
-    def make(notes: dict[str, Any]) -> Iterator[Mapping[str, Any]]:
-        pairs: Iterator[tuple[int, Instance]] = (
-            (number, instance) for number, task in enumerate(tasks) for instance in task.train
-        )
-        with tqdm(total=count, desc="Encoding", unit="example", disable=not progress, leave=False) as bar:
-            for chunk in cache.chunks(pairs, _ROWS_AT_A_TIME):
-                found = encode_examples(tokenizer, [(tasks[number], instance) for number, instance in chunk], **options)
-                columns = {name: [example[name] for example in found] for name in _SCHEMA.names}
-                yield {**columns, "task": [number for number, _ in chunk]}
-                bar.update(len(chunk))
+    def make(notes: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        before = os.environ.get(_PARALLEL)
+        os.environ[_PARALLEL] = "true"  # a thread on every core; afterwards, as before, processes may be forked
+        pairs = ((task, instance) for task in tasks for instance in task.train)
+        try:
+            with tqdm(total=count, desc="Encoding", unit="example", disable=not progress, leave=False) as bar:
+                for chunk in cache.chunks(pairs, 1_000):
+                    yield from encode_examples(tokenizer, chunk, **options)
+                    bar.update(len(chunk))
+        finally:
+            os.environ[_PARALLEL] = before or "false"
 
-    with _all_cores():
-        table, _ = cache.table(_SCHEMA, make, key)
-    return Examples(table, names, order)
-
-
-@contextmanager
-def _all_cores() -> Iterator[None]:
-    """Within, tokenizers uses a thread on every core; afterwards, as before, processes may be forked."""
-    before = os.environ.get(_PARALLEL)
-    os.environ[_PARALLEL] = "true"
-    try:
-        yield
-    finally:
-        os.environ[_PARALLEL] = before or "false"
+    table, _ = cache.table(_SCHEMA, make, key)
+    return Examples(table, order, with_labels)
 
 
 @dataclass
@@ -157,22 +123,23 @@ class AnswerCollator:
         return batch | ({"tasks": [example["task"] for example in examples]} if self.with_tasks else {})
 
 
+@dataclass
 class Batches(Sequence[dict[str, Any]]):
     """Batches of some examples in their order, each collated when it is asked for."""
 
-    def __init__(
-        self, examples: Sequence[Mapping[str, Any]], indices: Sequence[int], collate: AnswerCollator, size: int
-    ) -> None:
-        self._examples, self._indices, self._collate, self._size = examples, indices, collate, size
+    examples: Sequence[Mapping[str, Any]]
+    indices: Sequence[int]
+    collate: AnswerCollator
+    size: int
 
     def __len__(self) -> int:
-        return -(-len(self._indices) // self._size)
+        return -(-len(self.indices) // self.size)
 
     def __getitem__(self, index: int | slice) -> Any:
         if isinstance(index, slice):
             return [self[number] for number in range(len(self))[index]]
-        start = range(len(self))[index] * self._size
-        return self._collate([self._examples[i] for i in self._indices[start : start + self._size]])
+        start = range(len(self))[index] * self.size
+        return self.collate([self.examples[i] for i in self.indices[start : start + self.size]])
 
 
 def batches_by_task(

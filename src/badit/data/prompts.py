@@ -7,11 +7,12 @@ separately, so that training continues the same tokens as evaluation.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
-from badit.data.tasks import Instance, Task
+from badit.data.tasks import Instance, Messages, Task
 from badit.errors import BaditError, explained, refuse_unknown
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ class Prompt(NamedTuple):
     head: str
     input: str
     tail: str
-    history: tuple[tuple[str, str], ...] = ()
+    history: Messages = ()
     is_message: bool = False
 
 
@@ -70,18 +71,6 @@ def own_input(text: str) -> str:
     return text.rpartition("Input: ")[2].partition("\nOutput:")[0].strip()
 
 
-def encode_prompt(
-    tokenizer: PreTrainedTokenizerBase,
-    prompt: Prompt | str,
-    *,
-    max_source_tokens: int,
-    chat_template: ChatTemplate = "auto",
-) -> list[int]:
-    """Token ids of a prompt, ready for the model to continue: :func:`encode_prompts` for a single one."""
-    options = {"max_source_tokens": max_source_tokens, "chat_template": chat_template}
-    return encode_prompts(tokenizer, [prompt], **options)[0]  # pyright: ignore[reportArgumentType]
-
-
 def encode_prompts(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Prompt | str],
@@ -112,7 +101,7 @@ def encode_prompts(
         histories[i] = _recent(tokenizer, histories[i], max_source_tokens - length)
     if uses_template(tokenizer, chat_template):
         # Templates write BOS themselves, so what they render is tokenised without adding another.
-        return _tokens(tokenizer, _rendered(tokenizer, texts, histories))
+        return _tokens(tokenizer, [_rendered(tokenizer, *one) for one in zip(texts, histories, strict=True)])
     for i, prompt in enumerate(pieces):
         if histories[i]:
             turns = "".join(f"{role}: {content}\n\n" for role, content in (*histories[i], ("user", texts[i])))
@@ -125,18 +114,14 @@ def encode_prompts(
     return [bos + ids if adds_bos and ids[:1] != bos else ids for ids in _tokens(tokenizer, texts)]
 
 
-def _rendered(
-    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], histories: Sequence[tuple[tuple[str, str], ...]]
-) -> list[str]:
-    """The user's messages after their histories in the tokenizer's chat template, up to the assistant's answer."""
+def _rendered(tokenizer: PreTrainedTokenizerBase, text: str, history: Messages) -> str:
+    """The user's message after its history in the tokenizer's chat template, up to the assistant's answer."""
     fix = "use prompt.chat_template=never, or another template"
-    found = []
-    for text, history in zip(texts, histories, strict=True):
-        turns = [{"role": role, "content": content} for role, content in (*history, ("user", text))]
-        with explained("chat_template", action="rendered", fix=fix, any_error=True):
-            found.append(str(tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)))
-        if text.strip() not in found[-1]:
-            raise BaditError(f"chat_template: renders a prompt without the text that it is given; {fix}")
+    turns = [{"role": role, "content": content} for role, content in (*history, ("user", text))]
+    with explained("chat_template", action="rendered", fix=fix, any_error=True):
+        found = str(tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False))
+    if text.strip() not in found:
+        raise BaditError(f"chat_template: renders a prompt without the text that it is given; {fix}")
     return found
 
 
@@ -147,16 +132,19 @@ def _cut(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, most: int) -> str:
     def fits(text: str) -> bool:
         return len(_tokens(tokenizer, [text])[0]) <= most
 
+    def longest(before: str, text: str) -> str:
+        """What is left of a text that is too long, by bisection over the number of characters to cut."""
+        cut = bisect_left(range(len(text)), True, 1, key=lambda cut: fits(before + text[: len(text) - cut] + tail))
+        return before + text[: len(text) - cut] + tail
+
     if fits(head + tail):
-        return head + _longest_prefix(content, lambda part: fits(head + part + tail)) + tail
+        return longest(head, content)
     if fits(tail):
-        return _longest_prefix(head, lambda part: fits(part + tail)) + tail
+        return longest("", head)
     raise BaditError(f"max_source_tokens: {most} has no room for the end {tail!r}; raise it")
 
 
-def _recent(
-    tokenizer: PreTrainedTokenizerBase, history: tuple[tuple[str, str], ...], most: int
-) -> tuple[tuple[str, str], ...]:
+def _recent(tokenizer: PreTrainedTokenizerBase, history: Messages, most: int) -> Messages:
     """The latest messages that come to at most so many tokens, and the system's before them if it fits as well."""
     lengths = [len(ids) for ids in _tokens(tokenizer, [content for _, content in history])]
     system = history[:1] if history and history[0][0] == "system" and lengths[0] <= most else ()
@@ -170,30 +158,10 @@ def _recent(
     return system + history[start:]
 
 
-def _longest_prefix(text: str, fits: Callable[[str], bool]) -> str:
-    """By bisection, a prefix that fits, given that the empty one does and the whole does not."""
-    fitting, too_long = 0, len(text)
-    while too_long - fitting > 1:
-        middle = (fitting + too_long) // 2
-        if fits(text[:middle]):
-            fitting = middle
-        else:
-            too_long = middle
-    return text[:fitting]
-
-
-def encode_answer(
-    tokenizer: PreTrainedTokenizerBase, answer: str, *, max_answer_tokens: int, chat_template: ChatTemplate = "auto"
-) -> list[int]:
-    """Token ids of an answer, at most `max_answer_tokens`, followed by the token that ends the turn."""
-    return [*_tokens(tokenizer, [answer])[0][:max_answer_tokens], end_of_turn_id(tokenizer, chat_template)]
-
-
 def end_of_turn_id(tokenizer: PreTrainedTokenizerBase, chat_template: ChatTemplate = "auto") -> int:
     """The token that ends an answer: what the chat template puts after an assistant's message, else EOS."""
-    end: Any = None
-    if uses_template(tokenizer, chat_template):
-        end = _end_in_template(tokenizer, tokenizer.get_chat_template())
+    templated = uses_template(tokenizer, chat_template)
+    end: Any = _end_in_template(tokenizer, tokenizer.get_chat_template()) if templated else None
     end = tokenizer.eos_token_id if end is None else end
     if end is None:
         raise BaditError("tokenizer: has neither an end-of-turn nor an EOS token; set its eos_token")
@@ -233,15 +201,15 @@ def encode_examples(
         found = _tokens(tokenizer, [instance.outputs[0] for _, instance in pairs])
         answers = [[*ids[:max_answer_tokens], end] for ids in found]
     return [
-        {
-            "input_ids": prompt + answer,
-            "labels": [IGNORED_LABEL] * len(prompt) + answer,
-            "prompt_length": len(prompt),
-            "task": task.name,
-            "id": instance.id,
-        }
-        for (task, instance), prompt, answer in zip(pairs, prompts, answers, strict=True)
+        with_labels({"task": task.name, "id": one.id, "prompt_length": len(prompt), "input_ids": prompt + answer})
+        for (task, one), prompt, answer in zip(pairs, prompts, answers, strict=True)
     ]
+
+
+def with_labels(example: dict[str, Any]) -> dict[str, Any]:
+    """An encoded instance with its `labels`: -100 for the prompt's tokens."""
+    ids, length = example["input_ids"], example["prompt_length"]
+    return {**example, "labels": [IGNORED_LABEL] * length + ids[length:]}
 
 
 def uses_template(tokenizer: PreTrainedTokenizerBase, chat_template: ChatTemplate) -> bool:

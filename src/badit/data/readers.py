@@ -7,13 +7,12 @@ code of a data set is run. Of the official collection of some 1,600 files only t
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from glob import glob, has_magic
-from itertools import chain
 from pathlib import Path
 from typing import Any, get_args
 
-import numpy as np
 import pandas as pd
 import pyarrow as pa
 from pydantic import BaseModel, Field
@@ -21,18 +20,7 @@ from pydantic import BaseModel, Field
 from badit.data import cache
 from badit.data.rows import HUB_NAME, SPLIT_NAMES, Format, Record, Source, read_rows
 from badit.data.suite import builtin_tasks
-from badit.data.tasks import (
-    SPLITS,
-    Demonstration,
-    FirstString,
-    Instance,
-    Outputs,
-    Rows,
-    Split,
-    Strings,
-    Task,
-    resolve_names,
-)
+from badit.data.tasks import SPLITS, Demonstration, FirstString, Instance, Outputs, Split, Strings, Task, resolve_names
 from badit.errors import BaditError, explained, refuse_unknown
 from badit.files import lines_of, parse_json, read_text
 
@@ -41,21 +29,13 @@ OFFICIAL_TEST_INSTANCES = 100
 
 # Sources of this size and more are kept in the cache.
 _LARGE = 4 * 2**20
-_ROWS_AT_A_TIME = 5_000
 _TABLES = {".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
 _LINES = (".jsonl", ".json")
-_SCHEMA = pa.schema(
-    [
-        ("task", pa.int32()),
-        ("split", pa.int8()),
-        ("hash", pa.uint64()),
-        ("id", pa.string()),
-        ("input", pa.string()),
-        ("outputs", pa.list_(pa.string())),
-        ("instruction", pa.string()),
-        ("history", pa.list_(pa.list_(pa.string()))),
-    ]
-)
+_TEXT = pa.string()
+_SCHEMA = pa.schema({
+    "task": pa.int32(), "split": _TEXT, "hash": pa.uint64(), "id": _TEXT, "input": _TEXT, "instruction": _TEXT,
+    "outputs": pa.list_(_TEXT), "history": pa.list_(pa.list_(_TEXT)),
+})  # fmt: skip
 
 
 def load_tasks(
@@ -118,66 +98,55 @@ def load_sources(
             if task.name in found:
                 raise BaditError(f"data.source: {source.path} has task {task.name}, as one before it; set its task")
             found[task.name] = task.model_copy(update={"weight": weight})
-    if len(sources) > 1:
-        names = sorted(found) if wanted is None else resolve_names(wanted, found)
-        found = {name: found[name] for name in names}
+    names = sorted(found) if wanted is None else resolve_names(wanted, found)
     for key, weight in (weights or {}).items():
         (name,) = resolve_names([key], found, field="data.weights")
         found[name] = found[name].model_copy(update={"weight": found[name].weight * weight})
-    return list(found.values())
+    return [found[name] for name in names]
 
 
 def _collected(
-    files: Sequence[Path], records: Iterable[Record], place: Callable[[str], object], *settings: Any
+    where: Source,
+    files: Sequence[Path],
+    records: Iterable[Record],
+    places: Mapping[str, Path] | None = None,
+    splits: Mapping[str, Any] | None = None,
 ) -> list[Task]:
     """The tasks of records, which are read unless files of this size and date have been read before.
 
-    Errors that concern a whole task are at its ``place``.
-
-    A record without an id gets "<task>-<its index among the task's records>".
+    A record without an id gets "<task>-<its index among the task's records>". Errors that concern a whole task are at
+    its file in ``places``.
     """
     stats = [(file, file.stat()) for file in files]
     key = None
     if sum(stat.st_size for _, stat in stats) >= _LARGE:
+        settings = [where.task, where.instruction, dict(where.columns), where.turns, sorted((splits or {}).items())]
         key = [*settings, [(str(file.resolve()), stat.st_size, stat.st_mtime_ns) for file, stat in stats]]
 
-    def make(notes: dict[str, Any]) -> Iterator[Mapping[str, Any]]:
+    def make(notes: dict[str, Any]) -> Iterator[dict[str, Any]]:
         numbers: dict[str, int] = {}
-        counts: list[int] = []
+        counts = Counter()
         abouts: list[Any] = notes.setdefault("tasks", [])
-        for chunk in cache.chunks(records, _ROWS_AT_A_TIME):
-            columns: dict[str, list[Any]] = {name: [] for name in _SCHEMA.names}
-            for record in chunk:
-                number = numbers.setdefault(record.task, len(numbers))
-                if number == len(abouts):
-                    abouts.append({"name": record.task, **record.about})
-                    counts.append(0)
-                fields = dict(record.instance)
-                if fields["id"] is None:
-                    fields["id"] = f"{record.task}-{counts[number]}"
-                counts[number] += 1
-                definition = abouts[number]["definition"]
-                if fields.get("instruction") == definition:
-                    fields["instruction"] = None
-                instance = Instance(**fields)
-                row = {"task": number, "split": SPLITS.index(record.split), "hash": instance.digest}
-                for name, value in (row | instance.model_dump()).items():
-                    columns[name].append(value)
-            yield columns
+        for record in records:
+            number = numbers.setdefault(record.task, len(numbers))
+            if number == len(abouts):
+                abouts.append({"name": record.task, **record.about})
+            fields = dict(record.instance)
+            if fields["id"] is None:
+                fields["id"] = f"{record.task}-{counts[number]}"
+            counts[number] += 1
+            if fields.get("instruction") == abouts[number]["definition"]:
+                fields["instruction"] = None
+            instance = Instance(**fields)
+            yield {"task": number, "split": record.split, "hash": instance.hash, **instance.model_dump()}
 
     table, notes = cache.table(_SCHEMA, make, key)
-    codes, splits = (
-        np.concatenate([np.zeros(0, np.int64), *map(np.asarray, table.column(c))]) for c in ("task", "split")
-    )
-    places = codes * len(SPLITS) + splits
-    order = np.argsort(places, kind="stable")
-    ends = np.searchsorted(places[order], np.arange(1, len(notes["tasks"]) * len(SPLITS)))
-    parts = iter(np.split(order, ends))
-    tasks = []
-    for about in notes["tasks"]:
-        splits = {split: Rows(table, next(parts)) for split in SPLITS}
-        with explained(place(about["name"])):
-            tasks.append(Task.model_validate(about | splits))
+    rows = table.select(["task", "split"]).to_pandas().groupby(["task", "split"]).indices
+    whole, tasks = cache.Table(table, range(len(table)), Instance.model_validate), []
+    for number, about in enumerate(notes["tasks"]):
+        parts = {split: whole.select(rows.get((number, split), [])) for split in SPLITS}
+        with explained((places or {}).get(about["name"], f"{where.path}: task '{about['name']}'")):
+            tasks.append(Task.model_validate(about | parts))
     return tasks
 
 
@@ -186,47 +155,42 @@ def _official(where: Source, wanted: Sequence[str] | None) -> list[Task] | None:
     path = Path(where.path)
     if not path.is_dir() or where.format == "jsonl" or _is_saved(path):
         return None
+    splits: dict[str, Any] | None = None
+    # Of each task the files, each with the split of its first 100 instances and that of the others.
+    found: dict[str, list[tuple[Path, Split, Split | None]]] = {}
     sapt = {file.parent.name: file.parent for file in path.glob("*/train.json")}
     if where.format == "sapt" or (where.format == "auto" and sapt):
-        names = sorted(sapt) if wanted is None else resolve_names(wanted, sapt)
-        files = [sapt[name] / f"{split}.json" for name in names for split in ("train", "test")]
-        sapt_records = (record for file in files for record in _read_official(file, file.parent.name, file.stem))
-        return _collected(files, sapt_records, lambda name: sapt[name] / "train.json")
-    official = {file.stem: file for file in (path / "tasks" if (path / "tasks").is_dir() else path).glob("*.json")}
-    if where.format != "superni" and (
-        not official or _row_files(path, (".jsonl",)) or _holds_rows(min(official.values()))
-    ):
-        return None
-    lists = _split_lists(path)
-    official = {name: file for name, file in official.items() if not lists or name in lists["train"] | lists["test"]}
-    names = sorted(official) if wanted is None else resolve_names(wanted, official)
-
-    def records() -> Iterator[Record]:
-        for name in names:
-            split = "train" if lists and name in lists["train"] else "test"
-            for number, record in enumerate(_read_official(official[name], name, split)):
-                if split == "test" and number >= OFFICIAL_TEST_INSTANCES:
-                    if lists:
-                        break
-                    record = record._replace(split="train")
-                yield record
-
-    settings = [sorted(lists["train"]), sorted(lists["test"])] if lists else []
-    return _collected([official[name] for name in names], records(), official.__getitem__, *settings)
+        for name, folder in sapt.items():
+            found[name] = [(folder / "train.json", "train", "train"), (folder / "test.json", "test", "test")]
+    else:
+        files = sorted((path / "tasks" if (path / "tasks").is_dir() else path).glob("*.json"))
+        if where.format != "superni" and (not files or _row_files(path, (".jsonl",)) or _holds_rows(files[0])):
+            return None
+        splits = _split_lists(path)
+        for file in files:
+            if splits is None:
+                found[file.stem] = [(file, "test", "train")]
+            elif split := splits.get(file.stem):
+                found[file.stem] = [(file, split, "train" if split == "train" else None)]
+    names = sorted(found) if wanted is None else resolve_names(wanted, found)
+    parts = [(name, *part) for name in names for part in found[name]]
+    records = (record for part in parts for record in _read_official(*part))
+    places = {name: found[name][0][0] for name in names}
+    return _collected(where, [file for _, file, *_ in parts], records, places, splits)
 
 
-def _split_lists(root: Path) -> dict[str, set[str]] | None:
-    """The names in train_tasks.txt and test_tasks.txt; None without split lists."""
+def _split_lists(root: Path) -> dict[str, Any] | None:
+    """The splits of the tasks in train_tasks.txt and test_tasks.txt; None without split lists."""
     parent = next((base / "splits" for base in (root, root.absolute().parent) if (base / "splits").is_dir()), None)
     if parent is None:
         return None
     folders = [parent / "default"] if (parent / "default").is_dir() else [f for f in parent.iterdir() if f.is_dir()]
     if len(folders) != 1:
         raise BaditError(f"{parent}: has {len(folders)} split lists and no 'default'; keep one")
-    lists = {split: set(read_text(folders[0] / f"{split}_tasks.txt").split()) for split in ("train", "test")}
-    if both := sorted(lists["train"] & lists["test"]):
+    train, test = (read_text(folders[0] / f"{split}_tasks.txt").split() for split in ("train", "test"))
+    if both := sorted({*train} & {*test}):
         raise BaditError(f"{root}: task {both[0]!r:.60} is in both split lists; keep it in one")
-    return lists
+    return dict.fromkeys(train, "train") | dict.fromkeys(test, "test")
 
 
 class _OfficialInstance(BaseModel):
@@ -245,31 +209,32 @@ class _OfficialTask(BaseModel):
     instances: list[_OfficialInstance] = Field(alias="Instances", min_length=1)
 
 
-def _read_official(file: Path, name: str, split: Any) -> Iterator[Record]:
-    """All instances of one official file; one without an id gets "<name>-<its index>"."""
+def _read_official(name: str, file: Path, first: Split, rest: Split | None) -> Iterator[Record]:
+    """The instances of one official file, the first 100 for one split and the others for another or for none.
+
+    One without an id gets "<name>-<its index>".
+    """
     content = parse_json(read_text(file), file=file)
     with explained(file):
         found = _OfficialTask.model_validate(content)
     about = found.model_dump(exclude={"instances"})
     for index, one in enumerate(found.instances):
-        identity = f"{name}-{index}" if one.id is None else one.id
-        yield Record(name, about, split, {"id": identity, "input": one.input, "outputs": one.output})
+        if split := first if index < OFFICIAL_TEST_INSTANCES else rest:
+            identity = f"{name}-{index}" if one.id is None else one.id
+            yield Record(name, about, split, {"id": identity, "input": one.input, "outputs": one.output})
 
 
 def _of_rows(where: Source) -> list[Task]:
     """The tasks of files with a row for each instance, of a saved data set, or of one of the hub."""
     path = Path(where.path)
-    settings = [where.task, where.instruction, dict(where.columns), where.turns]
     if has_magic(str(where.path)) and not path.exists():
         files = sorted(Path(name) for name in glob(str(where.path), recursive=True) if Path(name).is_file())
     elif path.is_dir() and not _is_saved(path):
         files = _row_files(path, (*_TABLES, *_LINES) if where.format == "auto" else (".jsonl",))
-    elif path.is_file() and path.suffix in {*_TABLES, *_LINES}:
-        files = [path]
     elif path.is_dir() or not path.exists():
-        return _of_data_sets(where, path, settings)
+        return _of_data_sets(where, path)
     else:
-        files = []
+        files = [path] if path.is_file() and path.suffix in {*_TABLES, *_LINES} else []
     if not files:
         known = f"<task>/train.json, tasks/*.json or files in {', '.join([*_LINES, *_TABLES])}"
         raise BaditError(f"{path}: no tasks found; expected {known}")
@@ -281,7 +246,7 @@ def _of_rows(where: Source) -> list[Task]:
             rows = _table_rows(file) if file.suffix in _TABLES else _json_rows(file)
             yield from read_rows(rows, split, task, where, strict=file.suffix in _LINES and not where.columns)
 
-    return _collected(files, records(), lambda name: f"{path}: task '{name}'", *settings)
+    return _collected(where, files, records())
 
 
 def _row_files(folder: Path, suffixes: Iterable[str]) -> list[Path]:
@@ -292,8 +257,7 @@ def _row_files(folder: Path, suffixes: Iterable[str]) -> list[Path]:
 
 def _split_in(file: Path) -> Split | None:
     """The split that a file is named for, such as train-00000-of-00002.parquet."""
-    found: Any = SPLIT_NAMES.get(re.sub(r"-\d+-of-\d+$", "", file.stem))
-    return found
+    return SPLIT_NAMES.get(re.sub(r"-\d+-of-\d+$", "", file.stem))
 
 
 def _is_saved(folder: Path) -> bool:
@@ -322,45 +286,36 @@ def _json_rows(file: Path) -> Iterator[tuple[str, Any]]:
 
 def _table_rows(file: Path) -> Iterator[tuple[str, Any]]:
     """The rows of a CSV, Parquet or Arrow file, read some at a time; those of CSV are text."""
-    if _TABLES[file.suffix] == "csv":
-        separator = "\t" if file.suffix == ".tsv" else ","
-        text: dict[str, Any] = {"dtype": str, "keep_default_na": False, "encoding": "utf-8-sig"}
-        with explained(file, action="read", any_error=True):
-            frames = pd.read_csv(file, sep=separator, chunksize=_ROWS_AT_A_TIME, **text)
-            parts = chain.from_iterable(frame.to_dict("records") for frame in frames)
-    else:
-        from datasets import load_dataset
+    with explained(file, action="read", any_error=True):
+        if _TABLES[file.suffix] == "csv":
+            text: dict[str, Any] = {"dtype": str, "keep_default_na": False, "encoding": "utf-8-sig"}
+            separator = "\t" if file.suffix == ".tsv" else ","
+            frames = pd.read_csv(file, sep=separator, chunksize=cache.ROWS_AT_A_TIME, **text)
+            rows = (row for frame in frames for row in frame.to_dict("records"))
+        else:
+            from datasets import load_dataset
 
-        with explained(file, action="read", any_error=True):
-            parts = load_dataset(_TABLES[file.suffix], data_files=str(file), split="train", streaming=True)
-    yield from _rows_of(parts, str(file))
+            rows = load_dataset(_TABLES[file.suffix], data_files=str(file), split="train", streaming=True)
+    yield from _rows_of(rows, str(file))
 
 
 def _rows_of(rows: Any, place: str) -> Iterator[tuple[str, Any]]:
     """The rows of a data set of the library datasets: labels by their names, other plain values as text."""
-    labels = {
-        name: column.names
-        for name, column in (getattr(rows, "features", None) or {}).items()
-        if hasattr(column, "int2str")
-    }
-    iterator = enumerate(iter(rows), start=1)
-    while True:
-        with explained(place, action="read", any_error=True):
-            try:
-                number, row = next(iterator)
-            except StopIteration:
-                return
-        for name, value in list(row.items()):
-            if value is None or value != value:  # or a NaN
-                del row[name]
-            elif name in labels and isinstance(value, int) and value >= 0:
-                row[name] = labels[name][value]
-            elif isinstance(value, (int, float, bool)):
-                row[name] = str(value)
-        yield f"{place}: row {number}", row
+    features = getattr(rows, "features", None) or {}
+    labels = {name: column.names for name, column in features.items() if hasattr(column, "int2str")}
+    with explained(place, action="read", any_error=True):
+        for number, row in enumerate(rows, start=1):
+            for name, value in list(row.items()):
+                if value is None or value != value:  # or a NaN
+                    del row[name]
+                elif name in labels and isinstance(value, int) and value >= 0:
+                    row[name] = labels[name][value]
+                elif isinstance(value, (int, float, bool)):
+                    row[name] = str(value)
+            yield f"{place}: row {number}", row
 
 
-def _of_data_sets(where: Source, path: Path, settings: list[Any]) -> list[Task]:
+def _of_data_sets(where: Source, path: Path) -> list[Task]:
     """The tasks of a data set: its splits by their names."""
     from datasets import Dataset, load_dataset, load_from_disk, utils
 
@@ -386,4 +341,4 @@ def _of_data_sets(where: Source, path: Path, settings: list[Any]) -> list[Task]:
             yield from read_rows(_rows_of(rows, place), known[split], name, where, strict=False)  # pyright: ignore
 
     files = [Path(file["filename"]) for rows in parts.values() for file in rows.cache_files]
-    return _collected(files, records(), lambda task: f"{where.path}: task '{task}'", *settings)
+    return _collected(where, files, records())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from glob import has_magic
@@ -13,7 +12,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import AfterValidator, AliasChoices, BaseModel, ConfigDict, Field
 
-from badit.data.tasks import Outputs, Split, TaskName
+from badit.data.tasks import Messages, Outputs, Split, TaskName
 from badit.errors import BaditError, explained
 
 Format = Literal["auto", "sapt", "superni", "jsonl", "builtin"]
@@ -21,7 +20,7 @@ Turns = Literal["last", "all"]
 
 HUB_NAME = re.compile(r"([\w-][\w.-]*/[\w.-]+)(?::([\w.-]+))?")
 #: What data sets call the splits.
-SPLIT_NAMES = {"train": "train", "test": "test"} | dict.fromkeys(
+SPLIT_NAMES: dict[str, Any] = {"train": "train", "test": "test"} | dict.fromkeys(
     ("validation", "valid", "val", "dev", "eval"), "validation"
 )
 # The keys of a prompt and its completion, as data sets call them.
@@ -29,7 +28,6 @@ _PAIRS = [
     ("prompt", "completion"), ("prompt", "response"), ("inputs_pretokenized", "targets_pretokenized"),
     ("inputs", "targets"), ("input", "target"), ("input", "output"), ("question", "answer"),
 ]  # fmt: skip
-_CHATS = ("messages", "conversations")
 _ROLES = {"human": "user", "gpt": "assistant", "model": "assistant"}
 
 
@@ -101,21 +99,13 @@ class _Row(BaseModel):
     input: str
     outputs: _Answers
     instruction: str | None = None
-    history: tuple[tuple[str, str], ...] = ()
+    history: Messages = ()
     id: str | None = Field(None, coerce_numbers_to_str=True)
     split: Split | None = None
 
 
 class _RowError(Exception):
     """Raised with what is wrong in a row."""
-
-
-@contextmanager
-def _at(place: str) -> Iterator[None]:
-    try:
-        yield
-    except _RowError as error:
-        raise BaditError(f"{place}: {error}") from None
 
 
 def read_rows(
@@ -127,21 +117,22 @@ def read_rows(
     """
     definitions: dict[str, str] = {}
     for place, row in rows:
-        with explained(place), _at(place):
-            if where.columns and isinstance(row, Mapping):
-                row = _renamed(row, where.columns)
-            for one in _parsed(row, name, where, strict):
-                known = definitions.setdefault(one.task, one.instruction or "")
-                if strict and (one.instruction or "") != known:
-                    raise BaditError(
-                        f"{place}: instruction: task '{one.task}' has another one above; use one instruction per task, "
-                        "or data.columns={instruction: instruction} to keep several"
-                    )
-                if file_split and one.split and one.split != file_split:
-                    raise BaditError(f"{place}: split: the file's name says '{file_split}'")
-                instance = one.model_dump(include={"id", "input", "outputs", "instruction", "history"})
-                about = {"definition": one.instruction}
-                yield Record(one.task, about, file_split or one.split or "train", instance)
+        try:
+            with explained(place):
+                found = list(_parsed(row, name, where, strict))
+        except _RowError as error:
+            raise BaditError(f"{place}: {error}") from None
+        for one in found:
+            known = definitions.setdefault(one.task, one.instruction or "")
+            if strict and (one.instruction or "") != known:
+                raise BaditError(
+                    f"{place}: instruction: task '{one.task}' has another one above; use one instruction per task, "
+                    "or data.columns={instruction: instruction} to keep several"
+                )
+            if file_split and one.split and one.split != file_split:
+                raise BaditError(f"{place}: split: the file's name says '{file_split}'")
+            instance = one.model_dump(include={"id", "input", "outputs", "instruction", "history"})
+            yield Record(one.task, {"definition": one.instruction}, file_split or one.split or "train", instance)
 
 
 def _renamed(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
@@ -154,46 +145,41 @@ def _renamed(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, An
 
 def _parsed(row: Any, name: str, where: Source, strict: bool) -> Iterator[_Line | _Row]:
     """The instances of one row, by its form."""
-    if strict and not isinstance(row, Mapping):
-        _Line.model_validate(row)
-    if strict and "task" in row and "instruction" in row:
+    if not isinstance(row, Mapping) or (strict and "task" in row and "instruction" in row):
         line = _Line.model_validate(row)
         yield line.model_copy(update={"task": where.task}) if where.task else line
         return
+    row = _renamed(row, where.columns)
     own_task = row.get("task", row.get("task_name"))
-    split = row.get("split") or None
-    values = {
-        "task": where.task or (name if own_task is None else own_task),
-        "id": row.get("id") or None,
-        "split": SPLIT_NAMES.get(split, split) if isinstance(split, str) else split,
-        "instruction": where.instruction,
-    }
+    instruction, outputs = where.instruction, row.get("output", row.get("outputs"))
     if (chat := _chat_of(row)) is not None:
-        for number, (history, question, answer) in enumerate(_answers(chat, where.turns)):
-            identity = None if values["id"] is None else f"{row['id']}" + (f"-{number}" if number else "")
-            yield _Row(**{**values, "id": identity}, history=history, input=question, outputs=(answer,))
-        return
-    outputs = row.get("output", row.get("outputs"))
-    if row.get("instruction") is not None and outputs is not None:
+        found = list(_answers(chat, where.turns))
+    elif row.get("instruction") is not None and outputs is not None:
         _refuse_near("input", row)
         text, content = row["instruction"], row.get("input", "")
         if own_task is not None or where.columns.get("instruction"):
-            values |= {"instruction": text, "input": content}
+            instruction = text
         else:  # as Alpaca has it: every row has an instruction of its own, which is the prompt
-            values["input"] = f"{text}\n\n{content}" if content else text
-        yield _Row(**values, outputs=outputs)
-        return
-    for prompt, completion in _PAIRS:
-        if row.get(prompt) is not None and row.get(completion) is not None:
-            yield _Row(**values, input=row[prompt], outputs=row[completion])
-            return
-    if strict and "task" in row:
-        _Line.model_validate(row)
-    _refuse_near("output", row)
-    raise _RowError(
-        f"no known form of a row: found {', '.join(map(str, row)):.200}; name the columns with "
-        "data.columns={input: COLUMN, output: COLUMN}"
-    )
+            content = f"{text}\n\n{content}" if content else text
+        found = [((), content, outputs)]
+    elif pair := next((pair for pair in _PAIRS if all(row.get(key) is not None for key in pair)), None):
+        found = [((), row[pair[0]], row[pair[1]])]
+    else:
+        if strict and "task" in row:
+            _Line.model_validate(row)
+        _refuse_near("output", row)
+        keys = f"{', '.join(map(str, row)):.200}"
+        fix = "name the columns with data.columns={input: COLUMN, output: COLUMN}"
+        raise _RowError(f"no known form of a row: found {keys}; {fix}")
+    split, identity = row.get("split") or None, row.get("id") or None
+    about: dict[str, Any] = {
+        "task": where.task or (name if own_task is None else own_task),
+        "split": SPLIT_NAMES.get(split, split) if isinstance(split, str) else split,
+        "instruction": instruction,
+    }
+    for number, (history, content, outputs) in enumerate(found):
+        own_id = f"{identity}-{number}" if identity and number else identity
+        yield _Row(**about, id=own_id, history=history, input=content, outputs=outputs)
 
 
 def _refuse_near(key: str, row: Mapping[str, Any]) -> None:
@@ -205,14 +191,14 @@ def _refuse_near(key: str, row: Mapping[str, Any]) -> None:
 
 def _chat_of(row: Mapping[str, Any]) -> list[Any] | None:
     """The messages of a row, if it is a chat."""
-    for key in _CHATS:
+    for key in ("messages", "conversations"):
         if isinstance(row.get(key), list):
             return row[key]
     prompt, completion = row.get("prompt"), row.get("completion")
     return [*prompt, *completion] if isinstance(prompt, list) and isinstance(completion, list) else None
 
 
-def _answers(messages: Sequence[Any], turns: Turns) -> Iterator[tuple[tuple[tuple[str, str], ...], str, str]]:
+def _answers(messages: Sequence[Any], turns: Turns) -> Iterator[tuple[Messages, Any, Any]]:
     """Of every answer of a chat, or of the last: the messages before, the message that it answers, and the answer."""
     chat = tuple(_message(number, message) for number, message in enumerate(messages))
     answered = [number for number, (role, _) in enumerate(chat) if role == "assistant"]

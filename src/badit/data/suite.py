@@ -62,10 +62,6 @@ def _generated(name: str) -> Task:
     )
 
 
-def _with_article(noun: str) -> str:
-    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
-
-
 def _listing(items: Sequence[str]) -> str:
     """'a', 'a and b', 'a, b and c'."""
     return " and ".join(filter(None, [", ".join(items[:-1]), items[-1]]))
@@ -122,7 +118,7 @@ def category_count(rng: random.Random) -> Example:
 
 def item_count(rng: random.Random) -> Example:
     count = rng.randint(1, 6)
-    items = _listing([_with_article(item) for item in rng.sample(OBJECTS, count)])
+    items = _listing([f"{'an' if item[0] in 'aeiou' else 'a'} {item}" for item in rng.sample(OBJECTS, count)])
     return f"{rng.choice(NAMES)} packed {items}.", str(count)
 
 

@@ -10,21 +10,20 @@ import hashlib
 import random
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Annotated, Any, Literal, get_args, overload
+from collections.abc import Iterable, Sequence
+from typing import Annotated, Any, Literal, get_args
 
 import numpy as np
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
-from badit.data.cache import Table
+from badit.data.cache import Item, Table
 from badit.errors import BaditError, nearest
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
 
 # A task's name becomes a file's name; file systems allow 255 bytes, suffix included.
-MAX_NAME_CHARACTERS = 120
-MAX_NAME_BYTES = 240
+MAX_NAME_CHARACTERS, MAX_NAME_BYTES = 120, 240
 # The two orders of SAPT (Zhao et al. 2024, arXiv 2401.08295) over its 15 SuperNI tasks, by the tasks' numbers.
 SAPT_ORDERS = {
     "sapt-1": (1572, 363, 1290, 181, 2, 1510, 639, 1729, 73, 1590, 748, 511, 591, 1687, 875),
@@ -48,6 +47,7 @@ FirstString = Annotated[
     str, BeforeValidator(lambda value: next(iter(value), "") if isinstance(value, list | tuple) else value)
 ]
 Outputs = Annotated[Strings, Field(min_length=1)]
+Messages = tuple[tuple[str, str], ...]  # (role, content) of each
 
 
 class Instance(BaseModel):
@@ -66,69 +66,13 @@ class Instance(BaseModel):
     input: str
     outputs: Outputs
     instruction: str | None = None
-    history: tuple[tuple[str, str], ...] = ()
+    history: Messages = ()
 
     @property
-    def digest(self) -> int:
-        """A hash of all of it, 64 bits."""
+    def hash(self) -> int:
+        """Of all of it, 64 bits."""
         fields = (self.id, self.input, self.outputs, self.instruction, self.history)
         return int.from_bytes(hashlib.blake2b(repr(fields).encode(), digest_size=8).digest())
-
-
-class Rows(Sequence[Instance]):
-    """Instances in an Arrow table, each made when it is read.
-
-    Args:
-        table: with the fields of an instance, and ``hash``, its digest.
-        indices: the rows that belong to it, in their order.
-    """
-
-    def __init__(self, table: Table, indices: np.ndarray) -> None:
-        self._table, self._indices = table, indices
-
-    def __len__(self) -> int:
-        return len(self._indices)
-
-    @overload
-    def __getitem__(self, index: int) -> Instance: ...
-    @overload
-    def __getitem__(self, index: slice) -> Rows: ...
-    def __getitem__(self, index: int | slice) -> Instance | Rows:
-        if isinstance(index, slice):
-            return Rows(self._table, self._indices[index])
-        return _instance(self._table[int(self._indices[index])])
-
-    def __iter__(self) -> Iterator[Instance]:
-        for start in range(0, len(self), _ROWS_AT_A_TIME):
-            for batch in self._table.take(self._indices[start : start + _ROWS_AT_A_TIME]):
-                yield from map(_instance, batch.to_pylist())
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Sequence) and len(self) == len(other) and all(map(Instance.__eq__, self, other))
-
-    __hash__ = None  # pyright: ignore[reportAssignmentType] (equal to tuples, which hash otherwise)
-
-    def __repr__(self) -> str:
-        return f"<{len(self)} instances>"
-
-    def column(self, name: str) -> list[Any]:
-        """One field of all of them."""
-        return [value for batch in self._table.take(self._indices) for value in batch.column(name).to_pylist()]
-
-    def select(self, indices: Sequence[int]) -> Rows:
-        return Rows(self._table, self._indices[np.asarray(indices, dtype=np.int64)])
-
-
-_ROWS_AT_A_TIME = 1_000
-_FIELDS = tuple(Instance.model_fields)
-
-
-def _instance(row: dict[str, Any]) -> Instance:
-    return Instance(**{name: row[name] for name in _FIELDS})
-
-
-def _selected(instances: Sequence[Instance], indices: Sequence[int]) -> Sequence[Instance]:
-    return instances.select(indices) if isinstance(instances, Rows) else tuple(instances[index] for index in indices)
 
 
 class Demonstration(BaseModel):
@@ -141,16 +85,23 @@ class Demonstration(BaseModel):
     explanation: str = ""
 
 
-def _distinct_ids(instances: tuple[Instance, ...] | Rows) -> tuple[Instance, ...] | Rows:
-    rows = isinstance(instances, Rows)
-    ids = instances.column("id") if rows else [instance.id for instance in instances]
-    if len(set(ids)) < len(ids):
-        repeated = Counter(ids).most_common(1)[0][0]
-        raise ValueError(f"two instances have the id {repeated!r:.60}; give each its own")
+def _column(instances: Sequence[Instance], name: str) -> list[Any]:
+    return instances.column(name) if isinstance(instances, Table) else [getattr(one, name) for one in instances]
+
+
+def _selected(instances: Sequence[Instance], indices: Sequence[int]) -> Sequence[Instance]:
+    return instances.select(indices) if isinstance(instances, Table) else tuple(instances[index] for index in indices)
+
+
+def _distinct_ids(instances: Sequence[Instance]) -> Sequence[Instance]:
+    ids = Counter(_column(instances, "id"))
+    if len(ids) < len(instances):
+        raise ValueError(f"two instances have the id {ids.most_common(1)[0][0]!r:.60}; give each its own")
     return instances
 
 
-Instances = Annotated[Rows | tuple[Instance, ...], Field(union_mode="left_to_right"), AfterValidator(_distinct_ids)]
+# In a table they have a column for each of an instance's fields, and for its hash.
+Instances = Annotated[Table | tuple[Instance, ...], Field(union_mode="left_to_right"), AfterValidator(_distinct_ids)]
 
 
 class Task(BaseModel):
@@ -179,9 +130,7 @@ class Task(BaseModel):
         """A hash of the definition, the demonstrations and all instances."""
         digest = hashlib.sha256(repr((self.name, self.definition, self.demonstrations)).encode())
         for instances in (self.train, self.validation, self.test):
-            rows = isinstance(instances, Rows)
-            hashes = instances.column("hash") if rows else [instance.digest for instance in instances]
-            digest.update(np.asarray(hashes, dtype=np.uint64).tobytes() + b"|")
+            digest.update(np.asarray(_column(instances, "hash"), dtype=np.uint64).tobytes() + b"|")
         return digest.hexdigest()[:16]
 
 
@@ -193,7 +142,7 @@ def hold_out(tasks: Iterable[Task], per_task: int, seed: int) -> list[Task]:
     after = []
     for task in tasks:
         count = 0 if task.validation else min(per_task, len(task.train) // 4)
-        held = set(_draw(len(task.train), count, "hold_out", task.name, seed))
+        held = set(_shuffled(range(len(task.train)), f"hold_out/{seed}/{task.name}")[:count])
         train = _selected(task.train, [index for index in range(len(task.train)) if index not in held])
         validation = task.validation or _selected(task.train, sorted(held))
         after.append(task.model_copy(update={"train": train, "validation": validation}))
@@ -207,17 +156,14 @@ def limit(tasks: Iterable[Task], train: int | None, test: int | None, seed: int)
     """
     limited = []
     for task in tasks:
-        kept = sorted(_draw(len(task.train), train, "limit", task.name, seed))
-        update = {"train": _selected(task.train, kept), "test": task.test[:test]}
-        limited.append(task.model_copy(update=update))
+        kept = sorted(_shuffled(range(len(task.train)), f"limit/{seed}/{task.name}")[:train])
+        limited.append(task.model_copy(update={"train": _selected(task.train, kept), "test": task.test[:test]}))
     return limited
 
 
 def mixture(tasks: Sequence[Task], seed: int) -> list[int]:
     """The indices of all training instances, which are counted through the tasks, in random order."""
-    indices = list(range(sum(len(task.train) for task in tasks)))
-    random.Random(f"mixture/{seed}").shuffle(indices)
-    return indices
+    return _shuffled(range(sum(len(task.train) for task in tasks)), f"mixture/{seed}")
 
 
 def quotas(tasks: Sequence[Task], *, balanced: bool = False, temperature: float = 1.0) -> dict[str, int] | None:
@@ -235,11 +181,10 @@ def quotas(tasks: Sequence[Task], *, balanced: bool = False, temperature: float 
     return {name: max(1, round(count * weight / total)) for name, weight in weights.items()}
 
 
-def _draw(size: int, count: int | None, purpose: str, name: str, seed: int) -> list[int]:
-    """The first `count` (None: all) of a permutation of range(size) that does not depend on `count`."""
-    order = list(range(size))
-    random.Random(f"{purpose}/{seed}/{name}").shuffle(order)
-    return order[:count]
+def _shuffled(items: Iterable[Item], seed: str) -> list[Item]:
+    order = list(items)
+    random.Random(seed).shuffle(order)
+    return order
 
 
 def ordered(tasks: Sequence[Task], order: str | Sequence[str]) -> list[Task]:
@@ -257,12 +202,10 @@ def ordered(tasks: Sequence[Task], order: str | Sequence[str]) -> list[Task]:
         by_number = {_number(name): name for name in sorted(by_name)}
         names = [by_number[str(number)] for number in SAPT_ORDERS[order] if str(number) in by_number]
     elif match := re.fullmatch(r"seeded-([0-9]{1,18})", order):
-        names = sorted(by_name)
-        random.Random(f"order/{int(match[1])}").shuffle(names)
+        names = _shuffled(sorted(by_name), f"order/{int(match[1])}")
     else:
-        hint = nearest(order, [*SAPT_ORDERS, "seeded-0"])
-        known = "sapt-1, sapt-2, seeded-N, a list of names"
-        raise BaditError(f"data.order: unknown order {order!r:.60}{hint}; known: {known}")
+        known = f"{nearest(order, [*SAPT_ORDERS, 'seeded-0'])}; known: sapt-1, sapt-2, seeded-N, a list of names"
+        raise BaditError(f"data.order: unknown order {order!r:.60}{known}")
     if missing := by_name.keys() - names:
         raise BaditError(f"data.order: has no place for task {min(missing)}; add it, or leave it out of data.tasks")
     return [by_name[name] for name in names]
