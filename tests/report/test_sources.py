@@ -158,6 +158,8 @@ def test_conclusions_are_three_and_the_best_supported_comes_first() -> None:
     first, _, third = conclusions([source])
     assert first.startswith("33% of 3 pairs of tasks have gradients in conflict, above noise: gradients on two halves")
     assert third.startswith("Tasks draw on the experts almost alike")
+    other = Source("other", Path(), frames(0.5, -1.0, 2.0, 0.95, 0.05))
+    assert sum("gradients in conflict" in text for text in conclusions([source, other])) == 1, "of different kinds"
     source.frames = {"differences": source.frames["differences"]}
     assert conclusions([source]) == [
         "badit does not differ clearly from lora: +0.5 Rouge-L (95 % interval −1.0 to +2.0)."

@@ -135,16 +135,19 @@ def together(sources: Sequence[Source]) -> Source:
 
 
 def conclusions(sources: Sequence[Source]) -> list[str]:
-    """At most three statements with their uncertainty, the best supported first."""
-    found: list[tuple[float, str]] = []
+    """At most three statements with their uncertainty, of different kinds if there are, the best supported first."""
+    found: list[tuple[str, float, str]] = []
     for source in [together(sources), *sources]:
         of = f"{source.label}: " if source.label and len(sources) > 1 else ""
-        found += [(support, of + text) for support, text in _statements(source.frames)]
-    return [text for _, text in sorted(found, key=lambda each: -each[0])[:3]]
+        found += [(kind, support, of + text) for kind, support, text in _statements(source.frames)]
+    found.sort(key=lambda each: -each[1])
+    kinds = [kind for kind, _, _ in found]
+    found = [found[i] for i in sorted(range(len(found)), key=lambda i: kinds[:i].count(kinds[i]))]
+    return [text for _, _, text in found[:3]]
 
 
-def _statements(frames: Mapping[str, pd.DataFrame]) -> Iterator[tuple[float, str]]:
-    """What the tables say: how far it exceeds its uncertainty, roughly, and the sentence."""
+def _statements(frames: Mapping[str, pd.DataFrame]) -> Iterator[tuple[str, float, str]]:
+    """What the tables say: its kind, how far it exceeds its uncertainty, roughly, and the sentence."""
     rows = frames["differences"].query("~untuned").to_dict("records") if "differences" in frames else []
     if rows:
         row = max(rows, key=lambda each: abs(each["mean"]))
@@ -156,7 +159,7 @@ def _statements(frames: Mapping[str, pd.DataFrame]) -> Iterator[tuple[float, str
         else:
             least = "does not differ clearly from" if len(rows) == 1 else "differs most, but not clearly, from"
             text = f"{method} {least} {reference}: {number(mean, '.1f', '+')} Rouge-L {interval}."
-        yield abs(mean) / max((high - low) / 2, 1e-9), text
+        yield "scores", abs(mean) / max((high - low) / 2, 1e-9), text
     if {"gradient_overall", "gradient_tasks"} <= frames.keys():
         pairs, tasks = frames["gradient_overall"], frames["gradient_tasks"]
         kind = "adapter" if "adapter" in set(pairs["parameters"]) else pairs["parameters"].iloc[0]
@@ -166,7 +169,7 @@ def _statements(frames: Mapping[str, pd.DataFrame]) -> Iterator[tuple[float, str
             share = f"{(cosines < 0).mean():.0%} of {len(cosines)} pairs of tasks have gradients in conflict"
             noise = "mostly noise" if agreement < _RELIABLE else "above noise"
             text = f"{share}, {noise}: gradients on two halves of a task agree to {number(agreement, '.2f')}."
-            yield 2 * agreement, text
+            yield "gradients", 2 * agreement, text
     if {"abilities", "gates"} <= frames.keys():
         between, within = float(frames["abilities"]["spread"].max()), float(frames["gates"]["std"].mean())
         alike = between < _ALIKE
@@ -175,7 +178,7 @@ def _statements(frames: Mapping[str, pd.DataFrame]) -> Iterator[tuple[float, str
             f"at most {number(between, '.3f')} between tasks, and by {number(within, '.3f')} (standard deviation) "
             "between prompts of one task."
         )
-        yield 0.5 if alike or not within > 0 else between / within, text
+        yield "gates", 0.5 if alike or not within > 0 else between / within, text
     for method, rows in frames["task_gap"].groupby("method", sort=False) if "task_gap" in frames else ():
         gaps = rows["gap"].to_numpy()
         gap, error = float(gaps.mean()), float(gaps.std(ddof=min(1, len(gaps) - 1)) / len(gaps) ** 0.5)
@@ -183,7 +186,7 @@ def _statements(frames: Mapping[str, pd.DataFrame]) -> Iterator[tuple[float, str
             f"{method}: one model for all tasks scores {number(gap, '.1f', '+')} Rouge-L points against one model per "
             f"task (standard error {number(error)} over {len(gaps)} tasks)."
         )
-        yield abs(gap) / (2 * error) if error > 0 else 0.0, text
+        yield "tasks", abs(gap) / (2 * error) if error > 0 else 0.0, text
 
 
 def _read(folder: Path, label: str) -> Source:
