@@ -112,6 +112,18 @@ def test_a_check_finds_what_would_stop_the_training(recipe_values, tmp_path, val
     assert not (tmp_path / "run").exists()
 
 
+def test_a_check_finds_everything_at_once(recipe_values):
+    data = {**recipe_values["data"], "order": "sapt-9"}
+    method = {"name": "badit", "target_modules": ["gate_prj"]}
+    training = {"load_best_model_at_end": True}
+    with pytest.raises(BaditError) as error:
+        check(build_recipe({**recipe_values, "data": data, "method": method, "training": training}))
+    lines = str(error.value).split("\n")
+    assert len(lines) == 3
+    for line, part in zip(lines, ("data.order: unknown order", "training: ", "method: Target modules"), strict=True):
+        assert line.startswith(part)
+
+
 def test_a_check_warns_of_a_run_without_regroupings(recipe_values, capsys):
     recipe = build_recipe(recipe_values, ["training.max_steps=2"])
     assert "0 regroupings in 2 steps: lower method.regroup.every" in check(recipe)

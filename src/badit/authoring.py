@@ -6,6 +6,7 @@ import heapq
 import math
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -19,7 +20,7 @@ from badit.arguments import argument_names, settled
 from badit.data import Instance, load_sources
 from badit.environment import status
 from badit.errors import BaditError
-from badit.methods import NAMES, AdapterMethod, Method, on_skeleton, options_of
+from badit.methods import NAMES, AdapterMethod, Method, build_method, on_skeleton, options_of
 from badit.models import device, load_tokenizer
 from badit.recipe import Recipe, build_recipe, section_of
 from badit.regroup import RegroupOptions
@@ -108,20 +109,30 @@ def check(recipe: Recipe) -> list[str]:
     """What training a recipe would do, as lines of text. The model is built without its weights.
 
     Raises:
-        BaditError: bad data, no such model, a method that does not go with it, or arguments that exclude each other.
+        BaditError: bad data, no such model, a method that does not go with it, and arguments that exclude each other:
+            all that is found, a line for each.
     """
-    plan = make_plan(recipe)
-    training_arguments(plan, Path(recipe.output), recipe.training.seed)
+    section, found = recipe.model, list[str]()
+    plan = tokenizer = method = model = None
+    with _kept(found):
+        plan = make_plan(recipe)
+    with _kept(found):
+        training_arguments(plan or Plan(recipe, [], build_method(recipe.method)), Path(recipe.output), 0)
+    with status(f"checking {section.name}"), _kept(found):
+        tokenizer = load_tokenizer(section.name, trust_remote_code=section.trust_remote_code, revision=section.revision)
+    with _kept(found):
+        names = [task.name for task in plan.tasks] if plan else []
+        method, model = on_skeleton(recipe, names, dtype=model_dtype(recipe))
+    if found or plan is None or tokenizer is None or method is None:
+        raise BaditError(*dict.fromkeys("\n".join(found).split("\n")))
     counts = f"{plan.training_instances} training and {plan.test_instances} {recipe.evaluation.split} instances"
     lines = [f"{len(plan.tasks)} tasks, {counts}; the run would be written to {recipe.output}"]
-    section = recipe.model
-    with status(f"checking {section.name}"):
-        tokenizer = load_tokenizer(section.name, trust_remote_code=section.trust_remote_code, revision=section.revision)
-        method, model = on_skeleton(recipe, [task.name for task in plan.tasks], dtype=model_dtype(recipe))
-        size = recipe.training.per_device_train_batch_size
-        pairs = [(task, instance) for task in plan.tasks for instance in task.train]
+    with status("reading the longest prompts"):
+        size, count = recipe.training.per_device_train_batch_size, plan.training_instances
+        pairs = ((task, instance) for task in plan.tasks for instance in task.train)
         longest = encoded(tokenizer, recipe, heapq.nlargest(size, pairs, key=lambda pair: _characters(pair[1])), model)
-        some = encoded(tokenizer, recipe, pairs[:: max(1, len(pairs) // _SAMPLED)], model)
+        some = [(task, one) for task in plan.tasks for one in task.train[:: max(1, count // _SAMPLED)]]
+        some = encoded(tokenizer, recipe, some, model)
     if not method.trains:
         return [*lines, f"the method {method.name} trains nothing"]
     steps = [_steps(plan, stage) for stage in plan.stages]
@@ -148,6 +159,15 @@ def check(recipe: Recipe) -> list[str]:
     total = sum(part or 0 for part in parts.values()) / 2**30
     about = "about" if parts["activations"] is not None else "more than"
     return [*lines, f"{about} {total:.1f} GiB of memory for a batch of {len(longest)} × {tokens} tokens ({shown})"]
+
+
+@contextmanager
+def _kept(found: list[str]) -> Iterator[None]:
+    """Within, an error is kept for a report of all of them."""
+    try:
+        yield
+    except BaditError as error:
+        found.append(str(error))
 
 
 def _seconds_per_token(recipe: Recipe, model: Any, method: Method) -> float:
