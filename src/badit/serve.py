@@ -43,8 +43,6 @@ from badit.studio.server import HOST, ending_with, guards, json_body, listen, ru
 
 AUTO = "auto"
 MAX_BODY = 1024 * 1024
-_CONNECTING = 10  # seconds
-_RUNTIME = "vLLM must run on this machine, with VLLM_ALLOW_RUNTIME_LORA_UPDATING=1"
 
 
 class Router:
@@ -70,10 +68,9 @@ class Router:
         self.exports: list[str] = []
         if exports is not None:
             refuse_links(Path(exports))
-            files = sorted(Path(exports).glob(f"*/{GATES}"))
-            self.exports = [file.parent.name for file in files]
-            if not files:
+            if not (files := sorted(Path(exports).glob(f"*/{GATES}"))):
                 raise BaditError(f"{exports}: has no LoRAs of tasks: badit export {run} --all-tasks -o {exports}")
+            self.exports = [file.parent.name for file in files]
             self.gates_TMN = torch.stack([self._by_component(read_gates(file, self.model)) for file in files])
             self.gram_MNN = torch.stack([_gram(one) for one in self.layers])
 
@@ -126,14 +123,17 @@ def serve(run: str, exports: str | None, *, url: str, port: int, trust_remote_co
 def application(router: Router, url: str) -> Starlette:
     """The proxy of a loaded run in front of the vLLM at ``url``."""
     url = url.rstrip("/").removesuffix("/v1")
-    options: Any = {"limits": httpx2.Limits(max_connections=None), "timeout": httpx2.Timeout(_CONNECTING, read=None)}
-    client = httpx2.AsyncClient(base_url=url, trust_env=False, **options)
+    options: Any = {"limits": httpx2.Limits(), "timeout": httpx2.Timeout(10, read=None)}  # no limit on connections
+    client = httpx2.AsyncClient(base_url=url, trust_env=False, headers={"accept-encoding": "identity"}, **options)
     lock = anyio.Lock()
 
     @asynccontextmanager
     async def running(web: Starlette) -> AsyncIterator[None]:
         async with client:
             yield
+
+    def key(request: Request) -> dict[str, str]:
+        return {"authorization": request.headers.get("authorization", "")}
 
     async def models(request: Request) -> Response:
         found = (await ask(request, "GET", "/v1/models")).json()
@@ -155,23 +155,24 @@ def application(router: Router, url: str) -> Starlette:
             ids = (await ask(request, "POST", "/tokenize", text)).json()["tokens"]
         async with lock:
             gates_MN = await to_thread.run_sync(router.gates, ids)
-        return forwarded(
-            request, content, nullcontext(router.nearest(gates_MN)) if router.exports else loaded(request, gates_MN)
-        )
+        adapter = nullcontext(router.nearest(gates_MN)) if router.exports else loaded(request, gates_MN)
+        return forwarded(request, content, adapter)
 
     async def ask(request: Request, method: str, path: str, content: Any = None, hint: str = "") -> httpx2.Response:
-        answer = await client.request(method, path, json=content, headers=_headers(request))
+        answer = await client.request(method, path, json=content, headers=key(request))
         if answer.is_error:
             raise HTTPException(answer.status_code, f"{url}{path}: {' '.join(answer.text.split())[:500]}{hint}")
         return answer
 
     @asynccontextmanager
     async def loaded(request: Request, gates_MN: torch.Tensor) -> AsyncIterator[str]:
-        """Within, vLLM has a LoRA with these gates. Its name is new, because vLLM caches prefixes by name."""
+        """Within, vLLM has a LoRA with these gates. Its name is new, because vLLM caches prefixes by it."""
         with TemporaryDirectory(prefix="badit-") as folder:
             await to_thread.run_sync(router.write, gates_MN, Path(folder))
-            about, hint = {"lora_name": f"badit-{uuid4().hex}", "lora_path": folder}, f"; {_RUNTIME}"
-            await ask(request, "POST", "/v1/load_lora_adapter", about, hint)
+            about = {"lora_name": f"badit-{uuid4().hex}", "lora_path": folder}
+            hint = "; vLLM must run on this machine, with VLLM_ALLOW_RUNTIME_LORA_UPDATING=1"
+            with anyio.CancelScope(shield=True):  # else a client that leaves now would leave the LoRA in vLLM
+                await ask(request, "POST", "/v1/load_lora_adapter", about, hint)
             try:
                 yield about["lora_name"]
             finally:
@@ -184,7 +185,7 @@ def application(router: Router, url: str) -> Starlette:
         async def forward(scope: Scope, receive: Receive, send: Send) -> None:
             try:
                 async with ending_with(receive), adapter as name:
-                    options: Any = {"json": {**content, "model": name}, "headers": _headers(request)}
+                    options: Any = {"json": {**content, "model": name}, "headers": key(request)}
                     async with client.stream("POST", request.url.path, **options) as answer:
                         kind = answer.headers.get("content-type", "").encode()
                         raw = [(b"content-type", kind), (b"x-badit-adapter", quote(name).encode())]
@@ -204,16 +205,11 @@ def application(router: Router, url: str) -> Starlette:
         about = {"message": message, "type": "invalid_request" if status < 500 else "server_error"}
         return JSONResponse({"error": {**about, "param": None, "code": status}}, status_code=status)
 
-    completions = ["/v1/chat/completions", "/v1/completions"]
+    routes = [Route(f"/v1/{path}", completion, methods=["POST"]) for path in ("chat/completions", "completions")]
     handled = [BaditError, HTTPException, ClientDisconnect, httpx2.HTTPError, json.JSONDecodeError]
     return Starlette(
-        routes=[Route("/v1/models", models), *(Route(path, completion, methods=["POST"]) for path in completions)],
+        routes=[*routes, Route("/v1/models", models)],
         middleware=guards(programs=True),
         exception_handlers=dict.fromkeys(handled, failed),
         lifespan=running,
     )
-
-
-def _headers(request: Request) -> dict[str, str]:
-    """Of a request to vLLM: the client's key, and no compression."""
-    return {"accept-encoding": "identity", "authorization": request.headers.get("authorization", "")}
