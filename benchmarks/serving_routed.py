@@ -73,15 +73,16 @@ def main() -> None:
         scores = {ITSELF: rouge(read_scores(run.scores_path))}
         answers = {ITSELF: list(run.predictions.sort_values(["task", "id"])["prediction"])}
         routed: list[str] = []
+        no_model: Any = None
         for name, (url, models) in settings.items():
             began = time.monotonic()
             found = ask_all(url, models, prompts, recipe.evaluation.max_new_tokens)
             print(f"{name}: {len(found)} answers in {time.monotonic() - began:.0f} s", flush=True)
             texts = [text for text, _ in found]
             quiet = {"progress": False, "answer": lambda _, texts=texts: texts}
-            scored, predictions = score_model(None, tokenizer, recipe, tasks, "test", **quiet)
+            scored, predictions = score_model(no_model, tokenizer, recipe, tasks, "test", **quiet)
             scores[name] = rouge(scored)
-            answers[name] = [p.prediction for p in sorted(predictions, key=lambda p: (p.task, p.id))]
+            answers[name] = [p.prediction for p in sorted(predictions, key=lambda p: (p.task, p.instance_id))]
             routed = [adapter for _, adapter in found] if name == "badit serve RUN EXPORTS" else routed
         times = timed(
             {
@@ -163,7 +164,7 @@ def ask(url: str, model: str, prompt: list[int], tokens: int) -> tuple[str, str]
 
 def ask_all(url: str, models: Sequence[str], prompts: Sequence[list[int]], tokens: int) -> list[tuple[str, str]]:
     with ThreadPoolExecutor(AT_A_TIME) as pool:
-        return list(pool.map(lambda pair: ask(url, *pair, tokens), zip(models, prompts, strict=True)))
+        return list(pool.map(lambda model, prompt: ask(url, model, prompt, tokens), models, prompts))
 
 
 def timed(ways: dict[str, tuple[str, Iterator[str]]], prompts: Sequence[list[int]]) -> dict[str, Any]:
