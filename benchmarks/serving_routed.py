@@ -1,10 +1,11 @@
-"""Compare what a run answers behind `badit serve` with its own answers and with single exported LoRAs, on vLLM.
+"""Compare a run's own answers with those of its exported LoRAs, as `badit serve` chooses them, and time the proxy.
 
+    python benchmarks/serving_routed.py runs/mine
     python benchmarks/serving_routed.py runs/mine --vllm .venv/serving/bin/python     # made by: make test-serving
 
-The test instances of the run's tasks are answered greedily, several at a time. Then some of them are asked one after
-another for a single token, in turn directly and through the proxies, for the time that these take.
-Writes results/serving-routed.json.
+The test instances of the run's tasks are answered greedily by transformers, whose answers vLLM's equal token by token
+(tests/serving). With --vllm some of them are asked one after another for a single token, in turn directly and through
+the proxies, for the time that these take. Writes results/serving-routed.json.
 """
 
 from __future__ import annotations
@@ -15,110 +16,131 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import cycle
 from operator import eq
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import httpx2
 import torch
+from peft import PeftModel
 
 import badit
-from badit.data import Task
+from badit.data import Instance, Task
 from badit.environment import environment
-from badit.evaluate import score_model
 from badit.files import write_json
+from badit.generation import generate_answers
+from badit.metrics import rouge_l
 from badit.models import resolve_model
-from badit.results import read_scores
 from badit.serve import Router
-from badit.train import encoded
+from badit.train import base_model, encoded
 
 RESULTS = Path(__file__).parent / "results" / "serving-routed.json"
 PORT = 8765
-AT_A_TIME = 8
-ITSELF = "the run itself"  # by transformers
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", help="a run's folder, on a model that vLLM loads from its folder")
-    parser.add_argument("--vllm", required=True, help="a Python that has vLLM")
+    parser.add_argument("--vllm", help="a Python that has vLLM")
     parser.add_argument("--prompts", type=int, default=20, help="timed in every way (default: 20)")
     options = parser.parse_args()
     run = badit.Run(options.run)
-    recipe, tasks = run.recipe, badit.plan(run.recipe).tasks
-    with TemporaryDirectory() as folder, ExitStack() as stack:
+    with TemporaryDirectory() as folder:
         exported = run.export(f"{folder}/tasks", all_tasks=True, progress=False)
         loras = {name: part.folder for name, part in exported.tasks.items()}
         loras["mean"] = run.export(f"{folder}/mean", progress=False).folder
         router = Router(run.path, exported.folder)
-        pairs = [(task, instance) for task in tasks for instance in task.test]
-        _, tokenizer = run.load()
-        prompts = [each["input_ids"][: each["prompt_length"]] for each in encoded(tokenizer, recipe, pairs)]
-        vllm = stack.enter_context(served_by_vllm(options.vllm, recipe.model.name, loras, exported.max_lora_rank))
-        nearest = stack.enter_context(proxy(str(run.path), str(exported.folder), f"--url={vllm}"))
-        exact = stack.enter_context(proxy(str(run.path), f"--url={vllm}"))
-        settings = {
-            "badit serve RUN": (exact, ["auto"] * len(pairs)),
-            "badit serve RUN EXPORTS": (nearest, ["auto"] * len(pairs)),
-            "own task's LoRA": (vllm, [task.name for task, _ in pairs]),
-            "mean gates' LoRA": (vllm, ["mean"] * len(pairs)),
-            "base model": (vllm, [resolve_model(recipe.model.name)] * len(pairs)),
-        }
-        scores = {ITSELF: rouge(read_scores(run.scores_path))}
-        answers = {ITSELF: list(run.predictions.sort_values(["task", "id"])["prediction"])}
-        routed: list[str] = []
-        no_model: Any = None
-        for name, (url, models) in settings.items():
-            began = time.monotonic()
-            found = ask_all(url, models, prompts, recipe.evaluation.max_new_tokens)
-            print(f"{name}: {len(found)} answers in {time.monotonic() - began:.0f} s", flush=True)
-            texts = [text for text, _ in found]
-            quiet = {"progress": False, "answer": lambda _, texts=texts: texts}
-            scored, predictions = score_model(no_model, tokenizer, recipe, tasks, "test", **quiet)
-            scores[name] = rouge(scored)
-            answers[name] = [p.prediction for p in sorted(predictions, key=lambda p: (p.task, p.instance_id))]
-            routed = [adapter for _, adapter in found] if name == "badit serve RUN EXPORTS" else routed
-        times = timed(
-            {
-                "direct": (vllm, cycle(loras)),
-                "proxy, named model": (nearest, cycle(loras)),
-                "badit serve RUN EXPORTS": (nearest, cycle(["auto"])),
-                "badit serve RUN": (exact, cycle(["auto"])),
-            },
-            prompts[:: max(1, len(prompts) // options.prompts)],
-        )
-    equal = {name: sum(map(eq, found, answers[ITSELF])) for name, found in answers.items()}
-    content = {
-        "recipe": recipe.model_dump(mode="json", exclude={"compare", "output"}),
-        "steps": run.environment["training"]["steps"],
+        pairs = [(task, instance) for task in badit.plan(run.recipe).tasks for instance in task.test]
+        base, tokenizer = base_model(run.recipe)
+        examples = encoded(tokenizer, run.recipe, pairs)
+        prompts = [example["input_ids"][: example["prompt_length"]] for example in examples]
+        content = answered(run, router, loras, pairs, prompts, base, tokenizer)
+        write_json(RESULTS, content)
+        if options.vllm:
+            chosen = prompts[:: max(1, len(prompts) // options.prompts)]
+            with ExitStack() as stack:
+                vllm = stack.enter_context(served_by_vllm(options.vllm, run, loras, exported.max_lora_rank))
+                nearest = stack.enter_context(proxy(str(run.path), str(exported.folder), f"--url={vllm}"))
+                exact = stack.enter_context(proxy(str(run.path), f"--url={vllm}"))
+                ways = {"direct": (vllm, cycle(loras)), "proxy, named model": (nearest, cycle(loras))}
+                auto = {"badit serve RUN EXPORTS": nearest, "badit serve RUN": exact}
+                ways |= {name: (url, cycle(["auto"])) for name, url in auto.items()}
+                content["seconds_for_one_token"] = timed(ways, chosen)
+            content["vllm"] = version(options.vllm)
+            write_json(RESULTS, content)
+
+
+def answered(
+    run: badit.Run,
+    router: Router,
+    loras: Mapping[str, Path],
+    pairs: Sequence[tuple[Task, Instance]],
+    prompts: Sequence[list[int]],
+    base: Any,
+    tokenizer: Any,
+) -> dict[str, Any]:
+    """Rouge-L of the run and of the LoRAs that are chosen for its prompts, and which these are."""
+    own = [task.name for task, _ in pairs]
+    gates = torch.stack([router.gates(prompt) for prompt in prompts])
+    plain = (router.gates_TMN - gates[:, None]).square().sum(dim=(2, 3)).argmin(dim=1)
+    by_gates = [router.exports[i] for i in plain.tolist()]
+    nearest = [router.nearest(each) for each in gates]
+    chosen = {"nearest LoRA": nearest, "own task's LoRA": own, "mean gates' LoRA": ["mean"] * len(own)}
+    model: Any = None
+    texts: dict[tuple[str, int], str] = {}
+    for name, folder in loras.items():
+        if model is None:
+            model = PeftModel.from_pretrained(base, str(folder), adapter_name=name)
+        else:
+            model.load_adapter(str(folder), adapter_name=name)
+        model.set_adapter(name)
+        asked = [i for i in range(len(own)) if any(of_way[i] == name for of_way in chosen.values())]
+        settings = {"max_new_tokens": run.recipe.evaluation.max_new_tokens, "batch_size": 16}
+        found = generate_answers(model, tokenizer, [prompts[i] for i in asked], **settings)
+        texts |= {(name, i): text for i, text in zip(asked, found, strict=True)}
+        print(name, len(asked), flush=True)
+    kept = {(task, id_): text for task, id_, text in run.predictions[["task", "instance_id", "prediction"]].values}
+    answers = {"exact routing": [kept[task.name, instance.id] for task, instance in pairs]}
+    answers |= {way: [texts[name, i] for i, name in enumerate(names)] for way, names in chosen.items()}
+    others: dict[str, Counter[str]] = {}
+    for task, adapter in zip(own, nearest, strict=True):
+        others.setdefault(task, Counter())[adapter] += 1
+    return {
+        "recipe": run.recipe.model_dump(mode="json", exclude={"compare", "output"}),
+        "training": run.environment["training"],
         "environment": environment(),
-        "vllm": version(options.vllm),
         "prompts": len(prompts),
         "mean_prompt_tokens": sum(map(len, prompts)) / len(prompts),
-        "rouge_l": scores,
-        "answers_equal_to_the_run": equal,
-        "routed": routed_by(router, pairs, prompts, routed),
-        "seconds_for_one_token": times,
+        "rouge_l": {way: rouge(pairs, found) for way, found in answers.items()},
+        "answers_equal_to_exact_routing": {
+            way: sum(map(eq, found, answers["exact routing"])) for way, found in answers.items()
+        },
+        "to_own_task": sum(map(eq, own, nearest)),
+        "to_own_task_by_distance_of_gates": sum(map(eq, own, by_gates)),
+        "routed": others,
     }
-    write_json(RESULTS, content)
-    print(RESULTS)
 
 
-def rouge(scores: dict[str, Any]) -> dict[str, float]:
+def rouge(pairs: Sequence[tuple[Task, Instance]], texts: Sequence[str]) -> dict[str, float]:
     """Rouge-L per task and their mean."""
-    return {**{name: each["rouge_l"] for name, each in scores["tasks"].items()}, "mean": scores["rouge_l"]}
+    by_task: dict[str, list[float]] = {}
+    for (task, instance), text in zip(pairs, texts, strict=True):
+        by_task.setdefault(task.name, []).append(rouge_l(text, instance.outputs))
+    means = {name: fmean(scores) for name, scores in by_task.items()}
+    return {**means, "mean": fmean(means.values())}
 
 
 @contextmanager
-def served_by_vllm(python: str, base: str, loras: dict[str, Path], rank: int | None) -> Iterator[str]:
+def served_by_vllm(python: str, run: badit.Run, loras: Mapping[str, Path], rank: int | None) -> Iterator[str]:
     """vLLM's OpenAI server on this machine, in float32; its address."""
-    words = f"-m vllm.entrypoints.openai.api_server --model {resolve_model(base)} --dtype float32 --enforce-eager "
+    base = resolve_model(run.recipe.model.name)
+    words = f"-m vllm.entrypoints.openai.api_server --model {base} --dtype float32 --enforce-eager "
     words += "--max-model-len 1024 --no-enable-prefix-caching --enable-lora --max-loras 8 --max-cpu-loras 40 "
     words += f"--max-lora-rank {rank} --host 127.0.0.1 --port {PORT} --lora-modules"
     modules = [f"{name}={folder}" for name, folder in loras.items()]
@@ -162,11 +184,6 @@ def ask(url: str, model: str, prompt: list[int], tokens: int) -> tuple[str, str]
     return answer.json()["choices"][0]["text"].strip(), answer.headers.get("x-badit-adapter", model)
 
 
-def ask_all(url: str, models: Sequence[str], prompts: Sequence[list[int]], tokens: int) -> list[tuple[str, str]]:
-    with ThreadPoolExecutor(AT_A_TIME) as pool:
-        return list(pool.map(lambda model, prompt: ask(url, model, prompt, tokens), models, prompts))
-
-
 def timed(ways: dict[str, tuple[str, Iterator[str]]], prompts: Sequence[list[int]]) -> dict[str, Any]:
     """Seconds until the first token, one request at a time, every prompt in each way in turn."""
     times: dict[str, list[float]] = {name: [] for name in ways}
@@ -177,25 +194,6 @@ def timed(ways: dict[str, tuple[str, Iterator[str]]], prompts: Sequence[list[int
             times[name].append(time.monotonic() - began)
     measured = {name: of_way[1:] for name, of_way in times.items()}  # the first is slower
     return {name: {"median": median(of_way), "each": of_way} for name, of_way in measured.items()}
-
-
-def routed_by(
-    router: Router, pairs: Sequence[tuple[Task, Any]], prompts: Sequence[list[int]], routed: Sequence[str]
-) -> dict[str, Any]:
-    """How many prompts went to their own task's LoRA, which others they went to, and the same for plain gates."""
-    own = [task.name for task, _ in pairs]
-    gates = torch.stack([router.gates(prompt) for prompt in prompts])
-    plain = (router.gates_TMN - gates[:, None]).square().sum(dim=(2, 3)).argmin(dim=1)
-    by_gates = [router.exports[i] for i in plain.tolist()]
-    others: dict[str, dict[str, int]] = {}
-    for task, adapter in zip(own, routed, strict=True):
-        of_task = others.setdefault(task, {})
-        of_task[adapter] = of_task.get(adapter, 0) + 1
-    return {
-        "to_own_task": sum(map(eq, own, routed)),
-        "to_own_task_by_distance_of_gates": sum(map(eq, own, by_gates)),
-        "by_task": others,
-    }
 
 
 def version(python: str) -> str:
