@@ -48,7 +48,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", help="a run's folder, on a model that vLLM loads from its folder")
     parser.add_argument("--vllm", help="a Python that has vLLM")
-    parser.add_argument("--prompts", type=int, default=20, help="timed in every way (default: 20)")
+    parser.add_argument("--prompts", type=int, default=20, help="timed (default: 20)")
     options = parser.parse_args()
     run = badit.Run(options.run)
     with TemporaryDirectory() as folder:
@@ -61,9 +61,10 @@ def main() -> None:
         examples = encoded(tokenizer, run.recipe, pairs)
         prompts = [example["input_ids"][: example["prompt_length"]] for example in examples]
         content = answered(run, router, loras, pairs, prompts, base, tokenizer)
+        chosen = prompts[:: max(1, len(prompts) // options.prompts)]
+        content["processor_seconds"] = processor_seconds(router, chosen)
         write_json(RESULTS, content)
         if options.vllm:
-            chosen = prompts[:: max(1, len(prompts) // options.prompts)]
             with ExitStack() as stack:
                 vllm = stack.enter_context(served_by_vllm(options.vllm, run, loras, exported.max_lora_rank))
                 nearest = stack.enter_context(proxy(str(run.path), str(exported.folder), f"--url={vllm}"))
@@ -194,6 +195,21 @@ def timed(ways: dict[str, tuple[str, Iterator[str]]], prompts: Sequence[list[int
             times[name].append(time.monotonic() - began)
     measured = {name: of_way[1:] for name, of_way in times.items()}  # the first is slower
     return {name: {"median": median(of_way), "each": of_way} for name, of_way in measured.items()}
+
+
+def processor_seconds(router: Router, prompts: Sequence[list[int]]) -> dict[str, float]:
+    """What a prompt costs the proxy, as the median over prompts: reading it, and writing its LoRA."""
+    reading, writing = [], []
+    for prompt in [prompts[0], *prompts]:
+        began = time.process_time()
+        gates = router.gates(prompt)
+        router.nearest(gates)
+        read = time.process_time()
+        with TemporaryDirectory() as folder:
+            router.write(gates, Path(folder))
+        reading.append(read - began)
+        writing.append(time.process_time() - read)
+    return {"reading the prompt": median(reading[1:]), "writing its LoRA": median(writing[1:])}
 
 
 def version(python: str) -> str:
