@@ -58,7 +58,7 @@ def main() -> None:
         router = Router(run.path, exported.folder)
         pairs = [(task, instance) for task in badit.plan(run.recipe).tasks for instance in task.test]
         base, tokenizer = base_model(run.recipe)
-        examples = encoded(tokenizer, run.recipe, pairs)
+        examples = encoded(tokenizer, run.recipe, pairs, base)
         prompts = [example["input_ids"][: example["prompt_length"]] for example in examples]
         content = answered(run, router, loras, pairs, prompts, base, tokenizer)
         chosen = prompts[:: max(1, len(prompts) // options.prompts)]

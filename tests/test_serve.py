@@ -116,7 +116,8 @@ def unloaded(vllm):
 def training_prompts(router):
     recipe = router.run.recipe
     tasks = make_plan(recipe).tasks
-    return encoded(base_model(recipe)[1], recipe, [(task, instance) for task in tasks for instance in task.train])
+    pairs = [(task, instance) for task in tasks for instance in task.train]
+    return encoded(base_model(recipe)[1], recipe, pairs, router.model)
 
 
 def test_a_prompt_goes_to_the_export_with_the_nearest_weights(client, router, vllm, run):
