@@ -150,15 +150,15 @@ def test_a_models_own_code_runs_only_when_it_is_trusted(model_with_code: Path, t
     assert (tmp_path / "ran").exists(), "the switch is what decides"
 
 
-@pytest.mark.parametrize("verb", [["evaluate"], ["generate"], ["analyze"], ["studio", "--port=0"]], ids=str)
-def test_a_runs_folder_alone_cannot_trust(verb: list[str], model_with_code: Path, tmp_path: Path, capsys: Any) -> None:
+@pytest.mark.parametrize("verb", ["evaluate", "generate", "analyze", "studio", "serve"])
+def test_a_runs_folder_alone_cannot_trust(verb: str, model_with_code: Path, tmp_path: Path, capsys: Any) -> None:
     """The folder's recipe asks for the code, but the folder may come from elsewhere: the user must allow it, too."""
     section = {"name": str(model_with_code), "trust_remote_code": True}
     run = tmp_path / "run"
     run.mkdir()
     (run / "config.yaml").write_text(dump_recipe(build_recipe({"model": section, "method": {"name": "base"}})))
-    more = ["Hello"] if verb == ["generate"] else []
-    assert main([*verb, str(run), *more]) == 2
+    more = {"generate": ["Hello"], "studio": ["--port=0"], "serve": ["--port=0"]}.get(verb, [])
+    assert main([verb, str(run), *more]) == 2
     assert "allow it with --trust-remote-code" in capsys.readouterr().err
     assert not (tmp_path / "ran").exists()
 
@@ -191,6 +191,8 @@ LINKED = {
     "export gates": ["WHOLE", "--output=NEW", "--gates=RUN/gates.json"],
     "push": ["RUN", "org/x"],
     "studio": ["RUN", "--port=0"],
+    "serve": ["RUN", "--port=0"],
+    "serve exports": ["WHOLE", "RUN", "--port=0"],
     "harness": ["RUN", "--tasks=arc_easy"],
     "table": ["RUN"],
     "demo": ["--output=RUN"],

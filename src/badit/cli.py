@@ -251,6 +251,33 @@ def studio(run: str, *, port: int = 8642, browser: bool = True, trust_remote_cod
 
 
 @app.command
+def serve(
+    run: str,
+    exports: str | None = None,
+    *,
+    url: str = "http://127.0.0.1:8000",
+    port: int = 8001,
+    trust_remote_code: bool = False,
+) -> None:
+    """Route prompts as a run does, in front of vLLM: an OpenAI-compatible proxy.
+
+    Requests for the model 'auto' are routed, others are passed on. It listens on 127.0.0.1. docs/serving.md says more.
+
+    Args:
+        run: a run's folder, of a method whose gates follow the prompt.
+        exports: what 'badit export RUN --all-tasks' has written and vLLM serves: a prompt goes to the nearest. Without
+            it every prompt gets a LoRA with its own gates, which vLLM must be allowed to load.
+        url: vLLM's server.
+        port: the proxy's port; 0 takes a free one.
+        trust_remote_code: run Python code that comes with the run's base model, if its recipe asks for it as well.
+    """
+    _load("badit.studio.server")
+    from badit.serve import serve
+
+    serve(run, exports, url=url, port=port, trust_remote_code=trust_remote_code)
+
+
+@app.command
 def harness(run: str, *options: Annotated[str, Parameter(allow_leading_hyphen=True)]) -> None:
     """Run lm-evaluation-harness on a run.
 
@@ -295,6 +322,7 @@ def _shown_export(run: Run, exported: Any) -> str:
     from badit.export import SCORES
     from badit.files import read_json
     from badit.models import resolve_model
+    from badit.render import cost_table, exported_rank
 
     folder, base = shlex.quote(str(exported.folder)), shlex.quote(resolve_model(run.recipe.model.name))
     facts = {"mixture": exported.mixture or "none to choose: the run does the same for every prompt"}
@@ -305,7 +333,7 @@ def _shown_export(run: Run, exported: Any) -> str:
         modules = " ".join(shlex.quote(f"{each.folder.resolve().name}={each.folder}") for each in served)
         command = f"vllm serve {base} --enable-lora --max-lora-rank {exported.max_lora_rank}"
         facts |= {
-            "rank": _shown_rank(exported),
+            "rank": exported_rank(exported),
             "adapter": adapter,
             "vLLM": f"{command} --lora-modules {modules}",
             "llama.cpp": f"convert_lora_to_gguf.py {adapter}{'' if Base.of(run.recipe).hub_id else f' --base {base}'}",
@@ -313,27 +341,6 @@ def _shown_export(run: Run, exported: Any) -> str:
     shown = "\n".join(f"{name:10} {value}" for name, value in facts.items())
     path = exported.folder / SCORES
     return f"{shown}\n\n{cost_table(read_json(path))}\n\nScores: {path}" if path.is_file() else shown
-
-
-def _shown_rank(exported: Any) -> str:
-    if not exported.errors:
-        return f"{exported.rank}, equal to the fixed mixture"
-    worst = max(exported.errors, key=exported.errors.__getitem__)
-    return (
-        f"{exported.rank} of {exported.exact_rank}: relative error {exported.total_error:.2g} in all (Frobenius), "
-        f"at most {exported.errors[worst]:.2g} ({worst})"
-    )
-
-
-def cost_table(scores: dict[str, Any]) -> str:
-    """Rouge-L per task of a run, routed, and of its export."""
-    from badit.render import text_table
-
-    entries = {**scores["tasks"], **({"mean over tasks": scores["mean"]} if len(scores["tasks"]) > 1 else {})}
-    rows = [
-        [name, f"{e['routed']:.1f}", f"{e['frozen']:.1f}", f"{e['difference']:+.1f}"] for name, e in entries.items()
-    ]
-    return text_table(["task", "Rouge-L routed", "frozen", "difference"], rows, right={1, 2, 3})
 
 
 _of_run(Run.evaluate, lambda run, scores: _score_table({str(run.path): run}))

@@ -158,7 +158,7 @@ def export(
     model: Any = loaded  # a PeftModel, except for methods that train the base weights
     mixtures: Mapping[str | None, tuple[str | None, Gates | None]] = {task: (None, None)}
     if gates is not None:
-        mixtures = {None: (f"gates of {Path(gates).name}", _read_gates(Path(gates), model))}
+        mixtures = {None: (f"gates of {Path(gates).name}", read_gates(Path(gates), model))}
     elif mixes:
         mixtures = _mean_gates(folder, model, tokenizer, recipe, tasks, list(tasks) if all_tasks else [task], progress)
 
@@ -373,7 +373,7 @@ def _mean_gates(
     return found
 
 
-def _read_gates(path: Path, model: PeftModel) -> Gates:
+def read_gates(path: Path, model: PeftModel) -> Gates:
     """A file's gates: one for every expert of every adapted module and nothing else."""
     if (path.parent / RECORD).is_file():
         refuse_links(path.parent)  # an export, which may come from elsewhere
@@ -447,12 +447,13 @@ def write_adapter(folder: Path, factors: Factors, base: nn.Module, name: str, re
     """A plain LoRA as every PEFT since 0.5 loads it: one rank, alpha = rank, nothing but A's and B's.
 
     The configuration has only the fields of a plain LoRA: servers refuse some later ones, and older versions warn.
-    ``name`` and ``revision`` are those of the base model, and ``factors`` all have one rank.
+    ``base`` may be adapted; ``name`` and ``revision`` are its own, and ``factors`` all have one rank.
     """
     rank = len(next(iter(factors.values()))[0])
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": name, "revision": revision}
     config |= {"r": rank, "lora_alpha": rank, "lora_dropout": 0.0}  # a scaling of 1: B has it
-    layers = {module: base_layer(base, module) for module in factors}
+    found = {module: base_layer(base, module) for module in factors}
+    layers = {module: getattr(layer, "base_layer", layer) for module, layer in found.items()}
     modules = [module for module, layer in layers.items() if not isinstance(layer, FusedExpert)]
     config |= {"target_modules": short_names(base, modules), "bias": "none", "modules_to_save": None}
     config |= {"fan_in_fan_out": any(isinstance(layer, Conv1D) for layer in layers.values())}

@@ -242,6 +242,26 @@ def text_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, right: S
     return "\n".join("  ".join(line).rstrip() for line in zip(*columns, strict=True))
 
 
+def exported_rank(exported: Any) -> str:
+    """The rank of a :class:`badit.export.Export`, and its error."""
+    if not exported.errors:
+        return f"{exported.rank}, equal to the fixed mixture"
+    worst = max(exported.errors, key=exported.errors.__getitem__)
+    return (
+        f"{exported.rank} of {exported.exact_rank}: relative error {exported.total_error:.2g} in all (Frobenius), "
+        f"at most {exported.errors[worst]:.2g} ({worst})"
+    )
+
+
+def cost_table(scores: dict[str, Any]) -> str:
+    """Rouge-L per task of a run, routed, and of its export."""
+    entries = {**scores["tasks"], **({"mean over tasks": scores["mean"]} if len(scores["tasks"]) > 1 else {})}
+    rows = [
+        [name, f"{e['routed']:.1f}", f"{e['frozen']:.1f}", f"{e['difference']:+.1f}"] for name, e in entries.items()
+    ]
+    return text_table(["task", "Rouge-L routed", "frozen", "difference"], rows, right={1, 2, 3})
+
+
 def score_table(scores: Mapping[str, pd.DataFrame]) -> str:
     """A column for each metric of each run's :func:`badit.results.scores_frame`, a row for each task, and the means."""
     columns = {}

@@ -9,17 +9,23 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import pytest
 from transformers import AutoTokenizer
 
 from badit import Run, train
+from badit.generation import generate_answers
 from badit.models import BUILT_IN_HUB_ID, resolve_model
 
 ENVIRONMENT = os.environ.get("BADIT_SERVING")
@@ -58,11 +64,15 @@ BOUND = 1e-3
 ENGINES = [("vllm", "lora"), ("vllm", "rank-16"), ("vllm", "merged"), ("llama", "lora"), ("llama", "merged")]
 
 
-def call(command: list[Any], python_path: str = "") -> None:
-    """A process whose hub cache has only the built-in model."""
+def surroundings(python_path: str = "") -> dict[str, str]:
+    """The environment of a process whose hub cache has only the built-in model."""
     hub = {"HF_HUB_CACHE": str(WORK / "hub"), "HF_HUB_OFFLINE": "1", "PYTHONPATH": python_path}
     one_thread = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_CPU_KVCACHE_SPACE": "1"}  # and 1 GiB
-    environment = {**os.environ, **hub, **one_thread}
+    return {**os.environ, **hub, **one_thread, "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
+
+
+def call(command: list[Any], python_path: str = "") -> None:
+    environment = surroundings(python_path)
     done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
 
@@ -168,3 +178,58 @@ def test_vllm_scores_an_export_as_transformers_does(exports: dict[str, Path]) ->
         found[engine] = json.loads((out / "scores.json").read_text())
     assert len(found["vllm"]["tasks"]) == 16
     assert found["vllm"] == {**found["transformers"], "engine": "vllm"}
+
+
+@contextmanager
+def started(*words: Any, output: int = subprocess.PIPE) -> Iterator[subprocess.Popen[str]]:
+    """A server, until the end of the context."""
+    command = list(map(str, words))
+    with subprocess.Popen(command, env=surroundings(SOURCE), stdout=output, text=True) as process:
+        try:
+            yield process
+        finally:
+            process.terminate()
+
+
+def test_a_proxy_in_front_of_vllm_answers_as_the_run_or_as_the_export_that_it_names(
+    exports: dict[str, Path], prompts: list[list[int]]
+) -> None:
+    run, asked = Run(WORK / "run"), prompts[::5]
+    tasks = run.export(WORK / "tasks", all_tasks=True, progress=False)
+    expected = generate_answers(*run.load(), asked, max_new_tokens=TOKENS, batch_size=8)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    vllm = f"http://127.0.0.1:{port}"
+    words = f"--dtype float32 --enforce-eager --max-model-len 256 --port {port} --enable-lora --max-lora-rank 64"
+    loras = [f"{name}={part.folder}" for name, part in tasks.tasks.items()]
+    server_words = [PYTHON, "-m", "vllm.entrypoints.openai.api_server", "--model", BUILT_IN_HUB_ID, *words.split()]
+    with (
+        started(*server_words, "--lora-modules", *loras, output=subprocess.DEVNULL) as server,
+        started(sys.executable, "-m", "badit", "serve", run.path, "--port=0", f"--url={vllm}") as exact,
+        started(sys.executable, "-m", "badit", "serve", run.path, tasks.folder, "--port=0", f"--url={vllm}") as nearest,
+    ):
+        urls = [process.stdout.readline().split()[1].removesuffix("/v1,") for process in (exact, nearest)]  # type: ignore
+        while server.poll() is None and not answers_on(vllm):
+            time.sleep(1)
+
+        def ask(url: str, model: str, prompt: list[int]) -> httpx2.Response:
+            content = {"model": model, "prompt": prompt, "max_tokens": TOKENS, "temperature": 0}
+            return httpx2.post(f"{url}/v1/completions", json=content, timeout=600).raise_for_status()
+
+        def text(answer: httpx2.Response) -> str:
+            return answer.json()["choices"][0]["text"].strip()
+
+        assert [text(ask(urls[0], "auto", prompt)) for prompt in asked] == expected
+        for prompt in asked:
+            answer = ask(urls[1], "auto", prompt)
+            assert answer.headers["x-badit-adapter"] in tasks.tasks
+            assert text(answer) == text(ask(vllm, answer.headers["x-badit-adapter"], prompt))
+        served = {model["id"] for model in httpx2.get(f"{urls[1]}/v1/models").json()["data"]}
+        assert served == {"auto", BUILT_IN_HUB_ID, *tasks.tasks}, "the LoRAs of prompts are unloaded"
+
+
+def answers_on(url: str) -> bool:
+    try:
+        return httpx2.get(f"{url}/health", timeout=60).is_success
+    except httpx2.HTTPError:
+        return False

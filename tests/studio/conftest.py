@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from badit.studio.server import Server, application, listen
+from badit.studio.server import Server, listen
 from badit.studio.session import Session
 
 BADIT = {"name": "badit", "num_experts": 4, "r": 2, "router_input": "standardised", "regroup": {"every": 2}}
@@ -25,10 +25,10 @@ def plain_session(trained):
 
 
 @contextmanager
-def served(session):
-    """A real server of the session; its port."""
+def served(web):
+    """A real server of a web application; its port."""
     with listen(0) as listening:
-        running = Server(application(session))
+        running = Server(web)
         thread = threading.Thread(target=running.run, kwargs={"sockets": [listening]})
         thread.start()
         try:

@@ -9,6 +9,7 @@ from selenium.webdriver.support.select import Select
 
 from badit.analysis.atlas import ABILITIES
 from badit.analysis.tables import save_frame
+from badit.studio.server import application
 from badit.studio.session import Session
 from browsers import chromium, emulate, requests, until
 from studio.conftest import BADIT, served
@@ -70,7 +71,7 @@ def browser(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def address(session):
-    with served(session) as port:
+    with served(application(session)) as port:
         yield f"http://127.0.0.1:{port}/"
 
 
@@ -113,7 +114,7 @@ def test_the_heat_map_has_every_gate_and_is_walked_by_keys(page, session):
 
 def test_the_heat_map_is_of_a_module_or_of_their_mean(browser, trained):
     session = Session(trained({**BADIT, "target_modules": ["gate_proj", "o_proj"]}).path)
-    with served(session) as port:
+    with served(application(session)) as port:
         page = Page(browser, f"http://127.0.0.1:{port}/")
         page.ask()
         choice = Select(page.one("#module"))
@@ -183,7 +184,7 @@ def test_an_answer_can_be_stopped_and_a_prompt_of_ones_own_be_asked(page):
 
 
 def test_a_method_without_gates_says_so_and_a_studio_that_has_ended_is_told(browser, plain_session):
-    with served(plain_session) as port:
+    with served(application(plain_session)) as port:
         page = Page(browser, f"http://127.0.0.1:{port}/")
         page.ask()
         assert "mixes no experts" in page.text("#no-gates")
@@ -205,7 +206,7 @@ def test_markup_in_names_data_and_tables_stays_text(browser, trained, tmp_path):
     run = trained(BADIT, source, MARKUP)
     save_frame(ABILITIES.frame([[expert, "", "", 1.0, 0.0, 0.0, MARKUP] for expert in range(4)], ""), run.analysis_path)
     session = Session(run.path)
-    with served(session) as port:
+    with served(application(session)) as port:
         page = Page(browser, f"http://127.0.0.1:{port}/")
         page.ask()
         assert page.text("#unmeasured").startswith("The tasks’ own mixtures are still being measured")

@@ -154,7 +154,7 @@ class Slow:
 @pytest.fixture
 def slow():
     session = Slow()
-    with served(session) as port:
+    with served(application(session)) as port:
         yield session, port
 
 
@@ -258,7 +258,7 @@ def test_mistakes_are_told_in_one_line_before_a_model_is_loaded(monkeypatch, cap
     monkeypatch.delitem(sys.modules, "badit.studio.server")
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     assert main(["studio", "no-run"]) == 2
-    assert "the studio needs its extra (uvicorn is missing): pip install 'badit[studio]'" in capsys.readouterr().err
+    assert "this needs the studio's extra (uvicorn is missing): pip install 'badit[studio]'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("display", "opened"), [("", []), (":0", ["http://127.0.0.1:1"])])

@@ -13,8 +13,9 @@ import socket
 import sys
 import threading
 import webbrowser
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import CancelledError
+from contextlib import asynccontextmanager
 from importlib import resources
 from pathlib import Path
 from types import FrameType
@@ -42,7 +43,7 @@ try:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
     from uvicorn.protocols.http.h11_impl import H11Protocol
 except ModuleNotFoundError as error:
-    raise BaditError(f"the studio needs its extra ({error.name} is missing): pip install 'badit[studio]'") from None
+    raise BaditError(f"this needs the studio's extra ({error.name} is missing): pip install 'badit[studio]'") from None
 
 HOST = "127.0.0.1"
 MAX_BODY = 128 * 1024
@@ -70,10 +71,15 @@ def serve(run: str, *, port: int = 8642, browser: bool = True, trust_remote_code
         show(f"Studio: {url}   (Ctrl-C ends it)")
         if browser:
             open_browser(url)
-        try:
-            Server(application(session)).run(sockets=[listening])
-        except KeyboardInterrupt:  # uvicorn has closed what was open and passes the signal on
-            show("")
+        run_until_ended(application(session), listening)
+
+
+def run_until_ended(web: Starlette, listening: socket.socket) -> None:
+    """Serves an application until Ctrl-C or SIGTERM."""
+    try:
+        Server(web).run(sockets=[listening])
+    except KeyboardInterrupt:  # uvicorn has closed what was open and passes the signal on
+        show("")
 
 
 def listen(port: int) -> socket.socket:
@@ -115,7 +121,7 @@ class Server(uvicorn.Server):
     """Serves an :func:`application` until Ctrl-C or SIGTERM: ``run(sockets=[listening])``."""
 
     def __init__(self, application: Starlette) -> None:
-        options: dict[str, Any] = {"lifespan": "off", "ws": "none", "proxy_headers": False, "server_header": False}
+        options: dict[str, Any] = {"lifespan": "on", "ws": "none", "proxy_headers": False, "server_header": False}
         options |= {
             "http": _Connection,
             "log_level": "warning",
@@ -123,7 +129,7 @@ class Server(uvicorn.Server):
             "timeout_graceful_shutdown": _GRACE,
         }
         super().__init__(uvicorn.Config(application, **options))
-        self._ending = application.state.ending
+        self._ending = getattr(application.state, "ending", threading.Event())
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """On a signal the answer that is being written ends too; uvicorn would wait for it."""
@@ -141,15 +147,9 @@ def application(session: Session) -> Starlette:
         return JSONResponse(session.task(request.query_params.get("name", "")))
 
     async def answer(request: Request) -> Any:
-        if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
-            raise HTTPException(415, "the request must be application/json")
-        body = bytearray()
-        async for chunk in request.stream():
-            body += chunk
-            if len(body) > MAX_BODY:
-                raise HTTPException(413, f"the request is larger than {MAX_BODY // 1024} KiB")
+        content = await json_body(request, MAX_BODY)
         with explained("request"):
-            question = Question.model_validate(parse_json(body.decode(), file=Path("request")))
+            question = Question.model_validate(content)
         session.check(question)
         return _stream(lambda show: session.answer(question, show), lock, ending)
 
@@ -162,14 +162,33 @@ def application(session: Session) -> Starlette:
             Route("/look.css", Response(look, media_type="text/css"), methods=["GET"]),
             Mount("/", StaticFiles(packages=[("badit.studio", "page")], html=True)),
         ],
-        middleware=[Middleware(_guarded), Middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"])],
+        middleware=guards(),
         exception_handlers=dict.fromkeys([BaditError, HTTPException, ClientDisconnect], _refused),
     )
     web.state.ending = ending
     return web
 
 
-def _guarded(app: ASGIApp) -> ASGIApp:
+async def json_body(request: Request, limit: int) -> Any:
+    """The JSON of a request of at most ``limit`` bytes; HTTPException or BaditError for anything else."""
+    if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
+        raise HTTPException(415, "the request must be application/json")
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > limit:
+            raise HTTPException(413, f"the request is larger than {limit // 1024} KiB")
+    with explained("request"):
+        return parse_json(body.decode(), file=Path("request"))
+
+
+def guards(*, programs: bool = False) -> list[Middleware]:
+    """What refuses foreign hosts and pages; ``programs`` may post too: they send no Origin, browsers always do."""
+    hosts = Middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"])
+    return [Middleware(_guarded, programs=programs), hosts]
+
+
+def _guarded(app: ASGIApp, programs: bool) -> ASGIApp:
     """The application for its own page only, which browsers name with every POST; adds every response's headers."""
 
     async def guarded(scope: Scope, receive: Receive, send: Send) -> None:
@@ -178,10 +197,13 @@ def _guarded(app: ASGIApp) -> ASGIApp:
                 MutableHeaders(scope=message).update(_HEADERS)
             await send(message)
 
+        if scope["type"] != "http":
+            return await app(scope, receive, send)
         headers = Headers(scope=scope)
-        own = scope["method"] in ("GET", "HEAD") or headers.get("origin") == f"http://{headers.get('host')}"
+        own_page = f"http://{headers.get('host')}"
+        own = scope["method"] in ("GET", "HEAD") or headers.get("origin", own_page if programs else "") == own_page
         answering = app if own else _error(403, "the request does not come from this page")
-        await answering(scope, receive, send_with_headers)
+        return await answering(scope, receive, send_with_headers)
 
     return guarded
 
@@ -220,18 +242,25 @@ def _stream(work: Callable[[Show], None], lock: anyio.Lock, ending: threading.Ev
             except CancelledError:  # raised in a thread by an event that was cancelled while it was being sent
                 return
 
-        async def end_when_gone() -> None:
-            while (await receive())["type"] != "http.disconnect":
-                pass
-            group.cancel_scope.cancel()
-
-        async with anyio.create_task_group() as group:
-            group.start_soon(end_when_gone)
-            async with lock:
-                headers = [(b"content-type", b"text/event-stream; charset=utf-8")]
-                await send({"type": "http.response.start", "status": 200, "headers": headers})
-                await to_thread.run_sync(work_and_end)
-                await send({"type": "http.response.body", "body": b""})
-            group.cancel_scope.cancel()
+        async with ending_with(receive), lock:
+            headers = [(b"content-type", b"text/event-stream; charset=utf-8")]
+            await send({"type": "http.response.start", "status": 200, "headers": headers})
+            await to_thread.run_sync(work_and_end)
+            await send({"type": "http.response.body", "body": b""})
 
     return stream
+
+
+@asynccontextmanager
+async def ending_with(receive: Receive) -> AsyncIterator[None]:
+    """Within, the work is cancelled when the client has gone."""
+
+    async def end_when_gone() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        group.cancel_scope.cancel()
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(end_when_gone)
+        yield
+        group.cancel_scope.cancel()

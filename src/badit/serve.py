@@ -1,0 +1,215 @@
+"""``badit serve``: an OpenAI-compatible proxy that routes each prompt as a run does, and lets vLLM answer it.
+
+vLLM applies LoRAs with fixed gates. The proxy runs the run's own model on the prompt for its gates, and forwards the
+request to the nearest of the exported LoRAs, or to one that is written with these gates for this request alone.
+
+The distance between gates g and m is that between the weights which they make (Frobenius, over all adapted modules):
+
+    ‖ΔW(g) − ΔW(m)‖² = s² Σ (g − m)ᵀ G (g − m),   G = (BᵀB) ∘ (AAᵀ),   g and m with an entry for each component
+
+Shape suffixes: T = exports, M = adapted modules, N = components.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator, Mapping
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+from urllib.parse import quote
+from uuid import uuid4
+
+import anyio
+import httpx2
+import torch
+from anyio import to_thread
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from badit.analysis.gates import Experts, adapted_layers, mean_component_gates
+from badit.errors import BaditError, show
+from badit.evaluate import load_run
+from badit.export import GATES, mixture_factors, read_gates, write_adapter
+from badit.files import refuse_links
+from badit.methods import build_method
+from badit.run import Run
+from badit.studio.server import HOST, ending_with, guards, json_body, listen, run_until_ended
+
+AUTO = "auto"
+MAX_BODY = 1024 * 1024
+
+
+class Router:
+    """A loaded run: the gates of a prompt, and the adapter for them.
+
+    Args:
+        exports: the folder that ``badit export --all-tasks`` has written; None to write an adapter for every prompt.
+
+    Raises:
+        BaditError: the run's gates do not follow the prompt, or the folder has no exports of its tasks.
+    """
+
+    def __init__(self, run: str | Path, exports: str | Path | None, *, trust_remote_code: bool = False) -> None:
+        self.run = Run(run)
+        recipe = self.run.trusted_recipe(trust_remote_code)
+        method = build_method(recipe.method)
+        if method.needs_tasks or getattr(getattr(method, "config", None), "has_fixed_gates", True):
+            raise BaditError(f"{run}: the gates of {method.name} do not follow the prompt; serve its export by itself")
+        model, _ = load_run(self.run, recipe)
+        self.model: Any = model
+        self.base = recipe.model.name
+        self.layers = adapted_layers(model)
+        self.exports: list[str] = []
+        if exports is not None:
+            refuse_links(Path(exports))
+            if not (files := sorted(Path(exports).glob(f"*/{GATES}"))):
+                raise BaditError(f"{exports}: has no LoRAs of tasks: badit export {run} --all-tasks -o {exports}")
+            self.exports = [file.parent.name for file in files]
+            self.gates_TMN = torch.stack([self._by_component(read_gates(file, self.model)) for file in files])
+            self.gram_MNN = torch.stack([_gram(one) for one in self.layers])
+
+    def _by_component(self, gates: Mapping[str, Any]) -> torch.Tensor:
+        return torch.stack([torch.tensor(gates[one.layer.name])[one.expert_of_N.cpu()] for one in self.layers])
+
+    def gates(self, ids: Any) -> torch.Tensor:
+        """The gates (M, N) of a prompt's token ids, means over its positions; BaditError for anything else."""
+        limit = self.model.config.get_text_config().max_position_embeddings
+        number = self.model.get_input_embeddings().num_embeddings
+        if not isinstance(ids, list) or not all(type(token) is int and 0 <= token < number for token in ids):
+            raise BaditError("prompt: must be one text, or token ids of one; name a model to send several at a time")
+        if not 0 < len(ids) <= limit:
+            raise BaditError(f"prompt: must have 1 to {limit} tokens, not {len(ids)}")
+        input_ids = torch.tensor([ids])
+        no_answer = {"attention_mask": torch.ones_like(input_ids), "labels": torch.full_like(input_ids, -100)}
+        (layers_N,) = mean_component_gates(self.model, {"": [{"input_ids": input_ids, **no_answer}]}).values()
+        return torch.stack(layers_N)
+
+    def nearest(self, gates_MN: torch.Tensor) -> str:
+        """The export whose weights are the nearest to those of the gates."""
+        difference_TMN = self.gates_TMN - gates_MN
+        distances_T = torch.einsum("tmn,mnp,tmp->t", difference_TMN, self.gram_MNN, difference_TMN)
+        return self.exports[int(distances_T.argmin())]
+
+    def write(self, gates_MN: torch.Tensor, folder: Path) -> None:
+        """Writes the LoRA with these gates."""
+        pairs = zip(self.layers, gates_MN, strict=True)
+        gates = {one.layer.name: gates_N[one.first_components_K].tolist() for one, gates_N in pairs}
+        write_adapter(folder, mixture_factors(self.model, gates), self.model.get_base_model(), self.base)
+
+
+@torch.no_grad()
+def _gram(one: Experts) -> torch.Tensor:
+    a_RI, b_ON = (factor.float() for factor in one.layer.factors(one.adapter))
+    a_NI = a_RI.repeat(b_ON.shape[1] // len(a_RI), 1)
+    return ((b_ON.T @ b_ON) * (a_NI @ a_NI.T)).cpu()
+
+
+def serve(run: str, exports: str | None, *, url: str, port: int, trust_remote_code: bool) -> None:
+    """Serves a run until Ctrl-C or SIGTERM, in front of the vLLM at ``url``; port 0 takes a free one."""
+    if not url.startswith(("http://", "https://")):
+        raise BaditError(f"--url: must be such as http://127.0.0.1:8000, not {url!r:.80}")
+    with listen(port) as listening:
+        web = application(Router(run, exports, trust_remote_code=trust_remote_code), url)
+        show(f"Proxy: http://{HOST}:{listening.getsockname()[1]}/v1, answers by {url}   (Ctrl-C ends it)")
+        run_until_ended(web, listening)
+
+
+def application(router: Router, url: str) -> Starlette:
+    """The proxy of a loaded run in front of the vLLM at ``url``."""
+    url = url.rstrip("/").removesuffix("/v1")
+    options: Any = {"limits": httpx2.Limits(), "timeout": httpx2.Timeout(10, read=None)}  # no limit on connections
+    client = httpx2.AsyncClient(base_url=url, trust_env=False, headers={"accept-encoding": "identity"}, **options)
+    lock = anyio.Lock()
+
+    @asynccontextmanager
+    async def running(web: Starlette) -> AsyncIterator[None]:
+        async with client:
+            yield
+
+    def key(request: Request) -> dict[str, str]:
+        return {"authorization": request.headers.get("authorization", "")}
+
+    async def models(request: Request) -> Response:
+        found = (await ask(request, "GET", "/v1/models")).json()
+        return JSONResponse({**found, "data": [{"id": AUTO, "object": "model", "owned_by": "badit"}, *found["data"]]})
+
+    async def completion(request: Request) -> Any:
+        content = await json_body(request, MAX_BODY)
+        if not isinstance(content, dict):
+            raise BaditError("request: must be a JSON object")
+        model = content.get("model") or AUTO
+        if model not in (AUTO, router.run.path.resolve().name):
+            return forwarded(request, content, nullcontext(str(model)))
+        ids, chat = content.get("prompt"), request.url.path.endswith("/chat/completions")
+        if isinstance(ids, list) and len(ids) == 1 and not isinstance(ids[0], int):
+            ids = ids[0]  # a batch of one
+        if chat or isinstance(ids, str):
+            options = content if chat else {"add_special_tokens": content.get("add_special_tokens", True)}
+            text = {**options, "model": None, "prompt": None if chat else ids}
+            ids = (await ask(request, "POST", "/tokenize", text)).json()["tokens"]
+        async with lock:
+            gates_MN = await to_thread.run_sync(router.gates, ids)
+        adapter = nullcontext(router.nearest(gates_MN)) if router.exports else loaded(request, gates_MN)
+        return forwarded(request, content, adapter)
+
+    async def ask(request: Request, method: str, path: str, content: Any = None, hint: str = "") -> httpx2.Response:
+        answer = await client.request(method, path, json=content, headers=key(request))
+        if answer.is_error:
+            raise HTTPException(answer.status_code, f"{url}{path}: {' '.join(answer.text.split())[:500]}{hint}")
+        return answer
+
+    @asynccontextmanager
+    async def loaded(request: Request, gates_MN: torch.Tensor) -> AsyncIterator[str]:
+        """Within, vLLM has a LoRA with these gates. Its name is new, because vLLM caches prefixes by it."""
+        with TemporaryDirectory(prefix="badit-") as folder:
+            await to_thread.run_sync(router.write, gates_MN, Path(folder))
+            about = {"lora_name": f"badit-{uuid4().hex}", "lora_path": folder}
+            hint = "; vLLM must run on this machine, with VLLM_ALLOW_RUNTIME_LORA_UPDATING=1"
+            with anyio.CancelScope(shield=True):  # else a client that leaves now would leave the LoRA in vLLM
+                await ask(request, "POST", "/v1/load_lora_adapter", about, hint)
+            try:
+                yield about["lora_name"]
+            finally:
+                with anyio.CancelScope(shield=True):
+                    await ask(request, "POST", "/v1/unload_lora_adapter", about)
+
+    def forwarded(request: Request, content: dict[str, Any], adapter: AbstractAsyncContextManager[str]) -> ASGIApp:
+        """A response that is vLLM's to the request with this adapter as its model, sent on as it comes."""
+
+        async def forward(scope: Scope, receive: Receive, send: Send) -> None:
+            try:
+                async with ending_with(receive), adapter as name:
+                    options: Any = {"json": {**content, "model": name}, "headers": key(request)}
+                    async with client.stream("POST", request.url.path, **options) as answer:
+                        kind = answer.headers.get("content-type", "").encode()
+                        raw = [(b"content-type", kind), (b"x-badit-adapter", quote(name).encode())]
+                        await send({"type": "http.response.start", "status": answer.status_code, "headers": raw})
+                        async for chunk in answer.aiter_raw():
+                            await send({"type": "http.response.body", "body": chunk, "more_body": True})
+                        await send({"type": "http.response.body", "body": b""})
+            except ExceptionGroup as group:  # of the tasks within, of which one has failed
+                raise group.exceptions[0] from None
+
+        return forward
+
+    async def failed(request: Request, error: Exception) -> Response:
+        status, message = getattr(error, "status_code", 400), getattr(error, "detail", str(error))
+        if isinstance(error, httpx2.HTTPError | json.JSONDecodeError):
+            status, message = 502, f"{url}: does not answer: {error or type(error).__name__}"
+        about = {"message": message, "type": "invalid_request" if status < 500 else "server_error"}
+        return JSONResponse({"error": {**about, "param": None, "code": status}}, status_code=status)
+
+    routes = [Route(f"/v1/{path}", completion, methods=["POST"]) for path in ("chat/completions", "completions")]
+    handled = [BaditError, HTTPException, ClientDisconnect, httpx2.HTTPError, json.JSONDecodeError]
+    return Starlette(
+        routes=[*routes, Route("/v1/models", models)],
+        middleware=guards(programs=True),
+        exception_handlers=dict.fromkeys(handled, failed),
+        lifespan=running,
+    )

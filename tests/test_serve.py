@@ -1,0 +1,259 @@
+"""``badit serve`` over HTTP, in front of a stand-in for vLLM: what answers, what is passed on, what is refused."""
+
+import asyncio
+import http.client
+import json
+import shutil
+import threading
+import time
+from contextlib import closing
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import httpx2
+import pytest
+import torch
+from peft import PeftModel
+from starlette.applications import Starlette
+from starlette.responses import JSONResponse, PlainTextResponse, StreamingResponse
+from starlette.routing import Route
+
+from badit.analysis.gates import adapted_layers, mean_component_gates
+from badit.cli import main
+from badit.data import AnswerCollator, batches_by_task
+from badit.errors import BaditError
+from badit.export import export
+from badit.serve import MAX_BODY, Router, application
+from badit.train import base_model, encoded, make_plan
+from studio.conftest import BADIT, served
+
+MODELS = {"object": "list", "data": [{"id": "base"}]}
+CHAT = {"model": "auto", "messages": [{"role": "user", "content": "land 3"}]}
+WAIT = 60
+
+
+@pytest.fixture(scope="module")
+def run(trained):
+    return trained(BADIT)
+
+
+@pytest.fixture(scope="module")
+def router(run, tmp_path_factory):
+    done = export(run.path, tmp_path_factory.mktemp("exports") / "tasks", all_tasks=True, progress=False)
+    return Router(run.path, done.folder)
+
+
+@pytest.fixture
+def vllm(run, tmp_path):
+    """A stand-in: its port, what it was asked to complete, its LoRAs, and events around a stream's second chunk."""
+    _, tokenizer = base_model(run.recipe)
+    here = SimpleNamespace(asked=[], loaded=[], goes_on=threading.Event(), ended=threading.Event(), copies=tmp_path)
+
+    async def tokenize(request):
+        content = await request.json()
+        if content["prompt"] == "refused":
+            return JSONResponse({"error": {"message": "no\nsuch prompt"}}, 422)
+        chat = content.get("messages")
+        ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True) if chat else tokenizer(content["prompt"])
+        return JSONResponse({"tokens": ids["input_ids"]})
+
+    async def complete(request):
+        content = await request.json()
+        here.asked.append((request.url.path, content, request.headers["authorization"], list(here.loaded)))
+        if content["model"] == "unknown":
+            return JSONResponse({"error": {"message": "no such model"}}, 404)
+        return (
+            StreamingResponse(chunks(), media_type="text/event-stream") if content.get("stream") else JSONResponse({})
+        )
+
+    async def chunks():
+        try:
+            yield "data: 1\n\n"
+            while not here.goes_on.is_set():
+                await asyncio.sleep(0.01)
+            yield "data: [DONE]\n\n"
+        finally:
+            here.ended.set()
+
+    async def load(request):
+        content = await request.json()
+        shutil.copytree(content["lora_path"], here.copies / content["lora_name"])
+        here.loaded.append(content["lora_name"])
+        return PlainTextResponse("Success")
+
+    async def unload(request):
+        content = await request.json()
+        here.loaded.remove(content["lora_name"])
+        assert Path(content["lora_path"]).is_dir(), "it may be read again until it is unloaded"
+        return PlainTextResponse("Success")
+
+    calls = {"tokenize": tokenize, "v1/load_lora_adapter": load, "v1/unload_lora_adapter": unload}
+    calls |= dict.fromkeys(["v1/completions", "v1/chat/completions"], complete)
+    routes = [Route(f"/{path}", call, methods=["POST"]) for path, call in calls.items()]
+    with served(Starlette(routes=[*routes, Route("/v1/models", JSONResponse(MODELS))])) as here.port:
+        yield here
+
+
+def proxied(router, port):
+    return served(application(router, f"http://127.0.0.1:{port}/v1/"))
+
+
+@pytest.fixture
+def client(router, vllm):
+    with proxied(router, vllm.port) as port, httpx2.Client(base_url=f"http://127.0.0.1:{port}/v1") as client:
+        yield client
+
+
+def unloaded(vllm):
+    """Whether no LoRA is loaded, soon after an answer."""
+    until = time.monotonic() + WAIT
+    while vllm.loaded and time.monotonic() < until:
+        time.sleep(0.01)
+    return not vllm.loaded
+
+
+def training_prompts(router):
+    recipe = router.run.recipe
+    tasks = make_plan(recipe).tasks
+    pairs = [(task, instance) for task in tasks for instance in task.train]
+    return encoded(base_model(recipe)[1], recipe, pairs, router.model)
+
+
+def test_a_prompt_goes_to_the_export_with_the_nearest_weights(client, router, vllm, run):
+    kept = json.loads((run.path / "gates.json").read_text())["tasks"]
+    chosen = []
+    for example in training_prompts(router):
+        batches = batches_by_task(
+            [{**example, "task": "t"}], AnswerCollator(0), 1
+        )  # with its answer, which is left out
+        distances = dict.fromkeys(kept, 0.0)
+        layers = adapted_layers(router.model)
+        for one, gates_N in zip(layers, mean_component_gates(router.model, batches)["t"], strict=True):
+            own = one.layer.get_delta_weight(one.adapter, gates_N[one.first_components_K])
+            for task, gates in kept.items():
+                of_task = one.layer.get_delta_weight(one.adapter, torch.tensor(gates[one.layer.name]))
+                distances[task] += float((own - of_task).square().sum())
+        chosen.append(min(distances, key=distances.__getitem__))
+        prompt = example["input_ids"][: example["prompt_length"]]
+        answer = client.post("/completions", json={"model": "auto", "prompt": [prompt], "max_tokens": 3})
+        assert (answer.status_code, answer.headers["x-badit-adapter"]) == (200, chosen[-1])
+        assert vllm.asked[-1][1] == {"model": chosen[-1], "prompt": [prompt], "max_tokens": 3}
+    assert set(chosen) == {"cities", "rivers"}
+
+
+def test_texts_and_chats_are_read_as_vllm_reads_them_and_other_models_are_passed_on(client, router, vllm):
+    headers = {"authorization": "Bearer key"}
+    _, tokenizer = base_model(router.run.recipe)
+    chat = tokenizer.apply_chat_template(CHAT["messages"], add_generation_prompt=True)["input_ids"]
+    plain = tokenizer("land 3")["input_ids"]
+    for path, content, ids in (
+        ("chat/completions", CHAT, chat),
+        ("chat/completions", {**CHAT, "model": "run"}, chat),  # the run's own name
+        ("completions", {"prompt": "land 3"}, plain),
+        ("completions", {"prompt": ["land 3"]}, plain),
+    ):
+        answer = client.post(f"/{path}", json=content, headers=headers)
+        adapter = router.nearest(router.gates(ids))
+        assert answer.headers["x-badit-adapter"] == adapter
+        assert vllm.asked[-1] == (f"/v1/{path}", {**content, "model": adapter}, "Bearer key", [])
+    for model, status in (("rivers", 200), ("base", 200), ("unknown", 404)):
+        answer = client.post("/chat/completions", json={**CHAT, "model": model, "messages": 3})
+        assert (answer.status_code, answer.headers["x-badit-adapter"]) == (status, model)
+        assert vllm.asked[-1][1]["model"] == model
+    assert [model["id"] for model in client.get("/models").json()["data"]] == ["auto", "base"]
+
+
+@torch.no_grad()
+def test_without_exports_every_prompt_gets_a_lora_that_equals_the_run(router, vllm):
+    with proxied(Router(router.run, None), vllm.port) as port:
+        for example in training_prompts(router)[::9]:
+            prompt = example["input_ids"][: example["prompt_length"]]
+            content = {"model": "auto", "prompt": prompt}
+            answer = httpx2.post(f"http://127.0.0.1:{port}/v1/completions", json=content)
+            name = answer.headers["x-badit-adapter"]
+            assert vllm.asked[-1][3] == [name], "loaded while it answers"
+            assert unloaded(vllm), "and no longer"
+            ids = torch.tensor([prompt])
+            base, own = base_model(router.run.recipe)[0](input_ids=ids).logits, router.model(input_ids=ids).logits
+            model: Any = PeftModel.from_pretrained(base_model(router.run.recipe)[0], str(vllm.copies / name))
+            found = model(input_ids=ids).logits
+            torch.testing.assert_close(found, own, atol=1e-5, rtol=1e-5)
+            assert (own - base).abs().max() > 0.05
+
+
+@pytest.mark.parametrize("exports", [True, False])
+def test_a_stream_is_sent_on_as_it_comes_and_ends_with_its_client(router, vllm, exports):
+    with proxied(router if exports else Router(router.run, None), vllm.port) as port:
+        for leaves in (False, True):
+            vllm.goes_on.clear()
+            vllm.ended.clear()
+            with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=WAIT)) as connection:
+                body, kind = json.dumps({**CHAT, "stream": True}), {"Content-Type": "application/json"}
+                connection.request("POST", "/v1/chat/completions", body, kind)
+                with closing(connection.getresponse()) as response:
+                    assert response.headers["content-type"].startswith("text/event-stream")
+                    assert response.readline() == b"data: 1\n"
+                    if not leaves:
+                        vllm.goes_on.set()
+                        assert response.read() == b"\ndata: [DONE]\n\n"
+            assert vllm.ended.wait(WAIT)
+    assert unloaded(vllm)
+
+
+@pytest.mark.parametrize(
+    ("content", "status", "problem"),
+    [
+        (b"{", 400, "request: invalid JSON"),
+        (b"[]", 400, "request: must be a JSON object"),
+        (b" " * (MAX_BODY + 1), 413, "the request is larger than 1024 KiB"),
+        ({"prompt": ["a", "b"]}, 400, "prompt: must be one text, or token ids of one"),
+        ({"prompt": [1, True]}, 400, "prompt: must be one text, or token ids of one"),
+        ({"prompt": [10**6]}, 400, "prompt: must be one text, or token ids of one"),
+        ({"prompt": []}, 400, "prompt: must have 1 to 128 tokens, not 0"),
+        ({"prompt": [1] * 129}, 400, "prompt: must have 1 to 128 tokens, not 129"),
+        ({"prompt": "refused"}, 422, "/tokenize: {"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_what_cannot_be_routed_is_refused_in_openais_form(client, vllm, content, status, problem):
+    body = content if isinstance(content, bytes) else json.dumps(content).encode()
+    answer = client.post("/completions", content=body, headers={"Content-Type": "application/json"})
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"], error["type"]) == (status, status, "invalid_request")
+    assert problem in error["message"]
+    assert error["message"].isprintable()
+    assert not vllm.asked
+
+
+def test_foreign_pages_and_hosts_are_refused(client, vllm):
+    for headers in ({"Origin": "http://evil.example"}, {"Origin": "null"}, {"Host": "evil.example"}):
+        assert client.post("/chat/completions", json=CHAT, headers=headers).status_code in (400, 403)
+    assert client.post("/chat/completions", content="{}").status_code == 415
+    assert not vllm.asked
+
+
+def test_a_vllm_that_does_not_answer_or_does_not_load_is_told_in_one_line(router, vllm):
+    with proxied(router, 9) as port:  # nothing listens there
+        for content in (CHAT, {**CHAT, "model": "rivers"}):
+            answer = httpx2.post(f"http://127.0.0.1:{port}/v1/chat/completions", json=content)
+            message = answer.json()["error"]["message"]
+            assert (answer.status_code, message.isprintable()) == (502, True)
+            assert message.startswith("http://127.0.0.1:9: does not answer: ")
+    own = Starlette(routes=[])
+    with served(own) as absent, proxied(Router(router.run, None), absent) as port:
+        answer = httpx2.post(f"http://127.0.0.1:{port}/v1/completions", json={"prompt": [1, 2]})
+        assert answer.status_code == 404
+        assert answer.json()["error"]["message"].endswith("with VLLM_ALLOW_RUNTIME_LORA_UPDATING=1")
+
+
+def test_a_run_or_a_folder_that_cannot_be_routed_is_refused(run, trained, tmp_path, capsys):
+    for method in ({"name": "lora", "r": 2}, {"name": "mtl-lora", "r": 2}):
+        with pytest.raises(BaditError, match="do not follow the prompt; serve its export by itself"):
+            Router(trained(method).path, None)
+    for arguments, problem in (
+        ([str(tmp_path)], "has no LoRAs of tasks: badit export"),
+        (["--url=localhost:8000"], "--url: must be such as http://127.0.0.1:8000"),
+    ):
+        assert main(["serve", str(run.path), *arguments, "--port=0"]) == 2
+        assert problem in capsys.readouterr().err
