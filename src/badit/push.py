@@ -11,6 +11,7 @@ from typing import Any
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
 from badit.card import CARD, Base, licence, model_card
+from badit.environment import status
 from badit.errors import BaditError, explained
 from badit.files import read_json, refuse_links
 from badit.methods import AdapterMethod, build_method
@@ -61,7 +62,7 @@ def push_to_hub(folder: str | os.PathLike[str], repository: str, *, private: boo
 
     base = Base.of(run.recipe)
     api = HfApi()
-    with explained(repository, action="reached"):
+    with status(f"uploading to {repository}"), explained(repository, action="reached"):
         if base.licence is None and base.hub_id is not None:
             base = base._replace(licence=licence(api.model_info(base.hub_id).card_data))
         repository = api.create_repo(repository, private=private, exist_ok=True).repo_id

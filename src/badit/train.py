@@ -100,6 +100,12 @@ class Plan:
         return [Stage(run.stage(i, task.name), [task]) for i, task in enumerate(self.tasks, start=1)]
 
     @property
+    def mixture(self) -> dict[str, int]:
+        """The training instances of each task in an epoch, of a sequence in its own stage's."""
+        sizes = {task.name: len(task.train) for task in self.tasks}
+        return sizes if self.sequential else self.recipe.data.quotas(self.tasks) or sizes
+
+    @property
     def training_instances(self) -> int:
         return sum(len(task.train) for task in self.tasks)
 
@@ -165,8 +171,7 @@ def _fit(plan: Plan, progress: bool, allow_changed_inputs: bool) -> Run:
     # Of several processes the first alone writes; the others meet it in the first step of training.
     run = Run.prepare(recipe) if is_main_process() else Run.at(recipe.output)
     if is_main_process() and not run.environment_path.is_file():
-        shares = {} if plan.sequential else {"mixture": recipe.data.quotas(plan.tasks)}
-        write_json(run.environment_path, {**environment(), "dtype": model_dtype(recipe), **shares})
+        write_json(run.environment_path, {**environment(), "dtype": model_dtype(recipe), "mixture": plan.mixture})
     keep_inputs(run, task_fingerprints(plan.tasks), allow_changed_inputs)
     if run.adapter_path.is_dir() or run.scores_path.is_file():
         _remove_checkpoints(run)

@@ -1,5 +1,6 @@
 """The command line as a user meets it: help, exit codes, one-line errors, and the demo on a tiny model."""
 
+import json
 import os
 import subprocess
 import sys
@@ -48,7 +49,7 @@ def test_imports_recipes_and_help_load_nothing_heavy(statement, heavy):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["trian"], "trian"),
+        (["trian"], 'Did you mean "train"?'),
         (["train", "x", "--nope", "x"], "--nope"),
         (["train", "missing.yaml"], "missing.yaml: cannot be read"),
         (["evaluate", "missing-run"], "missing-run: has no config.yaml"),
@@ -151,3 +152,27 @@ def test_the_demo_shows_scores_budget_angles_and_samples(recipe_values, monkeypa
     assert all(f"  {name:10} " in shown for name in ("reference", "base", "LoRA", "BADIT"))
     assert main(command) == 0
     assert capsys.readouterr().out == shown, "the second time it is shown again"
+
+
+@pytest.mark.parametrize(("shell", "file"), [("bash", ".bashrc"), ("zsh", ".zshrc")])
+def test_completion_is_installed_for_the_shell(shell, file, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert main(["--install-completion", "--shell", shell]) == 0
+    assert shell in capsys.readouterr().out
+    scripts = [path for path in tmp_path.rglob("*badit*") if path.is_file()]
+    assert len(scripts) == 1
+    assert all(name in scripts[0].read_text() for name in COMMANDS)
+    assert "badit" in (tmp_path / file).read_text()
+
+
+def test_from_a_table_to_a_scored_run_and_a_report_in_three_commands(material, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("badit.models._built_in_folder", lambda: material / "model")
+    monkeypatch.chdir(tmp_path)
+    rows = [f"{task},{task} of land {i},{task} {i}" for task in ("capital", "river") for i in range(8)]
+    (tmp_path / "data.csv").write_text("\n".join(["task,question,answer", *rows]))
+    for command in (["init", "data.csv"], ["train", "recipe.yaml"], ["analyze", "runs/recipe"]):
+        assert main(command) == 0
+    scores = json.loads((tmp_path / "runs/recipe/scores.json").read_text())
+    assert scores["tasks"].keys() == {"capital", "river"}
+    assert "capital" in (tmp_path / "runs/recipe/report.html").read_text()
+    assert f"Report: runs{os.sep}recipe{os.sep}report.html" in capsys.readouterr().out
