@@ -71,11 +71,12 @@ def test_every_link_of_the_readme_and_every_path_of_the_tree_exists():
     assert [name for name in tree if not (ROOT / "src" / "badit" / name).exists()] == []
 
 
-def test_the_readmes_snippets_run(tiny_model, tmp_path, monkeypatch):
+def test_the_readmes_snippet_runs_and_its_adapter_loads(tiny_model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     args = TrainingArguments(output_dir="out", max_steps=3, remove_unused_columns=False, **QUIET)
     names = {"model": tiny_model("llama"), "args": args, "dataset": examples(), "collator": AnswerCollator(0)}
-    tune, load = README.blocks("python")
+    (tune,) = README.blocks("python")
+    load = Page("docs/integrations.md").blocks("python")[0].replace("runs/mine/adapter", "adapter")
     exec(tune, names)
     tiny_model("llama").save_pretrained("base")
     # In another process, where only the snippet tells PEFT of the method.

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from badit import models
+from badit.data import prompt_text
 from badit.errors import BaditError
 from badit.evaluate import evaluate, load_run, validation_loss
 from badit.evaluate import train_and_score as train
@@ -17,6 +18,7 @@ from badit.recipe import build_recipe
 from badit.run import Run
 from badit.train import encoded, fit, make_plan
 from badit.tuner import hooks_of
+from data.examples import make_task
 from materials import make_recipe
 from training.trainers import change_tensors, fit_until
 
@@ -45,6 +47,7 @@ def test_a_run_leaves_all_its_files(finished):
     assert run.trusted_recipe() == recipe
     environment = read_json(run.environment_path)
     steps = environment["training"]["steps"]
+    assert environment["mixture"] == {"cities": 9, "rivers": 9}, "each instance comes once"
     assert environment["packages"]["torch"] == version("torch")
     assert [line["step"] for line in read_jsonl(run.metrics_path)] == [*range(1, steps + 1)]
     assert {line["step"] for line in read_jsonl(run.regroupings_path)} == {3, 6, 9}
@@ -53,6 +56,30 @@ def test_a_run_leaves_all_its_files(finished):
     config = read_json(run.adapter_path / "adapter_config.json")
     assert config["base_model_name_or_path"] == recipe.model.name
     assert not list(run.path.glob("*.partial"))
+
+
+def test_a_run_stores_its_mixture(recipe_values):
+    plan = make_plan(build_recipe(recipe_values, ["data.weights={rivers: 3}"]))
+    assert plan.mixture == {"cities": 6, "rivers": 18}
+    assert fit(plan.recipe, progress=False).environment["mixture"] == plan.mixture
+
+
+def test_a_sapt_task_with_an_empty_definition_is_trained(recipe_values, tmp_path):
+    instances = [{"id": f"x-{i}", "input": f"land {i}", "output": [f"city {i}"]} for i in range(4)]
+    (tmp_path / "sapt" / "copa").mkdir(parents=True)
+    for split in ("train", "test"):
+        write_json(tmp_path / "sapt/copa" / f"{split}.json", {"Definition": [""], "Instances": instances})
+    recipe = build_recipe(recipe_values, [f"data.source={tmp_path / 'sapt'}", "training.max_steps=1"])
+    (task,) = make_plan(recipe).tasks
+    assert (task.definition, len(task.train)) == ("", 4)
+    assert prompt_text(task, task.train[0]).lstrip().startswith("Now complete")
+    assert fit(recipe, progress=False).environment["training"]["steps"] == 1
+
+
+@pytest.mark.xfail(strict=True, reason="the prompt begins with the blank lines that follow a definition")
+def test_an_empty_definition_leaves_no_blank_lines():
+    task = make_task().model_copy(update={"definition": ""})
+    assert prompt_text(task, task.train[0]).startswith("Now complete")
 
 
 def test_a_finished_run_is_not_done_again_and_another_recipes_is_refused(finished, monkeypatch):
