@@ -9,8 +9,8 @@ from pathlib import Path
 from statistics import median
 
 ROOT = Path(__file__).parents[1]
-SOURCE_LINES, SOURCE_MODULES, MODULE_LINES = 17_500, 85, 500
-TEST_LINES = 17_900
+SOURCE_LINES, SOURCE_MODULES, MODULE_LINES = 17_750, 87, 500
+TEST_LINES = 18_550
 
 
 def lines(folder: Path) -> dict[str, int]:

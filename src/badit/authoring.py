@@ -87,7 +87,7 @@ method: {method}  # others: badit keys method
 training:
   num_train_epochs: 3
   per_device_train_batch_size: 8   # lower it if memory runs out, and raise gradient_accumulation_steps
-  learning_rate: 5.0e-4
+  learning_rate: 5.0e-4            # for BADIT; LoRA's best rate is two to four times BADIT's
   # eval_strategy: epoch           # report the loss on the held-out instances after every epoch
 evaluation:
   split: {split:<26}# the instances that are scored
@@ -97,7 +97,7 @@ compare:                           # for badit compare
     lora: {lora}
     badit: {badit}
   reference: lora                  # the method that differences are taken to
-  learning_rates: [2.5e-4, 5.0e-4, 1.0e-3]  # each method's is chosen by the loss on the held-out instances
+  learning_rates: [1.25e-4, 2.5e-4, 5.0e-4, 1.0e-3, 2.0e-3]  # each method's by the held-out loss
   seeds: [0, 1, 2]
 output: runs/{Path(path).stem}
 """

@@ -169,8 +169,7 @@ def report(
     _load("badit.report.page")
     from badit.report import write_report
 
-    with status("writing the report"):
-        page = write_report([run, *more], output, title=title, figures=figures)
+    page = write_report([run, *more], output, title=title, figures=figures)
     return f"Report: {page}" + (f"\nFigures: {figures}" if figures else "")
 
 
@@ -446,8 +445,7 @@ def _report_if_possible(runs: Sequence[str | Path], output: Path) -> str:
 
     if not has_extra():
         return "For a page of figures: pip install 'badit[report]', then badit report " + " ".join(map(str, runs))
-    with status("writing the report"):
-        return f"Report: {write_report(runs, output)}"
+    return f"Report: {write_report(runs, output)}"
 
 
 def _complain(text: str) -> None:

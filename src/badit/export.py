@@ -33,6 +33,7 @@ from transformers.pytorch_utils import Conv1D
 from badit.analysis.gates import adapted_layers, mean_component_gates
 from badit.card import CARD, Base, model_card
 from badit.data import AnswerCollator, Task, batches_by_task
+from badit.environment import status
 from badit.errors import BaditError, explained, nearest, refuse_unknown
 from badit.evaluate import evaluate, load_run, score_model
 from badit.files import OWNER, exclusive, read_json, refuse_links, remove, replace_folder, write_json, write_text
@@ -182,10 +183,10 @@ def export(
     if not merged or adapters[0][1]:
         model = model.unload()
     elif isinstance(model, PeftModel):
-        with explained("the adapter", action="merged", any_error=True):  # NaN in a merged weight
+        with status("merging"), explained("the adapter", action="merged", any_error=True):  # NaN in a merged weight
             model = model.merge_and_unload(safe_merge=True)
     partial = output.with_name(output.name + ".partial")
-    with explained(output, action="written"), exclusive(output):
+    with status("saving"), explained(output, action="written"), exclusive(output):
         try:
             remove(partial)
             for done, factors, fixed in adapters:

@@ -195,6 +195,10 @@ class Recipe(Section):
     compare: CompareSection | None = None
     output: PathText = Field("runs/badit", description="the run's folder, or that of a comparison's runs")
 
+    def __repr__(self) -> str:
+        about = f"{self.method.get('name', 'badit')} on {self.model.name}"
+        return f"Recipe({about}, data {self.data.source!r}, output {self.output!r})"
+
 
 class RecipeValues(TypedDict, total=False):
     """Plain values for a recipe; a section may be given in part."""

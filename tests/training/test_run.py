@@ -76,7 +76,6 @@ def test_a_sapt_task_with_an_empty_definition_is_trained(recipe_values, tmp_path
     assert fit(recipe, progress=False).environment["training"]["steps"] == 1
 
 
-@pytest.mark.xfail(strict=True, reason="the prompt begins with the blank lines that follow a definition")
 def test_an_empty_definition_leaves_no_blank_lines():
     task = make_task().model_copy(update={"definition": ""})
     assert prompt_text(task, task.train[0]).startswith("Now complete")

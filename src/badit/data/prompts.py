@@ -56,7 +56,8 @@ def build_prompt(task: Task, instance: Instance, encoding: PromptEncoding = "def
         f" Positive Example {number} -\nInput: {shot.input}\n Output: {shot.output}\n\n"
         for number, shot in enumerate(task.demonstrations[:shots], start=1)
     )
-    head = f"{definition}\n\n{examples}Now complete the following example -\nInput: "
+    before = f"{definition}\n\n" if definition else ""
+    head = f"{before}{examples}Now complete the following example -\nInput: "
     return Prompt(head, instance.input, "\nOutput: ", instance.history)
 
 

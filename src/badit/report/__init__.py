@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
+from badit.environment import status
 from badit.errors import BaditError, explained
 from badit.files import write_text
 
@@ -36,15 +37,16 @@ def write_report(
     from badit.report.sources import read_sources
 
     output = Path(output)
-    sources = read_sources(runs)
-    sections = sections_of(sources)
-    page = render(title or " · ".join(source.label for source in sources), sections)
-    with explained(output, action="written"):
-        output.parent.mkdir(parents=True, exist_ok=True)
-        write_text(output, page)
-    if figures is not None:
-        with explained(figures, action="written"):
-            export_figures(sections, Path(figures))
+    with status("writing the report"):
+        sources = read_sources(runs)
+        sections = sections_of(sources)
+        page = render(title or " · ".join(source.label for source in sources), sections)
+        with explained(output, action="written"):
+            output.parent.mkdir(parents=True, exist_ok=True)
+            write_text(output, page)
+        if figures is not None:
+            with explained(figures, action="written"):
+                export_figures(sections, Path(figures))
     return output
 
 
