@@ -131,6 +131,9 @@ def test_a_folder_with_a_link_out_of_it_is_refused_and_not_copied(outside: Path,
     (run / "wandb").mkdir()
     (run / "wandb" / "debug-core.log").symlink_to(outside)  # as wandb does it
     (tmp_path / "named").symlink_to(run)  # what the user names may be a link
+    with pytest.raises(BaditError, match=r"debug-core\.log: leads out of"):
+        refuse_links(tmp_path / "named")
+    (run / "config.yaml").touch()  # a run
     refuse_links(tmp_path / "named")
     (run / "predictions" / "loop").symlink_to(os.path.relpath(target, "predictions") if ".." in target else target)
     with pytest.raises(BaditError, match="predictions/loop: leads out of"):

@@ -148,7 +148,9 @@ def resolve_model(name: str | Path) -> str:
     if name == BUILT_IN:
         return str(_built_in_folder())
     folder = Path(name).expanduser()
-    if folder.is_dir():
+    with explained(f"model {str(name)!r:.80}", action="found"):
+        is_folder = folder.is_dir()  # a name may be too long to be one
+    if is_folder:
         if (folder / "config.json").is_file():
             return str(folder)
         fix = "name the base model" if (folder / "adapter_config.json").is_file() else "save it with save_pretrained"
