@@ -13,10 +13,26 @@ from pathlib import Path
 import numpy as np
 
 folder, *prefixes = sys.argv[1:]
+
+
+def by_seed(found):
+    """Runs by their seed: one each, or one for every task."""
+    return {
+        seed: [run for run in found if run["arguments"]["seed"] == seed]
+        for seed in sorted({r["arguments"]["seed"] for r in found})
+    }
+
+
+def own_rows(run):
+    """The instances of a run; of one that was trained on a single task, that task's."""
+    rows, only = np.array(run["instances"]), run["arguments"]["only"]
+    return rows[rows[:, 0] == sorted(run["arguments"]["tasks"].split(",")).index(only)] if only else rows
+
+
 runs = {}
 for prefix in prefixes:
     found = [json.loads(Path(file).read_text()) for file in sorted(glob.glob(f"{folder}/{prefix}*.json"))]
-    runs[prefix] = {run["arguments"]["seed"]: np.array(run["instances"]) for run in found}
+    runs[prefix] = {seed: np.vstack([own_rows(run) for run in of_seed]) for seed, of_seed in by_seed(found).items()}
 rng = np.random.default_rng(0)
 
 
