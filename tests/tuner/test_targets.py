@@ -4,8 +4,10 @@ import copy
 import re
 from contextlib import suppress
 
+import peft
 import pytest
 import torch
+from packaging.version import Version
 from peft import PeftModel
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -206,8 +208,8 @@ def test_training_regroups_every_matrix_and_the_export_is_peft_s_own(tiny_model,
     factors = mixture_factors(model, fixed)
     plain = model.unload()
     write_adapter(tmp_path, factors, plain, "base")
-    torch.testing.assert_close(
-        logits(PeftModel.from_pretrained(tiny_model(family), tmp_path)), expected, atol=1e-5, rtol=0
-    )
+    if Version(peft.__version__) >= Version("0.21"):  # older ones cannot load their own LoRAs of these models
+        loaded = PeftModel.from_pretrained(tiny_model(family), tmp_path)
+        torch.testing.assert_close(logits(loaded), expected, atol=1e-5, rtol=0)
     merge(plain, factors)
     torch.testing.assert_close(logits(plain), expected, atol=1e-5, rtol=0)
