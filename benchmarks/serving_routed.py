@@ -23,7 +23,7 @@ from itertools import cycle
 from operator import eq
 from pathlib import Path
 from statistics import fmean, median
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, gettempdir
 from typing import Any
 
 import httpx2
@@ -147,12 +147,13 @@ def served_by_vllm(python: str, run: badit.Run, loras: Mapping[str, Path], rank:
     modules = [f"{name}={folder}" for name, folder in loras.items()]
     settings = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
     settings["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
-    with Path("vllm.log").open("w") as log:
+    log_file = Path(gettempdir(), "badit-vllm.log")
+    with log_file.open("w") as log:
         command, environment = [python, *shlex.split(words), *modules], {**os.environ, **settings}
         with subprocess.Popen(command, env=environment, stdout=log, stderr=log) as process:
             try:
                 while not answers_on(PORT):
-                    assert process.poll() is None, "vLLM has ended: see vllm.log"
+                    assert process.poll() is None, f"vLLM has ended: see {log_file}"
                     time.sleep(1)
                 yield f"http://127.0.0.1:{PORT}"
             finally:
