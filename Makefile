@@ -113,6 +113,7 @@ $(PEFT_SOURCE): tests/peft_suite/peft.txt | $(VENV)/.dev
 SERVING := $(VENV)/serving
 LLAMA_CPP := convert_hf_to_gguf.py convert_lora_to_gguf.py conversion gguf-py
 test-serving: $(VENV)/.dev $(SERVING)/.done
+	rm -rf $(SERVING)/work  # a run of earlier code
 	BADIT_SERVING=$(abspath $(SERVING)) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/serving
 	cp $(SERVING)/results.json benchmarks/results/serving.json
 
