@@ -124,7 +124,7 @@ class ExpertLinear(nn.Module, BaseTunerLayer):
                 a_PI, b_ON = self.factors(adapter)
                 scale = config.scaling * self.component_gates(adapter, x_in)
                 if (tokens_P := self.tokens_P) is not None:
-                    scale = scale.expand(*self.batch_shape, -1).flatten(0, 1)[tokens_P]
+                    scale = scale.expand(*self.batch_shape(), -1).flatten(0, 1)[tokens_P]
                 if config.subtracted_share:
                     # B0 A0 are N more components of a negative gate: two products instead of four.
                     a0_NI, b0_ON = self.kept_factors(adapter)
@@ -196,7 +196,6 @@ class ExpertLinear(nn.Module, BaseTunerLayer):
         base_layer = self.get_base_layer()
         return base_layer.tokens_P if isinstance(base_layer, FusedExpert) else None
 
-    @property
     def batch_shape(self) -> torch.Size:
         """Of the running pass, (B, T); BaditError where it is not known."""
         forward_pass = self.routing.forward_pass()
@@ -352,7 +351,7 @@ class BaditLinear(ExpertLinear):
                     "this cache was filled without the adapter, so it holds no routing of its prompt; "
                     "fill it with the adapter active, or use routing='token'"
                 )
-            if (rows := len(gates)) != (present := len(x) if self.tokens_P is None else self.batch_shape[0]):
+            if (rows := len(gates)) != (present := len(x) if self.tokens_P is None else self.batch_shape()[0]):
                 raise BaditError(f"this cache was filled with a batch of {rows}, the present batch has {present} rows")
             return gates.to(x.device)
         mask_BT, segments = (None, None) if forward_pass is None else forward_pass.prompt

@@ -104,7 +104,8 @@ class ExpertModel(Hooks, BaseTuner):
         if peft_config.target_modules is None:
             peft_config.target_modules = set() if parameters else default_targets(self.model)
             if peft_config.target_modules is None:
-                raise BaditError(f"target_modules: name the modules to adapt in a {model_config['model_type']}")
+                kind = model_config["model_type"]
+                raise BaditError(f"Please specify `target_modules`: name the modules to adapt in a {kind}")
         if unknown := [target for target in parameters if not is_in(fused, target)]:
             raise BaditError(f"target_parameters: the model has no fused weight {unknown[0]!r}")
         if isinstance(peft_config.target_modules, set):
