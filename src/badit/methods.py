@@ -40,7 +40,7 @@ from badit.trainer import AnswerTrainer
 from badit.tuner import BaditConfig
 from badit.tuner.config import COUNT, FORMAT_FIELD, RETIRED_FIELDS, SHARE, check_options, described, option
 from badit.tuner.model import TaskBatches, hooks_of
-from badit.tuner.targets import default_targets
+from badit.tuner.targets import chosen_targets
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -128,11 +128,9 @@ class AdapterMethod(Method):
             config.fan_in_fan_out = True  # as PEFT would set it, with a warning
         if self.needs_tasks and config.tasks is None and tasks:
             config.tasks = list(tasks)
+        config.target_modules = chosen_targets(model, config)
         if config.target_modules is None:
-            fused = getattr(config, "target_parameters", None)
-            config.target_modules = set() if fused else default_targets(model)
-            if config.target_modules is None:
-                raise BaditError(f"method.target_modules: name the modules to adapt in a {model.config.model_type}")
+            raise BaditError(f"method.target_modules: name the modules to adapt in a {model.config.model_type}")
         try:
             return get_peft_model(model, config)  # pyright: ignore[reportReturnType] (never a mixed model)
         except BaditError:

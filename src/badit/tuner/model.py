@@ -16,7 +16,7 @@ from badit.errors import BaditError
 from badit.tuner.config import BaditConfig, ExpertConfig, peft_type
 from badit.tuner.layer import BaditLinear, ExpertLinear
 from badit.tuner.prompt import RoutingContext
-from badit.tuner.targets import default_targets, join_experts, keep_in_place, refuse_unsuitable_layer, split_experts
+from badit.tuner.targets import chosen_targets, join_experts, keep_in_place, refuse_unsuitable_layer, split_experts
 
 # A stage's training batches by task.
 TaskBatches = Mapping[str, Sequence[Mapping[str, torch.Tensor]]]
@@ -101,11 +101,10 @@ class ExpertModel(Hooks, BaseTuner):
             return any(name == target or name.endswith(f".{target}") for name in names)
 
         parameters = getattr(peft_config, "target_parameters", None) or ()
+        peft_config.target_modules = chosen_targets(self.model, peft_config)
         if peft_config.target_modules is None:
-            peft_config.target_modules = set() if parameters else default_targets(self.model)
-            if peft_config.target_modules is None:
-                kind = model_config["model_type"]
-                raise BaditError(f"Please specify `target_modules`: name the modules to adapt in a {kind}")
+            kind = model_config["model_type"]
+            raise BaditError(f"Please specify `target_modules`: name the modules to adapt in a {kind}")
         if unknown := [target for target in parameters if not is_in(fused, target)]:
             raise BaditError(f"target_parameters: the model has no fused weight {unknown[0]!r}")
         if isinstance(peft_config.target_modules, set):

@@ -44,6 +44,13 @@ def default_targets(model: Any) -> set[str] | None:
     return None
 
 
+def chosen_targets(model: Any, config: Any) -> set[str] | None:
+    """What a configuration says to adapt: its own modules, none next to fused weights, else :func:`default_targets`."""
+    if config.target_modules is not None:
+        return config.target_modules
+    return set() if getattr(config, "target_parameters", None) else default_targets(model)
+
+
 def short_names(model: nn.Module, names: Iterable[str]) -> list[str]:
     """The modules' last names, if these mean the same modules; else their whole names."""
     names = set(names)
