@@ -282,20 +282,18 @@ def fast_dtype(device: torch.device) -> Literal["bfloat16", "float32"]:
 def slowdown(dtype: str) -> float:
     """The time of this processor's matrix product in a dtype ("bfloat16", "float16"), over that in float32.
 
-    The best of three rounds of a few milliseconds each, measured once per process.
+    The best of ten rounds of at most a few milliseconds each, so that another busy process does not decide it.
     """
     import torch
 
-    seconds = {}
-    for name in (dtype, "float32"):
-        x, weight = (torch.ones(size, 512, dtype=getattr(torch, name)) for size in (64, 512))
-        rounds = []
-        for _ in range(3):
+    rounds: dict[str, list[float]] = {dtype: [], "float32": []}
+    for _ in range(10):
+        for name, seconds in rounds.items():
+            x, weight = (torch.ones(size, 512, dtype=getattr(torch, name)) for size in (64, 512))
             started = time.perf_counter()
             torch.nn.functional.linear(x, weight)
-            rounds.append(time.perf_counter() - started)
-        seconds[name] = min(rounds)
-    return seconds[dtype] / seconds["float32"]
+            seconds.append(time.perf_counter() - started)
+    return min(rounds[dtype]) / min(rounds["float32"])
 
 
 @cache

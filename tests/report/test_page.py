@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
@@ -25,17 +26,24 @@ class Page(HTMLParser):
 
     def __init__(self, path):
         super().__init__()
-        self.elements, self.words = [], []
+        self.elements, self.words, self.unfolded, self._folds = [], [], [], []
         self.source = path.read_text(encoding="utf-8")
         self.feed(self.source)
         self.text = " ".join(" ".join(self.words).split())
 
     def handle_starttag(self, tag, attrs):
         self.elements.append((tag, dict(attrs)))
+        if tag == "details":
+            self._folds.append("open" not in dict(attrs))
+
+    def handle_endtag(self, tag):
+        if tag == "details":
+            self._folds.pop()
 
     def handle_data(self, data):
         if self.cdata_elem is None:  # neither in a script nor in a style
             self.words.append(data)
+            self.unfolded += [] if any(self._folds) else data.split()
 
     def all(self, tag, **attributes):
         return [found for name, found in self.elements if name == tag and attributes.items() <= found.items()]
@@ -105,6 +113,26 @@ def test_several_runs_are_side_by_side(tmp_path):
     assert "differences" in dict(figures)
     again = f"lora: not measured yet. Measure it, then write the report again: badit analyze {runs[2]}"
     assert page.text.count(again) == 4
+
+
+def test_three_full_analyses_are_read_in_ten_minutes(tmp_path):
+    """Captions stand once, and long tables and settings are folded."""
+    page = page_of([write_run(tmp_path / name, replace(LARGE, seed=i)) for i, name in enumerate("abc")], tmp_path)
+    assert 1000 < len(page.unfolded) < 2500
+    assert page.text.count("Blue pairs of tasks agree") == 1
+    folded = re.findall(r"<details class=.fold.><summary>(\d+) rows", page.source)
+    tables = re.findall(r"<table.*?</table>", page.source, re.DOTALL)
+    assert sorted(map(int, folded)) == sorted(rows for table in tables if (rows := table.count("scope=row")) > 14)
+
+
+def test_heat_maps_side_by_side_have_one_colour_scale(tmp_path):
+    for name, factor in (("weak", 0.1), ("strong", 1.0)):
+        frame = tables()["gates"]
+        save_frame(frame.assign(mean=1 + factor * (frame["mean"] - 1)), tmp_path / name / "analysis")
+    pages = [page_of([tmp_path / name for name in names], tmp_path) for names in (["weak"], ["strong"], ["weak", "strong"])]
+    weak, strong, both = (re.findall(r'"domainMax":\{"expr":"(.*?)"', page.source) for page in pages)
+    assert weak != strong
+    assert both == strong * 2
 
 
 def test_a_comparison(tmp_path):

@@ -390,13 +390,13 @@ def expert_losses(frame: pd.DataFrame) -> Any:
 
 
 def abilities(frame: pd.DataFrame) -> pd.DataFrame:
-    """The sentences are made from the numbers next to them. The rise of the loss without an expert that started from
-    the pretrained weight includes the loss of that part of the weight."""
-    texts = {"tasks": "drawn_on_most_by", "hurt_most": "missed_most_by", "summary": "in_words"}
+    """The rise of the loss without an expert that started from the pretrained weight includes the loss of that part of
+    the weight."""
+    texts = {"tasks": "drawn_on_most_by", "hurt_most": "missed_most_by"}
     short = frame[[*texts]].replace(re.compile(r"\btask(\d+)_([^\W_]+)\w*"), r"\1 \2").replace({"": UNKNOWN})
     numbers = {"spread": "spread_over_tasks", "change": "rise_of_the_loss_without_it"}
     rows = frame.assign(**short).rename(columns=texts | numbers)
-    forms = {"expert": ".0f", "in_words": "", "mean_gate": ".2f", "spread_over_tasks": ".3f"}
+    forms = {"expert": ".0f", "mean_gate": ".2f", "spread_over_tasks": ".3f"}
     forms |= {"rise_of_the_loss_without_it": ".3f", "drawn_on_most_by": "", "missed_most_by": ""}
     return charts.text_table(rows, forms)
 

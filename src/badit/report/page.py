@@ -52,8 +52,8 @@ _SETTINGS = ["model.name", "method.name", "method.num_experts", "method.r", "dat
 class Block(NamedTuple):
     """A part of a section, which the template's macro of its kind (figure, table, samples, details, note …) lays out.
 
-    ``name`` is its id and, of a figure, its file's name; ``file`` is what it is made from, below the folder of
-    ``source``, whose label is given where there are several.
+    ``name`` is its id and, of a figure, its file's name; ``caption`` is given once where several runs have the same
+    figure; ``file`` is what it is made from, below the folder of ``source``, whose label is given where there are several.
     """
 
     kind: str
@@ -66,9 +66,14 @@ class Block(NamedTuple):
     source: str = ""
 
     @property
+    def description(self) -> str:
+        """What is read out for a chart."""
+        return f"{self.title}. {self.caption}".strip()
+
+    @property
     def specification(self) -> dict[str, Any]:
-        """Vega-Lite; the description is read out for the chart, and the colours are the page's to choose."""
-        own = {"autosize": {"type": "fit-x", "contains": "padding"}, "description": f"{self.title}. {self.caption}"}
+        """Vega-Lite; the colours are the page's to choose."""
+        own = {"autosize": {"type": "fit-x", "contains": "padding"}, "description": self.description}
         content = self.content.to_dict(validate=False) | own
         return {key: value for key, value in content.items() if key not in ("config", "$schema")}
 
@@ -149,13 +154,12 @@ def _drawn(figure: Figure, sources: Sequence[Source]) -> Iterator[Block]:
     with shared_scales():
         for _ in range(2):  # the second time all scales are known
             drawn = [figure.draw(source.frames[figure.table]) for _, source in with_table]
-    for (i, source), content in zip(with_table, drawn, strict=True):
-        if content is None:
-            continue
+    shown = [(*each, content) for each, content in zip(with_table, drawn, strict=True) if content is not None]
+    for i, source, content in shown:
         label = source.label if len(sources) > 2 else ""
         slug = re.sub(r"[^a-z0-9]+", "-", label.lower()).strip("-")[:40]
         name = figure.draw.__name__.replace("_", "-") + (f"-{i}-{slug}".rstrip("-") if label else "")
-        caption = " ".join(str(figure.draw.__doc__).split())
+        caption = " ".join(str(figure.draw.__doc__).split()) if i == shown[0][0] else ""
         kind = "table" if isinstance(content, pd.DataFrame) else "figure"
         width = "half" if len(with_table) > 1 and kind == "figure" else figure.width
         yield Block(kind, figure.title, content, name, caption, width, source.frames[figure.table].attrs["file"], label)

@@ -81,16 +81,6 @@
   for (const saver of document.querySelectorAll("button.save")) {
     saver.addEventListener("click", () => save(saver.dataset.figure));
   }
-  for (const samples of document.querySelectorAll(".samples")) {
-    const select = samples.querySelector("select");
-    const choose = () => {
-      for (const section of samples.querySelectorAll("section[data-task]")) {
-        section.hidden = section.dataset.task !== select.value;
-      }
-    };
-    select.addEventListener("change", choose);
-    choose();
-  }
   const links = new Map([...document.querySelectorAll("nav a")].map((link) => [link.hash.slice(1), link]));
   const seen = new IntersectionObserver((entries) => {
     for (const { target, isIntersecting } of entries) {
