@@ -221,7 +221,7 @@ def _by_layer(frame: pd.DataFrame, column: str, title: str, form: str) -> Any:
     rows = frame.loc[(frame["layer"] >= 0) & frame[column].notna(), ["layer", "module", "parameters", column]]
     if rows.empty:
         return None
-    layers = alt.Axis(format="d", tickCount=8, grid=False)
+    layers = alt.Axis(format="d", tickCount=8, tickMinStep=1, grid=False)
     base = charts.chart_of(rows, chosen="parameters").encode(
         x=alt.X("layer:Q", title="layer", scale=alt.Scale(nice=False), axis=layers),
         y=alt.Y(f"{column}:Q", title=title, axis=alt.Axis(format=form, tickCount=5), scale=alt.Scale(domainMax=1)),
