@@ -56,7 +56,7 @@ def test_numbers_have_six_digits_and_null_where_they_are_not_defined(tmp_path):
         ("component_flow", "to_expert", 10**9),
         ("gates", "layer", None),
         ("gates", "layer", 10**20),
-        ("abilities", "summary", None),
+        ("abilities", "tasks", None),
     ],
 )
 def test_wrong_values_are_named(name, column, value, tmp_path):

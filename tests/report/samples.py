@@ -108,7 +108,7 @@ def tables(shape: Shape = SMALL) -> dict[str, pd.DataFrame]:
             for expert, rank in product(experts, range(1, 4))
         ],
         "abilities": [
-            (expert, first, second, 1.0, 0.02, 0.04, f"Drawn on most by {first}. Without it {second} loses most.")
+            (expert, first, second, 1.0, 0.02, 0.04)
             for expert, (first, second) in enumerate(itertools.pairwise(neighbours))
         ],
         "ability_recovery": [("correlation", 0.41, 0.0, 0.0123), ("nearest_neighbour", 0.6, 0.31, 0.04)],

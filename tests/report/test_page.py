@@ -129,7 +129,9 @@ def test_heat_maps_side_by_side_have_one_colour_scale(tmp_path):
     for name, factor in (("weak", 0.1), ("strong", 1.0)):
         frame = tables()["gates"]
         save_frame(frame.assign(mean=1 + factor * (frame["mean"] - 1)), tmp_path / name / "analysis")
-    pages = [page_of([tmp_path / name for name in names], tmp_path) for names in (["weak"], ["strong"], ["weak", "strong"])]
+    pages = [
+        page_of([tmp_path / name for name in names], tmp_path) for names in (["weak"], ["strong"], ["weak", "strong"])
+    ]
     weak, strong, both = (re.findall(r'"domainMax":\{"expr":"(.*?)"', page.source) for page in pages)
     assert weak != strong
     assert both == strong * 2

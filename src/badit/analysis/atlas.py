@@ -10,7 +10,6 @@ the model (with all experts, then without each of them), R = the given order of 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Mapping, Sequence
 from itertools import combinations
 from typing import Any
@@ -67,7 +66,6 @@ ABILITIES = Table(
     mean_gate="mean gate over tasks; 1 is neutral",
     spread="the largest of the tasks' mean gates minus the smallest",
     change="mean over tasks of the loss without it minus the loss, in nats per token",
-    summary=Column("both in a sentence", TEXT),
 )
 ABILITY_RECOVERY = Table(
     "ability_recovery",
@@ -192,8 +190,7 @@ def expert_abilities(gates: PromptGates, change_TK: np.ndarray, error_TK: np.nda
         missed = most >= _NO_CHANGE and most - mean > _ALIKE_CHANGES * mean
         hurt = _standing_out(change_T, error_T) if missed else []
         names = (", ".join(gates.tasks[t] for t in named) for named in (drawn, hurt))
-        summary = _summary(gates.tasks, gate_T, drawn, change_T, hurt)
-        rows.append((expert, *names, gate_T.mean(), np.ptp(gate_T), mean, summary))
+        rows.append((expert, *names, gate_T.mean(), np.ptp(gate_T), mean))
     about = "What each expert is for, over all modules together. Where several tasks are named, a number is their mean."
     return ABILITIES.frame(rows, about)
 
@@ -204,33 +201,6 @@ def _standing_out(value_T: np.ndarray, error_T: np.ndarray) -> list[int]:
     if value_T[first[0]] - mean < _STANDARD_ERRORS * error_T[first[0]]:
         return []
     return [int(t) for t in first if value_T[t] > (mean + value_T[first[0]]) / 2]
-
-
-def _summary(tasks: Sequence[str], gate_T: np.ndarray, drawn: list[int], change_T: np.ndarray, hurt: list[int]) -> str:
-    def named(chosen: list[int]) -> str:
-        """The tasks' names as words: task363_sst2_polarity is "363 sst2 polarity"."""
-        return " and ".join(re.sub(r"^task(?=\d)", "", tasks[t]).replace("_", " ") for t in chosen)
-
-    def amount(value: float) -> str:
-        return f"{value:.2f}" if value >= 0.01 else f"{value:.3f}"
-
-    gate, mean = f"{gate_T.mean():.2f}", change_T.mean()
-    drawn_on = f"Its gate is {gate} on the one task."
-    if drawn:
-        drawn_on = f"Drawn on most by {named(drawn)} (gate {gate_T[drawn].mean():.2f} against {gate} on average)."
-    elif len(tasks) > 1:
-        drawn_on = f"All tasks draw on it alike (gate {gate}, spread {amount(np.ptp(gate_T))})."
-    if np.abs(change_T).max() < _NO_CHANGE:
-        return f"{drawn_on} Without it no task's loss changes by {_NO_CHANGE} nats a token."
-    change = f"{'rises' if mean >= 0 else 'falls'} by {amount(abs(mean))}"
-    whose, end = ("all tasks", " on average") if len(tasks) > 1 else ("that task", "")
-    if hurt:
-        whose, end = (
-            named(hurt),
-            f", of all tasks by {amount(mean)}" if mean >= 0 else f", while that of all tasks {change}",
-        )
-        change = f"rises by {amount(change_T[hurt].mean())}"
-    return f"{drawn_on} Without it the loss of {whose} {change} nats a token{end}."
 
 
 def ability_recovery(similarity_TT: np.ndarray, abilities: Sequence[Collection[str]]) -> pd.DataFrame:

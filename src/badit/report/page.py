@@ -52,8 +52,8 @@ _SETTINGS = ["model.name", "method.name", "method.num_experts", "method.r", "dat
 class Block(NamedTuple):
     """A part of a section, which the template's macro of its kind (figure, table, samples, details, note …) lays out.
 
-    ``name`` is its id and, of a figure, its file's name; ``caption`` is given once where several runs have the same
-    figure; ``file`` is what it is made from, below the folder of ``source``, whose label is given where there are several.
+    ``name`` is its id and, of a figure, its file's name; ``caption`` is given once for the same figure of several runs;
+    ``file`` is what it is made from, below the folder of ``source``, whose label is given where there are several.
     """
 
     kind: str
