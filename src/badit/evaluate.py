@@ -9,16 +9,19 @@ import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from pydantic import TypeAdapter
+from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
 from badit.card import write_run_card
 from badit.data import AnswerCollator, Instance, Task, load_sources, on_device
+from badit.data.prompts import IGNORED_LABEL
 from badit.data.tasks import file_safe
 from badit.environment import is_main_process
 from badit.errors import BaditError, explained, nearest
@@ -46,6 +49,7 @@ from badit.train import (
     refuse_beyond_model,
 )
 from badit.trainer import answer_losses
+from badit.tuner.prompt import cache_of, drop_last
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -143,6 +147,7 @@ def score_model(
     else:
         without_answers = ({**example, "input_ids": ids} for example, ids in zip(examples, prompts, strict=True))
         refuse_beyond_model(without_answers, model, more=recipe.evaluation.max_new_tokens)
+        losses = [math.nan] * len(pairs)
         found = generate_answers(
             model,
             tokenizer,
@@ -151,13 +156,42 @@ def score_model(
             batch_size=recipe.evaluation.batch_size,
             progress=progress,
             tasks=[task.name for task, _ in pairs],
+            prefill=partial(_prefill, model, examples, losses),
         )
-        losses = [fmean(each) for each in answer_token_losses(model, tokenizer, recipe, examples, progress=progress)]
     predictions = [
         Prediction(task.name, instance.id, text, tuple(instance.outputs), str(tokenizer.decode(prompt)), nll)
         for (task, instance), prompt, text, nll in zip(pairs, prompts, found, losses, strict=True)
     ]
     return mean_scores(instance_scores(group_by_task(predictions))), predictions
+
+
+@torch.no_grad()
+def _prefill(
+    model: Any,
+    examples: Sequence[Mapping[str, Any]],
+    losses: list[float],
+    batch: list[int],
+    prompts_BT: torch.Tensor,
+    attended_BT: torch.Tensor,
+) -> dict[str, Any]:
+    """One pass over a batch's prompts and references: writes the references' mean NLL, returns the prompts' cache."""
+    references = [torch.tensor(examples[i]["input_ids"][examples[i]["prompt_length"] :]) for i in batch]
+    answers_BA = pad_sequence(references, batch_first=True, padding_value=IGNORED_LABEL).to(model.device)
+    is_answer_BA = answers_BA != IGNORED_LABEL
+    mask = torch.cat([attended_BT, is_answer_BA.long()], dim=1)
+    inputs = {
+        "input_ids": torch.cat([prompts_BT, answers_BA.clamp(min=0)], dim=1),
+        "attention_mask": mask,
+        "position_ids": (mask.cumsum(dim=1) - 1).clamp(min=0),
+        "labels": torch.cat([torch.full_like(prompts_BT, IGNORED_LABEL), answers_BA], dim=1),
+        "tasks": [examples[i]["task"] for i in batch],
+    }
+    losses_L, row_L, outputs = answer_losses(model, inputs, model, use_cache=True)
+    sums_B = losses_L.new_zeros(len(batch)).index_add(0, row_L, losses_L)
+    for i, loss in zip(batch, (sums_B / is_answer_BA.sum(dim=1)).tolist(), strict=True):
+        losses[i] = loss
+    cache = cache_of(outputs)
+    return cache if drop_last(cache, answers_BA.shape[1] + 1) else {}
 
 
 def _score_sequence(run: Run, plan: Plan, progress: bool) -> dict[str, Any]:

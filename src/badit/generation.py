@@ -34,6 +34,7 @@ def generate_answers(
     batch_size: int = 16,
     progress: bool = True,
     tasks: Sequence[str] | None = None,
+    prefill: Callable[[list[int], torch.Tensor, torch.Tensor], dict[str, Any]] | None = None,
 ) -> list[str]:
     """Answer each prompt greedily, up to the first end-of-turn token or `max_new_tokens`.
 
@@ -53,6 +54,8 @@ def generate_answers(
         batch_size: prompts decoded at a time.
         progress: show a bar on stderr.
         tasks: each prompt's task, which only methods that tell tasks apart look at.
+        prefill: takes the numbers of a batch's prompts, their padded token ids and attention mask. It returns the cache
+            that holds all but each prompt's last token, by the name under which the model takes it, or {}.
 
     Returns:
         The answers in the order of the prompts, without special tokens and outer white space.
@@ -77,12 +80,14 @@ def generate_answers(
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
             input_ids, attention_mask = _pad_left([prompts[i] for i in batch], settings.pad_token_id)
+            input_ids, attention_mask = input_ids.to(model.device), attention_mask.to(model.device)
             new_tokens = _continuations(
                 model,
-                input_ids.to(model.device),
-                attention_mask.to(model.device),
+                input_ids,
+                attention_mask,
                 settings,
                 None if tasks is None else [tasks[i] for i in batch],
+                {} if prefill is None else prefill(batch, input_ids, attention_mask),
             )
             for i, tokens in zip(batch, new_tokens, strict=True):
                 answers[i] = _decode(tokenizer, tokens, settings.eos_token_id)
@@ -96,6 +101,7 @@ def _continuations(
     attention_mask: torch.Tensor,
     settings: GenerationConfig,
     tasks: list[str] | None,
+    cache: dict[str, Any],
     *,
     in_one_go: bool = False,
 ) -> list[list[int]]:
@@ -111,7 +117,6 @@ def _continuations(
     rows = list(range(len(input_ids)))
     prompts, settings_of_all = (input_ids, attention_mask), settings
     settings = copy.copy(settings)  # max_new_tokens counts down
-    cache: dict[str, Any] = {}
     while True:
         width = input_ids.shape[1]
         with hooks_of(model).rows_of(None if tasks is None else [tasks[row] for row in rows]):
@@ -135,7 +140,7 @@ def _continuations(
         cache = cache_of(output)
         if not select_rows(cache, going_R):
             # A recurrent model's, say. Over again from the prompts, in one go.
-            return _continuations(model, *prompts, settings_of_all, tasks, in_one_go=True)
+            return _continuations(model, *prompts, settings_of_all, tasks, {}, in_one_go=True)
 
 
 class HalfEnded(StoppingCriteria):

@@ -205,7 +205,12 @@ def _say_how_to_use_all(gpus: int) -> None:
 
 
 def answer_losses(
-    model: nn.Module, inputs: Mapping[str, Any], unwrapped: nn.Module, label_smoothing: float = 0.0
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    unwrapped: nn.Module,
+    label_smoothing: float = 0.0,
+    *,
+    use_cache: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, Any]:
     """The cross-entropy of every answer token of a batch.
 
@@ -213,6 +218,7 @@ def answer_losses(
         model: what is called, perhaps wrapped for data parallelism; ``unwrapped`` is the model within.
         inputs: input_ids, attention_mask and labels, (B, T); and, for methods that tell tasks apart, ``tasks``, the
             task's name of each row.
+        use_cache: whether the outputs have the keys and values.
 
     Returns:
         The losses (L,) in float32, the row in the batch of each (L,), and the model's outputs, whose logits are
@@ -222,8 +228,7 @@ def answer_losses(
     targets_BT = F.pad(labels_BT[:, 1:], (0, 1), value=-100)
     # How many there are decides shapes, so a GPU is waited for here, once: the indices serve for all that follows.
     row_L, position_L = (targets_BT != -100).nonzero(as_tuple=True)
-    # The Trainer switches the cache off in training; elsewhere keys and values would be copied for nobody to read.
-    batch = {key: value for key, value in inputs.items() if key not in ("labels", "tasks")} | {"use_cache": False}
+    batch = {key: value for key, value in inputs.items() if key not in ("labels", "tasks")} | {"use_cache": use_cache}
     batch |= prompt_argument(unwrapped, inputs["attention_mask"].bool() & before_first_label(labels_BT))
     with hooks_of(unwrapped).rows_of(inputs.get("tasks")), logits_only_at(unwrapped, row_L, position_L):
         outputs = model(**batch)

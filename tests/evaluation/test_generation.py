@@ -15,12 +15,13 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from badit import BaditConfig, generation
 from badit.data import Instance, Task
 from badit.errors import BaditError
-from badit.evaluate import evaluate, read_predictions, score_model, write_predictions
+from badit.evaluate import answer_token_losses, evaluate, read_predictions, score_model, write_predictions
 from badit.generation import generate_answers, stream_answer
 from badit.metrics import Prediction
 from badit.recipe import build_recipe
+from badit.train import encoded
 from data.examples import make_tokenizer
-from tuner.helpers import randomise
+from tuner.helpers import adapted, randomise
 
 
 def naive_tokens(model, prompt, *, ends=(), limit=12):
@@ -223,6 +224,36 @@ def test_scores_and_predictions_belong_to_their_instances(model, tokenizer):
         assert prediction.references == instance.outputs
     _, predictions = score_model(model, tokenizer, RECIPE, tasks[:1], "validation", progress=False)
     assert [p.instance_id for p in predictions] == ["i0"]
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "reuses"),
+    [
+        ("llama", None, True),
+        ("llama", {}, True),
+        ("llama", {"router_input": "standardised"}, True),
+        ("llama", {"routing": "token"}, True),
+        ("gpt2", {}, True),
+        ("gemma2", {}, False),  # positions that have left a sliding window's cache do not come back
+    ],
+)
+def test_one_pass_serves_the_references_nll_and_the_answers(
+    family, options, reuses, tiny_model, tokenizer, monkeypatch
+):
+    model = tiny_model(family, vocab_size=128, initializer_range=0.5)
+    model = model if options is None else adapted(model, **options)
+    texts = [("w5 w6 w7", "w3 w4"), ("w9", "w5"), ("w3 w3 w3 w3 w90 w4 w6", "w7 w8 w9 w10"), ("w77 w8", "w9 w2 w3")]
+    instances = [Instance(id=f"i{i}", input=text, outputs=(answer,)) for i, (text, answer) in enumerate(texts)]
+    task = Task(name="t", definition="w1", test=tuple(instances))
+    examples = encoded(tokenizer, RECIPE, [(task, instance) for instance in instances], model)
+    prompts = [example["input_ids"][: example["prompt_length"]] for example in examples]
+    losses = answer_token_losses(model, tokenizer, RECIPE, examples, progress=False)
+    answers = generate(model, tokenizer, prompts, max_new_tokens=4, batch_size=2)
+    calls = spy_on(model, monkeypatch)
+    _, predictions = score_model(model, tokenizer, RECIPE, [task], "test", progress=False)
+    assert [prediction.nll for prediction in predictions] == pytest.approx([fmean(each) for each in losses], rel=1e-4)
+    assert [prediction.prediction for prediction in predictions] == answers
+    assert any(name in calls[0] for name in ("cache", "past_key_values")) == reuses
 
 
 AWKWARD = [

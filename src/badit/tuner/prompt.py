@@ -283,6 +283,15 @@ def select_rows(cache: Mapping[str, Any], rows_R: torch.Tensor) -> bool:
     return True
 
 
+def drop_last(cache: Mapping[str, Any], count: int) -> bool:
+    """Removes the last positions of a cache, which keeps its gates; False where that cannot be done."""
+    kept: Any = next(iter(cache.values()), None)
+    if not all(type(layer) is DynamicLayer for layer in getattr(kept, "layers", [None])):
+        return False
+    kept.crop(-count)
+    return True
+
+
 def inside_backward() -> bool:
     """Whether a backward pass is running, as when gradient checkpointing computes a layer again."""
     return torch._C._current_graph_task_id() != -1
