@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from statistics import median
 from typing import TYPE_CHECKING
@@ -56,15 +57,19 @@ def preview(recipe: Recipe, tasks: Sequence[Task], count: int) -> str:
         scored = {(instance.input, instance.history) for instance in (*task.test, *task.validation)}
         prompts = _measured(lengths[: len(instances)], section.max_source_tokens)
         answers = _measured(lengths[len(instances) :], section.max_answer_tokens)
-        known = sum((instance.input, instance.history) in scored for instance in task.train)
-        rows.append([task.name, *prompts, *answers, str(known)])
+        trained = Counter((instance.input, instance.history) for instance in task.train)
+        known = sum(count for key, count in trained.items() if key in scored)
+        rows.append([task.name, *prompts, *answers, str(trained.total() - len(trained)), str(known)])
         for example in examples[:count]:
             ids, start = example["input_ids"], example["prompt_length"]
             text = f"{tokenizer.decode(ids[:start])}{_OPEN}{tokenizer.decode(ids[start:])}{_CLOSE}"
             lines = [f"── {task.name}, instance {example['id']}, {len(ids)} tokens", *text.split("\n")]
             shown.append("\n".join(map(one_line, lines)))
-    heading = ["task", "prompt", "longest", "cut", "answer", "longest", "cut", "in test too"]
-    note = f"Tokens of the first {_MEASURED:,} training instances: median, longest, and how many are cut."
+    heading = ["task", "prompt", "longest", "cut", "answer", "longest", "cut", "repeated", "in test too"]
+    note = (
+        f"Tokens of the first {_MEASURED:,} training instances: median, longest, and how many are cut. Of all training "
+        "instances: how many repeat the input of an earlier one or are in the test or validation data."
+    )
     table = text_table(heading, rows, right=set(range(1, len(heading))))
     return "\n\n".join([table, note, *shown])
 

@@ -219,15 +219,15 @@ def test_large_data_is_read_and_encoded_once(tmp_path, monkeypatch):
 def test_the_command_shows_the_mixture_and_the_prompts(tmp_path, capsys, recipe_values):
     recipe_file = tmp_path / "recipe.yaml"
     recipe_file.write_text(yaml.safe_dump(recipe_values))
-    path = write_rows(tmp_path / "rows.jsonl", *ROWS, {**ROWS[0], "split": "test"})
+    path = write_rows(tmp_path / "rows.jsonl", *ROWS, ROWS[0], {**ROWS[0], "split": "test"})
     assert main(["tasks", str(path), "data.sampling=balanced"]) == 0
-    assert "capitals      2           0     1    50.0%  Name the capital." in capsys.readouterr().out
+    assert "capitals      3           0     1    50.0%  Name the capital." in capsys.readouterr().out
     assert main(["tasks", str(recipe_file), f"data.source={path}", "--show", "1"]) == 0
     shown = capsys.readouterr().out
     assert "Input: France\nOutput: " in shown
     assert "⟦Paris" in shown
     (row,) = [line for line in shown.splitlines() if line.startswith("capitals ") and "Name" not in line]
-    assert row.split()[-1] == "1", "an input that is in the test set too"
+    assert row.split()[-2:] == ["1", "2"], "an input is there again, and both times in the test set too"
 
 
 @pytest.mark.parametrize(
