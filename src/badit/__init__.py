@@ -24,60 +24,35 @@ if TYPE_CHECKING:
     from badit.optimizer import OrthogonalUpdates, build_optimizer, lora_plus_groups
     from badit.recipe import load_recipe
     from badit.regroup import RegroupCallback, Regrouper
-    from badit.render import render as table
+    from badit.render import table
+    from badit.report import write_report
     from badit.results import load_results, summarise
-    from badit.run import Run, analyze, compare, plan, train, write_report
+    from badit.run import Run, analyze, compare, plan, train
     from badit.tuner import BaditConfig, BaditModel
 
 __version__ = "0.1.0"
 
-# Where a name is: in a module under the same name, or as module:name.
-_HOMES = {
-    "BaditConfig": "badit.tuner",
-    "BaditError": "badit.errors",
-    "BaditModel": "badit.tuner",
-    "OrthogonalUpdates": "badit.optimizer",
-    "RegroupCallback": "badit.regroup",
-    "Regrouper": "badit.regroup",
-    "Run": "badit.run",
-    "analyze": "badit.run",
-    "build_optimizer": "badit.optimizer",
-    "compare": "badit.run",
-    "load_base_model": "badit.models",
-    "load_recipe": "badit.recipe",
-    "load_results": "badit.results",
-    "load_tasks": "badit.data",
-    "lora_plus_groups": "badit.optimizer",
-    "plan": "badit.run",
-    "summarise": "badit.results",
-    "table": "badit.render:render",
-    "train": "badit.run",
-    "write_report": "badit.run",
+# The public names by the module that they are in.
+_NAMES = {
+    "data": ["load_tasks"],
+    "errors": ["BaditError"],
+    "models": ["load_base_model"],
+    "optimizer": ["OrthogonalUpdates", "build_optimizer", "lora_plus_groups"],
+    "recipe": ["load_recipe"],
+    "regroup": ["RegroupCallback", "Regrouper"],
+    "render": ["table"],
+    "report": ["write_report"],
+    "results": ["load_results", "summarise"],
+    "run": ["Run", "analyze", "compare", "plan", "train"],
+    "tuner": ["BaditConfig", "BaditModel"],
 }
+_HOMES = {name: f"badit.{module}" for module, names in _NAMES.items() for name in names}
 
 __all__ = [
-    "BaditConfig",
-    "BaditError",
-    "BaditModel",
-    "OrthogonalUpdates",
-    "RegroupCallback",
-    "Regrouper",
-    "Run",
-    "__version__",
-    "analyze",
-    "build_optimizer",
-    "compare",
-    "load_base_model",
-    "load_recipe",
-    "load_results",
-    "load_tasks",
-    "lora_plus_groups",
-    "plan",
-    "summarise",
-    "table",
-    "train",
-    "write_report",
-]
+    "BaditConfig", "BaditError", "BaditModel", "OrthogonalUpdates", "RegroupCallback", "Regrouper", "Run",
+    "__version__", "analyze", "build_optimizer", "compare", "load_base_model", "load_recipe", "load_results",
+    "load_tasks", "lora_plus_groups", "plan", "summarise", "table", "train", "write_report",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
@@ -86,8 +61,7 @@ def __getattr__(name: str) -> Any:
     from badit.environment import quiet_notices
 
     quiet_notices()
-    module, _, own_name = _HOMES[name].partition(":")
-    return getattr(import_module(module), own_name or name)
+    return getattr(import_module(_HOMES[name]), name)
 
 
 class _Package(ModuleType):

@@ -83,7 +83,7 @@ def compare(recipe: str, *overrides: str, jobs: int = 1, dry_run: bool = False) 
     made = _read_recipe(recipe, overrides)
     _load("badit.compare")
     from badit.compare import Grid, check
-    from badit.render import render, text_table
+    from badit.render import table, text_table
     from badit.results import RESULTS
 
     if dry_run:
@@ -96,7 +96,7 @@ def compare(recipe: str, *overrides: str, jobs: int = 1, dry_run: bool = False) 
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     results = run_comparison(made, jobs=jobs)
     path = Path(made.output) / RESULTS
-    show(f"{render(path)}\n\nResults: {path}")
+    show(f"{table(path)}\n\nResults: {path}")
     return int("failed" in set(results.cells["status"]))
 
 
@@ -119,9 +119,9 @@ def table(
         released: forgetting and transfer as SAPT's released code computes them.
     """
     _load("badit.render")
-    from badit.render import render
+    from badit import render
 
-    return render(results, form=format, metric=metric, by_task=by_task, released=released)
+    return render.table(results, form=format, metric=metric, by_task=by_task, released=released)
 
 
 @app.command

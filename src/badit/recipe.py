@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypedDict, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -198,19 +198,6 @@ class Recipe(Section):
     def __repr__(self) -> str:
         about = f"{self.method.get('name', 'badit')} on {self.model.name}"
         return f"Recipe({about}, data {self.data.source!r}, output {self.output!r})"
-
-
-class RecipeValues(TypedDict, total=False):
-    """Plain values for a recipe; a section may be given in part."""
-
-    model: Mapping[str, Any]
-    data: Mapping[str, Any]
-    prompt: Mapping[str, Any]
-    method: Mapping[str, Any]
-    training: Mapping[str, Any]
-    evaluation: Mapping[str, Any]
-    compare: Mapping[str, Any] | None
-    output: str | os.PathLike[str]
 
 
 #: A file, plain values, or a recipe as it is.

@@ -54,7 +54,7 @@ def number(value: Any, form: str = ".1f", sign: str = "-") -> str:
     return UNKNOWN if value is None or pd.isna(value) else f"{value:{sign}z,{form}}".replace("-", "−")
 
 
-def render(
+def table(
     path: str | os.PathLike[str],
     *,
     form: str = "text",
@@ -83,8 +83,7 @@ def render(
         raise BaditError("--released: only for the table of a sequential comparison; leave it out")
     if metric != "rouge_l" and sequence:
         raise BaditError("--metric: forgetting and transfer are measured in Rouge-L; leave it out, or add --by-task")
-    table = _task_table(results, metric) if by_task else method_table(results, metric, released)
-    return FORMATS[form](table)
+    return FORMATS[form](_task_table(results, metric) if by_task else method_table(results, metric, released))
 
 
 def method_table(results: Results, metric: str = "rouge_l", released: bool = False) -> Table:

@@ -25,7 +25,7 @@ import os
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Unpack
+from typing import TYPE_CHECKING, Any, Literal
 
 from badit.errors import BaditError, say
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from badit.export import Export
-    from badit.recipe import Recipe, RecipeLike, RecipeValues
+    from badit.recipe import Recipe, RecipeLike
     from badit.results import Results
     from badit.train import Plan
 
@@ -276,24 +276,9 @@ class Run:
         )
         return found[0] if isinstance(prompts, str) else found
 
-    def analyze(
-        self,
-        *,
-        data: AnyPath | None = None,
-        instances: int = 8,
-        output: AnyPath | None = None,
-        progress: bool = True,
-        trust_remote_code: bool = False,
-    ) -> dict[str, pd.DataFrame]:
-        """Measures the run: see :func:`analyze`."""
-        return analyze(
-            self.path,
-            data=data,
-            instances=instances,
-            output=output,
-            progress=progress,
-            trust_remote_code=trust_remote_code,
-        )
+    def analyze(self, **options: Any) -> dict[str, pd.DataFrame]:
+        """Measures the run, with the options of :func:`analyze`."""
+        return analyze(self.path, **options)
 
     def export(
         self,
@@ -362,7 +347,7 @@ class Run:
         return push_to_hub(self.path, repository, private=private)
 
 
-def plan(recipe: RecipeLike | None = None, /, **values: Unpack[RecipeValues]) -> Plan:
+def plan(recipe: RecipeLike | None = None, /, **values: Any) -> Plan:
     """Validates a recipe and its data and says what a training would work on, without any of it.
 
     Raises:
@@ -380,7 +365,7 @@ def train(
     *,
     progress: bool = True,
     allow_changed_inputs: bool = False,
-    **values: Unpack[RecipeValues],
+    **values: Any,
 ) -> Run:
     """Trains and scores a recipe, or continues where that was interrupted; what is done is not done again.
 
@@ -404,9 +389,7 @@ def train(
     return Run(made.output)
 
 
-def compare(
-    recipe: RecipeLike | None = None, /, *, jobs: int = 1, progress: bool = True, **values: Unpack[RecipeValues]
-) -> Results:
+def compare(recipe: RecipeLike | None = None, /, *, jobs: int = 1, progress: bool = True, **values: Any) -> Results:
     """Trains and scores methods side by side, or continues; a cell that fails stops no other.
 
     Args:
@@ -472,28 +455,3 @@ def analyze(
         trust_remote_code=trust_remote_code,
     )
     return load_frames(folder / "analysis")
-
-
-def write_report(
-    runs: AnyPath | Sequence[AnyPath],
-    output: AnyPath = "report.html",
-    *,
-    title: str | None = None,
-    figures: AnyPath | None = None,
-) -> Path:
-    """Write one page of scores, curves, interference and experts, with its figures.
-
-    Args:
-        runs: runs, comparisons' folders or results.json files; differences between runs are taken to the first.
-        output: the page, which needs no network and no other file.
-        title: its heading (default: the runs' names).
-        figures: a folder for every figure as .svg and .pdf.
-
-    Raises:
-        BaditError: badit[report] is not installed, a folder is no run, a file is damaged, or the page cannot be
-            written.
-    """
-    from badit.report import write_report
-
-    several = [runs] if isinstance(runs, str | os.PathLike) else runs
-    return write_report(several, output, title=title, figures=figures)

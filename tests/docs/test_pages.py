@@ -11,7 +11,7 @@ import yaml
 from badit.cli import app
 from badit.methods import build_method
 from badit.recipe import build_recipe, load_recipe
-from badit.render import render
+from badit.render import table
 from badit.report.page import SECTIONS
 from docs.pages import RESULTS, ROOT, Page, pages, recipes
 
@@ -75,7 +75,7 @@ def test_figures_are_those_of_the_committed_results(page):
 def test_tables_are_those_of_the_committed_results(page):
     """A comparison's table stands between comments, the first of which names its results."""
     for file, found in _TABLE.findall(page.text):
-        assert found == render(RESULTS / file, form="markdown").strip()
+        assert found == table(RESULTS / file, form="markdown").strip()
 
 
 def texts():

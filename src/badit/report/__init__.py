@@ -13,7 +13,7 @@ from badit.files import write_text
 
 
 def write_report(
-    runs: Sequence[str | os.PathLike[str]],
+    runs: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
     output: str | os.PathLike[str],
     *,
     title: str | None = None,
@@ -22,8 +22,8 @@ def write_report(
     """Writes one self-contained page on runs and comparisons, and returns its path.
 
     Args:
-        runs: runs' folders, comparisons' folders or results.json files; several are shown side by side, and differences
-            between runs are taken to the first.
+        runs: a run's folder, a comparison's folder or a results.json file, or several, which are shown side by side;
+            differences between runs are taken to the first.
         output: the page.
         title: its heading; by default the names of the runs.
         figures: a folder for every figure as .svg and .pdf.
@@ -38,7 +38,7 @@ def write_report(
 
     output = Path(output)
     with status("writing the report"):
-        sources = read_sources(runs)
+        sources = read_sources([runs] if isinstance(runs, str | os.PathLike) else runs)
         sections = sections_of(sources)
         page = render(title or " · ".join(source.label for source in sources), sections)
         with explained(output, action="written"):
