@@ -13,7 +13,6 @@ from glob import glob, has_magic
 from pathlib import Path
 from typing import Any, get_args
 
-import pandas as pd
 import pyarrow as pa
 from pydantic import BaseModel, Field
 
@@ -288,6 +287,8 @@ def _table_rows(file: Path) -> Iterator[tuple[str, Any]]:
     """The rows of a CSV, Parquet or Arrow file, read some at a time; those of CSV are text."""
     with explained(file, action="read", any_error=True):
         if _TABLES[file.suffix] == "csv":
+            import pandas as pd
+
             text: dict[str, Any] = {"dtype": str, "keep_default_na": False, "encoding": "utf-8-sig"}
             separator = "\t" if file.suffix == ".tsv" else ","
             frames = pd.read_csv(file, sep=separator, chunksize=cache.ROWS_AT_A_TIME, **text)
