@@ -78,16 +78,6 @@ def test_a_wheel_with_another_checksum_is_not_opened(wheel, monkeypatch):
     assert conversions() == 0
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", models.MANIFEST])
-@pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(path.read_bytes()[:-3])])
-def test_a_damaged_folder_is_built_again(wheel, name, damage):
-    folder = Path(resolve_model(BUILT_IN))
-    damage(folder / name)
-    assert resolve_model(BUILT_IN) == str(folder)
-    assert (folder / "model.safetensors").read_bytes() == GGUF
-    assert conversions() == 2
-
-
 def test_a_failed_conversion_leaves_no_folder(wheel, monkeypatch):
     monkeypatch.setattr(models, "_convert", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):

