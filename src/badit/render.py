@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from badit.errors import BaditError, nearest, one_line
+from badit.errors import BaditError, one_line, refuse_unknown
 from badit.metrics import METRICS
 from badit.results import Results, load_results, summarise, task_means
 
@@ -74,9 +74,8 @@ def table(
     Raises:
         BaditError: the file is missing or broken, or an option is unknown or does not go with its protocol.
     """
-    for option, value, known in (("--format", form, FORMATS), ("--metric", metric, METRICS)):
-        if value not in known:
-            raise BaditError(f"{option}: {value!r:.60} is none of {', '.join(known)}{nearest(value, known)}")
+    refuse_unknown("--format", form, FORMATS)
+    refuse_unknown("--metric", metric, METRICS)
     results = load_results(path)
     sequence = results.protocol == "sequential" and not by_task
     if released and not sequence:
