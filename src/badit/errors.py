@@ -71,8 +71,8 @@ def explained(
 def _explanation(error: Exception, action: str, named: str) -> str | None:
     """What went wrong, with the file that it is about as ``named``; None for an exception that is not known."""
     if isinstance(error, _class("pydantic_core", "ValidationError")):
-        location, problem = first_problem(error)
-        return ": ".join([*filter(None, [".".join(map(str, location))]), problem])
+        problem = error.errors(include_url=False)[0]  # pyright: ignore
+        return ": ".join(filter(None, [".".join(map(str, problem["loc"])), _message(problem)]))
     if isinstance(error, json.JSONDecodeError):
         return f"invalid JSON at line {error.lineno} column {error.colno}: {error.msg}"
     if isinstance(error, UnicodeDecodeError):
@@ -136,11 +136,10 @@ def problems(
                 if problem["type"] != "missing":
                     break
             place.append(part)
-        message, location = first_problem(error, problem)[1], problem["loc"]
+        message = _message(problem)
         if problem["type"] == "extra_forbidden":
-            message = (
-                f"unknown key{nearest(str(location[-1]), known_keys(location[:-1]))}" if known_keys else "unknown key"
-            )
+            *section, key = problem["loc"]
+            message = f"unknown key{nearest(str(key), known_keys(section)) if known_keys else ''}"
         elif problem["type"] != "missing":
             try:
                 given = repr(problem["input"])
@@ -151,16 +150,15 @@ def problems(
     return list(found.items())
 
 
-def first_problem(error: Any, problem: Any = None) -> tuple[tuple[int | str, ...], str]:
-    """Where a ValidationError's first problem, or this one, lies and what it is, without pydantic's own prefixes."""
-    problem = problem or error.errors(include_url=False)[0]
+def _message(problem: Any) -> str:
+    """What one of a ValidationError's problems is, without pydantic's own prefixes."""
     message = problem["msg"].removeprefix("Value error, ").replace("\n", " ")
     if problem["type"] == "missing" and isinstance(problem["input"], dict):
         wanted = str(problem["loc"][-1])
         # A high cutoff: task_b is not a misspelt task_a.
         for found in difflib.get_close_matches(wanted, map(str, problem["input"]), n=1, cutoff=0.86):
             message += f" (found {found!r:.60}, did you mean {wanted!r}?)"
-    return problem["loc"], message[:1].lower() + message[1:]
+    return message[:1].lower() + message[1:]
 
 
 def first_line(error: BaseException) -> str:
