@@ -20,7 +20,6 @@ from badit.checkpoint import last_checkpoint
 from badit.cli import app, main
 from badit.environment import status
 from badit.errors import BaditError
-from badit.evaluate import answers
 from badit.files import write_json
 from badit.models import load_base_model
 from badit.recipe import Recipe, build_recipe, dump_recipe
@@ -74,10 +73,10 @@ def refuse(*_: Any, **__: Any) -> Any:
 
 
 def test_a_run_is_read_without_unpickling(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = answers(run, ["Name the capital."], max_new_tokens=3)
+    expected = run.generate(["Name the capital."], max_new_tokens=3)
     for module, name in ((pickle, "load"), (pickle, "loads"), (pickle, "Unpickler"), (torch, "load")):
         monkeypatch.setattr(module, name, refuse)
-    assert answers(run, ["Name the capital."], max_new_tokens=3) == expected
+    assert run.generate(["Name the capital."], max_new_tokens=3) == expected
 
 
 @pytest.mark.parametrize("name", ["adapter_model.bin", "adapter_model.safetensors"])

@@ -1,4 +1,4 @@
-"""What is done with a recipe and its run: train and score it, score it again, measure its loss, answer prompts.
+"""What is done with a recipe and its run: train and score it, score it again, measure its loss, load it.
 
 A run's scores are in ``scores.json`` and the answers that they are of in ``predictions/``, a file for each task.
 """
@@ -20,7 +20,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
 from badit.card import write_run_card
-from badit.data import AnswerCollator, Instance, Task, load_sources, on_device
+from badit.data import AnswerCollator, Instance, Task, on_device
 from badit.data.prompts import IGNORED_LABEL
 from badit.data.tasks import file_safe
 from badit.environment import is_main_process
@@ -40,7 +40,6 @@ from badit.train import (
     base_model,
     changed_inputs,
     encoded,
-    encoded_texts,
     fit,
     in_use,
     make_plan,
@@ -326,34 +325,3 @@ def load_run(run: Run, recipe: Recipe | None = None) -> tuple[PreTrainedModel | 
         fix = "restore it, or train again with another output=FOLDER"
         raise BaditError(f"{run.path}: the base model {recipe.model.name} changed since the run was trained; {fix}")
     return method.load(model, run.adapter_path), tokenizer
-
-
-def answers(
-    run: Run,
-    prompts: Sequence[str],
-    *,
-    task: str | None = None,
-    raw: bool = False,
-    max_new_tokens: int = 50,
-    batch_size: int = 16,
-    progress: bool = False,
-    trust_remote_code: bool = False,
-) -> list[str]:
-    """A run's answers to prompts' texts, or to inputs of one of its tasks; see :meth:`badit.Run.generate`."""
-    if not all(prompt.strip() for prompt in prompts):
-        raise BaditError("the prompt is empty")
-    recipe = run.trusted_recipe(trust_remote_code)
-    found = None
-    if task is not None:
-        (found,) = load_sources(recipe.data.sources(), [task])
-        task = found.name
-    model, tokenizer = load_run(run, recipe)
-    return generate_answers(
-        model,
-        tokenizer,
-        encoded_texts(tokenizer, recipe, prompts, None if raw else found, model, max_new_tokens),
-        max_new_tokens=max_new_tokens,
-        batch_size=batch_size,
-        progress=progress,
-        tasks=None if task is None else [task] * len(prompts),
-    )

@@ -12,8 +12,7 @@ checkpoints/       what an interrupted run resumes from
 regroupings.jsonl  the log of DOG
 angles.jsonl       angles between experts, of mixtures that do not regroup
 analysis/          tables of `badit analyze`, a .json each
-gates.json         the tasks' mean gates, as `badit export` has measured them
-studio/            what `badit studio` has measured of a run that was not analysed
+gates.json         the tasks' mean gates, as `badit export` or `badit studio` has measured them
 stages/NN-TASK/    of a sequence of tasks: the same files after each task; adapter/ above is the last one's
 
 Every command on a run is a method here, which imports the modules that do the work.
@@ -85,7 +84,6 @@ class Run:
         self.angles_path = self.path / "angles.jsonl"
         self.analysis_path = self.path / "analysis"
         self.gates_path = self.path / "gates.json"
-        self.studio_path = self.path / "studio"
 
     def __fspath__(self) -> str:
         return str(self.path)
@@ -262,19 +260,26 @@ class Run:
         Raises:
             BaditError: no such run, no adapter yet, or an empty prompt.
         """
-        from badit.evaluate import answers
+        from badit.data import load_sources
+        from badit.generation import generate_answers
+        from badit.train import encoded_texts
 
-        found = answers(
-            self,
-            [prompts] if isinstance(prompts, str) else list(prompts),
-            task=task,
-            raw=raw,
+        texts = [prompts] if isinstance(prompts, str) else list(prompts)
+        if not all(text.strip() for text in texts):
+            raise BaditError("the prompt is empty")
+        recipe = self.trusted_recipe(trust_remote_code)
+        found = None if task is None else load_sources(recipe.data.sources(), [task])[0]
+        model, tokenizer = self.load(trust_remote_code=trust_remote_code)
+        answers = generate_answers(
+            model,
+            tokenizer,
+            encoded_texts(tokenizer, recipe, texts, None if raw else found, model, max_new_tokens),
             max_new_tokens=max_new_tokens,
             batch_size=batch_size,
             progress=progress,
-            trust_remote_code=trust_remote_code,
+            tasks=None if found is None else [found.name] * len(texts),
         )
-        return found[0] if isinstance(prompts, str) else found
+        return answers[0] if isinstance(prompts, str) else answers
 
     def analyze(self, **options: Any) -> dict[str, pd.DataFrame]:
         """Measures the run, with the options of :func:`analyze`."""
