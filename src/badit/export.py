@@ -13,7 +13,7 @@ import dataclasses
 import math
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from importlib.util import find_spec
@@ -28,6 +28,7 @@ from peft.tuners.lora import LoraLayer
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import nn
+from tqdm import tqdm
 from transformers.pytorch_utils import Conv1D
 
 from badit.analysis.gates import adapted_layers, mean_component_gates
@@ -340,38 +341,47 @@ def _mean_gates(
 ) -> dict[str | None, tuple[str, Gates]]:
     """For each chosen task, or None for all together, a description and the mean gates over its training prompts.
 
-    All together have equal weight. A task's gates are measured once and kept in the run's ``gates.json``, with
-    fingerprints of what they depend on.
+    All together have equal weight.
     """
-    depends = {"model": model_fingerprint(model), "dtype": model_dtype(recipe), "prompt": recipe.prompt.model_dump()}
-    depends |= {"prompts_per_task": _PROMPTS_PER_TASK, **task_fingerprints(list(tasks.values()))}
-    kept = read_json(run.gates_path) if run.gates_path.is_file() else {}
-    by_task: dict[str, Gates] = kept.get("tasks", {}) if kept.get("depends_on") == depends else {}
     names = [name for name in tasks if tasks[name].train and (None in chosen or name in chosen)]
     without = [f"task {name}" for name in chosen if name not in (None, *names)]
     if without or not names:
         first = next(iter(without), "the run")
         raise BaditError(f"{first}: has no training prompts to take mean gates from; give --gates FILE")
-    if missing := [tasks[name] for name in names if name not in by_task]:
-        pairs = [(task, instance) for task in missing for instance in task.train[:_PROMPTS_PER_TASK]]
-        examples = encoded(tokenizer, recipe, pairs, model)
-        batches = batches_by_task(examples, AnswerCollator(pad_id(tokenizer), with_tasks=True), _BATCH_SIZE)
-        layers = adapted_layers(model)
-        for name, gates in mean_component_gates(model, batches, progress=progress).items():
-            of_layers = zip(layers, gates, strict=True)
-            by_task[name] = {one.layer.name: gates_N[one.first_components_K].tolist() for one, gates_N in of_layers}
-        with suppress(BaditError):  # a run that cannot be written to can still be exported
-            write_json(run.gates_path, {"depends_on": depends, "tasks": by_task})
-
+    measured = task_gates(run, model, tokenizer, recipe, tasks, names)
+    by_task = dict(tqdm(measured, desc="Gates", unit="task", total=len(names), disable=not progress))
     found: dict[str | None, tuple[str, Gates]] = {}
     for task in chosen:
         over = names if task is None else [task]
         number = sum(len(tasks[name].train[:_PROMPTS_PER_TASK]) for name in over)
         of_what = f"of {len(over)} tasks, and over these," if task is None else f"of task {task}"
-        each = [_checked_gates(by_task[name], run.gates_path, model) for name in over]
+        each = [by_task[name] for name in over]
         mean = {module: torch.tensor([gates[module] for gates in each]).mean(dim=0).tolist() for module in each[0]}
         found[task] = (f"mean gates {of_what} on {number} training prompts", mean)
     return found
+
+
+def task_gates(
+    run: Run, model: Any, tokenizer: Any, recipe: Recipe, tasks: Mapping[str, Task], names: Sequence[str]
+) -> Iterator[tuple[str, Gates]]:
+    """The mean gates of each of the named ``tasks`` over its first training prompts, one task after another.
+
+    They are measured once and kept in the run's ``gates.json``, with fingerprints of what they depend on.
+    """
+    depends = {"model": model_fingerprint(model), "dtype": model_dtype(recipe), "prompt": recipe.prompt.model_dump()}
+    depends |= {"prompts_per_task": _PROMPTS_PER_TASK, **task_fingerprints(list(tasks.values()))}
+    kept = read_json(run.gates_path) if run.gates_path.is_file() else {}
+    by_task: dict[str, Gates] = kept.get("tasks", {}) if kept.get("depends_on") == depends else {}
+    layers, collate = adapted_layers(model), AnswerCollator(pad_id(tokenizer), with_tasks=True)
+    for name in names:
+        if name not in by_task:
+            pairs = [(tasks[name], instance) for instance in tasks[name].train[:_PROMPTS_PER_TASK]]
+            batches = batches_by_task(encoded(tokenizer, recipe, pairs, model), collate, _BATCH_SIZE)
+            of_layers = zip(layers, mean_component_gates(model, batches)[name], strict=True)
+            by_task[name] = {one.layer.name: gates_N[one.first_components_K].tolist() for one, gates_N in of_layers}
+            with suppress(BaditError):  # a run that cannot be written to can still be used
+                write_json(run.gates_path, {"depends_on": depends, "tasks": by_task})
+        yield name, _checked_gates(by_task[name], run.gates_path, model)
 
 
 def read_gates(path: Path, model: PeftModel) -> Gates:

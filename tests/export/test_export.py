@@ -150,10 +150,10 @@ def test_all_tasks_get_their_adapters_from_gates_that_are_measured_once(
     measure, measured = mean_component_gates, []
     monkeypatch.setattr(
         "badit.export.mean_component_gates",
-        lambda model, batches, **options: measured.append(list(batches)) or measure(model, batches, **options),
+        lambda model, batches: measured.extend(batches) or measure(model, batches),
     )
     done = export(run.path, out, all_tasks=True)
-    assert measured == [["rivers"]]
+    assert measured == ["rivers"]
     assert [each.folder for each in done.tasks.values()] == [out / "cities", out / "rivers"]
     for name in ("adapter_model.safetensors", "adapter_config.json", "gates.json"):
         assert (out / "cities" / name).read_bytes() == (one.folder / name).read_bytes()
@@ -162,12 +162,12 @@ def test_all_tasks_get_their_adapters_from_gates_that_are_measured_once(
     assert f"--lora-modules cities={out}/cities rivers={out}/rivers" in shown
     assert "mean over tasks" in shown
     export(run.path, tmp_path / "mean")
-    assert measured == [["rivers"]]
+    assert measured == ["rivers"]
 
     path = run.adapter_path / "adapter_model.safetensors"
     save_file({name: tensor + 0.01 for name, tensor in load_file(path).items()}, path)
     export(run.path, tmp_path / "mean")  # another adapter's gates
-    assert measured == [["rivers"], ["cities", "rivers"]]
+    assert measured == ["rivers", "cities", "rivers"]
     (out / "cities" / "notes.txt").write_text("mine")
     with pytest.raises(BaditError, match=r"cities: holds notes\.txt"):
         export(run.path, out)

@@ -2,7 +2,6 @@
 
 import copy
 import json
-import os
 import threading
 from collections.abc import Mapping
 from typing import Any
@@ -10,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from badit.analysis.gates import prompt_gates
-from badit.analysis.tables import load_frame, save_frame
 from badit.data import AnswerCollator, batches_by_task
 from badit.errors import BaditError
 from badit.generation import generate_answers
@@ -105,27 +104,26 @@ def test_the_nearest_task_comes_first(session):
     assert found == [(pytest.approx(difference, abs=1e-4), task) for difference, task in expected]
 
 
-def test_tasks_gates_are_measured_once_and_taken_from_the_analysis(trained):
+def test_tasks_gates_are_measured_once_for_the_adapter_and_on_the_analysis_scale(trained, monkeypatch):
     run = trained(BADIT)
     first = Session(run.path)
     assert first.unmeasured
     first.measure()
     assert not first.unmeasured
-    kept = run.studio_path / "gates.json"
-    frame = load_frame(kept)
-    np.testing.assert_allclose(first.task_gates.to_numpy().ravel(), frame["mean"], atol=1e-5)
+    pairs = [(task, instance) for task in first.tasks.values() for instance in task.train]
+    examples = encoded(first.tokenizer, first.recipe, pairs, first.model)
+    gates = prompt_gates(first.model, batches_by_task(examples, AnswerCollator(0, with_tasks=True), 8))
+    assert first.task_gates.index.tolist() == gates.tasks
+    np.testing.assert_allclose(first.task_gates.to_numpy(), gates.means.reshape(2, -1), atol=1e-5)
 
-    for value, folder in ((1.5, run.studio_path), (1.25, run.analysis_path)):  # the analysis comes first
-        save_frame(frame.assign(mean=value), folder)
-        assert Session(run.path).task_gates.to_numpy().max() == value
-    content = json.loads(kept.read_text())
-    for rows in ("[", [], content["rows"][1:], [["another", *row[1:]] for row in content["rows"]]):
-        for path in (run.analysis_path / "gates.json", kept):
-            path.write_text(json.dumps({**content, "rows": rows}))
-        assert Session(run.path).unmeasured, rows[:1]
-    save_frame(frame, run.studio_path)
-    os.utime(kept, (0, 0))
-    assert Session(run.path).unmeasured, "they are older than the adapter"
+    monkeypatch.delattr("badit.export.mean_component_gates")
+    again = Session(run.path)
+    again.measure()
+    assert again.task_gates.equals(first.task_gates)
+    path = run.adapter_path / "adapter_model.safetensors"
+    save_file({name: -t if name.endswith("badit_B") else t for name, t in load_file(path).items()}, path)
+    with pytest.raises(NameError, match="mean_component_gates"):
+        Session(run.path).measure()
 
 
 def test_questions_are_answered_while_tasks_are_measured(trained):

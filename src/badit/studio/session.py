@@ -11,7 +11,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -20,24 +20,23 @@ import numpy as np
 import pandas as pd
 import torch
 from peft import PeftModel
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from pydantic import BaseModel, ConfigDict, Field
 
 from badit.analysis.atlas import ABILITIES
-from badit.analysis.gates import GATES, Experts, PromptGates, active_experts, changed_gates, gates_frame, prompt_gates
-from badit.analysis.tables import load_frame, save_frame
-from badit.data import AnswerCollator, Task, batches_by_task
+from badit.analysis.gates import Experts, active_experts, changed_gates
+from badit.analysis.tables import load_frame
+from badit.data import Task
 from badit.errors import BaditError, nearest
 from badit.evaluate import load_run
+from badit.export import task_gates
 from badit.generation import stream_answer
 from badit.methods import build_method
 from badit.run import Run
-from badit.train import encoded, encoded_texts, make_plan, pad_id
+from badit.train import encoded_texts, make_plan
 
 MAX_CHARACTERS = 20_000
 MAX_NEW_TOKENS = 512
 _EXAMPLES, _SHOWN_TASKS, _DIGITS = 6, 5, 5
-_PROMPTS_PER_TASK = 4  # gates of a task's prompts are close together
 _PAUSE = 0.01  # seconds in which a waiting question gets the model before the measuring thread takes it again
 # Sums of softmaxes are 1 or K except for their last bits, which must not be multiplied into gates set by hand.
 _DECIMALS = 6
@@ -83,8 +82,8 @@ class Session:
         self.experts = active_experts(model)
         self.number_of_experts = self.experts[0].number if self.experts else 0
         self._free = threading.Lock()
-        #: The tasks' mean gates: a row per task, a column per layer, module and expert; None before they are known.
-        self.task_gates = self._saved_task_gates() if self.experts else None
+        #: The tasks' mean gates: a row per task, a column per adapted module and expert; None before they are known.
+        self.task_gates: pd.DataFrame | None = None
 
     @property
     def unmeasured(self) -> bool:
@@ -92,39 +91,19 @@ class Session:
         return bool(self.experts) and self.task_gates is None and any(task.train for task in self.tasks.values())
 
     def measure(self) -> None:
-        """Measures the tasks' mixtures, and keeps them in the run's folder; questions may be asked meanwhile."""
+        """Measures the tasks' mixtures, unless the run's folder has them; questions may be asked meanwhile."""
         if not self.unmeasured:
             return
-        by_task: dict[str, np.ndarray] = {}
-        collate = AnswerCollator(pad_id(self.tokenizer), with_tasks=True)
-        for task in (task for task in self.tasks.values() if task.train):
+        names = [name for name, task in self.tasks.items() if task.train]
+        measured = task_gates(self.run, self.model, self.tokenizer, self.recipe, self.tasks, names)
+        by_task = {}
+        for name in names:
             with self._free:
-                prompts = task.train[:_PROMPTS_PER_TASK]
-                examples = encoded(self.tokenizer, self.recipe, [(task, one) for one in prompts], self.model)
-                by_task |= prompt_gates(self.model, batches_by_task(examples, collate, _PROMPTS_PER_TASK)).by_task
+                _, gates = next(measured)
+            gates_MK = np.array([gates[one.layer.name] for one in self.experts])
+            by_task[name] = (gates_MK / gates_MK.mean(axis=1, keepdims=True)).ravel()
             time.sleep(_PAUSE)
-        frame = gates_frame(PromptGates([one.place for one in self.experts], by_task))
-        with suppress(BaditError, OSError):  # a run that cannot be written to is measured at every start
-            save_frame(frame, self.run.studio_path)
-        self.task_gates = self._by_task(frame)
-
-    def _saved_task_gates(self) -> pd.DataFrame | None:
-        """The tables of the run's analysis or of :meth:`measure`, if they are of the present adapter."""
-        since = (self.run.adapter_path / SAFETENSORS_WEIGHTS_NAME).stat().st_mtime
-        for path in (folder / f"{GATES.name}.json" for folder in (self.run.analysis_path, self.run.studio_path)):
-            with suppress(BaditError, KeyError, ValueError):  # damaged, or of other modules: they are measured again
-                if path.is_file() and path.stat().st_mtime >= since:
-                    return self._by_task(load_frame(path))
-        return None
-
-    def _by_task(self, frame: pd.DataFrame) -> pd.DataFrame:
-        """The table "gates" with a row per task; ValueError if its modules, experts or tasks are not the run's."""
-        columns = [(*one.place, expert) for one in self.experts for expert in range(one.number)]
-        by_task = frame.pivot(index="task", columns=["layer", "module", "expert"], values="mean")
-        other = set(by_task.columns) != set(columns) or (self.tasks and not set(by_task.index) <= self.tasks.keys())
-        if by_task.empty or other or by_task.isna().any(axis=None):
-            raise ValueError("the table is of other modules, experts or tasks")
-        return by_task.loc[:, columns]
+        self.task_gates = pd.DataFrame.from_dict(by_task, orient="index")
 
     def about(self) -> dict[str, Any]:
         """What the page shows of the run before anything is asked."""
