@@ -110,7 +110,7 @@ def model_card(
 
 def _training(run: Run, recipe: Recipe) -> dict[str, Any]:
     """The recipe's hyperparameters, and what the training took."""
-    sources = ["the built-in tasks" if s.path == "builtin" else Path(s.path).name for s, _ in recipe.data.sources()]
+    sources = ["the built-in tasks" if s.path == "builtin" else Path(s.path).name for s in recipe.data.sources()]
     rows = {
         # Only the last part of a path, which would name its owner's folders.
         "data": ", ".join(sources),

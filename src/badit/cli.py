@@ -422,7 +422,7 @@ def _read_recipe(path: str, overrides: Sequence[str]) -> Any:
 
     with status("reading the recipe"):
         made = load_recipe(path, overrides)
-        for source, _ in made.data.sources():
+        for source in made.data.sources():
             source.refuse_missing()
     return made
 

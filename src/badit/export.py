@@ -43,7 +43,7 @@ from badit.methods import build_method
 from badit.models import device, load_base_model, resolve_model
 from badit.recipe import Recipe
 from badit.results import read_scores
-from badit.run import RECORD, Run
+from badit.run import RECORD, AnyPath, Run
 from badit.train import base_model, encoded, make_plan, model_dtype, model_fingerprint, pad_id, task_fingerprints
 from badit.tuner import hooks_of
 from badit.tuner.config import is_number
@@ -111,12 +111,12 @@ class Export:
 
 
 def export(
-    run: str | Path,
-    output: str | Path,
+    run: AnyPath,
+    output: AnyPath,
     *,
     task: str | None = None,
     all_tasks: bool = False,
-    gates: str | Path | None = None,
+    gates: AnyPath | None = None,
     rank: int | None = None,
     merged: bool = False,
     progress: bool = True,

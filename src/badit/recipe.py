@@ -102,14 +102,14 @@ class DataSection(Section):
     )
     seed: Seed = Field(0, description="of the subsampling; kept apart from training.seed so that runs share their data")
 
-    def sources(self) -> list[tuple[Source, float]]:
-        """Where the tasks are, and the weight of each source."""
+    def sources(self) -> list[Source]:
+        """Where the tasks are, and how their rows are to be read."""
         found = []
         for entry in [self.source] if isinstance(self.source, str) else self.source:
             section = SourceSection(path=entry) if isinstance(entry, str) else entry  # pyright: ignore[reportCallIssue]
-            own = section.model_dump(exclude={"path", "weight"}, exclude_none=True)
+            own = section.model_dump(exclude={"path"}, exclude_none=True)
             shared = {name: getattr(self, name) for name in ("format", "task", "instruction", "columns", "turns")}
-            found.append((Source(expand_source(section.path), **{**shared, **own}), section.weight))
+            found.append(Source(expand_source(section.path), **{**shared, **own}))
         return found
 
     def load(self) -> list[Task]:

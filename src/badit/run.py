@@ -320,10 +320,10 @@ class Run:
 
         exported = export(
             self.path,
-            Path(output),
+            output,
             task=task,
             all_tasks=all_tasks,
-            gates=None if gates is None else Path(gates),
+            gates=gates,
             rank=rank,
             merged=merged,
             progress=progress,

@@ -163,14 +163,14 @@ def test_a_data_set_of_the_hub(monkeypatch):
 
 def test_sources_are_mixed_by_their_weights(tmp_path):
     a, b = (write_rows(tmp_path / f"{name}.csv", *[HELLO] * count) for name, count in (("a", 30), ("b", 10)))
-    tasks = load_sources([(Source(b), 3.0), (Source(a), 1.0)], weights={"a": 2.0})
+    tasks = load_sources([Source(b, weight=3.0), Source(a)], weights={"a": 2.0})
     assert [(task.name, task.weight) for task in tasks] == [("a", 2.0), ("b", 3.0)]
     assert quotas(tasks) == {"a": 27, "b": 13}
-    assert [task.name for task in load_sources([(Source(b), 1), (Source(a), 1)], ["b"])] == ["b"]
+    assert [task.name for task in load_sources([Source(b), Source(a)], ["b"])] == ["b"]
     with pytest.raises(BaditError, match="has task a, as one before it; set its task"):
-        load_sources([(Source(a), 1.0)] * 2)
+        load_sources([Source(a)] * 2)
     with pytest.raises(BaditError, match=r"data.weights: unknown task 'c'"):
-        load_sources([(Source(a), 1.0)], weights={"c": 2.0})
+        load_sources([Source(a)], weights={"c": 2.0})
 
 
 @given(sizes=st.lists(st.integers(1, 99), min_size=1, max_size=6), temperature=st.floats(1, 50))

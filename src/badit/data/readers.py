@@ -77,14 +77,13 @@ def load_tasks(
 
 
 def load_sources(
-    sources: Sequence[tuple[Source, float]],
+    sources: Sequence[Source],
     wanted: Sequence[str] | None = None,
     weights: Mapping[str, float] | None = None,
 ) -> list[Task]:
     """The tasks of several sources, sorted by name, or those that are wanted, in that order.
 
     Args:
-        sources: each with the weight of its tasks.
         wanted: as for :func:`load_tasks`.
         weights: further factors on the weights of tasks, by name or number.
 
@@ -92,11 +91,11 @@ def load_sources(
         BaditError: bad data, a task that two sources have, or a weight of a task that is not there.
     """
     found: dict[str, Task] = {}
-    for source, weight in sources:
+    for source in sources:
         for task in load_tasks(source, tasks=wanted if len(sources) == 1 else None):
             if task.name in found:
                 raise BaditError(f"data.source: {source.path} has task {task.name}, as one before it; set its task")
-            found[task.name] = task.model_copy(update={"weight": weight})
+            found[task.name] = task.model_copy(update={"weight": source.weight})
     names = sorted(found) if wanted is None else resolve_names(wanted, found)
     for key, weight in (weights or {}).items():
         (name,) = resolve_names([key], found, field="data.weights")

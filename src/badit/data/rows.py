@@ -44,6 +44,7 @@ class Source:
         columns: the columns that ``task``, ``instruction``, ``input``, ``output``, ``id``, ``split`` and ``messages``
             are in, where they have other names.
         turns: of a chat, train the "last" answer, or "all" of them, each as an instance with a prompt of its own.
+        weight: of its tasks in a mixture.
     """
 
     path: str | Path
@@ -52,6 +53,7 @@ class Source:
     instruction: str | None = None
     columns: Mapping[str, str] = field(default_factory=dict)
     turns: Turns = "last"
+    weight: float = 1.0
 
     def refuse_missing(self) -> None:
         """Raises BaditError where there is no such file or folder, and the name is none of the hub or a pattern."""
