@@ -204,7 +204,7 @@ def test_markup_in_names_data_and_tables_stays_text(browser, trained, tmp_path):
     ]
     source.write_text("".join(json.dumps(line) + "\n" for line in lines))
     run = trained(BADIT, source, MARKUP)
-    save_frame(ABILITIES.frame([[expert, "", "", 1.0, 0.0, 0.0, MARKUP] for expert in range(4)], ""), run.analysis_path)
+    save_frame(ABILITIES.frame([[expert, MARKUP, "", 1.0, 0.0, 0.0] for expert in range(4)], ""), run.analysis_path)
     session = Session(run.path)
     with served(application(session)) as port:
         page = Page(browser, f"http://127.0.0.1:{port}/")

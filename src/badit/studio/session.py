@@ -108,7 +108,7 @@ class Session:
     def about(self) -> dict[str, Any]:
         """What the page shows of the run before anything is asked."""
         path = self.run.analysis_path / f"{ABILITIES.name}.json"
-        said = load_frame(path).set_index("expert")["summary"] if path.is_file() else None
+        said = load_frame(path).set_index("expert")["tasks"] if path.is_file() else None
         return {
             "run": self.run.path.resolve().name,
             "method": self.method.name,

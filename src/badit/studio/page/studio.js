@@ -288,7 +288,7 @@ function slider(expert) {
     setMixture(sliderGates(), true);
   });
   only.addEventListener("click", () => setMixture(sliderGates().map((_, i) => (i === expert ? NEUTRAL : 0)), true));
-  const said = run.abilities[expert] ? [element("p", { className: "said", textContent: run.abilities[expert] })] : [];
+  const said = run.abilities[expert] ? [element("p", { className: "said", textContent: `Used most by ${run.abilities[expert]}` })] : [];
   return element("div", { className: "slider" }, label, range, number, only, ...said);
 }
 
