@@ -370,8 +370,12 @@ def task_gates(
     """
     depends = {"model": model_fingerprint(model), "dtype": model_dtype(recipe), "prompt": recipe.prompt.model_dump()}
     depends |= {"prompts_per_task": _PROMPTS_PER_TASK, **task_fingerprints(list(tasks.values()))}
-    kept = read_json(run.gates_path) if run.gates_path.is_file() else {}
-    by_task: dict[str, Gates] = kept.get("tasks", {}) if kept.get("depends_on") == depends else {}
+    by_task: dict[str, Gates] = {}
+    with suppress(BaditError):  # there are none yet, or they are damaged
+        kept = read_json(run.gates_path)
+        if kept.get("depends_on") == depends and isinstance(kept.get("tasks"), dict):
+            of_tasks = kept["tasks"].items()
+            by_task = {name: _checked_gates(gates, run.gates_path, model) for name, gates in of_tasks}
     layers, collate = adapted_layers(model), AnswerCollator(pad_id(tokenizer), with_tasks=True)
     for name in names:
         if name not in by_task:
@@ -381,7 +385,7 @@ def task_gates(
             by_task[name] = {one.layer.name: gates_N[one.first_components_K].tolist() for one, gates_N in of_layers}
             with suppress(BaditError):  # a run that cannot be written to can still be used
                 write_json(run.gates_path, {"depends_on": depends, "tasks": by_task})
-        yield name, _checked_gates(by_task[name], run.gates_path, model)
+        yield name, by_task[name]
 
 
 def read_gates(path: Path, model: PeftModel) -> Gates:
@@ -393,6 +397,8 @@ def read_gates(path: Path, model: PeftModel) -> Gates:
 
 def _checked_gates(content: Any, path: Path, model: PeftModel) -> Gates:
     experts = {one.layer.name: len(one.first_components_K) for one in adapted_layers(model)}
+    if not isinstance(content, dict):
+        raise BaditError(f"{path}: must hold gates by module, not a {type(content).__name__}")
     for name in (*content, *experts):
         gates, number = content.get(name), experts.get(name)
         if number is None:

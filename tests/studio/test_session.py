@@ -104,7 +104,7 @@ def test_the_nearest_task_comes_first(session):
     assert found == [(pytest.approx(difference, abs=1e-4), task) for difference, task in expected]
 
 
-def test_tasks_gates_are_measured_once_for_the_adapter_and_on_the_analysis_scale(trained, monkeypatch):
+def test_tasks_gates_are_measured_once_for_an_adapter_and_again_if_they_are_damaged(trained, monkeypatch):
     run = trained(BADIT)
     first = Session(run.path)
     assert first.unmeasured
@@ -116,10 +116,14 @@ def test_tasks_gates_are_measured_once_for_the_adapter_and_on_the_analysis_scale
     assert first.task_gates.index.tolist() == gates.tasks
     np.testing.assert_allclose(first.task_gates.to_numpy(), gates.means.reshape(2, -1), atol=1e-5)
 
+    kept = json.loads(run.gates_path.read_text())
+    for damaged in ("[", json.dumps({**kept, "tasks": []}), json.dumps({**kept, "tasks": {"rivers": [1]}})):
+        run.gates_path.write_text(damaged)
+        again = Session(run.path)
+        again.measure()
+        assert again.task_gates.equals(first.task_gates)
     monkeypatch.delattr("badit.export.mean_component_gates")
-    again = Session(run.path)
-    again.measure()
-    assert again.task_gates.equals(first.task_gates)
+    Session(run.path).measure()
     path = run.adapter_path / "adapter_model.safetensors"
     save_file({name: -t if name.endswith("badit_B") else t for name, t in load_file(path).items()}, path)
     with pytest.raises(NameError, match="mean_component_gates"):
