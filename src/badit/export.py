@@ -164,7 +164,8 @@ def export(
     elif mixes:
         mixtures = _mean_gates(folder, model, tokenizer, recipe, tasks, list(tasks) if all_tasks else [task], progress)
 
-    base = Base.of(recipe).hub_id or str(Path(recipe.model.name).expanduser().resolve())
+    about = Base.of(recipe)
+    base = about.hub_id or str(Path(recipe.model.name).expanduser().resolve())
     adapters: list[tuple[Export, Factors, Gates | None]] = []
     for of_task, (mixture, fixed) in mixtures.items():
         factors: Factors = {}  # none if PEFT itself merges, or if the base weights were trained
@@ -201,10 +202,9 @@ def export(
                     write_adapter(place, factors, model, base, recipe.model.revision)
                 if fixed is not None:
                     write_json(place / GATES, fixed)
-                write_text(
-                    place / CARD, model_card(folder, recipe, Base.of(recipe), export=done.record(folder, method.name))
-                )
-                _write_record(place, done.record(folder, method.name))
+                record = done.record(folder, method.name)
+                write_text(place / CARD, model_card(folder, recipe, about, export=record))
+                _write_record(place, record)
             exported = [done for done, _, _ in adapters]
             done = max(exported, key=lambda each: each.total_error)
             if all_tasks:
@@ -247,7 +247,6 @@ def score_export(
     routed = read_scores(folder.scores_path) if folder.scores_path.is_file() else evaluate(run, progress=progress)
     vllm = _vllm(exported, recipe) if engine == "vllm" else None
     by_task: dict[str, Any] = {}
-    result: dict[str, Any] = {}
     known = make_plan(recipe).tasks
     for number, part in enumerate(list(exported.tasks.values()) or [exported], start=1):
         tasks = [task for task in known if part.task in (None, task.name)]
@@ -267,8 +266,9 @@ def score_export(
             before, after = routed["tasks"][name]["rouge_l"], scores["rouge_l"]
             of_part[name] = {"routed": before, "frozen": after, "difference": after - before}
         by_task |= of_part
-        result = _write_scores(part, of_part, split, engine)
-    return _write_scores(exported, by_task, split, engine) if exported.tasks else result
+        if exported.tasks:
+            _write_scores(part, of_part, split, engine)
+    return _write_scores(exported, by_task, split, engine)
 
 
 def _write_scores(
@@ -339,15 +339,11 @@ def _mean_gates(
     chosen: Sequence[str | None],
     progress: bool,
 ) -> dict[str | None, tuple[str, Gates]]:
-    """For each chosen task, or None for all together, a description and the mean gates over its training prompts.
-
-    All together have equal weight.
-    """
+    """For each chosen task, or None for all with equal weight, a description and the mean gates of training prompts."""
     names = [name for name in tasks if tasks[name].train and (None in chosen or name in chosen)]
     without = [f"task {name}" for name in chosen if name not in (None, *names)]
     if without or not names:
-        first = next(iter(without), "the run")
-        raise BaditError(f"{first}: has no training prompts to take mean gates from; give --gates FILE")
+        raise BaditError(f"{[*without, 'the run'][0]}: has no training prompts for mean gates; give --gates FILE")
     measured = task_gates(run, model, tokenizer, recipe, tasks, names)
     by_task = dict(tqdm(measured, desc="Gates", unit="task", total=len(names), disable=not progress))
     found: dict[str | None, tuple[str, Gates]] = {}
@@ -374,8 +370,7 @@ def task_gates(
     with suppress(BaditError):  # there are none yet, or they are damaged
         kept = read_json(run.gates_path)
         if kept.get("depends_on") == depends and isinstance(kept.get("tasks"), dict):
-            of_tasks = kept["tasks"].items()
-            by_task = {name: _checked_gates(gates, run.gates_path, model) for name, gates in of_tasks}
+            by_task = {name: _checked_gates(gates, run.gates_path, model) for name, gates in kept["tasks"].items()}
     layers, collate = adapted_layers(model), AnswerCollator(pad_id(tokenizer), with_tasks=True)
     for name in names:
         if name not in by_task:
