@@ -17,6 +17,8 @@ from pydantic import BaseModel
 from torch.utils.benchmark import Timer
 
 from badit.arguments import argument_names, settled
+from badit.compare import Cell, Grid
+from badit.compare import check as check_grid
 from badit.data import Instance, load_sources
 from badit.environment import status
 from badit.errors import BaditError
@@ -24,6 +26,7 @@ from badit.methods import NAMES, AdapterMethod, Method, build_method, on_skeleto
 from badit.models import device, load_tokenizer
 from badit.recipe import Recipe, build_recipe, section_of
 from badit.regroup import RegroupOptions
+from badit.render import text_table
 from badit.train import Plan, Stage, encoded, make_plan, model_dtype, training_arguments
 from badit.trainer import prompt_argument
 from badit.yaml_values import parse_yaml
@@ -159,6 +162,24 @@ def check(recipe: Recipe) -> list[str]:
     total = sum(part or 0 for part in parts.values()) / 2**30
     about = "about" if parts["activations"] is not None else "more than"
     return [*lines, f"{about} {total:.1f} GiB of memory for a batch of {len(longest)} × {tokens} tokens ({shown})"]
+
+
+def check_comparison(recipe: Recipe) -> list[str]:
+    """What a comparison would do, as lines of text: the methods with their budgets, and a run of the reference.
+
+    Raises:
+        BaditError: as :func:`check`, and what would make the comparison unfair.
+    """
+    grid = Grid(recipe)
+    a_run = check(grid.recipe_of(Cell(grid.section.reference)))[1:]
+    with status("checking data and methods"):
+        tasks, counts = check_grid(grid)
+    cells = {name: len(list(grid.chosen(name, rate, tasks))) for name, rate in grid.start_rates.items()}
+    rows = [[name, str(cells[name]), f"{count:,}" if count else "–"] for name, count in counts.items()]
+    lines = [*text_table(["method", "runs", "trainable parameters"], rows, right={1, 2}).split("\n"), ""]
+    search = ", and those that choose the learning rates" if grid.section.learning_rates else ""
+    lines.append(f"{sum(cells.values())} runs{search}; they would be written to {recipe.output}")
+    return [*lines, f"one run of {grid.section.reference}:", *(f"  {line}" for line in a_run)]
 
 
 @contextmanager

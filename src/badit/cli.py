@@ -76,22 +76,19 @@ def compare(recipe: str, *overrides: str, jobs: int = 1, dry_run: bool = False) 
         recipe: a YAML file with a compare section, such as recipes/superni-cpu.yaml.
         overrides: key=value, such as compare.seeds=[0] output=runs/mine.
         jobs: runs at a time; they share the cores and GPUs.
-        dry_run: validate everything, show methods and budgets, and stop.
+        dry_run: validate everything, show methods, budgets and what a run takes, and stop.
     """
     from badit.run import compare as run_comparison
 
     made = _read_recipe(recipe, overrides)
-    _load("badit.compare")
-    from badit.compare import Grid, check
-    from badit.render import table, text_table
+    _load("badit.authoring" if dry_run else "badit.compare")
+    if dry_run:
+        from badit.authoring import check_comparison
+
+        return "\n".join(check_comparison(made))
+    from badit.render import table
     from badit.results import RESULTS
 
-    if dry_run:
-        with status("checking data and methods"):
-            counts = check(Grid(made))[1]
-        rows = [[name, f"{count:,}" if count else "–"] for name, count in counts.items()]
-        budgets = text_table(["method", "trainable parameters"], rows, right={1})
-        return f"{budgets}\n\nThe runs would be written to {made.output}"
     # A batch system's SIGTERM must reach the running cells as Ctrl-C does: they have sessions of their own.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     results = run_comparison(made, jobs=jobs)

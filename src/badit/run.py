@@ -281,9 +281,18 @@ class Run:
         )
         return answers[0] if isinstance(prompts, str) else answers
 
-    def analyze(self, **options: Any) -> dict[str, pd.DataFrame]:
-        """Measures the run, with the options of :func:`analyze`."""
-        return analyze(self.path, **options)
+    def analyze(
+        self,
+        *,
+        data: AnyPath | None = None,
+        instances: int = 8,
+        output: AnyPath | None = None,
+        progress: bool = True,
+        trust_remote_code: bool = False,
+    ) -> dict[str, pd.DataFrame]:
+        """Measures the run: see :func:`analyze`."""
+        options = {"progress": progress, "trust_remote_code": trust_remote_code}
+        return analyze(self.path, data=data, instances=instances, output=output, **options)
 
     def export(
         self,

@@ -238,8 +238,10 @@ def test_the_command_checks_and_runs_and_prints(values, tmp_path, capsys):
     path.write_text(yaml.safe_dump(values, sort_keys=False))
     assert main(["compare", str(path), "--dry-run"]) == 0
     shown = capsys.readouterr().out.splitlines()
-    assert [line.split() for line in shown[2:4]] == [["lora", "1,280"], ["base", "–"]]
-    assert shown[-1] == f"The runs would be written to {values['output']}"
+    assert [line.split() for line in shown[2:4]] == [["lora", "1", "1,280"], ["base", "1", "–"]]
+    assert f"2 runs; they would be written to {values['output']}" in shown
+    about = " ".join(shown[shown.index("one run of lora:") :])
+    assert all(words in about for words in ("steps of", "minutes of training", "GiB of memory", "1,280 of"))
     assert not Path(values["output"]).exists()
 
     assert main(["compare", str(path), "--jobs", "0"]) == 2

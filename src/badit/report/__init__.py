@@ -14,7 +14,7 @@ from badit.files import write_text
 
 def write_report(
     runs: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
-    output: str | os.PathLike[str],
+    output: str | os.PathLike[str] = "report.html",
     *,
     title: str | None = None,
     figures: str | os.PathLike[str] | None = None,
