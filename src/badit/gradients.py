@@ -35,45 +35,54 @@ def component_grams(factors: Sequence[tuple[nn.Parameter, nn.Parameter]]) -> lis
     Args:
         factors: A (N, I) and B (O, N) of each layer.
     """
+    gradients = [(_reduced_gradient(a_NI), _reduced_gradient(b_ON)) for a_NI, b_ON in factors]
     grams: list[torch.Tensor | None] = [None] * len(factors)
-    for layers in _alike([(_reduced_gradient(a_NI), _reduced_gradient(b_ON)) for a_NI, b_ON in factors]):
-        grads_A, grads_B = zip(*layers.values(), strict=True)
-        if isinstance(grads_A[0], DTensor):
-            stacked_NN = _grams_of_shards(grads_A, grads_B)
-        else:
-            stacked_NN = cosine_gram(torch.stack(grads_A), torch.stack(grads_B))
-        for index, gram_NN in zip(layers, stacked_NN.unbind(), strict=True):
+    for indices in alike(gradients, _NUMBERS_AT_A_TIME):
+        grads_A, grads_B = zip(*(gradients[index] for index in indices), strict=True)
+        # Of shards, A's rows are exchanged for columns: a W-th of it per process.
+        stacked_NN = cosine_gram(stacked(grads_A, 1), stacked(grads_B, 0), over_shards(grads_A[0]))
+        for index, gram_NN in zip(indices, stacked_NN.unbind(), strict=True):
             grams[index] = gram_NN
     return grams
 
 
-def _alike(
-    gradients: Sequence[tuple[torch.Tensor | None, torch.Tensor | None]],
-) -> Iterator[dict[int, tuple[torch.Tensor, torch.Tensor]]]:
-    """Runs of layers of one shape, type and place, by their index; each run small enough to be copied."""
-    kinds: dict[Any, dict[int, tuple[torch.Tensor, torch.Tensor]]] = {}
-    for index, (grad_A, grad_B) in enumerate(gradients):
-        if grad_A is not None and grad_B is not None:
-            kind = (grad_A.shape, grad_B.shape, grad_A.dtype, grad_A.device, type(grad_A))
-            kinds.setdefault(kind, {})[index] = (grad_A, grad_B)
-    for layers in kinds.values():
-        grad_A, grad_B = next(iter(layers.values()))
-        together = max(1, _NUMBERS_AT_A_TIME // (grad_A.numel() + grad_B.numel()))
-        indices = list(layers)
+def alike(
+    pairs: Sequence[tuple[torch.Tensor | None, torch.Tensor | None]], numbers_at_a_time: int
+) -> Iterator[list[int]]:
+    """The indices of pairs of one shape, type and place, in runs small enough to be copied; without incomplete pairs."""
+    kinds: dict[Any, list[int]] = {}
+    for index, (a, b) in enumerate(pairs):
+        if a is not None and b is not None:
+            kind = (a.shape, b.shape, a.dtype, b.dtype, a.device, getattr(a, "placements", None))
+            kinds.setdefault(kind, []).append(index)
+    for kind, indices in kinds.items():
+        together = max(1, numbers_at_a_time // (kind[0].numel() + kind[1].numel()))
         for start in range(0, len(indices), together):
-            yield {index: layers[index] for index in indices[start : start + together]}
+            yield indices[start : start + together]
 
 
-def _grams_of_shards(grads_A: Sequence[DTensor], grads_B: Sequence[DTensor]) -> torch.Tensor:
-    """From shards along any dimension. A's, which come as rows, are exchanged for columns: a W-th of it per process."""
+def stacked(tensors: Sequence[torch.Tensor], features: int) -> torch.Tensor:
+    """Tensors of one shape as one (L, …), or of each this process's part along the dimension ``features``."""
+    first = tensors[0]
+    if not isinstance(first, DTensor):
+        return torch.stack(list(tensors))
+    local = torch.stack([tensor.to_local() for tensor in tensors])  # pyright: ignore[reportAttributeAccessIssue]
+    rows = [Shard(place.dim + 1) if isinstance(place, Shard) else place for place in first.placements]
+    whole = dtensor(local, first, rows, (len(tensors), *first.shape))
+    return whole.redistribute(placements=along(features + 1, first)).to_local()
 
-    def along(gradient: DTensor, dim: int) -> torch.Tensor:
-        placements = [Shard(dim) if placement.is_shard() else Replicate() for placement in gradient.placements]
-        return gradient.redistribute(placements=placements).to_local()
 
-    columns = torch.stack([along(gradient, 1) for gradient in grads_A])
-    rows = torch.stack([along(gradient, 0) for gradient in grads_B])
-    return cosine_gram(columns, rows, over_shards(grads_A[0]))
+def along(features: int, like: DTensor) -> list[Shard | Replicate]:
+    """The placements of a tensor that is divided along a dimension where another one is divided along any."""
+    return [Shard(features) if place.is_shard() else Replicate() for place in like.placements]
+
+
+def dtensor(local: torch.Tensor, like: DTensor, placements: Sequence[Any], shape: Sequence[int]) -> DTensor:
+    """This process's part of a tensor of a shape that need not divide evenly."""
+    stride = torch.empty(tuple(shape), device="meta").stride()
+    return DTensor.from_local(
+        local.contiguous(), like.device_mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride
+    )
 
 
 def over_shards(like: torch.Tensor) -> OverShards:

@@ -16,17 +16,17 @@ Shape suffixes: L = layers, N = components (rows of A), I/O = in/out features, K
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, get_args
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Shard
 from torch.optim.adamw import adamw
 
 from badit.arguments import OptimizerName
 from badit.errors import BaditError, refuse_unknown
-from badit.gradients import over_shards
+from badit.gradients import along, alike, dtensor, over_shards, stacked
 from badit.method import Moments, no_moments, orthogonal_updates
 
 OPTIMIZERS: tuple[OptimizerName, ...] = get_args(OptimizerName)
@@ -196,8 +196,14 @@ class OrthogonalUpdates(torch.optim.Optimizer):
             if not group["orthogonal"]:
                 self._adamw(group)
                 continue
-            for pairs in self._alike(group["params"]):
-                self._move(pairs, group)
+            factors = group["params"]
+            if any(factor.ndim != 2 for factor in factors):
+                raise BaditError(_FLAT)
+            pairs = list(zip(factors[::2], factors[1::2], strict=True))
+            for has_moments in (True, False):
+                some = [pair for pair in pairs if bool(self.state.get(pair[0])) == has_moments]
+                for indices in alike([(a.grad, b.grad) for a, b in some], _NUMBERS_AT_A_TIME):
+                    self._move([some[index] for index in indices], group)
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -210,21 +216,6 @@ class OrthogonalUpdates(torch.optim.Optimizer):
                 if name in _MOMENTS:
                     self.state[parameter][name] = value.to(parameter.device)
 
-    def _alike(self, factors: Sequence[nn.Parameter]) -> Iterator[list[Pair]]:
-        """Runs of layers of one shape, type, place and age, of those with gradients; each small enough to be copied."""
-        if any(factor.ndim != 2 for factor in factors):
-            raise BaditError(_FLAT)
-        kinds: dict[Any, list[Pair]] = {}
-        for a, b in zip(factors[::2], factors[1::2], strict=True):
-            if a.grad is not None and b.grad is not None:
-                has_moments = bool(self.state.get(a))
-                kind = (a.shape, b.shape, a.dtype, b.dtype, a.device, getattr(a, "placements", None), has_moments)
-                kinds.setdefault(kind, []).append((a, b))
-        for pairs in kinds.values():
-            together = max(1, _NUMBERS_AT_A_TIME // sum(factor.numel() for factor in pairs[0]))
-            for start in range(0, len(pairs), together):
-                yield pairs[start : start + together]
-
     def _move(self, pairs: Sequence[Pair], group: dict[str, Any]) -> None:
         """One step of layers of one shape."""
         factors_A, factors_B = ([pair[side] for pair in pairs] for side in (0, 1))
@@ -232,10 +223,10 @@ class OrthogonalUpdates(torch.optim.Optimizer):
         share = columns // components
 
         def of_A(tensors: Sequence[Any]) -> torch.Tensor:
-            return _precise(_stacked(tensors, _FEATURES_OF_A))
+            return _precise(stacked(tensors, _FEATURES_OF_A))
 
         def of_B(tensors: Sequence[Any]) -> torch.Tensor:
-            return _rows(_precise(_stacked(tensors, _FEATURES_OF_B)), share)
+            return _rows(_precise(stacked(tensors, _FEATURES_OF_B)), share)
 
         a_LNI, b_LNO = of_A(factors_A), of_B(factors_B)
         updates, moments = orthogonal_updates(
@@ -255,12 +246,12 @@ class OrthogonalUpdates(torch.optim.Optimizer):
         _subtract(factors_B, lr * _columns(updates[1], share), _FEATURES_OF_B, shrink)
 
     def _moments(
-        self, factors: Sequence[nn.Parameter], x_LND: torch.Tensor, stacked: Callable[..., torch.Tensor]
+        self, factors: Sequence[nn.Parameter], x_LND: torch.Tensor, rows_of: Callable[..., torch.Tensor]
     ) -> Moments:
         states = [self.state[factor] for factor in factors]
         if not states[0]:
             return no_moments(x_LND)
-        basis_LND, first_LND = (stacked([state[name] for state in states]) for name in ("basis", "first"))
+        basis_LND, first_LND = (rows_of([state[name] for state in states]) for name in ("basis", "first"))
         second_LNN, weights_L2 = (torch.stack([state[name] for state in states]) for name in ("second", "weights"))
         return Moments(basis_LND, first_LND, second_LNN, weights_L2)
 
@@ -320,50 +311,26 @@ def _columns(b_LNO: torch.Tensor, share: int) -> torch.Tensor:
 # the sum of the shards' products. Moments are kept so divided.
 
 
-def _stacked(tensors: Sequence[torch.Tensor], features: int) -> torch.Tensor:
-    """Tensors of one shape as one (L, …), or of each this process's part along the dimension ``features``."""
-    first = tensors[0]
-    if not isinstance(first, DTensor):
-        return torch.stack(list(tensors))
-    local = torch.stack([tensor.to_local() for tensor in tensors])  # pyright: ignore[reportAttributeAccessIssue]
-    shape = (len(tensors), *first.shape)
-    rows = [Shard(place.dim + 1) if isinstance(place, Shard) else place for place in first.placements]
-    whole = _dtensor(local, first, rows, shape)
-    return whole.redistribute(placements=_along(features + 1, first)).to_local()
-
-
-def _divided(stacked: torch.Tensor, like: Sequence[torch.Tensor], features: int) -> Sequence[torch.Tensor]:
-    """The layers of what :func:`_stacked` has made, each divided along ``features``."""
-    layers = stacked.contiguous().unbind()
+def _divided(x: torch.Tensor, like: Sequence[torch.Tensor], features: int) -> Sequence[torch.Tensor]:
+    """The layers of what :func:`badit.gradients.stacked` has made, each divided along ``features``."""
+    layers = x.contiguous().unbind()
     first = like[0]
     if not isinstance(first, DTensor):
         return layers
-    return [_dtensor(layer, first, _along(features, first), first.shape) for layer in layers]
+    return [dtensor(layer, first, along(features, first), first.shape) for layer in layers]
 
 
 def _subtract(factors: Sequence[nn.Parameter], update: torch.Tensor, features: int, shrink: float | None) -> None:
-    """Multiplies the factors by ``shrink`` and takes off the update (L, …), which is divided as by :func:`_stacked`."""
+    """Multiplies the factors by ``shrink`` and subtracts the update (L, …), divided along ``features``."""
     first, parts = factors[0], list[torch.Tensor](factors)
     if isinstance(first, DTensor):
-        whole = _dtensor(update, first, _along(features + 1, first), (len(factors), *first.shape))
+        whole = dtensor(update, first, along(features + 1, first), (len(factors), *first.shape))
         rows = [Shard(place.dim + 1) if isinstance(place, Shard) else place for place in first.placements]
         update = whole.redistribute(placements=rows).to_local()
         parts = [factor.to_local() for factor in factors]  # pyright: ignore[reportAttributeAccessIssue]
     if shrink is not None:
         torch._foreach_mul_(parts, shrink)  # pyright: ignore[reportPrivateImportUsage]
     torch._foreach_sub_(parts, list(update.unbind()))  # pyright: ignore[reportPrivateImportUsage]
-
-
-def _along(features: int, like: DTensor) -> list[Shard | Replicate]:
-    return [Shard(features) if place.is_shard() else Replicate() for place in like.placements]
-
-
-def _dtensor(local: torch.Tensor, like: DTensor, placements: Sequence[Any], shape: Sequence[int]) -> DTensor:
-    """This process's part of a tensor of a shape that need not divide evenly."""
-    stride = torch.empty(tuple(shape), device="meta").stride()
-    return DTensor.from_local(
-        local.contiguous(), like.device_mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride
-    )
 
 
 def _positive(name: str, value: float) -> float:
