@@ -5,13 +5,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
-from transformers import StoppingCriteria
-from transformers.generation.streamers import BaseStreamer
 
 from badit.errors import BaditError
 from badit.tuner import hooks_of
@@ -63,13 +63,7 @@ def generate_answers(
     Raises:
         BaditError: an empty prompt, or a size that is not positive.
     """
-    for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
-        if value < 1:
-            raise BaditError(f"{name}: must be at least 1, not {value}")
-    for i, prompt in enumerate(prompts):
-        if not len(prompt):
-            raise BaditError(f"prompts: number {i} has no tokens")
-
+    _check(prompts, max_new_tokens=max_new_tokens, batch_size=batch_size)
     answers = [""] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
     with (
@@ -102,12 +96,11 @@ def _continuations(
     settings: GenerationConfig,
     tasks: list[str] | None,
     cache: dict[str, Any],
-    *,
-    in_one_go: bool = False,
+    criteria: list[Any] | None = None,
 ) -> list[list[int]]:
     """The new tokens of every row of a batch, up to its end token at least.
 
-    A batch stops when half of its rows have ended, and continues with the others, unless ``in_one_go``.
+    A batch stops when half of its rows have ended, and continues with the others, unless ``criteria`` say otherwise.
     """
     from transformers import StoppingCriteriaList
 
@@ -124,7 +117,9 @@ def _continuations(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
                 generation_config=settings,
-                stopping_criteria=StoppingCriteriaList([] if in_one_go else [HalfEnded(width, ends_E)]),
+                stopping_criteria=StoppingCriteriaList(
+                    [partial(_half_ended, width, ends_E)] if criteria is None else criteria
+                ),
                 **cache,
             )
         new = output["sequences"][:, width:]
@@ -140,19 +135,13 @@ def _continuations(
         cache = cache_of(output)
         if not select_rows(cache, going_R):
             # A recurrent model's, say. Over again from the prompts, in one go.
-            return _continuations(model, *prompts, settings_of_all, tasks, {}, in_one_go=True)
+            return _continuations(model, *prompts, settings_of_all, tasks, {}, [])
 
 
-class HalfEnded(StoppingCriteria):
-    """Stops a batch once half of its rows have an end token among the tokens from ``start`` on."""
-
-    def __init__(self, start: int, ends_E: torch.Tensor) -> None:
-        self._start = start
-        self._ends_E = ends_E
-
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> Any:
-        ended_B = _ended(input_ids[:, self._start :], self._ends_E)
-        return (2 * ended_B.sum() >= len(ended_B)).expand(len(ended_B))
+def _half_ended(start: int, ends_E: torch.Tensor, input_ids: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+    """A stopping criterion: whether half of the rows have an end token among the tokens from ``start`` on."""
+    ended_B = _ended(input_ids[:, start:], ends_E)
+    return (2 * ended_B.sum() >= len(ended_B)).expand(len(ended_B))
 
 
 def _ended(new_BT: torch.Tensor, ends_E: torch.Tensor) -> torch.Tensor:
@@ -186,41 +175,29 @@ def stream_answer(
     Raises:
         BaditError: as there.
     """
-    if max_new_tokens < 1:
-        raise BaditError(f"max_new_tokens: must be at least 1, not {max_new_tokens}")
-    if not len(prompt):
-        raise BaditError("prompt: has no tokens")
-    generate = cast("Callable[..., torch.Tensor]", model.generate)
-    with (
-        _greedy(model, tokenizer, max_new_tokens) as settings,
-        evaluation_mode(model),
-        hooks_of(model).rows_of(None if task is None else [task]),
-    ):
+    _check([prompt], max_new_tokens=max_new_tokens)
+    tasks = None if task is None else [task]
+    with _greedy(model, tokenizer, max_new_tokens) as settings, evaluation_mode(model):
         input_ids, attention_mask = (tensor.to(model.device) for tensor in _pad_left([prompt], settings.pad_token_id))
         ends = settings.eos_token_id
-        growing = _Growing(lambda tokens: show(_decode(tokenizer, tokens, ends).rstrip(_HALF_A_CHARACTER)))
-        generate(input_ids=input_ids, attention_mask=attention_mask, generation_config=settings, streamer=growing)
-    tokens = growing.tokens
+
+        def show_all(input_ids: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+            text = _decode(tokenizer, input_ids[0, len(prompt) :].tolist(), ends)
+            show(text.rstrip(_HALF_A_CHARACTER))
+            return torch.zeros(1, dtype=torch.bool, device=input_ids.device)
+
+        (tokens,) = _continuations(model, input_ids, attention_mask, settings, tasks, {}, [show_all])
     ended = tokens[-1] in ends
     return GrownAnswer(_decode(tokenizer, tokens, ends), len(tokens) - ended, ended)
 
 
-class _Growing(BaseStreamer):
-    """Collects the tokens that ``generate`` streams and shows them after each."""
-
-    def __init__(self, show: Callable[[list[int]], None]) -> None:
-        self.tokens: list[int] = []
-        self._show = show
-        self._seen_prompt = False
-
-    def put(self, value: torch.Tensor) -> None:
-        if self._seen_prompt:
-            self.tokens += value.flatten().tolist()
-            self._show(self.tokens)
-        self._seen_prompt = True  # generate streams the prompt first
-
-    def end(self) -> None:
-        pass
+def _check(prompts: Sequence[Sequence[int]], **sizes: int) -> None:
+    for name, value in sizes.items():
+        if value < 1:
+            raise BaditError(f"{name}: must be at least 1, not {value}")
+    for i, prompt in enumerate(prompts):
+        if not len(prompt):
+            raise BaditError(f"prompts: number {i} has no tokens")
 
 
 @contextmanager
@@ -275,13 +252,10 @@ def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
 
 def _pad_left(prompts: list[Sequence[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids and attention mask, both (batch, longest prompt), int64."""
-    width = max(map(len, prompts))
-    input_ids = torch.full((len(prompts), width), pad)
-    attention_mask = torch.zeros_like(input_ids)
-    for row, prompt in enumerate(prompts):
-        input_ids[row, width - len(prompt) :] = torch.tensor(prompt)
-        attention_mask[row, width - len(prompt) :] = 1
-    return input_ids, attention_mask
+    tokens = [torch.tensor(prompt) for prompt in prompts]
+    input_ids = pad_sequence(tokens, batch_first=True, padding_value=pad, padding_side="left")
+    attended = [torch.ones_like(prompt) for prompt in tokens]
+    return input_ids, pad_sequence(attended, batch_first=True, padding_side="left")
 
 
 def _decode(tokenizer: PreTrainedTokenizerBase, tokens: list[int], ends: list[int]) -> str:

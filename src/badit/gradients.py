@@ -49,7 +49,7 @@ def component_grams(factors: Sequence[tuple[nn.Parameter, nn.Parameter]]) -> lis
 def alike(
     pairs: Sequence[tuple[torch.Tensor | None, torch.Tensor | None]], numbers_at_a_time: int
 ) -> Iterator[list[int]]:
-    """The indices of pairs of one shape, type and place, in runs small enough to be copied; without incomplete pairs."""
+    """The indices of complete pairs of one shape, type and place, in runs small enough to be copied."""
     kinds: dict[Any, list[int]] = {}
     for index, (a, b) in enumerate(pairs):
         if a is not None and b is not None:

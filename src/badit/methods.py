@@ -15,8 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -89,15 +88,6 @@ class Method:
         """Reads the data before training on it."""
         hooks_of(model).start_task(batches)
 
-    def after_training(self, model: Any, batches: TaskBatches) -> None:
-        """Reads the data again after training on it, before the result is saved."""
-        hooks_of(model).end_task(batches)
-
-    def refuse_shards(self, model: Any) -> None:
-        """Raises BaditError where an engine is about to divide a model that needs whole weights over processes."""
-        if self.needs_whole_weights or hooks_of(model).needs_whole_weights:
-            raise BaditError(f"{self.name} works on whole weights: launch it without FSDP and DeepSpeed")
-
     def callbacks(self, run: Run) -> list[TrainerCallback]:
         return []
 
@@ -117,6 +107,7 @@ class AdapterMethod(Method):
         self.config, self.regroup = config, regroup
         self.surgery: Surgery | None = surgery
         self.needs_tasks = getattr(config, "needs_tasks", False)
+        self.needs_whole_weights = getattr(config, "needs_whole_weights", False)
 
     def apply(self, model: PreTrainedModel, tasks: Sequence[str] = ()) -> PeftModel:
         """PEFT's own methods adapt the same modules as BADIT; a method that tells tasks apart learns their names."""
@@ -251,14 +242,14 @@ def build_method(section: Mapping[str, Any]) -> Method:
     """
     options = dict(section)
     name = options.pop("name", "badit")
-    if not isinstance(name, str) or name not in NAMES:
+    if name not in NAMES:
         raise BaditError(f"method.name: unknown method {name!r:.60}{nearest(name, NAMES)}; known: {', '.join(NAMES)}")
-    if name in ("full", "base"):
-        return _built(partial(WeightsMethod if name == "full" else Method, name), options, set())
-    if name == "task-neurons":
-        return NeuronMethod(name, _built(NeuronOptions, options, _fields(NeuronOptions)))
+    kind = KINDS[name]
     for key in options.keys() & RETIRED_FIELDS:
         raise BaditError(f"method.{key}: is no option any more and changed no result; leave it out")
+    for key in options.keys() & kind.settled.keys():
+        raise BaditError(f"method.{key}: is what the name {name} stands for ({kind.settled[key]}); leave it out")
+    regroup = None
     if name == "badit":
         regroup = options.pop("regroup", {})
         if regroup is not None and not isinstance(regroup, dict):
@@ -268,32 +259,44 @@ def build_method(section: Mapping[str, Any]) -> Method:
         if preset == "paper":
             options = {**BaditConfig.PAPER, **options}
             regroup = None if regroup is None else {**RegroupOptions.PAPER, **regroup}
-        config: Any = _config(Baseline(BaditConfig), options)
-        if regroup is not None:
-            _built(RegroupOptions, regroup, _fields(RegroupOptions), "method.regroup")
-            if config.top_k is not None and config.top_k < config.num_experts:
-                raise BaditError(f"method.regroup: {TOP_K_REFUSED} (regroup: null)")
-        return AdapterMethod(name, config, regroup=regroup)
-    surgery: Any = name if name in get_args(Surgery) else None
-    baseline = BASELINES["lora" if surgery else name]
-    for key in options.keys() & baseline.settled.keys():
-        raise BaditError(f"method.{key}: is what the name {name} stands for ({baseline.settled[key]}); leave it out")
-    return AdapterMethod(name, _config(baseline, options), surgery=surgery)
+    config = _built(kind.config_cls, options, kind.settled)
+    if regroup is not None:
+        _built(RegroupOptions, regroup, {}, "method.regroup")
+        if config.top_k is not None and config.top_k < config.num_experts:
+            raise BaditError(f"method.regroup: {TOP_K_REFUSED} (regroup: null)")
+    match name:
+        case "base":
+            return Method(name)
+        case "full":
+            return WeightsMethod(name)
+        case "task-neurons":
+            return NeuronMethod(name, config)
+        case "pcgrad" | "cagrad":
+            return AdapterMethod(name, config, surgery=name)
+    return AdapterMethod(name, config, regroup)
 
 
-NAMES = ["badit", *BASELINES, *get_args(Surgery), "task-neurons", "full", "base"]
+@dataclasses.dataclass
+class _NoOptions:
+    """Options of methods that have none."""
+
+
+#: The options of every method, by its name in a recipe.
+KINDS: dict[str, Baseline] = {
+    "badit": Baseline(BaditConfig),
+    **BASELINES,
+    **dict.fromkeys(get_args(Surgery), BASELINES["lora"]),
+    "task-neurons": Baseline(NeuronOptions),
+    "full": Baseline(_NoOptions),
+    "base": Baseline(_NoOptions),
+}
+NAMES = list(KINDS)
 
 
 def options_of(name: str) -> list[tuple[str, Any, str]]:
     """Name, default and meaning of each option of a method."""
-    if name in ("full", "base"):
-        return []
-    if name == "task-neurons":
-        return described(NeuronOptions)
-    baseline = Baseline(BaditConfig) if name == "badit" else BASELINES.get(name, BASELINES["lora"])
-    options: list[tuple[str, Any, str]] = [
-        one for one in described(baseline.config_cls) if one[0] not in _INTERNAL | baseline.settled.keys()
-    ]
+    kind = KINDS[name]
+    options = [one for one in described(kind.config_cls) if one[0] not in _INTERNAL | kind.settled.keys()]
     if name == "badit":
         options.append(("preset", "default", "'paper': the paper's exact form."))
         options += [(f"regroup.{key}", default, text) for key, default, text in described(RegroupOptions)]
@@ -311,20 +314,13 @@ def on_skeleton(recipe: Recipe, tasks: Sequence[str], dtype: str = "float32") ->
         return method, method.apply(model, tasks)
 
 
-def _config(baseline: Baseline, options: dict[str, Any]) -> PeftConfig:
-    known = _fields(baseline.config_cls) - _INTERNAL - baseline.settled.keys()
-    return _built(partial(baseline.config_cls, task_type="CAUSAL_LM", **baseline.settled), options, known)
-
-
-def _fields(options_cls: type[Any]) -> set[str]:
-    return {field.name for field in dataclasses.fields(options_cls) if field.init}
-
-
-def _built(build: Callable[..., Any], options: Mapping[str, Any], known: set[str], place: str = "method") -> Any:
+def _built(kind: type[Any], options: Mapping[str, Any], settled: Mapping[str, Any], place: str = "method") -> Any:
+    known = {field.name for field in dataclasses.fields(kind) if field.init} - _INTERNAL - settled.keys()
     for key in options:
         if key not in known:
             raise BaditError(f"{place}.{key}: unknown key{nearest(key, known)}")
+    of_peft = {"task_type": "CAUSAL_LM"} if issubclass(kind, PeftConfig) else {}
     try:
-        return build(**options)
+        return kind(**of_peft, **settled, **options)
     except (ValueError, TypeError, OverflowError) as error:  # BaditError among them
         raise BaditError(f"method: {error}") from None

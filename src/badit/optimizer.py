@@ -26,7 +26,7 @@ from torch.optim.adamw import adamw
 
 from badit.arguments import OptimizerName
 from badit.errors import BaditError, refuse_unknown
-from badit.gradients import along, alike, dtensor, over_shards, stacked
+from badit.gradients import alike, along, dtensor, over_shards, stacked
 from badit.method import Moments, no_moments, orthogonal_updates
 
 OPTIMIZERS: tuple[OptimizerName, ...] = get_args(OptimizerName)

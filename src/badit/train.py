@@ -53,6 +53,7 @@ from badit.recipe import Recipe
 from badit.run import Run
 from badit.trackers import tensorboard, tracker_folders, trackers_of
 from badit.trainer import MetricsLog, ProgressBar
+from badit.tuner import hooks_of
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -244,8 +245,8 @@ def _train_stage(
     )
     trainer.remove_callback(transformers.PrinterCallback)  # prints the log lines, which metrics.jsonl has
     engine = "DeepSpeed" if trainer.is_deepspeed_enabled else "FSDP" if trainer.is_fsdp_enabled else "neither"
-    if engine != "neither":
-        method.refuse_shards(model)
+    if engine != "neither" and method.needs_whole_weights:
+        raise BaditError(f"{method.name} works on whole weights: launch it without FSDP and DeepSpeed")
     if checkpoint is not None:
         refuse_other_engine(checkpoint, engine, trainer.accelerator.num_processes)
 
@@ -271,7 +272,7 @@ def _train_stage(
         best = f"step {state.best_global_step}, with eval_loss {state.best_metric:.4f}"
         say(f"badit: trained {state.global_step} steps; kept is the model of {best}")
     with status("saving"):
-        method.after_training(model, batches)
+        hooks_of(model).end_task(batches)
 
     weights = whole_weights(model)
     if trainer.is_world_process_zero():

@@ -183,12 +183,14 @@ def test_half_a_character_waits_for_its_other_half(model, prompts):
     tokenizer = make_tokenizer()
     ids = tokenizer("naïve €", add_special_tokens=False)["input_ids"]
 
-    def generate(streamer, **_):
-        for token in ([1, 2], *[[token] for token in ids]):  # the prompt first
-            streamer.put(torch.tensor(token))
+    def generate(input_ids, stopping_criteria, **_):
+        for token in ids:
+            input_ids = torch.cat([input_ids, torch.tensor([[token]])], dim=1)
+            stopping_criteria(input_ids, None)
+        return {"sequences": input_ids}
 
     model.generate = generate
-    answer, shown = stream(model, tokenizer, prompts[0])
+    answer, shown = stream(model, tokenizer, prompts[0], max_new_tokens=len(ids))
     assert answer.text == "naïve €"
     assert all("naïve €".startswith(text) for text in shown)
     assert len(set(shown)) < len(ids), "some tokens are a part of a character"

@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from badit.errors import BaditError
 from badit.gradients import before_step, component_grams, scale_columns, steps_in_backward, whole_weights
 from badit.method import cosine_gram
 from badit.methods import build_method
@@ -116,9 +115,6 @@ def test_an_engine_that_steps_in_the_backward_pass_is_read_just_before():
     assert not before_step(torch.optim.SGD([nn.Parameter(torch.zeros(1))]), lambda: None)
 
 
-def test_methods_that_need_whole_weights_are_refused(tiny_model):
+def test_methods_that_need_whole_weights_say_so():
     for name in ("badit", "lora", "full", "gainlora", "task-neurons"):
-        method = build_method({"name": name})
-        whole = name in ("gainlora", "task-neurons")
-        with pytest.raises(BaditError, match=f"{name} works on whole weights") if whole else nullcontext():
-            method.refuse_shards(method.apply(tiny_model("llama")))
+        assert build_method({"name": name}).needs_whole_weights == (name in ("gainlora", "task-neurons"))

@@ -21,9 +21,9 @@ Config = TypeVar("Config", bound=PeftConfig)
 
 
 class Baseline(NamedTuple):
-    """A method to compare with: its PEFT configuration, and those of its fields that the name settles."""
+    """A method's configuration, whose fields are its options, and those of them that the name settles."""
 
-    config_cls: type[PeftConfig]
+    config_cls: type[Any]
     settled: Mapping[str, Any] = {}
 
 

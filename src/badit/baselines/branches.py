@@ -30,6 +30,7 @@ from badit.tuner.prompt import RoutingContext
 class BranchConfig(ExpertConfig):
     """One trained LoRA branch and the frozen ones of the tasks before, each of rank ``r``."""
 
+    needs_whole_weights: ClassVar[bool] = True
     gate_cls: ClassVar[type[BranchGate] | None] = None  # None: every branch has the weight 1
 
     num_experts: int = field(default=1, init=False)  # trained at a time
@@ -149,7 +150,6 @@ class BranchModel(ExpertModel):
 
     tuner_layer_cls = BranchLinear
     routes_prompts = True
-    needs_whole_weights = True
 
     badit_gate: Any  # a ModuleDict of every adapter's BranchGate
 

@@ -91,7 +91,6 @@ class MtlLoraModel(ExpertModel):
     """A base model with MTL-LoRA in its target modules. Run it within :meth:`rows_of`."""
 
     tuner_layer_cls = MtlLoraLinear
-    needs_tasks = True
 
     def _refuse_unsuitable(self, config: MtlLoraConfig) -> None:
         tasks = config.tasks

@@ -118,6 +118,8 @@ class ExpertConfig(PeftConfig):
     method: ClassVar[str]
     #: Whether every row's task must be named, by :meth:`badit.tuner.Hooks.rows_of`.
     needs_tasks: ClassVar[bool] = False
+    #: Whether the model cannot be divided over processes by FSDP or DeepSpeed.
+    needs_whole_weights: ClassVar[bool] = False
     #: Whether all experts share the same ``r`` rows of A.
     shares_A: ClassVar[bool] = False
 

@@ -29,12 +29,8 @@ class Hooks:
     of ``input_ids``, ``attention_mask`` and ``labels`` (batch, positions).
     """
 
-    #: Every row's task must be named, by :meth:`rows_of`.
-    needs_tasks = False
     #: The model's forward takes ``prompt_mask=`` (batch, positions), which says where the prompt is.
     routes_prompts = False
-    #: The model cannot be divided over processes by FSDP or DeepSpeed.
-    needs_whole_weights = False
 
     def start_task(self, batches: TaskBatches) -> None:
         """Called before training, with the batches that it is about to see."""
