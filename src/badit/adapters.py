@@ -6,7 +6,6 @@ Its settings must be those of the run's recipe. So nothing in an adapter's folde
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import warnings
 from collections.abc import Mapping
@@ -67,12 +66,12 @@ def _check_settings(path: Path, config: PeftConfig, shapes: Shapes) -> None:
         refuse_newer_format(saved.get(FORMAT_FIELD, 1))
     except BaditError as error:
         raise BaditError(f"{path}: {error}") from None
-    fields = {field.name: field for field in dataclasses.fields(config)}
-    if unknown := sorted(saved.keys() - fields.keys() - _BOOKKEEPING - RETIRED_FIELDS):
+    defaults = type(config)().to_dict()
+    if unknown := sorted(saved.keys() - defaults.keys() - _BOOKKEEPING - RETIRED_FIELDS):
         fix = "upgrade it, or remove the line"
         raise BaditError(f"{path}: {unknown[0]!r:.60}: is no setting that this PEFT knows; {fix}")
     for key, expected in _plain(config.to_dict()).items():
-        found = _plain(saved[key] if key in saved or key not in fields else _default(fields[key]))
+        found = _plain(saved.get(key, defaults[key]))
         if key not in _BOOKKEEPING and found != expected:
             differs = f"is {found!r:.60}, but the run's recipe says {expected!r:.60}"
             raise BaditError(f"{path}: {key}: {differs}; this is another run's adapter")
@@ -86,10 +85,6 @@ def _check_settings(path: Path, config: PeftConfig, shapes: Shapes) -> None:
     largest = max((size for shape in shapes.values() for size in shape), default=0)
     if isinstance(past, bool) or not isinstance(past, int) or not 0 <= past <= largest:
         raise BaditError(f"{path}: past_branches: the weights have no {past!r:.60} branches")
-
-
-def _default(field: dataclasses.Field[Any]) -> Any:
-    return field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
 
 
 def _plain(value: Any) -> Any:

@@ -73,12 +73,10 @@ def seal(staged: Path, checkpoints: Path, best: str | None = None) -> None:
             shutil.rmtree(folder)
 
 
-def staging_folder(checkpoints: Path) -> Path:
-    """Where the trainer writes; what an earlier process has left there half done is removed."""
-    staging = checkpoints / STAGING
+def clear_staging(checkpoints: Path) -> None:
+    """Removes what the trainer has left half done."""
     if is_main_process():
-        shutil.rmtree(staging, ignore_errors=True)
-    return staging
+        shutil.rmtree(checkpoints / STAGING, ignore_errors=True)
 
 
 def refuse_other_engine(checkpoint: Path, engine: str, processes: int) -> None:
@@ -160,7 +158,6 @@ class StopOnSignal(TrainerCallback):
 
     def __init__(self) -> None:
         self._asked = self._stopping = False
-        self._step = 0
         self._former: dict[int, Any] = {}
 
     def __enter__(self) -> StopOnSignal:
@@ -179,14 +176,9 @@ class StopOnSignal(TrainerCallback):
             raise KeyboardInterrupt
         self._asked = True
         if is_main_process():  # written directly: the handler may have come in the middle of a print
-            line = f"\nbadit: finishing step {self._step} and saving; press Ctrl-C again to stop now\n"
-            os.write(2, line.encode())
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._step = state.global_step + 1
+            os.write(2, b"\nbadit: finishing the step and saving; press Ctrl-C again to stop now\n")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._step = state.global_step + 1  # what comes now, such as an evaluation, belongs to the next one
         self._stopping = any_of_all(self._asked)
         if self._stopping:
             control.should_save = True

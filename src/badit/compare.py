@@ -39,8 +39,8 @@ from badit.models import device, warn_of_slow_dtype
 from badit.recipe import Recipe, build_recipe, merged
 from badit.results import FORMAT, RESULTS, SINGLE_TASK, read_scores
 from badit.run import Run
-from badit.statistics import FORMS, continual_scores
-from badit.train import keep_inputs, make_plan, task_fingerprints
+from badit.statistics import both_forms
+from badit.train import joint_training, keep_inputs, make_plan, task_fingerprints
 from badit.worker import ERROR, CellProcess
 
 # Ranks are whole numbers, so budgets can only be near each other.
@@ -256,9 +256,7 @@ def trainable_parameters(grid: Grid, tasks: Sequence[str]) -> dict[str, int]:
     return counts
 
 
-def climb(
-    ladder: Sequence[float], start: float, loss_of: Callable[[float], float], level: float = 0.0
-) -> tuple[float, dict[float, float]]:
+def climb(ladder: Sequence[float], start: float, loss_of: Callable[[float], float], level: float = 0.0) -> float:
     """Walks a ladder of learning rates downhill in loss, until both neighbours of the best one are worse.
 
     The loss is taken to have a single valley, so a rate above one that is worse than its lower neighbour need not be
@@ -272,7 +270,7 @@ def climb(
 
     Returns:
         The lowest of the rates that are level with the best, since a rate that is too high costs more than one that is
-        too low, above all in a longer training; and the loss of every rate that was tried.
+        too low, above all in a longer training.
     """
     here = ladder.index(start)
     losses: dict[int, float] = {}
@@ -289,8 +287,7 @@ def climb(
             measure(here + 1)
         best = min(losses, key=losses.__getitem__)
         if best == here:
-            chosen = min(rung for rung, loss in losses.items() if loss < losses[best] + level or rung == best)
-            return ladder[chosen], {ladder[rung]: loss for rung, loss in losses.items()}
+            return ladder[min(rung for rung, loss in losses.items() if loss < losses[best] + level or rung == best)]
         here = best
 
 
@@ -328,7 +325,7 @@ class _Comparison:
         rate = grid.start_rates[name] if grid.methods[name].trains else None
         if rate is not None and grid.section.learning_rates is not None:
             ladder = grid.section.learning_rates
-            rate, _ = climb(ladder, rate, lambda tried: self._loss(grid.searched(name, tried)), METRICS["nll"].margin)
+            rate = climb(ladder, rate, lambda tried: self._loss(grid.searched(name, tried)), METRICS["nll"].margin)
             self._report(f"{name}: learning rate {rate:g}")
         self.rates[name] = rate
         for cell in grid.chosen(name, rate, self._tasks):
@@ -438,9 +435,8 @@ def _entry(grid: Grid, cell: Cell, runs: Sequence[Run], *, selected: bool) -> di
         singles = [grid.run_of(replace(cell, order=None, task=task)) for task in sequence["order"]]
         known = all(single.instances_path.is_file() for single in singles)
         alone = [read_scores(single.scores_path)["rouge_l"] for single in singles] if known else None
-        matrix = [[math.nan if score is None else score for score in row] for row in sequence["matrix"]]
-        continual = {form: continual_scores(matrix, alone, form=form)._asdict() for form in FORMS}
-        entry |= {"tasks": sequence["order"], "matrix": sequence["matrix"], "continual": continual}
+        entry |= {"tasks": sequence["order"], "matrix": sequence["matrix"]}
+        entry["continual"] = both_forms(sequence["matrix"], alone)
     return entry
 
 
@@ -450,9 +446,8 @@ def _environment(runs: Sequence[Run]) -> dict[str, Any]:
     if len(runs) == 1:
         return environments[0]
     trainings = [environment["training"] for environment in environments]
-    sums = {key: sum(t[key] for t in trainings) for key in ("trainable_parameters", "steps", "tokens", "seconds")}
-    peak = max(training["peak_memory_gib"] for training in trainings)
-    return {**environments[0], "training": {**sums, "peak_memory_gib": peak}}
+    trained = sum(training["trainable_parameters"] for training in trainings)
+    return {**environments[0], "training": {**joint_training(trainings), "trainable_parameters": trained}}
 
 
 def _read(file: Path) -> dict[str, Any]:

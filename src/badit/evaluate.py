@@ -24,7 +24,7 @@ from badit.data import AnswerCollator, Instance, Task, on_device
 from badit.data.prompts import IGNORED_LABEL
 from badit.data.tasks import file_safe
 from badit.environment import is_main_process
-from badit.errors import BaditError, explained, nearest
+from badit.errors import BaditError, explained, refuse_unknown
 from badit.files import copy_folder, exclusive, parse_json, read_json, read_text, write_json, write_text
 from badit.generation import evaluation_mode, generate_answers
 from badit.methods import build_method
@@ -32,7 +32,7 @@ from badit.metrics import Prediction, group_by_task, instance_scores, mean_score
 from badit.recipe import Recipe
 from badit.results import read_scores
 from badit.run import Run
-from badit.statistics import FORMS, continual_scores
+from badit.statistics import both_forms
 from badit.train import (
     BASE_MODEL,
     Plan,
@@ -91,8 +91,8 @@ def evaluate(
     Raises:
         BaditError: no such run or split, no adapter yet or a damaged one, or a split without instances.
     """
-    if split not in (None, *get_args(Split)):
-        raise BaditError(f"split: '{split}' is none of {', '.join(get_args(Split))}{nearest(split, get_args(Split))}")
+    if split is not None:
+        refuse_unknown("split", split, get_args(Split))
     run = Run(path)
     recipe = run.trusted_recipe(trust_remote_code)
     own_split = recipe.evaluation.split
@@ -203,9 +203,7 @@ def _score_sequence(run: Run, plan: Plan, progress: bool) -> dict[str, Any]:
             _score(stage.folder, plan.recipe, tasks, plan.recipe.evaluation.split, progress=progress)
         by_stage.append(read_scores(stage.folder.scores_path))
     matrix = [[scores["tasks"].get(name, {}).get("rouge_l") for name in names] for scores in by_stage]
-    numbers = [[math.nan if score is None else score for score in row] for row in matrix]
-    continual = {form: continual_scores(numbers, form=form)._asdict() for form in FORMS}
-    scores = {**by_stage[-1], "order": names, "matrix": matrix, "continual": continual}
+    scores = {**by_stage[-1], "order": names, "matrix": matrix, "continual": both_forms(matrix)}
     copy_folder(plan.stages[-1].folder.predictions_path, run.predictions_path)
     write_json(run.scores_path, scores)
     return scores

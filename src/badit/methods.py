@@ -230,7 +230,8 @@ class NeuronMethod(WeightsMethod):
 
     def before_training(self, model: PreTrainedModel, batches: TaskBatches) -> None:
         scores = [neurons.neuron_scores(model, of_task[: self.options.score_batches]) for of_task in batches.values()]
-        self._masks = neurons.union(*(neurons.top_neurons(of_task, self.options.share) for of_task in scores))
+        masks = [neurons.top_neurons(of_task, self.options.share) for of_task in scores]
+        self._masks = {name: torch.stack([mask[name] for mask in masks]).any(dim=0) for name in masks[0]}
         neurons.train_only(model, self._masks)
 
 

@@ -5,10 +5,8 @@
 Factors are found by their names: ``badit_A`` and ``badit_B``, or PEFT's ``lora_A`` and ``lora_B``. Everything else that
 is trained (routers, biases, modules_to_save, the LoRA of embeddings and convolutions) goes to AdamW.
 
-PEFT's ``create_riemannian_optimizer`` multiplies a factor's gradient by the other one's (Y Yᵀ + reg·1)⁻¹ and leaves the
-rest to Adam, whose elementwise moments depend on the choice of factors again and keep components neither orthogonal nor
-in one frame from step to step. PEFT's ``create_loraplus_optimizer`` gives B's rate to every vector as well, such as
-biases, and knows ``lora_B`` alone; :func:`lora_plus_groups` gives it to every method's factors B and to nothing else.
+PEFT's ``create_riemannian_optimizer`` and ``create_loraplus_optimizer`` are something else: the first leaves the scaled
+gradient to Adam's elementwise moments, the second gives B's rate to every vector and knows ``lora_B`` alone.
 
 Shape suffixes: L = layers, N = components (rows of A), I/O = in/out features, K = B's that share one A, P = K·N.
 """

@@ -31,7 +31,7 @@ from badit.generation import evaluation_mode
 from badit.gradients import of_first, rank, scale_columns
 from badit.method import expert_angles, group_components, grouping_objective
 from badit.method.grouping import Solver
-from badit.tuner.config import COUNT_OR_ZERO, FRACTION, Rule, check_options, is_number, one_of, option
+from badit.tuner.config import COUNT, COUNT_OR_ZERO, FRACTION, Rule, check_options, is_number, one_of, option
 from badit.tuner.layer import BaditLinear
 from badit.tuner.prompt import before_first_label
 
@@ -132,8 +132,7 @@ class Regrouper:
         **options: Any,
     ) -> None:
         self.options = RegroupOptions(**options)
-        if not isinstance(total_steps, int) or isinstance(total_steps, bool) or total_steps < 1:
-            raise BaditError(f"total_steps must be a whole number of at least 1 step, got {total_steps!r}")
+        COUNT.check("total_steps", total_steps)
         self._layers: dict[str, tuple[BaditLinear, str]] = dict(trainable_adapters(model))
         if not self._layers:
             raise BaditError("there is no trainable BADIT adapter to regroup; add one to the model, or do not regroup")
@@ -278,7 +277,7 @@ class RegroupCallback(TrainerCallback):
             raise BaditError(f"regroup.probe must be a batch, 'auto' or None, got {probe!r:.60}")
         self._options, self._probe = options, probe
         self._log_path, self._checkpoint = log_path, checkpoint
-        self.regrouper: Regrouper | None = None
+        self.regrouper: Any = None  # until the training begins
         self._taken: dict[str, float] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -304,19 +303,19 @@ class RegroupCallback(TrainerCallback):
         self.regrouper.open_log()
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._running.after_backward()
+        self.regrouper.after_backward()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._running.steps = state.global_step - 1
-        self._running.step()
+        self.regrouper.steps = state.global_step - 1
+        self.regrouper.step()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._running.finish()
-        if not any(step <= state.global_step for step in self._running.due[:1]) and state.is_world_process_zero:
+        self.regrouper.finish()
+        if not any(step <= state.global_step for step in self.regrouper.due[:1]) and state.is_world_process_zero:
             say(f"badit: 0 regroupings in {state.global_step} steps: lower regroup.every")
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._running.windows.save(checkpoint_being_written(args, state) / STATE_FILE, write=args.should_save)
+        self.regrouper.windows.save(checkpoint_being_written(args, state) / STATE_FILE, write=args.should_save)
 
     def take_metrics(self) -> dict[str, float]:
         """The regrouper's metrics as ``regroup/NAME``, if there has been a regrouping since the last call; else {}.
@@ -328,12 +327,6 @@ class RegroupCallback(TrainerCallback):
             return {}
         self._taken = dict(metrics)
         return {f"regroup/{name}": value for name, value in metrics.items()}
-
-    @property
-    def _running(self) -> Regrouper:
-        if self.regrouper is None:
-            raise BaditError("RegroupCallback: the training has not begun; give it to the trainer before train()")
-        return self.regrouper
 
 
 class OutputProbe:

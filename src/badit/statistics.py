@@ -26,7 +26,7 @@ from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 
-from badit.errors import BaditError, nearest
+from badit.errors import BaditError, refuse_unknown
 
 Form = Literal["standard", "released"]
 FORMS: tuple[Form, ...] = get_args(Form)
@@ -129,8 +129,7 @@ def continual_scores(
     Raises:
         BaditError: a matrix that is not square, a missing score, or an unknown form.
     """
-    if form not in FORMS:
-        raise BaditError(f"form: '{form}' is none of {', '.join(FORMS)}{nearest(form, FORMS)}")
+    refuse_unknown("form", form, FORMS)
     tasks, earlier = range(len(scores)), range(len(scores) - 1)
     measured = [score for i, row in enumerate(scores) for score in row[: i + 1]]
     if not tasks or any(len(row) != len(tasks) for row in scores) or not all(map(math.isfinite, measured)):
@@ -148,3 +147,11 @@ def continual_scores(
     backward = math.fsum(scores[-1][j] - scores[j][j] for j in earlier)
     divisor = len(earlier) if form == "standard" else len(tasks)
     return ContinualScores(fmean(scores[-1]), forgetting, backward / divisor, forward)
+
+
+def both_forms(
+    matrix: Sequence[Sequence[float | None]], single_task: Sequence[float] | None = None
+) -> dict[Form, dict[str, float | None]]:
+    """:func:`continual_scores` in either form, from a matrix with None for what was not measured."""
+    scores = [[math.nan if score is None else score for score in row] for row in matrix]
+    return {form: continual_scores(scores, single_task, form=form)._asdict() for form in FORMS}

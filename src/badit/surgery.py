@@ -28,7 +28,6 @@ from torch import nn
 
 from badit.errors import BaditError
 from badit.trainer import AnswerTrainer
-from badit.tuner.config import one_of
 
 Surgery = Literal["pcgrad", "cagrad"]
 Combination = Callable[[torch.Tensor], torch.Tensor]  # from gradients (T, P) to one (P,)
@@ -72,7 +71,6 @@ class SurgeryTrainer(AnswerTrainer):
     """
 
     def __init__(self, *args: Any, surgery: Surgery, **kwargs: Any) -> None:
-        one_of(*_COMBINATIONS).check("surgery", surgery)
         self._combine = _COMBINATIONS[surgery]()
         super().__init__(*args, **kwargs)
         if self.accelerator.distributed_type != DistributedType.NO:

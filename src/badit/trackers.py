@@ -16,8 +16,8 @@ from badit.environment import is_main_process
 from badit.errors import BaditError
 from badit.recipe import Recipe
 
-# Of trackers that write files, the variable that says where. W&B reads its own once per process.
-_TRACKER_FOLDERS = {"swanlab": "SWANLAB_LOG_DIR"}
+# Says where SwanLab writes its files. W&B reads its own variable once per process.
+_SWANLAB_FOLDER = "SWANLAB_LOG_DIR"
 
 
 def trackers_of(recipe: Recipe) -> list[str]:
@@ -54,12 +54,12 @@ def tracker_folders(names: list[str], folder: Path) -> Iterator[None]:
     if wandb and wandb.run is None:
         project, where = os.environ.get("WANDB_PROJECT", "badit"), os.environ.get("WANDB_DIR", str(folder))
         run = wandb.init(project=project, dir=where, name=folder.resolve().name)
-    added = [_TRACKER_FOLDERS[name] for name in names if name in _TRACKER_FOLDERS]
-    added = [variable for variable in added if variable not in os.environ]
-    os.environ.update(dict.fromkeys(added, str(folder)))
+    sets_folder = "swanlab" in names and _SWANLAB_FOLDER not in os.environ
+    if sets_folder:
+        os.environ[_SWANLAB_FOLDER] = str(folder)
     try:
         with run:
             yield
     finally:
-        for variable in added:
-            del os.environ[variable]
+        if sets_folder:
+            del os.environ[_SWANLAB_FOLDER]

@@ -26,9 +26,9 @@ from badit.checkpoint import (
     STAGING,
     SealCheckpoints,
     StopOnSignal,
+    clear_staging,
     last_checkpoint,
     refuse_other_engine,
-    staging_folder,
 )
 from badit.data import (
     AnswerCollator,
@@ -126,17 +126,16 @@ def make_plan(recipe: Recipe, *, split: Split | None = None) -> Plan:
     method.refuse_recipe(recipe)
     with status("reading the tasks"):
         tasks = data.load()
-    split = split or recipe.evaluation.split
+    fix = "set data.validation_per_task to hold some out of its training instances"
+    needed = {split or recipe.evaluation.split: "data"}
+    if recipe.training.eval_strategy != "no":
+        needed.setdefault("validation", "training.eval_strategy")
     for task in tasks:
-        if not getattr(task, split):
-            fix = {
-                "test": "evaluation.split=validation data.validation_per_task=10 scores held-out training instances",
-                "validation": "set data.validation_per_task to hold some out of its training instances",
-            }
-            raise BaditError(f"data: task {task.name} has no {split} instances; {fix[split]}")
-        if recipe.training.eval_strategy != "no" and not task.validation:
-            fix = "set data.validation_per_task to hold some out of its training instances"
-            raise BaditError(f"training.eval_strategy: task {task.name} has no validation instances; {fix}")
+        for name, field in needed.items():
+            if not getattr(task, name):
+                if name == "test":
+                    fix = "evaluation.split=validation data.validation_per_task=10 scores held-out training instances"
+                raise BaditError(f"{field}: task {task.name} has no {name} instances; {fix}")
     if data.order is not None:
         tasks = ordered(tasks, data.order)
     untrained = [task.name for task in tasks if not task.train]
@@ -159,40 +158,35 @@ def fit(recipe: Recipe, *, progress: bool = True, allow_changed_inputs: bool = F
     plan = make_plan(recipe)
     trackers_of(recipe)
     with in_use(recipe):
-        return _fit(plan, progress, allow_changed_inputs)
+        # Of several processes the first alone writes; the others meet it in the first step of training.
+        run = Run.prepare(recipe) if is_main_process() else Run.at(recipe.output)
+        if is_main_process() and not run.environment_path.is_file():
+            write_json(run.environment_path, {**environment(), "dtype": model_dtype(recipe), "mixture": plan.mixture})
+        keep_inputs(run, task_fingerprints(plan.tasks), allow_changed_inputs)
+        if run.adapter_path.is_dir() or run.scores_path.is_file():
+            _remove_checkpoints(run)
+            return run
+        plan = _in_its_first_dtype(plan, run)
+        if not plan.method.trains:
+            return run
+        learnt: Path | None = None
+        for number, stage in enumerate(plan.stages):
+            if not stage.folder.adapter_path.is_dir():
+                if is_main_process():
+                    stage.folder.path.mkdir(parents=True, exist_ok=True)
+                _train_stage(plan, stage, number, learnt, progress, allow_changed_inputs)
+            _remove_checkpoints(stage.folder)
+            learnt = stage.folder.adapter_path
+        if plan.sequential and is_main_process():
+            summaries = [read_json(stage.folder.environment_path)["training"] for stage in plan.stages]
+            write_json(run.environment_path, {**read_json(run.environment_path), "training": joint_training(summaries)})
+            copy_folder(plan.stages[-1].folder.adapter_path, run.adapter_path)
+        return run
 
 
 def in_use(recipe: Recipe) -> AbstractContextManager[None]:
     """Keeps other processes than those of this training out of the recipe's folder."""
     return exclusive(Path(recipe.output)) if is_main_process() else nullcontext()
-
-
-def _fit(plan: Plan, progress: bool, allow_changed_inputs: bool) -> Run:
-    recipe = plan.recipe
-    # Of several processes the first alone writes; the others meet it in the first step of training.
-    run = Run.prepare(recipe) if is_main_process() else Run.at(recipe.output)
-    if is_main_process() and not run.environment_path.is_file():
-        write_json(run.environment_path, {**environment(), "dtype": model_dtype(recipe), "mixture": plan.mixture})
-    keep_inputs(run, task_fingerprints(plan.tasks), allow_changed_inputs)
-    if run.adapter_path.is_dir() or run.scores_path.is_file():
-        _remove_checkpoints(run)
-        return run
-    plan = _in_its_first_dtype(plan, run)
-    if not plan.method.trains:
-        return run
-    learnt: Path | None = None
-    for number, stage in enumerate(plan.stages):
-        if not stage.folder.adapter_path.is_dir():
-            if is_main_process():
-                stage.folder.path.mkdir(parents=True, exist_ok=True)
-            _train_stage(plan, stage, number, learnt, progress, allow_changed_inputs)
-        _remove_checkpoints(stage.folder)
-        learnt = stage.folder.adapter_path
-    if plan.sequential and is_main_process():
-        summaries = [read_json(stage.folder.environment_path)["training"] for stage in plan.stages]
-        write_json(run.environment_path, {**read_json(run.environment_path), "training": _total(summaries)})
-        copy_folder(plan.stages[-1].folder.adapter_path, run.adapter_path)
-    return run
 
 
 def _train_stage(
@@ -225,7 +219,7 @@ def _train_stage(
 
     deterministic = torch.are_deterministic_algorithms_enabled()
     checkpoint = last_checkpoint(folder.checkpoints_path)
-    staging_folder(folder.checkpoints_path)
+    clear_staging(folder.checkpoints_path)
     trackers = trackers_of(recipe)
     bar = ProgressBar()
     trainer = method.trainer(
@@ -265,7 +259,7 @@ def _train_stage(
         finally:
             bar.close()
             torch.use_deterministic_algorithms(deterministic)  # full_determinism is for the training alone
-            staging_folder(folder.checkpoints_path)  # a checkpoint that has not come to its end takes no room
+            clear_staging(folder.checkpoints_path)  # a checkpoint that has not come to its end takes no room
     seconds = time.monotonic() - started
     state = trainer.state
     if progress and trainer.args.load_best_model_at_end and trainer.is_world_process_zero():
@@ -318,12 +312,9 @@ def keep_inputs(run: Run, found: Mapping[str, str], allow_changed: bool = False)
 
 
 def changed_inputs(known: Mapping[str, str], found: Mapping[str, str]) -> list[str]:
-    """The inputs that are not as a run knows them; of tasks, also those that have been added or removed."""
-    tasks = {name for name in (*known, *found) if name.startswith("task ")}
-    if tasks.isdisjoint(known) or tasks.isdisjoint(found):
-        tasks = set()
-    compared = tasks | (known.keys() & found.keys())
-    return sorted(name for name in compared if known.get(name) != found.get(name))
+    """Which of a run's inputs, either all of its tasks or the base model, are not as the run knows them."""
+    kind = {name for name in known if (name == BASE_MODEL) == (BASE_MODEL in found)}
+    return sorted(name for name in kind | found.keys() if kind and known.get(name) != found.get(name))
 
 
 def task_fingerprints(tasks: Sequence[Task]) -> dict[str, str]:
@@ -429,10 +420,10 @@ def _remove_checkpoints(folder: Run) -> None:
         shutil.rmtree(folder.checkpoints_path, ignore_errors=True)
 
 
-def _total(stages: list[dict[str, Any]]) -> dict[str, Any]:
-    """Sums over a sequence's stages; of parameters and memory, the most that there were at a time."""
+def joint_training(trainings: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Of trainings one after another: their sums, and of parameters and memory the most that there were at a time."""
     most = ("trainable_parameters", "parameters", "peak_memory_gib")
-    total = {key: (max if key in most else sum)(stage[key] for stage in stages) for key in stages[0]}
+    total = {key: (max if key in most else sum)(one[key] for one in trainings) for key in trainings[0]}
     return {**total, "seconds": round(total["seconds"], 1)}
 
 

@@ -71,15 +71,18 @@ class AnswerTrainer(Trainer):
         early_stopping_patience: int | None = None,
         **kwargs: Any,
     ) -> None:
-        use_one_gpu(args)
-        # These come first: the other callbacks read gradients.
-        callbacks = [SkipNonFinite(self, max_skipped_steps), _MethodUpdates(), _Flow()]
+        if args.n_gpu > 1:
+            # The Trainer would split batches over them in threads, which the routing state cannot follow.
+            _say_how_to_use_all(args.n_gpu)
+            args._n_gpu = 1  # transformers has no public way
+        callbacks: list[TrainerCallback] = [_EveryStep(self, max_skipped_steps)]  # first: others read gradients
         callbacks += [EarlyStoppingCallback(early_stopping_patience)] if early_stopping_patience else []
         callbacks += kwargs.pop("callbacks", None) or []
         super().__init__(model, args, callbacks=callbacks, **kwargs)
         self.skipped_steps, self.finished = 0, False
         self._at_last_line = (0, 0)  # of the log: the step, and the skipped ones until then
-        self._micro_batches: list[tuple[torch.Tensor, Mapping[str, Any]]] = []
+        self.micro_batches: list[tuple[torch.Tensor, Mapping[str, Any]]] = []  # of the step: losses and inputs
+        self.sampler: EpochSampler | None = None
         self._group_by_length, self._quotas = group_by_length, quotas
         self._optimizer_name, self._router_lr_ratio = optimizer, router_lr_ratio
         self._lora_plus_ratio = lora_plus_ratio if optimizer == "lora+" else 1.0
@@ -108,22 +111,16 @@ class AnswerTrainer(Trainer):
         tasks: Sequence[str] = ()
         if self._quotas is not None:
             tasks = getattr(dataset, "tasks", None) or [example["task"] for example in dataset]
-        sampler = EpochSampler(lengths, batch_size=batch_size, seed=seed, tasks=tasks, quotas=self._quotas)
-        self.add_callback(_SetEpoch(sampler))
-        return sampler
+        self.sampler = EpochSampler(lengths, batch_size=batch_size, seed=seed, tasks=tasks, quotas=self._quotas)
+        return self.sampler
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
         """HF's, whose losses are kept until the step's end."""
         loss = super().training_step(model, inputs, num_items_in_batch)
-        self._micro_batches.append((loss, inputs))
+        self.micro_batches.append((loss, inputs))
         return loss
-
-    def take_micro_batches(self) -> list[tuple[torch.Tensor, Mapping[str, Any]]]:
-        """The losses and inputs since the last call."""
-        taken, self._micro_batches = self._micro_batches, []
-        return taken
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """HF's, with a new regrouping's metrics, and the number of skipped steps once there are any.
@@ -186,16 +183,6 @@ class AnswerTrainer(Trainer):
         counts_B = torch.bincount(row_L, minlength=len(inputs["labels"])).clamp_min(1)
         totals_B = torch.zeros(len(counts_B), device=losses_L.device).index_add(0, row_L, losses_L)
         return (totals_B / counts_B).mean(), None, None
-
-
-def use_one_gpu(args: TrainingArguments) -> None:
-    """Keeps the Trainer from splitting batches over all visible GPUs in threads, which the routing state cannot follow.
-
-    Several GPUs are for several processes, which a launcher starts.
-    """
-    if args.n_gpu > 1:
-        _say_how_to_use_all(args.n_gpu)
-        args._n_gpu = 1  # transformers has no public way
 
 
 @cache
@@ -329,41 +316,11 @@ class EpochSampler(Sampler[int]):
         return iter([index for batch in [*shuffled, last] for index in batch])
 
 
-class _SetEpoch(TrainerCallback):
-    """Tells the sampler which epoch begins; ``state.epoch`` is whole at an epoch's start and keeps that part within."""
+class _EveryStep(TrainerCallback):
+    """Drops gradients that are not finite, and tells the sampler, the method's model and the Trainer where it stands.
 
-    def __init__(self, sampler: EpochSampler) -> None:
-        self._sampler = sampler
-
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._sampler.set_epoch(int(state.epoch or 0))
-
-
-class _MethodUpdates(TrainerCallback):
-    """Tells the method's model about every step of the optimizer."""
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        hooks_of(kwargs["model"]).before_update()
-
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        hooks_of(kwargs["model"]).after_update()
-
-
-class _Flow(TrainerCallback):
-    """Logs the last step and every evaluated one, and saves every evaluated one if the best is wanted."""
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        control.should_log |= control.should_evaluate or state.global_step >= state.max_steps
-        control.should_save |= control.should_evaluate and args.load_best_model_at_end
-
-    on_epoch_end = on_step_end
-
-
-class SkipNonFinite(TrainerCallback):
-    """Drops the gradients of such a step, so that neither weights nor moments nor Gram matrices ever see them.
-
-    It must come before the callbacks that read gradients. A single infinity may be an instance's or the precision's; a
-    run that keeps meeting them is broken, and going on would only hide it.
+    Neither weights nor moments nor Gram matrices ever see such gradients. A single infinity may be an instance's or the
+    precision's; a run that keeps meeting them is broken, and going on would only hide it.
 
     Args:
         trainer: keeps the step's micro-batches and their losses, and the number of skipped steps.
@@ -374,9 +331,27 @@ class SkipNonFinite(TrainerCallback):
         self._trainer = trainer
         self._limit = limit
 
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # ``state.epoch`` is whole at an epoch's start, and keeps that part where a run is resumed within.
+        self._trainer.sampler.set_epoch(int(state.epoch or 0))
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        hooks_of(kwargs["model"]).after_update()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # Logs the last step and every evaluated one, and saves every evaluated one if the best is wanted.
+        control.should_log |= control.should_evaluate or state.global_step >= state.max_steps
+        control.should_save |= control.should_evaluate and args.load_best_model_at_end
+
+    on_epoch_end = on_step_end
+
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        micro_batches = self._trainer.take_micro_batches()
-        parameters = [p for p in kwargs["model"].parameters() if p.grad is not None]
+        self._drop_non_finite(state, kwargs["model"], kwargs["optimizer"])
+        hooks_of(kwargs["model"]).before_update()
+
+    def _drop_non_finite(self, state: Any, model: nn.Module, optimizer: Any) -> None:
+        micro_batches, self._trainer.micro_batches = self._trainer.micro_batches, []
+        parameters = [p for p in model.parameters() if p.grad is not None]
         gradients = [local_gradient(parameter) for parameter in parameters]
         tensors = [loss for loss, _ in micro_batches] + [gradient for gradient in gradients if gradient is not None]
         # One synchronisation for all tensors.
@@ -385,7 +360,7 @@ class SkipNonFinite(TrainerCallback):
             return
         self._trainer.skipped_steps += 1
         # DeepSpeed has taken the step by now, so nothing is left to skip. A short run must not skip more than half.
-        limit = 0 if steps_in_backward(kwargs["optimizer"]) else min(self._limit, state.max_steps // 2)
+        limit = 0 if steps_in_backward(optimizer) else min(self._limit, state.max_steps // 2)
         if self._trainer.skipped_steps > limit:
             raise BaditError(
                 f"training: the loss or its gradient is not finite in step {state.global_step + 1}, after "

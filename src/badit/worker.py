@@ -10,8 +10,9 @@ import sys
 import threading
 import traceback
 from pathlib import Path
+from typing import Any
 
-from badit.errors import BaditError, explained
+from badit.errors import BaditError, explained, first_line
 from badit.files import exclusive, write_json, write_text
 from badit.run import Run
 
@@ -43,8 +44,7 @@ class CellProcess:
                 start_new_session=True,
                 text=True,
             )
-        self._lifeline = self._process.stdin
-        assert self._lifeline is not None
+        self._lifeline: Any = self._process.stdin
         self._lifeline.write(config + "\n")
         self._lifeline.flush()
 
@@ -61,7 +61,6 @@ class CellProcess:
     def wait(self) -> str | None:
         """None when the cell has done its work, else what went wrong, in a line."""
         code = self._process.wait()
-        assert self._lifeline is not None
         self._lifeline.close()
         if code == 0:
             return None
@@ -71,9 +70,8 @@ class CellProcess:
         if error.is_file():
             return error.read_text(encoding="utf-8").strip()
         if code < 0:
-            message = f"killed by {signal.Signals(-code).name}" + (
-                " (out of memory?)" if code == -signal.SIGKILL else ""
-            )
+            hint = " (out of memory?)" if code == -signal.SIGKILL else ""
+            message = f"killed by {signal.Signals(-code).name}{hint}"
         else:
             message = f"ended with exit code {code}; see {self._folder / LOG}"
         write_text(error, message + "\n")
@@ -107,7 +105,7 @@ def run_cell(folder: Path, config: str, *, score: bool) -> int:
         return 2
     except Exception as error:
         traceback.print_exc()
-        write_text(folder / ERROR, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}\n")
+        write_text(folder / ERROR, f"{type(error).__name__}: {first_line(error)}\n")
         return 1
     return 0
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from badit.baselines.neurons import neuron_scores, top_neurons, train_only, union
+from badit.baselines.neurons import neuron_scores, top_neurons, train_only
 from badit.data import AnswerCollator
 from badit.errors import BaditError
 from baselines.naive import adapted
@@ -114,14 +114,6 @@ def test_the_top_share_is_of_all_layers_together(widths, share, seed):
     assert min(chosen) >= max(others, default=-math.inf)
 
 
-def test_a_union_has_every_tasks_neurons():
-    first, second = ({"a": torch.tensor(mask, dtype=torch.bool)} for mask in ([1, 0, 0], [0, 0, 1]))
-    assert union(first)["a"].tolist() == [True, False, False]
-    assert union(first, second)["a"].tolist() == [True, False, True]
-    with pytest.raises(BaditError, match="masks: they name different layers"):
-        union(first, {"b": first["a"]})
-
-
 @pytest.mark.parametrize("family", ["llama", "gpt2", "llama with biases"])
 def test_a_step_moves_the_masked_neurons_and_nothing_else(tiny_model, family):
     model = tiny_model(family.split()[0], **({"mlp_bias": True} if "biases" in family else {})).train()
@@ -129,7 +121,7 @@ def test_a_step_moves_the_masked_neurons_and_nothing_else(tiny_model, family):
     masks = top_neurons(neuron_scores(model, [batch]), 0.25)
     assert all(mask.any() and not mask.all() for mask in masks.values())
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    handles = train_only(model, masks)
+    train_only(model, masks)
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.01)
     for _ in range(2):
         optimizer.zero_grad()
@@ -155,13 +147,6 @@ def test_a_step_moves_the_masked_neurons_and_nothing_else(tiny_model, family):
         assert torch.equal(after[name], before[name]), name
         assert not after[name].requires_grad, name
 
-    for handle in handles:
-        handle.remove()
-    model.zero_grad()
-    model(**batch).loss.backward()
-    first, _ = projections(mlps(model)[layer])
-    assert neurons_first(first[0].weight.grad)[~mask].any(), "without the hooks the gradient is whole again"
-
 
 def test_what_it_cannot_do_is_refused(tiny_model):
     model = tiny_model("llama")
@@ -171,9 +156,5 @@ def test_what_it_cannot_do_is_refused(tiny_model):
             top_neurons(scores, share)  # pyright: ignore[reportArgumentType]
     with pytest.raises(BaditError, match="batches: there are none"):
         neuron_scores(model, [])
-    masks = top_neurons(scores, 0.5)
-    for wrong in ({}, {name: mask[1:] for name, mask in masks.items()}, dict(list(masks.items())[:1])):
-        with pytest.raises(BaditError, match="masks: they are not of this model's layers and widths"):
-            train_only(model, wrong)
     with pytest.raises(BaditError, match="task neurons do not go with this model of type llama"):
         neuron_scores(adapted(model, "loramoe"), [AnswerCollator(0)(examples(2))])

@@ -21,7 +21,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -74,35 +73,20 @@ def top_neurons(scores: Mapping[str, torch.Tensor], share: float) -> dict[str, t
     return dict(zip(scores, chosen.split([len(scores_F) for scores_F in scores.values()]), strict=True))
 
 
-def union(first: Mapping[str, torch.Tensor], *others: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The neurons of any of the masks: what a run on several tasks trains. BaditError for masks of different layers."""
-    if any(mask.keys() != first.keys() for mask in others):
-        raise BaditError("masks: they name different layers; take all of them from one model")
-    return {name: torch.stack([mask[name] for mask in (first, *others)]).any(dim=0) for name in first}
-
-
-def train_only(model: PreTrainedModel, masks: Mapping[str, torch.Tensor]) -> list[RemovableHandle]:
+def train_only(model: PreTrainedModel, masks: Mapping[str, torch.Tensor]) -> None:
     """Freezes all but the neurons of the masks (F,): the gradients of the other rows and columns become zero.
 
-    The optimiser must not decay weights (``weight_decay=0``), which moves weights without a gradient. The hooks stay
-    until the returned handles are removed; a copy of the model has none.
+    The optimiser must not decay weights (``weight_decay=0``), which moves weights without a gradient.
     """
-    mlps = _mlps(model)
-    if {name: mlp.width for name, mlp in mlps.items()} != {name: len(mask_F) for name, mask_F in masks.items()}:
-        raise BaditError("masks: they are not of this model's layers and widths; take them from its own scores")
     model.requires_grad_(False)
-    handles = []
-    for name, mlp in mlps.items():
+    for name, mlp in _mlps(model).items():
         for parameter, axis in mlp.parameters:
             frozen = ~masks[name].bool()
             if axis < parameter.ndim - 1:
                 frozen = frozen[:, None]
             parameter.requires_grad_(True)
             # The model may move to another device.
-            handles.append(
-                parameter.register_hook(lambda grad, frozen=frozen: grad.masked_fill(frozen.to(grad.device), 0))
-            )
-    return handles
+            parameter.register_hook(lambda grad, frozen=frozen: grad.masked_fill(frozen.to(grad.device), 0))
 
 
 def trained_parameters(model: PreTrainedModel, masks: Mapping[str, torch.Tensor] | None = None) -> int:
