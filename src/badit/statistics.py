@@ -69,17 +69,11 @@ def paired_bootstrap(differences_by_task: Mapping[str, np.ndarray], *, resample_
     a seed or a task order, as in a sequential comparison, are not quite.
 
     Args:
-        differences_by_task: (S, N) each; score of the method minus score of the reference. N may differ by task; the
+        differences_by_task: (S, N) each: finite scores of the method minus those of the reference. N may differ; the
             runs are the same and in the same order for all tasks, whose own order does not matter.
         resample_seeds: draw runs too; without it the interval is one for these very runs.
-
-    Raises:
-        BaditError: no tasks, or differences that are empty, not finite, or of another shape.
     """
     tasks_SN = [np.asarray(task_SN, dtype=np.float64) for _, task_SN in sorted(differences_by_task.items())]
-    shapes = {(task_SN.ndim, *task_SN.shape[:1]) for task_SN in tasks_SN}
-    if len(shapes) != 1 or not all(x.ndim == 2 and x.size and np.isfinite(x).all() for x in tasks_SN):
-        raise BaditError("differences_by_task: every task needs finite numbers of the shape (runs, instances)")
     rng = np.random.default_rng(0)
     runs = len(tasks_SN[0])
     drawn_RS = rng.integers(runs, size=(_RESAMPLES, runs)) if resample_seeds else np.arange(runs)[None]

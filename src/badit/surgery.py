@@ -50,9 +50,6 @@ def cagrad(c: float = 0.5) -> Combination:
     return combine
 
 
-_COMBINATIONS: dict[str, Callable[[], Combination]] = {"pcgrad": pcgrad, "cagrad": cagrad}
-
-
 def _aggregator(name: str, **options: Any) -> Combination:
     try:
         from torchjd import aggregation
@@ -71,7 +68,7 @@ class SurgeryTrainer(AnswerTrainer):
     """
 
     def __init__(self, *args: Any, surgery: Surgery, **kwargs: Any) -> None:
-        self._combine = _COMBINATIONS[surgery]()
+        self._combine = pcgrad() if surgery == "pcgrad" else cagrad()
         super().__init__(*args, **kwargs)
         if self.accelerator.distributed_type != DistributedType.NO:
             raise BaditError("surgery runs in a single process: start it without a launcher")
@@ -80,8 +77,6 @@ class SurgeryTrainer(AnswerTrainer):
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
         """Adds the combined gradient of a micro-batch, tensors (B, T) and ``tasks``, to ``.grad``; returns its loss."""
-        if "tasks" not in inputs:
-            raise BaditError("tasks: missing from the batch; collate with AnswerCollator(..., with_tasks=True)")
         tasks = list(dict.fromkeys(inputs["tasks"]))
         if len(tasks) == 1:
             return super().training_step(model, inputs, num_items_in_batch)

@@ -159,11 +159,7 @@ def test_a_methods_own_loss_counts_once_per_micro_batch(tiny_model, tmp_path):
 
 def test_what_it_cannot_do_is_refused(tiny_model, tmp_path, monkeypatch):
     model = adapted(tiny_model("llama"))
-    with pytest.raises(BaditError, match="surgery must be one of 'pcgrad', 'cagrad', got 'mgda'"):
-        surgery_trainer(model, tmp_path, "mgda")
     trainer = surgery_trainer(model, tmp_path)
-    with pytest.raises(BaditError, match=r"tasks: missing from the batch; collate with AnswerCollator\(..., with_task"):
-        trainer.training_step(model, AnswerCollator(0)(examples(3)), 5)
     monkeypatch.setattr(Accelerator, "distributed_type", property(lambda self: DistributedType.MULTI_CPU))
     with pytest.raises(BaditError, match="surgery runs in a single process"):
         SurgeryTrainer(model=model, args=trainer.args, surgery="pcgrad")

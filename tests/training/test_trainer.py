@@ -14,10 +14,9 @@ import reference
 from badit.angles import AngleLog
 from badit.baselines.mixture import HydraLoraConfig, LoraMoeConfig
 from badit.data import AnswerCollator
-from badit.errors import BaditError
 from badit.files import read_jsonl
 from badit.method import expert_angles
-from badit.trainer import EpochSampler, logits_only_at
+from badit.trainer import EpochSampler
 from badit.tuner import BaditConfig
 from badit.tuner.layer import ExpertLinear
 from training.trainers import adapted, examples, make_trainer, on
@@ -61,12 +60,6 @@ def test_accumulated_batches_weigh_tokens_equally(tiny_model, tmp_path):
         make_trainer(model, tmp_path, [], **options, **sizes).train()
         states.append({n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad})
     torch.testing.assert_close(states[0], states[1], rtol=1e-5, atol=1e-7)
-
-
-def test_a_model_without_an_output_layer_is_refused(tiny_model):
-    positions = torch.zeros(2, 1).long()
-    with pytest.raises(BaditError, match="only causal"), logits_only_at(tiny_model("llama").model, *positions):
-        pass
 
 
 def order_of(lengths, batch_size, seed=0, epoch=0, tasks=(), quotas=None):

@@ -94,7 +94,7 @@ def group_components(
         Integer labels, permuted to overlap ``current_N`` as much as possible: an expert keeps its row of the router.
 
     Raises:
-        BaditError: a Gram that is not square, finite and of the labels' size; unbalanced labels; an unknown solver.
+        BaditError: a Gram that is not square, finite and of the labels' size; unbalanced labels.
     """
     gram_NN, current_N = np.asarray(gram_NN, dtype=np.float64), np.asarray(current_N, dtype=np.int64)
     if gram_NN.shape != (len(current_N), len(current_N)):
@@ -109,13 +109,10 @@ def group_components(
         random = (rng.permutation(ordered_N) for _ in range(restarts))
         starts = (_until_stable(gram_NN, random_N, num_experts, _centroid_similarity) for random_N in random)
         candidates = list(_swap_until_optimal(gram_NN, np.stack([current_N, *starts]), num_experts))
-    elif solver == "paper":
+    else:
         random = (rng.permutation(ordered_N) for _ in range(max(1, restarts)))
         starts = [_until_stable(gram_NN, x_N, num_experts, _centroid_similarity, balanced=False) for x_N in random]
         candidates = [_until_stable(gram_NN, start_N, num_experts, _polar_similarity) for start_N in starts]
-    else:
-        raise BaditError(f"grouping solver must be 'swap' or 'paper', got {solver!r}")
-
     present = grouping_objective(gram_NN, current_N)
     best_N = max(candidates, key=lambda labels_N: grouping_objective(gram_NN, labels_N))
     if grouping_objective(gram_NN, best_N) - present <= _MIN_RELATIVE_GAIN * max(1.0, abs(present)):
