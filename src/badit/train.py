@@ -235,7 +235,7 @@ def _train_stage(
             *tensorboard(trackers, folder.path, checkpoint),
         ],
         quotas=data.quotas(stage.tasks),
-        **recipe.training.model_dump(include=recipe.training.OWN),
+        options=recipe.training,
     )
     trainer.remove_callback(transformers.PrinterCallback)  # prints the log lines, which metrics.jsonl has
     engine = "DeepSpeed" if trainer.is_deepspeed_enabled else "FSDP" if trainer.is_fsdp_enabled else "neither"

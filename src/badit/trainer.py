@@ -19,7 +19,7 @@ from torch.utils.data import Dataset, Sampler
 from tqdm import tqdm
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 
-from badit.arguments import OptimizerName
+from badit.arguments import TrainingSection
 from badit.errors import BaditError, say
 from badit.files import StepLog
 from badit.gradients import any_of_all, local_gradient, steps_in_backward
@@ -33,6 +33,7 @@ from badit.tuner.prompt import before_first_label
 _BATCHES_PER_RUN = 16
 # Of a batch that is not finite, an error names so many instances.
 _NAMED = 8
+_DEFAULTS = TrainingSection()
 
 
 class AnswerTrainer(Trainer):
@@ -44,13 +45,8 @@ class AnswerTrainer(Trainer):
     positions that predict a label: with a vocabulary of 49 thousand that is the largest single saving.
 
     Args:
-        group_by_length: make batches of similar length.
+        options: a recipe's ``training`` section, for the options that are not TrainingArguments'.
         quotas: how many examples of each task an epoch has (:func:`badit.data.quotas`); they need ``task``, its name.
-        max_skipped_steps: steps with a loss or gradient that is not finite to skip before giving up.
-        optimizer: ``adamw`` (or what ``args.optim`` names), ``lora+`` or ``orthogonal``, with the arguments' rates.
-        lora_plus_ratio: B's learning rate over A's, for ``lora+``.
-        router_lr_ratio: that of everything that is no factor over that of the factors (for ``lora+``, of A).
-        early_stopping_patience: evaluations without a better loss before the training stops; None never stops it.
 
     Attributes:
         skipped_steps: how many have been skipped so far.
@@ -62,51 +58,46 @@ class AnswerTrainer(Trainer):
         model: nn.Module,
         args: TrainingArguments,
         *,
-        group_by_length: bool = True,
+        options: TrainingSection = _DEFAULTS,
         quotas: Mapping[str, int] | None = None,
-        max_skipped_steps: int = 10,
-        optimizer: OptimizerName = "adamw",
-        lora_plus_ratio: float = 16.0,
-        router_lr_ratio: float = 1.0,
-        early_stopping_patience: int | None = None,
         **kwargs: Any,
     ) -> None:
         if args.n_gpu > 1:
             # The Trainer would split batches over them in threads, which the routing state cannot follow.
             _say_how_to_use_all(args.n_gpu)
             args._n_gpu = 1  # transformers has no public way
-        callbacks: list[TrainerCallback] = [_EveryStep(self, max_skipped_steps)]  # first: others read gradients
-        callbacks += [EarlyStoppingCallback(early_stopping_patience)] if early_stopping_patience else []
+        callbacks: list[TrainerCallback] = [_EveryStep(self)]  # first: others read gradients
+        if options.early_stopping_patience:
+            callbacks.append(EarlyStoppingCallback(options.early_stopping_patience))
         callbacks += kwargs.pop("callbacks", None) or []
         super().__init__(model, args, callbacks=callbacks, **kwargs)
         self.skipped_steps, self.finished = 0, False
         self._at_last_line = (0, 0)  # of the log: the step, and the skipped ones until then
         self.micro_batches: list[tuple[torch.Tensor, Mapping[str, Any]]] = []  # of the step: losses and inputs
         self.sampler: EpochSampler | None = None
-        self._group_by_length, self._quotas = group_by_length, quotas
-        self._optimizer_name, self._router_lr_ratio = optimizer, router_lr_ratio
-        self._lora_plus_ratio = lora_plus_ratio if optimizer == "lora+" else 1.0
+        self.options, self._quotas = options, quotas
         # The loss below is divided by the number of labels in the accumulated batch, so the Trainer must count them.
         self.model_accepts_loss_kwargs = True
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """HF's, on groups with learning rates of their own if these are asked for; or orthogonal updates."""
+        options, rate = self.options, self.args.learning_rate
         trained: Any = self.model if model is None else model
-        rate = self.args.learning_rate
-        other = rate * self._router_lr_ratio
-        if self.optimizer is None and self._optimizer_name == "orthogonal":
+        other = rate * options.router_lr_ratio
+        ratio = options.lora_plus_ratio if options.optimizer == "lora+" else 1.0
+        if self.optimizer is None and options.optimizer == "orthogonal":
             self.optimizer = OrthogonalUpdates(trained, rate, other_lr=other, weight_decay=self.args.weight_decay)
-        elif self.optimizer is None and (self._lora_plus_ratio, self._router_lr_ratio) != (1.0, 1.0):
-            kind, options = self.get_optimizer_cls_and_kwargs(self.args, trained)
-            groups = lora_plus_groups(trained, rate, self._lora_plus_ratio, other_lr=other)
-            self.optimizer = kind(groups, **options, weight_decay=self.args.weight_decay)
+        elif self.optimizer is None and (ratio, other) != (1.0, rate):
+            kind, arguments = self.get_optimizer_cls_and_kwargs(self.args, trained)
+            groups = lora_plus_groups(trained, rate, ratio, other_lr=other)
+            self.optimizer = kind(groups, **arguments, weight_decay=self.args.weight_decay)
         return super().create_optimizer(model)
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler[int] | None:
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset
         lengths = getattr(dataset, "lengths", None) or [len(example["input_ids"]) for example in dataset]
         # Of several processes each takes its part of a common batch, which is the one that a single process would have.
-        batch_size = self._train_batch_size * self.args.world_size if self._group_by_length else None
+        batch_size = self._train_batch_size * self.args.world_size if self.options.group_by_length else None
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         tasks: Sequence[str] = ()
         if self._quotas is not None:
@@ -319,15 +310,10 @@ class _EveryStep(TrainerCallback):
 
     Neither weights nor moments nor Gram matrices ever see such gradients. A single infinity may be an instance's or the
     precision's; a run that keeps meeting them is broken, and going on would only hide it.
-
-    Args:
-        trainer: keeps the step's micro-batches and their losses, and the number of skipped steps.
-        limit: steps that may be skipped in a run.
     """
 
-    def __init__(self, trainer: Any, limit: int) -> None:
+    def __init__(self, trainer: Any) -> None:
         self._trainer = trainer
-        self._limit = limit
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # ``state.epoch`` is whole at an epoch's start, and keeps that part where a run is resumed within.
@@ -348,7 +334,8 @@ class _EveryStep(TrainerCallback):
         hooks_of(kwargs["model"]).before_update()
 
     def _drop_non_finite(self, state: Any, model: nn.Module, optimizer: Any) -> None:
-        micro_batches, self._trainer.micro_batches = self._trainer.micro_batches, []
+        trainer = self._trainer
+        micro_batches, trainer.micro_batches = trainer.micro_batches, []
         parameters = [p for p in model.parameters() if p.grad is not None]
         gradients = [local_gradient(parameter) for parameter in parameters]
         tensors = [loss for loss, _ in micro_batches] + [gradient for gradient in gradients if gradient is not None]
@@ -356,13 +343,13 @@ class _EveryStep(TrainerCallback):
         finite = torch.stack([tensor.isfinite().all() for tensor in tensors]).all()
         if not any_of_all(not bool(finite)):
             return
-        self._trainer.skipped_steps += 1
+        trainer.skipped_steps += 1
         # DeepSpeed has taken the step by now, so nothing is left to skip. A short run must not skip more than half.
-        limit = 0 if steps_in_backward(optimizer) else min(self._limit, state.max_steps // 2)
-        if self._trainer.skipped_steps > limit:
+        limit = 0 if steps_in_backward(optimizer) else min(trainer.options.max_skipped_steps, state.max_steps // 2)
+        if trainer.skipped_steps > limit:
             raise BaditError(
                 f"training: the loss or its gradient is not finite in step {state.global_step + 1}, after "
-                f"{limit} skipped steps; the batch has {_instances(micro_batches, self._trainer.train_dataset)}; "
+                f"{limit} skipped steps; the batch has {_instances(micro_batches, trainer.train_dataset)}; "
                 "look at these, or lower training.learning_rate"
             )
         for parameter in parameters:

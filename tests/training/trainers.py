@@ -11,6 +11,7 @@ from peft import get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback, TrainingArguments
 
+from badit.arguments import TrainingSection
 from badit.data import AnswerCollator
 from badit.methods import AdapterMethod
 from badit.recipe import Recipe
@@ -57,7 +58,7 @@ def make_trainer(
         train_dataset=examples(count),
         data_collator=AnswerCollator(0),
         callbacks=callbacks,
-        group_by_length=group_by_length,
+        options=TrainingSection(group_by_length=group_by_length),
     )
 
 
