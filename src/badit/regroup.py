@@ -126,7 +126,7 @@ class Regrouper:
         model: nn.Module,
         total_steps: int,
         *,
-        probe: Mapping[str, torch.Tensor] | OutputProbe | None = None,
+        probe: Mapping[str, torch.Tensor] | None = None,
         log_path: str | os.PathLike[str] | None = None,
         optimizer: Any = None,
         **options: Any,
@@ -144,7 +144,7 @@ class Regrouper:
         self.steps = 0
         self.metrics: dict[str, float] = {}
         self.windows = Windows(self._layers, optimizer)
-        self._probe = OutputProbe(model, probe) if isinstance(probe, Mapping) else probe
+        self._probe = None if probe is None else OutputProbe(model, probe)
         # Of several processes the first writes.
         self._log = StepLog(Path(log_path), step_key="logged_at") if log_path is not None and rank() == 0 else None
         self._log_is_open = False
@@ -207,7 +207,7 @@ class Regrouper:
                 "previous_labels": old_N.tolist(),
                 "labels": new_N.tolist(),
             }
-        change = None if self._probe is None or before is None else self._probe.change(before)
+        change = self._probe.change(before) if self._probe and before is not None else None
         for name, window in self.windows.items():
             window.restart()
             if name in labels:
@@ -292,7 +292,7 @@ class RegroupCallback(TrainerCallback):
             model,
             state.max_steps,
             **self._options,
-            probe=OutputProbe.of(model, kwargs.get("train_dataloader")) if isinstance(probe, str) else probe,
+            probe=probe_batch(kwargs.get("train_dataloader")) if isinstance(probe, str) else probe,
             log_path=self._log_path or Path(args.output_dir) / "regroupings.jsonl",
             optimizer=kwargs.get("optimizer"),
         )
@@ -345,28 +345,6 @@ class OutputProbe:
         last_only = "logits_to_keep" in inspect.signature(base.forward).parameters
         self._options = {"use_cache": False, **({"logits_to_keep": 1} if last_only else {})}
 
-    @classmethod
-    def of(cls, model: nn.Module, dataloader: Any) -> OutputProbe | None:
-        """On the last 16 prompt tokens of the shortest of the data loader's first examples.
-
-        Of a preference loss's data, such as TRL's DPO, on the prompts of the first two pairs: its batches are the
-        chosen answers' rows and then the rejected ones'. Of KTO's data, on the first prompt. None for a data set
-        that cannot be indexed or is not tokenised, such as GRPO's.
-        """
-        dataset, collate = getattr(dataloader, "dataset", None), getattr(dataloader, "collate_fn", None)
-        if collate is None or not isinstance(dataset, Sized) or not hasattr(dataset, "__getitem__") or not len(dataset):
-            return None
-        candidates: list[Any] = [dataset[i] for i in range(min(_CANDIDATES, len(dataset)))]  # pyright: ignore
-        if all("input_ids" in example for example in candidates):
-            shortest = min(candidates, key=lambda example: len(example["input_ids"]))
-            return cls(model, {"input_ids": _prompts(collate([shortest]))[0][:, -_TOKENS:]})
-        if "prompt_ids" not in candidates[0]:
-            return None
-        batch = collate(candidates[:_PAIRS])
-        rows = {key: batch[key][: len(batch[key]) // 2] for key in ("input_ids", "attention_mask", "completion_mask")}
-        labels = rows["input_ids"].masked_fill(rows.pop("completion_mask") == 0, -100)
-        return cls(model, {**rows, "labels": labels})
-
     @torch.no_grad()
     def output(self) -> torch.Tensor:
         """The centred logits of every prompt's last position, (prompts, vocabulary), in evaluation mode."""
@@ -378,6 +356,28 @@ class OutputProbe:
     def change(self, before: torch.Tensor) -> float:
         """‖after − before‖ / ‖before‖."""
         return float((self.output() - before).norm() / before.norm().clamp_min(1e-12))
+
+
+def probe_batch(dataloader: Any) -> dict[str, torch.Tensor] | None:
+    """The last 16 prompt tokens of the shortest of the data loader's first examples.
+
+    Of a preference loss's data, such as TRL's DPO, the prompts of the first two pairs: its batches are the chosen
+    answers' rows and then the rejected ones'. Of KTO's data, the first prompt. None for a data set that cannot be
+    indexed or is not tokenised, such as GRPO's.
+    """
+    dataset, collate = getattr(dataloader, "dataset", None), getattr(dataloader, "collate_fn", None)
+    if collate is None or not isinstance(dataset, Sized) or not hasattr(dataset, "__getitem__") or not len(dataset):
+        return None
+    candidates: list[Any] = [dataset[i] for i in range(min(_CANDIDATES, len(dataset)))]  # pyright: ignore
+    if all("input_ids" in example for example in candidates):
+        shortest = min(candidates, key=lambda example: len(example["input_ids"]))
+        return {"input_ids": _prompts(collate([shortest]))[0][:, -_TOKENS:]}
+    if "prompt_ids" not in candidates[0]:
+        return None
+    batch = collate(candidates[:_PAIRS])
+    rows = {key: batch[key][: len(batch[key]) // 2] for key in ("input_ids", "attention_mask", "completion_mask")}
+    labels = rows["input_ids"].masked_fill(rows.pop("completion_mask") == 0, -100)
+    return {**rows, "labels": labels}
 
 
 def _prompts(batch: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:

@@ -17,7 +17,7 @@ from badit.data import AnswerCollator
 from badit.files import read_jsonl
 from badit.method import expert_angles, grouping_objective
 from badit.methods import build_method
-from badit.regroup import STATE_FILE, OutputProbe
+from badit.regroup import STATE_FILE, OutputProbe, probe_batch
 from training.trainers import QUIET, adapted, adapter_state, assert_same, examples, make_trainer, on
 
 PROMPT = {"input_ids": torch.tensor([[5, 6, 7, 8]])}
@@ -328,8 +328,8 @@ def test_the_default_probe_is_the_last_16_tokens_of_one_short_prompt(tiny_model)
         ([(14, 1)] * 16 + [(5, 1)], range(3, 17)),  # the seventeenth is not looked at
     ):
         rows = DataLoader([example(*pair) for pair in lengths], batch_size=2, collate_fn=AnswerCollator(0))
-        assert seen_by(model, OutputProbe.of(model, rows)) == [[list(expected)]]
-    assert OutputProbe.of(model, None) is None
+        assert seen_by(model, OutputProbe(model, probe_batch(rows))) == [[list(expected)]]
+    assert probe_batch(None) is None
 
 
 def test_a_given_batch_is_used_without_padding_and_answers_and_leaves_the_model_as_it_was(tiny_model):
