@@ -107,11 +107,7 @@ def order_name(order: str | Sequence[str]) -> str:
 
 
 class Grid:
-    """The methods and cells of a recipe with a ``compare`` section.
-
-    Raises:
-        BaditError: there is no such section, or it names methods that are not there or rates that are not searched.
-    """
+    """The methods and cells of a recipe with a ``compare`` section; BaditError where it contradicts itself."""
 
     def __init__(self, recipe: Recipe) -> None:
         if recipe.compare is None:

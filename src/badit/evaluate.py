@@ -212,8 +212,6 @@ def _score_sequence(run: Run, plan: Plan, progress: bool) -> dict[str, Any]:
 def write_predictions(folder: str | Path, predictions: Iterable[Prediction]) -> None:
     """Writes `<task>.jsonl` for each task, one prediction per line. Other files in the folder are left alone.
 
-    Each file appears complete or not at all, also when the process is killed.
-
     Raises:
         BaditError: a task's name that cannot serve as a file name.
     """
@@ -280,9 +278,6 @@ def validation_loss(path: str | Path, *, trust_remote_code: bool = False) -> dic
 
     Returns:
         ``loss``, the mean over tasks, and ``tasks``, each task's own, in nats.
-
-    Raises:
-        BaditError: as :func:`evaluate`.
     """
     run = Run(path)
     if run.validation_path.is_file():

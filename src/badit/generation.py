@@ -170,10 +170,7 @@ def stream_answer(
     Args:
         show: is given the whole answer so far after every token. What it raises ends the generation and comes out here.
 
-    The other arguments are those of :func:`generate_answers`, for one prompt.
-
-    Raises:
-        BaditError: as there.
+    The other arguments, and the errors, are those of :func:`generate_answers`, for one prompt.
     """
     _check([prompt], max_new_tokens=max_new_tokens)
     tasks = None if task is None else [task]

@@ -236,11 +236,7 @@ class NeuronMethod(WeightsMethod):
 
 
 def build_method(section: Mapping[str, Any]) -> Method:
-    """Validates a ``method`` section.
-
-    Raises:
-        BaditError: an unknown method or option, or a value that the method refuses.
-    """
+    """The method of a ``method`` section; BaditError for an unknown name or option, or a value that it refuses."""
     options = dict(section)
     name = options.pop("name", "badit")
     if name not in NAMES:

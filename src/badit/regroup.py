@@ -53,11 +53,7 @@ _EVERY = Rule(
 
 @dataclass(frozen=True)
 class RegroupOptions:
-    """When and how to regroup; each regrouping uses the mean Gram of the steps since the last.
-
-    Raises:
-        BaditError: an option out of its range.
-    """
+    """When and how to regroup; each regrouping uses the mean Gram of the steps since the last."""
 
     every: float = option(20, "Optimizer steps between regroupings, or below 1 the fraction of the run.", _EVERY)
     start: float = option(0.0, "Fraction of the run before which nothing is regrouped.", FRACTION)
@@ -169,11 +165,7 @@ class Regrouper:
         return {"steps": self.steps, "windows": notes, "tensors": tensors}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continues from a state; the log loses what was written after it.
-
-        Raises:
-            BaditError: the state is of another model.
-        """
+        """Continues from a state of the same model; the log loses what was written after it."""
         self.windows.set_state(state["tensors"], state["windows"])
         self.steps = state["steps"]
         self.open_log()

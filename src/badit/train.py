@@ -116,11 +116,7 @@ class Plan:
 
 
 def make_plan(recipe: Recipe, *, split: Split | None = None) -> Plan:
-    """Validates the method and reads the tasks, which must have instances in ``split`` (default: the recipe's own).
-
-    Raises:
-        BaditError: a bad option, or bad data.
-    """
+    """Checks the method and reads the tasks, which must have instances in ``split`` (default: the recipe's own)."""
     data = recipe.data
     method = build_method(recipe.method)
     method.refuse_recipe(recipe)
@@ -291,11 +287,7 @@ def _train_stage(
 
 
 def keep_inputs(run: Run, found: Mapping[str, str], allow_changed: bool = False) -> None:
-    """Stores what a run is made of in its environment.json, and compares it with what is stored there.
-
-    Raises:
-        BaditError: something has changed and is not allowed to.
-    """
+    """Stores what a run is made of in its environment.json; BaditError where it has changed and is not allowed to."""
     content = read_json(run.environment_path) if run.environment_path.is_file() else {}
     known: dict[str, str] = content.get("inputs", {})
     changed = changed_inputs(known, found)
@@ -338,12 +330,9 @@ def model_fingerprint(model: PreTrainedModel) -> str:
 def refuse_beyond_model(
     examples: Iterable[Mapping[str, Any]], model: PreTrainedModel | PeftModel, more: int = 0
 ) -> None:
-    """Refuses encoded instances, each with ``more`` tokens to come, that the model has no positions or embeddings for.
+    """Raises BaditError for an instance, with ``more`` tokens to come, beyond the model's positions or embeddings.
 
     Rotary positions have no end.
-
-    Raises:
-        BaditError: it names the first one.
     """
     config, embeddings = model.config.get_text_config(), cast(Any, model.get_input_embeddings()).weight
     rotary = getattr(config, "rope_parameters", None) or getattr(config, "rope_theta", None)
@@ -368,11 +357,7 @@ def refuse_beyond_model(
 def training_arguments(
     plan: Plan, folder: Path, seed: int, checkpoint: Path | None = None, trackers: Sequence[str] = ()
 ) -> TrainingArguments:
-    """The recipe's arguments for HF's Trainer, and those that a run settles itself.
-
-    Raises:
-        BaditError: values that do not go together.
-    """
+    """For HF's Trainer: the recipe's arguments, which must go together, and those that a run settles itself."""
     given = plan.recipe.training.arguments()
     # Base weights that are trained are kept in float32 and used in the recipe's dtype.
     bf16 = plan.method.trains_base_weights and model_dtype(plan.recipe) == "bfloat16"
