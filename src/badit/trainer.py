@@ -33,7 +33,7 @@ from badit.tuner.prompt import before_first_label
 _BATCHES_PER_RUN = 16
 # Of a batch that is not finite, an error names so many instances.
 _NAMED = 8
-_DEFAULTS = TrainingSection()
+_DEFAULTS = TrainingSection.model_validate({})
 
 
 class AnswerTrainer(Trainer):
