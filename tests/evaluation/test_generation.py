@@ -292,7 +292,7 @@ def test_bad_predictions_and_splits_are_named(tmp_path):
             read_predictions(tmp_path)
     with pytest.raises(BaditError, match=r"no \.jsonl files"):
         read_predictions(tmp_path / "empty")
-    with pytest.raises(BaditError, match=r"none of test, validation \(did you mean 'test'\?\)"):
+    with pytest.raises(BaditError, match=r"split: unknown 'tests' \(did you mean 'test'\?\); known: test, validation"):
         evaluate(tmp_path, split="tests")
 
 
