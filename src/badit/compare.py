@@ -46,7 +46,7 @@ from badit.worker import ERROR, CellProcess
 # Ranks are whole numbers, so budgets can only be near each other.
 _TOLERANCE = 0.05
 
-Order = str | tuple[str, ...] | None
+Order = str | list[str] | None
 
 
 def compare(recipe: Recipe, *, jobs: int = 1, report: Callable[[str], None] = say) -> dict[str, Any]:
@@ -126,9 +126,7 @@ class Grid:
                 raise BaditError(
                     f"training.learning_rate: the search starts from {rate:g}; add it to compare.learning_rates"
                 )
-        self.orders: list[Order] = [
-            order if order is None or isinstance(order, str) else tuple(order) for order in section.orders or [None]
-        ]
+        self.orders: Sequence[Order] = section.orders or [None]
         for field in ("reference", "budget", "unmatched", "single_task"):
             value = getattr(section, field)
             for name in [value] if isinstance(value, str) else value or ():
@@ -172,7 +170,7 @@ class Grid:
         values["output"] = str(self.run_of(cell).path)
         if cell.learning_rate is not None:
             values["training"] |= {"learning_rate": cell.learning_rate, "seed": cell.seed}
-            values["data"]["order"] = list(cell.order) if isinstance(cell.order, tuple) else cell.order
+            values["data"]["order"] = cell.order
             if self.section.vary_data:
                 values["data"]["seed"] += cell.seed
         if cell.is_search:

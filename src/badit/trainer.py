@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -240,6 +241,7 @@ def logits_only_at(model: nn.Module, row_L: torch.Tensor, position_L: torch.Tens
         handle.remove()
 
 
+@dataclass(eq=False)
 class EpochSampler(Sampler[int]):
     """A shuffle that depends on seed and epoch alone, so that a resumed run sees the same batches.
 
@@ -251,55 +253,47 @@ class EpochSampler(Sampler[int]):
     repeated, and of large ones every epoch draws a new subset.
     """
 
-    def __init__(
-        self,
-        lengths: Sequence[int],
-        *,
-        batch_size: int | None,
-        seed: int,
-        tasks: Sequence[str] = (),
-        quotas: Mapping[str, int] | None = None,
-    ) -> None:
-        self._lengths = lengths
-        self._by_task: dict[str, list[int]] = {}
-        for index, task in enumerate(tasks):
-            self._by_task.setdefault(task, []).append(index)
-        self._quotas = quotas or {}
-        self._batch_size = batch_size
-        self._seed = seed
-        self._epoch = 0
+    lengths: Sequence[int]
+    batch_size: int | None
+    seed: int
+    tasks: Sequence[str] = ()
+    quotas: Mapping[str, int] | None = None
+    epoch: int = 0
 
     def set_epoch(self, epoch: int) -> None:
-        self._epoch = epoch
+        self.epoch = epoch
 
     def __len__(self) -> int:
-        return sum(self._quotas[task] for task in self._by_task) if self._by_task else len(self._lengths)
+        return len(self.lengths) if self.quotas is None else sum(self.quotas[task] for task in set(self.tasks))
 
-    def _drawn(self, generator: torch.Generator) -> list[int]:
+    def _drawn(self, quotas: Mapping[str, int], generator: torch.Generator) -> list[int]:
+        by_task: dict[str, list[int]] = {}
+        for index, task in enumerate(self.tasks):
+            by_task.setdefault(task, []).append(index)
         chosen: list[int] = []
-        for task, indices in self._by_task.items():
-            repeats, rest = divmod(self._quotas[task], len(indices))
+        for task, indices in by_task.items():
+            repeats, rest = divmod(quotas[task], len(indices))
             some = torch.randperm(len(indices), generator=generator)[:rest].tolist()
             chosen += indices * repeats + [indices[i] for i in some]
         return [chosen[i] for i in torch.randperm(len(chosen), generator=generator).tolist()]
 
     def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self._seed * 1_000_003 + self._epoch)
-        if self._by_task:
-            order = self._drawn(generator)
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        if self.quotas is None:
+            order = torch.randperm(len(self.lengths), generator=generator).tolist()
         else:
-            order = torch.randperm(len(self._lengths), generator=generator).tolist()
-        if self._batch_size is None:
+            order = self._drawn(self.quotas, generator)
+        if self.batch_size is None:
             return iter(order)
-        run = self._batch_size * _BATCHES_PER_RUN
+        run = self.batch_size * _BATCHES_PER_RUN
         batches = []
         for start in range(0, len(order), run):
-            by_length = sorted(order[start : start + run], key=self._lengths.__getitem__, reverse=True)
-            batches += [by_length[i : i + self._batch_size] for i in range(0, len(by_length), self._batch_size)]
+            by_length = sorted(order[start : start + run], key=self.lengths.__getitem__, reverse=True)
+            batches += [by_length[i : i + self.batch_size] for i in range(0, len(by_length), self.batch_size)]
         # Only the very last batch may be short, or the loader's own cut would fall out of step with ours.
-        last = batches.pop() if batches and len(batches[-1]) < self._batch_size else []
+        last = batches.pop() if batches and len(batches[-1]) < self.batch_size else []
         shuffled = [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
-        longest = max(range(len(shuffled)), key=lambda i: self._lengths[shuffled[i][0]], default=0)
+        longest = max(range(len(shuffled)), key=lambda i: self.lengths[shuffled[i][0]], default=0)
         if shuffled:
             shuffled[0], shuffled[longest] = shuffled[longest], shuffled[0]
         return iter([index for batch in [*shuffled, last] for index in batch])
@@ -409,30 +403,32 @@ class ProgressBar(TrainerCallback):
     """One bar with the time left and the latest losses; it also says when the training waits for something else."""
 
     def __init__(self) -> None:
-        self._bar: tqdm | None = None
+        self._bar = tqdm(disable=True)  # until the training begins
         self._losses: dict[str, str] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.is_world_process_zero:
-            total = state.max_steps
-            self._bar = tqdm(total=total, initial=state.global_step, desc="Training", unit="step", dynamic_ncols=True)
+        self._bar = tqdm(
+            total=state.max_steps,
+            initial=state.global_step,
+            desc="Training",
+            unit="step",
+            dynamic_ncols=True,
+            disable=not state.is_world_process_zero,
+        )
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._bar is not None:
-            self._bar.set_description("Training", refresh=False)
+        self._bar.set_description("Training", refresh=False)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._bar is not None:
-            self._bar.update()
-            if control.should_evaluate or control.should_save:
-                self._bar.set_description("Evaluating" if control.should_evaluate else "Saving")
+        self._bar.update()
+        if control.should_evaluate or control.should_save:
+            self._bar.set_description("Evaluating" if control.should_evaluate else "Saving")
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._bar is not None:
-            self._bar.set_description("Saving" if control.should_save else "Training")
+        self._bar.set_description("Saving" if control.should_save else "Training")
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
-        if self._bar is not None and logs:
+        if logs:
             self._losses |= {name: f"{logs[name]:.3f}" for name in sorted(_LOSSES, reverse=True) if name in logs}
             self._bar.set_postfix(self._losses, refresh=False)
 
@@ -441,5 +437,4 @@ class ProgressBar(TrainerCallback):
 
     def close(self) -> None:
         """Ends the bar's line, for what is written after it."""
-        if self._bar is not None:
-            self._bar.close()
+        self._bar.close()

@@ -59,7 +59,7 @@ def test_a_cells_recipe_differs_in_what_the_cell_names():
         return recipe.model_dump(exclude={"compare", "method", "output"})
 
     plain = without_method(grid.recipe)
-    recipe = grid.recipe_of(Cell("lora", 0.02, 5, ("rivers", "cities")))
+    recipe = grid.recipe_of(Cell("lora", 0.02, 5, ["rivers", "cities"]))
     assert (recipe.method, recipe.compare) == (METHODS["lora"], None)
     assert recipe.output == "out/lora/order-rivers-cities/lr-0.02/seed-5"
     training = {**plain["training"], "learning_rate": 0.02, "seed": 5}
