@@ -99,11 +99,6 @@ def over_shards(like: torch.Tensor) -> OverShards:
     return combine
 
 
-def local_gradient(parameter: nn.Parameter) -> torch.Tensor | None:
-    """This process's part of ``.grad``."""
-    return parameter.grad.to_local() if isinstance(parameter.grad, DTensor) else parameter.grad
-
-
 def _reduced_gradient(parameter: nn.Parameter) -> torch.Tensor | None:
     return _deepspeed().safe_get_full_grad(parameter) if _kept_by_deepspeed(parameter) else parameter.grad
 
@@ -135,15 +130,12 @@ def whole_weights(model: nn.Module) -> dict[str, torch.Tensor] | None:
     """
     if not any(isinstance(parameter, DTensor) or hasattr(parameter, "ds_id") for parameter in model.parameters()):
         return None
-    trained = {name: _whole(parameter) for name, parameter in model.named_parameters() if parameter.requires_grad}
-    named = {**trained, **dict(model.named_buffers())}
+    named = dict(model.named_buffers())
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            is_shard = isinstance(parameter, DTensor)
+            named[name] = parameter.full_tensor() if is_shard else _deepspeed().safe_get_full_fp32_param(parameter)
     return {name: value.detach().cpu().contiguous() for name, value in named.items()}
-
-
-def _whole(parameter: nn.Parameter) -> torch.Tensor:
-    if isinstance(parameter, DTensor):
-        return parameter.full_tensor()
-    return _deepspeed().safe_get_full_fp32_param(parameter)
 
 
 def parameter_count(parameter: nn.Parameter) -> int:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import inspect
 import math
 import os
-from collections.abc import Iterable, Mapping, Sized
+from collections.abc import Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -140,7 +140,7 @@ class Regrouper:
         self.steps = 0
         self.metrics: dict[str, float] = {}
         self.windows = Windows(self._layers, optimizer)
-        self._probe = None if probe is None else OutputProbe(model, probe)
+        self._model, self._probe = model, [] if probe is None else prompts_of(probe)
         # Of several processes the first writes.
         self._log = StepLog(Path(log_path), step_key="logged_at") if log_path is not None and rank() == 0 else None
         self._log_is_open = False
@@ -182,7 +182,7 @@ class Regrouper:
         grams = self.windows.mean_grams()
         self._write_pending(grams)
         labels = self._solve(grams)
-        before = self._probe.output() if self._probe else None
+        before = answer_starts(self._model, self._probe) if self._probe else None
         for name, new_N in labels.items():
             layer, adapter = self._layers[name]
             old_N = _labels(layer, adapter)
@@ -199,7 +199,10 @@ class Regrouper:
                 "previous_labels": old_N.tolist(),
                 "labels": new_N.tolist(),
             }
-        change = self._probe.change(before) if self._probe and before is not None else None
+        change = None
+        if before is not None:
+            after = answer_starts(self._model, self._probe)
+            change = float((after - before).norm() / before.norm().clamp_min(1e-12))
         for name, window in self.windows.items():
             window.restart()
             if name in labels:
@@ -321,33 +324,20 @@ class RegroupCallback(TrainerCallback):
         return {f"regroup/{name}": value for name, value in metrics.items()}
 
 
-class OutputProbe:
-    """How much a regrouping changes what the model says: compares the logits that start an answer, on fixed prompts.
+@torch.no_grad()
+def answer_starts(model: nn.Module, prompts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The centred logits of every prompt's last position, (prompts, vocabulary), in evaluation mode.
 
-    Args:
-        batch: ``input_ids`` (B, T), and perhaps ``attention_mask`` and ``labels``, which leave out padding and answers.
+    The prompts are token ids (1, T), one at a time and unpadded, so that the padding side does not matter.
     """
-
-    def __init__(self, model: nn.Module, batch: Mapping[str, torch.Tensor]) -> None:
-        device = next(model.parameters()).device
-        self._model = model
-        # One prompt at a time and unpadded: the last position is then the answer's start whatever the padding side.
-        self._prompts = [prompt.to(device) for prompt in _prompts(batch)]
-        base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # pyright: ignore
-        last_only = "logits_to_keep" in inspect.signature(base.forward).parameters
-        self._options = {"use_cache": False, **({"logits_to_keep": 1} if last_only else {})}
-
-    @torch.no_grad()
-    def output(self) -> torch.Tensor:
-        """The centred logits of every prompt's last position, (prompts, vocabulary), in evaluation mode."""
-        with evaluation_mode(self._model):
-            rows = [self._model(input_ids=prompt, **self._options).logits[:, -1] for prompt in self._prompts]
-        logits = torch.cat(rows).float()
-        return logits - logits.mean(dim=-1, keepdim=True)  # the softmax does not see a common shift
-
-    def change(self, before: torch.Tensor) -> float:
-        """‖after − before‖ / ‖before‖."""
-        return float((self.output() - before).norm() / before.norm().clamp_min(1e-12))
+    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # pyright: ignore
+    last_only = "logits_to_keep" in inspect.signature(base.forward).parameters
+    options = {"use_cache": False, **({"logits_to_keep": 1} if last_only else {})}
+    device = next(model.parameters()).device
+    with evaluation_mode(model):
+        rows = [model(input_ids=prompt.to(device), **options).logits[:, -1] for prompt in prompts]
+    logits = torch.cat(rows).float()
+    return logits - logits.mean(dim=-1, keepdim=True)  # the softmax does not see a common shift
 
 
 def probe_batch(dataloader: Any) -> dict[str, torch.Tensor] | None:
@@ -363,7 +353,7 @@ def probe_batch(dataloader: Any) -> dict[str, torch.Tensor] | None:
     candidates: list[Any] = [dataset[i] for i in range(min(_CANDIDATES, len(dataset)))]  # pyright: ignore
     if all("input_ids" in example for example in candidates):
         shortest = min(candidates, key=lambda example: len(example["input_ids"]))
-        return {"input_ids": _prompts(collate([shortest]))[0][:, -_TOKENS:]}
+        return {"input_ids": prompts_of(collate([shortest]))[0][:, -_TOKENS:]}
     if "prompt_ids" not in candidates[0]:
         return None
     batch = collate(candidates[:_PAIRS])
@@ -372,7 +362,8 @@ def probe_batch(dataloader: Any) -> dict[str, torch.Tensor] | None:
     return {**rows, "labels": labels}
 
 
-def _prompts(batch: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+def prompts_of(batch: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+    """Each row's ``input_ids`` (1, T), without the padding of an ``attention_mask`` and the answer of ``labels``."""
     input_ids = batch["input_ids"]
     kept = batch.get("attention_mask", torch.ones_like(input_ids)).bool()
     if "labels" in batch:

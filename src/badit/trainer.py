@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.utils.data import Dataset, Sampler
 from tqdm import tqdm
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
@@ -23,7 +24,7 @@ from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, Traini
 from badit.arguments import TrainingSection
 from badit.errors import BaditError, say
 from badit.files import StepLog
-from badit.gradients import any_of_all, local_gradient, steps_in_backward
+from badit.gradients import any_of_all, steps_in_backward
 from badit.optimizer import OrthogonalUpdates, lora_plus_groups
 from badit.regroup import RegroupCallback
 from badit.tuner.model import hooks_of
@@ -331,8 +332,9 @@ class _EveryStep(TrainerCallback):
         trainer = self._trainer
         micro_batches, trainer.micro_batches = trainer.micro_batches, []
         parameters = [p for p in model.parameters() if p.grad is not None]
-        gradients = [local_gradient(parameter) for parameter in parameters]
-        tensors = [loss for loss, _ in micro_batches] + [gradient for gradient in gradients if gradient is not None]
+        gradients: list[Any] = [parameter.grad for parameter in parameters]
+        tensors = [loss for loss, _ in micro_batches]
+        tensors += [each.to_local() if isinstance(each, DTensor) else each for each in gradients]  # own shards
         # One synchronisation for all tensors.
         finite = torch.stack([tensor.isfinite().all() for tensor in tensors]).all()
         if not any_of_all(not bool(finite)):

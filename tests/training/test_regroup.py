@@ -17,7 +17,7 @@ from badit.data import AnswerCollator
 from badit.files import read_jsonl
 from badit.method import expert_angles, grouping_objective
 from badit.methods import build_method
-from badit.regroup import STATE_FILE, OutputProbe, probe_batch
+from badit.regroup import STATE_FILE, answer_starts, probe_batch, prompts_of
 from training.trainers import QUIET, adapted, adapter_state, assert_same, examples, make_trainer, on
 
 PROMPT = {"input_ids": torch.tensor([[5, 6, 7, 8]])}
@@ -304,12 +304,12 @@ def test_a_loop_continues_from_accelerates_checkpoint_or_from_safetensors(tiny_m
         resumed.regrouper.load_state_dict({**state, "windows": {}})
 
 
-def seen_by(model, probe):
-    """The token ids that the model runs on when the probe asks it."""
+def seen_by(model, batch):
+    """The token ids that the model runs on when a batch probes it."""
     seen = []
     base = model.get_base_model()
     handle = base.register_forward_pre_hook(lambda m, args, kwargs: seen.append(kwargs["input_ids"]), with_kwargs=True)
-    probe.output()
+    answer_starts(model, prompts_of(batch))
     handle.remove()
     return [ids.tolist() for ids in seen]
 
@@ -328,7 +328,7 @@ def test_the_default_probe_is_the_last_16_tokens_of_one_short_prompt(tiny_model)
         ([(14, 1)] * 16 + [(5, 1)], range(3, 17)),  # the seventeenth is not looked at
     ):
         rows = DataLoader([example(*pair) for pair in lengths], batch_size=2, collate_fn=AnswerCollator(0))
-        assert seen_by(model, OutputProbe(model, probe_batch(rows))) == [[list(expected)]]
+        assert seen_by(model, probe_batch(rows)) == [[list(expected)]]
     assert probe_batch(None) is None
 
 
@@ -336,10 +336,9 @@ def test_a_given_batch_is_used_without_padding_and_answers_and_leaves_the_model_
     model = adapted(tiny_model("llama")).train()
     model.get_base_model().model.layers[0].eval()
     modes = [module.training for module in model.modules()]
-    probe = OutputProbe(model, AnswerCollator(0)([example(50, 10), example(2, 1)]))
-    assert seen_by(model, probe) == [[list(range(3, 53))], [[3, 4]]]
-    before = probe.output()
-    assert torch.equal(probe.output(), before), "no dropout"
-    assert probe.change(before) == 0
+    batch = AnswerCollator(0)([example(50, 10), example(2, 1)])
+    assert seen_by(model, batch) == [[list(range(3, 53))], [[3, 4]]]
+    before = answer_starts(model, prompts_of(batch))
+    assert torch.equal(answer_starts(model, prompts_of(batch)), before), "no dropout"
     assert not before.requires_grad
     assert [module.training for module in model.modules()] == modes
