@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from badit.baselines.neurons import neuron_scores, top_neurons, union
+from badit.baselines.neurons import neuron_scores, top_neurons
 from badit.checkpoint import last_checkpoint
 from badit.data import AnswerCollator
 from badit.errors import BaditError
@@ -76,7 +76,7 @@ def neurons_of_tasks(recipe):
     for task in make_plan(recipe).tasks:
         batch = collate(encoded(tokenizer, recipe, [(task, instance) for instance in task.train], None))
         masks.append(top_neurons(neuron_scores(model, [batch]), SHARE))
-    return union(*masks)
+    return {name: sum(mask[name] for mask in masks).bool() for name in masks[0]}
 
 
 def test_task_neurons_change_the_tasks_neurons_only(recipe_values, trained):
