@@ -26,7 +26,7 @@ from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 
-from badit.errors import BaditError, refuse_unknown
+from badit.errors import BaditError
 
 Form = Literal["standard", "released"]
 FORMS: tuple[Form, ...] = get_args(Form)
@@ -121,9 +121,8 @@ def continual_scores(
         The scores; forgetting and backward transfer are 0 for a single task, which has nothing to forget.
 
     Raises:
-        BaditError: a matrix that is not square, a missing score, or an unknown form.
+        BaditError: a matrix that is not square, or a missing score.
     """
-    refuse_unknown("form", form, FORMS)
     tasks, earlier = range(len(scores)), range(len(scores) - 1)
     measured = [score for i, row in enumerate(scores) for score in row[: i + 1]]
     if not tasks or any(len(row) != len(tasks) for row in scores) or not all(map(math.isfinite, measured)):

@@ -126,15 +126,14 @@ def test_a_worked_example():
 
 
 @pytest.mark.parametrize(
-    ("matrix", "single_task", "form", "message"),
+    ("matrix", "single_task", "message"),
     [
-        ([], None, "standard", "must be a square matrix"),
-        ([[1.0], [1.0, 2.0]], None, "standard", "must be a square matrix"),
-        ([[1.0, NAN], [NAN, 2.0]], None, "standard", "a score for each task that was trained by then"),
-        ([[1.0, NAN], [1.0, 2.0]], [1.0], "standard", "2 finite scores"),
-        ([[1.0]], None, "realeased", "did you mean 'released'"),
+        ([], None, "must be a square matrix"),
+        ([[1.0], [1.0, 2.0]], None, "must be a square matrix"),
+        ([[1.0, NAN], [NAN, 2.0]], None, "a score for each task that was trained by then"),
+        ([[1.0, NAN], [1.0, 2.0]], [1.0], "2 finite scores"),
     ],
 )
-def test_incomplete_scores_are_refused(matrix, single_task, form, message):
+def test_incomplete_scores_are_refused(matrix, single_task, message):
     with pytest.raises(BaditError, match=message):
-        continual_scores(matrix, single_task, form=form)
+        continual_scores(matrix, single_task)

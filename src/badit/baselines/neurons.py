@@ -25,7 +25,6 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from badit.errors import BaditError
-from badit.tuner.config import SHARE
 
 # The first projections, whose outputs are neurons, and the last, whose inputs they are.
 _PROJECTIONS = ((("gate_proj", "up_proj"), "down_proj"), (("c_fc",), "c_proj"))
@@ -59,14 +58,11 @@ def neuron_scores(model: PreTrainedModel, batches: Iterable[Mapping[str, Any]]) 
             positions += int(batch["attention_mask"].sum())
     finally:
         model.train(training)
-    if not positions:
-        raise BaditError("batches: there are none; give at least one batch of the task's examples")
     return {name: total_F / positions for name, total_F in totals.items()}
 
 
 def top_neurons(scores: Mapping[str, torch.Tensor], share: float) -> dict[str, torch.Tensor]:
     """Masks (F,) of the ``share`` (above 0, at most 1) of all neurons with the highest scores, at least one."""
-    SHARE.check("share", share)
     flat = torch.cat(list(scores.values()))
     chosen = torch.zeros(len(flat), dtype=torch.bool)
     chosen[flat.argsort(descending=True, stable=True)[: max(1, round(share * len(flat)))]] = True
