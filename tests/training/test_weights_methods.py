@@ -38,8 +38,13 @@ def trained_count(run):
 @pytest.fixture
 def trained(monkeypatch):
     """The models of the runs, as they are when their training has ended."""
-    models = []
-    monkeypatch.setattr(WeightsMethod, "after_training", lambda self, model, batches: models.append(model))
+    models, save = [], WeightsMethod.save
+
+    def kept(self, model, *args):
+        models.append(model)
+        save(self, model, *args)
+
+    monkeypatch.setattr(WeightsMethod, "save", kept)
     return models
 
 
