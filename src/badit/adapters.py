@@ -23,9 +23,10 @@ from badit.tuner.config import FORMAT_FIELD, RETIRED_FIELDS, refuse_newer_format
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# What a run fills in by itself, or PEFT for its own bookkeeping: it may differ from the recipe's.
-_BOOKKEEPING = {"task_type", "base_model_name_or_path", "revision", "inference_mode", "peft_version", "tasks",
-                "past_branches", "target_modules", "fan_in_fan_out", FORMAT_FIELD}  # fmt: skip
+#: What a run fills in by itself, or PEFT for its own bookkeeping.
+BOOKKEEPING = {"task_type", "base_model_name_or_path", "revision", "inference_mode", "peft_version", "tasks",
+               "past_branches", FORMAT_FIELD}  # fmt: skip
+_MAY_DIFFER = BOOKKEEPING | {"target_modules", "fan_in_fan_out"}  # from the recipe's
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -67,12 +68,12 @@ def _check_settings(path: Path, config: PeftConfig, shapes: Shapes) -> None:
     except BaditError as error:
         raise BaditError(f"{path}: {error}") from None
     defaults = type(config)().to_dict()
-    if unknown := sorted(saved.keys() - defaults.keys() - _BOOKKEEPING - RETIRED_FIELDS):
+    if unknown := sorted(saved.keys() - defaults.keys() - _MAY_DIFFER - RETIRED_FIELDS):
         fix = "upgrade it, or remove the line"
         raise BaditError(f"{path}: {unknown[0]!r:.60}: is no setting that this PEFT knows; {fix}")
     for key, expected in _plain(config.to_dict()).items():
         found = _plain(saved.get(key, defaults[key]))
-        if key not in _BOOKKEEPING and found != expected:
+        if key not in _MAY_DIFFER and found != expected:
             differs = f"is {found!r:.60}, but the run's recipe says {expected!r:.60}"
             raise BaditError(f"{path}: {key}: {differs}; this is another run's adapter")
     # An expression is matched against every module's name, and some take forever: only the recipe's own is taken.

@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 from transformers.pytorch_utils import Conv1D
 
-from badit.adapters import load_adapter, tensor_shapes
+from badit.adapters import BOOKKEEPING, load_adapter, tensor_shapes
 from badit.angles import AngleLog
 from badit.baselines import BASELINES, Baseline, neurons
 from badit.errors import BaditError, explained, first_line, nearest
@@ -37,16 +37,15 @@ from badit.run import Run
 from badit.surgery import Surgery, SurgeryTrainer
 from badit.trainer import AnswerTrainer
 from badit.tuner import BaditConfig
-from badit.tuner.config import COUNT, FORMAT_FIELD, RETIRED_FIELDS, SHARE, check_options, described, option
+from badit.tuner.config import COUNT, RETIRED_FIELDS, SHARE, check_options, described, option
 from badit.tuner.model import TaskBatches, hooks_of
 from badit.tuner.targets import chosen_targets
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# PEFT's own bookkeeping and what a run fills in: no recipe sets them.
-_INTERNAL = {"peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
-             "inference_mode", "runtime_config", "tasks", "past_branches", FORMAT_FIELD}  # fmt: skip
+# No recipe sets them.
+_INTERNAL = BOOKKEEPING | {"peft_type", "auto_mapping", "runtime_config"}
 WEIGHTS = "weights.safetensors"
 Tensors = Mapping[str, torch.Tensor]
 

@@ -261,9 +261,6 @@ class EpochSampler(Sampler[int]):
     quotas: Mapping[str, int] | None = None
     epoch: int = 0
 
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
     def __len__(self) -> int:
         return len(self.lengths) if self.quotas is None else sum(self.quotas[task] for task in set(self.tasks))
 
@@ -312,7 +309,7 @@ class _EveryStep(TrainerCallback):
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # ``state.epoch`` is whole at an epoch's start, and keeps that part where a run is resumed within.
-        self._trainer.sampler.set_epoch(int(state.epoch or 0))
+        self._trainer.sampler.epoch = int(state.epoch or 0)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         hooks_of(kwargs["model"]).after_update()

@@ -64,7 +64,7 @@ def test_accumulated_batches_weigh_tokens_equally(tiny_model, tmp_path):
 
 def order_of(lengths, batch_size, seed=0, epoch=0, tasks=(), quotas=None):
     sampler = EpochSampler(lengths, batch_size=batch_size, seed=seed, tasks=tasks, quotas=quotas)
-    sampler.set_epoch(epoch)
+    sampler.epoch = epoch
     return list(sampler)
 
 
