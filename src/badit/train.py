@@ -122,16 +122,15 @@ def make_plan(recipe: Recipe, *, split: Split | None = None) -> Plan:
     method.refuse_recipe(recipe)
     with status("reading the tasks"):
         tasks = data.load()
-    fix = "set data.validation_per_task to hold some out of its training instances"
-    needed = {split or recipe.evaluation.split: "data"}
-    if recipe.training.eval_strategy != "no":
-        needed.setdefault("validation", "training.eval_strategy")
+    split = split or recipe.evaluation.split
+    hold_out = "set data.validation_per_task to hold some out of its training instances"
+    score_those = "evaluation.split=validation data.validation_per_task=10 scores held-out training instances"
     for task in tasks:
-        for name, field in needed.items():
-            if not getattr(task, name):
-                if name == "test":
-                    fix = "evaluation.split=validation data.validation_per_task=10 scores held-out training instances"
-                raise BaditError(f"{field}: task {task.name} has no {name} instances; {fix}")
+        if not getattr(task, split):
+            fix = score_those if split == "test" else hold_out
+            raise BaditError(f"data: task {task.name} has no {split} instances; {fix}")
+        if recipe.training.eval_strategy != "no" and not task.validation:
+            raise BaditError(f"training.eval_strategy: task {task.name} has no validation instances; {hold_out}")
     if data.order is not None:
         tasks = ordered(tasks, data.order)
     untrained = [task.name for task in tasks if not task.train]
