@@ -91,14 +91,9 @@ class Windows(dict[str, Window]):
         return [one.gate_sums.pop(adapter, None) if isinstance(one, BaditLinear) else None for one, adapter in places]
 
     def mean_grams(self) -> dict[str, np.ndarray]:
-        """The mean Grams on the CPU, in one copy for all layers; windows without steps are left out."""
+        """The mean Grams on the CPU; windows without steps are left out."""
         means = {name: window.gram_sum / window.steps for name, window in self.items() if window.gram_sum is not None}
-        if not means:
-            return {}
-        device = next(iter(means.values())).device
-        flat = torch.cat([mean_NN.flatten().to(device) for mean_NN in means.values()]).cpu().double()
-        parts = flat.split([mean_NN.numel() for mean_NN in means.values()])
-        return {name: part.view(means[name].shape).numpy() for name, part in zip(means, parts, strict=True)}
+        return {name: mean_NN.cpu().double().numpy() for name, mean_NN in means.items()}
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """Tensors, and plain values. All ranks must ask for it; of the gates each has sums of its own."""
