@@ -217,12 +217,9 @@ class Regrouper:
         for index, (name, gram_NN) in enumerate(grams.items()):
             seed = [self.options.seed, self.steps, index]
             old_N = _labels(*self._layers[name])
-            labels[name] = group_components(gram_NN, old_N, solver=solver, restarts=restarts, seed=seed)
-        if not labels:
-            return {}
-        shared = of_first(torch.from_numpy(np.concatenate(list(labels.values())))).numpy()
-        ends = np.cumsum([len(labels_N) for labels_N in labels.values()])[:-1]
-        return dict(zip(labels, np.split(shared, ends), strict=True))
+            new_N = group_components(gram_NN, old_N, solver=solver, restarts=restarts, seed=seed)
+            labels[name] = of_first(torch.from_numpy(new_N)).numpy()
+        return labels
 
     def _write_pending(self, grams: Mapping[str, np.ndarray]) -> None:
         """Completes the lines of the last regrouping with the angles of the window that followed it."""
