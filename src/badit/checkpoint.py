@@ -158,6 +158,7 @@ class StopOnSignal(TrainerCallback):
 
     def __init__(self) -> None:
         self._asked = self._stopping = False
+        self._step = 0
         self._former: dict[int, Any] = {}
 
     def __enter__(self) -> StopOnSignal:
@@ -176,9 +177,14 @@ class StopOnSignal(TrainerCallback):
             raise KeyboardInterrupt
         self._asked = True
         if is_main_process():  # written directly: the handler may have come in the middle of a print
-            os.write(2, b"\nbadit: finishing the step and saving; press Ctrl-C again to stop now\n")
+            line = f"\nbadit: finishing step {self._step} and saving; press Ctrl-C again to stop now\n"
+            os.write(2, line.encode())
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._step = state.global_step + 1
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._step = state.global_step + 1  # what comes now, such as an evaluation, belongs to the next one
         self._stopping = any_of_all(self._asked)
         if self._stopping:
             control.should_save = True
