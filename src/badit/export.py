@@ -319,7 +319,7 @@ def _refuse_other_files(folder: Path) -> None:
         raise BaditError(f"{folder}: is a file; choose another folder with -o")
     if Path.cwd().is_relative_to(folder.resolve()):
         raise BaditError(f"{folder}: has the current folder in it, and is replaced as a whole; choose another with -o")
-    own: list[Any] = [OWNER]
+    own: list[Any] = [OWNER, f"{OWNER}.partial"]  # a killed process leaves it
     if (folder / RECORD).is_file():
         refuse_links(folder)
         files = read_json(folder / RECORD).get("files")

@@ -27,7 +27,7 @@ CASES: dict[str, list[int | None]] = {
     "train a sequence": [150],
     "evaluate": [None, 0, 4],
     "analyze": [None, 0, 16],
-    "export": [None, 8],
+    "export": [None, 0, 8],
     "export --merged": [40],
     "report": [None, 0],
 }
