@@ -122,6 +122,8 @@ def test_an_interrupted_run_ends_as_one_that_was_not(recipe_values, tmp_path, me
     assert begun == [5], "the sixth step only"
     assert_same(learned(run), learned(whole))
     assert trained_count(whole) == trained_count(run)
+    weights = [next(each.adapter_path.glob("*.safetensors")).read_bytes() for each in (whole, run)]
+    assert weights[0] == weights[1], "the metadata too"
 
 
 @pytest.mark.parametrize(
