@@ -1,12 +1,12 @@
-"""A process of ``badit train`` that ends as it is told to: by a signal, or on a full disk.
+"""A process of ``badit`` that ends as it is told to: by a signal, or on a full disk.
 
-``test_kills`` forks one for each order from a server that has imported this module. An order has
+The tests fork one for each order from a server that has imported this module. An order has
 
-    recipe    the file to train
-    output    the run's folder
+    command   its words
+    output    the folder that it writes
     counts    a file for the counts of the events, if the process ends by itself
     errors    a file for the process's standard error
-    event     when to strike: a callback's event such as on_step_end, or "file", an operation on a file of the run
+    event     when to strike: a callback's event such as on_step_end, or "file", an operation on a file in that folder
     number    at which of these events, counted from 1 (0: never)
     signal    what to send itself there; or 0: from there on no file may grow beyond 2 kB, as on a full disk
 """
@@ -24,7 +24,9 @@ import peft.utils.transformers_weight_conversion  # noqa: F401
 import rouge_score.rouge_scorer  # noqa: F401
 import transformers.models.llama.modeling_llama  # noqa: F401
 
-import badit.evaluate  # noqa: F401 (imported, as are those above, so that the forked processes need not)
+import badit.analysis.analyze
+import badit.evaluate
+import badit.export  # noqa: F401
 from badit.cli import main
 from badit.methods import AdapterMethod
 from training.trainers import on
@@ -57,12 +59,12 @@ class Striker:
             self.count("file")
 
 
-def train(order: dict[str, Any]) -> None:
+def run(order: dict[str, Any]) -> None:
     for stream, path in ((1, os.devnull), (2, order["errors"])):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
     striker, own = Striker(order), AdapterMethod.callbacks
     AdapterMethod.callbacks = lambda self, run: [*own(self, run), *striker.callbacks]  # pyright: ignore
-    code = main(["train", order["recipe"], f"output={order['output']}"])
+    code = main(order["command"])
     Path(order["counts"]).write_text(json.dumps(striker.counts))
     sys.exit(code)
 

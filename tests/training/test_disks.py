@@ -1,5 +1,7 @@
 """On a full disk or a read-only file system a command says so in one line; with room it continues to the same result.
 
+So does a command that is killed. Kills of a training are in test_kills.
+
 The disk is a small tmpfs. Where none may be mounted, a limit on the size of files stands in for it.
 """
 
@@ -7,6 +9,7 @@ from __future__ import annotations
 
 import resource
 import shutil
+import signal
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -18,6 +21,7 @@ import yaml
 from badit.cli import main
 from fuzz.command import STRESS
 from materials import make_recipe
+from training import killed
 
 FULL = "cannot be written, the disk (or a quota) is full; make room and run the same command again"
 READ_ONLY = "cannot be written, the file system is read-only; choose a folder that can be written"
@@ -120,3 +124,24 @@ def test_a_disk_that_cannot_be_written(command, room, whole, disk, capsys):
     assert main(arguments) == 0
     assert contents(place) == contents(whole[command])
     assert not list(disk.folder.rglob("*.partial"))
+
+
+@pytest.mark.parametrize("command", ["evaluate", "analyze", "export", "export --merged", "report"])
+def test_a_command_that_is_killed_in_an_operation_on_a_file(command, whole, processes, tmp_path):
+    folder = whole["train"].parent
+    for number in [*range(1, 10 * STRESS + 1)] if STRESS > 1 else [1, 3]:
+        place = tmp_path / str(number)
+        paths = {"output": place, "counts": tmp_path / "counts.json", "errors": tmp_path / "errors.txt"}
+        order = {"command": words(command, folder, whole["train"], place)} | {key: str(paths[key]) for key in paths}
+        process = processes.Process(
+            target=killed.run, args=({**order, "event": "file", "number": number, "signal": signal.SIGKILL},)
+        )
+        process.start()
+        process.join()
+        if process.exitcode == 0:
+            assert number > 1, "there are fewer operations"
+            return
+        assert process.exitcode == -signal.SIGKILL
+        assert main(order["command"]) == 0
+        assert contents(place) == contents(whole[command])
+        assert not list(place.rglob("*.partial"))

@@ -4,19 +4,16 @@
 ``make test`` at two of each.
 """
 
-import multiprocessing
 import os
 import random
 import signal
 from pathlib import Path
-from unittest.mock import patch
 
 import pytest
 import yaml
 
 from badit.files import read_json
 from training import killed
-from training.launches import TESTS
 
 KILLS = 20 if os.environ.get("BADIT_STRESS") else 2
 
@@ -42,16 +39,6 @@ KINDS = {
 }
 
 
-@pytest.fixture(scope="module")
-def processes():
-    """Forks of a server process that has imported everything once."""
-    path = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["training.killed"])
-    with patch.dict(os.environ, {"PYTHONPATH": path, "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1"}):
-        yield context
-
-
 @pytest.fixture(scope="module", params=KINDS)
 def train(request, processes, material, tmp_path_factory):
     """Trains one kind of run into a folder, to its end or to where it is struck; "whole" has been trained."""
@@ -66,9 +53,10 @@ def train(request, processes, material, tmp_path_factory):
     (folder / "recipe.yaml").write_text(yaml.safe_dump(values))
 
     def run(name, event="", number=0, sent=0):
-        paths = {"recipe": "recipe.yaml", "output": name, "counts": f"{name}.json", "errors": f"{name}.txt"}
+        paths = {"output": name, "counts": f"{name}.json", "errors": f"{name}.txt"}
         order = {key: str(folder / path) for key, path in paths.items()} | {"event": event, "number": number}
-        process = processes.Process(target=killed.train, args=({**order, "signal": sent},))
+        order |= {"command": ["train", str(folder / "recipe.yaml"), f"output={order['output']}"], "signal": sent}
+        process = processes.Process(target=killed.run, args=(order,))
         process.start()
         process.join()
         return {"status": process.exitcode, "errors": Path(order["errors"]).read_text()}
