@@ -85,3 +85,9 @@ def test_options_and_control_characters():
         Path("elsewhere").read_bytes()
     assert str(BaditError("a\x1b[2J\nb\u202e\ud800é")) == one_line("a\x1b[2J\nb\u202e\ud800é")
     assert one_line("a\x1b[2J\nb\u202e\ud800é") == r"a\x1b[2J\nb\u202e\ud800é"
+
+
+def test_a_name_too_long_for_any_file_loses_its_middle(tmp_path):
+    with pytest.raises(BaditError, match="cannot be read or written") as caught, explained(tmp_path / ("9" * 5000)):
+        raise system_error(errno.ENAMETOOLONG, "8" * 5000)
+    assert len(str(caught.value)) < 1500

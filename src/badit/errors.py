@@ -59,13 +59,18 @@ def explained(
         file = getattr(error, "filename", None)
         file = os.fsdecode(file) if isinstance(file, str | bytes | os.PathLike) else ""
         place = str(where) or file
-        problem = _explanation(error, action, named="" if file in ("", place) else f": {file}")
+        problem = _explanation(error, action, named="" if file in ("", place) else f": {_cut(file)}")
         if problem is None:
             if not any_error:
                 raise
             problem = f"cannot be {action} ({first_line(error)})"
-        message = f"{place}: {problem}" if place else problem
+        message = f"{_cut(place)}: {problem}" if place else problem
         raise BaditError(f"{message}; {fix}" if fix else message) from error
+
+
+def _cut(name: str) -> str:
+    """A file's name, without its middle if it is too long for any file."""
+    return name if len(name) <= 500 else f"{name[:200]} … {name[-200:]}"
 
 
 def _explanation(error: Exception, action: str, named: str) -> str | None:
