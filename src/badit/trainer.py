@@ -309,7 +309,8 @@ class _EveryStep(TrainerCallback):
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # ``state.epoch`` is whole at an epoch's start, and keeps that part where a run is resumed within.
-        self._trainer.sampler.epoch = int(state.epoch or 0)
+        if self._trainer.sampler is not None:  # a subclass may have another
+            self._trainer.sampler.epoch = int(state.epoch or 0)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         hooks_of(kwargs["model"]).after_update()
