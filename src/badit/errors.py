@@ -29,10 +29,12 @@ class BaditError(ValueError):
     """Bad input. The message names the file, the field and the fix; the command line prints it and exits with 2.
 
     Every mistake has one line: a line break or a control character, such as one in a file's name, stands as its escape.
+    The middle of a line of more than 1,200 characters, such as one with an endless name, is left out.
     """
 
     def __init__(self, *messages: str) -> None:
-        super().__init__("\n".join(map(one_line, messages)))
+        lines = map(one_line, messages)
+        super().__init__("\n".join(line if len(line) <= 1200 else f"{line[:800]} … {line[-300:]}" for line in lines))
 
 
 @contextmanager
@@ -59,18 +61,13 @@ def explained(
         file = getattr(error, "filename", None)
         file = os.fsdecode(file) if isinstance(file, str | bytes | os.PathLike) else ""
         place = str(where) or file
-        problem = _explanation(error, action, named="" if file in ("", place) else f": {_cut(file)}")
+        problem = _explanation(error, action, named="" if file in ("", place) else f": {file}")
         if problem is None:
             if not any_error:
                 raise
             problem = f"cannot be {action} ({first_line(error)})"
-        message = f"{_cut(place)}: {problem}" if place else problem
+        message = f"{place}: {problem}" if place else problem
         raise BaditError(f"{message}; {fix}" if fix else message) from error
-
-
-def _cut(name: str) -> str:
-    """A file's name, without its middle if it is too long for any file."""
-    return name if len(name) <= 500 else f"{name[:200]} … {name[-200:]}"
 
 
 def _explanation(error: Exception, action: str, named: str) -> str | None:
