@@ -10,7 +10,7 @@ from statistics import median
 
 ROOT = Path(__file__).parents[1]
 SOURCE_LINES, SOURCE_MODULES, MODULE_LINES = 17_450, 87, 500
-TEST_LINES = 18_530
+TEST_LINES = 18_580
 
 
 def lines(folder: Path) -> dict[str, int]:
