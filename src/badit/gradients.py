@@ -67,9 +67,13 @@ def stacked(tensors: Sequence[torch.Tensor], features: int) -> torch.Tensor:
     if not isinstance(first, DTensor):
         return torch.stack(list(tensors))
     local = torch.stack([tensor.to_local() for tensor in tensors])  # pyright: ignore[reportAttributeAccessIssue]
-    rows = [Shard(place.dim + 1) if isinstance(place, Shard) else place for place in first.placements]
-    whole = dtensor(local, first, rows, (len(tensors), *first.shape))
+    whole = dtensor(local, first, of_stack(first), (len(tensors), *first.shape))
     return whole.redistribute(placements=along(features + 1, first)).to_local()
+
+
+def of_stack(like: DTensor) -> list[Any]:
+    """The placements of a stack of tensors, each divided as this one."""
+    return [Shard(place.dim + 1) if isinstance(place, Shard) else place for place in like.placements]
 
 
 def along(features: int, like: DTensor) -> list[Shard | Replicate]:

@@ -19,12 +19,12 @@ from typing import Any, get_args
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
 
 from badit.arguments import OptimizerName
 from badit.errors import BaditError, refuse_unknown
-from badit.gradients import alike, along, dtensor, over_shards, stacked
+from badit.gradients import alike, along, dtensor, of_stack, over_shards, stacked
 from badit.method import Moments, no_moments, orthogonal_updates
 
 OPTIMIZERS: tuple[OptimizerName, ...] = get_args(OptimizerName)
@@ -323,8 +323,7 @@ def _subtract(factors: Sequence[nn.Parameter], update: torch.Tensor, features: i
     first, parts = factors[0], list[torch.Tensor](factors)
     if isinstance(first, DTensor):
         whole = dtensor(update, first, along(features + 1, first), (len(factors), *first.shape))
-        rows = [Shard(place.dim + 1) if isinstance(place, Shard) else place for place in first.placements]
-        update = whole.redistribute(placements=rows).to_local()
+        update = whole.redistribute(placements=of_stack(first)).to_local()
         parts = [factor.to_local() for factor in factors]  # pyright: ignore[reportAttributeAccessIssue]
     if shrink is not None:
         torch._foreach_mul_(parts, shrink)  # pyright: ignore[reportPrivateImportUsage]

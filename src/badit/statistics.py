@@ -26,7 +26,7 @@ from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 
-from badit.errors import BaditError
+from badit.errors import BaditError, refuse_unknown
 
 Form = Literal["standard", "released"]
 FORMS: tuple[Form, ...] = get_args(Form)
@@ -69,11 +69,17 @@ def paired_bootstrap(differences_by_task: Mapping[str, np.ndarray], *, resample_
     a seed or a task order, as in a sequential comparison, are not quite.
 
     Args:
-        differences_by_task: (S, N) each: finite scores of the method minus those of the reference. N may differ; the
+        differences_by_task: (S, N) each: score of the method minus score of the reference. N may differ by task; the
             runs are the same and in the same order for all tasks, whose own order does not matter.
         resample_seeds: draw runs too; without it the interval is one for these very runs.
+
+    Raises:
+        BaditError: no tasks, or differences that are empty, not finite, or of another shape.
     """
     tasks_SN = [np.asarray(task_SN, dtype=np.float64) for _, task_SN in sorted(differences_by_task.items())]
+    shapes = {(task_SN.ndim, *task_SN.shape[:1]) for task_SN in tasks_SN}
+    if len(shapes) != 1 or not all(x.ndim == 2 and x.size and np.isfinite(x).all() for x in tasks_SN):
+        raise BaditError("differences_by_task: every task needs finite numbers of the shape (runs, instances)")
     rng = np.random.default_rng(0)
     runs = len(tasks_SN[0])
     drawn_RS = rng.integers(runs, size=(_RESAMPLES, runs)) if resample_seeds else np.arange(runs)[None]
@@ -121,8 +127,9 @@ def continual_scores(
         The scores; forgetting and backward transfer are 0 for a single task, which has nothing to forget.
 
     Raises:
-        BaditError: a matrix that is not square, or a missing score.
+        BaditError: a matrix that is not square, a missing score, or an unknown form.
     """
+    refuse_unknown("form", form, FORMS)
     tasks, earlier = range(len(scores)), range(len(scores) - 1)
     measured = [score for i, row in enumerate(scores) for score in row[: i + 1]]
     if not tasks or any(len(row) != len(tasks) for row in scores) or not all(map(math.isfinite, measured)):

@@ -96,6 +96,14 @@ def test_the_interval_covers_the_true_difference(monkeypatch):
     assert ten > max(three, 0.85)
 
 
+@pytest.mark.parametrize(
+    "tables", [[], *([np.zeros(shape)] for shape in (4, (0, 3), (2, 0))), [[[1.0, NAN]]], [*TASKS.values(), [[1.0]]]]
+)
+def test_bad_differences_are_refused(tables):
+    with pytest.raises(BaditError, match="every task needs finite numbers of the shape"):
+        paired_bootstrap(dict(enumerate(tables)))
+
+
 def naive_scores(a, released):
     """The formulas with indices from 0; released code takes scores from before a task was trained, and divides by T."""
     T = len(a)
@@ -126,14 +134,15 @@ def test_a_worked_example():
 
 
 @pytest.mark.parametrize(
-    ("matrix", "single_task", "message"),
+    ("matrix", "single_task", "form", "message"),
     [
-        ([], None, "must be a square matrix"),
-        ([[1.0], [1.0, 2.0]], None, "must be a square matrix"),
-        ([[1.0, NAN], [NAN, 2.0]], None, "a score for each task that was trained by then"),
-        ([[1.0, NAN], [1.0, 2.0]], [1.0], "2 finite scores"),
+        ([], None, "standard", "must be a square matrix"),
+        ([[1.0], [1.0, 2.0]], None, "standard", "must be a square matrix"),
+        ([[1.0, NAN], [NAN, 2.0]], None, "standard", "a score for each task that was trained by then"),
+        ([[1.0, NAN], [1.0, 2.0]], [1.0], "standard", "2 finite scores"),
+        ([[1.0]], None, "realeased", "did you mean 'released'"),
     ],
 )
-def test_incomplete_scores_are_refused(matrix, single_task, message):
+def test_incomplete_scores_are_refused(matrix, single_task, form, message):
     with pytest.raises(BaditError, match=message):
-        continual_scores(matrix, single_task)
+        continual_scores(matrix, single_task, form=form)

@@ -164,6 +164,8 @@ def test_a_seed_determines_the_grouping(seed, solver):
 def test_inputs_that_do_not_fit_are_refused(gram, labels, message):
     with pytest.raises(BaditError, match=message):
         group_components(gram, np.array(labels, dtype=np.int64))
+    with pytest.raises(BaditError, match=r"solver: unknown 'greedy'.*swap, paper"):
+        group_components(np.eye(4), contiguous(2, 2), solver="greedy")
 
 
 @pytest.mark.parametrize(("components", "num_experts"), [(6, 3), (8, 2), (8, 4), (9, 3), (10, 2)])

@@ -138,6 +138,7 @@ def test_samples_of_a_task_are_chosen_and_a_figure_is_saved(browser, page, tmp_p
     browser.find_element(By.XPATH, "//summary[text()='1290 xsum']").click()
     answers = browser.find_elements(By.CSS_SELECTOR, ".samples details")
     (seen,) = [each for each in answers if each.get_attribute("open")]
+    assert seen.get_attribute("title") == "task1290_xsum_summarization"
     assert any(mark in seen.text for mark in ("✓ right", "≈ partly right", "✗ wrong"))
     browser.execute_cdp_cmd("Browser.setDownloadBehavior", {"behavior": "allow", "downloadPath": str(tmp_path)})
     browser.find_element(By.CSS_SELECTOR, "#gates-1-badit .save").click()

@@ -152,9 +152,11 @@ def test_every_figure_exports(blocks, tmp_path):
 
 
 def test_figures_follow_the_schema_and_name_no_colours(blocks):
+    captioned = [block for block in blocks if block.caption]
+    assert {block.title for block in captioned} == {block.title for block in blocks}
+    assert all(block.caption.endswith(".") for block in captioned)
     for block in blocks:
         block.content.to_dict(validate=True)
-        assert block.specification["description"].endswith(".")
         assert block.caption in block.specification["description"]
         assert "config" not in block.specification
         assert block.specification["width"] == "container"

@@ -22,7 +22,6 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from badit.analysis.gradients import layer_and_module
 from badit.analysis.tables import Table
@@ -135,11 +134,13 @@ def prompt_gates(model: Any, batches: Batches) -> PromptGates:
 
 
 @torch.no_grad()
-def mean_component_gates(model: Any, batches: Batches, *, progress: bool = False) -> dict[str, list[torch.Tensor]]:
+def mean_component_gates(model: Any, batches: Batches) -> dict[str, list[torch.Tensor]]:
     """By task, the components' gates (N) in every adapted layer, as they multiply, the mean over the task's prompts."""
     adapted = adapted_layers(model)
-    tasks = tqdm(batches.items(), desc="Gates", unit="task", disable=not progress)
-    return {task: [g_PN.mean(dim=0) for g_PN in _component_gates(model, adapted, of_task)] for task, of_task in tasks}
+    return {
+        task: [g_PN.mean(dim=0) for g_PN in _component_gates(model, adapted, of_task)]
+        for task, of_task in batches.items()
+    }
 
 
 def _component_gates(model: Any, experts: Sequence[Experts], of_task: Sequence[Any]) -> list[torch.Tensor]:

@@ -21,13 +21,13 @@ Shape suffixes: N = components, K = experts, I/O = in/out features. Solvers run 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
 
-from badit.errors import BaditError
+from badit.errors import BaditError, refuse_unknown
 
 Solver = Literal["swap", "paper"]
 # (tensor, "max" or "sum") -> the tensor combined over processes.
@@ -94,8 +94,9 @@ def group_components(
         Integer labels, permuted to overlap ``current_N`` as much as possible: an expert keeps its row of the router.
 
     Raises:
-        BaditError: a Gram that is not square, finite and of the labels' size; unbalanced labels.
+        BaditError: a Gram that is not square, finite and of the labels' size; unbalanced labels; an unknown solver.
     """
+    refuse_unknown("solver", solver, get_args(Solver))
     gram_NN, current_N = np.asarray(gram_NN, dtype=np.float64), np.asarray(current_N, dtype=np.int64)
     if gram_NN.shape != (len(current_N), len(current_N)):
         raise BaditError(f"the Gram matrix has shape {gram_NN.shape}, the labels name {len(current_N)} components")

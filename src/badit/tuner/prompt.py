@@ -274,8 +274,8 @@ def cache_of(output: Mapping[str, Any]) -> dict[str, Any]:
 
 def select_rows(cache: Mapping[str, Any], rows_R: torch.Tensor) -> bool:
     """Keeps these rows (indices) of a batch's cache and of the gates that it holds; False where that cannot be done."""
-    kept: Any = next(iter(cache.values()), None)
-    if not all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in getattr(kept, "layers", [None])):
+    kept = _with_layers_of(cache, DynamicLayer, DynamicSlidingWindowLayer)
+    if kept is None:
         return False
     kept.batch_select_indices(rows_R)
     if held := getattr(kept, _HELD, None):
@@ -285,11 +285,16 @@ def select_rows(cache: Mapping[str, Any], rows_R: torch.Tensor) -> bool:
 
 def drop_last(cache: Mapping[str, Any], count: int) -> bool:
     """Removes the last positions of a cache, which keeps its gates; False where that cannot be done."""
-    kept: Any = next(iter(cache.values()), None)
-    if not all(type(layer) is DynamicLayer for layer in getattr(kept, "layers", [None])):
-        return False
-    kept.crop(-count)
-    return True
+    kept = _with_layers_of(cache, DynamicLayer)
+    if kept is not None:
+        kept.crop(-count)
+    return kept is not None
+
+
+def _with_layers_of(cache: Mapping[str, Any], *kinds: type) -> Any:
+    """The cache itself, if it has layers of these kinds only; else None."""
+    kept = next(iter(cache.values()), None)
+    return kept if all(type(layer) in kinds for layer in getattr(kept, "layers", [None])) else None
 
 
 def inside_backward() -> bool:
