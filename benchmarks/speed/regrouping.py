@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 import torch
 from measure import in_turns, keep, options
-from torch.utils.data import DataLoader, default_collate
 from transformers import TrainerControl, TrainerState, TrainingArguments
 from workload import adapted, batch, fast_dtypes, training_step
 
@@ -34,47 +33,26 @@ EXPERTS = 8
 
 
 def share(rounds: int, dtype: str) -> dict[str, Any]:
-    """Seconds of a step without DOG, of the Gram matrices per step, and of one regrouping of all 30 layers.
-
-    The regrouping is measured with and without the probe, which logs the change of the output with two forward passes.
-    """
+    """Seconds of a step without DOG, of the Gram matrices per step, and of one regrouping of all 30 layers."""
     model = adapted("badit", dtype)
     inputs = batch(4, 320)
     step = training_step(model, inputs)
-    examples = [{key: rows[0] for key, rows in batch(1, 320).items()}]
-    loader = DataLoader(examples, collate_fn=default_collate)  # pyright: ignore[reportArgumentType] (a list is accepted)
     args = TrainingArguments(output_dir="unused", report_to=[], use_cpu=True)
     state, control = TrainerState(max_steps=10**6, is_world_process_zero=True), TrainerControl()
-    seconds: dict[str, list[float]] = {"step": [], "grams": [], "regrouping": [], "regrouping, no probe": []}
-    probes: dict[str, Any] = {"regrouping": "auto", "regrouping, no probe": None}
+    seconds: dict[str, list[float]] = {"step": [], "grams": [], "regrouping": []}
     with tempfile.TemporaryDirectory() as folder:
-        callbacks = {
-            name: RegroupCallback(every=EVERY, stop=1.0, probe=probe, log_path=Path(folder) / f"{name}.jsonl")
-            for name, probe in probes.items()
-        }
-        for callback in callbacks.values():
-            callback.on_train_begin(args, state, control, model=model, train_dataloader=loader)
+        callback = RegroupCallback(every=EVERY, stop=1.0, log_path=Path(folder) / "regroupings.jsonl")
+        callback.on_train_begin(args, state, control, model=model)
         step()
         for _ in range(rounds):
             seconds["step"].append(_timed(step))
             state.global_step += EVERY
-            for name, callback in callbacks.items():
-                _gradients(model)
-                grams = _timed(lambda callback=callback: callback.on_pre_optimizer_step(args, state, control))
-                seconds[name].append(_timed(lambda callback=callback: callback.on_step_end(args, state, control)))
-            seconds["grams"].append(grams)
+            _gradients(model)
+            seconds["grams"].append(_timed(lambda: callback.on_pre_optimizer_step(args, state, control)))
+            seconds["regrouping"].append(_timed(lambda: callback.on_step_end(args, state, control)))
     medians = {name: statistics.median(values) for name, values in seconds.items()}
-
-    def of_training(regrouping: str) -> float:
-        dog = medians["grams"] + medians[regrouping] / EVERY
-        return dog / (medians["step"] + dog)
-
-    return {
-        "every": EVERY,
-        "seconds": seconds,
-        "share of training": of_training("regrouping"),
-        "share of training, no probe": of_training("regrouping, no probe"),
-    }
+    dog = medians["grams"] + medians["regrouping"] / EVERY
+    return {"every": EVERY, "seconds": seconds, "share of training": dog / (medians["step"] + dog)}
 
 
 def _gradients(model: torch.nn.Module) -> None:

@@ -94,14 +94,6 @@ def targets() -> list[Row]:
     return [
         *rows,
         Row("DOG, every 20 steps", "run time", regrouping["share of training"], 0.005, False, _percent),
-        Row(
-            "DOG, `probe=None`",
-            "run time",
-            regrouping["share of training, no probe"],
-            0.005,
-            False,
-            _percent,
-        ),
         Row("DOG of one layer, N 128, D 20,000", "–", one_layer, 0.05, False, _seconds),
         Row(
             "speed of the SVD, 4096 × 14336, N 32",

@@ -10,13 +10,12 @@ small: a moved component's column of B is multiplied by the ratio of the mean ga
 
 from __future__ import annotations
 
-import inspect
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence, Sized
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -27,13 +26,11 @@ from badit.angles import Windows, trainable_adapters
 from badit.checkpoint import checkpoint_being_written, resumed_checkpoint
 from badit.errors import BaditError, say
 from badit.files import StepLog
-from badit.generation import evaluation_mode
 from badit.gradients import of_first, rank, scale_columns
 from badit.method import expert_angles, group_components, grouping_objective
 from badit.method.grouping import Solver
 from badit.tuner.config import COUNT, COUNT_OR_ZERO, FRACTION, Rule, check_options, is_number, one_of, option
 from badit.tuner.layer import BaditLinear
-from badit.tuner.prompt import before_first_label
 
 TOP_K_REFUSED = (
     "regrouping would move components into experts that top_k switches off; leave top_k out, or do not regroup"
@@ -41,8 +38,6 @@ TOP_K_REFUSED = (
 STATE_FILE = "badit_regroup.safetensors"
 # A mean gate near zero (top_k can starve an expert) must not make a weight explode.
 _RESCALE_LIMIT = 4.0
-# The probe takes one short prompt, which tells how far the output moves at little cost.
-_CANDIDATES, _TOKENS, _PAIRS = 16, 16, 2
 
 
 _EVERY = Rule(
@@ -98,20 +93,19 @@ class Regrouper:
     Args:
         model: with a trainable BADIT adapter, perhaps wrapped for data parallelism.
         total_steps: optimizer steps of the whole run, which ``start`` and ``stop`` are fractions of.
-        probe: a batch (a dict of tensors) on which the change of the output is measured; None measures none.
         log_path: a file that gets a line for every layer and regrouping; None writes none.
         optimizer: needed under DeepSpeed only, whose engine takes its steps within the backward pass.
         options: of :class:`RegroupOptions`: every, start, stop, solver, restarts, seed, rescale.
 
     A regrouping's line is written at the end of the *following* window, since its angles are measured on gradients
     that the grouping has not seen: step, module, objective_before and _after (on the Gram that was grouped),
-    components_moved, output_change (relative, of the whole step), and the angles of the previous and the new grouping.
+    components_moved, and the angles of the previous and the new grouping.
 
     Attributes:
         steps: optimizer steps so far.
         due: the steps after which it regroups.
-        metrics: of the last regrouping, the means over the layers: objective_before, objective_after,
-            components_moved and output_change, and the angles of the grouping until then. Empty before the first.
+        metrics: of the last regrouping, the means over the layers: objective_before, objective_after and
+            components_moved, and the angles of the grouping until then. Empty before the first.
 
     Raises:
         BaditError: an option out of its range, or no trainable BADIT adapter.
@@ -122,7 +116,6 @@ class Regrouper:
         model: nn.Module,
         total_steps: int,
         *,
-        probe: Mapping[str, torch.Tensor] | None = None,
         log_path: str | os.PathLike[str] | None = None,
         optimizer: Any = None,
         **options: Any,
@@ -140,7 +133,6 @@ class Regrouper:
         self.steps = 0
         self.metrics: dict[str, float] = {}
         self.windows = Windows(self._layers, optimizer)
-        self._model, self._probe = model, [] if probe is None else prompts_of(probe)
         # Of several processes the first writes.
         self._log = StepLog(Path(log_path), step_key="logged_at") if log_path is not None and rank() == 0 else None
         self._log_is_open = False
@@ -181,9 +173,7 @@ class Regrouper:
     def _regroup(self) -> None:
         grams = self.windows.mean_grams()
         self._write_pending(grams)
-        labels = self._solve(grams)
-        before = answer_starts(self._model, self._probe) if self._probe else None
-        for name, new_N in labels.items():
+        for name, new_N in self._solve(grams).items():
             layer, adapter = self._layers[name]
             old_N = _labels(layer, adapter)
             gates = self.windows[name].gates_of_all() if self.options.rescale else None
@@ -199,15 +189,9 @@ class Regrouper:
                 "previous_labels": old_N.tolist(),
                 "labels": new_N.tolist(),
             }
-        change = None
-        if before is not None:
-            after = answer_starts(self._model, self._probe)
-            change = float((after - before).norm() / before.norm().clamp_min(1e-12))
-        for name, window in self.windows.items():
+        for window in self.windows.values():
             window.restart()
-            if name in labels:
-                window.pending["output_change"] = change
-        fields = ("objective_before", "objective_after", "components_moved", "output_change")
+        fields = ("objective_before", "objective_after", "components_moved")
         self.metrics |= _means([window.pending for window in self.windows.values()], fields)
 
     def _solve(self, grams: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -246,9 +230,6 @@ class RegroupCallback(TrainerCallback):
     """Regroups the components of every trainable BADIT adapter while an HF Trainer (or one of TRL's) runs.
 
     Args:
-        probe: a batch (a dict of tensors) on which the change of the output is measured; "auto" takes the prompt (its
-            last 16 tokens) of the shortest of the first sixteen training examples. None measures none, which saves
-            each regrouping two short forward passes.
         log_path: where a line is written for every layer and regrouping; by default ``regroupings.jsonl`` in the
             trainer's output folder.
         checkpoint: the checkpoint folder that a resumed training starts from, needed only when that is neither the
@@ -259,21 +240,17 @@ class RegroupCallback(TrainerCallback):
     def __init__(
         self,
         *,
-        probe: Mapping[str, torch.Tensor] | Literal["auto"] | None = "auto",
         log_path: str | os.PathLike[str] | None = None,
         checkpoint: str | os.PathLike[str] | None = None,
         **options: Any,
     ) -> None:
         RegroupOptions(**options)
-        if isinstance(probe, str) and probe != "auto":
-            raise BaditError(f"regroup.probe must be a batch, 'auto' or None, got {probe!r:.60}")
-        self._options, self._probe = options, probe
-        self._log_path, self._checkpoint = log_path, checkpoint
+        self._options, self._log_path, self._checkpoint = options, log_path, checkpoint
         self.regrouper: Any = None  # until the training begins
         self._taken: dict[str, float] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        model, probe = kwargs["model"], self._probe
+        model = kwargs["model"]
         wrapped = getattr(args, "packing", False) and getattr(args, "packing_strategy", "") == "wrapped"
         if wrapped and any(one.badit_config[name].routing == "prompt" for _, (one, name) in trainable_adapters(model)):
             raise BaditError(
@@ -284,7 +261,6 @@ class RegroupCallback(TrainerCallback):
             model,
             state.max_steps,
             **self._options,
-            probe=probe_batch(kwargs.get("train_dataloader")) if isinstance(probe, str) else probe,
             log_path=self._log_path or Path(args.output_dir) / "regroupings.jsonl",
             optimizer=kwargs.get("optimizer"),
         )
@@ -319,53 +295,6 @@ class RegroupCallback(TrainerCallback):
             return {}
         self._taken = dict(metrics)
         return {f"regroup/{name}": value for name, value in metrics.items()}
-
-
-@torch.no_grad()
-def answer_starts(model: nn.Module, prompts: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The centred logits of every prompt's last position, (prompts, vocabulary), in evaluation mode.
-
-    The prompts are token ids (1, T), one at a time and unpadded, so that the padding side does not matter.
-    """
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # pyright: ignore
-    last_only = "logits_to_keep" in inspect.signature(base.forward).parameters
-    options = {"use_cache": False, **({"logits_to_keep": 1} if last_only else {})}
-    device = next(model.parameters()).device
-    with evaluation_mode(model):
-        rows = [model(input_ids=prompt.to(device), **options).logits[:, -1] for prompt in prompts]
-    logits = torch.cat(rows).float()
-    return logits - logits.mean(dim=-1, keepdim=True)  # the softmax does not see a common shift
-
-
-def probe_batch(dataloader: Any) -> dict[str, torch.Tensor] | None:
-    """The last 16 prompt tokens of the shortest of the data loader's first examples.
-
-    Of a preference loss's data, such as TRL's DPO, the prompts of the first two pairs: its batches are the chosen
-    answers' rows and then the rejected ones'. Of KTO's data, the first prompt. None for a data set that cannot be
-    indexed or is not tokenised, such as GRPO's.
-    """
-    dataset, collate = getattr(dataloader, "dataset", None), getattr(dataloader, "collate_fn", None)
-    if collate is None or not isinstance(dataset, Sized) or not hasattr(dataset, "__getitem__") or not len(dataset):
-        return None
-    candidates: list[Any] = [dataset[i] for i in range(min(_CANDIDATES, len(dataset)))]  # pyright: ignore
-    if all("input_ids" in example for example in candidates):
-        shortest = min(candidates, key=lambda example: len(example["input_ids"]))
-        return {"input_ids": prompts_of(collate([shortest]))[0][:, -_TOKENS:]}
-    if "prompt_ids" not in candidates[0]:
-        return None
-    batch = collate(candidates[:_PAIRS])
-    rows = {key: batch[key][: len(batch[key]) // 2] for key in ("input_ids", "attention_mask", "completion_mask")}
-    labels = rows["input_ids"].masked_fill(rows.pop("completion_mask") == 0, -100)
-    return {**rows, "labels": labels}
-
-
-def prompts_of(batch: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
-    """Each row's ``input_ids`` (1, T), without the padding of an ``attention_mask`` and the answer of ``labels``."""
-    input_ids = batch["input_ids"]
-    kept = batch.get("attention_mask", torch.ones_like(input_ids)).bool()
-    if "labels" in batch:
-        kept = kept & before_first_label(batch["labels"])
-    return [row[keep][None] for row, keep in zip(input_ids, kept, strict=True)]
 
 
 def _means(lines: Iterable[Mapping[str, Any]], fields: Iterable[str]) -> dict[str, float]:

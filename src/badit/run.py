@@ -460,12 +460,5 @@ def analyze(
     from badit.analysis.analyze import analyze
     from badit.analysis.tables import load_frames
 
-    folder = analyze(
-        os.fspath(target),
-        data=None if data is None else os.fspath(data),
-        instances=instances,
-        output=None if output is None else Path(output),
-        progress=progress,
-        trust_remote_code=trust_remote_code,
-    )
-    return load_frames(folder / "analysis")
+    source = None if data is None else os.fspath(data)
+    return load_frames(analyze(os.fspath(target), source, instances, output, progress, trust_remote_code) / "analysis")

@@ -6,7 +6,7 @@ import shutil
 import pytest
 from transformers import AutoModelForCausalLM
 
-from badit.analysis.analyze import analyze
+from badit import analyze
 from badit.cli import main
 from badit.export import export
 from docs.pages import ROOT, Page, pages

@@ -26,7 +26,7 @@ from badit.files import exclusive, inside, read_json, refuse_links, write_json
 from badit.methods import build_method
 from badit.recipe import DataSection, Recipe, build_recipe
 from badit.results import RESULTS
-from badit.run import Run
+from badit.run import AnyPath, Run
 from badit.train import encoded, make_plan, pad_id
 
 _PARTS = ("interference", "experts", "learning")
@@ -35,32 +35,12 @@ _Chosen = Sequence[tuple[Task, Sequence[Instance]]]
 
 
 def analyze(
-    target: str | Path,
-    *,
-    data: str | None = None,
-    instances: int = 8,
-    output: str | Path | None = None,
-    progress: bool = True,
-    trust_remote_code: bool = False,
+    target: str, data: str | None, instances: int, output: AnyPath | None, progress: bool, trust_remote_code: bool
 ) -> Path:
-    """Measures interference between tasks, what experts do, and what tasks gain or lose together.
+    """Does what :func:`badit.analyze` says, and returns the folder in which ``analysis/`` has the tables.
 
     A run is measured on instances that it was not trained on, where its data has any. An interrupted analysis continues
     with the part that it was at.
-
-    Args:
-        target: a run's folder, a comparison's folder, or the name or folder of a base model.
-        data: tasks to measure on, as in a recipe's ``data.source``. A base model needs them; a run has its own.
-        instances: how many of each task, at least 2.
-        output: the folder for the tables; by default the target's own, for a base model ``runs/analysis``.
-        progress: show bars on stderr.
-        trust_remote_code: run Python code that comes with a run's base model.
-
-    Returns:
-        The folder, in which ``analysis/`` has the tables.
-
-    Raises:
-        BaditError: no such run or model, bad data, or tables of other settings in the folder.
     """
     if instances < 2:
         raise BaditError(f"instances: must be at least 2, one for each half whose gradients are compared: {instances}")
@@ -77,7 +57,7 @@ def analyze(
     elif data is None:
         raise BaditError(f"{target}: is no run's folder; to measure on a base model, name its tasks with --data")
     else:
-        values = {"model": {"name": str(target)}, "data": {"source": data}, "method": {"name": "base"}}
+        values = {"model": {"name": target}, "data": {"source": data}, "method": {"name": "base"}}
         recipe = build_recipe({**values, "output": str(output)})
     trained = build_method(recipe.method).trains
     section = recipe.data if data is None else DataSection(source=data)  # pyright: ignore[reportCallIssue]
