@@ -35,7 +35,7 @@ def _spread(values: list[float]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--runs", default="runs/demo", help="the runs go to RUNS-SEED (default: runs/demo)")
     options = parser.parse_args()

@@ -23,7 +23,7 @@ HELD_OUT = ["data.validation_per_task=10", "evaluation.split=validation"]
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--runs", default="runs/rates", help="where the runs go (default: runs/rates)")
     options = parser.parse_args()
     cells = []

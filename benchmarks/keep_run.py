@@ -54,7 +54,7 @@ def mean_over_modules(log: Path) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("run", help="a finished run's folder")
     parser.add_argument("name", help="where to keep it, under benchmarks/results")
     options = parser.parse_args()

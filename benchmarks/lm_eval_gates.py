@@ -37,8 +37,8 @@ def main() -> None:
     options = parser.parse_args()
     run = badit.Run(options.run)
     model, tokenizer = run.load()
-    asked = list(questions(run, tokenizer, options.instances))
-    classes = {"badit": (BaditLM, 8), "hf, batches of 1": (HFLM, 1), "hf, batches of 16": (HFLM, 16)}
+    asked = list(questions(run, model, tokenizer, options.instances))
+    classes: dict[str, Any] = {"badit": (BaditLM, 8), "hf, batches of 1": (HFLM, 1), "hf, batches of 16": (HFLM, 16)}
     found = {
         name: likelihoods(cls(pretrained=model, tokenizer=tokenizer, batch_size=size), asked)
         for name, (cls, size) in classes.items()
@@ -52,7 +52,7 @@ def main() -> None:
         print(name, values)
 
 
-def questions(run: badit.Run, tokenizer: Any, instances: int) -> Iterator[tuple[Tokens, list[Tokens]]]:
+def questions(run: badit.Run, model: Any, tokenizer: Any, instances: int) -> Iterator[tuple[Tokens, list[Tokens]]]:
     """Prompts in the run's training format, each with its choices. The first choice is correct."""
     recipe = run.recipe
     # All test instances, because a recipe may limit their number.
@@ -61,7 +61,7 @@ def questions(run: badit.Run, tokenizer: Any, instances: int) -> Iterator[tuple[
         for instance in task.test[:instances]:
             others = [answer for answer in answers if answer not in instance.outputs]
             wrong = random.Random(instance.id).sample(others, min(CHOICES - 1, len(others)))
-            (prompt,) = encoded_texts(tokenizer, recipe, [instance.input], task)
+            (prompt,) = encoded_texts(tokenizer, recipe, [instance.input], task, model, 0)
             choices = [instance.outputs[0], *wrong]
             yield prompt, [tokenizer.encode(choice, add_special_tokens=False) for choice in choices]
 

@@ -69,7 +69,7 @@ def main() -> None:
                 vllm = stack.enter_context(served_by_vllm(options.vllm, run, loras, exported.max_lora_rank))
                 nearest = stack.enter_context(proxy(str(run.path), str(exported.folder), f"--url={vllm}"))
                 exact = stack.enter_context(proxy(str(run.path), f"--url={vllm}"))
-                ways = {"direct": (vllm, cycle(loras)), "proxy, named model": (nearest, cycle(loras))}
+                ways: dict[str, Any] = {"direct": (vllm, cycle(loras)), "proxy, named model": (nearest, cycle(loras))}
                 auto = {"badit serve RUN EXPORTS": nearest, "badit serve RUN": exact}
                 ways |= {name: (url, cycle(["auto"])) for name, url in auto.items()}
                 content["seconds_for_one_token"] = timed(ways, chosen)
@@ -102,7 +102,7 @@ def answered(
             model.load_adapter(str(folder), adapter_name=name)
         model.set_adapter(name)
         asked = [i for i in range(len(own)) if any(of_way[i] == name for of_way in chosen.values())]
-        settings = {"max_new_tokens": run.recipe.evaluation.max_new_tokens, "batch_size": 16}
+        settings: dict[str, Any] = {"max_new_tokens": run.recipe.evaluation.max_new_tokens, "batch_size": 16}
         found = generate_answers(model, tokenizer, [prompts[i] for i in asked], **settings)
         texts |= {(name, i): text for i, text in zip(asked, found, strict=True)}
         print(name, len(asked), flush=True)

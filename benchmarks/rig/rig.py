@@ -12,6 +12,8 @@ each task's training data). `test` is read once, by the final command of a stage
 Adapter: y = W x + s · B (g ∘ A x) [− s · B0 A0 x for --init bad].   Shapes: A (N, I), B (O, N), a gate g per component.
 """
 
+# pyright: reportOptionalSubscript=false, reportOptionalMemberAccess=false, reportArgumentType=false, reportCallIssue=false
+
 import argparse
 import glob
 import json

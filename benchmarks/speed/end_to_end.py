@@ -20,7 +20,8 @@ from datasets import Dataset
 from measure import in_turns, keep, options, ratio
 from peft import LoraConfig
 from transformers import TrainingArguments
-from trl import SFTConfig, SFTTrainer
+from trl.trainer.sft_config import SFTConfig
+from trl.trainer.sft_trainer import SFTTrainer
 from workload import EXPERTS, RANK, TARGETS, adapted, base, data_options, fast_dtypes, instances
 
 from badit import RegroupCallback, load_base_model
@@ -80,8 +81,8 @@ def theirs(examples: list[dict[str, Any]], tokenizer: Any, folder: str, attentio
 
 
 def main(arguments: argparse.Namespace) -> None:
-    _, tokenizer = load_base_model("smollm2-135m", dtype=DTYPE)
-    examples = instances(tokenizer, arguments.data, "train", PER_TASK)
+    _, tokenizer = load_base_model("smollm2-135m", dtype=DTYPE)  # pyright: ignore[reportArgumentType]
+    examples = instances(tokenizer, arguments.data, PER_TASK)
     tokens = sum(len(one["input_ids"]) for one in examples)
     pad = tokenizer.pad_token_id
     with tempfile.TemporaryDirectory() as folder:

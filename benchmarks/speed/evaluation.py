@@ -1,61 +1,99 @@
-"""Scoring a test set: answers per second, against a plain ``model.generate`` loop in file order.
+"""Scoring a test set: answers and their references' NLL per second, against a plain loop in file order.
 
     python benchmarks/speed/evaluation.py [--data FOLDER]
 
-Both decode the same prompts greedily with the same model in batches of the same size, at most 50 new tokens, up to the
-first end token. The prompts are test instances of the built-in tasks, or of the tasks in FOLDER, such as SuperNI's.
+All decode the same prompts greedily with the same model in batches of the same size, at most 50 new tokens, up to the
+first end token, and compute the NLL of the references. The prompts are test instances of the built-in tasks, or of the
+tasks in FOLDER, such as SuperNI's. "two passes" reads every prompt twice: for the answer, and for the NLL.
 """
 
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from measure import in_turns, keep, options, ratio
-from workload import MODEL, data_options, fast_dtypes, instances
+from workload import MODEL, data_options, fast_dtypes
 
 from badit import load_base_model
 from badit.cli import quiet_libraries
+from badit.data import AnswerCollator, Task
+from badit.evaluate import answer_token_losses, score_model
 from badit.generation import generate_answers
+from badit.metrics import METRICS
+from badit.recipe import Recipe, build_recipe
+from badit.train import encoded
 
 BATCH, NEW, PER_TASK = 16, 50, 5
 
 
-def plain_loop(model: Any, tokenizer: Any, prompts: list[list[int]]) -> list[str]:
-    """A simple script: pad each batch in file order, generate, decode."""
-    answers = []
-    for start in range(0, len(prompts), BATCH):
-        inputs = tokenizer.pad({"input_ids": prompts[start : start + BATCH]}, padding_side="left", return_tensors="pt")
+class Scored(NamedTuple):
+    """What one way to score has found; the NLL is the mean over instances."""
+
+    answers: list[str]
+    nll: float
+
+
+def plain_loop(model: Any, tokenizer: Any, examples: Sequence[dict[str, Any]]) -> Scored:
+    """A simple script: pad each batch in file order, generate, decode, and compute the loss of the references."""
+    answers, losses = [], []
+    for start in range(0, len(examples), BATCH):
+        batch = examples[start : start + BATCH]
+        prompts = {"input_ids": [example["input_ids"][: example["prompt_length"]] for example in batch]}
+        inputs = tokenizer.pad(prompts, padding_side="left", return_tensors="pt")
         with torch.no_grad():
             tokens = model.generate(**inputs, max_new_tokens=NEW, do_sample=False)
+            padded = AnswerCollator(tokenizer.pad_token_id)(batch)
+            logits = model(input_ids=padded["input_ids"], attention_mask=padded["attention_mask"]).logits
         new = tokens[:, inputs["input_ids"].shape[1] :]
         answers += [text.strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
-    return answers
+        for row, labels in zip(logits[:, :-1].float(), padded["labels"][:, 1:], strict=True):
+            losses.append(float(torch.nn.functional.cross_entropy(row, labels)))
+    return Scored(answers, sum(losses) / len(losses))
+
+
+def two_passes(model: Any, tokenizer: Any, recipe: Recipe, examples: Sequence[dict[str, Any]]) -> Scored:
+    prompts = [example["input_ids"][: example["prompt_length"]] for example in examples]
+    answers = generate_answers(model, tokenizer, prompts, max_new_tokens=NEW, batch_size=BATCH, progress=False)
+    losses = answer_token_losses(model, tokenizer, recipe, examples, progress=False)
+    return Scored(answers, sum(sum(each) / len(each) for each in losses) / len(losses))
+
+
+def badit(model: Any, tokenizer: Any, recipe: Recipe, tasks: Sequence[Task]) -> Scored:
+    scores, predictions = score_model(model, tokenizer, recipe, tasks, "test", progress=False)
+    return Scored([each.prediction for each in predictions], scores["nll_instances"])
 
 
 def main(arguments: argparse.Namespace) -> None:
     model, tokenizer = load_base_model(MODEL, dtype=fast_dtypes()[0])  # pyright: ignore[reportArgumentType]
     model.eval()  # pyright: ignore
-    examples = instances(tokenizer, arguments.data, "test", PER_TASK)
-    prompts = [example["input_ids"] for example in examples]
+    values = {"data": {"source": arguments.data, "test_per_task": PER_TASK}}
+    recipe = build_recipe({**values, "evaluation": {"batch_size": BATCH, "max_new_tokens": NEW}})
+    tasks = recipe.data.load()
+    examples = encoded(tokenizer, recipe, [(task, one) for task in tasks for one in task.test], model)
     ways = {
-        "plain loop": lambda: plain_loop(model, tokenizer, prompts),
-        "badit": lambda: generate_answers(
-            model, tokenizer, prompts, max_new_tokens=NEW, batch_size=BATCH, progress=False
-        ),
+        "plain loop": lambda: plain_loop(model, tokenizer, examples),
+        "two passes": lambda: two_passes(model, tokenizer, recipe, examples),
+        "badit": lambda: badit(model, tokenizer, recipe, tasks),
     }
-    different = sum(a != b for a, b in zip(ways["plain loop"](), ways["badit"](), strict=True))
+    found = {name: way() for name, way in ways.items()}
     samples = in_turns(ways, rounds=arguments.rounds, warmup=0)
     keep(
         "evaluation",
         {
-            "prompts": len(prompts),
-            "prompt tokens": sum(map(len, prompts)),
+            "prompts": len(examples),
+            "prompt tokens": sum(example["prompt_length"] for example in examples),
             "batch size": BATCH,
-            "answers that differ": different,
-            "answers per second": {name: [len(prompts) / s for s in values] for name, values in samples.items()},
+            "answers that differ from badit's": {
+                name: sum(a != b for a, b in zip(one.answers, found["badit"].answers, strict=True))
+                for name, one in found.items()
+            },
+            METRICS["nll"].label: {name: one.nll for name, one in found.items()},
+            "answers per second": {name: [len(examples) / s for s in seconds] for name, seconds in samples.items()},
             "speed to the plain loop's": ratio(samples, "plain loop", "badit"),
+            "speed to two passes": ratio(samples, "two passes", "badit"),
         },
     )
 

@@ -72,11 +72,10 @@ def one_layer(rounds: int) -> dict[str, Any]:
     grams, groupings = {}, {}
     for components in COMPONENTS:
         current = np.arange(components) // (components // EXPERTS)
-        for size in SIZES:
-            rows = torch.randn(components, size // 2)
-            columns = torch.randn(size // 2, components)
-            grams[f"N {components}, D {size}"] = lambda rows=rows, columns=columns: cosine_gram(rows, columns)
-        gram = cosine_gram(rows, columns).double().numpy()
+        pairs = {size: (torch.randn(components, size // 2), torch.randn(size // 2, components)) for size in SIZES}
+        for size, pair in pairs.items():
+            grams[f"N {components}, D {size}"] = lambda pair=pair: cosine_gram(*pair)
+        gram = cosine_gram(*pairs[SIZES[-1]]).double().numpy()
         groupings[f"N {components}"] = lambda gram=gram, current=current: group_components(gram, current)
     gram_seconds = in_turns(grams, rounds=rounds)
     grouping_seconds = in_turns(groupings, rounds=rounds)

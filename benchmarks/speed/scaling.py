@@ -44,7 +44,8 @@ def step_by_tasks(method: str, dtype: str, tasks: int) -> Callable[[], None]:
 def main(arguments: argparse.Namespace) -> None:
     if arguments.memory_of:
         step = step_of(**json.loads(arguments.memory_of))
-        step(), step()
+        step()
+        step()
         print(own_peak_memory())
         return
     dtype = fast_dtypes()[0]

@@ -14,7 +14,7 @@ from torch import nn
 from badit import BaditConfig, load_base_model
 from badit.models import fast_dtype
 from badit.recipe import build_recipe
-from badit.train import encoded, make_plan
+from badit.train import encoded
 from badit.trainer import answer_losses
 
 MODEL = "smollm2-135m"
@@ -86,11 +86,8 @@ def data_options(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     return parser
 
 
-def instances(tokenizer: Any, source: str, split: str, per_task: int) -> list[dict[str, Any]]:
-    """The first instances of every task, encoded for training (``train``) or generation (``test``), in file order."""
-    recipe = build_recipe({"data": {"source": source, "train_per_task": per_task, "test_per_task": per_task}})
-    pairs = [(task, instance) for task in make_plan(recipe).tasks for instance in getattr(task, split)]
-    examples = encoded(tokenizer, recipe, pairs)
-    if split == "train":
-        return examples
-    return [{**example, "input_ids": example["input_ids"][: example["prompt_length"]]} for example in examples]
+def instances(tokenizer: Any, source: str, per_task: int) -> list[dict[str, Any]]:
+    """Training instances of every task, encoded, in file order."""
+    recipe = build_recipe({"data": {"source": source, "train_per_task": per_task}})
+    pairs = [(task, instance) for task in recipe.data.load() for instance in task.train]
+    return encoded(tokenizer, recipe, pairs, None)
