@@ -69,7 +69,7 @@ def test_no_recipe_for_data_that_cannot_be_scored(tmp_path):
         ("training", {"max_steps": 4}),
         ("data", {"order": ["rivers", "cities"], "train_per_task": 5}),
         ("data", {"sampling": "balanced", "train_per_task": 7}),
-        ("method", {"num_experts": 4, "r": 2, "regroup": {"every": 0.2, "start": 0.1, "stop": 0.5}}),
+        ("method", {"num_experts": 4, "r": 2, "regroup": {"every": 0.2, "stop": 0.5}}),
         ("method", {"name": "lora", "r": 3}),
         ("method", {"name": "full"}),
     ],

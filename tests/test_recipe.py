@@ -212,12 +212,12 @@ def test_broken_files_are_named(tmp_path, text, message):
 def test_a_recipe_extends_another_key_by_key(tmp_path):
     path = written(
         tmp_path,
-        base="{method: {name: badit, r: 2, regroup: {every: 5, seed: 3}}, training: {max_steps: 4, warmup_steps: 0.1}}",
+        base="{method: {name: badit, r: 2, regroup: {every: 5, stop: 1}}, training: {max_steps: 4, warmup_steps: 0.1}}",
         middle="{extends: base.yaml, training: {max_steps: 5}, output: b}",
         own="{extends: middle.yaml, method: {num_experts: 3, regroup: {every: 7}}, output: c}",
     )
     recipe = load_recipe(path, ["training.warmup_steps=0.2"])
-    method = {"name": "badit", "r": 2, "num_experts": 3, "regroup": {"every": 7, "seed": 3}}
+    method = {"name": "badit", "r": 2, "num_experts": 3, "regroup": {"every": 7, "stop": 1}}
     training = {"max_steps": 5, "warmup_steps": 0.2}
     assert recipe == build_recipe({"method": method, "training": training, "output": "c"})
     assert "extends" not in dump_recipe(recipe)

@@ -51,13 +51,11 @@ class RegroupOptions:
     """When and how to regroup; each regrouping uses the mean Gram of the steps since the last."""
 
     every: float = option(20, "Optimizer steps between regroupings, or below 1 the fraction of the run.", _EVERY)
-    start: float = option(0.0, "Fraction of the run before which nothing is regrouped.", FRACTION)
     stop: float = option(0.9, "Fraction of the run after which nothing is regrouped.", FRACTION)
     solver: Solver = option(
         "swap", "'swap': balanced k-means, then exact swaps; 'paper': the paper's iteration.", one_of("swap", "paper")
     )
     restarts: int = option(10, "Further random starts of the solver.", COUNT_OR_ZERO)
-    seed: int = option(0, "Seed of the random starts.")
     rescale: bool = option(True, "Multiply moved components by the ratio of their experts' mean gates.")
 
     #: As in the released code: once per epoch of ten, in the first half of the training.
@@ -65,14 +63,11 @@ class RegroupOptions:
 
     def __post_init__(self) -> None:
         check_options(self, "regroup.")
-        if self.start > self.stop:
-            raise BaditError(f"regroup needs start ≤ stop, got start={self.start} and stop={self.stop}")
 
     def due(self, total_steps: int) -> range:
         """The steps of a run after which it regroups."""
         every = int(self.every) if self.every >= 1 else max(1, round(self.every * total_steps))
-        first = max(math.ceil(self.start * total_steps), 1)
-        return range(math.ceil(first / every) * every, math.floor(self.stop * total_steps) + 1, every)
+        return range(every, math.floor(self.stop * total_steps) + 1, every)
 
 
 class Regrouper:
@@ -92,10 +87,10 @@ class Regrouper:
 
     Args:
         model: with a trainable BADIT adapter, perhaps wrapped for data parallelism.
-        total_steps: optimizer steps of the whole run, which ``start`` and ``stop`` are fractions of.
+        total_steps: optimizer steps of the whole run, of which ``stop`` is a fraction.
         log_path: a file that gets a line for every layer and regrouping; None writes none.
         optimizer: needed under DeepSpeed only, whose engine takes its steps within the backward pass.
-        options: of :class:`RegroupOptions`: every, start, stop, solver, restarts, seed, rescale.
+        options: of :class:`RegroupOptions`: every, stop, solver, restarts, rescale.
 
     A regrouping's line is written at the end of the *following* window, since its angles are measured on gradients
     that the grouping has not seen: step, module, objective_before and _after (on the Gram that was grouped),
@@ -199,9 +194,8 @@ class Regrouper:
         solver, restarts = self.options.solver, self.options.restarts
         labels = {}
         for index, (name, gram_NN) in enumerate(grams.items()):
-            seed = [self.options.seed, self.steps, index]
             old_N = _labels(*self._layers[name])
-            new_N = group_components(gram_NN, old_N, solver=solver, restarts=restarts, seed=seed)
+            new_N = group_components(gram_NN, old_N, solver=solver, restarts=restarts, seed=[0, self.steps, index])
             labels[name] = of_first(torch.from_numpy(new_N)).numpy()
         return labels
 
@@ -234,7 +228,7 @@ class RegroupCallback(TrainerCallback):
             trainer's output folder.
         checkpoint: the checkpoint folder that a resumed training starts from, needed only when that is neither the
             arguments' ``resume_from_checkpoint`` nor the trainer's own ``output_dir/checkpoint-STEP``.
-        options: of :class:`RegroupOptions`: every, start, stop, solver, restarts, seed, rescale.
+        options: of :class:`RegroupOptions`: every, stop, solver, restarts, rescale.
     """
 
     def __init__(

@@ -134,11 +134,11 @@ def test_a_checkpoint_has_safetensors_and_is_refused_without_a_valid_state(tiny_
 def test_the_solver_and_the_bounds_are_used(tiny_model, tmp_path):
     objectives = []
     for solver in ("swap", "paper"):
-        callback = RegroupCallback(every=2, start=0.4, stop=0.7, solver=solver)
+        callback = RegroupCallback(every=3, stop=0.7, solver=solver)
         train(adapted(tiny_model("llama")), tmp_path / solver, callback, save_strategy="no")
         lines = log_lines(tmp_path / solver)
-        assert sorted({line["step"] for line in lines}) == [6, 8]
-        objectives.append(np.array([line["objective_after"] for line in lines if line["step"] == 6]))
+        assert sorted({line["step"] for line in lines}) == [3, 6]
+        objectives.append(np.array([line["objective_after"] for line in lines if line["step"] == 3]))
     assert (objectives[0] >= objectives[1] - 1e-9).all()
     assert (objectives[0] != objectives[1]).any()
 
@@ -161,7 +161,6 @@ def test_a_fraction_of_the_run_between_regroupings(tiny_model, every, steps):
     [
         *(({"every": every}, "every must be a whole number of steps or a fraction of the run")
           for every in (0, -1, 1.5, float("nan"), True, "20")),
-        ({"start": 0.5, "stop": 0.2}, "start ≤ stop"),
         ({"stop": 1.5}, "stop must be between 0 and 1"),
         ({"solver": "greedy"}, "solver"),
         ({"restarts": -1}, "restarts"),
