@@ -55,6 +55,11 @@ def test_a_table_needs_no_other_file_than_its_recipe(material, tmp_path, monkeyp
     assert main(["init", "data.csv", "training.seed=1", "-o", "other.yaml"]) == 2
 
 
+def test_a_recipes_name_may_have_any_characters():
+    values = yaml.safe_load(first_recipe("builtin", "my recipe #2.yaml"))
+    assert values["output"] == "runs/my recipe #2"
+
+
 def test_no_recipe_for_data_that_cannot_be_scored(tmp_path):
     line = {"task": "a", "instruction": "b", "input": "c", "output": "d"}
     (tmp_path / "one.jsonl").write_text(json.dumps(line))

@@ -36,7 +36,13 @@ def html_of(card):
 
 
 def test_a_runs_card_has_scores_data_options_and_the_way_to_load_it(tmp_path):
-    card = card_of(*make_run(tmp_path / "mine", data={"source": "/home/someone/my-tasks.jsonl"}))
+    card = card_of(
+        *make_run(
+            tmp_path / "mine",
+            data={"source": ["$NOT_SET/my-tasks.jsonl", "/home/someone/others.csv"]},
+            training={"deepspeed": "/home/someone/zero.json"},
+        )
+    )
     assert card.data.to_dict() == {
         "base_model": "HuggingFaceTB/SmolLM2-135M-Instruct",
         "base_model_relation": "adapter",
@@ -47,7 +53,8 @@ def test_a_runs_card_has_scores_data_options_and_the_way_to_load_it(tmp_path):
     }
     rows = [
         ("capitals", f"{51.25:.1f}", "40.0", "4"),
-        ("data", "my-tasks.jsonl"),
+        ("data", "my-tasks.jsonl, others.csv"),
+        ("deepspeed", "zero.json"),
         ("learning_rate", "0.0005"),
         ("method.name", "badit"),
         ("trainable_parameters", "1,234,567"),

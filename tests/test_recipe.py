@@ -107,6 +107,7 @@ def test_overrides_reach_nested_keys_with_yaml_values():
         ({"k" * 500: 1}, [], r"^recipe: k{120}: unknown key$"),
         ({}, ["training.output_dir=x"], "is not for a recipe to set: the run's folder is the recipe's output"),
         ({}, ["training.eval_on_start=true"], "a resumed run would evaluate again"),
+        ({}, ["training.fp16=true"], "set model.dtype, or bf16"),
         ({}, ["training.gradient_checkpointing_kwargs={}"], "use_reentrant"),
         ({}, ["training.optim=adamm"], "training\\.optim: input should be 'adamw_torch'"),
         ({}, ["training.adam_beta1=high"], "training\\.adam_beta1: input should be a valid number, got 'high'"),

@@ -149,17 +149,20 @@ def test_a_models_own_code_runs_only_when_it_is_trusted(model_with_code: Path, t
     assert (tmp_path / "ran").exists(), "the switch is what decides"
 
 
-@pytest.mark.parametrize("verb", ["evaluate", "generate", "analyze", "studio", "serve"])
+@pytest.mark.parametrize("verb", ["evaluate", "generate", "analyze", "studio", "serve", "export"])
 def test_a_runs_folder_alone_cannot_trust(verb: str, model_with_code: Path, tmp_path: Path, capsys: Any) -> None:
     """The folder's recipe asks for the code, but the folder may come from elsewhere: the user must allow it, too."""
     section = {"name": str(model_with_code), "trust_remote_code": True}
     run = tmp_path / "run"
     run.mkdir()
     (run / "config.yaml").write_text(dump_recipe(build_recipe({"model": section, "method": {"name": "base"}})))
-    more = {"generate": ["Hello"], "studio": ["--port=0"], "serve": ["--port=0"]}.get(verb, [])
+    more = {"generate": ["Hello"], "studio": ["--port=0"], "serve": ["--port=0"], "export": ["-o", "x"]}.get(verb, [])
     assert main([verb, str(run), *more]) == 2
     assert "allow it with --trust-remote-code" in capsys.readouterr().err
     assert not (tmp_path / "ran").exists()
+    if verb == "export":
+        assert main([verb, str(run), *more, "--trust-remote-code"]) == 2
+        assert "is a run of the base model as it is" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["/etc/passwd", "sub/../../base.yaml", "link.yaml", "\0", ["a"]])

@@ -71,8 +71,10 @@ def _check_settings(path: Path, config: PeftConfig, shapes: Shapes) -> None:
     if unknown := sorted(saved.keys() - defaults.keys() - _MAY_DIFFER - RETIRED_FIELDS):
         fix = "upgrade it, or remove the line"
         raise BaditError(f"{path}: {unknown[0]!r:.60}: is no setting that this PEFT knows; {fix}")
-    for key, expected in _plain(config.to_dict()).items():
-        found = _plain(saved.get(key, defaults[key]))
+    for key, value in config.to_dict().items():
+        expected, found = _plain(value), _plain(saved.get(key, defaults[key]))
+        if isinstance(value, (set, frozenset)) and isinstance(found, list):  # which PEFT saves in any order
+            found = sorted(found, key=json.dumps)
         if key not in _MAY_DIFFER and found != expected:
             differs = f"is {found!r:.60}, but the run's recipe says {expected!r:.60}"
             raise BaditError(f"{path}: {key}: {differs}; this is another run's adapter")

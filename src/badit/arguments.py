@@ -143,6 +143,7 @@ _SETTLED_ARGUMENTS = {
     "auto_find_batch_size": "an exact resumption needs a known batch size",
     "save_total_limit save_only_model": "the last two and the best are kept, with all that an exact resumption needs",
     "enable_jit_checkpoint": "SIGTERM saves a checkpoint as it is",
+    "fp16*": "the steps that its loss scaling skips would count as failed; set model.dtype, or bf16",
     "push_to_hub hub_*": "publish a finished run with badit push",
     "disable_tqdm": "badit has its own progress bar",
     "include_num_input_tokens_seen": "tokens are always counted",

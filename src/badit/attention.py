@@ -37,12 +37,12 @@ def attention(
     """softmax(scaling · q kᵀ + mask) v, (B, T, H, D), as transformers asks it of an attention function.
 
     Args:
-        query: (B, H, T, D); key and value: (B, H/G, T, D), where G heads share one.
+        query: (B, H, T, D); key and value: (B, H/G, T, D), where G heads share one; a value may have another width.
         attention_mask: (B, 1, T, T), 0 where attending is allowed and the lowest number elsewhere.
     """
     rows, heads, length, width = query.shape
     plain = query.requires_grad and query.dtype == torch.bfloat16 and length <= LONGEST
-    if not plain or attention_mask is None or key.shape[2] != length:
+    if not plain or attention_mask is None or key.shape[2] != length or kwargs.get("position_bias") is not None:
         output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
         return output, None
     shared = key.shape[1]
@@ -52,7 +52,7 @@ def attention(
     weights = (scores.view(rows, heads, length, length) + attention_mask).softmax(dim=-1)
     weights = nn.functional.dropout(weights, dropout, training=module.training)
     mixed = weights.view(rows, shared, -1, length) @ value
-    return mixed.view(query.shape).transpose(1, 2).contiguous(), None
+    return mixed.view(rows, heads, length, -1).transpose(1, 2).contiguous(), None
 
 
 AttentionInterface.register(_NAME, attention)

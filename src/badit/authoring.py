@@ -102,7 +102,7 @@ compare:                           # for badit compare
   reference: lora                  # the method that differences are taken to
   learning_rates: [1.25e-4, 2.5e-4, 5.0e-4, 1.0e-3, 2.0e-3]  # each method's by the held-out loss
   seeds: [0, 1, 2]
-output: runs/{Path(path).stem}
+output: {as_yaml(f"runs/{Path(path).stem}")}
 """
     make_plan(build_recipe(parse_yaml(text, where=path), where=path))
     return text

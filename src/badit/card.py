@@ -7,6 +7,7 @@ template, card.md.j2, passes it through ``text``, which is :func:`_text`.
 from __future__ import annotations
 
 import html
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -110,13 +111,14 @@ def model_card(
 
 def _training(run: Run, recipe: Recipe) -> dict[str, Any]:
     """The recipe's hyperparameters, and what the training took."""
-    sources = ["the built-in tasks" if s.path == "builtin" else Path(s.path).name for s in recipe.data.sources()]
+    listed = recipe.data.source if isinstance(recipe.data.source, list) else [recipe.data.source]
+    sources = [entry if isinstance(entry, str) else entry.path for entry in listed]
+    training = recipe.training.model_dump(exclude=_WITHOUT_EFFECT, exclude_none=True)
     rows = {
-        # Only the last part of a path, which would name its owner's folders.
-        "data": ", ".join(sources),
+        "data": ", ".join("the built-in tasks" if path == "builtin" else _last_part(path) for path in sources),
         "prompt": recipe.prompt.encoding,
         **pd.json_normalize({"method": recipe.method}).to_dict("records")[0],
-        **recipe.training.model_dump(exclude=_WITHOUT_EFFECT, exclude_none=True),
+        **{key: _last_part(value) if isinstance(value, str) else value for key, value in training.items()},
     }
     known = read_json(run.environment_path) if run.environment_path.is_file() else {}
     took, packages = known.get("training"), known.get("packages")
@@ -126,6 +128,11 @@ def _training(run: Run, recipe: Recipe) -> dict[str, Any]:
     if isinstance(packages, Mapping):
         rows["packages"] = ", ".join(f"{name} {version}" for name, version in packages.items())
     return rows
+
+
+def _last_part(path: str) -> str:
+    """Of a path, whose other parts would name its owner's folders."""
+    return Path(os.path.expandvars(path)).name
 
 
 def _text(value: Any) -> str:

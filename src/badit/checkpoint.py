@@ -106,8 +106,8 @@ class SealCheckpoints(TrainerCallback):
     """Seals what the trainer and the callbacks before this one have written into its output folder.
 
     It also keeps what the trainer would forget: the losses summed up since its last line of the log (else the next line
-    after a resumption would be the mean of fewer steps), the number of skipped steps, which checkpoint is the best, how
-    long ago that was, and whether the training is over.
+    after a resumption would be the mean of fewer steps), the number of skipped steps, now and at that line, which
+    checkpoint is the best, how long ago that was, and whether the training is over.
     """
 
     def __init__(self, trainer: Any, checkpoints: Path) -> None:
@@ -121,6 +121,7 @@ class SealCheckpoints(TrainerCallback):
             self._trainer._tr_loss += kept["loss"]
             self._trainer._globalstep_last_logged = kept["last_logged_step"]
             self._trainer.skipped_steps = kept["skipped_steps"]
+            self._trainer.last_line = tuple(kept.get("last_line", (0, 0)))
             self._trainer.finished = kept.get("finished", False)
             if kept.get("best"):
                 state.best_model_checkpoint = str(self._checkpoints / kept["best"])
@@ -138,6 +139,7 @@ class SealCheckpoints(TrainerCallback):
                 "loss": float(mean),
                 "last_logged_step": self._trainer._globalstep_last_logged,
                 "skipped_steps": self._trainer.skipped_steps,
+                "last_line": self._trainer.last_line,
                 "finished": control.should_training_stop,
                 "best": best,
             }

@@ -20,10 +20,12 @@ import os
 import re
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -216,7 +218,7 @@ def check(grid: Grid) -> tuple[list[str], dict[str, int]]:
     fingerprints: dict[str, dict[str, str]] = {}
     for name in grid.methods:
         for rate in grid.section.learning_rates or [grid.start_rates[name]]:
-            for cell in grid.chosen(name, rate, tasks):
+            for cell in (*grid.chosen(name, rate, tasks), grid.searched(name, rate)):
                 if grid.run_of(cell).config_path.is_file():
                     recipe = grid.recipe_of(cell)
                     run, data = Run.prepare(recipe), recipe.data.model_dump_json()
@@ -286,7 +288,7 @@ def climb(ladder: Sequence[float], start: float, loss_of: Callable[[float], floa
 
 
 class _Comparison:
-    """Runs the cells: as many methods at a time as there are jobs, each one's cells one after another."""
+    """Runs the cells, as many at a time as there are jobs: a method's search one by one, then all its others."""
 
     def __init__(self, grid: Grid, tasks: list[str], jobs: int, report: Callable[[str], None]) -> None:
         self.rates: dict[str, float | None] = {}
@@ -296,10 +298,19 @@ class _Comparison:
         self._stopping = False
 
     def run(self) -> None:
+        for name in self._grid.methods:  # known rates first: an interruption leaves no finished cell out of the results
+            with suppress(LookupError):
+                self.rates[name] = self._rate(name, self._known_loss)
+        todo: deque[Callable[[], Sequence[Any]]] = deque(partial(self._search, name) for name in self._grid.methods)
+        running: set[Future[Sequence[Any]]] = set()
         with ThreadPoolExecutor(self._jobs) as pool:
             try:
-                for future in [pool.submit(self._run_method, name) for name in self._grid.methods]:
-                    future.result()
+                while todo or running:
+                    while todo and len(running) < self._jobs:
+                        running.add(pool.submit(todo.popleft()))
+                    done, running = wait(running, return_when=FIRST_COMPLETED)
+                    for future in done:
+                        todo.extendleft(reversed(future.result()))  # a method's cells come before the next method
             except BaseException:
                 self._stop()
                 try:
@@ -314,21 +325,37 @@ class _Comparison:
             for process in self._running:
                 process.kill() if at_once else process.stop()
 
-    def _run_method(self, name: str) -> None:
-        grid = self._grid
-        rate = grid.start_rates[name] if grid.methods[name].trains else None
-        if rate is not None and grid.section.learning_rates is not None:
-            ladder = grid.section.learning_rates
-            rate = climb(ladder, rate, lambda tried: self._loss(grid.searched(name, tried)), METRICS["nll"].margin)
+    def _search(self, name: str) -> Sequence[Callable[[], Sequence[Any]]]:
+        """Finds a method's learning rate; returns what then runs its cells."""
+        self.rates[name] = rate = self._rate(name, self._loss)
+        if rate is not None and self._grid.section.learning_rates is not None:
             self._report(f"{name}: learning rate {rate:g}")
-        self.rates[name] = rate
-        for cell in grid.chosen(name, rate, self._tasks):
-            self._run_cell(cell, score=True)
+        return [partial(self._score, cell) for cell in self._grid.chosen(name, rate, self._tasks)]
+
+    def _score(self, cell: Cell) -> Sequence[Any]:
+        self._run_cell(cell, score=True)
+        return ()
+
+    def _rate(self, name: str, loss_of: Callable[[Cell], float]) -> float | None:
+        grid, ladder = self._grid, self._grid.section.learning_rates
+        if not grid.methods[name].trains:
+            return None
+        if ladder is None:
+            return grid.start_rates[name]
+        start = grid.start_rates[name]
+        return climb(ladder, start, lambda tried: loss_of(grid.searched(name, tried)), METRICS["nll"].margin)
 
     def _loss(self, cell: Cell) -> float:
-        file = self._grid.run_of(cell).validation_path
-        if not file.is_file() and self._run_cell(cell, score=False) is not None:
+        known = self._grid.run_of(cell).validation_path.is_file()
+        if not known and self._run_cell(cell, score=False) is not None:
             return math.inf
+        return self._known_loss(cell)
+
+    def _known_loss(self, cell: Cell) -> float:
+        """LookupError where it has not been measured."""
+        file = self._grid.run_of(cell).validation_path
+        if not file.is_file():
+            raise LookupError(file)
         loss = read_json(file).get("loss")
         if isinstance(loss, bool) or not isinstance(loss, int | float):
             raise BaditError(f"{file}: loss: must be a number; remove the file to measure it again")

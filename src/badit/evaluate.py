@@ -74,17 +74,24 @@ def train_and_score(recipe: Recipe, *, progress: bool = True, allow_changed_inpu
         if run.scores_path.is_file():
             write_run_card(run)  # an earlier process may have ended between the two
             return read_scores(run.scores_path)
-        return evaluate(run.path, progress=progress, trust_remote_code=recipe.model.trust_remote_code)
+        options: Any = {"progress": progress, "trust_remote_code": recipe.model.trust_remote_code}
+        return evaluate(run.path, **options, keep_stages=True)
 
 
 def evaluate(
-    path: str | Path, *, split: Split | None = None, progress: bool = True, trust_remote_code: bool = False
+    path: str | Path,
+    *,
+    split: Split | None = None,
+    progress: bool = True,
+    trust_remote_code: bool = False,
+    keep_stages: bool = False,
 ) -> dict[str, Any]:
     """Scores a run on its tasks and writes the scores and predictions in its folder.
 
     The recipe's own split goes to ``scores.json`` and ``predictions/``, another one to ``scores-SPLIT.json`` and
     ``predictions-SPLIT/``. A sequence of tasks is scored on its own split after each of them, and its scores have the
-    matrix of all of those as well; on another split its last state alone is scored.
+    matrix of all of those as well; on another split its last state alone is scored. ``keep_stages`` takes the scores of
+    those that have been scored already.
 
     A run whose base model brings Python code is refused without ``trust_remote_code``.
 
@@ -101,7 +108,7 @@ def evaluate(
         if split not in (None, own_split):
             return _score(run, recipe, plan.tasks, split, progress=progress, suffix=f"-{split}")
         if plan.sequential and plan.method.trains:
-            scores = _score_sequence(run, plan, progress)
+            scores = _score_sequence(run, plan, progress, keep_stages)
         else:
             scores = _score(run, recipe, plan.tasks, own_split, progress=progress)
         write_run_card(run)
@@ -193,13 +200,13 @@ def _prefill(
     return cache if drop_last(cache, answers_BA.shape[1] + 1) else {}
 
 
-def _score_sequence(run: Run, plan: Plan, progress: bool) -> dict[str, Any]:
-    """Every stage's model on the tasks that it has learnt, and perhaps on those to come. Scored stages are kept."""
+def _score_sequence(run: Run, plan: Plan, progress: bool, keep_stages: bool) -> dict[str, Any]:
+    """Every stage's model on the tasks that it has learnt, and perhaps on those to come."""
     names = [task.name for task in plan.tasks]
     by_stage = []
     for number, stage in enumerate(plan.stages, start=1):
         tasks = plan.tasks if plan.recipe.evaluation.unseen_tasks else plan.tasks[:number]
-        if not stage.folder.scores_path.is_file():
+        if not keep_stages or not stage.folder.scores_path.is_file():
             _score(stage.folder, plan.recipe, tasks, plan.recipe.evaluation.split, progress=progress)
         by_stage.append(read_scores(stage.folder.scores_path))
     matrix = [[scores["tasks"].get(name, {}).get("rouge_l") for name in names] for scores in by_stage]

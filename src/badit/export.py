@@ -13,8 +13,7 @@ import dataclasses
 import math
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -31,9 +30,10 @@ from torch import nn
 from tqdm import tqdm
 from transformers.pytorch_utils import Conv1D
 
-from badit.analysis.gates import adapted_layers, mean_component_gates
+from badit.analysis.gates import GATES_FILE, PROMPTS_PER_TASK, Gates, adapted_layers, read_gates, task_gates
 from badit.card import CARD, Base, model_card
-from badit.data import AnswerCollator, Task, batches_by_task
+from badit.data import Task
+from badit.data.prompts import end_of_turn_id
 from badit.environment import status
 from badit.errors import BaditError, explained, nearest, refuse_unknown
 from badit.evaluate import evaluate, load_run, score_model
@@ -44,9 +44,8 @@ from badit.models import device, load_base_model, resolve_model
 from badit.recipe import Recipe
 from badit.results import read_scores
 from badit.run import RECORD, AnyPath, Run
-from badit.train import base_model, encoded, make_plan, model_dtype, model_fingerprint, pad_id, task_fingerprints
+from badit.train import base_model, make_plan, model_dtype
 from badit.tuner import hooks_of
-from badit.tuner.config import is_number
 from badit.tuner.targets import FusedExpert, base_layer, short_names
 
 #: The ranks of vLLM's ``--max-lora-rank``; an adapter takes the next one up.
@@ -55,14 +54,8 @@ VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 Engine = Literal["transformers", "vllm"]
 #: By the module's name in the base model, A (P, I) and B (O, P) with W + B A the adapted weight: float32, on the CPU.
 Factors = Mapping[str, tuple[torch.Tensor, torch.Tensor]]
-#: By the module's name, a gate for each of its K experts, as they multiply.
-Gates = Mapping[str, Sequence[float]]
 
 SCORES = "scores.json"
-GATES = "gates.json"
-# Gates of prompts of one task are close together: this many training prompts settle the mean.
-_PROMPTS_PER_TASK = 32
-_BATCH_SIZE = 8
 # These start from a part of the base weight, W − s·B0 A0, which PEFT subtracts again whenever one is loaded.
 _CHANGES_BASE = ("pissa", "olora")
 _MORE_THAN_LORA = ("use_dora", "lora_bias", "modules_to_save", "trainable_token_indices", "target_parameters")
@@ -120,6 +113,7 @@ def export(
     rank: int | None = None,
     merged: bool = False,
     progress: bool = True,
+    trust_remote_code: bool = False,
 ) -> Export:
     """Writes a run's adapter as a plain LoRA, or a merged model, as :meth:`badit.Run.export` describes it.
 
@@ -127,7 +121,7 @@ def export(
     smaller than that takes (SVD), or it takes more than 512, the most that vLLM serves.
     """
     folder = Run(run)
-    recipe = folder.trusted_recipe()
+    recipe = folder.trusted_recipe(trust_remote_code)
     method = build_method(recipe.method)
     config: Any = getattr(method, "config", None)  # PEFT's, of a method that trains an adapter
     is_lora = isinstance(config, LoraConfig)
@@ -137,6 +131,7 @@ def export(
     same = f"{method.name} does the same for every prompt, so there is none to choose"
     servable = rank is None or 1 <= rank <= VLLM_RANKS[-1]
     untold = task is None and not all_tasks and mixes and method.needs_tasks
+    quantised = merged and config is not None and not is_lora and recipe.model.quantisation is not None
     problems = {
         "give only one of --task, --all-tasks and --gates": sum((task is not None, all_tasks, gates is not None)) > 1,
         "--all-tasks: the adapters share one base model; leave --merged out": all_tasks and merged,
@@ -144,6 +139,7 @@ def export(
         f"--rank: must be between 1 and {VLLM_RANKS[-1]}, not {rank}": not servable,
         f"{folder.path}: is a run of the base model as it is: there is nothing to export": not method.trains,
         f"{folder.path}: {method.name} trains the base weights; export it --merged": config is None and not merged,
+        "--merged: the base weights are quantised, which would round the adapter away; leave it out": quantised,
         f"--task: {same}": task is not None and not mixes,
         f"--all-tasks: {same}": all_tasks and not mixes,
         f"--gates: {same}": gates is not None and not mixes,
@@ -201,7 +197,7 @@ def export(
                 else:
                     write_adapter(place, factors, model, base, recipe.model.revision)
                 if fixed is not None:
-                    write_json(place / GATES, fixed)
+                    write_json(place / GATES_FILE, fixed)
                 record = done.record(folder, method.name)
                 write_text(place / CARD, model_card(folder, recipe, about, export=record))
                 _write_record(place, record)
@@ -233,7 +229,12 @@ def _compressed(done: Export, factors: Factors, rank: int | None) -> tuple[Expor
 
 
 def score_export(
-    run: str | Path, exported: Export, *, engine: Engine = "transformers", progress: bool = True
+    run: str | Path,
+    exported: Export,
+    *,
+    engine: Engine = "transformers",
+    progress: bool = True,
+    trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Scores an export as other tools load it, and writes and returns its ``scores.json``.
 
@@ -242,9 +243,12 @@ def score_export(
     """
     refuse_unknown("engine", engine, get_args(Engine))
     folder = Run(run)
-    recipe = folder.trusted_recipe()
+    recipe = folder.trusted_recipe(trust_remote_code)
     split = recipe.evaluation.split
-    routed = read_scores(folder.scores_path) if folder.scores_path.is_file() else evaluate(run, progress=progress)
+    if folder.scores_path.is_file():
+        routed = read_scores(folder.scores_path)
+    else:
+        routed = evaluate(run, progress=progress, trust_remote_code=trust_remote_code)
     vllm = _vllm(exported, recipe) if engine == "vllm" else None
     by_task: dict[str, Any] = {}
     known = make_plan(recipe).tasks
@@ -254,7 +258,8 @@ def score_export(
         if vllm is not None:
             tokenizer = vllm.get_tokenizer()
         elif part.merged:
-            model, tokenizer = load_base_model(part.folder, dtype=model_dtype(recipe), device=device())
+            options: Any = {"dtype": model_dtype(recipe), "device": device(), "trust_remote_code": trust_remote_code}
+            model, tokenizer = load_base_model(part.folder, **options)
         else:
             base, tokenizer = base_model(recipe)
             with explained(part.folder, action="loaded", any_error=True):
@@ -302,7 +307,8 @@ def _vllm_answers(vllm: Any, recipe: Recipe, part: Export, number: int, prompts:
     from vllm import SamplingParams  # pyright: ignore[reportMissingImports]
     from vllm.lora.request import LoRARequest  # pyright: ignore[reportMissingImports]
 
-    settings = SamplingParams(temperature=0.0, max_tokens=recipe.evaluation.max_new_tokens)
+    end = end_of_turn_id(vllm.get_tokenizer(), recipe.prompt.chat_template)
+    settings = SamplingParams(temperature=0.0, max_tokens=recipe.evaluation.max_new_tokens, stop_token_ids=[end])
     request = None if part.merged else LoRARequest(str(number), number, str(part.folder.resolve()))
     with explained("vLLM", action="used", any_error=True):
         found = vllm.generate([{"prompt_token_ids": ids} for ids in prompts], settings, lora_request=request)
@@ -349,58 +355,12 @@ def _mean_gates(
     found: dict[str | None, tuple[str, Gates]] = {}
     for task in chosen:
         over = names if task is None else [task]
-        number = sum(len(tasks[name].train[:_PROMPTS_PER_TASK]) for name in over)
+        number = sum(len(tasks[name].train[:PROMPTS_PER_TASK]) for name in over)
         of_what = f"of {len(over)} tasks, and over these," if task is None else f"of task {task}"
         each = [by_task[name] for name in over]
         mean = {module: torch.tensor([gates[module] for gates in each]).mean(dim=0).tolist() for module in each[0]}
         found[task] = (f"mean gates {of_what} on {number} training prompts", mean)
     return found
-
-
-def task_gates(
-    run: Run, model: Any, tokenizer: Any, recipe: Recipe, tasks: Mapping[str, Task], names: Sequence[str]
-) -> Iterator[tuple[str, Gates]]:
-    """The mean gates of each of the named ``tasks`` over its first training prompts, one task after another.
-
-    They are measured once and kept in the run's ``gates.json``, with fingerprints of what they depend on.
-    """
-    depends = {"model": model_fingerprint(model), "dtype": model_dtype(recipe), "prompt": recipe.prompt.model_dump()}
-    depends |= {"prompts_per_task": _PROMPTS_PER_TASK, **task_fingerprints(list(tasks.values()))}
-    by_task: dict[str, Gates] = {}
-    with suppress(BaditError):  # there are none yet, or they are damaged
-        kept = read_json(run.gates_path)
-        if kept.get("depends_on") == depends and isinstance(kept.get("tasks"), dict):
-            by_task = {name: _checked_gates(gates, run.gates_path, model) for name, gates in kept["tasks"].items()}
-    layers, collate = adapted_layers(model), AnswerCollator(pad_id(tokenizer), with_tasks=True)
-    for name in names:
-        if name not in by_task:
-            pairs = [(tasks[name], instance) for instance in tasks[name].train[:_PROMPTS_PER_TASK]]
-            batches = batches_by_task(encoded(tokenizer, recipe, pairs, model), collate, _BATCH_SIZE)
-            of_layers = zip(layers, mean_component_gates(model, batches)[name], strict=True)
-            by_task[name] = {one.layer.name: gates_N[one.first_components_K].tolist() for one, gates_N in of_layers}
-            with suppress(BaditError):  # a run that cannot be written to can still be used
-                write_json(run.gates_path, {"depends_on": depends, "tasks": by_task})
-        yield name, by_task[name]
-
-
-def read_gates(path: Path, model: PeftModel) -> Gates:
-    """A file's gates: one for every expert of every adapted module and nothing else."""
-    if (path.parent / RECORD).is_file():
-        refuse_links(path.parent)  # an export, which may come from elsewhere
-    return _checked_gates(read_json(path), path, model)
-
-
-def _checked_gates(content: Any, path: Path, model: PeftModel) -> Gates:
-    experts = {one.layer.name: len(one.first_components_K) for one in adapted_layers(model)}
-    if not isinstance(content, dict):
-        raise BaditError(f"{path}: must hold gates by module, not a {type(content).__name__}")
-    for name in (*content, *experts):
-        gates, number = content.get(name), experts.get(name)
-        if number is None:
-            raise BaditError(f"{path}: {name}: the run adapts no such module{nearest(name, experts)}")
-        if not isinstance(gates, list) or len(gates) != number or not all(map(is_number, gates)):
-            raise BaditError(f"{path}: {name}: must be a list of {number} numbers, one gate for each expert")
-    return content
 
 
 def mixture_factors(model: PeftModel, gates: Gates | None, task: str | None = None) -> Factors:

@@ -45,8 +45,8 @@ def preview(recipe: Recipe, tasks: Sequence[Task], count: int) -> str:
     """
     from badit.models import load_tokenizer
 
-    tokenizer = load_tokenizer(recipe.model.name, revision=recipe.model.revision)
-    section = recipe.prompt
+    model, section = recipe.model, recipe.prompt
+    tokenizer = load_tokenizer(model.name, trust_remote_code=model.trust_remote_code, revision=model.revision)
     rows, shown = [], []
     for task in tasks:
         instances = list(task.train[:_MEASURED])

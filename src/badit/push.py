@@ -51,6 +51,8 @@ def push_to_hub(folder: str | os.PathLike[str], repository: str, *, private: boo
             raise BaditError(f"{run.path}: has no adapter yet; continue its training with the same command")
         source, names = run.adapter_path, [CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME]
     for path in (source / name for name in names):
+        if (path / RECORD).is_file():
+            raise BaditError(f"{source}: has a LoRA for each task; push one of them: badit push {path} {repository}")
         if path.is_symlink() or not path.is_file():
             raise BaditError(f"{path}: must be a file, and no link; make the folder again")
     with explained(f"{repository!r:.120}"):

@@ -251,8 +251,9 @@ def summarise(results: Results, metric: str = "rouge_l", form: Form = "standard"
 def task_means(results: Results, metric: str = "rouge_l") -> pd.DataFrame:
     """Mean score over a method's runs: a row for each task, a column for each method that has scores."""
     scores = results.scores.loc[results.scores["metric"] == metric]
-    methods = results.scored_methods
-    tasks = scores.loc[scores["method"].isin(methods[:1]), "task"].unique()
+    methods, tasks = results.scored_methods, scores["task"].unique()
+    if methods and not len(tasks):
+        raise BaditError(f"the results have no scores in {metric}; choose another metric")
     means = scores.groupby(["task", "method"])["score"].agg(fmean).unstack("method")
     return means.reindex(index=pd.Index(tasks, name="task"), columns=pd.Index(methods, name="method"))
 

@@ -306,6 +306,7 @@ class Run:
         score: bool = False,
         engine: Literal["transformers", "vllm"] = "transformers",
         progress: bool = True,
+        trust_remote_code: bool = False,
     ) -> Export:
         """Write a run as a plain LoRA or a merged model, for PEFT, vLLM and llama.cpp.
 
@@ -321,24 +322,18 @@ class Run:
             score: score the export on the run's split as well, into its scores.json.
             engine: what answers for the scores; vllm must be installed.
             progress: show bars on stderr.
+            trust_remote_code: run Python code that comes with the run's base model, if its recipe asks for it as well.
 
         Raises:
             BaditError: no such run or task, an output that is in use, or a method that cannot be exported.
         """
         from badit.export import export, score_export
 
-        exported = export(
-            self.path,
-            output,
-            task=task,
-            all_tasks=all_tasks,
-            gates=gates,
-            rank=rank,
-            merged=merged,
-            progress=progress,
-        )
+        choices: dict[str, Any] = {"task": task, "all_tasks": all_tasks, "gates": gates, "rank": rank, "merged": merged}
+        options: dict[str, Any] = {"progress": progress, "trust_remote_code": trust_remote_code}
+        exported = export(self.path, output, **choices, **options)
         if score:
-            score_export(self.path, exported, engine=engine, progress=progress)
+            score_export(self.path, exported, engine=engine, **options)
         return exported
 
     def push(self, repository: str, *, private: bool = False) -> str:

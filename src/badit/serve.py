@@ -32,10 +32,10 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from badit.analysis.gates import Experts, adapted_layers, mean_component_gates
+from badit.analysis.gates import GATES_FILE, Experts, adapted_layers, mean_component_gates, read_gates
 from badit.errors import BaditError, show
 from badit.evaluate import load_run
-from badit.export import GATES, mixture_factors, read_gates, write_adapter
+from badit.export import mixture_factors, write_adapter
 from badit.files import refuse_links
 from badit.methods import build_method
 from badit.run import Run
@@ -68,7 +68,7 @@ class Router:
         self.exports: list[str] = []
         if exports is not None:
             refuse_links(Path(exports))
-            if not (files := sorted(Path(exports).glob(f"*/{GATES}"))):
+            if not (files := sorted(Path(exports).glob(f"*/{GATES_FILE}"))):
                 raise BaditError(f"{exports}: has no LoRAs of tasks: badit export {run} --all-tasks -o {exports}")
             self.exports = [file.parent.name for file in files]
             self.gates_TMN = torch.stack([self._by_component(read_gates(file, self.model)) for file in files])

@@ -7,6 +7,7 @@ interrupted run continues where it stopped.
 from __future__ import annotations
 
 import dataclasses
+import gc
 import hashlib
 import shutil
 import time
@@ -43,6 +44,7 @@ from badit.data import (
     mixture,
     ordered,
 )
+from badit.data.prompts import end_of_turn_id
 from badit.environment import environment, is_main_process, peak_memory, status
 from badit.errors import BaditError, first_line, say
 from badit.files import copy_folder, exclusive, read_json, replace_folder, write_json
@@ -440,6 +442,9 @@ def base_model(recipe: Recipe, *, dtype: SettledDtype | None = None) -> tuple[Pr
     """A recipe's base model, in its own dtype or another one and on this process's device, and its tokenizer."""
     section = recipe.model
     dtype = dtype or model_dtype(recipe)
+    gc.collect()  # an adapted model that is no longer used, such as the last stage's, refers to itself
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
     model, tokenizer = load_base_model(
         section.name,
         dtype=dtype,
@@ -449,6 +454,11 @@ def base_model(recipe: Recipe, *, dtype: SettledDtype | None = None) -> tuple[Pr
         device=device(),
     )
     warn_of_slow_dtype(dtype, device())
+    # The end of answers in training, which a base model's own configuration need not know.
+    end, known = end_of_turn_id(tokenizer, recipe.prompt.chat_template), model.generation_config.eos_token_id
+    ends = known if isinstance(known, list) else [known]
+    if end not in ends:
+        model.generation_config.eos_token_id = [one for one in ends if one is not None] + [end]
     return model, tokenizer
 
 

@@ -53,6 +53,7 @@ class AnswerTrainer(Trainer):
     Attributes:
         skipped_steps: how many have been skipped so far.
         finished: whether the training had come to its end before it was resumed.
+        last_line: of the log: the step, and the skipped ones until then.
     """
 
     def __init__(
@@ -74,7 +75,7 @@ class AnswerTrainer(Trainer):
         callbacks += kwargs.pop("callbacks", None) or []
         super().__init__(model, args, callbacks=callbacks, **kwargs)
         self.skipped_steps, self.finished = 0, False
-        self._at_last_line = (0, 0)  # of the log: the step, and the skipped ones until then
+        self.last_line = (0, 0)
         self.micro_batches: list[tuple[torch.Tensor, Mapping[str, Any]]] = []  # of the step: losses and inputs
         self.sampler: EpochSampler | None = None
         self.options, self._quotas = options, quotas
@@ -126,11 +127,11 @@ class AnswerTrainer(Trainer):
                 logs |= callback.take_metrics()
         if self.skipped_steps:
             logs["skipped_steps"] = self.skipped_steps
-        step, skipped = self._at_last_line
+        step, skipped = self.last_line
         if "loss" in logs:
             if self.skipped_steps - skipped == self.state.global_step - step:
                 logs["loss"] = math.nan
-            self._at_last_line = self.state.global_step, self.skipped_steps
+            self.last_line = self.state.global_step, self.skipped_steps
         super().log(logs, *args, **kwargs)
 
     def compute_loss(

@@ -50,8 +50,8 @@ def test_a_run_with_experts_has_all_tables_and_a_finished_part_is_not_measured_a
     assert "held-out" in set(tables["expert_angles"]["measured"])
     record = json.loads((run / "analysis.json").read_text())
     assert list(record["parts"]) == ["interference", "experts", "learning"]
-    assert record["settings"] == {"data": None, "instances": 2}
-    with pytest.raises(BaditError, match=r"analysis: holds an analysis with other settings; remove it and analysis\."):
+    assert record["settings"] == {"target": ".", "data": None, "instances": 2}
+    with pytest.raises(BaditError, match=r"analysis: holds .* or with other settings; remove it and analysis\."):
         analyze(run, instances=3, progress=False)
 
 
@@ -60,6 +60,7 @@ def test_a_run_with_experts_has_all_tables_and_a_finished_part_is_not_measured_a
     [
         ({"tasks": ["cities"]}, {}, (INTERFERENCE | EXPERTS) - PAIRS - {"gate_similarity"}),
         ({"order": "seeded-0"}, {"method": {"name": "lora", "r": 2}}, INTERFERENCE | {"transfer"}),
+        ({"tasks": ["cities"]}, {"method": {"name": "base"}}, INTERFERENCE - PAIRS),
     ],
 )
 def test_a_single_task_has_no_pairs_and_a_sequence_has_its_score_matrix(recipe_values, data, method, tables):
@@ -80,6 +81,8 @@ def test_a_base_model_is_measured_on_named_tasks(model_folder, task_file, tmp_pa
     output = tmp_path / "base"
     assert analyze(model_folder, data=str(task_file), instances=2, output=output, progress=False).keys() == INTERFERENCE
     assert (output / "config.yaml").is_file()
+    with pytest.raises(BaditError, match="holds an analysis of another run or model"):
+        analyze("smollm2-135m", data=str(task_file), instances=2, output=output, progress=False)
     assert json.loads((output / "environment.json").read_text())["packages"]
 
 

@@ -148,6 +148,29 @@ def test_a_search_on_less_data_is_kept_apart(values, inline):
     assert len(inline) == 2 * (2 + 1), "both methods have searched two rates and trained once"
 
 
+def test_another_search_is_refused(values, inline):
+    values["compare"] |= {"learning_rates": [0.01, 0.02], "search": {"training": {"max_steps": 1}}, "methods": LORA}
+    compared(values)
+    values["compare"]["search"] = {"training": {"max_steps": 3}}
+    with pytest.raises(BaditError, match=r"search/.*holds a run of another recipe .it differs in training\.max_steps"):
+        compared(values)
+
+
+def test_an_interruption_leaves_no_finished_cell_out_of_the_results(values, inline, monkeypatch):
+    values["compare"] |= {"learning_rates": [0.01, 0.02]}
+    done = by_status(compared(values), selected=True, status="done")
+    values["compare"]["seeds"] = [0, 1]
+
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(compare_module, "CellProcess", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        compared(values)
+    assert by_status(read_json(Path(values["output"]) / "results.json"), selected=True, status="done") == done
+    assert done == ["lora/0", "badit/0"]
+
+
 def test_every_instance_has_its_nll_which_ranks_the_lowest_first_and_equal_methods_are_level(values, inline, capsys):
     same = {"name": "lora", "r": 8}
     compared(values | {"compare": {"methods": {"lora": same, "again": same, "base": {"name": "base"}}, "seeds": [0]}})

@@ -65,6 +65,22 @@ def test_jobs_share_the_cores_and_a_cell_gets_the_free_gpu(values, monkeypatch):
     assert set(shares["short"]) == {(4, 1 - shares["long"][0][1])}
 
 
+def test_jobs_are_shared_by_the_seeds_of_one_method(values, monkeypatch):
+    together = threading.Barrier(2)
+
+    class Cell:
+        def __init__(self, *arguments, **options):
+            pass
+
+        def wait(self):
+            together.wait(60)
+            return "not run"
+
+    monkeypatch.setattr(compare_module, "CellProcess", Cell)
+    values["compare"] |= {"methods": LORA, "seeds": [0, 1]}
+    assert by_status(compared(values, jobs=2), status="missing") == ["lora/0", "lora/1"]
+
+
 def cell_process(values, config=None):
     recipe = build_recipe({**values, "compare": None})
     config = json.dumps(recipe.model_dump(mode="json")) if config is None else config
@@ -137,7 +153,7 @@ def test_sigterm_stops_the_command_and_its_cells_which_save_their_state(values, 
     assert not (cell.path / "error.txt").exists()
     time.sleep(0.5)
     assert cell.metrics_path.read_text().count("\n") == steps, "the cell has ended too"
-    assert by_status(results_of(values), status="missing", error=None) == ["lora/0"]
+    assert by_status(results_of(values), status="missing", error=None) == ["lora/0", "badit/0"]
 
 
 def test_an_interrupted_comparison_keeps_what_is_done_and_continues(values, inline, monkeypatch):

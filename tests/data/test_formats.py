@@ -61,6 +61,19 @@ def test_a_csv_keeps_every_text_as_it_stands(tmp_path):
     assert (task.validation[0].input, task.validation[0].outputs) == ("null", ("1e3",))
 
 
+def test_a_row_with_more_values_than_names_is_refused(tmp_path):
+    (tmp_path / "shifted.csv").write_text("input,output\nGreat food, really,positive\n")
+    assert "rows have more values than the first line has names" in refusal(tmp_path / "shifted.csv")
+
+
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+def test_a_column_that_is_named_may_be_empty_in_some_rows(tmp_path, suffix):
+    rows = ({"do": "Add.", "context": "1 1", "answer": "2"}, {"do": "Greet.", "context": None, "answer": "Hi"})
+    columns = {"instruction": "do", "input": "context", "output": "answer"}
+    task = task_of(write_rows(tmp_path / f"alpaca.{suffix}", *rows), columns=columns)
+    assert [one.input for one in task.train] == ["1 1", ""]
+
+
 def test_files_of_a_folder_or_a_pattern_are_splits_or_tasks(tmp_path):
     for name in ("train-00000-of-00002.parquet", "train-00001-of-00002.parquet", "val.csv", "test.jsonl"):
         write_rows(tmp_path / name, HELLO)

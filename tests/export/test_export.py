@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -149,7 +150,7 @@ def test_all_tasks_get_their_adapters_from_gates_that_are_measured_once(
     one = export(run.path, tmp_path / "one", task="cities")
     measure, measured = mean_component_gates, []
     monkeypatch.setattr(
-        "badit.export.mean_component_gates",
+        "badit.analysis.gates.mean_component_gates",
         lambda model, batches: measured.extend(batches) or measure(model, batches),
     )
     done = export(run.path, out, all_tasks=True)
@@ -402,3 +403,10 @@ def test_pefts_own_conversion_takes_fixed_mixtures_only(tiny_model: Callable[...
         assert not model.supports_lora_conversion()
         with pytest.raises(TypeError, match="do not support LoRA conversion"):
             convert_to_lora(model, rank=4)
+
+
+def test_a_mixture_is_not_merged_into_quantised_weights(trained: Trained, tmp_path: Path) -> None:
+    run = Run(shutil.copytree(trained(BADIT).path, tmp_path / "run"))
+    run.config_path.write_text(run.config_path.read_text().replace("quantisation: null", "quantisation: bnb-8bit"))
+    with pytest.raises(BaditError, match=r"^--merged: the base weights are quantised"):
+        export(run.path, tmp_path / "model", merged=True)

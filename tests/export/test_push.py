@@ -160,6 +160,14 @@ def test_only_the_files_that_badit_wrote_are_uploaded(run: Run, hub: type[Hub], 
     assert hub.files == {}
 
 
+def test_of_an_export_of_all_tasks_one_is_to_be_pushed(run: Run, hub: type[Hub], tmp_path: Path) -> None:
+    folder = badit.Run(run.path).export(tmp_path / "all", all_tasks=True, progress=False).folder
+    with pytest.raises(BaditError, match=r"has a LoRA for each task; push one of them: badit push .*all/cities org/x$"):
+        badit.Run(folder).push("org/x")
+    badit.Run(folder / "cities").push("org/tuned")
+    assert "adapter_model.safetensors" in hub.files
+
+
 def test_a_run_without_an_adapter_is_refused(tmp_path: Path) -> None:
     for name, message in (("base", "nothing to push"), ("full", "export .* --merged"), ("badit", "no adapter yet")):
         (tmp_path / "config.yaml").write_text(json.dumps({"method": {"name": name}}))

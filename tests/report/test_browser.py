@@ -84,6 +84,8 @@ def test_tables_sort_by_click_and_by_key(browser, page):
     assert sorted(column(browser, table, 4)) == sorted(before)
     browser.find_element(By.CSS_SELECTOR, "#scores-table thead button").click()
     assert column(browser, "scores-table", 1)[0] == "002 quoref", "text sorts from a"
+    first = browser.find_element(By.CSS_SELECTOR, "#scores-table thead th")
+    assert first.get_attribute("aria-sort") == "ascending"
     foot = browser.find_element(By.CSS_SELECTOR, "#scores-table tfoot")
     assert foot.text.startswith("mean over tasks")
 

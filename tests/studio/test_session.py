@@ -122,7 +122,7 @@ def test_tasks_gates_are_measured_once_for_an_adapter_and_again_if_they_are_dama
         again = Session(run.path)
         again.measure()
         assert again.task_gates.equals(first.task_gates)
-    monkeypatch.delattr("badit.export.mean_component_gates")
+    monkeypatch.delattr("badit.analysis.gates.mean_component_gates")
     Session(run.path).measure()
     path = run.adapter_path / "adapter_model.safetensors"
     save_file({name: -t if name.endswith("badit_B") else t for name, t in load_file(path).items()}, path)

@@ -43,6 +43,19 @@ def test_it_is_attention_up_to_rounding(rows, shared, groups, length, scaling):
         assert error <= max(0.03 * expected.abs().max().item() + 0.01, 2 * usual)
 
 
+def test_values_of_another_width_and_a_bias_by_position():
+    module = SimpleNamespace(is_causal=True, training=True, num_key_value_groups=2)
+    query, key, value, mask = make_inputs(2, 2, 2, 12, torch.bfloat16)
+    wide = torch.cat([value, value], dim=-1)
+    ours, _ = attention(module, query, key, wide, mask)
+    fused, _ = sdpa_attention_forward(module, query, key, wide, mask)
+    torch.testing.assert_close(ours, fused, atol=0.05, rtol=0.05)
+    bias = torch.randn(1, 4, 12, 12).to(query.dtype)
+    ours, _ = attention(module, query, key, value, mask, position_bias=bias)
+    fused, _ = sdpa_attention_forward(module, query, key, value, mask, position_bias=bias)
+    assert torch.equal(ours, fused)
+
+
 @pytest.mark.parametrize("own", ["sdpa", "eager"])
 def test_a_model_uses_it_within_the_context_only(tiny_model, own):
     model = tiny_model("llama").to(torch.bfloat16).train()

@@ -14,7 +14,7 @@ from badit.recipe import build_recipe
 from badit.regroup import RegroupCallback
 from badit.train import fit, make_plan
 from badit.trainer import AnswerTrainer
-from training.trainers import adapted, learned, make_trainer, on, with_callbacks
+from training.trainers import adapted, fit_until, learned, make_trainer, on, with_callbacks
 
 
 def odd_batch():
@@ -94,6 +94,15 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(recipe_values, monkeyp
     assert [line.get("skipped_steps", 0) for line in lines] == [0, 0, 0, 1, *[2] * 8]
     assert [line["window_steps"] for line in read_jsonl(run.regroupings_path)][::2] == [3, 4]
     assert not re.search("NaN|Infinity", run.metrics_path.read_text())
+
+
+def test_a_resumed_log_has_the_skipped_steps_of_an_uninterrupted_one(recipe_values, monkeypatch, tmp_path):
+    break_loss(monkeypatch, {6})
+    recipe = build_recipe(recipe_values, ["training.save_steps=5"])
+    whole = fit(build_recipe(recipe_values, ["training.save_steps=5", f"output={tmp_path / 'whole'}"]), progress=False)
+    fit_until(5, recipe)
+    assert fit(recipe, progress=False).metrics_path.read_text() == whole.metrics_path.read_text()
+    assert list(read_jsonl(whole.metrics_path))[5]["loss"] is None
 
 
 def test_too_many_of_them_stop_the_run_and_name_the_batch(recipe_values, monkeypatch):

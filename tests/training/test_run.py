@@ -1,6 +1,7 @@
 """A run from recipe to scores on a tiny model: its folder, its resuming, its validation loss, what it refuses."""
 
 import shutil
+import weakref
 from importlib import import_module
 from importlib.metadata import version
 
@@ -13,10 +14,10 @@ from badit.errors import BaditError
 from badit.evaluate import evaluate, load_run, validation_loss
 from badit.evaluate import train_and_score as train
 from badit.files import read_json, read_jsonl, write_json
-from badit.methods import AdapterMethod
+from badit.methods import AdapterMethod, build_method
 from badit.recipe import build_recipe
 from badit.run import Run
-from badit.train import encoded, fit, make_plan
+from badit.train import base_model, encoded, fit, make_plan
 from badit.tuner import hooks_of
 from data.examples import make_task
 from materials import make_recipe
@@ -162,6 +163,23 @@ def test_a_resumed_run_keeps_the_fast_dtype_that_it_began_with(recipe_values, mo
     assert models.fast_dtype(torch.device("cpu")) == "bfloat16"
     assert fit(recipe, progress=False).environment["dtype"] == "float32"
     assert dtypes == [torch.float32] * 2
+
+
+def test_an_adapted_model_is_freed_before_the_next_one_is_loaded(recipe_values):
+    recipe = build_recipe(recipe_values)
+    model = build_method(recipe.method).apply(base_model(recipe)[0])
+    former = weakref.ref(model.get_base_model())
+    del model
+    base_model(recipe)
+    assert former() is None
+
+
+def test_an_answer_ends_where_the_chat_template_ends_it(recipe_values):
+    """Also where neither the tokenizer's end token nor the model's is that of a turn."""
+    model, tokenizer = base_model(build_recipe(recipe_values))
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert end != tokenizer.eos_token_id
+    assert end in model.generation_config.eos_token_id
 
 
 def test_of_a_slow_dtype_is_warned_once(recipe_values, monkeypatch, capsys):

@@ -110,7 +110,7 @@ def test_the_matrix_and_the_scores_computed_from_it(recipe_values, unseen):
         for name in content["tasks"]:
             content["tasks"][name]["rouge_l"] = row[ORDER.index(name)]
         write_json(folder.scores_path, content)
-    scores = evaluate(recipe.output, progress=False)
+    scores = evaluate(recipe.output, progress=False, keep_stages=True)
     assert scores["matrix"] == made_up
     matrix = [[math.nan if score is None else score for score in row] for row in made_up]
     assert scores["continual"] == {form: continual_scores(matrix, form=form)._asdict() for form in FORMS}
@@ -181,3 +181,11 @@ def test_sequences_that_cannot_be_trained_are_refused(recipe_values, tmp_path):
     (tmp_path / "untrained.jsonl").write_text("".join(kept))
     with pytest.raises(BaditError, match="task cities has no training instances and so no place in a sequence"):
         make_plan(build_recipe(recipe_values, [f"data.source={tmp_path}/untrained.jsonl", "data.order=seeded-0"]))
+
+
+def test_evaluate_scores_every_stage_again(finished):
+    recipe, run, scores = finished
+    (first, _) = stages(recipe)
+    first.scores_path.write_text("{}")
+    assert evaluate(run.path, progress=False) == scores
+    assert read_json(first.scores_path)["rouge_l"] == scores["matrix"][0][0]

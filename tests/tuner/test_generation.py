@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from transformers import ContinuousBatchingConfig, DynamicCache, GenerationConfig
+from transformers import ContinuousBatchingConfig, DynamicCache, GenerationConfig, OPTConfig, OPTForCausalLM
 
 from badit.errors import BaditError
 from tuner.helpers import (
@@ -107,6 +107,24 @@ def test_generate_continues_from_a_copied_prompt_cache(tiny_model):
             token = forward(model, ids, mask, prompt_mask=prompt_mask).logits[:, -1:].argmax(-1)
             ids = torch.cat([ids, token], dim=1)
     assert torch.equal(found, ids)
+
+
+def test_a_model_that_sees_positions_as_rows_continues_from_a_cache():
+    """OPT's MLP has an input without a dimension for positions."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 48, "num_hidden_layers": 2, "vocab_size": 100}
+    ends = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None, "init_std": 0.2}
+    opt = OPTConfig(**sizes, **ends, num_attention_heads=4, max_position_embeddings=64)
+    model = adapted(OPTForCausalLM(opt).eval())
+    ids = padded(random_rows(6, 6))[0]
+    cache, _ = prefill(model, ids, torch.ones_like(ids))
+    longer = torch.cat([ids, torch.tensor([[7, 8], [9, 10]])], dim=1)
+    with pytest.warns(UserWarning, match="keeps the mixture of its first prompt"):
+        found = continued(model, cache, longer)
+    mask = torch.ones_like(longer)
+    first = forward(model, longer[:, -2:], mask, cache, use_cache=True).logits[:, -1:].argmax(-1)
+    by_hand = [first, *continue_by_hand(model, cache, first, mask, NEW - 1)]
+    assert torch.equal(found[:, -NEW:], torch.cat(by_hand, dim=1))
 
 
 def test_a_prompt_cache_is_decoded_with_the_present_weights(tiny_model):

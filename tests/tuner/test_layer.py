@@ -119,6 +119,15 @@ def test_only_training_passes_count_prompts_and_gates():
     assert layer.badit_moments["default"].isfinite().all()
 
 
+def test_an_overflow_leaves_the_moments_as_they_were():
+    layer, (x, mask) = make(router_input="standardised", at_start=True).train(), batch()
+    run(layer, x, mask)
+    before = layer.badit_moments["default"].clone()
+    run(layer, x * float("inf"), mask)
+    assert torch.equal(layer.badit_moments["default"], before)
+    assert layer.badit_batches["default"] == 1
+
+
 def test_an_input_without_positions_has_one_gate_a_row_and_one_that_is_not_the_batch_is_refused():
     layer, x = make(), torch.randn(4, IN, dtype=torch.float64)
     alone = torch.cat([layer(row[None]) for row in x])

@@ -6,6 +6,7 @@ OUTPUT/analysis.json   what was measured on what, how long each part took, versi
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -61,14 +62,18 @@ def analyze(
         recipe = build_recipe({**values, "output": str(output)})
     trained = build_method(recipe.method).trains
     section = recipe.data if data is None else DataSection(source=data)  # pyright: ignore[reportCallIssue]
-    tasks = make_plan(recipe).tasks if data is None and trained else load_sources(section.sources())
+    tasks = make_plan(recipe).tasks if data is None and trained else load_sources(section.sources(), section.tasks)
     chosen = [(task, _chosen(task, instances, trained=trained)) for task in tasks]
-    settings = {"data": data, "instances": instances}
+    # A run's folder relative to the tables', so that both can be moved.
+    measured = os.path.relpath(folder.resolve(), output.resolve()) if is_run else target
+    settings = {"target": measured, "data": data, "instances": instances}
     record = read_json(path) if path.is_file() else {"settings": settings, "environment": environment(), "parts": {}}
-    if record.get("settings") != settings or not isinstance(record.get("parts"), dict):
+    known = record.get("settings")  # of an earlier release without the target
+    same = isinstance(known, dict) and settings | known == settings
+    if not same or not isinstance(record.get("parts"), dict):
         raise BaditError(
-            f"{output / 'analysis'}: holds an analysis with other settings; remove it and {path.name} to measure "
-            "again, or choose another --output"
+            f"{output / 'analysis'}: holds an analysis of another run or model, or with other settings; remove it and "
+            f"{path.name} to measure again, or choose another --output"
         )
     if set(_PARTS) <= record["parts"].keys():
         return output

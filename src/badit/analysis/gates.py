@@ -12,29 +12,43 @@ U = experts of all of a layer's modules.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
+from peft import PeftModel
 from torch import nn
 
 from badit.analysis.gradients import layer_and_module
 from badit.analysis.tables import Table
-from badit.data import on_device
-from badit.errors import BaditError
+from badit.data import AnswerCollator, Task, batches_by_task, on_device
+from badit.errors import BaditError, nearest
+from badit.files import read_json, refuse_links, write_json
 from badit.method import prompt_mean
+from badit.recipe import Recipe
+from badit.run import RECORD, Run
+from badit.train import encoded, model_dtype, model_fingerprint, pad_id, task_fingerprints
 from badit.trainer import answer_losses
+from badit.tuner.config import is_number
 from badit.tuner.layer import ExpertLinear
 from badit.tuner.prompt import before_first_label
 
 # A gate that is neutral except for rounding does not count as drawn on.
 _ROUNDING = 1e-6
+#: In the folder of an export, the gates that have been fixed.
+GATES_FILE = "gates.json"
+#: Gates of prompts of one task are close together: this many training prompts settle the mean.
+PROMPTS_PER_TASK = 32
+_BATCH_SIZE = 8
 
+#: By the module's name, a gate for each of its K experts, as they multiply.
+Gates = Mapping[str, Sequence[float]]
 Batches = Mapping[str, Sequence[Mapping[str, Any]]]
 Change = Callable[["Experts", torch.Tensor], torch.Tensor]
 
@@ -183,3 +197,49 @@ def marked_experts(gates: PromptGates) -> dict[str, list[torch.Tensor]]:
         task: [torch.from_numpy(marked_MK[layers_M == layer].ravel()) for layer in np.unique(layers_M)]
         for task, marked_MK in zip(gates.tasks, gates.means > 1 + _ROUNDING, strict=True)
     }
+
+
+def task_gates(
+    run: Run, model: Any, tokenizer: Any, recipe: Recipe, tasks: Mapping[str, Task], names: Sequence[str]
+) -> Iterator[tuple[str, Gates]]:
+    """The mean gates of each of the named ``tasks`` over its first training prompts, one task after another.
+
+    They are measured once and kept in the run's ``gates.json``, with fingerprints of what they depend on.
+    """
+    depends = {"model": model_fingerprint(model), "dtype": model_dtype(recipe), "prompt": recipe.prompt.model_dump()}
+    depends |= {"prompts_per_task": PROMPTS_PER_TASK, **task_fingerprints(list(tasks.values()))}
+    by_task: dict[str, Gates] = {}
+    with suppress(BaditError):  # there are none yet, or they are damaged
+        kept = read_json(run.gates_path)
+        if kept.get("depends_on") == depends and isinstance(kept.get("tasks"), dict):
+            by_task = {name: _checked_gates(gates, run.gates_path, model) for name, gates in kept["tasks"].items()}
+    layers, collate = adapted_layers(model), AnswerCollator(pad_id(tokenizer), with_tasks=True)
+    for name in names:
+        if name not in by_task:
+            pairs = [(tasks[name], instance) for instance in tasks[name].train[:PROMPTS_PER_TASK]]
+            batches = batches_by_task(encoded(tokenizer, recipe, pairs, model), collate, _BATCH_SIZE)
+            of_layers = zip(layers, mean_component_gates(model, batches)[name], strict=True)
+            by_task[name] = {one.layer.name: gates_N[one.first_components_K].tolist() for one, gates_N in of_layers}
+            with suppress(BaditError):  # a run that cannot be written to can still be used
+                write_json(run.gates_path, {"depends_on": depends, "tasks": by_task})
+        yield name, by_task[name]
+
+
+def read_gates(path: Path, model: PeftModel) -> Gates:
+    """A file's gates: one for every expert of every adapted module and nothing else."""
+    if (path.parent / RECORD).is_file():
+        refuse_links(path.parent)  # an export, which may come from elsewhere
+    return _checked_gates(read_json(path), path, model)
+
+
+def _checked_gates(content: Any, path: Path, model: PeftModel) -> Gates:
+    experts = {one.layer.name: len(one.first_components_K) for one in adapted_layers(model)}
+    if not isinstance(content, dict):
+        raise BaditError(f"{path}: must hold gates by module, not a {type(content).__name__}")
+    for name in (*content, *experts):
+        gates, number = content.get(name), experts.get(name)
+        if number is None:
+            raise BaditError(f"{path}: {name}: the run adapts no such module{nearest(name, experts)}")
+        if not isinstance(gates, list) or len(gates) != number or not all(map(is_number, gates)):
+            raise BaditError(f"{path}: {name}: must be a list of {number} numbers, one gate for each expert")
+    return content

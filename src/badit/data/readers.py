@@ -53,7 +53,7 @@ def load_tasks(
             jsonl: a .jsonl file or a folder of train.jsonl, validation.jsonl and test.jsonl; a line has "task",
                 "instruction", "input" (or none), "output" or "outputs", and may have "id" and "split".
             other rows: files in .jsonl, .json, .csv, .tsv, .parquet or .arrow, a folder or a pattern of them, a folder
-                of `save_to_disk`, or a data set of the hub. See docs/data.md for the forms of a row.
+                of `save_to_disk`, or a data set of the hub. See docs/own-tasks.md for the forms of a row.
         tasks: full names, or number prefixes such as "task363" or "363" that fit one task only.
         format: the layout; "auto" detects it.
 
@@ -291,12 +291,22 @@ def _table_rows(file: Path) -> Iterator[tuple[str, Any]]:
             text: dict[str, Any] = {"dtype": str, "keep_default_na": False, "encoding": "utf-8-sig"}
             separator = "\t" if file.suffix == ".tsv" else ","
             frames = pd.read_csv(file, sep=separator, chunksize=cache.ROWS_AT_A_TIME, **text)
-            rows = (row for frame in frames for row in frame.to_dict("records"))
+            rows = _of_tables(frames, file)
         else:
             from datasets import load_dataset
 
             rows = load_dataset(_TABLES[file.suffix], data_files=str(file), split="train", streaming=True)
     yield from _rows_of(rows, str(file))
+
+
+def _of_tables(frames: Any, file: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a CSV file, from its parts."""
+    with frames:
+        for frame in frames:
+            if type(frame.index).__name__ != "RangeIndex":  # pandas takes the first of too many values for an index
+                fix = "quote values with a separator"
+                raise BaditError(f"{file}: rows have more values than the first line has names; {fix}")
+            yield from frame.to_dict("records")
 
 
 def _rows_of(rows: Any, place: str) -> Iterator[tuple[str, Any]]:
@@ -307,7 +317,7 @@ def _rows_of(rows: Any, place: str) -> Iterator[tuple[str, Any]]:
         for number, row in enumerate(rows, start=1):
             for name, value in list(row.items()):
                 if value is None or value != value:  # or a NaN
-                    del row[name]
+                    row[name] = None
                 elif name in labels and isinstance(value, int) and value >= 0:
                     row[name] = labels[name][value]
                 elif isinstance(value, (int, float, bool)):

@@ -142,7 +142,8 @@ def _renamed(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, An
         if column not in row:
             raise _RowError(f"data.columns: there is no column {column!r:.60}; found: {', '.join(map(str, row))}")
     kept = {key: value for key, value in row.items() if key not in columns.values()}
-    return kept | {name: row[column] for name, column in columns.items()}
+    kept |= {name: row[column] for name, column in columns.items()}
+    return {key: value for key, value in kept.items() if value is not None}
 
 
 def _parsed(row: Any, name: str, where: Source, strict: bool) -> Iterator[_Line | _Row]:

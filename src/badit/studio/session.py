@@ -23,12 +23,11 @@ from peft import PeftModel
 from pydantic import BaseModel, ConfigDict, Field
 
 from badit.analysis.atlas import ABILITIES
-from badit.analysis.gates import Experts, active_experts, changed_gates
+from badit.analysis.gates import Experts, active_experts, changed_gates, task_gates
 from badit.analysis.tables import load_frame
 from badit.data import Task
 from badit.errors import BaditError, nearest
 from badit.evaluate import load_run
-from badit.export import task_gates
 from badit.generation import stream_answer
 from badit.methods import build_method
 from badit.run import Run

@@ -117,7 +117,7 @@ class ExpertLinear(nn.Module, BaseTunerLayer):
         for adapter in self.running_adapters:
             config = self.badit_config[adapter]
             x_in = self._cast_input_dtype(x, self.badit_A[adapter].dtype)
-            settled = self._settled(adapter)
+            settled = self._settled(adapter, x_in)
             if settled is not None and self._key(adapter) in settled:
                 a_PI, b_ON, scale = settled[self._key(adapter)]
             else:
@@ -172,7 +172,7 @@ class ExpertLinear(nn.Module, BaseTunerLayer):
         config = self.badit_config[adapter_name]
         return config.num_components // config.num_experts
 
-    def _settled(self, adapter_name: str) -> dict[str, Any] | None:
+    def _settled(self, adapter_name: str, x: torch.Tensor) -> dict[str, Any] | None:
         """Where the wide product is kept for the next token of a generation; None where it depends on the token."""
         return None
 
@@ -320,10 +320,12 @@ class BaditLinear(ExpertLinear):
         """Whether the coming pass will ask for the prompt's mask."""
         return any(self.badit_config[adapter].routing == "prompt" for adapter in self.running_adapters)
 
-    def _settled(self, adapter_name: str) -> dict[str, Any] | None:
+    def _settled(self, adapter_name: str, x: torch.Tensor) -> dict[str, Any] | None:
         """While one ``generate`` decodes, the product of its first new token stays valid."""
         forward_pass = self.routing.forward_pass()
         by_token = self.badit_config[adapter_name].routing == "token" or self.tokens_P is not None
+        # OPT's MLP sees every position as a row.
+        by_token |= forward_pass is not None and x.ndim == 2 and forward_pass.shape not in (None, (len(x), 1))
         if forward_pass is None or by_token or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return None
         return forward_pass.settled
@@ -392,9 +394,12 @@ class BaditLinear(ExpertLinear):
             moments_2I = kept.get(self._key(adapter_name), moments_2I)
         elif self.training and (torch.is_grad_enabled() if this_pass is None else this_pass.begun_with_gradients):
             with torch.no_grad():
-                batches += 1
                 new_2I = batch_moments(x.detach().flatten(0, -2), _sum_over_ranks)
-                moments_2I.copy_(updated_moments(moments_2I.float(), batches.float(), new_2I))
+                usable = new_2I.isfinite().all()  # else an overflow would stay in them
+                batches += usable
+                known_2I = moments_2I.float()
+                updated_2I = updated_moments(known_2I, batches.float().clamp_min(1), new_2I)
+                moments_2I.copy_(torch.where(usable, updated_2I, known_2I))
             if not torch.compiler.is_compiling():  # a layer's name would compile each layer separately
                 kept[self._key(adapter_name)] = moments_2I.clone()
         return self._route(adapter_name, standardised(x, moments_2I.float()))

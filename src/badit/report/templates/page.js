@@ -47,18 +47,20 @@
   function sort(header) {
     const table = header.closest("table");
     const column = header.cellIndex;
-    const next = header.getAttribute("aria-sort") === "descending" ? "ascending" : "descending";
-    for (const other of table.tHead.rows[0].cells) other.setAttribute("aria-sort", "none");
-    header.setAttribute("aria-sort", next);
-    const sign = next === "ascending" ? 1 : -1;
     // The first column names the row; in the others a number comes first: "1,234", "−0.5", "45.3 ± 1.2", "– " if unknown.
     const rows = [...table.tBodies[0].rows].map((row) => {
       const text = row.cells[column].textContent;
       return { row, text, number: column === 0 ? NaN : Number.parseFloat(text.replace("−", "-").replaceAll(",", "")) };
     });
     const numeric = rows.some(({ number }) => !Number.isNaN(number));
+    // The largest number or the first of the alphabet comes first, then the other way round.
+    const order = numeric ? ["descending", "ascending"] : ["ascending", "descending"];
+    const next = order[Number(header.getAttribute("aria-sort") === order[0])];
+    for (const other of table.tHead.rows[0].cells) other.setAttribute("aria-sort", "none");
+    header.setAttribute("aria-sort", next);
+    const sign = next === "ascending" ? 1 : -1;
     rows.sort((a, b) => {
-      if (!numeric) return -sign * a.text.localeCompare(b.text, undefined, { numeric: true });
+      if (!numeric) return sign * a.text.localeCompare(b.text, undefined, { numeric: true });
       // What is not known stays below, whichever way the column is sorted.
       if (Number.isNaN(a.number) || Number.isNaN(b.number)) return Number.isNaN(a.number) - Number.isNaN(b.number);
       return sign * (a.number - b.number);
