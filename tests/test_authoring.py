@@ -60,6 +60,22 @@ def test_a_recipes_name_may_have_any_characters():
     assert values["output"] == "runs/my recipe #2"
 
 
+@pytest.mark.parametrize(("answer", "tokens"), [("дом " * 50, 250), ("word " * 50, 100), ("漢" * 100, 150)])
+def test_answers_in_other_scripts_have_room(tmp_path, answer, tokens):
+    lines = [{"task": "a", "instruction": "Do.", "input": f"{i}", "output": answer, "split": "train"} for i in range(8)]
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(line) for line in [*lines, {**lines[0], "split": "test"}]))
+    assert yaml.safe_load(first_recipe(str(tmp_path / "a.jsonl"), "a.yaml"))["prompt"]["max_answer_tokens"] == tokens
+
+
+def test_of_few_rows_nothing_is_held_out_and_no_rate_searched(tmp_path):
+    lines = [{"task": "a", "instruction": "Do.", "input": f"{i}", "output": "b", "split": "train"} for i in range(3)]
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(line) for line in [*lines, {**lines[0], "split": "test"}]))
+    assert "learning_rates" not in yaml.safe_load(first_recipe(str(tmp_path / "a.jsonl"), "a.yaml"))["compare"]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    with pytest.raises(BaditError, match=r"no validation instances; at least 4 training instances are needed"):
+        first_recipe(str(tmp_path / "a.jsonl"), "a.yaml", ["data.validation_per_task=1"])
+
+
 def test_no_recipe_for_data_that_cannot_be_scored(tmp_path):
     line = {"task": "a", "instruction": "b", "input": "c", "output": "d"}
     (tmp_path / "one.jsonl").write_text(json.dumps(line))

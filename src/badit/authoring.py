@@ -63,8 +63,9 @@ def first_recipe(source: str, path: str, overrides: Sequence[str] = ()) -> str:
         train -= held_out * len(tasks)
     steps = 3 * math.ceil(train / 8)
     every = 20 if steps >= 100 else max(1, steps // 5)
-    answer = max((len(output) for task in tasks for one in task.train for output in one.outputs), default=0)
-    tokens = min(1024, max(50, math.ceil(answer / 150) * 50))  # of about three characters
+    answer = max((_most_tokens(output) for task in tasks for one in task.train for output in one.outputs), default=0)
+    tokens = min(1024, max(50, math.ceil(answer / 50) * 50))
+    rates = "  learning_rates: [1.25e-4, 2.5e-4, 5.0e-4, 1.0e-3, 2.0e-3]  # each method's by the held-out loss\n"
     lora = "{name: lora, r: 34, lora_alpha: 272, lora_dropout: 0.05}"
     badit = f"{{name: badit, num_experts: 8, r: 4, regroup: {{every: {every}}}}}"
     method = badit if len(tasks) > 1 else lora  # which one task alone has no use for
@@ -100,8 +101,7 @@ compare:                           # for badit compare
     lora: {lora}
     badit: {badit}
   reference: lora                  # the method that differences are taken to
-  learning_rates: [1.25e-4, 2.5e-4, 5.0e-4, 1.0e-3, 2.0e-3]  # each method's by the held-out loss
-  seeds: [0, 1, 2]
+{rates * bool(held_out)}  seeds: [0, 1, 2]
 output: {as_yaml(f"runs/{Path(path).stem}")}
 """
     make_plan(build_recipe(parse_yaml(text, where=path), where=path))
@@ -203,6 +203,12 @@ def _seconds_per_token(recipe: Recipe, model: Any, method: Method) -> float:
     # Forward, backward to the inputs, and backward to the weights if these are trained.
     passes = 2 + method.trains_base_weights + recipe.training.gradient_checkpointing
     return product.median / (rows * names["w"].numel()) * weights * passes * _OVERHEAD
+
+
+def _most_tokens(text: str) -> float:
+    """Rather too many: three letters of English make a token, and a letter of another script may be two."""
+    ascii_letters = sum(map(str.isascii, text))
+    return ascii_letters / 3 + 1.5 * (len(text) - ascii_letters)
 
 
 def _characters(instance: Instance) -> int:

@@ -140,6 +140,9 @@ class Grid:
         for field, values in listed.items():
             if twice := [value for value in values if values.count(value) > 1]:
                 raise BaditError(f"compare.{field}: {twice[0]} is listed more than once")
+        if section.vary_data and recipe.evaluation.split == "validation":
+            fix = "set evaluation.split=test, or leave it out"
+            raise BaditError(f"compare.vary_data: every seed would be scored on other held-out instances; {fix}")
         if section.learning_rates is not None and not recipe.data.validation_per_task:
             raise BaditError("data.validation_per_task: choosing learning rates needs held-out instances, such as 8")
 
@@ -353,7 +356,10 @@ class _Comparison:
 
     def _known_loss(self, cell: Cell) -> float:
         """LookupError where it has not been measured."""
-        file = self._grid.run_of(cell).validation_path
+        run = self._grid.run_of(cell)
+        file = run.validation_path
+        if not file.is_file() and (run.path / ERROR).is_file():
+            return math.inf
         if not file.is_file():
             raise LookupError(file)
         loss = read_json(file).get("loss")

@@ -317,7 +317,8 @@ def load_run(run: Run, recipe: Recipe | None = None) -> tuple[PreTrainedModel | 
     if not method.trains:
         return base_model(recipe)
     if not run.adapter_path.is_dir():
-        raise BaditError(f"{run.path}: has no adapter yet; finish its training with: badit train {run.config_path}")
+        config = Run.at(recipe.output).config_path
+        raise BaditError(f"{run.path}: has no adapter yet; finish its training with: badit train {config}")
     model, tokenizer = base_model(recipe)
     whole = Run.at(recipe.output)
     known = read_json(whole.environment_path).get("inputs", {}) if whole.environment_path.is_file() else {}

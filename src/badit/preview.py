@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from statistics import median
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from badit.data import encode_examples, prompt_text
 from badit.data.tasks import Task
@@ -53,7 +53,8 @@ def preview(recipe: Recipe, tasks: Sequence[Task], count: int) -> str:
         examples = encode_examples(tokenizer, [(task, instance) for instance in instances], **section.model_dump())
         texts = [prompt_text(task, instance, section.encoding) for instance in instances]
         texts += [instance.outputs[0] for instance in instances]
-        lengths = [len(ids) for ids in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]]  # pyright: ignore
+        encoded: Any = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+        lengths = [len(ids) for ids in encoded]
         scored = {(instance.input, instance.history) for instance in (*task.test, *task.validation)}
         prompts = _measured(lengths[: len(instances)], section.max_source_tokens)
         answers = _measured(lengths[len(instances) :], section.max_answer_tokens)

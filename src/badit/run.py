@@ -99,6 +99,8 @@ class Run:
 
     def _repr_html_(self) -> str:
         """For notebooks: the run and its scores."""
+        if not self.config_path.is_file():  # an export
+            return f"<p>{escape(repr(self))}</p>"
         recipe = self.recipe
         about = f"{self.path}: {recipe.method.get('name', 'badit')} on {recipe.model.name}"
         if not self.scores_path.is_file():

@@ -126,6 +126,8 @@ def make_plan(recipe: Recipe, *, split: Split | None = None) -> Plan:
         tasks = data.load()
     split = split or recipe.evaluation.split
     hold_out = "set data.validation_per_task to hold some out of its training instances"
+    if data.validation_per_task:
+        hold_out = "at least 4 training instances are needed to hold one out; add some, or leave it out of data.tasks"
     score_those = "evaluation.split=validation data.validation_per_task=10 scores held-out training instances"
     for task in tasks:
         if not getattr(task, split):

@@ -164,10 +164,12 @@ class AnswerTrainer(Trainer):
         else:
             super()._run_epoch(*args, **kwargs)
 
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
         """HF's, which leaves the training's random numbers as they are."""
+        self._to_evaluate = len(self.eval_dataset if eval_dataset is None else eval_dataset)  # pyright: ignore
+        self._batches_evaluated = 0  # by this process
         with torch.random.fork_rng():
-            return super().evaluate(*args, **kwargs)
+            return super().evaluate(eval_dataset, *args, **kwargs)
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """The mean over the batch's instances of their negative log-likelihood per answer token, in nats."""
@@ -176,7 +178,11 @@ class AnswerTrainer(Trainer):
             losses_L, row_L, _ = answer_losses(model, inputs, self.accelerator.unwrap_model(model))
         counts_B = torch.bincount(row_L, minlength=len(inputs["labels"])).clamp_min(1)
         totals_B = torch.zeros(len(counts_B), device=losses_L.device).index_add(0, row_L, losses_L)
-        return (totals_B / counts_B).mean(), None, None
+        # Processes take batches in turn, and accelerate fills the last ones up with instances that count elsewhere.
+        batch = self._batches_evaluated * self.args.world_size + self.args.process_index
+        self._batches_evaluated += 1
+        left = max(1, self._to_evaluate - batch * self.args.eval_batch_size)
+        return (totals_B / counts_B)[:left].mean(), None, None
 
 
 @cache

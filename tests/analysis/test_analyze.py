@@ -51,7 +51,7 @@ def test_a_run_with_experts_has_all_tables_and_a_finished_part_is_not_measured_a
     record = json.loads((run / "analysis.json").read_text())
     assert list(record["parts"]) == ["interference", "experts", "learning"]
     assert record["settings"] == {"target": ".", "data": None, "instances": 2}
-    with pytest.raises(BaditError, match=r"analysis: holds .* or with other settings; remove it and analysis\."):
+    with pytest.raises(BaditError, match=r"analysis: is of .* or of other settings; remove it and analysis\."):
         analyze(run, instances=3, progress=False)
 
 
@@ -81,7 +81,7 @@ def test_a_base_model_is_measured_on_named_tasks(model_folder, task_file, tmp_pa
     output = tmp_path / "base"
     assert analyze(model_folder, data=str(task_file), instances=2, output=output, progress=False).keys() == INTERFERENCE
     assert (output / "config.yaml").is_file()
-    with pytest.raises(BaditError, match="holds an analysis of another run or model"):
+    with pytest.raises(BaditError, match=r"is of another run or model, .*; remove it, analysis\.json and config\.yaml"):
         analyze("smollm2-135m", data=str(task_file), instances=2, output=output, progress=False)
     assert json.loads((output / "environment.json").read_text())["packages"]
 

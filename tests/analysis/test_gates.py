@@ -36,6 +36,12 @@ def test_gates_are_those_of_every_row_by_itself_and_reading_them_changes_nothing
         assert gates.by_task[task].std(axis=-1).max() > 0.05  # else the comparison would say nothing
 
 
+def test_gates_of_a_model_that_sees_positions_as_rows():
+    model, batch = helpers.adapted(helpers.opt()), naive.batches()["cities"]
+    together, apart = (prompt_gates(model, {"cities": of_task}) for of_task in (batch, naive.rows(batch)))
+    np.testing.assert_allclose(together.by_task["cities"], apart.by_task["cities"], atol=2e-5)
+
+
 def test_an_error_within_leaves_nothing_behind(tiny_model):
     model = naive.adapted(tiny_model("llama"), "badit")
     with pytest.raises(ZeroDivisionError), changed_gates(active_experts(model), lambda one, gates: 1 / 0):

@@ -67,11 +67,15 @@ def test_bad_input_is_one_line_and_exit_code_2(arguments, message, capsys, tmp_p
     assert not list(tmp_path.iterdir()), "nothing was written"
 
 
-def test_tasks_lists_the_built_in_suite_and_an_interruption_exits_with_130(capsys, monkeypatch):
+def test_tasks_lists_the_built_in_suite_and_an_interruption_exits_with_130(capsys, monkeypatch, tmp_path):
     assert main(["tasks", "builtin"]) == 0
     shown = capsys.readouterr().out
     assert "review_sentiment" in shown
     assert "16 tasks, all valid" in shown
+    (tmp_path / "a.jsonl").write_text(
+        '{"task": "a", "instruction": "Do.", "input": "x", "output": "y", "split": "test"}\n'
+    )
+    assert main(["tasks", str(tmp_path / "a.jsonl"), "--show", "1"]) == 0
 
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt

@@ -85,6 +85,12 @@ def test_a_method_may_have_training_values_and_seeds_of_its_own():
     assert all(recipe.method == METHODS["lora"] for recipe in recipes)
 
 
+def test_held_out_instances_do_not_vary_with_the_seed():
+    content = {"evaluation": {"split": "validation"}, "compare": {"methods": METHODS, "vary_data": True}}
+    with pytest.raises(BaditError, match=r"compare\.vary_data: every seed would be scored on other held-out instances"):
+        Grid(build_recipe(content))
+
+
 @given(st.lists(st.permutations([f"review_sentiment_{i}" for i in range(12)]), min_size=2, max_size=2, unique_by=tuple))
 def test_long_orders_have_short_names_of_their_own(orders):
     one, other = map(order_name, orders)

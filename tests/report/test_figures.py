@@ -161,3 +161,9 @@ def test_figures_follow_the_schema_and_name_no_colours(blocks):
         assert "config" not in block.specification
         assert block.specification["width"] == "container"
         vl_convert.vegalite_to_vega(block.specification)
+
+
+def test_one_task_has_nothing_to_itself():
+    units = FRAMES["coactivation_tasks"]
+    assert figures.units_of_tasks(units) is not None
+    assert figures.units_of_tasks(units[units["task"] == units["task"].iloc[0]]) is None

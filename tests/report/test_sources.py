@@ -141,7 +141,7 @@ def frames(mean: float, low: float, high: float, reliability: float, spread: flo
         "gradient_tasks": pd.DataFrame({"parameters": ["adapter"], "reliability": [reliability]}),
         "abilities": pd.DataFrame({"spread": [spread, 0.01]}),
         "gates": pd.DataFrame({"std": [0.1, 0.1]}),
-        "task_gap": pd.DataFrame({"method": ["lora"] * 2, "gap": [-1.0, -3.0]}),
+        "task_gap": pd.DataFrame({"method": ["lora"] * 2, "gap": [1.0, 3.0]}),
     }
 
 

@@ -69,7 +69,7 @@ class Launches:
     """
 
     def __init__(self, recipe_values: dict[str, Any], folder: Path) -> None:
-        values = {**recipe_values, "evaluation": {"batch_size": 4, "max_new_tokens": 2}}
+        values = {**recipe_values, "evaluation": {"batch_size": 3, "max_new_tokens": 2}}
         values["method"] |= {"lora_dropout": 0.0}
         self.folder = folder
         self._recipe = folder / "recipe.yaml"

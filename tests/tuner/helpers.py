@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from peft import PeftModel, get_peft_model
 from torch import nn
+from transformers import OPTConfig, OPTForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from badit.tuner import BaditConfig, ExpertLinear
@@ -24,6 +25,15 @@ def config(**options: Any) -> BaditConfig:
 def adapt(model: Any, **options: Any) -> PeftModel:
     """The model with a small adapter at step 0, in eval mode."""
     return get_peft_model(model, config(**options)).eval()
+
+
+def opt() -> Any:
+    """A random OPT, whose MLP sees all positions of a batch as rows."""
+    sizes = {"hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 48, "num_hidden_layers": 2, "vocab_size": 100}
+    ends = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None, "init_std": 0.2}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return OPTForCausalLM(OPTConfig(**sizes, **ends, num_attention_heads=4, max_position_embeddings=64)).eval()
 
 
 def layers(model: torch.nn.Module) -> list[Any]:

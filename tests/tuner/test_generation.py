@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from transformers import ContinuousBatchingConfig, DynamicCache, GenerationConfig, OPTConfig, OPTForCausalLM
+from transformers import ContinuousBatchingConfig, DynamicCache, GenerationConfig, MambaConfig, MambaForCausalLM
 
 from badit.errors import BaditError
 from tuner.helpers import (
@@ -16,6 +16,7 @@ from tuner.helpers import (
     generate,
     greedy_by_hand,
     layers,
+    opt,
     padded,
     random_rows,
 )
@@ -110,12 +111,7 @@ def test_generate_continues_from_a_copied_prompt_cache(tiny_model):
 
 
 def test_a_model_that_sees_positions_as_rows_continues_from_a_cache():
-    """OPT's MLP has an input without a dimension for positions."""
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 48, "num_hidden_layers": 2, "vocab_size": 100}
-    ends = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None, "init_std": 0.2}
-    opt = OPTConfig(**sizes, **ends, num_attention_heads=4, max_position_embeddings=64)
-    model = adapted(OPTForCausalLM(opt).eval())
+    model = adapted(opt())
     ids = padded(random_rows(6, 6))[0]
     cache, _ = prefill(model, ids, torch.ones_like(ids))
     longer = torch.cat([ids, torch.tensor([[7, 8], [9, 10]])], dim=1)
@@ -125,6 +121,18 @@ def test_a_model_that_sees_positions_as_rows_continues_from_a_cache():
     first = forward(model, longer[:, -2:], mask, cache, use_cache=True).logits[:, -1:].argmax(-1)
     by_hand = [first, *continue_by_hand(model, cache, first, mask, NEW - 1)]
     assert torch.equal(found[:, -NEW:], torch.cat(by_hand, dim=1))
+
+
+@pytest.mark.parametrize("routing", ["prompt", "token"])
+def test_a_recurrent_model_generates(routing):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 100, "state_size": 4}
+    mamba = MambaForCausalLM(MambaConfig(**sizes, pad_token_id=0, eos_token_id=None, initializer_range=0.2)).eval()
+    model = adapted(mamba, routing=routing, target_modules=["in_proj"])
+    ids = torch.tensor([[5, 6, 7, 8]])
+    found = generate(model, ids, torch.ones_like(ids))
+    whole = model(input_ids=found[:, :-1], prompt_mask=(torch.arange(found.shape[1] - 1) < 4)[None]).logits
+    assert torch.equal(found[:, 4:], whole.argmax(dim=-1)[:, 3:])
 
 
 def test_a_prompt_cache_is_decoded_with_the_present_weights(tiny_model):

@@ -8,7 +8,7 @@ from itertools import chain
 
 import pytest
 import torch
-from transformers import DynamicCache, StaticCache
+from transformers import BertConfig, BertForTokenClassification, DynamicCache, StaticCache
 
 from badit.errors import BaditError
 from badit.tuner.prompt import ForwardPass, RoutingContext, Segments
@@ -19,6 +19,7 @@ from tuner.helpers import (
     config,
     enable_checkpointing,
     forward,
+    generate,
     layers,
     padded,
     random_rows,
@@ -236,3 +237,40 @@ def test_training_a_language_model_without_labels_warns_once(tiny_model):
         others(input_ids=ids, attention_mask=mask)
     others.eval()(input_ids=ids, attention_mask=mask)
     adapted(tiny_model("llama"), routing="token").train()(input_ids=ids, attention_mask=mask)
+
+
+def test_a_given_mask_keeps_the_segments_of_packed_rows(tiny_model):
+    model = adapted(tiny_model("llama"))
+    ids = torch.randint(3, 90, (1, 10), generator=torch.Generator().manual_seed(0))
+    position_ids = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3, 4]])
+    labels = ids.clone()
+    labels[:, [0, 1, 2, 5, 6, 7, 8]] = -100
+    prompts = torch.tensor([[1, 1, 1, 0, 0, 1, 1, 1, 1, 0]])
+    by_labels = model(input_ids=ids, position_ids=position_ids, labels=labels).logits
+    assert torch.equal(model(input_ids=ids, position_ids=position_ids, prompt_mask=prompts).logits, by_labels)
+
+
+def test_a_classifier_of_tokens_reads_the_whole_row_with_and_without_labels():
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 100}
+    bert = BertForTokenClassification(BertConfig(**sizes, num_attention_heads=4, num_labels=3)).eval()
+    model = adapted(bert, task_type="TOKEN_CLS", target_modules=["intermediate.dense"])
+    ids = torch.randint(3, 90, (2, 7), generator=torch.Generator().manual_seed(0))
+    with_labels = model(input_ids=ids, labels=torch.ones_like(ids)).logits
+    torch.testing.assert_close(model(input_ids=ids).logits, with_labels)
+
+
+def test_an_adapted_model_can_be_pickled_whole(tiny_model, tmp_path):
+    model = adapted(tiny_model("llama")).train()
+    ids, mask = padded(PROMPTS)
+    model(input_ids=ids, attention_mask=mask, prompt_mask=mask).logits.sum().backward()
+    torch.save(model.eval(), tmp_path / "model.pt")
+    loaded = torch.load(tmp_path / "model.pt", weights_only=False)
+    assert torch.equal(generate(loaded, ids, mask), generate(model, ids, mask))
+    assert loaded.get_base_model().generate.args == (loaded.get_base_model(),)
+
+
+def test_data_parallel_threads_are_refused(tiny_model):
+    model = adapted(tiny_model("llama"))
+    model.get_base_model()._is_replica = True  # as nn.DataParallel marks its copies
+    with pytest.raises(BaditError, match=r"nn\.DataParallel: .*accelerate launch"):
+        model(input_ids=torch.tensor([[5, 6]]))

@@ -71,10 +71,9 @@ def analyze(
     known = record.get("settings")  # of an earlier release without the target
     same = isinstance(known, dict) and settings | known == settings
     if not same or not isinstance(record.get("parts"), dict):
-        raise BaditError(
-            f"{output / 'analysis'}: holds an analysis of another run or model, or with other settings; remove it and "
-            f"{path.name} to measure again, or choose another --output"
-        )
+        others = f"it and {path.name}" if is_run else f"it, {path.name} and config.yaml"
+        fix = f"remove {others} to measure again, or choose another --output"
+        raise BaditError(f"{output / 'analysis'}: is of another run or model, or of other settings; {fix}")
     if set(_PARTS) <= record["parts"].keys():
         return output
     with exclusive(output):

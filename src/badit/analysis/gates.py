@@ -163,7 +163,9 @@ def _component_gates(model: Any, experts: Sequence[Experts], of_task: Sequence[A
     prompt_BT = torch.empty(0)  # of the running batch
 
     def keep(one: Experts, gates: torch.Tensor) -> torch.Tensor:
-        gates_BTN = gates.float().expand(*prompt_BT.shape, -1)
+        # OPT's MLP sees all positions of a batch as rows.
+        by_row = gates.unflatten(0, prompt_BT.shape) if gates.ndim == 2 else gates
+        gates_BTN = by_row.float().expand(*prompt_BT.shape, -1)
         kept[one.layer.name].append(prompt_mean(gates_BTN, prompt_BT.to(gates.device)).cpu())
         return gates
 

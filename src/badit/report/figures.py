@@ -277,6 +277,8 @@ def shared_units(frame: pd.DataFrame) -> Any:
 
 def units_of_tasks(frame: pd.DataFrame) -> Any:
     """Units of all layers, marked for this task alone, for some others too, or for all of them."""
+    if len(set(frame["task"])) < 2:
+        return None
     parts = ["this task alone", "some tasks", "all tasks"]
     some = frame["marked"] - frame["exclusive"] - frame["universal"]
     rows = frame.rename(columns={"exclusive": parts[0], "universal": parts[2]}).assign(**{parts[1]: some})

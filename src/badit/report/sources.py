@@ -183,7 +183,7 @@ def _statements(frames: Mapping[str, pd.DataFrame]) -> Iterator[tuple[str, float
         gaps = rows["gap"].to_numpy()
         gap, error = float(gaps.mean()), float(gaps.std(ddof=min(1, len(gaps) - 1)) / len(gaps) ** 0.5)
         text = (
-            f"{method}: one model for all tasks scores {number(gap, '.1f', '+')} Rouge-L points against one model per "
+            f"{method}: one model for all tasks scores {number(-gap, '.1f', '+')} Rouge-L points against one model per "
             f"task (standard error {number(error)} over {len(gaps)} tasks)."
         )
         yield "tasks", abs(gap) / (2 * error) if error > 0 else 0.0, text

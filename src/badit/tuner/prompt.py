@@ -22,7 +22,6 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from types import MethodType
 from typing import Any, NamedTuple
 
 import torch
@@ -102,7 +101,7 @@ class RoutingContext:
         # Each tells whether its layer will ask for the prompt's mask, which must be known before a compiled layer runs.
         self.mask_readers: list[Callable[[], bool]] = []
         self._hooks: list[Any] = []
-        self._generate: Callable[..., Any] | None = None
+        self._generate: Callable[..., Any] | None = None  # in place of the class's own
         #: The ``row_tasks`` of the passes to come.
         self.row_tasks: Mapping[str, torch.Tensor] = {}
 
@@ -119,10 +118,10 @@ class RoutingContext:
             decoder = getattr(model, "get_decoder", lambda: None)()
             if decoder is not None and decoder is not model:
                 context._hooks.append(decoder.register_forward_pre_hook(context._refuse_alone))
-            context._generate = getattr(model, "generate", None)
-            if context._generate is not None:
-                # A method, not a closure: a deep copy of the model binds it to the copy.
-                model.__dict__["generate"] = MethodType(_generate, model)
+            if hasattr(model, "generate"):
+                context._generate = model.__dict__.get("generate")
+                # Not a closure: a deep copy of the model, or a pickled one, binds it to the copy.
+                model.__dict__["generate"] = partial(_generate, model)
         return context
 
     def detach(self, model: nn.Module) -> None:
@@ -132,18 +131,18 @@ class RoutingContext:
         model.__dict__.pop("_badit_routing", None)
         model.__dict__.pop("generate", None)
 
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
+    def generate(self, model: Any, *args: Any, **kwargs: Any) -> Any:
         """The model's own ``generate``, during which positions past the end of the input are answer."""
-        assert self._generate is not None
+        own = self._generate or partial(type(model).generate, model)
         given = (kwargs.get("inputs_embeds"), *args[:1], kwargs.get("input_ids"), kwargs.get("inputs"))
         lengths = [value.shape[1] for value in given if isinstance(value, torch.Tensor)]
         cache = _cache(kwargs)
-        if _held(cache) and lengths and lengths[0] - int(cache.get_seq_length()) > 1:
+        if _held(cache) and lengths and lengths[0] - _length(cache) > 1:
             self._warn_of_kept_mixture()
         outer = self._generation_prompt_length, self._settled
         self._generation_prompt_length, self._settled = next(iter(lengths), None), ({}, {})
         try:
-            return self._generate(*args, **kwargs)
+            return own(*args, **kwargs)
         finally:
             self._generation_prompt_length, self._settled = outer
 
@@ -164,6 +163,11 @@ class RoutingContext:
             )
 
     def _enter(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        if getattr(model, "_is_replica", False):
+            raise BaditError(
+                "nn.DataParallel: its threads share one routing; start with accelerate launch, or set "
+                "CUDA_VISIBLE_DEVICES to one GPU"
+            )
         prompt_mask_BT = kwargs.pop("prompt_mask", None)
         names = inspect.signature(model.forward).parameters if args else ()
         self._running = self._describe(model, {**dict(zip(names, args, strict=False)), **kwargs}, prompt_mask_BT)
@@ -197,10 +201,11 @@ class RoutingContext:
     def _describe(self, model: nn.Module, batch: Mapping[str, Any], prompt_mask_BT: torch.Tensor | None) -> ForwardPass:
         cache = _cache(batch)
         fills_cache = cache is not None or batch.get("use_cache") is not False
+        # Only what is small is kept for later: neither the embeddings nor the cache.
+        kept = {name: batch.get(name) for name in ("attention_mask", "labels", "position_ids", "cu_seq_lens_q")}
         if prompt_mask_BT is not None:
-            return ForwardPass(
-                lambda: (prompt_mask_BT.bool(), None), shape=prompt_mask_BT.shape, fills_cache=fills_cache
-            )
+            find_prompt = partial(_given_prompt, prompt_mask_BT, kept)
+            return ForwardPass(find_prompt, shape=prompt_mask_BT.shape, fills_cache=fills_cache)
         tokens: Any = batch.get("inputs_embeds") if batch.get("input_ids") is None else batch["input_ids"]
         shape = tokens.shape[:2] if isinstance(tokens, torch.Tensor) and tokens.ndim >= 2 else None
         if type(cache).__name__ == "PagedAttentionCache" and any(reads() for reads in self.mask_readers):
@@ -211,14 +216,13 @@ class RoutingContext:
             if self._settled is not None and self._settled[0] is not held:
                 self._settled = held, {}
             settled = None if self._settled is None else self._settled[1]
-            return ForwardPass(lambda: (None, None), held=held, shape=shape, settled=settled)
+            return ForwardPass(_no_prompt, held=held, shape=shape, settled=settled)
         if shape is None:
-            return ForwardPass(lambda: (None, None))
-        # A classifier has no output embeddings, and its whole row is the prompt.
-        in_training = batch.get("labels") is None and torch.is_grad_enabled() and model.training
-        unlabelled = in_training and getattr(model, "get_output_embeddings", lambda: None)() is not None
-        # Only what is small is kept for later: neither the embeddings nor the cache.
-        kept = {name: batch.get(name) for name in ("attention_mask", "labels", "position_ids", "cu_seq_lens_q")}
+            return ForwardPass(_no_prompt)
+        unlabelled = kept["labels"] is None and torch.is_grad_enabled() and model.training
+        if getattr(model, "get_output_embeddings", lambda: None)() is None:
+            # A classifier, whose whole row is the prompt, whatever its labels are.
+            unlabelled, kept["labels"] = False, None
         length = None if unlabelled else self._generation_prompt_length
         find_prompt = partial(self._prompt, model, kept, shape, tokens.device, length, unlabelled)
         return ForwardPass(find_prompt, shape=shape, fills_cache=fills_cache)
@@ -328,7 +332,7 @@ def _generate(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
             "guidance_scale: generates from an unconditional prompt too, for which routing='prompt' has no mixture; "
             "leave it out, or use routing='token'"
         )
-    return context.generate(*args, **kwargs)
+    return context.generate(model, *args, **kwargs)
 
 
 def _tensors(output: Any) -> Iterator[torch.Tensor]:
@@ -346,8 +350,24 @@ def _cache(batch: Mapping[str, Any]) -> Any:
 
 def _held(cache: Any) -> dict[str, torch.Tensor] | None:
     """The gates that a filled cache holds, by layer; None for an empty cache, none, or the pages of generate_batch."""
-    is_filled = int(cache.get_seq_length()) > 0 if hasattr(cache, "get_seq_length") else isinstance(cache, tuple)
+    is_filled = _length(cache) > 0 if hasattr(cache, "get_seq_length") else isinstance(cache, tuple)
     return getattr(cache, _HELD, {}) if is_filled else None
+
+
+def _length(cache: Any) -> int:
+    """The positions that a cache has; of a recurrent model, which counts none, 1 once it holds gates."""
+    try:
+        return int(cache.get_seq_length())
+    except ValueError:
+        return int(hasattr(cache, _HELD))
+
+
+def _no_prompt() -> tuple[None, None]:
+    return None, None
+
+
+def _given_prompt(prompt_mask_BT: torch.Tensor, batch: Mapping[str, Any]) -> tuple[torch.Tensor, Segments | None]:
+    return prompt_mask_BT.bool(), _segments(batch, prompt_mask_BT.shape, prompt_mask_BT.device)
 
 
 def _warn_of_labels(labels_BT: torch.Tensor) -> None:
@@ -395,7 +415,7 @@ def _segments(batch: Mapping[str, Any], shape: torch.Size, device: torch.device)
     if isinstance(ends, torch.Tensor):
         starts_BT.view(-1)[ends[:-1].to(device)] = True
     elif batch["attention_mask"] is None and isinstance(position_ids, torch.Tensor) and position_ids.ndim == 2:
-        starts_BT |= position_ids == 0
+        starts_BT |= (position_ids == 0).to(device)
     starts_BT[:, 0] = True
     if not bool(starts_BT[:, 1:].any()):
         return None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from types import MethodType
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -100,7 +100,7 @@ def split_experts(experts: Any, parameter: str, name: str, routing: Any) -> nn.M
             matrices = (FusedExpert(experts, each, index) for index in range(experts.num_experts))
             setattr(experts, _SPLIT + each, nn.ModuleList(matrices))
         experts.routing, experts.tokens_P = routing, None
-        experts.forward = MethodType(_forward, experts)
+        experts.forward = partial(_forward, experts)  # which a deep copy, or a pickled one, binds to the copy
     return getattr(experts, _SPLIT + parameter)
 
 
