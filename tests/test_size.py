@@ -9,8 +9,8 @@ from pathlib import Path
 from statistics import median
 
 ROOT = Path(__file__).parents[1]
-SOURCE_LINES, SOURCE_MODULES, MODULE_LINES = 17_485, 87, 500
-TEST_LINES = 18_790
+SOURCE_LINES, SOURCE_MODULES, MODULE_LINES = 17_495, 87, 500
+TEST_LINES = 18_800
 
 
 def lines(folder: Path) -> dict[str, int]:

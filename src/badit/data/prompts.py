@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
@@ -25,6 +26,7 @@ ChatTemplate = Literal["auto", "always", "never"]
 
 # The loss of torch and transformers skips this label.
 IGNORED_LABEL = -100
+_TEMPLATE_FIX = "use prompt.chat_template=never, or another template"
 
 
 class Prompt(NamedTuple):
@@ -115,14 +117,17 @@ def encode_prompts(
     return [bos + ids if adds_bos and ids[:1] != bos else ids for ids in _tokens(tokenizer, texts)]
 
 
+def _rendering() -> AbstractContextManager[None]:
+    return explained("chat_template", action="rendered", fix=_TEMPLATE_FIX, any_error=True)
+
+
 def _rendered(tokenizer: PreTrainedTokenizerBase, text: str, history: Messages) -> str:
     """The user's message after its history in the tokenizer's chat template, up to the assistant's answer."""
-    fix = "use prompt.chat_template=never, or another template"
     turns = [{"role": role, "content": content} for role, content in (*history, ("user", text))]
-    with explained("chat_template", action="rendered", fix=fix, any_error=True):
+    with _rendering():
         found = str(tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False))
     if text.strip() not in found:
-        raise BaditError(f"chat_template: renders a prompt without the text that it is given; {fix}")
+        raise BaditError(f"chat_template: renders a prompt without the text that it is given; {_TEMPLATE_FIX}")
     return found
 
 
@@ -231,7 +236,8 @@ def _tokens(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[li
 def _end_in_template(tokenizer: PreTrainedTokenizerBase, template: str) -> int | None:
     """The first added token after an assistant's message rendered by `template`."""
     turns = [{"role": "user", "content": "QUESTION"}, {"role": "assistant", "content": "ANSWER"}]
-    rendered = tokenizer.apply_chat_template(turns, chat_template=template, tokenize=False)
+    with _rendering():
+        rendered = tokenizer.apply_chat_template(turns, chat_template=template, tokenize=False)
     _, found, after = str(rendered).rpartition("ANSWER")
     added = tokenizer.added_tokens_decoder
     # Text between the message and its end, such as Llama 2's space, is not an added token.

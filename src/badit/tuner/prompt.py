@@ -416,6 +416,8 @@ def _segments(batch: Mapping[str, Any], shape: torch.Size, device: torch.device)
         starts_BT.view(-1)[ends[:-1].to(device)] = True
     elif batch["attention_mask"] is None and isinstance(position_ids, torch.Tensor) and position_ids.ndim == 2:
         starts_BT |= (position_ids == 0).to(device)
+    else:
+        return None  # without waiting for the device
     starts_BT[:, 0] = True
     if not bool(starts_BT[:, 1:].any()):
         return None
