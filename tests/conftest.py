@@ -74,9 +74,9 @@ def _fixed_seed() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture(scope="module")
-def quick_collection() -> None:
-    """For modules that train often: each training collects garbage, which would visit all imported modules."""
+@pytest.fixture(scope="module", autouse=True)
+def _quick_collection() -> None:
+    """Every load of a model and every training collects garbage, which would visit all imported modules."""
     gc.collect()
     gc.freeze()
 

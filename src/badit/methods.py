@@ -125,7 +125,12 @@ class AdapterMethod(Method):
             return get_peft_model(model, config)  # pyright: ignore[reportReturnType] (never a mixed model)
         except BaditError:
             raise
-        except (ValueError, RuntimeError, OverflowError) as error:  # no such modules, or a rank beyond all memory
+        except (
+            ValueError,
+            TypeError,
+            RuntimeError,
+            OverflowError,
+        ) as error:  # no such modules, a rank beyond all memory
             raise BaditError(f"method: {first_line(error)}") from None
 
     def proceed(self, model: PreTrainedModel, folder: Path) -> PeftModel:

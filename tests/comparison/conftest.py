@@ -3,11 +3,6 @@ import pytest
 from comparison.cells import InlineCell, compare_module, comparison_values
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _quick(quick_collection):
-    """Every module of this folder trains often."""
-
-
 @pytest.fixture
 def values(material, tmp_path):
     return comparison_values(material, tmp_path / "comparison")
