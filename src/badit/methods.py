@@ -125,12 +125,8 @@ class AdapterMethod(Method):
             return get_peft_model(model, config)  # pyright: ignore[reportReturnType] (never a mixed model)
         except BaditError:
             raise
-        except (
-            ValueError,
-            TypeError,
-            RuntimeError,
-            OverflowError,
-        ) as error:  # no such modules, a rank beyond all memory
+        # No such modules, a rank beyond all memory, or one that is no number.
+        except (ValueError, TypeError, RuntimeError, OverflowError) as error:
             raise BaditError(f"method: {first_line(error)}") from None
 
     def proceed(self, model: PreTrainedModel, folder: Path) -> PeftModel:
