@@ -316,11 +316,10 @@ def load_run(run: Run, recipe: Recipe | None = None) -> tuple[PreTrainedModel | 
     method = build_method(recipe.method)
     if not method.trains:
         return base_model(recipe)
-    if not run.adapter_path.is_dir():
-        config = Run.at(recipe.output).config_path
-        raise BaditError(f"{run.path}: has no adapter yet; finish its training with: badit train {config}")
-    model, tokenizer = base_model(recipe)
     whole = Run.at(recipe.output)
+    if not run.adapter_path.is_dir():
+        raise BaditError(f"{run.path}: has no adapter yet; finish its training with: badit train {whole.config_path}")
+    model, tokenizer = base_model(recipe)
     known = read_json(whole.environment_path).get("inputs", {}) if whole.environment_path.is_file() else {}
     if changed_inputs(known, {BASE_MODEL: model_fingerprint(model)}):
         fix = "restore it, or train again with another output=FOLDER"
