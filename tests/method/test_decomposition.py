@@ -1,4 +1,4 @@
-"""BAD: singular triples and expert factors against numpy's SVD, and the randomised method's own promise."""
+"""BAD: triples, factors and the closest smaller rank against numpy's SVD, and the randomised method's own promise."""
 
 import numpy as np
 import pytest
@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 import reference
 from badit.errors import BaditError
-from badit.method import decomposition, expert_factors, top_singular_triples
+from badit.method import compress, decomposition, expert_factors, top_singular_triples
 
 PROPERTY = settings(deadline=None, max_examples=40)
 
@@ -181,11 +181,9 @@ def test_signs_are_settled_by_the_largest_entry_of_u(method):
         (torch.ones(4), {}, r"only a 2-D weight can be decomposed, this one has shape \(4,\)"),
         (torch.ones(4, 9), {"rank": 5}, r"num_experts × r = 5 .* \(4, 9\): at most 4 exist; lower num_experts or r"),
         (torch.ones(4, 9), {"rank": 0}, "num_experts × r = 0"),
-        (torch.ones(4, 9), {"tolerance": 0.0}, "svd_tolerance must be positive, got 0.0"),
-        (torch.ones(4, 9), {"tolerance": float("nan")}, "svd_tolerance must be positive"),
         (torch.ones(40, 90).masked_fill(torch.arange(90) == 50, float("nan")), {}, "NaN or infinite"),
         (torch.diag(torch.tensor([1.0, float("inf")])), {"rank": 1}, "NaN or infinite"),
-        (torch.ones(4, 9), {"method": "lanczos"}, "must be auto, exact or randomized, got 'lanczos'"),
+        (torch.ones(4, 9), {"method": "lanczos"}, "svd_method: unknown 'lanczos'; known: auto, exact, randomized"),
     ],
 )
 def test_what_cannot_be_decomposed_is_refused(weight, options, message):
@@ -202,3 +200,16 @@ def test_factors_equal_the_papers_split(num_experts, r, scaling, seed):
     np.testing.assert_allclose(scaling * (factor_B @ factor_A), (u * s) @ vh, atol=2e-5 * s[0])
     np.testing.assert_allclose(factor_A.norm(dim=1), np.sqrt(s / scaling), rtol=1e-4)
     np.testing.assert_allclose(factor_B.norm(dim=0), np.sqrt(s / scaling), rtol=1e-4)
+
+
+@PROPERTY
+@given(st.integers(1, 7), st.integers(1, 7), st.integers(1, 6), st.integers(1, 9), _SEED)
+def test_compressing_takes_the_leading_triples_and_says_what_it_lost(rows, columns, rank, smaller, seed):
+    a, b = gaussian((rank, columns), seed).double(), gaussian((rows, rank), seed + 1).double() * (seed % 9 > 0)
+    found = compress(a, b, smaller)
+    assert found.a_PI.shape == (smaller, columns)
+    assert found.b_OP.shape == (rows, smaller)
+    product, expected = reference.float64(b @ a), reference.closest_of_rank(b @ a, smaller)
+    np.testing.assert_allclose(found.b_OP.double() @ found.a_PI.double(), expected, atol=1e-5)
+    np.testing.assert_allclose(found.lost, np.linalg.norm(product - expected), atol=1e-9)
+    np.testing.assert_allclose(found.norm, np.linalg.norm(product), atol=1e-9)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import reference
 from badit.errors import BaditError
-from badit.method import cosine_gram, expert_angles, group_components, grouping, grouping_objective, match_labels
+from badit.method import cosine_gram, expert_angles, group_components, grouping, grouping_objective
 
 PROPERTY = settings(deadline=None, max_examples=40)
 
@@ -238,7 +238,7 @@ def test_matching_keeps_the_groups_and_the_largest_overlap(shape, seed):
     num_experts, size = shape
     rng = np.random.default_rng(seed)
     labels, current = (rng.permutation(contiguous(num_experts, size)) for _ in range(2))
-    matched = match_labels(labels, current)
+    matched = grouping.match_labels(labels, current)
     assert np.array_equal(matched[:, None] == matched[None, :], labels[:, None] == labels[None, :])
     largest = max(
         sum(int(names[label] == present) for label, present in zip(labels, current, strict=True))

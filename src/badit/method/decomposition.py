@@ -3,21 +3,21 @@
     W0 = s · Σ_k B_k A_k + Ŵ,     B_k = U_[k] √(Σ_[k]/s),   A_k = √(Σ_[k]/s) V_[k]ᵀ
 
 where [k] is the k-th run of r of the top N = K·r singular triples and s = lora_alpha / r is LoRA's scaling. The paper
-writes A_k B_k for what LoRA calls B_k A_k; the code keeps LoRA's letters. Experts are orthogonal to one another because
-singular vectors are.
+writes A_k B_k for what LoRA calls B_k A_k; the code keeps LoRA's letters.
 
-Shape suffixes: O = out features, I = in features, N = components (K experts of rank r), P = N plus oversampling,
-M = all blocks of P, D = O or I.
+Shape suffixes: O/I = out/in features, N = components (K experts of rank r), P = N plus oversampling (or a smaller rank
+to compress to), M = all blocks of P, D = O or I.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
+import torch.nn.functional as F
 
-from badit.errors import BaditError
+from badit.errors import BaditError, refuse_unknown
 
 SvdMethod = Literal["auto", "exact", "randomized"]
 
@@ -48,12 +48,11 @@ def top_singular_triples(
         rank: how many triples, N ≤ min(out, in).
         method: "exact" (a dense factorisation), "randomized" (block Krylov iteration) or "auto", which iterates only
             where both dimensions are large against the rank.
-        tolerance: the randomised method iterates until ‖W v − σ u‖ / σ ≤ tolerance for *every* triple: on a flat
-            spectrum a fixed number of passes may leave residuals of tens of per cent.
+        tolerance: the randomised method iterates until ‖W v − σ u‖ / σ ≤ tolerance for *every* triple.
         seed: of the randomised method's start.
 
     Raises:
-        BaditError: a weight that is not 2-D or not finite, a rank that is too large, a tolerance that is not positive.
+        BaditError: a weight that is not 2-D or not finite, a rank that is too large, an unknown method.
     """
     if weight_OI.ndim != 2:
         raise BaditError(f"only a 2-D weight can be decomposed, this one has shape {tuple(weight_OI.shape)}")
@@ -62,8 +61,7 @@ def top_singular_triples(
             f"num_experts × r = {rank} singular triples do not fit a weight of shape {tuple(weight_OI.shape)}: "
             f"at most {min(weight_OI.shape)} exist; lower num_experts or r"
         )
-    if not tolerance > 0:
-        raise BaditError(f"svd_tolerance must be positive, got {tolerance}")
+    refuse_unknown("svd_method", method, get_args(SvdMethod))
     if weight_OI.is_meta:  # a model without weights has shapes alone
         shapes = (len(weight_OI), rank), (rank,), (rank, weight_OI.shape[1])
         return SingularTriples(*(weight_OI.new_empty(shape) for shape in shapes))
@@ -73,10 +71,8 @@ def top_singular_triples(
     small = min(w_OI.shape) <= max(_EXACT_UP_TO, 4 * rank)
     if method == "exact" or (method == "auto" and small):
         u_ON, s_N, vh_NI = _exact(w_OI, rank)
-    elif method in ("auto", "randomized"):
-        u_ON, s_N, vh_NI = _randomized(w_OI, rank, tolerance, seed)
     else:
-        raise BaditError(f"svd method must be auto, exact or randomized, got {method!r}")
+        u_ON, s_N, vh_NI = _randomized(w_OI, rank, tolerance, seed)
     peak_N = u_ON.gather(0, u_ON.abs().argmax(dim=0, keepdim=True)).squeeze(0)
     sign_N = torch.where(peak_N < 0, -1.0, 1.0)
     return SingularTriples((u_ON * sign_N).contiguous(), s_N.contiguous(), (vh_NI * sign_N[:, None]).contiguous())
@@ -101,6 +97,31 @@ def expert_directions(triples: SingularTriples) -> tuple[torch.Tensor, torch.Ten
     return triples.vh_NI / math.sqrt(3), torch.zeros_like(triples.u_ON)
 
 
+class CompressedFactors(NamedTuple):
+    """A LoRA of smaller rank in float32, and the Frobenius norms of what the product lost and of the product itself."""
+
+    a_PI: torch.Tensor
+    b_OP: torch.Tensor
+    lost: float
+    norm: float
+
+
+def compress(a_RI: torch.Tensor, b_OR: torch.Tensor, rank: int) -> CompressedFactors:
+    """The product of rank P closest to B A (Eckart & Young 1936), the singular values split evenly.
+
+    What the weight's own dimensions cannot fill of P is zero.
+    """
+    # In float64, by the SVD of the small core between two QR factorisations.
+    q_OC, core_CR = torch.linalg.qr(b_OR.double())
+    q_IC, core_AR = torch.linalg.qr(a_RI.double().T)
+    u, s, vh = torch.linalg.svd(core_CR @ core_AR.T, full_matrices=False)
+    root_P = s[:rank].sqrt()
+    missing = rank - len(root_P)
+    a_PI = F.pad(root_P[:, None] * (vh[:rank] @ q_IC.T), (0, 0, 0, missing))
+    b_OP = F.pad((q_OC @ u[:, :rank]) * root_P, (0, missing))
+    return CompressedFactors(a_PI.float(), b_OP.float(), float(s[rank:].norm()), float(s.norm()))
+
+
 def _exact(w_OI: torch.Tensor, rank: int) -> SingularTriples:
     if w_OI.device.type == "cpu":
         # By eigenvectors of the shorter side's Gram matrix in float64, which is faster, unless σ_N is too small.
@@ -119,18 +140,15 @@ def _exact(w_OI: torch.Tensor, rank: int) -> SingularTriples:
 def _randomized(w_OI: torch.Tensor, rank: int, tolerance: float, seed: int) -> SingularTriples:
     """Block Krylov iteration with Rayleigh–Ritz (Musco & Musco 2015, arXiv 1504.05477), stopped by its residual.
 
-    The triples are the best in the span of all blocks so far, W·(WᵀW)^j·random. Both sides have an orthonormal basis,
-    and R is what W is between them: UᵀW = RᵀVᵀ. So every Ritz triple has Wᵀu = σv, and ‖W v − σ u‖ is the whole of its
-    error. After _MAX_BLOCKS blocks, the iteration starts again from the leading Ritz vectors.
+    The triples are the best in the span of all blocks so far, W·(WᵀW)^j·random. With UᵀW = RᵀVᵀ between the two bases,
+    every Ritz triple has Wᵀu = σv, and ‖W v − σ u‖ is its whole error. After _MAX_BLOCKS blocks, it starts again.
     """
-    # Squares of very small or large weights vanish or overflow in float32: divide by the power of two below the largest
-    # entry, which rounds nothing.
+    # Squares of very small or large weights vanish or overflow in float32: divide by a power of two, which is exact.
     low, high = w_OI.aminmax()
     peak = torch.maximum(-low, high).clamp_min(torch.finfo(torch.float32).tiny)
     unit = peak / (2 * torch.frexp(peak).mantissa)
     w_OI = w_OI / unit
     block = min(rank + _OVERSAMPLING, *w_OI.shape)
-    most = min(_MAX_BLOCKS * block, *w_OI.shape)
     generator = torch.Generator(device="cpu").manual_seed(seed)
     new_IP = torch.randn(w_OI.shape[1], block, generator=generator).to(w_OI.device)
     u_OM, v_IM, r_MM = w_OI.new_empty(w_OI.shape[0], 0), w_OI.new_empty(w_OI.shape[1], 0), w_OI.new_empty(0, 0)
@@ -138,8 +156,7 @@ def _randomized(w_OI: torch.Tensor, rank: int, tolerance: float, seed: int) -> S
         q_OP, _ = _beyond(u_OM, w_OI @ new_IP)
         new_IP, r_MP = _beyond(v_IM, w_OI.T @ q_OP)
         u_OM, v_IM = torch.cat([u_OM, q_OP], dim=1), torch.cat([v_IM, new_IP], dim=1)
-        below_PM = r_MM.new_zeros(block, len(r_MM))
-        r_MM = torch.cat([torch.cat([r_MM, below_PM]), r_MP], dim=1)
+        r_MM = torch.cat([F.pad(r_MM, (0, 0, 0, block)), r_MP], dim=1)
         left_MM, s_M, right_MM = torch.linalg.svd(r_MM.T)
         u_ON, s_N, v_IN = u_OM @ left_MM[:, :rank], s_M[:rank], v_IM @ right_MM[:rank].T
         residual_N = torch.linalg.vector_norm(w_OI @ v_IN - u_ON * s_N, dim=0)
@@ -147,7 +164,7 @@ def _randomized(w_OI: torch.Tensor, rank: int, tolerance: float, seed: int) -> S
         noise = s_N[0] * torch.finfo(torch.float32).eps * max(w_OI.shape) ** 0.5
         if bool((residual_N <= (tolerance * s_N).clamp_min(noise)).all()):
             return SingularTriples(u_ON, s_N * unit, v_IN.T)
-        if u_OM.shape[1] + block > most:
+        if u_OM.shape[1] + block > min(_MAX_BLOCKS * block, *w_OI.shape):
             new_IP = v_IM @ right_MM[:block].T
             u_OM, v_IM, r_MM = u_OM[:, :0], v_IM[:, :0], r_MM[:0, :0]
     u_ON, s_N, vh_NI = _exact(w_OI, rank)

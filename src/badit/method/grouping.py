@@ -12,8 +12,7 @@ Grams of gradient shards add up.
 * the paper's polar targets: C = U Σ Vᵀ the centroid matrix, Q = U Vᵀ, and ⟨ĝ_i, q_k⟩ = (GΠ (ΠᵀGΠ)^(−1/2))_ik
 * exchanging i ∈ a with j ∈ b changes the objective by 2(S_ib − S_ia + S_ja − S_jb) + 2(G_ii + G_jj) − 4 G_ij, S = GΠ
 
-Swaps are the default's last step because both k-means and the paper's loop stop where a single exchange would improve:
-the paper's loop climbs the nuclear norm of C, and the current grouping is nearly always its fixed point.
+Swaps are the default's last step because both k-means and the paper's loop stop where a single exchange would improve.
 
 Shape suffixes: N = components, K = experts, I/O = in/out features. Solvers run in float64 on the CPU.
 """
@@ -34,6 +33,7 @@ Solver = Literal["swap", "paper"]
 OverShards = Callable[[torch.Tensor, Literal["max", "sum"]], torch.Tensor]
 
 _MIN_RELATIVE_GAIN = 1e-6  # of a new grouping: more than rounding noise
+_MAX_ROUNDS = 50
 
 
 def cosine_gram(
@@ -46,8 +46,7 @@ def cosine_gram(
     Args:
         grad_A_NI, grad_B_ON: the gradients; or this process's shards of them, some columns of A and some rows of B.
             Equal leading dimensions are layers, each with a Gram of its own.
-        over_shards: combines a tensor over the processes that hold the other shards, by "max" or "sum"; it is given
-            tensors of N and N² numbers.
+        over_shards: combines tensors of N and N² numbers over the processes that hold the other shards.
     """
     a_NI, b_NO = grad_A_NI.detach().float(), grad_B_ON.detach().float().mT
     # Divide by the peak before multiplying: squares of small or large gradients vanish or overflow.
@@ -85,8 +84,8 @@ def group_components(
     Args:
         gram_NN: symmetric cosine Gram (or a mean of such).
         current_N: the present labels 0 … K−1, each exactly r = N/K times.
-        solver: "swap", restarts of balanced spherical k-means each finished by exact pairwise exchanges (one of the
-            starts is the present grouping); or "paper": k-means start, polar targets, integer assignment.
+        solver: "swap", the present grouping and balanced spherical k-means, each finished by exact pairwise exchanges;
+            or "paper": k-means start, polar targets, integer assignment.
         restarts: number of k-means starts; the best grouping counts. The "paper" solver takes at least one.
         seed: the same seed and Gram give the same labels.
 
@@ -103,16 +102,16 @@ def group_components(
     if not np.isfinite(gram_NN).all():
         raise BaditError("the Gram matrix of the components' gradients holds NaN or infinite values")
     gram_NN = (gram_NN + gram_NN.T) / 2
-    num_experts = _number_of_groups(current_N)
+    sizes_K = np.bincount(current_N) if len(current_N) and current_N.min() >= 0 else np.zeros(1, dtype=np.int64)
+    if sizes_K.min() < 1 or sizes_K.min() != sizes_K.max():
+        raise BaditError(f"every expert must hold the same number of components, got sizes {sizes_K.tolist()}")
+    num_experts, swaps = len(sizes_K), solver == "swap"
     rng = np.random.default_rng(seed)
-    ordered_N = np.repeat(np.arange(num_experts), len(current_N) // num_experts)
-    if solver == "swap":
-        random = (rng.permutation(ordered_N) for _ in range(restarts))
-        starts = (_until_stable(gram_NN, random_N, num_experts, _centroid_similarity) for random_N in random)
+    random = [rng.permutation(np.sort(current_N)) for _ in range(restarts if swaps else max(1, restarts))]
+    starts = [_until_stable(gram_NN, x_N, num_experts, _centroid_similarity, balanced=swaps) for x_N in random]
+    if swaps:
         candidates = list(_swap_until_optimal(gram_NN, np.stack([current_N, *starts]), num_experts))
     else:
-        random = (rng.permutation(ordered_N) for _ in range(max(1, restarts)))
-        starts = [_until_stable(gram_NN, x_N, num_experts, _centroid_similarity, balanced=False) for x_N in random]
         candidates = [_until_stable(gram_NN, start_N, num_experts, _polar_similarity) for start_N in starts]
     present = grouping_objective(gram_NN, current_N)
     best_N = max(candidates, key=lambda labels_N: grouping_objective(gram_NN, labels_N))
@@ -123,13 +122,9 @@ def group_components(
 
 def match_labels(labels_N: np.ndarray, reference_N: np.ndarray) -> np.ndarray:
     """Renames the groups of ``labels_N`` so that as many components as possible keep their ``reference_N`` label."""
-    num_experts = int(max(labels_N.max(), reference_N.max())) + 1
-    overlap_KK = np.zeros((num_experts, num_experts), dtype=np.int64)
-    np.add.at(overlap_KK, (labels_N, reference_N), 1)
-    group, name = linear_sum_assignment(overlap_KK, maximize=True)
-    rename_K = np.empty(num_experts, dtype=np.int64)
-    rename_K[group] = name
-    return rename_K[labels_N]
+    one_KK = np.eye(int(labels_N.max()) + 1)
+    _, name_K = linear_sum_assignment(one_KK[labels_N].T @ one_KK[reference_N], maximize=True)
+    return name_K[labels_N]
 
 
 class ExpertAngles(NamedTuple):
@@ -159,13 +154,6 @@ def expert_angles(gram_NN: np.ndarray, labels_N: np.ndarray) -> ExpertAngles:
     return ExpertAngles(*(float(each.mean()) if each.size else float("nan") for each in values))
 
 
-def _number_of_groups(labels_N: np.ndarray) -> int:
-    sizes_K = np.bincount(labels_N) if len(labels_N) and labels_N.min() >= 0 else np.zeros(1, dtype=np.int64)
-    if sizes_K.min() < 1 or sizes_K.min() != sizes_K.max():
-        raise BaditError(f"every expert must hold the same number of components, got sizes {sizes_K.tolist()}")
-    return len(sizes_K)
-
-
 def _centroid_similarity(gram_NN: np.ndarray, labels_N: np.ndarray, num_experts: int) -> np.ndarray:
     """⟨ĝ_i, c_k⟩ for unit centroids c_k; 0 for an empty or cancelling group."""
     onehot_NK = np.eye(num_experts)[labels_N]
@@ -177,10 +165,8 @@ def _centroid_similarity(gram_NN: np.ndarray, labels_N: np.ndarray, num_experts:
 def _assign_balanced(similarity_NK: np.ndarray) -> np.ndarray:
     """The assignment of equally many components to every expert with the largest total similarity (exact)."""
     size = len(similarity_NK) // similarity_NK.shape[1]
-    component, slot = linear_sum_assignment(np.repeat(similarity_NK, size, axis=1), maximize=True)
-    labels_N = np.empty(len(similarity_NK), dtype=np.int64)
-    labels_N[component] = slot // size
-    return labels_N
+    _, slot_N = linear_sum_assignment(np.repeat(similarity_NK, size, axis=1), maximize=True)
+    return slot_N // size
 
 
 def _until_stable(
@@ -189,10 +175,9 @@ def _until_stable(
     num_experts: int,
     similarity: Callable[[np.ndarray, np.ndarray, int], np.ndarray],
     balanced: bool = True,
-    max_rounds: int = 50,
 ) -> np.ndarray:
     """The labels after assigning components to the experts that they resemble, again and again."""
-    for _ in range(max_rounds):
+    for _ in range(_MAX_ROUNDS):
         similarity_NK = similarity(gram_NN, labels_N, num_experts)
         new_N = _assign_balanced(similarity_NK) if balanced else similarity_NK.argmax(axis=1)
         if np.array_equal(new_N, labels_N):
@@ -215,9 +200,9 @@ def _polar_similarity(gram_NN: np.ndarray, labels_N: np.ndarray, num_experts: in
 def _swap_until_optimal(gram_NN: np.ndarray, starts_SN: np.ndarray, num_experts: int) -> np.ndarray:
     """In each of S groupings, exchanges the best pair of components until no exchange of two improves the objective.
 
-    Components are in the order of their experts, so that a group is a slice; R = components of an expert. The best
-    exchange of every two experts is kept, and only those of the two that have just exchanged are computed again. All
-    groupings take a round together; once half of them are done, the others continue without them.
+    Components are in the order of their experts, so that a group is a slice; R = components of an expert. Only the
+    exchanges of the two experts that have just exchanged are computed again. All groupings take a round together; once
+    half of them are done, the others continue without them.
     """
     starts, components = starts_SN.shape
     size = components // num_experts

@@ -3,9 +3,8 @@
     gate = K · softmax(router(x̄))        mean 1: with a router started at zero every gate is exactly 1 at step 0
     gate = softmax(router(x̄))            the paper's form, sum 1; kept as an ablation
 
-x̄ is the mean of the layer's input over the prompt's positions: never padding, and never the answer, which is not there
-yet when a generation starts. Most of x̄ is the same for all prompts, so a router that reads it learns little more than
-one mixture for all of them. It may read x̂ instead, how a prompt differs from the others (not in the paper):
+x̄ is the mean of the layer's input over the prompt's positions: never padding, and never the answer. The router may
+read x̂ instead, how a prompt differs from the others (not in the paper):
 
     x̂ = 8/√I · (x̄ − μ)/√v       μ, v: running mean and variance of every feature over the training's prompts
 

@@ -25,7 +25,6 @@ from badit.errors import BaditError
 from badit.method import (
     batch_moments,
     expert_gates,
-    frozen_factors,
     prompt_mean,
     segment_means,
     standardised,
@@ -211,16 +210,22 @@ class ExpertLinear(nn.Module, BaseTunerLayer):
 
     @torch.no_grad()
     def frozen_factors(self, adapter_name: str, gates_N: torch.Tensor | None = None) -> Pair:
-        """The LoRA under fixed gates (default: 1): A' (P, I) and B' (O, P) with the scaling, in at least float32."""
+        """The LoRA that the adapter is, exactly, under fixed gates (default: 1), in at least float32.
+
+        A' = [A; A0] (P, I) and B' = s · [B diag(g), −share · B0] (O, P). Where experts share one A, their B's are
+        summed, each times its gate.
+        """
         config = self.badit_config[adapter_name]
         a_RI, b_ON = map(_precise, self.factors(adapter_name))
-        scale_N = torch.full((b_ON.shape[1],), config.scaling, dtype=b_ON.dtype, device=b_ON.device)
+        scale_N = b_ON.new_full((b_ON.shape[1],), config.scaling)
         if gates_N is not None:
             scale_N = scale_N * gates_N.to(scale_N)
+        b_OR = (b_ON * scale_N).unflatten(1, (-1, len(a_RI))).sum(dim=1)
         if not config.subtracted_share:
-            return frozen_factors(a_RI, b_ON, scale_N)
+            return a_RI, b_OR
         a0_NI, b0_ON = map(_precise, self.kept_factors(adapter_name))
-        return frozen_factors(a_RI, b_ON, scale_N, (a0_NI, b0_ON), config.scaling * config.subtracted_share)
+        subtracted_ON = -config.scaling * config.subtracted_share * b0_ON
+        return torch.cat([a_RI, a0_NI]), torch.cat([b_OR, subtracted_ON], dim=1)
 
     def get_delta_weight(self, adapter_name: str, gates_K: torch.Tensor | None = None) -> torch.Tensor:
         """What the adapter adds to the base weight under fixed gates (default: all 1), in that weight's own layout."""
