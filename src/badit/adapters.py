@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
@@ -18,7 +17,7 @@ from safetensors import safe_open
 
 from badit.errors import BaditError, explained
 from badit.files import read_json
-from badit.tuner.config import FORMAT_FIELD, RETIRED_FIELDS, refuse_newer_format
+from badit.tuner.config import FORMAT_FIELD, RETIRED_FIELDS, is_int, refuse_newer_format
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
 BOOKKEEPING = {"task_type", "base_model_name_or_path", "revision", "inference_mode", "peft_version", "tasks",
                "past_branches", FORMAT_FIELD}  # fmt: skip
 _MAY_DIFFER = BOOKKEEPING | {"target_modules", "fan_in_fan_out"}  # from the recipe's
-Shapes = Mapping[str, tuple[int, ...]]
+Shapes = dict[str, tuple[int, ...]]
 
 
 def load_adapter(model: PreTrainedModel, folder: Path, config: PeftConfig, *, trainable: bool) -> PeftModel:
@@ -67,13 +66,14 @@ def _check_settings(path: Path, config: PeftConfig, shapes: Shapes) -> None:
         refuse_newer_format(saved.get(FORMAT_FIELD, 1))
     except BaditError as error:
         raise BaditError(f"{path}: {error}") from None
-    defaults = type(config)().to_dict()
+    # As JSON has them; sets as sorted lists.
+    defaults, wanted = (json.loads(json.dumps(each.to_dict(), default=sorted)) for each in (type(config)(), config))
     if unknown := sorted(saved.keys() - defaults.keys() - _MAY_DIFFER - RETIRED_FIELDS):
         fix = "upgrade it, or remove the line"
         raise BaditError(f"{path}: {unknown[0]!r:.60}: is no setting that this PEFT knows; {fix}")
-    for key, value in config.to_dict().items():
-        expected, found = _plain(value), _plain(saved.get(key, defaults[key]))
-        if isinstance(value, (set, frozenset)) and isinstance(found, list):  # which PEFT saves in any order
+    for key, expected in wanted.items():
+        found = saved.get(key, defaults[key])
+        if isinstance(getattr(config, key), set) and isinstance(found, list):  # which PEFT saves in any order
             found = sorted(found, key=json.dumps)
         if key not in _MAY_DIFFER and found != expected:
             differs = f"is {found!r:.60}, but the run's recipe says {expected!r:.60}"
@@ -86,16 +86,5 @@ def _check_settings(path: Path, config: PeftConfig, shapes: Shapes) -> None:
             raise BaditError(f"{path}: {key}: must be a list of names, not {names!r:.60}")
     past = saved.get("past_branches", 0)
     largest = max((size for shape in shapes.values() for size in shape), default=0)
-    if isinstance(past, bool) or not isinstance(past, int) or not 0 <= past <= largest:
+    if not is_int(past) or not 0 <= past <= largest:
         raise BaditError(f"{path}: past_branches: the weights have no {past!r:.60} branches")
-
-
-def _plain(value: Any) -> Any:
-    """As JSON has it; sets as sorted lists."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (set, frozenset)):
-        return sorted(map(_plain, value), key=json.dumps)
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return value.value if hasattr(value, "value") else value

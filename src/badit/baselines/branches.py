@@ -93,7 +93,6 @@ class BranchLinear(ExpertLinear):
 
     adapter_layer_names = ("badit_A", "badit_B")
     other_param_names = (*ExpertLinear.other_param_names, "badit_A_past", "badit_B_past")
-    why_not_merged = "a branch stays apart from the others, for the next task and for its gate,"
 
     badit_A_past: Buffers
     badit_B_past: Buffers

@@ -39,7 +39,6 @@ class MtlLoraLinear(ExpertLinear):
     """Trained are badit_A (R, I), badit_B (O, N), badit_lambda (M, R, R) and badit_task_logits (M, K)."""
 
     adapter_layer_names = ("badit_A", "badit_B", "badit_lambda", "badit_task_logits")
-    why_not_merged = "MTL-LoRA adds something else for every task"
 
     badit_lambda: nn.ParameterDict
     badit_task_logits: nn.ParameterDict

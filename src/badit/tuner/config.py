@@ -18,12 +18,11 @@ from badit.method import expert_directions, expert_factors, top_singular_triples
 from badit.method.decomposition import SvdMethod
 from badit.method.routing import GateKind, RouterInput
 
-# The version of an adapter's files: the settings' names and defaults, the tensors' names and meanings. A change that
-# older releases would read wrongly raises it. Every earlier version can be read: tests/tuner/formats has them.
+# The version of an adapter's files; a change that older releases would read wrongly raises it. tests/tuner/formats has
+# an adapter of each version.
 FORMAT = 1
 FORMAT_FIELD = "format_version"
-# Settings that earlier releases have saved and that have no effect any more.
-RETIRED_FIELDS = {"base_weight"}
+RETIRED_FIELDS = {"base_weight"}  # saved by earlier releases, without effect
 
 # Older versions save biases only for the methods that they know by name.
 _PEFT_SAVES_BIASES = hasattr(BaseTuner, "_get_learnable_bias_state_dict")
@@ -85,7 +84,7 @@ def check_options(config: Any, prefix: str = "") -> None:
             rule.check(f"{prefix}{each.name}", getattr(config, each.name))
 
 
-def peft_type(name: str = "BADIT") -> PeftType:
+def peft_type(name: str) -> PeftType:
     """The enum member ``PeftType.<name>``, made on the first call: PEFT offers no way to add one."""
     if name not in PeftType.__members__:
         member: Any = str.__new__(PeftType, name)
@@ -103,8 +102,10 @@ def refuse_newer_format(version: Any) -> None:
     """Raises BaditError for a saved adapter that this release cannot know."""
     COUNT.check(FORMAT_FIELD, version)
     if version > FORMAT:
-        known = f"the adapter has format {version}, this badit reads formats up to {FORMAT}"
-        raise BaditError(f"{FORMAT_FIELD}: {known}: pip install --upgrade badit")
+        raise BaditError(
+            f"{FORMAT_FIELD}: the adapter has format {version}, this badit reads formats up to {FORMAT}: "
+            "pip install --upgrade badit"
+        )
 
 
 @dataclass
@@ -114,14 +115,10 @@ class ExpertConfig(PeftConfig):
     Shape suffixes: I/O = in/out features, N = components.
     """
 
-    #: The method's name in PEFT's registry, in capitals.
-    method: ClassVar[str]
-    #: Whether every row's task must be named, by :meth:`badit.tuner.Hooks.rows_of`.
-    needs_tasks: ClassVar[bool] = False
-    #: Whether the model cannot be divided over processes by FSDP or DeepSpeed.
-    needs_whole_weights: ClassVar[bool] = False
-    #: Whether all experts share the same ``r`` rows of A.
-    shares_A: ClassVar[bool] = False
+    method: ClassVar[str]  # its name in PEFT's registry, in capitals
+    needs_tasks: ClassVar[bool] = False  # of every row, by Hooks.rows_of
+    needs_whole_weights: ClassVar[bool] = False  # so that FSDP and DeepSpeed cannot divide the model
+    shares_A: ClassVar[bool] = False  # all experts have the same r rows of A
 
     num_experts: int = option(8, "Number of experts, K.", COUNT)
     r: int = option(4, "Rank of one expert; the adapter's total rank is num_experts × r.", COUNT)
@@ -168,11 +165,6 @@ class ExpertConfig(PeftConfig):
         return self.num_experts * self.r
 
     @property
-    def rows_of_A(self) -> int:
-        """N, or r where the experts share their A."""
-        return self.r if self.shares_A else self.num_components
-
-    @property
     def has_fixed_gates(self) -> bool:
         """Whether no gate depends on the input, so that the adapter is a plain LoRA."""
         return self.num_experts == 1 and not self.needs_tasks
@@ -187,8 +179,7 @@ class ExpertConfig(PeftConfig):
         return None
 
     @classmethod
-    def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
-        """PEFT's hook for a saved configuration: leaves the retired settings out."""
+    def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:  # PEFT's hook for a saved configuration
         return super().check_kwargs(**{key: value for key, value in kwargs.items() if key not in RETIRED_FIELDS})
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
@@ -217,16 +208,9 @@ class BaditConfig(ExpertConfig):
     method: ClassVar[str] = "BADIT"
     #: The published form: with these gates the adapted model does not start as the base model.
     PAPER: ClassVar[dict[str, Any]] = {
-        "num_experts": 8,
-        "r": 4,
-        "lora_alpha": 32,
-        "lora_dropout": 0.05,
-        "routing": "prompt",
-        "router_input": "mean",
-        "gates": "softmax",
-        "init_weights": "bad",
-        "svd_method": "exact",
-    }
+        "num_experts": 8, "r": 4, "lora_alpha": 32, "lora_dropout": 0.05, "routing": "prompt", "router_input": "mean",
+        "gates": "softmax", "init_weights": "bad", "svd_method": "exact",
+    }  # fmt: skip
 
     routing: str = option(
         "prompt",
@@ -291,11 +275,9 @@ class BaditConfig(ExpertConfig):
 
     @property
     def subtracted_share(self) -> float:
-        """All of it where the experts start as a part of the base weight (BAD)."""
         return 1.0 if self.init_weights in (True, "bad") else 0.0
 
     def initial_factors(self, weight_OI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """From the weight's top singular triples: as they are (BAD), or their directions alone."""
         if self.init_weights == "lora":
             return None
         method: Any = self.svd_method

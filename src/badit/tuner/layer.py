@@ -12,7 +12,7 @@ where experts share one A), P = rows of the wide product (R, or 2N with the init
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -31,8 +31,8 @@ from badit.method import (
     updated_moments,
 )
 from badit.tuner.config import BaditConfig
-from badit.tuner.prompt import ForwardPass, RoutingContext
-from badit.tuner.targets import FusedExpert, shape_of, weight_as_used
+from badit.tuner.prompt import RoutingContext
+from badit.tuner.targets import FusedExpert, weight_as_used
 
 Buffers = dict[str, torch.Tensor]  # what a BufferDict is, by adapter
 Pair = tuple[torch.Tensor, torch.Tensor]
@@ -47,8 +47,6 @@ class ExpertLinear(nn.Module, BaseTunerLayer):
 
     adapter_layer_names: tuple[str, ...] = ("badit_A", "badit_B", "badit_router")
     other_param_names: tuple[str, ...] = ("badit_config", "badit_dropout", "badit_A0", "badit_B0")
-    #: Why no single weight stands for the adapter.
-    why_not_merged: ClassVar[str] = "a mixture of experts weighs them again at every position"
 
     badit_A: nn.ParameterDict
     badit_B: nn.ParameterDict
@@ -63,7 +61,10 @@ class ExpertLinear(nn.Module, BaseTunerLayer):
         self.base_layer = base_layer
         self.name = name
         self.routing = routing
-        self.out_features, self.in_features = shape_of(base_layer)
+        base: Any = base_layer  # whose weight may be packed
+        self.out_features, self.in_features = (
+            (base.nf, base.nx) if isinstance(base, Conv1D) else (base.out_features, base.in_features)
+        )
         self.badit_config: dict[str, Any] = {}
         self.badit_dropout = nn.ModuleDict()
         for parameters in self.adapter_layer_names:
@@ -79,7 +80,8 @@ class ExpertLinear(nn.Module, BaseTunerLayer):
     def update_layer(self, adapter_name: str, config: Any, inference_mode: bool = False) -> None:
         """Adds an adapter: makes its tensors, then fills them as its method starts."""
         self.badit_config[adapter_name] = config
-        self.badit_A[adapter_name] = nn.Parameter(torch.zeros(config.rows_of_A, self.in_features))
+        rows_of_A = config.r if config.shares_A else config.num_components
+        self.badit_A[adapter_name] = nn.Parameter(torch.zeros(rows_of_A, self.in_features))
         self.badit_B[adapter_name] = nn.Parameter(torch.zeros(self.out_features, config.num_components))
         if "badit_router" in self.adapter_layer_names:
             self.badit_router[adapter_name] = nn.Parameter(torch.zeros(config.num_experts, self.in_features))
@@ -115,8 +117,8 @@ class ExpertLinear(nn.Module, BaseTunerLayer):
         y = self.base_layer(x, *args, **kwargs)
         for adapter in self.running_adapters:
             config = self.badit_config[adapter]
-            x_in = self._cast_input_dtype(x, self.badit_A[adapter].dtype)
-            settled = self._settled(adapter, x_in)
+            x_in = self._with_positions(self._cast_input_dtype(x, self.badit_A[adapter].dtype))
+            settled = self._settled(adapter)
             if settled is not None and self._key(adapter) in settled:
                 a_PI, b_ON, scale = settled[self._key(adapter)]
             else:
@@ -139,8 +141,15 @@ class ExpertLinear(nn.Module, BaseTunerLayer):
                 # Where experts share rows of A, each run of P columns of B takes all of them.
                 scale = scale.to(hidden.dtype).unflatten(-1, (-1, hidden.shape[-1]))
                 hidden = (hidden[..., None, :] * scale).flatten(-2)
-            y = y + F.linear(hidden, b_ON).to(y.dtype)
+            y = y + F.linear(hidden, b_ON).reshape(y.shape).to(y.dtype)
         return y
+
+    def _with_positions(self, x: torch.Tensor) -> torch.Tensor:
+        """x as (B, T, I), also in a module that sees the positions of a batch as rows, as OPT's MLP does."""
+        forward_pass = self.routing.forward_pass() if x.ndim == 2 and self.tokens_P is None else None
+        if forward_pass is None or forward_pass.shape is None or len(x) != forward_pass.shape.numel():
+            return x
+        return x.unflatten(0, forward_pass.shape)
 
     def gates(self, adapter_name: str, x: torch.Tensor) -> torch.Tensor:
         """The experts' gates (…, K) for an input x (…, I)."""
@@ -171,12 +180,11 @@ class ExpertLinear(nn.Module, BaseTunerLayer):
         config = self.badit_config[adapter_name]
         return config.num_components // config.num_experts
 
-    def _settled(self, adapter_name: str, x: torch.Tensor) -> dict[str, Any] | None:
+    def _settled(self, adapter_name: str) -> dict[str, Any] | None:
         """Where the wide product is kept for the next token of a generation; None where it depends on the token."""
         return None
 
-    def _key(self, adapter_name: str) -> str:
-        """The name under which a cache and a generation keep what is this layer's."""
+    def _key(self, adapter_name: str) -> str:  # in a cache and a generation
         return f"{self.name}.{adapter_name}"
 
     @property
@@ -193,7 +201,7 @@ class ExpertLinear(nn.Module, BaseTunerLayer):
     def tokens_P(self) -> torch.Tensor | None:
         """For a matrix of a fused weight, the tokens of the batch, as one row, that its input has; else None."""
         base_layer = self.get_base_layer()
-        return base_layer.tokens_P if isinstance(base_layer, FusedExpert) else None
+        return base_layer.experts.tokens_P if isinstance(base_layer, FusedExpert) else None
 
     def batch_shape(self) -> torch.Size:
         """Of the running pass, (B, T); BaditError where it is not known."""
@@ -241,13 +249,13 @@ class ExpertLinear(nn.Module, BaseTunerLayer):
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Always raises BaditError."""
         raise BaditError(
-            f"{self.why_not_merged} and so has no single weight to merge into; keep it as an adapter (unload() gives "
-            "the base model back), or export one fixed mixture as a plain LoRA or a merged model: badit export RUN, "
-            "layer.get_delta_weight(adapter, gates)"
+            "an adapter whose experts are weighed for every prompt, position or task has no single weight to merge "
+            "into; keep it as an adapter (unload() gives the base model back), or export one fixed mixture as a plain "
+            "LoRA or a merged model: badit export RUN, layer.get_delta_weight(adapter, gates)"
         )
 
     def unmerge(self) -> None:
-        """Nothing to do: no adapter is ever merged."""
+        """Does nothing: no adapter is ever merged."""
 
     def __repr__(self) -> str:
         return "badit." + super().__repr__()
@@ -261,7 +269,6 @@ class BaditLinear(ExpertLinear):
     """
 
     other_param_names = (*ExpertLinear.other_param_names, "badit_expert_of", "badit_moments", "badit_batches")
-    why_not_merged = "a BADIT adapter mixes its experts again for every prompt"
 
     badit_expert_of: Buffers
     badit_moments: Buffers
@@ -275,28 +282,23 @@ class BaditLinear(ExpertLinear):
         self.register_load_state_dict_post_hook(_refuse_broken_labels)
 
     def update_layer(self, adapter_name: str, config: BaditConfig, inference_mode: bool = False) -> None:
-        """Adds an adapter: makes its tensors, then fills them by BAD (or as ``config.init_weights`` says)."""
         self.badit_expert_of[adapter_name] = torch.arange(config.num_experts).repeat_interleave(config.r)
         if config.router_input == "standardised":
             self.badit_moments[adapter_name] = torch.zeros(2, self.in_features)
             self.badit_batches[adapter_name] = torch.zeros(())
         super().update_layer(adapter_name, config, inference_mode)
         if self._is_reference(adapter_name):  # a copy of the default adapter, in its data types too
-            for parameters in (self.badit_A, self.badit_B, self.badit_router):
-                parameters[adapter_name].data = parameters["default"].data.clone()
-            for buffers in (self.badit_A0, self.badit_B0, *self._exact_buffers):
-                if "default" in buffers:
-                    buffers[adapter_name] = buffers["default"].clone()
+            floats = self.badit_A, self.badit_B, self.badit_router, self.badit_A0, self.badit_B0
+            for tensors in (*floats, *self._exact_buffers):
+                if "default" in tensors:
+                    tensors[adapter_name].data = tensors["default"].data.clone()
 
     def initialise(self, adapter_name: str) -> None:
         if not self._is_reference(adapter_name):
             super().initialise(adapter_name)
 
     def _is_reference(self, adapter_name: str) -> bool:
-        """Whether TRL adds "ref", the default adapter's copy that is a preference loss's reference.
-
-        TRL then copies parameters with ``.default.`` in their names; BADIT's end in it, and its grouping is none.
-        """
+        """Whether TRL adds "ref", a preference loss's reference: TRL does not find all tensors of default to copy."""
         return adapter_name == "ref" and self.badit_config.get("default") is self.badit_config["ref"]
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
@@ -315,7 +317,6 @@ class BaditLinear(ExpertLinear):
         super().delete_adapter(adapter_name)
 
     def expert_of(self, adapter_name: str) -> torch.Tensor:
-        """The N labels that name every component's expert."""
         return self.badit_expert_of[adapter_name]
 
     def component_gates(self, adapter_name: str, x: torch.Tensor) -> torch.Tensor:
@@ -325,12 +326,10 @@ class BaditLinear(ExpertLinear):
         """Whether the coming pass will ask for the prompt's mask."""
         return any(self.badit_config[adapter].routing == "prompt" for adapter in self.running_adapters)
 
-    def _settled(self, adapter_name: str, x: torch.Tensor) -> dict[str, Any] | None:
+    def _settled(self, adapter_name: str) -> dict[str, Any] | None:
         """While one ``generate`` decodes, the product of its first new token stays valid."""
         forward_pass = self.routing.forward_pass()
         by_token = self.badit_config[adapter_name].routing == "token" or self.tokens_P is not None
-        # OPT's MLP sees every position as a row.
-        by_token |= forward_pass is not None and x.ndim == 2 and forward_pass.shape not in (None, (len(x), 1))
         if forward_pass is None or by_token or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return None
         return forward_pass.settled
@@ -338,19 +337,11 @@ class BaditLinear(ExpertLinear):
     def gates(self, adapter_name: str, x: torch.Tensor) -> torch.Tensor:
         """The gates for an input x (B, T, I): (B, 1, K) for routing by prompt, (B, T, K) by token and for packed rows.
 
-        For x (B, I), as in models without positions, (B, K); for x (B·T, I) (B·T, K).
+        For x (B, I), as in models without positions, (B, K).
         """
         if self.badit_config[adapter_name].routing == "token":
             return self._route(adapter_name, x)
         forward_pass = self.routing.forward_pass()
-        shape = None if forward_pass is None else forward_pass.shape
-        if self.tokens_P is None and x.ndim == 2 and shape is not None and len(x) == shape.numel():
-            # OPT's MLP sees the rows as one.
-            gates_BTK = self._prompt_gates(adapter_name, x.unflatten(0, shape), forward_pass).expand(*shape, -1)
-            return gates_BTK.flatten(0, 1)
-        return self._prompt_gates(adapter_name, x, forward_pass)
-
-    def _prompt_gates(self, adapter_name: str, x: torch.Tensor, forward_pass: ForwardPass | None) -> torch.Tensor:
         if forward_pass is not None and forward_pass.held is not None:
             gates = forward_pass.held.get(self._key(adapter_name))
             if gates is None:
@@ -362,7 +353,7 @@ class BaditLinear(ExpertLinear):
                 raise BaditError(f"this cache was filled with a batch of {rows}, the present batch has {present} rows")
             return gates.to(x.device)
         mask_BT, segments = (None, None) if forward_pass is None else forward_pass.prompt
-        if forward_pass is None or mask_BT is None:
+        if forward_pass is None or mask_BT is None:  # the whole input is the prompt
             mask_BT = torch.ones(x.shape[:-1], dtype=torch.bool, device=x.device)
             return self._route_prompts(adapter_name, prompt_mean(x, mask_BT)[:, None] if x.ndim == 3 else x)
         if self.tokens_P is None and (x.ndim != 3 or x.shape[:2] != mask_BT.shape):
@@ -427,15 +418,12 @@ def _sum_over_ranks(sums: torch.Tensor) -> torch.Tensor:
 
 
 def _refuse_broken_labels(layer: BaditLinear, _: Any) -> None:
-    """A wrong label from a file would be an index out of range, or a lost component."""
     for adapter_name, labels_N in layer.badit_expert_of.items():
         config = layer.badit_config[adapter_name]
         expected = sorted(list(range(config.num_experts)) * config.r)
         if not labels_N.is_meta and sorted(labels_N.tolist()) != expected:
-            raise BaditError(
-                f"{layer.name}: badit_expert_of of adapter {adapter_name!r} does not give each of the "
-                f"{config.num_experts} experts {config.r} components: the file is damaged"
-            )
+            each = f"does not give each of the {config.num_experts} experts {config.r} components"
+            raise BaditError(f"{layer.name}: badit_expert_of of {adapter_name!r} {each}: the file is damaged")
 
 
 def _precise(tensor: torch.Tensor) -> torch.Tensor:

@@ -11,21 +11,22 @@ and cache before each forward pass.
 * ``prompt_mask=`` given to the model's forward: that mask, in any case.
 * Packed rows (positions that begin again, or ``cu_seq_lens_q``): each segment is a prompt with its answer.
 
-``generate`` may run the whole sequence again for every token, or add candidate tokens of the answer. So the model's
-``generate`` is wrapped, too, to note where the prompt ends.
+``generate`` may run the whole sequence again for every token, or add candidate tokens of the answer. So it is wrapped,
+too, to note where the prompt ends.
 """
 
 from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from badit.errors import BaditError
@@ -47,7 +48,7 @@ class ForwardPass:
     """One forward pass, as the adapted layers need to know it.
 
     Attributes:
-        find_prompt: works out the prompt's mask, only if it is asked for; some batches have none.
+        find_prompt: works out ``prompt``, only if it is asked for; None where nothing tells it.
         held: by layer, the gates that the pass's cache holds already; None where the prompt settles them now.
         shape: of the batch, (B, T), where it is known.
         fills_cache: whether decoding may follow, for which layers must leave their gates in ``fresh``.
@@ -57,7 +58,7 @@ class ForwardPass:
         moments: by layer, those that its prompts were standardised with, for checkpointing, which runs it again.
     """
 
-    find_prompt: Callable[[], tuple[torch.Tensor | None, Segments | None]]
+    find_prompt: Callable[[], tuple[torch.Tensor, Segments | None]] | None = None
     held: dict[str, torch.Tensor] | None = None
     shape: torch.Size | None = None
     fills_cache: bool = True
@@ -69,11 +70,8 @@ class ForwardPass:
 
     @cached_property
     def prompt(self) -> tuple[torch.Tensor | None, Segments | None]:
-        """The prompts' mask (B, T), and of packed rows their segments.
-
-        No mask where the model is no language model: then a layer's whole input is its prompt.
-        """
-        return self.find_prompt()
+        """The prompts' mask (B, T), and the segments of packed rows; without a mask a layer's whole input is prompt."""
+        return (None, None) if self.find_prompt is None else self.find_prompt()
 
     @property
     def prompt_mask_BT(self) -> torch.Tensor | None:
@@ -97,7 +95,8 @@ class RoutingContext:
         self._generation_prompt_length: int | None = None
         # While generating: the gates that the cache holds, and what layers keep as long as it is these.
         self._settled: tuple[dict[str, torch.Tensor], dict[str, Any]] | None = None
-        self._looked_at_labels = self._warned_of_whole_rows = self._has_warned_of_kept_mixture = False
+        self._looked_at_labels = False
+        self._warned: set[str] = set()
         # Each tells whether its layer will ask for the prompt's mask, which must be known before a compiled layer runs.
         self.mask_readers: list[Callable[[], bool]] = []
         self._hooks: list[Any] = []
@@ -133,12 +132,16 @@ class RoutingContext:
 
     def generate(self, model: Any, *args: Any, **kwargs: Any) -> Any:
         """The model's own ``generate``, during which positions past the end of the input are answer."""
+        config = kwargs.get("generation_config") or model.generation_config
+        scale = kwargs.get("guidance_scale", getattr(config, "guidance_scale", None))
+        if scale not in (None, 1) and self._reads_prompt():
+            raise BaditError(
+                "guidance_scale: generates from an unconditional prompt too, for which routing='prompt' has no "
+                "mixture; leave it out, or use routing='token'"
+            )
         own = self._generate or partial(type(model).generate, model)
         given = (kwargs.get("inputs_embeds"), *args[:1], kwargs.get("input_ids"), kwargs.get("inputs"))
         lengths = [value.shape[1] for value in given if isinstance(value, torch.Tensor)]
-        cache = _cache(kwargs)
-        if _held(cache) and lengths and lengths[0] - _length(cache) > 1:
-            self._warn_of_kept_mixture()
         outer = self._generation_prompt_length, self._settled
         self._generation_prompt_length, self._settled = next(iter(lengths), None), ({}, {})
         try:
@@ -154,9 +157,18 @@ class RoutingContext:
         """Whether the calling layer is computed again in the backward pass, by gradient checkpointing."""
         return self._running is None and inside_backward()
 
+    def _reads_prompt(self) -> bool:
+        return any(reads() for reads in self.mask_readers)
+
+    def _warn(self, message: str) -> None:
+        """Warns once."""
+        if message not in self._warned:
+            self._warned.add(message)
+            warnings.warn(message, stacklevel=2)
+
     def _refuse_alone(self, decoder: nn.Module, args: tuple) -> None:
         """Called by itself, the decoder would be routed on padding, on answers and on the newest token."""
-        if self.forward_pass() is None and any(reads() for reads in self.mask_readers):
+        if self.forward_pass() is None and self._reads_prompt():
             raise BaditError(
                 "the model's decoder was called by itself, so the prompt is not known: call the whole model, or use "
                 "routing='token'"
@@ -175,7 +187,7 @@ class RoutingContext:
         if torch.is_grad_enabled():
             self._differentiated = self._running
             self._running.begun_with_gradients = True
-        if self._running.held is None and any(reads() for reads in self.mask_readers):
+        if self._running.held is None and self._reads_prompt():
             _ = self._running.prompt  # kept from now on
         return args, kwargs
 
@@ -189,8 +201,8 @@ class RoutingContext:
                 self._differentiated = running
 
             # Several passes may precede one backward pass, which then enters each at its outputs, the latest first.
-            for tensor in _tensors(output):
-                if tensor.requires_grad:
+            for tensor in tree_leaves(output):
+                if isinstance(tensor, torch.Tensor) and tensor.requires_grad:
                     tensor.register_hook(recall)
         cache = _cache(kwargs)
         if cache is None and isinstance(output, Mapping):  # use_cache=True without a cache: the model made one
@@ -208,65 +220,50 @@ class RoutingContext:
             return ForwardPass(find_prompt, shape=prompt_mask_BT.shape, fills_cache=fills_cache)
         tokens: Any = batch.get("inputs_embeds") if batch.get("input_ids") is None else batch["input_ids"]
         shape = tokens.shape[:2] if isinstance(tokens, torch.Tensor) and tokens.ndim >= 2 else None
-        if type(cache).__name__ == "PagedAttentionCache" and any(reads() for reads in self.mask_readers):
+        if type(cache).__name__ == "PagedAttentionCache" and self._reads_prompt():
             raise BaditError("generate_batch: keeps no mixture of a prompt; call generate, or use routing='token'")
         if (held := _held(cache)) is not None:
-            if held and shape is not None and shape[1] > 1 and self._generation_prompt_length is None:
-                self._warn_of_kept_mixture()
+            length = self._generation_prompt_length
+            # While generating, several positions are a part of the prompt, or candidates for the answer.
+            if held and shape is not None and shape[1] > 1 and (length is None or _length(cache) < length - 1):
+                self._warn(
+                    "text is added to a filled cache, which keeps the mixture of its first prompt: to mix for the "
+                    "whole text, call cache.reset() and give all of it, or use routing='token'"
+                )
             if self._settled is not None and self._settled[0] is not held:
                 self._settled = held, {}
-            settled = None if self._settled is None else self._settled[1]
-            return ForwardPass(_no_prompt, held=held, shape=shape, settled=settled)
+            return ForwardPass(held=held, shape=shape, settled=self._settled and self._settled[1])
         if shape is None:
-            return ForwardPass(_no_prompt)
-        unlabelled = kept["labels"] is None and torch.is_grad_enabled() and model.training
-        if getattr(model, "get_output_embeddings", lambda: None)() is None:
-            # A classifier, whose whole row is the prompt, whatever its labels are.
-            unlabelled, kept["labels"] = False, None
-        length = None if unlabelled else self._generation_prompt_length
-        find_prompt = partial(self._prompt, model, kept, shape, tokens.device, length, unlabelled)
+            return ForwardPass()
+        find_prompt = partial(self._prompt, model, kept, shape, tokens.device)
         return ForwardPass(find_prompt, shape=shape, fills_cache=fills_cache)
 
-    def _warn_of_kept_mixture(self) -> None:
-        if not self._has_warned_of_kept_mixture:
-            self._has_warned_of_kept_mixture = True
-            warnings.warn(
-                "text is added to a filled cache, which keeps the mixture of its first prompt: to mix for the whole "
-                "text, call cache.reset() and give all of it, or use routing='token'",
-                stacklevel=2,
-            )
-
     def _prompt(
-        self, model: nn.Module, batch: Any, shape: torch.Size, device: Any, prompt_length: int | None, unlabelled: bool
+        self, model: nn.Module, batch: Any, shape: torch.Size, device: Any
     ) -> tuple[torch.Tensor, Segments | None]:
-        if unlabelled and not self._warned_of_whole_rows:
-            self._warned_of_whole_rows = True
-            warnings.warn(
+        labels_BT, prompt_length = batch["labels"], self._generation_prompt_length
+        if getattr(model, "get_output_embeddings", lambda: None)() is None:
+            labels_BT = None  # a classifier, whose whole row is the prompt
+        elif labels_BT is None and model.training and torch.is_grad_enabled():
+            prompt_length = None
+            self._warn(
                 "a language model is trained without labels, so the router reads the answers with the prompts: pass "
-                "the model labels (-100 on the prompt) or prompt_mask= (batch, positions), or use routing='token'",
-                stacklevel=2,
+                "the model labels (-100 on the prompt) or prompt_mask= (batch, positions), or use routing='token'"
             )
         mask_BT = _attended(batch["attention_mask"], shape, device)
         segments = _segments(batch, shape, device)
-        labels_BT = batch["labels"]
         if isinstance(labels_BT, torch.Tensor) and labels_BT.shape == mask_BT.shape:
-            if segments is not None:
-                return mask_BT & _before_first_labels(labels_BT, segments), segments
-            if not self._looked_at_labels:  # once, since it waits for the device
+            if segments is None and not self._looked_at_labels:  # once, since it waits for the device
                 self._looked_at_labels = True
                 _warn_of_labels(labels_BT)
-            return mask_BT & before_first_label(labels_BT), None
+            return mask_BT & before_first_label(labels_BT, segments), segments
         if prompt_length is None:
             return mask_BT, segments
         if mask_BT.shape[1] < prompt_length:
-            if model.training and any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
-                raise BaditError(
-                    "generate lost its cache, as transformers before 5.24 does in training mode under gradient "
-                    "checkpointing: call model.eval() first"
-                )
             raise BaditError(
-                "the prompt comes in pieces, and the first would set the routing of all: "
-                "generate without prefill_chunk_size, or use routing='token'"
+                "the prompt comes in pieces (or generate lost its cache, as transformers before 5.24 does in training "
+                "mode under gradient checkpointing: call model.eval() first), and the first would set the routing of "
+                "all: generate without prefill_chunk_size, or use routing='token'"
             )
         return mask_BT & (torch.arange(mask_BT.shape[1], device=device) < prompt_length), None
 
@@ -306,42 +303,24 @@ def inside_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
-def before_first_label(labels_BT: torch.Tensor) -> torch.Tensor:
-    """True up to the first predicted label. Position 0 predicts nothing, so its label does not count."""
+def before_first_label(labels_BT: torch.Tensor, segments: Segments | None = None) -> torch.Tensor:
+    """True up to the first predicted label of each row, or of each segment of packed rows.
+
+    Its first position predicts nothing, so the label there does not count.
+    """
     labelled_BT = labels_BT != _IGNORED_LABEL
     labelled_BT[:, 0] = False
-    return labelled_BT.cumsum(dim=1) == 0
-
-
-def _before_first_labels(labels_BT: torch.Tensor, segments: Segments) -> torch.Tensor:
-    """As :func:`before_first_label`, for each segment of packed rows."""
-    of_P = segments.of_BT.flatten()
-    first_P = torch.cat([of_P.new_ones(1, dtype=torch.bool), of_P[1:] != of_P[:-1]])
-    labelled_P = (labels_BT.flatten() != _IGNORED_LABEL) & ~first_P
+    if segments is None:
+        return labelled_BT.cumsum(dim=1) == 0
+    of_P, labelled_P = segments.of_BT.flatten(), labelled_BT.flatten()
+    labelled_P[1:] &= of_P[1:] == of_P[:-1]
     labels_S = labelled_P.new_zeros(segments.number, dtype=torch.long).index_add(0, of_P, labelled_P.long())
     before_S = labels_S.cumsum(dim=0) - labels_S
     return (labelled_P.cumsum(dim=0) == before_S[of_P]).view_as(labels_BT)
 
 
 def _generate(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    context: RoutingContext = RoutingContext.of(model)
-    config: Any = kwargs.get("generation_config") or model.generation_config
-    scale = kwargs.get("guidance_scale", getattr(config, "guidance_scale", None))
-    if scale not in (None, 1) and any(reads() for reads in context.mask_readers):
-        raise BaditError(
-            "guidance_scale: generates from an unconditional prompt too, for which routing='prompt' has no mixture; "
-            "leave it out, or use routing='token'"
-        )
-    return context.generate(model, *args, **kwargs)
-
-
-def _tensors(output: Any) -> Iterator[torch.Tensor]:
-    """Every tensor of a model's output; hidden states are tuples in it."""
-    if isinstance(output, torch.Tensor):
-        yield output
-    elif isinstance(output, (Mapping, tuple, list)):
-        for value in output.values() if isinstance(output, Mapping) else output:
-            yield from _tensors(value)
+    return RoutingContext.of(model).generate(model, *args, **kwargs)
 
 
 def _cache(batch: Mapping[str, Any]) -> Any:
@@ -360,10 +339,6 @@ def _length(cache: Any) -> int:
         return int(cache.get_seq_length())
     except ValueError:
         return int(hasattr(cache, _HELD))
-
-
-def _no_prompt() -> tuple[None, None]:
-    return None, None
 
 
 def _given_prompt(prompt_mask_BT: torch.Tensor, batch: Mapping[str, Any]) -> tuple[torch.Tensor, Segments | None]:

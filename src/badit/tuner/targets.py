@@ -9,10 +9,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from peft.utils.integrations import dequantize_module_weight
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -45,7 +46,7 @@ def default_targets(model: Any) -> set[str] | None:
 
 
 def chosen_targets(model: Any, config: Any) -> set[str] | None:
-    """What a configuration says to adapt: its own modules, none next to fused weights, else :func:`default_targets`."""
+    """A configuration's own modules; without any, none next to fused weights, else :func:`default_targets`."""
     if config.target_modules is not None:
         return config.target_modules
     return set() if getattr(config, "target_parameters", None) else default_targets(model)
@@ -62,6 +63,8 @@ def short_names(model: nn.Module, names: Iterable[str]) -> list[str]:
 class FusedExpert(nn.Module):
     """The matrix of one MoE expert in a fused weight, as a linear layer without a weight of its own."""
 
+    experts: Any
+
     def __init__(self, experts: nn.Module, parameter: str, index: int) -> None:
         super().__init__()
         self.__dict__["experts"] = experts  # not a submodule, which it contains
@@ -71,14 +74,8 @@ class FusedExpert(nn.Module):
     @property
     def weight(self) -> torch.Tensor:
         """A view (out, in)."""
-        experts: Any = self.experts
-        weight = getattr(experts, self.parameter)[self.index]
-        return weight.T if experts.is_transposed else weight
-
-    @property
-    def tokens_P(self) -> torch.Tensor | None:
-        """The tokens of the batch, as one row, that the input of the running pass has."""
-        return vars(self.experts)["tokens_P"]
+        weight = getattr(self.experts, self.parameter)[self.index]
+        return weight.T if self.experts.is_transposed else weight
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         biases = getattr(self.experts, f"{self.parameter}_bias", None)
@@ -158,29 +155,12 @@ def is_quantised(layer: nn.Module) -> bool:
 
 def weight_as_used(layer: nn.Module) -> torch.Tensor:
     """The weight (out, in) that the layer multiplies by, dequantised if necessary; Conv1D stores it transposed."""
-    weight: Any = layer.weight
-    match type(weight).__name__:
-        case "Int8Params":
-            # bitsandbytes moves the rows' scales (of 127 steps each) to the layer in its first forward pass.
-            scale_O = weight.SCB if weight.SCB is not None else cast(Any, layer).state.SCB
-            return weight.data.float() * (scale_O.float() / 127)[:, None]
-        case "Params4bit":
-            from bitsandbytes.functional import dequantize_4bit  # pyright: ignore[reportMissingImports] (an extra)
-
-            return dequantize_4bit(weight.data, weight.quant_state)
-    if is_quantised(layer):
-        return weight.dequantize()
+    weight = dequantize_module_weight(layer)
     return weight.T if isinstance(layer, Conv1D) else weight
 
 
 def keep_in_place(model: nn.Module) -> None:
-    """Keeps 4-bit weights as they are.
-
-    For evaluation on a CPU with AVX-512, bitsandbytes reorders them, with coarser scales and without gradients.
-
-    Raises:
-        BaditError: that has happened already.
-    """
+    """Keeps bitsandbytes from reordering 4-bit weights for evaluation on a CPU with AVX-512; BaditError if it has."""
     module: Any
     for name, module in model.named_modules():
         state = getattr(getattr(module, "weight", None), "quant_state", None)
@@ -191,13 +171,6 @@ def keep_in_place(model: nn.Module) -> None:
             )
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
-
-
-def shape_of(layer: nn.Module) -> tuple[int, int]:
-    """(out, in) features, without reading the weight, which may be packed."""
-    if isinstance(layer, Conv1D):
-        return layer.nf, layer.nx
-    return cast(int, layer.out_features), cast(int, layer.in_features)
 
 
 def refuse_unsuitable_layer(layer: nn.Module, name: str, method: str) -> None:
