@@ -157,6 +157,21 @@ def logits(model: Any, ids: torch.Tensor = IDS, mask: torch.Tensor = MASK) -> to
     return forward(model, ids, mask).logits[mask.bool()].float()
 
 
+@torch.no_grad()
+def mixture_of_one_prompt(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, dict, dict]:
+    """The logits, and by layer the gates (K) and what the router has read (I), of a batch of one row."""
+    gates, read = {}, {}
+    for layer in layers(model):
+
+        def spy(adapter: str, x: torch.Tensor, layer: Any = layer, route: Any = layer._route) -> torch.Tensor:
+            found = route(adapter, x)
+            gates[layer.name], read[layer.name] = found.flatten(), x.flatten()
+            return found
+
+        layer._route = spy
+    return logits(model, ids, mask), gates, read
+
+
 def gradients(model: Any) -> dict[str, torch.Tensor]:
     """By name; the model's own are cleared."""
     found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}

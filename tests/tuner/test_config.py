@@ -25,6 +25,7 @@ SAYS_TIED = pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=Tr
         ("svd_tolerance", 0),
         *[("top_k", value) for value in (0, 9, 1.5, True)],
         *[("init_weights", value) for value in ("pissa", 1, None, False)],
+        *[("format_version", value) for value in (0, -1, True, None, "1", 1.0)],
         *[(name, "other") for name in ("routing", "router_input", "gates", "svd_method", "bias", "num_experts")],
     ],
 )

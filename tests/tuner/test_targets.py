@@ -30,6 +30,7 @@ from tuner.helpers import (
     greedy_by_hand,
     layers,
     logits,
+    mixture_of_one_prompt,
     padded,
     random_rows,
 )
@@ -123,15 +124,7 @@ def test_a_matrix_routes_on_the_prompts_tokens_that_reach_it(tiny_model, family)
     """The mixture of one prompt, written into the fused weights of a plain model, gives the same logits."""
     ids, mask = padded(random_rows(9))
     model, plain = adapted(tiny_model(family), target_parameters=FUSED), tiny_model(family)
-    gates, read = {}, {}
-    for layer in layers(model):
-
-        def spy(adapter, x, layer=layer, route=layer._route):
-            read[layer.name], gates[layer.name] = x.flatten(), route(adapter, x)[0, 0]
-            return gates[layer.name][None, None]
-
-        layer._route = spy
-    expected = logits(model, ids, mask)
+    expected, gates, read = mixture_of_one_prompt(model, ids, mask)
     with torch.no_grad():
         for layer in layers(model):
             experts, parameter, index = layer.name.rsplit(".", 2)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -80,8 +80,7 @@ class ExpertModel(Hooks, BaseTuner):
             self._refuse_unsuitable(config)
         except ValueError:
             # PEFT has entered the configuration already; a refused one must not stay.
-            for name in [name for name, known in self.peft_config.items() if known is config]:
-                del self.peft_config[name]
+            del self.peft_config[next(name for name, known in self.peft_config.items() if known is config)]
             raise
 
     def _pre_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
@@ -90,23 +89,22 @@ class ExpertModel(Hooks, BaseTuner):
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: Any) -> Any:
         """Chooses default targets and checks that the given ones exist."""
-        fused = {name for name, p in self.model.named_parameters() if p.ndim == 3}
-        modules = {name.removesuffix(".base_layer") for name, _ in self.model.named_modules()}
-
-        def is_in(names: set[str], target: str) -> bool:
-            return any(name == target or name.endswith(f".{target}") for name in names)
-
-        parameters = getattr(peft_config, "target_parameters", None) or ()
-        peft_config.target_modules = chosen_targets(self.model, peft_config)
-        if peft_config.target_modules is None:
+        peft_config.target_modules = targets = chosen_targets(self.model, peft_config)
+        if targets is None:
             kind = model_config["model_type"]
             raise BaditError(f"Please specify `target_modules`: name the modules to adapt in a {kind}")
-        if unknown := [target for target in parameters if not is_in(fused, target)]:
-            raise BaditError(f"target_parameters: the model has no fused weight {unknown[0]!r}")
-        if isinstance(peft_config.target_modules, set):
-            for target in peft_config.target_modules:
-                if is_in(fused, target) and not is_in(modules, target):
-                    raise BaditError(f"target_modules: {target} is a fused weight: name it in target_parameters")
+
+        def is_in(names: Iterable[str], target: str) -> bool:
+            return any(f".{name}".endswith(f".{target}") for name in names)
+
+        fused = [name for name, p in self.model.named_parameters() if p.ndim == 3]
+        modules = [name.removesuffix(".base_layer") for name, _ in self.model.named_modules()]
+        for target in getattr(peft_config, "target_parameters", None) or ():
+            if not is_in(fused, target):
+                raise BaditError(f"target_parameters: the model has no fused weight {target!r}")
+        for target in targets if isinstance(targets, set) else ():
+            if is_in(fused, target) and not is_in(modules, target):
+                raise BaditError(f"target_modules: {target} is a fused weight: name it in target_parameters")
         return peft_config
 
     def _refuse_unsuitable(self, config: Any) -> None:
@@ -181,9 +179,8 @@ def register(config_cls: Any, model_cls: Any) -> None:
     """Registers the method that ``config_cls.method`` names, once; BaditError where that name is already taken."""
     name = config_cls.method.lower()
     registered = PEFT_TYPE_TO_CONFIG_MAPPING.get(peft_type(config_cls.method))
-    if registered is config_cls:
-        return
-    if registered is not None:
+    if registered is None:
+        register_peft_method(name=name, config_cls=config_cls, model_cls=model_cls, prefix=model_cls.prefix)
+    elif registered is not config_cls:
         known = f"a PEFT method named {name!r} is already registered by {registered.__module__}"
         raise BaditError(f"{known}; uninstall that package or this one")
-    register_peft_method(name=name, config_cls=config_cls, model_cls=model_cls, prefix=model_cls.prefix)
