@@ -93,9 +93,10 @@ def continued(model, cache, ids):
     return generate(model, ids, torch.ones_like(ids), **{cache_name(model): copy.deepcopy(cache)})
 
 
-def test_generate_continues_from_a_copied_prompt_cache(tiny_model):
+@pytest.mark.parametrize("family", ["llama", "opt"])  # OPT's MLP sees positions as rows
+def test_generate_continues_from_a_copied_prompt_cache(tiny_model, family):
     """The prompt cache of a shared beginning: its routing stays, whatever text is appended."""
-    model = adapted(tiny_model("llama"))
+    model = adapted(opt() if family == "opt" else tiny_model(family))
     cache, _ = prefill(model, *padded(random_rows(6, 6)))
     ids = torch.cat([padded(random_rows(6, 6))[0], torch.tensor([[7, 8], [9, 10]])], dim=1)
     with pytest.warns(UserWarning, match="keeps the mixture of its first prompt"):
@@ -108,19 +109,6 @@ def test_generate_continues_from_a_copied_prompt_cache(tiny_model):
             token = forward(model, ids, mask, prompt_mask=prompt_mask).logits[:, -1:].argmax(-1)
             ids = torch.cat([ids, token], dim=1)
     assert torch.equal(found, ids)
-
-
-def test_a_model_that_sees_positions_as_rows_continues_from_a_cache():
-    model = adapted(opt())
-    ids = padded(random_rows(6, 6))[0]
-    cache, _ = prefill(model, ids, torch.ones_like(ids))
-    longer = torch.cat([ids, torch.tensor([[7, 8], [9, 10]])], dim=1)
-    with pytest.warns(UserWarning, match="keeps the mixture of its first prompt"):
-        found = continued(model, cache, longer)
-    mask = torch.ones_like(longer)
-    first = forward(model, longer[:, -2:], mask, cache, use_cache=True).logits[:, -1:].argmax(-1)
-    by_hand = [first, *continue_by_hand(model, cache, first, mask, NEW - 1)]
-    assert torch.equal(found[:, -NEW:], torch.cat(by_hand, dim=1))
 
 
 @pytest.mark.parametrize("routing", ["prompt", "token"])

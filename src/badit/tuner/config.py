@@ -110,10 +110,7 @@ def refuse_newer_format(version: Any) -> None:
 
 @dataclass
 class ExpertConfig(PeftConfig):
-    """``num_experts`` LoRA experts of rank ``r``, and where they go. A method names itself and adds its own fields.
-
-    Shape suffixes: I/O = in/out features, N = components.
-    """
+    """``num_experts`` LoRA experts of rank ``r``, and where they go. A method names itself and adds its own fields."""
 
     method: ClassVar[str]  # its name in PEFT's registry, in capitals
     needs_tasks: ClassVar[bool] = False  # of every row, by Hooks.rows_of
@@ -147,12 +144,11 @@ class ExpertConfig(PeftConfig):
             if isinstance(value := getattr(self, name), (list, tuple)):
                 setattr(self, name, set(value))
         check_options(self)
-        if isinstance(self.target_modules, str) and self.target_modules != "all-linear":
-            for name in ("layers_to_transform", "layers_pattern"):
-                if getattr(self, name) is not None:
-                    raise BaditError(f"{name} does not go with a target_modules regex; write the layers into the regex")
         if self.layers_pattern is not None and self.layers_to_transform is None:
             raise BaditError("layers_pattern needs layers_to_transform: it names the list that those indices count in")
+        is_regex = isinstance(self.target_modules, str) and self.target_modules != "all-linear"
+        if is_regex and self.layers_to_transform is not None:
+            raise BaditError("layers_to_transform: write the layers into the regex of target_modules instead")
 
     @property
     def scaling(self) -> float:

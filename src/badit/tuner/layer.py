@@ -1,9 +1,9 @@
 """One adapted layer:  y = W x + s · (B (g ∘ A x) − share · B0 A0 x),   g_i = gate[expert_of[i]].
 
-All experts are one LoRA of rank N = K·r whose components are scaled by gates: no loop over experts, no copy of x.
-A method says how its experts start (its configuration's ``initial_factors``) and which gates they get (its layer's
-``gates``). A0 and B0 are the frozen initial factors of methods whose experts start as a part of the base weight.
-Subtracting them in the forward pass equals the paper's residual Ŵ and leaves the base weight W as it was.
+All experts are one LoRA of rank N = K·r whose components are scaled by gates. A method says how its experts start (its
+configuration's ``initial_factors``) and which gates they get (its layer's ``gates``). A0 and B0 are the frozen initial
+factors of methods whose experts start as a part of the base weight. Subtracting them in the forward pass equals the
+paper's residual Ŵ and leaves W as it was.
 
 Shape suffixes: B = batch, T = positions, I/O = in/out features, K = experts, N = components, R = rows of A (N, or r
 where experts share one A), P = rows of the wide product (R, or 2N with the initial factors).
@@ -72,8 +72,6 @@ class ExpertLinear(nn.Module, BaseTunerLayer):
         for buffers in self.other_param_names:
             if not hasattr(self, buffers):
                 setattr(self, buffers, BufferDict(persistent=True))
-        self._disable_adapters = False
-        self.merged_adapters = []
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config)
 
@@ -243,7 +241,7 @@ class ExpertLinear(nn.Module, BaseTunerLayer):
         return delta_OI.T if isinstance(self.get_base_layer(), Conv1D) else delta_OI
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Whether PEFT's ``convert_to_lora`` may use :meth:`get_delta_weight`; if not, see :func:`badit.export`."""
+        """Whether PEFT's ``convert_to_lora`` may use :meth:`get_delta_weight`."""
         return self.badit_config[adapter_name].has_fixed_gates
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -276,7 +274,7 @@ class BaditLinear(ExpertLinear):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        #: By adapter, the running sum of its gates (K) in training, and their number (last entry), for regrouping.
+        # By adapter, the sum of its gates (K) in training, and their number (last entry), for regrouping.
         self.gate_sums: dict[str, torch.Tensor] = {}
         self.routing.mask_readers.append(self._reads_prompt)
         self.register_load_state_dict_post_hook(_refuse_broken_labels)
@@ -311,10 +309,6 @@ class BaditLinear(ExpertLinear):
     @property
     def _exact_buffers(self) -> tuple[Buffers, ...]:
         return self.badit_expert_of, self.badit_moments, self.badit_batches
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        self.gate_sums.pop(adapter_name, None)
-        super().delete_adapter(adapter_name)
 
     def expert_of(self, adapter_name: str) -> torch.Tensor:
         return self.badit_expert_of[adapter_name]

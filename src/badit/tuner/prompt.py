@@ -45,26 +45,18 @@ class Segments(NamedTuple):
 
 @dataclass
 class ForwardPass:
-    """One forward pass, as the adapted layers need to know it.
+    """One forward pass, as the adapted layers need to know it."""
 
-    Attributes:
-        find_prompt: works out ``prompt``, only if it is asked for; None where nothing tells it.
-        held: by layer, the gates that the pass's cache holds already; None where the prompt settles them now.
-        shape: of the batch, (B, T), where it is known.
-        fills_cache: whether decoding may follow, for which layers must leave their gates in ``fresh``.
-        settled: what layers keep of this pass for the next one of a generation from one cache.
-        row_tasks: for methods that tell tasks apart: by adapter, the index (B) of each row's task.
-        begun_with_gradients: whether it was, although checkpointing may run the layers without.
-        moments: by layer, those that its prompts were standardised with, for checkpointing, which runs it again.
-    """
-
+    # Works out `prompt`, only if it is asked for; None where nothing tells it.
     find_prompt: Callable[[], tuple[torch.Tensor, Segments | None]] | None = None
+    # By layer, the gates that the pass's cache holds already; None where the prompt settles them now.
     held: dict[str, torch.Tensor] | None = None
-    shape: torch.Size | None = None
-    fills_cache: bool = True
-    settled: dict[str, Any] | None = None
-    row_tasks: Mapping[str, torch.Tensor] = field(default_factory=dict)
-    begun_with_gradients: bool = False
+    shape: torch.Size | None = None  # of the batch, (B, T)
+    fills_cache: bool = True  # decoding may follow, for which layers leave their gates in `fresh`
+    settled: dict[str, Any] | None = None  # what layers keep for the next pass of a generation from one cache
+    row_tasks: Mapping[str, torch.Tensor] = field(default_factory=dict)  # by adapter, the index (B) of each row's task
+    begun_with_gradients: bool = False  # although checkpointing may run the layers without
+    # By layer, those that its prompts were standardised with, for checkpointing, which runs it again.
     moments: dict[str, torch.Tensor] = field(default_factory=dict)
     fresh: dict[str, torch.Tensor] = field(default_factory=dict)
 
@@ -101,8 +93,7 @@ class RoutingContext:
         self.mask_readers: list[Callable[[], bool]] = []
         self._hooks: list[Any] = []
         self._generate: Callable[..., Any] | None = None  # in place of the class's own
-        #: The ``row_tasks`` of the passes to come.
-        self.row_tasks: Mapping[str, torch.Tensor] = {}
+        self.row_tasks: Mapping[str, torch.Tensor] = {}  # of the passes to come
 
     @classmethod
     def of(cls, model: nn.Module) -> RoutingContext:
