@@ -15,20 +15,24 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import warnings
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 from transformers.pytorch_utils import Conv1D
 
-from badit.adapters import BOOKKEEPING, load_adapter, tensor_shapes
 from badit.angles import AngleLog
 from badit.baselines import BASELINES, Baseline, neurons
 from badit.errors import BaditError, explained, first_line, nearest
+from badit.files import read_json
 from badit.gradients import parameter_count
 from badit.models import load_skeleton
 from badit.recipe import Recipe
@@ -37,17 +41,31 @@ from badit.run import Run
 from badit.surgery import Surgery, SurgeryTrainer
 from badit.trainer import AnswerTrainer
 from badit.tuner import BaditConfig
-from badit.tuner.config import COUNT, RETIRED_FIELDS, SHARE, check_options, described, option
+from badit.tuner.config import (
+    COUNT,
+    FORMAT_FIELD,
+    RETIRED_FIELDS,
+    SHARE,
+    check_options,
+    described,
+    is_int,
+    option,
+    refuse_newer_format,
+)
 from badit.tuner.model import TaskBatches, hooks_of
 from badit.tuner.targets import chosen_targets
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# No recipe sets them.
-_INTERNAL = BOOKKEEPING | {"peft_type", "auto_mapping", "runtime_config"}
+# What a run fills in by itself, or PEFT for its own bookkeeping.
+_BOOKKEEPING = {"task_type", "base_model_name_or_path", "revision", "inference_mode", "peft_version", "tasks",
+                "past_branches", FORMAT_FIELD}  # fmt: skip
+_INTERNAL = _BOOKKEEPING | {"peft_type", "auto_mapping", "runtime_config"}  # no recipe sets them
+_MAY_DIFFER = _BOOKKEEPING | {"target_modules", "fan_in_fan_out"}  # in a saved adapter, from the recipe's
 WEIGHTS = "weights.safetensors"
 Tensors = Mapping[str, torch.Tensor]
+Shapes = dict[str, tuple[int, ...]]
 
 
 class Method:
@@ -130,12 +148,12 @@ class AdapterMethod(Method):
             raise BaditError(f"method: {first_line(error)}") from None
 
     def proceed(self, model: PreTrainedModel, folder: Path) -> PeftModel:
-        adapted = load_adapter(model, folder, self.config, trainable=True)
+        adapted = _load_adapter(model, folder, self.config, trainable=True)
         hooks_of(adapted).next_task()
         return adapted
 
     def load(self, model: PreTrainedModel, folder: Path) -> PeftModel:
-        return load_adapter(model, folder, self.config, trainable=False).eval()
+        return _load_adapter(model, folder, self.config, trainable=False).eval()
 
     def save(self, model: PeftModel, folder: Path, base_model: str, weights: Tensors | None = None) -> None:
         # The recipe's name; a built-in model's own would be a folder of this machine's cache. Embeddings are frozen,
@@ -169,7 +187,7 @@ class WeightsMethod(Method):
 
     def load(self, model: PreTrainedModel, folder: Path) -> PreTrainedModel:
         path = folder / WEIGHTS
-        shapes = tensor_shapes(path)
+        shapes = _tensor_shapes(path)
         known = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
         if unknown := [name for name in shapes if shapes[name] != known.get(name)]:
             raise BaditError(f"{path}: belongs to another base model, which has a weight {unknown[0]!r:.120}")
@@ -191,6 +209,69 @@ class WeightsMethod(Method):
         # One entry: safetensors writes several in an order that changes.
         origin = json.dumps({"base_model": base_model, "method": self.name})
         save_file(trained, folder / WEIGHTS, metadata={"badit": origin})
+
+
+def _load_adapter(model: PreTrainedModel, folder: Path, config: PeftConfig, *, trainable: bool) -> PeftModel:
+    """The base model with the adapter that a run with the method's ``config`` has saved in ``folder``; else BaditError.
+
+    It is checked before PEFT sees it: it may come from elsewhere, be damaged, or belong to another run. So nothing in
+    its folder chooses what is built or imported (PEFT imports modules that some settings name), how much memory that
+    takes, or that a pickled file is read.
+    """
+    shapes = _tensor_shapes(folder / SAFETENSORS_WEIGHTS_NAME)  # without it PEFT would look for a pickled file
+    _check_settings(folder / CONFIG_NAME, config, shapes)
+    with explained(folder, action="loaded", any_error=True), warnings.catch_warnings():
+        warnings.filterwarnings("error", message="Found missing adapter keys")
+        adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
+        loaded = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    if not all(tensor.isfinite().all() for tensor in loaded.values()):
+        fix = "train again with a lower training.learning_rate"
+        raise BaditError(f"{folder}: holds NaN or infinite values: its training has diverged; {fix}")
+    if unknown := sorted(shapes.keys() - loaded.keys()):
+        other = f"belongs to another base model or method, with a tensor {unknown[0]!r:.120}"
+        raise BaditError(f"{folder}: {other}; name the base model that it was trained on")
+    return adapted
+
+
+def _tensor_shapes(path: Path) -> Shapes:
+    """The names and shapes of a safetensors file's tensors, from its header; BaditError if missing or damaged."""
+    if not path.is_file():
+        fix = "pickled weights are not read; remove the folder to train again"
+        raise BaditError(f"{path.parent}: has no {path.name}; {fix}")
+    with explained(path, action="loaded", any_error=True), safe_open(path, framework="pt") as file:
+        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (not a dict)
+
+
+def _check_settings(path: Path, config: PeftConfig, shapes: Shapes) -> None:
+    """Raises BaditError unless the saved configuration is the recipe's, but for sound bookkeeping."""
+    saved = read_json(path)
+    try:
+        refuse_newer_format(saved.get(FORMAT_FIELD, 1))
+    except BaditError as error:
+        raise BaditError(f"{path}: {error}") from None
+    # As JSON has them; sets as sorted lists.
+    in_order = partial(sorted, key=json.dumps)
+    defaults, wanted = (json.loads(json.dumps(each.to_dict(), default=in_order)) for each in (type(config)(), config))
+    if unknown := sorted(saved.keys() - defaults.keys() - _MAY_DIFFER - RETIRED_FIELDS):
+        fix = "upgrade it, or remove the line"
+        raise BaditError(f"{path}: {unknown[0]!r:.60}: is no setting that this PEFT knows; {fix}")
+    for key, expected in wanted.items():
+        found = saved.get(key, defaults[key])
+        if isinstance(getattr(config, key), set) and isinstance(found, list):  # which PEFT saves in any order
+            found = in_order(found)
+        if key not in _MAY_DIFFER and found != expected:
+            differs = f"is {found!r:.60}, but the run's recipe says {expected!r:.60}"
+            raise BaditError(f"{path}: {key}: {differs}; this is another run's adapter")
+    # An expression is matched against every module's name, and some take forever: only the recipe's own is taken.
+    own_expression = getattr(config, "target_modules", None)
+    for key, allowed in (("target_modules", (None, own_expression)), ("tasks", (None,))):
+        names = saved.get(key)
+        if names not in allowed and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+            raise BaditError(f"{path}: {key}: must be a list of names, not {names!r:.60}")
+    past = saved.get("past_branches", 0)
+    largest = max((size for shape in shapes.values() for size in shape), default=0)
+    if not is_int(past) or not 0 <= past <= largest:
+        raise BaditError(f"{path}: past_branches: the weights have no {past!r:.60} branches")
 
 
 @dataclasses.dataclass(frozen=True)
