@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft.utils.integrations import dequantize_module_weight
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -147,18 +146,6 @@ def _forward(
     return result
 
 
-def is_quantised(layer: nn.Module) -> bool:
-    """Whether the weight is of a known quantised kind."""
-    kind = type(getattr(layer, "weight", None))
-    return kind.__name__ in ("Int8Params", "Params4bit") or kind.__module__.startswith("torchao.")
-
-
-def weight_as_used(layer: nn.Module) -> torch.Tensor:
-    """The weight (out, in) that the layer multiplies by, dequantised if necessary; Conv1D stores it transposed."""
-    weight = dequantize_module_weight(layer)
-    return weight.T if isinstance(layer, Conv1D) else weight
-
-
 def keep_in_place(model: nn.Module) -> None:
     """Keeps bitsandbytes from reordering 4-bit weights for evaluation on a CPU with AVX-512; BaditError if it has."""
     module: Any
@@ -183,5 +170,7 @@ def refuse_unsuitable_layer(layer: nn.Module, name: str, method: str) -> None:
         )
     if not isinstance(layer, (nn.Linear, Conv1D, FusedExpert)):
         raise BaditError(f"{name} is a {kind}; {method} adapts nn.Linear and Conv1D: change target_modules")
-    if not is_quantised(layer) and not layer.weight.is_floating_point():
+    weight_kind = type(layer.weight)
+    quantised = weight_kind.__name__ in ("Int8Params", "Params4bit") or weight_kind.__module__.startswith("torchao.")
+    if not quantised and not layer.weight.is_floating_point():
         raise BaditError(f"{name} has a weight of type {layer.weight.dtype}, which cannot be decomposed")
