@@ -18,7 +18,6 @@ import torch
 import torch.nn.functional as F
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.integrations import dequantize_module_weight
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -33,7 +32,7 @@ from badit.method import (
 )
 from badit.tuner.config import BaditConfig
 from badit.tuner.prompt import RoutingContext
-from badit.tuner.targets import FusedExpert
+from badit.tuner.targets import FusedExpert, weight_as_used
 
 Buffers = dict[str, torch.Tensor]  # what a BufferDict is, by adapter
 Pair = tuple[torch.Tensor, torch.Tensor]
@@ -194,8 +193,7 @@ class ExpertLinear(nn.Module, BaseTunerLayer):
     @property
     def weight_OI(self) -> torch.Tensor:
         """The base layer's weight as (out, in), dequantised if necessary."""
-        weight = dequantize_module_weight(self.get_base_layer())
-        return weight.T if isinstance(self.get_base_layer(), Conv1D) else weight
+        return weight_as_used(self.get_base_layer())
 
     @property
     def tokens_P(self) -> torch.Tensor | None:

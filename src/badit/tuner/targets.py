@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -146,6 +146,30 @@ def _forward(
     return result
 
 
+def is_quantised(layer: nn.Module) -> bool:
+    """Whether the weight is of a known quantised kind."""
+    kind = type(getattr(layer, "weight", None))
+    return kind.__name__ in ("Int8Params", "Params4bit") or kind.__module__.startswith("torchao.")
+
+
+def weight_as_used(layer: nn.Module) -> torch.Tensor:
+    """The weight (out, in) that the layer multiplies by, dequantised if necessary; Conv1D stores it transposed."""
+    weight: Any = layer.weight
+    match type(weight).__name__:
+        case "Int8Params":
+            # Not by PEFT's dequantize_module_weight, which loses the scales of an 8-bit layer that has been used:
+            # bitsandbytes moves the rows' scales (of 127 steps each) to the layer in its first forward pass.
+            scale_O = weight.SCB if weight.SCB is not None else cast(Any, layer).state.SCB
+            return weight.data.float() * (scale_O.float() / 127)[:, None]
+        case "Params4bit":
+            from bitsandbytes.functional import dequantize_4bit  # pyright: ignore[reportMissingImports] (an extra)
+
+            return dequantize_4bit(weight.data, weight.quant_state)
+    if is_quantised(layer):
+        return weight.dequantize()
+    return weight.T if isinstance(layer, Conv1D) else weight
+
+
 def keep_in_place(model: nn.Module) -> None:
     """Keeps bitsandbytes from reordering 4-bit weights for evaluation on a CPU with AVX-512; BaditError if it has."""
     module: Any
@@ -170,7 +194,5 @@ def refuse_unsuitable_layer(layer: nn.Module, name: str, method: str) -> None:
         )
     if not isinstance(layer, (nn.Linear, Conv1D, FusedExpert)):
         raise BaditError(f"{name} is a {kind}; {method} adapts nn.Linear and Conv1D: change target_modules")
-    weight_kind = type(layer.weight)
-    quantised = weight_kind.__name__ in ("Int8Params", "Params4bit") or weight_kind.__module__.startswith("torchao.")
-    if not quantised and not layer.weight.is_floating_point():
+    if not is_quantised(layer) and not layer.weight.is_floating_point():
         raise BaditError(f"{name} has a weight of type {layer.weight.dtype}, which cannot be decomposed")
