@@ -11,7 +11,7 @@ import torch
 from transformers import BertConfig, BertForTokenClassification, DynamicCache, StaticCache
 
 from badit.errors import BaditError
-from badit.tuner.prompt import ForwardPass, RoutingContext, Segments
+from badit.tuner.prompt import RoutingContext
 from tuner.helpers import (
     FAMILIES,
     adapted,
@@ -160,25 +160,22 @@ def test_training_on_packed_rows_equals_training_on_separate_ones(tiny_model, fa
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
-def test_packed_rows_of_flash_attention_and_of_several_rows_have_their_own_prompts(tiny_model):
+def test_packed_rows_have_their_own_prompts_by_labels_and_by_a_given_mask(tiny_model):
     model, context = adapted(tiny_model("llama")), RoutingContext.of(tiny_model("llama").model)
-    ids, ends = torch.tensor(random_rows(9)), torch.tensor([0, 4, 9], dtype=torch.int32)
-    labels = ids.masked_fill(torch.tensor([[1, 1, 0, 0, 1, 1, 1, 0, 0]]).bool(), -100)
-    by_ends = context._describe(model, {"input_ids": ids, "labels": labels, "cu_seq_lens_q": ends}, None).prompt
-    positions_ = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]])
-    twice = {"input_ids": ids.repeat(2, 1), "labels": labels.repeat(2, 1), "position_ids": positions_.repeat(2, 1)}
-    by_positions = context._describe(model, twice, None).prompt
-    expected = torch.tensor([[1, 1, 0, 0, 1, 1, 1, 0, 0]]).bool()
-    assert torch.equal(by_ends[0], expected)
-    assert torch.equal(by_positions[0], expected.repeat(2, 1))
-    assert by_ends[1].of_BT.tolist() == [[0] * 4 + [1] * 5]
-    assert by_positions[1].of_BT.tolist() == [[0] * 4 + [1] * 5, [2] * 4 + [3] * 5]
-
-
-def test_a_method_with_one_mixture_in_a_row_refuses_packed_rows():
-    packed = ForwardPass(lambda: (torch.ones(1, 2), Segments(torch.tensor([[0, 1]]), 2)))
-    with pytest.raises(BaditError, match="set packing=False and padding_free=False"):
-        _ = packed.prompt_mask_BT
+    ids, expected = torch.tensor(random_rows(9)), torch.tensor([[1, 1, 0, 0, 1, 1, 1, 0, 0]]).bool()
+    labels, positions_ = ids.masked_fill(expected, -100), torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]])
+    by_ends = {"labels": labels, "cu_seq_lens_q": torch.tensor([0, 4, 9], dtype=torch.int32)}  # flash attention's
+    by_positions = {"labels": labels.repeat(2, 1), "position_ids": positions_.repeat(2, 1)}
+    for rows, batch, given in (
+        (1, by_ends, None),
+        (2, by_positions, None),
+        (1, {"position_ids": positions_}, expected),
+    ):
+        found = context._describe(model, {"input_ids": ids.repeat(rows, 1), **batch}, given)
+        assert torch.equal(found.prompt[0], expected.repeat(rows, 1))
+        assert found.prompt[1].of_BT.tolist() == [[0] * 4 + [1] * 5, [2] * 4 + [3] * 5][:rows]
+        with pytest.raises(BaditError, match="set packing=False and padding_free=False"):
+            _ = found.prompt_mask_BT  # which methods with one mixture in a row ask for
 
 
 def test_an_unreadable_mask_is_refused(tiny_model):
@@ -237,17 +234,6 @@ def test_training_a_language_model_without_labels_warns_once(tiny_model):
         others(input_ids=ids, attention_mask=mask)
     others.eval()(input_ids=ids, attention_mask=mask)
     adapted(tiny_model("llama"), routing="token").train()(input_ids=ids, attention_mask=mask)
-
-
-def test_a_given_mask_keeps_the_segments_of_packed_rows(tiny_model):
-    model = adapted(tiny_model("llama"))
-    ids = torch.randint(3, 90, (1, 10), generator=torch.Generator().manual_seed(0))
-    position_ids = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3, 4]])
-    labels = ids.clone()
-    labels[:, [0, 1, 2, 5, 6, 7, 8]] = -100
-    prompts = torch.tensor([[1, 1, 1, 0, 0, 1, 1, 1, 1, 0]])
-    by_labels = model(input_ids=ids, position_ids=position_ids, labels=labels).logits
-    assert torch.equal(model(input_ids=ids, position_ids=position_ids, prompt_mask=prompts).logits, by_labels)
 
 
 def test_a_classifier_of_tokens_reads_the_whole_row_with_and_without_labels():
