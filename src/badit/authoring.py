@@ -24,12 +24,11 @@ from badit.environment import status
 from badit.errors import BaditError
 from badit.methods import NAMES, AdapterMethod, Method, build_method, on_skeleton, options_of
 from badit.models import device, load_tokenizer
-from badit.recipe import Recipe, build_recipe, section_of
+from badit.recipe import Recipe, build_recipe, parse_yaml, section_of
 from badit.regroup import RegroupOptions
 from badit.render import text_table
 from badit.train import Plan, Stage, encoded, make_plan, model_dtype, training_arguments
 from badit.trainer import prompt_argument
-from badit.yaml_values import parse_yaml
 
 # Training instances whose length is taken for that of all.
 _SAMPLED = 64

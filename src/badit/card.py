@@ -111,8 +111,7 @@ def model_card(
 
 def _training(run: Run, recipe: Recipe) -> dict[str, Any]:
     """The recipe's hyperparameters, and what the training took."""
-    listed = recipe.data.source if isinstance(recipe.data.source, list) else [recipe.data.source]
-    sources = [entry if isinstance(entry, str) else entry.path for entry in listed]
+    sources = [entry.path for entry in recipe.data.entries]
     training = recipe.training.model_dump(exclude=_WITHOUT_EFFECT, exclude_none=True)
     rows = {
         "data": ", ".join("the built-in tasks" if path == "builtin" else _last_part(path) for path in sources),

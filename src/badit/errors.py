@@ -1,4 +1,4 @@
-"""The exception that users are meant to read, what turns other libraries' exceptions into it, and all that prints."""
+"""The exception that users read, what turns other libraries' exceptions into it, and all that prints."""
 
 from __future__ import annotations
 
@@ -13,11 +13,10 @@ from contextlib import contextmanager
 from typing import Any
 
 _FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# safetensors ends a message with "(os error 28)"; torch's writer says why it could not open a file, not why it stopped.
-_ERROR_NUMBER = re.compile(r"\(os error (\d+)\)")
-_OPEN_FAILED = re.compile(r"open file failed with strerror: (.+)")
 # Commands to a terminal, marks that reverse the order of text, and what no encoding has. Line breaks and tabs are left.
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+# torch's writer says why it could not open a file, but not why it stopped; safetensors ends with "(os error 28)".
+_OPEN_FAILED = re.compile(r"open file failed|\(os error")
 _WRITE_FAILED = re.compile(r"PytorchStreamWriter failed|inline_container|iostream error")
 _HUB_FIXES = {
     401: "; the token is not valid (any more): run hf auth login",
@@ -107,13 +106,12 @@ def _error_number(error: Exception) -> int | None:
     """The system's error number behind an exception of Python, safetensors or torch's writer."""
     if isinstance(error, OSError):
         return error.errno
-    if match := _ERROR_NUMBER.search(str(error)):
-        return int(match[1])
-    if not isinstance(error, RuntimeError):
-        return None
-    if match := _OPEN_FAILED.search(str(error)):
-        return next((number for number in errno.errorcode if os.strerror(number) == match[1].strip()), errno.EIO)
-    return errno.ENOSPC if _WRITE_FAILED.search(str(error)) else None
+    text = str(error)
+    if found := [number for number in (*_FULL_DISK, errno.EROFS) if os.strerror(number) in text]:
+        return found[0]
+    if _OPEN_FAILED.search(text):
+        return errno.EIO
+    return errno.ENOSPC if isinstance(error, RuntimeError) and _WRITE_FAILED.search(text) else None
 
 
 def _class(module: str, name: str) -> Any:
@@ -143,10 +141,7 @@ def problems(
             *section, key = problem["loc"]
             message = f"unknown key{nearest(str(key), known_keys(section)) if known_keys else ''}"
         elif problem["type"] != "missing":
-            try:
-                given = repr(problem["input"])
-            except ValueError:  # Python does not write out thousands of digits
-                given = "a number of thousands of digits"
+            given = repr(problem["input"])
             message += f", got {given if len(given) < 60 else given[:57] + '...'}"
         found.setdefault(f"{'.'.join(map(str, place)):.120}", message)
     return list(found.items())
@@ -176,18 +171,14 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def refuse_unknown(field: str, value: object, known: Iterable[str]) -> None:
-    """Raises for a value that is none of the known ones.
-
-    Raises:
-        BaditError: it names the field, the nearest known value and all of them.
-    """
+    """Raises a BaditError that names the field, the nearest known value and all of them, unless the value is known."""
     known = list(known)
     if value not in known:
         raise BaditError(f"{field}: unknown {value!r:.60}{nearest(str(value), known)}; known: {', '.join(known)}")
 
 
 def one_line(text: str) -> str:
-    """Text for a terminal: a line break or a control character, which may be a command to it, stands as its escape."""
+    """Text for a terminal, with the escapes of line breaks and control characters, which may be commands to it."""
     return "".join(char if char.isprintable() else _escape(char) for char in text)
 
 

@@ -27,20 +27,14 @@ _TRACKER_FOLDER = "wandb"
 
 def read_text(file: Path) -> str:
     """The text of a UTF-8 file; a pipe or a device is refused."""
-    with explained(file, action="read"):
-        if file.exists() and not file.is_file() and not file.is_dir():
-            raise BaditError(f"{file}: cannot be read (a pipe or a device); put a file there")
-        text = file.read_bytes().decode("utf-8")
-    if text.startswith("\ufeff"):
-        raise BaditError(f"{file}: starts with a byte order mark; save the file as UTF-8 without one")
-    return text
+    return "".join(line for _, line in lines_of(file))
 
 
 def lines_of(file: Path) -> Iterator[tuple[int, str]]:
     """The lines of a UTF-8 file with their numbers, read one by one; only \\n ends a line."""
     with explained(file, action="read"):
-        if file.exists() and not file.is_file():
-            read_text(file)
+        if file.exists() and not file.is_file() and not file.is_dir():
+            raise BaditError(f"{file}: cannot be read (a pipe or a device); put a file there")
         with file.open("rb") as stream:
             for number, line in enumerate(stream, start=1):
                 if number == 1 and line.startswith(b"\xef\xbb\xbf"):
@@ -59,34 +53,25 @@ def parse_json(text: str, *, file: Path, first_line: int = 1, constants: bool = 
     Repeated keys and half surrogate pairs are refused, and NaN and infinities unless `constants` is true.
     """
 
-    def refuse(problem: str) -> NoReturn:
-        raise BaditError(f"{file}: {problem} (line {first_line} on)") from None
-
     def distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         if len(entries := dict(pairs)) < len(pairs):
             repeated = Counter(key for key, _ in pairs).most_common(1)[0][0]
-            refuse(f"the key {repeated!r:.60} is there twice; keep one")
+            raise ValueError(f"the key {repeated!r:.60} is there twice; keep one")
         return entries
 
-    def refuse_constant(constant: str) -> NoReturn:
-        refuse(f"{constant} is not JSON; use a number or null")
+    def refuse(constant: str) -> NoReturn:
+        raise ValueError(f"{constant} is not JSON; use a number or null")
 
     try:
-        value = json.loads(text, parse_constant=None if constants else refuse_constant, object_pairs_hook=distinct)
+        value = json.loads(text, parse_constant=None if constants else refuse, object_pairs_hook=distinct)
         if "\\ud" in text.lower():  # an escaped surrogate; encoding finds one without its other half
             json.dumps(value, ensure_ascii=False).encode()
-        return value
-    except BaditError:
-        raise
     except json.JSONDecodeError as error:
         line = first_line + error.lineno - 1
         raise BaditError(f"{file}: invalid JSON at line {line} column {error.colno}: {error.msg}") from None
-    except UnicodeEncodeError:
-        refuse("half a surrogate pair; escape both halves")
-    except RecursionError:
-        refuse("JSON nested too deeply; flatten it")
-    except ValueError:  # Python does not convert thousands of digits to an integer
-        refuse("a number is too long; shorten it")
+    except (ValueError, RecursionError) as error:  # also nested too deeply, or a number of thousands of digits
+        raise BaditError(f"{file}: {error} (line {first_line} on)") from None
+    return value
 
 
 def read_json(path: Path, text: str | None = None, line: int = 1) -> dict[str, Any]:
@@ -108,10 +93,9 @@ def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
 def refuse_other_format(content: Mapping[str, Any], path: Path, known: int) -> None:
     """Raises BaditError unless a file's ``format``, the version of its structure, is the known one."""
     found = content.get("format")
-    if isinstance(found, int) and not isinstance(found, bool) and found > known:
-        raise BaditError(f"{path}: format: is {found!r:.60}, this badit reads {known}: pip install --upgrade badit")
     if found is True or found != known:
-        raise BaditError(f"{path}: format: must be {known}, not {found!r:.60}; make the file again")
+        fix = "pip install --upgrade badit, or make the file again"
+        raise BaditError(f"{path}: format: is {found!r:.60}, this badit reads {known}: {fix}")
 
 
 def write_text(path: Path, text: str) -> None:

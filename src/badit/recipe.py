@@ -1,7 +1,6 @@
 """A recipe: everything that decides a run, as a YAML file with typed, validated fields.
 
-Unknown keys are refused, with the nearest known one named. ``key=value`` overrides use dotted keys
-(``training.seed=2``) and YAML values. ``extends: FILE`` takes over another recipe's values (:func:`load_recipe`).
+Only plain YAML values are read: no tag makes a Python object, a key stands once, and aliases do not multiply values.
 """
 
 from __future__ import annotations
@@ -33,10 +32,14 @@ from badit.arguments import (
 from badit.data.prompts import ChatTemplate, PromptEncoding
 from badit.data.rows import Format, Source, Turns
 from badit.data.tasks import Task, hold_out, limit, quotas
-from badit.errors import BaditError, nearest, problems
+from badit.errors import BaditError, first_line, nearest, problems
 from badit.files import inside, read_text
 from badit.models import Quantisation
-from badit.yaml_values import parse_yaml
+
+# A recipe has some hundred values. With aliases of aliases, a text of a few lines can stand for billions.
+MAX_VALUES = 100_000
+MAX_CHARACTERS = 1_000_000
+MAX_DIGITS = 100
 
 Column = Literal["task", "instruction", "input", "output", "id", "split", "messages"]
 Dtype = Literal["fast", "auto", "float32", "bfloat16", "float16"]
@@ -102,15 +105,17 @@ class DataSection(Section):
     )
     seed: Seed = Field(0, description="of the subsampling; kept apart from training.seed so that runs share their data")
 
+    @property
+    def entries(self) -> list[SourceSection]:
+        """The sources as they are given, a section each."""
+        listed = [self.source] if isinstance(self.source, str) else self.source
+        return [SourceSection.model_validate({"path": one}) if isinstance(one, str) else one for one in listed]
+
     def sources(self) -> list[Source]:
         """Where the tasks are, and how their rows are to be read."""
-        found = []
-        for entry in [self.source] if isinstance(self.source, str) else self.source:
-            section = SourceSection(path=entry) if isinstance(entry, str) else entry  # pyright: ignore[reportCallIssue]
-            own = section.model_dump(exclude={"path"}, exclude_none=True)
-            shared = {name: getattr(self, name) for name in ("format", "task", "instruction", "columns", "turns")}
-            found.append(Source(expand_source(section.path), **{**shared, **own}))
-        return found
+        shared = self.model_dump(include={"format", "task", "instruction", "columns", "turns"})
+        own = [one.model_dump(exclude_none=True) | {"path": expand_source(one.path)} for one in self.entries]
+        return [Source(**{**shared, **values}) for values in own]
 
     def load(self) -> list[Task]:
         """The tasks with the instances that are to be trained, validated and tested; BaditError if they are bad."""
@@ -205,11 +210,7 @@ RecipeLike = str | os.PathLike[str] | Mapping[str, Any] | Recipe
 
 
 def make_recipe(recipe: RecipeLike | None, values: Mapping[str, Any]) -> Recipe:
-    """A recipe from what stands for one, None for the defaults, with ``values`` laid over it.
-
-    Raises:
-        BaditError: as :func:`load_recipe`.
-    """
+    """A recipe from what stands for one, None for the defaults, with ``values`` laid over it."""
     where = "recipe"
     if recipe is None or isinstance(recipe, Mapping):
         content = recipe or {}
@@ -256,11 +257,7 @@ def _or_shipped(path: Path, name: str = "") -> Path:
 
 
 def load_config(path: Path) -> Recipe:
-    """The recipe that a run's folder keeps, whose ``training`` section may have the names of an earlier release.
-
-    Raises:
-        BaditError: as :func:`load_recipe`.
-    """
+    """The recipe that a run's folder keeps, whose ``training`` section may have the names of an earlier release."""
     content = read_values(path)
     if isinstance(training := content.get("training"), dict):
         content["training"] = {RENAMED_ARGUMENTS.get(key, key): value for key, value in training.items()}
@@ -271,20 +268,21 @@ def load_config(path: Path) -> Recipe:
 
 def _content(path: Path, extending: tuple[Path, ...] = ()) -> dict[str, Any]:
     """A recipe file's values over those of the recipe that it extends; the files in ``extending`` led to this one."""
-    if path in extending:
+    place = path.resolve()
+    if place in extending:
         raise BaditError(f"{extending[-1]}: extends: {path.name} extends this file already")
     content = read_values(path)
     if "extends" not in content:
         return content
     name = content.pop("extends")
-    if not isinstance(name, str) or len(name) > 255 or Path(name).is_absolute() or ".." in Path(name).parts:
-        raise BaditError(f"{path}: extends: must be a file in the recipe's folder, such as base.yaml, not {name!r:.60}")
     try:
         base_path = inside(path.parent, path.parent / name)
-    except BaditError:
-        raise BaditError(f"{path}: extends: {name!r:.60} leads out of the recipe's folder") from None
+        base_path.exists()
+    except (BaditError, OSError, TypeError):  # OSError for an endless name, TypeError for what is no text
+        fix = "must be a file in the recipe's folder, such as base.yaml"
+        raise BaditError(f"{path}: extends: {fix}, not {name!r:.60}") from None
     base_path = _or_shipped(base_path, name)
-    base = _content(base_path, (*extending, path))
+    base = _content(base_path, (*extending, place))
     build_recipe(base, where=base_path)  # its mistakes are reported as its own
     return merged(base, content)
 
@@ -302,11 +300,7 @@ def merged(base: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_values(path: Path) -> dict[str, Any]:
-    """A recipe file's values as they stand there, whatever they are.
-
-    Raises:
-        BaditError: the file cannot be read, or it holds no values by name.
-    """
+    """A recipe file's values as they stand there, whatever they are."""
     content = parse_yaml(read_text(path), where=path)
     content = {} if content is None else content
     if not isinstance(content, dict):
@@ -366,16 +360,11 @@ def _method_words() -> tuple[set[str], set[str]]:
 
 
 def expand_source(source: str) -> str:
-    """``data.source`` with its $VARIABLES and ~ replaced.
-
-    Raises:
-        BaditError: a variable is not set.
-    """
+    """``data.source`` with its $VARIABLES and ~ replaced; BaditError if a variable is not set."""
     expanded = os.path.expandvars(source)
     if missing := re.search(r"\$\{?(\w+)", expanded):
-        raise BaditError(
-            f"data.source: the environment variable {missing[1]} is not set; set it, or give data.source=PATH"
-        )
+        problem = f"the environment variable {missing[1]} is not set; set it, or give data.source=PATH"
+        raise BaditError(f"data.source: {problem}")
     return os.path.expanduser(expanded)
 
 
@@ -426,3 +415,65 @@ def section_of(field: FieldInfo) -> type[BaseModel] | None:
     """The section that a field holds, if any."""
     kinds = [field.annotation, *get_args(field.annotation)]
     return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
+
+
+def parse_yaml(text: str, *, where: str | Path) -> Any:
+    """The value of a YAML text; ``where`` opens the error message.
+
+    Raises:
+        BaditError: it is not YAML, has a key twice, or has more than ``MAX_CHARACTERS`` or comes to more than
+            ``MAX_VALUES`` values.
+    """
+    if len(text) > MAX_CHARACTERS:
+        raise BaditError(f"{where!s:.120}: has more than {MAX_CHARACTERS:,} characters; write out what is needed")
+    try:
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _count(node, MAX_VALUES)
+        return loader.construct_document(node)
+    except (yaml.YAMLError, RecursionError, ValueError, OverflowError, TypeError, AttributeError) as error:
+        # Besides PyYAML's own errors: what its constructors let through, for a date or a number that there is not.
+        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or first_line(error)
+    place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+    raise BaditError(f"{where!s:.120}{place}: cannot be read as YAML ({problem:.200})")
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1, except that 5e-4 is a number, and 073, the number of a task, is text (by the standard it is 59)."""
+
+
+def _whole_number(loader: _Loader, node: yaml.ScalarNode) -> int | str:
+    if len(node.value) > MAX_DIGITS:
+        raise _refused(node, f"a number of more than {MAX_DIGITS} digits; shorten it")
+    return node.value if re.fullmatch(r"[+-]?0[\d_]+", node.value) else loader.construct_yaml_int(node)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _whole_number)
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+$"), list("+-0123456789")
+)
+
+
+def _refused(node: yaml.Node, problem: str) -> yaml.MarkedYAMLError:
+    return yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
+
+
+def _count(node: yaml.Node, left: int) -> int:
+    """``left`` less the number of values of a node with every alias written out; repeated keys are refused."""
+    if left <= 0:
+        raise _refused(node, f"more than {MAX_VALUES:,} values; write out what is needed")
+    if isinstance(node, yaml.ScalarNode):
+        node.value.encode()  # raises for half a surrogate pair, which no file can hold
+        return left - 1
+    seen: set[tuple[str, str]] = set()
+    for part in node.value:
+        inner = part if isinstance(part, tuple) else (part,)  # a key and its value, or an item of a list
+        if len(inner) == 2 and isinstance(key := inner[0], yaml.ScalarNode):
+            if (key.tag, key.value) in seen:
+                raise _refused(key, f"the key {key.value!r:.60} is there twice; keep one")
+            seen.add((key.tag, key.value))
+        for each in inner:
+            left = _count(each, left)
+    return left - 1

@@ -158,7 +158,7 @@ def test_incomplete_comparisons_and_several_learning_rates(tmp_path):
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        ("format", 2, "format: is 2, this badit reads 1: pip install --upgrade badit"),
+        ("format", 2, "format: is 2, this badit reads 1: pip install --upgrade badit, or make"),
         ("reference", "lroa", "reference: 'lroa' is none of the methods (did you mean 'lora'?)"),
         ("cells.1.method", "x", "cells.1.method: 'x' is none of the methods"),
         ("cells.1.scores.rouge_l", float("nan"), "cells.1.scores.rouge_l: input should be a finite number"),
