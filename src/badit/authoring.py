@@ -38,15 +38,10 @@ _OVERHEAD = 2.0
 
 
 def first_recipe(source: str, path: str, overrides: Sequence[str] = ()) -> str:
-    """The text of a recipe for some data, with comments, to be written to ``path``.
+    """The text of a recipe, with comments, to be written to ``path``; BaditError if none can train and score the data.
 
-    Args:
-        source: as ``data.source``.
-        path: the recipe's file.
-        overrides: what the data section needs to read the data, such as ``data.columns={input: text}``.
-
-    Raises:
-        BaditError: the data cannot be read, or no recipe can train and score it.
+    ``source`` is as ``data.source``; ``overrides`` are what the data section needs to read it, such as
+    ``data.columns={input: text}``.
     """
     if others := [one for one in overrides if not one.startswith("data.")]:
         raise BaditError(f"{others[0]!r:.60}: only keys of the data section, such as data.columns={{input: text}}")
@@ -64,7 +59,8 @@ def first_recipe(source: str, path: str, overrides: Sequence[str] = ()) -> str:
     every = 20 if steps >= 100 else max(1, steps // 5)
     answer = max((_most_tokens(output) for task in tasks for one in task.train for output in one.outputs), default=0)
     tokens = min(1024, max(50, math.ceil(answer / 50) * 50))
-    rates = "  learning_rates: [1.25e-4, 2.5e-4, 5.0e-4, 1.0e-3, 2.0e-3]  # each method's by the held-out loss\n"
+    scored = ", and scored" if split == "validation" else ""
+    rates = "\n  learning_rates: [1.25e-4, 2.5e-4, 5.0e-4, 1.0e-3, 2.0e-3]  # each method's by the held-out loss"
     lora = "{name: lora, r: 34, lora_alpha: 272, lora_dropout: 0.05}"
     badit = f"{{name: badit, num_experts: 8, r: 4, regroup: {{every: {every}}}}}"
     method = badit if len(tasks) > 1 else lora  # which one task alone has no use for
@@ -81,7 +77,7 @@ model:
   name: smollm2-135m               # small, for a first try; or a model's folder, or ORG/NAME on the hub
 data:
   source: {as_yaml(source)}{extra}
-  validation_per_task: {held_out:<12}# held out of each task's training data{", and scored" * (split == "validation")}
+  validation_per_task: {held_out:<12}# held out of each task's training data{scored}
   # train_per_task: 50             # at most so many of each task, for a quick try
 prompt:
   max_source_tokens: 1024          # longer inputs are cut
@@ -99,8 +95,8 @@ compare:                           # for badit compare
   methods:
     lora: {lora}
     badit: {badit}
-  reference: lora                  # the method that differences are taken to
-{rates * bool(held_out)}  seeds: [0, 1, 2]
+  reference: lora                  # the method that differences are taken to{rates if held_out else ""}
+  seeds: [0, 1, 2]
 output: {as_yaml(f"runs/{Path(path).stem}")}
 """
     make_plan(build_recipe(parse_yaml(text, where=path), where=path))
@@ -164,11 +160,7 @@ def check(recipe: Recipe) -> list[str]:
 
 
 def check_comparison(recipe: Recipe) -> list[str]:
-    """What a comparison would do, as lines of text: the methods with their budgets, and a run of the reference.
-
-    Raises:
-        BaditError: as :func:`check`, and what would make the comparison unfair.
-    """
+    """What a comparison would do, as lines of text: the methods with their budgets, and a run of the reference."""
     grid = Grid(recipe)
     a_run = check(grid.recipe_of(Cell(grid.section.reference)))[1:]
     with status("checking data and methods"):

@@ -1,4 +1,4 @@
-"""The command line: ``badit COMMAND …``. Commands on a run are the methods of :class:`badit.Run`, with their docs.
+"""The command line: ``badit COMMAND …``. Some commands are functions of badit and methods of Run, with their docs.
 
 A command returns what it prints, or an exit code. Everything heavy is imported inside the command.
 """
@@ -22,8 +22,7 @@ from cyclopts import App, CycloptsError, Parameter
 from badit import __version__
 from badit.environment import is_main_process, quiet_notices, status
 from badit.errors import BaditError, explained, say, show
-from badit.run import AnyPath, Run  # noqa: F401 (AnyPath stands in the annotations of Run's methods)
-from badit.run import analyze as measure
+from badit.run import Run, analyze
 
 app = App(
     name="badit",
@@ -62,7 +61,7 @@ def train(recipe: str, *overrides: str, dry_run: bool = False, allow_changed_inp
     run = run_training(made, allow_changed_inputs=allow_changed_inputs)
     if not is_main_process():
         return None
-    return f"{_score_table({made.method.get('name', 'badit'): run})}\n\nRun: {run.path}"
+    return f"{_score_table(made.method.get('name', 'badit'), run)}\n\nRun: {run.path}"
 
 
 @app.command
@@ -119,32 +118,6 @@ def table(
     from badit import render
 
     return render.table(results, form=format, metric=metric, by_task=by_task, released=released)
-
-
-@app.command
-def analyze(
-    target: str,
-    *,
-    data: str | None = None,
-    instances: int = 8,
-    output: Output | None = None,
-    progress: bool = True,
-    trust_remote_code: bool = False,
-) -> str:
-    _load("badit.analysis.analyze")
-    from badit.render import text_table
-
-    options = {"progress": progress, "trust_remote_code": trust_remote_code}
-    tables = measure(target, data=data, instances=instances, output=output, **options)
-    is_folder = (Path(target) / "config.yaml").is_file() or (Path(target) / "results.json").is_file()
-    folder = Path(output or (target if is_folder else "runs/analysis"))
-    listed = text_table(["table", "rows"], [[name, f"{len(frame):,}"] for name, frame in tables.items()], right={1})
-    # Tables in another folder than their run or comparison are shown together with its scores and losses.
-    shown = [target, folder] if is_folder and not folder.samefile(target) else [folder]
-    return f"{listed}\n\nTables: {folder / 'analysis'}\n{_report_if_possible(shown, folder / 'report.html')}"
-
-
-analyze.__doc__ = measure.__doc__
 
 
 @app.command
@@ -292,28 +265,39 @@ def harness(run: str, *options: Annotated[str, Parameter(allow_leading_hyphen=Tr
     run_command_line(run, list(options))
 
 
-def _of_run(method: Callable[..., Any], show: Callable[..., str | None]) -> None:
-    """Makes a method of Run a command: its first parameter is the run's folder; ``show(run, result)`` is printed."""
-    signature = inspect.signature(method)
-    run = inspect.Parameter("run", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation="str")
-    parameters = [
-        parameter.replace(annotation="Output") if parameter.name == "output" else parameter
-        for parameter in [run, *list(signature.parameters.values())[1:]]
-    ]
+def _derive(function: Callable[..., Any], show: Callable[..., str | None], module: str = "badit.evaluate") -> None:
+    """Makes a method of Run, or a function of a path, a command; ``show(run or path, result, options)`` is printed."""
+    first, *others = inspect.signature(function).parameters.values()
+    of_run = first.name == "self"
+    kinds = {one.name: "Output" if one.name == "output" else one.annotation.replace("AnyPath", "str") for one in others}
+    parameters = [first.replace(name="run" if of_run else first.name, annotation="str")]
+    parameters += [one.replace(annotation=kinds[one.name]) for one in others]
 
-    def command(run: str, *arguments: Any, **options: Any) -> str | None:
-        found = Run(run)
-        _load("badit.evaluate")
-        return show(found, method(found, *arguments, **options))
+    def command(path: str, *arguments: Any, **options: Any) -> str | None:
+        found = Run(path) if of_run else path
+        _load(module)
+        return show(found, function(found, *arguments, **options), options)
 
     command.__signature__ = inspect.Signature(parameters)  # pyright: ignore[reportFunctionMemberAccess]
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    command.__name__ = method.__name__
-    command.__doc__ = (method.__doc__ or "").replace("Args:\n", "Args:\n            run: a run's folder.\n", 1)
+    command.__name__ = function.__name__
+    run = "Args:\n            run: a run's folder.\n"
+    command.__doc__ = (function.__doc__ or "").replace("Args:\n", run if of_run else "Args:\n", 1)
     app.command(command)
 
 
-def _shown_export(run: Run, exported: Any) -> str:
+def _shown_tables(target: str, tables: Any, options: dict[str, Any]) -> str:
+    from badit.render import text_table
+
+    is_folder = (Path(target) / "config.yaml").is_file() or (Path(target) / "results.json").is_file()
+    folder = Path(options.get("output") or (target if is_folder else "runs/analysis"))
+    listed = text_table(["table", "rows"], [[name, f"{len(frame):,}"] for name, frame in tables.items()], right={1})
+    # Tables in another folder than their run or comparison are shown together with its scores and losses.
+    shown = [target, folder] if is_folder and not folder.samefile(target) else [folder]
+    return f"{listed}\n\nTables: {folder / 'analysis'}\n{_report_if_possible(shown, folder / 'report.html')}"
+
+
+def _shown_export(run: Run, exported: Any, options: dict[str, Any]) -> str:
     """What was written, the commands that serve it, and what a fixed mixture costs, if it was scored."""
     from badit.card import Base
     from badit.export import SCORES
@@ -340,9 +324,10 @@ def _shown_export(run: Run, exported: Any) -> str:
     return f"{shown}\n\n{cost_table(read_json(path))}\n\nScores: {path}" if path.is_file() else shown
 
 
-_of_run(Run.evaluate, lambda run, scores: _score_table({str(run.path): run}))
-_of_run(Run.export, _shown_export)
-_of_run(Run.push, lambda run, address: address)
+_derive(analyze, _shown_tables, "badit.analysis.analyze")
+_derive(Run.evaluate, lambda run, scores, options: _score_table(str(run.path), run))
+_derive(Run.export, _shown_export)
+_derive(Run.push, lambda run, address, options: address)
 
 
 @app.command
@@ -385,13 +370,14 @@ def _inputs(file: Path) -> list[str]:
     """The texts on a file's lines, blank ones left out."""
     from badit.files import lines_of, read_json
 
-    lines = [(number, line.rstrip("\r\n")) for number, line in lines_of(file) if line.strip()]
-    if file.suffix != ".jsonl":
-        return [line for _, line in lines]
-    texts = [read_json(file, line, number).get("input") for number, line in lines]
-    if wrong := [number for (number, _), text in zip(lines, texts, strict=True) if not isinstance(text, str)]:
-        raise BaditError(f"{file}: line {wrong[0]}: input: must be a text")
-    return [str(text) for text in texts]
+    texts = []
+    for number, line in lines_of(file):
+        if line.strip():
+            text = read_json(file, line, number).get("input") if file.suffix == ".jsonl" else line.rstrip("\r\n")
+            if not isinstance(text, str):
+                raise BaditError(f"{file}: line {number}: input: must be a text")
+            texts.append(text)
+    return texts
 
 
 @app.command
@@ -430,10 +416,10 @@ def _load(module: str) -> None:
         import_module(module)
 
 
-def _score_table(runs: dict[str, Run]) -> str:
+def _score_table(name: str, run: Run) -> str:
     from badit.render import score_table
 
-    return score_table({name: run.scores for name, run in runs.items()})
+    return score_table({name: run.scores})
 
 
 def _report_if_possible(runs: Sequence[str | Path], output: Path) -> str:

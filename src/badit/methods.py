@@ -1,14 +1,6 @@
 """From a recipe's ``method`` section to a method, and what a method does to a base model.
 
-    method: {name: badit, num_experts: 8, r: 4, regroup: {every: 20}}     # regroup: null trains without DOG
-    method: {name: lora, r: 32}                                           # or another of badit.baselines.BASELINES
-    method: {name: pcgrad, r: 32}                                         # LoRA with gradient surgery; or cagrad
-    method: {name: task-neurons, share: 0.1}                              # a tenth of the FFN neurons for each task
-    method: {name: full}                                                  # every weight of the base model
-    method: {name: base}                                                  # the base model as it is, to compare with
-
-The options of a method are the fields of its (PEFT) configuration. Methods that add PEFT adapters and methods that
-train the base model's own weights have the same interface.
+Methods that add PEFT adapters and methods that train the base model's own weights have the same interface.
 """
 
 from __future__ import annotations
@@ -19,7 +11,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, cast, get_args
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
@@ -117,12 +109,9 @@ class AdapterMethod(Method):
 
     trains = True
 
-    def __init__(
-        self, name: str, config: PeftConfig, regroup: dict[str, Any] | None = None, surgery: Surgery | None = None
-    ) -> None:
+    def __init__(self, name: str, config: PeftConfig, regroup: dict[str, Any] | None) -> None:
         super().__init__(name)
         self.config, self.regroup = config, regroup
-        self.surgery: Surgery | None = surgery
         self.needs_tasks = getattr(config, "needs_tasks", False)
         self.needs_whole_weights = getattr(config, "needs_whole_weights", False)
 
@@ -167,9 +156,9 @@ class AdapterMethod(Method):
         return [RegroupCallback(**self.regroup, log_path=run.regroupings_path)]
 
     def trainer(self, **arguments: Any) -> AnswerTrainer:
-        if self.surgery is None:
-            return AnswerTrainer(**arguments)
-        return SurgeryTrainer(surgery=self.surgery, **arguments)
+        if self.name in get_args(Surgery):
+            return SurgeryTrainer(surgery=cast("Surgery", self.name), **arguments)
+        return AnswerTrainer(**arguments)
 
 
 class WeightsMethod(Method):
@@ -182,8 +171,7 @@ class WeightsMethod(Method):
         if recipe.model.dtype == "float16":
             raise BaditError(f"model.dtype: float16 is too narrow to train base weights in; {self.name} needs bfloat16")
         if recipe.model.quantisation:
-            whole = "trains the base weights, which must be whole: leave it out"
-            raise BaditError(f"model.quantisation: {self.name} {whole}")
+            raise BaditError(f"model.quantisation: {self.name} trains whole base weights: leave it out")
 
     def load(self, model: PreTrainedModel, folder: Path) -> PreTrainedModel:
         path = folder / WEIGHTS
@@ -342,16 +330,11 @@ def build_method(section: Mapping[str, Any]) -> Method:
         _built(RegroupOptions, regroup, {}, "method.regroup")
         if config.top_k is not None and config.top_k < config.num_experts:
             raise BaditError(f"method.regroup: {TOP_K_REFUSED} (regroup: null)")
-    match name:
-        case "base":
-            return Method(name)
-        case "full":
-            return WeightsMethod(name)
-        case "task-neurons":
-            return NeuronMethod(name, config)
-        case "pcgrad" | "cagrad":
-            return AdapterMethod(name, config, surgery=name)
-    return AdapterMethod(name, config, regroup)
+    if name == "task-neurons":
+        return NeuronMethod(name, config)
+    if name == "full":
+        return WeightsMethod(name)
+    return Method(name) if name == "base" else AdapterMethod(name, config, regroup)
 
 
 @dataclasses.dataclass

@@ -353,8 +353,9 @@ def _unknown_keys(values: Mapping[str, Any]) -> Iterator[str]:
 def _method_words() -> tuple[set[str], set[str]]:
     """All words that may be an option of a method, and all that may be a method's name, from the source."""
     own, peft = Path(__file__).parent, package_folder("peft")
-    files = [*own.glob("baselines/*.py"), own / "methods.py", own / "regroup.py", own / "tuner" / "config.py"]
-    text = "\n".join(read_text(file) for file in [*files, peft / "tuners" / "lora" / "config.py"])
+    files = [own / name for name in ("methods.py", "regroup.py", "surgery.py", "tuner/config.py")]
+    files += [*own.glob("baselines/*.py"), peft / "tuners/lora/config.py"]
+    text = "\n".join(map(read_text, files))
     options = {"name", "regroup", "preset", "base_weight", *ComparedMethod.model_fields}
     return options | set(re.findall(r"^    (\w+): ", text, re.M)), set(re.findall(r'"([a-z][\w-]*)"', text))
 

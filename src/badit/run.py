@@ -47,29 +47,17 @@ AnyPath = str | os.PathLike[str]
 class Run:
     """A run by its folder. Properties read the folder's files at every access.
 
-    Attributes:
+    Args:
         path: the folder.
+        check: raise unless it holds a run.
 
     Raises:
         BaditError: the folder holds no run (nor an export, which can be pushed), or a link in it leads out of it.
     """
 
-    def __init__(self, path: AnyPath) -> None:
+    def __init__(self, path: AnyPath, *, check: bool = True) -> None:
         from badit.files import refuse_links
 
-        self._set_paths(path)
-        if not self.config_path.is_file() and not (self.path / RECORD).is_file():
-            raise BaditError(f"{self.path}: has no config.yaml, so it is no run's folder; make one: badit train RECIPE")
-        refuse_links(self.path)
-
-    @classmethod
-    def at(cls, path: AnyPath) -> Run:
-        """The files of a run that may not be there yet, or of a stage of a run."""
-        run = cls.__new__(cls)
-        run._set_paths(path)
-        return run
-
-    def _set_paths(self, path: AnyPath) -> None:
         self.path = Path(path)
         self.config_path = self.path / "config.yaml"
         self.environment_path = self.path / "environment.json"
@@ -84,15 +72,19 @@ class Run:
         self.angles_path = self.path / "angles.jsonl"
         self.analysis_path = self.path / "analysis"
         self.gates_path = self.path / "gates.json"
+        if check:
+            if not self.config_path.is_file() and not (self.path / RECORD).is_file():
+                fix = "so it is no run's folder; make one: badit train RECIPE"
+                raise BaditError(f"{self.path}: has no config.yaml, {fix}")
+            refuse_links(self.path)
+
+    @classmethod
+    def at(cls, path: AnyPath) -> Run:
+        """The files of a run that may not be there yet, or of a stage of a run."""
+        return cls(path, check=False)
 
     def __fspath__(self) -> str:
         return str(self.path)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Run) and self.path == other.path
-
-    def __hash__(self) -> int:
-        return hash(self.path)
 
     def __repr__(self) -> str:
         return f"Run({str(self.path)!r})"
@@ -101,12 +93,10 @@ class Run:
         """For notebooks: the run and its scores."""
         if not self.config_path.is_file():  # an export
             return f"<p>{escape(repr(self))}</p>"
-        recipe = self.recipe
-        about = f"{self.path}: {recipe.method.get('name', 'badit')} on {recipe.model.name}"
+        about = f"<p>{escape(repr(self.recipe))}</p>"
         if not self.scores_path.is_file():
-            return f"<p>{escape(about)}, not scored yet</p>"
-        table = self.scores.pivot(index="task", columns="metric", values="score").round(2)
-        return f"<p>{escape(about)}</p>{table.to_html()}"
+            return f"{about}<p>not scored yet</p>"
+        return about + self.scores.pivot(index="task", columns="metric", values="score").round(2).to_html()
 
     def stage(self, number: int, task: str) -> Run:
         """The folder of one task of a sequence, counted from 1."""
