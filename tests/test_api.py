@@ -31,7 +31,7 @@ def test_from_a_recipe_to_a_report(recipe_file, tmp_path, capfd):
     assert not (tmp_path / "run").exists()
 
     run = badit.train(recipe_file, training={"max_steps": 3}, output=tmp_path / "run", progress=False)
-    assert run == badit.Run(str(tmp_path / "run"))
+    assert run.path == badit.Run(str(tmp_path / "run")).path
     assert run.recipe == badit.load_recipe(recipe_file, ["training.max_steps=3"])
     scores = run.scores.pivot(index="task", columns="metric", values="score")
     tasks = read_json(run.path / "scores.json")["tasks"]

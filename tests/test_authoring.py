@@ -44,60 +44,49 @@ def test_a_first_recipe_fits_the_data(material, tmp_path, monkeypatch, capsys, k
     assert "exists" in capsys.readouterr().err
 
 
-def test_a_table_needs_no_other_file_than_its_recipe(material, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    rows = [f"{task},{task} of land {i},{task} {i}" for task in ("capital", "river") for i in range(8)]
-    Path("data.csv").write_text("\n".join(["task,question,answer", *rows]))
-    assert main(["init", "data.csv", "data.columns={input: question, output: answer}"]) == 0
-    recipe = load_recipe("recipe.yaml")
-    assert recipe.data.columns == {"input": "question", "output": "answer"}
-    assert main(["train", "recipe.yaml", "--dry-run", f"model.name={material / 'model'}"]) == 0
-    assert main(["init", "data.csv", "training.seed=1", "-o", "other.yaml"]) == 2
-
-
 def test_a_recipes_name_may_have_any_characters():
     values = yaml.safe_load(first_recipe("builtin", "my recipe #2.yaml"))
     assert values["output"] == "runs/my recipe #2"
 
 
+@pytest.fixture
+def rows(tmp_path):
+    """A function that writes so many training rows, and maybe a test row, with an answer, and returns the file."""
+
+    def write(count, answer="b", test=True):
+        splits = ["train"] * count + ["test"] * test
+        lines = [{"task": "a", "instruction": "Do.", "output": answer, "split": split} for split in splits]
+        text = "\n".join(json.dumps({"input": f"{i}", **line}) for i, line in enumerate(lines))
+        (tmp_path / "a.jsonl").write_text(text)
+        return str(tmp_path / "a.jsonl")
+
+    return write
+
+
 @pytest.mark.parametrize(("answer", "tokens"), [("дом " * 50, 250), ("word " * 50, 100), ("漢" * 100, 150)])
-def test_answers_in_other_scripts_have_room(tmp_path, answer, tokens):
-    lines = [{"task": "a", "instruction": "Do.", "input": f"{i}", "output": answer, "split": "train"} for i in range(8)]
-    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(line) for line in [*lines, {**lines[0], "split": "test"}]))
-    assert yaml.safe_load(first_recipe(str(tmp_path / "a.jsonl"), "a.yaml"))["prompt"]["max_answer_tokens"] == tokens
+def test_answers_in_other_scripts_have_room(rows, answer, tokens):
+    assert yaml.safe_load(first_recipe(rows(8, answer), "a.yaml"))["prompt"]["max_answer_tokens"] == tokens
 
 
-def test_of_few_rows_nothing_is_held_out_and_no_rate_searched(tmp_path):
-    lines = [{"task": "a", "instruction": "Do.", "input": f"{i}", "output": "b", "split": "train"} for i in range(3)]
-    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(line) for line in [*lines, {**lines[0], "split": "test"}]))
-    assert "learning_rates" not in yaml.safe_load(first_recipe(str(tmp_path / "a.jsonl"), "a.yaml"))["compare"]
-    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, lines)))
+def test_of_few_rows_nothing_is_held_out_and_no_rate_searched(rows):
+    assert "learning_rates" not in yaml.safe_load(first_recipe(rows(3), "a.yaml"))["compare"]
     with pytest.raises(BaditError, match=r"no validation instances; at least 4 training instances are needed"):
-        first_recipe(str(tmp_path / "a.jsonl"), "a.yaml", ["data.validation_per_task=1"])
-
-
-def test_no_recipe_for_data_that_cannot_be_scored(tmp_path):
-    line = {"task": "a", "instruction": "b", "input": "c", "output": "d"}
-    (tmp_path / "one.jsonl").write_text(json.dumps(line))
+        first_recipe(rows(3, test=False), "a.yaml", ["data.validation_per_task=1"])
     with pytest.raises(BaditError, match="task a has no validation instances"):
-        first_recipe(str(tmp_path / "one.jsonl"), "recipe.yaml")
+        first_recipe(rows(1, test=False), "a.yaml")
 
 
 @pytest.mark.parametrize(
-    ("section", "values"),
+    "overrides",
     [
-        ("training", {"gradient_accumulation_steps": 2, "num_train_epochs": 1.5}),
-        ("training", {"max_steps": 4}),
-        ("data", {"order": ["rivers", "cities"], "train_per_task": 5}),
-        ("data", {"sampling": "balanced", "train_per_task": 7}),
-        ("method", {"num_experts": 4, "r": 2, "regroup": {"every": 0.2, "stop": 0.5}}),
-        ("method", {"name": "lora", "r": 3}),
-        ("method", {"name": "full"}),
+        ["training.gradient_accumulation_steps=2", "training.num_train_epochs=1.5"],
+        ["training.max_steps=4", "method={name: lora, r: 3}"],
+        ["data.order=[rivers, cities]", "data.train_per_task=5", "method.regroup={every: 0.2, stop: 0.5}"],
+        ["data.sampling=balanced", "data.train_per_task=7", "method={name: full}"],
     ],
 )
-def test_a_check_says_what_training_then_does(recipe_values, section, values):
-    own = values if section == "method" else {**recipe_values[section], **values}
-    recipe = build_recipe({**recipe_values, section: own})
+def test_a_check_says_what_training_then_does(recipe_values, overrides):
+    recipe = build_recipe(recipe_values, overrides)
     shown = "\n".join(check(recipe))
     run = fit(recipe, progress=False)
     found = run.environment["training"]
@@ -116,7 +105,6 @@ UNEVEN = {"eval_strategy": "steps", "eval_steps": 2, "save_steps": 5, "load_best
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"method": {"name": "badit", "target_modules": ["gate_prj"]}}, "method: Target modules .*gate_prj"),
         ({"method": {"name": "badit", "num_experts": 8, "r": 40}}, "320 singular triples do not fit"),
         ({"model": {"name": "no-such-folder"}}, "no such folder"),
         ({"prompt": {"max_source_tokens": 1024, "encoding": "def+pos2"}, "data": {"max": 1}}, "data.max: unknown key"),

@@ -14,7 +14,7 @@ from badit import demo
 from badit.cli import app, main
 from badit.errors import BaditError
 from badit.methods import build_method
-from badit.recipe import build_recipe
+from badit.recipe import build_recipe, load_recipe
 
 COMMANDS = [name for name in app if not name.startswith("-")]
 
@@ -176,6 +176,9 @@ def test_from_a_table_to_a_scored_run_and_a_report_in_three_commands(material, t
     (tmp_path / "data.csv").write_text("\n".join(["task,question,answer", *rows]))
     for command in (["init", "data.csv"], ["train", "recipe.yaml"], ["analyze", "runs/recipe"]):
         assert main(command) == 0
+    assert main(["init", "data.csv", "data.columns={input: question, output: answer}", "-o", "own.yaml"]) == 0
+    assert load_recipe("own.yaml").data.columns == {"input": "question", "output": "answer"}
+    assert main(["init", "data.csv", "training.seed=1", "-o", "other.yaml"]) == 2
     scores = json.loads((tmp_path / "runs/recipe/scores.json").read_text())
     assert scores["tasks"].keys() == {"capital", "river"}
     assert "capital" in (tmp_path / "runs/recipe/report.html").read_text()
