@@ -269,9 +269,10 @@ def _derive(function: Callable[..., Any], show: Callable[..., str | None], modul
     """Makes a method of Run, or a function of a path, a command; ``show(run or path, result, options)`` is printed."""
     first, *others = inspect.signature(function).parameters.values()
     of_run = first.name == "self"
-    kinds = {one.name: "Output" if one.name == "output" else one.annotation.replace("AnyPath", "str") for one in others}
     parameters = [first.replace(name="run" if of_run else first.name, annotation="str")]
-    parameters += [one.replace(annotation=kinds[one.name]) for one in others]
+    for one in others:
+        kind = one.annotation.replace("AnyPath", "Output" if one.name == "output" else "str")
+        parameters.append(one.replace(annotation=kind))
 
     def command(path: str, *arguments: Any, **options: Any) -> str | None:
         found = Run(path) if of_run else path

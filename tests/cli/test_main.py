@@ -146,13 +146,14 @@ def test_the_demo_shows_scores_budget_angles_and_samples(recipe_values, monkeypa
     }
     monkeypatch.setattr(demo, "METHODS", methods)
     monkeypatch.setattr(demo, "demo_recipe", tiny)
+    monkeypatch.setattr("badit.report.has_extra", lambda: False)
     command = ["demo", "--output", str(tmp_path / "demo"), "--epochs", "2"]
     assert main(command) == 0
     shown = capsys.readouterr().out
-    for text in ("base Rouge-L", "BADIT EM", "trainable parameters", "[cities] land 12"):
+    report = f"badit report {' '.join(str(tmp_path / 'demo' / name) for name in ('lora', 'base', 'badit'))}"
+    angles = ("as decomposed (steps after 3)", "regrouped (steps after 9)")
+    for text in ("base Rouge-L", "BADIT EM", "trainable parameters", "[cities] land 12", *angles, report):
         assert text in shown
-    assert "as decomposed (steps after 3)" in shown
-    assert "regrouped (steps after 9)" in shown
     assert all(f"  {name:10} " in shown for name in ("reference", "base", "LoRA", "BADIT"))
     assert main(command) == 0
     assert capsys.readouterr().out == shown, "the second time it is shown again"
