@@ -21,9 +21,8 @@ from badit.recipe import Recipe, load_recipe, make_recipe
 
 @pytest.fixture
 def recipe_file(recipe_values, tmp_path):
-    path = tmp_path / "recipe.yaml"
-    path.write_text(yaml.safe_dump(recipe_values))
-    return path
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe_values))
+    return tmp_path / "recipe.yaml"
 
 
 def test_from_a_recipe_to_a_report(recipe_file, tmp_path, capfd):
@@ -90,19 +89,15 @@ def test_a_recipe_may_be_a_file_values_or_a_recipe(recipe_file, recipe_values):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda run: badit.train("missing.yaml"), "missing.yaml: cannot be read"),
         (lambda run: badit.compare(jobs=0), "jobs: must be at least 1, not 0"),
         (lambda run: badit.Run(run).evaluate(), "has no adapter yet"),
         (lambda run: badit.Run(run).scores, r"has no scores yet; make them with: badit evaluate"),
         (lambda run: badit.Run(run).generate(["Hello", " "]), "the prompt is empty"),
-        (lambda run: badit.Run("nowhere"), "nowhere: has no config.yaml"),
     ],
 )
-def test_bad_input_is_a_badit_error(call, message, recipe_values, tmp_path):
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(recipe_values))
+def test_bad_input_is_a_badit_error(call, message, recipe_file):
     with pytest.raises(BaditError, match=message):
-        call(tmp_path / "run")
+        call(recipe_file.rename(recipe_file.with_name("config.yaml")).parent)
 
 
 def test_every_public_name_is_there():

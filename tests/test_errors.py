@@ -9,16 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub.errors import HFValidationError, HTTPError, RepositoryNotFoundError
-from pydantic import BaseModel
+from pydantic import TypeAdapter
 from safetensors import SafetensorError
 
 from badit.errors import BaditError, explained, one_line
 
 http = import_module(HTTPError.__module__.partition(".")[0])  # the hub's client, which differs between its releases
-
-
-class Settings(BaseModel):
-    rates: list[float]
 
 
 def system_error(number, file=None):
@@ -43,7 +39,7 @@ READ_ONLY = "place: cannot be written, the file system is read-only; choose a fo
 @pytest.mark.parametrize(
     ("error", "message"),
     [
-        (lambda: Settings.model_validate({"rates": [1, "x"]}), "place: rates.1: input should be a valid number"),
+        (lambda: TypeAdapter(list[float]).validate_python([1, "x"]), "place: 1: input should be a valid number"),
         (lambda: json.loads('{"a": }'), "place: invalid JSON at line 1 column 7"),
         (lambda: b"a\xff".decode(), "place: not UTF-8 at byte 1; save the file as UTF-8"),
         (lambda: Path("place").read_bytes(), "place: cannot be used (No such file or directory)"),
@@ -75,11 +71,8 @@ def test_an_unknown_exception_stays_what_it_is(error):
 
 
 def test_options_and_control_characters():
-    options = {"action": "loaded", "fix": "fetch it again", "any_error": True}
-    with (
-        pytest.raises(BaditError, match=r"^place: cannot be loaded \(shapes differ\); fetch"),
-        explained("place", **options),
-    ):
+    message = r"^place: cannot be loaded \(shapes differ\); fetch"
+    with pytest.raises(BaditError, match=message), explained("place", action="loaded", fix="fetch", any_error=True):
         raise RuntimeError("shapes differ\nand more")
     with pytest.raises(BaditError, match=r"^elsewhere: cannot be read or written \(No such"), explained():
         Path("elsewhere").read_bytes()
@@ -88,11 +81,8 @@ def test_options_and_control_characters():
 
 
 def test_a_line_with_an_endless_name_loses_its_middle(tmp_path):
-    place = tmp_path / ("9" * 5000)
-    with (
-        pytest.raises(BaditError, match=r"999: cannot be read or written .*; shorten it$") as caught,
-        explained(place, fix="shorten it"),
-    ):
+    place, message = tmp_path / ("9" * 5000), r"999: cannot be read or written .*; shorten it$"
+    with pytest.raises(BaditError, match=message) as caught, explained(place, fix="shorten it"):
         raise system_error(errno.ENAMETOOLONG)
     assert str(caught.value).startswith(f"{tmp_path}/999")
     assert len(str(caught.value)) < 1200

@@ -56,36 +56,24 @@ def test_what_is_not_json_is_named(tmp_path: Path, content: bytes, message: str)
     assert str(caught.value).startswith(f"{file}: {message}")
 
 
-def test_numbers_that_are_not_json_and_whole_surrogate_pairs() -> None:
+def test_numbers_that_are_not_json_whole_surrogate_pairs_and_a_linear_search_of_repeated_keys() -> None:
     assert parse_json('["\\ud83d\\ude00", Infinity]', file=Path("x"), constants=True) == ["😀", float("inf")]
     with pytest.raises(BaditError, match=r"^x: -Infinity is not JSON; use a number or null \(line 7 on\)$"):
         parse_json("-Infinity", file=Path("x"), first_line=7)
-
-
-def test_a_repeated_key_is_found_in_linear_time() -> None:
-    text = "{" + ", ".join(f'"{number}": 0' for number in range(150_000)) + ', "149999": 1}'
-    with pytest.raises(BaditError, match="the key '149999' is there twice"):
+    text = "{" + ", ".join(f'"{number}": 0' for number in range(50_000)) + ', "49999": 1}'
+    with pytest.raises(BaditError, match="the key '49999' is there twice"):
         parse_json(text, file=Path("x"))
 
 
-@pytest.mark.parametrize(
-    ("replace", "message"),
-    [
-        (pipe_in_its_place, "cannot be read (a pipe or a device)"),
-        (endless_file, "cannot be read (a pipe or a device)"),
-        (folder_in_its_place, "cannot be read (Is a directory)"),
-    ],
-)
-def test_what_is_no_file_is_named(tmp_path: Path, replace: Any, message: str) -> None:
+@pytest.mark.parametrize("replace", [pipe_in_its_place, endless_file, folder_in_its_place])
+def test_what_is_no_file_is_named(tmp_path: Path, replace: Any) -> None:
     replace(tmp_path / "file")
-    with pytest.raises(BaditError) as caught:
+    with pytest.raises(BaditError, match=r"/file: cannot be read \((a pipe or a device|Is a directory)\)"):
         read_text(tmp_path / "file")
-    assert str(caught.value).startswith(f"{tmp_path / 'file'}: {message}")
 
 
 def test_only_a_line_feed_ends_a_line_and_a_line_cut_short_is_left_out(tmp_path: Path) -> None:
-    path = tmp_path / "log.jsonl"
-    separators = {"text": "one\u2028two\u0085three"}
+    path, separators = tmp_path / "log.jsonl", {"text": "one\u2028two\u0085three"}
     path.write_text(json.dumps(separators, ensure_ascii=False) + "\n" + '{"text": "cut', encoding="utf-8")
     assert list(read_jsonl(path)) == [separators]
     assert list(read_jsonl(tmp_path / "missing.jsonl")) == []

@@ -23,6 +23,7 @@ from badit.recipe import (
     expand_source,
     load_config,
     load_recipe,
+    merged,
 )
 
 ROOT = Path(__file__).parent.parent
@@ -201,9 +202,8 @@ def test_an_earlier_name_is_answered_with_the_new_one_and_read_in_a_runs_own_rec
 def test_broken_files_are_named(tmp_path, text, message):
     path = tmp_path / "broken.yaml"
     path.write_bytes(text)
-    with pytest.raises(BaditError, match=message) as caught:
+    with pytest.raises(BaditError, match=rf"^{path}.*{message}") as caught:
         load_recipe(path)
-    assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
@@ -221,18 +221,12 @@ def test_a_recipe_extends_another_key_by_key(tmp_path):
     assert "extends" not in dump_recipe(recipe)
 
 
-@pytest.mark.parametrize(
-    ("own", "method"),
-    [
-        ("{name: lora}", {"name": "lora"}),
-        ("{name: badit}", {"name": "badit", "r": 2, "regroup": {"every": 5}}),
-        ("{regroup: null}", {"name": "badit", "r": 2, "regroup": None}),
-    ],
-)
-def test_another_method_or_model_does_not_inherit_the_options(tmp_path, own, method):
-    base = "{method: {name: badit, r: 2, regroup: {every: 5}}, model: {name: a/b, revision: main}}"
-    path = written(tmp_path, base=base, own=f"{{extends: base.yaml, model: {{name: c/d}}, method: {own}}}")
-    assert (load_recipe(path).method, load_recipe(path).model.revision) == (method, None)
+def test_another_method_or_model_does_not_inherit_the_options():
+    base = {"method": {"name": "badit", "r": 2, "regroup": {"every": 5}}, "model": {"name": "a/b", "revision": "main"}}
+    assert merged(base, {"model": {"name": "c/d"}}) == {**base, "model": {"name": "c/d"}}
+    assert merged(base, {"method": {"name": "lora"}})["method"] == {"name": "lora"}
+    assert merged(base, {"method": {"name": "badit"}}) == base
+    assert merged(base, {"method": {"regroup": None}})["method"] == {"name": "badit", "r": 2, "regroup": None}
 
 
 @pytest.mark.parametrize(

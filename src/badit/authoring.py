@@ -104,11 +104,9 @@ output: {as_yaml(f"runs/{Path(path).stem}")}
 
 
 def check(recipe: Recipe) -> list[str]:
-    """What training a recipe would do, as lines of text. The model is built without its weights.
+    """What training a recipe would do, as lines of text; BaditError with a line for everything that would stop it.
 
-    Raises:
-        BaditError: bad data, no such model, a method that does not go with it, and arguments that exclude each other:
-            all that is found, a line for each.
+    The model is built without its weights.
     """
     section, found = recipe.model, list[str]()
     plan = tokenizer = method = model = None
@@ -247,10 +245,7 @@ def _activations(recipe: Recipe, model: Any, rows: int, tokens: int) -> float | 
 
 
 def recipe_keys() -> Iterator[tuple[str, str, str]]:
-    """Every key of a recipe: its dotted name, its default as YAML, and its meaning.
-
-    Options that several methods have alike are one entry, which names the methods.
-    """
+    """The dotted name, default as YAML and meaning of every key; what several methods have alike is one entry."""
     for name, field in Recipe.model_fields.items():
         if (section := section_of(field)) is not None:
             yield from ((f"{name}.{key}", as_yaml(default), text) for key, default, text in described_section(section))

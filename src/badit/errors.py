@@ -27,8 +27,7 @@ _HUB_FIXES = {
 class BaditError(ValueError):
     """Bad input. The message names the file, the field and the fix; the command line prints it and exits with 2.
 
-    Every mistake has one line: a line break or a control character, such as one in a file's name, stands as its escape.
-    The middle of a line of more than 1,200 characters, such as one with an endless name, is left out.
+    Every mistake has one line, with control characters as their escapes, which is cut beyond 1,200 characters.
     """
 
     def __init__(self, *messages: str) -> None:
@@ -46,11 +45,7 @@ def explained(
         where: the file, field or place that opens the message; without it, the file that the exception names.
         action: what was tried there: the message says "cannot be ``action`` (reason)".
         fix: what to do about it, which closes the message.
-        any_error: takes every exception as known, for libraries that parse files from elsewhere: a damaged one may
-            raise anything.
-
-    Raises:
-        BaditError: in place of a known exception, which becomes its cause.
+        any_error: takes every exception as known, for libraries to which a damaged file may do anything.
     """
     try:
         yield
@@ -122,7 +117,7 @@ def _class(module: str, name: str) -> Any:
 def problems(
     error: Any, values: Any, known_keys: Callable[[Sequence[int | str]], Iterable[str]] | None = None
 ) -> list[tuple[str, str]]:
-    """The problems of a pydantic ValidationError of ``values``: the dotted key of each and what is wrong with it.
+    """The dotted key of each problem of a pydantic ValidationError of ``values``, and what is wrong with it.
 
     ``known_keys`` names the keys of the section at a place, to find the one that a misspelt key stands for.
     """

@@ -48,10 +48,7 @@ def lines_of(file: Path) -> Iterator[tuple[int, str]]:
 
 
 def parse_json(text: str, *, file: Path, first_line: int = 1, constants: bool = False) -> Any:
-    """The JSON value in `text`, which starts at line `first_line` of `file`.
-
-    Repeated keys and half surrogate pairs are refused, and NaN and infinities unless `constants` is true.
-    """
+    """The JSON value in `text`, which starts at line `first_line` of `file`, with NaN and infinities if `constants`."""
 
     def distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         if len(entries := dict(pairs)) < len(pairs):
@@ -118,8 +115,7 @@ class StepLog:
     """A log of one JSON object per line, each with the step it was written at, which a resumed run continues."""
 
     def __init__(self, path: Path, *, step_key: str = "step") -> None:
-        self._path = path
-        self._step_key = step_key
+        self._path, self._step_key = path, step_key
 
     def rewind(self, step: int, pending: Collection[Mapping[str, Any]] = ()) -> None:
         """Drops the lines after ``step`` and those that contain an item of ``pending``, which will be logged again."""
@@ -202,13 +198,10 @@ _held: set[Path] = set()
 
 @contextmanager
 def exclusive(folder: Path) -> Iterator[None]:
-    """Within, other processes are kept out of a folder, which is made if it is not there and has no links out of it.
+    """Within, other processes are kept out of a folder, which is made if it is not there.
 
     The lock ends with the process, which may enter again what it holds already. File systems without locks are used
-    without one.
-
-    Raises:
-        BaditError: another process holds the folder, which the message names, or a link leads out of it.
+    without one. BaditError if another process holds the folder, or a link leads out of it.
     """
     place, is_new = folder.resolve(), not folder.exists()
     if place in _held:
@@ -237,11 +230,6 @@ def exclusive(folder: Path) -> Iterator[None]:
         os.close(descriptor)
         if is_new and not any(folder.iterdir()):
             folder.rmdir()
-
-
-def is_unused(folder: Path) -> bool:
-    """Whether a folder holds nothing but what a process leaves that is killed in its first write."""
-    return all(path.name == OWNER or path.suffix == ".partial" for path in folder.iterdir())
 
 
 def cache_folder() -> Path:

@@ -227,13 +227,11 @@ def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
 
     Where there is no such file, the recipe of this name that comes with badit is read, such as superni-cpu. A top-level
     ``extends`` names another recipe in the file's folder or below it, or one that comes with badit. The file's own
-    values are laid over that recipe's, key by key within sections. Only a section that gives another ``name`` (a
-    method's, a model's) replaces the extended recipe's section as a whole, since options of one method mean nothing to
-    another.
+    values are laid over that recipe's, key by key within sections. A section with another ``name`` (of a method or a
+    model) replaces the extended recipe's section, since options of one method mean nothing to another.
 
     Raises:
-        BaditError: a file or an override cannot be read, a file extends itself or one from elsewhere, or a key is
-            unknown or has a wrong value.
+        BaditError: what cannot be read or extended, an unknown key or a wrong value.
     """
     path = _or_shipped(Path(path))
     return build_recipe(_content(path), overrides, where=path)
@@ -327,13 +325,10 @@ def build_recipe(content: Mapping[str, Any], overrides: Sequence[str] = (), *, w
 
 
 def _unknown_keys(values: Mapping[str, Any]) -> Iterator[str]:
-    """Keys that neither TrainingArguments nor any method has, found without importing either.
-
-    Once the methods are imported, :func:`badit.methods.build_method` names them just as quickly.
-    """
+    """Keys that neither TrainingArguments nor any method has, found without importing either."""
     if isinstance(training := values.get("training"), Mapping):
         yield from key_problems(training)
-    if "badit.methods" in sys.modules:
+    if "badit.methods" in sys.modules:  # then build_method names them just as quickly
         return
     sections: list[tuple[str, Any]] = [("method", values.get("method"))]
     if isinstance(compare := values.get("compare"), Mapping) and isinstance(compare.get("methods"), Mapping):
@@ -419,12 +414,7 @@ def section_of(field: FieldInfo) -> type[BaseModel] | None:
 
 
 def parse_yaml(text: str, *, where: str | Path) -> Any:
-    """The value of a YAML text; ``where`` opens the error message.
-
-    Raises:
-        BaditError: it is not YAML, has a key twice, or has more than ``MAX_CHARACTERS`` or comes to more than
-            ``MAX_VALUES`` values.
-    """
+    """The value of a YAML text; ``where`` opens the error message."""
     if len(text) > MAX_CHARACTERS:
         raise BaditError(f"{where!s:.120}: has more than {MAX_CHARACTERS:,} characters; write out what is needed")
     try:

@@ -104,12 +104,8 @@ class Run:
 
     @classmethod
     def prepare(cls, recipe: Recipe) -> Run:
-        """The recipe's output folder: made, or taken up again where the same recipe's run is in it.
-
-        Raises:
-            BaditError: another recipe's run is there, or something that is no run, or it cannot be written.
-        """
-        from badit.files import is_unused, refuse_links, write_text
+        """The recipe's output folder: made, or taken up again if it holds the same recipe's run; else BaditError."""
+        from badit.files import OWNER, refuse_links, write_text
         from badit.recipe import differing_keys, dump_recipe
 
         run = cls.at(recipe.output)
@@ -117,23 +113,20 @@ class Run:
         if run.config_path.is_file():
             aside = {"output", "compare"}
             if keys := differing_keys(run.recipe.model_dump(exclude=aside), recipe.model_dump(exclude=aside)):
-                raise BaditError(
-                    f"{run.path}: holds a run of another recipe (it differs in {', '.join(keys[:5])}); "
-                    "choose another output=FOLDER, or remove that one"
-                )
+                other = f"holds a run of another recipe (it differs in {', '.join(keys[:5])})"
+                raise BaditError(f"{run.path}: {other}; choose another output=FOLDER, or remove that one")
             return run
-        if run.path.exists() and (not run.path.is_dir() or not is_unused(run.path)):
+        # Its mark and a partial file are what a process leaves that is killed in its first write.
+        if run.path.exists() and not (
+            run.path.is_dir() and all(path.name == OWNER or path.suffix == ".partial" for path in run.path.iterdir())
+        ):
             raise BaditError(f"{run.path}: exists and is not a run's folder; choose another output=FOLDER")
         run.path.mkdir(parents=True, exist_ok=True)
         write_text(run.config_path, dump_recipe(recipe))
         return run
 
     def trusted_recipe(self, trust_remote_code: bool = False) -> Recipe:
-        """The recipe; the base model's own code runs only if both the recipe and the caller allow it.
-
-        Raises:
-            BaditError: the recipe asks for such code and the caller does not allow it.
-        """
+        """The recipe; BaditError if it asks for the base model's own code and the caller does not allow it."""
         recipe = self.recipe
         if recipe.model.trust_remote_code and not trust_remote_code:
             raise BaditError(
