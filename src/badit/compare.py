@@ -1,23 +1,20 @@
 """``badit compare``: methods x learning rates x seeds (x orders of tasks), a run each, and their results in one file.
 
-Every method's learning rate is searched first; then the cells at the rates found are trained and scored, each in a
-process of its own. A finished cell is not done again, a failed one is tried again, and one that fails stops no other.
-
-    OUTPUT/METHOD/lr-RATE/seed-N                    mixed
-    OUTPUT/METHOD/search/lr-RATE/seed-N             of the search, where it has values of its own (compare.search)
-    OUTPUT/METHOD/order-NAME/lr-RATE/seed-N         sequential
-    OUTPUT/METHOD/single/lr-RATE/seed-N/TASK        on one task alone
-    OUTPUT/METHOD                                   a method that does not train
-    OUTPUT/results.json                             all of it, see badit.results
+OUTPUT/METHOD/lr-RATE/seed-N                    mixed
+OUTPUT/METHOD/search/lr-RATE/seed-N             of the search, if compare.search is set
+OUTPUT/METHOD/order-NAME/lr-RATE/seed-N         sequential
+OUTPUT/METHOD/single/lr-RATE/seed-N/TASK        on one task alone
+OUTPUT/METHOD                                   a method that does not train
+OUTPUT/results.json                             all of it, see badit.results
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import os
 import re
+import signal
 import threading
 import time
 from collections import deque
@@ -33,7 +30,7 @@ import torch
 
 from badit.data import ordered
 from badit.environment import status
-from badit.errors import BaditError, nearest, say
+from badit.errors import BaditError, refuse_unknown
 from badit.files import exclusive, inside, read_json, write_json
 from badit.methods import build_method, on_skeleton
 from badit.metrics import METRICS, mean_scores
@@ -51,19 +48,10 @@ _TOLERANCE = 0.05
 Order = str | list[str] | None
 
 
-def compare(recipe: Recipe, *, jobs: int = 1, report: Callable[[str], None] = say) -> dict[str, Any]:
-    """Runs a comparison, or continues it.
+def compare(recipe: Recipe, *, report: Callable[[str], None], jobs: int = 1) -> dict[str, Any]:
+    """Runs or continues a comparison, as :func:`badit.compare`, and returns what ``OUTPUT/results.json`` then holds.
 
-    Args:
-        recipe: with a ``compare`` section.
-        jobs: cells that run at a time, each with its share of the processor's cores and the GPU that is least in use.
-        report: takes a line for every cell that begins or ends.
-
-    Returns:
-        What ``OUTPUT/results.json`` then holds: every cell with its configuration, environment and scores.
-
-    Raises:
-        BaditError: bad input. What goes wrong within a cell is in its ``error`` and stops nothing.
+    ``report`` takes a line for every cell that begins or ends.
     """
     grid = Grid(recipe)
     with status("checking data and methods"):
@@ -123,6 +111,7 @@ class Grid:
             with _named(name):
                 own = self.recipe_of(Cell(name))
                 self.methods[name] = build_method(own.method)
+                self.methods[name].refuse_recipe(own)
                 self.start_rates[name] = rate = own.training.learning_rate
             if section.learning_rates is not None and rate not in section.learning_rates:
                 raise BaditError(
@@ -132,9 +121,7 @@ class Grid:
         for field in ("reference", "budget", "unmatched", "single_task"):
             value = getattr(section, field)
             for name in [value] if isinstance(value, str) else value or ():
-                if name not in self.methods:
-                    hint = nearest(name, self.methods)
-                    raise BaditError(f"compare.{field}: {name!r:.60} is none of the methods{hint}")
+                refuse_unknown(f"compare.{field}", name, self.methods)
         listed: dict[str, list[Any]] = {"seeds": section.seeds, "orders": [order_name(o) for o in section.orders or ()]}
         listed |= {f"methods.{name}.seeds": entry.seeds or [] for name, entry in section.methods.items()}
         for field, values in listed.items():
@@ -154,18 +141,15 @@ class Grid:
     def seeds_of(self, method: str) -> Sequence[int]:
         return self.section.methods[method].seeds or self.section.seeds
 
-    def chosen(self, method: str, rate: float | None, tasks: Sequence[str] = ()) -> Iterator[Cell]:
+    def chosen(self, method: str, rate: float | None, tasks: Sequence[str] = ()) -> list[Cell]:
         """All cells of a method at the learning rate that was chosen for it."""
         if not self.methods[method].trains:
-            yield Cell(method)
-            return
-        for seed in self.seeds_of(method):
-            for order in self.orders:
-                yield Cell(method, rate, seed, order)
+            return [Cell(method)]
+        seeds = self.seeds_of(method)
+        cells = [Cell(method, rate, seed, order) for seed in seeds for order in self.orders]
         if method in self.section.single_task:
-            for seed in self.seeds_of(method):
-                for task in tasks:
-                    yield Cell(method, rate, seed, task=task)
+            cells += [Cell(method, rate, seed, task=task) for seed in seeds for task in tasks]
+        return cells
 
     def recipe_of(self, cell: Cell) -> Recipe:
         values: dict[str, Any] = self.recipe.model_dump(exclude={"compare"})
@@ -188,6 +172,10 @@ class Grid:
         output = Path(self.recipe.output)
         return Run.at(inside(output, output / str(cell)))
 
+    def single_runs(self, cell: Cell, tasks: Sequence[str]) -> list[Run]:
+        """The runs of the cell's method, rate and seed on each task alone."""
+        return [self.run_of(replace(cell, order=None, task=task)) for task in tasks]
+
 
 @contextmanager
 def _named(method: str) -> Iterator[None]:
@@ -206,21 +194,29 @@ def check(grid: Grid) -> tuple[list[str], dict[str, int]]:
     Raises:
         BaditError: something that would stop the comparison, or make it unfair.
     """
-    for name, method in grid.methods.items():
-        method.refuse_recipe(grid.recipe_of(Cell(name)))
-    reference = grid.section.reference
-    plan = make_plan(grid.recipe_of(next(grid.chosen(reference, grid.start_rates[reference]))))
-    if grid.section.learning_rates is not None:
+    section, counts = grid.section, dict[str, int]()
+    plan = make_plan(grid.recipe_of(grid.chosen(section.reference, grid.start_rates[section.reference])[0]))
+    if section.learning_rates is not None:
         make_plan(plan.recipe, split="validation")
-    for order in grid.orders:
-        if order is not None:
-            ordered(plan.tasks, order)
+    for order in section.orders or ():
+        ordered(plan.tasks, order)
     tasks = [task.name for task in plan.tasks]
-    counts = trainable_parameters(grid, tasks)
+    for name in grid.methods:
+        with _named(name):
+            method, model = on_skeleton(grid.recipe_of(Cell(name)), tasks)
+            counts[name] = method.trained_parameters(model)
+    bound = [name for name, method in grid.methods.items() if method.trains and name not in section.unmatched]
+    for name in bound if section.budget is not None else ():
+        count, budget = counts[name], counts[section.budget]
+        if abs(count - budget) > _TOLERANCE * budget:
+            raise BaditError(
+                f"compare.methods.{name}: trains {count:,} parameters, {section.budget} {budget:,}: change its "
+                f"rank until they agree to {_TOLERANCE:.0%}, or list it in compare.unmatched"
+            )
     # What another recipe or other data have left in the folder must not be taken for this comparison's.
     fingerprints: dict[str, dict[str, str]] = {}
     for name in grid.methods:
-        for rate in grid.section.learning_rates or [grid.start_rates[name]]:
+        for rate in section.learning_rates or [grid.start_rates[name]]:
             for cell in (*grid.chosen(name, rate, tasks), grid.searched(name, rate)):
                 if grid.run_of(cell).config_path.is_file():
                     recipe = grid.recipe_of(cell)
@@ -231,45 +227,12 @@ def check(grid: Grid) -> tuple[list[str], dict[str, int]]:
     return tasks, counts
 
 
-def trainable_parameters(grid: Grid, tasks: Sequence[str]) -> dict[str, int]:
-    """The number of parameters that each method trains on the recipe's model, without the model's weights.
-
-    Raises:
-        BaditError: a method does not go with the model, or is more than 5 % off the budget and not listed as unmatched.
-    """
-    section = grid.section
-    counts = {}
-    for name in section.methods:
-        with _named(name):
-            method, model = on_skeleton(grid.recipe_of(Cell(name)), tasks)
-            counts[name] = method.trained_parameters(model)
-    if section.budget is not None:
-        budget = counts[section.budget]
-        for name, count in counts.items():
-            free = name in section.unmatched or not grid.methods[name].trains
-            if not free and abs(count - budget) > _TOLERANCE * budget:
-                raise BaditError(
-                    f"compare.methods.{name}: trains {count:,} parameters, {section.budget} {budget:,}: change its "
-                    f"rank until they agree to {_TOLERANCE:.0%}, or list it in compare.unmatched"
-                )
-    return counts
-
-
 def climb(ladder: Sequence[float], start: float, loss_of: Callable[[float], float], level: float = 0.0) -> float:
-    """Walks a ladder of learning rates downhill in loss, until both neighbours of the best one are worse.
+    """Walks an ascending ladder of learning rates downhill in loss, until both neighbours of the best one are worse.
 
-    The loss is taken to have a single valley, so a rate above one that is worse than its lower neighbour need not be
-    tried. That costs three trainings where the start is right already, or one rung too high.
-
-    Args:
-        ladder: rates in ascending order.
-        start: the rung to begin at.
-        loss_of: trains and measures; not finite (diverged, failed) counts as worst.
-        level: losses that are less than this apart are level.
-
-    Returns:
-        The lowest of the rates that are level with the best, since a rate that is too high costs more than one that is
-        too low, above all in a longer training.
+    The loss is taken to have a single minimum: no rate is tried above one that is worse than its lower neighbour. A
+    loss that is not finite (diverged, failed) is the worst. Of the rates whose losses are less than ``level`` above the
+    best, the lowest is returned: a rate that is too high costs more than one that is too low.
     """
     here = ladder.index(start)
     losses: dict[int, float] = {}
@@ -304,40 +267,36 @@ class _Comparison:
         for name in self._grid.methods:  # known rates first: an interruption leaves no finished cell out of the results
             with suppress(LookupError):
                 self.rates[name] = self._rate(name, self._known_loss)
-        todo: deque[Callable[[], Sequence[Any]]] = deque(partial(self._search, name) for name in self._grid.methods)
-        running: set[Future[Sequence[Any]]] = set()
+        todo = deque[Callable[[], Any]](partial(self._search, name) for name in self._grid.methods)
+        running: set[Future[Any]] = set()
         with ThreadPoolExecutor(self._jobs) as pool:
             try:
                 while todo or running:
                     while todo and len(running) < self._jobs:
                         running.add(pool.submit(todo.popleft()))
                     done, running = wait(running, return_when=FIRST_COMPLETED)
-                    for future in done:
-                        todo.extendleft(reversed(future.result()))  # a method's cells come before the next method
+                    for future in done:  # a search returns its method's cells, which come before the next method
+                        todo.extendleft(reversed(future.result() or ()))
             except BaseException:
-                self._stop()
+                self._stop(signal.SIGTERM)
                 try:
                     pool.shutdown(wait=True, cancel_futures=True)
                 except KeyboardInterrupt:  # asked again: what the cells have done since their last checkpoints is lost
-                    self._stop(at_once=True)
+                    self._stop(signal.SIGKILL)
                 raise
 
-    def _stop(self, *, at_once: bool = False) -> None:
+    def _stop(self, how: signal.Signals) -> None:
         with self._lock:
             self._stopping = True
             for process in self._running:
-                process.kill() if at_once else process.stop()
+                process.stop(how)
 
-    def _search(self, name: str) -> Sequence[Callable[[], Sequence[Any]]]:
+    def _search(self, name: str) -> list[Callable[[], None]]:
         """Finds a method's learning rate; returns what then runs its cells."""
         self.rates[name] = rate = self._rate(name, self._loss)
         if rate is not None and self._grid.section.learning_rates is not None:
             self._report(f"{name}: learning rate {rate:g}")
-        return [partial(self._score, cell) for cell in self._grid.chosen(name, rate, self._tasks)]
-
-    def _score(self, cell: Cell) -> Sequence[Any]:
-        self._run_cell(cell, score=True)
-        return ()
+        return [partial(self._run_cell, cell, score=True) for cell in self._grid.chosen(name, rate, self._tasks)]
 
     def _rate(self, name: str, loss_of: Callable[[Cell], float]) -> float | None:
         grid, ladder = self._grid, self._grid.section.learning_rates
@@ -349,42 +308,33 @@ class _Comparison:
         return climb(ladder, start, lambda tried: loss_of(grid.searched(name, tried)), METRICS["nll"].margin)
 
     def _loss(self, cell: Cell) -> float:
-        known = self._grid.run_of(cell).validation_path.is_file()
-        if not known and self._run_cell(cell, score=False) is not None:
-            return math.inf
+        self._run_cell(cell, score=False)
         return self._known_loss(cell)
 
     def _known_loss(self, cell: Cell) -> float:
-        """LookupError where it has not been measured."""
+        """Infinite where the cell failed; LookupError where it has not ended."""
         run = self._grid.run_of(cell)
-        file = run.validation_path
-        if not file.is_file() and (run.path / ERROR).is_file():
+        if run.validation_path.is_file():
+            return read_json(run.validation_path)["loss"]
+        if (run.path / ERROR).is_file():
             return math.inf
-        if not file.is_file():
-            raise LookupError(file)
-        loss = read_json(file).get("loss")
-        if isinstance(loss, bool) or not isinstance(loss, int | float):
-            raise BaditError(f"{file}: loss: must be a number; remove the file to measure it again")
-        return float(loss)
+        raise LookupError(cell)
 
-    def _run_cell(self, cell: Cell, *, score: bool) -> str | None:
-        """Runs a cell unless it has been; returns what went wrong, if anything."""
-        recipe = self._grid.recipe_of(cell)
-        run = Run.prepare(recipe)
+    def _run_cell(self, cell: Cell, *, score: bool) -> None:
+        """Runs a cell unless it is done; what goes wrong is kept in its folder."""
+        run = Run.prepare(self._grid.recipe_of(cell))
         if (run.instances_path if score else run.validation_path).is_file():
-            return None
+            return
+        threads = gpu = None  # one job may have all cores and GPUs
         with self._lock:
             if self._stopping:
                 raise KeyboardInterrupt
             self._report(f"{cell}: {'training and scoring' if score else 'training'}")
-            gpu = self._least_used_gpu()
-            process = CellProcess(
-                json.dumps(recipe.model_dump(mode="json", exclude={"compare"})),
-                run.path,
-                score=score,
-                threads=max(1, (os.cpu_count() or 1) // self._jobs) if self._jobs > 1 else None,
-                device=gpu,
-            )
+            if self._jobs > 1:
+                threads = max(1, (os.cpu_count() or 1) // self._jobs)
+                in_use = list(self._running.values())
+                gpu = min(range(torch.cuda.device_count()), key=in_use.count, default=None)
+            process = CellProcess(run.path, score=score, threads=threads, device=gpu)
             self._running[process] = gpu
         began = time.monotonic()
         try:
@@ -396,14 +346,6 @@ class _Comparison:
             raise KeyboardInterrupt
         minutes, seconds = divmod(round(time.monotonic() - began), 60)
         self._report(f"{cell}: {'done' if error is None else f'FAILED ({error})'} in {minutes}:{seconds:02d}")
-        return error
-
-    def _least_used_gpu(self) -> int | None:
-        """None with one job, which may have all GPUs, and without any."""
-        if self._jobs == 1:
-            return None
-        in_use = list(self._running.values())
-        return min(range(torch.cuda.device_count()), key=in_use.count, default=None)
 
 
 def _assemble(
@@ -413,19 +355,17 @@ def _assemble(
     cells = []
     for method in grid.methods:
         # The chosen cells, whether they are done or not, then what was trained to choose the learning rate.
-        chosen = list(grid.chosen(method, rates[method])) if method in rates else []
-        cells += [_entry(grid, cell, [grid.run_of(cell)], selected=True) for cell in chosen]
-        for cell in (grid.searched(method, rate) for rate in grid.section.learning_rates or ()):
-            if cell not in chosen and grid.run_of(cell).path.is_dir():
-                cells.append(_entry(grid, cell, [grid.run_of(cell)], selected=False))
+        chosen = grid.chosen(method, rates[method]) if method in rates else []
+        searched = [grid.searched(method, rate) for rate in grid.section.learning_rates or ()]
+        tried = [cell for cell in searched if cell not in chosen and grid.run_of(cell).path.is_dir()]
+        cells += [_entry(grid, cell, selected=True) for cell in chosen]
+        cells += [_entry(grid, cell, selected=False) for cell in tried]
     alone = [method for method in grid.section.single_task if rates.get(method) is not None]
     for method in alone:
-        for seed in grid.seeds_of(method):
-            cell = Cell(method, rates[method], seed)
-            runs = [grid.run_of(replace(cell, task=task)) for task in tasks]
-            # The runs on each task alone count as one cell of a method of their own.
-            joint = {"method": method + SINGLE_TASK, "order": None, "config": {}}
-            cells.append(_entry(grid, cell, runs, selected=True) | joint)
+        # The runs on each task alone count as one cell of a method of their own.
+        joint = {"method": method + SINGLE_TASK, "order": None, "config": {}}
+        seeds = grid.seeds_of(method)
+        cells += [_entry(grid, Cell(method, rates[method], seed), selected=True, tasks=tasks) | joint for seed in seeds]
     return {
         "format": FORMAT,
         "protocol": "mixed" if grid.section.orders is None else "sequential",
@@ -436,12 +376,18 @@ def _assemble(
     }
 
 
-def _entry(grid: Grid, cell: Cell, runs: Sequence[Run], *, selected: bool) -> dict[str, Any]:
-    """One cell of results.json, of one run or of those on each task alone."""
+def _entry(grid: Grid, cell: Cell, *, selected: bool, tasks: Sequence[str] = ()) -> dict[str, Any]:
+    """One cell of results.json: of one run, or of the runs on each of ``tasks`` alone."""
+    runs = grid.single_runs(cell, tasks) or [grid.run_of(cell)]
     done = all((run.instances_path if selected else run.validation_path).is_file() for run in runs)
     errors = [file.read_text(encoding="utf-8").strip() for run in runs if (file := run.path / ERROR).is_file()]
     instances = {task: scores for run in runs for task, scores in _read(run.instances_path).items()}
-    loss = _read(runs[0].validation_path).get("loss", math.nan) if len(runs) == 1 else math.nan
+    environment = _read(runs[0].environment_path) if done or not tasks else {}
+    if tasks and done:  # of one training after another
+        trainings = [_read(run.environment_path)["training"] for run in runs]
+        trained = sum(training["trainable_parameters"] for training in trainings)
+        environment["training"] = {**joint_training(trainings), "trainable_parameters": trained}
+    loss = _read(runs[0].validation_path).get("loss", math.nan) if not tasks else math.nan
     scores = mean_scores(instances) if done and instances else None
     entry = {
         "method": cell.method,
@@ -453,28 +399,18 @@ def _entry(grid: Grid, cell: Cell, runs: Sequence[Run], *, selected: bool) -> di
         "selected": selected,
         "validation_loss": loss if math.isfinite(loss) else None,  # a run that diverged has a NaN, which JSON has not
         "config": grid.recipe_of(cell).model_dump(mode="json", exclude={"compare"}),
-        "environment": _environment(runs) if done or len(runs) == 1 else {},
+        "environment": environment,
         "scores": scores,
         "instances": instances if scores else None,
     }
     if cell.order is not None and scores is not None:
         sequence = read_scores(runs[0].scores_path)
-        singles = [grid.run_of(replace(cell, order=None, task=task)) for task in sequence["order"]]
+        singles = grid.single_runs(cell, sequence["order"])
         known = all(single.instances_path.is_file() for single in singles)
         alone = [read_scores(single.scores_path)["rouge_l"] for single in singles] if known else None
         entry |= {"tasks": sequence["order"], "matrix": sequence["matrix"]}
         entry["continual"] = both_forms(sequence["matrix"], alone)
     return entry
-
-
-def _environment(runs: Sequence[Run]) -> dict[str, Any]:
-    """Of several runs one after another: their sums, and the most memory of any."""
-    environments = [_read(run.environment_path) for run in runs]
-    if len(runs) == 1:
-        return environments[0]
-    trainings = [environment["training"] for environment in environments]
-    trained = sum(training["trainable_parameters"] for training in trainings)
-    return {**environments[0], "training": {**joint_training(trainings), "trainable_parameters": trained}}
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -10,7 +9,6 @@ import sys
 import threading
 import traceback
 from pathlib import Path
-from typing import Any
 
 from badit.errors import BaditError, explained, first_line
 from badit.files import exclusive, write_json, write_text
@@ -20,9 +18,9 @@ ERROR, LOG = "error.txt", "log.txt"
 
 
 class CellProcess:
-    """A running cell in a run's folder; ``wait`` says what became of it."""
+    """A running cell in the folder of a run that has its recipe; ``wait`` says what became of it."""
 
-    def __init__(self, config: str, folder: Path, *, score: bool, threads: int | None, device: int | None) -> None:
+    def __init__(self, folder: Path, *, score: bool, threads: int | None, device: int | None) -> None:
         (folder / ERROR).unlink(missing_ok=True)
         environment = {"TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false", **os.environ}
         if threads is not None:
@@ -35,95 +33,73 @@ class CellProcess:
         self._asked_to_stop = False
         with (folder / LOG).open("a", encoding="utf-8") as log:
             # A session of its own: a Ctrl-C reaches this process alone, which then asks the cell to stop, once.
+            # The cell reads its standard input to notice the end of this process.
             self._process = subprocess.Popen(
-                command,
-                stdin=subprocess.PIPE,
-                stdout=log,
-                stderr=log,
-                env=environment,
-                start_new_session=True,
-                text=True,
+                command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=environment, start_new_session=True
             )
-        self._lifeline: Any = self._process.stdin
-        self._lifeline.write(config + "\n")
-        self._lifeline.flush()
 
-    def stop(self) -> None:
-        """Asks the cell to save its state and end."""
+    def stop(self, how: signal.Signals) -> None:
+        """With SIGTERM the cell saves its state and ends; after SIGKILL it resumes from its last checkpoint."""
         self._asked_to_stop = True
-        self._process.send_signal(signal.SIGTERM)
-
-    def kill(self) -> None:
-        """Ends the cell at once; the next start resumes from its last checkpoint."""
-        self._asked_to_stop = True
-        self._process.kill()
+        self._process.send_signal(how)
 
     def wait(self) -> str | None:
         """None when the cell has done its work, else what went wrong, in a line."""
-        code = self._process.wait()
-        self._lifeline.close()
+        with self._process:
+            code = self._process.wait()
         if code == 0:
             return None
         if self._asked_to_stop:
             return "interrupted"
         error = self._folder / ERROR
-        if error.is_file():
-            return error.read_text(encoding="utf-8").strip()
-        if code < 0:
-            hint = " (out of memory?)" if code == -signal.SIGKILL else ""
-            message = f"killed by {signal.Signals(-code).name}{hint}"
-        else:
+        if not error.is_file():
             message = f"ended with exit code {code}; see {self._folder / LOG}"
-        write_text(error, message + "\n")
-        return message
+            if code < 0:
+                hint = " (out of memory?)" if code == -signal.SIGKILL else ""
+                message = f"killed by {signal.Signals(-code).name}{hint}"
+            write_text(error, message + "\n")
+        return error.read_text(encoding="utf-8").strip()
 
 
 def main() -> int:
-    """``python -m badit.worker FOLDER score|search``; a line of standard input is the cell's recipe, and
-    the end of standard input is that of the comparison.
-    """
-    config = sys.stdin.readline()
+    """``python -m badit.worker FOLDER score|search``; the cell stops at the end of its standard input."""
     threading.Thread(target=_stop_at_end_of, args=(sys.stdin.fileno(),), daemon=True).start()
-    return run_cell(Path(sys.argv[1]), config, score=sys.argv[2] == "score")
+    return run_cell(Path(sys.argv[1]), score=sys.argv[2] == "score")
 
 
 def _stop_at_end_of(lifeline: int) -> None:
     """A comparison that is killed, or loses its terminal, cannot ask its cells to stop: so they notice by a pipe."""
-    os.read(lifeline, 1)
+    while os.read(lifeline, 4096):
+        pass
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def run_cell(folder: Path, config: str, *, score: bool) -> int:
+def run_cell(folder: Path, *, score: bool) -> int:
     """Does a cell's work and returns the process's exit code; what went wrong is in the folder's ``error.txt``."""
     try:
-        with explained(folder):
-            _run(folder, config, score=score)
+        with explained(folder), exclusive(folder):
+            _run(folder, score=score)
     except KeyboardInterrupt:
         return 130
-    except BaditError as error:
-        write_text(folder / ERROR, f"{error}\n")
-        return 2
     except Exception as error:
         traceback.print_exc()
-        write_text(folder / ERROR, f"{type(error).__name__}: {first_line(error)}\n")
+        message = error if isinstance(error, BaditError) else f"{type(error).__name__}: {first_line(error)}"
+        write_text(folder / ERROR, f"{message}\n")
         return 1
     return 0
 
 
-def _run(folder: Path, config: str, *, score: bool) -> None:
+def _run(folder: Path, *, score: bool) -> None:
     from badit.evaluate import read_predictions, train_and_score, validation_loss
     from badit.metrics import group_by_task, instance_scores
-    from badit.recipe import build_recipe
     from badit.train import fit
 
-    recipe = build_recipe(json.loads(config))
-    with exclusive(folder):
-        if not score:
-            validation_loss(fit(recipe, progress=False).path, trust_remote_code=recipe.model.trust_remote_code)
-            return
-        train_and_score(recipe, progress=False)
-        run = Run(folder)
-        write_json(run.instances_path, instance_scores(group_by_task(read_predictions(run.predictions_path))))
+    run = Run(folder)
+    if not score:
+        validation_loss(fit(run.recipe, progress=False).path, trust_remote_code=run.recipe.model.trust_remote_code)
+        return
+    train_and_score(run.recipe, progress=False)
+    write_json(run.instances_path, instance_scores(group_by_task(read_predictions(run.predictions_path))))
 
 
 if __name__ == "__main__":

@@ -34,16 +34,16 @@ class InlineCell:
 
     started: list[str]
 
-    def __init__(self, config: str, folder: Path, *, score: bool, threads: int | None, device: int | None) -> None:
+    def __init__(self, folder: Path, *, score: bool, threads: int | None, device: int | None) -> None:
         (folder / ERROR).unlink(missing_ok=True)
         self.started.append(f"{folder.parent.name}/{folder.name}")
-        self._config, self._folder, self._score = config, folder, score
+        self._folder, self._score = folder, score
 
-    def stop(self) -> None:
+    def stop(self, how: int) -> None:
         """It runs while it is waited for, so there is nothing to stop."""
 
     def wait(self) -> str | None:
-        code = worker.run_cell(self._folder, self._config, score=self._score)
+        code = worker.run_cell(self._folder, score=self._score)
         return None if code == 0 else (self._folder / ERROR).read_text().strip()
 
 

@@ -107,7 +107,9 @@ def test_a_failing_cell_stops_no_other_and_is_tried_again(values, inline, monkey
     assert by_status(compared(values), status="done", error=None) == ["neurons/0", "lora/0"]
 
 
-def test_rates_that_fail_or_diverge_are_worst(values, inline, monkeypatch):
+def test_rates_that_fail_or_diverge_are_worst_and_an_interruption_leaves_no_finished_cell_out(
+    values, inline, monkeypatch
+):
     values["compare"] |= {"learning_rates": [0.001, 0.01, 3e38], "methods": LORA}
     own = AdapterMethod.trainer
 
@@ -130,6 +132,16 @@ def test_rates_that_fail_or_diverge_are_worst(values, inline, monkeypatch):
     json.dumps(results, allow_nan=False)
     assert load_results(values["output"]).cells["error"].dropna().tolist() == ["RuntimeError: no such", diverged]
 
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(compare_module, "CellProcess", interrupted)
+    values["compare"]["seeds"] = [0, 1]
+    with pytest.raises(KeyboardInterrupt):
+        compared(values)
+    chosen = [cell for cell in read_json(Path(values["output"]) / "results.json")["cells"] if cell["selected"]]
+    assert [(cell["seed"], cell["status"]) for cell in chosen] == [(0, "done"), (1, "missing")]
+
 
 def test_a_search_on_less_data_is_kept_apart(values, inline):
     search = {"data": {"train_per_task": 4}, "training": {"max_steps": 1}}
@@ -146,44 +158,11 @@ def test_a_search_on_less_data_is_kept_apart(values, inline):
     assert sum(not cell["selected"] for cell in results["cells"]) == 4
     assert compared(values) == results
     assert len(inline) == 2 * (2 + 1), "both methods have searched two rates and trained once"
-
-
-def test_another_search_is_refused(values, inline):
-    values["compare"] |= {"learning_rates": [0.01, 0.02], "search": {"training": {"max_steps": 1}}, "methods": LORA}
-    compared(values)
     values["compare"]["search"] = {"training": {"max_steps": 3}}
-    with pytest.raises(BaditError, match=r"search/.*holds a run of another recipe .it differs in training\.max_steps"):
+    with pytest.raises(
+        BaditError, match=r"search/.*holds a run of another recipe .it differs in .*training\.max_steps"
+    ):
         compared(values)
-
-
-def test_an_interruption_leaves_no_finished_cell_out_of_the_results(values, inline, monkeypatch):
-    values["compare"] |= {"learning_rates": [0.01, 3e38]}  # the second diverges
-    done = by_status(compared(values), selected=True, status="done")
-    values["compare"]["seeds"] = [0, 1]
-
-    def interrupted(*arguments, **options):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(compare_module, "CellProcess", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        compared(values)
-    assert by_status(read_json(Path(values["output"]) / "results.json"), selected=True, status="done") == done
-    assert done == ["lora/0", "badit/0"]
-
-
-def test_every_instance_has_its_nll_which_ranks_the_lowest_first_and_equal_methods_are_level(values, inline, capsys):
-    same = {"name": "lora", "r": 8}
-    compared(values | {"compare": {"methods": {"lora": same, "again": same, "base": {"name": "base"}}, "seeds": [0]}})
-    results = load_results(values["output"])
-    nll = results.instances[results.instances["metric"] == "nll"]
-    assert len(nll) == len(results.instances) / 3
-    assert (nll["score"] > 0).all()
-    summary = summarise(results, "nll").set_index("method")
-    assert summary.loc["again", "level"]
-    assert summary["rank"].to_dict() == {"lora": 1.5, "again": 1.5, "base": 3}
-    assert summary["nll_mean"].idxmax() == "base"
-    assert main(["table", values["output"], "--metric", "nll"]) == 0
-    assert "+0.000 [+0.000, +0.000] ≈" in capsys.readouterr().out
 
 
 def test_sequences_in_two_orders(values, inline, capsys, monkeypatch):
@@ -191,10 +170,10 @@ def test_sequences_in_two_orders(values, inline, capsys, monkeypatch):
     values["compare"] |= {"methods": {**LORA, "base": {"name": "base"}}, "orders": orders, "single_task": ["lora"]}
     own = worker._run
 
-    def failing(folder, config, *, score):
+    def failing(folder, *, score):
         if folder.name == "rivers":
             raise BaditError("rivers are dry")
-        own(folder, config, score=score)
+        own(folder, score=score)
 
     with monkeypatch.context() as patch:
         patch.setattr(worker, "_run", failing)
@@ -256,13 +235,18 @@ def test_what_would_spoil_it_is_found_before_anything_is_run(values, tmp_path, c
 
 @pytest.mark.usefixtures("inline")
 def test_the_command_checks_and_runs_and_prints(values, tmp_path, capsys):
-    values["compare"]["methods"] = {"lora": {"name": "lora", "r": 8}, "base": {"name": "base"}}
+    same = {"name": "lora", "r": 8}
+    values["compare"]["methods"] = {"lora": same, "again": same, "base": {"name": "base"}}
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(values, sort_keys=False))
     assert main(["compare", str(path), "--dry-run"]) == 0
     shown = capsys.readouterr().out.splitlines()
-    assert [line.split() for line in shown[2:4]] == [["lora", "1", "1,280"], ["base", "1", "–"]]
-    assert f"2 runs; they would be written to {values['output']}" in shown
+    assert [line.split() for line in shown[2:5]] == [
+        ["lora", "1", "1,280"],
+        ["again", "1", "1,280"],
+        ["base", "1", "–"],
+    ]
+    assert f"3 runs; they would be written to {values['output']}" in shown
     about = " ".join(shown[shown.index("one run of lora:") :])
     assert all(words in about for words in ("steps of", "minutes of training", "GiB of memory", "1,280 of"))
     assert not Path(values["output"]).exists()
@@ -276,3 +260,15 @@ def test_the_command_checks_and_runs_and_prints(values, tmp_path, capsys):
     assert f"Results: {values['output']}/results.json" in captured.out
     assert captured.out.startswith("method")
     assert "lora/lr-0.01/seed-0: done in" in captured.err
+
+    # Every instance has its NLL, which ranks the lowest first; equal methods are level.
+    results = load_results(values["output"])
+    nll = results.instances[results.instances["metric"] == "nll"]
+    assert len(nll) == len(results.instances) / 3
+    assert (nll["score"] > 0).all()
+    summary = summarise(results, "nll").set_index("method")
+    assert summary.loc["again", "level"]
+    assert summary["rank"].to_dict() == {"lora": 1.5, "again": 1.5, "base": 3}
+    assert summary["nll_mean"].idxmax() == "base"
+    assert main(["table", values["output"], "--metric", "nll"]) == 0
+    assert "+0.000 [+0.000, +0.000] ≈" in capsys.readouterr().out

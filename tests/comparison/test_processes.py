@@ -1,6 +1,5 @@
 """Cells as processes: what they are given, how they end, and what an interruption leaves."""
 
-import json
 import os
 import signal
 import subprocess
@@ -42,7 +41,7 @@ def test_jobs_share_the_cores_and_a_cell_gets_the_free_gpu(values, monkeypatch):
     shares = {"long": [], "short": []}
 
     class Cell:
-        def __init__(self, config, folder, *, score, threads, device):
+        def __init__(self, folder, *, score, threads, device):
             method = folder.parts[-3]
             shares[method].append((threads, device))
             self._waits_for = last_began if method == "long" else long_began
@@ -81,34 +80,24 @@ def test_jobs_are_shared_by_the_seeds_of_one_method(values, monkeypatch):
     assert by_status(compared(values, jobs=2), status="missing") == ["lora/0", "lora/1"]
 
 
-def cell_process(values, config=None):
-    recipe = build_recipe({**values, "compare": None})
-    config = json.dumps(recipe.model_dump(mode="json")) if config is None else config
-    return CellProcess(config, Run.prepare(recipe).path, score=True, threads=3, device=1)
-
-
 @pytest.mark.parametrize(
-    ("end", "message", "kept"),
-    [
-        (lambda cell: os.kill(cell._process.pid, signal.SIGKILL), "killed by SIGKILL (out of memory?)", True),
-        (CellProcess.stop, "interrupted", False),
-        (CellProcess.kill, "interrupted", False),
-    ],
+    ("sent", "message", "kept"),
+    [(None, "killed by SIGKILL (out of memory?)", True), *((number, "interrupted", False) for number in (15, 9))],
 )
-def test_how_a_process_ended_is_named(values, end, message, kept):
-    process, error = cell_process(values), Path(values["output"]) / "error.txt"
-    end(process)
+def test_how_a_process_ended_is_named(values, sent, message, kept):
+    folder = Run.prepare(build_recipe({**values, "compare": None})).path
+    process, error = CellProcess(folder, score=True, threads=None, device=None), folder / "error.txt"
+    process.stop(sent) if sent else os.kill(process._process.pid, signal.SIGKILL)
     assert process.wait() == message
     assert (error.read_text() if error.exists() else "") == (message + "\n") * kept
 
 
-def test_a_process_gets_its_share_in_its_environment(values, monkeypatch):
+def test_a_process_gets_its_share_in_its_environment(tmp_path, monkeypatch):
     script = "import os, sys; print(os.environ['OMP_NUM_THREADS'], os.environ['CUDA_VISIBLE_DEVICES']); sys.exit(7)"
     start = subprocess.Popen
     monkeypatch.setattr(subprocess, "Popen", lambda command, **k: start([sys.executable, "-c", script], **k))
-    process = cell_process(values, "")
-    log = Path(values["output"]) / "log.txt"
-    assert process.wait() == f"ended with exit code 7; see {log}"
+    log = tmp_path / "log.txt"
+    assert CellProcess(tmp_path, score=True, threads=3, device=1).wait() == f"ended with exit code 7; see {log}"
     assert log.read_text() == "3 1\n"
 
 
@@ -116,15 +105,13 @@ def test_a_cell_ends_with_the_process_that_started_it():
     script = """
 import sys, time
 from badit import worker
-worker.run_cell = lambda folder, config, score: print(folder, config, score, flush=True) or time.sleep(9999)
+worker.run_cell = lambda folder, score: print(folder, score, flush=True) or time.sleep(9999)
 sys.argv = ["worker", "FOLDER", "search"]
 worker.main()
 """
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with subprocess.Popen([sys.executable, "-c", script], **pipes) as process:
-        process.stdin.write('{"the": "recipe"}\n')
-        process.stdin.flush()
-        assert process.stdout.readline() == 'FOLDER {"the": "recipe"}\n'
+        assert process.stdout.readline() == "FOLDER False\n"
         assert process.poll() is None
         process.stdin.close()
         assert process.wait() == -signal.SIGTERM
@@ -199,10 +186,10 @@ def test_running_cells_are_asked_to_stop_and_decide_nothing(values, monkeypatch)
     waiting, stopped, lines = threading.Event(), [], []
 
     class Cell:
-        def __init__(self, config, folder, **options):
+        def __init__(self, folder, **options):
             self._folder, self._stop = folder, threading.Event()
 
-        def stop(self):
+        def stop(self, how):
             stopped.append(str(self._folder.relative_to(values["output"])))
             self._stop.set()
 
@@ -240,13 +227,9 @@ def test_a_second_interruption_ends_the_cells_at_once(values, monkeypatch):
         def __init__(self, *arguments, **options):
             self.ended = threading.Event()
 
-        def stop(self):
-            told.append("stop")
-            ctrl_c_later()
-
-        def kill(self):
-            told.append("kill")
-            self.ended.set()
+        def stop(self, how):
+            told.append(how)
+            ctrl_c_later() if how == signal.SIGTERM else self.ended.set()
 
         def wait(self):
             ctrl_c_later()
@@ -256,5 +239,5 @@ def test_a_second_interruption_ends_the_cells_at_once(values, monkeypatch):
     monkeypatch.setattr(compare_module, "CellProcess", Slow)
     with pytest.raises(KeyboardInterrupt):
         compared(values)
-    assert told == ["stop", "kill"]
+    assert told == [signal.SIGTERM, signal.SIGKILL]
     assert by_status(results_of(values), status="missing", error=None) == ["lora/0"]
