@@ -32,7 +32,7 @@ from badit.data import ordered
 from badit.environment import status
 from badit.errors import BaditError, refuse_unknown
 from badit.files import exclusive, inside, read_json, write_json
-from badit.methods import build_method, on_skeleton
+from badit.methods import Method, build_method, on_skeleton
 from badit.metrics import METRICS, mean_scores
 from badit.models import device, warn_of_slow_dtype
 from badit.recipe import Recipe, build_recipe, merged
@@ -104,15 +104,17 @@ class Grid:
             raise BaditError("compare: the recipe has no such section; see recipes/superni-cpu.yaml for one")
         self.recipe = recipe
         self.section = section = recipe.compare
-        self.methods, self.start_rates = {}, {}
+        self.methods: dict[str, Method] = {}
+        self.start_rates: dict[str, float | None] = {}
         for name in section.methods:
             if not re.fullmatch(r"[\w][\w.+-]*", name):
                 raise BaditError(f"compare.methods: {name!r:.60} names a folder; use letters, digits, - and _")
             with _named(name):
                 own = self.recipe_of(Cell(name))
-                self.methods[name] = build_method(own.method)
-                self.methods[name].refuse_recipe(own)
-                self.start_rates[name] = rate = own.training.learning_rate
+                method = build_method(own.method)
+                method.refuse_recipe(own)
+            rate = own.training.learning_rate
+            self.methods[name], self.start_rates[name] = method, rate if method.trains else None
             if section.learning_rates is not None and rate not in section.learning_rates:
                 raise BaditError(
                     f"training.learning_rate: the search starts from {rate:g}; add it to compare.learning_rates"
@@ -133,7 +135,7 @@ class Grid:
         if section.learning_rates is not None and not recipe.data.validation_per_task:
             raise BaditError("data.validation_per_task: choosing learning rates needs held-out instances, such as 8")
 
-    def searched(self, method: str, rate: float) -> Cell:
+    def searched(self, method: str, rate: float | None) -> Cell:
         """The cell that tells how good a learning rate is: of the first seed and order."""
         seed = self.seeds_of(method)[0]
         return Cell(method, rate, seed, self.orders[0], is_search=self.section.search is not None)
@@ -299,13 +301,10 @@ class _Comparison:
         return [partial(self._run_cell, cell, score=True) for cell in self._grid.chosen(name, rate, self._tasks)]
 
     def _rate(self, name: str, loss_of: Callable[[Cell], float]) -> float | None:
-        grid, ladder = self._grid, self._grid.section.learning_rates
-        if not grid.methods[name].trains:
-            return None
-        if ladder is None:
-            return grid.start_rates[name]
-        start = grid.start_rates[name]
-        return climb(ladder, start, lambda tried: loss_of(grid.searched(name, tried)), METRICS["nll"].margin)
+        start, ladder = self._grid.start_rates[name], self._grid.section.learning_rates
+        if start is None or ladder is None:
+            return start
+        return climb(ladder, start, lambda tried: loss_of(self._grid.searched(name, tried)), METRICS["nll"].margin)
 
     def _loss(self, cell: Cell) -> float:
         self._run_cell(cell, score=False)
@@ -387,7 +386,7 @@ def _entry(grid: Grid, cell: Cell, *, selected: bool, tasks: Sequence[str] = ())
         trainings = [_read(run.environment_path)["training"] for run in runs]
         trained = sum(training["trainable_parameters"] for training in trainings)
         environment["training"] = {**joint_training(trainings), "trainable_parameters": trained}
-    loss = _read(runs[0].validation_path).get("loss", math.nan) if not tasks else math.nan
+    loss = _read(runs[0].validation_path).get("loss", math.nan)
     scores = mean_scores(instances) if done and instances else None
     entry = {
         "method": cell.method,

@@ -19,22 +19,10 @@ UNKNOWN = "–"
 _OMITTED = ["method", "seed", "order", "learning_rate", "status", "error"]
 
 _MARKDOWN_SPECIAL = re.compile(r"([\\`*_|<>\[\]])")
-_LATEX = str.maketrans(
-    {
-        **{character: f"\\{character}" for character in "&%$#_{}"},
-        "\\": r"\textbackslash{}",
-        "~": r"\textasciitilde{}",
-        "^": r"\textasciicircum{}",
-        "<": r"\textless{}",
-        ">": r"\textgreater{}",
-        "|": r"\textbar{}",
-        "±": r"$\pm$",
-        "≈": r"$\approx$",
-        "−": "$-$",
-        "×": r"$\times$",
-        "–": "--",
-    }
-)
+_LATEX_NAMES = {"\\": "backslash", "~": "asciitilde", "^": "asciicircum", "<": "less", ">": "greater", "|": "bar"}
+_LATEX = {character: f"\\{character}" for character in "&%$#_{}"}
+_LATEX |= {character: rf"\text{name}{{}}" for character, name in _LATEX_NAMES.items()}
+_LATEX |= {"±": r"$\pm$", "≈": r"$\approx$", "−": "$-$", "×": r"$\times$", "–": "--"}
 
 
 class Table(NamedTuple):
@@ -213,7 +201,7 @@ def _markdown(table: Table) -> str:
 
 def _latex(table: Table) -> str:
     """A booktabs tabular; the lines below the table become comments."""
-    lines = _lines(table, lambda value: value.translate(_LATEX), lambda value: rf"\textbf{{{value}}}")
+    lines = _lines(table, lambda value: value.translate(str.maketrans(_LATEX)), lambda value: rf"\textbf{{{value}}}")
     header, *rows = [" & ".join(line) + r" \\" for line in lines]
     begin, end = rf"\begin{{tabular}}{{l{'r' * (len(lines[0]) - 1)}}}", r"\end{tabular}"
     notes = [f"% {note}" for note in table.notes]
@@ -257,7 +245,7 @@ def cost_table(scores: dict[str, Any]) -> str:
     rows = [
         [name, f"{e['routed']:.1f}", f"{e['frozen']:.1f}", f"{e['difference']:+.1f}"] for name, e in entries.items()
     ]
-    return text_table(["task", "Rouge-L routed", "frozen", "difference"], rows, right={1, 2, 3})
+    return text_table(["task", "Rouge-L routed", "frozen", "difference"], rows)
 
 
 def score_table(scores: Mapping[str, pd.DataFrame]) -> str:

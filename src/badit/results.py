@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 import pandas as pd
 from pydantic import AliasPath, BaseModel, ConfigDict, Field, create_model
 
-from badit.errors import BaditError, explained, nearest
+from badit.errors import BaditError, explained, refuse_unknown
 from badit.files import read_json, refuse_links, refuse_other_format
 from badit.metrics import METRICS
 from badit.statistics import DECIMALS, Difference, Form, paired_bootstrap
@@ -29,8 +29,6 @@ RESULTS = "results.json"
 SINGLE_TASK = ", one model per task"
 # Every file has these metrics; one that was added later may be missing in older files.
 _FIRST_METRICS = ("rouge_l", "exact_match")
-
-
 # A mean of scores of 100 may be off by rounding.
 _ROUNDING = 1e-6
 # What no run comes near, so that sums and means stay finite.
@@ -38,16 +36,15 @@ _MOST = 10**15
 
 
 class _Part(BaseModel):
-    # A results file also keeps what the tables do not need, such as every run's recipe and environment.
-    model_config = ConfigDict(extra="ignore", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(allow_inf_nan=False)
 
 
 def _by_metric(name: str, *, lists: bool = False, **others: Any) -> type[_Part]:
     """A model with a field for each metric: its mean, or a list of every instance's score."""
     fields: dict[str, Any] = {}
     for metric, about in METRICS.items():
-        kind: Any = Annotated[float, Field(ge=-_ROUNDING, le=about.most + _ROUNDING)]
-        kind = list[kind] if lists else kind
+        score: Any = Annotated[float, Field(ge=-_ROUNDING, le=about.most + _ROUNDING)]
+        kind = list[score] if lists else score
         fields[metric] = (kind, ...) if metric in _FIRST_METRICS else (kind | None, None)
     return create_model(name, __base__=_Part, **fields, **others)
 
@@ -112,9 +109,8 @@ class Results:
         protocol: ``mixed``, or ``sequential`` where methods learn the tasks one after another.
         reference: the method that differences are taken to.
         methods: all methods, in the order of the table.
-        cells: a row for each cell: method, seed (missing for a method that does not train), order (of the tasks,
-            missing for one that knows none), learning_rate, status (done, failed or missing), error, selected (its
-            learning rate was chosen), trainable_parameters, seconds and peak_memory_gib of its training.
+        cells: a row for each cell: method, seed, order (of the tasks), learning_rate, status (done, failed or missing),
+            error, selected (its learning rate was chosen), trainable_parameters, seconds and peak_memory_gib.
         scores: of the cells that are done and selected: method, seed, order, task, metric, score (0 to 100, NLL in
             nats, after the last task), n (the number of instances).
         instances: as ``scores`` for every instance that was kept: method, seed, order, task, metric, instance (its
@@ -212,11 +208,10 @@ def summarise(results: Results, metric: str = "rouge_l", form: Form = "standard"
     Returns:
         ``method``; ``runs`` (seeds, or seeds x task orders); ``learning_rate`` (text); ``trainable_parameters``;
         ``_mean`` and ``_std`` over runs (divisor n - 1, missing for a single run) of each metric, which is a mean over
-        tasks, and of ``forgetting``, ``backward_transfer`` and ``forward_transfer``; ``difference_mean``, ``_low``,
-        ``_high``, ``_share_not_positive``, ``_inner_low``, ``_inner_high`` and ``_runs``, to the reference, see
-        :func:`badit.statistics.paired_bootstrap`; ``level``, whether the two are equivalent within the metric's margin;
-        ``rank`` by the mean score; ``task_rank``, the mean over tasks of the rank on each; ``seconds``, the median;
-        ``peak_memory_gib``, the maximum.
+        tasks, and of ``forgetting``, ``backward_transfer`` and ``forward_transfer``; ``difference_mean`` and the other
+        fields of :class:`badit.statistics.Difference`, to the reference; ``level``, whether the two are equivalent
+        within the metric's margin; ``rank`` by the mean score; ``task_rank``, the mean over tasks of the rank on each;
+        ``seconds``, the median; ``peak_memory_gib``, the maximum.
     """
     by_task = task_means(results, metric)
     ascending = METRICS[metric].lower_is_better
@@ -232,20 +227,21 @@ def summarise(results: Results, metric: str = "rouge_l", form: Form = "standard"
         row: dict[str, Any] = {"method": method, "runs": len(cells), "learning_rate": " / ".join(rates) or None}
         row["trainable_parameters"] = cells["trainable_parameters"].max()
         of_method = by_run.loc[by_run["method"] == method]
-        for name in METRICS:
-            row |= _spread(name, of_method.loc[of_method["metric"] == name, "score"])
-        for name in _Transfer.model_fields:
-            row |= _spread(name, transfers.loc[transfers["method"] == method, name])
+        values = {name: of_method.loc[of_method["metric"] == name, "score"] for name in METRICS}
+        values |= {name: transfers.loc[transfers["method"] == method, name] for name in _Transfer.model_fields}
+        for name, scores in values.items():
+            known = scores.dropna().tolist()
+            row[f"{name}_mean"] = fmean(known) if known else None
+            row[f"{name}_std"] = stdev(known) if len(known) > 1 else None
         row |= (difference := _difference(results, method, metric))
         within = [abs(difference[f"difference_inner_{end}"] or 0.0) for end in ("low", "high")]
         row["level"] = None if difference["difference_mean"] is None else max(within) < METRICS[metric].margin
         row |= {"rank": rank.get(method), "task_rank": task_rank.get(method)}
         row |= {"seconds": cells["seconds"].median(), "peak_memory_gib": cells["peak_memory_gib"].max()}
         rows.append(row)
-    whole = {"trainable_parameters": "Int64", "difference_runs": "Int64", "level": "boolean"}
-    texts = dict.fromkeys(["method", "learning_rate"], object)
-    numbers = dict.fromkeys([name for name in rows[0] if name not in {*whole, *texts, "runs"}], float)
-    return pd.DataFrame(rows).astype({**whole, **texts, **numbers})
+    types: dict[str, Any] = {"method": object, "learning_rate": object, "runs": int}
+    types |= {"trainable_parameters": "Int64", "difference_runs": "Int64", "level": "boolean"}
+    return pd.DataFrame(rows).astype({name: types.get(name, float) for name in rows[0]})
 
 
 def task_means(results: Results, metric: str = "rouge_l") -> pd.DataFrame:
@@ -288,12 +284,6 @@ def _difference(results: Results, method: str, metric: str) -> dict[str, Any]:
     return {f"difference_{name}": value for name, value in paired_bootstrap(tables)._asdict().items()}
 
 
-def _spread(name: str, values: pd.Series) -> dict[str, float | None]:
-    known = values.dropna().tolist()
-    mean, std = fmean(known) if known else None, stdev(known) if len(known) > 1 else None
-    return {f"{name}_mean": mean, f"{name}_std": std}
-
-
 def _frame(rows: Iterable[Any], columns: list[str]) -> pd.DataFrame:
     numbers = dict.fromkeys({"score", "learning_rate", "seconds", "peak_memory_gib", *_Transfer.model_fields}, float)
     types = {"method": object, "seed": "Int64", "order": object, **numbers}
@@ -305,20 +295,20 @@ def _known_metrics(entry: _Part) -> list[tuple[str, Any]]:
 
 
 def _counted(file: _File, path: Path) -> list[_Cell]:
-    """The cells that count, which must fit together; else a BaditError names the first that does not."""
+    """The cells that are done and selected, which must fit together."""
     named = {"reference": file.reference} | {f"cells.{i}.method": cell.method for i, cell in enumerate(file.cells)}
     for place, name in named.items():
-        if name not in file.methods:
-            raise BaditError(f"{path}: {place}: {name!r:.60} is none of the methods{nearest(name, file.methods)}")
+        refuse_unknown(f"{path}: {place}", name, file.methods)
     counted: dict[object, _Cell] = {}
-    sizes: dict[str, int] | None = None
+    sizes: dict[str, int] = {}
     for place, cell in ((f"{path}: cells.{i}", cell) for i, cell in enumerate(file.cells)):
         if cell.status != "done" or not cell.selected:
             continue
         if counted.setdefault((cell.method, cell.seed, cell.order), cell) is not cell:
             raise BaditError(f"{place}: repeats method, seed and order of another cell; select one of the two")
         own = {task: entry.instances for task, entry in cell.scores.tasks.items()} if cell.scores else {}
-        if not own or own != (sizes := sizes or own):
+        sizes = sizes or own
+        if not own or own != sizes:
             raise BaditError(f"{place}.scores.tasks: other tasks or instances than in the cells before")
         for metric in METRICS if cell.instances is not None else ():
             lists = {task: getattr(scores, metric) for task, scores in (cell.instances or {}).items()}

@@ -1,19 +1,5 @@
 """Statistics of a comparison: scores over runs, the paired difference between two methods, and continual learning.
 
-The scores of a sequence of T tasks come from the matrix of all scores a[i][j]: on task j after training on task i.
-
-    AP          mean_j a[T][j]
-    forgetting  mean_{j<T} (max_{j<=i<T} a[i][j] - a[T][j])
-    BWT         mean_{j<T} (a[T][j] - a[j][j])
-    FWT         mean_j (a[j][j] - s[j]),  s[j] the score of a model trained on task j alone
-
-AP and BWT are from Lopez-Paz & Ranzato (2017, arXiv:1706.08840), forgetting from Chaudhry et al. (2018,
-arXiv:1801.10112). Code that was released with recent papers, SAPT's among them, computes two of them otherwise, and the
-numbers in those papers are in that form:
-
-    forgetting  the maximum runs over all i < T, so that it takes in scores from before task j was trained
-    BWT         the same sum divided by T
-
 Shape suffixes: S runs (seeds, or seeds x task orders), N test instances of a task, R resamples.
 """
 
@@ -32,8 +18,8 @@ Form = Literal["standard", "released"]
 FORMS: tuple[Form, ...] = get_args(Form)
 
 _RESAMPLES = 10_000
-# Scores gathered at a time: 8 MiB of float64, whatever the number of resamples.
-_CHUNK = 2**20
+# Resamples at a time, which bounds the memory.
+_CHUNK = 200
 #: Scores are equal that round to the same nine decimals: means of equal scores may differ by rounding.
 DECIMALS = 9
 
@@ -41,9 +27,9 @@ DECIMALS = 9
 class Difference(NamedTuple):
     """Mean paired difference between two methods over ``runs`` pairs of runs, in points, and its bootstrap intervals.
 
-    ``low`` and ``high`` are the 2.5 % and 97.5 % quantiles of the resampled differences, ``share_not_positive`` the
-    share of them that are at most 0, up to rounding, ``inner_low`` and ``inner_high`` the 5 % and 95 % quantiles: two
-    methods are level (equivalent at 5 %, by two one-sided tests) if these lie within a margin chosen beforehand.
+    ``low`` and ``high`` are the 2.5 % and 97.5 % quantiles of the resampled differences, ``inner_low`` and
+    ``inner_high`` the 5 % and 95 % quantiles: two methods are level (equivalent at 5 %, by two one-sided tests) if
+    these lie within a margin chosen beforehand. ``share_not_positive`` is the share of them that are at most 0.
     """
 
     mean: float
@@ -58,15 +44,15 @@ class Difference(NamedTuple):
 def paired_bootstrap(differences_by_task: Mapping[str, np.ndarray], *, resample_seeds: bool = True) -> Difference:
     """Mean difference between two methods, paired by run and instance, with a 95 % percentile bootstrap interval.
 
-    The difference is the mean over tasks of the mean over runs and instances, so every task counts the same. A resample
-    draws instances with replacement within each task, the same ones for every run, and runs with replacement, the same
-    ones for every task: the pigeonhole bootstrap (Owen 2007, doi:10.1214/07-AOAS122), stratified by task.
+    The difference is the mean over tasks of the mean over runs and instances. A resample draws instances with
+    replacement within each task, the same ones for every run, and runs with replacement, the same ones for every task:
+    the pigeonhole bootstrap (Owen 2007, doi:10.1214/07-AOAS122), stratified by task.
 
     The interval covers other test instances of these tasks and, with `resample_seeds`, other runs. It does not cover
-    other tasks, nor choices that all runs share: the training data, the learning rate, the base model. The bootstrap
-    puts the variance of runs at (S - 1) / S of its unbiased estimate: with three runs the interval is too narrow where
-    they differ much, and with a single run it covers the instances alone. Runs count as exchangeable; those that share
-    a seed or a task order, as in a sequential comparison, are not quite.
+    other tasks, nor what all runs share: the training data, the learning rate, the base model. The variance between S
+    runs is estimated at (S - 1) / S of its unbiased value, so with three runs that differ much the interval is too
+    narrow, and with a single run it covers the instances alone. Runs count as exchangeable; those that share a seed or
+    a task order, as in a sequential comparison, are not quite.
 
     Args:
         differences_by_task: (S, N) each: score of the method minus score of the reference. N may differ by task; the
@@ -94,12 +80,8 @@ def paired_bootstrap(differences_by_task: Mapping[str, np.ndarray], *, resample_
 def _resampled_means(task_SN: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """(R, S): each run's mean over each resample of the instances."""
     instances = task_SN.shape[1]
-    chunk = max(1, _CHUNK // task_SN.size)
-    means_RS = np.empty((_RESAMPLES, len(task_SN)))
-    for start in range(0, _RESAMPLES, chunk):
-        drawn_RN = rng.integers(instances, size=(min(chunk, _RESAMPLES - start), instances))
-        means_RS[start : start + chunk] = task_SN[:, drawn_RN].mean(axis=2).T
-    return means_RS
+    drawn = (rng.integers(instances, size=(_CHUNK, instances)) for _ in range(_RESAMPLES // _CHUNK))
+    return np.concatenate([task_SN[:, drawn_RN].mean(axis=2) for drawn_RN in drawn], axis=1).T
 
 
 class ContinualScores(NamedTuple):
@@ -116,12 +98,17 @@ def continual_scores(
 ) -> ContinualScores:
     """Average performance, forgetting, backward and forward transfer of a sequence of T tasks.
 
+    The formulas are in docs/benchmark.md. Average performance and transfer are from Lopez-Paz & Ranzato (2017,
+    arXiv:1706.08840), forgetting from Chaudhry et al. (2018, arXiv:1801.10112).
+
     Args:
         scores: T x T; row i holds every task's score after training on task i, both in the order of training. Entries
             above the diagonal (tasks still to come) may be NaN: the standard form does not read them, and the released
             form counts those that were not measured as 0, as that code does.
         single_task: T; each task's score when trained on alone.
-        form: `standard`, or `released` for comparison with published tables.
+        form: `standard`, or `released` for comparison with published tables: as code released with recent papers, such
+            as SAPT's, forgetting's maximum includes scores from before the task was learnt, and backward transfer is
+            divided by T, not T - 1.
 
     Returns:
         The scores; forgetting and backward transfer are 0 for a single task, which has nothing to forget.
@@ -139,13 +126,12 @@ def continual_scores(
     forward = None if single_task is None else fmean(scores[j][j] - single_task[j] for j in tasks)
     if not earlier:
         return ContinualScores(fmean(scores[-1]), 0.0, 0.0, forward)
-    if form == "standard":
-        best = [max(scores[i][j] for i in earlier[j:]) for j in earlier]
-    else:
+    best, divisor = [max(scores[i][j] for i in earlier[j:]) for j in earlier], len(earlier)
+    if form == "released":
         best = [max(0.0 if math.isnan(scores[i][j]) else scores[i][j] for i in earlier) for j in earlier]
+        divisor = len(tasks)
     forgetting = fmean(best[j] - scores[-1][j] for j in earlier)
     backward = math.fsum(scores[-1][j] - scores[j][j] for j in earlier)
-    divisor = len(earlier) if form == "standard" else len(tasks)
     return ContinualScores(fmean(scores[-1]), forgetting, backward / divisor, forward)
 
 

@@ -152,6 +152,8 @@ def test_a_comparison_without_any_scores(shown, form, by_task):
         (mixed(), ["--released"], "--released: only for the table of a sequential comparison"),
         (sequential(), ["--released", "--by-task"], "--released: only for the table"),
         (sequential(), ["--metric", "exact_match"], "--metric: forgetting and transfer are measured in Rouge-L"),
+        (mixed(), ["--metric", "nll"], "the results have no scores in nll; choose another metric"),
+        (mixed(), ["--metric", "nll", "--by-task"], "the results have no scores in nll; choose another metric"),
         ([], [], "must hold one JSON object"),
     ],
 )
@@ -162,9 +164,3 @@ def test_bad_input_is_one_line_and_exit_code_2(content, arguments, message, tmp_
     assert captured.err.startswith("badit: ")
     assert captured.err.count("\n") == 1
     assert message in captured.err
-
-
-@pytest.mark.parametrize("more", [[], ["--by-task"]])
-def test_a_metric_without_scores_is_one_line(tmp_path, capsys, more):
-    assert main(["table", str(write(tmp_path, mixed())), "--metric", "nll", *more]) == 2
-    assert capsys.readouterr().err == "badit: the results have no scores in nll; choose another metric\n"

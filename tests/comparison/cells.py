@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from badit import worker
 from badit.recipe import build_recipe
@@ -32,7 +32,7 @@ def comparison_values(material: Path, output: Path, **compare: Any) -> Values:
 class InlineCell:
     """Replaces a cell's process: the same worker, in the process of the test."""
 
-    started: list[str]
+    started: ClassVar[list[str]] = []
 
     def __init__(self, folder: Path, *, score: bool, threads: int | None, device: int | None) -> None:
         (folder / ERROR).unlink(missing_ok=True)

@@ -11,7 +11,6 @@ def values(material, tmp_path):
 @pytest.fixture
 def inline(monkeypatch):
     """Runs cells in this process; lists the folders of those that were started."""
-    started = []
-    monkeypatch.setattr(InlineCell, "started", started, raising=False)
     monkeypatch.setattr(compare_module, "CellProcess", InlineCell)
-    return started
+    InlineCell.started.clear()
+    return InlineCell.started

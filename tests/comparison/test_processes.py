@@ -17,7 +17,7 @@ from badit.recipe import build_recipe
 from badit.results import load_results
 from badit.run import Run
 from badit.worker import CellProcess
-from comparison.cells import LORA, InlineCell, by_status, compare_module, compared
+from comparison.cells import LORA, by_status, compare_module, compared
 
 
 def results_of(values):
@@ -35,49 +35,34 @@ def test_a_cell_in_a_process_of_its_own(values):
     assert load_results(values["output"]).scored_methods == ["lora"]
 
 
-def test_jobs_share_the_cores_and_a_cell_gets_the_free_gpu(values, monkeypatch):
+def test_jobs_are_shared_by_the_seeds_of_a_method_and_a_cell_gets_the_free_gpu(values, monkeypatch):
     """One long cell; short ones next to it, which all belong on the other GPU."""
-    long_began, last_began = threading.Event(), threading.Event()
-    shares = {"long": [], "short": []}
+    long_began, last_began, shares = threading.Event(), threading.Event(), {}
 
     class Cell:
         def __init__(self, folder, *, score, threads, device):
-            method = folder.parts[-3]
-            shares[method].append((threads, device))
-            self._waits_for = last_began if method == "long" else long_began
-            if method == "long":
+            shares[folder.name] = (threads, device)
+            is_long = folder.name == "seed-0"
+            if is_long:
                 long_began.set()
-            elif len(shares["short"]) == 3:
+            elif len(shares) == 4:
                 last_began.set()
+            self._waits_for = last_began if is_long else long_began
 
         def wait(self):
-            self._waits_for.wait()
-            return "not run"
+            return "not run" if self._waits_for.wait(60) else "waited in vain"
 
     monkeypatch.setattr(compare_module, "CellProcess", Cell)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
-    methods = {"long": LORA["lora"], "short": LORA["lora"]}
-    values["compare"] |= {"methods": methods, "seeds": [0, 1, 2], "reference": "long"}
-    compared(values, jobs=2)
-    assert shares["long"][0][0] == 4
-    assert set(shares["short"]) == {(4, 1 - shares["long"][0][1])}
-
-
-def test_jobs_are_shared_by_the_seeds_of_one_method(values, monkeypatch):
-    together = threading.Barrier(2)
-
-    class Cell:
-        def __init__(self, *arguments, **options):
-            pass
-
-        def wait(self):
-            together.wait(60)
-            return "not run"
-
-    monkeypatch.setattr(compare_module, "CellProcess", Cell)
-    values["compare"] |= {"methods": LORA, "seeds": [0, 1]}
-    assert by_status(compared(values, jobs=2), status="missing") == ["lora/0", "lora/1"]
+    values["compare"] |= {"methods": LORA, "seeds": [0, 1, 2, 3]}
+    lines = []
+    results = compared(values, jobs=2, report=lines.append)
+    assert by_status(results, status="missing") == [f"lora/{seed}" for seed in range(4)]
+    assert sum("(not run)" in line for line in lines) == 4
+    threads, device = shares.pop("seed-0")
+    assert threads == 4
+    assert set(shares.values()) == {(4, 1 - device)}
 
 
 @pytest.mark.parametrize(
@@ -143,7 +128,7 @@ def test_sigterm_stops_the_command_and_its_cells_which_save_their_state(values, 
     assert by_status(results_of(values), status="missing", error=None) == ["lora/0", "badit/0"]
 
 
-def test_an_interrupted_comparison_keeps_what_is_done_and_continues(values, inline, monkeypatch):
+def test_an_interrupted_comparison_keeps_what_is_done_and_continues(values, inline):
     values["compare"] |= {"methods": LORA, "seeds": [0, 1]}
     lines = []
 
@@ -158,17 +143,8 @@ def test_an_interrupted_comparison_keeps_what_is_done_and_continues(values, inli
     load_results(values["output"])
     assert by_status(results, status="done") == ["lora/0"]
     assert by_status(results, status="missing", error=None) == ["lora/1"]
-
-    def interrupted(self):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(InlineCell, "wait", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            compared(values)
-    assert by_status(results_of(values), status="missing", error=None) == ["lora/1"]
     assert by_status(compared(values), status="done") == ["lora/0", "lora/1"]
-    assert inline == ["lr-0.01/seed-0", "lr-0.01/seed-1", "lr-0.01/seed-1"]
+    assert inline == ["lr-0.01/seed-0", "lr-0.01/seed-1"]
 
 
 @pytest.fixture

@@ -159,8 +159,8 @@ def test_incomplete_comparisons_and_several_learning_rates(tmp_path):
     ("path", "value", "message"),
     [
         ("format", 2, "format: is 2, this badit reads 1: pip install --upgrade badit, or make"),
-        ("reference", "lroa", "reference: 'lroa' is none of the methods (did you mean 'lora'?)"),
-        ("cells.1.method", "x", "cells.1.method: 'x' is none of the methods"),
+        ("reference", "lroa", "reference: unknown 'lroa' (did you mean 'lora'?)"),
+        ("cells.1.method", "x", "cells.1.method: unknown 'x'; known: base, lora, badit_x, goat"),
         ("cells.1.scores.rouge_l", float("nan"), "cells.1.scores.rouge_l: input should be a finite number"),
         ("cells.2.seed", 0, "cells.2: repeats method, seed and order of another cell"),
         ("cells.2.scores.tasks.task_b.instances", 9, "cells.2.scores.tasks: other tasks or"),
