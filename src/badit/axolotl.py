@@ -14,11 +14,7 @@ from badit.tuner import BaditConfig
 
 
 class BaditSection(BaseModel):
-    """The key that the plugin adds to Axolotl's configuration.
-
-    Attributes:
-        badit: options of ``BaditConfig``, and ``regroup``: those of ``RegroupCallback``, or false.
-    """
+    """What is under ``badit``: options of ``BaditConfig``, and ``regroup``: those of ``RegroupCallback``, or false."""
 
     badit: dict[str, Any] = {}
 

@@ -1,4 +1,4 @@
-"""The model card of an adapter or an export: what it is, how it was trained, its scores, how to load it.
+"""The hub: the model card of an adapter or an export, and ``badit push``, which uploads either with its card.
 
 What comes from data or a recipe (task names, options) is plain text in a card: no link, no markup, no header field. The
 template, card.md.j2, passes it through ``text``, which is :func:`_text`.
@@ -7,6 +7,7 @@ template, card.md.j2, passes it through ``text``, which is :func:`_text`.
 from __future__ import annotations
 
 import html
+import json
 import os
 import re
 from collections.abc import Mapping
@@ -14,14 +15,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
-from badit.errors import one_line
+from badit.environment import status
+from badit.errors import BaditError, explained, one_line
 from badit.files import read_json, read_text, write_text
 from badit.methods import AdapterMethod, build_method
 from badit.models import BUILT_IN, BUILT_IN_HUB_ID, HUB_ID
 from badit.recipe import Recipe, load_config
 from badit.results import read_scores
-from badit.run import Run
+from badit.run import RECORD, Run
 
 CARD = "README.md"
 # Markup within a line; the hub makes links of addresses that begin with a scheme or www.
@@ -30,6 +33,7 @@ _MARKUP = re.compile(r"([\\`*_{}\[\]()|~:@$]|(?<=www)\.)", flags=re.IGNORECASE)
 _WITHOUT_EFFECT = {"full_determinism", "gradient_checkpointing", "group_by_length", "logging_steps",
                    "max_skipped_steps", "report_to", "save_steps"}  # fmt: skip
 _LONGEST = 200
+_VISIBLE = re.compile(r"[^./\\\0][^/\\\0]*")  # the name of a file directly in the folder that is not hidden
 
 
 class Base(NamedTuple):
@@ -139,3 +143,57 @@ def _text(value: Any) -> str:
     shown = one_line(str(value))
     shown = shown if len(shown) <= _LONGEST else shown[: _LONGEST - 1] + "…"
     return html.escape(_MARKUP.sub(r"\\\1", shown), quote=False)
+
+
+def push_to_hub(source: Run, repository: str, *, private: bool) -> str:
+    """Uploads the adapter of a run, or an export whose run still exists, with its card; see :meth:`badit.Run.push`.
+
+    Only files that badit has written are uploaded, and no links. Nothing uploaded names folders or users of this
+    machine. In an existing repository the files are replaced.
+    """
+    from huggingface_hub import CommitOperationAdd, HfApi, get_token
+    from huggingface_hub.utils import validate_repo_id
+
+    run, folder, record = source, source.path, None
+    if (folder / RECORD).is_file():
+        record = read_json(folder / RECORD)
+        run = Run(folder.resolve() / str(record.get("run")))
+        names: Any = record.get("files")
+        if not isinstance(names, list) or not all(isinstance(name, str) and _VISIBLE.fullmatch(name) for name in names):
+            raise BaditError(f"{folder / RECORD}: files: must be the names of the export's own files; export again")
+        names = [name for name in names if name != CARD]  # which is written again
+    else:
+        method = build_method(run.recipe.method)
+        if not method.trains:
+            raise BaditError(f"{run.path}: is a run of the base model as it is: there is nothing to push")
+        if not isinstance(method, AdapterMethod):
+            fix = f"badit export {run.path} --merged -o FOLDER, and push that"
+            raise BaditError(f"{run.path}: {method.name} trains the base weights: {fix}")
+        if not run.adapter_path.is_dir():
+            raise BaditError(f"{run.path}: has no adapter yet; continue its training with the same command")
+        folder, names = run.adapter_path, [CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME]
+    for path in (folder / name for name in names):
+        if (path / RECORD).is_file():
+            raise BaditError(f"{folder}: has a LoRA for each task; push one of them: badit push {path} {repository}")
+        if path.is_symlink() or not path.is_file():
+            raise BaditError(f"{path}: must be a file, and no link; make the folder again")
+    with explained(f"{repository!r:.120}"):
+        validate_repo_id(repository)
+    if not HUB_ID.fullmatch(repository):
+        raise BaditError(f"{repository!r:.120}: must be ORG/NAME or USER/NAME")
+    if not get_token():
+        raise BaditError("the hub needs a token: run hf auth login, or set HF_TOKEN to one of yours")
+
+    base, api = Base.of(run.recipe), HfApi()
+    with status(f"uploading to {repository}"), explained(repository, action="reached"):
+        if base.licence is None and base.hub_id is not None:
+            base = base._replace(licence=licence(api.model_info(base.hub_id).card_data))
+        repository = api.create_repo(repository, private=private, exist_ok=True).repo_id
+        files: dict[str, str | bytes] = {name: str(folder / name) for name in names}
+        files[CARD] = model_card(run, run.recipe, base, export=record, address=repository).encode()
+        if CONFIG_NAME in files:
+            config = {**read_json(folder / CONFIG_NAME), "base_model_name_or_path": base.hub_id}
+            files[CONFIG_NAME] = json.dumps(config, indent=2).encode()
+        operations = [CommitOperationAdd(name, content) for name, content in files.items()]
+        commit = api.create_commit(repository, operations, commit_message=f"Upload {folder.name} with badit")
+        return str(commit.repo_url)

@@ -214,7 +214,7 @@ def studio(run: str, *, port: int = 8642, browser: bool = True, trust_remote_cod
         browser: open the page.
         trust_remote_code: run Python code that comes with the run's base model, if its recipe asks for it as well.
     """
-    _load("badit.studio.session")
+    _load("badit.studio")
     from badit.studio.server import serve
 
     serve(run, port=port, browser=browser, trust_remote_code=trust_remote_code)

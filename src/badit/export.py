@@ -1,8 +1,8 @@
 """``badit export``: a run as a plain LoRA adapter or a merged model, and what its fixed mixture costs in Rouge-L.
 
 An export's folder has what PEFT or transformers loads without badit, the model card ``README.md``, ``export.json`` (the
-run, the choices, the error and the files), ``gates.json`` (the fixed mixture, by adapted module a list with a gate for
-each expert, as they multiply) and ``scores.json`` (what freezing costs, once it has been measured).
+run, the choices, the error and the files), ``gates.json`` (the fixed mixture: each module's gate for each expert) and
+``scores.json`` (what freezing costs, once it has been measured).
 
 Shape suffixes: O/I = out/in features, P = rank, N = components, K = experts.
 """
@@ -35,7 +35,7 @@ from badit.card import CARD, Base, model_card
 from badit.data import Task
 from badit.data.prompts import end_of_turn_id
 from badit.environment import status
-from badit.errors import BaditError, explained, nearest, refuse_unknown
+from badit.errors import BaditError, explained, refuse_unknown
 from badit.evaluate import evaluate, load_run, score_model
 from badit.files import OWNER, exclusive, read_json, refuse_links, remove, replace_folder, write_json, write_text
 from badit.method import compress
@@ -89,6 +89,11 @@ class Export:
     def merged(self) -> bool:
         return self.rank is None
 
+    @property
+    def max_lora_rank(self) -> int | None:
+        """What vLLM's ``--max-lora-rank`` must be."""
+        return None if self.rank is None else next(known for known in VLLM_RANKS if known >= self.rank)
+
     def record(self, run: Run, method: str) -> dict[str, Any]:
         """The content of ``export.json``, but for the list of files."""
         # Relative to the export, so that it names no folder of its owner's, and both can be moved together.
@@ -96,11 +101,6 @@ class Export:
         kept: dict[str, Any] = {"run": path, "method": method, "mixture": self.mixture, "task": self.task}
         kept |= {} if self.merged else {"rank": self.rank, "exact_rank": self.exact_rank}
         return kept | ({"relative_error": {"total": self.total_error, "modules": self.errors}} if self.errors else {})
-
-    @property
-    def max_lora_rank(self) -> int | None:
-        """What vLLM's ``--max-lora-rank`` must be."""
-        return None if self.rank is None else next(known for known in VLLM_RANKS if known >= self.rank)
 
 
 def export(
@@ -149,8 +149,8 @@ def export(
         if found:
             raise BaditError(problem)
     tasks = {known.name: known for known in make_plan(recipe).tasks} if mixes else {}
-    if task is not None and task not in tasks:
-        raise BaditError(f"--task: the run has no task {task}{nearest(task, tasks)}; known: {', '.join(tasks)}")
+    if task is not None:
+        refuse_unknown("--task", task, tasks)
 
     loaded, tokenizer = load_run(folder, recipe)
     model: Any = loaded  # a PeftModel, except for methods that train the base weights
@@ -158,55 +158,47 @@ def export(
     if gates is not None:
         mixtures = {None: (f"gates of {Path(gates).name}", read_gates(Path(gates), model))}
     elif mixes:
-        mixtures = _mean_gates(folder, model, tokenizer, recipe, tasks, list(tasks) if all_tasks else [task], progress)
+        mixtures = _mean_gates(folder, model, tokenizer, tasks, list(tasks) if all_tasks else [task], progress)
 
     about = Base.of(recipe)
     base = about.hub_id or str(Path(recipe.model.name).expanduser().resolve())
-    adapters: list[tuple[Export, Factors, Gates | None]] = []
-    for of_task, (mixture, fixed) in mixtures.items():
-        factors: Factors = {}  # none if PEFT itself merges, or if the base weights were trained
-        if config is not None and not is_lora:
-            factors = mixture_factors(model, fixed, of_task)
-        elif not merged:
-            changed = getattr(config, "init_lora_weights", None) in _CHANGES_BASE
-            factors = _lora_factors(model, method.apply(base_model(recipe)[0]) if changed else None)
-        for module, pair in factors.items():
-            if not all(factor.isfinite().all() for factor in pair):
-                raise BaditError(f"{folder.path}: {module} holds NaN or infinite values: its training has diverged")
-        done = Export(output / of_task if all_tasks and of_task else output, mixture, of_task)
-        if not merged:
-            done, factors = _compressed(done, factors, rank)
-        adapters.append((done, factors, fixed))
-
-    if not merged or adapters[0][1]:
-        model = model.unload()
-    elif isinstance(model, PeftModel):
-        with status("merging"), explained("the adapter", action="merged", any_error=True):  # NaN in a merged weight
-            model = model.merge_and_unload(safe_merge=True)
+    exported: list[Export] = []
     partial = output.with_name(output.name + ".partial")
-    with status("saving"), explained(output, action="written"), exclusive(output):
+    with status("exporting"), explained(output, action="written"), exclusive(output):
         try:
             remove(partial)
-            for done, factors, fixed in adapters:
-                place = partial / done.folder.relative_to(output)
+            for of_task, (mixture, fixed) in mixtures.items():
+                below = of_task if all_tasks and of_task else ""
+                place = partial / below
                 place.mkdir(parents=True)
+                done = Export(output / below, mixture, of_task)
+                factors: Factors = {}  # none if PEFT itself merges, or if the base weights were trained
+                if config is not None and not is_lora:
+                    factors = mixture_factors(model, fixed, of_task)
+                elif not merged:
+                    changed = getattr(config, "init_lora_weights", None) in _CHANGES_BASE
+                    factors = _lora_factors(model, method.apply(base_model(recipe)[0]) if changed else None)
                 if merged:
+                    if isinstance(model, PeftModel):
+                        with explained("the adapter", action="merged", any_error=True):  # NaN in a merged weight
+                            model = model.unload() if factors else model.merge_and_unload(safe_merge=True)
                     merge(model, factors)
                     model.save_pretrained(place)
                     tokenizer.save_pretrained(place)
                 else:
-                    write_adapter(place, factors, model, base, recipe.model.revision)
+                    done, factors = _compressed(done, factors, rank)
+                    write_adapter(place, factors, model.get_base_model(), base, recipe.model.revision)
                 if fixed is not None:
                     write_json(place / GATES_FILE, fixed)
                 record = done.record(folder, method.name)
                 write_text(place / CARD, model_card(folder, recipe, about, export=record))
                 _write_record(place, record)
-            exported = [done for done, _, _ in adapters]
+                exported.append(done)
             done = max(exported, key=lambda each: each.total_error)
             if all_tasks:
                 mixture = f"mean gates of each of {len(exported)} tasks"
-                of_task = {str(each.task): each for each in exported}
-                done = dataclasses.replace(done, folder=output, mixture=mixture, task=None, tasks=of_task)
+                tasks_done = {str(each.task): each for each in exported}
+                done = dataclasses.replace(done, folder=output, mixture=mixture, task=None, tasks=tasks_done)
                 _write_record(partial, done.record(folder, method.name))
             replace_folder(partial, output)
         finally:
@@ -250,39 +242,35 @@ def score_export(
     else:
         routed = evaluate(run, progress=progress, trust_remote_code=trust_remote_code)
     vllm = _vllm(exported, recipe) if engine == "vllm" else None
-    by_task: dict[str, Any] = {}
     known = make_plan(recipe).tasks
-    for number, part in enumerate(list(exported.tasks.values()) or [exported], start=1):
+    scored: list[tuple[Export, dict[str, Any]]] = []
+    for number, part in enumerate(exported.tasks.values() or [exported], start=1):
         tasks = [task for task in known if part.task in (None, task.name)]
         model: Any = None
+        answer = None
         if vllm is not None:
-            tokenizer = vllm.get_tokenizer()
+            tokenizer, answer = vllm.get_tokenizer(), partial(_vllm_answers, vllm, recipe, part, number)
         elif part.merged:
             options: Any = {"dtype": model_dtype(recipe), "device": device(), "trust_remote_code": trust_remote_code}
             model, tokenizer = load_base_model(part.folder, **options)
         else:
-            base, tokenizer = base_model(recipe)
+            model, tokenizer = base_model(recipe)
             with explained(part.folder, action="loaded", any_error=True):
-                model = PeftModel.from_pretrained(base, str(part.folder)).eval()
-        answer = None if vllm is None else partial(_vllm_answers, vllm, recipe, part, number)
+                model = PeftModel.from_pretrained(model, str(part.folder)).eval()
         frozen, _ = score_model(model, tokenizer, recipe, tasks, split, progress=progress, answer=answer)
-        of_part = {}
+        by_task = {}
         for name, scores in frozen["tasks"].items():
             before, after = routed["tasks"][name]["rouge_l"], scores["rouge_l"]
-            of_part[name] = {"routed": before, "frozen": after, "difference": after - before}
-        by_task |= of_part
-        if exported.tasks:
-            _write_scores(part, of_part, split, engine)
-    return _write_scores(exported, by_task, split, engine)
-
-
-def _write_scores(
-    exported: Export, by_task: Mapping[str, Mapping[str, float]], split: str, engine: str
-) -> dict[str, Any]:
-    mean = {key: fmean(entry[key] for entry in by_task.values()) for key in ("routed", "frozen", "difference")}
-    result = {"metric": "rouge_l", "split": split, "engine": engine, "mixture": exported.mixture}
-    result |= {"tasks": by_task, "mean": mean}
-    write_json(exported.folder / SCORES, result)
+            by_task[name] = {"routed": before, "frozen": after, "difference": after - before}
+        scored.append((part, by_task))
+    if exported.tasks:
+        scored.append((exported, {name: scores for _, by_task in scored for name, scores in by_task.items()}))
+    result: dict[str, Any] = {}
+    for part, by_task in scored:
+        mean = {key: fmean(entry[key] for entry in by_task.values()) for key in ("routed", "frozen", "difference")}
+        result = {"metric": "rouge_l", "split": split, "engine": engine, "mixture": part.mixture}
+        result |= {"tasks": by_task, "mean": mean}
+        write_json(part.folder / SCORES, result)
     return result
 
 
@@ -337,20 +325,14 @@ def _refuse_other_files(folder: Path) -> None:
 
 
 def _mean_gates(
-    run: Run,
-    model: Any,
-    tokenizer: Any,
-    recipe: Recipe,
-    tasks: Mapping[str, Task],
-    chosen: Sequence[str | None],
-    progress: bool,
+    run: Run, model: Any, tokenizer: Any, tasks: Mapping[str, Task], chosen: Sequence[str | None], progress: bool
 ) -> dict[str | None, tuple[str, Gates]]:
     """For each chosen task, or None for all with equal weight, a description and the mean gates of training prompts."""
     names = [name for name in tasks if tasks[name].train and (None in chosen or name in chosen)]
     without = [f"task {name}" for name in chosen if name not in (None, *names)]
     if without or not names:
         raise BaditError(f"{[*without, 'the run'][0]}: has no training prompts for mean gates; give --gates FILE")
-    measured = task_gates(run, model, tokenizer, recipe, tasks, names)
+    measured = task_gates(run, model, tokenizer, run.recipe, tasks, names)
     by_task = dict(tqdm(measured, desc="Gates", unit="task", total=len(names), disable=not progress))
     found: dict[str | None, tuple[str, Gates]] = {}
     for task in chosen:
@@ -387,32 +369,24 @@ def _lora_factors(model: PeftModel, initial: PeftModel | None) -> Factors:
             f"method.init_lora_weights: {config.init_lora_weights} has changed the base weight in a way that cannot be "
             "separated from the adapter; export the model: --merged"
         )
-    factors = _scaled_lora(model)
-    if initial is not None:
-        before = _scaled_lora(initial)
-        factors = {
-            name: (torch.cat([a_PI, before[name][0]]), torch.cat([b_OP, -before[name][1]], dim=1))
-            for name, (a_PI, b_OP) in factors.items()
-        }
+    parts: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+    for sign, adapted in ((1, model), (-1, initial)):
+        for name, layer in adapted.get_base_model().named_modules() if adapted is not None else ():
+            if isinstance(layer, LoraLayer):
+                if "default" not in layer.lora_A:
+                    raise BaditError(f"{name} is an embedding, which takes no plain LoRA; export the model: --merged")
+                linear: Any = layer.lora_A["default"], layer.lora_B["default"]
+                a_PI, b_OP = (part.weight.detach().to("cpu", torch.float32) for part in linear)
+                parts.setdefault(name, []).append((a_PI, sign * b_OP * layer.scaling["default"]))
+    factors = {
+        name: (torch.cat([a for a, _ in of]), torch.cat([b for _, b in of], dim=1)) for name, of in parts.items()
+    }
     # Zeros pad smaller ranks: servers read one rank and one alpha for all modules.
     rank = max(len(a_PI) for a_PI, _ in factors.values())
     return {
         name: (F.pad(a_PI, (0, 0, 0, rank - len(a_PI))), F.pad(b_OP, (0, rank - len(a_PI))))
         for name, (a_PI, b_OP) in factors.items()
     }
-
-
-def _scaled_lora(model: PeftModel) -> Factors:
-    """The A's and B's of PEFT's LoRA layers, with the scaling in B."""
-    factors = {}
-    for name, layer in model.get_base_model().named_modules():
-        if isinstance(layer, LoraLayer):
-            if "default" not in layer.lora_A:
-                raise BaditError(f"{name} is an embedding, which takes no plain LoRA; export the model: --merged")
-            parts: Any = layer.lora_A["default"], layer.lora_B["default"]
-            a_PI, b_OP = (part.weight.detach().to("cpu", torch.float32) for part in parts)
-            factors[name] = (a_PI, b_OP * layer.scaling["default"])
-    return factors
 
 
 def write_adapter(folder: Path, factors: Factors, base: nn.Module, name: str, revision: str | None = None) -> None:

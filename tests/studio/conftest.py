@@ -5,8 +5,8 @@ from contextlib import contextmanager
 
 import pytest
 
-from badit.studio.server import Server, listen
-from badit.studio.session import Session
+from badit.studio import Session
+from badit.studio.server import listen, server
 
 BADIT = {"name": "badit", "num_experts": 4, "r": 2, "router_input": "standardised", "regroup": {"every": 2}}
 
@@ -28,7 +28,7 @@ def plain_session(trained):
 def served(web):
     """A real server of a web application; its port."""
     with listen(0) as listening:
-        running = Server(web)
+        running = server(web)
         thread = threading.Thread(target=running.run, kwargs={"sockets": [listening]})
         thread.start()
         try:

@@ -9,8 +9,8 @@ from selenium.webdriver.support.select import Select
 
 from badit.analysis.atlas import ABILITIES
 from badit.analysis.tables import save_frame
+from badit.studio import Session
 from badit.studio.server import application
-from badit.studio.session import Session
 from browsers import chromium, emulate, requests, until
 from studio.conftest import BADIT, served
 

@@ -15,9 +15,8 @@ from starlette.testclient import TestClient
 
 from badit.cli import main
 from badit.errors import BaditError
-from badit.studio import server
+from badit.studio import MAX_CHARACTERS, MAX_NEW_TOKENS, server
 from badit.studio.server import MAX_BODY, application
-from badit.studio.session import MAX_CHARACTERS, MAX_NEW_TOKENS
 from studio.conftest import BADIT, served
 
 PAGE = "http://127.0.0.1:8642"
@@ -249,7 +248,7 @@ def test_mistakes_are_told_in_one_line_before_a_model_is_loaded(monkeypatch, cap
         assert host == "127.0.0.1", "only this machine can reach it"
         for arguments, expected in (
             ([f"--port={port}"], f"--port: {port} cannot be used (Address already in use); give another one, or 0"),
-            (["--port=-1"], "--port: must be from 0 to 65535, not -1"),
+            (["--port=-1"], "--port: -1 cannot be used (it is not 0 to 65535); give another one, or 0"),
             (["--port=0"], "no-run: has no config.yaml"),
         ):
             assert main(["studio", "no-run", *arguments]) == 2

@@ -15,7 +15,7 @@ from badit.analysis.gates import prompt_gates
 from badit.data import AnswerCollator, batches_by_task
 from badit.errors import BaditError
 from badit.generation import generate_answers
-from badit.studio.session import Question, Session, mixed
+from badit.studio import Question, Session, mixed
 from badit.train import encoded
 from badit.tuner import hooks_of
 from studio.conftest import BADIT

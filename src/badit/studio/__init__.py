@@ -1,1 +1,208 @@
-"""``badit studio``: a page on this machine to try a run's adapter on."""
+"""``badit studio``: a loaded run for a page on this machine: what it is, its tasks, and answers side by side.
+
+A prompt is answered by up to three mixtures, here called sides: "router" is the adapter as it was trained, "hand" the
+adapter with gates set by hand, "base" the base model. Gates are on the scale of :mod:`badit.analysis.gates`.
+
+Shape suffixes: N = components, M = adapted modules, K = experts.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import pandas as pd
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+
+from badit.analysis.atlas import ABILITIES
+from badit.analysis.gates import Experts, active_experts, changed_gates, task_gates
+from badit.analysis.tables import load_frame
+from badit.data import Task
+from badit.errors import BaditError, nearest
+from badit.evaluate import load_run
+from badit.generation import stream_answer
+from badit.methods import AdapterMethod, build_method
+from badit.run import Run
+from badit.train import encoded_texts, make_plan
+
+MAX_CHARACTERS = 20_000
+MAX_NEW_TOKENS = 512
+_EXAMPLES, _SHOWN_TASKS, _DIGITS = 6, 5, 5
+_PAUSE = 0.01  # seconds in which a waiting question gets the model before the measuring thread takes it again
+# Sums of softmaxes are 1 or K except for their last bits, which must not be multiplied into gates set by hand.
+_DECIMALS = 6
+
+Side = Literal["router", "hand", "base"]
+# Shows an event by its name: what the page is told of an answer that is being written.
+Show = Callable[[str, Mapping[str, Any]], None]
+
+
+class Question(BaseModel):
+    """What the page asks: a prompt, or an input for a task, the sides that answer, and the gates of the side "hand"."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    text: Annotated[str, Field(min_length=1, max_length=MAX_CHARACTERS)]
+    task: str | None = None
+    sides: Annotated[list[Side], Field(min_length=1, max_length=3)]
+    gates: list[Annotated[float, Field(ge=0, allow_inf_nan=False)]] | None = None
+    max_new_tokens: Annotated[int, Field(ge=1, le=MAX_NEW_TOKENS)] = 64
+
+
+class Session:
+    """A loaded run. Its model is switched from side to side, so it answers one question at a time; others wait."""
+
+    def __init__(self, path: str | Path, *, trust_remote_code: bool = False) -> None:
+        self.run = Run(path)
+        self.recipe = self.run.trusted_recipe(trust_remote_code)
+        self.method = build_method(self.recipe.method)
+        if not isinstance(self.method, AdapterMethod):
+            raise BaditError(
+                f"{path}: its method, {self.method.name}, has no adapter to try; name a run of another one"
+            )
+        self.tasks: dict[str, Task] = {}
+        self.remark = ""
+        try:
+            self.tasks = {task.name: task for task in make_plan(self.recipe).tasks}
+        except BaditError as error:
+            if self.method.needs_tasks:
+                raise
+            self.remark = f"The run's tasks cannot be chosen: {error}"
+        model, self.tokenizer = load_run(self.run, self.recipe)
+        self.model: Any = model
+        self.experts = active_experts(self.model)
+        self.number_of_experts = self.experts[0].number if self.experts else 0
+        self._free = threading.Lock()
+        #: The tasks' mean gates: a row per task, a column per adapted module and expert; None before they are known.
+        self.task_gates: pd.DataFrame | None = None
+
+    @property
+    def unmeasured(self) -> bool:
+        """Whether the tasks' mixtures are not known yet but can be measured."""
+        return bool(self.experts) and self.task_gates is None and any(task.train for task in self.tasks.values())
+
+    def measure(self) -> None:
+        """Measures the tasks' mixtures, unless the run's folder has them; questions may be asked meanwhile."""
+        if not self.unmeasured:
+            return
+        names = [name for name, task in self.tasks.items() if task.train]
+        measured = task_gates(self.run, self.model, self.tokenizer, self.recipe, self.tasks, names)
+        by_task = {}
+        for name in names:
+            with self._free:
+                _, gates = next(measured)
+            gates_MK = np.array([gates[one.layer.name] for one in self.experts])
+            by_task[name] = (gates_MK / gates_MK.mean(axis=1, keepdims=True)).ravel()
+            time.sleep(_PAUSE)
+        self.task_gates = pd.DataFrame.from_dict(by_task, orient="index")
+
+    def about(self) -> dict[str, Any]:
+        """What the page shows of the run before anything is asked."""
+        path = self.run.analysis_path / f"{ABILITIES.name}.json"
+        said = load_frame(path).set_index("expert")["tasks"] if path.is_file() else None
+        return {
+            "run": self.run.path.resolve().name,
+            "method": self.method.name,
+            "model": self.recipe.model.name,
+            "tasks": list(self.tasks),
+            "remark": self.remark,
+            "needs_task": self.method.needs_tasks,
+            "experts": self.number_of_experts,
+            "abilities": [] if said is None else [str(said.get(i, "")) for i in range(self.number_of_experts)],
+            "modules": [one.place for one in self.experts],
+            "max_characters": MAX_CHARACTERS,
+            "max_new_tokens": MAX_NEW_TOKENS,
+            "new_tokens": min(self.recipe.evaluation.max_new_tokens, MAX_NEW_TOKENS),
+        }
+
+    def task(self, name: str) -> dict[str, Any]:
+        """A task's instruction and a few of its instances, if possible those that were not trained on."""
+        task = self._task(name)
+        fitting = (one for one in task.test or task.validation or task.train if len(one.input) <= MAX_CHARACTERS)
+        examples = [{"input": one.input, "references": list(one.outputs)} for one in islice(fitting, _EXAMPLES)]
+        return {"name": task.name, "instruction": task.definition, "examples": examples}
+
+    def _task(self, name: str) -> Task:
+        if name not in self.tasks:
+            raise BaditError(f"task: the run has no task {name!r:.130}{nearest(name, self.tasks)}")
+        return self.tasks[name]
+
+    def check(self, question: Question) -> None:
+        """Raises BaditError for what the run cannot answer."""
+        if not question.text.strip():
+            raise BaditError("text: the prompt is empty")
+        if question.task is not None:
+            self._task(question.task)
+        elif self.method.needs_tasks:
+            raise BaditError(f"task: {self.method.name} must know the prompt's task; choose one")
+        experts, gates = self.number_of_experts, question.gates or []
+        if "hand" in question.sides and not experts:
+            raise BaditError(f"gates: {self.method.name} has none to set by hand")
+        if "hand" in question.sides and (len(gates) != experts or max(gates) > experts):
+            raise BaditError(f"gates: must be {experts} numbers from 0 to {experts}, one for each expert")
+
+    def answer(self, question: Question, show: Show) -> None:
+        """Answers on every requested side, one after another, until ``show`` raises.
+
+        Shows "prompt" once, and then for every side "gates" (if there are experts), "text" as it grows, and "end".
+        """
+        with self._free:
+            task = None if question.task is None else self._task(question.task)
+            (ids,) = encoded_texts(
+                self.tokenizer, self.recipe, [question.text], task, self.model, question.max_new_tokens
+            )
+            show("prompt", {"text": self.tokenizer.decode(ids), "tokens": len(ids)})
+            for side in question.sides:
+                self._answer(side, question, ids, show)
+
+    def _answer(self, side: Side, question: Question, ids: list[int], show: Show) -> None:
+        began = time.monotonic()
+        by_hand = question.gates if side == "hand" else None
+        switched: Any = self.model.disable_adapter() if side == "base" else mixed(self.experts, by_hand)
+        gates_shown = side == "base" or not self.experts
+
+        def show_text(text: str) -> None:
+            nonlocal gates_shown
+            if not gates_shown:  # the first token follows the prompt's pass, which has set them
+                gates_MK = np.stack([used[one.layer.name].numpy() for one in self.experts]).astype(float)
+                gates, near = gates_MK.round(_DIGITS).tolist(), []
+                if self.task_gates is not None:  # the mean absolute difference to each task's gates
+                    means = (self.task_gates - gates_MK.ravel()).abs().mean(axis=1).sort_values(kind="stable")
+                    near = [{"task": task, "difference": mean} for task, mean in means.head(_SHOWN_TASKS).items()]
+                show("gates", {"side": side, "gates": gates, "nearest": near, "unmeasured": self.unmeasured})
+                gates_shown = True
+            show("text", {"side": side, "text": text})
+
+        options = question.model_dump(include={"max_new_tokens", "task"})
+        with switched as used:
+            answer = stream_answer(self.model, self.tokenizer, ids, show=show_text, **options)
+        show("end", {"side": side, **answer._asdict(), "seconds": round(time.monotonic() - began, 2)})
+
+
+@contextmanager
+def mixed(experts: Sequence[Experts], by_hand: Sequence[float] | None = None) -> Iterator[dict[str, torch.Tensor]]:
+    """Within, prompts are answered with the routers' gates, or with gates set by hand (K) for all layers.
+
+    Yields by adapted module the gates (K) of the first pass, which is the prompt's, as a mean over its positions.
+    """
+    used: dict[str, torch.Tensor] = {}
+
+    def mixing(one: Experts, gates: torch.Tensor) -> torch.Tensor:
+        # The neutral gate depends on the method: 1, or 1/K if its gates sum to 1.
+        neutral = gates.mean(dim=-1, keepdim=True).round(decimals=_DECIMALS)
+        if by_hand is not None:
+            gates = neutral * torch.tensor(by_hand).to(gates)[one.expert_of_N.to(gates.device)]
+        if one.layer.name not in used:
+            relative_N = (gates / neutral).flatten(0, -2).mean(dim=0)
+            used[one.layer.name] = relative_N[one.first_components_K.to(gates.device)].cpu()
+        return gates
+
+    with changed_gates(experts, mixing):
+        yield used

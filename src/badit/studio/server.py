@@ -13,18 +13,17 @@ import socket
 import sys
 import threading
 import webbrowser
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Mapping
 from concurrent.futures import CancelledError
 from contextlib import asynccontextmanager
 from importlib import resources
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from badit.errors import BaditError, explained, show
 from badit.files import parse_json
 from badit.report.theme import chart_config
-from badit.studio.session import Question, Session, Show
+from badit.studio import Question, Session
 
 try:
     import anyio
@@ -77,19 +76,17 @@ def serve(run: str, *, port: int = 8642, browser: bool = True, trust_remote_code
 def run_until_ended(web: Starlette, listening: socket.socket) -> None:
     """Serves an application until Ctrl-C or SIGTERM."""
     try:
-        Server(web).run(sockets=[listening])
+        server(web).run(sockets=[listening])
     except KeyboardInterrupt:  # uvicorn has closed what was open and passes the signal on
         show("")
 
 
 def listen(port: int) -> socket.socket:
     """A socket that only this machine can reach; connections wait in it until they are served."""
-    if not 0 <= port <= 65535:
-        raise BaditError(f"--port: must be from 0 to 65535, not {port}")
     try:
         return socket.create_server((HOST, port))
-    except OSError as error:
-        reason = os.strerror(error.errno) if error.errno else error
+    except (OSError, OverflowError) as error:
+        reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else "it is not 0 to 65535"
         raise BaditError(f"--port: {port} cannot be used ({reason}); give another one, or 0") from None
 
 
@@ -117,29 +114,17 @@ class _Connection(H11Protocol):
         super().on_response_complete()
 
 
-class Server(uvicorn.Server):
-    """Serves an :func:`application` until Ctrl-C or SIGTERM: ``run(sockets=[listening])``."""
-
-    def __init__(self, application: Starlette) -> None:
-        options: dict[str, Any] = {"lifespan": "on", "ws": "none", "proxy_headers": False, "server_header": False}
-        options |= {
-            "http": _Connection,
-            "log_level": "warning",
-            "access_log": False,
-            "timeout_graceful_shutdown": _GRACE,
-        }
-        super().__init__(uvicorn.Config(application, **options))
-        self._ending = getattr(application.state, "ending", threading.Event())
-
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """On a signal the answer that is being written ends too; uvicorn would wait for it."""
-        self._ending.set()
-        super().handle_exit(sig, frame)
+def server(web: Starlette) -> uvicorn.Server:
+    """What serves an application until Ctrl-C or SIGTERM, by ``run(sockets=[listening])``."""
+    options: dict[str, Any] = {"lifespan": "on", "ws": "none", "proxy_headers": False, "server_header": False}
+    options |= {"log_level": "warning", "access_log": False, "timeout_graceful_shutdown": _GRACE}
+    web.state.server = uvicorn.Server(uvicorn.Config(web, http=_Connection, **options))
+    return web.state.server
 
 
 def application(session: Session) -> Starlette:
-    """The web application of a loaded run. Its ``state.ending``, once set, ends the answer that is being written."""
-    lock, ending = anyio.Lock(), threading.Event()
+    """The web application of a loaded run."""
+    lock = anyio.Lock()
     colours = {mode: chart_config(mode)["range"]["diverging"] for mode in ("light", "dark")}
     about = {**session.about(), "colours": colours}
 
@@ -151,10 +136,10 @@ def application(session: Session) -> Starlette:
         with explained("request"):
             question = Question.model_validate(content)
         session.check(question)
-        return _stream(lambda show: session.answer(question, show), lock, ending)
+        return _stream(session, question, lock)
 
     look = resources.files("badit.report").joinpath("templates", "look.css").read_bytes()
-    web = Starlette(
+    return Starlette(
         routes=[
             Route("/api/run", JSONResponse(about), methods=["GET"]),
             Route("/api/task", task),
@@ -165,8 +150,6 @@ def application(session: Session) -> Starlette:
         middleware=guards(),
         exception_handlers=dict.fromkeys([BaditError, HTTPException, ClientDisconnect], _refused),
     )
-    web.state.ending = ending
-    return web
 
 
 async def json_body(request: Request, limit: int) -> Any:
@@ -216,26 +199,28 @@ def _error(status: int, message: str) -> Response:
     return JSONResponse({"error": message}, status_code=status)
 
 
-def _stream(work: Callable[[Show], None], lock: anyio.Lock, ending: threading.Event) -> ASGIApp:
-    """A response that runs ``work`` in a thread, once the lock is free, and sends server-sent events as it shows them.
+def _stream(session: Session, question: Question, lock: anyio.Lock) -> ASGIApp:
+    """A response that answers in a thread, once the lock is free, and sends server-sent events as they are shown.
 
-    The work ends at its next event if the client has gone or ``ending`` is set. The lock is held until then.
+    The answer ends at its next event if the client has gone or the server ends. The lock is held until then.
     """
 
     async def stream(scope: Scope, receive: Receive, send: Send) -> None:
+        running = getattr(scope["app"].state, "server", None)
+
         async def send_event(name: str, data: Mapping[str, Any]) -> None:
             event = f"event: {name}\ndata: {json.dumps(data, allow_nan=False)}\n\n"
             await send({"type": "http.response.body", "body": event.encode(), "more_body": True})
 
         def show(name: str, data: Mapping[str, Any]) -> None:
             from_thread.check_cancelled()
-            if ending.is_set():
+            if running is not None and running.should_exit:  # uvicorn would wait for the answer's end
                 raise BaditError("the studio has been ended")
             from_thread.run(send_event, name, data)
 
-        def work_and_end() -> None:
+        def answer() -> None:
             try:
-                work(show)
+                session.answer(question, show)
                 from_thread.run(send_event, "done", {})
             except BaditError as error:
                 from_thread.run(send_event, "error", {"message": str(error)})
@@ -245,7 +230,7 @@ def _stream(work: Callable[[Show], None], lock: anyio.Lock, ending: threading.Ev
         async with ending_with(receive), lock:
             headers = [(b"content-type", b"text/event-stream; charset=utf-8")]
             await send({"type": "http.response.start", "status": 200, "headers": headers})
-            await to_thread.run_sync(work_and_end)
+            await to_thread.run_sync(answer)
             await send({"type": "http.response.body", "body": b""})
 
     return stream
