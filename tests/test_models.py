@@ -159,7 +159,7 @@ def test_cache_folder_follows_the_environment(monkeypatch):
         (Path("org/name"), "no such folder"),
         (".", "has no config.json; name the base model"),
         ("empty", "no config.json; save it"),
-        ("x" * 300, "model .*: cannot be found .File name too long"),
+        ("x" * 300, "no such folder"),
     ],
 )
 def test_what_names_no_model_is_refused(name, message, monkeypatch, tmp_path):

@@ -152,7 +152,6 @@ def push_to_hub(source: Run, repository: str, *, private: bool) -> str:
     machine. In an existing repository the files are replaced.
     """
     from huggingface_hub import CommitOperationAdd, HfApi, get_token
-    from huggingface_hub.utils import validate_repo_id
 
     run, folder, record = source, source.path, None
     if (folder / RECORD).is_file():
@@ -177,8 +176,6 @@ def push_to_hub(source: Run, repository: str, *, private: bool) -> str:
             raise BaditError(f"{folder}: has a LoRA for each task; push one of them: badit push {path} {repository}")
         if path.is_symlink() or not path.is_file():
             raise BaditError(f"{path}: must be a file, and no link; make the folder again")
-    with explained(f"{repository!r:.120}"):
-        validate_repo_id(repository)
     if not HUB_ID.fullmatch(repository):
         raise BaditError(f"{repository!r:.120}: must be ORG/NAME or USER/NAME")
     if not get_token():

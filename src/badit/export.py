@@ -128,21 +128,19 @@ def export(
     mixes = config is not None and not is_lora and not config.has_fixed_gates
     output = Path(output)
     _refuse_other_files(output)
-    same = f"{method.name} does the same for every prompt, so there is none to choose"
+    chosen = sum((task is not None, all_tasks, gates is not None))
     servable = rank is None or 1 <= rank <= VLLM_RANKS[-1]
     untold = task is None and not all_tasks and mixes and method.needs_tasks
     quantised = merged and config is not None and not is_lora and recipe.model.quantisation is not None
     problems = {
-        "give only one of --task, --all-tasks and --gates": sum((task is not None, all_tasks, gates is not None)) > 1,
-        "--all-tasks: the adapters share one base model; leave --merged out": all_tasks and merged,
-        "--rank: a merged weight has no rank; leave it out, or leave --merged out": rank is not None and merged,
+        "give only one of --task, --all-tasks and --gates": chosen > 1,
+        "--merged: one model without a rank; leave --all-tasks and --rank out": merged and (all_tasks or rank),
         f"--rank: must be between 1 and {VLLM_RANKS[-1]}, not {rank}": not servable,
         f"{folder.path}: is a run of the base model as it is: there is nothing to export": not method.trains,
         f"{folder.path}: {method.name} trains the base weights; export it --merged": config is None and not merged,
         "--merged: the base weights are quantised, which would round the adapter away; leave it out": quantised,
-        f"--task: {same}": task is not None and not mixes,
-        f"--all-tasks: {same}": all_tasks and not mixes,
-        f"--gates: {same}": gates is not None and not mixes,
+        f"--task, --all-tasks, --gates: {method.name} does the same for every prompt; leave them out": chosen
+        and not mixes,
         f"{method.name} learns each task separately: choose one with --task": untold,
     }
     for problem, found in problems.items():

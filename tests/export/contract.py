@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,7 +26,7 @@ FIELDS: dict[str, Any] = {
 }
 
 
-def check_adapter(folder: Path, base: torch.nn.Module) -> dict[str, Any]:
+def check_adapter(folder, base):
     """Asserts that servers take the folder for a base model, and returns its configuration."""
     config = json.loads((folder / "adapter_config.json").read_text())
     assert config.items() >= FIELDS.items()

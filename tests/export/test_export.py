@@ -61,12 +61,12 @@ WEIGHTS: dict[str, dict[str, Any]] = {"dora": {"name": "dora", **LORA}, "full": 
 VARY = ("badit", "softmax", "token", "directions", "loramoe", "hydralora", "goat", "mtl-lora", "gainlora")
 
 
-def chosen(name: str) -> dict[str, Any]:
+def chosen(name):
     return {"task": "cities"} if name == "mtl-lora" else {}
 
 
 @torch.no_grad()
-def frozen_logits(run: Run, folder: Path, task: str | None) -> torch.Tensor:
+def frozen_logits(run, folder, task):
     """The run's own model with its gates held at those that the export has kept."""
     model, _ = load_run(run)
     ids = torch.tensor(TOKENS)
@@ -74,14 +74,14 @@ def frozen_logits(run: Run, folder: Path, task: str | None) -> torch.Tensor:
     if gates is None:
         return model(input_ids=ids).logits
 
-    def hold(one: Any, own: torch.Tensor) -> torch.Tensor:
+    def hold(one, own):
         return torch.tensor(gates[one.layer.name])[one.expert_of_N].expand(len(ids), 1, -1)
 
     with changed_gates(adapted_layers(model), hold), hooks_of(model).rows_of(None if task is None else [task, task]):
         return model(input_ids=ids).logits
 
 
-def stock_logits(jobs: list[tuple[str, str | Path, Path | None]], folder: Path) -> dict[str, torch.Tensor]:
+def stock_logits(jobs, folder):
     """The logits of folders that a process without badit has loaded."""
     files = [
         {"base": str(base), "adapter": adapter and str(adapter), "tokens": TOKENS, "logits": f"{folder / name}.logits"}
@@ -95,7 +95,7 @@ def stock_logits(jobs: list[tuple[str, str | Path, Path | None]], folder: Path) 
     return {name: load_file(f"{folder / name}.logits")["logits"] for name, _, _ in jobs}
 
 
-def test_stock_peft_loads_every_methods_export_and_gets_the_frozen_mixture(trained: Trained, tmp_path: Path) -> None:
+def test_stock_peft_loads_every_methods_export_and_gets_the_frozen_mixture(trained, tmp_path):
     runs, jobs = {}, []
     for name, (method, rank) in METHODS.items():
         run = runs[name] = trained(method)
@@ -121,7 +121,7 @@ def test_stock_peft_loads_every_methods_export_and_gets_the_frozen_mixture(train
             torch.testing.assert_close(found[kind], expected, atol=1e-5, rtol=1e-5, msg=lambda m, k=kind: f"{k}: {m}")
 
 
-def test_a_tasks_gates_are_the_mean_over_its_training_prompts(trained: Trained, tmp_path: Path) -> None:
+def test_a_tasks_gates_are_the_mean_over_its_training_prompts(trained, tmp_path):
     run = trained(BADIT)
     recipe = run.trusted_recipe()
     model, tokenizer = load_run(run)
@@ -143,9 +143,7 @@ def test_a_tasks_gates_are_the_mean_over_its_training_prompts(trained: Trained, 
         assert not torch.equal(of_name["cities"], of_name["rivers"])
 
 
-def test_all_tasks_get_their_adapters_from_gates_that_are_measured_once(
-    trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_all_tasks_get_their_adapters_from_gates_that_are_measured_once(trained, tmp_path, monkeypatch, capsys):
     run, out = trained(BADIT), tmp_path / "all"
     one = export(run.path, tmp_path / "one", task="cities")
     measure, measured = mean_component_gates, []
@@ -174,7 +172,7 @@ def test_all_tasks_get_their_adapters_from_gates_that_are_measured_once(
         export(run.path, out)
 
 
-def test_gates_of_a_file(trained: Trained, tmp_path: Path) -> None:
+def test_gates_of_a_file(trained, tmp_path):
     run = trained(BADIT)
     first = export(run.path, tmp_path / "first", task="cities").folder
     again = export(run.path, tmp_path / "again", gates=first / "gates.json").folder
@@ -194,9 +192,7 @@ def test_gates_of_a_file(trained: Trained, tmp_path: Path) -> None:
     assert not (tmp_path / "other").exists()
 
 
-def test_a_smaller_rank_is_the_closest_one_and_its_error_is_reported(
-    trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_smaller_rank_is_the_closest_one_and_its_error_is_reported(trained, tmp_path, monkeypatch):
     run = trained(BADIT)
     whole = load_file(export(run.path, tmp_path / "whole").folder / "adapter_model.safetensors")
     done = export(run.path, tmp_path / "small", rank=5)
@@ -226,31 +222,27 @@ def test_a_smaller_rank_is_the_closest_one_and_its_error_is_reported(
 @pytest.mark.parametrize(
     ("method", "options", "message"),
     [
-        (BADIT, {"task": "citys"}, r"the run has no task citys \(did you mean 'cities'\?\); known: cities, rivers"),
+        (BADIT, {"task": "citys"}, r"--task: unknown 'citys' \(did you mean 'cities'\?\); known: cities, rivers"),
         (BADIT, {"task": "cities", "gates": "x.json"}, "only one of --task, --all-tasks and --gates"),
-        (BADIT, {"all_tasks": True, "merged": True}, "--all-tasks: the adapters share one base model"),
-        ({"name": "lora", **LORA}, {"all_tasks": True}, "--all-tasks: lora does the same for every prompt"),
-        (BADIT, {"rank": 4, "merged": True}, "--rank: a merged weight has no rank"),
+        (BADIT, {"all_tasks": True, "merged": True}, "--merged: one model without a rank; leave --all-tasks"),
+        (BADIT, {"rank": 4, "merged": True}, "--merged: one model without a rank; leave --all-tasks and --rank out"),
+        ({"name": "lora", **LORA}, {"all_tasks": True}, "--gates: lora does the same for every prompt"),
         (BADIT, {"rank": 513}, "--rank: must be between 1 and 512, not 513"),
         ({"name": "base"}, {}, "there is nothing to export"),
-        ({"name": "lora", **LORA}, {"task": "cities"}, "--task: lora does the same for every prompt"),
+        ({"name": "lora", **LORA}, {"task": "cities"}, "--gates: lora does the same for every prompt"),
         ({"name": "o-lora", "r": 2}, {"gates": "x.json"}, "--gates: o-lora does the same for every prompt"),
         ({"name": "mtl-lora", "r": 2}, {}, "mtl-lora learns each task separately: choose one with --task"),
         ({"name": "lora", **LORA, "bias": "all"}, {}, "method.bias: makes the adapter more than a plain LoRA"),
     ],
 )
-def test_what_cannot_be_done_is_said_and_nothing_is_written(
-    trained: Trained, tmp_path: Path, method: dict[str, Any], options: dict[str, Any], message: str
-) -> None:
+def test_what_cannot_be_done_is_said_and_nothing_is_written(trained, tmp_path, method, options, message):
     run = trained(method)
     with pytest.raises(BaditError, match=message):
         export(run.path, tmp_path / "out", **options)
     assert not list(tmp_path.glob("out*"))
 
 
-def test_a_folder_is_replaced_only_by_what_wrote_it(
-    trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_folder_is_replaced_only_by_what_wrote_it(trained, tmp_path, monkeypatch):
     run, out = trained(BADIT), tmp_path / "out"
     out.mkdir()
     assert export(run.path, out, merged=True).folder == out  # an empty one is taken
@@ -283,7 +275,7 @@ def test_a_folder_is_replaced_only_by_what_wrote_it(
 
 
 @pytest.mark.parametrize("method", [BADIT, {"name": "lora", **LORA}], ids=["badit", "lora"])
-def test_a_run_that_has_diverged_is_not_exported(trained: Trained, tmp_path: Path, method: dict[str, Any]) -> None:
+def test_a_run_that_has_diverged_is_not_exported(trained, tmp_path, method):
     run = trained(method)
     path = run.adapter_path / "adapter_model.safetensors"
     tensors = load_file(path)
@@ -295,7 +287,7 @@ def test_a_run_that_has_diverged_is_not_exported(trained: Trained, tmp_path: Pat
     assert not list(tmp_path.glob("out*"))
 
 
-def test_a_run_without_varying_gates_costs_nothing(trained: Trained, tmp_path: Path) -> None:
+def test_a_run_without_varying_gates_costs_nothing(trained, tmp_path):
     run = trained({"name": "lora", **LORA})
     routed = evaluate(run.path, progress=False)
     for merged in (False, True):
@@ -307,7 +299,7 @@ def test_a_run_without_varying_gates_costs_nothing(trained: Trained, tmp_path: P
             assert entry == {"routed": score, "frozen": score, "difference": 0.0}
 
 
-def test_what_is_scored_is_the_folder(trained: Trained, tmp_path: Path) -> None:
+def test_what_is_scored_is_the_folder(trained, tmp_path):
     run = trained({**BADIT, "regroup": None})
     scores = evaluate(run.path, progress=False)
     fake = {**scores, "tasks": {name: {**entry, "rouge_l": 77.0} for name, entry in scores["tasks"].items()}}
@@ -326,7 +318,7 @@ def test_what_is_scored_is_the_folder(trained: Trained, tmp_path: Path) -> None:
     assert base == evaluate(trained({"name": "base"}).path, progress=False)["tasks"]["cities"]["rouge_l"]
 
 
-def test_the_command(trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command(trained, tmp_path, capsys):
     run = trained(BADIT)
     out = tmp_path / "exports" / "mine"
     assert main(["export", str(run.path), "-o", str(out), "--rank", "4", "--score"]) == 0
@@ -346,12 +338,12 @@ GATES = [0.25, 2.0, 0.75]
 
 
 @torch.no_grad()
-def logits(model: Any) -> torch.Tensor:
+def logits(model):
     return forward(model, IDS, MASK).logits[MASK.bool()]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_adapts_merges_and_loads_alike(tiny_model: Callable[..., Any], tmp_path: Any, family: str) -> None:
+def test_every_family_adapts_merges_and_loads_alike(tiny_model, tmp_path, family):
     model = adapted(tiny_model(family), target_modules="all-linear")
     for layer in layers(model):
         layer._route = lambda adapter, x: torch.tensor(GATES).expand(*x.shape[:-1], -1)
@@ -373,7 +365,7 @@ def test_every_family_adapts_merges_and_loads_alike(tiny_model: Callable[..., An
     torch.testing.assert_close(logits(merged), expected, atol=1e-4, rtol=1e-4)
 
 
-def test_names_that_mean_other_modules_are_whole_and_nothing_is_merged_into_a_shared_weight(tiny_model: Any) -> None:
+def test_names_that_mean_other_modules_are_whole_and_nothing_is_merged_into_a_shared_weight(tiny_model):
     base = tiny_model("llama")
     names = [f"model.layers.{i}.mlp.{part}" for i in range(2) for part in ("gate_proj", "up_proj")]
     factors: Any = dict.fromkeys(names)
@@ -388,7 +380,7 @@ def test_names_that_mean_other_modules_are_whole_and_nothing_is_merged_into_a_sh
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_pefts_own_conversion_takes_fixed_mixtures_only(tiny_model: Callable[..., Any], family: str) -> None:
+def test_pefts_own_conversion_takes_fixed_mixtures_only(tiny_model, family):
     single = adapted(tiny_model(family), num_experts=1, r=4)
     branches = baselines.adapted(tiny_model(family), "o-lora")
     for model, rank in ((single, 8), (branches, 6)):
@@ -405,7 +397,7 @@ def test_pefts_own_conversion_takes_fixed_mixtures_only(tiny_model: Callable[...
             convert_to_lora(model, rank=4)
 
 
-def test_a_mixture_is_not_merged_into_quantised_weights(trained: Trained, tmp_path: Path) -> None:
+def test_a_mixture_is_not_merged_into_quantised_weights(trained, tmp_path):
     run = Run(shutil.copytree(trained(BADIT).path, tmp_path / "run"))
     run.config_path.write_text(run.config_path.read_text().replace("quantisation: null", "quantisation: bnb-8bit"))
     with pytest.raises(BaditError, match=r"^--merged: the base weights are quantised"):

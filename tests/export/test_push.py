@@ -5,10 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import threading
-from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
-from typing import Any
 
 import huggingface_hub
 import pytest
@@ -18,7 +15,6 @@ import badit
 from badit.card import write_run_card
 from badit.cli import main
 from badit.errors import BaditError
-from badit.run import Run
 
 BADIT = {"name": "badit", "num_experts": 4, "r": 2}
 
@@ -31,10 +27,10 @@ class Hub(BaseHTTPRequestHandler):
     files: dict[str, bytes]
     status: int
 
-    def do_GET(self) -> None:
+    def do_GET(self):
         self.answer({"id": "meta-llama/base", "cardData": {"license": "llama3.2"}})
 
-    def do_POST(self) -> None:
+    def do_POST(self):
         body = self.rfile.read(int(self.headers["Content-Length"]))
         assert self.headers["Authorization"] == "Bearer hf_token"
         if self.path == "/api/repos/create":
@@ -51,19 +47,19 @@ class Hub(BaseHTTPRequestHandler):
             Hub.files = {value["path"]: base64.b64decode(value["content"]) for value in values}
             self.answer({"commitUrl": f"{Hub.address}/org/tuned/commit/1", "commitOid": "1", "success": True})
 
-    def answer(self, content: dict[str, Any]) -> None:
+    def answer(self, content):
         body = json.dumps(content).encode()
         self.send_response(Hub.status)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)
 
-    def log_message(self, *_: Any) -> None:
+    def log_message(self, *_):
         pass
 
 
 @pytest.fixture(autouse=True)
-def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Hub]]:
+def hub(monkeypatch):
     with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
         Hub.address, Hub.private, Hub.files, Hub.status = f"http://127.0.0.1:{server.server_port}", None, {}, 200
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", Hub.address)
@@ -75,13 +71,11 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Hub]]:
 
 
 @pytest.fixture
-def run(trained: Callable[..., Run]) -> Run:
+def run(trained):
     return trained(BADIT)
 
 
-def test_a_run_and_its_export_are_uploaded_with_their_cards(
-    run: Run, hub: type[Hub], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_and_its_export_are_uploaded_with_their_cards(run, hub, tmp_path, capsys):
     write_run_card(run)
     assert main(["push", str(run.path), "org/tuned", "--private"]) == 0
     assert capsys.readouterr().out.strip() == f"{hub.address}/org/tuned"
@@ -116,7 +110,7 @@ def test_a_run_and_its_export_are_uploaded_with_their_cards(
     assert json.loads(hub.files["adapter_config.json"])["base_model_name_or_path"] == "meta-llama/base"
 
 
-def test_what_cannot_be_pushed_is_one_line(run: Run, hub: type[Hub], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_pushed_is_one_line(run, hub, monkeypatch):
     for name in ("tuned", "a/b/c", "org/na--me", "../x", "org/" + "x" * 100):
         with pytest.raises(BaditError) as caught:
             badit.Run(run.path).push(name)
@@ -136,7 +130,7 @@ def test_what_cannot_be_pushed_is_one_line(run: Run, hub: type[Hub], monkeypatch
     assert hub.files == {}
 
 
-def test_only_the_files_that_badit_wrote_are_uploaded(run: Run, hub: type[Hub], tmp_path: Path) -> None:
+def test_only_the_files_that_badit_wrote_are_uploaded(run, hub, tmp_path):
     export = badit.Run(run.path).export(tmp_path / "lora", progress=False).folder
     for folder in (run.adapter_path, export):
         for name in (".env", "notes.txt"):
@@ -160,7 +154,7 @@ def test_only_the_files_that_badit_wrote_are_uploaded(run: Run, hub: type[Hub], 
     assert hub.files == {}
 
 
-def test_of_an_export_of_all_tasks_one_is_to_be_pushed(run: Run, hub: type[Hub], tmp_path: Path) -> None:
+def test_of_an_export_of_all_tasks_one_is_to_be_pushed(run, hub, tmp_path):
     folder = badit.Run(run.path).export(tmp_path / "all", all_tasks=True, progress=False).folder
     with pytest.raises(BaditError, match=r"has a LoRA for each task; push one of them: badit push .*all/cities org/x$"):
         badit.Run(folder).push("org/x")
@@ -168,7 +162,7 @@ def test_of_an_export_of_all_tasks_one_is_to_be_pushed(run: Run, hub: type[Hub],
     assert "adapter_model.safetensors" in hub.files
 
 
-def test_a_run_without_an_adapter_is_refused(tmp_path: Path) -> None:
+def test_a_run_without_an_adapter_is_refused(tmp_path):
     for name, message in (("base", "nothing to push"), ("full", "export .* --merged"), ("badit", "no adapter yet")):
         (tmp_path / "config.yaml").write_text(json.dumps({"method": {"name": name}}))
         with pytest.raises(BaditError, match=message):

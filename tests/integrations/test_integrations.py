@@ -31,12 +31,12 @@ CHATS = [
 ]
 
 
-def write(path: Path, text: str) -> None:
+def write(path, text):
     path.parent.mkdir(exist_ok=True)
     path.write_text(text)
 
 
-def call(tool: str, *arguments: Any, folder: Path, **variables: str) -> str:
+def call(tool, *arguments, folder, **variables):
     """What a Python process of a tool's environment prints, errors included."""
     command = [str(ENVIRONMENTS / tool / "bin" / "python"), *map(str, arguments)]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **variables}
@@ -64,7 +64,7 @@ def test_wandb_and_mlflow_have_the_losses_and_regroupings_of_every_stage(recipe_
             assert run[f"{name}components_moved"] == pytest.approx(moved)
 
 
-def assert_trained(adapter: Path, model_folder: Path, config: BaditConfig) -> None:
+def assert_trained(adapter, model_folder, config):
     """An adapter that loads here, and of which every router and factor has moved from its start and is regrouped."""
     base = AutoModelForCausalLM.from_pretrained(model_folder)
     start = {name: p.detach().clone() for name, p in get_peft_model(base, config).named_parameters()}

@@ -13,7 +13,6 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from itertools import zip_longest
@@ -64,20 +63,20 @@ BOUND = 1e-3
 ENGINES = [("vllm", "lora"), ("vllm", "rank-16"), ("vllm", "merged"), ("llama", "lora"), ("llama", "merged")]
 
 
-def surroundings(python_path: str = "") -> dict[str, str]:
+def surroundings(python_path=""):
     """The environment of a process whose hub cache has only the built-in model."""
     hub = {"HF_HUB_CACHE": str(WORK / "hub"), "HF_HUB_OFFLINE": "1", "PYTHONPATH": python_path}
     one_thread = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_CPU_KVCACHE_SPACE": "1"}  # and 1 GiB
     return {**os.environ, **hub, **one_thread, "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
 
 
-def call(command: list[Any], python_path: str = "") -> None:
+def call(command, python_path=""):
     environment = surroundings(python_path)
     done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
 
 
-def answer(program: list[Any], name: str, model: Any, prompts: list[list[int]], **more: Any) -> Any:
+def answer(program, name, model, prompts, **more):
     job, answers = WORK / f"{name}.job.json", WORK / f"{name}.json"
     settings = {"model": str(model), "prompts": prompts, "tokens": TOKENS, "answers": str(answers), **more}
     job.write_text(json.dumps(settings))
@@ -86,14 +85,14 @@ def answer(program: list[Any], name: str, model: Any, prompts: list[list[int]], 
 
 
 @pytest.fixture(scope="module")
-def prompts() -> list[list[int]]:
+def prompts():
     tokenizer: Any = AutoTokenizer.from_pretrained(resolve_model("smollm2-135m"))
     chats = [[{"role": "user", "content": ask.format(topic)}] for ask in REQUESTS for topic in TOPICS]
     return [tokenizer.apply_chat_template(chat, add_generation_prompt=True)["input_ids"] for chat in chats]
 
 
 @pytest.fixture(scope="module")
-def exports() -> dict[str, Path]:
+def exports():
     run: Run = train(RECIPE, progress=False)
     snapshot = WORK / "hub" / SNAPSHOT
     snapshot.mkdir(parents=True, exist_ok=True)
@@ -106,7 +105,7 @@ def exports() -> dict[str, Path]:
 
 
 @pytest.fixture(scope="module")
-def references(exports: dict[str, Path], prompts: list[list[int]]) -> dict[str, Any]:
+def references(exports, prompts):
     """transformers' answers and margins, by export; under "base" those of the base model."""
     program = [sys.executable, HERE / "transformers_answers.py"]
     models = {"base": BUILT_IN_HUB_ID, **exports}
@@ -114,7 +113,7 @@ def references(exports: dict[str, Path], prompts: list[list[int]]) -> dict[str, 
 
 
 @pytest.fixture(scope="module")
-def vllm(exports: dict[str, Path], prompts: list[list[int]]) -> dict[str, Any]:
+def vllm(exports, prompts):
     """By export; one engine serves both LoRAs."""
     program = [PYTHON, HERE / "vllm_answers.py"]
     loras = {name: str(exports[name]) for name in ("lora", "rank-16")}
@@ -123,7 +122,7 @@ def vllm(exports: dict[str, Path], prompts: list[list[int]]) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def llama(exports: dict[str, Path], prompts: list[list[int]]) -> dict[str, Any]:
+def llama(exports, prompts):
     """By export, after llama.cpp's own conversion."""
     found = {}
     for name, whole in (("lora", WORK / "hub" / SNAPSHOT), ("merged", exports["merged"])):
@@ -136,7 +135,7 @@ def llama(exports: dict[str, Path], prompts: list[list[int]]) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def results() -> Any:
+def results():
     """The record of all comparisons, written at the end."""
     converters = next((SERVING / "source").iterdir()).name  # of which the hash is checked
     found: dict[str, Any] = {"versions": {name: version(name) for name in ("torch", "transformers", "peft")}}
@@ -147,9 +146,7 @@ def results() -> Any:
 
 
 @pytest.mark.parametrize(("engine", "export"), ENGINES)
-def test_answers_are_those_of_transformers(
-    engine: str, export: str, request: pytest.FixtureRequest, references: dict[str, Any], results: dict[str, Any]
-) -> None:
+def test_answers_are_those_of_transformers(engine, export, request, references, results):
     expected, margins = references[export]["answers"], references[export]["margins"]
     served = request.getfixturevalue(engine)
     differences = []
@@ -170,7 +167,7 @@ def test_answers_are_those_of_transformers(
     assert all(each["margin"] < BOUND for each in differences), differences
 
 
-def test_vllm_scores_an_export_as_transformers_does(exports: dict[str, Path]) -> None:
+def test_vllm_scores_an_export_as_transformers_does(exports):
     run, found = WORK / "run", {}
     for engine, python in (("transformers", sys.executable), ("vllm", PYTHON)):
         out = WORK / f"scored-{engine}"
@@ -181,7 +178,7 @@ def test_vllm_scores_an_export_as_transformers_does(exports: dict[str, Path]) ->
 
 
 @contextmanager
-def started(*words: Any, output: int = subprocess.PIPE) -> Iterator[subprocess.Popen[str]]:
+def started(*words, output=subprocess.PIPE):
     """A server, until the end of the context."""
     command = list(map(str, words))
     with subprocess.Popen(command, env=surroundings(SOURCE), stdout=output, text=True) as process:
@@ -191,9 +188,7 @@ def started(*words: Any, output: int = subprocess.PIPE) -> Iterator[subprocess.P
             process.terminate()
 
 
-def test_a_proxy_in_front_of_vllm_answers_as_the_run_or_as_the_export_that_it_names(
-    exports: dict[str, Path], prompts: list[list[int]]
-) -> None:
+def test_a_proxy_in_front_of_vllm_answers_as_the_run_or_as_the_export_that_it_names(exports, prompts):
     run, asked = Run(WORK / "run"), prompts[::5]
     tasks = run.export(WORK / "tasks", all_tasks=True, progress=False)
     expected = generate_answers(*run.load(), asked, max_new_tokens=TOKENS, batch_size=8)
@@ -212,11 +207,11 @@ def test_a_proxy_in_front_of_vllm_answers_as_the_run_or_as_the_export_that_it_na
         while server.poll() is None and not answers_on(vllm):
             time.sleep(1)
 
-        def ask(url: str, model: str, prompt: list[int]) -> httpx2.Response:
+        def ask(url, model, prompt):
             content = {"model": model, "prompt": prompt, "max_tokens": TOKENS, "temperature": 0}
             return httpx2.post(f"{url}/v1/completions", json=content, timeout=600).raise_for_status()
 
-        def text(answer: httpx2.Response) -> str:
+        def text(answer):
             return answer.json()["choices"][0]["text"].strip()
 
         assert [text(ask(urls[0], "auto", prompt)) for prompt in asked] == expected
@@ -228,7 +223,7 @@ def test_a_proxy_in_front_of_vllm_answers_as_the_run_or_as_the_export_that_it_na
         assert served == {"auto", BUILT_IN_HUB_ID, *tasks.tasks}, "the LoRAs of prompts are unloaded"
 
 
-def answers_on(url: str) -> bool:
+def answers_on(url):
     try:
         return httpx2.get(f"{url}/health", timeout=60).is_success
     except httpx2.HTTPError:

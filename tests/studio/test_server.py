@@ -93,7 +93,7 @@ def test_only_the_page_itself_may_ask(session):
         ({"sides": ["adapter"]}, "request: sides.0: "),
         ({"max_new_tokens": MAX_NEW_TOKENS + 1}, "request: max_new_tokens: "),
         ({"sides": ["hand"], "gates": [1, 1, 1]}, "gates: must be 4 numbers from 0 to 4"),
-        ({"task": "<b>\n"}, "task: the run has no task '<b>\\n'"),
+        ({"task": "<b>\n"}, "task: unknown '<b>\\n'"),
         ({"temperature": 1}, "request: temperature: "),
         (b"[1]", "request: "),
         (b'{"text": "\xff"}', "request: not UTF-8"),

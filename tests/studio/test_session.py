@@ -163,7 +163,7 @@ def test_what_cannot_be_answered_is_refused(session, plain_session, trained, tmp
     assert {name for name, _ in events(plain_session, sides=["router", "base"])} == {"prompt", "text", "end"}
     for asked, question, message in (
         (session, {"text": " \n"}, "the prompt is empty"),
-        (session, {"task": "river"}, "no task 'river' .did you mean 'rivers'"),
+        (session, {"task": "river"}, "task: unknown 'river' .did you mean 'rivers'"),
         (session, {"sides": ["hand"], "gates": [1.0] * 3}, "must be 4 numbers from 0 to 4"),
         (session, {"sides": ["hand"], "gates": [1.0, 1.0, 1.0, 4.5]}, "must be 4 numbers"),
         (by_task, {"task": None}, "must know the prompt's task"),

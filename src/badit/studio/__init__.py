@@ -25,7 +25,7 @@ from badit.analysis.atlas import ABILITIES
 from badit.analysis.gates import Experts, active_experts, changed_gates, task_gates
 from badit.analysis.tables import load_frame
 from badit.data import Task
-from badit.errors import BaditError, nearest
+from badit.errors import BaditError, refuse_unknown
 from badit.evaluate import load_run
 from badit.generation import stream_answer
 from badit.methods import AdapterMethod, build_method
@@ -124,22 +124,18 @@ class Session:
 
     def task(self, name: str) -> dict[str, Any]:
         """A task's instruction and a few of its instances, if possible those that were not trained on."""
-        task = self._task(name)
+        refuse_unknown("task", name, self.tasks)
+        task = self.tasks[name]
         fitting = (one for one in task.test or task.validation or task.train if len(one.input) <= MAX_CHARACTERS)
         examples = [{"input": one.input, "references": list(one.outputs)} for one in islice(fitting, _EXAMPLES)]
         return {"name": task.name, "instruction": task.definition, "examples": examples}
-
-    def _task(self, name: str) -> Task:
-        if name not in self.tasks:
-            raise BaditError(f"task: the run has no task {name!r:.130}{nearest(name, self.tasks)}")
-        return self.tasks[name]
 
     def check(self, question: Question) -> None:
         """Raises BaditError for what the run cannot answer."""
         if not question.text.strip():
             raise BaditError("text: the prompt is empty")
         if question.task is not None:
-            self._task(question.task)
+            refuse_unknown("task", question.task, self.tasks)
         elif self.method.needs_tasks:
             raise BaditError(f"task: {self.method.name} must know the prompt's task; choose one")
         experts, gates = self.number_of_experts, question.gates or []
@@ -154,10 +150,9 @@ class Session:
         Shows "prompt" once, and then for every side "gates" (if there are experts), "text" as it grows, and "end".
         """
         with self._free:
-            task = None if question.task is None else self._task(question.task)
-            (ids,) = encoded_texts(
-                self.tokenizer, self.recipe, [question.text], task, self.model, question.max_new_tokens
-            )
+            task = None if question.task is None else self.tasks[question.task]
+            of_model = self.model, question.max_new_tokens
+            (ids,) = encoded_texts(self.tokenizer, self.recipe, [question.text], task, *of_model)
             show("prompt", {"text": self.tokenizer.decode(ids), "tokens": len(ids)})
             for side in question.sides:
                 self._answer(side, question, ids, show)
