@@ -15,7 +15,6 @@ import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal, get_args
@@ -274,16 +273,14 @@ def score_export(
 
 def _vllm(exported: Export, recipe: Recipe) -> Any:
     """vLLM's engine for an export, or for all parts of one."""
-    if find_spec("vllm") is None:
-        raise BaditError("engine: vllm needs vLLM in this environment: install it, or take transformers")
     if recipe.model.quantisation is not None:
         raise BaditError("engine: vllm does not load model.quantisation; take transformers")
-    from vllm import LLM  # pyright: ignore[reportMissingImports] (brings its own torch)
-
     lora = {} if exported.merged else {"enable_lora": True, "max_lora_rank": exported.max_lora_rank}
     base = str(exported.folder) if exported.merged else resolve_model(recipe.model.name)
     revision = None if exported.merged else recipe.model.revision
-    with explained("vLLM", action="started", any_error=True):
+    with explained("engine: vllm", action="started", fix="install vLLM here, or take transformers", any_error=True):
+        from vllm import LLM  # pyright: ignore[reportMissingImports] (brings its own torch)
+
         # On a processor, compiling takes longer than it saves.
         return LLM(base, dtype=model_dtype(recipe), revision=revision, enforce_eager=device().type == "cpu", **lora)
 
@@ -388,9 +385,8 @@ def _lora_factors(model: PeftModel, initial: PeftModel | None) -> Factors:
 
 
 def write_adapter(folder: Path, factors: Factors, base: nn.Module, name: str, revision: str | None = None) -> None:
-    """A plain LoRA as every PEFT since 0.5 loads it: one rank, alpha = rank, nothing but A's and B's.
+    """Writes a LoRA of one rank and alpha = rank with the fields of PEFT 0.5 alone: servers refuse some later ones.
 
-    The configuration has only the fields of a plain LoRA: servers refuse some later ones, and older versions warn.
     ``base`` may be adapted; ``name`` and ``revision`` are its own, and ``factors`` all have one rank.
     """
     rank = len(next(iter(factors.values()))[0])

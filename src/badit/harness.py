@@ -3,9 +3,7 @@
     import badit.harness                         # registers the model "badit" with lm_eval
     lm_eval.simple_evaluate(model="badit", model_args={"run": "runs/mine"}, tasks=["arc_easy"])
 
-lm_eval scores a continuation by one forward pass over context and continuation. Its own model class ``hf`` does not
-mark the end of the context, so gates that should follow the prompt also follow the continuation and the padding.
-``badit`` marks it. Generations are the same under both, since a generation's input is all prompt.
+lm_eval's own ``hf`` does not mark the end of the context, so gates follow the continuation and the padding, too.
 """
 
 from __future__ import annotations
@@ -45,10 +43,7 @@ Request = tuple[tuple[str, str] | None, list[int], list[int]]
 
 @register_model("badit")
 class BaditLM(_HFLM):
-    """lm_eval's ``hf`` for causal models whose gates follow the prompt; for any others the same as ``hf``.
-
-    The prompt is a request's context, few-shot examples included. A text without context (``loglikelihood_rolling``) is
-    routed by the one token that lm_eval puts before it.
+    """lm_eval's ``hf``, but gates that follow the prompt follow a request's context alone, few-shot examples included.
 
     Args:
         run: a run's folder, in place of ``pretrained`` and ``peft``: its base model with what it has learnt.

@@ -12,7 +12,7 @@ import os
 import re
 import subprocess
 import sys
-import time
+import timeit
 import zipfile
 from contextlib import AbstractContextManager
 from functools import cache
@@ -262,20 +262,15 @@ def fast_dtype(device: torch.device) -> Literal["bfloat16", "float32"]:
 
 @cache
 def slowdown(dtype: str) -> float:
-    """The time of this processor's matrix product in a dtype ("bfloat16", "float16"), over that in float32.
-
-    The best of ten rounds of at most a few milliseconds each, so that another busy process does not decide it.
-    """
+    """The time of this processor's matrix product in a dtype ("bfloat16", "float16"), over that in float32."""
     import torch
 
-    rounds: dict[str, list[float]] = {dtype: [], "float32": []}
-    for _ in range(10):
-        for name, seconds in rounds.items():
-            x, weight = (torch.ones(size, 512, dtype=getattr(torch, name)) for size in (64, 512))
-            started = time.perf_counter()
-            torch.nn.functional.linear(x, weight)
-            seconds.append(time.perf_counter() - started)
-    return min(rounds[dtype]) / min(rounds["float32"])
+    def seconds(name: str) -> float:
+        x, weight = (torch.ones(size, 512, dtype=getattr(torch, name)) for size in (64, 512))
+        # The best of ten rounds, so that another busy process does not decide it.
+        return min(timeit.repeat(lambda: torch.nn.functional.linear(x, weight), number=1, repeat=10))
+
+    return seconds(dtype) / seconds("float32")
 
 
 @cache

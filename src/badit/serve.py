@@ -1,9 +1,6 @@
-"""``badit serve``: an OpenAI-compatible proxy that routes each prompt as a run does, and lets vLLM answer it.
+"""``badit serve``: an OpenAI-compatible proxy that computes each prompt's gates and lets vLLM answer with their LoRA.
 
-vLLM applies LoRAs with fixed gates. The proxy runs the run's own model on the prompt for its gates, and forwards the
-request to the nearest of the exported LoRAs, or to one that is written with these gates for this request alone.
-
-The distance between gates g and m is that between the weights which they make (Frobenius, over all adapted modules):
+The LoRA is the nearest of the exported ones, or written for the request. The distance of gates is their weights':
 
     ‖ΔW(g) − ΔW(m)‖² = s² Σ (g − m)ᵀ G (g − m),   G = (BᵀB) ∘ (AAᵀ),   g and m with an entry for each component
 

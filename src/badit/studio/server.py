@@ -1,8 +1,7 @@
 """The studio's page and calls, for a browser on this machine only.
 
-Other pages open in the same browser may send requests here too. So a foreign ``Host`` (a name that resolves to
-127.0.0.1) is refused, and so are calls whose ``Origin`` is not this page. What data and models say reaches the page as
-JSON, which it shows as text; its policy lets nothing else run.
+Other pages in the same browser may send requests here, too: a foreign ``Host`` (a name that resolves to 127.0.0.1) is
+refused, and so are calls whose ``Origin`` is not this page.
 """
 
 from __future__ import annotations
