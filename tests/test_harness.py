@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from badit.cli import main
 from badit.errors import BaditError
 from badit.harness import BaditLM
+from studio.conftest import BADIT
 from tuner.helpers import adapted, cached_steps
 
 # (context, continuation), of several lengths; the last two share all tokens that are read, but not the context.
@@ -170,7 +171,7 @@ def task_folder(tmp_path):
 
 @pytest.fixture
 def run(trained):
-    return trained({"name": "badit", "num_experts": 4, "r": 2, "lora_dropout": 0.1, "regroup": {"every": 3}})
+    return trained(BADIT)
 
 
 @pytest.fixture(autouse=True)

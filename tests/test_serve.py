@@ -1,12 +1,10 @@
 """``badit serve`` over HTTP, in front of a stand-in for vLLM: what answers, what is passed on, what is refused."""
 
 import asyncio
-import http.client
 import json
 import shutil
 import threading
 import time
-from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -63,9 +61,7 @@ def vllm(run, tmp_path):
         here.asked.append((request.url.path, content, request.headers["authorization"], list(here.loaded)))
         if content["model"] == "unknown":
             return JSONResponse({"error": {"message": "no such model"}}, 404)
-        return (
-            StreamingResponse(chunks(), media_type="text/event-stream") if content.get("stream") else JSONResponse({})
-        )
+        return StreamingResponse(chunks(), media_type="text/event-stream") if "stream" in content else JSONResponse({})
 
     async def chunks():
         try:
@@ -124,9 +120,7 @@ def test_a_prompt_goes_to_the_export_with_the_nearest_weights(client, router, vl
     kept = json.loads((run.path / "gates.json").read_text())["tasks"]
     chosen = []
     for example in training_prompts(router):
-        batches = batches_by_task(
-            [{**example, "task": "t"}], AnswerCollator(0), 1
-        )  # with its answer, which is left out
+        batches = batches_by_task([{**example, "task": "t"}], AnswerCollator(0), 1)  # its answer is left out
         distances = dict.fromkeys(kept, 0.0)
         layers = adapted_layers(router.model)
         for one, gates_N in zip(layers, mean_component_gates(router.model, batches)["t"], strict=True):
@@ -188,15 +182,14 @@ def test_a_stream_is_sent_on_as_it_comes_and_ends_with_its_client(router, vllm, 
         for leaves in (False, True):
             vllm.goes_on.clear()
             vllm.ended.clear()
-            with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=WAIT)) as connection:
-                body, kind = json.dumps({**CHAT, "stream": True}), {"Content-Type": "application/json"}
-                connection.request("POST", "/v1/chat/completions", body, kind)
-                with closing(connection.getresponse()) as response:
-                    assert response.headers["content-type"].startswith("text/event-stream")
-                    assert response.readline() == b"data: 1\n"
-                    if not leaves:
-                        vllm.goes_on.set()
-                        assert response.read() == b"\ndata: [DONE]\n\n"
+            url, content = f"http://127.0.0.1:{port}/v1/chat/completions", {**CHAT, "stream": True}
+            with httpx2.stream("POST", url, json=content, timeout=WAIT) as response:
+                assert response.headers["content-type"].startswith("text/event-stream")
+                chunks = response.iter_raw()
+                assert next(chunks) == b"data: 1\n\n"
+                if not leaves:
+                    vllm.goes_on.set()
+                    assert b"".join(chunks) == b"data: [DONE]\n\n"
             assert vllm.ended.wait(WAIT)
     assert unloaded(vllm)
 

@@ -15,8 +15,7 @@ import badit
 from badit.card import write_run_card
 from badit.cli import main
 from badit.errors import BaditError
-
-BADIT = {"name": "badit", "num_experts": 4, "r": 2}
+from studio.conftest import BADIT
 
 
 class Hub(BaseHTTPRequestHandler):

@@ -10,6 +10,7 @@ import threading
 import webbrowser
 from contextlib import closing
 
+import httpx2
 import pytest
 from starlette.testclient import TestClient
 
@@ -157,10 +158,10 @@ def slow():
         yield session, port
 
 
-def asked(port, text):
+def asked(port, text, **question):
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
     headers = {"Origin": f"http://127.0.0.1:{port}", "Content-Type": "application/json"}
-    connection.request("POST", "/api/answer", json.dumps({**ASK, "text": text}), headers)
+    connection.request("POST", "/api/answer", json.dumps({**ASK, "text": text, **question}), headers)
     return closing(connection)
 
 
@@ -227,17 +228,12 @@ def test_it_serves_until_it_is_interrupted(trained):
         line = process.stdout.readline()
         assert line.startswith("Studio: http://127.0.0.1:")
         port = int(line.split()[1].rpartition(":")[2])
-        with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=60)) as connection:
-            connection.request("GET", "/api/run")
-            assert json.load(connection.getresponse())["run"] == "run"
-            # An answer that is still being written does not delay the end.
-            headers = {"Origin": f"http://127.0.0.1:{port}", "Content-Type": "application/json"}
-            question = {"text": "land", "sides": ["router", "base"], "max_new_tokens": 512}
-            connection.request("POST", "/api/answer", json.dumps(question), headers)
-            with closing(connection.getresponse()) as response:
-                assert response.readline() == b"event: prompt\n"
-                process.send_signal(signal.SIGINT)
-                _, errors = process.communicate(timeout=60)
+        assert httpx2.get(f"http://127.0.0.1:{port}/api/run").json()["run"] == "run"
+        # An answer that is still being written does not delay the end.
+        with asked(port, "land", task=None, max_new_tokens=512) as asking, closing(asking.getresponse()) as response:
+            assert response.readline() == b"event: prompt\n"
+            process.send_signal(signal.SIGINT)
+            _, errors = process.communicate(timeout=60)
     assert process.returncode == 0
     assert "Traceback" not in errors
 

@@ -64,9 +64,7 @@ class Session:
         self.recipe = self.run.trusted_recipe(trust_remote_code)
         self.method = build_method(self.recipe.method)
         if not isinstance(self.method, AdapterMethod):
-            raise BaditError(
-                f"{path}: its method, {self.method.name}, has no adapter to try; name a run of another one"
-            )
+            raise BaditError(f"{path}: its method, {self.method.name}, has no adapter to try; name another run")
         self.tasks: dict[str, Task] = {}
         self.remark = ""
         try:
