@@ -244,7 +244,7 @@ def test_mistakes_are_told_in_one_line_before_a_model_is_loaded(monkeypatch, cap
         assert host == "127.0.0.1", "only this machine can reach it"
         for arguments, expected in (
             ([f"--port={port}"], f"--port: {port} cannot be used (Address already in use); give another one, or 0"),
-            (["--port=-1"], "--port: -1 cannot be used (it is not 0 to 65535); give another one, or 0"),
+            (["--port=-1"], "--port: must be from 0 to 65535, not -1"),
             (["--port=0"], "no-run: has no config.yaml"),
         ):
             assert main(["studio", "no-run", *arguments]) == 2

@@ -82,10 +82,12 @@ def run_until_ended(web: Starlette, listening: socket.socket) -> None:
 
 def listen(port: int) -> socket.socket:
     """A socket that only this machine can reach; connections wait in it until they are served."""
+    if not 0 <= port <= 65535:
+        raise BaditError(f"--port: must be from 0 to 65535, not {port}")
     try:
         return socket.create_server((HOST, port))
-    except (OSError, OverflowError) as error:
-        reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else "it is not 0 to 65535"
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno else error
         raise BaditError(f"--port: {port} cannot be used ({reason}); give another one, or 0") from None
 
 
