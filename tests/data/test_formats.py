@@ -63,7 +63,9 @@ def test_a_csv_keeps_every_text_as_it_stands(tmp_path):
 
 def test_a_row_with_more_values_than_names_is_refused(tmp_path):
     (tmp_path / "shifted.csv").write_text("input,output\nGreat food, really,positive\n")
-    assert "rows have more values than the first line has names" in refusal(tmp_path / "shifted.csv")
+    assert "row 1 has more values than the first line has names" in refusal(tmp_path / "shifted.csv")
+    (tmp_path / "open.csv").write_text('input,output\n"Great food,positive\nBad,negative\n')
+    assert "open.csv: cannot be read (unexpected end of data)" in refusal(tmp_path / "open.csv")
 
 
 @pytest.mark.parametrize("suffix", ["csv", "parquet"])
@@ -127,7 +129,7 @@ def test_several_wordings_of_one_task(tmp_path):
     task = task_of(write_rows(tmp_path / "dolly.jsonl", *rows), columns=columns)
     assert [build_prompt(task, one).head[:12] for one in task.train] == ["Wording 0.\n\n", "Wording 1.\n\n"]
     write_rows(tmp_path / "dolly.jsonl", rows[0], ["France", "Paris"])
-    assert "line 2: input should be a valid dictionary" in refusal(Source(tmp_path / "dolly.jsonl", columns=columns))
+    assert "line 2: must be an object with keys" in refusal(Source(tmp_path / "dolly.jsonl", columns=columns))
 
 
 def test_all_turns_are_instances_with_prompts_of_their_own(tmp_path):

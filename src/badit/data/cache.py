@@ -21,7 +21,7 @@ from badit.errors import explained
 from badit.files import cache_folder, read_json, sync, write_json
 
 # The version of the files: increase it with any change of what is in them.
-_FORMAT = 2
+_FORMAT = 3
 ROWS_AT_A_TIME = 5_000
 
 Item = TypeVar("Item")

@@ -6,6 +6,7 @@ code of a data set is run. Of the official collection of some 1,600 files only t
 
 from __future__ import annotations
 
+import csv
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -17,7 +18,7 @@ import pyarrow as pa
 from pydantic import BaseModel, Field
 
 from badit.data import cache
-from badit.data.rows import HUB_NAME, SPLIT_NAMES, Format, Record, Source, read_rows
+from badit.data.rows import SPLIT_NAMES, Format, Record, Source, read_rows
 from badit.data.suite import builtin_tasks
 from badit.data.tasks import SPLITS, Demonstration, FirstString, Instance, Outputs, Split, Strings, Task, resolve_names
 from badit.errors import BaditError, explained, refuse_unknown
@@ -32,7 +33,7 @@ _TABLES = {".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".arrow": "arrow
 _LINES = (".jsonl", ".json")
 _TEXT = pa.string()
 _SCHEMA = pa.schema({
-    "task": pa.int32(), "split": _TEXT, "hash": pa.uint64(), "id": _TEXT, "input": _TEXT, "instruction": _TEXT,
+    "task": _TEXT, "split": _TEXT, "hash": pa.uint64(), "id": _TEXT, "input": _TEXT, "instruction": _TEXT,
     "outputs": pa.list_(_TEXT), "history": pa.list_(pa.list_(_TEXT)),
 })  # fmt: skip
 
@@ -67,6 +68,7 @@ def load_tasks(
     elif where.format == "builtin":
         raise BaditError(f"source: must be 'builtin' for the built-in suite, not {str(where.path)!r:.60}")
     else:
+        where.refuse_missing()
         with explained(where.path, action="read"):
             found = _official(where, tasks)
             found = _of_rows(where) if found is None else found
@@ -103,47 +105,35 @@ def load_sources(
     return [found[name] for name in names]
 
 
-def _collected(
-    where: Source,
-    files: Sequence[Path],
-    records: Iterable[Record],
-    places: Mapping[str, Path] | None = None,
-    splits: Mapping[str, Any] | None = None,
-) -> list[Task]:
+def _collected(where: Source, files: Sequence[Path], records: Iterable[Record], about: Any = None) -> list[Task]:
     """The tasks of records, which are read unless files of this size and date have been read before.
 
-    A record without an id gets "<task>-<its index among the task's records>". Errors that concern a whole task are at
-    its file in ``places``.
+    A record without an id gets "<task>-<its index among the task's records>". ``about`` are further plain values that
+    decide the content.
     """
     stats = [(file, file.stat()) for file in files]
     key = None
     if sum(stat.st_size for _, stat in stats) >= _LARGE:
-        settings = [where.task, where.instruction, dict(where.columns), where.turns, sorted((splits or {}).items())]
-        key = [*settings, [(str(file.resolve()), stat.st_size, stat.st_mtime_ns) for file, stat in stats]]
+        key = [where.task, where.instruction, dict(where.columns), where.turns, about]
+        key += [(str(file.resolve()), stat.st_size, stat.st_mtime_ns) for file, stat in stats]
 
     def make(notes: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        numbers: dict[str, int] = {}
         counts = Counter()
-        abouts: list[Any] = notes.setdefault("tasks", [])
-        for record in records:
-            number = numbers.setdefault(record.task, len(numbers))
-            if number == len(abouts):
-                abouts.append({"name": record.task, **record.about})
-            fields = dict(record.instance)
-            if fields["id"] is None:
-                fields["id"] = f"{record.task}-{counts[number]}"
-            counts[number] += 1
-            if fields.get("instruction") == abouts[number]["definition"]:
-                fields["instruction"] = None
-            instance = Instance(**fields)
-            yield {"task": number, "split": record.split, "hash": instance.hash, **instance.model_dump()}
+        for task, about, split, fields in records:
+            about = notes.setdefault(task, {"name": task, **about})
+            own = {"id": f"{task}-{counts[task]}" if fields["id"] is None else fields["id"]}
+            if fields.get("instruction") == about["definition"]:
+                own["instruction"] = None
+            counts[task] += 1
+            instance = Instance(**{**fields, **own})
+            yield {"task": task, "split": split, "hash": instance.hash, **instance.model_dump()}
 
     table, notes = cache.table(_SCHEMA, make, key)
     rows = table.select(["task", "split"]).to_pandas().groupby(["task", "split"]).indices
     whole, tasks = cache.Table(table, range(len(table)), Instance.model_validate), []
-    for number, about in enumerate(notes["tasks"]):
-        parts = {split: whole.select(rows.get((number, split), [])) for split in SPLITS}
-        with explained((places or {}).get(about["name"], f"{where.path}: task '{about['name']}'")):
+    for name, about in notes.items():
+        parts = {split: whole.select(rows.get((name, split), [])) for split in SPLITS}
+        with explained(f"{where.path}: task '{name}'"):
             tasks.append(Task.model_validate(about | parts))
     return tasks
 
@@ -153,42 +143,38 @@ def _official(where: Source, wanted: Sequence[str] | None) -> list[Task] | None:
     path = Path(where.path)
     if not path.is_dir() or where.format == "jsonl" or _is_saved(path):
         return None
-    splits: dict[str, Any] | None = None
     # Of each task the files, each with the split of its first 100 instances and that of the others.
-    found: dict[str, list[tuple[Path, Split, Split | None]]] = {}
-    sapt = {file.parent.name: file.parent for file in path.glob("*/train.json")}
-    if where.format == "sapt" or (where.format == "auto" and sapt):
-        for name, folder in sapt.items():
-            found[name] = [(folder / "train.json", "train", "train"), (folder / "test.json", "test", "test")]
-    else:
+    found: dict[str, list[Any]] = {
+        file.parent.name: [(file, "train", "train"), (file.with_name("test.json"), "test", "test")]
+        for file in path.glob("*/train.json")
+    }
+    if where.format != "sapt" and (where.format != "auto" or not found):
         files = sorted((path / "tasks" if (path / "tasks").is_dir() else path).glob("*.json"))
         if where.format != "superni" and (not files or _row_files(path, (".jsonl",)) or _holds_rows(files[0])):
             return None
-        splits = _split_lists(path)
-        for file in files:
-            if splits is None:
-                found[file.stem] = [(file, "test", "train")]
-            elif split := splits.get(file.stem):
-                found[file.stem] = [(file, split, "train" if split == "train" else None)]
+        splits = _split_lists(path, files)
+        found = {file.stem: [(file, *splits[file.stem])] for file in files if file.stem in splits}
     names = sorted(found) if wanted is None else resolve_names(wanted, found)
     parts = [(name, *part) for name in names for part in found[name]]
     records = (record for part in parts for record in _read_official(*part))
-    places = {name: found[name][0][0] for name in names}
-    return _collected(where, [file for _, file, *_ in parts], records, places, splits)
+    return _collected(where, [file for _, file, *_ in parts], records, [(name, *split) for name, _, *split in parts])
 
 
-def _split_lists(root: Path) -> dict[str, Any] | None:
-    """The splits of the tasks in train_tasks.txt and test_tasks.txt; None without split lists."""
+def _split_lists(root: Path, files: Sequence[Path]) -> dict[str, Any]:
+    """Of the tasks in train_tasks.txt and test_tasks.txt the split of the first 100 instances and that of the others.
+
+    Without split lists, of all tasks.
+    """
     parent = next((base / "splits" for base in (root, root.absolute().parent) if (base / "splits").is_dir()), None)
     if parent is None:
-        return None
+        return {file.stem: ("test", "train") for file in files}
     folders = [parent / "default"] if (parent / "default").is_dir() else [f for f in parent.iterdir() if f.is_dir()]
     if len(folders) != 1:
         raise BaditError(f"{parent}: has {len(folders)} split lists and no 'default'; keep one")
     train, test = (read_text(folders[0] / f"{split}_tasks.txt").split() for split in ("train", "test"))
     if both := sorted({*train} & {*test}):
         raise BaditError(f"{root}: task {both[0]!r:.60} is in both split lists; keep it in one")
-    return dict.fromkeys(train, "train") | dict.fromkeys(test, "test")
+    return {**dict.fromkeys(train, ("train", "train")), **dict.fromkeys(test, ("test", None))}
 
 
 class _OfficialInstance(BaseModel):
@@ -208,18 +194,14 @@ class _OfficialTask(BaseModel):
 
 
 def _read_official(name: str, file: Path, first: Split, rest: Split | None) -> Iterator[Record]:
-    """The instances of one official file, the first 100 for one split and the others for another or for none.
-
-    One without an id gets "<name>-<its index>".
-    """
+    """The instances of one official file, the first 100 for one split and the others for another or for none."""
     content = parse_json(read_text(file), file=file)
     with explained(file):
         found = _OfficialTask.model_validate(content)
     about = found.model_dump(exclude={"instances"})
     for index, one in enumerate(found.instances):
         if split := first if index < OFFICIAL_TEST_INSTANCES else rest:
-            identity = f"{name}-{index}" if one.id is None else one.id
-            yield Record(name, about, split, {"id": identity, "input": one.input, "outputs": one.output})
+            yield Record(name, about, split, {"id": one.id, "input": one.input, "outputs": one.output})
 
 
 def _of_rows(where: Source) -> list[Task]:
@@ -284,29 +266,21 @@ def _json_rows(file: Path) -> Iterator[tuple[str, Any]]:
 
 def _table_rows(file: Path) -> Iterator[tuple[str, Any]]:
     """The rows of a CSV, Parquet or Arrow file, read some at a time; those of CSV are text."""
-    with explained(file, action="read", any_error=True):
-        if _TABLES[file.suffix] == "csv":
-            import pandas as pd
+    if _TABLES[file.suffix] != "csv":
+        from datasets import load_dataset
 
-            text: dict[str, Any] = {"dtype": str, "keep_default_na": False, "encoding": "utf-8-sig"}
-            separator = "\t" if file.suffix == ".tsv" else ","
-            frames = pd.read_csv(file, sep=separator, chunksize=cache.ROWS_AT_A_TIME, **text)
-            rows = _of_tables(frames, file)
-        else:
-            from datasets import load_dataset
-
+        with explained(file, action="read", any_error=True):
             rows = load_dataset(_TABLES[file.suffix], data_files=str(file), split="train", streaming=True)
-    yield from _rows_of(rows, str(file))
-
-
-def _of_tables(frames: Any, file: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a CSV file, from its parts."""
-    with frames:
-        for frame in frames:
-            if type(frame.index).__name__ != "RangeIndex":  # pandas takes the first of too many values for an index
+        yield from _rows_of(rows, str(file))
+        return
+    csv.field_size_limit(2**31 - 1)  # of characters; by default 128 thousand
+    with explained(file, action="read", any_error=True), file.open(encoding="utf-8-sig", newline="") as stream:
+        reader = csv.DictReader(stream, delimiter="\t" if file.suffix == ".tsv" else ",", strict=True)
+        for number, row in enumerate(reader, start=1):
+            if None in row:
                 fix = "quote values with a separator"
-                raise BaditError(f"{file}: rows have more values than the first line has names; {fix}")
-            yield from frame.to_dict("records")
+                raise BaditError(f"{file}: row {number} has more values than the first line has names; {fix}")
+            yield f"{file}: row {number}", row
 
 
 def _rows_of(rows: Any, place: str) -> Iterator[tuple[str, Any]]:
@@ -333,12 +307,11 @@ def _of_data_sets(where: Source, path: Path) -> list[Task]:
     if path.is_dir():
         with explained(path, action="read", any_error=True):
             found = load_from_disk(str(path))
-    elif match := HUB_NAME.fullmatch(str(where.path)):
+    else:
+        name, _, configuration = str(where.path).partition(":")
         fix = "give the path of a file or folder, 'builtin', or the name of a data set of the hub"
         with explained(f"{where.path}: no such file or folder", action="loaded from the hub", fix=fix, any_error=True):
-            found = load_dataset(match[1], match[2])
-    else:
-        raise BaditError(f"{path}: no such file or folder; give a path or 'builtin'")
+            found = load_dataset(name, configuration or None)
     parts: dict[str, Any] = {"train": found} if isinstance(found, Dataset) else {str(k): v for k, v in found.items()}
     name = where.task or path.name.partition(":")[0]
     known = {split: SPLIT_NAMES.get(split.partition("-")[0]) for split in parts}

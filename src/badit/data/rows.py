@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from glob import has_magic
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import AfterValidator, AliasChoices, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, Field
 
 from badit.data.tasks import Messages, Outputs, Split, TaskName
-from badit.errors import BaditError, explained
+from badit.errors import BaditError, explained, nearest
 
 Format = Literal["auto", "sapt", "superni", "jsonl", "builtin"]
 Turns = Literal["last", "all"]
@@ -28,6 +29,8 @@ _PAIRS = [
     ("prompt", "completion"), ("prompt", "response"), ("inputs_pretokenized", "targets_pretokenized"),
     ("inputs", "targets"), ("input", "target"), ("input", "output"), ("question", "answer"),
 ]  # fmt: skip
+# The keys of a task's instance. A misspelt "input" would otherwise be an empty one.
+_KEYS = ("task", "instruction", "input", "output", "outputs", "id", "split")
 _ROLES = {"human": "user", "gpt": "assistant", "model": "assistant"}
 
 
@@ -81,21 +84,8 @@ def _not_blank(outputs: tuple[str, ...]) -> tuple[str, ...]:
 _Answers = Annotated[Outputs, AfterValidator(_not_blank)]
 
 
-class _Line(BaseModel):
-    """A row with a task. Unknown keys are refused: a misspelt "input" would otherwise be an empty one."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    task: TaskName
-    instruction: str = Field(min_length=1)
-    input: str = ""
-    outputs: _Answers = Field(validation_alias=AliasChoices("output", "outputs"))
-    id: str | None = None
-    split: Split | None = None
-
-
 class _Row(BaseModel):
-    """Any other row; it may have keys that are not read."""
+    """An instance of a row."""
 
     task: TaskName
     input: str
@@ -104,10 +94,6 @@ class _Row(BaseModel):
     history: Messages = ()
     id: str | None = Field(None, coerce_numbers_to_str=True)
     split: Split | None = None
-
-
-class _RowError(Exception):
-    """Raised with what is wrong in a row."""
 
 
 def read_rows(
@@ -120,60 +106,59 @@ def read_rows(
     definitions: dict[str, str] = {}
     for place, row in rows:
         try:
-            with explained(place):
-                found = list(_parsed(row, name, where, strict))
-        except _RowError as error:
+            with explained():
+                for one in _parsed(row, name, where, strict):
+                    known = definitions.setdefault(one.task, one.instruction or "")
+                    if strict and (one.instruction or "") != known:
+                        raise BaditError(
+                            f"instruction: task '{one.task}' has another one above; use one instruction per task, "
+                            "or data.columns={instruction: instruction} to keep several"
+                        )
+                    if file_split and one.split and one.split != file_split:
+                        raise BaditError(f"split: the file's name says '{file_split}'")
+                    instance = one.model_dump(include={"id", "input", "outputs", "instruction", "history"})
+                    yield Record(
+                        one.task, {"definition": one.instruction}, file_split or one.split or "train", instance
+                    )
+        except BaditError as error:
             raise BaditError(f"{place}: {error}") from None
-        for one in found:
-            known = definitions.setdefault(one.task, one.instruction or "")
-            if strict and (one.instruction or "") != known:
-                raise BaditError(
-                    f"{place}: instruction: task '{one.task}' has another one above; use one instruction per task, "
-                    "or data.columns={instruction: instruction} to keep several"
-                )
-            if file_split and one.split and one.split != file_split:
-                raise BaditError(f"{place}: split: the file's name says '{file_split}'")
-            instance = one.model_dump(include={"id", "input", "outputs", "instruction", "history"})
-            yield Record(one.task, {"definition": one.instruction}, file_split or one.split or "train", instance)
 
 
 def _renamed(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
     for column in columns.values():
         if column not in row:
-            raise _RowError(f"data.columns: there is no column {column!r:.60}; found: {', '.join(map(str, row))}")
+            raise BaditError(f"data.columns: there is no column {column!r:.60}; found: {', '.join(map(str, row))}")
     kept = {key: value for key, value in row.items() if key not in columns.values()}
     kept |= {name: row[column] for name, column in columns.items()}
     return {key: value for key, value in kept.items() if value is not None}
 
 
-def _parsed(row: Any, name: str, where: Source, strict: bool) -> Iterator[_Line | _Row]:
+def _parsed(row: Any, name: str, where: Source, strict: bool) -> Iterator[_Row]:
     """The instances of one row, by its form."""
-    if not isinstance(row, Mapping) or (strict and "task" in row and "instruction" in row):
-        line = _Line.model_validate(row)
-        yield line.model_copy(update={"task": where.task}) if where.task else line
-        return
+    if not isinstance(row, Mapping):
+        raise BaditError(f"must be an object with keys, not {row!r:.60}")
     row = _renamed(row, where.columns)
     own_task = row.get("task", row.get("task_name"))
     instruction, outputs = where.instruction, row.get("output", row.get("outputs"))
     if (chat := _chat_of(row)) is not None:
         found = list(_answers(chat, where.turns))
-    elif row.get("instruction") is not None and outputs is not None:
-        _refuse_near("input", row)
+    elif "instruction" in row and outputs is not None:
+        others = [key for key in row if key not in _KEYS]
+        if strict and "task" in row and others:
+            raise BaditError(f"{others[0]}: unknown key{nearest(others[0], _KEYS)}")
+        if "input" not in row and (near := get_close_matches("input", others, n=1, cutoff=0.8)):
+            raise BaditError(f"found {near[0]!r:.60}, did you mean 'input'?")
         text, content = row["instruction"], row.get("input", "")
         if own_task is not None or where.columns.get("instruction"):
             instruction = text
         else:  # as Alpaca has it: every row has an instruction of its own, which is the prompt
             content = f"{text}\n\n{content}" if content else text
         found = [((), content, outputs)]
-    elif pair := next((pair for pair in _PAIRS if all(row.get(key) is not None for key in pair)), None):
+    elif pair := next((pair for pair in _PAIRS if row.keys() >= {*pair}), None):
         found = [((), row[pair[0]], row[pair[1]])]
     else:
-        if strict and "task" in row:
-            _Line.model_validate(row)
-        _refuse_near("output", row)
-        keys = f"{', '.join(map(str, row)):.200}"
         fix = "name the columns with data.columns={input: COLUMN, output: COLUMN}"
-        raise _RowError(f"no known form of a row: found {keys}; {fix}")
+        raise BaditError(f"no known form of a row: found {', '.join(map(str, row)):.200}; {fix}")
     split, identity = row.get("split") or None, row.get("id") or None
     about: dict[str, Any] = {
         "task": where.task or (name if own_task is None else own_task),
@@ -183,13 +168,6 @@ def _parsed(row: Any, name: str, where: Source, strict: bool) -> Iterator[_Line 
     for number, (history, content, outputs) in enumerate(found):
         own_id = f"{identity}-{number}" if identity and number else identity
         yield _Row(**about, id=own_id, history=history, input=content, outputs=outputs)
-
-
-def _refuse_near(key: str, row: Mapping[str, Any]) -> None:
-    """Raises _RowError for a row that seems to have a key, but misspelt."""
-    if key not in row:
-        for found in get_close_matches(key, map(str, row), n=1, cutoff=0.8):
-            raise _RowError(f"found {found!r:.60}, did you mean {key!r}?")
 
 
 def _chat_of(row: Mapping[str, Any]) -> list[Any] | None:
@@ -206,21 +184,20 @@ def _answers(messages: Sequence[Any], turns: Turns) -> Iterator[tuple[Messages, 
     chat = tuple(_message(number, message) for number, message in enumerate(messages))
     answered = [number for number, (role, _) in enumerate(chat) if role == "assistant"]
     if not answered:
-        raise _RowError("messages: no message is the assistant's")
+        raise BaditError("messages: no message is the assistant's")
     for number in answered if turns == "all" else answered[-1:]:
         if number == 0 or chat[number - 1][0] != "user":
-            raise _RowError(f"messages.{number}: the assistant's message must follow one of the user")
+            raise BaditError(f"messages.{number}: the assistant's message must follow one of the user")
         yield chat[: number - 1], chat[number - 1][1], chat[number][1]
 
 
 def _message(number: int, message: Any) -> tuple[str, str]:
     """The role and the text of a message."""
-    if not isinstance(message, Mapping):
-        raise _RowError(f"messages.{number}: must have a role and a content, not {message!r:.60}")
-    role, content = message.get("role", message.get("from")), message.get("content", message.get("value"))
+    fields = message if isinstance(message, Mapping) else {}
+    role, content = fields.get("role", fields.get("from")), fields.get("content", fields.get("value"))
     if isinstance(content, list):
-        parts = [part.get("text") for part in content if isinstance(part, Mapping)]
-        content = "".join(map(str, parts)) if len(parts) == len(content) and None not in parts else None
+        with suppress(TypeError, LookupError):  # parts that are not all text
+            content = "".join(part["text"] for part in content)
     if not isinstance(role, str) or not isinstance(content, str):
-        raise _RowError(f"messages.{number}: must have a role and a content of text")
+        raise BaditError(f"messages.{number}: must have a role and a content of text")
     return _ROLES.get(role, role), content
