@@ -22,10 +22,9 @@ from tqdm.auto import tqdm
 from badit.card import write_run_card
 from badit.data import AnswerCollator, Instance, Task, on_device
 from badit.data.prompts import IGNORED_LABEL
-from badit.data.tasks import file_safe
 from badit.environment import is_main_process
 from badit.errors import BaditError, explained, refuse_unknown
-from badit.files import copy_folder, exclusive, parse_json, read_json, read_text, write_json, write_text
+from badit.files import copy_folder, exclusive, inside, read_json, read_jsonl, write_json, write_text
 from badit.generation import evaluation_mode, generate_answers
 from badit.methods import build_method
 from badit.metrics import Prediction, group_by_task, instance_scores, mean_scores
@@ -74,8 +73,8 @@ def train_and_score(recipe: Recipe, *, progress: bool = True, allow_changed_inpu
         if run.scores_path.is_file():
             write_run_card(run)  # an earlier process may have ended between the two
             return read_scores(run.scores_path)
-        options: Any = {"progress": progress, "trust_remote_code": recipe.model.trust_remote_code}
-        return evaluate(run.path, **options, keep_stages=True)
+        trusted = recipe.model.trust_remote_code
+        return evaluate(run.path, progress=progress, trust_remote_code=trusted, keep_stages=True)
 
 
 def evaluate(
@@ -102,25 +101,25 @@ def evaluate(
         refuse_unknown("split", split, get_args(Split))
     run = Run(path)
     recipe = run.trusted_recipe(trust_remote_code)
-    own_split = recipe.evaluation.split
-    plan = make_plan(recipe, split=split or own_split)
+    split = split or recipe.evaluation.split
+    plan = make_plan(recipe, split=split)
+    is_own = split == recipe.evaluation.split
     with exclusive(run.path):
-        if split not in (None, own_split):
-            return _score(run, recipe, plan.tasks, split, progress=progress, suffix=f"-{split}")
-        if plan.sequential and plan.method.trains:
+        if is_own and plan.sequential and plan.method.trains:
             scores = _score_sequence(run, plan, progress, keep_stages)
         else:
-            scores = _score(run, recipe, plan.tasks, own_split, progress=progress)
-        write_run_card(run)
+            scores = _score(run, recipe, plan.tasks, split, progress)
+        if is_own:
+            write_run_card(run)
     return scores
 
 
-def _score(
-    folder: Run, recipe: Recipe, tasks: list[Task], split: Split, *, progress: bool, suffix: str = ""
-) -> dict[str, Any]:
-    scores, predictions = score_model(*load_run(folder, recipe), recipe, tasks, split, progress=progress)
-    write_predictions(folder.path / f"predictions{suffix}", predictions)
-    write_json(folder.path / f"scores{suffix}.json", scores)
+def _score(run: Run, recipe: Recipe, tasks: list[Task], split: Split, progress: bool) -> dict[str, Any]:
+    """Scores a run or a stage of one on a split and writes the files."""
+    suffix = "" if split == recipe.evaluation.split else f"-{split}"
+    scores, predictions = score_model(*load_run(run, recipe), recipe, tasks, split, progress=progress)
+    write_predictions(run.path / f"predictions{suffix}", predictions)
+    write_json(run.path / f"scores{suffix}.json", scores)
     return scores
 
 
@@ -207,7 +206,7 @@ def _score_sequence(run: Run, plan: Plan, progress: bool, keep_stages: bool) -> 
     for number, stage in enumerate(plan.stages, start=1):
         tasks = plan.tasks if plan.recipe.evaluation.unseen_tasks else plan.tasks[:number]
         if not keep_stages or not stage.folder.scores_path.is_file():
-            _score(stage.folder, plan.recipe, tasks, plan.recipe.evaluation.split, progress=progress)
+            _score(stage.folder, plan.recipe, tasks, plan.recipe.evaluation.split, progress)
         by_stage.append(read_scores(stage.folder.scores_path))
     matrix = [[scores["tasks"].get(name, {}).get("rouge_l") for name in names] for scores in by_stage]
     scores = {**by_stage[-1], "order": names, "matrix": matrix, "continual": both_forms(matrix)}
@@ -220,19 +219,13 @@ def write_predictions(folder: str | Path, predictions: Iterable[Prediction]) -> 
     """Writes `<task>.jsonl` for each task, one prediction per line. Other files in the folder are left alone.
 
     Raises:
-        BaditError: a task's name that cannot serve as a file name.
+        BaditError: a task's name that leads out of the folder.
     """
-    groups = group_by_task(predictions)
-    for task in groups:
-        try:
-            file_safe(task)
-        except ValueError as error:
-            raise BaditError(f"task {error}") from None
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    for task, group in groups.items():
+    for task, group in group_by_task(predictions).items():
         lines = (json.dumps(asdict(prediction), ensure_ascii=False) + "\n" for prediction in group)
-        write_text(folder / f"{task}.jsonl", "".join(lines))
+        write_text(inside(folder, folder / f"{task}.jsonl"), "".join(lines))
 
 
 def read_predictions(folder: str | Path) -> list[Prediction]:
@@ -241,16 +234,13 @@ def read_predictions(folder: str | Path) -> list[Prediction]:
     Raises:
         BaditError: no such files, or a line that is not a prediction.
     """
-    files = sorted(Path(folder).glob("[!.]*.jsonl"))
-    if not files:
-        raise BaditError(f"predictions {folder}: no .jsonl files there")
     predictions = []
-    for file in files:
-        for number, line in enumerate(read_text(file).split("\n"), start=1):
-            if line:
-                fields = parse_json(line, file=file, first_line=number)
-                with explained(f"{file}: line {number}", fix="evaluate again"):
-                    predictions.append(_PREDICTION.validate_python(fields))
+    for file in sorted(Path(folder).glob("[!.]*.jsonl")):
+        for number, fields in enumerate(read_jsonl(file), start=1):
+            with explained(f"{file}: line {number}", fix="evaluate again"):
+                predictions.append(_PREDICTION.validate_python(fields))
+    if not predictions:
+        raise BaditError(f"predictions {folder}: no .jsonl files there; evaluate the run")
     return predictions
 
 

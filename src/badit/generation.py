@@ -38,13 +38,11 @@ def generate_answers(
 ) -> list[str]:
     """Answer each prompt greedily, up to the first end-of-turn token or `max_new_tokens`.
 
-    The prompts are sorted by length, which keeps the padding small, and the longest come first: memory peaks in the
-    first batch, and the progress bar overestimates the time left rather than underestimating it. They are padded on the
-    left, and the padding is masked, so an answer does not depend on its batch (up to floating-point rounding). Once
-    half of a batch has ended, the others continue without those rows.
+    Batches hold prompts of like length, the longest first, padded on the left and masked: an answer does not depend on
+    its batch (up to floating-point rounding). Once half of a batch has ended, the others continue without those rows.
 
     Every decoding option of the model's own generation config, such as a repetition penalty, is set aside; its end
-    tokens and the tokenizer's both end an answer. The model's training mode is restored; the tokenizer is only read.
+    tokens and the tokenizer's both end an answer. The model's training mode is restored.
 
     Args:
         model: a causal language model, with or without PEFT adapters, on one device.
@@ -73,16 +71,10 @@ def generate_answers(
     ):
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
-            input_ids, attention_mask = _pad_left([prompts[i] for i in batch], settings.pad_token_id)
-            input_ids, attention_mask = input_ids.to(model.device), attention_mask.to(model.device)
-            new_tokens = _continuations(
-                model,
-                input_ids,
-                attention_mask,
-                settings,
-                None if tasks is None else [tasks[i] for i in batch],
-                {} if prefill is None else prefill(batch, input_ids, attention_mask),
-            )
+            padded = _pad_left([prompts[i] for i in batch], settings.pad_token_id, model.device)
+            cache = {} if prefill is None else prefill(batch, *padded)
+            names = None if tasks is None else [tasks[i] for i in batch]
+            new_tokens = _continuations(model, *padded, settings, names, cache)
             for i, tokens in zip(batch, new_tokens, strict=True):
                 answers[i] = _decode(tokenizer, tokens, settings.eos_token_id)
             bar.update(len(batch))
@@ -112,14 +104,13 @@ def _continuations(
     settings = copy.copy(settings)  # max_new_tokens counts down
     while True:
         width = input_ids.shape[1]
+        half: list[Any] = [partial(_half_ended, width, ends_E)]
         with hooks_of(model).rows_of(None if tasks is None else [tasks[row] for row in rows]):
             output = generate(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
                 generation_config=settings,
-                stopping_criteria=StoppingCriteriaList(
-                    [partial(_half_ended, width, ends_E)] if criteria is None else criteria
-                ),
+                stopping_criteria=StoppingCriteriaList(half if criteria is None else criteria),
                 **cache,
             )
         new = output["sequences"][:, width:]
@@ -165,25 +156,22 @@ def stream_answer(
     max_new_tokens: int = 50,
     task: str | None = None,
 ) -> GrownAnswer:
-    """Answers one prompt as :func:`generate_answers` does, and shows the answer as it grows.
+    """Answers one prompt as :func:`generate_answers` does, with its arguments and errors.
 
     Args:
         show: is given the whole answer so far after every token. What it raises ends the generation and comes out here.
-
-    The other arguments, and the errors, are those of :func:`generate_answers`, for one prompt.
     """
     _check([prompt], max_new_tokens=max_new_tokens)
     tasks = None if task is None else [task]
     with _greedy(model, tokenizer, max_new_tokens) as settings, evaluation_mode(model):
-        input_ids, attention_mask = (tensor.to(model.device) for tensor in _pad_left([prompt], settings.pad_token_id))
-        ends = settings.eos_token_id
+        padded, ends = _pad_left([prompt], settings.pad_token_id, model.device), settings.eos_token_id
 
         def show_all(input_ids: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
             text = _decode(tokenizer, input_ids[0, len(prompt) :].tolist(), ends)
             show(text.rstrip(_HALF_A_CHARACTER))
             return torch.zeros(1, dtype=torch.bool, device=input_ids.device)
 
-        (tokens,) = _continuations(model, input_ids, attention_mask, settings, tasks, {}, [show_all])
+        (tokens,) = _continuations(model, *padded, settings, tasks, {}, [show_all])
     ended = tokens[-1] in ends
     return GrownAnswer(_decode(tokenizer, tokens, ends), len(tokens) - ended, ended)
 
@@ -201,17 +189,14 @@ def _check(prompts: Sequence[Sequence[int]], **sizes: int) -> None:
 def _greedy(
     model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int
 ) -> Iterator[GenerationConfig]:
-    """Plain greedy decoding as the model's only generation config.
-
-    `generate` fills what its argument leaves unset from the model's own config, so passing the settings is not enough:
-    a temperature there would raise a warning, a repetition penalty would change the answers.
-    """
+    """Plain greedy decoding in place of the model's own config, from which `generate` fills what is left unset."""
     from peft import PeftModel
     from transformers import GenerationConfig
 
     owner = cast("PreTrainedModel", model.get_base_model() if isinstance(model, PeftModel) else model)
     original = owner.generation_config
     pad = tokenizer.pad_token_id
+    own: Any = original.eos_token_id
     settings = GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=False,
@@ -219,19 +204,13 @@ def _greedy(
         use_cache=True,
         return_dict_in_generate=True,
         pad_token_id=0 if pad is None else pad,
-        eos_token_id=_end_tokens(original, tokenizer),
+        eos_token_id=sorted({tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}),
     )
     owner.generation_config = settings
     try:
         yield settings
     finally:
         owner.generation_config = original
-
-
-def _end_tokens(config: GenerationConfig | None, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    own = config.eos_token_id if config is not None else None
-    ends = own if isinstance(own, list) else [own]
-    return sorted({end for end in (tokenizer.eos_token_id, *ends) if isinstance(end, int)})
 
 
 @contextmanager
@@ -247,12 +226,12 @@ def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def _pad_left(prompts: list[Sequence[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _pad_left(prompts: list[Sequence[int]], pad: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids and attention mask, both (batch, longest prompt), int64."""
     tokens = [torch.tensor(prompt) for prompt in prompts]
-    input_ids = pad_sequence(tokens, batch_first=True, padding_value=pad, padding_side="left")
-    attended = [torch.ones_like(prompt) for prompt in tokens]
-    return input_ids, pad_sequence(attended, batch_first=True, padding_side="left")
+    input_ids = pad_sequence(tokens, True, pad, padding_side="left")
+    attended = pad_sequence([torch.ones_like(prompt) for prompt in tokens], True, padding_side="left")
+    return input_ids.to(device), attended.to(device)
 
 
 def _decode(tokenizer: PreTrainedTokenizerBase, tokens: list[int], ends: list[int]) -> str:

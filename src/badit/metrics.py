@@ -127,8 +127,7 @@ def mean_scores(instances: Mapping[str, Mapping[str, Sequence[float]]]) -> dict[
 
 
 def _checked(references: Sequence[str]) -> Sequence[str]:
-    # A bare string is a sequence of its letters, each of which would quietly become a reference.
-    if not references or isinstance(references, str):
+    if not references or isinstance(references, str):  # a string would be a sequence of its letters
         raise BaditError("references: give a sequence of at least one accepted answer")
     return references
 

@@ -17,8 +17,6 @@ if TYPE_CHECKING:
 
 # Statistics are over the first so many training instances of a task.
 _MEASURED = 1_000
-# Around what is trained.
-_OPEN, _CLOSE = "⟦", "⟧"
 
 
 def task_table(data: DataSection, tasks: Sequence[Task]) -> str:
@@ -30,7 +28,7 @@ def task_table(data: DataSection, tasks: Sequence[Task]) -> str:
             task.name,
             *(f"{len(split):,}" for split in (task.train, task.validation, task.test)),
             f"{shares.get(task.name, 0) / total:.1%}",
-            _short("–" if task.definition is None else task.definition),
+            " ".join((task.definition or "–").split())[:60],
         ]
         for task in tasks
     ]
@@ -52,18 +50,15 @@ def preview(recipe: Recipe, tasks: Sequence[Task], count: int) -> str:
         instances = list(task.train[:_MEASURED])
         examples = encode_examples(tokenizer, [(task, instance) for instance in instances], **section.model_dump())
         texts = [prompt_text(task, instance, section.encoding) for instance in instances]
-        texts += [instance.outputs[0] for instance in instances]
-        encoded: Any = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
-        lengths = [len(ids) for ids in encoded]
+        prompts = _measured(tokenizer, texts, section.max_source_tokens)
+        answers = _measured(tokenizer, [instance.outputs[0] for instance in instances], section.max_answer_tokens)
         scored = {(instance.input, instance.history) for instance in (*task.test, *task.validation)}
-        prompts = _measured(lengths[: len(instances)], section.max_source_tokens)
-        answers = _measured(lengths[len(instances) :], section.max_answer_tokens)
         trained = Counter((instance.input, instance.history) for instance in task.train)
         known = sum(count for key, count in trained.items() if key in scored)
         rows.append([task.name, *prompts, *answers, str(trained.total() - len(trained)), str(known)])
         for example in examples[:count]:
             ids, start = example["input_ids"], example["prompt_length"]
-            text = f"{tokenizer.decode(ids[:start])}{_OPEN}{tokenizer.decode(ids[start:])}{_CLOSE}"
+            text = f"{tokenizer.decode(ids[:start])}⟦{tokenizer.decode(ids[start:])}⟧"
             lines = [f"── {task.name}, instance {example['id']}, {len(ids)} tokens", *text.split("\n")]
             shown.append("\n".join(map(one_line, lines)))
     heading = ["task", "prompt", "longest", "cut", "answer", "longest", "cut", "repeated", "in test too"]
@@ -75,12 +70,9 @@ def preview(recipe: Recipe, tasks: Sequence[Task], count: int) -> str:
     return "\n\n".join([table, note, *shown])
 
 
-def _measured(lengths: list[int], most: int) -> list[str]:
-    """Their median, the longest, and how many are cut."""
+def _measured(tokenizer: Any, texts: list[str], most: int) -> list[str]:
+    """The median of the texts' numbers of tokens, the largest, and how many are cut."""
+    encoded = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+    lengths = [len(ids) for ids in encoded]
     middle = f"{median(lengths):.0f}" if lengths else "–"
     return [middle, str(max(lengths, default=0)), str(sum(length > most for length in lengths))]
-
-
-def _short(text: str, width: int = 60) -> str:
-    flat = " ".join(text.split())
-    return flat if len(flat) <= width else flat[: width - 1] + "…"

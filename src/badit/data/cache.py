@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import copy
 from itertools import islice
 from operator import eq
-from typing import Any, Self, TypeVar, overload
+from typing import Any, Self, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -47,11 +47,7 @@ class Table(Sequence[Item]):
     def __len__(self) -> int:
         return len(self.rows)
 
-    @overload
-    def __getitem__(self, index: int) -> Item: ...
-    @overload
-    def __getitem__(self, index: slice) -> Self: ...
-    def __getitem__(self, index: int | slice) -> Item | Self:
+    def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return self.select(np.arange(len(self))[index])
         return self._make(self.table.slice(int(self.rows[index]), 1).to_pylist()[0])
@@ -64,9 +60,6 @@ class Table(Sequence[Item]):
         return isinstance(other, Sequence) and len(self) == len(other) and all(map(eq, self, other))
 
     __hash__ = None  # pyright: ignore[reportAssignmentType] (equal to tuples, which hash otherwise)
-
-    def __repr__(self) -> str:
-        return f"<{len(self)} rows>"
 
     def column(self, name: str) -> list[Any]:
         """One column of its rows."""

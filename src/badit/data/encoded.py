@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import pyarrow as pa
@@ -16,7 +16,6 @@ from tqdm import tqdm
 from badit.data import cache
 from badit.data.prompts import IGNORED_LABEL, encode_examples, with_labels
 from badit.data.tasks import Task
-from badit.errors import BaditError
 
 if TYPE_CHECKING:
     import torch
@@ -25,7 +24,6 @@ if TYPE_CHECKING:
 _pc: Any = pyarrow.compute  # whose functions are made at import
 # Data sets of so many instances are kept in the cache.
 _LARGE = 20_000
-_PARALLEL = "TOKENIZERS_PARALLELISM"
 _SCHEMA = pa.schema(
     [("task", pa.string()), ("id", pa.string()), ("prompt_length", pa.int32()), ("input_ids", pa.list_(pa.int32()))]
 )
@@ -75,16 +73,13 @@ def encode_tasks(
         key = ["examples", hashlib.sha256(about.encode()).hexdigest(), dict(options), fingerprints]
 
     def make(notes: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        before = os.environ.get(_PARALLEL)
-        os.environ[_PARALLEL] = "true"  # a thread on every core; afterwards, as before, processes may be forked
+        os.environ["TOKENIZERS_PARALLELISM"] = "true"  # a thread on every core
         pairs = ((task, instance) for task in tasks for instance in task.train)
-        try:
-            with tqdm(total=count, desc="Encoding", unit="example", disable=not progress, leave=False) as bar:
-                for chunk in cache.chunks(pairs, 1_000):
-                    yield from encode_examples(tokenizer, chunk, **options)
-                    bar.update(len(chunk))
-        finally:
-            os.environ[_PARALLEL] = before or "false"
+        with tqdm(total=count, desc="Encoding", unit="example", disable=not progress, leave=False) as bar:
+            for chunk in cache.chunks(pairs, 1_000):
+                yield from encode_examples(tokenizer, chunk, **options)
+                bar.update(len(chunk))
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # from now on processes may be forked
 
     table, _ = cache.table(_SCHEMA, make, key)
     return Examples(table, order, with_labels)
@@ -102,25 +97,25 @@ class AnswerCollator:
 
     pad_token_id: int
     side: Literal["left", "right"] = "right"
-    with_tasks: bool = field(default=False, kw_only=True)
+    with_tasks: bool = False
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """`input_ids`, `attention_mask` and `labels`, each (batch, longest) of int64; other keys are left out."""
         import torch
 
-        if not examples:
-            raise BaditError("examples: the batch is empty; give at least one example")
-
-        def padded(rows: Iterable[list[int]], fill: int) -> torch.Tensor:
+        def padded(rows: Sequence[list[int]], fill: int) -> torch.Tensor:
             tensors = [torch.tensor(row, dtype=torch.long) for row in rows]
             return torch.nn.utils.rnn.pad_sequence(tensors, True, fill, padding_side=self.side)
 
+        ids = [example["input_ids"] for example in examples]
         batch: dict[str, Any] = {
-            "input_ids": padded((example["input_ids"] for example in examples), self.pad_token_id),
-            "attention_mask": padded(([1] * len(example["input_ids"]) for example in examples), 0),
-            "labels": padded((example["labels"] for example in examples), IGNORED_LABEL),
+            "input_ids": padded(ids, self.pad_token_id),
+            "attention_mask": padded([[1] * len(row) for row in ids], 0),
+            "labels": padded([example["labels"] for example in examples], IGNORED_LABEL),
         }
-        return batch | ({"tasks": [example["task"] for example in examples]} if self.with_tasks else {})
+        if self.with_tasks:
+            batch["tasks"] = [example["task"] for example in examples]
+        return batch
 
 
 @dataclass

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
@@ -32,8 +31,7 @@ _TEMPLATE_FIX = "use prompt.chat_template=never, or another template"
 class Prompt(NamedTuple):
     """A prompt's text in the pieces that truncation treats differently.
 
-    `history` holds the (role, content) of earlier messages of a chat, of which truncation drops the oldest first. With
-    `is_message` the text is a message as a user writes it, which says by itself what to do.
+    `history` holds the (role, content) of a chat's earlier messages. With `is_message` the text is a user's message.
     """
 
     head: str
@@ -93,15 +91,13 @@ def encode_prompts(
     pieces = [Prompt("", prompt, "") if isinstance(prompt, str) else prompt for prompt in prompts]
     texts = ["".join(prompt[:3]) for prompt in pieces]
     # A token is at least one character of ASCII, so most texts need not be tokenised to see that they are short enough.
-    unsure = [
-        i for i, text in enumerate(texts) if pieces[i].history or not (text.isascii() and len(text) < max_source_tokens)
-    ]
-    lengths = [len(ids) for ids in _tokens(tokenizer, [texts[i] for i in unsure])]
+    short = [text.isascii() and len(text) < max_source_tokens for text in texts]
+    unsure = [i for i, prompt in enumerate(pieces) if prompt.history or not short[i]]
     histories = [prompt.history for prompt in pieces]
-    for i, length in zip(unsure, lengths, strict=True):
-        if length > max_source_tokens:
+    for i, ids in zip(unsure, _tokens(tokenizer, [texts[i] for i in unsure]), strict=True):
+        if len(ids) > max_source_tokens:
             texts[i] = _cut(tokenizer, pieces[i], max_source_tokens)
-        histories[i] = _recent(tokenizer, histories[i], max_source_tokens - length)
+        histories[i] = _recent(tokenizer, histories[i], max_source_tokens - len(ids))
     if uses_template(tokenizer, chat_template):
         # Templates write BOS themselves, so what they render is tokenised without adding another.
         return _tokens(tokenizer, [_rendered(tokenizer, *one) for one in zip(texts, histories, strict=True)])
@@ -117,14 +113,10 @@ def encode_prompts(
     return [bos + ids if adds_bos and ids[:1] != bos else ids for ids in _tokens(tokenizer, texts)]
 
 
-def _rendering() -> AbstractContextManager[None]:
-    return explained("chat_template", action="rendered", fix=_TEMPLATE_FIX, any_error=True)
-
-
 def _rendered(tokenizer: PreTrainedTokenizerBase, text: str, history: Messages) -> str:
     """The user's message after its history in the tokenizer's chat template, up to the assistant's answer."""
     turns = [{"role": role, "content": content} for role, content in (*history, ("user", text))]
-    with _rendering():
+    with explained("chat_template", action="rendered", fix=_TEMPLATE_FIX, any_error=True):
         found = str(tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False))
     if text.strip() not in found:
         raise BaditError(f"chat_template: renders a prompt without the text that it is given; {_TEMPLATE_FIX}")
@@ -166,8 +158,9 @@ def _recent(tokenizer: PreTrainedTokenizerBase, history: Messages, most: int) ->
 
 def end_of_turn_id(tokenizer: PreTrainedTokenizerBase, chat_template: ChatTemplate = "auto") -> int:
     """The token that ends an answer: what the chat template puts after an assistant's message, else EOS."""
-    templated = uses_template(tokenizer, chat_template)
-    end: Any = _end_in_template(tokenizer, tokenizer.get_chat_template()) if templated else None
+    end: Any = None
+    if uses_template(tokenizer, chat_template):
+        end = _end_in_template(tokenizer, tokenizer.get_chat_template())
     end = tokenizer.eos_token_id if end is None else end
     if end is None:
         raise BaditError("tokenizer: has neither an end-of-turn nor an EOS token; set its eos_token")
@@ -236,7 +229,7 @@ def _tokens(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[li
 def _end_in_template(tokenizer: PreTrainedTokenizerBase, template: str) -> int | None:
     """The first added token after an assistant's message rendered by `template`."""
     turns = [{"role": "user", "content": "QUESTION"}, {"role": "assistant", "content": "ANSWER"}]
-    with _rendering():
+    with explained("chat_template", action="rendered", fix=_TEMPLATE_FIX, any_error=True):
         rendered = tokenizer.apply_chat_template(turns, chat_template=template, tokenize=False)
     _, found, after = str(rendered).rpartition("ANSWER")
     added = tokenizer.added_tokens_decoder

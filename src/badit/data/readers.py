@@ -201,7 +201,7 @@ def _read_official(name: str, file: Path, first: Split, rest: Split | None) -> I
     about = found.model_dump(exclude={"instances"})
     for index, one in enumerate(found.instances):
         if split := first if index < OFFICIAL_TEST_INSTANCES else rest:
-            yield Record(name, about, split, {"id": one.id, "input": one.input, "outputs": one.output})
+            yield name, about, split, {"id": one.id, "input": one.input, "outputs": one.output}
 
 
 def _of_rows(where: Source) -> list[Task]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from glob import has_magic
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, Field
 
@@ -19,6 +19,8 @@ from badit.errors import BaditError, explained, nearest
 Format = Literal["auto", "sapt", "superni", "jsonl", "builtin"]
 Turns = Literal["last", "all"]
 
+#: An instance on its way to its task: the task's name and fields, the split, and the instance's fields.
+Record = tuple[str, Mapping[str, Any], Split, Mapping[str, Any]]
 HUB_NAME = re.compile(r"([\w-][\w.-]*/[\w.-]+)(?::([\w.-]+))?")
 #: What data sets call the splits.
 SPLIT_NAMES: dict[str, Any] = {"train": "train", "test": "test"} | dict.fromkeys(
@@ -65,15 +67,6 @@ class Source:
             raise BaditError(f"{path}: no such file or folder; give a path or 'builtin'")
 
 
-class Record(NamedTuple):
-    """An instance on its way to its task: ``about`` are the fields of a task that has not been seen before."""
-
-    task: str
-    about: Mapping[str, Any]
-    split: Split
-    instance: Mapping[str, Any]
-
-
 def _not_blank(outputs: tuple[str, ...]) -> tuple[str, ...]:
     if not any(output.strip() for output in outputs):
         raise ValueError("must hold at least one answer that is not blank")
@@ -117,9 +110,7 @@ def read_rows(
                     if file_split and one.split and one.split != file_split:
                         raise BaditError(f"split: the file's name says '{file_split}'")
                     instance = one.model_dump(include={"id", "input", "outputs", "instruction", "history"})
-                    yield Record(
-                        one.task, {"definition": one.instruction}, file_split or one.split or "train", instance
-                    )
+                    yield one.task, {"definition": one.instruction}, file_split or one.split or "train", instance
         except BaditError as error:
             raise BaditError(f"{place}: {error}") from None
 

@@ -22,8 +22,6 @@ from badit.errors import BaditError, nearest
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
 
-# A task's name becomes a file's name; file systems allow 255 bytes, suffix included.
-MAX_NAME_CHARACTERS, MAX_NAME_BYTES = 120, 240
 # The two orders of SAPT (Zhao et al. 2024, arXiv 2401.08295) over its 15 SuperNI tasks, by the tasks' numbers.
 SAPT_ORDERS = {
     "sapt-1": (1572, 363, 1290, 181, 2, 1510, 639, 1729, 73, 1590, 748, 511, 591, 1687, 875),
@@ -33,10 +31,10 @@ SAPT_ORDERS = {
 
 def file_safe(name: str) -> str:
     """The task's name; raises ValueError unless it can name a file in any folder and leads out of none."""
-    if not re.match(r"[^.\s]", name) or not name.isprintable() or {*"/\\"} & {*name}:
-        raise ValueError(f"{name!r:.60} cannot be a file name; leave out leading dots, slashes and control characters")
-    if len(name) > MAX_NAME_CHARACTERS or len(name.encode()) > MAX_NAME_BYTES:
-        raise ValueError(f"{name!r:.60} is too long for a file name; use at most {MAX_NAME_CHARACTERS} characters")
+    too_long = len(name) > 120 or len(name.encode()) > 240  # file systems allow 255 bytes, suffix included
+    if too_long or not re.match(r"[^.\s]", name) or not name.isprintable() or {*"/\\"} & {*name}:
+        fix = "use at most 120 characters, no leading dot, no slash and no control character"
+        raise ValueError(f"{name!r:.60} cannot be a file name; {fix}")
     return name
 
 
