@@ -54,18 +54,16 @@ def test_the_same_rows_give_the_same_tasks_in_every_format(tmp_path, suffix):
     assert sums.train[0].outputs == ("2",)
 
 
-def test_a_csv_keeps_every_text_as_it_stands(tmp_path):
-    (tmp_path / "codes.csv").write_text("\ufeffinput,output,split\n007,NA,train\nnull,1e3,dev\n", encoding="utf-8")
-    task = task_of(tmp_path / "codes.csv")
+def test_a_csv_keeps_every_text_as_it_stands_and_is_refused_where_values_are_shifted(tmp_path):
+    file = tmp_path / "codes.csv"
+    file.write_text("\ufeffinput,output,split\n007,NA,train\nnull,1e3,dev\n", encoding="utf-8")
+    task = task_of(file)
     assert (task.name, task.definition, task.train[0].input, task.train[0].outputs) == ("codes", None, "007", ("NA",))
     assert (task.validation[0].input, task.validation[0].outputs) == ("null", ("1e3",))
-
-
-def test_a_row_with_more_values_than_names_is_refused(tmp_path):
-    (tmp_path / "shifted.csv").write_text("input,output\nGreat food, really,positive\n")
-    assert "row 1 has more values than the first line has names" in refusal(tmp_path / "shifted.csv")
-    (tmp_path / "open.csv").write_text('input,output\n"Great food,positive\nBad,negative\n')
-    assert "open.csv: cannot be read (unexpected end of data)" in refusal(tmp_path / "open.csv")
+    file.write_text("input,output\nGreat food, really,positive\n")
+    assert "row 1 has more values than the first line has names" in refusal(file)
+    file.write_text('input,output\n"Great food,positive\nBad,negative\n')
+    assert "codes.csv: cannot be read (unexpected end of data)" in refusal(file)
 
 
 @pytest.mark.parametrize("suffix", ["csv", "parquet"])
@@ -245,14 +243,12 @@ def test_the_command_shows_the_mixture_and_the_prompts(tmp_path, capsys, recipe_
     assert row.split()[-2:] == ["1", "2"], "an input is there again, and both times in the test set too"
 
 
-@pytest.mark.parametrize(
-    ("source", "message"), [("nowhere.csv", "no such file or folder"), ("$UNSET_/x", "UNSET_ is not set")]
-)
-def test_missing_data_is_named_before_anything_heavy_is_imported(tmp_path, recipe_values, source, message):
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(yaml.safe_dump(recipe_values | {"data": {"source": source}}))
-    code = "import sys; from badit.cli import main; code = main(sys.argv[1:]); heavy = {'torch', 'transformers'}"
-    command = [sys.executable, "-c", f"{code}; print(code, heavy & {{*sys.modules}})", "train", str(recipe)]
+def test_missing_data_is_named_before_anything_heavy_is_imported(tmp_path, recipe_values):
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe_values))
+    code = "import sys; from badit.cli import main; codes = [main(['train', sys.argv[1], one]) for one in sys.argv[2:]]"
+    command = [sys.executable, "-c", f"{code}; print(codes, {{'torch', 'transformers'}} & {{*sys.modules}})"]
+    command += [str(tmp_path / "recipe.yaml"), "data.source=nowhere.csv", "data.source=$UNSET_/x"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert done.stdout == "2 set()\n"
-    assert message in done.stderr
+    assert done.stdout == "[2, 2] set()\n"
+    assert "no such file or folder" in done.stderr
+    assert "UNSET_ is not set" in done.stderr
