@@ -196,7 +196,8 @@ def _greedy(
     owner = cast("PreTrainedModel", model.get_base_model() if isinstance(model, PeftModel) else model)
     original = owner.generation_config
     pad = tokenizer.pad_token_id
-    own: Any = original.eos_token_id
+    own = original.eos_token_id
+    ends: list[Any] = [tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])]
     settings = GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=False,
@@ -204,7 +205,7 @@ def _greedy(
         use_cache=True,
         return_dict_in_generate=True,
         pad_token_id=0 if pad is None else pad,
-        eos_token_id=sorted({tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}),
+        eos_token_id=sorted({*ends} - {None}),
     )
     owner.generation_config = settings
     try:
