@@ -7,7 +7,6 @@ itself; :class:`AngleLog` does for methods that do not regroup. Both take them o
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -77,9 +76,8 @@ class Windows(dict[str, Window]):
 
     def _read_gradients(self) -> None:
         factors = [(layer.badit_A[adapter], layer.badit_B[adapter]) for layer, adapter in self._layers.values()]
-        for window, gram_NN, gate_sums in zip(
-            self.values(), component_grams(factors), self._taken_gates(), strict=True
-        ):
+        found = zip(self.values(), component_grams(factors), self._taken_gates(), strict=True)
+        for window, gram_NN, gate_sums in found:
             if gram_NN is not None:
                 window.gram_sum = _plus(window.gram_sum, gram_NN)
                 window.steps += 1
@@ -97,38 +95,32 @@ class Windows(dict[str, Window]):
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """Tensors, and plain values. All ranks must ask for it; of the gates each has sums of its own."""
-        tensors = {}
-        for name, window in self.items():
-            for kind, tensor in (("gram_sum", window.gram_sum), ("gate_sums", window.gates_of_all())):
-                if tensor is not None:
-                    tensors[f"{kind}:{name}"] = tensor.contiguous()
-        return tensors, {name: {"steps": window.steps, "pending": window.pending} for name, window in self.items()}
+        sums = {f"gram_sum:{name}": window.gram_sum for name, window in self.items()}
+        sums |= {f"gate_sums:{name}": window.gates_of_all() for name, window in self.items()}
+        notes = {name: {"steps": window.steps, "pending": window.pending} for name, window in self.items()}
+        return {name: tensor.contiguous() for name, tensor in sums.items() if tensor is not None}, notes
 
     def set_state(self, tensors: Mapping[str, torch.Tensor], notes: Mapping[str, Any]) -> None:
         """Restores what :meth:`state` gave."""
         if notes.keys() != self.keys():
             raise BaditError("the regrouping's state belongs to another model or another choice of target_modules")
         for name, note in notes.items():
-            gram_sum, gate_sums = (tensors.get(f"{kind}:{name}") for kind in ("gram_sum", "gate_sums"))
+            gate_sums = tensors.get(f"gate_sums:{name}")
             own_sums = None if gate_sums is None else own_part(gate_sums)
-            self[name] = Window(gram_sum, note["steps"], own_sums, note["pending"])
+            self[name] = Window(tensors.get(f"gram_sum:{name}"), note["steps"], own_sums, note["pending"])
         self._taken_gates()  # those of before belong to no window
 
     def save(self, path: Path, *, write: bool = True) -> None:
         """Writes the state to a safetensors file, on the ranks with ``write``; all must call it."""
         tensors, notes = self.state()
         if write:
-            partial = path.with_name(f"{path.name}.partial")
-            save_file(tensors, partial, metadata={"windows": json.dumps(notes)})
-            os.replace(partial, path)
+            save_file(tensors, path, metadata={"windows": json.dumps(notes)})
 
     def load(self, path: Path) -> None:
         """Restores the state from a checkpoint's file."""
         if not path.is_file():
-            raise BaditError(
-                f"{path}: is missing, so training cannot continue exactly where it stopped; resume from another "
-                "checkpoint, or pass RegroupCallback(checkpoint=FOLDER) if the checkpoint lies elsewhere"
-            )
+            fix = "resume from another checkpoint, or pass RegroupCallback(checkpoint=FOLDER)"
+            raise BaditError(f"{path}: is missing, so training cannot continue exactly where it stopped; {fix}")
         with explained(path, action="resumed from", fix="resume from another checkpoint", any_error=True):
             with safe_open(path, framework="pt") as file:
                 notes = json.loads((file.metadata() or {})["windows"])

@@ -325,7 +325,7 @@ def _shown_export(run: Run, exported: Any, options: dict[str, Any]) -> str:
     return f"{shown}\n\n{cost_table(read_json(path))}\n\nScores: {path}" if path.is_file() else shown
 
 
-_derive(analyze, _shown_tables, "badit.analysis.analyze")
+_derive(analyze, _shown_tables, "badit.analysis")
 _derive(Run.evaluate, lambda run, scores, options: _score_table(str(run.path), run))
 _derive(Run.export, _shown_export)
 _derive(Run.push, lambda run, address, options: address)

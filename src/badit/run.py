@@ -437,7 +437,7 @@ def analyze(
     Raises:
         BaditError: no such run or model, bad data, or tables of other settings in the folder.
     """
-    from badit.analysis.analyze import analyze
+    from badit.analysis import analyze
     from badit.analysis.tables import load_frames
 
     source = None if data is None else os.fspath(data)

@@ -37,9 +37,9 @@ def rows(frame: pd.DataFrame) -> list[list[Any]]:
     return frame.astype(object).where(frame.notna(), None).to_numpy().tolist()
 
 
-def batched(of_tasks: Examples, size: int = 3, side: Any = "right") -> dict[str, list[dict[str, Any]]]:
-    collate = AnswerCollator(0, side, with_tasks=True)
-    return {task: [collate(of[i : i + size]) for i in range(0, len(of), size)] for task, of in of_tasks.items()}
+def batched(of_tasks: Examples) -> dict[str, list[dict[str, Any]]]:
+    collate = AnswerCollator(0, with_tasks=True)
+    return {task: [collate([example]) for example in examples] for task, examples in of_tasks.items()}
 
 
 def loss(model: Any, example: Mapping[str, Any]) -> torch.Tensor:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-import badit.analysis.analyze as module
+import badit.analysis as module
 from badit import analyze
 from badit.analysis.tables import load_frames
 from badit.cli import main

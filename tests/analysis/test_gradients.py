@@ -102,8 +102,8 @@ def make(tiny_model, kind):
     return get_peft_model(tiny_model("llama"), LoraConfig(r=2, lora_alpha=4, **options)).eval()
 
 
-def assert_same(frame, expected, tolerance=1e-4):
-    """The same rows in any order; numbers to within the tolerance."""
+def assert_same(frame, expected):
+    """The same rows in any order."""
 
     def key(row):
         return [str(value) for value in row if not isinstance(value, float) and value is not None]
@@ -111,21 +111,20 @@ def assert_same(frame, expected, tolerance=1e-4):
     assert len(expected) > 0
     for row, twin in zip(sorted(naive.rows(frame), key=key), sorted(expected, key=key), strict=True):
         known = [None if value != value else value for value in twin]  # NaN where it is not defined
-        assert row == pytest.approx(known, abs=tolerance), (row, twin)
+        assert row == pytest.approx(known, abs=1e-4), (row, twin)
 
 
 @pytest.mark.parametrize(
-    ("name", "prefix", "expected"),
+    ("name", "expected"),
     [
-        ("model.layers.12.mlp.gate_proj", None, (12, "mlp.gate_proj")),
-        ("base_model.model.model.layers.0.self_attn.q_proj.base_layer", None, (0, "self_attn.q_proj")),
-        ("base_model.model.transformer.h.1.attn.c_attn.lora_A.x.weight", "lora_", (1, "attn.c_attn.adapter")),
-        ("base_model.badit_gate.default.key", "badit_", (-1, "adapter")),
-        ("model.embed_tokens", None, (-1, "embed_tokens")),
+        ("model.layers.12.mlp.gate_proj", (12, "mlp.gate_proj")),
+        ("base_model.model.transformer.h.0.attn.c_attn.base_layer", (0, "attn.c_attn")),
+        ("base_model.adapter", (-1, "adapter")),
+        ("model.embed_tokens", (-1, "embed_tokens")),
     ],
 )
-def test_names_tell_layer_and_module(name, prefix, expected):
-    assert layer_and_module(name, prefix) == expected
+def test_names_tell_layer_and_module(name, expected):
+    assert layer_and_module(name) == expected
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -152,15 +151,6 @@ def test_small_sketches_are_off_by_no_more_than_they_say(tiny_model):
     assert errors.abs().max() < 4.5
     assert "at most 0.088" in table.attrs["about"]
     assert measured(model, examples, sketch_size=size)["gradient_pairs"].equals(table), "the signs are always the same"
-
-
-@pytest.mark.parametrize(("family", "side"), [("llama", "right"), ("llama", "left"), ("gpt2", "left")])
-def test_batches_and_padding_make_no_difference(tiny_model, family, side):
-    model, examples = tiny_model(family), naive.make_examples(SIZES)
-    one_by_one = measure_interference(model, naive.batched(examples, 1))
-    together = measure_interference(model, naive.batched(examples, 9, side))
-    for table, other in zip(one_by_one, together, strict=True):
-        assert_same(table, naive.rows(other), 1e-6)
 
 
 @pytest.mark.parametrize("kind", ["badit", "lora"])
@@ -211,11 +201,8 @@ def test_no_more_than_one_gradient_is_held(tiny_model):
     assert sum(sketch.sums_RM.numel() for sketch in sketches) <= len(parameters) * 2 * 50 * 8
 
 
-def test_bad_input_is_refused(tiny_model):
-    model, batches = tiny_model("llama"), naive.batched(naive.make_examples({"a": 2}))
-    for none in ({}, {**batches, "b": []}):
-        with pytest.raises(BaditError, match="batches: give at least one task, and for every task at least one"):
-            measure_interference(model, none)
+def test_a_loss_that_is_not_finite_is_refused(tiny_model):
+    model = tiny_model("llama")
     model.model.norm.weight.data.fill_(math.nan)
     with pytest.raises(BaditError, match="task a, instance 0: has no finite loss; it may overflow in its type"):
-        measure_interference(model, batches)
+        measured(model, naive.make_examples({"a": 2}))

@@ -24,7 +24,7 @@ import peft.utils.transformers_weight_conversion  # noqa: F401
 import rouge_score.rouge_scorer  # noqa: F401
 import transformers.models.llama.modeling_llama  # noqa: F401
 
-import badit.analysis.analyze
+import badit.analysis
 import badit.evaluate
 import badit.export  # noqa: F401
 from badit.cli import main

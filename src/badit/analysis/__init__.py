@@ -1,8 +1,134 @@
-"""What tasks and experts do to one another, measured into tables: functions that return pandas DataFrames.
+"""What tasks and experts do to one another: functions that return DataFrames, and ``badit analyze``, which runs them.
+
+OUTPUT/analysis/       the tables, one .json each
+OUTPUT/analysis.json   what was measured on what, how long each part took, versions and hardware
 
 Importing the package declares every table in :data:`badit.analysis.tables.TABLES`.
 """
 
-from badit.analysis import atlas, gates, gradients, interference, learning
+from __future__ import annotations
 
-__all__ = ["atlas", "gates", "gradients", "interference", "learning"]
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from badit.analysis.atlas import ability_atlas
+from badit.analysis.gates import active_experts, prompt_gates
+from badit.analysis.interference import measure_interference
+from badit.analysis.learning import component_flow, expert_angles, held_out_angles, task_gap, transfer
+from badit.analysis.tables import save_frame
+from badit.data import AnswerCollator, Instance, Task, batches_by_task, load_sources
+from badit.environment import environment, peak_memory
+from badit.errors import BaditError
+from badit.evaluate import load_run
+from badit.files import exclusive, inside, read_json, refuse_links, write_json
+from badit.methods import build_method
+from badit.recipe import DataSection, Recipe, build_recipe
+from badit.results import RESULTS
+from badit.run import AnyPath, Run
+from badit.train import encoded, make_plan, pad_id
+
+_BATCH_SIZE = 4
+
+
+def analyze(
+    target: str, data: str | None, instances: int, output: AnyPath | None, progress: bool, trust_remote_code: bool
+) -> Path:
+    """Does what :func:`badit.analyze` says, and returns the folder in which ``analysis/`` has the tables.
+
+    A run is measured on instances that it was not trained on, where its data has any. An interrupted analysis continues
+    with the part that it was at.
+    """
+    if instances < 2:
+        raise BaditError(f"instances: must be at least 2, one for each half whose gradients are compared: {instances}")
+    folder = Path(target)
+    is_run, is_comparison = (folder / "config.yaml").is_file(), (folder / RESULTS).is_file()
+    output = Path(output or (folder if is_run or is_comparison else "runs/analysis"))
+    path = inside(output, output / "analysis.json")
+    refuse_links(inside(output, output / "analysis"))
+    if is_comparison:
+        save_frame(task_gap(folder), output / "analysis")
+        return output
+    if is_run:
+        recipe = Run(folder).trusted_recipe(trust_remote_code)
+    elif data is None:
+        raise BaditError(f"{target}: is no run's folder; to measure on a base model, name its tasks with --data")
+    else:
+        values = {"model": {"name": target}, "data": {"source": data}, "method": {"name": "base"}}
+        recipe = build_recipe({**values, "output": str(output)})
+    trained = build_method(recipe.method).trains
+    section = recipe.data if data is None else DataSection(source=data)  # pyright: ignore[reportCallIssue]
+    tasks = make_plan(recipe).tasks if data is None and trained else load_sources(section.sources(), section.tasks)
+    chosen = [(task, _chosen(task, instances, trained=trained)) for task in tasks]
+    # A run's folder relative to the tables', so that both can be moved.
+    measured = os.path.relpath(folder.resolve(), output.resolve()) if is_run else target
+    settings = {"target": measured, "data": data, "instances": instances}
+    record = read_json(path) if path.is_file() else {"settings": settings, "environment": environment(), "parts": {}}
+    # An earlier release left the target out.
+    if settings | (record.get("settings") or {}) != settings:
+        others = f"it and {path.name}" if is_run else f"it, {path.name} and config.yaml"
+        fix = f"remove {others} to measure again, or choose another --output"
+        raise BaditError(f"{output / 'analysis'}: is of another run or model, or of other settings; {fix}")
+    if "learning" in record["parts"]:  # the last one
+        return output
+    with exclusive(output):
+        for part, measure in _parts(recipe, chosen, progress).items():
+            if part in record["parts"]:
+                continue
+            began = time.monotonic()
+            frames = [frame for frame in measure() if len(frame)]
+            for frame in frames:
+                save_frame(frame, output / "analysis")
+            # After its tables are written, so that an interrupted part is measured again.
+            record["parts"][part] = {
+                "tables": [frame.attrs["name"] for frame in frames],
+                "seconds": round(time.monotonic() - began, 1),
+                "peak_memory_gib": round(peak_memory() / 2**30, 2),
+            }
+            write_json(path, record)
+    return output
+
+
+def _parts(
+    recipe: Recipe, chosen: Sequence[tuple[Task, Sequence[Instance]]], progress: bool
+) -> dict[str, Callable[[], list[pd.DataFrame]]]:
+    """What makes the tables of each part, for a loaded model."""
+    run = Run.at(recipe.output)
+    model, tokenizer = load_run(run, recipe)
+    if not build_method(recipe.method).trains:  # a report then finds a base model's configuration as it does any run's
+        Run.prepare(recipe)
+        if not run.environment_path.is_file():
+            write_json(run.environment_path, environment())
+    pairs = [(task, instance) for task, instances in chosen for instance in instances]
+    examples, collate = encoded(tokenizer, recipe, pairs, model), AnswerCollator(pad_id(tokenizer), with_tasks=True)
+    batches = batches_by_task(examples, collate, _BATCH_SIZE)
+    gates = prompt_gates(model, batches) if active_experts(model) else None
+
+    def interference() -> list[pd.DataFrame]:
+        return measure_interference(model, batches_by_task(examples, collate, 1), gates, progress=progress)
+
+    def experts() -> list[pd.DataFrame]:
+        if gates is None:
+            return []
+        texts = {task.name: [(instance.id, instance.input) for instance in found] for task, found in chosen}
+        # Losses take a pass for every expert, so only one batch of each task goes through.
+        first = {task: of_task[:1] for task, of_task in batches.items()}
+        atlas = ability_atlas(model, first, gates, texts, [task for task, _ in chosen], progress=progress)
+        held_out = held_out_angles(model, batches, progress=progress)
+        return [expert_angles(run, held_out), component_flow(run), *atlas]
+
+    def learning() -> list[pd.DataFrame]:
+        return [transfer(run)] if recipe.data.order is not None and run.scores_path.is_file() else []
+
+    return {"interference": interference, "experts": experts, "learning": learning}
+
+
+def _chosen(task: Task, count: int, *, trained: bool) -> Sequence[Instance]:
+    """The first instances of the best split: for a trained model one that it has not seen."""
+    for split in (task.validation, task.test, task.train) if trained else (task.train, task.validation, task.test):
+        if len(split) >= 2:
+            return split[:count]
+    raise BaditError(f"data: task {task.name} has no two instances of one split to measure on")

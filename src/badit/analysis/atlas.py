@@ -101,7 +101,7 @@ def ability_atlas(
     abilities = expert_abilities(gates, losses_TS[:, 1:] - losses_TS[:, :1], errors_TK)
     frames = [gates_frame(gates), gate_similarity(gates), losses_frame, nearest_prompts(gates, texts), abilities]
     known = {task.name: task.abilities for task in tasks}
-    if all(known.get(task) for task in gates.tasks):
+    if len(gates.tasks) > 1 and all(known.get(task) for task in gates.tasks):
         frames.append(ability_recovery(similarity(gates), [known[task] for task in gates.tasks]))
     return frames
 
@@ -219,8 +219,8 @@ def ability_recovery(similarity_TT: np.ndarray, abilities: Sequence[Collection[s
     correlation_R = _standardised(overlap_RE) @ _standardised(similarity_TT[first_E, second_E][None])[0]
     others_TT = np.where(np.eye(len(tasks), dtype=bool), -np.inf, similarity_TT)
     related_R = (overlap_TT > 0)[order_RT, order_RT[:, others_TT.argmax(axis=1)]].mean(axis=1)
-    if len(tasks) < 2 or np.isnan(others_TT).any():
-        correlation_R = related_R = np.full(len(order_RT), np.nan)
+    if np.isnan(others_TT).any():
+        related_R = np.full(len(order_RT), np.nan)
     # Equal values may differ by rounding.
     rows = [
         (name, v_R[0], v_R[1:].mean(), np.nan if np.isnan(v_R[0]) else (v_R >= v_R[0] - 1e-9).mean())
@@ -235,8 +235,6 @@ def ability_recovery(similarity_TT: np.ndarray, abilities: Sequence[Collection[s
 
 def _standardised(values_RE: np.ndarray, constant: float = 1e-12) -> np.ndarray:
     """Rows with mean 0 and sum of squares 1, so that a product of two is their correlation; NaN where all are equal."""
-    if not values_RE.size:
-        return values_RE
     centred_RE = values_RE - values_RE.mean(axis=1, keepdims=True)
     norm_R1 = np.linalg.norm(centred_RE, axis=1, keepdims=True)
     return centred_RE / np.where(norm_R1 > constant, norm_R1, np.nan)

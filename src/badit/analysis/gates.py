@@ -133,12 +133,8 @@ def changed_gates(experts: Sequence[Experts], change: Change) -> Iterator[None]:
 
 @torch.no_grad()
 def prompt_gates(model: Any, batches: Batches) -> PromptGates:
-    """The gates of every prompt, from one forward pass of a model in evaluation mode with one active adapter."""
+    """The gates of every prompt, from one forward pass of a model in evaluation mode with experts."""
     experts = active_experts(model)
-    if not experts:
-        raise BaditError("the model has no active adapter with several experts, such as BADIT's or LoRAMoE's")
-    if not batches:
-        raise BaditError("batches: there are none; give at least one batch of one task")
     by_task = {}
     for task, of_task in batches.items():
         layers = zip(experts, _component_gates(model, experts, of_task), strict=True)
@@ -211,9 +207,9 @@ def task_gates(
     depends = {"model": model_fingerprint(model), "dtype": model_dtype(recipe), "prompt": recipe.prompt.model_dump()}
     depends |= {"prompts_per_task": PROMPTS_PER_TASK, **task_fingerprints(list(tasks.values()))}
     by_task: dict[str, Gates] = {}
-    with suppress(BaditError):  # there are none yet, or they are damaged
+    with suppress(BaditError, KeyError, AttributeError):  # there are none yet, or they are damaged
         kept = read_json(run.gates_path)
-        if kept.get("depends_on") == depends and isinstance(kept.get("tasks"), dict):
+        if kept["depends_on"] == depends:
             by_task = {name: _checked_gates(gates, run.gates_path, model) for name, gates in kept["tasks"].items()}
     layers, collate = adapted_layers(model), AnswerCollator(pad_id(tokenizer), with_tasks=True)
     for name in names:
@@ -234,10 +230,8 @@ def read_gates(path: Path, model: PeftModel) -> Gates:
     return _checked_gates(read_json(path), path, model)
 
 
-def _checked_gates(content: Any, path: Path, model: PeftModel) -> Gates:
+def _checked_gates(content: Mapping[str, Any], path: Path, model: PeftModel) -> Gates:
     experts = {one.layer.name: len(one.first_components_K) for one in adapted_layers(model)}
-    if not isinstance(content, dict):
-        raise BaditError(f"{path}: must hold gates by module, not a {type(content).__name__}")
     for name in (*content, *experts):
         gates, number = content.get(name), experts.get(name)
         if number is None:

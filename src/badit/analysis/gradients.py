@@ -1,8 +1,7 @@
 """Gradients of tasks, taken one parameter at a time from the backward pass and kept as sketches, and how they agree.
 
-A task's gradient is the mean over its instances, each with its own pass, of the gradient of the answer's mean
-cross-entropy. Measured are "weights", the weight matrices of the linear layers inside the transformer's layers, frozen
-or not, and "adapter", the parameters of a PEFT adapter that the loss depends on.
+Measured are "weights", the weight matrices of the linear layers inside the transformer's layers, frozen or not, and
+"adapter", the parameters of a PEFT adapter that the loss depends on.
 
 The sketch is a count sketch (Charikar et al. 2002, "Finding Frequent Items in Data Streams"; for inner products,
 Weinberger et al. 2009, arXiv 0902.2206). Coordinate i goes with a sign σ(i) to the bucket h(i) of M:
@@ -23,7 +22,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from itertools import combinations, dropwhile
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
@@ -85,15 +84,9 @@ class MeasuredParameter(NamedTuple):
     in_dim: int | None = None  # of a weight, the dimension of the input features
 
 
-def layer_and_module(name: str, prefix: str | None = None) -> tuple[int, str]:
-    """The index of a module's transformer layer, −1 outside of the layers, and the name below it.
-
-    An adapter's own part of a parameter's name, which begins with ``prefix``, becomes "adapter".
-    """
+def layer_and_module(name: str) -> tuple[int, str]:
+    """The index of a module's transformer layer, −1 outside of the layers, and the name below it."""
     parts = [part for part in name.split(".") if part != "base_layer"]
-    own = next((i for i, part in enumerate(parts) if prefix and part.startswith(prefix)), None)
-    if own is not None:
-        parts = [*parts[:own], "adapter"]
     layer = next((i for i, part in enumerate(parts) if part.isdigit()), None)
     if layer is None:
         return -1, ".".join(dropwhile(lambda part: part in ("base_model", "model"), parts))
@@ -102,22 +95,21 @@ def layer_and_module(name: str, prefix: str | None = None) -> tuple[int, str]:
 
 def measured_parameters(model: nn.Module) -> list[MeasuredParameter]:
     """The weights of the linear layers, then the adapter's parameters, each in the model's order."""
-    # PEFT names an adapter's own parts with this prefix.
-    prefix = getattr(model.base_model, "prefix", None) if isinstance(model, PeftModel) else None
-
-    def is_own(name: str) -> bool:
-        return prefix is not None and any(part.startswith(prefix) for part in name.split("."))
-
+    # PEFT names an adapter's own parts with a prefix, such as lora_.
+    own = f".{model.base_model.prefix}" if isinstance(model, PeftModel) else None
     found = []
     for name, module in model.named_modules():
         layer, below = layer_and_module(name)
-        if layer < 0 or is_own(name) or not isinstance(module, (nn.Linear, Conv1D)):
+        if layer < 0 or (own and own in name) or not isinstance(module, (nn.Linear, Conv1D)):
             continue
         weight = module.weight
         if isinstance(weight, nn.Parameter) and weight.is_floating_point():  # a quantised one has no gradient
             found.append(MeasuredParameter(("weights", layer, below), weight, 0 if isinstance(module, Conv1D) else 1))
-    adapter = [(layer_and_module(name, prefix), p) for name, p in model.named_parameters() if is_own(name)]
-    return found + [MeasuredParameter(("adapter", *place), parameter) for place, parameter in adapter]
+    for name, parameter in model.named_parameters() if own else ():
+        above, mark, _ = name.partition(own)
+        if mark:
+            found.append(MeasuredParameter(("adapter", *layer_and_module(f"{above}.adapter")), parameter))
+    return found
 
 
 class TaskGradients:
@@ -129,10 +121,11 @@ class TaskGradients:
         self.counts_T2 = torch.zeros(tasks, 2, dtype=torch.float64)
         self._row = 0
         generator = torch.Generator().manual_seed(0)
-        self._sketches, self._squares = [], []
-        for _, p, in_dim in self._measured:
+        self._sketches, self._squares = [], {}
+        for i, (_, p, in_dim) in enumerate(self._measured):
             self._sketches.append(SketchedSums(p.numel(), 2 * tasks, sketch_size, generator, p.device))
-            self._squares.append(torch.zeros(tasks, 0 if in_dim is None else p.shape[1 - in_dim], device=p.device))
+            if in_dim is not None:
+                self._squares[i] = torch.zeros(tasks, p.shape[1 - in_dim], device=p.device)
 
     @contextmanager
     def taking(self) -> Iterator[None]:
@@ -161,9 +154,8 @@ class TaskGradients:
         assert parameter.grad is not None
         gradient, parameter.grad = parameter.grad.float(), None
         self._sketches[index].add(self._row, gradient.flatten())
-        in_dim = self._measured[index].in_dim
-        if in_dim is not None:
-            self._squares[index][self._row // 2] += gradient.square().mean(dim=in_dim)
+        if index in self._squares:
+            self._squares[index][self._row // 2] += gradient.square().mean(dim=self._measured[index].in_dim)
 
     def grams(self) -> tuple[list[Place], torch.Tensor]:
         """The places that have a gradient, weights first, and the inner products (P, R, R) of their halves' sums."""
@@ -178,18 +170,15 @@ class TaskGradients:
     def row_scores(self, task: int) -> list[torch.Tensor]:
         """For each layer, the mean squared gradient of every row of its weights (U,), over the task's instances."""
         layers: dict[int, list[torch.Tensor]] = {}
-        for item, squares_TU in zip(self._measured, self._squares, strict=True):
-            if item.in_dim is not None:
-                layers.setdefault(item.place[1], []).append(squares_TU[task].cpu())
+        for index, squares_TU in self._squares.items():
+            layers.setdefault(self._measured[index].place[1], []).append(squares_TU[task].cpu())
         return [torch.cat(layers[layer]) / self.counts_T2[task].sum().float() for layer in sorted(layers)]
 
 
 class SketchedSums:
     """Sums of vectors (N = length), kept apart as sketches of at most M = size numbers; shorter vectors stay exact."""
 
-    def __init__(
-        self, length: int, sums: int, size: int, generator: torch.Generator, device: torch.device | None = None
-    ) -> None:
+    def __init__(self, length: int, sums: int, size: int, generator: torch.Generator, device: Any = None) -> None:
         self.sums_RM = torch.zeros(sums, min(length, size), device=device)
         self._exact = length <= size
         if not self._exact:
@@ -200,8 +189,7 @@ class SketchedSums:
             self._signs_M = (2 * torch.randint(2, (size,), generator=generator) - 1).to(self.sums_RM)
 
     def add(self, index: int, vector_N: torch.Tensor) -> None:
-        """Adds a vector, of any floating type, to one of the sums."""
-        vector_N = vector_N.float()
+        """Adds a float32 vector to one of the sums."""
         if self._exact:
             self.sums_RM[index] += vector_N
             return

@@ -1,9 +1,8 @@
 """How tasks interfere in a model: conflicts between their gradients, and the units that they share.
 
-Gradient conflict and magnitude similarity are those of Yu et al. 2020, arXiv 2001.06782; co-activation is that of the
-paper's Figures 1 and 2, arXiv 2605.05676. Each task marks its strongest units, and for each unit the tasks are counted.
-If tasks marked independently, the number of tasks that mark a unit would be binomial with the marked share p
-(Poisson-binomial where shares differ), and |A ∩ B| / |A ∪ B| of two tasks would be p / (2 − p).
+Co-activation is that of the paper's Figures 1 and 2, arXiv 2605.05676. Each task marks its strongest units, and for
+each unit the tasks are counted. If tasks marked independently, the number of tasks that mark a unit would be binomial
+with the marked share p (Poisson-binomial where shares differ), and |A ∩ B| / |A ∪ B| of two tasks would be p / (2 − p).
 
 A neuron is an output of the MLP's gate projection, or of its first projection where there is no gate, before the
 activation function. Its score on a task is its mean over all positions of all instances. Assumptions: a block of
@@ -14,7 +13,7 @@ Shape suffixes: U = units of a layer, T = tasks, A = units of all layers.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from itertools import combinations
@@ -30,6 +29,7 @@ from badit.analysis.gates import Batches, PromptGates, marked_experts
 from badit.analysis.gradients import TaskGradients, gradient_frames, layer_and_module
 from badit.analysis.tables import COUNT, INDEX, Column, Table
 from badit.baselines.neurons import top_neurons
+from badit.data import on_device
 from badit.errors import BaditError
 from badit.trainer import answer_losses
 from badit.tuner.targets import PROJECTIONS, default_targets
@@ -62,53 +62,45 @@ COACTIVATION_PAIRS = Table(
 
 
 def measure_interference(
-    model: nn.Module,
-    batches: Batches,
-    gates: PromptGates | None = None,
-    *,
-    progress: bool = False,
+    model: nn.Module, batches: Batches, gates: PromptGates | None = None, *, progress: bool = False
 ) -> list[pd.DataFrame]:
     """The gradient tables, and the co-activation tables with "neurons", "parameters" and, given gates, "experts".
 
     Args:
         model: a causal language model, perhaps with a PEFT adapter. It is left as it was.
-        batches: by task, batches of ``input_ids``, ``attention_mask`` and ``labels`` (−100 on all but the answers),
-            each (B, T), and perhaps ``tasks``, the rows' task names.
+        batches: by task, its instances, each a batch of one row: ``input_ids``, ``attention_mask`` and ``labels``
+            (−100 on all but the answer), (1, T), and perhaps ``tasks``, with the task's name.
         gates: those of the tasks' prompts.
         progress: whether to show a bar.
     """
-    sizes = {task: sum(len(batch["input_ids"]) for batch in of_task) for task, of_task in batches.items()}
-    if not sizes or not all(sizes.values()):
-        raise BaditError("batches: give at least one task, and for every task at least one instance")
+    sizes = [len(of_task) for of_task in batches.values()]
     parameter = next(model.parameters())
-    projections = _first_projections(model)
     gradients = TaskGradients(model, len(batches), SKETCH_SIZE)
-    outputs: dict[int, torch.Tensor] = {}  # an instance's, by layer, summed over its positions
+    sums: dict[int, Any] = {}  # by layer, of a task's outputs over all positions
 
-    def keep(layer: int, module: nn.Module, args: tuple, output: torch.Tensor) -> None:
-        outputs[layer] = output.detach().flatten(0, -2).sum(dim=0, dtype=torch.float32)
+    def add(layer: int, module: nn.Module, args: tuple, output: torch.Tensor) -> None:
+        sums[layer] = sums.get(layer, 0) + output.detach().flatten(0, -2).sum(dim=0, dtype=torch.float32)
 
     marked: dict[str, dict[str, list[torch.Tensor]]] = {"neurons": {}, "parameters": {}}
     with ExitStack() as hooks, gradients.taking():
-        bar = hooks.enter_context(tqdm(total=sum(sizes.values()), desc="Gradients", disable=not progress))
-        for layer, projection in enumerate(projections):
-            hooks.callback(projection.register_forward_hook(partial(keep, layer)).remove)
+        bar = hooks.enter_context(tqdm(total=sum(sizes), desc="Gradients", disable=not progress))
+        for layer, projection in enumerate(_first_projections(model)):
+            hooks.callback(projection.register_forward_hook(partial(add, layer)).remove)
         for number, (task, of_task) in enumerate(batches.items()):
-            sums: list[Any] = [0] * len(projections)
+            sums.clear()
             positions = 0
-            for index, instance in enumerate(_instances(of_task, parameter.device)):
+            for index, instance in enumerate(of_task):
                 gradients.begin_instance(number)
-                losses_L, _, _ = answer_losses(model, instance, model)
+                losses_L, _, _ = answer_losses(model, on_device(instance, parameter.device), model)
                 if not torch.isfinite(losses_L.mean()):
                     reason = "it may overflow in its type; use float32" if len(losses_L) else "it has no answer tokens"
                     raise BaditError(f"task {task}, instance {index}: has no finite loss; {reason}")
                 losses_L.mean().backward()
-                sums = [total + outputs[layer] for layer, total in enumerate(sums)]
                 positions += instance["input_ids"].numel()
                 bar.update()
-            marked["neurons"][task] = strongest([total.cpu() / positions for total in sums], SHARE)
+            marked["neurons"][task] = strongest([sums[layer].cpu() / positions for layer in sorted(sums)], SHARE)
             marked["parameters"][task] = strongest(gradients.row_scores(number), SHARE)
-    few, many = min(sizes.values()), max(sizes.values())
+    few, many = min(sizes), max(sizes)
     data = f"Measured on {len(sizes)} tasks with {few if few == many else f'{few} to {many}'} instances each."
     about_gradients = (
         f"{data} A task's gradient is the mean over its instances of the gradient of the answer's mean cross-entropy, "
@@ -127,30 +119,21 @@ def measure_interference(
     return [*gradient_frames(list(batches), gradients, about_gradients), *coactivation(marked, about_units)]
 
 
-def _instances(batches: Sequence[Mapping[str, Any]], device: torch.device) -> Iterator[dict[str, Any]]:
-    """Each row as a batch of its own, without padding."""
-    for batch in batches:
-        for row, mask_T in enumerate(batch["attention_mask"].bool()):
-            tensors = {key: batch[key][row][mask_T][None].to(device) for key in batch if key != "tasks"}
-            yield tensors | ({"tasks": [batch["tasks"][row]]} if "tasks" in batch else {})
-
-
 def _first_projections(model: nn.Module) -> list[nn.Module]:
     """In the order of the layers; where an adapter wraps one, the wrapper, whose output has the adapter's part."""
     names = default_targets(model) or set()
-    layers, found = [], []
+    found = []
     for name, module in model.named_modules():
         layer, below = layer_and_module(name)
         if layer >= 0 and names & {name, below.rpartition(".")[2]} and not name.endswith(".base_layer"):
-            layers.append(layer)
-            found.append(module)
+            found.append((layer, module))
     config: Any = model.config
-    if not found or layers != list(range(getattr(config, "num_hidden_layers", 0))):
+    if not found or [layer for layer, _ in found] != list(range(getattr(config, "num_hidden_layers", 0))):
         raise BaditError(
             f"co-activation does not go with a model of type {config.model_type}: every layer needs one MLP, with a "
             f"projection named {' or '.join(PROJECTIONS)}"
         )
-    return found
+    return [module for _, module in found]
 
 
 def strongest(scores: Sequence[torch.Tensor], share: float) -> list[torch.Tensor]:

@@ -1,10 +1,9 @@
 """What experts and tasks learn: angles between experts, moves of components, score matrices, and task gaps.
 
 Component i is the pair (row i of A, column i of B), and its gradient ĝ_i those two, concatenated and normalised. Angles
-between components of one expert should be small, those between experts near 90° (paper, Fig. 4: arXiv 2605.05676). They
-are measured on the steps that followed a regrouping ("before", "after" it), since those that it was made from flatter
-it; without regrouping, on the steps before the log line ("training"); of a finished adapter, on data that it was not
-trained on ("held-out"). Experts that share one A have no components, and so no such angles.
+between components of one expert should be small, those between experts near 90° (paper, Fig. 4: arXiv 2605.05676).
+Those of a regrouping are measured on the steps that followed it, since those that it was made from flatter it. Experts
+that share one A have no components, and so no such angles.
 
 Shape suffixes: N = components, I/O = in/out features.
 """
@@ -13,20 +12,19 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain, product
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import pandas as pd
 import torch
-from pydantic import BaseModel, Field, create_model
 from torch import nn
 from tqdm import tqdm
 
 from badit.analysis.gates import Batches, active_experts
 from badit.analysis.gradients import layer_and_module
-from badit.analysis.tables import COUNT, EXPERT, INDEX, MAX_EXPERTS, SHARED, TEXT, Column, Table
+from badit.analysis.tables import COUNT, EXPERT, INDEX, SHARED, TEXT, Column, Table
 from badit.data import on_device
 from badit.errors import BaditError, explained
 from badit.files import read_json, read_jsonl
@@ -75,67 +73,54 @@ TASK_GAP = Table(
     multi="Rouge-L of the model trained on all tasks, 0 to 100",
     gap="single minus multi, in points: above 0, the task lost by being trained with the others",
 )
+_FIX = "remove the file to leave it out"
 
 
-# An angle is missing where no step followed, and null where there was no pair.
-_fields: dict[str, Any] = dict.fromkeys(ExpertAngles._fields, (float | None, None))
-_previous: dict[str, Any] = {f"previous_{field}": (float | None, None) for field in ExpertAngles._fields}
-_Angles = create_model("_Angles", step=(Annotated[int, Field(ge=0, le=2**53)], ...), module=(str, ...), **_fields)
-_labels = (list[Annotated[int, Field(ge=0, lt=MAX_EXPERTS)]], ...)
-_Regrouping = create_model("_Regrouping", __base__=_Angles, labels=_labels, previous_labels=_labels, **_previous)
-
-
-def _logged(path: Path, kind: type[BaseModel]) -> Iterator[tuple[tuple, dict[str, Any]]]:
+def _logged(path: Path) -> Iterator[tuple[tuple, dict[str, Any]]]:
     """A log's lines, each with its step, layer and module."""
-    for number, content in enumerate(read_jsonl(path), start=1):
-        with explained(f"{path}: line {number}", fix="remove the file to leave it out"):
-            line = kind.model_validate(content).model_dump()
-        if len(line.get("labels", ())) != len(line.get("previous_labels", ())):
-            raise BaditError(f"{path}: line {number}: labels and previous_labels must have the same length")
+    for line in read_jsonl(path):
         module = line["module"].rpartition(".")[0]  # the last part is the adapter's name
         yield (line["step"], *layer_and_module(module)), line
 
 
-def expert_angles(
-    run: Run, model: Any = None, batches: Batches | None = None, *, progress: bool = False
-) -> pd.DataFrame:
-    """The angles that the run has logged and, given its model and held-out batches, those of the finished adapter."""
-    rows = []
-    for place, line in _logged(run.regroupings_path, _Regrouping):
-        for measured, names in (("before", _previous), ("after", _fields)):
-            rows.append((*place, measured, *(line[name] for name in names)))
-    for place, line in _logged(run.angles_path, _Angles):
-        rows.append((*place, "training", *(line[name] for name in _fields)))
-    if model is not None and batches is not None:
-        environment = read_json(run.environment_path) if run.environment_path.is_file() else {}
-        step = (environment.get("training") or {}).get("steps")
-        found = held_out_angles(model, batches, progress=progress)
-        rows += [(step, *place, "held-out", *angles) for place, angles in found.items()]
-    return EXPERT_ANGLES.frame(
-        [row for row in rows if any(angle is not None for angle in row[4:])],
+def expert_angles(run: Run, held_out: Mapping[tuple[int, str], Sequence[float | None]] | None = None) -> pd.DataFrame:
+    """The angles that the run has logged, and those of the finished adapter on held-out data."""
+    regroups = run.regroupings_path.is_file()
+    path = run.regroupings_path if regroups else run.angles_path
+    prefixes = {"before": "previous_", "after": ""} if regroups else {"training": ""}
+    environment = read_json(run.environment_path) if held_out and run.environment_path.is_file() else {}
+    step = (environment.get("training") or {}).get("steps")
+    about = (
         "Angles between the gradients of components of one expert (within) and of two experts (between), means over "
-        "pairs. Of a regrouping, both groupings are measured on the steps that followed it.",
+        "pairs. Of a regrouping, both groupings are measured on the steps that followed it."
     )
+    rows = []
+    with explained(path, fix=_FIX, any_error=True):
+        for place, line in _logged(path):
+            for measured, prefix in prefixes.items():
+                # An angle is missing where no step followed, and null where there was no pair.
+                rows.append((*place, measured, *(line.get(prefix + field) for field in ExpertAngles._fields)))
+        rows += [(step, *place, "held-out", *angles) for place, angles in (held_out or {}).items()]
+        return EXPERT_ANGLES.checked([row for row in rows if any(angle is not None for angle in row[4:])], about)
 
 
 def component_flow(run: Run) -> pd.DataFrame:
     """How many components every regrouping has moved from one expert to another, and how many have stayed."""
-    rows = []
-    for place, line in _logged(run.regroupings_path, _Regrouping):
-        moves = Counter(zip(line["previous_labels"], line["labels"], strict=True))
-        rows += [(*place, *move, count) for move, count in sorted(moves.items())]
     about = "Where each regrouping took the experts' components from and to; those that stayed are counted too."
-    return COMPONENT_FLOW.frame(rows, about)
+    rows = []
+    with explained(run.regroupings_path, fix=_FIX, any_error=True):
+        for place, line in _logged(run.regroupings_path):
+            moves = Counter(zip(line["previous_labels"], line["labels"], strict=True))
+            rows += [(*place, *move, count) for move, count in sorted(moves.items())]
+        return COMPONENT_FLOW.checked(rows, about)
 
 
 def held_out_angles(model: Any, batches: Batches, *, progress: bool = False) -> dict[tuple[int, str], list]:
     """By module whose experts have an A each, the angles between their gradients of the loss over all batches."""
     experts = [one for one in active_experts(model) if not one.layer.badit_config[one.adapter].shares_A]
-    if not experts:
-        return {}
+    everything = [batch for of_task in batches.values() for batch in of_task if experts]
     parameters = [p for one in experts for p in (one.layer.badit_A[one.adapter], one.layer.badit_B[one.adapter])]
     sums = [torch.zeros_like(parameter, dtype=torch.float32) for parameter in parameters]
-    everything = [batch for of_task in batches.values() for batch in of_task]
     frozen = nn.ParameterList(p for p in parameters if not p.requires_grad)  # of a model loaded for inference
     try:
         frozen.requires_grad_(True)

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-from pydantic import BaseModel, Field, Strict, create_model
+from pydantic import Field, Strict, create_model
 
-from badit.errors import BaditError, explained, refuse_unknown
+from badit.errors import explained
 from badit.files import read_json, refuse_other_format, write_text
 
 FORMAT = 1
@@ -77,6 +78,11 @@ class Table:
         frame.attrs = {"name": self.name, "about": about, "columns": meanings}
         return frame
 
+    def checked(self, rows: Any, about: str, columns: Iterable[str] = ()) -> pd.DataFrame:
+        """:meth:`frame` of rows from a file, with these columns, whose values are checked against the declaration."""
+        found = pd.DataFrame(rows, columns=list(columns or self.columns), dtype=object).to_dict("list")
+        return self.frame(self.values.model_validate(found).model_dump(), about)
+
 
 def save_frame(frame: pd.DataFrame, folder: Path) -> Path:
     """Writes ``FOLDER/NAME.json``, one line per row, numbers with six digits."""
@@ -96,27 +102,12 @@ def save_frame(frame: pd.DataFrame, folder: Path) -> Path:
     return path
 
 
-class _File(BaseModel):
-    name: str
-    about: str
-    columns: dict[str, str]
-    rows: list[list[Any]]
-
-
 def load_frame(path: Path) -> pd.DataFrame:
     """Reads and checks a table, whose file has the table's name; a BaditError says what is missing or damaged."""
     content = read_json(path)
     refuse_other_format(content, path, FORMAT)
-    with explained(path, fix="make the table again with: badit analyze"):
-        file = _File.model_validate(content)
-        refuse_unknown(f"{path}: name", file.name, TABLES.keys() & {path.stem})
-        table = TABLES[file.name]
-        if any(len(row) != len(file.columns) for row in file.rows):
-            raise BaditError(f"{path}: rows: a row has another number of values than there are columns")
-        by_column = {name: [row[i] for row in file.rows] for i, name in enumerate(file.columns)}
-        frame = table.frame(table.values.model_validate(by_column).model_dump(), file.about)
-    frame.attrs["columns"] = {name: file.columns[name] for name in table.columns}
-    return frame
+    with explained(path, fix="make the table again with: badit analyze", any_error=True):
+        return TABLES[path.stem].checked(content["rows"], content["about"], content["columns"])
 
 
 def load_frames(folder: Path) -> dict[str, pd.DataFrame]:
