@@ -32,7 +32,6 @@ from transformers.pytorch_utils import Conv1D
 
 from badit.analysis.tables import COUNT, INDEX, TEXT, Column, Table
 from badit.errors import BaditError
-from badit.generation import evaluation_mode
 
 Place = tuple[str, int, str]  # "weights" or "adapter", the layer, the module's name below the layer
 
@@ -116,11 +115,11 @@ class TaskGradients:
     """Sums of the instances' gradients by task and half, as sketches, and of the squares of "weights" by row."""
 
     def __init__(self, model: nn.Module, tasks: int, sketch_size: int) -> None:
-        self._model = model
         self._measured = measured_parameters(model)
         self.counts_T2 = torch.zeros(tasks, 2, dtype=torch.float64)
         self._row = 0
         generator = torch.Generator().manual_seed(0)
+        model.requires_grad_(False)
         self._sketches, self._squares = [], {}
         for i, (_, p, in_dim) in enumerate(self._measured):
             self._sketches.append(SketchedSums(p.numel(), 2 * tasks, sketch_size, generator, p.device))
@@ -129,19 +128,12 @@ class TaskGradients:
 
     @contextmanager
     def taking(self) -> Iterator[None]:
-        """Within, a backward pass adds its gradients to the sums; dropout is off. It leaves the model as it was."""
-        before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in self._model.parameters()]
-        try:
-            with evaluation_mode(self._model), ExitStack() as hooks, torch.enable_grad():
-                self._model.requires_grad_(False).zero_grad()
-                for i, (_, parameter, _) in enumerate(self._measured):
-                    handle = parameter.requires_grad_(True).register_post_accumulate_grad_hook(partial(self._take, i))
-                    hooks.callback(handle.remove)
-                yield
-        finally:
-            for parameter, requires_grad, gradient in before:
-                parameter.requires_grad_(requires_grad)
-                parameter.grad = gradient
+        """Within, a backward pass adds its gradients to the sums, and they are the only ones that it computes."""
+        with ExitStack() as hooks, torch.enable_grad():
+            for i, (_, parameter, _) in enumerate(self._measured):
+                handle = parameter.requires_grad_(True).register_post_accumulate_grad_hook(partial(self._take, i))
+                hooks.callback(handle.remove)
+            yield
 
     def begin_instance(self, task: int) -> None:
         """The next backward pass is an instance of this task, numbered from 0; its halves take turns."""

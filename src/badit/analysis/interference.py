@@ -67,7 +67,8 @@ def measure_interference(
     """The gradient tables, and the co-activation tables with "neurons", "parameters" and, given gates, "experts".
 
     Args:
-        model: a causal language model, perhaps with a PEFT adapter. It is left as it was.
+        model: a causal language model in evaluation mode, perhaps with a PEFT adapter. Which of its parameters require
+            a gradient changes.
         batches: by task, its instances, each a batch of one row: ``input_ids``, ``attention_mask`` and ``labels``
             (−100 on all but the answer), (1, T), and perhaps ``tasks``, with the task's name.
         gates: those of the tasks' prompts.

@@ -115,23 +115,22 @@ def component_flow(run: Run) -> pd.DataFrame:
         return COMPONENT_FLOW.checked(rows, about)
 
 
+@torch.enable_grad()
 def held_out_angles(model: Any, batches: Batches, *, progress: bool = False) -> dict[tuple[int, str], list]:
-    """By module whose experts have an A each, the angles between their gradients of the loss over all batches."""
+    """By module whose experts have an A each, the angles between their gradients of the loss over all batches.
+
+    Afterwards no other parameter of the model requires a gradient.
+    """
     experts = [one for one in active_experts(model) if not one.layer.badit_config[one.adapter].shares_A]
     everything = [batch for of_task in batches.values() for batch in of_task if experts]
     parameters = [p for one in experts for p in (one.layer.badit_A[one.adapter], one.layer.badit_B[one.adapter])]
     sums = [torch.zeros_like(parameter, dtype=torch.float32) for parameter in parameters]
-    frozen = nn.ParameterList(p for p in parameters if not p.requires_grad)  # of a model loaded for inference
-    try:
-        frozen.requires_grad_(True)
-        for batch in tqdm(everything, desc="Angles", unit="batch", disable=not progress, leave=False):
-            with torch.enable_grad():
-                losses_L, _, _ = answer_losses(model, on_device(batch, model.device), model)
-                gradients = torch.autograd.grad(losses_L.sum(), parameters)
-            for total, gradient in zip(sums, gradients, strict=True):
-                total += gradient
-    finally:
-        frozen.requires_grad_(False)
+    model.requires_grad_(False)
+    nn.ParameterList(parameters).requires_grad_(True)
+    for batch in tqdm(everything, desc="Angles", unit="batch", disable=not progress, leave=False):
+        losses_L, _, _ = answer_losses(model, on_device(batch, model.device), model)
+        for total, gradient in zip(sums, torch.autograd.grad(losses_L.sum(), parameters), strict=True):
+            total += gradient
     angles = {}
     for one, grad_A_NI, grad_B_ON in zip(experts, sums[::2], sums[1::2], strict=True):
         gram_NN = cosine_gram(grad_A_NI, grad_B_ON).cpu().numpy()

@@ -1,4 +1,10 @@
-"""From runs and their tables to figures and one self-contained page."""
+"""From runs and their tables to figures and one self-contained page; and the colours of the charts.
+
+Charts name no colours: their scales take the ranges "category", "heatmap" and "diverging" of :func:`chart_config`.
+Categories are those of Okabe & Ito (2008), which colour-blind people can tell apart, without the yellow that vanishes
+on white. Magnitudes are cividis (Nuñez et al. 2018, doi 10.1371/journal.pone.0199239), running away from the page's
+colour. Signed values run from orange, below, to blue, above, through the page's colour in the middle.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +12,29 @@ import os
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any, Literal
 
 from badit.environment import status
 from badit.errors import BaditError, explained
 from badit.files import write_text
+
+_CIVIDIS = ["#00204d", "#213d6b", "#555b6c", "#7b7a77", "#a59c74", "#d3c064", "#ffe945"]
+_RANGES = {
+    "light": {
+        "category": ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#5f6368"],
+        "heatmap": ["#fdf6d8", *_CIVIDIS[5:0:-1], _CIVIDIS[0]],
+        "diverging": ["#8f3b00", "#d56a10", "#f3b06b", "#f6f4f0", "#85bbdf", "#2a7ab8", "#08457e"],
+    },
+    "dark": {
+        "category": ["#56b4e9", "#e69f00", "#1fbf92", "#e29bc4", "#f0e442", "#f07a35", "#a8adb3"],
+        "heatmap": ["#1d2533", *_CIVIDIS[1:]],
+        "diverging": ["#ffc27d", "#e58a34", "#8a4d17", "#22252a", "#275a86", "#4f9ddb", "#a9d8ff"],
+    },
+}
+_INK = {
+    "light": {"text": "#1d1f23", "faint": "#5d626b", "line": "#d9d8d3", "empty": "#e9e6df"},
+    "dark": {"text": "#e8e6e1", "faint": "#a3a8b0", "line": "#3a3e45", "empty": "#41464f"},
+}
 
 
 def write_report(
@@ -53,3 +78,33 @@ def write_report(
 def has_extra() -> bool:
     """Whether the libraries that draw are installed."""
     return all(find_spec(name) is not None for name in ("altair", "jinja2", "vl_convert"))
+
+
+def chart_config(mode: Literal["light", "dark"]) -> dict[str, Any]:
+    """Vega-Lite's ``config`` for a theme."""
+    ink, ranges = _INK[mode], _RANGES[mode]
+    first, faint, line = ranges["category"][0], ink["faint"], ink["line"]
+    sizes = {"labelFontSize": 11, "titleFontSize": 12, "titleFontWeight": 500}
+    quiet = {"labelColor": faint, "titleColor": ink["text"], **sizes}
+    axis = {"titlePadding": 10, "gridOpacity": 0.6, "ticks": False, "labelPadding": 6, "labelLimit": 150}
+    legend = {"titleLimit": 260, "orient": "top", "gradientThickness": 10, "gradientLength": 180, "labelLimit": 170}
+    symbols = {"symbolStrokeWidth": 2, "symbolOpacity": 1, "symbolBaseFillColor": faint, "symbolBaseStrokeColor": faint}
+    top = {"direction": "vertical", "anchor": "start"}
+    return {
+        "font": "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif",
+        "background": "transparent",
+        "view": {"stroke": None},
+        "style": {
+            "matrix": {"fill": ink["empty"]},  # a missing value, such as the diagonal, must not look like 0
+            "reference": {"color": faint, "strokeDash": [2, 4]},
+            "interval": {"color": first},
+        },
+        "range": {**ranges, "ramp": ranges["heatmap"]},
+        # A screen reader reads one description per chart, not one per mark.
+        "mark": {"aria": False, "color": first, "tooltip": True},
+        "rule": {"color": faint},
+        "text": {"color": ink["text"]},
+        "axis": {**quiet, **axis, "domainColor": line, "gridColor": line},
+        "axisBand": {"domain": False, "grid": False},
+        "legend": {**quiet, **legend, **symbols, "layout": {"top": top}},
+    }

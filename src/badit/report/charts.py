@@ -1,15 +1,10 @@
-"""What figures share: choices, heat maps of one choice out of many, legends, and the forms of numbers and names.
-
-A chart with choices holds a text for each place, with a value for each combination such as "3|mlp.gate_proj".
-"""
+"""What figures share: choices, heat maps of one choice out of many, legends, and the forms of numbers and names."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import altair as alt
@@ -81,40 +76,30 @@ def chart_of(frame: pd.DataFrame, chosen: str = "") -> alt.Chart:
     return chart.transform_filter(f"datum.{chosen} === {chosen}") if chosen else chart
 
 
-def by_choice(frame: pd.DataFrame, places: Sequence[str], choices: Sequence[alt.Parameter]) -> pd.DataFrame:
-    """Means of the column ``value``: a row for each place, a column for each combination of options, joined by "|"."""
+def chart_by_choice(
+    frame: pd.DataFrame, places: Sequence[str], choices: Sequence[alt.Parameter]
+) -> tuple[alt.Chart, pd.DataFrame]:
+    """A chart of the places that have a ``value`` under the chosen options, the mean of the column of this name.
+
+    Also these means: a row for each place, a column for each combination of options, joined by "|".
+    """
     frame = with_all(frame, *(str(option.name) for option in choices if getattr(option.param, "value", None) == ALL))
     keys = pd.Series("", index=frame.index)
     for option in choices:
         keys = keys + "|" + frame[option.name].astype(str)
-    found = frame.assign(key=keys.str[1:]).pivot_table("value", list(places), "key", sort=False, observed=True)
-    return found if found.size <= MOST_VALUES else found.loc[:, [ALL in key.split("|") for key in found]]
-
-
-def chart_by_choice(values: pd.DataFrame, choices: Sequence[alt.Parameter]) -> alt.Chart:
-    """A chart of what :func:`by_choice` has found: the places that have a ``value`` under the chosen options."""
+    values = frame.assign(key=keys.str[1:]).pivot_table("value", list(places), "key", sort=False, observed=True)
+    if values.size > MOST_VALUES:
+        values = values.loc[:, [ALL in key.split("|") for key in values]]
     # One text per place, not a column per key, whose lookup by name would need eval, which the page's policy refuses.
     texts = [",".join("" if pd.isna(x) else f"{x:.4g}" for x in row) for row in values.to_numpy()]
-    keys = json.dumps([*map(str, values)])
-    key = f"join([{','.join(str(option.name) for option in choices)}],'|')"
-    return (
-        chart_of(values.index.to_frame(index=False).assign(values=texts))
-        .transform_calculate(value=f"toNumber(split(datum.values,',')[indexof({keys},{key})])")
-        .transform_filter("isValid(datum.value)")
-    )
+    key = f"indexof({json.dumps([*map(str, values)])},join([{','.join(str(option.name) for option in choices)}],'|'))"
+    chart = chart_of(values.index.to_frame(index=False).assign(values=texts))
+    chart = chart.transform_calculate(value=f"toNumber(split(datum.values,',')[{key}])")
+    return chart.transform_filter("isValid(datum.value)"), values
 
 
-_limits: ContextVar[list[list[float]] | None] = ContextVar("limits", default=None)
-
-
-@contextmanager
-def shared_scales() -> Iterator[None]:
-    """Within, a heat map that is drawn has the colour scale of all that have been drawn before it."""
-    token = _limits.set([])
-    try:
-        yield
-    finally:
-        _limits.reset(token)
+#: The limits of the heat maps of one figure that have been drawn, so that those side by side share a colour scale.
+LIMITS: list[list[float]] = []
 
 
 def heat_map(
@@ -146,19 +131,17 @@ def heat_map(
     row_names, column_names = names_in(frame, rows), names_in(frame, columns)
     frame = frame.assign(row_full=frame[rows].astype(str), column_full=frame[columns].astype(str))
     frame = frame.assign(row=frame["row_full"].map(row_names.get), column=frame["column_full"].map(column_names.get))
-    values = by_choice(frame, ["row", "row_full", "column", "column_full"], choices)
+    base, values = chart_by_choice(frame, ["row", "row_full", "column", "column_full"], choices)
     # All layers together often vary less than one, and have their own limit.
     of_all = np.array([key.split("|")[0] == ALL for key in values], dtype=bool)
-    bounds = [limit or limit_of(values.loc[:, part].to_numpy(), middle) for part in (of_all, ~of_all)]
-    if (known := _limits.get()) is not None:
-        known.append(bounds)
-        bounds = [max(each) for each in zip(*known, strict=True)]
+    LIMITS.append([limit or limit_of(values.loc[:, part].to_numpy(), middle) for part in (of_all, ~of_all)])
+    bounds = [max(each) for each in zip(*LIMITS, strict=True)]
     bound = f"({choices[0].name} === '{ALL}' ? {bounds[0]} : {bounds[1]})" if of_all.any() else str(bounds[1])
     upright = max(map(len, column_names.values()), default=0) > 3
     below = alt.Axis(labelAngle=-90 if upright else 0, labelLimit=130, labelOverlap=False)
     left = alt.Axis(labelOverlap=False)
     tooltip = {"row_full:N": titles[0] or "row", "column_full:N": titles[1] or "column"}
-    base = chart_by_choice(values, choices).encode(
+    base = base.encode(
         x=alt.X("column:N", title=titles[1] or None, scale=alt.Scale(domain=list(column_names.values())), axis=below),
         y=alt.Y("row:N", title=titles[0] or None, scale=alt.Scale(domain=list(row_names.values())), axis=left),
         tooltip=[alt.Tooltip(field, title=title) for field, title in tooltip.items()]

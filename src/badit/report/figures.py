@@ -264,7 +264,7 @@ def shared_units(frame: pd.DataFrame) -> Any:
     rows = rows.rename(columns={"kind": "units", "share": names[0], "chance": names[1]})
     long = rows.melt(["units", "layer", "tasks"], names, "series")
     choices = [charts.choice("units", frame["kind"]), charts.all_or_one("layer", rows["layer"], "mean over layers")]
-    base = charts.chart_by_choice(charts.by_choice(long, ["tasks", "series"], choices), choices).encode(
+    base = charts.chart_by_choice(long, ["tasks", "series"], choices)[0].encode(
         x=alt.X("tasks:O", title="number of tasks that share a unit", axis=alt.Axis(labelAngle=0)),
         y=alt.Y("value:Q", title="share of all units", axis=alt.Axis(format="%", tickCount=5)),
         color=_colour("series", names),
@@ -333,7 +333,7 @@ def _by_step(frame: pd.DataFrame, unit: str, title: str, *, zero: bool) -> Any:
     if long.empty:
         return None
     choices = [charts.all_or_one("layer", rows.loc[rows["layer"] >= 0, "layer"])]
-    base = charts.chart_by_choice(charts.by_choice(long, ["step", "measured", "group"], choices), choices).encode(
+    base = charts.chart_by_choice(long, ["step", "measured", "group"], choices)[0].encode(
         x=alt.X("step:Q", title="step", axis=alt.Axis(grid=False, tickCount=5)),
         y=alt.Y("value:Q", title=title, scale=alt.Scale(zero=zero)),
         color=_colour("group", groups),

@@ -29,10 +29,9 @@ from badit.data import own_input
 from badit.files import read_json, remove
 from badit.metrics import METRICS, Prediction, exact_match, rouge_l
 from badit.render import UNKNOWN, number
-from badit.report.charts import shared_scales, short_names
+from badit.report import chart_config, charts
 from badit.report.figures import FIGURES, Figure
 from badit.report.sources import Source, conclusions, together
-from badit.report.theme import chart_config
 from badit.results import RESULTS
 from badit.tuner.config import is_number
 
@@ -128,14 +127,14 @@ def render(title: str, sections: Sequence[Section]) -> str:
         style=Markup(_resource("look.css") + _resource("page.css")),
         scripts=[Markup(script) for script in scripts],
         themes={"light": chart_config("light"), "dark": chart_config("dark")},
-        short_names=short_names,
+        short_names=charts.short_names,
     )
 
 
 def export_figures(sections: Sequence[Section], folder: Path) -> list[Path]:
     """Writes NAME.svg and NAME.pdf for every figure, showing what the page shows at first, on white."""
     folder.mkdir(parents=True, exist_ok=True)
-    config = {**chart_config("light", font="Helvetica, Arial, sans-serif"), "background": "white"}
+    config = {**chart_config("light"), "font": "Helvetica, Arial, sans-serif", "background": "white"}
     written = []
     for block in (block for section in sections for block in section.blocks if block.kind == "figure"):
         content = {**block.specification, "width": _WIDTHS[block.width]}
@@ -151,9 +150,9 @@ def _drawn(figure: Figure, sources: Sequence[Source]) -> Iterator[Block]:
     """The figure of every source that has its table; those of several sources are side by side, on shared scales."""
     with_table = [(i, source) for i, source in enumerate(sources) if figure.table in source.frames]
     drawn: list[Any] = []
-    with shared_scales():
-        for _ in range(2):  # the second time all scales are known
-            drawn = [figure.draw(source.frames[figure.table]) for _, source in with_table]
+    charts.LIMITS.clear()
+    for _ in range(2):  # the second time all scales are known
+        drawn = [figure.draw(source.frames[figure.table]) for _, source in with_table]
     shown = [(*each, content) for each, content in zip(with_table, drawn, strict=True) if content is not None]
     for i, source, content in shown:
         label = source.label if len(sources) > 2 else ""

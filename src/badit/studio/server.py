@@ -21,7 +21,7 @@ from typing import Any
 
 from badit.errors import BaditError, explained, show
 from badit.files import parse_json
-from badit.report.theme import chart_config
+from badit.report import chart_config
 from badit.studio import Question, Session
 
 try:
