@@ -1,22 +1,134 @@
-"""Units that tasks share: the counts against loops, the chances against enumeration, and what marks the units."""
+"""Sketches, gradients of tasks and units that they share: against autograd, loops, enumeration and stated errors."""
 
-from collections.abc import Callable
-from typing import Any
+import math
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from analysis import naive_interference as naive
-from badit.analysis.interference import coactivation, measure_interference
+from badit.analysis.interference import (
+    SketchedSums,
+    TaskGradients,
+    agreement,
+    coactivation,
+    measure_interference,
+    measured_parameters,
+)
+from badit.analysis.tables import layer_and_module
 from badit.errors import BaditError
 from tuner.helpers import adapted
 
-Model = Callable[..., Any]
-SIZES = {"rivers": 3, "cities": 2, "jokes": 2}
+SIZES = {"rivers": 5, "cities": 4, "jokes": 1}  # a single instance has no halves
 SHARE = 0.2
+
+
+def sketched(vectors_RN, size, seed):
+    """The sketches of several vectors."""
+    sketch = SketchedSums(len(vectors_RN[0]), len(vectors_RN), size, torch.Generator().manual_seed(seed))
+    for i, vector_N in enumerate(vectors_RN):
+        sketch.add(i, vector_N)
+    return sketch
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(1, 60), st.integers(1, 24), st.integers(0, 1000))
+def test_a_sketch_is_linear_with_a_signed_bucket_for_each_coordinate(length, size, seed):
+    matrix_NM = sketched(torch.eye(length), size, seed).sums_RM
+    assert matrix_NM.shape == (length, min(length, size))
+    assert ((matrix_NM != 0).sum(dim=1) == 1).all()
+    assert (matrix_NM.abs().sum(dim=1) == 1).all()
+    for run_NM in matrix_NM.split(size):
+        assert (run_NM != 0).sum(dim=0).max() <= 1, "within a run nothing meets"
+    vectors_RN = torch.randn(2, length, generator=torch.Generator().manual_seed(seed))
+    sketch = sketched(vectors_RN, size, seed)
+    sketch.add(1, vectors_RN[0])
+    torch.testing.assert_close(sketch.sums_RM, torch.stack([vectors_RN[0], vectors_RN.sum(dim=0)]) @ matrix_NM)
+    exact_RN = vectors_RN.double()
+    torch.testing.assert_close(sketched(vectors_RN, length + size, seed).gram(), exact_RN @ exact_RN.T)
+
+
+@pytest.mark.parametrize("kind", ["noise", "column", "row", "constant"])
+def test_inner_products_are_unbiased_with_the_stated_variance(kind):
+    """Two gradients of a weight (60, 32): noise with a common part, or all in one column, one row or equal numbers."""
+    a, b = torch.randn(2, 60, 32, generator=torch.Generator().manual_seed(3))
+    strong = torch.ones(60, 32)
+    # 32 divides the size below: a fold without shifts would give a column two buckets of 64.
+    strong[{"column": (slice(None), 5), "row": 7}.get(kind, slice(0))] = 50
+    shift = 20 if kind == "constant" else 0
+    a, b = (a * strong + shift).flatten(), ((0.5 * a + b) * strong - shift).flatten()
+    size, repeats = 64, 250
+    estimates = torch.stack([sketched([a, b], size, seed).gram()[0, 1] for seed in range(repeats)])
+    exact = float(a.double() @ b.double())
+    bound = (float(a @ a) * float(b @ b) + exact**2) / size
+    assert abs(float(estimates.mean()) - exact) < 4 * math.sqrt(bound / repeats)
+    assert 0 < float(estimates.var()) < 1.3 * bound
+
+
+# --- agreement of tasks ---
+
+vectors = st.lists(st.lists(st.floats(-4, 4, width=16), min_size=3, max_size=3), min_size=5, max_size=5)
+
+
+@settings(deadline=None, max_examples=100)
+@given(vectors, vectors)
+def test_agreement_follows_from_the_inner_products(of_a, of_b):
+    instances = [torch.tensor(of).double() for of in (of_a, of_b[:4])]
+    sums_R = torch.stack([of[half::2].sum(dim=0) for of in instances for half in (0, 1)])
+    found = agreement((sums_R @ sums_R.T)[None], torch.tensor([[3.0, 2.0], [2.0, 2.0]]).double())
+    assert not any((found[name].abs() > 1).any() for name in ("cosine", "corrected_cosine", "reliability"))
+    a, b = (of.mean(dim=0) for of in instances)
+    if min(float(v.norm()) for v in (a, b, *sums_R)) <= 1e-3:
+        return  # where sums all but cancel, rounding decides whether there is a direction
+    expected = {"cosine": naive.cosine(a, b), "magnitude_similarity": naive.magnitude(a, b)}
+    if min(abs(float(sums_R[0] @ sums_R[1])), abs(float(sums_R[2] @ sums_R[3]))) > 1e-6:
+        expected["corrected_cosine"] = naive.corrected(*instances)
+    assert {name: float(found[name][0, 0, 1]) for name in expected} == pytest.approx(expected, abs=1e-6, nan_ok=True)
+    assert float(found["norm"][0, 0]) == pytest.approx(float(a.norm()), abs=1e-6)
+    assert float(found["reliability"][0, 1]) == pytest.approx(naive.cosine(*sums_R[2:]), abs=1e-6)
+
+
+def measured(model, examples, sketch_size=16384):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("badit.analysis.interference.SKETCH_SIZE", sketch_size)
+        frames = measure_interference(model, naive.batched(examples))
+    return {frame.attrs["name"]: frame for frame in frames}
+
+
+def make(tiny_model, kind):
+    if kind in ("llama", "gpt2"):
+        return tiny_model(kind)
+    if kind == "badit":
+        return adapted(tiny_model("llama"))
+    options = {"target_modules": ["gate_proj"], "init_lora_weights": False, "task_type": "CAUSAL_LM"}
+    return get_peft_model(tiny_model("llama"), LoraConfig(r=2, lora_alpha=4, **options)).eval()
+
+
+def assert_same(frame, expected):
+    """The same rows in any order."""
+
+    def key(row):
+        return [str(value) for value in row if not isinstance(value, float) and value is not None]
+
+    for row, twin in zip(sorted(naive.rows(frame), key=key), sorted(expected, key=key), strict=True):
+        known = [None if value != value else value for value in twin]  # NaN where it is not defined
+        assert row == pytest.approx(known, abs=1e-4), (row, twin)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("model.layers.12.mlp.gate_proj", (12, "mlp.gate_proj")),
+        ("base_model.model.transformer.h.0.attn.c_attn.base_layer", (0, "attn.c_attn")),
+        ("base_model.adapter", (-1, "adapter")),
+        ("model.embed_tokens", (-1, "embed_tokens")),
+    ],
+)
+def test_names_tell_layer_and_module(name, expected):
+    assert layer_and_module(name) == expected
 
 
 def projections(model):
@@ -26,9 +138,88 @@ def projections(model):
     return [layer.mlp.gate_proj for layer in inner.model.layers]
 
 
-def assert_same(frame, expected):
-    for row, twin in zip(naive.rows(frame), expected, strict=True):
-        assert row == pytest.approx(twin, abs=1e-9), (row, twin)
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "badit", "lora"])
+def test_large_sketches_give_the_naive_tables(tiny_model, kind, monkeypatch):
+    monkeypatch.setattr("badit.analysis.interference.SHARE", SHARE)
+    model, examples = make(tiny_model, kind), naive.make_examples(SIZES)
+    places = naive.places(model)
+    parameters = dict(model.named_parameters())
+    expected_places = {id(parameters[name]): place for place, names in places.items() for name in names}
+    assert {id(item.parameter): item.place for item in measured_parameters(model)} == expected_places
+    assert len([place for place in places if place[0] == "weights"]) == 2 * (4 if kind == "gpt2" else 7)
+    assert len([place for place in places if place[0] == "adapter"]) == 2 * (kind in ("badit", "lora"))
+    tables = measured(model, examples, sketch_size=10**4)
+    scores = {
+        "neurons": naive.neuron_means(model, examples, projections),
+        "parameters": naive.row_scores(model, examples),
+    }
+    expected = naive.tables(model, examples)
+    for of_kind, by_task in scores.items():
+        marks = {task: [naive.marked(layer, SHARE) for layer in layers] for task, layers in by_task.items()}
+        for name, rows in naive.coactivation(of_kind, marks).items():
+            expected.setdefault(name, []).extend(rows)
+    assert expected.keys() == tables.keys()
+    for name, rows in expected.items():
+        assert_same(tables[name], rows)
+    assert "strongest 0.2 of the units" in tables["coactivation"].attrs["about"]
+    assert tables["gradient_summary"]["conflict_rate"].nunique() > 1, "rates that are all alike show nothing"
+
+
+def test_small_sketches_are_off_by_no_more_than_they_say(tiny_model):
+    model, examples, size = tiny_model("llama"), naive.make_examples(SIZES), 128
+    exact = {tuple(row[:4]): row[4] for row in naive.tables(model, examples)["gradient_pairs"]}
+    table = measured(model, examples, sketch_size=size)["gradient_pairs"]
+    errors = torch.tensor([row[4] - exact[tuple(row[:4])] for row in naive.rows(table)]) * math.sqrt(size)
+    assert 0.2 < errors.square().mean().sqrt() < 1.2
+    assert errors.abs().max() < 4.5
+    assert "at most 0.088" in table.attrs["about"]
+    assert measured(model, examples, sketch_size=size)["gradient_pairs"].equals(table), "the signs are always the same"
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_no_hook_and_no_gradient_stays(tiny_model, fails):
+    model, examples = make(tiny_model, "badit"), naive.make_examples(SIZES)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    if fails:
+        examples["cities"][1]["labels"] = [-100] * len(examples["cities"][1]["labels"])
+        with pytest.raises(BaditError, match="task cities, instance 1: has no finite loss; it has no answer tokens"):
+            measured(model, examples)
+    else:
+        measured(model, examples)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert not any(module._forward_hooks for module in model.modules())
+    assert not any(p._post_accumulate_grad_hooks or p.grad is not None for p in model.parameters())
+
+
+def test_a_frozen_model_is_measured_within_no_grad(tiny_model):
+    examples = naive.make_examples(SIZES)
+    expected = measured(tiny_model("llama"), examples)
+    with torch.no_grad():
+        tables = measured(tiny_model("llama").requires_grad_(False), examples)
+    assert all(tables[name].equals(table) for name, table in expected.items())
+
+
+def test_no_more_than_one_gradient_is_held(tiny_model):
+    model, held = tiny_model("llama"), []
+    parameters = [item.parameter for item in measured_parameters(model)]
+    for parameter in parameters:
+        parameter.register_post_accumulate_grad_hook(
+            lambda _: held.append(sum(p.grad is not None for p in model.parameters()))
+        )
+    measured(model, naive.make_examples({"a": 2, "b": 1}))
+    assert held == [1] * (3 * len(parameters))
+    sketches = TaskGradients(model, 50, sketch_size=8)._sketches
+    assert sum(sketch.sums_RM.numel() for sketch in sketches) <= len(parameters) * 2 * 50 * 8
+
+
+def test_a_loss_that_is_not_finite_is_refused(tiny_model):
+    model = tiny_model("llama")
+    model.model.norm.weight.data.fill_(math.nan)
+    with pytest.raises(BaditError, match="task a, instance 0: has no finite loss; it may overflow in its type"):
+        measured(model, naive.make_examples({"a": 2}))
+
+
+# --- shared units ---
 
 
 @st.composite
@@ -52,26 +243,6 @@ def test_the_counts_are_the_naive_ones(marks):
         # On average a unit has as many marks by chance as it really has.
         expected, observed = (sum(of_layer["tasks"] * of_layer[name]) for name in ("chance", "share"))
         assert observed == pytest.approx(expected)
-
-
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "badit"])
-def test_the_tables_are_the_naive_ones(tiny_model, kind, monkeypatch):
-    monkeypatch.setattr("badit.analysis.interference.SHARE", SHARE)
-    model = adapted(tiny_model("llama")) if kind == "badit" else tiny_model(kind)
-    examples = naive.make_examples(SIZES)
-    scores = {
-        "neurons": naive.neuron_means(model, examples, projections),
-        "parameters": naive.row_scores(model, examples),
-    }
-    expected = {}
-    for of_kind, by_task in scores.items():
-        marks = {task: [naive.marked(layer, SHARE) for layer in layers] for task, layers in by_task.items()}
-        for name, rows in naive.coactivation(of_kind, marks).items():
-            expected.setdefault(name, []).extend(rows)
-    frames = {f.attrs["name"]: f for f in measure_interference(model, naive.batched(examples))}
-    for name, rows in expected.items():
-        assert_same(frames[name], rows)
-    assert "strongest 0.2 of the units" in frames["coactivation"].attrs["about"]
 
 
 def test_a_model_without_known_mlps_is_refused(tiny_model):

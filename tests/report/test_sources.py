@@ -19,7 +19,7 @@ from report.samples import SMALL, TASKS, tables, write_comparison, write_lines, 
 def test_a_run_is_read_whole(tmp_path):
     sources = read_sources([write_run(tmp_path / "run")])
     (run,) = sources
-    assert (run.label, run.analysed, run.config["method"]["name"]) == ("run", True, "badit")
+    assert (run.label, run.config["method"]["name"]) == ("run", "badit")
     assert run.frames.keys() == tables().keys() - {"task_gap", "transfer"} | {"gradient_cosines"}
     assert run.frames["gates"].attrs["file"] == "analysis/gates.json"
     assert run.scores is not None
@@ -58,7 +58,6 @@ def test_regroupings_are_read_without_an_analysis(tmp_path):
     (source,) = read_sources([run])
     assert set(source.frames["component_flow"]["components"]) == {1}
     assert source.frames["expert_angles"]["within_degrees"].tolist() == [78.0]
-    assert not source.analysed
     write_lines(run / "regroupings.jsonl", [{"step": 20, "modules": 30, "objective_before": 1.0}])
     assert not read_sources([run])[0].frames, "a run that was kept for its results has means over modules alone"
 
@@ -109,8 +108,8 @@ def test_what_is_no_run_is_refused(tmp_path):
     run = write_run(tmp_path / "run", analysed=False)
     for paths, message in (
         ([], "name at least one"),
-        ([tmp_path], "holds no config.yaml, results.json or analysis"),
-        ([run / "config.yaml"], "holds no config.yaml, results.json or analysis"),
+        ([tmp_path], "has no config.yaml, results.json or analysis"),
+        ([run / "config.yaml"], "has no config.yaml, results.json or analysis"),
         ([run, run], "is given more than once"),
     ):
         with pytest.raises(BaditError, match=message):

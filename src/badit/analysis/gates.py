@@ -25,8 +25,7 @@ import torch
 from peft import PeftModel
 from torch import nn
 
-from badit.analysis.gradients import layer_and_module
-from badit.analysis.tables import Table
+from badit.analysis.tables import Table, layer_and_module
 from badit.data import AnswerCollator, Task, batches_by_task, on_device
 from badit.errors import BaditError, nearest
 from badit.files import read_json, refuse_links, write_json

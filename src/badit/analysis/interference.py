@@ -1,33 +1,45 @@
 """How tasks interfere in a model: conflicts between their gradients, and the units that they share.
 
+Gradients are those of "weights", the weight matrices of the linear layers inside the transformer's layers, frozen or
+not, and of "adapter", the parameters of a PEFT adapter that the loss depends on. They are taken one parameter at a time
+from the backward pass and kept as count sketches (Charikar et al. 2002, "Finding Frequent Items in Data Streams"; for
+inner products, Weinberger et al. 2009, arXiv 0902.2206). Coordinate i goes with a sign σ(i) to the bucket h(i) of M:
+
+    (S a)_b = Σ_{h(i) = b} σ(i) a_i,    E⟨S a, S b⟩ = ⟨a, b⟩,    Var⟨S a, S b⟩ ≲ (‖a‖² ‖b‖² + ⟨a, b⟩²) / M.
+
+To save memory the vector is cut into runs c of M coordinates p, with random signs s and t and random shifts:
+h(c, p) = (p + shift_c) mod M, σ(c, p) = s_p t_c. Coordinates of one run never meet; those of two runs meet as rarely as
+under independent hashing, with signs that leave no bias.
+
 Co-activation is that of the paper's Figures 1 and 2, arXiv 2605.05676. Each task marks its strongest units, and for
 each unit the tasks are counted. If tasks marked independently, the number of tasks that mark a unit would be binomial
 with the marked share p (Poisson-binomial where shares differ), and |A ∩ B| / |A ∪ B| of two tasks would be p / (2 − p).
-
 A neuron is an output of the MLP's gate projection, or of its first projection where there is no gate, before the
 activation function. Its score on a task is its mean over all positions of all instances. Assumptions: a block of
 parameters, over which the paper averages squared gradients, is a row of a weight matrix; "top 10 %" is of each layer.
 
-Shape suffixes: U = units of a layer, T = tasks, A = units of all layers.
+Shape suffixes: N = coordinates, M = buckets, T = tasks, R = 2T half-tasks in task order, U = units of a layer or rows
+of a weight, A = units of all layers, P = places (a kind, layer and module), E = pairs of tasks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from itertools import combinations
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
+from peft import PeftModel
 from torch import nn
 from tqdm.auto import tqdm
+from transformers.pytorch_utils import Conv1D
 
 from badit.analysis.gates import Batches, PromptGates, marked_experts
-from badit.analysis.gradients import TaskGradients, gradient_frames, layer_and_module
-from badit.analysis.tables import COUNT, INDEX, Column, Table
+from badit.analysis.tables import COUNT, INDEX, TEXT, Column, Table, layer_and_module
 from badit.baselines.neurons import top_neurons
 from badit.data import on_device
 from badit.errors import BaditError
@@ -39,6 +51,46 @@ SKETCH_SIZE = 16384
 # Of the units of a layer, how many a task marks.
 SHARE = 0.1
 
+Place = tuple[str, int, str]  # "weights" or "adapter", the layer, the module's name below the layer
+
+_PARAMETERS = '"weights" (of the linear layers) or "adapter"'
+_COSINE = "cosine of the two tasks' gradients"
+_MAGNITUDE = "2|a||b| / (|a|² + |b|²) of the two gradients: 1 for equal norms"
+_RELIABILITY = "cosine between gradients on two halves of a task's instances: how little of them is noise"
+_PLACE = {
+    "layer": Column("transformer layer, from 0; −1 for what belongs to none", INDEX),
+    "module": Column('name below the layer, such as mlp.gate_proj; with ".adapter" for the adapter on it', TEXT),
+}
+_ALL_MODULES = Column(f"{_PARAMETERS}, all modules together", TEXT)
+
+GRADIENT_PAIRS = Table("gradient_pairs", "task_a task_b", **_PLACE, cosine=_COSINE, magnitude_similarity=_MAGNITUDE)
+GRADIENT_OVERALL = Table(
+    "gradient_overall",
+    "task_a task_b",
+    parameters=_ALL_MODULES,
+    cosine=_COSINE,
+    corrected_cosine="the cosine that noiseless gradients would have, from the halves of the instances; null where "
+    "noise is all that can be seen",
+    magnitude_similarity=_MAGNITUDE,
+)
+GRADIENT_SUMMARY = Table(
+    "gradient_summary",
+    "",
+    **_PLACE,
+    parameters=Column(_PARAMETERS, TEXT),
+    conflict_rate="share of the pairs of tasks whose gradients have a negative cosine",
+    mean_cosine="mean cosine over the pairs of tasks",
+    mean_magnitude_similarity="mean of 2|a||b| / (|a|² + |b|²) over the pairs of tasks",
+    reliability=f"{_RELIABILITY}; mean over tasks",
+)
+GRADIENT_TASKS = Table(
+    "gradient_tasks",
+    "task",
+    parameters=_ALL_MODULES,
+    norm="norm of the task's gradient (nats per token, for a unit of the parameters)",
+    reliability=_RELIABILITY,
+    instances=Column("instances that the gradient is the mean of", COUNT),
+)
 COACTIVATION = Table(
     "coactivation",
     "kind layer",
@@ -176,3 +228,186 @@ def coactivation(marked: Mapping[str, Mapping[str, Sequence[torch.Tensor]]], abo
         COACTIVATION_TASKS.frame(by_task, about),
         COACTIVATION_PAIRS.frame(pairs, about),
     ]
+
+
+class MeasuredParameter(NamedTuple):
+    """A parameter and where it belongs."""
+
+    place: Place
+    parameter: nn.Parameter
+    in_dim: int | None = None  # of a weight, the dimension of the input features
+
+
+def measured_parameters(model: nn.Module) -> list[MeasuredParameter]:
+    """The weights of the linear layers, then the adapter's parameters, each in the model's order."""
+    # PEFT names an adapter's own parts with a prefix, such as lora_.
+    own = f".{model.base_model.prefix}" if isinstance(model, PeftModel) else None
+    found = []
+    for name, module in model.named_modules():
+        layer, below = layer_and_module(name)
+        if layer < 0 or (own and own in name) or not isinstance(module, (nn.Linear, Conv1D)):
+            continue
+        weight = module.weight
+        if isinstance(weight, nn.Parameter) and weight.is_floating_point():  # a quantised one has no gradient
+            found.append(MeasuredParameter(("weights", layer, below), weight, 0 if isinstance(module, Conv1D) else 1))
+    for name, parameter in model.named_parameters() if own else ():
+        above, mark, _ = name.partition(own)
+        if mark:
+            found.append(MeasuredParameter(("adapter", *layer_and_module(f"{above}.adapter")), parameter))
+    return found
+
+
+class TaskGradients:
+    """Sums of the instances' gradients by task and half, as sketches, and of the squares of "weights" by row."""
+
+    def __init__(self, model: nn.Module, tasks: int, sketch_size: int) -> None:
+        self._measured = measured_parameters(model)
+        self.counts_T2 = torch.zeros(tasks, 2, dtype=torch.float64)
+        self._row = 0
+        generator = torch.Generator().manual_seed(0)
+        model.requires_grad_(False)
+        self._sketches, self._squares = [], {}
+        for i, (_, p, in_dim) in enumerate(self._measured):
+            self._sketches.append(SketchedSums(p.numel(), 2 * tasks, sketch_size, generator, p.device))
+            if in_dim is not None:
+                self._squares[i] = torch.zeros(tasks, p.shape[1 - in_dim], device=p.device)
+
+    @contextmanager
+    def taking(self) -> Iterator[None]:
+        """Within, a backward pass adds its gradients to the sums, and they are the only ones that it computes."""
+        with ExitStack() as hooks, torch.enable_grad():
+            for i, (_, parameter, _) in enumerate(self._measured):
+                handle = parameter.requires_grad_(True).register_post_accumulate_grad_hook(partial(self._take, i))
+                hooks.callback(handle.remove)
+            yield
+
+    def begin_instance(self, task: int) -> None:
+        """The next backward pass is an instance of this task, numbered from 0; its halves take turns."""
+        half = int(self.counts_T2[task].sum()) % 2
+        self.counts_T2[task, half] += 1
+        self._row = 2 * task + half
+
+    @torch.no_grad()
+    def _take(self, index: int, parameter: torch.Tensor) -> None:
+        assert parameter.grad is not None
+        gradient, parameter.grad = parameter.grad.float(), None
+        self._sketches[index].add(self._row, gradient.flatten())
+        if index in self._squares:
+            self._squares[index][self._row // 2] += gradient.square().mean(dim=self._measured[index].in_dim)
+
+    def grams(self) -> tuple[list[Place], torch.Tensor]:
+        """The places that have a gradient, weights first, and the inner products (P, R, R) of their halves' sums."""
+        grams: dict[Place, torch.Tensor] = {}
+        for item, sketch in zip(self._measured, self._sketches, strict=True):
+            grams[item.place] = grams.get(item.place, 0) + sketch.gram()
+        places = sorted((place for place in grams if grams[place].any()), key=lambda p: (p[0] != "weights", p[1]))
+        if not places:
+            raise BaditError("the model has no weights with a gradient; quantised ones without an adapter have none")
+        return places, torch.stack([grams[place] for place in places])
+
+    def row_scores(self, task: int) -> list[torch.Tensor]:
+        """For each layer, the mean squared gradient of every row of its weights (U,), over the task's instances."""
+        layers: dict[int, list[torch.Tensor]] = {}
+        for index, squares_TU in self._squares.items():
+            layers.setdefault(self._measured[index].place[1], []).append(squares_TU[task].cpu())
+        return [torch.cat(layers[layer]) / self.counts_T2[task].sum().float() for layer in sorted(layers)]
+
+
+class SketchedSums:
+    """Sums of vectors (N = length), kept apart as sketches of at most M = size numbers; shorter vectors stay exact."""
+
+    def __init__(self, length: int, sums: int, size: int, generator: torch.Generator, device: Any = None) -> None:
+        self.sums_RM = torch.zeros(sums, min(length, size), device=device)
+        self._exact = length <= size
+        if not self._exact:
+            runs = -(-length // size)
+            # Past M runs, shifts repeat: from some 268 million coordinates on, at M = 16384.
+            self._shifts = torch.randperm(size, generator=generator).repeat(-(-runs // size))[:runs].tolist()
+            self._run_signs = (2 * torch.randint(2, (runs,), generator=generator) - 1).tolist()
+            self._signs_M = (2 * torch.randint(2, (size,), generator=generator) - 1).to(self.sums_RM)
+
+    def add(self, index: int, vector_N: torch.Tensor) -> None:
+        """Adds a float32 vector to one of the sums."""
+        if self._exact:
+            self.sums_RM[index] += vector_N
+            return
+        # Two rounds of buckets, so that a shifted run lies in one piece; then the second is added to the first.
+        size = len(self._signs_M)
+        buckets = self._signs_M.new_zeros(2 * size)
+        for run, shift, sign in zip(vector_N.split(size), self._shifts, self._run_signs, strict=True):
+            buckets[shift : shift + len(run)].addcmul_(run, self._signs_M[: len(run)], value=sign)
+        self.sums_RM[index] += buckets[:size] + buckets[size:]
+
+    def gram(self) -> torch.Tensor:
+        """Estimates (R, R) of the sums' inner products, in float64 on the CPU."""
+        sums_RM = self.sums_RM.cpu().double()
+        return sums_RM @ sums_RM.T
+
+
+def agreement(gram_PRR: torch.Tensor, counts_T2: torch.Tensor) -> dict[str, torch.Tensor]:
+    """How far the tasks' gradients agree, from inner products of the halves' sums; NaN where a number is not defined.
+
+    Returns:
+        cosine: (P, T, T), cos(g_a, g_b) of the mean gradients.
+        corrected_cosine: (P, T, T), ⟨g_a, g_b⟩ / √(⟨a_1, a_2⟩ ⟨b_1, b_2⟩), with a_1 and a_2 the means of the even and
+            the odd instances (Spearman's correction for attenuation). Undefined where one product is not positive.
+        magnitude_similarity: (P, T, T), 2 |g_a| |g_b| / (|g_a|² + |g_b|²) (Yu et al. 2020, arXiv 2001.06782).
+        norm: (P, T), |g|; reliability: (P, T), cos(a_1, a_2).
+    """
+    counts_R, counts_T = counts_T2.flatten(), counts_T2.sum(dim=1)
+
+    def by_half(values_PRR: torch.Tensor) -> torch.Tensor:
+        return values_PRR.unflatten(-1, (-1, 2)).unflatten(-3, (-1, 2))
+
+    def outer(values_PT: torch.Tensor) -> torch.Tensor:
+        return values_PT[:, :, None] * values_PT[:, None, :]
+
+    # Of an empty half all inner products are 0, and its mean's 0 / 0 = NaN.
+    within_P22T = by_half(gram_PRR / counts_R[:, None] / counts_R).diagonal(dim1=-4, dim2=-2)
+    means_PTT = by_half(gram_PRR).sum(dim=(-3, -1)) / (counts_T[:, None] * counts_T)
+    between_PT = within_P22T[:, 0, 1]
+    squared_PT = means_PTT.diagonal(dim1=-2, dim2=-1)
+    norms_PTT = outer(squared_PT.sqrt())
+    noiseless_PT = torch.where(between_PT > 0, between_PT, torch.nan).sqrt()
+    return {
+        "cosine": (means_PTT / norms_PTT).clamp(-1, 1),
+        "corrected_cosine": (means_PTT / outer(noiseless_PT)).clamp(-1, 1),
+        "magnitude_similarity": 2 * norms_PTT / (squared_PT[:, :, None] + squared_PT[:, None, :]),
+        "norm": squared_PT.sqrt(),
+        "reliability": (between_PT / (within_P22T[:, 0, 0] * within_P22T[:, 1, 1]).sqrt()).clamp(-1, 1),
+    }
+
+
+def gradient_frames(tasks: Sequence[str], gradients: TaskGradients, about: str) -> list[pd.DataFrame]:
+    """The tables gradient_pairs, gradient_overall, gradient_summary and gradient_tasks."""
+    order = sorted(range(len(tasks)), key=tasks.__getitem__)
+    pairs = pd.DataFrame(combinations([tasks[t] for t in order], 2), columns=["task_a", "task_b"])
+    first_E, second_E = torch.tensor(order)[torch.triu_indices(len(order), len(order), offset=1)]
+    found, gram_PRR = gradients.grams()
+    places = pd.DataFrame(found, columns=["parameters", "layer", "module"])
+    kinds = pd.DataFrame({"parameters": places["parameters"].unique()})
+    # Inner products of whole gradients are sums over the places.
+    of_kind = [gram_PRR[(places["parameters"] == kind).tolist()].sum(dim=0) for kind in kinds["parameters"]]
+    single = agreement(gram_PRR, gradients.counts_T2)
+    whole = agreement(torch.stack(of_kind), gradients.counts_T2)
+
+    def by_pair(rows: pd.DataFrame, values: dict[str, torch.Tensor]) -> pd.DataFrame:
+        names = ("cosine", "corrected_cosine", "magnitude_similarity")
+        flat = {name: values[name][:, first_E, second_E].flatten().numpy() for name in names}
+        return rows.merge(pairs, how="cross").assign(**flat)
+
+    cosine_PE, magnitude_PE = (single[name][:, first_E, second_E] for name in ("cosine", "magnitude_similarity"))
+    means = {
+        "conflict_rate": (cosine_PE < 0).double().masked_fill(cosine_PE.isnan(), torch.nan),
+        "mean_cosine": cosine_PE,
+        "mean_magnitude_similarity": magnitude_PE,
+        "reliability": single["reliability"],
+    }
+    summary = places.assign(**{name: values.nanmean(dim=1).numpy() for name, values in means.items()})
+    by_task = kinds.merge(pd.DataFrame({"task": tasks}), how="cross").assign(
+        **{name: whole[name].flatten().numpy() for name in ("norm", "reliability")},
+        instances=gradients.counts_T2.sum(dim=1).repeat(len(kinds)).numpy(),
+    )
+    rows = {GRADIENT_PAIRS: by_pair(places, single), GRADIENT_OVERALL: by_pair(kinds, whole)}
+    rows |= {GRADIENT_SUMMARY: summary, GRADIENT_TASKS: by_task}
+    return [table.frame(of_table, about) for table, of_table in rows.items()]

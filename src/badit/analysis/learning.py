@@ -23,8 +23,7 @@ from torch import nn
 from tqdm import tqdm
 
 from badit.analysis.gates import Batches, active_experts
-from badit.analysis.gradients import layer_and_module
-from badit.analysis.tables import COUNT, EXPERT, INDEX, SHARED, TEXT, Column, Table
+from badit.analysis.tables import COUNT, EXPERT, INDEX, SHARED, TEXT, Column, Table, layer_and_module
 from badit.data import on_device
 from badit.errors import BaditError, explained
 from badit.files import read_json, read_jsonl

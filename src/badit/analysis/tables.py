@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable
+from itertools import dropwhile
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -113,3 +114,12 @@ def load_frame(path: Path) -> pd.DataFrame:
 def load_frames(folder: Path) -> dict[str, pd.DataFrame]:
     """All tables of a folder, sorted by name."""
     return {name: load_frame(folder / f"{name}.json") for name in sorted(TABLES) if (folder / f"{name}.json").is_file()}
+
+
+def layer_and_module(name: str) -> tuple[int, str]:
+    """A module's columns "layer" and "module": its transformer layer, −1 outside of them, and the name below it."""
+    parts = [part for part in name.split(".") if part != "base_layer"]
+    layer = next((i for i, part in enumerate(parts) if part.isdigit()), None)
+    if layer is None:
+        return -1, ".".join(dropwhile(lambda part: part in ("base_model", "model"), parts))
+    return int(parts[layer]), ".".join(parts[layer + 1 :])

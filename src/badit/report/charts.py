@@ -162,7 +162,7 @@ def heat_map(
         chart += text.encode(text=alt.Text("value:Q", format=form), color=ink)
     row = 13 if len(row_names) > 40 else min(38, max(ROW, 320 // max(1, len(row_names))))
     view = alt.ViewBackground(style="matrix")
-    return chart.add_params(*choices).properties(width="container", height=len(row_names) * row, view=view)
+    return chart.add_params(*choices).properties(height=len(row_names) * row, view=view)
 
 
 def limit_of(values: np.ndarray, middle: float) -> float:

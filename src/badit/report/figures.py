@@ -78,7 +78,7 @@ def _curves(frame: pd.DataFrame, title: str, smoothed: int) -> Any:
     smooth = smooth.encode(y="mean:Q", opacity=_picked(pick, 1, 0.1), strokeDash=dash)
     tooltip = ["run:N", "step:Q", "loss:Q", alt.Tooltip("mean:Q", title="running mean", format=".3f")]
     spots = base.mark_point(size=60, filled=True, opacity=0).encode(y="mean:Q", tooltip=tooltip).add_params(pick)
-    return alt.layer(raw, smooth, spots).properties(width="container", height=280)
+    return alt.layer(raw, smooth, spots).properties(height=280)
 
 
 def scores_by_task(frame: pd.DataFrame) -> Any:
@@ -105,7 +105,7 @@ def scores_by_task(frame: pd.DataFrame) -> Any:
         opacity=_picked(pick, 0.9, 0.08),
         tooltip=tooltip,
     )
-    return chart.properties(width="container", height=charts.ROW * len(order))
+    return chart.properties(height=charts.ROW * len(order))
 
 
 def scores_table(frame: pd.DataFrame) -> pd.DataFrame:
@@ -145,7 +145,7 @@ def differences(frame: pd.DataFrame) -> Any:
     bars = base.mark_rule(style="interval", strokeWidth=2.5).encode(x=x, x2="high:Q")
     means = base.mark_point(filled=True, size=90, opacity=1).encode(x="mean:Q")
     zero = charts.chart_of(pd.DataFrame({"zero": [0]})).mark_rule(style="reference", tooltip=None).encode(x="zero:Q")
-    return alt.layer(zero, bars, means).properties(width="container", height=charts.ROW * len(frame))
+    return alt.layer(zero, bars, means).properties(height=charts.ROW * len(frame))
 
 
 def task_gap(frame: pd.DataFrame) -> Any:
@@ -164,7 +164,7 @@ def task_gap(frame: pd.DataFrame) -> Any:
     marks = base.transform_fold(kinds, ["kind", "score"]).mark_point(filled=True, size=80, opacity=1)
     marks = marks.encode(x="score:Q", color=_colour("kind", kinds), shape=shape)
     chart = (span + marks).add_params(charts.choice("method", frame["method"]))
-    return chart.properties(width="container", height=charts.ROW * len(order))
+    return chart.properties(height=charts.ROW * len(order))
 
 
 def transfer(frame: pd.DataFrame) -> Any:
@@ -230,7 +230,7 @@ def _by_layer(frame: pd.DataFrame, column: str, title: str, form: str) -> Any:
     size, opacity = (25, 1) if rows["layer"].nunique() <= 12 else (60, 0)
     spots = base.mark_point(filled=True, size=size, opacity=opacity)
     chart = base.mark_line(strokeWidth=1.8, tooltip=None) + spots
-    return chart.add_params(charts.choice("parameters", _kinds(rows))).properties(width="container", height=220)
+    return chart.add_params(charts.choice("parameters", _kinds(rows))).properties(height=220)
 
 
 def gradient_pairs(frame: pd.DataFrame) -> pd.DataFrame:
@@ -272,7 +272,7 @@ def shared_units(frame: pd.DataFrame) -> Any:
     measured, by_chance = (base.transform_filter(f"datum.series === '{name}'") for name in names)
     chance = by_chance.mark_line(point=alt.OverlayMarkDef(size=36, filled=True), strokeDash=[4, 3])
     chart = measured.mark_bar(cornerRadiusEnd=2) + chance
-    return chart.add_params(*choices).properties(width="container", height=240)
+    return chart.add_params(*choices).properties(height=240)
 
 
 def units_of_tasks(frame: pd.DataFrame) -> Any:
@@ -296,7 +296,7 @@ def units_of_tasks(frame: pd.DataFrame) -> Any:
         tooltip=[alt.Tooltip("full:N", title="task"), "part:N", "units:Q", alt.Tooltip("share:Q", format=".1%")],
     )
     chart = chart.add_params(charts.choice("kind", frame["kind"]))
-    return chart.properties(width="container", height=charts.ROW * len(names))
+    return chart.properties(height=charts.ROW * len(names))
 
 
 def unit_overlaps(frame: pd.DataFrame) -> Any:
@@ -338,20 +338,18 @@ def _by_step(frame: pd.DataFrame, unit: str, title: str, *, zero: bool) -> Any:
         y=alt.Y("value:Q", title=title, scale=alt.Scale(zero=zero)),
         color=_colour("group", groups),
     )
-    shown, layers = set(long["measured"]), []
-    if periods := [name for name in _PERIODS.values() if name in shown]:
-        logged = base.transform_filter(f"datum.measured !== '{_HELD_OUT}'")
-        dashes = alt.Scale(domain=periods, range=[[3, 3], [1, 0]][-len(periods) :])
-        series = charts.legend(periods, symbolStrokeColor="#808690")  # visible on a light page and on a dark one
-        dash = alt.StrokeDash("measured:N", scale=dashes, legend=series)
-        layers.append(logged.mark_line(strokeWidth=2, tooltip=None).encode(strokeDash=dash))
-        layers.append(logged.mark_point(filled=True, size=28, opacity=1))
-    if _HELD_OUT in shown:
-        diamond = alt.Scale(domain=[_HELD_OUT], range=["diamond"])
-        shape = alt.Shape("measured:N", scale=diamond, legend=alt.Legend(title=None))
-        finished = base.transform_filter(f"datum.measured === '{_HELD_OUT}'")
-        layers.append(finished.mark_point(filled=True, size=110, opacity=1).encode(shape=shape))
-    return alt.layer(*layers).add_params(*choices).properties(width="container", height=260)
+    kinds = [name for name in names.values() if name in set(long["measured"])]
+    # The legend's marks are visible on a light page and on a dark one.
+    series = charts.legend(kinds, values=kinds, symbolStrokeColor="#808690")
+    dashes = alt.Scale(domain=list(names.values()), range=[[3, 3], [1, 0], [1, 0], [0, 1]])
+    dash = alt.StrokeDash("measured:N", scale=dashes, legend=series)
+    shapes = alt.Scale(domain=list(names.values()), range=["circle", "circle", "circle", "diamond"])
+    line = base.mark_line(strokeWidth=2, tooltip=None).encode(strokeDash=dash)
+    spots = base.mark_point(filled=True, opacity=1).encode(
+        shape=alt.Shape("measured:N", scale=shapes, legend=series),
+        size=alt.condition(f"datum.measured === '{_HELD_OUT}'", alt.value(110), alt.value(28)),
+    )
+    return (line + spots).add_params(*choices).properties(height=260)
 
 
 def component_flow(frame: pd.DataFrame) -> Any:

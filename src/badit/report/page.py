@@ -1,7 +1,7 @@
 """From sources to one HTML file that needs no network and no other file, and to figures as SVG and PDF.
 
-The template escapes all text, and the charts' data stand in JSON blocks without a single "<". The page's policy lets
-only the two scripts run whose hashes it names, and nothing be fetched.
+The template escapes all text, and the charts' data are in JSON blocks without any "<". The page's policy allows only
+the two scripts whose hashes it names, and no fetching.
 """
 
 from __future__ import annotations
@@ -72,8 +72,8 @@ class Block(NamedTuple):
     @property
     def specification(self) -> dict[str, Any]:
         """Vega-Lite; the colours are the page's to choose."""
-        own = {"autosize": {"type": "fit-x", "contains": "padding"}, "description": self.description}
-        content = self.content.to_dict(validate=False) | own
+        own = {"autosize": {"type": "fit-x", "contains": "padding"}, "width": "container"}
+        content = {**self.content.to_dict(validate=False), **own, "description": self.description}
         return {key: value for key, value in content.items() if key not in ("config", "$schema")}
 
 
@@ -167,7 +167,8 @@ def _drawn(figure: Figure, sources: Sequence[Source]) -> Iterator[Block]:
 def _notes(section: Section, sources: Sequence[Source], blocks: Sequence[Block]) -> Iterator[Block]:
     """How to make what a section does not have of a run."""
     for run in sources:
-        measured = run.analysed or any(block.source in ("", run.label) for block in blocks)
+        analysed = any(frame.attrs["file"].startswith("analysis/") for frame in run.frames.values())
+        measured = analysed or any(block.source in ("", run.label) for block in blocks)
         scored = run.scores is not None if section.key == "scores" else bool(blocks)
         lacking = {"badit analyze": not measured, "badit evaluate": bool(run.config) and not scored}
         if run.results is None and lacking.get(section.command):
@@ -204,18 +205,19 @@ def _facts(source: Source) -> dict[str, str]:
         for metric, scores in source.scores.groupby("metric", sort=False):
             facts[METRICS[str(metric)].label] = number(scores["score"].mean(), f".{METRICS[str(metric)].decimals}f")
         facts["tasks"] = str(source.scores["task"].nunique())
-    training = source.environment.get("training")
-    for name, value in training.items() if isinstance(training, Mapping) else ():
-        if name in ("trainable_parameters", "steps") and is_number(value):
+    measured, settings = _flat(source.environment), _flat(source.config)
+    for name in ("trainable_parameters", "steps"):
+        if is_number(value := measured.get(f"training.{name}")):
             facts[name.replace("_", " ")] = number(value, ".0f")
-        if name == "seconds" and is_number(value):
-            facts["training time"] = f"{number(value / 60)} min"
-    for key in _SETTINGS:
-        section, _, name = key.partition(".")
-        values = source.config.get(section)
-        if isinstance(values, Mapping) and values.get(name) is not None:
-            facts[key] = str(values[name])
-    return facts
+    if is_number(seconds := measured.get("training.seconds")):
+        facts["training time"] = f"{number(seconds / 60)} min"
+    return facts | {key: str(settings[key]) for key in _SETTINGS if settings.get(key) is not None}
+
+
+def _flat(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of all sections by dotted key."""
+    sections = [(name, values) for name, values in content.items() if isinstance(values, Mapping)]
+    return {f"{name}.{key}": value for name, values in sections for key, value in values.items()}
 
 
 def _samples(sources: Sequence[Source]) -> Iterator[Block]:

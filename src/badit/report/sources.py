@@ -14,6 +14,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,6 @@ class Source:
     results: Results | None = None
     config: Mapping[str, Any] = field(default_factory=dict)
     environment: Mapping[str, Any] = field(default_factory=dict)
-    analysed: bool = False
 
     def add(self, name: str, frame: pd.DataFrame, file: str) -> None:
         """Adds a frame that has rows, unless there is one of this name."""
@@ -97,12 +97,10 @@ def read_sources(paths: Sequence[str | os.PathLike[str]]) -> list[Source]:
     folders = [Path(path).parent if Path(path).name == RESULTS else Path(path) for path in paths]
     for path, folder in zip(paths, folders, strict=True):
         if not any((folder / name).exists() for name in (RESULTS, "config.yaml", "analysis")):
-            fix = "name a run's folder or a comparison's"
-            raise BaditError(f"{path}: holds no config.yaml, results.json or analysis; {fix}")
+            raise BaditError(f"{path}: has no config.yaml, results.json or analysis; name a run or a comparison")
         if folders.count(folder) > 1:
             raise BaditError(f"{folder}: is given more than once")
-        if Path(path) == folder:
-            refuse_links(folder)
+        refuse_links(folder)
     # The end of each path, as much of it as tells them apart.
     parts = [folder.resolve().parts for folder in folders]
     ends = (["/".join(each[-length:]) for each in parts] for length in range(1, max(map(len, parts)) + 1))
@@ -192,7 +190,6 @@ def _statements(frames: Mapping[str, pd.DataFrame]) -> Iterator[tuple[str, float
 def _read(folder: Path, label: str) -> Source:
     source, run = Source(label, folder), Run.at(folder)
     for name, frame in load_frames(run.analysis_path).items():
-        source.analysed = True
         source.add(name, frame, f"analysis/{name}.json")
     if run.config_path.is_file():
         source.config = read_values(run.config_path)  # a recipe of another version may have other keys
@@ -206,11 +203,11 @@ def _read(folder: Path, label: str) -> Source:
         if "matrix" in scores:
             source.add("transfer", transfer(run), run.scores_path.name)
     # The log of a run that was kept for its results may have means over modules alone.
-    regrouped = any("labels" in line for line in list(read_jsonl(run.regroupings_path))[:1])
-    if regrouped:
+    if any("labels" in line for line in islice(read_jsonl(run.regroupings_path), 1)):
         source.add("component_flow", component_flow(run), run.regroupings_path.name)
-    if regrouped or run.angles_path.is_file():
-        source.add("expert_angles", expert_angles(run), (run.regroupings_path if regrouped else run.angles_path).name)
+        source.add("expert_angles", expert_angles(run), run.regroupings_path.name)
+    elif run.angles_path.is_file():
+        source.add("expert_angles", expert_angles(run), run.angles_path.name)
     pairs, overall = (source.frames.get(name) for name in ("gradient_pairs", "gradient_overall"))
     cosines = [] if overall is None else [overall.assign(layer="all", module="all")]
     if pairs is not None:
