@@ -28,8 +28,8 @@ def stored(chart):
 
 
 def shown(chart, key):
-    """What a heat map shows for a choice, by full names of row and column."""
-    return stored(chart).set_index(["row_full", "column_full"])[key].dropna().to_dict()
+    """What a heat map shows for a choice, by row and column."""
+    return stored(chart).set_index(["row", "column"])[key].dropna().to_dict()
 
 
 def cosines(pairs, overall=None):

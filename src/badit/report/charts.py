@@ -47,6 +47,11 @@ def names_in(frame: pd.DataFrame, column: str) -> dict[str, str]:
     return short_names(map(str, sorted(known) if pd.api.types.is_numeric_dtype(values) else known))
 
 
+def name_axis(names: Mapping[str, str], **options: Any) -> alt.Axis:
+    """An axis that shows the short names of what has the full ones in the data."""
+    return alt.Axis(labelExpr=f"({json.dumps(names)})[datum.label]", labelOverlap=False, **options)
+
+
 def choice(name: str, options: Mapping[str, str] | Iterable[str]) -> alt.Parameter:
     """A list to choose from: the values of a column, perhaps with what they are called; the first one is chosen."""
     keys = list(dict.fromkeys(options))
@@ -125,27 +130,26 @@ def heat_map(
     colours of their own, by default nearly all, on each side if ``signed``. ``written`` puts the number into the cell;
     ``symmetric`` is for unordered pairs.
     """
-    frame = frame.rename(columns={value: "value"})
+    frame = frame.rename(columns={rows: "row", columns: "column", value: "value"})
     if symmetric:
-        frame = pd.concat([frame, frame.rename(columns={rows: columns, columns: rows})])
-    row_names, column_names = names_in(frame, rows), names_in(frame, columns)
-    frame = frame.assign(row_full=frame[rows].astype(str), column_full=frame[columns].astype(str))
-    frame = frame.assign(row=frame["row_full"].map(row_names.get), column=frame["column_full"].map(column_names.get))
-    base, values = chart_by_choice(frame, ["row", "row_full", "column", "column_full"], choices)
+        frame = pd.concat([frame, frame.rename(columns={"row": "column", "column": "row"})])
+    row_names, column_names = names_in(frame, "row"), names_in(frame, "column")
+    base, values = chart_by_choice(frame.astype({"row": str, "column": str}), ["row", "column"], choices)
     # All layers together often vary less than one, and have their own limit.
     of_all = np.array([key.split("|")[0] == ALL for key in values], dtype=bool)
     LIMITS.append([limit or limit_of(values.loc[:, part].to_numpy(), middle) for part in (of_all, ~of_all)])
     bounds = [max(each) for each in zip(*LIMITS, strict=True)]
     bound = f"({choices[0].name} === '{ALL}' ? {bounds[0]} : {bounds[1]})" if of_all.any() else str(bounds[1])
     upright = max(map(len, column_names.values()), default=0) > 3
-    below = alt.Axis(labelAngle=-90 if upright else 0, labelLimit=130, labelOverlap=False)
-    left = alt.Axis(labelOverlap=False)
-    tooltip = {"row_full:N": titles[0] or "row", "column_full:N": titles[1] or "column"}
+    below = name_axis(column_names, labelAngle=-90 if upright else 0, labelLimit=130)
     base = base.encode(
-        x=alt.X("column:N", title=titles[1] or None, scale=alt.Scale(domain=list(column_names.values())), axis=below),
-        y=alt.Y("row:N", title=titles[0] or None, scale=alt.Scale(domain=list(row_names.values())), axis=left),
-        tooltip=[alt.Tooltip(field, title=title) for field, title in tooltip.items()]
-        + [alt.Tooltip("value:Q", title=label, format=".4f")],
+        x=alt.X("column:N", title=titles[1] or None, scale=alt.Scale(domain=list(column_names)), axis=below),
+        y=alt.Y("row:N", title=titles[0] or None, scale=alt.Scale(domain=list(row_names)), axis=name_axis(row_names)),
+        tooltip=[
+            alt.Tooltip("row:N", title=titles[0] or "row"),
+            alt.Tooltip("column:N", title=titles[1] or "column"),
+            alt.Tooltip("value:Q", title=label, format=".4f"),
+        ],
     )
     ends: dict[str, Any] = {"domainMin": middle, "domainMax": {"expr": f"{middle} + {bound}"}, "range": "heatmap"}
     if signed:

@@ -88,18 +88,17 @@ def scores_by_task(frame: pd.DataFrame) -> Any:
     labels = {name: metric.label for name, metric in METRICS.items() if name in rows}
     present = list(frame["run"].unique())
     series = frame.attrs.get("order") or present
-    rows = rows.assign(full=rows["task"], task=rows["task"].map(charts.names_in(frame, "task")))
     means = rows.groupby("task")[next(iter(labels))].mean()
     order = means.sort_values(ascending=False, kind="stable").index.tolist()
     pick = alt.selection_point(name="pick", fields=["run"], bind="legend")
     shapes = alt.Scale(domain=series, range=["circle", "square", "triangle-up", "diamond", "cross", "triangle-down"])
-    tooltip = [alt.Tooltip("full:N", title="task"), alt.Tooltip("run:N")]
+    tooltip = ["task:N", "run:N"]
     tooltip += [alt.Tooltip(f"{name}:Q", title=labels[name], format=f".{METRICS[name].decimals}f") for name in labels]
     score = {"title": "score (0 to 100; NLL in nats)", "scale": alt.Scale(zero=True), "axis": alt.Axis(tickCount=6)}
     chart = charts.chart_of(rows).transform_calculate(score="datum[metric]").mark_point(filled=True, size=75)
     chart = chart.add_params(pick, charts.choice("metric", labels)).encode(
         x=alt.X("score:Q", **score),
-        y=alt.Y("task:N", title=None, sort=order, axis=alt.Axis(grid=True, labelOverlap=False)),
+        y=alt.Y("task:N", title=None, sort=order, axis=charts.name_axis(charts.short_names(order), grid=True)),
         color=_colour("run", series, present),
         shape=alt.Shape("run:N", scale=shapes, legend=charts.legend(present, values=present)),
         opacity=_picked(pick, 0.9, 0.08),
@@ -152,11 +151,14 @@ def task_gap(frame: pd.DataFrame) -> Any:
     """A circle is the model trained on the task alone, a diamond the one trained on all tasks: a diamond on the left
     has lost by learning together."""
     single, multi = kinds = ["one model per task", "one model for all"]
-    rows = frame.assign(full=frame["task"], task=frame["task"].map(charts.names_in(frame, "task"))).sort_values("gap")
-    rows, order = rows.rename(columns={"single": single, "multi": multi}), list(dict.fromkeys(rows["task"]))
-    tooltip = [alt.Tooltip("full:N", title="task"), *(alt.Tooltip(f"{kind}:Q", format=".1f") for kind in kinds)]
-    y = alt.Y("task:N", title=None, sort=order, axis=alt.Axis(labelOverlap=False))
-    tooltip.append(alt.Tooltip("gap:Q", format="+.1f"))
+    rows = frame.sort_values("gap").rename(columns={"single": single, "multi": multi})
+    order = list(dict.fromkeys(rows["task"]))
+    y = alt.Y("task:N", title=None, sort=order, axis=charts.name_axis(charts.short_names(order)))
+    tooltip = [
+        "task:N",
+        *(alt.Tooltip(f"{kind}:Q", format=".1f") for kind in kinds),
+        alt.Tooltip("gap:Q", format="+.1f"),
+    ]
     base = charts.chart_of(rows, chosen="method").encode(y=y, tooltip=tooltip)
     x = alt.X(f"{single}:Q", title="Rouge-L", axis=alt.Axis(tickCount=6))
     span = base.mark_rule(strokeWidth=2).encode(x=x, x2=f"{multi}:Q")
@@ -284,16 +286,15 @@ def units_of_tasks(frame: pd.DataFrame) -> Any:
     rows = frame.rename(columns={"exclusive": parts[0], "universal": parts[2]}).assign(**{parts[1]: some})
     sums = rows.groupby(["kind", "task"], sort=False, observed=True)[parts].sum().reset_index()
     names = charts.names_in(frame, "task")
-    long = sums.melt(["kind", "task"], parts, "part", "units").rename(columns={"task": "full"})
-    long = long.assign(task=long["full"].map(names), order=long["part"].map(parts.index))
-    chart = charts.chart_of(long, chosen="kind").mark_bar()
+    long = sums.melt(["kind", "task"], parts, "part", "units")
+    chart = charts.chart_of(long.assign(order=long["part"].map(parts.index)), chosen="kind").mark_bar()
     chart = chart.transform_joinaggregate(total="sum(units)", groupby=["task"])
     chart = chart.transform_calculate(share="datum.units / datum.total").encode(
         x=alt.X("share:Q", title="share of the task's marked units", axis=alt.Axis(format="%", tickCount=5)),
-        y=alt.Y("task:N", title=None, sort=list(names.values())),
+        y=alt.Y("task:N", title=None, sort=list(names), axis=charts.name_axis(names)),
         order=alt.Order("order:Q"),
         color=_colour("part", parts),
-        tooltip=[alt.Tooltip("full:N", title="task"), "part:N", "units:Q", alt.Tooltip("share:Q", format=".1%")],
+        tooltip=["task:N", "part:N", "units:Q", alt.Tooltip("share:Q", format=".1%")],
     )
     chart = chart.add_params(charts.choice("kind", frame["kind"]))
     return chart.properties(height=charts.ROW * len(names))
