@@ -93,15 +93,6 @@ def test_flow_is_a_share_of_each_row():
     assert cells == pytest.approx(expected, abs=1e-3)
 
 
-def test_an_untuned_model_is_left_out_of_the_differences():
-    columns = ["method", "mean", "low", "high", "reference", "untuned"]
-    rows = [("badit", 0.4, -0.1, 0.9, "lora", False), ("base", -22.0, -24.0, -20.0, "lora", True)]
-    frame = pd.DataFrame(rows, columns=columns)
-    for part, names in ((frame, {"badit"}), (frame[1:], {"base"})):
-        spec = json.dumps(figures.differences(part).to_dict())
-        assert set(re.findall(r'"method": "(\w+)"', spec)) == names
-
-
 def test_of_many_pairs_those_in_the_middle_are_left_out():
     pairs = pd.DataFrame(itertools.combinations([f"t{i}" for i in range(20)], 2), columns=["task_a", "task_b"])
     frame = pairs.assign(cosine=np.linspace(-1, 1, len(pairs)), parameters="adapter", corrected_cosine=np.nan)

@@ -35,6 +35,7 @@ def test_a_comparison_is_its_folder_or_its_file(tmp_path):
         assert list(source.frames["methods"]["method"]) == ["base", "lora", "badit", "lora, one model per task"]
         assert set(source.frames["task_gap"]["method"]) == {"lora"}, "without any analysis"
         assert source.frames["task_gap"].attrs["file"] == "results.json"
+        assert source.frames["differences"]["method"].tolist() == ["badit", "lora, one model per task"], "not the base"
         notes = source.frames["methods"].attrs["notes"]
         assert "not in the table: goat, seed 0, learning rate 0.0005: failed (out of memory)" in notes
     methods, runs = zip(*source.members, strict=True)
@@ -132,10 +133,9 @@ def test_forms_of_names_and_numbers():
 
 
 def frames(mean: float, low: float, high: float, reliability: float, spread: float) -> dict[str, pd.DataFrame]:
-    rows = [("base", -9.0, -9.5, -8.5, "lora", True), ("badit", mean, low, high, "lora", False)]
-    columns = ["method", "mean", "low", "high", "reference", "untuned"]
+    columns = ["method", "mean", "low", "high", "reference"]
     return {
-        "differences": pd.DataFrame(rows, columns=columns),
+        "differences": pd.DataFrame([("badit", mean, low, high, "lora")], columns=columns),
         "gradient_overall": pd.DataFrame({"parameters": ["adapter"] * 4, "cosine": [-0.1, 0.1, 0.2, np.nan]}),
         "gradient_tasks": pd.DataFrame({"parameters": ["adapter"], "reliability": [reliability]}),
         "abilities": pd.DataFrame({"spread": [spread, 0.01]}),

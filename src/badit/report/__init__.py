@@ -66,11 +66,10 @@ def write_report(
         sources = read_sources([runs] if isinstance(runs, str | os.PathLike) else runs)
         sections = sections_of(sources)
         page = render(title or " · ".join(source.label for source in sources), sections)
-        with explained(output, action="written"):
+        with explained(action="written"):
             output.parent.mkdir(parents=True, exist_ok=True)
             write_text(output, page)
-        if figures is not None:
-            with explained(figures, action="written"):
+            if figures is not None:
                 export_figures(sections, Path(figures))
     return output
 

@@ -135,8 +135,6 @@ def differences(frame: pd.DataFrame) -> Any:
     """Mean paired difference and its 95 % bootstrap interval over runs and instances: an interval that crosses the
     dotted line decides nothing, and one over a single run says nothing of other seeds. An untuned model, which would be
     far off, is left out."""
-    trained: Any = frame.loc[~frame["untuned"].astype(bool)]
-    frame = trained if len(trained) else frame
     tooltip = ["method:N", *(alt.Tooltip(f"{name}:Q", format="+.2f") for name in ("mean", "low", "high"))]
     base = charts.chart_of(frame).encode(y=alt.Y("method:N", title=None, sort=None), tooltip=tooltip)
     title = f"Rouge-L points above {frame['reference'].iloc[0]}"
@@ -154,11 +152,7 @@ def task_gap(frame: pd.DataFrame) -> Any:
     rows = frame.sort_values("gap").rename(columns={"single": single, "multi": multi})
     order = list(dict.fromkeys(rows["task"]))
     y = alt.Y("task:N", title=None, sort=order, axis=charts.name_axis(charts.short_names(order)))
-    tooltip = [
-        "task:N",
-        *(alt.Tooltip(f"{kind}:Q", format=".1f") for kind in kinds),
-        alt.Tooltip("gap:Q", format="+.1f"),
-    ]
+    tooltip = ["task:N", *(alt.Tooltip(f"{name}:Q", format=".1f") for name in (*kinds, "gap"))]
     base = charts.chart_of(rows, chosen="method").encode(y=y, tooltip=tooltip)
     x = alt.X(f"{single}:Q", title="Rouge-L", axis=alt.Axis(tickCount=6))
     span = base.mark_rule(strokeWidth=2).encode(x=x, x2=f"{multi}:Q")

@@ -43,7 +43,7 @@ _ORDERS = {
     "expert_losses": ("gate_similarity", "similarity"),
 }
 _PAIR = ["task_a", "task_b"]
-_DIFFERENCES = ["method", "mean", "low", "high", "reference", "untuned"]
+_DIFFERENCES = ["method", "mean", "low", "high", "reference"]
 # Below this, halves of one task's instances agree so little that cosines between tasks are mostly noise.
 _RELIABLE = 0.3
 # Mean gates that differ by less than this between tasks, of a neutral 1, are called alike.
@@ -146,8 +146,8 @@ def conclusions(sources: Sequence[Source]) -> list[str]:
 
 def _statements(frames: Mapping[str, pd.DataFrame]) -> Iterator[tuple[str, float, str]]:
     """What the tables say: its kind, how far it exceeds its uncertainty, roughly, and the sentence."""
-    rows = frames["differences"].query("~untuned").to_dict("records") if "differences" in frames else []
-    if rows:
+    if "differences" in frames:
+        rows = frames["differences"].to_dict("records")
         row = max(rows, key=lambda each: abs(each["mean"]))
         method, reference, mean, low, high = (row[name] for name in ("method", "reference", "mean", "low", "high"))
         interval = f"(95 % interval {number(low, '.1f', '+')} to {number(high, '.1f', '+')})"
@@ -227,9 +227,8 @@ def _add_results(source: Source) -> None:
     table.texts.attrs = {"strong": [(i, table.texts.columns[j]) for i, j in table.best], "notes": table.notes}
     source.add("methods", table.texts, RESULTS)
     numbers = table.numbers.rename(columns=lambda name: name.removeprefix("difference_"))
-    trained = results.cells.loc[results.cells["learning_rate"].notna(), "method"]
-    numbers = numbers.assign(reference=results.reference, untuned=~numbers["method"].isin(trained))
-    source.add("differences", numbers[_DIFFERENCES].dropna(), RESULTS)
+    trained = numbers["method"].isin(results.cells.loc[results.cells["learning_rate"].notna(), "method"])
+    source.add("differences", numbers[trained].assign(reference=results.reference)[_DIFFERENCES].dropna(), RESULTS)
     scores = results.scores.assign(run=pd.Categorical(results.scores["method"], results.scored_methods))
     means = scores.groupby(["run", "task", "metric"], observed=True)[["score", "n"]].mean().reset_index()
     source.add("scores", means.astype({"run": str}), RESULTS)
@@ -252,11 +251,10 @@ def _differences(runs: Sequence[Source]) -> pd.DataFrame:
     scores = _rouge_l(runs[0])
     for run in runs[1:]:
         pairs = (_rouge_l(run).reindex(scores.index) - scores).dropna()
-        if len(pairs):
+        if len(pairs) and run.config.get("method", {}).get("name") != "base":
             by_task = {str(task): each.to_numpy()[None] for task, each in pairs.groupby(level=0)}
             found = paired_bootstrap(by_task, resample_seeds=False)
-            untuned = run.config.get("method", {}).get("name") == "base"
-            rows.append([run.label, found.mean, found.low, found.high, runs[0].label, untuned])
+            rows.append([run.label, found.mean, found.low, found.high, runs[0].label])
     return pd.DataFrame(rows, columns=_DIFFERENCES)
 
 
