@@ -319,9 +319,8 @@ def expert_cosines(frame: pd.DataFrame) -> Any:
 
 def _by_step(frame: pd.DataFrame, unit: str, title: str, *, zero: bool) -> Any:
     """Within and between experts by step: means over modules, of all layers or one."""
-    step = frame["step"].where(frame["step"].notna() | (frame["measured"] != "held-out"), frame["step"].max())
     names = {**_PERIODS, "held-out": _HELD_OUT}
-    rows = frame.assign(step=step, measured=frame["measured"].map(names)).dropna(subset=["step", "measured"])
+    rows = frame.assign(measured=frame["measured"].map(names)).dropna(subset=["step", "measured"])
     groups = ["within experts", "between experts"]
     rows = rows.rename(columns={f"within_{unit}": groups[0], f"between_{unit}": groups[1]})
     long = rows.melt(["step", "measured", "layer"], groups, "group").dropna(subset=["value"])
@@ -333,18 +332,20 @@ def _by_step(frame: pd.DataFrame, unit: str, title: str, *, zero: bool) -> Any:
         y=alt.Y("value:Q", title=title, scale=alt.Scale(zero=zero)),
         color=_colour("group", groups),
     )
-    kinds = [name for name in names.values() if name in set(long["measured"])]
-    # The legend's marks are visible on a light page and on a dark one.
-    series = charts.legend(kinds, values=kinds, symbolStrokeColor="#808690")
-    dashes = alt.Scale(domain=list(names.values()), range=[[3, 3], [1, 0], [1, 0], [0, 1]])
-    dash = alt.StrokeDash("measured:N", scale=dashes, legend=series)
-    shapes = alt.Scale(domain=list(names.values()), range=["circle", "circle", "circle", "diamond"])
-    line = base.mark_line(strokeWidth=2, tooltip=None).encode(strokeDash=dash)
-    spots = base.mark_point(filled=True, opacity=1).encode(
-        shape=alt.Shape("measured:N", scale=shapes, legend=series),
-        size=alt.condition(f"datum.measured === '{_HELD_OUT}'", alt.value(110), alt.value(28)),
-    )
-    return (line + spots).add_params(*choices).properties(height=260)
+    shown, layers = set(long["measured"]), []
+    if periods := [name for name in _PERIODS.values() if name in shown]:
+        logged = base.transform_filter(f"datum.measured !== '{_HELD_OUT}'")
+        dashes = alt.Scale(domain=periods, range=[[3, 3], [1, 0]][-len(periods) :])
+        series = charts.legend(periods, symbolStrokeColor="#808690")  # visible on a light page and on a dark one
+        dash = alt.StrokeDash("measured:N", scale=dashes, legend=series)
+        layers.append(logged.mark_line(strokeWidth=2, tooltip=None).encode(strokeDash=dash))
+        layers.append(logged.mark_point(filled=True, size=28, opacity=1))
+    if _HELD_OUT in shown:
+        diamond = alt.Scale(domain=[_HELD_OUT], range=["diamond"])
+        shape = alt.Shape("measured:N", scale=diamond, legend=alt.Legend(title=None))
+        finished = base.transform_filter(f"datum.measured === '{_HELD_OUT}'")
+        layers.append(finished.mark_point(filled=True, size=110, opacity=1).encode(shape=shape))
+    return alt.layer(*layers).add_params(*choices).properties(height=260)
 
 
 def component_flow(frame: pd.DataFrame) -> Any:
