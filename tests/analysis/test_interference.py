@@ -173,6 +173,7 @@ def test_small_sketches_are_off_by_no_more_than_they_say(tiny_model):
 def test_no_hook_and_no_gradient_stays(tiny_model, fails):
     model, examples = make(tiny_model, "badit"), naive.make_examples(SIZES)
     before = {name: value.clone() for name, value in model.state_dict().items()}
+    hooks = [len(module._forward_hooks) for module in model.modules()]
     if fails:
         examples["cities"][1]["labels"] = [-100] * len(examples["cities"][1]["labels"])
         with pytest.raises(BaditError, match="task cities, instance 1: has no finite loss; it has no answer tokens"):
@@ -180,7 +181,7 @@ def test_no_hook_and_no_gradient_stays(tiny_model, fails):
     else:
         measured(model, examples)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    assert not any(module._forward_hooks for module in model.modules())
+    assert [len(module._forward_hooks) for module in model.modules()] == hooks
     assert not any(p._post_accumulate_grad_hooks or p.grad is not None for p in model.parameters())
 
 

@@ -30,10 +30,7 @@ def text_table(frame: pd.DataFrame, forms: Mapping[str, str]) -> pd.DataFrame:
 
 
 def short_names(names: Iterable[str]) -> dict[str, str]:
-    """Short names of tasks: task1590_diplomacy_text_generation is "1590 diplomacy"; whole where two would be equal.
-
-    A name of another form loses its underscores and, past 22 characters, its end.
-    """
+    """Short names of tasks: task1590_diplomacy_text_generation is "1590 diplomacy"; whole where two would be equal."""
     plain = {name: re.sub(r"^task(\d+)_([^_]+).*", r"\1 \2", name, flags=re.DOTALL).replace("_", " ") for name in names}
     short = {name: text if len(text) <= 22 else text[:21].rstrip() + "…" for name, text in plain.items()}
     taken = list(short.values())
@@ -125,10 +122,12 @@ def heat_map(
 ) -> Any:
     """A heat map of a column, means over what is not chosen (``choices``, the layer first).
 
-    Rows and columns have the names in two columns of the frame, whose categories, where there are any, give the order.
-    ``label`` says what the values are, with the unit; ``form`` is d3's. Values up to ``limit`` from the ``middle`` have
-    colours of their own, by default nearly all, on each side if ``signed``. ``written`` puts the number into the cell;
-    ``symmetric`` is for unordered pairs.
+    Args:
+        rows, columns: columns of the frame, whose categories, where there are any, give the order.
+        label: what the values are, with the unit; ``form`` is d3's.
+        limit: how far from the ``middle`` values have colours of their own (default: nearly all), on each side if
+            ``signed``.
+        written: whether cells have their numbers; ``symmetric`` is for unordered pairs.
     """
     frame = frame.rename(columns={rows: "row", columns: "column", value: "value"})
     if symmetric:
