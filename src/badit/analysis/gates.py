@@ -206,7 +206,7 @@ def task_gates(
     depends = {"model": model_fingerprint(model), "dtype": model_dtype(recipe), "prompt": recipe.prompt.model_dump()}
     depends |= {"prompts_per_task": PROMPTS_PER_TASK, **task_fingerprints(list(tasks.values()))}
     by_task: dict[str, Gates] = {}
-    with suppress(BaditError, KeyError, AttributeError):  # there are none yet, or they are damaged
+    with suppress(BaditError, KeyError, TypeError, AttributeError):  # there are none yet, or they are damaged
         kept = read_json(run.gates_path)
         if kept["depends_on"] == depends:
             by_task = {name: _checked_gates(gates, run.gates_path, model) for name, gates in kept["tasks"].items()}
