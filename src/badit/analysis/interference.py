@@ -241,7 +241,7 @@ class MeasuredParameter(NamedTuple):
 def measured_parameters(model: nn.Module) -> list[MeasuredParameter]:
     """The weights of the linear layers, then the adapter's parameters, each in the model's order."""
     # PEFT names an adapter's own parts with a prefix, such as lora_.
-    own = f".{model.base_model.prefix}" if isinstance(model, PeftModel) else None
+    own: Any = f".{model.base_model.prefix}" if isinstance(model, PeftModel) else None
     found = []
     for name, module in model.named_modules():
         layer, below = layer_and_module(name)

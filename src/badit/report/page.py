@@ -209,7 +209,8 @@ def _facts(source: Source) -> dict[str, str]:
     for name in ("trainable_parameters", "steps"):
         if is_number(value := measured.get(f"training.{name}")):
             facts[name.replace("_", " ")] = number(value, ".0f")
-    if is_number(seconds := measured.get("training.seconds")):
+    seconds: Any = measured.get("training.seconds")
+    if is_number(seconds):
         facts["training time"] = f"{number(seconds / 60)} min"
     return facts | {key: str(settings[key]) for key in _SETTINGS if settings.get(key) is not None}
 
