@@ -114,7 +114,9 @@ class Windows(dict[str, Window]):
         """Writes the state to a safetensors file, on the ranks with ``write``; all must call it."""
         tensors, notes = self.state()
         if write:
-            save_file(tensors, path, metadata={"windows": json.dumps(notes)})
+            partial = path.with_name(f"{path.name}.partial")
+            save_file(tensors, partial, metadata={"windows": json.dumps(notes)})
+            partial.replace(path)
 
     def load(self, path: Path) -> None:
         """Restores the state from a checkpoint's file."""
