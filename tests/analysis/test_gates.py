@@ -11,7 +11,7 @@ from analysis import naive_experts as naive
 from analysis.naive_experts import METHODS, TASKS
 from badit.analysis.gates import active_experts, changed_gates, gates_frame, marked_experts, prompt_gates
 from badit.analysis.interference import coactivation
-from badit.baselines.o_lora import OLoraConfig
+from badit.baselines.branches import OLoraConfig
 from badit.errors import BaditError
 from tuner import helpers
 

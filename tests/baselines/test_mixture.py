@@ -151,7 +151,7 @@ def test_gradient_checkpointing(tiny_model):
         output = forward(model, ids, mask, labels=ids, use_cache=False)
         (output.loss + model.base_model.extra_loss(mask)).backward()
         found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
-        assert not any(layer._router_logits for layer in layers(model))
+        assert not any(layer.router_logits for layer in layers(model))
     for name, gradient in found[0].items():
         torch.testing.assert_close(found[1][name], gradient, atol=1e-6, rtol=1e-4)
     enable_checkpointing(model, reentrant=True)

@@ -72,7 +72,7 @@ def test_saved_and_loaded(tiny_model, tmp_path, monkeypatch, method, family):
     assert written["peft_type"] == config(method).method
     for low_memory in (False, True):
         with monkeypatch.context() as patch:
-            for module in ("badit.baselines.goat", "badit.tuner.config"):
+            for module in ("badit.baselines.mixture", "badit.tuner.config"):
                 patch.setattr(f"{module}.top_singular_triples", None)  # loading needs no decomposition
             loaded = PeftModel.from_pretrained(tiny_model(family), tmp_path, low_cpu_mem_usage=low_memory).eval()
         assert torch.equal(logits(loaded), expected)

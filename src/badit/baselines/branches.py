@@ -1,9 +1,23 @@
-"""Sequential learning with one LoRA branch per task, as O-LoRA, GainLoRA and SAPT share it.
+"""Sequential learning with one LoRA branch per task: O-LoRA, SAPT and what GainLoRA shares with them.
 
     y = W x + s · Σ_{i≤t} a_i(p0) B_i A_i x        branches i < t frozen, branch t trained
 
 All branches are one wide product (:mod:`badit.tuner.layer`), the frozen ones in buffers before the trained one. The
-weights a_i are 1, or those of one gate for all layers: a hook on the token embeddings computes them for each pass.
+weights a_i are 1, or those of one gate for all layers: a hook on the token embeddings computes them for each pass from
+p0, their mean over the prompt.
+
+* O-LoRA (Wang et al. 2023, "Orthogonal Subspace Learning for Language Model Continual Learning", arXiv 2310.14152):
+  a_i = 1, and λ1 · Σ_{i<t} Σ |A_i A_tᵀ| is added to the loss. From the paper: the branches and λ1 = 0.5. The paper's
+  equation squares the entries of A_i A_tᵀ; its authors' code sums their absolute values, as here. Left out: the
+  authors' second penalty, on the norms of A_t and B_t.
+* SAPT's shared attention (Zhao et al. 2024, "SAPT: A Shared Attention Framework for Parameter-Efficient Continual
+  Learning of Large Language Models", arXiv 2401.08295): a = softmax_i(q · k_i / √d), q = LayerNorm(SiLU(W2 W1 p0)).
+  The keys of earlier tasks are frozen; W1, W2 and the layer norm are trained in every task, and so a changes for
+  earlier tasks, too. A new key takes the share a_t from all the others alike: next_task() scales what the adapter adds
+  by 1 − a_t. From the paper: the attention, √d, hidden size 100. From its authors' code for LLaMA: the order of W1, W2,
+  SiLU and layer norm, and the keys' start, uniform in (−1, 1). Assumption: p0 is a mean, where that code takes the
+  maximum over the tokens. Left out: the replay of generated pseudo-samples that keeps a in place on earlier tasks (the
+  paper's attentive reflection), for which this is not SAPT in full.
 
 Shape suffixes: B = batch, T = positions, N = prompts, D = width of the token embeddings, K = branches,
 I/O = in/out features, R = rank of a branch, P = (K − 1)·R, the rank of the frozen branches together.
@@ -12,15 +26,17 @@ I/O = in/out features, R = rank of a branch, P = (K − 1)·R, the rank of the f
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
+from badit.baselines import baseline
 from badit.errors import BaditError
 from badit.method import prompt_mean
-from badit.tuner.config import COUNT, COUNT_OR_ZERO, ExpertConfig, option
+from badit.tuner.config import COUNT, COUNT_OR_ZERO, NOT_NEGATIVE, ExpertConfig, option
 from badit.tuner.layer import Buffers, ExpertLinear, Pair
 from badit.tuner.model import ExpertModel
 from badit.tuner.prompt import RoutingContext
@@ -33,19 +49,13 @@ class BranchConfig(ExpertConfig):
     needs_whole_weights: ClassVar[bool] = True
     gate_cls: ClassVar[type[BranchGate] | None] = None  # None: every branch has the weight 1
 
-    num_experts: int = field(default=1, init=False)  # trained at a time
+    #: One is trained at a time; no option.
+    num_experts: ClassVar[int] = 1  # pyright: ignore[reportIncompatibleVariableOverride]
     past_branches: int = option(0, "Number of frozen branches; next_task() adds to it.", COUNT_OR_ZERO)
-
-    def to_dict(self) -> dict[str, Any]:
-        """What is saved: all but ``num_experts``, which is no option here."""
-        return {name: value for name, value in super().to_dict().items() if name != "num_experts"}
 
     @property
     def has_fixed_gates(self) -> bool:
         return self.gate_cls is None
-
-    def penalty(self, past_A_PI: torch.Tensor, a_RI: torch.Tensor) -> torch.Tensor | None:
-        """What one layer adds to the loss: a scalar, or nothing."""
 
 
 @dataclass
@@ -129,18 +139,14 @@ class BranchLinear(ExpertLinear):
         forward_pass = self.routing.forward_pass()
         known = {} if forward_pass is None else forward_pass.fresh if forward_pass.held is None else forward_pass.held
         weights_BK = known.get(adapter_name)
-        if forward_pass is None or weights_BK is None:
+        if forward_pass is None or weights_BK is None or x.ndim != 3 or len(x) != len(weights_BK):
             raise BaditError(
-                f"{self.name} finds no gates for this pass, since they follow the prompt's tokens: call the whole "
-                "model, with input_ids (not inputs_embeds), and decode from a cache filled with the adapter active"
+                f"{self.name} finds no gates for an input of shape {tuple(x.shape)}, since they follow the prompt's "
+                "tokens: call the whole model, with input_ids (not inputs_embeds), decode from a cache filled with the "
+                "adapter active and as many rows, or leave the layer out of target_modules"
             )
         if forward_pass.held is None and weights_BK.requires_grad and not torch.is_grad_enabled():
             raise BaditError("gradient checkpointing would cut the gates off from the loss: set use_reentrant=False")
-        if x.ndim != 3 or len(x) != len(weights_BK):
-            raise BaditError(
-                f"{self.name} sees an input of shape {tuple(x.shape)}, the gates are those of {len(weights_BK)} "
-                "prompts: leave it out of target_modules, or decode as many rows as the cache holds"
-            )
         return weights_BK.to(x.device)[:, None]
 
 
@@ -180,16 +186,10 @@ class BranchModel(ExpertModel):
             mask_BT = forward_pass.prompt_mask_BT
             if mask_BT is not None:
                 gate = self.badit_gate[adapter_name]
-                forward_pass.fresh[adapter_name] = gate(_prompt_mean(output, mask_BT).to(gate.key.dtype))
+                forward_pass.fresh[adapter_name] = gate(mean_embedding(output, mask_BT).to(gate.key.dtype))
 
     def _active_gates(self) -> list[Any]:
         return [self.badit_gate[name] for name in self.active_adapters if name in self.badit_gate]
-
-    @torch.no_grad()
-    def prompt_embeddings(self, input_ids: torch.Tensor, prompt_mask: torch.Tensor) -> torch.Tensor:
-        """p0 (B, D): the mean of the token embeddings over the prompt, from tokens and mask, both (B, T)."""
-        embeddings_BTD = self.model.get_input_embeddings()(input_ids.to(self.device))
-        return _prompt_mean(embeddings_BTD, prompt_mask)
 
     @torch.no_grad()
     def next_task(self) -> None:
@@ -201,16 +201,6 @@ class BranchModel(ExpertModel):
                 if adapter_name in layer.badit_A:
                     layer.next_task(adapter_name)
             self.peft_config[adapter_name].past_branches += 1
-
-    def extra_loss(self, attention_mask: torch.Tensor) -> torch.Tensor | None:
-        """The penalties of the active adapters, summed over the adapted layers; None where there are none."""
-        penalties = [
-            self.peft_config[name].penalty(layer.badit_A_past[name], layer.badit_A[name])
-            for layer in self.expert_layers()
-            for name in layer.running_adapters
-        ]
-        found = [penalty.to(attention_mask.device) for penalty in penalties if penalty is not None]
-        return torch.stack(found).sum() if found else None
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         super().set_adapter(adapter_name, inference_mode=inference_mode)
@@ -238,7 +228,59 @@ class BranchModel(ExpertModel):
         return super().unload()
 
 
-def _prompt_mean(embeddings_BTD: torch.Tensor, prompt_mask_BT: torch.Tensor) -> torch.Tensor:
-    """p0 in full precision and without a gradient: the gate trains, the embeddings do not."""
+def mean_embedding(embeddings_BTD: torch.Tensor, prompt_mask_BT: torch.Tensor) -> torch.Tensor:
+    """p0 (B, D) in full precision and without a gradient: the gate trains, the embeddings do not."""
     dtype = torch.promote_types(embeddings_BTD.dtype, torch.float32)
     return prompt_mean(embeddings_BTD.detach().to(dtype), prompt_mask_BT.to(embeddings_BTD.device))
+
+
+class OLoraModel(BranchModel):
+    """Branches with a penalty on what a new one shares with the earlier ones."""
+
+    def extra_loss(self, attention_mask: torch.Tensor) -> torch.Tensor | None:
+        """λ1 · Σ_{i<t} Σ |A_i A_tᵀ|, summed over the adapted layers; None where there are no earlier branches."""
+        penalties = []
+        for layer in self.expert_layers():
+            for name in layer.running_adapters:
+                config = self.peft_config[name]
+                if config.past_branches and config.orthogonality_weight:
+                    overlap = (layer.badit_A_past[name] @ layer.badit_A[name].T).abs().sum()
+                    penalties.append((config.orthogonality_weight * overlap).to(attention_mask.device))
+        return torch.stack(penalties).sum() if penalties else None
+
+
+@baseline("o-lora", OLoraModel)
+@dataclass
+class OLoraConfig(BranchConfig):
+    """O-LoRA (arXiv 2310.14152): one LoRA branch per task, orthogonal to those before it."""
+
+    method: ClassVar[str] = "BADIT_O_LORA"
+
+    orthogonality_weight: float = option(0.5, "Weight of the penalty, λ1; 0 leaves it out.", NOT_NEGATIVE)
+
+
+class SaptGate(BranchGate):
+    """Attention of the prompt's query to the keys; ``norm_weight`` (D) and ``norm_bias`` (D) are trained, too."""
+
+    def __init__(self, width: int, config: GatedBranchConfig, device: torch.device) -> None:
+        super().__init__(width, config, device)
+        self.norm_weight = nn.Parameter(torch.ones(width, device=device))
+        self.norm_bias = nn.Parameter(torch.zeros(width, device=device))
+        self.start_key()
+
+    def forward(self, prompt_BD: torch.Tensor) -> torch.Tensor:
+        silu_BD = F.silu(prompt_BD @ self.down.T @ self.up.T)
+        query_BD = F.layer_norm(silu_BD, self.key.shape, self.norm_weight, self.norm_bias)
+        return (query_BD @ self.keys_KD.T / math.sqrt(len(self.key))).softmax(dim=-1)
+
+    def start_key(self) -> None:
+        nn.init.uniform_(self.key, -1, 1)
+
+
+@baseline("sapt", BranchModel)
+@dataclass
+class SaptConfig(GatedBranchConfig):
+    """SAPT (arXiv 2401.08295) without its replay: one LoRA branch per task, mixed by attention of prompts to keys."""
+
+    method: ClassVar[str] = "BADIT_SAPT"
+    gate_cls: ClassVar[Any] = SaptGate

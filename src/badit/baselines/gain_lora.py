@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 
 from badit.baselines import baseline
-from badit.baselines.branches import BranchGate, BranchModel, GatedBranchConfig
+from badit.baselines.branches import BranchGate, BranchModel, GatedBranchConfig, mean_embedding
 from badit.errors import BaditError
 from badit.tuner.config import one_of, option
 from badit.tuner.model import TaskBatches
@@ -138,10 +138,10 @@ class GainLoraModel(BranchModel):
 
     def _prompts_of(self, batches: TaskBatches) -> torch.Tensor:
         """p0 (N, D) of all prompts."""
-        rows = []
+        embeddings, rows = self.model.get_input_embeddings(), []
         for batch in itertools.chain(*batches.values()):
-            prompt_mask = batch["attention_mask"].bool() & before_first_label(batch["labels"])
-            rows.append(self.prompt_embeddings(batch["input_ids"], prompt_mask))
+            prompt_mask_BT = batch["attention_mask"].bool() & before_first_label(batch["labels"])
+            rows.append(mean_embedding(embeddings(batch["input_ids"].to(self.device)), prompt_mask_BT))
         return torch.cat(rows)
 
     def start_task(self, batches: TaskBatches) -> None:

@@ -1,4 +1,4 @@
-"""Mixtures of LoRA experts, weighed by a softmax at every position, and the two dense ones among the baselines.
+"""Mixtures of LoRA experts, weighed by a softmax at every position: LoRAMoE, HydraLoRA and GOAT.
 
     y = W x + s · (Σ_k g_k(x) B_k A_k x − share · B0 A0 x) + the weighted balance loss of some,      g = softmax(W_g x)
 
@@ -6,10 +6,20 @@
   Plugin", arXiv 2312.09979): every expert has its own A_k. The balance loss is off by default, as the authors have it.
 * HydraLoRA (Tian et al. 2024, "HydraLoRA: An Asymmetric LoRA Architecture for Efficient Fine-Tuning",
   arXiv 2404.19245): one A for all.
+* GOAT (Fan et al. 2025, "Make LoRA Great Again: Boosting LoRA with Adaptive Singular Values and Mixture-of-Experts
+  Optimization Alignment", arXiv 2502.16894): only the top 2 of W_g x, and share = 1/K. The spectrum of W is cut into K
+  chunks, and expert k starts from the first r/K directions of the k-th: B0_k = U √(Σ/(sρ)), A0_k = √(Σ/(sρ)) Vᵀ. Here r
+  is the total rank and s = lora_alpha / r.
 
-A and W_g start as LoRA's A does, B_k at zero; no share of B0 A0. (:mod:`badit.baselines.goat` is sparse and has one.)
+Otherwise A starts as LoRA's does and B_k at zero; W_g starts as LoRA's A in all three. With P_k the part of W that
+expert k starts from, GOAT's model at step 0 adds (1/ρ) · Σ_k (g_k − 1/K) P_k to W: nothing on average over evenly used
+experts, for a single token at most a norm of (1 − 1/K) σ₁/ρ, under a tenth of W's own norm σ₁.
 
-Shape suffixes: K = experts, L = the attended positions of a batch.
+GOAT, from the paper: the equations, K 8, top 2, ρ 10, weight of the balance loss 1e-3. Assumptions: the router's start;
+r 32 makes experts of rank 4 and alpha 256 keeps s = 8, both as LoRAMoE's here; the balance loss is that of Switch
+Transformers with both choices of a token counted, summed over layers, as in the released code.
+
+Shape suffixes: K = experts, I/O = in/out features, N = components, L = the attended positions of a batch.
 """
 
 from __future__ import annotations
@@ -24,8 +34,8 @@ from torch import nn
 
 from badit.baselines import baseline
 from badit.errors import BaditError
-from badit.method import expert_gates
-from badit.tuner.config import COUNT, NOT_NEGATIVE, ExpertConfig, option
+from badit.method import SingularTriples, expert_factors, expert_gates, top_singular_triples
+from badit.tuner.config import COUNT, NOT_NEGATIVE, POSITIVE, ExpertConfig, option
 from badit.tuner.layer import ExpertLinear
 from badit.tuner.model import ExpertModel
 from badit.tuner.prompt import inside_backward
@@ -35,16 +45,11 @@ from badit.tuner.prompt import inside_backward
 class MixtureConfig(ExpertConfig):
     """Experts mixed by a softmax over all of them, at every position and in every adapted layer."""
 
+    balance_weight = 0.0  # one that has the balance loss `imbalance` makes this an option
+
     def gates(self, logits_K: torch.Tensor) -> torch.Tensor:
         """The experts' gates (…, K) from the router's logits, with sum 1."""
         return expert_gates(logits_K, kind="softmax")
-
-
-@dataclass
-class BalancedMixtureConfig(MixtureConfig):
-    """A mixture whose loss has a term, ``imbalance``, that is least where all experts are used alike."""
-
-    balance_weight: float = option(0.0, "Weight of the balance loss; 0 leaves it out.", NOT_NEGATIVE)
 
 
 class MixtureLinear(ExpertLinear):
@@ -52,7 +57,7 @@ class MixtureLinear(ExpertLinear):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self._router_logits: dict[str, torch.Tensor] = {}
+        self.router_logits: dict[str, torch.Tensor] = {}
 
     @torch.no_grad()
     def initialise(self, adapter_name: str) -> None:
@@ -60,33 +65,12 @@ class MixtureLinear(ExpertLinear):
         nn.init.kaiming_uniform_(self.badit_router[adapter_name], a=math.sqrt(5))
 
     def gates(self, adapter_name: str, x: torch.Tensor) -> torch.Tensor:
+        config = self.badit_config[adapter_name]
         logits_K = F.linear(x, self.badit_router[adapter_name]).float()
         # Gradient checkpointing runs the layer again in the backward pass, after the loss has been summed.
-        if self._is_balanced(adapter_name) and self.training and torch.is_grad_enabled() and not inside_backward():
-            self._router_logits[adapter_name] = logits_K
-        return self.badit_config[adapter_name].gates(logits_K)
-
-    def _is_balanced(self, adapter_name: str) -> bool:
-        return getattr(self.badit_config[adapter_name], "balance_weight", 0) > 0
-
-    def balance_losses(self, attended_BT: torch.Tensor) -> list[torch.Tensor]:
-        """The weighted balance loss of each active adapter that has one, over the last training pass; read it once."""
-        kept, self._router_logits = self._router_logits, {}
-        losses = []
-        for adapter_name in filter(self._is_balanced, self.running_adapters):
-            config = self.badit_config[adapter_name]
-            if adapter_name not in kept:
-                raise BaditError(
-                    f"{self.name} has seen no training pass that its balance loss could be taken of; with gradient "
-                    "checkpointing set use_reentrant=False, or set balance_weight=0"
-                )
-            logits_LK = kept[adapter_name].flatten(0, -2)
-            if len(logits_LK) != attended_BT.numel():
-                sizes = f"{len(logits_LK)} positions, the batch has {attended_BT.numel()}"
-                raise BaditError(f"{self.name} sees {sizes}: leave it out of target_modules, or set balance_weight=0")
-            logits_LK = logits_LK[attended_BT.flatten().bool().to(logits_LK.device)]
-            losses.append(config.imbalance(logits_LK).to(attended_BT.device) * config.balance_weight)
-        return losses
+        if config.balance_weight and self.training and torch.is_grad_enabled() and not inside_backward():
+            self.router_logits[adapter_name] = logits_K
+        return config.gates(logits_K)
 
 
 class MixtureModel(ExpertModel):
@@ -95,17 +79,38 @@ class MixtureModel(ExpertModel):
     tuner_layer_cls = MixtureLinear
 
     def extra_loss(self, attention_mask: torch.Tensor) -> torch.Tensor | None:
-        """The weighted balance losses of all layers, summed as in the released code; None where there are none."""
-        losses = [loss for layer in self.expert_layers() for loss in layer.balance_losses(attention_mask)]
+        """The weighted balance losses of the last training pass, summed over layers; can be read once."""
+        losses = []
+        for layer in self.expert_layers():
+            kept, layer.router_logits = layer.router_logits, {}
+            for adapter_name in layer.running_adapters:
+                config = self.peft_config[adapter_name]
+                if not config.balance_weight:
+                    continue
+                if adapter_name not in kept:
+                    raise BaditError(
+                        f"{layer.name} has seen no training pass to take its balance loss of; with gradient "
+                        "checkpointing set use_reentrant=False, or set balance_weight=0"
+                    )
+                logits_LK = kept[adapter_name].flatten(0, -2)
+                if len(logits_LK) != attention_mask.numel():
+                    sizes = f"{len(logits_LK)} positions, the batch has {attention_mask.numel()}"
+                    raise BaditError(
+                        f"{layer.name} sees {sizes}: leave it out of target_modules, or set balance_weight=0"
+                    )
+                logits_LK = logits_LK[attention_mask.flatten().bool().to(logits_LK.device)]
+                losses.append(config.imbalance(logits_LK).to(attention_mask.device) * config.balance_weight)
         return torch.stack(losses).sum() if losses else None
 
 
 @baseline("loramoe", MixtureModel)
 @dataclass
-class LoraMoeConfig(BalancedMixtureConfig):
+class LoraMoeConfig(MixtureConfig):
     """LoRAMoE (arXiv 2312.09979): a dense mixture of LoRA experts, routed by token in each layer."""
 
     method: ClassVar[str] = "BADIT_LORAMOE"
+
+    balance_weight: float = option(0.0, "Weight of the balance loss; 0 leaves it out.", NOT_NEGATIVE)
 
     def imbalance(self, logits_LK: torch.Tensor) -> torch.Tensor:
         """Var(Z) / mean(Z)² over the experts (population variance), Z_k the sum of expert k's gates over the positions.
@@ -126,3 +131,52 @@ class HydraLoraConfig(MixtureConfig):
 
     num_experts: int = option(4, "Number of B's.", COUNT)
     r: int = option(4, "Rank of A and of every B.", COUNT)
+
+
+@baseline("goat", MixtureModel)
+@dataclass
+class GoatConfig(MixtureConfig):
+    """GOAT (arXiv 2502.16894): a sparse mixture of LoRA experts that start from stretches of the weight's spectrum."""
+
+    method: ClassVar[str] = "BADIT_GOAT"
+
+    r: int = option(32, "Total rank; one expert's is r / num_experts.", COUNT)
+    lora_alpha: float = option(256, "LoRA's alpha; the scaling is lora_alpha / r.", POSITIVE)
+    top_k: int = option(2, "Number of experts that a token uses.")
+    rho: float = option(10.0, "The experts start with 1/rho of their part of the weight.", POSITIVE)
+    balance_weight: float = option(1e-3, "Weight of the balance loss; 0 leaves it out.", NOT_NEGATIVE)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.r % self.num_experts:
+            raise BaditError(
+                f"r = {self.r} must be a multiple of num_experts = {self.num_experts}: it is GOAT's total rank"
+            )
+        self._check_top_k(self.top_k)
+
+    @property
+    def num_components(self) -> int:
+        return self.r
+
+    @property
+    def subtracted_share(self) -> float:
+        return 1 / self.num_experts
+
+    def gates(self, logits_K: torch.Tensor) -> torch.Tensor:
+        return expert_gates(logits_K, kind="softmax", top_k=self.top_k)
+
+    def initial_factors(self, weight_OI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        rank, chunk = self.r // self.num_experts, min(weight_OI.shape) // self.num_experts
+        if rank > chunk:
+            raise BaditError(
+                f"a weight of shape {tuple(weight_OI.shape)} has {chunk} directions for each of {self.num_experts} "
+                f"experts, too few for r = {self.r}: at most r = {chunk * self.num_experts}"
+            )
+        u, s, vh = top_singular_triples(weight_OI, min(weight_OI.shape), method="exact")
+        chosen_N = [k * chunk + i for k in range(self.num_experts) for i in range(rank)]
+        return expert_factors(SingularTriples(u[:, chosen_N], s[chosen_N], vh[chosen_N]), self.scaling * self.rho)
+
+    def imbalance(self, logits_LK: torch.Tensor) -> torch.Tensor:
+        """K · Σ_k f_k p_k: f_k is the share of positions that choose expert k, p_k the mean of the full softmax."""
+        f_K = (self.gates(logits_LK) > 0).float().mean(dim=0)
+        return self.num_experts * (f_K * logits_LK.softmax(dim=-1).mean(dim=0)).sum()

@@ -93,23 +93,22 @@ class MtlLoraModel(ExpertModel):
 
     def _refuse_unsuitable(self, config: MtlLoraConfig) -> None:
         tasks = config.tasks
-        if not isinstance(tasks, list) or not tasks or not all(isinstance(name, str) for name in tasks):
-            raise BaditError(f"method.tasks: must list the names of the tasks to be trained on, got {tasks!r:.60}")
-        if twice := [name for name in tasks if tasks.count(name) > 1]:
-            raise BaditError(f"method.tasks: {twice[0]!r} is listed more than once")
+        of_names = isinstance(tasks, list) and all(isinstance(name, str) for name in tasks)
+        if not tasks or not of_names or len(set(tasks)) < len(tasks):
+            raise BaditError(f"method.tasks: must list every task to be trained on once, by name, got {tasks!r:.60}")
 
     @contextmanager
     def rows_of(self, tasks: Sequence[str] | None) -> Iterator[None]:
-        """Tells the active adapters the task of every row."""
-        running = {adapter_name: layer for layer in self.expert_layers() for adapter_name in layer.running_adapters}
-        if running and tasks is None:
-            raise BaditError(
-                "MTL-LoRA must know each row's task, and this batch does not say: give rows_of(names) the names"
-            )
-        row_tasks = {
-            name: torch.tensor(self.peft_config[name].task_indices(tasks or ()), dtype=torch.long, device=layer.device)
-            for name, layer in running.items()
-        }
+        """Tells the active adapters the task of every row; BaditError for a task that one has not learnt."""
+        running = {name: layer.device for layer in self.expert_layers() for name in layer.running_adapters}
+        names, row_tasks = tasks or (), {}  # without names the layers miss them
+        for adapter_name, device in running.items():
+            known = self.peft_config[adapter_name].tasks
+            if unknown := [name for name in names if name not in known]:
+                hint = nearest(unknown[0], known)
+                raise BaditError(f"the adapter has learnt no task {unknown[0]!r}{hint}: see its config's tasks")
+            indices = [known.index(name) for name in names]
+            row_tasks[adapter_name] = torch.tensor(indices, dtype=torch.long, device=device)
         routing = RoutingContext.of(self.model)
         outer, routing.row_tasks = routing.row_tasks, row_tasks
         try:
@@ -132,10 +131,3 @@ class MtlLoraConfig(ExpertConfig):
     lora_alpha: float = option(64, "LoRA's alpha; the scaling is lora_alpha / r.", POSITIVE)
     temperature: float = option(0.1, "Of the softmax that weighs the B's; low is sharp.", POSITIVE)
     tasks: list[str] | None = option(None, "Names of the tasks. Must be there when the adapter is made.")
-
-    def task_indices(self, names: Sequence[str]) -> list[int]:
-        """Where each of the names stands in ``tasks``; BaditError for a name that is not there."""
-        known = self.tasks or []
-        for name in (name for name in names if name not in known):
-            raise BaditError(f"the adapter has learnt no task {name!r}{nearest(name, known)}: see its config's tasks")
-        return [known.index(name) for name in names]
