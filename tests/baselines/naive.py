@@ -56,8 +56,8 @@ def gate(model: Any, adapter: str = "default") -> Any:
 def randomise(model: Any, seed: int = 0, adapter: str = "default") -> Any:
     """An adapter as after training: its tensors off their start, and a router or gate that decides."""
     generator = torch.Generator().manual_seed(seed)
-    found = [(getattr(layer, name)[adapter], size) for layer in layers(model) for name, size in _NOISE.items()
-             if adapter in getattr(layer, name, ())]  # fmt: skip
+    places = [(getattr(layer, name, {}), size) for layer in layers(model) for name, size in _NOISE.items()]
+    found = [(tensors[adapter], size) for tensors, size in places if adapter in tensors]
     gates = getattr(getattr(model, "base_model", None), "badit_gate", {})
     found += [(parameter, 0.1) for parameter in (gates[adapter].parameters() if adapter in gates else ())]
     for parameter, size in found:
@@ -92,10 +92,6 @@ def batches(ids: torch.Tensor, prompt_mask: torch.Tensor) -> dict[str, list[dict
 
 def trainable(model: Any) -> set[str]:
     return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-
-
-def gradients(model: Any) -> dict[str, torch.Tensor]:
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
 @torch.no_grad()
@@ -171,11 +167,8 @@ def imbalance(method: str, gates_: np.ndarray, probabilities: np.ndarray) -> flo
         mean = sum(z) / num_experts
         return sum((value - mean) ** 2 for value in z) / num_experts / mean**2
     choices = [(i, k) for i in range(positions) for k in range(num_experts) if gates_[i, k] > 0]
-    total = 0.0
-    for k in range(num_experts):
-        f = sum(1 for _, chosen in choices if chosen == k) / positions
-        total += f * sum(probabilities[i, k] for i in range(positions)) / positions
-    return num_experts * total
+    shares = [sum(1 for _, chosen in choices if chosen == k) / positions for k in range(num_experts)]
+    return num_experts * sum(f * probabilities[:, k].mean() for k, f in enumerate(shares))
 
 
 def _silu(x: np.ndarray) -> np.ndarray:

@@ -1,6 +1,7 @@
 """MTL-LoRA: its formula row by row, its start, and how every row gets its task in training and generation."""
 
 import math
+import re
 from contextlib import nullcontext
 
 import pytest
@@ -13,8 +14,8 @@ from torch import nn
 from badit.errors import BaditError
 from badit.tuner import hooks_of
 from baselines import naive
-from baselines.naive import IDS, MASK, ROWS, TASKS, adapt, adapted, config, gradients, layers, logits, loss, randomise
-from tuner.helpers import KINDS, base_layer, enable_checkpointing, forward
+from baselines.naive import IDS, MASK, ROWS, TASKS, adapt, adapted, config, layers, logits, loss, randomise
+from tuner.helpers import KINDS, base_layer, enable_checkpointing, forward, gradients
 
 IN, OUT = 12, 10
 PARTS = ("A", "B", "lambda", "task_logits")
@@ -80,16 +81,16 @@ def test_beams_are_rows(tiny_model):
 def test_a_batch_without_its_tasks_is_refused(tiny_model):
     model = adapted(tiny_model("llama"), "mtl-lora")
     unknown = r"has learnt no task 'river' \(did you mean 'rivers'\?\): see its config's tasks"
-    for names, message in ((None, "this batch does not say"), (["cities", "river"], unknown)):
-        with pytest.raises(BaditError, match=message), hooks_of(model).rows_of(names):
-            pass
+    with pytest.raises(BaditError, match=unknown), hooks_of(model).rows_of(["cities", "river"]):
+        pass
     for entry in (model, model.base_model, model.get_base_model()):
         with pytest.raises(
             BaditError, match=r"each row's task: run it within badit\.tuner\.hooks_of\(model\)\.rows_of\(names\)"
         ):
             entry(input_ids=IDS)
-        for names in ([], ["cities"] * 2):
-            with hooks_of(model).rows_of(names), pytest.raises(BaditError, match=f"3 rows, but {len(names)} tasks"):
+        for names in (None, ["cities"] * 2):
+            message = f"3 rows, but {len(names or [])} tasks"
+            with hooks_of(model).rows_of(names), pytest.raises(BaditError, match=message):
                 entry(input_ids=IDS)
         with hooks_of(model).rows_of(ROWS):
             entry(input_ids=IDS)
@@ -131,19 +132,11 @@ def test_gradient_checkpointing_changes_no_gradient(tiny_model, reentrant, withi
         torch.testing.assert_close(found[1][name], gradient, atol=1e-6, rtol=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("tasks", "message"),
-    [
-        (None, r"must list the names of the tasks .*, got None$"),
-        ([], r"must list the names of the tasks .*, got \[\]$"),
-        ("cities", r"must list the names .*, got 'cities'$"),
-        (["cities", 3], r"must list the names"),
-        (["a", "b", "a"], r"'a' is listed more than once$"),
-    ],
-)
-def test_the_tasks_must_be_there_when_the_adapter_is_made(tiny_model, tasks, message):
+@pytest.mark.parametrize("tasks", [None, [], "cities", ["cities", 3], ["a", "b", "a"]])
+def test_the_tasks_must_be_there_when_the_adapter_is_made(tiny_model, tasks):
     options = config("mtl-lora", tasks=tasks)
-    with pytest.raises(BaditError, match=rf"^method\.tasks: {message}"):
+    message = f"method.tasks: must list every task to be trained on once, by name, got {tasks!r}"
+    with pytest.raises(BaditError, match=f"^{re.escape(message)}$"):
         get_peft_model(tiny_model("llama"), options)
     options.tasks = TASKS
     assert len(layers(get_peft_model(tiny_model("llama"), options))) == 2
