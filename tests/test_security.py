@@ -23,8 +23,6 @@ from badit.errors import BaditError
 from badit.files import write_json
 from badit.models import load_base_model
 from badit.recipe import Recipe, build_recipe, dump_recipe
-from badit.run import Run
-from badit.train import fit
 from evaluation.test_results import mixed, unscored
 
 SOURCE = Path(badit.tuner.__file__).parents[1]
@@ -34,6 +32,9 @@ UNSAFE_CALLS = {
     *("eval", "exec", "compile", "__import__", "torch.load", "torch.save", "numpy.load", "np.load", "os.system"),
     *("os.popen", "yaml.load", "yaml.unsafe_load", "yaml.full_load", "yaml.load_all", "runpy.run_path"),
 }
+
+
+SMALL = {"name": "badit", "num_experts": 4, "r": 2}
 
 
 class Mark:
@@ -62,25 +63,17 @@ def test_the_source_has_no_pickle_no_code_from_text_no_shell_and_trusts_no_code_
                 assert not (keyword.arg in ("shell", "trust_remote_code") and constant is True), path
 
 
-@pytest.fixture
-def run(recipe_values: dict[str, Any]) -> Run:
-    recipe_values["training"]["max_steps"] = 1
-    return fit(build_recipe(recipe_values), progress=False)
-
-
-def refuse(*_: Any, **__: Any) -> Any:
-    raise AssertionError("unpickled")
-
-
-def test_a_run_is_read_without_unpickling(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_is_read_without_unpickling(trained: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = trained(SMALL)
     expected = run.generate(["Name the capital."], max_new_tokens=3)
     for module, name in ((pickle, "load"), (pickle, "loads"), (pickle, "Unpickler"), (torch, "load")):
-        monkeypatch.setattr(module, name, refuse)
+        monkeypatch.setattr(module, name, None)
     assert run.generate(["Name the capital."], max_new_tokens=3) == expected
 
 
 @pytest.mark.parametrize("name", ["adapter_model.bin", "adapter_model.safetensors"])
-def test_a_pickled_adapter_is_refused(run: Run, tmp_path: Path, name: str, capsys: Any) -> None:
+def test_a_pickled_adapter_is_refused(trained: Any, tmp_path: Path, name: str, capsys: Any) -> None:
+    run = trained(SMALL)
     (run.adapter_path / "adapter_model.safetensors").unlink()
     (run.adapter_path / name).write_bytes(pickle.dumps({"weights": Mark(tmp_path / "ran")}))
     assert main(["generate", str(run.path), "Name the capital."]) == 2
@@ -99,12 +92,10 @@ def test_a_pickled_base_model_is_refused(model_folder: Path, tmp_path: Path) -> 
 
 
 def test_an_adapter_names_no_module_to_import(
-    recipe_values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+    trained: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     """PEFT's LoRA imports what `megatron_core` names, its auto classes what `auto_mapping` does."""
-    recipe_values |= {"method": {"name": "lora", "r": 2}}
-    recipe_values["training"]["max_steps"] = 1
-    run = fit(build_recipe(recipe_values), progress=False)
+    run = trained({"name": "lora", "r": 2})
     (tmp_path / "leaves_a_mark.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
     monkeypatch.syspath_prepend(tmp_path)
     config = run.adapter_path / "adapter_config.json"
@@ -122,17 +113,14 @@ def test_an_adapter_names_no_module_to_import(
 @pytest.fixture
 def model_with_code(model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A base model of a type of its own, whose Python file leaves a mark when it is imported."""
-    code = "\n".join(
-        [
-            f"open({str(tmp_path / 'ran')!r}, 'w').close()",
-            "from transformers import LlamaConfig, LlamaForCausalLM",
-            "class OwnConfig(LlamaConfig):",
-            "    model_type = 'own-type'",
-            "class OwnModel(LlamaForCausalLM):",
-            "    config_class = OwnConfig",
-        ]
+    (model_folder / "own.py").write_text(
+        f"open({str(tmp_path / 'ran')!r}, 'w').close()\n"
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        "class OwnConfig(LlamaConfig):\n"
+        "    model_type = 'own-type'\n"
+        "class OwnModel(LlamaForCausalLM):\n"
+        "    config_class = OwnConfig\n"
     )
-    (model_folder / "own.py").write_text(code + "\n")
     config = json.loads((model_folder / "config.json").read_text())
     classes = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
     (model_folder / "config.json").write_text(json.dumps({**config, "model_type": "own-type", "auto_map": classes}))
@@ -233,7 +221,7 @@ def test_a_folder_with_a_link_out_of_it_is_refused(
     places = {"RUN": run, "NEW": tmp_path / "new", "RECIPE": tmp_path / "recipe.yaml"}
     places |= {"MODEL": recipe_values["model"]["name"]}
     if "WHOLE" in LINKED[command]:
-        places["WHOLE"] = trained({"name": "badit", "num_experts": 4, "r": 2}).path
+        places["WHOLE"] = trained(SMALL).path
     words = [re.sub("[A-Z]{3,}", lambda found: str(places[found[0]]), word) for word in LINKED[command]]
     assert main([command.partition(" ")[0], *words]) == 2
     assert re.search(f"{link}.*: leads out of {run}; put the file itself there\n$", capsys.readouterr().err)

@@ -1,4 +1,4 @@
-"""Every baseline by its name in a recipe: its options, its refusals, and a run from training to scores."""
+"""Every baseline by its name in a recipe: its options, its refusals, and a run from training to loading."""
 
 import json
 from typing import Any
@@ -10,10 +10,10 @@ from safetensors.torch import load_file
 
 from badit.baselines import BASELINES
 from badit.errors import BaditError
-from badit.evaluate import evaluate, load_run, train_and_score
+from badit.evaluate import load_run, train_and_score
 from badit.methods import AdapterMethod, build_method
 from badit.recipe import build_recipe
-from badit.run import Run
+from badit.train import fit
 from badit.tuner import hooks_of
 from baselines.naive import SMALL
 from training.trainers import StopAt, with_callbacks
@@ -31,27 +31,23 @@ FROM_PEFT = [name for name, baseline in BASELINES.items() if baseline.config_cls
 ROWS = ["rivers", "cities", "cities"]
 
 
-def logits(model):
+def logits(model, ids=IDS):
     with torch.no_grad(), hooks_of(model).rows_of(ROWS):
-        return model(input_ids=IDS, attention_mask=MASK).logits[MASK.bool()]
+        return model(input_ids=ids, attention_mask=MASK).logits[MASK.bool()]
 
 
 @pytest.mark.parametrize("name", BASELINES)
-def test_a_run(recipe_values, tmp_path, monkeypatch, name):
-    recipe = build_recipe({**recipe_values, "method": {"name": name, **OPTIONS[name]}})
+def test_a_run_is_loaded_as_it_was_trained(recipe_values, monkeypatch, name):
     trained, apply = [], AdapterMethod.apply
     monkeypatch.setattr(AdapterMethod, "apply", lambda *given: trained.append(apply(*given)) or trained[0])
-    scores = train_and_score(recipe, progress=False)
-    assert set(scores["tasks"]) == {"cities", "rivers"}
-    losses = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert losses[10]["loss"] < losses[0]["loss"]
-    tensors = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    recipe = build_recipe({**recipe_values, "method": {"name": name, **OPTIONS[name]}}, ["training.save_steps=100"])
+    run = fit(recipe, progress=False)
+    losses = [json.loads(line)["loss"] for line in run.metrics_path.read_text().splitlines()[:11]]
+    assert losses[10] < losses[0]
+    tensors = load_file(run.adapter_path / "adapter_model.safetensors")
     assert all("gate_proj" in key or "badit_gate" in key for key in tensors)
-    assert evaluate(tmp_path / "run", progress=False) == scores
-    loaded, _ = load_run(Run(tmp_path / "run"))
-    trained[0].eval()
-    with torch.no_grad(), hooks_of(loaded).rows_of(ROWS), hooks_of(trained[0]).rows_of(ROWS):
-        assert torch.equal(loaded(input_ids=IDS % 60).logits, trained[0](input_ids=IDS % 60).logits)
+    loaded, _ = load_run(run)
+    assert torch.equal(logits(loaded, IDS % 60), logits(trained[0].eval(), IDS % 60))
 
 
 def test_an_interrupted_run_that_changed_the_base_weight_ends_as_one_that_was_not(recipe_values, tmp_path):
