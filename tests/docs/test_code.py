@@ -20,8 +20,7 @@ WITH_CODE = [page for page in pages() if page.blocks("python") and page not in W
 
 
 @pytest.fixture(autouse=True)
-def _tiny_built_in_model(material, tmp_path, monkeypatch):
-    monkeypatch.setattr("badit.models._built_in_folder", lambda: material / "model")
+def _folder(tiny_built_in, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
 
