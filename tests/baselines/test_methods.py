@@ -63,7 +63,7 @@ def test_an_interrupted_run_that_changed_the_base_weight_ends_as_one_that_was_no
 @pytest.mark.parametrize(
     ("method", "message"),
     [
-        ({"name": "hidralora"}, r"unknown method 'hidralora' \(did you mean 'hydralora'\?\); known: badit, gainlora"),
+        ({"name": "hidralora"}, r"unknown method 'hidralora' \(did you mean 'hydralora'\?\); known: badit, lora, "),
         ({"name": ["goat"]}, r"unknown method \['goat'\]"),
         ({"name": "pissa", "init_lora_weights": 1}, r"init_lora_weights: is what the name pissa stands for \(pissa\)"),
         ({"name": "loramoe", "num_expert": 4}, r"num_expert: unknown key \(did you mean 'num_experts'\?\)"),
