@@ -69,7 +69,6 @@ def theirs(examples: list[dict[str, Any]], tokenizer: Any, folder: str, attentio
             output_dir=folder,
             completion_only_loss=True,
             gradient_checkpointing=False,
-            train_sampling_strategy="group_by_length",
             max_length=None,
             **SHARED,
         ),

@@ -58,8 +58,7 @@ class TrainingSection(Section):
 
     #: The fields that are badit's own: arguments of :class:`badit.trainer.AnswerTrainer`.
     OWN: ClassVar[set[str]] = {
-        "group_by_length", "max_skipped_steps", "optimizer", "lora_plus_ratio", "router_lr_ratio",
-        "early_stopping_patience"
+        "max_skipped_steps", "optimizer", "lora_plus_ratio", "router_lr_ratio", "early_stopping_patience"
     }  # fmt: skip
 
     model_config = ConfigDict(extra="allow")
@@ -81,7 +80,6 @@ class TrainingSection(Section):
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: float = Field(1.0, ge=0, description="0 switches clipping off")
     gradient_checkpointing: bool = False
-    group_by_length: bool = Field(True, description="batches of similar length")
     seed: Seed = 0
     full_determinism: bool = Field(False, description="only operations that give the same bits every time, if slower")
     max_skipped_steps: CountOrZero = Field(10, description="steps to skip for a loss or gradient that is not finite")
@@ -137,7 +135,8 @@ _SETTLED_ARGUMENTS = {
     "per_device_eval_batch_size": "set evaluation.batch_size",
     "restore_callback_states_from_checkpoint": "an exact resumption always does so",
     "remove_unused_columns label_names": "batches have exactly what the method needs",
-    "train_sampling_strategy length_column_name": "set group_by_length",
+    "group_by_length train_sampling_strategy length_column_name": "batches of similar length are batches of one task; "
+    "raise gradient_accumulation_steps for less padding, since a step's micro-batches are sorted by length",
     "activation_checkpointing": "set gradient_checkpointing",
     "*_checkpointing_kwargs": "badit needs use_reentrant=False and sets it",
     "auto_find_batch_size": "an exact resumption needs a known batch size",
@@ -169,12 +168,12 @@ def key_problems(training: Mapping[Any, Any]) -> Iterator[str]:
     for key in training:
         if key in RENAMED_ARGUMENTS:
             yield f"training.{key}: is called {RENAMED_ARGUMENTS[key]}, as transformers has it"
+        elif reason := settled(key):
+            yield f"training.{key}: is not for a recipe to set: {reason}"
         elif key not in known:
             close = get_close_matches(str(key), [*known, *RENAMED_ARGUMENTS], n=1)
             hint = f" (did you mean '{RENAMED_ARGUMENTS.get(close[0], close[0])}'?)" if close else ""
             yield f"training.{key!s:.120}: unknown key{hint}"
-        elif reason := settled(key):
-            yield f"training.{key}: is not for a recipe to set: {reason}"
 
 
 def settled(key: str) -> str | None:

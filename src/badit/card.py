@@ -30,7 +30,7 @@ CARD = "README.md"
 # Markup within a line; the hub makes links of addresses that begin with a scheme or www.
 _MARKUP = re.compile(r"([\\`*_{}\[\]()|~:@$]|(?<=www)\.)", flags=re.IGNORECASE)
 # The training's options that do not influence the result.
-_WITHOUT_EFFECT = {"full_determinism", "gradient_checkpointing", "group_by_length", "logging_steps",
+_WITHOUT_EFFECT = {"full_determinism", "gradient_checkpointing", "logging_steps",
                    "max_skipped_steps", "report_to", "save_steps"}  # fmt: skip
 _LONGEST = 200
 _VISIBLE = re.compile(r"[^./\\\0][^/\\\0]*")  # the name of a file directly in the folder that is not hidden

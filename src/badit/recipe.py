@@ -259,6 +259,7 @@ def load_config(path: Path) -> Recipe:
     content = read_values(path)
     if isinstance(training := content.get("training"), dict):
         content["training"] = {RENAMED_ARGUMENTS.get(key, key): value for key, value in training.items()}
+        content["training"].pop("group_by_length", None)  # an option of earlier releases
         if content["training"].get("max_steps", 0) is None:  # now -1, as in transformers
             del content["training"]["max_steps"]
     return build_recipe(content, where=path)

@@ -1,4 +1,4 @@
-"""HF's Trainer with a loss on answers only, batches of similar length, and steps that are not finite left out.
+"""HF's Trainer with a loss on answers only, micro-batches of similar length, and steps that are not finite left out.
 
 Its callbacks write the metrics file and show one progress bar.
 """
@@ -30,9 +30,6 @@ from badit.regroup import RegroupCallback
 from badit.tuner.model import hooks_of
 from badit.tuner.prompt import before_first_label
 
-# Batches are cut from shuffled runs of this many batches sorted by length: long enough to save padding, short enough to
-# keep the order random.
-_BATCHES_PER_RUN = 16
 # Of a batch that is not finite, an error names so many instances.
 _NAMED = 8
 _DEFAULTS = TrainingSection.model_validate({})
@@ -100,12 +97,12 @@ class AnswerTrainer(Trainer):
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset
         lengths = getattr(dataset, "lengths", None) or [len(example["input_ids"]) for example in dataset]
         # Of several processes each takes its part of a common batch, which is the one that a single process would have.
-        batch_size = self._train_batch_size * self.args.world_size if self.options.group_by_length else None
+        per_step = self._train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         tasks: Sequence[str] = ()
         if self._quotas is not None:
             tasks = getattr(dataset, "tasks", None) or [example["task"] for example in dataset]
-        self.sampler = EpochSampler(lengths, batch_size=batch_size, seed=seed, tasks=tasks, quotas=self._quotas)
+        self.sampler = EpochSampler(lengths, per_step, seed, tasks, self._quotas)
         return self.sampler
 
     def training_step(
@@ -253,16 +250,16 @@ def logits_only_at(model: nn.Module, row_L: torch.Tensor, position_L: torch.Tens
 class EpochSampler(Sampler[int]):
     """A shuffle that depends on seed and epoch alone, so that a resumed run sees the same batches.
 
-    With ``batch_size`` the order is one of batches of similar length: the shuffled indices are cut into runs, each
-    sorted by length and cut into batches, and the batches are shuffled. The longest batch comes first, since that is
-    where memory runs out.
+    Each optimizer step is a random draw from all tasks. Within a step the examples are sorted by length, so that
+    accumulated micro-batches hold little padding. (Batches of similar length would be batches of one task, which trains
+    worse.) The step with the longest example comes first, since that is where memory runs out.
 
     With ``tasks``, every example's, and ``quotas`` an epoch takes so many examples from each task: small tasks are
     repeated, and of large ones every epoch draws a new subset.
     """
 
     lengths: Sequence[int]
-    batch_size: int | None
+    examples_per_step: int
     seed: int
     tasks: Sequence[str] = ()
     quotas: Mapping[str, int] | None = None
@@ -288,20 +285,15 @@ class EpochSampler(Sampler[int]):
             order = torch.randperm(len(self.lengths), generator=generator).tolist()
         else:
             order = self._drawn(self.quotas, generator)
-        if self.batch_size is None:
-            return iter(order)
-        run = self.batch_size * _BATCHES_PER_RUN
-        batches = []
-        for start in range(0, len(order), run):
-            by_length = sorted(order[start : start + run], key=self.lengths.__getitem__, reverse=True)
-            batches += [by_length[i : i + self.batch_size] for i in range(0, len(by_length), self.batch_size)]
-        # Only the very last batch may be short, or the loader's own cut would fall out of step with ours.
-        last = batches.pop() if batches and len(batches[-1]) < self.batch_size else []
-        shuffled = [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
-        longest = max(range(len(shuffled)), key=lambda i: self.lengths[shuffled[i][0]], default=0)
-        if shuffled:
-            shuffled[0], shuffled[longest] = shuffled[longest], shuffled[0]
-        return iter([index for batch in [*shuffled, last] for index in batch])
+        per_step = self.examples_per_step
+        steps = [order[start : start + per_step] for start in range(0, len(order), per_step)]
+        by_length = [sorted(step, key=self.lengths.__getitem__, reverse=True) for step in steps]
+        # A short step stays last, or the loader's own cut would fall out of step with this one.
+        full = len(order) // per_step
+        longest = max(range(full), key=lambda i: self.lengths[by_length[i][0]], default=0)
+        if by_length:
+            by_length.insert(0, by_length.pop(longest))
+        return iter([index for step in by_length for index in step])
 
 
 class _EveryStep(TrainerCallback):

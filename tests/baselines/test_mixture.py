@@ -196,7 +196,6 @@ def test_it_is_averaged_over_accumulated_micro_batches(tiny_model, tmp_path):
     trainer = make_trainer(
         model, tmp_path, [], count=4, per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=1,
         save_strategy="no", optim="sgd", learning_rate=1.0, lr_scheduler_type="constant", max_grad_norm=0.0,
-        group_by_length=False,
     )  # fmt: skip
     trainer._get_train_sampler = lambda dataset=None: torch.utils.data.SequentialSampler(data)
     trainer.train()

@@ -232,7 +232,7 @@ def test_bad_methods_are_named(recipe_values, method, message):
 
 def test_training_and_prompt_options_have_their_effects(recipe_values):
     training = {"max_steps": 2, "gradient_accumulation_steps": 2, "lr_scheduler_type": "constant", "warmup_steps": 0}
-    training |= {"learning_rate": 1e-2, "gradient_checkpointing": True, "group_by_length": False, "logging_steps": 1}
+    training |= {"learning_rate": 1e-2, "gradient_checkpointing": True, "logging_steps": 1}
     prompt = {"encoding": "def+pos1", "chat_template": "never", "max_source_tokens": 40, "max_answer_tokens": 2}
     recipe = build_recipe(
         {**recipe_values, "training": {**training, "per_device_train_batch_size": 4}, "prompt": prompt},

@@ -62,51 +62,62 @@ def test_accumulated_batches_weigh_tokens_equally(tiny_model, tmp_path):
     torch.testing.assert_close(states[0], states[1], rtol=1e-5, atol=1e-7)
 
 
-def order_of(lengths, batch_size, seed=0, epoch=0, tasks=(), quotas=None):
-    sampler = EpochSampler(lengths, batch_size=batch_size, seed=seed, tasks=tasks, quotas=quotas)
+def order_of(lengths, per_step, seed=0, epoch=0, tasks=(), quotas=None):
+    sampler = EpochSampler(lengths, per_step, seed, tasks, quotas)
     sampler.epoch = epoch
     return list(sampler)
 
 
 @settings(deadline=None, max_examples=60)
 @given(st.lists(st.integers(1, 500), min_size=1, max_size=300), st.integers(1, 9), st.integers(0, 5), st.integers(0, 5))
-def test_every_example_comes_once_in_batches_led_by_the_longest(lengths, batch_size, seed, epoch):
-    order = order_of(lengths, batch_size, seed, epoch)
+def test_every_example_comes_once_in_steps_sorted_by_length_with_the_longest_first(lengths, per_step, seed, epoch):
+    order = order_of(lengths, per_step, seed, epoch)
     assert sorted(order) == list(range(len(lengths)))
-    assert order == order_of(lengths, batch_size, seed, epoch)
-    if len(lengths) >= 16 * batch_size and len(lengths) % batch_size == 0:
-        assert lengths[order[0]] == max(lengths)
+    assert order == order_of(lengths, per_step, seed, epoch)
+    steps = [[lengths[index] for index in order[i : i + per_step]] for i in range(0, len(order), per_step)]
+    assert all(step == sorted(step, reverse=True) for step in steps)
+    if len(lengths) % per_step == 0:
+        assert steps[0][0] == max(lengths)
 
 
 @settings(deadline=None, max_examples=40)
-@given(st.lists(st.integers(1, 40), min_size=1, max_size=6), st.sampled_from([None, 4]), st.integers(0, 5))
-def test_a_balanced_epoch_has_every_task_alike_and_epochs_together_every_example(sizes, batch_size, seed):
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=6), st.integers(1, 4), st.integers(0, 5))
+def test_a_balanced_epoch_has_every_task_alike_and_epochs_together_every_example(sizes, per_step, seed):
     tasks = [f"task-{i}" for i, size in enumerate(sizes) for _ in range(size)]
     shares = dict.fromkeys(tasks, round(len(tasks) / len(sizes)))
     seen = set()
     for epoch in range(60):
-        order = order_of([5] * len(tasks), batch_size, seed, epoch, tasks, shares)
+        order = order_of([5] * len(tasks), per_step, seed, epoch, tasks, shares)
         of_task = Counter(tasks[index] for index in order)
         assert set(of_task.values()) == {round(len(tasks) / len(sizes))}
         for task in of_task:
             uses = Counter(index for index in order if tasks[index] == task)
             counts = [uses[index] for index, name in enumerate(tasks) if name == task]
             assert max(counts) - min(counts) <= 1
-        assert order == order_of([5] * len(tasks), batch_size, seed, epoch, tasks, shares)
+        assert order == order_of([5] * len(tasks), per_step, seed, epoch, tasks, shares)
         seen |= set(order)
     rare = round(len(tasks) / len(sizes)) / max(sizes) < 0.2
     assert rare or seen == set(range(len(tasks))), "large tasks are drawn from again in every epoch"
 
 
-def test_the_order_depends_on_seed_and_epoch_and_saves_padding():
+def test_the_order_depends_on_seed_and_epoch_and_micro_batches_save_padding():
     lengths = torch.randint(10, 500, (512,), generator=torch.Generator().manual_seed(0)).tolist()
     assert len({tuple(order_of(lengths, 8, seed, epoch)) for seed, epoch in ((0, 0), (0, 1), (1, 0))}) == 3
 
-    def padding(batch_size):
-        order = order_of(lengths, batch_size)
-        return sum(8 * max(lengths[i] for i in order[start : start + 8]) for start in range(0, 512, 8)) - sum(lengths)
+    def padding(micro_batch, accumulated):
+        order, size = order_of(lengths, micro_batch * accumulated), micro_batch
+        widths = [max(lengths[i] for i in order[start : start + size]) for start in range(0, 512, size)]
+        return size * sum(widths) - sum(lengths)
 
-    assert padding(8) < 0.2 * padding(None)
+    assert padding(2, 4) < 0.25 * padding(8, 1)
+
+
+def test_steps_mix_tasks_whose_lengths_differ():
+    tasks = [task for task in "abcd" for _ in range(64)]
+    lengths = [100 * "abcd".index(task) + index % 10 + 1 for index, task in enumerate(tasks)]
+    order = order_of(lengths, 8, tasks=tasks)
+    kinds = [len({tasks[index] for index in order[start : start + 8]}) for start in range(0, 256, 8)]
+    assert sum(kinds) / len(kinds) > 3
 
 
 def test_of_several_gpus_one_process_uses_one_and_says_so_once(tiny_model, tmp_path, monkeypatch, capsys):

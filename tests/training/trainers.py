@@ -11,7 +11,6 @@ from peft import get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback, TrainingArguments
 
-from badit.arguments import TrainingSection
 from badit.data import AnswerCollator
 from badit.methods import AdapterMethod
 from badit.recipe import Recipe
@@ -45,7 +44,6 @@ def make_trainer(
     callbacks: list[TrainerCallback],
     *,
     count: int = 24,
-    group_by_length: bool = True,
     **options: Any,
 ) -> AnswerTrainer:
     """By default, twelve steps of four examples."""
@@ -58,7 +56,6 @@ def make_trainer(
         train_dataset=examples(count),
         data_collator=AnswerCollator(0),
         callbacks=callbacks,
-        options=TrainingSection(group_by_length=group_by_length),
     )
 
 
