@@ -10,7 +10,7 @@ from fnmatch import fnmatchcase
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, get_args, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 from pydantic import (
     AfterValidator,
@@ -50,16 +50,11 @@ class Section(BaseModel):
 
 
 class TrainingSection(Section):
-    """Optimisation: fields of transformers' TrainingArguments, by their own names, and those in ``OWN``.
+    """Optimisation: fields of transformers' TrainingArguments, by their own names, and badit's own.
 
     Only the fields that badit has its own default for, or checks more strictly, are declared here. Every other field of
     TrainingArguments is accepted and passed on (:func:`build_recipe` checks it).
     """
-
-    #: The fields that are badit's own: arguments of :class:`badit.trainer.AnswerTrainer`.
-    OWN: ClassVar[set[str]] = {
-        "max_skipped_steps", "optimizer", "lora_plus_ratio", "router_lr_ratio", "early_stopping_patience"
-    }  # fmt: skip
 
     model_config = ConfigDict(extra="allow")
 
@@ -108,8 +103,8 @@ class TrainingSection(Section):
         return self
 
     def arguments(self) -> dict[str, Any]:
-        """The values for TrainingArguments: all but badit's own."""
-        return self.model_dump(exclude=self.OWN)
+        """The values for TrainingArguments: all but badit's own, which are for badit.trainer.AnswerTrainer."""
+        return self.model_dump(exclude=type(self).model_fields.keys() - argument_names())
 
 
 #: What this section called fields in earlier releases (and transformers in one case), and their names now.

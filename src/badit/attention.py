@@ -1,8 +1,7 @@
 """Attention for training on a processor in bfloat16: two plain products where sequences are short.
 
-PyTorch's fused attention saves memory by going through the scores in small blocks, and again in the backward pass. In
-bfloat16 on a CPU that takes longer than plain products do, up to some hundred positions: a training step on 200 tokens
-takes 1.2 times as long with it. Longer batches, float32 and passes without gradients take the fused way.
+There PyTorch's fused attention is slower: a training step on 200 tokens takes 1.2 times as long with it. Longer
+batches, float32 and passes without gradients take the fused way.
 """
 
 from __future__ import annotations
@@ -17,8 +16,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask
 
-# Up to here plain products are the faster way (benchmarks/speed/attention.py), and the scores that they keep for the
-# backward pass take some tens of megabytes per layer.
+# Up to here plain products are the faster way (benchmarks/speed/attention.py).
 LONGEST = 512
 
 _NAME = "badit_short"

@@ -47,18 +47,10 @@ def damage_of(folder: Path) -> str | None:
     """What of a checkpoint is not as it was sealed, in a few words; None if all of it is."""
     try:
         sealed, present = read_json(folder / SEAL), _checksums(folder)
-    except BaditError as error:
+    except (BaditError, OSError) as error:
         return str(error).removeprefix(f"{folder}/")
-    except OSError as error:
-        return f"cannot be read: {error}"
-    for name in sorted(sealed.keys() | present.keys()):
-        if name not in present:
-            return f"{name} is missing"
-        if name not in sealed:
-            return f"{name} does not belong to it"
-        if present[name] != sealed[name]:
-            return f"{name} has changed"
-    return None
+    changed = [name for name in sealed.keys() | present.keys() if sealed.get(name) != present.get(name)]
+    return f"{min(changed)} is not as it was sealed" if changed else None
 
 
 def seal(staged: Path, checkpoints: Path, best: str | None = None) -> None:
@@ -79,35 +71,26 @@ def clear_staging(checkpoints: Path) -> None:
         shutil.rmtree(checkpoints / STAGING, ignore_errors=True)
 
 
-def refuse_other_engine(checkpoint: Path, engine: str, processes: int) -> None:
-    """Refuses a checkpoint of another engine: each keeps weights and optimizer in a form of its own.
+def engine_of(trainer: Any) -> str:
+    """What decides the form of a trainer's checkpoints: each engine has its own for weights and optimizer."""
+    if trainer.is_deepspeed_enabled:  # every process has a file of its own
+        return f"DeepSpeed in {trainer.accelerator.num_processes} processes"
+    return "FSDP" if trainer.is_fsdp_enabled else "neither FSDP nor DeepSpeed"
 
-    ``engine`` is "FSDP", "DeepSpeed" or, for a single process and DDP, "neither".
 
-    Raises:
-        BaditError: another engine wrote the checkpoint, or DeepSpeed in another number of processes.
-    """
-    sharded = any(checkpoint.glob("pytorch_model_fsdp*"))
-    wrote = "FSDP" if sharded else "DeepSpeed" if (checkpoint / "latest").is_file() else "neither"
-    fix = "start it so again, or remove the folder to start over"
-    if wrote != engine:
-        under = "neither FSDP nor DeepSpeed" if wrote == "neither" else wrote
-        raise BaditError(f"{checkpoint}: was written under {under}; {fix}")
-    # One file per process: how DeepSpeed divides the optimizer's state.
-    parts = len(list(checkpoint.glob("*/*zero_pp_rank_*_optim_states.pt")))
-    if engine == "DeepSpeed" and parts not in (0, processes):
-        raise BaditError(
-            f"{checkpoint}: was written by {parts} processes, and DeepSpeed resumes with the same number only, "
-            f"not with {processes}; {fix}"
-        )
+def refuse_other_engine(checkpoint: Path, trainer: Any) -> None:
+    """Raises BaditError if the checkpoint was written under another engine than the trainer's."""
+    wrote = read_json(checkpoint / _SUMS).get("engine")
+    if wrote not in (None, engine_of(trainer)):
+        fix = "start it so again, or remove the folder to start over"
+        raise BaditError(f"{checkpoint}: was written under {wrote}; {fix}")
 
 
 class SealCheckpoints(TrainerCallback):
     """Seals what the trainer and the callbacks before this one have written into its output folder.
 
     It also keeps what the trainer would forget: the losses summed up since its last line of the log (else the next line
-    after a resumption would be the mean of fewer steps), the number of skipped steps, now and at that line, which
-    checkpoint is the best, how long ago that was, and whether the training is over.
+    would be the mean of fewer steps), the number of skipped steps, and which checkpoint is the best.
     """
 
     def __init__(self, trainer: Any, checkpoints: Path) -> None:
@@ -121,10 +104,8 @@ class SealCheckpoints(TrainerCallback):
             self._trainer._tr_loss += kept["loss"]
             self._trainer._globalstep_last_logged = kept["last_logged_step"]
             self._trainer.skipped_steps = kept["skipped_steps"]
-            self._trainer.last_line = tuple(kept.get("last_line", (0, 0)))
-            self._trainer.finished = kept.get("finished", False)
-            if kept.get("best"):
-                state.best_model_checkpoint = str(self._checkpoints / kept["best"])
+            self._trainer.finished = state.stateful_callbacks["TrainerControl"]["args"]["should_training_stop"]
+            state.best_model_checkpoint = kept["best"] and str(self._checkpoints / kept["best"])
             for callback in self._trainer.callback_handler.callbacks:
                 if isinstance(callback, EarlyStoppingCallback):
                     vars(callback).update(state.stateful_callbacks["EarlyStoppingCallback"]["attributes"])
@@ -139,9 +120,8 @@ class SealCheckpoints(TrainerCallback):
                 "loss": float(mean),
                 "last_logged_step": self._trainer._globalstep_last_logged,
                 "skipped_steps": self._trainer.skipped_steps,
-                "last_line": self._trainer.last_line,
-                "finished": control.should_training_stop,
                 "best": best,
+                "engine": engine_of(self._trainer),
             }
             staged = checkpoint_being_written(args, state)
             write_json(staged / _SUMS, kept)

@@ -1,12 +1,9 @@
 """The gradients of a step, and changes to weights, wherever an engine for several processes keeps them.
 
 * One process, and DDP: ``.grad`` is the whole, reduced gradient.
-* FSDP2: every process holds a shard, a DTensor. The Grams of the shards add up to that of the whole, so N² numbers are
-  exchanged and no gradient is put together.
+* FSDP2: every process holds a shard, a DTensor. The Grams of the shards add up to that of the whole.
 * DeepSpeed's ZeRO: the engine keeps gradients to itself and takes its step inside the backward pass, so they are read
   just before that step, through its own ``safe_get_full_grad``.
-
-Below that: what the processes of one training agree on. With a single process these calls are free.
 """
 
 from __future__ import annotations
@@ -91,13 +88,13 @@ def dtensor(local: torch.Tensor, like: DTensor, placements: Sequence[Any], shape
 
 def over_shards(like: torch.Tensor) -> OverShards:
     """What combines a tensor over the processes that hold the shards of one like this; without shards, leaves it."""
-    mesh, placements = (like.device_mesh, like.placements) if isinstance(like, DTensor) else (None, ())
-    groups = [mesh.get_group(i) for i, place in enumerate(placements) if place.is_shard()] if mesh else []
+    groups = []
+    if isinstance(like, DTensor):
+        groups = [like.device_mesh.get_group(i) for i, place in enumerate(like.placements) if place.is_shard()]
 
     def combine(tensor: torch.Tensor, operation: Literal["max", "sum"]) -> torch.Tensor:
-        reduce = torch.distributed.ReduceOp.MAX if operation == "max" else torch.distributed.ReduceOp.SUM
         for group in groups:
-            torch.distributed.all_reduce(tensor, op=reduce, group=group)
+            torch.distributed.all_reduce(tensor, op=getattr(torch.distributed.ReduceOp, operation.upper()), group=group)
         return tensor
 
     return combine
@@ -199,7 +196,8 @@ def gathered(tensor: torch.Tensor) -> torch.Tensor:
     """A tensor of every process, (ranks, …)."""
     if not several():
         return tensor[None]
-    tensor = tensor.to(_communicating_device()).contiguous()
+    nccl = torch.distributed.get_backend() == "nccl"  # which exchanges what is on the GPU
+    tensor = tensor.to(torch.cuda.current_device() if nccl else "cpu").contiguous()
     parts = [torch.empty_like(tensor) for _ in range(torch.distributed.get_world_size())]
     torch.distributed.all_gather(parts, tensor)
     return torch.stack(parts)
@@ -209,17 +207,3 @@ def own_part(parts: torch.Tensor) -> torch.Tensor:
     """This process's row of what :func:`gathered` gave; an even share of the sum where there were more or fewer."""
     ranks = torch.distributed.get_world_size() if several() else 1
     return parts[rank()] if len(parts) == ranks else parts.sum(dim=0) / ranks
-
-
-def of_first(tensor: torch.Tensor) -> torch.Tensor:
-    """The first process's tensor, on the CPU; all must give one of the same shape and type."""
-    if several():
-        tensor = tensor.to(_communicating_device())
-        torch.distributed.broadcast(tensor, src=0)
-    return tensor.cpu()
-
-
-def _communicating_device() -> torch.device:
-    """Where a tensor must be for the processes to exchange it."""
-    nccl = torch.distributed.get_backend() == "nccl"
-    return torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")

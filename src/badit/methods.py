@@ -21,14 +21,13 @@ from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 from transformers.pytorch_utils import Conv1D
 
-from badit.angles import AngleLog
 from badit.baselines import BASELINES, Baseline, neurons
 from badit.errors import BaditError, explained, first_line, nearest
 from badit.files import read_json
 from badit.gradients import parameter_count
 from badit.models import load_skeleton
 from badit.recipe import Recipe
-from badit.regroup import TOP_K_REFUSED, RegroupCallback, RegroupOptions
+from badit.regroup import TOP_K_REFUSED, AngleLog, RegroupCallback, RegroupOptions
 from badit.run import Run
 from badit.surgery import Surgery, SurgeryTrainer
 from badit.trainer import AnswerTrainer

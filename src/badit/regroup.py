@@ -6,44 +6,49 @@ the optimizer's moments stay valid. (The cosine does not depend on loss scaling 
 
 A regrouping changes the model's output as far as the gates of the two experts differ. ``rescale`` keeps the change
 small: a moved component's column of B is multiplied by the ratio of the mean gates of its old and its new expert.
+
+The angles between experts (paper, Fig. 4) are logged with the regroupings, or by :class:`AngleLog` without them.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import os
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 from transformers import TrainerCallback
 
-from badit.angles import Windows, trainable_adapters
 from badit.checkpoint import checkpoint_being_written, resumed_checkpoint
-from badit.errors import BaditError, say
+from badit.errors import BaditError, explained, say
 from badit.files import StepLog
-from badit.gradients import of_first, rank, scale_columns
+from badit.gradients import before_step, component_grams, gathered, own_part, rank, scale_columns
 from badit.method import expert_angles, group_components, grouping_objective
 from badit.method.grouping import Solver
 from badit.tuner.config import COUNT, COUNT_OR_ZERO, FRACTION, Rule, check_options, is_number, one_of, option
-from badit.tuner.layer import BaditLinear
+from badit.tuner.layer import BaditLinear, ExpertLinear
 
 TOP_K_REFUSED = (
     "regrouping would move components into experts that top_k switches off; leave top_k out, or do not regroup"
 )
 STATE_FILE = "badit_regroup.safetensors"
+_ANGLES_FILE = "badit_angles.safetensors"
 # A mean gate near zero (top_k can starve an expert) must not make a weight explode.
 _RESCALE_LIMIT = 4.0
-
-
 _EVERY = Rule(
     "a whole number of steps or a fraction of the run",
     lambda value: is_number(value) and value > 0 and (value < 1 or value == int(value)),
 )
+
+Layer = TypeVar("Layer", bound=ExpertLinear)
 
 
 @dataclass(frozen=True)
@@ -68,6 +73,114 @@ class RegroupOptions:
         """The steps of a run after which it regroups."""
         every = int(self.every) if self.every >= 1 else max(1, round(self.every * total_steps))
         return range(every, math.floor(self.stop * total_steps) + 1, every)
+
+
+def trainable_adapters(model: nn.Module, kind: type[Layer] = BaditLinear) -> Iterator[tuple[str, tuple[Layer, str]]]:
+    """(name, (layer, adapter)) of every adapter that is being trained in layers of a kind, in the model's order."""
+    for layer in (module for module in model.modules() if isinstance(module, kind)):
+        for adapter, factor in layer.badit_A.items():
+            if factor.requires_grad:
+                yield f"{layer.name}.{adapter}", (layer, adapter)
+
+
+@dataclass
+class Window:
+    """One layer's sums since the last regrouping, and that regrouping's log line, which waits for its angles."""
+
+    gram_sum: torch.Tensor | None = None
+    steps: int = 0
+    gate_sums: torch.Tensor | None = None  # (K + 1), the sums of the gates and their number, on this rank
+    pending: dict[str, Any] = field(default_factory=dict)
+
+    def gates_of_all(self) -> torch.Tensor | None:
+        """The gate sums of every rank (ranks, K + 1); all ranks must ask."""
+        return None if self.gate_sums is None else gathered(self.gate_sums)
+
+
+class Windows(dict[str, Window]):
+    """The window of every layer, by its name: filled before each optimizer step, and kept in checkpoints.
+
+    ``layers`` are (layer, adapter) by name; the Trainer's ``optimizer`` may take its steps within the backward pass.
+    """
+
+    def __init__(self, layers: Mapping[str, tuple[ExpertLinear, str]], optimizer: Any = None) -> None:
+        super().__init__({name: Window() for name in layers})
+        self._layers = layers
+        self._taken_gates()
+        self._reads_in_engine = before_step(optimizer, self._read_gradients)
+
+    def after_backward(self) -> None:
+        """Reads the gradients of an optimizer step, when they are complete and before they are used."""
+        if not self._reads_in_engine:
+            self._read_gradients()
+
+    def _read_gradients(self) -> None:
+        factors = [(layer.badit_A[adapter], layer.badit_B[adapter]) for layer, adapter in self._layers.values()]
+        sums = zip(self.values(), component_grams(factors), self._taken_gates(), strict=True)
+        for window, gram_NN, gate_sums in sums:
+            if gram_NN is not None:
+                window.gram_sum = _plus(window.gram_sum, gram_NN)
+                window.steps += 1
+                window.gate_sums = window.gate_sums if gate_sums is None else _plus(window.gate_sums, gate_sums)
+
+    def restart(self) -> None:
+        """Empties the sums; pending lines stay."""
+        self.update({name: Window(pending=window.pending) for name, window in self.items()})
+
+    def _taken_gates(self) -> list[torch.Tensor | None]:
+        """Each layer's sums of gates since the last call."""
+        places = self._layers.values()
+        return [one.gate_sums.pop(adapter, None) if isinstance(one, BaditLinear) else None for one, adapter in places]
+
+    def mean_grams(self) -> dict[str, np.ndarray]:
+        """The mean Grams on the CPU; windows without steps are left out."""
+        means = {name: window.gram_sum / window.steps for name, window in self.items() if window.gram_sum is not None}
+        return {name: mean_NN.cpu().double().numpy() for name, mean_NN in means.items()}
+
+    def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """Tensors, and plain values. All ranks must ask for it; of the gates each has sums of its own."""
+        tensors = {}
+        for name, window in self.items():
+            for kind, tensor in (("gram_sum", window.gram_sum), ("gate_sums", window.gates_of_all())):
+                if tensor is not None:
+                    tensors[f"{kind}:{name}"] = tensor.contiguous()
+        return tensors, {name: {"steps": window.steps, "pending": window.pending} for name, window in self.items()}
+
+    def set_state(self, tensors: Mapping[str, torch.Tensor], notes: Mapping[str, Any]) -> None:
+        """Restores what :meth:`state` gave."""
+        if notes.keys() != self.keys():
+            raise BaditError("the regrouping's state belongs to another model or another choice of target_modules")
+        for name, note in notes.items():
+            gram_sum, gate_sums = (tensors.get(f"{kind}:{name}") for kind in ("gram_sum", "gate_sums"))
+            own_sums = None if gate_sums is None else own_part(gate_sums)
+            self[name] = Window(gram_sum, note["steps"], own_sums, note["pending"])
+        self._taken_gates()  # those of before belong to no window
+
+    def save(self, path: Path, *, write: bool = True) -> None:
+        """Writes the state to a safetensors file, on the ranks with ``write``; all must call it."""
+        tensors, notes = self.state()
+        if write:
+            partial = path.with_name(f"{path.name}.partial")
+            save_file(tensors, partial, metadata={"windows": json.dumps(notes)})
+            partial.replace(path)
+
+    def load(self, path: Path) -> None:
+        """Restores the state from a checkpoint's file."""
+        if not path.is_file():
+            raise BaditError(
+                f"{path}: is missing, so training cannot continue exactly where it stopped; resume from another "
+                "checkpoint, or pass RegroupCallback(checkpoint=FOLDER) if the checkpoint lies elsewhere"
+            )
+        with explained(path, action="resumed from", fix="resume from another checkpoint", any_error=True):
+            with safe_open(path, framework="pt") as file:
+                notes = json.loads((file.metadata() or {})["windows"])
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+            self.set_state(tensors, notes)
+
+
+def _plus(total: torch.Tensor | None, term: torch.Tensor) -> torch.Tensor:
+    # A total that comes from a checkpoint is on the CPU at first.
+    return term if total is None else total.to(term.device) + term
 
 
 class Regrouper:
@@ -168,36 +281,30 @@ class Regrouper:
     def _regroup(self) -> None:
         grams = self.windows.mean_grams()
         self._write_pending(grams)
-        for name, new_N in self._solve(grams).items():
-            layer, adapter = self._layers[name]
-            old_N = _labels(layer, adapter)
-            gates = self.windows[name].gates_of_all() if self.options.rescale else None
+        solver, restarts = self.options.solver, self.options.restarts
+        for index, (name, gram_NN) in enumerate(grams.items()):
+            (layer, adapter), window = self._layers[name], self.windows[name]
+            # A copy: on a CPU the array would otherwise be the buffer itself and change with it.
+            old_N = layer.expert_of(adapter).cpu().numpy().copy()
+            new_N = group_components(gram_NN, old_N, solver=solver, restarts=restarts, seed=[0, self.steps, index])
+            # All processes take the first one's labels, as rounding may differ between them.
+            new_N = gathered(torch.from_numpy(new_N))[0].cpu().numpy()
+            gates = window.gates_of_all() if self.options.rescale else None
             if gates is not None:
-                _rescale_moved(layer, adapter, old_N, new_N, gates.sum(dim=0))
+                scale_columns(layer.badit_B[adapter], _scale_of_moved(gates.sum(dim=0), old_N, new_N))
             layer.expert_of(adapter).copy_(torch.from_numpy(new_N))
-            self.windows[name].pending = {
+            window.pending = {
                 "step": self.steps,
                 "module": name,
-                "objective_before": grouping_objective(grams[name], old_N),
-                "objective_after": grouping_objective(grams[name], new_N),
+                "objective_before": grouping_objective(gram_NN, old_N),
+                "objective_after": grouping_objective(gram_NN, new_N),
                 "components_moved": int((old_N != new_N).sum()),
                 "previous_labels": old_N.tolist(),
                 "labels": new_N.tolist(),
             }
-        for window in self.windows.values():
-            window.restart()
+        self.windows.restart()
         fields = ("objective_before", "objective_after", "components_moved")
         self.metrics |= _means([window.pending for window in self.windows.values()], fields)
-
-    def _solve(self, grams: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Every layer's new labels; all processes take the first one's, as rounding may differ between them."""
-        solver, restarts = self.options.solver, self.options.restarts
-        labels = {}
-        for index, (name, gram_NN) in enumerate(grams.items()):
-            old_N = _labels(*self._layers[name])
-            new_N = group_components(gram_NN, old_N, solver=solver, restarts=restarts, seed=[0, self.steps, index])
-            labels[name] = of_first(torch.from_numpy(new_N)).numpy()
-        return labels
 
     def _write_pending(self, grams: Mapping[str, np.ndarray]) -> None:
         """Completes the lines of the last regrouping with the angles of the window that followed it."""
@@ -291,22 +398,55 @@ class RegroupCallback(TrainerCallback):
         return {f"regroup/{name}": value for name, value in metrics.items()}
 
 
+class AngleLog(TrainerCallback):
+    """Writes a line per layer and window of ``every`` steps: step, module, window_steps, and ExpertAngles' fields.
+
+    Layers with one expert, and those whose experts share their A, have no angles.
+    """
+
+    def __init__(self, path: Path, every: int = 20) -> None:
+        self.every = every
+        self._log = StepLog(path)
+        self._layers: dict[str, tuple[ExpertLinear, str]] = {}
+        self.windows = Windows({})
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        for name, (layer, adapter) in trainable_adapters(kwargs["model"], ExpertLinear):
+            if layer.badit_config[adapter].num_experts > 1 and not layer.badit_config[adapter].shares_A:
+                self._layers[name] = layer, adapter
+        self.windows = Windows(self._layers, kwargs.get("optimizer"))
+        if self._layers and state.global_step:
+            self.windows.load(resumed_checkpoint(args, state) / _ANGLES_FILE)
+        if self._layers and state.is_world_process_zero:
+            self._log.rewind(state.global_step)
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.windows.after_backward()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step % self.every and state.global_step != state.max_steps:
+            return
+        # All ranks have the same sums, and one of them writes.
+        for name, gram_NN in self.windows.mean_grams().items() if state.is_world_process_zero else ():
+            layer, adapter = self._layers[name]
+            angles = expert_angles(gram_NN, layer.expert_of(adapter).cpu().numpy()).defined()
+            line = {"step": state.global_step, "module": name, "window_steps": self.windows[name].steps}
+            self._log.append({**line, **angles})
+        self.windows.restart()
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._layers:
+            self.windows.save(checkpoint_being_written(args, state) / _ANGLES_FILE, write=args.should_save)
+
+
 def _means(lines: Iterable[Mapping[str, Any]], fields: Iterable[str]) -> dict[str, float]:
     """The means of fields over a regrouping's lines, those without a value left out."""
     found = {field: [line[field] for line in lines if line.get(field) is not None] for field in fields}
     return {field: float(np.mean(values)) for field, values in found.items() if values}
 
 
-def _labels(layer: BaditLinear, adapter: str) -> np.ndarray:
-    """A copy of ``expert_of``: on a CPU the array would otherwise be the buffer itself and change with it."""
-    return layer.expert_of(adapter).cpu().numpy().copy()
-
-
-@torch.no_grad()
-def _rescale_moved(
-    layer: BaditLinear, adapter: str, old_N: np.ndarray, new_N: np.ndarray, gate_sums: torch.Tensor
-) -> None:
+def _scale_of_moved(gate_sums: torch.Tensor, old_N: np.ndarray, new_N: np.ndarray) -> torch.Tensor:
     mean_K = gate_sums[:-1] / gate_sums[-1].clamp_min(1.0)
     old, new = torch.from_numpy(old_N).to(mean_K.device), torch.from_numpy(new_N).to(mean_K.device)
     ratio_N = (mean_K[old] / mean_K[new].clamp_min(1e-6)).clamp(1 / _RESCALE_LIMIT, _RESCALE_LIMIT)
-    scale_columns(layer.badit_B[adapter], torch.where(old == new, 1.0, ratio_N))
+    return torch.where(old == new, 1.0, ratio_N)

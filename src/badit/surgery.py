@@ -11,8 +11,7 @@ the gradients add up to the plain one: that is what pcgrad gives without conflic
 
 Assumptions: tasks weigh as their answer tokens in the batch do, where the papers give every task a loss of its own;
 surgery is done in every micro-batch; one of a single task is a plain one, where cagrad's formula would lengthen its
-gradient by 1 + c. torchjd's cagrad takes no step where ‖g_w‖ is below a ten thousandth of the norm of all gradients
-(Pareto-stationary). CAGrad's rescaling of the step is left out.
+gradient by 1 + c. CAGrad's rescaling of the step is left out.
 
 Shape suffixes: B = rows, T = positions in (B, T), else tasks, P = trainable parameters, counted one by one.
 """

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import hashlib
+import math
 import shutil
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,6 +23,7 @@ import transformers
 from transformers import TrainingArguments
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+from badit.arguments import argument_names
 from badit.attention import fast_on_short_sequences
 from badit.checkpoint import (
     STAGING,
@@ -47,14 +49,13 @@ from badit.data import (
 from badit.data.prompts import end_of_turn_id
 from badit.environment import environment, is_main_process, peak_memory, status
 from badit.errors import BaditError, first_line, say
-from badit.files import copy_folder, exclusive, read_json, replace_folder, write_json
+from badit.files import copy_folder, exclusive, replace_folder, write_json
 from badit.gradients import parameter_count, whole_weights
 from badit.methods import Method, build_method
 from badit.models import device, fast_dtype, load_base_model, warn_of_slow_dtype
 from badit.recipe import Recipe
 from badit.run import Run
-from badit.trackers import tensorboard, tracker_folders, trackers_of
-from badit.trainer import MetricsLog, ProgressBar
+from badit.trainer import MetricsLog, ProgressBar, tensorboard, tracker_folders, trackers_of
 from badit.tuner import hooks_of
 
 if TYPE_CHECKING:
@@ -135,13 +136,13 @@ def make_plan(recipe: Recipe, *, split: Split | None = None) -> Plan:
             raise BaditError(f"data: task {task.name} has no {split} instances; {fix}")
         if recipe.training.eval_strategy != "no" and not task.validation:
             raise BaditError(f"training.eval_strategy: task {task.name} has no validation instances; {hold_out}")
-    if data.order is not None:
-        tasks = ordered(tasks, data.order)
     untrained = [task.name for task in tasks if not task.train]
     if len(untrained) == len(tasks):
         raise BaditError("data: no task has training instances")
-    if data.order is not None and untrained:
-        raise BaditError(f"data: task {untrained[0]} has no training instances and so no place in a sequence")
+    if data.order is not None:
+        tasks = ordered(tasks, data.order)
+        if untrained:
+            raise BaditError(f"data: task {untrained[0]} has no training instances and so no place in a sequence")
     return Plan(recipe, tasks, method)
 
 
@@ -155,7 +156,7 @@ def fit(recipe: Recipe, *, progress: bool = True, allow_changed_inputs: bool = F
             that have changed since the run began and are not allowed to.
     """
     plan = make_plan(recipe)
-    trackers_of(recipe)
+    trackers_of(recipe.training)
     with in_use(recipe):
         # Of several processes the first alone writes; the others meet it in the first step of training.
         run = Run.prepare(recipe) if is_main_process() else Run.at(recipe.output)
@@ -165,9 +166,12 @@ def fit(recipe: Recipe, *, progress: bool = True, allow_changed_inputs: bool = F
         if run.adapter_path.is_dir() or run.scores_path.is_file():
             _remove_checkpoints(run)
             return run
-        plan = _in_its_first_dtype(plan, run)
         if not plan.method.trains:
             return run
+        began = _known(run).get("dtype")
+        if recipe.model.dtype == "fast" and began in ("bfloat16", "float32"):  # "fast" could settle otherwise now
+            model = recipe.model.model_copy(update={"dtype": began})
+            plan = dataclasses.replace(plan, recipe=recipe.model_copy(update={"model": model}))
         learnt: Path | None = None
         for number, stage in enumerate(plan.stages):
             if not stage.folder.adapter_path.is_dir():
@@ -177,10 +181,15 @@ def fit(recipe: Recipe, *, progress: bool = True, allow_changed_inputs: bool = F
             _remove_checkpoints(stage.folder)
             learnt = stage.folder.adapter_path
         if plan.sequential and is_main_process():
-            summaries = [read_json(stage.folder.environment_path)["training"] for stage in plan.stages]
-            write_json(run.environment_path, {**read_json(run.environment_path), "training": joint_training(summaries)})
+            summaries = [stage.folder.environment["training"] for stage in plan.stages]
+            write_json(run.environment_path, {**run.environment, "training": joint_training(summaries)})
             copy_folder(plan.stages[-1].folder.adapter_path, run.adapter_path)
         return run
+
+
+def _known(run: Run) -> dict[str, Any]:
+    """What environment.json has by now."""
+    return run.environment if run.environment_path.is_file() else {}
 
 
 def in_use(recipe: Recipe) -> AbstractContextManager[None]:
@@ -219,7 +228,7 @@ def _train_stage(
     deterministic = torch.are_deterministic_algorithms_enabled()
     checkpoint = last_checkpoint(folder.checkpoints_path)
     clear_staging(folder.checkpoints_path)
-    trackers = trackers_of(recipe)
+    trackers = trackers_of(recipe.training)
     bar = ProgressBar()
     trainer = method.trainer(
         model=model,
@@ -237,16 +246,14 @@ def _train_stage(
         options=recipe.training,
     )
     trainer.remove_callback(transformers.PrinterCallback)  # prints the log lines, which metrics.jsonl has
-    engine = "DeepSpeed" if trainer.is_deepspeed_enabled else "FSDP" if trainer.is_fsdp_enabled else "neither"
-    if engine != "neither" and method.needs_whole_weights:
+    if method.needs_whole_weights and (trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled):
         raise BaditError(f"{method.name} works on whole weights: launch it without FSDP and DeepSpeed")
     if checkpoint is not None:
-        refuse_other_engine(checkpoint, engine, trainer.accelerator.num_processes)
+        refuse_other_engine(checkpoint, trainer)
 
     started = time.monotonic()
-    stop = StopOnSignal()
     trainer.add_callback(SealCheckpoints(trainer, folder.checkpoints_path))
-    trainer.add_callback(stop)
+    trainer.add_callback(stop := StopOnSignal())
     with stop, fast_on_short_sequences(base), tracker_folders(trackers, folder.path):
         try:
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -259,8 +266,7 @@ def _train_stage(
             bar.close()
             torch.use_deterministic_algorithms(deterministic)  # full_determinism is for the training alone
             clear_staging(folder.checkpoints_path)  # a checkpoint that has not come to its end takes no room
-    seconds = time.monotonic() - started
-    state = trainer.state
+    seconds, state = time.monotonic() - started, trainer.state
     if progress and trainer.args.load_best_model_at_end and trainer.is_world_process_zero():
         best = f"step {state.best_global_step}, with eval_loss {state.best_metric:.4f}"
         say(f"badit: trained {state.global_step} steps; kept is the model of {best}")
@@ -269,7 +275,6 @@ def _train_stage(
 
     weights = whole_weights(model)
     if trainer.is_world_process_zero():
-        known = read_json(folder.environment_path) if folder.environment_path.is_file() else {}
         # Of a resumed training, the seconds are those since it was taken up.
         summary = {
             "trainable_parameters": method.trained_parameters(model),
@@ -279,7 +284,7 @@ def _train_stage(
             "seconds": round(seconds, 1),
             "peak_memory_gib": round(peak_memory() / 2**30, 2),
         }
-        write_json(folder.environment_path, {**known, "training": summary})
+        write_json(folder.environment_path, {**_known(folder), "training": summary})
         partial = folder.adapter_path.with_name("adapter.partial")
         shutil.rmtree(partial, ignore_errors=True)
         with status("saving"):
@@ -291,7 +296,7 @@ def _train_stage(
 
 def keep_inputs(run: Run, found: Mapping[str, str], allow_changed: bool = False) -> None:
     """Stores what a run is made of in its environment.json; BaditError where it has changed and is not allowed to."""
-    content = read_json(run.environment_path) if run.environment_path.is_file() else {}
+    content = _known(run)
     known: dict[str, str] = content.get("inputs", {})
     changed = changed_inputs(known, found)
     if changed and not allow_changed:
@@ -333,27 +338,25 @@ def model_fingerprint(model: PreTrainedModel) -> str:
 def refuse_beyond_model(
     examples: Iterable[Mapping[str, Any]], model: PreTrainedModel | PeftModel, more: int = 0
 ) -> None:
-    """Raises BaditError for an instance, with ``more`` tokens to come, beyond the model's positions or embeddings.
-
-    Rotary positions have no end.
-    """
-    config, embeddings = model.config.get_text_config(), cast(Any, model.get_input_embeddings()).weight
-    rotary = getattr(config, "rope_parameters", None) or getattr(config, "rope_theta", None)
-    positions = None if rotary else getattr(config, "max_position_embeddings", None)
-    if isinstance(examples, Examples):
-        fits = not isinstance(positions, int) or max(examples.lengths, default=0) + more <= positions
-        if fits and examples.largest_id < len(embeddings):
+    """Raises BaditError for an instance, with ``more`` tokens to come, beyond the model's positions or embeddings."""
+    config, embeddings = model.config.get_text_config(), len(cast(Any, model.get_input_embeddings()).weight)
+    positions = getattr(config, "max_position_embeddings", None) or math.inf
+    if getattr(config, "rope_parameters", None) or getattr(config, "rope_theta", None):
+        positions = math.inf  # rotary positions have no end
+    if isinstance(examples, Examples):  # whose table has the extremes at once
+        longest, largest_id = max(examples.lengths, default=0), examples.largest_id
+        if longest + more <= positions and largest_id < embeddings:
             return
     for example in examples:
         ids, name = example["input_ids"], f"{example['task']}/{example['id']}"
-        if isinstance(positions, int) and len(ids) + more > positions:
+        if len(ids) + more > positions:
             raise BaditError(
                 f"instance {name} has {len(ids)} tokens{f' and {more} to come' if more else ''}, the model {positions} "
                 "positions; lower prompt.max_source_tokens or the number of new tokens"
             )
-        if max(ids, default=0) >= len(embeddings):
+        if max(ids, default=0) >= embeddings:
             raise BaditError(
-                f"instance {name} has token {max(ids)}, the model {len(embeddings)} embeddings; use its own tokenizer"
+                f"instance {name} has token {max(ids)}, the model {embeddings} embeddings; use its own tokenizer"
             )
 
 
@@ -372,15 +375,14 @@ def training_arguments(
         "run_name": folder.resolve().name,
     }
     if given.pop("gradient_checkpointing"):
-        known = {field.name for field in dataclasses.fields(TrainingArguments)}
         # transformers renamed it within version 5
-        name = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
+        name = f"{'activation' if 'activation_checkpointing' in argument_names() else 'gradient'}_checkpointing"
         given |= {name: True, f"{name}_kwargs": {"use_reentrant": False}}
     settled = {
         "output_dir": str(folder / "checkpoints" / STAGING),
         "resume_from_checkpoint": None if checkpoint is None else str(checkpoint),  # read by the callbacks
         "seed": seed,
-        "report_to": [name for name in trackers if name != "tensorboard"],  # see trackers.tensorboard
+        "report_to": [name for name in trackers if name != "tensorboard"],  # see tensorboard
         "include_num_input_tokens_seen": "non_padding",
         "remove_unused_columns": False,
         "disable_tqdm": True,
@@ -391,15 +393,6 @@ def training_arguments(
         return TrainingArguments(**{**defaults, **given, **settled})
     except (ValueError, TypeError) as error:  # values that do not go together
         raise BaditError(f"training: {first_line(error)}") from None
-
-
-def _in_its_first_dtype(plan: Plan, run: Run) -> Plan:
-    """The plan with the dtype that the run began in, which "fast" could settle otherwise where it is resumed."""
-    began = read_json(run.environment_path).get("dtype") if run.environment_path.is_file() else None
-    if plan.recipe.model.dtype != "fast" or began not in ("bfloat16", "float32"):
-        return plan
-    model = plan.recipe.model.model_copy(update={"dtype": began})
-    return dataclasses.replace(plan, recipe=plan.recipe.model_copy(update={"model": model}))
 
 
 def _remove_checkpoints(folder: Run) -> None:
@@ -429,12 +422,11 @@ def encoded_texts(
     tokenizer: PreTrainedTokenizerBase, recipe: Recipe, texts: Sequence[str], task: Task | None, model: Any, more: int
 ) -> list[list[int]]:
     """Token ids of prompts for a model that adds ``more`` tokens: of texts as they are, or as inputs of a task."""
-    section = recipe.prompt
     prompts: list[Any] = list(texts)
     if task is not None:
         inputs = [Instance(id="", input=text, outputs=("",)) for text in texts]
-        prompts = [build_prompt(task, instance, section.encoding) for instance in inputs]
-    options: Any = {"max_source_tokens": section.max_source_tokens, "chat_template": section.chat_template}
+        prompts = [build_prompt(task, instance, recipe.prompt.encoding) for instance in inputs]
+    options = recipe.prompt.model_dump(include={"max_source_tokens", "chat_template"})
     found = encode_prompts(tokenizer, prompts, **options)
     refuse_beyond_model([{"task": "prompt", "id": i, "input_ids": ids} for i, ids in enumerate(found)], model, more)
     return found
@@ -442,19 +434,11 @@ def encoded_texts(
 
 def base_model(recipe: Recipe, *, dtype: SettledDtype | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A recipe's base model, in its own dtype or another one and on this process's device, and its tokenizer."""
-    section = recipe.model
     dtype = dtype or model_dtype(recipe)
     gc.collect()  # an adapted model that is no longer used, such as the last stage's, refers to itself
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    model, tokenizer = load_base_model(
-        section.name,
-        dtype=dtype,
-        revision=section.revision,
-        trust_remote_code=section.trust_remote_code,
-        quantisation=section.quantisation,
-        device=device(),
-    )
+    model, tokenizer = load_base_model(**recipe.model.model_dump() | {"dtype": dtype}, device=device())
     warn_of_slow_dtype(dtype, device())
     # The end of answers in training, which a base model's own configuration need not know.
     end, known = end_of_turn_id(tokenizer, recipe.prompt.chat_template), model.generation_config.eos_token_id

@@ -1,27 +1,35 @@
 """HF's Trainer with a loss on answers only, micro-batches of similar length, and steps that are not finite left out.
 
-Its callbacks write the metrics file and show one progress bar.
+Its callbacks write the metrics file, show one progress bar and report to experiment trackers.
 """
 
 from __future__ import annotations
 
 import math
+import os
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
+from importlib import import_module
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from accelerate.utils import patch_environment
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import Dataset, Sampler
 from tqdm import tqdm
-from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import EarlyStoppingCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.integrations.integration_utils import TensorBoardCallback, get_available_reporting_integrations
 
 from badit.arguments import TrainingSection
+from badit.checkpoint import step_of
+from badit.environment import is_main_process
 from badit.errors import BaditError, say
 from badit.files import StepLog
 from badit.gradients import any_of_all, steps_in_backward
@@ -30,9 +38,10 @@ from badit.regroup import RegroupCallback
 from badit.tuner.model import hooks_of
 from badit.tuner.prompt import before_first_label
 
-# Of a batch that is not finite, an error names so many instances.
+# An error names at most so many instances of a batch.
 _NAMED = 8
 _DEFAULTS = TrainingSection.model_validate({})
+_say_once = cache(say)  # not again in every stage of a sequence
 
 
 class AnswerTrainer(Trainer):
@@ -40,8 +49,7 @@ class AnswerTrainer(Trainer):
     ``tasks``, the rows' task names, for methods that tell tasks apart.
 
     The loss is the cross-entropy averaged over the answer tokens of the whole accumulated batch. A method with a loss
-    of its own (``Hooks.extra_loss``) adds the mean of that over the micro-batches. The output layer runs only on
-    positions that predict a label: with a vocabulary of 49 thousand that is the largest single saving.
+    of its own (``Hooks.extra_loss``) adds the mean of that over the micro-batches.
 
     Args:
         options: a recipe's ``training`` section, for the options that are not TrainingArguments'.
@@ -50,7 +58,6 @@ class AnswerTrainer(Trainer):
     Attributes:
         skipped_steps: how many have been skipped so far.
         finished: whether the training had come to its end before it was resumed.
-        last_line: of the log: the step, and the skipped ones until then.
     """
 
     def __init__(
@@ -64,7 +71,8 @@ class AnswerTrainer(Trainer):
     ) -> None:
         if args.n_gpu > 1:
             # The Trainer would split batches over them in threads, which the routing state cannot follow.
-            _say_how_to_use_all(args.n_gpu)
+            command = f"accelerate launch --multi_gpu --num_processes {args.n_gpu} -m badit train RECIPE"
+            _say_once(f"badit: training on one of {args.n_gpu} GPUs; to use all of them: {command}")
             args._n_gpu = 1  # transformers has no public way
         callbacks: list[TrainerCallback] = [_EveryStep(self)]  # first: others read gradients
         if options.early_stopping_patience:
@@ -72,7 +80,6 @@ class AnswerTrainer(Trainer):
         callbacks += kwargs.pop("callbacks", None) or []
         super().__init__(model, args, callbacks=callbacks, **kwargs)
         self.skipped_steps, self.finished = 0, False
-        self.last_line = (0, 0)
         self.micro_batches: list[tuple[torch.Tensor, Mapping[str, Any]]] = []  # of the step: losses and inputs
         self.sampler: EpochSampler | None = None
         self.options, self._quotas = options, quotas
@@ -124,11 +131,10 @@ class AnswerTrainer(Trainer):
                 logs |= callback.take_metrics()
         if self.skipped_steps:
             logs["skipped_steps"] = self.skipped_steps
-        step, skipped = self.last_line
         if "loss" in logs:
-            if self.skipped_steps - skipped == self.state.global_step - step:
+            last = next((line for line in reversed(self.state.log_history) if "loss" in line), {"step": 0})
+            if self.skipped_steps - last.get("skipped_steps", 0) == self.state.global_step - last["step"]:
                 logs["loss"] = math.nan
-            self.last_line = self.state.global_step, self.skipped_steps
         super().log(logs, *args, **kwargs)
 
     def compute_loss(
@@ -161,12 +167,10 @@ class AnswerTrainer(Trainer):
         else:
             super()._run_epoch(*args, **kwargs)
 
-    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """HF's, which leaves the training's random numbers as they are."""
-        self._to_evaluate = len(self.eval_dataset if eval_dataset is None else eval_dataset)  # pyright: ignore
-        self._batches_evaluated = 0  # by this process
         with torch.random.fork_rng():
-            return super().evaluate(eval_dataset, *args, **kwargs)
+            return super().evaluate(*args, **kwargs)
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """The mean over the batch's instances of their negative log-likelihood per answer token, in nats."""
@@ -175,17 +179,11 @@ class AnswerTrainer(Trainer):
             losses_L, row_L, _ = answer_losses(model, inputs, self.accelerator.unwrap_model(model))
         counts_B = torch.bincount(row_L, minlength=len(inputs["labels"])).clamp_min(1)
         totals_B = torch.zeros(len(counts_B), device=losses_L.device).index_add(0, row_L, losses_L)
-        # Processes take batches in turn, and accelerate fills the last ones up with instances that count elsewhere.
-        batch = self._batches_evaluated * self.args.world_size + self.args.process_index
-        self._batches_evaluated += 1
-        left = max(1, self._to_evaluate - batch * self.args.eval_batch_size)
+        data, left = self.accelerator.gradient_state, len(counts_B)
+        if data.end_of_dataloader and data.remainder > 0:
+            # accelerate fills the last batches of several processes up with instances that count elsewhere.
+            left = max(1, data.remainder - self.args.process_index * self.args.eval_batch_size)
         return (totals_B / counts_B)[:left].mean(), None, None
-
-
-@cache
-def _say_how_to_use_all(gpus: int) -> None:
-    command = f"accelerate launch --multi_gpu --num_processes {gpus} -m badit train RECIPE"
-    say(f"badit: training on one of {gpus} GPUs; to use all of them: {command}")
 
 
 def answer_losses(
@@ -200,8 +198,7 @@ def answer_losses(
 
     Args:
         model: what is called, perhaps wrapped for data parallelism; ``unwrapped`` is the model within.
-        inputs: input_ids, attention_mask and labels, (B, T); and, for methods that tell tasks apart, ``tasks``, the
-            task's name of each row.
+        inputs: input_ids, attention_mask and labels, (B, T); for methods that tell tasks apart, the rows' ``tasks``.
         use_cache: whether the outputs have the keys and values.
 
     Returns:
@@ -231,19 +228,15 @@ def prompt_argument(model: nn.Module, prompt_mask_BT: torch.Tensor) -> dict[str,
 def logits_only_at(model: nn.Module, row_L: torch.Tensor, position_L: torch.Tensor) -> Iterator[None]:
     """Within, the output layer sees only these positions of these rows of the batch, as one row (1, L, hidden).
 
-    A hook on the output layer works for every architecture and padding side, and what a model does to its logits
-    afterwards (soft-capping, scaling) applies to each position alone.
+    What a model does to its logits afterwards (soft-capping, scaling) applies to each position alone.
     """
     head: Any = model.get_output_embeddings()  # pyright: ignore[reportCallIssue]
 
     def select(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         return (args[0][row_L, position_L][None], *args[1:])
 
-    handle = head.register_forward_pre_hook(select)
-    try:
+    with head.register_forward_pre_hook(select):
         yield
-    finally:
-        handle.remove()
 
 
 @dataclass(eq=False)
@@ -268,39 +261,36 @@ class EpochSampler(Sampler[int]):
     def __len__(self) -> int:
         return len(self.lengths) if self.quotas is None else sum(self.quotas[task] for task in set(self.tasks))
 
-    def _drawn(self, quotas: Mapping[str, int], generator: torch.Generator) -> list[int]:
-        by_task: dict[str, list[int]] = {}
-        for index, task in enumerate(self.tasks):
-            by_task.setdefault(task, []).append(index)
-        chosen: list[int] = []
-        for task, indices in by_task.items():
-            repeats, rest = divmod(quotas[task], len(indices))
-            some = torch.randperm(len(indices), generator=generator)[:rest].tolist()
-            chosen += indices * repeats + [indices[i] for i in some]
-        return [chosen[i] for i in torch.randperm(len(chosen), generator=generator).tolist()]
-
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+
+        def shuffled(items: Sequence[Any]) -> list[Any]:
+            return [items[i] for i in torch.randperm(len(items), generator=generator).tolist()]
+
+        chosen: list[int] = []
         if self.quotas is None:
-            order = torch.randperm(len(self.lengths), generator=generator).tolist()
+            chosen = list(range(len(self.lengths)))
         else:
-            order = self._drawn(self.quotas, generator)
-        per_step = self.examples_per_step
-        steps = [order[start : start + per_step] for start in range(0, len(order), per_step)]
-        by_length = [sorted(step, key=self.lengths.__getitem__, reverse=True) for step in steps]
+            by_task: dict[str, list[int]] = defaultdict(list)
+            for index, task in enumerate(self.tasks):
+                by_task[task].append(index)
+            for task, indices in by_task.items():
+                repeats, rest = divmod(self.quotas[task], len(indices))
+                chosen += indices * repeats + shuffled(indices)[:rest]
+        order, size = shuffled(chosen), self.examples_per_step
+        steps = [order[start : start + size] for start in range(0, len(order), size)]
+        steps = [sorted(step, key=self.lengths.__getitem__, reverse=True) for step in steps]
         # A short step stays last, or the loader's own cut would fall out of step with this one.
-        full = len(order) // per_step
-        longest = max(range(full), key=lambda i: self.lengths[by_length[i][0]], default=0)
-        if by_length:
-            by_length.insert(0, by_length.pop(longest))
-        return iter([index for step in by_length for index in step])
+        longest = max(range(len(order) // size), key=lambda i: self.lengths[steps[i][0]], default=0)
+        if steps:
+            steps.insert(0, steps.pop(longest))
+        return iter([index for step in steps for index in step])
 
 
 class _EveryStep(TrainerCallback):
     """Drops gradients that are not finite, and tells the sampler, the method's model and the Trainer where it stands.
 
-    Neither weights nor moments nor Gram matrices ever see such gradients. A single infinity may be an instance's or the
-    precision's; a run that keeps meeting them is broken, and going on would only hide it.
+    Neither weights nor moments nor Gram matrices ever see such gradients. A run that keeps meeting them is stopped.
     """
 
     def __init__(self, trainer: Any) -> None:
@@ -329,9 +319,8 @@ class _EveryStep(TrainerCallback):
         trainer = self._trainer
         micro_batches, trainer.micro_batches = trainer.micro_batches, []
         parameters = [p for p in model.parameters() if p.grad is not None]
-        gradients: list[Any] = [parameter.grad for parameter in parameters]
-        tensors = [loss for loss, _ in micro_batches]
-        tensors += [each.to_local() if isinstance(each, DTensor) else each for each in gradients]  # own shards
+        tensors: list[Any] = [loss for loss, _ in micro_batches] + [parameter.grad for parameter in parameters]
+        tensors = [each.to_local() if isinstance(each, DTensor) else each for each in tensors]  # own shards
         # One synchronisation for all tensors.
         finite = torch.stack([tensor.isfinite().all() for tensor in tensors]).all()
         if not any_of_all(not bool(finite)):
@@ -342,7 +331,7 @@ class _EveryStep(TrainerCallback):
         if trainer.skipped_steps > limit:
             raise BaditError(
                 f"training: the loss or its gradient is not finite in step {state.global_step + 1}, after "
-                f"{limit} skipped steps; the batch has {_instances(micro_batches, trainer.train_dataset)}; "
+                f"{limit} skipped steps; the batch has instances {_instances(micro_batches, trainer.train_dataset)}; "
                 "look at these, or lower training.learning_rate"
             )
         for parameter in parameters:
@@ -359,13 +348,8 @@ def _instances(
         for inputs in bad or [inputs for _, inputs in micro_batches]
         for task, ids, mask in zip(inputs["tasks"], inputs["input_ids"], inputs["attention_mask"], strict=True)
     }
-    names = [
-        f"{example['task']}/{example['id']}"
-        for example in examples
-        if (example["task"], tuple(example["input_ids"])) in rows
-    ]
-    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-    return f"instance{'s' if len(names) > 1 else ''} {', '.join(names[:_NAMED])}{more}"
+    named = (f"{one['task']}/{one['id']}" for one in examples if (one["task"], tuple(one["input_ids"])) in rows)
+    return ", ".join(islice(named, _NAMED))
 
 
 _LOSSES = {"loss", "eval_loss"}
@@ -374,8 +358,8 @@ _LOSSES = {"loss", "eval_loss"}
 class MetricsLog(TrainerCallback):
     """Appends the trainer's log lines to a file, less those that a resumed run is about to log again.
 
-    Times and rates are left out, and so is the closing line: they tell of this process, and a resumed run has had
-    several. environment.json has the training's. So are a regrouping's, of which regroupings.jsonl has more.
+    Times, rates and the closing line are left out, since they are of this process alone, and a regrouping's metrics,
+    which are in regroupings.jsonl.
     """
 
     def __init__(self, path: Path) -> None:
@@ -398,42 +382,56 @@ class MetricsLog(TrainerCallback):
             self._log.append({"step": state.global_step, **kept})
 
 
-class ProgressBar(TrainerCallback):
-    """One bar with the time left and the latest losses; it also says when the training waits for something else."""
-
-    def __init__(self) -> None:
-        self._bar = tqdm(disable=True)  # until the training begins
-        self._losses: dict[str, str] = {}
+class ProgressBar(ProgressCallback):
+    """HF's, from where a resumed training continues, with the latest losses behind the bar."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._bar = tqdm(
-            total=state.max_steps,
-            initial=state.global_step,
-            desc="Training",
-            unit="step",
-            dynamic_ncols=True,
-            disable=not state.is_world_process_zero,
-        )
+        self._losses: dict[str, str] = {}
+        self.current_step = state.global_step
+        if state.is_world_process_zero:
+            sizes = {"total": state.max_steps, "initial": state.global_step}
+            self.training_bar = tqdm(desc="Training", unit="step", dynamic_ncols=True, **sizes)
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._bar.set_description("Training", refresh=False)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._bar.update()
-        if control.should_evaluate or control.should_save:
-            self._bar.set_description("Evaluating" if control.should_evaluate else "Saving")
-
-    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._bar.set_description("Saving" if control.should_save else "Training")
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
-        if logs:
-            self._losses |= {name: f"{logs[name]:.3f}" for name in sorted(_LOSSES, reverse=True) if name in logs}
-            self._bar.set_postfix(self._losses, refresh=False)
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.close()
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        self._losses |= {name: f"{logs[name]:.3f}" for name in ("loss", "eval_loss") if name in logs}
+        if self.training_bar is not None:
+            self.training_bar.set_postfix(self._losses, refresh=False)
 
     def close(self) -> None:
-        """Ends the bar's line, for what is written after it."""
-        self._bar.close()
+        """Ends the bars' lines, for what is written after them."""
+        for bar in filter(None, (self.prediction_bar, self.training_bar)):
+            bar.close()
+
+
+def trackers_of(training: TrainingSection) -> list[str]:
+    """The experiment trackers of transformers to report to; BaditError if one is not installed."""
+    names, installed = training.report_to, get_available_reporting_integrations()
+    for name in names:
+        if name not in installed and name != "all":
+            raise BaditError(f"training.report_to: {name} is not installed; install it, or leave it out")
+    return installed if "all" in names else names
+
+
+def tensorboard(names: list[str], folder: Path, checkpoint: Path | None) -> list[TensorBoardCallback]:
+    """HF's callback, which by itself could neither write into the run's folder nor hide steps that are logged again."""
+    if "tensorboard" not in names or not is_main_process():
+        return []
+    from torch.utils.tensorboard import SummaryWriter
+
+    purge_step = None if checkpoint is None else step_of(checkpoint) + 1
+    return [TensorBoardCallback(SummaryWriter(str(folder / "tensorboard"), purge_step=purge_step))]
+
+
+@contextmanager
+def tracker_folders(names: list[str], folder: Path) -> Iterator[None]:
+    """Within, trackers write their files into the run's folder, unless the user's environment names another one.
+
+    W&B's run begins and ends here: HF's callback ends none, so that a sequence's next stage would log to it.
+    """
+    wandb: Any = import_module("wandb") if "wandb" in names and is_main_process() else None
+    run: Any = nullcontext()
+    if wandb and wandb.run is None:  # it reads WANDB_DIR once per process
+        project, where = os.environ.get("WANDB_PROJECT", "badit"), os.environ.get("WANDB_DIR", str(folder))
+        run = wandb.init(project=project, dir=where, name=folder.resolve().name)
+    with run, patch_environment(SWANLAB_LOG_DIR=os.environ.get("SWANLAB_LOG_DIR", folder)):
+        yield

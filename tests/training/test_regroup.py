@@ -12,12 +12,11 @@ from transformers import Trainer, TrainingArguments
 
 import reference
 from badit import BaditConfig, BaditError, RegroupCallback, Regrouper
-from badit.angles import trainable_adapters
 from badit.data import AnswerCollator
 from badit.files import read_jsonl
 from badit.method import expert_angles, grouping_objective
 from badit.methods import build_method
-from badit.regroup import STATE_FILE
+from badit.regroup import STATE_FILE, trainable_adapters
 from training.trainers import QUIET, adapted, adapter_state, assert_same, examples, make_trainer, on
 
 BATCHES = 12

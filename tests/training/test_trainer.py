@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from peft import get_peft_model
 
 import reference
-from badit.angles import AngleLog
 from badit.baselines.mixture import HydraLoraConfig, LoraMoeConfig
 from badit.data import AnswerCollator
 from badit.files import read_jsonl
 from badit.method import expert_angles
+from badit.regroup import AngleLog
 from badit.trainer import EpochSampler
 from badit.tuner import BaditConfig
 from badit.tuner.layer import ExpertLinear
