@@ -1,15 +1,4 @@
-"""A process of ``badit`` that ends as it is told to: by a signal, or on a full disk.
-
-The tests fork one for each order from a server that has imported this module. An order has
-
-    command   its words
-    output    the folder that it writes
-    counts    a file for the counts of the events, if the process ends by itself
-    errors    a file for the process's standard error
-    event     when to strike: a callback's event such as on_step_end, or "file", an operation on a file in that folder
-    number    at which of these events, counted from 1 (0: never)
-    signal    what to send itself there; or 0: from there on no file may grow beyond 2 kB, as on a full disk
-"""
+"""A process of ``badit`` that ends as it is told to: by a signal, or on a full disk."""
 
 import gc
 import json
@@ -59,13 +48,29 @@ class Striker:
             self.count("file")
 
 
+def strike(
+    processes: Any, command: list[str], output: Path, event: str = "", number: int = 0, sent: int = 0
+) -> tuple[int, str]:
+    """Runs a command that writes the folder ``output``; its exit code and what it said.
+
+    At the ``number``-th ``event``, a callback's such as on_step_end or "file", an operation on a file in that folder,
+    it sends itself the signal ``sent``; if that is 0, from there on no file may grow beyond 2 kB, as on a full disk.
+    The counts of all events are in OUTPUT.json if the process ends by itself.
+    """
+    order = {"command": command, "output": str(output), "event": event, "number": number, "signal": sent}
+    process = processes.Process(target=run, args=(order,))
+    process.start()
+    process.join()
+    return process.exitcode, Path(f"{output}.txt").read_text()
+
+
 def run(order: dict[str, Any]) -> None:
-    for stream, path in ((1, os.devnull), (2, order["errors"])):
+    for stream, path in ((1, os.devnull), (2, f"{order['output']}.txt")):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
     striker, own = Striker(order), AdapterMethod.callbacks
     AdapterMethod.callbacks = lambda self, run: [*own(self, run), *striker.callbacks]  # pyright: ignore
     code = main(order["command"])
-    Path(order["counts"]).write_text(json.dumps(striker.counts))
+    Path(f"{order['output']}.json").write_text(json.dumps(striker.counts))
     sys.exit(code)
 
 

@@ -24,10 +24,6 @@ def sealed(checkpoints, step):
     return checkpoints / folder.name
 
 
-def cut(path):
-    path.write_bytes(path.read_bytes()[:-1])
-
-
 def flip(path):
     path.write_bytes(bytes([path.read_bytes()[0] ^ 1]) + path.read_bytes()[1:])
 
@@ -35,10 +31,9 @@ def flip(path):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda folder: cut(folder / "shards" / "0.bin"), "shards/0.bin has changed"),
-        (lambda folder: flip(folder / "shards" / "0.bin"), "shards/0.bin has changed"),
-        (lambda folder: (folder / "trainer_state.json").unlink(), "trainer_state.json is missing"),
-        (lambda folder: (folder / "new.bin").touch(), "new.bin does not belong to it"),
+        (lambda folder: flip(folder / "shards" / "0.bin"), "shards/0.bin is not as it was sealed"),
+        (lambda folder: (folder / "trainer_state.json").unlink(), "trainer_state.json is not as it was sealed"),
+        (lambda folder: (folder / "new.bin").touch(), "new.bin is not as it was sealed"),
         (lambda folder: (folder / SEAL).unlink(), "seal.json: cannot be read (No such file"),
         (lambda folder: (folder / SEAL).write_text("[]"), "seal.json: must hold one JSON object"),
     ],
@@ -48,9 +43,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(tmp_path, caps
     assert last_checkpoint(tmp_path) == bad
     damage(bad)
     assert last_checkpoint(tmp_path) == good
-    line = capsys.readouterr().err
-    assert line.startswith(f"badit: {bad} is damaged (")
-    assert message in line
+    assert capsys.readouterr().err.startswith(f"badit: {bad} is damaged ({message}")
     assert damage_of(good) is None
 
 
@@ -78,9 +71,9 @@ def stopped(recipe_values):
 
 
 def test_a_run_continues_from_the_last_good_checkpoint(recipe_values, tmp_path, stopped, capsys):
-    cut(stopped.checkpoints_path / "checkpoint-10" / "optimizer.pt")
+    flip(stopped.checkpoints_path / "checkpoint-10" / "optimizer.pt")
     fit(build_recipe(recipe_values), progress=False)
-    assert "checkpoint-10 is damaged (optimizer.pt has changed)" in capsys.readouterr().err
+    assert "checkpoint-10 is damaged (optimizer.pt is not as it was sealed)" in capsys.readouterr().err
     whole = fit(build_recipe({**recipe_values, "output": str(tmp_path / "whole")}), progress=False)
     assert_same(learned(stopped), learned(whole))
     assert stopped.metrics_path.read_text() == whole.metrics_path.read_text()

@@ -18,4 +18,4 @@ def test_two_processes_end_as_one_does_and_resume_exactly(launches, capsys):
         assert_stops_and_resumes(launches, engine)
         assert launches.train_alone(f"{engine}-copied") == 2
         assert "was written under DeepSpeed" in capsys.readouterr().err
-        assert "was written by 2 processes" in launches.train(f"{engine}-copied", 3, engine, code=2)
+        assert "was written under DeepSpeed in 2 processes" in launches.train(f"{engine}-copied", 3, engine, code=2)

@@ -131,17 +131,12 @@ def test_a_command_that_is_killed_in_an_operation_on_a_file(command, whole, proc
     folder = whole["train"].parent
     for number in [*range(1, 10 * STRESS + 1)] if STRESS > 1 else [1, 3]:
         place = tmp_path / str(number)
-        paths = {"output": place, "counts": tmp_path / "counts.json", "errors": tmp_path / "errors.txt"}
-        order = {"command": words(command, folder, whole["train"], place)} | {key: str(paths[key]) for key in paths}
-        process = processes.Process(
-            target=killed.run, args=({**order, "event": "file", "number": number, "signal": signal.SIGKILL},)
-        )
-        process.start()
-        process.join()
-        if process.exitcode == 0:
+        arguments = words(command, folder, whole["train"], place)
+        code, said = killed.strike(processes, arguments, place, "file", number, signal.SIGKILL)
+        if code == 0:
             assert number > 1, "there are fewer operations"
             return
-        assert process.exitcode == -signal.SIGKILL
-        assert main(order["command"]) == 0
+        assert code == -signal.SIGKILL, said
+        assert main(arguments) == 0
         assert contents(place) == contents(whole[command])
         assert not list(place.rglob("*.partial"))

@@ -4,19 +4,17 @@
 ``make test`` at two of each.
 """
 
-import os
 import random
 import signal
-from pathlib import Path
 
 import pytest
 import yaml
 
 from badit.files import read_json
+from fuzz.command import STRESS
 from training import killed
 
-KILLS = 20 if os.environ.get("BADIT_STRESS") else 2
-
+KILLS = 20 if STRESS > 1 else 2
 BADIT = {"name": "badit", "num_experts": 4, "r": 2, "lora_dropout": 0.1, "regroup": {"every": 4}}
 # Twelve steps; checkpoints, lines of the log, regroupings and epochs end at different ones.
 TRAINING = {
@@ -52,17 +50,12 @@ def train(request, processes, material, tmp_path_factory):
     }
     (folder / "recipe.yaml").write_text(yaml.safe_dump(values))
 
-    def run(name, event="", number=0, sent=0):
-        paths = {"output": name, "counts": f"{name}.json", "errors": f"{name}.txt"}
-        order = {key: str(folder / path) for key, path in paths.items()} | {"event": event, "number": number}
-        order |= {"command": ["train", str(folder / "recipe.yaml"), f"output={order['output']}"], "signal": sent}
-        process = processes.Process(target=killed.run, args=(order,))
-        process.start()
-        process.join()
-        return {"status": process.exitcode, "errors": Path(order["errors"]).read_text()}
+    def run(name, *when):
+        command = ["train", str(folder / "recipe.yaml"), f"output={folder / name}"]
+        return killed.strike(processes, command, folder / name, *when)
 
     run.folder = folder
-    assert run("whole")["status"] == 0
+    assert run("whole")[0] == 0
     return run
 
 
@@ -80,8 +73,7 @@ def contents(folder):
 
 
 def assert_ends_as_whole(train, name):
-    done = train(name)
-    assert done["status"] == 0, done
+    assert train(name)[0] == 0
     whole, resumed = contents(train.folder / "whole"), contents(train.folder / name)
     assert whole.keys() == resumed.keys(), name
     assert [key for key in whole if whole[key] != resumed[key]] == [], name
@@ -95,8 +87,8 @@ def test_killed_runs_end_as_the_one_that_was_not(train):
     strikes += [("file", rng.randint(1, counts["file"])) for _ in range(KILLS)]
     strikes += [("on_train_end", 1)]  # after the last checkpoint
     for i, (event, number) in enumerate(strikes):
-        done = train(f"killed-{i}", event, number, signal.SIGKILL)
-        assert done["status"] == -signal.SIGKILL, (event, number, done)
+        status, said = train(f"killed-{i}", event, number, signal.SIGKILL)
+        assert status == -signal.SIGKILL, (event, number, said)
         assert_ends_as_whole(train, f"killed-{i}")
 
 
@@ -108,11 +100,10 @@ def test_a_run_may_be_stopped_several_times(train):
         ("on_pre_optimizer_step", 1, signal.SIGINT, 130),
         ("on_log", 1, signal.SIGKILL, -signal.SIGKILL),
     ]:
-        done = train("stopped", event, number, sent)
-        assert done["status"] == status, (event, done)
-        assert "Traceback" not in done["errors"]
+        code, said = train("stopped", event, number, sent)
+        assert code == status, (event, said)
+        assert "Traceback" not in said
         if status == 2:
-            message = f"badit: {train.folder / 'stopped'}: cannot be written"
-            assert done["errors"].splitlines()[-1].startswith(message)
+            assert said.splitlines()[-1].startswith(f"badit: {train.folder / 'stopped'}: cannot be written")
             assert not list((train.folder / "stopped").rglob("checkpoints/partial"))
     assert_ends_as_whole(train, "stopped")

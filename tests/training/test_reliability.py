@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from badit.cli import main
@@ -25,7 +24,9 @@ from badit.run import Run
 from badit.train import refuse_beyond_model
 from badit.trainer import AnswerTrainer
 from fuzz.command import STRESS
+from training.trainers import change_tensors
 
+BADIT = {"name": "badit", "num_experts": 4, "r": 2}
 HOLD = "import sys; from pathlib import Path; from badit.files import exclusive\nwith exclusive(Path(sys.argv[1])):\n"
 
 
@@ -61,13 +62,18 @@ def test_a_run_in_use_is_refused_and_free_once_its_process_is_killed(recipe_file
         assert main(["evaluate", output]) == 0
 
 
+def run_twice_at_once(command, recipe):
+    """One process is refused, unless they run one after the other."""
+    words = [sys.executable, "-m", "badit", command, str(recipe)]
+    pair = [subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    said = [process.communicate()[1] for process in pair]
+    assert sorted(process.returncode for process in pair) in ([0, 2], [0, 0]), said
+    assert all("is in use by" in said[i] for i, process in enumerate(pair) if process.returncode)
+
+
 @pytest.mark.parametrize("attempt", range(STRESS))
 def test_of_two_processes_that_train_into_one_folder_one_is_refused(attempt, recipe_file, recipe_values, tmp_path):
-    command = [sys.executable, "-m", "badit", "train", str(recipe_file)]
-    pair = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(2)]
-    said = [process.communicate()[1] for process in pair]
-    assert sorted(process.returncode for process in pair) in ([0, 2], [0, 0]), said  # or one after the other
-    assert all("is in use by" in said[i] for i, process in enumerate(pair) if process.returncode)
+    run_twice_at_once("train", recipe_file)
     assert main(["train", str(recipe_file), f"output={tmp_path / 'alone'}"]) == 0
     alone, shared = Run(tmp_path / "alone"), Run(recipe_values["output"])
     assert shared.metrics_path.read_bytes() == alone.metrics_path.read_bytes()
@@ -75,7 +81,7 @@ def test_of_two_processes_that_train_into_one_folder_one_is_refused(attempt, rec
     assert (shared.adapter_path / weights).read_bytes() == (alone.adapter_path / weights).read_bytes()
 
 
-def test_a_refused_folder_is_left_as_it_was(recipe_file, recipe_values):
+def test_a_refused_folder_is_left_as_it_was_and_a_kill_in_the_first_write_blocks_nothing(recipe_file, recipe_values):
     output = Path(recipe_values["output"])
     output.mkdir()
     (output / "notes.txt").touch()
@@ -83,11 +89,7 @@ def test_a_refused_folder_is_left_as_it_was(recipe_file, recipe_values):
     assert [path.name for path in output.iterdir()] == ["notes.txt"]
     assert main(["train", str(recipe_file), f"output={output}-new", "data.source=/nowhere"]) == 2
     assert not Path(f"{output}-new").exists()
-
-
-def test_a_kill_in_the_first_write_blocks_nothing(recipe_file, recipe_values):
-    output = Path(recipe_values["output"])
-    output.mkdir()
+    (output / "notes.txt").unlink()
     for name in (OWNER, "config.yaml.partial"):
         (output / name).write_text("model:")
     assert main(["train", str(recipe_file)]) == 0
@@ -127,8 +129,7 @@ def test_a_run_whose_inputs_have_changed_is_not_continued(run, recipe_file, reci
     assert len(run.environment["changed_inputs"]) == 1
     capsys.readouterr()
     weights = Path(recipe_values["model"]["name"], "model.safetensors")
-    tensors = {name: tensor * 1.5 for name, tensor in load_file(weights).items()}
-    save_file(tensors, weights, metadata={"format": "pt"})
+    change_tensors(lambda tensors: {name: tensor * 1.5 for name, tensor in tensors.items()})(weights)
     assert main(["evaluate", str(run.path)]) == 2
     assert "changed since the run was trained; restore it" in capsys.readouterr().err
     shutil.rmtree(run.adapter_path)
@@ -146,11 +147,10 @@ def test_a_run_whose_losses_are_all_nan_stops_after_half_of_its_steps(recipe_fil
     assert not Run(recipe_values["output"]).adapter_path.exists()
 
 
-def test_an_adapter_that_is_not_finite_is_refused(run, capsys):
+def test_an_adapter_that_is_not_finite_is_refused(trained, capsys):
+    run = trained(BADIT)
     (path,) = run.adapter_path.glob("*.safetensors")
-    tensors = load_file(path)
-    tensors[next(name for name in tensors if "badit_A" in name)].fill_(torch.nan)
-    save_file(tensors, path, metadata={"format": "pt"})
+    change_tensors(lambda tensors: {n: t * torch.nan if "badit_A" in n else t for n, t in tensors.items()})(path)
     for command, *more in (["evaluate"], ["generate", "Hello"]):
         assert main([command, str(run.path), *more]) == 2
         assert "holds NaN or infinite values: its training has diverged" in capsys.readouterr().err
@@ -214,11 +214,7 @@ def test_of_two_processes_that_compare_into_one_folder_one_is_refused(attempt, r
     methods = {"base": {"name": "base"}, "lora": {"name": "lora", "r": 2}}
     section = {"methods": methods, "reference": "lora", "seeds": [0]}
     recipe.write_text(yaml.safe_dump(recipe_values | {"training": {"max_steps": 1}, "compare": section}))
-    command = [sys.executable, "-m", "badit", "compare", str(recipe)]
-    pair = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
-    said = [process.communicate()[1] for process in pair]
-    assert sorted(process.returncode for process in pair) in ([0, 2], [0, 0]), said
-    assert all("is in use by" in said[i] for i, process in enumerate(pair) if process.returncode)
+    run_twice_at_once("compare", recipe)
     cells = json.loads(Path(recipe_values["output"], "results.json").read_text())["cells"]
     assert [cell["status"] for cell in cells] == ["done", "done"]
 
@@ -228,17 +224,17 @@ def test_of_two_processes_that_compare_into_one_folder_one_is_refused(attempt, r
     [
         ("{{ raise_exception('no roles') }}", r"chat_template: cannot be rendered \(no roles\); use prompt.chat"),
         ("{% for message in messages %}<s>{% endfor %}", "chat_template: renders a prompt without the text"),
-        ("", "chat_template: renders a prompt without the text"),
         ("{{ ''.__class__.__mro__ }}", r"chat_template: (cannot be rendered|renders a prompt without)"),
     ],
 )
 def test_a_chat_template_that_loses_the_prompt_is_refused(recipe_file, recipe_values, capsys, template, message):
-    (Path(recipe_values["model"]["name"]) / "chat_template.jinja").write_text(template or "{# nothing #}")
+    (Path(recipe_values["model"]["name"]) / "chat_template.jinja").write_text(template)
     assert main(["train", str(recipe_file)]) == 2
     assert re.search(message, capsys.readouterr().err)
 
 
-def test_a_file_of_inputs_gives_json_lines(run, tmp_path, capsys):
+def test_a_file_of_inputs_gives_json_lines(trained, tmp_path, capsys):
+    run = trained(BADIT)
     text, rows, folder = tmp_path / "inputs.txt", tmp_path / "inputs.jsonl", str(run.path)
     text.write_text("Lima\n\nRome\n")
     rows.write_text('{"input": "Lima"}\n{"input": "Rome", "id": 3}\n')

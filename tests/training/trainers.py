@@ -118,7 +118,12 @@ def logits(model: Any, task: str = "rivers") -> torch.Tensor:
 
 def change_tensors(change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> Callable[[Path], None]:
     """A function that rewrites a safetensors file."""
-    return lambda path: save_file(change({name: t.clone() for name, t in load_file(path).items()}), path)
+
+    def rewrite(path: Path) -> None:
+        tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
+        save_file(change(tensors), path, metadata={"format": "pt"})
+
+    return rewrite
 
 
 def adapter_state(model: Any) -> dict[str, torch.Tensor]:
