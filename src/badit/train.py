@@ -300,10 +300,9 @@ def keep_inputs(run: Run, found: Mapping[str, str], allow_changed: bool = False)
     known: dict[str, str] = content.get("inputs", {})
     changed = changed_inputs(known, found)
     if changed and not allow_changed:
-        names = ", ".join(changed[:5]) + (f" and {len(changed) - 5} more" if len(changed) > 5 else "")
         raise BaditError(
-            f"{run.path}: {names} changed since the run began; restore the former input, choose another output=FOLDER, "
-            "or continue with --allow-changed-inputs"
+            f"{run.path}: {', '.join(changed)} changed since the run began; restore the former input, choose another "
+            "output=FOLDER, or continue with --allow-changed-inputs"
         )
     if is_main_process() and content and (changed or not found.items() <= known.items()):
         record = {"changed_inputs": sorted({*content.get("changed_inputs", ()), *changed})} if changed else {}

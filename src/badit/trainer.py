@@ -88,16 +88,16 @@ class AnswerTrainer(Trainer):
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """HF's, on groups with learning rates of their own if these are asked for; or orthogonal updates."""
-        options, rate = self.options, self.args.learning_rate
         trained: Any = self.model if model is None else model
-        other = rate * options.router_lr_ratio
-        ratio = options.lora_plus_ratio if options.optimizer == "lora+" else 1.0
-        if self.optimizer is None and options.optimizer == "orthogonal":
-            self.optimizer = OrthogonalUpdates(trained, rate, other_lr=other, weight_decay=self.args.weight_decay)
+        rate, decay = self.args.learning_rate, self.args.weight_decay
+        other = rate * self.options.router_lr_ratio
+        ratio = self.options.lora_plus_ratio if self.options.optimizer == "lora+" else 1.0
+        if self.optimizer is None and self.options.optimizer == "orthogonal":
+            self.optimizer = OrthogonalUpdates(trained, rate, other_lr=other, weight_decay=decay)
         elif self.optimizer is None and (ratio, other) != (1.0, rate):
             kind, arguments = self.get_optimizer_cls_and_kwargs(self.args, trained)
             groups = lora_plus_groups(trained, rate, ratio, other_lr=other)
-            self.optimizer = kind(groups, **arguments, weight_decay=self.args.weight_decay)
+            self.optimizer = kind(groups, **arguments, weight_decay=decay)
         return super().create_optimizer(model)
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler[int] | None:

@@ -1,8 +1,7 @@
 """Gram matrices from shards add up to that of the whole gradient; DeepSpeed's are read by its API, in time."""
 
-import sys
 from contextlib import nullcontext
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -65,15 +64,14 @@ def deepspeed(monkeypatch):
 
     ``test_deepspeed.py`` runs DeepSpeed itself.
     """
-    masters, utils, package = {}, ModuleType("deepspeed.utils"), ModuleType("deepspeed")
-    zero = ModuleType("deepspeed.runtime.zero")
-    utils.safe_get_full_grad = lambda parameter: parameter.kept_gradient
-    utils.safe_get_full_fp32_param = lambda parameter: masters[id(parameter)]
-    utils.safe_set_full_fp32_param = lambda parameter, value: masters.__setitem__(id(parameter), value)
-    zero.GatheredParameters = lambda parameters, modifier_rank: nullcontext()
-    package.utils = utils
-    for name, module in (("", package), (".utils", utils), (".runtime", package), (".runtime.zero", zero)):
-        monkeypatch.setitem(sys.modules, f"deepspeed{name}", module)
+    masters = {}
+    stub = SimpleNamespace(
+        safe_get_full_grad=lambda parameter: parameter.kept_gradient,
+        safe_get_full_fp32_param=lambda parameter: masters[id(parameter)],
+        safe_set_full_fp32_param=lambda parameter, value: masters.__setitem__(id(parameter), value),
+        GatheredParameters=lambda parameters, modifier_rank: nullcontext(),
+    )
+    monkeypatch.setattr("badit.gradients.import_module", lambda name: stub)
     return masters
 
 

@@ -55,14 +55,13 @@ def batch_of(data, side="right"):
     return AnswerCollator(0, side, with_tasks=True)(data)
 
 
-def surgery_trainer(model, folder, surgery="pcgrad", **options):
+def surgery_trainer(model, folder, surgery="pcgrad"):
     return SurgeryTrainer(
         surgery=surgery,
         model=model,
         args=make_trainer(model, folder, []).args,
         train_dataset=with_tasks(),
         data_collator=AnswerCollator(0, with_tasks=True),
-        **options,
     )
 
 
@@ -70,16 +69,12 @@ def flat(gradients):
     return torch.cat([gradient.flatten() for gradient in gradients])
 
 
-def labels_in(batch):
-    return int((batch["labels"] != -100).sum())
-
-
 def step(trainer, model, batch, accumulation=1, keep=False):
     """The loss and gradients of one micro-batch; with ``keep``, added to the gradients that are there."""
     if not keep:
         model.zero_grad()
     trainer.current_gradient_accumulation_steps = accumulation  # as the Trainer sets it in its own loop
-    loss = trainer.training_step(model, batch, labels_in(batch))
+    loss = trainer.training_step(model, batch, (batch["labels"] != -100).sum())
     return loss, [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
 
@@ -112,9 +107,9 @@ def test_the_tasks_gradients_are_combined_as_one_vector_each(tiny_model, tmp_pat
     for side in ("left", "right"):
         batch = batch_of(with_tasks(7), side)
         trainer.current_gradient_accumulation_steps = 1
-        rows = []
+        rows, labels = [], (batch["labels"] != -100).sum()
         for task in TASKS:
-            loss = trainer.compute_loss(model.train(), rows_of_task(batch, task), num_items_in_batch=labels_in(batch))
+            loss = trainer.compute_loss(model.train(), rows_of_task(batch, task), num_items_in_batch=labels)
             rows.append(flat(torch.autograd.grad(loss, trained)))
         gradients = torch.stack(rows)
         assert (gradients @ gradients.T).min() < 0, "tasks that agree show nothing"
@@ -157,15 +152,10 @@ def test_a_methods_own_loss_counts_once_per_micro_batch(tiny_model, tmp_path):
     assert (losses[0.5] - losses[0.0]).item() == pytest.approx(sum(extras) / 3 / 2, rel=1e-3)
 
 
-def test_what_it_cannot_do_is_refused(tiny_model, tmp_path, monkeypatch):
-    model = adapted(tiny_model("llama"))
-    trainer = surgery_trainer(model, tmp_path)
+def test_several_processes_and_a_missing_package_are_refused(tiny_model, tmp_path, monkeypatch):
     monkeypatch.setattr(Accelerator, "distributed_type", property(lambda self: DistributedType.MULTI_CPU))
     with pytest.raises(BaditError, match="surgery runs in a single process"):
-        SurgeryTrainer(model=model, args=trainer.args, surgery="pcgrad")
-
-
-def test_a_missing_package_is_named(monkeypatch):
+        surgery_trainer(adapted(tiny_model("llama")), tmp_path)
     monkeypatch.setattr("torchjd._mixins.find_spec", lambda name: None)
     assert pcgrad()(torch.ones(2, 1)).tolist() == [2.0], "needs no solver"
     with pytest.raises(BaditError, match=r"surgery needs torchjd and a solver: pip install 'badit\[surgery\]'"):

@@ -63,9 +63,7 @@ def test_accumulated_batches_weigh_tokens_equally(tiny_model, tmp_path):
 
 
 def order_of(lengths, per_step, seed=0, epoch=0, tasks=(), quotas=None):
-    sampler = EpochSampler(lengths, per_step, seed, tasks, quotas)
-    sampler.epoch = epoch
-    return list(sampler)
+    return list(EpochSampler(lengths, per_step, seed, tasks, quotas, epoch))
 
 
 @settings(deadline=None, max_examples=60)
@@ -84,20 +82,19 @@ def test_every_example_comes_once_in_steps_sorted_by_length_with_the_longest_fir
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=6), st.integers(1, 4), st.integers(0, 5))
 def test_a_balanced_epoch_has_every_task_alike_and_epochs_together_every_example(sizes, per_step, seed):
     tasks = [f"task-{i}" for i, size in enumerate(sizes) for _ in range(size)]
-    shares = dict.fromkeys(tasks, round(len(tasks) / len(sizes)))
+    share = round(len(tasks) / len(sizes))
     seen = set()
     for epoch in range(60):
-        order = order_of([5] * len(tasks), per_step, seed, epoch, tasks, shares)
-        of_task = Counter(tasks[index] for index in order)
-        assert set(of_task.values()) == {round(len(tasks) / len(sizes))}
-        for task in of_task:
-            uses = Counter(index for index in order if tasks[index] == task)
+        drawn = ([5] * len(tasks), per_step, seed, epoch, tasks, dict.fromkeys(tasks, share))
+        order = order_of(*drawn)
+        assert order == order_of(*drawn)
+        assert Counter(tasks[index] for index in order) == dict.fromkeys(tasks, share)
+        uses = Counter(order)
+        for task in set(tasks):
             counts = [uses[index] for index, name in enumerate(tasks) if name == task]
             assert max(counts) - min(counts) <= 1
-        assert order == order_of([5] * len(tasks), per_step, seed, epoch, tasks, shares)
         seen |= set(order)
-    rare = round(len(tasks) / len(sizes)) / max(sizes) < 0.2
-    assert rare or seen == set(range(len(tasks))), "large tasks are drawn from again in every epoch"
+    assert share / max(sizes) < 0.2 or seen == set(range(len(tasks))), "large tasks are drawn from again in every epoch"
 
 
 def test_the_order_depends_on_seed_and_epoch_and_micro_batches_save_padding():

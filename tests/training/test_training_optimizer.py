@@ -1,8 +1,5 @@
 """``training.optimizer`` of a recipe: which optimizer trains, and several processes."""
 
-from pathlib import Path
-from typing import Any
-
 import pytest
 import torch
 
@@ -13,21 +10,14 @@ from badit.train import fit
 from training.launches import Launches, assert_same_run, assert_stops_and_resumes
 from training.trainers import learned, on, with_callbacks
 
-Values = dict[str, Any]
 
-
-def values_with(recipe_values: Values, output: str = "", **training: Any) -> Values:
-    output = f"{recipe_values['output']}{output}"
-    return recipe_values | {"training": recipe_values["training"] | training, "output": output}
-
-
-def test_a_run_trains_with_the_optimizer_of_its_recipe(recipe_values: Values) -> None:
-    used: list[Any] = []
-    adapters = []
+def test_a_run_trains_with_the_optimizer_of_its_recipe(recipe_values, tmp_path):
+    used, adapters = [], []
+    recipe_values["training"] |= {"lora_plus_ratio": 4.0, "router_lr_ratio": 0.5, "max_steps": 3}
     for name in ("adamw", "lora+", "orthogonal"):
-        values = values_with(recipe_values, name, optimizer=name, lora_plus_ratio=4.0, router_lr_ratio=0.5, max_steps=3)
+        recipe = build_recipe(recipe_values, [f"training.optimizer={name}", f"output={tmp_path / name}"])
         with with_callbacks(on("on_train_begin", lambda state, keywords: used.append(keywords["optimizer"].optimizer))):
-            adapters.append(learned(fit(build_recipe(values), progress=False)))
+            adapters.append(learned(fit(recipe, progress=False)))
     assert [group["initial_lr"] for group in used[1].param_groups[:2]] == [1e-2, 4e-2]
     assert [optimizer.param_groups[-1]["initial_lr"] for optimizer in used] == [5e-3] * 3, "the routers' rate"
     assert isinstance(used[2], OrthogonalUpdates)
@@ -35,9 +25,10 @@ def test_a_run_trains_with_the_optimizer_of_its_recipe(recipe_values: Values) ->
     assert not any(torch.equal(adapters[0][changed], other[changed]) for other in adapters[1:])
 
 
-def test_two_processes_train_as_one_does_and_resume(recipe_values: Values, tmp_path: Path) -> None:
+def test_two_processes_train_as_one_does_and_resume(recipe_values, tmp_path):
     recipe_values["method"] |= {"num_experts": 3, "r": 3}  # nine rows of A do not divide evenly
-    launches = Launches(values_with(recipe_values, optimizer="orthogonal"), tmp_path)
+    recipe_values["training"] |= {"optimizer": "orthogonal"}
+    launches = Launches(recipe_values, tmp_path)
     assert launches.train_alone("alone", batch=4) == 0
     launches.train("fsdp2", 2, "fsdp2")
     assert_same_run(launches.run("fsdp2"), launches.run("alone"))
@@ -45,7 +36,7 @@ def test_two_processes_train_as_one_does_and_resume(recipe_values: Values, tmp_p
         assert_stops_and_resumes(launches, engine, whole="fsdp2")
 
 
-def test_orthogonal_updates_of_base_weights_are_refused(recipe_values: Values) -> None:
-    values = values_with(recipe_values, optimizer="orthogonal")
+def test_orthogonal_updates_of_base_weights_are_refused(recipe_values):
+    recipe = build_recipe({**recipe_values, "method": {"name": "full"}}, ["training.optimizer=orthogonal"])
     with pytest.raises(BaditError, match="no pair of trainable factors"):
-        fit(build_recipe({**values, "method": {"name": "full"}}), progress=False)
+        fit(recipe, progress=False)
