@@ -104,7 +104,8 @@ class TrainingSection(Section):
 
     def arguments(self) -> dict[str, Any]:
         """The values for TrainingArguments: all but badit's own, which are for badit.trainer.AnswerTrainer."""
-        return self.model_dump(exclude=type(self).model_fields.keys() - argument_names())
+        own = {"group_by_length", "max_skipped_steps", "early_stopping_patience"}
+        return self.model_dump(exclude=own | {"optimizer", "lora_plus_ratio", "router_lr_ratio"})
 
 
 #: What this section called fields in earlier releases (and transformers in one case), and their names now.

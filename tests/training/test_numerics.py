@@ -98,8 +98,8 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(recipe_values, monkeyp
 
 def test_a_resumed_log_has_the_skipped_steps_of_an_uninterrupted_one(recipe_values, monkeypatch, tmp_path):
     break_loss(monkeypatch, {6})
-    recipe = build_recipe(recipe_values, ["training.save_steps=5"])
-    whole = fit(build_recipe(recipe_values, ["training.save_steps=5", f"output={tmp_path / 'whole'}"]), progress=False)
+    recipe = build_recipe(recipe_values)
+    whole = fit(build_recipe(recipe_values, [f"output={tmp_path / 'whole'}"]), progress=False)
     fit_until(5, recipe)
     assert fit(recipe, progress=False).metrics_path.read_text() == whole.metrics_path.read_text()
     assert list(read_jsonl(whole.metrics_path))[5]["loss"] is None

@@ -97,25 +97,17 @@ def test_what_a_regrouping_changes(tiny_model, tmp_path, rescale):
     assert drift < 1e-5 if rescale else drift > 1e-3
 
 
-@pytest.fixture
-def whole(tiny_model, tmp_path):
-    """The folder of a finished training of twelve steps, and its adapter's state."""
-    model = train(adapted(tiny_model("llama")), tmp_path / "whole", RegroupCallback(every=3))
-    return tmp_path / "whole", adapter_state(model)
-
-
-def test_a_checkpoint_has_safetensors_and_is_refused_without_a_valid_state(tiny_model, tmp_path, whole):
-    checkpoint, moved = whole[0] / "checkpoint-10", tmp_path / "moved"
-    labels = [
-        tensor for name, tensor in load_file(checkpoint / "adapter_model.safetensors").items() if "expert" in name
-    ]
-    assert [tensor.dtype for tensor in labels] == [torch.int64] * 2
+def test_a_checkpoint_has_safetensors_and_is_refused_without_a_valid_state(tiny_model, tmp_path):
+    checkpoint, moved = tmp_path / "checkpoint-10", tmp_path / "moved"
+    train(adapted(tiny_model("llama")), tmp_path, RegroupCallback(every=3))
+    saved = load_file(checkpoint / "adapter_model.safetensors")
+    assert [tensor.dtype for name, tensor in saved.items() if "expert" in name] == [torch.int64] * 2
     grams = load_file(checkpoint / STATE_FILE)
     assert {tuple(tensor.shape) for name, tensor in grams.items() if name.startswith("gram_sum")} == {(8, 8)}
 
     def resume(**options):
         callback = RegroupCallback(every=3, **options)
-        train(adapted(tiny_model("llama")), whole[0], callback, resume=str(checkpoint))
+        train(adapted(tiny_model("llama")), tmp_path, callback, resume=str(checkpoint))
 
     moved.mkdir()
     (checkpoint / STATE_FILE).rename(moved / STATE_FILE)
@@ -170,15 +162,12 @@ def test_bad_options_are_refused(options, message):
         RegroupCallback(**options)
 
 
-def test_bad_steps_and_models_are_refused(tiny_model, tmp_path):
+def test_bad_steps_and_models_are_refused(tiny_model):
     for total in (0, 1.5, True):
         with pytest.raises(BaditError, match="total_steps"):
             Regrouper(adapted(tiny_model("llama")), total)
     with pytest.raises(BaditError, match="no trainable BADIT adapter"):
-        train(tiny_model("llama"), tmp_path, RegroupCallback())
-
-
-def test_regrouping_into_experts_that_are_switched_off_is_refused(tiny_model):
+        Regrouper(tiny_model("llama"), 10)
     with pytest.raises(BaditError, match="components into experts that top_k switches off"):
         build_method({"name": "badit", "top_k": 2})
     assert build_method({"name": "badit", "top_k": 2, "regroup": None}).config.top_k == 2

@@ -74,9 +74,8 @@ def test_every_stage_leaves_its_files_and_the_last_ones_are_the_runs(finished):
     assert read_json(run.scores_path) == scores
     assert scores["tasks"] == read_json(last.scores_path)["tasks"]
     assert scores["order"] == ORDER
-    assert read_json(run.environment_path)["mixture"] == {"rivers": 10, "cities": 10}, "of each task's own stage"
-    whole = read_json(run.environment_path)["training"]
-    parts = [read_json(folder.environment_path)["training"] for folder in (first, last)]
+    assert run.environment["mixture"] == {"rivers": 10, "cities": 10}, "of each task's own stage"
+    whole, *parts = (folder.environment["training"] for folder in (run, first, last))
     assert [part["steps"] for part in parts] == [3, 3]
     assert (whole["steps"], whole["tokens"]) == (6, sum(part["tokens"] for part in parts))
     assert whole["trainable_parameters"] == parts[0]["trainable_parameters"]
