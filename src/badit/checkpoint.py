@@ -1,7 +1,7 @@
 """Checkpoints that are whole or not there: written apart, sealed with every file's SHA-256, then renamed into place.
 
-The trainer writes into ``checkpoints/partial/``. Once all that belongs to a checkpoint is there, it is sealed and
-becomes ``checkpoints/checkpoint-STEP``. Whatever ends a run, and whenever, the last sealed checkpoint is untouched.
+The trainer writes into ``checkpoints/partial/``. A complete checkpoint is sealed and becomes
+``checkpoints/checkpoint-STEP``. Whatever ends a run, and whenever, the last sealed checkpoint is untouched.
 
 A seal finds damage, not malice: who can write the files can write the seal. So nothing of a checkpoint is unpickled
 except by torch's loader of plain tensors and numbers (``weights_only=True``, which transformers uses throughout).
@@ -140,7 +140,6 @@ class StopOnSignal(TrainerCallback):
 
     def __init__(self) -> None:
         self._asked = self._stopping = False
-        self._step = 0
         self._former: dict[int, Any] = {}
 
     def __enter__(self) -> StopOnSignal:
@@ -159,14 +158,9 @@ class StopOnSignal(TrainerCallback):
             raise KeyboardInterrupt
         self._asked = True
         if is_main_process():  # written directly: the handler may have come in the middle of a print
-            line = f"\nbadit: finishing step {self._step} and saving; press Ctrl-C again to stop now\n"
-            os.write(2, line.encode())
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._step = state.global_step + 1
+            os.write(2, b"\nbadit: finishing the step and saving; press Ctrl-C again to stop now\n")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._step = state.global_step + 1  # what comes now, such as an evaluation, belongs to the next one
         self._stopping = any_of_all(self._asked)
         if self._stopping:
             control.should_save = True

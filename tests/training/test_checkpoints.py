@@ -108,7 +108,7 @@ def test_signals_stop_after_the_step_and_a_second_one_at_once(capfd):
     with pytest.raises(KeyboardInterrupt), StopOnSignal():
         signal_thrice()
     assert reached == [0]
-    assert capfd.readouterr().err == "\nbadit: finishing step 0 and saving; press Ctrl-C again to stop now\n"
+    assert capfd.readouterr().err == "\nbadit: finishing the step and saving; press Ctrl-C again to stop now\n"
     with pytest.raises(KeyboardInterrupt), StopOnSignal():
         os.kill(os.getpid(), signal.SIGTERM)  # after the last step
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers

@@ -36,13 +36,10 @@ OPTIONS = {
 METHODS = [*BASELINES, "badit", "pcgrad", "cagrad", "full", "task-neurons"]
 
 
-def sequence(values, method, *overrides, output=None):
+def sequence(values, method, *overrides):
     """12 training instances per task in batches of 4: three steps per stage."""
-    values = {**values, "method": method, "output": str(output or values["output"])}
-    return build_recipe(
-        {**values, "data": {**values["data"], "order": ORDER}},
-        ["training.num_train_epochs=1", "training.save_steps=2", *overrides],
-    )
+    settings = ["training.num_train_epochs=1", "training.save_steps=2", "data.order=[rivers,cities]"]
+    return build_recipe({**values, "method": method}, [*settings, *overrides])
 
 
 def stages(recipe):
@@ -119,7 +116,7 @@ def test_the_matrix_and_the_scores_computed_from_it(recipe_values, unseen):
 
 def test_an_interruption_in_the_second_stage_changes_nothing(recipe_values, tmp_path):
     method = {"name": "gainlora", "lora_dropout": 0.1, "r": 2}
-    whole, recipe = sequence(recipe_values, method, output=tmp_path / "whole"), sequence(recipe_values, method)
+    whole, recipe = (sequence(recipe_values, method, f"output={tmp_path / name}") for name in ("whole", "resumed"))
     expected = train_and_score(whole, progress=False)
     with with_callbacks(StopAt(3), folder=STAGES[1]), pytest.raises(KeyboardInterrupt):
         train_and_score(recipe, progress=False)

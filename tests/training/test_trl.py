@@ -103,13 +103,16 @@ def test_packed_rows_are_trained_and_regrouped(model_folder, tmp_path, options, 
     assert (tmp_path / "regroupings.jsonl").read_text()
 
 
+def losses(trainer):
+    return [line["loss"] for line in trainer.state.log_history if "loss" in line]
+
+
 def test_padding_free_training_equals_padded_training(model_folder, tmp_path):
-    losses = []
+    trainers = []
     for options in ({"max_length": None}, PADDING_FREE):
-        trainer = sft_trainer(model_folder, tmp_path, ROWS[:16], logging_steps=1, dropout=0.0, **options)
-        trainer.train()
-        losses.append([line["loss"] for line in trainer.state.log_history if "loss" in line])
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+        trainers.append(sft_trainer(model_folder, tmp_path, ROWS[:16], logging_steps=1, dropout=0.0, **options))
+        trainers[-1].train()
+    assert losses(trainers[0]) == pytest.approx(losses(trainers[1]), rel=1e-4)
 
 
 def test_rows_that_are_cut_anywhere_are_refused(model_folder, tmp_path):
@@ -129,10 +132,6 @@ def dpo_trainer(model_folder, output, model=None, **options):
         peft_config=None if model else config(),
         callbacks=[RegroupCallback(every=2)],
     )
-
-
-def losses(trainer):
-    return [line["loss"] for line in trainer.state.log_history if "loss" in line]
 
 
 @pytest.mark.parametrize("precomputed", [False, True])

@@ -22,9 +22,9 @@ FULL = {"name": "full"}
 NEURONS = {"name": "task-neurons", "share": SHARE, "score_batches": 1}
 
 
-def recipe_with(values, method, *overrides, output=None):
-    values = {**values, "method": method, "output": str(output or values["output"])}
-    return build_recipe(values, ["training.num_train_epochs=1", "training.learning_rate=1e-3", *overrides])
+def recipe_with(values, method, *overrides):
+    settings = ["training.num_train_epochs=1", "training.learning_rate=1e-3", *overrides]
+    return build_recipe({**values, "method": method}, settings)
 
 
 def base_weights(recipe):
@@ -107,7 +107,7 @@ ORTHOGONAL = ["training.optimizer=orthogonal", "training.gradient_accumulation_s
     ids=str,
 )
 def test_an_interrupted_run_ends_as_one_that_was_not(recipe_values, tmp_path, method, overrides):
-    whole = fit(recipe_with(recipe_values, method, *overrides, output=tmp_path / "whole"), progress=False)
+    whole = fit(recipe_with(recipe_values, method, *overrides, f"output={tmp_path / 'whole'}"), progress=False)
     recipe = recipe_with(recipe_values, method, *overrides)
     kind = AdapterMethod if method["name"] in ("pcgrad", "badit") else Method
     run = fit_until(6, recipe, kind=kind)
@@ -146,6 +146,6 @@ def test_damaged_weights_are_named_on_one_line(recipe_values, damage, message):
 def test_surgery_trains_differently_from_the_plain_sum(recipe_values, tmp_path):
     adapters = []
     for name in ("lora", "pcgrad", "cagrad"):
-        recipe = recipe_with(recipe_values, {"name": name, "r": 4}, output=tmp_path / name)
+        recipe = recipe_with(recipe_values, {"name": name, "r": 4}, f"output={tmp_path / name}")
         adapters.append(torch.cat([tensor.flatten() for tensor in learned(fit(recipe, progress=False)).values()]))
     assert len({tuple(adapter.tolist()) for adapter in adapters}) == 3
