@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from badit.evaluate import answer_token_losses, load_run
 from badit.recipe import build_recipe
 from badit.train import encoded, fit, make_plan
-from training.trainers import assert_same, fit_until, learned, on, with_callbacks
+from training.trainers import StopAt, assert_same, fit_until, learned, on, with_callbacks
 
 HELD_OUT = {"eval_strategy": "steps", "eval_steps": 2}
 BEST = {**HELD_OUT, "save_steps": 4, "load_best_model_at_end": True, "early_stopping_patience": 2}
@@ -45,6 +45,20 @@ def test_it_is_the_mean_nll_of_instances_and_changes_no_training(recipe):
     assert losses["eval_loss"].iloc[-1] == pytest.approx(fmean(map(fmean, found)), rel=1e-4)
 
 
+def assert_resumes(recipe, whole, stop):
+    """A run that a callback stops and that is continued ends as the whole one."""
+    with with_callbacks(stop), pytest.raises(KeyboardInterrupt):
+        fit(recipe, progress=False)
+    run = fit(recipe, progress=False)
+    assert_same(learned(whole), learned(run))
+    assert run.metrics_path.read_text() == whole.metrics_path.read_text()
+    assert run.environment["training"]["steps"] == whole.environment["training"]["steps"]
+
+
+def kill(state, keywords):
+    raise KeyboardInterrupt
+
+
 def test_the_best_model_is_kept_and_training_stops_and_resumes_as_if_it_had_not_been_stopped(recipe):
     whole = fit(recipe("whole", **BEST, **RISING), progress=False)
     losses = whole.metrics.dropna(subset="eval_loss").set_index("step")["eval_loss"]
@@ -53,25 +67,12 @@ def test_the_best_model_is_kept_and_training_stops_and_resumes_as_if_it_had_not_
     until = fit_until(last, recipe("until", **BEST, **RISING))
     kept = {folder.name: folder for folder in until.checkpoints_path.iterdir()}
     assert_same(learned(whole), load_file(kept[f"checkpoint-{best}"] / "adapter_model.safetensors"))
-    for step in (best, last - 1, last):
-        resumed = recipe(f"stopped-{step}", **BEST, **RISING)
-        fit_until(step, resumed)
-        run = fit(resumed, progress=False)
-        assert_same(learned(whole), learned(run))
-        assert run.metrics_path.read_text() == whole.metrics_path.read_text()
+    stops = {str(step): StopAt(step) for step in (best, last - 1, last)}
+    for name, stop in {**stops, "ended": on("on_train_end", kill)}.items():
+        assert_resumes(recipe(name, **BEST, **RISING), whole, stop)
 
 
-def test_a_training_that_had_ended_takes_no_further_step(recipe):
-    """It was killed between its last checkpoint and the adapter, in the middle of an epoch or after an early stop."""
-    for name, training in {"steps": {"max_steps": 3}, "early": {**BEST, **RISING}}.items():
-        whole = fit(recipe(f"{name}-whole", **training), progress=False)
-
-        def kill(state, keywords):
-            raise KeyboardInterrupt
-
-        with with_callbacks(on("on_train_end", kill)), pytest.raises(KeyboardInterrupt):
-            fit(recipe(name, **training), progress=False)
-        run = fit(recipe(name, **training), progress=False)
-        assert_same(learned(whole), learned(run))
-        assert run.metrics_path.read_text() == whole.metrics_path.read_text()
-        assert run.environment["training"]["steps"] == whole.environment["training"]["steps"]
+def test_a_training_that_had_ended_within_an_epoch_takes_no_further_step(recipe):
+    """It was killed between its last checkpoint and the adapter."""
+    whole = fit(recipe("whole", max_steps=3), progress=False)
+    assert_resumes(recipe("ended", max_steps=3), whole, on("on_train_end", kill))
