@@ -40,26 +40,6 @@ ENGINES: dict[str, tuple[list[str] | None, dict[str, str]]] = {
 }
 
 
-def launch(engine: str, processes: int, *command: Any, **variables: str) -> subprocess.CompletedProcess[str]:
-    """Runs a script of this folder in several processes."""
-    arguments, of_engine = ENGINES[engine]
-    if arguments is None:
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    else:
-        counts = ["--num_processes", str(processes), "--main_process_port", "0"]
-        launcher = ["-m", "accelerate.commands.launch", *arguments, *counts]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")]),
-        "OMP_NUM_THREADS": "1",
-        "PYTHONWARNINGS": "ignore",
-        **of_engine,
-        **variables,
-    }
-    words = [sys.executable, *launcher, *map(str, command)]
-    return subprocess.run(words, env=environment, capture_output=True, text=True, timeout=600, check=False)
-
-
 class Launches:
     """Trains a recipe in so many processes, with ``batch`` instances in each, into a folder of its own.
 
@@ -87,7 +67,17 @@ class Launches:
 
     def train(self, name: str, processes: int, engine: str, *, code: int = 0, stop_at: int = 0) -> str:
         """Returns what was printed. ``code``: the exit code that is expected. ``stop_at``: see ranks.py."""
-        done = launch(engine, processes, SCRIPT, *self.settings(name, 2), BADIT_STOP_AT=str(stop_at))
+        arguments, variables = ENGINES[engine]
+        if arguments is None:
+            launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        else:
+            counts = ["--num_processes", str(processes), "--main_process_port", "0"]
+            launcher = ["-m", "accelerate.commands.launch", *arguments, *counts]
+        variables = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", **variables}
+        variables |= {"PYTHONPATH": os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])}
+        variables |= {"BADIT_STOP_AT": str(stop_at)}
+        words = [sys.executable, *launcher, str(SCRIPT), *self.settings(name, 2)]
+        done = subprocess.run(words, env=variables, capture_output=True, text=True, timeout=600, check=False)
         assert (done.returncode != 0) == bool(code), done.stderr
         assert code == 0 or done.returncode == code or f"exitcode  : {code}" in done.stderr, done.stderr
         assert "Traceback" not in done.stdout
