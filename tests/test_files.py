@@ -79,13 +79,13 @@ def test_only_a_line_feed_ends_a_line_and_a_line_cut_short_is_left_out(tmp_path:
     assert list(read_jsonl(tmp_path / "missing.jsonl")) == []
 
 
-def test_a_log_is_rewound_to_a_step_without_what_is_pending(tmp_path: Path) -> None:
-    log = StepLog(tmp_path / "new" / "log.jsonl", step_key="at")
+def test_a_log_is_rewound_to_a_step(tmp_path: Path) -> None:
+    log = StepLog(tmp_path / "new" / "log.jsonl")
     log.rewind(0)
-    for line in ({"at": 5, "x": 1}, {"at": 10, "x": 1}, {"at": 10, "x": 2}, {"at": 15, "x": 1}):
-        log.append(line)
-    log.rewind(10, [{"at": 10, "x": 2}])
-    assert list(read_jsonl(tmp_path / "new" / "log.jsonl")) == [{"at": 5, "x": 1}, {"at": 10, "x": 1}]
+    for step in (5, 10, 10, 15):
+        log.append({"step": step})
+    log.rewind(10)
+    assert list(read_jsonl(tmp_path / "new" / "log.jsonl")) == [{"step": 5}, {"step": 10}, {"step": 10}]
     log.rewind(0)
     assert list(read_jsonl(tmp_path / "new" / "log.jsonl")) == []
 

@@ -12,7 +12,7 @@ import os
 import shutil
 import socket
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
@@ -114,17 +114,13 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 class StepLog:
     """A log of one JSON object per line, each with the step it was written at, which a resumed run continues."""
 
-    def __init__(self, path: Path, *, step_key: str = "step") -> None:
-        self._path, self._step_key = path, step_key
+    def __init__(self, path: Path) -> None:
+        self._path = path
 
-    def rewind(self, step: int, pending: Collection[Mapping[str, Any]] = ()) -> None:
-        """Drops the lines after ``step`` and those that contain an item of ``pending``, which will be logged again."""
+    def rewind(self, step: int) -> None:
+        """Drops the lines after ``step``, which will be logged again."""
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        kept = [
-            line
-            for line in (read_jsonl(self._path) if step else ())
-            if line[self._step_key] <= step and not any(begun.items() <= line.items() for begun in pending)
-        ]
+        kept = [line for line in (read_jsonl(self._path) if step else ()) if line["step"] <= step]
         write_text(self._path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def append(self, line: Mapping[str, Any]) -> None:

@@ -242,7 +242,7 @@ class Regrouper:
         self.metrics: dict[str, float] = {}
         self.windows = Windows(self._layers, optimizer)
         # Of several processes the first writes.
-        self._log = StepLog(Path(log_path), step_key="logged_at") if log_path is not None and rank() == 0 else None
+        self._log = StepLog(Path(log_path)) if log_path is not None and rank() == 0 else None
         self._log_is_open = False
 
     def after_backward(self) -> None:
@@ -274,9 +274,9 @@ class Regrouper:
         """Empties the log, or drops from it what a resumed training is about to write again."""
         self._log_is_open = True
         if self._log is not None:
-            # A run that ended after its last checkpoint has completed the lines that this checkpoint has as pending.
-            begun = [window.pending for window in self.windows.values() if window.pending]
-            self._log.rewind(self.steps, [{key: line[key] for key in ("step", "module")} for line in begun])
+            # Lines of the last regrouping, or of later ones, are written again.
+            pending = [window.pending["step"] for window in self.windows.values() if window.pending]
+            self._log.rewind(pending[0] - 1 if pending else self.steps)
 
     def _regroup(self) -> None:
         grams = self.windows.mean_grams()
