@@ -18,7 +18,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from accelerate import PartialState
 from transformers import EarlyStoppingCallback, TrainerCallback
 
 from badit.environment import is_main_process
@@ -114,7 +113,7 @@ class SealCheckpoints(TrainerCallback):
         # The log has the mean over the processes, and so has every one of them after a resumption.
         mean = self._trainer.accelerator.reduce(self._trainer._tr_loss, reduction="mean")
         best = state.best_model_checkpoint and Path(state.best_model_checkpoint).name
-        PartialState().wait_for_everyone()  # every process writes its part
+        self._trainer.accelerator.wait_for_everyone()  # every process writes its part
         if state.is_world_process_zero:
             kept = {
                 "loss": float(mean),
@@ -128,7 +127,7 @@ class SealCheckpoints(TrainerCallback):
             seal(staged, self._checkpoints, best)
         if best:  # the trainer knows it by the place that it has written it to
             state.best_model_checkpoint = str(self._checkpoints / best)
-        PartialState().wait_for_everyone()
+        self._trainer.accelerator.wait_for_everyone()
 
 
 class StopOnSignal(TrainerCallback):

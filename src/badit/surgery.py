@@ -86,13 +86,11 @@ class SurgeryTrainer(AnswerTrainer):
         steps = self.current_gradient_accumulation_steps
         # ``compute_loss`` averages a method's own loss over these, and the cross-entropy over the number of labels.
         self.current_gradient_accumulation_steps = steps * len(tasks)
-        try:
-            for task in tasks:
-                model.zero_grad()
-                losses.append(super().training_step(model, rows_of_task(inputs, task), num_items_in_batch))
-                gradients.append([parameter.grad for parameter in parameters])
-        finally:
-            self.current_gradient_accumulation_steps = steps
+        for task in tasks:
+            model.zero_grad()
+            losses.append(super().training_step(model, rows_of_task(inputs, task), num_items_in_batch))
+            gradients.append([parameter.grad for parameter in parameters])
+        self.current_gradient_accumulation_steps = steps
         gradients_TP = torch.stack([_as_row(of_task, parameters) for of_task in gradients])
         # A loss scaler that overflows, or a run that diverges, is for the Trainer to see.
         combined_P = self._combine(gradients_TP) if gradients_TP.isfinite().all() else gradients_TP.sum(dim=0)
