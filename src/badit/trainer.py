@@ -399,8 +399,9 @@ class ProgressBar(ProgressCallback):
 
     def close(self) -> None:
         """Ends the bars' lines, for what is written after them."""
-        for bar in filter(None, (self.prediction_bar, self.training_bar)):
-            bar.close()
+        for bar in (self.prediction_bar, self.training_bar):
+            if bar is not None:
+                bar.close()
 
 
 def trackers_of(training: TrainingSection) -> list[str]:
