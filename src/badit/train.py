@@ -437,7 +437,8 @@ def base_model(recipe: Recipe, *, dtype: SettledDtype | None = None) -> tuple[Pr
     gc.collect()  # an adapted model that is no longer used, such as the last stage's, refers to itself
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    model, tokenizer = load_base_model(**recipe.model.model_dump() | {"dtype": dtype}, device=device())
+    options = recipe.model.model_dump(exclude={"dtype"})
+    model, tokenizer = load_base_model(**options, dtype=dtype, device=device())
     warn_of_slow_dtype(dtype, device())
     # The end of answers in training, which a base model's own configuration need not know.
     end, known = end_of_turn_id(tokenizer, recipe.prompt.chat_template), model.generation_config.eos_token_id
