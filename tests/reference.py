@@ -227,6 +227,7 @@ class OrthogonalFactor:
         self.other_frame: np.ndarray | None = None
         self.first: Any = 0.0
         self.second: Any = 0.0
+        self.features: Any = 0.0
 
     def update(self, other: np.ndarray, gradient: np.ndarray, beta_1: float, beta_2: float, floor: float) -> np.ndarray:
         """The update of rows (N, D) whose other factor has rows (N, D')."""
@@ -245,8 +246,11 @@ class OrthogonalFactor:
             second = second + escaped * np.eye(components)
         self.steps += 1
         self.other_frame = frame
-        self.second = beta_2 * second + (1 - beta_2) * in_frame @ in_frame.T / length
-        whitened = power(self.second / (1 - beta_2**self.steps), -0.5, floor) @ in_frame
+        self.features = beta_2 * self.features + (1 - beta_2) * (in_frame**2).mean(axis=0)
+        sizes = np.sqrt(self.features / (1 - beta_2**self.steps))
+        scaled = np.divide(in_frame, sizes, out=np.zeros_like(in_frame), where=sizes > 0)
+        self.second = beta_2 * second + (1 - beta_2) * scaled @ scaled.T / length
+        whitened = power(self.second / (1 - beta_2**self.steps), -0.5, floor) @ scaled
         self.first = beta_1 * first + (1 - beta_1) * whitened
         return inverse @ self.first / (1 - beta_1**self.steps)
 

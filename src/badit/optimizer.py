@@ -34,7 +34,7 @@ Pair = tuple[nn.Parameter, nn.Parameter]
 _PAIRED = (("badit_A", "badit_B"), ("lora_A", "lora_B"))
 _NAMES_OF_A = {"badit_A", "lora_A", "lora_embedding_A"}
 _NAMES_OF_B = {"badit_B", "lora_B", "lora_embedding_B"}
-_MOMENTS = ("basis", "first", "second", "weights")  # a factor's state, as badit.method.Moments has it
+_MOMENTS = ("basis", "first", "features", "second", "weights")  # a factor's state, as badit.method.Moments has it
 
 # Which dimension of A and of B is a feature's, and so may be divided among processes.
 _FEATURES_OF_A, _FEATURES_OF_B = 1, 0
@@ -233,7 +233,7 @@ class OrthogonalUpdates(torch.optim.Optimizer):
             (self._moments(factors_A, a_LNI, of_A), self._moments(factors_B, b_LNO, of_B)),
             betas=group["betas"],
             floor=group["floor"],
-            features=(in_features, share * out_features),
+            lengths=(in_features, share * out_features),
             over_shards=over_shards(factors_A[0]),
         )
         self._keep(factors_A, moments[0], lambda x: _divided(x, factors_A, _FEATURES_OF_A))
@@ -249,19 +249,14 @@ class OrthogonalUpdates(torch.optim.Optimizer):
         states = [self.state[factor] for factor in factors]
         if not states[0]:
             return no_moments(x_LND)
-        basis_LND, first_LND = (rows_of([state[name] for state in states]) for name in ("basis", "first"))
-        second_LNN, weights_L2 = (torch.stack([state[name] for state in states]) for name in ("second", "weights"))
-        return Moments(basis_LND, first_LND, second_LNN, weights_L2)
+        basis_LND, first_LND, features_L1D = (rows_of([state[name] for state in states]) for name in _MOMENTS[:3])
+        second_LNN, weights_L2 = (torch.stack([state[name] for state in states]) for name in _MOMENTS[3:])
+        return Moments(basis_LND, first_LND, features_L1D, second_LNN, weights_L2)
 
     def _keep(
         self, factors: Sequence[nn.Parameter], moments: Moments, divided: Callable[..., Sequence[torch.Tensor]]
     ) -> None:
-        kept = (
-            divided(moments.basis_ND),
-            divided(moments.first_ND),
-            moments.second_NN.unbind(),
-            moments.weights_2.unbind(),
-        )
+        kept = [divided(moment) for moment in moments[:3]] + [moment.unbind() for moment in moments[3:]]
         for factor, *values in zip(factors, *kept, strict=True):
             self.state[factor] = dict(zip(_MOMENTS, values, strict=True))
 
@@ -315,7 +310,8 @@ def _divided(x: torch.Tensor, like: Sequence[torch.Tensor], features: int) -> Se
     first = like[0]
     if not isinstance(first, DTensor):
         return layers
-    return [dtensor(layer, first, along(features, first), first.shape) for layer in layers]
+    shape = [first.shape[dim] if dim == features else size for dim, size in enumerate(layers[0].shape)]
+    return [dtensor(layer, first, along(features, first), shape) for layer in layers]
 
 
 def _subtract(factors: Sequence[nn.Parameter], update: torch.Tensor, features: int, shrink: float | None) -> None:

@@ -144,6 +144,18 @@ def test_components_move_in_orthogonal_directions(components, seed):
         )
 
 
+@PROPERTY
+@given(_SHAPE, _SEED)
+def test_no_feature_dominates_by_its_scale(shape, seed):
+    A, B, (gradient, *_) = problem(shape, seed)
+    sizes = torch.logspace(-2, 2, shape[1], dtype=torch.float64)
+    found, expected = (
+        orthogonal_updates((A, B.mT), (of_A, A @ gradient.mT), (no_moments(A), no_moments(B.mT)))[0][0]
+        for of_A in (B.mT @ gradient * sizes, B.mT @ gradient)
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
 def test_factors_at_zero_wait_and_start_with_the_first_gradient():
     A, B, gradients = problem((3, 6, 5), 0)
     B = torch.zeros_like(B)
@@ -200,6 +212,6 @@ def test_the_grams_of_shards_add_up(parts):
             rows = tuple(each - LR * update for each, update in zip(rows, updates, strict=True))
         return rows
 
-    sharded = in_processes(parts, lambda rank, sums: trained(parts, rank, features=(7, 9), over_shards=sums))
+    sharded = in_processes(parts, lambda rank, sums: trained(parts, rank, lengths=(7, 9), over_shards=sums))
     found = tuple(torch.cat(shards, dim=-1) for shards in zip(*sharded, strict=True))
     torch.testing.assert_close(found, trained(), rtol=0, atol=1e-9)

@@ -8,18 +8,22 @@ With X = A or Bᵀ and Y the other of the two, G the gradient of X, and all mome
 
     R_Y = (Y Yᵀ)^(1/2),  Q_Y = R_Y⁻¹ Y        Y's size (N, N) and its orthonormal frame (N, D'): its polar factors
     Ḡ = R_Y⁻¹ G                               the gradient in Y's frame: Q_Yᵀ or Q_Y times that of W, free of scale
+    c ← β₂ c + (1 − β₂) diag(Ḡᵀ Ḡ) / N        the second moment of every feature (D), the same in every frame
+    H = Ḡ diag(c / w₂)^(−1/2)                 features with large gradients do not dominate the others, as in Adam
     P = Q_Y Q'_Yᵀ                             from the frame of the last step, Q'_Y, to this one
-    V ← β₂ (P V Pᵀ + e·1) + (1 − β₂) Ḡ Ḡᵀ / D     the second moment (N, N); e: the escaped mass, see below
-    S = (V / w₂)^(−1/2) Ḡ                     whitened: where V is this step's alone, S Sᵀ = D·1
+    V ← β₂ (P V Pᵀ + e·1) + (1 − β₂) H Hᵀ / D     the components' second moment (N, N); e: the escaped mass, see below
+    S = (V / w₂)^(−1/2) H                     whitened: where V is this step's alone, S Sᵀ = D·1
     M ← β₁ P M + (1 − β₁) S                   the first moment (N, D)
     X ← X − η R_Y⁻¹ M / w₁                    so that Y's part of the change of ΔW is Q_Yᵀ M, free of scale again
 
+* Features: LoRA-RITE has no c. In a whole LLM a few features of the residual stream are a hundred times as large as the
+  others, and without c an update has little room for the rest (docs/experiments/features.md).
 * Bias correction: w ← β w + (1 − β), which is 1 − βᵗ after t steps.
 * Escaped mass: P V Pᵀ has lost what lay outside of the new frame. The loss of the trace is spread evenly over it:
   e = (tr V − tr P V Pᵀ) / N. So tr V is the running mean of the gradient's size, and a frame that turns quickly does
   not lengthen the steps. (The paper adds the largest loss of an eigenvalue to V; its authors' code does not.)
 * Zero: the inverse root of a zero matrix is zero. While B is zero, A has no frame to move in: it stays, and has no
-  moments, w = 0. A zero gradient only lets the moments fade.
+  moments, w = 0. A zero gradient only lets the moments fade. A feature that never had a gradient stays.
 * Floor: inverse roots are taken of C + floor·‖C‖·1, so that directions without a gradient, or a frame, stay finite.
 * The step's size: an entry of M is about 1, as in Adam, hence a change of ΔW of singular values up to η √D.
 
@@ -33,7 +37,7 @@ Shape suffixes: N = components, I/O = in/out features, D = I for A and O for B; 
 from __future__ import annotations
 
 import math
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import torch
@@ -47,18 +51,21 @@ _CONVERGED = 1e-3
 
 
 class Moments(NamedTuple):
-    """What a factor keeps from step to step: its own frame Q, M, V, and w₁ and w₂ (…, 2)."""
+    """What a factor keeps from step to step: its own frame Q, M, c, V, and w₁ and w₂ (…, 2)."""
 
     basis_ND: torch.Tensor
     first_ND: torch.Tensor
+    features_1D: torch.Tensor
     second_NN: torch.Tensor
     weights_2: torch.Tensor
 
 
 def no_moments(x_ND: torch.Tensor) -> Moments:
     """Those before the first step, of a factor given as rows."""
-    exact = x_ND.new_zeros((*x_ND.shape[:-2], x_ND.shape[-2], x_ND.shape[-2]), dtype=_exact(x_ND))
-    return Moments(torch.zeros_like(x_ND), torch.zeros_like(x_ND), exact, exact.new_zeros((*x_ND.shape[:-2], 2)))
+    zero_ND, leading, (components, length) = torch.zeros_like(x_ND), x_ND.shape[:-2], x_ND.shape[-2:]
+    exact = partial(x_ND.new_zeros, dtype=_exact(x_ND))
+    sizes = (1, length), (components, components), (2,)
+    return Moments(zero_ND, zero_ND, *(exact((*leading, *size)) for size in sizes))
 
 
 def orthogonal_updates(
@@ -68,7 +75,7 @@ def orthogonal_updates(
     *,
     betas: tuple[float, float] = (0.9, 0.98),
     floor: float = 1e-6,
-    features: tuple[int, int] | None = None,
+    lengths: tuple[int, int] | None = None,
     over_shards: OverShards = lambda tensor, operation: tensor,
 ) -> tuple[Pair, tuple[Moments, Moments]]:
     """One step of every layer: the updates, to be subtracted times the learning rate, and the new moments.
@@ -79,7 +86,7 @@ def orthogonal_updates(
         moments: of both; :func:`no_moments` at the start.
         betas: the decay of the first and of the second moment.
         floor: relative, of inverse roots.
-        features: I and O, where the tensors are shards.
+        lengths: I and O, where the tensors are shards.
         over_shards: combines tensors of 4 N² and 2 N² numbers over the processes that hold the other shards.
     """
     beta_1, beta_2 = betas
@@ -91,29 +98,37 @@ def orthogonal_updates(
     frame_NN, transport_NN = root_NN.flip(0), (root_NN @ products_NN[1::2]).flip(0)
     framed = [_times(frame, gradient) for frame, gradient in zip(frame_NN, gradients, strict=True)]
 
-    lengths = features or (factors[0].shape[-1], factors[1].shape[-1])
-    squares = [g_ND @ g_ND.mT / length for g_ND, length in zip(framed, lengths, strict=True)]
+    has_frame = (_trace(frame_NN) > 0).to(root_NN)
+    last_weights_2 = torch.stack([own.weights_2 for own in moments])
+    first_weight = has_frame * (beta_1 * last_weights_2[..., 0] + (1 - beta_1))
+    second_weight = has_frame * (beta_2 * last_weights_2[..., 1] + (1 - beta_2))
+    weights_2 = torch.stack([first_weight, second_weight], dim=-1)
+
+    features, scaled = [], []
+    for index, (g_ND, own) in enumerate(zip(framed, moments, strict=True)):
+        keep, weight = has_frame[index, ..., None, None], second_weight[index, ..., None, None]
+        square_1D = g_ND.to(keep.dtype).square().mean(-2, keepdim=True)
+        c_1D = keep * (beta_2 * own.features_1D + (1 - beta_2) * square_1D)
+        features.append(c_1D)
+        scaled.append(g_ND * torch.where(c_1D > 0, (weight / c_1D).sqrt(), 0.0).to(g_ND.dtype))
+
+    lengths = lengths or (factors[0].shape[-1], factors[1].shape[-1])
+    squares = [h_ND @ h_ND.mT / length for h_ND, length in zip(scaled, lengths, strict=True)]
     square_NN = over_shards(torch.stack(squares), "sum").to(root_NN)
     last_NN = torch.stack([own.second_NN for own in moments])
     moved_NN = transport_NN @ last_NN @ transport_NN.mT
     escaped = (_trace(last_NN) - _trace(moved_NN)).clamp_min(0) / last_NN.shape[-1]
     moved_NN.diagonal(dim1=-2, dim2=-1).add_(escaped.unsqueeze(-1))
-    second_NN = beta_2 * moved_NN + (1 - beta_2) * square_NN
-
-    has_frame = (_trace(frame_NN) > 0).to(root_NN)
-    second_NN = second_NN * has_frame[..., None, None]
-    last_weights_2 = torch.stack([own.weights_2 for own in moments])
-    first_weight = has_frame * (beta_1 * last_weights_2[..., 0] + (1 - beta_1))
-    second_weight = has_frame * (beta_2 * last_weights_2[..., 1] + (1 - beta_2))
-    weights_2 = torch.stack([first_weight, second_weight], dim=-1)
+    second_NN = (beta_2 * moved_NN + (1 - beta_2) * square_NN) * has_frame[..., None, None]
     whiten_NN = inverse_root(second_NN, floor) * ((1 - beta_1) * second_weight.sqrt())[..., None, None]
     unframe_NN = frame_NN / torch.where(first_weight > 0, first_weight, 1.0)[..., None, None]
 
     updates, after = [], []
-    for index, (x_ND, g_ND, own) in enumerate(zip(factors, framed, moments, strict=True)):
-        first_ND = _times(beta_1 * transport_NN[index], own.first_ND) + _times(whiten_NN[index], g_ND)
+    for index, (x_ND, h_ND, own) in enumerate(zip(factors, scaled, moments, strict=True)):
+        first_ND = _times(beta_1 * transport_NN[index], own.first_ND) + _times(whiten_NN[index], h_ND)
         updates.append(_times(unframe_NN[index], first_ND))
-        after.append(Moments(_times(root_NN[index], x_ND), first_ND, second_NN[index], weights_2[index]))
+        basis_ND = _times(root_NN[index], x_ND)
+        after.append(Moments(basis_ND, first_ND, features[index], second_NN[index], weights_2[index]))
     return (updates[0], updates[1]), (after[0], after[1])
 
 
