@@ -261,6 +261,7 @@ def orthogonal_step(
 ) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
     """A (N, in) and B (out, N) after one step; what the two factors keep is changed in place."""
     A, B, grad_A, grad_B = map(float64, (A, B, grad_A, grad_B))
-    update_A = of_A.update(B.T, grad_A, *betas, floor)
+    largest = 0.1 * math.sqrt(float(((B @ A) ** 2).sum())) / (lr * math.sqrt(A.size))
+    update_A = min(1.0, largest) * of_A.update(B.T, grad_A, *betas, floor)
     update_B = of_B.update(A, grad_B.T, *betas, floor).T
     return A - lr * update_A, B - lr * update_B

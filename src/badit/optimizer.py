@@ -218,7 +218,7 @@ class OrthogonalUpdates(torch.optim.Optimizer):
         """One step of layers of one shape."""
         factors_A, factors_B = ([pair[side] for pair in pairs] for side in (0, 1))
         (components, in_features), (out_features, columns) = factors_A[0].shape, factors_B[0].shape
-        share = columns // components
+        share, lr = columns // components, group["lr"]
 
         def of_A(tensors: Sequence[Any]) -> torch.Tensor:
             return _precise(stacked(tensors, _FEATURES_OF_A))
@@ -231,6 +231,7 @@ class OrthogonalUpdates(torch.optim.Optimizer):
             (a_LNI, b_LNO),
             (of_A([a.grad for a in factors_A]), of_B([b.grad for b in factors_B])),
             (self._moments(factors_A, a_LNI, of_A), self._moments(factors_B, b_LNO, of_B)),
+            lr=lr,
             betas=group["betas"],
             floor=group["floor"],
             lengths=(in_features, share * out_features),
@@ -238,7 +239,6 @@ class OrthogonalUpdates(torch.optim.Optimizer):
         )
         self._keep(factors_A, moments[0], lambda x: _divided(x, factors_A, _FEATURES_OF_A))
         self._keep(factors_B, moments[1], lambda x: _divided(_columns(x, share), factors_B, _FEATURES_OF_B))
-        lr = group["lr"]
         shrink = 1 - lr * group["weight_decay"] if group["weight_decay"] else None
         _subtract(factors_A, lr * updates[0], _FEATURES_OF_A, shrink)
         _subtract(factors_B, lr * _columns(updates[1], share), _FEATURES_OF_B, shrink)

@@ -53,7 +53,7 @@ def train(A, B, gradients, **options):
     for gradient in gradients:
         gradient = gradient(A, B) if callable(gradient) else gradient
         of_A, of_B = B.mT @ gradient, (gradient @ A.mT).mT
-        (up_A, up_B), moments = orthogonal_updates((A, B.mT), (of_A, of_B), moments, betas=BETAS, **options)
+        (up_A, up_B), moments = orthogonal_updates((A, B.mT), (of_A, of_B), moments, lr=LR, betas=BETAS, **options)
         A, B = A - LR * up_A, B - LR * up_B.mT
         found.append((A, B))
     return found
@@ -130,7 +130,7 @@ def test_the_change_of_the_product_is_the_same_for_all_its_factors(shape, seed, 
 def test_components_move_in_orthogonal_directions(components, seed):
     A, B, (gradient, *_) = problem((components, 12, 15), seed)
     (up_A, up_B), _ = orthogonal_updates(
-        (A, B.mT), (B.mT @ gradient, A @ gradient.mT), (no_moments(A), no_moments(B.mT)), floor=1e-12
+        (A, B.mT), (B.mT @ gradient, A @ gradient.mT), (no_moments(A), no_moments(B.mT)), lr=1e-4, floor=1e-12
     )
     # In the other factor's frame the updates are orthogonal and as long as Adam's: √D for D entries of about 1.
     for other, update in ((B.mT, up_A), (A, up_B)):
@@ -150,10 +150,19 @@ def test_no_feature_dominates_by_its_scale(shape, seed):
     A, B, (gradient, *_) = problem(shape, seed)
     sizes = torch.logspace(-2, 2, shape[1], dtype=torch.float64)
     found, expected = (
-        orthogonal_updates((A, B.mT), (of_A, A @ gradient.mT), (no_moments(A), no_moments(B.mT)))[0][0]
+        orthogonal_updates((A, B.mT), (of_A, A @ gradient.mT), (no_moments(A), no_moments(B.mT)), lr=LR)[0][0]
         for of_A in (B.mT @ gradient * sizes, B.mT @ gradient)
     )
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+@PROPERTY
+@given(_SHAPE, _SEED, st.floats(0, 1))
+def test_A_changes_the_product_by_a_tenth_at_most(shape, seed, lr):
+    A, B, (gradient, *_) = problem(shape, seed)
+    moments = no_moments(A), no_moments(B.mT)
+    (up_A, _), _ = orthogonal_updates((A, B.mT), (B.mT @ gradient, A @ gradient.mT), moments, lr=lr, floor=1e-12)
+    assert lr * (B @ up_A).norm() <= 0.101 * (B @ A).norm()
 
 
 def test_factors_at_zero_wait_and_start_with_the_first_gradient():
@@ -208,7 +217,7 @@ def test_the_grams_of_shards_add_up(parts):
         rows = part(A), part(B.mT)
         moments = tuple(map(no_moments, rows))
         for step in steps:
-            updates, moments = orthogonal_updates(rows, tuple(map(part, step)), moments, betas=BETAS, **options)
+            updates, moments = orthogonal_updates(rows, tuple(map(part, step)), moments, lr=LR, betas=BETAS, **options)
             rows = tuple(each - LR * update for each, update in zip(rows, updates, strict=True))
         return rows
 

@@ -14,7 +14,7 @@ With X = A or Bᵀ and Y the other of the two, G the gradient of X, and all mome
     V ← β₂ (P V Pᵀ + e·1) + (1 − β₂) H Hᵀ / D     the components' second moment (N, N); e: the escaped mass, see below
     S = (V / w₂)^(−1/2) H                     whitened: where V is this step's alone, S Sᵀ = D·1
     M ← β₁ P M + (1 − β₁) S                   the first moment (N, D)
-    X ← X − η R_Y⁻¹ M / w₁                    so that Y's part of the change of ΔW is Q_Yᵀ M, free of scale again
+    X ← X − η l R_Y⁻¹ M / w₁                  so that Y's part of the change of ΔW is Q_Yᵀ M, free of scale again
 
 * Features: LoRA-RITE has no c. In a whole LLM a few features of the residual stream are a hundred times as large as the
   others, and without c an update has little room for the rest (docs/experiments/features.md).
@@ -22,6 +22,8 @@ With X = A or Bᵀ and Y the other of the two, G the gradient of X, and all mome
 * Escaped mass: P V Pᵀ has lost what lay outside of the new frame. The loss of the trace is spread evenly over it:
   e = (tr V − tr P V Pᵀ) / N. So tr V is the running mean of the gradient's size, and a frame that turns quickly does
   not lengthen the steps. (The paper adds the largest loss of an eigenvalue to V; its authors' code does not.)
+* Limit: l = min(1, ‖B A‖ / (10 η √(N I))) for A, 1 for B. While B is close to its start at zero, a full step would
+  replace A by the noise of one gradient. So A's part changes ΔW by at most a tenth of its size. (Not in LoRA-RITE.)
 * Zero: the inverse root of a zero matrix is zero. While B is zero, A has no frame to move in: it stays, and has no
   moments, w = 0. A zero gradient only lets the moments fade. A feature that never had a gradient stays.
 * Floor: inverse roots are taken of C + floor·‖C‖·1, so that directions without a gradient, or a frame, stay finite.
@@ -48,6 +50,7 @@ Pair = tuple[torch.Tensor, torch.Tensor]  # something of A and the same of B
 
 _TINY = 1e-60  # the norm of a matrix that counts as zero; its inverse root is still a number in float32
 _CONVERGED = 1e-3
+_LARGEST_CHANGE = 0.1  # of ΔW in a step of A
 
 
 class Moments(NamedTuple):
@@ -73,6 +76,7 @@ def orthogonal_updates(
     gradients: Pair,
     moments: tuple[Moments, Moments],
     *,
+    lr: float,
     betas: tuple[float, float] = (0.9, 0.98),
     floor: float = 1e-6,
     lengths: tuple[int, int] | None = None,
@@ -84,6 +88,7 @@ def orthogonal_updates(
         factors: A (…, N, I) and Bᵀ (…, N, O), in float32 or float64; or this process's shards, some columns of each.
         gradients: of the same shapes, as are the updates.
         moments: of both; :func:`no_moments` at the start.
+        lr: η, for the limit of A's update.
         betas: the decay of the first and of the second moment.
         floor: relative, of inverse roots.
         lengths: I and O, where the tensors are shards.
@@ -122,6 +127,9 @@ def orthogonal_updates(
     second_NN = (beta_2 * moved_NN + (1 - beta_2) * square_NN) * has_frame[..., None, None]
     whiten_NN = inverse_root(second_NN, floor) * ((1 - beta_1) * second_weight.sqrt())[..., None, None]
     unframe_NN = frame_NN / torch.where(first_weight > 0, first_weight, 1.0)[..., None, None]
+    product = (products_NN[0] * products_NN[2]).sum((-2, -1)).clamp_min(0).sqrt()  # the norm of B A
+    largest = _LARGEST_CHANGE / math.sqrt(lengths[0] * last_NN.shape[-1]) / max(lr, 1e-30) * product
+    unframe_NN[0] *= largest.clamp_max(1)[..., None, None]
 
     updates, after = [], []
     for index, (x_ND, h_ND, own) in enumerate(zip(factors, scaled, moments, strict=True)):
