@@ -16,12 +16,12 @@ With X = A or Bᵀ and Y the other of the two, G the gradient of X, and all mome
     M ← β₁ P M + (1 − β₁) S                   the first moment (N, D)
     X ← X − η l R_Y⁻¹ M / w₁                  so that Y's part of the change of ΔW is Q_Yᵀ M, free of scale again
 
-* Features: LoRA-RITE has no c. In a whole LLM a few features of the residual stream are a hundred times as large as the
-  others, and without c an update has little room for the rest (docs/experiments/features.md).
+* Features: LoRA-RITE has no c. In an LLM a few features of the residual stream are many times as large as the others,
+  and without c an update is mostly along these (docs/experiments/whole-model.md).
 * Bias correction: w ← β w + (1 − β), which is 1 − βᵗ after t steps.
 * Escaped mass: P V Pᵀ has lost what lay outside of the new frame. The loss of the trace is spread evenly over it:
-  e = (tr V − tr P V Pᵀ) / N. So tr V is the running mean of the gradient's size, and a frame that turns quickly does
-  not lengthen the steps. (The paper adds the largest loss of an eigenvalue to V; its authors' code does not.)
+  e = (tr V − tr P V Pᵀ) / N. So tr V stays the running mean of H's size, and a frame that turns quickly does not
+  lengthen the steps. (The paper adds the largest loss of an eigenvalue to V; its authors' code does not.)
 * Limit: l = min(1, ‖B A‖ / (10 η √(N I))) for A, 1 for B. While B is close to its start at zero, a full step would
   replace A by the noise of one gradient. So A's part changes ΔW by at most a tenth of its size. (Not in LoRA-RITE.)
 * Zero: the inverse root of a zero matrix is zero. While B is zero, A has no frame to move in: it stays, and has no
