@@ -1,4 +1,4 @@
-"""The source and the tests do not grow. The aim is 12,000 lines in 80 modules, and 16,000 lines of tests.
+"""The source and the tests do not grow. The aim is 12,000 lines, and 16,000 lines of tests.
 
 Lower these numbers with every simplification; a higher one is a decision with a reason in docs/LOG.md.
 """
@@ -9,8 +9,8 @@ from pathlib import Path
 from statistics import median
 
 ROOT = Path(__file__).parents[1]
-SOURCE_LINES, SOURCE_MODULES, MODULE_LINES = 17_495, 87, 500
-TEST_LINES = 18_800
+SOURCE_LINES, SOURCE_MODULES, MODULE_LINES = 16422, 73, 500
+TEST_LINES = 18313
 
 
 def lines(folder: Path) -> dict[str, int]:

@@ -267,7 +267,7 @@ def load_config(path: Path) -> Recipe:
 
 def _content(path: Path, extending: tuple[Path, ...] = ()) -> dict[str, Any]:
     """A recipe file's values over those of the recipe that it extends; the files in ``extending`` led to this one."""
-    place = path.resolve()
+    place = Path(os.path.realpath(path))  # Path.resolve raises for a loop of links
     if place in extending:
         raise BaditError(f"{extending[-1]}: extends: {path.name} extends this file already")
     content = read_values(path)
