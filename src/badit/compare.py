@@ -30,7 +30,7 @@ import torch
 
 from badit.data import ordered
 from badit.environment import status
-from badit.errors import BaditError, refuse_unknown
+from badit.errors import BaditError, explained, refuse_unknown
 from badit.files import exclusive, inside, read_json, write_json
 from badit.methods import Method, build_method, on_skeleton
 from badit.metrics import METRICS, mean_scores
@@ -315,7 +315,7 @@ class _Comparison:
         """Infinite where the cell failed; LookupError where it has not ended."""
         run = self._grid.run_of(cell)
         if run.validation_path.is_file():
-            return read_json(run.validation_path)["loss"]
+            return _validation_loss(run)
         if (run.path / ERROR).is_file():
             return math.inf
         raise LookupError(cell)
@@ -387,7 +387,7 @@ def _entry(grid: Grid, cell: Cell, *, selected: bool, tasks: Sequence[str] = ())
         trainings = [_read(run.environment_path)["training"] for run in runs]
         trained = sum(training["trainable_parameters"] for training in trainings)
         environment["training"] = {**joint_training(trainings), "trainable_parameters": trained}
-    loss = _read(runs[0].validation_path).get("loss", math.nan)
+    loss = _validation_loss(runs[0]) if runs[0].validation_path.is_file() else math.nan
     scores = mean_scores(instances) if done and instances else None
     entry = {
         "method": cell.method,
@@ -411,6 +411,11 @@ def _entry(grid: Grid, cell: Cell, *, selected: bool, tasks: Sequence[str] = ())
         entry |= {"tasks": sequence["order"], "matrix": sequence["matrix"]}
         entry["continual"] = both_forms(sequence["matrix"], alone)
     return entry
+
+
+def _validation_loss(run: Run) -> float:
+    with explained(run.validation_path, fix="remove the file to measure again", any_error=True):
+        return float(read_json(run.validation_path)["loss"])
 
 
 def _read(file: Path) -> dict[str, Any]:

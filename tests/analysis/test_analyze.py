@@ -53,6 +53,9 @@ def test_a_run_with_experts_has_all_tables_and_a_finished_part_is_not_measured_a
     assert record["settings"] == {"target": ".", "data": None, "instances": 2}
     with pytest.raises(BaditError, match=r"analysis: is of .* or of other settings; remove it and analysis\."):
         analyze(run, instances=3, progress=False)
+    (run / "analysis.json").write_text(json.dumps({**record, "parts": 5}))
+    with pytest.raises(BaditError, match="remove it and analysis"):
+        analyze(run, instances=2, progress=False)
 
 
 @pytest.mark.parametrize(

@@ -86,6 +86,13 @@ def test_a_finished_comparison_is_not_done_again_and_another_recipes_is_refused(
     methods = {**values["compare"]["methods"], "badit": {"name": "badit", "num_experts": 2, "r": 4}}
     with pytest.raises(BaditError, match=r"badit/.*it differs in method\.num_experts, method\.r"):
         compared({**values, "compare": {**values["compare"], "methods": methods}})
+    damaged = Path(values["output"]) / "lora/lr-0.01/seed-0/validation.json"
+    was = damaged.read_text()
+    for text in ("{}", '{"loss": "low"}'):
+        damaged.write_text(text)
+        with pytest.raises(BaditError, match=r"validation\.json: .*remove the file to measure again"):
+            compared(values)
+    damaged.write_text(was)
 
 
 def test_a_failing_cell_stops_no_other_and_is_tried_again(values, inline, monkeypatch, capsys):

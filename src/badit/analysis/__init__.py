@@ -67,23 +67,24 @@ def analyze(
     measured = os.path.relpath(folder.resolve(), output.resolve()) if is_run else target
     settings = {"target": measured, "data": data, "instances": instances}
     record = read_json(path) if path.is_file() else {"settings": settings, "environment": environment(), "parts": {}}
+    known, done = record.get("settings") or {}, record.get("parts")
     # An earlier release left the target out.
-    if settings | (record.get("settings") or {}) != settings:
+    if not (isinstance(known, dict) and isinstance(done, dict) and settings | known == settings):
         others = f"it and {path.name}" if is_run else f"it, {path.name} and config.yaml"
         fix = f"remove {others} to measure again, or choose another --output"
         raise BaditError(f"{output / 'analysis'}: is of another run or model, or of other settings; {fix}")
-    if "learning" in record["parts"]:  # the last one
+    if "learning" in done:  # the last one
         return output
     with exclusive(output):
         for part, measure in _parts(recipe, chosen, progress).items():
-            if part in record["parts"]:
+            if part in done:
                 continue
             began = time.monotonic()
             frames = [frame for frame in measure() if len(frame)]
             for frame in frames:
                 save_frame(frame, output / "analysis")
             # After its tables are written, so that an interrupted part is measured again.
-            record["parts"][part] = {
+            done[part] = {
                 "tables": [frame.attrs["name"] for frame in frames],
                 "seconds": round(time.monotonic() - began, 1),
                 "peak_memory_gib": round(peak_memory() / 2**30, 2),
