@@ -111,6 +111,15 @@ def test_a_deep_copy_is_independent(tiny_model: Model) -> None:
     assert not copied.unload()._forward_pre_hooks
 
 
+def test_unloading_leaves_the_models_own_generate(tiny_model: Model) -> None:
+    base = tiny_model("llama")
+    base.generate = own = lambda *args, **kwargs: "own"
+    model = adapted(base)
+    assert base.generate is not own
+    assert model.unload().generate is own
+    assert "generate" not in adapted(tiny_model("llama")).unload().__dict__
+
+
 @TIED
 def test_an_adapter_on_a_head_that_is_the_embedding_leaves_the_embedding(tiny_model: Model, tmp_path: Path) -> None:
     base = tiny_model("gpt2")

@@ -120,6 +120,8 @@ class RoutingContext:
             hook.remove()
         model.__dict__.pop("_badit_routing", None)
         model.__dict__.pop("generate", None)
+        if self._generate is not None:
+            model.__dict__["generate"] = self._generate
 
     def generate(self, model: Any, *args: Any, **kwargs: Any) -> Any:
         """The model's own ``generate``, during which positions past the end of the input are answer."""
