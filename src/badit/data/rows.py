@@ -137,8 +137,7 @@ def _parsed(row: Any, name: str, where: Source, strict: bool) -> Iterator[_Row]:
         others = [key for key in row if key not in _KEYS]
         if strict and "task" in row and others:
             raise BaditError(f"{others[0]}: unknown key{nearest(others[0], _KEYS)}")
-        if "input" not in row and (near := get_close_matches("input", others, n=1, cutoff=0.8)):
-            raise BaditError(f"found {near[0]!r:.60}, did you mean 'input'?")
+        _refuse_near("input", row)
         text, content = row["instruction"], row.get("input", "")
         if own_task is not None or where.columns.get("instruction"):
             instruction = text
@@ -148,6 +147,7 @@ def _parsed(row: Any, name: str, where: Source, strict: bool) -> Iterator[_Row]:
     elif pair := next((pair for pair in _PAIRS if row.keys() >= {*pair}), None):
         found = [((), row[pair[0]], row[pair[1]])]
     else:
+        _refuse_near("output", row)
         fix = "name the columns with data.columns={input: COLUMN, output: COLUMN}"
         raise BaditError(f"no known form of a row: found {', '.join(map(str, row)):.200}; {fix}")
     split, identity = row.get("split") or None, row.get("id") or None
@@ -159,6 +159,12 @@ def _parsed(row: Any, name: str, where: Source, strict: bool) -> Iterator[_Row]:
     for number, (history, content, outputs) in enumerate(found):
         own_id = f"{identity}-{number}" if identity and number else identity
         yield _Row(**about, id=own_id, history=history, input=content, outputs=outputs)
+
+
+def _refuse_near(key: str, row: Mapping[str, Any]) -> None:
+    """Raises BaditError for a row that seems to have a key, but misspelt."""
+    if key not in row and (near := get_close_matches(key, map(str, row), n=1, cutoff=0.8)):
+        raise BaditError(f"found {near[0]!r:.60}, did you mean {key!r}?")
 
 
 def _chat_of(row: Mapping[str, Any]) -> list[Any] | None:
