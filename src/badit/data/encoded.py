@@ -73,13 +73,14 @@ def encode_tasks(
         key = ["examples", hashlib.sha256(about.encode()).hexdigest(), dict(options), fingerprints]
 
     def make(notes: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        os.environ["TOKENIZERS_PARALLELISM"] = "true"  # a thread on every core
-        pairs = ((task, instance) for task in tasks for instance in task.train)
-        with tqdm(total=count, desc="Encoding", unit="example", disable=not progress, leave=False) as bar:
-            for chunk in cache.chunks(pairs, 1_000):
+        from accelerate.utils import patch_environment
+
+        bar = tqdm(total=count, desc="Encoding", unit="example", disable=not progress, leave=False)
+        with bar, patch_environment(TOKENIZERS_PARALLELISM="true"):  # a thread on every core
+            for chunk in cache.chunks(((task, one) for task in tasks for one in task.train), 1_000):
                 yield from encode_examples(tokenizer, chunk, **options)
                 bar.update(len(chunk))
-        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # from now on processes may be forked
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # from now on processes may be forked
 
     table, _ = cache.table(_SCHEMA, make, key)
     return Examples(table, order, with_labels)
