@@ -104,8 +104,8 @@ class TrainingSection(Section):
 
     def arguments(self) -> dict[str, Any]:
         """The values for TrainingArguments: all but badit's own, which are for badit.trainer.AnswerTrainer."""
-        own = {"group_by_length", "max_skipped_steps", "early_stopping_patience"}
-        return self.model_dump(exclude=own | {"optimizer", "lora_plus_ratio", "router_lr_ratio"})
+        own = {"max_skipped_steps", "optimizer", "lora_plus_ratio", "router_lr_ratio", "early_stopping_patience"}
+        return self.model_dump(exclude=own)
 
 
 #: What this section called fields in earlier releases (and transformers in one case), and their names now.

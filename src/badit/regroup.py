@@ -76,7 +76,7 @@ class RegroupOptions:
 
 
 def trainable_adapters(model: nn.Module, kind: type[Layer] = BaditLinear) -> Iterator[tuple[str, tuple[Layer, str]]]:
-    """(name, (layer, adapter)) of every adapter that is being trained in layers of a kind, in the model's order."""
+    """(name, (layer, adapter)) of every adapter that is being trained in layers of one class, in the model's order."""
     for layer in (module for module in model.modules() if isinstance(module, kind)):
         for adapter, factor in layer.badit_A.items():
             if factor.requires_grad:
