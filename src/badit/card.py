@@ -123,7 +123,7 @@ def _training(run: Run, recipe: Recipe) -> dict[str, Any]:
         **pd.json_normalize({"method": recipe.method}).to_dict("records")[0],
         **{key: _last_part(value) if isinstance(value, str) else value for key, value in training.items()},
     }
-    known = read_json(run.environment_path) if run.environment_path.is_file() else {}
+    known = run.known_environment
     took, packages = known.get("training"), known.get("packages")
     for name in ("trainable_parameters", "steps", "tokens"):
         if isinstance(took, Mapping) and isinstance(took.get(name), int):

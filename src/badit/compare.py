@@ -381,10 +381,11 @@ def _entry(grid: Grid, cell: Cell, *, selected: bool, tasks: Sequence[str] = ())
     runs = grid.single_runs(cell, tasks) or [grid.run_of(cell)]
     done = all((run.instances_path if selected else run.validation_path).is_file() for run in runs)
     errors = [file.read_text(encoding="utf-8").strip() for run in runs if (file := run.path / ERROR).is_file()]
-    instances = {task: scores for run in runs for task, scores in _read(run.instances_path).items()}
-    environment = _read(runs[0].environment_path) if done or not tasks else {}
+    scored = [read_json(run.instances_path) for run in runs if run.instances_path.is_file()]
+    instances = {task: scores for of_run in scored for task, scores in of_run.items()}
+    environment = runs[0].known_environment if done or not tasks else {}
     if tasks and done:  # of one training after another
-        trainings = [_read(run.environment_path)["training"] for run in runs]
+        trainings = [run.environment["training"] for run in runs]
         trained = sum(training["trainable_parameters"] for training in trainings)
         environment["training"] = {**joint_training(trainings), "trainable_parameters": trained}
     loss = _validation_loss(runs[0]) if runs[0].validation_path.is_file() else math.nan
@@ -416,7 +417,3 @@ def _entry(grid: Grid, cell: Cell, *, selected: bool, tasks: Sequence[str] = ())
 def _validation_loss(run: Run) -> float:
     with explained(run.validation_path, fix="remove the file to measure again", any_error=True):
         return float(read_json(run.validation_path)["loss"])
-
-
-def _read(file: Path) -> dict[str, Any]:
-    return read_json(file) if file.is_file() else {}

@@ -310,8 +310,7 @@ def load_run(run: Run, recipe: Recipe | None = None) -> tuple[PreTrainedModel | 
     if not run.adapter_path.is_dir():
         raise BaditError(f"{run.path}: has no adapter yet; finish its training with: badit train {whole.config_path}")
     model, tokenizer = base_model(recipe)
-    known = read_json(whole.environment_path).get("inputs", {}) if whole.environment_path.is_file() else {}
-    if changed_inputs(known, {BASE_MODEL: model_fingerprint(model)}):
+    if changed_inputs(whole.known_environment.get("inputs", {}), {BASE_MODEL: model_fingerprint(model)}):
         fix = "restore it, or train again with another output=FOLDER"
         raise BaditError(f"{run.path}: the base model {recipe.model.name} changed since the run was trained; {fix}")
     return method.load(model, run.adapter_path), tokenizer

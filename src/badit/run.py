@@ -177,6 +177,11 @@ class Run:
         return read_json(self.environment_path)
 
     @property
+    def known_environment(self) -> dict[str, Any]:
+        """``environment`` as far as it is written: empty before the training begins."""
+        return self.environment if self.environment_path.is_file() else {}
+
+    @property
     def tables(self) -> dict[str, pd.DataFrame]:
         """What :meth:`analyze` has measured, by name; empty before."""
         from badit.analysis.tables import load_frames

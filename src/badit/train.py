@@ -168,7 +168,7 @@ def fit(recipe: Recipe, *, progress: bool = True, allow_changed_inputs: bool = F
             return run
         if not plan.method.trains:
             return run
-        began = _known(run).get("dtype")
+        began = run.known_environment.get("dtype")
         if recipe.model.dtype == "fast" and began in ("bfloat16", "float32"):  # "fast" could settle otherwise now
             model = recipe.model.model_copy(update={"dtype": began})
             plan = dataclasses.replace(plan, recipe=recipe.model_copy(update={"model": model}))
@@ -185,11 +185,6 @@ def fit(recipe: Recipe, *, progress: bool = True, allow_changed_inputs: bool = F
             write_json(run.environment_path, {**run.environment, "training": joint_training(summaries)})
             copy_folder(plan.stages[-1].folder.adapter_path, run.adapter_path)
         return run
-
-
-def _known(run: Run) -> dict[str, Any]:
-    """What environment.json has by now."""
-    return run.environment if run.environment_path.is_file() else {}
 
 
 def in_use(recipe: Recipe) -> AbstractContextManager[None]:
@@ -284,7 +279,7 @@ def _train_stage(
             "seconds": round(seconds, 1),
             "peak_memory_gib": round(peak_memory() / 2**30, 2),
         }
-        write_json(folder.environment_path, {**_known(folder), "training": summary})
+        write_json(folder.environment_path, {**folder.known_environment, "training": summary})
         partial = folder.adapter_path.with_name("adapter.partial")
         shutil.rmtree(partial, ignore_errors=True)
         with status("saving"):
@@ -296,7 +291,7 @@ def _train_stage(
 
 def keep_inputs(run: Run, found: Mapping[str, str], allow_changed: bool = False) -> None:
     """Stores what a run is made of in its environment.json; BaditError where it has changed and is not allowed to."""
-    content = _known(run)
+    content = run.known_environment
     known: dict[str, str] = content.get("inputs", {})
     changed = changed_inputs(known, found)
     if changed and not allow_changed:

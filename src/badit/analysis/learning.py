@@ -26,7 +26,7 @@ from badit.analysis.gates import Batches, active_experts
 from badit.analysis.tables import COUNT, EXPERT, INDEX, SHARED, TEXT, Column, Table, layer_and_module
 from badit.data import on_device
 from badit.errors import BaditError, explained
-from badit.files import read_json, read_jsonl
+from badit.files import read_jsonl
 from badit.method import ExpertAngles, cosine_gram
 from badit.method import expert_angles as angles_of
 from badit.results import SINGLE_TASK, load_results, paired, read_scores
@@ -87,8 +87,7 @@ def expert_angles(run: Run, held_out: Mapping[tuple[int, str], Sequence[float | 
     regroups = run.regroupings_path.is_file()
     path = run.regroupings_path if regroups else run.angles_path
     prefixes = {"before": "previous_", "after": ""} if regroups else {"training": ""}
-    environment = read_json(run.environment_path) if held_out and run.environment_path.is_file() else {}
-    step = (environment.get("training") or {}).get("steps")
+    step = (run.known_environment.get("training") or {}).get("steps") if held_out else None
     about = (
         "Angles between the gradients of components of one expert (within) and of two experts (between), means over "
         "pairs. Of a regrouping, both groupings are measured on the steps that followed it."

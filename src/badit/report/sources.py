@@ -25,7 +25,7 @@ from badit.analysis.learning import component_flow, expert_angles, task_gap, tra
 from badit.analysis.tables import load_frames
 from badit.errors import BaditError
 from badit.evaluate import read_predictions
-from badit.files import read_json, read_jsonl, refuse_links
+from badit.files import read_jsonl, refuse_links
 from badit.metrics import Prediction, group_by_task, rouge_l
 from badit.recipe import read_values
 from badit.render import method_table, number
@@ -193,8 +193,7 @@ def _read(folder: Path, label: str) -> Source:
         source.add(name, frame, f"analysis/{name}.json")
     if run.config_path.is_file():
         source.config = read_values(run.config_path)  # a recipe of another version may have other keys
-    if run.environment_path.is_file():
-        source.environment = read_json(run.environment_path)
+    source.environment = run.known_environment
     if (folder / RESULTS).is_file():
         _add_results(source)
     elif run.scores_path.is_file():
