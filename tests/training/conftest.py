@@ -8,8 +8,8 @@ from training.launches import TESTS, Launches
 
 
 @pytest.fixture
-def launches(recipe_values, tmp_path):
-    return Launches(recipe_values, tmp_path)
+def launches(recipe_values, tmp_path, processes):
+    return Launches(recipe_values, tmp_path, processes)
 
 
 @pytest.fixture(scope="module")
@@ -17,6 +17,6 @@ def processes():
     """Forks of a server process that has imported everything once."""
     path = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["training.killed"])
+    context.set_forkserver_preload(["training.killed", "training.ranks"])
     with patch.dict(os.environ, {"PYTHONPATH": path, "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1"}):
         yield context

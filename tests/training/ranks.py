@@ -1,4 +1,4 @@
-"""What each of several processes runs in ``launches``: the command.
+"""What each of several processes runs in ``launches``: the command, launched as a script or forked.
 
     python ranks.py RECIPE [key=value …]
 
@@ -55,9 +55,20 @@ def leave(code: int) -> NoReturn:
     os._exit(code)
 
 
-if __name__ == "__main__":
+def run(words: list[str]) -> NoReturn:
     shard_on_cpu()
     deepspeed_on_cpu()
     own = AdapterMethod.callbacks
     AdapterMethod.callbacks = lambda self, run: [*own(self, run), on("on_step_begin", stop)]  # pyright: ignore
-    leave(main(["train", *sys.argv[1:]]))
+    leave(main(["train", *words]))
+
+
+def forked(words: list[str], variables: dict[str, str], printed: str) -> NoReturn:
+    for stream in (1, 2):
+        os.dup2(os.open(printed, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
+    os.environ.update(variables)
+    run(words)
+
+
+if __name__ == "__main__":
+    run(sys.argv[1:])

@@ -12,7 +12,7 @@ from training.trainers import learned
 def test_two_processes_end_as_one_does(launches, capsys):
     launches.train_alone("one", batch=4)
     for engine in ("ddp", "fsdp2"):
-        printed = launches.train(engine, 2, engine)
+        printed = launches.train(engine, 2, engine, launcher=True)
         assert printed.count("mean over tasks") == 1
         assert printed.count("0/12 [00:00<?") == 1, "one bar"
         assert_same_run(launches.run(engine), launches.run("one"))
@@ -32,8 +32,9 @@ def test_two_processes_end_as_one_does(launches, capsys):
     assert losses(launches.run("fsdp2-copied")) == pytest.approx(losses(launches.run("ddp-copied")), abs=1e-5)
 
 
-def test_a_sequence_in_two_processes_leaves_one_whole_run(recipe_values, tmp_path):
-    launches = Launches({**recipe_values, "data": {**recipe_values["data"], "order": "seeded-0"}}, tmp_path)
+def test_a_sequence_in_two_processes_leaves_one_whole_run(recipe_values, tmp_path, processes):
+    values = {**recipe_values, "data": {**recipe_values["data"], "order": "seeded-0"}}
+    launches = Launches(values, tmp_path, processes)
     launches.train("sequence", 2, "ddp")
     run = launches.run("sequence")
     assert set(run.scores["task"]) == {"cities", "rivers"}

@@ -25,10 +25,10 @@ def test_a_run_trains_with_the_optimizer_of_its_recipe(recipe_values, tmp_path):
     assert not any(torch.equal(adapters[0][changed], other[changed]) for other in adapters[1:])
 
 
-def test_two_processes_train_as_one_does_and_resume(recipe_values, tmp_path):
+def test_two_processes_train_as_one_does_and_resume(recipe_values, tmp_path, processes):
     recipe_values["method"] |= {"num_experts": 3, "r": 3}  # nine rows of A do not divide evenly
     recipe_values["training"] |= {"optimizer": "orthogonal"}
-    launches = Launches(recipe_values, tmp_path)
+    launches = Launches(recipe_values, tmp_path, processes)
     assert launches.train_alone("alone", batch=4) == 0
     launches.train("fsdp2", 2, "fsdp2")
     assert_same_run(launches.run("fsdp2"), launches.run("alone"))
