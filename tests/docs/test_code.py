@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 from badit import analyze
 from badit.cli import main
 from badit.export import export
+from comparison.cells import InlineCell, compare_module
 from docs.pages import ROOT, Page, pages
 
 _BLOCK = re.compile(r"^```(python|sh)\n(.*?)^```", flags=re.DOTALL | re.MULTILINE)
@@ -22,6 +23,7 @@ WITH_CODE = [page for page in pages() if page.blocks("python") and page not in W
 @pytest.fixture(autouse=True)
 def _folder(tiny_built_in, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(compare_module, "CellProcess", InlineCell)
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
 
 

@@ -48,20 +48,27 @@ class Striker:
             self.count("file")
 
 
-def strike(
-    processes: Any, command: list[str], output: Path, event: str = "", number: int = 0, sent: int = 0
-) -> tuple[int, str]:
-    """Runs a command that writes the folder ``output``; its exit code and what it said.
+def start(processes: Any, command: list[str], output: Path, event: str = "", number: int = 0, sent: int = 0) -> Any:
+    """Starts a command that writes the folder ``output``.
 
     At the ``number``-th ``event``, a callback's such as on_step_end or "file", an operation on a file in that folder,
     it sends itself the signal ``sent``; if that is 0, from there on no file may grow beyond 2 kB, as on a full disk.
     The counts of all events are in OUTPUT.json if the process ends by itself.
     """
     order = {"command": command, "output": str(output), "event": event, "number": number, "signal": sent}
-    process = processes.Process(target=run, args=(order,))
+    process = processes.Process(target=run, args=(order,), name=str(output))
     process.start()
+    return process
+
+
+def end(process: Any) -> tuple[int, str]:
+    """Its exit code and what it said."""
     process.join()
-    return process.exitcode, Path(f"{output}.txt").read_text()
+    return process.exitcode, Path(f"{process.name}.txt").read_text()
+
+
+def strike(*order: Any) -> tuple[int, str]:
+    return end(start(*order))
 
 
 def run(order: dict[str, Any]) -> None:

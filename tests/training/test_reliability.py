@@ -24,6 +24,7 @@ from badit.run import Run
 from badit.train import refuse_beyond_model
 from badit.trainer import AnswerTrainer
 from fuzz.command import STRESS
+from training import killed
 from training.trainers import change_tensors
 
 BADIT = {"name": "badit", "num_experts": 4, "r": 2}
@@ -62,18 +63,19 @@ def test_a_run_in_use_is_refused_and_free_once_its_process_is_killed(recipe_file
         assert main(["evaluate", output]) == 0
 
 
-def run_twice_at_once(command, recipe):
+def run_twice_at_once(processes, command, recipe):
     """One process is refused, unless they run one after the other."""
-    words = [sys.executable, "-m", "badit", command, str(recipe)]
-    pair = [subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
-    said = [process.communicate()[1] for process in pair]
-    assert sorted(process.returncode for process in pair) in ([0, 2], [0, 0]), said
-    assert all("is in use by" in said[i] for i, process in enumerate(pair) if process.returncode)
+    pair = [killed.start(processes, [command, str(recipe)], recipe.with_name(name)) for name in ("one", "other")]
+    ends = [killed.end(process) for process in pair]
+    assert sorted(code for code, _ in ends) in ([0, 2], [0, 0]), ends
+    assert all("is in use by" in said for code, said in ends if code)
 
 
 @pytest.mark.parametrize("attempt", range(STRESS))
-def test_of_two_processes_that_train_into_one_folder_one_is_refused(attempt, recipe_file, recipe_values, tmp_path):
-    run_twice_at_once("train", recipe_file)
+def test_of_two_processes_that_train_into_one_folder_one_is_refused(
+    attempt, recipe_file, recipe_values, tmp_path, processes
+):
+    run_twice_at_once(processes, "train", recipe_file)
     assert main(["train", str(recipe_file), f"output={tmp_path / 'alone'}"]) == 0
     alone, shared = Run(tmp_path / "alone"), Run(recipe_values["output"])
     assert shared.metrics_path.read_bytes() == alone.metrics_path.read_bytes()
@@ -209,12 +211,12 @@ def test_prompts_beyond_the_model_are_refused_by_every_command(tiny_model, recip
 
 
 @pytest.mark.parametrize("attempt", range(STRESS))
-def test_of_two_processes_that_compare_into_one_folder_one_is_refused(attempt, recipe_values, tmp_path):
+def test_of_two_processes_that_compare_into_one_folder_one_is_refused(attempt, recipe_values, tmp_path, processes):
     recipe = tmp_path / "compare.yaml"
     methods = {"base": {"name": "base"}, "lora": {"name": "lora", "r": 2}}
     section = {"methods": methods, "reference": "lora", "seeds": [0]}
     recipe.write_text(yaml.safe_dump(recipe_values | {"training": {"max_steps": 1}, "compare": section}))
-    run_twice_at_once("compare", recipe)
+    run_twice_at_once(processes, "compare", recipe)
     cells = json.loads(Path(recipe_values["output"], "results.json").read_text())["cells"]
     assert [cell["status"] for cell in cells] == ["done", "done"]
 
