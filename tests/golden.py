@@ -15,6 +15,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors.torch import load_file
+
+import badit
+from materials import make_material
+
 ROOT = Path(__file__).parent
 FILE = ROOT / "golden.json"
 _STEPS = 20
@@ -52,8 +58,6 @@ def recipe(material: Path, output: Path, method: dict[str, Any], **data: Any) ->
 
 def train_method(name: str, material: Path, output: Path) -> dict[str, Any]:
     """The losses of every step, the hash of what was learnt, and the scores."""
-    import badit
-
     order = {"order": ["cities", "rivers"]} if name in SEQUENTIAL else {}
     run = badit.train(recipe(material, output, METHODS[name], **order), progress=False)
     logs = sorted(output.rglob("metrics.jsonl"))
@@ -64,32 +68,25 @@ def train_method(name: str, material: Path, output: Path) -> dict[str, Any]:
 
 
 def _hash(path: Path) -> str:
-    import torch
-    from safetensors.torch import load_file
-
     digest = hashlib.sha256()
     for name, tensor in sorted(load_file(path).items()):
         digest.update(name.encode() + tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def analysis_tables(run: Path, output: Path) -> dict[str, str]:
     """The hash of every table's rows."""
-    import badit
-
     badit.analyze(run, instances=4, output=output, progress=False)
-    tables = {}
-    for path in sorted((output / "analysis").glob("*.json")):
-        content = json.loads(path.read_text())
-        text = json.dumps([list(content["columns"]), content["rows"]])
-        tables[path.stem] = hashlib.sha256(text.encode()).hexdigest()
-    return tables
+    contents = {path.stem: json.loads(path.read_text()) for path in sorted((output / "analysis").glob("*.json"))}
+    return {name: _digest(json.dumps([list(each["columns"]), each["rows"]])) for name, each in contents.items()}
 
 
 def comparison(material: Path, output: Path) -> dict[str, Any]:
     """The scores of every cell, and the printed table."""
-    import badit
-
     values = recipe(material, output, {"name": "badit"}, validation_per_task=2)
     values["training"]["max_steps"] = 4
     badit.compare({**values, "compare": {"methods": COMPARED, "seeds": [0, 1]}}, progress=False)
@@ -105,20 +102,15 @@ def comparison(material: Path, output: Path) -> dict[str, Any]:
 
 def tables() -> dict[str, str]:
     """The committed comparisons' tables in full precision."""
-    import badit
-
     results = ROOT.parent / "benchmarks" / "results"
-    found = {}
-    for name in ("superni-cpu", "superni-sequence-cpu"):
-        for by_task in (False, True):
-            text = badit.table(results / name, form="csv", by_task=by_task)
-            found[f"{name}{' by task' * by_task}"] = hashlib.sha256(text.encode()).hexdigest()
-    return found
+    return {
+        f"{name}{' by task' * by_task}": _digest(badit.table(results / name, form="csv", by_task=by_task))
+        for name in ("superni-cpu", "superni-sequence-cpu")
+        for by_task in (False, True)
+    }
 
 
 def main() -> int:
-    from materials import make_material
-
     with tempfile.TemporaryDirectory() as name:
         folder, material = Path(name), Path(name) / "material"
         make_material(material)

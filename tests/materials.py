@@ -14,13 +14,8 @@ from data.examples import CHATML, make_tokenizer
 def write_tasks(path: Path) -> None:
     """Two tasks of 12 training and 4 test instances, with inputs of several lengths."""
     lines = [
-        {
-            "task": task,
-            "instruction": f"Name the {verb}.",
-            "input": f"land {i} " * (1 + i % 4),
-            "output": f"{verb} {i}",
-            "split": "test" if i >= 12 else "train",
-        }
+        {"task": task, "instruction": f"Name the {verb}.", "input": f"land {i} " * (1 + i % 4), "output": f"{verb} {i}"}
+        | {"split": "test" if i >= 12 else "train"}
         for task, verb in (("cities", "capital"), ("rivers", "river"))
         for i in range(16)
     ]
@@ -40,17 +35,12 @@ def make_material(folder: Path, **config: Any) -> None:
 
 def make_recipe(model: Path, tasks: Path, output: Path) -> dict[str, Any]:
     """24 training instances in batches of 4: six steps per epoch, twelve in total."""
+    training = {"num_train_epochs": 2, "per_device_train_batch_size": 4, "learning_rate": 0.01}
     return {
         "model": {"name": str(model), "dtype": "float32"},
         "data": {"source": str(tasks)},
         "method": {"name": "badit", "num_experts": 4, "r": 2, "lora_dropout": 0.1, "regroup": {"every": 3}},
-        "training": {
-            "num_train_epochs": 2,
-            "per_device_train_batch_size": 4,
-            "learning_rate": 0.01,
-            "logging_steps": 1,
-            "save_steps": 5,
-        },
+        "training": {**training, "logging_steps": 1, "save_steps": 5},
         "evaluation": {"batch_size": 4, "max_new_tokens": 4},
         "output": str(output),
     }

@@ -6,7 +6,6 @@ Components are rows i of A (N, in) and columns i of B (out, N); a component's gr
 
 import itertools
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -31,8 +30,6 @@ def members(labels: Any, expert: int) -> np.ndarray:
 
 
 # --- decomposition (BAD) ---
-
-
 def singular_triples(weight: Any, rank: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """U (out, rank), σ (rank), Vᵀ (rank, in) of the leading triples."""
     u, s, vh = np.linalg.svd(float64(weight), full_matrices=False)
@@ -40,8 +37,6 @@ def singular_triples(weight: Any, rank: int) -> tuple[np.ndarray, np.ndarray, np
 
 
 # --- grouping (DOG) ---
-
-
 def unit_gradients(grad_A: Any, grad_B: Any) -> np.ndarray:
     """Rows ĝ_i (N, in + out); zeros for a gradient that is zero or not finite."""
     gradients = np.concatenate([float64(grad_A), float64(grad_B).T], axis=1)
@@ -61,26 +56,19 @@ def objective(gradients: np.ndarray, labels: Any) -> float:
     return sum(float(group_sum @ group_sum) for group_sum in sums)
 
 
-def balanced_partitions(components: int, num_experts: int) -> Iterator[np.ndarray]:
-    """Every partition into equal groups once, named in the order of their first components."""
-    size = components // num_experts
-
-    def fill(labels: np.ndarray, expert: int) -> Iterator[np.ndarray]:
-        if expert == num_experts:
-            yield labels
-            return
-        first, *free = members(labels, -1)
-        for others in itertools.combinations(free, size - 1):
-            chosen = labels.copy()
-            chosen[[first, *others]] = expert
-            yield from fill(chosen, expert + 1)
-
-    yield from fill(np.full(components, -1), 0)
-
-
 def best_objective(gradients: np.ndarray, num_experts: int) -> float:
     """The optimum over all balanced partitions, by trying each."""
-    return max(objective(gradients, labels) for labels in balanced_partitions(len(gradients), num_experts))
+    size = len(gradients) // num_experts
+
+    def best(free: tuple[int, ...]) -> float:
+        if not free:
+            return 0.0
+        groups = [(free[0], *others) for others in itertools.combinations(free[1:], size - 1)]
+        rests = [tuple(i for i in free if i not in group) for group in groups]
+        sums = [gradients[list(group)].sum(axis=0) for group in groups]
+        return max(float(total @ total) + best(rest) for total, rest in zip(sums, rests, strict=True))
+
+    return best(tuple(range(len(gradients))))
 
 
 def best_exchange(gradients: np.ndarray, labels: Any) -> float:
@@ -93,48 +81,33 @@ def best_exchange(gradients: np.ndarray, labels: Any) -> float:
     return max(gains)
 
 
-def polar_similarity(gradients: np.ndarray, labels: Any, num_experts: int) -> np.ndarray:
-    """The paper's targets: C (dimensions, K) of the groups' sums, C = U Σ Vᵀ, Q = U Vᵀ; returns ⟨ĝ_i, q_k⟩."""
-    C = np.stack([gradients[members(labels, k)].sum(axis=0) for k in range(num_experts)], axis=1)
-    u, _, vh = np.linalg.svd(C, full_matrices=False)
-    return gradients @ (u @ vh)
-
-
-def assign_balanced(similarity: np.ndarray, size: int) -> np.ndarray:
-    """max Σ_ik π_ik similarity_ik with exactly ``size`` components an expert, one slot after another."""
-    slots = np.repeat(np.arange(similarity.shape[1]), size)
-    _, chosen = linear_sum_assignment(similarity[:, slots], maximize=True)
-    return slots[chosen]
-
-
 def polar_grouping(gradients: np.ndarray, labels: Any, num_experts: int, size: int, rounds: int = 50) -> np.ndarray:
-    """The paper's loop: targets, assignment, until nothing changes."""
-    labels = integers(labels)
+    """The paper's loop, until nothing changes.
+
+    Targets: C (dimensions, K) of the groups' sums, C = U Σ Vᵀ, Q = U Vᵀ. Assignment: max Σ_ik π_ik ⟨ĝ_i, q_k⟩ with
+    exactly ``size`` components an expert, one slot after another.
+    """
+    labels, slots = integers(labels), np.repeat(np.arange(num_experts), size)
     for _ in range(rounds):
-        new = assign_balanced(polar_similarity(gradients, labels, num_experts), size)
-        if (new == labels).all():
+        C = np.stack([gradients[members(labels, k)].sum(axis=0) for k in range(num_experts)], axis=1)
+        u, _, vh = np.linalg.svd(C, full_matrices=False)
+        _, chosen = linear_sum_assignment((gradients @ (u @ vh))[:, slots], maximize=True)
+        if (slots[chosen] == labels).all():
             break
-        labels = new
+        labels = slots[chosen]
     return labels
 
 
-def angles(gradients: np.ndarray, labels: Any) -> tuple[float, float, float, float]:
+def angles(gradients: np.ndarray, labels: Any) -> tuple[float, ...]:
     """Mean angle in degrees within and between experts, then mean |cos| within and between; zero gradients left out."""
     cosines: dict[bool, list[float]] = {True: [], False: []}
     for i, j in itertools.combinations(np.flatnonzero(gradients.any(axis=1)), 2):
         cosines[bool(labels[i] == labels[j])].append(max(-1.0, min(1.0, float(gradients[i] @ gradients[j]))))
-
-    def mean(values: Any) -> float:
-        return float(np.mean(values)) if len(values) else math.nan
-
-    within, between = cosines[True], cosines[False]
-    degrees = (mean(np.degrees(np.arccos(values))) for values in (within, between))
-    return *degrees, mean(np.abs(within)), mean(np.abs(between))
+    values = [function(of) for function in (lambda of: np.degrees(np.arccos(of)), np.abs) for of in cosines.values()]
+    return tuple(float(np.mean(each)) if len(each) else math.nan for each in values)
 
 
 # --- routing ---
-
-
 def segment_means(x: Any, mask: Any, segments: Any, count: int) -> np.ndarray:
     """The mean over the masked positions of each segment of packed rows; zero for one without any."""
     means = np.zeros((count, x.shape[-1]))
@@ -185,11 +158,7 @@ def expert_gates(logits: Any, kind: str = "mean_one", top_k: int | None = None) 
 
 
 # --- freezing ---
-
-
-def frozen_weight(
-    A: Any, B: Any, A0: Any | None, B0: Any | None, gates: Any, scaling: float, share: float
-) -> np.ndarray:
+def frozen_weight(A: Any, B: Any, A0: Any, B0: Any, gates: Any, scaling: float, share: float) -> np.ndarray:
     """s (Σ_i gate_i B_i A_i − share Σ_i B0_i A0_i), (out, in), a component at a time; i has row i mod R of A."""
     A, B, gates = float64(A), float64(B), float64(gates)
     weight = np.zeros((len(B), A.shape[1]))
@@ -207,8 +176,6 @@ def closest_of_rank(weight: Any, rank: int) -> np.ndarray:
 
 
 # --- orthogonal updates ---
-
-
 def power(matrix: Any, exponent: float, floor: float) -> np.ndarray:
     """(C + floor·‖C‖·1)^exponent by eigenvalues; zeros for a zero matrix."""
     matrix = float64(matrix)

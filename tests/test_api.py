@@ -11,10 +11,8 @@ from types import ModuleType
 import pandas as pd
 import pytest
 import yaml
-from safetensors.torch import load_file
 
 import badit
-from badit import BaditError
 from badit.files import read_json
 from badit.recipe import Recipe, load_recipe, make_recipe
 
@@ -40,7 +38,6 @@ def test_from_a_recipe_to_a_report(recipe_file, tmp_path, capfd):
     assert run.environment["training"]["steps"] == 3
     assert run.tables == {}
     assert "rivers" in run._repr_html_()
-    assert len(repr(badit.plan(recipe_file))) < 100
     pd.testing.assert_frame_equal(run.evaluate(progress=False), run.scores)
 
     prompts = ["Name the capital.", "Name the river."]
@@ -48,28 +45,23 @@ def test_from_a_recipe_to_a_report(recipe_file, tmp_path, capfd):
     assert [badit.Run(str(run.path)).generate(prompt, max_new_tokens=3) for prompt in prompts] == answers
     assert "default" in run.load()[0].peft_config
 
-    exported = run.export(tmp_path / "exported", score=True, progress=False)
-    tensors = load_file(exported.folder / "adapter_model.safetensors")
-    assert {len(tensor) for name, tensor in tensors.items() if "lora_A" in name} == {exported.rank}
-    costs = read_json(exported.folder / "scores.json")
-    assert costs["tasks"]["rivers"]["routed"] == scores["rouge_l"]["rivers"]
+    exported = run.export(tmp_path / "exported", score=True, progress=False).folder
+    assert (exported / "adapter_model.safetensors").is_file()  # tests/export has what is in it
+    assert read_json(exported / "scores.json")["tasks"]["rivers"]["routed"] == scores["rouge_l"]["rivers"]
 
     tables = run.analyze(instances=2, progress=False)
     assert {file.stem for file in (run.path / "analysis").iterdir()} == tables.keys() == run.tables.keys()
     rows = read_json(run.path / "analysis" / "gradient_pairs.json")["rows"]
     assert tables["gradient_pairs"].to_numpy().tolist() == rows
 
-    page = badit.write_report(run, tmp_path / "report.html", title="Two tasks")
-    assert page == tmp_path / "report.html"
-    assert "<h1>Two tasks" in page.read_text()
-    shown = capfd.readouterr()
-    assert shown.out == ""
-    assert not re.search("Training|Encoding|Generating|gradients", shown.err), "no progress was asked for"
+    assert badit.write_report(run, tmp_path / "report.html", title="Two tasks") == tmp_path / "report.html"
+    assert "<h1>Two tasks" in (tmp_path / "report.html").read_text()
+    out, err = capfd.readouterr()
+    assert (out, re.search("Training|Encoding|Generating|gradients", err)) == ("", None), "no progress was asked for"
 
 
 def test_a_comparison_in_a_notebook():
     results = badit.load_results(Path(__file__).parents[1] / "benchmarks/results/superni-sequence-cpu")
-    assert repr(results).startswith("Results(sequential: lora, loramoe, ")
     assert "<td>gainlora</td>" in results._repr_html_()
 
 
@@ -96,7 +88,7 @@ def test_a_recipe_may_be_a_file_values_or_a_recipe(recipe_file, recipe_values):
     ],
 )
 def test_bad_input_is_a_badit_error(call, message, recipe_file):
-    with pytest.raises(BaditError, match=message):
+    with pytest.raises(badit.BaditError, match=message):
         call(recipe_file.rename(recipe_file.with_name("config.yaml")).parent)
 
 

@@ -15,6 +15,7 @@ from badit.methods import NAMES, build_method
 from badit.recipe import CompareSection, Recipe, build_recipe, load_recipe, shipped_recipes
 from badit.regroup import RegroupOptions
 from badit.train import fit
+from data.examples import write_rows
 
 
 @pytest.mark.parametrize(
@@ -44,21 +45,15 @@ def test_a_first_recipe_fits_the_data(material, tmp_path, monkeypatch, capsys, k
     assert "exists" in capsys.readouterr().err
 
 
-def test_a_recipes_name_may_have_any_characters():
-    values = yaml.safe_load(first_recipe("builtin", "my recipe #2.yaml"))
-    assert values["output"] == "runs/my recipe #2"
-
-
 @pytest.fixture
 def rows(tmp_path):
     """A function that writes so many training rows, and maybe a test row, with an answer, and returns the file."""
 
     def write(count, answer="b", test=True):
+        line = {"task": "a", "instruction": "Do.", "output": answer}
         splits = ["train"] * count + ["test"] * test
-        lines = [{"task": "a", "instruction": "Do.", "output": answer, "split": split} for split in splits]
-        text = "\n".join(json.dumps({"input": f"{i}", **line}) for i, line in enumerate(lines))
-        (tmp_path / "a.jsonl").write_text(text)
-        return str(tmp_path / "a.jsonl")
+        lines = [{"input": f"{i}", **line, "split": split} for i, split in enumerate(splits)]
+        return str(write_rows(tmp_path / "a.jsonl", *lines))
 
     return write
 
@@ -68,8 +63,9 @@ def test_answers_in_other_scripts_have_room(rows, answer, tokens):
     assert yaml.safe_load(first_recipe(rows(8, answer), "a.yaml"))["prompt"]["max_answer_tokens"] == tokens
 
 
-def test_of_few_rows_nothing_is_held_out_and_no_rate_searched(rows):
-    assert "learning_rates" not in yaml.safe_load(first_recipe(rows(3), "a.yaml"))["compare"]
+def test_of_few_rows_nothing_is_held_out_and_no_rate_searched_and_a_name_may_have_any_characters(rows):
+    values = yaml.safe_load(first_recipe(rows(3), "my recipe #2.yaml"))
+    assert (values["output"], "learning_rates" in values["compare"]) == ("runs/my recipe #2", False)
     with pytest.raises(BaditError, match=r"no validation instances; at least 4 training instances are needed"):
         first_recipe(rows(3, test=False), "a.yaml", ["data.validation_per_task=1"])
     with pytest.raises(BaditError, match="task a has no validation instances"):
@@ -83,9 +79,10 @@ def test_of_few_rows_nothing_is_held_out_and_no_rate_searched(rows):
         ["training.max_steps=4", "method={name: lora, r: 3}"],
         ["data.order=[rivers, cities]", "data.train_per_task=5", "method.regroup={every: 0.2, stop: 0.5}"],
         ["data.sampling=balanced", "data.train_per_task=7", "method={name: full}"],
+        ["training.max_steps=2"],
     ],
 )
-def test_a_check_says_what_training_then_does(recipe_values, overrides):
+def test_a_check_says_what_training_then_does(recipe_values, overrides, capsys):
     recipe = build_recipe(recipe_values, overrides)
     shown = "\n".join(check(recipe))
     run = fit(recipe, progress=False)
@@ -97,6 +94,8 @@ def test_a_check_says_what_training_then_does(recipe_values, overrides):
         logs = [stage / "regroupings.jsonl" for stage in (run.path, *run.path.glob("stages/*"))]
         due = sum(len({line["step"] for line in read_jsonl(log)}) for log in logs)
         assert f"\n{due} regroupings in {found['steps']} steps" in shown
+        warned = "badit: 0 regroupings in 2 steps: lower regroup.every" in capsys.readouterr().err
+        assert warned == ("0 regroupings in 2 steps: lower method.regroup.every" in shown) == (due == 0)
 
 
 UNEVEN = {"eval_strategy": "steps", "eval_steps": 2, "save_steps": 5, "load_best_model_at_end": True}
@@ -127,17 +126,8 @@ def test_a_check_finds_everything_at_once(recipe_values):
     training = {"load_best_model_at_end": True}
     with pytest.raises(BaditError) as error:
         check(build_recipe({**recipe_values, "data": data, "method": method, "training": training}))
-    lines = str(error.value).split("\n")
-    assert len(lines) == 3
-    for line, part in zip(lines, ("data.order: unknown order", "training: ", "method: Target modules"), strict=True):
-        assert line.startswith(part)
-
-
-def test_a_check_warns_of_a_run_without_regroupings(recipe_values, capsys):
-    recipe = build_recipe(recipe_values, ["training.max_steps=2"])
-    assert "0 regroupings in 2 steps: lower method.regroup.every" in check(recipe)
-    fit(recipe, progress=False)
-    assert "badit: 0 regroupings in 2 steps: lower regroup.every" in capsys.readouterr().err
+    parts = ("data.order: unknown order", "training: ", "method: Target modules")
+    assert all(line.startswith(part) for line, part in zip(str(error.value).split("\n"), parts, strict=True))
 
 
 def test_every_key_is_listed_with_default_and_meaning(capsys):

@@ -20,9 +20,8 @@ def make_run(folder, task="capitals", **sections):
     recipe, run = build_recipe({**sections, "output": str(folder)}), Run.at(folder)
     run.adapter_path.mkdir(parents=True)
     run.config_path.write_text(dump_recipe(recipe))
-    scores = {"rouge_l": 51.25, "exact_match": 40.0}
+    scores, training = {"rouge_l": 51.25, "exact_match": 40.0}, {"trainable_parameters": 1_234_567, "steps": 80}
     write_json(run.scores_path, {**scores, "tasks": {task: {**scores, "instances": 4}}})
-    training = {"trainable_parameters": 1_234_567, "steps": 80}
     write_json(run.environment_path, {"packages": {"torch": "2.13.0"}, "training": training})
     return run, recipe
 
@@ -36,13 +35,8 @@ def html_of(card):
 
 
 def test_a_runs_card_has_scores_data_options_and_the_way_to_load_it(tmp_path):
-    card = card_of(
-        *make_run(
-            tmp_path / "mine",
-            data={"source": ["$NOT_SET/my-tasks.jsonl", "/home/someone/others.csv"]},
-            training={"deepspeed": "/home/someone/zero.json"},
-        )
-    )
+    data = {"source": ["$NOT_SET/my-tasks.jsonl", "/home/someone/others.csv"]}
+    card = card_of(*make_run(tmp_path / "mine", data=data, training={"deepspeed": "/home/someone/zero.json"}))
     assert card.data.to_dict() == {
         "base_model": "HuggingFaceTB/SmolLM2-135M-Instruct",
         "base_model_relation": "adapter",
@@ -93,12 +87,8 @@ def test_the_base_models_licence_is_read_from_its_own_card(tmp_path):
     (tmp_path / "base").mkdir()
     _, recipe = make_run(tmp_path / "run", model={"name": str(tmp_path / "base")})
     assert Base.of(recipe) == Base(None, None)
-    for header, licence in (
-        ("---\nlicense: gemma\n---\n# A model\n", "gemma"),
-        ("---\nlicense: [\n---\n", None),
-        ("---\n- a\n---\n", None),
-    ):
-        (tmp_path / "base" / "README.md").write_text(header)
+    for header, licence in (("license: gemma\n---\n# A model", "gemma"), ("license: [\n---", None), ("- a\n---", None)):
+        (tmp_path / "base" / "README.md").write_text(f"---\n{header}\n")
         assert Base.of(recipe) == Base(None, licence), header
 
 
@@ -110,7 +100,6 @@ def test_text_from_data_is_harmless(tmp_path):
     page, text = html_of(card), str(card).replace(PAPER, "")
     assert [each for each in ("<script", "<!--", "<img") if each in page] == []
     assert [each for each in ("\u202e", "https:", "www.", "&#91;") if each in text] == []
-    assert page.count("<a ") == page.count(f'<a href="{PAPER}">') == 1
-    assert page.count("<h1>") == 1
+    assert page.count("<a ") == page.count(f'<a href="{PAPER}">') == page.count("<h1>") == 1
     scores = page.partition("<table>")[2].partition("</table>")[0]
     assert (scores.count("<tr>"), scores.count("<td>")) == (3, 8), "a head, the task and the mean"

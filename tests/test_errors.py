@@ -80,9 +80,8 @@ def test_options_and_control_characters():
     assert one_line("a\x1b[2J\nb\u202e\ud800é") == r"a\x1b[2J\nb\u202e\ud800é"
 
 
-def test_a_line_with_an_endless_name_loses_its_middle(tmp_path):
-    place, message = tmp_path / ("9" * 5000), r"999: cannot be read or written .*; shorten it$"
-    with pytest.raises(BaditError, match=message) as caught, explained(place, fix="shorten it"):
+def test_a_line_with_an_endless_name_loses_its_middle():
+    message = r"^place/999.*999: cannot be read or written .*; shorten it$"
+    with pytest.raises(BaditError, match=message) as caught, explained("place/" + "9" * 5000, fix="shorten it"):
         raise system_error(errno.ENAMETOOLONG)
-    assert str(caught.value).startswith(f"{tmp_path}/999")
     assert len(str(caught.value)) < 1200

@@ -1,6 +1,5 @@
 """The examples and the README's snippets, in their small form on a tiny model: they run and leave what they say."""
 
-import json
 import re
 import runpy
 import subprocess
@@ -13,6 +12,7 @@ from transformers import AutoModelForCausalLM, TrainingArguments
 
 from badit.data import AnswerCollator
 from badit.files import read_json, read_jsonl
+from data.examples import CHAT, write_rows
 from docs.pages import ROOT, Page
 from training.trainers import QUIET, examples
 
@@ -31,17 +31,8 @@ def run(material, tmp_path, monkeypatch):
     return run
 
 
-def test_every_example_is_short_and_tested_here():
-    scripts = sorted((ROOT / "examples").glob("*.py"))
-    assert [script.name for script in scripts] == ["accelerate_loop.py", "own_tasks.py", "sft_trl.py"]
-    assert all(len(script.read_text().splitlines()) < 60 for script in scripts)
-
-
 def test_sft_trl(run, material, tmp_path):
-    texts = ["Which city?", "Rome.", "And the river?", "Tiber."]
-    chat = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
-    (tmp_path / "chats.jsonl").write_text(4 * (json.dumps({"messages": chat}) + "\n"))
-    run("sft_trl.py", tmp_path / "chats.jsonl")
+    run("sft_trl.py", write_rows(tmp_path / "chats.jsonl", *[{"messages": CHAT[1:]}] * 4))
     assert {line["step"] for line in read_jsonl(tmp_path / "out" / "regroupings.jsonl")} == {2}
     base = AutoModelForCausalLM.from_pretrained(material / "model")
     PeftModel.from_pretrained(base, tmp_path / "out" / "adapter")

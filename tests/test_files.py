@@ -1,33 +1,18 @@
 """Reading strictly, writing whole, and no way out of a folder by a link."""
 
-from __future__ import annotations
-
 import json
 import os
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from badit import files
 from badit.errors import BaditError
-from badit.files import (
-    StepLog,
-    copy_folder,
-    inside,
-    parse_json,
-    read_json,
-    read_jsonl,
-    read_text,
-    refuse_links,
-    replace_folder,
-    write_json,
-    write_text,
-)
 from fuzz.damage import endless_file, folder_in_its_place, pipe_in_its_place
 
 
 @pytest.fixture
-def outside(tmp_path: Path) -> Path:
+def outside(tmp_path):
     """A file that no link of ``run`` may lead to."""
     (tmp_path / "outside").mkdir()
     (tmp_path / "run").mkdir()
@@ -48,71 +33,72 @@ def outside(tmp_path: Path) -> Path:
         (b"[]", "must hold one JSON object, not a list (line 1)"),
     ],
 )
-def test_what_is_not_json_is_named(tmp_path: Path, content: bytes, message: str) -> None:
+def test_what_is_not_json_is_named(tmp_path, content, message):
     file = tmp_path / "value.json"
     file.write_bytes(content)
     with pytest.raises(BaditError) as caught:
-        read_json(file)
+        files.read_json(file)
     assert str(caught.value).startswith(f"{file}: {message}")
 
 
-def test_numbers_that_are_not_json_whole_surrogate_pairs_and_a_linear_search_of_repeated_keys() -> None:
-    assert parse_json('["\\ud83d\\ude00", Infinity]', file=Path("x"), constants=True) == ["😀", float("inf")]
+def test_numbers_that_are_not_json_whole_surrogate_pairs_and_a_linear_search_of_repeated_keys():
+    assert files.parse_json('["\\ud83d\\ude00", Infinity]', file=Path("x"), constants=True) == ["😀", float("inf")]
     with pytest.raises(BaditError, match=r"^x: -Infinity is not JSON; use a number or null \(line 7 on\)$"):
-        parse_json("-Infinity", file=Path("x"), first_line=7)
+        files.parse_json("-Infinity", file=Path("x"), first_line=7)
     text = "{" + ", ".join(f'"{number}": 0' for number in range(50_000)) + ', "49999": 1}'
     with pytest.raises(BaditError, match="the key '49999' is there twice"):
-        parse_json(text, file=Path("x"))
+        files.parse_json(text, file=Path("x"))
 
 
 @pytest.mark.parametrize("replace", [pipe_in_its_place, endless_file, folder_in_its_place])
-def test_what_is_no_file_is_named(tmp_path: Path, replace: Any) -> None:
+def test_what_is_no_file_is_named(tmp_path, replace):
     replace(tmp_path / "file")
     with pytest.raises(BaditError, match=r"/file: cannot be read \((a pipe or a device|Is a directory)\)"):
-        read_text(tmp_path / "file")
+        files.read_text(tmp_path / "file")
 
 
-def test_only_a_line_feed_ends_a_line_and_a_line_cut_short_is_left_out(tmp_path: Path) -> None:
+def test_only_a_line_feed_ends_a_line_and_a_line_cut_short_is_left_out(tmp_path):
     path, separators = tmp_path / "log.jsonl", {"text": "one\u2028two\u0085three"}
     path.write_text(json.dumps(separators, ensure_ascii=False) + "\n" + '{"text": "cut', encoding="utf-8")
-    assert list(read_jsonl(path)) == [separators]
-    assert list(read_jsonl(tmp_path / "missing.jsonl")) == []
+    assert list(files.read_jsonl(path)) == [separators]
+    assert list(files.read_jsonl(tmp_path / "missing.jsonl")) == []
 
 
-def test_a_log_is_rewound_to_a_step(tmp_path: Path) -> None:
-    log = StepLog(tmp_path / "new" / "log.jsonl")
+def test_a_log_is_rewound_to_a_step(tmp_path):
+    path = tmp_path / "new" / "log.jsonl"
+    log = files.StepLog(path)
     log.rewind(0)
     for step in (5, 10, 10, 15):
         log.append({"step": step})
     log.rewind(10)
-    assert list(read_jsonl(tmp_path / "new" / "log.jsonl")) == [{"step": 5}, {"step": 10}, {"step": 10}]
+    assert list(files.read_jsonl(path)) == [{"step": 5}, {"step": 10}, {"step": 10}]
     log.rewind(0)
-    assert list(read_jsonl(tmp_path / "new" / "log.jsonl")) == []
+    assert list(files.read_jsonl(path)) == []
 
 
-def test_writing_replaces_a_link_and_leaves_its_target(outside: Path, tmp_path: Path) -> None:
+def test_writing_replaces_a_link_and_leaves_its_target(outside, tmp_path):
     run = tmp_path / "run"
     for name in ("scores.json", "scores.json.partial", "log.jsonl"):
         (run / name).symlink_to(outside)
     (run / "adapter").symlink_to(outside.parent)
     (run / "adapter.partial").mkdir()
-    write_text(run / "scores.json", "theirs")
+    files.write_text(run / "scores.json", "theirs")
     with pytest.raises(OSError, match="symbolic links"):
-        StepLog(run / "log.jsonl").append({})
-    replace_folder(run / "adapter.partial", run / "adapter")
+        files.StepLog(run / "log.jsonl").append({})
+    files.replace_folder(run / "adapter.partial", run / "adapter")
     assert (run / "scores.json").read_text() == "theirs"
     assert not any(path.is_symlink() for path in (run / "scores.json", run / "adapter"))
     for name in ("predictions", "predictions.partial"):
         (run / name).symlink_to(outside.parent)
-    copy_folder(run / "adapter", run / "predictions")
+    files.copy_folder(run / "adapter", run / "predictions")
     assert not (run / "predictions").is_symlink()
     assert outside.read_text() == "mine"
     with pytest.raises(BaditError, match=r"scores\.json/x: cannot be written \(Not a directory"):
-        write_json(run / "scores.json" / "x", {})
+        files.write_json(run / "scores.json" / "x", {})
 
 
 @pytest.mark.parametrize("target", ["../outside/key.txt", "../outside", "../outside/new.txt", "/etc/passwd", "loop"])
-def test_a_folder_with_a_link_out_of_it_is_refused_and_not_copied(outside: Path, tmp_path: Path, target: str) -> None:
+def test_a_folder_with_a_link_out_of_it_is_refused_and_not_copied(outside, tmp_path, target):
     run = tmp_path / "run"
     (run / "predictions").mkdir()
     (run / "inner").symlink_to("predictions")
@@ -120,19 +106,19 @@ def test_a_folder_with_a_link_out_of_it_is_refused_and_not_copied(outside: Path,
     (run / "wandb" / "debug-core.log").symlink_to(outside)  # as wandb does it
     (tmp_path / "named").symlink_to(run)  # what the user names may be a link
     with pytest.raises(BaditError, match=r"debug-core\.log: leads out of"):
-        refuse_links(tmp_path / "named")
+        files.refuse_links(tmp_path / "named")
     (run / "config.yaml").touch()  # a run
-    refuse_links(tmp_path / "named")
+    files.refuse_links(tmp_path / "named")
     (run / "predictions" / "loop").symlink_to(os.path.relpath(target, "predictions") if ".." in target else target)
     with pytest.raises(BaditError, match="predictions/loop: leads out of"):
-        refuse_links(tmp_path / "named")
+        files.refuse_links(tmp_path / "named")
     with pytest.raises(BaditError, match="leads out of"):
-        copy_folder(run, tmp_path / "copy")
+        files.copy_folder(run, tmp_path / "copy")
     assert not (tmp_path / "copy").exists()
 
 
 @pytest.mark.parametrize("name", ["../x", "/etc/passwd", "a/../../x", "a\0b"])
-def test_a_name_that_leads_out_of_its_folder_is_refused(tmp_path: Path, name: str) -> None:
+def test_a_name_that_leads_out_of_its_folder_is_refused(tmp_path, name):
     with pytest.raises(BaditError, match="leads out of"):
-        inside(tmp_path, tmp_path / name)
-    assert inside(tmp_path, tmp_path / "a" / "b") == tmp_path / "a" / "b"
+        files.inside(tmp_path, tmp_path / name)
+    assert files.inside(tmp_path, tmp_path / "a" / "b") == tmp_path / "a" / "b"

@@ -1,7 +1,7 @@
 """lm-evaluation-harness on adapters that route by prompt: a continuation has no say in its own gates."""
 
-import json
 import logging
+import re
 import sys
 from functools import partial
 
@@ -18,8 +18,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from badit.cli import main
 from badit.errors import BaditError
 from badit.harness import BaditLM
+from data.examples import write_rows
 from studio.conftest import BADIT
-from tuner.helpers import adapted, cached_steps
+from tuner.helpers import adapted, cached_steps, generate
 
 # (context, continuation), of several lengths; the last two share all tokens that are read, but not the context.
 PAIRS = [
@@ -103,18 +104,17 @@ def test_other_models_score_as_under_hf(base):
 def test_generations_are_those_of_hf_and_count_as_greedy(routed):
     contexts = [context for context, _ in PAIRS if context]
     asked = [(context, {"until": ["Rome"], "max_gen_toks": 6}) for context in contexts]
-    found = [
+    one, several, under_hf = (
         wrapped(cls, routed, size).generate_until(requests(asked, "generate_until"), disable_tqdm=True)
         for cls, size in ((BaditLM, 1), (BaditLM, 4), (HFLM, 4))
-    ]
-    assert found[0] == found[1] == found[2]
-    assert any(found[0])
+    )
+    assert one == several == under_hf
+    assert any(one)
     scorer = wrapped(BaditLM, routed)
     pairs = []
     for prompt in map(scorer.tok_encode, contexts):
         ids = torch.tensor([prompt])
-        settings = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
-        new = routed[0].generate(input_ids=ids, attention_mask=torch.ones_like(ids), **settings)
+        new = generate(routed[0], ids, torch.ones_like(ids), 4)
         pairs.append((None, prompt, new[0, len(prompt) :].tolist()))
     assert [greedy for _, greedy in scorer._loglikelihood_tokens(pairs, disable_tqdm=True)] == [True] * len(pairs)
 
@@ -122,8 +122,7 @@ def test_generations_are_those_of_hf_and_count_as_greedy(routed):
 def test_a_text_without_context_is_routed_by_what_comes_before_each_window(routed):
     scorer = wrapped(BaditLM, routed, max_length=12)
     text = " ".join(["Answer with the capital of the country. Input: Italy Output: Rome"] * 3)
-    ids = scorer.tok_encode(text)[:-1]
-    text = scorer.tokenizer.decode(ids[1:])
+    text = scorer.tokenizer.decode(scorer.tok_encode(text)[1:-1])
     ids = [scorer.prefix_token_id, *scorer.tok_encode(text)]
     windows = [(ids[start : start + 1], ids[start + 1 : start + 13]) for start in range(0, len(ids) - 12, 12)]
     assert len(windows) >= 3
@@ -152,14 +151,9 @@ def task_folder(tmp_path):
     folder.mkdir()
     choices = ["Rome, of course", "Paris", "Lima"]
     docs = [{"question": "Name the capital." * (1 + i % 3), "choices": choices, "answer": i % 3} for i in range(6)]
-    (folder / "docs.jsonl").write_text("".join(json.dumps(doc) + "\n" for doc in docs))
-    common = {
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str(folder / "docs.jsonl")}},
-        "test_split": "test",
-        "doc_to_text": "{{question}}",
-        "target_delimiter": " ",
-    }
+    file = str(write_rows(folder / "docs.jsonl", *docs))
+    data = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": file}}}
+    common = {**data, "test_split": "test", "doc_to_text": "{{question}}", "target_delimiter": " "}
     choice = {"output_type": "multiple_choice", "doc_to_choice": "{{choices}}", "doc_to_target": "answer"}
     answer = {"output_type": "generate_until", "doc_to_target": "{{choices[answer]}}"}
     answer |= {"generation_kwargs": {"until": ["\n"], "max_gen_toks": 6}}
@@ -190,16 +184,9 @@ def _apart(tmp_path, monkeypatch):
 
 def evaluated(model, arguments, tasks, batch_size=4):
     """lm_eval's answers by task: log-likelihoods of the choices, and generations."""
-    results = lm_eval.simple_evaluate(
-        model=model,
-        model_args=arguments,
-        tasks=["toy_choice", "toy_answer"],
-        task_manager=TaskManager(include_path=str(tasks), include_defaults=False),
-        batch_size=batch_size,
-        device="cpu",
-        bootstrap_iters=0,
-    )
-    assert results is not None
+    manager = TaskManager(include_path=str(tasks), include_defaults=False)
+    options = {"batch_size": batch_size, "device": "cpu", "bootstrap_iters": 0, "task_manager": manager}
+    results = lm_eval.simple_evaluate(model, arguments, tasks=["toy_choice", "toy_answer"], **options)
     samples = {name: sorted(found, key=lambda each: each["doc_id"]) for name, found in results["samples"].items()}
     likelihoods = [float(choice[0][0]) for each in samples["toy_choice"] for choice in each["resps"]]
     return {"likelihoods": likelihoods, "texts": [each["resps"][0][0] for each in samples["toy_answer"]]}
@@ -225,8 +212,7 @@ def test_the_command_line_on_tasks_of_ones_own(run, task_folder, tmp_path, capsy
 
 def test_methods_that_tell_tasks_apart_are_told_the_task(trained):
     run = str(trained({"name": "mtl-lora", "r": 4}).path)
-    asked = requests([("Name the capital.", {"max_gen_toks": 4})], "generate_until")
-    scores = []
+    asked, scores = requests([("Name the capital.", {"max_gen_toks": 4})], "generate_until"), []
     for task in ("cities", "rivers"):
         scorer = BaditLM(run=run, task=task, batch_size="auto", max_batch_size=2)
         scores.append(answers(scorer, PAIRS)[0])
@@ -237,17 +223,11 @@ def test_methods_that_tell_tasks_apart_are_told_the_task(trained):
 
 
 def test_bad_arguments_are_named(run, task_folder, capsys):
-    for arguments, message in (
-        ({"run": "a", "pretrained": "b"}, "give either run=FOLDER or pretrained=MODEL"),
-        ({"run": "a", "peft": "b"}, "a run has its adapter"),
-    ):
-        with pytest.raises(BaditError, match=message):
-            BaditLM(**arguments)
-    for arguments, message in (
-        (["nowhere", "--tasks", "toy_choice"], "nowhere: has no config.yaml"),
-        ([str(run.path), "--tasks", "no_such_task"], "no_such_task"),
-    ):
-        assert main(["harness", *arguments, "--include_path", str(task_folder)]) == 2
-        last = capsys.readouterr().err.strip().splitlines()[-1]
-        assert last.startswith("badit: ")
-        assert message in last
+    with pytest.raises(BaditError, match="give either run=FOLDER or pretrained=MODEL"):
+        BaditLM(run="a", pretrained="b")
+    with pytest.raises(BaditError, match="a run has its adapter"):
+        BaditLM(run="a", peft="b")
+    wrong = (("nowhere", "toy_choice", "nowhere: has no config.yaml"), (str(run.path), "no_such_task", "no_such_task"))
+    for folder, task, message in wrong:
+        assert main(["harness", folder, "--tasks", task, "--include_path", str(task_folder)]) == 2
+        assert re.match(f"badit: .*{message}", capsys.readouterr().err.strip().splitlines()[-1])

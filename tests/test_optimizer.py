@@ -46,12 +46,8 @@ class Factors(nn.Module):
 
     def __init__(self, rows, columns):
         super().__init__()
-        self.badit_A = nn.ParameterDict({"default": nn.Parameter(torch.randn(rows, 9).double())})
-        self.badit_B = nn.ParameterDict({"default": nn.Parameter(torch.zeros(7, columns).double())})
-
-    @property
-    def pair(self):
-        return self.badit_A["default"], self.badit_B["default"]
+        self.pair = nn.Parameter(torch.randn(rows, 9).double()), nn.Parameter(torch.zeros(7, columns).double())
+        self.badit_A, self.badit_B = (nn.ParameterDict({"default": factor}) for factor in self.pair)
 
     def draw_gradients(self):
         for parameter in self.pair:
@@ -69,7 +65,7 @@ def test_steps_equal_the_formulas(shared_by, at_a_time, monkeypatch):
         return np.concatenate(np.split(reference.float64(b), shared_by, axis=1))
 
     states = [(reference.OrthogonalFactor(), reference.OrthogonalFactor()) for _ in layers]
-    values = [(reference.float64(layer.pair[0]).copy(), stacked(layer.pair[1])) for layer in layers]
+    values = [(reference.float64(a).copy(), stacked(b)) for a, b in (layer.pair for layer in layers)]
     for step in range(4):
         for index, layer in enumerate(layers):
             layer.draw_gradients()
@@ -80,9 +76,9 @@ def test_steps_equal_the_formulas(shared_by, at_a_time, monkeypatch):
             moved = reference.orthogonal_step(*values[index], *gradients, *states[index], 0.01, (0.9, 0.98))
             values[index] = [after - 0.01 * 0.1 * was for after, was in zip(moved, values[index], strict=True)]
         optimizer.step()
-        for layer, (a, b) in zip(layers, values, strict=True):
-            np.testing.assert_allclose(reference.float64(layer.pair[0]), a, rtol=0, atol=1e-8)
-            np.testing.assert_allclose(stacked(layer.pair[1]), b, rtol=0, atol=1e-8)
+        for (found_a, found_b), (a, b) in zip((layer.pair for layer in layers), values, strict=True):
+            np.testing.assert_allclose(reference.float64(found_a), a, rtol=0, atol=1e-8)
+            np.testing.assert_allclose(stacked(found_b), b, rtol=0, atol=1e-8)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -90,24 +86,18 @@ def test_a_restored_optimizer_continues_to_the_bit(tiny_model, dtype):
     def fresh():
         torch.manual_seed(0)
         model = tuned(tiny_model("llama", dtype=dtype), "hydralora", autocast_adapter_dtype=False)
-        optimizer = OrthogonalUpdates(model, 0.01, other_lr=0.02)
-        return model, optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
-
-    def three_steps(model, optimizer, scheduler):
-        for _ in range(3):
-            train(model, optimizer, 1)
-            scheduler.step()
-        return model.state_dict()
+        return model, OrthogonalUpdates(model, 0.01, other_lr=0.02)
 
     whole, resumed, file = fresh(), fresh(), io.BytesIO()
-    three_steps(*whole)
+    train(*whole, 3)
     torch.save([part.state_dict() for part in whole], file)
     file.seek(0)
-    expected = three_steps(*whole)
-    assert [group["lr"] for group in whole[1].param_groups] == pytest.approx([0.01 / 7, 0.02 / 7])
     for part, state in zip(resumed, torch.load(file, weights_only=True), strict=True):
         part.load_state_dict(state)
-    assert_same(three_steps(*resumed), expected)
+    train(*whole, 3)
+    train(*resumed, 3)
+    expected = whole[0].state_dict()
+    assert_same(resumed[0].state_dict(), expected)
     assert {value.dtype for name, value in expected.items() if "badit_A" in name} == {dtype}
 
 

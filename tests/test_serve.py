@@ -7,7 +7,6 @@ import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import httpx2
 import pytest
@@ -29,6 +28,7 @@ from studio.conftest import BADIT, served
 MODELS = {"object": "list", "data": [{"id": "base"}]}
 CHAT = {"model": "auto", "messages": [{"role": "user", "content": "land 3"}]}
 WAIT = 60
+NOT_ONE = "prompt: must be one text, or token ids of one"
 
 
 @pytest.fixture(scope="module")
@@ -72,19 +72,17 @@ def vllm(run, tmp_path):
         finally:
             here.ended.set()
 
-    async def load(request):
+    async def lora(request):
         content = await request.json()
-        shutil.copytree(content["lora_path"], here.copies / content["lora_name"])
-        here.loaded.append(content["lora_name"])
+        if request.url.path == "/v1/load_lora_adapter":
+            shutil.copytree(content["lora_path"], here.copies / content["lora_name"])
+            here.loaded.append(content["lora_name"])
+        else:
+            here.loaded.remove(content["lora_name"])
+            assert Path(content["lora_path"]).is_dir(), "it may be read again until it is unloaded"
         return PlainTextResponse("Success")
 
-    async def unload(request):
-        content = await request.json()
-        here.loaded.remove(content["lora_name"])
-        assert Path(content["lora_path"]).is_dir(), "it may be read again until it is unloaded"
-        return PlainTextResponse("Success")
-
-    calls = {"tokenize": tokenize, "v1/load_lora_adapter": load, "v1/unload_lora_adapter": unload}
+    calls = {"tokenize": tokenize, "v1/load_lora_adapter": lora, "v1/unload_lora_adapter": lora}
     calls |= dict.fromkeys(["v1/completions", "v1/chat/completions"], complete)
     routes = [Route(f"/{path}", call, methods=["POST"]) for path, call in calls.items()]
     with served(Starlette(routes=[*routes, Route("/v1/models", JSONResponse(MODELS))])) as here.port:
@@ -111,8 +109,7 @@ def unloaded(vllm):
 
 def training_prompts(router):
     recipe = router.run.recipe
-    tasks = make_plan(recipe).tasks
-    pairs = [(task, instance) for task in tasks for instance in task.train]
+    pairs = [(task, instance) for task in make_plan(recipe).tasks for instance in task.train]
     return encoded(base_model(recipe)[1], recipe, pairs, router.model)
 
 
@@ -141,12 +138,9 @@ def test_texts_and_chats_are_read_as_vllm_reads_them_and_other_models_are_passed
     _, tokenizer = base_model(router.run.recipe)
     chat = tokenizer.apply_chat_template(CHAT["messages"], add_generation_prompt=True)["input_ids"]
     plain = tokenizer("land 3")["input_ids"]
-    for path, content, ids in (
-        ("chat/completions", CHAT, chat),
-        ("chat/completions", {**CHAT, "model": "run"}, chat),  # the run's own name
-        ("completions", {"prompt": "land 3"}, plain),
-        ("completions", {"prompt": ["land 3"]}, plain),
-    ):
+    asked = [("chat/completions", content, chat) for content in (CHAT, {**CHAT, "model": "run"})]  # its own name
+    asked += [("completions", {"prompt": prompt}, plain) for prompt in ("land 3", ["land 3"])]
+    for path, content, ids in asked:
         answer = client.post(f"/{path}", json=content, headers=headers)
         adapter = router.nearest(router.gates(ids))
         assert answer.headers["x-badit-adapter"] == adapter
@@ -170,9 +164,8 @@ def test_without_exports_every_prompt_gets_a_lora_that_equals_the_run(router, vl
             assert unloaded(vllm), "and no longer"
             ids = torch.tensor([prompt])
             base, own = base_model(router.run.recipe)[0](input_ids=ids).logits, router.model(input_ids=ids).logits
-            model: Any = PeftModel.from_pretrained(base_model(router.run.recipe)[0], str(vllm.copies / name))
-            found = model(input_ids=ids).logits
-            torch.testing.assert_close(found, own, atol=1e-5, rtol=1e-5)
+            model = PeftModel.from_pretrained(base_model(router.run.recipe)[0], str(vllm.copies / name))
+            torch.testing.assert_close(model(input_ids=ids).logits, own, atol=1e-5, rtol=1e-5)
             assert (own - base).abs().max() > 0.05
 
 
@@ -200,9 +193,7 @@ def test_a_stream_is_sent_on_as_it_comes_and_ends_with_its_client(router, vllm, 
         (b"{", 400, "request: invalid JSON"),
         (b"[]", 400, "request: must be a JSON object"),
         (b" " * (MAX_BODY + 1), 413, "the request is larger than 1024 KiB"),
-        ({"prompt": ["a", "b"]}, 400, "prompt: must be one text, or token ids of one"),
-        ({"prompt": [1, True]}, 400, "prompt: must be one text, or token ids of one"),
-        ({"prompt": [10**6]}, 400, "prompt: must be one text, or token ids of one"),
+        *(({"prompt": prompt}, 400, NOT_ONE) for prompt in (["a", "b"], [1, True], [10**6])),
         ({"prompt": []}, 400, "prompt: must have 1 to 128 tokens, not 0"),
         ({"prompt": [1] * 129}, 400, "prompt: must have 1 to 128 tokens, not 129"),
         ({"prompt": "refused"}, 422, "/tokenize: {"),
@@ -233,8 +224,7 @@ def test_a_vllm_that_does_not_answer_or_does_not_load_is_told_in_one_line(router
             message = answer.json()["error"]["message"]
             assert (answer.status_code, message.isprintable()) == (502, True)
             assert message.startswith("http://127.0.0.1:9: does not answer: ")
-    own = Starlette(routes=[])
-    with served(own) as absent, proxied(Router(router.run, None), absent) as port:
+    with served(Starlette(routes=[])) as absent, proxied(Router(router.run, None), absent) as port:
         answer = httpx2.post(f"http://127.0.0.1:{port}/v1/completions", json={"prompt": [1, 2]})
         assert answer.status_code == 404
         assert answer.json()["error"]["message"].endswith("with VLLM_ALLOW_RUNTIME_LORA_UPDATING=1")
@@ -244,9 +234,8 @@ def test_a_run_or_a_folder_that_cannot_be_routed_is_refused(run, trained, tmp_pa
     for method in ({"name": "lora", "r": 2}, {"name": "mtl-lora", "r": 2}):
         with pytest.raises(BaditError, match="do not follow the prompt; serve its export by itself"):
             Router(trained(method).path, None)
-    for arguments, problem in (
-        ([str(tmp_path)], "has no LoRAs of tasks: badit export"),
-        (["--url=localhost:8000"], "--url: must be such as http://127.0.0.1:8000"),
-    ):
-        assert main(["serve", str(run.path), *arguments, "--port=0"]) == 2
+    wrong = {str(tmp_path): "has no LoRAs of tasks: badit export"}
+    wrong |= {"--url=localhost:8000": "--url: must be such as http://127.0.0.1:8000"}
+    for argument, problem in wrong.items():
+        assert main(["serve", str(run.path), argument, "--port=0"]) == 2
         assert problem in capsys.readouterr().err

@@ -10,7 +10,7 @@ from statistics import median
 
 ROOT = Path(__file__).parents[1]
 SOURCE_LINES, SOURCE_MODULES, MODULE_LINES = 16_430, 73, 500
-TEST_LINES = 18_335
+TEST_LINES = 16_590
 
 
 def lines(folder: Path) -> dict[str, int]:

@@ -11,18 +11,17 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from peft import get_peft_model
 from scipy.special import log_softmax
 from scipy.stats import zscore
 
 import reference
-from badit.baselines.mtl_lora import MtlLoraConfig
 from badit.tuner import hooks_of
-from badit.tuner.layer import BaditLinear, ExpertLinear
+from badit.tuner.layer import BaditLinear
 from baselines import naive as mixtures
+from baselines.naive import TASKS
 from tuner import helpers
+from tuner.helpers import layers
 
-TASKS = ("cities", "rivers", "seas")
 BADIT: dict[str, dict[str, Any]] = {
     "badit": {},
     "badit softmax": {"gates": "softmax"},
@@ -36,36 +35,23 @@ def adapted(model: Any, method: str, **options: Any) -> Any:
     """A tiny model with the method's adapter as after training."""
     if method in BADIT:
         return helpers.adapted(model, **BADIT[method], **options)
-    if method in mixtures.MIXTURES:
-        return mixtures.adapted(model, method, **options)
-    torch.manual_seed(0)
-    small = {"num_experts": 3, "r": 2, "lora_alpha": 4, "lora_dropout": 0.0, "task_type": "CAUSAL_LM"}
-    model = get_peft_model(model, MtlLoraConfig(**small, tasks=list(TASKS), **options)).eval()
-    with torch.no_grad():
-        for layer in layers(model):
-            layer.badit_B["default"].normal_(std=0.1)
-    return model
-
-
-def layers(model: torch.nn.Module) -> list[Any]:
-    return [module for module in model.modules() if isinstance(module, ExpertLinear)]
+    return mixtures.adapted(model, method, **options)
 
 
 def batch(task: str, *lengths: int, answer: int = 3, seed: int = 0) -> dict[str, Any]:
     """Random prompts with answers of ``answer`` tokens, right padded; ``lengths`` are those of the whole rows."""
-    rows = helpers.random_rows(*lengths, seed=seed)
-    ids, mask = helpers.padded(rows, side="right")
+    ids, mask = helpers.padded(helpers.random_rows(*lengths, seed=seed), side="right")
     labels = torch.full_like(ids, -100)
     for i, length in enumerate(lengths):
         labels[i, length - answer : length] = ids[i, length - answer : length]
     return {"input_ids": ids, "attention_mask": mask, "labels": labels, "tasks": [task] * len(lengths)}
 
 
-def batches(tasks: Sequence[str] = TASKS) -> dict[str, list[dict[str, Any]]]:
+def batches() -> dict[str, list[dict[str, Any]]]:
     """Two batches a task, three prompts in all; the number of answer tokens differs between them."""
     return {
         task: [batch(task, 9, 12, answer=2 + t, seed=10 * t), batch(task, 11, answer=5, seed=10 * t + 1)]
-        for t, task in enumerate(tasks)
+        for t, task in enumerate(TASKS)
     }
 
 
@@ -73,9 +59,8 @@ def rows(of_task: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Batches of a single row each, without padding."""
     single = []
     for each in of_task:
-        for i in range(len(each["input_ids"])):
-            keep = each["attention_mask"][i].bool()
-            row = {key: each[key][i][keep][None] for key in ("input_ids", "attention_mask", "labels")}
+        for i, mask in enumerate(each["attention_mask"].bool()):
+            row = {key: each[key][i][mask][None] for key in ("input_ids", "attention_mask", "labels")}
             single.append({**row, "tasks": [each["tasks"][i]]})
     return single
 
@@ -89,13 +74,10 @@ def gates(model: Any, row: Mapping[str, Any]) -> np.ndarray:
             keep = layer.register_forward_pre_hook(lambda layer, args: inputs.update({layer.name: args[0][0]}))
             hooks.callback(keep.remove)
         losses(model, row)
-    first = next(t for t, label in enumerate(row["labels"][0].tolist()) if label != -100)
-    found = []
-    for layer in layers(model):
-        prompt = inputs[layer.name][:first]
-        gate = np.mean([_gate(layer, x_t, prompt, row) for x_t in prompt], axis=0)
-        found.append(gate * len(gate) / gate.sum())
-    return np.array(found)
+    first = row["labels"][0].tolist().count(-100)  # the answer is the end
+    prompts = [(layer, inputs[layer.name][:first]) for layer in layers(model)]
+    found = np.array([np.mean([_gate(layer, x_t, prompt, row) for x_t in prompt], axis=0) for layer, prompt in prompts])
+    return found / found.mean(axis=1, keepdims=True)
 
 
 def _gate(layer: Any, x_t: torch.Tensor, prompt: torch.Tensor, row: Mapping[str, Any]) -> np.ndarray:

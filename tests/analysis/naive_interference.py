@@ -6,7 +6,7 @@ import copy
 import itertools
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,11 +19,10 @@ from badit.data import AnswerCollator
 from training.trainers import examples
 
 Examples = Mapping[str, Sequence[Mapping[str, Any]]]
-Vector = list[float]
+Scores = dict[str, list[list[float]]]  # by task and layer
 
 _WEIGHT = re.compile(r"\.(?:layers|h)\.(\d+)\.((?:self_attn|attn|mlp)\.[a-z_]+)(?:\.base_layer)?\.weight$")
 _ADAPTER = re.compile(r"\.layers\.(\d+)\.(mlp\.[a-z_]+)\.(?:badit|lora)_")
-Place = tuple[str, int, str]
 
 
 def make_examples(sizes: Mapping[str, int]) -> dict[str, list[dict[str, Any]]]:
@@ -49,9 +48,9 @@ def loss(model: Any, example: Mapping[str, Any]) -> torch.Tensor:
     return -sum(logs[t - 1, labels[t]] for t in answer) / len(answer)
 
 
-def places(model: Any) -> dict[Place, list[str]]:
+def places(model: Any) -> dict[tuple[str, int, str], list[str]]:
     """The names of the measured parameters, by kind, layer and module."""
-    found: dict[Place, list[str]] = {}
+    found: dict[tuple[str, int, str], list[str]] = {}
     for name, _ in model.named_parameters():
         if match := _ADAPTER.search(name):
             found.setdefault(("adapter", int(match[1]), f"{match[2]}.adapter"), []).append(name)
@@ -91,11 +90,10 @@ def halves(vectors: torch.Tensor) -> list[torch.Tensor]:
 
 
 def corrected(a: torch.Tensor, b: torch.Tensor) -> float:
-    between = [float(torch.dot(*halves(vectors))) for vectors in (a, b)]
-    if not all(product > 0 for product in between):
+    of_a, of_b = (float(torch.dot(*halves(vectors))) for vectors in (a, b))
+    if not (of_a > 0 and of_b > 0):
         return math.nan
-    value = float(a.mean(dim=0) @ b.mean(dim=0)) / math.sqrt(between[0] * between[1])
-    return max(-1.0, min(1.0, value))
+    return max(-1.0, min(1.0, float(a.mean(dim=0) @ b.mean(dim=0)) / math.sqrt(of_a * of_b)))
 
 
 def tables(model: Any, examples: Examples) -> dict[str, list[list[Any]]]:
@@ -125,35 +123,35 @@ def tables(model: Any, examples: Examples) -> dict[str, list[list[Any]]]:
     return tables_
 
 
-def row_scores(model: Any, examples: Examples) -> dict[str, list[Vector]]:
-    """By task and layer, the mean squared gradient of every row of the weights."""
+def row_scores(model: Any, examples: Examples) -> Scores:
+    """The mean squared gradient of every row of the weights."""
     modules = {f"{name}.weight": module for name, module in model.named_modules()}
-    scores: dict[str, list[Vector]] = {}
+    scores: Scores = {}
     for task, instances in gradients(model, examples).items():
-        layers: dict[int, Vector] = {}
+        layers: dict[int, list[float]] = {}
         for (kind, layer, _), names in places(model).items():
             for name in names if kind == "weights" else []:
                 rows = [g[name].T if isinstance(modules[name], Conv1D) else g[name] for g in instances]
-                for unit in range(len(rows[0])):
-                    squares = torch.cat([row[unit] for row in rows]) ** 2
-                    layers.setdefault(layer, []).append(float(squares.mean()))
+                means = [float((torch.cat(of_unit) ** 2).mean()) for of_unit in zip(*rows, strict=True)]
+                layers.setdefault(layer, []).extend(means)
         scores[task] = [layers[layer] for layer in sorted(layers)]
     return scores
 
 
 @torch.no_grad()
-def neuron_means(model: Any, examples: Examples, projections: Callable[[Any], list[Any]]) -> dict[str, list[Vector]]:
-    """By task and layer, the projections' outputs averaged over all positions of all instances."""
-    means: dict[str, list[Vector]] = {}
+def neuron_means(model: Any, examples: Examples) -> Scores:
+    """The outputs of the MLPs' first projections, averaged over all positions of all instances."""
+    means: Scores = {}
     kept: dict[Any, list[torch.Tensor]] = {}
     model = copy.deepcopy(model)
-    for module in projections(model):
+    projections = [module for name, module in model.named_modules() if name.endswith((".mlp.gate_proj", ".mlp.c_fc"))]
+    for module in projections:
         module.register_forward_hook(lambda module, args, output: kept.setdefault(module, []).append(output[0].float()))
     for task, instances in examples.items():
         kept.clear()
         for example in instances:
             loss(model, example)
-        means[task] = [torch.cat(kept[module]).mean(dim=0).tolist() for module in projections(model)]
+        means[task] = [torch.cat(kept[module]).mean(dim=0).tolist() for module in projections]
     return means
 
 

@@ -1,6 +1,7 @@
 """A whole analysis of a tiny run: which tables it leaves, that it continues where it stopped, and what it refuses."""
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -15,12 +16,8 @@ from badit.recipe import build_recipe
 
 PAIRS = {"gradient_pairs", "gradient_overall", "coactivation_pairs"}
 INTERFERENCE = PAIRS | {"gradient_summary", "gradient_tasks", "coactivation", "coactivation_tasks"}
-ANGLES = {"expert_angles", "component_flow"}
-EXPERTS = ANGLES | {"gates", "gate_similarity", "expert_losses", "nearest_prompts", "abilities"}
-
-
-def names(folder):
-    return set(load_frames(folder / "analysis"))
+EXPERTS = {"gates", "gate_similarity", "expert_losses", "nearest_prompts", "abilities"}
+EXPERTS |= {"expert_angles", "component_flow"}
 
 
 def finished(recipe_values):
@@ -39,15 +36,22 @@ def test_a_run_with_experts_has_all_tables_and_a_finished_part_is_not_measured_a
         patch.setattr(module, "ability_atlas", lambda *a, **k: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             analyze(run, instances=2, progress=False)
-    assert names(run) == INTERFERENCE
+    assert load_frames(run / "analysis").keys() == INTERFERENCE
     monkeypatch.setattr(module, "measure_interference", lambda *a, **k: pytest.fail("measured again"))
     assert analyze(run, instances=2, progress=False).keys() == INTERFERENCE | EXPERTS
     monkeypatch.setattr(module, "load_run", lambda *a, **k: pytest.fail("loaded a model"))
-    analyze(run, instances=2, progress=False)
-    tables = load_frames(run / "analysis")
+    tables = analyze(run, instances=2, progress=False)
     for name in ("coactivation", "coactivation_tasks", "coactivation_pairs"):
         assert tables[name]["kind"].unique().tolist() == ["neurons", "parameters", "experts"]
-    assert "held-out" in set(tables["expert_angles"]["measured"])
+    flow, angles = tables["component_flow"], tables["expert_angles"]
+    assert set(flow["step"]) == {3, 6, 9}  # of twelve, with four experts of rank 2
+    for side in ("from_expert", "to_expert"):
+        moved = flow.groupby(["step", "layer", side])["components"].sum()
+        assert moved.tolist() == [2] * (3 * 2 * 4)  # nothing is lost: every expert keeps its rank
+    assert (flow["from_expert"] != flow["to_expert"]).any()
+    assert Counter(angles["measured"]) == {"before": 3 * 2, "after": 3 * 2, "held-out": 2}
+    assert set(angles.loc[angles["measured"] == "held-out", "step"]) == {12}
+    assert angles["within_degrees"].between(0, 180, inclusive="neither").all()
     record = json.loads((run / "analysis.json").read_text())
     assert list(record["parts"]) == ["interference", "experts", "learning"]
     assert record["settings"] == {"target": ".", "data": None, "instances": 2}
@@ -89,20 +93,16 @@ def test_a_base_model_is_measured_on_named_tasks(model_folder, task_file, tmp_pa
     assert json.loads((output / "environment.json").read_text())["packages"]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["{run}", "--instances", "1"], "instances: must be at least 2"),
-        (["no-such-model"], "no-such-model: is no run's folder; to measure on a base model, name its tasks"),
-        (["no-such-model", "--data", "nowhere"], "nowhere"),
-        (["{model}", "--data", "{lonely}"], "data: task sums has no two instances of one split"),
-    ],
-)
-def test_bad_input_is_a_line_and_exit_code_2(recipe_values, model_folder, tmp_path, capsys, arguments, message):
+def test_bad_input_is_a_line_and_exit_code_2(model_folder, tmp_path, capsys):
     lonely = tmp_path / "lonely.jsonl"
     lonely.write_text('{"task": "sums", "instruction": "Add.", "input": "1 1", "output": "2"}\n')
-    places = {"run": recipe_values["output"], "model": model_folder, "lonely": lonely}
-    assert main(["analyze", *(argument.format(**places) for argument in arguments), "-o", str(tmp_path / "o")]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert message in line
-    assert not (tmp_path / "o").exists()
+    for arguments, message in (
+        (["run", "--instances", "1"], "instances: must be at least 2"),
+        (["no-such-model"], "no-such-model: is no run's folder; to measure on a base model, name its tasks"),
+        (["no-such-model", "--data", "nowhere"], "nowhere"),
+        ([str(model_folder), "--data", str(lonely)], "data: task sums has no two instances of one split"),
+    ):
+        assert main(["analyze", *arguments, "-o", str(tmp_path / "o")]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert message in line
+        assert not (tmp_path / "o").exists()

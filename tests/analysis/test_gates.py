@@ -15,8 +15,6 @@ from badit.baselines.branches import OLoraConfig
 from badit.errors import BaditError
 from tuner import helpers
 
-pytestmark = pytest.mark.filterwarnings("ignore:Could not find a config file in  - :UserWarning")  # PEFT 0.19
-
 
 @pytest.mark.parametrize("method", METHODS)
 def test_gates_are_those_of_every_row_by_itself_and_reading_them_changes_nothing(tiny_model, method):
@@ -42,15 +40,12 @@ def test_gates_of_a_model_that_sees_positions_as_rows():
     np.testing.assert_allclose(together.by_task["cities"], apart.by_task["cities"], atol=2e-5)
 
 
-def test_an_error_within_leaves_nothing_behind(tiny_model):
-    model = naive.adapted(tiny_model("llama"), "badit")
+def test_at_step_0_all_gates_are_neutral_none_is_marked_and_an_error_leaves_nothing_behind(tiny_model):
+    model, batches = helpers.adapt(tiny_model("llama")), naive.batches()
     with pytest.raises(ZeroDivisionError), changed_gates(active_experts(model), lambda one, gates: 1 / 0):
-        naive.losses(model, naive.rows(naive.batches()["cities"])[0])
+        naive.losses(model, naive.rows(batches["cities"])[0])
     assert not any("component_gates" in vars(layer) for layer in naive.layers(model))
-
-
-def test_at_step_0_all_gates_are_neutral_and_none_is_marked(tiny_model):
-    gates = prompt_gates(helpers.adapt(tiny_model("llama")), naive.batches())
+    gates = prompt_gates(model, batches)
     np.testing.assert_allclose(gates.means, 1, atol=1e-6)
     assert not any(mask.any() for masks in marked_experts(gates).values() for mask in masks)
 

@@ -10,14 +10,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from analysis import naive_interference as naive
-from badit.analysis.interference import (
-    SketchedSums,
-    TaskGradients,
-    agreement,
-    coactivation,
-    measure_interference,
-    measured_parameters,
-)
+from badit.analysis import interference
 from badit.analysis.tables import layer_and_module
 from badit.errors import BaditError
 from tuner.helpers import adapted
@@ -28,7 +21,7 @@ SHARE = 0.2
 
 def sketched(vectors_RN, size, seed):
     """The sketches of several vectors."""
-    sketch = SketchedSums(len(vectors_RN[0]), len(vectors_RN), size, torch.Generator().manual_seed(seed))
+    sketch = interference.SketchedSums(len(vectors_RN[0]), len(vectors_RN), size, torch.Generator().manual_seed(seed))
     for i, vector_N in enumerate(vectors_RN):
         sketch.add(i, vector_N)
     return sketch
@@ -78,7 +71,7 @@ vectors = st.lists(st.lists(st.floats(-4, 4, width=16), min_size=3, max_size=3),
 def test_agreement_follows_from_the_inner_products(of_a, of_b):
     instances = [torch.tensor(of).double() for of in (of_a, of_b[:4])]
     sums_R = torch.stack([of[half::2].sum(dim=0) for of in instances for half in (0, 1)])
-    found = agreement((sums_R @ sums_R.T)[None], torch.tensor([[3.0, 2.0], [2.0, 2.0]]).double())
+    found = interference.agreement((sums_R @ sums_R.T)[None], torch.tensor([[3.0, 2.0], [2.0, 2.0]]).double())
     assert not any((found[name].abs() > 1).any() for name in ("cosine", "corrected_cosine", "reliability"))
     a, b = (of.mean(dim=0) for of in instances)
     if min(float(v.norm()) for v in (a, b, *sums_R)) <= 1e-3:
@@ -91,20 +84,21 @@ def test_agreement_follows_from_the_inner_products(of_a, of_b):
     assert float(found["reliability"][0, 1]) == pytest.approx(naive.cosine(*sums_R[2:]), abs=1e-6)
 
 
-def measured(model, examples, sketch_size=16384):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("badit.analysis.interference.SKETCH_SIZE", sketch_size)
-        frames = measure_interference(model, naive.batched(examples))
+def by_name(frames):
     return {frame.attrs["name"]: frame for frame in frames}
 
 
+def measured(model, examples, sketch_size=16384):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("badit.analysis.interference.SKETCH_SIZE", sketch_size)
+        return by_name(interference.measure_interference(model, naive.batched(examples)))
+
+
 def make(tiny_model, kind):
-    if kind in ("llama", "gpt2"):
-        return tiny_model(kind)
-    if kind == "badit":
-        return adapted(tiny_model("llama"))
-    options = {"target_modules": ["gate_proj"], "init_lora_weights": False, "task_type": "CAUSAL_LM"}
-    return get_peft_model(tiny_model("llama"), LoraConfig(r=2, lora_alpha=4, **options)).eval()
+    if kind == "lora":
+        options = {"target_modules": ["gate_proj"], "init_lora_weights": False, "task_type": "CAUSAL_LM"}
+        return get_peft_model(tiny_model("llama"), LoraConfig(r=2, lora_alpha=4, **options)).eval()
+    return adapted(tiny_model("llama")) if kind == "badit" else tiny_model(kind)
 
 
 def assert_same(frame, expected):
@@ -118,19 +112,6 @@ def assert_same(frame, expected):
         assert row == pytest.approx(known, abs=1e-4), (row, twin)
 
 
-def test_names_tell_layer_and_module():
-    assert layer_and_module("base_model.model.transformer.h.12.attn.c_attn.base_layer") == (12, "attn.c_attn")
-    assert layer_and_module("base_model.adapter") == (-1, "adapter")
-    assert layer_and_module("model.embed_tokens") == (-1, "embed_tokens")
-
-
-def projections(model):
-    inner = getattr(model, "get_base_model", lambda: model)()
-    if hasattr(inner, "transformer"):
-        return [block.mlp.c_fc for block in inner.transformer.h]
-    return [layer.mlp.gate_proj for layer in inner.model.layers]
-
-
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "badit", "lora"])
 def test_large_sketches_give_the_naive_tables(tiny_model, kind, monkeypatch):
     monkeypatch.setattr("badit.analysis.interference.SHARE", SHARE)
@@ -138,14 +119,13 @@ def test_large_sketches_give_the_naive_tables(tiny_model, kind, monkeypatch):
     places = naive.places(model)
     parameters = dict(model.named_parameters())
     expected_places = {id(parameters[name]): place for place, names in places.items() for name in names}
-    assert {id(item.parameter): item.place for item in measured_parameters(model)} == expected_places
+    assert {id(item.parameter): item.place for item in interference.measured_parameters(model)} == expected_places
+    assert layer_and_module("base_model.adapter") == (-1, "adapter"), "outside of the layers"
     assert len([place for place in places if place[0] == "weights"]) == 2 * (4 if kind == "gpt2" else 7)
     assert len([place for place in places if place[0] == "adapter"]) == 2 * (kind in ("badit", "lora"))
-    tables = measured(model, examples, sketch_size=10**4)
-    scores = {
-        "neurons": naive.neuron_means(model, examples, projections),
-        "parameters": naive.row_scores(model, examples),
-    }
+    with torch.no_grad():
+        tables = measured(model, examples, sketch_size=10**4)
+    scores = {"neurons": naive.neuron_means(model, examples), "parameters": naive.row_scores(model, examples)}
     expected = naive.tables(model, examples)
     for of_kind, by_task in scores.items():
         marks = {task: [naive.marked(layer, SHARE) for layer in layers] for task, layers in by_task.items()}
@@ -169,48 +149,33 @@ def test_small_sketches_are_off_by_no_more_than_they_say(tiny_model):
     assert measured(model, examples, sketch_size=size)["gradient_pairs"].equals(table), "the signs are always the same"
 
 
-@pytest.mark.parametrize("fails", [False, True])
-def test_no_hook_and_no_gradient_stays(tiny_model, fails):
+def test_no_hook_and_no_gradient_stays_and_a_loss_that_is_not_finite_is_refused(tiny_model):
     model, examples = make(tiny_model, "badit"), naive.make_examples(SIZES)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     hooks = [len(module._forward_hooks) for module in model.modules()]
-    if fails:
-        examples["cities"][1]["labels"] = [-100] * len(examples["cities"][1]["labels"])
-        with pytest.raises(BaditError, match="task cities, instance 1: has no finite loss; it has no answer tokens"):
-            measured(model, examples)
-    else:
+    measured(model, examples)
+    examples["cities"][1]["labels"] = [-100] * len(examples["cities"][1]["labels"])
+    with pytest.raises(BaditError, match="task cities, instance 1: has no finite loss; it has no answer tokens"):
         measured(model, examples)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert [len(module._forward_hooks) for module in model.modules()] == hooks
     assert not any(p._post_accumulate_grad_hooks or p.grad is not None for p in model.parameters())
-
-
-def test_a_frozen_model_is_measured_within_no_grad(tiny_model):
-    examples = naive.make_examples(SIZES)
-    expected = measured(tiny_model("llama"), examples)
-    with torch.no_grad():
-        tables = measured(tiny_model("llama").requires_grad_(False), examples)
-    assert all(tables[name].equals(table) for name, table in expected.items())
+    model.get_base_model().model.norm.weight.data.fill_(math.nan)
+    with pytest.raises(BaditError, match="task a, instance 0: has no finite loss; it may overflow in its type"):
+        measured(model, naive.make_examples({"a": 2}))
 
 
 def test_no_more_than_one_gradient_is_held(tiny_model):
     model, held = tiny_model("llama"), []
-    parameters = [item.parameter for item in measured_parameters(model)]
+    parameters = [item.parameter for item in interference.measured_parameters(model)]
     for parameter in parameters:
         parameter.register_post_accumulate_grad_hook(
             lambda _: held.append(sum(p.grad is not None for p in model.parameters()))
         )
     measured(model, naive.make_examples({"a": 2, "b": 1}))
     assert held == [1] * (3 * len(parameters))
-    sketches = TaskGradients(model, 50, sketch_size=8)._sketches
+    sketches = interference.TaskGradients(model, 50, sketch_size=8)._sketches
     assert sum(sketch.sums_RM.numel() for sketch in sketches) <= len(parameters) * 2 * 50 * 8
-
-
-def test_a_loss_that_is_not_finite_is_refused(tiny_model):
-    model = tiny_model("llama")
-    model.model.norm.weight.data.fill_(math.nan)
-    with pytest.raises(BaditError, match="task a, instance 0: has no finite loss; it may overflow in its type"):
-        measured(model, naive.make_examples({"a": 2}))
 
 
 # --- shared units ---
@@ -229,7 +194,7 @@ def all_marks(draw):
 @given(all_marks())
 def test_the_counts_are_the_naive_ones(marks):
     marked = {name: [torch.tensor(layer) for layer in layers] for name, layers in marks.items()}
-    frames = {frame.attrs["name"]: frame for frame in coactivation({"experts": marked, "neurons": marked}, "about")}
+    frames = by_name(interference.coactivation({"experts": marked, "neurons": marked}, "about"))
     for name, rows in naive.coactivation("experts", marks).items():
         assert_same(frames[name], rows + [["neurons", *row[1:]] for row in rows])
     for _, of_layer in frames["coactivation"].groupby(["kind", "layer"]):
@@ -240,11 +205,10 @@ def test_the_counts_are_the_naive_ones(marks):
 
 
 def test_a_model_without_known_mlps_is_refused(tiny_model):
-    batches = naive.batched(naive.make_examples(SIZES))
-    model = tiny_model("llama")
+    batches, model = naive.batched(naive.make_examples(SIZES)), tiny_model("llama")
     model.model.layers[1].mlp.second = nn.ModuleDict({"gate_proj": nn.Linear(2, 2)})
     with pytest.raises(BaditError, match="of type llama: every layer needs one MLP, with"):
-        measure_interference(model, batches)
+        interference.measure_interference(model, batches)
     del model.model.layers[1].mlp
     with pytest.raises(BaditError, match="of type llama"):
-        measure_interference(model, batches)
+        interference.measure_interference(model, batches)

@@ -1,7 +1,6 @@
 """Angles from logs and from the finished adapter's gradients, the flow of components, score matrices and task gaps."""
 
 import json
-from collections import Counter
 
 import numpy as np
 import pytest
@@ -12,21 +11,14 @@ from analysis import naive_experts as naive
 from analysis.naive_interference import rows
 from badit.analysis.learning import component_flow, expert_angles, held_out_angles, task_gap, transfer
 from badit.errors import BaditError
-from badit.evaluate import load_run
-from badit.recipe import build_recipe
+from badit.metrics import mean_scores
 from badit.run import Run
-from badit.train import fit
 from materials import results_cell, write_results
+from report.samples import write_lines
 from tuner import helpers
-
-pytestmark = pytest.mark.filterwarnings("ignore:Could not find a config file in  - :UserWarning")  # PEFT 0.19
 
 FIELDS = ("intra_degrees", "inter_degrees", "intra_abs_cos", "inter_abs_cos")
 NAME = "model.layers.1.mlp.gate_proj.default"
-
-
-def log(path, *lines):
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 def regrouping(step, before=(0, 0, 1, 1), after=(1, 0, 0, 1), **angles):
@@ -40,9 +32,9 @@ def test_angles_and_moves_come_from_the_logs(tmp_path):
     before = {f"previous_{field}": value for field, value in zip(FIELDS, (85.0, 88.0, 0.2, 0.2), strict=True)}
     stays = regrouping(20, before=(1, 0, 0, 1), after=(1, 0, 0, 1))
     place = [1, "mlp.gate_proj"]
-    log(tmp_path / "angles.jsonl", {"step": 5, "module": NAME, **after, "intra_degrees": None})
+    write_lines(tmp_path / "angles.jsonl", [{"step": 5, "module": NAME, **after, "intra_degrees": None}])
     assert rows(expert_angles(Run.at(tmp_path))) == [[5, *place, "training", None, 90.0, 0.4, 0.1]]
-    log(tmp_path / "regroupings.jsonl", regrouping(10, **before, **after), stays)
+    write_lines(tmp_path / "regroupings.jsonl", [regrouping(10, **before, **after), stays])
     assert rows(expert_angles(Run.at(tmp_path))) == [
         [10, *place, "before", 85.0, 88.0, 0.2, 0.2],
         [10, *place, "after", 70.0, 90.0, 0.4, 0.1],
@@ -53,45 +45,26 @@ def test_angles_and_moves_come_from_the_logs(tmp_path):
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("read", "line", "message"),
-    [
-        (expert_angles, regrouping(10**30, intra_degrees=1.0), r"step\.0: "),
+def test_a_damaged_log_is_refused(tmp_path):
+    path = tmp_path / "regroupings.jsonl"
+    for read, line, message in (
         (expert_angles, regrouping(10, intra_degrees="x"), r"within_degrees\.0: input should be a valid number"),
         (component_flow, {"step": 10, "module": NAME}, "'previous_labels'"),
         (component_flow, regrouping(10, after=(0, 1)), "cannot be read"),
         (component_flow, regrouping(10, after=(0, 1, 0, 10**9)), r"to_expert\.\d: input should be less than 1024"),
-        (component_flow, regrouping(10, before=(0, 1, 0, -1)), r"from_expert\.\d: input should be greater"),
-    ],
-)
-def test_a_damaged_log_is_refused(tmp_path, read, line, message):
-    path = tmp_path / "regroupings.jsonl"
-    log(path, regrouping(5), line)
-    with pytest.raises(BaditError, match=rf"{path}: .*{message}.*; remove the file to leave it out"):
-        read(Run.at(tmp_path))
-
-
-def test_a_trained_run(recipe_values):
-    """Four experts of rank 2, regrouped after steps 3, 6 and 9 of twelve."""
-    run = fit(build_recipe(recipe_values), progress=False)
-    flow = component_flow(run)
-    assert set(flow["step"]) == {3, 6, 9}
-    for side in ("from_expert", "to_expert"):
-        moved = flow.groupby(["step", "layer", side])["components"].sum()
-        assert moved.tolist() == [2] * (3 * 2 * 4)  # nothing is lost: every expert keeps its rank
-    assert (flow["from_expert"] != flow["to_expert"]).any()
-    model, _ = load_run(run)
-    angles = expert_angles(run, held_out_angles(model, naive.batches()))
-    assert Counter(angles["measured"]) == {"before": 3 * 2, "after": 3 * 2, "held-out": 2}
-    assert set(angles.loc[angles["measured"] == "held-out", "step"]) == {12}
-    assert angles["within_degrees"].between(0, 180, inclusive="neither").all()
+    ):
+        write_lines(path, [regrouping(5), line])
+        with pytest.raises(BaditError, match=rf"{path}: .*{message}.*; remove the file to leave it out"):
+            read(Run.at(tmp_path))
 
 
 @pytest.mark.parametrize("method", ["badit", "badit token", "loramoe", "goat"])
 def test_held_out_angles_equal_the_naive_ones(tiny_model, method):
     model = naive.adapted(tiny_model("llama"), method, target_modules=["gate_proj", "v_proj"])
     batches = naive.batches()
-    found = held_out_angles(model, batches)
+    with torch.no_grad():
+        found = held_out_angles(model.requires_grad_(False), batches)
+    assert all(parameter.grad is None for parameter in model.parameters())
     assert list(found) == [(layer, module) for layer in (0, 1) for module in ("self_attn.v_proj", "mlp.gate_proj")]
     gradients = naive.gradients(model, batches)
     for angles, layer, of_layer in zip(found.values(), naive.layers(model), gradients, strict=True):
@@ -105,15 +78,9 @@ def test_experts_that_share_A_have_no_components(tiny_model, method):
     assert held_out_angles(naive.adapted(tiny_model("llama"), method), naive.batches()) == {}
 
 
-def test_a_frozen_model_is_measured_within_no_grad(tiny_model):
-    """A single component per expert has no angles within."""
-    model = helpers.adapted(tiny_model("llama"), r=1).requires_grad_(False)
-    with torch.no_grad():
-        within, between, within_cos, between_cos = held_out_angles(model, naive.batches())[0, "mlp.gate_proj"]
-    assert within is within_cos is None
-    assert 0 < between < 180
-    assert 0 <= between_cos <= 1
-    assert all(parameter.grad is None for parameter in model.parameters())
+def test_a_single_component_per_expert_has_no_angles_within(tiny_model):
+    angles = held_out_angles(helpers.adapted(tiny_model("llama"), r=1), naive.batches())[0, "mlp.gate_proj"]
+    assert [angle is None for angle in angles] == [True, False, True, False]
 
 
 # --- tasks ---
@@ -123,10 +90,10 @@ ALONE = "lora, one model per task"
 
 def results(tmp_path, cells, protocol="mixed"):
     """A comparison's folder with (method, seed, order, scores) of done cells."""
-    made = []
-    for method, seed, order, scores in cells:
-        instances = {task: {"rouge_l": [score], "exact_match": [0]} for task, score in scores.items()}
-        made.append(results_cell(method, seed, instances, order=order))
+    made = [
+        results_cell(method, seed, {t: {"rouge_l": [s], "exact_match": [0]} for t, s in scores.items()}, order=order)
+        for method, seed, order, scores in cells
+    ]
     return write_results(tmp_path, made, list(dict.fromkeys(method for method, *_ in cells)), protocol).parent
 
 
@@ -150,8 +117,7 @@ def test_the_gap_is_over_the_seeds_that_have_both_and_every_order(tmp_path):
 
 
 def scored(tmp_path, **sequence):
-    task = {"rouge_l": 55, "exact_match": 0}
-    content = {**task, "tasks": {"a": {**task, "instances": 1}}, **sequence}
+    content = {**mean_scores({"a": {"rouge_l": [55], "exact_match": [0]}}), **sequence}
     (tmp_path / "scores.json").write_text(json.dumps(content))
     return Run.at(tmp_path)
 

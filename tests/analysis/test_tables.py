@@ -45,24 +45,12 @@ def test_numbers_have_six_digits_and_null_where_they_are_not_defined(tmp_path):
     assert {name: len(frame) for name, frame in load_frames(tmp_path).items()} == {"gate_similarity": 0, "gates": 2}
 
 
-@pytest.mark.parametrize(
-    ("name", "column", "value"),
-    [
-        ("gates", "mean", "1.0"),
-        ("gates", "std", True),
-        ("gates", "mean", float("nan")),
-        ("gates", "expert", 1.5),
-        ("gates", "expert", -1),
-        ("component_flow", "to_expert", 10**9),
-        ("gates", "layer", None),
-        ("gates", "layer", 10**20),
-        ("abilities", "tasks", None),
-    ],
-)
-def test_wrong_values_are_named(name, column, value, tmp_path):
-    path = save(table(name), tmp_path)
-    content = json.loads(path.read_text())
-    content["rows"][1][list(content["columns"]).index(column)] = value
-    path.write_text(json.dumps(content))
-    with pytest.raises(BaditError, match=rf"{name}\.json: {column}\.1: input should be"):
-        load_frame(path)
+def test_wrong_values_are_named(tmp_path):
+    path = save(table("gates"), tmp_path)
+    wrong = {"mean": ["1.0", True, np.nan], "expert": [1.5, -1, 10**9], "layer": [None, 10**20], "task": [None]}
+    for column, value in ((column, value) for column, values in wrong.items() for value in values):
+        content = json.loads(save(table("gates"), tmp_path).read_text())
+        content["rows"][1][list(content["columns"]).index(column)] = value
+        path.write_text(json.dumps(content))
+        with pytest.raises(BaditError, match=rf"gates\.json: {column}\.1: input should be"):
+            load_frame(path)

@@ -8,13 +8,12 @@ from typing import Any
 import numpy as np
 import torch
 from peft import get_peft_model
-from transformers.pytorch_utils import Conv1D
 
 import reference
 from badit.baselines import BASELINES
 from badit.baselines.branches import BranchLinear
 from badit.baselines.mixture import MixtureLinear
-from badit.tuner import BaditConfig, ExpertLinear, hooks_of
+from badit.tuner import BaditConfig, hooks_of
 from tuner.helpers import IDS, MASK, layers, padded, random_rows
 from tuner.helpers import forward as model_forward
 
@@ -44,8 +43,7 @@ FIRST, SECOND = (padded(random_rows(*[5] * 4, seed=seed)) for seed in (1, 2))  #
 
 
 def config(method: str, **options: Any) -> Any:
-    values = {"lora_dropout": 0.0, "task_type": "CAUSAL_LM", **SMALL[method], **options}
-    return CONFIGS[method](**values)
+    return CONFIGS[method](**{"lora_dropout": 0.0, "task_type": "CAUSAL_LM", **SMALL[method], **options})
 
 
 def gate(model: Any, adapter: str = "default") -> Any:
@@ -111,13 +109,6 @@ def loss(model: Any, rows: list[str] = ROWS, **options: Any) -> torch.Tensor:
         return model_forward(model, IDS, MASK, labels=labels, **options).loss
 
 
-def base_output(layer: ExpertLinear, x: np.ndarray) -> np.ndarray:
-    """W x + b for one position x."""
-    base: Any = layer.get_base_layer()
-    W = reference.float64(base.weight.T if isinstance(base, Conv1D) else base.weight)
-    return W @ x + (0 if base.bias is None else reference.float64(base.bias))
-
-
 def experts(method: str, A: np.ndarray, B: np.ndarray, num_experts: int) -> list[tuple[np.ndarray, np.ndarray]]:
     """Each expert's (B_k, A_k)."""
     rank = B.shape[1] // num_experts
@@ -143,15 +134,13 @@ def gates(layer: MixtureLinear, x: Any) -> np.ndarray:
 
 def forward(method: str, layer: MixtureLinear, x: torch.Tensor) -> torch.Tensor:
     """y = W x + b + s Σ_k g_k B_k A_k x, and GOAT's − (s/K) Σ_k B0_k A0_k x, with B0 and A0 worked out again."""
-    options = layer.badit_config["default"]
-    A, B = reference.float64(layer.badit_A["default"]), reference.float64(layer.badit_B["default"])
-    x_, num_experts, s = reference.float64(x), options.num_experts, options.lora_alpha / options.r
-    start = []
+    options, start = layer.badit_config["default"], []
+    A, B, x_ = (reference.float64(each) for each in (layer.badit_A["default"], layer.badit_B["default"], x))
+    num_experts, s = options.num_experts, options.lora_alpha / options.r
     if method == "goat":
         start = goat_start(reference.float64(layer.weight_OI), num_experts, RANK, s, options.rho)
-    g, y = gates(layer, x), np.zeros((*x.shape[:-1], layer.out_features))
+    g, y = gates(layer, x), reference.float64(layer.get_base_layer()(x))
     for where in np.ndindex(*x.shape[:-1]):
-        y[where] = base_output(layer, x_[where])
         for b_k, a_k in start:
             y[where] -= s / num_experts * (b_k @ (a_k @ x_[where]))
         for k, (b_k, a_k) in enumerate(experts(method, A, B, num_experts)):
@@ -166,8 +155,7 @@ def imbalance(method: str, gates_: np.ndarray, probabilities: np.ndarray) -> flo
         z = [sum(gates_[i, k] for i in range(positions)) for k in range(num_experts)]
         mean = sum(z) / num_experts
         return sum((value - mean) ** 2 for value in z) / num_experts / mean**2
-    choices = [(i, k) for i in range(positions) for k in range(num_experts) if gates_[i, k] > 0]
-    shares = [sum(1 for _, chosen in choices if chosen == k) / positions for k in range(num_experts)]
+    shares = [sum(gates_[i, k] > 0 for i in range(positions)) / positions for k in range(num_experts)]
     return num_experts * sum(f * probabilities[:, k].mean() for k, f in enumerate(shares))
 
 
@@ -198,16 +186,15 @@ def weights(method: str, model: Any, prompt: Any) -> np.ndarray:
 
 
 def branch_forward(layer: BranchLinear, x: Any, a: np.ndarray) -> np.ndarray:
-    """y = W x + b + s Σ_i a_i B_i A_i x for one position x."""
-    options, x = layer.badit_config["default"], reference.float64(x)
-    y = base_output(layer, x)
+    """y = W x + b + s Σ_i a_i B_i A_i x for the positions x (T, I) of one row."""
+    options, x, y = layer.badit_config["default"], reference.float64(x), reference.float64(layer.get_base_layer()(x))
     past_A, past_B = (reference.float64(p["default"]) for p in (layer.badit_A_past, layer.badit_B_past))
     for i, weight in enumerate(a):
         run = slice(i * options.r, (i + 1) * options.r)
         b_i, a_i = past_B[:, run], past_A[run]
         if i == len(a) - 1:
             b_i, a_i = (reference.float64(p["default"]) for p in (layer.badit_B, layer.badit_A))
-        y = y + options.lora_alpha / options.r * weight * (b_i @ (a_i @ x))
+        y = y + options.lora_alpha / options.r * weight * (x @ a_i.T @ b_i.T)
     return y
 
 
@@ -230,15 +217,12 @@ def projector(old: np.ndarray, inputs: np.ndarray, share: float) -> np.ndarray:
 
 def mtl_forward(layer: Any, x: torch.Tensor, rows: list[str]) -> torch.Tensor:
     """y = W x + b + s Σ_k softmax(w_t / τ)_k B_k Λ_t A x, one position after another."""
-    options = layer.badit_config["default"]
-    A, B, Lambda, w = (
-        reference.float64(getattr(layer, f"badit_{part}")["default"]) for part in ("A", "B", "lambda", "task_logits")
-    )
-    x_, r, y = reference.float64(x), options.r, np.zeros((*x.shape[:-1], layer.out_features))
+    options, parts = layer.badit_config["default"], ("A", "B", "lambda", "task_logits")
+    A, B, Lambda, w = (reference.float64(getattr(layer, f"badit_{part}")["default"]) for part in parts)
+    r, x_, y = options.r, reference.float64(x), reference.float64(layer.get_base_layer()(x))
     for where in np.ndindex(*x.shape[:-1]):
         task = TASKS.index(rows[where[0]])
         powers = [math.exp(w[task, k] / options.temperature) for k in range(options.num_experts)]
-        y[where] = base_output(layer, x_[where])
         for k, power in enumerate(powers):
             B_k = B[:, k * r : (k + 1) * r]
             y[where] += options.lora_alpha / r * power / sum(powers) * (B_k @ (Lambda[task] @ (A @ x_[where])))

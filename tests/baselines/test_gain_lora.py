@@ -30,15 +30,14 @@ def after_a_task(prompts, monkeypatch):
 def test_the_energy_of_the_covariance_is_held_by_fewer_directions():
     """Its squared singular values are the fourth powers of the inputs'."""
     prompts = torch.randn(200, WIDTH) * torch.logspace(0, -2, WIDTH)
-    ranks = {}
-    for energy in ("covariance", "inputs"):
-        torch.manual_seed(0)
+    ranks = []
+    for energy, exponent in (("covariance", 4), ("inputs", 2)):
         made = new_gate(energy=energy)
         made.end_task(prompts)
-        ranks[energy] = round(made.seen_by_down.trace().item())
-        powers = np.linalg.svd(prompts.double().numpy(), compute_uv=False) ** (4 if energy == "covariance" else 2)
-        assert ranks[energy] == 1 + np.searchsorted(np.cumsum(powers) / powers.sum(), 0.995)
-    assert ranks["covariance"] < ranks["inputs"]
+        ranks.append(round(made.seen_by_down.trace().item()))
+        powers = np.linalg.svd(prompts.double().numpy(), compute_uv=False) ** exponent
+        assert ranks[-1] == 1 + np.searchsorted(np.cumsum(powers) / powers.sum(), 0.995)
+    assert ranks[0] < ranks[1]
 
 
 @given(st.integers(1, 12), st.integers(1, 12), st.floats(0.5, 0.9999), st.integers(0, 2**32 - 1))
@@ -48,13 +47,9 @@ def test_a_projector_grows_by_the_fewest_directions_that_hold_the_share(first, s
     P = torch.zeros(8, 8, dtype=torch.float64)
     for count in (first, second):
         inputs = torch.randn(count, 8, generator=generator, dtype=torch.float64)
-        expected = naive.projector(P.numpy(), inputs.numpy(), share)
         old, P = P, grown_projector(P, inputs, share)
-        np.testing.assert_allclose(P, expected, atol=1e-6)
+        np.testing.assert_allclose(P, naive.projector(old.numpy(), inputs.numpy(), share), atol=1e-6)
         torch.testing.assert_close(P @ P, P)
-        torch.testing.assert_close(P, P.T)
-        torch.testing.assert_close(P @ old, old)  # it grows
-        assert (inputs @ P).square().sum() >= share * inputs.square().sum() * (1 - 1e-9)
     torch.testing.assert_close(grown_projector(P, inputs, share), P)
 
 
@@ -131,20 +126,21 @@ def train(model, ids, mask, *, projected, steps=40):
         model.base_model.after_update()
 
 
-def test_training_a_second_task_leaves_the_first_one_as_it_was(tiny_model, monkeypatch):
+@pytest.mark.parametrize("projected", [True, False])
+def test_training_a_second_task_leaves_the_first_one_as_it_was(tiny_model, monkeypatch, projected):
     monkeypatch.setattr("badit.baselines.gain_lora._SHARE_OF_ENERGY", 1.0)
-    changes = {}
-    for projected in (True, False):
-        model = adapt(tiny_model("llama"), "gainlora", gate_hidden_size=20)
-        train(model, *FIRST, projected=projected, steps=5)
-        prompt_mask = (torch.arange(5) < 3).expand(4, -1)
-        model.base_model.end_task(batches(FIRST[0], prompt_mask))
+    model = adapt(tiny_model("llama"), "gainlora", gate_hidden_size=20)
+    train(model, *FIRST, projected=projected, steps=5)
+    prompt_mask = (torch.arange(5) < 3).expand(4, -1)
+    model.base_model.end_task(batches(FIRST[0], prompt_mask))
+
+    def of_first():
         with torch.no_grad():
-            before = model(input_ids=FIRST[0], prompt_mask=prompt_mask).logits
-        model.base_model.next_task()
-        train(model, *SECOND, projected=projected)
-        with torch.no_grad():
-            after = model(input_ids=FIRST[0], prompt_mask=prompt_mask).logits
-        changes[projected] = (after - before).abs().max().item()
-        assert (logits(model, *SECOND) - logits(tiny_model("llama"), *SECOND)).abs().max() > 0.1
-    assert changes[True] < 1e-3 < 0.05 < changes[False]
+            return model(input_ids=FIRST[0], prompt_mask=prompt_mask).logits
+
+    before = of_first()
+    model.base_model.next_task()
+    train(model, *SECOND, projected=projected)
+    change = (of_first() - before).abs().max()
+    assert change < 1e-3 if projected else change > 0.05
+    assert (logits(model, *SECOND) - logits(tiny_model("llama"), *SECOND)).abs().max() > 0.1

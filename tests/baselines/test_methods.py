@@ -1,7 +1,6 @@
 """Every baseline by its name in a recipe: its options, its refusals, and a run from training to loading."""
 
 import json
-from typing import Any
 
 import pytest
 import torch
@@ -14,26 +13,16 @@ from badit.evaluate import load_run, train_and_score
 from badit.methods import AdapterMethod, build_method
 from badit.recipe import build_recipe
 from badit.train import fit
-from badit.tuner import hooks_of
-from baselines.naive import SMALL
+from baselines.naive import SMALL, logits
 from training.trainers import StopAt, with_callbacks
-from tuner.helpers import IDS, MASK
+from tuner.helpers import IDS
 
 # PEFT 0.19 looks for the saved configuration of a base model that was never saved.
 pytestmark = pytest.mark.filterwarnings("ignore:Could not find a config file in  - :UserWarning")
 
-Values = dict[str, Any]
-OPTIONS = {
-    **{name: {key: value for key, value in small.items() if key != "tasks"} for name, small in SMALL.items()},
-    **{name: {"r": 4, "lora_alpha": 8, "lora_dropout": 0.1} for name in BASELINES if name not in SMALL}
-}  # fmt: skip
+OPTIONS = {name: {"r": 4, "lora_alpha": 8, "lora_dropout": 0.1} for name in BASELINES}
+OPTIONS |= {name: {key: value for key, value in small.items() if key != "tasks"} for name, small in SMALL.items()}
 FROM_PEFT = [name for name, baseline in BASELINES.items() if baseline.config_cls is LoraConfig]
-ROWS = ["rivers", "cities", "cities"]
-
-
-def logits(model, ids=IDS):
-    with torch.no_grad(), hooks_of(model).rows_of(ROWS):
-        return model(input_ids=ids, attention_mask=MASK).logits[MASK.bool()]
 
 
 @pytest.mark.parametrize("name", BASELINES)

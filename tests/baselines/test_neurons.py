@@ -1,8 +1,7 @@
 """Task neurons: the scores against one-by-one autograd, the choice, and what training then leaves alone."""
 
 import math
-from collections.abc import Callable
-from typing import Any
+from functools import partial
 
 import pytest
 import torch
@@ -14,9 +13,8 @@ from badit.baselines.neurons import neuron_scores, top_neurons, train_only
 from badit.data import AnswerCollator
 from badit.errors import BaditError
 from baselines.naive import adapted
-from training.trainers import examples
+from training.trainers import assert_same, examples
 
-Model = Callable[..., Any]
 WIDTH = 48
 
 
@@ -27,33 +25,28 @@ def last_projections(model):
     return {f"model.layers.{i}.mlp": layer.mlp.down_proj for i, layer in enumerate(model.model.layers)}
 
 
-class Probe:
-    """A hook that keeps the neurons' outputs and adds zeros to them, which the loss is differentiated by."""
-
-    def __init__(self, positions):
-        self.added = torch.zeros(1, positions, WIDTH, requires_grad=True)
-
-    def __call__(self, module, args):
-        self.outputs = args[0].detach()
-        return args[0] + self.added
-
-
 def naive_scores(model, data):
-    """One example at a time, without padding."""
+    """One example at a time, without padding; the loss is differentiated by zeros that are added to the outputs."""
     totals = {name: torch.zeros(WIDTH) for name in last_projections(model)}
     positions = sum(len(example["input_ids"]) for example in data)
+    added, outputs = {}, {}
+
+    def probe(name, module, args):
+        outputs[name] = args[0].detach()
+        return args[0] + added[name]
+
     for example in data:
         ids, labels = torch.tensor([example["input_ids"]]), example["labels"]
-        probes = {name: Probe(ids.shape[1]) for name in last_projections(model)}
-        handles = [last.register_forward_pre_hook(probes[name]) for name, last in last_projections(model).items()]
+        added |= {name: torch.zeros(1, ids.shape[1], WIDTH, requires_grad=True) for name in totals}
+        lasts = last_projections(model).items()
+        handles = [last.register_forward_pre_hook(partial(probe, name)) for name, last in lasts]
         logs = F.log_softmax(model(input_ids=ids).logits[0].float(), dim=-1)
         for handle in handles:
             handle.remove()
         answer = [t for t in range(1, len(labels)) if labels[t] != -100]
-        loss = -sum(logs[t - 1, labels[t]] for t in answer) / len(answer)
-        loss.backward()
-        for name, probe in probes.items():
-            totals[name] += (probe.added.grad * probe.outputs).abs().sum(dim=(0, 1)) / positions
+        (-sum(logs[t - 1, labels[t]] for t in answer) / len(answer)).backward()
+        for name in totals:
+            totals[name] += (added[name].grad * outputs[name]).abs().sum(dim=(0, 1)) / positions
     model.zero_grad()
     return totals
 
@@ -63,8 +56,7 @@ def naive_scores(model, data):
 )
 def test_the_scores_equal_the_naive_ones_however_the_examples_are_batched(tiny_model, family, side):
     model = tiny_model(family, attention_dropout=0.5)
-    data = examples(5)
-    collate = AnswerCollator(0, side)
+    data, collate = examples(5), AnswerCollator(0, side)
     expected = naive_scores(model.eval(), data)
     for batches in ([data], [data[:2], data[2:]]):
         scores = neuron_scores(model.train(), [collate(batch) for batch in batches])
@@ -76,21 +68,15 @@ def test_the_scores_equal_the_naive_ones_however_the_examples_are_batched(tiny_m
 
 
 def test_scoring_touches_no_gradient_and_works_on_a_frozen_model(tiny_model):
-    model = tiny_model("llama")
-    batch = AnswerCollator(0)(examples(4))
+    model, batch = tiny_model("llama"), AnswerCollator(0)(examples(4))
     scores = neuron_scores(model, [batch])
     assert all(p.grad is None for p in model.parameters())
-    frozen = neuron_scores(model.requires_grad_(False), [batch])
-    assert all(torch.equal(frozen[name], scores[name]) for name in scores)
+    assert_same(neuron_scores(model.requires_grad_(False), [batch]), scores)
     assert not any(p.requires_grad for p in model.parameters())
 
 
 @settings(deadline=None, max_examples=60)
-@given(
-    widths=st.lists(st.integers(1, 9), min_size=1, max_size=4),
-    share=st.floats(0.01, 1),
-    seed=st.integers(0, 1000),
-)
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=4), st.floats(0.01, 1), st.integers(0, 1000))
 def test_the_top_share_is_of_all_layers_together(widths, share, seed):
     generator = torch.Generator().manual_seed(seed)
     scores = {f"layer {i}": torch.rand(width, generator=generator) for i, width in enumerate(widths)}
@@ -127,6 +113,6 @@ def test_a_step_moves_the_masked_neurons_and_nothing_else(tiny_model, family):
 
 
 def test_what_it_cannot_do_is_refused(tiny_model):
-    model = tiny_model("llama")
+    model = adapted(tiny_model("llama"), "loramoe")
     with pytest.raises(BaditError, match="task neurons do not go with this model of type llama"):
-        neuron_scores(adapted(model, "loramoe"), [AnswerCollator(0)(examples(2))])
+        neuron_scores(model, [AnswerCollator(0)(examples(2))])

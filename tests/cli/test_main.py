@@ -8,12 +8,11 @@ import sys
 import docstring_parser
 import pytest
 import yaml
-from peft import get_peft_model
 
 from badit import demo
 from badit.cli import app, main
 from badit.errors import BaditError
-from badit.methods import build_method
+from badit.methods import on_skeleton
 from badit.recipe import build_recipe, load_recipe
 
 COMMANDS = [name for name in app if not name.startswith("-")]
@@ -36,6 +35,7 @@ def test_every_command_and_parameter_has_help(capsys):
     [
         ("import badit", "numpy torch transformers peft pydantic"),
         ("import badit.recipe as r; r.build_recipe({}, ['training.seed=2'])", "torch"),
+        ("from badit.cli import main; main(['train', 'superni-cpu', 'data.source=nowhere.csv'])", "torch transformers"),
         *((f"from badit.cli import main; main({words!r})", "torch transformers peft pydantic")
           for words in (["--help"], ["train", "--help"], ["--version"])),
     ],
@@ -46,40 +46,38 @@ def test_imports_recipes_and_help_load_nothing_heavy(statement, heavy):
     assert done.stdout.splitlines()[-1] == "loaded"
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
+def test_bad_input_is_one_line_and_exit_code_2(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for arguments, message in (
         (["trian"], 'Did you mean "train"?'),
-        (["train", "x", "--nope", "x"], "--nope"),
+        (["train", "x", "a=1", "--dry-run", "b=2", "--nope"], "--nope"),
         (["train", "missing.yaml"], "missing.yaml: cannot be read"),
         (["evaluate", "missing-run"], "missing-run: has no config.yaml"),
         (["tasks", "missing-data"], "missing-data"),
-    ],
-)
-def test_bad_input_is_one_line_and_exit_code_2(arguments, message, capsys, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert main(arguments) == 2
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert captured.err.startswith("badit: ")
-    assert captured.err.count("\n") == 1
-    assert message in captured.err
+        (["train", "superni-cpu", "data.source=nowhere.csv"], "nowhere.csv: no such file or folder"),
+        (["train", "superni-cpu", "data.source=$UNSET_/x"], "UNSET_ is not set"),
+    ):
+        assert main(arguments) == 2
+        out, err = capsys.readouterr()
+        assert (out, err.count("\n")) == ("", 1), err
+        assert err.startswith("badit: ")
+        assert message in err
     assert not list(tmp_path.iterdir()), "nothing was written"
 
 
-def test_tasks_lists_the_built_in_suite_and_an_interruption_exits_with_130(capsys, monkeypatch, tmp_path):
+def test_tasks_lists_the_suite_debug_raises_and_an_interruption_exits_with_130(capsys, monkeypatch, tmp_path):
     assert main(["tasks", "builtin"]) == 0
     shown = capsys.readouterr().out
     assert "review_sentiment" in shown
     assert "16 tasks, all valid" in shown
-    (tmp_path / "a.jsonl").write_text(
-        '{"task": "a", "instruction": "Do.", "input": "x", "output": "y", "split": "test"}\n'
-    )
-    assert main(["tasks", str(tmp_path / "a.jsonl"), "--show", "1"]) == 0
+    (tmp_path / "a.jsonl").write_text('{"task": "a", "instruction": "Do.", "output": "y", "split": "test"}\n')
+    assert main(["tasks", str(tmp_path / "a.jsonl"), "--show", "1"]) == 0, "without training instances too"
 
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
+    with pytest.raises(BaditError):
+        main(["--debug", "tasks", "missing-data"])
     monkeypatch.setattr("badit.data.load_sources", interrupt)
     assert main(["tasks", "builtin"]) == 130
     assert "interrupted" in capsys.readouterr().err
@@ -93,8 +91,6 @@ def test_a_dry_run_writes_nothing_and_overrides_may_follow_flags(tmp_path, capsy
     assert "16 tasks, 64 training and 32 test instances; the run would be written to somewhere" in shown
     assert yaml.safe_load(shown.rpartition("\n16 tasks")[0])["output"] == "somewhere"
     assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
-    assert main(["train", "recipe.yaml", "--dry-run", "output=somewhere", "--jbos"]) == 2
-    assert "--jbos" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("variables", "red"), [({}, True), ({"NO_COLOR": "1"}, False)])
@@ -113,25 +109,13 @@ def test_a_terminal_shows_what_is_waited_for_and_errors_in_red(tmp_path, variabl
     assert "trainig: unknown key" in shown
 
 
-def test_debug_lets_the_exception_pass():
-    with pytest.raises(BaditError):
-        main(["--debug", "tasks", "missing-data"])
-
-
-def test_the_demos_methods_have_the_same_budget_scaling_and_recipe(smollm2):
-    model, _ = smollm2
-    lora, badit = (build_method(demo.METHODS[name]).config for name in ("LoRA", "BADIT"))
-    assert (lora.lora_alpha / lora.r, lora.lora_dropout) == (badit.scaling, badit.lora_dropout)
-    badit.init_weights = "lora"  # no need of singular vectors to count
-    counts = []
-    for config in (lora, badit):
-        config.target_modules = {"gate_proj"}
-        adapted = get_peft_model(model, config)
-        counts.append(adapted.get_nb_trainable_parameters()[0])
-        model = adapted.unload()
-    assert counts[0] == pytest.approx(counts[1], rel=0.01)
+def test_the_demos_methods_have_the_same_budget_scaling_and_recipe():
     recipes = [build_recipe(demo.demo_recipe(method, "x", 1.0, 0)) for method in demo.METHODS.values()]
     assert len({recipe.model_dump_json(exclude={"method"}) for recipe in recipes}) == 1
+    (lora, of_lora), (badit, of_badit) = (on_skeleton(recipe, []) for recipe in recipes[1:])
+    assert lora.trained_parameters(of_lora) == pytest.approx(badit.trained_parameters(of_badit), rel=0.01)
+    lora, badit = lora.config, badit.config
+    assert (lora.lora_alpha / lora.r, lora.lora_dropout) == (badit.scaling, badit.lora_dropout)
 
 
 def test_the_demo_shows_scores_budget_angles_and_samples(recipe_values, monkeypatch, capsys, tmp_path):
@@ -159,19 +143,15 @@ def test_the_demo_shows_scores_budget_angles_and_samples(recipe_values, monkeypa
     assert capsys.readouterr().out == shown, "the second time it is shown again"
 
 
-@pytest.mark.parametrize(("shell", "file"), [("bash", ".bashrc"), ("zsh", ".zshrc")])
-def test_completion_is_installed_for_the_shell(shell, file, tmp_path, monkeypatch, capsys):
+def test_completion_is_installed_for_the_shell(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert main(["--install-completion", "--shell", shell]) == 0
-    assert shell in capsys.readouterr().out
-    scripts = [path for path in tmp_path.rglob("*badit*") if path.is_file()]
-    assert len(scripts) == 1
-    assert all(name in scripts[0].read_text() for name in COMMANDS)
-    assert "badit" in (tmp_path / file).read_text()
+    assert main(["--install-completion", "--shell", "bash"]) == 0
+    (script,) = [path for path in tmp_path.rglob("*badit*") if path.is_file()]
+    assert all(name in script.read_text() for name in COMMANDS)
+    assert "badit" in (tmp_path / ".bashrc").read_text()
 
 
-def test_from_a_table_to_a_scored_run_and_a_report_in_three_commands(material, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("badit.models._built_in_folder", lambda: material / "model")
+def test_from_a_table_to_a_scored_run_and_a_report_in_three_commands(tiny_built_in, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     rows = [f"{task},{task} of land {i},{task} {i}" for task in ("capital", "river") for i in range(8)]
     (tmp_path / "data.csv").write_text("\n".join(["task,question,answer", *rows]))

@@ -15,13 +15,13 @@ from badit.methods import build_method
 from badit.models import load_base_model
 from badit.recipe import build_recipe, dump_recipe
 from badit.run import Run
-from comparison.cells import comparison_values
+from comparison.cells import LORA, comparison_values
 
-METHODS = {
-    "lora": {"name": "lora", "r": 4},
-    "badit-no-dog": {"name": "badit", "regroup": None},
-    "base": {"name": "base"},
-}
+METHODS = {**LORA, "badit-no-dog": {"name": "badit", "regroup": None}, "base": {"name": "base"}}
+LADDER = [1e-4, 2e-4, 4e-4, 8e-4, 1.6e-3, 3.2e-3, 6.4e-3]
+LOSSES = st.lists(st.sampled_from([0.5, 1.0, 2.0, math.inf, math.nan, -math.inf]), min_size=1, max_size=len(LADDER))
+OPTIONS = {"goat": {"r": 8}, "full": {}, "base": {}, "task-neurons": {"share": 0.2}}
+ALL_METHODS = [*BASELINES, "badit", "pcgrad", "cagrad", "full", "base", "task-neurons"]
 
 
 def one_method(**options):
@@ -38,17 +38,10 @@ def test_cells_and_folders():
     assert [str(cell) for cell in grid.chosen("lora", 5e-4)] == ["lora/lr-0.0005/seed-3", "lora/lr-0.0005/seed-5"]
     assert [str(cell) for cell in grid.chosen("base", None)] == ["base"]
     assert str(grid.searched("lora", 1e-3)) == "lora/lr-0.001/seed-3"
-    grid, tasks = grid_with(orders=["sapt-1", ["task363_sst2", "cities"]], single_task=["lora"]), ["cities", "task_b"]
-    assert [str(cell) for cell in grid.chosen("lora", 0.01, tasks)] == [
-        "lora/order-sapt-1/lr-0.01/seed-3",
-        "lora/order-task363-cities/lr-0.01/seed-3",
-        "lora/order-sapt-1/lr-0.01/seed-5",
-        "lora/order-task363-cities/lr-0.01/seed-5",
-        "lora/single/lr-0.01/seed-3/cities",
-        "lora/single/lr-0.01/seed-3/task_b",
-        "lora/single/lr-0.01/seed-5/cities",
-        "lora/single/lr-0.01/seed-5/task_b",
-    ]
+    grid = grid_with(orders=["sapt-1", ["task363_sst2", "cities"]], single_task=["lora"])
+    orders = [f"lora/order-{order}/lr-0.01/seed-{seed}" for seed in (3, 5) for order in ("sapt-1", "task363-cities")]
+    singles = [f"lora/single/lr-0.01/seed-{seed}/{task}" for seed in (3, 5) for task in ("cities", "task_b")]
+    assert [*map(str, grid.chosen("lora", 0.01, ["cities", "task_b"]))] == orders + singles
     assert str(grid.searched("lora", 0.01)) == "lora/order-sapt-1/lr-0.01/seed-3"
 
 
@@ -69,14 +62,9 @@ def test_a_cells_recipe_differs_in_what_the_cell_names():
     assert (single.data.tasks, single.data.order) == (["rivers"], None)
     base = grid.recipe_of(Cell("base", None, None))
     assert (without_method(base), base.output) == (plain, "out/base")
-
-
-def test_a_method_may_have_training_values_and_seeds_of_its_own():
-    own = {
-        "lora": METHODS["lora"],
-        "own": {"name": "lora", "r": 4, "training": {"optimizer": "orthogonal"}, "seeds": [4]},
-    }
-    grid = grid_with(methods=own, vary_data=True)
+    # A method may have training values and seeds of its own.
+    own = {**LORA["lora"], "training": {"optimizer": "orthogonal"}, "seeds": [4]}
+    grid = grid_with(methods={**LORA, "own": own}, vary_data=True)
     cells = [cell for name in grid.methods for cell in grid.chosen(name, 0.01)]
     assert [str(cell) for cell in cells] == ["lora/lr-0.01/seed-3", "lora/lr-0.01/seed-5", "own/lr-0.01/seed-4"]
     recipes = [grid.recipe_of(cell) for cell in cells]
@@ -93,9 +81,8 @@ def test_long_orders_have_short_names_of_their_own(orders):
     assert order_name(["task1000_x", "task1001_y", "cities"]) == "task1000-task1001-cities"
 
 
-@pytest.mark.parametrize(
-    ("compare", "message"),
-    [
+def test_mistakes_are_named_on_one_line():
+    for compare, message in (
         ({"reference": "lorra"}, r"compare\.reference: unknown 'lorra' \(did you mean 'lora'\?\)"),
         ({"methods": {"a/b": {"name": "lora"}}}, r"compare\.methods: 'a/b' names a folder; use letters"),
         ({"methods": {"lora": {"name": "lroa"}}}, r"compare\.methods\.lora: method\.name: unknown method 'lroa'"),
@@ -103,23 +90,16 @@ def test_long_orders_have_short_names_of_their_own(orders):
         ({"learning_rates": [1e-4, 1e-3]}, r"training\.learning_rate: the search starts from 0\.0005; add it"),
         ({"learning_rates": [5e-4]}, r"data\.validation_per_task: choosing learning rates needs held-out instances"),
         ({"learning_rates": [1e-3, 5e-4]}, r"compare\.learning_rates: must be positive and ascending"),
-        ({"seeds": [0, 1, 0]}, r"compare\.seeds: 0 is listed more than once"),
         ({"orders": [["a", "b"], ["a", "b"]]}, r"compare\.orders: a-b is listed more than once"),
         (one_method(training={"optimiser": "lora+"}), r"training\.optimiser: unknown key.*optimizer"),
-        (one_method(training={"optimizer": "sgd"}), r"training\.optimizer: input should be"),
         (one_method(seeds=[]), r"compare\.methods\.lora\.seeds: list should have at least 1 item"),
         (one_method(seeds=[3, 3]), r"compare\.methods\.lora\.seeds: 3 is listed more than once"),
-        (
-            {"vary_data": True, "evaluation": {"split": "validation"}},
-            r"compare\.vary_data: every seed would be scored on other held-out instances",
-        ),
+        ({"vary_data": True, "evaluation": {"split": "validation"}}, r"compare\.vary_data: every seed would be scored"),
         ({"method": {}}, r"compare\.method: unknown key \(did you mean 'methods'\?\)"),
-    ],
-)
-def test_mistakes_are_named_on_one_line(compare, message):
-    with pytest.raises(BaditError, match=message) as caught:
-        grid_with(**compare)
-    assert "\n" not in str(caught.value)
+    ):
+        with pytest.raises(BaditError, match=message) as caught:
+            grid_with(**compare)
+        assert "\n" not in str(caught.value)
 
 
 def test_the_section_is_needed_for_a_comparison_and_ignored_by_a_run(tmp_path):
@@ -133,10 +113,6 @@ def test_the_section_is_needed_for_a_comparison_and_ignored_by_a_run(tmp_path):
     Run.prepare(compared)
 
 
-OPTIONS = {"goat": {"r": 8}, "full": {}, "base": {}, "task-neurons": {"share": 0.2}}
-ALL_METHODS = [*BASELINES, "badit", "pcgrad", "cagrad", "full", "base", "task-neurons"]
-
-
 def checked(material, methods, **compare):
     """The numbers of parameters that methods train, after all checks."""
     return check(Grid(build_recipe(comparison_values(material, material / "none", methods=methods, **compare))))[1]
@@ -147,9 +123,8 @@ def test_a_skeleton_counts_as_the_real_model_does(material):
     counts = checked(material, sections)
     real = {}
     for name, section in sections.items():
-        model = build_method(section).apply(
-            load_base_model(material / "model", dtype="float32")[0], ["cities", "rivers"]
-        )
+        base = load_base_model(material / "model", dtype="float32")[0]
+        model = build_method(section).apply(base, ["cities", "rivers"])
         real[name] = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     layers, hidden, width = 2, 32, 48
     assert real["lora"] == layers * 4 * (hidden + width)
@@ -167,9 +142,6 @@ def test_budgets_may_differ_by_five_percent(material, rank, fair):
     checked(material, methods, reference="r40", budget="r40", unmatched=[f"r{rank}"])
 
 
-LADDER = [1e-4, 2e-4, 4e-4, 8e-4, 1.6e-3, 3.2e-3, 6.4e-3]
-
-
 def walk(losses, start):
     """The rung found, and the rungs in the order of their trainings."""
     ladder, tried = LADDER[: len(losses)], []
@@ -181,10 +153,12 @@ def walk(losses, start):
     return ladder.index(climb(ladder, ladder[start], loss_of)), tried
 
 
-def test_of_rates_that_are_level_the_lowest_is_taken():
+def test_of_rates_that_are_level_the_lowest_is_taken_and_ties_and_failures_stay_at_the_first():
     losses = dict(zip(LADDER, [1.43, 1.405, 1.40, 1.42, *[9.0] * len(LADDER)], strict=False))
     assert climb(LADDER, LADDER[2], losses.__getitem__, 0.01) == LADDER[1]
     assert climb(LADDER, LADDER[2], losses.__getitem__, 0.004) == LADDER[2]
+    for tie in ([1, 1, 1], [math.inf, math.nan, math.inf]):
+        assert walk(tie, 1) == (1, [1, 0, 2])
 
 
 @st.composite
@@ -205,14 +179,6 @@ def test_in_a_single_valley_it_finds_the_lowest_rung_and_tries_no_rung_in_vain(v
     above = start if best < start else best + 1  # where the rung below the start is better, none above it is tried
     on_the_way = range(max(min(start, best) - 1, 0), min(above + 1, len(losses)))
     assert sorted(tried) == list(on_the_way), "each once: the way from start to best and the neighbouring rungs"
-
-
-def test_ties_and_failures_stay_at_the_rate_tried_first():
-    for losses in ([1, 1, 1], [math.inf, math.nan, math.inf]):
-        assert walk(losses, 1) == (1, [1, 0, 2])
-
-
-LOSSES = st.lists(st.sampled_from([0.5, 1.0, 2.0, math.inf, math.nan, -math.inf]), min_size=1, max_size=len(LADDER))
 
 
 @given(LOSSES, st.data())

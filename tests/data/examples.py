@@ -1,7 +1,5 @@
 """Small tasks and tokenizers that the tests of this room share."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any
@@ -44,18 +42,13 @@ LINES = [
 ]
 
 
-def make_tokenizer(
-    *, adds: str = "<s> $A", chat_template: str | None = None, **options: Any
-) -> PreTrainedTokenizerFast:
+def make_tokenizer(*, adds: str = "<s> $A", chat_template: str | None = None, **options: Any) -> Any:
     """A byte-level BPE tokenizer for any text; `adds` is what it puts around a sequence by default."""
     model = Tokenizer(models.BPE())
     model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     model.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=SPECIALS, initial_alphabet=alphabet, show_progress=False
-    )
-    model.train_from_iterator(LINES, trainer)
+    fixed: Any = {"special_tokens": SPECIALS, "initial_alphabet": pre_tokenizers.ByteLevel.alphabet()}
+    model.train_from_iterator(LINES, trainers.BpeTrainer(vocab_size=400, show_progress=False, **fixed))
     ids = [(token, model.token_to_id(token)) for token in ("<s>", "</s>")]
     model.post_processor = processors.TemplateProcessing(single=adds, special_tokens=ids)
     options = {"bos_token": "<s>", "eos_token": "</s>", "additional_special_tokens": SPECIALS[3:], **options}

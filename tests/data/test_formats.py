@@ -1,9 +1,5 @@
 """Every form of a row in a real file of every format, mixtures of sources, and data that is kept in the cache."""
 
-from __future__ import annotations
-
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from badit.cli import main
-from badit.data import (
-    Instance,
-    Source,
-    Task,
-    build_prompt,
-    encode_example,
-    encode_examples,
-    encode_tasks,
-    load_sources,
-    load_tasks,
-    quotas,
-    readers,
-)
+from badit.data import Instance, Source, Task, build_prompt, encode_example, encode_examples, quotas
+from badit.data.encoded import encode_tasks
+from badit.data.readers import load_sources, load_tasks
 from badit.errors import BaditError
 from data.examples import CHAT, CHATML, encode_prompt, make_tokenizer, refusal, write_rows
 
@@ -66,12 +52,14 @@ def test_a_csv_keeps_every_text_as_it_stands_and_is_refused_where_values_are_shi
     assert "codes.csv: cannot be read (unexpected end of data)" in refusal(file)
 
 
-@pytest.mark.parametrize("suffix", ["csv", "parquet"])
-def test_a_column_that_is_named_may_be_empty_in_some_rows(tmp_path, suffix):
-    rows = ({"do": "Add.", "context": "1 1", "answer": "2"}, {"do": "Greet.", "context": None, "answer": "Hi"})
-    columns = {"instruction": "do", "input": "context", "output": "answer"}
+@pytest.mark.parametrize("suffix", ["csv", "parquet", "jsonl"])
+def test_a_task_may_have_several_wordings_and_a_named_column_be_empty_in_some_rows(tmp_path, suffix):
+    rows = [{"topic": "sums", "do": "Add.", "context": "1 1", "answer": "2"}]
+    rows += [{"topic": "sums", "do": "Greet.", "context": None, "answer": "Hi"}]
+    columns = {"task": "topic", "instruction": "do", "input": "context", "output": "answer"}
     task = task_of(write_rows(tmp_path / f"alpaca.{suffix}", *rows), columns=columns)
-    assert [one.input for one in task.train] == ["1 1", ""]
+    assert (task.name, [one.input for one in task.train]) == ("sums", ["1 1", ""])
+    assert [build_prompt(task, one).head.split("\n")[0] for one in task.train] == ["Add.", "Greet."]
 
 
 def test_files_of_a_folder_or_a_pattern_are_splits_or_tasks(tmp_path):
@@ -79,19 +67,18 @@ def test_files_of_a_folder_or_a_pattern_are_splits_or_tasks(tmp_path):
         write_rows(tmp_path / name, HELLO)
     task = task_of(tmp_path)
     assert (task.name, len(task.train), len(task.validation), len(task.test)) == (tmp_path.name, 2, 1, 1)
+    assert [one.id[-2:] for one in (*task.train, *task.validation, *task.test)] == ["-0", "-1", "-2", "-3"]
     write_rows(tmp_path / "greeting.csv", HELLO)
     assert [task.name for task in load_tasks(tmp_path)] == sorted(["greeting", tmp_path.name])
     assert [task.name for task in load_tasks(f"{tmp_path}/gree*.csv")] == ["greeting"]
     assert "no tasks found" in refusal(tmp_path / "none*.csv")
+    write_rows(tmp_path / "test.jsonl", {**HELLO, "split": "train"})
+    assert "test.jsonl: line 1: split: the file's name says 'test'" in refusal(tmp_path)
 
 
-ALPACA = {"instruction": "Name the capital.", "input": "France", "output": "Paris", "text": "unused"}
-
-
-@pytest.mark.parametrize(
-    ("row", "prompt", "answer"),
-    [
-        (ALPACA, "Name the capital.\n\nFrance", "Paris"),
+def test_the_forms_of_rows_that_name_no_task(tmp_path):
+    for row, prompt, answer in (
+        ({"instruction": "Name it.", "input": "France", "output": "Paris", "text": ""}, "Name it.\n\nFrance", "Paris"),
         ({"instruction": "Say hello.", "output": "hello"}, "Say hello.", "hello"),
         ({"inputs": "1 + 1 =", "targets": "2", "task_source": "Flan2021"}, "1 + 1 =", "2"),
         ({"inputs_pretokenized": "Good?", "targets_pretokenized": "no", "inputs": [3], "targets": [5]}, "Good?", "no"),
@@ -100,11 +87,10 @@ ALPACA = {"instruction": "Name the capital.", "input": "France", "output": "Pari
         ({"messages": CHAT}, "And of Peru?", "Lima"),
         ({"messages": [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}, CHAT[2]]}, "Hi", "Paris"),
         ({"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}]}, "Hi", "Ho"),
-    ],
-)
-def test_the_forms_of_rows_that_name_no_task(tmp_path, row, prompt, answer):
-    task = task_of(write_rows(tmp_path / "rows.jsonl", row))
-    assert (task.name, task.definition, task.train[0].input, task.train[0].outputs) == ("rows", None, prompt, (answer,))
+    ):
+        task = task_of(write_rows(tmp_path / "rows.jsonl", row))
+        assert (task.name, task.definition) == ("rows", None)
+        assert (task.train[0].input, task.train[0].outputs) == (prompt, (answer,))
     assert task_of(tmp_path / "rows.jsonl", task="mine").name == "mine"
 
 
@@ -119,15 +105,6 @@ def test_columns_instructions_and_labels_have_the_names_that_are_given(tmp_path)
     assert "found text, label; name the columns with data.columns" in refusal(tmp_path / "reviews")
     wrong = Source(tmp_path / "reviews", columns={"input": "txt"})
     assert "train: row 1: data.columns: there is no column 'txt'; found: text, label" in refusal(wrong)
-
-
-def test_several_wordings_of_one_task(tmp_path):
-    rows = [{"topic": "capitals", "how": f"Wording {i}.", "context": "France", "response": "Paris"} for i in range(2)]
-    columns = {"task": "topic", "instruction": "how", "input": "context", "output": "response"}
-    task = task_of(write_rows(tmp_path / "dolly.jsonl", *rows), columns=columns)
-    assert [build_prompt(task, one).head[:12] for one in task.train] == ["Wording 0.\n\n", "Wording 1.\n\n"]
-    write_rows(tmp_path / "dolly.jsonl", rows[0], ["France", "Paris"])
-    assert "line 2: must be an object with keys" in refusal(Source(tmp_path / "dolly.jsonl", columns=columns))
 
 
 def test_all_turns_are_instances_with_prompts_of_their_own(tmp_path):
@@ -220,7 +197,7 @@ def test_large_data_is_read_and_encoded_once(tmp_path, monkeypatch):
     def parsed_again(*arguments: Any, **options: Any) -> Any:
         raise AssertionError("it is in the cache")
 
-    monkeypatch.setattr(readers, "read_rows", parsed_again)
+    monkeypatch.setattr("badit.data.readers.read_rows", parsed_again)
     monkeypatch.setattr(encode_tasks.__globals__["encode_examples"], "__code__", parsed_again.__code__)
     assert load_tasks(path) == small
     assert len(encode_tasks(tokenizer, tasks, {"max_answer_tokens": 5}, order)) == 50
@@ -241,14 +218,3 @@ def test_the_command_shows_the_mixture_and_the_prompts(tmp_path, capsys, recipe_
     assert "⟦Paris" in shown
     (row,) = [line for line in shown.splitlines() if line.startswith("capitals ") and "Name" not in line]
     assert row.split()[-2:] == ["1", "2"], "an input is there again, and both times in the test set too"
-
-
-def test_missing_data_is_named_before_anything_heavy_is_imported(tmp_path, recipe_values):
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe_values))
-    code = "import sys; from badit.cli import main; codes = [main(['train', sys.argv[1], one]) for one in sys.argv[2:]]"
-    command = [sys.executable, "-c", f"{code}; print(codes, {{'torch', 'transformers'}} & {{*sys.modules}})"]
-    command += [str(tmp_path / "recipe.yaml"), "data.source=nowhere.csv", "data.source=$UNSET_/x"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert done.stdout == "[2, 2] set()\n"
-    assert "no such file or folder" in done.stderr
-    assert "UNSET_ is not set" in done.stderr

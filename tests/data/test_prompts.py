@@ -1,7 +1,5 @@
 """From a task's instance to token ids and batches, and from a conversation to rows."""
 
-from __future__ import annotations
-
 import logging
 from typing import Any
 
@@ -10,18 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from badit.data import (
-    AnswerCollator,
-    Instance,
-    answer_rows,
-    batches_by_task,
-    build_prompt,
-    encode_example,
-    on_device,
-    own_input,
-    prompt_text,
-)
-from badit.data.prompts import end_of_turn_id
+from badit.data.encoded import AnswerCollator, batches_by_task, on_device
+from badit.data.prompts import answer_rows, build_prompt, encode_example, end_of_turn_id, own_input, prompt_text
+from badit.data.tasks import Instance
 from badit.errors import BaditError
 from data.examples import BRACKETS, CHATML, UNMARKED, encode_prompt, make_task, make_tokenizer
 
@@ -31,6 +20,19 @@ PROMPT = build_prompt(TASK, FRANCE)
 TEXT = "Answer with the capital of the country.\n\nNow complete the following example -\nInput: France\nOutput: "
 PLAIN, CHAT, BRACKETED = (make_tokenizer(chat_template=template) for template in (None, CHATML, BRACKETS))
 ALL = pytest.mark.parametrize("tokenizer", [PLAIN, CHAT, BRACKETED], ids=["plain", "chatml", "brackets"])
+SYSTEM = {"role": "system", "content": "Be brief."}
+USER = {"role": "user", "content": "Which city?"}
+ANSWER = {"role": "assistant", "content": "Rome."}
+LATER = {"role": "assistant", "content": "Lima.", "tool_calls": []}
+EXAMPLES = [
+    {"input_ids": [5, 6, 7], "labels": [-100, 6, 7], "prompt_length": 1, "task": "a"},
+    {"input_ids": [8], "labels": [8], "prompt_length": 0, "task": "b"},
+]
+LONG = {"input_ids": [5, 6, 7], "attention_mask": [1, 1, 1], "labels": [-100, 6, 7]}
+PADDED = {
+    "right": {"input_ids": [8, 9, 9], "attention_mask": [1, 0, 0], "labels": [8, -100, -100]},
+    "left": {"input_ids": [9, 9, 8], "attention_mask": [0, 0, 1], "labels": [-100, -100, 8]},
+}
 
 
 def test_the_text_without_and_with_demonstrations():
@@ -98,12 +100,10 @@ def test_a_plain_string_is_cut_at_its_end_without_a_warning_and_no_room_for_the_
         encode_prompt(PLAIN, PROMPT, 1)
 
 
-@pytest.mark.parametrize(
-    ("template", "end"), [(None, "</s>"), (CHATML, "<|im_end|>"), (BRACKETS, "</s>"), (UNMARKED, "</s>")]
-)
-def test_the_end_of_turn_is_what_the_template_writes(template, end):
+@pytest.mark.parametrize("template", [None, CHATML, BRACKETS, UNMARKED])
+def test_the_end_of_turn_is_what_the_template_writes(template):
     tokenizer = make_tokenizer(chat_template=template)
-    assert end_of_turn_id(tokenizer) == tokenizer.convert_tokens_to_ids(end)
+    assert end_of_turn_id(tokenizer) == tokenizer.convert_tokens_to_ids("<|im_end|>" if template == CHATML else "</s>")
     assert end_of_turn_id(tokenizer, "never") == tokenizer.eos_token_id
     tokenizer.chat_template = BRACKETS
     assert end_of_turn_id(tokenizer) == tokenizer.eos_token_id, "a changed template counts"
@@ -130,12 +130,6 @@ def test_an_example_is_the_evaluations_prompt_and_then_the_answer_cut_and_ended(
     assert (tokenizer.special_tokens_map, tokenizer.chat_template, len(tokenizer), tokenizer.pad_token) == before
 
 
-SYSTEM = {"role": "system", "content": "Be brief."}
-USER = {"role": "user", "content": "Which city?"}
-ANSWER = {"role": "assistant", "content": "Rome."}
-LATER = {"role": "assistant", "content": "Lima.", "tool_calls": []}
-
-
 def test_each_answer_of_a_chat_has_all_that_came_before_it():
     assert answer_rows([SYSTEM, USER, ANSWER, USER, LATER, USER]) == [
         {"prompt": [SYSTEM, USER], "completion": [ANSWER]},
@@ -148,33 +142,13 @@ def test_each_answer_of_a_chat_has_all_that_came_before_it():
         answer_rows([USER, {"content": "Rome."}])
 
 
-EXAMPLES = [
-    {"input_ids": [5, 6, 7], "labels": [-100, 6, 7], "prompt_length": 1, "task": "a"},
-    {"input_ids": [8], "labels": [8], "prompt_length": 0, "task": "b"},
-]
-PADDED = {
-    "right": {"input_ids": [8, 9, 9], "attention_mask": [1, 0, 0], "labels": [8, -100, -100]},
-    "left": {"input_ids": [9, 9, 8], "attention_mask": [0, 0, 1], "labels": [-100, -100, 8]},
-}
-
-
 @pytest.mark.parametrize("side", ["right", "left"])
-def test_padding_on_either_side(side):
+def test_padding_on_either_side_and_batches_by_task(side):
     batch = AnswerCollator(9, side)(EXAMPLES)
     assert all(tensor.dtype == torch.long for tensor in batch.values())
-    assert {key: tensor[0].tolist() for key, tensor in batch.items()} == {
-        "input_ids": [5, 6, 7],
-        "attention_mask": [1, 1, 1],
-        "labels": [-100, 6, 7],
-    }
-    assert {key: tensor[1].tolist() for key, tensor in batch.items()} == PADDED[side]
-
-
-def test_batches_by_task():
+    assert [{key: tensor[i].tolist() for key, tensor in batch.items()} for i in (0, 1)] == [LONG, PADDED[side]]
     batches = batches_by_task([*EXAMPLES, *EXAMPLES, EXAMPLES[0]], AnswerCollator(0, with_tasks=True), 2)
-    assert {task: [batch["tasks"] for batch in group] for task, group in batches.items()} == {
-        "a": [["a", "a"], ["a"]],
-        "b": [["b", "b"]],
-    }
+    found = {task: [batch["tasks"] for batch in group] for task, group in batches.items()}
+    assert found == {"a": [["a", "a"], ["a"]], "b": [["b", "b"]]}
     moved = on_device(batches["b"][0], torch.device("meta"))
     assert (moved["input_ids"].device.type, moved["tasks"]) == ("meta", ["b", "b"])

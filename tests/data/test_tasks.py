@@ -1,48 +1,42 @@
-"""Tasks' names, splits, mixtures and orders."""
+"""Tasks' names, splits, mixtures and orders, and the built-in suite."""
 
-from __future__ import annotations
-
-from collections.abc import Sequence
+import hashlib
+import json
+import re
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from badit.data import Task, hold_out, limit, mixture, ordered
+from badit.data import ABILITIES, Task, builtin_tasks, hold_out, limit, mixture, ordered
 from badit.errors import BaditError
 from data.examples import make_task
 
 SIZES = st.lists(st.integers(0, 30), min_size=1, max_size=5)
-# Literal, since results are published under these names: they must not move with Python or with the code.
-PUBLISHED = {
-    "sapt-1": [1572, 363, 1290, 181, 2, 1510, 639, 1729, 73, 1590, 748, 511, 591, 1687, 875],
-    "sapt-2": [748, 73, 1590, 639, 1572, 1687, 591, 363, 1510, 1729, 181, 511, 2, 1290, 875],
-    "seeded-0": [1590, 748, 363, 1729, 511, 1572, 73, 2, 181, 1290, 1687, 639, 1510, 591, 875],
-    "seeded-1": [511, 363, 639, 2, 1687, 1729, 1290, 1510, 181, 1572, 591, 748, 1590, 73, 875],
-    "seeded-2": [748, 1729, 1290, 73, 1510, 1572, 2, 363, 591, 875, 639, 511, 181, 1687, 1590],
-    "seeded-3": [1572, 591, 511, 1729, 2, 1290, 73, 748, 363, 1687, 875, 181, 1510, 1590, 639],
-    "seeded-4": [748, 181, 363, 1729, 1687, 2, 1290, 591, 1510, 1590, 73, 639, 511, 875, 1572],
-}
-CITIES = ["cities", "rivers"]
+BENCHMARK = Path(__file__).parents[2] / "docs/benchmark.md"
+# Results are published under the names of these orders: they must not move with Python or with the code.
+ROWS = re.findall(r"^\| (s\w+-\d) \| ([\d, ]+) \|$", BENCHMARK.read_text(), flags=re.MULTILINE)
+PUBLISHED = {name: [int(number) for number in row.split(",")] for name, row in ROWS}
 SUPERNI = [f"task{number:03}_of_superni" for number in PUBLISHED["sapt-1"]]
+# A change here changes every result on the suite: make it on purpose, and say so in the changelog.
+SUITE_SHA256 = "777982bd2ae00320cc2ac1c7c1fbd514c0477c428b55777cc41842af1b3139e4"
 
 
-def make_tasks(sizes: Sequence[int]) -> list[Task]:
+def make_tasks(sizes):
     return [make_task(f"task-{i}", train=size) for i, size in enumerate(sizes)]
 
 
-def order_of(names: Sequence[str], order: str | Sequence[str]) -> list[str]:
+def order_of(names, order):
     return [task.name for task in ordered([Task(name=name, definition="Answer.") for name in names], order)]
 
 
-def numbers(names: Sequence[str]) -> list[int]:
+def numbers(names):
     return [int(name.split("_")[0].removeprefix("task")) for name in names]
 
 
-@pytest.mark.parametrize(
-    "name", ["", " ", ".hidden", "a/b", "a\\b", "a\nb", "a\x7fb", "a\u2028b", "x" * 121, "語" * 81]
-)
+@pytest.mark.parametrize("name", ["", " ", ".hidden", "a/b", "a\\b", "a\x7fb", "a\u2028b", "x" * 121, "語" * 81])
 def test_names_that_cannot_be_file_names_are_refused(name):
     with pytest.raises(ValidationError, match="file name"):
         Task(name=name, definition="d")
@@ -94,30 +88,35 @@ def test_the_mixture_has_every_instance_once_shuffled_by_the_seed(sizes, seed):
 @given(names=st.permutations(SUPERNI), count=st.integers(1, 15), order=st.sampled_from(list(PUBLISHED)))
 def test_the_published_orders_whatever_the_order_of_loading(names, count, order):
     loaded = names[:count] if order.startswith("sapt") else names
+    assert len(PUBLISHED) == 7
     assert numbers(order_of(loaded, order)) == [number for number in PUBLISHED[order] if number in numbers(loaded)]
 
 
-def test_a_list_of_names_or_numbers_gives_the_order_itself():
+def test_a_list_gives_the_order_itself_and_one_without_a_place_for_every_task_is_refused():
     assert order_of(["a", "b", "c"], ["c", "a", "b"]) == ["c", "a", "b"]
     names = [name for name in SUPERNI if name.startswith(("task002", "task363", "task591"))]
     assert numbers(order_of(names, ["591", "task002", "363"])) == [591, 2, 363]
-
-
-@pytest.mark.parametrize(
-    ("names", "order", "message"),
-    [
-        (
-            CITIES,
-            "sapt-3",
-            r"data\.order: unknown order 'sapt-3' \(did you mean 'sapt-2'\?\); known: sapt-1, sapt-2, s",
-        ),
-        (CITIES, "seeded--1", "unknown order 'seeded--1'"),
-        (CITIES, "sapt-1", r"has no place for task cities; add it, or leave it out of data\.tasks"),
-        (CITIES, ["cities"], "has no place for task rivers"),
-        (CITIES, ["cities", "rivers", "cities"], r"data\.order: 'cities' is named twice; name it once"),
+    cities = ["cities", "rivers"]
+    for names, order, message in (
+        (cities, "sapt-3", r"data\.order: unknown order 'sapt-3' \(did you mean 'sapt-2'\?\); known: sapt-1, sapt"),
+        (cities, "seeded--1", "unknown order 'seeded--1'"),
+        (cities, "sapt-1", r"has no place for task cities; add it, or leave it out of data\.tasks"),
+        (cities, ["cities", "rivers", "cities"], r"data\.order: 'cities' is named twice; name it once"),
         (["task363_one", "task363_other"], "sapt-1", "no place for task task363_"),
-    ],
-)
-def test_an_order_without_a_place_for_every_task_is_refused(names, order, message):
-    with pytest.raises(BaditError, match=message):
-        order_of(names, order)
+    ):
+        with pytest.raises(BaditError, match=message):
+            order_of(names, order)
+
+
+def test_the_suite_has_not_drifted_and_does_not_depend_on_the_hash_seed():
+    """Every process that runs the tests has another hash seed."""
+    tasks = builtin_tasks()
+    content = [
+        [task.name, task.definition, task.categories, task.abilities]
+        + [[example.input, example.output] for example in task.demonstrations]
+        + [[instance.id, instance.input, instance.outputs] for instance in task.train + task.test]
+        for task in tasks
+    ]
+    assert hashlib.sha256(json.dumps(content).encode()).hexdigest() == SUITE_SHA256
+    assert {ability for task in tasks for ability in task.abilities} == set(ABILITIES)
+    assert not any(task.validation for task in tasks)

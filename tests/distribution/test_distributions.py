@@ -67,7 +67,5 @@ def test_the_source_distribution_can_be_tested_and_documented(sdist):
 
 def test_the_citation_names_this_release_and_the_paper():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
-    assert citation["cff-version"] == "1.2.0"
     assert citation["version"] == badit.__version__
-    assert citation["license"] == "Apache-2.0"
     assert citation["preferred-citation"]["url"] == "https://arxiv.org/abs/2605.05676"

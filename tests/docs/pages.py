@@ -1,7 +1,5 @@
 """The pages of the documentation and the code and commands in them."""
 
-from __future__ import annotations
-
 import re
 import shlex
 from dataclasses import dataclass

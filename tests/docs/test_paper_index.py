@@ -23,7 +23,8 @@ ROWS = re.findall(
 )
 HERE = {option: value for option, value, _ in ROWS}
 SECTIONS = [name for name, field in Recipe.model_fields.items() if isinstance(field.default, BaseModel)]
-CONFIGS = {cls.__name__: cls for cls in (BaditConfig, NeuronOptions, *(each.config_cls for each in BASELINES.values()))}
+CONFIGS = {cls.__name__: cls for cls in (BaditConfig, NeuronOptions, LoraConfig)} | {"RegroupCallback": RegroupOptions}
+CONFIGS |= {each.config_cls.__name__: each.config_cls for each in BASELINES.values()}
 
 
 def fields(cls):
@@ -33,16 +34,13 @@ def fields(cls):
 def default_of(option):
     """The default in the code: of a configuration's field, a recipe's, a function's parameter; or a constant."""
     place, _, name = option.rpartition(".")
-    if place == "RegroupCallback":
-        options = fields(RegroupOptions)
-        return options[name] if name in options else inspect.signature(RegroupCallback).parameters[name].default
+    module, _, owner = place.rpartition(".")
+    if place == "RegroupCallback" and name not in fields(RegroupOptions):
+        return inspect.signature(RegroupCallback).parameters[name].default
     if place in SECTIONS:
         return getattr(getattr(Recipe(), place), name)
-    if place in CONFIGS:
-        return fields(CONFIGS[place])[name]
-    module, _, owner = place.rpartition(".")
-    if owner == "LoraConfig":
-        return fields(LoraConfig)[name]
+    if owner in CONFIGS:
+        return fields(CONFIGS[owner])[name]
     if name.isupper():
         return getattr(import_module(place), name)
     return inspect.signature(getattr(import_module(module), owner)).parameters[name].default
@@ -63,13 +61,12 @@ def test_the_papers_recipes_have_what_the_page_says():
 
 def test_the_page_has_every_default():
     peft = {*fields(PeftConfig), FORMAT_FIELD, "past_branches", "tasks"}
-    wanted = {f"BaditConfig.{name}" for name in fields(BaditConfig).keys() - peft}
-    names = {*inspect.signature(RegroupCallback).parameters, *fields(RegroupOptions)} - {"options"}
-    wanted |= {f"RegroupCallback.{name}" for name in names}
-    wanted |= {f"{section}.{name}" for section in SECTIONS for name in type(getattr(Recipe(), section)).model_fields}
+    names = {"BaditConfig": fields(BaditConfig).keys() - peft, "NeuronOptions": fields(NeuronOptions)}
+    names |= {section: type(getattr(Recipe(), section)).model_fields for section in SECTIONS}
+    names["RegroupCallback"] = {*inspect.signature(RegroupCallback).parameters, *fields(RegroupOptions)} - {"options"}
     for config in (baseline.config_cls for baseline in BASELINES.values()):
         if issubclass(config, ExpertConfig):
             own = fields(config).items() - fields(ExpertConfig).items()
-            wanted |= {f"{config.__name__}.{name}" for name, _ in own if name not in peft}
-    wanted |= {f"NeuronOptions.{name}" for name in fields(NeuronOptions)}
+            names[config.__name__] = {name for name, _ in own} - peft
+    wanted = {f"{place}.{name}" for place, own in names.items() for name in own}
     assert wanted - HERE.keys() == set()

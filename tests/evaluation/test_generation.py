@@ -22,16 +22,14 @@ from badit.metrics import Prediction
 from badit.recipe import build_recipe
 from badit.train import encoded
 from data.examples import make_tokenizer
-from tuner.helpers import adapted, randomise
+from tuner.helpers import adapted, greedy_by_hand, randomise
 
-
-def naive_tokens(model, prompt):
-    """One prompt, without cache and padding: always the largest logit, whether it ends the answer or not."""
-    tokens = list(prompt)
-    for _ in range(12):
-        with torch.no_grad():
-            tokens.append(int(model(torch.tensor([tokens])).logits[0, -1].argmax()))
-    return tokens[len(prompt) :]
+RECIPE = build_recipe({"evaluation": {"max_new_tokens": 4, "batch_size": 2}, "prompt": {"chat_template": "never"}})
+AWKWARD = [
+    Prediction("a", "2", "", ("x",), ""),
+    Prediction("task b", "1", 'line\nbreak \u2028 and "quotes"', ("ü", "中"), "p\r\n"),
+    Prediction("task b", "0", "y", ("x",), "p"),
+]
 
 
 def until(ends, tokens):
@@ -66,14 +64,6 @@ def spy_on(model, monkeypatch):
     return calls
 
 
-def test_stops_at_every_end_token_of_model_and_tokenizer(model, tokenizer, prompts, free):
-    model.generation_config.eos_token_id = [free[1][4], 127]
-    tokenizer.eos_token = f"w{free[5][2]}"
-    expected = [words(until({free[1][4], 127, free[5][2]}, tokens)) for tokens in free]
-    assert sum(len(answer.split()) < 12 for answer in expected) >= 2
-    assert generate(model, tokenizer, prompts) == expected
-
-
 def test_padding_with_an_ordinary_token_is_not_part_of_the_answer(model, prompts, free):
     model.generation_config.eos_token_id = end = free[1][4]
     expected = [" ".join(f"w{token}" for token in until({end}, tokens)) for tokens in free]
@@ -81,9 +71,7 @@ def test_padding_with_an_ordinary_token_is_not_part_of_the_answer(model, prompts
     assert generate(model, word_tokenizer(0), prompts) == expected
 
 
-def test_ignores_the_models_own_decoding_options_and_leaves_everything_as_it_was(
-    model, tokenizer, prompts, monkeypatch
-):
+def test_ignores_the_models_decoding_options_and_leaves_everything_as_it_was(model, tokenizer, prompts, monkeypatch):
     expected = generate(model, tokenizer, prompts)
     model.train()
     model.model.layers[0].eval()
@@ -116,14 +104,12 @@ def ending(model, free):
 
 @pytest.mark.parametrize("routing", [None, "prompt", "token"])
 def test_a_batch_continues_without_the_rows_that_have_ended(ending, tokenizer, prompts, free, routing, monkeypatch):
-    """The mixtures of the rows that continue are still theirs."""
-    model = ending
+    """A row ends by an end token of model or tokenizer; the mixtures of the rows that continue are still theirs."""
+    model, expected = ending, [words(until({1, *ending.generation_config.eos_token_id}, tokens)) for tokens in free]
     if routing:
         config = BaditConfig(num_experts=4, r=2, target_modules=["gate_proj"], routing=routing, task_type="CAUSAL_LM")
         model = randomise(get_peft_model(ending, config))
         expected = generate(model, tokenizer, prompts, batch_size=1)
-    else:
-        expected = [words(until({1, *ending.generation_config.eos_token_id}, tokens)) for tokens in free]
     assert len({len(answer.split()) for answer in expected}) >= 2
     calls = spy_on(model, monkeypatch)
     assert generate(model, tokenizer, prompts) == expected
@@ -192,11 +178,6 @@ def test_half_a_character_waits_for_its_other_half(model, prompts):
     assert len(set(shown)) < len(ids), "some tokens are a part of a character"
 
 
-# --- scores and files of answers --------------------------------------------------------------------------------------
-
-RECIPE = build_recipe({"evaluation": {"max_new_tokens": 4, "batch_size": 2}, "prompt": {"chat_template": "never"}})
-
-
 def tasks_of(*answers):
     """Two tasks, of three instances and one, with these references."""
     inputs = ["w5 w6 w7", "w9", "w3 w3 w3 w3 w90", "w77 w8"]
@@ -214,7 +195,8 @@ def test_scores_and_predictions_belong_to_their_instances(model, tokenizer):
         nll = [prediction.nll for prediction in predictions if prediction.task == task]
         expected = {"rouge_l": score, "exact_match": score, "nll": pytest.approx(fmean(nll)), "instances": count}
         assert scores["tasks"][task] == expected
-    assert (scores["rouge_l"], scores["rouge_l_instances"]) == (50.0, 75.0)
+    for metric in ("rouge_l", "exact_match"):
+        assert (scores[metric], scores[f"{metric}_instances"]) == (50.0, 75.0)
     ids = [(p.task, p.instance_id) for p in predictions]
     assert ids == [("right", "i0"), ("right", "i1"), ("right", "i2"), ("wrong", "i3")]
     for prediction, instance in zip(predictions, [i for task in tasks for i in task.test], strict=True):
@@ -235,9 +217,7 @@ def test_scores_and_predictions_belong_to_their_instances(model, tokenizer):
         ("gemma2", {}, False),  # positions that have left a sliding window's cache do not come back
     ],
 )
-def test_one_pass_serves_the_references_nll_and_the_answers(
-    family, options, reuses, tiny_model, tokenizer, monkeypatch
-):
+def test_one_pass_serves_the_nll_and_the_answers(family, options, reuses, tiny_model, tokenizer, monkeypatch):
     model = tiny_model(family, vocab_size=128, initializer_range=0.5)
     model = model if options is None else adapted(model, **options)
     texts = [("w5 w6 w7", "w3 w4"), ("w9", "w5"), ("w3 w3 w3 w3 w90 w4 w6", "w7 w8 w9 w10"), ("w77 w8", "w9 w2 w3")]
@@ -252,13 +232,6 @@ def test_one_pass_serves_the_references_nll_and_the_answers(
     assert [prediction.nll for prediction in predictions] == pytest.approx([fmean(each) for each in losses], rel=1e-4)
     assert [prediction.prediction for prediction in predictions] == answers
     assert any(name in calls[0] for name in ("cache", "past_key_values")) == reuses
-
-
-AWKWARD = [
-    Prediction("a", "2", "", ("x",), ""),
-    Prediction("task b", "1", 'line\nbreak \u2028 and "quotes"', ("ü", "中"), "p\r\n"),
-    Prediction("task b", "0", "y", ("x",), "p"),
-]
 
 
 def test_predictions_survive_the_files_and_an_interrupted_write(tmp_path, monkeypatch):
@@ -331,5 +304,6 @@ def prompts():
 
 @pytest.fixture(scope="module")
 def free(_model, prompts):
-    """What follows each prompt by naive decoding."""
-    return [naive_tokens(_model, prompt) for prompt in prompts]
+    """What follows each prompt, without cache and padding: the largest logit, whether it ends the answer or not."""
+    ids = [torch.tensor([prompt]) for prompt in prompts]
+    return [greedy_by_hand(_model, each, torch.ones_like(each), 12)[0, each.shape[1] :].tolist() for each in ids]

@@ -1,4 +1,4 @@
-"""Rouge-L and exact match against plain formulas, and their means."""
+"""Rouge-L and exact match against plain formulas."""
 
 import re
 
@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from nltk.stem.porter import PorterStemmer
 
 from badit.errors import BaditError
-from badit.metrics import Prediction, exact_match, instance_scores, mean_scores, normalize_answer, rouge_l
+from badit.metrics import exact_match, normalize_answer, rouge_l
 
 
 def naive_tokens(text):
@@ -33,10 +33,8 @@ def naive_rouge_l(prediction, reference):
     return 100 * 2 * precision * recall / (precision + recall)
 
 
-WORDS = st.sampled_from(
-    ["the", "The", "cats", "cat", "running", "runs,", "relational", "on-off", "a", "12.", "?", "中文", "İ"]
-)
-SENTENCES = st.lists(WORDS, max_size=6).map(" ".join)
+WORDS = ["the", "The", "cats", "cat", "running", "runs,", "relational", "on-off", "a", "12.", "?", "中文", "İ"]
+SENTENCES = st.lists(st.sampled_from(WORDS), max_size=6).map(" ".join)
 REFERENCES = st.lists(SENTENCES, min_size=1, max_size=3)
 
 
@@ -55,44 +53,16 @@ def test_of_any_text(text):
     assert normalize_answer(normal) == normalize_answer(f" \n{text}...!") == normal
 
 
-@pytest.mark.parametrize(
-    ("prediction", "references", "rouge", "exact"),
-    [
+def test_known_scores_and_what_cannot_be_scored():
+    for prediction, references, rouge, exact in (
         ("Yes.", ["no", "yes"], 100.0, 100.0),
         ("the cat", ["cat"], 200 / 3, 0.0),  # precision 1/2, recall 1; articles are kept
-        ("running", ["runs"], 100.0, 0.0),  # the stemmer
-        ("", ["yes"], 0.0, 0.0),
         ("?!", ["?!"], 0.0, 100.0),
         ("中文", ["中文"], 0.0, 100.0),
         ("  The  U.S.A,\tan «Idea» ", ["the usa an «idea»"], 60.0, 100.0),
-    ],
-)
-def test_known_scores(prediction, references, rouge, exact):
-    assert rouge_l(prediction, references) == pytest.approx(rouge)
-    assert exact_match(prediction, references) == exact
-
-
-def predictions_of(task, *answers):
-    return [Prediction(task, str(i), answer, ("yes",), "") for i, answer in enumerate(answers)]
-
-
-def test_means_over_tasks_and_over_instances():
-    predictions = {"a": predictions_of("a", "yes"), "b": predictions_of("b", "no", "yes sir", "no")}
-    part = 200 / 3  # "yes sir" against "yes"
-    assert mean_scores(instance_scores(predictions)) == {
-        "rouge_l": pytest.approx((100 + part / 3) / 2),
-        "exact_match": 50.0,
-        "rouge_l_instances": pytest.approx((100 + part) / 4),
-        "exact_match_instances": 25.0,
-        "tasks": {
-            "a": {"rouge_l": 100.0, "exact_match": 100.0, "instances": 1},
-            "b": {"rouge_l": pytest.approx(part / 3), "exact_match": 0.0, "instances": 3},
-        },
-    }
-
-
-def test_what_cannot_be_scored_is_refused():
-    for references in ([], (), "yes"):
+    ):
+        assert (rouge_l(prediction, references), exact_match(prediction, references)) == (pytest.approx(rouge), exact)
+    for wrong in ([], (), "yes"):
         for metric in (rouge_l, exact_match):
             with pytest.raises(BaditError, match="references"):
-                metric("yes", references)
+                metric("yes", wrong)

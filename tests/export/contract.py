@@ -1,29 +1,19 @@
 """What servers demand of an adapter's folder, written down as checks (vLLM 0.33, llama.cpp's convert_lora_to_gguf)."""
 
-from __future__ import annotations
-
 import json
 import re
-from typing import Any
 
 import torch
 from safetensors.torch import load_file
 
 # Both cut these off a tensor's name to find the base model's weight; llama.cpp ends at any other name, vLLM too.
 NAME = re.compile(r"base_model\.model\.(.+)\.lora_(A|B)\.weight")
-FIELDS: dict[str, Any] = {
-    "peft_type": "LORA",
-    "task_type": "CAUSAL_LM",
-    # vLLM refuses what is more than a LoRA; llama.cpp leaves it out without a word.
-    "bias": "none",
-    "modules_to_save": None,
-    "use_dora": False,
-    "use_rslora": False,
-    "rank_pattern": {},
-    "alpha_pattern": {},
-    # A start that changes the base weight (pissa, olora, corda, loftq) would be repeated on loading.
-    "init_lora_weights": True,
-}
+FIELDS = {"peft_type": "LORA", "task_type": "CAUSAL_LM"}
+# vLLM refuses what is more than a LoRA; llama.cpp leaves it out without a word.
+FIELDS |= {"bias": "none", "modules_to_save": None, "use_dora": False, "use_rslora": False}
+FIELDS |= {"rank_pattern": {}, "alpha_pattern": {}}
+# A start that changes the base weight (pissa, olora, corda, loftq) would be repeated on loading.
+FIELDS |= {"init_lora_weights": True}
 
 
 def check_adapter(folder, base):
@@ -35,7 +25,7 @@ def check_adapter(folder, base):
     assert config["r"] <= 512
     assert config["lora_alpha"] == config["r"]
     assert isinstance(config["target_modules"], list)
-    found: dict[str, set[str]] = {}
+    found = {}
     for name, tensor in load_file(folder / "adapter_model.safetensors").items():
         match = NAME.fullmatch(name)
         assert match, name

@@ -12,17 +12,10 @@ from pathlib import Path
 class NoBadit(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path, target=None):
         if name.partition(".")[0] == "badit":
-            raise ModuleNotFoundError("badit is not installed here")
+            raise AssertionError("badit is not to be imported here")
 
 
 sys.meta_path.insert(0, NoBadit())
-try:
-    import badit  # noqa: F401
-except ModuleNotFoundError:
-    pass
-else:
-    raise AssertionError("badit can be imported, so this proves nothing")
-
 import torch  # noqa: E402
 from peft import AutoPeftModelForCausalLM  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402

@@ -1,16 +1,12 @@
 """An export is the run's fixed mixture, loaded without badit; and the frozen factors layer by layer."""
 
-from __future__ import annotations
-
 import fcntl
 import json
 import os
-import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -26,21 +22,19 @@ from badit.data import AnswerCollator, batches_by_task
 from badit.errors import BaditError
 from badit.evaluate import evaluate, load_run
 from badit.export import Export, export, merge, mixture_factors, score_export, write_adapter
-from badit.files import OWNER
-from badit.run import Run
+from badit.files import OWNER, read_json
 from badit.train import encoded, make_plan
 from badit.tuner import hooks_of
 from badit.tuner.targets import short_names
 from baselines import naive as baselines
 from export.contract import check_adapter
-from tuner.helpers import FAMILIES, adapt, adapted, forward, layers, padded, random_rows
+from tuner.helpers import FAMILIES, adapt, adapted, layers, logits
 
-Trained = Callable[..., Run]
 TOKENS = [[5, 17, 33, 60, 9, 41, 8], [7, 7, 90, 12, 66, 23, 50]]
 BADIT = {"name": "badit", "num_experts": 3, "r": 2, "lora_dropout": 0.0, "regroup": {"every": 1}}
 LORA = {"r": 3, "lora_alpha": 12}
 # Each with the rank that an exact export takes.
-METHODS: dict[str, tuple[dict[str, Any], int]] = {
+METHODS = {
     "badit": (BADIT, 12),
     "softmax": ({**BADIT, "gates": "softmax", "top_k": 2, "regroup": None}, 12),
     "token": ({**BADIT, "routing": "token"}, 12),
@@ -57,7 +51,7 @@ METHODS: dict[str, tuple[dict[str, Any], int]] = {
     "olora": ({"name": "olora", **LORA}, 6),
     "pcgrad": ({"name": "pcgrad", **LORA}, 3),
 }
-WEIGHTS: dict[str, dict[str, Any]] = {"dora": {"name": "dora", **LORA}, "full": {"name": "full"}}
+WEIGHTS = {"dora": {"name": "dora", **LORA}, "full": {"name": "full"}}
 VARY = ("badit", "softmax", "token", "directions", "loramoe", "hydralora", "goat", "mtl-lora", "gainlora")
 
 
@@ -70,9 +64,9 @@ def frozen_logits(run, folder, task):
     """The run's own model with its gates held at those that the export has kept."""
     model, _ = load_run(run)
     ids = torch.tensor(TOKENS)
-    gates = json.loads((folder / "gates.json").read_text()) if (folder / "gates.json").is_file() else None
-    if gates is None:
+    if not (folder / "gates.json").is_file():
         return model(input_ids=ids).logits
+    gates = read_json(folder / "gates.json")
 
     def hold(one, own):
         return torch.tensor(gates[one.layer.name])[one.expert_of_N].expand(len(ids), 1, -1)
@@ -133,7 +127,7 @@ def test_a_tasks_gates_are_the_mean_over_its_training_prompts(trained, tmp_path)
     kept = {}
     for name in (None, "cities", "rivers"):
         done = export(run.path, tmp_path / "out", task=name)
-        kept[name] = json.loads((done.folder / "gates.json").read_text())
+        kept[name] = read_json(done.folder / "gates.json")
     assert done.mixture == "mean gates of task rivers on 12 training prompts"
     for i, one in enumerate(adapted_layers(model)):
         of_name = {name: torch.tensor(gates[one.layer.name])[one.expert_of_N] for name, gates in kept.items()}
@@ -146,11 +140,9 @@ def test_a_tasks_gates_are_the_mean_over_its_training_prompts(trained, tmp_path)
 def test_all_tasks_get_their_adapters_from_gates_that_are_measured_once(trained, tmp_path, monkeypatch, capsys):
     run, out = trained(BADIT), tmp_path / "all"
     one = export(run.path, tmp_path / "one", task="cities")
-    measure, measured = mean_component_gates, []
-    monkeypatch.setattr(
-        "badit.analysis.gates.mean_component_gates",
-        lambda model, batches: measured.extend(batches) or measure(model, batches),
-    )
+    measured, gates = [], "badit.analysis.gates.mean_component_gates"
+    measure = mean_component_gates
+    monkeypatch.setattr(gates, lambda model, batches: measured.extend(batches) or measure(model, batches))
     done = export(run.path, out, all_tasks=True)
     assert measured == ["rivers"]
     assert [each.folder for each in done.tasks.values()] == [out / "cities", out / "rivers"]
@@ -176,9 +168,9 @@ def test_gates_of_a_file(trained, tmp_path):
     run = trained(BADIT)
     first = export(run.path, tmp_path / "first", task="cities").folder
     again = export(run.path, tmp_path / "again", gates=first / "gates.json").folder
-    one, other = (load_file(folder / "adapter_model.safetensors") for folder in (first, again))
-    assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
-    gates = json.loads((first / "gates.json").read_text())
+    one, other = ((folder / "adapter_model.safetensors").read_bytes() for folder in (first, again))
+    assert one == other
+    gates = read_json(first / "gates.json")
     name = next(iter(gates))
     for wrong, message in [
         ({**gates, "model.layers.0.mlp.gate_prj": [1, 1, 1]}, r"gate_prj: the run adapts no such module \(did you"),
@@ -199,18 +191,16 @@ def test_a_smaller_rank_is_the_closest_one_and_its_error_is_reported(trained, tm
     small = load_file(done.folder / "adapter_model.safetensors")
     lost, norm = 0.0, 0.0
     for name, relative in done.errors.items():
-        product, found = (
-            t[f"base_model.model.{name}.lora_B.weight"] @ t[f"base_model.model.{name}.lora_A.weight"]
-            for t in (whole, small)
-        )
+        a, b = (f"base_model.model.{name}.lora_{part}.weight" for part in "AB")
+        product, found = whole[b] @ whole[a], small[b] @ small[a]
         closest = torch.from_numpy(reference.closest_of_rank(product, 5))
         torch.testing.assert_close(found.double(), closest, atol=1e-4, rtol=1e-4)
         assert relative == pytest.approx(float((product - found).norm() / product.norm()), rel=1e-3)
         lost, norm = lost + float((product - found).norm() ** 2), norm + float(product.norm() ** 2)
     assert done.total_error == pytest.approx((lost / norm) ** 0.5, rel=1e-3)
     assert 0 < done.total_error <= max(done.errors.values()) < 1
-    record = json.loads((done.folder / "export.json").read_text())
-    assert record["relative_error"] == {"total": done.total_error, "modules": done.errors}
+    recorded = read_json(done.folder / "export.json")["relative_error"]
+    assert recorded == {"total": done.total_error, "modules": done.errors}
 
     assert [Export(Path("x"), None, None, rank, rank).max_lora_rank for rank in (1, 8, 12, 257)] == [1, 8, 16, 320]
     monkeypatch.setattr(sys.modules["badit.export"], "VLLM_RANKS", (1, 8))  # as if a rank of 12 were too much to serve
@@ -226,7 +216,6 @@ def test_a_smaller_rank_is_the_closest_one_and_its_error_is_reported(trained, tm
         (BADIT, {"task": "cities", "gates": "x.json"}, "only one of --task, --all-tasks and --gates"),
         (BADIT, {"all_tasks": True, "merged": True}, "--merged: one model without a rank; leave --all-tasks"),
         (BADIT, {"rank": 4, "merged": True}, "--merged: one model without a rank; leave --all-tasks and --rank out"),
-        ({"name": "lora", **LORA}, {"all_tasks": True}, "--gates: lora does the same for every prompt"),
         (BADIT, {"rank": 513}, "--rank: must be between 1 and 512, not 513"),
         ({"name": "base"}, {}, "there is nothing to export"),
         ({"name": "lora", **LORA}, {"task": "cities"}, "--gates: lora does the same for every prompt"),
@@ -249,8 +238,7 @@ def test_a_folder_is_replaced_only_by_what_wrote_it(trained, tmp_path, monkeypat
     for folder in (run.adapter_path, out):
         assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {folder.stat().st_mode & 0o666}
     before = {path.name: path.read_bytes() for path in out.iterdir()}
-    failing = lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt)  # noqa: E731
-    monkeypatch.setattr(sys.modules["badit.export"], "write_adapter", failing)
+    monkeypatch.setattr(sys.modules["badit.export"], "write_adapter", Mock(side_effect=KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         export(run.path, out)
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
@@ -289,14 +277,13 @@ def test_a_run_that_has_diverged_is_not_exported(trained, tmp_path, method):
 
 def test_a_run_without_varying_gates_costs_nothing(trained, tmp_path):
     run = trained({"name": "lora", **LORA})
-    routed = evaluate(run.path, progress=False)
+    scores = {name: each["rouge_l"] for name, each in evaluate(run.path, progress=False)["tasks"].items()}
     for merged in (False, True):
         result = score_export(run.path, export(run.path, tmp_path / "out", merged=merged), progress=False)
-        assert json.loads((tmp_path / "out" / "scores.json").read_text()) == result
+        assert read_json(tmp_path / "out" / "scores.json") == result
         assert result["mixture"] is None
-        for name, entry in result["tasks"].items():
-            score = routed["tasks"][name]["rouge_l"]
-            assert entry == {"routed": score, "frozen": score, "difference": 0.0}
+        same = {name: {"routed": score, "frozen": score, "difference": 0.0} for name, score in scores.items()}
+        assert result["tasks"] == same
 
 
 def test_what_is_scored_is_the_folder(trained, tmp_path):
@@ -308,11 +295,9 @@ def test_what_is_scored_is_the_folder(trained, tmp_path):
     result = score_export(run.path, done, progress=False)
     assert list(result["tasks"]) == ["cities"]
     entry = result["tasks"]["cities"]
-    assert entry["routed"] == 77.0
-    assert entry["difference"] == pytest.approx(entry["frozen"] - 77.0)
-    with pytest.raises(
-        BaditError, match=r"^engine: vllm: cannot be started \(No module named .vllm.\); install vLLM"
-    ):  # tests/serving has it
+    assert (entry["routed"], entry["difference"]) == (77.0, pytest.approx(entry["frozen"] - 77.0))
+    message = r"^engine: vllm: cannot be started \(No module named .vllm.\); install vLLM"
+    with pytest.raises(BaditError, match=message):  # tests/serving has it
         score_export(run.path, done, engine="vllm", progress=False)
     path = done.folder / "adapter_model.safetensors"
     save_file({name: 0 * tensor for name, tensor in load_file(path).items()}, path)
@@ -335,13 +320,7 @@ def test_the_command(trained, tmp_path, capsys):
     assert not (out / "scores.json").exists()  # they were the other export's
 
 
-IDS, MASK = padded(random_rows(6, 11, 9))
 GATES = [0.25, 2.0, 0.75]
-
-
-@torch.no_grad()
-def logits(model):
-    return forward(model, IDS, MASK).logits[MASK.bool()]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -370,7 +349,7 @@ def test_every_family_adapts_merges_and_loads_alike(tiny_model, tmp_path, family
 def test_names_that_mean_other_modules_are_whole_and_nothing_is_merged_into_a_shared_weight(tiny_model):
     base = tiny_model("llama")
     names = [f"model.layers.{i}.mlp.{part}" for i in range(2) for part in ("gate_proj", "up_proj")]
-    factors: Any = dict.fromkeys(names)
+    factors = dict.fromkeys(names)
     assert short_names(base, factors) == ["gate_proj", "up_proj"]
     del factors[names[0]]
     assert short_names(base, factors) == sorted(names[1:])
@@ -400,7 +379,7 @@ def test_pefts_own_conversion_takes_fixed_mixtures_only(tiny_model, family):
 
 
 def test_a_mixture_is_not_merged_into_quantised_weights(trained, tmp_path):
-    run = Run(shutil.copytree(trained(BADIT).path, tmp_path / "run"))
+    run = trained(BADIT)
     run.config_path.write_text(run.config_path.read_text().replace("quantisation: null", "quantisation: bnb-8bit"))
     with pytest.raises(BaditError, match=r"^--merged: the base weights are quantised"):
         export(run.path, tmp_path / "model", merged=True)

@@ -1,72 +1,54 @@
 """`badit push` with the hub's own client and a server on this machine: what is uploaded, and refusals in one line."""
 
-from __future__ import annotations
-
 import base64
 import json
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
 from huggingface_hub import ModelCard
+from starlette.applications import Starlette
+from starlette.responses import JSONResponse
+from starlette.routing import Route
 
 import badit
 from badit.card import write_run_card
 from badit.cli import main
 from badit.errors import BaditError
-from studio.conftest import BADIT
-
-
-class Hub(BaseHTTPRequestHandler):
-    """Answers the client as the hub does. Every file goes into the commit itself."""
-
-    address: str
-    private: bool | None
-    files: dict[str, bytes]
-    status: int
-
-    def do_GET(self):
-        self.answer({"id": "meta-llama/base", "cardData": {"license": "llama3.2"}})
-
-    def do_POST(self):
-        body = self.rfile.read(int(self.headers["Content-Length"]))
-        assert self.headers["Authorization"] == "Bearer hf_token"
-        if self.path == "/api/repos/create":
-            Hub.private = json.loads(body).get("visibility") == "private"
-            self.answer({"url": f"{Hub.address}/org/tuned", "id": "1"})
-        elif self.path == "/api/validate-yaml":  # of the card
-            self.answer({"warnings": [], "errors": []})
-        elif self.path == "/api/models/org/tuned/preupload/main":
-            names = [file["path"] for file in json.loads(body)["files"]]
-            self.answer({"files": [{"path": name, "uploadMode": "regular", "shouldIgnore": False} for name in names]})
-        elif self.path == "/api/models/org/tuned/commit/main":
-            lines = [json.loads(line) for line in body.splitlines()]
-            values = [line["value"] for line in lines if line["key"] == "file"]
-            Hub.files = {value["path"]: base64.b64decode(value["content"]) for value in values}
-            self.answer({"commitUrl": f"{Hub.address}/org/tuned/commit/1", "commitOid": "1", "success": True})
-
-    def answer(self, content):
-        body = json.dumps(content).encode()
-        self.send_response(Hub.status)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *_):
-        pass
+from studio.conftest import BADIT, served
 
 
 @pytest.fixture(autouse=True)
 def hub(monkeypatch):
-    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
-        Hub.address, Hub.private, Hub.files, Hub.status = f"http://127.0.0.1:{server.server_port}", None, {}, 200
-        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", Hub.address)
+    """Answers the client as the hub does. Every file goes into the commit itself."""
+    here = SimpleNamespace(private=None, files={}, status=200)
+
+    async def answer(request):
+        body, path = await request.body(), request.url.path
+        content = {"id": "meta-llama/base", "cardData": {"license": "llama3.2"}}
+        if request.method == "POST":
+            assert request.headers["Authorization"] == "Bearer hf_token"
+        if path == "/api/repos/create":
+            here.private = json.loads(body).get("visibility") == "private"
+            content = {"url": f"{here.address}/org/tuned", "id": "1"}
+        elif path == "/api/validate-yaml":  # of the card
+            content = {"warnings": [], "errors": []}
+        elif path == "/api/models/org/tuned/preupload/main":
+            names = [file["path"] for file in json.loads(body)["files"]]
+            content = {"files": [{"path": name, "uploadMode": "regular", "shouldIgnore": False} for name in names]}
+        elif path == "/api/models/org/tuned/commit/main":
+            lines = [json.loads(line) for line in body.splitlines()]
+            values = [line["value"] for line in lines if line["key"] == "file"]
+            here.files = {value["path"]: base64.b64decode(value["content"]) for value in values}
+            content = {"commitUrl": f"{here.address}/org/tuned/commit/1", "commitOid": "1", "success": True}
+        return JSONResponse(content, here.status)
+
+    with served(Starlette(routes=[Route("/{path:path}", answer, methods=["GET", "POST"])])) as port:
+        here.address = f"http://127.0.0.1:{port}"
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", here.address)
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
         monkeypatch.setenv("HF_TOKEN", "hf_token")
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield Hub
-        server.shutdown()
+        yield here
 
 
 @pytest.fixture
@@ -135,20 +117,19 @@ def test_only_the_files_that_badit_wrote_are_uploaded(run, hub, tmp_path):
         for name in (".env", "notes.txt"):
             (folder / name).write_text("secret")
         (folder / "link.txt").symlink_to("notes.txt")
-    badit.Run(run.path).push("org/tuned")
-    assert hub.files.keys() == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
-    badit.Run(export).push("org/tuned")
-    assert hub.files.keys() == {"README.md", "adapter_config.json", "adapter_model.safetensors", "gates.json"}
+    own = {"README.md", "adapter_config.json", "adapter_model.safetensors"}
+    for folder, names in ((run.path, own), (export, own | {"gates.json"})):
+        badit.Run(folder).push("org/tuned")
+        assert hub.files.keys() == names
 
     hub.files = {}
     record = json.loads((export / "export.json").read_text())
-    for name in (".env", "../run/config.yaml", 5):
+    foreign = r"export\.json: files: must be the names of the export's own files"
+    wrong = dict.fromkeys([".env", "../run/config.yaml", 5], foreign)
+    wrong |= {name: f"{name}: must be a file, and no link" for name in ("link.txt", "missing.txt")}
+    for name, message in wrong.items():
         (export / "export.json").write_text(json.dumps({**record, "files": [*record["files"], name]}))
-        with pytest.raises(BaditError, match=r"export\.json: files: must be the names of the export's own files"):
-            badit.Run(export).push("org/tuned")
-    for name in ("link.txt", "missing.txt"):
-        (export / "export.json").write_text(json.dumps({**record, "files": [*record["files"], name]}))
-        with pytest.raises(BaditError, match=f"{name}: must be a file, and no link"):
+        with pytest.raises(BaditError, match=message):
             badit.Run(export).push("org/tuned")
     assert hub.files == {}
 

@@ -4,9 +4,6 @@ import contextlib
 import io
 import os
 import signal
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
 
 from hypothesis import HealthCheck, settings
 
@@ -19,12 +16,12 @@ COUNTED = "cases of broken input"
 tried = 0
 
 
-def cases(number: int) -> Callable[..., Any]:
+def cases(number):
     """Hypothesis' settings for so many cases, times the factor in ``BADIT_STRESS``."""
     return settings(max_examples=number * STRESS, deadline=None, suppress_health_check=list(HealthCheck))
 
 
-def ends_well(*arguments: str) -> bool:
+def ends_well(*arguments):
     """Whether the command has done its work; asserts that it has otherwise said why in one line, and nothing else."""
     global tried
     tried += 1
@@ -32,14 +29,12 @@ def ends_well(*arguments: str) -> bool:
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), _no_hang():
         code = main(list(arguments))
     said = err.getvalue()
-    if code == 0:
-        # A line at least; of a model whose weights have changed the answer may be an empty one.
+    if code == 0:  # a line at least; of a model whose weights have changed the answer may be an empty one
         assert out.getvalue(), "a command that has done its work says so"
         return True
     assert code == 2, f"exit code {code}: {said}"
     assert out.getvalue() == "", "what is refused gives no part of a result"
-    assert said.startswith("badit: "), said
-    assert said.endswith("\n"), said
+    assert (said[:7], said[-1:]) == ("badit: ", "\n"), said
     for line in said[:-1].split("\n"):  # a recipe's mistakes have a line each
         assert line.isprintable(), f"a line without control characters: {line!r}"
         assert 10 < len(line) < 1500, line
@@ -48,8 +43,8 @@ def ends_well(*arguments: str) -> bool:
 
 
 @contextlib.contextmanager
-def _no_hang() -> Iterator[None]:
-    def interrupt(*_: Any) -> None:
+def _no_hang():
+    def interrupt(*_):
         raise AssertionError(f"no end after {_HANG_SECONDS} s")
 
     former = signal.signal(signal.SIGALRM, interrupt)
@@ -62,6 +57,6 @@ def _no_hang() -> Iterator[None]:
         signal.signal(signal.SIGALRM, former)
 
 
-def written(folder: Path) -> set[str]:
+def written(folder):
     """All that is in a folder, to see that nothing came to it."""
     return {str(path.relative_to(folder)) for path in folder.rglob("*")}

@@ -1,14 +1,8 @@
-"""Ways to break a valid file: by its values, by its bytes, and by what stands in its place.
-
-Damage to valid files reaches further than random bytes: most of a file still passes the first checks.
-"""
+"""Ways to break a valid file, of which most still passes the first checks: values, bytes, what stands in its place."""
 
 import copy
 import json
 import os
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
 
 import yaml
 from hypothesis import strategies as st
@@ -17,7 +11,7 @@ from badit.files import remove
 
 # Each has broken some reader, somewhere: wrong types, numbers beyond a type's range, names that leave a folder, text
 # that a terminal, a page or a file system reads as a command.
-NASTY_VALUES: list[Any] = [
+NASTY_VALUES = [
     *(None, True, False, 0, -1, 2**31, 2**64, 10**400, -(10**400), 0.5, 1e308, -1e308, 5e-324),
     *(float("nan"), float("inf"), float("-inf")),
     *("", " ", "\0", "\ud800", "\u202e\u2028", "\x1b[2J", "two\nlines", "5e-4", "073", "1e999", "nan", "null"),
@@ -36,7 +30,7 @@ VALUES = (
 
 
 @st.composite
-def damaged_value(draw: st.DrawFn, value: Any) -> Any:
+def damaged_value(draw, value):
     """The plain value with one to three of its parts replaced, removed, doubled, renamed, wrapped or added to."""
     value = copy.deepcopy(value)
     for _ in range(draw(st.integers(1, 3))):
@@ -53,7 +47,7 @@ def damaged_value(draw: st.DrawFn, value: Any) -> Any:
             case "wrap":
                 parent[key] = draw(st.sampled_from([[parent[key]], {"value": parent[key]}, str(parent[key])[:50]]))
             case "swap":  # with a sibling
-                other = draw(st.sampled_from(list(parent) if isinstance(parent, dict) else [*range(len(parent))]))
+                other = draw(st.sampled_from(list(parent) if isinstance(parent, dict) else range(len(parent))))
                 parent[key], parent[other] = parent[other], parent[key]
             case "double" if isinstance(parent, list):
                 parent.insert(key, copy.deepcopy(parent[key]))
@@ -66,7 +60,7 @@ def damaged_value(draw: st.DrawFn, value: Any) -> Any:
     return value
 
 
-def _parts(value: Any, depth: int = 0) -> Iterator[tuple[Any, Any]]:
+def _parts(value, depth=0):
     """Every part of a value, as the dict or list that holds it and its key."""
     parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, part in parts if depth < 8 else ():
@@ -74,17 +68,17 @@ def _parts(value: Any, depth: int = 0) -> Iterator[tuple[Any, Any]]:
         yield from _parts(part, depth + 1)
 
 
-def as_json(value: Any) -> bytes:
+def as_json(value):
     """NaN and infinities stay as Python writes them, half surrogates as escapes."""
     return json.dumps(value).encode()
 
 
-def as_lines(values: Any) -> bytes:
+def as_lines(values):
     """One JSON value per line."""
     return b"".join(as_json(line) + b"\n" for line in (values if isinstance(values, list) else [values]))
 
 
-def as_yaml(value: Any) -> bytes:
+def as_yaml(value):
     return yaml.safe_dump(value, allow_unicode=False).encode()
 
 
@@ -97,7 +91,7 @@ _INSERTED = [
 
 
 @st.composite
-def damaged_bytes(draw: st.DrawFn, content: bytes) -> bytes:
+def damaged_bytes(draw, content):
     """The content cut short, with bytes flipped, put in, taken out or doubled, or in another encoding."""
     start = draw(st.integers(0, len(content)))
     end = min(len(content), start + draw(st.integers(1, 40)))
@@ -110,29 +104,29 @@ def damaged_bytes(draw: st.DrawFn, content: bytes) -> bytes:
     return draw(st.sampled_from([*parts, draw(st.sampled_from(wholes))]))
 
 
-def damaged(value: Any, form: Callable[[Any], bytes]) -> st.SearchStrategy[bytes]:
+def damaged(value, form):
     """A file's content, broken by its values (two times in three) or by its bytes."""
     by_value = damaged_value(value).map(form)
     return by_value | by_value | damaged_bytes(form(value))
 
 
-def folder_in_its_place(file: Path) -> None:
+def folder_in_its_place(file):
     remove(file)
     file.mkdir()
 
 
-def pipe_in_its_place(file: Path) -> None:
+def pipe_in_its_place(file):
     """Opening it waits for a writer who never comes."""
     remove(file)
     os.mkfifo(file)
 
 
-def unreadable(file: Path) -> None:
+def unreadable(file):
     file.chmod(0)
 
 
-def _link_to(target: str | None) -> Callable[[Path], None]:
-    def replace(file: Path) -> None:
+def _link_to(target):
+    def replace(file):
         remove(file)
         file.symlink_to(target or file)
 

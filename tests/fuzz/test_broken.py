@@ -1,15 +1,12 @@
 """Broken files, through the commands that read them: each command does its work or says in one line why it cannot."""
 
-import copy
 import json
 import shutil
 import struct
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections import namedtuple
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
@@ -18,31 +15,26 @@ from hypothesis import strategies as st
 
 from badit.recipe import build_recipe
 from badit.train import fit
+from data.examples import write_rows
 from fuzz import command
 from fuzz.command import COUNTED, STRESS, cases, ends_well, written
 from fuzz.damage import NASTY_VALUES, REPLACEMENTS, as_json, as_lines, as_yaml, damaged, damaged_bytes, damaged_value
+from materials import make_recipe
 from report.samples import Shape, comparison_cell, write_run, write_sequence
 
 SPLIT_NAMES = ("train", "validation", "test")
-LINES: list[dict[str, Any]] = [
+LINES = [
     {"task": task, "instruction": f"Name the {task}.", "input": f"land {i}", "output": f"{task} {i}", "split": split}
     for task in ("capital", "river")
     for i, split in enumerate(["train", *SPLIT_NAMES])
 ]
 LINES[0] |= {"id": "first", "outputs": ["a", "b"]}
 del LINES[0]["output"]
-OFFICIAL = as_json(
-    {
-        "Contributors": ["A"],
-        "Definition": ["Say it."],
-        "Categories": ["Question Answering"],
-        "Domains": ["News"],
-        "Positive Examples": [{"input": "a", "output": "b", "explanation": "c"}],
-        "Negative Examples": [],
-        "Instances": [{"id": f"task1-{i}", "input": f"in {i}", "output": [f"out {i}"]} for i in range(3)],
-    }
-)
-METHODS: dict[str, dict[str, Any]] = {
+TASK = {"Contributors": ["A"], "Definition": ["Say it."], "Categories": ["Question Answering"], "Domains": ["News"]}
+TASK |= {"Positive Examples": [{"input": "a", "output": "b", "explanation": "c"}], "Negative Examples": []}
+TASK |= {"Instances": [{"id": f"task1-{i}", "input": f"in {i}", "output": [f"out {i}"]} for i in range(3)]}
+OFFICIAL = as_json(TASK)
+METHODS = {
     "badit": {"name": "badit", "num_experts": 4, "r": 2, "lora_alpha": 8, "regroup": {"every": 3, "solver": "paper"}},
     "lora": {"name": "lora", "r": 8, "target_modules": ["q_proj"]},
     "loramoe": {"name": "loramoe", "num_experts": 2, "r": 2},
@@ -51,28 +43,26 @@ METHODS: dict[str, dict[str, Any]] = {
     "full": {"name": "full"},
 }
 SHAPE = Shape(tasks=("task1_a", "task2_b"), layers=2, modules=("mlp.gate_proj",), experts=2, steps=(20,))
-ANGLES: dict[str, Any] = {"step": 10, "module": "model.layers.0.mlp.gate_proj.default"}
+ANGLES = {"step": 10, "module": "model.layers.0.mlp.gate_proj.default"}
 ANGLES |= {"intra_degrees": 70.0, "inter_degrees": 91.0}
-REGROUPING: dict[str, Any] = ANGLES | {"previous_labels": [0, 0, 1, 1], "labels": [0, 1, 0, 1]}
+REGROUPING = ANGLES | {"previous_labels": [0, 0, 1, 1], "labels": [0, 1, 0, 1]}
 REGROUPING |= {"intra_abs_cos": 0.4, "inter_abs_cos": 0.1, "previous_intra_degrees": None, "previous_inter_degrees": 90}
 
 
-def recipe_values(method: str) -> dict[str, Any]:
+def recipe_values(method):
     """Every field of a recipe, written out."""
     content = build_recipe({"method": METHODS[method]}).model_dump(mode="json")
     content["data"] |= {"source": "tasks.jsonl", "tasks": ["capital", "river"], "train_per_task": 2}
     methods = {"lora": {"name": "lora", "r": 4}, "badit": {"name": "badit"}}
-    content["compare"] = {"methods": methods, "reference": "lora", "single_task": ["lora"]}
-    content["compare"] |= {"seeds": [0, 1], "learning_rates": [0.0005, 0.001]}
-    return content
+    search = {"seeds": [0, 1], "learning_rates": [0.0005, 0.001]}
+    return {**content, "compare": {"methods": methods, "reference": "lora", "single_task": ["lora"], **search}}
 
 
-def results(protocol: str) -> dict[str, Any]:
+def results(protocol):
     shape = Shape(tasks=("task1_a", "task2_b"))
     cells = [comparison_cell(shape, method, seed, 20.0 + seed) for method in ("lora", "badit") for seed in (0, 1)]
-    cells += [{**copy.deepcopy(cells[0]), "method": "lora, one model per task"}]
     failed = {"status": "failed", "error": "out of\nmemory", "scores": None, "instances": None}
-    cells += [{**cells[0], "seed": 7, **failed}]
+    cells += [{**cells[0], "method": "lora, one model per task"}, {**cells[0], "seed": 7, **failed}]
     if protocol == "sequential":
         transfer = {"forgetting": 1.5, "backward_transfer": -2.0, "forward_transfer": 0.25}
         orders = {"order": "sapt-1", "continual": {"standard": transfer, "released": transfer}}
@@ -81,23 +71,19 @@ def results(protocol: str) -> dict[str, Any]:
     return {"format": 1, "protocol": protocol, "reference": "lora", "methods": methods, "cells": cells}
 
 
-def training_run(method: str, folder: Path, material: Path) -> None:
-    values = {
-        "model": {"name": str(material / "model"), "dtype": "float32"},
-        "data": {"source": str(material / "tasks.jsonl")},
-        "training": {"max_steps": 1, "per_device_train_batch_size": 2},
-        "method": {key: value for key, value in METHODS[method].items() if key != "target_modules"},
-    }
-    fit(build_recipe({**values, "output": str(folder / "run")}), progress=False)
+def training_run(method, folder, material):
+    values = make_recipe(material / "model", material / "tasks.jsonl", folder / "run")
+    values["method"] = {key: value for key, value in METHODS[method].items() if key != "target_modules"}
+    fit(build_recipe(values, ["training.max_steps=1"]), progress=False)
 
 
-def write(contents: dict[str, bytes], folder: Path, material: Path) -> None:
+def write(contents, folder, material=None):
     for name, content in contents.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content)
 
 
-def run_files(folder: Path, material: Path) -> None:
+def run_files(folder, material):
     write_run(folder / "analysed", SHAPE)
     for name, lines in (("regroupings", [REGROUPING]), ("angles", [ANGLES])):
         write_run(folder / name, SHAPE, analysed=False)
@@ -105,26 +91,16 @@ def run_files(folder: Path, material: Path) -> None:
     write_sequence(folder / "sequence", SHAPE)
 
 
-@dataclass
-class Subject:
-    """Valid files, those of them that are broken, the commands that read them, and how many cases to try."""
-
-    make: Callable[[Path, Path], None]
-    broken: list[str]
-    commands: list[list[str]]
-    cases: int = 40
+# What makes valid files, those of them that are broken, the commands that read them, and how many cases to try.
+Subject = namedtuple("Subject", "make broken commands cases", defaults=[40])
 
 
-def tasks(contents: dict[str, bytes], broken: list[str], path: str = ".") -> Subject:
-    return Subject(partial(write, contents), broken, [["tasks", path]])
-
-
-def recipe(contents: dict[str, dict[str, Any]], broken: list[str], cases: int = 40) -> Subject:
+def recipe(contents, broken, cases=40):
     recipes = {name: as_yaml(values) for name, values in contents.items()}
     return Subject(partial(write, TASKS | recipes), broken, [["train", "recipe.yaml", "--dry-run"]], cases)
 
 
-def comparison(protocol: str, commands: list[list[str]], cases: int = 60) -> Subject:
+def comparison(protocol, commands, cases=60):
     return Subject(partial(write, {"results.json": as_json(results(protocol))}), ["results.json"], commands, cases)
 
 
@@ -142,17 +118,14 @@ REPORTS = {
     "angles": ["angles.jsonl", "predictions/task1_a.jsonl"],
     "sequence": ["scores.json"],
 }
-ADAPTERS = {
-    "badit": ["adapter_model.safetensors", "adapter_config.json"],
-    "lora": ["adapter_model.safetensors", "adapter_config.json"],
-    "full": ["weights.safetensors"],
-}
+ADAPTER = ["adapter_model.safetensors", "adapter_config.json"]
+ADAPTERS = {"badit": ADAPTER, "lora": ADAPTER, "full": ["weights.safetensors"]}
 GENERATE = [["generate", "run", "Name the capital.", "--max-new-tokens", "1"]]
 SUBJECTS = {
-    "one file": tasks(TASKS, ["tasks.jsonl"], "tasks.jsonl"),
-    "a file per split": tasks(SPLITS, ["train.jsonl"]),
-    "sapt": tasks(SAPT, ["task1_a/train.json"]),
-    "superni": tasks(SUPERNI, ["tasks/task1_a.json", LIST]),
+    "one file": Subject(partial(write, TASKS), ["tasks.jsonl"], [["tasks", "tasks.jsonl"]]),
+    "a file per split": Subject(partial(write, SPLITS), ["train.jsonl"], [["tasks", "."]]),
+    "sapt": Subject(partial(write, SAPT), ["task1_a/train.json"], [["tasks", "."]]),
+    "superni": Subject(partial(write, SUPERNI), ["tasks/task1_a.json", LIST], [["tasks", "."]]),
     **{f"recipe {method}": recipe({"recipe.yaml": recipe_values(method)}, ["recipe.yaml"]) for method in METHODS},
     "extended recipe": recipe(EXTENDED, ["base.yaml", "recipe.yaml", "tasks.jsonl"], 15),
     "mixed": comparison("mixed", TABLES),
@@ -171,7 +144,7 @@ BROKEN = [(name, file) for name, subject in SUBJECTS.items() for file in subject
 
 
 @pytest.fixture(autouse=True)
-def _counted(request: pytest.FixtureRequest, tiny_built_in: None) -> Iterator[None]:
+def _counted(request, tiny_built_in):
     """Counts the cases of broken input; tests/conftest.py sums them up."""
     before = command.tried
     yield
@@ -179,11 +152,11 @@ def _counted(request: pytest.FixtureRequest, tiny_built_in: None) -> Iterator[No
 
 
 @pytest.fixture(scope="module")
-def valid(material: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Path], None]:
+def valid(material, tmp_path_factory):
     """Puts a copy of a subject's valid files into a folder that is cleared; they are made once."""
-    made: dict[str, Path] = {}
+    made = {}
 
-    def put(name: str, folder: Path) -> None:
+    def put(name, folder):
         if name not in made:
             made[name] = tmp_path_factory.mktemp("valid")
             SUBJECTS[name].make(made[name], material)
@@ -209,7 +182,7 @@ def test_broken_files(valid, tmp_path, monkeypatch, name, file):
 
     @cases(subject.cases)
     @given(data=st.data())
-    def try_one(data: st.DataObject) -> None:
+    def try_one(data):
         valid(name, folder)
         monkeypatch.chdir(folder)
         (folder / file).write_bytes(data.draw(broken(file, content)))
@@ -224,36 +197,26 @@ def test_broken_files(valid, tmp_path, monkeypatch, name, file):
     try_one()
 
 
-def broken(file: str, content: bytes) -> st.SearchStrategy[bytes]:
-    match Path(file).suffix:
-        case ".json":
-            return damaged(json.loads(content), as_json)
-        case ".jsonl":
-            return damaged([json.loads(line) for line in content.splitlines()[:8]], as_lines)
-        case ".yaml":
-            return damaged(yaml.safe_load(content), as_yaml)
-        case ".safetensors":
-            return damaged_tensors(content)
-        case _:
-            return damaged_bytes(content)
+def broken(file, content):
+    readers = {
+        ".json": lambda: damaged(json.loads(content), as_json),
+        ".jsonl": lambda: damaged([json.loads(line) for line in content.splitlines()[:8]], as_lines),
+        ".yaml": lambda: damaged(yaml.safe_load(content), as_yaml),
+        ".safetensors": lambda: damaged_tensors(content),
+    }
+    return readers.get(Path(file).suffix, lambda: damaged_bytes(content))()
 
 
 @st.composite
-def damaged_tensors(draw: st.DrawFn, content: bytes) -> bytes:
+def damaged_tensors(draw, content):
     """A safetensors file: its header's values, the header's length, or any bytes."""
     (length,) = struct.unpack("<Q", content[:8])
     header, tensors = json.loads(content[8 : 8 + length]), content[8 + length :]
-    match draw(st.sampled_from(["header", "header", "length", "bytes", "tensors"])):
-        case "header":
-            text = as_json(draw(damaged_value(header)))
-            return struct.pack("<Q", len(text)) + text + tensors
-        case "length":
-            wrong = draw(st.sampled_from([0, 1, length - 1, length + 1, 2**40, 2**64 - 1]))
-            return struct.pack("<Q", wrong) + content[8:]
-        case "tensors":
-            return content[: 8 + length] + draw(damaged_bytes(tensors))
-        case _:
-            return draw(damaged_bytes(content))
+    text = as_json(draw(damaged_value(header)))
+    by_header = struct.pack("<Q", len(text)) + text + tensors
+    by_length = struct.pack("<Q", draw(st.sampled_from([0, 1, length - 1, length + 1, 2**40, 2**64 - 1]))) + content[8:]
+    by_tensors = content[: 8 + length] + draw(damaged_bytes(tensors))
+    return draw(st.sampled_from([by_header, by_header, by_length, by_tensors, draw(damaged_bytes(content))]))
 
 
 @pytest.mark.parametrize(("name", "file"), BROKEN)
@@ -268,17 +231,13 @@ def test_something_else_in_a_files_place(valid, tmp_path, monkeypatch, name, fil
             ends_well(*words)
 
 
-NAMES = ["two\nlines", "\x1b[2J", "é" * 110, "$HOME", "-", "CON", " ", ".hidden", "\u202e", "\u2028"]
-
-
-@pytest.mark.parametrize("name", [*NAMES, "x" * 300, "..", "../x", "/x", "a/b", "a\\b", "", "\0"])
-def test_names_that_are_no_tasks(tmp_path, name):
-    (tmp_path / "tasks.jsonl").write_bytes(as_lines([{**line, "task": name} for line in LINES]))
-    ends_well("tasks", str(tmp_path / "tasks.jsonl"))
-    if name in NAMES:
-        (tmp_path / "data").mkdir()
-        (tmp_path / "data" / f"{name}.json").write_bytes(OFFICIAL)
-        ends_well("tasks", str(tmp_path / "data"))
+def test_names_that_are_no_tasks(tmp_path):
+    names = ["two\nlines", "\x1b[2J", "é" * 110, "$HOME", "-", "CON", " ", ".hidden", "\u202e", "\u2028"]
+    for i, name in enumerate([*names, "x" * 300, "..", "../x", "/x", "a/b", "a\\b", "", "\0"]):
+        ends_well("tasks", str(write_rows(tmp_path / "tasks.jsonl", *({**line, "task": name} for line in LINES))))
+        if name in names:
+            write({f"{i}/{name}.json": OFFICIAL}, tmp_path)
+            ends_well("tasks", str(tmp_path / str(i)))
 
 
 @pytest.mark.parametrize("filler", ["x", "\n", "[", "0", '"'])
@@ -305,7 +264,7 @@ def test_every_field_with_every_nasty_value(valid, tmp_path, monkeypatch, field)
         ends_well("train", "recipe.yaml", f"{field}={written_out}", "--dry-run")
 
 
-def doubled(first: str, each: str) -> str:
+def doubled(first, each):
     """Aliases that multiply to billions of values: every line names the one before it nine times."""
     lines = [f"{name}: &{name} {each.replace('_', ', '.join([f'*{old}'] * 9))}" for old, name in pairwise("abcdefghi")]
     return "\n".join([f"a: &a {first}", *lines, ""])
@@ -314,32 +273,16 @@ def doubled(first: str, each: str) -> str:
 @pytest.mark.parametrize(
     "text",
     [
-        doubled("[x, x]", "[_]"),
-        doubled("{x: 1}", "{<<: [_]}"),
-        "a: *nowhere\n",
-        "output: !!python/object/apply:os.system ['touch ran']\n",
-        "output: !!python/name:os.system\n",
-        "output: !custom x\n",
-        "output: !!binary aGk=\n",
-        "output: !!set {a, b}\n",
-        "output: !!timestamp 2001-99-99\n",
-        "output: " + "9" * 5000 + "\n",
-        "? [a, b]\n: c\n",
-        "1: 2\n",
-        "a:\n" + "".join(" " * i + "- \n" for i in range(400)),
-        "--- a\n--- b\n",
-        "training: {seed: 1:2:3}\n",
-        "training: {num_train_epochs: 1_0.5e+3}\n",
-        "\ufefftraining: {seed: 1}\n",
-        "training: {seed: 1}\r\noutput: x\r\n",
-        'output: "\\ud800"\n',
-        "#" * 10_000_000,
-        "output: " + "x" * 10_000_000,
+        *(doubled("[x, x]", "[_]"), doubled("{x: 1}", "{<<: [_]}"), "a: *nowhere\n", "? [a, b]\n: c\n", "1: 2\n"),
+        *("output: !!python/object/apply:os.system ['touch ran']\n", "output: !!timestamp 2001-99-99\n"),
+        *("output: !!binary aGk=\n", "output: !!set {a, b}\n", "training: {seed: 1}\r\noutput: x\r\n"),
+        *("training: {seed: 1:2:3}\n", "training: {num_train_epochs: 1_0.5e+3}\n", "\ufefftraining: {seed: 1}\n"),
+        *("--- a\n--- b\n", "a:\n" + "".join(" " * i + "- \n" for i in range(400)), "output: " + "x" * 10_000_000),
     ],
     ids=lambda text: text[:30],
 )
 def test_yaml_that_does_more_than_hold_values(tmp_path, monkeypatch, text):
-    write(TASKS, tmp_path, tmp_path)
+    write(TASKS, tmp_path)
     monkeypatch.chdir(tmp_path)
     source = "" if text[0] in "[#-\ufeff" else "data: {source: tasks.jsonl}\n"
     (tmp_path / "recipe.yaml").write_text(source + text)

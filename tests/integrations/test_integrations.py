@@ -4,13 +4,10 @@ The configurations and the script are those of docs/integrations.md, on a tiny m
 py, since other tests read blocks of yaml and python as badit's own.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import pytest
@@ -22,6 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from badit import BaditConfig
 from badit.files import read_jsonl
+from data.examples import write_rows
 from docs.pages import Page
 
 ENVIRONMENTS = Path(os.environ["BADIT_INTEGRATIONS"]).resolve()
@@ -40,7 +38,7 @@ def call(tool, *arguments, folder, **variables):
     """What a Python process of a tool's environment prints, errors included."""
     command = [str(ENVIRONMENTS / tool / "bin" / "python"), *map(str, arguments)]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **variables}
-    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     done = subprocess.run(command, cwd=folder, env=environment, **pipes, text=True, check=False)
     assert done.returncode == 0, done.stdout[-8000:]
     return done.stdout
@@ -64,10 +62,11 @@ def test_wandb_and_mlflow_have_the_losses_and_regroupings_of_every_stage(recipe_
             assert run[f"{name}components_moved"] == pytest.approx(moved)
 
 
-def assert_trained(adapter, model_folder, config):
+def assert_trained(adapter, model_folder):
     """An adapter that loads here, and of which every router and factor has moved from its start and is regrouped."""
     base = AutoModelForCausalLM.from_pretrained(model_folder)
-    start = {name: p.detach().clone() for name, p in get_peft_model(base, config).named_parameters()}
+    untrained = get_peft_model(base, BaditConfig(**OPTIONS, task_type="CAUSAL_LM"))
+    start = {name: p.detach().clone() for name, p in untrained.named_parameters()}
     trained = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model_folder), adapter)
     learned = {name: p for name, p in trained.named_parameters() if "badit_" in name}
     assert any("router" in name for name in learned)
@@ -78,12 +77,10 @@ def assert_trained(adapter, model_folder, config):
 
 
 NOT_THE_PROMPT = "or use routing='token'"  # the end of badit's warnings
-OPTIONS: dict[str, Any] = {"num_experts": 4, "r": 2, "target_modules": ["q_proj", "down_proj"]}
-
-
+OPTIONS = {"num_experts": 4, "r": 2, "target_modules": ["q_proj", "down_proj"]}
 # By kind of training, further options, the type of data, and whether badit warns of a training without labels.
 PACKED = {"sample_packing": True, "sequence_len": 64, "attn_implementation": "sdpa", "micro_batch_size": 1}
-AXOLOTL: dict[str, tuple[dict[str, Any], str, bool]] = {
+AXOLOTL = {
     "answers": ({}, "chat_template", False),
     "packed": (PACKED, "chat_template", False),
     "dpo": ({"rl": "dpo"}, "chat_template.default", True),  # Axolotl's TRL passes no labels
@@ -98,25 +95,28 @@ def test_axolotl_trains_an_adapter(model_folder, tmp_path, kind):
     values |= {"base_model": str(model_folder), "badit": {**OPTIONS, "regroup": {"every": 4}}, "output_dir": "out"}
     values |= {"micro_batch_size": 4, "gradient_accumulation_steps": 1, "max_steps": 10, "learning_rate": 0.01}
     values["datasets"][0] |= {"path": "chats.jsonl", "type": data}
-    write(tmp_path / "axolotl.yaml", yaml.safe_dump(values | options))
     rows = [{"messages": chat} for chat in CHATS]
     if kind == "dpo":
         rejected = {"role": "assistant", "content": "I could not say"}
         rows = [{"messages": chat[:1], "chosen": chat[1], "rejected": rejected} for chat in CHATS]
-    write(tmp_path / "chats.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-    said = call("axolotl", "-m", "axolotl.cli.train", "axolotl.yaml", folder=tmp_path, AXOLOTL_DO_NOT_TRACK="1")
+    write_rows(tmp_path / "chats.jsonl", *rows)
+
+    def axolotl(verb, values):
+        write(tmp_path / "axolotl.yaml", yaml.safe_dump(values))
+        return call("axolotl", "-m", f"axolotl.cli.{verb}", "axolotl.yaml", folder=tmp_path, AXOLOTL_DO_NOT_TRACK="1")
+
+    said = axolotl("train", values | options)
     assert (NOT_THE_PROMPT in said) == warns
-    assert_trained(tmp_path / "out", model_folder, BaditConfig(**OPTIONS, task_type="CAUSAL_LM"))
+    assert_trained(tmp_path / "out", model_folder)
     if kind == "answers":
         values |= {"lora_model_dir": "out", "output_dir": "again", "max_steps": 1, "learning_rate": 1e-12}
         values["badit"]["regroup"] = False
-        write(tmp_path / "axolotl.yaml", yaml.safe_dump(values))
-        call("axolotl", "-m", "axolotl.cli.train", "axolotl.yaml", folder=tmp_path, AXOLOTL_DO_NOT_TRACK="1")
+        axolotl("train", values)
         first, again = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("out", "again"))
         torch.testing.assert_close(again, first)
         assert not (tmp_path / "again" / "regroupings.jsonl").exists()
         with pytest.raises(AssertionError, match="BaditError: merge-lora: a BADIT adapter has no single weight"):
-            call("axolotl", "-m", "axolotl.cli.merge_lora", "axolotl.yaml", folder=tmp_path, AXOLOTL_DO_NOT_TRACK="1")
+            axolotl("merge_lora", values)
 
 
 def test_llama_factory_trains_an_adapter_that_exists(model_folder, tmp_path):
@@ -139,4 +139,4 @@ def test_llama_factory_trains_an_adapter_that_exists(model_folder, tmp_path):
     write(tmp_path / "data" / "dataset_info.json", json.dumps(information))
     said = call("llamafactory", "train.py", "train.yaml", folder=tmp_path)
     assert NOT_THE_PROMPT not in said
-    assert_trained(tmp_path / "out", model_folder, BaditConfig(**OPTIONS, task_type="CAUSAL_LM"))
+    assert_trained(tmp_path / "out", model_folder)

@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,15 +14,12 @@ def in_processes(count: int, function: Callable[[int, Callable[[torch.Tensor, st
     tensors: list[Any] = [None] * count
     barrier = threading.Barrier(count, timeout=30)
 
-    def run(rank: int) -> Any:
-        def over_shards(tensor: torch.Tensor, operation: str) -> torch.Tensor:
-            tensors[rank] = tensor
-            barrier.wait()
-            stacked = torch.stack(tensors)
-            barrier.wait()
-            return stacked.amax(dim=0) if operation == "max" else stacked.sum(dim=0)
-
-        return function(rank, over_shards)
+    def over_shards(rank: int, tensor: torch.Tensor, operation: str) -> torch.Tensor:
+        tensors[rank] = tensor
+        barrier.wait()
+        stacked = torch.stack(tensors)
+        barrier.wait()
+        return stacked.amax(dim=0) if operation == "max" else stacked.sum(dim=0)
 
     with ThreadPoolExecutor(count) as pool:
-        return list(pool.map(run, range(count)))
+        return list(pool.map(lambda rank: function(rank, partial(over_shards, rank)), range(count)))

@@ -15,16 +15,8 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 import yaml
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    Gemma3TextConfig,
-    GPT2Config,
-    LlamaConfig,
-    OPTConfig,
-    Qwen2Config,
-)
 
 from badit.tuner import BaditConfig
 
@@ -40,16 +32,16 @@ _SIZES: dict[str, Any] = {
 }  # fmt: skip
 _DECODER = {**_SIZES, "intermediate_size": 24, "num_key_value_heads": 1, "max_position_embeddings": 64}
 _MODELS = {
-    "tiny-random-OPTForCausalLM": lambda: OPTConfig(
+    "tiny-random-OPTForCausalLM": lambda: transformers.OPTConfig(
         **_SIZES, ffn_dim=24, word_embed_proj_dim=16, max_position_embeddings=64
     ),
-    "tiny-random-GPT2LMHeadModel": lambda: GPT2Config(
+    "tiny-random-GPT2LMHeadModel": lambda: transformers.GPT2Config(
         vocab_size=100, n_embd=16, n_inner=24, n_layer=2, n_head=2, n_positions=64, pad_token_id=0, bos_token_id=1,
         eos_token_id=2, initializer_range=0.2,
     ),
-    "tiny-random-LlamaForCausalLM": lambda: LlamaConfig(**_DECODER),
-    "tiny-dummy-qwen2": lambda: Qwen2Config(**_DECODER),
-    "tiny-random-Gemma3ForCausalLM": lambda: Gemma3TextConfig(**_DECODER, head_dim=8, sliding_window=16),
+    "tiny-random-LlamaForCausalLM": lambda: transformers.LlamaConfig(**_DECODER),
+    "tiny-dummy-qwen2": lambda: transformers.Qwen2Config(**_DECODER),
+    "tiny-random-Gemma3ForCausalLM": lambda: transformers.Gemma3TextConfig(**_DECODER, head_dim=8, sliding_window=16),
 }  # fmt: skip
 _SMALL = {"num_experts": 2, "r": 1, "lora_alpha": 2}
 _CASES = [
@@ -99,15 +91,13 @@ BaditConfig.initial_factors = _initial_factors
 
 def _local_models(task: str) -> list[Any]:
     """A folder for each model; a classifier's has its own head, which would else be drawn again at every loading."""
-    auto_class = AutoModelForSequenceClassification if task == "SEQ_CLS" else AutoModelForCausalLM
-    models = []
+    auto_class = getattr(transformers, f"AutoModelFor{'SequenceClassification' if task == 'SEQ_CLS' else 'CausalLM'}")
+    folder = Path(os.environ["PEFT_SUITE_MODELS"]) / auto_class.__name__
     for name, config in _MODELS.items():
-        path = Path(os.environ["PEFT_SUITE_MODELS"]) / auto_class.__name__ / name
-        if not (path / "config.json").is_file():
+        if not (folder / name / "config.json").is_file():
             torch.manual_seed(0)
-            auto_class.from_config(config()).save_pretrained(path)
-        models.append(pytest.param(str(path), id=name))
-    return models
+            auto_class.from_config(config()).save_pretrained(folder / name)
+    return [pytest.param(str(folder / name), id=name) for name in _MODELS]
 
 
 def _parameters(argnames: str, module: str) -> list[Any] | None:

@@ -31,8 +31,6 @@ TRAINING = {"trainable_parameters": 2_165_760, "seconds": 2285.3, "peak_memory_g
 
 @dataclass(frozen=True)
 class Shape:
-    """How large the synthetic run is."""
-
     tasks: Sequence[str] = TASKS
     layers: int = 3
     modules: Sequence[str] = ("mlp.gate_proj", "self_attn.q_proj")
@@ -71,9 +69,7 @@ def tables(shape: Shape = SMALL) -> dict[str, pd.DataFrame]:
     neighbours = [tasks[expert % count] for expert in (*experts, shape.experts)]
     prompt = "Passage: the quick brown fox jumped over the lazy dog, and what did it see? " * 2
     rows: dict[str, Iterable[Sequence[Any]]] = {
-        "gradient_pairs": [
-            (*pair, *place, cosine(pair), rng.uniform(0.3, 1)) for pair, place in product(pairs, places)
-        ],
+        "gradient_pairs": [(*pair, *place, cosine(pair), 0.5) for pair, place in product(pairs, places)],
         "gradient_overall": [
             (*pair, "adapter", cosine(pair), None if i % 5 == 4 else cosine(pair, 2.2), 0.5)
             for i, pair in enumerate(pairs)
@@ -86,10 +82,7 @@ def tables(shape: Shape = SMALL) -> dict[str, pd.DataFrame]:
             (kind, layer, k, 0.7 if k == 0 else (0.3 + noise(0.02)) / (k + 1), math.comb(count, k) * 0.1**k)
             for kind, layer, k in product(kinds, range(shape.layers), range(count + 1))
         ],
-        "coactivation_tasks": [
-            (kind, task, layer, 154, int(rng.integers(5, 30)), int(rng.integers(20, 60)))
-            for kind, task, layer in product(kinds, tasks, range(shape.layers))
-        ],
+        "coactivation_tasks": [(*place, 154, 20, 40) for place in product(kinds, tasks, range(shape.layers))],
         "coactivation_pairs": [(kind, *pair, 0.35 + cosine(pair) / 3, 0.05) for kind, pair in product(kinds, pairs)],
         "expert_angles": [
             *((step, *place, name, angle + noise(), 91.4, 0.21, 0.15) for step, place, (name, angle) in logged),
@@ -107,10 +100,7 @@ def tables(shape: Shape = SMALL) -> dict[str, pd.DataFrame]:
             (expert, rank, neighbours[expert], f"id-{rank}", 2.5 - rank / 3, f"{prompt} {rank}")
             for expert, rank in product(experts, range(1, 4))
         ],
-        "abilities": [
-            (expert, first, second, 1.0, 0.02, 0.04)
-            for expert, (first, second) in enumerate(itertools.pairwise(neighbours))
-        ],
+        "abilities": [(expert, *pair, 1.0, 0.02, 0.04) for expert, pair in enumerate(itertools.pairwise(neighbours))],
         "ability_recovery": [("correlation", 0.41, 0.0, 0.0123), ("nearest_neighbour", 0.6, 0.31, 0.04)],
         "transfer": [
             (i + 1, trained, task, 60.0 - 4 * (i - j) if j <= i else None)
@@ -191,12 +181,9 @@ def write_comparison(folder: Path, shape: Shape = SMALL, *, methods: Sequence[st
 
 def comparison_cell(shape: Shape, method: str, seed: int | None, level: float) -> dict[str, Any]:
     rng = np.random.default_rng([int(level), seed or 0])
-    instances = {
-        task: {
-            metric: np.clip(share * (level + 12 * math.sin(3 * i) + 8 * rng.normal(size=6)), 0, 100).round(3).tolist()
-            for metric, share in (("rouge_l", 1.0), ("exact_match", 0.6))
-        }
-        for i, task in enumerate(shape.tasks)
-    }
+    instances = {}
+    for i, task in enumerate(shape.tasks):
+        scores = np.clip(level + 12 * math.sin(3 * i) + 8 * rng.normal(size=6), 0, 100)
+        instances[task] = {"rouge_l": scores.round(3).tolist(), "exact_match": (0.6 * scores).round(3).tolist()}
     config = {"model": {"name": "smollm2-135m"}, "method": {"name": method}}
     return results_cell(method, seed, instances, config=config, environment={"training": TRAINING})

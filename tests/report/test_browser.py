@@ -30,7 +30,6 @@ def opened(browser, page, *, width=1200, theme="light"):
     emulate(browser, width=width, theme=theme)
     browser.get(page.as_uri())
     drawn(browser, theme)
-    return browser
 
 
 def drawn(browser, theme):
@@ -38,21 +37,23 @@ def drawn(browser, theme):
     until(lambda: browser.execute_script(script) == theme, f"the charts are drawn for a {theme} page")
 
 
+def of_each(browser, selector, what):
+    """What a script finds of each element, which it calls ``one``."""
+    return browser.execute_script(f"return [...document.querySelectorAll(arguments[0])].map((one) => {what})", selector)
+
+
 def fills(browser, figure):
-    script = "return [...document.querySelectorAll(arguments[0])].map((cell) => cell.getAttribute('fill'))"
-    return browser.execute_script(script, f"#{figure} .mark-rect.role-mark path")
+    return of_each(browser, f"#{figure} .mark-rect.role-mark path", "one.getAttribute('fill')")
 
 
 def column(browser, table, number):
-    script = "return [...document.querySelectorAll(arguments[0])].map((cell) => cell.textContent)"
-    return browser.execute_script(script, f"#{table} tbody tr > :nth-child({number})")
+    return of_each(browser, f"#{table} tbody tr > :nth-child({number})", "one.textContent")
 
 
 def test_every_chart_is_drawn_and_nothing_is_requested_but_the_page(browser, page):
     opened(browser, page)
-    script = """return [...document.querySelectorAll('figure:has(.specification)')].map((figure) =>
-        [figure.id, figure.querySelectorAll('svg g[class*=mark-] path').length, figure.offsetWidth])"""
-    charts = browser.execute_script(script)
+    paths = "one.querySelectorAll('svg g[class*=mark-] path').length"
+    charts = of_each(browser, "figure:has(.specification)", f"[one.id, {paths}, one.offsetWidth]")
     assert len(charts) >= 14
     assert all(marks > 5 and width > 300 for _, marks, width in charts), charts
     assert browser.get_log("browser") == []
@@ -80,14 +81,12 @@ def test_tables_sort_by_click_and_by_key(browser, page):
     button.send_keys(Keys.ENTER)
     assert header.get_attribute("aria-sort") == "ascending"
     assert numbers() == sorted(numbers())
-    assert len(browser.find_elements(By.CSS_SELECTOR, f"#{table} thead th[aria-sort=none]")) == 4
+    assert of_each(browser, f"#{table} thead th", "one.getAttribute('aria-sort')").count("none") == 4
     assert sorted(column(browser, table, 4)) == sorted(before)
     browser.find_element(By.CSS_SELECTOR, "#scores-table thead button").click()
     assert column(browser, "scores-table", 1)[0] == "002 quoref", "text sorts from a"
-    first = browser.find_element(By.CSS_SELECTOR, "#scores-table thead th")
-    assert first.get_attribute("aria-sort") == "ascending"
-    foot = browser.find_element(By.CSS_SELECTOR, "#scores-table tfoot")
-    assert foot.text.startswith("mean over tasks")
+    assert of_each(browser, "#scores-table thead th", "one.getAttribute('aria-sort')")[0] == "ascending"
+    assert of_each(browser, "#scores-table tfoot", "one.innerText")[0].startswith("mean over tasks")
 
 
 def test_the_choice_of_a_layer_changes_the_chart_and_outlives_the_theme(browser, page):
@@ -103,8 +102,7 @@ def test_the_choice_of_a_layer_changes_the_chart_and_outlives_the_theme(browser,
     until(lambda: fills(browser, figure) not in (everywhere, one_layer), "the colours change again")
     browser.find_element(By.ID, "theme").click()
     drawn(browser, "dark")
-    chosen = browser.find_elements(By.CSS_SELECTOR, f"#{figure} select")
-    assert [Select(each).first_selected_option.text for each in chosen] == ["layer 1", "mlp.gate_proj"]
+    assert of_each(browser, f"#{figure} select", "one.selectedOptions[0].text") == ["layer 1", "mlp.gate_proj"]
     assert browser.get_log("browser") == []
 
 
@@ -127,19 +125,14 @@ def test_the_theme_is_the_systems_until_it_is_chosen(browser, page):
 def test_a_phone_scrolls_tables_and_not_the_page(browser, page):
     opened(browser, page, width=390)
     assert browser.execute_script("return document.documentElement.scrollWidth") == 390
-    script = """return [...document.querySelectorAll('.chart svg')].map((chart) =>
-        [chart.closest('figure').id, chart.getBoundingClientRect().right, chart.getBBox().y])"""
-    for figure, right, _ in browser.execute_script(script):
-        assert right <= 390, figure
-    wide = browser.find_element(By.CSS_SELECTOR, "#scores-table .scroll")
-    assert browser.execute_script("return arguments[0].scrollWidth > arguments[0].clientWidth", wide)
+    assert max(of_each(browser, ".chart svg", "one.getBoundingClientRect().right")) <= 390
+    assert of_each(browser, "#scores-table .scroll", "one.scrollWidth > one.clientWidth") == [True]
 
 
 def test_samples_of_a_task_are_chosen_and_a_figure_is_saved(browser, page, tmp_path):
     opened(browser, page)
     browser.find_element(By.XPATH, "//summary[text()='1290 xsum']").click()
-    answers = browser.find_elements(By.CSS_SELECTOR, ".samples details")
-    (seen,) = [each for each in answers if each.get_attribute("open")]
+    (seen,) = browser.find_elements(By.CSS_SELECTOR, ".samples details[open]")
     assert seen.get_attribute("title") == "task1290_xsum_summarization"
     assert any(mark in seen.text for mark in ("✓ right", "≈ partly right", "✗ wrong"))
     browser.execute_cdp_cmd("Browser.setDownloadBehavior", {"behavior": "allow", "downloadPath": str(tmp_path)})
@@ -159,8 +152,7 @@ def test_markup_in_names_stays_text_also_in_charts(browser, tmp_path):
     ActionChains(browser).move_to_element(cell).perform()
     tooltip = until(lambda: browser.find_elements(By.CSS_SELECTOR, "#vg-tooltip-element.visible"), "a tooltip")[0]
     assert "mean gate" in tooltip.text
-    options = browser.find_elements(By.CSS_SELECTOR, "#gates select[name=module] option")
-    assert MARKUP in [option.get_attribute("textContent") for option in options]
+    assert MARKUP in of_each(browser, "#gates select[name=module] option", "one.textContent")
     assert browser.find_elements(By.CSS_SELECTOR, "img, main b:not([aria-hidden])") == []
     assert browser.execute_script("return window.ran") is None
     assert browser.get_log("browser") == []

@@ -31,15 +31,14 @@ def shown(chart, key):
     return stored(chart).set_index(["row", "column"])[key].dropna().to_dict()
 
 
-def cosines(pairs, overall=None):
-    """The frame that a source makes of the two tables."""
-    parts = [pairs.assign(parameters="adapter")]
-    return pd.concat(parts if overall is None else [*parts, overall.assign(layer="all", module="all")])
+# What a source makes of the two tables.
+PAIRS = FRAMES["gradient_pairs"].assign(parameters="adapter")
+COSINES = pd.concat([PAIRS, FRAMES["gradient_overall"].assign(layer="all", module="all")])
 
 
-def test_cosines_of_a_layer_a_module_and_all():
+def test_cosines_of_a_layer_a_module_and_all(monkeypatch):
     pairs, overall = FRAMES["gradient_pairs"], FRAMES["gradient_overall"]
-    chart, alone = (figures.gradient_cosines(frame) for frame in (cosines(pairs, overall), cosines(pairs)))
+    chart, alone = figures.gradient_cosines(COSINES), figures.gradient_cosines(PAIRS)
     for chart_, key, rows in (
         (chart, "all|all", overall),
         (chart, "2|mlp.gate_proj", pairs.query("layer == 2 and module == 'mlp.gate_proj'")),
@@ -50,15 +49,13 @@ def test_cosines_of_a_layer_a_module_and_all():
         means = rows.groupby(["task_a", "task_b"])["cosine"].mean().to_dict()
         both = means | {(b, a): mean for (a, b), mean in means.items()}
         assert shown(chart_, key) == pytest.approx(both, abs=1e-4)
-
-
-def test_many_tasks_leave_out_single_modules_of_a_layer(monkeypatch):
+    # Many tasks leave out single modules of a layer.
     monkeypatch.setattr(charts, "MOST_VALUES", 50)
-    chart = figures.gradient_cosines(cosines(FRAMES["gradient_pairs"], FRAMES["gradient_overall"]))
-    assert {"all" in key.split("|") for key in stored(chart) if "|" in key} == {True}
+    keys = [key for key in stored(figures.gradient_cosines(COSINES)) if "|" in key]
+    assert {"all" in key.split("|") for key in keys} == {True}
 
 
-def test_shared_units_are_means_over_layers():
+def test_shared_units_and_angles_are_means():
     frame = FRAMES["coactivation"]
     found = stored(figures.shared_units(frame)).set_index(["tasks", "series"])
     rows = frame.query("kind == 'neurons' and tasks == 2")
@@ -66,9 +63,6 @@ def test_shared_units_are_means_over_layers():
         expected = [shares.mean(), shares.iloc[1]]
         assert found.loc[(2, series), ["neurons|all", "neurons|1"]].tolist() == pytest.approx(expected, rel=1e-3)
     assert set(found.index.levels[0]) == set(range(1, len(TASKS) + 1)), "units of no task are not drawn"
-
-
-def test_angles_are_means_over_modules_at_their_steps():
     frame = FRAMES["expert_angles"]
     found = stored(figures.expert_angles(frame)).set_index(["step", "measured", "group"])
     rows = frame.query("step == 40 and measured == 'after'")
@@ -80,24 +74,19 @@ def test_angles_are_means_over_modules_at_their_steps():
 def test_flow_is_a_share_of_each_row():
     frame = FRAMES["component_flow"]
     cells = shown(figures.component_flow(frame), "all|40")
-    rows, experts = frame.query("step == 40"), range(SMALL.experts)
-    expected = {
-        (str(a), str(b)): rows.query("from_expert == @a and to_expert == @b")["components"].sum()
-        / rows.query("from_expert == @a")["components"].sum()
-        for a, b in itertools.product(experts, repeat=2)
-    }
-    assert cells == pytest.approx(expected, abs=1e-3)
+    for expert, rows in frame.query("step == 40").groupby("from_expert"):
+        moved = rows.groupby("to_expert")["components"].sum().reindex(range(SMALL.experts), fill_value=0)
+        found = [cells.pop((str(expert), str(to))) for to in moved.index]
+        assert found == pytest.approx((moved / moved.sum()).tolist(), abs=1e-3)
+    assert not cells
 
 
-def test_of_many_pairs_those_in_the_middle_are_left_out():
+def test_of_many_pairs_those_in_the_middle_are_left_out_and_long_curves_are_thinned_to_means():
     pairs = pd.DataFrame(itertools.combinations([f"t{i}" for i in range(20)], 2), columns=["task_a", "task_b"])
     frame = pairs.assign(cosine=np.linspace(-1, 1, len(pairs)), parameters="adapter", corrected_cosine=np.nan)
     table = figures.gradient_pairs(frame.assign(magnitude_similarity=1.0))
     assert (len(table), table["cosine"].iloc[0], table["cosine"].iloc[-1]) == (120, "−1.000", "1.000")
     assert set(table["corrected cosine"]) == {"–"}
-
-
-def test_long_curves_are_thinned_to_means():
     points = pd.DataFrame({"series": "a", "run": "a", "step": range(1, 1001), "loss": np.arange(1.0, 1001.0)})
     (records,) = figures.loss_curves(points).to_dict()["datasets"].values()
     assert len(records) == 250
@@ -114,18 +103,21 @@ def test_the_table_of_scores_ends_with_means_and_marks_the_best():
     assert set(table.attrs["strong"]) == {(0, "y: Rouge-L"), (1, "x: Rouge-L"), (2, "x: Rouge-L")}
 
 
-@pytest.fixture(scope="module")
-def blocks(tmp_path_factory):
+def test_every_figure_follows_the_schema_names_no_colours_and_exports(tmp_path):
     """Every figure there is: of a run, a sequence and a comparison."""
-    folder = tmp_path_factory.mktemp("runs")
-    runs = [write_run(folder / "badit"), write_sequence(folder / "sequence"), write_comparison(folder / "compared")]
+    runs = [write_run(tmp_path / "badit"), write_sequence(tmp_path / "sequence"), write_comparison(tmp_path / "all")]
     found = [block for section in sections_of(read_sources(runs)) for block in section.blocks]
     assert {figure.title for figure in FIGURES} - {block.title for block in found} == {"The same of the weights"}
     assert {figure.section for figure in FIGURES} <= {section.key for section in SECTIONS}
-    return [block for block in found if block.kind == "figure"]
-
-
-def test_every_figure_exports(blocks, tmp_path):
+    blocks = [block for block in found if block.kind == "figure"]
+    captioned = [block for block in blocks if block.caption]
+    assert {block.title for block in captioned} == {block.title for block in blocks}
+    assert all(block.caption.endswith(".") for block in captioned)
+    for block in blocks:
+        block.content.to_dict(validate=True)
+        assert block.caption in block.specification["description"]
+        assert "config" not in block.specification
+        assert block.specification["width"] == "container"
     written = export_figures([Section("all", "All", blocks=blocks)], tmp_path / "figures")
     names = {block.name for block in blocks}
     assert len(names) == len(blocks) >= 18, "each has a name of its own"
@@ -136,17 +128,6 @@ def test_every_figure_exports(blocks, tmp_path):
         # Axes alone have few marks; an empty chart would be nothing but axes.
         assert path.suffix == ".pdf" or content.count(b"<path") > 8, path.name
         assert path.suffix == ".pdf" or not re.search(b"NaN|undefined", content), path.name
-
-
-def test_figures_follow_the_schema_and_name_no_colours(blocks):
-    captioned = [block for block in blocks if block.caption]
-    assert {block.title for block in captioned} == {block.title for block in blocks}
-    assert all(block.caption.endswith(".") for block in captioned)
-    for block in blocks:
-        block.content.to_dict(validate=True)
-        assert block.caption in block.specification["description"]
-        assert "config" not in block.specification
-        assert block.specification["width"] == "container"
 
 
 def test_one_task_has_nothing_to_itself():

@@ -1,7 +1,6 @@
 """What a report is made from: folders, frames and their errors, and the forms of numbers and names."""
 
 import itertools
-import json
 from pathlib import Path
 
 import numpy as np
@@ -11,21 +10,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from badit.errors import BaditError
+from badit.files import read_jsonl
 from badit.report.charts import number, short_names, text_table
 from badit.report.sources import Source, by_similarity, conclusions, read_sources, together
 from report.samples import SMALL, TASKS, tables, write_comparison, write_lines, write_run, write_sequence
 
 
 def test_a_run_is_read_whole(tmp_path):
-    sources = read_sources([write_run(tmp_path / "run")])
-    (run,) = sources
-    assert (run.label, run.config["method"]["name"]) == ("run", "badit")
+    (run,) = read_sources([write_run(tmp_path / "run")])
     assert run.frames.keys() == tables().keys() - {"task_gap", "transfer"} | {"gradient_cosines"}
-    assert run.frames["gates"].attrs["file"] == "analysis/gates.json"
-    assert run.scores is not None
     assert set(run.scores["task"]) == set(run.predictions) == set(TASKS)
-    losses = together(sources).frames["losses"]
-    assert losses["step"].tolist() == list(range(10, 380, 10)), "the last line has no loss"
+    assert together([run]).frames["losses"]["step"].tolist() == list(range(10, 380, 10)), "the last line has no loss"
 
 
 def test_a_comparison_is_its_folder_or_its_file(tmp_path):
@@ -66,8 +61,7 @@ def test_regroupings_are_read_without_an_analysis(tmp_path):
 def test_differences_are_over_the_instances_that_both_runs_have(tmp_path):
     runs = [write_run(tmp_path / name, analysed=False) for name in ("a", "b")]
     answers, *others = [runs[1] / "predictions" / f"{task}.jsonl" for task in TASKS]
-    lines = [json.loads(line) for line in answers.read_text().splitlines()]
-    write_lines(answers, [{**line, "prediction": ""} for line in lines[:4]])
+    write_lines(answers, [{**line, "prediction": ""} for line in [*read_jsonl(answers)][:4]])
     for other in others:
         other.unlink()
     (row,) = together(read_sources(runs)).frames["differences"].to_dict("records")
@@ -77,23 +71,14 @@ def test_differences_are_over_the_instances_that_both_runs_have(tmp_path):
     assert "differences" not in together(read_sources(runs)).frames
 
 
-def test_labels_tell_runs_apart(tmp_path):
-    paths = [write_run(tmp_path / name, analysed=False) for name in ("a/badit", "b/badit", "b/lora")]
-    assert [source.label for source in read_sources(paths)] == ["a/badit", "b/badit", "b/lora"]
-    assert [source.label for source in read_sources(paths[1:])] == ["badit", "lora"]
-
-
 @settings(deadline=None)
 @given(st.lists(st.integers(0, 1), min_size=1, max_size=8), st.randoms(use_true_random=False))
 def test_two_groups_of_similar_tasks_become_two_blocks(groups, random):
-    tasks = [f"t{i}" for i in range(len(groups))]
-    pairs = [
-        (tasks[a], tasks[b], (0.8 if groups[a] == groups[b] else 0.0) + 0.1 * random.random())
-        for a, b in itertools.combinations(range(len(groups)), 2)
-    ]
+    tasks = {f"t{i}": group for i, group in enumerate(groups)}
+    pairs = [(a, b, 0.8 * (tasks[a] == tasks[b]) + 0.1 * random.random()) for a, b in itertools.combinations(tasks, 2)]
     order = by_similarity(pd.DataFrame(pairs, columns=["task_a", "task_b", "cosine"]), "cosine")
-    assert sorted(order) == (tasks if len(tasks) > 1 else [])
-    sides = [groups[tasks.index(task)] for task in order]
+    assert sorted(order) == (list(tasks) if len(tasks) > 1 else [])
+    sides = [tasks[task] for task in order]
     assert sum(one != two for one, two in itertools.pairwise(sides)) <= 1 or len(tasks) < 3
 
 
@@ -105,8 +90,11 @@ def test_matrices_of_several_runs_have_one_order_of_tasks(tmp_path):
             assert list(run.frames[name][column].cat.categories) == order
 
 
-def test_what_is_no_run_is_refused(tmp_path):
-    run = write_run(tmp_path / "run", analysed=False)
+def test_labels_tell_runs_apart_and_what_is_no_run_is_refused(tmp_path):
+    paths = [write_run(tmp_path / name, analysed=False) for name in ("a/badit", "b/badit", "b/lora")]
+    assert [source.label for source in read_sources(paths)] == ["a/badit", "b/badit", "b/lora"]
+    assert [source.label for source in read_sources(paths[1:])] == ["badit", "lora"]
+    run = paths[0]
     for paths, message in (
         ([], "name at least one"),
         ([tmp_path], "has no config.yaml, results.json or analysis"),
@@ -132,10 +120,10 @@ def test_forms_of_names_and_numbers():
     assert shown.to_dict("records") == [{"p value": "0.040", "task a": "x"}]
 
 
-def frames(mean: float, low: float, high: float, reliability: float, spread: float) -> dict[str, pd.DataFrame]:
-    columns = ["method", "mean", "low", "high", "reference"]
+def frames(mean, low, high, reliability, spread):
+    difference = {"method": "badit", "mean": mean, "low": low, "high": high, "reference": "lora"}
     return {
-        "differences": pd.DataFrame([("badit", mean, low, high, "lora")], columns=columns),
+        "differences": pd.DataFrame([difference]),
         "gradient_overall": pd.DataFrame({"parameters": ["adapter"] * 4, "cosine": [-0.1, 0.1, 0.2, np.nan]}),
         "gradient_tasks": pd.DataFrame({"parameters": ["adapter"], "reliability": [reliability]}),
         "abilities": pd.DataFrame({"spread": [spread, 0.01]}),
@@ -144,7 +132,7 @@ def frames(mean: float, low: float, high: float, reliability: float, spread: flo
     }
 
 
-def test_conclusions_are_three_and_the_best_supported_comes_first() -> None:
+def test_conclusions_are_three_and_the_best_supported_comes_first():
     source = Source("run", Path(), frames(4.0, 3.0, 5.0, 0.2, 0.5))
     assert conclusions([source]) == [
         "Tasks draw on the experts differently: an expert's mean gate differs by at most 0.500 between tasks, and by "

@@ -1,11 +1,8 @@
 """Exports of a BADIT run answer in vLLM and llama.cpp, token by token, as in transformers: ``make test-serving``.
 
-BADIT_SERVING is the folder of the environment that the Makefile prepares; without it the tests are skipped. Everything
-is in float32 on the CPU. The base model is the built-in one, found under its hub id in a local hub cache. The results
-go to results.json in that folder.
+BADIT_SERVING is the folder of the Makefile's environment, to which results.json goes; without it the tests are skipped.
+Everything is in float32 on the CPU. The base model is the built-in one, under its hub id in a local hub cache.
 """
-
-from __future__ import annotations
 
 import json
 import os
@@ -17,7 +14,6 @@ from contextlib import contextmanager
 from importlib.metadata import version
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
 
 import httpx2
 import pytest
@@ -35,25 +31,19 @@ SNAPSHOT = Path(f"models--{BUILT_IN_HUB_ID.replace('/', '--')}") / "snapshots" /
 SOURCE = str(HERE.parents[1] / "src")
 LLAMA, PYTHON = SERVING / "llama.cpp", SERVING / "bin" / "python"
 
-RECIPE: dict[str, Any] = {
+# Standardised, the gates vary after few steps. llama.cpp permutes q_proj.
+METHOD = {"name": "badit", "router_input": "standardised", "target_modules": ["q_proj", "gate_proj"]}
+# 20 steps, after which the answers are others and still long.
+TRAINING = {"num_train_epochs": 1, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}
+RECIPE = {
     "model": {"name": "smollm2-135m", "dtype": "float32"},
     "data": {"source": "builtin", "train_per_task": 5, "test_per_task": 4},
-    "method": {
-        "name": "badit",
-        "router_input": "standardised",  # the gates vary after few steps
-        "target_modules": ["q_proj", "gate_proj"],  # llama.cpp permutes the first
-        "regroup": {"every": 10},
-    },
-    "training": {  # 20 steps, after which the answers are others and still long
-        "num_train_epochs": 1,
-        "per_device_train_batch_size": 4,
-        "gradient_accumulation_steps": 1,
-        "learning_rate": 1e-4,
-    },
+    "method": {**METHOD, "regroup": {"every": 10}},
+    "training": {**TRAINING, "learning_rate": 1e-4},
     "evaluation": {"max_new_tokens": 16},
     "output": str(WORK / "run"),
 }
-FORMS: dict[str, dict[str, Any]] = {"lora": {}, "rank-16": {"rank": 16}, "merged": {"merged": True}}
+FORMS = {"lora": {}, "rank-16": {"rank": 16}, "merged": {"merged": True}}
 REQUESTS = ["Explain how {} works.", "Write a short story about {}.", "List five facts about {}.",
             "Describe {} to a child.", "What would the world be like without {}?"]  # fmt: skip
 TOPICS = ["a bicycle", "the tide", "bread", "a library", "the violin", "electricity", "a volcano", "chess"]
@@ -86,14 +76,14 @@ def answer(program, name, model, prompts, **more):
 
 @pytest.fixture(scope="module")
 def prompts():
-    tokenizer: Any = AutoTokenizer.from_pretrained(resolve_model("smollm2-135m"))
+    tokenizer = AutoTokenizer.from_pretrained(resolve_model("smollm2-135m"))
     chats = [[{"role": "user", "content": ask.format(topic)}] for ask in REQUESTS for topic in TOPICS]
     return [tokenizer.apply_chat_template(chat, add_generation_prompt=True)["input_ids"] for chat in chats]
 
 
 @pytest.fixture(scope="module")
 def exports():
-    run: Run = train(RECIPE, progress=False)
+    run = train(RECIPE, progress=False)
     snapshot = WORK / "hub" / SNAPSHOT
     snapshot.mkdir(parents=True, exist_ok=True)
     (snapshot.parents[1] / "refs").mkdir(exist_ok=True)
@@ -138,9 +128,9 @@ def llama(exports, prompts):
 def results():
     """The record of all comparisons, written at the end."""
     converters = next((SERVING / "source").iterdir()).name  # of which the hash is checked
-    found: dict[str, Any] = {"versions": {name: version(name) for name in ("torch", "transformers", "peft")}}
-    found["versions"]["converters"] = converters.removesuffix(".tar.gz")
-    found |= {"max_new_tokens": TOKENS, "bound": BOUND, "comparisons": []}
+    versions = {name: version(name) for name in ("torch", "transformers", "peft")}
+    versions["converters"] = converters.removesuffix(".tar.gz")
+    found = {"versions": versions, "max_new_tokens": TOKENS, "bound": BOUND, "comparisons": []}
     yield found
     (SERVING / "results.json").write_text(json.dumps(found, indent=2) + "\n")
 
@@ -162,8 +152,7 @@ def test_answers_are_those_of_transformers(engine, export, request, references, 
          "differ_from_base": changed, "equal": len(expected) - len(differences), "differences": differences,
          "smallest_margin": min(map(min, margins))}
     )  # fmt: skip
-    assert long >= 32
-    assert changed >= 32
+    assert min(long, changed) >= 32
     assert all(each["margin"] < BOUND for each in differences), differences
 
 
@@ -203,7 +192,7 @@ def test_a_proxy_in_front_of_vllm_answers_as_the_run_or_as_the_export_that_it_na
         started(sys.executable, "-m", "badit", "serve", run.path, "--port=0", f"--url={vllm}") as exact,
         started(sys.executable, "-m", "badit", "serve", run.path, tasks.folder, "--port=0", f"--url={vllm}") as nearest,
     ):
-        urls = [process.stdout.readline().split()[1].removesuffix("/v1,") for process in (exact, nearest)]  # type: ignore
+        urls = [process.stdout.readline().split()[1].removesuffix("/v1,") for process in (exact, nearest)]
         while server.poll() is None and not answers_on(vllm):
             time.sleep(1)
 

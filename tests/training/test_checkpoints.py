@@ -48,15 +48,9 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(tmp_path, caps
 
 
 def test_two_checkpoints_are_kept_and_none_of_another_future(tmp_path):
-    def names():
-        return {folder.name for folder in tmp_path.iterdir()} - {STAGING}
-
-    for step in (5, 10, 15):
+    for step, earlier in ((5, 5), (10, 5), (15, 10), (12, 10)):
         sealed(tmp_path, step)
-    assert names() == {"checkpoint-10", "checkpoint-15"}
-    flip(tmp_path / "checkpoint-15" / "shards" / "0.bin")
-    sealed(tmp_path, 12)
-    assert names() == {"checkpoint-10", "checkpoint-12"}
+        assert {folder.name for folder in tmp_path.glob("c*")} == {f"checkpoint-{earlier}", f"checkpoint-{step}"}
     (tmp_path / "checkpoint-tmp").mkdir()
     assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-12"
     assert last_checkpoint(tmp_path / "nothing") is None
@@ -64,10 +58,8 @@ def test_two_checkpoints_are_kept_and_none_of_another_future(tmp_path):
 
 @pytest.fixture
 def stopped(recipe_values):
-    """A run of twelve steps, stopped after its eleventh."""
-    run = fit_until(11, build_recipe(recipe_values))
-    assert {folder.name for folder in run.checkpoints_path.iterdir()} == {"checkpoint-5", "checkpoint-10"}
-    return run
+    """Has checkpoints of steps 5 and 10."""
+    return fit_until(11, build_recipe(recipe_values))
 
 
 def test_a_run_continues_from_the_last_good_checkpoint(recipe_values, tmp_path, stopped, capsys):

@@ -5,15 +5,11 @@ So does a command that is killed. Kills of a training are in test_kills.
 The disk is a small tmpfs. Where none may be mounted, a limit on the size of files stands in for it.
 """
 
-from __future__ import annotations
-
 import resource
 import shutil
 import signal
 import subprocess
-from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
 
 import pytest
 import yaml
@@ -26,7 +22,7 @@ from training import killed
 FULL = "cannot be written, the disk (or a quota) is full; make room and run the same command again"
 READ_ONLY = "cannot be written, the file system is read-only; choose a folder that can be written"
 # Each command with the kB that are left on the disk, None for a read-only one; `make stress` adds many.
-CASES: dict[str, list[int | None]] = {
+CASES = {
     "train": [None, 0, 24, 100],
     "train a sequence": [150],
     "evaluate": [None, 0, 4],
@@ -39,67 +35,61 @@ if STRESS > 1:
     CASES = {command: [None, *range(0, 240, 8)] for command in CASES}
 
 
-class Disk:
-    def __init__(self, folder: Path) -> None:
-        folder.mkdir()
-        self.folder, self.mounted = folder, False
-        with suppress(FileNotFoundError):
-            mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(folder)]
-            self.mounted = subprocess.run(mount, check=False, capture_output=True).returncode == 0
+@pytest.fixture
+def disk(tmp_path):
+    """A folder on a disk of its own, and a context within which so many kB can be written to it; see CASES."""
+    folder, mounted = tmp_path / "disk", False
+    folder.mkdir()
+    with suppress(FileNotFoundError):
+        mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(folder)]
+        mounted = subprocess.run(mount, check=False, capture_output=True).returncode == 0
 
     @contextmanager
-    def with_room(self, kilobytes: int | None) -> Iterator[str]:
-        """Within, so much can be written and no more; what a command then says."""
-        if not self.mounted:
+    def with_room(kilobytes):
+        """What a command then says."""
+        if not mounted:
             former = resource.getrlimit(resource.RLIMIT_FSIZE)
             resource.setrlimit(resource.RLIMIT_FSIZE, (min(kilobytes or 0, 1) * 1024, former[1]))
             yield FULL
             resource.setrlimit(resource.RLIMIT_FSIZE, former)
         elif kilobytes is None:
-            subprocess.run(["mount", "-o", "remount,ro", str(self.folder)], check=True)
+            subprocess.run(["mount", "-o", "remount,ro", str(folder)], check=True)
             yield READ_ONLY
-            subprocess.run(["mount", "-o", "remount,rw", str(self.folder)], check=True)
+            subprocess.run(["mount", "-o", "remount,rw", str(folder)], check=True)
         else:
-            room = shutil.disk_usage(self.folder).free - 1024 * kilobytes
-            (self.folder / "fill").write_bytes(bytes(room))
+            (folder / "fill").write_bytes(bytes(shutil.disk_usage(folder).free - 1024 * kilobytes))
             yield FULL
-            (self.folder / "fill").unlink()
+            (folder / "fill").unlink()
 
-
-@pytest.fixture
-def disk(tmp_path: Path) -> Iterator[Disk]:
-    disk = Disk(tmp_path / "disk")
-    yield disk
-    if disk.mounted:
-        subprocess.run(["umount", "--lazy", str(disk.folder)], check=True)
+    yield folder, with_room
+    if mounted:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 @pytest.fixture(scope="module")
-def whole(material: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def whole(material, tmp_path_factory):
     """What the commands leave on a disk with room: by their names, the folder that they have written."""
     folder = tmp_path_factory.mktemp("whole")
     values = make_recipe(material / "model", material / "tasks.jsonl", folder / "train")
     (folder / "recipe.yaml").write_text(yaml.safe_dump(values))
     for command in CASES:
-        assert main(words(command, folder, folder / "train", folder / command)) == 0
+        assert main(words(command, folder / "train", folder / command)) == 0
     return {command: folder / command for command in CASES}
 
 
-def words(command: str, folder: Path, run: Path, output: Path) -> list[str]:
+def words(command, run, output):
     verb, *more = command.split()
     if verb == "train":
         order = ["data.order=[rivers,cities]"] if more else []
-        return ["train", str(folder / "recipe.yaml"), f"output={output}", *order]
-    if verb == "report":
-        return ["report", str(run), f"--output={output / 'page.html'}"]
-    if verb == "export":
-        return ["export", str(run), f"--output={output}", *more]
+        return ["train", str(run.with_name("recipe.yaml")), f"output={output}", *order]
+    if verb in ("report", "export"):
+        return [verb, str(run), f"--output={output / 'page.html' if verb == 'report' else output}", *more]
     if not output.exists():
         shutil.copytree(run, output)
     return [verb, str(output), *(["--instances=2"] if verb == "analyze" else [])]
 
 
-def contents(folder: Path) -> dict[str, bytes]:
+def contents(folder):
     """What does not depend on the time or the folder."""
     files = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
     aside = ("environment.json", "config.yaml", "gates.json", "export.json", "analysis.json", ".html", "README.md")
@@ -108,30 +98,27 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize(("command", "room"), [(command, room) for command, rooms in CASES.items() for room in rooms])
 def test_a_disk_that_cannot_be_written(command, room, whole, disk, capsys):
-    folder, place = whole["train"].parent, disk.folder / "out"
-    arguments = words(command, folder, whole["train"], place)
-    with disk.with_room(room) as problem:
+    folder, with_room = disk
+    place = folder / "out"
+    arguments = words(command, whole["train"], place)
+    with with_room(room) as problem:
         code = main(arguments)
     said = capsys.readouterr().err.splitlines()
-    if code == 0:
-        assert room is not None, "a read-only disk has been written"
-        assert STRESS > 1, "the room was enough"
-    else:
+    if code != 0 or room is None or STRESS == 1:  # else the room was enough
         assert code == 2, said
-        assert said[-1].startswith(f"badit: {disk.folder}")
+        assert said[-1].startswith(f"badit: {folder}")
         assert said[-1].endswith(problem)
         assert sum("badit:" in line for line in said) == 1
     assert main(arguments) == 0
     assert contents(place) == contents(whole[command])
-    assert not list(disk.folder.rglob("*.partial"))
+    assert not list(folder.rglob("*.partial"))
 
 
 @pytest.mark.parametrize("command", ["evaluate", "analyze", "export", "export --merged", "report"])
 def test_a_command_that_is_killed_in_an_operation_on_a_file(command, whole, processes, tmp_path):
-    folder = whole["train"].parent
-    for number in [*range(1, 10 * STRESS + 1)] if STRESS > 1 else [1, 3]:
+    for number in range(1, 10 * STRESS + 1) if STRESS > 1 else [1, 3]:
         place = tmp_path / str(number)
-        arguments = words(command, folder, whole["train"], place)
+        arguments = words(command, whole["train"], place)
         code, said = killed.strike(processes, arguments, place, "file", number, signal.SIGKILL)
         if code == 0:
             assert number > 1, "there are fewer operations"

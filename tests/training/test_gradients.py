@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from badit.gradients import before_step, component_grams, scale_columns, steps_in_backward, whole_weights
+from badit.gradients import before_step, component_grams, scale_columns, whole_weights
 from badit.method import cosine_gram
 from badit.methods import build_method
 from method.shards import in_processes
@@ -39,18 +39,14 @@ def test_shards_give_the_gram_of_the_whole(count, shape, scale, dead, broken):
         torch.testing.assert_close(gram_NN, cosine_gram(grad_A, grad_B), rtol=0, atol=1e-5)
 
 
-def make_factors(components, inputs, outputs):
-    """A (N, I) and B (O, N) with gradients."""
-    pair = nn.Parameter(torch.randn(components, inputs)), nn.Parameter(torch.randn(outputs, components))
-    for parameter in pair:
-        parameter.grad = torch.randn_like(parameter)
-    return pair
-
-
 @pytest.mark.parametrize("at_a_time", [1, 60, 2**24])
 def test_layers_taken_together_are_what_each_is_alone(monkeypatch, at_a_time):
     monkeypatch.setattr("badit.gradients._NUMBERS_AT_A_TIME", at_a_time)
-    factors = [make_factors(*shape) for shape in [(2, 3, 6), (4, 5, 1), (4, 3, 6), (2, 3, 6), (4, 5, 1)]]
+    factors = []
+    for components, inputs, outputs in [(2, 3, 6), (4, 5, 1), (4, 3, 6), (2, 3, 6), (4, 5, 1)]:
+        factors.append([nn.Parameter(torch.randn(shape)) for shape in ((components, inputs), (outputs, components))])
+        for parameter in factors[-1]:
+            parameter.grad = torch.randn_like(parameter)
     factors[3][1].grad = None
     grams = component_grams(factors)
     assert grams.pop(3) is None
@@ -100,15 +96,11 @@ def test_gradients_and_weights_that_deepspeed_keeps(deepspeed, mark):
 
 def test_an_engine_that_steps_in_the_backward_pass_is_read_just_before():
     order = []
-
-    class DeepSpeedOptimizerWrapper:
-        optimizer = SimpleNamespace(step=lambda *args: order.append("step"))
-
-    wrapper = DeepSpeedOptimizerWrapper()
-    assert steps_in_backward(wrapper)
+    engine = SimpleNamespace(step=lambda: order.append("step"))
+    wrapper = type("DeepSpeedOptimizerWrapper", (), {"optimizer": engine})()
     assert before_step(wrapper, lambda: order.append("read"))
-    wrapper.optimizer.step()
-    wrapper.optimizer.step()
+    engine.step()
+    engine.step()
     assert order == ["read", "step"] * 2
     assert not before_step(torch.optim.SGD([nn.Parameter(torch.zeros(1))]), lambda: None)
 

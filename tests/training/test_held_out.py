@@ -12,7 +12,7 @@ from training.trainers import StopAt, assert_same, fit_until, learned, on, with_
 
 HELD_OUT = {"eval_strategy": "steps", "eval_steps": 2}
 BEST = {**HELD_OUT, "save_steps": 4, "load_best_model_at_end": True, "early_stopping_patience": 2}
-# Beyond this rate the held-out loss rises after a few steps.
+# At this rate the held-out loss rises after a few steps.
 RISING = {"learning_rate": 0.3, "lr_scheduler_type": "constant", "num_train_epochs": 6, "warmup_steps": 0}
 
 
@@ -32,8 +32,7 @@ def test_it_is_the_mean_nll_of_instances_and_changes_no_training(recipe):
     plain, measured = recipe("plain", logging_steps=5), recipe("measured", **HELD_OUT, logging_steps=5)
     one, other = (fit(each, progress=False) for each in (plain, measured))
     assert_same(learned(one), learned(other))
-    log = other.metrics
-    losses = log.dropna(subset="eval_loss")
+    losses = other.metrics.dropna(subset="eval_loss")
     assert losses["step"].tolist() == [2, 4, 6, 8, 10]
     assert one.metrics["step"].tolist() == [5, 10]
     last = fit(recipe("last", logging_steps=7), progress=False)
@@ -43,6 +42,10 @@ def test_it_is_the_mean_nll_of_instances_and_changes_no_training(recipe):
     examples = encoded(tokenizer, measured, pairs, model)
     found = answer_token_losses(model, tokenizer, measured, examples, progress=False)
     assert losses["eval_loss"].iloc[-1] == pytest.approx(fmean(map(fmean, found)), rel=1e-4)
+
+
+def kill(state, keywords):
+    raise KeyboardInterrupt
 
 
 def assert_resumes(recipe, whole, stop):
@@ -55,10 +58,6 @@ def assert_resumes(recipe, whole, stop):
     assert run.environment["training"]["steps"] == whole.environment["training"]["steps"]
 
 
-def kill(state, keywords):
-    raise KeyboardInterrupt
-
-
 def test_the_best_model_is_kept_and_training_stops_and_resumes_as_if_it_had_not_been_stopped(recipe):
     whole = fit(recipe("whole", **BEST, **RISING), progress=False)
     losses = whole.metrics.dropna(subset="eval_loss").set_index("step")["eval_loss"]
@@ -67,12 +66,8 @@ def test_the_best_model_is_kept_and_training_stops_and_resumes_as_if_it_had_not_
     until = fit_until(last, recipe("until", **BEST, **RISING))
     kept = {folder.name: folder for folder in until.checkpoints_path.iterdir()}
     assert_same(learned(whole), load_file(kept[f"checkpoint-{best}"] / "adapter_model.safetensors"))
-    stops = {str(step): StopAt(step) for step in (best, last - 1, last)}
-    for name, stop in {**stops, "ended": on("on_train_end", kill)}.items():
-        assert_resumes(recipe(name, **BEST, **RISING), whole, stop)
-
-
-def test_a_training_that_had_ended_within_an_epoch_takes_no_further_step(recipe):
-    """It was killed between its last checkpoint and the adapter."""
-    whole = fit(recipe("whole", max_steps=3), progress=False)
-    assert_resumes(recipe("ended", max_steps=3), whole, on("on_train_end", kill))
+    at_the_end = on("on_train_end", kill)  # after the last checkpoint
+    for name, stop in enumerate([*map(StopAt, (best, last - 1, last)), at_the_end]):
+        assert_resumes(recipe(str(name), **BEST, **RISING), whole, stop)
+    whole = fit(recipe("three-steps", max_steps=3), progress=False)  # ends within an epoch
+    assert_resumes(recipe("ended", max_steps=3), whole, at_the_end)

@@ -12,47 +12,31 @@ import yaml
 
 from badit.files import read_json
 from fuzz.command import STRESS
+from materials import make_recipe
 from training import killed
 
 KILLS = 20 if STRESS > 1 else 2
-BADIT = {"name": "badit", "num_experts": 4, "r": 2, "lora_dropout": 0.1, "regroup": {"every": 4}}
 # Twelve steps; checkpoints, lines of the log, regroupings and epochs end at different ones.
-TRAINING = {
-    "num_train_epochs": 2,
-    "per_device_train_batch_size": 2,
-    "gradient_accumulation_steps": 2,
-    "logging_steps": 5,
-    "save_steps": 3,
-}
+TRAINING = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "logging_steps": 5, "save_steps": 3}
+LORAMOE = "method={name: loramoe, num_experts: 3, r: 2, lora_dropout: 0.1}"
 KINDS = {
-    "mixed": {"method": BADIT},
-    "sequence": {
-        "method": {**BADIT, "regroup": {"every": 2}, "router_input": "standardised"},
-        "data": {"order": ["rivers", "cities"]},
-    },
-    "without-regrouping": {
-        "method": {"name": "loramoe", "num_experts": 3, "r": 2, "lora_dropout": 0.1},
-        "training": {"lr_scheduler_type": "linear"},
-    },
+    "mixed": ["method.regroup.every=4"],
+    "sequence": ["method.regroup.every=2", "method.router_input=standardised", "data.order=[rivers,cities]"],
+    "without-regrouping": [LORAMOE, "training.lr_scheduler_type=linear"],
 }
 
 
 @pytest.fixture(scope="module", params=KINDS)
 def train(request, processes, material, tmp_path_factory):
     """Trains one kind of run into a folder, to its end or to where it is struck; "whole" has been trained."""
-    folder, kind = tmp_path_factory.mktemp(request.param), KINDS[request.param]
-    values = {
-        "model": {"name": str(material / "model"), "dtype": "float32"},
-        "data": {"source": str(material / "tasks.jsonl"), "test_per_task": 1, **kind.get("data", {})},
-        "method": kind["method"],
-        "training": {**TRAINING, "learning_rate": 0.01, **kind.get("training", {})},
-        "evaluation": {"batch_size": 4, "max_new_tokens": 2},
-    }
+    folder = tmp_path_factory.mktemp(request.param)
+    values = make_recipe(material / "model", material / "tasks.jsonl", folder)
+    values["training"] |= TRAINING
     (folder / "recipe.yaml").write_text(yaml.safe_dump(values))
 
     def run(name, *when):
-        command = ["train", str(folder / "recipe.yaml"), f"output={folder / name}"]
-        return killed.strike(processes, command, folder / name, *when)
+        command = ["train", str(folder / "recipe.yaml"), f"output={folder / name}", "data.test_per_task=1"]
+        return killed.strike(processes, [*command, *KINDS[request.param]], folder / name, *when)
 
     run.folder = folder
     assert run("whole")[0] == 0

@@ -22,30 +22,19 @@ aten = torch.ops.aten
 PACKAGE = str(Path(badit.__file__).parent)
 READS = {"item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__", "__index__", "__contains__"}
 MASKED = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default}
-SHAPED_BY_VALUES = {
-    aten.nonzero.default,
-    aten.masked_select.default,
-    aten.is_nonzero.default,
-    aten.equal.default,
-    aten._unique2.default,
-    aten.repeat_interleave.Tensor,
-}
+SHAPED_BY_VALUES = {aten.nonzero.default, aten.masked_select.default, aten.is_nonzero.default, aten.equal.default}
+SHAPED_BY_VALUES |= {aten._unique2.default, aten.repeat_interleave.Tensor}
+waits = Counter()
 
 
 def place():
     """The function of badit that waits; None where it is one of another library's."""
     frame = sys._getframe(1)
-    while frame is not None:
-        file = frame.f_code.co_filename
-        if file.startswith(PACKAGE):
-            return f"{Path(file).name}:{frame.f_code.co_name}"
-        if any(f"/{library}/" in file for library in ("transformers", "accelerate", "peft")):
-            return None
+    while not (file := frame.f_code.co_filename).startswith(PACKAGE):
         frame = frame.f_back
-    return None
-
-
-waits = Counter()
+        if frame is None or any(f"/{library}/" in file for library in ("transformers", "accelerate", "peft")):
+            return None
+    return f"{Path(file).name}:{frame.f_code.co_name}"
 
 
 class Reads(TorchFunctionMode):

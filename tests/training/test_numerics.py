@@ -12,6 +12,7 @@ from badit.files import read_jsonl
 from badit.methods import AdapterMethod
 from badit.recipe import build_recipe
 from badit.regroup import RegroupCallback
+from badit.run import Run
 from badit.train import fit, make_plan
 from badit.trainer import AnswerTrainer
 from training.trainers import adapted, fit_until, learned, make_trainer, on, with_callbacks
@@ -78,31 +79,26 @@ def break_loss(monkeypatch, steps):
     monkeypatch.setattr(AnswerTrainer, "compute_loss", broken)
 
 
-def test_a_step_that_is_not_finite_is_skipped_and_counted(recipe_values, monkeypatch):
-    break_loss(monkeypatch, {4, 5})
-    weights = []
+def test_a_step_that_is_not_finite_is_skipped_and_counted(recipe_values, monkeypatch, tmp_path):
+    break_loss(monkeypatch, {4, 5, 6})
+    weights, options = [], ["method.regroup.every=4", "training.weight_decay=0.1"]
 
     def keep_weights(state, keywords):
         weights.append([p.detach().clone() for p in keywords["model"].parameters() if p.requires_grad])
 
     with with_callbacks(on("on_step_end", keep_weights)):
-        run = fit(build_recipe(recipe_values, ["method.regroup.every=4", "training.weight_decay=0.1"]), progress=False)
+        run = fit(build_recipe(recipe_values, options), progress=False)
     unchanged = [all(map(torch.equal, *pair)) for pair in itertools.pairwise(weights)]
-    # The regrouping after step 4 rescales, so only step 5 shows that it was skipped.
-    assert unchanged == [step == 5 for step in range(2, 13)]
+    # The regrouping after step 4 rescales, so only steps 5 and 6 show that they were skipped.
+    assert unchanged == [step in (5, 6) for step in range(2, 13)]
     lines = list(read_jsonl(run.metrics_path))
-    assert [line.get("skipped_steps", 0) for line in lines] == [0, 0, 0, 1, *[2] * 8]
-    assert [line["window_steps"] for line in read_jsonl(run.regroupings_path)][::2] == [3, 4]
+    assert [line.get("skipped_steps", 0) for line in lines] == [0, 0, 0, 1, 2, *[3] * 7]
+    assert [line["loss"] is None for line in lines] == [step in (4, 5, 6) for step in range(1, 13)]
+    assert [line["window_steps"] for line in read_jsonl(run.regroupings_path)][::2] == [2, 4]
     assert not re.search("NaN|Infinity", run.metrics_path.read_text())
-
-
-def test_a_resumed_log_has_the_skipped_steps_of_an_uninterrupted_one(recipe_values, monkeypatch, tmp_path):
-    break_loss(monkeypatch, {6})
-    recipe = build_recipe(recipe_values)
-    whole = fit(build_recipe(recipe_values, [f"output={tmp_path / 'whole'}"]), progress=False)
-    fit_until(5, recipe)
-    assert fit(recipe, progress=False).metrics_path.read_text() == whole.metrics_path.read_text()
-    assert list(read_jsonl(whole.metrics_path))[5]["loss"] is None
+    resumed = build_recipe(recipe_values, [*options, f"output={tmp_path / 'resumed'}"])
+    fit_until(6, resumed)
+    assert fit(resumed, progress=False).metrics_path.read_text() == run.metrics_path.read_text()
 
 
 def test_too_many_of_them_stop_the_run_and_name_the_batch(recipe_values, monkeypatch):
@@ -119,6 +115,12 @@ def test_too_many_of_them_stop_the_run_and_name_the_batch(recipe_values, monkeyp
     assert len(named) == 4
     assert set(named) <= ids
     fit(recipe, progress=False)
+    short = build_recipe(recipe_values, ["training.max_steps=6", f"output={recipe.output}-short"])
+    break_loss(monkeypatch, range(1, 7))
+    with pytest.raises(BaditError, match="not finite in step 4, after 3 skipped steps"):  # half of its steps
+        fit(short, progress=False)
+    assert Run(short.output).metrics["loss"].isna().all()
+    assert not Run(short.output).adapter_path.exists()
 
 
 def test_deterministic_algorithms_are_used_in_training_only(recipe_values, monkeypatch):

@@ -1,12 +1,10 @@
 """Regrouping in a Trainer and in a plain loop: what it reads, changes, saves and is measured on."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 
@@ -28,28 +26,26 @@ def log_lines(folder):
 
 def train(model, folder, *callbacks, resume=False, **options):
     make_trainer(model, folder, list(callbacks), **options).train(resume_from_checkpoint=resume)
-    return model
 
 
 def test_every_line_has_a_partition_by_the_mean_gram_and_the_angles_of_the_next_window(tiny_model, tmp_path):
     model = adapted(tiny_model("llama"))
-    layers = dict(trainable_adapters(model))
-    steps = []
+    layers, steps = dict(trainable_adapters(model)), []
 
-    def keep_gradients(state, keywords):
-        factors = {name: (layer.badit_A[adapter], layer.badit_B[adapter]) for name, (layer, adapter) in layers.items()}
-        steps.append({name: [factor.grad.numpy().copy() for factor in pair] for name, pair in factors.items()})
+    def keep_grams(state, keywords):
+        places = layers.items()
+        steps.append({name: reference.cosine_gram(m.badit_A[a].grad, m.badit_B[a].grad) for name, (m, a) in places})
 
-    callbacks = [RegroupCallback(every=3, stop=0.8), on("on_pre_optimizer_step", keep_gradients)]
+    callbacks = [RegroupCallback(every=3, stop=0.8), on("on_pre_optimizer_step", keep_grams)]
     options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "max_grad_norm": 0.01}
     train(model, tmp_path, *callbacks, **options)
     assert len(steps) == 12, "optimizer steps, not micro-batches"
     lines = log_lines(tmp_path)
-    assert {(line["step"], line["module"]) for line in lines} == {(step, name) for step in (3, 6, 9) for name in layers}
+    assert [(line["step"], line["module"]) for line in lines] == [(step, name) for step in (3, 6, 9) for name in layers]
     assert any(line["components_moved"] for line in lines)
 
     def mean_gram(line, first):
-        return np.mean([reference.cosine_gram(*step[line["module"]]) for step in steps[first : first + 3]], axis=0)
+        return np.mean([step[line["module"]] for step in steps[first : first + 3]], axis=0)
 
     for line in lines:
         before_N, after_N = np.array(line["previous_labels"]), np.array(line["labels"])
@@ -102,8 +98,6 @@ def test_a_checkpoint_has_safetensors_and_is_refused_without_a_valid_state(tiny_
     train(adapted(tiny_model("llama")), tmp_path, RegroupCallback(every=3))
     saved = load_file(checkpoint / "adapter_model.safetensors")
     assert [tensor.dtype for name, tensor in saved.items() if "expert" in name] == [torch.int64] * 2
-    grams = load_file(checkpoint / STATE_FILE)
-    assert {tuple(tensor.shape) for name, tensor in grams.items() if name.startswith("gram_sum")} == {(8, 8)}
 
     def resume(**options):
         callback = RegroupCallback(every=3, **options)
@@ -117,71 +111,45 @@ def test_a_checkpoint_has_safetensors_and_is_refused_without_a_valid_state(tiny_
     (checkpoint / STATE_FILE).write_bytes(b"\x08\0\0\0\0\0\0\0not json")
     with pytest.raises(BaditError, match="resume from another checkpoint"):
         resume()
-    save_file({}, checkpoint / STATE_FILE, metadata={"windows": json.dumps({"another.layer": {}})})
-    with pytest.raises(BaditError, match="another model"):
-        resume()
 
 
-def test_the_solver_and_the_bounds_are_used(tiny_model, tmp_path):
+def test_the_solver_is_used(tiny_model, tmp_path):
     objectives = []
     for solver in ("swap", "paper"):
-        callback = RegroupCallback(every=3, stop=0.7, solver=solver)
+        callback = RegroupCallback(every=3, stop=0.3, solver=solver)
         train(adapted(tiny_model("llama")), tmp_path / solver, callback, save_strategy="no")
-        lines = log_lines(tmp_path / solver)
-        assert sorted({line["step"] for line in lines}) == [3, 6]
-        objectives.append(np.array([line["objective_after"] for line in lines if line["step"] == 3]))
+        objectives.append(np.array([line["objective_after"] for line in log_lines(tmp_path / solver)]))
     assert (objectives[0] >= objectives[1] - 1e-9).all()
     assert (objectives[0] != objectives[1]).any()
 
 
-@pytest.mark.parametrize(
-    ("every", "steps"), [(0.1, [10, 20, 30, 40, 50]), (0.25, [25, 50]), (30, [30]), (1e-9, [*range(1, 51)])]
-)
-def test_a_fraction_of_the_run_between_regroupings(tiny_model, every, steps):
-    model = adapted(tiny_model("llama"))
-    regrouper = Regrouper(model, 100, every=every, stop=0.5)
-    regrouped = []
-    regrouper._regroup = lambda: regrouped.append(regrouper.steps)
-    for _ in range(100):
-        regrouper.step()
-    assert regrouped == steps
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        *(({"every": every}, "every must be a whole number of steps or a fraction of the run")
-          for every in (0, -1, 1.5, float("nan"), True, "20")),
-        ({"stop": 1.5}, "stop must be between 0 and 1"),
-        ({"solver": "greedy"}, "solver"),
-        ({"restarts": -1}, "restarts"),
-    ],
-)  # fmt: skip
-def test_bad_options_are_refused(options, message):
-    with pytest.raises(BaditError, match=message):
-        RegroupCallback(**options)
-
-
-def test_bad_steps_and_models_are_refused(tiny_model):
+def test_when_it_regroups_and_what_is_refused(tiny_model):
+    model, switched_off = adapted(tiny_model("llama")), adapted(tiny_model("llama"), top_k=2)
+    for every, steps in ((0.1, [10, 20, 30, 40, 50]), (0.25, [25, 50]), (30, [30]), (1e-9, [*range(1, 51)])):
+        assert [*Regrouper(model, 100, every=every, stop=0.5).due] == steps
+    for every in (0, -1, 1.5, float("nan"), True, "20"):
+        with pytest.raises(BaditError, match="every must be a whole number of steps or a fraction of the run"):
+            RegroupCallback(every=every)
+    for options in ({"stop": 1.5}, {"solver": "greedy"}, {"restarts": -1}):
+        with pytest.raises(BaditError, match=f"{next(iter(options))} must be"):
+            RegroupCallback(**options)
     for total in (0, 1.5, True):
         with pytest.raises(BaditError, match="total_steps"):
-            Regrouper(adapted(tiny_model("llama")), total)
+            Regrouper(model, total)
     with pytest.raises(BaditError, match="no trainable BADIT adapter"):
         Regrouper(tiny_model("llama"), 10)
     with pytest.raises(BaditError, match="components into experts that top_k switches off"):
         build_method({"name": "badit", "top_k": 2})
     assert build_method({"name": "badit", "top_k": 2, "regroup": None}).config.top_k == 2
-    model = adapted(tiny_model("llama"), top_k=2)
     with pytest.raises(BaditError, match=r"gate_proj\.default: regrouping would move components"):
-        Regrouper(model, 10)
+        Regrouper(switched_off, 10)
 
 
 def test_the_papers_form_has_one_name():
     method = build_method({"name": "badit", "preset": "paper"})
-    config = BaditConfig.paper()
-    assert (config.gates, config.init_weights, config.svd_method) == ("softmax", "bad", "exact")
-    for name in BaditConfig.PAPER:
-        assert getattr(method.config, name) == getattr(config, name), name
+    for config in (method.config, BaditConfig.paper()):
+        assert {name: getattr(config, name) for name in BaditConfig.PAPER} == BaditConfig.PAPER
+        assert (config.gates, config.init_weights, config.svd_method) == ("softmax", "bad", "exact")
     assert method.regroup["solver"] == "paper"
     own = build_method({"name": "badit", "preset": "paper", "num_experts": 4, "regroup": {"restarts": 3}})
     assert (own.config.num_experts, own.config.gates) == (4, "softmax")
@@ -192,24 +160,25 @@ def test_the_papers_form_has_one_name():
 
 
 def batches():
-    collate, rows = AnswerCollator(0), examples(BATCHES * 4)
-    return [collate(rows[start : start + 4]) for start in range(0, len(rows), 4)]
+    rows = examples(BATCHES * 4)
+    return [AnswerCollator(0)(rows[start : start + 4]) for start in range(0, len(rows), 4)]
 
 
 def optimizer_of(model):
     return torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=0.01)
 
 
-def train_by_trainer(model, folder, accumulated):
-    class InOrder(Trainer):
-        def get_train_dataloader(self):
-            return self.accelerator.prepare(DataLoader(batches(), batch_size=None))
+class InOrder(Trainer):
+    def get_train_dataloader(self):
+        return self.accelerator.prepare(DataLoader(batches(), batch_size=None))
 
-    arguments = {"max_steps": BATCHES // accumulated, "gradient_accumulation_steps": accumulated}
+
+def train_by_trainer(model, folder, accumulated):
+    arguments = {"max_steps": BATCHES // accumulated, "gradient_accumulation_steps": accumulated, "max_grad_norm": 0}
     optimizer = optimizer_of(model)
     trainer = InOrder(
         model=model,
-        args=TrainingArguments(output_dir=str(folder), max_grad_norm=0, save_strategy="no", **QUIET, **arguments),
+        args=TrainingArguments(output_dir=str(folder), save_strategy="no", **QUIET, **arguments),
         train_dataset=batches(),
         optimizers=(optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)),
         callbacks=[RegroupCallback(every=2, stop=1.0)],

@@ -1,4 +1,4 @@
-"""Two processes on one run, kills at the first write, a moved run, changed inputs, and a run whose losses are NaN."""
+"""Two processes on one run, kills at the first write, a moved run, changed inputs, and prompts that do not fit."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 from transformers import AutoTokenizer
 
@@ -19,15 +18,12 @@ from badit.cli import main
 from badit.data import load_tasks
 from badit.errors import BaditError
 from badit.files import OWNER, exclusive
-from badit.recipe import build_recipe
 from badit.run import Run
 from badit.train import refuse_beyond_model
-from badit.trainer import AnswerTrainer
 from fuzz.command import STRESS
 from training import killed
-from training.trainers import change_tensors
+from training.trainers import assert_same, change_tensors, learned
 
-BADIT = {"name": "badit", "num_experts": 4, "r": 2}
 HOLD = "import sys; from pathlib import Path; from badit.files import exclusive\nwith exclusive(Path(sys.argv[1])):\n"
 
 
@@ -49,7 +45,6 @@ def test_a_run_in_use_is_refused_and_free_once_its_process_is_killed(recipe_file
     assert main(["train", str(recipe_file)]) == 0
     held = [sys.executable, "-c", HOLD + "    print('held', flush=True); sys.stdin.read()", output]
     with subprocess.Popen(held, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
-        assert other.stdout is not None
         assert other.stdout.readline() == "held\n"
         comparison = "compare={methods: {lora: {name: lora, r: 2}}, reference: lora}"
         trains = [["train", str(recipe_file)], ["train", str(recipe_file), "method.name=base"]]
@@ -63,31 +58,27 @@ def test_a_run_in_use_is_refused_and_free_once_its_process_is_killed(recipe_file
         assert main(["evaluate", output]) == 0
 
 
-def run_twice_at_once(processes, command, recipe):
-    """One process is refused, unless they run one after the other."""
-    pair = [killed.start(processes, [command, str(recipe)], recipe.with_name(name)) for name in ("one", "other")]
+@pytest.mark.parametrize("attempt", range(STRESS))
+def test_of_two_processes_on_one_folder_one_is_refused(attempt, recipe_file, recipe_values, tmp_path, processes):
+    """Unless they run one after the other."""
+    pair = [killed.start(processes, ["train", str(recipe_file)], tmp_path / name) for name in ("one", "other")]
     ends = [killed.end(process) for process in pair]
     assert sorted(code for code, _ in ends) in ([0, 2], [0, 0]), ends
     assert all("is in use by" in said for code, said in ends if code)
-
-
-@pytest.mark.parametrize("attempt", range(STRESS))
-def test_of_two_processes_that_train_into_one_folder_one_is_refused(
-    attempt, recipe_file, recipe_values, tmp_path, processes
-):
-    run_twice_at_once(processes, "train", recipe_file)
     assert main(["train", str(recipe_file), f"output={tmp_path / 'alone'}"]) == 0
     alone, shared = Run(tmp_path / "alone"), Run(recipe_values["output"])
     assert shared.metrics_path.read_bytes() == alone.metrics_path.read_bytes()
-    weights = "adapter_model.safetensors"
-    assert (shared.adapter_path / weights).read_bytes() == (alone.adapter_path / weights).read_bytes()
+    assert_same(learned(shared), learned(alone))
 
 
-def test_a_refused_folder_is_left_as_it_was_and_a_kill_in_the_first_write_blocks_nothing(recipe_file, recipe_values):
+def test_a_refused_folder_is_left_as_it_was_and_a_kill_in_the_first_write_blocks_nothing(
+    recipe_file, recipe_values, capsys
+):
     output = Path(recipe_values["output"])
     output.mkdir()
     (output / "notes.txt").touch()
     assert main(["train", str(recipe_file)]) == 2
+    assert f"{output}: exists and is not a run's folder" in capsys.readouterr().err
     assert [path.name for path in output.iterdir()] == ["notes.txt"]
     assert main(["train", str(recipe_file), f"output={output}-new", "data.source=/nowhere"]) == 2
     assert not Path(f"{output}-new").exists()
@@ -110,7 +101,6 @@ def test_a_moved_run_is_the_folder_that_it_is_in(recipe_file, recipe_values, tmp
     assert main(["evaluate", str(moved)]) == 0
     assert len(list(moved.rglob("scores.json"))) == len(list(old.rglob("scores.json")))
     assert {path: path.read_bytes() for path in old.rglob("*") if path.is_file()} == before
-    assert build_recipe(recipe_values).output == str(old)
 
 
 def test_a_run_whose_inputs_have_changed_is_not_continued(run, recipe_file, recipe_values, capsys):
@@ -120,13 +110,11 @@ def test_a_run_whose_inputs_have_changed_is_not_continued(run, recipe_file, reci
     lines = source.read_text().splitlines(keepends=True)
     of_one = [line for line in lines if '"cities"' in line]
     added = [line.replace('"rivers"', '"lakes"') for line in lines if '"rivers"' in line]
-    for changed, name in ((lines + added, "lakes"), (of_one, "rivers"), (lines[:-1], "rivers")):
+    longer = [*lines, lines[-1].replace('"input": "', '"input": "more ')]
+    for changed, name in ((lines + added, "lakes"), (of_one, "rivers"), (lines[:-1], "rivers"), (longer, "rivers")):
         source.write_text("".join(changed))
         assert main(["train", str(recipe_file)]) == 2
         assert f"{run.path}: task {name} changed since the run began" in capsys.readouterr().err
-    source.write_text("".join([*lines, lines[-1].replace('"input": "', '"input": "more ')]))
-    assert main(["train", str(recipe_file)]) == 2
-    assert "changed since the run began" in capsys.readouterr().err
     assert main(["train", str(recipe_file), "--allow-changed-inputs"]) == 0
     assert len(run.environment["changed_inputs"]) == 1
     capsys.readouterr()
@@ -140,31 +128,13 @@ def test_a_run_whose_inputs_have_changed_is_not_continued(run, recipe_file, reci
     assert f"{run.path}: the base model changed" in capsys.readouterr().err
 
 
-def test_a_run_whose_losses_are_all_nan_stops_after_half_of_its_steps(recipe_file, recipe_values, monkeypatch, capsys):
-    compute = AnswerTrainer.compute_loss
-    monkeypatch.setattr(AnswerTrainer, "compute_loss", lambda *args, **kwargs: compute(*args, **kwargs) * torch.nan)
-    assert main(["train", str(recipe_file), "training.max_steps=6", "training.logging_steps=1"]) == 2
-    assert "not finite in step 4, after 3 skipped steps; the batch has instances" in capsys.readouterr().err
-    assert Run(recipe_values["output"]).metrics["loss"].isna().all()
-    assert not Run(recipe_values["output"]).adapter_path.exists()
-
-
-def test_an_adapter_that_is_not_finite_is_refused(trained, capsys):
-    run = trained(BADIT)
-    (path,) = run.adapter_path.glob("*.safetensors")
-    change_tensors(lambda tensors: {n: t * torch.nan if "badit_A" in n else t for n, t in tensors.items()})(path)
-    for command, *more in (["evaluate"], ["generate", "Hello"]):
-        assert main([command, str(run.path), *more]) == 2
-        assert "holds NaN or infinite values: its training has diverged" in capsys.readouterr().err
-
-
 def test_an_answer_to_a_tasks_input_has_the_prompt_that_the_task_was_trained_with(run, recipe_values, monkeypatch):
     seen = []
     train_module = import_module("badit.train")
     encode = train_module.encode_prompts
     monkeypatch.setattr(train_module, "encode_prompts", lambda t, new, **kw: seen.extend(new) or encode(t, new, **kw))
-    instance = next(task for task in load_tasks(recipe_values["data"]["source"]) if task.name == "cities").test[0]
     trained_with = run.predictions.query("task == 'cities'")["prompt"].iloc[0]
+    instance = load_tasks(recipe_values["data"]["source"], tasks=["cities"])[0].test[0]
     run.generate([instance.input], task="cities", max_new_tokens=2)
     assert " ".join("".join(seen[0][:3]).split()) in " ".join(trained_with.split())
     run.generate(["as it is"], task="cities", raw=True, max_new_tokens=2)
@@ -175,22 +145,20 @@ def test_an_answer_to_a_tasks_input_has_the_prompt_that_the_task_was_trained_wit
 
 def test_instances_beyond_the_model_are_named(tiny_model):
     example = {"task": "cities", "id": "7", "input_ids": [5] * 60}
-    model = tiny_model("gpt2", n_positions=64)
+    model, rotary = tiny_model("gpt2", n_positions=64), tiny_model("llama", max_position_embeddings=20)
     refuse_beyond_model([example], model, more=4)
+    refuse_beyond_model([example], rotary)
     with pytest.raises(BaditError, match=r"cities/7 has 60 tokens and 5 to come, the model 64 positions; lower"):
         refuse_beyond_model([example], model, more=5)
-    rotary = tiny_model("llama", max_position_embeddings=20)
-    refuse_beyond_model([example], rotary)
-    rows = rotary.config.vocab_size
-    with pytest.raises(BaditError, match=f"instance cities/7 has token {rows}, the model {rows} embeddings"):
-        refuse_beyond_model([{**example, "input_ids": [rows]}], rotary)
+    with pytest.raises(BaditError, match="instance cities/7 has token 100, the model 100 embeddings"):
+        refuse_beyond_model([{**example, "input_ids": [100]}], rotary)
 
 
 def test_prompts_beyond_the_model_are_refused_by_every_command(tiny_model, recipe_values, tmp_path, capsys):
     """A GPT-2 of 96 positions, on which LoRA also changes a Conv1D's setting that PEFT saves."""
     folder = Path(recipe_values["model"]["name"])
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    tiny_model("gpt2", n_positions=96, vocab_size=len(tokenizer), eos_token_id=2).save_pretrained(folder)
+    vocabulary = len(AutoTokenizer.from_pretrained(folder))
+    tiny_model("gpt2", n_positions=96, vocab_size=vocabulary, eos_token_id=2).save_pretrained(folder)
     recipe, output, held_out = tmp_path / "gpt2.yaml", recipe_values["output"], tmp_path / "long.jsonl"
     values = {"method": {"name": "lora", "r": 2}, "training": {"max_steps": 1}, "prompt": {"chat_template": "never"}}
     recipe.write_text(yaml.safe_dump(recipe_values | values))
@@ -210,17 +178,6 @@ def test_prompts_beyond_the_model_are_refused_by_every_command(tiny_model, recip
         assert "96 positions; lower prompt.max_source_tokens" in capsys.readouterr().err, words
 
 
-@pytest.mark.parametrize("attempt", range(STRESS))
-def test_of_two_processes_that_compare_into_one_folder_one_is_refused(attempt, recipe_values, tmp_path, processes):
-    recipe = tmp_path / "compare.yaml"
-    methods = {"base": {"name": "base"}, "lora": {"name": "lora", "r": 2}}
-    section = {"methods": methods, "reference": "lora", "seeds": [0]}
-    recipe.write_text(yaml.safe_dump(recipe_values | {"training": {"max_steps": 1}, "compare": section}))
-    run_twice_at_once(processes, "compare", recipe)
-    cells = json.loads(Path(recipe_values["output"], "results.json").read_text())["cells"]
-    assert [cell["status"] for cell in cells] == ["done", "done"]
-
-
 @pytest.mark.parametrize(
     ("template", "message"),
     [
@@ -236,18 +193,15 @@ def test_a_chat_template_that_loses_the_prompt_is_refused(recipe_file, recipe_va
 
 
 def test_a_file_of_inputs_gives_json_lines(trained, tmp_path, capsys):
-    run = trained(BADIT)
+    run = trained({"name": "badit", "num_experts": 4, "r": 2})
     text, rows, folder = tmp_path / "inputs.txt", tmp_path / "inputs.jsonl", str(run.path)
     text.write_text("Lima\n\nRome\n")
     rows.write_text('{"input": "Lima"}\n{"input": "Rome", "id": 3}\n')
-    printed = []
+    answers = run.generate(["Lima", "Rome"], task="cities", max_new_tokens=3)
     for file in (text, rows):
-        capsys.readouterr()
         assert main(["generate", folder, f"--file={file}", "--task=cities", "--max-new-tokens=3"]) == 0
-        printed.append([json.loads(line) for line in capsys.readouterr().out.splitlines()])
-    assert printed[0] == printed[1]
-    assert [line["input"] for line in printed[0]] == ["Lima", "Rome"]
-    assert printed[0][0]["answer"] == run.generate("Lima", task="cities", max_new_tokens=3)
+        printed = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+        assert [(line["input"], line["answer"]) for line in printed] == [*zip(["Lima", "Rome"], answers, strict=True)]
     rows.write_text('{"input": "Lima"}\n{"text": "Rome"}\n')
     assert main(["generate", folder, f"--file={rows}"]) == 2
     assert "line 2: input: must be a text" in capsys.readouterr().err

@@ -1,9 +1,7 @@
 """Tasks learnt one after another: the folders of a sequence, its scores, its resuming, and every method in one."""
 
-import json
 import math
 from importlib import import_module
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,7 +17,7 @@ from badit.run import Run
 from badit.statistics import FORMS, continual_scores
 from badit.train import fit, make_plan
 from materials import make_recipe
-from training.trainers import StopAt, assert_same, learned, logits, on, with_callbacks
+from training.trainers import assert_same, fit_until, learned, logits, on, with_callbacks
 
 train_module = import_module("badit.train")  # badit.train is the function
 ORDER = ["rivers", "cities"]
@@ -57,10 +55,10 @@ def finished(material, tmp_path_factory):
 
 def test_every_stage_leaves_its_files_and_the_last_ones_are_the_runs(finished):
     recipe, run, scores = finished
-    assert sorted(folder.name for folder in (run.path / "stages").iterdir()) == STAGES
+    assert sorted((run.path / "stages").iterdir()) == [stage.path for stage in stages(recipe)]
+    assert [stage.path.name for stage in stages(recipe)] == STAGES
     first, last = stages(recipe)
-    for folder, name in zip((first, last), STAGES, strict=True):
-        assert folder.path == run.path / "stages" / name
+    for folder in (first, last):
         assert {file.stem for file in folder.predictions_path.iterdir()} == set(ORDER)
         assert folder.metrics_path.read_text().count("\n") == 3
         assert not folder.checkpoints_path.exists()
@@ -72,14 +70,16 @@ def test_every_stage_leaves_its_files_and_the_last_ones_are_the_runs(finished):
     assert scores["tasks"] == read_json(last.scores_path)["tasks"]
     assert scores["order"] == ORDER
     assert run.environment["mixture"] == {"rivers": 10, "cities": 10}, "of each task's own stage"
-    whole, *parts = (folder.environment["training"] for folder in (run, first, last))
-    assert [part["steps"] for part in parts] == [3, 3]
-    assert (whole["steps"], whole["tokens"]) == (6, sum(part["tokens"] for part in parts))
-    assert whole["trainable_parameters"] == parts[0]["trainable_parameters"]
+    whole, one, other = (folder.environment["training"] for folder in (run, first, last))
+    assert (whole["steps"], whole["tokens"]) == (6, one["tokens"] + other["tokens"])
+    assert whole["trainable_parameters"] == one["trainable_parameters"]
 
 
-def test_what_is_trained_and_scored_stays_so(finished, monkeypatch):
+def test_what_is_trained_and_scored_stays_so_unless_it_is_evaluated_again(finished, monkeypatch):
     recipe, run, scores = finished
+    stages(recipe)[0].scores_path.write_text("{}")
+    assert evaluate(run.path, progress=False) == scores
+    assert read_json(stages(recipe)[0].scores_path)["rouge_l"] == scores["matrix"][0][0]
     assert "matrix" not in evaluate(recipe.output, split="validation", progress=False), "of the last state only"
     assert read_json(run.scores_path) == scores
     run.scores_path.unlink()
@@ -118,9 +118,7 @@ def test_an_interruption_in_the_second_stage_changes_nothing(recipe_values, tmp_
     method = {"name": "gainlora", "lora_dropout": 0.1, "r": 2}
     whole, recipe = (sequence(recipe_values, method, f"output={tmp_path / name}") for name in ("whole", "resumed"))
     expected = train_and_score(whole, progress=False)
-    with with_callbacks(StopAt(3), folder=STAGES[1]), pytest.raises(KeyboardInterrupt):
-        train_and_score(recipe, progress=False)
-    assert not Run(recipe.output).adapter_path.exists()
+    assert not fit_until(3, recipe, folder=STAGES[1]).adapter_path.exists()
     first, second = stages(recipe)
     assert last_checkpoint(second.checkpoints_path) == second.checkpoints_path / "checkpoint-2"
     trained_at = first.environment_path.stat().st_mtime_ns
@@ -155,33 +153,21 @@ def test_every_method_continues_from_the_previous_task(recipe_values, name, monk
 
 def test_two_tasks_have_different_random_numbers(recipe_values):
     recipe = sequence(recipe_values, {"name": "o-lora", "r": 2, "lora_dropout": 0.1})
-    initial, seeds = [], []
+    begun = []
 
     def begin(state, keywords):
-        parameters = keywords["model"].named_parameters()
-        initial.append([p.detach().clone() for key, p in parameters if "badit_A" in key])
-        seeds.extend([keywords["args"].seed, torch.initial_seed()])
+        new_branch = [p.detach().clone() for key, p in keywords["model"].named_parameters() if "badit_A" in key]
+        begun.append((new_branch, keywords["args"].seed, torch.initial_seed()))
 
     with with_callbacks(on("on_train_begin", begin)):
         fit(recipe, progress=False)
-    assert not any(map(torch.equal, *initial)), "the new branch"
-    assert seeds[0] != seeds[2], "the order of the examples"
-    assert seeds[1] != seeds[3], "dropout"
+    branches, orders, dropouts = zip(*begun, strict=True)
+    assert not any(map(torch.equal, *branches))
+    assert len({*orders}) == len({*dropouts}) == 2
 
 
-def test_sequences_that_cannot_be_trained_are_refused(recipe_values, tmp_path):
-    with pytest.raises(BaditError, match="has no place for task cities"):
-        make_plan(build_recipe(recipe_values, ["data.order=[rivers]"]))
-    lines = Path(recipe_values["data"]["source"]).read_text().splitlines(keepends=True)
-    kept = [line for line in lines if (entry := json.loads(line))["task"] == "rivers" or entry["split"] == "test"]
-    (tmp_path / "untrained.jsonl").write_text("".join(kept))
+def test_a_task_without_training_instances_has_no_place(recipe_values, task_file):
+    lines = task_file.read_text().splitlines(keepends=True)
+    task_file.write_text("".join(line for line in lines if '"rivers"' in line or '"split": "test"' in line))
     with pytest.raises(BaditError, match="task cities has no training instances and so no place in a sequence"):
-        make_plan(build_recipe(recipe_values, [f"data.source={tmp_path}/untrained.jsonl", "data.order=seeded-0"]))
-
-
-def test_evaluate_scores_every_stage_again(finished):
-    recipe, run, scores = finished
-    (first, _) = stages(recipe)
-    first.scores_path.write_text("{}")
-    assert evaluate(run.path, progress=False) == scores
-    assert read_json(first.scores_path)["rouge_l"] == scores["matrix"][0][0]
+        make_plan(build_recipe(recipe_values, ["data.order=seeded-0"]))

@@ -14,40 +14,36 @@ from training.trainers import fit_until
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:tensorboard", "ignore::DeprecationWarning:trackio")
 
 
-def reporting(values, tracker, *overrides):
-    return build_recipe(values, [f"training.report_to=[{tracker}]", *overrides])
-
-
-def scalars(run, name):
-    """Of TensorBoard's event files, by step."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(run.path / "tensorboard"))
-    events.Reload()
-    return {event.step: event.value for event in events.Scalars(name)}
-
-
 def losses(run):
-    return {line["step"]: line["loss"] for line in read_jsonl(run.metrics_path)}
+    return run.metrics.set_index("step")["loss"].to_dict()
 
 
 def test_tensorboard_has_the_losses_and_the_regroupings_of_a_resumed_run_once(recipe_values):
-    fit_until(8, reporting(recipe_values, "tensorboard"))
-    run = fit(reporting(recipe_values, "tensorboard"), progress=False)
-    assert list(scalars(run, "train/loss")) == [*range(1, 13)]
-    assert scalars(run, "train/loss") == pytest.approx(losses(run))
-    assert not any(key.startswith("regroup/") for line in read_jsonl(run.metrics_path) for key in line)
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    recipe = build_recipe(recipe_values, ["training.report_to=[tensorboard]"])
+    fit_until(8, recipe)
+    run = fit(recipe, progress=False)
+    events = EventAccumulator(str(run.path / "tensorboard"))
+    events.Reload()
+
+    def scalars(name):
+        return {event.step: event.value for event in events.Scalars(name)}
+
+    assert list(scalars("train/loss")) == [*range(1, 13)]
+    assert scalars("train/loss") == pytest.approx(losses(run))
+    assert not any(key.startswith("regroup/") for key in run.metrics)
     means = pd.DataFrame(read_jsonl(run.regroupings_path)).groupby("step").mean(numeric_only=True)
     for field in ("objective_before", "objective_after", "components_moved"):
-        assert scalars(run, f"train/regroup/{field}") == pytest.approx(means[field].to_dict(), rel=1e-5)
-    assert scalars(run, "train/regroup/intra_degrees").keys() == {6, 9}, "measured on the steps that follow"
+        assert scalars(f"train/regroup/{field}") == pytest.approx(means[field].to_dict(), rel=1e-5)
+    assert scalars("train/regroup/intra_degrees").keys() == {6, 9}, "measured on the steps that follow"
 
 
 def test_trackio_has_them_in_its_database(recipe_values, tmp_path, monkeypatch):
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
     from trackio.sqlite_storage import SQLiteStorage  # not before, since it reads the variable once
 
-    run = fit(reporting(recipe_values, "trackio"), progress=False)
+    run = fit(build_recipe(recipe_values, ["training.report_to=[trackio]"]), progress=False)
     logged = SQLiteStorage.get_logs("badit", run.path.name)
     found = {entry["train/global_step"]: entry["train/loss"] for entry in logged if "train/loss" in entry}
     assert found == pytest.approx(losses(run))
@@ -57,7 +53,7 @@ def test_trackio_has_them_in_its_database(recipe_values, tmp_path, monkeypatch):
 
 def test_a_tracker_that_is_unknown_or_not_installed_is_one_line(recipe_values, monkeypatch):
     with pytest.raises(BaditError, match=r"report_to: unknown tracker 'tensorbord' \(did you mean 'tensorboard'\?\)"):
-        reporting(recipe_values, "tensorbord")
+        build_recipe(recipe_values, ["training.report_to=[tensorbord]"])
     monkeypatch.setattr("transformers.integrations.integration_utils.is_swanlab_available", lambda: False)
     with pytest.raises(BaditError, match=r"report_to: swanlab is not installed; install it, or leave it out"):
         train(recipe_values, training={"report_to": ["swanlab"]}, progress=False)

@@ -15,11 +15,11 @@ from badit.baselines.mixture import HydraLoraConfig, LoraMoeConfig
 from badit.data import AnswerCollator
 from badit.files import read_jsonl
 from badit.method import expert_angles
-from badit.regroup import AngleLog
+from badit.regroup import AngleLog, trainable_adapters
 from badit.trainer import EpochSampler
 from badit.tuner import BaditConfig
 from badit.tuner.layer import ExpertLinear
-from training.trainers import adapted, examples, make_trainer, on
+from training.trainers import adapted, adapter_state, examples, make_trainer, on
 from tuner.helpers import randomise
 
 
@@ -41,25 +41,22 @@ def test_the_loss_and_its_gradients_equal_the_naive_ones(tiny_model, tmp_path, f
 
     expected = naive_loss(model, batch, items)
     loss = trainer.compute_loss(model, batch, num_items_in_batch=items)
-    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     gradients = torch.autograd.grad(loss, parameters), torch.autograd.grad(expected, parameters)
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
-    loss, outputs = trainer.compute_loss(model, batch, return_outputs=True)
-    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    again, outputs = trainer.compute_loss(model, batch, return_outputs=True)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5) == again.item()
     assert outputs.logits.shape[:2] == (1, items), "logits at labels only"
     assert model(input_ids=batch["input_ids"]).logits.shape[:2] == batch["input_ids"].shape, "the hook is removed"
 
 
 def test_accumulated_batches_weigh_tokens_equally(tiny_model, tmp_path):
     """Two batches of two, accumulated, step as one batch of four does."""
-    states = []
+    models = [adapted(tiny_model("llama"), lora_dropout=0.0) for _ in range(2)]
     options = {"count": 4, "max_steps": 1, "save_strategy": "no", "optim": "sgd"}
-    for size, accumulation in ((4, 1), (2, 2)):
-        model = adapted(tiny_model("llama"), lora_dropout=0.0)
+    for model, size, accumulation in zip(models, (4, 2), (1, 2), strict=True):
         sizes = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulation}
         make_trainer(model, tmp_path, [], **options, **sizes).train()
-        states.append({n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad})
-    torch.testing.assert_close(states[0], states[1], rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(*map(adapter_state, models), rtol=1e-5, atol=1e-7)
 
 
 def order_of(lengths, per_step, seed=0, epoch=0, tasks=(), quotas=None):
@@ -97,7 +94,7 @@ def test_a_balanced_epoch_has_every_task_alike_and_epochs_together_every_example
     assert share / max(sizes) < 0.2 or seen == set(range(len(tasks))), "large tasks are drawn from again in every epoch"
 
 
-def test_the_order_depends_on_seed_and_epoch_and_micro_batches_save_padding():
+def test_the_order_depends_on_seed_and_epoch_and_steps_mix_tasks_and_micro_batches_save_padding():
     lengths = torch.randint(10, 500, (512,), generator=torch.Generator().manual_seed(0)).tolist()
     assert len({tuple(order_of(lengths, 8, seed, epoch)) for seed, epoch in ((0, 0), (0, 1), (1, 0))}) == 3
 
@@ -107,13 +104,9 @@ def test_the_order_depends_on_seed_and_epoch_and_micro_batches_save_padding():
         return size * sum(widths) - sum(lengths)
 
     assert padding(2, 4) < 0.25 * padding(8, 1)
-
-
-def test_steps_mix_tasks_whose_lengths_differ():
-    tasks = [task for task in "abcd" for _ in range(64)]
-    lengths = [100 * "abcd".index(task) + index % 10 + 1 for index, task in enumerate(tasks)]
-    order = order_of(lengths, 8, tasks=tasks)
-    kinds = [len({tasks[index] for index in order[start : start + 8]}) for start in range(0, 256, 8)]
+    # Four tasks, one after another, of lengths that differ.
+    order = order_of([100 * (index // 64) + index % 10 + 1 for index in range(256)], 8)
+    kinds = [len({index // 64 for index in order[start : start + 8]}) for start in range(0, 256, 8)]
     assert sum(kinds) / len(kinds) > 3
 
 
@@ -132,11 +125,10 @@ def test_of_several_gpus_one_process_uses_one_and_says_so_once(tiny_model, tmp_p
 def test_without_regrouping_every_window_has_the_angles_of_its_mean_gradients(tiny_model, tmp_path, config_class):
     steps, path = [], tmp_path / "angles.jsonl"
     model = get_peft_model(tiny_model("llama"), config_class(num_experts=3, r=2))
-    layers = [module for module in model.modules() if isinstance(module, ExpertLinear)]
 
     def keep_gradients(state, keywords):
-        pairs = {f"{m.name}.default": (m.badit_A["default"].grad, m.badit_B["default"].grad) for m in layers}
-        steps.append({name: [factor.clone() for factor in pair] for name, pair in pairs.items()})
+        layers = trainable_adapters(model, ExpertLinear)
+        steps.append({name: (m.badit_A[a].grad.clone(), m.badit_B[a].grad.clone()) for name, (m, a) in layers})
 
     make_trainer(model, tmp_path, [on("on_pre_optimizer_step", keep_gradients), AngleLog(path, every=5)]).train()
     if config_class is HydraLoraConfig:

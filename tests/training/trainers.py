@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -38,25 +39,12 @@ def adapted(model: Any, **options: Any) -> Any:
     return get_peft_model(model, BaditConfig(**{"num_experts": 4, "r": 2, "lora_dropout": 0.1, **options}))
 
 
-def make_trainer(
-    model: Any,
-    folder: Path,
-    callbacks: list[TrainerCallback],
-    *,
-    count: int = 24,
-    **options: Any,
-) -> AnswerTrainer:
+def make_trainer(model: Any, folder: Path, callbacks: list[TrainerCallback], *, count: int = 24, **options: Any) -> Any:
     """By default, twelve steps of four examples."""
     arguments = {"num_train_epochs": 2, "per_device_train_batch_size": 4, "learning_rate": 0.01, "save_steps": 5}
-    return AnswerTrainer(
-        model=model,
-        args=TrainingArguments(
-            output_dir=str(folder), remove_unused_columns=False, **{**QUIET, **arguments, **options}
-        ),
-        train_dataset=examples(count),
-        data_collator=AnswerCollator(0),
-        callbacks=callbacks,
-    )
+    arguments |= {"output_dir": str(folder), "remove_unused_columns": False, **QUIET, **options}
+    data = {"train_dataset": examples(count), "data_collator": AnswerCollator(0)}
+    return AnswerTrainer(model, TrainingArguments(**arguments), callbacks=callbacks, **data)
 
 
 def on(event: str, function: Callable[[Any, dict[str, Any]], Any]) -> TrainerCallback:
@@ -83,12 +71,11 @@ class StopAt(TrainerCallback):
 def with_callbacks(*added: TrainerCallback, kind: type = AdapterMethod, folder: str = "") -> Iterator[None]:
     """Within, runs also have these callbacks; with ``folder``, only those in a folder of that name."""
     own: Any = kind.callbacks  # pyright: ignore
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            kind,
-            "callbacks",
-            lambda self, run: [*own(self, run), *(added if folder in ("", run.path.name) else [])],
-        )
+
+    def all_callbacks(self: Any, run: Run) -> list[TrainerCallback]:
+        return [*own(self, run), *(added if folder in ("", run.path.name) else [])]
+
+    with patch.object(kind, "callbacks", all_callbacks):
         yield
 
 

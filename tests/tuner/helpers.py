@@ -75,23 +75,20 @@ def cache_name(model: Any) -> str:
     return "cache" if "cache" in inspect.signature(inner.forward).parameters else "past_key_values"
 
 
-def positions(mask: torch.Tensor) -> torch.Tensor:
-    """Position ids that do not count padding."""
-    return (mask.cumsum(dim=1) - 1).clamp(min=0)
-
-
 def forward(model: Any, ids: torch.Tensor, mask: torch.Tensor, cache: Any = None, **options: Any) -> Any:
-    """One call on the newest tokens of a padded batch; ``mask`` covers the cached ones as well."""
+    """One call on the newest tokens of a batch, whose padding has no position; ``mask`` covers the cached ones too."""
     if cache is not None:
         options[cache_name(model)] = cache
-    return model(input_ids=ids, attention_mask=mask, position_ids=positions(mask)[:, -ids.shape[1] :], **options)
+    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+    return model(input_ids=ids, attention_mask=mask, position_ids=positions, **options)
 
 
 def generate(model: Any, ids: torch.Tensor, mask: torch.Tensor, new_tokens: int = NEW, **options: Any) -> torch.Tensor:
     """Greedy decoding by the model's own ``generate``."""
-    return model.generate(
-        input_ids=ids, attention_mask=mask, max_new_tokens=new_tokens, do_sample=False, pad_token_id=0, **options
-    )
+    if "cache" in options:
+        options[cache_name(model)] = options.pop("cache")
+    options |= {"max_new_tokens": new_tokens, "do_sample": False, "pad_token_id": 0}
+    return model.generate(input_ids=ids, attention_mask=mask, **options)
 
 
 @torch.no_grad()
@@ -106,10 +103,8 @@ def teacher_forced(model: Any, ids: torch.Tensor, mask: torch.Tensor, prompt_len
 def cached_steps(model: Any, ids: torch.Tensor, mask: torch.Tensor, prompt_length: int, cache: Any) -> torch.Tensor:
     """Logits from the prompt's last position on: the prompt in one call, then one token at a time."""
     bounds = [(0, prompt_length), *((end - 1, end) for end in range(prompt_length + 1, ids.shape[1] + 1))]
-    steps = [
-        forward(model, ids[:, start:end], mask[:, :end], cache, use_cache=True).logits[:, -1:] for start, end in bounds
-    ]
-    return torch.cat(steps, dim=1)
+    steps = (forward(model, ids[:, i:end], mask[:, :end], cache, use_cache=True).logits[:, -1:] for i, end in bounds)
+    return torch.cat(list(steps), dim=1)
 
 
 @torch.no_grad()
@@ -118,10 +113,8 @@ def greedy_by_hand(model: Any, ids: torch.Tensor, mask: torch.Tensor, new_tokens
     prompt_length = ids.shape[1]
     for _ in range(new_tokens):
         # The newest position has no label yet: a stand-in keeps the prompt's end where it is.
-        stand_in, one = torch.full_like(ids[:, :1], 3), torch.ones_like(mask[:, :1])
-        full, full_mask = torch.cat([ids, stand_in], dim=1), torch.cat([mask, one], dim=1)
-        logits = teacher_forced(model, full, full_mask, prompt_length)[:, -2]
-        ids, mask = torch.cat([ids, logits.argmax(-1, keepdim=True)], dim=1), full_mask
+        ids, mask = nn.functional.pad(ids, (0, 1), value=3), nn.functional.pad(mask, (0, 1), value=1)
+        ids[:, -1] = teacher_forced(model, ids, mask, prompt_length)[:, -2].argmax(dim=-1)
     return ids
 
 
@@ -155,21 +148,6 @@ IDS, MASK = padded(random_rows(6, 11, 9))
 def logits(model: Any, ids: torch.Tensor = IDS, mask: torch.Tensor = MASK) -> torch.Tensor:
     """At the attended positions."""
     return forward(model, ids, mask).logits[mask.bool()].float()
-
-
-@torch.no_grad()
-def mixture_of_one_prompt(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, dict, dict]:
-    """The logits, and by layer the gates (K) and what the router has read (I), of a batch of one row."""
-    gates, read = {}, {}
-    for layer in layers(model):
-
-        def spy(adapter: str, x: torch.Tensor, layer: Any = layer, route: Any = layer._route) -> torch.Tensor:
-            found = route(adapter, x)
-            gates[layer.name], read[layer.name] = found.flatten(), x.flatten()
-            return found
-
-        layer._route = spy
-    return logits(model, ids, mask), gates, read
 
 
 def gradients(model: Any) -> dict[str, torch.Tensor]:

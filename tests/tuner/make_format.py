@@ -40,7 +40,7 @@ def computed(model: PeftModel) -> dict[str, torch.Tensor]:
     }
 
 
-def main() -> None:
+if __name__ == "__main__":
     for name, options in OPTIONS.items():
         folder = FOLDER / str(FORMAT) / name
         torch.manual_seed(0)
@@ -48,7 +48,3 @@ def main() -> None:
         model.save_pretrained(str(folder), save_embedding_layers=False)
         (folder / "README.md").unlink()
         save_file({key: value.contiguous() for key, value in computed(model).items()}, folder / "computed.safetensors")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,11 +1,7 @@
 """torch.compile, decoder layer by decoder layer: whole graphs, two for any depth; regrouping recompiles nothing."""
 
-from collections.abc import Callable, Iterator
-from typing import Any
-
 import pytest
 import torch
-from torch import nn
 from torch._dynamo.utils import counters
 
 from tuner.helpers import adapted, gradients, layers, padded, random_rows
@@ -13,47 +9,15 @@ from tuner.helpers import adapted, gradients, layers, padded, random_rows
 # The compiler looks at it when it makes the second graph; nothing here does.
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 
-# The first layer's input needs no gradient, the others' does: two graphs, however many layers there are.
-GRAPHS, DEPTH = 2, 4
 
-
-@pytest.fixture(autouse=True)
-def _nothing_compiled() -> Iterator[None]:
-    torch._dynamo.reset()
-    counters.clear()
-    yield
-    torch._dynamo.reset()
-
-
-def batch(seed: int = 0) -> dict[str, Any]:
-    """Three padded rows of 12 positions with answers of 4."""
-    ids, mask = padded(random_rows(12, 9, 7, seed=seed), side="left")
-    labels = ids.clone()
-    labels[:, :8] = -100
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels, "use_cache": False}
-
-
-def compiled(model: Any) -> Any:
-    for layer in model.get_base_model().model.layers:
-        layer.compile(backend="eager", fullgraph=True)  # the graphs are what is looked at, not what becomes of them
-    return model
-
-
-def trained(model: nn.Module, micro_batches: int = 1) -> dict[str, torch.Tensor]:
+def trained(model, micro_batches):
+    """The gradients on batches of three padded rows of 12 positions with answers of 4."""
     for seed in range(micro_batches):
-        model(**batch(seed)).loss.backward()
+        ids, mask = padded(random_rows(12, 9, 7, seed=seed))
+        labels = ids.clone()
+        labels[:, :8] = -100
+        model(input_ids=ids, attention_mask=mask, labels=labels, use_cache=False).loss.backward()
     return gradients(model)
-
-
-def regroup(model: nn.Module, seed: int) -> None:
-    """What a regrouping does: other labels, a column of B rescaled, the sums of gates taken."""
-    generator = torch.Generator().manual_seed(seed)
-    for layer in layers(model):
-        labels_N = layer.expert_of("default")
-        labels_N.copy_(labels_N[torch.randperm(len(labels_N), generator=generator)])
-        with torch.no_grad():
-            layer.badit_B["default"][:, 0] *= 1.5
-        layer.gate_sums.pop("default", None)
 
 
 @pytest.mark.parametrize(
@@ -66,17 +30,22 @@ def regroup(model: nn.Module, seed: int) -> None:
     ],
     ids=str,
 )
-def test_a_regrouping_compiles_nothing_again(
-    tiny_model: Callable[..., Any], options: dict[str, Any], micro_batches: int
-) -> None:
-    plain, model = (adapted(tiny_model("llama", num_hidden_layers=DEPTH), **options).train() for _ in range(2))
-    before = trained(compiled(model), micro_batches)
+def test_a_regrouping_compiles_nothing_again(tiny_model, options, micro_batches):
+    torch._dynamo.reset()
+    counters.clear()
+    plain, model = (adapted(tiny_model("llama", num_hidden_layers=4), **options).train() for _ in range(2))
+    for layer in model.get_base_model().model.layers:
+        layer.compile(backend="eager", fullgraph=True)  # the graphs are what is looked at, not what becomes of them
+    before = trained(model, micro_batches)
     trained(plain, micro_batches)
-    graphs = GRAPHS * min(micro_batches, 2)
+    # The first layer's input needs no gradient, the others' does: two graphs, however many layers there are.
+    graphs = 2 * min(micro_batches, 2)
     assert counters["stats"]["unique_graphs"] == graphs
     for seed in (1, 2):
-        regroup(plain, seed)
-        regroup(model, seed)
+        for layer in (*layers(plain), *layers(model)):  # what a regrouping does
+            layer.expert_of("default").copy_(layer.expert_of("default").roll(seed))
+            layer.badit_B["default"].data[:, 0] *= 1.5
+            layer.gate_sums.pop("default", None)
         with torch._dynamo.config.patch(error_on_recompile=True):
             after = trained(model, micro_batches)
         expected = trained(plain, micro_batches)

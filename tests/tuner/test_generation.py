@@ -8,23 +8,9 @@ import torch
 from transformers import ContinuousBatchingConfig, DynamicCache, GenerationConfig, MambaConfig, MambaForCausalLM
 
 from badit.errors import BaditError
-from tuner.helpers import (
-    FAMILIES,
-    NEW,
-    adapted,
-    cache_name,
-    forward,
-    generate,
-    greedy_by_hand,
-    layers,
-    opt,
-    padded,
-    random_rows,
-)
+from tuner.helpers import FAMILIES, NEW, adapted, forward, generate, greedy_by_hand, layers, opt, padded, random_rows
 
 ROWS = random_rows(5, 9, 7)
-
-
 STATIC = {"cache_implementation": "static"}  # for which `generate` gives the model masks of four dimensions
 EAGER = {"_attn_implementation": "eager"}
 
@@ -60,11 +46,11 @@ def test_inputs_embeds_and_positional_input(tiny_model):
 
 @torch.no_grad()
 def continue_by_hand(model, cache, ids, mask, steps):
-    """Greedy steps from a prefilled cache; yields every new token, so that two runs can take turns."""
+    """The first token after a prefilled cache, then greedy steps; yields each token, so that runs can take turns."""
     for _ in range(steps):
+        yield ids
         mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
         ids = forward(model, ids, mask, cache, use_cache=True).logits[:, -1:].argmax(-1)
-        yield ids
 
 
 @torch.no_grad()
@@ -79,18 +65,21 @@ def test_prompt_caches_and_their_copies_carry_their_routing_and_take_turns(tiny_
     batches = [padded(ROWS), padded(ROWS), padded(random_rows(8, 4, seed=9))]
     caches = [prefill(model, *batch) for batch in (batches[0], batches[2])]
     caches.insert(1, copy.deepcopy(caches[0]))
-    runs = [
-        continue_by_hand(model, cache, first, mask, NEW - 1)
-        for (cache, first), (_, mask) in zip(caches, batches, strict=True)
-    ]
-    steps = [[first for _, first in caches], *zip(*runs, strict=True)]
+    runs = [continue_by_hand(model, *start, mask, NEW) for start, (_, mask) in zip(caches, batches, strict=True)]
+    steps = zip(*runs, strict=True)
     for tokens, batch in zip(zip(*steps, strict=True), batches, strict=True):
         assert torch.equal(torch.cat(tokens, dim=1), greedy_by_hand(model, *batch, NEW)[:, -NEW:])
 
 
 def continued(model, cache, ids):
     """``generate`` from a copy of a cache that holds the beginning of these prompts."""
-    return generate(model, ids, torch.ones_like(ids), **{cache_name(model): copy.deepcopy(cache)})
+    return generate(model, ids, torch.ones_like(ids), cache=copy.deepcopy(cache))
+
+
+def chosen(model, ids, prompt_length):
+    """The token after each position by one pass over all, routed on the first ones."""
+    prompt_mask = (torch.arange(ids.shape[1]) < prompt_length).expand(len(ids), -1)
+    return model(input_ids=ids, prompt_mask=prompt_mask).logits.argmax(dim=-1)
 
 
 @pytest.mark.parametrize("family", ["llama", "opt"])  # OPT's MLP sees positions as rows
@@ -102,13 +91,7 @@ def test_generate_continues_from_a_copied_prompt_cache(tiny_model, family):
     with pytest.warns(UserWarning, match="keeps the mixture of its first prompt"):
         found = continued(model, cache, ids)
     assert torch.equal(continued(model, cache, ids), found)  # a second warning is an error
-    with torch.no_grad():
-        for _ in range(NEW):
-            mask = torch.ones_like(ids)
-            prompt_mask = mask * (torch.arange(ids.shape[1]) < 6)
-            token = forward(model, ids, mask, prompt_mask=prompt_mask).logits[:, -1:].argmax(-1)
-            ids = torch.cat([ids, token], dim=1)
-    assert torch.equal(found, ids)
+    assert torch.equal(found[:, 8:], chosen(model, found, 6)[:, 7:-1])
 
 
 @pytest.mark.parametrize("routing", ["prompt", "token"])
@@ -119,8 +102,7 @@ def test_a_recurrent_model_generates(routing):
     model = adapted(mamba, routing=routing, target_modules=["in_proj"])
     ids = torch.tensor([[5, 6, 7, 8]])
     found = generate(model, ids, torch.ones_like(ids))
-    whole = model(input_ids=found[:, :-1], prompt_mask=(torch.arange(found.shape[1] - 1) < 4)[None]).logits
-    assert torch.equal(found[:, 4:], whole.argmax(dim=-1)[:, 3:])
+    assert torch.equal(found[:, 4:], chosen(model, found, 4)[:, 3:-1])
 
 
 def test_a_prompt_cache_is_decoded_with_the_present_weights(tiny_model):
@@ -135,17 +117,8 @@ def test_a_prompt_cache_is_decoded_with_the_present_weights(tiny_model):
             layer.badit_B["default"].mul_(-3)
     after = continued(model, cache, ids)
     assert not torch.equal(before, after)
-    tokens = list(continue_by_hand(model, cache, first, mask, NEW))
-    assert torch.equal(torch.cat(tokens, dim=1), after[:, -NEW:])
-
-
-def test_a_prompt_in_pieces_is_refused(tiny_model):
-    model = adapted(tiny_model("llama"))
-    with pytest.raises(BaditError, match="without prefill_chunk_size, or use routing='token'"):
-        generate(model, *padded(ROWS), prefill_chunk_size=4)
-    by_token = adapted(tiny_model("llama"), routing="token")
-    ids, mask = padded(ROWS)
-    assert torch.equal(generate(by_token, ids, mask, prefill_chunk_size=4), generate(by_token, ids, mask))
+    tokens = list(continue_by_hand(model, cache, first, mask, NEW + 1))
+    assert torch.equal(torch.cat(tokens, dim=1), after[:, -NEW - 1 :])
 
 
 def test_candidate_tokens_do_not_join_the_prompt(tiny_model):
@@ -166,8 +139,11 @@ def test_gates_are_worked_in_once_a_generation(tiny_model, monkeypatch, rows):
         assert len(times) == 2 * generation, "for the prompt, and for the first token after it"
 
 
-def test_guidance_and_batches_without_padding_need_routing_by_token(tiny_model):
+def test_a_prompt_in_pieces_guidance_and_batches_without_padding_need_routing_by_token(tiny_model):
     by_prompt, by_token = (adapted(tiny_model("llama"), routing=routing) for routing in ("prompt", "token"))
+    with pytest.raises(BaditError, match="without prefill_chunk_size, or use routing='token'"):
+        generate(by_prompt, *padded(ROWS), prefill_chunk_size=4)
+    assert torch.equal(generate(by_token, *padded(ROWS), prefill_chunk_size=4), generate(by_token, *padded(ROWS)))
     ids, mask = padded([ROWS[1]])
     for options in ({"guidance_scale": 2.0}, {"generation_config": GenerationConfig(guidance_scale=2.0)}):
         with pytest.raises(BaditError, match="guidance_scale: generates from an unconditional prompt too"):
@@ -189,9 +165,9 @@ def test_a_second_turn_on_a_kept_cache_warns_and_a_reset_cache_mixes_again(tiny_
     ids, mask = padded(random_rows(9, 9))
     cache, _ = prefill(model, ids[:, :6], mask[:, :6])
     last = {"use_cache": True, "logits_to_keep": 1}
-    with torch.no_grad(), pytest.warns(UserWarning, match="keeps the mixture of its first prompt"):
-        kept = forward(model, ids[:, 6:], mask, cache, **last).logits
     with torch.no_grad():
+        with pytest.warns(UserWarning, match="keeps the mixture of its first prompt"):
+            kept = forward(model, ids[:, 6:], mask, cache, **last).logits
         fresh = forward(model, ids, mask, **last).logits
         assert (kept - fresh).abs().max() > 0.05
         cache.reset()

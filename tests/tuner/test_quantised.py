@@ -1,14 +1,14 @@
 """Experts next to quantised base weights: started from what these stand for, which never change, trained and saved."""
 
-from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 import pytest
 import torch
 from peft import PeftModel
 from torch import nn
+from torch.testing import assert_close
 
 from badit.errors import BaditError
 from badit.evaluate import evaluate, train_and_score
@@ -16,34 +16,30 @@ from badit.files import read_jsonl
 from badit.models import Quantisation, load_base_model
 from badit.recipe import build_recipe
 from badit.train import make_plan
-from badit.tuner import BaditLinear
 from badit.tuner.targets import refuse_unsuitable_layer
 from materials import make_material
-from tuner.helpers import adapt
+from tuner.helpers import adapt, layers
 
 # torchao does not go with the lowest torch that all else goes with.
 needs_torchao = pytest.mark.skipif(find_spec("torchao") is None, reason="torchao is not installed")
 KINDS = [pytest.param(kind, marks=[needs_torchao] if "torchao" in kind else []) for kind in get_args(Quantisation)]
-Load = Callable[[str], Any]
+IDS = torch.arange(3, 15)[None]
+TO_THE_BIT = {"rtol": 0, "atol": 0, "equal_nan": True}
 
 
 @pytest.fixture
-def model_folder(tmp_path: Path) -> Path:
+def model_folder(tmp_path):
     """Wide enough for blocks of 64 weights that share a scale."""
     make_material(tmp_path, hidden_size=128, intermediate_size=256, initializer_range=0.2)
     return tmp_path / "model"
 
 
 @pytest.fixture
-def load(model_folder: Path) -> Load:
-    return lambda kind: load_base_model(model_folder, dtype="float32", quantisation=kind)[0]  # pyright: ignore
+def load(model_folder):
+    return lambda kind: load_base_model(model_folder, dtype="float32", quantisation=kind)[0]
 
 
-def ids() -> torch.Tensor:
-    return torch.arange(3, 15)[None]
-
-
-def stored(model: Any) -> dict[str, torch.Tensor]:
+def stored(model):
     """The base model's numbers as they are kept, bytes and scales."""
     kept = {}
     for name, value in model.state_dict().items():
@@ -53,49 +49,29 @@ def stored(model: Any) -> dict[str, torch.Tensor]:
     return {name: part for name, part in kept.items() if "badit_" not in name}
 
 
-def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
-    torch.testing.assert_close(other, one, rtol=0, atol=0, equal_nan=True)
-
-
-def learn(model: Any, steps: int = 8) -> list[float]:
-    labels = ids().clone()
-    labels[:, :6] = -100
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
-    losses = []
-    for _ in range(steps):
-        loss = model(input_ids=ids(), labels=labels).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(float(loss.detach()))
-    return losses
-
-
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_experts_start_as_the_weights_leading_part_and_change_nothing(load: Load, kind: str) -> None:
+def test_the_experts_start_as_the_weights_leading_part_and_change_nothing(load, kind):
     # In training mode, since in evaluation on some CPUs bitsandbytes computes in another precision.
     base = load(kind).train()
-    with torch.no_grad():
-        expected = base(input_ids=ids()).logits
     layer = base.model.layers[0].mlp.gate_proj
     assert type(layer.weight) is not nn.Parameter
     with torch.no_grad():
+        expected = base(input_ids=IDS).logits
         used_OI = layer(torch.eye(128)).T
-
     model = adapt(base, num_experts=4)
-    expert = next(module for module in model.modules() if isinstance(module, BaditLinear))
+    expert = layers(model)[0]
     weight_OI = expert.weight_OI
-    torch.testing.assert_close(weight_OI, used_OI, rtol=0, atol=float(weight_OI.abs().max()) * 1e-2)
+    assert_close(weight_OI, used_OI, rtol=0, atol=float(weight_OI.abs().max()) * 1e-2)
     a_NI, b_ON = expert.kept_factors("default")
     u, s, vh = torch.linalg.svd(weight_OI)
-    torch.testing.assert_close(expert.badit_config["default"].scaling * b_ON @ a_NI, (u[:, :8] * s[:8]) @ vh[:8])
+    assert_close(expert.badit_config["default"].scaling * b_ON @ a_NI, (u[:, :8] * s[:8]) @ vh[:8])
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
     with torch.no_grad():
-        torch.testing.assert_close(model.train()(input_ids=ids()).logits, expected, rtol=1e-3, atol=1e-3)
+        assert_close(model.train()(input_ids=IDS).logits, expected, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_training_learns_leaves_the_base_alone_and_is_saved(load: Load, tmp_path: Path, kind: str) -> None:
+def test_training_learns_leaves_the_base_alone_and_is_saved(load, tmp_path, kind):
     losses = []
     for evaluated in (False, True):  # an evaluation changes neither the weights nor the training after it
         base = load(kind)
@@ -103,31 +79,38 @@ def test_training_learns_leaves_the_base_alone_and_is_saved(load: Load, tmp_path
         model = adapt(base, num_experts=4)
         if evaluated:
             with torch.no_grad():
-                model.eval()(input_ids=ids())
-        assert_same(before, stored(model))
-        losses.append(learn(model.train()))
+                model.eval()(input_ids=IDS)
+        assert_close(stored(model), before, **TO_THE_BIT)
+        optimizer = torch.optim.AdamW([p for p in model.train().parameters() if p.requires_grad], lr=0.01)
+        losses.append([])
+        for _ in range(8):
+            loss = model(input_ids=IDS, labels=IDS.masked_fill(IDS < 9, -100)).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses[-1].append(loss.item())
     assert losses[0] == losses[1]
     assert losses[0][-1] < losses[0][0] / 2
-    assert_same(before, stored(model))
+    assert_close(stored(model), before, **TO_THE_BIT)
     model.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
     again = PeftModel.from_pretrained(load(kind), str(tmp_path / "adapter")).train()
     with torch.no_grad():
-        torch.testing.assert_close(again(input_ids=ids()).logits, model(input_ids=ids()).logits, rtol=1e-4, atol=1e-4)
-    assert_same(before, stored(model.unload()))
+        assert_close(again(input_ids=IDS).logits, model(input_ids=IDS).logits, rtol=1e-4, atol=1e-4)
+    assert_close(stored(model.unload()), before, **TO_THE_BIT)
 
 
-def test_a_base_that_has_been_reordered_is_refused(load: Load) -> None:
+def test_a_base_that_has_been_reordered_is_refused(load):
     base = load("bnb-4bit").eval()
     layer = base.model.layers[1].mlp.gate_proj
     with torch.no_grad():
-        base(input_ids=ids())  # reorders it on a CPU with AVX-512 in bfloat16; elsewhere the next line stands for that
+        base(input_ids=IDS)  # reorders it on a CPU with AVX-512 in bfloat16; elsewhere the next line stands for that
     layer.weight.quant_state.packing_format_for_cpu = True
     with pytest.raises(BaditError, match=r"has been evaluated on a CPU.*load the model again"):
         adapt(base, num_experts=4)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_recipe_with_a_quantised_model_runs_to_its_scores(recipe_values: dict[str, Any], kind: str) -> None:
+def test_a_recipe_with_a_quantised_model_runs_to_its_scores(recipe_values, kind):
     recipe = build_recipe(recipe_values, [f"model.quantisation={kind}"])
     scores = train_and_score(recipe, progress=False)
     losses = [line["loss"] for line in read_jsonl(Path(recipe.output) / "metrics.jsonl")]
@@ -135,9 +118,7 @@ def test_a_recipe_with_a_quantised_model_runs_to_its_scores(recipe_values: dict[
     assert evaluate(recipe.output, progress=False) == scores
 
 
-def test_what_cannot_be_quantised_is_refused(
-    recipe_values: dict[str, Any], model_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_cannot_be_quantised_is_refused(recipe_values, model_folder, monkeypatch):
     class WQLinear(nn.Module):
         qweight = torch.zeros(2, 2, dtype=torch.int32)
 
@@ -146,7 +127,7 @@ def test_what_cannot_be_quantised_is_refused(
     with pytest.raises(BaditError, match=r"model\.quantisation: full trains whole base weights"):
         make_plan(build_recipe({**recipe_values, "method": {"name": "full"}}, ["model.quantisation=bnb-8bit"]))
     with pytest.raises(BaditError, match=r"quantisation: unknown 'bnb-8' \(did you mean 'bnb-8bit'\?\)"):
-        load_base_model(model_folder, quantisation="bnb-8")  # pyright: ignore
+        load_base_model(model_folder, quantisation="bnb-8")
     monkeypatch.setattr("badit.models.find_spec", lambda name: None)
     with pytest.raises(BaditError, match=r"bnb-4bit needs bitsandbytes: pip install 'badit\[quantised\]'"):
         load_base_model(model_folder, quantisation="bnb-4bit")

@@ -1,4 +1,4 @@
-"""Which modules are adapted by default in every documented family, and the fused weights of MoE models."""
+"""Where the adapter goes in every family, fused weights of MoE models too, and that step 0 is the base model."""
 
 import copy
 import re
@@ -8,18 +8,19 @@ import peft
 import pytest
 import torch
 from packaging.version import Version
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, T5Config, T5ForConditionalGeneration
 from transformers.pytorch_utils import Conv1D
 
-from badit import OrthogonalUpdates, Regrouper
+from badit import BaditConfig, OrthogonalUpdates, Regrouper
 from badit.analysis.gates import adapted_layers, changed_gates, prompt_gates
 from badit.errors import BaditError
 from badit.export import merge, mixture_factors, write_adapter
-from badit.tuner.targets import default_targets
+from badit.tuner.targets import base_layer, default_targets
 from docs.pages import Page
 from tuner.helpers import (
+    FAMILIES,
     IDS,
     MASK,
     adapt,
@@ -30,7 +31,6 @@ from tuner.helpers import (
     greedy_by_hand,
     layers,
     logits,
-    mixture_of_one_prompt,
     padded,
     random_rows,
 )
@@ -66,14 +66,53 @@ def test_the_default_is_the_documented_one_in_every_layer(family):
     assert owners <= allowed | {"mlp_block", "ffn"} | ({"0", "1", "2", "3"} if family == "opt" else set())
 
 
+@pytest.mark.parametrize(("dtype", "targets", "atol"), [("float32", "all-linear", 1e-5), ("bfloat16", None, 0.02)])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_step_0_equals_the_base_model(tiny_model, family, dtype, targets, atol):
+    base = tiny_model(family, dtype=getattr(torch, dtype))
+    expected, model = logits(base), adapt(base, target_modules=targets)
+    assert layers(model)[0].weight_OI.dtype == getattr(torch, dtype)
+    assert len(layers(model)) == (2 if targets is None else 8 if family == "gpt2" else 14)
+    torch.testing.assert_close(logits(model), expected, atol=atol, rtol=0)
+    assert expected.std() > 0.5  # the tolerance means something
+
+
+def test_an_encoder_decoder_routes_by_token_only():
+    sizes = {"vocab_size": 100, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
+    base = T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0, pad_token_id=0)).eval()
+    with pytest.raises(BaditError, match="decoder-only models; use routing='token'"):
+        adapt(base, task_type=None)
+    with torch.no_grad():
+        before = base(input_ids=IDS, attention_mask=MASK, labels=IDS).logits
+        model = adapt(base, task_type=None, routing="token")
+        assert {layer.name.split(".")[-1] for layer in layers(model)} == {"wi"}
+        after = model(input_ids=IDS, attention_mask=MASK, labels=IDS).logits
+    torch.testing.assert_close(after, before, atol=1e-5, rtol=0)
+
+
+def test_smollm2_in_the_published_setting(smollm2):
+    """Real weights and text: step 0 is the base model, and what is learnt routes alike in generation."""
+    base, tokenizer = smollm2
+    texts = ["Classify the sentiment of the sentence as positive or negative.", "What is the capital of France?"]
+    ids, mask = tokenizer(texts, padding=True, return_tensors="pt").values()
+    expected = logits(base, ids, mask)
+    model = get_peft_model(base, BaditConfig(task_type="CAUSAL_LM")).eval()
+    assert len(layers(model)) == 30
+    assert (logits(model, ids, mask) - expected).abs().max() <= 1e-4
+    with torch.no_grad():
+        for layer in layers(model):
+            for parameter in (layer.badit_A["default"], layer.badit_B["default"]):
+                parameter.add_(0.1 * parameter.std() * torch.randn_like(parameter))
+            torch.nn.init.normal_(layer.badit_router["default"])
+    assert torch.equal(generate(model, ids, mask, 5), greedy_by_hand(model, ids, mask, 5))
+    with model.disable_adapter():
+        assert torch.equal(logits(model, ids, mask), expected)
+
+
 @pytest.mark.parametrize(
     ("family", "options", "message"),
     [
-        (
-            "mixtral",
-            {"target_modules": ["q_proj", "gate_up_proj"]},
-            "gate_up_proj is a fused weight: name it in target_p",
-        ),
+        ("mixtral", {"target_modules": ["q_proj", "gate_up_proj"]}, "gate_up_proj is a fused weight: name it in t"),
         ("qwen3_moe", {"target_parameters": ["experts.gate_proj"]}, "no fused weight 'experts.gate_proj'"),
         ("gpt_oss", {"target_parameters": FUSED, "routing": "token"}, "needs routing='prompt'"),
         ("gpt_oss", {"target_parameters": FUSED, "layers_to_transform": [0]}, "whole names in place of layers_to_t"),
@@ -99,9 +138,7 @@ def test_fused_experts_are_adapted_from_step_0_to_unloading(tiny_model, tmp_path
     model = adapted(tiny_model(family), target_parameters=FUSED)
     expected = logits(model)
     assert (expected - before).abs().max() > 0.5
-    alone = [
-        logits(model, row[keep.bool()][None], keep[keep.bool()][None]) for row, keep in zip(IDS, MASK, strict=True)
-    ]
+    alone = [logits(model, IDS[i : i + 1, -length:], MASK[i : i + 1, -length:]) for i, length in enumerate((6, 11, 9))]
     torch.testing.assert_close(torch.cat(alone), expected, atol=2e-5, rtol=0)
     if family != "gpt_oss":  # whose attention does not tell packed rows apart in transformers 5.24
         packed = {"input_ids": IDS[MASK.bool()][None], "position_ids": (MASK.cumsum(dim=1) - 1)[MASK.bool()][None]}
@@ -119,20 +156,28 @@ def test_fused_experts_are_adapted_from_step_0_to_unloading(tiny_model, tmp_path
     assert "forward" not in vars(plain.model.layers[0].mlp.experts)
 
 
-@pytest.mark.parametrize("family", MOE)
-def test_a_matrix_routes_on_the_prompts_tokens_that_reach_it(tiny_model, family):
-    """The mixture of one prompt, written into the fused weights of a plain model, gives the same logits."""
+@pytest.mark.parametrize("family", [*FAMILIES, *MOE])
+def test_the_adapted_model_is_the_model_with_its_mixture_written_in(tiny_model, family):
+    """For one prompt the gates are fixed; a matrix of a fused weight routes on the prompt's tokens that reach it."""
     ids, mask = padded(random_rows(9))
-    model, plain = adapted(tiny_model(family), target_parameters=FUSED), tiny_model(family)
-    expected, gates, read = mixture_of_one_prompt(model, ids, mask)
+    options = {"target_parameters": FUSED} if family in MOE else {"target_modules": "all-linear"}
+    model, plain = adapted(tiny_model(family), **options), tiny_model(family)
+    gates, read = {}, {}
+    for layer in layers(model):
+
+        def spy(adapter, x, layer=layer, route=layer._route):
+            gates[layer.name], read[layer.name] = route(adapter, x).flatten(), x.flatten()
+            return route(adapter, x)
+
+        layer._route = spy
+    expected = logits(model, ids, mask)
+    assert family in MOE or (logits(plain, ids, mask) - expected).abs().max() > 0.5
     with torch.no_grad():
         for layer in layers(model):
-            experts, parameter, index = layer.name.rsplit(".", 2)
-            delta_OI = layer.get_delta_weight("default", gates[layer.name])
-            matrix = getattr(plain.get_submodule(experts), parameter)[int(index)]
-            matrix.add_(delta_OI.T if family == "gpt_oss" else delta_OI)
+            delta = layer.get_delta_weight("default", gates[layer.name])
+            base_layer(plain, layer.name).weight.add_(delta)
     seen = {}
-    for name in ("model.layers.0.mlp.experts", "model.layers.1.mlp.experts"):
+    for name in ("model.layers.0.mlp.experts", "model.layers.1.mlp.experts") if family in MOE else ():
         plain.get_submodule(name).register_forward_pre_hook(lambda _, args, name=name: seen.update({name: args}))
     torch.testing.assert_close(logits(plain, ids, mask), expected, atol=1e-3, rtol=1e-4)
     for name, (hidden, chosen, _) in seen.items():
@@ -147,10 +192,10 @@ def test_gradients_are_those_of_finite_differences(tiny_model, family):
     model = adapted(tiny_model(family), target_parameters=FUSED).double().train()
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
 
-    def loss():
+    def loss(model):
         return model(input_ids=IDS, attention_mask=MASK, labels=LABELS).loss
 
-    loss().backward()
+    loss(model).backward()
     found = gradients(model)
     assert found.keys() == parameters.keys()
     for kind in ("badit_A.", "badit_B.", "badit_router."):
@@ -160,15 +205,13 @@ def test_gradients_are_those_of_finite_differences(tiny_model, family):
             with torch.no_grad():
                 for name, direction in moved.items():
                     parameters[name].add_(step * direction)
-                ends.append(loss())
-        slope = (ends[0] - ends[1]) / 2e-4
-        torch.testing.assert_close(
-            slope, sum((found[n] * d).sum() for n, d in moved.items()), rtol=0.02, atol=1e-3, check_dtype=False
-        )
+                ends.append(loss(model).double())
+        slope = sum((found[name] * direction).sum() for name, direction in moved.items())
+        torch.testing.assert_close((ends[0] - ends[1]) / 2e-4, slope, rtol=0.02, atol=1e-3)
     again = copy.deepcopy(model)
     enable_checkpointing(again, reentrant=False)
-    for one in (model, again):
-        one(input_ids=IDS, attention_mask=MASK, labels=LABELS).loss.backward()
+    loss(again).backward()
+    loss(model).backward()
     torch.testing.assert_close(gradients(again), gradients(model))
 
 
