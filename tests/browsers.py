@@ -1,14 +1,9 @@
 """A headless Chromium for the tests of pages. Importing this skips a test module where there is none."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
 
 import pytest
 from selenium.webdriver import Chrome, ChromeOptions
@@ -17,17 +12,14 @@ from selenium.webdriver.chrome.service import Service
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 DRIVER = shutil.which("chromedriver")
 if BROWSER is None or DRIVER is None:
-    pytest.skip(
-        "the page is not tested in a browser: chromium and chromedriver are not installed "
-        "(Debian: apt-get install chromium chromium-driver)",
-        allow_module_level=True,
-    )
+    missing = "chromium or chromedriver is not installed (Debian: apt-get install chromium chromium-driver)"
+    pytest.skip(missing, allow_module_level=True)
 
 PATIENCE = 60  # seconds, for machines that are busy with other work
 
 
 @contextmanager
-def chromium(profile: Path) -> Iterator[Chrome]:
+def chromium(profile):
     """A browser with an empty profile, which keeps logs of the console and of what it requests."""
     options = ChromeOptions()
     options.binary_location = str(BROWSER)
@@ -43,7 +35,7 @@ def chromium(profile: Path) -> Iterator[Chrome]:
         driver.quit()
 
 
-def emulate(browser: Chrome, *, width: int = 1200, theme: str = "light") -> None:
+def emulate(browser, *, width=1200, theme="light"):
     """Sets the screen and the reader's preferences for the next pages, and empties the logs."""
     for log in ("browser", "performance"):
         browser.get_log(log)
@@ -54,13 +46,13 @@ def emulate(browser: Chrome, *, width: int = 1200, theme: str = "light") -> None
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
 
 
-def requests(browser: Chrome) -> list[dict[str, Any]]:
+def requests(browser):
     """What pages have requested since the logs were emptied or looked at."""
     events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
     return [event["params"]["request"] for event in events if event["method"] == "Network.requestWillBeSent"]
 
 
-def until(condition: Callable[[], Any], what: str) -> Any:
+def until(condition, what):
     """The first true value of the condition."""
     end = time.monotonic() + PATIENCE
     while time.monotonic() < end:

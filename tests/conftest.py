@@ -2,36 +2,21 @@
 
 # ruff: noqa: E402
 
-from __future__ import annotations
-
 import copy
 import gc
 import json
 import logging
 import shutil
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 for library in ("bitsandbytes", "torch.utils._pytree", "torchao"):  # their notices at import would follow the summary
     logging.getLogger(library).setLevel(logging.ERROR)
 
 import pytest
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    Gemma2Config,
-    Gemma3TextConfig,
-    GPT2Config,
-    GptOssConfig,
-    LlamaConfig,
-    MistralConfig,
-    MixtralConfig,
-    PreTrainedConfig,
-    Qwen3Config,
-    Qwen3MoeConfig,
-)
+import transformers
+import yaml
 
+from badit.models import load_base_model
 from badit.recipe import build_recipe
 from badit.run import Run
 from badit.train import fit
@@ -40,58 +25,48 @@ from fuzz.command import COUNTED
 from materials import make_material, make_recipe, write_tasks
 
 # The initial weights are larger than usual, so that a wrong gate or mask changes the logits by far more than rounding.
-_COMMON: dict[str, Any] = {"vocab_size": 100, "initializer_range": 0.2, "pad_token_id": 0, "bos_token_id": 1}
-_COMMON["eos_token_id"] = None
-_DECODER: dict[str, Any] = {
-    **_COMMON,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 128,
-}
-_WINDOW: dict[str, Any] = {"sliding_window": 4}  # shorter than the tests' prompts
+_COMMON = {"vocab_size": 100, "initializer_range": 0.2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None}
+_DECODER = {**_COMMON, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+_DECODER |= {"num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 128}
+_WINDOW = {"sliding_window": 4}  # shorter than the tests' prompts
 _MIXED = {**_WINDOW, "layer_types": ["sliding_attention", "full_attention"]}
-_MOE: dict[str, Any] = {**_DECODER, "num_local_experts": 5, "num_experts_per_tok": 2}
-_GPT2: dict[str, Any] = {"n_embd": 32, "n_inner": 48, "n_layer": 2, "n_head": 4, "n_positions": 128}
-_FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
-    "llama": lambda: LlamaConfig(**_DECODER),
-    "qwen3": lambda: Qwen3Config(**_DECODER, use_sliding_window=True, **_MIXED),
-    "gemma2": lambda: Gemma2Config(**_DECODER, query_pre_attn_scalar=8, **_MIXED),
-    "gemma3": lambda: Gemma3TextConfig(**_DECODER, query_pre_attn_scalar=8, **_MIXED),
-    "mistral": lambda: MistralConfig(**_DECODER, **_WINDOW),
-    "mixtral": lambda: MixtralConfig(**_MOE),
-    "qwen3_moe": lambda: Qwen3MoeConfig(**_MOE, num_experts=5, moe_intermediate_size=24),
-    "gpt_oss": lambda: GptOssConfig(**_MOE),
-    "gpt2": lambda: GPT2Config(**_COMMON, **_GPT2, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0),
+_MOE = {**_DECODER, "num_local_experts": 5, "num_experts_per_tok": 2}
+_GPT2 = {"n_embd": 32, "n_inner": 48, "n_layer": 2, "n_head": 4, "n_positions": 128}
+_FAMILIES = {
+    "llama": lambda: transformers.LlamaConfig(**_DECODER),
+    "qwen3": lambda: transformers.Qwen3Config(**_DECODER, use_sliding_window=True, **_MIXED),
+    "gemma2": lambda: transformers.Gemma2Config(**_DECODER, query_pre_attn_scalar=8, **_MIXED),
+    "gemma3": lambda: transformers.Gemma3TextConfig(**_DECODER, query_pre_attn_scalar=8, **_MIXED),
+    "mistral": lambda: transformers.MistralConfig(**_DECODER, **_WINDOW),
+    "mixtral": lambda: transformers.MixtralConfig(**_MOE),
+    "qwen3_moe": lambda: transformers.Qwen3MoeConfig(**_MOE, num_experts=5, moe_intermediate_size=24),
+    "gpt_oss": lambda: transformers.GptOssConfig(**_MOE),
+    "gpt2": lambda: transformers.GPT2Config(**_COMMON, **_GPT2, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0),
 }
 
 
 @pytest.fixture(autouse=True)
-def _fixed_seed() -> None:
+def _fixed_seed():
     torch.manual_seed(0)
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _quick_collection() -> None:
+def _quick_collection():
     """Every load of a model and every training collects garbage, which would visit all imported modules."""
     gc.collect()
     gc.freeze()
 
 
-@pytest.fixture
-def tiny_model() -> Callable[..., Any]:
+@pytest.fixture(scope="session")
+def tiny_model():
     """A factory: ``tiny_model("llama")`` is a random causal language model, the same at every call, in eval mode."""
 
-    def make(family: str, *, dtype: torch.dtype = torch.float32, seed: int = 0, **overrides: Any) -> Any:
+    def make(family, *, dtype=torch.float32, seed=0, **overrides):
         config = _FAMILIES[family]()
-        for name, value in overrides.items():
-            setattr(config, name, value)
+        config.update(overrides)
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         # Cast afterwards: weights drawn in another dtype would be different weights.
         return model.to(dtype).eval()
 
@@ -99,14 +74,12 @@ def tiny_model() -> Callable[..., Any]:
 
 
 @pytest.fixture(scope="session")
-def _smollm2_once() -> tuple[Any, Any]:
-    from badit.models import load_base_model
-
+def _smollm2_once():
     return load_base_model("smollm2-135m", dtype="float32")
 
 
 @pytest.fixture
-def smollm2(_smollm2_once: tuple[Any, Any]) -> tuple[Any, Any]:
+def smollm2(_smollm2_once):
     """SmolLM2-135M-Instruct in float32 and its tokenizer; a copy, so a test may adapt and train it."""
     model, tokenizer = copy.deepcopy(_smollm2_once)
     tokenizer.padding_side = "left"
@@ -114,7 +87,7 @@ def smollm2(_smollm2_once: tuple[Any, Any]) -> tuple[Any, Any]:
 
 
 @pytest.fixture
-def model_folder(tmp_path: Path, tiny_model: Callable[..., Any]) -> Path:
+def model_folder(tmp_path, tiny_model):
     folder = tmp_path / "model"
     tokenizer = make_tokenizer(chat_template=CHATML)
     model = tiny_model("llama")
@@ -126,7 +99,7 @@ def model_folder(tmp_path: Path, tiny_model: Callable[..., Any]) -> Path:
 
 
 @pytest.fixture(scope="session")
-def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def material(tmp_path_factory):
     """A folder with a tiny ``model`` and ``tasks.jsonl``: two tasks of 12 training and 4 test instances."""
     folder = tmp_path_factory.mktemp("material")
     make_material(folder)
@@ -134,26 +107,21 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Run]:
+def trained(tmp_path_factory):
     """A factory: ``trained({"name": "lora"})`` is a run of three large steps, so that the effect of training shows.
 
     Equal trainings are run once; each call returns a copy, which a test may change.
     """
     folder = tmp_path_factory.mktemp("trained")
     make_material(folder, initializer_range=0.2)  # a wrong factor then changes the logits by far more than rounding
-    runs: dict[str, Path] = {}
+    runs = {}
 
-    def make(method: dict[str, Any], source: Path = folder / "tasks.jsonl", name: str = "run") -> Run:
+    def make(method, source=folder / "tasks.jsonl", name="run"):
         key = json.dumps([method, str(source)])
         if key not in runs:
-            values = {
-                "model": {"name": str(folder / "model"), "dtype": "float32"},
-                "data": {"source": str(source)},
-                "method": method,
-                "training": {"max_steps": 3, "per_device_train_batch_size": 4, "learning_rate": 0.05},
-                "evaluation": {"max_new_tokens": 8},
-                "output": str(folder / str(len(runs))),
-            }
+            values = make_recipe(folder / "model", source, folder / str(len(runs)))
+            values |= {"method": method, "evaluation": {"max_new_tokens": 8}}
+            values["training"] = {"max_steps": 3, "per_device_train_batch_size": 4, "learning_rate": 0.05}
             runs[key] = fit(build_recipe(values), progress=False).path
         return Run(shutil.copytree(runs[key], tmp_path_factory.mktemp("runs") / name))
 
@@ -161,23 +129,29 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Run]:
 
 
 @pytest.fixture
-def tiny_built_in(material: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def tiny_built_in(material, monkeypatch):
     """The built-in base model is the tiny one, with which a dry run takes a tenth of the time."""
     monkeypatch.setattr("badit.models._built_in_folder", lambda: material / "model")
 
 
 @pytest.fixture
-def task_file(tmp_path: Path) -> Path:
+def task_file(tmp_path):
     write_tasks(tmp_path / "tasks.jsonl")
     return tmp_path / "tasks.jsonl"
 
 
 @pytest.fixture
-def recipe_values(tmp_path: Path, model_folder: Path, task_file: Path) -> dict[str, Any]:
+def recipe_values(tmp_path, model_folder, task_file):
     return make_recipe(model_folder, task_file, tmp_path / "run")
 
 
-def pytest_terminal_summary(terminalreporter: Any) -> None:
+@pytest.fixture
+def recipe_file(tmp_path, recipe_values):
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe_values))
+    return tmp_path / "recipe.yaml"
+
+
+def pytest_terminal_summary(terminalreporter):
     """Prints how many cases of broken input were tried. ``make test`` does not call this hook in a subfolder."""
     reports = [report for reports in terminalreporter.stats.values() for report in reports]
     properties = [dict(report.user_properties) for report in reports if getattr(report, "when", "") == "teardown"]

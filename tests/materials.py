@@ -1,8 +1,6 @@
 """A tiny model, two tasks and a recipe that trains in a second, for tests and golden.py."""
 
 import json
-from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -11,7 +9,7 @@ from badit.metrics import mean_scores
 from data.examples import CHATML, make_tokenizer
 
 
-def write_tasks(path: Path) -> None:
+def write_tasks(path):
     """Two tasks of 12 training and 4 test instances, with inputs of several lengths."""
     lines = [
         {"task": task, "instruction": f"Name the {verb}.", "input": f"land {i} " * (1 + i % 4), "output": f"{verb} {i}"}
@@ -22,7 +20,7 @@ def write_tasks(path: Path) -> None:
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-def make_material(folder: Path, **config: Any) -> None:
+def make_material(folder, **config):
     """Writes ``model`` and ``tasks.jsonl`` into a folder."""
     tokenizer = make_tokenizer(chat_template=CHATML)
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -33,7 +31,7 @@ def make_material(folder: Path, **config: Any) -> None:
     write_tasks(folder / "tasks.jsonl")
 
 
-def make_recipe(model: Path, tasks: Path, output: Path) -> dict[str, Any]:
+def make_recipe(model, tasks, output):
     """24 training instances in batches of 4: six steps per epoch, twelve in total."""
     training = {"num_train_epochs": 2, "per_device_train_batch_size": 4, "learning_rate": 0.01}
     return {
@@ -46,15 +44,18 @@ def make_recipe(model: Path, tasks: Path, output: Path) -> dict[str, Any]:
     }
 
 
-def results_cell(method: str, seed: int | None, instances: dict[str, Any], **fields: Any) -> dict[str, Any]:
+def results_cell(method, seed, instances, **fields):
     """A finished cell of results.json with every instance's scores, by task and metric."""
     done = {"order": None, "learning_rate": None if seed is None else 5e-4, "status": "done", "error": None}
     scores = {"scores": mean_scores(instances), "instances": instances, "selected": True}
     return {"method": method, "seed": seed, **done, **scores, **fields}
 
 
-def write_results(folder: Path, cells: list[dict[str, Any]], methods: list[str], protocol: str = "mixed") -> Path:
+def comparison(*cells, methods, protocol="mixed"):
+    return {"format": 1, "protocol": protocol, "reference": "lora", "methods": methods, "cells": list(cells)}
+
+
+def write_results(folder, cells, methods, protocol="mixed"):
     path = folder / "results.json"
-    content = {"format": 1, "protocol": protocol, "reference": "lora", "methods": methods, "cells": cells}
-    path.write_text(json.dumps(content))
+    path.write_text(json.dumps(comparison(*cells, methods=methods, protocol=protocol)))
     return path

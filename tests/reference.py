@@ -6,38 +6,28 @@ Components are rows i of A (N, in) and columns i of B (out, N); a component's gr
 
 import itertools
 import math
-from typing import Any
 
 import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
 
 
-def float64(values: Any) -> np.ndarray:
+def float64(values):
     """Any tensor or array as a float64 array."""
     if isinstance(values, torch.Tensor):
         values = values.detach().to("cpu", torch.float64)
     return np.asarray(values, dtype=np.float64)
 
 
-def integers(values: Any) -> np.ndarray:
-    return np.asarray(values, dtype=np.int64)
-
-
-def members(labels: Any, expert: int) -> np.ndarray:
-    """The components of one expert."""
-    return np.flatnonzero(integers(labels) == expert)
-
-
 # --- decomposition (BAD) ---
-def singular_triples(weight: Any, rank: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def singular_triples(weight, rank):
     """U (out, rank), σ (rank), Vᵀ (rank, in) of the leading triples."""
     u, s, vh = np.linalg.svd(float64(weight), full_matrices=False)
     return u[:, :rank], s[:rank], vh[:rank]
 
 
 # --- grouping (DOG) ---
-def unit_gradients(grad_A: Any, grad_B: Any) -> np.ndarray:
+def unit_gradients(grad_A, grad_B):
     """Rows ĝ_i (N, in + out); zeros for a gradient that is zero or not finite."""
     gradients = np.concatenate([float64(grad_A), float64(grad_B).T], axis=1)
     lengths = np.linalg.norm(gradients, axis=1, keepdims=True)
@@ -45,51 +35,51 @@ def unit_gradients(grad_A: Any, grad_B: Any) -> np.ndarray:
     return np.where(usable, gradients, 0.0) / np.where(usable, lengths, 1.0)
 
 
-def cosine_gram(grad_A: Any, grad_B: Any) -> np.ndarray:
+def cosine_gram(grad_A, grad_B):
     unit = unit_gradients(grad_A, grad_B)
     return np.array([[float(np.dot(one, other)) for other in unit] for one in unit])
 
 
-def objective(gradients: np.ndarray, labels: Any) -> float:
+def objective(gradients, labels):
     """Σ_k ‖Σ_{i ∈ k} ĝ_i‖², on the gradients themselves."""
-    sums = [gradients[members(labels, k)].sum(axis=0) for k in set(integers(labels).tolist())]
+    sums = [gradients[np.asarray(labels) == k].sum(axis=0) for k in np.unique(labels)]
     return sum(float(group_sum @ group_sum) for group_sum in sums)
 
 
-def best_objective(gradients: np.ndarray, num_experts: int) -> float:
+def best_objective(gradients, num_experts):
     """The optimum over all balanced partitions, by trying each."""
     size = len(gradients) // num_experts
 
-    def best(free: tuple[int, ...]) -> float:
+    def best(free):
         if not free:
             return 0.0
-        groups = [(free[0], *others) for others in itertools.combinations(free[1:], size - 1)]
-        rests = [tuple(i for i in free if i not in group) for group in groups]
-        sums = [gradients[list(group)].sum(axis=0) for group in groups]
+        groups = [[free[0], *others] for others in itertools.combinations(free[1:], size - 1)]
+        sums = [gradients[group].sum(axis=0) for group in groups]
+        rests = [[i for i in free if i not in group] for group in groups]
         return max(float(total @ total) + best(rest) for total, rest in zip(sums, rests, strict=True))
 
-    return best(tuple(range(len(gradients))))
+    return best(range(len(gradients)))
 
 
-def best_exchange(gradients: np.ndarray, labels: Any) -> float:
+def best_exchange(gradients, labels):
     """The largest gain of the objective when any two components change places."""
     gains = []
     for i, j in itertools.combinations(range(len(gradients)), 2):
-        exchanged = integers(labels).copy()
+        exchanged = np.array(labels)
         exchanged[[i, j]] = exchanged[[j, i]]
         gains.append(objective(gradients, exchanged) - objective(gradients, labels))
     return max(gains)
 
 
-def polar_grouping(gradients: np.ndarray, labels: Any, num_experts: int, size: int, rounds: int = 50) -> np.ndarray:
+def polar_grouping(gradients, labels, num_experts, size, rounds=50):
     """The paper's loop, until nothing changes.
 
     Targets: C (dimensions, K) of the groups' sums, C = U Σ Vᵀ, Q = U Vᵀ. Assignment: max Σ_ik π_ik ⟨ĝ_i, q_k⟩ with
     exactly ``size`` components an expert, one slot after another.
     """
-    labels, slots = integers(labels), np.repeat(np.arange(num_experts), size)
+    slots = np.repeat(np.arange(num_experts), size)
     for _ in range(rounds):
-        C = np.stack([gradients[members(labels, k)].sum(axis=0) for k in range(num_experts)], axis=1)
+        C = np.stack([gradients[labels == k].sum(axis=0) for k in range(num_experts)], axis=1)
         u, _, vh = np.linalg.svd(C, full_matrices=False)
         _, chosen = linear_sum_assignment((gradients @ (u @ vh))[:, slots], maximize=True)
         if (slots[chosen] == labels).all():
@@ -98,9 +88,9 @@ def polar_grouping(gradients: np.ndarray, labels: Any, num_experts: int, size: i
     return labels
 
 
-def angles(gradients: np.ndarray, labels: Any) -> tuple[float, ...]:
+def angles(gradients, labels):
     """Mean angle in degrees within and between experts, then mean |cos| within and between; zero gradients left out."""
-    cosines: dict[bool, list[float]] = {True: [], False: []}
+    cosines = {True: [], False: []}
     for i, j in itertools.combinations(np.flatnonzero(gradients.any(axis=1)), 2):
         cosines[bool(labels[i] == labels[j])].append(max(-1.0, min(1.0, float(gradients[i] @ gradients[j]))))
     values = [function(of) for function in (lambda of: np.degrees(np.arccos(of)), np.abs) for of in cosines.values()]
@@ -108,23 +98,18 @@ def angles(gradients: np.ndarray, labels: Any) -> tuple[float, ...]:
 
 
 # --- routing ---
-def segment_means(x: Any, mask: Any, segments: Any, count: int) -> np.ndarray:
+def segment_means(x, mask, segments, count):
     """The mean over the masked positions of each segment of packed rows; zero for one without any."""
-    means = np.zeros((count, x.shape[-1]))
-    for segment in range(count):
-        rows = [x[b, t] for b, t in np.ndindex(*mask.shape) if mask[b, t] and segments[b, t] == segment]
-        if rows:
-            means[segment] = np.mean(rows, axis=0)
-    return means
+    rows_of = [float64(x)[np.asarray(mask & (segments == s))] for s in range(count)]
+    return np.array([rows.sum(axis=0) / max(len(rows), 1) for rows in rows_of])
 
 
-def prompt_mean(x: Any, mask: Any) -> np.ndarray:
+def prompt_mean(x, mask):
     """x̄ (batch, features): the mean over the positions where the mask is true, zeros where it is nowhere true."""
-    prompts = [row[integers(where) == 1] for row, where in zip(float64(x), mask, strict=True)]
-    return np.array([rows.sum(axis=0) / max(len(rows), 1) for rows in prompts])
+    return segment_means(x, np.asarray(mask) == 1, np.indices(mask.shape)[0], len(mask))
 
 
-def prompt_moments(batches: Any) -> tuple[np.ndarray, np.ndarray]:
+def prompt_moments(batches):
     """Mean and variance (features) over batches of prompts; the n-th batch weighs 1/n, and at least 1/50."""
     mean = variance = np.zeros(np.shape(batches[0])[1])
     for n, batch in enumerate(batches, start=1):
@@ -137,46 +122,42 @@ def prompt_moments(batches: Any) -> tuple[np.ndarray, np.ndarray]:
     return mean, variance
 
 
-def standardised(x: Any, mean: np.ndarray, variance: np.ndarray) -> np.ndarray:
+def standardised(x, mean, variance):
     """x̂: every feature by its mean and variance, scaled to a norm of 8 on average; 0 where the variance is."""
     unit = (float64(x) - mean) / np.sqrt(np.where(variance > 0, variance, np.inf))
     return 8 / math.sqrt(len(mean)) * unit
 
 
-def expert_gates(logits: Any, kind: str = "mean_one", top_k: int | None = None) -> np.ndarray:
+def expert_gates(logits, kind="mean_one", top_k=None):
     """Gates (..., K): the softmax over the ``top_k`` largest logits, lower index first on ties, times K if mean_one."""
     logits = float64(logits)
-    num_experts = logits.shape[-1]
     gates = np.zeros_like(logits)
     for where in np.ndindex(*logits.shape[:-1]):
         row = logits[where].tolist()
-        kept = sorted(range(num_experts), key=lambda k: (-row[k], k))[:top_k]
-        total = sum(math.exp(row[k] - max(row)) for k in kept)
-        for k in kept:
-            gates[(*where, k)] = math.exp(row[k] - max(row)) / total * (num_experts if kind == "mean_one" else 1)
+        kept = sorted(range(len(row)), key=lambda k: (-row[k], k))[:top_k]
+        powers = np.exp([row[k] - max(row) for k in kept])
+        gates[where][kept] = powers / powers.sum() * (len(row) if kind == "mean_one" else 1)
     return gates
 
 
 # --- freezing ---
-def frozen_weight(A: Any, B: Any, A0: Any, B0: Any, gates: Any, scaling: float, share: float) -> np.ndarray:
-    """s (Σ_i gate_i B_i A_i − share Σ_i B0_i A0_i), (out, in), a component at a time; i has row i mod R of A."""
+def frozen_weight(A, B, A0, B0, gates, scaling, share):
+    """s (Σ_i gate_i B_i A_i − share B0 A0), (out, in), a component at a time; i has row i mod R of A."""
     A, B, gates = float64(A), float64(B), float64(gates)
     weight = np.zeros((len(B), A.shape[1]))
     for i in range(B.shape[1]):
         weight += scaling * gates[i] * np.outer(B[:, i], A[i % len(A)])
-        if A0 is not None and B0 is not None:
-            weight -= scaling * share * np.outer(float64(B0)[:, i], float64(A0)[i])
-    return weight
+    return weight if A0 is None else weight - scaling * share * float64(B0) @ float64(A0)
 
 
-def closest_of_rank(weight: Any, rank: int) -> np.ndarray:
+def closest_of_rank(weight, rank):
     """The sum of the leading singular triples (Eckart and Young)."""
     u, s, vh = singular_triples(weight, rank)
     return (u * s) @ vh
 
 
 # --- orthogonal updates ---
-def power(matrix: Any, exponent: float, floor: float) -> np.ndarray:
+def power(matrix, exponent, floor):
     """(C + floor·‖C‖·1)^exponent by eigenvalues; zeros for a zero matrix."""
     matrix = float64(matrix)
     size = math.sqrt(float((matrix**2).sum()))
@@ -189,14 +170,11 @@ def power(matrix: Any, exponent: float, floor: float) -> np.ndarray:
 class OrthogonalFactor:
     """One factor's moments; see :func:`orthogonal_step`."""
 
-    def __init__(self) -> None:
-        self.steps = 0
-        self.other_frame: np.ndarray | None = None
-        self.first: Any = 0.0
-        self.second: Any = 0.0
-        self.features: Any = 0.0
+    def __init__(self):
+        self.steps, self.other_frame = 0, None
+        self.first = self.second = self.features = 0.0
 
-    def update(self, other: np.ndarray, gradient: np.ndarray, beta_1: float, beta_2: float, floor: float) -> np.ndarray:
+    def update(self, other, gradient, beta_1, beta_2, floor):
         """The update of rows (N, D) whose other factor has rows (N, D')."""
         components, length = gradient.shape
         if not other.any():
@@ -222,10 +200,7 @@ class OrthogonalFactor:
         return inverse @ self.first / (1 - beta_1**self.steps)
 
 
-def orthogonal_step(
-    A: Any, B: Any, grad_A: Any, grad_B: Any, of_A: OrthogonalFactor, of_B: OrthogonalFactor, lr: float, betas: Any,
-    floor: float = 1e-6,
-) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+def orthogonal_step(A, B, grad_A, grad_B, of_A, of_B, lr, betas, floor=1e-6):
     """A (N, in) and B (out, N) after one step; what the two factors keep is changed in place."""
     A, B, grad_A, grad_B = map(float64, (A, B, grad_A, grad_B))
     largest = 0.1 * math.sqrt(float(((B @ A) ** 2).sum())) / (lr * math.sqrt(A.size))

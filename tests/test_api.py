@@ -10,17 +10,10 @@ from types import ModuleType
 
 import pandas as pd
 import pytest
-import yaml
 
 import badit
 from badit.files import read_json
 from badit.recipe import Recipe, load_recipe, make_recipe
-
-
-@pytest.fixture
-def recipe_file(recipe_values, tmp_path):
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe_values))
-    return tmp_path / "recipe.yaml"
 
 
 def test_from_a_recipe_to_a_report(recipe_file, tmp_path, capfd):
@@ -76,20 +69,20 @@ def test_a_recipe_may_be_a_file_values_or_a_recipe(recipe_file, recipe_values):
         other = make_recipe(given, {"method": {"name": "lora", "r": 3}})
         assert other.method == {"name": "lora", "r": 3}, "options of one method mean nothing to another"
     assert recipe_values["training"]["num_train_epochs"] == 2, "what is given is left as it is"
+    recipe_file.write_text("")
+    assert make_recipe(recipe_file, {}) == Recipe()
 
 
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (lambda run: badit.compare(jobs=0), "jobs: must be at least 1, not 0"),
-        (lambda run: badit.Run(run).evaluate(), "has no adapter yet"),
-        (lambda run: badit.Run(run).scores, r"has no scores yet; make them with: badit evaluate"),
-        (lambda run: badit.Run(run).generate(["Hello", " "]), "the prompt is empty"),
-    ],
-)
-def test_bad_input_is_a_badit_error(call, message, recipe_file):
-    with pytest.raises(badit.BaditError, match=message):
-        call(recipe_file.rename(recipe_file.with_name("config.yaml")).parent)
+def test_bad_input_is_a_badit_error(recipe_file):
+    run = recipe_file.rename(recipe_file.with_name("config.yaml")).parent
+    for call, message in (
+        (lambda: badit.compare(jobs=0), "jobs: must be at least 1, not 0"),
+        (lambda: badit.Run(run).evaluate(), "has no adapter yet"),
+        (lambda: badit.Run(run).scores, r"has no scores yet; make them with: badit evaluate"),
+        (lambda: badit.Run(run).generate(["Hello", " "]), "the prompt is empty"),
+    ):
+        with pytest.raises(badit.BaditError, match=message):
+            call()
 
 
 def test_every_public_name_is_there():

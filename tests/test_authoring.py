@@ -98,25 +98,20 @@ def test_a_check_says_what_training_then_does(recipe_values, overrides, capsys):
         assert warned == ("0 regroupings in 2 steps: lower method.regroup.every" in shown) == (due == 0)
 
 
-UNEVEN = {"eval_strategy": "steps", "eval_steps": 2, "save_steps": 5, "load_best_model_at_end": True}
-
-
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
+def test_a_check_finds_what_would_stop_the_training(recipe_values, tmp_path):
+    uneven = {"eval_strategy": "steps", "eval_steps": 2, "save_steps": 5, "load_best_model_at_end": True}
+    for values, message in (
         ({"method": {"name": "badit", "num_experts": 8, "r": 40}}, "320 singular triples do not fit"),
         ({"model": {"name": "no-such-folder"}}, "no such folder"),
         ({"prompt": {"max_source_tokens": 1024, "encoding": "def+pos2"}, "data": {"max": 1}}, "data.max: unknown key"),
         ({"training": {"load_best_model_at_end": True}}, "load_best_model_at_end"),
         ({"training": {"early_stopping_patience": 2}}, "early_stopping_patience needs load_best_model_at_end"),
-        ({"data": {"validation_per_task": 2}, "training": UNEVEN}, "round multiple"),
+        ({"data": {"validation_per_task": 2}, "training": uneven}, "round multiple"),
         ({"training": {"eval_strategy": "epoch"}}, "eval_strategy: task cities has no validation instances; set data"),
-    ],
-)
-def test_a_check_finds_what_would_stop_the_training(recipe_values, tmp_path, values, message):
-    values = {**recipe_values, **values, "data": {**recipe_values["data"], **values.get("data", {})}}
-    with pytest.raises(BaditError, match=message):
-        check(build_recipe(values))
+    ):
+        values = {**recipe_values, **values, "data": {**recipe_values["data"], **values.get("data", {})}}
+        with pytest.raises(BaditError, match=message):
+            check(build_recipe(values))
     assert not (tmp_path / "run").exists()
 
 

@@ -37,23 +37,12 @@ def html_of(card):
 def test_a_runs_card_has_scores_data_options_and_the_way_to_load_it(tmp_path):
     data = {"source": ["$NOT_SET/my-tasks.jsonl", "/home/someone/others.csv"]}
     card = card_of(*make_run(tmp_path / "mine", data=data, training={"deepspeed": "/home/someone/zero.json"}))
-    assert card.data.to_dict() == {
-        "base_model": "HuggingFaceTB/SmolLM2-135M-Instruct",
-        "base_model_relation": "adapter",
-        "library_name": "peft",
-        "license": "apache-2.0",
-        "pipeline_tag": "text-generation",
-        "tags": ["badit", "multi-task"],
-    }
-    rows = [
-        ("capitals", f"{51.25:.1f}", "40.0", "4"),
-        ("data", "my-tasks.jsonl, others.csv"),
-        ("deepspeed", "zero.json"),
-        ("learning_rate", "0.0005"),
-        ("method.name", "badit"),
-        ("trainable_parameters", "1,234,567"),
-        ("packages", "torch 2.13.0"),
-    ]
+    expected = {"base_model": "HuggingFaceTB/SmolLM2-135M-Instruct", "base_model_relation": "adapter"}
+    expected |= {"library_name": "peft", "license": "apache-2.0", "pipeline_tag": "text-generation"}
+    assert card.data.to_dict() == {**expected, "tags": ["badit", "multi-task"]}
+    rows = [("capitals", f"{51.25:.1f}", "40.0", "4"), ("data", "my-tasks.jsonl, others.csv"), ("method.name", "badit")]
+    rows += [("deepspeed", "zero.json"), ("learning_rate", "0.0005")]
+    rows += [("trainable_parameters", "1,234,567"), ("packages", "torch 2.13.0")]
     page = html_of(card)
     for row in rows:
         assert "\n".join(f"<td>{value}</td>" for value in row) in page

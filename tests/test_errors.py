@@ -5,6 +5,7 @@ import json
 import os
 from importlib import import_module
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -15,30 +16,18 @@ from safetensors import SafetensorError
 from badit.errors import BaditError, explained, one_line
 
 http = import_module(HTTPError.__module__.partition(".")[0])  # the hub's client, which differs between its releases
+ANSWER = http.Response(401, request=http.Request("GET", "https://hub"))
+REFUSED = RepositoryNotFoundError("401 refused.\nmore", response=ANSWER)
+FULL = r"place: cannot be written, the disk (or a quota) is full; make room and run the same command again"
+READ_ONLY = "place: cannot be written, the file system is read-only; choose a folder that can be written"
 
 
 def system_error(number, file=None):
     return OSError(number, os.strerror(number), file)
 
 
-def raise_it(error):
-    if isinstance(error, Exception):
-        raise error
-    error()
-
-
-def refused(status):
-    request = http.Request("GET", "https://hub")
-    return RepositoryNotFoundError(f"{status} refused.\nmore", response=http.Response(status, request=request))
-
-
-FULL = r"place: cannot be written, the disk (or a quota) is full; make room and run the same command again"
-READ_ONLY = "place: cannot be written, the file system is read-only; choose a folder that can be written"
-
-
-@pytest.mark.parametrize(
-    ("error", "message"),
-    [
+def test_a_known_exception_is_one_line():
+    for error, message in (
         (lambda: TypeAdapter(list[float]).validate_python([1, "x"]), "place: 1: input should be a valid number"),
         (lambda: json.loads('{"a": }'), "place: invalid JSON at line 1 column 7"),
         (lambda: b"a\xff".decode(), "place: not UTF-8 at byte 1; save the file as UTF-8"),
@@ -50,17 +39,15 @@ READ_ONLY = "place: cannot be written, the file system is read-only; choose a fo
         (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 7 vs 5"), FULL),
         (system_error(errno.EROFS), READ_ONLY),
         (RuntimeError("open file failed with strerror: Read-only file system"), READ_ONLY),
-        (refused(401), "place: the hub refuses: 401 refused; the token is not valid"),
+        (REFUSED, "place: the hub refuses: 401 refused; the token is not valid"),
         (http.ConnectError("no route"), "place: the hub cannot be reached (no route)"),
         (HFValidationError("bad name"), "place: bad name"),
         (BaditError("mine: as it was"), "mine: as it was"),
-    ],
-)
-def test_a_known_exception_is_one_line(error, message):
-    with pytest.raises(BaditError) as caught, explained("place", action="used"):
-        raise_it(error)
-    assert str(caught.value).startswith(message)
-    assert len(str(caught.value).splitlines()) == 1
+    ):
+        with pytest.raises(BaditError) as caught, explained("place", action="used"):
+            Mock(side_effect=error)()
+        assert str(caught.value).startswith(message)
+        assert len(str(caught.value).splitlines()) == 1
 
 
 @pytest.mark.parametrize("error", [RuntimeError("shapes differ"), ValueError("no"), KeyError("k"), BrokenPipeError()])

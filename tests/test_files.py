@@ -20,9 +20,9 @@ def outside(tmp_path):
     return tmp_path / "outside" / "key.txt"
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
+def test_what_is_not_json_is_named(tmp_path):
+    file = tmp_path / "value.json"
+    for content, message in (
         (b'{"a": "\xc3', "not UTF-8 at byte 7"),
         (b"\xef\xbb\xbf{}", "starts with a byte order mark"),
         (b'{\n"a": }', "invalid JSON at line 2 column 6"),
@@ -31,14 +31,11 @@ def outside(tmp_path):
         (b'{"a": "\\uD83D"}', "'utf-8' codec can't encode"),
         (b'{"a": {"b": 1, "c": 2, "b": 1}}', "the key 'b' is there twice; keep one (line 1 on)"),
         (b"[]", "must hold one JSON object, not a list (line 1)"),
-    ],
-)
-def test_what_is_not_json_is_named(tmp_path, content, message):
-    file = tmp_path / "value.json"
-    file.write_bytes(content)
-    with pytest.raises(BaditError) as caught:
-        files.read_json(file)
-    assert str(caught.value).startswith(f"{file}: {message}")
+    ):
+        file.write_bytes(content)
+        with pytest.raises(BaditError) as caught:
+            files.read_json(file)
+        assert str(caught.value).startswith(f"{file}: {message}")
 
 
 def test_numbers_that_are_not_json_whole_surrogate_pairs_and_a_linear_search_of_repeated_keys():

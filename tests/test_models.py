@@ -22,23 +22,23 @@ from badit.models import BUILT_IN, cache_folder, load_base_model, resolve_model
 GGUF = b"GGUF weights"
 
 
-def fake_convert(gguf, folder, seconds=0.0):
-    """Stands in for the real conversion: one file that holds what the GGUF file held, and a log of the calls."""
-    time.sleep(seconds)
-    (folder / "model.safetensors").write_bytes(gguf.read_bytes())
-    with (cache_folder() / "conversions.log").open("a") as log:
-        log.write("converted\n")
-
-
 def conversions():
     log = cache_folder() / "conversions.log"
     return len(log.read_text().splitlines()) if log.exists() else 0
 
 
 def install_fakes(cache, wheel, seconds):
+    """The conversion's stand-in makes one file that holds what the GGUF file held, and a log of the calls."""
+
+    def convert(gguf, folder):
+        time.sleep(seconds)
+        (folder / "model.safetensors").write_bytes(gguf.read_bytes())
+        with (cache_folder() / "conversions.log").open("a") as log:
+            log.write("converted\n")
+
     os.environ |= {"BADIT_CACHE": str(cache), "BADIT_SMOLLM2_WHEEL": str(wheel)}
     models.WHEEL_SHA256 = hashlib.sha256(wheel.read_bytes()).hexdigest()
-    models._convert = lambda gguf, folder: fake_convert(gguf, folder, seconds)
+    models._convert = convert
 
 
 def resolve_in_another_process(cache, wheel, seconds):
@@ -147,22 +147,19 @@ def test_cache_folder_follows_the_environment(monkeypatch):
     assert cache_folder() == Path.home() / ".cache" / "badit"
 
 
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("smollm2-135", "did you mean 'smollm2-135m'"),
-        *((name, "no such folder") for name in ("./no/such", Path("org/name"), "x" * 300)),
-        (".", "has no config.json; name the base model"),
-        ("empty", "no config.json; save it"),
-    ],
-)
-def test_what_names_no_model_is_refused(name, message, monkeypatch, tmp_path):
+def test_what_names_no_model_is_refused(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "adapter_config.json").write_text("{}")
     (tmp_path / "empty").mkdir()
     assert resolve_model("org/some.model-1B") == "org/some.model-1B"
-    with pytest.raises(BaditError, match=message):
-        load_base_model(name)
+    for name, message in (
+        ("smollm2-135", "did you mean 'smollm2-135m'"),
+        *((name, "no such folder") for name in ("./no/such", Path("org/name"), "x" * 300)),
+        (".", "has no config.json; name the base model"),
+        ("empty", "no config.json; save it"),
+    ):
+        with pytest.raises(BaditError, match=message):
+            load_base_model(name)
 
 
 def test_an_unreachable_hub_is_told_in_one_line(monkeypatch):

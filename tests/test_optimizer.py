@@ -18,6 +18,7 @@ from badit.errors import BaditError
 from badit.optimizer import OPTIMIZERS, OrthogonalUpdates, build_optimizer, factor_pairs, lora_plus_groups
 from baselines import naive
 from training.trainers import QUIET, assert_same, examples
+from tuner.helpers import take_steps
 
 METHODS = {name: partial(naive.config, name) for name in ("badit", "loramoe", "hydralora", "goat", "o-lora")}
 METHODS["badit, bad"] = partial(naive.config, "badit", init_weights="bad")
@@ -30,15 +31,8 @@ def tuned(model, method, **options):
 
 def train(model, optimizer, steps):
     ids = torch.randint(3, 100, (8, 12), generator=torch.Generator().manual_seed(1))
-    labels = ids.masked_fill(torch.arange(12) < 6, -100)
-    losses = []
-    for _ in range(steps):
-        loss = model(input_ids=ids, labels=labels, attention_mask=torch.ones_like(ids)).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    return losses
+    batch = {"attention_mask": torch.ones_like(ids), "labels": ids.masked_fill(torch.arange(12) < 6, -100)}
+    return take_steps(optimizer, steps, lambda: model(input_ids=ids, **batch).loss)
 
 
 class Factors(nn.Module):

@@ -15,7 +15,6 @@ from badit.errors import BaditError
 from badit.methods import build_method
 from badit.recipe import (
     RENAMED_ARGUMENTS,
-    Recipe,
     TrainingSection,
     build_recipe,
     differing_keys,
@@ -71,12 +70,6 @@ def test_the_papers_recipes_have_its_settings_and_differ_in_model_memory_and_out
     assert recipe.training.num_train_epochs == 10  # docs/paper-index.md has the other values
 
 
-def test_a_recipe_survives_being_written_and_an_empty_file_is_the_default(tmp_path):
-    recipe = build_recipe({"training": {"learning_rate": 3e-4}, "method": {"name": "lora", "r": 8}})
-    assert load_recipe(written(tmp_path, own=dump_recipe(recipe))) == recipe
-    assert load_recipe(written(tmp_path, own="")) == Recipe()
-
-
 def test_overrides_reach_nested_keys_with_yaml_values():
     overrides = ["training.num_train_epochs=2.5", "training.learning_rate=5e-4", "data.tasks=[a, b]", "method.r=-4"]
     overrides += ["method.regroup=null", "data.seed=1_000", "training.seed=08"]
@@ -91,9 +84,8 @@ def test_overrides_reach_nested_keys_with_yaml_values():
     assert build_recipe({"data": {"tasks": [363]}}).data.tasks == ["363"]
 
 
-@pytest.mark.parametrize(
-    ("content", "overrides", "message"),
-    [
+def test_mistakes_are_named_on_one_line():
+    for content, overrides, message in (
         ({"training": {"epoch": 1}}, [], r"training\.epoch: unknown key \(did you mean 'num_train_epochs'\?\)"),
         ({}, ["training.num_train_epochs"], r"has the form key=value"),
         ({}, ["training.num_train_epochs.more=3"], r"training\.num_train_epochs: "),
@@ -111,12 +103,10 @@ def test_overrides_reach_nested_keys_with_yaml_values():
         ({}, ["training.adam_beta1=high"], "training\\.adam_beta1: input should be a valid number, got 'high'"),
         ({}, ["training.dataloader_num_workers=true"], "input should be a valid integer, got True"),
         ({}, ["training.warmup_steps=1.5"], "a whole number of steps, or below 1, a fraction of the run, got 1.5"),
-    ],
-)
-def test_mistakes_are_named_on_one_line(content, overrides, message):
-    with pytest.raises(BaditError, match=message) as caught:
-        build_recipe(content, overrides)
-    assert "\n" not in str(caught.value)
+    ):
+        with pytest.raises(BaditError, match=message) as caught:
+            build_recipe(content, overrides)
+        assert "\n" not in str(caught.value)
 
 
 def test_all_mistakes_are_named_at_once_before_any_slow_import(tmp_path):
@@ -179,9 +169,8 @@ def test_an_earlier_name_is_answered_with_the_new_one_and_read_in_a_runs_own_rec
     assert load_config(tmp_path / "config.yaml") == build_recipe({"training": {new: value}})
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
+def test_broken_files_are_named(tmp_path):
+    for text, message in (
         (b"training: [", "line 1.*: cannot be read as YAML"),
         (b"- a\n- b\n", "must hold 'key: value' lines, not a list"),
         (b"\xff\xfe", "not UTF-8 at byte 0"),
@@ -192,14 +181,12 @@ def test_an_earlier_name_is_answered_with_the_new_one_and_read_in_a_runs_own_rec
         (b"training: {seed: 1}\ntraining: {}\n", r"line 2, column 1: .*the key 'training' is there twice"),
         (b"#" * 1_000_001, "has more than 1,000,000 characters"),
         (b"a: &a [" + b"1, " * 1000 + b"1]\nb: [" + b"*a, " * 100 + b"*a]", "more than 100,000 values"),
-    ],
-)
-def test_broken_files_are_named(tmp_path, text, message):
-    path = tmp_path / "broken.yaml"
-    path.write_bytes(text)
-    with pytest.raises(BaditError, match=rf"^{path}.*{message}") as caught:
-        load_recipe(path)
-    assert "\n" not in str(caught.value)
+    ):
+        path = tmp_path / "broken.yaml"
+        path.write_bytes(text)
+        with pytest.raises(BaditError, match=rf"^{path}.*{message}") as caught:
+            load_recipe(path)
+        assert "\n" not in str(caught.value)
 
 
 def test_a_recipe_extends_another_key_by_key(tmp_path):
@@ -223,19 +210,16 @@ def test_another_method_or_model_does_not_inherit_the_options():
     assert merged(base, {"method": {"regroup": None}})["method"] == {"name": "badit", "r": 2, "regroup": None}
 
 
-@pytest.mark.parametrize(
-    ("name", "base", "message"),
-    [
+def test_what_cannot_be_extended_is_named(tmp_path):
+    for name, base, message in (
         ("a" * 3000, "", r"own\.yaml: extends: (must be a file in the recipe's folder|.*leads out of)"),
         ("none.yaml", "", r"none\.yaml: cannot be read"),
         ("base.yaml", "training: {epoch: 1}", r"base\.yaml: training\.epoch: unknown key"),
         ("base.yaml", "extends: own.yaml", r"base\.yaml: extends: own\.yaml extends this file already"),
-    ],
-)
-def test_what_cannot_be_extended_is_named(tmp_path, name, base, message):
-    with pytest.raises(BaditError, match=message) as caught:
-        load_recipe(written(tmp_path, own=f"extends: {name}", base=base))
-    assert "\n" not in str(caught.value)
+    ):
+        with pytest.raises(BaditError, match=message) as caught:
+            load_recipe(written(tmp_path, own=f"extends: {name}", base=base))
+        assert "\n" not in str(caught.value)
 
 
 def test_variables_in_the_source(monkeypatch):

@@ -1,4 +1,4 @@
-"""The source and the tests do not grow. The aim is 12,000 lines, and 16,000 lines of tests.
+"""The source and the tests do not grow. The aim is 12,000 lines of source.
 
 Lower these numbers with every simplification; a higher one is a decision with a reason in docs/LOG.md.
 """
@@ -10,7 +10,7 @@ from statistics import median
 
 ROOT = Path(__file__).parents[1]
 SOURCE_LINES, SOURCE_MODULES, MODULE_LINES = 16_430, 73, 500
-TEST_LINES = 16_590
+TEST_LINES = 15_897
 
 
 def lines(folder: Path) -> dict[str, int]:

@@ -1,12 +1,8 @@
-"""The atlas as written down: loops over layers, prompts and experts, float64; and the models and batches for it."""
-
-from __future__ import annotations
+"""The atlas as written down: loops over layers, prompts and experts, float64; and the models and data for it."""
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +11,7 @@ from scipy.special import log_softmax
 from scipy.stats import zscore
 
 import reference
+from analysis.naive_interference import batched, make_examples
 from badit.tuner import hooks_of
 from badit.tuner.layer import BaditLinear
 from baselines import naive as mixtures
@@ -22,53 +19,25 @@ from baselines.naive import TASKS
 from tuner import helpers
 from tuner.helpers import layers
 
-BADIT: dict[str, dict[str, Any]] = {
-    "badit": {},
-    "badit softmax": {"gates": "softmax"},
-    "badit standardised": {"router_input": "standardised"},
-    "badit token": {"routing": "token", "top_k": 2},
-}
+BADIT = {"badit": {}, "badit softmax": {"gates": "softmax"}, "badit standardised": {"router_input": "standardised"}}
+BADIT |= {"badit token": {"routing": "token", "top_k": 2}}
 METHODS = (*BADIT, *mixtures.MIXTURES, "mtl-lora")
+EXAMPLES = make_examples(dict.fromkeys(TASKS, 3))
+# Two batches a task, of two prompts and of one, and the same prompts one by one, without padding.
+BATCHES, ROWS = batched(EXAMPLES, 2), batched(EXAMPLES)
 
 
-def adapted(model: Any, method: str, **options: Any) -> Any:
+def adapted(model, method, **options):
     """A tiny model with the method's adapter as after training."""
     if method in BADIT:
         return helpers.adapted(model, **BADIT[method], **options)
     return mixtures.adapted(model, method, **options)
 
 
-def batch(task: str, *lengths: int, answer: int = 3, seed: int = 0) -> dict[str, Any]:
-    """Random prompts with answers of ``answer`` tokens, right padded; ``lengths`` are those of the whole rows."""
-    ids, mask = helpers.padded(helpers.random_rows(*lengths, seed=seed), side="right")
-    labels = torch.full_like(ids, -100)
-    for i, length in enumerate(lengths):
-        labels[i, length - answer : length] = ids[i, length - answer : length]
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels, "tasks": [task] * len(lengths)}
-
-
-def batches() -> dict[str, list[dict[str, Any]]]:
-    """Two batches a task, three prompts in all; the number of answer tokens differs between them."""
-    return {
-        task: [batch(task, 9, 12, answer=2 + t, seed=10 * t), batch(task, 11, answer=5, seed=10 * t + 1)]
-        for t, task in enumerate(TASKS)
-    }
-
-
-def rows(of_task: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Batches of a single row each, without padding."""
-    single = []
-    for each in of_task:
-        for i, mask in enumerate(each["attention_mask"].bool()):
-            row = {key: each[key][i][mask][None] for key in ("input_ids", "attention_mask", "labels")}
-            single.append({**row, "tasks": [each["tasks"][i]]})
-    return single
-
-
 @torch.no_grad()
-def gates(model: Any, row: Mapping[str, Any]) -> np.ndarray:
+def gates(model, row):
     """One prompt's gates (modules, experts), from every layer's own input and router, position by position."""
-    inputs: dict[str, torch.Tensor] = {}
+    inputs = {}
     with ExitStack() as hooks:
         for layer in layers(model):
             keep = layer.register_forward_pre_hook(lambda layer, args: inputs.update({layer.name: args[0][0]}))
@@ -80,7 +49,7 @@ def gates(model: Any, row: Mapping[str, Any]) -> np.ndarray:
     return found / found.mean(axis=1, keepdims=True)
 
 
-def _gate(layer: Any, x_t: torch.Tensor, prompt: torch.Tensor, row: Mapping[str, Any]) -> np.ndarray:
+def _gate(layer, x_t, prompt, row):
     config = layer.badit_config["default"]
     if not isinstance(layer, BaditLinear):
         if "default" in getattr(layer, "badit_router", ()):
@@ -94,7 +63,7 @@ def _gate(layer: Any, x_t: torch.Tensor, prompt: torch.Tensor, row: Mapping[str,
 
 
 @torch.no_grad()
-def losses(model: Any, row: Mapping[str, Any]) -> list[float]:
+def losses(model, row):
     """The cross-entropy of every answer token of a row, from the logits of all positions."""
     with hooks_of(model).rows_of(row["tasks"]):
         out = model(input_ids=row["input_ids"], attention_mask=row["attention_mask"], labels=row["labels"])
@@ -102,7 +71,7 @@ def losses(model: Any, row: Mapping[str, Any]) -> list[float]:
     return [-log_p[t - 1, label] for t, label in enumerate(labels) if t and label != -100]
 
 
-def change_error(pairs: Sequence[tuple[list[float], list[float]]]) -> float:
+def change_error(pairs):
     """The standard error of a change a token, from each prompt's losses before and after."""
     tokens = sum(len(before) for before, _ in pairs)
     change = sum(sum(after) - sum(before) for before, after in pairs) / tokens
@@ -111,42 +80,42 @@ def change_error(pairs: Sequence[tuple[list[float], list[float]]]) -> float:
 
 
 @torch.no_grad()
-def delete_expert(model: Any, expert: int) -> Any:
+def delete_expert(model, expert):
     """Sets the expert's columns of B to zero in all layers; the frozen initial factors stay."""
     for layer in layers(model):
         layer.badit_B["default"][:, [of == expert for of in expert_of(layer)]] = 0
     return model
 
 
-def expert_of(layer: Any) -> list[int]:
+def expert_of(layer):
     config = layer.badit_config["default"]
     if isinstance(layer, BaditLinear):
         return layer.expert_of("default").tolist()
     return [k for k in range(config.num_experts) for _ in range(config.num_components // config.num_experts)]
 
 
-def similarity(by_task: Mapping[str, np.ndarray]) -> np.ndarray:
+def similarity(by_task):
     """Pearson's correlation of the tasks' mean gates, each gate centred over tasks."""
     profiles = np.array([[np.mean(gate) for gate in g.reshape(len(g), -1).T] for g in by_task.values()])
     return np.corrcoef([profile - np.mean(profiles, axis=0) for profile in profiles])
 
 
-def prompt_scores(by_task: Mapping[str, np.ndarray]) -> np.ndarray:
+def prompt_scores(by_task):
     """(prompts, experts): mean over modules of each gate's z-score over all prompts."""
     return zscore(np.concatenate(list(by_task.values())).astype(float), axis=0).mean(axis=1)
 
 
-def recovery(similarity_: np.ndarray, abilities: Sequence[set[str]]) -> dict[str, tuple[float, float, float]]:
+def recovery(similarity_, abilities):
     """Value, mean and share of at least the value, over all permutations of the tasks."""
     tasks = range(len(abilities))
     pairs = list(itertools.combinations(tasks, 2))
     nearest = [max((b for b in tasks if b != a), key=lambda b, a=a: similarity_[a, b]) for a in tasks]
 
-    def correlation(sets: Sequence[set[str]]) -> float:
+    def correlation(sets):
         overlaps = [len(sets[a] & sets[b]) / len(sets[a] | sets[b]) for a, b in pairs]
         return float(np.corrcoef([similarity_[pair] for pair in pairs], overlaps)[0, 1])
 
-    def neighbours(sets: Sequence[set[str]]) -> float:
+    def neighbours(sets):
         return float(np.mean([bool(sets[a] & sets[nearest[a]]) for a in tasks]))
 
     results = {}
@@ -156,9 +125,9 @@ def recovery(similarity_: np.ndarray, abilities: Sequence[set[str]]) -> dict[str
     return results
 
 
-def gradients(model: Any, by_task: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[tuple[Any, Any]]:
+def gradients(model):
     """Each layer's gradients of A and B, of the sum of all answer tokens' losses, row by row."""
-    for row in (row for of_task in by_task.values() for row in rows(of_task)):
+    for row in itertools.chain(*ROWS.values()):
         out = model(input_ids=row["input_ids"], attention_mask=row["attention_mask"], labels=row["labels"])
         F.cross_entropy(out.logits[0, :-1], row["labels"][0, 1:], reduction="sum").backward()
     return [(layer.badit_A["default"].grad, layer.badit_B["default"].grad) for layer in layers(model)]

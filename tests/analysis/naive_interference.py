@@ -1,16 +1,11 @@
 """Interference as written down: whole gradients by autograd, an instance at a time, loops over pairs and units."""
 
-from __future__ import annotations
-
 import copy
 import itertools
 import math
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
 import torch.nn.functional as F
 from transformers.pytorch_utils import Conv1D
@@ -18,39 +13,34 @@ from transformers.pytorch_utils import Conv1D
 from badit.data import AnswerCollator
 from training.trainers import examples
 
-Examples = Mapping[str, Sequence[Mapping[str, Any]]]
-Scores = dict[str, list[list[float]]]  # by task and layer
-
 _WEIGHT = re.compile(r"\.(?:layers|h)\.(\d+)\.((?:self_attn|attn|mlp)\.[a-z_]+)(?:\.base_layer)?\.weight$")
 _ADAPTER = re.compile(r"\.layers\.(\d+)\.(mlp\.[a-z_]+)\.(?:badit|lora)_")
 
 
-def make_examples(sizes: Mapping[str, int]) -> dict[str, list[dict[str, Any]]]:
+def make_examples(sizes):
     """Random prompts and answers of several lengths."""
     made = iter(examples(sum(sizes.values())))
     return {task: [{**next(made), "task": task} for _ in range(size)] for task, size in sizes.items()}
 
 
-def rows(frame: pd.DataFrame) -> list[list[Any]]:
+def rows(frame):
     """A frame's rows, None where a number is not defined."""
     return frame.astype(object).where(frame.notna(), None).to_numpy().tolist()
 
 
-def batched(of_tasks: Examples) -> dict[str, list[dict[str, Any]]]:
+def batched(of_tasks, size=1):
     collate = AnswerCollator(0, with_tasks=True)
-    return {task: [collate([example]) for example in examples] for task, examples in of_tasks.items()}
+    return {task: [collate(each[i : i + size]) for i in range(0, len(each), size)] for task, each in of_tasks.items()}
 
 
-def loss(model: Any, example: Mapping[str, Any]) -> torch.Tensor:
-    ids, labels = torch.tensor([example["input_ids"]]), example["labels"]
-    logs = F.log_softmax(model(input_ids=ids, labels=torch.tensor([labels])).logits[0].float(), dim=-1)
-    answer = [t for t in range(1, len(labels)) if labels[t] != -100]
-    return -sum(logs[t - 1, labels[t]] for t in answer) / len(answer)
+def loss(model, example):
+    ids, labels = (torch.tensor([example[key]]) for key in ("input_ids", "labels"))
+    return F.cross_entropy(model(input_ids=ids, labels=labels).logits[0, :-1].float(), labels[0, 1:])
 
 
-def places(model: Any) -> dict[tuple[str, int, str], list[str]]:
+def places(model):
     """The names of the measured parameters, by kind, layer and module."""
-    found: dict[tuple[str, int, str], list[str]] = {}
+    found = {}
     for name, _ in model.named_parameters():
         if match := _ADAPTER.search(name):
             found.setdefault(("adapter", int(match[1]), f"{match[2]}.adapter"), []).append(name)
@@ -59,7 +49,7 @@ def places(model: Any) -> dict[tuple[str, int, str], list[str]]:
     return found
 
 
-def gradients(model: Any, examples: Examples) -> dict[str, list[dict[str, torch.Tensor]]]:
+def gradients(model, examples):
     """By task, each instance's gradient by parameter, in float64."""
     model = copy.deepcopy(model).requires_grad_(True)
     names = [name for of_place in places(model).values() for name in of_place]
@@ -71,36 +61,36 @@ def gradients(model: Any, examples: Examples) -> dict[str, list[dict[str, torch.
     return result
 
 
-def flat(instances: Sequence[Mapping[str, torch.Tensor]], names: Sequence[str]) -> torch.Tensor:
+def flat(instances, names):
     """The instances' gradients as vectors, one row each."""
     return torch.stack([torch.cat([g[name].flatten() for name in names]) for g in instances])
 
 
-def cosine(a: torch.Tensor, b: torch.Tensor) -> float:
+def cosine(a, b):
     return float(a @ b / (a.norm() * b.norm()))
 
 
-def magnitude(a: torch.Tensor, b: torch.Tensor) -> float:
+def magnitude(a, b):
     return 2 * float(a.norm() * b.norm()) / float(a @ a + b @ b)
 
 
-def halves(vectors: torch.Tensor) -> list[torch.Tensor]:
+def halves(vectors):
     """The means of the even and of the odd rows; NaN where there is none."""
     return [vectors[half::2].mean(dim=0) for half in (0, 1)]
 
 
-def corrected(a: torch.Tensor, b: torch.Tensor) -> float:
+def corrected(a, b):
     of_a, of_b = (float(torch.dot(*halves(vectors))) for vectors in (a, b))
     if not (of_a > 0 and of_b > 0):
         return math.nan
     return max(-1.0, min(1.0, float(a.mean(dim=0) @ b.mean(dim=0)) / math.sqrt(of_a * of_b)))
 
 
-def tables(model: Any, examples: Examples) -> dict[str, list[list[Any]]]:
+def tables(model, examples):
     """The rows of the four gradient tables."""
     by_task, found = gradients(model, examples), places(model)
     pairs = list(itertools.combinations(sorted(by_task), 2))
-    tables_: dict[str, list[list[Any]]] = {f"gradient_{name}": [] for name in ("pairs", "overall", "summary", "tasks")}
+    tables_ = {f"gradient_{name}": [] for name in ("pairs", "overall", "summary", "tasks")}
     for (kind, layer, module), names in found.items():
         vectors = {task: flat(instances, names) for task, instances in by_task.items()}
         means = {task: rows.mean(dim=0) for task, rows in vectors.items()}
@@ -123,12 +113,12 @@ def tables(model: Any, examples: Examples) -> dict[str, list[list[Any]]]:
     return tables_
 
 
-def row_scores(model: Any, examples: Examples) -> Scores:
-    """The mean squared gradient of every row of the weights."""
+def row_scores(model, examples):
+    """By task and layer, the mean squared gradient of every row of the weights."""
     modules = {f"{name}.weight": module for name, module in model.named_modules()}
-    scores: Scores = {}
+    scores = {}
     for task, instances in gradients(model, examples).items():
-        layers: dict[int, list[float]] = {}
+        layers = {}
         for (kind, layer, _), names in places(model).items():
             for name in names if kind == "weights" else []:
                 rows = [g[name].T if isinstance(modules[name], Conv1D) else g[name] for g in instances]
@@ -139,11 +129,9 @@ def row_scores(model: Any, examples: Examples) -> Scores:
 
 
 @torch.no_grad()
-def neuron_means(model: Any, examples: Examples) -> Scores:
-    """The outputs of the MLPs' first projections, averaged over all positions of all instances."""
-    means: Scores = {}
-    kept: dict[Any, list[torch.Tensor]] = {}
-    model = copy.deepcopy(model)
+def neuron_means(model, examples):
+    """By task and layer, the outputs of the MLPs' first projections, averaged over all positions of all instances."""
+    means, kept, model = {}, {}, copy.deepcopy(model)
     projections = [module for name, module in model.named_modules() if name.endswith((".mlp.gate_proj", ".mlp.c_fc"))]
     for module in projections:
         module.register_forward_hook(lambda module, args, output: kept.setdefault(module, []).append(output[0].float()))
@@ -155,13 +143,13 @@ def neuron_means(model: Any, examples: Examples) -> Scores:
     return means
 
 
-def marked(scores: Sequence[float], share: float) -> list[bool]:
+def marked(scores, share):
     count = max(1, round(share * len(scores)))
     chosen = sorted(range(len(scores)), key=lambda unit: (-scores[unit], unit))[:count]
     return [unit in chosen for unit in range(len(scores))]
 
 
-def coactivation(kind: str, marks: Mapping[str, Sequence[Sequence[bool]]]) -> dict[str, list[list[Any]]]:
+def coactivation(kind, marks):
     """The rows of the three tables; chances by going through all outcomes of T tosses and both sets' sizes."""
     names, rows = list(marks), {"coactivation": [], "coactivation_tasks": [], "coactivation_pairs": []}
     for layer in range(len(marks[names[0]])):

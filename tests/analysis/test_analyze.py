@@ -26,12 +26,8 @@ def finished(recipe_values):
     return Path(recipe.output)
 
 
-@pytest.fixture
-def run(recipe_values):
-    return finished(recipe_values)
-
-
-def test_a_run_with_experts_has_all_tables_and_a_finished_part_is_not_measured_again(run, monkeypatch):
+def test_a_run_with_experts_has_all_tables_and_a_finished_part_is_not_measured_again(recipe_values, monkeypatch):
+    run = finished(recipe_values)
     with monkeypatch.context() as patch:
         patch.setattr(module, "ability_atlas", lambda *a, **k: 1 / 0)
         with pytest.raises(ZeroDivisionError):
@@ -75,8 +71,8 @@ def test_a_single_task_has_no_pairs_and_a_sequence_has_its_score_matrix(recipe_v
     assert analyze(finished(recipe_values | method), instances=2, progress=False).keys() == tables
 
 
-def test_tables_in_another_folder_are_shown_with_the_runs_scores(run, tmp_path):
-    apart = tmp_path / "apart"
+def test_tables_in_another_folder_are_shown_with_the_runs_scores(recipe_values, tmp_path):
+    run, apart = finished(recipe_values), tmp_path / "apart"
     assert main(["analyze", str(run), "--instances", "2", "-o", str(apart)]) == 0
     assert not (run / "analysis").exists()
     page = (apart / "report.html").read_text()

@@ -9,10 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from analysis import naive_experts as naive
-from analysis.naive_experts import METHODS, TASKS
+from analysis.naive_experts import BATCHES, METHODS, ROWS, TASKS
 from badit.analysis import atlas
 from badit.analysis.gates import PromptGates, prompt_gates
-from badit.data import Instance, Task, builtin_tasks
+from badit.data import builtin_tasks
+from data.examples import make_task
 from tuner import helpers
 
 
@@ -53,14 +54,13 @@ def test_similar_tasks_are_found():
 @pytest.mark.parametrize("method", METHODS)
 def test_an_expert_switched_off_is_an_expert_deleted(tiny_model, method):
     model = naive.adapted(tiny_model("llama"), method).requires_grad_(True)
-    batches = naive.batches()
     with torch.enable_grad():
-        losses_TS, errors_TK = atlas.expert_losses(model, batches)
+        losses_TS, errors_TK = atlas.expert_losses(model, BATCHES)
     assert all(parameter.grad is None for parameter in model.parameters())
     experts = range(naive.layers(model)[0].badit_config["default"].num_experts)
     models = [model, *(naive.delete_expert(copy.deepcopy(model), expert) for expert in experts)]
     for t, task in enumerate(TASKS):
-        losses = [[naive.losses(each, row) for row in naive.rows(batches[task])] for each in models]
+        losses = [[naive.losses(each, row) for row in ROWS[task]] for each in models]
         assert losses_TS[t] == pytest.approx([np.mean(np.concatenate(of)) for of in losses], abs=1e-4)
         errors = [naive.change_error(list(zip(losses[0], of, strict=True))) for of in losses[1:]]
         assert errors_TK[t] == pytest.approx(errors, abs=1e-4)
@@ -94,9 +94,8 @@ def abilities(gate_TK, change_TK, prompts=2, noise=0.0, error=0.0):
 
 
 def test_the_tasks_that_draw_on_an_expert_and_miss_it_most_are_named():
-    first, second = abilities(
-        [[1.10, 0.9], [1.12, 0.9], [0.9, 1.1], [0.8, 1.1]], [[0.0, 0.3], [0.01, 0.0], [0.6, 0.0], [0.0, 0.3]]
-    )
+    gates = [[1.10, 0.9], [1.12, 0.9], [0.9, 1.1], [0.8, 1.1]]
+    first, second = abilities(gates, [[0.0, 0.3], [0.01, 0.0], [0.6, 0.0], [0.0, 0.3]])
     assert (first["tasks"], first["hurt_most"]) == ("task1_t1, task0_t0", "task2_t2")
     assert [first[key] for key in ("mean_gate", "spread", "change")] == pytest.approx([0.98, 0.32, 0.1525])
     assert (second["tasks"], second["hurt_most"]) == ("task2_t2, task3_t3", "task0_t0, task3_t3")
@@ -144,15 +143,13 @@ def test_planted_abilities_are_recovered():
 
 @pytest.mark.parametrize("known", [True, False])
 def test_the_atlas(tiny_model, known):
-    model, batches = helpers.adapted(tiny_model("llama")), naive.batches()
+    model = helpers.adapted(tiny_model("llama"))
     own = {task: [(f"{task}-{i}", f"text {i}") for i in range(3)] for task in TASKS}
-    train = (Instance(id="1", input="x", outputs=("y",)),)
-    abilities = ("lookup",) if known else ()
-    tasks = [Task(name=task, definition="d", abilities=abilities, train=train) for task in TASKS]
-    tables = atlas.ability_atlas(model, batches, prompt_gates(model, batches), own, tasks)
+    tasks = [make_task(task, abilities=("lookup",) if known else ()) for task in TASKS]
+    tables = atlas.ability_atlas(model, BATCHES, prompt_gates(model, BATCHES), own, tasks)
     names = ["gates", "gate_similarity", "expert_losses", "nearest_prompts", "abilities", "ability_recovery"]
     assert [table.attrs["name"] for table in tables] == names[: 6 if known else 5]
     assert all(len(table) for table in tables)
-    losses_TS, _ = atlas.expert_losses(model, batches)
+    losses_TS, _ = atlas.expert_losses(model, BATCHES)
     rows = [(task, k, *losses_TS[t, [0, 1 + k]]) for t, task in enumerate(TASKS) for k in range(3)]
     assert list(tables[2].itertuples(index=False, name=None)) == [(*row, row[3] - row[2]) for row in rows]

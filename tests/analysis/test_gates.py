@@ -8,7 +8,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from analysis import naive_experts as naive
-from analysis.naive_experts import METHODS, TASKS
+from analysis.naive_experts import BATCHES, METHODS, ROWS, TASKS
 from badit.analysis.gates import active_experts, changed_gates, gates_frame, marked_experts, prompt_gates
 from badit.analysis.interference import coactivation
 from badit.baselines.branches import OLoraConfig
@@ -19,41 +19,39 @@ from tuner import helpers
 @pytest.mark.parametrize("method", METHODS)
 def test_gates_are_those_of_every_row_by_itself_and_reading_them_changes_nothing(tiny_model, method):
     model = naive.adapted(tiny_model("llama"), method, target_modules=["gate_proj", "o_proj"])
-    batches = naive.batches()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    losses = naive.losses(model, naive.rows(batches["cities"])[0])
-    gates = prompt_gates(model, batches)
-    assert naive.losses(model, naive.rows(batches["cities"])[0]) == losses
+    losses = naive.losses(model, ROWS["cities"][0])
+    gates = prompt_gates(model, BATCHES)
+    assert naive.losses(model, ROWS["cities"][0]) == losses
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert gates.modules == [(layer, name) for layer in (0, 1) for name in ("self_attn.o_proj", "mlp.gate_proj")]
     assert gates.tasks == list(TASKS)
     for task in TASKS:
-        expected = np.array([naive.gates(model, row) for row in naive.rows(batches[task])])
+        expected = np.array([naive.gates(model, row) for row in ROWS[task]])
         np.testing.assert_allclose(gates.by_task[task], expected, atol=2e-5)
         np.testing.assert_allclose(gates.by_task[task].mean(axis=-1), 1, atol=1e-6)
         assert gates.by_task[task].std(axis=-1).max() > 0.05  # else the comparison would say nothing
 
 
 def test_gates_of_a_model_that_sees_positions_as_rows():
-    model, batch = helpers.adapted(helpers.opt()), naive.batches()["cities"]
-    together, apart = (prompt_gates(model, {"cities": of_task}) for of_task in (batch, naive.rows(batch)))
+    model = helpers.adapted(helpers.opt())
+    together, apart = (prompt_gates(model, batches) for batches in (BATCHES, ROWS))
     np.testing.assert_allclose(together.by_task["cities"], apart.by_task["cities"], atol=2e-5)
 
 
 def test_at_step_0_all_gates_are_neutral_none_is_marked_and_an_error_leaves_nothing_behind(tiny_model):
-    model, batches = helpers.adapt(tiny_model("llama")), naive.batches()
+    model = helpers.adapt(tiny_model("llama"))
     with pytest.raises(ZeroDivisionError), changed_gates(active_experts(model), lambda one, gates: 1 / 0):
-        naive.losses(model, naive.rows(batches["cities"])[0])
+        naive.losses(model, ROWS["cities"][0])
     assert not any("component_gates" in vars(layer) for layer in naive.layers(model))
-    gates = prompt_gates(model, batches)
+    gates = prompt_gates(model, BATCHES)
     np.testing.assert_allclose(gates.means, 1, atol=1e-6)
     assert not any(mask.any() for masks in marked_experts(gates).values() for mask in masks)
 
 
 def test_the_table_has_mean_and_deviation_over_prompts(tiny_model):
-    model = naive.adapted(tiny_model("llama"), "badit")
-    batches = {**naive.batches(), "seas": [naive.batch("seas", 9)]}
-    gates = prompt_gates(model, batches)
+    batches = {**BATCHES, "seas": BATCHES["seas"][1:]}  # a single prompt
+    gates = prompt_gates(helpers.adapted(tiny_model("llama")), batches)
     table = gates_frame(gates)
     assert len(table) == 3 * 2 * 3
     assert set(table["module"]) == {"mlp.gate_proj"}
@@ -66,7 +64,7 @@ def test_the_table_has_mean_and_deviation_over_prompts(tiny_model):
 
 def test_marked_experts_are_those_above_neutral(tiny_model):
     modules = r".*(layers\.[01]\.mlp\.gate_proj|layers\.[01]\.mlp\.up_proj|layers\.1\.self_attn\.o_proj)"
-    gates = prompt_gates(naive.adapted(tiny_model("llama"), "badit", target_modules=modules), naive.batches())
+    gates = prompt_gates(helpers.adapted(tiny_model("llama"), target_modules=modules), BATCHES)
     marked = marked_experts(gates)
     for t, task in enumerate(TASKS):
         assert [len(mask) for mask in marked[task]] == [2 * 3, 3 * 3]
@@ -86,4 +84,4 @@ def test_models_without_experts_have_none_and_several_adapters_are_refused(tiny_
     model.add_adapter("second", helpers.config())
     model.base_model.set_adapter(["default", "second"])
     with pytest.raises(BaditError, match="several adapters are active"):
-        prompt_gates(model, naive.batches())
+        prompt_gates(model, BATCHES)

@@ -84,14 +84,11 @@ def test_agreement_follows_from_the_inner_products(of_a, of_b):
     assert float(found["reliability"][0, 1]) == pytest.approx(naive.cosine(*sums_R[2:]), abs=1e-6)
 
 
-def by_name(frames):
-    return {frame.attrs["name"]: frame for frame in frames}
-
-
 def measured(model, examples, sketch_size=16384):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("badit.analysis.interference.SKETCH_SIZE", sketch_size)
-        return by_name(interference.measure_interference(model, naive.batched(examples)))
+        frames = interference.measure_interference(model, naive.batched(examples))
+        return {frame.attrs["name"]: frame for frame in frames}
 
 
 def make(tiny_model, kind):
@@ -181,23 +178,17 @@ def test_no_more_than_one_gradient_is_held(tiny_model):
 # --- shared units ---
 
 
-@st.composite
-def all_marks(draw):
-    """One to four tasks, one to three layers of one to six units each."""
-    widths = draw(st.lists(st.integers(1, 6), min_size=1, max_size=3))
-    names = draw(st.lists(st.sampled_from("cabd"), min_size=1, max_size=4, unique=True))
-    one = [st.lists(st.booleans(), min_size=width, max_size=width) for width in widths]
-    return {name: [draw(layer) for layer in one] for name in names}
-
-
 @settings(deadline=None, max_examples=100)
-@given(all_marks())
-def test_the_counts_are_the_naive_ones(marks):
+@given(st.data())
+def test_the_counts_are_the_naive_ones(data):
+    widths = data.draw(st.lists(st.integers(1, 6), min_size=1, max_size=3))
+    layers = [st.lists(st.booleans(), min_size=width, max_size=width) for width in widths]
+    marks = data.draw(st.dictionaries(st.sampled_from("cabd"), st.tuples(*layers), min_size=1))
     marked = {name: [torch.tensor(layer) for layer in layers] for name, layers in marks.items()}
-    frames = by_name(interference.coactivation({"experts": marked, "neurons": marked}, "about"))
-    for name, rows in naive.coactivation("experts", marks).items():
-        assert_same(frames[name], rows + [["neurons", *row[1:]] for row in rows])
-    for _, of_layer in frames["coactivation"].groupby(["kind", "layer"]):
+    frames = interference.coactivation({"experts": marked, "neurons": marked}, "about")
+    for frame, rows in zip(frames, naive.coactivation("experts", marks).values(), strict=True):
+        assert_same(frame, rows + [["neurons", *row[1:]] for row in rows])
+    for _, of_layer in frames[0].groupby(["kind", "layer"]):
         assert of_layer[["share", "chance"]].sum().tolist() == pytest.approx([1, 1])
         # On average a unit has as many marks by chance as it really has.
         expected, observed = (sum(of_layer["tasks"] * of_layer[name]) for name in ("chance", "share"))

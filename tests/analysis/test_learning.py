@@ -61,25 +61,20 @@ def test_a_damaged_log_is_refused(tmp_path):
 @pytest.mark.parametrize("method", ["badit", "badit token", "loramoe", "goat"])
 def test_held_out_angles_equal_the_naive_ones(tiny_model, method):
     model = naive.adapted(tiny_model("llama"), method, target_modules=["gate_proj", "v_proj"])
-    batches = naive.batches()
     with torch.no_grad():
-        found = held_out_angles(model.requires_grad_(False), batches)
+        found = held_out_angles(model.requires_grad_(False), naive.BATCHES)
     assert all(parameter.grad is None for parameter in model.parameters())
     assert list(found) == [(layer, module) for layer in (0, 1) for module in ("self_attn.v_proj", "mlp.gate_proj")]
-    gradients = naive.gradients(model, batches)
-    for angles, layer, of_layer in zip(found.values(), naive.layers(model), gradients, strict=True):
+    for angles, layer, of_layer in zip(found.values(), naive.layers(model), naive.gradients(model), strict=True):
         expected = reference.angles(reference.unit_gradients(*of_layer), naive.expert_of(layer))
         assert angles == pytest.approx(expected, abs=0.02)
     assert np.std([angles[0] for angles in found.values()]) > 0.5
 
 
-@pytest.mark.parametrize("method", ["hydralora", "mtl-lora"])
-def test_experts_that_share_A_have_no_components(tiny_model, method):
-    assert held_out_angles(naive.adapted(tiny_model("llama"), method), naive.batches()) == {}
-
-
-def test_a_single_component_per_expert_has_no_angles_within(tiny_model):
-    angles = held_out_angles(helpers.adapted(tiny_model("llama"), r=1), naive.batches())[0, "mlp.gate_proj"]
+def test_experts_that_share_A_have_no_angles_and_single_components_none_within(tiny_model):
+    for method in ("hydralora", "mtl-lora"):
+        assert held_out_angles(naive.adapted(tiny_model("llama"), method), naive.BATCHES) == {}
+    angles = held_out_angles(helpers.adapted(tiny_model("llama"), r=1), naive.BATCHES)[0, "mlp.gate_proj"]
     assert [angle is None for angle in angles] == [True, False, True, False]
 
 
@@ -98,14 +93,9 @@ def results(tmp_path, cells, protocol="mixed"):
 
 
 def test_the_gap_is_over_the_seeds_that_have_both_and_every_order(tmp_path):
-    cells = [
-        ("lora", 0, None, {"a": 40, "b": 60}),
-        ("lora", 1, None, {"a": 50, "b": 70}),
-        ("lora", 2, None, {"a": 0, "b": 0}),  # without single-task runs
-        ("badit", 0, None, {"a": 45, "b": 65}),
-        (ALONE, 0, None, {"a": 60, "b": 60}),
-        (ALONE, 1, None, {"a": 62, "b": 64}),
-    ]
+    scores = {("lora", 0): (40, 60), ("lora", 1): (50, 70), ("lora", 2): (0, 0)}  # no single task has seed 2
+    scores |= {("badit", 0): (45, 65), (ALONE, 0): (60, 60), (ALONE, 1): (62, 64)}
+    cells = [(*run, None, {"a": a, "b": b}) for run, (a, b) in scores.items()]
     table = task_gap(results(tmp_path, cells))
     assert rows(table) == [["lora", "a", 61, 45, 16], ["lora", "b", 62, 65, -3]]
     assert "all tasks mixed" in table.attrs["about"]

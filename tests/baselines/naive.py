@@ -1,9 +1,6 @@
 """The baselines' formulas as written down (loops over positions, experts and branches, float64), and shared steps."""
 
-from __future__ import annotations
-
 import math
-from typing import Any
 
 import numpy as np
 import torch
@@ -11,69 +8,42 @@ from peft import get_peft_model
 
 import reference
 from badit.baselines import BASELINES
-from badit.baselines.branches import BranchLinear
-from badit.baselines.mixture import MixtureLinear
 from badit.tuner import BaditConfig, hooks_of
-from tuner.helpers import IDS, MASK, layers, padded, random_rows
-from tuner.helpers import forward as model_forward
+from tuner.helpers import IDS, MASK, forward, padded, random_rows, randomise
 
 MIXTURES = ("loramoe", "hydralora", "goat")
 BRANCHES, GATED = ("o-lora", "gainlora", "sapt"), ("gainlora", "sapt")
 METHODS = ("badit", "badit standardised", *MIXTURES, "mtl-lora", *BRANCHES)
-CONFIGS = {"badit": BaditConfig, "badit standardised": BaditConfig} | {
-    name: baseline.config_cls for name, baseline in BASELINES.items()
-}
 FAMILIES = ("llama", "gpt2", "gemma2")
 TASKS = ["cities", "rivers", "seas"]
-SMALL: dict[str, dict[str, Any]] = {
-    "badit": {"num_experts": 3, "r": 2, "lora_alpha": 4},
+SMALL = {
+    **{name: {"num_experts": 3, "r": 2, "lora_alpha": 4} for name in ("badit", "loramoe", "hydralora")},
     "badit standardised": {"num_experts": 3, "r": 2, "router_input": "standardised", "init_weights": "directions"},
-    "loramoe": {"num_experts": 3, "r": 2, "lora_alpha": 4},
-    "hydralora": {"num_experts": 3, "r": 2, "lora_alpha": 4},
     "goat": {"num_experts": 4, "r": 8, "lora_alpha": 16, "top_k": 2},
     "mtl-lora": {"num_experts": 3, "r": 2, "lora_alpha": 4, "tasks": TASKS},
     "o-lora": {"r": 2, "lora_alpha": 4},
-    "gainlora": {"r": 2, "lora_alpha": 4, "gate_hidden_size": 10},
-    "sapt": {"r": 2, "lora_alpha": 4, "gate_hidden_size": 10},
+    **{name: {"r": 2, "lora_alpha": 4, "gate_hidden_size": 10} for name in GATED},
 }
 RANK = 2  # one expert's, in all of the above; the scaling is 2
-_NOISE = {"badit_A": 0.1, "badit_B": 0.1, "badit_router": 0.4, "badit_lambda": 0.5}
 ROWS = ["rivers", "cities", "rivers"]
 FIRST, SECOND = (padded(random_rows(*[5] * 4, seed=seed)) for seed in (1, 2))  # prompts of two tasks
 
 
-def config(method: str, **options: Any) -> Any:
-    return CONFIGS[method](**{"lora_dropout": 0.0, "task_type": "CAUSAL_LM", **SMALL[method], **options})
+def config(method, **options):
+    config_cls = BASELINES[method].config_cls if method in BASELINES else BaditConfig
+    return config_cls(**{"lora_dropout": 0.0, "task_type": "CAUSAL_LM", **SMALL[method], **options})
 
 
-def gate(model: Any, adapter: str = "default") -> Any:
+def gate(model, adapter="default"):
     return model.base_model.badit_gate[adapter]
 
 
-@torch.no_grad()
-def randomise(model: Any, seed: int = 0, adapter: str = "default") -> Any:
-    """An adapter as after training: its tensors off their start, and a router or gate that decides."""
-    generator = torch.Generator().manual_seed(seed)
-    places = [(getattr(layer, name, {}), size) for layer in layers(model) for name, size in _NOISE.items()]
-    found = [(tensors[adapter], size) for tensors, size in places if adapter in tensors]
-    gates = getattr(getattr(model, "base_model", None), "badit_gate", {})
-    found += [(parameter, 0.1) for parameter in (gates[adapter].parameters() if adapter in gates else ())]
-    for parameter, size in found:
-        parameter.add_((size * torch.randn(parameter.shape, generator=generator)).to(parameter.dtype))
-    for layer in layers(model):
-        if adapter in getattr(layer, "badit_expert_of", ()):
-            layer.expert_of(adapter).copy_(layer.expert_of(adapter).flip(0))
-        if adapter in getattr(layer, "badit_moments", ()):
-            layer.badit_moments[adapter].copy_(torch.rand(2, layer.in_features, generator=generator) + 0.5)
-    return model
-
-
-def adapt(model: Any, method: str, **options: Any) -> Any:
+def adapt(model, method, **options):
     torch.manual_seed(0)
     return get_peft_model(model, config(method, **options)).eval()
 
 
-def adapted(model: Any, method: str, tasks: int = 3, **options: Any) -> Any:
+def adapted(model, method, tasks=3, **options):
     """A model as after training; with branches, as after ``tasks`` tasks."""
     model = randomise(adapt(model, method, **options))
     for seed in range(1, tasks if method in BRANCHES else 1):
@@ -83,72 +53,69 @@ def adapted(model: Any, method: str, tasks: int = 3, **options: Any) -> Any:
     return model
 
 
-def batches(ids: torch.Tensor, prompt_mask: torch.Tensor) -> dict[str, list[dict[str, torch.Tensor]]]:
+def batches(ids, prompt_mask):
     """One task's, as hooks get them: all that is attended to is prompt."""
     return {"task": [{"input_ids": ids, "attention_mask": prompt_mask, "labels": torch.full_like(ids, -100)}]}
 
 
-def trainable(model: Any) -> set[str]:
+def trainable(model):
     return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 @torch.no_grad()
-def logits(
-    model: Any, ids: torch.Tensor = IDS, mask: torch.Tensor = MASK, rows: list[str] | None = ROWS
-) -> torch.Tensor:
+def logits(model, ids=IDS, mask=MASK, rows=ROWS):
     """At the attended positions."""
     with hooks_of(model).rows_of(rows):
-        return model_forward(model, ids, mask).logits[mask.bool()]
+        return forward(model, ids, mask).logits[mask.bool()]
 
 
-def loss(model: Any, rows: list[str] = ROWS, **options: Any) -> torch.Tensor:
+def loss(model, rows=ROWS, **options):
     """The answers are the last three tokens."""
-    labels = IDS.clone()
-    labels[:, :-3] = -100
+    labels = IDS.masked_fill(torch.arange(11) < 8, -100)
     with hooks_of(model).rows_of(rows):
-        return model_forward(model, IDS, MASK, labels=labels, **options).loss
+        return forward(model, IDS, MASK, labels=labels, **options).loss
 
 
-def experts(method: str, A: np.ndarray, B: np.ndarray, num_experts: int) -> list[tuple[np.ndarray, np.ndarray]]:
+def experts(method, A, B, num_experts):
     """Each expert's (B_k, A_k)."""
-    rank = B.shape[1] // num_experts
-    runs = [slice(k * rank, (k + 1) * rank) for k in range(num_experts)]
-    return [(B[:, run], A if method == "hydralora" else A[run]) for run in runs]
+    parts_of_A = num_experts * [A] if method == "hydralora" else np.split(A, num_experts)
+    return list(zip(np.split(B, num_experts, axis=1), parts_of_A, strict=True))
 
 
-def goat_start(W: np.ndarray, num_experts: int, rank: int, scaling: float, rho: float) -> list[Any]:
+def goat_start(W, num_experts, rank, scaling, rho):
     """Expert k from the first ``rank`` directions of the k-th chunk of the spectrum."""
     u, s, vh = np.linalg.svd(W, full_matrices=False)
-    chunk, start = len(s) // num_experts, []
-    for k in range(num_experts):
-        run = slice(k * chunk, k * chunk + rank)
-        root = np.diag(np.sqrt(s[run] / (scaling * rho)))
-        start.append((u[:, run] @ root, root @ vh[run]))
-    return start
+    runs = [slice(start, start + rank) for start in range(0, len(s), len(s) // num_experts)][:num_experts]
+    roots = [np.diag(np.sqrt(s[run] / (scaling * rho))) for run in runs]
+    return [(u[:, run] @ root, root @ vh[run]) for run, root in zip(runs, roots, strict=True)]
 
 
-def gates(layer: MixtureLinear, x: Any) -> np.ndarray:
+def gates(layer, x):
     logits = reference.float64(x) @ reference.float64(layer.badit_router["default"]).T
     return reference.expert_gates(logits, "softmax", getattr(layer.badit_config["default"], "top_k", None))
 
 
-def forward(method: str, layer: MixtureLinear, x: torch.Tensor) -> torch.Tensor:
-    """y = W x + b + s Σ_k g_k B_k A_k x, and GOAT's − (s/K) Σ_k B0_k A0_k x, with B0 and A0 worked out again."""
-    options, start = layer.badit_config["default"], []
-    A, B, x_ = (reference.float64(each) for each in (layer.badit_A["default"], layer.badit_B["default"], x))
-    num_experts, s = options.num_experts, options.lora_alpha / options.r
-    if method == "goat":
-        start = goat_start(reference.float64(layer.weight_OI), num_experts, RANK, s, options.rho)
-    g, y = gates(layer, x), reference.float64(layer.get_base_layer()(x))
+def with_parts(layer, x, parts_at):
+    """y = W x + b + s Σ_k w_k B_k A_k x, one position after another, at which ``parts_at`` has all (w_k, B_k, A_k)."""
+    options, x_, y = layer.badit_config["default"], reference.float64(x), reference.float64(layer.get_base_layer()(x))
     for where in np.ndindex(*x.shape[:-1]):
-        for b_k, a_k in start:
-            y[where] -= s / num_experts * (b_k @ (a_k @ x_[where]))
-        for k, (b_k, a_k) in enumerate(experts(method, A, B, num_experts)):
-            y[where] += s * g[(*where, k)] * (b_k @ (a_k @ x_[where]))
+        for weight, b_k, a_k in parts_at(where):
+            y[where] += options.lora_alpha / options.r * weight * (b_k @ (a_k @ x_[where]))
     return torch.from_numpy(y)
 
 
-def imbalance(method: str, gates_: np.ndarray, probabilities: np.ndarray) -> float:
+def mixture_forward(method, layer, x):
+    """y = W x + b + s Σ_k g_k B_k A_k x, and GOAT's − (s/K) Σ_k B0_k A0_k x, with B0 and A0 worked out again."""
+    options, g, start = layer.badit_config["default"], gates(layer, x), []
+    if method == "goat":
+        W, s = reference.float64(layer.weight_OI), options.lora_alpha / options.r
+        start = [(-1 / options.num_experts, *pair) for pair in goat_start(W, options.num_experts, RANK, s, options.rho)]
+    A, B = (reference.float64(factors["default"]) for factors in (layer.badit_A, layer.badit_B))
+    own = experts(method, A, B, options.num_experts)
+    return with_parts(layer, x, lambda where: start + [(g[(*where, k)], *pair) for k, pair in enumerate(own)])
+
+
+def imbalance(method, gates_, probabilities):
     """Of one layer, from the gates and the full softmax (positions, experts) at the attended positions."""
     positions, num_experts = gates_.shape
     if method == "loramoe":
@@ -159,11 +126,11 @@ def imbalance(method: str, gates_: np.ndarray, probabilities: np.ndarray) -> flo
     return num_experts * sum(f * probabilities[:, k].mean() for k, f in enumerate(shares))
 
 
-def _silu(x: np.ndarray) -> np.ndarray:
+def _silu(x):
     return x / (1 + np.exp(-x))
 
 
-def weights(method: str, model: Any, prompt: Any) -> np.ndarray:
+def weights(method, model, prompt):
     """a (branches) for one p0."""
     count = model.peft_config["default"].past_branches + 1
     if method == "o-lora":
@@ -185,27 +152,24 @@ def weights(method: str, model: Any, prompt: Any) -> np.ndarray:
     return np.array(exponentials) / sum(exponentials)
 
 
-def branch_forward(layer: BranchLinear, x: Any, a: np.ndarray) -> np.ndarray:
+def branch_forward(layer, x, a):
     """y = W x + b + s Σ_i a_i B_i A_i x for the positions x (T, I) of one row."""
     options, x, y = layer.badit_config["default"], reference.float64(x), reference.float64(layer.get_base_layer()(x))
-    past_A, past_B = (reference.float64(p["default"]) for p in (layer.badit_A_past, layer.badit_B_past))
-    for i, weight in enumerate(a):
-        run = slice(i * options.r, (i + 1) * options.r)
-        b_i, a_i = past_B[:, run], past_A[run]
-        if i == len(a) - 1:
-            b_i, a_i = (reference.float64(p["default"]) for p in (layer.badit_B, layer.badit_A))
+    A = np.concatenate([reference.float64(p["default"]) for p in (layer.badit_A_past, layer.badit_A)])
+    B = np.concatenate([reference.float64(p["default"]) for p in (layer.badit_B_past, layer.badit_B)], axis=1)
+    for weight, (b_i, a_i) in zip(a, experts("o-lora", A, B, len(a)), strict=True):
         y = y + options.lora_alpha / options.r * weight * (x @ a_i.T @ b_i.T)
     return y
 
 
-def penalty(layer: BranchLinear) -> float:
+def penalty(layer):
     """Σ_{i<t} Σ |A_i A_tᵀ| of one layer."""
     current = reference.float64(layer.badit_A["default"])
     past = reference.float64(layer.badit_A_past["default"])
     return sum(abs(float(row @ other)) for row in past for other in current)
 
 
-def projector(old: np.ndarray, inputs: np.ndarray, share: float) -> np.ndarray:
+def projector(old, inputs, share):
     """Directions added one at a time until M holds the share of the energy."""
     P, total = old.copy(), float((inputs**2).sum())
     while total - float(((inputs - inputs @ P) ** 2).sum()) < share * total:
@@ -215,15 +179,15 @@ def projector(old: np.ndarray, inputs: np.ndarray, share: float) -> np.ndarray:
     return P
 
 
-def mtl_forward(layer: Any, x: torch.Tensor, rows: list[str]) -> torch.Tensor:
+def mtl_forward(layer, x, rows):
     """y = W x + b + s Σ_k softmax(w_t / τ)_k B_k Λ_t A x, one position after another."""
     options, parts = layer.badit_config["default"], ("A", "B", "lambda", "task_logits")
     A, B, Lambda, w = (reference.float64(getattr(layer, f"badit_{part}")["default"]) for part in parts)
-    r, x_, y = options.r, reference.float64(x), reference.float64(layer.get_base_layer()(x))
-    for where in np.ndindex(*x.shape[:-1]):
+
+    def parts_at(where):
         task = TASKS.index(rows[where[0]])
-        powers = [math.exp(w[task, k] / options.temperature) for k in range(options.num_experts)]
-        for k, power in enumerate(powers):
-            B_k = B[:, k * r : (k + 1) * r]
-            y[where] += options.lora_alpha / r * power / sum(powers) * (B_k @ (Lambda[task] @ (A @ x_[where])))
-    return torch.from_numpy(y)
+        powers = [math.exp(logit / options.temperature) for logit in w[task]]
+        pairs = experts("hydralora", Lambda[task] @ A, B, options.num_experts)
+        return [(power / sum(powers), *pair) for power, pair in zip(powers, pairs, strict=True)]
+
+    return with_parts(layer, x, parts_at)

@@ -10,6 +10,7 @@ from badit.baselines.gain_lora import GainLoraGate, grown_projector
 from badit.errors import BaditError
 from baselines import naive
 from baselines.naive import FIRST, SECOND, adapt, batches, config, logits
+from tuner.helpers import take_steps
 
 WIDTH = 16
 
@@ -114,16 +115,10 @@ def test_prompts_that_leave_no_direction_end_the_learning():
 
 
 def train(model, ids, mask, *, projected, steps=40):
-    labels = ids.clone()
-    labels[:, :3] = -100
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(torch.arange(5) < 3, -100)}
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-2)
-    for _ in range(steps):
-        optimizer.zero_grad()
-        model(input_ids=ids, attention_mask=mask, labels=labels).loss.backward()
-        if projected:
-            model.base_model.before_update()
-        optimizer.step()
-        model.base_model.after_update()
+    hooks = (model.base_model.before_update, model.base_model.after_update) if projected else ()
+    take_steps(optimizer, steps, lambda: model(**batch).loss, *hooks)
 
 
 @pytest.mark.parametrize("projected", [True, False])

@@ -14,10 +14,8 @@ from torch import nn
 from badit.errors import BaditError
 from badit.tuner import hooks_of
 from baselines import naive
-from baselines.naive import IDS, MASK, ROWS, TASKS, adapt, adapted, config, layers, logits, loss, randomise
-from tuner.helpers import KINDS, base_layer, enable_checkpointing, forward, gradients
-
-PARTS = ("A", "B", "lambda", "task_logits")
+from baselines.naive import ROWS, TASKS, adapt, adapted, config, logits, loss
+from tuner.helpers import IDS, KINDS, MASK, base_layer, enable_checkpointing, forward, gradients, layers, randomise
 
 
 @settings(max_examples=15, deadline=None)
@@ -36,7 +34,7 @@ def test_forward_equals_the_formula(kind, rows, with_positions):
 def test_the_start(tiny_model):
     layer = layers(adapt(tiny_model("llama"), "mtl-lora", r=4, num_experts=5))[0]
     out_features, in_features = layer.weight_OI.shape
-    shapes = [tuple(getattr(layer, f"badit_{part}")["default"].shape) for part in PARTS]
+    shapes = [tuple(getattr(layer, f"badit_{part}")["default"].shape) for part in ("A", "B", "lambda", "task_logits")]
     assert shapes == [(4, in_features), (out_features, 20), (3, 4, 4), (3, 5)]
     assert not layer.badit_B["default"].any()
     assert torch.equal(layer.badit_lambda["default"], torch.eye(4).expand(3, 4, 4))

@@ -4,14 +4,14 @@ import json
 import os
 import subprocess
 import sys
+from unittest.mock import Mock
 
 import docstring_parser
 import pytest
 import yaml
 
-from badit import demo
+from badit import BaditError, demo
 from badit.cli import app, main
-from badit.errors import BaditError
 from badit.methods import on_skeleton
 from badit.recipe import build_recipe, load_recipe
 
@@ -73,12 +73,9 @@ def test_tasks_lists_the_suite_debug_raises_and_an_interruption_exits_with_130(c
     (tmp_path / "a.jsonl").write_text('{"task": "a", "instruction": "Do.", "output": "y", "split": "test"}\n')
     assert main(["tasks", str(tmp_path / "a.jsonl"), "--show", "1"]) == 0, "without training instances too"
 
-    def interrupt(*args, **kwargs):
-        raise KeyboardInterrupt
-
     with pytest.raises(BaditError):
         main(["--debug", "tasks", "missing-data"])
-    monkeypatch.setattr("badit.data.load_sources", interrupt)
+    monkeypatch.setattr("badit.data.load_sources", Mock(side_effect=KeyboardInterrupt))
     assert main(["tasks", "builtin"]) == 130
     assert "interrupted" in capsys.readouterr().err
 
@@ -123,11 +120,8 @@ def test_the_demo_shows_scores_budget_angles_and_samples(recipe_values, monkeypa
         training = {**recipe_values["training"], "num_train_epochs": epochs, "seed": seed}
         return {**recipe_values, "method": method, "training": training, "output": output}
 
-    methods = {
-        "base": {"name": "base"},
-        "LoRA": {"name": "lora", "r": 8},
-        "BADIT": {"name": "badit", "num_experts": 4, "r": 2, "regroup": {"every": 3}},
-    }
+    badit = {"name": "badit", "num_experts": 4, "r": 2, "regroup": {"every": 3}}
+    methods = {"base": {"name": "base"}, "LoRA": {"name": "lora", "r": 8}, "BADIT": badit}
     monkeypatch.setattr(demo, "METHODS", methods)
     monkeypatch.setattr(demo, "demo_recipe", tiny)
     monkeypatch.setattr("badit.report.has_extra", lambda: False)

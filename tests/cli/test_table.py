@@ -12,6 +12,9 @@ from badit.cli import main
 from badit.render import FORMATS
 from evaluation.test_results import cell, comparison, mixed, sequential, unscored, write
 
+columns = re.compile(r"\s{2,}").split
+bold = re.compile(r"\*\*(.*?)\*\*").findall
+
 
 @pytest.fixture
 def shown(tmp_path, capsys):
@@ -22,18 +25,6 @@ def shown(tmp_path, capsys):
         return capsys.readouterr().out
 
     return show
-
-
-def rows_of(text):
-    return list(csv.DictReader(io.StringIO(text)))
-
-
-def columns(line):
-    return re.split(r"\s{2,}", line)
-
-
-def bold(line):
-    return re.findall(r"\*\*(.*?)\*\*", line)
 
 
 def renamed(content, new):
@@ -96,7 +87,7 @@ def test_latex_is_a_booktabs_tabular_with_escaped_text(shown):
 
 def test_csv_is_precise_and_has_the_omitted_cells(shown):
     content = mixed()
-    rows = rows_of(shown(content, "--format", "csv"))
+    rows = [*csv.DictReader(io.StringIO(shown(content, "--format", "csv")))]
     assert [row["method"] for row in rows] == ["base", "lora", "badit_x", "badit_x", "goat"]
     scores = [content["cells"][i]["scores"]["rouge_l"] for i in (5, 6)]
     assert float(rows[2]["rouge_l_mean"]) == pytest.approx(fmean(scores), abs=1e-12)
@@ -131,7 +122,7 @@ def test_by_task(shown):
     assert columns(lines[2]) == ["mean over tasks", "26.5", "47.7", "52.2"]
     markdown = shown(mixed(), "--by-task", "--format", "markdown").splitlines()
     assert [bold(line) for line in markdown[2:5]] == [["47.7"], ["56.8"], ["52.2"]]
-    rows = rows_of(shown(mixed(), "--by-task", "--format", "csv", "--metric", "exact_match"))
+    rows = [*csv.DictReader(io.StringIO(shown(mixed(), "--by-task", "--format", "csv", "--metric", "exact_match")))]
     assert [row["task"] for row in rows] == ["task002_quoref", "task_b", "mean over tasks", "", ""]
     assert float(rows[0]["base_exact_match"]) == pytest.approx(100 / 3)
     assert rows[3]["status"] == "failed"

@@ -1,10 +1,6 @@
 """A small comparison's recipe, and cells that run without a process of their own."""
 
-from __future__ import annotations
-
 from importlib import import_module
-from pathlib import Path
-from typing import Any, ClassVar
 
 from badit import worker
 from badit.recipe import build_recipe
@@ -12,11 +8,10 @@ from badit.worker import ERROR
 
 compare_module = import_module("badit.compare")  # badit.compare is the function
 
-Values = dict[str, Any]
 LORA = {"lora": {"name": "lora", "r": 4}}
 
 
-def comparison_values(material: Path, output: Path, **compare: Any) -> Values:
+def comparison_values(material, output, **compare):
     """A recipe that compares LoRA with BADIT, with equal budgets; two steps per run."""
     methods = {"lora": {"name": "lora", "r": 8}, "badit": {"name": "badit", "num_experts": 4, "r": 2}}
     return {
@@ -32,27 +27,27 @@ def comparison_values(material: Path, output: Path, **compare: Any) -> Values:
 class InlineCell:
     """Replaces a cell's process: the same worker, in the process of the test."""
 
-    started: ClassVar[list[str]] = []
+    started = []  # noqa: RUF012
 
-    def __init__(self, folder: Path, *, score: bool, threads: int | None, device: int | None) -> None:
+    def __init__(self, folder, *, score, threads, device):
         (folder / ERROR).unlink(missing_ok=True)
         self.started.append(f"{folder.parent.name}/{folder.name}")
         self._folder, self._score = folder, score
 
-    def stop(self, how: int) -> None:
+    def stop(self, how):
         """It runs while it is waited for, so there is nothing to stop."""
 
-    def wait(self) -> str | None:
+    def wait(self):
         code = worker.run_cell(self._folder, score=self._score)
         return None if code == 0 else (self._folder / ERROR).read_text().strip()
 
 
-def by_status(results: Values, **wanted: Any) -> list[str]:
+def by_status(results, **wanted):
     """``method/seed`` of the cells whose fields have these values."""
     cells = [cell for cell in results["cells"] if wanted.items() <= {key: cell[key] for key in wanted}.items()]
     return [f"{cell['method']}/{cell['seed']}" for cell in cells]
 
 
-def compared(values: Values, **options: Any) -> Values:
+def compared(values, **options):
     """The results of a comparison, by default without progress reports."""
     return compare_module.compare(build_recipe(values), **{"report": lambda line: None, **options})

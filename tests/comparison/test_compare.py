@@ -3,18 +3,16 @@
 import json
 from pathlib import Path
 from statistics import fmean
+from unittest.mock import Mock
 
 import pytest
 import yaml
 
-from badit import worker
+from badit import BaditError, Run, load_results, summarise, worker
 from badit.cli import main
-from badit.errors import BaditError
 from badit.files import read_json
 from badit.methods import AdapterMethod, NeuronMethod
 from badit.metrics import METRICS
-from badit.results import load_results, summarise
-from badit.run import Run
 from badit.statistics import FORMS, continual_scores
 from comparison.cells import LORA, InlineCell, by_status, compare_module, compared, comparison_values
 
@@ -86,13 +84,10 @@ def test_a_finished_comparison_is_not_done_again_and_another_recipes_is_refused(
 
 
 def test_a_failing_cell_stops_no_other_and_is_tried_again(values, inline, monkeypatch, capsys):
-    def refused(self, **arguments):
-        raise BaditError("no room for neurons")
-
     values["compare"]["methods"] = {"neurons": {"name": "task-neurons"}, **LORA}
     lines = []
     with monkeypatch.context() as patch:
-        patch.setattr(NeuronMethod, "trainer", refused)
+        patch.setattr(NeuronMethod, "trainer", Mock(side_effect=BaditError("no room for neurons")))
         results = compared(values, report=lines.append)
         failed, done = results["cells"]
         assert (failed["status"], failed["error"], done["status"]) == ("failed", "no room for neurons", "done")
@@ -124,11 +119,7 @@ def test_rates_that_fail_or_diverge_are_worst_and_an_interruption_loses_no_finis
     assert (found[0.01], found[3e38]) == ((True, "done", None, loss), (False, "failed", diverged, None))
     json.dumps(results, allow_nan=False)
     assert load_results(values["output"]).cells["error"].dropna().tolist() == ["RuntimeError: no such", diverged]
-
-    def interrupted(*arguments, **options):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(compare_module, "CellProcess", interrupted)
+    monkeypatch.setattr(compare_module, "CellProcess", Mock(side_effect=KeyboardInterrupt))
     values["compare"]["seeds"] = [0, 1]
     with pytest.raises(KeyboardInterrupt):
         compared(values)
@@ -139,8 +130,7 @@ def test_rates_that_fail_or_diverge_are_worst_and_an_interruption_loses_no_finis
 def test_a_search_on_less_data_is_kept_apart(values, inline):
     search = {"data": {"train_per_task": 4}, "training": {"max_steps": 1}}
     values["compare"] |= {"learning_rates": [0.01, 0.02], "search": search, "methods": LORA}
-    results = compared(values)
-    output = Path(values["output"])
+    results, output = compared(values), Path(values["output"])
     searched = Run(output / "lora" / "search" / "lr-0.01" / "seed-0")
     assert searched.recipe.data.train_per_task == 4
     assert searched.validation_path.is_file()
@@ -202,22 +192,12 @@ def test_sequences_in_two_orders(values, inline, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"orders": ["seeded-0", "sapt-1"]}, r"data\.order: has no place for task"),
         ({"orders": [["cities", "rivers"], ["cities", "../rivers"]]}, r"data\.order: unknown task '\.\./rivers'"),
         ({"methods": {"lora": {"name": "lora", "target_modules": ["x"]}}}, r"compare\.methods\.lora: method: Target"),
-        ({"budget": "lora"}, r"compare\.methods\.badit: trains .* change its rank until they agree to 5%"),
-        ({"methods": {"lora": {"name": "task-neurons"}}}, r"training\.weight_decay: must be 0 with task-neurons"),
-        ({"learning_rates": [0.01, 0.1]}, r"task rivers has no validation instances; at least 4 training instances"),
     ],
 )
-def test_what_would_spoil_it_is_found_before_anything_is_run(values, tmp_path, monkeypatch, changes, message):
+def test_what_would_spoil_it_is_found_before_anything_is_run(values, monkeypatch, changes, message):
     monkeypatch.setattr(compare_module, "CellProcess", None)  # no cell is started
-    lines = Path(values["data"]["source"]).read_text().splitlines(keepends=True)
-    few = [line for i, line in enumerate(lines) if i < 16 or i % 16 < 3 or i % 16 >= 12]  # three of rivers to train
-    (tmp_path / "few.jsonl").write_text("".join(few))
-    values["data"]["source"] = str(tmp_path / "few.jsonl")
-    values["compare"]["methods"]["badit"]["num_experts"] = 2
-    values["training"]["weight_decay"] = 0.1
     values["compare"] |= changes
     with pytest.raises(BaditError, match=message):
         compared(values)
@@ -243,7 +223,6 @@ def test_the_command_checks_and_runs_and_prints(values, tmp_path, capsys):
     assert f"Results: {values['output']}/results.json" in captured.out
     assert captured.out.startswith("method")
     assert "lora/lr-0.01/seed-0: done in" in captured.err
-
     # Every instance has its NLL, which ranks the lowest first; equal methods are level.
     results = load_results(values["output"])
     nll = results.instances[results.instances["metric"] == "nll"]

@@ -11,11 +11,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from badit import Run, load_results
 from badit.checkpoint import last_checkpoint
 from badit.files import read_json
 from badit.recipe import build_recipe
-from badit.results import load_results
-from badit.run import Run
 from badit.worker import CellProcess
 from comparison.cells import LORA, by_status, compare_module, compared
 
@@ -113,8 +112,7 @@ def test_sigterm_stops_the_command_and_its_cells_which_save_their_state(values, 
         out, err = process.communicate()
     finally:
         process.kill()
-    assert process.returncode == 130
-    assert out == ""
+    assert (process.returncode, out) == (130, "")
     message = "badit: interrupted; the same command continues from the last checkpoint"
     assert err.splitlines() == ["lora/lr-0.01/seed-0: training and scoring", "", message]
     steps = cell.metrics_path.read_text().count("\n")
@@ -170,7 +168,6 @@ def test_running_cells_are_asked_to_stop_and_decide_nothing(values, monkeypatch)
 
 @pytest.mark.usefixtures("_ctrl_c_interrupts")
 def test_a_second_interruption_ends_the_cells_at_once(values, monkeypatch):
-    """A cell that takes its time to save its state, and a user who will not wait for it."""
     values["compare"]["methods"] = LORA
     told = []
 

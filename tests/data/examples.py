@@ -1,8 +1,6 @@
 """Small tasks and tokenizers that the tests of this room share."""
 
 import json
-from pathlib import Path
-from typing import Any
 
 import datasets
 import pandas as pd
@@ -10,8 +8,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from badit.data import Demonstration, Instance, Source, Task, encode_prompts, load_tasks
-from badit.data.prompts import Prompt
+from badit.data import Demonstration, Instance, Task, encode_prompts, load_tasks
 from badit.errors import BaditError
 
 CHATML = (
@@ -26,13 +23,8 @@ BRACKETS = (
 # Ends an assistant's message with plain text alone.
 UNMARKED = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
 
-CHAT = [
-    {"role": "system", "content": "Be brief."},
-    {"role": "user", "content": "Capital of France?"},
-    {"role": "assistant", "content": "Paris"},
-    {"role": "user", "content": "And of Peru?"},
-    {"role": "assistant", "content": "Lima"},
-]
+_TURNS = [("system", "Be brief."), ("user", "Capital of France?"), ("assistant", "Paris"), ("user", "And of Peru?")]
+CHAT = [{"role": role, "content": content} for role, content in [*_TURNS, ("assistant", "Lima")]]
 SPECIALS = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
 LINES = [
     "Answer with the capital of the country.",
@@ -42,12 +34,12 @@ LINES = [
 ]
 
 
-def make_tokenizer(*, adds: str = "<s> $A", chat_template: str | None = None, **options: Any) -> Any:
+def make_tokenizer(*, adds="<s> $A", chat_template=None, **options):
     """A byte-level BPE tokenizer for any text; `adds` is what it puts around a sequence by default."""
     model = Tokenizer(models.BPE())
     model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     model.decoder = decoders.ByteLevel()
-    fixed: Any = {"special_tokens": SPECIALS, "initial_alphabet": pre_tokenizers.ByteLevel.alphabet()}
+    fixed = {"special_tokens": SPECIALS, "initial_alphabet": pre_tokenizers.ByteLevel.alphabet()}
     model.train_from_iterator(LINES, trainers.BpeTrainer(vocab_size=400, show_progress=False, **fixed))
     ids = [(token, model.token_to_id(token)) for token in ("<s>", "</s>")]
     model.post_processor = processors.TemplateProcessing(single=adds, special_tokens=ids)
@@ -57,7 +49,7 @@ def make_tokenizer(*, adds: str = "<s> $A", chat_template: str | None = None, **
     return tokenizer
 
 
-def make_task(name: str = "capitals", train: int = 8, test: int = 4, **fields: Any) -> Task:
+def make_task(name="capitals", train=8, test=4, **fields):
     return Task(
         name=name,
         definition="Answer with the capital of the country.",
@@ -68,12 +60,12 @@ def make_task(name: str = "capitals", train: int = 8, test: int = 4, **fields: A
     )
 
 
-def encode_prompt(tokenizer: Any, prompt: Prompt | str, max_source_tokens: int = 100, **options: Any) -> list[int]:
+def encode_prompt(tokenizer, prompt, max_source_tokens=100, **options):
     (ids,) = encode_prompts(tokenizer, [prompt], max_source_tokens=max_source_tokens, **options)
     return ids
 
 
-def write_rows(file: Path, *rows: Any) -> Path:
+def write_rows(file, *rows):
     """Writes rows in the format that the file's name has; any other name gives a saved data set."""
     if file.suffix == ".jsonl":
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -93,7 +85,7 @@ def write_rows(file: Path, *rows: Any) -> Path:
     return file
 
 
-def refusal(source: Source | Path, **options: Any) -> str:
+def refusal(source, **options):
     """The one line that says why a source cannot be read."""
     with pytest.raises(BaditError) as caught:
         load_tasks(source, **options)

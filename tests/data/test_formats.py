@@ -1,11 +1,9 @@
 """Every form of a row in a real file of every format, mixtures of sources, and data that is kept in the cache."""
 
 from pathlib import Path
-from typing import Any
 
 import datasets
 import pytest
-import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -24,7 +22,7 @@ ROWS = [
 HELLO = {"prompt": "Say hello", "completion": "hello"}
 
 
-def task_of(path: Path, **options: Any) -> Task:
+def task_of(path, **options):
     (task,) = load_tasks(Source(path, **options))
     return task
 
@@ -136,10 +134,10 @@ def test_a_long_chat_loses_its_oldest_messages_first():
 
 
 def test_a_data_set_of_the_hub(monkeypatch):
-    asked: list[Any] = []
+    asked = []
     rows = datasets.Dataset.from_list([HELLO])
 
-    def load_dataset(*names: Any) -> Any:
+    def load_dataset(*names):
         asked.append(names)
         if names[1] is None:
             raise ConnectionError("no network")
@@ -194,7 +192,7 @@ def test_large_data_is_read_and_encoded_once(tmp_path, monkeypatch):
     assert examples.tasks == [each["task"] for each in expected]
     assert examples.largest_id == max(max(each["input_ids"]) for each in expected)
 
-    def parsed_again(*arguments: Any, **options: Any) -> Any:
+    def parsed_again(*arguments, **options):
         raise AssertionError("it is in the cache")
 
     monkeypatch.setattr("badit.data.readers.read_rows", parsed_again)
@@ -206,9 +204,7 @@ def test_large_data_is_read_and_encoded_once(tmp_path, monkeypatch):
         load_tasks(path)
 
 
-def test_the_command_shows_the_mixture_and_the_prompts(tmp_path, capsys, recipe_values):
-    recipe_file = tmp_path / "recipe.yaml"
-    recipe_file.write_text(yaml.safe_dump(recipe_values))
+def test_the_command_shows_the_mixture_and_the_prompts(tmp_path, capsys, recipe_file):
     path = write_rows(tmp_path / "rows.jsonl", *ROWS, ROWS[0], {**ROWS[0], "split": "test"})
     assert main(["tasks", str(path), "data.sampling=balanced"]) == 0
     assert "capitals      3           0     1    50.0%  Name the capital." in capsys.readouterr().out

@@ -1,7 +1,6 @@
 """From a task's instance to token ids and batches, and from a conversation to rows."""
 
 import logging
-from typing import Any
 
 import pytest
 import torch
@@ -13,6 +12,7 @@ from badit.data.prompts import answer_rows, build_prompt, encode_example, end_of
 from badit.data.tasks import Instance
 from badit.errors import BaditError
 from data.examples import BRACKETS, CHATML, UNMARKED, encode_prompt, make_task, make_tokenizer
+from data.examples import CHAT as MESSAGES
 
 TASK = make_task()
 FRANCE = Instance(id="x", input="France", outputs=("Paris", "City of Paris"))
@@ -20,9 +20,7 @@ PROMPT = build_prompt(TASK, FRANCE)
 TEXT = "Answer with the capital of the country.\n\nNow complete the following example -\nInput: France\nOutput: "
 PLAIN, CHAT, BRACKETED = (make_tokenizer(chat_template=template) for template in (None, CHATML, BRACKETS))
 ALL = pytest.mark.parametrize("tokenizer", [PLAIN, CHAT, BRACKETED], ids=["plain", "chatml", "brackets"])
-SYSTEM = {"role": "system", "content": "Be brief."}
-USER = {"role": "user", "content": "Which city?"}
-ANSWER = {"role": "assistant", "content": "Rome."}
+SYSTEM, USER, ANSWER = MESSAGES[:3]
 LATER = {"role": "assistant", "content": "Lima.", "tool_calls": []}
 EXAMPLES = [
     {"input_ids": [5, 6, 7], "labels": [-100, 6, 7], "prompt_length": 1, "task": "a"},
@@ -40,10 +38,10 @@ def test_the_text_without_and_with_demonstrations():
     one = " Positive Example 1 -\nInput: Italy\n Output: Rome\n\n"
     two = f"{one} Positive Example 2 -\nInput: Peru\n Output: Lima\n\n"  # which are all that there are
     for encoding, shots in {"def": "", "def+pos1": one, "def+pos2": two, "def+pos9": two}.items():
-        assert prompt_text(TASK, FRANCE, encoding) == f"{definition}\n\n{shots}{question}"  # pyright: ignore
+        assert prompt_text(TASK, FRANCE, encoding) == f"{definition}\n\n{shots}{question}"
     assert own_input(TEXT) == "France"
     with pytest.raises(BaditError, match=r"encoding: unknown 'def-pos2' \(did you mean 'def\+pos2'"):
-        prompt_text(TASK, FRANCE, "def-pos2")  # pyright: ignore[reportArgumentType]
+        prompt_text(TASK, FRANCE, "def-pos2")
 
 
 def test_the_prompt_is_bos_and_the_text_or_the_users_turn_and_the_assistants_header():
@@ -117,7 +115,7 @@ def test_the_end_of_turn_is_what_the_template_writes(template):
 def test_an_example_is_the_evaluations_prompt_and_then_the_answer_cut_and_ended(tokenizer, text, answer):
     before = (tokenizer.special_tokens_map, tokenizer.chat_template, len(tokenizer), tokenizer.pad_token)
     instance = Instance(id="x", input=text, outputs=(answer, "another"))
-    lengths: Any = {"max_source_tokens": 60, "max_answer_tokens": 20}
+    lengths = {"max_source_tokens": 60, "max_answer_tokens": 20}
     trained = encode_example(tokenizer, TASK, instance, **lengths)
     asked = encode_example(tokenizer, TASK, instance, **lengths, with_answer=False)
     n = trained["prompt_length"]

@@ -24,10 +24,6 @@ SUPERNI = [f"task{number:03}_of_superni" for number in PUBLISHED["sapt-1"]]
 SUITE_SHA256 = "777982bd2ae00320cc2ac1c7c1fbd514c0477c428b55777cc41842af1b3139e4"
 
 
-def make_tasks(sizes):
-    return [make_task(f"task-{i}", train=size) for i, size in enumerate(sizes)]
-
-
 def order_of(names, order):
     return [task.name for task in ordered([Task(name=name, definition="Answer.") for name in names], order)]
 
@@ -46,7 +42,7 @@ def test_names_that_cannot_be_file_names_are_refused(name):
 
 @given(SIZES, st.integers(0, 20), st.integers(0, 3))
 def test_holding_out_moves_at_most_a_quarter_and_no_draw_depends_on_other_tasks(sizes, per_task, seed):
-    tasks = make_tasks(sizes)
+    tasks = [make_task(f"task-{i}", train=size) for i, size in enumerate(sizes)]
     for before, after in zip(tasks, hold_out(tasks, per_task, seed), strict=True):
         assert len(after.validation) == min(per_task, len(before.train) // 4)
         assert sorted(i.id for i in after.train + after.validation) == sorted(i.id for i in before.train)
@@ -78,7 +74,7 @@ def test_limits(train, test, seed):
 
 @given(SIZES, st.integers(0, 3))
 def test_the_mixture_has_every_instance_once_shuffled_by_the_seed(sizes, seed):
-    tasks = make_tasks(sizes)
+    tasks = [make_task(f"task-{i}", train=size) for i, size in enumerate(sizes)]
     order = mixture(tasks, seed)
     assert sorted(order) == list(range(sum(sizes)))
     assert order == mixture(tasks, seed)

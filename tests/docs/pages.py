@@ -43,12 +43,7 @@ class Page:
         return self.path
 
 
-def pages() -> list[Page]:
-    """All pages of Markdown that users read."""
-    files = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "recipes" / "README.md"]
+def pages(*patterns: str) -> list[Page]:
+    """The pages of these patterns; without any, all of Markdown that users read."""
+    files = [file for one in patterns or ("*.md", "docs/*.md", "recipes/README.md") for file in ROOT.glob(one)]
     return [Page(str(file.relative_to(ROOT))) for file in sorted(files)]
-
-
-def recipes() -> list[Page]:
-    """All recipes, whose headers have commands."""
-    return [Page(str(file.relative_to(ROOT))) for file in sorted((ROOT / "recipes").glob("**/*.yaml"))]

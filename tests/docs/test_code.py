@@ -13,11 +13,9 @@ from comparison.cells import InlineCell, compare_module
 from docs.pages import ROOT, Page, pages
 
 _BLOCK = re.compile(r"^```(python|sh)\n(.*?)^```", flags=re.DOTALL | re.MULTILINE)
-# Pages whose commands are run besides, since each builds on those before it.
-WALKED = [Page("docs/quickstart.md")]
-# Pages whose code another test runs, in the surroundings that it needs.
-ELSEWHERE = {"README.md": "tests/test_examples.py"}
-WITH_CODE = [page for page in pages() if page.blocks("python") and page not in WALKED and page.path not in ELSEWHERE]
+WALK = Page("docs/quickstart.md")  # its commands are run besides, since each builds on those before it
+# tests/test_examples.py runs the README's code.
+WITH_CODE = [page for page in pages() if page.blocks("python") and page not in (WALK, Page("README.md"))]
 
 
 @pytest.fixture(autouse=True)
@@ -38,11 +36,7 @@ def finished(trained, tmp_path_factory):
     return folder
 
 
-# TRL switches gradient checkpointing on by default, under a name that transformers is about to change.
-@pytest.mark.filterwarnings(
-    "ignore:`gradient_checkpointing.*` is deprecated:FutureWarning",
-    "ignore:'pin_memory' argument is set as true:UserWarning",
-)
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning")
 @pytest.mark.parametrize("page", WITH_CODE, ids=str)
 def test_the_code_of_a_page_runs(page, finished, material, tmp_path):
     for name in ("runs", "exports"):
@@ -61,13 +55,11 @@ def test_dry_runs_find_nothing_amiss(material, tmp_path):
     assert all(main(command) == 0 for command in complete)
 
 
-@pytest.mark.parametrize("page", WALKED, ids=str)
-def test_a_walk_comes_to_its_end(page, tmp_path):
-    commands = iter(page.commands())
-    names = {}
-    for language, block in _BLOCK.findall(page.text):
+def test_the_quickstart_comes_to_its_end(tmp_path):
+    commands, names = iter(WALK.commands()), {}
+    for language, block in _BLOCK.findall(WALK.text):
         if language == "python":
-            exec(compile(block, page.path, "exec"), names)
+            exec(compile(block, WALK.path, "exec"), names)
             continue
         for _ in range(len(re.findall(r"^badit ", block, flags=re.MULTILINE))):
             arguments = next(commands)

@@ -13,9 +13,11 @@ from badit.methods import build_method
 from badit.recipe import build_recipe, load_recipe
 from badit.render import table
 from badit.report.page import SECTIONS
-from docs.pages import RESULTS, ROOT, Page, pages, recipes
+from docs.pages import RESULTS, ROOT, Page, pages
 
-WITH_COMMANDS = [page for page in [*pages(), *recipes()] if page.commands()]
+WITH_COMMANDS = [page for page in [*pages(), *pages("recipes/**/*.yaml")] if page.commands()]
+_FIGURE = re.compile(r"(\d+\.(\d+))<!-- ([\w/.-]+):([^>]+?) -->")
+_TABLE = re.compile(r"<!-- table: ([\w/.-]+\.json) -->\n(.*?)\n<!-- end of table -->", flags=re.DOTALL)
 
 
 @pytest.mark.parametrize("page", WITH_COMMANDS, ids=str)
@@ -54,10 +56,6 @@ def test_every_block_of_yaml_is_a_recipe(page):
             build_method(section)
 
 
-_FIGURE = re.compile(r"(\d+\.(\d+))<!-- ([\w/.-]+):([^>]+?) -->")
-_TABLE = re.compile(r"<!-- table: ([\w/.-]+\.json) -->\n(.*?)\n<!-- end of table -->", flags=re.DOTALL)
-
-
 @pytest.mark.parametrize("page", [page for page in pages() if _FIGURE.search(page.text)], ids=str)
 def test_figures_are_those_of_the_committed_results(page):
     """A figure that is quoted from a results file carries a comment that names the file and the key."""
@@ -80,9 +78,7 @@ def texts():
     nodes = [node for file in (ROOT / "src").glob("**/*.py") for node in ast.walk(ast.parse(file.read_text()))]
     plain = [node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)]
     filled = [node.values for node in nodes if isinstance(node, ast.JoinedStr)]
-    return plain + [
-        "".join(str(part.value) if isinstance(part, ast.Constant) else "…" for part in parts) for parts in filled
-    ]
+    return plain + ["".join(str(p.value) if isinstance(p, ast.Constant) else "…" for p in each) for each in filled]
 
 
 def test_the_reports_sections_are_those_of_the_page():

@@ -18,9 +18,7 @@ from badit.tuner.config import FORMAT_FIELD, ExpertConfig
 from docs.pages import ROOT, Page
 
 # Rows: an option, its default and, of a recipe's, the value in the paper's recipes.
-ROWS = re.findall(
-    r"^\| `([\w.]+)` \| `([^`]+)` \| (?:`([^`]+)`)?", Page("docs/paper-index.md").text, flags=re.MULTILINE
-)
+ROWS = re.findall(r"^\| `([\w.]+)` \| `([^`]+)` \| (?:`([^`]+)`)?", Page("docs/paper-index.md").text, flags=re.M)
 HERE = {option: value for option, value, _ in ROWS}
 SECTIONS = [name for name, field in Recipe.model_fields.items() if isinstance(field.default, BaseModel)]
 CONFIGS = {cls.__name__: cls for cls in (BaditConfig, NeuronOptions, LoraConfig)} | {"RegroupCallback": RegroupOptions}

@@ -9,6 +9,7 @@ from html import unescape
 import pytest
 
 import badit
+from browsers import chromium, emulate
 from docs.pages import ROOT, Page
 
 
@@ -31,8 +32,6 @@ def test_nothing_is_fetched(site):
 
 
 def test_code_fits_a_phone(site, tmp_path):
-    from browsers import chromium, emulate
-
     wider = "return [...document.querySelectorAll('pre, pre > code')].filter(e => e.scrollWidth > e.clientWidth).length"
     with chromium(tmp_path / "profile") as browser:
         emulate(browser, width=400)

@@ -1,9 +1,9 @@
 """Decoding against a naive loop: batches, end tokens, adapters, streaming; and scoring the answers."""
 
-import copy
 import itertools
 import warnings
 from statistics import fmean
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from peft import get_peft_model
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from badit import BaditConfig, generation
 from badit.data import Instance, Task
@@ -25,6 +25,7 @@ from data.examples import make_tokenizer
 from tuner.helpers import adapted, greedy_by_hand, randomise
 
 RECIPE = build_recipe({"evaluation": {"max_new_tokens": 4, "batch_size": 2}, "prompt": {"chat_template": "never"}})
+OPTIONS = [None, {}, {"router_input": "standardised"}, {"routing": "token"}]
 AWKWARD = [
     Prediction("a", "2", "", ("x",), ""),
     Prediction("task b", "1", 'line\nbreak \u2028 and "quotes"', ("ü", "中"), "p\r\n"),
@@ -53,15 +54,9 @@ def test_equals_naive_decoding_in_the_order_of_the_prompts(model, tokenizer, pro
 
 
 def spy_on(model, monkeypatch):
-    """The arguments of each call of ``model.generate``."""
-    calls, original = [], model.generate
-
-    def spy(**options):
-        calls.append(options)
-        return original(**options)
-
-    monkeypatch.setattr(model, "generate", spy)
-    return calls
+    """A mock in the place of ``model.generate``, which it calls."""
+    monkeypatch.setattr(model, "generate", Mock(wraps=model.generate))
+    return model.generate
 
 
 def test_padding_with_an_ordinary_token_is_not_part_of_the_answer(model, prompts, free):
@@ -111,9 +106,9 @@ def test_a_batch_continues_without_the_rows_that_have_ended(ending, tokenizer, p
         model = randomise(get_peft_model(ending, config))
         expected = generate(model, tokenizer, prompts, batch_size=1)
     assert len({len(answer.split()) for answer in expected}) >= 2
-    calls = spy_on(model, monkeypatch)
+    spy = spy_on(model, monkeypatch)
     assert generate(model, tokenizer, prompts) == expected
-    rows = [len(call["input_ids"]) for call in calls]
+    rows = [len(call.kwargs["input_ids"]) for call in spy.mock_calls]
     assert rows[0] == 8
     assert len(rows) > 1
     assert all(2 * after <= before for before, after in itertools.pairwise(rows))
@@ -122,9 +117,9 @@ def test_a_batch_continues_without_the_rows_that_have_ended(ending, tokenizer, p
 def test_where_rows_cannot_be_removed_from_a_cache_the_batch_stays_whole(ending, tokenizer, prompts, monkeypatch):
     expected = generate(ending, tokenizer, prompts)
     monkeypatch.setattr(generation, "select_rows", lambda cache, rows: False)
-    calls = spy_on(ending, monkeypatch)
+    spy = spy_on(ending, monkeypatch)
     assert generate(ending, tokenizer, prompts) == expected
-    assert [len(call["input_ids"]) for call in calls] == [8, 8]
+    assert [len(call.kwargs["input_ids"]) for call in spy.mock_calls] == [8, 8]
 
 
 def stream(model, tokenizer, prompt, **options):
@@ -206,18 +201,8 @@ def test_scores_and_predictions_belong_to_their_instances(model, tokenizer):
     assert [p.instance_id for p in predictions] == ["i0"]
 
 
-@pytest.mark.parametrize(
-    ("family", "options", "reuses"),
-    [
-        ("llama", None, True),
-        ("llama", {}, True),
-        ("llama", {"router_input": "standardised"}, True),
-        ("llama", {"routing": "token"}, True),
-        ("gpt2", {}, True),
-        ("gemma2", {}, False),  # positions that have left a sliding window's cache do not come back
-    ],
-)
-def test_one_pass_serves_the_nll_and_the_answers(family, options, reuses, tiny_model, tokenizer, monkeypatch):
+@pytest.mark.parametrize(("family", "options"), [*(("llama", one) for one in OPTIONS), ("gpt2", {}), ("gemma2", {})])
+def test_one_pass_serves_the_nll_and_the_answers(family, options, tiny_model, tokenizer, monkeypatch):
     model = tiny_model(family, vocab_size=128, initializer_range=0.5)
     model = model if options is None else adapted(model, **options)
     texts = [("w5 w6 w7", "w3 w4"), ("w9", "w5"), ("w3 w3 w3 w3 w90 w4 w6", "w7 w8 w9 w10"), ("w77 w8", "w9 w2 w3")]
@@ -227,11 +212,12 @@ def test_one_pass_serves_the_nll_and_the_answers(family, options, reuses, tiny_m
     prompts = [example["input_ids"][: example["prompt_length"]] for example in examples]
     losses = answer_token_losses(model, tokenizer, RECIPE, examples, progress=False)
     answers = generate(model, tokenizer, prompts, max_new_tokens=4, batch_size=2)
-    calls = spy_on(model, monkeypatch)
+    spy = spy_on(model, monkeypatch)
     _, predictions = score_model(model, tokenizer, RECIPE, [task], "test", progress=False)
     assert [prediction.nll for prediction in predictions] == pytest.approx([fmean(each) for each in losses], rel=1e-4)
     assert [prediction.prediction for prediction in predictions] == answers
-    assert any(name in calls[0] for name in ("cache", "past_key_values")) == reuses
+    # Positions that have left a sliding window's cache do not come back.
+    assert any(name in spy.mock_calls[0].kwargs for name in ("cache", "past_key_values")) == (family != "gemma2")
 
 
 def test_predictions_survive_the_files_and_an_interrupted_write(tmp_path, monkeypatch):
@@ -280,19 +266,11 @@ def tokenizer():
     return word_tokenizer(2, pad_token="<pad>", eos_token="<eos>")
 
 
-@pytest.fixture(scope="module")
-def _model():
-    torch.manual_seed(0)
-    sizes = {"vocab_size": 128, "hidden_size": 32, "intermediate_size": 64, "max_position_embeddings": 128}
-    heads = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
-    # With weights this large the logits are far from uniform, so that the largest one is never in doubt.
-    special = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
-    return LlamaForCausalLM(LlamaConfig(**sizes, **heads, **special, initializer_range=0.5)).eval()
-
-
 @pytest.fixture
-def model(_model):
-    return copy.deepcopy(_model)
+def model(tiny_model):
+    # With weights this large the logits are far from uniform, so that the largest one is never in doubt.
+    sizes = {"vocab_size": 128, "intermediate_size": 64, "initializer_range": 0.5}
+    return tiny_model("llama", **sizes, bos_token_id=None, pad_token_id=None)
 
 
 @pytest.fixture(scope="module")
@@ -302,8 +280,8 @@ def prompts():
     return [torch.randint(2, 128, (length,), generator=generator).tolist() for length in lengths]
 
 
-@pytest.fixture(scope="module")
-def free(_model, prompts):
+@pytest.fixture
+def free(model, prompts):
     """What follows each prompt, without cache and padding: the largest logit, whether it ends the answer or not."""
     ids = [torch.tensor([prompt]) for prompt in prompts]
-    return [greedy_by_hand(_model, each, torch.ones_like(each), 12)[0, each.shape[1] :].tolist() for each in ids]
+    return [greedy_by_hand(model, each, torch.ones_like(each), 12)[0, each.shape[1] :].tolist() for each in ids]

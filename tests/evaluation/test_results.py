@@ -9,7 +9,7 @@ import pytest
 
 from badit.errors import BaditError
 from badit.results import load_results, read_scores, scores_frame, summarise, task_means
-from materials import results_cell
+from materials import comparison, results_cell
 
 TASKS = {"task002_quoref": 3, "task_b": 2}
 
@@ -31,10 +31,6 @@ def cell(method, seed, level, **fields):
 
 def unscored(method, seed, **fields):
     return {**cell(method, seed, 0), "environment": None, "scores": None, "instances": None, **fields}
-
-
-def comparison(*cells, methods, protocol="mixed"):
-    return {"format": 1, "protocol": protocol, "reference": "lora", "methods": methods, "cells": list(cells)}
 
 
 def mixed():

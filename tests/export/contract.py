@@ -11,9 +11,8 @@ NAME = re.compile(r"base_model\.model\.(.+)\.lora_(A|B)\.weight")
 FIELDS = {"peft_type": "LORA", "task_type": "CAUSAL_LM"}
 # vLLM refuses what is more than a LoRA; llama.cpp leaves it out without a word.
 FIELDS |= {"bias": "none", "modules_to_save": None, "use_dora": False, "use_rslora": False}
-FIELDS |= {"rank_pattern": {}, "alpha_pattern": {}}
 # A start that changes the base weight (pissa, olora, corda, loftq) would be repeated on loading.
-FIELDS |= {"init_lora_weights": True}
+FIELDS |= {"rank_pattern": {}, "alpha_pattern": {}, "init_lora_weights": True}
 
 
 def check_adapter(folder, base):
@@ -25,18 +24,15 @@ def check_adapter(folder, base):
     assert config["r"] <= 512
     assert config["lora_alpha"] == config["r"]
     assert isinstance(config["target_modules"], list)
-    found = {}
-    for name, tensor in load_file(folder / "adapter_model.safetensors").items():
-        match = NAME.fullmatch(name)
-        assert match, name
-        module, part = match.groups()
-        found.setdefault(module, set()).add(part)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    found = {NAME.fullmatch(name).groups(): tensor for name, tensor in tensors.items()}
+    for (module, part), tensor in found.items():
+        assert {(module, "A"), (module, "B")} <= found.keys()
         weight = base.get_submodule(module).weight
         out_features, in_features = weight.T.shape if config["fan_in_fan_out"] else weight.shape
-        assert tensor.shape == ((config["r"], in_features) if part == "A" else (out_features, config["r"])), name
+        assert tensor.shape == ((config["r"], in_features) if part == "A" else (out_features, config["r"])), module
         assert tensor.dtype == torch.float32
         assert torch.isfinite(tensor).all()
-    assert all(parts == {"A", "B"} for parts in found.values())
     for target in config["target_modules"]:
-        assert any(module == target or module.endswith(f".{target}") for module in found)
+        assert any(f".{module}".endswith(f".{target}") for module, _ in found)
     return config

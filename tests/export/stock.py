@@ -1,31 +1,25 @@
-"""Runs with transformers and PEFT alone: loads each folder and keeps its logits. Arguments: a JSON file of jobs.
+"""Loads folders with transformers and PEFT alone, and keeps their logits.
 
-A job is {"base": FOLDER, "adapter": FOLDER or null, "tokens": [[…]], "logits": FILE}.
+Arguments: token ids [[…]] and the folders by name, both as JSON, and the file for the logits by name.
 """
 
-import importlib.abc
 import json
 import sys
 from pathlib import Path
 
-
-class NoBadit(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path, target=None):
-        if name.partition(".")[0] == "badit":
-            raise AssertionError("badit is not to be imported here")
-
-
-sys.meta_path.insert(0, NoBadit())
+sys.modules["badit"] = None  # importing it fails
 import torch  # noqa: E402
 from peft import AutoPeftModelForCausalLM  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
-for job in json.loads(Path(sys.argv[1]).read_text()):
-    if job["adapter"]:  # its configuration names the base model
-        model = AutoPeftModelForCausalLM.from_pretrained(job["adapter"], dtype=torch.float32)
+logits, tokens = {}, torch.tensor(json.loads(sys.argv[1]))
+for name, folder in json.loads(sys.argv[2]).items():
+    if (Path(folder) / "adapter_config.json").is_file():  # which names the base model
+        model = AutoPeftModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     else:
-        model = AutoModelForCausalLM.from_pretrained(job["base"], dtype=torch.float32)
-        AutoTokenizer.from_pretrained(job["base"])
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        AutoTokenizer.from_pretrained(folder)
     with torch.no_grad():
-        save_file({"logits": model.eval()(input_ids=torch.tensor(job["tokens"])).logits}, job["logits"])
+        logits[name] = model.eval()(input_ids=tokens).logits
+save_file(logits, sys.argv[3])

@@ -42,21 +42,13 @@ METHODS = {
     "loramoe": ({"name": "loramoe", "num_experts": 3, "r": 2}, 6),
     "hydralora": ({"name": "hydralora", "num_experts": 3, "r": 2}, 2),
     "goat": ({"name": "goat", "num_experts": 2, "r": 4, "lora_alpha": 8}, 8),
-    "mtl-lora": ({"name": "mtl-lora", "r": 2}, 2),
-    "gainlora": ({"name": "gainlora", "r": 2}, 2),
-    "o-lora": ({"name": "o-lora", "r": 2}, 2),
-    "lora": ({"name": "lora", **LORA}, 3),
+    **{name: ({"name": name, "r": 2}, 2) for name in ("mtl-lora", "gainlora", "o-lora")},
+    **{name: ({"name": name, **LORA}, rank) for name, rank in (("lora", 3), ("pcgrad", 3), ("pissa", 6), ("olora", 6))},
     "rslora": ({"name": "rslora", **LORA, "rank_pattern": {"model.layers.1.mlp.gate_proj": 2}}, 3),
-    "pissa": ({"name": "pissa", **LORA}, 6),
-    "olora": ({"name": "olora", **LORA}, 6),
-    "pcgrad": ({"name": "pcgrad", **LORA}, 3),
 }
 WEIGHTS = {"dora": {"name": "dora", **LORA}, "full": {"name": "full"}}
 VARY = ("badit", "softmax", "token", "directions", "loramoe", "hydralora", "goat", "mtl-lora", "gainlora")
-
-
-def chosen(name):
-    return {"task": "cities"} if name == "mtl-lora" else {}
+TASK_OF = {"mtl-lora": "cities"}  # which learns each task separately
 
 
 @torch.no_grad()
@@ -75,41 +67,35 @@ def frozen_logits(run, folder, task):
         return model(input_ids=ids).logits
 
 
-def stock_logits(jobs, folder):
-    """The logits of folders that a process without badit has loaded."""
-    files = [
-        {"base": str(base), "adapter": adapter and str(adapter), "tokens": TOKENS, "logits": f"{folder / name}.logits"}
-        for name, base, adapter in jobs
-    ]
-    (folder / "jobs.json").write_text(json.dumps(files))
+def stock_logits(folders, file):
+    """The logits of folders, by name, that a process without badit has loaded."""
     script = Path(__file__).with_name("stock.py")
-    command = [sys.executable, "-W", "error::UserWarning", str(script), str(folder / "jobs.json")]
+    command = [sys.executable, "-W", "error::UserWarning", script, json.dumps(TOKENS), json.dumps(folders), file]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
-    return {name: load_file(f"{folder / name}.logits")["logits"] for name, _, _ in jobs}
+    return load_file(file)
 
 
 def test_stock_peft_loads_every_methods_export_and_gets_the_frozen_mixture(trained, tmp_path):
-    runs, jobs = {}, []
+    runs, folders = {}, {}
     for name, (method, rank) in METHODS.items():
         run = runs[name] = trained(method)
-        done = export(run.path, tmp_path / f"{name}-lora", **chosen(name))
+        done = export(run.path, tmp_path / f"{name}-lora", task=TASK_OF.get(name))
         assert (done.rank, done.exact_rank, done.errors) == (rank, rank, {}), name
         assert (done.mixture is not None) == (done.folder / "gates.json").is_file() == (name in VARY), name
         check_adapter(done.folder, load_run(run)[0].unload())
-        jobs.append((name, run.trusted_recipe().model.name, done.folder))
+        folders[name] = str(done.folder)
     for name, method in WEIGHTS.items():
         runs[name] = trained(method)
         with pytest.raises(BaditError, match="--merged"):
             export(runs[name].path, tmp_path / f"{name}-lora")
     for name, run in runs.items():
-        merged = export(run.path, tmp_path / f"{name}-merged", merged=True, **chosen(name))
-        jobs.append((f"{name}-merged", merged.folder, None))
-    jobs.append(("base", runs["badit"].trusted_recipe().model.name, None))
-
-    found = stock_logits(jobs, tmp_path)
+        merged = export(run.path, tmp_path / f"{name}-merged", merged=True, task=TASK_OF.get(name))
+        folders[f"{name}-merged"] = str(merged.folder)
+    folders["base"] = runs["badit"].trusted_recipe().model.name
+    found = stock_logits(folders, tmp_path / "logits.safetensors")
     for name, run in runs.items():
-        expected = frozen_logits(run, tmp_path / f"{name}-lora", chosen(name).get("task"))
+        expected = frozen_logits(run, tmp_path / f"{name}-lora", TASK_OF.get(name))
         assert (expected - found["base"]).abs().max() > 0.05, name
         for kind in {name, f"{name}-merged"} & found.keys():
             torch.testing.assert_close(found[kind], expected, atol=1e-5, rtol=1e-5, msg=lambda m, k=kind: f"{k}: {m}")
@@ -141,8 +127,7 @@ def test_all_tasks_get_their_adapters_from_gates_that_are_measured_once(trained,
     run, out = trained(BADIT), tmp_path / "all"
     one = export(run.path, tmp_path / "one", task="cities")
     measured, gates = [], "badit.analysis.gates.mean_component_gates"
-    measure = mean_component_gates
-    monkeypatch.setattr(gates, lambda model, batches: measured.extend(batches) or measure(model, batches))
+    monkeypatch.setattr(gates, lambda model, batches: measured.extend(batches) or mean_component_gates(model, batches))
     done = export(run.path, out, all_tasks=True)
     assert measured == ["rivers"]
     assert [each.folder for each in done.tasks.values()] == [out / "cities", out / "rivers"]
@@ -313,26 +298,22 @@ def test_the_command(trained, tmp_path, capsys):
     assert "mean gates of 2 tasks, and over these, on 24 training prompts" in shown
     assert "4 of 12: relative error 0." in shown
     assert f"--enable-lora --max-lora-rank 8 --lora-modules mine={out}" in shown
-    assert "mean over tasks" in shown
     assert (out / "scores.json").is_file()
     assert main(["export", str(run.path), "-o", str(out), "--merged"]) == 0
     assert f"vllm serve {out}" in capsys.readouterr().out
     assert not (out / "scores.json").exists()  # they were the other export's
 
 
-GATES = [0.25, 2.0, 0.75]
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_adapts_merges_and_loads_alike(tiny_model, tmp_path, family):
-    model = adapted(tiny_model(family), target_modules="all-linear")
+    model, gates_K = adapted(tiny_model(family), target_modules="all-linear"), torch.tensor([0.25, 2.0, 0.75])
     for layer in layers(model):
-        layer._route = lambda adapter, x: torch.tensor(GATES).expand(*x.shape[:-1], -1)
+        layer._route = lambda adapter, x: gates_K.expand(*x.shape[:-1], -1)
     expected = logits(model)
-    factors = mixture_factors(model, {layer.name: GATES for layer in layers(model)})
+    factors = mixture_factors(model, {layer.name: gates_K.tolist() for layer in layers(model)})
     for layer in layers(model):
         a, b = (parameters["default"] for parameters in (layer.badit_A, layer.badit_B))
-        gates = torch.tensor(GATES)[layer.expert_of("default")]
+        gates = gates_K[layer.expert_of("default")]
         naive = reference.frozen_weight(a, b, *layer.kept_factors("default"), gates, 2.0, 1.0)
         a_PI, b_OP = factors[layer.name]
         np.testing.assert_allclose(reference.float64(b_OP) @ reference.float64(a_PI), naive, atol=1e-5)

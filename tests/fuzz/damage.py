@@ -19,14 +19,16 @@ NASTY_VALUES = [
     *("<script>alert(1)</script>", "</script>", "{{ 7*7 }}", "!!python/object:os.system", "lora", "badit", "builtin"),
     *([], {}, [[]], [None], {"": None}, {"name": {}}, ["a", 1], [1, 2, 3], {"a": {"b": {"c": []}}}),
 ]
-VALUES = (
-    st.sampled_from(NASTY_VALUES).map(copy.deepcopy)  # a value may be damaged further once it is in its place
-    | st.integers()
-    | st.floats()
-    | st.text(max_size=12)
-    | st.lists(st.integers(-2, 2) | st.text(max_size=3), max_size=3)
-    | st.dictionaries(st.text(max_size=4), st.integers() | st.text(max_size=3), max_size=2)
-)
+# A value may be damaged further once it is in its place.
+VALUES = st.sampled_from(NASTY_VALUES).map(copy.deepcopy) | st.integers() | st.floats() | st.text(max_size=12)
+VALUES |= st.lists(st.integers(-2, 2) | st.text(max_size=3), max_size=3)
+VALUES |= st.dictionaries(st.text(max_size=4), st.integers() | st.text(max_size=3), max_size=2)
+_INSERTED = [
+    *(b"\0", b"\xff", b"\xed\xa0\x80", b"\xef\xbb\xbf", b"\xe2\x80\xa8", b"\r\n", b"\r", b"\n", b"\t"),
+    *(b'"', b"{", b"]", b",", b":", b"\\", b"NaN", b"1e999", b"0x", b"9" * 5000, b"[" * 3000, b'{"a":' * 3000),
+    *(b"&a [*a]", b"<<: *x", b"\n? ", b"2001-99-99", b"!!python/object/apply:os.getcwd []", b"%YAML 9.9\n---\n"),
+    *(b"\n---\n", b"'", b"#", b"- "),
+]
 
 
 @st.composite
@@ -74,20 +76,11 @@ def as_json(value):
 
 
 def as_lines(values):
-    """One JSON value per line."""
     return b"".join(as_json(line) + b"\n" for line in (values if isinstance(values, list) else [values]))
 
 
 def as_yaml(value):
     return yaml.safe_dump(value, allow_unicode=False).encode()
-
-
-_INSERTED = [
-    *(b"\0", b"\xff", b"\xed\xa0\x80", b"\xef\xbb\xbf", b"\xe2\x80\xa8", b"\r\n", b"\r", b"\n", b"\t"),
-    *(b'"', b"{", b"]", b",", b":", b"\\", b"NaN", b"1e999", b"0x", b"9" * 5000, b"[" * 3000, b'{"a":' * 3000),
-    *(b"&a [*a]", b"<<: *x", b"\n? ", b"2001-99-99", b"!!python/object/apply:os.getcwd []", b"%YAML 9.9\n---\n"),
-    *(b"\n---\n", b"'", b"#", b"- "),
-]
 
 
 @st.composite
@@ -121,10 +114,6 @@ def pipe_in_its_place(file):
     os.mkfifo(file)
 
 
-def unreadable(file):
-    file.chmod(0)
-
-
 def _link_to(target):
     def replace(file):
         remove(file)
@@ -135,6 +124,6 @@ def _link_to(target):
 
 endless_file = _link_to("/dev/zero")
 REPLACEMENTS = (
-    *(folder_in_its_place, pipe_in_its_place, unreadable, remove, endless_file),
+    *(folder_in_its_place, pipe_in_its_place, lambda file: file.chmod(0), remove, endless_file),
     *(_link_to(target) for target in (None, "/etc/passwd", "/nonexistent/file")),  # None: to itself
 )

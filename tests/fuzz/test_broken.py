@@ -16,11 +16,13 @@ from hypothesis import strategies as st
 from badit.recipe import build_recipe
 from badit.train import fit
 from data.examples import write_rows
+from data.test_readers import OFFICIAL as RECORD
+from evaluation.test_results import cell, mixed, sequential
 from fuzz import command
 from fuzz.command import COUNTED, STRESS, cases, ends_well, written
 from fuzz.damage import NASTY_VALUES, REPLACEMENTS, as_json, as_lines, as_yaml, damaged, damaged_bytes, damaged_value
 from materials import make_recipe
-from report.samples import Shape, comparison_cell, write_run, write_sequence
+from report.samples import Shape, write_run, write_sequence
 
 SPLIT_NAMES = ("train", "validation", "test")
 LINES = [
@@ -30,10 +32,7 @@ LINES = [
 ]
 LINES[0] |= {"id": "first", "outputs": ["a", "b"]}
 del LINES[0]["output"]
-TASK = {"Contributors": ["A"], "Definition": ["Say it."], "Categories": ["Question Answering"], "Domains": ["News"]}
-TASK |= {"Positive Examples": [{"input": "a", "output": "b", "explanation": "c"}], "Negative Examples": []}
-TASK |= {"Instances": [{"id": f"task1-{i}", "input": f"in {i}", "output": [f"out {i}"]} for i in range(3)]}
-OFFICIAL = as_json(TASK)
+OFFICIAL = as_json(RECORD)
 METHODS = {
     "badit": {"name": "badit", "num_experts": 4, "r": 2, "lora_alpha": 8, "regroup": {"every": 3, "solver": "paper"}},
     "lora": {"name": "lora", "r": 8, "target_modules": ["q_proj"]},
@@ -56,19 +55,6 @@ def recipe_values(method):
     methods = {"lora": {"name": "lora", "r": 4}, "badit": {"name": "badit"}}
     search = {"seeds": [0, 1], "learning_rates": [0.0005, 0.001]}
     return {**content, "compare": {"methods": methods, "reference": "lora", "single_task": ["lora"], **search}}
-
-
-def results(protocol):
-    shape = Shape(tasks=("task1_a", "task2_b"))
-    cells = [comparison_cell(shape, method, seed, 20.0 + seed) for method in ("lora", "badit") for seed in (0, 1)]
-    failed = {"status": "failed", "error": "out of\nmemory", "scores": None, "instances": None}
-    cells += [{**cells[0], "method": "lora, one model per task"}, {**cells[0], "seed": 7, **failed}]
-    if protocol == "sequential":
-        transfer = {"forgetting": 1.5, "backward_transfer": -2.0, "forward_transfer": 0.25}
-        orders = {"order": "sapt-1", "continual": {"standard": transfer, "released": transfer}}
-        cells = [cell | orders for cell in cells]
-    methods = ["lora", "badit", "lora, one model per task"]
-    return {"format": 1, "protocol": protocol, "reference": "lora", "methods": methods, "cells": cells}
 
 
 def training_run(method, folder, material):
@@ -100,8 +86,8 @@ def recipe(contents, broken, cases=40):
     return Subject(partial(write, TASKS | recipes), broken, [["train", "recipe.yaml", "--dry-run"]], cases)
 
 
-def comparison(protocol, commands, cases=60):
-    return Subject(partial(write, {"results.json": as_json(results(protocol))}), ["results.json"], commands, cases)
+def comparison(content, commands, cases=60):
+    return Subject(partial(write, {"results.json": as_json(content)}), ["results.json"], commands, cases)
 
 
 TASKS = {"tasks.jsonl": as_lines(LINES)}
@@ -120,6 +106,8 @@ REPORTS = {
 }
 ADAPTER = ["adapter_model.safetensors", "adapter_config.json"]
 ADAPTERS = {"badit": ADAPTER, "lora": ADAPTER, "full": ["weights.safetensors"]}
+MIXED, ALONE = mixed(), "lora, one model per task"
+MIXED |= {"methods": [*MIXED["methods"], ALONE], "cells": [*MIXED["cells"], cell(ALONE, 0, 40)]}
 GENERATE = [["generate", "run", "Name the capital.", "--max-new-tokens", "1"]]
 SUBJECTS = {
     "one file": Subject(partial(write, TASKS), ["tasks.jsonl"], [["tasks", "tasks.jsonl"]]),
@@ -128,9 +116,9 @@ SUBJECTS = {
     "superni": Subject(partial(write, SUPERNI), ["tasks/task1_a.json", LIST], [["tasks", "."]]),
     **{f"recipe {method}": recipe({"recipe.yaml": recipe_values(method)}, ["recipe.yaml"]) for method in METHODS},
     "extended recipe": recipe(EXTENDED, ["base.yaml", "recipe.yaml", "tasks.jsonl"], 15),
-    "mixed": comparison("mixed", TABLES),
-    "sequential": comparison("sequential", TABLES),
-    "analysed results": comparison("mixed", [["analyze", "."]], 10),
+    "mixed": comparison(MIXED, TABLES),
+    "sequential": comparison(sequential(), TABLES),
+    "analysed results": comparison(MIXED, [["analyze", "."]], 10),
     **{
         f"report {kind}": Subject(run_files, [f"{kind}/{name}" for name in names], [["report", kind]], 2)
         for kind, names in REPORTS.items()
@@ -141,6 +129,7 @@ SUBJECTS = {
     },
 }
 BROKEN = [(name, file) for name, subject in SUBJECTS.items() for file in subject.broken]
+SECTIONS = {name: keys for name, keys in recipe_values("badit").items() if isinstance(keys, dict)}
 
 
 @pytest.fixture(autouse=True)
@@ -247,12 +236,7 @@ def test_ten_megabytes(tmp_path, filler):
         ends_well("tasks", str(tmp_path / name if name == "tasks.jsonl" else tmp_path))
 
 
-FIELDS = [
-    f"{section}.{key}" for section, keys in recipe_values("badit").items() if isinstance(keys, dict) for key in keys
-]
-
-
-@pytest.mark.parametrize("field", FIELDS)
+@pytest.mark.parametrize("field", [f"{name}.{key}" for name, keys in SECTIONS.items() for key in keys])
 def test_every_field_with_every_nasty_value(valid, tmp_path, monkeypatch, field):
     valid("recipe badit", tmp_path / "case")
     monkeypatch.chdir(tmp_path / "case")

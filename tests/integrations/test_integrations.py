@@ -22,11 +22,22 @@ from badit.files import read_jsonl
 from data.examples import write_rows
 from docs.pages import Page
 
-ENVIRONMENTS = Path(os.environ["BADIT_INTEGRATIONS"]).resolve()
+NAMED = os.environ.get("BADIT_INTEGRATIONS")
+pytestmark = pytest.mark.skipif(not NAMED, reason="BADIT_INTEGRATIONS names no environments: make test-integrations")
+ENVIRONMENTS = Path(NAMED or ".").resolve()
 PAGE = Page("docs/integrations.md")
 CHATS = [
     [{"role": "user", "content": f"Name city {i}."}, {"role": "assistant", "content": f"city {i}"}] for i in range(24)
 ]
+NOT_THE_PROMPT = "or use routing='token'"  # the end of badit's warnings
+OPTIONS = {"num_experts": 4, "r": 2, "target_modules": ["q_proj", "down_proj"]}
+# By kind of training, further options, the type of data, and whether badit warns of a training without labels.
+PACKED = {"sample_packing": True, "sequence_len": 64, "attn_implementation": "sdpa", "micro_batch_size": 1}
+AXOLOTL = {
+    "answers": ({}, "chat_template", False),
+    "packed": (PACKED, "chat_template", False),
+    "dpo": ({"rl": "dpo"}, "chat_template.default", True),  # Axolotl's TRL passes no labels
+}
 
 
 def write(path, text):
@@ -74,17 +85,6 @@ def assert_trained(adapter, model_folder):
     lines = list(read_jsonl(adapter / "regroupings.jsonl"))
     assert {line["step"] for line in lines} == {4, 8}
     assert any(line["components_moved"] for line in lines)
-
-
-NOT_THE_PROMPT = "or use routing='token'"  # the end of badit's warnings
-OPTIONS = {"num_experts": 4, "r": 2, "target_modules": ["q_proj", "down_proj"]}
-# By kind of training, further options, the type of data, and whether badit warns of a training without labels.
-PACKED = {"sample_packing": True, "sequence_len": 64, "attn_implementation": "sdpa", "micro_batch_size": 1}
-AXOLOTL = {
-    "answers": ({}, "chat_template", False),
-    "packed": (PACKED, "chat_template", False),
-    "dpo": ({"rl": "dpo"}, "chat_template.default", True),  # Axolotl's TRL passes no labels
-}
 
 
 @pytest.mark.parametrize("kind", AXOLOTL)

@@ -1,20 +1,18 @@
 """Threads that stand for processes, each with a shard of the same tensors."""
 
 import threading
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any
 
 import torch
 
 
-def in_processes(count: int, function: Callable[[int, Callable[[torch.Tensor, str], torch.Tensor]], Any]) -> list[Any]:
+def in_processes(count, function):
     """What ``function(rank, over_shards)`` returns on each rank; ``over_shards`` waits for the others' tensors."""
-    tensors: list[Any] = [None] * count
+    tensors = [None] * count
     barrier = threading.Barrier(count, timeout=30)
 
-    def over_shards(rank: int, tensor: torch.Tensor, operation: str) -> torch.Tensor:
+    def over_shards(rank, tensor, operation):
         tensors[rank] = tensor
         barrier.wait()
         stacked = torch.stack(tensors)

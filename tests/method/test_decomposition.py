@@ -125,13 +125,10 @@ def test_the_start_depends_on_the_seed_alone():
 
 def test_auto_iterates_only_where_both_sides_are_large_against_the_rank(monkeypatch):
     monkeypatch.setattr(decomposition, "_EXACT_UP_TO", 32)
-    for rows, columns, rank, method in [
-        (32, 90, 4, "exact"), (90, 32, 4, "exact"), (80, 90, 20, "exact"), (80, 90, 4, "randomized")
-    ]:  # fmt: skip
-        auto, exact, iterated = (
-            top_singular_triples(gaussian((rows, columns)), rank, method=each, tolerance=1e-1).u_ON
-            for each in ("auto", "exact", "randomized")
-        )
+    options = [{"method": each, "tolerance": 1e-1} for each in ("auto", "exact", "randomized")]
+    cases = [(32, 90, 4, "exact"), (90, 32, 4, "exact"), (80, 90, 20, "exact"), (80, 90, 4, "randomized")]
+    for *shape, rank, method in cases:
+        auto, exact, iterated = (top_singular_triples(gaussian(shape), rank, **each).u_ON for each in options)
         assert not torch.equal(exact, iterated)
         assert torch.equal(auto, exact if method == "exact" else iterated)
 

@@ -68,8 +68,7 @@ def test_gram_equals_the_cosines_pair_by_pair(components, in_features, out_featu
     scale = 10.0 ** torch.from_numpy(np.random.default_rng(seed).integers(-exponent, exponent + 1, components)).float()
     grad_A, grad_B = (grad_A * scale[:, None]).to(dtype), (grad_B * scale).to(dtype)
     gram = cosine_gram(grad_A.requires_grad_(), grad_B)
-    assert gram.dtype == torch.float32
-    assert not gram.requires_grad
+    assert (gram.dtype, gram.requires_grad) == (torch.float32, False)
     np.testing.assert_allclose(gram, reference.cosine_gram(grad_A, grad_B), atol=2e-6)
 
 
@@ -79,10 +78,8 @@ def test_a_component_without_a_usable_gradient_has_a_zero_row(poison, side):
     grad_A, grad_B = gradient_pair(3)
     if poison == 0.0:
         grad_A[2], grad_B[:, 2] = 0.0, 0.0
-    elif side == "A":
-        grad_A[2, 4] = poison
     else:
-        grad_B[1, 2] = poison
+        (grad_A if side == "A" else grad_B.T)[2, 4] = poison
     gram = cosine_gram(grad_A, grad_B)
     np.testing.assert_allclose(gram, reference.cosine_gram(grad_A, grad_B), atol=2e-6)
     np.testing.assert_allclose(gram.diagonal(), [1, 1, 0, 1, 1, 1], atol=2e-6)

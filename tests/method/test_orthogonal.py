@@ -40,12 +40,8 @@ def problem(shape, seed, dtype=torch.float64, start="random", kind="random"):
     """A (N, I), B (O, N) and the gradients (O, I) of ΔW at four steps."""
     components, in_features, out_features = shape
     generator = torch.Generator().manual_seed(seed)
-
-    def random(*size):
-        return torch.randn(size, generator=generator, dtype=torch.float64).to(dtype)
-
-    A, B = random(components, in_features), random(out_features, components)
-    gradients = random(4, out_features, in_features)
+    sizes = (components, in_features), (out_features, components), (4, out_features, in_features)
+    A, B, gradients = (torch.randn(size, generator=generator, dtype=torch.float64).to(dtype) for size in sizes)
     steps = [_GRADIENTS[kind](gradient, step) for step, gradient in enumerate(gradients)]
     return A, _STARTS[start](B), torch.stack(steps)
 
@@ -137,10 +133,8 @@ def test_components_move_in_orthogonal_directions_of_limited_length(components, 
 
 
 def test_factors_at_zero_wait_and_start_with_the_first_gradient():
-    A, B, gradients = problem((3, 6, 5), 0)
-    B = torch.zeros_like(B)
-    nothing = torch.zeros_like(gradients[0])
-    torch.testing.assert_close(train(A, B, [nothing, nothing])[-1], (A, B), rtol=0, atol=0)
+    A, B, gradients = problem((3, 6, 5), 0, start="zero")
+    torch.testing.assert_close(train(A, B, 0 * gradients)[-1], (A, B), rtol=0, atol=0)
     after_one, after_two = train(A, B, gradients[:2])
     assert torch.equal(after_one[0], A), "A has no frame yet"
     assert after_one[1].abs().max() > 0

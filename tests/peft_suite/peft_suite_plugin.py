@@ -11,7 +11,6 @@ import sys
 import types
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -22,27 +21,22 @@ from badit.tuner import BaditConfig
 
 if importlib.util.find_spec("diffusers") is None:
     # PEFT's tests ask of every model whether it is one of these; none here is.
-    _stand_in: Any = types.ModuleType("diffusers")
+    _stand_in = types.ModuleType("diffusers")
     _stand_in.StableDiffusionPipeline = type("StableDiffusionPipeline", (), {})
     sys.modules["diffusers"] = _stand_in
 
-_SIZES: dict[str, Any] = {
-    "vocab_size": 100, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "initializer_range": 0.2,
-    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-}  # fmt: skip
+_COMMON = {"vocab_size": 100, "initializer_range": 0.2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+_SIZES = {**_COMMON, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 _DECODER = {**_SIZES, "intermediate_size": 24, "num_key_value_heads": 1, "max_position_embeddings": 64}
+_OPT = {**_SIZES, "ffn_dim": 24, "word_embed_proj_dim": 16, "max_position_embeddings": 64}
+_GPT2 = {**_COMMON, "n_embd": 16, "n_inner": 24, "n_layer": 2, "n_head": 2, "n_positions": 64}
 _MODELS = {
-    "tiny-random-OPTForCausalLM": lambda: transformers.OPTConfig(
-        **_SIZES, ffn_dim=24, word_embed_proj_dim=16, max_position_embeddings=64
-    ),
-    "tiny-random-GPT2LMHeadModel": lambda: transformers.GPT2Config(
-        vocab_size=100, n_embd=16, n_inner=24, n_layer=2, n_head=2, n_positions=64, pad_token_id=0, bos_token_id=1,
-        eos_token_id=2, initializer_range=0.2,
-    ),
+    "tiny-random-OPTForCausalLM": lambda: transformers.OPTConfig(**_OPT),
+    "tiny-random-GPT2LMHeadModel": lambda: transformers.GPT2Config(**_GPT2),
     "tiny-random-LlamaForCausalLM": lambda: transformers.LlamaConfig(**_DECODER),
     "tiny-dummy-qwen2": lambda: transformers.Qwen2Config(**_DECODER),
     "tiny-random-Gemma3ForCausalLM": lambda: transformers.Gemma3TextConfig(**_DECODER, head_dim=8, sliding_window=16),
-}  # fmt: skip
+}
 _SMALL = {"num_experts": 2, "r": 1, "lora_alpha": 2}
 _CASES = [
     ("linear", "MLP", {"target_modules": "lin0"}),
@@ -56,7 +50,7 @@ _CASES = [
 ]
 _TASK_TYPES = {"test_seq_classifier": "SEQ_CLS", "test_feature_extraction_models": "FEATURE_EXTRACTION"}
 _LISTED = yaml.safe_load((Path(__file__).parent / "listed.yaml").read_text()) or {}
-_matched: set[str] = set()
+_matched = set()
 
 
 @dataclass
@@ -71,14 +65,14 @@ class _SmallConfig(BaditConfig):
 _own_post_init, _own_factors = BaditConfig.__post_init__, BaditConfig.initial_factors
 
 
-def _post_init(self: BaditConfig) -> None:
+def _post_init(self):
     """PEFT's tests give every method ``init_weights=False``, so that an adapter changes the output at once."""
     if self.init_weights is False:
-        self.init_weights, self._random_start = "lora", True  # pyright: ignore[reportAttributeAccessIssue]
+        self.init_weights, self._random_start = "lora", True
     _own_post_init(self)
 
 
-def _initial_factors(self: BaditConfig, weight_OI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+def _initial_factors(self, weight_OI):
     if not getattr(self, "_random_start", False):
         return _own_factors(self, weight_OI)
     factor_A, factor_B = (torch.empty(size, self.num_components) for size in reversed(weight_OI.shape))
@@ -89,7 +83,7 @@ BaditConfig.__post_init__ = _post_init
 BaditConfig.initial_factors = _initial_factors
 
 
-def _local_models(task: str) -> list[Any]:
+def _local_models(task):
     """A folder for each model; a classifier's has its own head, which would else be drawn again at every loading."""
     auto_class = getattr(transformers, f"AutoModelFor{'SequenceClassification' if task == 'SEQ_CLS' else 'CausalLM'}")
     folder = Path(os.environ["PEFT_SUITE_MODELS"]) / auto_class.__name__
@@ -100,7 +94,7 @@ def _local_models(task: str) -> list[Any]:
     return [pytest.param(str(folder / name), id=name) for name in _MODELS]
 
 
-def _parameters(argnames: str, module: str) -> list[Any] | None:
+def _parameters(argnames, module):
     """What takes the place of PEFT's parameters of these names in a module; None for others, which stay."""
     names = argnames.replace(" ", "")
     if names == "test_name,model_id,config_cls,config_kwargs":
@@ -119,7 +113,7 @@ def _parameters(argnames: str, module: str) -> list[Any] | None:
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_pycollect_makeitem(collector: Any, name: str, obj: Any) -> None:
+def pytest_pycollect_makeitem(collector, name, obj):
     if not name.startswith("test") or not hasattr(obj, "pytestmark"):
         return
     marks = []
@@ -130,7 +124,7 @@ def pytest_pycollect_makeitem(collector: Any, name: str, obj: Any) -> None:
     obj.pytestmark = marks
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config, items):
     ours = [item for item in items if _is_ours(item)]
     config.hook.pytest_deselected(items=[item for item in items if item not in ours])
     items[:] = ours
@@ -142,12 +136,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.xfail(reason=_LISTED[key], strict=True))
 
 
-def _is_ours(item: pytest.Item) -> bool:
+def _is_ours(item):
     parameters = getattr(getattr(item, "callspec", None), "params", {}).values()
     return any(isinstance(value, type) and issubclass(value, BaditConfig) for value in parameters)
 
 
-def pytest_sessionfinish(session: pytest.Session) -> None:
+def pytest_sessionfinish(session):
     unknown = _LISTED.keys() - _matched
     if unknown and not session.config.option.keyword and not session.config.option.collectonly:
         raise pytest.UsageError(f"listed.yaml names what is no test: {', '.join(sorted(unknown))}")

@@ -1,74 +1,47 @@
 """Synthetic runs: every table of an analysis and every file of a run's folder."""
 
-from __future__ import annotations
-
-import itertools
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from collections import namedtuple
+from itertools import combinations, pairwise, product
 
 import numpy as np
-import pandas as pd
 import yaml
 
 from badit.analysis.tables import TABLES, save_frame
 from badit.metrics import METRICS, mean_scores
 from materials import results_cell, write_results
 
-TASKS = (
-    "task002_quoref_answer_generation",
-    "task073_commonsenseqa_answer_generation",
-    "task1290_xsum_summarization",
-    "task1590_diplomacy_text_generation",
-    "task363_sst2_polarity_classification",
-)
+NAMES = ("002_quoref", "073_commonsenseqa", "1290_xsum", "1590_diplomacy", "363_sst2")
+TASKS = tuple(f"task{name}_answer_generation" for name in NAMES)
 PROMPT = "Say what you see.\n\nNow complete the following example -\nInput: picture {}\nOutput: "
 TRAINING = {"trainable_parameters": 2_165_760, "seconds": 2285.3, "peak_memory_gib": 1.9, "steps": 376}
-
-
-@dataclass(frozen=True)
-class Shape:
-    tasks: Sequence[str] = TASKS
-    layers: int = 3
-    modules: Sequence[str] = ("mlp.gate_proj", "self_attn.q_proj")
-    experts: int = 4
-    steps: Sequence[int] = (20, 40, 60)
-    seed: int = 0
-
-
+DEFAULTS = (TASKS, 3, ("mlp.gate_proj", "self_attn.q_proj"), 4, (20, 40, 60), 0)
+Shape = namedtuple("Shape", "tasks layers modules experts steps seed", defaults=DEFAULTS)
 SMALL = Shape()
-LARGE = Shape(
-    tasks=tuple(f"task{number}_word{number}_with_a_long_name" for number in range(100, 115)),
-    layers=30,
-    modules=tuple(f"block.of_module_{number}" for number in range(7)),
-    experts=8,
-    steps=tuple(range(20, 340, 20)),
-)
+MANY = tuple(f"task{number}_word{number}_with_a_long_name" for number in range(100, 115))
+LARGE = Shape(MANY, 30, tuple(f"block.of_module_{number}" for number in range(7)), 8, tuple(range(20, 340, 20)))
 
 
-def tables(shape: Shape = SMALL) -> dict[str, pd.DataFrame]:
+def tables(shape=SMALL):
     """Every table of an analysis."""
     rng = np.random.default_rng(shape.seed)
-    product = itertools.product
     kinds, tasks, experts = ("neurons", "parameters"), shape.tasks, range(shape.experts)
     count, places = len(tasks), list(product(range(shape.layers), shape.modules))
-    pairs = list(itertools.combinations(sorted(tasks), 2))
+    pairs = list(combinations(sorted(tasks), 2))
     alike = {(a, b): 0.25 if len(a) % 3 == len(b) % 3 else 0.02 for a, b in pairs}
 
-    def noise(size: float = 1.0) -> float:
+    def noise(size=1.0):
         return float(size * rng.normal())
 
-    def cosine(pair: tuple[str, str], scale: float = 1.0) -> float:
+    def cosine(pair, scale=1.0):
         return float(np.clip(scale * alike[pair] + noise(0.08), -1, 1))
 
     moves = [(place, expert, int(rng.integers(shape.experts))) for place in places for expert in experts]
     logged = product(shape.steps, places, (("before", 85), ("after", 78)))
     neighbours = [tasks[expert % count] for expert in (*experts, shape.experts)]
     prompt = "Passage: the quick brown fox jumped over the lazy dog, and what did it see? " * 2
-    rows: dict[str, Iterable[Sequence[Any]]] = {
+    rows = {
         "gradient_pairs": [(*pair, *place, cosine(pair), 0.5) for pair, place in product(pairs, places)],
         "gradient_overall": [
             (*pair, "adapter", cosine(pair), None if i % 5 == 4 else cosine(pair, 2.2), 0.5)
@@ -100,7 +73,7 @@ def tables(shape: Shape = SMALL) -> dict[str, pd.DataFrame]:
             (expert, rank, neighbours[expert], f"id-{rank}", 2.5 - rank / 3, f"{prompt} {rank}")
             for expert, rank in product(experts, range(1, 4))
         ],
-        "abilities": [(expert, *pair, 1.0, 0.02, 0.04) for expert, pair in enumerate(itertools.pairwise(neighbours))],
+        "abilities": [(expert, *pair, 1.0, 0.02, 0.04) for expert, pair in enumerate(pairwise(neighbours))],
         "ability_recovery": [("correlation", 0.41, 0.0, 0.0123), ("nearest_neighbour", 0.6, 0.31, 0.04)],
         "transfer": [
             (i + 1, trained, task, 60.0 - 4 * (i - j) if j <= i else None)
@@ -111,22 +84,22 @@ def tables(shape: Shape = SMALL) -> dict[str, pd.DataFrame]:
     return {name: TABLES[name].frame([*map(list, rows[name])], f"Synthetic {name}.") for name in TABLES}
 
 
-def save_tables(folder: Path, shape: Shape = SMALL, *, leave_out: Sequence[str] = ("task_gap", "transfer")) -> None:
+def save_tables(folder, shape=SMALL, *, leave_out=("task_gap", "transfer")):
     for name, frame in tables(shape).items():
         if name not in leave_out:
             save_frame(frame, folder / "analysis")
 
 
-def write_run(folder: Path, shape: Shape = SMALL, *, method: str = "badit", analysed: bool = True) -> Path:
+def write_run(folder, shape=SMALL, *, method="badit", analysed=True):
     """A trained and scored run's folder."""
     rng = np.random.default_rng(shape.seed + 1)
     folder.mkdir(parents=True)
+    own = {"num_experts": shape.experts, "r": 4} if method == "badit" else {}
     config = {
         "model": {"name": "smollm2-135m", "dtype": "bfloat16"},
         "data": {"source": "$BADIT_SUPERNI", "order": None},
-        "method": {"name": method, **({"num_experts": shape.experts, "r": 4} if method == "badit" else {})},
-        "training": {"learning_rate": 5e-4, "seed": shape.seed},
     }
+    config |= {"method": {"name": method, **own}, "training": {"learning_rate": 5e-4, "seed": shape.seed}}
     (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
     (folder / "environment.json").write_text(json.dumps({"python": "3.11.7", "training": TRAINING}))
     lines = [{"step": step, "loss": 1.7 + math.exp(-step / 60) + 0.1 * rng.normal()} for step in range(10, 380, 10)]
@@ -145,12 +118,12 @@ def write_run(folder: Path, shape: Shape = SMALL, *, method: str = "badit", anal
     return folder
 
 
-def write_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
+def write_lines(path, lines):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-def write_sequence(folder: Path, shape: Shape = SMALL) -> Path:
+def write_sequence(folder, shape=SMALL):
     """A run that learns its tasks one after another: stages with losses of their own, and a matrix of scores."""
     write_run(folder, shape, analysed=False)
     (folder / "metrics.jsonl").unlink()
@@ -163,7 +136,7 @@ def write_sequence(folder: Path, shape: Shape = SMALL) -> Path:
     return folder
 
 
-def write_comparison(folder: Path, shape: Shape = SMALL, *, methods: Sequence[str] = ("base", "lora", "badit")) -> Path:
+def write_comparison(folder, shape=SMALL, *, methods=("base", "lora", "badit")):
     """A comparison of three seeds with single-task models of LoRA, one failed run, and the runs' own folders."""
     folder.mkdir(parents=True)
     cells = []
@@ -179,7 +152,7 @@ def write_comparison(folder: Path, shape: Shape = SMALL, *, methods: Sequence[st
     return folder
 
 
-def comparison_cell(shape: Shape, method: str, seed: int | None, level: float) -> dict[str, Any]:
+def comparison_cell(shape, method, seed, level):
     rng = np.random.default_rng([int(level), seed or 0])
     instances = {}
     for i, task in enumerate(shape.tasks):

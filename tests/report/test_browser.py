@@ -133,7 +133,7 @@ def test_samples_of_a_task_are_chosen_and_a_figure_is_saved(browser, page, tmp_p
     opened(browser, page)
     browser.find_element(By.XPATH, "//summary[text()='1290 xsum']").click()
     (seen,) = browser.find_elements(By.CSS_SELECTOR, ".samples details[open]")
-    assert seen.get_attribute("title") == "task1290_xsum_summarization"
+    assert seen.get_attribute("title") == "task1290_xsum_answer_generation"
     assert any(mark in seen.text for mark in ("✓ right", "≈ partly right", "✗ wrong"))
     browser.execute_cdp_cmd("Browser.setDownloadBehavior", {"behavior": "allow", "downloadPath": str(tmp_path)})
     browser.find_element(By.CSS_SELECTOR, "#gates-1-badit .save").click()

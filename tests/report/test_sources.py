@@ -16,13 +16,6 @@ from badit.report.sources import Source, by_similarity, conclusions, read_source
 from report.samples import SMALL, TASKS, tables, write_comparison, write_lines, write_run, write_sequence
 
 
-def test_a_run_is_read_whole(tmp_path):
-    (run,) = read_sources([write_run(tmp_path / "run")])
-    assert run.frames.keys() == tables().keys() - {"task_gap", "transfer"} | {"gradient_cosines"}
-    assert set(run.scores["task"]) == set(run.predictions) == set(TASKS)
-    assert together([run]).frames["losses"]["step"].tolist() == list(range(10, 380, 10)), "the last line has no loss"
-
-
 def test_a_comparison_is_its_folder_or_its_file(tmp_path):
     folder = write_comparison(tmp_path / "compared")
     for path in (folder, folder / "results.json"):

@@ -9,7 +9,6 @@ import sys
 import threading
 import webbrowser
 from contextlib import closing
-from itertools import pairwise
 
 import httpx2
 import pytest
@@ -45,9 +44,6 @@ def test_an_answer_or_an_error_in_its_midst_streams_as_events(client, session, m
     events = parsed(response.text)
     one_side = ["text"] * 6 + ["end"]
     assert [name for name, _ in events] == ["prompt", "gates", *one_side, *one_side, "done"]
-    texts = [data["text"] for name, data in events if name == "text" and data["side"] == "router"]
-    assert all(text.startswith(before) for before, text in pairwise(texts))
-    assert len(set(texts)) >= 3
 
     def fail(question, show):
         show("text", {"side": "router", "text": "so far"})
@@ -198,8 +194,7 @@ def test_a_request_that_does_not_come_to_its_end_is_closed(capfd, slow, monkeypa
 
 
 def test_it_serves_until_it_is_interrupted(trained):
-    run = trained(BADIT)
-    command = [sys.executable, "-m", "badit", "studio", str(run.path), "--port", "0", "--no-browser"]
+    command = [sys.executable, "-m", "badit", "studio", str(trained(BADIT).path), "--port", "0", "--no-browser"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         line = process.stdout.readline()
         assert line.startswith("Studio: http://127.0.0.1:")

@@ -136,11 +136,9 @@ def test_questions_are_answered_while_tasks_are_measured(trained):
     assert quiet.task_gates.equals(busy.task_gates)
 
 
-def test_a_run_whose_data_is_gone_still_answers(trained, material, tmp_path):
-    source = tmp_path / "tasks.jsonl"
-    source.write_text((material / "tasks.jsonl").read_text())
-    run = trained(BADIT, source)
-    source.unlink()
+def test_a_run_whose_data_is_gone_still_answers(trained, task_file):
+    run = trained(BADIT, task_file)
+    task_file.unlink()
     session = Session(run.path)
     assert session.tasks == {}
     assert "The run's tasks cannot be chosen: " in session.about()["remark"]

@@ -18,19 +18,15 @@ from badit.cli import main
 from fuzz.command import STRESS
 from materials import make_recipe
 from training import killed
+from training.trainers import contents
 
 FULL = "cannot be written, the disk (or a quota) is full; make room and run the same command again"
 READ_ONLY = "cannot be written, the file system is read-only; choose a folder that can be written"
 # Each command with the kB that are left on the disk, None for a read-only one; `make stress` adds many.
-CASES = {
-    "train": [None, 0, 24, 100],
-    "train a sequence": [150],
-    "evaluate": [None, 0, 4],
-    "analyze": [None, 0, 16],
-    "export": [None, 0, 8],
-    "export --merged": [40],
-    "report": [None, 0],
-}
+CASES = {"train": [None, 0, 24, 100], "train a sequence": [150], "evaluate": [None, 0, 4], "analyze": [None, 0, 16]}
+CASES |= {"export": [None, 0, 8], "export --merged": [40], "report": [None, 0]}
+# What depends on the time or the folder.
+ASIDE = ("environment.json", "config.yaml", "gates.json", "export.json", "analysis.json", ".html", "README.md")
 if STRESS > 1:
     CASES = {command: [None, *range(0, 240, 8)] for command in CASES}
 
@@ -89,13 +85,6 @@ def words(command, run, output):
     return [verb, str(output), *(["--instances=2"] if verb == "analyze" else [])]
 
 
-def contents(folder):
-    """What does not depend on the time or the folder."""
-    files = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
-    aside = ("environment.json", "config.yaml", "gates.json", "export.json", "analysis.json", ".html", "README.md")
-    return {name: path.read_bytes() for name, path in files.items() if not name.endswith(aside)}
-
-
 @pytest.mark.parametrize(("command", "room"), [(command, room) for command, rooms in CASES.items() for room in rooms])
 def test_a_disk_that_cannot_be_written(command, room, whole, disk, capsys):
     folder, with_room = disk
@@ -110,7 +99,7 @@ def test_a_disk_that_cannot_be_written(command, room, whole, disk, capsys):
         assert said[-1].endswith(problem)
         assert sum("badit:" in line for line in said) == 1
     assert main(arguments) == 0
-    assert contents(place) == contents(whole[command])
+    assert contents(place, *ASIDE) == contents(whole[command], *ASIDE)
     assert not list(folder.rglob("*.partial"))
 
 
@@ -125,5 +114,5 @@ def test_a_command_that_is_killed_in_an_operation_on_a_file(command, whole, proc
             return
         assert code == -signal.SIGKILL, said
         assert main(arguments) == 0
-        assert contents(place) == contents(whole[command])
+        assert contents(place, *ASIDE) == contents(whole[command], *ASIDE)
         assert not list(place.rglob("*.partial"))

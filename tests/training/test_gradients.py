@@ -14,15 +14,11 @@ from badit.method import cosine_gram
 from badit.methods import build_method
 from method.shards import in_processes
 
+SHAPES = st.tuples(st.integers(1, 6), st.integers(1, 9), st.integers(1, 9))
+
 
 @settings(max_examples=40, deadline=None)
-@given(
-    count=st.integers(1, 4),
-    shape=st.tuples(st.integers(1, 6), st.integers(1, 9), st.integers(1, 9)),
-    scale=st.sampled_from([1e-30, 1.0, 1e30]),
-    dead=st.booleans(),
-    broken=st.booleans(),
-)
+@given(st.integers(1, 4), SHAPES, st.sampled_from([1e-30, 1.0, 1e30]), st.booleans(), st.booleans())
 def test_shards_give_the_gram_of_the_whole(count, shape, scale, dead, broken):
     components, inputs, outputs = shape
     generator = torch.Generator().manual_seed(0)
@@ -56,10 +52,7 @@ def test_layers_taken_together_are_what_each_is_alone(monkeypatch, at_a_time):
 
 @pytest.fixture
 def deepspeed(monkeypatch):
-    """A stub of DeepSpeed's accessors; the dictionary is its store of whole fp32 weights, by the parameter's id.
-
-    ``test_deepspeed.py`` runs DeepSpeed itself.
-    """
+    """A stub of DeepSpeed's accessors (test_deepspeed.py runs DeepSpeed): its whole fp32 weights by parameter's id."""
     masters = {}
     stub = SimpleNamespace(
         safe_get_full_grad=lambda parameter: parameter.kept_gradient,
@@ -81,17 +74,13 @@ def test_gradients_and_weights_that_deepspeed_keeps(deepspeed, mark):
     torch.testing.assert_close(component_grams([(a_NI, b_ON)])[0], cosine_gram(grad_A, grad_B))
     b_ON.kept_gradient = None
     assert component_grams([(a_NI, b_ON)])[0] is None
-
     master_ON, scale_N = torch.randn(5, 4), torch.rand(4)
     deepspeed[id(b_ON)] = master_ON
     scale_columns(b_ON, scale_N)
     assert torch.equal(deepspeed[id(b_ON)], master_ON * scale_N)
     assert torch.equal(b_ON, master_ON * scale_N), "the copy that the next forward pass reads"
     whole = whole_weights(nn.ModuleList([nn.ParameterList([b_ON])]))
-    if mark == "ds_id":
-        assert torch.equal(whole["0.0"], deepspeed[id(b_ON)])
-    else:
-        assert whole is None
+    assert torch.equal(whole["0.0"], deepspeed[id(b_ON)]) if mark == "ds_id" else whole is None
 
 
 def test_an_engine_that_steps_in_the_backward_pass_is_read_just_before():

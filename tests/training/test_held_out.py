@@ -1,6 +1,7 @@
 """The loss on held-out instances during training: what it is, that it disturbs nothing, best model, early stopping."""
 
 from statistics import fmean
+from unittest.mock import Mock
 
 import pytest
 from safetensors.torch import load_file
@@ -21,9 +22,8 @@ def recipe(recipe_values, tmp_path):
     """A factory of recipes with held-out instances, each with a folder of its own."""
 
     def make(name, **training):
-        data = {**recipe_values["data"], "validation_per_task": 3}
-        training = {**recipe_values["training"], **training}
-        return build_recipe({**recipe_values, "data": data, "training": training, "output": str(tmp_path / name)})
+        values = {**recipe_values, "training": {**recipe_values["training"], **training}}
+        return build_recipe(values, ["data.validation_per_task=3", f"output={tmp_path / name}"])
 
     return make
 
@@ -44,10 +44,6 @@ def test_it_is_the_mean_nll_of_instances_and_changes_no_training(recipe):
     assert losses["eval_loss"].iloc[-1] == pytest.approx(fmean(map(fmean, found)), rel=1e-4)
 
 
-def kill(state, keywords):
-    raise KeyboardInterrupt
-
-
 def assert_resumes(recipe, whole, stop):
     """A run that a callback stops and that is continued ends as the whole one."""
     with with_callbacks(stop), pytest.raises(KeyboardInterrupt):
@@ -66,7 +62,7 @@ def test_the_best_model_is_kept_and_training_stops_and_resumes_as_if_it_had_not_
     until = fit_until(last, recipe("until", **BEST, **RISING))
     kept = {folder.name: folder for folder in until.checkpoints_path.iterdir()}
     assert_same(learned(whole), load_file(kept[f"checkpoint-{best}"] / "adapter_model.safetensors"))
-    at_the_end = on("on_train_end", kill)  # after the last checkpoint
+    at_the_end = on("on_train_end", Mock(side_effect=KeyboardInterrupt))  # after the last checkpoint
     for name, stop in enumerate([*map(StopAt, (best, last - 1, last)), at_the_end]):
         assert_resumes(recipe(str(name), **BEST, **RISING), whole, stop)
     whole = fit(recipe("three-steps", max_steps=3), progress=False)  # ends within an epoch

@@ -14,6 +14,7 @@ from badit.files import read_json
 from fuzz.command import STRESS
 from materials import make_recipe
 from training import killed
+from training.trainers import contents
 
 KILLS = 20 if STRESS > 1 else 2
 # Twelve steps; checkpoints, lines of the log, regroupings and epochs end at different ones.
@@ -41,19 +42,6 @@ def train(request, processes, material, tmp_path_factory):
     run.folder = folder
     assert run("whole")[0] == 0
     return run
-
-
-def contents(folder):
-    """Every file's bytes; of environment.json what does not depend on this process's time and memory."""
-    found = {}
-    for path in sorted(folder.rglob("*")):
-        name = str(path.relative_to(folder))
-        if path.name == "environment.json":
-            training = read_json(path)["training"]
-            found[name] = {key: training[key] for key in ("steps", "tokens", "trainable_parameters")}
-        elif path.is_file() and name != "config.yaml":
-            found[name] = path.read_bytes()
-    return found
 
 
 def assert_ends_as_whole(train, name):

@@ -7,32 +7,28 @@ import re
 import pytest
 import torch
 
-from badit.errors import BaditError
+from badit import BaditError, Run
 from badit.files import read_jsonl
 from badit.methods import AdapterMethod
 from badit.recipe import build_recipe
 from badit.regroup import RegroupCallback
-from badit.run import Run
 from badit.train import fit, make_plan
 from badit.trainer import AnswerTrainer
 from training.trainers import adapted, fit_until, learned, make_trainer, on, with_callbacks
 
 
-def odd_batch():
-    """An ordinary row, one whose prompt is one token, one without an answer, and one that is all padding."""
-    ids, position = torch.arange(3, 3 + 4 * 8).view(4, 8), torch.arange(8)
-    length, answer = torch.tensor([[8], [3], [8], [0]]), torch.tensor([[5], [1], [8], [0]])
-    labels = ids.masked_fill((position < answer) | (position >= length), -100)
-    return {"input_ids": ids, "attention_mask": (position < length).long(), "labels": labels}
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("options", [{}, {"router_input": "standardised"}, {"routing": "token"}, {"top_k": 1}], ids=str)
 def test_odd_rows_give_finite_losses_and_gradients(tiny_model, tmp_path, dtype, options):
+    """An ordinary row, one whose prompt is one token, one without an answer, and one that is all padding."""
     model = adapted(tiny_model("llama", dtype=dtype), **options).train()
     trainer = make_trainer(model, tmp_path, [])
+    ids, position = torch.arange(3, 3 + 4 * 8).view(4, 8), torch.arange(8)
+    length, answer = torch.tensor([[8], [3], [8], [0]]), torch.tensor([[5], [1], [8], [0]])
+    labels = ids.masked_fill((position < answer) | (position >= length), -100)
+    odd = {"input_ids": ids, "attention_mask": (position < length).long(), "labels": labels}
     for rows in ([0, 1, 2, 3], [1], [2], [3], [2, 3]):
-        batch = {key: value[rows] for key, value in odd_batch().items()}
+        batch = {key: value[rows] for key, value in odd.items()}
         model.zero_grad()
         loss = trainer.compute_loss(model, batch)
         loss.backward()

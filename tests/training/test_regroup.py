@@ -4,64 +4,81 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from peft import get_peft_model
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 
 import reference
 from badit import BaditConfig, BaditError, RegroupCallback, Regrouper
+from badit.baselines.mixture import HydraLoraConfig, LoraMoeConfig
 from badit.data import AnswerCollator
 from badit.files import read_jsonl
 from badit.method import expert_angles, grouping_objective
 from badit.methods import build_method
-from badit.regroup import STATE_FILE, trainable_adapters
+from badit.regroup import STATE_FILE, AngleLog, trainable_adapters
+from badit.tuner import ExpertLinear
 from training.trainers import QUIET, adapted, adapter_state, assert_same, examples, make_trainer, on
 
+LOG = "regroupings.jsonl"
 BATCHES = 12
 
 
-def log_lines(folder):
-    return list(read_jsonl(folder / "regroupings.jsonl"))
+def gradients_into(steps, model):
+    """A callback that adds every step's gradients of A and B, by layer."""
+    layers = list(trainable_adapters(model, ExpertLinear))
+
+    def keep(state, keywords):
+        steps.append({name: [side[a].grad.clone() for side in (m.badit_A, m.badit_B)] for name, (m, a) in layers})
+
+    return on("on_pre_optimizer_step", keep)
 
 
-def train(model, folder, *callbacks, resume=False, **options):
-    make_trainer(model, folder, list(callbacks), **options).train(resume_from_checkpoint=resume)
+def mean_gram(steps, line):
+    return np.mean([reference.cosine_gram(*step[line["module"]]) for step in steps], axis=0)
 
 
 def test_every_line_has_a_partition_by_the_mean_gram_and_the_angles_of_the_next_window(tiny_model, tmp_path):
     model = adapted(tiny_model("llama"))
     layers, steps = dict(trainable_adapters(model)), []
-
-    def keep_grams(state, keywords):
-        places = layers.items()
-        steps.append({name: reference.cosine_gram(m.badit_A[a].grad, m.badit_B[a].grad) for name, (m, a) in places})
-
-    callbacks = [RegroupCallback(every=3, stop=0.8), on("on_pre_optimizer_step", keep_grams)]
+    callbacks = [RegroupCallback(every=3, stop=0.8), gradients_into(steps, model)]
     options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "max_grad_norm": 0.01}
-    train(model, tmp_path, *callbacks, **options)
+    make_trainer(model, tmp_path, callbacks, **options).train()
     assert len(steps) == 12, "optimizer steps, not micro-batches"
-    lines = log_lines(tmp_path)
+    lines = list(read_jsonl(tmp_path / LOG))
     assert [(line["step"], line["module"]) for line in lines] == [(step, name) for step in (3, 6, 9) for name in layers]
     assert any(line["components_moved"] for line in lines)
-
-    def mean_gram(line, first):
-        return np.mean([step[line["module"]] for step in steps[first : first + 3]], axis=0)
-
     for line in lines:
         before_N, after_N = np.array(line["previous_labels"]), np.array(line["labels"])
         assert line["objective_after"] >= line["objective_before"]
         assert np.bincount(after_N).tolist() == [2, 2, 2, 2]
         assert line["components_moved"] == (before_N != after_N).sum()
-        grouped_NN = mean_gram(line, line["step"] - 3)
+        grouped_NN, next_NN = (mean_gram(steps[step - 3 : step], line) for step in (line["step"], line["step"] + 3))
         assert line["objective_before"] == pytest.approx(grouping_objective(grouped_NN, before_N), rel=1e-4)
         assert line["objective_after"] == pytest.approx(grouping_objective(grouped_NN, after_N), rel=1e-4)
         assert (line["logged_at"], line["window_steps"]) == (line["step"] + 3, 3)
         for prefix, labels_N in (("", after_N), ("previous_", before_N)):
-            angles = expert_angles(mean_gram(line, line["step"]), labels_N)
+            angles = expert_angles(next_NN, labels_N)
             assert line[f"{prefix}intra_degrees"] == pytest.approx(angles.intra_degrees, abs=0.01)
             assert line[f"{prefix}inter_abs_cos"] == pytest.approx(angles.inter_abs_cos, abs=1e-4)
     last = {line["module"]: line["labels"] for line in lines}
     assert {name: layer.expert_of(adapter).tolist() for name, (layer, adapter) in layers.items()} == last
+
+
+@pytest.mark.parametrize("config_class", [LoraMoeConfig, BaditConfig, HydraLoraConfig])
+def test_without_regrouping_every_window_has_the_angles_of_its_mean_gradients(tiny_model, tmp_path, config_class):
+    steps, path = [], tmp_path / "angles.jsonl"
+    model = get_peft_model(tiny_model("llama"), config_class(num_experts=3, r=2))
+    make_trainer(model, tmp_path, [gradients_into(steps, model), AngleLog(path, every=5)]).train()
+    if config_class is HydraLoraConfig:
+        assert not path.exists(), "experts that share their A have no angles"
+        return
+    lines = list(read_jsonl(path))
+    assert [(line["step"], line["window_steps"]) for line in lines[::2]] == [(5, 5), (10, 5), (12, 2)]
+    for line in lines:
+        gram_NN = mean_gram(steps[line["step"] - line["window_steps"] : line["step"]], line)
+        expected = expert_angles(gram_NN, np.repeat(np.arange(3), 2))._asdict()
+        assert {key: line[key] for key in expected} == pytest.approx(expected, abs=0.05)
 
 
 @pytest.mark.parametrize("rescale", [False, True])
@@ -83,9 +100,9 @@ def test_what_a_regrouping_changes(tiny_model, tmp_path, rescale):
     # A large router gives the experts different mean gates, so that a moved component is scaled differently.
     for _, (layer, adapter) in trainable_adapters(model):
         torch.nn.init.normal_(layer.badit_router[adapter], std=0.5)
-    train(model, tmp_path, on("on_step_end", look), regroup, on("on_step_end", look))
+    make_trainer(model, tmp_path, [on("on_step_end", look), regroup, on("on_step_end", look)]).train()
     (before, deltas), (after, new_deltas) = seen
-    lines = [line for line in log_lines(tmp_path) if line["step"] == 6]
+    lines = [line for line in read_jsonl(tmp_path / LOG) if line["step"] == 6]
     assert any(line["components_moved"] for line in lines)
     changed = {name.split(".")[-2] for name in before if not torch.equal(before[name], after[name])}
     assert changed == ({"badit_expert_of", "badit_B"} if rescale else {"badit_expert_of"})
@@ -95,13 +112,13 @@ def test_what_a_regrouping_changes(tiny_model, tmp_path, rescale):
 
 def test_a_checkpoint_has_safetensors_and_is_refused_without_a_valid_state(tiny_model, tmp_path):
     checkpoint, moved = tmp_path / "checkpoint-10", tmp_path / "moved"
-    train(adapted(tiny_model("llama")), tmp_path, RegroupCallback(every=3))
+    make_trainer(adapted(tiny_model("llama")), tmp_path, [RegroupCallback(every=3)]).train()
     saved = load_file(checkpoint / "adapter_model.safetensors")
     assert [tensor.dtype for name, tensor in saved.items() if "expert" in name] == [torch.int64] * 2
 
     def resume(**options):
-        callback = RegroupCallback(every=3, **options)
-        train(adapted(tiny_model("llama")), tmp_path, callback, resume=str(checkpoint))
+        trainer = make_trainer(adapted(tiny_model("llama")), tmp_path, [RegroupCallback(every=3, **options)])
+        trainer.train(resume_from_checkpoint=str(checkpoint))
 
     moved.mkdir()
     (checkpoint / STATE_FILE).rename(moved / STATE_FILE)
@@ -116,9 +133,9 @@ def test_a_checkpoint_has_safetensors_and_is_refused_without_a_valid_state(tiny_
 def test_the_solver_is_used(tiny_model, tmp_path):
     objectives = []
     for solver in ("swap", "paper"):
-        callback = RegroupCallback(every=3, stop=0.3, solver=solver)
-        train(adapted(tiny_model("llama")), tmp_path / solver, callback, save_strategy="no")
-        objectives.append(np.array([line["objective_after"] for line in log_lines(tmp_path / solver)]))
+        callbacks = [RegroupCallback(every=3, stop=0.3, solver=solver)]
+        make_trainer(adapted(tiny_model("llama")), tmp_path / solver, callbacks, save_strategy="no").train()
+        objectives.append(np.array([line["objective_after"] for line in read_jsonl(tmp_path / solver / LOG)]))
     assert (objectives[0] >= objectives[1] - 1e-9).all()
     assert (objectives[0] != objectives[1]).any()
 
@@ -218,7 +235,7 @@ def test_a_plain_loop_ends_as_the_trainer_does(tiny_model, tmp_path, accumulated
     train_by_trainer(trained, tmp_path, accumulated)
     loop = Loop(model, tmp_path / "own.jsonl", accumulated)
     loop.run()
-    expected = log_lines(tmp_path)
+    expected = list(read_jsonl(tmp_path / LOG))
     assert list(read_jsonl(tmp_path / "own.jsonl")) == expected
     assert {line["step"] for line in expected} == set(range(2, BATCHES // accumulated + 1, 2))
     assert any(line["components_moved"] for line in expected)
@@ -237,7 +254,6 @@ def test_a_loop_continues_from_accelerates_checkpoint_or_from_safetensors(tiny_m
     state = whole.regrouper.state_dict()
     (tmp_path / "resumed.jsonl").write_text((tmp_path / "whole.jsonl").read_text())
     whole.run(first=7)
-
     resumed = Loop(adapted(tiny_model("llama"), lora_dropout=0.0), tmp_path / "resumed.jsonl")
     resumed.accelerator.load_state(str(tmp_path / "checkpoint"))
     assert resumed.regrouper.steps == 7

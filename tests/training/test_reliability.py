@@ -1,28 +1,23 @@
 """Two processes on one run, kills at the first write, a moved run, changed inputs, and prompts that do not fit."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil
 import subprocess
 import sys
-from importlib import import_module
 from pathlib import Path
 
 import pytest
 import yaml
 from transformers import AutoTokenizer
 
+from badit import BaditError, Run, load_tasks
 from badit.cli import main
-from badit.data import load_tasks
-from badit.errors import BaditError
 from badit.files import OWNER, exclusive
-from badit.run import Run
 from badit.train import refuse_beyond_model
 from fuzz.command import STRESS
 from training import killed
-from training.trainers import assert_same, change_tensors, learned
+from training.trainers import assert_same, change_tensors, learned, train_module
 
 HOLD = "import sys; from pathlib import Path; from badit.files import exclusive\nwith exclusive(Path(sys.argv[1])):\n"
 
@@ -40,9 +35,8 @@ def run(recipe_file, recipe_values):
     return Run(recipe_values["output"])
 
 
-def test_a_run_in_use_is_refused_and_free_once_its_process_is_killed(recipe_file, recipe_values, capsys):
-    output = recipe_values["output"]
-    assert main(["train", str(recipe_file)]) == 0
+def test_a_run_in_use_is_refused_and_free_once_its_process_is_killed(run, recipe_file, capsys):
+    output = str(run.path)
     held = [sys.executable, "-c", HOLD + "    print('held', flush=True); sys.stdin.read()", output]
     with subprocess.Popen(held, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout.readline() == "held\n"
@@ -71,9 +65,7 @@ def test_of_two_processes_on_one_folder_one_is_refused(attempt, recipe_file, rec
     assert_same(learned(shared), learned(alone))
 
 
-def test_a_refused_folder_is_left_as_it_was_and_a_kill_in_the_first_write_blocks_nothing(
-    recipe_file, recipe_values, capsys
-):
+def test_a_refused_folder_is_left_alone_and_a_kill_in_the_first_write_stops_nothing(recipe_file, recipe_values, capsys):
     output = Path(recipe_values["output"])
     output.mkdir()
     (output / "notes.txt").touch()
@@ -130,7 +122,6 @@ def test_a_run_whose_inputs_have_changed_is_not_continued(run, recipe_file, reci
 
 def test_an_answer_to_a_tasks_input_has_the_prompt_that_the_task_was_trained_with(run, recipe_values, monkeypatch):
     seen = []
-    train_module = import_module("badit.train")
     encode = train_module.encode_prompts
     monkeypatch.setattr(train_module, "encode_prompts", lambda t, new, **kw: seen.extend(new) or encode(t, new, **kw))
     trained_with = run.predictions.query("task == 'cities'")["prompt"].iloc[0]

@@ -2,31 +2,22 @@
 
 import shutil
 import weakref
-from importlib import import_module
 from importlib.metadata import version
 
 import pytest
 import torch
 
-from badit import models
+from badit import BaditError, Run, models
 from badit.data import prompt_text
-from badit.errors import BaditError
 from badit.evaluate import evaluate, load_run, validation_loss
 from badit.evaluate import train_and_score as train
 from badit.files import read_json, read_jsonl, write_json
 from badit.methods import AdapterMethod, build_method
 from badit.recipe import build_recipe
-from badit.run import Run
 from badit.train import base_model, encoded, fit, make_plan
 from badit.tuner import hooks_of
 from materials import make_recipe
-from training.trainers import change_tensors, fit_until
-
-train_module = import_module("badit.train")  # badit.train is the function
-
-
-def no_model(*args, **options):
-    pytest.fail("loaded a model")
+from training.trainers import change_tensors, fit_until, train_module
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +59,7 @@ def test_splits_are_scored_apart_and_a_finished_run_is_not_done_again(finished, 
     validation = evaluate(recipe.output, split="validation", progress=False)
     assert validation["tasks"]["cities"]["instances"] == 3
     assert read_json(Run(recipe.output).path / "scores-validation.json") == validation
-    monkeypatch.setattr(train_module, "load_base_model", no_model)
+    monkeypatch.setattr(train_module, "load_base_model", None)  # no model is loaded
     assert train(recipe, progress=False) == scores == read_json(Run(recipe.output).scores_path)
     with pytest.raises(BaditError, match=r"differs in training\.num_train_epochs"):
         train(build_recipe(recipe.model_dump(), ["training.num_train_epochs=3"]), progress=False)
@@ -87,10 +78,7 @@ def change_config(**changes):
     [
         (change_tensors(lambda t: {**t, "layers.7.badit_A": torch.zeros(2)}), r"belongs to another base .*layers\.7"),
         (change_tensors(lambda t: {n: v for n, v in t.items() if "router" not in n}), "Found missing adapter keys"),
-        (
-            change_tensors(lambda t: {n: v * torch.nan if "badit_A" in n else v for n, v in t.items()}),
-            "holds NaN or infinite values: its training has diverged",
-        ),
+        (change_tensors(lambda t: {n: v * torch.nan if "_A" in n else v for n, v in t.items()}), "NaN or infinite"),
         (change_config(r=4), r"config\.json: r: is 4, but the run's recipe says 2; this is another run's adapter"),
         (change_config(peft_type="LORA"), r"config\.json: peft_type: is 'LORA', but the run's recipe says 'BADIT'"),
         (change_config(surplus=1), r"config\.json: 'surplus': is no setting that this PEFT knows"),
@@ -186,10 +174,7 @@ def test_training_and_prompt_options_have_their_effects(recipe_values):
 
 
 def naive_loss(recipe, *, routed_by=None):
-    """By task: −log p of all its answer tokens, one example at a time without padding, in double precision.
-
-    ``routed_by``: what the router reads, "prompt" or "all"; None without a router.
-    """
+    """By task: −log p of its answers' tokens, one example at a time, where a router reads the "prompt" or "all"."""
     model, tokenizer = load_run(Run(recipe.output))
     by_task = {}
     for task in make_plan(recipe).tasks:
@@ -202,7 +187,7 @@ def naive_loss(recipe, *, routed_by=None):
                 inputs["prompt_mask"] = (torch.arange(ids.shape[1]) < length)[None]
             with torch.no_grad(), hooks_of(model).rows_of([task.name]):
                 logs_TV = model(**inputs).logits[0].double().log_softmax(dim=-1)
-            losses += [-float(logs_TV[position - 1, ids[0, position]]) for position in range(prompt, ids.shape[1])]
+            losses += [-float(logs_TV[t - 1, ids[0, t]]) for t in range(prompt, ids.shape[1])]
         by_task[task.name] = sum(losses) / len(losses)
     return by_task
 
@@ -221,5 +206,5 @@ def test_the_validation_loss_is_each_tasks_mean_over_answer_tokens(finished, rec
     if method is None:
         assert naive_loss(recipe, routed_by="all") != pytest.approx(expected, rel=1e-4), "the answer must not route"
     assert read_json(Run(recipe.output).path / "validation.json") == found
-    monkeypatch.setattr(train_module, "load_base_model", no_model)
+    monkeypatch.setattr(train_module, "load_base_model", None)  # no model is loaded
     assert validation_loss(recipe.output) == found

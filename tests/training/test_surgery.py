@@ -42,10 +42,6 @@ def naive_cagrad(gradients, c):
     return torch.from_numpy(2 * (mean + c * norm(mean) / norm(best) * best))
 
 
-def random_gradients(tasks, parameters, seed):
-    return torch.randn(tasks, parameters, generator=torch.Generator().manual_seed(seed))
-
-
 def with_tasks(count=24):
     return [{**example, "task": TASKS[i % 3]} for i, example in enumerate(examples(count))]
 
@@ -74,7 +70,7 @@ def step(trainer, model, *batches, accumulation=1):
 @settings(deadline=None, max_examples=60)
 @given(tasks=st.integers(1, 5), parameters=st.integers(2, 6), seed=st.integers(0, 10_000))
 def test_pcgrad_equals_the_loops_in_the_seeded_order(tasks, parameters, seed):
-    gradients = random_gradients(tasks, parameters, seed)
+    gradients = torch.randn(tasks, parameters, generator=torch.Generator().manual_seed(seed))
     torch.manual_seed(seed)
     found = pcgrad()(gradients)
     torch.manual_seed(seed)
@@ -85,7 +81,7 @@ def test_pcgrad_equals_the_loops_in_the_seeded_order(tasks, parameters, seed):
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("size", [1.0, 1e-6])
 def test_cagrad_equals_a_search_over_its_weights(seed, size):
-    gradients = size * random_gradients(2, 4, seed)
+    gradients = size * torch.randn(2, 4, generator=torch.Generator().manual_seed(seed))
     found, expected = cagrad()(gradients) / size, naive_cagrad(gradients, 0.5) / size
     torch.testing.assert_close(found.double(), expected, atol=2e-3, rtol=2e-3)
     assert not torch.allclose(found, gradients.sum(dim=0) / size, atol=0.05)

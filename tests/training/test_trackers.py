@@ -3,19 +3,13 @@
 import pandas as pd
 import pytest
 
-from badit import train
-from badit.errors import BaditError
+from badit import BaditError, Run, train
 from badit.files import read_jsonl
 from badit.recipe import build_recipe
-from badit.run import Run
 from badit.train import fit
 from training.trainers import fit_until
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:tensorboard", "ignore::DeprecationWarning:trackio")
-
-
-def losses(run):
-    return run.metrics.set_index("step")["loss"].to_dict()
 
 
 def test_tensorboard_has_the_losses_and_the_regroupings_of_a_resumed_run_once(recipe_values):
@@ -31,7 +25,7 @@ def test_tensorboard_has_the_losses_and_the_regroupings_of_a_resumed_run_once(re
         return {event.step: event.value for event in events.Scalars(name)}
 
     assert list(scalars("train/loss")) == [*range(1, 13)]
-    assert scalars("train/loss") == pytest.approx(losses(run))
+    assert scalars("train/loss") == pytest.approx(run.metrics.set_index("step")["loss"].to_dict())
     assert not any(key.startswith("regroup/") for key in run.metrics)
     means = pd.DataFrame(read_jsonl(run.regroupings_path)).groupby("step").mean(numeric_only=True)
     for field in ("objective_before", "objective_after", "components_moved"):
@@ -46,7 +40,7 @@ def test_trackio_has_them_in_its_database(recipe_values, tmp_path, monkeypatch):
     run = fit(build_recipe(recipe_values, ["training.report_to=[trackio]"]), progress=False)
     logged = SQLiteStorage.get_logs("badit", run.path.name)
     found = {entry["train/global_step"]: entry["train/loss"] for entry in logged if "train/loss" in entry}
-    assert found == pytest.approx(losses(run))
+    assert found == pytest.approx(run.metrics.set_index("step")["loss"].to_dict())
     moved = {entry["train/global_step"] for entry in logged if "train/regroup/components_moved" in entry}
     assert moved == {3, 6, 9}
 

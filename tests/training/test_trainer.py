@@ -1,25 +1,16 @@
-"""The answer-only loss against a naive one, the order of the batches, and the angles between experts."""
+"""The answer-only loss against a naive one, and the order of the batches."""
 
 from collections import Counter
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft import get_peft_model
 
-import reference
-from badit.baselines.mixture import HydraLoraConfig, LoraMoeConfig
 from badit.data import AnswerCollator
-from badit.files import read_jsonl
-from badit.method import expert_angles
-from badit.regroup import AngleLog, trainable_adapters
 from badit.trainer import EpochSampler
-from badit.tuner import BaditConfig
-from badit.tuner.layer import ExpertLinear
-from training.trainers import adapted, adapter_state, examples, make_trainer, on
+from training.trainers import adapted, adapter_state, examples, make_trainer
 from tuner.helpers import randomise
 
 
@@ -38,7 +29,6 @@ def test_the_loss_and_its_gradients_equal_the_naive_ones(tiny_model, tmp_path, f
     batch = dict(AnswerCollator(0, side=side)(examples(5)))
     items = int((batch["labels"] != -100).sum())
     parameters = [p for p in model.parameters() if p.requires_grad]
-
     expected = naive_loss(model, batch, items)
     loss = trainer.compute_loss(model, batch, num_items_in_batch=items)
     gradients = torch.autograd.grad(loss, parameters), torch.autograd.grad(expected, parameters)
@@ -50,7 +40,6 @@ def test_the_loss_and_its_gradients_equal_the_naive_ones(tiny_model, tmp_path, f
 
 
 def test_accumulated_batches_weigh_tokens_equally(tiny_model, tmp_path):
-    """Two batches of two, accumulated, step as one batch of four does."""
     models = [adapted(tiny_model("llama"), lora_dropout=0.0) for _ in range(2)]
     options = {"count": 4, "max_steps": 1, "save_strategy": "no", "optim": "sgd"}
     for model, size, accumulation in zip(models, (4, 2), (1, 2), strict=True):
@@ -119,25 +108,3 @@ def test_of_several_gpus_one_process_uses_one_and_says_so_once(tiny_model, tmp_p
         trainer.train()
     launch = "accelerate launch --multi_gpu --num_processes 2 -m badit train RECIPE"
     assert capsys.readouterr().err.count(f"badit: training on one of 2 GPUs; to use all of them: {launch}") == 1
-
-
-@pytest.mark.parametrize("config_class", [LoraMoeConfig, BaditConfig, HydraLoraConfig])
-def test_without_regrouping_every_window_has_the_angles_of_its_mean_gradients(tiny_model, tmp_path, config_class):
-    steps, path = [], tmp_path / "angles.jsonl"
-    model = get_peft_model(tiny_model("llama"), config_class(num_experts=3, r=2))
-
-    def keep_gradients(state, keywords):
-        layers = trainable_adapters(model, ExpertLinear)
-        steps.append({name: (m.badit_A[a].grad.clone(), m.badit_B[a].grad.clone()) for name, (m, a) in layers})
-
-    make_trainer(model, tmp_path, [on("on_pre_optimizer_step", keep_gradients), AngleLog(path, every=5)]).train()
-    if config_class is HydraLoraConfig:
-        assert not path.exists(), "experts that share their A have no angles"
-        return
-    lines = list(read_jsonl(path))
-    assert [(line["step"], line["window_steps"]) for line in lines[::2]] == [(5, 5), (10, 5), (12, 2)]
-    for line in lines:
-        window = steps[line["step"] - line["window_steps"] : line["step"]]
-        gram_NN = np.mean([reference.cosine_gram(*step[line["module"]]) for step in window], axis=0)
-        expected = expert_angles(gram_NN, np.repeat(np.arange(3), 2))._asdict()
-        assert {key: line[key] for key in expected} == pytest.approx(expected, abs=0.05)

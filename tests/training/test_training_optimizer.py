@@ -1,9 +1,7 @@
 """``training.optimizer`` of a recipe: which optimizer trains, and several processes."""
 
-import pytest
 import torch
 
-from badit.errors import BaditError
 from badit.optimizer import OrthogonalUpdates
 from badit.recipe import build_recipe
 from badit.train import fit
@@ -34,9 +32,3 @@ def test_two_processes_train_as_one_does_and_resume(recipe_values, tmp_path, pro
     assert_same_run(launches.run("fsdp2"), launches.run("alone"))
     for engine in ("fsdp2", "fsdp2, full state"):
         assert_stops_and_resumes(launches, engine, whole="fsdp2")
-
-
-def test_orthogonal_updates_of_base_weights_are_refused(recipe_values):
-    recipe = build_recipe({**recipe_values, "method": {"name": "full"}}, ["training.optimizer=orthogonal"])
-    with pytest.raises(BaditError, match="no pair of trainable factors"):
-        fit(recipe, progress=False)

@@ -15,18 +15,16 @@ from badit import BaditConfig, BaditError, RegroupCallback
 from badit.data import answer_rows
 from badit.files import read_jsonl
 from badit.tuner.layer import BaditLinear
-from data.examples import make_tokenizer
+from data.examples import CHATML, make_tokenizer
 from training.trainers import QUIET
 
 # CHATML with TRL's marks of what the assistant says.
-MARKED = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' %}"
-    "{% generation %}{{ m['content'] }}<|im_end|>{% endgeneration %}\n"
-    "{% else %}{{ m['content'] }}<|im_end|>\n{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
+TURN = "{{ m['content'] }}<|im_end|>"
+BY_ROLE = "{% if m['role'] == 'assistant' %}{% generation %}TURN{% endgeneration %}\n{% else %}TURN\n{% endif %}"
+MARKED = CHATML.replace(f"{TURN}\n", BY_ROLE.replace("TURN", TURN))
 ARGUMENTS = {**QUIET, "bf16": False, "save_strategy": "no", "per_device_train_batch_size": 4, "learning_rate": 0.01}
 CONFIGS = {SFTTrainer: SFTConfig, DPOTrainer: DPOConfig, KTOTrainer: KTOConfig, GRPOTrainer: GRPOConfig}
+ADAPTER = {"num_experts": 4, "r": 2, "task_type": "CAUSAL_LM"}
 ROWS = [{"prompt": f"Name city {i}.", "completion": f" city {i}"} for i in range(64)]
 
 
@@ -36,10 +34,6 @@ def chat(i, turns=1):
         messages.append({"role": "user", "content": f"Name city {i + turn}."})
         messages.append({"role": "assistant", "content": f"city {i} {turn}"})
     return messages
-
-
-def config(**options):
-    return BaditConfig(num_experts=4, r=2, task_type="CAUSAL_LM", **options)
 
 
 def reward(completions, **columns):
@@ -54,7 +48,7 @@ def make_trainer(kind, model_folder, output, rows, *, model=None, tokenizer=None
         processing_class=tokenizer or AutoTokenizer.from_pretrained(model_folder),
         args=CONFIGS[kind](output_dir=str(output), **{**ARGUMENTS, **options}),
         train_dataset=Dataset.from_list(rows),
-        peft_config=None if model else config(**(adapter or {})),
+        peft_config=None if model else BaditConfig(**ADAPTER, **(adapter or {})),
         callbacks=[RegroupCallback(every=2)],
         **({"reward_funcs": reward} if kind is GRPOTrainer else {}),
     )
@@ -113,11 +107,9 @@ def losses(trainer):
 
 
 def test_padding_free_training_equals_padded_training(model_folder, tmp_path):
-    found = []
-    for padding_free in (False, True):
-        options = {"logging_steps": 1, "num_train_epochs": 2, "max_length": None, "padding_free": padding_free}
-        rows, adapter = ROWS[:16], {"lora_dropout": 0.0}
-        trainer = make_trainer(SFTTrainer, model_folder, tmp_path, rows, adapter=adapter, **options)
+    found, options = [], {"logging_steps": 1, "num_train_epochs": 2, "max_length": None, "adapter": {"lora_dropout": 0}}
+    for free in (False, True):
+        trainer = make_trainer(SFTTrainer, model_folder, tmp_path, ROWS[:16], padding_free=free, **options)
         trainer.train()
         found.append(losses(trainer))
     assert found[0] == pytest.approx(found[1], rel=1e-4)
@@ -153,7 +145,7 @@ def test_dpo_uses_the_base_model_as_its_reference(model_folder, tmp_path, precom
 def test_dpo_after_fine_tuning_uses_the_tuned_adapter_as_its_reference(model_folder, tmp_path):
     """TRL adds a copy named ref; after a regrouping no two of its tensors are what a new adapter starts with."""
     base = AutoModelForCausalLM.from_pretrained(model_folder)
-    model = get_peft_model(base, config(router_input="standardised"))
+    model = get_peft_model(base, BaditConfig(**ADAPTER, router_input="standardised"))
     layers = [layer for layer in model.modules() if isinstance(layer, BaditLinear)]
     for layer in layers:
         layer.expert_of("default").copy_(layer.expert_of("default").flip(0))

@@ -6,15 +6,15 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from badit import BaditError, Run
 from badit.baselines.neurons import neuron_scores, top_neurons
 from badit.data import AnswerCollator
-from badit.errors import BaditError
 from badit.evaluate import load_run
 from badit.methods import WEIGHTS, AdapterMethod, Method, WeightsMethod
 from badit.recipe import build_recipe
-from badit.run import Run
 from badit.train import base_model, encoded, fit, make_plan, pad_id
-from training.trainers import change_tensors, fit_until, learned, logits, on, with_callbacks
+from baselines.naive import logits
+from training.trainers import change_tensors, fit_until, learned, on, with_callbacks
 
 SHARE = 0.2
 FULL = {"name": "full"}
@@ -34,12 +34,7 @@ def base_weights(recipe):
 def trained(monkeypatch):
     """The models of the runs, as they are when their training has ended."""
     models, save = [], WeightsMethod.save
-
-    def kept(self, model, *args):
-        models.append(model)
-        save(self, model, *args)
-
-    monkeypatch.setattr(WeightsMethod, "save", kept)
+    monkeypatch.setattr(WeightsMethod, "save", lambda *given: models.append(given[1]) or save(*given))
     return models
 
 
@@ -54,7 +49,7 @@ def test_full_fine_tuning_changes_every_weight_and_loads_them_back(recipe_values
     assert not run.checkpoints_path.exists()
     with safe_open(run.adapter_path / WEIGHTS, framework="pt") as file:
         assert json.loads(file.metadata()["badit"]) == {"base_model": recipe.model.name, "method": "full"}
-    assert torch.equal(logits(load_run(run)[0]), logits(trained[0]))
+    assert torch.equal(logits(load_run(run)[0]), logits(trained[0].eval()))
 
 
 def test_a_bfloat16_recipe_trains_and_saves_float32_and_uses_bfloat16(recipe_values):
@@ -67,23 +62,18 @@ def test_a_bfloat16_recipe_trains_and_saves_float32_and_uses_bfloat16(recipe_val
         assert torch.equal(parameter, weights[name].bfloat16())
 
 
-def neurons_of_tasks(recipe):
-    """The masks that result from the first batch of every task."""
-    model, tokenizer = base_model(recipe)
-    masks = []
-    for task in make_plan(recipe).tasks:
-        batch = encoded(tokenizer, recipe, [(task, instance) for instance in task.train], None)
-        masks.append(top_neurons(neuron_scores(model, [AnswerCollator(pad_id(tokenizer))(batch)]), SHARE))
-    return {name: sum(mask[name] for mask in masks).bool() for name in masks[0]}
-
-
 def test_task_neurons_change_the_tasks_neurons_only(recipe_values, trained):
     recipe = recipe_with(recipe_values, NEURONS, "training.per_device_train_batch_size=12")
     count, per_neuron = 2 * 48, 3 * 32
     method = make_plan(recipe).method
     assert method.trained_parameters(base_model(recipe)[0]) == round(SHARE * count * per_neuron), "of one task"
     run = fit(recipe, progress=False)
-    base, weights, masks = base_weights(recipe), learned(run), neurons_of_tasks(recipe)
+    base, weights, of_tasks = base_weights(recipe), learned(run), []
+    model, tokenizer = base_model(recipe)
+    for task in make_plan(recipe).tasks:  # of which each is one batch
+        batch = encoded(tokenizer, recipe, [(task, instance) for instance in task.train], None)
+        of_tasks.append(top_neurons(neuron_scores(model, [AnswerCollator(pad_id(tokenizer))(batch)]), SHARE))
+    masks = {name: sum(mask[name] for mask in of_tasks).bool() for name in of_tasks[0]}
     assert {name.split(".")[-2] for name in weights} == {"gate_proj", "up_proj", "down_proj"}
     for name, tensor in weights.items():
         mlp, _, projection = name.removesuffix(".weight").rpartition(".")
@@ -92,7 +82,7 @@ def test_task_neurons_change_the_tasks_neurons_only(recipe_values, trained):
     neurons = sum(int(mask_F.sum()) for mask_F in masks.values())
     assert SHARE * count <= neurons < count
     assert run.environment["training"]["trainable_parameters"] == neurons * per_neuron
-    assert torch.equal(logits(load_run(run)[0]), logits(trained[0]))
+    assert torch.equal(logits(load_run(run)[0]), logits(trained[0].eval()))
 
 
 @pytest.mark.parametrize("method", [FULL, NEURONS, {"name": "pcgrad", "r": 4}], ids=str)

@@ -1,9 +1,7 @@
-"""Small trainings, callbacks that watch or stop them, and comparisons of their weights."""
+"""Small trainings, callbacks that watch or stop them, and comparisons of what they leave."""
 
-from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
+from importlib import import_module
 from unittest.mock import patch
 
 import pytest
@@ -12,18 +10,18 @@ from peft import get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback, TrainingArguments
 
+from badit import BaditConfig, Run
 from badit.data import AnswerCollator
+from badit.files import read_json
 from badit.methods import AdapterMethod
-from badit.recipe import Recipe
-from badit.run import Run
 from badit.train import fit
 from badit.trainer import AnswerTrainer
-from badit.tuner import BaditConfig, hooks_of
 
-QUIET: dict[str, Any] = {"use_cpu": True, "report_to": [], "disable_tqdm": True, "dataloader_pin_memory": False}
+train_module = import_module("badit.train")  # badit.train is the function
+QUIET = {"use_cpu": True, "report_to": [], "disable_tqdm": True, "dataloader_pin_memory": False}
 
 
-def examples(count: int = 24) -> list[dict[str, list[int]]]:
+def examples(count=24):
     """Prompts and answers of several lengths, the same at every call."""
     generator = torch.Generator().manual_seed(1)
     made = []
@@ -34,12 +32,12 @@ def examples(count: int = 24) -> list[dict[str, list[int]]]:
     return made
 
 
-def adapted(model: Any, **options: Any) -> Any:
+def adapted(model, **options):
     torch.manual_seed(0)
     return get_peft_model(model, BaditConfig(**{"num_experts": 4, "r": 2, "lora_dropout": 0.1, **options}))
 
 
-def make_trainer(model: Any, folder: Path, callbacks: list[TrainerCallback], *, count: int = 24, **options: Any) -> Any:
+def make_trainer(model, folder, callbacks, *, count=24, **options):
     """By default, twelve steps of four examples."""
     arguments = {"num_train_epochs": 2, "per_device_train_batch_size": 4, "learning_rate": 0.01, "save_steps": 5}
     arguments |= {"output_dir": str(folder), "remove_unused_columns": False, **QUIET, **options}
@@ -47,10 +45,10 @@ def make_trainer(model: Any, folder: Path, callbacks: list[TrainerCallback], *, 
     return AnswerTrainer(model, TrainingArguments(**arguments), callbacks=callbacks, **data)
 
 
-def on(event: str, function: Callable[[Any, dict[str, Any]], Any]) -> TrainerCallback:
+def on(event, function):
     """A callback that calls ``function(state, keywords)`` at an event, such as "on_step_end"."""
 
-    def call(self: Any, args: Any, state: Any, control: Any, **keywords: Any) -> None:
+    def call(self, args, state, control, **keywords):
         function(state, {**keywords, "args": args})
 
     return type("Callback", (TrainerCallback,), {event: call})()
@@ -59,65 +57,65 @@ def on(event: str, function: Callable[[Any, dict[str, Any]], Any]) -> TrainerCal
 class StopAt(TrainerCallback):
     """Ends the process's training as a kill would, right after a step."""
 
-    def __init__(self, step: int) -> None:
+    def __init__(self, step):
         self.step = step
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_end(self, args, state, control, **keywords):
         if state.global_step == self.step:
             raise KeyboardInterrupt
 
 
 @contextmanager
-def with_callbacks(*added: TrainerCallback, kind: type = AdapterMethod, folder: str = "") -> Iterator[None]:
+def with_callbacks(*added, kind=AdapterMethod, folder=""):
     """Within, runs also have these callbacks; with ``folder``, only those in a folder of that name."""
-    own: Any = kind.callbacks  # pyright: ignore
+    own = kind.callbacks
 
-    def all_callbacks(self: Any, run: Run) -> list[TrainerCallback]:
+    def all_callbacks(self, run):
         return [*own(self, run), *(added if folder in ("", run.path.name) else [])]
 
     with patch.object(kind, "callbacks", all_callbacks):
         yield
 
 
-def fit_until(step: int, recipe: Recipe, **options: Any) -> Run:
+def fit_until(step, recipe, **options):
     """A run that was stopped after a step."""
     with with_callbacks(StopAt(step), **options), pytest.raises(KeyboardInterrupt):
         fit(recipe, progress=False)
     return Run.at(recipe.output)
 
 
-def learned(run: Run) -> dict[str, torch.Tensor]:
+def learned(run):
     """The tensors of a run's adapter."""
     (path,) = run.adapter_path.glob("*.safetensors")
     return load_file(path)
 
 
-@torch.no_grad()
-def logits(model: Any, task: str = "rivers") -> torch.Tensor:
-    """For a fixed prompt of a task, in eval mode."""
-    training = model.training
-    ids = torch.arange(5, 15)[None]
-    with hooks_of(model).rows_of([task]):
-        found = model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
-    model.train(training)
-    return found
-
-
-def change_tensors(change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> Callable[[Path], None]:
+def change_tensors(change):
     """A function that rewrites a safetensors file."""
 
-    def rewrite(path: Path) -> None:
+    def rewrite(path):
         tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
         save_file(change(tensors), path, metadata={"format": "pt"})
 
     return rewrite
 
 
-def adapter_state(model: Any) -> dict[str, torch.Tensor]:
+def adapter_state(model):
     return {name: tensor.clone() for name, tensor in model.state_dict().items() if "badit_" in name}
 
 
-def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+def assert_same(one, other):
     """To the bit."""
     assert one.keys() == other.keys()
     assert [name for name in one if not torch.equal(one[name], other[name])] == []
+
+
+def contents(folder, *aside):
+    """Every file's bytes but config.yaml and names with these ends; of environment.json what time does not change."""
+    found = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
+    found = {name: path for name, path in found.items() if name != "config.yaml" and not name.endswith(aside)}
+    for name, path in found.items():
+        counts = read_json(path)["training"] if path.name == "environment.json" else {}
+        fixed = {key: counts[key] for key in ("steps", "tokens", "trainable_parameters") if counts}
+        found[name] = fixed or path.read_bytes()
+    return found

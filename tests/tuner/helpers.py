@@ -1,7 +1,6 @@
 """Steps that the tuner's tests share: adapting a tiny model, random adapter weights, decoding by hand."""
 
 import inspect
-from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model
@@ -12,70 +11,72 @@ from transformers.pytorch_utils import Conv1D
 from badit.tuner import BaditConfig, ExpertLinear
 
 FAMILIES = ("llama", "qwen3", "gemma2", "gemma3", "mistral", "gpt2")
-SMALL: dict[str, Any] = {"num_experts": 3, "r": 2, "lora_alpha": 4, "lora_dropout": 0.0, "task_type": "CAUSAL_LM"}
+SMALL = {"num_experts": 3, "r": 2, "lora_alpha": 4, "lora_dropout": 0.0, "task_type": "CAUSAL_LM"}
 NEW = 6  # tokens that `generate` adds, unless told otherwise
 KINDS = ("linear", "linear without bias", "conv1d")
 
 
-def config(**options: Any) -> BaditConfig:
+def config(**options):
     """A small configuration: K = 3, r = 2, scaling 2, no dropout."""
     return BaditConfig(**{**SMALL, **options})
 
 
-def adapt(model: Any, **options: Any) -> PeftModel:
+def adapt(model, **options):
     """The model with a small adapter at step 0, in eval mode."""
     return get_peft_model(model, config(**options)).eval()
 
 
-def opt() -> Any:
+def opt():
     """A random OPT, whose MLP sees all positions of a batch as rows."""
     sizes = {"hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 48, "num_hidden_layers": 2, "vocab_size": 100}
     ends = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None, "init_std": 0.2}
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return OPTForCausalLM(OPTConfig(**sizes, **ends, num_attention_heads=4, max_position_embeddings=64)).eval()
+    return OPTForCausalLM(OPTConfig(**sizes, **ends, num_attention_heads=4, max_position_embeddings=64)).eval()
 
 
-def layers(model: torch.nn.Module) -> list[Any]:
+def layers(model):
     """The adapted layers, first to last."""
     return [module for module in model.modules() if isinstance(module, ExpertLinear)]
 
 
 @torch.no_grad()
-def randomise(model: Any, adapter: str = "default", seed: int = 0) -> Any:
-    """Moves A and B off their start, makes the router decide, and shuffles the grouping: an adapter after training."""
+def randomise(model, adapter="default", seed=0):
+    """An adapter as after training: factors off their start, a router or gate that decides, a shuffled grouping."""
     generator = torch.Generator().manual_seed(seed)
 
-    def noise(tensor: torch.Tensor, size: float) -> torch.Tensor:
+    def noise(tensor, size):
         return (size * torch.randn(tensor.shape, generator=generator)).to(tensor.dtype)
 
-    for layer in layers(model):
-        if adapter not in layer.badit_A:
-            continue
-        a, b, router = layer.badit_A[adapter], layer.badit_B[adapter], layer.badit_router[adapter]
-        a.add_(noise(a, 0.1))
-        b.add_(noise(b, 0.1))
-        router.copy_(noise(router, 2.0 / router.shape[1] ** 0.5))
-        if adapter in layer.badit_moments:
+    for layer in (each for each in layers(model) if adapter in each.badit_A):
+        own = {name: getattr(layer, name)[adapter] for name in layer.adapter_layer_names}
+        for name, size in (("badit_A", 0.1), ("badit_B", 0.1), ("badit_lambda", 0.5)):
+            if name in own:
+                own[name].add_(noise(own[name], size))
+        if "badit_router" in own:
+            own["badit_router"].copy_(noise(own["badit_router"], 2.0 / layer.in_features**0.5))
+        if adapter in getattr(layer, "badit_moments", ()):
             layer.badit_moments[adapter].copy_(noise(layer.badit_moments[adapter], 1.0).abs() + 0.5)
             layer.badit_batches[adapter].fill_(3)
-        labels = layer.expert_of(adapter)
-        labels.copy_(labels[torch.randperm(len(labels), generator=generator)])
+        if adapter in getattr(layer, "badit_expert_of", ()):
+            labels = layer.expert_of(adapter)
+            labels.copy_(labels[torch.randperm(len(labels), generator=generator)])
+    gates = getattr(getattr(model, "base_model", None), "badit_gate", {})
+    for parameter in gates[adapter].parameters() if adapter in gates else ():
+        parameter.add_(noise(parameter, 0.1))
     return model
 
 
-def adapted(model: Any, **options: Any) -> PeftModel:
+def adapted(model, **options):
     """The model with an adapter as after training: gates differ clearly between prompts."""
     return randomise(adapt(model, **options))
 
 
-def cache_name(model: Any) -> str:
+def cache_name(model):
     """The forward argument that takes a cache, which transformers renames within version 5."""
     inner = model.get_base_model() if isinstance(model, PeftModel) else model
     return "cache" if "cache" in inspect.signature(inner.forward).parameters else "past_key_values"
 
 
-def forward(model: Any, ids: torch.Tensor, mask: torch.Tensor, cache: Any = None, **options: Any) -> Any:
+def forward(model, ids, mask, cache=None, **options):
     """One call on the newest tokens of a batch, whose padding has no position; ``mask`` covers the cached ones too."""
     if cache is not None:
         options[cache_name(model)] = cache
@@ -83,7 +84,7 @@ def forward(model: Any, ids: torch.Tensor, mask: torch.Tensor, cache: Any = None
     return model(input_ids=ids, attention_mask=mask, position_ids=positions, **options)
 
 
-def generate(model: Any, ids: torch.Tensor, mask: torch.Tensor, new_tokens: int = NEW, **options: Any) -> torch.Tensor:
+def generate(model, ids, mask, new_tokens=NEW, **options):
     """Greedy decoding by the model's own ``generate``."""
     if "cache" in options:
         options[cache_name(model)] = options.pop("cache")
@@ -92,15 +93,14 @@ def generate(model: Any, ids: torch.Tensor, mask: torch.Tensor, new_tokens: int 
 
 
 @torch.no_grad()
-def teacher_forced(model: Any, ids: torch.Tensor, mask: torch.Tensor, prompt_length: int) -> torch.Tensor:
+def teacher_forced(model, ids, mask, prompt_length):
     """Logits of a training-like forward pass: prompt and answer together, labels on the answer."""
-    labels = ids.masked_fill(mask == 0, -100)
-    labels[:, :prompt_length] = -100
+    labels = ids.masked_fill((mask == 0) | (torch.arange(ids.shape[1]) < prompt_length), -100)
     return forward(model, ids, mask, labels=labels).logits
 
 
 @torch.no_grad()
-def cached_steps(model: Any, ids: torch.Tensor, mask: torch.Tensor, prompt_length: int, cache: Any) -> torch.Tensor:
+def cached_steps(model, ids, mask, prompt_length, cache):
     """Logits from the prompt's last position on: the prompt in one call, then one token at a time."""
     bounds = [(0, prompt_length), *((end - 1, end) for end in range(prompt_length + 1, ids.shape[1] + 1))]
     steps = (forward(model, ids[:, i:end], mask[:, :end], cache, use_cache=True).logits[:, -1:] for i, end in bounds)
@@ -108,7 +108,7 @@ def cached_steps(model: Any, ids: torch.Tensor, mask: torch.Tensor, prompt_lengt
 
 
 @torch.no_grad()
-def greedy_by_hand(model: Any, ids: torch.Tensor, mask: torch.Tensor, new_tokens: int) -> torch.Tensor:
+def greedy_by_hand(model, ids, mask, new_tokens):
     """Greedy continuation with every token chosen from a full teacher-forced pass, without any cache."""
     prompt_length = ids.shape[1]
     for _ in range(new_tokens):
@@ -118,7 +118,7 @@ def greedy_by_hand(model: Any, ids: torch.Tensor, mask: torch.Tensor, new_tokens
     return ids
 
 
-def padded(rows: list[list[int]], side: str = "left") -> tuple[torch.Tensor, torch.Tensor]:
+def padded(rows, side="left"):
     """Rows of tokens as one batch and its mask."""
     width = max(len(row) for row in rows)
     ids, mask = torch.zeros(2, len(rows), width, dtype=torch.long)
@@ -128,13 +128,13 @@ def padded(rows: list[list[int]], side: str = "left") -> tuple[torch.Tensor, tor
     return ids, mask
 
 
-def random_rows(*lengths: int, seed: int = 0) -> list[list[int]]:
+def random_rows(*lengths, seed=0):
     """Rows of random tokens (never the special ones)."""
     generator = torch.Generator().manual_seed(seed)
     return [torch.randint(3, 100, (length,), generator=generator).tolist() for length in lengths]
 
 
-def enable_checkpointing(model: Any, reentrant: bool) -> None:
+def enable_checkpointing(model, reentrant):
     """Gradient checkpointing, which transformers renames within version 5."""
     inner = model.get_base_model()
     enable = getattr(inner, "activation_checkpointing_enable", None) or inner.gradient_checkpointing_enable
@@ -145,24 +145,37 @@ IDS, MASK = padded(random_rows(6, 11, 9))
 
 
 @torch.no_grad()
-def logits(model: Any, ids: torch.Tensor = IDS, mask: torch.Tensor = MASK) -> torch.Tensor:
+def logits(model, ids=IDS, mask=MASK):
     """At the attended positions."""
     return forward(model, ids, mask).logits[mask.bool()].float()
 
 
-def gradients(model: Any) -> dict[str, torch.Tensor]:
+def take_steps(optimizer, steps, loss, before=lambda: None, after=lambda: None):
+    """The losses of some steps, with calls right before and after every update."""
+    losses = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        found = loss()
+        found.backward()
+        losses.append(found.item())
+        before()
+        optimizer.step()
+        after()
+    return losses
+
+
+def gradients(model):
     """By name; the model's own are cleared."""
     found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     return found
 
 
-def base_layer(kind: str, in_features: int, out_features: int) -> Any:
+def base_layer(kind, in_features, out_features):
     """One frozen layer of the kinds that are adapted, KINDS."""
-    if kind == "conv1d":
-        layer: Any = Conv1D(out_features, in_features)
-        nn.init.normal_(layer.weight)
-        nn.init.normal_(layer.bias)
-    else:
-        layer = nn.Linear(in_features, out_features, bias=kind == "linear")
+    if kind != "conv1d":
+        return nn.Linear(in_features, out_features, bias=kind == "linear").requires_grad_(False)
+    layer = Conv1D(out_features, in_features)
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter)
     return layer.requires_grad_(False)

@@ -4,10 +4,8 @@ Later releases must read it as it is meant: the file next to the adapter's has w
 """
 
 from pathlib import Path
-from typing import Any
 
 import torch
-from peft import PeftModel
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -16,20 +14,17 @@ from tuner.helpers import adapted, layers
 
 FOLDER = Path(__file__).parent / "formats"
 # Both kinds of saved state: initial factors to subtract, and a router input with its running moments.
-OPTIONS: dict[str, dict[str, Any]] = {
-    "bad": {},
-    "standardised": {"router_input": "standardised", "init_weights": "lora"},
-}
+OPTIONS = {"bad": {}, "standardised": {"router_input": "standardised", "init_weights": "lora"}}
 
 
-def base_model() -> LlamaForCausalLM:
+def base_model():
     """A model of one tiny layer; its weights are others in every process, and nothing here depends on them."""
     shape = {"hidden_size": 8, "intermediate_size": 12, "num_attention_heads": 2, "num_hidden_layers": 1}
     return LlamaForCausalLM(LlamaConfig(vocab_size=16, **shape)).eval()
 
 
 @torch.no_grad()
-def computed(model: PeftModel) -> dict[str, torch.Tensor]:
+def computed(model):
     """What the adapter adds to the weight under two mixtures (each 12 × 8), and its gates for five inputs (5 × 3)."""
     (layer,) = layers(model)
     x = torch.arange(40, dtype=torch.float32).reshape(5, 8).sin()

@@ -14,8 +14,7 @@ def trained(model, micro_batches):
     """The gradients on batches of three padded rows of 12 positions with answers of 4."""
     for seed in range(micro_batches):
         ids, mask = padded(random_rows(12, 9, 7, seed=seed))
-        labels = ids.clone()
-        labels[:, :8] = -100
+        labels = ids.masked_fill(torch.arange(12) < 8, -100)
         model(input_ids=ids, attention_mask=mask, labels=labels, use_cache=False).loss.backward()
     return gradients(model)
 
@@ -23,7 +22,6 @@ def trained(model, micro_batches):
 @pytest.mark.parametrize(
     ("options", "micro_batches"),
     [
-        ({}, 1),
         ({}, 3),  # the second one adds to gradients and sums of gates: two graphs more, once
         ({"router_input": "standardised", "top_k": 2}, 1),
         ({"routing": "token", "gates": "softmax"}, 1),
@@ -53,5 +51,4 @@ def test_a_regrouping_compiles_nothing_again(tiny_model, options, micro_batches)
         assert any(not torch.allclose(after[name], before[name], rtol=1e-2) for name in after)
     assert counters["stats"]["unique_graphs"] == graphs
     assert not counters["graph_break"]
-    for one, other in zip(layers(plain), layers(model), strict=True):
-        torch.testing.assert_close(one.gate_sums["default"], other.gate_sums["default"])
+    torch.testing.assert_close(*([layer.gate_sums["default"] for layer in layers(each)] for each in (plain, model)))

@@ -41,10 +41,8 @@ def test_bad_values_and_contradictions_are_refused(options, message):
 
 def test_lora_dropout_is_active_in_training_only(tiny_model):
     model = adapted(tiny_model("llama"), lora_dropout=0.5)
-    without = adapted(tiny_model("llama"), lora_dropout=0.0)
-    assert torch.equal(logits(model), logits(without))
-    model.train()
-    assert not torch.equal(logits(model), logits(model))
+    assert torch.equal(logits(model), logits(adapted(tiny_model("llama"))))
+    assert not torch.equal(logits(model.train()), logits(model))
 
 
 @pytest.mark.parametrize(

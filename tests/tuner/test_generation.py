@@ -96,7 +96,6 @@ def test_generate_continues_from_a_copied_prompt_cache(tiny_model, family):
 
 @pytest.mark.parametrize("routing", ["prompt", "token"])
 def test_a_recurrent_model_generates(routing):
-    torch.manual_seed(0)
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 100, "state_size": 4}
     mamba = MambaForCausalLM(MambaConfig(**sizes, pad_token_id=0, eos_token_id=None, initializer_range=0.2)).eval()
     model = adapted(mamba, routing=routing, target_modules=["in_proj"])

@@ -17,10 +17,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:None of the inputs have requires
 def batch(seed=0, lengths=(5, 9, 7)):
     """Prompts of `lengths`, answers of six; every seed and every choice of lengths has other prompt masks."""
     ids, mask = padded(random_rows(*(length + 6 for length in lengths), seed=seed), "right")
-    labels = ids.masked_fill(mask == 0, -100)
-    for row, length in enumerate(lengths):
-        labels[row, :length] = -100
-    return {"ids": ids, "mask": mask, "labels": labels}
+    in_prompt = torch.arange(ids.shape[1]) < torch.tensor(lengths)[:, None]
+    return {"ids": ids, "mask": mask, "labels": ids.masked_fill(in_prompt | (mask == 0), -100)}
 
 
 def passes(model, between=lambda model: None, **options):

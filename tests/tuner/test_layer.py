@@ -11,6 +11,7 @@ from badit.tuner.prompt import ForwardPass, RoutingContext
 from tuner.helpers import KINDS, base_layer, config, randomise
 
 IN, OUT, GATES = 12, 10, ("mean_one", "softmax")
+MASK = torch.tensor([[0, 1, 1, 0, 0], [1, 1, 1, 1, 1], [0, 0, 0, 1, 0]]).bool()
 
 
 def naive_gates(layer, x, mask):
@@ -44,15 +45,11 @@ def naive_forward(layer, x, mask):
 def make(kind="linear", *, dtype=torch.float64, at_start=False, **options):
     layer = BaditLinear(base_layer(kind, IN, OUT).to(dtype), "layer", RoutingContext(), "default", config(**options))
     layer.set_adapter("default")
-    if not at_start:
-        randomise(layer)
-    return layer.eval()
+    return (layer if at_start else randomise(layer)).eval()
 
 
 def batch(dtype=torch.float64):
-    x = torch.randn(3, 5, IN, dtype=dtype)
-    mask = torch.tensor([[0, 1, 1, 0, 0], [1, 1, 1, 1, 1], [0, 0, 0, 1, 0]]).bool()
-    return x, mask
+    return torch.randn(3, 5, IN, dtype=dtype), MASK
 
 
 def run(layer, x, mask):
@@ -115,13 +112,11 @@ def test_only_training_passes_without_overflow_count_prompts_and_gates():
             run(layer, x + 1, mask)
         layer.eval()
         run(layer, x + 1, mask)
-    mean, variance = reference.prompt_moments([reference.prompt_mean(x, mask) for x, mask in passes])
-    np.testing.assert_allclose(layer.badit_moments["default"][0], mean, atol=1e-5)
-    np.testing.assert_allclose(layer.badit_moments["default"][1], variance, atol=1e-5)
+    expected = reference.prompt_moments([reference.prompt_mean(x, mask) for x, mask in passes])
+    np.testing.assert_allclose(layer.badit_moments["default"], expected, atol=1e-5)
     assert layer.badit_batches["default"] == 3
     *sums, count = layer.gate_sums["default"].tolist()
-    assert count == 9
-    assert sum(sums) == pytest.approx(27)
+    assert (count, sum(sums)) == (9, pytest.approx(27))
     before = layer.badit_moments["default"].clone()
     run(layer.train(), x * float("inf"), mask)
     assert torch.equal(layer.badit_moments["default"], before)

@@ -12,20 +12,8 @@ from transformers import BertConfig, BertForTokenClassification, DynamicCache, S
 
 from badit.errors import BaditError
 from badit.tuner.prompt import RoutingContext
-from tuner.helpers import (
-    FAMILIES,
-    adapted,
-    cached_steps,
-    config,
-    enable_checkpointing,
-    forward,
-    generate,
-    opt,
-    padded,
-    random_rows,
-    randomise,
-    teacher_forced,
-)
+from tuner import helpers
+from tuner.helpers import FAMILIES, adapted, cached_steps, config, forward, padded, random_rows, teacher_forced
 
 PROMPTS = random_rows(5, 9, 7)
 ANSWERS = random_rows(6, 6, 6, seed=1)
@@ -39,18 +27,14 @@ def plain(model, ids, mask, **options):
         return forward(model, ids, mask, **options).logits
 
 
-@pytest.mark.parametrize(
-    ("options", "static"),
-    [({}, False), ({"routing": "token"}, False), ({"top_k": 1}, False), ({"gates": "softmax"}, False), ({}, True)],
-    ids=str,
-)
+@pytest.mark.parametrize("options", [{}, {"routing": "token"}, {"top_k": 1}, {"gates": "softmax"}], ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_teacher_forcing_equals_cached_decoding(tiny_model, family, options, static):
+def test_teacher_forcing_equals_cached_decoding(tiny_model, family, options):
     model = adapted(tiny_model(family), target_modules="all-linear", **options)
     inner, (ids, mask) = model.get_base_model().config, padded(ROWS)
-    cache = StaticCache(config=inner, max_cache_len=24) if static else DynamicCache(config=inner)
     forced = teacher_forced(model, ids, mask, LENGTH)[:, LENGTH - 1 :]
-    torch.testing.assert_close(cached_steps(model, ids, mask, LENGTH, cache), forced, **CLOSE)
+    for cache in (DynamicCache(config=inner), StaticCache(config=inner, max_cache_len=24)):
+        torch.testing.assert_close(cached_steps(model, ids, mask, LENGTH, cache), forced, **CLOSE)
     # Without labels the answer would join the routing by prompt, which changes the logits.
     unforced = plain(model, ids, mask)[:, LENGTH - 1 :]
     assert ((unforced - forced).abs().max() > 0.1) == ("routing" not in options)
@@ -59,7 +43,7 @@ def test_teacher_forcing_equals_cached_decoding(tiny_model, family, options, sta
 def test_two_adapters_at_once_decode_as_they_are_teacher_forced(tiny_model):
     model, (ids, mask) = adapted(tiny_model("llama")), padded(ROWS)
     model.add_adapter("second", config(num_experts=4))
-    randomise(model, "second", seed=1).base_model.set_adapter(["default", "second"])
+    helpers.randomise(model, "second", seed=1).base_model.set_adapter(["default", "second"])
     forced = teacher_forced(model, ids, mask, LENGTH)[:, LENGTH - 1 :]
     torch.testing.assert_close(cached_steps(model, ids, mask, LENGTH, DynamicCache()), forced, **CLOSE)
 
@@ -67,7 +51,7 @@ def test_two_adapters_at_once_decode_as_they_are_teacher_forced(tiny_model):
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("family", [*FAMILIES, "opt"])  # OPT's MLP sees positions as rows
 def test_padding_and_batch_mates_do_not_matter(tiny_model, family, side):
-    model = adapted(opt() if family == "opt" else tiny_model(family))
+    model = adapted(helpers.opt() if family == "opt" else tiny_model(family))
     rows = [prompt + answer for prompt, answer in zip(PROMPTS, random_rows(2, 6, 3, seed=1), strict=True)]
     ids, mask = padded(rows, side)
     answers = mask.cumsum(dim=1) > torch.tensor([[len(prompt)] for prompt in PROMPTS])
@@ -122,9 +106,8 @@ def test_calls_that_hide_the_prompt_are_refused(tiny_model):
         model(input_ids=ids)
 
 
-@pytest.mark.parametrize(
-    ("options", "checkpointing"), [({}, False), ({"router_input": "standardised"}, False), ({}, True)], ids=str
-)
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("options", [{}, {"router_input": "standardised"}], ids=str)
 @pytest.mark.parametrize("family", ["llama", "qwen3", "mistral"])
 def test_training_on_packed_rows_equals_training_on_separate_ones(tiny_model, family, options, checkpointing):
     """Packed as by TRL's and transformers' padding-free collators."""
@@ -138,7 +121,7 @@ def test_training_on_packed_rows_equals_training_on_separate_ones(tiny_model, fa
         model = adapted(tiny_model(family), **options).train()
         if checkpointing:
             model.enable_input_require_grads()
-            enable_checkpointing(model, reentrant=False)
+            helpers.enable_checkpointing(model, reentrant=False)
         loss = model(**batch, use_cache=False).loss
         loss.backward()
         found.append([loss.detach(), *(p.grad for p in model.parameters() if p.requires_grad)])
@@ -152,11 +135,8 @@ def test_packed_rows_have_their_own_prompts_by_labels_and_by_a_given_mask(tiny_m
     labels, positions_ = ids.masked_fill(expected, -100), torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]])
     by_ends = {"labels": labels, "cu_seq_lens_q": torch.tensor([0, 4, 9], dtype=torch.int32)}  # flash attention's
     by_positions = {"labels": labels.repeat(2, 1), "position_ids": positions_.repeat(2, 1)}
-    for rows, batch, given in (
-        (1, by_ends, None),
-        (2, by_positions, None),
-        (1, {"position_ids": positions_}, expected),
-    ):
+    cases = [(1, by_ends, None), (2, by_positions, None), (1, {"position_ids": positions_}, expected)]
+    for rows, batch, given in cases:
         found = context._describe(model, {"input_ids": ids.repeat(rows, 1), **batch}, given)
         assert torch.equal(found.prompt[0], expected.repeat(rows, 1))
         assert found.prompt[1].of_BT.tolist() == [[0] * 4 + [1] * 5, [2] * 4 + [3] * 5][:rows]
@@ -165,21 +145,17 @@ def test_packed_rows_have_their_own_prompts_by_labels_and_by_a_given_mask(tiny_m
 
 
 @pytest.mark.parametrize(
-    ("filled_by", "decoded_by", "rows", "message"),
-    [
-        (None, "default", 3, "this cache was filled without the adapter"),
-        ("default", "other", 3, "this cache was filled without the adapter"),
-        ("default", "default", 2, "filled with a batch of 3, the present batch has 2 rows"),
-    ],
+    ("filled_by", "decoded_by", "rows"), [(None, "default", 3), ("default", "other", 3), ("default", "default", 2)]
 )
-def test_a_cache_filled_with_something_else_is_refused(tiny_model, filled_by, decoded_by, rows, message):
+def test_a_cache_filled_with_something_else_is_refused(tiny_model, filled_by, decoded_by, rows):
     model, cache, (ids, mask) = adapted(tiny_model("llama")), DynamicCache(), padded(ROWS)
     model.add_adapter("other", config())
     with nullcontext() if filled_by else model.disable_adapter():
         plain(model, ids[:, :LENGTH], mask[:, :LENGTH], cache=cache, use_cache=True)
     model.set_adapter(decoded_by)
     cache.batch_select_indices(torch.arange(rows))
-    with pytest.raises(BaditError, match=message):
+    other_rows = "filled with a batch of 3, the present batch has 2 rows"
+    with pytest.raises(BaditError, match=other_rows if rows == 2 else "this cache was filled without the adapter"):
         plain(model, ids[:rows, LENGTH : LENGTH + 1], mask[:rows, : LENGTH + 1], cache=cache, use_cache=True)
 
 
@@ -222,5 +198,5 @@ def test_an_adapted_model_can_be_pickled_whole(tiny_model, tmp_path):
     model(input_ids=ids, attention_mask=mask, prompt_mask=mask).logits.sum().backward()
     torch.save(model.eval(), tmp_path / "model.pt")
     loaded = torch.load(tmp_path / "model.pt", weights_only=False)
-    assert torch.equal(generate(loaded, ids, mask), generate(model, ids, mask))
+    assert torch.equal(helpers.generate(loaded, ids, mask), helpers.generate(model, ids, mask))
     assert loaded.get_base_model().generate.args == (loaded.get_base_model(),)

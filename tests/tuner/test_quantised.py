@@ -18,7 +18,7 @@ from badit.recipe import build_recipe
 from badit.train import make_plan
 from badit.tuner.targets import refuse_unsuitable_layer
 from materials import make_material
-from tuner.helpers import adapt, layers
+from tuner.helpers import adapt, layers, take_steps
 
 # torchao does not go with the lowest torch that all else goes with.
 needs_torchao = pytest.mark.skipif(find_spec("torchao") is None, reason="torchao is not installed")
@@ -82,13 +82,8 @@ def test_training_learns_leaves_the_base_alone_and_is_saved(load, tmp_path, kind
                 model.eval()(input_ids=IDS)
         assert_close(stored(model), before, **TO_THE_BIT)
         optimizer = torch.optim.AdamW([p for p in model.train().parameters() if p.requires_grad], lr=0.01)
-        losses.append([])
-        for _ in range(8):
-            loss = model(input_ids=IDS, labels=IDS.masked_fill(IDS < 9, -100)).loss
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            losses[-1].append(loss.item())
+        batch = {"input_ids": IDS, "labels": IDS.masked_fill(IDS < 9, -100)}
+        losses.append(take_steps(optimizer, 8, lambda model=model, batch=batch: model(**batch).loss))
     assert losses[0] == losses[1]
     assert losses[0][-1] < losses[0][0] / 2
     assert_close(stored(model), before, **TO_THE_BIT)
