@@ -17,8 +17,7 @@ import badit.analysis
 import badit.evaluate
 import badit.export  # noqa: F401
 from badit.cli import main
-from badit.methods import AdapterMethod
-from training.trainers import on
+from training.trainers import on, with_callbacks
 
 STEP_EVENTS = ("on_step_begin", "on_pre_optimizer_step", "on_optimizer_step", "on_step_end")
 EVENTS = (*STEP_EVENTS, "on_log", "on_save", "on_train_end")
@@ -74,9 +73,9 @@ def strike(*order: Any) -> tuple[int, str]:
 def run(order: dict[str, Any]) -> None:
     for stream, path in ((1, os.devnull), (2, f"{order['output']}.txt")):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
-    striker, own = Striker(order), AdapterMethod.callbacks
-    AdapterMethod.callbacks = lambda self, run: [*own(self, run), *striker.callbacks]  # pyright: ignore
-    code = main(order["command"])
+    striker = Striker(order)
+    with with_callbacks(*striker.callbacks):
+        code = main(order["command"])
     Path(f"{order['output']}.json").write_text(json.dumps(striker.counts))
     sys.exit(code)
 

@@ -1,4 +1,4 @@
-"""Trainings in several processes, started as in docs/several-gpus.md, and what must be the same however they ran."""
+"""Trainings in several processes, launched as in docs/several-gpus.md or forked, and what must be the same in all."""
 
 import os
 import shutil
@@ -29,6 +29,8 @@ FSDP2 = ["--config_file", str(TESTS.parent / "docs" / "fsdp2.yaml")]
 FULL_STATE = [*FSDP2, "--fsdp_state_dict_type", "FULL_STATE_DICT"]
 ON_CPU = {"ACCELERATE_USE_CPU": "true"}
 SHARDED_ON_CPU = {**ON_CPU, "BADIT_SHARD_ON_CPU": "1"}
+PYTHONPATH = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
+OF_PROCESSES = {"PYTHONPATH": PYTHONPATH, "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1"}
 
 # The arguments of `accelerate launch` and further variables of the environment. None: torchrun, which is DDP.
 ENGINES: dict[str, tuple[list[str] | None, dict[str, str]]] = {
@@ -85,16 +87,16 @@ class Launches:
         not in forks, which take a third of the time.
         """
         start = self._launched if launcher or engine.startswith("deepspeed") else self._forked
-        return start(name, processes, *ENGINES[engine], code, {"BADIT_STOP_AT": str(stop_at)})
+        arguments, variables = ENGINES[engine]
+        return start(name, processes, arguments, {**variables, "BADIT_STOP_AT": str(stop_at)}, code)
 
     def _launched(
-        self, name: str, processes: int, engine: list[str] | None, own: dict[str, str], code: int, more: dict[str, str]
+        self, name: str, processes: int, arguments: list[str] | None, variables: dict[str, str], code: int
     ) -> str:
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", str(SCRIPT)]
-        if engine is not None:
-            launcher = ["-m", "accelerate.commands.launch", *_accelerate(engine, processes)]
-        variables = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", **own, **more}
-        variables |= {"PYTHONPATH": os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])}
+        if arguments is not None:
+            launcher = ["-m", "accelerate.commands.launch", *_accelerate(arguments, processes)]
+        variables = {**os.environ, **OF_PROCESSES, **variables}
         words = [sys.executable, *launcher, *self.settings(name, 2)]
         done = subprocess.run(words, env=variables, capture_output=True, text=True, timeout=600, check=False)
         assert (done.returncode != 0) == bool(code), done.stderr
@@ -103,14 +105,16 @@ class Launches:
         return done.stdout + done.stderr
 
     def _forked(
-        self, name: str, processes: int, engine: list[str] | None, own: dict[str, str], code: int, more: dict[str, str]
+        self, name: str, processes: int, arguments: list[str] | None, variables: dict[str, str], code: int
     ) -> str:
         """With the variables that the launcher would set."""
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = str(free.getsockname()[1])
-        variables = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(processes), **own, **more}
-        if engine is not None:
-            checked, *_ = _validate_launch_command(launch_command_parser().parse_args(_accelerate(engine, processes)))
+        variables = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(processes), **variables}
+        if arguments is not None:
+            checked, *_ = _validate_launch_command(
+                launch_command_parser().parse_args(_accelerate(arguments, processes))
+            )
             variables = {**prepare_multi_gpu_env(checked), **variables}
         printed = str(self.folder / f"{name}-{port}.txt")
         ranks = [

@@ -16,8 +16,7 @@ from accelerate import PartialState
 from accelerate.utils import DistributedType
 
 from badit.cli import main
-from badit.methods import AdapterMethod
-from training.trainers import on
+from training.trainers import on, with_callbacks
 
 
 def shard_on_cpu() -> None:
@@ -58,9 +57,8 @@ def leave(code: int) -> NoReturn:
 def run(words: list[str]) -> NoReturn:
     shard_on_cpu()
     deepspeed_on_cpu()
-    own = AdapterMethod.callbacks
-    AdapterMethod.callbacks = lambda self, run: [*own(self, run), on("on_step_begin", stop)]  # pyright: ignore
-    leave(main(["train", *words]))
+    with with_callbacks(on("on_step_begin", stop)):
+        leave(main(["train", *words]))
 
 
 def forked(words: list[str], variables: dict[str, str], printed: str) -> NoReturn:

@@ -23,10 +23,8 @@ HOLD = "import sys; from pathlib import Path; from badit.files import exclusive\
 
 
 @pytest.fixture
-def recipe_file(recipe_values, tmp_path):
-    path = tmp_path / "recipe.yaml"
-    path.write_text(yaml.safe_dump(recipe_values | {"training": {"max_steps": 2}}))
-    return path
+def recipe_values(recipe_values):
+    return recipe_values | {"training": {"max_steps": 2}}
 
 
 @pytest.fixture

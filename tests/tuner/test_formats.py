@@ -28,7 +28,9 @@ def changed(copy, folder=SAVED[0], **settings):
 def test_a_saved_adapter_is_read_as_it_was_meant(tmp_path, folder, old):
     """Formats had no number at first; a residual written into the base weight was the same model."""
     model = PeftModel.from_pretrained(base_model(), str(changed(tmp_path / "copy", folder, **old))).eval()
-    torch.testing.assert_close(computed(model), load_file(folder / "computed.safetensors"), atol=1e-6, rtol=1e-5)
+    found = computed(model)
+    torch.testing.assert_close(found, load_file(folder / "computed.safetensors"), atol=1e-6, rtol=1e-5)
+    assert torch.equal(found["delta"], computed(PeftModel.from_pretrained(base_model(), str(folder)))["delta"])
     assert model.peft_config["default"].to_dict()["format_version"] == FORMAT
 
 
