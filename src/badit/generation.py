@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
@@ -20,9 +19,6 @@ from badit.tuner.prompt import cache_of, select_rows
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
-
-# What a decoder puts for the bytes of a character that are not all there yet.
-_HALF_A_CHARACTER = "\ufffd"
 
 
 def generate_answers(
@@ -102,22 +98,26 @@ def _continuations(
     rows = list(range(len(input_ids)))
     prompts, settings_of_all = (input_ids, attention_mask), settings
     settings = copy.copy(settings)  # max_new_tokens counts down
+
+    def half_ended(input_ids: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        ended_B = torch.isin(input_ids[:, width:], ends_E).any(dim=1)
+        return (2 * ended_B.sum() >= len(ended_B)).expand(len(ended_B))
+
     while True:
         width = input_ids.shape[1]
-        half: list[Any] = [partial(_half_ended, width, ends_E)]
         with hooks_of(model).rows_of(None if tasks is None else [tasks[row] for row in rows]):
             output = generate(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
                 generation_config=settings,
-                stopping_criteria=StoppingCriteriaList(half if criteria is None else criteria),
+                stopping_criteria=StoppingCriteriaList([half_ended] if criteria is None else criteria),
                 **cache,
             )
         new = output["sequences"][:, width:]
         for row, tokens in zip(rows, new.tolist(), strict=True):
             continuations[row] += tokens
         settings.max_new_tokens -= new.shape[1]  # pyright: ignore[reportOptionalOperand] (set by _greedy)
-        going_R = (~_ended(new, ends_E)).nonzero()[:, 0]
+        going_R = (~torch.isin(new, ends_E).any(dim=1)).nonzero()[:, 0]
         if not settings.max_new_tokens or not len(going_R):
             return continuations
         rows = [rows[row] for row in going_R.tolist()]
@@ -127,16 +127,6 @@ def _continuations(
         if not select_rows(cache, going_R):
             # A recurrent model's, say. Over again from the prompts, in one go.
             return _continuations(model, *prompts, settings_of_all, tasks, {}, [])
-
-
-def _half_ended(start: int, ends_E: torch.Tensor, input_ids: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-    """A stopping criterion: whether half of the rows have an end token among the tokens from ``start`` on."""
-    ended_B = _ended(input_ids[:, start:], ends_E)
-    return (2 * ended_B.sum() >= len(ended_B)).expand(len(ended_B))
-
-
-def _ended(new_BT: torch.Tensor, ends_E: torch.Tensor) -> torch.Tensor:
-    return torch.isin(new_BT, ends_E).any(dim=1)
 
 
 class GrownAnswer(NamedTuple):
@@ -162,16 +152,15 @@ def stream_answer(
         show: is given the whole answer so far after every token. What it raises ends the generation and comes out here.
     """
     _check([prompt], max_new_tokens=max_new_tokens)
-    tasks = None if task is None else [task]
     with _greedy(model, tokenizer, max_new_tokens) as settings, evaluation_mode(model):
         padded, ends = _pad_left([prompt], settings.pad_token_id, model.device), settings.eos_token_id
 
         def show_all(input_ids: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
             text = _decode(tokenizer, input_ids[0, len(prompt) :].tolist(), ends)
-            show(text.rstrip(_HALF_A_CHARACTER))
+            show(text.rstrip("\ufffd"))  # stands for the bytes of a character that are not all there yet
             return torch.zeros(1, dtype=torch.bool, device=input_ids.device)
 
-        (tokens,) = _continuations(model, *padded, settings, tasks, {}, [show_all])
+        (tokens,) = _continuations(model, *padded, settings, None if task is None else [task], {}, [show_all])
     ended = tokens[-1] in ends
     return GrownAnswer(_decode(tokenizer, tokens, ends), len(tokens) - ended, ended)
 

@@ -10,6 +10,7 @@ import json
 import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, get_args
 
@@ -32,17 +33,7 @@ from badit.run import Run
 from badit.surgery import Surgery, SurgeryTrainer
 from badit.trainer import AnswerTrainer
 from badit.tuner import BaditConfig
-from badit.tuner.config import (
-    COUNT,
-    FORMAT_FIELD,
-    RETIRED_FIELDS,
-    SHARE,
-    check_options,
-    described,
-    is_int,
-    option,
-    refuse_newer_format,
-)
+from badit.tuner.config import FORMAT_FIELD, RETIRED_FIELDS, described, is_int, refuse_newer_format
 from badit.tuner.model import TaskBatches, hooks_of
 from badit.tuner.targets import chosen_targets
 
@@ -56,7 +47,6 @@ _INTERNAL = _BOOKKEEPING | {"peft_type", "auto_mapping", "runtime_config"}  # no
 _MAY_DIFFER = _BOOKKEEPING | {"target_modules", "fan_in_fan_out"}  # in a saved adapter, from the recipe's
 WEIGHTS = "weights.safetensors"
 Tensors = Mapping[str, torch.Tensor]
-Shapes = dict[str, tuple[int, ...]]
 
 
 class Method:
@@ -117,12 +107,11 @@ class AdapterMethod(Method):
     def apply(self, model: PreTrainedModel, tasks: Sequence[str] = ()) -> PeftModel:
         """PEFT's own methods adapt the same modules as BADIT; a method that tells tasks apart learns their names."""
         config: Any = self.config
-        is_lora = isinstance(self.config, LoraConfig)
-        if is_lora and any(isinstance(module, Conv1D) for module in model.modules()):
+        if isinstance(self.config, LoraConfig) and any(isinstance(module, Conv1D) for module in model.modules()):
             if config.init_lora_weights == "olora":  # PEFT factorises its weight the wrong way round
                 raise BaditError("method: PEFT's olora cannot adapt this model's Conv1D layers; take pissa instead")
             config.fan_in_fan_out = True  # as PEFT would set it, with a warning
-        if self.needs_tasks and config.tasks is None and tasks:
+        if self.needs_tasks:
             config.tasks = list(tasks)
         config.target_modules = chosen_targets(model, config)
         if config.target_modules is None:
@@ -136,12 +125,30 @@ class AdapterMethod(Method):
             raise BaditError(f"method: {first_line(error)}") from None
 
     def proceed(self, model: PreTrainedModel, folder: Path) -> PeftModel:
-        adapted = _load_adapter(model, folder, self.config, trainable=True)
+        adapted = self.load(model, folder, trainable=True)
         hooks_of(adapted).next_task()
         return adapted
 
-    def load(self, model: PreTrainedModel, folder: Path) -> PeftModel:
-        return _load_adapter(model, folder, self.config, trainable=False).eval()
+    def load(self, model: PreTrainedModel, folder: Path, *, trainable: bool = False) -> PeftModel:
+        """The base model with an adapter that a run of this method has saved, which is checked before PEFT sees it.
+
+        It may come from elsewhere, be damaged, or belong to another run. So nothing in its folder chooses what is built
+        or imported (PEFT imports modules that some settings name), how much memory that takes, or that a pickled file
+        is read.
+        """
+        shapes = _tensor_shapes(folder / SAFETENSORS_WEIGHTS_NAME)  # without it PEFT would look for a pickled file
+        _check_settings(folder / CONFIG_NAME, self.config, shapes)
+        with explained(folder, action="loaded", any_error=True), warnings.catch_warnings():
+            warnings.filterwarnings("error", message="Found missing adapter keys")
+            adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
+            loaded = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+        if not all(tensor.isfinite().all() for tensor in loaded.values()):
+            fix = "train again with a lower training.learning_rate"
+            raise BaditError(f"{folder}: holds NaN or infinite values: its training has diverged; {fix}")
+        if unknown := sorted(shapes.keys() - loaded.keys()):
+            other = f"belongs to another base model or method, with a tensor {unknown[0]!r:.120}"
+            raise BaditError(f"{folder}: {other}; name the base model that it was trained on")
+        return adapted if trainable else adapted.eval()
 
     def save(self, model: PeftModel, folder: Path, base_model: str, weights: Tensors | None = None) -> None:
         # The recipe's name; a built-in model's own would be a folder of this machine's cache. Embeddings are frozen,
@@ -198,29 +205,7 @@ class WeightsMethod(Method):
         save_file(trained, folder / WEIGHTS, metadata={"badit": origin})
 
 
-def _load_adapter(model: PreTrainedModel, folder: Path, config: PeftConfig, *, trainable: bool) -> PeftModel:
-    """The base model with the adapter that a run with the method's ``config`` has saved in ``folder``; else BaditError.
-
-    It is checked before PEFT sees it: it may come from elsewhere, be damaged, or belong to another run. So nothing in
-    its folder chooses what is built or imported (PEFT imports modules that some settings name), how much memory that
-    takes, or that a pickled file is read.
-    """
-    shapes = _tensor_shapes(folder / SAFETENSORS_WEIGHTS_NAME)  # without it PEFT would look for a pickled file
-    _check_settings(folder / CONFIG_NAME, config, shapes)
-    with explained(folder, action="loaded", any_error=True), warnings.catch_warnings():
-        warnings.filterwarnings("error", message="Found missing adapter keys")
-        adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
-        loaded = get_peft_model_state_dict(adapted, save_embedding_layers=False)
-    if not all(tensor.isfinite().all() for tensor in loaded.values()):
-        fix = "train again with a lower training.learning_rate"
-        raise BaditError(f"{folder}: holds NaN or infinite values: its training has diverged; {fix}")
-    if unknown := sorted(shapes.keys() - loaded.keys()):
-        other = f"belongs to another base model or method, with a tensor {unknown[0]!r:.120}"
-        raise BaditError(f"{folder}: {other}; name the base model that it was trained on")
-    return adapted
-
-
-def _tensor_shapes(path: Path) -> Shapes:
+def _tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     """The names and shapes of a safetensors file's tensors, from its header; BaditError if missing or damaged."""
     if not path.is_file():
         fix = "pickled weights are not read; remove the folder to train again"
@@ -229,7 +214,7 @@ def _tensor_shapes(path: Path) -> Shapes:
         return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (not a dict)
 
 
-def _check_settings(path: Path, config: PeftConfig, shapes: Shapes) -> None:
+def _check_settings(path: Path, config: PeftConfig, shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Raises BaditError unless the saved configuration is the recipe's, but for sound bookkeeping."""
     saved = read_json(path)
     try:
@@ -256,20 +241,8 @@ def _check_settings(path: Path, config: PeftConfig, shapes: Shapes) -> None:
         if names not in allowed and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
             raise BaditError(f"{path}: {key}: must be a list of names, not {names!r:.60}")
     past = saved.get("past_branches", 0)
-    largest = max((size for shape in shapes.values() for size in shape), default=0)
-    if not is_int(past) or not 0 <= past <= largest:
+    if not is_int(past) or not 0 <= past <= max(chain([0], *shapes.values())):
         raise BaditError(f"{path}: past_branches: the weights have no {past!r:.60} branches")
-
-
-@dataclasses.dataclass(frozen=True)
-class NeuronOptions:
-    """Options of task neurons."""
-
-    share: float = option(0.1, "Share of all FFN neurons that each task trains.", SHARE)
-    score_batches: int = option(4, "Number of batches per task that the neurons are scored on.", COUNT)
-
-    def __post_init__(self) -> None:
-        check_options(self)
 
 
 class NeuronMethod(WeightsMethod):
@@ -277,7 +250,7 @@ class NeuronMethod(WeightsMethod):
 
     needs_whole_weights = True
 
-    def __init__(self, name: str, options: NeuronOptions) -> None:
+    def __init__(self, name: str, options: neurons.NeuronOptions) -> None:
         super().__init__(name)
         self.options = options
         self._masks: dict[str, torch.Tensor] | None = None
@@ -289,12 +262,11 @@ class NeuronMethod(WeightsMethod):
 
     def trained_parameters(self, model: PreTrainedModel) -> int:
         """Before the data has been seen, those of one task's neurons; several tasks share some of them."""
-        if self._masks is None:
-            return round(self.options.share * neurons.trained_parameters(model))
-        return neurons.trained_parameters(model, self._masks)
+        count = sum(neurons.trained_parameters(model, self._masks).values())
+        return round(self.options.share * count) if self._masks is None else count
 
     def _saved_names(self, model: PreTrainedModel) -> set[str]:
-        return neurons.trained_names(model)
+        return set(neurons.trained_parameters(model))
 
     def before_training(self, model: PreTrainedModel, batches: TaskBatches) -> None:
         scores = [neurons.neuron_scores(model, of_task[: self.options.score_batches]) for of_task in batches.values()]
@@ -346,7 +318,7 @@ KINDS: dict[str, Baseline] = {
     "badit": Baseline(BaditConfig),
     **BASELINES,
     **dict.fromkeys(get_args(Surgery), BASELINES["lora"]),
-    "task-neurons": Baseline(NeuronOptions),
+    "task-neurons": Baseline(neurons.NeuronOptions),
     "full": Baseline(_NoOptions),
     "base": Baseline(_NoOptions),
 }
@@ -365,10 +337,7 @@ def options_of(name: str) -> list[tuple[str, Any, str]]:
 
 def on_skeleton(recipe: Recipe, tasks: Sequence[str], dtype: str = "float32") -> tuple[Method, Any]:
     """A recipe's method, applied to its base model without weights, to count and check."""
-    section = recipe.model
-    model = load_skeleton(
-        section.name, dtype=dtype, revision=section.revision, trust_remote_code=section.trust_remote_code
-    )
+    model = load_skeleton(**recipe.model.model_dump(exclude={"dtype", "quantisation"}), dtype=dtype)
     method = build_method(recipe.method)
     with torch.device("meta"):
         return method, method.apply(model, tasks)

@@ -18,7 +18,7 @@ Shape suffixes: B = rows, T = positions in (B, T), else tasks, P = trainable par
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -82,22 +82,24 @@ class SurgeryTrainer(AnswerTrainer):
         assert num_items_in_batch is not None  # AnswerTrainer has the Trainer count them
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         earlier = [parameter.grad for parameter in parameters]
-        losses, gradients = [], []
+        losses, gradients, reached = [], [], set()
         steps = self.current_gradient_accumulation_steps
         # ``compute_loss`` averages a method's own loss over these, and the cross-entropy over the number of labels.
         self.current_gradient_accumulation_steps = steps * len(tasks)
         for task in tasks:
             model.zero_grad()
             losses.append(super().training_step(model, rows_of_task(inputs, task), num_items_in_batch))
-            gradients.append([parameter.grad for parameter in parameters])
+            of_task = [torch.zeros_like(each) if each.grad is None else each.grad for each in parameters]
+            gradients.append(torch.cat([gradient.flatten().float() for gradient in of_task]))
+            reached.update(each for each in parameters if each.grad is not None)
         self.current_gradient_accumulation_steps = steps
-        gradients_TP = torch.stack([_as_row(of_task, parameters) for of_task in gradients])
+        gradients_TP = torch.stack(gradients)
         # A loss scaler that overflows, or a run that diverges, is for the Trainer to see.
         combined_P = self._combine(gradients_TP) if gradients_TP.isfinite().all() else gradients_TP.sum(dim=0)
         parts = combined_P.split([parameter.numel() for parameter in parameters])
-        for index, (parameter, before, part_P) in enumerate(zip(parameters, earlier, parts, strict=True)):
+        for parameter, before, part_P in zip(parameters, earlier, parts, strict=True):
             parameter.grad = before
-            if any(of_task[index] is not None for of_task in gradients):  # else no task's loss depends on it
+            if parameter in reached:  # else no task's loss depends on it
                 combined = part_P.view_as(parameter).to(parameter.dtype)
                 parameter.grad = combined if before is None else before + combined
         return torch.stack(losses).sum()
@@ -110,10 +112,3 @@ def rows_of_task(inputs: dict[str, Any], task: str) -> dict[str, Any]:
     length = int(attended_T.nonzero().max()) + 1
     tensors = {key: value_BT[rows, :length] for key, value_BT in inputs.items() if key != "tasks"}
     return {**tensors, "tasks": [task] * len(rows)}
-
-
-def _as_row(gradients: Sequence[torch.Tensor | None], parameters: Sequence[nn.Parameter]) -> torch.Tensor:
-    """All gradients as one vector (P,) in float32, zero for a parameter that the loss does not depend on."""
-    pairs = zip(gradients, parameters, strict=True)
-    known = [torch.zeros_like(parameter) if gradient is None else gradient for gradient, parameter in pairs]
-    return torch.cat([gradient.detach().flatten().float() for gradient in known])

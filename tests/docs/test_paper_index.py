@@ -11,7 +11,7 @@ from pydantic import BaseModel
 
 from badit import BaditConfig, RegroupCallback
 from badit.baselines import BASELINES
-from badit.methods import NeuronOptions
+from badit.baselines.neurons import NeuronOptions
 from badit.recipe import Recipe, load_recipe
 from badit.regroup import RegroupOptions
 from badit.tuner.config import FORMAT_FIELD, ExpertConfig

@@ -135,9 +135,9 @@ def test_packed_rows_have_their_own_prompts_by_labels_and_by_a_given_mask(tiny_m
     labels, positions_ = ids.masked_fill(expected, -100), torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]])
     by_ends = {"labels": labels, "cu_seq_lens_q": torch.tensor([0, 4, 9], dtype=torch.int32)}  # flash attention's
     by_positions = {"labels": labels.repeat(2, 1), "position_ids": positions_.repeat(2, 1)}
-    cases = [(1, by_ends, None), (2, by_positions, None), (1, {"position_ids": positions_}, expected)]
-    for rows, batch, given in cases:
-        found = context._describe(model, {"input_ids": ids.repeat(rows, 1), **batch}, given)
+    by_mask = {"position_ids": positions_, "prompt_mask": expected}
+    for rows, batch in ((1, by_ends), (2, by_positions), (1, by_mask)):
+        found = context._describe(model, {"input_ids": ids.repeat(rows, 1), **batch})
         assert torch.equal(found.prompt[0], expected.repeat(rows, 1))
         assert found.prompt[1].of_BT.tolist() == [[0] * 4 + [1] * 5, [2] * 4 + [3] * 5][:rows]
         with pytest.raises(BaditError, match="set packing=False and padding_free=False"):
@@ -165,7 +165,7 @@ def test_a_failed_pass_leaves_no_trace(tiny_model):
     expected = plain(model, ids, mask)
     with pytest.raises(IndexError):
         plain(model, ids + 1000, mask)
-    assert RoutingContext.of(model.get_base_model()).forward_pass() is None
+    assert RoutingContext.of(model.get_base_model())._running is None
     torch.testing.assert_close(plain(model, ids, mask), expected)
 
 

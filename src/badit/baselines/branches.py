@@ -137,9 +137,8 @@ class BranchLinear(ExpertLinear):
         if config.gate_cls is None:
             return torch.ones(config.past_branches + 1, device=x.device)
         forward_pass = self.routing.forward_pass()
-        known = {} if forward_pass is None else forward_pass.fresh if forward_pass.held is None else forward_pass.held
-        weights_BK = known.get(adapter_name)
-        if forward_pass is None or weights_BK is None or x.ndim != 3 or len(x) != len(weights_BK):
+        weights_BK = (forward_pass.fresh if forward_pass.held is None else forward_pass.held).get(adapter_name)
+        if weights_BK is None or x.ndim != 3 or len(x) != len(weights_BK):
             raise BaditError(
                 f"{self.name} finds no gates for an input of shape {tuple(x.shape)}, since they follow the prompt's "
                 "tokens: call the whole model, with input_ids (not inputs_embeds), decode from a cache filled with the "
@@ -180,11 +179,10 @@ class BranchModel(ExpertModel):
     def _weigh(self, embeddings: nn.Module, args: tuple, output: torch.Tensor) -> None:
         """Computes the weights of a pass; in a layer, checkpointing would compute them again in the backward pass."""
         forward_pass = RoutingContext.of(self.model).forward_pass()
-        if forward_pass is None or forward_pass.held is not None:
+        if forward_pass.held is not None:
             return
         for adapter_name in {name for layer in self.expert_layers() for name in layer.running_adapters}:
-            mask_BT = forward_pass.prompt_mask_BT
-            if mask_BT is not None:
+            if (mask_BT := forward_pass.prompt_mask_BT) is not None:
                 gate = self.badit_gate[adapter_name]
                 forward_pass.fresh[adapter_name] = gate(mean_embedding(output, mask_BT).to(gate.key.dtype))
 
@@ -202,25 +200,24 @@ class BranchModel(ExpertModel):
                     layer.next_task(adapter_name)
             self.peft_config[adapter_name].past_branches += 1
 
-    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        super().set_adapter(adapter_name, inference_mode=inference_mode)
-        self._train_active_gates(not inference_mode)
+    def set_adapter(self, *args: Any, **kwargs: Any) -> None:
+        super().set_adapter(*args, **kwargs)
+        self._train_gates_with_layers()
 
-    def _train_active_gates(self, train: bool) -> None:
-        for name, gate in self.badit_gate.items():
-            gate.requires_grad_(train and name in self.active_adapters)
-
-    def set_requires_grad(self, adapter_names: Any, requires_grad: bool = True) -> None:
-        super().set_requires_grad(adapter_names, requires_grad)
-        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
-        for name in set(names) & set(self.badit_gate):
-            self.badit_gate[name].requires_grad_(requires_grad)
+    def set_requires_grad(self, *args: Any, **kwargs: Any) -> None:
+        super().set_requires_grad(*args, **kwargs)
+        self._train_gates_with_layers()
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
         if adapter_name in self.badit_gate:
             del self.badit_gate[adapter_name]
-        self._train_active_gates(True)  # as PEFT does with the layers of the adapter that becomes active
+        self._train_gates_with_layers()
+
+    def _train_gates_with_layers(self) -> None:
+        trained = {name for layer in self.expert_layers() for name, a_RI in layer.badit_A.items() if a_RI.requires_grad}
+        for name, gate in self.badit_gate.items():
+            gate.requires_grad_(name in trained)
 
     def unload(self) -> nn.Module:
         if self._embedding_hook is not None:

@@ -45,11 +45,13 @@ from badit.tuner.prompt import inside_backward
 class MixtureConfig(ExpertConfig):
     """Experts mixed by a softmax over all of them, at every position and in every adapted layer."""
 
-    balance_weight = 0.0  # one that has the balance loss `imbalance` makes this an option
+    # A method that has the balance loss `imbalance`, or uses its top_k experts only, makes an option of these.
+    balance_weight = 0.0
+    top_k = None
 
     def gates(self, logits_K: torch.Tensor) -> torch.Tensor:
         """The experts' gates (…, K) from the router's logits, with sum 1."""
-        return expert_gates(logits_K, kind="softmax")
+        return expert_gates(logits_K, kind="softmax", top_k=self.top_k)
 
 
 class MixtureLinear(ExpertLinear):
@@ -161,9 +163,6 @@ class GoatConfig(MixtureConfig):
     @property
     def subtracted_share(self) -> float:
         return 1 / self.num_experts
-
-    def gates(self, logits_K: torch.Tensor) -> torch.Tensor:
-        return expert_gates(logits_K, kind="softmax", top_k=self.top_k)
 
     def initial_factors(self, weight_OI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         rank, chunk = self.r // self.num_experts, min(weight_OI.shape) // self.num_experts

@@ -73,7 +73,7 @@ class MtlLoraLinear(ExpertLinear):
 
     def _tasks_of_rows(self, adapter_name: str, x: torch.Tensor) -> torch.Tensor:
         """The indices (B) of the tasks of x (B, …, I)."""
-        tasks_B = (self.routing.forward_pass() or self.routing).row_tasks.get(adapter_name)
+        tasks_B = self.routing.forward_pass().row_tasks.get(adapter_name)
         if tasks_B is None:
             raise BaditError(
                 "MTL-LoRA must know each row's task: run it within badit.tuner.hooks_of(model).rows_of(names)"

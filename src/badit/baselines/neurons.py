@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -25,18 +26,29 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from badit.errors import BaditError
+from badit.tuner.config import COUNT, SHARE, check_options, option
 
 # The first projections, whose outputs are neurons, and the last, whose inputs they are.
 _PROJECTIONS = ((("gate_proj", "up_proj"), "down_proj"), (("c_fc",), "c_proj"))
 _IGNORED_LABEL = -100
 
 
-class _Mlp(NamedTuple):
-    """One layer's neurons: their number F, the projection they enter, and their parameters with the neurons' axis."""
+@dataclass(frozen=True)
+class NeuronOptions:
+    """Options of task neurons."""
 
-    width: int
-    last: nn.Linear | Conv1D
-    parameters: list[tuple[nn.Parameter, int]]
+    share: float = option(0.1, "Share of all FFN neurons that each task trains.", SHARE)
+    score_batches: int = option(4, "Number of batches per task that the neurons are scored on.", COUNT)
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+
+class _Mlp(NamedTuple):
+    """The projection that one layer's neurons enter, and by name their parameters, each with the neurons' axis."""
+
+    last: nn.Module
+    parameters: dict[str, tuple[nn.Parameter, int]]
 
 
 def neuron_scores(model: PreTrainedModel, batches: Iterable[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
@@ -52,8 +64,7 @@ def neuron_scores(model: PreTrainedModel, batches: Iterable[Mapping[str, Any]]) 
     model.eval()  # without dropout, and without gradient checkpointing, which would run the hooks twice
     try:
         for batch in batches:
-            inputs = {key: batch[key].to(model.device) for key in ("input_ids", "attention_mask", "labels")}
-            for name, sums_F in _score_sums(model, mlps, inputs).items():
+            for name, sums_F in _score_sums(model, mlps, batch).items():
                 totals[name] = sums_F + totals.get(name, 0)
             positions += int(batch["attention_mask"].sum())
     finally:
@@ -76,8 +87,8 @@ def train_only(model: PreTrainedModel, masks: Mapping[str, torch.Tensor]) -> Non
     """
     model.requires_grad_(False)
     for name, mlp in _mlps(model).items():
-        for parameter, axis in mlp.parameters:
-            frozen = ~masks[name].bool()
+        for parameter, axis in mlp.parameters.values():
+            frozen = ~masks[name]
             if axis < parameter.ndim - 1:
                 frozen = frozen[:, None]
             parameter.requires_grad_(True)
@@ -85,19 +96,13 @@ def train_only(model: PreTrainedModel, masks: Mapping[str, torch.Tensor]) -> Non
             parameter.register_hook(lambda grad, frozen=frozen: grad.masked_fill(frozen.to(grad.device), 0))
 
 
-def trained_parameters(model: PreTrainedModel, masks: Mapping[str, torch.Tensor] | None = None) -> int:
-    """How many numbers of the model's weights (and first biases) :func:`train_only` leaves free; without masks, all."""
-    count = 0
-    for name, mlp in _mlps(model).items():
-        neurons = mlp.width if masks is None else int(masks[name].sum())
-        count += sum(parameter.numel() // mlp.width * neurons for parameter, _ in mlp.parameters)
-    return count
-
-
-def trained_names(model: PreTrainedModel) -> set[str]:
-    """The names of the parameters that :func:`train_only` leaves free, in part or as a whole."""
-    free = {id(parameter) for mlp in _mlps(model).values() for parameter, _ in mlp.parameters}
-    return {name for name, parameter in model.named_parameters() if id(parameter) in free}
+def trained_parameters(model: PreTrainedModel, masks: Mapping[str, torch.Tensor] | None = None) -> dict[str, int]:
+    """By name, how many numbers of the parameters :func:`train_only` leaves free; without masks, all of them."""
+    return {
+        key: parameter.numel() if masks is None else parameter.numel() // len(masks[name]) * int(masks[name].sum())
+        for name, mlp in _mlps(model).items()
+        for key, (parameter, _) in mlp.parameters.items()
+    }
 
 
 def _mlps(model: PreTrainedModel) -> dict[str, _Mlp]:
@@ -108,10 +113,11 @@ def _mlps(model: PreTrainedModel) -> dict[str, _Mlp]:
             if not all(isinstance(children.get(child), (nn.Linear, Conv1D)) for child in (*first, last)):
                 continue
             # nn.Linear keeps its weight as (out, in), Conv1D as (in, out).
-            axes = [(children[child].weight, int(isinstance(children[child], Conv1D))) for child in first]
-            axes += [(children[child].bias, 0) for child in first if children[child].bias is not None]
-            weight, axis = children[last].weight, int(not isinstance(children[last], Conv1D))
-            found[name] = _Mlp(weight.shape[axis], children[last], [*axes, (weight, axis)])
+            axes = {f"{child}.weight": int(isinstance(children[child], Conv1D)) for child in first}
+            axes |= {f"{child}.bias": 0 for child in first if children[child].bias is not None}
+            axes[f"{last}.weight"] = int(not isinstance(children[last], Conv1D))
+            parameters = {f"{name}.{key}": (module.get_parameter(key), axis) for key, axis in axes.items()}
+            found[name] = _Mlp(children[last], parameters)
     if len(found) != getattr(model.config, "num_hidden_layers", None):
         raise BaditError(
             f"task neurons do not go with this model of type {model.config.model_type}: every layer needs an MLP of "
@@ -121,7 +127,7 @@ def _mlps(model: PreTrainedModel) -> dict[str, _Mlp]:
 
 
 def _score_sums(
-    model: PreTrainedModel, mlps: Mapping[str, _Mlp], inputs: Mapping[str, torch.Tensor]
+    model: PreTrainedModel, mlps: Mapping[str, _Mlp], batch: Mapping[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
     """Each layer's Σ |∂L/∂ω · ω| (F,) over all positions; padding has no gradient."""
     outputs: dict[str, torch.Tensor] = {}
@@ -132,10 +138,10 @@ def _score_sums(
     with ExitStack() as hooks:
         for name, mlp in mlps.items():
             hooks.callback(mlp.last.register_forward_pre_hook(partial(keep, name)).remove)
-        texts = {key: inputs[key] for key in ("input_ids", "attention_mask")}
+        texts = {key: batch[key].to(model.device) for key in ("input_ids", "attention_mask")}
         logits_BTV = model(**texts, use_cache=False).logits
     # The examples' mean cross-entropies, added up: an example's activations see its own loss alone.
-    targets_BT = inputs["labels"][:, 1:]
+    targets_BT = batch["labels"].to(model.device)[:, 1:]
     labelled_BT = targets_BT != _IGNORED_LABEL
     row_L = labelled_BT.nonzero()[:, 0]
     losses_L = F.cross_entropy(logits_BTV[:, :-1][labelled_BT].float(), targets_BT[labelled_BT], reduction="none")

@@ -24,9 +24,6 @@ FORMAT = 1
 FORMAT_FIELD = "format_version"
 RETIRED_FIELDS = {"base_weight"}  # saved by earlier releases, without effect
 
-# Older versions save biases only for the methods that they know by name.
-_PEFT_SAVES_BIASES = hasattr(BaseTuner, "_get_learnable_bias_state_dict")
-
 
 def is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
@@ -89,8 +86,6 @@ def peft_type(name: str) -> PeftType:
     if name not in PeftType.__members__:
         member: Any = str.__new__(PeftType, name)
         member._name_ = member._value_ = name
-        member.__objclass__ = PeftType
-        member._sort_order_ = len(PeftType.__members__)
         PeftType._member_names_.append(name)
         PeftType._member_map_[name] = PeftType._value2member_map_[name] = member
         # EnumType refuses setattr on an enum class; `type` itself does not.
@@ -266,7 +261,8 @@ class BaditConfig(ExpertConfig):
             raise BaditError(
                 "target_parameters needs routing='prompt', and whole names in place of layers_to_transform"
             )
-        if self.bias != "none" and not _PEFT_SAVES_BIASES:
+        # Older versions save biases only for the methods that they know by name.
+        if self.bias != "none" and not hasattr(BaseTuner, "_get_learnable_bias_state_dict"):
             raise BaditError("bias must be 'none' with PEFT before 0.21, which would not save the trained biases")
 
     @property

@@ -144,10 +144,8 @@ class ExpertLinear(nn.Module, BaseTunerLayer):
 
     def _with_positions(self, x: torch.Tensor) -> torch.Tensor:
         """x as (B, T, I), also in a module that sees the positions of a batch as rows, as OPT's MLP does."""
-        forward_pass = self.routing.forward_pass() if x.ndim == 2 and self.tokens_P is None else None
-        if forward_pass is None or forward_pass.shape is None or len(x) != forward_pass.shape.numel():
-            return x
-        return x.unflatten(0, forward_pass.shape)
+        shape = self.routing.forward_pass().shape if x.ndim == 2 and self.tokens_P is None else None
+        return x if shape is None or len(x) != shape.numel() else x.unflatten(0, shape)
 
     def gates(self, adapter_name: str, x: torch.Tensor) -> torch.Tensor:
         """The experts' gates (…, K) for an input x (…, I)."""
@@ -155,7 +153,8 @@ class ExpertLinear(nn.Module, BaseTunerLayer):
 
     def component_gates(self, adapter_name: str, x: torch.Tensor) -> torch.Tensor:
         """The gates (…, N) of the components: each has its expert's."""
-        return self.gates(adapter_name, x).repeat_interleave(self._rank(adapter_name), dim=-1)
+        config = self.badit_config[adapter_name]
+        return self.gates(adapter_name, x).repeat_interleave(config.num_components // config.num_experts, dim=-1)
 
     def factors(self, adapter_name: str) -> Pair:
         """A (R, I) and B (O, N) of the wide product; a method may add frozen ones to those it trains."""
@@ -171,12 +170,9 @@ class ExpertLinear(nn.Module, BaseTunerLayer):
 
     def expert_of(self, adapter_name: str) -> torch.Tensor:
         """The N labels that name every component's expert: runs of equal length, unless a method regroups them."""
-        experts = self.badit_config[adapter_name].num_experts
-        return torch.arange(experts, device=self.device).repeat_interleave(self._rank(adapter_name))
-
-    def _rank(self, adapter_name: str) -> int:
         config = self.badit_config[adapter_name]
-        return config.num_components // config.num_experts
+        rank = config.num_components // config.num_experts
+        return torch.arange(config.num_experts, device=self.device).repeat_interleave(rank)
 
     def _settled(self, adapter_name: str) -> dict[str, Any] | None:
         """Where the wide product is kept for the next token of a generation; None where it depends on the token."""
@@ -203,10 +199,9 @@ class ExpertLinear(nn.Module, BaseTunerLayer):
 
     def batch_shape(self) -> torch.Size:
         """Of the running pass, (B, T); BaditError where it is not known."""
-        forward_pass = self.routing.forward_pass()
-        if forward_pass is None or forward_pass.shape is None:
+        if (shape := self.routing.forward_pass().shape) is None:
             raise BaditError(f"{self.name}: call the whole model with input_ids, or leave target_parameters out")
-        return forward_pass.shape
+        return shape
 
     @property
     def device(self) -> torch.device:
@@ -222,14 +217,15 @@ class ExpertLinear(nn.Module, BaseTunerLayer):
         summed, each times its gate.
         """
         config = self.badit_config[adapter_name]
-        a_RI, b_ON = map(_precise, self.factors(adapter_name))
+        dtype = torch.promote_types(self.badit_A[adapter_name].dtype, torch.float32)
+        a_RI, b_ON = (factor.to(dtype) for factor in self.factors(adapter_name))
         scale_N = b_ON.new_full((b_ON.shape[1],), config.scaling)
         if gates_N is not None:
             scale_N = scale_N * gates_N.to(scale_N)
         b_OR = (b_ON * scale_N).unflatten(1, (-1, len(a_RI))).sum(dim=1)
         if not config.subtracted_share:
             return a_RI, b_OR
-        a0_NI, b0_ON = map(_precise, self.kept_factors(adapter_name))
+        a0_NI, b0_ON = (factor.to(dtype) for factor in self.kept_factors(adapter_name))
         subtracted_ON = -config.scaling * config.subtracted_share * b0_ON
         return torch.cat([a_RI, a0_NI]), torch.cat([b_OR, subtracted_ON], dim=1)
 
@@ -254,9 +250,6 @@ class ExpertLinear(nn.Module, BaseTunerLayer):
 
     def unmerge(self) -> None:
         """Does nothing: no adapter is ever merged."""
-
-    def __repr__(self) -> str:
-        return "badit." + super().__repr__()
 
 
 class BaditLinear(ExpertLinear):
@@ -286,10 +279,9 @@ class BaditLinear(ExpertLinear):
             self.badit_batches[adapter_name] = torch.zeros(())
         super().update_layer(adapter_name, config, inference_mode)
         if self._is_reference(adapter_name):  # a copy of the default adapter, in its data types too
-            floats = self.badit_A, self.badit_B, self.badit_router, self.badit_A0, self.badit_B0
-            for tensors in (*floats, *self._exact_buffers):
-                if "default" in tensors:
-                    tensors[adapter_name].data = tensors["default"].data.clone()
+            tensors = {**dict(self.named_parameters()), **dict(self.named_buffers())}
+            for name in (name for name in tensors if name.endswith(".ref")):
+                tensors[name].data = tensors[name.removesuffix("ref") + "default"].data.clone()
 
     def initialise(self, adapter_name: str) -> None:
         if not self._is_reference(adapter_name):
@@ -301,14 +293,11 @@ class BaditLinear(ExpertLinear):
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # PEFT casts to the base layer's dtype, integers too before 0.21; these buffers keep their values.
-        before = [(buffers, buffers[adapter_name]) for buffers in self._exact_buffers if adapter_name in buffers]
+        exact = self.badit_expert_of, self.badit_moments, self.badit_batches
+        before = [(buffers, buffers[adapter_name]) for buffers in exact if adapter_name in buffers]
         super()._move_adapter_to_device_of_base_layer(adapter_name, device)
         for buffers, value in before:
             buffers[adapter_name] = value.to(buffers[adapter_name].device)
-
-    @property
-    def _exact_buffers(self) -> tuple[Buffers, ...]:
-        return self.badit_expert_of, self.badit_moments, self.badit_batches
 
     def expert_of(self, adapter_name: str) -> torch.Tensor:
         return self.badit_expert_of[adapter_name]
@@ -317,16 +306,14 @@ class BaditLinear(ExpertLinear):
         return self.gates(adapter_name, x)[..., self.expert_of(adapter_name)]
 
     def _reads_prompt(self) -> bool:
-        """Whether the coming pass will ask for the prompt's mask."""
         return any(self.badit_config[adapter].routing == "prompt" for adapter in self.running_adapters)
 
     def _settled(self, adapter_name: str) -> dict[str, Any] | None:
         """While one ``generate`` decodes, the product of its first new token stays valid."""
-        forward_pass = self.routing.forward_pass()
         by_token = self.badit_config[adapter_name].routing == "token" or self.tokens_P is not None
-        if forward_pass is None or by_token or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if by_token or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return None
-        return forward_pass.settled
+        return self.routing.forward_pass().settled
 
     def gates(self, adapter_name: str, x: torch.Tensor) -> torch.Tensor:
         """The gates for an input x (B, T, I): (B, 1, K) for routing by prompt, (B, T, K) by token and for packed rows.
@@ -336,7 +323,7 @@ class BaditLinear(ExpertLinear):
         if self.badit_config[adapter_name].routing == "token":
             return self._route(adapter_name, x)
         forward_pass = self.routing.forward_pass()
-        if forward_pass is not None and forward_pass.held is not None:
+        if forward_pass.held is not None:
             gates = forward_pass.held.get(self._key(adapter_name))
             if gates is None:
                 raise BaditError(
@@ -346,8 +333,8 @@ class BaditLinear(ExpertLinear):
             if (rows := len(gates)) != (present := len(x) if self.tokens_P is None else self.batch_shape()[0]):
                 raise BaditError(f"this cache was filled with a batch of {rows}, the present batch has {present} rows")
             return gates.to(x.device)
-        mask_BT, segments = (None, None) if forward_pass is None else forward_pass.prompt
-        if forward_pass is None or mask_BT is None:  # the whole input is the prompt
+        mask_BT, segments = forward_pass.prompt
+        if mask_BT is None:  # the whole input is the prompt
             mask_BT = torch.ones(x.shape[:-1], dtype=torch.bool, device=x.device)
             return self._route_prompts(adapter_name, prompt_mean(x, mask_BT)[:, None] if x.ndim == 3 else x)
         if self.tokens_P is None and (x.ndim != 3 or x.shape[:2] != mask_BT.shape):
@@ -377,12 +364,11 @@ class BaditLinear(ExpertLinear):
         if self.badit_config[adapter_name].router_input == "mean":
             return self._route(adapter_name, x)
         moments_2I, batches = self.badit_moments[adapter_name], self.badit_batches[adapter_name]
-        this_pass = self.routing.forward_pass()
-        kept = {} if this_pass is None else this_pass.moments
+        forward_pass = self.routing.forward_pass()
         if self.routing.runs_again():
             # By gradient checkpointing, on prompts that have been counted, and perhaps after later passes.
-            moments_2I = kept.get(self._key(adapter_name), moments_2I)
-        elif self.training and (torch.is_grad_enabled() if this_pass is None else this_pass.begun_with_gradients):
+            moments_2I = forward_pass.moments.get(self._key(adapter_name), moments_2I)
+        elif self.training and forward_pass.begun_with_gradients:
             with torch.no_grad():
                 new_2I = batch_moments(x.detach().flatten(0, -2), _sum_over_ranks)
                 usable = new_2I.isfinite().all()  # else an overflow would stay in them
@@ -391,7 +377,7 @@ class BaditLinear(ExpertLinear):
                 updated_2I = updated_moments(known_2I, batches.float().clamp_min(1), new_2I)
                 moments_2I.copy_(torch.where(usable, updated_2I, known_2I))
             if not torch.compiler.is_compiling():  # a layer's name would compile each layer separately
-                kept[self._key(adapter_name)] = moments_2I.clone()
+                forward_pass.moments[self._key(adapter_name)] = moments_2I.clone()
         return self._route(adapter_name, standardised(x, moments_2I.float()))
 
     def _route(self, adapter_name: str, x: torch.Tensor) -> torch.Tensor:
@@ -418,7 +404,3 @@ def _refuse_broken_labels(layer: BaditLinear, _: Any) -> None:
         if not labels_N.is_meta and sorted(labels_N.tolist()) != expected:
             each = f"does not give each of the {config.num_experts} experts {config.r} components"
             raise BaditError(f"{layer.name}: badit_expert_of of {adapter_name!r} {each}: the file is damaged")
-
-
-def _precise(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

@@ -157,11 +157,8 @@ class ExpertModel(Hooks, BaseTuner):
             raise BaditError(f"adapter_names: {method} cannot mix adapters within a batch; set_adapter between batches")
         yield
 
-    def merge_adapter(self, *args: Any, **kwargs: Any) -> Any:
-        """Refused: see the layer's ``merge``."""
-        self.expert_layers()[0].merge()
-
-    merge_and_unload = merge_adapter
+    def _check_merge_allowed(self) -> None:
+        self.expert_layers()[0].merge()  # always refuses, here before PEFT has changed anything
 
 
 class BaditModel(ExpertModel):

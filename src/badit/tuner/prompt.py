@@ -55,7 +55,8 @@ class ForwardPass:
     fills_cache: bool = True  # decoding may follow, for which layers leave their gates in `fresh`
     settled: dict[str, Any] | None = None  # what layers keep for the next pass of a generation from one cache
     row_tasks: Mapping[str, torch.Tensor] = field(default_factory=dict)  # by adapter, the index (B) of each row's task
-    begun_with_gradients: bool = False  # although checkpointing may run the layers without
+    # Checkpointing may run the layers of a pass with gradients without them.
+    begun_with_gradients: bool = field(default_factory=torch.is_grad_enabled)
     # By layer, those that its prompts were standardised with, for checkpointing, which runs it again.
     moments: dict[str, torch.Tensor] = field(default_factory=dict)
     fresh: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -111,7 +112,7 @@ class RoutingContext:
             if hasattr(model, "generate"):
                 context._generate = model.__dict__.get("generate")
                 # Not a closure: a deep copy of the model, or a pickled one, binds it to the copy.
-                model.__dict__["generate"] = partial(_generate, model)
+                model.__dict__["generate"] = partial(context.generate, model)
         return context
 
     def detach(self, model: nn.Module) -> None:
@@ -142,9 +143,10 @@ class RoutingContext:
         finally:
             self._generation_prompt_length, self._settled = outer
 
-    def forward_pass(self) -> ForwardPass | None:
-        """The pass that the calling layer belongs to; None when not the whole base model was called."""
-        return self._differentiated if self.runs_again() else self._running
+    def forward_pass(self) -> ForwardPass:
+        """The pass that the calling layer belongs to; one that tells nothing if not the whole base model was called."""
+        known = self._differentiated if self.runs_again() else self._running
+        return ForwardPass(row_tasks=self.row_tasks) if known is None else known
 
     def runs_again(self) -> bool:
         """Whether the calling layer is computed again in the backward pass, by gradient checkpointing."""
@@ -153,15 +155,14 @@ class RoutingContext:
     def _reads_prompt(self) -> bool:
         return any(reads() for reads in self.mask_readers)
 
-    def _warn(self, message: str) -> None:
-        """Warns once."""
+    def _warn_once(self, message: str) -> None:
         if message not in self._warned:
             self._warned.add(message)
             warnings.warn(message, stacklevel=2)
 
     def _refuse_alone(self, decoder: nn.Module, args: tuple) -> None:
         """Called by itself, the decoder would be routed on padding, on answers and on the newest token."""
-        if self.forward_pass() is None and self._reads_prompt():
+        if self._running is None and not inside_backward() and self._reads_prompt():
             raise BaditError(
                 "the model's decoder was called by itself, so the prompt is not known: call the whole model, or use "
                 "routing='token'"
@@ -173,13 +174,12 @@ class RoutingContext:
                 "nn.DataParallel: its threads share one routing; start with accelerate launch, or set "
                 "CUDA_VISIBLE_DEVICES to one GPU"
             )
-        prompt_mask_BT = kwargs.pop("prompt_mask", None)
         names = inspect.signature(model.forward).parameters if args else ()
-        self._running = self._describe(model, {**dict(zip(names, args, strict=False)), **kwargs}, prompt_mask_BT)
+        self._running = self._describe(model, {**dict(zip(names, args, strict=False)), **kwargs})
+        kwargs.pop("prompt_mask", None)
         self._running.row_tasks = self.row_tasks
         if torch.is_grad_enabled():
             self._differentiated = self._running
-            self._running.begun_with_gradients = True
         if self._running.held is None and self._reads_prompt():
             _ = self._running.prompt  # kept from now on
         return args, kwargs
@@ -203,23 +203,19 @@ class RoutingContext:
         if running.fresh and cache is not None and not isinstance(cache, tuple):
             setattr(cache, _HELD, running.fresh)
 
-    def _describe(self, model: nn.Module, batch: Mapping[str, Any], prompt_mask_BT: torch.Tensor | None) -> ForwardPass:
+    def _describe(self, model: nn.Module, batch: Mapping[str, Any]) -> ForwardPass:
         cache = _cache(batch)
-        fills_cache = cache is not None or batch.get("use_cache") is not False
-        # Only what is small is kept for later: neither the embeddings nor the cache.
-        kept = {name: batch.get(name) for name in ("attention_mask", "labels", "position_ids", "cu_seq_lens_q")}
-        if prompt_mask_BT is not None:
-            find_prompt = partial(_given_prompt, prompt_mask_BT, kept)
-            return ForwardPass(find_prompt, shape=prompt_mask_BT.shape, fills_cache=fills_cache)
         tokens: Any = batch.get("inputs_embeds") if batch.get("input_ids") is None else batch["input_ids"]
         shape = tokens.shape[:2] if isinstance(tokens, torch.Tensor) and tokens.ndim >= 2 else None
-        if type(cache).__name__ == "PagedAttentionCache" and self._reads_prompt():
+        if (mask_BT := batch.get("prompt_mask")) is not None:
+            tokens, shape = mask_BT, mask_BT.shape
+        elif type(cache).__name__ == "PagedAttentionCache" and self._reads_prompt():
             raise BaditError("generate_batch: keeps no mixture of a prompt; call generate, or use routing='token'")
-        if (held := _held(cache)) is not None:
-            length = self._generation_prompt_length
+        elif cached := _length(cache):
+            held, length = getattr(cache, _HELD, {}), self._generation_prompt_length
             # While generating, several positions are a part of the prompt, or candidates for the answer.
-            if held and shape is not None and shape[1] > 1 and (length is None or _length(cache) < length - 1):
-                self._warn(
+            if held and shape is not None and shape[1] > 1 and (length is None or cached < length - 1):
+                self._warn_once(
                     "text is added to a filled cache, which keeps the mixture of its first prompt: to mix for the "
                     "whole text, call cache.reset() and give all of it, or use routing='token'"
                 )
@@ -228,27 +224,31 @@ class RoutingContext:
             return ForwardPass(held=held, shape=shape, settled=self._settled and self._settled[1])
         if shape is None:
             return ForwardPass()
-        find_prompt = partial(self._prompt, model, kept, shape, tokens.device)
+        # Only what is small is kept for later: neither the embeddings nor the cache.
+        names = "prompt_mask", "attention_mask", "labels", "position_ids", "cu_seq_lens_q"
+        find_prompt = partial(self._prompt, model, {name: batch.get(name) for name in names}, shape, tokens.device)
+        fills_cache = cache is not None or batch.get("use_cache") is not False
         return ForwardPass(find_prompt, shape=shape, fills_cache=fills_cache)
 
     def _prompt(
         self, model: nn.Module, batch: Any, shape: torch.Size, device: Any
     ) -> tuple[torch.Tensor, Segments | None]:
+        segments = _segments(batch, shape, device)
+        if batch["prompt_mask"] is not None:
+            return batch["prompt_mask"].bool(), segments
         labels_BT, prompt_length = batch["labels"], self._generation_prompt_length
         if getattr(model, "get_output_embeddings", lambda: None)() is None:
             labels_BT = None  # a classifier, whose whole row is the prompt
         elif labels_BT is None and model.training and torch.is_grad_enabled():
-            prompt_length = None
-            self._warn(
+            self._warn_once(
                 "a language model is trained without labels, so the router reads the answers with the prompts: pass "
                 "the model labels (-100 on the prompt) or prompt_mask= (batch, positions), or use routing='token'"
             )
         mask_BT = _attended(batch["attention_mask"], shape, device)
-        segments = _segments(batch, shape, device)
         if isinstance(labels_BT, torch.Tensor) and labels_BT.shape == mask_BT.shape:
             if segments is None and not self._looked_at_labels:  # once, since it waits for the device
                 self._looked_at_labels = True
-                _warn_of_labels(labels_BT)
+                self._warn_of_labels(labels_BT)
             return mask_BT & before_first_label(labels_BT, segments), segments
         if prompt_length is None:
             return mask_BT, segments
@@ -259,6 +259,21 @@ class RoutingContext:
                 "all: generate without prefill_chunk_size, or use routing='token'"
             )
         return mask_BT & (torch.arange(mask_BT.shape[1], device=device) < prompt_length), None
+
+    def _warn_of_labels(self, labels_BT: torch.Tensor) -> None:
+        """Warns of labels that do not tell prompt from answer."""
+        labelled_BT = labels_BT != _IGNORED_LABEL
+        answers_B = (labelled_BT[:, 1:] & ~labelled_BT[:, :-1]).sum(dim=1) + labelled_BT[:, 0]
+        if bool(labelled_BT[:, :2].all()):
+            self._warn_once(
+                "every position carries a label, so the prompt that routes is the first token alone: set labels to "
+                "-100 on the prompt (TRL: completion_only_loss or assistant_only_loss), or use routing='token'"
+            )
+        elif bool((answers_B > 1).any()):
+            self._warn_once(
+                "a row has several answers, and all of them are routed on what comes before the first: give each "
+                "answer a row of its own (badit.data.answer_rows), or use routing='token'"
+            )
 
 
 def cache_of(output: Mapping[str, Any]) -> dict[str, Any]:
@@ -312,48 +327,18 @@ def before_first_label(labels_BT: torch.Tensor, segments: Segments | None = None
     return (labelled_P.cumsum(dim=0) == before_S[of_P]).view_as(labels_BT)
 
 
-def _generate(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    return RoutingContext.of(model).generate(model, *args, **kwargs)
-
-
 def _cache(batch: Mapping[str, Any]) -> Any:
     return next(iter(cache_of(batch).values()), None)
 
 
-def _held(cache: Any) -> dict[str, torch.Tensor] | None:
-    """The gates that a filled cache holds, by layer; None for an empty cache, none, or the pages of generate_batch."""
-    is_filled = _length(cache) > 0 if hasattr(cache, "get_seq_length") else isinstance(cache, tuple)
-    return getattr(cache, _HELD, {}) if is_filled else None
-
-
 def _length(cache: Any) -> int:
-    """The positions that a cache has; of a recurrent model, which counts none, 1 once it holds gates."""
+    """The positions that a cache has; 1 for a tuple, and for a recurrent model's, which counts none, with gates."""
+    if not hasattr(cache, "get_seq_length"):  # a tuple, none, or the pages of generate_batch
+        return int(isinstance(cache, tuple))
     try:
         return int(cache.get_seq_length())
     except ValueError:
         return int(hasattr(cache, _HELD))
-
-
-def _given_prompt(prompt_mask_BT: torch.Tensor, batch: Mapping[str, Any]) -> tuple[torch.Tensor, Segments | None]:
-    return prompt_mask_BT.bool(), _segments(batch, prompt_mask_BT.shape, prompt_mask_BT.device)
-
-
-def _warn_of_labels(labels_BT: torch.Tensor) -> None:
-    """Warns of labels that do not tell prompt from answer."""
-    labelled_BT = labels_BT != _IGNORED_LABEL
-    answers_B = (labelled_BT[:, 1:] & ~labelled_BT[:, :-1]).sum(dim=1) + labelled_BT[:, 0]
-    if bool(labelled_BT[:, :2].all()):
-        warnings.warn(
-            "every position carries a label, so the prompt that routes is the first token alone: set labels to -100 "
-            "on the prompt (TRL: completion_only_loss or assistant_only_loss), or use routing='token'",
-            stacklevel=2,
-        )
-    elif bool((answers_B > 1).any()):
-        warnings.warn(
-            "a row has several answers, and all of them are routed on what comes before the first: "
-            "give each answer a row of its own (badit.data.answer_rows), or use routing='token'",
-            stacklevel=2,
-        )
 
 
 def _attended(attention_mask: Any, shape: torch.Size, device: torch.device) -> torch.Tensor:

@@ -129,8 +129,7 @@ def _forward(
     choices_C = top_k_index.flatten()
     order_C = choices_C.argsort(stable=True)
     counts = choices_C.bincount(minlength=self.num_experts).tolist()
-    running = self.routing.forward_pass()
-    decodes = running is not None and running.held is not None
+    decodes = self.routing.forward_pass().held is not None
     result = torch.zeros_like(hidden_states)
     for (first, last), choice_P in zip(zip(*lists, strict=True), order_C.split(counts), strict=True):
         # Without tokens, too: the gates are kept for decoding, and in training every process needs the same gradients.
