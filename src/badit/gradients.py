@@ -32,7 +32,11 @@ def component_grams(factors: Sequence[tuple[nn.Parameter, nn.Parameter]]) -> lis
     Args:
         factors: A (N, I) and B (O, N) of each layer.
     """
-    gradients = [(_reduced_gradient(a_NI), _reduced_gradient(b_ON)) for a_NI, b_ON in factors]
+
+    def reduced(parameter: nn.Parameter) -> torch.Tensor | None:
+        return _deepspeed().safe_get_full_grad(parameter) if _kept_by_deepspeed(parameter) else parameter.grad
+
+    gradients = [(reduced(a_NI), reduced(b_ON)) for a_NI, b_ON in factors]
     grams: list[torch.Tensor | None] = [None] * len(factors)
     for indices in alike(gradients, _NUMBERS_AT_A_TIME):
         grads_A, grads_B = zip(*(gradients[index] for index in indices), strict=True)
@@ -100,10 +104,6 @@ def over_shards(like: torch.Tensor) -> OverShards:
     return combine
 
 
-def _reduced_gradient(parameter: nn.Parameter) -> torch.Tensor | None:
-    return _deepspeed().safe_get_full_grad(parameter) if _kept_by_deepspeed(parameter) else parameter.grad
-
-
 @torch.no_grad()
 def scale_columns(b_ON: nn.Parameter, scale_N: torch.Tensor) -> None:
     """Multiplies every column of a weight by a number, in place; every process must give the same numbers."""
@@ -145,14 +145,13 @@ def parameter_count(parameter: nn.Parameter) -> int:
 
 
 def before_step(optimizer: Any, read: Callable[[], None]) -> bool:
-    """Has ``read`` called before every optimizer step, where the step comes before the Trainer's own event for that.
+    """Has ``read`` called before every optimizer step, if the step comes before the Trainer's own event for that.
 
-    Returns:
-        Whether that is so. If not, nothing has been done, and ``on_pre_optimizer_step`` is the place to read.
+    Returns whether it does; if not, ``on_pre_optimizer_step`` is the place to read.
     """
-    engine = getattr(optimizer, "optimizer", None)
-    if not steps_in_backward(optimizer) or engine is None:
+    if not steps_in_backward(optimizer):
         return False
+    engine = optimizer.optimizer
     step = engine.step
 
     def reading_step(*args: Any, **kwargs: Any) -> Any:
@@ -176,34 +175,32 @@ def _kept_by_deepspeed(parameter: nn.Parameter) -> bool:
     return hasattr(parameter, "_hp_mapping") or hasattr(parameter, "ds_id")
 
 
-def several() -> bool:
-    """Whether more than one process trains."""
+def rank_and_size() -> tuple[int, int]:
+    """This process's number among those that train, and how many they are."""
     distributed = torch.distributed
-    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
-
-
-def rank() -> int:
-    """This process's number among those that train; 0 if it is the only one."""
-    return torch.distributed.get_rank() if several() else 0
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return 0, 1
+    return distributed.get_rank(), distributed.get_world_size()
 
 
 def any_of_all(flag: bool) -> bool:
     """Whether the flag is true in any process."""
-    return bool(gathered(torch.tensor(int(flag))).any()) if several() else flag
+    return flag if rank_and_size()[1] == 1 else bool(gathered(torch.tensor(int(flag))).any())
 
 
 def gathered(tensor: torch.Tensor) -> torch.Tensor:
     """A tensor of every process, (ranks, …)."""
-    if not several():
+    _, processes = rank_and_size()
+    if processes == 1:
         return tensor[None]
     nccl = torch.distributed.get_backend() == "nccl"  # which exchanges what is on the GPU
     tensor = tensor.to(torch.cuda.current_device() if nccl else "cpu").contiguous()
-    parts = [torch.empty_like(tensor) for _ in range(torch.distributed.get_world_size())]
+    parts = [torch.empty_like(tensor) for _ in range(processes)]
     torch.distributed.all_gather(parts, tensor)
     return torch.stack(parts)
 
 
 def own_part(parts: torch.Tensor) -> torch.Tensor:
     """This process's row of what :func:`gathered` gave; an even share of the sum where there were more or fewer."""
-    ranks = torch.distributed.get_world_size() if several() else 1
-    return parts[rank()] if len(parts) == ranks else parts.sum(dim=0) / ranks
+    rank, ranks = rank_and_size()
+    return parts[rank] if len(parts) == ranks else parts.sum(dim=0) / ranks

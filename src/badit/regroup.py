@@ -15,10 +15,10 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -30,7 +30,7 @@ from transformers import TrainerCallback
 from badit.checkpoint import checkpoint_being_written, resumed_checkpoint
 from badit.errors import BaditError, explained, say
 from badit.files import StepLog
-from badit.gradients import before_step, component_grams, gathered, own_part, rank, scale_columns
+from badit.gradients import before_step, component_grams, gathered, own_part, rank_and_size, scale_columns
 from badit.method import expert_angles, group_components, grouping_objective
 from badit.method.grouping import Solver
 from badit.tuner.config import COUNT, COUNT_OR_ZERO, FRACTION, Rule, check_options, is_number, one_of, option
@@ -48,7 +48,10 @@ _EVERY = Rule(
     lambda value: is_number(value) and value > 0 and (value < 1 or value == int(value)),
 )
 
-Layer = TypeVar("Layer", bound=ExpertLinear)
+# A regrouping's, as means over the layers.
+_METRICS = ("objective_before", "objective_after", "components_moved", "intra_degrees", "inter_degrees")
+
+Place = tuple[ExpertLinear, str]  # a layer and the name of one of its adapters
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,7 @@ class RegroupOptions:
         return range(every, math.floor(self.stop * total_steps) + 1, every)
 
 
-def trainable_adapters(model: nn.Module, kind: type[Layer] = BaditLinear) -> Iterator[tuple[str, tuple[Layer, str]]]:
+def trainable_adapters(model: nn.Module, kind: type[ExpertLinear] = BaditLinear) -> Iterator[tuple[str, Place]]:
     """(name, (layer, adapter)) of every adapter that is being trained in layers of one class, in the model's order."""
     for layer in (module for module in model.modules() if isinstance(module, kind)):
         for adapter, factor in layer.badit_A.items():
@@ -92,20 +95,16 @@ class Window:
     gate_sums: torch.Tensor | None = None  # (K + 1), the sums of the gates and their number, on this rank
     pending: dict[str, Any] = field(default_factory=dict)
 
-    def gates_of_all(self) -> torch.Tensor | None:
-        """The gate sums of every rank (ranks, K + 1); all ranks must ask."""
-        return None if self.gate_sums is None else gathered(self.gate_sums)
-
 
 class Windows(dict[str, Window]):
     """The window of every layer, by its name: filled before each optimizer step, and kept in checkpoints.
 
-    ``layers`` are (layer, adapter) by name; the Trainer's ``optimizer`` may take its steps within the backward pass.
+    The Trainer's ``optimizer`` may take its steps within the backward pass.
     """
 
-    def __init__(self, layers: Mapping[str, tuple[ExpertLinear, str]], optimizer: Any = None) -> None:
+    def __init__(self, layers: Mapping[str, Place], optimizer: Any = None) -> None:
         super().__init__({name: Window() for name in layers})
-        self._layers = layers
+        self.layers = layers
         self._taken_gates()
         self._reads_in_engine = before_step(optimizer, self._read_gradients)
 
@@ -115,9 +114,10 @@ class Windows(dict[str, Window]):
             self._read_gradients()
 
     def _read_gradients(self) -> None:
-        factors = [(layer.badit_A[adapter], layer.badit_B[adapter]) for layer, adapter in self._layers.values()]
-        sums = zip(self.values(), component_grams(factors), self._taken_gates(), strict=True)
-        for window, gram_NN, gate_sums in sums:
+        factors = [(layer.badit_A[adapter], layer.badit_B[adapter]) for layer, adapter in self.layers.values()]
+        for window, gram_NN, gate_sums in zip(
+            self.values(), component_grams(factors), self._taken_gates(), strict=True
+        ):
             if gram_NN is not None:
                 window.gram_sum = _plus(window.gram_sum, gram_NN)
                 window.steps += 1
@@ -129,7 +129,7 @@ class Windows(dict[str, Window]):
 
     def _taken_gates(self) -> list[torch.Tensor | None]:
         """Each layer's sums of gates since the last call."""
-        places = self._layers.values()
+        places = self.layers.values()
         return [one.gate_sums.pop(adapter, None) if isinstance(one, BaditLinear) else None for one, adapter in places]
 
     def mean_grams(self) -> dict[str, np.ndarray]:
@@ -141,9 +141,10 @@ class Windows(dict[str, Window]):
         """Tensors, and plain values. All ranks must ask for it; of the gates each has sums of its own."""
         tensors = {}
         for name, window in self.items():
-            for kind, tensor in (("gram_sum", window.gram_sum), ("gate_sums", window.gates_of_all())):
-                if tensor is not None:
-                    tensors[f"{kind}:{name}"] = tensor.contiguous()
+            if window.gram_sum is not None:
+                tensors[f"gram_sum:{name}"] = window.gram_sum.contiguous()
+            if window.gate_sums is not None:
+                tensors[f"gate_sums:{name}"] = gathered(window.gate_sums)
         return tensors, {name: {"steps": window.steps, "pending": window.pending} for name, window in self.items()}
 
     def set_state(self, tensors: Mapping[str, torch.Tensor], notes: Mapping[str, Any]) -> None:
@@ -160,9 +161,7 @@ class Windows(dict[str, Window]):
         """Writes the state to a safetensors file, on the ranks with ``write``; all must call it."""
         tensors, notes = self.state()
         if write:
-            partial = path.with_name(f"{path.name}.partial")
-            save_file(tensors, partial, metadata={"windows": json.dumps(notes)})
-            partial.replace(path)
+            save_file(tensors, path, metadata={"windows": json.dumps(notes)})
 
     def load(self, path: Path) -> None:
         """Restores the state from a checkpoint's file."""
@@ -230,23 +229,25 @@ class Regrouper:
     ) -> None:
         self.options = RegroupOptions(**options)
         COUNT.check("total_steps", total_steps)
-        self._layers: dict[str, tuple[BaditLinear, str]] = dict(trainable_adapters(model))
-        if not self._layers:
+        layers = dict(trainable_adapters(model))
+        if not layers:
             raise BaditError("there is no trainable BADIT adapter to regroup; add one to the model, or do not regroup")
-        for name, (layer, adapter) in self._layers.items():
+        for name, (layer, adapter) in layers.items():
             config = layer.badit_config[adapter]
             if config.top_k is not None and config.top_k < config.num_experts:
                 raise BaditError(f"{name}: {TOP_K_REFUSED}")
         self.due = self.options.due(total_steps)
         self.steps = 0
         self.metrics: dict[str, float] = {}
-        self.windows = Windows(self._layers, optimizer)
+        self.windows = Windows(layers, optimizer)
         # Of several processes the first writes.
-        self._log = StepLog(Path(log_path)) if log_path is not None and rank() == 0 else None
+        self._log = StepLog(Path(log_path)) if log_path is not None and rank_and_size()[0] == 0 else None
         self._log_is_open = False
 
     def after_backward(self) -> None:
         """Reads the gradients of an optimizer step; to be called when they are complete and before they are used."""
+        if not self._log_is_open:
+            self.open_log()
         self.windows.after_backward()
 
     def step(self) -> None:
@@ -283,15 +284,15 @@ class Regrouper:
         self._write_pending(grams)
         solver, restarts = self.options.solver, self.options.restarts
         for index, (name, gram_NN) in enumerate(grams.items()):
-            (layer, adapter), window = self._layers[name], self.windows[name]
+            (layer, adapter), window = self.windows.layers[name], self.windows[name]
             # A copy: on a CPU the array would otherwise be the buffer itself and change with it.
             old_N = layer.expert_of(adapter).cpu().numpy().copy()
             new_N = group_components(gram_NN, old_N, solver=solver, restarts=restarts, seed=[0, self.steps, index])
             # All processes take the first one's labels, as rounding may differ between them.
             new_N = gathered(torch.from_numpy(new_N))[0].cpu().numpy()
-            gates = window.gates_of_all() if self.options.rescale else None
-            if gates is not None:
-                scale_columns(layer.badit_B[adapter], _scale_of_moved(gates.sum(dim=0), old_N, new_N))
+            if self.options.rescale and window.gate_sums is not None:
+                gate_sums = gathered(window.gate_sums).sum(dim=0)
+                scale_columns(layer.badit_B[adapter], _scale_of_moved(gate_sums, old_N, new_N))
             layer.expert_of(adapter).copy_(torch.from_numpy(new_N))
             window.pending = {
                 "step": self.steps,
@@ -303,28 +304,23 @@ class Regrouper:
                 "labels": new_N.tolist(),
             }
         self.windows.restart()
-        fields = ("objective_before", "objective_after", "components_moved")
-        self.metrics |= _means([window.pending for window in self.windows.values()], fields)
+        self.metrics |= _means([window.pending for window in self.windows.values()])
 
     def _write_pending(self, grams: Mapping[str, np.ndarray]) -> None:
         """Completes the lines of the last regrouping with the angles of the window that followed it."""
         lines = []
         for name, window in self.windows.items():
-            if not window.pending:
-                continue
-            line = {**window.pending, "logged_at": self.steps, "window_steps": window.steps}
-            for prefix, key in (("previous_", "previous_labels"), ("", "labels")):
-                if name in grams:
-                    angles = expert_angles(grams[name], np.asarray(line[key]))
-                    line |= {f"{prefix}{field}": value for field, value in angles.defined().items()}
-            lines.append(line)
-            window.pending = {}
-        if not self._log_is_open:
-            self.open_log()
+            if window.pending:
+                line = {**window.pending, "logged_at": self.steps, "window_steps": window.steps}
+                for prefix in ("previous_", "") if name in grams else ():
+                    angles = expert_angles(grams[name], np.asarray(line[f"{prefix}labels"])).defined()
+                    line |= {f"{prefix}{field}": value for field, value in angles.items()}
+                lines.append(line)
+                window.pending = {}
         if self._log is not None:
             for line in lines:
                 self._log.append(line)
-        self.metrics |= _means(lines, ("intra_degrees", "inter_degrees"))
+        self.metrics |= _means(lines)
 
 
 class RegroupCallback(TrainerCallback):
@@ -407,17 +403,18 @@ class AngleLog(TrainerCallback):
     def __init__(self, path: Path, every: int = 20) -> None:
         self.every = every
         self._log = StepLog(path)
-        self._layers: dict[str, tuple[ExpertLinear, str]] = {}
         self.windows = Windows({})
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        for name, (layer, adapter) in trainable_adapters(kwargs["model"], ExpertLinear):
-            if layer.badit_config[adapter].num_experts > 1 and not layer.badit_config[adapter].shares_A:
-                self._layers[name] = layer, adapter
-        self.windows = Windows(self._layers, kwargs.get("optimizer"))
-        if self._layers and state.global_step:
+        layers = {
+            name: (layer, adapter)
+            for name, (layer, adapter) in trainable_adapters(kwargs["model"], ExpertLinear)
+            if layer.badit_config[adapter].num_experts > 1 and not layer.badit_config[adapter].shares_A
+        }
+        self.windows = Windows(layers, kwargs.get("optimizer"))
+        if layers and state.global_step:
             self.windows.load(resumed_checkpoint(args, state) / _ANGLES_FILE)
-        if self._layers and state.is_world_process_zero:
+        if layers and state.is_world_process_zero:
             self._log.rewind(state.global_step)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -428,20 +425,20 @@ class AngleLog(TrainerCallback):
             return
         # All ranks have the same sums, and one of them writes.
         for name, gram_NN in self.windows.mean_grams().items() if state.is_world_process_zero else ():
-            layer, adapter = self._layers[name]
+            layer, adapter = self.windows.layers[name]
             angles = expert_angles(gram_NN, layer.expert_of(adapter).cpu().numpy()).defined()
             line = {"step": state.global_step, "module": name, "window_steps": self.windows[name].steps}
             self._log.append({**line, **angles})
         self.windows.restart()
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._layers:
+        if self.windows:
             self.windows.save(checkpoint_being_written(args, state) / _ANGLES_FILE, write=args.should_save)
 
 
-def _means(lines: Iterable[Mapping[str, Any]], fields: Iterable[str]) -> dict[str, float]:
-    """The means of fields over a regrouping's lines, those without a value left out."""
-    found = {field: [line[field] for line in lines if line.get(field) is not None] for field in fields}
+def _means(lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """The metrics of a regrouping's lines, those without a value left out."""
+    found = {field: [line[field] for line in lines if line.get(field) is not None] for field in _METRICS}
     return {field: float(np.mean(values)) for field, values in found.items() if values}
 
 

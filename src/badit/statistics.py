@@ -126,13 +126,12 @@ def continual_scores(
     forward = None if single_task is None else fmean(scores[j][j] - single_task[j] for j in tasks)
     if not earlier:
         return ContinualScores(fmean(scores[-1]), 0.0, 0.0, forward)
-    best, divisor = [max(scores[i][j] for i in earlier[j:]) for j in earlier], len(earlier)
-    if form == "released":
-        best = [max(0.0 if math.isnan(scores[i][j]) else scores[i][j] for i in earlier) for j in earlier]
-        divisor = len(tasks)
+    released = form == "released"
+    known = [[0.0 if math.isnan(score) else score for score in row] for row in scores]
+    best = [max(known[i][j] for i in earlier[0 if released else j :]) for j in earlier]
     forgetting = fmean(best[j] - scores[-1][j] for j in earlier)
     backward = math.fsum(scores[-1][j] - scores[j][j] for j in earlier)
-    return ContinualScores(fmean(scores[-1]), forgetting, backward / divisor, forward)
+    return ContinualScores(fmean(scores[-1]), forgetting, backward / len(tasks if released else earlier), forward)
 
 
 def both_forms(
