@@ -196,14 +196,11 @@ def value_problems(training: TrainingSection) -> Iterator[str]:
             yield f"training.report_to: unknown tracker {name!r:.60}{nearest(name, INTEGRATION_TO_CALLBACK)}"
     types = get_type_hints(TrainingArguments)
     for key, value in given.items():
+        wanted: Any = types[key]
+        for part in get_args(wanted) or (wanted,):
+            if isinstance(part, type) and issubclass(part, Enum):  # its values, and no other text
+                wanted = Literal[tuple(member.value for member in part)]
         try:
-            TypeAdapter(_plain(types[key])).validate_python(value, strict=True)
+            TypeAdapter(wanted).validate_python(value, strict=True)
         except ValidationError as error:
             yield f"training.{key}: {problems(error, value)[0][1]}"
-
-
-def _plain(type_: Any) -> Any:
-    """A field's type in plain values: an enumeration's values in place of the enumeration and of any other text."""
-    parts = get_args(type_) or (type_,)
-    enum = next((part for part in parts if isinstance(part, type) and issubclass(part, Enum)), None)
-    return type_ if enum is None else Literal[tuple(member.value for member in enum)]

@@ -34,22 +34,17 @@ _SUMS = "badit_sums.json"
 def last_checkpoint(checkpoints: Path) -> Path | None:
     """The newest checkpoint that is as it was sealed; the first process says which damaged ones it passes over."""
     for folder in reversed(_folders(checkpoints)):
-        damage = damage_of(folder)
-        if damage is None:
-            return folder
+        try:
+            sealed, present = read_json(folder / SEAL), _checksums(folder)
+            changed = [name for name in sealed.keys() | present.keys() if sealed.get(name) != present.get(name)]
+            if not changed:
+                return folder
+            damage = f"{min(changed)} is not as it was sealed"
+        except (BaditError, OSError) as error:
+            damage = str(error).removeprefix(f"{folder}/")
         if is_main_process():
             say(f"badit: {folder} is damaged ({damage}); continuing from the one before it")
     return None
-
-
-def damage_of(folder: Path) -> str | None:
-    """What of a checkpoint is not as it was sealed, in a few words; None if all of it is."""
-    try:
-        sealed, present = read_json(folder / SEAL), _checksums(folder)
-    except (BaditError, OSError) as error:
-        return str(error).removeprefix(f"{folder}/")
-    changed = [name for name in sealed.keys() | present.keys() if sealed.get(name) != present.get(name)]
-    return f"{min(changed)} is not as it was sealed" if changed else None
 
 
 def seal(staged: Path, checkpoints: Path, best: str | None = None) -> None:
@@ -64,10 +59,10 @@ def seal(staged: Path, checkpoints: Path, best: str | None = None) -> None:
             shutil.rmtree(folder)
 
 
-def clear_staging(checkpoints: Path) -> None:
-    """Removes what the trainer has left half done."""
+def discard(folder: Path) -> None:
+    """Removes a folder that may not be there; of several processes the first does."""
     if is_main_process():
-        shutil.rmtree(checkpoints / STAGING, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def engine_of(trainer: Any) -> str:
@@ -161,8 +156,7 @@ class StopOnSignal(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._stopping = any_of_all(self._asked)
-        if self._stopping:
-            control.should_save = True
+        control.should_save |= self._stopping
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._stopping:

@@ -18,8 +18,6 @@ from typing import Any
 
 from badit.errors import one_line
 
-_PACKAGES = ("badit", "torch", "transformers", "peft", "accelerate", "safetensors", "scipy", "numpy", "trl")
-
 
 def is_main_process() -> bool:
     """Whether this is the only process, or the first of those that accelerate or torchrun has started."""
@@ -64,7 +62,7 @@ def environment() -> dict[str, Any]:
     import torch
 
     packages, commit, processor = {}, None, platform.processor() or platform.machine()
-    for name in _PACKAGES:
+    for name in ("badit", "torch", "transformers", "peft", "accelerate", "safetensors", "scipy", "numpy", "trl"):
         with suppress(metadata.PackageNotFoundError):
             packages[name] = metadata.version(name)
     root = Path(__file__).parents[2]

@@ -43,6 +43,7 @@ MAX_DIGITS = 100
 
 Column = Literal["task", "instruction", "input", "output", "id", "split", "messages"]
 Dtype = Literal["fast", "auto", "float32", "bfloat16", "float16"]
+Split = Literal["test", "validation"]
 
 
 def _a_path(text: str) -> str:
@@ -142,7 +143,7 @@ class PromptSection(Section):
 class EvaluationSection(Section):
     """Generation and scoring."""
 
-    split: Literal["test", "validation"] = "test"
+    split: Split = "test"
     batch_size: Count = 16
     max_new_tokens: Count = 50
     unseen_tasks: bool = Field(True, description="in a sequence, score the tasks still to come after every task, too")
@@ -211,15 +212,11 @@ RecipeLike = str | os.PathLike[str] | Mapping[str, Any] | Recipe
 
 def make_recipe(recipe: RecipeLike | None, values: Mapping[str, Any]) -> Recipe:
     """A recipe from what stands for one, None for the defaults, with ``values`` laid over it."""
-    where = "recipe"
-    if recipe is None or isinstance(recipe, Mapping):
-        content = recipe or {}
-    elif isinstance(recipe, Recipe):
-        content = recipe.model_dump()
-    else:
-        where = _or_shipped(Path(recipe))
-        content = _content(where)
-    return build_recipe(merged(content, values), where=where)
+    if isinstance(recipe, str | os.PathLike):
+        path = _or_shipped(Path(recipe))
+        return build_recipe(merged(_content(path), values), where=path)
+    content = recipe.model_dump() if isinstance(recipe, Recipe) else recipe or {}
+    return build_recipe(merged(content, values))
 
 
 def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recipe:
@@ -301,7 +298,8 @@ def merged(base: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
 def read_values(path: Path) -> dict[str, Any]:
     """A recipe file's values as they stand there, whatever they are."""
     content = parse_yaml(read_text(path), where=path)
-    content = {} if content is None else content
+    if content is None:
+        return {}
     if not isinstance(content, dict):
         raise BaditError(f"{path}: must hold 'key: value' lines, not a {type(content).__name__}")
     return content
@@ -314,7 +312,15 @@ def build_recipe(content: Mapping[str, Any], overrides: Sequence[str] = (), *, w
         key, equals, value = override.partition("=")
         if not equals or not key:
             raise BaditError(f"{override!r:.80}: an override has the form key=value, such as data.train_per_task=20")
-        _set(values, key.split("."), parse_yaml(value, where=override), override)
+        *parents, last = key.split(".")
+        section: Any = values
+        for part in parents:
+            if section.get(part) is None:
+                section[part] = {}
+            section = section[part]
+            if not isinstance(section, dict):
+                raise BaditError(f"{override!r:.80}: {part} is a single value and has no keys of its own")
+        section[last] = parse_yaml(value, where=override)
     found, recipe = list(_unknown_keys(values)), Recipe()  # pyright: ignore[reportCallIssue]
     try:
         recipe = Recipe.model_validate(values)
@@ -387,17 +393,6 @@ def _copied(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _copied(inner) for key, inner in value.items()}
     return os.fspath(value) if isinstance(value, os.PathLike) else value
-
-
-def _set(content: dict[str, Any], keys: list[str], value: Any, override: str) -> None:
-    *parents, last = keys
-    for key in parents:
-        if content.get(key) is None:
-            content[key] = {}
-        content = content[key]
-        if not isinstance(content, dict):
-            raise BaditError(f"{override!r:.80}: {key} is a single value and has no keys of its own")
-    content[last] = value
 
 
 def _known_keys(location: Sequence[int | str]) -> list[str]:

@@ -10,13 +10,12 @@ import dataclasses
 import gc
 import hashlib
 import math
-import shutil
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
@@ -29,7 +28,7 @@ from badit.checkpoint import (
     STAGING,
     SealCheckpoints,
     StopOnSignal,
-    clear_staging,
+    discard,
     last_checkpoint,
     refuse_other_engine,
 )
@@ -52,23 +51,17 @@ from badit.errors import BaditError, first_line, say
 from badit.files import copy_folder, exclusive, replace_folder, write_json
 from badit.gradients import parameter_count, whole_weights
 from badit.methods import Method, build_method
-from badit.models import device, fast_dtype, load_base_model, warn_of_slow_dtype
-from badit.recipe import Recipe
+from badit.models import Dtype, device, fast_dtype, load_base_model, warn_of_slow_dtype
+from badit.recipe import Recipe, Split
 from badit.run import Run
 from badit.trainer import MetricsLog, ProgressBar, tensorboard, tracker_folders, trackers_of
 from badit.tuner import hooks_of
 
 if TYPE_CHECKING:
-    from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-Split = Literal["test", "validation"]
-SettledDtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 # The name of its fingerprint among a run's inputs.
 BASE_MODEL = "the base model"
-# Keeps the random numbers of a sequence's tasks apart, and those of runs whose seeds are close.
-_SEEDS_PER_STAGE = 1_000
 
 
 @dataclasses.dataclass
@@ -88,9 +81,8 @@ class Plan:
     method: Method
 
     def __repr__(self) -> str:
-        return (
-            f"Plan({len(self.tasks)} tasks, {self.training_instances} training, {self.test_instances} test instances)"
-        )
+        counts = f"{self.training_instances} training, {self.test_instances} test instances"
+        return f"Plan({len(self.tasks)} tasks, {counts})"
 
     @property
     def sequential(self) -> bool:
@@ -163,23 +155,19 @@ def fit(recipe: Recipe, *, progress: bool = True, allow_changed_inputs: bool = F
         if is_main_process() and not run.environment_path.is_file():
             write_json(run.environment_path, {**environment(), "dtype": model_dtype(recipe), "mixture": plan.mixture})
         keep_inputs(run, task_fingerprints(plan.tasks), allow_changed_inputs)
-        if run.adapter_path.is_dir() or run.scores_path.is_file():
-            _remove_checkpoints(run)
-            return run
-        if not plan.method.trains:
+        if run.adapter_path.is_dir() or run.scores_path.is_file() or not plan.method.trains:
+            discard(run.checkpoints_path)
             return run
         began = run.known_environment.get("dtype")
         if recipe.model.dtype == "fast" and began in ("bfloat16", "float32"):  # "fast" could settle otherwise now
             model = recipe.model.model_copy(update={"dtype": began})
             plan = dataclasses.replace(plan, recipe=recipe.model_copy(update={"model": model}))
-        learnt: Path | None = None
         for number, stage in enumerate(plan.stages):
             if not stage.folder.adapter_path.is_dir():
                 if is_main_process():
                     stage.folder.path.mkdir(parents=True, exist_ok=True)
-                _train_stage(plan, stage, number, learnt, progress, allow_changed_inputs)
-            _remove_checkpoints(stage.folder)
-            learnt = stage.folder.adapter_path
+                _train_stage(plan, number, progress, allow_changed_inputs)
+            discard(stage.folder.checkpoints_path)  # nothing resumes from them any more
         if plan.sequential and is_main_process():
             summaries = [stage.folder.environment["training"] for stage in plan.stages]
             write_json(run.environment_path, {**run.environment, "training": joint_training(summaries)})
@@ -192,19 +180,18 @@ def in_use(recipe: Recipe) -> AbstractContextManager[None]:
     return exclusive(Path(recipe.output)) if is_main_process() else nullcontext()
 
 
-def _train_stage(
-    plan: Plan, stage: Stage, number: int, learnt: Path | None, progress: bool, allow_changed_inputs: bool
-) -> None:
-    """Trains on the stage's tasks, from the base model or from what the stage before left in ``learnt``."""
-    recipe, method, folder, data = plan.recipe, plan.method, stage.folder, plan.recipe.data
-    seed = recipe.training.seed + _SEEDS_PER_STAGE * number
+def _train_stage(plan: Plan, number: int, progress: bool, allow_changed_inputs: bool) -> None:
+    """Trains on a stage's tasks, counted from 0: from the base model, or from what the stage before has left."""
+    stage, recipe, method, data = plan.stages[number], plan.recipe, plan.method, plan.recipe.data
+    folder = stage.folder
+    seed = recipe.training.seed + 1_000 * number  # of no other task, and of no run whose own seed is close
 
     transformers.set_seed(seed)
     base, tokenizer = base_model(recipe, dtype="float32" if method.trains_base_weights else None)
     keep_inputs(Run.at(recipe.output), {BASE_MODEL: model_fingerprint(base)}, allow_changed_inputs)
     with status(f"preparing the model for {method.name}"):
-        names = [task.name for task in plan.tasks]
-        model = method.apply(base, names) if learnt is None else method.proceed(base, learnt)
+        names, before = [task.name for task in plan.tasks], plan.stages[number - 1].folder.adapter_path
+        model = method.proceed(base, before) if number else method.apply(base, names)
     if recipe.training.gradient_checkpointing:
         model.enable_input_require_grads()
 
@@ -222,12 +209,11 @@ def _train_stage(
 
     deterministic = torch.are_deterministic_algorithms_enabled()
     checkpoint = last_checkpoint(folder.checkpoints_path)
-    clear_staging(folder.checkpoints_path)
-    trackers = trackers_of(recipe.training)
+    discard(folder.checkpoints_path / STAGING)
     bar = ProgressBar()
     trainer = method.trainer(
         model=model,
-        args=training_arguments(plan, folder.path, seed, checkpoint, trackers),
+        args=training_arguments(plan, folder.path, seed, checkpoint),
         train_dataset=examples,
         eval_dataset=held_out,
         data_collator=collate,
@@ -235,7 +221,7 @@ def _train_stage(
             MetricsLog(folder.metrics_path),
             *([bar] if progress else []),
             *method.callbacks(folder),
-            *tensorboard(trackers, folder.path, checkpoint),
+            *tensorboard(recipe.training, folder.path, checkpoint),
         ],
         quotas=data.quotas(stage.tasks),
         options=recipe.training,
@@ -249,7 +235,7 @@ def _train_stage(
     started = time.monotonic()
     trainer.add_callback(SealCheckpoints(trainer, folder.checkpoints_path))
     trainer.add_callback(stop := StopOnSignal())
-    with stop, fast_on_short_sequences(base), tracker_folders(trackers, folder.path):
+    with stop, fast_on_short_sequences(base), tracker_folders(recipe.training, folder.path):
         try:
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         except UnpicklingError:  # torch's loader has met something else than tensors and plain values
@@ -260,29 +246,28 @@ def _train_stage(
         finally:
             bar.close()
             torch.use_deterministic_algorithms(deterministic)  # full_determinism is for the training alone
-            clear_staging(folder.checkpoints_path)  # a checkpoint that has not come to its end takes no room
+            discard(folder.checkpoints_path / STAGING)  # a checkpoint that has not come to its end takes no room
     seconds, state = time.monotonic() - started, trainer.state
     if progress and trainer.args.load_best_model_at_end and trainer.is_world_process_zero():
         best = f"step {state.best_global_step}, with eval_loss {state.best_metric:.4f}"
         say(f"badit: trained {state.global_step} steps; kept is the model of {best}")
+
     with status("saving"):
         hooks_of(model).end_task(batches)
-
-    weights = whole_weights(model)
-    if trainer.is_world_process_zero():
-        # Of a resumed training, the seconds are those since it was taken up.
-        summary = {
-            "trainable_parameters": method.trained_parameters(model),
-            "parameters": sum(parameter_count(parameter) for parameter in model.parameters()),
-            "steps": state.global_step,
-            "tokens": int(state.num_input_tokens_seen),
-            "seconds": round(seconds, 1),
-            "peak_memory_gib": round(peak_memory() / 2**30, 2),
-        }
-        write_json(folder.environment_path, {**folder.known_environment, "training": summary})
-        partial = folder.adapter_path.with_name("adapter.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        with status("saving"):
+        weights = whole_weights(model)
+        if trainer.is_world_process_zero():
+            # Of a resumed training, the seconds are those since it was taken up.
+            summary = {
+                "trainable_parameters": method.trained_parameters(model),
+                "parameters": sum(parameter_count(parameter) for parameter in model.parameters()),
+                "steps": state.global_step,
+                "tokens": int(state.num_input_tokens_seen),
+                "seconds": round(seconds, 1),
+                "peak_memory_gib": round(peak_memory() / 2**30, 2),
+            }
+            write_json(folder.environment_path, {**folder.known_environment, "training": summary})
+            partial = folder.adapter_path.with_name("adapter.partial")
+            discard(partial)
             method.save(model, partial, recipe.model.name, weights)
             replace_folder(partial, folder.adapter_path)
     trainer.accelerator.wait_for_everyone()
@@ -329,14 +314,11 @@ def model_fingerprint(model: PreTrainedModel) -> str:
     return digest.hexdigest()[:16]
 
 
-def refuse_beyond_model(
-    examples: Iterable[Mapping[str, Any]], model: PreTrainedModel | PeftModel, more: int = 0
-) -> None:
+def refuse_beyond_model(examples: Iterable[Mapping[str, Any]], model: Any, more: int = 0) -> None:
     """Raises BaditError for an instance, with ``more`` tokens to come, beyond the model's positions or embeddings."""
-    config, embeddings = model.config.get_text_config(), len(cast(Any, model.get_input_embeddings()).weight)
-    positions = getattr(config, "max_position_embeddings", None) or math.inf
-    if getattr(config, "rope_parameters", None) or getattr(config, "rope_theta", None):
-        positions = math.inf  # rotary positions have no end
+    config, embeddings = model.config.get_text_config(), len(model.get_input_embeddings().weight)
+    rotary = getattr(config, "rope_parameters", None) or getattr(config, "rope_theta", None)  # which have no end
+    positions = math.inf if rotary else getattr(config, "max_position_embeddings", None) or math.inf
     if isinstance(examples, Examples):  # whose table has the extremes at once
         longest, largest_id = max(examples.lengths, default=0), examples.largest_id
         if longest + more <= positions and largest_id < embeddings:
@@ -354,9 +336,7 @@ def refuse_beyond_model(
             )
 
 
-def training_arguments(
-    plan: Plan, folder: Path, seed: int, checkpoint: Path | None = None, trackers: Sequence[str] = ()
-) -> TrainingArguments:
+def training_arguments(plan: Plan, folder: Path, seed: int, checkpoint: Path | None = None) -> TrainingArguments:
     """For HF's Trainer: the recipe's arguments, which must go together, and those that a run settles itself."""
     given = plan.recipe.training.arguments()
     # Base weights that are trained are kept in float32 and used in the recipe's dtype.
@@ -376,7 +356,7 @@ def training_arguments(
         "output_dir": str(folder / "checkpoints" / STAGING),
         "resume_from_checkpoint": None if checkpoint is None else str(checkpoint),  # read by the callbacks
         "seed": seed,
-        "report_to": [name for name in trackers if name != "tensorboard"],  # see tensorboard
+        "report_to": [name for name in trackers_of(plan.recipe.training) if name != "tensorboard"],  # see tensorboard
         "include_num_input_tokens_seen": "non_padding",
         "remove_unused_columns": False,
         "disable_tqdm": True,
@@ -387,12 +367,6 @@ def training_arguments(
         return TrainingArguments(**{**defaults, **given, **settled})
     except (ValueError, TypeError) as error:  # values that do not go together
         raise BaditError(f"training: {first_line(error)}") from None
-
-
-def _remove_checkpoints(folder: Run) -> None:
-    """Called once the adapter is there, after which nothing resumes from them."""
-    if is_main_process():
-        shutil.rmtree(folder.checkpoints_path, ignore_errors=True)
 
 
 def joint_training(trainings: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -426,14 +400,13 @@ def encoded_texts(
     return found
 
 
-def base_model(recipe: Recipe, *, dtype: SettledDtype | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def base_model(recipe: Recipe, *, dtype: Dtype | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A recipe's base model, in its own dtype or another one and on this process's device, and its tokenizer."""
     dtype = dtype or model_dtype(recipe)
     gc.collect()  # an adapted model that is no longer used, such as the last stage's, refers to itself
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    options = recipe.model.model_dump(exclude={"dtype"})
-    model, tokenizer = load_base_model(**options, dtype=dtype, device=device())
+    model, tokenizer = load_base_model(**recipe.model.model_dump(exclude={"dtype"}), dtype=dtype, device=device())
     warn_of_slow_dtype(dtype, device())
     # The end of answers in training, which a base model's own configuration need not know.
     end, known = end_of_turn_id(tokenizer, recipe.prompt.chat_template), model.generation_config.eos_token_id
@@ -448,6 +421,6 @@ def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return tokenizer.pad_token_id if isinstance(tokenizer.pad_token_id, int) else 0
 
 
-def model_dtype(recipe: Recipe) -> SettledDtype:
+def model_dtype(recipe: Recipe) -> Dtype:
     """The dtype of a recipe's base model on this process's device."""
     return fast_dtype(device()) if recipe.model.dtype == "fast" else recipe.model.dtype

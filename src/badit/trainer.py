@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import os
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
@@ -38,8 +38,6 @@ from badit.regroup import RegroupCallback
 from badit.tuner.model import hooks_of
 from badit.tuner.prompt import before_first_label
 
-# An error names at most so many instances of a batch.
-_NAMED = 8
 _DEFAULTS = TrainingSection.model_validate({})
 _say_once = cache(say)  # not again in every stage of a sequence
 
@@ -53,11 +51,7 @@ class AnswerTrainer(Trainer):
 
     Args:
         options: a recipe's ``training`` section, for the options that are not TrainingArguments'.
-        quotas: how many examples of each task an epoch has (:func:`badit.data.quotas`); they need ``task``, its name.
-
-    Attributes:
-        skipped_steps: how many have been skipped so far.
-        finished: whether the training had come to its end before it was resumed.
+        quotas: how many examples of each task an epoch has, of a dataset with ``tasks``, every example's.
     """
 
     def __init__(
@@ -79,9 +73,9 @@ class AnswerTrainer(Trainer):
             callbacks.append(EarlyStoppingCallback(options.early_stopping_patience))
         callbacks += kwargs.pop("callbacks", None) or []
         super().__init__(model, args, callbacks=callbacks, **kwargs)
-        self.skipped_steps, self.finished = 0, False
+        self.skipped_steps = 0
+        self.finished = False  # whether the training had come to its end before it was resumed
         self.micro_batches: list[tuple[torch.Tensor, Mapping[str, Any]]] = []  # of the step: losses and inputs
-        self.sampler: EpochSampler | None = None
         self.options, self._quotas = options, quotas
         # The loss below is divided by the number of labels in the accumulated batch, so the Trainer must count them.
         self.model_accepts_loss_kwargs = True
@@ -106,11 +100,9 @@ class AnswerTrainer(Trainer):
         # Of several processes each takes its part of a common batch, which is the one that a single process would have.
         per_step = self._train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        tasks: Sequence[str] = ()
-        if self._quotas is not None:
-            tasks = getattr(dataset, "tasks", None) or [example["task"] for example in dataset]
-        self.sampler = EpochSampler(lengths, per_step, seed, tasks, self._quotas)
-        return self.sampler
+        tasks = () if self._quotas is None else dataset.tasks
+        # ``state.epoch`` is whole at an epoch's start, and has a fraction where a run is resumed within.
+        return EpochSampler(lengths, per_step, seed, lambda: int(self.state.epoch or 0), tasks, self._quotas)
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
@@ -152,12 +144,9 @@ class AnswerTrainer(Trainer):
         loss = losses_L.sum() / (count.clamp_min(1) if isinstance(count, torch.Tensor) else max(count, 1))
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # data-parallel wrappers take the mean over the ranks
-        if model.training:
-            extra = hooks_of(unwrapped).extra_loss(inputs["attention_mask"])
-            if extra is not None:
-                # Given the number of items, the Trainer leaves it to us to average over the micro-batches.
-                parts = 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps
-                loss = loss + extra / parts
+        if model.training and (extra := hooks_of(unwrapped).extra_loss(inputs["attention_mask"])) is not None:
+            # Given the number of items, the Trainer leaves it to us to average over the micro-batches.
+            loss = loss + extra / (1 if num_items_in_batch is None else self.current_gradient_accumulation_steps)
         return (loss, outputs) if return_outputs else loss
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
@@ -241,65 +230,56 @@ def logits_only_at(model: nn.Module, row_L: torch.Tensor, position_L: torch.Tens
 
 @dataclass(eq=False)
 class EpochSampler(Sampler[int]):
-    """A shuffle that depends on seed and epoch alone, so that a resumed run sees the same batches.
+    """A shuffle that depends on seed and (present) epoch alone, so that a resumed run sees the same batches.
 
     Each optimizer step is a random draw from all tasks. Within a step the examples are sorted by length, so that
     accumulated micro-batches hold little padding. (Batches of similar length would be batches of one task, which trains
     worse.) The step with the longest example comes first, since that is where memory runs out.
 
-    With ``tasks``, every example's, and ``quotas`` an epoch takes so many examples from each task: small tasks are
-    repeated, and of large ones every epoch draws a new subset.
+    With ``tasks``, every example's, and ``quotas``, which has the same tasks, an epoch takes so many examples from each
+    task: small tasks are repeated, and of large ones every epoch draws a new subset.
     """
 
     lengths: Sequence[int]
     examples_per_step: int
     seed: int
+    epoch: Callable[[], int]
     tasks: Sequence[str] = ()
     quotas: Mapping[str, int] | None = None
-    epoch: int = 0
 
     def __len__(self) -> int:
-        return len(self.lengths) if self.quotas is None else sum(self.quotas[task] for task in set(self.tasks))
+        return len(self.lengths) if self.quotas is None else sum(self.quotas.values())
 
     def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch())
 
         def shuffled(items: Sequence[Any]) -> list[Any]:
             return [items[i] for i in torch.randperm(len(items), generator=generator).tolist()]
 
-        chosen: list[int] = []
-        if self.quotas is None:
-            chosen = list(range(len(self.lengths)))
-        else:
-            by_task: dict[str, list[int]] = defaultdict(list)
-            for index, task in enumerate(self.tasks):
-                by_task[task].append(index)
-            for task, indices in by_task.items():
-                repeats, rest = divmod(self.quotas[task], len(indices))
-                chosen += indices * repeats + shuffled(indices)[:rest]
+        quotas, by_task = self.quotas or {}, defaultdict[str, list[int]](list)
+        for index, task in enumerate(self.tasks):
+            by_task[task].append(index)
+        chosen = [] if by_task else list(range(len(self.lengths)))
+        for task, indices in by_task.items():
+            repeats, rest = divmod(quotas[task], len(indices))
+            chosen += indices * repeats + shuffled(indices)[:rest]
         order, size = shuffled(chosen), self.examples_per_step
         steps = [order[start : start + size] for start in range(0, len(order), size)]
         steps = [sorted(step, key=self.lengths.__getitem__, reverse=True) for step in steps]
         # A short step stays last, or the loader's own cut would fall out of step with this one.
         longest = max(range(len(order) // size), key=lambda i: self.lengths[steps[i][0]], default=0)
-        if steps:
-            steps.insert(0, steps.pop(longest))
+        steps.insert(0, steps.pop(longest))
         return iter([index for step in steps for index in step])
 
 
 class _EveryStep(TrainerCallback):
-    """Drops gradients that are not finite, and tells the sampler, the method's model and the Trainer where it stands.
+    """Drops gradients that are not finite, and tells the method's model and the Trainer where it stands.
 
     Neither weights nor moments nor Gram matrices ever see such gradients. A run that keeps meeting them is stopped.
     """
 
     def __init__(self, trainer: Any) -> None:
         self._trainer = trainer
-
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        # ``state.epoch`` is whole at an epoch's start, and keeps that part where a run is resumed within.
-        if self._trainer.sampler is not None:  # a subclass may have another
-            self._trainer.sampler.epoch = int(state.epoch or 0)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         hooks_of(kwargs["model"]).after_update()
@@ -312,30 +292,27 @@ class _EveryStep(TrainerCallback):
     on_epoch_end = on_step_end
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._drop_non_finite(state, kwargs["model"], kwargs["optimizer"])
-        hooks_of(kwargs["model"]).before_update()
-
-    def _drop_non_finite(self, state: Any, model: nn.Module, optimizer: Any) -> None:
-        trainer = self._trainer
+        trainer, model = self._trainer, kwargs["model"]
         micro_batches, trainer.micro_batches = trainer.micro_batches, []
         parameters = [p for p in model.parameters() if p.grad is not None]
         tensors: list[Any] = [loss for loss, _ in micro_batches] + [parameter.grad for parameter in parameters]
         tensors = [each.to_local() if isinstance(each, DTensor) else each for each in tensors]  # own shards
         # One synchronisation for all tensors.
         finite = torch.stack([tensor.isfinite().all() for tensor in tensors]).all()
-        if not any_of_all(not bool(finite)):
-            return
-        trainer.skipped_steps += 1
-        # DeepSpeed has taken the step by now, so nothing is left to skip. A short run must not skip more than half.
-        limit = 0 if steps_in_backward(optimizer) else min(trainer.options.max_skipped_steps, state.max_steps // 2)
-        if trainer.skipped_steps > limit:
-            raise BaditError(
-                f"training: the loss or its gradient is not finite in step {state.global_step + 1}, after "
-                f"{limit} skipped steps; the batch has instances {_instances(micro_batches, trainer.train_dataset)}; "
-                "look at these, or lower training.learning_rate"
-            )
-        for parameter in parameters:
-            parameter.grad = None  # optimizers pass over parameters without a gradient
+        if any_of_all(not bool(finite)):
+            trainer.skipped_steps += 1
+            # DeepSpeed has taken the step by now: nothing is left to skip. A short run must not skip more than half.
+            in_backward = steps_in_backward(kwargs["optimizer"])
+            limit = 0 if in_backward else min(trainer.options.max_skipped_steps, state.max_steps // 2)
+            if trainer.skipped_steps > limit:
+                raise BaditError(
+                    f"training: the loss or its gradient is not finite in step {state.global_step + 1}, after {limit} "
+                    f"skipped steps; the batch has instances {_instances(micro_batches, trainer.train_dataset)}; "
+                    "look at these, or lower training.learning_rate"
+                )
+            for parameter in parameters:
+                parameter.grad = None  # optimizers pass over parameters without a gradient
+        hooks_of(model).before_update()
 
 
 def _instances(
@@ -349,7 +326,7 @@ def _instances(
         for task, ids, mask in zip(inputs["tasks"], inputs["input_ids"], inputs["attention_mask"], strict=True)
     }
     named = (f"{one['task']}/{one['id']}" for one in examples if (one["task"], tuple(one["input_ids"])) in rows)
-    return ", ".join(islice(named, _NAMED))
+    return ", ".join(islice(named, 8))  # the first few are enough to find the fault
 
 
 _LOSSES = {"loss", "eval_loss"}
@@ -413,9 +390,9 @@ def trackers_of(training: TrainingSection) -> list[str]:
     return installed if "all" in names else names
 
 
-def tensorboard(names: list[str], folder: Path, checkpoint: Path | None) -> list[TensorBoardCallback]:
+def tensorboard(training: TrainingSection, folder: Path, checkpoint: Path | None) -> list[TensorBoardCallback]:
     """HF's callback, which by itself could neither write into the run's folder nor hide steps that are logged again."""
-    if "tensorboard" not in names or not is_main_process():
+    if "tensorboard" not in trackers_of(training) or not is_main_process():
         return []
     from torch.utils.tensorboard import SummaryWriter
 
@@ -424,12 +401,12 @@ def tensorboard(names: list[str], folder: Path, checkpoint: Path | None) -> list
 
 
 @contextmanager
-def tracker_folders(names: list[str], folder: Path) -> Iterator[None]:
+def tracker_folders(training: TrainingSection, folder: Path) -> Iterator[None]:
     """Within, trackers write their files into the run's folder, unless the user's environment names another one.
 
     W&B's run begins and ends here: HF's callback ends none, so that a sequence's next stage would log to it.
     """
-    wandb: Any = import_module("wandb") if "wandb" in names and is_main_process() else None
+    wandb: Any = import_module("wandb") if "wandb" in trackers_of(training) and is_main_process() else None
     run: Any = nullcontext()
     if wandb and wandb.run is None:  # it reads WANDB_DIR once per process
         project, where = os.environ.get("WANDB_PROJECT", "badit"), os.environ.get("WANDB_DIR", str(folder))

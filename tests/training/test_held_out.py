@@ -40,7 +40,7 @@ def test_it_is_the_mean_nll_of_instances_and_changes_no_training(recipe):
     model, tokenizer = load_run(other, measured)
     pairs = [(task, instance) for task in make_plan(measured).tasks for instance in task.validation]
     examples = encoded(tokenizer, measured, pairs, model)
-    found = answer_token_losses(model, tokenizer, measured, examples, progress=False)
+    found = answer_token_losses(model, tokenizer, measured, examples)
     assert losses["eval_loss"].iloc[-1] == pytest.approx(fmean(map(fmean, found)), rel=1e-4)
 
 

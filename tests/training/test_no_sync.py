@@ -70,4 +70,4 @@ def test_a_step_waits_for_its_labels_and_once_before_the_optimizer(tiny_model, t
     make_trainer(adapted(tiny_model("llama"), **options), tmp_path, callbacks, save_strategy="no", **steps).train()
     assert len(counted) == 3
     # The number of labels sets the size of the logits; the optimizer must not step on what is not finite.
-    assert waits == {"trainer.py:answer_losses": 3 * micro_batches, "trainer.py:_drop_non_finite": 3}
+    assert waits == {"trainer.py:answer_losses": 3 * micro_batches, "trainer.py:on_pre_optimizer_step": 3}
