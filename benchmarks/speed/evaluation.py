@@ -57,7 +57,7 @@ def plain_loop(model: Any, tokenizer: Any, examples: Sequence[dict[str, Any]]) -
 def two_passes(model: Any, tokenizer: Any, recipe: Recipe, examples: Sequence[dict[str, Any]]) -> Scored:
     prompts = [example["input_ids"][: example["prompt_length"]] for example in examples]
     answers = generate_answers(model, tokenizer, prompts, max_new_tokens=NEW, batch_size=BATCH, progress=False)
-    losses = answer_token_losses(model, tokenizer, recipe, examples, progress=False)
+    losses = answer_token_losses(model, tokenizer, recipe, examples)
     return Scored(answers, sum(sum(each) / len(each) for each in losses) / len(losses))
 
 

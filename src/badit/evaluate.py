@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -17,7 +18,6 @@ from typing import TYPE_CHECKING, Any, get_args
 import torch
 from pydantic import TypeAdapter
 from torch.nn.utils.rnn import pad_sequence
-from tqdm.auto import tqdm
 
 from badit.card import write_run_card
 from badit.data import AnswerCollator, Instance, Task, on_device
@@ -138,11 +138,8 @@ def score_model(
     All tasks are decoded together, so that batches hold prompts of like length. ``answer`` takes prompts' token ids and
     answers in place of the model, which is then not used; the NLL is left out.
 
-    Returns:
-        The scores as :func:`badit.metrics.mean_scores` has them, and the predictions, in the order of the tasks.
-
-    Raises:
-        BaditError: an empty prompt.
+    Returns the scores as :func:`badit.metrics.mean_scores` has them, and the predictions, in the order of the tasks;
+    BaditError for an empty prompt.
     """
     pairs: list[tuple[Task, Instance]] = [(task, instance) for task in tasks for instance in getattr(task, split)]
     examples = encoded(tokenizer, recipe, pairs, model)
@@ -218,8 +215,7 @@ def _score_sequence(run: Run, plan: Plan, progress: bool, keep_stages: bool) -> 
 def write_predictions(folder: str | Path, predictions: Iterable[Prediction]) -> None:
     """Writes `<task>.jsonl` for each task, one prediction per line. Other files in the folder are left alone.
 
-    Raises:
-        BaditError: a task's name that leads out of the folder.
+    BaditError if a task's name leads out of the folder.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -231,8 +227,7 @@ def write_predictions(folder: str | Path, predictions: Iterable[Prediction]) -> 
 def read_predictions(folder: str | Path) -> list[Prediction]:
     """All predictions in a folder that `write_predictions` wrote, by task name, then in their written order.
 
-    Raises:
-        BaditError: no such files, or a line that is not a prediction.
+    BaditError for no such files, or a line that is not a prediction.
     """
     predictions = []
     for file in sorted(Path(folder).glob("[!.]*.jsonl")):
@@ -250,21 +245,18 @@ def answer_token_losses(
     tokenizer: PreTrainedTokenizerBase,
     recipe: Recipe,
     examples: Sequence[Mapping[str, Any]],
-    *,
-    progress: bool,
 ) -> list[list[float]]:
     """The negative log-likelihood of every token of each encoded instance's first reference, in nats."""
     collate = AnswerCollator(pad_id(tokenizer), with_tasks=True)
     order = sorted(range(len(examples)), key=lambda i: len(examples[i]["input_ids"]))
     losses: list[list[float]] = [[] for _ in examples]
-    with evaluation_mode(model), tqdm(total=len(order), desc="NLL", unit="answer", disable=not progress) as bar:
+    with evaluation_mode(model):
         for start in range(0, len(order), recipe.evaluation.batch_size):
             batch = order[start : start + recipe.evaluation.batch_size]
             inputs = on_device(collate([examples[i] for i in batch]), model.device)
             losses_L, row_L, _ = answer_losses(model, inputs, model)
             for loss, row in zip(losses_L.tolist(), row_L.tolist(), strict=True):
                 losses[batch[row]].append(loss)
-            bar.update(len(batch))
     return losses
 
 
@@ -283,10 +275,9 @@ def validation_loss(path: str | Path, *, trust_remote_code: bool = False) -> dic
     plan = make_plan(recipe, split="validation")
     model, tokenizer = load_run(run, recipe)
     examples = encoded(tokenizer, recipe, [(task, each) for task in plan.tasks for each in task.validation], model)
-    losses: dict[str, list[float]] = {}
-    found = answer_token_losses(model, tokenizer, recipe, examples, progress=False)
-    for example, nll in zip(examples, found, strict=True):
-        losses.setdefault(example["task"], []).extend(nll)
+    losses: dict[str, list[float]] = defaultdict(list)
+    for example, nll in zip(examples, answer_token_losses(model, tokenizer, recipe, examples), strict=True):
+        losses[example["task"]] += nll
     by_task = {name: fmean(of_task) for name, of_task in losses.items()}
     result = {"loss": fmean(by_task.values()), "tasks": by_task}
     write_json(run.validation_path, result)
@@ -296,11 +287,7 @@ def validation_loss(path: str | Path, *, trust_remote_code: bool = False) -> dic
 def load_run(run: Run, recipe: Recipe | None = None) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
     """A run's base model with what it has learnt (if its method trains), for inference.
 
-    Args:
-        run: a run's folder, or a stage's of it together with the run's ``recipe``.
-
-    Raises:
-        BaditError: the run has no adapter yet, or it is damaged.
+    ``run`` may be a stage's folder together with the run's ``recipe``. BaditError for no adapter, or a damaged one.
     """
     recipe = recipe or run.trusted_recipe()
     method = build_method(recipe.method)

@@ -100,13 +100,12 @@ def instance_scores(predictions: Mapping[str, Sequence[Prediction]]) -> dict[str
 
     A metric that some answer has no score in is left out.
     """
-    scores: dict[str, dict[str, list[Any]]] = {task: {} for task in predictions}
-    for name, metric in METRICS.items():
-        by_task = {task: [metric.score(answer) for answer in answers] for task, answers in predictions.items()}
-        if not any(None in values for values in by_task.values()):
-            for task, values in by_task.items():
-                scores[task][name] = values
-    return scores
+    scores: dict[str, dict[str, list[Any]]] = {
+        name: {task: [metric.score(answer) for answer in answers] for task, answers in predictions.items()}
+        for name, metric in METRICS.items()
+    }
+    known = [name for name, by_task in scores.items() if not any(None in values for values in by_task.values())]
+    return {task: {name: scores[name][task] for name in known} for task in predictions}
 
 
 def mean_scores(instances: Mapping[str, Mapping[str, Sequence[float]]]) -> dict[str, Any]:

@@ -210,7 +210,7 @@ def test_one_pass_serves_the_nll_and_the_answers(family, options, tiny_model, to
     task = Task(name="t", definition="w1", test=tuple(instances))
     examples = encoded(tokenizer, RECIPE, [(task, instance) for instance in instances], model)
     prompts = [example["input_ids"][: example["prompt_length"]] for example in examples]
-    losses = answer_token_losses(model, tokenizer, RECIPE, examples, progress=False)
+    losses = answer_token_losses(model, tokenizer, RECIPE, examples)
     answers = generate(model, tokenizer, prompts, max_new_tokens=4, batch_size=2)
     spy = spy_on(model, monkeypatch)
     _, predictions = score_model(model, tokenizer, RECIPE, [task], "test", progress=False)

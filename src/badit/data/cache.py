@@ -26,8 +26,6 @@ ROWS_AT_A_TIME = 5_000
 
 Item = TypeVar("Item")
 Indices = Sequence[int] | np.ndarray
-#: Makes a table's rows, and fills the notes that it is given.
-Make = Callable[[dict[str, Any]], Iterable[dict[str, Any]]]
 
 
 class Table(Sequence[Item]):
@@ -59,8 +57,6 @@ class Table(Sequence[Item]):
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Sequence) and len(self) == len(other) and all(map(eq, self, other))
 
-    __hash__ = None  # pyright: ignore[reportAssignmentType] (equal to tuples, which hash otherwise)
-
     def column(self, name: str) -> list[Any]:
         """One column of its rows."""
         return [value for batch in self._taken() for value in batch.column(name).to_pylist()]
@@ -78,16 +74,14 @@ class Table(Sequence[Item]):
             yield self._batches[number].take(pa.array(self.rows[part] - self._starts[number]))
 
 
-def table(schema: pa.Schema, make: Make, key: Any = None) -> tuple[pa.Table, dict[str, Any]]:
-    """A table and its notes, from the cache if they are there.
+def table(
+    schema: pa.Schema, make: Callable[[dict[str, Any]], Iterable[dict[str, Any]]], key: Any = None
+) -> tuple[pa.Table, dict[str, Any]]:
+    """A table and its notes, from the cache if they are there; BaditError if that cannot be read or written.
 
     Args:
-        schema: of the table.
-        make: called unless the cache has the table.
+        make: the rows, and fills the notes that it is given; called unless the cache has the table.
         key: plain values that decide the content; without it, the table stays in memory.
-
-    Raises:
-        BaditError: the cache cannot be read or written.
     """
     notes: dict[str, Any] = {}
     batches = (pa.RecordBatch.from_pylist(rows, schema=schema) for rows in chunks(make(notes), ROWS_AT_A_TIME))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -69,8 +68,7 @@ def encode_tasks(
     key = None
     if count >= _LARGE and backend is not None:
         about = repr((backend.to_str(), tokenizer.chat_template, tokenizer.special_tokens_map))
-        fingerprints = [task.fingerprint for task in tasks]
-        key = ["examples", hashlib.sha256(about.encode()).hexdigest(), dict(options), fingerprints]
+        key = ["examples", about, dict(options), [task.fingerprint for task in tasks]]
 
     def make(notes: dict[str, Any]) -> Iterator[dict[str, Any]]:
         from accelerate.utils import patch_environment
@@ -121,21 +119,19 @@ class AnswerCollator:
 
 @dataclass
 class Batches(Sequence[dict[str, Any]]):
-    """Batches of some examples in their order, each collated when it is asked for."""
+    """Batches of examples, each the indices of its own, collated when it is asked for."""
 
     examples: Sequence[Mapping[str, Any]]
-    indices: Sequence[int]
     collate: AnswerCollator
-    size: int
+    batches: Sequence[Sequence[int]]
 
     def __len__(self) -> int:
-        return -(-len(self.indices) // self.size)
+        return len(self.batches)
 
     def __getitem__(self, index: int | slice) -> Any:
         if isinstance(index, slice):
-            return [self[number] for number in range(len(self))[index]]
-        start = range(len(self))[index] * self.size
-        return self.collate([self.examples[i] for i in self.indices[start : start + self.size]])
+            return Batches(self.examples, self.collate, self.batches[index])
+        return self.collate([self.examples[i] for i in self.batches[index]])
 
 
 def batches_by_task(
@@ -146,7 +142,7 @@ def batches_by_task(
     groups: dict[str, list[int]] = defaultdict(list)
     for index, task in enumerate(tasks):
         groups[task].append(index)
-    return {task: Batches(examples, indices, collate, batch_size) for task, indices in groups.items()}
+    return {task: Batches(examples, collate, [*cache.chunks(group, batch_size)]) for task, group in groups.items()}
 
 
 def on_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 from badit.data.tasks import Instance, Messages, Task
@@ -63,8 +62,7 @@ def build_prompt(task: Task, instance: Instance, encoding: PromptEncoding = "def
 
 def prompt_text(task: Task, instance: Instance, encoding: PromptEncoding = "def") -> str:
     """The whole text of an instance's prompt, before truncation and chat template."""
-    prompt = build_prompt(task, instance, encoding)
-    return prompt.head + prompt.input + prompt.tail
+    return "".join(build_prompt(task, instance, encoding)[:3])
 
 
 def own_input(text: str) -> str:
@@ -98,48 +96,40 @@ def encode_prompts(
         if len(ids) > max_source_tokens:
             texts[i] = _cut(tokenizer, pieces[i], max_source_tokens)
         histories[i] = _recent(tokenizer, histories[i], max_source_tokens - len(ids))
-    if uses_template(tokenizer, chat_template):
-        # Templates write BOS themselves, so what they render is tokenised without adding another.
-        return _tokens(tokenizer, [_rendered(tokenizer, *one) for one in zip(texts, histories, strict=True)])
-    for i, prompt in enumerate(pieces):
-        if histories[i]:
-            turns = "".join(f"{role}: {content}\n\n" for role, content in (*histories[i], ("user", texts[i])))
-            texts[i] = f"{turns}assistant: "
-        elif prompt.is_message and not texts[i][-1:].isspace():
+    templated = uses_template(tokenizer, chat_template)
+    for i, (prompt, text, history) in enumerate(zip(pieces, texts, histories, strict=True)):
+        turns = (*history, ("user", text))
+        if templated:
+            texts[i] = _rendered(tokenizer, turns, add_generation_prompt=True)
+            if text.strip() not in texts[i]:
+                raise BaditError(f"chat_template: renders a prompt without the text that it is given; {_TEMPLATE_FIX}")
+        elif history:
+            texts[i] = "".join(f"{role}: {content}\n\n" for role, content in turns) + "assistant: "
+        elif prompt.is_message and not text[-1:].isspace():
             texts[i] += "\n"
-    # BOS by hand: some tokenizers would also close the prompt with EOS.
+    # BOS by hand: some tokenizers would also close the prompt with EOS. Templates write it themselves.
     bos: list[Any] = [tokenizer.bos_token_id]
-    adds_bos = tokenizer("")["input_ids"][:1] == bos
+    adds_bos = not templated and tokenizer("")["input_ids"][:1] == bos
     return [bos + ids if adds_bos and ids[:1] != bos else ids for ids in _tokens(tokenizer, texts)]
 
 
-def _rendered(tokenizer: PreTrainedTokenizerBase, text: str, history: Messages) -> str:
-    """The user's message after its history in the tokenizer's chat template, up to the assistant's answer."""
-    turns = [{"role": role, "content": content} for role, content in (*history, ("user", text))]
+def _rendered(tokenizer: PreTrainedTokenizerBase, turns: Messages, **options: Any) -> str:
+    messages = [{"role": role, "content": content} for role, content in turns]
     with explained("chat_template", action="rendered", fix=_TEMPLATE_FIX, any_error=True):
-        found = str(tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False))
-    if text.strip() not in found:
-        raise BaditError(f"chat_template: renders a prompt without the text that it is given; {_TEMPLATE_FIX}")
-    return found
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
 
 
 def _cut(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, most: int) -> str:
     """A prompt's text in at most so many tokens."""
-    head, content, tail = prompt[:3]
 
     def fits(text: str) -> bool:
         return len(_tokens(tokenizer, [text])[0]) <= most
 
-    def longest(before: str, text: str) -> str:
-        """What is left of a text that is too long, by bisection over the number of characters to cut."""
-        cut = bisect_left(range(len(text)), True, 1, key=lambda cut: fits(before + text[: len(text) - cut] + tail))
-        return before + text[: len(text) - cut] + tail
-
-    if fits(head + tail):
-        return longest(head, content)
-    if fits(tail):
-        return longest("", head)
-    raise BaditError(f"max_source_tokens: {most} has no room for the end {tail!r}; raise it")
+    for before, text in ((prompt.head, prompt.input), ("", prompt.head)):
+        if fits(before + prompt.tail):  # then bisect the number of characters to cut from the text's end
+            cut = bisect_left(range(len(text)), True, 1, key=lambda cut: fits(before + text[:-cut] + prompt.tail))
+            return before + text[:-cut] + prompt.tail
+    raise BaditError(f"max_source_tokens: {most} has no room for the end {prompt.tail!r}; raise it")
 
 
 def _recent(tokenizer: PreTrainedTokenizerBase, history: Messages, most: int) -> Messages:
@@ -147,21 +137,21 @@ def _recent(tokenizer: PreTrainedTokenizerBase, history: Messages, most: int) ->
     lengths = [len(ids) for ids in _tokens(tokenizer, [content for _, content in history])]
     system = history[:1] if history and history[0][0] == "system" and lengths[0] <= most else ()
     left = most - sum(lengths[: len(system)])
-    start = len(history)
-    while start > len(system) and lengths[start - 1] <= left:
-        start -= 1
-        left -= lengths[start]
-    while start < len(history) and history[start][0] != "user":  # templates want the user first
-        start += 1
-    return system + history[start:]
+    # Templates want the user first.
+    starts = (i for i in range(len(system), len(history)) if history[i][0] == "user" and sum(lengths[i:]) <= left)
+    return system + history[next(starts, len(history)) :]
 
 
 def end_of_turn_id(tokenizer: PreTrainedTokenizerBase, chat_template: ChatTemplate = "auto") -> int:
-    """The token that ends an answer: what the chat template puts after an assistant's message, else EOS."""
-    end: Any = None
+    """The token that ends an answer: the first added one after an assistant's message in the template, else EOS."""
     if uses_template(tokenizer, chat_template):
-        end = _end_in_template(tokenizer, tokenizer.get_chat_template())
-    end = tokenizer.eos_token_id if end is None else end
+        rendered = _rendered(tokenizer, (("user", "QUESTION"), ("assistant", "ANSWER")))
+        _, found, after = rendered.rpartition("ANSWER")
+        added = tokenizer.added_tokens_decoder
+        # Text between the message and its end, such as Llama 2's space, is not an added token.
+        if found and (ends := [token for token in _tokens(tokenizer, [after])[0] if token in added]):
+            return ends[0]
+    end: Any = tokenizer.eos_token_id
     if end is None:
         raise BaditError("tokenizer: has neither an end-of-turn nor an EOS token; set its eos_token")
     return end
@@ -182,7 +172,6 @@ def encode_examples(
     max_source_tokens: int = 1024,
     max_answer_tokens: int = 50,
     chat_template: ChatTemplate = "auto",
-    with_answer: bool = True,
 ) -> list[dict[str, Any]]:
     """Instances of tasks for a causal language model; many at once take a fifth of the time.
 
@@ -190,19 +179,17 @@ def encode_examples(
 
     Returns:
         For each `input_ids` and `labels` (lists of one length; the prompt's labels are -100), `prompt_length` in
-        tokens, and the names `task` and `id`. Without the answer, the prompt only.
+        tokens, and the names `task` and `id`.
     """
     sources = [build_prompt(task, instance, encoding) for task, instance in pairs]
     prompts = encode_prompts(tokenizer, sources, max_source_tokens=max_source_tokens, chat_template=chat_template)
-    answers: list[list[int]] = [[] for _ in pairs]
-    if with_answer:
-        end = end_of_turn_id(tokenizer, chat_template)
-        found = _tokens(tokenizer, [instance.outputs[0] for _, instance in pairs])
-        answers = [[*ids[:max_answer_tokens], end] for ids in found]
-    return [
-        with_labels({"task": task.name, "id": one.id, "prompt_length": len(prompt), "input_ids": prompt + answer})
-        for (task, one), prompt, answer in zip(pairs, prompts, answers, strict=True)
-    ]
+    answers = _tokens(tokenizer, [instance.outputs[0] for _, instance in pairs])
+    end = end_of_turn_id(tokenizer, chat_template)
+    examples = []
+    for (task, one), prompt, answer in zip(pairs, prompts, answers, strict=True):
+        ids = [*prompt, *answer[:max_answer_tokens], end]
+        examples.append(with_labels({"task": task.name, "id": one.id, "prompt_length": len(prompt), "input_ids": ids}))
+    return examples
 
 
 def with_labels(example: dict[str, Any]) -> dict[str, Any]:
@@ -223,18 +210,6 @@ def _tokens(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[li
     # verbose=False: no warning that a text which is about to be cut is longer than the model's window.
     options: dict[str, Any] = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
     return tokenizer(list(texts), **options)["input_ids"] if texts else []  # pyright: ignore[reportReturnType]
-
-
-@lru_cache(maxsize=8)
-def _end_in_template(tokenizer: PreTrainedTokenizerBase, template: str) -> int | None:
-    """The first added token after an assistant's message rendered by `template`."""
-    turns = [{"role": "user", "content": "QUESTION"}, {"role": "assistant", "content": "ANSWER"}]
-    with explained("chat_template", action="rendered", fix=_TEMPLATE_FIX, any_error=True):
-        rendered = tokenizer.apply_chat_template(turns, chat_template=template, tokenize=False)
-    _, found, after = str(rendered).rpartition("ANSWER")
-    added = tokenizer.added_tokens_decoder
-    # Text between the message and its end, such as Llama 2's space, is not an added token.
-    return next((token for token in _tokens(tokenizer, [after])[0] if token in added), None) if found else None
 
 
 def answer_rows(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, list[dict[str, Any]]]]:

@@ -29,8 +29,8 @@ OFFICIAL_TEST_INSTANCES = 100
 
 # Sources of this size and more are kept in the cache.
 _LARGE = 4 * 2**20
-_TABLES = {".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
-_LINES = (".jsonl", ".json")
+_JSON = (".jsonl", ".json")
+_SUFFIXES = (*_JSON, ".csv", ".tsv", ".parquet", ".arrow")
 _TEXT = pa.string()
 _SCHEMA = pa.schema({
     "task": _TEXT, "split": _TEXT, "hash": pa.uint64(), "id": _TEXT, "input": _TEXT, "instruction": _TEXT,
@@ -51,31 +51,16 @@ def load_tasks(
                 `splits/<list>/train_tasks.txt` and `test_tasks.txt` (`default` if there are several). Tasks of the
                 first list are for training, those of the second have their first 100 instances in `test`, all others
                 are left out. Without lists, the first 100 instances are `test` and the rest `train`.
-            jsonl: a .jsonl file or a folder of train.jsonl, validation.jsonl and test.jsonl; a line has "task",
-                "instruction", "input" (or none), "output" or "outputs", and may have "id" and "split".
-            other rows: files in .jsonl, .json, .csv, .tsv, .parquet or .arrow, a folder or a pattern of them, a folder
-                of `save_to_disk`, or a data set of the hub. See docs/own-tasks.md for the forms of a row.
+            rows, whose forms are in docs/own-tasks.md: files in .jsonl, .json, .csv, .tsv, .parquet or .arrow, a
+                folder or a pattern of them, a folder of `save_to_disk`, or a data set of the hub. With the format
+                "jsonl" a folder's .jsonl files alone.
         tasks: full names, or number prefixes such as "task363" or "363" that fit one task only.
         format: the layout; "auto" detects it.
 
     Raises:
         BaditError: a broken file, an unknown layout, or a task that is not there.
     """
-    where = source if isinstance(source, Source) else Source(source, format)
-    refuse_unknown("format", where.format, get_args(Format))
-    if where.path == "builtin" and where.format in ("auto", "builtin"):
-        found = builtin_tasks()
-    elif where.format == "builtin":
-        raise BaditError(f"source: must be 'builtin' for the built-in suite, not {str(where.path)!r:.60}")
-    else:
-        where.refuse_missing()
-        with explained(where.path, action="read"):
-            found = _official(where, tasks)
-            found = _of_rows(where) if found is None else found
-    if not found:
-        raise BaditError(f"{where.path}: holds no tasks")
-    by_name = {task.name: task for task in found}
-    return [by_name[name] for name in (sorted(by_name) if tasks is None else resolve_names(tasks, by_name))]
+    return load_sources([source if isinstance(source, Source) else Source(source, format)], tasks)
 
 
 def load_sources(
@@ -86,7 +71,7 @@ def load_sources(
     """The tasks of several sources, sorted by name, or those that are wanted, in that order.
 
     Args:
-        wanted: as for :func:`load_tasks`.
+        wanted: as the ``tasks`` of :func:`load_tasks`.
         weights: further factors on the weights of tasks, by name or number.
 
     Raises:
@@ -94,7 +79,7 @@ def load_sources(
     """
     found: dict[str, Task] = {}
     for source in sources:
-        for task in load_tasks(source, tasks=wanted if len(sources) == 1 else None):
+        for task in _read(source, wanted if len(sources) == 1 else None):
             if task.name in found:
                 raise BaditError(f"data.source: {source.path} has task {task.name}, as one before it; set its task")
             found[task.name] = task.model_copy(update={"weight": source.weight})
@@ -103,6 +88,28 @@ def load_sources(
         (name,) = resolve_names([key], found, field="data.weights")
         found[name] = found[name].model_copy(update={"weight": found[name].weight * weight})
     return [found[name] for name in names]
+
+
+def _read(where: Source, wanted: Sequence[str] | None) -> list[Task]:
+    """The tasks of a source, of an official collection only those that are wanted."""
+    refuse_unknown("format", where.format, get_args(Format))
+    if where.path == "builtin" and where.format in ("auto", "builtin"):
+        return builtin_tasks()
+    if where.format == "builtin":
+        raise BaditError(f"source: must be 'builtin' for the built-in suite, not {str(where.path)!r:.60}")
+    where.refuse_missing()
+    path, found = Path(where.path), None
+    with explained(where.path, action="read"):
+        is_saved = any((path / name).is_file() for name in ("dataset_dict.json", "state.json"))  # by save_to_disk
+        if is_saved or not (path.exists() or has_magic(str(where.path))):
+            found = _of_data_sets(where, path)
+        elif path.is_dir() and where.format != "jsonl":
+            found = _official(where, path, wanted)
+        if found is None:
+            found = _of_rows(where, path)
+    if not found:
+        raise BaditError(f"{where.path}: holds no tasks")
+    return found
 
 
 def _collected(where: Source, files: Sequence[Path], records: Iterable[Record], about: Any = None) -> list[Task]:
@@ -138,11 +145,8 @@ def _collected(where: Source, files: Sequence[Path], records: Iterable[Record], 
     return tasks
 
 
-def _official(where: Source, wanted: Sequence[str] | None) -> list[Task] | None:
+def _official(where: Source, path: Path, wanted: Sequence[str] | None) -> list[Task] | None:
     """The tasks of a folder in one of the two layouts of Super-NaturalInstructions; None if it is in neither."""
-    path = Path(where.path)
-    if not path.is_dir() or where.format == "jsonl" or _is_saved(path):
-        return None
     # Of each task the files, each with the split of its first 100 instances and that of the others.
     found: dict[str, list[Any]] = {
         file.parent.name: [(file, "train", "train"), (file.with_name("test.json"), "test", "test")]
@@ -156,8 +160,17 @@ def _official(where: Source, wanted: Sequence[str] | None) -> list[Task] | None:
         found = {file.stem: [(file, *splits[file.stem])] for file in files if file.stem in splits}
     names = sorted(found) if wanted is None else resolve_names(wanted, found)
     parts = [(name, *part) for name in names for part in found[name]]
-    records = (record for part in parts for record in _read_official(*part))
-    return _collected(where, [file for _, file, *_ in parts], records, [(name, *split) for name, _, *split in parts])
+
+    def records() -> Iterator[Record]:
+        for name, file, first, rest in parts:
+            with explained(file):
+                task = _OfficialTask.model_validate(parse_json(read_text(file), file=file))
+            about = task.model_dump(exclude={"instances"})
+            for index, one in enumerate(task.instances):
+                if split := first if index < OFFICIAL_TEST_INSTANCES else rest:
+                    yield name, about, split, one.model_dump()
+
+    return _collected(where, [file for _, file, *_ in parts], records(), [(name, *split) for name, _, *split in parts])
 
 
 def _split_lists(root: Path, files: Sequence[Path]) -> dict[str, Any]:
@@ -180,7 +193,7 @@ def _split_lists(root: Path, files: Sequence[Path]) -> dict[str, Any]:
 class _OfficialInstance(BaseModel):
     id: str | None = None
     input: str
-    output: Outputs
+    outputs: Outputs = Field(alias="output")
 
 
 class _OfficialTask(BaseModel):
@@ -193,38 +206,24 @@ class _OfficialTask(BaseModel):
     instances: list[_OfficialInstance] = Field(alias="Instances", min_length=1)
 
 
-def _read_official(name: str, file: Path, first: Split, rest: Split | None) -> Iterator[Record]:
-    """The instances of one official file, the first 100 for one split and the others for another or for none."""
-    content = parse_json(read_text(file), file=file)
-    with explained(file):
-        found = _OfficialTask.model_validate(content)
-    about = found.model_dump(exclude={"instances"})
-    for index, one in enumerate(found.instances):
-        if split := first if index < OFFICIAL_TEST_INSTANCES else rest:
-            yield name, about, split, {"id": one.id, "input": one.input, "outputs": one.output}
-
-
-def _of_rows(where: Source) -> list[Task]:
-    """The tasks of files with a row for each instance, of a saved data set, or of one of the hub."""
-    path = Path(where.path)
-    if has_magic(str(where.path)) and not path.exists():
-        files = sorted(Path(name) for name in glob(str(where.path), recursive=True) if Path(name).is_file())
-    elif path.is_dir() and not _is_saved(path):
-        files = _row_files(path, (*_TABLES, *_LINES) if where.format == "auto" else (".jsonl",))
-    elif path.is_dir() or not path.exists():
-        return _of_data_sets(where, path)
+def _of_rows(where: Source, path: Path) -> list[Task]:
+    """The tasks of a file with a row for each instance, or of those of a folder or a pattern."""
+    if path.is_dir():
+        files = _row_files(path, _SUFFIXES if where.format == "auto" else (".jsonl",))
+    elif path.exists():
+        files = [path] if path.is_file() and path.suffix in _SUFFIXES else []
     else:
-        files = [path] if path.is_file() and path.suffix in {*_TABLES, *_LINES} else []
+        files = sorted(Path(name) for name in glob(str(where.path), recursive=True) if Path(name).is_file())
     if not files:
-        known = f"<task>/train.json, tasks/*.json or files in {', '.join([*_LINES, *_TABLES])}"
+        known = f"<task>/train.json, tasks/*.json or files in {', '.join(_SUFFIXES)}"
         raise BaditError(f"{path}: no tasks found; expected {known}")
 
     def records() -> Iterator[Record]:
         for file in files:
             split = _split_in(file) if len(files) > 1 else None
             task = where.task or (file.resolve().parent.name if split else file.stem)
-            rows = _table_rows(file) if file.suffix in _TABLES else _json_rows(file)
-            yield from read_rows(rows, split, task, where, strict=file.suffix in _LINES and not where.columns)
+            strict = file.suffix in _JSON and not where.columns
+            yield from read_rows(_rows_in(file), split, task, where, strict=strict)
 
     return _collected(where, files, records())
 
@@ -240,11 +239,6 @@ def _split_in(file: Path) -> Split | None:
     return SPLIT_NAMES.get(re.sub(r"-\d+-of-\d+$", "", file.stem))
 
 
-def _is_saved(folder: Path) -> bool:
-    """Whether ``save_to_disk`` of the library datasets has written the folder."""
-    return any((folder / name).is_file() for name in ("dataset_dict.json", "state.json"))
-
-
 def _holds_rows(file: Path) -> bool:
     """Whether a .json file is a list."""
     if not file.is_file():
@@ -253,34 +247,30 @@ def _holds_rows(file: Path) -> bool:
         return stream.read(1024).lstrip()[:1] == b"["
 
 
-def _json_rows(file: Path) -> Iterator[tuple[str, Any]]:
-    """The rows of a file, which is a list or has one on each line, each with its place."""
-    if _holds_rows(file):
-        for number, row in enumerate(parse_json(read_text(file), file=file), start=1):
-            yield f"{file}: item {number}", row
-        return
-    for number, text in lines_of(file):
-        if text.strip():
-            yield f"{file}: line {number}", parse_json(text, file=file, first_line=number)
-
-
-def _table_rows(file: Path) -> Iterator[tuple[str, Any]]:
-    """The rows of a CSV, Parquet or Arrow file, read some at a time; those of CSV are text."""
-    if _TABLES[file.suffix] != "csv":
+def _rows_in(file: Path) -> Iterator[tuple[str, Any]]:
+    """The rows of a file, each with its place; those of CSV are text, JSON is a list or has one on each line."""
+    if file.suffix in (".parquet", ".arrow"):
         from datasets import load_dataset
 
         with explained(file, action="read", any_error=True):
-            rows = load_dataset(_TABLES[file.suffix], data_files=str(file), split="train", streaming=True)
+            rows = load_dataset(file.suffix[1:], data_files=str(file), split="train", streaming=True)
         yield from _rows_of(rows, str(file))
-        return
-    csv.field_size_limit(2**31 - 1)  # of characters; by default 128 thousand
-    with explained(file, action="read", any_error=True), file.open(encoding="utf-8-sig", newline="") as stream:
-        reader = csv.DictReader(stream, delimiter="\t" if file.suffix == ".tsv" else ",", strict=True)
-        for number, row in enumerate(reader, start=1):
-            if None in row:
-                fix = "quote values with a separator"
-                raise BaditError(f"{file}: row {number} has more values than the first line has names; {fix}")
-            yield f"{file}: row {number}", row
+    elif file.suffix in (".csv", ".tsv"):
+        csv.field_size_limit(2**31 - 1)  # of characters; by default 128 thousand
+        with explained(file, action="read", any_error=True), file.open(encoding="utf-8-sig", newline="") as stream:
+            reader = csv.DictReader(stream, delimiter="\t" if file.suffix == ".tsv" else ",", strict=True)
+            for number, row in enumerate(reader, start=1):
+                if None in row:
+                    fix = "quote values with a separator"
+                    raise BaditError(f"{file}: row {number} has more values than the first line has names; {fix}")
+                yield f"{file}: row {number}", row
+    elif _holds_rows(file):
+        for number, row in enumerate(parse_json(read_text(file), file=file), start=1):
+            yield f"{file}: item {number}", row
+    else:
+        for number, text in lines_of(file):
+            if text.strip():
+                yield f"{file}: line {number}", parse_json(text, file=file, first_line=number)
 
 
 def _rows_of(rows: Any, place: str) -> Iterator[tuple[str, Any]]:

@@ -21,7 +21,6 @@ Turns = Literal["last", "all"]
 
 #: An instance on its way to its task: the task's name and fields, the split, and the instance's fields.
 Record = tuple[str, Mapping[str, Any], Split, Mapping[str, Any]]
-HUB_NAME = re.compile(r"([\w-][\w.-]*/[\w.-]+)(?::([\w.-]+))?")
 #: What data sets call the splits.
 SPLIT_NAMES: dict[str, Any] = {"train": "train", "test": "test"} | dict.fromkeys(
     ("validation", "valid", "val", "dev", "eval"), "validation"
@@ -62,8 +61,8 @@ class Source:
 
     def refuse_missing(self) -> None:
         """Raises BaditError where there is no such file or folder, and the name is none of the hub or a pattern."""
-        path = str(self.path)
-        if path != "builtin" and not has_magic(path) and not HUB_NAME.fullmatch(path) and not Path(path).exists():
+        path, hub_name = str(self.path), r"[\w-][\w.-]*/[\w.-]+(:[\w.-]+)?"
+        if path != "builtin" and not has_magic(path) and not re.fullmatch(hub_name, path) and not Path(path).exists():
             raise BaditError(f"{path}: no such file or folder; give a path or 'builtin'")
 
 
@@ -78,8 +77,6 @@ _Answers = Annotated[Outputs, AfterValidator(_not_blank)]
 
 
 class _Row(BaseModel):
-    """An instance of a row."""
-
     task: TaskName
     input: str
     outputs: _Answers
@@ -109,26 +106,21 @@ def read_rows(
                         )
                     if file_split and one.split and one.split != file_split:
                         raise BaditError(f"split: the file's name says '{file_split}'")
-                    instance = one.model_dump(include={"id", "input", "outputs", "instruction", "history"})
+                    instance = one.model_dump(exclude={"task", "split"})
                     yield one.task, {"definition": one.instruction}, file_split or one.split or "train", instance
         except BaditError as error:
             raise BaditError(f"{place}: {error}") from None
-
-
-def _renamed(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
-    for column in columns.values():
-        if column not in row:
-            raise BaditError(f"data.columns: there is no column {column!r:.60}; found: {', '.join(map(str, row))}")
-    kept = {key: value for key, value in row.items() if key not in columns.values()}
-    kept |= {name: row[column] for name, column in columns.items()}
-    return {key: value for key, value in kept.items() if value is not None}
 
 
 def _parsed(row: Any, name: str, where: Source, strict: bool) -> Iterator[_Row]:
     """The instances of one row, by its form."""
     if not isinstance(row, Mapping):
         raise BaditError(f"must be an object with keys, not {row!r:.60}")
-    row = _renamed(row, where.columns)
+    if missing := [column for column in where.columns.values() if column not in row]:
+        raise BaditError(f"data.columns: there is no column {missing[0]!r:.60}; found: {', '.join(map(str, row))}")
+    renamed = {key: row[column] for key, column in where.columns.items()}
+    kept = {key: value for key, value in row.items() if key not in where.columns.values()}
+    row = {key: value for key, value in {**kept, **renamed}.items() if value is not None}
     own_task = row.get("task", row.get("task_name"))
     instruction, outputs = where.instruction, row.get("output", row.get("outputs"))
     if (chat := _chat_of(row)) is not None:
@@ -169,11 +161,10 @@ def _refuse_near(key: str, row: Mapping[str, Any]) -> None:
 
 def _chat_of(row: Mapping[str, Any]) -> list[Any] | None:
     """The messages of a row, if it is a chat."""
-    for key in ("messages", "conversations"):
-        if isinstance(row.get(key), list):
-            return row[key]
-    prompt, completion = row.get("prompt"), row.get("completion")
-    return [*prompt, *completion] if isinstance(prompt, list) and isinstance(completion, list) else None
+    for keys in (("messages",), ("conversations",), ("prompt", "completion")):
+        if all(isinstance(row.get(key), list) for key in keys):
+            return [message for key in keys for message in row[key]]
+    return None
 
 
 def _answers(messages: Sequence[Any], turns: Turns) -> Iterator[tuple[Messages, Any, Any]]:
@@ -189,7 +180,6 @@ def _answers(messages: Sequence[Any], turns: Turns) -> Iterator[tuple[Messages, 
 
 
 def _message(number: int, message: Any) -> tuple[str, str]:
-    """The role and the text of a message."""
     fields = message if isinstance(message, Mapping) else {}
     role, content = fields.get("role", fields.get("from")), fields.get("content", fields.get("value"))
     if isinstance(content, list):

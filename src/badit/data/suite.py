@@ -20,7 +20,7 @@ TRAIN_INSTANCES = 160
 TEST_INSTANCES = 40
 DEMONSTRATIONS = 2
 
-# Word lists, and by task its category, abilities and definition.
+# Word lists, and by task its categories, abilities and definition.
 _DATA: dict[str, Any] = json.loads((resources.files("badit.data") / "suite.json").read_text(encoding="utf-8"))
 ABILITIES: dict[str, str] = _DATA["abilities"]  # the closed vocabulary of what the tasks ask of a model
 NAMES, PLACES, COUNTED, APPOINTMENTS = (_DATA[kind] for kind in ("names", "places", "counted", "appointments"))
@@ -50,15 +50,12 @@ def _generated(name: str) -> Task:
     pairs = list(examples.items())
     shown, scored = pairs[:DEMONSTRATIONS], pairs[DEMONSTRATIONS:]
     instances = [Instance(id=f"{name}-{i}", input=text, outputs=(answer,)) for i, (text, answer) in enumerate(scored)]
-    about = _DATA["tasks"][name]
     return Task(
         name=name,
-        definition=about["definition"],
         demonstrations=tuple(Demonstration(input=text, output=answer) for text, answer in shown),
-        categories=(about["category"],),
-        abilities=tuple(about["abilities"]),
         train=tuple(instances[:TRAIN_INSTANCES]),
         test=tuple(instances[TRAIN_INSTANCES:]),
+        **_DATA["tasks"][name],
     )
 
 

@@ -140,10 +140,9 @@ def hold_out(tasks: Iterable[Task], per_task: int, seed: int) -> list[Task]:
     after = []
     for task in tasks:
         count = 0 if task.validation else min(per_task, len(task.train) // 4)
-        held = set(_shuffled(range(len(task.train)), f"hold_out/{seed}/{task.name}")[:count])
-        train = _selected(task.train, [index for index in range(len(task.train)) if index not in held])
-        validation = task.validation or _selected(task.train, sorted(held))
-        after.append(task.model_copy(update={"train": train, "validation": validation}))
+        drawn = _shuffled(range(len(task.train)), f"hold_out/{seed}/{task.name}")
+        held, train = (_selected(task.train, sorted(part)) for part in (drawn[:count], drawn[count:]))
+        after.append(task.model_copy(update={"train": train, "validation": task.validation or held}))
     return after
 
 
