@@ -39,7 +39,7 @@ class Table(NamedTuple):
 
 def number(value: Any, form: str = ".1f", sign: str = "-") -> str:
     """``number(-1234.5)`` is "−1,234.5"; what rounds to zero has no sign; an unknown number is a dash."""
-    return UNKNOWN if value is None or pd.isna(value) else f"{value:{sign}z,{form}}".replace("-", "−")
+    return UNKNOWN if pd.isna(value) else f"{value:{sign}z,{form}}".replace("-", "−")
 
 
 def table(
@@ -104,9 +104,10 @@ def method_table(results: Results, metric: str = "rouge_l", released: bool = Fal
     best = set()
     for name, title in spreads.items():
         means, stds = (summary[f"{name}_{part}"] for part in ("mean", "std"))
-        lower_is_better = name == "forgetting" or (name in METRICS and METRICS[name].lower_is_better)
+        about = METRICS.get(name, METRICS["rouge_l"])  # transfer is in points of Rouge-L
+        lower_is_better = name == "forgetting" or about.lower_is_better
         best |= {(i, len(columns)) for i in _highest(-means if lower_is_better else means)}
-        own = f".{METRICS[name].decimals}f" if name in METRICS else ".1f"
+        own = f".{about.decimals}f"
         pairs = zip(means, stds, strict=True)
         columns[title] = [number(mean, own) + ("" if pd.isna(std) else f" ± {number(std, own)}") for mean, std in pairs]
     columns[f"vs {results.reference} [95 %]"] = differences = []
@@ -178,7 +179,6 @@ def _difference_notes(results: Results, summary: pd.DataFrame, score: str, metri
 
 
 def _lines(table: Table, escape: Callable[[str], str] = str, bold: Callable[[str], str] = str) -> list[list[str]]:
-    """The header and the rows."""
     lines = [[escape(one_line(text)) for text in row] for row in (table.texts.columns, *table.texts.to_numpy())]
     for row, column in table.best:
         lines[row + 1][column] = bold(lines[row + 1][column])
@@ -200,7 +200,6 @@ def _markdown(table: Table) -> str:
 
 
 def _latex(table: Table) -> str:
-    """A booktabs tabular; the lines below the table become comments."""
     lines = _lines(table, lambda value: value.translate(str.maketrans(_LATEX)), lambda value: rf"\textbf{{{value}}}")
     header, *rows = [" & ".join(line) + r" \\" for line in lines]
     begin, end = rf"\begin{{tabular}}{{l{'r' * (len(lines[0]) - 1)}}}", r"\end{tabular}"
@@ -208,13 +207,13 @@ def _latex(table: Table) -> str:
     return "\n".join([begin, r"\toprule", header, r"\midrule", *rows, r"\bottomrule", end, *notes])
 
 
-def _csv(table: Table) -> str:
-    """In full precision; a cell that was left out is a row of its own, with its status."""
-    return table.numbers.to_csv(index=False).removesuffix("\n")
-
-
-#: The forms of a comparison's table.
-FORMATS: dict[str, Callable[[Table], str]] = {"text": _text, "markdown": _markdown, "latex": _latex, "csv": _csv}
+#: The forms of a comparison's table; in CSV, a cell that was left out is a row of its own, with its status.
+FORMATS: dict[str, Callable[[Table], str]] = {
+    "text": _text,
+    "markdown": _markdown,
+    "latex": _latex,
+    "csv": lambda table: table.numbers.to_csv(index=False).removesuffix("\n"),
+}
 
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, right: Set[int] | None = None) -> str:
@@ -241,10 +240,9 @@ def exported_rank(exported: Any) -> str:
 
 def cost_table(scores: dict[str, Any]) -> str:
     """Rouge-L per task of a run, routed, and of its export."""
-    entries = {**scores["tasks"], **({"mean over tasks": scores["mean"]} if len(scores["tasks"]) > 1 else {})}
-    rows = [
-        [name, f"{e['routed']:.1f}", f"{e['frozen']:.1f}", f"{e['difference']:+.1f}"] for name, e in entries.items()
-    ]
+    entries = scores["tasks"] | ({"mean over tasks": scores["mean"]} if len(scores["tasks"]) > 1 else {})
+    forms = {"routed": ".1f", "frozen": ".1f", "difference": "+.1f"}
+    rows = [[name, *(f"{entry[key]:{form}}" for key, form in forms.items())] for name, entry in entries.items()]
     return text_table(["task", "Rouge-L routed", "frozen", "difference"], rows)
 
 

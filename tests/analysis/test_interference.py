@@ -1,6 +1,7 @@
 """Sketches, gradients of tasks and units that they share: against autograd, loops, enumeration and stated errors."""
 
 import math
+from contextlib import ExitStack
 
 import pytest
 import torch
@@ -171,7 +172,7 @@ def test_no_more_than_one_gradient_is_held(tiny_model):
         )
     measured(model, naive.make_examples({"a": 2, "b": 1}))
     assert held == [1] * (3 * len(parameters))
-    sketches = interference.TaskGradients(model, 50, sketch_size=8)._sketches
+    sketches = interference.TaskGradients(model, [1] * 50, 8, ExitStack())._sketches
     assert sum(sketch.sums_RM.numel() for sketch in sketches) <= len(parameters) * 2 * 50 * 8
 
 

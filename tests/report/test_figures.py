@@ -117,7 +117,8 @@ def test_every_figure_follows_the_schema_names_no_colours_and_exports(tmp_path):
         assert block.caption in block.specification["description"]
         assert "config" not in block.specification
         assert block.specification["width"] == "container"
-    written = export_figures([Section("all", "All", blocks=blocks)], tmp_path / "figures")
+    export_figures([Section("all", "All", blocks=blocks)], tmp_path / "figures")
+    written = [*(tmp_path / "figures").iterdir()]
     names = {block.name for block in blocks}
     assert len(names) == len(blocks) >= 18, "each has a name of its own"
     assert {path.name for path in written} == {f"{name}.{kind}" for name in names for kind in ("svg", "pdf")}

@@ -107,9 +107,7 @@ def _parts(
     examples, collate = encoded(tokenizer, recipe, pairs, model), AnswerCollator(pad_id(tokenizer), with_tasks=True)
     batches = batches_by_task(examples, collate, _BATCH_SIZE)
     gates = prompt_gates(model, batches) if active_experts(model) else None
-
-    def interference() -> list[pd.DataFrame]:
-        return measure_interference(model, batches_by_task(examples, collate, 1), gates, progress=progress)
+    one_by_one = batches_by_task(examples, collate, 1)
 
     def experts() -> list[pd.DataFrame]:
         if gates is None:
@@ -121,10 +119,12 @@ def _parts(
         held_out = held_out_angles(model, batches, progress=progress)
         return [expert_angles(run, held_out), component_flow(run), *atlas]
 
-    def learning() -> list[pd.DataFrame]:
-        return [transfer(run)] if recipe.data.order is not None and run.scores_path.is_file() else []
-
-    return {"interference": interference, "experts": experts, "learning": learning}
+    has_matrix = recipe.data.order is not None and run.scores_path.is_file()
+    return {
+        "interference": lambda: measure_interference(model, one_by_one, gates, progress=progress),
+        "experts": experts,
+        "learning": lambda: [transfer(run)] if has_matrix else [],
+    }
 
 
 def _chosen(task: Task, count: int, *, trained: bool) -> Sequence[Instance]:

@@ -13,8 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from functools import cached_property
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -86,8 +84,7 @@ class Experts(NamedTuple):
         return labels_N.argsort(stable=True)[:: len(labels_N) // (int(labels_N.max()) + 1)]
 
 
-@dataclass(frozen=True)
-class PromptGates:
+class PromptGates(NamedTuple):
     """How much every prompt draws on every expert: by task, gates (P, M, K), the prompts in the order of the rows."""
 
     modules: Sequence[tuple[int, str]]
@@ -97,7 +94,7 @@ class PromptGates:
     def tasks(self) -> list[str]:
         return list(self.by_task)
 
-    @cached_property
+    @property
     def means(self) -> np.ndarray:
         """(tasks, M, K): the mean over each task's prompts."""
         return np.stack([gates_PMK.mean(axis=0) for gates_PMK in self.by_task.values()])
@@ -174,8 +171,8 @@ def _component_gates(model: Any, experts: Sequence[Experts], of_task: Sequence[A
 
 def gates_frame(gates: PromptGates) -> pd.DataFrame:
     """Every task's gates in every module: mean and standard deviation over its prompts."""
-    counts = [len(gates_PMK) for gates_PMK in gates.by_task.values()]
-    each = str(min(counts)) if len(set(counts)) == 1 else f"{min(counts)} to {max(counts)}"
+    counts = set(map(len, gates.by_task.values()))
+    each = " to ".join(map(str, sorted({min(counts), max(counts)})))
     # A single prompt has no standard deviation.
     stds = [g.std(axis=0, ddof=1) if len(g) > 1 else np.full_like(g[0], np.nan) for g in gates.by_task.values()]
     places = product(gates.tasks, gates.modules, range(gates.means.shape[-1]))

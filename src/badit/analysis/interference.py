@@ -24,8 +24,8 @@ of a weight, A = units of all layers, P = places (a kind, layer and module), E =
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from itertools import combinations
 from typing import Any, NamedTuple
@@ -39,7 +39,7 @@ from tqdm.auto import tqdm
 from transformers.pytorch_utils import Conv1D
 
 from badit.analysis.gates import Batches, PromptGates, marked_experts
-from badit.analysis.tables import COUNT, INDEX, TEXT, Column, Table, layer_and_module
+from badit.analysis.tables import COUNT, INDEX, SHARED, Column, Table, layer_and_module
 from badit.baselines.neurons import top_neurons
 from badit.data import on_device
 from badit.errors import BaditError
@@ -53,42 +53,27 @@ SHARE = 0.1
 
 Place = tuple[str, int, str]  # "weights" or "adapter", the layer, the module's name below the layer
 
-_PARAMETERS = '"weights" (of the linear layers) or "adapter"'
-_COSINE = "cosine of the two tasks' gradients"
-_MAGNITUDE = "2|a||b| / (|a|² + |b|²) of the two gradients: 1 for equal norms"
-_RELIABILITY = "cosine between gradients on two halves of a task's instances: how little of them is noise"
-_PLACE = {
-    "layer": Column("transformer layer, from 0; −1 for what belongs to none", INDEX),
-    "module": Column('name below the layer, such as mlp.gate_proj; with ".adapter" for the adapter on it', TEXT),
-}
-_ALL_MODULES = Column(f"{_PARAMETERS}, all modules together", TEXT)
-
-GRADIENT_PAIRS = Table("gradient_pairs", "task_a task_b", **_PLACE, cosine=_COSINE, magnitude_similarity=_MAGNITUDE)
+GRADIENT_PAIRS = Table("gradient_pairs", "task_a task_b layer module cosine magnitude_similarity")
 GRADIENT_OVERALL = Table(
     "gradient_overall",
-    "task_a task_b",
-    parameters=_ALL_MODULES,
-    cosine=_COSINE,
+    "task_a task_b parameters cosine",
     corrected_cosine="the cosine that noiseless gradients would have, from the halves of the instances; null where "
     "noise is all that can be seen",
-    magnitude_similarity=_MAGNITUDE,
+    magnitude_similarity=SHARED["magnitude_similarity"],
 )
 GRADIENT_SUMMARY = Table(
     "gradient_summary",
-    "",
-    **_PLACE,
-    parameters=Column(_PARAMETERS, TEXT),
+    "layer module parameters",
     conflict_rate="share of the pairs of tasks whose gradients have a negative cosine",
     mean_cosine="mean cosine over the pairs of tasks",
     mean_magnitude_similarity="mean of 2|a||b| / (|a|² + |b|²) over the pairs of tasks",
-    reliability=f"{_RELIABILITY}; mean over tasks",
+    reliability=f"{SHARED['reliability'].meaning}; mean over tasks",
 )
 GRADIENT_TASKS = Table(
     "gradient_tasks",
-    "task",
-    parameters=_ALL_MODULES,
+    "task parameters",
     norm="norm of the task's gradient (nats per token, for a unit of the parameters)",
-    reliability=_RELIABILITY,
+    reliability=SHARED["reliability"],
     instances=Column("instances that the gradient is the mean of", COUNT),
 )
 COACTIVATION = Table(
@@ -128,14 +113,15 @@ def measure_interference(
     """
     sizes = [len(of_task) for of_task in batches.values()]
     parameter = next(model.parameters())
-    gradients = TaskGradients(model, len(batches), SKETCH_SIZE)
+    hooks = ExitStack()
+    gradients = TaskGradients(model, sizes, SKETCH_SIZE, hooks)
     sums: dict[int, Any] = {}  # by layer, of a task's outputs over all positions
 
     def add(layer: int, module: nn.Module, args: tuple, output: torch.Tensor) -> None:
         sums[layer] = sums.get(layer, 0) + output.detach().flatten(0, -2).sum(dim=0, dtype=torch.float32)
 
     marked: dict[str, dict[str, list[torch.Tensor]]] = {"neurons": {}, "parameters": {}}
-    with ExitStack() as hooks, gradients.taking():
+    with hooks, torch.enable_grad():
         bar = hooks.enter_context(tqdm(total=sum(sizes), desc="Gradients", disable=not progress))
         for layer, projection in enumerate(_first_projections(model)):
             hooks.callback(projection.register_forward_hook(partial(add, layer)).remove)
@@ -143,7 +129,7 @@ def measure_interference(
             sums.clear()
             positions = 0
             for index, instance in enumerate(of_task):
-                gradients.begin_instance(number)
+                gradients.row = 2 * number + index % 2
                 losses_L, _, _ = answer_losses(model, on_device(instance, parameter.device), model)
                 if not torch.isfinite(losses_L.mean()):
                     reason = "it may overflow in its type; use float32" if len(losses_L) else "it has no answer tokens"
@@ -151,10 +137,10 @@ def measure_interference(
                 losses_L.mean().backward()
                 positions += instance["input_ids"].numel()
                 bar.update()
-            marked["neurons"][task] = strongest([sums[layer].cpu() / positions for layer in sorted(sums)], SHARE)
-            marked["parameters"][task] = strongest(gradients.row_scores(number), SHARE)
-    few, many = min(sizes), max(sizes)
-    data = f"Measured on {len(sizes)} tasks with {few if few == many else f'{few} to {many}'} instances each."
+            marked["neurons"][task] = _strongest([sums[layer].cpu() / positions for layer in sorted(sums)])
+            marked["parameters"][task] = _strongest(gradients.row_scores(number))
+    each = " to ".join(map(str, sorted({min(sizes), max(sizes)})))
+    data = f"Measured on {len(sizes)} tasks with {each} instances each."
     about_gradients = (
         f"{data} A task's gradient is the mean over its instances of the gradient of the answer's mean cross-entropy, "
         f"without dropout, with the weights in {str(parameter.dtype).removeprefix('torch.')}. Inner products are "
@@ -189,9 +175,9 @@ def _first_projections(model: nn.Module) -> list[nn.Module]:
     return [module for _, module in found]
 
 
-def strongest(scores: Sequence[torch.Tensor], share: float) -> list[torch.Tensor]:
-    """For each layer's scores (U,), masks that are true for the ``share`` of them that is highest, at least one."""
-    return [top_neurons({"layer": scores_U}, share)["layer"] for scores_U in scores]
+def _strongest(scores: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """For each layer's scores (U,), a mask of those that a task marks."""
+    return [top_neurons({"layer": scores_U}, SHARE)["layer"] for scores_U in scores]
 
 
 def coactivation(marked: Mapping[str, Mapping[str, Sequence[torch.Tensor]]], about: str) -> list[pd.DataFrame]:
@@ -258,42 +244,32 @@ def measured_parameters(model: nn.Module) -> list[MeasuredParameter]:
 
 
 class TaskGradients:
-    """Sums of the instances' gradients by task and half, as sketches, and of the squares of "weights" by row."""
+    """Sums of the instances' gradients by task and half, as sketches, and of the squares of "weights" by row.
 
-    def __init__(self, model: nn.Module, tasks: int, sketch_size: int) -> None:
+    Until ``hooks`` is closed, a backward pass adds its gradients, the only ones that it computes, to the half-task
+    ``row``. A task's ``instances`` belong to its halves in turn.
+    """
+
+    def __init__(self, model: nn.Module, instances: Sequence[int], sketch_size: int, hooks: ExitStack) -> None:
         self._measured = measured_parameters(model)
-        self.counts_T2 = torch.zeros(tasks, 2, dtype=torch.float64)
-        self._row = 0
+        self.counts_T2 = torch.tensor([[n - n // 2, n // 2] for n in instances], dtype=torch.float64)
+        self.row = 0
         generator = torch.Generator().manual_seed(0)
         model.requires_grad_(False)
         self._sketches, self._squares = [], {}
         for i, (_, p, in_dim) in enumerate(self._measured):
-            self._sketches.append(SketchedSums(p.numel(), 2 * tasks, sketch_size, generator, p.device))
+            self._sketches.append(SketchedSums(p.numel(), 2 * len(instances), sketch_size, generator, p.device))
             if in_dim is not None:
-                self._squares[i] = torch.zeros(tasks, p.shape[1 - in_dim], device=p.device)
-
-    @contextmanager
-    def taking(self) -> Iterator[None]:
-        """Within, a backward pass adds its gradients to the sums, and they are the only ones that it computes."""
-        with ExitStack() as hooks, torch.enable_grad():
-            for i, (_, parameter, _) in enumerate(self._measured):
-                handle = parameter.requires_grad_(True).register_post_accumulate_grad_hook(partial(self._take, i))
-                hooks.callback(handle.remove)
-            yield
-
-    def begin_instance(self, task: int) -> None:
-        """The next backward pass is an instance of this task, numbered from 0; its halves take turns."""
-        half = int(self.counts_T2[task].sum()) % 2
-        self.counts_T2[task, half] += 1
-        self._row = 2 * task + half
+                self._squares[i] = torch.zeros(len(instances), p.shape[1 - in_dim], device=p.device)
+            hooks.callback(p.requires_grad_(True).register_post_accumulate_grad_hook(partial(self._take, i)).remove)
 
     @torch.no_grad()
     def _take(self, index: int, parameter: torch.Tensor) -> None:
         assert parameter.grad is not None
         gradient, parameter.grad = parameter.grad.float(), None
-        self._sketches[index].add(self._row, gradient.flatten())
+        self._sketches[index].add(self.row, gradient.flatten())
         if index in self._squares:
-            self._squares[index][self._row // 2] += gradient.square().mean(dim=self._measured[index].in_dim)
+            self._squares[index][self.row // 2] += gradient.square().mean(dim=self._measured[index].in_dim)
 
     def grams(self) -> tuple[list[Place], torch.Tensor]:
         """The places that have a gradient, weights first, and the inner products (P, R, R) of their halves' sums."""

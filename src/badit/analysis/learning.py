@@ -10,7 +10,6 @@ Shape suffixes: N = components, I/O = in/out features.
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain, product
@@ -30,7 +29,7 @@ from badit.files import read_jsonl
 from badit.method import ExpertAngles, cosine_gram
 from badit.method import expert_angles as angles_of
 from badit.results import SINGLE_TASK, load_results, paired, read_scores
-from badit.run import Run
+from badit.run import AnyPath, Run
 from badit.trainer import answer_losses
 
 EXPERT_ANGLES = Table(
@@ -147,7 +146,7 @@ def transfer(run: Run) -> pd.DataFrame:
     return TRANSFER.frame(rows, "Rouge-L on every task after each stage of a run that learns its tasks one by one.")
 
 
-def task_gap(path: str | os.PathLike[str]) -> pd.DataFrame:
+def task_gap(path: AnyPath) -> pd.DataFrame:
     """Every method's score on every task, trained on that task alone and on all of them; ``path`` is a comparison's."""
     results = load_results(path)
     scores = results.scores.loc[results.scores["metric"] == "rouge_l"]

@@ -22,15 +22,13 @@ from badit.errors import explained
 from badit.files import read_json, refuse_other_format, write_text
 
 FORMAT = 1
-# Experts become the sides of a figure, so their number is bounded.
-MAX_EXPERTS = 1024
 
 # The kinds of columns, as types that a file's values are checked against.
 TEXT = Annotated[str, Strict()]
 NUMBER = Annotated[float, Strict(), Field(allow_inf_nan=False)] | None
 INDEX = Annotated[int, Strict(), Field(ge=-(2**53), le=2**53)]
 COUNT = INDEX | None
-EXPERT = Annotated[int, Strict(), Field(ge=0, lt=MAX_EXPERTS)]
+EXPERT = Annotated[int, Strict(), Field(ge=0, lt=1024)]  # bounded, since experts become the sides of a figure
 
 
 class Column(NamedTuple):
@@ -44,10 +42,14 @@ SHARED = {
     "task": Column("the task's name", TEXT),
     "task_a": Column("a task's name", TEXT),
     "task_b": Column("another's, later in the alphabet", TEXT),
-    "layer": Column("index of the transformer layer, from 0", INDEX),
-    "module": Column("the adapted module's name below its layer", TEXT),
+    "layer": Column("index of the transformer layer, from 0; −1 for what belongs to none", INDEX),
+    "module": Column('name below the layer, such as mlp.gate_proj; with ".adapter" for the adapter on it', TEXT),
     "expert": Column("the expert, counted from 0", EXPERT),
     "kind": Column('"neurons", "parameters" (rows of weight matrices) or "experts"', TEXT),
+    "parameters": Column('"weights" (of the linear layers) or "adapter", all modules together if none is named', TEXT),
+    "cosine": Column("cosine of the two tasks' gradients"),
+    "magnitude_similarity": Column("2|a||b| / (|a|² + |b|²) of the two gradients: 1 for equal norms"),
+    "reliability": Column("cosine between gradients on two halves of a task's instances: how little of them is noise"),
 }
 
 TABLES: dict[str, Table] = {}
@@ -75,8 +77,7 @@ class Table:
                 frame[name] = values.where(np.isfinite(values))
             else:
                 frame[name] = frame[name].astype("str" if kind is TEXT else "float64" if frame[name].hasnans else int)
-        meanings = {name: column.meaning for name, column in self.columns.items()}
-        frame.attrs = {"name": self.name, "about": about, "columns": meanings}
+        frame.attrs = {"name": self.name, "about": about, "columns": {n: c.meaning for n, c in self.columns.items()}}
         return frame
 
     def checked(self, rows: Any, about: str, columns: Iterable[str] = ()) -> pd.DataFrame:

@@ -98,7 +98,7 @@ def chart_config(mode: Literal["light", "dark"]) -> dict[str, Any]:
             "reference": {"color": faint, "strokeDash": [2, 4]},
             "interval": {"color": first},
         },
-        "range": {**ranges, "ramp": ranges["heatmap"]},
+        "range": ranges,
         # A screen reader reads one description per chart, not one per mark.
         "mark": {"aria": False, "color": first, "tooltip": True},
         "rule": {"color": faint},

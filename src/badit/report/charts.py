@@ -100,10 +100,6 @@ def chart_by_choice(
     return chart.transform_filter("isValid(datum.value)"), values
 
 
-#: The limits of the heat maps of one figure that have been drawn, so that those side by side share a colour scale.
-LIMITS: list[list[float]] = []
-
-
 def heat_map(
     frame: pd.DataFrame,
     rows: str,
@@ -118,27 +114,26 @@ def heat_map(
     limit: float | None = None,
     form: str = ".2f",
     written: bool = False,
-    symmetric: bool = False,
 ) -> Any:
     """A heat map of a column, means over what is not chosen (``choices``, the layer first).
 
     Args:
-        rows, columns: columns of the frame, whose categories, where there are any, give the order.
+        rows, columns: columns of the frame, whose categories, where there are any, give the order. Pairs of tasks are
+            shown in both orders.
         label: what the values are, with the unit; ``form`` is d3's.
         limit: how far from the ``middle`` values have colours of their own (default: nearly all), on each side if
             ``signed``.
-        written: whether cells have their numbers; ``symmetric`` is for unordered pairs.
+        written: whether cells have their numbers.
     """
     frame = frame.rename(columns={rows: "row", columns: "column", value: "value"})
-    if symmetric:
+    if (rows, columns) == ("task_a", "task_b"):
         frame = pd.concat([frame, frame.rename(columns={"row": "column", "column": "row"})])
     row_names, column_names = names_in(frame, "row"), names_in(frame, "column")
     base, values = chart_by_choice(frame.astype({"row": str, "column": str}), ["row", "column"], choices)
     # All layers together often vary less than one, and have their own limit.
     of_all = np.array([key.split("|")[0] == ALL for key in values], dtype=bool)
-    LIMITS.append([limit or limit_of(values.loc[:, part].to_numpy(), middle) for part in (of_all, ~of_all)])
-    bounds = [max(each) for each in zip(*LIMITS, strict=True)]
-    bound = f"({choices[0].name} === '{ALL}' ? {bounds[0]} : {bounds[1]})" if of_all.any() else str(bounds[1])
+    limits = [limit or limit_of(values.loc[:, part].to_numpy(), middle) for part in (of_all, ~of_all)]
+    bound = f"limits[{choices[0].name} === '{ALL}' ? 0 : 1]" if of_all.any() else "limits[1]"
     upright = max(map(len, column_names.values()), default=0) > 3
     below = name_axis(column_names, labelAngle=-90 if upright else 0, labelLimit=130)
     base = base.encode(
@@ -165,7 +160,16 @@ def heat_map(
         chart += text.encode(text=alt.Text("value:Q", format=form), color=ink)
     row = 13 if len(row_names) > 40 else min(38, max(ROW, 320 // max(1, len(row_names))))
     view = alt.ViewBackground(style="matrix")
-    return chart.add_params(*choices).properties(height=len(row_names) * row, view=view)
+    chart = chart.add_params(*choices, alt.param(name="limits", value=limits))
+    return chart.properties(height=len(row_names) * row, view=view)
+
+
+def share_limits(drawn: Iterable[Any]) -> None:
+    """Gives the heat maps of one figure, which are side by side, one colour scale."""
+    of_charts = [each.params for each in drawn if isinstance(getattr(each, "params", None), list)]
+    limits = [param for params in of_charts for param in params if param.name == "limits"]
+    for param in limits:
+        param.value = [max(each) for each in zip(*(other.value for other in limits), strict=True)]
 
 
 def limit_of(values: np.ndarray, middle: float) -> float:

@@ -186,19 +186,19 @@ def gradient_cosines(frame: pd.DataFrame) -> Any:
     """Blue pairs of tasks agree and orange ones conflict, of the adapter's parameters where there is an adapter and
     else of the model's weights; with all layers and all modules the gradients are taken as one vector, otherwise the
     cosines' mean is shown."""
-    own = frame[frame["parameters"] == _kinds(frame)[0]]
+    own = frame[frame["parameters"] == min(frame["parameters"])]  # "adapter" comes before "weights"
     together, single = own[own["layer"] == charts.ALL], own[own["layer"] != charts.ALL]
     choices = [charts.all_or_one(name, single[name]) for name in ("layer", "module")]
     means = charts.with_all(single, "layer", "module")
     if len(together):
         means = pd.concat([together, means[(means["layer"] != charts.ALL) | (means["module"] != charts.ALL)]])
-    return charts.heat_map(means, "task_a", "task_b", "cosine", "cosine", choices=choices, symmetric=True)
+    return charts.heat_map(means, "task_a", "task_b", "cosine", "cosine", choices=choices)
 
 
 def gradient_cosines_weights(frame: pd.DataFrame) -> Any:
     """The same for the weights that the adapter adds to."""
-    other = _kinds(frame)[1:]
-    return gradient_cosines(frame[frame["parameters"] == other[0]]) if other else None
+    weights = frame[frame["parameters"] != min(frame["parameters"])]
+    return gradient_cosines(weights) if len(weights) else None
 
 
 def conflict_rate_by_layer(frame: pd.DataFrame) -> Any:
@@ -226,13 +226,13 @@ def _by_layer(frame: pd.DataFrame, column: str, title: str, form: str) -> Any:
     size, opacity = (25, 1) if rows["layer"].nunique() <= 12 else (60, 0)
     spots = base.mark_point(filled=True, size=size, opacity=opacity)
     chart = base.mark_line(strokeWidth=1.8, tooltip=None) + spots
-    return chart.add_params(charts.choice("parameters", _kinds(rows))).properties(height=220)
+    return chart.add_params(charts.choice("parameters", sorted(set(rows["parameters"])))).properties(height=220)
 
 
 def gradient_pairs(frame: pd.DataFrame) -> pd.DataFrame:
     """The corrected cosine is without the noise of few instances (a dash: too noisy to tell), magnitude similarity is 1
     where both gradients are equally large, and of more than 120 pairs those in the middle are left out."""
-    rows = frame[(frame["parameters"] == _kinds(frame)[0]) & frame["cosine"].notna()].sort_values("cosine")
+    rows = frame[(frame["parameters"] == min(frame["parameters"])) & frame["cosine"].notna()].sort_values("cosine")
     if len(rows) > _MOST_PAIRS:
         rows = pd.concat([rows[: _MOST_PAIRS // 2], rows[-_MOST_PAIRS // 2 :]])
     rows = rows.rename(columns={"task_a": "task", "task_b": "other_task"})
@@ -244,11 +244,6 @@ def gradient_tasks(frame: pd.DataFrame) -> pd.DataFrame:
     """A task with a large norm weighs more in a mixed batch; one with low reliability needs more instances."""
     forms = {"task": "", "norm": ".2f", "reliability": ".2f", "instances": ".0f", "parameters": ""}
     return charts.text_table(frame, forms)
-
-
-def _kinds(frame: pd.DataFrame) -> list[str]:
-    """What gradients are over: the adapter's parameters before the weights that they adapt."""
-    return sorted(frame["parameters"].unique(), key=lambda kind: (kind != "adapter", kind))
 
 
 def shared_units(frame: pd.DataFrame) -> Any:
@@ -296,9 +291,8 @@ def units_of_tasks(frame: pd.DataFrame) -> Any:
 
 def unit_overlaps(frame: pd.DataFrame) -> Any:
     """Jaccard overlap over all layers: units marked for both tasks, of those marked for either."""
-    style = {"choices": [charts.choice("units", frame["kind"])], "signed": False, "symmetric": True}
-    rows = frame.rename(columns={"kind": "units"})
-    return charts.heat_map(rows, "task_a", "task_b", "overlap", "overlap (Jaccard)", **style)
+    choices, rows = [charts.choice("units", frame["kind"])], frame.rename(columns={"kind": "units"})
+    return charts.heat_map(rows, "task_a", "task_b", "overlap", "overlap (Jaccard)", choices=choices, signed=False)
 
 
 def expert_angles(frame: pd.DataFrame) -> Any:
@@ -374,7 +368,7 @@ def gates(frame: pd.DataFrame) -> Any:
 
 def gate_similarity(frame: pd.DataFrame) -> Any:
     """Correlation of two tasks' gates over all layers, without what all tasks have in common."""
-    return charts.heat_map(frame, "task_a", "task_b", "similarity", "correlation", limit=1.0, symmetric=True)
+    return charts.heat_map(frame, "task_a", "task_b", "similarity", "correlation", limit=1.0)
 
 
 def expert_losses(frame: pd.DataFrame) -> Any:
@@ -388,13 +382,11 @@ def expert_losses(frame: pd.DataFrame) -> Any:
 def abilities(frame: pd.DataFrame) -> pd.DataFrame:
     """The rise of the loss without an expert that started from the pretrained weight includes the loss of that part of
     the weight."""
-    texts = {"tasks": "drawn_on_most_by", "hurt_most": "missed_most_by"}
-    short = frame[[*texts]].replace(re.compile(r"\btask(\d+)_([^\W_]+)\w*"), r"\1 \2").replace({"": UNKNOWN})
-    numbers = {"spread": "spread_over_tasks", "change": "rise_of_the_loss_without_it"}
-    rows = frame.assign(**short).rename(columns=texts | numbers)
-    forms = {"expert": ".0f", "mean_gate": ".2f", "spread_over_tasks": ".3f"}
-    forms |= {"rise_of_the_loss_without_it": ".3f", "drawn_on_most_by": "", "missed_most_by": ""}
-    return charts.text_table(rows, forms)
+    named = frame[["tasks", "hurt_most"]].replace(re.compile(r"\btask(\d+)_([^\W_]+)\w*"), r"\1 \2")
+    forms = {"expert": ".0f", "mean_gate": ".2f", "spread": ".3f", "change": ".3f", "tasks": "", "hurt_most": ""}
+    headings = {"spread": "spread over tasks", "change": "rise of the loss without it"}
+    headings |= {"tasks": "drawn on most by", "hurt most": "missed most by"}
+    return charts.text_table(frame.assign(**named.replace({"": UNKNOWN})), forms).rename(columns=headings)
 
 
 def nearest_prompts(frame: pd.DataFrame) -> pd.DataFrame:

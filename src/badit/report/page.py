@@ -131,37 +131,35 @@ def render(title: str, sections: Sequence[Section]) -> str:
     )
 
 
-def export_figures(sections: Sequence[Section], folder: Path) -> list[Path]:
+def export_figures(sections: Sequence[Section], folder: Path) -> None:
     """Writes NAME.svg and NAME.pdf for every figure, showing what the page shows at first, on white."""
     folder.mkdir(parents=True, exist_ok=True)
     config = {**chart_config("light"), "font": "Helvetica, Arial, sans-serif", "background": "white"}
-    written = []
     for block in (block for section in sections for block in section.blocks if block.kind == "figure"):
         content = {**block.specification, "width": _WIDTHS[block.width]}
         svg = vl_convert.vegalite_to_svg(content, vl_version=_VEGA_LITE, config=config, allowed_base_urls=[])
         for suffix, data in ((".svg", svg.encode()), (".pdf", vl_convert.svg_to_pdf(svg))):
-            written.append(folder / (block.name + suffix))
-            remove(written[-1])  # a link is not followed
-            written[-1].write_bytes(data)
-    return written
+            path = folder / (block.name + suffix)
+            remove(path)  # a link is not followed
+            path.write_bytes(data)
 
 
 def _drawn(figure: Figure, sources: Sequence[Source]) -> Iterator[Block]:
     """The figure of every source that has its table; those of several sources are side by side, on shared scales."""
-    with_table = [(i, source) for i, source in enumerate(sources) if figure.table in source.frames]
-    drawn: list[Any] = []
-    charts.LIMITS.clear()
-    for _ in range(2):  # the second time all scales are known
-        drawn = [figure.draw(source.frames[figure.table]) for _, source in with_table]
-    shown = [(*each, content) for each, content in zip(with_table, drawn, strict=True) if content is not None]
-    for i, source, content in shown:
-        label = source.label if len(sources) > 2 else ""
+    frames = {i: source.frames[figure.table] for i, source in enumerate(sources) if figure.table in source.frames}
+    drawn = [figure.draw(frame) for frame in frames.values()]
+    charts.share_limits(drawn)
+    caption = " ".join(str(figure.draw.__doc__).split())
+    for (i, frame), content in zip(frames.items(), drawn, strict=True):
+        if content is None:
+            continue
+        label = sources[i].label if len(sources) > 2 else ""
         slug = re.sub(r"[^a-z0-9]+", "-", label.lower()).strip("-")[:40]
         name = figure.draw.__name__.replace("_", "-") + (f"-{i}-{slug}".rstrip("-") if label else "")
-        caption = " ".join(str(figure.draw.__doc__).split()) if i == shown[0][0] else ""
         kind = "table" if isinstance(content, pd.DataFrame) else "figure"
-        width = "half" if len(with_table) > 1 and kind == "figure" else figure.width
-        yield Block(kind, figure.title, content, name, caption, width, source.frames[figure.table].attrs["file"], label)
+        width = "half" if len(frames) > 1 and kind == "figure" else figure.width
+        yield Block(kind, figure.title, content, name, caption, width, frame.attrs["file"], label)
+        caption = ""
 
 
 def _notes(section: Section, sources: Sequence[Source], blocks: Sequence[Block]) -> Iterator[Block]:
@@ -181,13 +179,11 @@ def _overview(sources: Sequence[Source]) -> Iterator[Block]:
     """What can be concluded, then facts and headline numbers, a column for each source."""
     if found := conclusions(sources):
         yield Block("conclusions", "", found)
-    columns = {source.label: _facts(source) for source in sources}
-    facts = dict.fromkeys(fact for column in columns.values() for fact in column)
-    rows = [[fact, *(column.get(fact, UNKNOWN) for column in columns.values())] for fact in facts]
+    facts = pd.DataFrame([_facts(source) for source in sources], dtype=object).fillna(UNKNOWN).T.reset_index()
+    table = facts.set_axis(["run", *(source.label for source in sources)], axis="columns")
     files = [RESULTS] if any(source.results for source in sources) else []
     files += ["scores.json", "config.yaml", "environment.json"] if any(not source.results for source in sources) else []
-    if rows:
-        table = pd.DataFrame(rows, columns=["run", *columns])
+    if len(table):
         yield Block("table", "At a glance", table, "facts", file=", ".join(files))
 
 
@@ -205,20 +201,15 @@ def _facts(source: Source) -> dict[str, str]:
         for metric, scores in source.scores.groupby("metric", sort=False):
             facts[METRICS[str(metric)].label] = number(scores["score"].mean(), f".{METRICS[str(metric)].decimals}f")
         facts["tasks"] = str(source.scores["task"].nunique())
-    measured, settings = _flat(source.environment), _flat(source.config)
+    sections = [*source.environment.items(), *source.config.items()]
+    sections = [(name, section) for name, section in sections if isinstance(section, Mapping)]
+    values: dict[str, Any] = {f"{name}.{key}": value for name, section in sections for key, value in section.items()}
     for name in ("trainable_parameters", "steps"):
-        if is_number(value := measured.get(f"training.{name}")):
+        if is_number(value := values.get(f"training.{name}")):
             facts[name.replace("_", " ")] = number(value, ".0f")
-    seconds: Any = measured.get("training.seconds")
-    if is_number(seconds):
-        facts["training time"] = f"{number(seconds / 60)} min"
-    return facts | {key: str(settings[key]) for key in _SETTINGS if settings.get(key) is not None}
-
-
-def _flat(content: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of all sections by dotted key."""
-    sections = [(name, values) for name, values in content.items() if isinstance(values, Mapping)]
-    return {f"{name}.{key}": value for name, values in sections for key, value in values.items()}
+    if is_number(values.get("training.seconds")):
+        facts["training time"] = f"{number(values['training.seconds'] / 60)} min"
+    return facts | {key: str(values[key]) for key in _SETTINGS if values.get(key) is not None}
 
 
 def _samples(sources: Sequence[Source]) -> Iterator[Block]:

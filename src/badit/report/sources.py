@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
@@ -113,22 +113,21 @@ def read_sources(paths: Sequence[str | os.PathLike[str]]) -> list[Source]:
 def together(sources: Sequence[Source]) -> Source:
     """What is shown of all sources in one figure: losses, and the runs' scores and their differences to the first."""
     shared = Source("", Path())
-    order = list(dict.fromkeys(name for source in sources for name, _ in source.members))
+    runs = [
+        (f"{source.label}: {method}" if len(sources) > 1 and source.results else method, run)
+        for source in sources
+        for method, run in source.members
+    ]
     for frame, key in (("losses", "loss"), ("held_out_losses", "eval_loss")):
-        losses = []
-        for source in sources:
-            for method, run in source.members:
-                series = f"{source.label}: {method}" if len(sources) > 1 and source.results else method
-                losses += [{**point, "series": series, "run": run.label} for point in _losses(run.folder, key)]
+        losses = [{**p, "series": series, "run": run.label} for series, run in runs for p in _losses(run.folder, key)]
         shared.add(frame, pd.DataFrame(losses), "metrics.jsonl")
-        # A method has one colour in all figures.
-        if losses and {point["series"] for point in losses} <= set(order):
-            shared.frames[frame].attrs["order"] = order
-    scores = [source.scores.assign(run=source.label) for source in sources if source.scores is not None]
-    if scores:
-        shared.add("scores", pd.concat(scores, ignore_index=True), "scores.json")
-        shared.frames["scores"].attrs["order"] = list(dict.fromkeys([*order, *(s.label for s in sources)]))
-        shared.add("differences", _differences([s for s in sources if s.scores is not None]), "predictions/")
+    if scored := [source for source in sources if source.scores is not None]:
+        frames = [cast(pd.DataFrame, source.scores).assign(run=source.label) for source in scored]
+        scores = pd.concat(frames, ignore_index=True)
+        shared.add("scores", scores, "scores.json")
+        shared.add("differences", _differences(scored), "predictions/")
+    for frame in shared.frames.values():  # a series has one colour in all figures
+        frame.attrs["order"] = list(dict.fromkeys(series for series, _ in runs))
     return shared
 
 
@@ -147,20 +146,20 @@ def conclusions(sources: Sequence[Source]) -> list[str]:
 def _statements(frames: Mapping[str, pd.DataFrame]) -> Iterator[tuple[str, float, str]]:
     """What the tables say: its kind, how far it exceeds its uncertainty, roughly, and the sentence."""
     if "differences" in frames:
-        rows = frames["differences"].to_dict("records")
-        row = max(rows, key=lambda each: abs(each["mean"]))
-        method, reference, mean, low, high = (row[name] for name in ("method", "reference", "mean", "low", "high"))
+        rows = frames["differences"][_DIFFERENCES].itertuples(index=False)
+        method, mean, low, high, reference = max(rows, key=lambda row: abs(row.mean))
         interval = f"(95 % interval {number(low, '.1f', '+')} to {number(high, '.1f', '+')})"
         if low > 0 or high < 0:
             way = "more" if mean > 0 else "less"
             text = f"{method} scores {number(abs(mean))} Rouge-L points {way} than {reference} {interval}."
         else:
-            least = "does not differ clearly from" if len(rows) == 1 else "differs most, but not clearly, from"
+            several = len(frames["differences"]) > 1
+            least = "differs most, but not clearly, from" if several else "does not differ clearly from"
             text = f"{method} {least} {reference}: {number(mean, '.1f', '+')} Rouge-L {interval}."
         yield "scores", abs(mean) / max((high - low) / 2, 1e-9), text
     if {"gradient_overall", "gradient_tasks"} <= frames.keys():
         pairs, tasks = frames["gradient_overall"], frames["gradient_tasks"]
-        kind = "adapter" if "adapter" in set(pairs["parameters"]) else pairs["parameters"].iloc[0]
+        kind = min(pairs["parameters"])  # "adapter" rather than "weights"
         cosines = pairs.loc[pairs["parameters"] == kind, "cosine"].dropna()
         agreement = float(tasks.loc[tasks["parameters"] == kind, "reliability"].mean())
         if len(cosines) and math.isfinite(agreement):
@@ -195,7 +194,17 @@ def _read(folder: Path, label: str) -> Source:
         source.config = read_values(run.config_path)  # a recipe of another version may have other keys
     source.environment = run.known_environment
     if (folder / RESULTS).is_file():
-        _add_results(source)
+        source.results = results = load_results(folder)
+        table = method_table(results)
+        table.texts.attrs = {"strong": [(i, table.texts.columns[j]) for i, j in table.best], "notes": table.notes}
+        source.add("methods", table.texts, RESULTS)
+        numbers = table.numbers.rename(columns=lambda name: name.removeprefix("difference_"))
+        trained = numbers["method"].isin(results.cells.loc[results.cells["learning_rate"].notna(), "method"])
+        source.add("differences", numbers[trained].assign(reference=results.reference)[_DIFFERENCES].dropna(), RESULTS)
+        scores = results.scores.assign(run=pd.Categorical(results.scores["method"], results.scored_methods))
+        means = scores.groupby(["run", "task", "metric"], observed=True)[["score", "n"]].mean().reset_index()
+        source.add("scores", means.astype({"run": str}), RESULTS)
+        source.add("task_gap", task_gap(folder), RESULTS)
     elif run.scores_path.is_file():
         scores = read_scores(run.scores_path)
         source.scores = scores_frame(scores)
@@ -210,28 +219,12 @@ def _read(folder: Path, label: str) -> Source:
     pairs, overall = (source.frames.get(name) for name in ("gradient_pairs", "gradient_overall"))
     cosines = [] if overall is None else [overall.assign(layer="all", module="all")]
     if pairs is not None:
-        kinds = ["adapter"] if overall is None else overall["parameters"].tolist()
-        cosines.append(pairs.assign(parameters="adapter" if "adapter" in kinds else kinds[0]))
+        cosines.append(pairs.assign(parameters="adapter" if overall is None else min(overall["parameters"])))
     if cosines:
         columns = [*_PAIR, "parameters", "layer", "module", "cosine"]
         files = ", ".join(each.attrs["file"] for each in cosines[::-1])
         source.add("gradient_cosines", pd.concat([each[columns] for each in cosines]).copy(), files)
     return source
-
-
-def _add_results(source: Source) -> None:
-    """A comparison's table of methods, their differences and mean scores, and what tasks lose by one another."""
-    source.results = results = load_results(source.folder)
-    table = method_table(results)
-    table.texts.attrs = {"strong": [(i, table.texts.columns[j]) for i, j in table.best], "notes": table.notes}
-    source.add("methods", table.texts, RESULTS)
-    numbers = table.numbers.rename(columns=lambda name: name.removeprefix("difference_"))
-    trained = numbers["method"].isin(results.cells.loc[results.cells["learning_rate"].notna(), "method"])
-    source.add("differences", numbers[trained].assign(reference=results.reference)[_DIFFERENCES].dropna(), RESULTS)
-    scores = results.scores.assign(run=pd.Categorical(results.scores["method"], results.scored_methods))
-    means = scores.groupby(["run", "task", "metric"], observed=True)[["score", "n"]].mean().reset_index()
-    source.add("scores", means.astype({"run": str}), RESULTS)
-    source.add("task_gap", task_gap(source.folder), RESULTS)
 
 
 def _losses(folder: Path, key: str) -> list[dict[str, float]]:
@@ -258,7 +251,6 @@ def _differences(runs: Sequence[Source]) -> pd.DataFrame:
 
 
 def _rouge_l(run: Source) -> pd.Series:
-    """By task and instance."""
     answers = {(answer.task, answer.instance_id): answer for answers in run.predictions.values() for answer in answers}
     index = pd.MultiIndex.from_tuples(list(answers), names=["task", "instance"])
     return pd.Series([rouge_l(each.prediction, each.references) for each in answers.values()], index, dtype=float)
