@@ -5,8 +5,7 @@ from __future__ import annotations
 import heapq
 import math
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -52,14 +51,13 @@ def first_recipe(source: str, path: str, overrides: Sequence[str] = ()) -> str:
         tasks = load_sources(data.sources(), data.tasks, data.weights)
     train, test = (sum(len(getattr(task, split)) for task in tasks) for split in ("train", "test"))
     held_out = data.validation_per_task or min(10, *(len(task.train) // 4 for task in tasks))
-    split = "test" if all(task.test for task in tasks) else "validation"
-    if split == "validation" and not all(task.validation for task in tasks):
+    split, scored = ("test", "") if all(task.test for task in tasks) else ("validation", ", and scored")
+    if scored and not all(task.validation for task in tasks):
         train -= held_out * len(tasks)
     steps = 3 * math.ceil(train / 8)
     every = 20 if steps >= 100 else max(1, steps // 5)
     answer = max((_most_tokens(output) for task in tasks for one in task.train for output in one.outputs), default=0)
     tokens = min(1024, max(50, math.ceil(answer / 50) * 50))
-    scored = ", and scored" if split == "validation" else ""
     rates = "\n  learning_rates: [1.25e-4, 2.5e-4, 5.0e-4, 1.0e-3, 2.0e-3]  # each method's by the held-out loss"
     lora = "{name: lora, r: 34, lora_alpha: 272, lora_dropout: 0.05}"
     badit = f"{{name: badit, num_experts: 8, r: 4, regroup: {{every: {every}}}}}"
@@ -108,31 +106,36 @@ def check(recipe: Recipe) -> list[str]:
 
     The model is built without its weights.
     """
-    section, found = recipe.model, list[str]()
-    plan = tokenizer = method = model = None
-    with _kept(found):
-        plan = make_plan(recipe)
-    with _kept(found):
-        training_arguments(plan or Plan(recipe, [], build_method(recipe.method)), Path(recipe.output), 0)
-    with status(f"checking {section.name}"), _kept(found):
-        tokenizer = load_tokenizer(section.name, trust_remote_code=section.trust_remote_code, revision=section.revision)
-    with _kept(found):
-        names = [task.name for task in plan.tasks] if plan else []
-        method, model = on_skeleton(recipe, names, dtype=model_dtype(recipe))
-    if found or plan is None or tokenizer is None or method is None:
-        raise BaditError(*dict.fromkeys("\n".join(found).split("\n")))
+    section, errors = recipe.model, list[str]()
+
+    def tried(step: Callable[[], Any]) -> Any:
+        try:
+            return step()
+        except BaditError as error:
+            errors.append(str(error))
+
+    plan = tried(lambda: make_plan(recipe))
+    tried(lambda: training_arguments(plan or Plan(recipe, [], build_method(recipe.method)), Path(recipe.output), 0))
+    with status(f"checking {section.name}"):
+        access = section.model_dump(include={"trust_remote_code", "revision"})
+        tokenizer = tried(lambda: load_tokenizer(section.name, **access))
+    names = [task.name for task in plan.tasks] if plan else []
+    applied = tried(lambda: on_skeleton(recipe, names, dtype=model_dtype(recipe)))
+    if errors:
+        raise BaditError(*dict.fromkeys("\n".join(errors).split("\n")))
+    method, model = applied
     counts = f"{plan.training_instances} training and {plan.test_instances} {recipe.evaluation.split} instances"
     lines = [f"{len(plan.tasks)} tasks, {counts}; the run would be written to {recipe.output}"]
+    size, processes = recipe.training.per_device_train_batch_size, int(os.environ.get("WORLD_SIZE", "1"))
     with status("reading the longest prompts"):
-        size, count = recipe.training.per_device_train_batch_size, plan.training_instances
         pairs = ((task, instance) for task in plan.tasks for instance in task.train)
         longest = encoded(tokenizer, recipe, heapq.nlargest(size, pairs, key=lambda pair: _characters(pair[1])), model)
-        some = [(task, one) for task in plan.tasks for one in task.train[:: max(1, count // _SAMPLED)]]
-        some = encoded(tokenizer, recipe, some, model)
+        every = max(1, plan.training_instances // _SAMPLED)
+        some = encoded(tokenizer, recipe, [(task, one) for task in plan.tasks for one in task.train[::every]], model)
     if not method.trains:
         return [*lines, f"the method {method.name} trains nothing"]
-    steps = [_steps(plan, stage) for stage in plan.stages]
-    lines.append(f"{sum(steps)} steps of {size * recipe.training.gradient_accumulation_steps * _processes()} instances")
+    steps = [_steps(plan, stage, processes) for stage in plan.stages]
+    lines.append(f"{sum(steps)} steps of {size * recipe.training.gradient_accumulation_steps * processes} instances")
     tokens = sum(len(one["input_ids"]) for one in some) / len(some) * size * recipe.training.gradient_accumulation_steps
     least = math.ceil(sum(steps) * tokens * _seconds_per_token(recipe, model, method) / 60)
     lines.append(f"{least:,} to {3 * least:,} minutes of training on this machine, if it does nothing else")
@@ -163,21 +166,12 @@ def check_comparison(recipe: Recipe) -> list[str]:
     a_run = check(grid.recipe_of(Cell(grid.section.reference)))[1:]
     with status("checking data and methods"):
         tasks, counts = check_grid(grid)
-    cells = {name: len(list(grid.chosen(name, rate, tasks))) for name, rate in grid.start_rates.items()}
+    cells = {name: len(grid.chosen(name, rate, tasks)) for name, rate in grid.start_rates.items()}
     rows = [[name, str(cells[name]), f"{count:,}" if count else "–"] for name, count in counts.items()]
     lines = [*text_table(["method", "runs", "trainable parameters"], rows, right={1, 2}).split("\n"), ""]
     search = ", and those that choose the learning rates" if grid.section.learning_rates else ""
     lines.append(f"{sum(cells.values())} runs{search}; they would be written to {recipe.output}")
     return [*lines, f"one run of {grid.section.reference}:", *(f"  {line}" for line in a_run)]
-
-
-@contextmanager
-def _kept(found: list[str]) -> Iterator[None]:
-    """Within, an error is kept for a report of all of them."""
-    try:
-        yield
-    except BaditError as error:
-        found.append(str(error))
 
 
 def _seconds_per_token(recipe: Recipe, model: Any, method: Method) -> float:
@@ -204,17 +198,13 @@ def _characters(instance: Instance) -> int:
     return sum(map(len, (instance.input, instance.outputs[0], *(text for _, text in instance.history))))
 
 
-def _processes() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def _steps(plan: Plan, stage: Stage) -> int:
+def _steps(plan: Plan, stage: Stage, processes: int) -> int:
     """The optimizer steps of a stage, as HF's Trainer counts them."""
-    training, count = plan.recipe.training, sum(len(task.train) for task in stage.tasks)
+    training, quotas = plan.recipe.training, plan.recipe.data.quotas(stage.tasks)
     if training.max_steps > 0:
         return training.max_steps
-    count = sum(quotas.values()) if (quotas := plan.recipe.data.quotas(stage.tasks)) else count
-    batches = math.ceil(count / (training.per_device_train_batch_size * _processes()))
+    count = sum(quotas.values()) if quotas else sum(len(task.train) for task in stage.tasks)
+    batches = math.ceil(count / (training.per_device_train_batch_size * processes))
     return math.ceil(training.num_train_epochs * max(1, math.ceil(batches / training.gradient_accumulation_steps)))
 
 
@@ -227,7 +217,6 @@ def _activations(recipe: Recipe, model: Any, rows: int, tokens: int) -> float | 
         kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
         return tensor
 
-    config = model.config.get_text_config()
     try:
         with torch.device("meta"), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             prompts = prompt_argument(model, torch.ones(rows, tokens, dtype=torch.bool))
@@ -239,6 +228,7 @@ def _activations(recipe: Recipe, model: Any, rows: int, tokens: int) -> float | 
         return None
     del outputs
     if recipe.training.gradient_checkpointing:  # the inputs of every layer, and one layer's activations at a time
+        config = model.config.get_text_config()
         layers = config.num_hidden_layers
         total = total / layers + layers * rows * tokens * config.hidden_size * 4
     return total
@@ -297,13 +287,14 @@ _WORDS |= {list: "a list", dict: "values by name", type(None): "null"}
 
 def _shown(annotation: Any) -> str:
     """A type in words, for those that are no more than a list of values or a plain type."""
-    if get_origin(annotation) is Annotated:
-        return _shown(get_args(annotation)[0])
-    if get_origin(annotation) is Literal:
-        return "one of " + ", ".join(str(value) for value in get_args(annotation))
-    if get_origin(annotation) in (Union, UnionType):
-        return " or ".join(_shown(part) for part in get_args(annotation))
-    return _WORDS.get(get_origin(annotation) or annotation, "")
+    kind, parts = get_origin(annotation), get_args(annotation)
+    if kind is Annotated:
+        return _shown(parts[0])
+    if kind is Literal:
+        return "one of " + ", ".join(map(str, parts))
+    if kind in (Union, UnionType):
+        return " or ".join(map(_shown, parts))
+    return _WORDS.get(kind or annotation, "")
 
 
 def as_yaml(value: Any) -> str:

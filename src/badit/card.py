@@ -22,7 +22,7 @@ from badit.errors import BaditError, explained, one_line
 from badit.files import read_json, read_text, write_text
 from badit.methods import AdapterMethod, build_method
 from badit.models import BUILT_IN, BUILT_IN_HUB_ID, HUB_ID
-from badit.recipe import Recipe, load_config
+from badit.recipe import Recipe
 from badit.results import read_scores
 from badit.run import RECORD, Run
 
@@ -67,7 +67,7 @@ def licence(card_data: Any) -> str | None:
 
 def write_run_card(run: Run) -> None:
     """Writes the card into a run's ``adapter`` folder, if its method has left an adapter there."""
-    recipe = load_config(run.config_path)
+    recipe = run.recipe
     if run.adapter_path.is_dir() and isinstance(build_method(recipe.method), AdapterMethod):
         write_text(run.adapter_path / CARD, model_card(run, recipe, Base.of(recipe)))
 
@@ -100,8 +100,6 @@ def model_card(
         method=method,
         registers=".".join(place[:2]) if export is None and place[0] == "badit" else "",
         shown_method="BADIT" if method == "badit" else _text(method),
-        hub_id=base.hub_id,
-        licence=base.licence,
         built_in=BUILT_IN if recipe.model.name == BUILT_IN else "",
         shown_base=_text(base.hub_id or Path(recipe.model.name).name),
         export=export,

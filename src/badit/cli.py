@@ -22,7 +22,10 @@ from cyclopts import App, CycloptsError, Parameter
 from badit import __version__
 from badit.environment import is_main_process, quiet_notices, status
 from badit.errors import BaditError, explained, say, show
+from badit.files import lines_of, read_json, write_text
 from badit.run import Run, analyze
+from badit.run import compare as run_comparison
+from badit.run import train as run_training
 
 app = App(
     name="badit",
@@ -49,15 +52,12 @@ def train(recipe: str, *overrides: str, dry_run: bool = False, allow_changed_inp
         dry_run: check recipe, data and model, say what would be done, and stop.
         allow_changed_inputs: continue a run although its data or base weights have changed, and record that.
     """
-    from badit.recipe import dump_recipe
-    from badit.run import train as run_training
-
     made = _read_recipe(recipe, overrides)
-    _load("badit.authoring" if dry_run else "badit.evaluate")
     if dry_run:
-        from badit.authoring import check
+        from badit.recipe import dump_recipe
 
-        return "\n".join([dump_recipe(made), *check(made)])
+        return "\n".join([dump_recipe(made), *_load("badit.authoring").check(made)])
+    _load("badit.evaluate")
     run = run_training(made, allow_changed_inputs=allow_changed_inputs)
     if not is_main_process():
         return None
@@ -77,22 +77,15 @@ def compare(recipe: str, *overrides: str, jobs: int = 1, dry_run: bool = False) 
         jobs: runs at a time; they share the cores and GPUs.
         dry_run: validate everything, show methods, budgets and what a run takes, and stop.
     """
-    from badit.run import compare as run_comparison
-
     made = _read_recipe(recipe, overrides)
-    _load("badit.authoring" if dry_run else "badit.compare")
     if dry_run:
-        from badit.authoring import check_comparison
-
-        return "\n".join(check_comparison(made))
-    from badit.render import table
-    from badit.results import RESULTS
-
+        return "\n".join(_load("badit.authoring").check_comparison(made))
+    _load("badit.compare")
     # A batch system's SIGTERM must reach the running cells as Ctrl-C does: they have sessions of their own.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     results = run_comparison(made, jobs=jobs)
-    path = Path(made.output) / RESULTS
-    show(f"{table(path)}\n\nResults: {path}")
+    path = Path(made.output) / "results.json"
+    show(f"{_load('badit.render').table(path)}\n\nResults: {path}")
     return int("failed" in set(results.cells["status"]))
 
 
@@ -114,10 +107,7 @@ def table(
         by_task: a row per task and a column per method.
         released: forgetting and transfer as SAPT's released code computes them.
     """
-    _load("badit.render")
-    from badit import render
-
-    return render.table(results, form=format, metric=metric, by_task=by_task, released=released)
+    return _load("badit.render").table(results, form=format, metric=metric, by_task=by_task, released=released)
 
 
 @app.command
@@ -137,9 +127,7 @@ def report(
         title: the page's heading (default: the runs' names).
     """
     _load("badit.report.page")
-    from badit.report import write_report
-
-    page = write_report([run, *more], output, title=title, figures=figures)
+    page = _load("badit.report").write_report([run, *more], output, title=title, figures=figures)
     return f"Report: {page}" + (f"\nFigures: {figures}" if figures else "")
 
 
@@ -154,11 +142,7 @@ def init(data: str = "builtin", *overrides: str, output: Output = "recipe.yaml")
     """
     if Path(output).exists():
         raise BaditError(f"{output}: exists; choose another --output")
-    _load("badit.authoring")
-    from badit.authoring import first_recipe
-    from badit.files import write_text
-
-    write_text(Path(output), first_recipe(data, output, overrides))
+    write_text(Path(output), _load("badit.authoring").first_recipe(data, output, overrides))
     return f"Recipe: {output}\nNext: badit train {shlex.quote(output)} --dry-run"
 
 
@@ -170,9 +154,7 @@ def keys(prefix: str = "", *, schema: bool = False) -> str:
         prefix: the keys that begin with this alone, such as training or method.r.
         schema: print a JSON schema for editors instead.
     """
-    _load("badit.authoring")
-    from badit import authoring
-
+    authoring = _load("badit.authoring")
     if schema:
         return json.dumps(authoring.schema(), indent=2, ensure_ascii=False)
     found = [row for row in authoring.recipe_keys() if row[0].startswith(prefix)]
@@ -191,15 +173,11 @@ def tasks(source: str, *overrides: str, show: int = 0) -> str:
         overrides: key=value, such as data.columns={input: text, output: label} or data.format=superni.
         show: so many training prompts of each task as the model gets them, with what is trained, and statistics.
     """
-    _load("badit.preview")
-    from badit.preview import preview, task_table
     from badit.recipe import build_recipe, load_recipe
 
     is_recipe = Path(source).suffix in (".yaml", ".yml")
     recipe = load_recipe(source, overrides) if is_recipe else build_recipe({"data": {"source": source}}, overrides)
-    found = recipe.data.load()
-    listed = task_table(recipe.data, found)
-    return f"{listed}\n\n{preview(recipe, found, show)}" if show else listed
+    return _load("badit.preview").preview(recipe, show)
 
 
 @app.command
@@ -214,10 +192,7 @@ def studio(run: str, *, port: int = 8642, browser: bool = True, trust_remote_cod
         browser: open the page.
         trust_remote_code: run Python code that comes with the run's base model, if its recipe asks for it as well.
     """
-    _load("badit.studio")
-    from badit.studio.server import serve
-
-    serve(run, port=port, browser=browser, trust_remote_code=trust_remote_code)
+    _load("badit.studio.server").serve(run, port=port, browser=browser, trust_remote_code=trust_remote_code)
 
 
 @app.command
@@ -241,10 +216,8 @@ def serve(
         port: the proxy's port; 0 takes a free one.
         trust_remote_code: run Python code that comes with the run's base model, if its recipe asks for it as well.
     """
-    _load("badit.studio.server")
-    from badit.serve import serve
-
-    serve(run, exports, url=url, port=port, trust_remote_code=trust_remote_code)
+    _load("badit.studio.server")  # which names the extra that both need
+    _load("badit.serve").serve(run, exports, url=url, port=port, trust_remote_code=trust_remote_code)
 
 
 @app.command
@@ -259,10 +232,7 @@ def harness(run: str, *options: Annotated[str, Parameter(allow_leading_hyphen=Tr
         run: a run's folder.
         options: what 'lm_eval run' takes, except the model.
     """
-    _load("badit.evaluate")
-    from badit.harness import run_command_line
-
-    run_command_line(run, list(options))
+    _load("badit.harness").run_command_line(run, list(options))
 
 
 def _derive(function: Callable[..., Any], show: Callable[..., str | None], module: str = "badit.evaluate") -> None:
@@ -288,11 +258,10 @@ def _derive(function: Callable[..., Any], show: Callable[..., str | None], modul
 
 
 def _shown_tables(target: str, tables: Any, options: dict[str, Any]) -> str:
-    from badit.render import text_table
-
-    is_folder = (Path(target) / "config.yaml").is_file() or (Path(target) / "results.json").is_file()
+    is_folder = any((Path(target) / name).is_file() for name in ("config.yaml", "results.json"))
     folder = Path(options.get("output") or (target if is_folder else "runs/analysis"))
-    listed = text_table(["table", "rows"], [[name, f"{len(frame):,}"] for name, frame in tables.items()], right={1})
+    rows = [[name, f"{len(frame):,}"] for name, frame in tables.items()]
+    listed = _load("badit.render").text_table(["table", "rows"], rows, right={1})
     # Tables in another folder than their run or comparison are shown together with its scores and losses.
     shown = [target, folder] if is_folder and not folder.samefile(target) else [folder]
     return f"{listed}\n\nTables: {folder / 'analysis'}\n{_report_if_possible(shown, folder / 'report.html')}"
@@ -302,7 +271,6 @@ def _shown_export(run: Run, exported: Any, options: dict[str, Any]) -> str:
     """What was written, the commands that serve it, and what a fixed mixture costs, if it was scored."""
     from badit.card import Base
     from badit.export import SCORES
-    from badit.files import read_json
     from badit.models import resolve_model
     from badit.render import cost_table, exported_rank
 
@@ -369,8 +337,6 @@ def generate(
 
 def _inputs(file: Path) -> list[str]:
     """The texts on a file's lines, blank ones left out."""
-    from badit.files import lines_of, read_json
-
     texts = []
     for number, line in lines_of(file):
         if line.strip():
@@ -393,9 +359,7 @@ def demo(*, output: Output = "runs/demo", epochs: float = 1.0, seed: int = 0) ->
         seed: of the adapters, the batches and dropout.
     """
     _load("badit.evaluate")
-    from badit.demo import run_demo
-
-    run_demo(Path(output), epochs, seed)
+    _load("badit.demo").run_demo(Path(output), epochs, seed)
     runs = [Path(output) / name for name in ("lora", "base", "badit")]  # differences are taken to the first
     show(_report_if_possible(runs, Path(output) / "report.html"))
 
@@ -411,25 +375,22 @@ def _read_recipe(path: str, overrides: Sequence[str]) -> Any:
     return made
 
 
-def _load(module: str) -> None:
+def _load(module: str) -> Any:
     """Imports a module, which may take seconds, so that what follows takes none."""
     with status("loading libraries"):
-        import_module(module)
+        return import_module(module)
 
 
 def _score_table(name: str, run: Run) -> str:
-    from badit.render import score_table
-
-    return score_table({name: run.scores})
+    return _load("badit.render").score_table({name: run.scores})
 
 
 def _report_if_possible(runs: Sequence[str | Path], output: Path) -> str:
     """Writes the page and says where it is, or says what it would need."""
-    from badit.report import has_extra, write_report
-
-    if not has_extra():
+    report = _load("badit.report")
+    if not report.has_extra():
         return "For a page of figures: pip install 'badit[report]', then badit report " + " ".join(map(str, runs))
-    return f"Report: {write_report(runs, output)}"
+    return f"Report: {report.write_report(runs, output)}"
 
 
 def _complain(text: str) -> None:
@@ -464,7 +425,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if debug:
             raise
         # Of several processes all meet the same bad input, and the first reports it; in training one may be alone.
-        if is_main_process() or _is_training():
+        torch = sys.modules.get("torch")
+        is_training = torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized()
+        if is_main_process() or is_training:
             _complain(str(error))
         return 2
     except KeyboardInterrupt:
@@ -476,9 +439,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     return found if isinstance(found, int) else 0
-
-
-def _is_training() -> bool:
-    """Whether the processes work together at present."""
-    torch = sys.modules.get("torch")
-    return torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized()

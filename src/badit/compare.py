@@ -53,17 +53,17 @@ def compare(recipe: Recipe, *, report: Callable[[str], None], jobs: int = 1) -> 
 
     ``report`` takes a line for every cell that begins or ends.
     """
-    grid = Grid(recipe)
+    grid, output = Grid(recipe), Path(recipe.output)
     with status("checking data and methods"):
         tasks, counts = check(grid)
     warn_of_slow_dtype(recipe.model.dtype, device())  # what the cells say goes to their logs
     comparison = _Comparison(grid, tasks, jobs, report)
-    with exclusive(Path(recipe.output)):
+    with exclusive(output):
         try:
             comparison.run()
         finally:
             results = _assemble(grid, tasks, comparison.rates, counts)
-            write_json(Path(recipe.output) / RESULTS, results)
+            write_json(output / RESULTS, results)
     return results
 
 
@@ -82,10 +82,10 @@ class Cell:
         """Its folder below the comparison's."""
         if self.learning_rate is None:
             return self.method
-        order = "" if self.order is None else f"/order-{order_name(self.order)}"
-        single, task = ("", "") if self.task is None else ("/single", f"/{self.task}")
-        search = "/search" if self.is_search else ""
-        return f"{self.method}{order}{single}{search}/lr-{self.learning_rate:g}/seed-{self.seed}{task}"
+        kind = "single" if self.task else f"order-{order_name(self.order)}" if self.order else None
+        search = "search" if self.is_search else None
+        parts = [self.method, kind, search, f"lr-{self.learning_rate:g}", f"seed-{self.seed}", self.task]
+        return "/".join(filter(None, parts))
 
 
 def order_name(order: str | Sequence[str]) -> str:
@@ -174,10 +174,6 @@ class Grid:
         output = Path(self.recipe.output)
         return Run.at(inside(output, output / str(cell)))
 
-    def single_runs(self, cell: Cell, tasks: Sequence[str]) -> list[Run]:
-        """The runs of the cell's method, rate and seed on each task alone."""
-        return [self.run_of(replace(cell, order=None, task=task)) for task in tasks]
-
 
 @contextmanager
 def _named(method: str) -> Iterator[None]:
@@ -188,13 +184,9 @@ def _named(method: str) -> Iterator[None]:
 
 
 def check(grid: Grid) -> tuple[list[str], dict[str, int]]:
-    """Validates every method, the data, the budgets and what is in the folder already.
+    """The tasks' names, and the number of parameters that each method trains.
 
-    Returns:
-        The tasks' names, and the number of parameters that each method trains.
-
-    Raises:
-        BaditError: something that would stop the comparison, or make it unfair.
+    BaditError for what would stop the comparison or make it unfair, and for what the folder holds of another one.
     """
     section, counts = grid.section, dict[str, int]()
     plan = make_plan(grid.recipe_of(grid.chosen(section.reference, grid.start_rates[section.reference])[0]))
@@ -269,7 +261,7 @@ class _Comparison:
     def run(self) -> None:
         for name in self._grid.methods:  # known rates first: an interruption leaves no finished cell out of the results
             with suppress(LookupError):
-                self.rates[name] = self._rate(name, self._known_loss)
+                self.rates[name] = self._rate(name, run=False)
         todo = deque[Callable[[], Any]](partial(self._search, name) for name in self._grid.methods)
         running: set[Future[Any]] = set()
         with ThreadPoolExecutor(self._jobs) as pool:
@@ -296,29 +288,25 @@ class _Comparison:
 
     def _search(self, name: str) -> list[Callable[[], None]]:
         """Finds a method's learning rate; returns what then runs its cells."""
-        self.rates[name] = rate = self._rate(name, self._loss)
+        self.rates[name] = rate = self._rate(name, run=True)
         if rate is not None and self._grid.section.learning_rates is not None:
             self._report(f"{name}: learning rate {rate:g}")
         return [partial(self._run_cell, cell, score=True) for cell in self._grid.chosen(name, rate, self._tasks)]
 
-    def _rate(self, name: str, loss_of: Callable[[Cell], float]) -> float | None:
+    def _rate(self, name: str, *, run: bool) -> float | None:
+        """A method's learning rate; LookupError if a cell that decides it has not ended and may not be ``run``."""
         start, ladder = self._grid.start_rates[name], self._grid.section.learning_rates
-        if start is None or ladder is None:
-            return start
-        return climb(ladder, start, lambda tried: loss_of(self._grid.searched(name, tried)), METRICS["nll"].margin)
 
-    def _loss(self, cell: Cell) -> float:
-        self._run_cell(cell, score=False)
-        return self._known_loss(cell)
+        def loss_of(rate: float) -> float:
+            cell = self._grid.searched(name, rate)
+            if run:
+                self._run_cell(cell, score=False)
+            loss = _validation_loss(self._grid.run_of(cell))
+            if loss is None:
+                raise LookupError(cell)
+            return loss
 
-    def _known_loss(self, cell: Cell) -> float:
-        """Infinite where the cell failed; LookupError where it has not ended."""
-        run = self._grid.run_of(cell)
-        if run.validation_path.is_file():
-            return _validation_loss(run)
-        if (run.path / ERROR).is_file():
-            return math.inf
-        raise LookupError(cell)
+        return start if start is None or ladder is None else climb(ladder, start, loss_of, METRICS["nll"].margin)
 
     def _run_cell(self, cell: Cell, *, score: bool) -> None:
         """Runs a cell unless it is done; what goes wrong is kept in its folder."""
@@ -358,8 +346,7 @@ def _assemble(
         chosen = grid.chosen(method, rates[method]) if method in rates else []
         searched = [grid.searched(method, rate) for rate in grid.section.learning_rates or ()]
         tried = [cell for cell in searched if cell not in chosen and grid.run_of(cell).path.is_dir()]
-        cells += [_entry(grid, cell, selected=True) for cell in chosen]
-        cells += [_entry(grid, cell, selected=False) for cell in tried]
+        cells += [_entry(grid, cell, selected=cell in chosen) for cell in (*chosen, *tried)]
     alone = [method for method in grid.section.single_task if rates.get(method) is not None]
     for method in alone:
         # The runs on each task alone count as one cell of a method of their own.
@@ -378,7 +365,11 @@ def _assemble(
 
 def _entry(grid: Grid, cell: Cell, *, selected: bool, tasks: Sequence[str] = ()) -> dict[str, Any]:
     """One cell of results.json: of one run, or of the runs on each of ``tasks`` alone."""
-    runs = grid.single_runs(cell, tasks) or [grid.run_of(cell)]
+
+    def runs_alone(tasks: Sequence[str]) -> list[Run]:
+        return [grid.run_of(replace(cell, order=None, task=task)) for task in tasks]
+
+    runs = runs_alone(tasks) or [grid.run_of(cell)]
     done = all((run.instances_path if selected else run.validation_path).is_file() for run in runs)
     errors = [file.read_text(encoding="utf-8").strip() for run in runs if (file := run.path / ERROR).is_file()]
     scored = [read_json(run.instances_path) for run in runs if run.instances_path.is_file()]
@@ -388,7 +379,7 @@ def _entry(grid: Grid, cell: Cell, *, selected: bool, tasks: Sequence[str] = ())
         trainings = [run.environment["training"] for run in runs]
         trained = sum(training["trainable_parameters"] for training in trainings)
         environment["training"] = {**joint_training(trainings), "trainable_parameters": trained}
-    loss = _validation_loss(runs[0]) if runs[0].validation_path.is_file() else math.nan
+    loss = _validation_loss(runs[0])
     scores = mean_scores(instances) if done and instances else None
     entry = {
         "method": cell.method,
@@ -398,7 +389,7 @@ def _entry(grid: Grid, cell: Cell, *, selected: bool, tasks: Sequence[str] = ())
         "status": "done" if done else "failed" if errors else "missing",
         "error": None if done or not errors else errors[0],
         "selected": selected,
-        "validation_loss": loss if math.isfinite(loss) else None,  # a run that diverged has a NaN, which JSON has not
+        "validation_loss": None if loss is None or not math.isfinite(loss) else loss,  # NaN and infinity are no JSON
         "config": grid.recipe_of(cell).model_dump(mode="json", exclude={"compare"}),
         "environment": environment,
         "scores": scores,
@@ -406,7 +397,7 @@ def _entry(grid: Grid, cell: Cell, *, selected: bool, tasks: Sequence[str] = ())
     }
     if cell.order is not None and scores is not None:
         sequence = read_scores(runs[0].scores_path)
-        singles = grid.single_runs(cell, sequence["order"])
+        singles = runs_alone(sequence["order"])
         known = all(single.instances_path.is_file() for single in singles)
         alone = [read_scores(single.scores_path)["rouge_l"] for single in singles] if known else None
         entry |= {"tasks": sequence["order"], "matrix": sequence["matrix"]}
@@ -414,6 +405,9 @@ def _entry(grid: Grid, cell: Cell, *, selected: bool, tasks: Sequence[str] = ())
     return entry
 
 
-def _validation_loss(run: Run) -> float:
-    with explained(run.validation_path, fix="remove the file to measure again", any_error=True):
-        return float(read_json(run.validation_path)["loss"])
+def _validation_loss(run: Run) -> float | None:
+    """Infinite where the cell failed, None where it has not ended."""
+    if run.validation_path.is_file():
+        with explained(run.validation_path, fix="remove the file to measure again", any_error=True):
+            return float(read_json(run.validation_path)["loss"])
+    return math.inf if (run.path / ERROR).is_file() else None

@@ -10,7 +10,7 @@ import pandas as pd
 
 from badit.data import own_input
 from badit.errors import show
-from badit.files import inside, read_jsonl, refuse_links
+from badit.files import read_jsonl, refuse_links
 from badit.render import score_table, text_table
 from badit.run import Run, train
 
@@ -29,7 +29,7 @@ def run_demo(output: Path, epochs: float, seed: int) -> None:
     runs: dict[str, Run] = {}
     for name, method in METHODS.items():
         show(f"── {name} ──")
-        runs[name] = train(demo_recipe(method, str(inside(output, output / name.lower())), epochs, seed))
+        runs[name] = train(demo_recipe(method, str(output / name.lower()), epochs, seed))
     show("\nScores on unseen instances of the 16 built-in tasks (EM: exact match)\n")
     show(score_table({name: run.scores for name, run in runs.items()}))
     budgets = [

@@ -174,21 +174,15 @@ def refuse_unknown(field: str, value: object, known: Iterable[str]) -> None:
 
 def one_line(text: str) -> str:
     """Text for a terminal, with the escapes of line breaks and control characters, which may be commands to it."""
-    return "".join(char if char.isprintable() else _escape(char) for char in text)
-
-
-def _escape(char: str) -> str:
-    return char.encode("unicode_escape").decode("ascii")
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in text)
 
 
 def say(line: str, *, red: bool = False) -> None:
     """Prints a line to stderr, as :func:`one_line`; in red on a terminal unless NO_COLOR is set."""
-    text = one_line(line)
-    if red and sys.stderr.isatty() and not os.environ.get("NO_COLOR"):
-        text = f"\x1b[31m{text}\x1b[0m"
-    print(text, file=sys.stderr, flush=True)
+    in_red = red and sys.stderr.isatty() and not os.environ.get("NO_COLOR")
+    print(f"\x1b[31m{one_line(line)}\x1b[0m" if in_red else one_line(line), file=sys.stderr, flush=True)
 
 
 def show(text: str) -> None:
     """Prints a result to stdout; control characters other than line breaks and tabs stand as their escapes."""
-    print(_CONTROL.sub(lambda found: _escape(found[0]), text), flush=True)
+    print(_CONTROL.sub(lambda found: one_line(found[0]), text), flush=True)

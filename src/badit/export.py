@@ -13,7 +13,7 @@ import dataclasses
 import math
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -21,7 +21,7 @@ from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
-from peft import LoraConfig, PeftModel
+from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
@@ -45,6 +45,7 @@ from badit.results import read_scores
 from badit.run import RECORD, AnyPath, Run
 from badit.train import base_model, make_plan, model_dtype
 from badit.tuner import hooks_of
+from badit.tuner.config import ExpertConfig
 from badit.tuner.targets import FusedExpert, base_layer, short_names
 
 #: The ranks of vLLM's ``--max-lora-rank``; an adapter takes the next one up.
@@ -98,8 +99,11 @@ class Export:
         # Relative to the export, so that it names no folder of its owner's, and both can be moved together.
         path = os.path.relpath(run.path.resolve(), self.folder.resolve())
         kept: dict[str, Any] = {"run": path, "method": method, "mixture": self.mixture, "task": self.task}
-        kept |= {} if self.merged else {"rank": self.rank, "exact_rank": self.exact_rank}
-        return kept | ({"relative_error": {"total": self.total_error, "modules": self.errors}} if self.errors else {})
+        if not self.merged:
+            kept |= {"rank": self.rank, "exact_rank": self.exact_rank}
+        if self.errors:
+            kept["relative_error"] = {"total": self.total_error, "modules": self.errors}
+        return kept
 
 
 def export(
@@ -122,15 +126,15 @@ def export(
     folder = Run(run)
     recipe = folder.trusted_recipe(trust_remote_code)
     method = build_method(recipe.method)
-    config: Any = getattr(method, "config", None)  # PEFT's, of a method that trains an adapter
-    is_lora = isinstance(config, LoraConfig)
-    mixes = config is not None and not is_lora and not config.has_fixed_gates
+    config = getattr(method, "config", None)  # PEFT's, of a method that trains an adapter
+    has_experts = isinstance(config, ExpertConfig)
+    mixes = has_experts and not config.has_fixed_gates
     output = Path(output)
     _refuse_other_files(output)
     chosen = sum((task is not None, all_tasks, gates is not None))
     servable = rank is None or 1 <= rank <= VLLM_RANKS[-1]
     untold = task is None and not all_tasks and mixes and method.needs_tasks
-    quantised = merged and config is not None and not is_lora and recipe.model.quantisation is not None
+    quantised = merged and has_experts and recipe.model.quantisation is not None
     problems = {
         "give only one of --task, --all-tasks and --gates": chosen > 1,
         "--merged: one model without a rank; leave --all-tasks and --rank out": merged and (all_tasks or rank),
@@ -142,9 +146,8 @@ def export(
         and not mixes,
         f"{method.name} learns each task separately: choose one with --task": untold,
     }
-    for problem, found in problems.items():
-        if found:
-            raise BaditError(problem)
+    if found := [problem for problem, holds in problems.items() if holds]:
+        raise BaditError(found[0])
     tasks = {known.name: known for known in make_plan(recipe).tasks} if mixes else {}
     if task is not None:
         refuse_unknown("--task", task, tasks)
@@ -165,12 +168,12 @@ def export(
         try:
             remove(partial)
             for of_task, (mixture, fixed) in mixtures.items():
-                below = of_task if all_tasks and of_task else ""
+                below = str(of_task) if all_tasks else ""
                 place = partial / below
                 place.mkdir(parents=True)
                 done = Export(output / below, mixture, of_task)
                 factors: Factors = {}  # none if PEFT itself merges, or if the base weights were trained
-                if config is not None and not is_lora:
+                if has_experts:
                     factors = mixture_factors(model, fixed, of_task)
                 elif not merged:
                     changed = getattr(config, "init_lora_weights", None) in _CHANGES_BASE
@@ -234,19 +237,18 @@ def score_export(
     folder = Run(run)
     recipe = folder.trusted_recipe(trust_remote_code)
     split = recipe.evaluation.split
-    if folder.scores_path.is_file():
-        routed = read_scores(folder.scores_path)
-    else:
-        routed = evaluate(run, progress=progress, trust_remote_code=trust_remote_code)
+    if not folder.scores_path.is_file():
+        evaluate(run, progress=progress, trust_remote_code=trust_remote_code)
+    routed = read_scores(folder.scores_path)["tasks"]
     vllm = _vllm(exported, recipe) if engine == "vllm" else None
     known = make_plan(recipe).tasks
-    scored: list[tuple[Export, dict[str, Any]]] = []
-    for number, part in enumerate(exported.tasks.values() or [exported], start=1):
+    by_task: dict[str, dict[str, float]] = {}
+    for part in exported.tasks.values() or [exported]:
         tasks = [task for task in known if part.task in (None, task.name)]
-        model: Any = None
+        model: Any = None  # frees the last one
         answer = None
         if vllm is not None:
-            tokenizer, answer = vllm.get_tokenizer(), partial(_vllm_answers, vllm, recipe, part, number)
+            tokenizer, answer = vllm[0], partial(vllm[1], part)
         elif part.merged:
             options: Any = {"dtype": model_dtype(recipe), "device": device(), "trust_remote_code": trust_remote_code}
             model, tokenizer = load_base_model(part.folder, **options)
@@ -255,47 +257,46 @@ def score_export(
             with explained(part.folder, action="loaded", any_error=True):
                 model = PeftModel.from_pretrained(model, str(part.folder)).eval()
         frozen, _ = score_model(model, tokenizer, recipe, tasks, split, progress=progress, answer=answer)
-        by_task = {}
         for name, scores in frozen["tasks"].items():
-            before, after = routed["tasks"][name]["rouge_l"], scores["rouge_l"]
+            before, after = routed[name]["rouge_l"], scores["rouge_l"]
             by_task[name] = {"routed": before, "frozen": after, "difference": after - before}
-        scored.append((part, by_task))
-    if exported.tasks:
-        scored.append((exported, {name: scores for _, by_task in scored for name, scores in by_task.items()}))
     result: dict[str, Any] = {}
-    for part, by_task in scored:
-        mean = {key: fmean(entry[key] for entry in by_task.values()) for key in ("routed", "frozen", "difference")}
+    for part in (*exported.tasks.values(), exported):
+        of_part = {name: scores for name, scores in by_task.items() if part.task in (None, name)}
+        mean = {key: fmean(scores[key] for scores in of_part.values()) for key in ("routed", "frozen", "difference")}
         result = {"metric": "rouge_l", "split": split, "engine": engine, "mixture": part.mixture}
-        result |= {"tasks": by_task, "mean": mean}
+        result |= {"tasks": of_part, "mean": mean}
         write_json(part.folder / SCORES, result)
     return result
 
 
-def _vllm(exported: Export, recipe: Recipe) -> Any:
-    """vLLM's engine for an export, or for all parts of one."""
+def _vllm(exported: Export, recipe: Recipe) -> tuple[Any, Callable[[Export, list[list[int]]], list[str]]]:
+    """vLLM's tokenizer, and what answers token ids of prompts with a part of the export, up to the end of turn."""
     if recipe.model.quantisation is not None:
         raise BaditError("engine: vllm does not load model.quantisation; take transformers")
-    lora = {} if exported.merged else {"enable_lora": True, "max_lora_rank": exported.max_lora_rank}
-    base = str(exported.folder) if exported.merged else resolve_model(recipe.model.name)
-    revision = None if exported.merged else recipe.model.revision
+    base, revision, lora = str(exported.folder), None, {}
+    if not exported.merged:
+        base, revision = resolve_model(recipe.model.name), recipe.model.revision
+        lora = {"enable_lora": True, "max_lora_rank": exported.max_lora_rank}
     with explained("engine: vllm", action="started", fix="install vLLM here, or take transformers", any_error=True):
-        from vllm import LLM  # pyright: ignore[reportMissingImports] (brings its own torch)
+        from vllm import LLM, SamplingParams  # pyright: ignore[reportMissingImports] (brings its own torch)
+        from vllm.lora.request import LoRARequest  # pyright: ignore[reportMissingImports]
 
         # On a processor, compiling takes longer than it saves.
-        return LLM(base, dtype=model_dtype(recipe), revision=revision, enforce_eager=device().type == "cpu", **lora)
-
-
-def _vllm_answers(vllm: Any, recipe: Recipe, part: Export, number: int, prompts: list[list[int]]) -> list[str]:
-    """Greedy answers to token ids of prompts, up to the end of turn."""
-    from vllm import SamplingParams  # pyright: ignore[reportMissingImports]
-    from vllm.lora.request import LoRARequest  # pyright: ignore[reportMissingImports]
-
-    end = end_of_turn_id(vllm.get_tokenizer(), recipe.prompt.chat_template)
+        vllm = LLM(base, dtype=model_dtype(recipe), revision=revision, enforce_eager=device().type == "cpu", **lora)
+    tasks: list[str | None] = [*exported.tasks] or [exported.task]
+    tokenizer = vllm.get_tokenizer()
+    end = end_of_turn_id(tokenizer, recipe.prompt.chat_template)
     settings = SamplingParams(temperature=0.0, max_tokens=recipe.evaluation.max_new_tokens, stop_token_ids=[end])
-    request = None if part.merged else LoRARequest(str(number), number, str(part.folder.resolve()))
-    with explained("vLLM", action="used", any_error=True):
-        found = vllm.generate([{"prompt_token_ids": ids} for ids in prompts], settings, lora_request=request)
-    return [each.outputs[0].text.strip() for each in found]
+
+    def answers(part: Export, prompts: list[list[int]]) -> list[str]:
+        number = 1 + tasks.index(part.task)
+        request = None if part.merged else LoRARequest(str(number), number, str(part.folder.resolve()))
+        with explained("vLLM", action="used", any_error=True):
+            found = vllm.generate([{"prompt_token_ids": ids} for ids in prompts], settings, lora_request=request)
+        return [each.outputs[0].text.strip() for each in found]
+
+    return tokenizer, answers
 
 
 def _write_record(folder: Path, record: Mapping[str, Any]) -> None:
@@ -373,15 +374,13 @@ def _lora_factors(model: PeftModel, initial: PeftModel | None) -> Factors:
                 linear: Any = layer.lora_A["default"], layer.lora_B["default"]
                 a_PI, b_OP = (part.weight.detach().to("cpu", torch.float32) for part in linear)
                 parts.setdefault(name, []).append((a_PI, sign * b_OP * layer.scaling["default"]))
-    factors = {
-        name: (torch.cat([a for a, _ in of]), torch.cat([b for _, b in of], dim=1)) for name, of in parts.items()
-    }
-    # Zeros pad smaller ranks: servers read one rank and one alpha for all modules.
-    rank = max(len(a_PI) for a_PI, _ in factors.values())
-    return {
-        name: (F.pad(a_PI, (0, 0, 0, rank - len(a_PI))), F.pad(b_OP, (0, rank - len(a_PI))))
-        for name, (a_PI, b_OP) in factors.items()
-    }
+    rank = max(sum(len(a_PI) for a_PI, _ in of_name) for of_name in parts.values())
+    factors = {}
+    for name, of_name in parts.items():
+        a_PI, b_OP = torch.cat([a for a, _ in of_name]), torch.cat([b for _, b in of_name], dim=1)
+        missing = rank - len(a_PI)  # zeros pad smaller ranks: servers read one rank and one alpha for all modules
+        factors[name] = (F.pad(a_PI, (0, 0, 0, missing)), F.pad(b_OP, (0, missing)))
+    return factors
 
 
 def write_adapter(folder: Path, factors: Factors, base: nn.Module, name: str, revision: str | None = None) -> None:
@@ -392,8 +391,7 @@ def write_adapter(folder: Path, factors: Factors, base: nn.Module, name: str, re
     rank = len(next(iter(factors.values()))[0])
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": name, "revision": revision}
     config |= {"r": rank, "lora_alpha": rank, "lora_dropout": 0.0}  # a scaling of 1: B has it
-    found = {module: base_layer(base, module) for module in factors}
-    layers = {module: getattr(layer, "base_layer", layer) for module, layer in found.items()}
+    layers = {module: getattr(layer := base_layer(base, module), "base_layer", layer) for module in factors}
     modules = [module for module, layer in layers.items() if not isinstance(layer, FusedExpert)]
     config |= {"target_modules": short_names(base, modules), "bias": "none", "modules_to_save": None}
     config |= {"fan_in_fan_out": any(isinstance(layer, Conv1D) for layer in layers.values())}
@@ -404,14 +402,13 @@ def write_adapter(folder: Path, factors: Factors, base: nn.Module, name: str, re
         pairs.setdefault(name if name in modules else name.rpartition(".")[0], []).append(pair)
     if fused := pairs.keys() - modules:
         config["target_parameters"] = sorted({".".join(name.split(".")[-2:]) for name in fused})
-    tensors, wrappers = {}, Counter()
+    tensors: dict[str, torch.Tensor] = {}
     for name, of_name in reversed(pairs.items()):
-        if name in fused:  # PEFT wraps the module of fused weights again for each, the last one outermost
-            name, _, _ = name.rpartition(".")
-            wrappers[name] += 1
-            name += ".base_layer" * (wrappers[name] - 1)
-        tensors[f"base_model.model.{name}.lora_A.weight"] = torch.cat([a_PI for a_PI, _ in of_name])
-        tensors[f"base_model.model.{name}.lora_B.weight"] = torch.stack([b for _, b in of_name], dim=-1).flatten(1)
+        place = f"base_model.model.{name.rpartition('.')[0] if name in fused else name}"
+        while f"{place}.lora_A.weight" in tensors:  # PEFT wraps a module for each fused weight, the last one outermost
+            place += ".base_layer"
+        tensors[f"{place}.lora_A.weight"] = torch.cat([a_PI for a_PI, _ in of_name])
+        tensors[f"{place}.lora_B.weight"] = torch.stack([b_OP for _, b_OP in of_name], dim=-1).flatten(1)
     save_file(tensors, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
     write_json(folder / CONFIG_NAME, config)
 

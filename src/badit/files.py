@@ -21,8 +21,6 @@ from badit.errors import BaditError, explained
 
 # In a folder that is in use: the process that uses it.
 OWNER = ".owner"
-# Written by wandb into a run's folder, with links to its log files in the user's cache; badit reads nothing there.
-_TRACKER_FOLDER = "wandb"
 
 
 def read_text(file: Path) -> str:
@@ -81,10 +79,9 @@ def read_json(path: Path, text: str | None = None, line: int = 1) -> dict[str, A
 
 def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
     """The lines of a log, none if it is missing; a last line that a crash cut short is left out."""
-    # Only \n ends a line: answers may hold other separators, such as U+2028. What follows the last one was cut short.
-    lines = read_text(path).split("\n")[:-1] if path.is_file() else []
-    for number, line in enumerate(lines, start=1):
-        yield read_json(path, line, number)
+    for number, line in lines_of(path) if path.is_file() else ():
+        if line.endswith("\n"):
+            yield read_json(path, line[:-1], number)
 
 
 def refuse_other_format(content: Mapping[str, Any], path: Path, known: int) -> None:
@@ -175,7 +172,8 @@ def refuse_links(folder: Path) -> None:
             if path.is_symlink():
                 inside(folder, folder / path.relative_to(top))
         if "config.yaml" in files or Path(place).parent.name == "stages":  # a run, or a stage of one
-            folders[:] = [name for name in folders if name != _TRACKER_FOLDER]
+            # Where wandb has links to its logs in the user's cache; badit reads nothing there.
+            folders[:] = [name for name in folders if name != "wandb"]
 
 
 def inside(folder: Path, path: Path) -> Path:

@@ -3,46 +3,37 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from badit.data import encode_examples, prompt_text
-from badit.data.tasks import Task
 from badit.errors import one_line
+from badit.models import load_tokenizer
+from badit.recipe import Recipe
 from badit.render import text_table
-
-if TYPE_CHECKING:
-    from badit.recipe import DataSection, Recipe
 
 # Statistics are over the first so many training instances of a task.
 _MEASURED = 1_000
 
 
-def task_table(data: DataSection, tasks: Sequence[Task]) -> str:
-    """A row for each task: its instances, its share of an epoch, and its definition."""
-    shares = data.quotas(tasks) or {task.name: len(task.train) for task in tasks}
-    total = max(1, sum(shares.values()))
-    rows = [
-        [
-            task.name,
-            *(f"{len(split):,}" for split in (task.train, task.validation, task.test)),
-            f"{shares.get(task.name, 0) / total:.1%}",
-            " ".join((task.definition or "–").split())[:60],
-        ]
-        for task in tasks
-    ]
-    heading = ["task", "train", "validation", "test", "mixture", "definition"]
-    return f"{text_table(heading, rows, right={1, 2, 3, 4})}\n\n{len(tasks)} tasks, all valid"
+def preview(recipe: Recipe, count: int) -> str:
+    """A row for each task: its instances, its share of an epoch, and its definition.
 
-
-def preview(recipe: Recipe, tasks: Sequence[Task], count: int) -> str:
-    """Statistics of every task's training data in tokens, and its first ``count`` prompts.
-
+    If ``count`` is not 0, statistics of every task's training data in tokens and its first ``count`` prompts as well.
     What is trained stands between ⟦ and ⟧.
     """
-    from badit.models import load_tokenizer
-
+    tasks = recipe.data.load()
+    shares = recipe.data.quotas(tasks) or {task.name: len(task.train) for task in tasks}
+    total = max(1, sum(shares.values()))
+    rows = []
+    for task in tasks:
+        sizes = [f"{len(split):,}" for split in (task.train, task.validation, task.test)]
+        share = f"{shares.get(task.name, 0) / total:.1%}"
+        rows.append([task.name, *sizes, share, " ".join((task.definition or "–").split())[:60]])
+    heading = ["task", "train", "validation", "test", "mixture", "definition"]
+    listed = f"{text_table(heading, rows, right={1, 2, 3, 4})}\n\n{len(tasks)} tasks, all valid"
+    if not count:
+        return listed
     model, section = recipe.model, recipe.prompt
     tokenizer = load_tokenizer(model.name, trust_remote_code=model.trust_remote_code, revision=model.revision)
     rows, shown = [], []
@@ -67,7 +58,7 @@ def preview(recipe: Recipe, tasks: Sequence[Task], count: int) -> str:
         "instances: how many repeat the input of an earlier one or are in the test or validation data."
     )
     table = text_table(heading, rows, right=set(range(1, len(heading))))
-    return "\n\n".join([table, note, *shown])
+    return "\n\n".join([listed, table, note, *shown])
 
 
 def _measured(tokenizer: Any, texts: list[str], most: int) -> list[str]:

@@ -146,8 +146,7 @@ class Results:
 def load_results(path: str | os.PathLike[str]) -> Results:
     """Reads a results file, or the results.json of a comparison's folder.
 
-    Raises:
-        BaditError: it is missing or damaged, a field has a wrong value, or cells contradict each other.
+    BaditError if it is missing or damaged, a field has a wrong value, or cells contradict each other.
     """
     path = Path(path)
     if path.is_dir():
@@ -296,12 +295,12 @@ def _known_metrics(entry: _Part) -> list[tuple[str, Any]]:
 
 def _counted(file: _File, path: Path) -> list[_Cell]:
     """The cells that are done and selected, which must fit together."""
-    named = {"reference": file.reference} | {f"cells.{i}.method": cell.method for i, cell in enumerate(file.cells)}
-    for place, name in named.items():
-        refuse_unknown(f"{path}: {place}", name, file.methods)
+    refuse_unknown(f"{path}: reference", file.reference, file.methods)
     counted: dict[object, _Cell] = {}
     sizes: dict[str, int] = {}
-    for place, cell in ((f"{path}: cells.{i}", cell) for i, cell in enumerate(file.cells)):
+    for number, cell in enumerate(file.cells):
+        place = f"{path}: cells.{number}"
+        refuse_unknown(f"{place}.method", cell.method, file.methods)
         if cell.status != "done" or not cell.selected:
             continue
         if counted.setdefault((cell.method, cell.seed, cell.order), cell) is not cell:

@@ -1,20 +1,5 @@
 """A run is a folder; :class:`Run` is all that can be read from it and done with it.
 
-config.yaml        the resolved recipe
-environment.json   versions, hardware, commit; under "training" parameters, steps, seconds and memory
-metrics.jsonl      a line per logged step
-scores.json        {"rouge_l", "rouge_l_instances", "exact_match", …, "tasks": {name: {…}}}
-predictions/       a .jsonl per task
-instances.json     of a comparison's runs: the score of every instance, {task: {metric: [...]}}
-validation.json    of a comparison's runs: the loss on held-out training instances, by which learning rates are chosen
-adapter/           the trained adapter, as PEFT saves it
-checkpoints/       what an interrupted run resumes from
-regroupings.jsonl  the log of DOG
-angles.jsonl       angles between experts, of mixtures that do not regroup
-analysis/          tables of `badit analyze`, a .json each
-gates.json         the tasks' mean gates, as `badit export` or `badit studio` has measured them
-stages/NN-TASK/    of a sequence of tasks: the same files after each task; adapter/ above is the last one's
-
 Every command on a run is a method here, which imports the modules that do the work.
 """
 
@@ -27,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from badit.errors import BaditError, say
+from badit.files import OWNER, read_json, read_jsonl, refuse_links, write_text
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -47,35 +33,29 @@ AnyPath = str | os.PathLike[str]
 class Run:
     """A run by its folder. Properties read the folder's files at every access.
 
-    Args:
-        path: the folder.
-        check: raise unless it holds a run.
-
-    Raises:
-        BaditError: the folder holds no run (nor an export, which can be pushed), or a link in it leads out of it.
+    BaditError if the folder holds no run (nor an export, which can be pushed), or a link in it leads out of it.
     """
 
     def __init__(self, path: AnyPath, *, check: bool = True) -> None:
-        from badit.files import refuse_links
-
         self.path = Path(path)
-        self.config_path = self.path / "config.yaml"
-        self.environment_path = self.path / "environment.json"
-        self.metrics_path = self.path / "metrics.jsonl"
-        self.scores_path = self.path / "scores.json"
-        self.predictions_path = self.path / "predictions"
+        self.config_path = self.path / "config.yaml"  # the resolved recipe
+        self.environment_path = self.path / "environment.json"  # see environment
+        self.metrics_path = self.path / "metrics.jsonl"  # a line per logged step
+        self.scores_path = self.path / "scores.json"  # {"rouge_l", "rouge_l_instances", …, "tasks": {name: {…}}}
+        self.predictions_path = self.path / "predictions"  # a .jsonl per task
+        # Of a comparison's runs: the score of every instance, {task: {metric: [...]}}; the loss on held-out training
+        # instances, by which learning rates are chosen.
         self.instances_path = self.path / "instances.json"
         self.validation_path = self.path / "validation.json"
-        self.adapter_path = self.path / "adapter"
-        self.checkpoints_path = self.path / "checkpoints"
-        self.regroupings_path = self.path / "regroupings.jsonl"
-        self.angles_path = self.path / "angles.jsonl"
-        self.analysis_path = self.path / "analysis"
-        self.gates_path = self.path / "gates.json"
+        self.adapter_path = self.path / "adapter"  # as PEFT saves it; of a sequence of tasks, after the last one
+        self.checkpoints_path = self.path / "checkpoints"  # what an interrupted run resumes from
+        self.regroupings_path = self.path / "regroupings.jsonl"  # the log of DOG
+        self.angles_path = self.path / "angles.jsonl"  # between experts, of mixtures that do not regroup
+        self.analysis_path = self.path / "analysis"  # tables of `badit analyze`, a .json each
+        self.gates_path = self.path / "gates.json"  # tasks' mean gates, as `badit export` or `studio` measured them
+        if check and not self.config_path.is_file() and not (self.path / RECORD).is_file():
+            raise BaditError(f"{self.path}: has no config.yaml, so it is no run's folder; make one: badit train RECIPE")
         if check:
-            if not self.config_path.is_file() and not (self.path / RECORD).is_file():
-                fix = "so it is no run's folder; make one: badit train RECIPE"
-                raise BaditError(f"{self.path}: has no config.yaml, {fix}")
             refuse_links(self.path)
 
     @classmethod
@@ -99,13 +79,12 @@ class Run:
         return about + self.scores.pivot(index="task", columns="metric", values="score").round(2).to_html()
 
     def stage(self, number: int, task: str) -> Run:
-        """The folder of one task of a sequence, counted from 1."""
+        """The folder of one task of a sequence, counted from 1, with the same files as they were after that task."""
         return Run.at(self.path / "stages" / f"{number:02d}-{task}")
 
     @classmethod
     def prepare(cls, recipe: Recipe) -> Run:
         """The recipe's output folder: made, or taken up again if it holds the same recipe's run; else BaditError."""
-        from badit.files import OWNER, refuse_links, write_text
         from badit.recipe import differing_keys, dump_recipe
 
         run = cls.at(recipe.output)
@@ -117,9 +96,8 @@ class Run:
                 raise BaditError(f"{run.path}: {other}; choose another output=FOLDER, or remove that one")
             return run
         # Its mark and a partial file are what a process leaves that is killed in its first write.
-        if run.path.exists() and not (
-            run.path.is_dir() and all(path.name == OWNER or path.suffix == ".partial" for path in run.path.iterdir())
-        ):
+        remains = run.path.is_dir() and all(p.name == OWNER or p.suffix == ".partial" for p in run.path.iterdir())
+        if run.path.exists() and not remains:
             raise BaditError(f"{run.path}: exists and is not a run's folder; choose another output=FOLDER")
         run.path.mkdir(parents=True, exist_ok=True)
         write_text(run.config_path, dump_recipe(recipe))
@@ -165,15 +143,11 @@ class Run:
         """The training log: step, loss, learning_rate, grad_norm …, a row per logged step."""
         import pandas as pd
 
-        from badit.files import read_jsonl
-
         return pd.DataFrame(read_jsonl(self.metrics_path))
 
     @property
     def environment(self) -> dict[str, Any]:
         """Versions and hardware; under ``training`` parameters, steps, seconds and memory."""
-        from badit.files import read_json
-
         return read_json(self.environment_path)
 
     @property
@@ -219,8 +193,7 @@ class Run:
         from badit.evaluate import evaluate
         from badit.results import scores_frame
 
-        scores = evaluate(self.path, split=split, progress=progress, trust_remote_code=trust_remote_code)
-        return scores_frame(scores)
+        return scores_frame(evaluate(self.path, split=split, progress=progress, trust_remote_code=trust_remote_code))
 
     def generate(
         self,
@@ -233,12 +206,12 @@ class Run:
         progress: bool = False,
         trust_remote_code: bool = False,
     ) -> Any:
-        """Answer a prompt with a run's adapter, by greedy decoding.
+        """Answer a prompt with a run's adapter, by greedy decoding; BaditError for an empty prompt.
 
         Every call loads the model: give all prompts at once, or keep the model of :meth:`load`.
 
         Args:
-            prompts: one text, which gives one answer, or a list of texts; on the command line - reads standard input.
+            prompts: one text, which gives one answer, or a list of texts.
             task: a task of the run's data, by name or number: the texts are inputs, and become the prompts that it was
                 trained with.
             raw: with ``task``, take the texts as whole prompts. Methods that tell tasks apart need the task anyway.
@@ -246,9 +219,6 @@ class Run:
             batch_size: prompts decoded at a time.
             progress: show a bar on stderr.
             trust_remote_code: run Python code that comes with the run's base model, if its recipe asks for it as well.
-
-        Raises:
-            BaditError: no such run, no adapter yet, or an empty prompt.
         """
         from badit.data import load_sources
         from badit.generation import generate_answers
@@ -347,11 +317,7 @@ class Run:
 
 
 def plan(recipe: RecipeLike | None = None, /, **values: Any) -> Plan:
-    """Validates a recipe and its data and says what a training would work on, without any of it.
-
-    Raises:
-        BaditError: a wrong or unknown key or value, or bad data.
-    """
+    """What a training would work on, without any of it; BaditError for a wrong or unknown key or value, or bad data."""
     from badit.recipe import make_recipe
     from badit.train import make_plan
 

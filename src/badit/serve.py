@@ -27,7 +27,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 from badit.analysis.gates import GATES_FILE, Experts, adapted_layers, mean_component_gates, read_gates
 from badit.errors import BaditError, show
@@ -58,10 +58,9 @@ class Router:
         method = build_method(recipe.method)
         if method.needs_tasks or getattr(getattr(method, "config", None), "has_fixed_gates", True):
             raise BaditError(f"{run}: the gates of {method.name} do not follow the prompt; serve its export by itself")
-        model, _ = load_run(self.run, recipe)
-        self.model: Any = model
+        self.model: Any = load_run(self.run, recipe)[0]
         self.base = recipe.model.name
-        self.layers = adapted_layers(model)
+        self.layers = adapted_layers(self.model)
         self.exports: list[str] = []
         if exports is not None:
             refuse_links(Path(exports))
@@ -137,12 +136,31 @@ def application(router: Router, url: str) -> Starlette:
         return JSONResponse({**found, "data": [{"id": AUTO, "object": "model", "owned_by": "badit"}, *found["data"]]})
 
     async def completion(request: Request) -> Any:
+        """vLLM's response to the request with the adapter for its prompt as its model, sent on as it comes."""
         content = await json_body(request, MAX_BODY)
         if not isinstance(content, dict):
             raise BaditError("request: must be a JSON object")
         model = content.get("model") or AUTO
-        if model not in (AUTO, router.run.path.resolve().name):
-            return forwarded(request, content, nullcontext(str(model)))
+        routed = model in (AUTO, router.run.path.resolve().name)
+        adapter = await adapter_for(request, content) if routed else nullcontext(str(model))
+
+        async def forward(scope: Scope, receive: Receive, send: Send) -> None:
+            try:
+                async with ending_with(receive), adapter as name:
+                    options: Any = {"json": {**content, "model": name}, "headers": key(request)}
+                    async with client.stream("POST", request.url.path, **options) as answer:
+                        kind = answer.headers.get("content-type", "").encode()
+                        raw = [(b"content-type", kind), (b"x-badit-adapter", quote(name).encode())]
+                        await send({"type": "http.response.start", "status": answer.status_code, "headers": raw})
+                        async for chunk in answer.aiter_raw():
+                            await send({"type": "http.response.body", "body": chunk, "more_body": True})
+                        await send({"type": "http.response.body", "body": b""})
+            except ExceptionGroup as group:  # of the tasks within, of which one has failed
+                raise group.exceptions[0] from None
+
+        return forward
+
+    async def adapter_for(request: Request, content: dict[str, Any]) -> AbstractAsyncContextManager[str]:
         ids, chat = content.get("prompt"), request.url.path.endswith("/chat/completions")
         if isinstance(ids, list) and len(ids) == 1 and not isinstance(ids[0], int):
             ids = ids[0]  # a batch of one
@@ -152,8 +170,7 @@ def application(router: Router, url: str) -> Starlette:
             ids = (await ask(request, "POST", "/tokenize", text)).json()["tokens"]
         async with lock:
             gates_MN = await to_thread.run_sync(router.gates, ids)
-        adapter = nullcontext(router.nearest(gates_MN)) if router.exports else loaded(request, gates_MN)
-        return forwarded(request, content, adapter)
+        return nullcontext(router.nearest(gates_MN)) if router.exports else loaded(request, gates_MN)
 
     async def ask(request: Request, method: str, path: str, content: Any = None, hint: str = "") -> httpx2.Response:
         answer = await client.request(method, path, json=content, headers=key(request))
@@ -175,25 +192,6 @@ def application(router: Router, url: str) -> Starlette:
             finally:
                 with anyio.CancelScope(shield=True):
                     await ask(request, "POST", "/v1/unload_lora_adapter", about)
-
-    def forwarded(request: Request, content: dict[str, Any], adapter: AbstractAsyncContextManager[str]) -> ASGIApp:
-        """A response that is vLLM's to the request with this adapter as its model, sent on as it comes."""
-
-        async def forward(scope: Scope, receive: Receive, send: Send) -> None:
-            try:
-                async with ending_with(receive), adapter as name:
-                    options: Any = {"json": {**content, "model": name}, "headers": key(request)}
-                    async with client.stream("POST", request.url.path, **options) as answer:
-                        kind = answer.headers.get("content-type", "").encode()
-                        raw = [(b"content-type", kind), (b"x-badit-adapter", quote(name).encode())]
-                        await send({"type": "http.response.start", "status": answer.status_code, "headers": raw})
-                        async for chunk in answer.aiter_raw():
-                            await send({"type": "http.response.body", "body": chunk, "more_body": True})
-                        await send({"type": "http.response.body", "body": b""})
-            except ExceptionGroup as group:  # of the tasks within, of which one has failed
-                raise group.exceptions[0] from None
-
-        return forward
 
     async def failed(request: Request, error: Exception) -> Response:
         status, message = getattr(error, "status_code", 400), getattr(error, "detail", str(error))

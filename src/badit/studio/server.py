@@ -15,6 +15,7 @@ import webbrowser
 from collections.abc import AsyncIterator, Mapping
 from concurrent.futures import CancelledError
 from contextlib import asynccontextmanager
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -137,7 +138,7 @@ def application(session: Session) -> Starlette:
         with explained("request"):
             question = Question.model_validate(content)
         session.check(question)
-        return _stream(session, question, lock)
+        return partial(_stream, session, question, lock)
 
     look = resources.files("badit.report").joinpath("templates", "look.css").read_bytes()
     return Starlette(
@@ -169,27 +170,24 @@ async def json_body(request: Request, limit: int) -> Any:
 def guards(*, programs: bool = False) -> list[Middleware]:
     """What refuses foreign hosts and pages; ``programs`` may post too: they send no Origin, browsers always do."""
     hosts = Middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"])
-    return [Middleware(_guarded, programs=programs), hosts]
+    return [Middleware(lambda app: partial(_guarded, app, programs)), hosts]
 
 
-def _guarded(app: ASGIApp, programs: bool) -> ASGIApp:
+async def _guarded(app: ASGIApp, programs: bool, scope: Scope, receive: Receive, send: Send) -> None:
     """The application for its own page only, which browsers name with every POST; adds every response's headers."""
 
-    async def guarded(scope: Scope, receive: Receive, send: Send) -> None:
-        async def send_with_headers(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                MutableHeaders(scope=message).update(_HEADERS)
-            await send(message)
+    async def send_with_headers(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            MutableHeaders(scope=message).update(_HEADERS)
+        await send(message)
 
-        if scope["type"] != "http":
-            return await app(scope, receive, send)
-        headers = Headers(scope=scope)
-        own_page = f"http://{headers.get('host')}"
-        own = scope["method"] in ("GET", "HEAD") or headers.get("origin", own_page if programs else "") == own_page
-        answering = app if own else _error(403, "the request does not come from this page")
-        return await answering(scope, receive, send_with_headers)
-
-    return guarded
+    if scope["type"] != "http":
+        return await app(scope, receive, send)
+    headers = Headers(scope=scope)
+    own_page = f"http://{headers.get('host')}"
+    own = scope["method"] in ("GET", "HEAD") or headers.get("origin", own_page if programs else "") == own_page
+    answering = app if own else _error(403, "the request does not come from this page")
+    return await answering(scope, receive, send_with_headers)
 
 
 async def _refused(request: Request, error: Exception) -> Response:
@@ -200,41 +198,39 @@ def _error(status: int, message: str) -> Response:
     return JSONResponse({"error": message}, status_code=status)
 
 
-def _stream(session: Session, question: Question, lock: anyio.Lock) -> ASGIApp:
-    """A response that answers in a thread, once the lock is free, and sends server-sent events as they are shown.
+async def _stream(
+    session: Session, question: Question, lock: anyio.Lock, scope: Scope, receive: Receive, send: Send
+) -> None:
+    """Responds: answers in a thread, once the lock is free, and sends server-sent events as they are shown.
 
     The answer ends at its next event if the client has gone or the server ends. The lock is held until then.
     """
+    running = getattr(scope["app"].state, "server", None)
 
-    async def stream(scope: Scope, receive: Receive, send: Send) -> None:
-        running = getattr(scope["app"].state, "server", None)
+    async def send_event(name: str, data: Mapping[str, Any]) -> None:
+        event = f"event: {name}\ndata: {json.dumps(data, allow_nan=False)}\n\n"
+        await send({"type": "http.response.body", "body": event.encode(), "more_body": True})
 
-        async def send_event(name: str, data: Mapping[str, Any]) -> None:
-            event = f"event: {name}\ndata: {json.dumps(data, allow_nan=False)}\n\n"
-            await send({"type": "http.response.body", "body": event.encode(), "more_body": True})
+    def show(name: str, data: Mapping[str, Any]) -> None:
+        from_thread.check_cancelled()
+        if running is not None and running.should_exit:  # uvicorn would wait for the answer's end
+            raise BaditError("the studio has been ended")
+        from_thread.run(send_event, name, data)
 
-        def show(name: str, data: Mapping[str, Any]) -> None:
-            from_thread.check_cancelled()
-            if running is not None and running.should_exit:  # uvicorn would wait for the answer's end
-                raise BaditError("the studio has been ended")
-            from_thread.run(send_event, name, data)
+    def answer() -> None:
+        try:
+            session.answer(question, show)
+            from_thread.run(send_event, "done", {})
+        except BaditError as error:
+            from_thread.run(send_event, "error", {"message": str(error)})
+        except CancelledError:  # raised in a thread by an event that was cancelled while it was being sent
+            return
 
-        def answer() -> None:
-            try:
-                session.answer(question, show)
-                from_thread.run(send_event, "done", {})
-            except BaditError as error:
-                from_thread.run(send_event, "error", {"message": str(error)})
-            except CancelledError:  # raised in a thread by an event that was cancelled while it was being sent
-                return
-
-        async with ending_with(receive), lock:
-            headers = [(b"content-type", b"text/event-stream; charset=utf-8")]
-            await send({"type": "http.response.start", "status": 200, "headers": headers})
-            await to_thread.run_sync(answer)
-            await send({"type": "http.response.body", "body": b""})
-
-    return stream
+    async with ending_with(receive), lock:
+        headers = [(b"content-type", b"text/event-stream; charset=utf-8")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await to_thread.run_sync(answer)
+        await send({"type": "http.response.body", "body": b""})
 
 
 @asynccontextmanager
