@@ -13,7 +13,7 @@ from peft import get_peft_model
 from torch.utils.data import DataLoader
 
 import badit
-from badit.data import AnswerCollator, encode_example
+from badit.data import AnswerCollator, encode_examples
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--data", default="builtin", help="a .jsonl file of tasks (default: the built-in ones)")
@@ -29,7 +29,7 @@ model = get_peft_model(model, badit.BaditConfig(num_experts=8, r=4, task_type="C
 optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=5e-4)
 
 pairs = [(task, instance) for task in badit.load_tasks(options.data) for instance in task.train]
-rows = [encode_example(tokenizer, *pair) for pair in pairs[: 8 if options.small else None]]
+rows = encode_examples(tokenizer, pairs[: 8 if options.small else None])
 collate = AnswerCollator(tokenizer.pad_token_id or 0)
 loader = DataLoader(rows, batch_size, shuffle=True, collate_fn=collate)
 model, optimizer, loader = accelerator.prepare(model, optimizer, loader)

@@ -266,7 +266,7 @@ class NeuronMethod(WeightsMethod):
         return round(self.options.share * count) if self._masks is None else count
 
     def _saved_names(self, model: PreTrainedModel) -> set[str]:
-        return set(neurons.trained_parameters(model))
+        return super()._saved_names(model) & neurons.trained_parameters(model).keys()  # of tied weights one name
 
     def before_training(self, model: PreTrainedModel, batches: TaskBatches) -> None:
         scores = [neurons.neuron_scores(model, of_task[: self.options.score_batches]) for of_task in batches.values()]
