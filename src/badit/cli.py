@@ -84,7 +84,7 @@ def compare(recipe: str, *overrides: str, jobs: int = 1, dry_run: bool = False) 
     # A batch system's SIGTERM must reach the running cells as Ctrl-C does: they have sessions of their own.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     results = run_comparison(made, jobs=jobs)
-    path = Path(made.output) / "results.json"
+    path = Path(made.output) / _load("badit.results").RESULTS
     show(f"{_load('badit.render').table(path)}\n\nResults: {path}")
     return int("failed" in set(results.cells["status"]))
 

@@ -298,8 +298,7 @@ def merged(base: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
 def read_values(path: Path) -> dict[str, Any]:
     """A recipe file's values as they stand there, whatever they are."""
     content = parse_yaml(read_text(path), where=path)
-    if content is None:
-        return {}
+    content = {} if content is None else content
     if not isinstance(content, dict):
         raise BaditError(f"{path}: must hold 'key: value' lines, not a {type(content).__name__}")
     return content

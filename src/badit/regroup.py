@@ -115,13 +115,11 @@ class Windows(dict[str, Window]):
 
     def _read_gradients(self) -> None:
         factors = [(layer.badit_A[adapter], layer.badit_B[adapter]) for layer, adapter in self.layers.values()]
-        for window, gram_NN, gate_sums in zip(
-            self.values(), component_grams(factors), self._taken_gates(), strict=True
-        ):
+        for window, gram_NN, gates in zip(self.values(), component_grams(factors), self._taken_gates(), strict=True):
             if gram_NN is not None:
                 window.gram_sum = _plus(window.gram_sum, gram_NN)
                 window.steps += 1
-                window.gate_sums = window.gate_sums if gate_sums is None else _plus(window.gate_sums, gate_sums)
+                window.gate_sums = window.gate_sums if gates is None else _plus(window.gate_sums, gates)
 
     def restart(self) -> None:
         """Empties the sums; pending lines stay."""
@@ -320,7 +318,7 @@ class Regrouper:
         if self._log is not None:
             for line in lines:
                 self._log.append(line)
-        self.metrics |= _means(lines)
+        self.metrics |= _means(lines)  # its objectives are the last regrouping's, which a new one replaces
 
 
 class RegroupCallback(TrainerCallback):

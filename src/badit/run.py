@@ -43,10 +43,8 @@ class Run:
         self.metrics_path = self.path / "metrics.jsonl"  # a line per logged step
         self.scores_path = self.path / "scores.json"  # {"rouge_l", "rouge_l_instances", …, "tasks": {name: {…}}}
         self.predictions_path = self.path / "predictions"  # a .jsonl per task
-        # Of a comparison's runs: the score of every instance, {task: {metric: [...]}}; the loss on held-out training
-        # instances, by which learning rates are chosen.
-        self.instances_path = self.path / "instances.json"
-        self.validation_path = self.path / "validation.json"
+        self.instances_path = self.path / "instances.json"  # of a comparison's: {task: {metric: [each instance's]}}
+        self.validation_path = self.path / "validation.json"  # of a comparison's: the loss that chooses the rate
         self.adapter_path = self.path / "adapter"  # as PEFT saves it; of a sequence of tasks, after the last one
         self.checkpoints_path = self.path / "checkpoints"  # what an interrupted run resumes from
         self.regroupings_path = self.path / "regroupings.jsonl"  # the log of DOG

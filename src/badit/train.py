@@ -190,8 +190,9 @@ def _train_stage(plan: Plan, number: int, progress: bool, allow_changed_inputs: 
     base, tokenizer = base_model(recipe, dtype="float32" if method.trains_base_weights else None)
     keep_inputs(Run.at(recipe.output), {BASE_MODEL: model_fingerprint(base)}, allow_changed_inputs)
     with status(f"preparing the model for {method.name}"):
-        names, before = [task.name for task in plan.tasks], plan.stages[number - 1].folder.adapter_path
-        model = method.proceed(base, before) if number else method.apply(base, names)
+        names = [task.name for task in plan.tasks]
+        before = plan.stages[number - 1].folder.adapter_path if number else None
+        model = method.apply(base, names) if before is None else method.proceed(base, before)
     if recipe.training.gradient_checkpointing:
         model.enable_input_require_grads()
 

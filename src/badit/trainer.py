@@ -335,8 +335,7 @@ _LOSSES = {"loss", "eval_loss"}
 class MetricsLog(TrainerCallback):
     """Appends the trainer's log lines to a file, less those that a resumed run is about to log again.
 
-    Times, rates and the closing line are left out, since they are of this process alone, and a regrouping's metrics,
-    which are in regroupings.jsonl.
+    Left out are times, rates and the closing line, which are of this process alone, and what regroupings.jsonl has.
     """
 
     def __init__(self, path: Path) -> None:

@@ -169,10 +169,14 @@ def _component_gates(model: Any, experts: Sequence[Experts], of_task: Sequence[A
     return [torch.cat(of_layer) for of_layer in kept.values()]
 
 
+def span(counts: Sequence[int]) -> str:
+    """The counts in words: one number, or the least and the largest."""
+    return " to ".join(map(str, sorted({min(counts), max(counts)})))
+
+
 def gates_frame(gates: PromptGates) -> pd.DataFrame:
     """Every task's gates in every module: mean and standard deviation over its prompts."""
-    counts = set(map(len, gates.by_task.values()))
-    each = " to ".join(map(str, sorted({min(counts), max(counts)})))
+    each = span([len(gates_PMK) for gates_PMK in gates.by_task.values()])
     # A single prompt has no standard deviation.
     stds = [g.std(axis=0, ddof=1) if len(g) > 1 else np.full_like(g[0], np.nan) for g in gates.by_task.values()]
     places = product(gates.tasks, gates.modules, range(gates.means.shape[-1]))

@@ -38,7 +38,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers.pytorch_utils import Conv1D
 
-from badit.analysis.gates import Batches, PromptGates, marked_experts
+from badit.analysis.gates import Batches, PromptGates, marked_experts, span
 from badit.analysis.tables import COUNT, INDEX, SHARED, Column, Table, layer_and_module
 from badit.baselines.neurons import top_neurons
 from badit.data import on_device
@@ -113,15 +113,14 @@ def measure_interference(
     """
     sizes = [len(of_task) for of_task in batches.values()]
     parameter = next(model.parameters())
-    hooks = ExitStack()
-    gradients = TaskGradients(model, sizes, SKETCH_SIZE, hooks)
     sums: dict[int, Any] = {}  # by layer, of a task's outputs over all positions
 
     def add(layer: int, module: nn.Module, args: tuple, output: torch.Tensor) -> None:
         sums[layer] = sums.get(layer, 0) + output.detach().flatten(0, -2).sum(dim=0, dtype=torch.float32)
 
     marked: dict[str, dict[str, list[torch.Tensor]]] = {"neurons": {}, "parameters": {}}
-    with hooks, torch.enable_grad():
+    with ExitStack() as hooks, torch.enable_grad():
+        gradients = TaskGradients(model, sizes, SKETCH_SIZE, hooks)
         bar = hooks.enter_context(tqdm(total=sum(sizes), desc="Gradients", disable=not progress))
         for layer, projection in enumerate(_first_projections(model)):
             hooks.callback(projection.register_forward_hook(partial(add, layer)).remove)
@@ -139,8 +138,7 @@ def measure_interference(
                 bar.update()
             marked["neurons"][task] = _strongest([sums[layer].cpu() / positions for layer in sorted(sums)])
             marked["parameters"][task] = _strongest(gradients.row_scores(number))
-    each = " to ".join(map(str, sorted({min(sizes), max(sizes)})))
-    data = f"Measured on {len(sizes)} tasks with {each} instances each."
+    data = f"Measured on {len(sizes)} tasks with {span(sizes)} instances each."
     about_gradients = (
         f"{data} A task's gradient is the mean over its instances of the gradient of the answer's mean cross-entropy, "
         f"without dropout, with the weights in {str(parameter.dtype).removeprefix('torch.')}. Inner products are "

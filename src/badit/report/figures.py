@@ -20,6 +20,7 @@ import pandas as pd
 from badit.metrics import METRICS
 from badit.render import UNKNOWN, number
 from badit.report import charts
+from badit.report.sources import shown_parameters
 
 _MOST_POINTS = 250
 _MOST_PAIRS = 120
@@ -186,7 +187,7 @@ def gradient_cosines(frame: pd.DataFrame) -> Any:
     """Blue pairs of tasks agree and orange ones conflict, of the adapter's parameters where there is an adapter and
     else of the model's weights; with all layers and all modules the gradients are taken as one vector, otherwise the
     cosines' mean is shown."""
-    own = frame[frame["parameters"] == min(frame["parameters"])]  # "adapter" comes before "weights"
+    own = frame[frame["parameters"] == shown_parameters(frame)]
     together, single = own[own["layer"] == charts.ALL], own[own["layer"] != charts.ALL]
     choices = [charts.all_or_one(name, single[name]) for name in ("layer", "module")]
     means = charts.with_all(single, "layer", "module")
@@ -197,7 +198,7 @@ def gradient_cosines(frame: pd.DataFrame) -> Any:
 
 def gradient_cosines_weights(frame: pd.DataFrame) -> Any:
     """The same for the weights that the adapter adds to."""
-    weights = frame[frame["parameters"] != min(frame["parameters"])]
+    weights = frame[frame["parameters"] != shown_parameters(frame)]
     return gradient_cosines(weights) if len(weights) else None
 
 
@@ -232,7 +233,7 @@ def _by_layer(frame: pd.DataFrame, column: str, title: str, form: str) -> Any:
 def gradient_pairs(frame: pd.DataFrame) -> pd.DataFrame:
     """The corrected cosine is without the noise of few instances (a dash: too noisy to tell), magnitude similarity is 1
     where both gradients are equally large, and of more than 120 pairs those in the middle are left out."""
-    rows = frame[(frame["parameters"] == min(frame["parameters"])) & frame["cosine"].notna()].sort_values("cosine")
+    rows = frame[(frame["parameters"] == shown_parameters(frame)) & frame["cosine"].notna()].sort_values("cosine")
     if len(rows) > _MOST_PAIRS:
         rows = pd.concat([rows[: _MOST_PAIRS // 2], rows[-_MOST_PAIRS // 2 :]])
     rows = rows.rename(columns={"task_a": "task", "task_b": "other_task"})

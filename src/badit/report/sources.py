@@ -123,12 +123,16 @@ def together(sources: Sequence[Source]) -> Source:
         shared.add(frame, pd.DataFrame(losses), "metrics.jsonl")
     if scored := [source for source in sources if source.scores is not None]:
         frames = [cast(pd.DataFrame, source.scores).assign(run=source.label) for source in scored]
-        scores = pd.concat(frames, ignore_index=True)
-        shared.add("scores", scores, "scores.json")
+        shared.add("scores", pd.concat(frames, ignore_index=True), "scores.json")
         shared.add("differences", _differences(scored), "predictions/")
     for frame in shared.frames.values():  # a series has one colour in all figures
         frame.attrs["order"] = list(dict.fromkeys(series for series, _ in runs))
     return shared
+
+
+def shown_parameters(frame: pd.DataFrame) -> str:
+    """Whose gradients are shown: the "adapter"'s where there is one, else those of the "weights"."""
+    return min(frame["parameters"])
 
 
 def conclusions(sources: Sequence[Source]) -> list[str]:
@@ -159,7 +163,7 @@ def _statements(frames: Mapping[str, pd.DataFrame]) -> Iterator[tuple[str, float
         yield "scores", abs(mean) / max((high - low) / 2, 1e-9), text
     if {"gradient_overall", "gradient_tasks"} <= frames.keys():
         pairs, tasks = frames["gradient_overall"], frames["gradient_tasks"]
-        kind = min(pairs["parameters"])  # "adapter" rather than "weights"
+        kind = shown_parameters(pairs)
         cosines = pairs.loc[pairs["parameters"] == kind, "cosine"].dropna()
         agreement = float(tasks.loc[tasks["parameters"] == kind, "reliability"].mean())
         if len(cosines) and math.isfinite(agreement):
@@ -219,7 +223,7 @@ def _read(folder: Path, label: str) -> Source:
     pairs, overall = (source.frames.get(name) for name in ("gradient_pairs", "gradient_overall"))
     cosines = [] if overall is None else [overall.assign(layer="all", module="all")]
     if pairs is not None:
-        cosines.append(pairs.assign(parameters="adapter" if overall is None else min(overall["parameters"])))
+        cosines.append(pairs.assign(parameters="adapter" if overall is None else shown_parameters(overall)))
     if cosines:
         columns = [*_PAIR, "parameters", "layer", "module", "cosine"]
         files = ", ".join(each.attrs["file"] for each in cosines[::-1])

@@ -122,9 +122,7 @@ class ExpertConfig(PeftConfig):
         "Default: the MLP's gate projection (as in the paper), or its first projection where there is no gate; "
         "q_proj and v_proj where all MLPs are fused MoE experts.",
     )
-    exclude_modules: list[str] | str | None = option(
-        None, "Names of modules to leave out of target_modules, or a regex."
-    )
+    exclude_modules: list[str] | str | None = option(None, "Names of modules not to adapt, or a regex.")
     modules_to_save: list[str] | None = option(None, "Further modules to train whole and save with the adapter.")
     layers_to_transform: list[int] | int | None = option(None, "Indices of the layers to adapt (default: all).")
     layers_pattern: list[str] | str | None = option(None, "Name of the layer list that layers_to_transform counts in.")
