@@ -12,13 +12,13 @@ import argparse
 
 from keep_run import RESULTS
 
-from badit.demo import METHODS, demo_recipe
+from badit.demo import demo_recipe
 from badit.environment import environment
 from badit.evaluate import train_and_score
 from badit.files import write_json
 from badit.recipe import build_recipe
 
-RATES = {"LoRA": (5e-4, 1e-3, 2e-3), "BADIT": (5e-4, 1e-3)}
+RATES = {"LoRA": (5e-4, 1e-3, 2e-3), "BADIT": (2.5e-4, 5e-4, 1e-3)}
 HELD_OUT = ["data.validation_per_task=10", "evaluation.split=validation"]
 
 
@@ -29,7 +29,7 @@ if __name__ == "__main__":
     cells = []
     for method, rates in RATES.items():
         for rate in rates:
-            content = demo_recipe(METHODS[method], f"{options.runs}/{method}-{rate}", 1.0, 0)
+            content = demo_recipe(method, f"{options.runs}/{method}-{rate}", 1.0, 0)
             scores = train_and_score(build_recipe(content, [f"training.learning_rate={rate}", *HELD_OUT]))
             means = {key: scores[key] for key in ("rouge_l", "exact_match")}
             cells.append({"method": method, "learning_rate": rate, "seed": 0, **means})

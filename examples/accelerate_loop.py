@@ -1,4 +1,4 @@
-"""Tune a model with BADIT in a plain loop with accelerate, without a Trainer.
+"""Tune a model with BADIT in a plain loop with accelerate, without a Trainer, and with the paper's regrouping (DOG).
 
 python examples/accelerate_loop.py --small                       # four steps, about a minute
 python examples/accelerate_loop.py --data my-tasks.jsonl         # {task, instruction, input, output} per line

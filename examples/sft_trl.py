@@ -10,6 +10,7 @@ import argparse
 import json
 
 from datasets import Dataset
+from peft import get_peft_model
 from trl import SFTConfig, SFTTrainer
 
 import badit
@@ -38,6 +39,7 @@ else:
 rows = [row for messages in chats for row in answer_rows(messages)]
 
 model, tokenizer = badit.load_base_model(options.model)
+model = get_peft_model(model, badit.BaditConfig(num_experts=8, r=4, task_type="CAUSAL_LM"))
 trainer = SFTTrainer(
     model=model,
     processing_class=tokenizer,
@@ -46,13 +48,11 @@ trainer = SFTTrainer(
         per_device_train_batch_size=2 if options.small else 8,
         max_steps=4 if options.small else -1,
         num_train_epochs=3,
-        learning_rate=5e-4,
         report_to=[],  # or ["tensorboard"], …
         bf16=False,
     ),
     train_dataset=Dataset.from_list(rows[:8] if options.small else rows),
-    peft_config=badit.BaditConfig(num_experts=8, r=4, task_type="CAUSAL_LM"),
-    callbacks=[badit.RegroupCallback(every=2 if options.small else 20)],
+    optimizers=(badit.OrthogonalUpdates(model, lr=5e-4, other_lr=1.5e-4), None),  # other_lr: of the routers
 )
 trainer.train()
 trainer.save_model(f"{options.output}/adapter")

@@ -26,13 +26,14 @@ FILE = ROOT / "golden.json"
 _STEPS = 20
 _REGROUP = {"every": 5}
 _SMALL: dict[str, Any] = {"num_experts": 4, "r": 2}
-_DIRECTIONS = {"name": "badit", **_SMALL, "init_weights": "directions", "regroup": _REGROUP}
+_BAD = {"name": "badit", **_SMALL, "init_weights": "bad", "router_input": "mean", "regroup": _REGROUP}
+_DIRECTIONS = {**_BAD, "init_weights": "directions"}
 METHODS: dict[str, dict[str, Any]] = {
-    "bad": {"name": "badit", **_SMALL, "regroup": _REGROUP},
+    "bad": _BAD,
     "directions": _DIRECTIONS,
     "standardised": {**_DIRECTIONS, "router_input": "standardised"},
-    "token": {"name": "badit", **_SMALL, "routing": "token", "regroup": _REGROUP},
-    "top_k": {"name": "badit", **_SMALL, "top_k": 2, "regroup": None},
+    "token": {**_BAD, "routing": "token"},
+    "top_k": {**_BAD, "top_k": 2, "regroup": None},
     "loramoe": {"name": "loramoe", **_SMALL, "balance_weight": 0.01},
     "hydralora": {"name": "hydralora"},
     "goat": {"name": "goat", "num_experts": 4, "r": 8},
@@ -42,7 +43,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "task-neurons": {"name": "task-neurons"},
 }
 SEQUENTIAL = ("gainlora", "o-lora")
-COMPARED = {"lora": {"name": "lora", "r": 8}, "badit": {"name": "badit", **_SMALL}}
+COMPARED = {"lora": {"name": "lora", "r": 8}, "badit": {**_BAD, "regroup": {}}}
 
 
 def recipe(material: Path, output: Path, method: dict[str, Any], **data: Any) -> dict[str, Any]:

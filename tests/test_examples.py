@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, TrainingArguments
 
 from badit.data import AnswerCollator
-from badit.files import read_json, read_jsonl
+from badit.files import read_json
 from data.examples import CHAT, write_rows
 from docs.pages import ROOT, Page
 from training.trainers import QUIET, examples
@@ -33,7 +33,6 @@ def run(material, tmp_path, monkeypatch):
 
 def test_sft_trl(run, material, tmp_path):
     run("sft_trl.py", write_rows(tmp_path / "chats.jsonl", *[{"messages": CHAT[1:]}] * 4))
-    assert {line["step"] for line in read_jsonl(tmp_path / "out" / "regroupings.jsonl")} == {2}
     base = AutoModelForCausalLM.from_pretrained(material / "model")
     PeftModel.from_pretrained(base, tmp_path / "out" / "adapter")
 

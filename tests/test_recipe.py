@@ -66,7 +66,8 @@ def test_the_papers_recipes_have_its_settings_and_differ_in_model_memory_and_out
         keys = set(differing_keys(recipes[PAPER[0]].model_dump(), recipe.model_dump()))
         assert keys <= {"model.name", "training.gradient_checkpointing", "output"}
     badit = {"name": "badit", "num_experts": 8, "r": 4, "lora_alpha": 32, "lora_dropout": 0.05}
-    assert recipe.method == {**badit, "target_modules": ["gate_proj"], "regroup": {"every": 0.1, "stop": 0.5}}
+    own = {"target_modules": ["gate_proj"], "regroup": {"every": 0.1, "stop": 0.5}}
+    assert recipe.method == {**badit, **own, "init_weights": "bad", "router_input": "mean"}
     assert recipe.training.num_train_epochs == 10  # docs/paper-index.md has the other values
 
 

@@ -54,14 +54,12 @@ def first_recipe(source: str, path: str, overrides: Sequence[str] = ()) -> str:
     split, scored = ("test", "") if all(task.test for task in tasks) else ("validation", ", and scored")
     if scored and not all(task.validation for task in tasks):
         train -= held_out * len(tasks)
-    steps = 3 * math.ceil(train / 8)
-    every = 20 if steps >= 100 else max(1, steps // 5)
     answer = max((_most_tokens(output) for task in tasks for one in task.train for output in one.outputs), default=0)
     tokens = min(1024, max(50, math.ceil(answer / 50) * 50))
     rates = "\n  learning_rates: [1.25e-4, 2.5e-4, 5.0e-4, 1.0e-3, 2.0e-3]  # each method's by the held-out loss"
     lora = "{name: lora, r: 34, lora_alpha: 272, lora_dropout: 0.05}"
-    badit = f"{{name: badit, num_experts: 8, r: 4, regroup: {{every: {every}}}}}"
-    method = badit if len(tasks) > 1 else lora  # which one task alone has no use for
+    badit = "{name: badit, num_experts: 8, r: 4}"
+    method, optimizer = (badit, "orthogonal") if len(tasks) > 1 else (lora, "adamw")  # one task has no use for BADIT
     text = f"""\
 # {len(tasks)} {"task" if len(tasks) == 1 else "tasks"} with {train:,} training and {test:,} test instances.
 #
@@ -85,14 +83,16 @@ training:
   num_train_epochs: 3
   per_device_train_batch_size: 8   # lower it if memory runs out, and raise gradient_accumulation_steps
   learning_rate: 5.0e-4            # for BADIT; LoRA's best rate is two to four times BADIT's
+  optimizer: {optimizer:<22}# others: adamw, lora+, orthogonal
+  router_lr_ratio: 0.3             # BADIT's router learns more slowly than its factors
   # eval_strategy: epoch           # report the loss on the held-out instances after every epoch
 evaluation:
   split: {split:<26}# the instances that are scored
   max_new_tokens: {tokens:<17}# of a generated answer
 compare:                           # for badit compare
   methods:
-    lora: {lora}
-    badit: {badit}
+    lora: {lora[:-1]}, training: {{optimizer: adamw}}}}
+    badit: {badit[:-1]}, training: {{optimizer: orthogonal}}}}
   reference: lora                  # the method that differences are taken to{rates if held_out else ""}
   seeds: [0, 1, 2]
 output: {as_yaml(f"runs/{Path(path).stem}")}

@@ -14,7 +14,7 @@ from badit.tuner import BaditConfig
 
 
 class BaditSection(BaseModel):
-    """What is under ``badit``: options of ``BaditConfig``, and ``regroup``: those of ``RegroupCallback``, or false."""
+    """What is under ``badit``: options of ``BaditConfig``, and ``regroup``: those of ``RegroupCallback``, for DOG."""
 
     badit: dict[str, Any] = {}
 
@@ -46,5 +46,5 @@ class BaditPlugin(BasePlugin):
         return get_peft_model(model, config), config
 
     def add_callbacks_post_trainer(self, cfg: Any, trainer: Any) -> list[Any]:
-        regroup = cfg.badit.get("regroup", {})
-        return [] if cfg.adapter != "badit" or regroup is False else [RegroupCallback(**regroup)]
+        regroup = cfg.badit.get("regroup")
+        return [] if cfg.adapter != "badit" or regroup in (None, False) else [RegroupCallback(**regroup)]

@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-
 from badit.data import own_input
 from badit.errors import show
 from badit.files import read_jsonl, refuse_links
@@ -16,9 +14,15 @@ from badit.run import Run, train
 
 # LoRA gets the rank whose parameters equal those of BADIT's 8 experts of rank 4 and their routers, to 1 %.
 METHODS: dict[str, dict[str, Any]] = {
-    "base": {"name": "base"},
-    "LoRA": {"name": "lora", "r": 34, "lora_alpha": 272, "lora_dropout": 0.05},
-    "BADIT": {"name": "badit", "num_experts": 8, "r": 4, "regroup": {"every": 10}},
+    "base": {"method": {"name": "base"}},
+    "LoRA": {
+        "method": {"name": "lora", "r": 34, "lora_alpha": 272, "lora_dropout": 0.05},
+        "training": {"learning_rate": 1e-3},
+    },
+    "BADIT": {
+        "method": {"name": "badit", "num_experts": 8, "r": 4},
+        "training": {"learning_rate": 5e-4, "optimizer": "orthogonal", "router_lr_ratio": 0.3},
+    },
 }
 SAMPLES = 3
 
@@ -27,9 +31,9 @@ def run_demo(output: Path, epochs: float, seed: int) -> None:
     """Trains and scores the three runs, or those that are not finished, and prints the results."""
     refuse_links(output)
     runs: dict[str, Run] = {}
-    for name, method in METHODS.items():
+    for name in METHODS:
         show(f"── {name} ──")
-        runs[name] = train(demo_recipe(method, str(output / name.lower()), epochs, seed))
+        runs[name] = train(demo_recipe(name, str(output / name.lower()), epochs, seed))
     show("\nScores on unseen instances of the 16 built-in tasks (EM: exact match)\n")
     show(score_table({name: run.scores for name, run in runs.items()}))
     budgets = [
@@ -38,37 +42,21 @@ def run_demo(output: Path, epochs: float, seed: int) -> None:
         if (took := run.environment.get("training"))
     ]
     show("\n" + text_table(["method", "trainable parameters", "steps", "training"], budgets))
-    show("\n" + _angles(runs["BADIT"].regroupings_path))
     show("\n" + _samples({name: run.predictions_path for name, run in runs.items()}))
     show(f"\nRuns: {output}")
 
 
-def demo_recipe(method: Mapping[str, Any], output: str, epochs: float, seed: int) -> dict[str, Any]:
+def demo_recipe(name: str, output: str, epochs: float, seed: int) -> dict[str, Any]:
     """One method's run of the demo."""
-    training = {"learning_rate": 5e-4, "logging_steps": 5, "save_steps": 40}
+    training = {"num_train_epochs": epochs, "seed": seed, "logging_steps": 5, "save_steps": 40}
     return {
         "model": {"name": "smollm2-135m"},
         "data": {"source": "builtin", "train_per_task": 40, "test_per_task": 10},
-        "method": dict(method),
-        "training": {"num_train_epochs": epochs, "seed": seed, **training},
+        "method": METHODS[name]["method"],
+        "training": {**training, **METHODS[name].get("training", {})},
         "evaluation": {"batch_size": 32, "max_new_tokens": 16},
         "output": output,
     }
-
-
-def _angles(log: Path) -> str:
-    """The first grouping compared with the last, each on gradients of steps that it was not fitted to."""
-    lines = pd.DataFrame([line for line in read_jsonl(log) if line.get("intra_degrees") is not None])
-    if lines.empty:
-        return "The run was too short to measure angles between experts."
-    means: Any = lines.groupby("step").mean(numeric_only=True)
-    rows = []
-    for title, row, prefix in (("as decomposed", means.iloc[0], "previous_"), ("regrouped", means.iloc[-1], "")):
-        numbers = [f"{row[f'{prefix}{side}_degrees']:.1f}°" for side in ("intra", "inter")]
-        numbers += [f"{row[f'{prefix}{side}_abs_cos']:.3f}" for side in ("intra", "inter")]
-        rows.append([f"{title} (steps after {row.name})", *numbers])
-    header = ["gradients of the components", "within", "between", "|cos| within", "|cos| between"]
-    return "Angles within and between experts, mean over layers\n\n" + text_table(header, rows)
 
 
 def _samples(folders: Mapping[str, Path]) -> str:

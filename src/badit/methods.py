@@ -221,6 +221,7 @@ def _check_settings(path: Path, config: PeftConfig, shapes: Mapping[str, tuple[i
         refuse_newer_format(saved.get(FORMAT_FIELD, 1))
     except BaditError as error:
         raise BaditError(f"{path}: {error}") from None
+    saved = type(config).check_kwargs(**saved)
     # As JSON has them; sets as sorted lists.
     in_order = partial(sorted, key=json.dumps)
     defaults, wanted = (json.loads(json.dumps(each.to_dict(), default=in_order)) for each in (type(config)(), config))
@@ -288,11 +289,11 @@ def build_method(section: Mapping[str, Any]) -> Method:
         raise BaditError(f"method.{key}: is what the name {name} stands for ({kind.settled[key]}); leave it out")
     regroup = None
     if name == "badit":
-        regroup = options.pop("regroup", {})
-        if regroup is not None and not isinstance(regroup, dict):
-            raise BaditError("method.regroup: must be a mapping such as {every: 20}, or null to train without DOG")
         if (preset := options.pop("preset", "default")) not in ("default", "paper"):
             raise BaditError(f"method.preset: must be default or paper, got {preset!r:.60}")
+        regroup = options.pop("regroup", {} if preset == "paper" else None)
+        if regroup is not None and not isinstance(regroup, dict):
+            raise BaditError("method.regroup: must be a mapping such as {every: 20}, or null to train without DOG")
         if preset == "paper":
             options = {**BaditConfig.PAPER, **options}
             regroup = None if regroup is None else {**RegroupOptions.PAPER, **regroup}

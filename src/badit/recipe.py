@@ -33,9 +33,11 @@ from badit.data.prompts import ChatTemplate, PromptEncoding
 from badit.data.rows import Format, Source, Turns
 from badit.data.tasks import Task, hold_out, limit, quotas
 from badit.errors import BaditError, first_line, nearest, problems
-from badit.files import inside, read_text
+from badit.files import inside, read_text, refuse_other_format
 from badit.models import Quantisation
 
+# The version of a run's config.yaml. The first had no number; BADIT's defaults were the paper's.
+FORMAT = 2
 # A recipe has some hundred values. With aliases of aliases, a text of a few lines can stand for billions.
 MAX_VALUES = 100_000
 MAX_CHARACTERS = 1_000_000
@@ -193,7 +195,7 @@ class Recipe(Section):
     data: DataSection = DataSection()  # pyright: ignore[reportCallIssue]
     prompt: PromptSection = PromptSection()  # pyright: ignore[reportCallIssue]
     method: dict[str, Any] = Field(
-        default={"name": "badit", "regroup": {}},
+        default={"name": "badit"},
         description="name: badit, base or one of badit.baselines.BASELINES, and its options",
     )
     training: TrainingSection = TrainingSection()  # pyright: ignore[reportCallIssue]
@@ -252,8 +254,15 @@ def _or_shipped(path: Path, name: str = "") -> Path:
 
 
 def load_config(path: Path) -> Recipe:
-    """The recipe that a run's folder keeps, whose ``training`` section may have the names of an earlier release."""
+    """The recipe that a run's folder keeps, which may have the names and mean the defaults of an earlier release."""
     content = read_values(path)
+    if "format" in content:
+        refuse_other_format(content, path, FORMAT)
+        del content["format"]
+    elif isinstance(method := content.get("method"), dict) and method.get("name", "badit") == "badit":
+        former = {} if "preset" in method else {"init_weights": "bad", "router_input": "mean", "regroup": {}}
+        bad = {"init_weights": "bad"} if method.get("init_weights") is True else {}
+        content["method"] = {**former, **method, **bad}
     if isinstance(training := content.get("training"), dict):
         content["training"] = {RENAMED_ARGUMENTS.get(key, key): value for key, value in training.items()}
         content["training"].pop("group_by_length", None)  # an option of earlier releases
@@ -268,6 +277,7 @@ def _content(path: Path, extending: tuple[Path, ...] = ()) -> dict[str, Any]:
     if place in extending:
         raise BaditError(f"{extending[-1]}: extends: {path.name} extends this file already")
     content = read_values(path)
+    content.pop("format", None)  # of a run's config.yaml
     if "extends" not in content:
         return content
     name = content.pop("extends")
@@ -372,7 +382,8 @@ def expand_source(source: str) -> str:
 
 def dump_recipe(recipe: Recipe) -> str:
     """One run's recipe as YAML, every field written out."""
-    return yaml.safe_dump(recipe.model_dump(mode="json", exclude={"compare"}), sort_keys=False, allow_unicode=True)
+    values = {"format": FORMAT, **recipe.model_dump(mode="json", exclude={"compare"})}
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 
 def differing_keys(one: Mapping[str, Any], other: Mapping[str, Any], prefix: str = "") -> list[str]:

@@ -18,6 +18,7 @@ from badit.train import fit
 from badit.trainer import AnswerTrainer
 
 train_module = import_module("badit.train")  # badit.train is the function
+PAPER = {"init_weights": "bad", "router_input": "mean"}
 QUIET = {"use_cpu": True, "report_to": [], "disable_tqdm": True, "dataloader_pin_memory": False}
 
 
@@ -34,7 +35,7 @@ def examples(count=24):
 
 def adapted(model, **options):
     torch.manual_seed(0)
-    return get_peft_model(model, BaditConfig(**{"num_experts": 4, "r": 2, "lora_dropout": 0.1, **options}))
+    return get_peft_model(model, BaditConfig(**{**PAPER, "num_experts": 4, "r": 2, "lora_dropout": 0.1, **options}))
 
 
 def make_trainer(model, folder, callbacks, *, count=24, **options):

@@ -12,12 +12,13 @@ from badit.tuner import BaditConfig, ExpertLinear
 
 FAMILIES = ("llama", "qwen3", "gemma2", "gemma3", "mistral", "gpt2")
 SMALL = {"num_experts": 3, "r": 2, "lora_alpha": 4, "lora_dropout": 0.0, "task_type": "CAUSAL_LM"}
+SMALL |= {"init_weights": "bad", "router_input": "mean"}
 NEW = 6  # tokens that `generate` adds, unless told otherwise
 KINDS = ("linear", "linear without bias", "conv1d")
 
 
 def config(**options):
-    """A small configuration: K = 3, r = 2, scaling 2, no dropout."""
+    """A small configuration: K = 3, r = 2, scaling 2, no dropout, the paper's start and router input."""
     return BaditConfig(**{**SMALL, **options})
 
 

@@ -80,7 +80,8 @@ def test_smollm2_in_the_published_setting(smollm2):
     texts = ["Classify the sentiment of the sentence as positive or negative.", "What is the capital of France?"]
     ids, mask = tokenizer(texts, padding=True, return_tensors="pt").values()
     expected = logits(base, ids, mask)
-    model = get_peft_model(base, BaditConfig(task_type="CAUSAL_LM")).eval()
+    options = {"init_weights": "bad", "router_input": "mean", "task_type": "CAUSAL_LM"}
+    model = get_peft_model(base, BaditConfig(**options)).eval()
     assert len(layers(model)) == 30
     assert (logits(model, ids, mask) - expected).abs().max() <= 1e-4
     with torch.no_grad():
