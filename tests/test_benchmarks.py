@@ -9,6 +9,7 @@ from torch import nn
 
 from badit import BaditConfig
 from badit.tuner import BaditModel
+from training.trainers import PAPER
 from tuner.helpers import gradients, randomise
 
 
@@ -26,7 +27,7 @@ def test_the_page_has_the_committed_results():
 @pytest.mark.parametrize("per_sequence", [False, True])
 def test_the_usual_implementations_compute_the_same_mixture(per_sequence):
     base = nn.Sequential(nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 12))
-    config = BaditConfig(num_experts=4, r=2, target_modules=["0", "2"], lora_dropout=0.0)
+    config = BaditConfig(num_experts=4, r=2, target_modules=["0", "2"], lora_dropout=0.0, **PAPER)
     model = BaditModel(base, config, "default")
     randomise(model)
     x_BTI = torch.randn(3, 5, 12)

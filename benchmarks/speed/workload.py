@@ -47,6 +47,8 @@ def adapted(name: str, dtype: str, *, experts: int = EXPERTS, rank: int = RANK) 
         r=rank,
         lora_alpha=8 * rank,
         lora_dropout=0.0,
+        init_weights="bad",
+        router_input="mean",
         target_modules=TARGETS,
         task_type="CAUSAL_LM",
     )

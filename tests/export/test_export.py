@@ -28,10 +28,11 @@ from badit.tuner import hooks_of
 from badit.tuner.targets import short_names
 from baselines import naive as baselines
 from export.contract import check_adapter
+from training.trainers import PAPER
 from tuner.helpers import FAMILIES, adapt, adapted, layers, logits
 
 TOKENS = [[5, 17, 33, 60, 9, 41, 8], [7, 7, 90, 12, 66, 23, 50]]
-BADIT = {"name": "badit", "num_experts": 3, "r": 2, "lora_dropout": 0.0, "regroup": {"every": 1}}
+BADIT = {"name": "badit", "num_experts": 3, "r": 2, "lora_dropout": 0.0, **PAPER, "regroup": {"every": 1}}
 LORA = {"r": 3, "lora_alpha": 12}
 # Each with the rank that an exact export takes.
 METHODS = {

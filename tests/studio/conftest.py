@@ -8,7 +8,7 @@ import pytest
 from badit.studio import Session
 from badit.studio.server import listen, server
 
-BADIT = {"name": "badit", "num_experts": 4, "r": 2, "router_input": "standardised", "regroup": {"every": 2}}
+BADIT = {"name": "badit", "num_experts": 4, "r": 2, "init_weights": "bad", "regroup": {"every": 2}}
 
 
 @pytest.fixture(scope="session")

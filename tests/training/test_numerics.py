@@ -77,7 +77,7 @@ def break_loss(monkeypatch, steps):
 
 def test_a_step_that_is_not_finite_is_skipped_and_counted(recipe_values, monkeypatch, tmp_path):
     break_loss(monkeypatch, {4, 5, 6})
-    weights, options = [], ["method.regroup.every=4", "training.weight_decay=0.1"]
+    weights, options = [], ["method.init_weights=bad", "method.regroup.every=4", "training.weight_decay=0.1"]
 
     def keep_weights(state, keywords):
         weights.append([p.detach().clone() for p in keywords["model"].parameters() if p.requires_grad])

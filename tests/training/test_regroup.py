@@ -156,8 +156,8 @@ def test_when_it_regroups_and_what_is_refused(tiny_model):
     with pytest.raises(BaditError, match="no trainable BADIT adapter"):
         Regrouper(tiny_model("llama"), 10)
     with pytest.raises(BaditError, match="components into experts that top_k switches off"):
-        build_method({"name": "badit", "top_k": 2})
-    assert build_method({"name": "badit", "top_k": 2, "regroup": None}).config.top_k == 2
+        build_method({"name": "badit", "top_k": 2, "regroup": {}})
+    assert build_method({"name": "badit", "top_k": 2}).config.top_k == 2
     with pytest.raises(BaditError, match=r"gate_proj\.default: regrouping would move components"):
         Regrouper(switched_off, 10)
 

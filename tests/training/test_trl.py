@@ -24,7 +24,7 @@ BY_ROLE = "{% if m['role'] == 'assistant' %}{% generation %}TURN{% endgeneration
 MARKED = CHATML.replace(f"{TURN}\n", BY_ROLE.replace("TURN", TURN))
 ARGUMENTS = {**QUIET, "bf16": False, "save_strategy": "no", "per_device_train_batch_size": 4, "learning_rate": 0.01}
 CONFIGS = {SFTTrainer: SFTConfig, DPOTrainer: DPOConfig, KTOTrainer: KTOConfig, GRPOTrainer: GRPOConfig}
-ADAPTER = {"num_experts": 4, "r": 2, "task_type": "CAUSAL_LM"}
+ADAPTER = {"num_experts": 4, "r": 2, "init_weights": "bad", "task_type": "CAUSAL_LM"}
 ROWS = [{"prompt": f"Name city {i}.", "completion": f" city {i}"} for i in range(64)]
 
 
@@ -145,7 +145,7 @@ def test_dpo_uses_the_base_model_as_its_reference(model_folder, tmp_path, precom
 def test_dpo_after_fine_tuning_uses_the_tuned_adapter_as_its_reference(model_folder, tmp_path):
     """TRL adds a copy named ref; after a regrouping no two of its tensors are what a new adapter starts with."""
     base = AutoModelForCausalLM.from_pretrained(model_folder)
-    model = get_peft_model(base, BaditConfig(**ADAPTER, router_input="standardised"))
+    model = get_peft_model(base, BaditConfig(**ADAPTER))
     layers = [layer for layer in model.modules() if isinstance(layer, BaditLinear)]
     for layer in layers:
         layer.expert_of("default").copy_(layer.expert_of("default").flip(0))
