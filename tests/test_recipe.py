@@ -170,6 +170,23 @@ def test_an_earlier_name_is_answered_with_the_new_one_and_read_in_a_runs_own_rec
     assert load_config(tmp_path / "config.yaml") == build_recipe({"training": {new: value}})
 
 
+def test_a_runs_recipe_without_a_format_means_the_papers_form(tmp_path):
+    path, former = tmp_path / "config.yaml", {"init_weights": "bad", "router_input": "mean", "regroup": {}}
+    for method, meant in (
+        ("{name: badit, r: 2}", {**former, "name": "badit", "r": 2}),
+        ("{init_weights: true, regroup: null}", {**former, "regroup": None}),
+        ("{name: badit, preset: paper}", {"name": "badit", "preset": "paper"}),
+        ("{name: lora}", {"name": "lora"}),
+    ):
+        path.write_text(f"method: {method}")
+        assert load_config(path).method == meant
+        path.write_text(dump_recipe(load_config(path)))
+        assert load_config(path).method == load_recipe(path).method == meant
+    path.write_text("format: 3")
+    with pytest.raises(BaditError, match=r"config.yaml: format: is 3, this badit reads 2: pip install"):
+        load_config(path)
+
+
 def test_broken_files_are_named(tmp_path):
     for text, message in (
         (b"training: [", "line 1.*: cannot be read as YAML"),

@@ -12,8 +12,7 @@ from badit.files import read_jsonl, refuse_links
 from badit.render import score_table, text_table
 from badit.run import Run, train
 
-# Method and training. LoRA gets the rank whose parameters equal those of BADIT's 8 experts of rank 4 and their routers,
-# to 1 %, and the rate that was best for it in docs/experiments/harness-c.md, as BADIT.
+# Method and training: as many parameters, to 1 %, and the rates that were the best in docs/experiments/harness-c.md.
 METHODS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "base": ({"name": "base"}, {}),
     "LoRA": ({"name": "lora", "r": 34, "lora_alpha": 272, "lora_dropout": 0.05}, {"learning_rate": 1e-3}),

@@ -19,7 +19,7 @@ BAD_VALUES = {
     "lora_dropout": (-0.1, 1.0, "0.1", float("nan")),
     "svd_tolerance": (0,),
     "top_k": (0, 9, 1.5, True),
-    "init_weights": ("pissa", 1, None, False),
+    "init_weights": ("pissa", None, True),
     "format_version": (0, -1, True, None, "1", 1.0),
     **dict.fromkeys(("routing", "router_input", "gates", "svd_method", "bias"), ("other",)),
 }
@@ -37,6 +37,10 @@ BAD_VALUES = {
 def test_bad_values_and_contradictions_are_refused(options, message):
     with pytest.raises(BaditError, match=message):
         BaditConfig(**options)
+
+
+def test_the_router_compares_prompts_unless_it_routes_tokens():
+    assert [BaditConfig(routing=each).router_input for each in ("prompt", "token")] == ["standardised", "mean"]
 
 
 def test_lora_dropout_is_active_in_training_only(tiny_model):
