@@ -134,6 +134,14 @@ def tiny_built_in(material, monkeypatch):
     monkeypatch.setattr("badit.models._built_in_folder", lambda: material / "model")
 
 
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    from browsers import chromium  # here, since importing it skips a module where there is no Chromium
+
+    with chromium(tmp_path_factory.mktemp("profile")) as driver:
+        yield driver
+
+
 @pytest.fixture
 def task_file(tmp_path):
     write_tasks(tmp_path / "tasks.jsonl")

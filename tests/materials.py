@@ -55,7 +55,7 @@ def comparison(*cells, methods, protocol="mixed"):
     return {"format": 1, "protocol": protocol, "reference": "lora", "methods": methods, "cells": list(cells)}
 
 
-def write_results(folder, cells, methods, protocol="mixed"):
+def write_results(folder, content):
     path = folder / "results.json"
-    path.write_text(json.dumps(comparison(*cells, methods=methods, protocol=protocol)))
+    path.write_text(json.dumps(content))
     return path

@@ -9,9 +9,8 @@ from badit.files import write_json
 from badit.recipe import build_recipe, dump_recipe
 from badit.run import Run
 
-HOSTILE = (
-    "a|b](https://evil.example) www.evil.example &#91;<script>x</script>\n---\nlicense: mit\n# <!-- `![](y)` \u202e @me"
-)
+HOSTILE = "a|b](https://evil.example) www.evil.example &#91;<script>x</script>\n---\n"
+HOSTILE += "license: mit\n# <!-- `![](y)` \u202e @me"
 PAPER = "https://arxiv.org/abs/2605.05676"
 
 

@@ -163,11 +163,6 @@ def task_folder(tmp_path):
     return folder
 
 
-@pytest.fixture
-def run(trained):
-    return trained(BADIT)
-
-
 @pytest.fixture(autouse=True)
 def _apart(tmp_path, monkeypatch):
     """No network, no files outside, none of lm_eval's own tasks (which take long to list), and its logging undone."""
@@ -192,7 +187,8 @@ def evaluated(model, arguments, tasks, batch_size=4):
     return {"likelihoods": likelihoods, "texts": [each["resps"][0][0] for each in samples["toy_answer"]]}
 
 
-def test_a_run_and_its_adapter_are_the_same_to_lm_eval(run, task_folder):
+def test_a_run_and_its_adapter_are_the_same_to_lm_eval(trained, task_folder):
+    run = trained(BADIT)
     base = run.trusted_recipe().model.name
     by_run = evaluated("badit", {"run": str(run.path)}, task_folder)
     by_adapter = evaluated("badit", {"pretrained": base, "peft": str(run.adapter_path)}, task_folder, batch_size=1)
@@ -201,10 +197,10 @@ def test_a_run_and_its_adapter_are_the_same_to_lm_eval(run, task_folder):
     assert by_run["texts"] == by_adapter["texts"] == under_hf["texts"]
 
 
-def test_the_command_line_on_tasks_of_ones_own(run, task_folder, tmp_path, capsys):
+def test_the_command_line_on_tasks_of_ones_own(trained, task_folder, tmp_path, capsys):
     arguments = ["--tasks", "toy_choice,toy_answer", "--include_path", str(task_folder)]
     written = ["--batch_size", "4", "--log_samples", "--output_path", str(tmp_path / "written")]
-    assert main(["harness", str(run.path), *arguments, *written, "--apply_chat_template"]) == 0
+    assert main(["harness", str(trained(BADIT).path), *arguments, *written, "--apply_chat_template"]) == 0
     assert "exact_match" in capsys.readouterr().out
     (samples,) = (tmp_path / "written").rglob("samples_toy_answer_*.jsonl")
     assert "<|im_start|>" in samples.read_text()
@@ -222,12 +218,12 @@ def test_methods_that_tell_tasks_apart_are_told_the_task(trained):
         answers(BaditLM(run=run, batch_size=2), PAIRS)
 
 
-def test_bad_arguments_are_named(run, task_folder, capsys):
+def test_bad_arguments_are_named(trained, task_folder, capsys):
     with pytest.raises(BaditError, match="give either run=FOLDER or pretrained=MODEL"):
         BaditLM(run="a", pretrained="b")
     with pytest.raises(BaditError, match="a run has its adapter"):
         BaditLM(run="a", peft="b")
-    wrong = (("nowhere", "toy_choice", "nowhere: has no config.yaml"), (str(run.path), "no_such_task", "no_such_task"))
-    for folder, task, message in wrong:
+    wrong = ("nowhere", "toy_choice", "nowhere: has no config.yaml")
+    for folder, task, message in (wrong, (str(trained(BADIT).path), "no_such_task", "no_such_task")):
         assert main(["harness", folder, "--tasks", task, "--include_path", str(task_folder)]) == 2
         assert re.match(f"badit: .*{message}", capsys.readouterr().err.strip().splitlines()[-1])

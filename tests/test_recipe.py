@@ -10,20 +10,10 @@ from pathlib import Path
 import pytest
 from transformers import TrainingArguments
 
-from badit.arguments import argument_names
+from badit.arguments import RENAMED_ARGUMENTS, TrainingSection, argument_names
 from badit.errors import BaditError
 from badit.methods import build_method
-from badit.recipe import (
-    RENAMED_ARGUMENTS,
-    TrainingSection,
-    build_recipe,
-    differing_keys,
-    dump_recipe,
-    expand_source,
-    load_config,
-    load_recipe,
-    merged,
-)
+from badit.recipe import build_recipe, differing_keys, dump_recipe, expand_source, load_config, load_recipe, merged
 
 ROOT = Path(__file__).parent.parent
 RECIPES = [path.relative_to(ROOT) for path in sorted((ROOT / "recipes").glob("**/*.yaml"))]

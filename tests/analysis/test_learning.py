@@ -13,7 +13,7 @@ from badit.analysis.learning import component_flow, expert_angles, held_out_angl
 from badit.errors import BaditError
 from badit.metrics import mean_scores
 from badit.run import Run
-from materials import results_cell, write_results
+from materials import comparison, results_cell, write_results
 from report.samples import write_lines
 from tuner import helpers
 
@@ -89,7 +89,8 @@ def results(tmp_path, cells, protocol="mixed"):
         results_cell(method, seed, {t: {"rouge_l": [s], "exact_match": [0]} for t, s in scores.items()}, order=order)
         for method, seed, order, scores in cells
     ]
-    return write_results(tmp_path, made, list(dict.fromkeys(method for method, *_ in cells)), protocol).parent
+    methods = list(dict.fromkeys(method for method, *_ in cells))
+    return write_results(tmp_path, comparison(*made, methods=methods, protocol=protocol)).parent
 
 
 def test_the_gap_is_over_the_seeds_that_have_both_and_every_order(tmp_path):

@@ -10,7 +10,8 @@ import pytest
 
 from badit.cli import main
 from badit.render import FORMATS
-from evaluation.test_results import cell, comparison, mixed, sequential, unscored, write
+from evaluation.test_results import cell, mixed, sequential, unscored
+from materials import comparison, write_results
 
 columns = re.compile(r"\s{2,}").split
 bold = re.compile(r"\*\*(.*?)\*\*").findall
@@ -21,7 +22,7 @@ def shown(tmp_path, capsys):
     """What the command prints for some results."""
 
     def show(content, *arguments):
-        assert main(["table", str(write(tmp_path, content)), *arguments]) == 0
+        assert main(["table", str(write_results(tmp_path, content)), *arguments]) == 0
         return capsys.readouterr().out
 
     return show
@@ -144,7 +145,7 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, capsys):
         (mixed(), ["--metric", "nll"], "the results have no scores in nll; choose another metric"),
         ([], [], "must hold one JSON object"),
     ):
-        assert main(["table", str(write(tmp_path, content)), *arguments]) == 2
+        assert main(["table", str(write_results(tmp_path, content)), *arguments]) == 2
         out, err = capsys.readouterr()
         assert (out, err.count("\n")) == ("", 1), err
         assert err.startswith("badit: ")

@@ -9,7 +9,7 @@ from html import unescape
 import pytest
 
 import badit
-from browsers import chromium, emulate
+from browsers import emulate
 from docs.pages import ROOT, Page
 
 
@@ -31,13 +31,12 @@ def test_nothing_is_fetched(site):
         assert not re.search(r"@import|url\([\"']?(?:https?:)?//", file.read_text()), file
 
 
-def test_code_fits_a_phone(site, tmp_path):
+def test_code_fits_a_phone(site, browser):
     wider = "return [...document.querySelectorAll('pre, pre > code')].filter(e => e.scrollWidth > e.clientWidth).length"
-    with chromium(tmp_path / "profile") as browser:
-        emulate(browser, width=400)
-        for page in ("index", "quickstart", "own-tasks", "integrations", "api"):
-            browser.get(f"file://{site}/{page}.html")
-            assert browser.execute_script(wider) == 0, page
+    emulate(browser, width=400)
+    for page in ("index", "quickstart", "own-tasks", "integrations", "api"):
+        browser.get(f"file://{site}/{page}.html")
+        assert browser.execute_script(wider) == 0, page
 
 
 def test_formulas_are_mathml(site):

@@ -9,7 +9,7 @@ import pytest
 
 from badit.errors import BaditError
 from badit.results import load_results, read_scores, scores_frame, summarise, task_means
-from materials import comparison, results_cell
+from materials import comparison, results_cell, write_results
 
 TASKS = {"task002_quoref": 3, "task_b": 2}
 
@@ -57,22 +57,16 @@ def sequential():
     return comparison(*cells, methods=["lora", "badit_x"], protocol="sequential")
 
 
-def write(folder, content):
-    path = folder / "results.json"
-    path.write_text(json.dumps(content))
-    return path
-
-
 def summary_of(folder, content, **options):
     """A row for each method, by name, as plain values; what is missing is None."""
-    frame = summarise(load_results(write(folder, content)), **options)
+    frame = summarise(load_results(write_results(folder, content)), **options)
     rows = frame.set_index("method").astype(object)
     return {method: SimpleNamespace(**row) for method, row in rows.where(rows.notna(), None).to_dict("index").items()}
 
 
 def test_the_frames_hold_the_cells_scores_and_instances(tmp_path):
     content = mixed()
-    results = load_results(write(tmp_path, content))
+    results = load_results(write_results(tmp_path, content))
     assert (results.protocol, results.reference, results.methods) == ("mixed", "lora", content["methods"])
     assert len(results.cells) == len(content["cells"])
     assert results.cells["error"].dropna().tolist() == ["out of\nmemory"]
@@ -124,7 +118,7 @@ def test_a_sequence_is_summarised_over_seeds_and_orders(tmp_path):
 
 
 def test_ranks_and_differences_are_taken_in_the_metric_and_rounding_breaks_no_tie(tmp_path):
-    results = load_results(write(tmp_path, mixed()))
+    results = load_results(write_results(tmp_path, mixed()))
     by_exact_match = summarise(results, "exact_match").set_index("method").iloc[:3]
     means = task_means(results, "exact_match")
     assert list(means.index) == list(TASKS)
@@ -134,7 +128,7 @@ def test_ranks_and_differences_are_taken_in_the_metric_and_rounding_breaks_no_ti
 
     cells = [cell(method, 0, level) for method, level in (("lora", 40), ("b", 40), ("c", 30))]
     cells[1]["scores"]["tasks"]["task_b"]["rouge_l"] += 1e-14
-    ranks = summarise(load_results(write(tmp_path, comparison(*cells, methods=["lora", "b", "c"]))))
+    ranks = summarise(load_results(write_results(tmp_path, comparison(*cells, methods=["lora", "b", "c"]))))
     assert ranks["rank"].tolist() == ranks["task_rank"].tolist() == [1.5, 1.5, 3]
 
 
@@ -144,7 +138,7 @@ def test_incomplete_comparisons_and_several_learning_rates(tmp_path):
     badit = summary_of(tmp_path, content)["badit_x"]
     assert (badit.rouge_l_mean is not None, badit.difference_mean) == (True, None)
     content = comparison(unscored("lora", 0, status="missing"), methods=["lora"])
-    assert task_means(load_results(write(tmp_path, content))).empty
+    assert task_means(load_results(write_results(tmp_path, content))).empty
     assert (summary_of(tmp_path, content)["lora"].runs, summary_of(tmp_path, content)["lora"].rank) == (0, None)
     content = comparison(cell("lora", 0, 40), cell("lora", 1, 40, learning_rate=5e-5), methods=["lora"])
     assert summary_of(tmp_path, content)["lora"].learning_rate == "0.002 / 5e-05"
@@ -167,7 +161,7 @@ def test_a_broken_file_is_refused_by_field(tmp_path):
         for key in keys:
             part = part[int(key) if key.isdecimal() else key]
         part[last] = value
-        file = write(tmp_path, content)
+        file = write_results(tmp_path, content)
         with pytest.raises(BaditError) as refusal:
             load_results(file)
         assert str(refusal.value).startswith(f"{file}: {message}")

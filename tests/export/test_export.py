@@ -68,15 +68,6 @@ def frozen_logits(run, folder, task):
         return model(input_ids=ids).logits
 
 
-def stock_logits(folders, file):
-    """The logits of folders, by name, that a process without badit has loaded."""
-    script = Path(__file__).with_name("stock.py")
-    command = [sys.executable, "-W", "error::UserWarning", script, json.dumps(TOKENS), json.dumps(folders), file]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return load_file(file)
-
-
 def test_stock_peft_loads_every_methods_export_and_gets_the_frozen_mixture(trained, tmp_path):
     runs, folders = {}, {}
     for name, (method, rank) in METHODS.items():
@@ -94,7 +85,11 @@ def test_stock_peft_loads_every_methods_export_and_gets_the_frozen_mixture(train
         merged = export(run.path, tmp_path / f"{name}-merged", merged=True, task=TASK_OF.get(name))
         folders[f"{name}-merged"] = str(merged.folder)
     folders["base"] = runs["badit"].trusted_recipe().model.name
-    found = stock_logits(folders, tmp_path / "logits.safetensors")
+    script, file = Path(__file__).with_name("stock.py"), tmp_path / "logits.safetensors"  # a process without badit
+    command = [sys.executable, "-W", "error::UserWarning", script, json.dumps(TOKENS), json.dumps(folders), file]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = load_file(file)
     for name, run in runs.items():
         expected = frozen_logits(run, tmp_path / f"{name}-lora", TASK_OF.get(name))
         assert (expected - found["base"]).abs().max() > 0.05, name

@@ -42,8 +42,7 @@ METHODS = {
     "full": {"name": "full"},
 }
 SHAPE = Shape(tasks=("task1_a", "task2_b"), layers=2, modules=("mlp.gate_proj",), experts=2, steps=(20,))
-ANGLES = {"step": 10, "module": "model.layers.0.mlp.gate_proj.default"}
-ANGLES |= {"intra_degrees": 70.0, "inter_degrees": 91.0}
+ANGLES = {"step": 10, "module": "model.layers.0.mlp.gate_proj.default", "intra_degrees": 70.0, "inter_degrees": 91.0}
 REGROUPING = ANGLES | {"previous_labels": [0, 0, 1, 1], "labels": [0, 1, 0, 1]}
 REGROUPING |= {"intra_abs_cos": 0.4, "inter_abs_cos": 0.1, "previous_intra_degrees": None, "previous_inter_degrees": 90}
 

@@ -10,7 +10,7 @@ import yaml
 
 from badit.analysis.tables import TABLES, save_frame
 from badit.metrics import METRICS, mean_scores
-from materials import results_cell, write_results
+from materials import comparison, results_cell, write_results
 
 NAMES = ("002_quoref", "073_commonsenseqa", "1290_xsum", "1590_diplomacy", "363_sst2")
 TASKS = tuple(f"task{name}_answer_generation" for name in NAMES)
@@ -95,11 +95,9 @@ def write_run(folder, shape=SMALL, *, method="badit", analysed=True):
     rng = np.random.default_rng(shape.seed + 1)
     folder.mkdir(parents=True)
     own = {"num_experts": shape.experts, "r": 4} if method == "badit" else {}
-    config = {
-        "model": {"name": "smollm2-135m", "dtype": "bfloat16"},
-        "data": {"source": "$BADIT_SUPERNI", "order": None},
-    }
-    config |= {"method": {"name": method, **own}, "training": {"learning_rate": 5e-4, "seed": shape.seed}}
+    config = {"model": {"name": "smollm2-135m", "dtype": "bfloat16"}}
+    config |= {"data": {"source": "$BADIT_SUPERNI", "order": None}, "method": {"name": method, **own}}
+    config |= {"training": {"learning_rate": 5e-4, "seed": shape.seed}}
     (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
     (folder / "environment.json").write_text(json.dumps({"python": "3.11.7", "training": TRAINING}))
     lines = [{"step": step, "loss": 1.7 + math.exp(-step / 60) + 0.1 * rng.normal()} for step in range(10, 380, 10)]
@@ -148,7 +146,7 @@ def write_comparison(folder, shape=SMALL, *, methods=("base", "lora", "badit")):
     cells += [comparison_cell(shape, "lora, one model per task", seed, 34.0) for seed in range(3)]
     failed = {"status": "failed", "error": "out of\nmemory", "scores": None, "instances": None}
     cells.append({**comparison_cell(shape, "goat", 0, 0.0), **failed})
-    write_results(folder, cells, [*methods, "goat", "lora, one model per task"])
+    write_results(folder, comparison(*cells, methods=[*methods, "goat", "lora, one model per task"]))
     return folder
 
 

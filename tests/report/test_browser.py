@@ -6,16 +6,10 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.support.select import Select
 
 from badit.report import write_report
-from browsers import chromium, emulate, requests, until
+from browsers import emulate, requests, until
 from report.samples import Shape, save_tables, write_run
 
 MARKUP = "<img src=x onerror='window.ran = true'><script>window.ran = true</script>"
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    with chromium(tmp_path_factory.mktemp("profile")) as driver:
-        yield driver
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from badit.analysis.atlas import ABILITIES
 from badit.analysis.tables import save_frame
 from badit.studio import Session
 from badit.studio.server import application
-from browsers import chromium, emulate, requests, until
+from browsers import emulate, requests, until
 from studio.conftest import BADIT, served
 
 # No slash in it, which the name of a task may not have.
@@ -61,12 +61,6 @@ class Page:
 
     def gates(self):
         return [float(cell.get_attribute("textContent")) for cell in self.all("#heat-map td")]
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    with chromium(tmp_path_factory.mktemp("profile")) as driver:
-        yield driver
 
 
 @pytest.fixture(scope="module")

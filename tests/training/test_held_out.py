@@ -23,9 +23,8 @@ def recipe(recipe_values, tmp_path):
 
     def make(name, **training):
         values = {**recipe_values, "training": {**recipe_values["training"], **training}}
-        return build_recipe(
-            values, ["data.validation_per_task=3", "method.init_weights=bad", f"output={tmp_path / name}"]
-        )
+        overrides = ["data.validation_per_task=3", "method.init_weights=bad", f"output={tmp_path / name}"]
+        return build_recipe(values, overrides)
 
     return make
 

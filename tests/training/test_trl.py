@@ -144,8 +144,7 @@ def test_dpo_uses_the_base_model_as_its_reference(model_folder, tmp_path, precom
 
 def test_dpo_after_fine_tuning_uses_the_tuned_adapter_as_its_reference(model_folder, tmp_path):
     """TRL adds a copy named ref; after a regrouping no two of its tensors are what a new adapter starts with."""
-    base = AutoModelForCausalLM.from_pretrained(model_folder)
-    model = get_peft_model(base, BaditConfig(**ADAPTER))
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(model_folder), BaditConfig(**ADAPTER))
     layers = [layer for layer in model.modules() if isinstance(layer, BaditLinear)]
     for layer in layers:
         layer.expert_of("default").copy_(layer.expert_of("default").flip(0))
