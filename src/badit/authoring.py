@@ -74,7 +74,7 @@ model:
 data:
   source: {as_yaml(source)}{extra}
   validation_per_task: {held_out:<12}# held out of each task's training data{scored}
-  # train_per_task: 50             # at most so many of each task, for a quick try
+  # train_per_task: 50             # the largest number per task, for a quick try
 prompt:
   max_source_tokens: 1024          # longer inputs are cut
   max_answer_tokens: {tokens:<14}# longer answers are cut
@@ -267,7 +267,7 @@ def schema() -> dict[str, Any]:
     for section, more in ((method, words), (inner["ComparedMethod"], words), (inner["TrainingSection"], others)):
         section["properties"] = {**more, **section.get("properties", {})}
         section["additionalProperties"] = False
-    made["properties"]["extends"] = {"type": "string", "description": "a recipe whose values these are laid over"}
+    made["properties"]["extends"] = {"type": "string", "description": "a recipe whose values this one overrides"}
     return made
 
 

@@ -171,7 +171,7 @@ def tasks(source: str, *overrides: str, show: int = 0) -> str:
     Args:
         source: a recipe, or data as in a recipe's data.source: a file, a folder, a data set of the hub or 'builtin'.
         overrides: key=value, such as data.columns={input: text, output: label} or data.format=superni.
-        show: so many training prompts of each task as the model gets them, with what is trained, and statistics.
+        show: number of training prompts per task to print as the model gets them, with statistics.
     """
     from badit.recipe import build_recipe, load_recipe
 
@@ -206,7 +206,7 @@ def serve(
 ) -> None:
     """Route prompts as a run does, in front of vLLM: an OpenAI-compatible proxy.
 
-    Requests for the model 'auto' are routed, others are passed on. It listens on 127.0.0.1. docs/serving.md says more.
+    Requests for the model 'auto' are routed, others are passed on. It listens on 127.0.0.1. See docs/serving.md.
 
     Args:
         run: a run's folder, of a method whose gates follow the prompt.
@@ -226,7 +226,7 @@ def harness(run: str, *options: Annotated[str, Parameter(allow_leading_hyphen=Tr
 
     For example: badit harness RUN --tasks arc_easy,gsm8k --apply_chat_template --batch_size 8
 
-    It needs badit[eval]; docs/lm-eval.md says more.
+    It needs badit[eval]; See docs/lm-eval.md.
 
     Args:
         run: a run's folder.

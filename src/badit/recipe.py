@@ -82,7 +82,7 @@ class SourceSection(Section):
     instruction: str | None = None
     columns: dict[Column, str] | None = None
     turns: Turns | None = None
-    weight: float = Field(1.0, gt=0, description="of its tasks in the mixture")
+    weight: float = Field(1.0, gt=0, description="weight of the tasks of this source in the mixture")
 
 
 class DataSection(Section):
@@ -92,21 +92,21 @@ class DataSection(Section):
         "builtin", description="'builtin', a file, folder, pattern with * or hub data set, or a list; with $VARIABLES"
     )
     format: Format = "auto"
-    task: TaskName | None = Field(None, description="the task of rows that name none (default: the file's name)")
-    instruction: str | None = Field(None, description="that of rows which have none; null: the input is all")
-    columns: dict[Column, str] = Field({}, description="columns by what they hold, as {input: text, output: label}")
-    turns: Turns = Field("last", description="of a chat, train the last answer, or all of them")
+    task: TaskName | None = Field(None, description="task of rows without a task (default: the file's name)")
+    instruction: str | None = Field(None, description="instruction of rows without one (default: none)")
+    columns: dict[Column, str] = Field({}, description="names of columns, such as {input: text, output: label}")
+    turns: Turns = Field("last", description="answers of a chat that are trained")
     tasks: list[TaskName] | None = Field(None, description="names or numbers of the tasks to use (default: all)")
-    train_per_task: Count | None = Field(None, description="at most so many training instances per task")
-    test_per_task: Count | None = Field(None, description="the first so many test instances per task")
+    train_per_task: Count | None = Field(None, description="largest number of training instances per task")
+    test_per_task: Count | None = Field(None, description="number of test instances per task, the first ones")
     validation_per_task: CountOrZero = Field(0, description="instances to hold out of each task's training data")
-    sampling: Literal["proportional", "balanced"] = Field("proportional", description="tasks weigh by size, or alike")
-    temperature: float = Field(1.0, ge=1, description="T: tasks weigh by their size to the power of 1/T")
-    weights: dict[TaskName, Annotated[float, Field(gt=0)]] = Field({}, description="factors on the weights of tasks")
+    sampling: Literal["proportional", "balanced"] = Field("proportional", description="by size, or equal weights")
+    temperature: float = Field(1.0, ge=1, description="T: a task's weight is its size to the power of 1/T")
+    weights: dict[TaskName, Annotated[float, Field(gt=0)]] = Field({}, description="factors on the weights, by task")
     order: str | list[TaskName] | None = Field(
         None, description="trains tasks one after another: sapt-1, sapt-2, seeded-N or a list of names; null mixes them"
     )
-    seed: Seed = Field(0, description="of the subsampling; kept apart from training.seed so that runs share their data")
+    seed: Seed = Field(0, description="of the choice of instances; not training.seed, so that runs share their data")
 
     @property
     def entries(self) -> list[SourceSection]:
@@ -148,16 +148,16 @@ class EvaluationSection(Section):
     split: Split = "test"
     batch_size: Count = 16
     max_new_tokens: Count = 50
-    unseen_tasks: bool = Field(True, description="in a sequence, score the tasks still to come after every task, too")
+    unseen_tasks: bool = Field(True, description="in a sequence, also score tasks that are not trained yet")
 
 
 class ComparedMethod(Section):
-    """A method section, and what is this method's own in the comparison."""
+    """A method section, and the method's own seeds and training values."""
 
     model_config = ConfigDict(extra="allow")
 
-    training: dict[str, Any] = Field({}, description="laid over the training section, such as {optimizer: orthogonal}")
-    seeds: list[Seed] | None = Field(None, min_length=1, description="in place of compare.seeds")
+    training: dict[str, Any] = Field({}, description="override the training section, such as {optimizer: orthogonal}")
+    seeds: list[Seed] | None = Field(None, min_length=1, description="override compare.seeds")
 
 
 class CompareSection(Section):
@@ -177,7 +177,7 @@ class CompareSection(Section):
         None, description="recipe values for the search alone, such as {data: {train_per_task: 30}}, to make it cheaper"
     )
     budget: str | None = Field(None, description="the method whose number of trainable parameters the others must have")
-    unmatched: list[str] = Field([], description="methods that need not keep to the budget")
+    unmatched: list[str] = Field([], description="methods that may have another number of parameters")
     single_task: list[str] = Field([], description="methods to train on each task alone as well")
 
     @field_validator("learning_rates")

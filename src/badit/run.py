@@ -336,7 +336,7 @@ def train(
         recipe: a file, a Recipe or plain values (default: the defaults).
         progress: show bars on stderr.
         allow_changed_inputs: continue a run although its data or base weights have changed, and record that.
-        values: laid over the recipe, such as ``training={"num_train_epochs": 2}`` and ``output="runs/mine"``.
+        values: override the recipe's, such as ``training={"num_train_epochs": 2}`` and ``output="runs/mine"``.
 
     Returns:
         The run, with its scores. Of several processes under a launcher only the first scores.
@@ -359,7 +359,7 @@ def compare(recipe: RecipeLike | None = None, /, *, jobs: int = 1, progress: boo
         recipe: as for :func:`train`, with a ``compare`` section.
         jobs: runs at a time, each with its share of the processor's cores and, in turn, one of the GPUs.
         progress: a line on stderr for every cell that begins or ends.
-        values: laid over the recipe, such as ``compare={"seeds": [0]}``.
+        values: override the recipe's, such as ``compare={"seeds": [0]}``.
 
     Returns:
         Every cell with its scores; :func:`badit.summarise` sums them up by method, :func:`badit.table` prints them.

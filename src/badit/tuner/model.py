@@ -23,7 +23,7 @@ TaskBatches = Mapping[str, Sequence[Mapping[str, torch.Tensor]]]
 
 
 class Hooks:
-    """What a method asks of the code that trains, evaluates or exports its model. By default it asks nothing.
+    """What a method asks of the code that trains, evaluates or exports its model. By default nothing.
 
     Methods override these on their tuner; :func:`hooks_of` finds it. Batches are given by the task's name, each a dict
     of ``input_ids``, ``attention_mask`` and ``labels`` (batch, positions).
