@@ -1,10 +1,10 @@
 """badit: multi-task instruction tuning by basic-ability decomposition.
 
     from peft import get_peft_model
-    from badit import BaditConfig, RegroupCallback
+    from badit import BaditConfig, OrthogonalUpdates
 
     model = get_peft_model(model, BaditConfig(num_experts=8, r=4))
-    trainer = Trainer(model, ..., callbacks=[RegroupCallback(every=20)])
+    trainer = Trainer(model, ..., optimizers=(OrthogonalUpdates(model, lr=5e-4, other_lr=1.5e-4), None))
 
 What the command line does is here as well: train, compare, analyze, and the methods of :class:`badit.Run`.
 Names are imported on first use, so that ``import badit`` takes no time.

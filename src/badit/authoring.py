@@ -89,7 +89,7 @@ training:
 evaluation:
   split: {split:<26}# the instances that are scored
   max_new_tokens: {tokens:<17}# of a generated answer
-compare:                           # for badit compare
+compare:                           # for badit compare; a method without training values of its own has those above
   methods:
     lora: {lora[:-1]}, training: {{optimizer: adamw}}}}
     badit: {badit[:-1]}, training: {{optimizer: orthogonal}}}}

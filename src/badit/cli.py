@@ -226,7 +226,7 @@ def harness(run: str, *options: Annotated[str, Parameter(allow_leading_hyphen=Tr
 
     For example: badit harness RUN --tasks arc_easy,gsm8k --apply_chat_template --batch_size 8
 
-    It needs badit[eval]; See docs/lm-eval.md.
+    It needs badit[eval]. See docs/lm-eval.md.
 
     Args:
         run: a run's folder.

@@ -100,7 +100,7 @@ def _continuations(
     settings = copy.copy(settings)  # max_new_tokens counts down
 
     def half_ended(input_ids: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-        ended_B = torch.isin(input_ids[:, width:], ends_E).any(dim=1)
+        ended_B = torch.isin(input_ids[:, width:], ends_E).any(dim=1)  # since the present call's start
         return (2 * ended_B.sum() >= len(ended_B)).expand(len(ended_B))
 
     while True:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, get_args
 
 import torch
+from accelerate.utils import parse_flag_from_env
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
@@ -104,6 +105,10 @@ class AdapterMethod(Method):
         self.needs_tasks = getattr(config, "needs_tasks", False)
         self.needs_whole_weights = getattr(config, "needs_whole_weights", False)
 
+    def refuse_recipe(self, recipe: Recipe) -> None:
+        if recipe.training.optimizer == "orthogonal" and parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
+            raise BaditError("training.optimizer: orthogonal needs FSDP2 or DDP; with DeepSpeed take adamw or lora+")
+
     def apply(self, model: PreTrainedModel, tasks: Sequence[str] = ()) -> PeftModel:
         """PEFT's own methods adapt the same modules as BADIT; a method that tells tasks apart learns their names."""
         config: Any = self.config
@@ -178,6 +183,10 @@ class WeightsMethod(Method):
             raise BaditError(f"model.dtype: float16 is too narrow to train base weights in; {self.name} needs bfloat16")
         if recipe.model.quantisation:
             raise BaditError(f"model.quantisation: {self.name} trains whole base weights: leave it out")
+        if recipe.training.optimizer == "orthogonal":
+            raise BaditError(
+                f"training.optimizer: orthogonal moves the factors of adapters: take adamw for {self.name}"
+            )
 
     def load(self, model: PreTrainedModel, folder: Path) -> PreTrainedModel:
         path = folder / WEIGHTS
@@ -221,7 +230,8 @@ def _check_settings(path: Path, config: PeftConfig, shapes: Mapping[str, tuple[i
         refuse_newer_format(saved.get(FORMAT_FIELD, 1))
     except BaditError as error:
         raise BaditError(f"{path}: {error}") from None
-    saved = type(config).check_kwargs(**saved)
+    if isinstance(config, BaditConfig) and saved.get("init_weights") is True:  # as the first format has it
+        saved = {"router_input": "mean", **saved, "init_weights": "bad"}
     # As JSON has them; sets as sorted lists.
     in_order = partial(sorted, key=json.dumps)
     defaults, wanted = (json.loads(json.dumps(each.to_dict(), default=in_order)) for each in (type(config)(), config))

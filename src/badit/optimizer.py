@@ -1,6 +1,6 @@
 """Optimizers for adapters: AdamW, LoRA+ and orthogonal updates, for BADIT, the baselines and PEFT's LoRA alike.
 
-    optimizer = badit.OrthogonalUpdates(model, lr=2e-3)    # Trainer(..., optimizers=(optimizer, None)), or a loop
+    optimizer = badit.OrthogonalUpdates(model, lr=5e-4, other_lr=1.5e-4)    # Trainer(..., optimizers=(optimizer, None))
 
 Factors are found by their names: ``badit_A`` and ``badit_B``, or PEFT's ``lora_A`` and ``lora_B``. Everything else that
 is trained (routers, biases, modules_to_save, the LoRA of embeddings and convolutions) goes to AdamW.
@@ -143,7 +143,7 @@ class OrthogonalUpdates(torch.optim.Optimizer):
     def __init__(
         self,
         model: nn.Module,
-        lr: float = 2e-3,
+        lr: float = 5e-4,
         *,
         other_lr: float | None = None,
         betas: tuple[float, float] = (0.9, 0.98),

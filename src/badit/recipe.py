@@ -255,20 +255,24 @@ def _or_shipped(path: Path, name: str = "") -> Path:
 
 def load_config(path: Path) -> Recipe:
     """The recipe that a run's folder keeps, which may have the names and mean the defaults of an earlier release."""
-    content = read_values(path)
+    return build_recipe(_of_run(read_values(path), path), where=path)
+
+
+def _of_run(content: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The values of a run's config.yaml, in today's names and with the defaults of its release."""
     if "format" in content:
         refuse_other_format(content, path, FORMAT)
         del content["format"]
     elif isinstance(method := content.get("method"), dict) and method.get("name", "badit") == "badit":
-        former = {} if "preset" in method else {"init_weights": "bad", "router_input": "mean", "regroup": {}}
+        former = {"init_weights": "bad", "router_input": "mean", "regroup": {}}
         bad = {"init_weights": "bad"} if method.get("init_weights") is True else {}
-        content["method"] = {**former, **method, **bad}
+        content["method"] = {**({} if method.get("preset") == "paper" else former), **method, **bad}
     if isinstance(training := content.get("training"), dict):
         content["training"] = {RENAMED_ARGUMENTS.get(key, key): value for key, value in training.items()}
         content["training"].pop("group_by_length", None)  # an option of earlier releases
         if content["training"].get("max_steps", 0) is None:  # now -1, as in transformers
             del content["training"]["max_steps"]
-    return build_recipe(content, where=path)
+    return content
 
 
 def _content(path: Path, extending: tuple[Path, ...] = ()) -> dict[str, Any]:
@@ -277,7 +281,8 @@ def _content(path: Path, extending: tuple[Path, ...] = ()) -> dict[str, Any]:
     if place in extending:
         raise BaditError(f"{extending[-1]}: extends: {path.name} extends this file already")
     content = read_values(path)
-    content.pop("format", None)  # of a run's config.yaml
+    in_run = path.name == "config.yaml" and path.with_name("environment.json").is_file()
+    content = _of_run(content, path) if in_run or isinstance(content.get("format"), int) else content
     if "extends" not in content:
         return content
     name = content.pop("extends")

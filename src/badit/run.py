@@ -33,7 +33,7 @@ AnyPath = str | os.PathLike[str]
 class Run:
     """A run by its folder. Properties read the folder's files at every access.
 
-    BaditError if the folder holds no run (nor an export, which can be pushed), or a link in it leads out of it.
+    With ``check``, BaditError if the folder holds no run (nor an export, to be pushed), or if a link leads out of it.
     """
 
     def __init__(self, path: AnyPath, *, check: bool = True) -> None:
@@ -315,7 +315,7 @@ class Run:
 
 
 def plan(recipe: RecipeLike | None = None, /, **values: Any) -> Plan:
-    """What a training would work on, without any of it; BaditError for a wrong or unknown key or value, or bad data."""
+    """Validates a recipe and its data, and says what a training would work on. BaditError for any mistake in them."""
     from badit.recipe import make_recipe
     from badit.train import make_plan
 

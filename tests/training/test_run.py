@@ -149,15 +149,20 @@ def test_every_data_option_reaches_the_plan(recipe_values):
         plan("evaluation.split=validation")
 
 
-def test_bad_methods_are_named(recipe_values):
+def test_bad_methods_are_named(recipe_values, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     for method, message in (
         ("{name: full, r: 4}", r"method\.r: unknown key"),
         ("{name: task-neurons, share: 0}", "method: share must be above 0 and at most 1, got 0"),
         ("{name: task-neurons, score_batches: 0}", "method: score_batches must be a whole number of at least 1"),
         ("{name: task-neurons}", r"training\.weight_decay: must be 0 with task-neurons"),
+        ("{name: full}", "orthogonal moves the factors of adapters: take adamw for full"),
+        ("{name: lora}", "orthogonal needs FSDP2 or DDP; with DeepSpeed take adamw"),
     ):
+        optimizer = "adamw" if "neurons" in method else "orthogonal"
+        options = [f"method={method}", f"training.optimizer={optimizer}", "training.weight_decay=0.01"]
         with pytest.raises(BaditError, match=message):
-            make_plan(build_recipe(recipe_values, [f"method={method}", "training.weight_decay=0.01"]))
+            make_plan(build_recipe(recipe_values, options))
 
 
 def test_training_and_prompt_options_have_their_effects(recipe_values):

@@ -250,13 +250,10 @@ class BaditConfig(ExpertConfig):
         """The paper's exact form (``method: {preset: paper}`` in a recipe), but for what ``options`` give."""
         return cls(**{**cls.PAPER, **options})
 
-    @classmethod
-    def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
-        former = {"init_weights": True, "router_input": "mean"} if kwargs.get(FORMAT_FIELD, 1) == 1 else {}
-        known = super().check_kwargs(**{**former, **kwargs})
-        return {**known, "init_weights": "bad"} if known.get("init_weights") is True else known
-
     def __post_init__(self) -> None:
+        if self.init_weights is True or self.format_version == 1:  # of a release whose defaults were the paper's
+            self.init_weights = "bad" if self.init_weights is True else self.init_weights
+            self.router_input = self.router_input or "mean"
         super().__post_init__()
         if self.top_k is not None:
             self._check_top_k(self.top_k)
