@@ -63,13 +63,12 @@ def test_only_a_line_feed_ends_a_line_and_a_line_cut_short_is_left_out(tmp_path)
 
 def test_a_log_is_rewound_to_a_step(tmp_path):
     path = tmp_path / "new" / "log.jsonl"
-    log = files.StepLog(path)
-    log.rewind(0)
-    for step in (5, 10, 10, 15):
-        log.append({"step": step})
-    log.rewind(10)
+    files.rewind_log(path, 0)
+    files.append_to_log(path, {"step": 5}, {"step": 10})
+    files.append_to_log(path, {"step": 10}, {"step": 15})
+    files.rewind_log(path, 10)
     assert list(files.read_jsonl(path)) == [{"step": 5}, {"step": 10}, {"step": 10}]
-    log.rewind(0)
+    files.rewind_log(path, 0)
     assert list(files.read_jsonl(path)) == []
 
 
@@ -81,7 +80,7 @@ def test_writing_replaces_a_link_and_leaves_its_target(outside, tmp_path):
     (run / "adapter.partial").mkdir()
     files.write_text(run / "scores.json", "theirs")
     with pytest.raises(OSError, match="symbolic links"):
-        files.StepLog(run / "log.jsonl").append({})
+        files.append_to_log(run / "log.jsonl", {})
     files.replace_folder(run / "adapter.partial", run / "adapter")
     assert (run / "scores.json").read_text() == "theirs"
     assert not any(path.is_symlink() for path in (run / "scores.json", run / "adapter"))

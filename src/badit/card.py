@@ -100,8 +100,6 @@ def model_card(
         method=method,
         registers=".".join(place[:2]) if export is None and place[0] == "badit" else "",
         shown_method="BADIT" if method == "badit" else _text(method),
-        base_model=base.hub_id,
-        license=base.licence,
         built_in=BUILT_IN if recipe.model.name == BUILT_IN else "",
         shown_base=_text(base.hub_id or Path(recipe.model.name).name),
         export=export,

@@ -108,23 +108,18 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-class StepLog:
-    """A log of one JSON object per line, each with the step it was written at, which a resumed run continues."""
+def rewind_log(path: Path, step: int) -> None:
+    """Drops the lines of a log, JSON objects with a ``step``, that a run resumed at ``step`` logs again."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    kept = [line for line in (read_jsonl(path) if step else ()) if line["step"] <= step]
+    write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
 
-    def rewind(self, step: int) -> None:
-        """Drops the lines after ``step``, which will be logged again."""
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        kept = [line for line in (read_jsonl(self._path) if step else ()) if line["step"] <= step]
-        write_text(self._path, "".join(json.dumps(line) + "\n" for line in kept))
-
-    def append(self, line: Mapping[str, Any]) -> None:
-        """Adds a line; a link in the log's place is not followed."""
-        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW
-        with open(os.open(self._path, flags, mode=0o666), "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+def append_to_log(path: Path, *lines: Mapping[str, Any]) -> None:
+    """Adds lines; a link in the log's place is not followed."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW
+    with open(os.open(path, flags, mode=0o666), "a", encoding="utf-8") as file:
+        file.writelines(json.dumps(line) + "\n" for line in lines)
 
 
 def sync(path: Path) -> None:

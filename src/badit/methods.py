@@ -63,6 +63,8 @@ class Method:
 
     def refuse_recipe(self, recipe: Recipe) -> None:
         """Raises BaditError where the rest of a recipe does not go with the method."""
+        if recipe.training.optimizer == "orthogonal" and parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
+            raise BaditError("training.optimizer: orthogonal needs FSDP2 or DDP; with DeepSpeed take adamw or lora+")
 
     def apply(self, model: PreTrainedModel, tasks: Sequence[str] = ()) -> Any:
         """The base model made ready for its first training, on ``tasks``."""
@@ -104,10 +106,6 @@ class AdapterMethod(Method):
         self.config, self.regroup = config, regroup
         self.needs_tasks = getattr(config, "needs_tasks", False)
         self.needs_whole_weights = getattr(config, "needs_whole_weights", False)
-
-    def refuse_recipe(self, recipe: Recipe) -> None:
-        if recipe.training.optimizer == "orthogonal" and parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
-            raise BaditError("training.optimizer: orthogonal needs FSDP2 or DDP; with DeepSpeed take adamw or lora+")
 
     def apply(self, model: PreTrainedModel, tasks: Sequence[str] = ()) -> PeftModel:
         """PEFT's own methods adapt the same modules as BADIT; a method that tells tasks apart learns their names."""

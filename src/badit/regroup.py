@@ -29,7 +29,7 @@ from transformers import TrainerCallback
 
 from badit.checkpoint import checkpoint_being_written, resumed_checkpoint
 from badit.errors import BaditError, explained, say
-from badit.files import StepLog
+from badit.files import append_to_log, rewind_log
 from badit.gradients import before_step, component_grams, gathered, own_part, rank_and_size, scale_columns
 from badit.method import expert_angles, group_components, grouping_objective
 from badit.method.grouping import Solver
@@ -239,7 +239,7 @@ class Regrouper:
         self.metrics: dict[str, float] = {}
         self.windows = Windows(layers, optimizer)
         # Of several processes the first writes.
-        self._log = StepLog(Path(log_path)) if log_path is not None and rank_and_size()[0] == 0 else None
+        self._log = Path(log_path) if log_path is not None and rank_and_size()[0] == 0 else None
         self._log_is_open = False
 
     def after_backward(self) -> None:
@@ -275,7 +275,7 @@ class Regrouper:
         if self._log is not None:
             # Lines of the last regrouping, or of later ones, are written again.
             pending = [window.pending["step"] for window in self.windows.values() if window.pending]
-            self._log.rewind(pending[0] - 1 if pending else self.steps)
+            rewind_log(self._log, pending[0] - 1 if pending else self.steps)
 
     def _regroup(self) -> None:
         grams = self.windows.mean_grams()
@@ -316,8 +316,7 @@ class Regrouper:
                 lines.append(line)
                 window.pending = {}
         if self._log is not None:
-            for line in lines:
-                self._log.append(line)
+            append_to_log(self._log, *lines)
         self.metrics |= _means(lines)  # its objectives are the last regrouping's, which a new one replaces
 
 
@@ -399,9 +398,7 @@ class AngleLog(TrainerCallback):
     """
 
     def __init__(self, path: Path, every: int = 20) -> None:
-        self.every = every
-        self._log = StepLog(path)
-        self.windows = Windows({})
+        self._log, self.every, self.windows = path, every, Windows({})
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         layers = {
@@ -413,7 +410,7 @@ class AngleLog(TrainerCallback):
         if layers and state.global_step:
             self.windows.load(resumed_checkpoint(args, state) / _ANGLES_FILE)
         if layers and state.is_world_process_zero:
-            self._log.rewind(state.global_step)
+            rewind_log(self._log, state.global_step)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.windows.after_backward()
@@ -426,7 +423,7 @@ class AngleLog(TrainerCallback):
             layer, adapter = self.windows.layers[name]
             angles = expert_angles(gram_NN, layer.expert_of(adapter).cpu().numpy()).defined()
             line = {"step": state.global_step, "module": name, "window_steps": self.windows[name].steps}
-            self._log.append({**line, **angles})
+            append_to_log(self._log, {**line, **angles})
         self.windows.restart()
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -31,7 +31,7 @@ from badit.arguments import TrainingSection
 from badit.checkpoint import step_of
 from badit.environment import is_main_process
 from badit.errors import BaditError, say
-from badit.files import StepLog
+from badit.files import append_to_log, rewind_log
 from badit.gradients import any_of_all, steps_in_backward
 from badit.optimizer import OrthogonalUpdates, lora_plus_groups
 from badit.regroup import RegroupCallback
@@ -339,11 +339,11 @@ class MetricsLog(TrainerCallback):
     """
 
     def __init__(self, path: Path) -> None:
-        self._log = StepLog(path)
+        self._log = path
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
-            self._log.rewind(state.global_step)
+            rewind_log(self._log, state.global_step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
         if state.is_world_process_zero and logs and logs.keys() & _LOSSES:
@@ -355,7 +355,7 @@ class MetricsLog(TrainerCallback):
                 and not key.endswith(("_runtime", "_per_second"))
                 and not key.startswith("regroup/")
             }
-            self._log.append({"step": state.global_step, **kept})
+            append_to_log(self._log, {"step": state.global_step, **kept})
 
 
 class ProgressBar(ProgressCallback):
