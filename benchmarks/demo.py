@@ -21,7 +21,7 @@ from badit.run import Run
 
 
 def summarise(runs: str, seeds: list[int]) -> dict[str, Any]:
-    """Keep the finished runs and return mean, standard deviation and raw values of each method's two scores."""
+    """Copies the finished runs and returns mean, standard deviation and raw values of each method's two scores."""
     summary: dict[str, Any] = {"seeds": seeds, "methods": {}}
     for method in map(str.lower, METHODS):
         kept = [keep(Run(f"{runs}-{seed}/{method}"), f"demo/{seed}/{method}") for seed in seeds]

@@ -1,9 +1,9 @@
-"""Keep a finished run as a committed result: configuration, environment, metrics, raw scores, regroupings by step,
-and the tables of its analysis except the largest, which has one row per pair of tasks and module.
+"""Copy the small files of a finished run to benchmarks/results, to be committed.
 
     python benchmarks/keep_run.py runs/mine mine/badit
 
-Copies them to benchmarks/results/mine/badit. The adapter and the predictions stay in the run's folder.
+Copies configuration, environment, metrics, raw scores, regroupings by step and all analysis tables but the largest to
+benchmarks/results/mine/badit. The adapter and the predictions stay in the run's folder.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from badit.run import Run
 
 RESULTS = Path(__file__).parent / "results"
 KEPT = ("environment.json", "metrics.jsonl", "scores.json", "analysis.json")
-LEFT_OUT = "gradient_pairs.json"
+LEFT_OUT = "gradient_pairs.json"  # the largest table: one row per pair of tasks and module
 
 
 def keep(run: Run, name: str) -> Path:
-    """Copy a run's small files. The output path, which is specific to one machine, is replaced by the name."""
+    """Copies a run's small files; the recipe's output path, specific to one machine, becomes ``runs/NAME``."""
     target = RESULTS / name
     target.mkdir(parents=True, exist_ok=True)
     tables = [f"analysis/{path.name}" for path in sorted(run.analysis_path.glob("*.json")) if path.name != LEFT_OUT]
@@ -41,7 +41,7 @@ def keep(run: Run, name: str) -> Path:
 
 
 def mean_over_modules(log: Path) -> list[dict[str, Any]]:
-    """One line per regrouping, with the mean of each number over the layers."""
+    """Returns one line per regrouping, with the mean of each number over the layers."""
     by_step: dict[int, list[dict[str, Any]]] = defaultdict(list)
     for line in read_jsonl(log):
         by_step[line["step"]].append(line)

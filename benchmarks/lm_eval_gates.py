@@ -3,7 +3,7 @@
     python benchmarks/lm_eval_gates.py runs/demo/badit            # a run of `badit demo`
 
 Each test instance of the run's tasks becomes a question with up to four choices: its answer and other answers of its
-task. With `badit` the gates depend on the prompt only, with `hf` on the choice and, in a batch, on the padding too.
+task. With `badit` the gates depend only on the prompt; with `hf` also on the choice and, in a batch, on the padding.
 Writes results/lm-eval/RUN.json.
 """
 
@@ -33,7 +33,7 @@ Tokens = list[int]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", help="a run's folder")
-    parser.add_argument("--instances", type=int, default=10, help="of each task's test instances (default: 10)")
+    parser.add_argument("--instances", type=int, default=10, help="test instances per task (default: 10)")
     options = parser.parse_args()
     run = badit.Run(options.run)
     model, tokenizer = run.load()
@@ -53,7 +53,7 @@ def main() -> None:
 
 
 def questions(run: badit.Run, model: Any, tokenizer: Any, instances: int) -> Iterator[tuple[Tokens, list[Tokens]]]:
-    """Prompts in the run's training format, each with its choices. The first choice is correct."""
+    """Yields prompts in the run's training format, each with its choices. The first choice is correct."""
     recipe = run.recipe
     # All test instances, because a recipe may limit their number.
     for task in badit.plan(recipe, data={"test_per_task": None}).tasks:
@@ -67,7 +67,7 @@ def questions(run: badit.Run, model: Any, tokenizer: Any, instances: int) -> Ite
 
 
 def likelihoods(scorer: Any, asked: Sequence[tuple[Tokens, list[Tokens]]]) -> list[list[float]]:
-    """Each choice's log-likelihood in nats, question by question."""
+    """Returns each choice's log-likelihood in nats, question by question."""
     requests = [(None, prompt, choice) for prompt, choices in asked for choice in choices]
     flat = [likelihood for likelihood, _ in scorer._loglikelihood_tokens(requests)]
     ends = accumulate((len(choices) for _, choices in asked), initial=0)
@@ -75,7 +75,7 @@ def likelihoods(scorer: Any, asked: Sequence[tuple[Tokens, list[Tokens]]]) -> li
 
 
 def compared(own: list[list[float]], reference: list[list[float]]) -> dict[str, float]:
-    """Accuracy in %; mean and largest difference to the reference in nats; changed choices in %."""
+    """Returns the accuracy in %; mean and largest difference to the reference in nats; changed choices in %."""
     changes = [
         abs(a - b) for ours, theirs in zip(own, reference, strict=True) for a, b in zip(ours, theirs, strict=True)
     ]

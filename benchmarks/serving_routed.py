@@ -1,11 +1,11 @@
-"""Compare a run's own answers with those of its exported LoRAs, as `badit serve` chooses them, and time the proxy.
+"""Compare a run's own answers with those of the exported LoRAs that `badit serve` chooses, and time the proxy.
 
     python benchmarks/serving_routed.py runs/mine
     python benchmarks/serving_routed.py runs/mine --vllm .venv/serving/bin/python     # made by: make test-serving
 
-The test instances of the run's tasks are answered greedily by transformers, whose answers vLLM's equal token by token
-(tests/serving). With --vllm some of them are asked one after another for a single token, in turn directly and through
-the proxies, for the time that these take. Writes results/serving-routed.json.
+transformers answers the test instances of the run's tasks greedily; vLLM gives the same tokens (tests/serving). With
+--vllm, some prompts are sent one at a time for a single token, in turn directly and through the proxies, to measure the
+time of the proxies. Writes results/serving-routed.json.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ PORT = 8765
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", help="a run's folder, on a model that vLLM loads from its folder")
-    parser.add_argument("--vllm", help="a Python that has vLLM")
-    parser.add_argument("--prompts", type=int, default=20, help="timed (default: 20)")
+    parser.add_argument("run", help="a run's folder; vLLM must be able to load its base model")
+    parser.add_argument("--vllm", help="a Python interpreter that has vLLM")
+    parser.add_argument("--prompts", type=int, default=20, help="number of timed prompts (default: 20)")
     options = parser.parse_args()
     run = badit.Run(options.run)
     with TemporaryDirectory() as folder:
@@ -86,7 +86,7 @@ def answered(
     base: Any,
     tokenizer: Any,
 ) -> dict[str, Any]:
-    """Rouge-L of the run and of the LoRAs that are chosen for its prompts, and which these are."""
+    """Returns Rouge-L of the run and of the LoRAs chosen for its prompts, and how often each LoRA is chosen."""
     own = [task.name for task, _ in pairs]
     gates = torch.stack([router.gates(prompt) for prompt in prompts])
     plain = (router.gates_TMN - gates[:, None]).square().sum(dim=(2, 3)).argmin(dim=1)
@@ -129,7 +129,7 @@ def answered(
 
 
 def rouge(pairs: Sequence[tuple[Task, Instance]], texts: Sequence[str]) -> dict[str, float]:
-    """Rouge-L per task and their mean."""
+    """Returns Rouge-L per task and their mean."""
     by_task: dict[str, list[float]] = {}
     for (task, instance), text in zip(pairs, texts, strict=True):
         by_task.setdefault(task.name, []).append(rouge_l(text, instance.outputs))
@@ -139,7 +139,7 @@ def rouge(pairs: Sequence[tuple[Task, Instance]], texts: Sequence[str]) -> dict[
 
 @contextmanager
 def served_by_vllm(python: str, run: badit.Run, loras: Mapping[str, Path], rank: int | None) -> Iterator[str]:
-    """vLLM's OpenAI server on this machine, in float32; its address."""
+    """Starts vLLM's OpenAI server on this machine in float32; yields its address."""
     base = resolve_model(run.recipe.model.name)
     words = f"-m vllm.entrypoints.openai.api_server --model {base} --dtype float32 --enforce-eager "
     words += "--max-model-len 1024 --no-enable-prefix-caching --enable-lora --max-loras 8 --max-cpu-loras 40 "
@@ -153,7 +153,7 @@ def served_by_vllm(python: str, run: badit.Run, loras: Mapping[str, Path], rank:
         with subprocess.Popen(command, env=environment, stdout=log, stderr=log) as process:
             try:
                 while not answers_on(PORT):
-                    assert process.poll() is None, f"vLLM has ended: see {log_file}"
+                    assert process.poll() is None, f"vLLM has exited; see {log_file}"
                     time.sleep(1)
                 yield f"http://127.0.0.1:{PORT}"
             finally:
@@ -169,7 +169,7 @@ def answers_on(port: int) -> bool:
 
 @contextmanager
 def proxy(*words: str) -> Iterator[str]:
-    """`badit serve`; its address."""
+    """Starts `badit serve`; yields its address."""
     command = [sys.executable, "-m", "badit", "serve", *words, "--port=0"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
@@ -180,26 +180,26 @@ def proxy(*words: str) -> Iterator[str]:
 
 
 def ask(url: str, model: str, prompt: list[int], tokens: int) -> tuple[str, str]:
-    """The greedy answer, and the adapter that the proxy names."""
+    """Returns the greedy answer and the adapter that the proxy reports."""
     content = {"model": model, "prompt": prompt, "max_tokens": tokens, "temperature": 0}
     answer = httpx2.post(f"{url}/v1/completions", json=content, timeout=600).raise_for_status()
     return answer.json()["choices"][0]["text"].strip(), answer.headers.get("x-badit-adapter", model)
 
 
 def timed(ways: dict[str, tuple[str, Iterator[str]]], prompts: Sequence[list[int]]) -> dict[str, Any]:
-    """Seconds until the first token, one request at a time, every prompt in each way in turn."""
+    """Returns seconds until the first token: one request at a time, every prompt in each way in turn."""
     times: dict[str, list[float]] = {name: [] for name in ways}
     for prompt in [prompts[0], *prompts]:
         for name, (url, models) in ways.items():
             began = time.monotonic()
             ask(url, next(models), prompt, 1)
             times[name].append(time.monotonic() - began)
-    measured = {name: of_way[1:] for name, of_way in times.items()}  # the first is slower
+    measured = {name: of_way[1:] for name, of_way in times.items()}  # the first prompt is slower
     return {name: {"median": median(of_way), "each": of_way} for name, of_way in measured.items()}
 
 
 def processor_seconds(router: Router, prompts: Sequence[list[int]]) -> dict[str, float]:
-    """What a prompt costs the proxy, as the median over prompts: reading it, and writing its LoRA."""
+    """Returns the proxy's CPU seconds per prompt (medians): for reading the prompt and for writing its LoRA."""
     reading, writing = [], []
     for prompt in [prompts[0], *prompts]:
         began = time.process_time()

@@ -1,4 +1,4 @@
-"""Tune a model with BADIT in a plain loop with accelerate, without a Trainer, and with the paper's regrouping (DOG).
+"""Train a BADIT adapter in a loop with accelerate, without a Trainer, and with the paper's regrouping (DOG).
 
 python examples/accelerate_loop.py --small                       # four steps, about a minute
 python examples/accelerate_loop.py --data my-tasks.jsonl         # {task, instruction, input, output} per line
@@ -42,7 +42,7 @@ model.train()
 for _ in range(epochs):
     for batch in loader:
         with accelerator.accumulate(model):
-            accelerator.backward(model(**batch).loss)  # labels of -100 mark the prompt for the router
+            accelerator.backward(model(**batch).loss)  # the router reads the tokens with label -100, the prompt
             if accelerator.sync_gradients:
                 regrouper.after_backward()
             optimizer.step()

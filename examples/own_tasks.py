@@ -1,4 +1,4 @@
-"""Tune a model with BADIT on your own tasks, score it per task, and export a plain LoRA.
+"""Train a BADIT adapter on your own tasks, score it per task, and export it as a plain LoRA.
 
     python examples/own_tasks.py my-tasks.jsonl    # {task, instruction, input, output} per line
     python examples/own_tasks.py --small           # two of the built-in tasks, about a minute
@@ -23,7 +23,7 @@ options = parser.parse_args()
 known = badit.load_tasks(options.tasks)
 for task in known:
     print(f"{task.name}: {len(task.train)} training and {len(task.test)} test instances")
-# Tasks without "split": "test" lines are scored on instances held out of their training data.
+# Without "split": "test" lines, the score is computed on held-out training instances.
 scored = "test" if all(task.test for task in known) else "validation"
 recipe = build_recipe(
     {
@@ -46,7 +46,7 @@ recipe = build_recipe(
         "output": options.output,
     }
 )
-badit.train(recipe)  # also scores the run: scores.json in its folder; predictions/ has every answer
+badit.train(recipe)  # also scores the run: writes scores.json and predictions/ to its folder
 badit.Run(recipe.output).evaluate()  # scores it again
 scores = json.loads((Path(recipe.output) / "scores.json").read_text(encoding="utf-8"))
 for name, score in scores["tasks"].items():

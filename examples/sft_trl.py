@@ -1,4 +1,4 @@
-"""Tune a model with BADIT on chats with TRL's SFTTrainer and a loss on the assistant's answers only.
+"""Train a BADIT adapter on chats with TRL's SFTTrainer, with the loss on the assistant's answers only.
 
     python examples/sft_trl.py chats.jsonl    # one {"messages": [{"role": …, "content": …}, …]} per line
     python examples/sft_trl.py --small        # a few built-in questions, about a minute
@@ -35,7 +35,7 @@ else:
         for task in badit.load_tasks("builtin")
         for instance in task.train[:2]
     ]
-# One row per answer, so that the gates of each answer depend on all text before it.
+# One row per answer, so that the gates of each answer depend on all preceding messages.
 rows = [row for messages in chats for row in answer_rows(messages)]
 
 model, tokenizer = badit.load_base_model(options.model)
@@ -52,7 +52,7 @@ trainer = SFTTrainer(
         bf16=False,
     ),
     train_dataset=Dataset.from_list(rows[:8] if options.small else rows),
-    optimizers=(badit.OrthogonalUpdates(model, lr=5e-4, other_lr=1.5e-4), None),  # other_lr: of the routers
+    optimizers=(badit.OrthogonalUpdates(model, lr=5e-4, other_lr=1.5e-4), None),  # other_lr: for the routers
 )
 trainer.train()
 trainer.save_model(f"{options.output}/adapter")

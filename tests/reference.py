@@ -1,7 +1,7 @@
-"""The method's formulas as written down, in float64, to compare the code in ``badit`` with.
+"""Reference implementations of the method's formulas in float64, for tests of ``badit``.
 
-Arguments may be tensors or arrays; arrays are returned.
-Components are rows i of A (N, in) and columns i of B (out, N); a component's gradient is the two, concatenated.
+Arguments may be tensors or arrays; functions return arrays.
+Component i is row i of A (N, in) and column i of B (out, N); its gradient is the concatenation of both gradients.
 """
 
 import itertools
@@ -13,7 +13,7 @@ from scipy.optimize import linear_sum_assignment
 
 
 def float64(values):
-    """Any tensor or array as a float64 array."""
+    """Returns a tensor or array as a float64 array."""
     if isinstance(values, torch.Tensor):
         values = values.detach().to("cpu", torch.float64)
     return np.asarray(values, dtype=np.float64)
@@ -21,14 +21,14 @@ def float64(values):
 
 # --- decomposition (BAD) ---
 def singular_triples(weight, rank):
-    """U (out, rank), σ (rank), Vᵀ (rank, in) of the leading triples."""
+    """Returns U (out, rank), σ (rank) and Vᵀ (rank, in) of the largest singular triples."""
     u, s, vh = np.linalg.svd(float64(weight), full_matrices=False)
     return u[:, :rank], s[:rank], vh[:rank]
 
 
 # --- grouping (DOG) ---
 def unit_gradients(grad_A, grad_B):
-    """Rows ĝ_i (N, in + out); zeros for a gradient that is zero or not finite."""
+    """Returns rows ĝ_i (N, in + out); zeros for a gradient that is zero or not finite."""
     gradients = np.concatenate([float64(grad_A), float64(grad_B).T], axis=1)
     lengths = np.linalg.norm(gradients, axis=1, keepdims=True)
     usable = np.isfinite(lengths) & (lengths > 0)
@@ -41,13 +41,13 @@ def cosine_gram(grad_A, grad_B):
 
 
 def objective(gradients, labels):
-    """Σ_k ‖Σ_{i ∈ k} ĝ_i‖², on the gradients themselves."""
+    """Returns Σ_k ‖Σ_{i ∈ k} ĝ_i‖², computed from the gradients instead of the Gram matrix."""
     sums = [gradients[np.asarray(labels) == k].sum(axis=0) for k in np.unique(labels)]
     return sum(float(group_sum @ group_sum) for group_sum in sums)
 
 
 def best_objective(gradients, num_experts):
-    """The optimum over all balanced partitions, by trying each."""
+    """Returns the optimum over all balanced partitions, by exhaustive search."""
     size = len(gradients) // num_experts
 
     def best(free):
@@ -62,7 +62,7 @@ def best_objective(gradients, num_experts):
 
 
 def best_exchange(gradients, labels):
-    """The largest gain of the objective when any two components change places."""
+    """Returns the largest gain of the objective from a swap of two components."""
     gains = []
     for i, j in itertools.combinations(range(len(gradients)), 2):
         exchanged = np.array(labels)
@@ -72,10 +72,10 @@ def best_exchange(gradients, labels):
 
 
 def polar_grouping(gradients, labels, num_experts, size, rounds=50):
-    """The paper's loop, until nothing changes.
+    """Runs the paper's loop until the labels are stable, and returns the labels.
 
-    Targets: C (dimensions, K) of the groups' sums, C = U Σ Vᵀ, Q = U Vᵀ. Assignment: max Σ_ik π_ik ⟨ĝ_i, q_k⟩ with
-    exactly ``size`` components an expert, one slot after another.
+    Targets: C (dimensions, K) holds the groups' sums, C = U Σ Vᵀ, Q = U Vᵀ. Assignment: max Σ_ik π_ik ⟨ĝ_i, q_k⟩ with
+    exactly ``size`` components per expert: every expert has ``size`` slots.
     """
     slots = np.repeat(np.arange(num_experts), size)
     for _ in range(rounds):
@@ -89,7 +89,7 @@ def polar_grouping(gradients, labels, num_experts, size, rounds=50):
 
 
 def angles(gradients, labels):
-    """Mean angle in degrees within and between experts, then mean |cos| within and between; zero gradients left out."""
+    """Returns mean angles in degrees within and between experts, then mean |cos|; ignores zero gradients."""
     cosines = {True: [], False: []}
     for i, j in itertools.combinations(np.flatnonzero(gradients.any(axis=1)), 2):
         cosines[bool(labels[i] == labels[j])].append(max(-1.0, min(1.0, float(gradients[i] @ gradients[j]))))
@@ -99,37 +99,37 @@ def angles(gradients, labels):
 
 # --- routing ---
 def segment_means(x, mask, segments, count):
-    """The mean over the masked positions of each segment of packed rows; zero for one without any."""
+    """Returns the mean over the masked positions of each segment of packed rows; zero for a segment without any."""
     rows_of = [float64(x)[np.asarray(mask & (segments == s))] for s in range(count)]
     return np.array([rows.sum(axis=0) / max(len(rows), 1) for rows in rows_of])
 
 
 def prompt_mean(x, mask):
-    """x̄ (batch, features): the mean over the positions where the mask is true, zeros where it is nowhere true."""
+    """Returns x̄ (batch, features), the mean over positions where the mask is true; zeros for rows without any."""
     return segment_means(x, np.asarray(mask) == 1, np.indices(mask.shape)[0], len(mask))
 
 
 def prompt_moments(batches):
-    """Mean and variance (features) over batches of prompts; the n-th batch weighs 1/n, and at least 1/50."""
+    """Returns mean and variance (features) over batches of prompts; the n-th batch weighs max(1/n, 1/50)."""
     mean = variance = np.zeros(np.shape(batches[0])[1])
     for n, batch in enumerate(batches, start=1):
         weight = max(1 / n, 0.02)
         rows = float64(batch)
         new_mean = (1 - weight) * mean + weight * rows.mean(axis=0)
-        # The variance of the mixture of what was and what came, about the new mean.
+        # The variance of the mixture of old and new values, about the new mean.
         was, came = variance + (mean - new_mean) ** 2, ((rows - new_mean) ** 2).mean(axis=0)
         mean, variance = new_mean, (1 - weight) * was + weight * came
     return mean, variance
 
 
 def standardised(x, mean, variance):
-    """x̂: every feature by its mean and variance, scaled to a norm of 8 on average; 0 where the variance is."""
+    """Returns x̂: features standardised and scaled to a mean norm of 8; 0 where the variance is 0."""
     unit = (float64(x) - mean) / np.sqrt(np.where(variance > 0, variance, np.inf))
     return 8 / math.sqrt(len(mean)) * unit
 
 
 def expert_gates(logits, kind="mean_one", top_k=None):
-    """Gates (..., K): the softmax over the ``top_k`` largest logits, lower index first on ties, times K if mean_one."""
+    """Returns gates (..., K): softmax over the ``top_k`` largest logits (on ties, lower index), times K if mean_one."""
     logits = float64(logits)
     gates = np.zeros_like(logits)
     for where in np.ndindex(*logits.shape[:-1]):
@@ -142,7 +142,7 @@ def expert_gates(logits, kind="mean_one", top_k=None):
 
 # --- freezing ---
 def frozen_weight(A, B, A0, B0, gates, scaling, share):
-    """s (Σ_i gate_i B_i A_i − share B0 A0), (out, in), a component at a time; i has row i mod R of A."""
+    """Returns s (Σ_i gate_i B_i A_i − share B0 A0), (out, in), summed by component; i uses row i mod R of A."""
     A, B, gates = float64(A), float64(B), float64(gates)
     weight = np.zeros((len(B), A.shape[1]))
     for i in range(B.shape[1]):
@@ -151,14 +151,14 @@ def frozen_weight(A, B, A0, B0, gates, scaling, share):
 
 
 def closest_of_rank(weight, rank):
-    """The sum of the leading singular triples (Eckart and Young)."""
+    """Returns the sum of the largest singular triples (Eckart and Young)."""
     u, s, vh = singular_triples(weight, rank)
     return (u * s) @ vh
 
 
 # --- orthogonal updates ---
 def power(matrix, exponent, floor):
-    """(C + floor·‖C‖·1)^exponent by eigenvalues; zeros for a zero matrix."""
+    """Returns (C + floor·‖C‖·1)^exponent by eigenvalues; zeros for a zero matrix."""
     matrix = float64(matrix)
     size = math.sqrt(float((matrix**2).sum()))
     if size == 0:
@@ -175,7 +175,7 @@ class OrthogonalFactor:
         self.first = self.second = self.features = 0.0
 
     def update(self, other, gradient, beta_1, beta_2, floor):
-        """The update of rows (N, D) whose other factor has rows (N, D')."""
+        """Returns the update of rows (N, D) whose other factor has rows (N, D')."""
         components, length = gradient.shape
         if not other.any():
             self.__init__()
@@ -201,7 +201,7 @@ class OrthogonalFactor:
 
 
 def orthogonal_step(A, B, grad_A, grad_B, of_A, of_B, lr, betas, floor=1e-6):
-    """A (N, in) and B (out, N) after one step; what the two factors keep is changed in place."""
+    """Returns A (N, in) and B (out, N) after one step; changes the moments ``of_A`` and ``of_B`` in place."""
     A, B, grad_A, grad_B = map(float64, (A, B, grad_A, grad_B))
     largest = 0.1 * math.sqrt(float(((B @ A) ** 2).sum())) / (lr * math.sqrt(A.size))
     update_A = min(1.0, largest) * of_A.update(B.T, grad_A, *betas, floor)

@@ -78,7 +78,7 @@ def test_bad_input_is_a_badit_error(recipe_file):
     for call, message in (
         (lambda: badit.compare(jobs=0), "jobs: must be at least 1, not 0"),
         (lambda: badit.Run(run).evaluate(), "has no adapter yet"),
-        (lambda: badit.Run(run).scores, r"has no scores yet; make them with: badit evaluate"),
+        (lambda: badit.Run(run).scores, r"has no scores yet; compute them with: badit evaluate"),
         (lambda: badit.Run(run).generate(["Hello", " "]), "the prompt is empty"),
     ):
         with pytest.raises(badit.BaditError, match=message):

@@ -102,7 +102,7 @@ def test_a_check_finds_what_would_stop_the_training(recipe_values, tmp_path):
     uneven = {"eval_strategy": "steps", "eval_steps": 2, "save_steps": 5, "load_best_model_at_end": True}
     for values, message in (
         ({"method": {"name": "badit", "num_experts": 8, "r": 40}}, "320 singular triples do not fit"),
-        ({"model": {"name": "no-such-folder"}}, "no such folder"),
+        ({"model": {"name": "no-such-folder"}}, "not an existing folder"),
         ({"prompt": {"max_source_tokens": 1024, "encoding": "def+pos2"}, "data": {"max": 1}}, "data.max: unknown key"),
         ({"training": {"load_best_model_at_end": True}}, "load_best_model_at_end"),
         ({"training": {"early_stopping_patience": 2}}, "early_stopping_patience needs load_best_model_at_end"),

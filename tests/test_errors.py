@@ -18,7 +18,7 @@ from badit.errors import BaditError, explained, one_line
 http = import_module(HTTPError.__module__.partition(".")[0])  # the hub's client, which differs between its releases
 ANSWER = http.Response(401, request=http.Request("GET", "https://hub"))
 REFUSED = RepositoryNotFoundError("401 refused.\nmore", response=ANSWER)
-FULL = r"place: cannot be written, the disk (or a quota) is full; make room and run the same command again"
+FULL = r"place: cannot be written, the disk (or a quota) is full; free some space and run the same command again"
 READ_ONLY = "place: cannot be written, the file system is read-only; choose a folder that can be written"
 
 
@@ -39,7 +39,7 @@ def test_a_known_exception_is_one_line():
         (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 7 vs 5"), FULL),
         (system_error(errno.EROFS), READ_ONLY),
         (RuntimeError("open file failed with strerror: Read-only file system"), READ_ONLY),
-        (REFUSED, "place: the hub refuses: 401 refused; the token is not valid"),
+        (REFUSED, "place: the hub refuses: 401 refused; the token is invalid or expired"),
         (http.ConnectError("no route"), "place: the hub cannot be reached (no route)"),
         (HFValidationError("bad name"), "place: bad name"),
         (BaditError("mine: as it was"), "mine: as it was"),

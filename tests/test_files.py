@@ -29,7 +29,7 @@ def test_what_is_not_json_is_named(tmp_path):
         (b'{"a":' * 100_000, "maximum recursion depth exceeded"),
         (b"1" * 10_000, "Exceeds the limit"),
         (b'{"a": "\\uD83D"}', "'utf-8' codec can't encode"),
-        (b'{"a": {"b": 1, "c": 2, "b": 1}}', "the key 'b' is there twice; keep one (line 1 on)"),
+        (b'{"a": {"b": 1, "c": 2, "b": 1}}', "the key 'b' is there twice; keep one (from line 1)"),
         (b"[]", "must hold one JSON object, not a list (line 1)"),
     ):
         file.write_bytes(content)
@@ -40,7 +40,7 @@ def test_what_is_not_json_is_named(tmp_path):
 
 def test_numbers_that_are_not_json_whole_surrogate_pairs_and_a_linear_search_of_repeated_keys():
     assert files.parse_json('["\\ud83d\\ude00", Infinity]', file=Path("x"), constants=True) == ["😀", float("inf")]
-    with pytest.raises(BaditError, match=r"^x: -Infinity is not JSON; use a number or null \(line 7 on\)$"):
+    with pytest.raises(BaditError, match=r"^x: -Infinity is not valid JSON; use a number or null \(from line 7\)$"):
         files.parse_json("-Infinity", file=Path("x"), first_line=7)
     text = "{" + ", ".join(f'"{number}": 0' for number in range(50_000)) + ', "49999": 1}'
     with pytest.raises(BaditError, match="the key '49999' is there twice"):

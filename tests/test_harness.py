@@ -140,7 +140,7 @@ def test_what_is_too_long_loses_its_beginning(routed):
     ((found, _),) = scorer._loglikelihood_tokens([(None, context, continuation)], disable_tqdm=True)
     assert found == pytest.approx(decoded_likelihood(routed[0], context[-6:], continuation)[0], rel=1e-5)
     for bad in ([], [9] * 9):
-        with pytest.raises(BaditError, match=rf"a continuation has {len(bad)} tokens; 1 to 8"):
+        with pytest.raises(BaditError, match=rf"a continuation has {len(bad)} tokens; must have 1 to 8"):
             scorer._loglikelihood_tokens([(None, context, bad)], disable_tqdm=True)
 
 
@@ -221,7 +221,7 @@ def test_methods_that_tell_tasks_apart_are_told_the_task(trained):
 def test_bad_arguments_are_named(trained, task_folder, capsys):
     with pytest.raises(BaditError, match="give either run=FOLDER or pretrained=MODEL"):
         BaditLM(run="a", pretrained="b")
-    with pytest.raises(BaditError, match="a run has its adapter"):
+    with pytest.raises(BaditError, match="a run has its own adapter"):
         BaditLM(run="a", peft="b")
     wrong = ("nowhere", "toy_choice", "nowhere: has no config.yaml")
     for folder, task, message in (wrong, (str(trained(BADIT).path), "no_such_task", "no_such_task")):

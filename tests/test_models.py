@@ -154,7 +154,7 @@ def test_what_names_no_model_is_refused(monkeypatch, tmp_path):
     assert resolve_model("org/some.model-1B") == "org/some.model-1B"
     for name, message in (
         ("smollm2-135", "did you mean 'smollm2-135m'"),
-        *((name, "no such folder") for name in ("./no/such", Path("org/name"), "x" * 300)),
+        *((name, "not an existing folder") for name in ("./no/such", Path("org/name"), "x" * 300)),
         (".", "has no config.json; name the base model"),
         ("empty", "no config.json; save it"),
     ):
@@ -165,7 +165,7 @@ def test_what_names_no_model_is_refused(monkeypatch, tmp_path):
 def test_an_unreachable_hub_is_told_in_one_line(monkeypatch):
     offline = Mock(side_effect=OSError("no connection\nand a long story"))
     monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", offline)
-    message = r"org/name \(no such folder, so from the hub\): tokenizer: .* \(no connection\)$"
+    message = r"org/name \(not a local folder, so loaded from the hub\): tokenizer: .* \(no connection\)$"
     with pytest.raises(BaditError, match=message):
         load_base_model("org/name")
 

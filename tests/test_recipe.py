@@ -87,13 +87,13 @@ def test_mistakes_are_named_on_one_line():
         ({}, ["training.max_steps=3000000000"], r"training\.max_steps: input should be less than or equal to"),
         ({"output": "a\0b"}, [], r"output: must be a name or a path"),
         ({"k" * 500: 1}, [], r"^recipe: k{120}: unknown key$"),
-        ({}, ["training.output_dir=x"], "is not for a recipe to set: the run's folder is the recipe's output"),
+        ({}, ["training.output_dir=x"], "cannot be set in a recipe: set output, the run's folder"),
         ({}, ["training.fp16=true"], "set model.dtype, or bf16"),
         ({}, ["training.gradient_checkpointing_kwargs={}"], "use_reentrant"),
         ({}, ["training.optim=adamm"], "training\\.optim: input should be 'adamw_torch'"),
         ({}, ["training.adam_beta1=high"], "training\\.adam_beta1: input should be a valid number, got 'high'"),
         ({}, ["training.dataloader_num_workers=true"], "input should be a valid integer, got True"),
-        ({}, ["training.warmup_steps=1.5"], "a whole number of steps, or below 1, a fraction of the run, got 1.5"),
+        ({}, ["training.warmup_steps=1.5"], "a whole number of steps, or a fraction of the run below 1, got 1.5"),
     ):
         with pytest.raises(BaditError, match=message) as caught:
             build_recipe(content, overrides)
@@ -114,7 +114,7 @@ def test_all_mistakes_are_named_at_once_before_any_slow_import(tmp_path):
         "method.num_expert: unknown key (did you mean 'num_experts'?)",
         "method.regroup.evry: unknown key (did you mean 'every'?)",
         "trainig: unknown key (did you mean 'training'?)",
-        "training.epochs: is called num_train_epochs, as transformers has it",
+        "training.epochs: is now called num_train_epochs, as in transformers",
         "training.optm: unknown key (did you mean 'optim'?)",
         "training.seed: input should be greater than or equal to 0, got -1",
     ]
@@ -147,14 +147,14 @@ def test_the_training_section_accepts_and_forwards_every_other_argument():
         except BaditError as error:
             settled.append(str(error))
     assert argument_names() == {field.name for field in fields}, "read from the source"
-    assert all("is not for a recipe to set: " in message for message in settled)
+    assert all("cannot be set in a recipe: " in message for message in settled)
     assert 30 < len(settled) < 50 < len(others) - len(settled) + 10
 
 
 @pytest.mark.parametrize("old", RENAMED_ARGUMENTS)
 def test_an_earlier_name_is_answered_with_the_new_one_and_read_in_a_runs_own_recipe(tmp_path, old):
     new, value = RENAMED_ARGUMENTS[old], {"scheduler": "linear", "deterministic": True}.get(old, 1)
-    with pytest.raises(BaditError, match=rf"^recipe: training\.{old}: is called {new}, as transformers has it$"):
+    with pytest.raises(BaditError, match=rf"^recipe: training\.{old}: is now called {new}, as in transformers$"):
         build_recipe({"training": {old: value}})
     (tmp_path / "config.yaml").write_text(f"training: {{{old}: {value}, max_steps: null}}")
     assert load_config(tmp_path / "config.yaml") == build_recipe({"training": {new: value}})
@@ -173,14 +173,14 @@ def test_a_runs_recipe_without_a_format_means_the_papers_form(tmp_path):
         path.write_text(dump_recipe(load_config(path)))
         assert load_config(path).method == load_recipe(path).method == meant
     path.write_text("format: 3")
-    with pytest.raises(BaditError, match=r"config.yaml: format: is 3, this badit reads 2: pip install"):
+    with pytest.raises(BaditError, match=r"config.yaml: format: is 3, this badit version reads 2: pip install"):
         load_config(path)
 
 
 def test_broken_files_are_named(tmp_path):
     for text, message in (
         (b"training: [", "line 1.*: cannot be read as YAML"),
-        (b"- a\n- b\n", "must hold 'key: value' lines, not a list"),
+        (b"- a\n- b\n", "must contain 'key: value' lines, not a list"),
         (b"\xff\xfe", "not UTF-8 at byte 0"),
         (b"!!python/object/apply:os.system ['true']", "cannot be read as YAML"),
         (b"a: " + b"[" * 1000, "cannot be read as YAML"),
@@ -223,7 +223,7 @@ def test_what_cannot_be_extended_is_named(tmp_path):
         ("a" * 3000, "", r"own\.yaml: extends: (must be a file in the recipe's folder|.*leads out of)"),
         ("none.yaml", "", r"none\.yaml: cannot be read"),
         ("base.yaml", "training: {epoch: 1}", r"base\.yaml: training\.epoch: unknown key"),
-        ("base.yaml", "extends: own.yaml", r"base\.yaml: extends: own\.yaml extends this file already"),
+        ("base.yaml", "extends: own.yaml", r"base\.yaml: extends: own\.yaml already extends this file; remove one"),
     ):
         with pytest.raises(BaditError, match=message) as caught:
             load_recipe(written(tmp_path, own=f"extends: {name}", base=base))

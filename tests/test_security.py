@@ -141,7 +141,7 @@ def test_a_runs_folder_alone_cannot_trust(verb, model_with_code, tmp_path, capsy
     assert not (tmp_path / "ran").exists()
     if verb == "export":
         assert main([verb, str(run), *more, "--trust-remote-code"]) == 2
-        assert "is a run of the base model as it is" in capsys.readouterr().err
+        assert "is a run of the unchanged base model" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["/etc/passwd", "sub/../../base.yaml", "link.yaml", "\0", ["a"]])
@@ -196,7 +196,7 @@ def test_a_folder_with_a_link_out_of_it_is_refused(command, recipe_values, train
         places["WHOLE"] = trained(SMALL).path
     words = [re.sub("[A-Z]{3,}", lambda found: str(places[found[0]]), word) for word in LINKED[command].split()]
     assert main([command.partition(" ")[0], *words]) == 2
-    assert re.search(f"{link}.*: leads out of {run}; put the file itself there\n$", capsys.readouterr().err)
+    assert re.search(f"{link}.*: leads out of {run}; copy the file itself into the folder\n$", capsys.readouterr().err)
     assert [path.read_text() for path in outside.iterdir()] == ["mine"]
 
 

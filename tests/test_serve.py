@@ -28,7 +28,7 @@ from studio.conftest import BADIT, served
 MODELS = {"object": "list", "data": [{"id": "base"}]}
 CHAT = {"model": "auto", "messages": [{"role": "user", "content": "land 3"}]}
 WAIT = 60
-NOT_ONE = "prompt: must be one text, or token ids of one"
+NOT_ONE = "prompt: must be one text or the token ids of one"
 
 
 @pytest.fixture(scope="module")
@@ -228,10 +228,10 @@ def test_a_vllm_that_does_not_answer_or_does_not_load_is_told_in_one_line(router
 
 def test_a_run_or_a_folder_that_cannot_be_routed_is_refused(run, trained, tmp_path, capsys):
     for method in ({"name": "lora", "r": 2}, {"name": "mtl-lora", "r": 2}):
-        with pytest.raises(BaditError, match="do not follow the prompt; serve its export by itself"):
+        with pytest.raises(BaditError, match="do not depend on the prompt; serve its export"):
             Router(trained(method).path, None)
-    wrong = {str(tmp_path): "has no LoRAs of tasks: badit export"}
-    wrong |= {"--url=localhost:8000": "--url: must be such as http://127.0.0.1:8000"}
+    wrong = {str(tmp_path): "has no LoRAs of tasks; run badit export"}
+    wrong |= {"--url=localhost:8000": "--url: must be an address such as http://127.0.0.1:8000"}
     for argument, problem in wrong.items():
         assert main(["serve", str(run.path), argument, "--port=0"]) == 2
         assert problem in capsys.readouterr().err

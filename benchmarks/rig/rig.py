@@ -2,8 +2,8 @@
 """Method trials on a real LLM at a tenth of the cost of a full run.
 
 The lower layers of SmolLM2 are frozen; their output is computed once and cached. Adapters are on gate_proj of the
-upper layers only. A run of 2,500 examples takes about five minutes on one core. Rates are chosen on `val` (held out of
-each task's training data). `test` is read once, by the final command of a stage.
+upper layers only. A run of 2,500 examples takes about five minutes on one core. Learning rates are chosen on `val`
+(held out of each task's training data). `test` is read once, by the final command of a stage.
 
     rig.py --name lora_1e-3 --lr 1e-3
     rig.py --name dirs_orth --init dirs --opt orthogonal --lr 2e-3 --seed 1
@@ -39,31 +39,31 @@ p.add_argument(
     help="folder of the built-in model",
 )
 p.add_argument("--data", default=os.environ.get("BADIT_SUPERNI"), help="folder of the SuperNI tasks")
-p.add_argument("--tasks", default="073,1510,1687,181,363,591,639,748,875", help="numbers, or 'all'")
+p.add_argument("--tasks", default="073,1510,1687,181,363,591,639,748,875", help="task numbers, or 'all'")
 p.add_argument("--only", default="", help="train on this task alone (one model per task)")
-p.add_argument("--train", type=int, default=300, help="training instances per task, where there are as many")
+p.add_argument("--train", type=int, default=300, help="maximum number of training instances per task")
 p.add_argument("--held", type=int, default=60, help="evaluation instances per task")
 p.add_argument("--split", choices=("val", "test"), default="val")
-p.add_argument("--layers", type=int, default=6, help="how many of the upper layers are adapted")
-p.add_argument("--max-tokens", type=int, default=220, help="of a prompt; its middle is cut")
+p.add_argument("--layers", type=int, default=6, help="number of adapted upper layers")
+p.add_argument("--max-tokens", type=int, default=220, help="maximum length of a prompt; its middle is cut")
 p.add_argument("--epochs", type=int, default=1)
 p.add_argument("--batch", type=int, default=8)
-p.add_argument("--seed", type=int, default=0, help="initialisation and order")
-p.add_argument("--data-seed", type=int, default=7, help="which training instances")
+p.add_argument("--seed", type=int, default=0, help="seed of initialisation and order")
+p.add_argument("--data-seed", type=int, default=7, help="seed of the choice of training instances")
 p.add_argument("--N", type=int, default=32)
 p.add_argument("--K", type=int, default=8)
 p.add_argument("--scale", type=float, default=8.0)
 p.add_argument("--init", choices=("lora", "dirs", "bad"), default="lora")
-p.add_argument("--gate", choices=("none", "expert", "component", "oracle"), default="none", help="oracle: by the task")
-p.add_argument("--shared", action="store_true", help="half of the experts have no gate (expert gates)")
+p.add_argument("--gate", choices=("none", "expert", "component", "oracle"), default="none", help="oracle: per task")
+p.add_argument("--shared", action="store_true", help="half of the experts have no gate (for --gate expert)")
 p.add_argument("--act", choices=("softmax", "exp"), default="softmax")
-p.add_argument("--rank", type=int, default=8, help="of the prompt embedding, for --gate component")
-p.add_argument("--opt", choices=("adamw", "orthogonal", "riemannian"), default="adamw", help="the last: PEFT's")
+p.add_argument("--rank", type=int, default=8, help="rank of the prompt embedding (for --gate component)")
+p.add_argument("--opt", choices=("adamw", "orthogonal", "riemannian"), default="adamw", help="riemannian: PEFT's")
 p.add_argument("--lr", type=float, default=2e-3)
-p.add_argument("--b-rate", type=float, default=1.0, help="LoRA+: B's rate over A's (adamw)")
-p.add_argument("--router-rate", type=float, default=1.0, help="the router's rate over --lr")
-p.add_argument("--dog", type=int, default=0, help="regroup every so many steps (expert gates)")
-p.add_argument("--must-pay", action="store_true", help="take a regrouping back that the next window does not favour")
+p.add_argument("--b-rate", type=float, default=1.0, help="LoRA+: ratio of B's learning rate to A's (for adamw)")
+p.add_argument("--router-rate", type=float, default=1.0, help="ratio of the router's learning rate to --lr")
+p.add_argument("--dog", type=int, default=0, help="steps between regroupings; 0: none (for --gate expert)")
+p.add_argument("--must-pay", action="store_true", help="undo a regrouping that the next window does not favour")
 a = p.parse_args()
 torch.set_num_threads(1)
 torch.manual_seed(a.seed)
@@ -82,7 +82,7 @@ folders = sorted(glob.glob(f"{a.data}/task*"))
 number = lambda folder: os.path.basename(folder)[4:].split("_")[0]  # noqa: E731
 if a.tasks != "all":
     folders = [f for f in folders if number(f) in a.tasks.split(",")]
-NOW = {}  # of the current batch: prompt mask (B, T), task (B)
+NOW = {}  # the current batch: prompt mask (B, T), task (B)
 
 
 class Adapted(nn.Module):
@@ -128,7 +128,7 @@ class Adapted(nn.Module):
         if a.shared:
             logits = logits[:, a.K // 2 :]
         g = logits.softmax(-1) * logits.shape[-1] if a.act == "softmax" else logits.clamp(-1.5, 1.5).exp()
-        if a.shared:  # the others stay at 1 on average
+        if a.shared:  # a constant gate of 1 for the shared experts
             g = torch.cat([torch.ones(len(g), a.K // 2), g], dim=1)
         return (g[:, self.label] if a.gate == "expert" else g)[:, None]
 
@@ -174,7 +174,7 @@ for task, folder in enumerate(folders):
 
 @torch.no_grad()
 def trunk(examples, tag):
-    """The frozen lower layers' output for every example (T, D), from the cache if available."""
+    """Returns the frozen lower layers' output for every example (T, D), from the cache if available."""
     seed = a.data_seed if tag == "train" else ""
     key = f"{tag}-{a.layers}-{a.train}-{a.held}-{a.max_tokens}-{a.tasks.replace(',', '.')}-{seed}"
     file = f"{a.out}/cache/{key}.pt"
@@ -205,7 +205,7 @@ if a.only:
 
 
 def losses(examples, hidden, ks):
-    """NLL of every answer token, whether the token was the most likely one, and its row."""
+    """Returns the NLL of every answer token, whether the token was the most likely one, and its row."""
     h = nn.utils.rnn.pad_sequence([hidden[k] for k in ks], batch_first=True)
     labels, prompt = torch.full(h.shape[:2], -100), torch.zeros(h.shape[:2])
     for row, k in enumerate(ks):
@@ -260,7 +260,7 @@ steps = a.epochs * math.ceil(len(train) / a.batch)
 
 
 def regroup():
-    """DOG as it is shipped. With --must-pay, a grouping that the next window's Gram does not favour is taken back."""
+    """Regroups with badit's DOG. With --must-pay, undoes a grouping that the next window's Gram does not favour."""
     for x in adapted:
         gram = x.gram.double().numpy()
         if a.must_pay and x.former is not None:

@@ -2,7 +2,7 @@
 """Stage A of the rig experiments (docs/experiments/rig-a.md): run every cell without a result, one at a time.
 
     python benchmarks/rig/stage_a.py search      # learning rates, on a third of the training data
-    python benchmarks/rig/stage_a.py finals      # five seeds of every cell, three with gates, on all of it
+    python benchmarks/rig/stage_a.py finals      # five seeds per cell (three with gates), on all training data
 
 An interrupted run leaves no result and is repeated. Results go to benchmarks/results/rig-a.
 """
@@ -18,7 +18,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 OUT = HERE.parent / "results" / "rig-a"
 
-# Optimizer: rig options and the three initial rates of the search, in ascending order.
+# Optimizer: rig options and the three initial learning rates of the search, in ascending order.
 OPTIMIZERS = {
     "adamw": (["--opt", "adamw"], [1e-3, 2e-3, 4e-3]),
     "lora+4": (["--opt", "adamw", "--b-rate", "4"], [5e-4, 1e-3, 2e-3]),
@@ -32,14 +32,14 @@ ADAPTERS = {
     "directions": ["--init", "dirs"],
     "oracle": ["--init", "dirs", "--gate", "oracle", "--act", "exp", "--router-rate", "3"],
     "expert": ["--init", "dirs", "--gate", "expert", "--router-rate", "0.3"],
-    # Of stage B.
+    # Used by stage B.
     "expert-1": ["--init", "dirs", "--gate", "expert"],
     "shared": ["--init", "dirs", "--gate", "expert", "--router-rate", "0.3", "--shared"],
     "component": ["--init", "dirs", "--gate", "component", "--act", "exp", "--router-rate", "0.3"],
 }
-# Cells with gates have these optimizers and so many seeds (the second change in docs/experiments/rig-a.md).
+# The optimizers and seeds of cells with gates (the second change in docs/experiments/rig-a.md).
 GATED, GATED_SEEDS = ("adamw", "orthogonal"), range(3)
-# A cell whose search was a near tie is run at the other rate as well (the third change there).
+# A cell whose search was a near tie; it also runs at the other learning rate (the third change there).
 SECOND_RATE = ("expert", "orthogonal", 2e-3)
 Cell = tuple[str, str]
 SEARCH = ["--train", "100"]
@@ -48,7 +48,7 @@ TASKS = ["073", "1510", "1687", "181", "363", "591", "639", "748", "875"]
 
 
 def run(name: str, options: list[str]) -> float:
-    """The held-out NLL of a run. The run is started if it has no result."""
+    """Returns the held-out NLL of a run; starts the run if it has no result."""
     result = OUT / f"{name}.json"
     if not result.is_file():
         command = [sys.executable, str(HERE / "rig.py"), "--name", name, "--out", str(OUT), *options]
@@ -58,7 +58,7 @@ def run(name: str, options: list[str]) -> float:
 
 
 def search(adapter: str, optimizer: str) -> tuple[float, float]:
-    """The rate with the lowest held-out NLL, and its NLL. The ladder grows by factors of two while an end is best."""
+    """Returns the best learning rate and its held-out NLL. Extends the grid by factors of two while an end is best."""
     options, ladder = OPTIMIZERS[optimizer]
     losses: dict[float, float] = {}
 
@@ -74,7 +74,7 @@ def search(adapter: str, optimizer: str) -> tuple[float, float]:
 
 
 def finals(cells: list[Cell], found: dict[Cell, tuple[float, float]], seeds: range) -> None:
-    """The finalists at their rates, seed by seed."""
+    """Runs the cells at their best learning rates, seed by seed; of LoRA+, only the better ratio."""
     plus = min(("lora+4", "lora+16"), key=lambda optimizer: found["lora", optimizer][1])
     for seed, (adapter, optimizer) in itertools.product(seeds, cells):
         if optimizer == plus or not optimizer.startswith("lora+"):
@@ -84,14 +84,14 @@ def finals(cells: list[Cell], found: dict[Cell, tuple[float, float]], seeds: ran
 
 
 def second_rate(adapter: str, optimizer: str, rate: float) -> None:
-    """All seeds of a cell at another rate than the one that was found."""
+    """Runs all seeds of a cell at a learning rate other than the one that the search found."""
     for seed in SEEDS:
         options = [*ADAPTERS[adapter], *OPTIMIZERS[optimizer][0], "--lr", f"{rate:g}", *varied(seed)]
         run(f"{adapter}_{optimizer}_{rate:g}_s{seed}", options)
 
 
 def per_task(rate: float) -> None:
-    """The reference: one LoRA per task, with AdamW."""
+    """Runs the reference: one LoRA per task, with AdamW."""
     for seed, task in itertools.product(GATED_SEEDS, TASKS):
         run(f"per-task_{task}_s{seed}", ["--init", "lora", "--lr", f"{rate:g}", "--only", task, *varied(seed)])
 

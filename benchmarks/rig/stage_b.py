@@ -9,7 +9,7 @@ import sys
 
 from stage_a import ADAPTERS, OPTIMIZERS, run, search, varied
 
-# "component" has parameters of its own, and so a search of its own.
+# "component" has additional parameters, so its learning rate is searched separately.
 RATES = {"expert-1": 2e-3, "shared": 2e-3, "component": None}
 
 optimizer = sys.argv[1]

@@ -8,10 +8,10 @@ import itertools
 
 from stage_a import ADAPTERS, OPTIMIZERS, SEARCH, run, varied
 
-RANKS = (32, 8)  # N, in eight experts
+RANKS = (32, 8)  # N, divided among eight experts
 TASKS = {"9": [], "5": ["--tasks", "073,181,363,639,875"], "15": ["--tasks", "all"]}
 RATES = (5e-4, 1e-3, 2e-3, 4e-3)
-LEVEL = 0.01  # nats; of rates this close to the best, the lowest is taken
+LEVEL = 0.01  # nats; the lowest rate within this distance of the best is chosen
 
 
 def cell(adapter: str, rank: int, tasks: str, rate: float) -> tuple[str, list[str]]:

@@ -16,7 +16,7 @@ folder, *prefixes = sys.argv[1:]
 
 
 def by_seed(found):
-    """Runs by their seed: one each, or one for every task."""
+    """Groups runs by seed: one run per seed, or one per task and seed."""
     return {
         seed: [run for run in found if run["arguments"]["seed"] == seed]
         for seed in sorted({r["arguments"]["seed"] for r in found})
@@ -24,7 +24,7 @@ def by_seed(found):
 
 
 def own_rows(run):
-    """The instances of a run; of one that was trained on a single task, that task's."""
+    """Returns a run's instances; for a run trained on a single task, only that task's instances."""
     rows, only = np.array(run["instances"]), run["arguments"]["only"]
     return rows[rows[:, 0] == sorted(run["arguments"]["tasks"].split(",")).index(only)] if only else rows
 
@@ -37,7 +37,7 @@ rng = np.random.default_rng(0)
 
 
 def by_task(rows, column, picked=None):
-    """The mean over tasks; ``picked`` are the resampled instances of each task."""
+    """Returns the mean over tasks; ``picked`` are the resampled instances of each task."""
     means = []
     for task in np.unique(rows[:, 0]):
         values = rows[rows[:, 0] == task, column]
@@ -46,7 +46,7 @@ def by_task(rows, column, picked=None):
 
 
 def interval(seeds, reference, column, unit):
-    """The mean difference and its 95 % interval."""
+    """Returns the mean difference and its 95 % interval."""
     shared = sorted(set(seeds) & set(reference))
     sizes = dict(zip(*np.unique(reference[shared[0]][:, 0], return_counts=True), strict=True))
     draws = []

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Reading and encoding of 10 thousand, 100 thousand and 1 million instances: time, memory, and the second start.
+"""Reading and encoding 10 thousand, 100 thousand and 1 million instances: time and memory of a first and second start.
 
     python benchmarks/speed/data.py --output benchmarks/results/data.json
 
-Synthetic tasks of 1,000 instances each in one .jsonl file, encoded for the built-in model. Every size has an empty
-cache, and a process of its own for each start. The memory is the process's peak resident size.
+Synthetic tasks of 1,000 instances each in one .jsonl file, encoded for the built-in model. Every size
+begins with an empty cache, and every start is a new process. Memory is the process's peak resident size.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def write_tasks(path: Path, count: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else "")
-    parser.add_argument("--output", type=Path, required=True, help="the results, a .json")
+    parser.add_argument("--output", type=Path, required=True, help="the JSON file of the results")
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES)
     options = parser.parse_args()
     results = []

@@ -24,7 +24,7 @@ ROWS, COLUMNS, WANTED = 4096, 14336, 32
 
 
 def weight() -> torch.Tensor:
-    """A random matrix with that spectrum: orthogonal bases of Gaussian matrices with scaled columns."""
+    """Returns a random matrix with that spectrum: orthogonal bases of Gaussian matrices with scaled columns."""
     generator = torch.Generator().manual_seed(0)
     left, _ = torch.linalg.qr(torch.randn(ROWS, ROWS, generator=generator))
     right, _ = torch.linalg.qr(torch.randn(COLUMNS, ROWS, generator=generator))
@@ -32,7 +32,7 @@ def weight() -> torch.Tensor:
 
 
 def errors(matrix: torch.Tensor) -> dict[str, float]:
-    """The largest residual ‖W v − σ u‖ / σ of a triple, and the largest relative error of a singular value."""
+    """Returns the largest residual ‖W v − σ u‖ / σ of a triple, and the largest relative error of a singular value."""
     triples = top_singular_triples(matrix, WANTED)
     u, s, v = (tensor.double() for tensor in triples)
     v = v if v.shape[0] == matrix.shape[1] else v.T
@@ -42,7 +42,7 @@ def errors(matrix: torch.Tensor) -> dict[str, float]:
 
 
 def initialisation(rounds: int) -> list[float]:
-    """Seconds of ``get_peft_model`` on a loaded SmolLM2: 30 layers, 32 components each."""
+    """Returns seconds of ``get_peft_model`` on a loaded SmolLM2: 30 layers, 32 components each."""
     seconds = []
     for _ in range(rounds):
         model = base("bfloat16")

@@ -1,4 +1,4 @@
-"""A whole training run: BADIT by badit's trainer, against TRL's SFTTrainer with PEFT's LoRA of the same rank.
+"""A whole training run: BADIT with badit's trainer, against PEFT's LoRA of the same rank with TRL's SFTTrainer.
 
     python benchmarks/speed/end_to_end.py [--data FOLDER]
 

@@ -1,10 +1,10 @@
-"""Scoring a test set: answers and their references' NLL per second, against a plain loop in file order.
+"""Scoring a test set (answers and the references' NLL): speed against a plain loop in file order.
 
     python benchmarks/speed/evaluation.py [--data FOLDER]
 
-All decode the same prompts greedily with the same model in batches of the same size, at most 50 new tokens, up to the
-first end token, and compute the NLL of the references. The prompts are test instances of the built-in tasks, or of the
-tasks in FOLDER, such as SuperNI's. "two passes" reads every prompt twice: for the answer, and for the NLL.
+All alternatives decode the same prompts greedily with the same model and batch size, at most 50 new tokens, up to
+the first end token, and compute the NLL of the references. The prompts are test instances of the built-in tasks, or of
+the tasks in FOLDER, such as SuperNI's. "two passes" reads every prompt twice: for the answer, and for the NLL.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ BATCH, NEW, PER_TASK = 16, 50, 5
 
 
 class Scored(NamedTuple):
-    """What one way to score has found; the NLL is the mean over instances."""
+    """The results of one alternative; the NLL is the mean over instances."""
 
     answers: list[str]
     nll: float

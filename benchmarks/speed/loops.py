@@ -2,7 +2,7 @@
 
 Both give the same output as :class:`badit.tuner.layer.ExpertLinear` (``tests/test_benchmarks.py``):
 
-* in a loop: one expert after another, each a product with its own A and B, scaled by its gate, and summed;
+* in a loop: experts run one after another with their own A and B; their outputs are scaled by the gates and summed;
 * per sequence: every sequence has its own copies of the input and the experts' factors, applied by batched products and
   summed with the gates.
 """
@@ -20,7 +20,7 @@ from badit.tuner.layer import BaditLinear
 
 
 def use_loops(model: nn.Module, *, per_sequence: bool) -> None:
-    """Make every BADIT layer of a model compute its experts in a loop or per sequence."""
+    """Makes every BADIT layer of a model compute its experts in a loop or per sequence."""
     delta = _per_sequence if per_sequence else _in_a_loop
     for module in model.modules():
         if isinstance(module, BaditLinear):
@@ -68,7 +68,7 @@ def _per_sequence(layer: BaditLinear, adapter: str, x: torch.Tensor) -> torch.Te
 def _by_expert(
     layer: BaditLinear, adapter: str, a_NI: torch.Tensor, b_ON: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """A as (K, r, I) and B as (K, O, r)."""
+    """Returns A as (K, r, I) and B as (K, O, r)."""
     order = layer.expert_of(adapter).argsort(stable=True)
     rank = layer.badit_config[adapter].r
     return a_NI[order].unflatten(0, (-1, rank)), b_ON[:, order].unflatten(1, (-1, rank)).transpose(0, 1)

@@ -29,7 +29,7 @@ Samples = dict[str, list[float]]
 
 
 def in_turns(alternatives: Mapping[str, Callable[[], object]], *, rounds: int, warmup: int = 1) -> Samples:
-    """Wall-clock seconds of every call: {alternative: [one per round]}. Warm-up calls are discarded."""
+    """Returns wall-clock seconds of every call: {alternative: [one per round]}. Warm-up calls are discarded."""
     samples: Samples = {name: [] for name in alternatives}
     for number in tqdm(range(warmup + rounds), desc="Rounds", unit="round", leave=False):
         for name, call in alternatives.items():
@@ -42,19 +42,19 @@ def in_turns(alternatives: Mapping[str, Callable[[], object]], *, rounds: int, w
 
 
 def ratio(samples: Mapping[str, Sequence[float]], numerator: str, denominator: str) -> dict[str, Any]:
-    """The ratio of two alternatives, round by round, and its median."""
+    """Returns the ratio of two alternatives, round by round, and its median."""
     values = [a / b for a, b in zip(samples[numerator], samples[denominator], strict=True)]
     return {"median": statistics.median(values), "values": values}
 
 
 def peak_memory_of(script: str, *arguments: str) -> int:
-    """Peak resident memory in bytes of a new process ``python SCRIPT ARGUMENTS``, which prints it last."""
+    """Returns peak resident memory in bytes of a new process ``python SCRIPT ARGUMENTS``, which prints it last."""
     done = subprocess.run([sys.executable, script, *arguments], stdout=subprocess.PIPE, text=True, check=True)
     return int(done.stdout.split()[-1])
 
 
 def own_peak_memory() -> int:
-    """Peak memory in bytes of this process only. (getrusage includes the memory of the parent process.)"""
+    """Returns peak memory in bytes of this process only. (getrusage includes the memory of the parent process.)"""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024
@@ -62,7 +62,7 @@ def own_peak_memory() -> int:
 
 
 def keep(name: str, result: Mapping[str, Any]) -> None:
-    """Write ``results/speed/NAME.json``, with versions and hardware, and print its medians."""
+    """Writes ``results/speed/NAME.json``, with versions and hardware, and prints its medians."""
     RESULTS.mkdir(parents=True, exist_ok=True)
     write_json(RESULTS / f"{name}.json", {"environment": environment(), **result})
     print(json.dumps(_medians(result), indent=1))
@@ -77,21 +77,21 @@ def _medians(value: Any) -> Any:
 
 
 def options(description: str | None, *, rounds: int = 5) -> argparse.ArgumentParser:
-    """Every script's command line: its docstring's first line and ``--rounds``."""
+    """Returns a script's argument parser, with its docstring's first line and ``--rounds``."""
     parser = argparse.ArgumentParser(description=(description or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=rounds, help=f"measured rounds (default: {rounds})")
     return parser
 
 
 def matmul_peak(dtype: torch.dtype, *, size: int = 2048, rounds: int = 7) -> float:
-    """Floating-point operations per second of one large square matrix product, the best of several rounds."""
+    """Returns floating-point operations per second of one large square matrix product, the best of several rounds."""
     a, b = torch.randn(size, size, dtype=dtype), torch.randn(size, size, dtype=dtype)
     seconds = in_turns({"product": lambda: a @ b}, rounds=rounds)["product"]
     return 2 * size**3 / min(seconds)
 
 
 def memory_bandwidth(*, bytes_: int = 2**29, rounds: int = 5) -> float:
-    """Bytes per second, read and written, of copying a large tensor, the best of several rounds."""
+    """Returns bytes per second, read and written, of copying a large tensor, the best of several rounds."""
     source = torch.ones(bytes_, dtype=torch.uint8)
     target = torch.empty_like(source)
     seconds = in_turns({"copy": lambda: target.copy_(source)}, rounds=rounds)["copy"]

@@ -33,7 +33,7 @@ EXPERTS = 8
 
 
 def share(rounds: int, dtype: str) -> dict[str, Any]:
-    """Seconds of a step without DOG, of the Gram matrices per step, and of one regrouping of all 30 layers."""
+    """Returns seconds of a step without DOG, of the Gram matrices per step, and of one regrouping of all 30 layers."""
     model = adapted("badit", dtype)
     inputs = batch(4, 320)
     step = training_step(model, inputs)
@@ -68,7 +68,7 @@ def _timed(call: Any) -> float:
 
 
 def one_layer(rounds: int) -> dict[str, Any]:
-    """Seconds by number of components N (of 8 experts) and by the length D of a component."""
+    """Returns seconds by number of components N (of 8 experts) and by the length D of a component."""
     grams, groupings = {}, {}
     for components in COMPONENTS:
         current = np.arange(components) // (components // EXPERTS)
@@ -94,7 +94,7 @@ def one_layer(rounds: int) -> dict[str, Any]:
 
 
 def _slope(seconds: dict[int, float]) -> float:
-    """Least-squares slope of log seconds on log size."""
+    """Returns the least-squares slope of log seconds on log size."""
     x = [math.log(size) for size in seconds]
     y = [math.log(value) for value in seconds.values()]
     return statistics.linear_regression(x, y).slope

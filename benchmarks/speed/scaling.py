@@ -3,8 +3,8 @@
     python benchmarks/speed/scaling.py
 
 Seconds and peak memory of a step on SmolLM2-135M, one quantity varied at a time from 8 experts of rank 4 and 4 rows of
-320 tokens. The number of tasks does not affect BADIT, which has no parameters per task. The
-baseline for tasks is MTL-LoRA, which has one matrix per task.
+320 tokens. The number of tasks does not affect BADIT, which has no parameters per task. The baseline for tasks is
+MTL-LoRA, which has one matrix per task.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def step_of(name: str, dtype: str, experts: int, rank: int, rows: int, tokens: i
 
 
 def step_by_tasks(method: str, dtype: str, tasks: int) -> Callable[[], None]:
-    """A step of a method with the given number of tasks."""
+    """Returns a step of a method with the given number of tasks."""
     names = [f"task {i}" for i in range(tasks)]
     model = build_method({"name": method}).apply(base(dtype), names).train()
     inputs: dict[str, Any] = {**batch(START["rows"], START["tokens"]), "tasks": names[: START["rows"]]}
@@ -68,5 +68,5 @@ def main(arguments: argparse.Namespace) -> None:
 if __name__ == "__main__":
     quiet_libraries()
     parser = options(__doc__)
-    parser.add_argument("--memory-of", help="print the peak memory of two steps, in bytes, and stop; a point as JSON")
+    parser.add_argument("--memory-of", help="a point as JSON: print the peak memory of two steps in bytes, and exit")
     main(parser.parse_args())

@@ -22,7 +22,7 @@ from workload import ADAPTERS, adapted, base, batch, fast_dtypes, training_step
 
 from badit.cli import quiet_libraries
 
-# An operation has the first kind of which its name contains a part.
+# An operation belongs to the first kind that has a part of the operation's name.
 KINDS = {
     "matrix products": ("::mm", "::addmm", "::bmm", "linear", "::matmul", "::mv", "einsum"),
     "attention": ("scaled_dot_product",),

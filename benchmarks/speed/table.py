@@ -73,7 +73,7 @@ def _median(values: list[float]) -> float:
 
 
 def _ratio(values: list[float], others: list[float]) -> float:
-    """The median of the ratios within a round."""
+    """Returns the median of the ratios within a round."""
     return _median([a / b for a, b in zip(values, others, strict=True)])
 
 
@@ -141,7 +141,7 @@ def _decoding() -> list[Row]:
 
 
 def _by_dtype(result: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    """The results of each dtype. Processors with slow bfloat16 measure float32 only."""
+    """Returns the results of each dtype. Processors with slow bfloat16 measure float32 only."""
     return [(dtype, result[dtype]) for dtype in ("bfloat16", "float32") if dtype in result]
 
 
@@ -152,7 +152,7 @@ def _over_the_best_of_trl(speeds: dict[str, list[float]]) -> float:
 
 
 def steps() -> list[list[str]]:
-    """Seconds of a step by adapter, also as a multiple of the floor, and peak memory."""
+    """Returns seconds of a step by adapter, also as a multiple of the floor, and peak memory."""
     rows = []
     for dtype, one in _by_dtype(_read("training_step")):
         floor = one["floor seconds"]
@@ -166,7 +166,7 @@ def steps() -> list[list[str]]:
 
 
 def growth() -> list[list[str]]:
-    """Seconds and memory of a step by the varied quantity, for BADIT and its baseline."""
+    """Returns seconds and memory of a step by the varied quantity, for BADIT and its baseline."""
     scaling = _read("scaling")
     rows = []
     for quantity in ("experts", "tokens", "rows", "tasks"):
@@ -182,7 +182,7 @@ def growth() -> list[list[str]]:
 
 
 def profiles() -> list[list[str]]:
-    """Milliseconds of a step, and of a decoded token, by kind of operation."""
+    """Returns milliseconds of a step, and of a decoded token, by kind of operation."""
     rows = []
     for dtype, one in _by_dtype(_read("step_profile")):
         for what, key, count in (("step", "seconds of a step", 1), ("token", "seconds of 64 tokens", 64)):
@@ -196,7 +196,7 @@ def profiles() -> list[list[str]]:
 
 
 def dog() -> list[list[str]]:
-    """Milliseconds of one layer's Gram and grouping."""
+    """Returns milliseconds of one layer's Gram and grouping."""
     layer = _read("regrouping")["one layer"]
     rows = []
     for point, values in layer["gram seconds"].items():
@@ -207,7 +207,7 @@ def dog() -> list[list[str]]:
 
 
 def exponents() -> list[list[str]]:
-    """Exponents of power laws fitted to the points of the table above."""
+    """Returns exponents of power laws fitted to the points of the table above."""
     return [[what, f"{value:.2f}"] for what, value in _read("regrouping")["one layer"]["exponents"].items()]
 
 
@@ -225,7 +225,7 @@ TABLES: dict[str, tuple[list[str], Callable[[], list[list[str]]]]] = {
 
 
 def render(page: str) -> str:
-    """The page with every table generated again."""
+    """Returns the page with every table regenerated."""
 
     def block(match: re.Match[str]) -> str:
         header, rows = TABLES[match[2]]

@@ -1,4 +1,4 @@
-"""One training step of SmolLM2-135M: BADIT against plain LoRA of the same rank and against the usual mixtures.
+"""One training step of SmolLM2-135M: BADIT against plain LoRA of the same rank and the usual mixtures.
 
     python benchmarks/speed/training_step.py
 
@@ -36,7 +36,7 @@ def measure(dtype: str, rounds: int) -> dict[str, Any]:
 
 
 def floor(dtype: str) -> float:
-    """Seconds of the base model's matrix products, with logits only for labelled tokens."""
+    """Returns seconds of the base model's matrix products, with logits only for labelled tokens."""
     model = base(dtype)
     head = model.get_output_embeddings().weight
     body = sum(
@@ -65,6 +65,6 @@ def main(arguments: argparse.Namespace) -> None:
 if __name__ == "__main__":
     quiet_libraries()
     parser = options(__doc__, rounds=7)
-    parser.add_argument("--memory-of", choices=ADAPTERS, help="print the peak memory of two steps, in bytes, and stop")
+    parser.add_argument("--memory-of", choices=ADAPTERS, help="print the peak memory of two steps in bytes, and exit")
     parser.add_argument("--dtype", default="float32")
     main(parser.parse_args())

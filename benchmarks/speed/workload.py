@@ -25,7 +25,7 @@ ADAPTERS = ("lora", "badit", "experts in a loop", "experts per sequence")
 
 
 def fast_dtypes() -> list[str]:
-    """float32, and bfloat16 unless this processor computes it in software."""
+    """Returns float32, and bfloat16 unless this processor computes it in software."""
     return ["float32"] if fast_dtype(torch.device("cpu")) == "float32" else ["bfloat16", "float32"]
 
 
@@ -36,7 +36,7 @@ def base(dtype: str) -> Any:
 
 
 def adapted(name: str, dtype: str, *, experts: int = EXPERTS, rank: int = RANK) -> nn.Module:
-    """SmolLM2 in training mode with rank ``experts · rank`` on every MLP's gate projection, as in the paper."""
+    """Returns SmolLM2 in training mode with rank ``experts · rank`` on every MLP's gate projection, as in the paper."""
     model = base(dtype)
     if name == "lora":
         width = experts * rank
@@ -59,7 +59,7 @@ def adapted(name: str, dtype: str, *, experts: int = EXPERTS, rank: int = RANK) 
 
 
 def batch(rows: int, tokens: int, *, answer: int = 20, vocabulary: int = 49_000) -> dict[str, torch.Tensor]:
-    """Random prompts of ``tokens − answer`` tokens and answers of ``answer``."""
+    """Returns random prompts of ``tokens − answer`` tokens with answers of ``answer`` tokens."""
     generator = torch.Generator().manual_seed(0)
     input_ids = torch.randint(0, vocabulary, (rows, tokens), generator=generator)
     labels = input_ids.clone()
@@ -68,7 +68,7 @@ def batch(rows: int, tokens: int, *, answer: int = 20, vocabulary: int = 49_000)
 
 
 def training_step(model: nn.Module, inputs: dict[str, torch.Tensor]) -> Callable[[], None]:
-    """Forward pass, loss on the answers, backward pass, AdamW: the same for every adapter."""
+    """Returns a step: forward pass, loss on the answers, backward pass and AdamW, the same for every adapter."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
 
     def step() -> None:
@@ -81,7 +81,7 @@ def training_step(model: nn.Module, inputs: dict[str, torch.Tensor]) -> Callable
 
 
 def data_options(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Add ``--data``, for benchmarks on real prompts."""
+    """Adds ``--data``, for benchmarks on real prompts."""
     parser.add_argument(
         "--data", default="builtin", help="a folder of tasks, such as SuperNI (default: built-in tasks)"
     )
@@ -89,7 +89,7 @@ def data_options(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 
 
 def instances(tokenizer: Any, source: str, per_task: int) -> list[dict[str, Any]]:
-    """Training instances of every task, encoded, in file order."""
+    """Returns encoded training instances of every task, in file order."""
     recipe = build_recipe({"data": {"source": source, "train_per_task": per_task}})
     pairs = [(task, instance) for task in recipe.data.load() for instance in task.train]
     return encoded(tokenizer, recipe, pairs, None)

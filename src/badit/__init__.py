@@ -6,8 +6,8 @@
     model = get_peft_model(model, BaditConfig(num_experts=8, r=4))
     trainer = Trainer(model, ..., optimizers=(OrthogonalUpdates(model, lr=5e-4, other_lr=1.5e-4), None))
 
-What the command line does is here as well: train, compare, analyze, and the methods of :class:`badit.Run`.
-Names are imported on first use, so that ``import badit`` takes no time.
+The commands are also available from Python: ``train``, ``compare``, ``analyze``, and the methods of :class:`badit.Run`.
+Names are imported on first use, so ``import badit`` is fast.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# The public names by the module that they are in.
+# The public names of each module.
 _NAMES = {
     "data": ["load_tasks"],
     "errors": ["BaditError"],
@@ -65,7 +65,7 @@ def __getattr__(name: str) -> Any:
 
 
 class _Package(ModuleType):
-    """Keeps a public function from being hidden by the submodule of the same name, which is set here once loaded."""
+    """Keeps a public function accessible after the submodule of the same name is imported and set as an attribute."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         if not (name in _HOMES and isinstance(value, ModuleType)):

@@ -1,4 +1,4 @@
-"""``python -m badit``."""
+"""Entry point of ``python -m badit``."""
 
 import sys
 

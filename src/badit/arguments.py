@@ -1,4 +1,4 @@
-"""The ``training`` section of a recipe: transformers' TrainingArguments by their names, and badit's few own keys."""
+"""The ``training`` section of a recipe: the fields of transformers' TrainingArguments, and badit's own keys."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from badit.environment import status
 from badit.errors import nearest, problems
 
 OptimizerName = Literal["adamw", "lora+", "orthogonal"]
-# What every library below can count to; a seed must suit numpy's generator as well, which takes none below 0.
+# The largest integer that every library accepts. Seeds are at least 0, because numpy refuses negative ones.
 MOST = 2**31 - 1
 Count = Annotated[int, Field(ge=1, le=MOST)]
 CountOrZero = Annotated[int, Field(ge=0, le=MOST)]
@@ -35,9 +35,9 @@ Seed = CountOrZero
 
 
 def _steps(steps: float) -> float:
-    """A number of steps or, below 1, a fraction of the run: as transformers takes it."""
+    """Validates a number of steps or, below 1, a fraction of the run, as in transformers."""
     if steps >= 1 and steps != int(steps):
-        raise ValueError("must be a whole number of steps, or below 1, a fraction of the run")
+        raise ValueError("must be a whole number of steps, or a fraction of the run below 1")
     return int(steps) if steps == int(steps) else steps
 
 
@@ -50,46 +50,46 @@ class Section(BaseModel):
 
 
 class TrainingSection(Section):
-    """Optimisation: fields of transformers' TrainingArguments, by their own names, and badit's own.
+    """Training options: the fields of transformers' TrainingArguments, and badit's own.
 
-    Only the fields that badit has its own default for, or checks more strictly, are declared here. Every other field of
-    TrainingArguments is accepted and passed on (:func:`build_recipe` checks it).
+    This class declares only badit's own fields and those with another default or stricter checks. All other fields of
+    TrainingArguments are accepted and passed on (:func:`build_recipe` checks them).
     """
 
     model_config = ConfigDict(extra="allow")
 
     num_train_epochs: float = Field(1.0, gt=0, le=1e6)
-    max_steps: int = Field(-1, ge=-1, le=MOST, description="if positive, the number of steps in place of epochs")
+    max_steps: int = Field(-1, ge=-1, le=MOST, description="if positive, overrides num_train_epochs")
     per_device_train_batch_size: Count = 8
     gradient_accumulation_steps: Count = 1
     optimizer: OptimizerName = Field(
         "adamw", description="lora+: B learns lora_plus_ratio times as fast as A; orthogonal: badit.OrthogonalUpdates"
     )
-    lora_plus_ratio: float = Field(16.0, gt=0, description="for optimizer: lora+")
+    lora_plus_ratio: float = Field(16.0, gt=0, description="learning rate of B over that of A, with optimizer: lora+")
     router_lr_ratio: float = Field(
-        1.0, gt=0, description="learning rate of routers, and whatever is no factor, over that of the factors"
+        1.0, gt=0, description="learning rate of parameters other than the factors, over that of the factors"
     )
     learning_rate: float = Field(5e-4, gt=0)
     lr_scheduler_type: str = Field("cosine", description="such as cosine, linear, constant or constant_with_warmup")
     warmup_steps: Steps = Field(0.03, description="below 1: a fraction of the run")
     weight_decay: float = Field(0.0, ge=0)
-    max_grad_norm: float = Field(1.0, ge=0, description="0 switches clipping off")
+    max_grad_norm: float = Field(1.0, ge=0, description="0 disables clipping")
     gradient_checkpointing: bool = False
     seed: Seed = 0
-    full_determinism: bool = Field(False, description="only operations that give the same bits every time, if slower")
-    max_skipped_steps: CountOrZero = Field(10, description="steps to skip for a loss or gradient that is not finite")
+    full_determinism: bool = Field(False, description="use only deterministic operations, which may be slower")
+    max_skipped_steps: CountOrZero = Field(10, description="non-finite losses or gradients to skip before an error")
     logging_steps: PositiveSteps = Field(10, description="steps between lines of metrics.jsonl")
     save_steps: PositiveSteps = Field(100, description="steps between checkpoints")
-    eval_strategy: Literal["no", "steps", "epoch"] = Field("no", description="when to measure eval_loss, on validation")
+    eval_strategy: Literal["no", "steps", "epoch"] = Field("no", description="when to measure the validation loss")
     eval_steps: PositiveSteps | None = Field(None, description="steps between evaluations (default: logging_steps)")
     load_best_model_at_end: bool = Field(
-        False, description="keep the adapter with the lowest eval_loss; every evaluated step gets a checkpoint"
+        False, description="keep the adapter with the lowest eval_loss; saves a checkpoint at every evaluation"
     )
     metric_for_best_model: Literal["loss", "eval_loss"] | None = None
     early_stopping_patience: Count | None = Field(
-        None, description="stop after so many evaluations without a lower eval_loss (needs load_best_model_at_end)"
+        None, description="stop after this many evaluations without a lower eval_loss (needs load_best_model_at_end)"
     )
-    report_to: list[str] = Field([], description="trackers: tensorboard, trackio, wandb, mlflow, … (badit[trackers])")
+    report_to: list[str] = Field([], description="tensorboard, trackio (both in badit[trackers]), wandb, mlflow, …")
 
     @field_validator("report_to", mode="before")
     @classmethod
@@ -103,12 +103,12 @@ class TrainingSection(Section):
         return self
 
     def arguments(self) -> dict[str, Any]:
-        """The values for TrainingArguments: all but badit's own, which are for badit.trainer.AnswerTrainer."""
+        """Returns the values for TrainingArguments, without badit's own fields, which AnswerTrainer reads."""
         own = {"max_skipped_steps", "optimizer", "lora_plus_ratio", "router_lr_ratio", "early_stopping_patience"}
         return self.model_dump(exclude=own)
 
 
-#: What this section called fields in earlier releases (and transformers in one case), and their names now.
+#: Field names of earlier releases (and one of transformers'), with the current names.
 RENAMED_ARGUMENTS = {
     "epochs": "num_train_epochs",
     "batch_size": "per_device_train_batch_size",
@@ -121,51 +121,51 @@ RENAMED_ARGUMENTS = {
     "save_every": "save_steps",
 }
 
-# Fields of TrainingArguments that are not for a recipe to set (a * stands for the rest of a name), and why.
+# Fields of TrainingArguments that a recipe cannot set (* is a wildcard), and the reasons.
 _SETTLED_ARGUMENTS = {
-    "output_dir": "the run's folder is the recipe's output",
+    "output_dir": "set output, the run's folder",
     "resume_from_checkpoint": "a run resumes from its own last checkpoint",
     "do_* prediction_loss_only include_for_metrics batch_eval_metrics *_full_eval eval_accumulation_steps "
-    "eval_do_concat_batches eval_use_gather_object": "during training the loss alone is measured",
+    "eval_do_concat_batches eval_use_gather_object": "evaluation during training measures only the loss",
     "eval_on_start": "a resumed run would evaluate again",
-    "per_device_eval_batch_size": "set evaluation.batch_size",
-    "restore_callback_states_from_checkpoint": "an exact resumption always does so",
-    "remove_unused_columns label_names": "batches have exactly what the method needs",
-    "group_by_length train_sampling_strategy length_column_name": "batches of similar length are batches of one task; "
-    "raise gradient_accumulation_steps for less padding, since a step's micro-batches are sorted by length",
-    "activation_checkpointing": "set gradient_checkpointing",
+    "per_device_eval_batch_size": "set evaluation.batch_size instead",
+    "restore_callback_states_from_checkpoint": "badit always restores them on resuming",
+    "remove_unused_columns label_names": "badit builds batches with exactly the columns that the method needs",
+    "group_by_length train_sampling_strategy length_column_name": "batches of similar length contain few tasks; "
+    "for less padding raise gradient_accumulation_steps: the examples of each step are sorted by length",
+    "activation_checkpointing": "set gradient_checkpointing instead",
     "*_checkpointing_kwargs": "badit needs use_reentrant=False and sets it",
-    "auto_find_batch_size": "an exact resumption needs a known batch size",
-    "save_total_limit save_only_model": "the last two and the best are kept, with all that an exact resumption needs",
-    "enable_jit_checkpoint": "SIGTERM saves a checkpoint as it is",
-    "fp16*": "the steps that its loss scaling skips would count as failed; set model.dtype, or bf16",
+    "auto_find_batch_size": "exact resuming needs a fixed batch size",
+    "save_total_limit save_only_model": "the last two checkpoints and the best are kept, with all that resuming needs",
+    "enable_jit_checkpoint": "badit already saves a checkpoint on SIGTERM",
+    "fp16*": "steps that its loss scaling skips would count as skipped_steps; set model.dtype, or bf16",
     "push_to_hub hub_*": "publish a finished run with badit push",
     "disable_tqdm": "badit has its own progress bar",
-    "include_num_input_tokens_seen": "tokens are always counted",
+    "include_num_input_tokens_seen": "badit always counts tokens",
     "local_rank parallelism_config": "the launcher sets it",
 }
 
 
 @cache
 def argument_names() -> set[str]:
-    """The fields of TrainingArguments, read from its source, since importing transformers takes seconds."""
+    """Returns the field names of TrainingArguments, read from its source: importing transformers takes seconds."""
     source = package_folder("transformers") / "training_args.py"
     return set(re.findall(r"^    (\w+): ", source.read_text(encoding="utf-8"), re.M))
 
 
 def package_folder(name: str) -> Path:
-    """Where an installed package is, without importing it."""
+    """Returns the folder of an installed package, without importing it."""
     return Path(find_spec(name).origin).parent  # pyright: ignore
 
 
 def key_problems(training: Mapping[Any, Any]) -> Iterator[str]:
-    """What is wrong with the section's keys, each as ``training.KEY: …``."""
+    """Yields the problems with the section's keys, each as ``training.KEY: …``."""
     known = {*TrainingSection.model_fields, *argument_names()}
     for key in training:
         if key in RENAMED_ARGUMENTS:
-            yield f"training.{key}: is called {RENAMED_ARGUMENTS[key]}, as transformers has it"
+            yield f"training.{key}: is now called {RENAMED_ARGUMENTS[key]}, as in transformers"
         elif reason := settled(key):
-            yield f"training.{key}: is not for a recipe to set: {reason}"
+            yield f"training.{key}: cannot be set in a recipe: {reason}"
         elif key not in known:
             close = get_close_matches(str(key), [*known, *RENAMED_ARGUMENTS], n=1)
             hint = f" (did you mean '{RENAMED_ARGUMENTS.get(close[0], close[0])}'?)" if close else ""
@@ -173,16 +173,16 @@ def key_problems(training: Mapping[Any, Any]) -> Iterator[str]:
 
 
 def settled(key: str) -> str | None:
-    """Why a field of TrainingArguments is not for a recipe to set; None if it is."""
+    """Returns why a recipe cannot set a field of TrainingArguments, or None if it can."""
     reasons = (why for names, why in _SETTLED_ARGUMENTS.items() if any(fnmatchcase(key, one) for one in names.split()))
     return None if key in TrainingSection.model_fields else next(reasons, None)
 
 
 def value_problems(training: TrainingSection) -> Iterator[str]:
-    """What is wrong with the values that :class:`TrainingSection` does not declare, which needs transformers."""
+    """Yields the problems with values that only transformers can check; imports it if there are such values."""
     given = dict(training.model_extra or {})
     if training.optimizer == "orthogonal" and "optim" in given:
-        yield "training.optim: does not go with optimizer: orthogonal; leave one of them out"
+        yield "training.optim: cannot be combined with optimizer: orthogonal; remove one of them"
     if training.lr_scheduler_type not in ("cosine", "linear", "constant", "constant_with_warmup"):
         given["lr_scheduler_type"] = training.lr_scheduler_type
     if not given and not training.report_to:
@@ -198,7 +198,7 @@ def value_problems(training: TrainingSection) -> Iterator[str]:
     for key, value in given.items():
         wanted: Any = types[key]
         for part in get_args(wanted) or (wanted,):
-            if isinstance(part, type) and issubclass(part, Enum):  # its values, and no other text
+            if isinstance(part, type) and issubclass(part, Enum):  # only the enum's values
                 wanted = Literal[tuple(member.value for member in part)]
         try:
             TypeAdapter(wanted).validate_python(value, strict=True)

@@ -1,7 +1,7 @@
-"""Attention for training on a processor in bfloat16: two plain products where sequences are short.
+"""Attention for training on a CPU in bfloat16: two plain matrix products for short sequences.
 
-There PyTorch's fused attention is slower: a training step on 200 tokens takes 1.2 times as long with it. Longer
-batches, float32 and passes without gradients take the fused way.
+For these, PyTorch's fused attention is slower: a training step on 200 tokens takes 1.2 times as long with it. Longer
+sequences, float32 and passes without gradients use the fused attention.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask
 
-# Up to here plain products are the faster way (benchmarks/speed/attention.py).
+# Up to this length plain products are faster (benchmarks/speed/attention.py).
 LONGEST = 512
 
 _NAME = "badit_short"
@@ -32,10 +32,10 @@ def attention(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """softmax(scaling · q kᵀ + mask) v, (B, T, H, D), as transformers asks it of an attention function.
+    """Returns softmax(scaling · q kᵀ + mask) v, (B, T, H, D), as an attention function of transformers.
 
     Args:
-        query: (B, H, T, D); key and value: (B, H/G, T, D), where G heads share one; a value may have another width.
+        query: (B, H, T, D); key and value: (B, H/G, T, D), where G heads share one; value may have another width.
         attention_mask: (B, 1, T, T), 0 where attending is allowed and the lowest number elsewhere.
     """
     rows, heads, length, width = query.shape
@@ -45,7 +45,7 @@ def attention(
         return output, None
     shared = key.shape[1]
     query = query * (width**-0.5 if scaling is None else scaling)
-    # Heads that share a key are rows of one product, so that no key is copied.
+    # Heads that share a key are rows of one product, so no key is copied.
     scores = query.reshape(rows, shared, -1, width) @ key.transpose(2, 3)
     weights = (scores.view(rows, heads, length, length) + attention_mask).softmax(dim=-1)
     weights = nn.functional.dropout(weights, dropout, training=module.training)
@@ -59,7 +59,7 @@ AttentionMaskInterface.register(_NAME, eager_mask)
 
 @contextmanager
 def fast_on_short_sequences(model: PreTrainedModel) -> Iterator[None]:
-    """Within, a model on a CPU that uses PyTorch's fused attention takes the plain way for short batches."""
+    """A context in which a CPU model with PyTorch's fused attention uses plain products for short sequences."""
     before = model.config._attn_implementation
     if model.device.type != "cpu" or before != "sdpa":
         yield

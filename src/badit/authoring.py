@@ -1,4 +1,4 @@
-"""Help with writing recipes: a first one for given data, a check without training, every key, a schema for editors."""
+"""Tools for writing recipes: a first recipe for given data, a dry run, the list of keys, a JSON schema for editors."""
 
 from __future__ import annotations
 
@@ -29,21 +29,21 @@ from badit.render import text_table
 from badit.train import Plan, Stage, encoded, make_plan, model_dtype, training_arguments
 from badit.trainer import prompt_argument
 
-# Training instances whose length is taken for that of all.
+# Approximate number of training instances from which the mean length is estimated.
 _SAMPLED = 64
-# Least time of a step over that of its products with weights: attention, norms, adapters, small batches. Measured on
-# a processor: 2 in float32, 5 in bfloat16 (a small model, whose products are fast).
+# Lower bound of a step's time relative to its matrix products with weights; the rest is attention, norms, adapters and
+# the overhead of small batches. Measured on a CPU: 2 in float32, 5 in bfloat16 (small model, fast products).
 _OVERHEAD = 2.0
 
 
 def first_recipe(source: str, path: str, overrides: Sequence[str] = ()) -> str:
-    """The text of a recipe, with comments, to be written to ``path``; BaditError if none can train and score the data.
+    """Returns the text of a commented recipe for the file ``path``; BaditError if the data cannot train and score.
 
-    ``source`` is as ``data.source``; ``overrides`` are what the data section needs to read it, such as
-    ``data.columns={input: text}``.
+    ``source`` is the recipe's ``data.source``; ``overrides`` are keys of the data section that are needed to read it,
+    such as ``data.columns={input: text}``.
     """
     if others := [one for one in overrides if not one.startswith("data.")]:
-        raise BaditError(f"{others[0]!r:.60}: only keys of the data section, such as data.columns={{input: text}}")
+        raise BaditError(f"{others[0]!r:.60}: only data keys can be set here, such as data.columns={{input: text}}")
     data = build_recipe({"data": {"source": source}}, overrides).data
     given = data.model_dump(mode="json", exclude_defaults=True, exclude={"source", "validation_per_task"})
     extra = "".join(f"\n  {key}: {as_yaml(value)}" for key, value in given.items())
@@ -56,44 +56,44 @@ def first_recipe(source: str, path: str, overrides: Sequence[str] = ()) -> str:
         train -= held_out * len(tasks)
     answer = max((_most_tokens(output) for task in tasks for one in task.train for output in one.outputs), default=0)
     tokens = min(1024, max(50, math.ceil(answer / 50) * 50))
-    rates = "\n  learning_rates: [1.25e-4, 2.5e-4, 5.0e-4, 1.0e-3, 2.0e-3]  # each method's by the held-out loss"
+    rates = "\n  learning_rates: [1.25e-4, 2.5e-4, 5.0e-4, 1.0e-3, 2.0e-3]  # selected per method by the held-out loss"
     lora = "{name: lora, r: 34, lora_alpha: 272, lora_dropout: 0.05}"
     badit = "{name: badit, num_experts: 8, r: 4}"
-    method, optimizer = (badit, "orthogonal") if len(tasks) > 1 else (lora, "adamw")  # one task has no use for BADIT
+    method, optimizer = (badit, "orthogonal") if len(tasks) > 1 else (lora, "adamw")  # BADIT is for several tasks
     text = f"""\
 # {len(tasks)} {"task" if len(tasks) == 1 else "tasks"} with {train:,} training and {test:,} test instances.
 #
 #   badit train {path} --dry-run    check it: steps, parameters, memory
-#   badit train {path}              train and score; the same command continues after an interruption
-#   badit compare {path}            LoRA and BADIT side by side
+#   badit train {path}              train and score; the same command resumes an interrupted run
+#   badit compare {path}            compare LoRA and BADIT
 #
 # "badit keys" lists every key. A key can also be given on the command line: training.num_train_epochs=1
 
 model:
-  name: smollm2-135m               # small, for a first try; or a model's folder, or ORG/NAME on the hub
+  name: smollm2-135m               # small, for a first try; or a model's folder, or a hub id ORG/NAME
 data:
   source: {as_yaml(source)}{extra}
-  validation_per_task: {held_out:<12}# held out of each task's training data{scored}
-  # train_per_task: 50             # the largest number per task, for a quick try
+  validation_per_task: {held_out:<12}# instances held out of each task's training data{scored}
+  # train_per_task: 50             # maximum number per task, for a quick try
 prompt:
-  max_source_tokens: 1024          # longer inputs are cut
-  max_answer_tokens: {tokens:<14}# longer answers are cut
+  max_source_tokens: 1024          # longer inputs are truncated
+  max_answer_tokens: {tokens:<14}# longer answers are truncated
 method: {method}  # others: badit keys method
 training:
   num_train_epochs: 3
-  per_device_train_batch_size: 8   # lower it if memory runs out, and raise gradient_accumulation_steps
+  per_device_train_batch_size: 8   # if memory runs out, lower it and raise gradient_accumulation_steps
   learning_rate: 5.0e-4            # for BADIT; LoRA's best rate is two to four times BADIT's
   optimizer: {optimizer:<22}# others: adamw, lora+, orthogonal
-  router_lr_ratio: 0.3             # BADIT's router learns more slowly than its factors
-  # eval_strategy: epoch           # report the loss on the held-out instances after every epoch
+  router_lr_ratio: 0.3             # learning rate of BADIT's router relative to its factors
+  # eval_strategy: epoch           # log the loss on the held-out instances after every epoch
 evaluation:
-  split: {split:<26}# the instances that are scored
-  max_new_tokens: {tokens:<17}# of a generated answer
-compare:                           # for badit compare; a method without training values of its own has those above
+  split: {split:<26}# the instances to score
+  max_new_tokens: {tokens:<17}# maximum tokens of a generated answer
+compare:                           # for badit compare; training values of a method override those above
   methods:
     lora: {lora[:-1]}, training: {{optimizer: adamw}}}}
     badit: {badit[:-1]}, training: {{optimizer: orthogonal}}}}
-  reference: lora                  # the method that differences are taken to{rates if held_out else ""}
+  reference: lora                  # differences are relative to this method{rates if held_out else ""}
   seeds: [0, 1, 2]
 output: {as_yaml(f"runs/{Path(path).stem}")}
 """
@@ -102,7 +102,7 @@ output: {as_yaml(f"runs/{Path(path).stem}")}
 
 
 def check(recipe: Recipe) -> list[str]:
-    """What training a recipe would do, as lines of text; BaditError with a line for everything that would stop it.
+    """Describes the training of a recipe, as lines of text; BaditError with one line for each problem.
 
     The model is built without its weights.
     """
@@ -138,7 +138,7 @@ def check(recipe: Recipe) -> list[str]:
     lines.append(f"{sum(steps)} steps of {size * recipe.training.gradient_accumulation_steps * processes} instances")
     tokens = sum(len(one["input_ids"]) for one in some) / len(some) * size * recipe.training.gradient_accumulation_steps
     least = math.ceil(sum(steps) * tokens * _seconds_per_token(recipe, model, method) / 60)
-    lines.append(f"{least:,} to {3 * least:,} minutes of training on this machine, if it does nothing else")
+    lines.append(f"{least:,} to {3 * least:,} minutes of training on this machine, without other load")
     if isinstance(method, AdapterMethod) and method.regroup is not None:
         due = sum(len(RegroupOptions(**method.regroup).due(count)) for count in steps)
         lines.append(f"{due} regroupings in {sum(steps)} steps" + (": lower method.regroup.every" if not due else ""))
@@ -150,9 +150,9 @@ def check(recipe: Recipe) -> list[str]:
     weights *= {None: 1.0, "bnb-4bit": 0.3}.get(section.quantisation, 0.5) if weights else 0.0
     parts = {
         "weights": weights,
-        "gradients and optimizer": 16 * trained,  # the weight, its gradient and two moments, in float32
+        "gradients and optimizer": 16 * trained,  # weight, gradient and two moments in float32
         "activations": _activations(recipe, model, len(longest), tokens),
-        "logits": 12 * answers * model.config.get_text_config().vocab_size,  # and their softmax and gradient
+        "logits": 12 * answers * model.config.get_text_config().vocab_size,  # logits, softmax and gradient in float32
     }
     shown = ", ".join(f"{name} {'?' if part is None else f'{part / 2**30:.1f}'}" for name, part in parts.items())
     total = sum(part or 0 for part in parts.values()) / 2**30
@@ -161,7 +161,7 @@ def check(recipe: Recipe) -> list[str]:
 
 
 def check_comparison(recipe: Recipe) -> list[str]:
-    """What a comparison would do, as lines of text: the methods with their budgets, and a run of the reference."""
+    """Describes a comparison, as lines of text: the methods with their budgets, and one run of the reference method."""
     grid = Grid(recipe)
     a_run = check(grid.recipe_of(Cell(grid.section.reference)))[1:]
     with status("checking data and methods"):
@@ -169,13 +169,13 @@ def check_comparison(recipe: Recipe) -> list[str]:
     cells = {name: len(grid.chosen(name, rate, tasks)) for name, rate in grid.start_rates.items()}
     rows = [[name, str(cells[name]), f"{count:,}" if count else "–"] for name, count in counts.items()]
     lines = [*text_table(["method", "runs", "trainable parameters"], rows, right={1, 2}).split("\n"), ""]
-    search = ", and those that choose the learning rates" if grid.section.learning_rates else ""
+    search = ", plus those of the learning rate search" if grid.section.learning_rates else ""
     lines.append(f"{sum(cells.values())} runs{search}; they would be written to {recipe.output}")
     return [*lines, f"one run of {grid.section.reference}:", *(f"  {line}" for line in a_run)]
 
 
 def _seconds_per_token(recipe: Recipe, model: Any, method: Method) -> float:
-    """Of a training step, from the measured time of one matrix product on this process's device."""
+    """Estimates the seconds per token of a training step from the measured time of one matrix product on the device."""
     weight = model.get_input_embeddings().weight
     hidden, rows, dtype = weight.shape[1], 1024, weight.dtype
     names = {"x": torch.randn(rows, hidden, dtype=dtype, device=device())}
@@ -183,13 +183,13 @@ def _seconds_per_token(recipe: Recipe, model: Any, method: Method) -> float:
     product = Timer("x @ w", globals=names, num_threads=torch.get_num_threads()).blocked_autorange(min_run_time=0.2)
     embeddings = sum(p.numel() for p in {weight, model.get_output_embeddings().weight})
     weights = sum(p.numel() for p in model.parameters() if p.dim() == 2) - embeddings
-    # Forward, backward to the inputs, and backward to the weights if these are trained.
+    # Forward, backward to the inputs; backward to the weights if they are trained; a second forward if recomputed.
     passes = 2 + method.trains_base_weights + recipe.training.gradient_checkpointing
     return product.median / (rows * names["w"].numel()) * weights * passes * _OVERHEAD
 
 
 def _most_tokens(text: str) -> float:
-    """Rather too many: three letters of English make a token, and a letter of another script may be two."""
+    """An upper estimate of the tokens of a text: one per three ASCII characters, 1.5 per other character."""
     ascii_letters = sum(map(str.isascii, text))
     return ascii_letters / 3 + 1.5 * (len(text) - ascii_letters)
 
@@ -199,7 +199,7 @@ def _characters(instance: Instance) -> int:
 
 
 def _steps(plan: Plan, stage: Stage, processes: int) -> int:
-    """The optimizer steps of a stage, as HF's Trainer counts them."""
+    """Returns the number of optimizer steps of a stage, counted like transformers' Trainer."""
     training, quotas = plan.recipe.training, plan.recipe.data.quotas(stage.tasks)
     if training.max_steps > 0:
         return training.max_steps
@@ -209,7 +209,7 @@ def _steps(plan: Plan, stage: Stage, processes: int) -> int:
 
 
 def _activations(recipe: Recipe, model: Any, rows: int, tokens: int) -> float | None:
-    """Bytes that autograd keeps of a forward pass, counted on the meta device; None if the model does not run there."""
+    """Bytes that autograd saves in a forward pass, counted on the meta device; None if the model cannot run there."""
     kept: dict[int, int] = {}
     own = {one.untyped_storage()._cdata for one in (*model.parameters(), *model.buffers())}
 
@@ -220,14 +220,14 @@ def _activations(recipe: Recipe, model: Any, rows: int, tokens: int) -> float | 
     try:
         with torch.device("meta"), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             prompts = prompt_argument(model, torch.ones(rows, tokens, dtype=torch.bool))
-            masks = torch.ones(rows, 1, tokens, tokens, dtype=torch.bool)  # with a smaller one its values are looked at
+            masks = torch.ones(rows, 1, tokens, tokens, dtype=torch.bool)  # a smaller mask would have its values read
             ids = torch.zeros(rows, tokens, dtype=torch.long)
             outputs = model.train()(ids, attention_mask=masks, use_cache=False, logits_to_keep=1, **prompts)
         total = sum(size for storage, size in kept.items() if storage not in own)
-    except Exception:  # an architecture that looks at values
+    except Exception:  # an architecture that reads tensor values
         return None
     del outputs
-    if recipe.training.gradient_checkpointing:  # the inputs of every layer, and one layer's activations at a time
+    if recipe.training.gradient_checkpointing:  # every layer's input, and the activations of one layer at a time
         config = model.config.get_text_config()
         layers = config.num_hidden_layers
         total = total / layers + layers * rows * tokens * config.hidden_size * 4
@@ -235,7 +235,7 @@ def _activations(recipe: Recipe, model: Any, rows: int, tokens: int) -> float | 
 
 
 def recipe_keys() -> Iterator[tuple[str, str, str]]:
-    """The dotted name, default as YAML and meaning of every key; what several methods have alike is one entry."""
+    """Yields the dotted name, default (YAML) and description of every key; once for an option that methods share."""
     for name, field in Recipe.model_fields.items():
         if (section := section_of(field)) is not None:
             yield from ((f"{name}.{key}", as_yaml(default), text) for key, default, text in described_section(section))
@@ -254,7 +254,7 @@ def recipe_keys() -> Iterator[tuple[str, str, str]]:
 
 
 def schema() -> dict[str, Any]:
-    """A JSON schema of recipes, for editors."""
+    """Returns a JSON schema of recipes, for editors."""
     made = Recipe.model_json_schema()
     words: dict[str, Any] = {"name": {"enum": NAMES}, "regroup": {"type": ["object", "null"], "properties": {}}}
     for key, _, text in recipe_keys():
@@ -267,12 +267,12 @@ def schema() -> dict[str, Any]:
     for section, more in ((method, words), (inner["ComparedMethod"], words), (inner["TrainingSection"], others)):
         section["properties"] = {**more, **section.get("properties", {})}
         section["additionalProperties"] = False
-    made["properties"]["extends"] = {"type": "string", "description": "a recipe whose values this one overrides"}
+    made["properties"]["extends"] = {"type": "string", "description": "the recipe that this recipe extends"}
     return made
 
 
 def described_section(kind: type[BaseModel]) -> Iterator[tuple[str, Any, str]]:
-    """The name, default and meaning of each field of a section."""
+    """Yields the name, default and description of each field of a section."""
     for name, field in kind.model_fields.items():
         limits = [f"{word} {getattr(one, key)}" for one in field.metadata for key, word in _LIMITS if hasattr(one, key)]
         text = ", ".join(filter(None, [_shown(field.annotation), *limits]))
@@ -281,12 +281,12 @@ def described_section(kind: type[BaseModel]) -> Iterator[tuple[str, Any, str]]:
 
 
 _LIMITS = (("ge", "at least"), ("gt", "above"), ("lt", "below"))
-_WORDS: dict[Any, str] = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
-_WORDS |= {list: "a list", dict: "values by name", type(None): "null"}
+_WORDS: dict[Any, str] = {str: "a string", int: "an integer", float: "a number", bool: "true or false"}
+_WORDS |= {list: "a list", dict: "a mapping", type(None): "null"}
 
 
 def _shown(annotation: Any) -> str:
-    """A type in words, for those that are no more than a list of values or a plain type."""
+    """Describes a type: a plain type, a literal or a union of these; empty for any other type."""
     kind, parts = get_origin(annotation), get_args(annotation)
     if kind is Annotated:
         return _shown(parts[0])
@@ -298,5 +298,5 @@ def _shown(annotation: Any) -> str:
 
 
 def as_yaml(value: Any) -> str:
-    """A plain value as a recipe has it."""
+    """Formats a plain value as YAML on one line."""
     return yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=1000).split("\n")[0]

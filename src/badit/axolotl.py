@@ -1,4 +1,4 @@
-"""BADIT in Axolotl: ``plugins: [badit.axolotl.BaditPlugin]``, ``adapter: badit``, and options under ``badit``."""
+"""Axolotl plugin: ``plugins: [badit.axolotl.BaditPlugin]``, ``adapter: badit`` and options under ``badit``."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from badit.tuner import BaditConfig
 
 
 class BaditSection(BaseModel):
-    """What is under ``badit``: options of ``BaditConfig``, and ``regroup``: those of ``RegroupCallback``, for DOG."""
+    """The key ``badit``: options of ``BaditConfig``, and ``regroup`` with options of ``RegroupCallback`` (for DOG)."""
 
     badit: dict[str, Any] = {}
 
 
 class BaditPlugin(BasePlugin):
-    """Trains a BADIT adapter; ``lora_model_dir`` continues one."""
+    """Trains a BADIT adapter, or continues the one in ``lora_model_dir``."""
 
     def register(self, cfg: Any) -> None:
         if cfg.get("adapter") == "badit" and cfg.get("merge_lora"):  # Axolotl would write the base model and only warn
@@ -33,7 +33,7 @@ class BaditPlugin(BasePlugin):
         return [AdapterCapabilities(name="badit")]
 
     def load_adapter(self, model: Any, cfg: Any, inference: bool = False, config_only: bool = False) -> Any:
-        """The adapted model and its configuration; with ``config_only``, as for DPO, TRL adapts the model."""
+        """Returns the adapted model and its configuration; with ``config_only`` (DPO) TRL adapts the model itself."""
         if cfg.adapter != "badit":
             return None
         options = {name: value for name, value in cfg.badit.items() if name != "regroup"}

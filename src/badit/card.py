@@ -1,7 +1,7 @@
-"""The hub: the model card of an adapter or an export, and ``badit push``, which uploads either with its card.
+"""Model cards of adapters and exports, and ``badit push``, which uploads them to the Hugging Face hub.
 
-What comes from data or a recipe (task names, options) is plain text in a card: no link, no markup, no header field. The
-template, card.md.j2, passes it through ``text``, which is :func:`_text`.
+Values from data or a recipe (task names, options) are plain text in a card: no links, markup or header fields. The
+template, card.md.j2, passes them through ``text``, which is :func:`_text`.
 """
 
 from __future__ import annotations
@@ -27,24 +27,24 @@ from badit.results import read_scores
 from badit.run import RECORD, Run
 
 CARD = "README.md"
-# Markup within a line; the hub makes links of addresses that begin with a scheme or www.
+# Markdown markup within a line. The hub also makes links of addresses that begin with a scheme or www.
 _MARKUP = re.compile(r"([\\`*_{}\[\]()|~:@$]|(?<=www)\.)", flags=re.IGNORECASE)
-# The training's options that do not influence the result.
+# Training options that do not change the result.
 _WITHOUT_EFFECT = {"full_determinism", "gradient_checkpointing", "logging_steps",
                    "max_skipped_steps", "report_to", "save_steps"}  # fmt: skip
 _LONGEST = 200
-_VISIBLE = re.compile(r"[^./\\\0][^/\\\0]*")  # the name of a file directly in the folder that is not hidden
+_VISIBLE = re.compile(r"[^./\\\0][^/\\\0]*")  # the name of a visible file directly in the folder
 
 
 class Base(NamedTuple):
-    """A base model's org/name, None for a local folder, and its licence as the hub abbreviates it, if known."""
+    """A base model's hub id (None for a local folder) and its licence in the hub's notation (None if unknown)."""
 
     hub_id: str | None
     licence: str | None
 
     @classmethod
     def of(cls, recipe: Recipe) -> Base:
-        """The recipe's, as far as it is known without a network."""
+        """Returns the recipe's base model, with what is known without a network."""
         from huggingface_hub import ModelCard
 
         name = recipe.model.name
@@ -55,18 +55,18 @@ class Base(NamedTuple):
             return cls(name if HUB_ID.fullmatch(name) else None, None)
         try:
             return cls(None, licence(ModelCard(read_text(folder / CARD)).data))
-        except Exception:  # no card, or whatever a damaged header raises
+        except Exception:  # no card, or a damaged header
             return cls(None, None)
 
 
 def licence(card_data: Any) -> str | None:
-    """The licence in a model card's header."""
+    """Returns the licence in a model card's header, or None."""
     found = None if card_data is None else card_data.to_dict().get("license")
     return found if isinstance(found, str) else None
 
 
 def write_run_card(run: Run) -> None:
-    """Writes the card into a run's ``adapter`` folder, if its method has left an adapter there."""
+    """Writes the card into a run's ``adapter`` folder, if the run has an adapter."""
     recipe = run.recipe
     if run.adapter_path.is_dir() and isinstance(build_method(recipe.method), AdapterMethod):
         write_text(run.adapter_path / CARD, model_card(run, recipe, Base.of(recipe)))
@@ -75,9 +75,9 @@ def write_run_card(run: Run) -> None:
 def model_card(
     run: Run, recipe: Recipe, base: Base, *, export: Mapping[str, Any] | None = None, address: str | None = None
 ) -> str:
-    """The card of a run, or of an export of it with this record, as Markdown with the hub's header.
+    """Returns the card of a run, or of its export with the record ``export``, as Markdown with the hub's header.
 
-    ``address`` is the org/name from which it can be loaded (default: a placeholder).
+    ``address`` is the repository (org/name) to load it from (default: a placeholder).
     """
     from huggingface_hub import ModelCard, ModelCardData
 
@@ -112,7 +112,7 @@ def model_card(
 
 
 def _training(run: Run, recipe: Recipe) -> dict[str, Any]:
-    """The recipe's hyperparameters, and what the training took."""
+    """Returns the hyperparameters, the training's parameters, steps and tokens, and the package versions."""
     sources = [entry.path for entry in recipe.data.entries]
     training = recipe.training.model_dump(exclude=_WITHOUT_EFFECT, exclude_none=True)
     rows = {
@@ -132,22 +132,22 @@ def _training(run: Run, recipe: Recipe) -> dict[str, Any]:
 
 
 def _last_part(path: str) -> str:
-    """Of a path, whose other parts would name its owner's folders."""
+    """Returns the last part of a path; the other parts could name the user's folders."""
     return Path(os.path.expandvars(path)).name
 
 
 def _text(value: Any) -> str:
-    """A value as text of a Markdown page: on one line, with its Markdown and HTML markup escaped, and cut."""
+    """Returns a value as one line of plain text, cut to 200 characters, with Markdown and HTML markup escaped."""
     shown = one_line(str(value))
     shown = shown if len(shown) <= _LONGEST else shown[: _LONGEST - 1] + "…"
     return html.escape(_MARKUP.sub(r"\\\1", shown), quote=False)
 
 
 def push_to_hub(source: Run, repository: str, *, private: bool) -> str:
-    """Uploads the adapter of a run, or an export whose run still exists, with its card; see :meth:`badit.Run.push`.
+    """Uploads a run's adapter, or an export whose run still exists, with its card; see :meth:`badit.Run.push`.
 
-    Only files that badit has written are uploaded, and no links. Nothing uploaded names folders or users of this
-    machine. In an existing repository the files are replaced.
+    Only files that badit wrote are uploaded, and no links. The uploaded files name no folders or users of this
+    machine. Files of an existing repository are replaced.
     """
     from huggingface_hub import CommitOperationAdd, HfApi, get_token
 
@@ -158,26 +158,26 @@ def push_to_hub(source: Run, repository: str, *, private: bool) -> str:
         names: Any = record.get("files")
         if not isinstance(names, list) or not all(isinstance(name, str) and _VISIBLE.fullmatch(name) for name in names):
             raise BaditError(f"{folder / RECORD}: files: must be the names of the export's own files; export again")
-        names = [name for name in names if name != CARD]  # which is written again
+        names = [name for name in names if name != CARD]  # the card is written again
     else:
         method = build_method(run.recipe.method)
         if not method.trains:
-            raise BaditError(f"{run.path}: is a run of the base model as it is: there is nothing to push")
+            raise BaditError(f"{run.path}: is a run of the unchanged base model; there is nothing to push")
         if not isinstance(method, AdapterMethod):
-            fix = f"badit export {run.path} --merged -o FOLDER, and push that"
-            raise BaditError(f"{run.path}: {method.name} trains the base weights: {fix}")
+            fix = f"run badit export {run.path} --merged -o FOLDER and push FOLDER"
+            raise BaditError(f"{run.path}: {method.name} trains the base weights; {fix}")
         if not run.adapter_path.is_dir():
-            raise BaditError(f"{run.path}: has no adapter yet; continue its training with the same command")
+            raise BaditError(f"{run.path}: has no adapter yet; resume its training with the same command")
         folder, names = run.adapter_path, [CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME]
     for path in (folder / name for name in names):
         if (path / RECORD).is_file():
             raise BaditError(f"{folder}: has a LoRA for each task; push one of them: badit push {path} {repository}")
         if path.is_symlink() or not path.is_file():
-            raise BaditError(f"{path}: must be a file, and no link; make the folder again")
+            raise BaditError(f"{path}: must be a file and not a link; write the folder again")
     if not HUB_ID.fullmatch(repository):
         raise BaditError(f"{repository!r:.120}: must be ORG/NAME or USER/NAME")
     if not get_token():
-        raise BaditError("the hub needs a token: run hf auth login, or set HF_TOKEN to one of yours")
+        raise BaditError("hub: a token is required; run hf auth login or set HF_TOKEN")
 
     base, api = Base.of(run.recipe), HfApi()
     with status(f"uploading to {repository}"), explained(repository, action="reached"):

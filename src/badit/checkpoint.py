@@ -1,10 +1,10 @@
-"""Checkpoints that are whole or not there: written apart, sealed with every file's SHA-256, then renamed into place.
+"""Atomic checkpoints: written to a staging folder, sealed with the SHA-256 of every file, then renamed into place.
 
-The trainer writes into ``checkpoints/partial/``. A complete checkpoint is sealed and becomes
-``checkpoints/checkpoint-STEP``. Whatever ends a run, and whenever, the last sealed checkpoint is untouched.
+The Trainer writes to ``checkpoints/partial/``. A complete checkpoint is sealed and renamed to
+``checkpoints/checkpoint-STEP``. If a run is killed at any point, the last sealed checkpoint stays intact.
 
-A seal finds damage, not malice: who can write the files can write the seal. So nothing of a checkpoint is unpickled
-except by torch's loader of plain tensors and numbers (``weights_only=True``, which transformers uses throughout).
+The checksums detect damage, not tampering: whoever can write the files can also write the checksums. transformers' own
+files are read with ``weights_only=True``, which runs no pickled code; FSDP2 and DeepSpeed may read theirs without it.
 """
 
 from __future__ import annotations
@@ -32,27 +32,27 @@ _SUMS = "badit_sums.json"
 
 
 def last_checkpoint(checkpoints: Path) -> Path | None:
-    """The newest checkpoint that is as it was sealed; the first process says which damaged ones it passes over."""
+    """Returns the newest undamaged checkpoint, if any; rank 0 reports the damaged checkpoints that are skipped."""
     for folder in reversed(_folders(checkpoints)):
         try:
             sealed, present = read_json(folder / SEAL), _checksums(folder)
             changed = [name for name in sealed.keys() | present.keys() if sealed.get(name) != present.get(name)]
             if not changed:
                 return folder
-            damage = f"{min(changed)} is not as it was sealed"
+            damage = f"{min(changed)} does not match seal.json"
         except (BaditError, OSError) as error:
             damage = str(error).removeprefix(f"{folder}/")
         if is_main_process():
-            say(f"badit: {folder} is damaged ({damage}); continuing from the one before it")
+            say(f"badit: {folder} is damaged ({damage}); trying the previous checkpoint")
     return None
 
 
 def seal(staged: Path, checkpoints: Path, best: str | None = None) -> None:
-    """Seals a complete folder and puts it among the checkpoints, of which the one before and ``best`` are kept."""
+    """Seals a staged checkpoint, moves it to ``checkpoints``, and deletes all others but the previous and ``best``."""
     write_json(staged / SEAL, _checksums(staged))
     final = checkpoints / staged.name
     replace_folder(staged, final)
-    # Checkpoints of later steps are of a run that ended before this one was resumed from an earlier step.
+    # Checkpoints of later steps are left from before the run resumed from an earlier step.
     earlier = [folder.name for folder in _folders(checkpoints) if step_of(folder) < step_of(final)]
     for folder in _folders(checkpoints):
         if folder.name not in (final.name, *earlier[-1:], best):
@@ -60,31 +60,31 @@ def seal(staged: Path, checkpoints: Path, best: str | None = None) -> None:
 
 
 def discard(folder: Path) -> None:
-    """Removes a folder that may not be there; of several processes the first does."""
+    """Removes a folder if it exists; only rank 0 removes it."""
     if is_main_process():
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def engine_of(trainer: Any) -> str:
-    """What decides the form of a trainer's checkpoints: each engine has its own for weights and optimizer."""
-    if trainer.is_deepspeed_enabled:  # every process has a file of its own
+    """Returns the engine that determines the format of a trainer's checkpoints (of weights and optimizer state)."""
+    if trainer.is_deepspeed_enabled:  # every rank has its own file
         return f"DeepSpeed in {trainer.accelerator.num_processes} processes"
     return "FSDP" if trainer.is_fsdp_enabled else "neither FSDP nor DeepSpeed"
 
 
 def refuse_other_engine(checkpoint: Path, trainer: Any) -> None:
-    """Raises BaditError if the checkpoint was written under another engine than the trainer's."""
+    """Raises BaditError if the checkpoint was written with another engine than the trainer's."""
     wrote = read_json(checkpoint / _SUMS).get("engine")
     if wrote not in (None, engine_of(trainer)):
-        fix = "start it so again, or remove the folder to start over"
-        raise BaditError(f"{checkpoint}: was written under {wrote}; {fix}")
+        fix = "launch the training in the same way, or remove the run's folder to start over"
+        raise BaditError(f"{checkpoint}: was written with {wrote}; {fix}")
 
 
 class SealCheckpoints(TrainerCallback):
-    """Seals what the trainer and the callbacks before this one have written into its output folder.
+    """Seals the checkpoint that the Trainer and the callbacks before this one have written.
 
-    It also keeps what the trainer would forget: the losses summed up since its last line of the log (else the next line
-    would be the mean of fewer steps), the number of skipped steps, and which checkpoint is the best.
+    It also saves what the Trainer does not save: the sum of the losses since the last log line (without it, the next
+    line would be a mean over fewer steps), the number of skipped steps, and the name of the best checkpoint.
     """
 
     def __init__(self, trainer: Any, checkpoints: Path) -> None:
@@ -94,7 +94,7 @@ class SealCheckpoints(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step:
             kept = read_json(resumed_checkpoint(args, state) / _SUMS)
-            # Names of the Trainer's own, which has no other way to set them.
+            # Private names of the Trainer, which has no public way to set them.
             self._trainer._tr_loss += kept["loss"]
             self._trainer._globalstep_last_logged = kept["last_logged_step"]
             self._trainer.skipped_steps = kept["skipped_steps"]
@@ -105,10 +105,10 @@ class SealCheckpoints(TrainerCallback):
                     vars(callback).update(state.stateful_callbacks["EarlyStoppingCallback"]["attributes"])
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        # The log has the mean over the processes, and so has every one of them after a resumption.
+        # The log has the mean over the ranks, so every rank resumes with this mean.
         mean = self._trainer.accelerator.reduce(self._trainer._tr_loss, reduction="mean")
         best = state.best_model_checkpoint and Path(state.best_model_checkpoint).name
-        self._trainer.accelerator.wait_for_everyone()  # every process writes its part
+        self._trainer.accelerator.wait_for_everyone()  # every rank writes its part
         if state.is_world_process_zero:
             kept = {
                 "loss": float(mean),
@@ -120,7 +120,7 @@ class SealCheckpoints(TrainerCallback):
             staged = checkpoint_being_written(args, state)
             write_json(staged / _SUMS, kept)
             seal(staged, self._checkpoints, best)
-        if best:  # the trainer knows it by the place that it has written it to
+        if best:  # the Trainer has its path in the staging folder
             state.best_model_checkpoint = str(self._checkpoints / best)
         self._trainer.accelerator.wait_for_everyone()
 
@@ -128,8 +128,8 @@ class SealCheckpoints(TrainerCallback):
 class StopOnSignal(TrainerCallback):
     """On Ctrl-C or SIGTERM: finishes the step, saves a checkpoint, then stops. A second signal stops at once.
 
-    It must be the last callback, so that the others' state is in the checkpoint by the time it stops. Of several
-    processes all stop at the same step, whichever was told to.
+    It must be the last callback, so that the checkpoint contains the state of the others. If any process receives a
+    signal, all processes stop at the same step.
     """
 
     def __init__(self) -> None:
@@ -137,21 +137,21 @@ class StopOnSignal(TrainerCallback):
         self._former: dict[int, Any] = {}
 
     def __enter__(self) -> StopOnSignal:
-        with suppress(ValueError):  # only the main thread may set handlers; elsewhere a caller has its own way to stop
+        with suppress(ValueError):  # only the main thread may set handlers; in other threads the caller handles them
             self._former = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def __exit__(self, *error: object) -> None:
         for number, handler in self._former.items():
             signal.signal(number, handler)
-        if self._asked and error[0] is None:  # too late for a checkpoint of its own: the last step's is there
+        if self._asked and error[0] is None:  # the signal came after the last step, which saved a checkpoint
             raise KeyboardInterrupt
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self._asked:
             raise KeyboardInterrupt
         self._asked = True
-        if is_main_process():  # written directly: the handler may have come in the middle of a print
+        if is_main_process():  # print is not safe in a signal handler
             os.write(2, b"\nbadit: finishing the step and saving; press Ctrl-C again to stop now\n")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -164,29 +164,29 @@ class StopOnSignal(TrainerCallback):
 
 
 def checkpoint_being_written(args: Any, state: Any) -> Path:
-    """The folder of the trainer's checkpoint of the present step."""
+    """Returns the folder of the Trainer's checkpoint for the current step."""
     return Path(args.output_dir) / f"{_PREFIX}{state.global_step}"
 
 
 def resumed_checkpoint(args: Any, state: Any) -> Path:
-    """The folder that a resumed training starts from: the one in the trainer's arguments, else its own of this step."""
+    """Returns the folder that a run resumes from: ``resume_from_checkpoint``, else that of the current step."""
     given = args.resume_from_checkpoint
     return Path(given) if isinstance(given, str) and Path(given).is_dir() else checkpoint_being_written(args, state)
 
 
 def _folders(checkpoints: Path) -> list[Path]:
-    """By their steps."""
+    """Returns the checkpoint folders, sorted by step."""
     folders = [folder for folder in checkpoints.glob(f"{_PREFIX}*") if folder.name.removeprefix(_PREFIX).isdecimal()]
     return sorted(folders, key=step_of)
 
 
 def step_of(folder: Path) -> int:
-    """The optimizer steps that a checkpoint has behind it."""
+    """Returns the number of optimizer steps that precede a checkpoint."""
     return int(folder.name.removeprefix(_PREFIX))
 
 
 def _checksums(folder: Path) -> dict[str, str]:
-    """The SHA-256 of every file but the seal, by its path within the folder."""
+    """Returns the SHA-256 of every file except the seal, by path relative to the folder."""
     sums = {}
     for path in sorted(folder.rglob("*")):
         if not path.is_dir() and path != folder / SEAL:

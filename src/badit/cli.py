@@ -1,6 +1,6 @@
-"""The command line: ``badit COMMAND …``. Some commands are functions of badit and methods of Run, with their docs.
+"""The command line: ``badit COMMAND …``. Some commands are functions of badit or methods of Run, with their docstrings.
 
-A command returns what it prints, or an exit code. Everything heavy is imported inside the command.
+A command returns the text to print, or an exit code. Slow imports are inside the commands.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ app = App(
     result_action="return_value",
     suppress_keyboard_interrupt=False,
 )
-app.register_install_completion_command(help="Install completion for your shell, and say where.")
+app.register_install_completion_command(help="Install completion for your shell, and print the path of the script.")
 Output = Annotated[str, Parameter(name=["--output", "-o"])]
 
 
@@ -44,13 +44,13 @@ Output = Annotated[str, Parameter(name=["--output", "-o"])]
 def train(recipe: str, *overrides: str, dry_run: bool = False, allow_changed_inputs: bool = False) -> str | None:
     """Train and score a recipe.
 
-    The same command continues after an interruption; what is done is not done again.
+    The same command resumes an interrupted run. Finished work is not repeated.
 
     Args:
         recipe: a YAML file, such as recipes/superni-cpu.yaml.
         overrides: key=value, such as training.num_train_epochs=2 output=runs/mine.
-        dry_run: check recipe, data and model, say what would be done, and stop.
-        allow_changed_inputs: continue a run although its data or base weights have changed, and record that.
+        dry_run: check recipe, data and model, print the steps and the estimated costs, and exit without training.
+        allow_changed_inputs: resume the run even if its data or base weights have changed, and record the change.
     """
     made = _read_recipe(recipe, overrides)
     if dry_run:
@@ -68,20 +68,20 @@ def train(recipe: str, *overrides: str, dry_run: bool = False, allow_changed_inp
 def compare(recipe: str, *overrides: str, jobs: int = 1, dry_run: bool = False) -> str | int:
     """Train and score methods with the same budget, each at its best learning rate.
 
-    The same command continues after an interruption: finished runs are kept, failed ones are tried again. Print the
-    table again, in other formats too, with: badit table OUTPUT
+    The same command resumes an interrupted comparison: finished runs are kept, failed runs are repeated.
+    To print the table again, also in other formats: badit table OUTPUT
 
     Args:
         recipe: a YAML file with a compare section, such as recipes/superni-cpu.yaml.
         overrides: key=value, such as compare.seeds=[0] output=runs/mine.
-        jobs: runs at a time; they share the cores and GPUs.
-        dry_run: validate everything, show methods, budgets and what a run takes, and stop.
+        jobs: number of runs at a time; they share the cores and GPUs.
+        dry_run: check everything, print the methods, their budgets and the estimated costs of one run, and exit.
     """
     made = _read_recipe(recipe, overrides)
     if dry_run:
         return "\n".join(_load("badit.authoring").check_comparison(made))
     _load("badit.compare")
-    # A batch system's SIGTERM must reach the running cells as Ctrl-C does: they have sessions of their own.
+    # SIGTERM (from a batch system) is handled like Ctrl-C: the cells run in separate sessions and must be stopped too.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     results = run_comparison(made, jobs=jobs)
     path = Path(made.output) / _load("badit.results").RESULTS
@@ -101,11 +101,11 @@ def table(
     """Print a comparison's results as text, Markdown, LaTeX or CSV.
 
     Args:
-        results: a comparison's results.json, or the folder that holds it.
-        format: the form of the table.
+        results: a comparison's results.json, or its folder.
+        format: the format of the table.
         metric: the metric of differences, ranks and --by-task: rouge_l, exact_match or nll.
-        by_task: a row per task and a column per method.
-        released: forgetting and transfer as SAPT's released code computes them.
+        by_task: print a row per task and a column per method.
+        released: compute forgetting and transfer as SAPT's released code does.
     """
     return _load("badit.render").table(results, form=format, metric=metric, by_task=by_task, released=released)
 
@@ -114,16 +114,16 @@ def table(
 def report(
     run: str, *more: str, output: Output = "report.html", figures: str | None = None, title: str | None = None
 ) -> str:
-    """Write one page of scores, curves, interference and experts, with its figures.
+    """Write an HTML report with figures: scores, curves, interference and experts.
 
-    The page needs no network and no other file. What it shows of interference and experts is measured by: badit analyze
-    RUN. Differences between runs are taken to the first.
+    The page is one file and needs no network. Differences between runs are relative to the first run.
+    For interference and experts, first run: badit analyze RUN
 
     Args:
-        run: a run's folder, a comparison's, or a results.json.
-        more: further ones, shown side by side.
-        output: the page.
-        figures: a folder for every figure as .svg and .pdf.
+        run: a run's folder, a comparison's folder, or a results.json.
+        more: further runs or comparisons, shown side by side.
+        output: the HTML file.
+        figures: a folder to which every figure is written as .svg and .pdf.
         title: the page's heading (default: the runs' names).
     """
     _load("badit.report.page")
@@ -136,12 +136,12 @@ def init(data: str = "builtin", *overrides: str, output: Output = "recipe.yaml")
     """Write a first recipe for your data, with comments.
 
     Args:
-        data: as in a recipe's data.source: a file, a folder, a data set of the hub or 'builtin'.
-        overrides: what the data needs to be read, such as data.columns={input: text, output: label}.
-        output: the recipe's file, which must not exist.
+        data: the recipe's data.source: a file, a folder, a data set of the hub or 'builtin'.
+        overrides: data keys that are needed to read the data, such as data.columns={input: text, output: label}.
+        output: the recipe's file, which must not exist yet.
     """
     if Path(output).exists():
-        raise BaditError(f"{output}: exists; choose another --output")
+        raise BaditError(f"{output}: already exists; choose another --output")
     write_text(Path(output), _load("badit.authoring").first_recipe(data, output, overrides))
     return f"Recipe: {output}\nNext: badit train {shlex.quote(output)} --dry-run"
 
@@ -151,7 +151,7 @@ def keys(prefix: str = "", *, schema: bool = False) -> str:
     """Print every key of a recipe, with its default and meaning.
 
     Args:
-        prefix: the keys that begin with this alone, such as training or method.r.
+        prefix: print only the keys that start with this, such as training or method.r.
         schema: print a JSON schema for editors instead.
     """
     authoring = _load("badit.authoring")
@@ -159,19 +159,19 @@ def keys(prefix: str = "", *, schema: bool = False) -> str:
         return json.dumps(authoring.schema(), indent=2, ensure_ascii=False)
     found = [row for row in authoring.recipe_keys() if row[0].startswith(prefix)]
     if not found:
-        raise BaditError(f"{prefix!r:.60}: no key begins so; see badit keys")
+        raise BaditError(f"{prefix!r:.60}: no recipe key starts with this; list them all with: badit keys")
     width = max(len(key) for key, _, _ in found)
     return "\n".join(f"{key:{width}}  {default:16}  {text}" for key, default, text in found)
 
 
 @app.command
 def tasks(source: str, *overrides: str, show: int = 0) -> str:
-    """List and validate task data, and show how a model would see it.
+    """List and validate task data, and print prompts in the model's input format.
 
     Args:
-        source: a recipe, or data as in a recipe's data.source: a file, a folder, a data set of the hub or 'builtin'.
+        source: a recipe, or a value of its data.source: a file, a folder, a data set of the hub or 'builtin'.
         overrides: key=value, such as data.columns={input: text, output: label} or data.format=superni.
-        show: number of training prompts per task to print as the model gets them, with statistics.
+        show: number of training prompts per task to print in the model's input format, with token statistics.
     """
     from badit.recipe import build_recipe, load_recipe
 
@@ -182,15 +182,15 @@ def tasks(source: str, *overrides: str, show: int = 0) -> str:
 
 @app.command
 def studio(run: str, *, port: int = 8642, browser: bool = True, trust_remote_code: bool = False) -> None:
-    """Try a run's adapter in the browser: answers, gates, and mixtures by hand.
+    """Try a run's adapter in the browser: answers, gates, and mixtures with gates that you set.
 
-    The page listens on 127.0.0.1, for this machine alone. Ctrl-C ends it.
+    The server listens on 127.0.0.1, so only this machine can reach it. Ctrl-C stops it.
 
     Args:
         run: a run's folder, of any method that trains an adapter.
-        port: the port; 0 takes a free one.
-        browser: open the page.
-        trust_remote_code: run Python code that comes with the run's base model, if its recipe asks for it as well.
+        port: the port; 0 selects a free one.
+        browser: open the page in the browser.
+        trust_remote_code: run the base model's own Python code, if the run's recipe allows this too.
     """
     _load("badit.studio.server").serve(run, port=port, browser=browser, trust_remote_code=trust_remote_code)
 
@@ -204,19 +204,19 @@ def serve(
     port: int = 8001,
     trust_remote_code: bool = False,
 ) -> None:
-    """Route prompts as a run does, in front of vLLM: an OpenAI-compatible proxy.
+    """Start an OpenAI-compatible proxy in front of vLLM that routes prompts with a run's router.
 
     Requests for the model 'auto' are routed, others are passed on. It listens on 127.0.0.1. See docs/serving.md.
 
     Args:
-        run: a run's folder, of a method whose gates follow the prompt.
-        exports: what 'badit export RUN --all-tasks' has written and vLLM serves: a prompt goes to the nearest. Without
-            it every prompt gets a LoRA with its own gates, which vLLM must be allowed to load.
-        url: vLLM's server.
-        port: the proxy's port; 0 takes a free one.
-        trust_remote_code: run Python code that comes with the run's base model, if its recipe asks for it as well.
+        run: a run's folder, of a method whose gates depend on the prompt.
+        exports: the folder written by 'badit export RUN --all-tasks', whose LoRAs vLLM serves; a prompt goes to the
+            nearest one. By default each prompt gets a LoRA with its own gates, which vLLM must be allowed to load.
+        url: the address of the vLLM server.
+        port: the proxy's port; 0 selects a free one.
+        trust_remote_code: run the base model's own Python code, if the run's recipe allows this too.
     """
-    _load("badit.studio.server")  # which names the extra that both need
+    _load("badit.studio.server")  # names the extra, which both need, if it is missing
     _load("badit.serve").serve(run, exports, url=url, port=port, trust_remote_code=trust_remote_code)
 
 
@@ -226,17 +226,17 @@ def harness(run: str, *options: Annotated[str, Parameter(allow_leading_hyphen=Tr
 
     For example: badit harness RUN --tasks arc_easy,gsm8k --apply_chat_template --batch_size 8
 
-    It needs badit[eval]. See docs/lm-eval.md.
+    This requires badit[eval]. See docs/lm-eval.md.
 
     Args:
         run: a run's folder.
-        options: what 'lm_eval run' takes, except the model.
+        options: the options of 'lm_eval run', except the model.
     """
     _load("badit.harness").run_command_line(run, list(options))
 
 
 def _derive(function: Callable[..., Any], show: Callable[..., str | None], module: str = "badit.evaluate") -> None:
-    """Makes a method of Run, or a function of a path, a command; ``show(run or path, result, options)`` is printed."""
+    """Adds a command from a method of Run or a function of a path; it prints ``show(run or path, result, options)``."""
     first, *others = inspect.signature(function).parameters.values()
     of_run = first.name == "self"
     parameters = [first.replace(name="run" if of_run else first.name, annotation="str")]
@@ -262,20 +262,20 @@ def _shown_tables(target: str, tables: Any, options: dict[str, Any]) -> str:
     folder = Path(options.get("output") or (target if is_folder else "runs/analysis"))
     rows = [[name, f"{len(frame):,}"] for name, frame in tables.items()]
     listed = _load("badit.render").text_table(["table", "rows"], rows, right={1})
-    # Tables in another folder than their run or comparison are shown together with its scores and losses.
+    # If the tables are not in the target's folder, the report gets both folders: scores and losses are in the target's.
     shown = [target, folder] if is_folder and not folder.samefile(target) else [folder]
     return f"{listed}\n\nTables: {folder / 'analysis'}\n{_report_if_possible(shown, folder / 'report.html')}"
 
 
 def _shown_export(run: Run, exported: Any, options: dict[str, Any]) -> str:
-    """What was written, the commands that serve it, and what a fixed mixture costs, if it was scored."""
+    """Returns the export's facts, the commands that serve it, and the score difference of its gates, if measured."""
     from badit.card import Base
     from badit.export import SCORES
     from badit.models import resolve_model
     from badit.render import cost_table, exported_rank
 
     folder, base = shlex.quote(str(exported.folder)), shlex.quote(resolve_model(run.recipe.model.name))
-    facts = {"mixture": exported.mixture or "none to choose: the run does the same for every prompt"}
+    facts = {"mixture": exported.mixture or "none: the run has no gates that depend on the prompt"}
     if exported.merged:
         facts |= {"model": folder, "vLLM": f"vllm serve {folder}", "llama.cpp": f"convert_hf_to_gguf.py {folder}"}
     else:
@@ -310,20 +310,20 @@ def generate(
     max_new_tokens: int = 50,
     trust_remote_code: bool = False,
 ) -> str:
-    """Answer one prompt, or those of a file, with a run's adapter.
+    """Answer one prompt, or every prompt of a file, with a run's adapter.
 
     Args:
         run: a run's folder.
-        prompt: the prompt's text, or - to read it from standard input.
-        file: a text on each line, or in "input" of each line of a .jsonl; the answers are printed as JSON lines.
-        task: a task of the run's data, by name or number: the text is an input, and becomes the prompt that it was
-            trained with.
-        raw: with --task, take the text as a whole prompt. Methods that tell tasks apart need the task anyway.
-        max_new_tokens: the longest answer, in tokens.
-        trust_remote_code: run Python code that comes with the run's base model, if its recipe asks for it as well.
+        prompt: the text of the prompt, or - to read it from standard input.
+        file: a file with one text per line, or a .jsonl with the key "input" in each line; prints JSON lines.
+        task: name or number of a task of the run's data; the text is then an input, and is formatted as in the
+            task's training prompts.
+        raw: with --task, use the text as the complete prompt, for methods that need the task of every row.
+        max_new_tokens: maximum number of tokens of an answer.
+        trust_remote_code: run the base model's own Python code, if the run's recipe allows this too.
     """
     if (prompt is None) == (file is None):
-        raise BaditError("generate: give a prompt, or --file FILE with one on each line")
+        raise BaditError("generate: give either a prompt, or --file FILE with one prompt per line")
     found = Run(run)
     texts = sys.stdin.read() if prompt == "-" else _inputs(Path(file)) if file else prompt or ""
     _load("badit.evaluate")
@@ -336,36 +336,36 @@ def generate(
 
 
 def _inputs(file: Path) -> list[str]:
-    """The texts on a file's lines, blank ones left out."""
+    """The texts of a file, one per line; blank lines are skipped."""
     texts = []
     for number, line in lines_of(file):
         if line.strip():
             text = read_json(file, line, number).get("input") if file.suffix == ".jsonl" else line.rstrip("\r\n")
             if not isinstance(text, str):
-                raise BaditError(f"{file}: line {number}: input: must be a text")
+                raise BaditError(f"{file}: line {number}: input: must be a string")
             texts.append(text)
     return texts
 
 
 @app.command
 def demo(*, output: Output = "runs/demo", epochs: float = 1.0, seed: int = 0) -> None:
-    """Tune SmolLM2 on the built-in tasks with LoRA and BADIT, and compare.
+    """Tune SmolLM2 on the built-in tasks with LoRA and with BADIT, and compare them.
 
-    The same command continues after an interruption; remove the output folder to start over.
+    The same command resumes an interrupted demo. To start over, remove the output folder.
 
     Args:
-        output: where the three runs go.
-        epochs: passes over the training data.
-        seed: of the adapters, the batches and dropout.
+        output: the folder of the three runs.
+        epochs: number of passes over the training data.
+        seed: random seed of the adapters, the batches and dropout.
     """
     _load("badit.evaluate")
     _load("badit.demo").run_demo(Path(output), epochs, seed)
-    runs = [Path(output) / name for name in ("lora", "base", "badit")]  # differences are taken to the first
+    runs = [Path(output) / name for name in ("lora", "base", "badit")]  # differences are relative to the first
     show(_report_if_possible(runs, Path(output) / "report.html"))
 
 
 def _read_recipe(path: str, overrides: Sequence[str]) -> Any:
-    """A recipe whose data is there: what is wrong with it is known before the heavy imports."""
+    """Reads a recipe and checks that its data exists, so that errors are reported before the slow imports."""
     from badit.recipe import load_recipe
 
     with status("reading the recipe"):
@@ -376,7 +376,7 @@ def _read_recipe(path: str, overrides: Sequence[str]) -> Any:
 
 
 def _load(module: str) -> Any:
-    """Imports a module, which may take seconds, so that what follows takes none."""
+    """Imports a module, which may take seconds, and shows a status line meanwhile."""
     with status("loading libraries"):
         return import_module(module)
 
@@ -386,10 +386,10 @@ def _score_table(name: str, run: Run) -> str:
 
 
 def _report_if_possible(runs: Sequence[str | Path], output: Path) -> str:
-    """Writes the page and says where it is, or says what it would need."""
+    """Writes the report and returns a line with its path, or with the command that installs its extra."""
     report = _load("badit.report")
     if not report.has_extra():
-        return "For a page of figures: pip install 'badit[report]', then badit report " + " ".join(map(str, runs))
+        return "For a report with figures: pip install 'badit[report]', then badit report " + " ".join(map(str, runs))
     return f"Report: {report.write_report(runs, output)}"
 
 
@@ -399,7 +399,7 @@ def _complain(text: str) -> None:
 
 
 def quiet_libraries() -> None:
-    """Hides the progress bars and notices of transformers, tokenizers, torch and torchao; badit shows its own."""
+    """Hides notices of transformers, tokenizers, torch and torchao. Existing environment variables take precedence."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.simplefilter("ignore", FutureWarning)
@@ -407,7 +407,7 @@ def quiet_libraries() -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line and returns its exit code: 0, 1 if a part failed, 2 for bad input, 130 when interrupted."""
+    """Runs the command line and returns its exit code: 0, 1 if a part failed, 2 for bad input, 130 if interrupted."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words[:1]
     if not debug:
@@ -424,7 +424,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BaditError as error:
         if debug:
             raise
-        # Of several processes all meet the same bad input, and the first reports it; in training one may be alone.
+        # All processes find the same bad input, so only rank 0 reports it. In training, a single rank can fail.
         torch = sys.modules.get("torch")
         is_training = torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized()
         if is_main_process() or is_training:
@@ -433,9 +433,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         if is_main_process():
             say("")
-            _complain("interrupted; the same command continues from the last checkpoint")
+            _complain("interrupted; run the same command again to resume from the last checkpoint")
         return 130
-    except BrokenPipeError:  # the reader (head, less) has closed
+    except BrokenPipeError:  # the reader of the pipe (head, less) has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     return found if isinstance(found, int) else 0

@@ -1,11 +1,11 @@
-"""``badit compare``: methods x learning rates x seeds (x orders of tasks), a run each, and their results in one file.
+"""``badit compare``: one run per method, learning rate, seed (and task order), with all results in one file.
 
-OUTPUT/METHOD/lr-RATE/seed-N                    mixed
-OUTPUT/METHOD/search/lr-RATE/seed-N             of the search, if compare.search is set
-OUTPUT/METHOD/order-NAME/lr-RATE/seed-N         sequential
-OUTPUT/METHOD/single/lr-RATE/seed-N/TASK        on one task alone
-OUTPUT/METHOD                                   a method that does not train
-OUTPUT/results.json                             all of it, see badit.results
+OUTPUT/METHOD/lr-RATE/seed-N                    all tasks mixed
+OUTPUT/METHOD/order-NAME/lr-RATE/seed-N         sequence of tasks
+OUTPUT/METHOD/[order-NAME/]search/lr-RATE/...   learning-rate search, if compare.search is set
+OUTPUT/METHOD/single/lr-RATE/seed-N/TASK        single task
+OUTPUT/METHOD                                   method that does not train
+OUTPUT/results.json                             all results, see badit.results
 """
 
 from __future__ import annotations
@@ -42,21 +42,21 @@ from badit.statistics import both_forms
 from badit.train import joint_training, keep_inputs, make_plan, task_fingerprints
 from badit.worker import ERROR, CellProcess
 
-# Ranks are whole numbers, so budgets can only be near each other.
+# Maximum relative difference of parameter counts. Ranks are integers, so the counts match only approximately.
 _TOLERANCE = 0.05
 
 Order = str | list[str] | None
 
 
 def compare(recipe: Recipe, *, report: Callable[[str], None], jobs: int = 1) -> dict[str, Any]:
-    """Runs or continues a comparison, as :func:`badit.compare`, and returns what ``OUTPUT/results.json`` then holds.
+    """Runs or resumes a comparison, as :func:`badit.compare`; returns the contents of ``OUTPUT/results.json``.
 
-    ``report`` takes a line for every cell that begins or ends.
+    ``report`` is called with one line when a cell starts and when it ends.
     """
     grid, output = Grid(recipe), Path(recipe.output)
     with status("checking data and methods"):
         tasks, counts = check(grid)
-    warn_of_slow_dtype(recipe.model.dtype, device())  # what the cells say goes to their logs
+    warn_of_slow_dtype(recipe.model.dtype, device())  # warnings of the cells go to their log files
     comparison = _Comparison(grid, tasks, jobs, report)
     with exclusive(output):
         try:
@@ -69,17 +69,17 @@ def compare(recipe: Recipe, *, report: Callable[[str], None], jobs: int = 1) -> 
 
 @dataclass(frozen=True)
 class Cell:
-    """One run of a comparison. A method that does not train has neither learning rate nor seed."""
+    """One run of a comparison. Learning rate and seed are None for a method that does not train."""
 
     method: str
     learning_rate: float | None = None
     seed: int | None = None
     order: Order = None
     task: str | None = None
-    is_search: bool = False  # trained with compare.search's values, to choose the learning rate
+    is_search: bool = False  # trained with the values of compare.search, to choose the learning rate
 
     def __str__(self) -> str:
-        """Its folder below the comparison's."""
+        """The cell's folder, relative to the folder of the comparison."""
         if self.learning_rate is None:
             return self.method
         kind = "single" if self.task else f"order-{order_name(self.order)}" if self.order else None
@@ -89,7 +89,7 @@ class Cell:
 
 
 def order_name(order: str | Sequence[str]) -> str:
-    """A short name for an order's folder, a different one for every order."""
+    """Returns a short folder name for an order; a name of more than 80 characters is cut and ends with a hash."""
     if isinstance(order, str):
         return order
     name = "-".join(re.sub(r"^(task\d+)_.*", r"\1", name) for name in order)
@@ -97,18 +97,18 @@ def order_name(order: str | Sequence[str]) -> str:
 
 
 class Grid:
-    """The methods and cells of a recipe with a ``compare`` section; BaditError where it contradicts itself."""
+    """The methods and cells of a recipe; BaditError if its ``compare`` section is missing or inconsistent."""
 
     def __init__(self, recipe: Recipe) -> None:
         if recipe.compare is None:
-            raise BaditError("compare: the recipe has no such section; see recipes/superni-cpu.yaml for one")
+            raise BaditError("compare: the recipe has no compare section; add one, as in recipes/superni-cpu.yaml")
         self.recipe = recipe
         self.section = section = recipe.compare
         self.methods: dict[str, Method] = {}
         self.start_rates: dict[str, float | None] = {}
         for name in section.methods:
             if not re.fullmatch(r"[\w][\w.+-]*", name):
-                raise BaditError(f"compare.methods: {name!r:.60} names a folder; use letters, digits, - and _")
+                raise BaditError(f"compare.methods: {name!r:.60} is not a valid name; use letters, digits, - and _")
             with _named(name):
                 own = self.recipe_of(Cell(name))
                 method = build_method(own.method)
@@ -117,7 +117,7 @@ class Grid:
             self.methods[name], self.start_rates[name] = method, rate if method.trains else None
             if section.learning_rates is not None and rate not in section.learning_rates:
                 raise BaditError(
-                    f"training.learning_rate: the search starts from {rate:g}; add it to compare.learning_rates"
+                    f"training.learning_rate: the search starts at {rate:g}; add this value to compare.learning_rates"
                 )
         self.orders: Sequence[Order] = section.orders or [None]
         for field in ("reference", "budget", "unmatched", "single_task"):
@@ -128,15 +128,15 @@ class Grid:
         listed |= {f"methods.{name}.seeds": entry.seeds or [] for name, entry in section.methods.items()}
         for field, values in listed.items():
             if twice := [value for value in values if values.count(value) > 1]:
-                raise BaditError(f"compare.{field}: {twice[0]} is listed more than once")
+                raise BaditError(f"compare.{field}: {twice[0]} is listed more than once; list it once")
         if section.vary_data and recipe.evaluation.split == "validation":
-            fix = "set evaluation.split=test, or leave it out"
-            raise BaditError(f"compare.vary_data: every seed would be scored on other held-out instances; {fix}")
+            fix = "set evaluation.split=test, or remove compare.vary_data"
+            raise BaditError(f"compare.vary_data: every seed would be scored on different held-out instances; {fix}")
         if section.learning_rates is not None and not recipe.data.validation_per_task:
-            raise BaditError("data.validation_per_task: choosing learning rates needs held-out instances, such as 8")
+            raise BaditError("data.validation_per_task: choosing learning rates needs held-out instances; set e.g. 8")
 
     def searched(self, method: str, rate: float | None) -> Cell:
-        """The cell that tells how good a learning rate is: of the first seed and order."""
+        """Returns the cell that measures a learning rate in the search, with the first seed and order."""
         seed = self.seeds_of(method)[0]
         return Cell(method, rate, seed, self.orders[0], is_search=self.section.search is not None)
 
@@ -144,7 +144,7 @@ class Grid:
         return self.section.methods[method].seeds or self.section.seeds
 
     def chosen(self, method: str, rate: float | None, tasks: Sequence[str] = ()) -> list[Cell]:
-        """All cells of a method at the learning rate that was chosen for it."""
+        """Returns all cells of a method at its chosen learning rate, and with ``tasks`` its single-task cells."""
         if not self.methods[method].trains:
             return [Cell(method)]
         seeds = self.seeds_of(method)
@@ -184,9 +184,9 @@ def _named(method: str) -> Iterator[None]:
 
 
 def check(grid: Grid) -> tuple[list[str], dict[str, int]]:
-    """The tasks' names, and the number of parameters that each method trains.
+    """Returns the names of the tasks and the number of trainable parameters of each method.
 
-    BaditError for what would stop the comparison or make it unfair, and for what the folder holds of another one.
+    BaditError if the comparison cannot run, the budgets differ, or the folder holds runs of another recipe or data.
     """
     section, counts = grid.section, dict[str, int]()
     plan = make_plan(grid.recipe_of(grid.chosen(section.reference, grid.start_rates[section.reference])[0]))
@@ -205,10 +205,10 @@ def check(grid: Grid) -> tuple[list[str], dict[str, int]]:
             free = name in section.unmatched or not method.trains
             if not free and abs(counts[name] - budget) > _TOLERANCE * budget:
                 raise BaditError(
-                    f"compare.methods.{name}: trains {counts[name]:,} parameters, {section.budget} {budget:,}: change "
-                    f"its rank until they agree to {_TOLERANCE:.0%}, or list it in compare.unmatched"
+                    f"compare.methods.{name}: trains {counts[name]:,} parameters, {section.budget} trains {budget:,}; "
+                    f"change its rank to agree within {_TOLERANCE:.0%}, or list it in compare.unmatched"
                 )
-    # What another recipe or other data have left in the folder must not be taken for this comparison's.
+    # Refuse runs in the folder that were made with another recipe or other data.
     fingerprints: dict[str, dict[str, str]] = {}
     for name in grid.methods:
         for rate in section.learning_rates or [grid.start_rates[name]]:
@@ -223,11 +223,11 @@ def check(grid: Grid) -> tuple[list[str], dict[str, int]]:
 
 
 def climb(ladder: Sequence[float], start: float, loss_of: Callable[[float], float], level: float = 0.0) -> float:
-    """Walks an ascending ladder of learning rates downhill in loss, until both neighbours of the best one are worse.
+    """Searches an ascending list of learning rates for the lowest loss, until both neighbours of the best are worse.
 
-    The loss is taken to have a single minimum: no rate is tried above one that is worse than its lower neighbour. A
-    loss that is not finite (diverged, failed) is the worst. Of the rates whose losses are less than ``level`` above the
-    best, the lowest is returned: a rate that is too high costs more than one that is too low.
+    The loss is assumed to have a single minimum: a higher rate is not tried if the next lower one is better. A
+    non-finite loss (a diverged or failed run) counts as the worst. Returns the lowest of the rates whose losses are
+    less than ``level`` above the best loss, because a rate that is too high costs more than one that is too low.
     """
     here = ladder.index(start)
     losses: dict[int, float] = {}
@@ -249,17 +249,17 @@ def climb(ladder: Sequence[float], start: float, loss_of: Callable[[float], floa
 
 
 class _Comparison:
-    """Runs the cells, as many at a time as there are jobs: a method's search one by one, then all its others."""
+    """Runs up to ``jobs`` cells at a time. The search of a method runs its cells one by one, before the others."""
 
     def __init__(self, grid: Grid, tasks: list[str], jobs: int, report: Callable[[str], None]) -> None:
         self.rates: dict[str, float | None] = {}
         self._grid, self._tasks, self._jobs, self._report = grid, tasks, jobs, report
-        self._running: dict[CellProcess, int | None] = {}  # each with its GPU
+        self._running: dict[CellProcess, int | None] = {}  # the GPU of each
         self._lock = threading.Lock()
         self._stopping = False
 
     def run(self) -> None:
-        for name in self._grid.methods:  # known rates first: an interruption leaves no finished cell out of the results
+        for name in self._grid.methods:  # rates known so far, so that results.json has all finished cells if this stops
             with suppress(LookupError):
                 self.rates[name] = self._rate(name, run=False)
         todo = deque[Callable[[], Any]](partial(self._search, name) for name in self._grid.methods)
@@ -270,13 +270,13 @@ class _Comparison:
                     while todo and len(running) < self._jobs:
                         running.add(pool.submit(todo.popleft()))
                     done, running = wait(running, return_when=FIRST_COMPLETED)
-                    for future in done:  # a search returns its method's cells, which come before the next method
+                    for future in done:  # a search returns the cells of its method; they run before the next search
                         todo.extendleft(reversed(future.result() or ()))
             except BaseException:
                 self._stop(signal.SIGTERM)
                 try:
                     pool.shutdown(wait=True, cancel_futures=True)
-                except KeyboardInterrupt:  # asked again: what the cells have done since their last checkpoints is lost
+                except KeyboardInterrupt:  # second Ctrl-C: the cells lose all steps since their last checkpoints
                     self._stop(signal.SIGKILL)
                 raise
 
@@ -287,14 +287,14 @@ class _Comparison:
                 process.stop(how)
 
     def _search(self, name: str) -> list[Callable[[], None]]:
-        """Finds a method's learning rate; returns what then runs its cells."""
+        """Finds a method's learning rate; returns the functions that run its cells."""
         self.rates[name] = rate = self._rate(name, run=True)
         if rate is not None and self._grid.section.learning_rates is not None:
             self._report(f"{name}: learning rate {rate:g}")
         return [partial(self._run_cell, cell, score=True) for cell in self._grid.chosen(name, rate, self._tasks)]
 
     def _rate(self, name: str, *, run: bool) -> float | None:
-        """A method's learning rate; LookupError if a cell that decides it has not ended and may not be ``run``."""
+        """Returns a method's learning rate; LookupError if a search cell has not ended and ``run`` is False."""
         start, ladder = self._grid.start_rates[name], self._grid.section.learning_rates
 
         def loss_of(rate: float) -> float:
@@ -309,11 +309,11 @@ class _Comparison:
         return start if start is None or ladder is None else climb(ladder, start, loss_of, METRICS["nll"].margin)
 
     def _run_cell(self, cell: Cell, *, score: bool) -> None:
-        """Runs a cell unless it is done; what goes wrong is kept in its folder."""
+        """Runs a cell unless it is done. Its error, if any, is written to its folder."""
         run = Run.prepare(self._grid.recipe_of(cell))
         if (run.instances_path if score else run.validation_path).is_file():
             return
-        threads = gpu = None  # one job may have all cores and GPUs
+        threads = gpu = None  # a single job uses all cores and GPUs
         with self._lock:
             if self._stopping:
                 raise KeyboardInterrupt
@@ -339,17 +339,17 @@ class _Comparison:
 def _assemble(
     grid: Grid, tasks: Sequence[str], rates: Mapping[str, float | None], counts: Mapping[str, int]
 ) -> dict[str, Any]:
-    """A comparison's results, finished or not, in the form of results.json."""
+    """Returns the contents of results.json for a finished or unfinished comparison."""
     cells = []
     for method in grid.methods:
-        # The chosen cells, whether they are done or not, then what was trained to choose the learning rate.
+        # The cells at the chosen learning rate, done or not, then the other cells of the search.
         chosen = grid.chosen(method, rates[method]) if method in rates else []
         searched = [grid.searched(method, rate) for rate in grid.section.learning_rates or ()]
         tried = [cell for cell in searched if cell not in chosen and grid.run_of(cell).path.is_dir()]
         cells += [_entry(grid, cell, selected=cell in chosen) for cell in (*chosen, *tried)]
     alone = [method for method in grid.section.single_task if rates.get(method) is not None]
     for method in alone:
-        # The runs on each task alone count as one cell of a method of their own.
+        # The single-task runs of a seed form one cell, under a method name with a suffix.
         joint = {"method": method + SINGLE_TASK, "order": None, "config": {}}
         seeds = grid.seeds_of(method)
         cells += [_entry(grid, Cell(method, rates[method], seed), selected=True, tasks=tasks) | joint for seed in seeds]
@@ -364,7 +364,7 @@ def _assemble(
 
 
 def _entry(grid: Grid, cell: Cell, *, selected: bool, tasks: Sequence[str] = ()) -> dict[str, Any]:
-    """One cell of results.json: of one run, or of the runs on each of ``tasks`` alone."""
+    """Returns one cell of results.json, from one run or from the single-task runs on ``tasks``."""
 
     def runs_alone(tasks: Sequence[str]) -> list[Run]:
         return [grid.run_of(replace(cell, order=None, task=task)) for task in tasks]
@@ -375,7 +375,7 @@ def _entry(grid: Grid, cell: Cell, *, selected: bool, tasks: Sequence[str] = ())
     scored = [read_json(run.instances_path) for run in runs if run.instances_path.is_file()]
     instances = {task: scores for of_run in scored for task, scores in of_run.items()}
     environment = runs[0].known_environment if done or not tasks else {}
-    if tasks and done:  # of one training after another
+    if tasks and done:  # sums and maxima over the single-task runs
         trainings = [run.environment["training"] for run in runs]
         trained = sum(training["trainable_parameters"] for training in trainings)
         environment["training"] = {**joint_training(trainings), "trainable_parameters": trained}
@@ -389,7 +389,7 @@ def _entry(grid: Grid, cell: Cell, *, selected: bool, tasks: Sequence[str] = ())
         "status": "done" if done else "failed" if errors else "missing",
         "error": None if done or not errors else errors[0],
         "selected": selected,
-        "validation_loss": None if loss is None or not math.isfinite(loss) else loss,  # NaN and infinity are no JSON
+        "validation_loss": None if loss is None or not math.isfinite(loss) else loss,  # JSON has no NaN or infinity
         "config": grid.recipe_of(cell).model_dump(mode="json", exclude={"compare"}),
         "environment": environment,
         "scores": scores,
@@ -406,8 +406,8 @@ def _entry(grid: Grid, cell: Cell, *, selected: bool, tasks: Sequence[str] = ())
 
 
 def _validation_loss(run: Run) -> float | None:
-    """Infinite where the cell failed, None where it has not ended."""
+    """Returns the validation loss: infinity if the cell failed, None if it has not ended."""
     if run.validation_path.is_file():
-        with explained(run.validation_path, fix="remove the file to measure again", any_error=True):
+        with explained(run.validation_path, fix="delete the file to measure the loss again", any_error=True):
             return float(read_json(run.validation_path)["loss"])
     return math.inf if (run.path / ERROR).is_file() else None

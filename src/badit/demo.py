@@ -1,4 +1,4 @@
-"""``badit demo``: the base model, LoRA and BADIT with the same budget, on the built-in tasks."""
+"""``badit demo``: the base model, LoRA and BADIT with the same parameter budget, on the built-in tasks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from badit.files import read_jsonl, refuse_links
 from badit.render import score_table, text_table
 from badit.run import Run, train
 
-# Method and training: as many parameters, to 1 %, and the rates that were the best in docs/experiments/harness-c.md.
+# Method and training options: equal parameter counts within 1 %, the best rates of docs/experiments/harness-c.md.
 METHODS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "base": ({"name": "base"}, {}),
     "LoRA": ({"name": "lora", "r": 34, "lora_alpha": 272, "lora_dropout": 0.05}, {"learning_rate": 1e-3}),
@@ -22,7 +22,7 @@ SAMPLES = 3
 
 
 def run_demo(output: Path, epochs: float, seed: int) -> None:
-    """Trains and scores the three runs, or those that are not finished, and prints the results."""
+    """Trains and scores the three runs, skips finished ones, and prints the results."""
     refuse_links(output)
     runs: dict[str, Run] = {}
     for name in METHODS:
@@ -41,7 +41,7 @@ def run_demo(output: Path, epochs: float, seed: int) -> None:
 
 
 def demo_recipe(name: str, output: str, epochs: float, seed: int) -> dict[str, Any]:
-    """One method's run of the demo."""
+    """Returns the recipe of one method's run."""
     method, own = METHODS[name]
     training = {"num_train_epochs": epochs, "seed": seed, "learning_rate": 5e-4, "logging_steps": 5, "save_steps": 40}
     return {
@@ -55,7 +55,7 @@ def demo_recipe(name: str, output: str, epochs: float, seed: int) -> dict[str, A
 
 
 def _samples(folders: Mapping[str, Path]) -> str:
-    """One instance of each of a few tasks, with every method's answer."""
+    """Returns one test instance of each of ``SAMPLES`` tasks, with the answers of all methods."""
     files = sorted(next(iter(folders.values())).glob("*.jsonl"))
     lines = []
     for file in (files[i * len(files) // SAMPLES] for i in range(SAMPLES)):

@@ -20,14 +20,14 @@ from badit.errors import one_line
 
 
 def is_main_process() -> bool:
-    """Whether this is the only process, or the first of those that accelerate or torchrun has started."""
+    """Returns whether this is rank 0 (accelerate, torchrun), or the only process."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def quiet_notices() -> None:
-    """Hides what torch, torchao and bitsandbytes log at import, and what transformers and PEFT say of each other.
+    """Hides log messages of torch, torchao and bitsandbytes at import, and FutureWarnings of transformers and PEFT.
 
-    Levels and filters of the user's own stay.
+    Logging levels and warning filters set by the user take precedence.
     """
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft)\.", append=True)
     for name in ("torchao", "torch.utils._pytree", "bitsandbytes"):
@@ -40,7 +40,7 @@ _waiting = False
 
 @contextmanager
 def status(text: str) -> Iterator[None]:
-    """Within, a line on a terminal says what is waited for. It is erased at the end. One in another is not shown."""
+    """Shows a status line on a terminal within the context, and then erases it. Nested status lines are not shown."""
     global _waiting
     if _waiting or not sys.stderr.isatty() or not is_main_process():
         yield
@@ -51,14 +51,14 @@ def status(text: str) -> Iterator[None]:
     _waiting = True
     try:
         with Console(stderr=True).status(Text(one_line(f"badit: {text} …"))) as shown:
-            shown.update(spinner="dots")  # which shows it at once
+            shown.update(spinner="dots")  # shows the line immediately
             yield
     finally:
         _waiting = False
 
 
 def environment() -> dict[str, Any]:
-    """Versions, hardware and thread settings of this process."""
+    """Returns versions, hardware and thread settings of this process."""
     import torch
 
     packages, commit, processor = {}, None, platform.processor() or platform.machine()
@@ -66,7 +66,7 @@ def environment() -> dict[str, Any]:
         with suppress(metadata.PackageNotFoundError):
             packages[name] = metadata.version(name)
     root = Path(__file__).parents[2]
-    if (root / ".git").exists():  # the checkout that badit is imported from
+    if (root / ".git").exists():  # badit is imported from a checkout
         command = ["git", "-C", str(root), "rev-parse", "HEAD"]
         with suppress(OSError, subprocess.SubprocessError):
             commit = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
@@ -86,10 +86,10 @@ def environment() -> dict[str, Any]:
 
 
 def peak_memory() -> int:
-    """The most memory that this process has held so far, in bytes: of the GPUs if there are any, else resident."""
+    """Returns the peak memory of this process in bytes: of its GPUs if there are any, else the resident set size."""
     import torch
 
     if torch.cuda.is_available():
         return sum(torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count()))
-    unit = 1 if sys.platform == "darwin" else 1024  # getrusage counts in kilobytes, on macOS in bytes
+    unit = 1 if sys.platform == "darwin" else 1024  # getrusage returns kilobytes, on macOS bytes
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

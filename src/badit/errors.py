@@ -1,4 +1,4 @@
-"""The exception that users read, what turns other libraries' exceptions into it, and all that prints."""
+"""The error that users see, the conversion of other libraries' exceptions into it, and the functions that print."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from contextlib import contextmanager
 from typing import Any
 
 _FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# Commands to a terminal, marks that reverse the order of text, and what no encoding has. Line breaks and tabs are left.
+# Terminal control characters, bidirectional text marks and lone surrogates; not line feeds and tabs.
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
-# torch's writer says why it could not open a file, but not why it stopped; safetensors ends with "(os error 28)".
+# torch's writer reports why opening a file failed, but not why writing failed; safetensors ends with "(os error 28)".
 _OPEN_FAILED = re.compile(r"open file failed|\(os error")
 _WRITE_FAILED = re.compile(r"PytorchStreamWriter failed|inline_container|iostream error")
 _HUB_FIXES = {
-    401: "; the token is not valid (any more): run hf auth login",
-    403: "; the token has no access there: take one that has, or another name",
+    401: "; the token is invalid or expired: run hf auth login",
+    403: "; the token has no access to this repository: use another token or another repository",
 }
 
 
 class BaditError(ValueError):
-    """Bad input. The message names the file, the field and the fix; the command line prints it and exits with 2.
+    """Invalid input. The message names the file, the field and the fix; the command line prints it and exits with 2.
 
-    Every mistake has one line, with control characters as their escapes, which is cut beyond 1,200 characters.
+    The message has one line per problem. Control characters are escaped. Lines longer than 1,200 characters are cut.
     """
 
     def __init__(self, *messages: str) -> None:
@@ -39,17 +39,17 @@ class BaditError(ValueError):
 def explained(
     where: object = "", *, action: str = "read or written", fix: str = "", any_error: bool = False
 ) -> Iterator[None]:
-    """Turns the known exceptions of files, schemas and the hub into a :class:`BaditError`; a bug keeps its traceback.
+    """Converts known exceptions of files, schemas and the hub into :class:`BaditError`; others (bugs) propagate.
 
     Args:
-        where: the file, field or place that opens the message; without it, the file that the exception names.
-        action: what was tried there: the message says "cannot be ``action`` (reason)".
-        fix: what to do about it, which closes the message.
-        any_error: takes every exception as known, for libraries to which a damaged file may do anything.
+        where: the file or field at the start of the message (default: the file that the exception names).
+        action: the operation, as a participle: the message says "cannot be ``action`` (reason)".
+        fix: the fix at the end of the message.
+        any_error: convert every exception, for libraries that can raise any exception on a damaged file.
     """
     try:
         yield
-    except (BaditError, BrokenPipeError):  # the reader of standard output has gone, which is no error
+    except (BaditError, BrokenPipeError):  # a closed stdout is not an error
         raise
     except Exception as error:
         file = getattr(error, "filename", None)
@@ -65,7 +65,7 @@ def explained(
 
 
 def _explanation(error: Exception, action: str, named: str) -> str | None:
-    """What went wrong, with the file that it is about as ``named``; None for an exception that is not known."""
+    """Describes a known exception; ``named`` is appended to OS errors and names their file. None if it is unknown."""
     if isinstance(error, _class("pydantic_core", "ValidationError")):
         problem = error.errors(include_url=False)[0]  # pyright: ignore
         return ": ".join(filter(None, [".".join(map(str, problem["loc"])), _message(problem)]))
@@ -83,7 +83,7 @@ def _explanation(error: Exception, action: str, named: str) -> str | None:
         return first_line(error)
     number = _error_number(error)
     if number in _FULL_DISK:
-        return "cannot be written, the disk (or a quota) is full; make room and run the same command again"
+        return "cannot be written, the disk (or a quota) is full; free some space and run the same command again"
     if number == errno.EROFS:
         return "cannot be written, the file system is read-only; choose a folder that can be written"
     if isinstance(error, OSError):
@@ -93,12 +93,12 @@ def _explanation(error: Exception, action: str, named: str) -> str | None:
     if isinstance(error, ValueError) and "embedded null" in str(error):
         return f"cannot be {action} (not a valid path)"
     if isinstance(error, ValueError) and "trust_remote_code" in str(error):
-        return f"cannot be {action} without Python code of its own; allow it with trust_remote_code if you trust it"
+        return f"cannot be {action} without the model's Python code; allow it with trust_remote_code if you trust it"
     return None
 
 
 def _error_number(error: Exception) -> int | None:
-    """The system's error number behind an exception of Python, safetensors or torch's writer."""
+    """Returns the errno of an exception of Python, safetensors or torch's writer; None if it has none."""
     if isinstance(error, OSError):
         return error.errno
     text = str(error)
@@ -110,21 +110,21 @@ def _error_number(error: Exception) -> int | None:
 
 
 def _class(module: str, name: str) -> Any:
-    """A library's exception class; none where the library is not loaded, so that nothing can have raised it."""
+    """Returns a library's exception class, or () if the library is not imported: then it cannot have been raised."""
     return getattr(sys.modules.get(module), name, ())
 
 
 def problems(
     error: Any, values: Any, known_keys: Callable[[Sequence[int | str]], Iterable[str]] | None = None
 ) -> list[tuple[str, str]]:
-    """The dotted key of each problem of a pydantic ValidationError of ``values``, and what is wrong with it.
+    """Returns the dotted key and the description of each problem in a pydantic ValidationError of ``values``.
 
-    ``known_keys`` names the keys of the section at a place, to find the one that a misspelt key stands for.
+    ``known_keys`` returns the valid keys of the section at a location, to suggest one for a misspelt key.
     """
     found: dict[str, str] = {}
     for problem in error.errors(include_url=False):
         place, inner = [], values
-        for part in problem["loc"]:  # which also names the alternative of a union that was tried
+        for part in problem["loc"]:  # this also contains the tried alternative of a union
             try:
                 inner = inner[part]
             except (LookupError, TypeError):
@@ -143,7 +143,7 @@ def problems(
 
 
 def _message(problem: Any) -> str:
-    """What one of a ValidationError's problems is, without pydantic's own prefixes."""
+    """Returns the message of one problem of a ValidationError, without pydantic's prefix."""
     message = problem["msg"].removeprefix("Value error, ").replace("\n", " ")
     if problem["type"] == "missing" and isinstance(problem["input"], dict):
         wanted = str(problem["loc"][-1])
@@ -154,35 +154,35 @@ def _message(problem: Any) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what another library's exception says, or its type's name where it says nothing."""
+    """Returns the first line of an exception's message, or the name of its type if the message is empty."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return (lines[0] if lines else type(error).__name__)[:200].rstrip(" .:")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """A hint for a misspelt name: `` (did you mean 'x'?)`` or the empty string."""
+    """Returns a hint for a misspelt name, `` (did you mean 'x'?)``, or an empty string."""
     close = difflib.get_close_matches(str(name), list(known), n=1)
     return f" (did you mean '{close[0]}'?)" if close else ""
 
 
 def refuse_unknown(field: str, value: object, known: Iterable[str]) -> None:
-    """Raises a BaditError that names the field, the nearest known value and all of them, unless the value is known."""
+    """Raises BaditError if the value is unknown; the message names the field, the nearest and all known values."""
     known = list(known)
     if value not in known:
         raise BaditError(f"{field}: unknown {value!r:.60}{nearest(str(value), known)}; known: {', '.join(known)}")
 
 
 def one_line(text: str) -> str:
-    """Text for a terminal, with the escapes of line breaks and control characters, which may be commands to it."""
+    """Escapes line breaks and control characters, because a terminal could execute the latter."""
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in text)
 
 
 def say(line: str, *, red: bool = False) -> None:
-    """Prints a line to stderr, as :func:`one_line`; in red on a terminal unless NO_COLOR is set."""
+    """Prints a line to stderr, escaped by :func:`one_line`; red on a terminal unless NO_COLOR is set."""
     in_red = red and sys.stderr.isatty() and not os.environ.get("NO_COLOR")
     print(f"\x1b[31m{one_line(line)}\x1b[0m" if in_red else one_line(line), file=sys.stderr, flush=True)
 
 
 def show(text: str) -> None:
-    """Prints a result to stdout; control characters other than line breaks and tabs stand as their escapes."""
+    """Prints a result to stdout. Control characters other than line feeds and tabs are escaped."""
     print(_CONTROL.sub(lambda found: one_line(found[0]), text), flush=True)

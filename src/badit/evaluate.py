@@ -1,6 +1,6 @@
-"""What is done with a recipe and its run: train and score it, score it again, measure its loss, load it.
+"""Trains and scores recipes, scores runs again, measures their validation loss and loads their models.
 
-A run's scores are in ``scores.json`` and the answers that they are of in ``predictions/``, a file for each task.
+A run's scores are in ``scores.json``. The scored answers are in ``predictions/``, one file per task.
 """
 
 from __future__ import annotations
@@ -57,12 +57,12 @@ _PREDICTION = TypeAdapter(Prediction)
 
 
 def train_and_score(recipe: Recipe, *, progress: bool = True, allow_changed_inputs: bool = False) -> dict[str, Any]:
-    """Runs a recipe to its end, or to its end from where it stopped, and returns its scores.
+    """Trains and scores a recipe, or resumes its run, and returns its scores.
 
-    Under accelerate or torchrun all processes train; then the first scores alone, and the others return {}.
+    Under accelerate or torchrun all ranks train. Only rank 0 scores; the other ranks return {}.
 
     Raises:
-        BaditError: bad input, or an output folder that holds another recipe's run.
+        BaditError: the input is invalid, or the output folder holds a run of another recipe.
     """
     with explained(recipe.output), in_use(recipe):
         run = fit(recipe, progress=progress, allow_changed_inputs=allow_changed_inputs)
@@ -71,7 +71,7 @@ def train_and_score(recipe: Recipe, *, progress: bool = True, allow_changed_inpu
         if not is_main_process():
             return {}
         if run.scores_path.is_file():
-            write_run_card(run)  # an earlier process may have ended between the two
+            write_run_card(run)  # an interrupted run may have scores but no card
             return read_scores(run.scores_path)
         trusted = recipe.model.trust_remote_code
         return evaluate(run.path, progress=progress, trust_remote_code=trusted, keep_stages=True)
@@ -85,17 +85,17 @@ def evaluate(
     trust_remote_code: bool = False,
     keep_stages: bool = False,
 ) -> dict[str, Any]:
-    """Scores a run on its tasks and writes the scores and predictions in its folder.
+    """Scores a run on its tasks and writes the scores and predictions to its folder.
 
-    The recipe's own split goes to ``scores.json`` and ``predictions/``, another one to ``scores-SPLIT.json`` and
-    ``predictions-SPLIT/``. A sequence of tasks is scored on its own split after each of them, and its scores have the
-    matrix of all of those as well; on another split its last state alone is scored. ``keep_stages`` takes the scores of
-    those that have been scored already.
+    The recipe's own split is written to ``scores.json`` and ``predictions/``, another split to ``scores-SPLIT.json``
+    and ``predictions-SPLIT/``. On its own split, a sequence of tasks is scored after each task, and the scores include
+    the matrix of these scores. On another split, only the final model is scored. With ``keep_stages``, stages that
+    already have scores are not scored again.
 
-    A run whose base model brings Python code is refused without ``trust_remote_code``.
+    A run whose base model needs its own Python code is refused unless ``trust_remote_code`` is set.
 
     Raises:
-        BaditError: no such run or split, no adapter yet or a damaged one, or a split without instances.
+        BaditError: the run or split does not exist, the adapter is missing or damaged, or the split has no instances.
     """
     if split is not None:
         refuse_unknown("split", split, get_args(Split))
@@ -115,7 +115,7 @@ def evaluate(
 
 
 def _score(run: Run, recipe: Recipe, tasks: list[Task], split: Split, progress: bool) -> dict[str, Any]:
-    """Scores a run or a stage of one on a split and writes the files."""
+    """Scores a run or one stage of a run on a split, and writes scores and predictions."""
     suffix = "" if split == recipe.evaluation.split else f"-{split}"
     scores, predictions = score_model(*load_run(run, recipe), recipe, tasks, split, progress=progress)
     write_predictions(run.path / f"predictions{suffix}", predictions)
@@ -133,13 +133,13 @@ def score_model(
     progress: bool,
     answer: Callable[[list[list[int]]], list[str]] | None = None,
 ) -> tuple[dict[str, Any], list[Prediction]]:
-    """Answers every instance of the tasks' split, with a recipe's prompts and settings, and scores the answers.
+    """Answers every instance in a split of the tasks, with the recipe's prompts and settings, and scores the answers.
 
-    All tasks are decoded together, so that batches hold prompts of like length. ``answer`` takes prompts' token ids and
-    answers in place of the model, which is then not used; the NLL is left out.
+    All tasks are decoded together, so that batches hold prompts of similar length. ``answer``, if given, maps the token
+    ids of prompts to answers. The model then generates nothing, and the NLL is not measured.
 
-    Returns the scores as :func:`badit.metrics.mean_scores` has them, and the predictions, in the order of the tasks;
-    BaditError for an empty prompt.
+    Returns the scores in the format of :func:`badit.metrics.mean_scores`, and the predictions, in the order of the
+    tasks; BaditError if a prompt is empty.
     """
     pairs: list[tuple[Task, Instance]] = [(task, instance) for task in tasks for instance in getattr(task, split)]
     examples = encoded(tokenizer, recipe, pairs, model)
@@ -176,7 +176,7 @@ def _prefill(
     prompts_BT: torch.Tensor,
     attended_BT: torch.Tensor,
 ) -> dict[str, Any]:
-    """One pass over a batch's prompts and references: writes the references' mean NLL, returns the prompts' cache."""
+    """Runs a batch of prompts and references: writes each reference's mean NLL to ``losses``, returns the cache."""
     references = [torch.tensor(examples[i]["input_ids"][examples[i]["prompt_length"] :]) for i in batch]
     answers_BA = pad_sequence(references, batch_first=True, padding_value=IGNORED_LABEL).to(model.device)
     is_answer_BA = answers_BA != IGNORED_LABEL
@@ -197,7 +197,7 @@ def _prefill(
 
 
 def _score_sequence(run: Run, plan: Plan, progress: bool, keep_stages: bool) -> dict[str, Any]:
-    """Every stage's model on the tasks that it has learnt, and perhaps on those to come."""
+    """Scores each stage on the tasks trained so far, or on all tasks with ``evaluation.unseen_tasks``."""
     names = [task.name for task in plan.tasks]
     by_stage = []
     for number, stage in enumerate(plan.stages, start=1):
@@ -213,9 +213,9 @@ def _score_sequence(run: Run, plan: Plan, progress: bool, keep_stages: bool) -> 
 
 
 def write_predictions(folder: str | Path, predictions: Iterable[Prediction]) -> None:
-    """Writes `<task>.jsonl` for each task, one prediction per line. Other files in the folder are left alone.
+    """Writes `<task>.jsonl` for each task, one prediction per line. Other files in the folder are kept.
 
-    BaditError if a task's name leads out of the folder.
+    BaditError if the path for a task's name is outside the folder.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -225,17 +225,17 @@ def write_predictions(folder: str | Path, predictions: Iterable[Prediction]) -> 
 
 
 def read_predictions(folder: str | Path) -> list[Prediction]:
-    """All predictions in a folder that `write_predictions` wrote, by task name, then in their written order.
+    """Returns the predictions that `write_predictions` wrote to a folder, sorted by task name, then in file order.
 
-    BaditError for no such files, or a line that is not a prediction.
+    BaditError if there are no such files, or a line is not a prediction.
     """
     predictions = []
     for file in sorted(Path(folder).glob("[!.]*.jsonl")):
         for number, fields in enumerate(read_jsonl(file), start=1):
-            with explained(f"{file}: line {number}", fix="evaluate again"):
+            with explained(f"{file}: line {number}", fix="evaluate the run again"):
                 predictions.append(_PREDICTION.validate_python(fields))
     if not predictions:
-        raise BaditError(f"predictions {folder}: no .jsonl files there; evaluate the run")
+        raise BaditError(f"predictions {folder}: the folder has no .jsonl files; evaluate the run")
     return predictions
 
 
@@ -246,7 +246,7 @@ def answer_token_losses(
     recipe: Recipe,
     examples: Sequence[Mapping[str, Any]],
 ) -> list[list[float]]:
-    """The negative log-likelihood of every token of each encoded instance's first reference, in nats."""
+    """Returns the NLL, in nats, of every token of the first reference of each encoded instance."""
     collate = AnswerCollator(pad_id(tokenizer), with_tasks=True)
     order = sorted(range(len(examples)), key=lambda i: len(examples[i]["input_ids"]))
     losses: list[list[float]] = [[] for _ in examples]
@@ -261,12 +261,12 @@ def answer_token_losses(
 
 
 def validation_loss(path: str | Path, *, trust_remote_code: bool = False) -> dict[str, Any]:
-    """The answers' negative log-likelihood per token on held-out training instances, kept in ``validation.json``.
+    """Measures the NLL of the answers per token on the validation split and writes it to ``validation.json``.
 
-    It is what learning rates are chosen by: forward passes alone, and far less noisy than scores of generated answers.
+    Learning rates are chosen by this loss. It needs only forward passes and is far less noisy than generated answers.
 
     Returns:
-        ``loss``, the mean over tasks, and ``tasks``, each task's own, in nats.
+        ``loss``, the mean over tasks, and ``tasks``, the loss of each task, in nats.
     """
     run = Run(path)
     if run.validation_path.is_file():
@@ -285,9 +285,9 @@ def validation_loss(path: str | Path, *, trust_remote_code: bool = False) -> dic
 
 
 def load_run(run: Run, recipe: Recipe | None = None) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
-    """A run's base model with what it has learnt (if its method trains), for inference.
+    """Returns a run's model, with its trained weights if the method trains, for inference, and the tokenizer.
 
-    ``run`` may be a stage's folder together with the run's ``recipe``. BaditError for no adapter, or a damaged one.
+    ``run`` may be a stage's folder if the run's ``recipe`` is given. BaditError if the adapter is missing or damaged.
     """
     recipe = recipe or run.trusted_recipe()
     method = build_method(recipe.method)
@@ -299,5 +299,5 @@ def load_run(run: Run, recipe: Recipe | None = None) -> tuple[PreTrainedModel | 
     model, tokenizer = base_model(recipe)
     if changed_inputs(whole.known_environment.get("inputs", {}), {BASE_MODEL: model_fingerprint(model)}):
         fix = "restore it, or train again with another output=FOLDER"
-        raise BaditError(f"{run.path}: the base model {recipe.model.name} changed since the run was trained; {fix}")
+        raise BaditError(f"{run.path}: the base model {recipe.model.name} has changed since the run was trained; {fix}")
     return method.load(model, run.adapter_path), tokenizer

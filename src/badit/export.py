@@ -1,8 +1,8 @@
-"""``badit export``: a run as a plain LoRA adapter or a merged model, and what its fixed mixture costs in Rouge-L.
+"""``badit export``: writes a run as a plain LoRA adapter or a merged model, and scores it in Rouge-L.
 
-An export's folder has what PEFT or transformers loads without badit, the model card ``README.md``, ``export.json`` (the
-run, the choices, the error and the files), ``gates.json`` (the fixed mixture: each module's gate for each expert) and
-``scores.json`` (what freezing costs, once it has been measured).
+An export's folder contains the files that PEFT or transformers loads without badit, the model card ``README.md``,
+``export.json`` (the run, the options, the error and the files), ``gates.json`` (the fixed gates: for each module, one
+per expert) and ``scores.json`` (the Rouge-L of the run and of the export, if it was scored).
 
 Shape suffixes: O/I = out/in features, P = rank, N = components, K = experts.
 """
@@ -48,32 +48,32 @@ from badit.tuner import hooks_of
 from badit.tuner.config import ExpertConfig
 from badit.tuner.targets import FusedExpert, base_layer, short_names
 
-#: The ranks of vLLM's ``--max-lora-rank``; an adapter takes the next one up.
+#: The values of vLLM's ``--max-lora-rank``. An adapter needs the smallest one that is not below its rank.
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-#: What answers the instances that an export is scored on.
+#: The engine that generates the answers for an export's scores.
 Engine = Literal["transformers", "vllm"]
-#: By the module's name in the base model, A (P, I) and B (O, P) with W + B A the adapted weight: float32, on the CPU.
+#: By module name in the base model, A (P, I) and B (O, P): float32, on the CPU. The adapted weight is W + B A.
 Factors = Mapping[str, tuple[torch.Tensor, torch.Tensor]]
 
 SCORES = "scores.json"
-# These start from a part of the base weight, W − s·B0 A0, which PEFT subtracts again whenever one is loaded.
+# These change the base weight to W − s·B0 A0. PEFT repeats this change whenever such an adapter is loaded.
 _CHANGES_BASE = ("pissa", "olora")
 _MORE_THAN_LORA = ("use_dora", "lora_bias", "modules_to_save", "trainable_token_indices", "target_parameters")
 
 
 @dataclasses.dataclass(frozen=True)
 class Export:
-    """What has been written.
+    """A written export.
 
     Attributes:
-        folder: where.
-        mixture: the gates that replaced the router, in words; None if the run has no gates that vary.
-        task: the task whose mixture it is.
-        rank: of the adapter; None for a merged model.
-        exact_rank: the rank without an error; None for a merged model.
-        errors: by module, ‖ΔW − ΔW'‖ / ‖ΔW‖ (Frobenius) of the adapter's part ΔW; empty if nothing is lost.
+        folder: the folder of the export.
+        mixture: a description of the gates that replaced the router; None if the run has no gates that vary.
+        task: the task whose mean gates were used, or None.
+        rank: the adapter's rank; None for a merged model.
+        exact_rank: the rank at which the adapter is exact; None for a merged model.
+        errors: by module, ‖ΔW − ΔW'‖ / ‖ΔW‖ (Frobenius norm) of the adapter's update ΔW; empty if it is exact.
         total_error: the same over all modules together.
-        tasks: the adapter of each task, of an export of all tasks, whose errors are those of the worst of them.
+        tasks: for an export of all tasks, the export of each task. The errors are then those of the worst one.
     """
 
     folder: Path
@@ -91,12 +91,12 @@ class Export:
 
     @property
     def max_lora_rank(self) -> int | None:
-        """What vLLM's ``--max-lora-rank`` must be."""
+        """The value for vLLM's ``--max-lora-rank``; None for a merged model."""
         return None if self.rank is None else next(known for known in VLLM_RANKS if known >= self.rank)
 
     def record(self, run: Run, method: str) -> dict[str, Any]:
-        """The content of ``export.json``, but for the list of files."""
-        # Relative to the export, so that it names no folder of its owner's, and both can be moved together.
+        """Returns the content of ``export.json`` without the list of files."""
+        # A relative path names none of the user's folders, and both folders can be moved together.
         path = os.path.relpath(run.path.resolve(), self.folder.resolve())
         kept: dict[str, Any] = {"run": path, "method": method, "mixture": self.mixture, "task": self.task}
         if not self.merged:
@@ -118,15 +118,15 @@ def export(
     progress: bool = True,
     trust_remote_code: bool = False,
 ) -> Export:
-    """Writes a run's adapter as a plain LoRA, or a merged model, as :meth:`badit.Run.export` describes it.
+    """Writes a run's adapter as a plain LoRA or a merged model; see :meth:`badit.Run.export`.
 
-    ``output`` must be new, empty or an earlier export. The LoRA equals the fixed mixture exactly, unless ``rank`` is
-    smaller than that takes (SVD), or it takes more than 512, the most that vLLM serves.
+    ``output`` must be new, empty or an earlier export. The LoRA equals the adapter with fixed gates exactly, unless
+    ``rank`` is below the exact rank or the exact rank is above 512, vLLM's maximum. It is then compressed by SVD.
     """
     folder = Run(run)
     recipe = folder.trusted_recipe(trust_remote_code)
     method = build_method(recipe.method)
-    config = getattr(method, "config", None)  # PEFT's, of a method that trains an adapter
+    config = getattr(method, "config", None)  # a PEFT config, if the method trains an adapter
     has_experts = isinstance(config, ExpertConfig)
     mixes = has_experts and not config.has_fixed_gates
     output = Path(output)
@@ -137,12 +137,12 @@ def export(
     quantised = merged and has_experts and recipe.model.quantisation is not None
     problems = {
         "give only one of --task, --all-tasks and --gates": chosen > 1,
-        "--merged: one model without a rank; leave --all-tasks and --rank out": merged and (all_tasks or rank),
+        "--merged: writes a model without a rank; remove --all-tasks and --rank": merged and (all_tasks or rank),
         f"--rank: must be between 1 and {VLLM_RANKS[-1]}, not {rank}": not servable,
-        f"{folder.path}: is a run of the base model as it is: there is nothing to export": not method.trains,
-        f"{folder.path}: {method.name} trains the base weights; export it --merged": config is None and not merged,
-        "--merged: the base weights are quantised, which would round the adapter away; leave it out": quantised,
-        f"--task, --all-tasks, --gates: {method.name} does the same for every prompt; leave them out": chosen
+        f"{folder.path}: is a run of the unchanged base model; there is nothing to export": not method.trains,
+        f"{folder.path}: {method.name} trains the base weights; export it with --merged": config is None and not merged,
+        "--merged: the base weights are quantised, and rounding would lose the adapter; remove --merged": quantised,
+        f"--task, --all-tasks, --gates: {method.name} has no gates that vary; remove these options": chosen
         and not mixes,
         f"{method.name} learns each task separately: choose one with --task": untold,
     }
@@ -172,7 +172,7 @@ def export(
                 place = partial / below
                 place.mkdir(parents=True)
                 done = Export(output / below, mixture, of_task)
-                factors: Factors = {}  # none if PEFT itself merges, or if the base weights were trained
+                factors: Factors = {}  # empty if PEFT merges or the base weights were trained
                 if has_experts:
                     factors = mixture_factors(model, fixed, of_task)
                 elif not merged:
@@ -207,7 +207,7 @@ def export(
 
 
 def _compressed(done: Export, factors: Factors, rank: int | None) -> tuple[Export, Factors]:
-    """The export of an adapter of at most this rank, by default the exact one, and its factors."""
+    """Returns the export and its factors with at most this rank (default: the exact rank), compressed if necessary."""
     exact_rank = len(next(iter(factors.values()))[0])
     rank = min(rank or exact_rank, exact_rank, VLLM_RANKS[-1])
     if rank == exact_rank:
@@ -228,10 +228,10 @@ def score_export(
     progress: bool = True,
     trust_remote_code: bool = False,
 ) -> dict[str, Any]:
-    """Scores an export as other tools load it, and writes and returns its ``scores.json``.
+    """Loads an export as other tools do, scores it, writes its ``scores.json`` and returns the content.
 
-    It has Rouge-L ``routed`` (the run's), ``frozen`` and their ``difference`` for each of ``tasks``, and the ``mean``
-    of the three. A mixture of one task is scored on that task only, an export of all tasks with each task's adapter.
+    ``tasks`` has for each task the Rouge-L of the run (``routed``), the export (``frozen``) and their ``difference``;
+    ``mean`` has the means. One task's export is scored on that task only; for all tasks, each task uses its adapter.
     """
     refuse_unknown("engine", engine, get_args(Engine))
     folder = Run(run)
@@ -245,7 +245,7 @@ def score_export(
     by_task: dict[str, dict[str, float]] = {}
     for part in exported.tasks.values() or [exported]:
         tasks = [task for task in known if part.task in (None, task.name)]
-        model: Any = None  # frees the last one
+        model: Any = None  # frees the previous model
         answer = None
         if vllm is not None:
             tokenizer, answer = vllm[0], partial(vllm[1], part)
@@ -271,18 +271,18 @@ def score_export(
 
 
 def _vllm(exported: Export, recipe: Recipe) -> tuple[Any, Callable[[Export, list[list[int]]], list[str]]]:
-    """vLLM's tokenizer, and what answers token ids of prompts with a part of the export, up to the end of turn."""
+    """Starts vLLM; returns its tokenizer and a function that answers prompts (token ids) with a part of the export."""
     if recipe.model.quantisation is not None:
-        raise BaditError("engine: vllm does not load model.quantisation; take transformers")
+        raise BaditError("engine: vllm does not support model.quantisation; use transformers")
     base, revision, lora = str(exported.folder), None, {}
     if not exported.merged:
         base, revision = resolve_model(recipe.model.name), recipe.model.revision
         lora = {"enable_lora": True, "max_lora_rank": exported.max_lora_rank}
-    with explained("engine: vllm", action="started", fix="install vLLM here, or take transformers", any_error=True):
-        from vllm import LLM, SamplingParams  # pyright: ignore[reportMissingImports] (brings its own torch)
+    with explained("engine: vllm", action="started", fix="install vLLM here, or use transformers", any_error=True):
+        from vllm import LLM, SamplingParams  # pyright: ignore[reportMissingImports] (it requires its own torch)
         from vllm.lora.request import LoRARequest  # pyright: ignore[reportMissingImports]
 
-        # On a processor, compiling takes longer than it saves.
+        # On a CPU, compilation takes longer than it saves.
         vllm = LLM(base, dtype=model_dtype(recipe), revision=revision, enforce_eager=device().type == "cpu", **lora)
     tasks: list[str | None] = [*exported.tasks] or [exported.task]
     tokenizer = vllm.get_tokenizer()
@@ -304,18 +304,18 @@ def _write_record(folder: Path, record: Mapping[str, Any]) -> None:
 
 
 def _refuse_other_files(folder: Path) -> None:
-    """Raises BaditError unless the folder does not exist, is empty, or is an earlier export with nothing added."""
+    """Raises BaditError unless the folder is missing, empty or an earlier export without other files."""
     if folder.exists() and not folder.is_dir():
         raise BaditError(f"{folder}: is a file; choose another folder with -o")
     if Path.cwd().is_relative_to(folder.resolve()):
-        raise BaditError(f"{folder}: has the current folder in it, and is replaced as a whole; choose another with -o")
-    own: list[Any] = [OWNER, f"{OWNER}.partial"]  # a killed process leaves it
+        raise BaditError(f"{folder}: contains the current folder and would be replaced; choose another folder with -o")
+    own: list[Any] = [OWNER, f"{OWNER}.partial"]  # left by a killed process
     if (folder / RECORD).is_file():
         refuse_links(folder)
         files = read_json(folder / RECORD).get("files")
         own += [RECORD, SCORES, *files] if isinstance(files, list) else []
     if others := [path.name for path in folder.glob("*") if path.name not in own]:
-        raise BaditError(f"{folder}: holds {min(others)}, which is of no export; choose another folder with -o")
+        raise BaditError(f"{folder}: holds {min(others)}, which badit did not write; choose another folder with -o")
     for of_task in (path for path in folder.glob("*") if path.is_dir()):
         _refuse_other_files(of_task)
 
@@ -323,18 +323,18 @@ def _refuse_other_files(folder: Path) -> None:
 def _mean_gates(
     run: Run, model: Any, tokenizer: Any, tasks: Mapping[str, Task], chosen: Sequence[str | None], progress: bool
 ) -> dict[str | None, tuple[str, Gates]]:
-    """For each chosen task, or None for all with equal weight, a description and the mean gates of training prompts."""
+    """Returns a description and the mean gates of training prompts by chosen task (None: all, equally weighted)."""
     names = [name for name in tasks if tasks[name].train and (None in chosen or name in chosen)]
     without = [f"task {name}" for name in chosen if name not in (None, *names)]
     if without or not names:
-        raise BaditError(f"{[*without, 'the run'][0]}: has no training prompts for mean gates; give --gates FILE")
+        raise BaditError(f"{[*without, 'the run'][0]}: has no training prompts for mean gates; use --gates FILE")
     measured = task_gates(run, model, tokenizer, run.recipe, tasks, names)
     by_task = dict(tqdm(measured, desc="Gates", unit="task", total=len(names), disable=not progress))
     found: dict[str | None, tuple[str, Gates]] = {}
     for task in chosen:
         over = names if task is None else [task]
         number = sum(len(tasks[name].train[:PROMPTS_PER_TASK]) for name in over)
-        of_what = f"of {len(over)} tasks, and over these," if task is None else f"of task {task}"
+        of_what = f"of {len(over)} tasks, averaged over tasks," if task is None else f"of task {task}"
         each = [by_task[name] for name in over]
         mean = {module: torch.tensor([gates[module] for gates in each]).mean(dim=0).tolist() for module in each[0]}
         found[task] = (f"mean gates {of_what} on {number} training prompts", mean)
@@ -342,12 +342,12 @@ def _mean_gates(
 
 
 def mixture_factors(model: PeftModel, gates: Gates | None, task: str | None = None) -> Factors:
-    """The factors of the active adapter's experts with fixed ``gates`` (None: the method's own), for ``task``."""
+    """Returns the active adapter's factors with fixed ``gates`` (None: the method's own) for ``task``."""
     factors = {}
     with hooks_of(model).rows_of(None if task is None else [task]):
         for one in adapted_layers(model):
             gates_N = None
-            if gates is not None:  # every component has its expert's gate
+            if gates is not None:  # each component has its expert's gate
                 gates_N = torch.tensor(gates[one.layer.name], dtype=torch.float32)[one.expert_of_N.cpu()]
             a_PI, b_OP = one.layer.frozen_factors(one.adapter, gates_N)
             factors[one.layer.name] = (a_PI.cpu(), b_OP.cpu())
@@ -355,22 +355,22 @@ def mixture_factors(model: PeftModel, gates: Gates | None, task: str | None = No
 
 
 def _lora_factors(model: PeftModel, initial: PeftModel | None) -> Factors:
-    """The factors of an adapter of PEFT's LoRA family; ``initial`` is that of PiSSA or OLoRA before training."""
+    """Returns the factors of a PEFT LoRA adapter; ``initial`` is the untrained adapter of PiSSA or OLoRA."""
     config: Any = model.peft_config["default"]
     extra = [name for name in _MORE_THAN_LORA if getattr(config, name)] + ["bias"] * (config.bias != "none")
     if extra:
-        raise BaditError(f"method.{extra[0]}: makes the adapter more than a plain LoRA; export the model: --merged")
+        raise BaditError(f"method.{extra[0]}: makes the adapter more than a plain LoRA; export with --merged")
     if config.init_lora_weights not in (True, False, "gaussian", "orthogonal", "eva", *_CHANGES_BASE):
         raise BaditError(
             f"method.init_lora_weights: {config.init_lora_weights} has changed the base weight in a way that cannot be "
-            "separated from the adapter; export the model: --merged"
+            "separated from the adapter; export with --merged"
         )
     parts: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
     for sign, adapted in ((1, model), (-1, initial)):
         for name, layer in adapted.get_base_model().named_modules() if adapted is not None else ():
             if isinstance(layer, LoraLayer):
                 if "default" not in layer.lora_A:
-                    raise BaditError(f"{name} is an embedding, which takes no plain LoRA; export the model: --merged")
+                    raise BaditError(f"{name}: is an embedding, which a plain LoRA cannot adapt; export with --merged")
                 linear: Any = layer.lora_A["default"], layer.lora_B["default"]
                 a_PI, b_OP = (part.weight.detach().to("cpu", torch.float32) for part in linear)
                 parts.setdefault(name, []).append((a_PI, sign * b_OP * layer.scaling["default"]))
@@ -378,26 +378,26 @@ def _lora_factors(model: PeftModel, initial: PeftModel | None) -> Factors:
     factors = {}
     for name, of_name in parts.items():
         a_PI, b_OP = torch.cat([a for a, _ in of_name]), torch.cat([b for _, b in of_name], dim=1)
-        missing = rank - len(a_PI)  # zeros pad smaller ranks: servers read one rank and one alpha for all modules
+        missing = rank - len(a_PI)  # zero padding: servers read one rank and one alpha for all modules
         factors[name] = (F.pad(a_PI, (0, 0, 0, missing)), F.pad(b_OP, (0, missing)))
     return factors
 
 
 def write_adapter(folder: Path, factors: Factors, base: nn.Module, name: str, revision: str | None = None) -> None:
-    """Writes a LoRA of one rank and alpha = rank with the fields of PEFT 0.5 alone: servers refuse some later ones.
+    """Writes a LoRA with one rank and alpha = rank, and without PEFT's newer fields that servers refuse.
 
-    ``base`` may be adapted; ``name`` and ``revision`` are its own, and ``factors`` all have one rank.
+    ``base`` may have adapters; ``name`` and ``revision`` identify it. All ``factors`` must have the same rank.
     """
     rank = len(next(iter(factors.values()))[0])
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": name, "revision": revision}
-    config |= {"r": rank, "lora_alpha": rank, "lora_dropout": 0.0}  # a scaling of 1: B has it
+    config |= {"r": rank, "lora_alpha": rank, "lora_dropout": 0.0}  # scaling 1, because B contains the scaling
     layers = {module: getattr(layer := base_layer(base, module), "base_layer", layer) for module in factors}
     modules = [module for module, layer in layers.items() if not isinstance(layer, FusedExpert)]
     config |= {"target_modules": short_names(base, modules), "bias": "none", "modules_to_save": None}
     config |= {"fan_in_fan_out": any(isinstance(layer, Conv1D) for layer in layers.values())}
     config |= {"use_rslora": False, "use_dora": False, "init_lora_weights": True, "inference_mode": True}
     config |= {"rank_pattern": {}, "alpha_pattern": {}}
-    pairs: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}  # by module, or of all matrices of a fused weight
+    pairs: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}  # by module; a fused weight has several pairs
     for name, pair in factors.items():
         pairs.setdefault(name if name in modules else name.rpartition(".")[0], []).append(pair)
     if fused := pairs.keys() - modules:
@@ -405,7 +405,7 @@ def write_adapter(folder: Path, factors: Factors, base: nn.Module, name: str, re
     tensors: dict[str, torch.Tensor] = {}
     for name, of_name in reversed(pairs.items()):
         place = f"base_model.model.{name.rpartition('.')[0] if name in fused else name}"
-        while f"{place}.lora_A.weight" in tensors:  # PEFT wraps a module for each fused weight, the last one outermost
+        while f"{place}.lora_A.weight" in tensors:  # PEFT wraps a module once per fused weight, the last one outermost
             place += ".base_layer"
         tensors[f"{place}.lora_A.weight"] = torch.cat([a_PI for a_PI, _ in of_name])
         tensors[f"{place}.lora_B.weight"] = torch.stack([b_OP for _, b_OP in of_name], dim=-1).flatten(1)
@@ -415,11 +415,11 @@ def write_adapter(folder: Path, factors: Factors, base: nn.Module, name: str, re
 
 @torch.no_grad()
 def merge(base: nn.Module, factors: Factors) -> None:
-    """Adds B A to every weight, in float32, rounded once to the weight's own type."""
+    """Adds B A to every weight in float32 and rounds once to the weight's dtype."""
     owners = Counter(id(parameter) for _, parameter in base.named_parameters(remove_duplicate=False))
     for name, (a_PI, b_OP) in factors.items():
         layer = base_layer(base, name)
         if owners[id(layer.weight)] > 1:
-            raise BaditError(f"{name}: shares its weight with another module, so nothing can be merged into it alone")
+            raise BaditError(f"{name}: shares its weight with another module; export without --merged")
         delta_OI = (b_OP @ a_PI).to(layer.weight.device)
         layer.weight.copy_(layer.weight.float() + (delta_OI.T if isinstance(layer, Conv1D) else delta_OI))

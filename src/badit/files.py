@@ -1,7 +1,7 @@
-"""File operations: strict reading, writing each file whole or not at all, and no way out of a folder by a link.
+"""File operations: strict reading, atomic writing, and protection against links that lead out of a folder.
 
-Commands on a folder that may come from elsewhere (a run, a comparison, an export) begin with :func:`refuse_links`.
-Names that are read from a file go through :func:`inside`. What cannot be read or written is a BaditError.
+Commands on a folder that may be untrusted (a run, a comparison, an export) first call :func:`refuse_links`. File names
+that are read from a file are checked by :func:`inside`. BaditError if a file cannot be read or written.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from typing import Any, NoReturn
 
 from badit.errors import BaditError, explained
 
-# In a folder that is in use: the process that uses it.
+# In a folder that is in use: the name of the process that uses it.
 OWNER = ".owner"
 
 
 def read_text(file: Path) -> str:
-    """The text of a UTF-8 file; a pipe or a device is refused."""
+    """Returns the text of a UTF-8 file; BaditError for a pipe or a device."""
     return "".join(line for _, line in lines_of(file))
 
 
 def lines_of(file: Path) -> Iterator[tuple[int, str]]:
-    """The lines of a UTF-8 file with their numbers, read one by one; only \\n ends a line."""
+    """Yields the numbers (from 1) and lines of a UTF-8 file; only \\n ends a line."""
     with explained(file, action="read"):
         if file.exists() and not file.is_file() and not file.is_dir():
-            raise BaditError(f"{file}: cannot be read (a pipe or a device); put a file there")
+            raise BaditError(f"{file}: cannot be read (a pipe or a device); use a regular file")
         with file.open("rb") as stream:
             for number, line in enumerate(stream, start=1):
                 if number == 1 and line.startswith(b"\xef\xbb\xbf"):
@@ -46,7 +46,7 @@ def lines_of(file: Path) -> Iterator[tuple[int, str]]:
 
 
 def parse_json(text: str, *, file: Path, first_line: int = 1, constants: bool = False) -> Any:
-    """The JSON value in `text`, which starts at line `first_line` of `file`, with NaN and infinities if `constants`."""
+    """Parses `text`, which starts at line `first_line` of `file`, as JSON; `constants` allows NaN and infinities."""
 
     def distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         if len(entries := dict(pairs)) < len(pairs):
@@ -55,22 +55,22 @@ def parse_json(text: str, *, file: Path, first_line: int = 1, constants: bool = 
         return entries
 
     def refuse(constant: str) -> NoReturn:
-        raise ValueError(f"{constant} is not JSON; use a number or null")
+        raise ValueError(f"{constant} is not valid JSON; use a number or null")
 
     try:
         value = json.loads(text, parse_constant=None if constants else refuse, object_pairs_hook=distinct)
-        if "\\ud" in text.lower():  # an escaped surrogate; encoding finds one without its other half
+        if "\\ud" in text.lower():  # escaped surrogates; encoding fails for a lone one
             json.dumps(value, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
         line = first_line + error.lineno - 1
         raise BaditError(f"{file}: invalid JSON at line {line} column {error.colno}: {error.msg}") from None
-    except (ValueError, RecursionError) as error:  # also nested too deeply, or a number of thousands of digits
-        raise BaditError(f"{file}: {error} (line {first_line} on)") from None
+    except (ValueError, RecursionError) as error:  # also for too deep nesting, and for numbers with thousands of digits
+        raise BaditError(f"{file}: {error} (from line {first_line})") from None
     return value
 
 
 def read_json(path: Path, text: str | None = None, line: int = 1) -> dict[str, Any]:
-    """The one JSON object of a file, or of its ``line`` with this ``text``; numbers may be NaN or infinite."""
+    """Reads a file, or the ``text`` of its ``line``, as one JSON object; NaN and infinities are allowed."""
     value = parse_json(read_text(path) if text is None else text, file=path, first_line=line, constants=True)
     if not isinstance(value, dict):
         raise BaditError(f"{path}: must hold one JSON object, not a {type(value).__name__} (line {line})")
@@ -78,52 +78,52 @@ def read_json(path: Path, text: str | None = None, line: int = 1) -> dict[str, A
 
 
 def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
-    """The lines of a log, none if it is missing; a last line that a crash cut short is left out."""
+    """Yields the objects of a JSONL file, none if it is missing; an incomplete last line (after a crash) is skipped."""
     for number, line in lines_of(path) if path.is_file() else ():
         if line.endswith("\n"):
             yield read_json(path, line[:-1], number)
 
 
 def refuse_other_format(content: Mapping[str, Any], path: Path, known: int) -> None:
-    """Raises BaditError unless a file's ``format``, the version of its structure, is the known one."""
+    """Raises BaditError unless the ``format`` of a file, the version of its structure, is ``known``."""
     found = content.get("format")
     if found is True or found != known:
-        fix = "pip install --upgrade badit, or make the file again"
-        raise BaditError(f"{path}: format: is {found!r:.60}, this badit reads {known}: {fix}")
+        fix = "pip install --upgrade badit, or create the file again"
+        raise BaditError(f"{path}: format: is {found!r:.60}, this badit version reads {known}: {fix}")
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a file whole: never half of it, even if the process or the machine stops."""
+    """Writes a file atomically: it is complete or unchanged, even if the process or the machine stops."""
     partial = path.with_name(path.name + ".partial")
     with explained(path, action="written"):
         partial.unlink(missing_ok=True)
-        with partial.open("x", encoding="utf-8", newline="\n") as file:  # "x" follows no link
+        with partial.open("x", encoding="utf-8", newline="\n") as file:  # "x" does not follow links
             file.write(text)
         sync(partial)
         partial.replace(path)
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Writes an object whole, as :func:`write_text` does."""
+    """Writes a JSON object atomically, see :func:`write_text`."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def rewind_log(path: Path, step: int) -> None:
-    """Drops the lines of a log, JSON objects with a ``step``, that a run resumed at ``step`` logs again."""
+    """Removes the lines of a JSONL log after ``step``, because a run that resumes at ``step`` logs them again."""
     path.parent.mkdir(parents=True, exist_ok=True)
     kept = [line for line in (read_jsonl(path) if step else ()) if line["step"] <= step]
     write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
 
 
 def append_to_log(path: Path, *lines: Mapping[str, Any]) -> None:
-    """Adds lines; a link in the log's place is not followed."""
+    """Appends lines to a JSONL log; a link at its path is not followed."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW
     with open(os.open(path, flags, mode=0o666), "a", encoding="utf-8") as file:
         file.writelines(json.dumps(line) + "\n" for line in lines)
 
 
 def sync(path: Path) -> None:
-    """Waits until a file, or a folder's list of files, is on the disk."""
+    """Waits until a file, or a folder's list of files, is on disk (fsync)."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -132,7 +132,7 @@ def sync(path: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Removes a file, a link (but not its target) or a whole folder, if it exists."""
+    """Removes a file, a link (not its target) or a folder with its content, if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -140,9 +140,9 @@ def remove(path: Path) -> None:
 
 
 def replace_folder(partial: Path, final: Path) -> None:
-    """Replaces an older folder by a finished one, whose files can be read by whom the folder can be."""
+    """Renames a complete folder to ``final``, which it replaces. Its files get the folder's read and write mode."""
     for path in [*partial.rglob("*"), partial]:
-        if path.is_file():  # safetensors makes its files private
+        if path.is_file():  # safetensors creates files that only the owner can read
             path.chmod(partial.stat().st_mode & 0o666)
         sync(path)
     remove(final)
@@ -151,7 +151,7 @@ def replace_folder(partial: Path, final: Path) -> None:
 
 
 def copy_folder(source: Path, target: Path) -> None:
-    """Replaces ``target`` by a copy of ``source``, whole or not at all; a link out of ``source`` is refused."""
+    """Replaces ``target`` by a complete copy of ``source``; BaditError for a link that leads out of ``source``."""
     refuse_links(source)
     partial = target.with_name(target.name + ".partial")
     remove(partial)
@@ -160,25 +160,25 @@ def copy_folder(source: Path, target: Path) -> None:
 
 
 def refuse_links(folder: Path) -> None:
-    """Raises BaditError if something in the folder is a link out of it; the folder itself may be a link."""
+    """Raises BaditError if a link in the folder leads out of it; the folder itself may be a link."""
     top = folder.resolve()
-    for place, folders, files in os.walk(top):  # not through links to folders
+    for place, folders, files in os.walk(top):  # does not follow links to folders
         for path in (Path(place, name) for name in (*folders, *files)):
             if path.is_symlink():
                 inside(folder, folder / path.relative_to(top))
         if "config.yaml" in files or Path(place).parent.name == "stages":  # a run, or a stage of one
-            # Where wandb has links to its logs in the user's cache; badit reads nothing there.
+            # wandb/ has links to logs in the user's cache. badit does not read this folder.
             folders[:] = [name for name in folders if name != "wandb"]
 
 
 def inside(folder: Path, path: Path) -> Path:
-    """The path; raises BaditError if it leads out of the folder, or if no system allows it."""
+    """Returns the path; BaditError if it leads out of the folder or is not a valid path."""
     try:
         leaves = not path.resolve().is_relative_to(folder.resolve())
-    except (OSError, RuntimeError, ValueError):  # a link that leads to itself, or a NUL
+    except (OSError, RuntimeError, ValueError):  # a loop of links, or a NUL character
         leaves = True
     if leaves:
-        raise BaditError(f"{path}: leads out of {folder}; put the file itself there")
+        raise BaditError(f"{path}: leads out of {folder}; copy the file itself into the folder")
     return path
 
 
@@ -187,10 +187,10 @@ _held: set[Path] = set()
 
 @contextmanager
 def exclusive(folder: Path) -> Iterator[None]:
-    """Within, other processes are kept out of a folder, which is made if it is not there.
+    """Locks a folder against other processes within the context; creates it if it does not exist.
 
-    The lock ends with the process, which may enter again what it holds already. File systems without locks are used
-    without one. BaditError if another process holds the folder, or a link leads out of it.
+    The lock is reentrant and ends with the process. On file systems without locks, the folder is not locked.
+    BaditError if another process holds the lock, or a link leads out of the folder.
     """
     place, is_new = folder.resolve(), not folder.exists()
     if place in _held:
@@ -204,7 +204,7 @@ def exclusive(folder: Path) -> Iterator[None]:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             known = read_text(owner).strip() if owner.is_file() else "another process"
-            raise BaditError(f"{folder}: is in use by {known}; wait until it has ended, or stop it") from None
+            raise BaditError(f"{folder}: is in use by {known}; wait until it ends, or stop it") from None
         except OSError:
             pass
         _held.add(place)
@@ -214,7 +214,7 @@ def exclusive(folder: Path) -> Iterator[None]:
     finally:
         if place in _held:
             _held.remove(place)
-            with suppress(OSError):  # on a file system that is read-only, or has become so
+            with suppress(OSError):  # the file system is read-only, or has become so
                 owner.unlink()
         os.close(descriptor)
         if is_new and not any(folder.iterdir()):
@@ -222,7 +222,7 @@ def exclusive(folder: Path) -> Iterator[None]:
 
 
 def cache_folder() -> Path:
-    """`$BADIT_CACHE`, else `$XDG_CACHE_HOME/badit`, else `~/.cache/badit`. The folder may not exist yet."""
+    """Returns `$BADIT_CACHE`, else `$XDG_CACHE_HOME/badit`, else `~/.cache/badit`. The folder may not exist yet."""
     if chosen := os.environ.get("BADIT_CACHE"):
         return Path(chosen).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "badit"

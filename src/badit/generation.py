@@ -1,4 +1,4 @@
-"""Greedy decoding: token ids of prompts in, answers as text out, in batches or one of them as it grows."""
+"""Greedy decoding of prompts (token ids) to answers (text), in batches or streamed for a single prompt."""
 
 from __future__ import annotations
 
@@ -32,30 +32,30 @@ def generate_answers(
     tasks: Sequence[str] | None = None,
     prefill: Callable[[list[int], torch.Tensor, torch.Tensor], dict[str, Any]] | None = None,
 ) -> list[str]:
-    """Answer each prompt greedily, up to the first end-of-turn token or `max_new_tokens`.
+    """Answers each prompt by greedy decoding, up to the first end token or `max_new_tokens`.
 
-    Batches hold prompts of like length, the longest first, padded on the left and masked: an answer does not depend on
-    its batch (up to floating-point rounding). Once half of a batch has ended, the others continue without those rows.
+    Batches hold prompts of similar length, longest first, with left padding and an attention mask. An answer does not
+    depend on its batch (up to floating-point rounding). When half of a batch has ended, only the other rows continue.
 
-    Every decoding option of the model's own generation config, such as a repetition penalty, is set aside; its end
-    tokens and the tokenizer's both end an answer. The model's training mode is restored.
+    Options of the model's own generation config, such as a repetition penalty, are ignored, except for its end tokens:
+    they end an answer, as the tokenizer's end token does. The model's training mode is restored afterwards.
 
     Args:
         model: a causal language model, with or without PEFT adapters, on one device.
-        tokenizer: decodes the answers and names the padding token.
+        tokenizer: decodes the answers and defines the padding token.
         prompts: token ids, one non-empty sequence for each prompt.
-        max_new_tokens: the longest answer, in tokens.
-        batch_size: prompts decoded at a time.
-        progress: show a bar on stderr.
-        tasks: each prompt's task, which only methods that tell tasks apart look at.
-        prefill: takes the numbers of a batch's prompts, their padded token ids and attention mask. It returns the cache
-            that holds all but each prompt's last token, by the name under which the model takes it, or {}.
+        max_new_tokens: the maximum length of an answer, in tokens.
+        batch_size: the number of prompts per batch.
+        progress: show a progress bar on stderr.
+        tasks: the task of each prompt; used only by methods with parameters per task.
+        prefill: called with the indices of a batch's prompts, their padded token ids and their attention mask. Returns
+            {name of the model's cache argument: cache of each prompt except its last token}, or {}.
 
     Returns:
-        The answers in the order of the prompts, without special tokens and outer white space.
+        The answers in the order of the prompts, without special tokens and surrounding white space.
 
     Raises:
-        BaditError: an empty prompt, or a size that is not positive.
+        BaditError: a prompt is empty, or a size is not positive.
     """
     _check(prompts, max_new_tokens=max_new_tokens, batch_size=batch_size)
     answers = [""] * len(prompts)
@@ -86,9 +86,9 @@ def _continuations(
     cache: dict[str, Any],
     criteria: list[Any] | None = None,
 ) -> list[list[int]]:
-    """The new tokens of every row of a batch, up to its end token at least.
+    """Returns the new tokens of every row of a batch. A row's end token may be followed by further tokens.
 
-    A batch stops when half of its rows have ended, and continues with the others, unless ``criteria`` say otherwise.
+    When half of the rows have ended, decoding continues with the others only; ``criteria`` replace this rule.
     """
     from transformers import StoppingCriteriaList
 
@@ -97,10 +97,10 @@ def _continuations(
     continuations: list[list[int]] = [[] for _ in input_ids]
     rows = list(range(len(input_ids)))
     prompts, settings_of_all = (input_ids, attention_mask), settings
-    settings = copy.copy(settings)  # max_new_tokens counts down
+    settings = copy.copy(settings)  # max_new_tokens is reduced below
 
     def half_ended(input_ids: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-        ended_B = torch.isin(input_ids[:, width:], ends_E).any(dim=1)  # since the present call's start
+        ended_B = torch.isin(input_ids[:, width:], ends_E).any(dim=1)  # in the current call
         return (2 * ended_B.sum() >= len(ended_B)).expand(len(ended_B))
 
     while True:
@@ -125,12 +125,12 @@ def _continuations(
         attention_mask = F.pad(attention_mask[going_R], (0, new.shape[1]), value=1)
         cache = cache_of(output)
         if not select_rows(cache, going_R):
-            # A recurrent model's, say. Over again from the prompts, in one go.
+            # Rows of this cache cannot be selected (a recurrent model's): decode the whole batch again.
             return _continuations(model, *prompts, settings_of_all, tasks, {}, [])
 
 
 class GrownAnswer(NamedTuple):
-    """An answer's text, its length in tokens, and whether the model ended it rather than the limit."""
+    """An answer's text, its number of tokens without the end token, and whether it has one (else it is cut)."""
 
     text: str
     tokens: int
@@ -146,10 +146,10 @@ def stream_answer(
     max_new_tokens: int = 50,
     task: str | None = None,
 ) -> GrownAnswer:
-    """Answers one prompt as :func:`generate_answers` does, with its arguments and errors.
+    """Streams the answer to one prompt, with the arguments and errors of :func:`generate_answers`.
 
     Args:
-        show: is given the whole answer so far after every token. What it raises ends the generation and comes out here.
+        show: called after every token with the answer so far. Its exceptions end the generation and are propagated.
     """
     _check([prompt], max_new_tokens=max_new_tokens)
     with _greedy(model, tokenizer, max_new_tokens) as settings, evaluation_mode(model):
@@ -157,7 +157,7 @@ def stream_answer(
 
         def show_all(input_ids: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
             text = _decode(tokenizer, input_ids[0, len(prompt) :].tolist(), ends)
-            show(text.rstrip("\ufffd"))  # stands for the bytes of a character that are not all there yet
+            show(text.rstrip("\ufffd"))  # replacement character of an incomplete UTF-8 sequence
             return torch.zeros(1, dtype=torch.bool, device=input_ids.device)
 
         (tokens,) = _continuations(model, *padded, settings, None if task is None else [task], {}, [show_all])
@@ -171,14 +171,14 @@ def _check(prompts: Sequence[Sequence[int]], **sizes: int) -> None:
             raise BaditError(f"{name}: must be at least 1, not {value}")
     for i, prompt in enumerate(prompts):
         if not len(prompt):
-            raise BaditError(f"prompts: number {i} has no tokens")
+            raise BaditError(f"prompts: prompt {i} has no tokens; give a non-empty prompt")
 
 
 @contextmanager
 def _greedy(
     model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int
 ) -> Iterator[GenerationConfig]:
-    """Plain greedy decoding in place of the model's own config, from which `generate` fills what is left unset."""
+    """Replaces the model's generation config, from which `generate` takes unset options, by greedy decoding."""
     from peft import PeftModel
     from transformers import GenerationConfig
 
@@ -205,8 +205,8 @@ def _greedy(
 
 @contextmanager
 def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
-    """Within, the model is in evaluation mode; afterwards each of its modules is in the mode that it was in."""
-    # Module by module: a caller may have switched off the dropout of some parts only.
+    """Sets the model to evaluation mode and restores the mode of each module on exit."""
+    # Per module, because a caller may have disabled dropout in some parts of the model only.
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -217,7 +217,7 @@ def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
 
 
 def _pad_left(prompts: list[Sequence[int]], pad: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and attention mask, both (batch, longest prompt), int64."""
+    """Returns token ids and attention mask, both (batch, longest prompt), int64."""
     tokens = [torch.tensor(prompt) for prompt in prompts]
     input_ids = pad_sequence(tokens, True, pad, padding_side="left")
     attended = pad_sequence([torch.ones_like(prompt) for prompt in tokens], True, padding_side="left")
@@ -225,7 +225,7 @@ def _pad_left(prompts: list[Sequence[int]], pad: int, device: torch.device) -> t
 
 
 def _decode(tokenizer: PreTrainedTokenizerBase, tokens: list[int], ends: list[int]) -> str:
-    # What follows the end is padding, whose id can be an ordinary token's where the tokenizer has no padding token; and
-    # a model's end token need not be a special token of the tokenizer.
+    # Cut at the end token: the padding after it may have the id of an ordinary token (0, without a padding token), and
+    # the end token itself may not be a special token of the tokenizer.
     stop = next((i for i, token in enumerate(tokens) if token in ends), len(tokens))
     return str(tokenizer.decode(tokens[:stop], skip_special_tokens=True)).strip()

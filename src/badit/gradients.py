@@ -1,9 +1,9 @@
-"""The gradients of a step, and changes to weights, wherever an engine for several processes keeps them.
+"""Access to gradients and weights in one process and under DDP, FSDP2 and DeepSpeed.
 
-* One process, and DDP: ``.grad`` is the whole, reduced gradient.
-* FSDP2: every process holds a shard, a DTensor. The Grams of the shards add up to that of the whole.
-* DeepSpeed's ZeRO: the engine keeps gradients to itself and takes its step inside the backward pass, so they are read
-  just before that step, through its own ``safe_get_full_grad``.
+* One process and DDP: ``.grad`` is the whole, reduced gradient.
+* FSDP2: every process holds a shard, a DTensor. The Gram matrices of the shards add up to that of the whole gradient.
+* DeepSpeed's ZeRO: the engine holds the gradients and takes its step inside the backward pass. They are read just
+  before that step with DeepSpeed's ``safe_get_full_grad``.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from badit.method import cosine_gram
 from badit.method.grouping import OverShards
 
-# Layers whose gradients are copied side by side for one product hold at most so many numbers, 64 MB of them.
+# The largest number of elements that are stacked for one batched product: 64 MB in float32.
 _NUMBERS_AT_A_TIME = 2**24
 
 
 def component_grams(factors: Sequence[tuple[nn.Parameter, nn.Parameter]]) -> list[torch.Tensor | None]:
-    """The cosine Gram (N, N) of the components' reduced gradients in each layer, the same on every process.
+    """Returns the cosine Gram matrix (N, N) of each layer's reduced component gradients, the same on every process.
 
-    Layers of one shape are taken together: a whole model's Grams are a handful of operations and of exchanges between
-    processes. None where a factor has no gradient. Every process must ask for the same layers in the same order.
+    Layers of equal shape are batched, so that a whole model needs few operations and collectives. A layer in which a
+    factor has no gradient gets None. All processes must pass the same layers in the same order.
 
     Args:
         factors: A (N, I) and B (O, N) of each layer.
@@ -40,7 +40,7 @@ def component_grams(factors: Sequence[tuple[nn.Parameter, nn.Parameter]]) -> lis
     grams: list[torch.Tensor | None] = [None] * len(factors)
     for indices in alike(gradients, _NUMBERS_AT_A_TIME):
         grads_A, grads_B = zip(*(gradients[index] for index in indices), strict=True)
-        # Of shards, A's rows are exchanged for columns: a W-th of it per process.
+        # Row shards of A become column shards; each process communicates 1/W of A.
         stacked_NN = cosine_gram(stacked(grads_A, 1), stacked(grads_B, 0), over_shards(grads_A[0]))
         for index, gram_NN in zip(indices, stacked_NN.unbind(), strict=True):
             grams[index] = gram_NN
@@ -50,7 +50,7 @@ def component_grams(factors: Sequence[tuple[nn.Parameter, nn.Parameter]]) -> lis
 def alike(
     pairs: Sequence[tuple[torch.Tensor | None, torch.Tensor | None]], numbers_at_a_time: int
 ) -> Iterator[list[int]]:
-    """The indices of complete pairs of one shape, type and place, in runs small enough to be copied."""
+    """Yields the indices of complete pairs of equal shape, dtype, device and placement, in chunks of limited size."""
     kinds: dict[Any, list[int]] = {}
     for index, (a, b) in enumerate(pairs):
         if a is not None and b is not None:
@@ -63,7 +63,7 @@ def alike(
 
 
 def stacked(tensors: Sequence[torch.Tensor], features: int) -> torch.Tensor:
-    """Tensors of one shape as one (L, …), or of each this process's part along the dimension ``features``."""
+    """Stacks tensors of one shape to (L, …); of DTensors, returns only this process's shard along ``features``."""
     first = tensors[0]
     if not isinstance(first, DTensor):
         return torch.stack(list(tensors))
@@ -73,17 +73,17 @@ def stacked(tensors: Sequence[torch.Tensor], features: int) -> torch.Tensor:
 
 
 def of_stack(like: DTensor) -> list[Any]:
-    """The placements of a stack of tensors, each divided as this one."""
+    """Returns the placements of a stack of tensors that are sharded like ``like``."""
     return [Shard(place.dim + 1) if isinstance(place, Shard) else place for place in like.placements]
 
 
 def along(features: int, like: DTensor) -> list[Shard | Replicate]:
-    """The placements of a tensor that is divided along a dimension where another one is divided along any."""
+    """Returns placements that shard the dimension ``features`` on every mesh dimension on which ``like`` is sharded."""
     return [Shard(features) if place.is_shard() else Replicate() for place in like.placements]
 
 
 def dtensor(local: torch.Tensor, like: DTensor, placements: Sequence[Any], shape: Sequence[int]) -> DTensor:
-    """This process's part of a tensor of a shape that need not divide evenly."""
+    """Returns a DTensor of global shape ``shape``, which need not shard evenly, from this process's ``local`` part."""
     stride = torch.empty(tuple(shape), device="meta").stride()
     return DTensor.from_local(
         local.contiguous(), like.device_mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride
@@ -91,7 +91,7 @@ def dtensor(local: torch.Tensor, like: DTensor, placements: Sequence[Any], shape
 
 
 def over_shards(like: torch.Tensor) -> OverShards:
-    """What combines a tensor over the processes that hold the shards of one like this; without shards, leaves it."""
+    """Returns a function that all-reduces a tensor in place over the processes with shards of ``like``, if any."""
     groups = []
     if isinstance(like, DTensor):
         groups = [like.device_mesh.get_group(i) for i, place in enumerate(like.placements) if place.is_shard()]
@@ -106,7 +106,7 @@ def over_shards(like: torch.Tensor) -> OverShards:
 
 @torch.no_grad()
 def scale_columns(b_ON: nn.Parameter, scale_N: torch.Tensor) -> None:
-    """Multiplies every column of a weight by a number, in place; every process must give the same numbers."""
+    """Multiplies every column of a weight by a number in place. All processes must pass the same numbers."""
     if isinstance(b_ON, DTensor):
         whole = [Replicate()] * b_ON.device_mesh.ndim
         b_ON.mul_(DTensor.from_local(scale_N.to(b_ON), b_ON.device_mesh, whole, run_check=False))
@@ -115,19 +115,19 @@ def scale_columns(b_ON: nn.Parameter, scale_N: torch.Tensor) -> None:
         master_ON = deepspeed.safe_get_full_fp32_param(b_ON)
         scaled_ON = master_ON * scale_N.to(master_ON)
         deepspeed.safe_set_full_fp32_param(b_ON, scaled_ON)
-        # That is what the next step starts from; the forward pass until then has a copy, which stage 3 divides.
+        # The next step starts from this weight. Until then, the forward pass uses a copy, which stage 3 shards.
         with import_module("deepspeed.runtime.zero").GatheredParameters([b_ON], modifier_rank=0):
             b_ON.copy_(scaled_ON)
-        if getattr(b_ON, "ds_persist", False):  # small ones stay whole between steps, and must be so again
+        if getattr(b_ON, "ds_persist", False):  # small weights stay gathered between steps
             b_ON.all_gather([b_ON])  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
     else:
         b_ON.mul_(scale_N.to(b_ON))
 
 
 def whole_weights(model: nn.Module) -> dict[str, torch.Tensor] | None:
-    """What training changes, and the buffers, whole and on the CPU, of a model that is kept in shards; else None.
+    """Returns the trainable parameters and the buffers of a sharded model, gathered on the CPU; None if not sharded.
 
-    Every process must ask for it.
+    All processes must call it.
     """
     if not any(isinstance(parameter, DTensor) or hasattr(parameter, "ds_id") for parameter in model.parameters()):
         return None
@@ -140,14 +140,14 @@ def whole_weights(model: nn.Module) -> dict[str, torch.Tensor] | None:
 
 
 def parameter_count(parameter: nn.Parameter) -> int:
-    """How many numbers a weight has, of which this process may hold only some (a DTensor tells all of them itself)."""
+    """Returns the number of elements of a parameter over all its shards (a DTensor's ``numel`` counts all shards)."""
     return getattr(parameter, "ds_numel", parameter.numel())
 
 
 def before_step(optimizer: Any, read: Callable[[], None]) -> bool:
-    """Has ``read`` called before every optimizer step, if the step comes before the Trainer's own event for that.
+    """Makes an optimizer that steps inside the backward pass call ``read`` before every step, and returns True.
 
-    Returns whether it does; if not, ``on_pre_optimizer_step`` is the place to read.
+    For other optimizers, changes nothing and returns False; call ``read`` in ``on_pre_optimizer_step`` instead.
     """
     if not steps_in_backward(optimizer):
         return False
@@ -163,7 +163,7 @@ def before_step(optimizer: Any, read: Callable[[], None]) -> bool:
 
 
 def steps_in_backward(optimizer: Any) -> bool:
-    """Whether it is accelerate's stand-in for DeepSpeed's optimizer, whose own ``step`` does nothing."""
+    """Returns whether it is accelerate's wrapper of DeepSpeed's optimizer, whose own ``step`` does nothing."""
     return any(kind.__name__ == "DeepSpeedOptimizerWrapper" for kind in type(optimizer).__mro__)
 
 
@@ -176,7 +176,7 @@ def _kept_by_deepspeed(parameter: nn.Parameter) -> bool:
 
 
 def rank_and_size() -> tuple[int, int]:
-    """This process's number among those that train, and how many they are."""
+    """Returns the rank of this process and the world size."""
     distributed = torch.distributed
     if not (distributed.is_available() and distributed.is_initialized()):
         return 0, 1
@@ -184,16 +184,16 @@ def rank_and_size() -> tuple[int, int]:
 
 
 def any_of_all(flag: bool) -> bool:
-    """Whether the flag is true in any process."""
+    """Returns whether the flag is true on any rank."""
     return flag if rank_and_size()[1] == 1 else bool(gathered(torch.tensor(int(flag))).any())
 
 
 def gathered(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor of every process, (ranks, …)."""
+    """Returns the tensors of all ranks, stacked to (ranks, …)."""
     _, processes = rank_and_size()
     if processes == 1:
         return tensor[None]
-    nccl = torch.distributed.get_backend() == "nccl"  # which exchanges what is on the GPU
+    nccl = torch.distributed.get_backend() == "nccl"  # NCCL communicates GPU tensors only
     tensor = tensor.to(torch.cuda.current_device() if nccl else "cpu").contiguous()
     parts = [torch.empty_like(tensor) for _ in range(processes)]
     torch.distributed.all_gather(parts, tensor)
@@ -201,6 +201,6 @@ def gathered(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def own_part(parts: torch.Tensor) -> torch.Tensor:
-    """This process's row of what :func:`gathered` gave; an even share of the sum where there were more or fewer."""
+    """Returns this rank's row of :func:`gathered`'s result; an equal share of the sum if the world size has changed."""
     rank, ranks = rank_and_size()
     return parts[rank] if len(parts) == ranks else parts.sum(dim=0) / ranks

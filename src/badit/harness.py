@@ -1,9 +1,9 @@
-"""EleutherAI's lm-evaluation-harness (``pip install 'badit[eval]'``) on runs, and on adapters that route by prompt.
+"""EleutherAI's lm-evaluation-harness (``pip install 'badit[eval]'``) for runs and for adapters with prompt routing.
 
     import badit.harness                         # registers the model "badit" with lm_eval
     lm_eval.simple_evaluate(model="badit", model_args={"run": "runs/mine"}, tasks=["arc_easy"])
 
-lm_eval's own ``hf`` does not mark the end of the context, so gates follow the continuation and the padding, too.
+lm_eval's own ``hf`` does not mark the end of the context, so gates also depend on the continuation and the padding.
 """
 
 from __future__ import annotations
@@ -34,22 +34,22 @@ try:
     from lm_eval.api.registry import register_model
     from lm_eval.models.huggingface import HFLM
 except ModuleNotFoundError as error:
-    raise BaditError(f"the harness needs its extra ({error.name} is missing): pip install 'badit[eval]'") from None
+    raise BaditError(f"badit harness: {error.name} is not installed; run pip install 'badit[eval]'") from None
 
-_HFLM: Any = HFLM  # whose own type lm_eval's decorator hides
-#: What is scored: the texts (context, continuation), None in parts of a longer text; and the token ids of both.
+_HFLM: Any = HFLM  # lm_eval's decorator hides its type
+#: The texts (context, continuation), None for parts of a longer text; and the token ids of context and continuation.
 Request = tuple[tuple[str, str] | None, list[int], list[int]]
 
 
 @register_model("badit")
 class BaditLM(_HFLM):
-    """lm_eval's ``hf``, but gates that follow the prompt follow a request's context alone, few-shot examples included.
+    """lm_eval's ``hf``, but gates depend only on a request's context, which includes few-shot examples.
 
     Args:
-        run: a run's folder, in place of ``pretrained`` and ``peft``: its base model with what it has learnt.
-        task: the task that all requests belong to, for methods that need each row's task.
-        pretrained: otherwise, a base model as :func:`badit.load_base_model` takes it, or a loaded model.
-        device: of a run's model (default: the accelerator, if there is one).
+        run: a run's folder, instead of ``pretrained`` and ``peft``: loads the trained model.
+        task: the task of all requests, for methods that need each row's task.
+        pretrained: a base model that :func:`badit.load_base_model` accepts, or a loaded model.
+        device: the device of a run's model (default: the accelerator, if there is one).
         trust_remote_code: run Python code that comes with the base model.
         options: further options of ``hf``, such as ``peft``, ``dtype``, ``batch_size`` and ``max_length``.
     """
@@ -65,19 +65,19 @@ class BaditLM(_HFLM):
         **options: Any,
     ) -> None:
         if (run is None) == (pretrained is None):
-            raise BaditError("model_args: give either run=FOLDER or pretrained=MODEL, perhaps with peft=ADAPTER")
+            raise BaditError("model_args: give either run=FOLDER or pretrained=MODEL, optionally with peft=ADAPTER")
         if run is not None:
             if "peft" in options:
-                raise BaditError("model_args: a run has its adapter: leave peft out, or give pretrained instead of run")
+                raise BaditError("model_args: a run has its own adapter; remove peft, or use pretrained instead of run")
             folder = Run(run)
             recipe = folder.trusted_recipe(trust_remote_code)
             pretrained, tokenizer = load_run(folder, recipe)
             options.setdefault("tokenizer", tokenizer)
             if uses_template(tokenizer, recipe.prompt.chat_template):
                 logging.getLogger(__name__).info(
-                    "The run was trained in its model's chat format, which needs --apply_chat_template here."
+                    "The run was trained in its model's chat format; use --apply_chat_template."
                 )
-            # lm_eval's command line asks for cuda:0 by default, on any machine.
+            # lm_eval's command line passes cuda:0 by default, on any machine.
             if device is not None and (torch.cuda.is_available() or not device.startswith("cuda")):
                 pretrained = pretrained.to(device)
         elif isinstance(pretrained, str):
@@ -93,7 +93,7 @@ class BaditLM(_HFLM):
     def _loglikelihood_tokens(
         self, requests: Sequence[Request], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
-        """Each continuation's log-likelihood in nats, and whether greedy decoding gives it; the longest run first."""
+        """Returns each continuation's log-likelihood (nats) and whether greedy decoding gives it; longest first."""
         ordered = sorted(range(len(requests)), key=lambda i: len(requests[i][1]) + len(requests[i][2]), reverse=True)
         size = override_bs or self.batch_size
         if size == "auto" and ordered:
@@ -111,12 +111,12 @@ class BaditLM(_HFLM):
         return found
 
     def _scored(self, requests: Sequence[Request]) -> list[tuple[float, bool]]:
-        """One batch, whose rows are routed by their contexts."""
+        """Scores one batch. The gates of each row depend on its context only."""
         examples, contexts = [], []
         for _, context, continuation in requests:
             if not 1 <= (size := len(continuation)) <= self.max_length:
-                raise BaditError(f"a continuation has {size} tokens; 1 to {self.max_length} (max_length) can be scored")
-            ids = (context + continuation)[-(self.max_length + 1) :]  # the last one is predicted, but never read
+                raise BaditError(f"a continuation has {size} tokens; must have 1 to {self.max_length} (max_length)")
+            ids = (context + continuation)[-(self.max_length + 1) :]  # the last token is predicted but not an input
             contexts.append(len(ids) - len(continuation))
             examples.append({"input_ids": ids[:-1], "labels": [-100] * (contexts[-1] - 1) + continuation})
         inputs = {key: value.to(self.device) for key, value in AnswerCollator(pad_id(self.tokenizer))(examples).items()}
@@ -139,7 +139,7 @@ class BaditLM(_HFLM):
         return [(float(likelihoods.sum()), bool(greedy.all())) for likelihoods, greedy in parts]
 
     def _model_call(self, inps: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        with self._rows_of_task(len(inps)):  # by which ``hf`` finds the largest batch that fits
+        with self._rows_of_task(len(inps)):  # ``hf`` calls this to find the largest batch that fits
             return super()._model_call(inps, *args, **kwargs)
 
     def _model_generate(self, context: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -151,7 +151,7 @@ class BaditLM(_HFLM):
 
 
 def run_command_line(run: str, arguments: Sequence[str]) -> None:
-    """lm_eval's own command line, ``lm_eval run``, with its options ``arguments`` on a run's model."""
+    """Runs the command ``lm_eval run`` with the options ``arguments`` on a run's model."""
     from lm_eval.__main__ import cli_evaluate
 
     sys.argv = ["lm_eval", "run", "--model", "badit", "--model_args", json.dumps({"run": run}), *arguments]

@@ -1,6 +1,6 @@
-"""From a recipe's ``method`` section to a method, and what a method does to a base model.
+"""Methods: built from a recipe's ``method`` section, applied to a base model, saved and loaded.
 
-Methods that add PEFT adapters and methods that train the base model's own weights have the same interface.
+Methods that add a PEFT adapter and methods that train the base model's weights have the same interface.
 """
 
 from __future__ import annotations
@@ -41,52 +41,52 @@ from badit.tuner.targets import chosen_targets
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# What a run fills in by itself, or PEFT for its own bookkeeping.
+# Fields of an adapter's configuration that badit or PEFT sets, not the recipe.
 _BOOKKEEPING = {"task_type", "base_model_name_or_path", "revision", "inference_mode", "peft_version", "tasks",
                 "past_branches", FORMAT_FIELD}  # fmt: skip
-_INTERNAL = _BOOKKEEPING | {"peft_type", "auto_mapping", "runtime_config"}  # no recipe sets them
-_MAY_DIFFER = _BOOKKEEPING | {"target_modules", "fan_in_fan_out"}  # in a saved adapter, from the recipe's
+_INTERNAL = _BOOKKEEPING | {"peft_type", "auto_mapping", "runtime_config"}  # not options of a recipe
+_MAY_DIFFER = _BOOKKEEPING | {"target_modules", "fan_in_fan_out"}  # between a saved adapter and the recipe
 WEIGHTS = "weights.safetensors"
 Tensors = Mapping[str, torch.Tensor]
 
 
 class Method:
-    """The base model as it is, to compare with; and the interface of all methods."""
+    """The interface of all methods. The class itself is the method ``base``, the unchanged base model as a baseline."""
 
     trains = False
-    trains_base_weights = False  # so that they must be there in float32
-    needs_whole_weights = False  # so that no engine may divide the model over processes
-    needs_tasks = False  # of every row, in generation as in training
+    trains_base_weights = False  # if True, the base weights are loaded in float32
+    needs_whole_weights = False  # if True, FSDP and DeepSpeed, which shard the weights, are refused
+    needs_tasks = False  # if True, the method needs the task of every row, in training and in generation
 
     def __init__(self, name: str) -> None:
         self.name = name
 
     def refuse_recipe(self, recipe: Recipe) -> None:
-        """Raises BaditError where the rest of a recipe does not go with the method."""
+        """Raises BaditError if another section of the recipe conflicts with the method."""
         if recipe.training.optimizer == "orthogonal" and parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
-            raise BaditError("training.optimizer: orthogonal needs FSDP2 or DDP; with DeepSpeed take adamw or lora+")
+            raise BaditError("training.optimizer: orthogonal cannot run with DeepSpeed; use FSDP2, DDP, adamw or lora+")
 
     def apply(self, model: PreTrainedModel, tasks: Sequence[str] = ()) -> Any:
-        """The base model made ready for its first training, on ``tasks``."""
+        """Prepares the base model for its first training; ``tasks`` are the names of all tasks."""
         return model
 
     def proceed(self, model: PreTrainedModel, folder: Path) -> Any:
-        """The base model with what :meth:`save` wrote to ``folder``, made ready for the next task of a sequence."""
+        """Loads what :meth:`save` wrote to ``folder``, and prepares the model for the next task of a sequence."""
         return self.load(model, folder)
 
     def load(self, model: PreTrainedModel, folder: Path) -> Any:
-        """The base model with what :meth:`save` wrote to ``folder``, for inference; BaditError if it is damaged."""
+        """Loads what :meth:`save` wrote to ``folder`` into the model, for inference; BaditError if it is damaged."""
         return model
 
     def save(self, model: Any, folder: Path, base_model: str, weights: Tensors | None = None) -> None:
-        """Writes what was learnt, under the recipe's name of the base model; ``weights`` replace a model's shards."""
+        """Saves the trained weights; ``base_model`` is its name in the recipe, ``weights`` replace a model's shards."""
 
     def trained_parameters(self, model: Any) -> int:
-        """How many numbers training changes, in a model that :meth:`apply` has made ready."""
+        """Returns the number of trainable parameters of a model prepared by :meth:`apply`."""
         return sum(parameter_count(p) for p in model.parameters() if p.requires_grad) if self.trains else 0
 
     def before_training(self, model: Any, batches: TaskBatches) -> None:
-        """Reads the data before training on it."""
+        """Called before training, with the training batches of each task."""
         hooks_of(model).start_task(batches)
 
     def callbacks(self, run: Run) -> list[TrainerCallback]:
@@ -97,7 +97,7 @@ class Method:
 
 
 class AdapterMethod(Method):
-    """A method that trains a PEFT adapter next to the base weights."""
+    """A method that trains a PEFT adapter; the base weights are frozen."""
 
     trains = True
 
@@ -108,22 +108,22 @@ class AdapterMethod(Method):
         self.needs_whole_weights = getattr(config, "needs_whole_weights", False)
 
     def apply(self, model: PreTrainedModel, tasks: Sequence[str] = ()) -> PeftModel:
-        """PEFT's own methods adapt the same modules as BADIT; a method that tells tasks apart learns their names."""
+        """Adds the adapter. All methods have the same default target modules; some also need the tasks' names."""
         config: Any = self.config
         if isinstance(self.config, LoraConfig) and any(isinstance(module, Conv1D) for module in model.modules()):
-            if config.init_lora_weights == "olora":  # PEFT factorises its weight the wrong way round
-                raise BaditError("method: PEFT's olora cannot adapt this model's Conv1D layers; take pissa instead")
-            config.fan_in_fan_out = True  # as PEFT would set it, with a warning
+            if config.init_lora_weights == "olora":  # PEFT does not transpose its weight before the QR
+                raise BaditError("method: PEFT's olora cannot adapt this model's Conv1D layers; use pissa instead")
+            config.fan_in_fan_out = True  # PEFT would set this too, with a warning
         if self.needs_tasks:
             config.tasks = list(tasks)
         config.target_modules = chosen_targets(model, config)
         if config.target_modules is None:
             raise BaditError(f"method.target_modules: name the modules to adapt in a {model.config.model_type}")
         try:
-            return get_peft_model(model, config)  # pyright: ignore[reportReturnType] (never a mixed model)
+            return get_peft_model(model, config)  # pyright: ignore[reportReturnType] (never a PeftMixedModel)
         except BaditError:
             raise
-        # No such modules, a rank beyond all memory, or one that is no number.
+        # Modules that do not exist, a rank that does not fit in memory, or a rank that is not a number.
         except (ValueError, TypeError, RuntimeError, OverflowError) as error:
             raise BaditError(f"method: {first_line(error)}") from None
 
@@ -133,13 +133,13 @@ class AdapterMethod(Method):
         return adapted
 
     def load(self, model: PreTrainedModel, folder: Path, *, trainable: bool = False) -> PeftModel:
-        """The base model with an adapter that a run of this method has saved, which is checked before PEFT sees it.
+        """Loads an adapter saved by a run of this method into the base model, after checking it.
 
-        It may come from elsewhere, be damaged, or belong to another run. So nothing in its folder chooses what is built
-        or imported (PEFT imports modules that some settings name), how much memory that takes, or that a pickled file
-        is read.
+        The folder may be damaged, belong to another run, or be untrusted. So its settings must equal the recipe's: they
+        cannot select the classes that are built, the modules that PEFT imports, or the memory that is allocated.
+        Pickled files are not read.
         """
-        shapes = _tensor_shapes(folder / SAFETENSORS_WEIGHTS_NAME)  # without it PEFT would look for a pickled file
+        shapes = _tensor_shapes(folder / SAFETENSORS_WEIGHTS_NAME)  # if it is missing, PEFT would load a pickled file
         _check_settings(folder / CONFIG_NAME, self.config, shapes)
         with explained(folder, action="loaded", any_error=True), warnings.catch_warnings():
             warnings.filterwarnings("error", message="Found missing adapter keys")
@@ -149,13 +149,13 @@ class AdapterMethod(Method):
             fix = "train again with a lower training.learning_rate"
             raise BaditError(f"{folder}: holds NaN or infinite values: its training has diverged; {fix}")
         if unknown := sorted(shapes.keys() - loaded.keys()):
-            other = f"belongs to another base model or method, with a tensor {unknown[0]!r:.120}"
-            raise BaditError(f"{folder}: {other}; name the base model that it was trained on")
+            other = f"belongs to another base model or method, because it has the tensor {unknown[0]!r:.120}"
+            raise BaditError(f"{folder}: {other}; use the base model that it was trained on")
         return adapted if trainable else adapted.eval()
 
     def save(self, model: PeftModel, folder: Path, base_model: str, weights: Tensors | None = None) -> None:
-        # The recipe's name; a built-in model's own would be a folder of this machine's cache. Embeddings are frozen,
-        # and to see whether to save them, PEFT would look that name up on a hub.
+        # The recipe's name: the model's own may be a local cache folder. save_embedding_layers=False: embeddings are
+        # frozen, and PEFT would look up this name on the hub to decide whether to save them.
         model.peft_config["default"].base_model_name_or_path = base_model
         model.save_pretrained(str(folder), save_embedding_layers=False, state_dict=weights)
 
@@ -171,19 +171,19 @@ class AdapterMethod(Method):
 
 
 class WeightsMethod(Method):
-    """Full fine-tuning: every weight of the base model is trained, in float32, and saved."""
+    """Full fine-tuning: all weights of the base model are trained in float32 and saved."""
 
     trains = True
     trains_base_weights = True
 
     def refuse_recipe(self, recipe: Recipe) -> None:
         if recipe.model.dtype == "float16":
-            raise BaditError(f"model.dtype: float16 is too narrow to train base weights in; {self.name} needs bfloat16")
+            raise BaditError(f"model.dtype: base weights cannot be trained in float16; with {self.name} use bfloat16")
         if recipe.model.quantisation:
-            raise BaditError(f"model.quantisation: {self.name} trains whole base weights: leave it out")
+            raise BaditError(f"model.quantisation: {self.name} cannot train quantised base weights; remove this key")
         if recipe.training.optimizer == "orthogonal":
             raise BaditError(
-                f"training.optimizer: orthogonal moves the factors of adapters: take adamw for {self.name}"
+                f"training.optimizer: orthogonal trains only the factors of adapters; use adamw for {self.name}"
             )
 
     def load(self, model: PreTrainedModel, folder: Path) -> PreTrainedModel:
@@ -191,7 +191,7 @@ class WeightsMethod(Method):
         shapes = _tensor_shapes(path)
         known = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
         if unknown := [name for name in shapes if shapes[name] != known.get(name)]:
-            raise BaditError(f"{path}: belongs to another base model, which has a weight {unknown[0]!r:.120}")
+            raise BaditError(f"{path}: belongs to another base model; use the one with the weight {unknown[0]!r:.120}")
         if missing := sorted(self._saved_names(model) - shapes.keys()):
             raise BaditError(f"{path}: has no weight {missing[0]}; remove the folder to train it again")
         with explained(path, action="loaded", any_error=True):
@@ -200,20 +200,20 @@ class WeightsMethod(Method):
         return model.eval()
 
     def _saved_names(self, model: PreTrainedModel) -> set[str]:
-        """The weights that a saved file must have."""
+        """Returns the names of the weights that a saved file must have."""
         return {name for name, _ in model.named_parameters()}
 
     def save(self, model: PreTrainedModel, folder: Path, base_model: str, weights: Tensors | None = None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         trained = {name: (weights or {}).get(name, p).detach().contiguous() for name, p in trained.items()}
-        # One entry: safetensors writes several in an order that changes.
+        # A single metadata entry, because safetensors writes several in a random order.
         origin = json.dumps({"base_model": base_model, "method": self.name})
         save_file(trained, folder / WEIGHTS, metadata={"badit": origin})
 
 
 def _tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """The names and shapes of a safetensors file's tensors, from its header; BaditError if missing or damaged."""
+    """Reads the names and shapes of the tensors in a safetensors file; BaditError if it is missing or damaged."""
     if not path.is_file():
         fix = "pickled weights are not read; remove the folder to train again"
         raise BaditError(f"{path.parent}: has no {path.name}; {fix}")
@@ -222,28 +222,28 @@ def _tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
 
 
 def _check_settings(path: Path, config: PeftConfig, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Raises BaditError unless the saved configuration is the recipe's, but for sound bookkeeping."""
+    """Raises BaditError unless the saved configuration equals the recipe's and its bookkeeping fields are valid."""
     saved = read_json(path)
     try:
         refuse_newer_format(saved.get(FORMAT_FIELD, 1))
     except BaditError as error:
         raise BaditError(f"{path}: {error}") from None
-    if isinstance(config, BaditConfig) and saved.get("init_weights") is True:  # as the first format has it
+    if isinstance(config, BaditConfig) and saved.get("init_weights") is True:  # of format 1
         saved = {"router_input": "mean", **saved, "init_weights": "bad"}
-    # As JSON has them; sets as sorted lists.
+    # Both in the form of JSON, with sets as sorted lists.
     in_order = partial(sorted, key=json.dumps)
     defaults, wanted = (json.loads(json.dumps(each.to_dict(), default=in_order)) for each in (type(config)(), config))
     if unknown := sorted(saved.keys() - defaults.keys() - _MAY_DIFFER - RETIRED_FIELDS):
-        fix = "upgrade it, or remove the line"
-        raise BaditError(f"{path}: {unknown[0]!r:.60}: is no setting that this PEFT knows; {fix}")
+        fix = "upgrade PEFT, or remove the line"
+        raise BaditError(f"{path}: {unknown[0]!r:.60}: is unknown to this version of PEFT; {fix}")
     for key, expected in wanted.items():
         found = saved.get(key, defaults[key])
-        if isinstance(getattr(config, key), set) and isinstance(found, list):  # which PEFT saves in any order
+        if isinstance(getattr(config, key), set) and isinstance(found, list):  # PEFT saves sets in any order
             found = in_order(found)
         if key not in _MAY_DIFFER and found != expected:
             differs = f"is {found!r:.60}, but the run's recipe says {expected!r:.60}"
-            raise BaditError(f"{path}: {key}: {differs}; this is another run's adapter")
-    # An expression is matched against every module's name, and some take forever: only the recipe's own is taken.
+            raise BaditError(f"{path}: {key}: {differs}; this adapter belongs to another run")
+    # A regex is matched against every module name and can take exponential time, so only the recipe's own is accepted.
     own_expression = getattr(config, "target_modules", None)
     for key, allowed in (("target_modules", (None, own_expression)), ("tasks", (None,))):
         names = saved.get(key)
@@ -251,11 +251,11 @@ def _check_settings(path: Path, config: PeftConfig, shapes: Mapping[str, tuple[i
             raise BaditError(f"{path}: {key}: must be a list of names, not {names!r:.60}")
     past = saved.get("past_branches", 0)
     if not is_int(past) or not 0 <= past <= max(chain([0], *shapes.values())):
-        raise BaditError(f"{path}: past_branches: the weights have no {past!r:.60} branches")
+        raise BaditError(f"{path}: past_branches: the weights cannot have {past!r:.60} branches")
 
 
 class NeuronMethod(WeightsMethod):
-    """Task neurons: of the base model's weights only those of the neurons that matter to the stage's tasks."""
+    """Task neurons: trains only the weights of the FFN neurons with the highest scores on the stage's tasks."""
 
     needs_whole_weights = True
 
@@ -267,15 +267,15 @@ class NeuronMethod(WeightsMethod):
     def refuse_recipe(self, recipe: Recipe) -> None:
         super().refuse_recipe(recipe)
         if recipe.training.weight_decay:
-            raise BaditError("training.weight_decay: must be 0 with task-neurons, or it moves the frozen neurons too")
+            raise BaditError("training.weight_decay: must be 0 with task-neurons; it would change frozen neurons too")
 
     def trained_parameters(self, model: PreTrainedModel) -> int:
-        """Before the data has been seen, those of one task's neurons; several tasks share some of them."""
+        """Returns the number for one task until the neurons are selected; then the exact number for all tasks."""
         count = sum(neurons.trained_parameters(model, self._masks).values())
         return round(self.options.share * count) if self._masks is None else count
 
     def _saved_names(self, model: PreTrainedModel) -> set[str]:
-        return super()._saved_names(model) & neurons.trained_parameters(model).keys()  # of tied weights one name
+        return super()._saved_names(model) & neurons.trained_parameters(model).keys()  # tied weights have one name
 
     def before_training(self, model: PreTrainedModel, batches: TaskBatches) -> None:
         scores = [neurons.neuron_scores(model, of_task[: self.options.score_batches]) for of_task in batches.values()]
@@ -285,16 +285,16 @@ class NeuronMethod(WeightsMethod):
 
 
 def build_method(section: Mapping[str, Any]) -> Method:
-    """The method of a ``method`` section; BaditError for an unknown name or option, or a value that it refuses."""
+    """Builds the method of a ``method`` section; BaditError for an unknown name or option, or an invalid value."""
     options = dict(section)
     name = options.pop("name", "badit")
     if name not in NAMES:
         raise BaditError(f"method.name: unknown method {name!r:.60}{nearest(name, NAMES)}; known: {', '.join(NAMES)}")
     kind = KINDS[name]
     for key in options.keys() & RETIRED_FIELDS:
-        raise BaditError(f"method.{key}: is no option any more and changed no result; leave it out")
+        raise BaditError(f"method.{key}: this option was removed and had no effect; delete it")
     for key in options.keys() & kind.settled.keys():
-        raise BaditError(f"method.{key}: is what the name {name} stands for ({kind.settled[key]}); leave it out")
+        raise BaditError(f"method.{key}: is set by the method name {name} (to {kind.settled[key]}); delete it")
     regroup = None
     if name == "badit":
         if (preset := options.pop("preset", "default")) not in ("default", "paper"):
@@ -319,10 +319,10 @@ def build_method(section: Mapping[str, Any]) -> Method:
 
 @dataclasses.dataclass
 class _NoOptions:
-    """Options of methods that have none."""
+    """The options of methods without options."""
 
 
-#: The options of every method, by its name in a recipe.
+#: The configuration of every method, by the method's name in a recipe.
 KINDS: dict[str, Baseline] = {
     "badit": Baseline(BaditConfig),
     **BASELINES,
@@ -335,7 +335,7 @@ NAMES = list(KINDS)
 
 
 def options_of(name: str) -> list[tuple[str, Any, str]]:
-    """Name, default and meaning of each option of a method."""
+    """Returns the name, default and description of each option of a method."""
     kind = KINDS[name]
     options = [one for one in described(kind.config_cls) if one[0] not in _INTERNAL | kind.settled.keys()]
     if name == "badit":
@@ -345,7 +345,7 @@ def options_of(name: str) -> list[tuple[str, Any, str]]:
 
 
 def on_skeleton(recipe: Recipe, tasks: Sequence[str], dtype: str = "float32") -> tuple[Method, Any]:
-    """A recipe's method, applied to its base model without weights, to count and check."""
+    """Returns a recipe's method, and its base model on the meta device with the method applied, to count and check."""
     model = load_skeleton(**recipe.model.model_dump(exclude={"dtype", "quantisation"}), dtype=dtype)
     method = build_method(recipe.method)
     with torch.device("meta"):
@@ -360,5 +360,5 @@ def _built(kind: type[Any], options: Mapping[str, Any], settled: Mapping[str, An
     of_peft = {"task_type": "CAUSAL_LM"} if issubclass(kind, PeftConfig) else {}
     try:
         return kind(**of_peft, **settled, **options)
-    except (ValueError, TypeError, OverflowError) as error:  # BaditError among them
+    except (ValueError, TypeError, OverflowError) as error:  # also BaditError
         raise BaditError(f"method: {error}") from None

@@ -1,7 +1,8 @@
-"""Rouge-L and exact match, and the NLL of the reference answer, which needs no generated answer and has less noise.
+"""Metrics: Rouge-L, exact match, and the negative log-likelihood (NLL) of the reference answer.
 
-Rouge-L and exact match run from 0 to 100, against the reference that suits the answer best. They are those of the
-official evaluation of Super-NaturalInstructions (Wang et al. 2022, arXiv:2204.07705), Rouge-L from `rouge-score`.
+The NLL needs no generated answer and has less noise. Rouge-L and exact match range from 0 to 100, with the maximum over
+the references. They follow the official evaluation of Super-NaturalInstructions (Wang et al. 2022, arXiv:2204.07705).
+Rouge-L is computed by `rouge-score`.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 @dataclass(frozen=True)
 class Prediction:
-    """A model's answer (``prediction``) to one instance, with all that is needed to score it again.
+    """A model's answer (``prediction``) to one instance, with everything that is needed to score it again.
 
-    ``nll`` is that of the first reference given the prompt, in nats per token; None if it was not measured.
+    ``nll`` is the NLL of the first reference given the prompt, in nats per token; None if it was not measured.
     """
 
     task: str
@@ -37,23 +38,22 @@ class Prediction:
 
 
 def rouge_l(prediction: str, references: Sequence[str]) -> float:
-    """Rouge-L F-measure x 100 with Porter stemming, the best over the references.
+    """Returns the Rouge-L F-measure x 100 with Porter stemming, the maximum over the references.
 
-    Words are runs of `a-z0-9` after lower-casing, so an answer or a reference without any (punctuation, another script)
-    scores 0 against everything, itself included.
+    Words are sequences of `a-z0-9` after lower-casing. Text without words, such as Chinese, scores 0 even if equal.
 
     Raises:
-        BaditError: no references.
+        BaditError: ``references`` is empty or a string.
     """
     score = _rouge_scorer().score
     return 100.0 * max(score(reference, prediction)["rougeL"].fmeasure for reference in _checked(references))
 
 
 def exact_match(prediction: str, references: Sequence[str]) -> float:
-    """100 if the answer equals some reference after `normalize_answer`, else 0.
+    """Returns 100 if the answer equals a reference after `normalize_answer`, else 0.
 
     Raises:
-        BaditError: no references.
+        BaditError: ``references`` is empty or a string.
     """
     answer = normalize_answer(prediction)
     return 100.0 * any(normalize_answer(reference) == answer for reference in _checked(references))
@@ -61,9 +61,9 @@ def exact_match(prediction: str, references: Sequence[str]) -> float:
 
 @dataclass(frozen=True)
 class Metric:
-    """A metric of answers, from 0 to ``most``; ``score`` is None where an answer has none.
+    """A metric of answers, from 0 to ``most``. ``score`` returns None if an answer has no score.
 
-    ``label`` and ``decimals`` are for tables; ``margin`` makes methods level, see :class:`badit.statistics.Difference`.
+    ``label`` and ``decimals`` are for tables; ``margin`` is for equivalence, see :class:`badit.statistics.Difference`.
     """
 
     label: str
@@ -74,7 +74,7 @@ class Metric:
     lower_is_better: bool = False
 
 
-#: By the name that scores.json and results.json have. All that is scored is scored in each of them.
+#: All metrics, by their names in scores.json and results.json. Every run is scored in each of them.
 METRICS: dict[str, Metric] = {
     "rouge_l": Metric("Rouge-L", lambda answer: rouge_l(answer.prediction, answer.references)),
     "exact_match": Metric("EM", lambda answer: exact_match(answer.prediction, answer.references)),
@@ -83,12 +83,12 @@ METRICS: dict[str, Metric] = {
 
 
 def normalize_answer(text: str) -> str:
-    """Lower case, without ASCII punctuation, single spaces. Unlike SQuAD's normalisation it keeps the articles."""
+    """Returns lower-case text with single spaces and no ASCII punctuation. Unlike in SQuAD, articles are kept."""
     return " ".join(text.lower().translate(_NO_PUNCTUATION).split())
 
 
 def group_by_task(predictions: Iterable[Prediction]) -> dict[str, list[Prediction]]:
-    """The predictions of each task, both in their order of appearance."""
+    """Groups predictions by task. Tasks and predictions are in order of appearance."""
     groups: dict[str, list[Prediction]] = {}
     for prediction in predictions:
         groups.setdefault(prediction.task, []).append(prediction)
@@ -96,9 +96,9 @@ def group_by_task(predictions: Iterable[Prediction]) -> dict[str, list[Predictio
 
 
 def instance_scores(predictions: Mapping[str, Sequence[Prediction]]) -> dict[str, dict[str, list[float]]]:
-    """Every instance's scores in each metric, in the predictions' order: `{task: {"rouge_l": [...], …}}`.
+    """Returns the scores of each instance in each metric, in the given order: `{task: {"rouge_l": [...], …}}`.
 
-    A metric that some answer has no score in is left out.
+    A metric is left out if any answer has no score in it.
     """
     scores: dict[str, dict[str, list[Any]]] = {
         name: {task: [metric.score(answer) for answer in answers] for task, answers in predictions.items()}
@@ -109,10 +109,10 @@ def instance_scores(predictions: Mapping[str, Sequence[Prediction]]) -> dict[str
 
 
 def mean_scores(instances: Mapping[str, Mapping[str, Sequence[float]]]) -> dict[str, Any]:
-    """A run's scores from those of every instance, as scores.json has them.
+    """Returns a run's scores, in the format of scores.json, from the scores of each instance.
 
-    Of each metric the mean over tasks and, as ``METRIC_instances``, over all instances; and ``tasks``: of each task its
-    own means and its number of ``instances``.
+    These are, per metric, the mean over tasks (``METRIC``) and over all instances (``METRIC_instances``), and in
+    ``tasks`` the means and the number of ``instances`` of each task.
     """
     means: dict[str, Any] = {}
     for metric in next(iter(instances.values())):
@@ -126,8 +126,8 @@ def mean_scores(instances: Mapping[str, Mapping[str, Sequence[float]]]) -> dict[
 
 
 def _checked(references: Sequence[str]) -> Sequence[str]:
-    if not references or isinstance(references, str):  # a string would be a sequence of its letters
-        raise BaditError("references: give a sequence of at least one accepted answer")
+    if not references or isinstance(references, str):  # a string would be a sequence of letters
+        raise BaditError("references: must be a sequence of at least one accepted answer")
     return references
 
 

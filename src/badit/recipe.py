@@ -1,6 +1,6 @@
-"""A recipe: everything that decides a run, as a YAML file with typed, validated fields.
+"""Recipes: YAML files with typed, validated fields that define a run.
 
-Only plain YAML values are read: no tag makes a Python object, a key stands once, and aliases do not multiply values.
+Only plain YAML is read: tags create no Python objects, duplicate keys are refused, and alias expansion is limited.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ from badit.errors import BaditError, first_line, nearest, problems
 from badit.files import inside, read_text, refuse_other_format
 from badit.models import Quantisation
 
-# The version of a run's config.yaml. The first had no number; BADIT's defaults were the paper's.
+# The version of a run's config.yaml. Version 1 has no ``format`` key, and its BADIT defaults are those of the paper.
 FORMAT = 2
-# A recipe has some hundred values. With aliases of aliases, a text of a few lines can stand for billions.
+# A recipe has a few hundred values. With nested aliases, a few lines of YAML can expand to billions of values.
 MAX_VALUES = 100_000
 MAX_CHARACTERS = 1_000_000
 MAX_DIGITS = 100
@@ -50,7 +50,7 @@ Split = Literal["test", "validation"]
 
 def _a_path(text: str) -> str:
     if not text.strip() or "\0" in text:
-        raise ValueError("must be a name or a path, not blank and without NUL")
+        raise ValueError("must be a name or a path, not blank and without NUL characters")
     return text
 
 
@@ -64,17 +64,17 @@ class ModelSection(Section):
 
     name: PathText = Field("smollm2-135m", description="built-in name, local folder or hub id (org/name)")
     dtype: Dtype = Field(
-        "fast", description="of the base weights; fast: bfloat16, or float32 on a processor without it; auto: as saved"
+        "fast", description="of the base weights; fast: bfloat16, or float32 on CPUs where it is slow; auto: as saved"
     )
     quantisation: Quantisation | None = Field(
-        None, description="keep the base weights in 8 or 4 bits (badit[quantised]); experts are trained next to them"
+        None, description="quantise the base weights to 8 or 4 bits (needs badit[quantised]), but not the adapters"
     )
     revision: str | None = Field(None, description="branch, tag or commit of a hub model")
     trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
 
 
 class SourceSection(Section):
-    """One of several sources of tasks; what it leaves out is as in the data section."""
+    """One of several sources of tasks; omitted fields have the values of the data section."""
 
     path: PathText
     format: Format | None = None
@@ -89,39 +89,39 @@ class DataSection(Section):
     """The tasks."""
 
     source: PathText | list[PathText | SourceSection] = Field(
-        "builtin", description="'builtin', a file, folder, pattern with * or hub data set, or a list; with $VARIABLES"
+        "builtin", description="'builtin', file, folder, glob, hub data set, or list of these; $VARIABLES are expanded"
     )
     format: Format = "auto"
     task: TaskName | None = Field(None, description="task of rows without a task (default: the file's name)")
     instruction: str | None = Field(None, description="instruction of rows without one (default: none)")
-    columns: dict[Column, str] = Field({}, description="names of columns, such as {input: text, output: label}")
-    turns: Turns = Field("last", description="answers of a chat that are trained")
+    columns: dict[Column, str] = Field({}, description="column of each field, such as {input: text, output: label}")
+    turns: Turns = Field("last", description="answers of a chat to train on")
     tasks: list[TaskName] | None = Field(None, description="names or numbers of the tasks to use (default: all)")
     train_per_task: Count | None = Field(None, description="largest number of training instances per task")
-    test_per_task: Count | None = Field(None, description="number of test instances per task, the first ones")
+    test_per_task: Count | None = Field(None, description="number of test instances per task (the first ones)")
     validation_per_task: CountOrZero = Field(0, description="instances to hold out of each task's training data")
-    sampling: Literal["proportional", "balanced"] = Field("proportional", description="by size, or equal weights")
+    sampling: Literal["proportional", "balanced"] = Field("proportional", description="task weights: by size, or equal")
     temperature: float = Field(1.0, ge=1, description="T: a task's weight is its size to the power of 1/T")
-    weights: dict[TaskName, Annotated[float, Field(gt=0)]] = Field({}, description="factors on the weights, by task")
+    weights: dict[TaskName, Annotated[float, Field(gt=0)]] = Field({}, description="factors on the weights of tasks")
     order: str | list[TaskName] | None = Field(
-        None, description="trains tasks one after another: sapt-1, sapt-2, seeded-N or a list of names; null mixes them"
+        None, description="train tasks one after another: sapt-1, sapt-2, seeded-N or a list of names; null: mix them"
     )
-    seed: Seed = Field(0, description="of the choice of instances; not training.seed, so that runs share their data")
+    seed: Seed = Field(0, description="for choosing instances; separate from training.seed, so runs can share data")
 
     @property
     def entries(self) -> list[SourceSection]:
-        """The sources as they are given, a section each."""
+        """The sources, each as a SourceSection."""
         listed = [self.source] if isinstance(self.source, str) else self.source
         return [SourceSection.model_validate({"path": one}) if isinstance(one, str) else one for one in listed]
 
     def sources(self) -> list[Source]:
-        """Where the tasks are, and how their rows are to be read."""
+        """Returns the sources, with the defaults of this section and expanded paths."""
         shared = self.model_dump(include={"format", "task", "instruction", "columns", "turns"})
         own = [one.model_dump(exclude_none=True) | {"path": expand_source(one.path)} for one in self.entries]
         return [Source(**{**shared, **values}) for values in own]
 
     def load(self) -> list[Task]:
-        """The tasks with the instances that are to be trained, validated and tested; BaditError if they are bad."""
+        """Returns the tasks with their training, validation and test instances; BaditError if they are invalid."""
         from badit.data import load_sources
 
         tasks = load_sources(self.sources(), self.tasks, self.weights)
@@ -129,12 +129,12 @@ class DataSection(Section):
         return limit(tasks, self.train_per_task, self.test_per_task, self.seed)
 
     def quotas(self, tasks: Sequence[Task]) -> dict[str, int] | None:
-        """How many training instances of each task an epoch has; None where each comes once."""
+        """Returns the number of training instances per task in an epoch, or None if each is used once."""
         return quotas(tasks, balanced=self.sampling == "balanced", temperature=self.temperature)
 
 
 class PromptSection(Section):
-    """From an instance to tokens."""
+    """Prompts and tokenisation."""
 
     encoding: PromptEncoding = Field("def", description="'def', or 'def+posN' with N demonstrations")
     max_source_tokens: int = Field(1024, ge=8, le=MOST)
@@ -152,7 +152,7 @@ class EvaluationSection(Section):
 
 
 class ComparedMethod(Section):
-    """A method section, and the method's own seeds and training values."""
+    """A method section, with optional seeds and training values for this method."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -161,24 +161,24 @@ class ComparedMethod(Section):
 
 
 class CompareSection(Section):
-    """What ``badit compare`` crosses; a single run leaves it out of account."""
+    """The grid of ``badit compare``; a single run ignores it."""
 
-    methods: dict[str, ComparedMethod] = Field(description="a name for each method to compare, and its method section")
-    reference: str = Field("lora", description="the method that differences are taken to")
+    methods: dict[str, ComparedMethod] = Field(description="the methods to compare: a name and a method section each")
+    reference: str = Field("lora", description="the baseline: differences are relative to this method")
     seeds: list[Seed] = Field([0, 1, 2], min_length=1)
-    vary_data: bool = Field(False, description="add the seed to data.seed: the spread then includes the choice of data")
-    orders: list[str | list[TaskName]] | None = Field(None, min_length=1, description="as data.order; null: all mixed")
+    vary_data: bool = Field(False, description="add the seed to data.seed, so the spread includes the choice of data")
+    orders: list[str | list[TaskName]] | None = Field(None, min_length=1, description="each as data.order; null: mixed")
     learning_rates: list[float] | None = Field(
         None,
-        description="a ladder to search each method's rate on, from training.learning_rate, by the loss on held-out "
-        "training instances; null trains all with training.learning_rate",
+        description="ascending rates to search for each method, starting at training.learning_rate, by the loss on "
+        "held-out training instances; null: all methods use training.learning_rate",
     )
     search: dict[str, Any] | None = Field(
-        None, description="recipe values for the search alone, such as {data: {train_per_task: 30}}, to make it cheaper"
+        None, description="recipe values for the search only, to make it cheaper, such as {data: {train_per_task: 30}}"
     )
-    budget: str | None = Field(None, description="the method whose number of trainable parameters the others must have")
-    unmatched: list[str] = Field([], description="methods that may have another number of parameters")
-    single_task: list[str] = Field([], description="methods to train on each task alone as well")
+    budget: str | None = Field(None, description="the method whose trainable-parameter count the others must match")
+    unmatched: list[str] = Field([], description="methods that need not match the budget")
+    single_task: list[str] = Field([], description="methods that are also trained on each task alone")
 
     @field_validator("learning_rates")
     @classmethod
@@ -189,31 +189,31 @@ class CompareSection(Section):
 
 
 class Recipe(Section):
-    """One run: what is tuned, on what, how, and where the result goes."""
+    """The configuration of a run or a comparison."""
 
     model: ModelSection = ModelSection()  # pyright: ignore[reportCallIssue]
     data: DataSection = DataSection()  # pyright: ignore[reportCallIssue]
     prompt: PromptSection = PromptSection()  # pyright: ignore[reportCallIssue]
     method: dict[str, Any] = Field(
         default={"name": "badit"},
-        description="name: badit, base or one of badit.baselines.BASELINES, and its options",
+        description="the method's name (see badit keys method.name) and its options",
     )
     training: TrainingSection = TrainingSection()  # pyright: ignore[reportCallIssue]
     evaluation: EvaluationSection = EvaluationSection()  # pyright: ignore[reportCallIssue]
     compare: CompareSection | None = None
-    output: PathText = Field("runs/badit", description="the run's folder, or that of a comparison's runs")
+    output: PathText = Field("runs/badit", description="folder of the run, or of a comparison's runs")
 
     def __repr__(self) -> str:
         about = f"{self.method.get('name', 'badit')} on {self.model.name}"
         return f"Recipe({about}, data {self.data.source!r}, output {self.output!r})"
 
 
-#: A file, plain values, or a recipe as it is.
+#: A file, plain values, or a Recipe.
 RecipeLike = str | os.PathLike[str] | Mapping[str, Any] | Recipe
 
 
 def make_recipe(recipe: RecipeLike | None, values: Mapping[str, Any]) -> Recipe:
-    """A recipe from what stands for one, None for the defaults, with ``values`` laid over it."""
+    """Builds a recipe from a file, plain values or a Recipe (None: the defaults); ``values`` override its own."""
     if isinstance(recipe, str | os.PathLike):
         path = _or_shipped(Path(recipe))
         return build_recipe(merged(_content(path), values), where=path)
@@ -224,42 +224,42 @@ def make_recipe(recipe: RecipeLike | None, values: Mapping[str, Any]) -> Recipe:
 def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recipe:
     """Reads a recipe file and applies ``key=value`` overrides.
 
-    Where there is no such file, the recipe of this name that comes with badit is read, such as superni-cpu. A top-level
-    ``extends`` names another recipe in the file's folder or below it, or one that comes with badit. The file's own
-    values are laid over that recipe's, key by key within sections. A section with another ``name`` (of a method or a
-    model) replaces the extended recipe's section, since options of one method mean nothing to another.
+    If there is no such file, reads the recipe of this name that comes with badit, such as superni-cpu. A top-level
+    ``extends`` names another recipe in the file's folder or below it, or one that comes with badit. The file's values
+    override those of that recipe, key by key within sections. A section with another ``name`` (of a method or a model)
+    replaces the whole section, because the options of one method do not apply to another.
 
     Raises:
-        BaditError: what cannot be read or extended, an unknown key or a wrong value.
+        BaditError: if a file cannot be read or extended, a key is unknown, or a value is invalid.
     """
     path = _or_shipped(Path(path))
     return build_recipe(_content(path), overrides, where=path)
 
 
 def shipped_recipes() -> dict[str, Path]:
-    """The recipes that come with badit by their names; in a checkout they are next to the source."""
+    """Returns the recipes that come with badit, by name; in a checkout they are next to the source."""
     package = Path(__file__).parent
     folder = next((one for one in (package / "recipes", package.parents[1] / "recipes") if one.is_dir()), package)
     return {file.relative_to(folder).with_suffix("").as_posix(): file for file in sorted(folder.glob("**/*.yaml"))}
 
 
 def _or_shipped(path: Path, name: str = "") -> Path:
-    """The file or, where there is none, the recipe of this name that comes with badit."""
+    """Returns the path or, if there is no such file, that of the recipe of this name that comes with badit."""
     name, shipped = name or str(path), shipped_recipes()
     if path.suffix or path.exists():
         return path
     if name not in shipped:
-        raise BaditError(f"{name}: no such file, and no recipe that comes with badit{nearest(name, shipped)}")
+        raise BaditError(f"{name}: no such file, and no recipe of this name comes with badit{nearest(name, shipped)}")
     return shipped[name]
 
 
 def load_config(path: Path) -> Recipe:
-    """The recipe that a run's folder keeps, which may have the names and mean the defaults of an earlier release."""
+    """Reads the recipe in a run's folder, which may have the field names and defaults of an earlier release."""
     return build_recipe(_of_run(read_values(path), path), where=path)
 
 
 def _of_run(content: dict[str, Any], path: Path) -> dict[str, Any]:
-    """The values of a run's config.yaml, in today's names and with the defaults of its release."""
+    """Returns the values of a run's config.yaml, with the current names and the defaults of its release."""
     if "format" in content:
         refuse_other_format(content, path, FORMAT)
         del content["format"]
@@ -276,10 +276,10 @@ def _of_run(content: dict[str, Any], path: Path) -> dict[str, Any]:
 
 
 def _content(path: Path, extending: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """A recipe file's values over those of the recipe that it extends; the files in ``extending`` led to this one."""
-    place = Path(os.path.realpath(path))  # Path.resolve raises for a loop of links
+    """Returns a file's values merged over the recipe that it extends; ``extending``: files that extend this one."""
+    place = Path(os.path.realpath(path))  # Path.resolve raises for a symlink loop
     if place in extending:
-        raise BaditError(f"{extending[-1]}: extends: {path.name} extends this file already")
+        raise BaditError(f"{extending[-1]}: extends: {path.name} already extends this file; remove one of the two")
     content = read_values(path)
     in_run = path.name == "config.yaml" and path.with_name("environment.json").is_file()
     content = _of_run(content, path) if in_run or isinstance(content.get("format"), int) else content
@@ -289,17 +289,17 @@ def _content(path: Path, extending: tuple[Path, ...] = ()) -> dict[str, Any]:
     try:
         base_path = inside(path.parent, path.parent / name)
         base_path.exists()
-    except (BaditError, OSError, TypeError):  # OSError for an endless name, TypeError for what is no text
+    except (BaditError, OSError, TypeError):  # OSError: the name is too long; TypeError: it is not a string
         fix = "must be a file in the recipe's folder, such as base.yaml"
         raise BaditError(f"{path}: extends: {fix}, not {name!r:.60}") from None
     base_path = _or_shipped(base_path, name)
     base = _content(base_path, (*extending, place))
-    build_recipe(base, where=base_path)  # its mistakes are reported as its own
+    build_recipe(base, where=base_path)  # its errors name its own file
     return merged(base, content)
 
 
 def merged(base: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
-    """A recipe's values with others laid over them, as :func:`load_recipe` says."""
+    """Returns a recipe's values with ``own`` overriding them, as :func:`load_recipe` describes."""
     result = dict(base)
     for key, value in own.items():
         former = base.get(key)
@@ -311,16 +311,16 @@ def merged(base: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_values(path: Path) -> dict[str, Any]:
-    """A recipe file's values as they stand there, whatever they are."""
+    """Returns a recipe file's values without validation."""
     content = parse_yaml(read_text(path), where=path)
     content = {} if content is None else content
     if not isinstance(content, dict):
-        raise BaditError(f"{path}: must hold 'key: value' lines, not a {type(content).__name__}")
+        raise BaditError(f"{path}: must contain 'key: value' lines, not a {type(content).__name__}")
     return content
 
 
 def build_recipe(content: Mapping[str, Any], overrides: Sequence[str] = (), *, where: str | Path = "recipe") -> Recipe:
-    """A recipe from plain values, with overrides applied; ``where`` opens every line of the error's message."""
+    """Builds a recipe from plain values and overrides; every line of an error message starts with ``where``."""
     values = _copied(content)
     for override in overrides:
         key, equals, value = override.partition("=")
@@ -333,7 +333,7 @@ def build_recipe(content: Mapping[str, Any], overrides: Sequence[str] = (), *, w
                 section[part] = {}
             section = section[part]
             if not isinstance(section, dict):
-                raise BaditError(f"{override!r:.80}: {part} is a single value and has no keys of its own")
+                raise BaditError(f"{override!r:.80}: {part} is a single value and has no keys")
         section[last] = parse_yaml(value, where=override)
     found, recipe = list(_unknown_keys(values)), Recipe()  # pyright: ignore[reportCallIssue]
     try:
@@ -346,10 +346,10 @@ def build_recipe(content: Mapping[str, Any], overrides: Sequence[str] = (), *, w
 
 
 def _unknown_keys(values: Mapping[str, Any]) -> Iterator[str]:
-    """Keys that neither TrainingArguments nor any method has, found without importing either."""
+    """Yields problems with the keys of the training and method sections, without importing transformers or methods."""
     if isinstance(training := values.get("training"), Mapping):
         yield from key_problems(training)
-    if "badit.methods" in sys.modules:  # then build_method names them just as quickly
+    if "badit.methods" in sys.modules:  # then build_method reports them without delay
         return
     sections: list[tuple[str, Any]] = [("method", values.get("method"))]
     if isinstance(compare := values.get("compare"), Mapping) and isinstance(compare.get("methods"), Mapping):
@@ -367,7 +367,7 @@ def _unknown_keys(values: Mapping[str, Any]) -> Iterator[str]:
 
 @cache
 def _method_words() -> tuple[set[str], set[str]]:
-    """All words that may be an option of a method, and all that may be a method's name, from the source."""
+    """Returns supersets of all option names and of all method names, read from the source."""
     own, peft = Path(__file__).parent, package_folder("peft")
     files = [own / name for name in ("methods.py", "regroup.py", "surgery.py", "tuner/config.py")]
     files += [*own.glob("baselines/*.py"), peft / "tuners/lora/config.py"]
@@ -377,22 +377,22 @@ def _method_words() -> tuple[set[str], set[str]]:
 
 
 def expand_source(source: str) -> str:
-    """``data.source`` with its $VARIABLES and ~ replaced; BaditError if a variable is not set."""
+    """Returns ``data.source`` with $VARIABLES and ~ expanded; BaditError if a variable is not set."""
     expanded = os.path.expandvars(source)
     if missing := re.search(r"\$\{?(\w+)", expanded):
-        problem = f"the environment variable {missing[1]} is not set; set it, or give data.source=PATH"
+        problem = f"the environment variable {missing[1]} is not set; set it, or use data.source=PATH"
         raise BaditError(f"data.source: {problem}")
     return os.path.expanduser(expanded)
 
 
 def dump_recipe(recipe: Recipe) -> str:
-    """One run's recipe as YAML, every field written out."""
+    """Returns a run's recipe as YAML with every field."""
     values = {"format": FORMAT, **recipe.model_dump(mode="json", exclude={"compare"})}
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 
 def differing_keys(one: Mapping[str, Any], other: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Dotted keys in which two nested mappings differ."""
+    """Returns the dotted keys in which two nested mappings differ."""
     keys = []
     for key in one.keys() | other.keys():
         a, b = one.get(key), other.get(key)
@@ -404,14 +404,14 @@ def differing_keys(one: Mapping[str, Any], other: Mapping[str, Any], prefix: str
 
 
 def _copied(value: Any) -> Any:
-    """Plain values as YAML would give them: mappings that are ours to change, and paths as text."""
+    """Returns plain values as YAML would give them: mappings are copied, and paths become strings."""
     if isinstance(value, Mapping):
         return {key: _copied(inner) for key, inner in value.items()}
     return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
 def _known_keys(location: Sequence[int | str]) -> list[str]:
-    """The keys of the section at a place."""
+    """Returns the keys of the section at a location in the recipe."""
     section: Any = Recipe
     for part in location:
         section = section_of(section.model_fields[str(part)])
@@ -419,15 +419,15 @@ def _known_keys(location: Sequence[int | str]) -> list[str]:
 
 
 def section_of(field: FieldInfo) -> type[BaseModel] | None:
-    """The section that a field holds, if any."""
+    """Returns the section class of a field, or None."""
     kinds = [field.annotation, *get_args(field.annotation)]
     return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
 
 
 def parse_yaml(text: str, *, where: str | Path) -> Any:
-    """The value of a YAML text; ``where`` opens the error message."""
+    """Returns the value of a YAML text; error messages start with ``where``."""
     if len(text) > MAX_CHARACTERS:
-        raise BaditError(f"{where!s:.120}: has more than {MAX_CHARACTERS:,} characters; write out what is needed")
+        raise BaditError(f"{where!s:.120}: has more than {MAX_CHARACTERS:,} characters; shorten it")
     try:
         loader = _Loader(text)
         node = loader.get_single_node()
@@ -436,14 +436,14 @@ def parse_yaml(text: str, *, where: str | Path) -> Any:
         _count(node, MAX_VALUES)
         return loader.construct_document(node)
     except (yaml.YAMLError, RecursionError, ValueError, OverflowError, TypeError, AttributeError) as error:
-        # Besides PyYAML's own errors: what its constructors let through, for a date or a number that there is not.
+        # Besides PyYAML's own errors: exceptions that its constructors raise for invalid dates and numbers.
         mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or first_line(error)
     place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
     raise BaditError(f"{where!s:.120}{place}: cannot be read as YAML ({problem:.200})")
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1, except that 5e-4 is a number, and 073, the number of a task, is text (by the standard it is 59)."""
+    """YAML 1.1, except that 5e-4 is a number, and 073 (a task number) is a string, not the octal number 59."""
 
 
 def _whole_number(loader: _Loader, node: yaml.ScalarNode) -> int | str:
@@ -463,11 +463,11 @@ def _refused(node: yaml.Node, problem: str) -> yaml.MarkedYAMLError:
 
 
 def _count(node: yaml.Node, left: int) -> int:
-    """``left`` less the number of values of a node with every alias written out; repeated keys are refused."""
+    """Returns ``left`` minus the number of values in a node with all aliases expanded; refuses duplicate keys."""
     if left <= 0:
-        raise _refused(node, f"more than {MAX_VALUES:,} values; write out what is needed")
+        raise _refused(node, f"more than {MAX_VALUES:,} values, with all aliases expanded; remove some")
     if isinstance(node, yaml.ScalarNode):
-        node.value.encode()  # raises for half a surrogate pair, which no file can hold
+        node.value.encode()  # raises for a lone surrogate, which UTF-8 cannot encode
         return left - 1
     seen: set[tuple[str, str]] = set()
     for part in node.value:

@@ -1,13 +1,13 @@
 """DOG during training: regroups the experts' components by their gradients, in any training loop.
 
-Before every optimizer step it adds each layer's cosine Gram of the accumulated, reduced gradients to a running mean;
-every so many steps it solves the grouping on that mean and writes the N labels of ``expert_of``. No weight moves, so
-the optimizer's moments stay valid. (The cosine does not depend on loss scaling and clipping.)
+Before every optimizer step it adds each layer's cosine Gram matrix of the accumulated, reduced gradients to a running
+mean. At regular intervals it solves the grouping on that mean and writes the N labels of ``expert_of``. Weights stay in
+place, so the optimizer's moments stay valid. (The cosine does not depend on loss scaling and clipping.)
 
-A regrouping changes the model's output as far as the gates of the two experts differ. ``rescale`` keeps the change
-small: a moved component's column of B is multiplied by the ratio of the mean gates of its old and its new expert.
+A regrouping changes the model's output if a moved component's old and new expert have different gates. ``rescale``
+keeps the change small: it multiplies the component's column of B by the ratio of these experts' mean gates.
 
-The angles between experts (paper, Fig. 4) are logged with the regroupings, or by :class:`AngleLog` without them.
+The angles between experts (paper, Fig. 4) are logged with the regroupings, or by :class:`AngleLog` if there are none.
 """
 
 from __future__ import annotations
@@ -36,19 +36,17 @@ from badit.method.grouping import Solver
 from badit.tuner.config import COUNT, COUNT_OR_ZERO, FRACTION, Rule, check_options, is_number, one_of, option
 from badit.tuner.layer import BaditLinear, ExpertLinear
 
-TOP_K_REFUSED = (
-    "regrouping would move components into experts that top_k switches off; leave top_k out, or do not regroup"
-)
+TOP_K_REFUSED = "regrouping would move components into experts that top_k switches off; remove top_k, or do not regroup"
 STATE_FILE = "badit_regroup.safetensors"
 _ANGLES_FILE = "badit_angles.safetensors"
-# A mean gate near zero (top_k can starve an expert) must not make a weight explode.
+# Limits the factor of a weight if an expert's mean gate is near zero.
 _RESCALE_LIMIT = 4.0
 _EVERY = Rule(
     "a whole number of steps or a fraction of the run",
     lambda value: is_number(value) and value > 0 and (value < 1 or value == int(value)),
 )
 
-# A regrouping's, as means over the layers.
+# The metrics of a regrouping: means over the layers.
 _METRICS = ("objective_before", "objective_after", "components_moved", "intra_degrees", "inter_degrees")
 
 Place = tuple[ExpertLinear, str]  # a layer and the name of one of its adapters
@@ -56,30 +54,30 @@ Place = tuple[ExpertLinear, str]  # a layer and the name of one of its adapters
 
 @dataclass(frozen=True)
 class RegroupOptions:
-    """When and how to regroup; each regrouping uses the mean Gram of the steps since the last."""
+    """When and how to regroup. Each regrouping uses the mean Gram matrix of the steps since the previous one."""
 
-    every: float = option(20, "Optimizer steps between regroupings, or below 1 the fraction of the run.", _EVERY)
-    stop: float = option(0.9, "Fraction of the run after which nothing is regrouped.", FRACTION)
+    every: float = option(20, "Optimizer steps between regroupings; below 1, a fraction of the run.", _EVERY)
+    stop: float = option(0.9, "Fraction of the run after which regrouping stops.", FRACTION)
     solver: Solver = option(
         "swap", "'swap': balanced k-means, then exact swaps; 'paper': the paper's iteration.", one_of("swap", "paper")
     )
-    restarts: int = option(10, "Further random starts of the solver.", COUNT_OR_ZERO)
-    rescale: bool = option(True, "Multiply moved components by the ratio of their experts' mean gates.")
+    restarts: int = option(10, "Number of random starts of the solver.", COUNT_OR_ZERO)
+    rescale: bool = option(True, "Multiply moved components by the ratio of their old and new experts' mean gates.")
 
-    #: As in the released code: once per epoch of ten, in the first half of the training.
+    #: As in the paper's code: once in each of ten epochs, during the first half of training.
     PAPER: ClassVar[dict[str, Any]] = {"every": 0.1, "stop": 0.5, "solver": "paper", "restarts": 10, "rescale": False}
 
     def __post_init__(self) -> None:
         check_options(self, "regroup.")
 
     def due(self, total_steps: int) -> range:
-        """The steps of a run after which it regroups."""
+        """Returns the steps of a run after which it regroups."""
         every = int(self.every) if self.every >= 1 else max(1, round(self.every * total_steps))
         return range(every, math.floor(self.stop * total_steps) + 1, every)
 
 
 def trainable_adapters(model: nn.Module, kind: type[ExpertLinear] = BaditLinear) -> Iterator[tuple[str, Place]]:
-    """(name, (layer, adapter)) of every adapter that is being trained in layers of one class, in the model's order."""
+    """Yields (name, (layer, adapter)) of every trainable adapter in layers of class ``kind``, in the model's order."""
     for layer in (module for module in model.modules() if isinstance(module, kind)):
         for adapter, factor in layer.badit_A.items():
             if factor.requires_grad:
@@ -88,18 +86,18 @@ def trainable_adapters(model: nn.Module, kind: type[ExpertLinear] = BaditLinear)
 
 @dataclass
 class Window:
-    """One layer's sums since the last regrouping, and that regrouping's log line, which waits for its angles."""
+    """One layer's sums since the last regrouping, and the log line of that regrouping until its angles are known."""
 
     gram_sum: torch.Tensor | None = None
     steps: int = 0
-    gate_sums: torch.Tensor | None = None  # (K + 1), the sums of the gates and their number, on this rank
+    gate_sums: torch.Tensor | None = None  # (K + 1), the sums of the gates and their count, on this rank
     pending: dict[str, Any] = field(default_factory=dict)
 
 
 class Windows(dict[str, Window]):
-    """The window of every layer, by its name: filled before each optimizer step, and kept in checkpoints.
+    """The windows of all layers by name, updated before each optimizer step and saved in checkpoints.
 
-    The Trainer's ``optimizer`` may take its steps within the backward pass.
+    Pass the Trainer's ``optimizer`` if it can take its steps inside the backward pass (DeepSpeed).
     """
 
     def __init__(self, layers: Mapping[str, Place], optimizer: Any = None) -> None:
@@ -109,7 +107,7 @@ class Windows(dict[str, Window]):
         self._reads_in_engine = before_step(optimizer, self._read_gradients)
 
     def after_backward(self) -> None:
-        """Reads the gradients of an optimizer step, when they are complete and before they are used."""
+        """Reads the gradients of an optimizer step. Call it when they are complete and before they are used."""
         if not self._reads_in_engine:
             self._read_gradients()
 
@@ -122,21 +120,21 @@ class Windows(dict[str, Window]):
                 window.gate_sums = window.gate_sums if gates is None else _plus(window.gate_sums, gates)
 
     def restart(self) -> None:
-        """Empties the sums; pending lines stay."""
+        """Resets the sums; keeps the pending log lines."""
         self.update({name: Window(pending=window.pending) for name, window in self.items()})
 
     def _taken_gates(self) -> list[torch.Tensor | None]:
-        """Each layer's sums of gates since the last call."""
+        """Returns each layer's sums of gates since the last call."""
         places = self.layers.values()
         return [one.gate_sums.pop(adapter, None) if isinstance(one, BaditLinear) else None for one, adapter in places]
 
     def mean_grams(self) -> dict[str, np.ndarray]:
-        """The mean Grams on the CPU; windows without steps are left out."""
+        """Returns the mean Gram matrices on the CPU, without those of windows without steps."""
         means = {name: window.gram_sum / window.steps for name, window in self.items() if window.gram_sum is not None}
         return {name: mean_NN.cpu().double().numpy() for name, mean_NN in means.items()}
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        """Tensors, and plain values. All ranks must ask for it; of the gates each has sums of its own."""
+        """Returns tensors and plain values. All ranks must call it, because each rank has its own sums of gates."""
         tensors = {}
         for name, window in self.items():
             if window.gram_sum is not None:
@@ -146,17 +144,17 @@ class Windows(dict[str, Window]):
         return tensors, {name: {"steps": window.steps, "pending": window.pending} for name, window in self.items()}
 
     def set_state(self, tensors: Mapping[str, torch.Tensor], notes: Mapping[str, Any]) -> None:
-        """Restores what :meth:`state` gave."""
+        """Restores a state returned by :meth:`state`."""
         if notes.keys() != self.keys():
-            raise BaditError("the regrouping's state belongs to another model or another choice of target_modules")
+            raise BaditError("regrouping state: saved with another model or target_modules; resume with the same ones")
         for name, note in notes.items():
             gram_sum, gate_sums = (tensors.get(f"{kind}:{name}") for kind in ("gram_sum", "gate_sums"))
             own_sums = None if gate_sums is None else own_part(gate_sums)
             self[name] = Window(gram_sum, note["steps"], own_sums, note["pending"])
-        self._taken_gates()  # those of before belong to no window
+        self._taken_gates()  # drops earlier sums, which belong to no window
 
     def save(self, path: Path, *, write: bool = True) -> None:
-        """Writes the state to a safetensors file, on the ranks with ``write``; all must call it."""
+        """Writes the state to a safetensors file on ranks with ``write``; all ranks must call it."""
         tensors, notes = self.state()
         if write:
             save_file(tensors, path, metadata={"windows": json.dumps(notes)})
@@ -166,7 +164,7 @@ class Windows(dict[str, Window]):
         if not path.is_file():
             raise BaditError(
                 f"{path}: is missing, so training cannot continue exactly where it stopped; resume from another "
-                "checkpoint, or pass RegroupCallback(checkpoint=FOLDER) if the checkpoint lies elsewhere"
+                "checkpoint, or pass RegroupCallback(checkpoint=FOLDER) if the checkpoint is in another folder"
             )
         with explained(path, action="resumed from", fix="resume from another checkpoint", any_error=True):
             with safe_open(path, framework="pt") as file:
@@ -176,12 +174,12 @@ class Windows(dict[str, Window]):
 
 
 def _plus(total: torch.Tensor | None, term: torch.Tensor) -> torch.Tensor:
-    # A total that comes from a checkpoint is on the CPU at first.
+    # A total restored from a checkpoint is on the CPU.
     return term if total is None else total.to(term.device) + term
 
 
 class Regrouper:
-    """Regroups the components of every trainable BADIT adapter of a model, in a training loop of one's own.
+    """Regroups the components of every trainable BADIT adapter of a model in a custom training loop.
 
         regrouper = Regrouper(model, total_steps=len(loader) * epochs, every=20)
         for batch in loader:
@@ -192,28 +190,28 @@ class Regrouper:
             regrouper.step()
         regrouper.finish()
 
-    With gradients accumulated over several batches the two calls belong to optimizer steps, not to batches; of several
-    processes all must make them. Trainer has :class:`badit.RegroupCallback` instead.
+    With gradient accumulation, make both calls once per optimizer step, not once per batch. With several processes, all
+    ranks must make them. For Trainer, use :class:`badit.RegroupCallback`.
 
     Args:
-        model: with a trainable BADIT adapter, perhaps wrapped for data parallelism.
-        total_steps: optimizer steps of the whole run, of which ``stop`` is a fraction.
-        log_path: a file that gets a line for every layer and regrouping; None writes none.
-        optimizer: needed under DeepSpeed only, whose engine takes its steps within the backward pass.
-        options: of :class:`RegroupOptions`: every, stop, solver, restarts, rescale.
+        model: a model with a trainable BADIT adapter, optionally wrapped for data parallelism.
+        total_steps: optimizer steps of the whole run; ``stop`` is a fraction of it.
+        log_path: the log file, with one line per layer and regrouping; None for no log.
+        optimizer: the optimizer; needed only under DeepSpeed, which takes its steps inside the backward pass.
+        options: the fields of :class:`RegroupOptions`: every, stop, solver, restarts, rescale.
 
-    A regrouping's line is written at the end of the *following* window, since its angles are measured on gradients
-    that the grouping has not seen: step, module, objective_before and _after (on the Gram that was grouped),
-    components_moved, and the angles of the previous and the new grouping.
+    The log line of a regrouping is written at the end of the *following* window, because its angles are measured on
+    gradients that the grouping was not fitted to. It has step, module, objective_before and objective_after (on the
+    Gram matrix that was grouped), components_moved, and the angles of the previous and the new grouping.
 
     Attributes:
         steps: optimizer steps so far.
         due: the steps after which it regroups.
-        metrics: of the last regrouping, the means over the layers: objective_before, objective_after and
-            components_moved, and the angles of the grouping until then. Empty before the first.
+        metrics: means over the layers for the last regrouping: objective_before, objective_after, components_moved,
+            and the angles of the grouping before it. Empty before the first regrouping.
 
     Raises:
-        BaditError: an option out of its range, or no trainable BADIT adapter.
+        BaditError: if an option is out of range, there is no trainable BADIT adapter, or an adapter uses top_k.
     """
 
     def __init__(
@@ -238,42 +236,42 @@ class Regrouper:
         self.steps = 0
         self.metrics: dict[str, float] = {}
         self.windows = Windows(layers, optimizer)
-        # Of several processes the first writes.
+        # Only rank 0 writes.
         self._log = Path(log_path) if log_path is not None and rank_and_size()[0] == 0 else None
         self._log_is_open = False
 
     def after_backward(self) -> None:
-        """Reads the gradients of an optimizer step; to be called when they are complete and before they are used."""
+        """Reads the gradients of an optimizer step; call it when they are complete, before the step uses them."""
         if not self._log_is_open:
             self.open_log()
         self.windows.after_backward()
 
     def step(self) -> None:
-        """Counts an optimizer step that has been taken, and regroups if one is due."""
+        """Counts a completed optimizer step and regroups if a regrouping is due."""
         self.steps += 1
         if self.steps in self.due:
             self._regroup()
 
     def finish(self) -> None:
-        """Writes the lines of the last regrouping, which wait for its angles. To be called at the training's end."""
+        """Writes the log lines of the last regrouping, which wait for its angles. Call it at the end of training."""
         self._write_pending(self.windows.mean_grams())
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed training needs: plain values and tensors. Of several processes all must ask for it."""
+        """Returns what a resumed run needs: plain values and tensors. All ranks must call it."""
         tensors, notes = self.windows.state()
         return {"steps": self.steps, "windows": notes, "tensors": tensors}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continues from a state of the same model; the log loses what was written after it."""
+        """Resumes from a state of the same model and removes the log lines written after it."""
         self.windows.set_state(state["tensors"], state["windows"])
         self.steps = state["steps"]
         self.open_log()
 
     def open_log(self) -> None:
-        """Empties the log, or drops from it what a resumed training is about to write again."""
+        """Empties the log, or removes the lines that a resumed run will write again."""
         self._log_is_open = True
         if self._log is not None:
-            # Lines of the last regrouping, or of later ones, are written again.
+            # The lines of the last regrouping and of later ones are written again.
             pending = [window.pending["step"] for window in self.windows.values() if window.pending]
             rewind_log(self._log, pending[0] - 1 if pending else self.steps)
 
@@ -283,10 +281,10 @@ class Regrouper:
         solver, restarts = self.options.solver, self.options.restarts
         for index, (name, gram_NN) in enumerate(grams.items()):
             (layer, adapter), window = self.windows.layers[name], self.windows[name]
-            # A copy: on a CPU the array would otherwise be the buffer itself and change with it.
+            # A copy, because on a CPU the array would share memory with the buffer.
             old_N = layer.expert_of(adapter).cpu().numpy().copy()
             new_N = group_components(gram_NN, old_N, solver=solver, restarts=restarts, seed=[0, self.steps, index])
-            # All processes take the first one's labels, as rounding may differ between them.
+            # All ranks use rank 0's labels, because rounding may differ between ranks.
             new_N = gathered(torch.from_numpy(new_N))[0].cpu().numpy()
             if self.options.rescale and window.gate_sums is not None:
                 gate_sums = gathered(window.gate_sums).sum(dim=0)
@@ -305,7 +303,7 @@ class Regrouper:
         self.metrics |= _means([window.pending for window in self.windows.values()])
 
     def _write_pending(self, grams: Mapping[str, np.ndarray]) -> None:
-        """Completes the lines of the last regrouping with the angles of the window that followed it."""
+        """Writes the log lines of the last regrouping, with the angles of the window that followed it."""
         lines = []
         for name, window in self.windows.items():
             if window.pending:
@@ -317,18 +315,18 @@ class Regrouper:
                 window.pending = {}
         if self._log is not None:
             append_to_log(self._log, *lines)
-        self.metrics |= _means(lines)  # its objectives are the last regrouping's, which a new one replaces
+        self.metrics |= _means(lines)  # the objectives are the last regrouping's; a new one replaces them
 
 
 class RegroupCallback(TrainerCallback):
-    """Regroups the components of every trainable BADIT adapter while an HF Trainer (or one of TRL's) runs.
+    """Regroups the components of every trainable BADIT adapter during training with HF's or TRL's trainers.
 
     Args:
-        log_path: where a line is written for every layer and regrouping; by default ``regroupings.jsonl`` in the
-            trainer's output folder.
-        checkpoint: the checkpoint folder that a resumed training starts from, needed only when that is neither the
-            arguments' ``resume_from_checkpoint`` nor the trainer's own ``output_dir/checkpoint-STEP``.
-        options: of :class:`RegroupOptions`: every, stop, solver, restarts, rescale.
+        log_path: the log file, with one line per layer and regrouping (default: ``regroupings.jsonl`` in the trainer's
+            output folder).
+        checkpoint: the checkpoint folder to resume from; needed only if it is neither the arguments'
+            ``resume_from_checkpoint`` nor the trainer's ``output_dir/checkpoint-STEP``.
+        options: the fields of :class:`RegroupOptions`: every, stop, solver, restarts, rescale.
     """
 
     def __init__(
@@ -340,7 +338,7 @@ class RegroupCallback(TrainerCallback):
     ) -> None:
         RegroupOptions(**options)
         self._options, self._log_path, self._checkpoint = options, log_path, checkpoint
-        self.regrouper: Any = None  # until the training begins
+        self.regrouper: Any = None  # set when training begins
         self._taken: dict[str, float] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -348,8 +346,8 @@ class RegroupCallback(TrainerCallback):
         wrapped = getattr(args, "packing", False) and getattr(args, "packing_strategy", "") == "wrapped"
         if wrapped and any(one.badit_config[name].routing == "prompt" for _, (one, name) in trainable_adapters(model)):
             raise BaditError(
-                "packing_strategy: wrapped rows are cut anywhere, so an answer may have lost its prompt; use bfd, or "
-                "routing='token'"
+                "packing_strategy: wrapped rows are cut anywhere, so an answer may be separated from its prompt; "
+                "use bfd, or routing='token'"
             )
         self.regrouper = Regrouper(
             model,
@@ -380,9 +378,9 @@ class RegroupCallback(TrainerCallback):
         self.regrouper.windows.save(checkpoint_being_written(args, state) / STATE_FILE, write=args.should_save)
 
     def take_metrics(self) -> dict[str, float]:
-        """The regrouper's metrics as ``regroup/NAME``, if there has been a regrouping since the last call; else {}.
+        """Returns the regrouper's metrics as ``regroup/NAME`` if they have changed since the last call, else {}.
 
-        For a Trainer's ``log``, which passes them to trackers; badit's own does.
+        A Trainer's ``log`` can pass them to trackers; badit's trainer does.
         """
         metrics = {} if self.regrouper is None else self.regrouper.metrics
         if metrics == self._taken:
@@ -392,9 +390,9 @@ class RegroupCallback(TrainerCallback):
 
 
 class AngleLog(TrainerCallback):
-    """Writes a line per layer and window of ``every`` steps: step, module, window_steps, and ExpertAngles' fields.
+    """Logs one line per layer and window of ``every`` steps: step, module, window_steps and the fields of ExpertAngles.
 
-    Layers with one expert, and those whose experts share their A, have no angles.
+    Layers with one expert, and layers whose experts share one A, are left out.
     """
 
     def __init__(self, path: Path, every: int = 20) -> None:
@@ -418,7 +416,7 @@ class AngleLog(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step % self.every and state.global_step != state.max_steps:
             return
-        # All ranks have the same sums, and one of them writes.
+        # All ranks have the same sums; only rank 0 writes.
         for name, gram_NN in self.windows.mean_grams().items() if state.is_world_process_zero else ():
             layer, adapter = self.windows.layers[name]
             angles = expert_angles(gram_NN, layer.expert_of(adapter).cpu().numpy()).defined()
@@ -432,7 +430,7 @@ class AngleLog(TrainerCallback):
 
 
 def _means(lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """The metrics of a regrouping's lines, those without a value left out."""
+    """Returns the metrics of a regrouping's lines; missing values are ignored."""
     found = {field: [line[field] for line in lines if line.get(field) is not None] for field in _METRICS}
     return {field: float(np.mean(values)) for field, values in found.items() if values}
 

@@ -1,4 +1,4 @@
-"""Tables for the terminal, for papers and for other programs: a comparison's results, and a run's scores."""
+"""Tables of a comparison's results and of a run's scores, as text, Markdown, LaTeX or CSV."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from badit.metrics import METRICS
 from badit.results import Results, load_results, summarise, task_means
 
 UNKNOWN = "–"
-# Of a cell that is not in the table; they are the last columns of the CSV form.
+# Columns of cells that are not in the table. The CSV form has these cells as its last rows.
 _OMITTED = ["method", "seed", "order", "learning_rate", "status", "error"]
 
 _MARKDOWN_SPECIAL = re.compile(r"([\\`*_|<>\[\]])")
@@ -26,9 +26,9 @@ _LATEX |= {"±": r"$\pm$", "≈": r"$\approx$", "−": "$-$", "×": r"$\times$",
 
 
 class Table(NamedTuple):
-    """A comparison's table: ``texts``, whose first column names the row, and (row, column) of what is made bold.
+    """The table of a comparison: ``texts``, with row names first, and in ``best`` the (row, column) of bold texts.
 
-    ``notes`` are lines below it; ``numbers`` has the same rows in full precision and the cells that are not in it.
+    ``notes`` are lines below the table. ``numbers`` has its rows in full precision and the cells that are not in it.
     """
 
     texts: pd.DataFrame
@@ -38,7 +38,7 @@ class Table(NamedTuple):
 
 
 def number(value: Any, form: str = ".1f", sign: str = "-") -> str:
-    """``number(-1234.5)`` is "−1,234.5"; what rounds to zero has no sign; an unknown number is a dash."""
+    """Formats a number: -1234.5 as "−1,234.5". A rounded zero has no minus sign; a missing number is a dash."""
     return UNKNOWN if pd.isna(value) else f"{value:{sign}z,{form}}".replace("-", "−")
 
 
@@ -50,38 +50,38 @@ def table(
     by_task: bool = False,
     released: bool = False,
 ) -> str:
-    """The table of a results file, or of the folder that holds it.
+    """Returns the table of a comparison as text.
 
     Args:
-        path: a results.json, or a comparison's folder.
+        path: a results.json file, or the folder of a comparison.
         form: ``text``, ``markdown``, ``latex`` (a booktabs tabular) or ``csv`` (in full precision).
-        metric: of ranks and differences, and of the scores by task.
-        by_task: a row per task and a column per method, instead of a row per method.
-        released: forgetting and transfer as SAPT's released code computes them, for sequential comparisons.
+        metric: the metric of ranks and differences, and of the scores with ``by_task``.
+        by_task: one row per task and one column per method, instead of one row per method.
+        released: compute forgetting and transfer as SAPT's released code does; for sequential comparisons only.
 
     Raises:
-        BaditError: the file is missing or broken, or an option is unknown or does not go with its protocol.
+        BaditError: the file is missing or damaged, or an option is unknown or not valid for the protocol.
     """
     refuse_unknown("--format", form, FORMATS)
     refuse_unknown("--metric", metric, METRICS)
     results = load_results(path)
     sequence = results.protocol == "sequential" and not by_task
     if released and not sequence:
-        raise BaditError("--released: only for the table of a sequential comparison; leave it out")
+        raise BaditError("--released: valid only for a sequential comparison and without --by-task; omit it")
     if metric != "rouge_l" and sequence:
-        raise BaditError("--metric: forgetting and transfer are measured in Rouge-L; leave it out, or add --by-task")
+        raise BaditError("--metric: forgetting and transfer are measured in Rouge-L; omit it, or add --by-task")
     return FORMATS[form](_task_table(results, metric) if by_task else method_table(results, metric, released))
 
 
 def method_table(results: Results, metric: str = "rouge_l", released: bool = False) -> Table:
-    """A row for each method that has been scored."""
+    """Returns a table with one row per method that has scores."""
     label, form = METRICS[metric].label, f".{METRICS[metric].decimals}f"
     last = {"rank": ("rank", "g")}
     if results.protocol == "sequential":
         runs, score = "runs", "AP"
         spreads = {"rouge_l": "AP", "forgetting": "forgetting", "backward_transfer": "BWT", "forward_transfer": "FWT"}
         notes = [
-            "runs: seeds × task orders; AP: mean Rouge-L over tasks after the last one; rank: by AP, 1 is best",
+            "runs: seeds × task orders; AP: mean Rouge-L over tasks after the last task; rank: by AP, 1 is best",
             f"forgetting, BWT, FWT: {'as in released code' if released else 'standard form'}",
         ]
     else:
@@ -90,8 +90,8 @@ def method_table(results: Results, metric: str = "rouge_l", released: bool = Fal
         spreads = {name: metric.label for name, metric in METRICS.items() if name in known}
         last |= {"task_rank": ("task rank", ".1f"), "seconds": ("time (s)", ".0f"), "peak_memory_gib": ("GiB", ".1f")}
         notes = [
-            f"rank: by {label}, 1 is best; task rank: mean over tasks of the rank on each",
-            "time: median, GiB: maximum over seeds",
+            f"rank: by {label}, 1 is best; task rank: mean of the ranks on the single tasks",
+            "time: median over seeds; GiB: peak memory, maximum over seeds",
         ]
     summary = summarise(results, metric, "released" if released else "standard")
     summary = summary.loc[summary["runs"] > 0]
@@ -123,7 +123,7 @@ def method_table(results: Results, metric: str = "rouge_l", released: bool = Fal
 
 
 def _task_table(results: Results, metric: str) -> Table:
-    """A row for each task, a column for each method that has been scored."""
+    """Returns a table with one row per task and one column per method that has scores."""
     means = task_means(results, metric)
     means.loc["mean over tasks"] = [fmean(means[method]) for method in means]
     form = f".{METRICS[metric].decimals}f"
@@ -141,7 +141,7 @@ def _table(
     notes: Sequence[str],
     numbers: pd.DataFrame,
 ) -> Table:
-    """Adds what is not in the table: methods without a score, and cells that are not done."""
+    """Builds a table, with notes on methods without scores and on cells that are not done."""
     titles, texts = zip(*columns, strict=True)
     unscored = [name for name in results.methods if name not in results.scored_methods]
     notes = [*notes, f"no finished run: {', '.join(unscored)}"] if unscored else [*notes]
@@ -155,7 +155,7 @@ def _table(
 
 
 def _highest(values: Any) -> list[int]:
-    """Where the highest value is; in several places if it is shared, up to rounding."""
+    """Returns the indices of the highest value: several if values are equal up to rounding."""
     known = {i: value for i, value in enumerate(values) if not pd.isna(value)}
     return [i for i, value in known.items() if value >= max(known.values()) - 1e-9]
 
@@ -163,10 +163,10 @@ def _highest(values: Any) -> list[int]:
 def _difference_notes(results: Results, summary: pd.DataFrame, score: str, metric: str) -> list[str]:
     reference = results.reference
     if reference not in results.scored_methods:
-        return [f"vs {reference}: no differences, as {reference} has no scores"]
+        return [f"vs {reference}: no differences, because {reference} has no scores"]
     notes = [f"vs {reference}: paired difference in {score} and its 95 % bootstrap interval over runs and instances"]
     if any(level is True for level in summary["level"].tolist()):
-        notes.append(f"≈: level, the 90 % interval lies within ±{METRICS[metric].margin:g}")
+        notes.append(f"≈: equivalent, the 90 % interval lies within ±{METRICS[metric].margin:g}")
     paired = summary.loc[summary["difference_runs"].notna()].to_dict("records")
     notes += [
         f"{row['method']} vs {reference}: over the {row['difference_runs']} of its {row['runs']} runs that both have"
@@ -174,7 +174,7 @@ def _difference_notes(results: Results, summary: pd.DataFrame, score: str, metri
         if row["difference_runs"] < row["runs"]
     ]
     if any(row["difference_runs"] == 1 for row in paired):
-        notes.append("an interval over one run is over instances alone and says nothing of other seeds")
+        notes.append("an interval over one run covers instances only, not other seeds")
     return notes
 
 
@@ -207,7 +207,7 @@ def _latex(table: Table) -> str:
     return "\n".join([begin, r"\toprule", header, r"\midrule", *rows, r"\bottomrule", end, *notes])
 
 
-#: The forms of a comparison's table; in CSV, a cell that was left out is a row of its own, with its status.
+#: Formats of a comparison's table. In CSV, each cell that is not in the table has an extra row with its status.
 FORMATS: dict[str, Callable[[Table], str]] = {
     "text": _text,
     "markdown": _markdown,
@@ -217,7 +217,7 @@ FORMATS: dict[str, Callable[[Table], str]] = {
 
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, right: Set[int] | None = None) -> str:
-    """Aligned columns under a header and a rule; those in ``right`` (default: all but the first) are right-aligned."""
+    """Returns a table with aligned columns; those in ``right`` (default: all but the first) are right-aligned."""
     columns = []
     for i, cells in enumerate(zip(header, *rows, strict=True)):
         texts = [*map(one_line, cells)]
@@ -228,18 +228,18 @@ def text_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, right: S
 
 
 def exported_rank(exported: Any) -> str:
-    """The rank of a :class:`badit.export.Export`, and its error."""
+    """Describes the rank and the approximation error of a :class:`badit.export.Export`."""
     if not exported.errors:
         return f"{exported.rank}, equal to the fixed mixture"
     worst = max(exported.errors, key=exported.errors.__getitem__)
     return (
-        f"{exported.rank} of {exported.exact_rank}: relative error {exported.total_error:.2g} in all (Frobenius), "
-        f"at most {exported.errors[worst]:.2g} ({worst})"
+        f"{exported.rank} of {exported.exact_rank}: relative error {exported.total_error:.2g} overall (Frobenius norm)"
+        f", at most {exported.errors[worst]:.2g} per module ({worst})"
     )
 
 
 def cost_table(scores: dict[str, Any]) -> str:
-    """Rouge-L per task of a run, routed, and of its export."""
+    """Returns a table of Rouge-L per task, of a run with routing and of its export with fixed gates."""
     entries = scores["tasks"] | ({"mean over tasks": scores["mean"]} if len(scores["tasks"]) > 1 else {})
     forms = {"routed": ".1f", "frozen": ".1f", "difference": "+.1f"}
     rows = [[name, *(f"{entry[key]:{form}}" for key, form in forms.items())] for name, entry in entries.items()]
@@ -247,7 +247,7 @@ def cost_table(scores: dict[str, Any]) -> str:
 
 
 def score_table(scores: Mapping[str, pd.DataFrame]) -> str:
-    """A column for each metric of each run's :func:`badit.results.scores_frame`, a row for each task, and the means."""
+    """Returns a table of several :func:`badit.results.scores_frame`: tasks and means in rows, metrics in columns."""
     columns = {}
     for name, frame in scores.items():
         for key, rows in frame.groupby("metric", sort=False):

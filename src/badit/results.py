@@ -1,6 +1,6 @@
-"""The results of a comparison: methods x seeds (x task orders), from results.json to tidy frames and a summary.
+"""The results of a comparison: reads results.json into data frames and summarises them by method.
 
-Cells that failed or are missing, and learning rates that lost the search, have no scores and are not in the summary.
+Failed and missing cells, and those of learning rates that were not chosen, are in the frame of cells only.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from badit.files import read_json, refuse_links, refuse_other_format
 from badit.metrics import METRICS
 from badit.statistics import DECIMALS, Difference, Form, paired_bootstrap
 
-# The version of a results file's form: a change that older releases would read wrongly raises it.
+# Version of the file format. It is increased by every change that older releases would read incorrectly.
 FORMAT = 1
-# The file in a comparison's folder.
+# The results file in the folder of a comparison.
 RESULTS = "results.json"
-# What follows a method's name where it has trained on each task alone.
+# Suffix of a method's name for its single-task runs.
 SINGLE_TASK = ", one model per task"
-# Every file has these metrics; one that was added later may be missing in older files.
+# Metrics that every file has. Metrics that were added later may be missing in older files.
 _FIRST_METRICS = ("rouge_l", "exact_match")
-# A mean of scores of 100 may be off by rounding.
+# Tolerance for the rounding error of means.
 _ROUNDING = 1e-6
-# What no run comes near, so that sums and means stay finite.
+# Upper bound of numbers in a file, so that sums and means stay finite.
 _MOST = 10**15
 
 
@@ -40,7 +40,7 @@ class _Part(BaseModel):
 
 
 def _by_metric(name: str, *, lists: bool = False, **others: Any) -> type[_Part]:
-    """A model with a field for each metric: its mean, or a list of every instance's score."""
+    """Returns a pydantic model with one field per metric: the mean or, with ``lists``, the score of each instance."""
     fields: dict[str, Any] = {}
     for metric, about in METRICS.items():
         score: Any = Annotated[float, Field(ge=-_ROUNDING, le=about.most + _ROUNDING)]
@@ -69,7 +69,7 @@ class _Scores(_by_metric("_Means")):
 
 
 def _amount(name: str) -> Any:
-    """A cell's entry of ``environment.training``."""
+    """Returns a field that is read from ``environment.training`` of a cell."""
     return Field(None, ge=0, le=_MOST, validation_alias=AliasPath("environment", "training", name))
 
 
@@ -103,19 +103,19 @@ _CELL = [*_RUN, "learning_rate", "status", "error", "selected", "trainable_param
 
 @dataclass(frozen=True, eq=False)
 class Results:
-    """A comparison. What is not known is missing (``isna``) in the frames.
+    """The results of a comparison as data frames. Unknown values are missing (``isna``).
 
     Attributes:
-        protocol: ``mixed``, or ``sequential`` where methods learn the tasks one after another.
-        reference: the method that differences are taken to.
+        protocol: ``mixed``, or ``sequential`` if the tasks are trained one after another.
+        reference: the baseline method of the differences.
         methods: all methods, in the order of the table.
-        cells: a row for each cell: method, seed, order (of the tasks), learning_rate, status (done, failed or missing),
-            error, selected (its learning rate was chosen), trainable_parameters, seconds and peak_memory_gib.
-        scores: of the cells that are done and selected: method, seed, order, task, metric, score (0 to 100, NLL in
-            nats, after the last task), n (the number of instances).
-        instances: as ``scores`` for every instance that was kept: method, seed, order, task, metric, instance (its
-            number within the task), score.
-        continual: of the same cells after a sequence of tasks: method, seed, order, form, forgetting,
+        cells: one row per cell: method, seed, order (of the tasks), learning_rate, status (done, failed or missing),
+            error, selected (True if its learning rate was chosen), trainable_parameters, seconds and peak_memory_gib.
+        scores: the scores of the final models, for cells that are done and selected: method, seed, order, task,
+            metric, score (0 to 100; NLL in nats), n (number of instances).
+        instances: as ``scores``, per instance, for cells that store them: method, seed, order, task, metric, instance
+            (its index within the task), score.
+        continual: for the same cells of a sequential comparison: method, seed, order, form, forgetting,
             backward_transfer, forward_transfer, see :func:`badit.statistics.continual_scores`.
     """
 
@@ -132,7 +132,7 @@ class Results:
         return f"Results({self.protocol}: {', '.join(self.methods)}; {done} of {len(self.cells)} cells are done)"
 
     def _repr_html_(self) -> str:
-        """For notebooks: the summary, without what is not known."""
+        """The summary as HTML for notebooks, without columns that have no values."""
         table = summarise(self).dropna(axis="columns", how="all").round(3)
         return f"<p>{escape(repr(self))}</p>{table.to_html(index=False)}"
 
@@ -144,9 +144,9 @@ class Results:
 
 
 def load_results(path: str | os.PathLike[str]) -> Results:
-    """Reads a results file, or the results.json of a comparison's folder.
+    """Reads a results file, or the results.json in the folder of a comparison.
 
-    BaditError if it is missing or damaged, a field has a wrong value, or cells contradict each other.
+    BaditError if the file is missing or damaged, a field has an invalid value, or cells are inconsistent.
     """
     path = Path(path)
     if path.is_dir():
@@ -177,7 +177,7 @@ def load_results(path: str | os.PathLike[str]) -> Results:
 
 
 def read_scores(path: Path) -> dict[str, Any]:
-    """What a run's scores.json holds, all of it, with the scores checked."""
+    """Returns the contents of a run's scores.json; BaditError if a score is missing or invalid."""
     content = read_json(path)
     with explained(path, fix="score the run again"):
         _Scores.model_validate(content)
@@ -185,9 +185,9 @@ def read_scores(path: Path) -> dict[str, Any]:
 
 
 def scores_frame(scores: Mapping[str, Any]) -> pd.DataFrame:
-    """A run's scores as a frame: a row for each task and metric, with the columns task, metric, score and n.
+    """Returns a run's scores as a frame with one row per task and metric and the columns task, metric, score and n.
 
-    Of a sequence of tasks they are the final model's; ``attrs`` has ``order``, ``matrix`` and ``continual``.
+    A sequence of tasks has the scores of the final model, with ``order``, ``matrix`` and ``continual`` in ``attrs``.
     """
     tasks = scores["tasks"].items()
     rows = [(task, name, entry[name], entry["instances"]) for task, entry in tasks for name in METRICS if name in entry]
@@ -197,20 +197,20 @@ def scores_frame(scores: Mapping[str, Any]) -> pd.DataFrame:
 
 
 def summarise(results: Results, metric: str = "rouge_l", form: Form = "standard") -> pd.DataFrame:
-    """A row for each method, in the order of the table.
+    """Returns a summary with one row per method, in the order of the table.
 
     Args:
-        results: a comparison.
-        metric: what ranks and differences are taken in.
+        results: the results of a comparison.
+        metric: the metric of ranks and differences.
         form: the definition of forgetting and transfer, see :func:`badit.statistics.continual_scores`.
 
     Returns:
         ``method``; ``runs`` (seeds, or seeds x task orders); ``learning_rate`` (text); ``trainable_parameters``;
-        ``_mean`` and ``_std`` over runs (divisor n - 1, missing for a single run) of each metric, which is a mean over
-        tasks, and of ``forgetting``, ``backward_transfer`` and ``forward_transfer``; ``difference_mean`` and the other
-        fields of :class:`badit.statistics.Difference`, to the reference; ``level``, whether the two are equivalent
-        within the metric's margin; ``rank`` by the mean score; ``task_rank``, the mean over tasks of the rank on each;
-        ``seconds``, the median; ``peak_memory_gib``, the maximum.
+        ``NAME_mean`` and ``NAME_std`` (over runs, divisor n - 1, missing for a single run), where NAME is a metric
+        (averaged over tasks), ``forgetting``, ``backward_transfer`` or ``forward_transfer``; ``difference_NAME`` to the
+        reference, where NAME is a field of :class:`badit.statistics.Difference`; ``level``, True if the method is
+        equivalent to the reference within the metric's margin; ``rank`` by mean score; ``task_rank``, the mean of the
+        ranks on the single tasks; ``seconds``, the median; ``peak_memory_gib``, the maximum.
     """
     by_task = task_means(results, metric)
     ascending = METRICS[metric].lower_is_better
@@ -244,20 +244,20 @@ def summarise(results: Results, metric: str = "rouge_l", form: Form = "standard"
 
 
 def task_means(results: Results, metric: str = "rouge_l") -> pd.DataFrame:
-    """Mean score over a method's runs: a row for each task, a column for each method that has scores."""
+    """Returns the mean scores over runs, with one row per task and one column per method that has scores."""
     scores = results.scores.loc[results.scores["metric"] == metric]
     methods, tasks = results.scored_methods, scores["task"].unique()
     if methods and not len(tasks):
-        raise BaditError(f"the results have no scores in {metric}; choose another metric")
+        raise BaditError(f"metric: the results have no scores in {metric}; choose another metric")
     means = scores.groupby(["task", "method"])["score"].agg(fmean).unstack("method")
     return means.reindex(index=pd.Index(tasks, name="task"), columns=pd.Index(methods, name="method"))
 
 
 def paired(frame: pd.DataFrame, method: str, other: str) -> pd.DataFrame:
-    """The ``scores`` or ``instances`` of two methods side by side, from runs of the same seed and order.
+    """Joins the ``scores`` or ``instances`` of two methods, with runs paired by seed and order.
 
-    A run without a seed, or without an order, is paired with all of the other method's. The other method's seed, order
-    and score become ``seed_other``, ``order_other`` and ``score_other``.
+    A run without a seed (or order) is paired with the runs of every seed (or order) of the other method. The other
+    method's columns are named ``seed_other``, ``order_other`` and ``score_other``.
     """
     shared = [column for column in ("task", "metric", "instance", "n") if column in frame]
     ours, theirs = (frame.loc[frame["method"] == name] for name in (method, other))
@@ -269,7 +269,7 @@ def paired(frame: pd.DataFrame, method: str, other: str) -> pd.DataFrame:
 
 
 def _difference(results: Results, method: str, metric: str) -> dict[str, Any]:
-    """Over the runs that both methods have; missing for the reference itself and where there are none."""
+    """Returns the paired difference to the reference; None values for the reference, or if no runs can be paired."""
     kept = results.instances.loc[results.instances["metric"] == metric]
     pairs = paired(kept, method, results.reference)
     if method == results.reference or pairs.empty:
@@ -294,7 +294,7 @@ def _known_metrics(entry: _Part) -> list[tuple[str, Any]]:
 
 
 def _counted(file: _File, path: Path) -> list[_Cell]:
-    """The cells that are done and selected, which must fit together."""
+    """Returns the cells that are done and selected; BaditError if cells are inconsistent."""
     refuse_unknown(f"{path}: reference", file.reference, file.methods)
     counted: dict[object, _Cell] = {}
     sizes: dict[str, int] = {}
@@ -304,14 +304,14 @@ def _counted(file: _File, path: Path) -> list[_Cell]:
         if cell.status != "done" or not cell.selected:
             continue
         if counted.setdefault((cell.method, cell.seed, cell.order), cell) is not cell:
-            raise BaditError(f"{place}: repeats method, seed and order of another cell; select one of the two")
+            raise BaditError(f"{place}: has the method, seed and order of another cell; select only one of them")
         own = {task: entry.instances for task, entry in cell.scores.tasks.items()} if cell.scores else {}
         sizes = sizes or own
         if not own or own != sizes:
-            raise BaditError(f"{place}.scores.tasks: other tasks or instances than in the cells before")
+            raise BaditError(f"{place}.scores.tasks: must have the tasks and numbers of instances of the other cells")
         for metric in METRICS if cell.instances is not None else ():
             lists = {task: getattr(scores, metric) for task, scores in (cell.instances or {}).items()}
             kept = {task: len(values) for task, values in lists.items() if values is not None}
             if kept != own and (kept or metric in _FIRST_METRICS):
-                raise BaditError(f"{place}.instances: needs one {metric} for each instance of scores.tasks")
+                raise BaditError(f"{place}.instances: needs one {metric} score for each instance of scores.tasks")
     return list(counted.values())

@@ -1,6 +1,6 @@
-"""A run is a folder; :class:`Run` is all that can be read from it and done with it.
+"""A run is a folder. :class:`Run` reads its files, and has the operations on it as methods.
 
-Every command on a run is a method here, which imports the modules that do the work.
+The methods import the modules that implement them when they are called.
 """
 
 from __future__ import annotations
@@ -24,41 +24,41 @@ if TYPE_CHECKING:
     from badit.results import Results
     from badit.train import Plan
 
-# In the folder of an export, what it was made of.
+# In the folder of an export: the run that it was made from, and its options.
 RECORD = "export.json"
-#: A folder or a file; a Run stands for its folder.
+#: A folder or a file; a Run can be passed as its folder.
 AnyPath = str | os.PathLike[str]
 
 
 class Run:
-    """A run by its folder. Properties read the folder's files at every access.
+    """A run, given by its folder. Properties read the folder's files at every access.
 
-    With ``check``, BaditError if the folder holds no run (nor an export, to be pushed), or if a link leads out of it.
+    With ``check``, BaditError if the folder has neither a run nor an export (for push), or if a link leads out of it.
     """
 
     def __init__(self, path: AnyPath, *, check: bool = True) -> None:
         self.path = Path(path)
         self.config_path = self.path / "config.yaml"  # the resolved recipe
-        self.environment_path = self.path / "environment.json"  # see environment
-        self.metrics_path = self.path / "metrics.jsonl"  # a line per logged step
+        self.environment_path = self.path / "environment.json"  # see the property environment
+        self.metrics_path = self.path / "metrics.jsonl"  # one line per logged step
         self.scores_path = self.path / "scores.json"  # {"rouge_l", "rouge_l_instances", …, "tasks": {name: {…}}}
-        self.predictions_path = self.path / "predictions"  # a .jsonl per task
-        self.instances_path = self.path / "instances.json"  # of a comparison's: {task: {metric: [each instance's]}}
-        self.validation_path = self.path / "validation.json"  # of a comparison's: the loss that chooses the rate
-        self.adapter_path = self.path / "adapter"  # as PEFT saves it; of a sequence of tasks, after the last one
-        self.checkpoints_path = self.path / "checkpoints"  # what an interrupted run resumes from
-        self.regroupings_path = self.path / "regroupings.jsonl"  # the log of DOG
-        self.angles_path = self.path / "angles.jsonl"  # between experts, of mixtures that do not regroup
-        self.analysis_path = self.path / "analysis"  # tables of `badit analyze`, a .json each
-        self.gates_path = self.path / "gates.json"  # tasks' mean gates, as `badit export` or `studio` measured them
+        self.predictions_path = self.path / "predictions"  # one .jsonl per task
+        self.instances_path = self.path / "instances.json"  # of a comparison: {task: {metric: [value per instance]}}
+        self.validation_path = self.path / "validation.json"  # of a comparison: the loss that selects the learning rate
+        self.adapter_path = self.path / "adapter"  # in PEFT's format; of a sequence of tasks, after the last one
+        self.checkpoints_path = self.path / "checkpoints"  # from which an interrupted run resumes
+        self.regroupings_path = self.path / "regroupings.jsonl"  # the log of regroupings (DOG)
+        self.angles_path = self.path / "angles.jsonl"  # angles between experts, in runs without regrouping
+        self.analysis_path = self.path / "analysis"  # the tables of `badit analyze`, one .json each
+        self.gates_path = self.path / "gates.json"  # mean gates per task, measured by `badit export` or `studio`
         if check and not self.config_path.is_file() and not (self.path / RECORD).is_file():
-            raise BaditError(f"{self.path}: has no config.yaml, so it is no run's folder; make one: badit train RECIPE")
+            raise BaditError(f"{self.path}: has no config.yaml, so it is not a run; create one: badit train RECIPE")
         if check:
             refuse_links(self.path)
 
     @classmethod
     def at(cls, path: AnyPath) -> Run:
-        """The files of a run that may not be there yet, or of a stage of a run."""
+        """A run whose folder may not exist yet, or a stage of a run. The folder is not checked."""
         return cls(path, check=False)
 
     def __fspath__(self) -> str:
@@ -68,7 +68,7 @@ class Run:
         return f"Run({str(self.path)!r})"
 
     def _repr_html_(self) -> str:
-        """For notebooks: the run and its scores."""
+        """Returns the run and its scores as HTML, for notebooks."""
         if not self.config_path.is_file():  # an export
             return f"<p>{escape(repr(self))}</p>"
         about = f"<p>{escape(repr(self.recipe))}</p>"
@@ -77,12 +77,12 @@ class Run:
         return about + self.scores.pivot(index="task", columns="metric", values="score").round(2).to_html()
 
     def stage(self, number: int, task: str) -> Run:
-        """The folder of one task of a sequence, counted from 1, with the same files as they were after that task."""
+        """Returns the folder of the ``number``-th task (from 1) of a sequence: the same files, after training on it."""
         return Run.at(self.path / "stages" / f"{number:02d}-{task}")
 
     @classmethod
     def prepare(cls, recipe: Recipe) -> Run:
-        """The recipe's output folder: made, or taken up again if it holds the same recipe's run; else BaditError."""
+        """Creates the recipe's output folder, or reuses it if it has a run of the same recipe; else BaditError."""
         from badit.recipe import differing_keys, dump_recipe
 
         run = cls.at(recipe.output)
@@ -91,9 +91,9 @@ class Run:
             aside = {"output", "compare"}
             if keys := differing_keys(run.recipe.model_dump(exclude=aside), recipe.model_dump(exclude=aside)):
                 other = f"holds a run of another recipe (it differs in {', '.join(keys[:5])})"
-                raise BaditError(f"{run.path}: {other}; choose another output=FOLDER, or remove that one")
+                raise BaditError(f"{run.path}: {other}; choose another output=FOLDER, or remove the folder")
             return run
-        # Its mark and a partial file are what a process leaves that is killed in its first write.
+        # A process that is killed in its first write leaves the owner file and a .partial file.
         remains = run.path.is_dir() and all(p.name == OWNER or p.suffix == ".partial" for p in run.path.iterdir())
         if run.path.exists() and not remains:
             raise BaditError(f"{run.path}: exists and is not a run's folder; choose another output=FOLDER")
@@ -102,18 +102,18 @@ class Run:
         return run
 
     def trusted_recipe(self, trust_remote_code: bool = False) -> Recipe:
-        """The recipe; BaditError if it asks for the base model's own code and the caller does not allow it."""
+        """Returns the recipe; BaditError if its model runs its own Python code and the caller does not allow this."""
         recipe = self.recipe
         if recipe.model.trust_remote_code and not trust_remote_code:
             raise BaditError(
-                f"{self.config_path}: model.trust_remote_code: is true, so Python code that comes with the "
-                f"model {recipe.model.name!r:.60} would run; allow it with --trust-remote-code if you trust both"
+                f"{self.config_path}: model.trust_remote_code: is true, so Python code of the model "
+                f"{recipe.model.name!r:.60} would run; allow it with --trust-remote-code if you trust run and model"
             )
         return recipe
 
     @property
     def recipe(self) -> Recipe:
-        """The recipe that the run was made by, with the folder where the run is now as its output."""
+        """The recipe of the run. Its ``output`` is the current folder of the run."""
         from badit.recipe import load_config
 
         return load_config(self.config_path).model_copy(update={"output": str(self.path)})
@@ -124,12 +124,12 @@ class Run:
         from badit.results import read_scores, scores_frame
 
         if not self.scores_path.is_file():
-            raise BaditError(f"{self.path}: has no scores yet; make them with: badit evaluate {self.path}")
+            raise BaditError(f"{self.path}: has no scores yet; compute them with: badit evaluate {self.path}")
         return scores_frame(read_scores(self.scores_path))
 
     @property
     def predictions(self) -> pd.DataFrame:
-        """The answers that were scored: task, id, prompt, prediction, references."""
+        """The scored answers: task, instance_id, prediction, references, prompt, nll."""
         import pandas as pd
 
         from badit.evaluate import read_predictions
@@ -138,30 +138,30 @@ class Run:
 
     @property
     def metrics(self) -> pd.DataFrame:
-        """The training log: step, loss, learning_rate, grad_norm …, a row per logged step."""
+        """The training log: step, loss, learning_rate, grad_norm …, one row per logged step."""
         import pandas as pd
 
         return pd.DataFrame(read_jsonl(self.metrics_path))
 
     @property
     def environment(self) -> dict[str, Any]:
-        """Versions and hardware; under ``training`` parameters, steps, seconds and memory."""
+        """Versions and hardware; under ``training``: parameters, steps, seconds and memory."""
         return read_json(self.environment_path)
 
     @property
     def known_environment(self) -> dict[str, Any]:
-        """``environment`` as far as it is written: empty before the training begins."""
+        """Like ``environment``, but empty if the file does not exist yet."""
         return self.environment if self.environment_path.is_file() else {}
 
     @property
     def tables(self) -> dict[str, pd.DataFrame]:
-        """What :meth:`analyze` has measured, by name; empty before."""
+        """The tables written by :meth:`analyze`, by name; empty if there are none."""
         from badit.analysis.tables import load_frames
 
         return load_frames(self.analysis_path)
 
     def load(self, *, trust_remote_code: bool = False) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
-        """The base model with what the run has learnt, for inference, and the tokenizer."""
+        """Loads the base model with the run's trained weights, for inference, and the tokenizer."""
         from badit.evaluate import load_run
 
         return load_run(self, self.trusted_recipe(trust_remote_code))
@@ -175,18 +175,18 @@ class Run:
     ) -> pd.DataFrame:
         """Score a run again, on the test or the validation split.
 
-        Scores and predictions are kept in the run's folder.
+        Scores and predictions are written to the run's folder.
 
         Args:
-            split: the split to score; the recipe's own by default.
-            progress: show a bar on stderr.
-            trust_remote_code: run Python code that comes with the run's base model, if its recipe asks for it as well.
+            split: the split to score (default: the recipe's).
+            progress: show a progress bar on stderr.
+            trust_remote_code: run the base model's own Python code, if the run's recipe allows this too.
 
         Returns:
             The scores: task, metric, score (0 to 100), n.
 
         Raises:
-            BaditError: no such run, no adapter yet or a damaged one, or a split without instances.
+            BaditError: the run does not exist, its adapter is missing or damaged, or the split has no instances.
         """
         from badit.evaluate import evaluate
         from badit.results import scores_frame
@@ -204,19 +204,19 @@ class Run:
         progress: bool = False,
         trust_remote_code: bool = False,
     ) -> Any:
-        """Answer a prompt with a run's adapter, by greedy decoding; BaditError for an empty prompt.
+        """Answers prompts with a run's adapter, by greedy decoding; BaditError for an empty prompt.
 
-        Every call loads the model: give all prompts at once, or keep the model of :meth:`load`.
+        Every call loads the model: pass all prompts at once, or keep the model returned by :meth:`load`.
 
         Args:
-            prompts: one text, which gives one answer, or a list of texts.
-            task: a task of the run's data, by name or number: the texts are inputs, and become the prompts that it was
-                trained with.
-            raw: with ``task``, take the texts as whole prompts. Methods that tell tasks apart need the task anyway.
-            max_new_tokens: the longest answer, in tokens.
-            batch_size: prompts decoded at a time.
-            progress: show a bar on stderr.
-            trust_remote_code: run Python code that comes with the run's base model, if its recipe asks for it as well.
+            prompts: one text, for which one answer is returned, or a list of texts, for a list of answers.
+            task: name or number of a task of the run's data; the texts are then inputs, and are formatted as in the
+                task's training prompts.
+            raw: with ``task``, use the texts as complete prompts, for methods that need the task of every row.
+            max_new_tokens: maximum number of tokens of an answer.
+            batch_size: number of prompts decoded at a time.
+            progress: show a progress bar on stderr.
+            trust_remote_code: run the base model's own Python code, if the run's recipe allows this too.
         """
         from badit.data import load_sources
         from badit.generation import generate_answers
@@ -248,7 +248,7 @@ class Run:
         progress: bool = True,
         trust_remote_code: bool = False,
     ) -> dict[str, pd.DataFrame]:
-        """Measures the run: see :func:`analyze`."""
+        """Measures the run; see :func:`analyze`."""
         options = {"progress": progress, "trust_remote_code": trust_remote_code}
         return analyze(self.path, data=data, instances=instances, output=output, **options)
 
@@ -268,22 +268,22 @@ class Run:
     ) -> Export:
         """Write a run as a plain LoRA or a merged model, for PEFT, vLLM and llama.cpp.
 
-        Gates that follow the prompt become fixed. What is written needs no badit; docs/serving.md has the commands.
+        Gates that depend on the prompt are fixed. The result loads without badit; docs/serving.md has the commands.
 
         Args:
             output: the folder to write.
             task: fix the gates to this task's mean (default: the mean over the run's tasks).
-            all_tasks: write an adapter for each task, into subfolders with the tasks' names.
+            all_tasks: write one adapter per task, in subfolders named after the tasks.
             gates: fix the gates to those of a file, such as an export's gates.json.
-            rank: compress to this rank (default: the rank that is exact, at most 512).
-            merged: write a whole model instead of an adapter.
-            score: score the export on the run's split as well, into its scores.json.
-            engine: what answers for the scores; vllm must be installed.
-            progress: show bars on stderr.
-            trust_remote_code: run Python code that comes with the run's base model, if its recipe asks for it as well.
+            rank: compress to this rank (default: the exact rank, at most 512).
+            merged: write a complete model instead of an adapter.
+            score: also score the export on the run's split, and write its scores.json.
+            engine: the library that generates the answers to score; vllm must be installed separately.
+            progress: show progress bars on stderr.
+            trust_remote_code: run the base model's own Python code, if the run's recipe allows this too.
 
         Raises:
-            BaditError: no such run or task, an output that is in use, or a method that cannot be exported.
+            BaditError: the run or task does not exist, the output is in use, or the method cannot be exported.
         """
         from badit.export import export, score_export
 
@@ -304,10 +304,10 @@ class Run:
             private: make a new repository private.
 
         Returns:
-            The repository's web address.
+            The URL of the repository.
 
         Raises:
-            BaditError: nothing to upload, not logged in, or the hub refuses.
+            BaditError: there is nothing to upload, you are not logged in, or the hub refuses the upload.
         """
         from badit.card import push_to_hub
 
@@ -315,7 +315,7 @@ class Run:
 
 
 def plan(recipe: RecipeLike | None = None, /, **values: Any) -> Plan:
-    """Validates a recipe and its data, and says what a training would work on. BaditError for any mistake in them."""
+    """Validates a recipe and its data, and returns its tasks and method. Loads no model. BaditError if invalid."""
     from badit.recipe import make_recipe
     from badit.train import make_plan
 
@@ -330,19 +330,19 @@ def train(
     allow_changed_inputs: bool = False,
     **values: Any,
 ) -> Run:
-    """Trains and scores a recipe, or continues where that was interrupted; what is done is not done again.
+    """Trains and scores a recipe, or resumes an interrupted run. Finished work is not repeated.
 
     Args:
-        recipe: a file, a Recipe or plain values (default: the defaults).
-        progress: show bars on stderr.
-        allow_changed_inputs: continue a run although its data or base weights have changed, and record that.
-        values: override the recipe's, such as ``training={"num_train_epochs": 2}`` and ``output="runs/mine"``.
+        recipe: a file, a Recipe or plain values (default: the default recipe).
+        progress: show progress bars on stderr.
+        allow_changed_inputs: resume the run even if its data or base weights have changed, and record the change.
+        values: override the recipe's values, such as ``training={"num_train_epochs": 2}`` and ``output="runs/mine"``.
 
     Returns:
-        The run, with its scores. Of several processes under a launcher only the first scores.
+        The run, with its scores. With several processes (accelerate, torchrun), only rank 0 scores.
 
     Raises:
-        BaditError: bad input, or an output folder that holds another recipe's run.
+        BaditError: invalid input, or the output folder has a run of another recipe.
     """
     from badit.evaluate import train_and_score
     from badit.recipe import make_recipe
@@ -353,19 +353,19 @@ def train(
 
 
 def compare(recipe: RecipeLike | None = None, /, *, jobs: int = 1, progress: bool = True, **values: Any) -> Results:
-    """Trains and scores methods side by side, or continues; a cell that fails stops no other.
+    """Trains and scores several methods, or resumes an interrupted comparison. A failed run does not stop the others.
 
     Args:
         recipe: as for :func:`train`, with a ``compare`` section.
-        jobs: runs at a time, each with its share of the processor's cores and, in turn, one of the GPUs.
-        progress: a line on stderr for every cell that begins or ends.
-        values: override the recipe's, such as ``compare={"seeds": [0]}``.
+        jobs: number of runs at a time; each gets an equal share of the CPU cores, and the GPU with the fewest runs.
+        progress: print a line to stderr when a run starts or ends.
+        values: override the recipe's values, such as ``compare={"seeds": [0]}``.
 
     Returns:
-        Every cell with its scores; :func:`badit.summarise` sums them up by method, :func:`badit.table` prints them.
+        The results of all runs; :func:`badit.summarise` averages them by method, :func:`badit.table` formats them.
 
     Raises:
-        BaditError: bad input. What goes wrong within a cell is in its ``error``.
+        BaditError: invalid input. The error of a failed run is in the column ``error`` of the results' ``cells``.
     """
     from badit.compare import compare
     from badit.recipe import make_recipe
@@ -387,24 +387,24 @@ def analyze(
     progress: bool = True,
     trust_remote_code: bool = False,
 ) -> dict[str, pd.DataFrame]:
-    """Measure interference between tasks, and what a run's experts do.
+    """Measure interference between tasks, and how a run uses its experts.
 
-    Tables go to OUTPUT/analysis, a .json each with every column explained. The same command continues after an
-    interruption.
+    Tables are written to OUTPUT/analysis, one .json each, which explains every column.
+    The same command resumes an interrupted analysis.
 
     Args:
-        target: a run's folder, a comparison's, or a base model (with --data) such as smollm2-135m.
+        target: a run's folder, a comparison's folder, or a base model (with --data) such as smollm2-135m.
         data: tasks to measure on: a folder, a .jsonl file, or 'builtin' (default: the run's own).
-        instances: instances per task, at least 2.
-        output: the folder to write to (default: the target, for a base model runs/analysis).
-        progress: show bars on stderr.
-        trust_remote_code: run Python code that comes with a run's base model, if its recipe asks for it as well.
+        instances: number of instances per task, at least 2.
+        output: the folder to write to (default: the target; for a base model, runs/analysis).
+        progress: show progress bars on stderr.
+        trust_remote_code: run the base model's own Python code, if the run's recipe allows this too.
 
     Returns:
         The tables by name.
 
     Raises:
-        BaditError: no such run or model, bad data, or tables of other settings in the folder.
+        BaditError: the run or model does not exist, the data is invalid, or the folder has tables of other settings.
     """
     from badit.analysis import analyze
     from badit.analysis.tables import load_frames

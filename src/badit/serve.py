@@ -1,8 +1,8 @@
-"""``badit serve``: an OpenAI-compatible proxy that computes each prompt's gates and lets vLLM answer with their LoRA.
+"""``badit serve``: an OpenAI-compatible proxy for vLLM that chooses or writes a LoRA for each prompt's gates.
 
-The LoRA is the nearest of the exported ones, or written for the request. The distance of gates is their weights':
+The LoRA is the nearest export or is written for the request. The distance between gates is that of their weights:
 
-    ‖ΔW(g) − ΔW(m)‖² = s² Σ (g − m)ᵀ G (g − m),   G = (BᵀB) ∘ (AAᵀ),   g and m with an entry for each component
+    ‖ΔW(g) − ΔW(m)‖² = s² Σ (g − m)ᵀ G (g − m),   G = (BᵀB) ∘ (AAᵀ),   g and m with one entry per component
 
 Shape suffixes: T = exports, M = adapted modules, N = components.
 """
@@ -43,13 +43,13 @@ MAX_BODY = 1024 * 1024
 
 
 class Router:
-    """A loaded run: the gates of a prompt, and the adapter for them.
+    """A loaded run that computes a prompt's gates and chooses or writes the adapter for them.
 
     Args:
-        exports: the folder that ``badit export --all-tasks`` has written; None to write an adapter for every prompt.
+        exports: the folder written by ``badit export --all-tasks``; None to write an adapter for every prompt.
 
     Raises:
-        BaditError: the run's gates do not follow the prompt, or the folder has no exports of its tasks.
+        BaditError: the run's gates do not depend on the prompt, or the folder has no exports of its tasks.
     """
 
     def __init__(self, run: str | Path, exports: str | Path | None, *, trust_remote_code: bool = False) -> None:
@@ -57,7 +57,7 @@ class Router:
         recipe = self.run.trusted_recipe(trust_remote_code)
         method = build_method(recipe.method)
         if method.needs_tasks or getattr(getattr(method, "config", None), "has_fixed_gates", True):
-            raise BaditError(f"{run}: the gates of {method.name} do not follow the prompt; serve its export by itself")
+            raise BaditError(f"{run}: the gates of {method.name} do not depend on the prompt; serve its export")
         self.model: Any = load_run(self.run, recipe)[0]
         self.base = recipe.model.name
         self.layers = adapted_layers(self.model)
@@ -65,7 +65,7 @@ class Router:
         if exports is not None:
             refuse_links(Path(exports))
             if not (files := sorted(Path(exports).glob(f"*/{GATES_FILE}"))):
-                raise BaditError(f"{exports}: has no LoRAs of tasks: badit export {run} --all-tasks -o {exports}")
+                raise BaditError(f"{exports}: has no LoRAs of tasks; run badit export {run} --all-tasks -o {exports}")
             self.exports = [file.parent.name for file in files]
             self.gates_TMN = torch.stack([self._by_component(read_gates(file, self.model)) for file in files])
             self.gram_MNN = torch.stack([_gram(one) for one in self.layers])
@@ -74,11 +74,11 @@ class Router:
         return torch.stack([torch.tensor(gates[one.layer.name])[one.expert_of_N.cpu()] for one in self.layers])
 
     def gates(self, ids: Any) -> torch.Tensor:
-        """The gates (M, N) of a prompt's token ids, means over its positions; BaditError for anything else."""
+        """Returns the gates (M, N) of a prompt's token ids, averaged over positions; BaditError for invalid ids."""
         limit = self.model.config.get_text_config().max_position_embeddings
         number = self.model.get_input_embeddings().num_embeddings
         if not isinstance(ids, list) or not all(type(token) is int and 0 <= token < number for token in ids):
-            raise BaditError("prompt: must be one text, or token ids of one; name a model to send several at a time")
+            raise BaditError("prompt: must be one text or the token ids of one; name a model to send several prompts")
         if not 0 < len(ids) <= limit:
             raise BaditError(f"prompt: must have 1 to {limit} tokens, not {len(ids)}")
         input_ids = torch.tensor([ids])
@@ -87,13 +87,13 @@ class Router:
         return torch.stack(layers_N)
 
     def nearest(self, gates_MN: torch.Tensor) -> str:
-        """The export whose weights are the nearest to those of the gates."""
+        """Returns the export whose weights are nearest to those of the gates."""
         difference_TMN = self.gates_TMN - gates_MN
         distances_T = torch.einsum("tmn,mnp,tmp->t", difference_TMN, self.gram_MNN, difference_TMN)
         return self.exports[int(distances_T.argmin())]
 
     def write(self, gates_MN: torch.Tensor, folder: Path) -> None:
-        """Writes the LoRA with these gates."""
+        """Writes the LoRA for these gates."""
         pairs = zip(self.layers, gates_MN, strict=True)
         gates = {one.layer.name: gates_N[one.first_components_K].tolist() for one, gates_N in pairs}
         write_adapter(folder, mixture_factors(self.model, gates), self.model.get_base_model(), self.base)
@@ -107,17 +107,17 @@ def _gram(one: Experts) -> torch.Tensor:
 
 
 def serve(run: str, exports: str | None, *, url: str, port: int, trust_remote_code: bool) -> None:
-    """Serves a run until Ctrl-C or SIGTERM, in front of the vLLM at ``url``; port 0 takes a free one."""
+    """Serves a run in front of the vLLM server at ``url`` until Ctrl-C or SIGTERM; port 0 uses a free port."""
     if not url.startswith(("http://", "https://")):
-        raise BaditError(f"--url: must be such as http://127.0.0.1:8000, not {url!r:.80}")
+        raise BaditError(f"--url: must be an address such as http://127.0.0.1:8000, not {url!r:.80}")
     with listen(port) as listening:
         web = application(Router(run, exports, trust_remote_code=trust_remote_code), url)
-        show(f"Proxy: http://{HOST}:{listening.getsockname()[1]}/v1, answers by {url}   (Ctrl-C ends it)")
+        show(f"Proxy: http://{HOST}:{listening.getsockname()[1]}/v1, forwards to {url}   (Ctrl-C stops it)")
         run_until_ended(web, listening)
 
 
 def application(router: Router, url: str) -> Starlette:
-    """The proxy of a loaded run in front of the vLLM at ``url``."""
+    """Returns the proxy of a loaded run in front of the vLLM server at ``url``."""
     url = url.rstrip("/").removesuffix("/v1")
     options: Any = {"limits": httpx2.Limits(), "timeout": httpx2.Timeout(10, read=None)}  # no limit on connections
     client = httpx2.AsyncClient(base_url=url, trust_env=False, headers={"accept-encoding": "identity"}, **options)
@@ -136,7 +136,7 @@ def application(router: Router, url: str) -> Starlette:
         return JSONResponse({**found, "data": [{"id": AUTO, "object": "model", "owned_by": "badit"}, *found["data"]]})
 
     async def completion(request: Request) -> Any:
-        """vLLM's response to the request with the adapter for its prompt as its model, sent on as it comes."""
+        """Sends the request to vLLM with the adapter for its prompt as the model, and streams the response."""
         content = await json_body(request, MAX_BODY)
         if not isinstance(content, dict):
             raise BaditError("request: must be a JSON object")
@@ -155,7 +155,7 @@ def application(router: Router, url: str) -> Starlette:
                         async for chunk in answer.aiter_raw():
                             await send({"type": "http.response.body", "body": chunk, "more_body": True})
                         await send({"type": "http.response.body", "body": b""})
-            except ExceptionGroup as group:  # of the tasks within, of which one has failed
+            except ExceptionGroup as group:  # from the task group, in which one task has failed
                 raise group.exceptions[0] from None
 
         return forward
@@ -180,12 +180,12 @@ def application(router: Router, url: str) -> Starlette:
 
     @asynccontextmanager
     async def loaded(request: Request, gates_MN: torch.Tensor) -> AsyncIterator[str]:
-        """Within, vLLM has a LoRA with these gates. Its name is new, because vLLM caches prefixes by it."""
+        """A context in which vLLM has a LoRA for these gates, under a new name: vLLM caches prefixes by name."""
         with TemporaryDirectory(prefix="badit-") as folder:
             await to_thread.run_sync(router.write, gates_MN, Path(folder))
             about = {"lora_name": f"badit-{uuid4().hex}", "lora_path": folder}
             hint = "; vLLM must run on this machine, with VLLM_ALLOW_RUNTIME_LORA_UPDATING=1"
-            with anyio.CancelScope(shield=True):  # else a client that leaves now would leave the LoRA in vLLM
+            with anyio.CancelScope(shield=True):  # otherwise a disconnect now would leave the LoRA in vLLM
                 await ask(request, "POST", "/v1/load_lora_adapter", about, hint)
             try:
                 yield about["lora_name"]

@@ -1,4 +1,4 @@
-"""Statistics of a comparison: scores over runs, the paired difference between two methods, and continual learning.
+"""Statistics of a comparison: the paired difference between two methods, and continual-learning scores.
 
 Shape suffixes: S runs (seeds, or seeds x task orders), N test instances of a task, R resamples.
 """
@@ -18,18 +18,18 @@ Form = Literal["standard", "released"]
 FORMS: tuple[Form, ...] = get_args(Form)
 
 _RESAMPLES = 10_000
-# Resamples at a time, which bounds the memory.
+# Number of resamples computed at a time, to limit memory.
 _CHUNK = 200
-#: Scores are equal that round to the same nine decimals: means of equal scores may differ by rounding.
+#: Scores that agree to this many decimals are equal, because means of equal scores may differ by rounding errors.
 DECIMALS = 9
 
 
 class Difference(NamedTuple):
-    """Mean paired difference between two methods over ``runs`` pairs of runs, in points, and its bootstrap intervals.
+    """Mean paired difference between two methods over ``runs`` pairs of runs, with its bootstrap intervals.
 
     ``low`` and ``high`` are the 2.5 % and 97.5 % quantiles of the resampled differences, ``inner_low`` and
-    ``inner_high`` the 5 % and 95 % quantiles: two methods are level (equivalent at 5 %, by two one-sided tests) if
-    these lie within a margin chosen beforehand. ``share_not_positive`` is the share of them that are at most 0.
+    ``inner_high`` the 5 % and 95 % quantiles. Two methods are equivalent at 5 % (two one-sided tests) if the latter
+    lie within a margin chosen beforehand. ``share_not_positive`` is the share of resampled differences that are <= 0.
     """
 
     mean: float
@@ -42,25 +42,25 @@ class Difference(NamedTuple):
 
 
 def paired_bootstrap(differences_by_task: Mapping[str, np.ndarray], *, resample_seeds: bool = True) -> Difference:
-    """Mean difference between two methods, paired by run and instance, with a 95 % percentile bootstrap interval.
+    """Returns the mean difference between two methods, paired by run and instance, with percentile bootstrap intervals.
 
-    The difference is the mean over tasks of the mean over runs and instances. A resample draws instances with
-    replacement within each task, the same ones for every run, and runs with replacement, the same ones for every task:
+    The difference is the mean over tasks of the mean over runs and instances. Each resample draws instances with
+    replacement within each task (the same for every run) and runs with replacement (the same for every task). This is
     the pigeonhole bootstrap (Owen 2007, doi:10.1214/07-AOAS122), stratified by task.
 
-    The interval covers other test instances of these tasks and, with `resample_seeds`, other runs. It does not cover
-    other tasks, nor what all runs share: the training data, the learning rate, the base model. The variance between S
-    runs is estimated at (S - 1) / S of its unbiased value, so with three runs that differ much the interval is too
-    narrow, and with a single run it covers the instances alone. Runs count as exchangeable; those that share a seed or
-    a task order, as in a sequential comparison, are not quite.
+    The intervals cover new test instances of these tasks and, with `resample_seeds`, new runs. They do not cover other
+    tasks, training data, learning rates or base models. The bootstrap estimates the variance between S runs at
+    (S - 1) / S of its unbiased value. The intervals are therefore too narrow for three runs that differ much, and for
+    a single run they cover new instances only. Runs are treated as exchangeable. In a sequential comparison this holds
+    only approximately, because some runs share a seed or a task order.
 
     Args:
-        differences_by_task: (S, N) each: score of the method minus score of the reference. N may differ by task; the
-            runs are the same and in the same order for all tasks, whose own order does not matter.
-        resample_seeds: draw runs too; without it the interval is one for these very runs.
+        differences_by_task: (S, N) per task: score of the method minus score of the reference. N may differ between
+            tasks. All tasks need the same runs in the same order. The order of the tasks has no effect.
+        resample_seeds: resample runs as well as instances. If False, the intervals hold for these runs only.
 
     Raises:
-        BaditError: no tasks, or differences that are empty, not finite, or of another shape.
+        BaditError: there are no tasks, or differences are empty, not finite or of the wrong shape.
     """
     tasks_SN = [np.asarray(task_SN, dtype=np.float64) for _, task_SN in sorted(differences_by_task.items())]
     shapes = {(task_SN.ndim, *task_SN.shape[:1]) for task_SN in tasks_SN}
@@ -78,14 +78,14 @@ def paired_bootstrap(differences_by_task: Mapping[str, np.ndarray], *, resample_
 
 
 def _resampled_means(task_SN: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """(R, S): each run's mean over each resample of the instances."""
+    """Returns the mean of each run over each resample of the instances, (R, S)."""
     instances = task_SN.shape[1]
     drawn = (rng.integers(instances, size=(_CHUNK, instances)) for _ in range(_RESAMPLES // _CHUNK))
     return np.concatenate([task_SN[:, drawn_RN].mean(axis=2) for drawn_RN in drawn], axis=1).T
 
 
 class ContinualScores(NamedTuple):
-    """The four scores, in the units of the score matrix. `forward_transfer` is None without single-task scores."""
+    """Continual-learning scores, in the units of the score matrix. `forward_transfer` needs single-task scores."""
 
     average_performance: float
     forgetting: float
@@ -96,33 +96,33 @@ class ContinualScores(NamedTuple):
 def continual_scores(
     scores: Sequence[Sequence[float]], single_task: Sequence[float] | None = None, *, form: Form = "standard"
 ) -> ContinualScores:
-    """Average performance, forgetting, backward and forward transfer of a sequence of T tasks.
+    """Returns average performance, forgetting, backward and forward transfer of a sequence of T tasks.
 
     The formulas are in docs/benchmark.md. Average performance and transfer are from Lopez-Paz & Ranzato (2017,
     arXiv:1706.08840), forgetting from Chaudhry et al. (2018, arXiv:1801.10112).
 
     Args:
-        scores: T x T; row i holds every task's score after training on task i, both in the order of training. Entries
-            above the diagonal (tasks still to come) may be NaN: the standard form does not read them, and the released
-            form counts those that were not measured as 0, as that code does.
-        single_task: T; each task's score when trained on alone.
-        form: `standard`, or `released` for comparison with published tables: as code released with recent papers, such
-            as SAPT's, forgetting's maximum includes scores from before the task was learnt, and backward transfer is
-            divided by T, not T - 1.
+        scores: T x T; row i holds the scores of all tasks after training on task i. Rows and columns are in training
+            order. Entries above the diagonal (tasks not yet trained) may be NaN. The standard form does not use them;
+            the released form counts NaN as 0, as the released code does.
+        single_task: T scores, each of a model trained on that task only.
+        form: `standard`, or `released` for comparison with published tables. As in the released code of recent papers,
+            such as SAPT, the maximum in forgetting then includes scores from before the task was trained, and backward
+            transfer is divided by T instead of T - 1.
 
     Returns:
-        The scores; forgetting and backward transfer are 0 for a single task, which has nothing to forget.
+        The scores. Forgetting and backward transfer are 0 for a single task.
 
     Raises:
-        BaditError: a matrix that is not square, a missing score, or an unknown form.
+        BaditError: the matrix is not square, a score is missing, or the form is unknown.
     """
     refuse_unknown("form", form, FORMS)
     tasks, earlier = range(len(scores)), range(len(scores) - 1)
     measured = [score for i, row in enumerate(scores) for score in row[: i + 1]]
     if not tasks or any(len(row) != len(tasks) for row in scores) or not all(map(math.isfinite, measured)):
-        raise BaditError("scores: must be a square matrix, with a score for each task that was trained by then")
+        raise BaditError("scores: must be a square matrix, with finite scores on and below the diagonal")
     if single_task is not None and (len(single_task) != len(tasks) or not all(map(math.isfinite, single_task))):
-        raise BaditError(f"single_task: {len(tasks)} finite scores are needed, one for each task")
+        raise BaditError(f"single_task: needs {len(tasks)} finite scores, one for each task")
     forward = None if single_task is None else fmean(scores[j][j] - single_task[j] for j in tasks)
     if not earlier:
         return ContinualScores(fmean(scores[-1]), 0.0, 0.0, forward)
@@ -137,6 +137,6 @@ def continual_scores(
 def both_forms(
     matrix: Sequence[Sequence[float | None]], single_task: Sequence[float] | None = None
 ) -> dict[Form, dict[str, float | None]]:
-    """:func:`continual_scores` in either form, from a matrix with None for what was not measured."""
+    """Returns :func:`continual_scores` in both forms, from a matrix with None for scores that were not measured."""
     scores = [[math.nan if score is None else score for score in row] for row in matrix]
     return {form: continual_scores(scores, single_task, form=form)._asdict() for form in FORMS}

@@ -1,19 +1,19 @@
-"""Gradient surgery: every task's gradient by itself, combined so that tasks in conflict undo each other less.
+"""Gradient surgery: combines the gradients of the tasks so that conflicting gradients cancel each other less.
 
-* pcgrad (Yu et al. 2020, "Gradient Surgery for Multi-Task Learning", arXiv 2001.06782, Algorithm 1): each gradient g_i
-  loses its part along every other g_j with g_i · g_j < 0, taken in random order; the results are added up.
+* pcgrad (Yu et al. 2020, "Gradient Surgery for Multi-Task Learning", arXiv 2001.06782, Algorithm 1): from each
+  gradient g_i, subtracts the projection on every other g_j with g_i · g_j < 0, in random order; sums the results.
 * cagrad (Liu et al. 2021, "Conflict-Averse Gradient Descent for Multi-task Learning", arXiv 2110.14048, Algorithm 1):
-  d = g_0 + c ‖g_0‖ g_w / ‖g_w‖, where g_0 is the mean of the T gradients and g_w = Σ_i w_i g_i has the weights on the
-  simplex that minimise g_w · g_0 + c ‖g_0‖ ‖g_w‖. Here c = 0.5.
+  d = g_0 + c ‖g_0‖ g_w / ‖g_w‖, where g_0 is the mean of the T gradients and g_w = Σ_i w_i g_i; the
+  weights w on the simplex minimise g_w · g_0 + c ‖g_0‖ ‖g_w‖. Here c = 0.5.
 
-Both run in torchjd, on all trainable parameters as one vector. A task's loss is its rows' part of the batch's, so that
-the gradients add up to the plain one: that is what pcgrad gives without conflicts, and cagrad, times T, at c = 0.
+Both use torchjd, on all trainable parameters as one vector. A task's loss is its rows' share of the batch loss, so the
+gradients sum to the plain gradient. pcgrad returns this sum if no gradients conflict; cagrad, times T, if c = 0.
 
-Assumptions: tasks weigh as their answer tokens in the batch do, where the papers give every task a loss of its own;
-surgery is done in every micro-batch; one of a single task is a plain one, where cagrad's formula would lengthen its
-gradient by 1 + c. CAGrad's rescaling of the step is left out.
+Assumptions: a task's weight is its number of answer tokens in the batch (in the papers every task has its own loss);
+surgery is done in every micro-batch; a micro-batch with one task gives the plain gradient (CAGrad's formula would
+multiply it by 1 + c). CAGrad's rescaling of the step is not used.
 
-Shape suffixes: B = rows, T = positions in (B, T), else tasks, P = trainable parameters, counted one by one.
+Shape suffixes: B = rows, T = positions in (B, T), otherwise tasks, P = trainable scalars.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from badit.errors import BaditError
 from badit.trainer import AnswerTrainer
 
 Surgery = Literal["pcgrad", "cagrad"]
-Combination = Callable[[torch.Tensor], torch.Tensor]  # from gradients (T, P) to one (P,)
+Combination = Callable[[torch.Tensor], torch.Tensor]  # maps gradients (T, P) to one (P,)
 
 
 def pcgrad() -> Combination:
-    """PCGrad (arXiv 2001.06782). Its order comes from torch's global generator on the CPU, which checkpoints keep."""
+    """PCGrad (arXiv 2001.06782). Its random order uses torch's global CPU generator, which checkpoints save."""
     return _aggregator("PCGrad")
 
 
@@ -42,7 +42,7 @@ def cagrad(c: float = 0.5) -> Combination:
     aggregate = _aggregator("CAGrad", c=c)
 
     def combine(gradients_TP: torch.Tensor) -> torch.Tensor:
-        # torchjd takes gradients with a norm below 0.01 for zeros, so it gets them with norm 1.
+        # torchjd treats gradients with a norm below 0.01 as zero, so they are scaled to norm 1.
         norm = gradients_TP.norm().clamp_min(torch.finfo(gradients_TP.dtype).tiny)
         return aggregate(gradients_TP / norm) * norm * len(gradients_TP)
 
@@ -59,11 +59,11 @@ def _aggregator(name: str, **options: Any) -> Combination:
 
 
 class SurgeryTrainer(AnswerTrainer):
-    """An :class:`AnswerTrainer` on batches with ``tasks``, which combines the tasks' gradients by ``surgery``.
+    """An :class:`AnswerTrainer` for batches with ``tasks`` that combines the tasks' gradients by ``surgery``.
 
-    It holds T + 1 gradients at a time, in float32. Dropout draws again for each task. A method's own loss
-    (``ExpertModel.extra_loss``) is taken over each task's rows, and the mean of these counts once a micro-batch. It
-    runs in one process: others would have other tasks.
+    It holds more than 2 T gradients in float32. Each task has its own dropout mask. A method's own loss
+    (``ExpertModel.extra_loss``) is computed for each task's rows and averaged over the tasks of a micro-batch. Training
+    runs in one process, because other processes would have other tasks.
     """
 
     def __init__(self, *args: Any, surgery: Surgery, **kwargs: Any) -> None:
@@ -79,12 +79,12 @@ class SurgeryTrainer(AnswerTrainer):
         tasks = list(dict.fromkeys(inputs["tasks"]))
         if len(tasks) == 1:
             return super().training_step(model, inputs, num_items_in_batch)
-        assert num_items_in_batch is not None  # AnswerTrainer has the Trainer count them
+        assert num_items_in_batch is not None  # AnswerTrainer makes the Trainer count them
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         earlier = [parameter.grad for parameter in parameters]
         losses, gradients, reached = [], [], set()
         steps = self.current_gradient_accumulation_steps
-        # ``compute_loss`` averages a method's own loss over these, and the cross-entropy over the number of labels.
+        # ``compute_loss`` divides a method's own loss by this, and the cross-entropy by the number of labels.
         self.current_gradient_accumulation_steps = steps * len(tasks)
         for task in tasks:
             model.zero_grad()
@@ -94,19 +94,19 @@ class SurgeryTrainer(AnswerTrainer):
             reached.update(each for each in parameters if each.grad is not None)
         self.current_gradient_accumulation_steps = steps
         gradients_TP = torch.stack(gradients)
-        # A loss scaler that overflows, or a run that diverges, is for the Trainer to see.
+        # The Trainer must see non-finite gradients, which a loss scaler's overflow or divergence causes.
         combined_P = self._combine(gradients_TP) if gradients_TP.isfinite().all() else gradients_TP.sum(dim=0)
         parts = combined_P.split([parameter.numel() for parameter in parameters])
         for parameter, before, part_P in zip(parameters, earlier, parts, strict=True):
             parameter.grad = before
-            if parameter in reached:  # else no task's loss depends on it
+            if parameter in reached:  # otherwise no task's loss depends on it
                 combined = part_P.view_as(parameter).to(parameter.dtype)
                 parameter.grad = combined if before is None else before + combined
         return torch.stack(losses).sum()
 
 
 def rows_of_task(inputs: dict[str, Any], task: str) -> dict[str, Any]:
-    """The rows of one task, without what is padding at the end of all of them; leading padding sets positions."""
+    """Returns one task's rows without their common padding at the end; leading padding affects positions."""
     rows = [row for row, name in enumerate(inputs["tasks"]) if name == task]
     attended_T = inputs["attention_mask"][rows].bool().any(dim=0)
     length = int(attended_T.nonzero().max()) + 1

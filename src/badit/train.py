@@ -1,7 +1,7 @@
-"""One run from recipe to adapter: read the tasks, load the base model, apply the method, encode, train, save.
+"""Trains a recipe: reads the tasks, loads the base model, applies the method, encodes, trains and saves.
 
-A recipe with ``data.order`` is a sequence: its tasks are trained one after another, each with a folder of its own. An
-interrupted run continues where it stopped.
+With ``data.order`` the tasks are trained one after another, each in its own folder. An interrupted run resumes from its
+last checkpoint.
 """
 
 from __future__ import annotations
@@ -60,13 +60,13 @@ from badit.tuner import hooks_of
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-# The name of its fingerprint among a run's inputs.
+# The key of the base model's fingerprint among a run's inputs.
 BASE_MODEL = "the base model"
 
 
 @dataclasses.dataclass
 class Stage:
-    """A stretch of training with a result of its own: the whole of a mixed run, one task of a sequential one."""
+    """A part of a run with its own result: all tasks of a mixed run, or one task of a sequential run."""
 
     folder: Run
     tasks: list[Task]
@@ -74,7 +74,7 @@ class Stage:
 
 @dataclasses.dataclass
 class Plan:
-    """What a recipe comes to before any model is loaded. A sequential recipe has its tasks in their order."""
+    """A recipe's tasks and method, before a model is loaded. Tasks of a sequential recipe are in training order."""
 
     recipe: Recipe
     tasks: list[Task]
@@ -97,7 +97,7 @@ class Plan:
 
     @property
     def mixture(self) -> dict[str, int]:
-        """The training instances of each task in an epoch, of a sequence in its own stage's."""
+        """The number of training instances per task in an epoch (in a sequence, an epoch of the task's stage)."""
         sizes = {task.name: len(task.train) for task in self.tasks}
         return sizes if self.sequential else self.recipe.data.quotas(self.tasks) or sizes
 
@@ -111,17 +111,17 @@ class Plan:
 
 
 def make_plan(recipe: Recipe, *, split: Split | None = None) -> Plan:
-    """Checks the method and reads the tasks, which must have instances in ``split`` (default: the recipe's own)."""
+    """Builds the method and reads tasks; BaditError if one has no instances in ``split`` (default: the recipe's)."""
     data = recipe.data
     method = build_method(recipe.method)
     method.refuse_recipe(recipe)
     with status("reading the tasks"):
         tasks = data.load()
     split = split or recipe.evaluation.split
-    hold_out = "set data.validation_per_task to hold some out of its training instances"
+    hold_out = "set data.validation_per_task to hold out some of its training instances"
     if data.validation_per_task:
-        hold_out = "at least 4 training instances are needed to hold one out; add some, or leave it out of data.tasks"
-    score_those = "evaluation.split=validation data.validation_per_task=10 scores held-out training instances"
+        hold_out = "at least 4 training instances are needed to hold one out; add some, or remove it from data.tasks"
+    score_those = "to score held-out training instances: evaluation.split=validation data.validation_per_task=10"
     for task in tasks:
         if not getattr(task, split):
             fix = score_those if split == "test" else hold_out
@@ -130,27 +130,27 @@ def make_plan(recipe: Recipe, *, split: Split | None = None) -> Plan:
             raise BaditError(f"training.eval_strategy: task {task.name} has no validation instances; {hold_out}")
     untrained = [task.name for task in tasks if not task.train]
     if len(untrained) == len(tasks):
-        raise BaditError("data: no task has training instances")
+        raise BaditError("data: no task has training instances; add some")
     if data.order is not None:
         tasks = ordered(tasks, data.order)
         if untrained:
-            raise BaditError(f"data: task {untrained[0]} has no training instances and so no place in a sequence")
+            raise BaditError(f"data: task {untrained[0]} has no training instances, which data.order needs; add some")
     return Plan(recipe, tasks, method)
 
 
 def fit(recipe: Recipe, *, progress: bool = True, allow_changed_inputs: bool = False) -> Run:
     """Trains a recipe without scoring it. A sequence of tasks is trained one after another, each with its own result.
 
-    Under accelerate or torchrun all processes train, and the first alone writes the run's folder.
+    Under accelerate or torchrun all processes train, and only rank 0 writes the run's folder.
 
     Raises:
-        BaditError: bad input, an output folder that holds another recipe's run or is in use, or data or base weights
-            that have changed since the run began and are not allowed to.
+        BaditError: if the input is invalid, the output folder is in use or contains a run of another recipe, or the
+            data or base weights have changed since the run began (unless ``allow_changed_inputs``).
     """
     plan = make_plan(recipe)
     trackers_of(recipe.training)
     with in_use(recipe):
-        # Of several processes the first alone writes; the others meet it in the first step of training.
+        # Only rank 0 writes; the other ranks wait for it in the first training step.
         run = Run.prepare(recipe) if is_main_process() else Run.at(recipe.output)
         if is_main_process() and not run.environment_path.is_file():
             write_json(run.environment_path, {**environment(), "dtype": model_dtype(recipe), "mixture": plan.mixture})
@@ -159,7 +159,7 @@ def fit(recipe: Recipe, *, progress: bool = True, allow_changed_inputs: bool = F
             discard(run.checkpoints_path)
             return run
         began = run.known_environment.get("dtype")
-        if recipe.model.dtype == "fast" and began in ("bfloat16", "float32"):  # "fast" could settle otherwise now
+        if recipe.model.dtype == "fast" and began in ("bfloat16", "float32"):  # "fast" could choose another dtype now
             model = recipe.model.model_copy(update={"dtype": began})
             plan = dataclasses.replace(plan, recipe=recipe.model_copy(update={"model": model}))
         for number, stage in enumerate(plan.stages):
@@ -167,7 +167,7 @@ def fit(recipe: Recipe, *, progress: bool = True, allow_changed_inputs: bool = F
                 if is_main_process():
                     stage.folder.path.mkdir(parents=True, exist_ok=True)
                 _train_stage(plan, number, progress, allow_changed_inputs)
-            discard(stage.folder.checkpoints_path)  # nothing resumes from them any more
+            discard(stage.folder.checkpoints_path)  # no longer needed for resuming
         if plan.sequential and is_main_process():
             summaries = [stage.folder.environment["training"] for stage in plan.stages]
             write_json(run.environment_path, {**run.environment, "training": joint_training(summaries)})
@@ -176,15 +176,15 @@ def fit(recipe: Recipe, *, progress: bool = True, allow_changed_inputs: bool = F
 
 
 def in_use(recipe: Recipe) -> AbstractContextManager[None]:
-    """Keeps other processes than those of this training out of the recipe's folder."""
+    """A context that locks the recipe's folder; rank 0 locks it for all processes of this training."""
     return exclusive(Path(recipe.output)) if is_main_process() else nullcontext()
 
 
 def _train_stage(plan: Plan, number: int, progress: bool, allow_changed_inputs: bool) -> None:
-    """Trains on a stage's tasks, counted from 0: from the base model, or from what the stage before has left."""
+    """Trains stage ``number``, counted from 0, starting from the base model or the previous stage's adapter."""
     stage, recipe, method, data = plan.stages[number], plan.recipe, plan.method, plan.recipe.data
     folder = stage.folder
-    seed = recipe.training.seed + 1_000 * number  # of no other task, and of no run whose own seed is close
+    seed = recipe.training.seed + 1_000 * number  # unique per stage, also among runs with nearby seeds
 
     transformers.set_seed(seed)
     base, tokenizer = base_model(recipe, dtype="float32" if method.trains_base_weights else None)
@@ -227,9 +227,9 @@ def _train_stage(plan: Plan, number: int, progress: bool, allow_changed_inputs: 
         quotas=data.quotas(stage.tasks),
         options=recipe.training,
     )
-    trainer.remove_callback(transformers.PrinterCallback)  # prints the log lines, which metrics.jsonl has
+    trainer.remove_callback(transformers.PrinterCallback)  # prints the log lines, which are in metrics.jsonl
     if method.needs_whole_weights and (trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled):
-        raise BaditError(f"{method.name} works on whole weights: launch it without FSDP and DeepSpeed")
+        raise BaditError(f"method: {method.name} needs unsharded weights; launch it without FSDP and DeepSpeed")
     if checkpoint is not None:
         refuse_other_engine(checkpoint, trainer)
 
@@ -239,25 +239,25 @@ def _train_stage(plan: Plan, number: int, progress: bool, allow_changed_inputs: 
     with stop, fast_on_short_sequences(base), tracker_folders(recipe.training, folder.path):
         try:
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-        except UnpicklingError:  # torch's loader has met something else than tensors and plain values
+        except UnpicklingError:  # torch's loader found something other than tensors and plain values
             raise BaditError(
-                f"{checkpoint}: holds what no training has written there, and nothing of it has been run; "
-                "remove the folder to continue from the checkpoint before it"
+                f"{checkpoint}: contains pickled objects that badit does not write, which were not executed; "
+                "remove the folder to resume from the previous checkpoint"
             ) from None
         finally:
             bar.close()
-            torch.use_deterministic_algorithms(deterministic)  # full_determinism is for the training alone
-            discard(folder.checkpoints_path / STAGING)  # a checkpoint that has not come to its end takes no room
+            torch.use_deterministic_algorithms(deterministic)  # full_determinism applies to training only
+            discard(folder.checkpoints_path / STAGING)  # deletes an incomplete checkpoint
     seconds, state = time.monotonic() - started, trainer.state
     if progress and trainer.args.load_best_model_at_end and trainer.is_world_process_zero():
-        best = f"step {state.best_global_step}, with eval_loss {state.best_metric:.4f}"
-        say(f"badit: trained {state.global_step} steps; kept is the model of {best}")
+        best = f"step {state.best_global_step} (eval_loss {state.best_metric:.4f})"
+        say(f"badit: trained {state.global_step} steps; kept the model of {best}")
 
     with status("saving"):
         hooks_of(model).end_task(batches)
         weights = whole_weights(model)
         if trainer.is_world_process_zero():
-            # Of a resumed training, the seconds are those since it was taken up.
+            # In a resumed run, ``seconds`` is only the time since it resumed.
             summary = {
                 "trainable_parameters": method.trained_parameters(model),
                 "parameters": sum(parameter_count(parameter) for parameter in model.parameters()),
@@ -272,17 +272,17 @@ def _train_stage(plan: Plan, number: int, progress: bool, allow_changed_inputs: 
             method.save(model, partial, recipe.model.name, weights)
             replace_folder(partial, folder.adapter_path)
     trainer.accelerator.wait_for_everyone()
-    unset_hf_deepspeed_config()  # else the next model to be loaded, for scoring or a stage, would be divided as well
+    unset_hf_deepspeed_config()  # otherwise the next model, for scoring or the next stage, would be sharded too
 
 
 def keep_inputs(run: Run, found: Mapping[str, str], allow_changed: bool = False) -> None:
-    """Stores what a run is made of in its environment.json; BaditError where it has changed and is not allowed to."""
+    """Records the inputs' fingerprints in environment.json; BaditError if one changed, unless ``allow_changed``."""
     content = run.known_environment
     known: dict[str, str] = content.get("inputs", {})
     changed = changed_inputs(known, found)
     if changed and not allow_changed:
         raise BaditError(
-            f"{run.path}: {', '.join(changed)} changed since the run began; restore the former input, choose another "
+            f"{run.path}: {', '.join(changed)} changed since the run began; restore the original input, choose another "
             "output=FOLDER, or continue with --allow-changed-inputs"
         )
     if is_main_process() and content and (changed or not found.items() <= known.items()):
@@ -292,18 +292,18 @@ def keep_inputs(run: Run, found: Mapping[str, str], allow_changed: bool = False)
 
 
 def changed_inputs(known: Mapping[str, str], found: Mapping[str, str]) -> list[str]:
-    """Which of a run's inputs, either all of its tasks or the base model, are not as the run knows them."""
+    """Returns the names of changed inputs of a run; ``found`` has either all of its tasks or the base model."""
     kind = {name for name in known if (name == BASE_MODEL) == (BASE_MODEL in found)}
     return sorted(name for name in kind | found.keys() if kind and known.get(name) != found.get(name))
 
 
 def task_fingerprints(tasks: Sequence[Task]) -> dict[str, str]:
-    """A hash of each task's definition and instances."""
+    """Returns a hash of each task's definition, demonstrations and instances."""
     return {f"task {task.name}": task.fingerprint for task in tasks}
 
 
 def model_fingerprint(model: PreTrainedModel) -> str:
-    """A hash of every weight: the sum of its bits in bfloat16 and 64 of its numbers. Quantised weights are left out."""
+    """Returns a hash of all unquantised weights: the sum of the bits in bfloat16, and up to 64 numbers of each."""
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
         if type(parameter.data) is not torch.Tensor or not parameter.is_floating_point():
@@ -316,11 +316,11 @@ def model_fingerprint(model: PreTrainedModel) -> str:
 
 
 def refuse_beyond_model(examples: Iterable[Mapping[str, Any]], model: Any, more: int = 0) -> None:
-    """Raises BaditError for an instance, with ``more`` tokens to come, beyond the model's positions or embeddings."""
+    """Raises BaditError if an instance plus ``more`` tokens exceeds the model's positions, or an id its embeddings."""
     config, embeddings = model.config.get_text_config(), len(model.get_input_embeddings().weight)
-    rotary = getattr(config, "rope_parameters", None) or getattr(config, "rope_theta", None)  # which have no end
+    rotary = getattr(config, "rope_parameters", None) or getattr(config, "rope_theta", None)  # unlimited
     positions = math.inf if rotary else getattr(config, "max_position_embeddings", None) or math.inf
-    if isinstance(examples, Examples):  # whose table has the extremes at once
+    if isinstance(examples, Examples):  # the table finds the extremes quickly
         longest, largest_id = max(examples.lengths, default=0), examples.largest_id
         if longest + more <= positions and largest_id < embeddings:
             return
@@ -328,23 +328,23 @@ def refuse_beyond_model(examples: Iterable[Mapping[str, Any]], model: Any, more:
         ids, name = example["input_ids"], f"{example['task']}/{example['id']}"
         if len(ids) + more > positions:
             raise BaditError(
-                f"instance {name} has {len(ids)} tokens{f' and {more} to come' if more else ''}, the model {positions} "
-                "positions; lower prompt.max_source_tokens or the number of new tokens"
+                f"instance {name}: has {len(ids)} tokens{f' plus {more} new' if more else ''}, but the model has "
+                f"{positions} positions; lower prompt.max_source_tokens or the number of new tokens"
             )
         if max(ids, default=0) >= embeddings:
             raise BaditError(
-                f"instance {name} has token {max(ids)}, the model {embeddings} embeddings; use its own tokenizer"
+                f"instance {name}: token id {max(ids)} is beyond the model's {embeddings} embeddings; use its tokenizer"
             )
 
 
 def training_arguments(plan: Plan, folder: Path, seed: int, checkpoint: Path | None = None) -> TrainingArguments:
-    """For HF's Trainer: the recipe's arguments, which must go together, and those that a run settles itself."""
+    """Returns the recipe's training arguments with those that badit sets; BaditError if they are incompatible."""
     given = plan.recipe.training.arguments()
-    # Base weights that are trained are kept in float32 and used in the recipe's dtype.
+    # Trained base weights are stored in float32 and used in the recipe's dtype.
     bf16 = plan.method.trains_base_weights and model_dtype(plan.recipe) == "bfloat16"
     defaults = {
         "bf16": bf16,
-        "use_cpu": (bf16 or given.get("bf16", False)) and not torch.accelerator.is_available(),  # HF insists on it
+        "use_cpu": (bf16 or given.get("bf16", False)) and not torch.accelerator.is_available(),  # transformers needs it
         "dataloader_pin_memory": False,
         "project": "badit",
         "run_name": folder.resolve().name,
@@ -357,7 +357,7 @@ def training_arguments(plan: Plan, folder: Path, seed: int, checkpoint: Path | N
         "output_dir": str(folder / "checkpoints" / STAGING),
         "resume_from_checkpoint": None if checkpoint is None else str(checkpoint),  # read by the callbacks
         "seed": seed,
-        "report_to": [name for name in trackers_of(plan.recipe.training) if name != "tensorboard"],  # see tensorboard
+        "report_to": [name for name in trackers_of(plan.recipe.training) if name != "tensorboard"],  # see tensorboard()
         "include_num_input_tokens_seen": "non_padding",
         "remove_unused_columns": False,
         "disable_tqdm": True,
@@ -366,12 +366,12 @@ def training_arguments(plan: Plan, folder: Path, seed: int, checkpoint: Path | N
     }
     try:
         return TrainingArguments(**{**defaults, **given, **settled})
-    except (ValueError, TypeError) as error:  # values that do not go together
+    except (ValueError, TypeError) as error:  # incompatible values
         raise BaditError(f"training: {first_line(error)}") from None
 
 
 def joint_training(trainings: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Of trainings one after another: their sums, and of parameters and memory the most that there were at a time."""
+    """Combines the summaries of consecutive trainings: the maximum of parameters and memory, the sum of the rest."""
     most = ("trainable_parameters", "parameters", "peak_memory_gib")
     total = {key: (max if key in most else sum)(one[key] for one in trainings) for key in trainings[0]}
     return {**total, "seconds": round(total["seconds"], 1)}
@@ -380,9 +380,9 @@ def joint_training(trainings: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def encoded(
     tokenizer: PreTrainedTokenizerBase, recipe: Recipe, pairs: Iterable[tuple[Task, Instance]], model: Any
 ) -> list[dict[str, Any]]:
-    """Instances of tasks in the recipe's prompt format, as token ids and labels; BaditError if not for the model."""
+    """Encodes instances (token ids, labels) in the recipe's prompt format; BaditError if the model cannot take one."""
     examples = encode_examples(tokenizer, list(pairs), **recipe.prompt.model_dump())
-    if model is not None:  # else a server has it
+    if model is not None:  # None if a server runs it
         refuse_beyond_model(examples, model)
     return examples
 
@@ -390,7 +390,7 @@ def encoded(
 def encoded_texts(
     tokenizer: PreTrainedTokenizerBase, recipe: Recipe, texts: Sequence[str], task: Task | None, model: Any, more: int
 ) -> list[list[int]]:
-    """Token ids of prompts for a model that adds ``more`` tokens: of texts as they are, or as inputs of a task."""
+    """Returns token ids of texts, used unchanged or as inputs of a task; the model will generate ``more`` tokens."""
     prompts: list[Any] = list(texts)
     if task is not None:
         inputs = [Instance(id="", input=text, outputs=("",)) for text in texts]
@@ -402,14 +402,14 @@ def encoded_texts(
 
 
 def base_model(recipe: Recipe, *, dtype: Dtype | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A recipe's base model, in its own dtype or another one and on this process's device, and its tokenizer."""
+    """Loads a recipe's base model to this process's device, and its tokenizer; ``dtype`` overrides the recipe's."""
     dtype = dtype or model_dtype(recipe)
-    gc.collect()  # an adapted model that is no longer used, such as the last stage's, refers to itself
+    gc.collect()  # frees adapted models of earlier stages, which have reference cycles
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     model, tokenizer = load_base_model(**recipe.model.model_dump(exclude={"dtype"}), dtype=dtype, device=device())
     warn_of_slow_dtype(dtype, device())
-    # The end of answers in training, which a base model's own configuration need not know.
+    # The end of answers in training, which may be missing in the base model's generation configuration.
     end, known = end_of_turn_id(tokenizer, recipe.prompt.chat_template), model.generation_config.eos_token_id
     ends = known if isinstance(known, list) else [known]
     if end not in ends:
@@ -418,10 +418,10 @@ def base_model(recipe: Recipe, *, dtype: Dtype | None = None) -> tuple[PreTraine
 
 
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Padding is masked everywhere, so a tokenizer without a padding token gets any id, and is left as it is."""
+    """Returns the tokenizer's padding id, or 0 if it has none: padding is masked, so any id works."""
     return tokenizer.pad_token_id if isinstance(tokenizer.pad_token_id, int) else 0
 
 
 def model_dtype(recipe: Recipe) -> Dtype:
-    """The dtype of a recipe's base model on this process's device."""
+    """Returns the dtype of a recipe's base model on this process's device."""
     return fast_dtype(device()) if recipe.model.dtype == "fast" else recipe.model.dtype

@@ -1,4 +1,4 @@
-"""HF's Trainer with a loss on answers only, micro-batches of similar length, and steps that are not finite left out.
+"""A Trainer with a loss on answers only, micro-batches of similar length, and skipping of non-finite steps.
 
 Its callbacks write the metrics file, show one progress bar and report to experiment trackers.
 """
@@ -39,19 +39,19 @@ from badit.tuner.model import hooks_of
 from badit.tuner.prompt import before_first_label
 
 _DEFAULTS = TrainingSection.model_validate({})
-_say_once = cache(say)  # not again in every stage of a sequence
+_say_once = cache(say)  # once, not in every stage of a sequence
 
 
 class AnswerTrainer(Trainer):
-    """Trains on batches of ``input_ids``, ``attention_mask`` and ``labels`` (−100 on all but the answers), and perhaps
-    ``tasks``, the rows' task names, for methods that tell tasks apart.
+    """Trains on batches of ``input_ids``, ``attention_mask`` and ``labels`` (−100 on all but the answers), and, for
+    methods that need task names, ``tasks`` (one per row).
 
-    The loss is the cross-entropy averaged over the answer tokens of the whole accumulated batch. A method with a loss
-    of its own (``Hooks.extra_loss``) adds the mean of that over the micro-batches.
+    The loss is the cross-entropy averaged over the answer tokens of the whole accumulated batch. If the method has an
+    extra loss (``Hooks.extra_loss``), its mean over the micro-batches is added.
 
     Args:
-        options: a recipe's ``training`` section, for the options that are not TrainingArguments'.
-        quotas: how many examples of each task an epoch has, of a dataset with ``tasks``, every example's.
+        options: a recipe's ``training`` section, for badit's own options.
+        quotas: the number of examples per task in an epoch. The dataset must have ``tasks``, one per example.
     """
 
     def __init__(
@@ -64,24 +64,24 @@ class AnswerTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         if args.n_gpu > 1:
-            # The Trainer would split batches over them in threads, which the routing state cannot follow.
+            # The Trainer would use nn.DataParallel, whose threads would share the routing state.
             command = f"accelerate launch --multi_gpu --num_processes {args.n_gpu} -m badit train RECIPE"
             _say_once(f"badit: training on one of {args.n_gpu} GPUs; to use all of them: {command}")
-            args._n_gpu = 1  # transformers has no public way
-        callbacks: list[TrainerCallback] = [_EveryStep(self)]  # first: others read gradients
+            args._n_gpu = 1  # transformers has no public setter
+        callbacks: list[TrainerCallback] = [_EveryStep(self)]  # first, because other callbacks read gradients
         if options.early_stopping_patience:
             callbacks.append(EarlyStoppingCallback(options.early_stopping_patience))
         callbacks += kwargs.pop("callbacks", None) or []
         super().__init__(model, args, callbacks=callbacks, **kwargs)
         self.skipped_steps = 0
-        self.finished = False  # whether the training had come to its end before it was resumed
-        self.micro_batches: list[tuple[torch.Tensor, Mapping[str, Any]]] = []  # of the step: losses and inputs
+        self.finished = False  # whether the resumed training had already ended
+        self.micro_batches: list[tuple[torch.Tensor, Mapping[str, Any]]] = []  # losses and inputs of the step
         self.options, self._quotas = options, quotas
-        # The loss below is divided by the number of labels in the accumulated batch, so the Trainer must count them.
+        # compute_loss divides by the number of labels in the accumulated batch, so the Trainer must count them.
         self.model_accepts_loss_kwargs = True
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """HF's, on groups with learning rates of their own if these are asked for; or orthogonal updates."""
+        """Creates the Trainer's optimizer, with parameter groups if learning rates differ, or orthogonal updates."""
         trained: Any = self.model if model is None else model
         rate, decay = self.args.learning_rate, self.args.weight_decay
         other = rate * self.options.router_lr_ratio
@@ -97,25 +97,25 @@ class AnswerTrainer(Trainer):
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler[int] | None:
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset
         lengths = getattr(dataset, "lengths", None) or [len(example["input_ids"]) for example in dataset]
-        # Of several processes each takes its part of a common batch, which is the one that a single process would have.
+        # The ranks split a global batch, which equals the batch of a single process with this total size.
         per_step = self._train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         tasks = () if self._quotas is None else dataset.tasks
-        # ``state.epoch`` is whole at an epoch's start, and has a fraction where a run is resumed within.
+        # ``state.epoch`` is whole at the start of an epoch, and fractional if a run resumes within an epoch.
         return EpochSampler(lengths, per_step, seed, lambda: int(self.state.epoch or 0), tasks, self._quotas)
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
-        """HF's, whose losses are kept until the step's end."""
+        """Also keeps the loss and inputs of each micro-batch until the optimizer step."""
         loss = super().training_step(model, inputs, num_items_in_batch)
         self.micro_batches.append((loss, inputs))
         return loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """HF's, with a new regrouping's metrics, and the number of skipped steps once there are any.
+        """Also logs the metrics of a new regrouping and, if steps were skipped, their number.
 
-        The loss is NaN, and not 0, where every step since the last line has been skipped.
+        The loss is NaN instead of 0 if all steps since the last line were skipped.
         """
         logs = dict(logs)
         for callback in self.callback_handler.callbacks:
@@ -136,33 +136,33 @@ class AnswerTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        """Cross-entropy (a scalar) at the labelled positions; logits in the outputs are (1, labels, vocabulary)."""
+        """Returns the scalar loss, with the extra loss in training; logits in the outputs are (1, L, vocabulary)."""
         unwrapped = self.accelerator.unwrap_model(model)
         losses_L, _, outputs = answer_losses(model, inputs, unwrapped, self.args.label_smoothing_factor)
         count = len(losses_L) if num_items_in_batch is None else num_items_in_batch
-        # A batch may hold no label at all, and has a loss of 0 then.
+        # The loss of a batch without labels is 0.
         loss = losses_L.sum() / (count.clamp_min(1) if isinstance(count, torch.Tensor) else max(count, 1))
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
-            loss = loss * self.accelerator.num_processes  # data-parallel wrappers take the mean over the ranks
+            loss = loss * self.accelerator.num_processes  # data-parallel wrappers average over the ranks
         if model.training and (extra := hooks_of(unwrapped).extra_loss(inputs["attention_mask"])) is not None:
-            # Given the number of items, the Trainer leaves it to us to average over the micro-batches.
+            # If num_items_in_batch is given, the Trainer does not average over the micro-batches.
             loss = loss + extra / (1 if num_items_in_batch is None else self.current_gradient_accumulation_steps)
         return (loss, outputs) if return_outputs else loss
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """HF's, which takes a step also where a resumed training has none left."""
+        """Skips the epoch if the resumed training had ended, where the Trainer would take another step."""
         if self.finished:
             self.control.should_training_stop = True
         else:
             super()._run_epoch(*args, **kwargs)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """HF's, which leaves the training's random numbers as they are."""
+        """Also preserves torch's random state, so that evaluation does not change the training."""
         with torch.random.fork_rng():
             return super().evaluate(*args, **kwargs)
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """The mean over the batch's instances of their negative log-likelihood per answer token, in nats."""
+        """Returns as loss the mean over instances of the negative log-likelihood per answer token, in nats."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             losses_L, row_L, _ = answer_losses(model, inputs, self.accelerator.unwrap_model(model))
@@ -170,7 +170,7 @@ class AnswerTrainer(Trainer):
         totals_B = torch.zeros(len(counts_B), device=losses_L.device).index_add(0, row_L, losses_L)
         data, left = self.accelerator.gradient_state, len(counts_B)
         if data.end_of_dataloader and data.remainder > 0:
-            # accelerate fills the last batches of several processes up with instances that count elsewhere.
+            # With several processes accelerate pads the last batches with repeated instances, which do not count.
             left = max(1, data.remainder - self.args.process_index * self.args.eval_batch_size)
         return (totals_B / counts_B)[:left].mean(), None, None
 
@@ -183,20 +183,20 @@ def answer_losses(
     *,
     use_cache: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, Any]:
-    """The cross-entropy of every answer token of a batch.
+    """Returns the cross-entropy of every answer token of a batch.
 
     Args:
-        model: what is called, perhaps wrapped for data parallelism; ``unwrapped`` is the model within.
-        inputs: input_ids, attention_mask and labels, (B, T); for methods that tell tasks apart, the rows' ``tasks``.
-        use_cache: whether the outputs have the keys and values.
+        model: the model to call, possibly wrapped for data parallelism; ``unwrapped`` is the model without wrapper.
+        inputs: input_ids, attention_mask and labels, (B, T); ``tasks`` of the rows for methods that need them.
+        use_cache: whether the outputs include the key-value cache.
 
     Returns:
-        The losses (L,) in float32, the row in the batch of each (L,), and the model's outputs, whose logits are
+        The losses (L,) in float32, their rows in the batch (L,), and the model's outputs, whose logits are
         (1, L, vocabulary).
     """
     labels_BT = inputs["labels"]
     targets_BT = F.pad(labels_BT[:, 1:], (0, 1), value=-100)
-    # How many there are decides shapes, so a GPU is waited for here, once: the indices serve for all that follows.
+    # The number of labels determines shapes, so this synchronises with the GPU, once: all later code uses the indices.
     row_L, position_L = (targets_BT != -100).nonzero(as_tuple=True)
     batch = {key: value for key, value in inputs.items() if key not in ("labels", "tasks")} | {"use_cache": use_cache}
     batch |= prompt_argument(unwrapped, inputs["attention_mask"].bool() & before_first_label(labels_BT))
@@ -209,15 +209,15 @@ def answer_losses(
 
 
 def prompt_argument(model: nn.Module, prompt_mask_BT: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The argument that tells a model which routes by prompt where that is, and nothing for a model that does not."""
+    """Returns the ``prompt_mask`` argument for a model that routes by prompt, and no arguments for other models."""
     return {"prompt_mask": prompt_mask_BT} if hooks_of(model).routes_prompts else {}
 
 
 @contextmanager
 def logits_only_at(model: nn.Module, row_L: torch.Tensor, position_L: torch.Tensor) -> Iterator[None]:
-    """Within, the output layer sees only these positions of these rows of the batch, as one row (1, L, hidden).
+    """A context in which the output layer gets only these positions of the batch, as one row (1, L, hidden).
 
-    What a model does to its logits afterwards (soft-capping, scaling) applies to each position alone.
+    Later operations on the logits (soft-capping, scaling) act on each position separately.
     """
     head: Any = model.get_output_embeddings()  # pyright: ignore[reportCallIssue]
 
@@ -230,14 +230,14 @@ def logits_only_at(model: nn.Module, row_L: torch.Tensor, position_L: torch.Tens
 
 @dataclass(eq=False)
 class EpochSampler(Sampler[int]):
-    """A shuffle that depends on seed and (present) epoch alone, so that a resumed run sees the same batches.
+    """Shuffles depending only on the seed and the current epoch, so that a resumed run gets the same batches.
 
-    Each optimizer step is a random draw from all tasks. Within a step the examples are sorted by length, so that
-    accumulated micro-batches hold little padding. (Batches of similar length would be batches of one task, which trains
-    worse.) The step with the longest example comes first, since that is where memory runs out.
+    Each optimizer step is a random sample from all tasks. Within a step the examples are sorted by length, which
+    reduces padding in the micro-batches. (Whole steps of similar length would contain few tasks, which trains worse.)
+    The full step with the longest example comes first, so that a run that lacks memory fails at once.
 
-    With ``tasks``, every example's, and ``quotas``, which has the same tasks, an epoch takes so many examples from each
-    task: small tasks are repeated, and of large ones every epoch draws a new subset.
+    With ``tasks`` (one per example) and ``quotas`` (the number of examples per task), an epoch repeats the examples of
+    small tasks and draws a new subset of large tasks.
     """
 
     lengths: Sequence[int]
@@ -266,16 +266,16 @@ class EpochSampler(Sampler[int]):
         order, size = shuffled(chosen), self.examples_per_step
         steps = [order[start : start + size] for start in range(0, len(order), size)]
         steps = [sorted(step, key=self.lengths.__getitem__, reverse=True) for step in steps]
-        # A short step stays last, or the loader's own cut would fall out of step with this one.
+        # A short step must stay last, or the loader's batches would not match the steps.
         longest = max(range(len(order) // size), key=lambda i: self.lengths[steps[i][0]], default=0)
         steps.insert(0, steps.pop(longest))
         return iter([index for step in steps for index in step])
 
 
 class _EveryStep(TrainerCallback):
-    """Drops gradients that are not finite, and tells the method's model and the Trainer where it stands.
+    """Skips steps with non-finite gradients, calls the method's update hooks, and sets when to log and save.
 
-    Neither weights nor moments nor Gram matrices ever see such gradients. A run that keeps meeting them is stopped.
+    Skipped gradients change no weight, no moment and no Gram matrix. Too many (with DeepSpeed one) stop the run.
     """
 
     def __init__(self, trainer: Any) -> None:
@@ -285,7 +285,7 @@ class _EveryStep(TrainerCallback):
         hooks_of(kwargs["model"]).after_update()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        # Logs the last step and every evaluated one, and saves every evaluated one if the best is wanted.
+        # Log the last step and every evaluated step; save every evaluated step if the best model is loaded at the end.
         control.should_log |= control.should_evaluate or state.global_step >= state.max_steps
         control.should_save |= control.should_evaluate and args.load_best_model_at_end
 
@@ -296,29 +296,29 @@ class _EveryStep(TrainerCallback):
         micro_batches, trainer.micro_batches = trainer.micro_batches, []
         parameters = [p for p in model.parameters() if p.grad is not None]
         tensors: list[Any] = [loss for loss, _ in micro_batches] + [parameter.grad for parameter in parameters]
-        tensors = [each.to_local() if isinstance(each, DTensor) else each for each in tensors]  # own shards
-        # One synchronisation for all tensors.
+        tensors = [each.to_local() if isinstance(each, DTensor) else each for each in tensors]  # this rank's shards
+        # One synchronisation with the device for all tensors.
         finite = torch.stack([tensor.isfinite().all() for tensor in tensors]).all()
         if any_of_all(not bool(finite)):
             trainer.skipped_steps += 1
-            # DeepSpeed has taken the step by now: nothing is left to skip. A short run must not skip more than half.
+            # DeepSpeed has already taken the step, so it cannot be skipped. A run may skip at most half of its steps.
             in_backward = steps_in_backward(kwargs["optimizer"])
             limit = 0 if in_backward else min(trainer.options.max_skipped_steps, state.max_steps // 2)
             if trainer.skipped_steps > limit:
                 raise BaditError(
                     f"training: the loss or its gradient is not finite in step {state.global_step + 1}, after {limit} "
                     f"skipped steps; the batch has instances {_instances(micro_batches, trainer.train_dataset)}; "
-                    "look at these, or lower training.learning_rate"
+                    "check these, or lower training.learning_rate"
                 )
             for parameter in parameters:
-                parameter.grad = None  # optimizers pass over parameters without a gradient
+                parameter.grad = None  # optimizers skip parameters without a gradient
         hooks_of(model).before_update()
 
 
 def _instances(
     micro_batches: Sequence[tuple[torch.Tensor, Mapping[str, Any]]], examples: Sequence[Mapping[str, Any]]
 ) -> str:
-    """The instances of the micro-batches with a loss that is not finite (of all, where only gradients are not)."""
+    """Names up to 8 instances of the micro-batches with a non-finite loss (of all, if only gradients are affected)."""
     bad = [inputs for loss, inputs in micro_batches if not bool(loss.isfinite())]
     rows = {
         (task, tuple(ids[mask.bool()].tolist()))
@@ -326,16 +326,16 @@ def _instances(
         for task, ids, mask in zip(inputs["tasks"], inputs["input_ids"], inputs["attention_mask"], strict=True)
     }
     named = (f"{one['task']}/{one['id']}" for one in examples if (one["task"], tuple(one["input_ids"])) in rows)
-    return ", ".join(islice(named, 8))  # the first few are enough to find the fault
+    return ", ".join(islice(named, 8))  # enough to find the cause
 
 
 _LOSSES = {"loss", "eval_loss"}
 
 
 class MetricsLog(TrainerCallback):
-    """Appends the trainer's log lines to a file, less those that a resumed run is about to log again.
+    """Appends the Trainer's log lines to a file, after removing those that a resumed run will log again.
 
-    Left out are times, rates and the closing line, which are of this process alone, and what regroupings.jsonl has.
+    Omits run times, throughput and the final summary, which depend on the process, and the metrics of regroupings.
     """
 
     def __init__(self, path: Path) -> None:
@@ -347,7 +347,7 @@ class MetricsLog(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
         if state.is_world_process_zero and logs and logs.keys() & _LOSSES:
-            # The gradient's norm is infinite in a step that is skipped, which JSON has no number for.
+            # JSON has no NaN or infinity: such a loss becomes null, and other such values (grad_norm) are omitted.
             kept = {
                 key: value if math.isfinite(value) else None
                 for key, value in logs.items()
@@ -359,7 +359,7 @@ class MetricsLog(TrainerCallback):
 
 
 class ProgressBar(ProgressCallback):
-    """HF's, from where a resumed training continues, with the latest losses behind the bar."""
+    """The Trainer's progress bar, which starts at the resumed step and shows the latest losses."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._losses: dict[str, str] = {}
@@ -374,14 +374,14 @@ class ProgressBar(ProgressCallback):
             self.training_bar.set_postfix(self._losses, refresh=False)
 
     def close(self) -> None:
-        """Ends the bars' lines, for what is written after them."""
+        """Closes the bars, so that later output starts on a new line."""
         for bar in (self.prediction_bar, self.training_bar):
             if bar is not None:
                 bar.close()
 
 
 def trackers_of(training: TrainingSection) -> list[str]:
-    """The experiment trackers of transformers to report to; BaditError if one is not installed."""
+    """Returns the names of the experiment trackers to report to; BaditError if one is not installed."""
     names, installed = training.report_to, get_available_reporting_integrations()
     for name in names:
         if name not in installed and name != "all":
@@ -390,7 +390,7 @@ def trackers_of(training: TrainingSection) -> list[str]:
 
 
 def tensorboard(training: TrainingSection, folder: Path, checkpoint: Path | None) -> list[TensorBoardCallback]:
-    """HF's callback, which by itself could neither write into the run's folder nor hide steps that are logged again."""
+    """Returns a TensorBoard callback, if enabled, for the run's folder, which hides steps that are logged again."""
     if "tensorboard" not in trackers_of(training) or not is_main_process():
         return []
     from torch.utils.tensorboard import SummaryWriter
@@ -401,9 +401,9 @@ def tensorboard(training: TrainingSection, folder: Path, checkpoint: Path | None
 
 @contextmanager
 def tracker_folders(training: TrainingSection, folder: Path) -> Iterator[None]:
-    """Within, trackers write their files into the run's folder, unless the user's environment names another one.
+    """A context in which trackers write to the run's folder, unless environment variables name another folder.
 
-    W&B's run begins and ends here: HF's callback ends none, so that a sequence's next stage would log to it.
+    The W&B run begins and ends here: transformers does not end it, so the next stage of a sequence would log to it.
     """
     wandb: Any = import_module("wandb") if "wandb" in trackers_of(training) and is_main_process() else None
     run: Any = nullcontext()

@@ -1,4 +1,4 @@
-"""One cell in a process of its own: its memory is its own, and whatever ends it ends nothing else."""
+"""Runs one cell in a separate process with its own memory, so that a crash ends only this cell."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ERROR, LOG = "error.txt", "log.txt"
 
 
 class CellProcess:
-    """A running cell in the folder of a run that has its recipe; ``wait`` says what became of it."""
+    """The process of a cell. Its folder must hold the recipe; ``wait`` returns its error, if any."""
 
     def __init__(self, folder: Path, *, score: bool, threads: int | None, device: int | None) -> None:
         (folder / ERROR).unlink(missing_ok=True)
@@ -32,19 +32,19 @@ class CellProcess:
         self._folder = folder
         self._asked_to_stop = False
         with (folder / LOG).open("a", encoding="utf-8") as log:
-            # A session of its own: a Ctrl-C reaches this process alone, which then asks the cell to stop, once.
-            # The cell reads its standard input to notice the end of this process.
+            # A new session: Ctrl-C reaches only this process, which then sends the cell a single signal to stop.
+            # The cell reads its standard input to detect the end of this process.
             self._process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=environment, start_new_session=True
             )
 
     def stop(self, how: signal.Signals) -> None:
-        """With SIGTERM the cell saves its state and ends; after SIGKILL it resumes from its last checkpoint."""
+        """Sends a signal. After SIGTERM the cell saves its state; after SIGKILL it resumes from its last checkpoint."""
         self._asked_to_stop = True
         self._process.send_signal(how)
 
     def wait(self) -> str | None:
-        """None when the cell has done its work, else what went wrong, in a line."""
+        """Waits for the cell. Returns None if it succeeded, else a one-line error message."""
         with self._process:
             code = self._process.wait()
         if code == 0:
@@ -62,19 +62,19 @@ class CellProcess:
 
 
 def main() -> int:
-    """``python -m badit.worker FOLDER score|search``; the cell stops at the end of its standard input."""
+    """``python -m badit.worker FOLDER score|search``; the cell stops when its standard input is closed."""
     threading.Thread(target=_stop_at_end_of, args=(sys.stdin.fileno(),), daemon=True).start()
     return run_cell(Path(sys.argv[1]), score=sys.argv[2] == "score")
 
 
 def _stop_at_end_of(lifeline: int) -> None:
-    """A comparison that is killed, or loses its terminal, cannot ask its cells to stop: so they notice by a pipe."""
-    os.read(lifeline, 1)  # nothing is ever written to it
+    """Stops this cell when the pipe from the comparison closes: a killed comparison cannot send a signal."""
+    os.read(lifeline, 1)  # returns when the pipe closes; nothing is written to it
     os.kill(os.getpid(), signal.SIGTERM)
 
 
 def run_cell(folder: Path, *, score: bool) -> int:
-    """Does a cell's work and returns the process's exit code; what went wrong is in the folder's ``error.txt``."""
+    """Runs a cell and returns the exit code of the process; an error is written to ``error.txt`` in the folder."""
     try:
         with explained(folder), exclusive(folder):
             _run(folder, score=score)

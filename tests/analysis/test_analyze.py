@@ -51,10 +51,10 @@ def test_a_run_with_experts_has_all_tables_and_a_finished_part_is_not_measured_a
     record = json.loads((run / "analysis.json").read_text())
     assert list(record["parts"]) == ["interference", "experts", "learning"]
     assert record["settings"] == {"target": ".", "data": None, "instances": 2}
-    with pytest.raises(BaditError, match=r"analysis: is of .* or of other settings; remove it and analysis\."):
+    with pytest.raises(BaditError, match=r"analysis: belongs to .* or to other settings; delete it and analysis\."):
         analyze(run, instances=3, progress=False)
     (run / "analysis.json").write_text(json.dumps({**record, "parts": 5}))
-    with pytest.raises(BaditError, match="remove it and analysis"):
+    with pytest.raises(BaditError, match="delete it and analysis"):
         analyze(run, instances=2, progress=False)
 
 
@@ -84,7 +84,7 @@ def test_a_base_model_is_measured_on_named_tasks(model_folder, task_file, tmp_pa
     output = tmp_path / "base"
     assert analyze(model_folder, data=str(task_file), instances=2, output=output, progress=False).keys() == INTERFERENCE
     assert (output / "config.yaml").is_file()
-    with pytest.raises(BaditError, match=r"is of another run or model, .*; remove it, analysis\.json and config\.yaml"):
+    with pytest.raises(BaditError, match=r"to another run or model, .*; delete it, analysis\.json and config\.yaml"):
         analyze("smollm2-135m", data=str(task_file), instances=2, output=output, progress=False)
     assert json.loads((output / "environment.json").read_text())["packages"]
 
@@ -94,9 +94,9 @@ def test_bad_input_is_a_line_and_exit_code_2(model_folder, tmp_path, capsys):
     lonely.write_text('{"task": "sums", "instruction": "Add.", "input": "1 1", "output": "2"}\n')
     for arguments, message in (
         (["run", "--instances", "1"], "instances: must be at least 2"),
-        (["no-such-model"], "no-such-model: is no run's folder; to measure on a base model, name its tasks"),
+        (["no-such-model"], "no-such-model: not a run's folder; to analyze a base model, set its tasks"),
         (["no-such-model", "--data", "nowhere"], "nowhere"),
-        ([str(model_folder), "--data", str(lonely)], "data: task sums has no two instances of one split"),
+        ([str(model_folder), "--data", str(lonely)], "data: task sums has no split with at least 2 instances"),
     ):
         assert main(["analyze", *arguments, "-o", str(tmp_path / "o")]) == 2
         (line,) = capsys.readouterr().err.splitlines()

@@ -54,7 +54,7 @@ def test_a_damaged_log_is_refused(tmp_path):
         (component_flow, regrouping(10, after=(0, 1, 0, 10**9)), r"to_expert\.\d: input should be less than 1024"),
     ):
         write_lines(path, [regrouping(5), line])
-        with pytest.raises(BaditError, match=rf"{path}: .*{message}.*; remove the file to leave it out"):
+        with pytest.raises(BaditError, match=rf"{path}: .*{message}.*; delete the file to skip it"):
             read(Run.at(tmp_path))
 
 
@@ -118,5 +118,5 @@ def test_transfer_is_the_score_matrix(tmp_path):
     assert rows(table) == [[1, "b", "b", 50], [1, "b", "a", None], [2, "a", "b", 40], [2, "a", "a", 70.5]]
     with pytest.raises(BaditError, match=r"matrix\.0\.0: input should be a valid number"):
         transfer(scored(tmp_path, order=["a"], matrix=[["x"]]))
-    with pytest.raises(BaditError, match="matrix: must have a row and a column for every task"):
+    with pytest.raises(BaditError, match="matrix: needs a row and a column per task"):
         transfer(scored(tmp_path, order=["a", "b"], matrix=[[1, 2], [1]]))

@@ -101,7 +101,7 @@ def test_passes_without_gates_are_refused(tiny_model, method):
         lambda: model(input_ids=IDS[:, :1], **{name: without}),
         lambda: model(input_ids=IDS[:2, :1], **{name: of_two}),
     ):
-        with pytest.raises(BaditError, match=r"gate_proj finds no gates for an input of shape \(.*input_ids"):
+        with pytest.raises(BaditError, match=r"gate_proj: there are no gates for an input of shape \(.*input_ids"):
             pass_()
     sizes = {"d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2, "vocab_size": 20}
     t5 = T5ForConditionalGeneration(T5Config(**sizes))

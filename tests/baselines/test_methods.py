@@ -50,7 +50,7 @@ def test_an_interrupted_run_that_changed_the_base_weight_ends_as_one_that_was_no
     [
         ({"name": "hidralora"}, r"unknown method 'hidralora' \(did you mean 'hydralora'\?\); known: badit, lora, "),
         ({"name": ["goat"]}, r"unknown method \['goat'\]"),
-        ({"name": "pissa", "init_lora_weights": 1}, r"init_lora_weights: is what the name pissa stands for \(pissa\)"),
+        ({"name": "pissa", "init_lora_weights": 1}, r"init_lora_weights: is set by the method name pissa \(to pissa\)"),
         ({"name": "loramoe", "num_expert": 4}, r"num_expert: unknown key \(did you mean 'num_experts'\?\)"),
         ({"name": "loramoe", "balance_weight": -1}, r"method: balance_weight must be a number of at least 0, got -1"),
         ({"name": "mtl-lora", "temperature": 0}, r"method: temperature must be a positive number, got 0"),
@@ -73,7 +73,7 @@ def test_mistakes_are_named_on_one_line(method, message):
 def test_where_lora_and_its_relatives_go(tiny_model, name, family):
     method = build_method({"name": name, **OPTIONS[name], "fan_in_fan_out": family == "gpt2"})
     if (name, family) == ("olora", "gpt2"):
-        with pytest.raises(BaditError, match=r"olora cannot adapt this model's Conv1D layers.*take pissa instead"):
+        with pytest.raises(BaditError, match=r"olora cannot adapt this model's Conv1D layers.*use pissa instead"):
             method.apply(tiny_model(family))
         return
     model = method.apply(tiny_model(family)).eval()

@@ -92,7 +92,7 @@ def test_it_is_read_once_and_only_after_a_training_pass(tiny_model):
             model.base_model.extra_loss(mask)
         forward(model.eval(), ids, mask)
     forward(model.train(), ids, mask)
-    with pytest.raises(BaditError, match=r"sees 18 positions, the batch has 6: leave it out of target_modules"):
+    with pytest.raises(BaditError, match=r"sees 18 positions, but the batch has 6; leave it out of target_modules"):
         model.base_model.extra_loss(mask[:, :3])
 
 

@@ -54,7 +54,7 @@ def test_beams_are_rows(tiny_model):
 
 def test_a_batch_without_its_tasks_is_refused(tiny_model):
     model = adapted(tiny_model("llama"), "mtl-lora")
-    unknown = r"has learnt no task 'river' \(did you mean 'rivers'\?\): see its config's tasks"
+    unknown = r"has no task 'river' \(did you mean 'rivers'\?\); its config lists its tasks"
     with pytest.raises(BaditError, match=unknown), hooks_of(model).rows_of(["cities", "river"]):
         pass
     for entry in (model, model.base_model, model.get_base_model()):

@@ -108,5 +108,5 @@ def test_a_step_moves_the_masked_neurons_and_nothing_else(tiny_model, family):
 
 def test_what_it_cannot_do_is_refused(tiny_model):
     model = adapted(tiny_model("llama"), "loramoe")
-    with pytest.raises(BaditError, match="task neurons do not go with this model of type llama"):
+    with pytest.raises(BaditError, match="task neurons do not support this model of type llama"):
         neuron_scores(model, [AnswerCollator(0)(examples(2))])

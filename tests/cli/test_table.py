@@ -55,9 +55,9 @@ def test_notes_on_differences(shown):
     content["cells"][3]["status"] = "failed"
     lines = shown(content).splitlines()
     assert "badit_x vs lora: over the 1 of its 2 runs that both have" in lines
-    assert "an interval over one run is over instances alone and says nothing of other seeds" in lines
+    assert "an interval over one run covers instances only, not other seeds" in lines
     content["cells"] = [entry for entry in content["cells"] if entry["method"] != "lora"]
-    assert "no differences, as lora has no scores" in shown(content)
+    assert "no differences, because lora has no scores" in shown(content)
 
 
 def test_markdown_marks_the_best_and_escapes(shown):
@@ -139,10 +139,10 @@ def test_a_comparison_without_any_scores(shown, form, by_task):
 
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path, capsys):
     for content, arguments, message in (
-        (mixed(), ["--released"], "--released: only for the table of a sequential comparison"),
-        (sequential(), ["--released", "--by-task"], "--released: only for the table"),
+        (mixed(), ["--released"], "--released: valid only for a sequential comparison and without --by-task"),
+        (sequential(), ["--released", "--by-task"], "--released: valid only for a sequential"),
         (sequential(), ["--metric", "exact_match"], "--metric: forgetting and transfer are measured in Rouge-L"),
-        (mixed(), ["--metric", "nll"], "the results have no scores in nll; choose another metric"),
+        (mixed(), ["--metric", "nll"], "metric: the results have no scores in nll; choose another metric"),
         ([], [], "must hold one JSON object"),
     ):
         assert main(["table", str(write_results(tmp_path, content)), *arguments]) == 2

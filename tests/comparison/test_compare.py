@@ -78,7 +78,7 @@ def test_a_finished_comparison_is_not_done_again_and_another_recipes_is_refused(
     was = damaged.read_text()
     for text in ("{}", '{"loss": "low"}'):
         damaged.write_text(text)
-        with pytest.raises(BaditError, match=r"validation\.json: .*remove the file to measure again"):
+        with pytest.raises(BaditError, match=r"validation\.json: .*delete the file to measure the loss again"):
             compared(values)
     damaged.write_text(was)
 

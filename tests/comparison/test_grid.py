@@ -82,10 +82,10 @@ def test_long_orders_have_short_names_of_their_own(orders):
 def test_mistakes_are_named_on_one_line():
     for compare, message in (
         ({"reference": "lorra"}, r"compare\.reference: unknown 'lorra' \(did you mean 'lora'\?\)"),
-        ({"methods": {"a/b": {"name": "lora"}}}, r"compare\.methods: 'a/b' names a folder; use letters"),
+        ({"methods": {"a/b": {"name": "lora"}}}, r"compare\.methods: 'a/b' is not a valid name; use letters"),
         ({"methods": {"lora": {"name": "lroa"}}}, r"compare\.methods\.lora: method\.name: unknown method 'lroa'"),
         (one_method(rank=4), r"compare\.methods\.lora: method\.rank: unknown key"),
-        ({"learning_rates": [1e-4, 1e-3]}, r"training\.learning_rate: the search starts from 0\.0005; add it"),
+        ({"learning_rates": [1e-4, 1e-3]}, r"training\.learning_rate: the search starts at 0\.0005; add this value"),
         ({"learning_rates": [5e-4]}, r"data\.validation_per_task: choosing learning rates needs held-out instances"),
         ({"learning_rates": [1e-3, 5e-4]}, r"compare\.learning_rates: must be positive and ascending"),
         ({"orders": [["a", "b"], ["a", "b"]]}, r"compare\.orders: a-b is listed more than once"),
@@ -101,7 +101,7 @@ def test_mistakes_are_named_on_one_line():
 
 
 def test_the_section_is_needed_for_a_comparison_and_ignored_by_a_run(tmp_path):
-    with pytest.raises(BaditError, match="compare: the recipe has no such section"):
+    with pytest.raises(BaditError, match="compare: the recipe has no compare section"):
         Grid(build_recipe({}))
     with pytest.raises(BaditError, match=r"compare\.methods: field required"):
         build_recipe({"compare": {}})
@@ -134,7 +134,7 @@ def test_budgets_may_differ_by_five_percent(material, rank, fair):
     methods = {f"r{r}": {"name": "lora", "r": r} for r in (40, rank)} | {"base": {"name": "base"}}
     counts = checked(material, methods, reference="r40")
     first, second = counts[f"r{rank}"], counts["r40"]
-    message = rf"methods\.r{rank}: trains {first:,} parameters, r40 {second:,}: change its rank until they agree to 5%"
+    message = f"methods.r{rank}: trains {first:,} parameters, r40 trains {second:,}; change its rank to agree within 5%"
     with nullcontext() if fair else pytest.raises(BaditError, match=message):
         checked(material, methods, reference="r40", budget="r40")
     checked(material, methods, reference="r40", budget="r40", unmatched=[f"r{rank}"])

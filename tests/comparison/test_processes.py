@@ -113,7 +113,7 @@ def test_sigterm_stops_the_command_and_its_cells_which_save_their_state(values, 
     finally:
         process.kill()
     assert (process.returncode, out) == (130, "")
-    message = "badit: interrupted; the same command continues from the last checkpoint"
+    message = "badit: interrupted; run the same command again to resume from the last checkpoint"
     assert err.splitlines() == ["lora/lr-0.01/seed-0: training and scoring", "", message]
     steps = cell.metrics_path.read_text().count("\n")
     assert last_checkpoint(cell.checkpoints_path) == cell.checkpoints_path / f"checkpoint-{steps}"

@@ -71,7 +71,7 @@ def test_files_of_a_folder_or_a_pattern_are_splits_or_tasks(tmp_path):
     assert [task.name for task in load_tasks(f"{tmp_path}/gree*.csv")] == ["greeting"]
     assert "no tasks found" in refusal(tmp_path / "none*.csv")
     write_rows(tmp_path / "test.jsonl", {**HELLO, "split": "train"})
-    assert "test.jsonl: line 1: split: the file's name says 'test'" in refusal(tmp_path)
+    assert "test.jsonl: line 1: split: must be 'test', as in the file's name; change" in refusal(tmp_path)
 
 
 def test_the_forms_of_rows_that_name_no_task(tmp_path):
@@ -155,7 +155,7 @@ def test_sources_are_mixed_by_their_weights(tmp_path):
     assert [(task.name, task.weight) for task in tasks] == [("a", 2.0), ("b", 3.0)]
     assert quotas(tasks) == {"a": 27, "b": 13}
     assert [task.name for task in load_sources([Source(b), Source(a)], ["b"])] == ["b"]
-    with pytest.raises(BaditError, match="has task a, as one before it; set its task"):
+    with pytest.raises(BaditError, match="has task a of another source; set a new task"):
         load_sources([Source(a)] * 2)
     with pytest.raises(BaditError, match=r"data.weights: unknown task 'c'"):
         load_sources([Source(a)], weights={"c": 2.0})

@@ -51,7 +51,7 @@ def test_the_prompt_is_bos_and_the_text_or_the_users_turn_and_the_assistants_hea
     assert own.count(PLAIN.bos_token_id) == 1, "a text that starts with BOS gets no other"
     assert encode_prompt(CHAT, PROMPT, chat_template="never") == encode_prompt(PLAIN, PROMPT)
     assert encode_prompt(CHAT, PROMPT, chat_template="always") == encode_prompt(CHAT, PROMPT)
-    with pytest.raises(BaditError, match="has none"):
+    with pytest.raises(BaditError, match="has no chat template"):
         encode_prompt(PLAIN, PROMPT, chat_template="always")
 
 
@@ -94,7 +94,7 @@ def test_a_plain_string_is_cut_at_its_end_without_a_warning_and_no_room_for_the_
     assert len(ids) <= 11
     assert tokenizer.decode(ids).startswith("<s>France ")
     assert not caplog.records
-    with pytest.raises(BaditError, match="max_source_tokens: 1 has no room"):
+    with pytest.raises(BaditError, match="max_source_tokens: 1 is too small for the end"):
         encode_prompt(PLAIN, PROMPT, 1)
 
 
@@ -132,7 +132,7 @@ def test_each_answer_of_a_chat_has_all_that_came_before_it():
         {"prompt": [SYSTEM, USER, ANSWER, USER], "completion": [LATER]},
     ]
     assert answer_rows([USER]) == answer_rows([]) == []
-    with pytest.raises(BaditError, match="the assistant speaks first"):
+    with pytest.raises(BaditError, match="the first is an assistant message"):
         answer_rows([ANSWER, USER])
     with pytest.raises(BaditError, match="message 1 must have a role"):
         answer_rows([USER, {"content": "Rome."}])

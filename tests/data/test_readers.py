@@ -78,10 +78,10 @@ def test_wrong_selections_are_refused(sapt):
     for wanted, message in (
         (["task363_sst"], "unknown task 'task363_sst' (did you mean 'task363_sst2'"),
         (["36"], "unknown task '36'"),
-        (["363", "task363"], "'task363_sst2' is named twice"),
+        (["363", "task363"], "'task363_sst2' is listed twice"),
         ([], "the list is empty"),
         ("task363", "must be a list of names"),
-        (["2"], "'2' fits 2 tasks"),
+        (["2"], "'2' matches 2 tasks"),
     ):
         assert message in refusal(sapt, tasks=wanted)
 
@@ -103,7 +103,7 @@ def test_without_lists_the_first_hundred_are_the_test_set_and_otherwise_the_list
 
 def test_nothing_to_read_and_a_broken_table_are_refused(tmp_path):
     assert "no tasks found" in refusal(tmp_path)
-    assert "holds no tasks" in refusal(tmp_path, format="sapt")
+    assert "has no tasks; check the path and the format" in refusal(tmp_path, format="sapt")
     assert "no such file or folder" in refusal(tmp_path / "nowhere")
     assert "did you mean 'superni'" in refusal(tmp_path, format="supernu")
     assert "\0" not in refusal(Path("a\0b"))
@@ -163,18 +163,18 @@ def test_a_wrong_row_is_named(tmp_path):
     same = {**LINE, "id": "same"}
     for rows, message in (
         ([{**LINE, "output": " "}], "line 1: outputs: must hold at least one answer that is not blank"),
-        ([{"task": "a", "instruction": "b"}], "line 1: no known form of a row: found task, instruction; name"),
+        ([{"task": "a", "instruction": "b"}], "line 1: unknown form of row: found task, instruction; name"),
         ([{**LINE, "inptu": "x"}], "line 1: inptu: unknown key (did you mean 'input'?)"),
         ([{**LINE, "split": "later"}], "line 1: split: input should be 'train', 'validation' or 'test'"),
-        ([LINE, {**LINE, "instruction": "Other."}], "line 2: instruction: task 'capitals' has another one above"),
+        ([LINE, {**LINE, "instruction": "Other."}], "line 2: instruction: differs from other rows of task 'capitals'"),
         ([{**LINE, "task": "../escape"}], "line 1: task: '../escape' cannot be a file name"),
         ([LINE, ["France", "Paris"]], "line 2: must be an object with keys, not ['France', 'Paris']"),
         ([same, same], "task 'capitals': train: two instances have the id 'same'"),
         ([{"instruction": "a", "inptu": "b", "output": "c"}], "line 1: found 'inptu', did you mean 'input'?"),
         ([{"task": "a", "instruction": "b", "ouput": "d"}], "line 1: found 'ouput', did you mean 'output'?"),
-        ([{"messages": CHAT[:2]}], "line 1: messages: no message is the assistant's"),
-        ([{"messages": [CHAT[0], CHAT[2]]}], "line 1: messages.1: the assistant's message must follow one of the user"),
-        ([{"messages": ["Hi"]}], "line 1: messages.0: must have a role and a content of text"),
+        ([{"messages": CHAT[:2]}], "line 1: messages: there is no assistant message"),
+        ([{"messages": [CHAT[0], CHAT[2]]}], "line 1: messages.1: an assistant message must follow a user message"),
+        ([{"messages": ["Hi"]}], "line 1: messages.0: must have a role and text as content"),
     ):
         file = write_rows(tmp_path / "rows.jsonl", *rows)
         assert refusal(file).startswith(f"{file}: {message}")

@@ -96,9 +96,9 @@ def test_a_list_gives_the_order_itself_and_one_without_a_place_for_every_task_is
     for names, order, message in (
         (cities, "sapt-3", r"data\.order: unknown order 'sapt-3' \(did you mean 'sapt-2'\?\); known: sapt-1, sapt"),
         (cities, "seeded--1", "unknown order 'seeded--1'"),
-        (cities, "sapt-1", r"has no place for task cities; add it, or leave it out of data\.tasks"),
-        (cities, ["cities", "rivers", "cities"], r"data\.order: 'cities' is named twice; name it once"),
-        (["task363_one", "task363_other"], "sapt-1", "no place for task task363_"),
+        (cities, "sapt-1", r"does not contain task cities; add it, or remove it from data\.tasks"),
+        (cities, ["cities", "rivers", "cities"], r"data\.order: 'cities' is listed twice; list it once"),
+        (["task363_one", "task363_other"], "sapt-1", "does not contain task task363_"),
     ):
         with pytest.raises(BaditError, match=message):
             order_of(names, order)

@@ -130,7 +130,7 @@ def stream(model, tokenizer, prompt, **options):
 
 def test_what_cannot_be_decoded_is_refused(model, tokenizer):
     for call, message in (
-        (lambda: generate(model, tokenizer, [[5], []]), "number 1 has no tokens"),
+        (lambda: generate(model, tokenizer, [[5], []]), "prompt 1 has no tokens"),
         (lambda: generate(model, tokenizer, [[5]], batch_size=0), "batch_size"),
         (lambda: generate(model, tokenizer, [[5]], max_new_tokens=0), "max_new_tokens"),
         (lambda: stream(model, tokenizer, []), "has no tokens"),
@@ -245,7 +245,7 @@ def test_bad_predictions_and_splits_are_named(tmp_path):
         write_predictions(tmp_path, AWKWARD[:1])
         with (tmp_path / "a.jsonl").open("a") as file:
             file.write(line + "\n")
-        with pytest.raises(BaditError, match=r"a\.jsonl: (line 2: .*evaluate again|invalid JSON at line 2)"):
+        with pytest.raises(BaditError, match=r"a\.jsonl: (line 2: .*evaluate the run again|invalid JSON at line 2)"):
             read_predictions(tmp_path)
     with pytest.raises(BaditError, match=r"no \.jsonl files"):
         read_predictions(tmp_path / "empty")

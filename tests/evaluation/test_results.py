@@ -146,12 +146,12 @@ def test_incomplete_comparisons_and_several_learning_rates(tmp_path):
 
 def test_a_broken_file_is_refused_by_field(tmp_path):
     for path, value, message in (
-        ("format", 2, "format: is 2, this badit reads 1: pip install --upgrade badit, or make"),
+        ("format", 2, "format: is 2, this badit version reads 1: pip install --upgrade badit, or create"),
         ("reference", "lroa", "reference: unknown 'lroa' (did you mean 'lora'?)"),
         ("cells.1.method", "x", "cells.1.method: unknown 'x'; known: base, lora, badit_x, goat"),
         ("cells.1.scores.rouge_l", float("nan"), "cells.1.scores.rouge_l: input should be a finite number"),
-        ("cells.2.seed", 0, "cells.2: repeats method, seed and order of another cell"),
-        ("cells.2.scores.tasks.task_b.instances", 9, "cells.2.scores.tasks: other tasks or"),
+        ("cells.2.seed", 0, "cells.2: has the method, seed and order of another cell"),
+        ("cells.2.scores.tasks.task_b.instances", 9, "cells.2.scores.tasks: must have the tasks and"),
         ("cells.2.instances.task_b.rouge_l", [1.0], "cells.2.instances: needs one rouge_l"),
         ("cells.2.continual", {"standard": {"forgetting": 1}}, "cells.2.continual.standard.backward_"),
         ("cells.2.environment.training.seconds", -1, "cells.2.environment.training.seconds: input should be greater"),

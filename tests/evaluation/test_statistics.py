@@ -128,7 +128,7 @@ def test_a_worked_example():
 
 def test_incomplete_scores_are_refused():
     for matrix in ([], [[1.0], [1.0, 2.0]], [[1.0, NAN], [NAN, 2.0]]):
-        with pytest.raises(BaditError, match="a square matrix, with a score for each task that was trained"):
+        with pytest.raises(BaditError, match="a square matrix, with finite scores on and below the diagonal"):
             continual_scores(matrix)
     with pytest.raises(BaditError, match="2 finite scores"):
         continual_scores([[1.0, NAN], [1.0, 2.0]], [1.0])

@@ -154,7 +154,7 @@ def test_gates_of_a_file(trained, tmp_path):
     gates = read_json(first / "gates.json")
     name = next(iter(gates))
     for wrong, message in [
-        ({**gates, "model.layers.0.mlp.gate_prj": [1, 1, 1]}, r"gate_prj: the run adapts no such module \(did you"),
+        ({**gates, "model.layers.0.mlp.gate_prj": [1, 1, 1]}, r"gate_prj: not a module that the run adapts \(did you"),
         ({key: value for key, value in gates.items() if key != name}, f"{name}: must be a list of 3 numbers"),
         ({**gates, name: [1.0, 2.0]}, "must be a list of 3 numbers"),
         ({**gates, name: [1.0, 2.0, float("nan")]}, "must be a list of 3 numbers"),
@@ -195,12 +195,12 @@ def test_a_smaller_rank_is_the_closest_one_and_its_error_is_reported(trained, tm
     [
         (BADIT, {"task": "citys"}, r"--task: unknown 'citys' \(did you mean 'cities'\?\); known: cities, rivers"),
         (BADIT, {"task": "cities", "gates": "x.json"}, "only one of --task, --all-tasks and --gates"),
-        (BADIT, {"all_tasks": True, "merged": True}, "--merged: one model without a rank; leave --all-tasks"),
-        (BADIT, {"rank": 4, "merged": True}, "--merged: one model without a rank; leave --all-tasks and --rank out"),
+        (BADIT, {"all_tasks": True, "merged": True}, "--merged: writes a model without a rank; remove --all-tasks"),
+        (BADIT, {"rank": 4, "merged": True}, "--merged: writes a model without a rank; remove --all-tasks and --rank"),
         (BADIT, {"rank": 513}, "--rank: must be between 1 and 512, not 513"),
         ({"name": "base"}, {}, "there is nothing to export"),
-        ({"name": "lora", **LORA}, {"task": "cities"}, "--gates: lora does the same for every prompt"),
-        ({"name": "o-lora", "r": 2}, {"gates": "x.json"}, "--gates: o-lora does the same for every prompt"),
+        ({"name": "lora", **LORA}, {"task": "cities"}, "--gates: lora has no gates that vary"),
+        ({"name": "o-lora", "r": 2}, {"gates": "x.json"}, "--gates: o-lora has no gates that vary"),
         ({"name": "mtl-lora", "r": 2}, {}, "mtl-lora learns each task separately: choose one with --task"),
         ({"name": "lora", **LORA, "bias": "all"}, {}, "method.bias: makes the adapter more than a plain LoRA"),
     ],
@@ -235,8 +235,8 @@ def test_a_folder_is_replaced_only_by_what_wrote_it(trained, tmp_path, monkeypat
     (out / "notes.txt").write_text("mine")
     monkeypatch.chdir(tmp_path)
     for folder, message in (
-        (Path(), r"\.: has the current folder in it, and is replaced as a whole; choose another with -o"),
-        (out, r"out: holds notes\.txt, which is of no export; choose another folder with -o"),
+        (Path(), r"\.: contains the current folder and would be replaced; choose another folder with -o"),
+        (out, r"out: holds notes\.txt, which badit did not write; choose another folder with -o"),
         (run.config_path, "is a file"),
     ):
         with pytest.raises(BaditError, match=message):
@@ -291,7 +291,7 @@ def test_the_command(trained, tmp_path, capsys):
     out = tmp_path / "exports" / "mine"
     assert main(["export", str(run.path), "-o", str(out), "--rank", "4", "--score"]) == 0
     shown = capsys.readouterr().out
-    assert "mean gates of 2 tasks, and over these, on 24 training prompts" in shown
+    assert "mean gates of 2 tasks, averaged over tasks, on 24 training prompts" in shown
     assert "4 of 12: relative error 0." in shown
     assert f"--enable-lora --max-lora-rank 8 --lora-modules mine={out}" in shown
     assert (out / "scores.json").is_file()
@@ -332,7 +332,7 @@ def test_names_that_mean_other_modules_are_whole_and_nothing_is_merged_into_a_sh
     assert short_names(base, factors) == sorted(names[1:])
     base = tiny_model("gpt2")  # whose head is its embedding
     before = base.lm_head.weight.clone()
-    with pytest.raises(BaditError, match="lm_head: shares its weight with another module"):
+    with pytest.raises(BaditError, match="lm_head: shares its weight with another module; export without"):
         merge(base, {"lm_head": (torch.ones(1, 32), torch.ones(len(before), 1))})
     assert torch.equal(base.lm_head.weight, before)
 

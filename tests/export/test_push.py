@@ -77,7 +77,7 @@ def test_a_run_and_its_export_are_uploaded_with_their_cards(run, hub, tmp_path, 
     assert hub.files.keys() == {"README.md", "adapter_config.json", "adapter_model.safetensors", "gates.json"}
     assert json.loads(hub.files["adapter_config.json"])["peft_type"] == "LORA"
     assert b"import badit" not in hub.files["README.md"]
-    assert b"here one mixture is fixed: gates of gates.json." in hub.files["README.md"]
+    assert b"In this export the mixture is fixed: gates of gates.json." in hub.files["README.md"]
     assert not any(here in content for content in hub.files.values())
     badit.Run(run.path).export(tmp_path / "merged", merged=True, progress=False)
     badit.Run(tmp_path / "merged").push("org/tuned")
@@ -97,7 +97,7 @@ def test_what_cannot_be_pushed_is_one_line(run, hub, monkeypatch):
             badit.Run(run.path).push(name)
         assert name in str(caught.value)
         assert "\n" not in str(caught.value)
-    for status, fix in ((401, "the token is not valid"), (403, "the token has no access there")):
+    for status, fix in ((401, "the token is invalid or expired"), (403, "the token has no access to this")):
         hub.status = status
         with pytest.raises(BaditError, match=rf"^org/tuned: the hub refuses: .*{status}.*; {fix}") as caught:
             badit.Run(run.path).push("org/tuned")
@@ -106,7 +106,7 @@ def test_what_cannot_be_pushed_is_one_line(run, hub, monkeypatch):
     with pytest.raises(BaditError, match=r"org/tuned: the hub cannot be reached \(.*Connection refused\); try again"):
         badit.Run(run.path).push("org/tuned")
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
-    with pytest.raises(BaditError, match="hf auth login, or set HF_TOKEN"):
+    with pytest.raises(BaditError, match="hf auth login or set HF_TOKEN"):
         badit.Run(run.path).push("org/tuned")
     assert hub.files == {}
 
@@ -126,7 +126,7 @@ def test_only_the_files_that_badit_wrote_are_uploaded(run, hub, tmp_path):
     record = json.loads((export / "export.json").read_text())
     foreign = r"export\.json: files: must be the names of the export's own files"
     wrong = dict.fromkeys([".env", "../run/config.yaml", 5], foreign)
-    wrong |= {name: f"{name}: must be a file, and no link" for name in ("link.txt", "missing.txt")}
+    wrong |= {name: f"{name}: must be a file and not a link" for name in ("link.txt", "missing.txt")}
     for name, message in wrong.items():
         (export / "export.json").write_text(json.dumps({**record, "files": [*record["files"], name]}))
         with pytest.raises(BaditError, match=message):

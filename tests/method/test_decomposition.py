@@ -157,7 +157,7 @@ def test_signs_are_settled_by_the_largest_entry_of_u(method):
 @pytest.mark.parametrize(
     ("weight", "options", "message"),
     [
-        (torch.ones(4), {}, r"only a 2-D weight can be decomposed, this one has shape \(4,\)"),
+        (torch.ones(4), {}, r"only a 2-D weight can be decomposed, got one of shape \(4,\)"),
         (torch.ones(4, 9), {"rank": 5}, r"num_experts × r = 5 .* \(4, 9\): at most 4 exist; lower num_experts or r"),
         (torch.ones(4, 9), {"rank": 0}, "num_experts × r = 0"),
         (torch.ones(40, 90).masked_fill(torch.arange(90) == 50, float("nan")), {}, "NaN or infinite"),

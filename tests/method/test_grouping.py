@@ -127,7 +127,7 @@ def test_labels_stay_where_every_grouping_is_as_good_up_to_rounding(kind, noise,
 @pytest.mark.parametrize(
     ("gram", "labels", "message"),
     [
-        (np.eye(4), [0, 0, 1, 1, 1, 0], r"shape \(4, 4\), the labels name 6 components"),
+        (np.eye(4), [0, 0, 1, 1, 1, 0], r"shape \(4, 4\), but there are 6 labels"),
         (np.ones((4, 3)), [0, 0, 1, 1], r"shape \(4, 3\)"),
         (np.diag([1.0, np.inf, 1.0, 1.0]), [0, 0, 1, 1], "NaN or infinite"),
         (np.eye(4), [0, 0, 0, 1], r"same number of components, got sizes \[3, 1\]"),

@@ -107,7 +107,7 @@ def test_every_figure_follows_the_schema_names_no_colours_and_exports(tmp_path):
     """Every figure there is: of a run, a sequence and a comparison."""
     runs = [write_run(tmp_path / "badit"), write_sequence(tmp_path / "sequence"), write_comparison(tmp_path / "all")]
     found = [block for section in sections_of(read_sources(runs)) for block in section.blocks]
-    assert {figure.title for figure in FIGURES} - {block.title for block in found} == {"The same of the weights"}
+    assert {figure.title for figure in FIGURES} - {block.title for block in found} == {"Cosine of weight gradients"}
     blocks = [block for block in found if block.kind == "figure"]
     captioned = [block for block in blocks if block.caption]
     assert {block.title for block in captioned} == {block.title for block in blocks}

@@ -94,7 +94,7 @@ def test_several_runs_are_side_by_side(tmp_path):
     for name in ("gradient-cosines", "unit-overlaps", "gates", "component-flow"):
         assert figures[figures.index((f"{name}-1-a", "half")) + 1] == (f"{name}-2-b", "half")
     assert len(set(figures)) == len(figures)
-    assert '<span class="of">b</span> What each task draws on' in page.source
+    assert '<span class="of">b</span> Mean gates by task' in page.source
     assert "analysis/gates.json</code> of a" in page.source
     headers = " ".join(re.findall(r'<th scope="col".*?</th>', page.source))
     assert all(f"{run}: Rouge-L" in headers for run in ("a", "b", "lora"))

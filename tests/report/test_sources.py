@@ -128,18 +128,18 @@ def frames(mean, low, high, reliability, spread):
 def test_conclusions_are_three_and_the_best_supported_comes_first():
     source = Source("run", Path(), frames(4.0, 3.0, 5.0, 0.2, 0.5))
     assert conclusions([source]) == [
-        "Tasks draw on the experts differently: an expert's mean gate differs by at most 0.500 between tasks, and by "
+        "Tasks use the experts differently: an expert's mean gate differs by at most 0.500 between tasks, and by "
         "0.100 (standard deviation) between prompts of one task.",
         "badit scores 4.0 Rouge-L points more than lora (95 % interval +3.0 to +5.0).",
-        "lora: one model for all tasks scores −2.0 Rouge-L points against one model per task (standard error 1.0 over "
-        "2 tasks).",
+        "lora: one model for all tasks scores −2.0 Rouge-L points relative to one model per task (standard error 1.0 "
+        "over 2 tasks).",
     ]
     source = Source("run", Path(), frames(0.5, -1.0, 2.0, 0.9, 0.05))
     first, _, third = conclusions([source])
-    assert first.startswith("33% of 3 pairs of tasks have gradients in conflict, above noise: gradients on two halves")
-    assert third.startswith("Tasks draw on the experts almost alike")
+    assert first.startswith("33% of 3 pairs of tasks have conflicting gradients, above noise: the mean reliability")
+    assert third.startswith("Tasks use the experts in nearly the same way")
     other = Source("other", Path(), frames(0.5, -1.0, 2.0, 0.95, 0.05))
-    assert sum("gradients in conflict" in text for text in conclusions([source, other])) == 1, "of different kinds"
+    assert sum("conflicting gradients" in text for text in conclusions([source, other])) == 1, "of different kinds"
     source.frames = {"differences": source.frames["differences"]}
     assert conclusions([source]) == [
         "badit does not differ clearly from lora: +0.5 Rouge-L (95 % interval −1.0 to +2.0)."

@@ -84,7 +84,7 @@ def test_an_answer_streams_next_to_the_base_models(page):
     assert len(page.run("return [...window.seen]")) >= 3, "it has grown"
     assert page.text("#side-base .facts").startswith("8 tokens, cut at the limit")
     assert page.text("#side-router .text") != page.text("#side-base .text")
-    assert page.text("#reference") == "The data’s own answer: capital 12"
+    assert page.text("#reference") == "Reference answer: capital 12"
     page.one("#read summary").click()
     assert "Name the capital.\n\nNow complete the following example -\nInput: land 12" in page.text("#read pre")
     assert page.browser.get_log("browser") == []
@@ -138,7 +138,7 @@ def test_sliders_send_their_gates_and_the_router_comes_back(page):
     assert question["sides"] == ["hand"], "the other answers are there already"
     assert question["gates"] == page.values() == [*router[:2], 0, router[3]]
     assert page.one("#side-hand").is_displayed()
-    assert page.text("#side-router h3") == "The router’s own mixture"
+    assert page.text("#side-router h3") == "With the router’s gates"
     assert page.text("#side-router .text") == answer
 
     page.all(".slider button")[3].click()
@@ -207,7 +207,7 @@ def test_markup_in_names_data_and_tables_stays_text(browser, trained, tmp_path):
     with served(application(session)) as port:
         page = Page(browser, f"http://127.0.0.1:{port}/")
         page.ask()
-        assert page.text("#unmeasured").startswith("The tasks’ own mixtures are still being measured")
+        assert page.text("#unmeasured").startswith("The gates of the tasks are still being measured")
         session.measure()
         page.ask()
         assert not page.one("#unmeasured").is_displayed()

@@ -214,7 +214,7 @@ def test_mistakes_are_told_in_one_line_before_a_model_is_loaded(monkeypatch, cap
         host, port = taken.getsockname()
         assert host == "127.0.0.1", "only this machine can reach it"
         for arguments, expected in (
-            ([f"--port={port}"], f"--port: {port} cannot be used (Address already in use); give another one, or 0"),
+            ([f"--port={port}"], f"--port: {port} cannot be used (Address already in use); use another port, or 0"),
             (["--port=-1"], "--port: must be from 0 to 65535, not -1"),
             (["--port=0"], "no-run: has no config.yaml"),
         ):
@@ -224,7 +224,7 @@ def test_mistakes_are_told_in_one_line_before_a_model_is_loaded(monkeypatch, cap
     monkeypatch.delitem(sys.modules, "badit.studio.server")
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     assert main(["studio", "no-run"]) == 2
-    assert "this needs the studio's extra (uvicorn is missing): pip install 'badit[studio]'" in capsys.readouterr().err
+    assert "module uvicorn is not installed; run pip install 'badit[studio]'" in capsys.readouterr().err
 
 
 def test_a_browser_is_opened_if_there_is_a_screen(monkeypatch):

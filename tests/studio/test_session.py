@@ -141,7 +141,7 @@ def test_a_run_whose_data_is_gone_still_answers(trained, task_file):
     task_file.unlink()
     session = Session(run.path)
     assert session.tasks == {}
-    assert "The run's tasks cannot be chosen: " in session.about()["remark"]
+    assert "The run's tasks cannot be loaded: " in session.about()["remark"]
     shown = events(session, task=None, sides=["router"])
     assert one(shown, "gates", "router")["nearest"] == []
     assert one(shown, "end", "router")["tokens"]
@@ -156,12 +156,12 @@ def test_what_cannot_be_answered_is_refused(session, plain_session, trained, tmp
         (session, {"task": "river"}, "task: unknown 'river' .did you mean 'rivers'"),
         (session, {"sides": ["hand"], "gates": [1.0] * 3}, "must be 4 numbers from 0 to 4"),
         (session, {"sides": ["hand"], "gates": [1.0, 1.0, 1.0, 4.5]}, "must be 4 numbers"),
-        (by_task, {"task": None}, "must know the prompt's task"),
-        (plain_session, {"sides": ["hand"], "gates": HAND}, "gates: lora has none to set by hand"),
+        (by_task, {"task": None}, "needs the prompt's task"),
+        (plain_session, {"sides": ["hand"], "gates": HAND}, "gates: lora has no gates to set by hand"),
     ):
         with pytest.raises(BaditError, match=message):
             events(asked, **{"sides": ["router"], **question})
-    for method, message in (("full", "has no adapter to try"), ("badit", "has no adapter yet; finish its training")):
+    for method, message in (("full", "trains no adapter"), ("badit", "has no adapter yet; finish its training")):
         (tmp_path / "config.yaml").write_text(json.dumps({"method": {"name": method}}))
         with pytest.raises(BaditError, match=message):
             Session(tmp_path)

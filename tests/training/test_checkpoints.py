@@ -31,9 +31,9 @@ def flip(path):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda folder: flip(folder / "shards" / "0.bin"), "shards/0.bin is not as it was sealed"),
-        (lambda folder: (folder / "trainer_state.json").unlink(), "trainer_state.json is not as it was sealed"),
-        (lambda folder: (folder / "new.bin").touch(), "new.bin is not as it was sealed"),
+        (lambda folder: flip(folder / "shards" / "0.bin"), "shards/0.bin does not match seal.json"),
+        (lambda folder: (folder / "trainer_state.json").unlink(), "trainer_state.json does not match seal.json"),
+        (lambda folder: (folder / "new.bin").touch(), "new.bin does not match seal.json"),
         (lambda folder: (folder / SEAL).unlink(), "seal.json: cannot be read (No such file"),
         (lambda folder: (folder / SEAL).write_text("[]"), "seal.json: must hold one JSON object"),
     ],
@@ -64,7 +64,7 @@ def stopped(recipe_values):
 def test_a_run_continues_from_the_last_good_checkpoint(recipe_values, tmp_path, stopped, capsys):
     flip(stopped.checkpoints_path / "checkpoint-10" / "optimizer.pt")
     fit(build_recipe(recipe_values), progress=False)
-    assert "checkpoint-10 is damaged (optimizer.pt is not as it was sealed)" in capsys.readouterr().err
+    assert "checkpoint-10 is damaged (optimizer.pt does not match seal.json)" in capsys.readouterr().err
     whole = fit(build_recipe({**recipe_values, "output": str(tmp_path / "whole")}), progress=False)
     assert_same(learned(stopped), learned(whole))
     assert stopped.metrics_path.read_text() == whole.metrics_path.read_text()
@@ -82,7 +82,7 @@ def test_no_code_in_a_checkpoint_is_run_even_if_it_is_sealed(recipe_values, tmp_
         if file == "training_args.bin":  # which the trainer writes and nothing reads
             fit(build_recipe(recipe_values), progress=False)
         else:
-            with pytest.raises(BaditError, match="checkpoint-10: holds what no training has written there"):
+            with pytest.raises(BaditError, match="checkpoint-10: contains pickled objects that badit does not write"):
                 fit(build_recipe(recipe_values), progress=False)
         assert not marker.exists()
 

@@ -17,5 +17,5 @@ def test_two_processes_end_as_one_does_and_resume_exactly(launches, capsys):
         assert_same_run(launches.run(engine), launches.run("one"))
         assert_stops_and_resumes(launches, engine)
         assert launches.train_alone(f"{engine}-copied") == 2
-        assert "was written under DeepSpeed" in capsys.readouterr().err
-        assert "was written under DeepSpeed in 2 processes" in launches.train(f"{engine}-copied", 3, engine, code=2)
+        assert "was written with DeepSpeed" in capsys.readouterr().err
+        assert "was written with DeepSpeed in 2 processes" in launches.train(f"{engine}-copied", 3, engine, code=2)

@@ -20,7 +20,7 @@ from materials import make_recipe
 from training import killed
 from training.trainers import contents
 
-FULL = "cannot be written, the disk (or a quota) is full; make room and run the same command again"
+FULL = "cannot be written, the disk (or a quota) is full; free some space and run the same command again"
 READ_ONLY = "cannot be written, the file system is read-only; choose a folder that can be written"
 # Each command with the kB that are left on the disk, None for a read-only one; `make stress` adds many.
 CASES = {"train": [None, 0, 24, 100], "train a sequence": [150], "evaluate": [None, 0, 4], "analyze": [None, 0, 16]}

@@ -137,9 +137,9 @@ def test_instances_beyond_the_model_are_named(tiny_model):
     model, rotary = tiny_model("gpt2", n_positions=64), tiny_model("llama", max_position_embeddings=20)
     refuse_beyond_model([example], model, more=4)
     refuse_beyond_model([example], rotary)
-    with pytest.raises(BaditError, match=r"cities/7 has 60 tokens and 5 to come, the model 64 positions; lower"):
+    with pytest.raises(BaditError, match=r"cities/7: has 60 tokens plus 5 new, but the model has 64 positions; lower"):
         refuse_beyond_model([example], model, more=5)
-    with pytest.raises(BaditError, match="instance cities/7 has token 100, the model 100 embeddings"):
+    with pytest.raises(BaditError, match="instance cities/7: token id 100 is beyond the model's 100 embeddings"):
         refuse_beyond_model([{**example, "input_ids": [100]}], rotary)
 
 
@@ -171,8 +171,8 @@ def test_prompts_beyond_the_model_are_refused_by_every_command(tiny_model, recip
     ("template", "message"),
     [
         ("{{ raise_exception('no roles') }}", r"chat_template: cannot be rendered \(no roles\); use prompt.chat"),
-        ("{% for message in messages %}<s>{% endfor %}", "chat_template: renders a prompt without the text"),
-        ("{{ ''.__class__.__mro__ }}", r"chat_template: (cannot be rendered|renders a prompt without)"),
+        ("{% for message in messages %}<s>{% endfor %}", "chat_template: the rendered prompt lacks the message text"),
+        ("{{ ''.__class__.__mro__ }}", r"chat_template: (cannot be rendered|the rendered prompt lacks)"),
     ],
 )
 def test_a_chat_template_that_loses_the_prompt_is_refused(recipe_file, recipe_values, capsys, template, message):
@@ -193,6 +193,6 @@ def test_a_file_of_inputs_gives_json_lines(trained, tmp_path, capsys):
         assert [(line["input"], line["answer"]) for line in printed] == [*zip(["Lima", "Rome"], answers, strict=True)]
     rows.write_text('{"input": "Lima"}\n{"text": "Rome"}\n')
     assert main(["generate", folder, f"--file={rows}"]) == 2
-    assert "line 2: input: must be a text" in capsys.readouterr().err
+    assert "line 2: input: must be a string" in capsys.readouterr().err
     assert main(["generate", folder]) == 2
-    assert "give a prompt, or --file FILE" in capsys.readouterr().err
+    assert "give either a prompt, or --file FILE" in capsys.readouterr().err

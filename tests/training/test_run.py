@@ -79,11 +79,11 @@ def change_config(**changes):
         (change_tensors(lambda t: {**t, "layers.7.badit_A": torch.zeros(2)}), r"belongs to another base .*layers\.7"),
         (change_tensors(lambda t: {n: v for n, v in t.items() if "router" not in n}), "Found missing adapter keys"),
         (change_tensors(lambda t: {n: v * torch.nan if "_A" in n else v for n, v in t.items()}), "NaN or infinite"),
-        (change_config(r=4), r"config\.json: r: is 4, but the run's recipe says 2; this is another run's adapter"),
+        (change_config(r=4), r"config\.json: r: is 4, but the run's recipe says 2; this adapter belongs"),
         (change_config(peft_type="LORA"), r"config\.json: peft_type: is 'LORA', but the run's recipe says 'BADIT'"),
-        (change_config(surplus=1), r"config\.json: 'surplus': is no setting that this PEFT knows"),
+        (change_config(surplus=1), r"config\.json: 'surplus': is unknown to this version of PEFT"),
         (change_config(target_modules="(.*)*$"), r"config\.json: target_modules: must be a list of names"),
-        (change_config(past_branches=10**12), r"'past_branches': is no setting|past_branches: the weights have no"),
+        (change_config(past_branches=10**12), r"'past_branches': is unknown|past_branches: the weights cannot have"),
         (change_config(format_version=9), r"config\.json: format_version: the adapter has format 9, this badit reads"),
     ],
 )
@@ -156,8 +156,8 @@ def test_bad_methods_are_named(recipe_values, monkeypatch):
         ("{name: task-neurons, share: 0}", "method: share must be above 0 and at most 1, got 0"),
         ("{name: task-neurons, score_batches: 0}", "method: score_batches must be a whole number of at least 1"),
         ("{name: task-neurons}", r"training\.weight_decay: must be 0 with task-neurons"),
-        ("{name: full}", "orthogonal moves the factors of adapters: take adamw for full"),
-        ("{name: lora}", "orthogonal needs FSDP2 or DDP; with DeepSpeed take adamw"),
+        ("{name: full}", "orthogonal trains only the factors of adapters; use adamw for full"),
+        ("{name: lora}", "orthogonal cannot run with DeepSpeed; use FSDP2, DDP, adamw or lora"),
     ):
         optimizer = "adamw" if "neurons" in method else "orthogonal"
         options = [f"method={method}", f"training.optimizer={optimizer}", "training.weight_decay=0.01"]

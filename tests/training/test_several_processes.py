@@ -22,7 +22,7 @@ def test_two_processes_end_as_one_does(launches, capsys):
     assert launches.train_alone("alone") == 0
     capsys.readouterr()
     assert launches.train_alone("fsdp2-copied") == 2
-    assert "was written under FSDP" in capsys.readouterr().err
+    assert "was written with FSDP" in capsys.readouterr().err
     for engine in ("ddp", "fsdp2"):
         launches.train(f"{engine}-copied", 3, engine)
     for name in ("alone", "ddp-copied", "fsdp2-copied"):

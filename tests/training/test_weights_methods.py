@@ -108,7 +108,7 @@ def test_an_interrupted_run_ends_as_one_that_was_not(recipe_values, tmp_path, me
         (lambda path: path.write_bytes(path.read_bytes()[:-1000]), r"weights\.safetensors: cannot be loaded"),
         (change_tensors(lambda t: {**t, "lm_head.weight": torch.zeros(3)}), "belongs to another base model"),
         (change_tensors(lambda t: dict(list(t.items())[1:])), r"weights\.safetensors: has no weight "),
-        (change_tensors(lambda t: {"lm_head.bias": torch.zeros(3)}), r"which has a weight 'lm_head\.bias'"),
+        (change_tensors(lambda t: {"lm_head.bias": torch.zeros(3)}), r"the one with the weight 'lm_head\.bias'"),
     ],
 )
 def test_damaged_weights_are_named_on_one_line(recipe_values, damage, message):

@@ -48,5 +48,5 @@ def test_labels_that_lose_a_component_are_refused(tmp_path, labels):
     weights = load_file(folder / "adapter_model.safetensors")
     (name,) = [name for name in weights if name.endswith("expert_of")]
     save_file({**weights, name: torch.tensor(labels)}, folder / "adapter_model.safetensors")
-    with pytest.raises(BaditError, match=r"does not give each of the 3 experts 2 components: the file is damaged"):
+    with pytest.raises(BaditError, match=r"does not give each of the 3 experts 2 components; the file is damaged"):
         PeftModel.from_pretrained(base_model(), str(folder))

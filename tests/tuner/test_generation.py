@@ -88,7 +88,7 @@ def test_generate_continues_from_a_copied_prompt_cache(tiny_model, family):
     model = adapted(opt() if family == "opt" else tiny_model(family))
     cache, _ = prefill(model, *padded(random_rows(6, 6)))
     ids = torch.cat([padded(random_rows(6, 6))[0], torch.tensor([[7, 8], [9, 10]])], dim=1)
-    with pytest.warns(UserWarning, match="keeps the mixture of its first prompt"):
+    with pytest.warns(UserWarning, match="keeps the gates of its first prompt"):
         found = continued(model, cache, ids)
     assert torch.equal(continued(model, cache, ids), found)  # a second warning is an error
     assert torch.equal(found[:, 8:], chosen(model, found, 6)[:, 7:-1])
@@ -153,7 +153,7 @@ def test_a_prompt_in_pieces_guidance_and_batches_without_padding_need_routing_by
     config = GenerationConfig(max_new_tokens=NEW, do_sample=False, eos_token_id=-1)
     options = {"generation_config": config, "continuous_batching_config": room}
     (refused,) = by_prompt.generate_batch(inputs=ROWS[:1], **options).values()
-    assert "generate_batch: keeps no mixture of a prompt" in refused.error
+    assert "generate_batch: does not store a prompt's gates" in refused.error
     found = by_token.generate_batch(inputs=ROWS, **options)
     for row, answer in zip(ROWS, found.values(), strict=True):
         assert answer.generated_tokens == generate(by_token, *padded([row]))[0, -NEW:].tolist()
@@ -165,7 +165,7 @@ def test_a_second_turn_on_a_kept_cache_warns_and_a_reset_cache_mixes_again(tiny_
     cache, _ = prefill(model, ids[:, :6], mask[:, :6])
     last = {"use_cache": True, "logits_to_keep": 1}
     with torch.no_grad():
-        with pytest.warns(UserWarning, match="keeps the mixture of its first prompt"):
+        with pytest.warns(UserWarning, match="keeps the gates of its first prompt"):
             kept = forward(model, ids[:, 6:], mask, cache, **last).logits
         fresh = forward(model, ids, mask, **last).logits
         assert (kept - fresh).abs().max() > 0.05

@@ -132,5 +132,5 @@ def test_an_input_without_positions_has_one_gate_a_row_and_one_that_is_not_the_b
     torch.testing.assert_close(layer(x), alone)
     torch.testing.assert_close(layer(x), layer(x[:, None])[:, 0])
     x, mask = batch()
-    with pytest.raises(BaditError, match=r"layer sees an input of shape \(3, 4, 12\).*leave it out of target_modules"):
+    with pytest.raises(BaditError, match=r"layer: the input has shape \(3, 4, 12\).*leave it out of target_modules"):
         run(layer, x[:, :4], mask)

@@ -73,7 +73,7 @@ def test_no_mask_means_all_of_it_and_arguments_may_be_positional_or_embedded(tin
 
 @pytest.mark.parametrize(
     ("labelled", "prompt_length", "message"),
-    [([range(9), range(9)], 1, "every position carries"), ([[3, 4, 7, 8], range(3, 9)], 3, "several answers")],
+    [([range(9), range(9)], 1, "every position has a label"), ([[3, 4, 7, 8], range(3, 9)], 3, "several answers")],
 )
 def test_unclear_labels_warn_once_and_a_prompt_mask_overrides_labels(tiny_model, labelled, prompt_length, message):
     model = adapted(tiny_model("llama"))
@@ -154,7 +154,7 @@ def test_a_cache_filled_with_something_else_is_refused(tiny_model, filled_by, de
         plain(model, ids[:, :LENGTH], mask[:, :LENGTH], cache=cache, use_cache=True)
     model.set_adapter(decoded_by)
     cache.batch_select_indices(torch.arange(rows))
-    other_rows = "filled with a batch of 3, the present batch has 2 rows"
+    other_rows = "filled with a batch of 3 rows, but the batch now has 2"
     with pytest.raises(BaditError, match=other_rows if rows == 2 else "this cache was filled without the adapter"):
         plain(model, ids[:rows, LENGTH : LENGTH + 1], mask[:rows, : LENGTH + 1], cache=cache, use_cache=True)
 

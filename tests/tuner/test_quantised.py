@@ -119,7 +119,7 @@ def test_what_cannot_be_quantised_is_refused(recipe_values, model_folder, monkey
 
     with pytest.raises(BaditError, match=r"mlp\.up is a WQLinear, quantised by GPTQ or AWQ.*BADIT could start from"):
         refuse_unsuitable_layer(WQLinear(), "mlp.up", "BADIT")
-    with pytest.raises(BaditError, match=r"model\.quantisation: full trains whole base weights"):
+    with pytest.raises(BaditError, match=r"model\.quantisation: full cannot train quantised base weights"):
         make_plan(build_recipe({**recipe_values, "method": {"name": "full"}}, ["model.quantisation=bnb-8bit"]))
     with pytest.raises(BaditError, match=r"quantisation: unknown 'bnb-8' \(did you mean 'bnb-8bit'\?\)"):
         load_base_model(model_folder, quantisation="bnb-8")

@@ -100,9 +100,9 @@ def test_smollm2_in_the_published_setting(smollm2):
         ("mixtral", {"target_modules": ["q_proj", "gate_up_proj"]}, "gate_up_proj is a fused weight: name it in t"),
         ("qwen3_moe", {"target_parameters": ["experts.gate_proj"]}, "no fused weight 'experts.gate_proj'"),
         ("gpt_oss", {"target_parameters": FUSED, "routing": "token"}, "needs routing='prompt'"),
-        ("gpt_oss", {"target_parameters": FUSED, "layers_to_transform": [0]}, "whole names in place of layers_to_t"),
+        ("gpt_oss", {"target_parameters": FUSED, "layers_to_transform": [0]}, "full names instead of layers_to_t"),
         ("gpt_oss", {"target_parameters": "experts.down_proj"}, "must be a list of names"),
-        ("llama", {"target_parameters": ["extra.conv"]}, "extra.conv: is no fused weight of MoE experts"),
+        ("llama", {"target_parameters": ["extra.conv"]}, "extra.conv: is not a fused weight of MoE experts"),
     ],
 )
 def test_fused_weights_that_cannot_be_adapted_are_refused(tiny_model, family, options, message):

@@ -1,9 +1,9 @@
-"""What tasks and experts do to one another: functions that return DataFrames, and ``badit analyze``, which runs them.
+"""Measures a run's experts and the interference between tasks as DataFrames; ``badit analyze`` saves them as tables.
 
 OUTPUT/analysis/       the tables, one .json each
-OUTPUT/analysis.json   what was measured on what, how long each part took, versions and hardware
+OUTPUT/analysis.json   the settings, the finished parts with their duration and peak memory, versions and hardware
 
-Importing the package declares every table in :data:`badit.analysis.tables.TABLES`.
+Importing the package registers every table in :data:`badit.analysis.tables.TABLES`.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ _BATCH_SIZE = 4
 def analyze(
     target: str, data: str | None, instances: int, output: AnyPath | None, progress: bool, trust_remote_code: bool
 ) -> Path:
-    """Does what :func:`badit.analyze` says, and returns the folder in which ``analysis/`` has the tables.
+    """Implements :func:`badit.analyze`. Returns the folder that contains ``analysis/`` with the tables.
 
-    A run is measured on instances that it was not trained on, where its data has any. An interrupted analysis continues
-    with the part that it was at.
+    A trained run is measured on instances that it was not trained on, if its data has any. An interrupted analysis
+    resumes with its first unfinished part.
     """
     if instances < 2:
-        raise BaditError(f"instances: must be at least 2, one for each half whose gradients are compared: {instances}")
+        raise BaditError(f"instances: must be at least 2, since gradients of two halves are compared; got {instances}")
     folder = Path(target)
     is_run, is_comparison = (folder / "config.yaml").is_file(), (folder / RESULTS).is_file()
     output = Path(output or (folder if is_run or is_comparison else "runs/analysis"))
@@ -55,7 +55,7 @@ def analyze(
     if is_run:
         recipe = Run(folder).trusted_recipe(trust_remote_code)
     elif data is None:
-        raise BaditError(f"{target}: is no run's folder; to measure on a base model, name its tasks with --data")
+        raise BaditError(f"{target}: not a run's folder; to analyze a base model, set its tasks with --data")
     else:
         values = {"model": {"name": target}, "data": {"source": data}, "method": {"name": "base"}}
         recipe = build_recipe({**values, "output": str(output)})
@@ -63,17 +63,17 @@ def analyze(
     section = recipe.data if data is None else DataSection(source=data)  # pyright: ignore[reportCallIssue]
     tasks = make_plan(recipe).tasks if data is None and trained else load_sources(section.sources(), section.tasks)
     chosen = [(task, _chosen(task, instances, trained=trained)) for task in tasks]
-    # A run's folder relative to the tables', so that both can be moved.
+    # The run's folder relative to the output folder, so that both can be moved together.
     measured = os.path.relpath(folder.resolve(), output.resolve()) if is_run else target
     settings = {"target": measured, "data": data, "instances": instances}
     record = read_json(path) if path.is_file() else {"settings": settings, "environment": environment(), "parts": {}}
     known, done = record.get("settings") or {}, record.get("parts")
-    # An earlier release left the target out.
+    # Earlier releases did not record the target.
     if not (isinstance(known, dict) and isinstance(done, dict) and settings | known == settings):
         others = f"it and {path.name}" if is_run else f"it, {path.name} and config.yaml"
-        fix = f"remove {others} to measure again, or choose another --output"
-        raise BaditError(f"{output / 'analysis'}: is of another run or model, or of other settings; {fix}")
-    if "learning" in done:  # the last one
+        fix = f"delete {others} to measure again, or choose another --output"
+        raise BaditError(f"{output / 'analysis'}: belongs to another run or model, or to other settings; {fix}")
+    if "learning" in done:  # the last part
         return output
     with exclusive(output):
         for part, measure in _parts(recipe, chosen, progress).items():
@@ -83,7 +83,7 @@ def analyze(
             frames = [frame for frame in measure() if len(frame)]
             for frame in frames:
                 save_frame(frame, output / "analysis")
-            # After its tables are written, so that an interrupted part is measured again.
+            # Recorded after the tables are written, so that an interrupted part is measured again.
             done[part] = {
                 "tables": [frame.attrs["name"] for frame in frames],
                 "seconds": round(time.monotonic() - began, 1),
@@ -96,10 +96,10 @@ def analyze(
 def _parts(
     recipe: Recipe, chosen: Sequence[tuple[Task, Sequence[Instance]]], progress: bool
 ) -> dict[str, Callable[[], list[pd.DataFrame]]]:
-    """What makes the tables of each part, for a loaded model."""
+    """Loads the model and returns, by part, the function that measures the part's tables."""
     run = Run.at(recipe.output)
     model, tokenizer = load_run(run, recipe)
-    if not build_method(recipe.method).trains:  # a report then finds a base model's configuration as it does any run's
+    if not build_method(recipe.method).trains:  # so that the report finds a base model's recipe and environment
         Run.prepare(recipe)
         if not run.environment_path.is_file():
             write_json(run.environment_path, environment())
@@ -113,7 +113,7 @@ def _parts(
         if gates is None:
             return []
         texts = {task.name: [(instance.id, instance.input) for instance in found] for task, found in chosen}
-        # Losses take a pass for every expert, so only one batch of each task goes through.
+        # The losses need one forward pass per expert, so only the first batch of each task is used.
         first = {task: of_task[:1] for task, of_task in batches.items()}
         atlas = ability_atlas(model, first, gates, texts, [task for task, _ in chosen], progress=progress)
         held_out = held_out_angles(model, batches, progress=progress)
@@ -128,8 +128,8 @@ def _parts(
 
 
 def _chosen(task: Task, count: int, *, trained: bool) -> Sequence[Instance]:
-    """The first instances of the best split: for a trained model one that it has not seen."""
+    """Returns the first instances of a split with at least two; for a trained model, the training split comes last."""
     for split in (task.validation, task.test, task.train) if trained else (task.train, task.validation, task.test):
         if len(split) >= 2:
             return split[:count]
-    raise BaditError(f"data: task {task.name} has no two instances of one split to measure on")
+    raise BaditError(f"data: task {task.name} has no split with at least 2 instances; add some or leave the task out")

@@ -1,11 +1,11 @@
-"""The atlas of abilities: which experts the tasks draw on, what is lost without each, and whose prompts it answers to.
+"""The ability atlas: each task's gates, its loss with each expert disabled, and the prompts with the largest gates.
 
-What is said of expert k is said of the experts k of all adapted modules together. Where an expert is switched off, its
-gates are 0 and the others stay; of a method whose experts start from the pretrained weight, the expert's share of that
-weight is gone too.
+Expert k stands for the experts k of all adapted modules together. Disabling an expert sets its gates to 0 and leaves
+the other gates unchanged. In methods whose experts start as parts of the pretrained weight, it also removes the
+expert's part of that weight.
 
 Shape suffixes: T = tasks, P = prompts (of one task), M = adapted modules, K = experts, L = answer tokens, S = states of
-the model (with all experts, then without each of them), R = the given order of the tasks, then permutations, E = pairs.
+the model (all experts, then each one disabled), R = the original order of the tasks, then permutations, E = task pairs.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _NAMED = 2
 _ALIKE_GATES = 0.02
 _STANDARD_ERRORS = 3
 _NO_CHANGE = 0.005  # nats per token
-_ALIKE_CHANGES = 0.25  # how far the first may be ahead of the mean, in means
+_ALIKE_CHANGES = 0.25  # the largest change must exceed the mean by more than this share of the mean
 _PERMUTATIONS, _SEED = 10_000, 0
 
 Texts = Mapping[str, Sequence[tuple[str, str]]]
@@ -39,14 +39,14 @@ Texts = Mapping[str, Sequence[tuple[str, str]]]
 GATE_SIMILARITY = Table(
     "gate_similarity",
     "task_a task_b",
-    similarity="correlation, −1 to 1; null where a task's gates do not differ from the mean",
+    similarity="correlation, −1 to 1; null if a task's gates equal the mean over tasks",
 )
 EXPERT_LOSSES = Table(
     "expert_losses",
     "task",
-    expert=Column("the expert switched off, counted from 0", EXPERT),
+    expert=Column("the disabled expert, counted from 0", EXPERT),
     loss="mean loss over the task's answer tokens with all experts, in nats",
-    loss_without="the same without the expert",
+    loss_without="the same with the expert disabled",
     change="loss_without minus loss, in nats per token",
 )
 NEAREST_PROMPTS = Table(
@@ -61,32 +61,32 @@ NEAREST_PROMPTS = Table(
 ABILITIES = Table(
     "abilities",
     "expert",
-    tasks=Column("the tasks that draw on it most; empty where none stands out", TEXT),
-    hurt_most=Column("the tasks whose loss rises most without it; empty where none stands out", TEXT),
+    tasks=Column("the tasks with the largest mean gates; empty if no task stands out", TEXT),
+    hurt_most=Column("the tasks whose loss rises most with the expert disabled; empty if no task stands out", TEXT),
     mean_gate="mean gate over tasks; 1 is neutral",
     spread="the largest of the tasks' mean gates minus the smallest",
-    change="mean over tasks of the loss without it minus the loss, in nats per token",
+    change="mean over tasks of the loss with the expert disabled minus the loss, in nats per token",
 )
 ABILITY_RECOVERY = Table(
     "ability_recovery",
     measure=Column(
-        "correlation: of gate similarity with the Jaccard overlap of abilities, over pairs of tasks; "
+        "correlation: between gate similarity and the Jaccard overlap of abilities, over pairs of tasks; "
         "nearest_neighbour: share of tasks whose nearest neighbour by gates shares an ability",
         TEXT,
     ),
-    value="the measure; null where it is not defined",
-    chance="its mean over the permutations",
-    p_value="share of permutations that reach the value (one-sided, the observed one counted as well)",
+    value="the measure; null if it is not defined",
+    chance="mean of the measure over the permutations",
+    p_value="share of permutations with at least this value (one-sided; the observed order counts as a permutation)",
 )
 
 
 def ability_atlas(
     model: Any, batches: Batches, gates: PromptGates, texts: Texts, tasks: Sequence[Task], *, progress: bool = False
 ) -> list[pd.DataFrame]:
-    """All tables of the atlas, from as many forward passes over the batches as there are experts, and one.
+    """Returns all tables of the atlas, from one forward pass over the batches and another for each disabled expert.
 
-    Losses are measured on the batches; the gates are of the same tasks in the same order, perhaps of more prompts,
-    whose ids and texts are in ``texts``. ``ability_recovery`` is measured where all tasks have known abilities.
+    Losses are measured on ``batches``. ``gates`` has the same tasks in the same order, optionally more prompts, whose
+    ids and texts are in ``texts``. ``ability_recovery`` needs at least two tasks, all with known abilities.
     """
     losses_TS, errors_TK = expert_losses(model, batches, progress=progress)
     losses_frame = EXPERT_LOSSES.frame(
@@ -95,8 +95,8 @@ def ability_atlas(
             for task, (loss, *others) in zip(gates.tasks, losses_TS, strict=True)
             for expert, without in enumerate(others)
         ],
-        "What each task's loss becomes when an expert's gates are 0 in every layer; the other gates stay. Of an expert "
-        "that started as a part of the pretrained weight, that part goes too.",
+        "Loss of each task with one expert's gates set to 0 in every layer and the other gates unchanged. If the "
+        "expert started as a part of the pretrained weight, that part is removed too.",
     )
     abilities = expert_abilities(gates, losses_TS[:, 1:] - losses_TS[:, :1], errors_TK)
     frames = [gates_frame(gates), gate_similarity(gates), losses_frame, nearest_prompts(gates, texts), abilities]
@@ -107,41 +107,41 @@ def ability_atlas(
 
 
 def similarity(gates: PromptGates) -> np.ndarray:
-    """(T, T), the correlation of the tasks' gates; NaN for a task whose gates are those of the tasks' mean."""
+    """Returns the correlations (T, T) of the tasks' gates; NaN for a task whose gates equal the mean over tasks."""
     profiles = gates.means.reshape(len(gates.tasks), -1).astype(np.float64)
     unit = _standardised(profiles - profiles.mean(axis=0), _CONSTANT)
     return np.clip(unit @ unit.T, -1.0, 1.0)
 
 
 def gate_similarity(gates: PromptGates) -> pd.DataFrame:
-    """How alike every two tasks draw on the experts."""
+    """Returns the similarity of the gates of every two tasks."""
     similarity_TT, tasks = pd.DataFrame(similarity(gates), gates.tasks, gates.tasks), len(gates.tasks)
     return GATE_SIMILARITY.frame(
         [(a, b, similarity_TT.at[a, b]) for a, b in combinations(sorted(gates.tasks), 2)],
-        f"Pearson's correlation of two tasks' mean gates over all modules and experts, less each gate's mean over the "
-        f"{tasks} tasks. Tasks without anything in common are at {-1 / max(1, tasks - 1):.2f} on average.",
+        f"Pearson correlation of two tasks' mean gates over all modules and experts, after subtracting each gate's "
+        f"mean over the {tasks} tasks. Unrelated tasks are at {-1 / max(1, tasks - 1):.2f} on average.",
     )
 
 
 def nearest_prompts(gates: PromptGates, texts: Texts) -> pd.DataFrame:
-    """The prompts that draw on each expert most, above what the other prompts do."""
+    """Returns the prompts with the largest gates for each expert, relative to the other prompts."""
     prompts = [(task, *text) for task in gates.tasks for text in texts[task]]
     rows = []
     for expert, scores_P in enumerate(prompt_scores(gates).T):
-        # An expert that all prompts draw on alike has none that is nearest.
+        # If all prompts have the same gates for an expert, it has no nearest prompts.
         nearest = np.argsort(-scores_P, kind="stable")[:_NEAREST] if scores_P.any() else ()
         for rank, p in enumerate(nearest, start=1):
             task, instance, text = prompts[p]
             rows.append((expert, rank, task, instance, scores_P[p], text[:_SHOWN_CHARACTERS]))
     return NEAREST_PROMPTS.frame(
         rows,
-        f"The {_NEAREST} prompts that draw on each expert most, of {len(prompts)}. A prompt's score is its gate in "
-        "standard deviations over all prompts, averaged over the modules.",
+        f"The {_NEAREST} of {len(prompts)} prompts with the largest gates for each expert. A prompt's score is its "
+        "gate, standardised over all prompts and averaged over the modules.",
     )
 
 
 def prompt_scores(gates: PromptGates) -> np.ndarray:
-    """(P, K), all tasks' prompts one after another: their gates standardised over prompts, averaged over modules."""
+    """Returns scores (P, K) of all tasks' prompts: gates standardised over prompts, then averaged over modules."""
     gates_PMK = np.concatenate(list(gates.by_task.values())).astype(np.float64)
     deviation_PMK, std_MK = gates_PMK - gates_PMK.mean(axis=0), gates_PMK.std(axis=0)
     return np.where(std_MK > _CONSTANT, deviation_PMK / np.fmax(std_MK, _CONSTANT), 0.0).mean(axis=1)
@@ -149,18 +149,18 @@ def prompt_scores(gates: PromptGates) -> np.ndarray:
 
 @torch.no_grad()
 def expert_losses(model: Any, batches: Batches, *, progress: bool = False) -> tuple[np.ndarray, np.ndarray]:
-    """Mean losses over the answer tokens, with all experts and without each (T, S), and the changes' errors (T, K)."""
+    """Returns mean losses of answer tokens with all experts and without each (T, S), and the changes' errors (T, K)."""
     experts = active_experts(model)
     estimates = []
     for of_task in tqdm(batches.values(), desc="Experts", unit="task", disable=not progress, leave=False):
         passes = []
-        for off in range(-1, experts[0].number):  # −1 switches off none
+        for off in range(-1, experts[0].number):  # −1 disables no expert
             with changed_gates(experts, lambda one, gates, off=off: gates.masked_fill(one.expert_of_N == off, 0.0)):
                 passes.append(_prompt_losses(model, of_task))
         sums_SP, counts_P = np.stack([sums_P for sums_P, _ in passes]), passes[0][1]
         tokens, prompts = counts_P.sum(), len(counts_P)
         loss_S = sums_SP.sum(axis=1) / tokens
-        # A loss per token is a ratio of two sums over prompts; the error is that of its linear approximation.
+        # The loss per token is a ratio of two sums over prompts. Its error is computed by linear approximation.
         residual_KP = sums_SP[1:] - sums_SP[0] - (loss_S[1:] - loss_S[0])[:, None] * counts_P
         squares_K = np.square(residual_KP).sum(axis=1)
         estimates.append((loss_S, np.sqrt(squares_K * prompts / max(1, prompts - 1)) / tokens))
@@ -168,7 +168,7 @@ def expert_losses(model: Any, batches: Batches, *, progress: bool = False) -> tu
 
 
 def _prompt_losses(model: Any, of_task: Sequence[Mapping[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
-    """(P) each: the sum of the losses of a prompt's answer tokens, and their number."""
+    """Returns for each prompt (P) the sum of its answer tokens' losses, and their number."""
     sums, counts = [], []
     for batch in of_task:
         losses_L, row_L, _ = answer_losses(model, on_device(batch, model.device), model)
@@ -179,7 +179,7 @@ def _prompt_losses(model: Any, of_task: Sequence[Mapping[str, Any]]) -> tuple[np
 
 
 def expert_abilities(gates: PromptGates, change_TK: np.ndarray, error_TK: np.ndarray) -> pd.DataFrame:
-    """What every expert is for, from the gates, the losses' rise without each expert, and its standard errors."""
+    """Returns a summary of each expert from the gates, the changes of the loss without it and their standard errors."""
     rows = []
     for expert in range(change_TK.shape[1]):
         gate_T, change_T, error_T = gates.means.mean(axis=1)[:, expert], change_TK[:, expert], error_TK[:, expert]
@@ -191,12 +191,12 @@ def expert_abilities(gates: PromptGates, change_TK: np.ndarray, error_TK: np.nda
         hurt = _standing_out(change_T, error_T) if missed else []
         names = (", ".join(gates.tasks[t] for t in named) for named in (drawn, hurt))
         rows.append((expert, *names, gate_T.mean(), np.ptp(gate_T), mean))
-    about = "What each expert is for, over all modules together. Where several tasks are named, a number is their mean."
+    about = "Summary of each expert over all modules. Mean gate and change of the loss are means over all tasks."
     return ABILITIES.frame(rows, about)
 
 
 def _standing_out(value_T: np.ndarray, error_T: np.ndarray) -> list[int]:
-    """The first few tasks that lead the mean by more than half of the first's lead; none, if that is within noise."""
+    """Returns at most two tasks that lead the mean by over half of the largest lead; none if that lead is noise."""
     first, mean = np.argsort(-value_T, kind="stable")[:_NAMED], value_T.mean()
     if value_T[first[0]] - mean < _STANDARD_ERRORS * error_T[first[0]]:
         return []
@@ -204,11 +204,11 @@ def _standing_out(value_T: np.ndarray, error_T: np.ndarray) -> list[int]:
 
 
 def ability_recovery(similarity_TT: np.ndarray, abilities: Sequence[Collection[str]]) -> pd.DataFrame:
-    """How well the similarity of the tasks' gates agrees with the abilities that they are known to need.
+    """Returns how well the similarity of the tasks' gates agrees with the tasks' known abilities.
 
     Both measures are compared with their values under permutations of the tasks' sets of abilities. The correlation is
-    over pairs of tasks, of the gates' similarity (T, T) with the Jaccard overlap of abilities; its p is that of
-    Mantel's test (1967, Cancer Research 27), as pairs that share a task are not independent.
+    over pairs of tasks, between gate similarity (T, T) and the Jaccard overlap of abilities. Its p-value is that of
+    Mantel's test (1967, Cancer Research 27), since pairs that share a task are not independent.
     """
     tasks, sets = np.arange(len(abilities)), [set(each) for each in abilities]
     overlap_TT = np.array([[len(a & b) / len(a | b) for b in sets] for a in sets])
@@ -228,13 +228,13 @@ def ability_recovery(similarity_TT: np.ndarray, abilities: Sequence[Collection[s
     ]
     return ABILITY_RECOVERY.frame(
         rows,
-        f"Whether tasks that are known to share abilities draw on the experts alike, over {len(tasks)} tasks, by "
-        f"{_PERMUTATIONS} permutations of the tasks (seed {_SEED}); the correlation's p is Mantel's test.",
+        f"Whether tasks that share known abilities have similar gates, over {len(tasks)} tasks, compared with "
+        f"{_PERMUTATIONS} permutations of the tasks (seed {_SEED}). The correlation's p-value is from Mantel's test.",
     )
 
 
 def _standardised(values_RE: np.ndarray, constant: float = 1e-12) -> np.ndarray:
-    """Rows with mean 0 and sum of squares 1, so that a product of two is their correlation; NaN where all are equal."""
+    """Returns rows with mean 0 and norm 1, whose dot products are correlations; NaN for constant rows."""
     centred_RE = values_RE - values_RE.mean(axis=1, keepdims=True)
     norm_R1 = np.linalg.norm(centred_RE, axis=1, keepdims=True)
     return centred_RE / np.where(norm_R1 > constant, norm_R1, np.nan)

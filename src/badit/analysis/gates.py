@@ -1,9 +1,9 @@
-"""Which experts a prompt draws on: the gates of BADIT, of the mixture baselines and of MTL-LoRA.
+"""The gates of prompts: how much BADIT, the mixture baselines and MTL-LoRA weight each expert.
 
 All components of an expert have the same gate, and a layer's gates sum to K or to 1. Here they are divided by their
-mean over the experts: 1 is neutral, K is one expert alone. Where every position has its own gates, a prompt's are the
-mean over its positions, without padding and answer.
-Batches are by task, each of ``input_ids``, ``attention_mask``, ``labels`` (B, T) and ``tasks``.
+mean over the experts: 1 is neutral, K means that only one expert is used. If each position has its own gates, a
+prompt's gates are the mean over its positions, without padding and answer.
+Batches are grouped by task; each has ``input_ids``, ``attention_mask``, ``labels`` (B, T) and ``tasks``.
 
 Shape suffixes: B = rows, T = positions, N = components, M = adapted modules, K = experts, P = prompts of one task,
 U = experts of all of a layer's modules.
@@ -36,15 +36,15 @@ from badit.tuner.config import is_number
 from badit.tuner.layer import ExpertLinear
 from badit.tuner.prompt import before_first_label
 
-# A gate that is neutral except for rounding does not count as drawn on.
+# Rounding tolerance: an expert is marked only if its mean gate exceeds 1 by more than this.
 _ROUNDING = 1e-6
-#: In the folder of an export, the gates that have been fixed.
+#: The file with the fixed gates, in the folder of an export.
 GATES_FILE = "gates.json"
-#: Gates of prompts of one task are close together: this many training prompts settle the mean.
+#: Training prompts per task for the mean gates. Gates vary little within a task, so few prompts are enough.
 PROMPTS_PER_TASK = 32
 _BATCH_SIZE = 8
 
-#: By the module's name, a gate for each of its K experts, as they multiply.
+#: Maps a module's name to the gates of its K experts as used in the forward pass, not divided by their mean.
 Gates = Mapping[str, Sequence[float]]
 Batches = Mapping[str, Sequence[Mapping[str, Any]]]
 Change = Callable[["Experts", torch.Tensor], torch.Tensor]
@@ -58,14 +58,14 @@ GATES = Table(
 
 
 class Experts(NamedTuple):
-    """An adapted layer and the adapter that is active in it."""
+    """An adapted layer and an active adapter of it."""
 
     layer: ExpertLinear
     adapter: str
 
     @property
     def place(self) -> tuple[int, str]:
-        """The index of the transformer layer and the module's name below it."""
+        """The index of the transformer layer and the module's name within it."""
         return layer_and_module(self.layer.name)
 
     @property
@@ -74,18 +74,18 @@ class Experts(NamedTuple):
 
     @property
     def expert_of_N(self) -> torch.Tensor:
-        """The expert of every component: what DOG has made of it, or runs of equal length."""
+        """The expert of each component: the current grouping of DOG, otherwise consecutive blocks of equal size."""
         return self.layer.expert_of(self.adapter)
 
     @property
     def first_components_K(self) -> torch.Tensor:
-        """A component of every expert, in the order of the experts."""
+        """The index of one component of each expert, in the order of the experts."""
         labels_N = self.expert_of_N.cpu()
         return labels_N.argsort(stable=True)[:: len(labels_N) // (int(labels_N.max()) + 1)]
 
 
 class PromptGates(NamedTuple):
-    """How much every prompt draws on every expert: by task, gates (P, M, K), the prompts in the order of the rows."""
+    """The gates of each prompt: by task, an array (P, M, K) with the prompts in the order of the batches' rows."""
 
     modules: Sequence[tuple[int, str]]
     by_task: Mapping[str, np.ndarray]
@@ -101,24 +101,24 @@ class PromptGates(NamedTuple):
 
 
 def adapted_layers(model: nn.Module) -> list[Experts]:
-    """The layers of all active adapters, first to last, also of those with a single expert."""
+    """Returns the layers of all active adapters in model order, including adapters with a single expert."""
     layers = (module for module in model.modules() if isinstance(module, ExpertLinear))
     return [Experts(layer, adapter) for layer in layers for adapter in layer.running_adapters]
 
 
 def active_experts(model: nn.Module) -> list[Experts]:
-    """The layers of the active adapter with several experts, first to last; BaditError if several such are active."""
+    """Returns the layers of the active adapter with several experts; BaditError if several such adapters are active."""
     found = [one for one in adapted_layers(model) if one.number > 1]
     if len({one.adapter for one in found}) > 1:
-        raise BaditError("several adapters are active; choose the one to look at: model.set_adapter(NAME)")
+        raise BaditError("model: several adapters are active; activate only one with model.set_adapter(NAME)")
     return found
 
 
 @contextmanager
 def changed_gates(experts: Sequence[Experts], change: Change) -> Iterator[None]:
-    """Within, the components' gates (B, 1 or T, N) of every layer are what ``change`` makes of them."""
+    """Context manager in which ``change`` replaces the component gates (B, 1 or T, N) of every layer."""
     try:
-        for one in experts:  # an attribute of the instance hides the class's method
+        for one in experts:  # the instance attribute shadows the class's method
             own = one.layer.component_gates
             vars(one.layer)["component_gates"] = lambda adapter, x, one=one, own=own: change(one, own(adapter, x))
         yield
@@ -129,7 +129,7 @@ def changed_gates(experts: Sequence[Experts], change: Change) -> Iterator[None]:
 
 @torch.no_grad()
 def prompt_gates(model: Any, batches: Batches) -> PromptGates:
-    """The gates of every prompt, from one forward pass of a model in evaluation mode with experts."""
+    """Returns the gates of every prompt, from one forward pass of a model with experts in evaluation mode."""
     experts = active_experts(model)
     by_task = {}
     for task, of_task in batches.items():
@@ -141,7 +141,7 @@ def prompt_gates(model: Any, batches: Batches) -> PromptGates:
 
 @torch.no_grad()
 def mean_component_gates(model: Any, batches: Batches) -> dict[str, list[torch.Tensor]]:
-    """By task, the components' gates (N) in every adapted layer, as they multiply, the mean over the task's prompts."""
+    """Returns, by task, the component gates (N) of every adapted layer: undivided means over the task's prompts."""
     adapted = adapted_layers(model)
     return {
         task: [g_PN.mean(dim=0) for g_PN in _component_gates(model, adapted, of_task)]
@@ -150,12 +150,12 @@ def mean_component_gates(model: Any, batches: Batches) -> dict[str, list[torch.T
 
 
 def _component_gates(model: Any, experts: Sequence[Experts], of_task: Sequence[Any]) -> list[torch.Tensor]:
-    """The components' gates (P, N) by layer, means over each prompt's positions, on the CPU."""
+    """Returns the component gates (P, N) of each layer: means over each prompt's positions, on the CPU."""
     kept: dict[str, list[torch.Tensor]] = {one.layer.name: [] for one in experts}
-    prompt_BT = torch.empty(0)  # of the running batch
+    prompt_BT = torch.empty(0)  # prompt mask of the current batch
 
     def keep(one: Experts, gates: torch.Tensor) -> torch.Tensor:
-        # OPT's MLP sees all positions of a batch as rows.
+        # OPT flattens batch and positions into one dimension before its MLP.
         by_row = gates.unflatten(0, prompt_BT.shape) if gates.ndim == 2 else gates
         gates_BTN = by_row.float().expand(*prompt_BT.shape, -1)
         kept[one.layer.name].append(prompt_mean(gates_BTN, prompt_BT.to(gates.device)).cpu())
@@ -165,17 +165,17 @@ def _component_gates(model: Any, experts: Sequence[Experts], of_task: Sequence[A
         for batch in of_task:
             inputs = on_device(batch, model.device)
             prompt_BT = inputs["attention_mask"].bool() & before_first_label(inputs["labels"])
-            answer_losses(model, inputs, model)  # for its forward pass, which tells every method what it needs to know
+            answer_losses(model, inputs, model)  # runs a forward pass with the prompt mask and the tasks
     return [torch.cat(of_layer) for of_layer in kept.values()]
 
 
 def span(counts: Sequence[int]) -> str:
-    """The counts in words: one number, or the least and the largest."""
+    """Returns the counts as text: one number if all are equal, otherwise "MINIMUM to MAXIMUM"."""
     return " to ".join(map(str, sorted({min(counts), max(counts)})))
 
 
 def gates_frame(gates: PromptGates) -> pd.DataFrame:
-    """Every task's gates in every module: mean and standard deviation over its prompts."""
+    """Returns each task's gates in each module: mean and standard deviation over its prompts."""
     each = span([len(gates_PMK) for gates_PMK in gates.by_task.values()])
     # A single prompt has no standard deviation.
     stds = [g.std(axis=0, ddof=1) if len(g) > 1 else np.full_like(g[0], np.nan) for g in gates.by_task.values()]
@@ -183,13 +183,13 @@ def gates_frame(gates: PromptGates) -> pd.DataFrame:
     numbers = zip(places, gates.means.ravel(), np.ravel(stds), strict=True)
     return GATES.frame(
         [(task, *module, expert, mean, std) for (task, module, expert), mean, std in numbers],
-        f"How much each task draws on each expert: the gates of its prompts, from {each} prompts of each of "
-        f"{len(gates.by_task)} tasks; 1 is neutral, and the number of experts is one expert alone.",
+        f"Gates of {each} prompts of each of {len(gates.by_task)} tasks, divided by their mean over the experts: 1 is "
+        "neutral, and the number of experts means that only one expert is used.",
     )
 
 
 def marked_experts(gates: PromptGates) -> dict[str, list[torch.Tensor]]:
-    """By task, a mask (U,) for every layer: the experts whose mean gate over the task's prompts is above neutral."""
+    """Returns, by task, a mask (U,) per layer: the experts whose mean gate over the task's prompts is above 1."""
     layers_M = np.array([layer for layer, _ in gates.modules])
     return {
         task: [torch.from_numpy(marked_MK[layers_M == layer].ravel()) for layer in np.unique(layers_M)]
@@ -200,14 +200,14 @@ def marked_experts(gates: PromptGates) -> dict[str, list[torch.Tensor]]:
 def task_gates(
     run: Run, model: Any, tokenizer: Any, recipe: Recipe, tasks: Mapping[str, Task], names: Sequence[str]
 ) -> Iterator[tuple[str, Gates]]:
-    """The mean gates of each of the named ``tasks`` over its first training prompts, one task after another.
+    """Yields each named task with its mean gates over the task's first training prompts.
 
-    They are measured once and kept in the run's ``gates.json``, with fingerprints of what they depend on.
+    The gates are cached in the run's ``gates.json``, with fingerprints of the model, data and settings used.
     """
     depends = {"model": model_fingerprint(model), "dtype": model_dtype(recipe), "prompt": recipe.prompt.model_dump()}
     depends |= {"prompts_per_task": PROMPTS_PER_TASK, **task_fingerprints(list(tasks.values()))}
     by_task: dict[str, Gates] = {}
-    with suppress(BaditError, KeyError, TypeError, AttributeError):  # there are none yet, or they are damaged
+    with suppress(BaditError, KeyError, TypeError, AttributeError):  # the cache does not exist or is damaged
         kept = read_json(run.gates_path)
         if kept["depends_on"] == depends:
             by_task = {name: _checked_gates(gates, run.gates_path, model) for name, gates in kept["tasks"].items()}
@@ -218,15 +218,15 @@ def task_gates(
             batches = batches_by_task(encoded(tokenizer, recipe, pairs, model), collate, _BATCH_SIZE)
             of_layers = zip(layers, mean_component_gates(model, batches)[name], strict=True)
             by_task[name] = {one.layer.name: gates_N[one.first_components_K].tolist() for one, gates_N in of_layers}
-            with suppress(BaditError):  # a run that cannot be written to can still be used
+            with suppress(BaditError):  # the run's folder may be read-only
                 write_json(run.gates_path, {"depends_on": depends, "tasks": by_task})
         yield name, by_task[name]
 
 
 def read_gates(path: Path, model: PeftModel) -> Gates:
-    """A file's gates: one for every expert of every adapted module and nothing else."""
+    """Reads gates from a file, which must have one gate for every expert of every adapted module and nothing else."""
     if (path.parent / RECORD).is_file():
-        refuse_links(path.parent)  # an export, which may come from elsewhere
+        refuse_links(path.parent)  # an export, which may be untrusted
     return _checked_gates(read_json(path), path, model)
 
 
@@ -235,7 +235,7 @@ def _checked_gates(content: Mapping[str, Any], path: Path, model: PeftModel) -> 
     for name in (*content, *experts):
         gates, number = content.get(name), experts.get(name)
         if number is None:
-            raise BaditError(f"{path}: {name}: the run adapts no such module{nearest(name, experts)}")
+            raise BaditError(f"{path}: {name}: not a module that the run adapts{nearest(name, experts)}")
         if not isinstance(gates, list) or len(gates) != number or not all(map(is_number, gates)):
-            raise BaditError(f"{path}: {name}: must be a list of {number} numbers, one gate for each expert")
+            raise BaditError(f"{path}: {name}: must be a list of {number} numbers, one gate per expert")
     return content

@@ -1,22 +1,22 @@
-"""How tasks interfere in a model: conflicts between their gradients, and the units that they share.
+"""Interference between the tasks of a model: conflicts between their gradients, and the units that they share.
 
-Gradients are those of "weights", the weight matrices of the linear layers inside the transformer's layers, frozen or
-not, and of "adapter", the parameters of a PEFT adapter that the loss depends on. They are taken one parameter at a time
-from the backward pass and kept as count sketches (Charikar et al. 2002, "Finding Frequent Items in Data Streams"; for
-inner products, Weinberger et al. 2009, arXiv 0902.2206). Coordinate i goes with a sign σ(i) to the bucket h(i) of M:
+Gradients are measured for "weights", the weight matrices of the linear layers inside the transformer layers, frozen or
+not, and for "adapter", the parameters of a PEFT adapter that the loss depends on. The backward pass stores them one
+parameter at a time as count sketches (Charikar et al. 2002, "Finding Frequent Items in Data Streams"; for inner
+products, Weinberger et al. 2009, arXiv 0902.2206). Coordinate i is added, with sign σ(i), to bucket h(i) of M buckets:
 
     (S a)_b = Σ_{h(i) = b} σ(i) a_i,    E⟨S a, S b⟩ = ⟨a, b⟩,    Var⟨S a, S b⟩ ≲ (‖a‖² ‖b‖² + ⟨a, b⟩²) / M.
 
-To save memory the vector is cut into runs c of M coordinates p, with random signs s and t and random shifts:
-h(c, p) = (p + shift_c) mod M, σ(c, p) = s_p t_c. Coordinates of one run never meet; those of two runs meet as rarely as
-under independent hashing, with signs that leave no bias.
+To save memory, the vector is cut into runs c of M coordinates p, with random signs s and t and random shifts:
+h(c, p) = (p + shift_c) mod M, σ(c, p) = s_p t_c. Coordinates of one run never share a bucket. Those of two runs share
+one as rarely as with independent hashing, and the signs make the estimate unbiased.
 
-Co-activation is that of the paper's Figures 1 and 2, arXiv 2605.05676. Each task marks its strongest units, and for
-each unit the tasks are counted. If tasks marked independently, the number of tasks that mark a unit would be binomial
-with the marked share p (Poisson-binomial where shares differ), and |A ∩ B| / |A ∪ B| of two tasks would be p / (2 − p).
-A neuron is an output of the MLP's gate projection, or of its first projection where there is no gate, before the
-activation function. Its score on a task is its mean over all positions of all instances. Assumptions: a block of
-parameters, over which the paper averages squared gradients, is a row of a weight matrix; "top 10 %" is of each layer.
+Co-activation follows Figures 1 and 2 of the paper, arXiv 2605.05676. Each task marks its strongest units, and the tasks
+that mark each unit are counted. If tasks marked units independently, this count would be binomial with the marked share
+p (Poisson-binomial if the shares differ), and |A ∩ B| / |A ∪ B| of two tasks would be p / (2 − p).
+A neuron is an output of the MLP's gate projection (its first projection if it has no gate), before the activation
+function. Its score for a task is its mean over all positions of all instances. Assumptions: the blocks of parameters
+over which the paper averages squared gradients are rows of weight matrices; "top 10 %" applies to each layer.
 
 Shape suffixes: N = coordinates, M = buckets, T = tasks, R = 2T half-tasks in task order, U = units of a layer or rows
 of a weight, A = units of all layers, P = places (a kind, layer and module), E = pairs of tasks.
@@ -46,19 +46,19 @@ from badit.errors import BaditError
 from badit.trainer import answer_losses
 from badit.tuner.targets import PROJECTIONS, default_targets
 
-# Numbers that each parameter's gradient is kept in: a cosine's standard error is the inverse root of it.
+# Size of the sketch of each parameter's gradient. A cosine has a standard error of at most 1 / √SKETCH_SIZE.
 SKETCH_SIZE = 16384
-# Of the units of a layer, how many a task marks.
+# The share of a layer's units that a task marks.
 SHARE = 0.1
 
-Place = tuple[str, int, str]  # "weights" or "adapter", the layer, the module's name below the layer
+Place = tuple[str, int, str]  # "weights" or "adapter", the layer, the module's name within the layer
 
 GRADIENT_PAIRS = Table("gradient_pairs", "task_a task_b layer module cosine magnitude_similarity")
 GRADIENT_OVERALL = Table(
     "gradient_overall",
     "task_a task_b parameters cosine",
-    corrected_cosine="the cosine that noiseless gradients would have, from the halves of the instances; null where "
-    "noise is all that can be seen",
+    corrected_cosine="estimated cosine of the gradients without noise, from two halves of the instances; null if the "
+    "reliability is not positive",
     magnitude_similarity=SHARED["magnitude_similarity"],
 )
 GRADIENT_SUMMARY = Table(
@@ -72,16 +72,16 @@ GRADIENT_SUMMARY = Table(
 GRADIENT_TASKS = Table(
     "gradient_tasks",
     "task parameters",
-    norm="norm of the task's gradient (nats per token, for a unit of the parameters)",
+    norm="norm of the task's gradient, in nats per token and unit of the parameters",
     reliability=SHARED["reliability"],
-    instances=Column("instances that the gradient is the mean of", COUNT),
+    instances=Column("number of instances that the gradient is averaged over", COUNT),
 )
 COACTIVATION = Table(
     "coactivation",
     "kind layer",
-    tasks=Column("by how many tasks a unit is marked", INDEX),
-    share="share of the layer's units that are marked by so many",
-    chance="the same if the tasks marked independently: binomial with the marked share",
+    tasks=Column("number of tasks that mark a unit", INDEX),
+    share="share of the layer's units that this many tasks mark",
+    chance="the same if tasks marked units independently: binomial with the marked share",
 )
 COACTIVATION_TASKS = Table(
     "coactivation_tasks",
@@ -93,27 +93,27 @@ COACTIVATION_TASKS = Table(
 COACTIVATION_PAIRS = Table(
     "coactivation_pairs",
     "kind task_a task_b",
-    overlap="units of all layers that both have marked, as a share of those that either has (Jaccard)",
-    chance="the same if the two marked independently: p / (2 − p) where both mark the share p",
+    overlap="units of all layers that both tasks mark, divided by units that either task marks (Jaccard)",
+    chance="the same if the tasks marked units independently: p / (2 − p) if both mark the share p",
 )
 
 
 def measure_interference(
     model: nn.Module, batches: Batches, gates: PromptGates | None = None, *, progress: bool = False
 ) -> list[pd.DataFrame]:
-    """The gradient tables, and the co-activation tables with "neurons", "parameters" and, given gates, "experts".
+    """Returns the gradient tables and the co-activation tables of "neurons", "parameters" and, with gates, "experts".
 
     Args:
-        model: a causal language model in evaluation mode, perhaps with a PEFT adapter. Which of its parameters require
-            a gradient changes.
+        model: a causal language model in evaluation mode, optionally with a PEFT adapter. The ``requires_grad`` of its
+            parameters is changed.
         batches: by task, its instances, each a batch of one row: ``input_ids``, ``attention_mask`` and ``labels``
-            (−100 on all but the answer), (1, T), and perhaps ``tasks``, with the task's name.
-        gates: those of the tasks' prompts.
-        progress: whether to show a bar.
+            (−100 except for the answer), (1, T), and optionally ``tasks``, with the task's name.
+        gates: the gates of the tasks' prompts.
+        progress: show a progress bar.
     """
     sizes = [len(of_task) for of_task in batches.values()]
     parameter = next(model.parameters())
-    sums: dict[int, Any] = {}  # by layer, of a task's outputs over all positions
+    sums: dict[int, Any] = {}  # by layer: sum of a task's outputs over all positions
 
     def add(layer: int, module: nn.Module, args: tuple, output: torch.Tensor) -> None:
         sums[layer] = sums.get(layer, 0) + output.detach().flatten(0, -2).sum(dim=0, dtype=torch.float32)
@@ -131,8 +131,8 @@ def measure_interference(
                 gradients.row = 2 * number + index % 2
                 losses_L, _, _ = answer_losses(model, on_device(instance, parameter.device), model)
                 if not torch.isfinite(losses_L.mean()):
-                    reason = "it may overflow in its type; use float32" if len(losses_L) else "it has no answer tokens"
-                    raise BaditError(f"task {task}, instance {index}: has no finite loss; {reason}")
+                    reason = "the dtype may overflow: use float32" if len(losses_L) else "no answer tokens: remove it"
+                    raise BaditError(f"task {task}, instance {index}: the loss is not finite; {reason}")
                 losses_L.mean().backward()
                 positions += instance["input_ids"].numel()
                 bar.update()
@@ -142,13 +142,13 @@ def measure_interference(
     about_gradients = (
         f"{data} A task's gradient is the mean over its instances of the gradient of the answer's mean cross-entropy, "
         f"without dropout, with the weights in {str(parameter.dtype).removeprefix('torch.')}. Inner products are "
-        f"estimated from random projections of each parameter to {SKETCH_SIZE} numbers, and a cosine has a standard "
-        f"error of at most {SKETCH_SIZE**-0.5:.2g}. Noise from the choice of instances comes on top: see reliability."
+        f"estimated from random projections of each parameter to {SKETCH_SIZE} numbers, so a cosine has a standard "
+        f"error of at most {SKETCH_SIZE**-0.5:.2g}. The choice of instances adds further noise: see reliability."
     )
     about_units = (
         f"{data} Each task marks the strongest {SHARE:.3g} of the units of every layer. Neurons: outputs of the MLP's "
         "first projection, before the activation function, averaged over all tokens. Parameters: rows of the layer's "
-        "weight matrices, by their squared gradient, averaged over the row and over the instances."
+        "weight matrices, by their squared gradient, averaged over the row and the instances."
     )
     if gates is not None:
         marked["experts"] = marked_experts(gates)
@@ -157,7 +157,7 @@ def measure_interference(
 
 
 def _first_projections(model: nn.Module) -> list[nn.Module]:
-    """In the order of the layers; where an adapter wraps one, the wrapper, whose output has the adapter's part."""
+    """Returns the MLPs' first projections by layer, or their adapter layers, whose outputs include the adapter."""
     names = default_targets(model) or set()
     found = []
     for name, module in model.named_modules():
@@ -167,21 +167,21 @@ def _first_projections(model: nn.Module) -> list[nn.Module]:
     config: Any = model.config
     if not found or [layer for layer, _ in found] != list(range(getattr(config, "num_hidden_layers", 0))):
         raise BaditError(
-            f"co-activation does not go with a model of type {config.model_type}: every layer needs one MLP, with a "
+            f"model: co-activation cannot be measured for type {config.model_type}: every layer needs one MLP with a "
             f"projection named {' or '.join(PROJECTIONS)}"
         )
     return [module for _, module in found]
 
 
 def _strongest(scores: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """For each layer's scores (U,), a mask of those that a task marks."""
+    """Returns, for each layer's scores (U,), a mask of the units that a task marks."""
     return [top_neurons({"layer": scores_U}, SHARE)["layer"] for scores_U in scores]
 
 
 def coactivation(marked: Mapping[str, Mapping[str, Sequence[torch.Tensor]]], about: str) -> list[pd.DataFrame]:
-    """The tables coactivation, coactivation_tasks and coactivation_pairs.
+    """Returns the tables coactivation, coactivation_tasks and coactivation_pairs.
 
-    ``marked`` is by the kind of the units and by task: booleans (U,) for each layer. ``about`` says how they were made.
+    ``marked`` has, by kind of unit and by task, a boolean mask (U,) per layer. ``about`` says how they were measured.
     """
     counts, by_task, pairs = [], [], []
     for kind, masks in marked.items():
@@ -190,7 +190,7 @@ def coactivation(marked: Mapping[str, Mapping[str, Sequence[torch.Tensor]]], abo
         for layer, marked_TU in enumerate(layers_TU):
             tasks_U, sizes_T, units = marked_TU.sum(axis=0), marked_TU.sum(axis=1), marked_TU.shape[1]
             shares = np.bincount(tasks_U, minlength=len(tasks) + 1) / units
-            chances = np.ones(1)  # of 0, 1, …, T marks
+            chances = np.ones(1)  # probabilities of 0, 1, …, T marks
             for size in sizes_T:
                 chances = np.convolve(chances, [1 - size / units, size / units])
             counts += [(kind, layer, k, *row) for k, row in enumerate(zip(shares, chances, strict=True))]
@@ -199,7 +199,7 @@ def coactivation(marked: Mapping[str, Mapping[str, Sequence[torch.Tensor]]], abo
             by_task += [(kind, task, layer, size, exclusive, universal) for task, size, exclusive in of_tasks]
         marked_TA = np.concatenate(layers_TU, axis=1).astype(np.float64)
         sizes_T = marked_TA.sum(axis=1)
-        # Each layer has its own marked shares, so the expected numbers are added up over the layers.
+        # Each layer has its own marked shares, so the expected counts are summed over the layers.
         expected_TT = sum(np.outer(m.sum(axis=1), m.sum(axis=1)) / m.shape[1] for m in layers_TU)
         with np.errstate(invalid="ignore"):  # NaN where neither task marks a unit
             overlap_TT, chance_TT = (
@@ -215,16 +215,16 @@ def coactivation(marked: Mapping[str, Mapping[str, Sequence[torch.Tensor]]], abo
 
 
 class MeasuredParameter(NamedTuple):
-    """A parameter and where it belongs."""
+    """A parameter and its place in the model."""
 
     place: Place
     parameter: nn.Parameter
-    in_dim: int | None = None  # of a weight, the dimension of the input features
+    in_dim: int | None = None  # dimension of the input features; None for an adapter's parameters
 
 
 def measured_parameters(model: nn.Module) -> list[MeasuredParameter]:
-    """The weights of the linear layers, then the adapter's parameters, each in the model's order."""
-    # PEFT names an adapter's own parts with a prefix, such as lora_.
+    """Returns the weights of the linear layers, then the adapter's parameters, each in model order."""
+    # PEFT starts the names of an adapter's modules and parameters with a prefix such as lora_.
     own: Any = f".{model.base_model.prefix}" if isinstance(model, PeftModel) else None
     found = []
     for name, module in model.named_modules():
@@ -232,7 +232,7 @@ def measured_parameters(model: nn.Module) -> list[MeasuredParameter]:
         if layer < 0 or (own and own in name) or not isinstance(module, (nn.Linear, Conv1D)):
             continue
         weight = module.weight
-        if isinstance(weight, nn.Parameter) and weight.is_floating_point():  # a quantised one has no gradient
+        if isinstance(weight, nn.Parameter) and weight.is_floating_point():  # a quantised weight has no gradient
             found.append(MeasuredParameter(("weights", layer, below), weight, 0 if isinstance(module, Conv1D) else 1))
     for name, parameter in model.named_parameters() if own else ():
         above, mark, _ = name.partition(own)
@@ -244,8 +244,8 @@ def measured_parameters(model: nn.Module) -> list[MeasuredParameter]:
 class TaskGradients:
     """Sums of the instances' gradients by task and half, as sketches, and of the squares of "weights" by row.
 
-    Until ``hooks`` is closed, a backward pass adds its gradients, the only ones that it computes, to the half-task
-    ``row``. A task's ``instances`` belong to its halves in turn.
+    Until ``hooks`` is closed, each backward pass computes only the measured parameters' gradients and adds them to the
+    half-task ``row``. ``instances`` is each task's number of instances, which alternate between its two halves.
     """
 
     def __init__(self, model: nn.Module, instances: Sequence[int], sketch_size: int, hooks: ExitStack) -> None:
@@ -270,17 +270,17 @@ class TaskGradients:
             self._squares[index][self.row // 2] += gradient.square().mean(dim=self._measured[index].in_dim)
 
     def grams(self) -> tuple[list[Place], torch.Tensor]:
-        """The places that have a gradient, weights first, and the inner products (P, R, R) of their halves' sums."""
+        """Returns the places that have a gradient, weights first, and the half-tasks' inner products (P, R, R)."""
         grams: dict[Place, torch.Tensor] = {}
         for item, sketch in zip(self._measured, self._sketches, strict=True):
             grams[item.place] = grams.get(item.place, 0) + sketch.gram()
         places = sorted((place for place in grams if grams[place].any()), key=lambda p: (p[0] != "weights", p[1]))
         if not places:
-            raise BaditError("the model has no weights with a gradient; quantised ones without an adapter have none")
+            raise BaditError("model: no weights with a gradient; load it without quantisation or with an adapter")
         return places, torch.stack([grams[place] for place in places])
 
     def row_scores(self, task: int) -> list[torch.Tensor]:
-        """For each layer, the mean squared gradient of every row of its weights (U,), over the task's instances."""
+        """Returns, by layer, the mean squared gradient of every row of its weights (U,), over the task's instances."""
         layers: dict[int, list[torch.Tensor]] = {}
         for index, squares_TU in self._squares.items():
             layers.setdefault(self._measured[index].place[1], []).append(squares_TU[task].cpu())
@@ -288,24 +288,24 @@ class TaskGradients:
 
 
 class SketchedSums:
-    """Sums of vectors (N = length), kept apart as sketches of at most M = size numbers; shorter vectors stay exact."""
+    """Sums of vectors (N = length), each a sketch of at most M = size numbers. If N is at most M, they are exact."""
 
     def __init__(self, length: int, sums: int, size: int, generator: torch.Generator, device: Any = None) -> None:
         self.sums_RM = torch.zeros(sums, min(length, size), device=device)
         self._exact = length <= size
         if not self._exact:
             runs = -(-length // size)
-            # Past M runs, shifts repeat: from some 268 million coordinates on, at M = 16384.
+            # The shifts repeat after M runs, which are 268 million coordinates for M = 16384.
             self._shifts = torch.randperm(size, generator=generator).repeat(-(-runs // size))[:runs].tolist()
             self._run_signs = (2 * torch.randint(2, (runs,), generator=generator) - 1).tolist()
             self._signs_M = (2 * torch.randint(2, (size,), generator=generator) - 1).to(self.sums_RM)
 
     def add(self, index: int, vector_N: torch.Tensor) -> None:
-        """Adds a float32 vector to one of the sums."""
+        """Adds a float32 vector to the sum with this index."""
         if self._exact:
             self.sums_RM[index] += vector_N
             return
-        # Two rounds of buckets, so that a shifted run lies in one piece; then the second is added to the first.
+        # 2 M buckets, so that a shifted run is contiguous. Then the second half is added to the first.
         size = len(self._signs_M)
         buckets = self._signs_M.new_zeros(2 * size)
         for run, shift, sign in zip(vector_N.split(size), self._shifts, self._run_signs, strict=True):
@@ -313,18 +313,18 @@ class SketchedSums:
         self.sums_RM[index] += buckets[:size] + buckets[size:]
 
     def gram(self) -> torch.Tensor:
-        """Estimates (R, R) of the sums' inner products, in float64 on the CPU."""
+        """Returns estimates (R, R) of the sums' inner products, in float64 on the CPU."""
         sums_RM = self.sums_RM.cpu().double()
         return sums_RM @ sums_RM.T
 
 
 def agreement(gram_PRR: torch.Tensor, counts_T2: torch.Tensor) -> dict[str, torch.Tensor]:
-    """How far the tasks' gradients agree, from inner products of the halves' sums; NaN where a number is not defined.
+    """Computes how well the tasks' gradients agree, from inner products of the halves' sums; NaN where undefined.
 
     Returns:
         cosine: (P, T, T), cos(g_a, g_b) of the mean gradients.
-        corrected_cosine: (P, T, T), ⟨g_a, g_b⟩ / √(⟨a_1, a_2⟩ ⟨b_1, b_2⟩), with a_1 and a_2 the means of the even and
-            the odd instances (Spearman's correction for attenuation). Undefined where one product is not positive.
+        corrected_cosine: (P, T, T), ⟨g_a, g_b⟩ / √(⟨a_1, a_2⟩ ⟨b_1, b_2⟩), with a_1 and a_2 the means over the even and
+            the odd instances (Spearman's correction for attenuation). Undefined if ⟨a_1, a_2⟩ or ⟨b_1, b_2⟩ is ≤ 0.
         magnitude_similarity: (P, T, T), 2 |g_a| |g_b| / (|g_a|² + |g_b|²) (Yu et al. 2020, arXiv 2001.06782).
         norm: (P, T), |g|; reliability: (P, T), cos(a_1, a_2).
     """
@@ -336,7 +336,7 @@ def agreement(gram_PRR: torch.Tensor, counts_T2: torch.Tensor) -> dict[str, torc
     def outer(values_PT: torch.Tensor) -> torch.Tensor:
         return values_PT[:, :, None] * values_PT[:, None, :]
 
-    # Of an empty half all inner products are 0, and its mean's 0 / 0 = NaN.
+    # All inner products of an empty half are 0, and those of its mean are 0 / 0 = NaN.
     within_P22T = by_half(gram_PRR / counts_R[:, None] / counts_R).diagonal(dim1=-4, dim2=-2)
     means_PTT = by_half(gram_PRR).sum(dim=(-3, -1)) / (counts_T[:, None] * counts_T)
     between_PT = within_P22T[:, 0, 1]
@@ -353,7 +353,7 @@ def agreement(gram_PRR: torch.Tensor, counts_T2: torch.Tensor) -> dict[str, torc
 
 
 def gradient_frames(tasks: Sequence[str], gradients: TaskGradients, about: str) -> list[pd.DataFrame]:
-    """The tables gradient_pairs, gradient_overall, gradient_summary and gradient_tasks."""
+    """Returns the tables gradient_pairs, gradient_overall, gradient_summary and gradient_tasks."""
     order = sorted(range(len(tasks)), key=tasks.__getitem__)
     pairs = pd.DataFrame(combinations([tasks[t] for t in order], 2), columns=["task_a", "task_b"])
     first_E, second_E = torch.tensor(order)[torch.triu_indices(len(order), len(order), offset=1)]

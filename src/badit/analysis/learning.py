@@ -1,9 +1,9 @@
-"""What experts and tasks learn: angles between experts, moves of components, score matrices, and task gaps.
+"""Measures what experts and tasks learn: angles between experts, moves of components, score matrices and task gaps.
 
-Component i is the pair (row i of A, column i of B), and its gradient ĝ_i those two, concatenated and normalised. Angles
-between components of one expert should be small, those between experts near 90° (paper, Fig. 4: arXiv 2605.05676).
-Those of a regrouping are measured on the steps that followed it, since those that it was made from flatter it. Experts
-that share one A have no components, and so no such angles.
+Component i is the pair (row i of A, column i of B). Its gradient ĝ_i is the gradients of both, concatenated and
+normalised. Angles between components of one expert should be small, those between experts near 90° (paper, Fig. 4:
+arXiv 2605.05676). The angles of a regrouping are measured on the steps after it, because those on the steps that it was
+computed from are too favourable. Experts that share one A have no components, so they have no angles.
 
 Shape suffixes: N = components, I/O = in/out features.
 """
@@ -34,12 +34,12 @@ from badit.trainer import answer_losses
 
 EXPERT_ANGLES = Table(
     "expert_angles",
-    step=Column("step of the regrouping or of the log line; the last one for held-out; null if not known", COUNT),
+    step=Column("step of the regrouping or of the log line; the last step for held-out; null if unknown", COUNT),
     layer=SHARED["layer"],
     module=SHARED["module"],
     measured=Column(
-        "before or after: the grouping before or after this step's regrouping, on the steps that followed; training: a "
-        "method without regrouping; held-out: the finished adapter on data it was not trained on",
+        "before or after: the grouping before or after this step's regrouping, on the following steps; training: a "
+        "method without regrouping; held-out: the trained adapter on data that it was not trained on",
         TEXT,
     ),
     within_degrees="mean angle between components of one expert, in degrees",
@@ -54,14 +54,14 @@ COMPONENT_FLOW = Table(
     module=SHARED["module"],
     from_expert=Column("the expert before, counted from 0", EXPERT),
     to_expert=Column("the expert after, counted from 0", EXPERT),
-    components=Column("how many components went this way; pairs without any are left out", COUNT),
+    components=Column("number of components that moved from from_expert to to_expert; rows with 0 are omitted", COUNT),
 )
 TRANSFER = Table(
     "transfer",
-    stage=Column("how many tasks had been learnt", INDEX),
+    stage=Column("number of tasks learnt so far", INDEX),
     trained_task=Column("the task learnt last", TEXT),
-    task=Column("the task scored", TEXT),
-    rouge_l="its Rouge-L, 0 to 100; null where a task still to come was not scored",
+    task=Column("the scored task", TEXT),
+    rouge_l="Rouge-L of the scored task, 0 to 100; null if it was not learnt yet and not scored",
 )
 TASK_GAP = Table(
     "task_gap",
@@ -69,41 +69,41 @@ TASK_GAP = Table(
     task=SHARED["task"],
     single="Rouge-L of the model trained on this task alone, 0 to 100",
     multi="Rouge-L of the model trained on all tasks, 0 to 100",
-    gap="single minus multi, in points: above 0, the task lost by being trained with the others",
+    gap="single minus multi, in points; above 0, training with the other tasks lowered the score",
 )
-_FIX = "remove the file to leave it out"
+_FIX = "delete the file to skip it"
 
 
 def _logged(path: Path) -> Iterator[tuple[tuple, dict[str, Any]]]:
-    """A log's lines, each with its step, layer and module."""
+    """Yields the lines of a log, each with its step, layer and module."""
     for line in read_jsonl(path):
         module = line["module"].rpartition(".")[0]  # the last part is the adapter's name
         yield (line["step"], *layer_and_module(module)), line
 
 
 def expert_angles(run: Run, held_out: Mapping[tuple[int, str], Sequence[float | None]] | None = None) -> pd.DataFrame:
-    """The angles that the run has logged, and those of the finished adapter on held-out data."""
+    """Returns the angles that the run logged, and those of the trained adapter on held-out data if given."""
     regroups = run.regroupings_path.is_file()
     path = run.regroupings_path if regroups else run.angles_path
     prefixes = {"before": "previous_", "after": ""} if regroups else {"training": ""}
     step = (run.known_environment.get("training") or {}).get("steps") if held_out else None
     about = (
         "Angles between the gradients of components of one expert (within) and of two experts (between), means over "
-        "pairs. Of a regrouping, both groupings are measured on the steps that followed it."
+        "pairs. The groupings before and after a regrouping are both measured on the steps after it."
     )
     rows = []
     with explained(path, fix=_FIX, any_error=True):
         for place, line in _logged(path):
             for measured, prefix in prefixes.items():
-                # An angle is missing where no step followed, and null where there was no pair.
+                # An angle is missing if no step followed the regrouping, and null if there was no pair.
                 rows.append((*place, measured, *(line.get(prefix + field) for field in ExpertAngles._fields)))
         rows += [(step, *place, "held-out", *angles) for place, angles in (held_out or {}).items()]
         return EXPERT_ANGLES.checked([row for row in rows if any(angle is not None for angle in row[4:])], about)
 
 
 def component_flow(run: Run) -> pd.DataFrame:
-    """How many components every regrouping has moved from one expert to another, and how many have stayed."""
-    about = "Where each regrouping took the experts' components from and to; those that stayed are counted too."
+    """Returns how many components each regrouping moved from one expert to another, and how many stayed."""
+    about = "Number of components that each regrouping moved between experts, including those that stayed."
     rows = []
     with explained(run.regroupings_path, fix=_FIX, any_error=True):
         for place, line in _logged(run.regroupings_path):
@@ -114,9 +114,9 @@ def component_flow(run: Run) -> pd.DataFrame:
 
 @torch.enable_grad()
 def held_out_angles(model: Any, batches: Batches, *, progress: bool = False) -> dict[tuple[int, str], list]:
-    """By module whose experts have an A each, the angles between their gradients of the loss over all batches.
+    """Returns, for each module whose experts do not share A, the angles between their gradients over all batches.
 
-    Afterwards no other parameter of the model requires a gradient.
+    Afterwards, only these experts' A and B require a gradient.
     """
     experts = [one for one in active_experts(model) if not one.layer.badit_config[one.adapter].shares_A]
     everything = [batch for of_task in batches.values() for batch in of_task if experts]
@@ -136,18 +136,18 @@ def held_out_angles(model: Any, batches: Batches, *, progress: bool = False) -> 
 
 
 def transfer(run: Run) -> pd.DataFrame:
-    """The score matrix of a sequential run, which has been scored."""
+    """Returns the score matrix of a sequential run from its scores."""
     scores = read_scores(run.scores_path)
     order, matrix = scores.get("order") or [], scores.get("matrix") or []
     if {len(matrix), *map(len, matrix)} != {len(order)}:
-        raise BaditError(f"{run.scores_path}: matrix: must have a row and a column for every task of order")
+        raise BaditError(f"{run.scores_path}: matrix: needs a row and a column per task of order; score the run again")
     places = product(enumerate(order, start=1), order)
     rows = [(*stage, task, score) for (stage, task), score in zip(places, chain(*matrix), strict=True)]
-    return TRANSFER.frame(rows, "Rouge-L on every task after each stage of a run that learns its tasks one by one.")
+    return TRANSFER.frame(rows, "Rouge-L on every task after each stage of a run that learns its tasks in sequence.")
 
 
 def task_gap(path: AnyPath) -> pd.DataFrame:
-    """Every method's score on every task, trained on that task alone and on all of them; ``path`` is a comparison's."""
+    """Returns the scores of a comparison by method and task, trained on that task alone and on all tasks."""
     results = load_results(path)
     scores = results.scores.loc[results.scores["metric"] == "rouge_l"]
     pairs = pd.concat([paired(scores, method, method + SINGLE_TASK) for method in results.methods])
@@ -156,6 +156,6 @@ def task_gap(path: AnyPath) -> pd.DataFrame:
     how = "all tasks mixed" if results.protocol == "mixed" else "all tasks one after another, scored after the last"
     return TASK_GAP.frame(
         means.assign(gap=means["single"] - means["multi"]),
-        f"What a model for one task has ahead of a model for all of them: Rouge-L of each method trained on every task "
-        f"alone (single) and on {how} (multi), means over the seeds that have both.",
+        f"Difference between one model per task and one model for all tasks: Rouge-L of each method trained on each "
+        f"task alone (single) and on {how} (multi), means over the seeds that have both.",
     )

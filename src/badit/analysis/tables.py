@@ -1,8 +1,8 @@
 """The tables of an analysis: one DataFrame per measurement, one JSON file per table.
 
-A loaded file, which may come from elsewhere, is checked against its :class:`Table`. A frame's ``attrs`` hold ``name``,
+A loaded file may be untrusted, so it is checked against its :class:`Table`. A frame's ``attrs`` hold ``name``,
 ``about`` (what was measured, how, on how much data) and ``columns`` (name -> meaning, with the unit). A file holds the
-same, ``format`` and ``rows``; null stands for NaN.
+same fields, ``format`` and ``rows``; null stands for NaN.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from badit.files import read_json, refuse_other_format, write_text
 
 FORMAT = 1
 
-# The kinds of columns, as types that a file's values are checked against.
+# The kinds of columns: types that the values of a file are validated against.
 TEXT = Annotated[str, Strict()]
 NUMBER = Annotated[float, Strict(), Field(allow_inf_nan=False)] | None
 INDEX = Annotated[int, Strict(), Field(ge=-(2**53), le=2**53)]
 COUNT = INDEX | None
-EXPERT = Annotated[int, Strict(), Field(ge=0, lt=1024)]  # bounded, since experts become the sides of a figure
+EXPERT = Annotated[int, Strict(), Field(ge=0, lt=1024)]  # bounded: figures have a row or column per expert
 
 
 class Column(NamedTuple):
-    """A column's meaning, with its unit, and kind."""
+    """A column's meaning, including its unit, and its kind."""
 
     meaning: str
     kind: Any = NUMBER
@@ -41,24 +41,24 @@ class Column(NamedTuple):
 SHARED = {
     "task": Column("the task's name", TEXT),
     "task_a": Column("a task's name", TEXT),
-    "task_b": Column("another's, later in the alphabet", TEXT),
-    "layer": Column("index of the transformer layer, from 0; of gradients, −1 for parameters of no layer", INDEX),
-    "module": Column('name below the layer, such as mlp.gate_proj; with ".adapter" for the adapter on it', TEXT),
+    "task_b": Column("the name of another task, later in alphabetical order", TEXT),
+    "layer": Column("index of the transformer layer, from 0; −1 for an adapter's parameters outside the layers", INDEX),
+    "module": Column('name within the layer, such as mlp.gate_proj; ends with ".adapter" for its adapter', TEXT),
     "expert": Column("the expert, counted from 0", EXPERT),
     "kind": Column('"neurons", "parameters" (rows of weight matrices) or "experts"', TEXT),
-    "parameters": Column('"weights" (of the linear layers) or "adapter"; without a module, all together', TEXT),
+    "parameters": Column('"weights" (of the linear layers) or "adapter"; all modules together if none is named', TEXT),
     "cosine": Column("cosine of the two tasks' gradients"),
     "magnitude_similarity": Column("2|a||b| / (|a|² + |b|²) of the two gradients: 1 for equal norms"),
-    "reliability": Column("cosine between gradients on two halves of a task's instances: how little of them is noise"),
+    "reliability": Column("cosine between the gradients of two halves of a task's instances; near 0 for pure noise"),
 }
 
 TABLES: dict[str, Table] = {}
 
 
 class Table:
-    """The declaration of a table, next to the function that measures it; :data:`TABLES` holds it by its name.
+    """Declares a table, next to the function that measures it, and registers it by name in :data:`TABLES`.
 
-    Its columns are those of :data:`SHARED` named in ``shared``, then ``columns``, where a text is a number's meaning.
+    The columns are those of :data:`SHARED` named in ``shared``, then ``columns``. A string declares a numeric column.
     """
 
     def __init__(self, name: str, shared: str = "", **columns: Column | str) -> None:
@@ -69,7 +69,7 @@ class Table:
         TABLES[name] = self
 
     def frame(self, rows: Any, about: str) -> pd.DataFrame:
-        """A frame of this table, from anything that a DataFrame can be made of; ``about`` says how it was measured."""
+        """Returns a frame of this table from any data that DataFrame accepts; ``about`` says how it was measured."""
         frame = pd.DataFrame(rows, columns=list(self.columns))
         for name, (_, kind) in self.columns.items():
             if kind is NUMBER:
@@ -81,13 +81,13 @@ class Table:
         return frame
 
     def checked(self, rows: Any, about: str, columns: Iterable[str] = ()) -> pd.DataFrame:
-        """:meth:`frame` of rows from a file, with these columns, whose values are checked against the declaration."""
+        """Returns :meth:`frame` of a file's rows with these columns, after checking the values' types and ranges."""
         found = pd.DataFrame(rows, columns=list(columns or self.columns), dtype=object).to_dict("list")
         return self.frame(self.values.model_validate(found).model_dump(), about)
 
 
 def save_frame(frame: pd.DataFrame, folder: Path) -> Path:
-    """Writes ``FOLDER/NAME.json``, one line per row, numbers with six digits."""
+    """Writes ``FOLDER/NAME.json``, one line per row, numbers with six significant digits, and returns its path."""
     folder.mkdir(parents=True, exist_ok=True)
     table = TABLES[frame.attrs["name"]]
     path = folder / f"{table.name}.json"
@@ -105,7 +105,7 @@ def save_frame(frame: pd.DataFrame, folder: Path) -> Path:
 
 
 def load_frame(path: Path) -> pd.DataFrame:
-    """Reads and checks a table, whose file has the table's name; a BaditError says what is missing or damaged."""
+    """Reads and checks a table, whose name is the file's name; BaditError if something is missing or damaged."""
     content = read_json(path)
     refuse_other_format(content, path, FORMAT)
     with explained(path, fix="make the table again with: badit analyze", any_error=True):
@@ -113,12 +113,12 @@ def load_frame(path: Path) -> pd.DataFrame:
 
 
 def load_frames(folder: Path) -> dict[str, pd.DataFrame]:
-    """All tables of a folder, sorted by name."""
+    """Reads all tables of a folder, sorted by name."""
     return {name: load_frame(folder / f"{name}.json") for name in sorted(TABLES) if (folder / f"{name}.json").is_file()}
 
 
 def layer_and_module(name: str) -> tuple[int, str]:
-    """A module's columns "layer" and "module": its transformer layer, −1 outside of them, and the name below it."""
+    """Returns a module's columns "layer" (−1 outside the transformer layers) and "module" (its name in the layer)."""
     parts = [part for part in name.split(".") if part != "base_layer"]
     layer = next((i for i, part in enumerate(parts) if part.isdigit()), None)
     if layer is None:

@@ -1,20 +1,20 @@
-"""The baselines that add adapters, each by the name that a recipe gives it.
+"""The baselines that add adapters, by their names in recipes.
 
     method: {name: loramoe, num_experts: 8, r: 4}
 
-A baseline is a PEFT configuration, whose fields are its options. Importing this package imports all of its modules,
-which register theirs here and with PEFT, so that ``PeftModel.from_pretrained`` knows them.
+A baseline is a PEFT configuration; its fields are the method's options. Importing this package imports all of its
+modules, which register their baselines here and with PEFT, so that ``PeftModel.from_pretrained`` can load them.
 
-LoRA and its relatives are PEFT's own: a name here is a ``LoraConfig`` with one field settled.
+LoRA and its variants are PEFT's own: a name here is a ``LoraConfig`` with at most one fixed field.
 
 * lora (Hu et al. 2021, arXiv 2106.09685): y = W x + s·B A x, A kaiming(√5), B zero, s = lora_alpha / r.
-* pissa (Meng et al. 2024, arXiv 2404.02948): A and B start as the r leading singular triples, W ← W − s·B A. The SVD is
-  exact: loading an adapter repeats it. PEFT's ``pissa_niter_N`` is random, so that loading would find another model.
-* olora (Büyükakyüz 2024, arXiv 2406.01775): the same with W = QR, B = Q[:, :r], A = R[:r].
-* dora (Liu et al. 2024, arXiv 2402.09353): LoRA on the weight's direction, next to a trained magnitude per row.
+* pissa (Meng et al. 2024, arXiv 2404.02948): A and B are initialised from r leading singular triples; W ← W − s·B A.
+  The SVD is exact, because loading repeats it: with PEFT's random ``pissa_niter_N``, the loaded model would differ.
+* olora (Büyükakyüz 2024, arXiv 2406.01775): like pissa with W = QR, B = Q[:, :r], A = R[:r].
+* dora (Liu et al. 2024, arXiv 2402.09353): LoRA on the weight's direction, and a trained magnitude per row.
 * rslora (Kalajdzievski 2023, arXiv 2312.03732): LoRA with s = lora_alpha / √r.
 
-pissa and olora change the base weight, until the adapter is unloaded and after: PEFT keeps no copy of it.
+pissa and olora change the base weight permanently: PEFT does not restore it when the adapter is unloaded.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Config = TypeVar("Config", bound=PeftConfig)
 
 
 class Baseline(NamedTuple):
-    """A method's configuration, whose fields are its options, and those of them that the name settles."""
+    """A method's configuration class, whose fields are its options, and the fields that the method's name fixes."""
 
     config_cls: type[Any]
     settled: Mapping[str, Any] = {}
@@ -48,7 +48,7 @@ BASELINES = {
 
 
 def baseline(name: str, model_cls: type[ExpertModel]) -> Callable[[type[Config]], type[Config]]:
-    """Registers a configuration class under a recipe's ``name``, and with PEFT under its ``method``."""
+    """Returns a decorator that registers a configuration as ``name`` for recipes, and as its ``method`` with PEFT."""
 
     def enter(config_cls: type[Config]) -> type[Config]:
         register(config_cls, model_cls)

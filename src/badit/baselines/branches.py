@@ -1,23 +1,23 @@
-"""Sequential learning with one LoRA branch per task: O-LoRA, SAPT and what GainLoRA shares with them.
+"""Sequential learning with one LoRA branch per task: O-LoRA, SAPT, and the classes that GainLoRA shares with them.
 
-    y = W x + s · Σ_{i≤t} a_i(p0) B_i A_i x        branches i < t frozen, branch t trained
+    y = W x + s · Σ_{i≤t} a_i(p0) B_i A_i x        branches i < t are frozen, branch t is trained
 
-All branches are one wide product (:mod:`badit.tuner.layer`), the frozen ones in buffers before the trained one. The
-weights a_i are 1, or those of one gate for all layers: a hook on the token embeddings computes them for each pass from
-p0, their mean over the prompt.
+The branches form one pair of factors (:mod:`badit.tuner.layer`): the frozen ones, which are buffers, then the trained
+one. The weights a_i are 1, or come from one gate for all layers: a hook on the token embeddings computes them in each
+pass from p0, the mean of the embeddings over the prompt.
 
 * O-LoRA (Wang et al. 2023, "Orthogonal Subspace Learning for Language Model Continual Learning", arXiv 2310.14152):
   a_i = 1, and λ1 · Σ_{i<t} Σ |A_i A_tᵀ| is added to the loss. From the paper: the branches and λ1 = 0.5. The paper's
-  equation squares the entries of A_i A_tᵀ; its authors' code sums their absolute values, as here. Left out: the
+  equation squares the entries of A_i A_tᵀ; its authors' code sums their absolute values, as here. Omitted: the
   authors' second penalty, on the norms of A_t and B_t.
 * SAPT's shared attention (Zhao et al. 2024, "SAPT: A Shared Attention Framework for Parameter-Efficient Continual
   Learning of Large Language Models", arXiv 2401.08295): a = softmax_i(q · k_i / √d), q = LayerNorm(SiLU(W2 W1 p0)).
-  The keys of earlier tasks are frozen; W1, W2 and the layer norm are trained in every task, and so a changes for
-  earlier tasks, too. A new key takes the share a_t from all the others alike: next_task() scales what the adapter adds
-  by 1 − a_t. From the paper: the attention, √d, hidden size 100. From its authors' code for LLaMA: the order of W1, W2,
-  SiLU and layer norm, and the keys' start, uniform in (−1, 1). Assumption: p0 is a mean, where that code takes the
-  maximum over the tokens. Left out: the replay of generated pseudo-samples that keeps a in place on earlier tasks (the
-  paper's attentive reflection), for which this is not SAPT in full.
+  The keys of earlier tasks are frozen. W1, W2 and the layer norm are trained in every task, so a also changes on
+  earlier tasks. A new key multiplies all other weights by 1 − a_t, so next_task() scales the adapter's output by this
+  factor. From the paper: the attention, √d, hidden size 100. From its authors' code for LLaMA: the order of W1, W2,
+  SiLU and layer norm, and the keys' initialisation, uniform in (−1, 1). Assumption: p0 is a mean; that code takes the
+  maximum over the tokens. Omitted, so this is not the complete SAPT: the replay of generated pseudo-samples (the
+  paper's attentive reflection), which keeps a unchanged on earlier tasks.
 
 Shape suffixes: B = batch, T = positions, N = prompts, D = width of the token embeddings, K = branches,
 I/O = in/out features, R = rank of a branch, P = (K − 1)·R, the rank of the frozen branches together.
@@ -44,14 +44,14 @@ from badit.tuner.prompt import RoutingContext
 
 @dataclass
 class BranchConfig(ExpertConfig):
-    """One trained LoRA branch and the frozen ones of the tasks before, each of rank ``r``."""
+    """One trained LoRA branch and the frozen branches of earlier tasks, each of rank ``r``."""
 
     needs_whole_weights: ClassVar[bool] = True
-    gate_cls: ClassVar[type[BranchGate] | None] = None  # None: every branch has the weight 1
+    gate_cls: ClassVar[type[BranchGate] | None] = None  # None: all branches have weight 1
 
-    #: One is trained at a time; no option.
+    #: One branch is trained at a time; not an option.
     num_experts: ClassVar[int] = 1  # pyright: ignore[reportIncompatibleVariableOverride]
-    past_branches: int = option(0, "Number of frozen branches; next_task() adds to it.", COUNT_OR_ZERO)
+    past_branches: int = option(0, "Number of frozen branches; next_task() increases it by 1.", COUNT_OR_ZERO)
 
     @property
     def has_fixed_gates(self) -> bool:
@@ -60,17 +60,17 @@ class BranchConfig(ExpertConfig):
 
 @dataclass
 class GatedBranchConfig(BranchConfig):
-    """Branches weighed by a small network that reads the prompt."""
+    """Branches weighted by a small network that reads the prompt."""
 
     gate_hidden_size: int = option(100, "Hidden size of the gate's network.", COUNT)
 
 
 class BranchGate(nn.Module):
-    """The weights of one adapter's branches, from p0, the mean of the token embeddings over the prompt.
+    """Computes the weights of one adapter's branches from p0, the mean of the token embeddings over the prompt.
 
-    ``down`` (H, D) and ``up`` (D, H), a network with the hidden size H, and the current task's ``key`` (D) are trained;
-    ``past_keys`` (K − 1, D) are frozen. All lie flat: PEFT looks for the adapter's name right before a tensor's. A
-    method's ``forward`` gives the weights (B, K), the current branch's last.
+    ``down`` (H, D) and ``up`` (D, H), a network of hidden size H, and the current task's ``key`` (D) are trained;
+    ``past_keys`` (K − 1, D) are frozen. There are no submodules, because PEFT expects the adapter's name directly
+    before the tensor's name. ``forward`` of a subclass returns the weights (B, K), with the current branch last.
     """
 
     past_keys: torch.Tensor
@@ -89,17 +89,17 @@ class BranchGate(nn.Module):
         return torch.cat([self.past_keys, self.key[None]])
 
     def start_key(self) -> None:
-        """Fills the current key."""
+        """Initialises the current task's key."""
         raise NotImplementedError
 
     def next_task(self) -> None:
-        """Freezes what is the current task's own and starts it again."""
+        """Freezes a copy of the current task's key and initialises the key again."""
         self.past_keys = self.keys_KD.detach()
         self.start_key()
 
 
 class BranchLinear(ExpertLinear):
-    """badit_A (R, I), badit_B (O, R) are trained; badit_A_past (P, I), badit_B_past (O, P) are saved buffers."""
+    """badit_A (R, I) and badit_B (O, R) are trained; badit_A_past (P, I) and badit_B_past (O, P) are saved buffers."""
 
     adapter_layer_names = ("badit_A", "badit_B")
     other_param_names = (*ExpertLinear.other_param_names, "badit_A_past", "badit_B_past")
@@ -108,20 +108,20 @@ class BranchLinear(ExpertLinear):
     badit_B_past: Buffers
 
     def update_layer(self, adapter_name: str, config: BranchConfig, inference_mode: bool = False) -> None:
-        """Adds an adapter: room for its frozen branches, whose values are loaded, and a new current one."""
+        """Adds an adapter: zero tensors for its frozen branches, to be loaded, and a new current branch."""
         past_rank = config.past_branches * config.r
         self.badit_A_past[adapter_name] = torch.zeros(past_rank, self.in_features)
         self.badit_B_past[adapter_name] = torch.zeros(self.out_features, past_rank)
         super().update_layer(adapter_name, config, inference_mode)
 
     def expert_of(self, adapter_name: str) -> torch.Tensor:
-        """The branch that every component belongs to, the frozen ones' first."""
+        """Returns the branch of each component, the frozen branches first."""
         config: BranchConfig = self.badit_config[adapter_name]
         return torch.arange(config.past_branches + 1, device=self.device).repeat_interleave(config.r)
 
     @torch.no_grad()
     def next_task(self, adapter_name: str) -> None:
-        """Freezes the current branch after the earlier ones and starts it again, as LoRA starts."""
+        """Appends a copy of the current branch to the frozen ones and initialises the branch again, as LoRA does."""
         self.badit_A_past[adapter_name], self.badit_B_past[adapter_name] = self.factors(adapter_name)
         self.badit_B[adapter_name].zero_()
         self.initialise(adapter_name)
@@ -132,7 +132,7 @@ class BranchLinear(ExpertLinear):
         return torch.cat([past_A_PI, a_RI]), torch.cat([past_B_OP, b_OR], dim=1)
 
     def gates(self, adapter_name: str, x: torch.Tensor) -> torch.Tensor:
-        """a (B, 1, K) of the running pass: new from its prompt, or held by the cache since the prompt's pass."""
+        """Returns a (B, 1, K), computed from the pass's prompt or stored on the cache; ones (K) without a gate."""
         config: BranchConfig = self.badit_config[adapter_name]
         if config.gate_cls is None:
             return torch.ones(config.past_branches + 1, device=x.device)
@@ -140,22 +140,22 @@ class BranchLinear(ExpertLinear):
         weights_BK = (forward_pass.fresh if forward_pass.held is None else forward_pass.held).get(adapter_name)
         if weights_BK is None or x.ndim != 3 or len(x) != len(weights_BK):
             raise BaditError(
-                f"{self.name} finds no gates for an input of shape {tuple(x.shape)}, since they follow the prompt's "
-                "tokens: call the whole model, with input_ids (not inputs_embeds), decode from a cache filled with the "
-                "adapter active and as many rows, or leave the layer out of target_modules"
+                f"{self.name}: there are no gates for an input of shape {tuple(x.shape)}, since they are computed from "
+                "the prompt's tokens; call the whole model with input_ids (not inputs_embeds), decode from a cache "
+                "filled with the same rows and adapter, or leave the layer out of target_modules"
             )
         if forward_pass.held is None and weights_BK.requires_grad and not torch.is_grad_enabled():
-            raise BaditError("gradient checkpointing would cut the gates off from the loss: set use_reentrant=False")
+            raise BaditError("gradient checkpointing: the gates would have no gradient; set use_reentrant=False")
         return weights_BK.to(x.device)[:, None]
 
 
 class BranchModel(ExpertModel):
-    """A base model with LoRA branches in its target modules and, next to it, every adapter's gate."""
+    """A base model with LoRA branches in its target modules, and the gates of its adapters."""
 
     tuner_layer_cls = BranchLinear
     routes_prompts = True
 
-    badit_gate: Any  # a ModuleDict of every adapter's BranchGate
+    badit_gate: Any  # a ModuleDict with the BranchGate of each adapter
 
     def _pre_injection_hook(self, model: nn.Module, config: BranchConfig, adapter_name: str) -> None:
         super()._pre_injection_hook(model, config, adapter_name)
@@ -165,7 +165,7 @@ class BranchModel(ExpertModel):
     def _refuse_unsuitable(self, config: BranchConfig) -> None:
         unsuitable = self._is_encoder_decoder() or not hasattr(self.model, "get_input_embeddings")
         if config.gate_cls is not None and unsuitable:
-            raise BaditError(f"{config.method} is for decoder-only language models: its gates follow the prompt")
+            raise BaditError(f"{config.method} is for decoder-only language models; its gates need a prompt")
 
     def _create_and_replace(self, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         if peft_config.gate_cls is not None and adapter_name not in self.badit_gate:
@@ -177,7 +177,7 @@ class BranchModel(ExpertModel):
         super()._create_and_replace(peft_config, adapter_name, *args, **kwargs)
 
     def _weigh(self, embeddings: nn.Module, args: tuple, output: torch.Tensor) -> None:
-        """Computes the weights of a pass; in a layer, checkpointing would compute them again in the backward pass."""
+        """Computes the weights of a pass, outside of the layers: gradient checkpointing does not recompute them."""
         forward_pass = RoutingContext.of(self.model).forward_pass()
         if forward_pass.held is not None:
             return
@@ -191,7 +191,7 @@ class BranchModel(ExpertModel):
 
     @torch.no_grad()
     def next_task(self) -> None:
-        """Freezes the active adapters' current branches, and gates, and starts new ones in the same parameters."""
+        """Freezes copies of the active adapters' branches and gate keys and starts new ones in the same parameters."""
         for gate in self._active_gates():
             gate.next_task()
         for adapter_name in self.active_adapters:
@@ -226,16 +226,16 @@ class BranchModel(ExpertModel):
 
 
 def mean_embedding(embeddings_BTD: torch.Tensor, prompt_mask_BT: torch.Tensor) -> torch.Tensor:
-    """p0 (B, D) in full precision and without a gradient: the gate trains, the embeddings do not."""
+    """Returns p0 (B, D) in at least float32 and detached: the gate is trained, the embeddings are not."""
     dtype = torch.promote_types(embeddings_BTD.dtype, torch.float32)
     return prompt_mean(embeddings_BTD.detach().to(dtype), prompt_mask_BT.to(embeddings_BTD.device))
 
 
 class OLoraModel(BranchModel):
-    """Branches with a penalty on what a new one shares with the earlier ones."""
+    """Branches with a penalty on the overlap of the current branch with the earlier ones."""
 
     def extra_loss(self, attention_mask: torch.Tensor) -> torch.Tensor | None:
-        """λ1 · Σ_{i<t} Σ |A_i A_tᵀ|, summed over the adapted layers; None where there are no earlier branches."""
+        """Returns λ1 · Σ_{i<t} Σ |A_i A_tᵀ|, summed over the adapted layers; None if there are no earlier branches."""
         penalties = []
         for layer in self.expert_layers():
             for name in layer.running_adapters:
@@ -249,15 +249,15 @@ class OLoraModel(BranchModel):
 @baseline("o-lora", OLoraModel)
 @dataclass
 class OLoraConfig(BranchConfig):
-    """O-LoRA (arXiv 2310.14152): one LoRA branch per task, orthogonal to those before it."""
+    """O-LoRA (arXiv 2310.14152): one LoRA branch per task, orthogonal to the earlier ones."""
 
     method: ClassVar[str] = "BADIT_O_LORA"
 
-    orthogonality_weight: float = option(0.5, "Weight of the penalty, λ1; 0 leaves it out.", NOT_NEGATIVE)
+    orthogonality_weight: float = option(0.5, "Weight λ1 of the orthogonality penalty; 0 disables it.", NOT_NEGATIVE)
 
 
 class SaptGate(BranchGate):
-    """Attention of the prompt's query to the keys; ``norm_weight`` (D) and ``norm_bias`` (D) are trained, too."""
+    """Attention of the prompt's query to the keys; ``norm_weight`` (D) and ``norm_bias`` (D) are also trained."""
 
     def __init__(self, width: int, config: GatedBranchConfig, device: torch.device) -> None:
         super().__init__(width, config, device)
@@ -277,7 +277,7 @@ class SaptGate(BranchGate):
 @baseline("sapt", BranchModel)
 @dataclass
 class SaptConfig(GatedBranchConfig):
-    """SAPT (arXiv 2401.08295) without its replay: one LoRA branch per task, mixed by attention of prompts to keys."""
+    """SAPT (arXiv 2401.08295) without its replay: one LoRA branch per task, weighted by attention over their keys."""
 
     method: ClassVar[str] = "BADIT_SAPT"
     gate_cls: ClassVar[Any] = SaptGate

@@ -1,20 +1,20 @@
-"""GainLoRA: a gate for every branch, kept shut on the earlier tasks' prompts (Liang and Li 2025, "Gated Integration of
+"""GainLoRA: one gate per branch, near 0 on the prompts of earlier tasks (Liang and Li 2025, "Gated Integration of
 Low-Rank Adaptation for Continual Learning of Language Models", arXiv 2505.15424).
 
     y = W x + s · Σ_{i≤t} a_i B_i A_i x,    a_i = |2σ(4 cos(z_i, k_i)) − 1|,    z_i = SiLU(G2_i SiLU(G1_i p0))
 
-p0 is the mean of the token embeddings over the prompt; a_i is the same in all layers. A new task continues with the
-last one's G1 and G2 and has a new key, orthogonal to what the earlier tasks' z have spanned: its gate is 0 there. It
-stays so: G1, G2 and k move only orthogonally to what each has been multiplied with in the earlier tasks; an update Δ
-becomes Δ (I − P), P the projector onto those inputs. P grows after each task t = 1, 2, … as in gradient projection
-memory (Saha et al. 2021, arXiv 2103.09762): by the leading singular directions of what it does not yet span, until it
-holds the share 0.995 + 0.005 · (t − 1)/15 of the energy: the sum of the squared singular values of the inputs X (the
-paper) or of XᵀX (the released code, and the default here).
+p0 is the mean of the token embeddings over the prompt; a_i is the same in all layers. A new task starts with the
+previous task's G1 and G2 and a new key, orthogonal to the earlier tasks' z, so that its gate is near 0 on these tasks.
+Training keeps it there: an update Δ of G1, G2 or k becomes Δ (I − P), where P is the projector onto the inputs of this
+matrix in the earlier tasks. After each task t = 1, 2, … P is extended as in gradient projection memory (Saha et al.
+2021, arXiv 2103.09762): by the leading singular directions of the inputs' part outside of its span, until P holds the
+share 0.995 + 0.005 · (t − 1)/15 of the energy, the sum of the squared singular values of the inputs X (the paper) or of
+XᵀX (the released code, and the default here).
 
-From the paper: gates, projections, shares and hidden size 100. From its authors' code: the count of tasks (t − 1, at
-most 15), and the new key, the leading singular direction of what the earlier tasks' z leave of the new one's. (A random
-one leaves the new gate nearly shut on its own task.) Left out: their scaling of projected rows back to the norm before,
-since it moves the gate on earlier prompts. A_t and B_t are trained as in LoRA, unprojected.
+From the paper: gates, projections, shares and hidden size 100. From its authors' code: the task count (t − 1, at most
+15), and the new key: the leading singular direction of the new task's z after projecting out the earlier tasks' z.
+(With a random key, the new gate is nearly 0 on its own task.) Omitted: the authors' rescaling of projected rows to
+their previous norm, since it changes the gate on earlier prompts. A_t and B_t are trained as in LoRA, not projected.
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ from badit.tuner.model import TaskBatches
 from badit.tuner.prompt import before_first_label
 
 _SHARE_OF_ENERGY = 0.995
-_TASKS_TO_WHOLE = 15  # the share grows to 1 in as many tasks
-_NEGLIGIBLE = 1e-5  # of the norm of all inputs: what float32 cannot tell from rounding
+_TASKS_TO_WHOLE = 15  # the share reaches 1 after this number of tasks
+_NEGLIGIBLE = 1e-5  # relative to the norm of all inputs: smaller values are float32's rounding errors
 
 
 class GainLoraGate(BranchGate):
-    """A network and a key for each task; ``down`` is G1, ``up`` is G2. Those of earlier tasks are saved buffers."""
+    """One network and one key per task; ``down`` is G1, ``up`` is G2. Those of earlier tasks are saved buffers."""
 
     past_down: torch.Tensor
     past_up: torch.Tensor
-    seen_by_down: torch.Tensor  # the projectors: (D, D),
-    seen_by_up: torch.Tensor  # (H, H),
-    seen_by_key: torch.Tensor  # and (D, D)
+    seen_by_down: torch.Tensor  # the projector P of G1, (D, D)
+    seen_by_up: torch.Tensor  # of G2, (H, H)
+    seen_by_key: torch.Tensor  # of the key, (D, D)
 
     def __init__(self, width: int, config: GainLoraConfig, device: torch.device) -> None:
         super().__init__(width, config, device)
@@ -68,14 +68,14 @@ class GainLoraGate(BranchGate):
 
     @torch.no_grad()
     def start_key(self) -> None:
-        """A random unit vector, orthogonal to the earlier tasks' z; :meth:`start_task` finds a better one."""
-        if self.key.is_meta:  # its value is about to be loaded
+        """Sets the key to a random unit vector orthogonal to the earlier tasks' z; :meth:`start_task` replaces it."""
+        if self.key.is_meta:  # its value will be loaded
             return
         size = len(self.key)
         if self.seen_by_key.trace() > size - 0.5:  # a projector's trace is its rank
             raise BaditError(
-                f"the earlier tasks' prompts take up all {size} dimensions of GainLoRA's gates, which leaves none for "
-                "another task: train on fewer tasks"
+                f"the earlier tasks' prompts take up all {size} dimensions of GainLoRA's gates, so there is none for "
+                "another task; train on fewer tasks"
             )
         random_D = torch.randn_like(self.key)
         self.key.copy_(F.normalize(random_D - random_D @ self.seen_by_key, dim=0))
@@ -88,27 +88,27 @@ class GainLoraGate(BranchGate):
 
     @torch.no_grad()
     def start_task(self, prompt_ND: torch.Tensor) -> None:
-        """Turns the key towards the task's own z, as far as the earlier tasks' leave it room."""
+        """Sets the key to the leading direction of the task's z among those orthogonal to the earlier tasks' z."""
         z_ND = self._inputs(prompt_ND)["key"]
         _, _, vh = torch.linalg.svd((z_ND - z_ND @ self.seen_by_key).double(), full_matrices=False)
-        # Projected once more, since rounding has left some of the earlier tasks'.
+        # Projected a second time, because rounding leaves a part along the earlier tasks' z.
         self.key.copy_(F.normalize(vh[0].to(self.key) - vh[0].to(self.key) @ self.seen_by_key, dim=0))
 
     @torch.no_grad()
     def end_task(self, prompt_ND: torch.Tensor) -> None:
-        """Lets the projectors grow by the inputs that the finished task's prompts give to G1, G2 and the key."""
+        """Extends the projectors by the inputs of G1, G2 and the key for the finished task's prompts."""
         share = _SHARE_OF_ENERGY + (1 - _SHARE_OF_ENERGY) * min(len(self.past_keys) / _TASKS_TO_WHOLE, 1)
         for name, inputs in self._inputs(prompt_ND).items():
             inputs = inputs.double().T @ inputs.double() if self.of_covariance else inputs
             setattr(self, f"seen_by_{name}", grown_projector(self.get_buffer(f"seen_by_{name}"), inputs, share))
 
     def _inputs(self, prompt_ND: torch.Tensor) -> dict[str, torch.Tensor]:
-        """What the current task's G1, G2 and key are multiplied with: p0, SiLU(G1 p0), (N, H), and z, (N, D)."""
+        """Returns the inputs of the current task's G1, G2 and key: p0 (N, D), SiLU(G1 p0) (N, H) and z (N, D)."""
         hidden_NH = F.silu(prompt_ND @ self.down.T)
         return {"down": prompt_ND, "up": hidden_NH, "key": F.silu(hidden_NH @ self.up.T)}
 
     def before_update(self) -> None:
-        """Keeps the trained tensors, of which :meth:`after_update` takes the difference."""
+        """Copies the trained tensors, from which :meth:`after_update` computes the update."""
         self._before_update = {name: tensor.detach().clone() for name, tensor in self.named_parameters()}
 
     @torch.no_grad()
@@ -121,9 +121,9 @@ class GainLoraGate(BranchGate):
 
 
 def grown_projector(projector_DD: torch.Tensor, inputs_ND: torch.Tensor, share: float) -> torch.Tensor:
-    """The projector P = M Mᵀ, (D, D), with more columns in M: the fewest that hold the share of ‖inputs‖².
+    """Returns the projector P = M Mᵀ (D, D) with the fewest new columns in M that make it hold the share of ‖inputs‖².
 
-    These are leading right singular vectors of inputs (I − P), and what P held counts (arXiv 2103.09762, eq. 8 and 9).
+    They are leading right singular vectors of inputs (I − P); energy already in P counts (arXiv 2103.09762, eq. 8, 9).
     """
     projector, inputs = projector_DD.double(), inputs_ND.double()
     _, s, vh = torch.linalg.svd(inputs - inputs @ projector, full_matrices=False)
@@ -134,10 +134,10 @@ def grown_projector(projector_DD: torch.Tensor, inputs_ND: torch.Tensor, share: 
 
 
 class GainLoraModel(BranchModel):
-    """Branches whose gates see each task's prompts, and each step of the optimiser."""
+    """Branches whose gates read each task's prompts and project the update of each optimizer step."""
 
     def _prompts_of(self, batches: TaskBatches) -> torch.Tensor:
-        """p0 (N, D) of all prompts."""
+        """Returns p0 (N, D) of all prompts."""
         embeddings, rows = self.model.get_input_embeddings(), []
         for batch in itertools.chain(*batches.values()):
             prompt_mask_BT = batch["attention_mask"].bool() & before_first_label(batch["labels"])
@@ -164,14 +164,14 @@ class GainLoraModel(BranchModel):
 @baseline("gainlora", GainLoraModel)
 @dataclass
 class GainLoraConfig(GatedBranchConfig):
-    """GainLoRA (arXiv 2505.15424): one LoRA branch per task, each behind a gate of its own."""
+    """GainLoRA (arXiv 2505.15424): one LoRA branch per task, each with its own gate."""
 
     method: ClassVar[str] = "BADIT_GAINLORA"
     gate_cls: ClassVar[Any] = GainLoraGate
 
     energy: str = option(
         "covariance",
-        "Whose squared singular values the projectors hold a share of: those of the inputs' 'covariance', as in the "
-        "released code, or those of the 'inputs', as in the paper, which needs many more directions.",
+        "The matrix whose energy (squared singular values) the projectors hold a share of: 'covariance', XᵀX of the "
+        "inputs X, as in the released code; or 'inputs', X, as in the paper, which needs many more directions.",
         one_of("covariance", "inputs"),
     )

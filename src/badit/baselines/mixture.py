@@ -1,22 +1,22 @@
-"""Mixtures of LoRA experts, weighed by a softmax at every position: LoRAMoE, HydraLoRA and GOAT.
+"""Mixtures of LoRA experts, weighted by a softmax at every position: LoRAMoE, HydraLoRA and GOAT.
 
-    y = W x + s · (Σ_k g_k(x) B_k A_k x − share · B0 A0 x) + the weighted balance loss of some,      g = softmax(W_g x)
+    y = W x + s · (Σ_k g_k(x) B_k A_k x − share · B0 A0 x),      g = softmax(W_g x)
 
 * LoRAMoE (Dou et al. 2024, "LoRAMoE: Alleviate World Knowledge Forgetting in Large Language Models via MoE-Style
-  Plugin", arXiv 2312.09979): every expert has its own A_k. The balance loss is off by default, as the authors have it.
+  Plugin", arXiv 2312.09979): every expert has its own A_k. Its balance loss is off by default, as in the authors' code.
 * HydraLoRA (Tian et al. 2024, "HydraLoRA: An Asymmetric LoRA Architecture for Efficient Fine-Tuning",
-  arXiv 2404.19245): one A for all.
+  arXiv 2404.19245): all experts share one A.
 * GOAT (Fan et al. 2025, "Make LoRA Great Again: Boosting LoRA with Adaptive Singular Values and Mixture-of-Experts
   Optimization Alignment", arXiv 2502.16894): only the top 2 of W_g x, and share = 1/K. The spectrum of W is cut into K
-  chunks, and expert k starts from the first r/K directions of the k-th: B0_k = U √(Σ/(sρ)), A0_k = √(Σ/(sρ)) Vᵀ. Here r
+  chunks, and expert k starts from the first r/K directions of chunk k: B0_k = U √(Σ/(sρ)), A0_k = √(Σ/(sρ)) Vᵀ. Here r
   is the total rank and s = lora_alpha / r.
 
-Otherwise A starts as LoRA's does and B_k at zero; W_g starts as LoRA's A in all three. With P_k the part of W that
-expert k starts from, GOAT's model at step 0 adds (1/ρ) · Σ_k (g_k − 1/K) P_k to W: nothing on average over evenly used
-experts, for a single token at most a norm of (1 − 1/K) σ₁/ρ, under a tenth of W's own norm σ₁.
+The other two initialise A as LoRA does and B_k with zeros; all three initialise W_g like LoRA's A. At step 0, GOAT's
+model adds (1/ρ) · Σ_k (g_k − 1/K) P_k to W, where P_k is the part of W from which expert k starts. This is zero on
+average over evenly used experts. For a single token its norm is at most (1 − 1/K) σ₁/ρ, below a tenth of W's norm σ₁.
 
-GOAT, from the paper: the equations, K 8, top 2, ρ 10, weight of the balance loss 1e-3. Assumptions: the router's start;
-r 32 makes experts of rank 4 and alpha 256 keeps s = 8, both as LoRAMoE's here; the balance loss is that of Switch
+GOAT, from the paper: the equations, K 8, top 2, ρ 10, balance loss weight 1e-3. Assumptions: the router's
+initialisation; r 32 (experts of rank 4) and alpha 256 (s = 8), as in LoRAMoE here; the balance loss is that of Switch
 Transformers with both choices of a token counted, summed over layers, as in the released code.
 
 Shape suffixes: K = experts, I/O = in/out features, N = components, L = the attended positions of a batch.
@@ -43,19 +43,19 @@ from badit.tuner.prompt import inside_backward
 
 @dataclass
 class MixtureConfig(ExpertConfig):
-    """Experts mixed by a softmax over all of them, at every position and in every adapted layer."""
+    """Experts weighted by a softmax at every position in every adapted layer."""
 
-    # A method that has the balance loss `imbalance`, or uses its top_k experts only, makes an option of these.
+    # Methods with a balance loss (`imbalance`) or with gates of only the top_k experts override these with options.
     balance_weight = 0.0
     top_k = None
 
     def gates(self, logits_K: torch.Tensor) -> torch.Tensor:
-        """The experts' gates (…, K) from the router's logits, with sum 1."""
+        """Returns the experts' gates (…, K), with sum 1, from the router's logits."""
         return expert_gates(logits_K, kind="softmax", top_k=self.top_k)
 
 
 class MixtureLinear(ExpertLinear):
-    """A router for every position; keeps the last training pass's logits for the balance loss."""
+    """A layer that routes each position and stores the logits of the last training pass for the balance loss."""
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
@@ -69,7 +69,7 @@ class MixtureLinear(ExpertLinear):
     def gates(self, adapter_name: str, x: torch.Tensor) -> torch.Tensor:
         config = self.badit_config[adapter_name]
         logits_K = F.linear(x, self.badit_router[adapter_name]).float()
-        # Gradient checkpointing runs the layer again in the backward pass, after the loss has been summed.
+        # Gradient checkpointing recomputes the layer in the backward pass, after the loss has been computed.
         if config.balance_weight and self.training and torch.is_grad_enabled() and not inside_backward():
             self.router_logits[adapter_name] = logits_K
         return config.gates(logits_K)
@@ -81,7 +81,7 @@ class MixtureModel(ExpertModel):
     tuner_layer_cls = MixtureLinear
 
     def extra_loss(self, attention_mask: torch.Tensor) -> torch.Tensor | None:
-        """The weighted balance losses of the last training pass, summed over layers; can be read once."""
+        """Returns the last training pass's weighted balance loss, summed over layers, and clears the stored logits."""
         losses = []
         for layer in self.expert_layers():
             kept, layer.router_logits = layer.router_logits, {}
@@ -91,14 +91,14 @@ class MixtureModel(ExpertModel):
                     continue
                 if adapter_name not in kept:
                     raise BaditError(
-                        f"{layer.name} has seen no training pass to take its balance loss of; with gradient "
+                        f"{layer.name}: has seen no training pass, so there is no balance loss; with gradient "
                         "checkpointing set use_reentrant=False, or set balance_weight=0"
                     )
                 logits_LK = kept[adapter_name].flatten(0, -2)
                 if len(logits_LK) != attention_mask.numel():
-                    sizes = f"{len(logits_LK)} positions, the batch has {attention_mask.numel()}"
+                    sizes = f"{len(logits_LK)} positions, but the batch has {attention_mask.numel()}"
                     raise BaditError(
-                        f"{layer.name} sees {sizes}: leave it out of target_modules, or set balance_weight=0"
+                        f"{layer.name}: sees {sizes}; leave it out of target_modules, or set balance_weight=0"
                     )
                 logits_LK = logits_LK[attention_mask.flatten().bool().to(logits_LK.device)]
                 losses.append(config.imbalance(logits_LK).to(attention_mask.device) * config.balance_weight)
@@ -112,12 +112,12 @@ class LoraMoeConfig(MixtureConfig):
 
     method: ClassVar[str] = "BADIT_LORAMOE"
 
-    balance_weight: float = option(0.0, "Weight of the balance loss; 0 leaves it out.", NOT_NEGATIVE)
+    balance_weight: float = option(0.0, "Weight of the balance loss; 0 disables it.", NOT_NEGATIVE)
 
     def imbalance(self, logits_LK: torch.Tensor) -> torch.Tensor:
-        """Var(Z) / mean(Z)² over the experts (population variance), Z_k the sum of expert k's gates over the positions.
+        """Returns Var(Z) / mean(Z)² (population variance), where Z_k is the sum of expert k's gates over the positions.
 
-        The paper multiplies Z by 1 ± δ for rows of world knowledge and others: here δ = 0.
+        The paper multiplies Z by 1 ± δ, depending on whether a row is about world knowledge; here δ = 0.
         """
         z_K = self.gates(logits_LK).sum(dim=0)
         return z_K.var(correction=0) / z_K.mean().square()
@@ -126,27 +126,27 @@ class LoraMoeConfig(MixtureConfig):
 @baseline("hydralora", MixtureModel)
 @dataclass
 class HydraLoraConfig(MixtureConfig):
-    """HydraLoRA (arXiv 2404.19245): several B's over one shared A, routed by token in each layer."""
+    """HydraLoRA (arXiv 2404.19245): several B's and one shared A, routed by token in each layer."""
 
     method: ClassVar[str] = "BADIT_HYDRALORA"
     shares_A: ClassVar[bool] = True
 
     num_experts: int = option(4, "Number of B's.", COUNT)
-    r: int = option(4, "Rank of A and of every B.", COUNT)
+    r: int = option(4, "Rank of A and of each B.", COUNT)
 
 
 @baseline("goat", MixtureModel)
 @dataclass
 class GoatConfig(MixtureConfig):
-    """GOAT (arXiv 2502.16894): a sparse mixture of LoRA experts that start from stretches of the weight's spectrum."""
+    """GOAT (arXiv 2502.16894): a sparse mixture of LoRA experts initialised from parts of the weight's spectrum."""
 
     method: ClassVar[str] = "BADIT_GOAT"
 
-    r: int = option(32, "Total rank; one expert's is r / num_experts.", COUNT)
+    r: int = option(32, "Total rank; each expert has rank r / num_experts.", COUNT)
     lora_alpha: float = option(256, "LoRA's alpha; the scaling is lora_alpha / r.", POSITIVE)
-    top_k: int = option(2, "Number of experts that a token uses.")
-    rho: float = option(10.0, "The experts start with 1/rho of their part of the weight.", POSITIVE)
-    balance_weight: float = option(1e-3, "Weight of the balance loss; 0 leaves it out.", NOT_NEGATIVE)
+    top_k: int = option(2, "Number of experts per token.")
+    rho: float = option(10.0, "The experts are initialised with 1/rho of their part of the weight.", POSITIVE)
+    balance_weight: float = option(1e-3, "Weight of the balance loss; 0 disables it.", NOT_NEGATIVE)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -169,13 +169,13 @@ class GoatConfig(MixtureConfig):
         if rank > chunk:
             raise BaditError(
                 f"a weight of shape {tuple(weight_OI.shape)} has {chunk} directions for each of {self.num_experts} "
-                f"experts, too few for r = {self.r}: at most r = {chunk * self.num_experts}"
+                f"experts, too few for r = {self.r}; use at most r = {chunk * self.num_experts}"
             )
         u, s, vh = top_singular_triples(weight_OI, min(weight_OI.shape), method="exact")
         chosen_N = [k * chunk + i for k in range(self.num_experts) for i in range(rank)]
         return expert_factors(SingularTriples(u[:, chosen_N], s[chosen_N], vh[chosen_N]), self.scaling * self.rho)
 
     def imbalance(self, logits_LK: torch.Tensor) -> torch.Tensor:
-        """K · Σ_k f_k p_k: f_k is the share of positions that choose expert k, p_k the mean of the full softmax."""
+        """Returns K · Σ_k f_k p_k: f_k is the share of positions that choose expert k, p_k its mean softmax value."""
         f_K = (self.gates(logits_LK) > 0).float().mean(dim=0)
         return self.num_experts * (f_K * logits_LK.softmax(dim=-1).mean(dim=0)).sum()

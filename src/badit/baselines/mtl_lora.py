@@ -1,16 +1,16 @@
-"""MTL-LoRA: shared A and B's, and a matrix between them per task (Yang et al. 2024, "MTL-LoRA: Low-Rank Adaptation
-for Multi-Task Learning", arXiv 2410.09437).
+"""MTL-LoRA: A and B's shared by all tasks, with one matrix per task between them (Yang et al. 2024, "MTL-LoRA: Low-Rank
+Adaptation for Multi-Task Learning", arXiv 2410.09437).
 
-    y = W x + s · Σ_k softmax(w_t / τ)_k B_k Λ_t A x,      t the task of the row that x is in
+    y = W x + s · Σ_k softmax(w_t / τ)_k B_k Λ_t A x,      t is the task of x's row
 
-Every adapted layer has one A and K B's for all tasks, and Λ_t (r × r) and w_t (K) for each of them. There is no router:
-the task of every row must be given, in generation as in training, by :meth:`MtlLoraModel.rows_of`.
+Every adapted layer has one A and K B's for all tasks, and Λ_t (r × r) and w_t (K) for each task. There is no router:
+the task of every row must be set with :meth:`MtlLoraModel.rows_of`, in training and in generation.
 
-A starts as LoRA's does, B_k at zero and Λ_t as the identity. w_t starts at random, within ±1/√K: from w_t = 0 all B_k
-would get the same gradient at every step, and stay copies of one another.
+A is initialised as in LoRA, B_k with zeros, Λ_t with the identity and w_t with random values within ±1/√K. With
+w_t = 0, all B_k would get the same gradient at every step and remain equal.
 
-From the paper: the equation. From the authors' code: s, how everything starts, 3 B's, τ 0.1, r 8. Assumption: alpha 64,
-which keeps s = 8 as the other baselines have it here (the authors' example has alpha 16).
+From the paper: the equation. From the authors' code: s, the initialisation, 3 B's, τ 0.1, r 8. Assumption: alpha 64, so
+that s = 8 as in the other baselines here (the authors' example has alpha 16).
 
 Shape suffixes: B = rows of the batch, I/O = in/out features, R = rank, K = B's, N = K·R components, M = tasks.
 """
@@ -36,7 +36,7 @@ from badit.tuner.prompt import RoutingContext
 
 
 class MtlLoraLinear(ExpertLinear):
-    """Trained are badit_A (R, I), badit_B (O, N), badit_lambda (M, R, R) and badit_task_logits (M, K)."""
+    """badit_A (R, I), badit_B (O, N), badit_lambda (M, R, R) and badit_task_logits (M, K) are trained."""
 
     adapter_layer_names = ("badit_A", "badit_B", "badit_lambda", "badit_task_logits")
 
@@ -58,30 +58,28 @@ class MtlLoraLinear(ExpertLinear):
         config: MtlLoraConfig = self.badit_config[adapter_name]
         gates_MK = expert_gates(self.badit_task_logits[adapter_name].float() / config.temperature, kind="softmax")
         gates_BN = gates_MK.repeat_interleave(config.r, dim=-1)[self._tasks_of_rows(adapter_name, x)]
-        return gates_BN.unflatten(0, (-1, *[1] * (x.ndim - 2)))  # alike at all positions of a row
+        return gates_BN.unflatten(0, (-1, *[1] * (x.ndim - 2)))  # the same at all positions of a row
 
     def hidden(self, adapter_name: str, x: torch.Tensor, a_PI: torch.Tensor) -> torch.Tensor:
-        """Λ_t A x, (B, …, R)."""
+        """Returns Λ_t A x (B, …, R)."""
         lambda_BRR = self.badit_lambda[adapter_name][self._tasks_of_rows(adapter_name, x)]
         return torch.einsum("b...i,boi->b...o", super().hidden(adapter_name, x, a_PI), lambda_BRR)
 
     def frozen_factors(self, adapter_name: str, gates_N: torch.Tensor | None = None) -> Pair:
-        """A' = Λ_t A (R, I) and B' (O, R), of the one task that :meth:`MtlLoraModel.rows_of` is given."""
+        """Returns A' = Λ_t A (R, I) and B' (O, R) for the single task set with :meth:`MtlLoraModel.rows_of`."""
         a_RI, b_OR = super().frozen_factors(adapter_name, gates_N)
         (task,) = self._tasks_of_rows(adapter_name, a_RI[:1])
         return self.badit_lambda[adapter_name][task].to(a_RI) @ a_RI, b_OR
 
     def _tasks_of_rows(self, adapter_name: str, x: torch.Tensor) -> torch.Tensor:
-        """The indices (B) of the tasks of x (B, …, I)."""
+        """Returns the task indices (B) of the rows of x (B, …, I)."""
         tasks_B = self.routing.forward_pass().row_tasks.get(adapter_name)
         if tasks_B is None:
-            raise BaditError(
-                "MTL-LoRA must know each row's task: run it within badit.tuner.hooks_of(model).rows_of(names)"
-            )
+            raise BaditError("MTL-LoRA needs each row's task: run it within badit.tuner.hooks_of(model).rows_of(names)")
         if len(tasks_B) != len(x):
             raise BaditError(
-                f"{self.name} sees {len(x)} rows, but {len(tasks_B)} tasks are given: name one for every row (each "
-                "beam and returned sequence is a row), or leave the layer out of target_modules"
+                f"{self.name}: sees {len(x)} rows, but {len(tasks_B)} tasks are given; name one task per row (each "
+                "beam and each returned sequence is a row), or leave the layer out of target_modules"
             )
         return tasks_B.to(x.device)
 
@@ -99,14 +97,14 @@ class MtlLoraModel(ExpertModel):
 
     @contextmanager
     def rows_of(self, tasks: Sequence[str] | None) -> Iterator[None]:
-        """Tells the active adapters the task of every row; BaditError for a task that one has not learnt."""
+        """Sets the task of every row for the active adapters; BaditError if an adapter does not have a task."""
         running = {name: layer.device for layer in self.expert_layers() for name in layer.running_adapters}
-        names, row_tasks = tasks or (), {}  # without names the layers miss them
+        names, row_tasks = tasks or (), {}  # without names, the layers raise BaditError
         for adapter_name, device in running.items():
             known = self.peft_config[adapter_name].tasks
             if unknown := [name for name in names if name not in known]:
                 hint = nearest(unknown[0], known)
-                raise BaditError(f"the adapter has learnt no task {unknown[0]!r}{hint}: see its config's tasks")
+                raise BaditError(f"the adapter has no task {unknown[0]!r}{hint}; its config lists its tasks")
             indices = [known.index(name) for name in names]
             row_tasks[adapter_name] = torch.tensor(indices, dtype=torch.long, device=device)
         routing = RoutingContext.of(self.model)
@@ -120,14 +118,14 @@ class MtlLoraModel(ExpertModel):
 @baseline("mtl-lora", MtlLoraModel)
 @dataclass
 class MtlLoraConfig(ExpertConfig):
-    """MTL-LoRA (arXiv 2410.09437): several B's over one shared A, weighed by the row's task."""
+    """MTL-LoRA (arXiv 2410.09437): several B's and one shared A, weighted by the row's task."""
 
     method: ClassVar[str] = "BADIT_MTL_LORA"
     needs_tasks: ClassVar[bool] = True
     shares_A: ClassVar[bool] = True
 
     num_experts: int = option(3, "Number of B's.", COUNT)
-    r: int = option(8, "Rank of A and of every B.", COUNT)
+    r: int = option(8, "Rank of A and of each B.", COUNT)
     lora_alpha: float = option(64, "LoRA's alpha; the scaling is lora_alpha / r.", POSITIVE)
-    temperature: float = option(0.1, "Of the softmax that weighs the B's; low is sharp.", POSITIVE)
-    tasks: list[str] | None = option(None, "Names of the tasks. Must be there when the adapter is made.")
+    temperature: float = option(0.1, "Temperature of the softmax that weights the B's; lower is sharper.", POSITIVE)
+    tasks: list[str] | None = option(None, "Names of the tasks; required to create an adapter.")

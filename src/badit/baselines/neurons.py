@@ -1,12 +1,12 @@
-"""Task neurons: only the FFN neurons that matter to the tasks are trained (Leng & Xiong 2025, "Towards Understanding
+"""Task neurons: only the FFN neurons with the highest scores are trained (Leng & Xiong 2025, "Towards Understanding
 Multi-Task Learning (Generalization) of LLMs via Detecting and Exploring Task-Specific Neurons", arXiv 2407.06488).
 
-A neuron's output ω_j is what enters the MLP's last projection: act(gate)·up, or act(c_fc). Its score on a task is
-|∂L/∂ω_j · ω_j|; the top share of all neurons is trained: their rows of the first projections, their column of the last.
+A neuron's output ω_j is an input of the MLP's last projection: act(gate)·up, or act(c_fc). Its score on a task is
+|∂L/∂ω_j · ω_j|. The top share of all neurons is trained: their rows of the first projections, columns of the last.
 
-From the paper: the score, the choice by share, the masked gradients. Assumptions: L is an example's mean cross-entropy
+From the paper: the score, the selection by share, masked gradients. Assumptions: L is an example's mean cross-entropy
 over its answer tokens; absolute values are averaged over all attended positions of all examples; neurons of all layers
-are ranked together; the last projection's bias stays. Left out: the weighting of neurons in continual fine-tuning.
+are ranked together; the last projection's bias is frozen. Omitted: the weighting of neurons in continual fine-tuning.
 
 Shape suffixes: B = rows, T = positions, F = neurons of a layer, L = labels that are predicted.
 """
@@ -28,7 +28,7 @@ from transformers.pytorch_utils import Conv1D
 from badit.errors import BaditError
 from badit.tuner.config import COUNT, SHARE, check_options, option
 
-# The first projections, whose outputs are neurons, and the last, whose inputs they are.
+# Names of an MLP's first projections, whose outputs are the neurons, and of its last, whose inputs they are.
 _PROJECTIONS = ((("gate_proj", "up_proj"), "down_proj"), (("c_fc",), "c_proj"))
 _IGNORED_LABEL = -100
 
@@ -37,25 +37,25 @@ _IGNORED_LABEL = -100
 class NeuronOptions:
     """Options of task neurons."""
 
-    share: float = option(0.1, "Share of all FFN neurons that each task trains.", SHARE)
-    score_batches: int = option(4, "Number of batches per task that the neurons are scored on.", COUNT)
+    share: float = option(0.1, "Share of all FFN neurons to train for each task.", SHARE)
+    score_batches: int = option(4, "Number of batches per task on which the neurons are scored.", COUNT)
 
     def __post_init__(self) -> None:
         check_options(self)
 
 
 class _Mlp(NamedTuple):
-    """The projection that one layer's neurons enter, and by name their parameters, each with the neurons' axis."""
+    """One layer's last projection, and its neurons' parameters by name, each with the axis of the neurons."""
 
     last: nn.Module
     parameters: dict[str, tuple[nn.Parameter, int]]
 
 
 def neuron_scores(model: PreTrainedModel, batches: Iterable[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-    """The mean of |∂L/∂ω_j · ω_j|, (F,) in float32 on the CPU, by the name of each layer's MLP.
+    """Returns the mean of |∂L/∂ω_j · ω_j| (F,), in float32 on the CPU, by the name of each layer's MLP.
 
-    ``batches`` have ``input_ids``, ``attention_mask`` and ``labels`` (−100 on all but the answers), each (B, T). The
-    model is without adapters, and no gradient of its parameters is touched.
+    ``batches`` have ``input_ids``, ``attention_mask`` and ``labels`` (−100 except on the answers), each (B, T). The
+    model must have no adapters. The gradients of its parameters are not changed.
     """
     mlps = _mlps(model)
     totals: dict[str, torch.Tensor] = {}
@@ -73,7 +73,7 @@ def neuron_scores(model: PreTrainedModel, batches: Iterable[Mapping[str, Any]]) 
 
 
 def top_neurons(scores: Mapping[str, torch.Tensor], share: float) -> dict[str, torch.Tensor]:
-    """Masks (F,) of the ``share`` (above 0, at most 1) of all neurons with the highest scores, at least one."""
+    """Returns masks (F,) of the ``share`` (above 0, at most 1) of all neurons with the highest scores, at least one."""
     flat = torch.cat(list(scores.values()))
     chosen = torch.zeros(len(flat), dtype=torch.bool)
     chosen[flat.argsort(descending=True, stable=True)[: max(1, round(share * len(flat)))]] = True
@@ -81,9 +81,9 @@ def top_neurons(scores: Mapping[str, torch.Tensor], share: float) -> dict[str, t
 
 
 def train_only(model: PreTrainedModel, masks: Mapping[str, torch.Tensor]) -> None:
-    """Freezes all but the neurons of the masks (F,): the gradients of the other rows and columns become zero.
+    """Freezes all parameters except the masks' (F,) neurons: hooks set the gradients of other rows and columns to zero.
 
-    The optimiser must not decay weights (``weight_decay=0``), which moves weights without a gradient.
+    The optimizer must have ``weight_decay=0``, because weight decay changes weights whose gradient is zero.
     """
     model.requires_grad_(False)
     for name, mlp in _mlps(model).items():
@@ -92,12 +92,12 @@ def train_only(model: PreTrainedModel, masks: Mapping[str, torch.Tensor]) -> Non
             if axis < parameter.ndim - 1:
                 frozen = frozen[:, None]
             parameter.requires_grad_(True)
-            # The model may move to another device.
+            # The model may be moved to another device later.
             parameter.register_hook(lambda grad, frozen=frozen: grad.masked_fill(frozen.to(grad.device), 0))
 
 
 def trained_parameters(model: PreTrainedModel, masks: Mapping[str, torch.Tensor] | None = None) -> dict[str, int]:
-    """By name, how many numbers of the parameters :func:`train_only` leaves free; without masks, all of them."""
+    """Returns how many entries of each parameter :func:`train_only` trains, by name; without masks, all of them."""
     return {
         key: parameter.numel() if masks is None else parameter.numel() // len(masks[name]) * int(masks[name].sum())
         for name, mlp in _mlps(model).items()
@@ -120,7 +120,7 @@ def _mlps(model: PreTrainedModel) -> dict[str, _Mlp]:
             found[name] = _Mlp(children[last], parameters)
     if len(found) != getattr(model.config, "num_hidden_layers", None):
         raise BaditError(
-            f"task neurons do not go with this model of type {model.config.model_type}: every layer needs an MLP of "
+            f"task neurons do not support this model of type {model.config.model_type}; every layer needs an MLP of "
             "gate_proj, up_proj and down_proj, or of c_fc and c_proj, without adapters"
         )
     return found
@@ -129,18 +129,18 @@ def _mlps(model: PreTrainedModel) -> dict[str, _Mlp]:
 def _score_sums(
     model: PreTrainedModel, mlps: Mapping[str, _Mlp], batch: Mapping[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    """Each layer's Σ |∂L/∂ω · ω| (F,) over all positions; padding has no gradient."""
+    """Returns each layer's Σ |∂L/∂ω · ω| (F,) over all positions; padding has no gradient."""
     outputs: dict[str, torch.Tensor] = {}
 
     def keep(name: str, module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-        outputs[name] = args[0].requires_grad_()  # in a frozen model the first would need no gradient
+        outputs[name] = args[0].requires_grad_()  # in a frozen model, the first would not require a gradient
 
     with ExitStack() as hooks:
         for name, mlp in mlps.items():
             hooks.callback(mlp.last.register_forward_pre_hook(partial(keep, name)).remove)
         texts = {key: batch[key].to(model.device) for key in ("input_ids", "attention_mask")}
         logits_BTV = model(**texts, use_cache=False).logits
-    # The examples' mean cross-entropies, added up: an example's activations see its own loss alone.
+    # The sum of the examples' mean cross-entropies: an example's activations affect only its own loss.
     targets_BT = batch["labels"].to(model.device)[:, 1:]
     labelled_BT = targets_BT != _IGNORED_LABEL
     row_L = labelled_BT.nonzero()[:, 0]

@@ -1,6 +1,6 @@
-"""Tasks: reading, splitting and ordering them, their prompts and batches, and the built-in suite.
+"""Tasks: readers, splits, orders, prompts, batches, and the built-in suite.
 
-Importing this package loads none of torch, transformers, datasets and pandas.
+Importing this package does not import torch, transformers, datasets or pandas.
 """
 
 from badit.data.encoded import AnswerCollator, Examples, batches_by_task, encode_tasks, on_device

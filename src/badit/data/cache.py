@@ -1,6 +1,6 @@
-"""Tables in memory, or in the cache if they are large: then they are made once and mapped into memory from the disk.
+"""Arrow tables: small ones in memory, large ones written to the cache once and memory-mapped from there.
 
-The name of a file in the cache is a hash of all that decides its content, so the folder may be removed at any time.
+A cache file is named by a hash of everything that determines its content, so the folder can be removed at any time.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from filelock import FileLock
 from badit.errors import explained
 from badit.files import cache_folder, read_json, sync, write_json
 
-# The version of the files: increase it with any change of what is in them.
+# Version of the cache files; increase it whenever their content changes.
 _FORMAT = 3
 ROWS_AT_A_TIME = 5_000
 
@@ -29,12 +29,12 @@ Indices = Sequence[int] | np.ndarray
 
 
 class Table(Sequence[Item]):
-    """Items in an Arrow table, each made when it is read.
+    """A sequence of items stored in an Arrow table; each item is created when it is read.
 
     Args:
-        table: which may be mapped from a file; reading some rows touches only theirs.
-        rows: the numbers of the rows that belong to it, in their order.
-        make: an item from a row.
+        table: the table, in memory or memory-mapped; reading a row of a mapped file loads only that part of the file.
+        rows: row numbers of the items, in order.
+        make: creates an item from a row.
     """
 
     def __init__(self, table: pa.Table, rows: Indices, make: Callable[[dict[str, Any]], Item]) -> None:
@@ -58,7 +58,7 @@ class Table(Sequence[Item]):
         return isinstance(other, Sequence) and len(self) == len(other) and all(map(eq, self, other))
 
     def column(self, name: str) -> list[Any]:
-        """One column of its rows."""
+        """Returns the values of one column, in the order of the items."""
         return [value for batch in self._taken() for value in batch.column(name).to_pylist()]
 
     def select(self, indices: Indices) -> Self:
@@ -67,7 +67,7 @@ class Table(Sequence[Item]):
         return selected
 
     def _taken(self) -> Iterator[pa.RecordBatch]:
-        """Its rows in their order, as many at a time as are in one batch of the table, whose own take copies it all."""
+        """Yields the rows in order, one table batch at a time (pa.Table.take would copy the whole table)."""
         numbers = np.searchsorted(self._starts, self.rows, side="right") - 1
         for part in np.split(np.arange(len(self)), np.flatnonzero(np.diff(numbers)) + 1) if len(self) else ():
             number = numbers[part[0]]
@@ -77,11 +77,11 @@ class Table(Sequence[Item]):
 def table(
     schema: pa.Schema, make: Callable[[dict[str, Any]], Iterable[dict[str, Any]]], key: Any = None
 ) -> tuple[pa.Table, dict[str, Any]]:
-    """A table and its notes, from the cache if they are there; BaditError if that cannot be read or written.
+    """Returns a table and its notes, from the cache if possible; BaditError if the cache cannot be read or written.
 
     Args:
-        make: the rows, and fills the notes that it is given; called unless the cache has the table.
-        key: plain values that decide the content; without it, the table stays in memory.
+        make: generates the rows and fills the dictionary of notes it receives; not run if the cache has the table.
+        key: JSON values that determine the content; None keeps the table in memory.
     """
     notes: dict[str, Any] = {}
     batches = (pa.RecordBatch.from_pylist(rows, schema=schema) for rows in chunks(make(notes), ROWS_AT_A_TIME))
@@ -91,7 +91,7 @@ def table(
     path = cache_folder() / "data" / f"{name}.arrow"
     with explained(f"cache {path.parent}", fix="set BADIT_CACHE to a folder that can be written"):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{path}.lock"):  # of several processes one makes it
+        with FileLock(f"{path}.lock"):  # only one process writes the table
             if not path.is_file():
                 partial = path.with_suffix(".partial")
                 with pa.OSFile(str(partial), "wb") as file, pa.ipc.new_file(file, schema) as writer:
@@ -104,7 +104,7 @@ def table(
 
 
 def chunks(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
-    """Lists of ``size`` items each; the last one may be shorter."""
+    """Yields lists of ``size`` items; the last one may be shorter."""
     iterator = iter(items)
     while chunk := list(islice(iterator, size)):
         yield chunk

@@ -1,4 +1,4 @@
-"""Instances as token ids, encoded many at a time and, if there are very many, once for all runs; and their batches."""
+"""Encodes instances as token ids, with a cache for large training sets, and builds batches."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
-_pc: Any = pyarrow.compute  # whose functions are made at import
-# Data sets of so many instances are kept in the cache.
+_pc: Any = pyarrow.compute  # its functions are created at import
+# Minimum number of training instances for the cache.
 _LARGE = 20_000
 _SCHEMA = pa.schema(
     [("task", pa.string()), ("id", pa.string()), ("prompt_length", pa.int32()), ("input_ids", pa.list_(pa.int32()))]
@@ -29,21 +29,21 @@ _SCHEMA = pa.schema(
 
 
 class Examples(cache.Table[dict[str, Any]]):
-    """Encoded instances in an Arrow table, each in the form of :func:`badit.data.encode_example` when it is read."""
+    """Encoded instances in an Arrow table; an item has the form that :func:`badit.data.encode_example` returns."""
 
     @property
     def lengths(self) -> list[int]:
-        """Their numbers of tokens."""
+        """The number of tokens of each example."""
         return _pc.list_value_length(self.table["input_ids"]).to_numpy()[self.rows].tolist()
 
     @property
     def tasks(self) -> list[str]:
-        """Their tasks' names."""
+        """The task name of each example."""
         return self.table["task"].to_numpy()[self.rows].tolist()
 
     @property
     def largest_id(self) -> int:
-        """Of all tokens; −1 if there are none."""
+        """The largest token id in the whole table; −1 if it has no tokens."""
         largest = _pc.max(_pc.list_flatten(self.table["input_ids"])).as_py()
         return -1 if largest is None else largest
 
@@ -56,12 +56,12 @@ def encode_tasks(
     *,
     progress: bool = False,
 ) -> Examples:
-    """The training instances of tasks as token ids.
+    """Encodes the training instances of tasks as token ids.
 
     Args:
-        options: of :func:`badit.data.encode_examples`.
-        order: the examples as indices of the instances, which are counted through the tasks.
-        progress: show a bar on stderr.
+        options: keyword arguments of :func:`badit.data.encode_examples`.
+        order: the order of the examples, as indices of the training instances numbered consecutively over the tasks.
+        progress: whether to show a progress bar on stderr.
     """
     count = sum(len(task.train) for task in tasks)
     backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -74,11 +74,11 @@ def encode_tasks(
         from accelerate.utils import patch_environment
 
         bar = tqdm(total=count, desc="Encoding", unit="example", disable=not progress, leave=False)
-        with bar, patch_environment(TOKENIZERS_PARALLELISM="true"):  # a thread on every core
+        with bar, patch_environment(TOKENIZERS_PARALLELISM="true"):  # one thread per core
             for chunk in cache.chunks(((task, one) for task in tasks for one in task.train), 1_000):
                 yield from encode_examples(tokenizer, chunk, **options)
                 bar.update(len(chunk))
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # from now on processes may be forked
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # so that a later fork causes no warning
 
     table, _ = cache.table(_SCHEMA, make, key)
     return Examples(table, order, with_labels)
@@ -86,12 +86,12 @@ def encode_tasks(
 
 @dataclass
 class AnswerCollator:
-    """Pads encoded examples to the longest of the batch.
+    """Pads encoded examples to the longest one of the batch.
 
     Args:
-        pad_token_id: fills `input_ids`. The attention mask hides it, so a tokenizer without a pad token can use 0.
-        side: of the padding: "right" for training, "left" for batched generation.
-        with_tasks: adds `tasks`, the rows' task names, for a trainer that removes them before the model is called.
+        pad_token_id: padding value of `input_ids`. It is masked, so use 0 if the tokenizer has no pad token.
+        side: the padding side: "right" for training, "left" for batched generation.
+        with_tasks: whether to add `tasks`, the task name of each row, which the trainer must remove before the forward.
     """
 
     pad_token_id: int
@@ -99,7 +99,7 @@ class AnswerCollator:
     with_tasks: bool = False
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """`input_ids`, `attention_mask` and `labels`, each (batch, longest) of int64; other keys are left out."""
+        """Returns int64 `input_ids`, `attention_mask` and `labels` of shape (batch, longest); drops all other keys."""
         import torch
 
         def padded(rows: Sequence[list[int]], fill: int) -> torch.Tensor:
@@ -119,7 +119,7 @@ class AnswerCollator:
 
 @dataclass
 class Batches(Sequence[dict[str, Any]]):
-    """Batches of examples, each the indices of its own, collated when it is asked for."""
+    """A sequence of batches, stored as lists of example indices; a batch is collated when it is accessed."""
 
     examples: Sequence[Mapping[str, Any]]
     collate: AnswerCollator
@@ -137,7 +137,7 @@ class Batches(Sequence[dict[str, Any]]):
 def batches_by_task(
     examples: Sequence[Mapping[str, Any]], collate: AnswerCollator, batch_size: int
 ) -> dict[str, Batches]:
-    """Batches of one task each, by the examples' `task`, in the examples' order."""
+    """Returns the batches of each task, grouped by the examples' `task`; the order of the examples is kept."""
     tasks = getattr(examples, "tasks", None) or [example["task"] for example in examples]
     groups: dict[str, list[int]] = defaultdict(list)
     for index, task in enumerate(tasks):
@@ -146,5 +146,5 @@ def batches_by_task(
 
 
 def on_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    """The batch with its tensors on a device; other values are unchanged."""
+    """Returns the batch with its tensors on a device; other values are unchanged."""
     return {key: value.to(device) if hasattr(value, "to") else value for key, value in batch.items()}

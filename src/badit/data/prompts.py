@@ -1,8 +1,8 @@
-"""From a task's instance to token ids: the prompt's text, its truncation, and the end of the answer.
+"""Encodes a task's instance as token ids: the text of the prompt, its truncation, and the token that ends the answer.
 
-A prompt that is too long loses the end of its input first, since the definition and the closing "Output: " say what to
-do. Truncation cuts characters and tokenises again, since tokens may merge across a cut. Prompt and answer are tokenised
-separately, so that training continues the same tokens as evaluation.
+A prompt that is too long is first truncated at the end of its input; the definition and the final "Output: " are kept.
+Truncation removes characters and tokenises again, since tokens may merge across a cut. Prompt and answer are tokenised
+separately, so the prompt has the same tokens in training and in evaluation.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ PromptEncoding = Literal[
 ]
 ChatTemplate = Literal["auto", "always", "never"]
 
-# The loss of torch and transformers skips this label.
+# The losses of PyTorch and transformers ignore this label.
 IGNORED_LABEL = -100
-_TEMPLATE_FIX = "use prompt.chat_template=never, or another template"
+_TEMPLATE_FIX = "use prompt.chat_template=never or another template"
 
 
 class Prompt(NamedTuple):
-    """A prompt's text in the pieces that truncation treats differently.
+    """The text of a prompt in three parts, which truncation treats differently.
 
-    `history` holds the (role, content) of a chat's earlier messages. With `is_message` the text is a user's message.
+    `history` has the (role, content) of a chat's earlier messages. `is_message`: the text is a user message.
     """
 
     head: str
@@ -41,10 +41,10 @@ class Prompt(NamedTuple):
 
 
 def build_prompt(task: Task, instance: Instance, encoding: PromptEncoding = "def") -> Prompt:
-    """The prompt of one instance: "def" gives the definition alone, "def+posN" the first N demonstrations too.
+    """Returns the prompt of one instance: "def" has only the definition, "def+posN" also the first N demonstrations.
 
-    A task with fewer than N demonstrations shows all of them, as in the official evaluation. Without a definition the
-    instance's input is the whole prompt.
+    If a task has fewer than N demonstrations, all of them are used, as in the official evaluation. Without a definition
+    the instance's input is the whole prompt.
     """
     refuse_unknown("encoding", encoding, get_args(PromptEncoding))
     definition = task.definition if instance.instruction is None else instance.instruction
@@ -61,12 +61,12 @@ def build_prompt(task: Task, instance: Instance, encoding: PromptEncoding = "def
 
 
 def prompt_text(task: Task, instance: Instance, encoding: PromptEncoding = "def") -> str:
-    """The whole text of an instance's prompt, before truncation and chat template."""
+    """Returns the whole text of an instance's prompt, before truncation and the chat template."""
     return "".join(build_prompt(task, instance, encoding)[:3])
 
 
 def own_input(text: str) -> str:
-    """The instance's own input in the text of a prompt; empty if there is none."""
+    """Returns the instance's input from the text of its prompt, or the whole text if it has no "Input: "."""
     return text.rpartition("Input: ")[2].partition("\nOutput:")[0].strip()
 
 
@@ -77,18 +77,18 @@ def encode_prompts(
     max_source_tokens: int,
     chat_template: ChatTemplate = "auto",
 ) -> list[list[int]]:
-    """Token ids of prompts, ready for the model to continue.
+    """Returns the token ids of prompts, for generation or training.
 
     Args:
-        prompts: each in its pieces, or a plain string, which is cut at its end.
-        max_source_tokens: for a prompt's text. The tokens of the chat template, or BOS if the tokenizer adds it, come
-            on top and are never cut.
-        chat_template: "auto" makes the text the user's turn if the tokenizer has a template, "always" requires one,
-            "never" gives the bare text.
+        prompts: :class:`Prompt` objects or plain strings; a string is truncated at its end.
+        max_source_tokens: maximum length of a prompt's text with its history. The tokens of the chat template, or the
+            BOS that the tokenizer adds, are not included and never truncated.
+        chat_template: "auto" puts the text in the user's turn if the tokenizer has a template, "always" requires a
+            template, "never" uses the plain text.
     """
     pieces = [Prompt("", prompt, "") if isinstance(prompt, str) else prompt for prompt in prompts]
     texts = ["".join(prompt[:3]) for prompt in pieces]
-    # A token is at least one character of ASCII, so most texts need not be tokenised to see that they are short enough.
+    # In ASCII text a token has at least one character, so most texts need no tokenising to show that they fit.
     short = [text.isascii() and len(text) < max_source_tokens for text in texts]
     unsure = [i for i, prompt in enumerate(pieces) if prompt.history or not short[i]]
     histories = [prompt.history for prompt in pieces]
@@ -102,12 +102,12 @@ def encode_prompts(
         if templated:
             texts[i] = _rendered(tokenizer, turns, add_generation_prompt=True)
             if text.strip() not in texts[i]:
-                raise BaditError(f"chat_template: renders a prompt without the text that it is given; {_TEMPLATE_FIX}")
+                raise BaditError(f"chat_template: the rendered prompt lacks the message text; {_TEMPLATE_FIX}")
         elif history:
             texts[i] = "".join(f"{role}: {content}\n\n" for role, content in turns) + "assistant: "
         elif prompt.is_message and not text[-1:].isspace():
             texts[i] += "\n"
-    # BOS by hand: some tokenizers would also close the prompt with EOS. Templates write it themselves.
+    # BOS is added here, since some tokenizers would also append EOS to the prompt. Chat templates add BOS themselves.
     bos: list[Any] = [tokenizer.bos_token_id]
     adds_bos = not templated and tokenizer("")["input_ids"][:1] == bos
     return [bos + ids if adds_bos and ids[:1] != bos else ids for ids in _tokens(tokenizer, texts)]
@@ -120,35 +120,35 @@ def _rendered(tokenizer: PreTrainedTokenizerBase, turns: Messages, **options: An
 
 
 def _cut(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, most: int) -> str:
-    """A prompt's text in at most so many tokens."""
+    """Returns a prompt's text, truncated to `most` tokens; BaditError if not even its end fits."""
 
     def fits(text: str) -> bool:
         return len(_tokens(tokenizer, [text])[0]) <= most
 
     for before, text in ((prompt.head, prompt.input), ("", prompt.head)):
-        if fits(before + prompt.tail):  # then bisect the number of characters to cut from the text's end
+        if fits(before + prompt.tail):  # bisect the number of characters to cut from the end
             cut = bisect_left(range(len(text)), True, 1, key=lambda cut: fits(before + text[:-cut] + prompt.tail))
             return before + text[:-cut] + prompt.tail
-    raise BaditError(f"max_source_tokens: {most} has no room for the end {prompt.tail!r}; raise it")
+    raise BaditError(f"max_source_tokens: {most} is too small for the end of the prompt, {prompt.tail!r}; increase it")
 
 
 def _recent(tokenizer: PreTrainedTokenizerBase, history: Messages, most: int) -> Messages:
-    """The latest messages that come to at most so many tokens, and the system's before them if it fits as well."""
+    """Returns the system message, if it fits in `most` tokens, and the latest messages that fit in the rest."""
     lengths = [len(ids) for ids in _tokens(tokenizer, [content for _, content in history])]
     system = history[:1] if history and history[0][0] == "system" and lengths[0] <= most else ()
     left = most - sum(lengths[: len(system)])
-    # Templates want the user first.
+    # Many templates require a user message first.
     starts = (i for i in range(len(system), len(history)) if history[i][0] == "user" and sum(lengths[i:]) <= left)
     return system + history[next(starts, len(history)) :]
 
 
 def end_of_turn_id(tokenizer: PreTrainedTokenizerBase, chat_template: ChatTemplate = "auto") -> int:
-    """The token that ends an answer: the first added one after an assistant's message in the template, else EOS."""
+    """Returns the token that ends an answer: the first added token after the template's assistant message, or EOS."""
     if uses_template(tokenizer, chat_template):
         rendered = _rendered(tokenizer, (("user", "QUESTION"), ("assistant", "ANSWER")))
         _, found, after = rendered.rpartition("ANSWER")
         added = tokenizer.added_tokens_decoder
-        # Text between the message and its end, such as Llama 2's space, is not an added token.
+        # Text between the message and that token, such as Llama 2's space, has no added tokens.
         if found and (ends := [token for token in _tokens(tokenizer, [after])[0] if token in added]):
             return ends[0]
     end: Any = tokenizer.eos_token_id
@@ -160,7 +160,7 @@ def end_of_turn_id(tokenizer: PreTrainedTokenizerBase, chat_template: ChatTempla
 def encode_example(
     tokenizer: PreTrainedTokenizerBase, task: Task, instance: Instance, **options: Any
 ) -> dict[str, Any]:
-    """One instance for a causal language model; see :func:`encode_examples` for the options and the result."""
+    """Encodes one instance; see :func:`encode_examples` for the options and the result."""
     return encode_examples(tokenizer, [(task, instance)], **options)[0]
 
 
@@ -173,13 +173,13 @@ def encode_examples(
     max_answer_tokens: int = 50,
     chat_template: ChatTemplate = "auto",
 ) -> list[dict[str, Any]]:
-    """Instances of tasks for a causal language model; many at once take a fifth of the time.
+    """Encodes instances for a causal language model; many in one call take a fifth of the time of single calls.
 
-    The answer to train on is the first reference; evaluation takes the best over all of them.
+    Training uses the first reference as the answer; Rouge-L and exact match use the best match of all references.
 
     Returns:
-        For each `input_ids` and `labels` (lists of one length; the prompt's labels are -100), `prompt_length` in
-        tokens, and the names `task` and `id`.
+        For each instance: `input_ids` and `labels` (lists of equal length; the labels of the prompt are -100),
+        `prompt_length` in tokens, and the names `task` and `id`.
     """
     sources = [build_prompt(task, instance, encoding) for task, instance in pairs]
     prompts = encode_prompts(tokenizer, sources, max_source_tokens=max_source_tokens, chat_template=chat_template)
@@ -193,30 +193,30 @@ def encode_examples(
 
 
 def with_labels(example: dict[str, Any]) -> dict[str, Any]:
-    """An encoded instance with its `labels`: -100 for the prompt's tokens."""
+    """Returns an encoded instance with `labels`: -100 for the prompt's tokens."""
     ids, length = example["input_ids"], example["prompt_length"]
     return {**example, "labels": [IGNORED_LABEL] * length + ids[length:]}
 
 
 def uses_template(tokenizer: PreTrainedTokenizerBase, chat_template: ChatTemplate) -> bool:
-    """Whether prompts are put into the tokenizer's chat template."""
+    """Whether prompts use the tokenizer's chat template; BaditError if it is required but missing."""
     refuse_unknown("chat_template", chat_template, get_args(ChatTemplate))
     if chat_template == "always" and not tokenizer.chat_template:
-        raise BaditError("chat_template: this tokenizer has none; use 'auto' or 'never'")
+        raise BaditError("chat_template: the tokenizer has no chat template; use 'auto' or 'never'")
     return chat_template != "never" and bool(tokenizer.chat_template)
 
 
 def _tokens(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
-    # verbose=False: no warning that a text which is about to be cut is longer than the model's window.
+    # verbose=False: no warning about texts longer than the model's context window; they are truncated later.
     options: dict[str, Any] = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
     return tokenizer(list(texts), **options)["input_ids"] if texts else []  # pyright: ignore[reportReturnType]
 
 
 def answer_rows(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, list[dict[str, Any]]]]:
-    """A conversation, a list of dicts of ``role`` and ``content``, as one row per message of the assistant.
+    """Converts a conversation, a list of dicts with ``role`` and ``content``, to one row per assistant message.
 
     A row ``{"prompt": [messages before it], "completion": [the message]}`` has TRL's conversational prompt–completion
-    form, whose loss is on the completion only: training routes each answer on the whole conversation so far.
+    format, with the loss on the completion only. So the gates of each answer depend on all messages before it.
     """
     rows = []
     for number, message in enumerate(messages):
@@ -224,6 +224,6 @@ def answer_rows(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, list[di
             raise BaditError(f"messages: message {number} must have a role, such as user or assistant: {message!r:.60}")
         if message["role"] == "assistant":
             if number == 0:
-                raise BaditError("messages: the assistant speaks first; put a user's or system message before it")
+                raise BaditError("messages: the first is an assistant message; put a user or system message before it")
             rows.append({"prompt": [dict(before) for before in messages[:number]], "completion": [dict(message)]})
     return rows

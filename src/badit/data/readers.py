@@ -1,7 +1,7 @@
-"""Readers of tasks: the built-in suite, Super-NaturalInstructions in two layouts, and rows of files and of the hub.
+"""Reads tasks: the built-in suite, Super-NaturalInstructions in two layouts, and rows of files or hub datasets.
 
-A row is a task's instance, an instruction (Alpaca), a prompt and its completion (FLAN, P3) or a chat (ShareGPT). No
-code of a data set is run. Of the official collection of some 1,600 files only those of the chosen tasks are read.
+A row is a task's instance, an instruction (Alpaca), a prompt with its completion (FLAN, P3) or a chat (ShareGPT). No
+dataset scripts are run. The official collection has about 1,600 files; only those of the selected tasks are read.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from badit.files import lines_of, parse_json, read_text
 # The official evaluation scores the first 100 instances of a test task.
 OFFICIAL_TEST_INSTANCES = 100
 
-# Sources of this size and more are kept in the cache.
+# Sources of at least this size, in bytes, are kept in the cache.
 _LARGE = 4 * 2**20
 _JSON = (".jsonl", ".json")
 _SUFFIXES = (*_JSON, ".csv", ".tsv", ".parquet", ".arrow")
@@ -41,24 +41,24 @@ _SCHEMA = pa.schema({
 def load_tasks(
     source: str | Path | Source, *, tasks: Sequence[str] | None = None, format: Format = "auto"
 ) -> list[Task]:
-    """The tasks at `source`, sorted by name, or those named in `tasks`, in that order.
+    """Reads the tasks at `source`, sorted by name, or those listed in `tasks`, in that order.
 
     Args:
-        source: a :class:`Source` or its path: "builtin", or one of
-            sapt: a folder of `<task>/train.json` and `<task>/test.json`, each in the Super-NaturalInstructions schema.
-                `<task>/dev.json` is not read: in the published release it equals test.json.
+        source: a :class:`Source` or its path: "builtin" or one of these layouts:
+            sapt: a folder with `<task>/train.json` and `<task>/test.json` in the Super-NaturalInstructions schema.
+                `<task>/dev.json` is not read, because it equals test.json in the published release.
             superni: a folder with `tasks/*.json` (or `*.json`) and, in it or next to it, the lists
-                `splits/<list>/train_tasks.txt` and `test_tasks.txt` (`default` if there are several). Tasks of the
-                first list are for training, those of the second have their first 100 instances in `test`, all others
-                are left out. Without lists, the first 100 instances are `test` and the rest `train`.
-            rows, whose forms are in docs/own-tasks.md: files in .jsonl, .json, .csv, .tsv, .parquet or .arrow, a
-                folder or a pattern of them, a folder of `save_to_disk`, or a data set of the hub. With the format
-                "jsonl" a folder's .jsonl files alone.
-        tasks: full names, or number prefixes such as "task363" or "363" that fit one task only.
-        format: the layout; "auto" detects it.
+                `splits/<list>/train_tasks.txt` and `test_tasks.txt` (`<list>` is `default` or the only folder). All
+                instances of tasks in the first list are `train`; of tasks in the second, the first 100 are `test`. The
+                rest is not used. Without lists, the first 100 instances of each task are `test`, the others `train`.
+            rows (docs/own-tasks.md describes their forms): a .jsonl, .json, .csv, .tsv, .parquet or .arrow file, a
+                folder or pattern of such files, a folder written by `save_to_disk`, or a dataset on the hub. With the
+                format "jsonl", only the .jsonl files of a folder are read.
+        tasks: full names, or number prefixes such as "task363" or "363" that match exactly one task.
+        format: the layout, if `source` is a path; "auto" detects it.
 
     Raises:
-        BaditError: a broken file, an unknown layout, or a task that is not there.
+        BaditError: an invalid file, an unknown layout, or an unknown task.
     """
     return load_sources([source if isinstance(source, Source) else Source(source, format)], tasks)
 
@@ -68,20 +68,20 @@ def load_sources(
     wanted: Sequence[str] | None = None,
     weights: Mapping[str, float] | None = None,
 ) -> list[Task]:
-    """The tasks of several sources, sorted by name, or those that are wanted, in that order.
+    """Reads the tasks of several sources, sorted by name, or those listed in `wanted`, in that order.
 
     Args:
-        wanted: as the ``tasks`` of :func:`load_tasks`.
-        weights: further factors on the weights of tasks, by name or number.
+        wanted: as ``tasks`` in :func:`load_tasks`.
+        weights: additional factors on the weights of tasks, by name or number.
 
     Raises:
-        BaditError: bad data, a task that two sources have, or a weight of a task that is not there.
+        BaditError: invalid data, a task that occurs in two sources, or a weight for an unknown task.
     """
     found: dict[str, Task] = {}
     for source in sources:
         for task in _read(source, wanted if len(sources) == 1 else None):
             if task.name in found:
-                raise BaditError(f"data.source: {source.path} has task {task.name}, as one before it; set its task")
+                raise BaditError(f"data.source: {source.path} has task {task.name} of another source; set a new task")
             found[task.name] = task.model_copy(update={"weight": source.weight})
     names = sorted(found) if wanted is None else resolve_names(wanted, found)
     for key, weight in (weights or {}).items():
@@ -91,12 +91,12 @@ def load_sources(
 
 
 def _read(where: Source, wanted: Sequence[str] | None) -> list[Task]:
-    """The tasks of a source, of an official collection only those that are wanted."""
+    """Reads the tasks of a source; of an official collection only the wanted ones."""
     refuse_unknown("format", where.format, get_args(Format))
     if where.path == "builtin" and where.format in ("auto", "builtin"):
         return builtin_tasks()
     if where.format == "builtin":
-        raise BaditError(f"source: must be 'builtin' for the built-in suite, not {str(where.path)!r:.60}")
+        raise BaditError(f"source: must be 'builtin' with format 'builtin', not {str(where.path)!r:.60}")
     where.refuse_missing()
     path, found = Path(where.path), None
     with explained(where.path, action="read"):
@@ -108,15 +108,15 @@ def _read(where: Source, wanted: Sequence[str] | None) -> list[Task]:
         if found is None:
             found = _of_rows(where, path)
     if not found:
-        raise BaditError(f"{where.path}: holds no tasks")
+        raise BaditError(f"{where.path}: has no tasks; check the path and the format")
     return found
 
 
 def _collected(where: Source, files: Sequence[Path], records: Iterable[Record], about: Any = None) -> list[Task]:
-    """The tasks of records, which are read unless files of this size and date have been read before.
+    """Builds tasks from records. Records of large files come from the cache if the files have not changed.
 
-    A record without an id gets "<task>-<its index among the task's records>". ``about`` are further plain values that
-    decide the content.
+    A record without an id gets "<task>-<its index among the task's records>". ``about`` has other JSON values that
+    determine the content.
     """
     stats = [(file, file.stat()) for file in files]
     key = None
@@ -146,8 +146,8 @@ def _collected(where: Source, files: Sequence[Path], records: Iterable[Record], 
 
 
 def _official(where: Source, path: Path, wanted: Sequence[str] | None) -> list[Task] | None:
-    """The tasks of a folder in one of the two layouts of Super-NaturalInstructions; None if it is in neither."""
-    # Of each task the files, each with the split of its first 100 instances and that of the others.
+    """Reads a folder in one of the two layouts of Super-NaturalInstructions; None if it has neither."""
+    # By task: its files, each with the split of its first 100 instances and the split of the others.
     found: dict[str, list[Any]] = {
         file.parent.name: [(file, "train", "train"), (file.with_name("test.json"), "test", "test")]
         for file in path.glob("*/train.json")
@@ -174,16 +174,16 @@ def _official(where: Source, path: Path, wanted: Sequence[str] | None) -> list[T
 
 
 def _split_lists(root: Path, files: Sequence[Path]) -> dict[str, Any]:
-    """Of the tasks in train_tasks.txt and test_tasks.txt the split of the first 100 instances and that of the others.
+    """Returns for each task the split of its first 100 instances and the split of the others (None: not used).
 
-    Without split lists, of all tasks.
+    The tasks are those in train_tasks.txt and test_tasks.txt, or all tasks if there are no split lists.
     """
     parent = next((base / "splits" for base in (root, root.absolute().parent) if (base / "splits").is_dir()), None)
     if parent is None:
         return {file.stem: ("test", "train") for file in files}
     folders = [parent / "default"] if (parent / "default").is_dir() else [f for f in parent.iterdir() if f.is_dir()]
     if len(folders) != 1:
-        raise BaditError(f"{parent}: has {len(folders)} split lists and no 'default'; keep one")
+        raise BaditError(f"{parent}: has {len(folders)} split lists and no 'default'; keep only one")
     train, test = (read_text(folders[0] / f"{split}_tasks.txt").split() for split in ("train", "test"))
     if both := sorted({*train} & {*test}):
         raise BaditError(f"{root}: task {both[0]!r:.60} is in both split lists; keep it in one")
@@ -197,7 +197,7 @@ class _OfficialInstance(BaseModel):
 
 
 class _OfficialTask(BaseModel):
-    """A Super-NaturalInstructions file; its other fields (Contributors, Negative Examples, …) are not needed."""
+    """A Super-NaturalInstructions file; its other fields (Contributors, Negative Examples, …) are ignored."""
 
     definition: FirstString = Field(alias="Definition")
     demonstrations: tuple[Demonstration, ...] = Field((), alias="Positive Examples")
@@ -207,7 +207,7 @@ class _OfficialTask(BaseModel):
 
 
 def _of_rows(where: Source, path: Path) -> list[Task]:
-    """The tasks of a file with a row for each instance, or of those of a folder or a pattern."""
+    """Reads the tasks of a file of rows, or of all such files of a folder or pattern."""
     if path.is_dir():
         files = _row_files(path, _SUFFIXES if where.format == "auto" else (".jsonl",))
     elif path.exists():
@@ -215,7 +215,7 @@ def _of_rows(where: Source, path: Path) -> list[Task]:
     else:
         files = sorted(Path(name) for name in glob(str(where.path), recursive=True) if Path(name).is_file())
     if not files:
-        known = f"<task>/train.json, tasks/*.json or files in {', '.join(_SUFFIXES)}"
+        known = f"<task>/train.json, tasks/*.json or files with the suffix {', '.join(_SUFFIXES)}"
         raise BaditError(f"{path}: no tasks found; expected {known}")
 
     def records() -> Iterator[Record]:
@@ -229,26 +229,26 @@ def _of_rows(where: Source, path: Path) -> list[Task]:
 
 
 def _row_files(folder: Path, suffixes: Iterable[str]) -> list[Path]:
-    """A folder's files of rows: those named for a split in its order, then the others by name."""
+    """Returns the files with these suffixes, sorted by split (train, validation, test, none) and name."""
     files = [file for file in folder.iterdir() if file.suffix in suffixes and file.is_file()]
     return sorted(files, key=lambda file: ([*SPLITS, None].index(_split_in(file)), file.name))
 
 
 def _split_in(file: Path) -> Split | None:
-    """The split that a file is named for, such as train-00000-of-00002.parquet."""
+    """Returns the split that a file's name stands for, such as train for train-00000-of-00002.parquet."""
     return SPLIT_NAMES.get(re.sub(r"-\d+-of-\d+$", "", file.stem))
 
 
 def _holds_rows(file: Path) -> bool:
-    """Whether a .json file is a list."""
+    """Whether a file starts with a JSON list."""
     if not file.is_file():
-        return False  # a pipe or a device, which is refused where it is read
+        return False  # a pipe or a device; reading it raises an error later
     with file.open("rb") as stream:
         return stream.read(1024).lstrip()[:1] == b"["
 
 
 def _rows_in(file: Path) -> Iterator[tuple[str, Any]]:
-    """The rows of a file, each with its place; those of CSV are text, JSON is a list or has one on each line."""
+    """Yields the place and the value of each row. CSV values are text; JSON is one list, or one row per line."""
     if file.suffix in (".parquet", ".arrow"):
         from datasets import load_dataset
 
@@ -256,12 +256,12 @@ def _rows_in(file: Path) -> Iterator[tuple[str, Any]]:
             rows = load_dataset(file.suffix[1:], data_files=str(file), split="train", streaming=True)
         yield from _rows_of(rows, str(file))
     elif file.suffix in (".csv", ".tsv"):
-        csv.field_size_limit(2**31 - 1)  # of characters; by default 128 thousand
+        csv.field_size_limit(2**31 - 1)  # in characters; the default is 131,072
         with explained(file, action="read", any_error=True), file.open(encoding="utf-8-sig", newline="") as stream:
             reader = csv.DictReader(stream, delimiter="\t" if file.suffix == ".tsv" else ",", strict=True)
             for number, row in enumerate(reader, start=1):
                 if None in row:
-                    fix = "quote values with a separator"
+                    fix = "quote values that contain the separator"
                     raise BaditError(f"{file}: row {number} has more values than the first line has names; {fix}")
                 yield f"{file}: row {number}", row
     elif _holds_rows(file):
@@ -274,13 +274,13 @@ def _rows_in(file: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _rows_of(rows: Any, place: str) -> Iterator[tuple[str, Any]]:
-    """The rows of a data set of the library datasets: labels by their names, other plain values as text."""
+    """Yields the place and the value of each row of a dataset: class labels by name, numbers and booleans as text."""
     features = getattr(rows, "features", None) or {}
     labels = {name: column.names for name, column in features.items() if hasattr(column, "int2str")}
     with explained(place, action="read", any_error=True):
         for number, row in enumerate(rows, start=1):
             for name, value in list(row.items()):
-                if value is None or value != value:  # or a NaN
+                if value is None or value != value:  # value != value: NaN
                     row[name] = None
                 elif name in labels and isinstance(value, int) and value >= 0:
                     row[name] = labels[name][value]
@@ -290,7 +290,7 @@ def _rows_of(rows: Any, place: str) -> Iterator[tuple[str, Any]]:
 
 
 def _of_data_sets(where: Source, path: Path) -> list[Task]:
-    """The tasks of a data set: its splits by their names."""
+    """Reads a dataset that `save_to_disk` wrote or that is on the hub. Its splits are mapped by name."""
     from datasets import Dataset, load_dataset, load_from_disk, utils
 
     utils.logging.disable_progress_bar()
@@ -299,14 +299,14 @@ def _of_data_sets(where: Source, path: Path) -> list[Task]:
             found = load_from_disk(str(path))
     else:
         name, _, configuration = str(where.path).partition(":")
-        fix = "give the path of a file or folder, 'builtin', or the name of a data set of the hub"
+        fix = "give the path of a file or folder, 'builtin', or the name of a dataset on the hub"
         with explained(f"{where.path}: no such file or folder", action="loaded from the hub", fix=fix, any_error=True):
             found = load_dataset(name, configuration or None)
     parts: dict[str, Any] = {"train": found} if isinstance(found, Dataset) else {str(k): v for k, v in found.items()}
     name = where.task or path.name.partition(":")[0]
     known = {split: SPLIT_NAMES.get(split.partition("-")[0]) for split in parts}
     if unknown := [split for split in parts if known[split] is None and len(parts) > 1]:
-        raise BaditError(f"{where.path}: the split {unknown[0]!r:.60} is none of {', '.join(SPLIT_NAMES)}; rename it")
+        raise BaditError(f"{where.path}: unknown split {unknown[0]!r:.60}; known: {', '.join(SPLIT_NAMES)}; rename it")
 
     def records() -> Iterator[Record]:
         for split, rows in parts.items():

@@ -1,4 +1,4 @@
-"""The forms of a row: a task's instance, an instruction (Alpaca), a prompt with its completion (FLAN, P3), a chat."""
+"""Parses rows: a task's instance, an instruction (Alpaca), a prompt with its completion (FLAN, P3), or a chat."""
 
 from __future__ import annotations
 
@@ -19,36 +19,36 @@ from badit.errors import BaditError, explained, nearest
 Format = Literal["auto", "sapt", "superni", "jsonl", "builtin"]
 Turns = Literal["last", "all"]
 
-#: An instance on its way to its task: the task's name and fields, the split, and the instance's fields.
+#: A parsed instance: the task's name, the task's fields, the split, and the instance's fields.
 Record = tuple[str, Mapping[str, Any], Split, Mapping[str, Any]]
-#: What data sets call the splits.
+#: Names of splits in datasets, and the split that each stands for.
 SPLIT_NAMES: dict[str, Any] = {"train": "train", "test": "test"} | dict.fromkeys(
     ("validation", "valid", "val", "dev", "eval"), "validation"
 )
-# The keys of a prompt and its completion, as data sets call them.
+# The keys of a prompt and its completion in common datasets.
 _PAIRS = [
     ("prompt", "completion"), ("prompt", "response"), ("inputs_pretokenized", "targets_pretokenized"),
     ("inputs", "targets"), ("input", "target"), ("input", "output"), ("question", "answer"),
 ]  # fmt: skip
-# The keys of a task's instance. A misspelt "input" would otherwise be an empty one.
+# The keys of a task's instance. Others are refused, since a misspelt "input" would be read as an empty input.
 _KEYS = ("task", "instruction", "input", "output", "outputs", "id", "split")
 _ROLES = {"human": "user", "gpt": "assistant", "model": "assistant"}
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where tasks are, and how their rows are to be read.
+    """The location of tasks and the options for reading their rows.
 
     Attributes:
-        path: "builtin", a file, a folder, a pattern with ``*``, or a data set of the hub, ``org/name`` or, with a
+        path: "builtin", a file, a folder, a pattern with ``*``, or a dataset on the hub: ``org/name`` or, with a
             configuration, ``org/name:CONFIG``.
         format: the layout of a folder; "auto" detects it.
-        task: the name of the one task that rows are of which name none (default: the file's or the data set's name).
-        instruction: that of rows which have none; without it, a row's input is its whole prompt.
-        columns: the columns that ``task``, ``instruction``, ``input``, ``output``, ``id``, ``split`` and ``messages``
-            are in, where they have other names.
-        turns: of a chat, train the "last" answer, or "all" of them, each as an instance with a prompt of its own.
-        weight: of its tasks in a mixture.
+        task: the task of all rows (default: the task that a row names, or the name of the file or dataset).
+        instruction: the instruction of rows without one (default: none; a row's input is then the whole prompt).
+        columns: maps ``task``, ``instruction``, ``input``, ``output``, ``id``, ``split`` and ``messages`` to the
+            names of their columns, where these differ.
+        turns: the answers of a chat to train: "last", or "all", which makes one instance with its own prompt for each.
+        weight: the weight of its tasks in a mixture.
     """
 
     path: str | Path
@@ -60,7 +60,7 @@ class Source:
     weight: float = 1.0
 
     def refuse_missing(self) -> None:
-        """Raises BaditError where there is no such file or folder, and the name is none of the hub or a pattern."""
+        """Raises BaditError if the path does not exist and is not 'builtin', a pattern or the name of a hub dataset."""
         path, hub_name = str(self.path), r"[\w-][\w.-]*/[\w.-]+(:[\w.-]+)?"
         if path != "builtin" and not has_magic(path) and not re.fullmatch(hub_name, path) and not Path(path).exists():
             raise BaditError(f"{path}: no such file or folder; give a path or 'builtin'")
@@ -72,7 +72,7 @@ def _not_blank(outputs: tuple[str, ...]) -> tuple[str, ...]:
     return outputs
 
 
-# Stricter than an instance of the published benchmark: here a blank answer is a mistake that can be corrected.
+# Stricter than Instance: the published benchmark has blank answers, but in a user's data they are mistakes.
 _Answers = Annotated[Outputs, AfterValidator(_not_blank)]
 
 
@@ -89,9 +89,9 @@ class _Row(BaseModel):
 def read_rows(
     rows: Iterable[tuple[str, Any]], file_split: Split | None, name: str, where: Source, *, strict: bool
 ) -> Iterator[Record]:
-    """The instances of rows; ``name`` is the task of rows that name none, ``strict`` refuses keys that are not known.
+    """Yields the instances of rows. ``name`` is the default task; the default split is ``file_split`` or train.
 
-    A row without a split is for training unless its file's name says otherwise.
+    ``strict`` refuses unknown keys in a task's instance, and different instructions in one task.
     """
     definitions: dict[str, str] = {}
     for place, row in rows:
@@ -101,11 +101,11 @@ def read_rows(
                     known = definitions.setdefault(one.task, one.instruction or "")
                     if strict and (one.instruction or "") != known:
                         raise BaditError(
-                            f"instruction: task '{one.task}' has another one above; use one instruction per task, "
-                            "or data.columns={instruction: instruction} to keep several"
+                            f"instruction: differs from other rows of task '{one.task}'; use one instruction per task, "
+                            "or keep several with data.columns={instruction: instruction}"
                         )
                     if file_split and one.split and one.split != file_split:
-                        raise BaditError(f"split: the file's name says '{file_split}'")
+                        raise BaditError(f"split: must be '{file_split}', as in the file's name; change one of them")
                     instance = one.model_dump(exclude={"task", "split"})
                     yield one.task, {"definition": one.instruction}, file_split or one.split or "train", instance
         except BaditError as error:
@@ -113,7 +113,7 @@ def read_rows(
 
 
 def _parsed(row: Any, name: str, where: Source, strict: bool) -> Iterator[_Row]:
-    """The instances of one row, by its form."""
+    """Yields the instances of one row, whose form is detected from its keys."""
     if not isinstance(row, Mapping):
         raise BaditError(f"must be an object with keys, not {row!r:.60}")
     if missing := [column for column in where.columns.values() if column not in row]:
@@ -133,7 +133,7 @@ def _parsed(row: Any, name: str, where: Source, strict: bool) -> Iterator[_Row]:
         text, content = row["instruction"], row.get("input", "")
         if own_task is not None or where.columns.get("instruction"):
             instruction = text
-        else:  # as Alpaca has it: every row has an instruction of its own, which is the prompt
+        else:  # Alpaca: each row has its own instruction, which becomes part of its input
             content = f"{text}\n\n{content}" if content else text
         found = [((), content, outputs)]
     elif pair := next((pair for pair in _PAIRS if row.keys() >= {*pair}), None):
@@ -141,7 +141,7 @@ def _parsed(row: Any, name: str, where: Source, strict: bool) -> Iterator[_Row]:
     else:
         _refuse_near("output", row)
         fix = "name the columns with data.columns={input: COLUMN, output: COLUMN}"
-        raise BaditError(f"no known form of a row: found {', '.join(map(str, row)):.200}; {fix}")
+        raise BaditError(f"unknown form of row: found {', '.join(map(str, row)):.200}; {fix}")
     split, identity = row.get("split") or None, row.get("id") or None
     about: dict[str, Any] = {
         "task": where.task or (name if own_task is None else own_task),
@@ -154,13 +154,13 @@ def _parsed(row: Any, name: str, where: Source, strict: bool) -> Iterator[_Row]:
 
 
 def _refuse_near(key: str, row: Mapping[str, Any]) -> None:
-    """Raises BaditError for a row that seems to have a key, but misspelt."""
+    """Raises BaditError if a row lacks a key but has a similar one, which is probably misspelt."""
     if key not in row and (near := get_close_matches(key, map(str, row), n=1, cutoff=0.8)):
         raise BaditError(f"found {near[0]!r:.60}, did you mean {key!r}?")
 
 
 def _chat_of(row: Mapping[str, Any]) -> list[Any] | None:
-    """The messages of a row, if it is a chat."""
+    """Returns the messages of a row; None if it is not a chat."""
     for keys in (("messages",), ("conversations",), ("prompt", "completion")):
         if all(isinstance(row.get(key), list) for key in keys):
             return [message for key in keys for message in row[key]]
@@ -168,14 +168,14 @@ def _chat_of(row: Mapping[str, Any]) -> list[Any] | None:
 
 
 def _answers(messages: Sequence[Any], turns: Turns) -> Iterator[tuple[Messages, Any, Any]]:
-    """Of every answer of a chat, or of the last: the messages before, the message that it answers, and the answer."""
+    """Yields (earlier messages, user message, answer) for every answer of a chat, or only for the last one."""
     chat = tuple(_message(number, message) for number, message in enumerate(messages))
     answered = [number for number, (role, _) in enumerate(chat) if role == "assistant"]
     if not answered:
-        raise BaditError("messages: no message is the assistant's")
+        raise BaditError("messages: there is no assistant message; add an answer")
     for number in answered if turns == "all" else answered[-1:]:
         if number == 0 or chat[number - 1][0] != "user":
-            raise BaditError(f"messages.{number}: the assistant's message must follow one of the user")
+            raise BaditError(f"messages.{number}: an assistant message must follow a user message")
         yield chat[: number - 1], chat[number - 1][1], chat[number][1]
 
 
@@ -183,8 +183,8 @@ def _message(number: int, message: Any) -> tuple[str, str]:
     fields = message if isinstance(message, Mapping) else {}
     role, content = fields.get("role", fields.get("from")), fields.get("content", fields.get("value"))
     if isinstance(content, list):
-        with suppress(TypeError, LookupError):  # parts that are not all text
+        with suppress(TypeError, LookupError):  # not all parts are text
             content = "".join(part["text"] for part in content)
     if not isinstance(role, str) or not isinstance(content, str):
-        raise BaditError(f"messages.{number}: must have a role and a content of text")
+        raise BaditError(f"messages.{number}: must have a role and text as content")
     return _ROLES.get(role, role), content

@@ -1,7 +1,7 @@
 """The built-in suite: small tasks in plain English, generated with a fixed seed.
 
-The abilities that each task needs are written down, so an analysis of shared abilities can be compared with the truth.
-A task is one small generator: random numbers in, (input, answer) out.
+The abilities that each task requires are listed, so an analysis of shared abilities can be checked against them.
+A task is a function that takes a random number generator and returns (input, answer).
 """
 
 from __future__ import annotations
@@ -20,32 +20,32 @@ TRAIN_INSTANCES = 160
 TEST_INSTANCES = 40
 DEMONSTRATIONS = 2
 
-# Word lists, and by task its categories, abilities and definition.
+# Word lists, and the categories, abilities and definition of each task.
 _DATA: dict[str, Any] = json.loads((resources.files("badit.data") / "suite.json").read_text(encoding="utf-8"))
-ABILITIES: dict[str, str] = _DATA["abilities"]  # the closed vocabulary of what the tasks ask of a model
+ABILITIES: dict[str, str] = _DATA["abilities"]  # all abilities that the tasks require
 NAMES, PLACES, COUNTED, APPOINTMENTS = (_DATA[kind] for kind in ("names", "places", "counted", "appointments"))
-OBJECTS = _DATA["objects"]  # first letters differ often enough that three words drawn at random can be sorted by them
+OBJECTS = _DATA["objects"]  # with many different first letters, for sorting three random words
 CATEGORIES: dict[str, list[str]] = _DATA["categories"]
-OPPOSITES = _DATA["opposites"]  # adjective, opposite, and nouns that either can describe
-REVIEWS = _DATA["reviews"]  # nouns, then pairs of a word of praise and its opposite that fit all of them
+OPPOSITES = _DATA["opposites"]  # adjective, opposite, and nouns that both can describe
+REVIEWS = _DATA["reviews"]  # nouns, and pairs of a positive adjective and its opposite that can describe all of them
 DAYS, MONTHS = _DATA["days"], _DATA["months"]
 
 Example = tuple[str, str]
 
 
 def builtin_tasks() -> list[Task]:
-    """The suite, sorted by name: per task 160 training and 40 test instances and 2 demonstrations, no input twice."""
+    """Returns the suite, sorted by name. A task has 160 training and 40 test instances and 2 demonstrations."""
     return [_generated(name) for name in sorted(_DATA["tasks"])]
 
 
 @cache
 def _generated(name: str) -> Task:
-    """A task, which depends on its name and the fixed seed only."""
-    generate: Callable[[random.Random], Example] = globals()[name]  # the function of the task's name
+    """Generates a task, which depends only on its name and the fixed seed."""
+    generate: Callable[[random.Random], Example] = globals()[name]  # the function with the task's name
     rng = random.Random(f"{SEED}/{name}")
     examples: dict[str, str] = {}
     while len(examples) < DEMONSTRATIONS + TRAIN_INSTANCES + TEST_INSTANCES:
-        # An input has one right answer, so a repeated one only replaces itself.
+        # An input has exactly one correct answer, so a repeated input does not change the dictionary.
         examples.update([generate(rng)])
     pairs = list(examples.items())
     shown, scored = pairs[:DEMONSTRATIONS], pairs[DEMONSTRATIONS:]
@@ -65,14 +65,14 @@ def _listing(items: Sequence[str]) -> str:
 
 
 def _review(rng: random.Random, praises: bool) -> Example:
-    """A review of one mood, and in short what a reviewer of the opposite mood would say."""
+    """Returns a review, positive or negative, and the opposite review in short form."""
     judged = []
     for nouns, pairs in rng.sample(REVIEWS, 2):
         noun, (good, bad) = rng.choice(nouns), rng.choice(pairs)
         judged.append((noun, good, bad) if praises else (noun, bad, good))
     (first, said, turned), (second, also_said, also_turned) = judged
     review = f"The {first} in {rng.choice(PLACES)} was {said} and the {second} was {also_said}."
-    # In short: an answer that only repeats the review must not score well.
+    # The answer has another form, so that copying the review does not score well.
     return review, f"{turned} {first}, {also_turned} {second}"
 
 

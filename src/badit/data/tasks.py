@@ -1,7 +1,7 @@
-"""Tasks, their training, validation and test instances, and the orders in which tasks are learnt.
+"""Tasks, their training, validation and test instances, and the orders of tasks in a sequence.
 
-Every random draw depends on (task name, seed) alone; `random.Random` hashes a string with SHA-512, so PYTHONHASHSEED
-has no influence.
+Random choices of a task's instances depend only on the task's name and the seed. `random.Random` hashes a string seed
+with SHA-512, so PYTHONHASHSEED has no effect.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from badit.errors import BaditError, nearest
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
 
-# The two orders of SAPT (Zhao et al. 2024, arXiv 2401.08295) over its 15 SuperNI tasks, by the tasks' numbers.
+# The two orders of SAPT (Zhao et al. 2024, arXiv 2401.08295) for its 15 SuperNI tasks, as task numbers.
 SAPT_ORDERS = {
     "sapt-1": (1572, 363, 1290, 181, 2, 1510, 639, 1729, 73, 1590, 748, 511, 591, 1687, 875),
     "sapt-2": (748, 73, 1590, 639, 1572, 1687, 591, 363, 1510, 1729, 181, 511, 2, 1290, 875),
@@ -30,10 +30,10 @@ SAPT_ORDERS = {
 
 
 def file_safe(name: str) -> str:
-    """The task's name; raises ValueError unless it can name a file in any folder and leads out of none."""
+    """Returns the task's name; ValueError unless it is a valid file name without a path."""
     too_long = len(name) > 120 or len(name.encode()) > 240  # file systems allow 255 bytes, suffix included
     if too_long or not re.match(r"[^.\s]", name) or not name.isprintable() or {*"/\\"} & {*name}:
-        fix = "use at most 120 characters, no leading dot, no slash and no control character"
+        fix = "use at most 120 characters (240 bytes), no leading dot or space, no slash, no control character"
         raise ValueError(f"{name!r:.60} cannot be a file name; {fix}")
     return name
 
@@ -49,13 +49,13 @@ Messages = tuple[tuple[str, str], ...]  # (role, content) of each
 
 
 class Instance(BaseModel):
-    """One input with its reference answers, at least one.
+    """An input with one or more reference answers.
 
     An answer may be blank: task511 of the published benchmark has six such training instances. They are kept, so that
-    results stay comparable with published ones.
+    results remain comparable with published ones.
 
-    `instruction` stands in place of the task's definition where a task has several wordings. `history` holds the
-    earlier messages of a chat, (role, content) each; `input` is then the message to be answered.
+    `instruction` replaces the task's definition if instances have different instructions. `history` has the earlier
+    messages of a chat as (role, content); `input` is then the message to answer.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -68,13 +68,13 @@ class Instance(BaseModel):
 
     @property
     def hash(self) -> int:
-        """Of all of it, 64 bits."""
+        """A 64-bit hash of all fields."""
         fields = (self.id, self.input, self.outputs, self.instruction, self.history)
         return int.from_bytes(hashlib.blake2b(repr(fields).encode(), digest_size=8).digest())
 
 
 class Demonstration(BaseModel):
-    """A solved example that a prompt may show; the official files call these "Positive Examples"."""
+    """A solved example for few-shot prompts, called "Positive Example" in the official files."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -98,16 +98,16 @@ def _distinct_ids(instances: Sequence[Instance]) -> Sequence[Instance]:
     return instances
 
 
-# In a table they have a column for each of an instance's fields, and for its hash.
+# A table has one column for each field of Instance, and a column for its hash.
 Instances = Annotated[Table | tuple[Instance, ...], Field(union_mode="left_to_right"), AfterValidator(_distinct_ids)]
 
 
 class Task(BaseModel):
-    """One instruction and its data.
+    """An instruction and its data.
 
-    `name` serves as a file name. `abilities` are known for the built-in suite only and are empty elsewhere. If the
-    definition is a list, the first one is used, as in the official evaluation; if it is None, an instance's input is
-    the whole prompt. `weight` is a factor on its weight in a mixture.
+    `name` is also used as a file name. `abilities` is empty except in the built-in suite. If `definition` is a list,
+    its first item is used, as in the official evaluation; if it is None, an instance's input is the whole prompt.
+    `weight` is a factor on the task's weight in a mixture.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
@@ -125,7 +125,7 @@ class Task(BaseModel):
 
     @property
     def fingerprint(self) -> str:
-        """A hash of the definition, the demonstrations and all instances."""
+        """A hash of the name, the definition, the demonstrations and all instances."""
         digest = hashlib.sha256(repr((self.name, self.definition, self.demonstrations)).encode())
         for instances in (self.train, self.validation, self.test):
             digest.update(np.asarray(_column(instances, "hash"), dtype=np.uint64).tobytes() + b"|")
@@ -133,9 +133,9 @@ class Task(BaseModel):
 
 
 def hold_out(tasks: Iterable[Task], per_task: int, seed: int) -> list[Task]:
-    """Tasks with `per_task` training instances, at most a quarter of them, moved into an empty `validation`.
+    """Returns the tasks with `per_task` training instances, at most a quarter, moved to `validation`.
 
-    A task that already has a validation set is unchanged. Both parts keep the file's order.
+    A task that already has a validation set is unchanged. Both parts keep their order.
     """
     after = []
     for task in tasks:
@@ -147,9 +147,9 @@ def hold_out(tasks: Iterable[Task], per_task: int, seed: int) -> list[Task]:
 
 
 def limit(tasks: Iterable[Task], train: int | None, test: int | None, seed: int) -> list[Task]:
-    """Tasks with at most `train` training instances, drawn by `seed`, and the first `test` test instances.
+    """Returns the tasks with at most `train` random training instances and the first `test` test instances.
 
-    None keeps a split whole. A smaller training set is a subset of every larger one of the same seed.
+    None keeps all instances of a split. With the same seed, a smaller training set is a subset of every larger one.
     """
     limited = []
     for task in tasks:
@@ -159,15 +159,15 @@ def limit(tasks: Iterable[Task], train: int | None, test: int | None, seed: int)
 
 
 def mixture(tasks: Sequence[Task], seed: int) -> list[int]:
-    """The indices of all training instances, which are counted through the tasks, in random order."""
+    """Returns the indices of all training instances, numbered consecutively over the tasks, in random order."""
     return _shuffled(range(sum(len(task.train) for task in tasks)), f"mixture/{seed}")
 
 
 def quotas(tasks: Sequence[Task], *, balanced: bool = False, temperature: float = 1.0) -> dict[str, int] | None:
-    """How many training instances of each task an epoch has, of as many in all as there are.
+    """Returns the number of training instances of each task per epoch; their sum stays about the same.
 
-    A task of n instances and weight w weighs w · n^(1/temperature), or w if the tasks are ``balanced``. None where each
-    instance is to be seen once.
+    A task with n instances and weight w gets a share proportional to w · n^(1/temperature), or to w if ``balanced``.
+    None if each instance is used once per epoch.
     """
     sizes = {task.name: len(task.train) for task in tasks if task.train}
     power = 0.0 if balanced else 1 / temperature
@@ -185,11 +185,11 @@ def _shuffled(items: Iterable[Item], seed: str) -> list[Item]:
 
 
 def ordered(tasks: Sequence[Task], order: str | Sequence[str]) -> list[Task]:
-    """The tasks in the order in which they are to be learnt.
+    """Returns the tasks in training order.
 
     Args:
-        order: a list of all the tasks' names or numbers; "sapt-1" or "sapt-2", which skip tasks that were not loaded;
-            or "seeded-N", the sorted names shuffled by seed N. seeded-0 … seeded-4 stand in for the BADIT paper's five
+        order: a list of the names or numbers of all tasks; "sapt-1" or "sapt-2", without the tasks that are not loaded;
+            or "seeded-N", the sorted names shuffled with seed N. seeded-0 to seeded-4 replace the BADIT paper's five
             orders, which cannot be recovered.
     """
     by_name = {task.name: task for task in tasks}
@@ -204,12 +204,12 @@ def ordered(tasks: Sequence[Task], order: str | Sequence[str]) -> list[Task]:
         known = f"{nearest(order, [*SAPT_ORDERS, 'seeded-0'])}; known: sapt-1, sapt-2, seeded-N, a list of names"
         raise BaditError(f"data.order: unknown order {order!r:.60}{known}")
     if missing := by_name.keys() - names:
-        raise BaditError(f"data.order: has no place for task {min(missing)}; add it, or leave it out of data.tasks")
+        raise BaditError(f"data.order: does not contain task {min(missing)}; add it, or remove it from data.tasks")
     return [by_name[name] for name in names]
 
 
 def resolve_names(wanted: Sequence[str], names: Iterable[str], *, field: str = "tasks") -> list[str]:
-    """Full names for the `wanted` names and number prefixes, such as "task363" or "363", in their order."""
+    """Returns the full names of the `wanted` names or number prefixes, such as "task363" or "363", in their order."""
     if isinstance(wanted, str):
         raise BaditError(f"{field}: must be a list of names, such as [{wanted!r:.60}], not one string")
     known, resolved = sorted(names), []
@@ -221,16 +221,16 @@ def resolve_names(wanted: Sequence[str], names: Iterable[str], *, field: str = "
             raise BaditError(f"{field}: unknown task {name!r:.60}{nearest(name, known)}")
         if len(matches) > 1:
             such = f"such as {matches[0]!r:.130}; give a full name"
-            raise BaditError(f"{field}: {name!r:.60} fits {len(matches)} tasks, {such}")
+            raise BaditError(f"{field}: {name!r:.60} matches {len(matches)} tasks, {such}")
         if matches[0] in resolved:
-            raise BaditError(f"{field}: {matches[0]!r:.130} is named twice; name it once")
+            raise BaditError(f"{field}: {matches[0]!r:.130} is listed twice; list it once")
         resolved += matches
     if not resolved:
-        raise BaditError(f"{field}: the list is empty; name at least one task or leave it out")
+        raise BaditError(f"{field}: the list is empty; add a task or omit the list")
     return resolved
 
 
 def _number(name: str) -> str | None:
-    """The number in a name such as "task073_commonsenseqa", without leading zeros."""
+    """Returns the number of a name such as "task073_commonsenseqa", without leading zeros; None if it has none."""
     match = re.fullmatch(r"task(\d+)(?:_.*)?", name)
     return match[1].lstrip("0") if match else None

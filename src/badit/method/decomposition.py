@@ -1,12 +1,12 @@
-"""BAD: basic ability decomposition of one weight (paper, section on BAD; PiSSA's split of the singular values).
+"""BAD: basic ability decomposition of one weight (paper, section on BAD; splits singular values as PiSSA does).
 
     W0 = s · Σ_k B_k A_k + Ŵ,     B_k = U_[k] √(Σ_[k]/s),   A_k = √(Σ_[k]/s) V_[k]ᵀ
 
-where [k] is the k-th run of r of the top N = K·r singular triples and s = lora_alpha / r is LoRA's scaling. The paper
-writes A_k B_k for what LoRA calls B_k A_k; the code keeps LoRA's letters.
+where [k] is the k-th group of r triples among the top N = K·r singular triples and s = lora_alpha / r is LoRA's
+scaling. The paper writes A_k B_k for what LoRA calls B_k A_k; the code uses LoRA's letters.
 
-Shape suffixes: O/I = out/in features, N = components (K experts of rank r), P = N plus oversampling (or a smaller rank
-to compress to), M = all blocks of P, D = O or I.
+Shape suffixes: O/I = out/in features, N = components (K experts of rank r), P = N plus oversampling (in ``compress``:
+the new rank), M = the columns of all blocks of P, D = O or I.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from badit.errors import BaditError, refuse_unknown
 
 SvdMethod = Literal["auto", "exact", "randomized"]
 
-# Below this many rows or columns a dense factorisation is about as fast as iterating, and exact.
+# Up to this size of the smaller dimension, a dense factorisation is about as fast as the iteration, and exact.
 _EXACT_UP_TO = 1024
-# A Gram matrix squares σ_N / σ_1. Down to this ratio float64 keeps more digits of every triple than float32 can hold.
+# A Gram matrix squares σ_N / σ_1. Above this ratio, float64 gives more digits of every triple than float32 can hold.
 _GRAM_DOWN_TO = 1e-4
 _OVERSAMPLING = 16
 _MAX_PASSES = 200
@@ -31,7 +31,7 @@ _MAX_BLOCKS = 8
 
 
 class SingularTriples(NamedTuple):
-    """The N leading singular triples, σ in descending order: W ≈ u_ON diag(s_N) vh_NI (all float32)."""
+    """The N largest singular triples in descending order of σ: W ≈ u_ON diag(s_N) vh_NI (all float32)."""
 
     u_ON: torch.Tensor
     s_N: torch.Tensor
@@ -41,32 +41,32 @@ class SingularTriples(NamedTuple):
 def top_singular_triples(
     weight_OI: torch.Tensor, rank: int, *, method: SvdMethod = "auto", tolerance: float = 1e-3, seed: int = 0
 ) -> SingularTriples:
-    """The ``rank`` largest singular triples of a weight, in float32, with the largest entry of every u positive.
+    """Returns the ``rank`` largest singular triples in float32; the largest-magnitude entry of every u is positive.
 
     Args:
         weight_OI: the weight, (out, in), any floating dtype.
-        rank: how many triples, N ≤ min(out, in).
+        rank: the number of triples, N ≤ min(out, in).
         method: "exact" (a dense factorisation), "randomized" (block Krylov iteration) or "auto", which iterates only
-            where both dimensions are large against the rank.
+            if both dimensions exceed 1024 and four times the rank.
         tolerance: the randomised method iterates until ‖W v − σ u‖ / σ ≤ tolerance for *every* triple.
-        seed: of the randomised method's start.
+        seed: seed of the randomised method's random start.
 
     Raises:
-        BaditError: a weight that is not 2-D or not finite, a rank that is too large, an unknown method.
+        BaditError: if the weight is not 2-D or not finite, the rank is out of range, or the method is unknown.
     """
     if weight_OI.ndim != 2:
-        raise BaditError(f"only a 2-D weight can be decomposed, this one has shape {tuple(weight_OI.shape)}")
+        raise BaditError(f"only a 2-D weight can be decomposed, got one of shape {tuple(weight_OI.shape)}")
     if not 1 <= rank <= min(weight_OI.shape):
         raise BaditError(
             f"num_experts × r = {rank} singular triples do not fit a weight of shape {tuple(weight_OI.shape)}: "
             f"at most {min(weight_OI.shape)} exist; lower num_experts or r"
         )
     refuse_unknown("svd_method", method, get_args(SvdMethod))
-    if weight_OI.is_meta:  # a model without weights has shapes alone
+    if weight_OI.is_meta:  # on the meta device there are only shapes
         shapes = (len(weight_OI), rank), (rank,), (rank, weight_OI.shape[1])
         return SingularTriples(*(weight_OI.new_empty(shape) for shape in shapes))
     w_OI = weight_OI.detach().to(torch.float32)
-    if not torch.isfinite(torch.stack(w_OI.aminmax())).all():  # one pass over the weight, which NaN comes through
+    if not torch.isfinite(torch.stack(w_OI.aminmax())).all():  # a single pass, which propagates NaN
         raise BaditError("the weight holds NaN or infinite values; it cannot be decomposed")
     small = min(w_OI.shape) <= max(_EXACT_UP_TO, 4 * rank)
     if method == "exact" or (method == "auto" and small):
@@ -79,26 +79,26 @@ def top_singular_triples(
 
 
 def expert_factors(triples: SingularTriples, scaling: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Splits the singular values evenly between the factors: A_NI = √(Σ/s) Vᵀ and B_ON = U √(Σ/s).
+    """Returns A_NI = √(Σ/s) Vᵀ and B_ON = U √(Σ/s): the singular values are split evenly between the factors.
 
-    Then s · B_ON @ A_NI is the top-N part of the weight exactly, for any scaling s; both factors of component i have
-    the norm √(σ_i/s). Expert k holds components k·r … k·r + r − 1.
+    s · B_ON @ A_NI is exactly the top-N part of the weight, for any scaling s. Both factors of component i have the
+    norm √(σ_i/s). Expert k holds components k·r … k·r + r − 1.
     """
     root_N = (triples.s_N / scaling).sqrt()
     return root_N[:, None] * triples.vh_NI, triples.u_ON * root_N
 
 
 def expert_directions(triples: SingularTriples) -> tuple[torch.Tensor, torch.Tensor]:
-    """The experts' directions without their magnitudes: A_NI = Vᵀ/√3, B_ON = 0.
+    """Returns the experts' directions without their magnitudes: A_NI = Vᵀ/√3, B_ON = 0.
 
-    1/√3 is the norm of a row of LoRA's random A. With B at zero no gate acts on the pretrained weight itself. Not in
-    the paper.
+    1/√3 is the expected norm of a row of LoRA's random A. B is zero, so no gate scales a part of the pretrained weight.
+    This initialisation is not in the paper.
     """
     return triples.vh_NI / math.sqrt(3), torch.zeros_like(triples.u_ON)
 
 
 class CompressedFactors(NamedTuple):
-    """A LoRA of smaller rank in float32, and the Frobenius norms of what the product lost and of the product itself."""
+    """A LoRA of smaller rank in float32, and the Frobenius norms of the truncation error and the original product."""
 
     a_PI: torch.Tensor
     b_OP: torch.Tensor
@@ -107,11 +107,11 @@ class CompressedFactors(NamedTuple):
 
 
 def compress(a_RI: torch.Tensor, b_OR: torch.Tensor, rank: int) -> CompressedFactors:
-    """The product of rank P closest to B A (Eckart & Young 1936), the singular values split evenly.
+    """Returns the rank-P factors whose product is closest to B A (Eckart & Young 1936); splits singular values evenly.
 
-    What the weight's own dimensions cannot fill of P is zero.
+    Components beyond the largest possible rank of B A are zero.
     """
-    # In float64, by the SVD of the small core between two QR factorisations.
+    # In float64: the SVD of the small core matrix between two QR factorisations.
     q_OC, core_CR = torch.linalg.qr(b_OR.double())
     q_IC, core_AR = torch.linalg.qr(a_RI.double().T)
     u, s, vh = torch.linalg.svd(core_CR @ core_AR.T, full_matrices=False)
@@ -124,9 +124,9 @@ def compress(a_RI: torch.Tensor, b_OR: torch.Tensor, rank: int) -> CompressedFac
 
 def _exact(w_OI: torch.Tensor, rank: int) -> SingularTriples:
     if w_OI.device.type == "cpu":
-        # By eigenvectors of the shorter side's Gram matrix in float64, which is faster, unless σ_N is too small.
+        # On a CPU, eigenvectors of the shorter side's float64 Gram matrix are faster; precise unless σ_N is too small.
         wide_SL = (w_OI if w_OI.shape[0] <= w_OI.shape[1] else w_OI.T).double()
-        squares_S, vectors_SS = torch.linalg.eigh(wide_SL @ wide_SL.T)  # in ascending order
+        squares_S, vectors_SS = torch.linalg.eigh(wide_SL @ wide_SL.T)  # ascending
         s_N = squares_S[-rank:].clamp_min(0).sqrt().flip(0)
         if s_N[-1] > _GRAM_DOWN_TO * s_N[0]:
             short_SN = vectors_SS[:, -rank:].flip(1)
@@ -138,12 +138,12 @@ def _exact(w_OI: torch.Tensor, rank: int) -> SingularTriples:
 
 
 def _randomized(w_OI: torch.Tensor, rank: int, tolerance: float, seed: int) -> SingularTriples:
-    """Block Krylov iteration with Rayleigh–Ritz (Musco & Musco 2015, arXiv 1504.05477), stopped by its residual.
+    """Runs block Krylov iteration with Rayleigh–Ritz (Musco & Musco 2015, arXiv 1504.05477) to a small residual.
 
-    The triples are the best in the span of all blocks so far, W·(WᵀW)^j·random. With UᵀW = RᵀVᵀ between the two bases,
-    every Ritz triple has Wᵀu = σv, and ‖W v − σ u‖ is its whole error. After _MAX_BLOCKS blocks, it starts again.
+    The Ritz triples come from the span of all blocks so far, W·(WᵀW)^j·random. The two bases satisfy UᵀW = RᵀVᵀ, so
+    Wᵀu = σv holds for every triple and ‖W v − σ u‖ is its only residual. It restarts after _MAX_BLOCKS blocks.
     """
-    # Squares of very small or large weights vanish or overflow in float32: divide by a power of two, which is exact.
+    # Squares of very small or large weights underflow or overflow in float32: divide by a power of two, which is exact.
     low, high = w_OI.aminmax()
     peak = torch.maximum(-low, high).clamp_min(torch.finfo(torch.float32).tiny)
     unit = peak / (2 * torch.frexp(peak).mantissa)
@@ -160,7 +160,7 @@ def _randomized(w_OI: torch.Tensor, rank: int, tolerance: float, seed: int) -> S
         left_MM, s_M, right_MM = torch.linalg.svd(r_MM.T)
         u_ON, s_N, v_IN = u_OM @ left_MM[:, :rank], s_M[:rank], v_IM @ right_MM[:rank].T
         residual_N = torch.linalg.vector_norm(w_OI @ v_IN - u_ON * s_N, dim=0)
-        # Triples of σ near 0 are measured against what float32's rounding leaves of the largest σ.
+        # For σ near 0, the bound is float32's rounding error of the largest σ instead.
         noise = s_N[0] * torch.finfo(torch.float32).eps * max(w_OI.shape) ** 0.5
         if bool((residual_N <= (tolerance * s_N).clamp_min(noise)).all()):
             return SingularTriples(u_ON, s_N * unit, v_IN.T)
@@ -172,7 +172,7 @@ def _randomized(w_OI: torch.Tensor, rank: int, tolerance: float, seed: int) -> S
 
 
 def _beyond(basis_DM: torch.Tensor, new_DP: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """q_DP and r_M'P with new = [basis, q] r and orthonormal [basis, q]; in two rounds, because of rounding."""
+    """Returns q_DP and r_M'P with new = [basis, q] r and orthonormal [basis, q]; two passes correct rounding errors."""
     within_MP = basis_DM.T @ new_DP
     q_DP, r_PP = torch.linalg.qr(new_DP - basis_DM @ within_MP)
     left_MP = basis_DM.T @ q_DP

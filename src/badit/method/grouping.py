@@ -1,18 +1,18 @@
 """DOG: dynamically orthogonal grouping of rank-1 components by their gradients (paper, section on DOG).
 
-Component i is the pair (row i of lora_A, column i of lora_B); ĝ_i is its concatenated, normalised gradient. DOG looks
-for the assignment Π ∈ {0,1}^{N×K} with exactly r components an expert that maximises
+Component i is the pair (row i of lora_A, column i of lora_B); ĝ_i is its concatenated, normalised gradient. DOG
+searches for the assignment Π ∈ {0,1}^{N×K} with exactly r components per expert that maximises
 
     Σ_k ‖Σ_i π_ik ĝ_i‖²  =  tr(Πᵀ G Π),     G = [⟨ĝ_i, ĝ_j⟩].
 
-Everything below needs only the Gram matrix G, N² numbers per layer; running means of G are again Gram matrices, and the
-Grams of gradient shards add up.
+The solvers need only the Gram matrix G, N² numbers per layer. A running mean of G is also a Gram matrix, and
+inner products of sharded gradients are sums over the shards.
 
 * spherical k-means: ⟨ĝ_i, c_k⟩ = (GΠ)_ik / √(ΠᵀGΠ)_kk
-* the paper's polar targets: C = U Σ Vᵀ the centroid matrix, Q = U Vᵀ, and ⟨ĝ_i, q_k⟩ = (GΠ (ΠᵀGΠ)^(−1/2))_ik
-* exchanging i ∈ a with j ∈ b changes the objective by 2(S_ib − S_ia + S_ja − S_jb) + 2(G_ii + G_jj) − 4 G_ij, S = GΠ
+* the paper's polar targets: centroid matrix C = U Σ Vᵀ, targets Q = U Vᵀ, ⟨ĝ_i, q_k⟩ = (GΠ (ΠᵀGΠ)^(−1/2))_ik
+* swapping i ∈ a with j ∈ b changes the objective by 2(S_ib − S_ia + S_ja − S_jb) + 2(G_ii + G_jj) − 4 G_ij, S = GΠ
 
-Swaps are the default's last step because both k-means and the paper's loop stop where a single exchange would improve.
+The default solver ends with swaps, because k-means and the paper's loop can stop where a single swap still improves.
 
 Shape suffixes: N = components, K = experts, I/O = in/out features. Solvers run in float64 on the CPU.
 """
@@ -29,27 +29,27 @@ from scipy.optimize import linear_sum_assignment
 from badit.errors import BaditError, refuse_unknown
 
 Solver = Literal["swap", "paper"]
-# (tensor, "max" or "sum") -> the tensor combined over processes.
+# (tensor, "max" or "sum") -> the tensor, reduced over the processes that hold the shards.
 OverShards = Callable[[torch.Tensor, Literal["max", "sum"]], torch.Tensor]
 
-_MIN_RELATIVE_GAIN = 1e-6  # of a new grouping: more than rounding noise
+_MIN_RELATIVE_GAIN = 1e-6  # a new grouping with a smaller gain is rejected as rounding noise
 _MAX_ROUNDS = 50
 
 
 def cosine_gram(
     grad_A_NI: torch.Tensor, grad_B_ON: torch.Tensor, over_shards: OverShards = lambda tensor, operation: tensor
 ) -> torch.Tensor:
-    """G_NN = [⟨ĝ_i, ĝ_j⟩] of the components' gradients, float32, on the gradients' device.
+    """Returns G_NN = [⟨ĝ_i, ĝ_j⟩] of the components' gradients in float32 on the gradients' device.
 
     A component whose gradient is zero or not finite has a zero row and column.
 
     Args:
-        grad_A_NI, grad_B_ON: the gradients; or this process's shards of them, some columns of A and some rows of B.
-            Equal leading dimensions are layers, each with a Gram of its own.
-        over_shards: combines tensors of N and N² numbers over the processes that hold the other shards.
+        grad_A_NI, grad_B_ON: the gradients, or this process's shards of them: some columns of A and some rows of B.
+            Leading dimensions, the same for both, are layers; each layer has its own Gram matrix.
+        over_shards: reduces tensors of N and N² numbers over the processes that hold the other shards.
     """
     a_NI, b_NO = grad_A_NI.detach().float(), grad_B_ON.detach().float().mT
-    # Divide by the peak before multiplying: squares of small or large gradients vanish or overflow.
+    # Divide by the peak before multiplying: squares of small or large gradients underflow or overflow.
     peak_N = over_shards(torch.maximum(_peaks(a_NI), _peaks(b_NO)), "max")
     peak_N1 = torch.where(peak_N > 0, peak_N, 1.0).unsqueeze(-1)
     a_NI, b_NO = a_NI / peak_N1, b_NO / peak_N1
@@ -62,12 +62,12 @@ def cosine_gram(
 
 
 def _peaks(x_ND: torch.Tensor) -> torch.Tensor:
-    """The largest magnitude in every row; 0 where a shard has nothing."""
+    """Returns the largest magnitude in every row; 0 for an empty shard."""
     return torch.linalg.vector_norm(x_ND, ord=float("inf"), dim=-1) if x_ND.shape[-1] else x_ND.sum(dim=-1)
 
 
 def grouping_objective(gram_NN: np.ndarray, labels_N: np.ndarray) -> float:
-    """tr(ΠᵀGΠ) = Σ_k ‖Σ_{i ∈ k} ĝ_i‖², the paper's objective (to be maximised)."""
+    """Returns tr(ΠᵀGΠ) = Σ_k ‖Σ_{i ∈ k} ĝ_i‖², the objective that the paper maximises."""
     return float(gram_NN[labels_N[:, None] == labels_N[None, :]].sum())
 
 
@@ -79,26 +79,26 @@ def group_components(
     restarts: int = 10,
     seed: int | Sequence[int] = 0,
 ) -> np.ndarray:
-    """The best balanced grouping found, as labels_N; ``current_N`` itself where nothing better is found.
+    """Returns the best balanced grouping found as labels_N, or ``current_N`` if no better one is found.
 
     Args:
-        gram_NN: symmetric cosine Gram (or a mean of such).
-        current_N: the present labels 0 … K−1, each exactly r = N/K times.
-        solver: "swap", the present grouping and balanced spherical k-means, each finished by exact pairwise exchanges;
-            or "paper": k-means start, polar targets, integer assignment.
-        restarts: number of k-means starts; the best grouping counts. The "paper" solver takes at least one.
-        seed: the same seed and Gram give the same labels.
+        gram_NN: symmetric cosine Gram matrix, or a mean of several.
+        current_N: the current labels 0 … K−1, each exactly r = N/K times.
+        solver: "swap" (exact pairwise swaps, from the current grouping and from balanced spherical k-means) or "paper"
+            (polar targets and integer assignment, from spherical k-means).
+        restarts: number of k-means starts, of which the best result is used; "paper" uses at least one.
+        seed: random seed; the same seed and Gram matrix give the same labels.
 
     Returns:
-        Integer labels, permuted to overlap ``current_N`` as much as possible: an expert keeps its row of the router.
+        Integer labels, permuted to overlap ``current_N`` as much as possible, so that experts keep their router rows.
 
     Raises:
-        BaditError: a Gram that is not square, finite and of the labels' size; unbalanced labels; an unknown solver.
+        BaditError: if the Gram matrix is not finite or not N × N, the labels are unbalanced, or the solver is unknown.
     """
     refuse_unknown("solver", solver, get_args(Solver))
     gram_NN, current_N = np.asarray(gram_NN, dtype=np.float64), np.asarray(current_N, dtype=np.int64)
     if gram_NN.shape != (len(current_N), len(current_N)):
-        raise BaditError(f"the Gram matrix has shape {gram_NN.shape}, the labels name {len(current_N)} components")
+        raise BaditError(f"the Gram matrix has shape {gram_NN.shape}, but there are {len(current_N)} labels")
     if not np.isfinite(gram_NN).all():
         raise BaditError("the Gram matrix of the components' gradients holds NaN or infinite values")
     gram_NN = (gram_NN + gram_NN.T) / 2
@@ -121,16 +121,16 @@ def group_components(
 
 
 def match_labels(labels_N: np.ndarray, reference_N: np.ndarray) -> np.ndarray:
-    """Renames the groups of ``labels_N`` so that as many components as possible keep their ``reference_N`` label."""
+    """Renames the groups of ``labels_N`` so that as many components as possible keep their label in ``reference_N``."""
     one_KK = np.eye(int(labels_N.max()) + 1)
     _, name_K = linear_sum_assignment(one_KK[labels_N].T @ one_KK[reference_N], maximize=True)
     return name_K[labels_N]
 
 
 class ExpertAngles(NamedTuple):
-    """Mean angles in degrees between components' gradients (paper, Fig. 4), and the mean |cos|; NaN without a pair.
+    """Mean angles in degrees between components' gradients (paper, Fig. 4), and mean |cos|; NaN if there is no pair.
 
-    Signed means hide opposite directions: +0.9 and −0.9 average to 90°.
+    A mean angle hides opposite directions: cosines of +0.9 and −0.9 average to 90°.
     """
 
     intra_degrees: float
@@ -139,12 +139,12 @@ class ExpertAngles(NamedTuple):
     inter_abs_cos: float
 
     def defined(self) -> dict[str, float | None]:
-        """The fields by name, None instead of NaN, which JSON has not."""
+        """Returns the fields by name, with None for NaN, which JSON does not have."""
         return {field: value if np.isfinite(value) else None for field, value in self._asdict().items()}
 
 
 def expert_angles(gram_NN: np.ndarray, labels_N: np.ndarray) -> ExpertAngles:
-    """Angles within and between experts under a cosine Gram, of steps that the grouping was not fitted to."""
+    """Returns the angles within and between experts; ``gram_NN`` is of steps that the grouping was not fitted to."""
     gram_NN = np.clip(np.asarray(gram_NN, dtype=np.float64), -1.0, 1.0)
     live_N = np.diag(gram_NN) > 0
     pair_NN = np.triu(live_N[:, None] & live_N[None, :], k=1)
@@ -155,7 +155,7 @@ def expert_angles(gram_NN: np.ndarray, labels_N: np.ndarray) -> ExpertAngles:
 
 
 def _centroid_similarity(gram_NN: np.ndarray, labels_N: np.ndarray, num_experts: int) -> np.ndarray:
-    """⟨ĝ_i, c_k⟩ for unit centroids c_k; 0 for an empty or cancelling group."""
+    """Returns ⟨ĝ_i, c_k⟩ for unit centroids c_k; 0 for a group that is empty or sums to zero."""
     onehot_NK = np.eye(num_experts)[labels_N]
     sums_NK = gram_NN @ onehot_NK
     squared_K = (onehot_NK * sums_NK).sum(axis=0)
@@ -163,7 +163,7 @@ def _centroid_similarity(gram_NN: np.ndarray, labels_N: np.ndarray, num_experts:
 
 
 def _assign_balanced(similarity_NK: np.ndarray) -> np.ndarray:
-    """The assignment of equally many components to every expert with the largest total similarity (exact)."""
+    """Returns the assignment with the largest total similarity and equally many components per expert (exact)."""
     size = len(similarity_NK) // similarity_NK.shape[1]
     _, slot_N = linear_sum_assignment(np.repeat(similarity_NK, size, axis=1), maximize=True)
     return slot_N // size
@@ -176,7 +176,7 @@ def _until_stable(
     similarity: Callable[[np.ndarray, np.ndarray, int], np.ndarray],
     balanced: bool = True,
 ) -> np.ndarray:
-    """The labels after assigning components to the experts that they resemble, again and again."""
+    """Reassigns components to the most similar experts until the labels are stable, and returns the labels."""
     for _ in range(_MAX_ROUNDS):
         similarity_NK = similarity(gram_NN, labels_N, num_experts)
         new_N = _assign_balanced(similarity_NK) if balanced else similarity_NK.argmax(axis=1)
@@ -187,34 +187,34 @@ def _until_stable(
 
 
 def _polar_similarity(gram_NN: np.ndarray, labels_N: np.ndarray, num_experts: int) -> np.ndarray:
-    """⟨ĝ_i, q_k⟩ with the paper's orthogonal targets q_k, the polar factor of the centroids."""
+    """Returns ⟨ĝ_i, q_k⟩ with the paper's orthogonal targets q_k, the polar factor of the centroids."""
     onehot_NK = np.eye(num_experts)[labels_N]
     sums_NK = gram_NN @ onehot_NK
     values_K, vectors_KK = np.linalg.eigh(onehot_NK.T @ sums_NK)
-    # A dependent or empty centroid has no polar direction: the pseudo-inverse leaves it out.
+    # A linearly dependent or empty centroid has no polar direction; the pseudo-inverse ignores it.
     kept_K = values_K > 1e-10 * max(values_K.max(), 1e-30)
     inverse_root_K = np.where(kept_K, 1 / np.sqrt(np.where(kept_K, values_K, 1.0)), 0.0)
     return sums_NK @ (vectors_KK * inverse_root_K) @ vectors_KK.T
 
 
 def _swap_until_optimal(gram_NN: np.ndarray, starts_SN: np.ndarray, num_experts: int) -> np.ndarray:
-    """In each of S groupings, exchanges the best pair of components until no exchange of two improves the objective.
+    """Swaps the best pair of components in each of S groupings until no single swap improves the objective.
 
-    Components are in the order of their experts, so that a group is a slice; R = components of an expert. Only the
-    exchanges of the two experts that have just exchanged are computed again. All groupings take a round together; once
-    half of them are done, the others continue without them.
+    Components are sorted by expert, so that a group is a slice; R = components per expert, C = experts of the last
+    swap. Only the gains that involve these experts are recomputed. All groupings are swapped together; once half of
+    them have converged, the others continue without them.
     """
     starts, components = starts_SN.shape
     size = components // num_experts
-    noise = 1e-9 * max(1.0, float(np.abs(gram_NN).max()))  # a smaller gain could be rounding, and undo itself for ever
+    noise = 1e-9 * max(1.0, float(np.abs(gram_NN).max()))  # smaller gains may be rounding errors
     order_SN = np.argsort(starts_SN, axis=1, kind="stable")
     gram_SNN = gram_NN[order_SN[:, :, None], order_SN[:, None, :]]
     gram_SKRKR = gram_SNN.reshape(starts, num_experts, size, num_experts, size)
     sums_SKRK = gram_SKRKR.sum(axis=-1)
     sums_SNK = sums_SKRK.reshape(starts, components, num_experts)
-    # Views, which follow the exchanges: G_ii, and S_ia of i's own group a.
+    # Views that reflect the swaps: G_ii, and S_ia of i's own group a.
     diagonal_SKR, own_SKR = np.einsum("skrkr->skr", gram_SKRKR), np.einsum("skrk->skr", sums_SKRK)
-    # A quarter of the gains, here and below: (S_ib − S_ia + G_ii) / 2 + (S_ja − S_jb + G_jj) / 2 − G_ij.
+    # Gains divided by 4, here and below: (S_ib − S_ia + G_ii) / 2 + (S_ja − S_jb + G_jj) / 2 − G_ij.
     best_SKK = np.empty((starts, num_experts, num_experts))
     s, k = np.arange(starts), np.arange(num_experts)
     changed_SC = np.tile(k, (starts, 1))
@@ -232,7 +232,7 @@ def _swap_until_optimal(gram_NN: np.ndarray, starts_SN: np.ndarray, num_experts:
         gain_SRR = move_SKRK[s, a, :, b][:, :, None] + move_SKRK[s, b, :, a][:, None] - gram_SKRKR[s, a, :, b]
         i, j = np.divmod(gain_SRR.reshape(starts, -1).argmax(axis=1), size)
         i, j = a * size + i, b * size + j
-        j = np.where(improves_S, j, i)  # where all is done, a component changes places with itself
+        j = np.where(improves_S, j, i)  # in a converged grouping, a component is swapped with itself
         exchange_SN = gram_SNN[s, j] - gram_SNN[s, i]
         sums_SNK[s, :, a] += exchange_SN
         sums_SNK[s, :, b] -= exchange_SN

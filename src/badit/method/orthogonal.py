@@ -1,37 +1,37 @@
-"""Orthogonal updates: the components of an adapter move in orthogonal directions, whatever the scale of its factors.
+"""Orthogonal updates: the components of an adapter move in orthogonal directions, independent of the factors' scale.
 
-After LoRA-RITE (Yen et al. 2025, "LoRA Done RITE: Robust Invariant Transformation Equilibration for LoRA Optimization",
-ICLR 2025, arXiv 2410.20625). ΔW = B A has many pairs of factors, (R A) and (B R⁻¹) for every invertible R, and Adam
-moves ΔW by something else for each. Here the change of ΔW is the same for all of them.
+Based on LoRA-RITE (Yen et al. 2025, "LoRA Done RITE: Robust Invariant Transformation Equilibration for LoRA
+Optimization", ICLR 2025, arXiv 2410.20625). ΔW = B A has many factorisations, (B R⁻¹)(R A) for every invertible R, and
+Adam's change of ΔW depends on the factorisation. Here the change of ΔW is the same for all factorisations.
 
-With X = A or Bᵀ and Y the other of the two, G the gradient of X, and all moments zero at the start, a step is:
+Let X be A or Bᵀ, Y the other factor, and G the gradient of X. All moments are zero at the start. One step computes:
 
-    R_Y = (Y Yᵀ)^(1/2),  Q_Y = R_Y⁻¹ Y        Y's size (N, N) and its orthonormal frame (N, D'): its polar factors
-    Ḡ = R_Y⁻¹ G                               the gradient in Y's frame: Q_Yᵀ or Q_Y times that of W, free of scale
-    c ← β₂ c + (1 − β₂) diag(Ḡᵀ Ḡ) / N        the second moment of every feature (D), the same in every frame
-    H = Ḡ diag(c / w₂)^(−1/2)                 features with large gradients do not dominate the others, as in Adam
-    P = Q_Y Q'_Yᵀ                             from the frame of the last step, Q'_Y, to this one
+    R_Y = (Y Yᵀ)^(1/2),  Q_Y = R_Y⁻¹ Y        polar factors of Y: size (N, N), orthonormal frame (N, D')
+    Ḡ = R_Y⁻¹ G                               Q_Y times the gradient of W (or Wᵀ), independent of Y's scale
+    c ← β₂ c + (1 − β₂) diag(Ḡᵀ Ḡ) / N        the second moment per feature (D), the same in every frame
+    H = Ḡ diag(c / w₂)^(−1/2)                 scaled so that features with large gradients do not dominate, as in Adam
+    P = Q_Y Q'_Yᵀ                             maps the frame of the last step, Q'_Y, to the current frame
     V ← β₂ (P V Pᵀ + e·1) + (1 − β₂) H Hᵀ / D     the components' second moment (N, N); e: the escaped mass, see below
-    S = (V / w₂)^(−1/2) H                     whitened: where V is this step's alone, S Sᵀ = D·1
+    S = (V / w₂)^(−1/2) H                     whitened: S Sᵀ = D·1 if V contains only this step
     M ← β₁ P M + (1 − β₁) S                   the first moment (N, D)
-    X ← X − η l R_Y⁻¹ M / w₁                  so that Y's part of the change of ΔW is Q_Yᵀ M, free of scale again
+    X ← X − η l R_Y⁻¹ M / w₁                  ΔW changes along Q_Yᵀ M (or its transpose), for any scale of Y
 
-* Features: LoRA-RITE has no c. In an LLM a few features of the residual stream are many times as large as the others,
-  and without c an update is mostly along these (docs/experiments/whole-model.md).
-* Bias correction: w ← β w + (1 − β), which is 1 − βᵗ after t steps.
-* Escaped mass: P V Pᵀ has lost what lay outside of the new frame. The loss of the trace is spread evenly over it:
-  e = (tr V − tr P V Pᵀ) / N. So tr V stays the running mean of H's size, and a frame that turns quickly does not
+* Features: LoRA-RITE has no c. In an LLM, a few features of the residual stream are many times larger than the others,
+  and without c an update is mostly along these features (docs/experiments/whole-model.md).
+* Bias correction: w₁ and w₂ follow w ← β w + (1 − β), which is 1 − βᵗ after t steps.
+* Escaped mass: P V Pᵀ loses the part of V outside the new frame. The lost trace is spread evenly over the new frame:
+  e = (tr V − tr P V Pᵀ) / N. tr V therefore stays the running mean of ‖H‖² / D, and a quickly turning frame does not
   lengthen the steps. (The paper adds the largest loss of an eigenvalue to V; its authors' code does not.)
-* Limit: l = min(1, ‖B A‖ / (10 η √(N I))) for A, 1 for B. While B is close to its start at zero, a full step would
-  replace A by the noise of one gradient. So A's part changes ΔW by at most a tenth of its size. (Not in LoRA-RITE.)
-* Zero: the inverse root of a zero matrix is zero. While B is zero, A has no frame to move in: it stays, and has no
-  moments, w = 0. A zero gradient only lets the moments fade. A feature that never had a gradient stays.
-* Floor: inverse roots are taken of C + floor·‖C‖·1, so that directions without a gradient, or a frame, stay finite.
-* The step's size: an entry of M is about 1, as in Adam, hence a change of ΔW of singular values up to η √D.
+* Limit: l = min(1, ‖B A‖ / (10 η √(N I))) for A, 1 for B. B starts at zero; while it is small, a full step would
+  replace A by the noise of one gradient. The limit keeps A's change of ΔW near or below ‖ΔW‖ / 10. (Not in LoRA-RITE.)
+* Zero: the inverse root of a zero matrix is zero. While B is zero, A has no frame: it does not change and its moments
+  and w are zero. A zero gradient only decays the moments. A feature that never had a gradient does not change.
+* Floor: inverse roots are those of C + floor·‖C‖·1, which are finite in directions without a gradient or a frame.
+* Step size: an entry of M is about 1, as in Adam, so the change of ΔW has singular values up to η √D.
 
-The Gram matrices of shards of X and G (some of the D columns in each process) add up; nothing else is exchanged.
-Products of long matrices run in the tensors' own type, N × N algebra in float64. An inverse root is a fixed number of
-matrix products, so that a GPU and its host need not wait for each other.
+If X and G are sharded (each process has some of the D columns), only the Gram matrices of the shards are summed over
+processes. Products of N × D matrices use the tensors' dtype, N × N algebra uses float64. An inverse root is a fixed
+number of matrix products, so that it needs no synchronisation between GPU and host.
 
 Shape suffixes: N = components, I/O = in/out features, D = I for A and O for B; leading dimensions are layers.
 """
@@ -46,15 +46,15 @@ import torch
 
 from badit.method.grouping import OverShards
 
-Pair = tuple[torch.Tensor, torch.Tensor]  # something of A and the same of B
+Pair = tuple[torch.Tensor, torch.Tensor]  # a tensor of A and the corresponding one of B
 
-_TINY = 1e-60  # the norm of a matrix that counts as zero; its inverse root is still a number in float32
+_TINY = 1e-60  # matrices up to this norm count as zero; above it, inverse roots are finite in float32
 _CONVERGED = 1e-3
-_LARGEST_CHANGE = 0.1  # of ΔW in a step of A
+_LARGEST_CHANGE = 0.1  # relative change of ΔW in a step of A
 
 
 class Moments(NamedTuple):
-    """What a factor keeps from step to step: its own frame Q, M, c, V, and w₁ and w₂ (…, 2)."""
+    """A factor's optimizer state: its own frame Q, M, c, V, and w₁ and w₂ (…, 2)."""
 
     basis_ND: torch.Tensor
     first_ND: torch.Tensor
@@ -64,7 +64,7 @@ class Moments(NamedTuple):
 
 
 def no_moments(x_ND: torch.Tensor) -> Moments:
-    """Those before the first step, of a factor given as rows."""
+    """Returns the moments before the first step, for a factor given as rows."""
     zero_ND, leading, (components, length) = torch.zeros_like(x_ND), x_ND.shape[:-2], x_ND.shape[-2:]
     exact = partial(x_ND.new_zeros, dtype=_exact(x_ND))
     sizes = (1, length), (components, components), (2,)
@@ -82,22 +82,22 @@ def orthogonal_updates(
     lengths: tuple[int, int] | None = None,
     over_shards: OverShards = lambda tensor, operation: tensor,
 ) -> tuple[Pair, tuple[Moments, Moments]]:
-    """One step of every layer: the updates, to be subtracted times the learning rate, and the new moments.
+    """Returns the updates of one step of every layer, to subtract after scaling by the learning rate, and new moments.
 
     Args:
-        factors: A (…, N, I) and Bᵀ (…, N, O), in float32 or float64; or this process's shards, some columns of each.
-        gradients: of the same shapes, as are the updates.
-        moments: of both; :func:`no_moments` at the start.
+        factors: A (…, N, I) and Bᵀ (…, N, O) in float32 or float64, or this process's shards: some columns of each.
+        gradients: the gradients of both factors; gradients and updates have the factors' shapes.
+        moments: the moments of both factors; :func:`no_moments` at the start.
         lr: η, for the limit of A's update.
-        betas: the decay of the first and of the second moment.
-        floor: relative, of inverse roots.
-        lengths: I and O, where the tensors are shards.
-        over_shards: combines tensors of 4 N² and 2 N² numbers over the processes that hold the other shards.
+        betas: the decay rates of the first and the second moment.
+        floor: the relative floor of inverse roots.
+        lengths: I and O; required if the tensors are shards.
+        over_shards: reduces tensors of 4 N² and 2 N² numbers per layer over the processes that hold the other shards.
     """
     beta_1, beta_2 = betas
     products = [p for x, own in zip(factors, moments, strict=True) for p in (x @ x.mT, x @ own.basis_ND.mT)]
     products_NN = over_shards(torch.stack(products), "sum").to(_exact(products[0]))
-    # Everything N × N is stacked from here on, (2, …, N, N): A's and B's.
+    # From here on, N × N matrices of A and B are stacked: (2, …, N, N).
     root_NN = inverse_root(products_NN[0::2], floor)
     # A moves in B's frame, and B in A's.
     frame_NN, transport_NN = root_NN.flip(0), (root_NN @ products_NN[1::2]).flip(0)
@@ -141,17 +141,17 @@ def orthogonal_updates(
 
 
 def inverse_root(gram_NN: torch.Tensor, floor: float = 1e-6) -> torch.Tensor:
-    """(C + floor·‖C‖·1)^(−1/2) of symmetric positive semi-definite matrices C (…, N, N); zero where C is.
+    """Returns (C + floor·‖C‖·1)^(−1/2) of symmetric positive semi-definite matrices C (…, N, N); zero if C is zero.
 
-    The coupled Newton–Schulz iteration with the scaling of Chen and Chow (2014, "A Stable Scaling of Newton-Schulz for
-    Improving the Sign Function Computation of a Hermitian Matrix"). ‖C‖ is Frobenius's norm. A matrix with eigenvalues
-    below −floor·‖C‖ has no such root and is taken for ‖C‖·1.
+    Coupled Newton–Schulz iteration with the scaling of Chen and Chow (2014, "A Stable Scaling of Newton-Schulz for
+    Improving the Sign Function Computation of a Hermitian Matrix"). ‖C‖ is the Frobenius norm. If C has eigenvalues
+    below −floor·‖C‖, this root does not exist, and C is treated as ‖C‖·1.
     """
     norm = torch.linalg.matrix_norm(gram_NN, keepdim=True)
     is_zero = norm <= _TINY
     norm = torch.where(is_zero, 1.0, norm)
     one_NN = torch.eye(gram_NN.shape[-1], dtype=gram_NN.dtype, device=gram_NN.device)
-    # y → C^(1/2) and z → C^(−1/2), both polynomials in C.
+    # y converges to C^(1/2) and z to C^(−1/2); both are polynomials in C.
     y_NN, z_NN = (gram_NN / norm + floor * one_NN) / (1 + floor), one_NN.expand_as(gram_NN)
     for scale in _scales(floor):
         step_NN = (z_NN @ y_NN) * (-0.5 * scale**3)
@@ -164,7 +164,7 @@ def inverse_root(gram_NN: torch.Tensor, floor: float = 1e-6) -> torch.Tensor:
 
 @lru_cache
 def _scales(floor: float) -> list[float]:
-    """What each step of the iteration multiplies by, until the smallest singular value that there can be is 1."""
+    """Returns the scale of each iteration step, until the smallest possible singular value reaches 1."""
     smallest, scales = math.sqrt(floor / (1 + floor)), []
     while 1 - smallest > 1e-12:
         scale = math.sqrt(3 / (1 + smallest + smallest**2))
@@ -182,5 +182,5 @@ def _trace(matrix_NN: torch.Tensor) -> torch.Tensor:
 
 
 def _exact(tensor: torch.Tensor) -> torch.dtype:
-    """For N × N algebra; Apple's GPUs have no float64."""
+    """Returns the dtype of N × N algebra: float64, or float32 on Apple's GPUs, which have no float64."""
     return torch.float32 if tensor.device.type == "mps" else torch.float64

@@ -1,12 +1,12 @@
-"""Routing: from hidden states to one gate per expert (the paper's α_k).
+"""Routing: hidden states to one gate per expert (the paper's α_k).
 
-    gate = K · softmax(router(x̄))        mean 1: with a router started at zero every gate is exactly 1 at step 0
-    gate = softmax(router(x̄))            the paper's form, sum 1; kept as an ablation
+    gate = K · softmax(router(x̄))        mean 1: a zero-initialised router gives gates of exactly 1
+    gate = softmax(router(x̄))            the paper's form, sum 1; available as an ablation
 
-x̄ is the mean of the layer's input over the prompt's positions: never padding, and never the answer. The router may
-read x̂ instead, how a prompt differs from the others (not in the paper):
+x̄ is the mean of the layer's input over the prompt's positions, without padding and without the answer. The router can
+read x̂ instead, which measures how a prompt differs from the others (not in the paper):
 
-    x̂ = 8/√I · (x̄ − μ)/√v       μ, v: running mean and variance of every feature over the training's prompts
+    x̂ = 8/√I · (x̄ − μ)/√v       μ, v: running mean and variance of every feature over the training prompts
 
 Shape suffixes: B = batch, T = positions, S = segments of packed rows, I = in features, K = experts; `...` may be (B,)
 or (B, T).
@@ -23,15 +23,15 @@ import torch
 GateKind = Literal["mean_one", "softmax"]
 RouterInput = Literal["mean", "standardised"]
 
-_NORM = 8.0  # x̂'s, on average: how fast gates diverge. On SmolLM2, 2.4 to 24 were tried and 7 did best.
-_LEAST_WEIGHT = 0.02  # of a batch in the moments, which thereby forget batches hundreds of steps ago
+_NORM = 8.0  # x̂'s mean norm; sets how fast gates diverge. Tried on SmolLM2: 2.4 to 24, of which 7 was best.
+_LEAST_WEIGHT = 0.02  # a batch's minimum weight in the moments; batches fade within hundreds of steps
 
 
 def prompt_mean(x_BTI: torch.Tensor, prompt_mask_BT: torch.Tensor) -> torch.Tensor:
-    """x̄_BI, the mean of x over the positions where the mask is true, in x's dtype; zero for a row without any."""
+    """Returns x̄_BI, the mean of x over positions where the mask is true, in x's dtype; zero for a row without any."""
     weight_BT = prompt_mask_BT.bool().to(x_BTI.dtype)
     weight_BT = weight_BT / weight_BT.sum(dim=1, keepdim=True).clamp_min(1.0)
-    # where() rather than a bare product: padding may hold NaN or infinity, and 0 · NaN is NaN.
+    # where() instead of only a product: padding may hold NaN or infinity, and 0 · NaN is NaN.
     x_BTI = torch.where(prompt_mask_BT[..., None].bool(), x_BTI, 0.0)
     return torch.einsum("bt,bti->bi", weight_BT, x_BTI)
 
@@ -39,7 +39,7 @@ def prompt_mean(x_BTI: torch.Tensor, prompt_mask_BT: torch.Tensor) -> torch.Tens
 def segment_means(
     x_BTI: torch.Tensor, prompt_mask_BT: torch.Tensor, segment_BT: torch.Tensor, segments: int
 ) -> torch.Tensor:
-    """x̄_SI of packed rows: the mean of x over the masked positions of each segment of the batch."""
+    """Returns x̄_SI of packed rows: the mean of x over the masked positions of each segment of the batch."""
     weight_BT = prompt_mask_BT.bool().to(x_BTI.dtype)
     counts_S = weight_BT.new_zeros(segments).index_add(0, segment_BT.flatten(), weight_BT.flatten())
     weight_BT = weight_BT / counts_S.clamp_min(1.0)[segment_BT]
@@ -50,7 +50,7 @@ def segment_means(
 def batch_moments(
     x_BI: torch.Tensor, add_up: Callable[[torch.Tensor], torch.Tensor] = lambda sums: sums
 ) -> torch.Tensor:
-    """Mean and variance (2, I) over a batch of prompts in float32; ``add_up`` sums a tensor over ranks, if any."""
+    """Returns mean and variance (2, I) over a batch of prompts in float32; ``add_up`` sums a tensor over ranks."""
     x_BI = x_BI.float()
     total = add_up(torch.cat([x_BI.sum(dim=0), x_BI.new_tensor([len(x_BI)])]))
     mean_I = total[:-1] / total[-1]
@@ -58,7 +58,7 @@ def batch_moments(
 
 
 def updated_moments(moments_2I: torch.Tensor, batches: torch.Tensor, new_2I: torch.Tensor) -> torch.Tensor:
-    """μ and v (2, I) after the n-th batch (a scalar tensor), of moments ``new_2I``; it weighs max(1/n, 1/50)."""
+    """Returns μ and v (2, I) with batch number ``batches`` = n added: its moments ``new_2I`` weigh max(1/n, 1/50)."""
     weight = (1 / batches).clamp_min(_LEAST_WEIGHT)
     between_I = weight * (1 - weight) * (new_2I[0] - moments_2I[0]).square()
     mixed_2I = torch.lerp(moments_2I, new_2I, weight)
@@ -66,29 +66,29 @@ def updated_moments(moments_2I: torch.Tensor, batches: torch.Tensor, new_2I: tor
 
 
 def standardised(x: torch.Tensor, moments_2I: torch.Tensor) -> torch.Tensor:
-    """x̂ (…, I) in x's dtype; 0 in a feature that has not varied yet."""
+    """Returns x̂ (…, I) in x's dtype; 0 for a feature whose variance is 0."""
     mean_I, variance_I = moments_2I
     varies_I = variance_I > 0
-    # where() twice: the gradient of what the outer one leaves out would be 0 · ∞.
+    # where() twice: with the outer one alone, the gradient of masked features would be 0 · ∞.
     scale_I = torch.where(varies_I, variance_I, 1.0).rsqrt()
     unit = torch.where(varies_I, (x.float() - mean_I) * scale_I, 0.0)
     return (unit * (_NORM / math.sqrt(x.shape[-1]))).to(x.dtype)
 
 
 def expert_gates(logits: torch.Tensor, *, kind: GateKind = "mean_one", top_k: int | None = None) -> torch.Tensor:
-    """Gates (..., K) from router logits (..., K).
+    """Returns gates (..., K) from router logits (..., K).
 
-    With ``top_k`` the softmax runs over the k largest logits (on ties, the lower index), so that the sum stays K
-    ("mean_one") or 1 ("softmax"). The others stay in the autograd graph, with a zero gate, for data-parallel training.
+    With ``top_k`` the softmax runs over the k largest logits (on ties, the lower index); the sum stays K ("mean_one")
+    or 1 ("softmax"). The other experts have a zero gate but stay in the autograd graph, for data-parallel training.
     """
     num_experts = logits.shape[-1]
     kept = logits
     if top_k is not None and top_k < num_experts:
-        # A stable sort, since topk leaves the order of ties open and would differ between machines.
+        # A stable sort, because topk does not define the order of ties, which may differ between machines.
         index = torch.argsort(logits, dim=-1, descending=True, stable=True)[..., :top_k]
         kept = torch.full_like(logits, float("-inf")).scatter(-1, index, logits.gather(-1, index))
     if kind == "softmax":
         return torch.softmax(kept, dim=-1)
-    # Not K · softmax: K · (1/K) is not 1 for every K in floating point, while K/K is.
+    # Not K · softmax: in floating point, K · (1/K) is not 1 for every K, but K/K is.
     weights = (kept - kept.detach().amax(dim=-1, keepdim=True)).exp()
     return weights * num_experts / weights.sum(dim=-1, keepdim=True)

@@ -1,9 +1,9 @@
-"""From runs and their tables to figures and one self-contained page; and the colours of the charts.
+"""Writes figures and one self-contained page from runs and their tables, and defines the colours of the charts.
 
-Charts name no colours: their scales take the ranges "category", "heatmap" and "diverging" of :func:`chart_config`.
-Categories are those of Okabe & Ito (2008), which colour-blind people can tell apart, without the yellow that vanishes
-on white. Magnitudes are cividis (Nuñez et al. 2018, doi 10.1371/journal.pone.0199239), running away from the page's
-colour. Signed values run from orange, below, to blue, above, through the page's colour in the middle.
+Charts set no colours: their scales use the ranges "category", "heatmap" and "diverging" of :func:`chart_config`.
+Categories use colours based on Okabe & Ito (2008), which colour-blind people can distinguish, without yellow on the
+light page. Magnitudes use cividis (Nuñez et al. 2018, doi 10.1371/journal.pone.0199239), and low values are close to
+the page's colour. Signed values range from orange (low) through the page's colour to blue (high).
 """
 
 from __future__ import annotations
@@ -44,17 +44,17 @@ def write_report(
     title: str | None = None,
     figures: str | os.PathLike[str] | None = None,
 ) -> Path:
-    """Writes one self-contained page on runs and comparisons, and returns its path.
+    """Writes one self-contained page about runs and comparisons, and returns its path.
 
     Args:
-        runs: a run's folder, a comparison's folder or a results.json file, or several, which are shown side by side;
-            differences between runs are taken to the first.
-        output: the page.
-        title: its heading; by default the names of the runs.
-        figures: a folder for every figure as .svg and .pdf.
+        runs: a run's folder, a comparison's folder or a results.json file, or several, which are shown side by side.
+            Differences between runs are relative to the first run.
+        output: the page's file.
+        title: the page's heading (default: the names of the runs).
+        figures: a folder to write every figure to as .svg and .pdf.
 
     Raises:
-        BaditError: the extra is not installed, a folder is no run, a file is damaged, or the page cannot be written.
+        BaditError: the extra is not installed, a folder is not a run, a file is damaged, or the page cannot be written.
     """
     if not has_extra():
         raise BaditError("the report needs its extra: pip install 'badit[report]'")
@@ -75,12 +75,12 @@ def write_report(
 
 
 def has_extra() -> bool:
-    """Whether the libraries that draw are installed."""
+    """Returns whether the libraries that draw the charts are installed."""
     return all(find_spec(name) is not None for name in ("altair", "jinja2", "vl_convert"))
 
 
 def chart_config(mode: Literal["light", "dark"]) -> dict[str, Any]:
-    """Vega-Lite's ``config`` for a theme."""
+    """Returns Vega-Lite's ``config`` for a theme."""
     ink, ranges = _INK[mode], _RANGES[mode]
     first, faint, line = ranges["category"][0], ink["faint"], ink["line"]
     sizes = {"labelFontSize": 11, "titleFontSize": 12, "titleFontWeight": 500}

@@ -1,4 +1,4 @@
-"""What figures share: choices, heat maps of one choice out of many, legends, and the forms of numbers and names."""
+"""Parts shared by figures: drop-down choices, heat maps with choices, legends, and formats of numbers and names."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ import pandas as pd
 from badit.render import number
 
 ALL = "all"
-# Charts with a row for each task or method give it this height, in pixels.
+# Height in pixels of a row for a task or a method.
 ROW = 23
-# What one figure may hold; with more tasks, layers and modules can be chosen but not both.
+# Maximum number of values in a figure. Above it, a layer or a module can be chosen, but not both.
 MOST_VALUES = 150_000
 
 
 def text_table(frame: pd.DataFrame, forms: Mapping[str, str]) -> pd.DataFrame:
-    """Columns of a frame as text under headings without underscores: numbers by their form, text where it is empty."""
+    """Returns columns of a frame as text, with headings without underscores; an empty form means a text column."""
     columns = {
         name.replace("_", " "): [number(value, form) if form else str(value) for value in frame[name]]
         for name, form in forms.items()
@@ -30,7 +30,7 @@ def text_table(frame: pd.DataFrame, forms: Mapping[str, str]) -> pd.DataFrame:
 
 
 def short_names(names: Iterable[str]) -> dict[str, str]:
-    """Short names of tasks: task1590_diplomacy_text_generation is "1590 diplomacy"; whole where two would be equal."""
+    """Returns short task names: "1590 diplomacy" for task1590_diplomacy_text_generation; full names for duplicates."""
     plain = {name: re.sub(r"^task(\d+)_([^_]+).*", r"\1 \2", name, flags=re.DOTALL).replace("_", " ") for name in names}
     short = {name: text if len(text) <= 22 else text[:21].rstrip() + "…" for name, text in plain.items()}
     taken = list(short.values())
@@ -38,19 +38,19 @@ def short_names(names: Iterable[str]) -> dict[str, str]:
 
 
 def names_in(frame: pd.DataFrame, column: str) -> dict[str, str]:
-    """The values of a column with their short names, in the order of categories, of numbers, or of appearance."""
+    """Returns the values of a column with their short names, ordered by category, by number or by first appearance."""
     values = frame[column]
     known = values.cat.categories if values.dtype == "category" else values.unique()
     return short_names(map(str, sorted(known) if pd.api.types.is_numeric_dtype(values) else known))
 
 
 def name_axis(names: Mapping[str, str], **options: Any) -> alt.Axis:
-    """An axis that shows the short names of what has the full ones in the data."""
+    """Returns an axis that shows short names for the full names in the data."""
     return alt.Axis(labelExpr=f"({json.dumps(names)})[datum.label]", labelOverlap=False, **options)
 
 
 def choice(name: str, options: Mapping[str, str] | Iterable[str]) -> alt.Parameter:
-    """A list to choose from: the values of a column, perhaps with what they are called; the first one is chosen."""
+    """Returns a drop-down list of a column's values, optionally with labels; the first value is selected."""
     keys = list(dict.fromkeys(options))
     labels = list(options.values()) if isinstance(options, Mapping) else keys
     binding = alt.binding_select(options=keys, labels=labels, name=f"{name} ") if len(keys) > 1 else alt.Undefined
@@ -58,13 +58,13 @@ def choice(name: str, options: Mapping[str, str] | Iterable[str]) -> alt.Paramet
 
 
 def all_or_one(name: str, values: Iterable[Any], together: str = "") -> alt.Parameter:
-    """All values of a column together, then each."""
+    """Returns a choice of all values of a column together, or of a single value."""
     each = {str(value): f"layer {value}" if name == "layer" else value for value in sorted(set(values))}
     return choice(name, {ALL: together or f"all {name}s"} | (each if len(each) > 1 else {}))
 
 
 def with_all(frame: pd.DataFrame, *columns: str) -> pd.DataFrame:
-    """The rows, and again under ALL of every column, where there are none, so that their mean can be chosen."""
+    """Returns the rows, and copies with ALL in each column without it, so that the mean can be chosen."""
     for column in columns:
         if ALL not in set(frame[column]):
             text = frame.assign(**{column: frame[column].astype(str)})
@@ -73,7 +73,7 @@ def with_all(frame: pd.DataFrame, *columns: str) -> pd.DataFrame:
 
 
 def chart_of(frame: pd.DataFrame, chosen: str = "") -> alt.Chart:
-    """A chart of the frame's rows; of those with the value that is ``chosen`` for a column of that name."""
+    """Returns a chart of the frame's rows; ``chosen`` names a column and a choice, which filters the rows."""
     chart = alt.Chart(alt.InlineData(values=frame.astype(object).where(frame.notna(), None).to_dict("records")))
     return chart.transform_filter(f"datum.{chosen} === {chosen}") if chosen else chart
 
@@ -81,9 +81,9 @@ def chart_of(frame: pd.DataFrame, chosen: str = "") -> alt.Chart:
 def chart_by_choice(
     frame: pd.DataFrame, places: Sequence[str], choices: Sequence[alt.Parameter]
 ) -> tuple[alt.Chart, pd.DataFrame]:
-    """A chart of the places that have a ``value`` under the chosen options, the mean of the column of this name.
+    """Returns a chart of the places that have a ``value`` for the chosen options, and the means that it shows.
 
-    Also these means: a row for each place, a column for each combination of options, joined by "|".
+    The means of the column ``value`` have a row per place and a column per combination of options, joined by "|".
     """
     frame = with_all(frame, *(str(option.name) for option in choices if getattr(option.param, "value", None) == ALL))
     keys = pd.Series("", index=frame.index)
@@ -92,7 +92,7 @@ def chart_by_choice(
     values = frame.assign(key=keys.str[1:]).pivot_table("value", list(places), "key", sort=False, observed=True)
     if values.size > MOST_VALUES:
         values = values.loc[:, [ALL in key.split("|") for key in values]]
-    # One text per place, not a column per key, whose lookup by name would need eval, which the page's policy refuses.
+    # One text per place instead of a column per key: column lookup by name needs eval, which the page's policy forbids.
     texts = [",".join("" if pd.isna(x) else f"{x:.4g}" for x in row) for row in values.to_numpy()]
     key = f"indexof({json.dumps([*map(str, values)])},join([{','.join(str(option.name) for option in choices)}],'|'))"
     chart = chart_of(values.index.to_frame(index=False).assign(values=texts))
@@ -115,22 +115,22 @@ def heat_map(
     form: str = ".2f",
     written: bool = False,
 ) -> Any:
-    """A heat map of a column, means over what is not chosen (``choices``, the layer first).
+    """Returns a heat map of the means of a column under the chosen options (``choices``, the layer first).
 
     Args:
-        rows, columns: columns of the frame, whose categories, where there are any, give the order. Pairs of tasks are
-            shown in both orders.
-        label: what the values are, with the unit; ``form`` is d3's.
-        limit: how far from the ``middle`` values have colours of their own (default: nearly all), on each side if
-            ``signed``.
-        written: whether cells have their numbers.
+        rows, columns: columns of the frame; their categories, if any, define the order. Pairs of tasks are shown in
+            both orders.
+        label: the meaning and unit of the values; ``form`` is their d3 format.
+        limit: the largest distance from ``middle`` on the colour scale, on both sides if ``signed`` (default: covers
+            98 % of the values).
+        written: write the numbers into the cells.
     """
     frame = frame.rename(columns={rows: "row", columns: "column", value: "value"})
     if (rows, columns) == ("task_a", "task_b"):
         frame = pd.concat([frame, frame.rename(columns={"row": "column", "column": "row"})])
     row_names, column_names = names_in(frame, "row"), names_in(frame, "column")
     base, values = chart_by_choice(frame.astype({"row": str, "column": str}), ["row", "column"], choices)
-    # All layers together often vary less than one, and have their own limit.
+    # The mean over all layers often varies less than single layers, so it has its own limit.
     of_all = np.array([key.split("|")[0] == ALL for key in values], dtype=bool)
     limits = [limit or limit_of(values.loc[:, part].to_numpy(), middle) for part in (of_all, ~of_all)]
     bound = f"limits[{choices[0].name} === '{ALL}' ? 0 : 1]" if of_all.any() else "limits[1]"
@@ -152,7 +152,7 @@ def heat_map(
     colour = alt.Color("value:Q", scale=scale, legend=alt.Legend(title=label, format=form, tickCount=4))
     chart = base.mark_rect().encode(color=colour)
     if written:
-        # Where cells are at least 34 pixels wide, in the ink that stands out from the cell's colour.
+        # Shown in cells that are at least 34 pixels wide, in black or white depending on the cell's colour.
         opacity = {"expr": f"width / {len(column_names)} < 34 ? 0 : 1"}
         light = "luminance(scale('color', datum.value)) > 0.25"
         ink = alt.condition(light, alt.value("#15171a"), alt.value("#ffffff"))
@@ -165,7 +165,7 @@ def heat_map(
 
 
 def share_limits(drawn: Iterable[Any]) -> None:
-    """Gives the heat maps of one figure, which are side by side, one colour scale."""
+    """Gives the heat maps of one figure, which are shown side by side, the same colour scale."""
     of_charts = [each.params for each in drawn if isinstance(getattr(each, "params", None), list)]
     limits = [param for params in of_charts for param in params if param.name == "limits"]
     for param in limits:
@@ -173,17 +173,17 @@ def share_limits(drawn: Iterable[Any]) -> None:
 
 
 def limit_of(values: np.ndarray, middle: float) -> float:
-    """The distance from the middle that all but the outermost 2 % of values stay within, to two digits."""
+    """Returns the distance from the middle that covers 98 % of the values, to two digits."""
     distances = np.abs(values[np.isfinite(values)] - middle)
     return float(f"{max(0.01, np.quantile(distances, 0.98) if len(distances) else 0):.2g}")
 
 
 def legend(names: Iterable[str], **options: Any) -> alt.Legend | None:
-    """A legend without a title whose rows fit the page; None where there is nothing to tell apart."""
+    """Returns a legend without a title whose rows fit the page; None for fewer than two different names."""
     different = list(dict.fromkeys(names))
     if len(different) < 2:
         return None
-    longest = max(map(len, different)) + 4  # letters, with the symbol
-    # A page has room for 80 letters in a row, a phone and an exported figure, which has no container, for 36.
+    longest = max(map(len, different)) + 4  # in characters, with the symbol
+    # A row fits 80 characters on a page, and 36 on a phone and in an exported figure, which has no container.
     columns = f"containerSize()[0] >= 480 ? {max(1, 80 // longest)} : {max(1, 36 // longest)}"
     return alt.Legend(title=None, columns=cast(Any, {"expr": columns}), **options)

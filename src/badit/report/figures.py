@@ -1,10 +1,10 @@
-"""The figures of the report: :data:`FIGURES`, from a table's frame to a chart or to a table of text.
+"""The figures of the report: :data:`FIGURES`, which turn a table's frame into a chart or a table of text.
 
-To add one, write a function whose docstring is the caption and add it to :data:`FIGURES`. Tasks of tables that pair
-them are categories, whose order puts similar tasks next to one another (see ``badit.report.sources``).
+To add one, write a function whose docstring is the caption and add it to :data:`FIGURES`. Tasks of tables with pairs of
+tasks are categories, ordered so that similar tasks are next to each other (see ``badit.report.sources``).
 """
 
-# pandas' own types make every selection a frame, a series or a scalar.
+# pandas' type stubs declare every selection as a frame, a series or a scalar.
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportIndexIssue=false
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ _HELD_OUT = "held-out data"
 
 
 class Figure(NamedTuple):
-    """A figure or a table in a section of the page, made from the frame of the name ``table``.
+    """A figure or a table in a section of the page, made from the frame named ``table``.
 
-    ``draw`` makes of it an Altair chart, a DataFrame of text, or None where there is nothing to show. Its docstring is
-    the caption, and its name the figure's, with "-" for "_". ``width`` is of the text's; "square" suits matrices.
+    ``draw`` turns the frame into an Altair chart, a DataFrame of text, or None if there is nothing to show. Its
+    docstring is the caption. Its name is the figure's name, with "-" for "_". ``width`` "square" is for matrices.
     """
 
     section: str
@@ -44,21 +44,21 @@ class Figure(NamedTuple):
 
 
 def loss_curves(frame: pd.DataFrame) -> Any:
-    """The pale line is what was logged, the strong one its running mean over five log lines."""
+    """The pale line is the logged loss, the strong line its running mean over five points."""
     return _curves(frame, "training loss (nats per token)", smoothed=2)
 
 
 def held_out_losses(frame: pd.DataFrame) -> Any:
-    """The mean loss on the tasks' validation instances, by which the best checkpoint is chosen."""
+    """Mean loss on the tasks' validation instances."""
     return _curves(frame, "held-out loss (nats per token)", smoothed=0)
 
 
 def _curves(frame: pd.DataFrame, title: str, smoothed: int) -> Any:
-    """Losses by step, and their running mean over so many points on either side."""
+    """Returns a chart of losses by step, and their running mean with ``smoothed`` points on either side."""
     present = list(frame["series"].unique())
     series = frame.attrs.get("order") or present
     pick = alt.selection_point(name="pick", fields=["series"], bind="legend")
-    # At most 250 points of a curve, each the mean of its neighbours.
+    # At most 250 points per curve, each the mean of adjacent log lines.
     curves = frame.groupby(["series", "run"], sort=False)
     lengths: Any = curves["step"].transform("size")
     point = curves.cumcount() // -(-lengths // _MOST_POINTS)
@@ -72,7 +72,7 @@ def _curves(frame: pd.DataFrame, title: str, smoothed: int) -> Any:
     base = base.transform_window(mean="mean(loss)", groupby=["series", "run"], **window)
     loss = alt.Y("loss:Q", title=title, scale=alt.Scale(zero=False))
     raw = base.mark_line(strokeWidth=1, tooltip=None).encode(y=loss, opacity=_picked(pick, 0.4, 0.05))
-    # Lines that have one of the seven colours again are dashed, then dotted.
+    # When the seven colours repeat, lines are dashed, then dotted.
     dashes = alt.Scale(domain=series, range=[[1, 0]] * 7 + [[6, 3]] * 7 + [[2, 2]] * 7)
     dash = alt.StrokeDash("series:N", scale=dashes, legend=charts.legend(present, values=present, symbolType="stroke"))
     smooth = base.mark_line(strokeWidth=2.2, tooltip=None)
@@ -83,8 +83,7 @@ def _curves(frame: pd.DataFrame, title: str, smoothed: int) -> Any:
 
 
 def scores_by_task(frame: pd.DataFrame) -> Any:
-    """One mark for each run on each task, the tasks with the highest mean first; click the legend to bring one run
-    forward."""
+    """One mark per run and task; tasks are sorted by their mean score. Click the legend to highlight a run."""
     rows = frame.pivot_table("score", ["task", "run"], "metric", sort=False).round(3).reset_index()
     labels = {name: metric.label for name, metric in METRICS.items() if name in rows}
     present = list(frame["run"].unique())
@@ -109,7 +108,7 @@ def scores_by_task(frame: pd.DataFrame) -> Any:
 
 
 def scores_table(frame: pd.DataFrame) -> pd.DataFrame:
-    """Click a heading to sort; the last row has the means over tasks, and the best of several is in bold."""
+    """Click a heading to sort. The last row has the means over tasks. The best of several runs is in bold."""
     several = len(set(frame["run"])) > 1
     tasks = frame["task"].unique()
     shown = pd.DataFrame({"task": [*tasks, "mean over tasks"]}, dtype=object)
@@ -128,14 +127,14 @@ def scores_table(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def methods(frame: pd.DataFrame) -> pd.DataFrame:
-    """The table of badit table: mean ± standard deviation over runs, the best in bold."""
+    """The output of badit table: mean ± standard deviation over runs, the best in bold."""
     return frame
 
 
 def differences(frame: pd.DataFrame) -> Any:
-    """Mean paired difference and its 95 % bootstrap interval over runs and instances: an interval that crosses the
-    dotted line decides nothing, and one over a single run says nothing of other seeds. An untuned model, which would be
-    far off, is left out."""
+    """Mean paired difference and its 95 % bootstrap interval over runs and instances. An interval that includes 0 (the
+    dotted line) is not conclusive. An interval over a single run does not cover other seeds. The untuned model is left
+    out."""
     tooltip = ["method:N", *(alt.Tooltip(f"{name}:Q", format="+.2f") for name in ("mean", "low", "high"))]
     base = charts.chart_of(frame).encode(y=alt.Y("method:N", title=None, sort=None), tooltip=tooltip)
     title = f"Rouge-L points above {frame['reference'].iloc[0]}"
@@ -147,8 +146,8 @@ def differences(frame: pd.DataFrame) -> Any:
 
 
 def task_gap(frame: pd.DataFrame) -> Any:
-    """A circle is the model trained on the task alone, a diamond the one trained on all tasks: a diamond on the left
-    has lost by learning together."""
+    """A circle is the model trained on the task alone, a diamond the model trained on all tasks. If the diamond is on
+    the left, joint training lowered the score."""
     single, multi = kinds = ["one model per task", "one model for all"]
     rows = frame.sort_values("gap").rename(columns={"single": single, "multi": multi})
     order = list(dict.fromkeys(rows["task"]))
@@ -165,7 +164,7 @@ def task_gap(frame: pd.DataFrame) -> Any:
 
 
 def transfer(frame: pd.DataFrame) -> Any:
-    """A row is the model after one more task: down a column from the diagonal, a task is forgotten."""
+    """Each row is the model after one more task. Scores that decrease down a column show forgetting."""
     rows = frame.sort_values("stage", kind="stable")
     rows["task"] = pd.Categorical(rows["task"], list(dict.fromkeys([*rows["trained_task"], *rows["task"]])))
     titles = ("after training on", "Rouge-L on")
@@ -178,15 +177,15 @@ def _picked(pick: alt.Parameter, strong: float, weak: float) -> Any:
 
 
 def _colour(field: str, names: Sequence[str], present: Sequence[str] = (), **options: Any) -> alt.Color:
-    """A colour for each name; the legend has those that are present (default: all)."""
+    """Returns an encoding with a colour for each name; the legend shows the names that are present (default: all)."""
     shown = charts.legend(present or names, **options, **({"values": present} if present else {}))
     return alt.Color(f"{field}:N", scale=alt.Scale(domain=list(names)), legend=shown)
 
 
 def gradient_cosines(frame: pd.DataFrame) -> Any:
-    """Blue pairs of tasks agree and orange ones conflict, of the adapter's parameters where there is an adapter and
-    else of the model's weights; with all layers and all modules the gradients are taken as one vector, otherwise the
-    cosines' mean is shown."""
+    """Blue pairs of tasks agree, orange pairs conflict. Gradients are those of the adapter's parameters, or of the
+    model's weights if there is no adapter. For all layers and all modules, all gradients form one vector; otherwise the
+    mean cosine is shown."""
     own = frame[frame["parameters"] == shown_parameters(frame)]
     together, single = own[own["layer"] == charts.ALL], own[own["layer"] != charts.ALL]
     choices = [charts.all_or_one(name, single[name]) for name in ("layer", "module")]
@@ -197,7 +196,7 @@ def gradient_cosines(frame: pd.DataFrame) -> Any:
 
 
 def gradient_cosines_weights(frame: pd.DataFrame) -> Any:
-    """The same for the weights that the adapter adds to."""
+    """Cosines of the gradients of the base model's weights, without the adapter's parameters."""
     weights = frame[frame["parameters"] != shown_parameters(frame)]
     return gradient_cosines(weights) if len(weights) else None
 
@@ -208,13 +207,13 @@ def conflict_rate_by_layer(frame: pd.DataFrame) -> Any:
 
 
 def reliability_by_layer(frame: pd.DataFrame) -> Any:
-    """Cosine between gradients on two halves of a task's instances, mean over tasks: near 0, the cosines between tasks
-    are noise."""
+    """Cosine between the gradients of two halves of a task's instances, mean over tasks. If it is near 0, the cosines
+    between tasks are noise."""
     return _by_layer(frame, "reliability", "reliability", ".2f")
 
 
 def _by_layer(frame: pd.DataFrame, column: str, title: str, form: str) -> Any:
-    """A column of ``gradient_summary`` over the layers, a line for each module."""
+    """Returns a chart of a column of ``gradient_summary`` over the layers, with a line for each module."""
     rows = frame.loc[(frame["layer"] >= 0) & frame[column].notna(), ["layer", "module", "parameters", column]]
     if rows.empty:
         return None
@@ -231,8 +230,8 @@ def _by_layer(frame: pd.DataFrame, column: str, title: str, form: str) -> Any:
 
 
 def gradient_pairs(frame: pd.DataFrame) -> pd.DataFrame:
-    """The corrected cosine is without the noise of few instances (a dash: too noisy to tell), magnitude similarity is 1
-    where both gradients are equally large, and of more than 120 pairs those in the middle are left out."""
+    """The corrected cosine removes the noise of few instances (a dash: too noisy). The magnitude similarity is 1 for
+    gradients with equal norms. Of more than 120 pairs, those in the middle are left out."""
     rows = frame[(frame["parameters"] == shown_parameters(frame)) & frame["cosine"].notna()].sort_values("cosine")
     if len(rows) > _MOST_PAIRS:
         rows = pd.concat([rows[: _MOST_PAIRS // 2], rows[-_MOST_PAIRS // 2 :]])
@@ -242,13 +241,13 @@ def gradient_pairs(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def gradient_tasks(frame: pd.DataFrame) -> pd.DataFrame:
-    """A task with a large norm weighs more in a mixed batch; one with low reliability needs more instances."""
+    """A task with a large norm has more effect on a mixed batch. A task with low reliability needs more instances."""
     forms = {"task": "", "norm": ".2f", "reliability": ".2f", "instances": ".0f", "parameters": ""}
     return charts.text_table(frame, forms)
 
 
 def shared_units(frame: pd.DataFrame) -> Any:
-    """Bars above the dashed line are more sharing than by chance; units marked for no task are not drawn."""
+    """Bars above the dashed line mean more sharing than by chance. Units that no task marks are not shown."""
     rows = frame[(frame["tasks"] > 0) & (frame["layer"] >= 0)]
     if rows.empty:
         return None
@@ -268,7 +267,7 @@ def shared_units(frame: pd.DataFrame) -> Any:
 
 
 def units_of_tasks(frame: pd.DataFrame) -> Any:
-    """Units of all layers, marked for this task alone, for some others too, or for all of them."""
+    """Units of all layers that this task alone, some tasks or all tasks mark."""
     if len(set(frame["task"])) < 2:
         return None
     parts = ["this task alone", "some tasks", "all tasks"]
@@ -291,16 +290,16 @@ def units_of_tasks(frame: pd.DataFrame) -> Any:
 
 
 def unit_overlaps(frame: pd.DataFrame) -> Any:
-    """Jaccard overlap over all layers: units marked for both tasks, of those marked for either."""
+    """Jaccard overlap over all layers: units that both tasks mark, divided by units that either task marks."""
     choices, rows = [charts.choice("units", frame["kind"])], frame.rename(columns={"kind": "units"})
     return charts.heat_map(rows, "task_a", "task_b", "overlap", "overlap (Jaccard)", choices=choices, signed=False)
 
 
 def expert_angles(frame: pd.DataFrame) -> Any:
-    """Means over modules: solid lines are the grouping made at that step, dashed ones the grouping before it on the
-    same steps, diamonds the finished adapter on held-out data, the dotted line 90°."""
+    """Means over modules. Solid lines: the grouping made at that step. Dashed lines: the previous grouping, on the same
+    steps. Diamonds: the trained adapter on held-out data. Dotted line: 90°."""
     chart = _by_step(frame, "degrees", "angle (degrees)", zero=False)
-    # A line at 90°, and invisible ones 5° to both sides: a shorter scale would exaggerate small differences.
+    # A line at 90°, and invisible lines at 85° and 95°: a shorter scale would exaggerate small differences.
     lines = pd.DataFrame({"degrees": [85, 90, 95], "seen": [0, 1, 0]})
     right_angle = charts.chart_of(lines).mark_rule(style="reference", tooltip=None)
     right_angle = right_angle.encode(y="degrees:Q", opacity=alt.Opacity("seen:Q", scale=None, legend=None))
@@ -308,12 +307,12 @@ def expert_angles(frame: pd.DataFrame) -> Any:
 
 
 def expert_cosines(frame: pd.DataFrame) -> Any:
-    """Mean |cosine| between components' gradients: 0 is orthogonal, and opposite directions count as near."""
+    """Mean |cosine| between components' gradients: 0 is orthogonal, and opposite directions count as similar."""
     return _by_step(frame, "abs_cos", "mean |cosine|", zero=True)
 
 
 def _by_step(frame: pd.DataFrame, unit: str, title: str, *, zero: bool) -> Any:
-    """Within and between experts by step: means over modules, of all layers or one."""
+    """Returns a chart of values within and between experts by step: means over modules, for all layers or one."""
     names = {**_PERIODS, "held-out": _HELD_OUT}
     rows = frame.assign(measured=frame["measured"].map(names)).dropna(subset=["step", "measured"])
     groups = ["within experts", "between experts"]
@@ -331,7 +330,7 @@ def _by_step(frame: pd.DataFrame, unit: str, title: str, *, zero: bool) -> Any:
     if periods := [name for name in _PERIODS.values() if name in shown]:
         logged = base.transform_filter(f"datum.measured !== '{_HELD_OUT}'")
         dashes = alt.Scale(domain=periods, range=[[3, 3], [1, 0]][-len(periods) :])
-        series = charts.legend(periods, symbolStrokeColor="#808690")  # visible on a light page and on a dark one
+        series = charts.legend(periods, symbolStrokeColor="#808690")  # visible in both themes
         dash = alt.StrokeDash("measured:N", scale=dashes, legend=series)
         layers.append(logged.mark_line(strokeWidth=2, tooltip=None).encode(strokeDash=dash))
         layers.append(logged.mark_point(filled=True, size=28, opacity=1))
@@ -344,8 +343,8 @@ def _by_step(frame: pd.DataFrame, unit: str, title: str, *, zero: bool) -> Any:
 
 
 def component_flow(frame: pd.DataFrame) -> Any:
-    """A row is an expert before the regrouping and its cells are where its components went, so the diagonal stayed; at
-    most twelve regroupings are shown."""
+    """Each row is an expert before the regrouping. Its cells show where its components went; those on the diagonal
+    stayed. At most twelve regroupings are shown."""
     steps = np.unique(frame["step"])
     steps = steps[np.linspace(0, len(steps) - 1, min(len(steps), _MOST_STEPS)).astype(int)]
     rows = charts.with_all(frame[frame["step"].isin(steps)], "layer")
@@ -359,8 +358,8 @@ def component_flow(frame: pd.DataFrame) -> Any:
 
 
 def gates(frame: pd.DataFrame) -> Any:
-    """Mean gate over a task's prompts: 1 is neutral, blue is more, orange is less; the mean over layers has its own
-    colour scale."""
+    """Mean gate over a task's prompts: 1 is neutral, blue is larger, orange is smaller. The mean over layers has its
+    own colour scale."""
     choices = [charts.all_or_one("layer", frame["layer"], "mean over layers")]
     choices.append(charts.all_or_one("module", frame["module"]))
     style = {"choices": choices, "titles": ("", "expert"), "middle": 1.0}
@@ -368,39 +367,39 @@ def gates(frame: pd.DataFrame) -> Any:
 
 
 def gate_similarity(frame: pd.DataFrame) -> Any:
-    """Correlation of two tasks' gates over all layers, without what all tasks have in common."""
+    """Correlation of two tasks' gates over all layers, after subtracting the mean over tasks."""
     return charts.heat_map(frame, "task_a", "task_b", "similarity", "correlation", limit=1.0)
 
 
 def expert_losses(frame: pd.DataFrame) -> Any:
-    """Rise of a task's loss when an expert's gates are 0 in all layers: blue tasks need the expert, orange ones would
-    do better without. An expert that started from the pretrained weight takes its part of that weight with it, so its
-    numbers are large whatever it has learnt."""
-    label, titles = "rise of the loss (nats per token)", ("", "expert switched off")
+    """Increase of a task's loss with an expert's gates set to 0 in all layers. Blue: the task needs the expert. Orange:
+    the loss is lower without it. If an expert started as a part of the pretrained weight, that part is removed too, so
+    its values are large whatever it learnt."""
+    label, titles = "increase of the loss (nats per token)", ("", "disabled expert")
     return charts.heat_map(frame, "task", "expert", "change", label, titles=titles, written=True)
 
 
 def abilities(frame: pd.DataFrame) -> pd.DataFrame:
-    """The rise of the loss without an expert that started from the pretrained weight includes the loss of that part of
-    the weight."""
+    """If an expert started as a part of the pretrained weight, the increase of the loss includes the effect of
+    removing that part."""
     named = frame[["tasks", "hurt_most"]].replace(re.compile(r"\btask(\d+)_([^\W_]+)\w*"), r"\1 \2")
     forms = {"expert": ".0f", "mean_gate": ".2f", "spread": ".3f", "change": ".3f", "tasks": "", "hurt_most": ""}
-    headings = {"spread": "spread over tasks", "change": "rise of the loss without it"}
-    headings |= {"tasks": "drawn on most by", "hurt most": "missed most by"}
+    headings = {"spread": "spread over tasks", "change": "loss increase without it"}
+    headings |= {"tasks": "tasks with largest gates", "hurt most": "tasks with largest loss increase"}
     return charts.text_table(frame.assign(**named.replace({"": UNKNOWN})), forms).rename(columns=headings)
 
 
 def nearest_prompts(frame: pd.DataFrame) -> pd.DataFrame:
-    """Prompts of the measured instances by their gate for the expert."""
+    """Prompts of the measured instances, ranked by their gate for the expert relative to the other prompts."""
     forms = {"expert": ".0f", "rank": ".0f", "task": "", "prompt": ""}
     return charts.text_table(frame.sort_values(["expert", "rank"]), forms)
 
 
 def ability_recovery(frame: pd.DataFrame) -> pd.DataFrame:
-    """The p-value is the share of random reassignments of the built-in tasks' abilities that do at least as well."""
+    """The p-value is the share of random permutations of the tasks' abilities with at least the same value."""
     measures = {
-        "correlation": "correlation of gates with known abilities",
-        "nearest_neighbour": "tasks whose nearest neighbour shares an ability",
+        "correlation": "correlation of gate similarity with known abilities",
+        "nearest_neighbour": "share of tasks whose nearest neighbour shares an ability",
     }
     forms = {"measure": "", "value": ".2f", "chance": ".2f", "p_value": ".4f"}
     return charts.text_table(frame.replace({"measure": measures}), forms)
@@ -411,27 +410,27 @@ FIGURES = [
     Figure("scores", "Methods", "methods", methods),
     Figure("scores", "Differences", "differences", differences),
     Figure("scores", "Scores by task", "scores", scores_by_task),
-    Figure("scores", "The same in numbers", "scores", scores_table),
+    Figure("scores", "Table of scores by task", "scores", scores_table),
     Figure("curves", "Training loss", "losses", loss_curves),
     Figure("curves", "Held-out loss", "held_out_losses", held_out_losses),
     Figure("gradients", "Cosine between tasks' gradients", "gradient_cosines", gradient_cosines, "square"),
-    Figure("gradients", "The same of the weights", "gradient_cosines", gradient_cosines_weights, "square"),
+    Figure("gradients", "Cosine of weight gradients", "gradient_cosines", gradient_cosines_weights, "square"),
     Figure("gradients", "Conflict rate by layer", "gradient_summary", conflict_rate_by_layer, "half"),
     Figure("gradients", "Reliability by layer", "gradient_summary", reliability_by_layer, "half"),
     Figure("gradients", "Pairs of tasks, the most conflicting first", "gradient_overall", gradient_pairs),
     Figure("gradients", "Gradients of single tasks", "gradient_tasks", gradient_tasks),
     Figure("units", "Units shared by k tasks", "coactivation", shared_units),
-    Figure("units", "What each task has to itself", "coactivation_tasks", units_of_tasks),
+    Figure("units", "Units marked by one, some or all tasks", "coactivation_tasks", units_of_tasks),
     Figure("units", "Overlap of marked units between tasks", "coactivation_pairs", unit_overlaps, "square"),
     Figure("geometry", "Angles within and between experts", "expert_angles", expert_angles, "half"),
-    Figure("geometry", "The same without signs", "expert_angles", expert_cosines, "half"),
-    Figure("geometry", "Where regrouping took the components", "component_flow", component_flow, "square"),
-    Figure("atlas", "What each task draws on", "gates", gates, "square"),
-    Figure("atlas", "Tasks that draw on the same experts", "gate_similarity", gate_similarity, "square"),
-    Figure("atlas", "What is lost without an expert", "expert_losses", expert_losses, "square"),
-    Figure("atlas", "The experts one by one", "abilities", abilities),
-    Figure("atlas", "The prompts that draw on each expert most", "nearest_prompts", nearest_prompts),
-    Figure("atlas", "Do gates find the tasks' known abilities?", "ability_recovery", ability_recovery),
-    Figure("learning", "One model per task, or one for all", "task_gap", task_gap),
-    Figure("learning", "What is left of each task", "transfer", transfer, "square"),
+    Figure("geometry", "Mean |cosine| within and between experts", "expert_angles", expert_cosines, "half"),
+    Figure("geometry", "Components moved by regrouping", "component_flow", component_flow, "square"),
+    Figure("atlas", "Mean gates by task", "gates", gates, "square"),
+    Figure("atlas", "Similarity of the tasks' gates", "gate_similarity", gate_similarity, "square"),
+    Figure("atlas", "Increase of the loss without an expert", "expert_losses", expert_losses, "square"),
+    Figure("atlas", "Summary of each expert", "abilities", abilities),
+    Figure("atlas", "Prompts with the largest gates for each expert", "nearest_prompts", nearest_prompts),
+    Figure("atlas", "Agreement of gates with known abilities", "ability_recovery", ability_recovery),
+    Figure("learning", "One model per task and one model for all tasks", "task_gap", task_gap),
+    Figure("learning", "Scores after each task of a sequence", "transfer", transfer, "square"),
 ]

@@ -1,7 +1,7 @@
-"""From sources to one HTML file that needs no network and no other file, and to figures as SVG and PDF.
+"""Renders sources as one HTML file that needs no network and no other file, and exports figures as SVG and PDF.
 
-The template escapes all text, and the charts' data are in JSON blocks without any "<". The page's policy allows only
-the two scripts whose hashes it names, and no fetching.
+The template escapes all text, and the JSON blocks with the charts' data contain no "<". The page's content security
+policy allows only the two scripts whose hashes it lists, and no network requests.
 """
 
 from __future__ import annotations
@@ -35,24 +35,24 @@ from badit.report.sources import Source, conclusions, together
 from badit.results import RESULTS
 from badit.tuner.config import is_number
 
-# What Vega-Lite knows the charts by, such as 6.4.
+# The version of Vega-Lite, such as 6.4.
 _VEGA_LITE = ".".join(alt.SCHEMA_VERSION.removeprefix("v").split(".")[:2])
-# Of an exported figure, in pixels of 1/72 inch: the width of a page's text, of half of it, and of a matrix.
+# Widths of exported figures in pixels of 1/72 inch.
 _WIDTHS = {"full": 520, "half": 340, "square": 400}
-# Sample predictions: how many per task, of how many models before there are half of them, and how many letters.
+# Sample predictions: instances per task (half if there are more than _MANY_MODELS), and longest texts in characters.
 _SAMPLES, _MANY_MODELS = 6, 3
 _LONGEST_QUESTION, _LONGEST_ANSWER = 700, 400
 _PARTLY_RIGHT = 50.0
 _as_yaml = partial(yaml.safe_dump, sort_keys=False, allow_unicode=True, width=100)
-# What the overview shows of a run's recipe.
+# The recipe keys that the overview shows.
 _SETTINGS = ["model.name", "method.name", "method.num_experts", "method.r", "data.source", "training.learning_rate"]
 
 
 class Block(NamedTuple):
-    """A part of a section, which the template's macro of its kind (figure, table, samples, details, note …) lays out.
+    """A part of a section, rendered by the template's macro named ``kind`` (figure, table, samples, details, note …).
 
-    ``name`` is its id and, of a figure, its file's name; ``caption`` is given once for the same figure of several runs;
-    ``file`` is what it is made from, below the folder of ``source``, whose label is given where there are several.
+    ``name`` is the element's id and the exported figure's file name. If several runs have the same figure, only the
+    first has a ``caption``. ``file`` names the data's files, and ``source`` the label of the run if there are several.
     """
 
     kind: str
@@ -66,19 +66,19 @@ class Block(NamedTuple):
 
     @property
     def description(self) -> str:
-        """What is read out for a chart."""
+        """The text that screen readers read for a chart."""
         return f"{self.title}. {self.caption}".strip()
 
     @property
     def specification(self) -> dict[str, Any]:
-        """Vega-Lite; the colours are the page's to choose."""
+        """The chart's Vega-Lite specification without colours, which the page sets."""
         own = {"autosize": {"type": "fit-x", "contains": "padding"}, "width": "container"}
         content = {**self.content.to_dict(validate=False), **own, "description": self.description}
         return {key: value for key, value in content.items() if key not in ("config", "$schema")}
 
 
 class Section(NamedTuple):
-    """A section of the page, which ``command`` makes where a run has it not; the template says what it is about."""
+    """A section of the page. ``command`` measures what a run lacks; the template has the section's introduction."""
 
     key: str
     title: str
@@ -101,7 +101,7 @@ SECTIONS: Sequence[Section] = [
 
 
 def sections_of(sources: Sequence[Source]) -> list[Section]:
-    """The page's sections with their blocks."""
+    """Returns the page's sections with their blocks."""
     shown = [together(sources), *sources]
     others = {"overview": _overview(sources), "samples": _samples(sources), "settings": _settings(sources)}
     found = []
@@ -113,7 +113,7 @@ def sections_of(sources: Sequence[Source]) -> list[Section]:
 
 
 def render(title: str, sections: Sequence[Section]) -> str:
-    """The page."""
+    """Returns the page's HTML."""
     scripts = [_library(), _resource("page.js")]
     hashes = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts]
     options: dict[str, Any] = {"autoescape": True, "trim_blocks": True, "lstrip_blocks": True}
@@ -132,7 +132,7 @@ def render(title: str, sections: Sequence[Section]) -> str:
 
 
 def export_figures(sections: Sequence[Section], folder: Path) -> None:
-    """Writes NAME.svg and NAME.pdf for every figure, showing what the page shows at first, on white."""
+    """Writes NAME.svg and NAME.pdf for every figure, with the page's initial choices, on white."""
     folder.mkdir(parents=True, exist_ok=True)
     config = {**chart_config("light"), "font": "Helvetica, Arial, sans-serif", "background": "white"}
     for block in (block for section in sections for block in section.blocks if block.kind == "figure"):
@@ -140,12 +140,12 @@ def export_figures(sections: Sequence[Section], folder: Path) -> None:
         svg = vl_convert.vegalite_to_svg(content, vl_version=_VEGA_LITE, config=config, allowed_base_urls=[])
         for suffix, data in ((".svg", svg.encode()), (".pdf", vl_convert.svg_to_pdf(svg))):
             path = folder / (block.name + suffix)
-            remove(path)  # a link is not followed
+            remove(path)  # so that a symbolic link is not followed
             path.write_bytes(data)
 
 
 def _drawn(figure: Figure, sources: Sequence[Source]) -> Iterator[Block]:
-    """The figure of every source that has its table; those of several sources are side by side, on shared scales."""
+    """Yields the figure of each source that has its table; figures of several sources share their colour scale."""
     frames = {i: source.frames[figure.table] for i, source in enumerate(sources) if figure.table in source.frames}
     drawn = [figure.draw(frame) for frame in frames.values()]
     charts.share_limits(drawn)
@@ -163,7 +163,7 @@ def _drawn(figure: Figure, sources: Sequence[Source]) -> Iterator[Block]:
 
 
 def _notes(section: Section, sources: Sequence[Source], blocks: Sequence[Block]) -> Iterator[Block]:
-    """How to make what a section does not have of a run."""
+    """Yields, for each run without data for the section, a note with the command that measures it."""
     for run in sources:
         analysed = any(frame.attrs["file"].startswith("analysis/") for frame in run.frames.values())
         measured = analysed or any(block.source in ("", run.label) for block in blocks)
@@ -176,7 +176,7 @@ def _notes(section: Section, sources: Sequence[Source], blocks: Sequence[Block])
 
 
 def _overview(sources: Sequence[Source]) -> Iterator[Block]:
-    """What can be concluded, then facts and headline numbers, a column for each source."""
+    """Yields the conclusions, then a table of facts and main scores with a column for each source."""
     if found := conclusions(sources):
         yield Block("conclusions", "", found)
     facts = pd.DataFrame([_facts(source) for source in sources], dtype=object).fillna(UNKNOWN).T.reset_index()
@@ -184,7 +184,7 @@ def _overview(sources: Sequence[Source]) -> Iterator[Block]:
     files = [RESULTS] if any(source.results for source in sources) else []
     files += ["scores.json", "config.yaml", "environment.json"] if any(not source.results for source in sources) else []
     if len(table):
-        yield Block("table", "At a glance", table, "facts", file=", ".join(files))
+        yield Block("table", "Summary", table, "facts", file=", ".join(files))
 
 
 def _facts(source: Source) -> dict[str, str]:
@@ -213,7 +213,7 @@ def _facts(source: Source) -> dict[str, str]:
 
 
 def _samples(sources: Sequence[Source]) -> Iterator[Block]:
-    """A few instances of each task that all models have answered, one run of each method."""
+    """Yields a few instances of each task that all models answered; a model is the first run of each method."""
     models: list[tuple[str, Source]] = []
     for source in sources:
         runs: dict[str, Source] = {}
@@ -230,12 +230,12 @@ def _samples(sources: Sequence[Source]) -> Iterator[Block]:
         chosen = [shared[i * len(shared) // count] for i in range(count)]
         content[task] = [_sample([(name, own[instance]) for name, own in answers]) for instance in chosen]
     if content:
-        caption = "Long prompts show their end, which holds the instance's own input."
+        caption = "Questions are the instances' own inputs; long ones are cut at the start."
         yield Block("samples", "", content, caption=caption, file="predictions/")
 
 
 def _sample(answers: Sequence[tuple[str, Prediction]]) -> dict[str, Any]:
-    """An instance with its references, and every model's answer with its verdict."""
+    """Returns an instance's question and references, and every model's answer with its verdict."""
 
     def cut(text: str) -> str:
         return text if len(text) <= _LONGEST_ANSWER else text[: _LONGEST_ANSWER - 1] + "…"
@@ -254,7 +254,7 @@ def _sample(answers: Sequence[tuple[str, Prediction]]) -> dict[str, Any]:
 
 
 def _settings(sources: Sequence[Source]) -> Iterator[Block]:
-    """Recipes and environments: of a run, and of the first run of each method of a comparison."""
+    """Yields the recipe and environment of each run, and of the first run of each method of a comparison."""
     for source in sources:
         label = f"{source.label}: " if len(sources) > 1 else ""
         if source.config:
@@ -278,6 +278,6 @@ def _resource(name: str) -> str:
 
 @cache
 def _library() -> str:
-    """Vega, Vega-Lite and Vega-Embed in one script."""
+    """Returns Vega, Vega-Lite and Vega-Embed as one script."""
     script = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;", _VEGA_LITE)
     return script.replace("</script", "<\\/script").replace("<!--", "<\\!--")

@@ -1,10 +1,10 @@
-"""What a report is made from: runs and comparisons, each read once into frames.
+"""Reads the sources of a report: runs and comparisons, each read once into frames.
 
-An argument is a run's folder, a folder that holds analysis/ alone, a comparison's folder, or a results.json. Every part
-but one of these may be missing; the report then says how to make it.
+An argument is a run's folder, a folder that contains only analysis/, a comparison's folder, or a results.json. A folder
+needs at least one of config.yaml, results.json and analysis/. The report says how to create what is missing.
 """
 
-# pandas' own types make every selection a frame, a series or a scalar.
+# pandas' type stubs declare every selection as a frame, a series or a scalar.
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportIndexIssue=false
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from badit.run import Run
 from badit.statistics import paired_bootstrap
 from badit.tuner.config import is_number
 
-# The tables in whose matrices similar tasks stand together, with the table and the column that say how similar.
+# Tables shown as matrices with similar tasks next to each other, with the table and column of the similarity.
 _ORDERS = {
     "gradient_cosines": ("gradient_overall", "cosine"),
     "coactivation_pairs": ("coactivation_pairs", "overlap"),
@@ -44,17 +44,17 @@ _ORDERS = {
 }
 _PAIR = ["task_a", "task_b"]
 _DIFFERENCES = ["method", "mean", "low", "high", "reference"]
-# Below this, halves of one task's instances agree so little that cosines between tasks are mostly noise.
+# If the mean reliability is below this, the cosines between tasks are mostly noise.
 _RELIABLE = 0.3
-# Mean gates that differ by less than this between tasks, of a neutral 1, are called alike.
+# Tasks use the experts in nearly the same way if their mean gates (1 is neutral) differ by less than this.
 _ALIKE = 0.1
 
 
 @dataclass
 class Source:
-    """One run (with ``scores`` and ``config``) or one comparison (with ``results``), whose label no other source has.
+    """One run (with ``scores`` and ``config``) or one comparison (with ``results``), with a unique label.
 
-    ``frames`` have rows, and their attribute "file" says where they are from.
+    All ``frames`` have rows, and their attribute "file" names the file that they were read from.
     """
 
     label: str
@@ -66,13 +66,13 @@ class Source:
     environment: Mapping[str, Any] = field(default_factory=dict)
 
     def add(self, name: str, frame: pd.DataFrame, file: str) -> None:
-        """Adds a frame that has rows, unless there is one of this name."""
+        """Adds a frame if it has rows and no frame has this name."""
         if len(frame):
             self.frames.setdefault(name, frame).attrs.setdefault("file", file)
 
     @cached_property
     def members(self) -> list[tuple[str, Source]]:
-        """The run itself, or a comparison's scored runs whose folders are still there, each with its method's name."""
+        """The run itself, or a comparison's scored runs whose folders still exist, each with its method's name."""
         from badit.compare import Cell
 
         if self.results is None:
@@ -85,23 +85,23 @@ class Source:
 
     @cached_property
     def predictions(self) -> Mapping[str, list[Prediction]]:
-        """Every task's answers; empty where none are kept."""
+        """The answers by task; empty if none are saved."""
         folder = Run.at(self.folder).predictions_path
         return group_by_task(read_predictions(folder)) if any(folder.glob("[!.]*.jsonl")) else {}
 
 
 def read_sources(paths: Sequence[str | os.PathLike[str]]) -> list[Source]:
-    """Reads what the report's arguments name; a BaditError says what is no run or is damaged."""
+    """Reads the report's arguments; BaditError if one is not a run or comparison, is damaged or is given twice."""
     if not paths:
-        raise BaditError("report: name at least one run's or comparison's folder")
+        raise BaditError("report: no runs; name at least one folder of a run or a comparison")
     folders = [Path(path).parent if Path(path).name == RESULTS else Path(path) for path in paths]
     for path, folder in zip(paths, folders, strict=True):
         if not any((folder / name).exists() for name in (RESULTS, "config.yaml", "analysis")):
-            raise BaditError(f"{path}: has no config.yaml, results.json or analysis; name a run or a comparison")
+            raise BaditError(f"{path}: has no config.yaml, results.json or analysis; name a run or comparison folder")
         if folders.count(folder) > 1:
-            raise BaditError(f"{folder}: is given more than once")
+            raise BaditError(f"{folder}: is given more than once; name each folder once")
         refuse_links(folder)
-    # The end of each path, as much of it as tells them apart.
+    # The shortest path endings that differ between all folders.
     parts = [folder.resolve().parts for folder in folders]
     ends = (["/".join(each[-length:]) for each in parts] for length in range(1, max(map(len, parts)) + 1))
     labels = next((labels for labels in ends if len(set(labels)) == len(labels)), [*map(str, folders)])
@@ -111,7 +111,7 @@ def read_sources(paths: Sequence[str | os.PathLike[str]]) -> list[Source]:
 
 
 def together(sources: Sequence[Source]) -> Source:
-    """What is shown of all sources in one figure: losses, and the runs' scores and their differences to the first."""
+    """Returns the frames for figures of all sources: losses, scores, and differences to the first run's scores."""
     shared = Source("", Path())
     runs = [
         (f"{source.label}: {method}" if len(sources) > 1 and source.results else method, run)
@@ -125,18 +125,18 @@ def together(sources: Sequence[Source]) -> Source:
         frames = [cast(pd.DataFrame, source.scores).assign(run=source.label) for source in scored]
         shared.add("scores", pd.concat(frames, ignore_index=True), "scores.json")
         shared.add("differences", _differences(scored), "predictions/")
-    for frame in shared.frames.values():  # a series has one colour in all figures
+    for frame in shared.frames.values():  # so that a series has the same colour in all figures
         frame.attrs["order"] = list(dict.fromkeys(series for series, _ in runs))
     return shared
 
 
 def shown_parameters(frame: pd.DataFrame) -> str:
-    """Whose gradients are shown: the "adapter"'s where there is one, else those of the "weights"."""
+    """Returns the parameters whose gradients are shown: "adapter" if the frame has it, otherwise "weights"."""
     return min(frame["parameters"])
 
 
 def conclusions(sources: Sequence[Source]) -> list[str]:
-    """At most three statements with their uncertainty, of different kinds if there are, the best supported first."""
+    """Returns at most three statements with their uncertainty, best supported first, of different kinds if possible."""
     found: list[tuple[str, float, str]] = []
     for source in [together(sources), *sources]:
         of = f"{source.label}: " if source.label and len(sources) > 1 else ""
@@ -148,7 +148,7 @@ def conclusions(sources: Sequence[Source]) -> list[str]:
 
 
 def _statements(frames: Mapping[str, pd.DataFrame]) -> Iterator[tuple[str, float, str]]:
-    """What the tables say: its kind, how far it exceeds its uncertainty, roughly, and the sentence."""
+    """Yields statements about the tables: the kind, roughly the ratio of effect to uncertainty, and the sentence."""
     if "differences" in frames:
         rows = frames["differences"][_DIFFERENCES].itertuples(index=False)
         method, mean, low, high, reference = max(rows, key=lambda row: abs(row.mean))
@@ -167,25 +167,25 @@ def _statements(frames: Mapping[str, pd.DataFrame]) -> Iterator[tuple[str, float
         cosines = pairs.loc[pairs["parameters"] == kind, "cosine"].dropna()
         agreement = float(tasks.loc[tasks["parameters"] == kind, "reliability"].mean())
         if len(cosines) and math.isfinite(agreement):
-            share = f"{(cosines < 0).mean():.0%} of {len(cosines)} pairs of tasks have gradients in conflict"
+            share = f"{(cosines < 0).mean():.0%} of {len(cosines)} pairs of tasks have conflicting gradients"
             noise = "mostly noise" if agreement < _RELIABLE else "above noise"
-            text = f"{share}, {noise}: gradients on two halves of a task agree to {number(agreement, '.2f')}."
+            text = f"{share}, {noise}: the mean reliability of the gradients is {number(agreement, '.2f')}."
             yield "gradients", 2 * agreement, text
     if {"abilities", "gates"} <= frames.keys():
         between, within = float(frames["abilities"]["spread"].max()), float(frames["gates"]["std"].mean())
         alike = between < _ALIKE
         text = (
-            f"Tasks draw on the experts {'almost alike' if alike else 'differently'}: an expert's mean gate differs by "
-            f"at most {number(between, '.3f')} between tasks, and by {number(within, '.3f')} (standard deviation) "
-            "between prompts of one task."
+            f"Tasks use the experts {'in nearly the same way' if alike else 'differently'}: an expert's mean gate "
+            f"differs by at most {number(between, '.3f')} between tasks, and by {number(within, '.3f')} (standard "
+            "deviation) between prompts of one task."
         )
         yield "gates", 0.5 if alike or not within > 0 else between / within, text
     for method, rows in frames["task_gap"].groupby("method", sort=False) if "task_gap" in frames else ():
         gaps = rows["gap"].to_numpy()
         gap, error = float(gaps.mean()), float(gaps.std(ddof=min(1, len(gaps) - 1)) / len(gaps) ** 0.5)
         text = (
-            f"{method}: one model for all tasks scores {number(-gap, '.1f', '+')} Rouge-L points against one model per "
-            f"task (standard error {number(error)} over {len(gaps)} tasks)."
+            f"{method}: one model for all tasks scores {number(-gap, '.1f', '+')} Rouge-L points relative to one model "
+            f"per task (standard error {number(error)} over {len(gaps)} tasks)."
         )
         yield "tasks", abs(gap) / (2 * error) if error > 0 else 0.0, text
 
@@ -195,7 +195,7 @@ def _read(folder: Path, label: str) -> Source:
     for name, frame in load_frames(run.analysis_path).items():
         source.add(name, frame, f"analysis/{name}.json")
     if run.config_path.is_file():
-        source.config = read_values(run.config_path)  # a recipe of another version may have other keys
+        source.config = read_values(run.config_path)  # not validated: recipes of other versions may have other keys
     source.environment = run.known_environment
     if (folder / RESULTS).is_file():
         source.results = results = load_results(folder)
@@ -214,7 +214,7 @@ def _read(folder: Path, label: str) -> Source:
         source.scores = scores_frame(scores)
         if "matrix" in scores:
             source.add("transfer", transfer(run), run.scores_path.name)
-    # The log of a run that was kept for its results may have means over modules alone.
+    # The log of a committed result has only means over modules, without labels.
     if any("labels" in line for line in islice(read_jsonl(run.regroupings_path), 1)):
         source.add("component_flow", component_flow(run), run.regroupings_path.name)
         source.add("expert_angles", expert_angles(run), run.regroupings_path.name)
@@ -232,7 +232,7 @@ def _read(folder: Path, label: str) -> Source:
 
 
 def _losses(folder: Path, key: str) -> list[dict[str, float]]:
-    """Step and loss of each log line that has one under ``key``; a sequence's stages follow one another."""
+    """Returns the steps and losses of the log lines with ``key``; the stages of a sequence follow one another."""
     found: list[dict[str, float]] = []
     for file in [Run.at(folder).metrics_path, *sorted(folder.glob("stages/*/metrics.jsonl"))]:
         start = found[-1]["step"] if found else 0
@@ -242,7 +242,7 @@ def _losses(folder: Path, key: str) -> list[dict[str, float]]:
 
 
 def _differences(runs: Sequence[Source]) -> pd.DataFrame:
-    """Paired differences in Rouge-L to the first run, over the instances that both have answered."""
+    """Returns each run's paired Rouge-L difference to the first run, over the instances that both answered."""
     rows = []
     scores = _rouge_l(runs[0])
     for run in runs[1:]:
@@ -261,7 +261,7 @@ def _rouge_l(run: Source) -> pd.Series:
 
 
 def _order_tasks(sources: Sequence[Source]) -> None:
-    """Makes the tasks of matrices categories: all sources have the order of the first one with similarities."""
+    """Makes the tasks of matrices categories; all sources use the order of the first source with similarities."""
     for name, (similarities, column) in _ORDERS.items():
         pairs = next((source.frames[similarities] for source in sources if similarities in source.frames), None)
         order = by_similarity(pairs, column) if pairs is not None else []
@@ -274,14 +274,14 @@ def _order_tasks(sources: Sequence[Source]) -> None:
 
 
 def by_similarity(pairs: pd.DataFrame, column: str) -> list[str]:
-    """The tasks as the leaves of an average-linkage tree over 1 − similarity, with the best order of its branches."""
+    """Returns the tasks as leaves of an average-linkage tree over max − similarity, with the optimal branch order."""
     from scipy.cluster.hierarchy import leaves_list, linkage
     from scipy.spatial.distance import squareform
 
     tasks = sorted({*pairs["task_a"], *pairs["task_b"]})
     if len(tasks) < 3:
         return tasks
-    # The first of several kinds counts. A damaged file may hold what no similarity can be.
+    # If a pair has several kinds, the first is used. A damaged file may contain values outside −1 to 1.
     half = pairs.drop_duplicates(_PAIR).pivot(index="task_a", columns="task_b", values=column).clip(-1, 1)
     similarity = half.combine_first(half.T).reindex(index=tasks, columns=tasks)
     similarity_TT = similarity.fillna(np.nan_to_num(half.stack().mean())).to_numpy()

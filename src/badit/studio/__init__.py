@@ -1,6 +1,6 @@
-"""``badit studio``: a loaded run for a page on this machine: what it is, its tasks, and answers side by side.
+"""``badit studio``: a loaded run for a local web page that shows its tasks, and answers side by side.
 
-A prompt is answered by up to three mixtures, here called sides: "router" is the adapter as it was trained, "hand" the
+A prompt is answered by up to three variants of the model, called sides: "router" is the trained adapter, "hand" the
 adapter with gates set by hand, "base" the base model. Gates are on the scale of :mod:`badit.analysis.gates`.
 
 Shape suffixes: N = components, M = adapted modules, K = experts.
@@ -35,17 +35,17 @@ from badit.train import encoded_texts, make_plan
 MAX_CHARACTERS = 20_000
 MAX_NEW_TOKENS = 512
 _EXAMPLES, _SHOWN_TASKS, _DIGITS = 6, 5, 5
-_PAUSE = 0.01  # seconds in which a waiting question gets the model before the measuring thread takes it again
-# Sums of softmaxes are 1 or K except for their last bits, which must not be multiplied into gates set by hand.
+_PAUSE = 0.01  # seconds for which the measuring thread releases the model, so that a waiting question gets it
+# Sums of softmaxes are 1 or K except for rounding errors, which must not be multiplied into gates set by hand.
 _DECIMALS = 6
 
 Side = Literal["router", "hand", "base"]
-# Shows an event by its name: what the page is told of an answer that is being written.
+# Sends an event (name, data) of the running answer to the page.
 Show = Callable[[str, Mapping[str, Any]], None]
 
 
 class Question(BaseModel):
-    """What the page asks: a prompt, or an input for a task, the sides that answer, and the gates of the side "hand"."""
+    """A request of the page: a prompt or a task's input, the sides that answer, and the gates of the side "hand"."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -57,14 +57,14 @@ class Question(BaseModel):
 
 
 class Session:
-    """A loaded run. Its model is switched from side to side, so it answers one question at a time; others wait."""
+    """A loaded run. Its model is switched between the sides, so it answers one question at a time; others wait."""
 
     def __init__(self, path: str | Path, *, trust_remote_code: bool = False) -> None:
         self.run = Run(path)
         self.recipe = self.run.trusted_recipe(trust_remote_code)
         self.method = build_method(self.recipe.method)
         if not isinstance(self.method, AdapterMethod):
-            raise BaditError(f"{path}: its method, {self.method.name}, has no adapter to try; name another run")
+            raise BaditError(f"{path}: its method, {self.method.name}, trains no adapter; use another run")
         self.tasks: dict[str, Task] = {}
         self.remark = ""
         try:
@@ -72,22 +72,22 @@ class Session:
         except BaditError as error:
             if self.method.needs_tasks:
                 raise
-            self.remark = f"The run's tasks cannot be chosen: {error}"
+            self.remark = f"The run's tasks cannot be loaded: {error}"
         model, self.tokenizer = load_run(self.run, self.recipe)
         self.model: Any = model
         self.experts = active_experts(self.model)
         self.number_of_experts = self.experts[0].number if self.experts else 0
         self._free = threading.Lock()
-        #: The tasks' mean gates: a row per task, a column per adapted module and expert; None before they are known.
+        #: The tasks' mean gates: a row per task, a column per adapted module and expert; None until they are measured.
         self.task_gates: pd.DataFrame | None = None
 
     @property
     def unmeasured(self) -> bool:
-        """Whether the tasks' mixtures are not known yet but can be measured."""
+        """Whether the tasks' gates are not known yet but can be measured."""
         return bool(self.experts) and self.task_gates is None and any(task.train for task in self.tasks.values())
 
     def measure(self) -> None:
-        """Measures the tasks' mixtures, unless the run's folder has them; questions may be asked meanwhile."""
+        """Measures the tasks' gates, or reads them from the run's folder. Questions can be answered meanwhile."""
         if not self.unmeasured:
             return
         names = [name for name, task in self.tasks.items() if task.train]
@@ -102,7 +102,7 @@ class Session:
         self.task_gates = pd.DataFrame.from_dict(by_task, orient="index")
 
     def about(self) -> dict[str, Any]:
-        """What the page shows of the run before anything is asked."""
+        """Returns what the page shows about the run before the first question."""
         path = self.run.analysis_path / f"{ABILITIES.name}.json"
         said = load_frame(path).set_index("expert")["tasks"] if path.is_file() else None
         return {
@@ -121,7 +121,7 @@ class Session:
         }
 
     def task(self, name: str) -> dict[str, Any]:
-        """A task's instruction and a few of its instances, if possible those that were not trained on."""
+        """Returns a task's instruction and a few of its instances, preferably held-out ones."""
         refuse_unknown("task", name, self.tasks)
         task = self.tasks[name]
         fitting = (one for one in task.test or task.validation or task.train if len(one.input) <= MAX_CHARACTERS)
@@ -129,23 +129,23 @@ class Session:
         return {"name": task.name, "instruction": task.definition, "examples": examples}
 
     def check(self, question: Question) -> None:
-        """Raises BaditError for what the run cannot answer."""
+        """Raises BaditError for a question that the run cannot answer."""
         if not question.text.strip():
             raise BaditError("text: the prompt is empty")
         if question.task is not None:
             refuse_unknown("task", question.task, self.tasks)
         elif self.method.needs_tasks:
-            raise BaditError(f"task: {self.method.name} must know the prompt's task; choose one")
+            raise BaditError(f"task: {self.method.name} needs the prompt's task; choose one")
         experts, gates = self.number_of_experts, question.gates or []
         if "hand" in question.sides and not experts:
-            raise BaditError(f"gates: {self.method.name} has none to set by hand")
+            raise BaditError(f"gates: {self.method.name} has no gates to set by hand")
         if "hand" in question.sides and (len(gates) != experts or max(gates) > experts):
             raise BaditError(f"gates: must be {experts} numbers from 0 to {experts}, one for each expert")
 
     def answer(self, question: Question, show: Show) -> None:
-        """Answers on every requested side, one after another, until ``show`` raises.
+        """Answers on every requested side, one after another; stops when ``show`` raises.
 
-        Shows "prompt" once, and then for every side "gates" (if there are experts), "text" as it grows, and "end".
+        Shows "prompt" once, then per side "gates" (not for "base" or without experts), "text" as it grows, and "end".
         """
         with self._free:
             task = None if question.task is None else self.tasks[question.task]
@@ -163,10 +163,10 @@ class Session:
 
         def show_text(text: str) -> None:
             nonlocal gates_shown
-            if not gates_shown:  # the first token follows the prompt's pass, which has set them
+            if not gates_shown:  # the prompt's forward pass has set the gates before the first token
                 gates_MK = np.stack([used[one.layer.name].numpy() for one in self.experts]).astype(float)
                 gates, near = gates_MK.round(_DIGITS).tolist(), []
-                if self.task_gates is not None:  # the mean absolute difference to each task's gates
+                if self.task_gates is not None:  # mean absolute difference to each task's gates
                     means = (self.task_gates - gates_MK.ravel()).abs().mean(axis=1).sort_values(kind="stable")
                     near = [{"task": task, "difference": mean} for task, mean in means.head(_SHOWN_TASKS).items()]
                 show("gates", {"side": side, "gates": gates, "nearest": near, "unmeasured": self.unmeasured})
@@ -181,9 +181,9 @@ class Session:
 
 @contextmanager
 def mixed(experts: Sequence[Experts], by_hand: Sequence[float] | None = None) -> Iterator[dict[str, torch.Tensor]]:
-    """Within, prompts are answered with the routers' gates, or with gates set by hand (K) for all layers.
+    """A context in which prompts are answered with the routers' gates, or with gates (K) set by hand for all layers.
 
-    Yields by adapted module the gates (K) of the first pass, which is the prompt's, as a mean over its positions.
+    Yields, by adapted module, the gates (K) of the first forward pass (the prompt), averaged over its positions.
     """
     used: dict[str, torch.Tensor] = {}
 

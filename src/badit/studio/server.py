@@ -1,7 +1,7 @@
-"""The studio's page and calls, for a browser on this machine only.
+"""The studio's web server, for a browser on this machine only.
 
-Other pages in the same browser may send requests here, too: a foreign ``Host`` (a name that resolves to 127.0.0.1) is
-refused, and so are calls whose ``Origin`` is not this page.
+Other pages in the same browser can also send requests here. A foreign ``Host`` (a name that resolves to 127.0.0.1) is
+therefore refused, and so are POST requests whose ``Origin`` is not this page.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ try:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
     from uvicorn.protocols.http.h11_impl import H11Protocol
 except ModuleNotFoundError as error:
-    raise BaditError(f"this needs the studio's extra ({error.name} is missing): pip install 'badit[studio]'") from None
+    raise BaditError(f"module {error.name} is not installed; run pip install 'badit[studio]'") from None
 
 HOST = "127.0.0.1"
 MAX_BODY = 128 * 1024
-_PATIENCE = 30  # seconds for a request to be whole
-_GRACE = 5  # seconds for the answer that is being written to end at its next word
+_PATIENCE = 30  # seconds for a request to arrive completely
+_GRACE = 5  # seconds for a running answer to stop at its next token
 _HEADERS = {
-    # The empty icon is a data: address.
+    # The empty icon is a data: URL.
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
     "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     "Cross-Origin-Opener-Policy": "same-origin",
@@ -61,13 +61,13 @@ _HEADERS = {
 
 
 def serve(run: str, *, port: int = 8642, browser: bool = True, trust_remote_code: bool = False) -> None:
-    """Serves the page of a run until Ctrl-C or SIGTERM, and prints its address; port 0 takes a free one."""
+    """Serves the page of a run until Ctrl-C or SIGTERM and prints its address; port 0 uses a free port."""
     with listen(port) as listening:
         session = Session(run, trust_remote_code=trust_remote_code)
-        # The page can be used meanwhile; nobody waits for a daemon at the end.
+        # The page can be used meanwhile. A daemon thread does not delay the exit.
         threading.Thread(target=session.measure, daemon=True).start()
         url = f"http://{HOST}:{listening.getsockname()[1]}"
-        show(f"Studio: {url}   (Ctrl-C ends it)")
+        show(f"Studio: {url}   (Ctrl-C stops it)")
         if browser:
             open_browser(url)
         run_until_ended(application(session), listening)
@@ -77,29 +77,29 @@ def run_until_ended(web: Starlette, listening: socket.socket) -> None:
     """Serves an application until Ctrl-C or SIGTERM."""
     try:
         server(web).run(sockets=[listening])
-    except KeyboardInterrupt:  # uvicorn has closed what was open and passes the signal on
+    except KeyboardInterrupt:  # uvicorn has closed all connections and raises the signal again
         show("")
 
 
 def listen(port: int) -> socket.socket:
-    """A socket that only this machine can reach; connections wait in it until they are served."""
+    """Returns a socket that only this machine can reach; connections wait in it until they are served."""
     if not 0 <= port <= 65535:
         raise BaditError(f"--port: must be from 0 to 65535, not {port}")
     try:
         return socket.create_server((HOST, port))
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno else error
-        raise BaditError(f"--port: {port} cannot be used ({reason}); give another one, or 0") from None
+        raise BaditError(f"--port: {port} cannot be used ({reason}); use another port, or 0") from None
 
 
 def open_browser(url: str) -> None:
-    """Opens the page if there is a screen; a browser in the terminal would take the terminal over."""
+    """Opens the page if there is a display. Otherwise a text browser could take over the terminal."""
     if sys.platform != "linux" or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"):
         webbrowser.open(url)
 
 
 class _Connection(H11Protocol):
-    """Closes a connection whose request does not come to its end."""
+    """Closes a connection whose request does not arrive completely in time."""
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
@@ -117,7 +117,7 @@ class _Connection(H11Protocol):
 
 
 def server(web: Starlette) -> uvicorn.Server:
-    """What serves an application until Ctrl-C or SIGTERM, by ``run(sockets=[listening])``."""
+    """Returns a server whose ``run(sockets=[listening])`` serves an application until Ctrl-C or SIGTERM."""
     options: dict[str, Any] = {"lifespan": "on", "ws": "none", "proxy_headers": False, "server_header": False}
     options |= {"log_level": "warning", "access_log": False, "timeout_graceful_shutdown": _GRACE}
     web.state.server = uvicorn.Server(uvicorn.Config(web, http=_Connection, **options))
@@ -125,7 +125,7 @@ def server(web: Starlette) -> uvicorn.Server:
 
 
 def application(session: Session) -> Starlette:
-    """The web application of a loaded run."""
+    """Returns the web application of a loaded run."""
     lock = anyio.Lock()
     colours = {mode: chart_config(mode)["range"]["diverging"] for mode in ("light", "dark")}
     about = {**session.about(), "colours": colours}
@@ -155,7 +155,7 @@ def application(session: Session) -> Starlette:
 
 
 async def json_body(request: Request, limit: int) -> Any:
-    """The JSON of a request of at most ``limit`` bytes; HTTPException or BaditError for anything else."""
+    """Returns a request's JSON of at most ``limit`` bytes; HTTPException or BaditError for anything else."""
     if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
         raise HTTPException(415, "the request must be application/json")
     body = bytearray()
@@ -168,13 +168,13 @@ async def json_body(request: Request, limit: int) -> Any:
 
 
 def guards(*, programs: bool = False) -> list[Middleware]:
-    """What refuses foreign hosts and pages; ``programs`` may post too: they send no Origin, browsers always do."""
+    """Refuses foreign hosts and pages. ``programs`` allows POST requests without an Origin; browsers always send it."""
     hosts = Middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"])
     return [Middleware(lambda app: partial(_guarded, app, programs)), hosts]
 
 
 async def _guarded(app: ASGIApp, programs: bool, scope: Scope, receive: Receive, send: Send) -> None:
-    """The application for its own page only, which browsers name with every POST; adds every response's headers."""
+    """Refuses POST requests of other pages, by the Origin that browsers always send, and adds the security headers."""
 
     async def send_with_headers(message: Message) -> None:
         if message["type"] == "http.response.start":
@@ -201,9 +201,9 @@ def _error(status: int, message: str) -> Response:
 async def _stream(
     session: Session, question: Question, lock: anyio.Lock, scope: Scope, receive: Receive, send: Send
 ) -> None:
-    """Responds: answers in a thread, once the lock is free, and sends server-sent events as they are shown.
+    """Answers in a thread, once the lock is free, and sends each event as a server-sent event.
 
-    The answer ends at its next event if the client has gone or the server ends. The lock is held until then.
+    The answer stops at its next event if the client disconnects or the server stops. The lock is held until then.
     """
     running = getattr(scope["app"].state, "server", None)
 
@@ -213,8 +213,8 @@ async def _stream(
 
     def show(name: str, data: Mapping[str, Any]) -> None:
         from_thread.check_cancelled()
-        if running is not None and running.should_exit:  # uvicorn would wait for the answer's end
-            raise BaditError("the studio has been ended")
+        if running is not None and running.should_exit:  # otherwise uvicorn would wait for the end of the answer
+            raise BaditError("the studio was stopped")
         from_thread.run(send_event, name, data)
 
     def answer() -> None:
@@ -223,7 +223,7 @@ async def _stream(
             from_thread.run(send_event, "done", {})
         except BaditError as error:
             from_thread.run(send_event, "error", {"message": str(error)})
-        except CancelledError:  # raised in a thread by an event that was cancelled while it was being sent
+        except CancelledError:  # raised in the thread if sending an event is cancelled
             return
 
     async with ending_with(receive), lock:
@@ -235,7 +235,7 @@ async def _stream(
 
 @asynccontextmanager
 async def ending_with(receive: Receive) -> AsyncIterator[None]:
-    """Within, the work is cancelled when the client has gone."""
+    """A context whose work is cancelled when the client disconnects."""
 
     async def end_when_gone() -> None:
         while (await receive())["type"] != "http.disconnect":

@@ -1,4 +1,4 @@
-"""The configuration of a BADIT adapter, and what it shares with the baselines': LoRA experts on every target module."""
+"""The configurations of adapters: BaditConfig, and ExpertConfig, the base class that it shares with the baselines."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from badit.method import expert_directions, expert_factors, top_singular_triples
 from badit.method.decomposition import SvdMethod
 from badit.method.routing import GateKind, RouterInput
 
-# The version of an adapter's files; a change that older releases would read wrongly raises it. tests/tuner/formats has
-# an adapter of each version.
+# The version of an adapter's files. Increase it with a change that older releases would read wrongly.
+# tests/tuner/formats has an adapter of each version.
 FORMAT = 2
 FORMAT_FIELD = "format_version"
-RETIRED_FIELDS = {"base_weight"}  # saved by earlier releases, without effect
+RETIRED_FIELDS = {"base_weight"}  # saved by earlier releases; ignored
 
 
 def is_int(value: Any) -> bool:
@@ -30,12 +30,12 @@ def is_int(value: Any) -> bool:
 
 
 def is_number(value: Any) -> bool:
-    # Compared, since an integer may be too large to be converted.
+    # Not with math.isfinite, which raises OverflowError for very large integers.
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 class Rule(NamedTuple):
-    """What the value of an option must be."""
+    """The condition that the value of an option must meet."""
 
     description: str
     holds: Callable[[Any], bool]
@@ -55,18 +55,18 @@ SHARE = Rule("above 0 and at most 1", lambda value: is_number(value) and 0 < val
 
 
 def one_of(*allowed: Any) -> Rule:
-    """`1 == True`, so types are compared too: init_weights=1 is a mistake."""
+    """Returns the rule that allows only these values. It also compares types, because 1 == True."""
     description = f"one of {', '.join(map(repr, allowed))}"
     return Rule(description, lambda value: any(value == each and type(value) is type(each) for each in allowed))
 
 
 def option(default: Any, help: str, rule: Rule | None = None) -> Any:
-    """A field of a configuration, which :func:`check_options` checks by its rule."""
+    """Returns a dataclass field with a help text and a rule that :func:`check_options` checks."""
     return field(default=default, metadata={"help": help, "rule": rule})
 
 
 def described(kind: Any) -> list[tuple[str, Any, str]]:
-    """Name, default and meaning of each option of a configuration, badit's or PEFT's."""
+    """Returns the name, default and help text of each option of a configuration, badit's or PEFT's."""
     return [
         (each.name, each.default_factory() if callable(each.default_factory) else each.default, each.metadata["help"])
         for each in dataclasses.fields(kind)
@@ -75,26 +75,26 @@ def described(kind: Any) -> list[tuple[str, Any, str]]:
 
 
 def check_options(config: Any, prefix: str = "") -> None:
-    """Raises BaditError for a field of a dataclass whose value breaks its rule; ``prefix`` precedes its name."""
+    """Raises BaditError if a field of a dataclass violates its rule; ``prefix`` precedes the name in the message."""
     for each in dataclasses.fields(config):
         if (rule := each.metadata.get("rule")) is not None:
             rule.check(f"{prefix}{each.name}", getattr(config, each.name))
 
 
 def peft_type(name: str) -> PeftType:
-    """The enum member ``PeftType.<name>``, made on the first call: PEFT offers no way to add one."""
+    """Returns the enum member ``PeftType.<name>``. The first call adds it, because PEFT has no function for this."""
     if name not in PeftType.__members__:
         member: Any = str.__new__(PeftType, name)
         member._name_ = member._value_ = name
         PeftType._member_names_.append(name)
         PeftType._member_map_[name] = PeftType._value2member_map_[name] = member
-        # EnumType refuses setattr on an enum class; `type` itself does not.
+        # EnumType.__setattr__ rejects the names of members; type.__setattr__ does not.
         type.__setattr__(PeftType, name, member)
     return PeftType[name]
 
 
 def refuse_newer_format(version: Any) -> None:
-    """Raises BaditError for a saved adapter that this release cannot know."""
+    """Raises BaditError if a saved adapter has a newer format than this release can read."""
     COUNT.check(FORMAT_FIELD, version)
     if version > FORMAT:
         raise BaditError(
@@ -105,74 +105,74 @@ def refuse_newer_format(version: Any) -> None:
 
 @dataclass
 class ExpertConfig(PeftConfig):
-    """``num_experts`` LoRA experts of rank ``r``, and where they go. A method names itself and adds its own fields."""
+    """``num_experts`` LoRA experts of rank ``r`` in the target modules. Subclasses set ``method`` and add fields."""
 
-    method: ClassVar[str]  # its name in PEFT's registry, in capitals
-    needs_tasks: ClassVar[bool] = False  # of every row, by Hooks.rows_of
-    needs_whole_weights: ClassVar[bool] = False  # so that FSDP and DeepSpeed cannot divide the model
-    shares_A: ClassVar[bool] = False  # all experts have the same r rows of A
+    method: ClassVar[str]  # the method's name in PEFT's registry, in capitals
+    needs_tasks: ClassVar[bool] = False  # the task of every row must be set with Hooks.rows_of
+    needs_whole_weights: ClassVar[bool] = False  # does not work with sharded weights (FSDP, DeepSpeed)
+    shares_A: ClassVar[bool] = False  # all experts share one A of r rows
 
     num_experts: int = option(8, "Number of experts, K.", COUNT)
-    r: int = option(4, "Rank of one expert; the adapter's total rank is num_experts × r.", COUNT)
+    r: int = option(4, "Rank of each expert; the adapter's total rank is num_experts × r.", COUNT)
     lora_alpha: float = option(32, "LoRA's alpha; the scaling is lora_alpha / r.", POSITIVE)
-    lora_dropout: float = option(0.05, "Dropout on the adapter's input, in training only.", DROPOUT)
+    lora_dropout: float = option(0.05, "Dropout probability of the adapter's input, in training only.", DROPOUT)
     target_modules: list[str] | str | None = option(
         None,
         "Names of the modules to adapt, a regex, or 'all-linear'. "
-        "Default: the MLP's gate projection (as in the paper), or its first projection where there is no gate; "
-        "q_proj and v_proj where all MLPs are fused MoE experts.",
+        "Default: the MLP's gate projection (as in the paper), or its first projection if it has no gate; "
+        "q_proj and v_proj if all MLPs are fused MoE experts.",
     )
-    exclude_modules: list[str] | str | None = option(None, "Names of modules not to adapt, or a regex.")
-    modules_to_save: list[str] | None = option(None, "Further modules to train whole and save with the adapter.")
+    exclude_modules: list[str] | str | None = option(None, "Names of the modules not to adapt, or a regex.")
+    modules_to_save: list[str] | None = option(None, "Additional modules to train in full and save with the adapter.")
     layers_to_transform: list[int] | int | None = option(None, "Indices of the layers to adapt (default: all).")
-    layers_pattern: list[str] | str | None = option(None, "Name of the layer list that layers_to_transform counts in.")
-    format_version: int = option(FORMAT, "Version of the saved form, set by badit; a newer one is refused.")
+    layers_pattern: list[str] | str | None = option(None, "Name of the layer list that layers_to_transform indexes.")
+    format_version: int = option(FORMAT, "Version of the adapter's files, set by badit; newer versions are refused.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         refuse_newer_format(self.format_version)
-        self.format_version = FORMAT  # an earlier one is saved as the present one
+        self.format_version = FORMAT  # adapters of earlier formats are saved in the current one
         self.peft_type = peft_type(self.method)
         for name in ("target_modules", "exclude_modules"):
             if isinstance(value := getattr(self, name), (list, tuple)):
                 setattr(self, name, set(value))
         check_options(self)
         if self.layers_pattern is not None and self.layers_to_transform is None:
-            raise BaditError("layers_pattern needs layers_to_transform: it names the list that those indices count in")
+            raise BaditError("layers_pattern: needs layers_to_transform, the layers' indices; set both or neither")
         is_regex = isinstance(self.target_modules, str) and self.target_modules != "all-linear"
         if is_regex and self.layers_to_transform is not None:
-            raise BaditError("layers_to_transform: write the layers into the regex of target_modules instead")
+            raise BaditError("layers_to_transform: not with a regex in target_modules; select the layers in the regex")
 
     @property
     def scaling(self) -> float:
-        """LoRA's s = lora_alpha / r."""
+        """LoRA's scaling s = lora_alpha / r."""
         return self.lora_alpha / self.r
 
     @property
     def num_components(self) -> int:
-        """N = K·r, the adapter's total rank: the columns of B."""
+        """The adapter's total rank N = K·r: the number of columns of B."""
         return self.num_experts * self.r
 
     @property
     def has_fixed_gates(self) -> bool:
-        """Whether no gate depends on the input, so that the adapter is a plain LoRA."""
+        """Whether no gate depends on the input, so the adapter equals a plain LoRA."""
         return self.num_experts == 1 and not self.needs_tasks
 
     @property
     def subtracted_share(self) -> float:
-        """The share of the initial experts, s·B0 A0, that the forward pass subtracts; above 0, A0 and B0 are kept."""
+        """The share of the initial product s·B0 A0 that the forward pass subtracts; above 0, A0 and B0 are stored."""
         return 0.0
 
     def initial_factors(self, weight_OI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """A (N, I) and B (O, N) at step 0, from the base weight; None for LoRA's start: a random A and a zero B."""
+        """Returns A (N, I) and B (O, N) at step 0 for this base weight, or None for LoRA's random A and zero B."""
         return None
 
     @classmethod
-    def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:  # PEFT's hook for a saved configuration
+    def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:  # PEFT calls it when it loads a configuration
         return super().check_kwargs(**{key: value for key, value in kwargs.items() if key not in RETIRED_FIELDS})
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Also tells a reader of the README.md that PEFT saves with an adapter what loading it takes."""
+        """Saves the configuration, and adds to the README.md that PEFT saves with an adapter how to load it."""
         super().save_pretrained(save_directory, **kwargs)
         place = ".".join(type(self).__module__.split(".")[:2])
         note = f"Before loading this adapter with PEFT: `pip install badit`, and `import {place}` in your script."
@@ -189,14 +189,14 @@ class ExpertConfig(PeftConfig):
 class BaditConfig(ExpertConfig):
     """BADIT: ``num_experts`` orthogonal LoRA experts of rank ``r`` in every target module, mixed by a router.
 
-    Use it with ``get_peft_model`` as any PEFT configuration, and train it with :class:`badit.OrthogonalUpdates`.
-    Sizes are the paper's (arXiv 2605.05676: K 8, r 4, alpha 32, dropout 0.05, gate_proj). The start and the router's
-    input are not: those here measured better. :meth:`paper` has the paper's exact form, which is to be trained
-    with ``badit.RegroupCallback()`` (DOG).
+    Pass it to ``get_peft_model`` like any PEFT configuration, and train with :class:`badit.OrthogonalUpdates`.
+    The sizes are the paper's (arXiv 2605.05676: K 8, r 4, alpha 32, dropout 0.05, gate_proj). The initialisation,
+    the router's input and the gates are not; docs/paper-index.md gives the reasons. :meth:`paper` returns the paper's
+    exact form, which is trained with :class:`badit.RegroupCallback` (DOG).
     """
 
     method: ClassVar[str] = "BADIT"
-    #: The published form: with these gates the adapted model does not start as the base model.
+    #: The options of :meth:`paper`. With them, the adapted model differs from the base model at step 0.
     PAPER: ClassVar[dict[str, Any]] = {
         "num_experts": 8, "r": 4, "lora_alpha": 32, "lora_dropout": 0.05, "routing": "prompt", "router_input": "mean",
         "gates": "softmax", "init_weights": "bad", "svd_method": "exact",
@@ -204,54 +204,54 @@ class BaditConfig(ExpertConfig):
 
     routing: str = option(
         "prompt",
-        "'prompt': one mixture a sequence, from the mean over its prompt, kept for the whole generation. "
-        "'token': one mixture a position.",
+        "'prompt': one set of gates per sequence, computed from its prompt and kept for the whole generation. "
+        "'token': one set of gates per position.",
         one_of("prompt", "token"),
     )
     router_input: str | None = option(
         None,
-        "What routing by prompt reads of the layer's input. 'standardised' (default): how its mean over the prompt "
-        "differs from the other prompts' of the training so far. 'mean': that mean itself, the paper's.",
+        "Router input with routing='prompt'. 'mean': the mean of the layer's input over the prompt, as in the paper. "
+        "'standardised' (default): this mean, standardised with its running moments over the training prompts.",
         one_of(*get_args(RouterInput), None),
     )
     gates: str = option(
         "mean_one",
-        "'mean_one': K·softmax, all gates 1 at step 0. 'softmax': the paper's form, gates of sum 1, "
-        "with which the adapted model does not start as the base model.",
+        "'mean_one': K·softmax; all gates are 1 at step 0. 'softmax': sum 1, the paper's form; with "
+        "init_weights='bad', the adapted model then differs from the base model at step 0.",
         one_of(*get_args(GateKind)),
     )
     top_k: int | None = option(
         None,
-        "Keep only the k largest gates (default: all). Below num_experts, with init_weights='bad', the "
-        "model does not start as the base model, since the other experts' share of the weight is switched off.",
+        "Use only the k largest gates (default: all). With init_weights='bad' and k below num_experts, the adapted "
+        "model differs from the base model at step 0, because the unused experts' part of the weight is missing.",
     )
     init_weights: str = option(
         "directions",
-        "'directions': A has the weight's top right singular vectors, at the scale of LoRA's A, and B is zero. "
-        "'bad': the paper's, the top singular triples with their magnitudes (BAD). 'lora': random A and zero B.",
+        "'directions': A has the weight's top right singular vectors, scaled like LoRA's A; B is zero. 'bad': the "
+        "paper's BAD, the top singular triples with their magnitudes in A and B. 'lora': random A and zero B.",
         one_of("directions", "bad", "lora"),
     )
     svd_method: str = option(
-        "auto", "'exact', 'randomized', or 'auto' (randomized where the weight is large).", one_of(*get_args(SvdMethod))
+        "auto", "'exact', 'randomized', or 'auto' (randomized for large weights).", one_of(*get_args(SvdMethod))
     )
     svd_tolerance: float = option(
-        1e-3, "Largest relative residual ‖Wv − σu‖/σ of any triple of the randomized SVD.", POSITIVE
+        1e-3, "Largest allowed relative residual ‖Wv − σu‖/σ of a triple of the randomized SVD.", POSITIVE
     )
     target_parameters: list[str] | None = option(
         None,
-        "Names of fused weights of MoE experts to adapt, such as 'experts.gate_up_proj': every matrix has its own "
-        "experts and router. Without target_modules, nothing else is adapted.",
+        "Names of fused weights of MoE experts to adapt, such as 'experts.gate_up_proj'. Each matrix has its own "
+        "experts and router. If target_modules is not set, nothing else is adapted.",
         Rule("a list of names", lambda value: value is None or isinstance(value, (list, tuple, set))),
     )
     bias: str = option("none", "Biases to train: 'none', 'all' or 'badit_only'.", one_of("none", "all", "badit_only"))
 
     @classmethod
     def paper(cls, **options: Any) -> BaditConfig:
-        """The paper's exact form (``method: {preset: paper}`` in a recipe), but for what ``options`` give."""
+        """Returns the paper's exact form (in a recipe ``method: {preset: paper}``); ``options`` override its fields."""
         return cls(**{**cls.PAPER, **options})
 
     def __post_init__(self) -> None:
-        if self.init_weights is True or self.format_version == 1:  # of a release whose defaults were the paper's
+        if self.init_weights is True or self.format_version == 1:  # of a release with the paper's defaults
             self.init_weights = "bad" if self.init_weights is True else self.init_weights
             self.router_input = self.router_input or "mean"
         super().__post_init__()
@@ -260,14 +260,12 @@ class BaditConfig(ExpertConfig):
         if self.router_input is None:
             self.router_input = "standardised" if self.routing == "prompt" else "mean"
         if self.router_input == "standardised" and self.routing != "prompt":
-            raise BaditError("router_input='standardised' compares prompts: it needs routing='prompt'")
+            raise BaditError("router_input: 'standardised' needs routing='prompt'; use router_input='mean'")
         if self.target_parameters and (self.routing != "prompt" or self.layers_to_transform is not None):
-            raise BaditError(
-                "target_parameters needs routing='prompt', and whole names in place of layers_to_transform"
-            )
-        # Older versions save biases only for the methods that they know by name.
+            raise BaditError("target_parameters: needs routing='prompt', and full names instead of layers_to_transform")
+        # Older versions of PEFT save biases only for the methods that they know by name.
         if self.bias != "none" and not hasattr(BaseTuner, "_get_learnable_bias_state_dict"):
-            raise BaditError("bias must be 'none' with PEFT before 0.21, which would not save the trained biases")
+            raise BaditError("bias must be 'none' with PEFT before 0.21, which saves no trained biases; upgrade PEFT")
 
     @property
     def subtracted_share(self) -> float:

@@ -1,12 +1,12 @@
-"""One adapted layer:  y = W x + s · (B (g ∘ A x) − share · B0 A0 x),   g_i = gate[expert_of[i]].
+"""The adapted layer:  y = W x + s · (B (g ∘ A x) − share · B0 A0 x),   g_i = gate[expert_of[i]].
 
-All experts are one LoRA of rank N = K·r whose components are scaled by gates. A method says how its experts start (its
-configuration's ``initial_factors``) and which gates they get (its layer's ``gates``). A0 and B0 are the frozen initial
-factors of methods whose experts start as a part of the base weight. Subtracting them in the forward pass equals the
-paper's residual Ŵ and leaves W as it was.
+The experts form one LoRA of rank N = K·r, whose components are scaled by gates. A method defines the initial factors
+(``initial_factors`` of its configuration) and the gates (``gates`` of its layer). A0 and B0 are the frozen initial
+factors of methods whose experts are initialised as a part of the base weight. Subtracting them in the forward pass
+equals the paper's residual Ŵ and does not change W.
 
 Shape suffixes: B = batch, T = positions, I/O = in/out features, K = experts, N = components, R = rows of A (N, or r
-where experts share one A), P = rows of the wide product (R, or 2N with the initial factors).
+if the experts share one A), P = rows of A and A0 together (R, or 2N with the initial factors).
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ from badit.tuner.config import BaditConfig
 from badit.tuner.prompt import RoutingContext
 from badit.tuner.targets import FusedExpert, weight_as_used
 
-Buffers = dict[str, torch.Tensor]  # what a BufferDict is, by adapter
+Buffers = dict[str, torch.Tensor]  # the type of a BufferDict: buffers by adapter
 Pair = tuple[torch.Tensor, torch.Tensor]
 
 
 class ExpertLinear(nn.Module, BaseTunerLayer):
-    """LoRA experts on ``nn.Linear`` or transformers' ``Conv1D``. A method overrides :meth:`gates`, and little else.
+    """LoRA experts on ``nn.Linear`` or transformers' ``Conv1D``. Methods override ``gates`` or ``component_gates``.
 
     badit_A (R, I), badit_B (O, N) and badit_router (K, I) are trained; badit_A0 and badit_B0 (the initial factors) are
-    saved buffers. A method with other tensors lists them. PEFT saves only names with the ``badit_`` prefix.
+    saved buffers. A method with other tensors lists them below. PEFT saves only names with the ``badit_`` prefix.
     """
 
     adapter_layer_names: tuple[str, ...] = ("badit_A", "badit_B", "badit_router")
@@ -61,7 +61,7 @@ class ExpertLinear(nn.Module, BaseTunerLayer):
         self.base_layer = base_layer
         self.name = name
         self.routing = routing
-        base: Any = base_layer  # whose weight may be packed
+        base: Any = base_layer  # its weight may be packed, with another shape
         self.out_features, self.in_features = (
             (base.nf, base.nx) if isinstance(base, Conv1D) else (base.out_features, base.in_features)
         )
@@ -76,7 +76,7 @@ class ExpertLinear(nn.Module, BaseTunerLayer):
         self.update_layer(adapter_name, config)
 
     def update_layer(self, adapter_name: str, config: Any, inference_mode: bool = False) -> None:
-        """Adds an adapter: makes its tensors, then fills them as its method starts."""
+        """Adds an adapter: creates its tensors and initialises them."""
         self.badit_config[adapter_name] = config
         rows_of_A = config.r if config.shares_A else config.num_components
         self.badit_A[adapter_name] = nn.Parameter(torch.zeros(rows_of_A, self.in_features))
@@ -87,17 +87,17 @@ class ExpertLinear(nn.Module, BaseTunerLayer):
             self.badit_A0[adapter_name] = torch.zeros(config.num_components, self.in_features)
             self.badit_B0[adapter_name] = torch.zeros(self.out_features, config.num_components)
         self.badit_dropout[adapter_name] = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
-        if not self.badit_A[adapter_name].is_meta or self.weight_OI.is_meta:  # else its values are about to be loaded
+        if not self.badit_A[adapter_name].is_meta or self.weight_OI.is_meta:  # else its values will be loaded
             self.initialise(adapter_name)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     @torch.no_grad()
     def initialise(self, adapter_name: str) -> None:
-        """Fills an adapter's new tensors, which are zero."""
+        """Initialises an adapter's new tensors, which are zero."""
         config = self.badit_config[adapter_name]
         try:
-            # In inference mode the values are about to be loaded: no decomposition is needed.
+            # In inference mode the values will be loaded, so no decomposition is needed.
             factors = None if config.inference_mode else config.initial_factors(self.weight_OI)
         except BaditError as error:
             raise BaditError(f"{self.name}: {error}") from None
@@ -111,7 +111,7 @@ class ExpertLinear(nn.Module, BaseTunerLayer):
                 kept.copy_(factor)
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """y (…, O) of x (…, I): W x, and of each active adapter s · (B (g ∘ A x) − share · B0 A0 x)."""
+        """Returns y (…, O) for x (…, I): W x plus s · (B (g ∘ A x) − share · B0 A0 x) of each active adapter."""
         y = self.base_layer(x, *args, **kwargs)
         for adapter in self.running_adapters:
             config = self.badit_config[adapter]
@@ -125,60 +125,60 @@ class ExpertLinear(nn.Module, BaseTunerLayer):
                 if (tokens_P := self.tokens_P) is not None:
                     scale = scale.expand(*self.batch_shape(), -1).flatten(0, 1)[tokens_P]
                 if config.subtracted_share:
-                    # B0 A0 are N more components of a negative gate: two products instead of four.
+                    # B0 A0 are N more components with a negative gate: two products instead of four.
                     a0_NI, b0_ON = self.kept_factors(adapter)
                     a_PI, b_ON = torch.cat([a_PI, a0_NI]), torch.cat([b_ON, b0_ON], dim=1)
                     subtracted = torch.full_like(scale, -config.scaling * config.subtracted_share)
                     scale = torch.cat([scale, subtracted], dim=-1)
                 if settled is not None:
-                    if len(scale) == 1:  # one row, or all rows alike
+                    if len(scale) == 1:  # one row, or the same gates in all rows
                         b_ON, scale = b_ON * scale.flatten().to(b_ON.dtype), None
                     settled[self._key(adapter)] = a_PI, b_ON, scale
             hidden = self.hidden(adapter, self.badit_dropout[adapter](x_in), a_PI)
             if scale is not None:
-                # Where experts share rows of A, each run of P columns of B takes all of them.
+                # If the experts share A, each group of P columns of B takes all rows of A.
                 scale = scale.to(hidden.dtype).unflatten(-1, (-1, hidden.shape[-1]))
                 hidden = (hidden[..., None, :] * scale).flatten(-2)
             y = y + F.linear(hidden, b_ON).reshape(y.shape).to(y.dtype)
         return y
 
     def _with_positions(self, x: torch.Tensor) -> torch.Tensor:
-        """x as (B, T, I), also in a module that sees the positions of a batch as rows, as OPT's MLP does."""
+        """Returns x as (B, T, I), also in a module whose input is (B·T, I), such as OPT's MLP."""
         shape = self.routing.forward_pass().shape if x.ndim == 2 and self.tokens_P is None else None
         return x if shape is None or len(x) != shape.numel() else x.unflatten(0, shape)
 
     def gates(self, adapter_name: str, x: torch.Tensor) -> torch.Tensor:
-        """The experts' gates (…, K) for an input x (…, I)."""
+        """Returns the experts' gates (…, K) for an input x (…, I)."""
         raise NotImplementedError
 
     def component_gates(self, adapter_name: str, x: torch.Tensor) -> torch.Tensor:
-        """The gates (…, N) of the components: each has its expert's."""
+        """Returns the gates (…, N) of the components: each has the gate of its expert."""
         config = self.badit_config[adapter_name]
         return self.gates(adapter_name, x).repeat_interleave(config.num_components // config.num_experts, dim=-1)
 
     def factors(self, adapter_name: str) -> Pair:
-        """A (R, I) and B (O, N) of the wide product; a method may add frozen ones to those it trains."""
+        """Returns A (R, I) and B (O, N); a method may add frozen factors to the trained ones."""
         return self.badit_A[adapter_name], self.badit_B[adapter_name]
 
     def kept_factors(self, adapter_name: str) -> Pair:
-        """A0 (N, I) and B0 (O, N), of an adapter whose experts started as a part of the base weight."""
+        """Returns A0 (N, I) and B0 (O, N) of an adapter whose experts were initialised as a part of the base weight."""
         return self.badit_A0[adapter_name], self.badit_B0[adapter_name]
 
     def hidden(self, adapter_name: str, x: torch.Tensor, a_PI: torch.Tensor) -> torch.Tensor:
-        """A x, (…, P), before the gates."""
+        """Returns A x (…, P), before the gates are applied."""
         return F.linear(x, a_PI)
 
     def expert_of(self, adapter_name: str) -> torch.Tensor:
-        """The N labels that name every component's expert: runs of equal length, unless a method regroups them."""
+        """Returns the expert of each of the N components: groups of equal size, in order unless they are regrouped."""
         config = self.badit_config[adapter_name]
         rank = config.num_components // config.num_experts
         return torch.arange(config.num_experts, device=self.device).repeat_interleave(rank)
 
     def _settled(self, adapter_name: str) -> dict[str, Any] | None:
-        """Where the wide product is kept for the next token of a generation; None where it depends on the token."""
+        """Returns the dict that stores factors and gates for the next token of a generation; None: not stored."""
         return None
 
-    def _key(self, adapter_name: str) -> str:  # in a cache and a generation
+    def _key(self, adapter_name: str) -> str:  # the layer's key in the dicts of a ForwardPass
         return f"{self.name}.{adapter_name}"
 
     @property
@@ -193,28 +193,28 @@ class ExpertLinear(nn.Module, BaseTunerLayer):
 
     @property
     def tokens_P(self) -> torch.Tensor | None:
-        """For a matrix of a fused weight, the tokens of the batch, as one row, that its input has; else None."""
+        """For a matrix of a fused weight, the indices of its input's tokens in the flattened batch; else None."""
         base_layer = self.get_base_layer()
         return base_layer.experts.tokens_P if isinstance(base_layer, FusedExpert) else None
 
     def batch_shape(self) -> torch.Size:
-        """Of the running pass, (B, T); BaditError where it is not known."""
+        """Returns the shape (B, T) of the current batch; BaditError if it is not known."""
         if (shape := self.routing.forward_pass().shape) is None:
-            raise BaditError(f"{self.name}: call the whole model with input_ids, or leave target_parameters out")
+            raise BaditError(f"{self.name}: unknown batch shape; pass input_ids to the model or omit target_parameters")
         return shape
 
     @property
     def device(self) -> torch.device:
-        """The base layer's."""
+        """The base layer's device."""
         weight: Any = self.get_base_layer().weight
         return weight.device
 
     @torch.no_grad()
     def frozen_factors(self, adapter_name: str, gates_N: torch.Tensor | None = None) -> Pair:
-        """The LoRA that the adapter is, exactly, under fixed gates (default: 1), in at least float32.
+        """Returns the factors of the LoRA that equals the adapter at fixed gates (default: 1), in at least float32.
 
-        A' = [A; A0] (P, I) and B' = s · [B diag(g), −share · B0] (O, P). Where experts share one A, their B's are
-        summed, each times its gate.
+        A' = [A; A0] (P, I) and B' = s · [B diag(g), −share · B0] (O, P). If the experts share one A, their B's are
+        summed, each multiplied by its gate.
         """
         config = self.badit_config[adapter_name]
         dtype = torch.promote_types(self.badit_A[adapter_name].dtype, torch.float32)
@@ -230,22 +230,22 @@ class ExpertLinear(nn.Module, BaseTunerLayer):
         return torch.cat([a_RI, a0_NI]), torch.cat([b_OR, subtracted_ON], dim=1)
 
     def get_delta_weight(self, adapter_name: str, gates_K: torch.Tensor | None = None) -> torch.Tensor:
-        """What the adapter adds to the base weight under fixed gates (default: all 1), in that weight's own layout."""
+        """Returns what the adapter adds to the base weight at fixed gates (default: all 1), in that weight's layout."""
         gates_N = None if gates_K is None else gates_K[self.expert_of(adapter_name)]
         a_PI, b_OP = self.frozen_factors(adapter_name, gates_N)
         delta_OI = b_OP @ a_PI
         return delta_OI.T if isinstance(self.get_base_layer(), Conv1D) else delta_OI
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Whether PEFT's ``convert_to_lora`` may use :meth:`get_delta_weight`."""
+        """Returns whether PEFT's ``convert_to_lora`` may use :meth:`get_delta_weight`."""
         return self.badit_config[adapter_name].has_fixed_gates
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Always raises BaditError."""
         raise BaditError(
-            "an adapter whose experts are weighed for every prompt, position or task has no single weight to merge "
-            "into; keep it as an adapter (unload() gives the base model back), or export one fixed mixture as a plain "
-            "LoRA or a merged model: badit export RUN, layer.get_delta_weight(adapter, gates)"
+            "an adapter whose gates depend on the prompt, position or task has no single weight to merge into; keep it "
+            "as an adapter (unload() returns the base model), or export it with fixed gates as a plain LoRA or a "
+            "merged model: badit export RUN, or layer.get_delta_weight(adapter, gates)"
         )
 
     def unmerge(self) -> None:
@@ -253,10 +253,10 @@ class ExpertLinear(nn.Module, BaseTunerLayer):
 
 
 class BaditLinear(ExpertLinear):
-    """BADIT: gates that follow the prompt, and a grouping of the components that regrouping (DOG) changes.
+    """BADIT's layer: gates from the prompt or the position, and expert labels that regrouping (DOG) changes.
 
-    Saved too are badit_expert_of (N integers) and, for a standardised router input, badit_moments (2, I) and
-    badit_batches, the number of batches in them.
+    It also saves the labels badit_expert_of (N integers) and, with a standardised router input, badit_moments (2, I),
+    the running mean and variance, and badit_batches, the number of batches in them.
     """
 
     other_param_names = (*ExpertLinear.other_param_names, "badit_expert_of", "badit_moments", "badit_batches")
@@ -267,7 +267,7 @@ class BaditLinear(ExpertLinear):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        # By adapter, the sum of its gates (K) in training, and their number (last entry), for regrouping.
+        # By adapter, for regrouping: the sums of its K gates in training and, as last entry, the number of summands.
         self.gate_sums: dict[str, torch.Tensor] = {}
         self.routing.mask_readers.append(self._reads_prompt)
         self.register_load_state_dict_post_hook(_refuse_broken_labels)
@@ -278,7 +278,7 @@ class BaditLinear(ExpertLinear):
             self.badit_moments[adapter_name] = torch.zeros(2, self.in_features)
             self.badit_batches[adapter_name] = torch.zeros(())
         super().update_layer(adapter_name, config, inference_mode)
-        if self._is_reference(adapter_name):  # a copy of the default adapter, in its data types too
+        if self._is_reference(adapter_name):  # a copy of the default adapter, with its dtypes
             tensors = {**dict(self.named_parameters()), **dict(self.named_buffers())}
             for name in (name for name in tensors if name.endswith(".ref")):
                 tensors[name].data = tensors[name.removesuffix("ref") + "default"].data.clone()
@@ -288,11 +288,11 @@ class BaditLinear(ExpertLinear):
             super().initialise(adapter_name)
 
     def _is_reference(self, adapter_name: str) -> bool:
-        """Whether TRL adds "ref", a preference loss's reference: TRL does not find all tensors of default to copy."""
+        """Whether TRL adds "ref", the reference of a preference loss. TRL copies only some of default's tensors."""
         return adapter_name == "ref" and self.badit_config.get("default") is self.badit_config["ref"]
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        # PEFT casts to the base layer's dtype, integers too before 0.21; these buffers keep their values.
+        # PEFT casts to the base layer's dtype, before 0.21 also integers. These buffers keep their dtypes and values.
         exact = self.badit_expert_of, self.badit_moments, self.badit_batches
         before = [(buffers, buffers[adapter_name]) for buffers in exact if adapter_name in buffers]
         super()._move_adapter_to_device_of_base_layer(adapter_name, device)
@@ -309,16 +309,16 @@ class BaditLinear(ExpertLinear):
         return any(self.badit_config[adapter].routing == "prompt" for adapter in self.running_adapters)
 
     def _settled(self, adapter_name: str) -> dict[str, Any] | None:
-        """While one ``generate`` decodes, the product of its first new token stays valid."""
+        """During a ``generate`` routed by prompt, factors and gates stay the same from the first new token on."""
         by_token = self.badit_config[adapter_name].routing == "token" or self.tokens_P is not None
         if by_token or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return None
         return self.routing.forward_pass().settled
 
     def gates(self, adapter_name: str, x: torch.Tensor) -> torch.Tensor:
-        """The gates for an input x (B, T, I): (B, 1, K) for routing by prompt, (B, T, K) by token and for packed rows.
+        """Returns the gates for x (B, T, I): (B, 1, K) for routing by prompt, (B, T, K) by token and for packed rows.
 
-        For x (B, I), as in models without positions, (B, K).
+        For x (B, I), as in models without positions, the shape is (B, K).
         """
         if self.badit_config[adapter_name].routing == "token":
             return self._route(adapter_name, x)
@@ -327,11 +327,11 @@ class BaditLinear(ExpertLinear):
             gates = forward_pass.held.get(self._key(adapter_name))
             if gates is None:
                 raise BaditError(
-                    "this cache was filled without the adapter, so it holds no routing of its prompt; "
+                    "this cache was filled without the adapter, so it has no gates for its prompt; "
                     "fill it with the adapter active, or use routing='token'"
                 )
             if (rows := len(gates)) != (present := len(x) if self.tokens_P is None else self.batch_shape()[0]):
-                raise BaditError(f"this cache was filled with a batch of {rows}, the present batch has {present} rows")
+                raise BaditError(f"this cache was filled with a batch of {rows} rows, but the batch now has {present}")
             return gates.to(x.device)
         mask_BT, segments = forward_pass.prompt
         if mask_BT is None:  # the whole input is the prompt
@@ -339,24 +339,24 @@ class BaditLinear(ExpertLinear):
             return self._route_prompts(adapter_name, prompt_mean(x, mask_BT)[:, None] if x.ndim == 3 else x)
         if self.tokens_P is None and (x.ndim != 3 or x.shape[:2] != mask_BT.shape):
             raise BaditError(
-                f"{self.name} sees an input of shape {tuple(x.shape)}, the batch has {tuple(mask_BT.shape)} positions: "
+                f"{self.name}: the input has shape {tuple(x.shape)}, but the batch has {tuple(mask_BT.shape)}; "
                 "leave it out of target_modules, or use routing='token'"
             )
         mask_BT = mask_BT.to(x.device)
         of_BT = None if segments is None else segments.of_BT.to(x.device)
         number = len(mask_BT) if segments is None else segments.number
-        if (tokens_P := self.tokens_P) is not None:  # the mean over those of the prompt's tokens that reach the matrix
+        if (tokens_P := self.tokens_P) is not None:  # the mean over the prompt's tokens that reach the matrix
             of_P = tokens_P // mask_BT.shape[1] if of_BT is None else of_BT.flatten()[tokens_P]
             means_SI = segment_means(x[None], mask_BT.flatten()[tokens_P][None], of_P[None], number)
         elif of_BT is not None:
             means_SI = segment_means(x, mask_BT, of_BT, number)
         else:
             means_SI = prompt_mean(x, mask_BT)
-        if of_BT is not None:  # packed rows: a mixture for each segment
+        if of_BT is not None:  # packed rows: gates for each segment
             return self._route_prompts(adapter_name, means_SI)[of_BT]
         gates = self._route_prompts(adapter_name, means_SI[:, None])
         if forward_pass.fills_cache:
-            # Only then, since a layer's name in compiled code would compile each layer separately.
+            # Only then: a layer's name in compiled code makes torch.compile compile every layer separately.
             forward_pass.fresh[self._key(adapter_name)] = gates.detach()
         return gates
 
@@ -366,17 +366,17 @@ class BaditLinear(ExpertLinear):
         moments_2I, batches = self.badit_moments[adapter_name], self.badit_batches[adapter_name]
         forward_pass = self.routing.forward_pass()
         if self.routing.runs_again():
-            # By gradient checkpointing, on prompts that have been counted, and perhaps after later passes.
+            # Gradient checkpointing: the prompts are already counted, and later passes may have changed the moments.
             moments_2I = forward_pass.moments.get(self._key(adapter_name), moments_2I)
         elif self.training and forward_pass.begun_with_gradients:
             with torch.no_grad():
                 new_2I = batch_moments(x.detach().flatten(0, -2), _sum_over_ranks)
-                usable = new_2I.isfinite().all()  # else an overflow would stay in them
+                usable = new_2I.isfinite().all()  # otherwise an overflow would remain in the moments
                 batches += usable
                 known_2I = moments_2I.float()
                 updated_2I = updated_moments(known_2I, batches.float().clamp_min(1), new_2I)
                 moments_2I.copy_(torch.where(usable, updated_2I, known_2I))
-            if not torch.compiler.is_compiling():  # a layer's name would compile each layer separately
+            if not torch.compiler.is_compiling():  # the layer's name would make every layer compile separately
                 forward_pass.moments[self._key(adapter_name)] = moments_2I.clone()
         return self._route(adapter_name, standardised(x, moments_2I.float()))
 
@@ -403,4 +403,4 @@ def _refuse_broken_labels(layer: BaditLinear, _: Any) -> None:
         expected = sorted(list(range(config.num_experts)) * config.r)
         if not labels_N.is_meta and sorted(labels_N.tolist()) != expected:
             each = f"does not give each of the {config.num_experts} experts {config.r} components"
-            raise BaditError(f"{layer.name}: badit_expert_of of {adapter_name!r} {each}: the file is damaged")
+            raise BaditError(f"{layer.name}: badit_expert_of of {adapter_name!r} {each}; the file is damaged")

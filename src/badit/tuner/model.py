@@ -1,4 +1,4 @@
-"""The tuners, which put layers of experts into a base model, and the hooks by which a method takes part in training."""
+"""The PEFT tuners, which add expert layers to a base model, and the hooks that training, evaluation and export call."""
 
 from __future__ import annotations
 
@@ -18,46 +18,46 @@ from badit.tuner.layer import BaditLinear, ExpertLinear
 from badit.tuner.prompt import RoutingContext
 from badit.tuner.targets import chosen_targets, join_experts, keep_in_place, refuse_unsuitable_layer, split_experts
 
-# A stage's training batches by task.
+# The training batches of one stage, by task.
 TaskBatches = Mapping[str, Sequence[Mapping[str, torch.Tensor]]]
 
 
 class Hooks:
-    """What a method asks of the code that trains, evaluates or exports its model. By default nothing.
+    """Hooks that the training, evaluation and export of a method's model call. By default they do nothing.
 
-    Methods override these on their tuner; :func:`hooks_of` finds it. Batches are given by the task's name, each a dict
-    of ``input_ids``, ``attention_mask`` and ``labels`` (batch, positions).
+    Methods override them on their tuner; :func:`hooks_of` returns it. ``batches`` has each task's batches by the task's
+    name; a batch is a dict of ``input_ids``, ``attention_mask`` and ``labels`` (batch, positions).
     """
 
-    #: The model's forward takes ``prompt_mask=`` (batch, positions), which says where the prompt is.
+    #: Whether the model's forward takes ``prompt_mask=`` (batch, positions), which marks the prompt's positions.
     routes_prompts = False
 
     def start_task(self, batches: TaskBatches) -> None:
-        """Called before training, with the batches that it is about to see."""
+        """Called before training, with the batches of the training."""
 
     def end_task(self, batches: TaskBatches) -> None:
-        """Called after training, before the adapter is saved, with the batches that it has seen."""
+        """Called after training, before the adapter is saved, with the batches of the training."""
 
     def next_task(self) -> None:
-        """Called when a saved adapter is about to be trained on the next task of a sequence."""
+        """Called before a saved adapter is trained on the next task of a sequence."""
 
     def before_update(self) -> None:
-        """Called right before every step of the optimiser."""
+        """Called immediately before every optimizer step."""
 
     def after_update(self) -> None:
-        """Called right after every step of the optimiser."""
+        """Called immediately after every optimizer step."""
 
     def extra_loss(self, attention_mask: torch.Tensor) -> torch.Tensor | None:
-        """A scalar to add to the last training pass's loss, if any; the mask (batch, positions) leaves padding out."""
+        """Returns a scalar to add to the last pass's loss, or None; the mask (batch, positions) excludes padding."""
         return None
 
     def rows_of(self, tasks: Sequence[str] | None) -> AbstractContextManager[None]:
-        """A context in which the rows of forward passes and ``generate`` are of these tasks; None if not needed."""
+        """Returns a context that sets the task of each row in forward passes and ``generate``; None: no tasks."""
         return nullcontext()
 
 
 def hooks_of(model: nn.Module) -> Hooks:
-    """The hooks of a PEFT model's tuner, perhaps wrapped for data parallelism; of any other model, none."""
+    """Returns the hooks of a PEFT model's tuner, also inside a data-parallel wrapper; for other models the defaults."""
     tuner = getattr(getattr(model, "module", model), "base_model", None)
     return tuner if isinstance(tuner, Hooks) else Hooks()
 
@@ -71,7 +71,7 @@ class ExpertModel(Hooks, BaseTuner):
     peft_config: dict[str, Any]  # pyright: ignore[reportIncompatibleVariableOverride] (only this package's)
 
     def expert_layers(self) -> list[Any]:
-        """The adapted layers, first to last."""
+        """Returns the adapted layers in the model's order."""
         return [module for module in self.model.modules() if isinstance(module, ExpertLinear)]
 
     def _check_new_adapter_config(self, config: ExpertConfig) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -79,7 +79,7 @@ class ExpertModel(Hooks, BaseTuner):
             super()._check_new_adapter_config(config)
             self._refuse_unsuitable(config)
         except ValueError:
-            # PEFT has entered the configuration already; a refused one must not stay.
+            # PEFT has already stored the configuration; remove it if it is refused.
             del self.peft_config[next(name for name, known in self.peft_config.items() if known is config)]
             raise
 
@@ -88,7 +88,7 @@ class ExpertModel(Hooks, BaseTuner):
         keep_in_place(model)
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: Any) -> Any:
-        """Chooses default targets and checks that the given ones exist."""
+        """Sets the default targets and checks the given ones against the model's fused weights."""
         peft_config.target_modules = targets = chosen_targets(self.model, peft_config)
         if targets is None:
             kind = model_config["model_type"]
@@ -101,14 +101,14 @@ class ExpertModel(Hooks, BaseTuner):
         modules = [name.removesuffix(".base_layer") for name, _ in self.model.named_modules()]
         for target in getattr(peft_config, "target_parameters", None) or ():
             if not is_in(fused, target):
-                raise BaditError(f"target_parameters: the model has no fused weight {target!r}")
+                raise BaditError(f"target_parameters: the model has no fused weight {target!r}; see named_parameters()")
         for target in targets if isinstance(targets, set) else ():
             if is_in(fused, target) and not is_in(modules, target):
                 raise BaditError(f"target_modules: {target} is a fused weight: name it in target_parameters")
         return peft_config
 
     def _refuse_unsuitable(self, config: Any) -> None:
-        """Raises BaditError for a configuration that does not go with this model or its other adapters."""
+        """Raises BaditError if a configuration does not fit the model or its other adapters."""
 
     def _is_encoder_decoder(self) -> bool:
         return getattr(getattr(self.model, "config", None), "is_encoder_decoder", False) is True
@@ -140,25 +140,25 @@ class ExpertModel(Hooks, BaseTuner):
         self._replace_module(parent, target_name, layer, target)
 
     def unload(self) -> nn.Module:
-        """The base model as it was before the adapters."""
+        """Removes the adapters and their hooks and returns the base model."""
         RoutingContext.of(self.model).detach(self.model)
         join_experts(self.model)
         return super().unload()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The base model's forward pass, with its hooks, which PEFT before 0.21 leaves out."""
+        """Runs the base model's forward pass with its hooks, which PEFT before 0.21 skips."""
         return self.model(*args, **kwargs)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """PEFT's hook for a batch whose rows have different adapters, which it would otherwise ignore."""
+        """Raises BaditError for ``adapter_names``: otherwise PEFT would ignore that rows have different adapters."""
         if kwargs.get("adapter_names") is not None:
             method = self.peft_config[self.active_adapters[0]].method
             raise BaditError(f"adapter_names: {method} cannot mix adapters within a batch; set_adapter between batches")
         yield
 
     def _check_merge_allowed(self) -> None:
-        self.expert_layers()[0].merge()  # always refuses, here before PEFT has changed anything
+        self.expert_layers()[0].merge()  # always raises, before PEFT has changed anything
 
 
 class BaditModel(ExpertModel):
@@ -169,11 +169,11 @@ class BaditModel(ExpertModel):
 
     def _refuse_unsuitable(self, config: BaditConfig) -> None:
         if config.routing == "prompt" and self._is_encoder_decoder():
-            raise BaditError("routing='prompt' is for decoder-only models; use routing='token' on an encoder-decoder")
+            raise BaditError("routing: 'prompt' is for decoder-only models; use routing='token' for an encoder-decoder")
 
 
 def register(config_cls: Any, model_cls: Any) -> None:
-    """Registers the method that ``config_cls.method`` names, once; BaditError where that name is already taken."""
+    """Registers a method with PEFT as ``config_cls.method``, once; BaditError if another package has taken the name."""
     name = config_cls.method.lower()
     registered = PEFT_TYPE_TO_CONFIG_MAPPING.get(peft_type(config_cls.method))
     if registered is None:

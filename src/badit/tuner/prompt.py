@@ -1,18 +1,18 @@
-"""What the adapted layers need to know of the forward pass they are in: which positions are the prompt.
+"""The routing context: it tells the adapted layers which positions of the current forward pass are the prompt.
 
-A layer sees hidden states, not the batch, so hooks on the base model read the batch's ``labels``, ``attention_mask``
-and cache before each forward pass.
+A layer receives hidden states, not the batch. Hooks on the base model therefore read the batch's ``labels``,
+``attention_mask`` and cache before each forward pass.
 
-* Labels (training, scoring): the prompt is what comes before the first label; of several answers in a chat, the first
-  turn alone. One row per answer (:func:`badit.data.answer_rows`) makes training and generation equal.
+* Labels (training, scoring): the prompt is the part before the first label, also in a chat with several answers. With
+  one row per answer (:func:`badit.data.answer_rows`), the prompts of training and generation are the same.
 * No labels, no cache or an empty one (plain forward, prefill): every attended position is prompt.
-* A filled cache (decoding): the gates were settled when it was filled. They are kept *on the cache object*, so that
-  generations may alternate, and a copied prompt cache keeps its routing.
-* ``prompt_mask=`` given to the model's forward: that mask, in any case.
-* Packed rows (positions that begin again, or ``cu_seq_lens_q``): each segment is a prompt with its answer.
+* A filled cache (decoding): the gates were computed when it was filled. They are stored *on the cache object*, so
+  generations can be interleaved, and a copied prompt cache keeps its gates.
+* ``prompt_mask=`` passed to the model's forward: this mask takes precedence.
+* Packed rows (position ids that restart at 0, or ``cu_seq_lens_q``): each segment is a prompt with its answer.
 
-``generate`` may run the whole sequence again for every token, or add candidate tokens of the answer. So it is wrapped,
-too, to note where the prompt ends.
+``generate`` may process the whole sequence again for every token, or add candidate tokens of the answer. It is
+therefore wrapped, to record where the prompt ends.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ from badit.errors import BaditError
 
 _IGNORED_LABEL = -100
 _HELD = "badit_gates"
-_CACHE_NAMES = ("cache", "past_key_values")  # renamed within transformers 5; an output may have both
+_CACHE_NAMES = ("cache", "past_key_values")  # renamed in a release of transformers 5; an output may have both
 
 
 class Segments(NamedTuple):
-    """The prompts with their answers that are packed into rows: ``of_BT`` numbers them from 0 through the batch."""
+    """The segments of packed rows, each a prompt with its answer: ``of_BT`` has their numbers, from 0 in the batch."""
 
     of_BT: torch.Tensor
     number: int
@@ -45,60 +45,60 @@ class Segments(NamedTuple):
 
 @dataclass
 class ForwardPass:
-    """One forward pass, as the adapted layers need to know it."""
+    """What the adapted layers need to know about one forward pass."""
 
-    # Works out `prompt`, only if it is asked for; None where nothing tells it.
+    # Computes `prompt` when it is first read; None if the batch is not known.
     find_prompt: Callable[[], tuple[torch.Tensor, Segments | None]] | None = None
-    # By layer, the gates that the pass's cache holds already; None where the prompt settles them now.
+    # By layer (or adapter), the gates stored on the pass's cache; None if this pass computes them from the prompt.
     held: dict[str, torch.Tensor] | None = None
     shape: torch.Size | None = None  # of the batch, (B, T)
-    fills_cache: bool = True  # decoding may follow, for which layers leave their gates in `fresh`
-    settled: dict[str, Any] | None = None  # what layers keep for the next pass of a generation from one cache
+    fills_cache: bool = True  # decoding may follow, so layers store their gates in `fresh`
+    settled: dict[str, Any] | None = None  # what layers store for the next pass of a generation with the same cache
     row_tasks: Mapping[str, torch.Tensor] = field(default_factory=dict)  # by adapter, the index (B) of each row's task
-    # Checkpointing may run the layers of a pass with gradients without them.
+    # Whether gradients are enabled at the start; gradient checkpointing may run the layers without them.
     begun_with_gradients: bool = field(default_factory=torch.is_grad_enabled)
-    # By layer, those that its prompts were standardised with, for checkpointing, which runs it again.
+    # By layer, the moments that standardised its prompts, for recomputation by gradient checkpointing.
     moments: dict[str, torch.Tensor] = field(default_factory=dict)
     fresh: dict[str, torch.Tensor] = field(default_factory=dict)
 
     @cached_property
     def prompt(self) -> tuple[torch.Tensor | None, Segments | None]:
-        """The prompts' mask (B, T), and the segments of packed rows; without a mask a layer's whole input is prompt."""
+        """The prompt mask (B, T) and the segments of packed rows. Without a mask, a layer's whole input is prompt."""
         return (None, None) if self.find_prompt is None else self.find_prompt()
 
     @property
     def prompt_mask_BT(self) -> torch.Tensor | None:
-        """The mask for a method that has one mixture in a row; BaditError for packed rows."""
+        """The prompt mask for methods with one set of gates per row; BaditError for packed rows."""
         mask_BT, segments = self.prompt
         if segments is not None:
             raise BaditError(
-                "a packed batch holds several prompts in one row, which this method cannot mix apart: "
+                "a packed batch holds several prompts in one row, but this method has one set of gates per row; "
                 "set packing=False and padding_free=False"
             )
         return mask_BT
 
 
 class RoutingContext:
-    """The hooks on one base model and the forward pass that is running in it. Shared by all of its adapted layers."""
+    """The hooks on one base model and its current forward pass, shared by all of its adapted layers."""
 
     def __init__(self) -> None:
         self._running: ForwardPass | None = None
-        # Gradient checkpointing runs layers again in the backward pass, after the forward pass has ended.
+        # The pass whose layers gradient checkpointing recomputes in the backward pass, after the end of the pass.
         self._differentiated: ForwardPass | None = None
         self._generation_prompt_length: int | None = None
-        # While generating: the gates that the cache holds, and what layers keep as long as it is these.
+        # During ``generate``: the gates on the cache, and what layers store as long as the cache has these gates.
         self._settled: tuple[dict[str, torch.Tensor], dict[str, Any]] | None = None
         self._looked_at_labels = False
         self._warned: set[str] = set()
-        # Each tells whether its layer will ask for the prompt's mask, which must be known before a compiled layer runs.
+        # Each returns whether its layer needs the prompt mask, which must be computed before a compiled layer runs.
         self.mask_readers: list[Callable[[], bool]] = []
         self._hooks: list[Any] = []
-        self._generate: Callable[..., Any] | None = None  # in place of the class's own
-        self.row_tasks: Mapping[str, torch.Tensor] = {}  # of the passes to come
+        self._generate: Callable[..., Any] | None = None  # the model's own attribute, if it had one
+        self.row_tasks: Mapping[str, torch.Tensor] = {}  # of the next forward passes
 
     @classmethod
     def of(cls, model: nn.Module) -> RoutingContext:
-        """The model's context; the first call makes it and adds its hooks."""
+        """Returns the model's context; the first call creates it and adds its hooks."""
         context = model.__dict__.get("_badit_routing")
         if context is None:
             context = model.__dict__["_badit_routing"] = cls()
@@ -111,12 +111,12 @@ class RoutingContext:
                 context._hooks.append(decoder.register_forward_pre_hook(context._refuse_alone))
             if hasattr(model, "generate"):
                 context._generate = model.__dict__.get("generate")
-                # Not a closure: a deep copy of the model, or a pickled one, binds it to the copy.
+                # Not a closure: a deep or pickled copy of the model binds it to the copy.
                 model.__dict__["generate"] = partial(context.generate, model)
         return context
 
     def detach(self, model: nn.Module) -> None:
-        """Removes the hooks, for a model whose adapters are unloaded."""
+        """Removes the hooks from a model whose adapters are unloaded."""
         for hook in self._hooks:
             hook.remove()
         model.__dict__.pop("_badit_routing", None)
@@ -125,13 +125,13 @@ class RoutingContext:
             model.__dict__["generate"] = self._generate
 
     def generate(self, model: Any, *args: Any, **kwargs: Any) -> Any:
-        """The model's own ``generate``, during which positions past the end of the input are answer."""
+        """Calls the model's own ``generate``; meanwhile, positions after the end of the input are answer."""
         config = kwargs.get("generation_config") or model.generation_config
         scale = kwargs.get("guidance_scale", getattr(config, "guidance_scale", None))
         if scale not in (None, 1) and self._reads_prompt():
             raise BaditError(
                 "guidance_scale: generates from an unconditional prompt too, for which routing='prompt' has no "
-                "mixture; leave it out, or use routing='token'"
+                "gates; leave it out, or use routing='token'"
             )
         own = self._generate or partial(type(model).generate, model)
         given = (kwargs.get("inputs_embeds"), *args[:1], kwargs.get("input_ids"), kwargs.get("inputs"))
@@ -144,12 +144,12 @@ class RoutingContext:
             self._generation_prompt_length, self._settled = outer
 
     def forward_pass(self) -> ForwardPass:
-        """The pass that the calling layer belongs to; one that tells nothing if not the whole base model was called."""
+        """Returns the calling layer's forward pass; an empty one if the layer was called outside of the base model."""
         known = self._differentiated if self.runs_again() else self._running
         return ForwardPass(row_tasks=self.row_tasks) if known is None else known
 
     def runs_again(self) -> bool:
-        """Whether the calling layer is computed again in the backward pass, by gradient checkpointing."""
+        """Returns whether gradient checkpointing is recomputing the calling layer in the backward pass."""
         return self._running is None and inside_backward()
 
     def _reads_prompt(self) -> bool:
@@ -161,17 +161,17 @@ class RoutingContext:
             warnings.warn(message, stacklevel=2)
 
     def _refuse_alone(self, decoder: nn.Module, args: tuple) -> None:
-        """Called by itself, the decoder would be routed on padding, on answers and on the newest token."""
+        """Raises BaditError if the decoder is called by itself, since its gates would depend on padding and answers."""
         if self._running is None and not inside_backward() and self._reads_prompt():
             raise BaditError(
-                "the model's decoder was called by itself, so the prompt is not known: call the whole model, or use "
+                "the model's decoder was called by itself, so the prompt is not known; call the whole model, or use "
                 "routing='token'"
             )
 
     def _enter(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         if getattr(model, "_is_replica", False):
             raise BaditError(
-                "nn.DataParallel: its threads share one routing; start with accelerate launch, or set "
+                "nn.DataParallel: its threads would share one routing context; start with accelerate launch, or set "
                 "CUDA_VISIBLE_DEVICES to one GPU"
             )
         names = inspect.signature(model.forward).parameters if args else ()
@@ -181,7 +181,7 @@ class RoutingContext:
         if torch.is_grad_enabled():
             self._differentiated = self._running
         if self._running.held is None and self._reads_prompt():
-            _ = self._running.prompt  # kept from now on
+            _ = self._running.prompt  # a cached property: computed here
         return args, kwargs
 
     def _leave(self, model: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
@@ -193,12 +193,12 @@ class RoutingContext:
             def recall(gradient: torch.Tensor) -> None:
                 self._differentiated = running
 
-            # Several passes may precede one backward pass, which then enters each at its outputs, the latest first.
+            # Several forward passes may precede one backward pass, which enters each at its outputs, the latest first.
             for tensor in tree_leaves(output):
                 if isinstance(tensor, torch.Tensor) and tensor.requires_grad:
                     tensor.register_hook(recall)
         cache = _cache(kwargs)
-        if cache is None and isinstance(output, Mapping):  # use_cache=True without a cache: the model made one
+        if cache is None and isinstance(output, Mapping):  # use_cache=True without a cache: the model created one
             cache = _cache(output)
         if running.fresh and cache is not None and not isinstance(cache, tuple):
             setattr(cache, _HELD, running.fresh)
@@ -210,21 +210,21 @@ class RoutingContext:
         if (mask_BT := batch.get("prompt_mask")) is not None:
             tokens, shape = mask_BT, mask_BT.shape
         elif type(cache).__name__ == "PagedAttentionCache" and self._reads_prompt():
-            raise BaditError("generate_batch: keeps no mixture of a prompt; call generate, or use routing='token'")
+            raise BaditError("generate_batch: does not store a prompt's gates; call generate, or use routing='token'")
         elif cached := _length(cache):
             held, length = getattr(cache, _HELD, {}), self._generation_prompt_length
-            # While generating, several positions are a part of the prompt, or candidates for the answer.
+            # During ``generate``, several positions are a part of the prompt or candidate tokens of the answer.
             if held and shape is not None and shape[1] > 1 and (length is None or cached < length - 1):
                 self._warn_once(
-                    "text is added to a filled cache, which keeps the mixture of its first prompt: to mix for the "
-                    "whole text, call cache.reset() and give all of it, or use routing='token'"
+                    "text is added to a filled cache, which keeps the gates of its first prompt; for gates of the "
+                    "whole text, call cache.reset() and pass all of it, or use routing='token'"
                 )
             if self._settled is not None and self._settled[0] is not held:
                 self._settled = held, {}
             return ForwardPass(held=held, shape=shape, settled=self._settled and self._settled[1])
         if shape is None:
             return ForwardPass()
-        # Only what is small is kept for later: neither the embeddings nor the cache.
+        # Only small tensors are kept for later: neither the embeddings nor the cache.
         names = "prompt_mask", "attention_mask", "labels", "position_ids", "cu_seq_lens_q"
         find_prompt = partial(self._prompt, model, {name: batch.get(name) for name in names}, shape, tokens.device)
         fills_cache = cache is not None or batch.get("use_cache") is not False
@@ -238,15 +238,15 @@ class RoutingContext:
             return batch["prompt_mask"].bool(), segments
         labels_BT, prompt_length = batch["labels"], self._generation_prompt_length
         if getattr(model, "get_output_embeddings", lambda: None)() is None:
-            labels_BT = None  # a classifier, whose whole row is the prompt
+            labels_BT = None  # a classifier: the whole row is the prompt
         elif labels_BT is None and model.training and torch.is_grad_enabled():
             self._warn_once(
-                "a language model is trained without labels, so the router reads the answers with the prompts: pass "
+                "a language model is trained without labels, so the router reads prompts and answers; pass "
                 "the model labels (-100 on the prompt) or prompt_mask= (batch, positions), or use routing='token'"
             )
         mask_BT = _attended(batch["attention_mask"], shape, device)
         if isinstance(labels_BT, torch.Tensor) and labels_BT.shape == mask_BT.shape:
-            if segments is None and not self._looked_at_labels:  # once, since it waits for the device
+            if segments is None and not self._looked_at_labels:  # once, because it waits for the device
                 self._looked_at_labels = True
                 self._warn_of_labels(labels_BT)
             return mask_BT & before_first_label(labels_BT, segments), segments
@@ -254,35 +254,35 @@ class RoutingContext:
             return mask_BT, segments
         if mask_BT.shape[1] < prompt_length:
             raise BaditError(
-                "the prompt comes in pieces (or generate lost its cache, as transformers before 5.24 does in training "
-                "mode under gradient checkpointing: call model.eval() first), and the first would set the routing of "
-                "all: generate without prefill_chunk_size, or use routing='token'"
+                "the prompt comes in pieces, so that the gates would depend on the first one only (or generate lost "
+                "its cache, as in transformers before 5.24 in training mode with gradient checkpointing: call "
+                "model.eval() first); generate without prefill_chunk_size, or use routing='token'"
             )
         return mask_BT & (torch.arange(mask_BT.shape[1], device=device) < prompt_length), None
 
     def _warn_of_labels(self, labels_BT: torch.Tensor) -> None:
-        """Warns of labels that do not tell prompt from answer."""
+        """Warns if the labels do not separate the prompt from the answer."""
         labelled_BT = labels_BT != _IGNORED_LABEL
         answers_B = (labelled_BT[:, 1:] & ~labelled_BT[:, :-1]).sum(dim=1) + labelled_BT[:, 0]
         if bool(labelled_BT[:, :2].all()):
             self._warn_once(
-                "every position carries a label, so the prompt that routes is the first token alone: set labels to "
+                "every position has a label, so the router reads only the first token as the prompt; set labels to "
                 "-100 on the prompt (TRL: completion_only_loss or assistant_only_loss), or use routing='token'"
             )
         elif bool((answers_B > 1).any()):
             self._warn_once(
-                "a row has several answers, and all of them are routed on what comes before the first: give each "
-                "answer a row of its own (badit.data.answer_rows), or use routing='token'"
+                "a row has several answers, and all of them have the gates of the text before the first; give each "
+                "answer its own row (badit.data.answer_rows), or use routing='token'"
             )
 
 
 def cache_of(output: Mapping[str, Any]) -> dict[str, Any]:
-    """The cache in the output of a model or of ``generate``, by the name under which the next call takes it."""
+    """Returns the cache in the output of a model or of ``generate``, as a keyword argument of the next call."""
     return dict([(name, output[name]) for name in _CACHE_NAMES if output.get(name) is not None][:1])
 
 
 def select_rows(cache: Mapping[str, Any], rows_R: torch.Tensor) -> bool:
-    """Keeps these rows (indices) of a batch's cache and of the gates that it holds; False where that cannot be done."""
+    """Keeps only these rows (indices) of a cache and its gates; returns False if the cache does not support it."""
     kept = _with_layers_of(cache, DynamicLayer, DynamicSlidingWindowLayer)
     if kept is None:
         return False
@@ -293,7 +293,7 @@ def select_rows(cache: Mapping[str, Any], rows_R: torch.Tensor) -> bool:
 
 
 def drop_last(cache: Mapping[str, Any], count: int) -> bool:
-    """Removes the last positions of a cache, which keeps its gates; False where that cannot be done."""
+    """Removes the last positions of a cache, not its gates; returns False if the cache does not support it."""
     kept = _with_layers_of(cache, DynamicLayer)
     if kept is not None:
         kept.crop(-count)
@@ -301,20 +301,20 @@ def drop_last(cache: Mapping[str, Any], count: int) -> bool:
 
 
 def _with_layers_of(cache: Mapping[str, Any], *kinds: type) -> Any:
-    """The cache itself, if it has layers of these kinds only; else None."""
+    """Returns the cache itself if all of its layers are of these classes, else None."""
     kept = next(iter(cache.values()), None)
     return kept if all(type(layer) in kinds for layer in getattr(kept, "layers", [None])) else None
 
 
 def inside_backward() -> bool:
-    """Whether a backward pass is running, as when gradient checkpointing computes a layer again."""
+    """Returns whether a backward pass is running, for example when gradient checkpointing recomputes a layer."""
     return torch._C._current_graph_task_id() != -1
 
 
 def before_first_label(labels_BT: torch.Tensor, segments: Segments | None = None) -> torch.Tensor:
-    """True up to the first predicted label of each row, or of each segment of packed rows.
+    """Returns True before the first predicted label of each row, or of each segment of packed rows.
 
-    Its first position predicts nothing, so the label there does not count.
+    The label at the first position is ignored, because no position predicts it.
     """
     labelled_BT = labels_BT != _IGNORED_LABEL
     labelled_BT[:, 0] = False
@@ -332,8 +332,8 @@ def _cache(batch: Mapping[str, Any]) -> Any:
 
 
 def _length(cache: Any) -> int:
-    """The positions that a cache has; 1 for a tuple, and for a recurrent model's, which counts none, with gates."""
-    if not hasattr(cache, "get_seq_length"):  # a tuple, none, or the pages of generate_batch
+    """Returns a cache's length; 1 for a tuple, and for a recurrent model's cache (without a length) with gates."""
+    if not hasattr(cache, "get_seq_length"):  # a tuple, None, or the paged cache of generate_batch
         return int(isinstance(cache, tuple))
     try:
         return int(cache.get_seq_length())
@@ -342,9 +342,9 @@ def _length(cache: Any) -> int:
 
 
 def _attended(attention_mask: Any, shape: torch.Size, device: torch.device) -> torch.Tensor:
-    """The (B, T) mask of real tokens from a 2-D mask, from the 4-D masks of compilable caches, or from none."""
+    """Returns the mask (B, T) of real tokens from a 2-D mask, a 4-D mask of a compilable cache, or None."""
     batch, length = shape
-    if isinstance(attention_mask, Mapping):  # one mask per kind of attention; their diagonals agree
+    if isinstance(attention_mask, Mapping):  # one mask per type of attention, with equal diagonals
         attention_mask = next(iter(attention_mask.values()))
     if attention_mask is None:
         return torch.ones(batch, length, dtype=torch.bool, device=device)
@@ -356,13 +356,13 @@ def _attended(attention_mask: Any, shape: torch.Size, device: torch.device) -> t
         own_BT = own_BT if own_BT.dtype == torch.bool else own_BT == 0
         return own_BT.expand(batch, -1)
     raise BaditError(
-        f"cannot tell the prompt from an attention mask of type {type(attention_mask).__name__}; "
+        f"cannot find the prompt with an attention mask of type {type(attention_mask).__name__}; "
         "pass prompt_mask= (batch, positions) to the model, or use routing='token'"
     )
 
 
 def _segments(batch: Mapping[str, Any], shape: torch.Size, device: torch.device) -> Segments | None:
-    """The segments of packed rows, by positions that begin again or by flash attention's sequence ends; else None."""
+    """Returns the segments of packed rows, from position ids that restart at 0 or flash attention's ends; else None."""
     position_ids, ends = batch["position_ids"], batch["cu_seq_lens_q"]
     starts_BT = torch.zeros(shape, dtype=torch.bool, device=device)
     if isinstance(ends, torch.Tensor):
@@ -370,7 +370,7 @@ def _segments(batch: Mapping[str, Any], shape: torch.Size, device: torch.device)
     elif batch["attention_mask"] is None and isinstance(position_ids, torch.Tensor) and position_ids.ndim == 2:
         starts_BT |= (position_ids == 0).to(device)
     else:
-        return None  # without waiting for the device
+        return None  # before anything waits for the device
     starts_BT[:, 0] = True
     if not bool(starts_BT[:, 1:].any()):
         return None

@@ -1,7 +1,7 @@
-"""What is adapted in a base model: the default modules, quantised weights, and the fused weights of MoE layers.
+"""The weights that are adapted in a base model: default modules, quantised weights and fused weights of MoE layers.
 
-A quantised weight stays as it is (bitsandbytes' in 8 and 4 bits, torchao's in int8); the experts start from the
-dequantised one. A fused weight (MoE experts, …) stays as it is, too: each of its matrices becomes a base layer.
+A quantised weight (bitsandbytes in 8 or 4 bits, torchao in int8) is not changed; the experts are initialised from the
+dequantised weight. A fused weight of MoE experts is not changed either; each of its matrices becomes a base layer.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from transformers.pytorch_utils import Conv1D
 
 from badit.errors import BaditError
 
-# The MLP's gate projection, as in the paper, or its first projection; then, where all MLPs are fused, LoRA's default.
+# The MLP's gate projection (as in the paper) or first projection; if all MLPs are fused, LoRA's default targets.
 PROJECTIONS = ("gate_proj", "gate_up_proj", "up_proj", "fc1", "c_fc", "fc_in", "dense_h_to_4h", "w1", "wi_0", "wi")
 _PATTERNS = (
     *(rf"(?!.*(attn|attention|router|norm)).*\.{name}" for name in PROJECTIONS), r".*\.(q_proj|v_proj)"
 )  # fmt: skip
-_SPLIT = "split_"  # before a fused weight's name: the list of its matrices
+_SPLIT = "split_"  # prefix of the list of a fused weight's matrices
 
 
 def default_targets(model: Any) -> set[str] | None:
-    """Names of the modules to adapt in every layer of a model's decoder; None where some layer has none of them."""
+    """Returns the default target modules, or None if not every layer of the decoder (or encoder-decoder) has them."""
     is_whole = getattr(getattr(model, "config", None), "is_encoder_decoder", False) or not hasattr(model, "get_decoder")
     decoder = model if is_whole else model.get_decoder()
     prefix = next((name for name, module in model.named_modules() if module is decoder), "")
-    layers = {}  # by the module's name, its layer's
+    layers = {}  # module name -> layer name
     for name, module in model.named_modules():
         layer = re.match(r".*?\.\d+(?=\.)", name)
         is_linear = isinstance(module, (nn.Linear, Conv1D)) or hasattr(module, "qweight")
@@ -45,14 +45,14 @@ def default_targets(model: Any) -> set[str] | None:
 
 
 def chosen_targets(model: Any, config: Any) -> set[str] | None:
-    """A configuration's own modules; without any, none next to fused weights, else :func:`default_targets`."""
+    """Returns a configuration's target modules; if not set, none with fused weights, else :func:`default_targets`."""
     if config.target_modules is not None:
         return config.target_modules
     return set() if getattr(config, "target_parameters", None) else default_targets(model)
 
 
 def short_names(model: nn.Module, names: Iterable[str]) -> list[str]:
-    """The modules' last names, if these mean the same modules; else their whole names."""
+    """Returns the last parts of the modules' names if these match the same modules; else the full names."""
     names = set(names)
     last_names = {name.rpartition(".")[2] for name in names}
     meant = {name for name, _ in model.named_modules() if name.rpartition(".")[2] in last_names}
@@ -60,19 +60,19 @@ def short_names(model: nn.Module, names: Iterable[str]) -> list[str]:
 
 
 class FusedExpert(nn.Module):
-    """The matrix of one MoE expert in a fused weight, as a linear layer without a weight of its own."""
+    """The matrix of one MoE expert in a fused weight, as a linear layer that has no parameters."""
 
     experts: Any
 
     def __init__(self, experts: nn.Module, parameter: str, index: int) -> None:
         super().__init__()
-        self.__dict__["experts"] = experts  # not a submodule, which it contains
+        self.__dict__["experts"] = experts  # not registered as a submodule, because it contains this module
         self.parameter, self.index = parameter, index
         self.out_features, self.in_features = self.weight.shape
 
     @property
     def weight(self) -> torch.Tensor:
-        """A view (out, in)."""
+        """The expert's matrix (out, in), a view."""
         weight = getattr(self.experts, self.parameter)[self.index]
         return weight.T if self.experts.is_transposed else weight
 
@@ -82,26 +82,26 @@ class FusedExpert(nn.Module):
 
 
 def split_experts(experts: Any, parameter: str, name: str, routing: Any) -> nn.ModuleList:
-    """The matrices of a module's fused weight; the first call replaces its forward pass by one that calls them.
+    """Returns the matrices of a module's fused weight; the first call replaces its forward by one that calls them.
 
     Raises:
-        BaditError: the parameter is no fused weight of a form that transformers declares.
+        BaditError: the parameter is not a floating-point fused weight of transformers' experts interface.
     """
     weights = ("gate_up_proj" if getattr(experts, "has_gate", True) else "up_proj", "down_proj")
     known = hasattr(experts, "is_transposed") and parameter in weights
     if not known or not getattr(experts, parameter).is_floating_point():
-        raise BaditError(f"{name}: is no fused weight of MoE experts that can be adapted: change target_parameters")
+        raise BaditError(f"{name}: is not a fused weight of MoE experts that can be adapted; change target_parameters")
     if not hasattr(experts, _SPLIT + parameter):
         for each in weights:
             matrices = (FusedExpert(experts, each, index) for index in range(experts.num_experts))
             setattr(experts, _SPLIT + each, nn.ModuleList(matrices))
         experts.routing, experts.tokens_P = routing, None
-        experts.forward = partial(_forward, experts)  # which a deep copy, or a pickled one, binds to the copy
+        experts.forward = partial(_forward, experts)  # a deep or pickled copy binds it to the copy
     return getattr(experts, _SPLIT + parameter)
 
 
 def base_layer(model: nn.Module, name: str) -> Any:
-    """The module of this name; for EXPERTS.PARAMETER.INDEX, where the parameter is a fused weight, its matrix."""
+    """Returns the module of this name; for EXPERTS.PARAMETER.INDEX, the matrix with this index of a fused weight."""
     weight, _, index = name.rpartition(".")
     experts, _, parameter = weight.rpartition(".")
     if index.isdigit() and isinstance(getattr(model.get_submodule(experts), parameter, None), nn.Parameter):
@@ -110,7 +110,7 @@ def base_layer(model: nn.Module, name: str) -> Any:
 
 
 def join_experts(model: nn.Module) -> None:
-    """Undoes :func:`split_experts` in a whole model."""
+    """Undoes :func:`split_experts` in all modules of a model."""
     for module in model.modules():
         if "routing" in vars(module) and "forward" in vars(module):
             lists = [name for name in module._modules if name.startswith(_SPLIT)]
@@ -121,9 +121,9 @@ def join_experts(model: nn.Module) -> None:
 def _forward(
     self: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
-    """As transformers computes it expert by expert: (tokens, hidden) of the experts that the MoE's router chose.
+    """Returns the output (tokens, hidden) of the experts that the MoE's router chose, computed expert by expert.
 
-    ``tokens_P`` tells the adapted layers which tokens of the batch they see.
+    Sets ``tokens_P``: the indices, in the batch, of the tokens that the adapted layers receive.
     """
     lists = [getattr(self, name) for name in self._modules if name.startswith(_SPLIT)]
     choices_C = top_k_index.flatten()
@@ -132,7 +132,7 @@ def _forward(
     decodes = self.routing.forward_pass().held is not None
     result = torch.zeros_like(hidden_states)
     for (first, last), choice_P in zip(zip(*lists, strict=True), order_C.split(counts), strict=True):
-        # Without tokens, too: the gates are kept for decoding, and in training every process needs the same gradients.
+        # Experts without tokens run too: decoding needs their gates, and in training all ranks need the same gradients.
         if decodes and not len(choice_P):
             continue
         self.tokens_P = choice_P // top_k_index.shape[-1]
@@ -146,18 +146,18 @@ def _forward(
 
 
 def is_quantised(layer: nn.Module) -> bool:
-    """Whether the weight is of a known quantised kind."""
+    """Returns whether the layer's weight has a supported quantised type."""
     kind = type(getattr(layer, "weight", None))
     return kind.__name__ in ("Int8Params", "Params4bit") or kind.__module__.startswith("torchao.")
 
 
 def weight_as_used(layer: nn.Module) -> torch.Tensor:
-    """The weight (out, in) that the layer multiplies by, dequantised if necessary; Conv1D stores it transposed."""
+    """Returns the layer's weight as (out, in), dequantised if necessary; Conv1D stores it transposed."""
     weight: Any = layer.weight
     match type(weight).__name__:
         case "Int8Params":
-            # Not by PEFT's dequantize_module_weight, which loses the scales of an 8-bit layer that has been used:
-            # bitsandbytes moves the rows' scales (of 127 steps each) to the layer in its first forward pass.
+            # Not with PEFT's dequantize_module_weight, which loses the scales of an 8-bit layer after its first forward
+            # pass: bitsandbytes moves the rows' scales (the value of the integer 127) to the layer's state.
             scale_O = weight.SCB if weight.SCB is not None else cast(Any, layer).state.SCB
             return weight.data.float() * (scale_O.float() / 127)[:, None]
         case "Params4bit":
@@ -170,28 +170,28 @@ def weight_as_used(layer: nn.Module) -> torch.Tensor:
 
 
 def keep_in_place(model: nn.Module) -> None:
-    """Keeps bitsandbytes from reordering 4-bit weights for evaluation on a CPU with AVX-512; BaditError if it has."""
+    """Prevents bitsandbytes from reordering 4-bit weights on CPUs with AVX-512; BaditError if it already has."""
     module: Any
     for name, module in model.named_modules():
         state = getattr(getattr(module, "weight", None), "quant_state", None)
         if getattr(state, "packing_format_for_cpu", False):
             raise BaditError(
-                f"{name} has been evaluated on a CPU, where bitsandbytes reorders 4-bit weights so that no adapter can "
-                "be trained on them: load the model again, and add the adapter before you evaluate it"
+                f"{name}: has been evaluated on a CPU, where bitsandbytes reorders 4-bit weights, and then no adapter "
+                "can be trained on them; load the model again, and add the adapter before you evaluate it"
             )
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
 
 
 def refuse_unsuitable_layer(layer: nn.Module, name: str, method: str) -> None:
-    """Raises BaditError for a layer that is neither nn.Linear nor Conv1D, or whose weight is of an unknown form."""
+    """Raises BaditError for a layer that is not nn.Linear or Conv1D, or whose weight has an unsupported type."""
     kind = type(layer).__name__
     if hasattr(layer, "qweight"):
         raise BaditError(
             f"{name} is a {kind}, quantised by GPTQ or AWQ, which keep no weight that {method} could start from: "
-            "take the unquantised model, or quantise that with bitsandbytes or torchao"
+            "use the unquantised model, or quantise it with bitsandbytes or torchao"
         )
     if not isinstance(layer, (nn.Linear, Conv1D, FusedExpert)):
         raise BaditError(f"{name} is a {kind}; {method} adapts nn.Linear and Conv1D: change target_modules")
     if not is_quantised(layer) and not layer.weight.is_floating_point():
-        raise BaditError(f"{name} has a weight of type {layer.weight.dtype}, which cannot be decomposed")
+        raise BaditError(f"{name}: a weight of type {layer.weight.dtype} cannot be decomposed; change target_modules")

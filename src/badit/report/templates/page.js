@@ -1,5 +1,5 @@
 "use strict";
-// What the page does beyond its HTML: it draws the charts, sorts tables, chooses a task's samples, and changes themes.
+// Draws the charts, sorts tables, saves figures, marks the current section in the contents, and switches themes.
 (() => {
   const themes = JSON.parse(document.getElementById("themes").textContent);
   const dark = window.matchMedia("(prefers-color-scheme: dark)");
@@ -11,7 +11,7 @@
   async function draw() {
     const mine = ++drawing;
     for (const figure of document.querySelectorAll("figure:has(> .specification)")) {
-      // A theme that is chosen while this one is still being drawn takes over.
+      // Stops if another theme was chosen in the meantime.
       if (mine !== drawing) return;
       const specification = JSON.parse(figure.querySelector(".specification").textContent);
       const choices = figure.querySelector(".choices");
@@ -27,7 +27,7 @@
     document.documentElement.dataset.drawn = theme;
   }
 
-  // What a reader has chosen stays chosen when the theme changes.
+  // Keeps the reader's choices when the theme changes.
   function keptSignals(id, specification) {
     const view = views.get(id);
     if (!view) return specification;
@@ -47,13 +47,13 @@
   function sort(header) {
     const table = header.closest("table");
     const column = header.cellIndex;
-    // The first column names the row; in the others a number comes first: "1,234", "−0.5", "45.3 ± 1.2", "– " if unknown.
+    // The first column names the row. Others start with a number ("1,234", "−0.5", "45.3 ± 1.2"), or "–" if unknown.
     const rows = [...table.tBodies[0].rows].map((row) => {
       const text = row.cells[column].textContent;
       return { row, text, number: column === 0 ? NaN : Number.parseFloat(text.replace("−", "-").replaceAll(",", "")) };
     });
     const numeric = rows.some(({ number }) => !Number.isNaN(number));
-    // The largest number or the first of the alphabet comes first, then the other way round.
+    // The first click sorts numbers in descending and text in ascending order. The next click reverses the order.
     const order = numeric ? ["descending", "ascending"] : ["ascending", "descending"];
     const next = order[Number(header.getAttribute("aria-sort") === order[0])];
     for (const other of table.tHead.rows[0].cells) other.setAttribute("aria-sort", "none");
@@ -61,7 +61,7 @@
     const sign = next === "ascending" ? 1 : -1;
     rows.sort((a, b) => {
       if (!numeric) return sign * a.text.localeCompare(b.text, undefined, { numeric: true });
-      // What is not known stays below, whichever way the column is sorted.
+      // Unknown values stay at the bottom in both orders.
       if (Number.isNaN(a.number) || Number.isNaN(b.number)) return Number.isNaN(a.number) - Number.isNaN(b.number);
       return sign * (a.number - b.number);
     });

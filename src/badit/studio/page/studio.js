@@ -1,23 +1,23 @@
-// The page: a prompt goes to the server, answers come back word by word, and the mixture that made them is shown.
-// All text of data and models is set as textContent, never as markup.
+// The page sends a prompt to the server, receives the answers token by token and shows the gates that were used.
+// All text from data and models is set as textContent, never as markup.
 
 const SIDES = ["hand", "router", "base"];
-const NEUTRAL = 1; // the gate that changes nothing
-const REACH = 2; // how far a slider goes, where gates do not go further themselves
-const SMALLEST = 0.01; // the deviation from 1 that has the strongest colour, at least
+const NEUTRAL = 1; // the neutral gate
+const REACH = 2; // the maximum of the sliders, unless a gate is larger
+const SMALLEST = 0.01; // the smallest deviation from 1 that can have the strongest colour
 
 const at = (id) => document.getElementById(id);
 const side = (name) => at(`side-${name}`);
 const dark = window.matchMedia("(prefers-color-scheme: dark)");
 
-let run; // what the server says of the run
-let task = null; // what it says of the chosen task
+let run; // the server's description of the run
+let task = null; // the server's description of the chosen task
 let theme = "light";
-let asking = null; // what stops the answer that is being written
-let asked = ""; // the prompt that the answers of router and base belong to
-let byHand = false; // whether the sliders have been moved away from the router's gates
+let asking = null; // the AbortController of the running answer
+let asked = ""; // the question that the shown answers of router and base belong to
+let byHand = false; // whether the gates are set by hand and not by the router
 let shown = null; // the gates that the heat map shows
-const mixtures = {}; // by side, the last event with gates
+const mixtures = {}; // the last event with gates, by side
 
 function element(name, properties = {}, ...children) {
   const made = Object.assign(document.createElement(name), properties);
@@ -53,7 +53,7 @@ async function request(address, options) {
 
 const get = async (address) => (await request(address)).json();
 
-// Asks for an answer and reads its server-sent events as they come. (EventSource can only GET.)
+// Requests an answer and yields its server-sent events as they arrive. (EventSource supports only GET.)
 async function* ask(question, signal) {
   const headers = { "Content-Type": "application/json" };
   const response = await request("/api/answer", { method: "POST", headers, body: JSON.stringify(question), signal });
@@ -69,7 +69,7 @@ async function* ask(question, signal) {
       }
     }
   } finally {
-    reader.cancel().catch(() => {}); // of a stream that broke off, the error is known already
+    reader.cancel().catch(() => {}); // if the stream was interrupted, its error is already known
   }
 }
 
@@ -95,7 +95,7 @@ function chooseExample() {
 
 // ── answers ──
 
-// Asks the sides that have no answer to this prompt yet; a mixture by hand is always asked again.
+// Requests answers from the sides that have none to this prompt yet. Gates set by hand are always answered again.
 async function answer() {
   asking?.abort();
   const question = { text: at("text").value, task: task?.name ?? null, max_new_tokens: Number(at("limit").value) };
@@ -120,16 +120,16 @@ async function answer() {
       finished = event.name === "done";
       EVENTS[event.name]?.(event);
     }
-    if (!finished) throw new Error("The answer broke off; the terminal that the studio runs in may say why.");
+    if (!finished) throw new Error("The answer was interrupted; see the studio’s terminal for the reason.");
     asked = prompt;
     const references = task?.examples.find((example) => example.input === question.text)?.references;
     at("reference").hidden = !references;
-    at("reference").textContent = references ? `The data’s own answer: ${references.join(" or ")}` : "";
+    at("reference").textContent = references ? `Reference answer: ${references.join(" or ")}` : "";
     say("Done.");
   } catch (error) {
     if (asking === mine) say(mine.signal.aborted ? "Stopped." : error.message, !mine.signal.aborted);
   } finally {
-    if (asking === mine) { // else a newer question has taken its place
+    if (asking === mine) { // otherwise a newer question is running
       asking = null;
       at("stop").disabled = true;
       for (const name of SIDES) side(name).setAttribute("aria-busy", "false");
@@ -161,14 +161,14 @@ const EVENTS = {
   },
 };
 
-// ── the mixture: a heat map of experts × layers, and the nearest tasks ──
+// ── the gates: a heat map of experts × layers, and the nearest tasks ──
 
 function showMixture() {
   const mixture = mixtures[byHand ? "hand" : "router"];
   if (!mixture) return;
   at("mixture-lead").textContent = byHand
-    ? "The gates that you have set: how much the prompt draws on each expert. 1 is neutral."
-    : "How much the prompt draws on each expert: the router’s gates. 1 is neutral.";
+    ? "The gates that you set: the weight of each expert. 1 is neutral."
+    : "The router’s gates: the weight of each expert for this prompt. 1 is neutral.";
   at("nearest").hidden = !mixture.nearest.length && !mixture.unmeasured;
   at("unmeasured").hidden = !mixture.unmeasured;
   at("nearest").querySelector("ol").replaceChildren(...mixture.nearest.map(({ task: name, difference }) =>
@@ -178,7 +178,7 @@ function showMixture() {
   drawHeatMap();
 }
 
-// By layer the gates of the chosen module, or the mean over a layer's modules.
+// Returns the gates by layer, of the chosen module or averaged over the layer's modules.
 function layers() {
   const rows = new Map();
   run.modules.forEach(([layer, module], index) => {
@@ -188,7 +188,7 @@ function layers() {
   return [...rows].map(([layer, gates]) => ({ name: layer < 0 ? "–" : String(layer), gates: mean(gates) }));
 }
 
-// A table, so that its cells can be read out; the arrow keys go from one to the next.
+// The heat map is a table, so that screen readers can read its cells; the arrow keys move between them.
 function drawHeatMap() {
   if (!shown) return;
   const columns = layers();
@@ -205,7 +205,7 @@ function drawHeatMap() {
       return cell;
     })));
   rows[0].cells[1].tabIndex = 0;
-  const step = columns.length > 16 ? 5 : 1; // few enough labels that the narrowest cells have room for them
+  const step = columns.length > 16 ? 5 : 1; // fewer labels, so that they fit above narrow cells
   const heads = columns.map(({ name }, i) =>
     element("th", { textContent: i % step ? "" : name, scope: "col", ariaLabel: `layer ${name}` }));
   at("heat-map").querySelector("table").replaceChildren(
@@ -213,7 +213,7 @@ function drawHeatMap() {
   at("heat-map").querySelector(".bar").style.background = `linear-gradient(to right, ${colours.join(", ")})`;
   at("low").textContent = `${(1 - limit).toFixed(2)}${furthest > limit ? " or less" : ""}`;
   at("high").textContent = `${(1 + limit).toFixed(2)}${furthest > limit ? " or more" : ""}`;
-  at("readout").textContent = "Columns are layers. Point at a cell, or go there by the arrow keys, for its value.";
+  at("readout").textContent = "Columns are layers. Point at a cell, or select it with the arrow keys, to see its value.";
 }
 
 function readOut({ target }) {
@@ -233,7 +233,7 @@ function moveInHeatMap(event) {
   next.focus();
 }
 
-// The colour at −1 … 1 on a scale of stops, such as #8f3b00.
+// Returns the colour for a value from −1 to 1 on a scale of colour stops, such as #8f3b00.
 function colourOf(stops, value) {
   const place = ((Math.max(-1, Math.min(1, value)) + 1) / 2) * (stops.length - 1);
   const below = Math.min(Math.floor(place), stops.length - 2);
@@ -244,11 +244,11 @@ function colourOf(stops, value) {
 
 const mean = (rows) => rows[0].map((_, expert) => rows.reduce((sum, row) => sum + row[expert], 0) / rows.length);
 
-// ── one slider for each expert; they follow the router until one of them is moved ──
+// ── one slider for each expert; the sliders show the router's gates until one is moved ──
 
 const all = (selector) => [...document.querySelectorAll(selector)];
 const sliderGates = () => all(".slider input[type=number]").map((number) => Number(number.value));
-// The mean over modules.
+// The router's gates, averaged over modules.
 const routerGates = () => (mixtures.router ? mean(mixtures.router.gates) : Array(run.experts).fill(NEUTRAL));
 
 function placeSliders(gates) {
@@ -266,7 +266,7 @@ function setMixture(gates, isByHand) {
   byHand = isByHand;
   at("own").disabled = !byHand;
   side("hand").hidden = !byHand;
-  side("router").querySelector("h3").textContent = byHand ? "The router’s own mixture" : "With the adapter";
+  side("router").querySelector("h3").textContent = byHand ? "With the router’s gates" : "With the adapter";
   if (byHand && at("text").value.trim()) answer();
   else showMixture();
 }
@@ -303,15 +303,15 @@ async function start() {
   at("remark").hidden = !run.remark;
   at("remark").textContent = run.remark;
   at("choices").hidden = !run.tasks.length;
-  if (!run.needs_task) at("task").append(new Option("none: a prompt of my own", ""));
+  if (!run.needs_task) at("task").append(new Option("none: write a complete prompt", ""));
   for (const name of run.tasks) at("task").append(new Option(name, name));
   at("text").maxLength = run.max_characters;
   at("limit").max = run.max_new_tokens;
   at("limit").value = run.new_tokens;
   at("gates").hidden = !run.experts;
   at("no-gates").hidden = Boolean(run.experts);
-  at("no-gates").textContent = `The method of this run, ${run.method}, mixes no experts: it does the same for every `
-    + "prompt, and there are no gates to show or to set.";
+  at("no-gates").textContent = `The method of this run, ${run.method}, mixes no experts. It has no gates `
+    + "to show or to set.";
   const modules = [...new Set(run.modules.map(([, module]) => module))];
   at("modules").hidden = modules.length < 2;
   if (modules.length > 1) at("module").append(new Option("mean over modules", ""));
@@ -330,7 +330,7 @@ at("theme").addEventListener("click", () => useTheme(theme === "dark" ? "light" 
 dark.addEventListener("change", () => useTheme(dark.matches ? "dark" : "light"));
 at("ask").addEventListener("submit", (event) => {
   event.preventDefault();
-  asked = ""; // asked for, so answered again
+  asked = ""; // answer again, because the user asked for it
   answer();
 });
 at("text").addEventListener("keydown", (event) => {
