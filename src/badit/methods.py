@@ -178,7 +178,7 @@ class WeightsMethod(Method):
 
     def refuse_recipe(self, recipe: Recipe) -> None:
         if recipe.model.dtype == "float16":
-            raise BaditError(f"model.dtype: base weights cannot be trained in float16; with {self.name} use bfloat16")
+            raise BaditError(f"model.dtype: base weights cannot be trained in float16; use bfloat16 with {self.name}")
         if recipe.model.quantisation:
             raise BaditError(f"model.quantisation: {self.name} cannot train quantised base weights; remove this key")
         if recipe.training.optimizer == "orthogonal":

@@ -92,7 +92,7 @@ class DataSection(Section):
         "builtin", description="'builtin', file, folder, glob, hub data set, or list of these; $VARIABLES are expanded"
     )
     format: Format = "auto"
-    task: TaskName | None = Field(None, description="task of rows without a task (default: the file's name)")
+    task: TaskName | None = Field(None, description="task of all rows (default: the row's own, or the file's name)")
     instruction: str | None = Field(None, description="instruction of rows without one (default: none)")
     columns: dict[Column, str] = Field({}, description="column of each field, such as {input: text, output: label}")
     turns: Turns = Field("last", description="answers of a chat to train on")
@@ -246,7 +246,7 @@ def shipped_recipes() -> dict[str, Path]:
 def _or_shipped(path: Path, name: str = "") -> Path:
     """Returns the path or, if there is no such file, that of the recipe of this name that comes with badit."""
     name, shipped = name or str(path), shipped_recipes()
-    if path.suffix or path.exists():
+    if path.suffix in (".yaml", ".yml") or path.exists():
         return path
     if name not in shipped:
         raise BaditError(f"{name}: no such file, and no recipe of this name comes with badit{nearest(name, shipped)}")

@@ -1,9 +1,7 @@
 """What a report is made from: folders, frames and their errors, and the forms of numbers and names."""
 
 import itertools
-from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import pytest
 from hypothesis import given, settings
@@ -12,7 +10,7 @@ from hypothesis import strategies as st
 from badit.errors import BaditError
 from badit.files import read_jsonl
 from badit.report.charts import number, short_names, text_table
-from badit.report.sources import Source, by_similarity, conclusions, read_sources, together
+from badit.report.sources import by_similarity, read_sources, together
 from report.samples import SMALL, TASKS, tables, write_comparison, write_lines, write_run, write_sequence
 
 
@@ -111,36 +109,3 @@ def test_forms_of_names_and_numbers():
     assert number(None) == number(float("nan")) == "–"
     shown = text_table(pd.DataFrame({"task_a": ["x"], "p_value": [0.04]}), {"p_value": ".3f", "task_a": ""})
     assert shown.to_dict("records") == [{"p value": "0.040", "task a": "x"}]
-
-
-def frames(mean, low, high, reliability, spread):
-    difference = {"method": "badit", "mean": mean, "low": low, "high": high, "reference": "lora"}
-    return {
-        "differences": pd.DataFrame([difference]),
-        "gradient_overall": pd.DataFrame({"parameters": ["adapter"] * 4, "cosine": [-0.1, 0.1, 0.2, np.nan]}),
-        "gradient_tasks": pd.DataFrame({"parameters": ["adapter"], "reliability": [reliability]}),
-        "abilities": pd.DataFrame({"spread": [spread, 0.01]}),
-        "gates": pd.DataFrame({"std": [0.1, 0.1]}),
-        "task_gap": pd.DataFrame({"method": ["lora"] * 2, "gap": [1.0, 3.0]}),
-    }
-
-
-def test_conclusions_are_three_and_the_best_supported_comes_first():
-    source = Source("run", Path(), frames(4.0, 3.0, 5.0, 0.2, 0.5))
-    assert conclusions([source]) == [
-        "Tasks use the experts differently: an expert's mean gate differs by at most 0.500 between tasks, and by "
-        "0.100 (standard deviation) between prompts of one task.",
-        "badit scores 4.0 Rouge-L points more than lora (95 % interval +3.0 to +5.0).",
-        "lora: one model for all tasks scores −2.0 Rouge-L points relative to one model per task (standard error 1.0 "
-        "over 2 tasks).",
-    ]
-    source = Source("run", Path(), frames(0.5, -1.0, 2.0, 0.9, 0.05))
-    first, _, third = conclusions([source])
-    assert first.startswith("33% of 3 pairs of tasks have conflicting gradients, above noise: the mean reliability")
-    assert third.startswith("Tasks use the experts in nearly the same way")
-    other = Source("other", Path(), frames(0.5, -1.0, 2.0, 0.95, 0.05))
-    assert sum("conflicting gradients" in text for text in conclusions([source, other])) == 1, "of different kinds"
-    source.frames = {"differences": source.frames["differences"]}
-    assert conclusions([source]) == [
-        "badit does not differ clearly from lora: +0.5 Rouge-L (95 % interval −1.0 to +2.0)."
-    ]

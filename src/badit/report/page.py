@@ -31,7 +31,7 @@ from badit.metrics import METRICS, Prediction, exact_match, rouge_l
 from badit.render import UNKNOWN, number
 from badit.report import chart_config, charts
 from badit.report.figures import FIGURES, Figure
-from badit.report.sources import Source, conclusions, together
+from badit.report.sources import Source, together
 from badit.results import RESULTS
 from badit.tuner.config import is_number
 
@@ -176,9 +176,7 @@ def _notes(section: Section, sources: Sequence[Source], blocks: Sequence[Block])
 
 
 def _overview(sources: Sequence[Source]) -> Iterator[Block]:
-    """Yields the conclusions, then a table of facts and main scores with a column for each source."""
-    if found := conclusions(sources):
-        yield Block("conclusions", "", found)
+    """Yields a table of facts and main scores with a column for each source."""
     facts = pd.DataFrame([_facts(source) for source in sources], dtype=object).fillna(UNKNOWN).T.reset_index()
     table = facts.set_axis(["run", *(source.label for source in sources)], axis="columns")
     files = [RESULTS] if any(source.results for source in sources) else []

@@ -9,9 +9,8 @@ needs at least one of config.yaml, results.json and analysis/. The report says h
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
@@ -28,7 +27,7 @@ from badit.evaluate import read_predictions
 from badit.files import read_jsonl, refuse_links
 from badit.metrics import Prediction, group_by_task, rouge_l
 from badit.recipe import read_values
-from badit.render import method_table, number
+from badit.render import method_table
 from badit.results import RESULTS, Results, load_results, read_scores, scores_frame
 from badit.run import Run
 from badit.statistics import paired_bootstrap
@@ -44,10 +43,6 @@ _ORDERS = {
 }
 _PAIR = ["task_a", "task_b"]
 _DIFFERENCES = ["method", "mean", "low", "high", "reference"]
-# If the mean reliability is below this, the cosines between tasks are mostly noise.
-_RELIABLE = 0.3
-# Tasks use the experts in nearly the same way if their mean gates (1 is neutral) differ by less than this.
-_ALIKE = 0.1
 
 
 @dataclass
@@ -133,61 +128,6 @@ def together(sources: Sequence[Source]) -> Source:
 def shown_parameters(frame: pd.DataFrame) -> str:
     """Returns the parameters whose gradients are shown: "adapter" if the frame has it, otherwise "weights"."""
     return min(frame["parameters"])
-
-
-def conclusions(sources: Sequence[Source]) -> list[str]:
-    """Returns at most three statements with their uncertainty, best supported first, of different kinds if possible."""
-    found: list[tuple[str, float, str]] = []
-    for source in [together(sources), *sources]:
-        of = f"{source.label}: " if source.label and len(sources) > 1 else ""
-        found += [(kind, support, of + text) for kind, support, text in _statements(source.frames)]
-    found.sort(key=lambda each: -each[1])
-    kinds = [kind for kind, _, _ in found]
-    found = [found[i] for i in sorted(range(len(found)), key=lambda i: kinds[:i].count(kinds[i]))]
-    return [text for _, _, text in found[:3]]
-
-
-def _statements(frames: Mapping[str, pd.DataFrame]) -> Iterator[tuple[str, float, str]]:
-    """Yields statements about the tables: the kind, roughly the ratio of effect to uncertainty, and the sentence."""
-    if "differences" in frames:
-        rows = frames["differences"][_DIFFERENCES].itertuples(index=False)
-        method, mean, low, high, reference = max(rows, key=lambda row: abs(row.mean))
-        interval = f"(95 % interval {number(low, '.1f', '+')} to {number(high, '.1f', '+')})"
-        if low > 0 or high < 0:
-            way = "more" if mean > 0 else "less"
-            text = f"{method} scores {number(abs(mean))} Rouge-L points {way} than {reference} {interval}."
-        else:
-            several = len(frames["differences"]) > 1
-            least = "differs most, but not clearly, from" if several else "does not differ clearly from"
-            text = f"{method} {least} {reference}: {number(mean, '.1f', '+')} Rouge-L {interval}."
-        yield "scores", abs(mean) / max((high - low) / 2, 1e-9), text
-    if {"gradient_overall", "gradient_tasks"} <= frames.keys():
-        pairs, tasks = frames["gradient_overall"], frames["gradient_tasks"]
-        kind = shown_parameters(pairs)
-        cosines = pairs.loc[pairs["parameters"] == kind, "cosine"].dropna()
-        agreement = float(tasks.loc[tasks["parameters"] == kind, "reliability"].mean())
-        if len(cosines) and math.isfinite(agreement):
-            share = f"{(cosines < 0).mean():.0%} of {len(cosines)} pairs of tasks have conflicting gradients"
-            noise = "mostly noise" if agreement < _RELIABLE else "above noise"
-            text = f"{share}, {noise}: the mean reliability of the gradients is {number(agreement, '.2f')}."
-            yield "gradients", 2 * agreement, text
-    if {"abilities", "gates"} <= frames.keys():
-        between, within = float(frames["abilities"]["spread"].max()), float(frames["gates"]["std"].mean())
-        alike = between < _ALIKE
-        text = (
-            f"Tasks use the experts {'in nearly the same way' if alike else 'differently'}: an expert's mean gate "
-            f"differs by at most {number(between, '.3f')} between tasks, and by {number(within, '.3f')} (standard "
-            "deviation) between prompts of one task."
-        )
-        yield "gates", 0.5 if alike or not within > 0 else between / within, text
-    for method, rows in frames["task_gap"].groupby("method", sort=False) if "task_gap" in frames else ():
-        gaps = rows["gap"].to_numpy()
-        gap, error = float(gaps.mean()), float(gaps.std(ddof=min(1, len(gaps) - 1)) / len(gaps) ** 0.5)
-        text = (
-            f"{method}: one model for all tasks scores {number(-gap, '.1f', '+')} Rouge-L points relative to one model "
-            f"per task (standard error {number(error)} over {len(gaps)} tasks)."
-        )
-        yield "tasks", abs(gap) / (2 * error) if error > 0 else 0.0, text
 
 
 def _read(folder: Path, label: str) -> Source:
