@@ -3,8 +3,9 @@
 The Trainer writes to ``checkpoints/partial/``. A complete checkpoint is sealed and renamed to
 ``checkpoints/checkpoint-STEP``. If a run is killed at any point, the last sealed checkpoint stays intact.
 
-The checksums detect damage, not tampering: whoever can write the files can also write the checksums. transformers' own
-files are read with ``weights_only=True``, which runs no pickled code; FSDP2 and DeepSpeed may read theirs without it.
+The checksums detect damage, not tampering: whoever can write the files can also write the checksums. transformers reads
+its files with ``weights_only=True``, which runs no pickled code. torch reads the metadata of sharded FSDP checkpoints
+without it, so badit checks them before (:func:`refuse_pickled_code`). DeepSpeed's files are not checked.
 """
 
 from __future__ import annotations
@@ -15,9 +16,11 @@ import shutil
 import signal
 from contextlib import suppress
 from pathlib import Path
+from pickle import Unpickler, UnpicklingError
 from types import FrameType
 from typing import Any
 
+import torch
 from transformers import EarlyStoppingCallback, TrainerCallback
 
 from badit.environment import is_main_process
@@ -29,6 +32,17 @@ STAGING = "partial"
 SEAL = "seal.json"
 _PREFIX = "checkpoint-"
 _SUMS = "badit_sums.json"
+# The classes and functions that torch pickles into the metadata of a sharded checkpoint, by module.
+_METADATA = {
+    **dict.fromkeys(("pathlib", "pathlib._local"), ("PosixPath",)),
+    "torch": ("Size", *(name for name, value in vars(torch).items() if isinstance(value, torch.dtype))),
+    "torch.serialization": ("_get_layout",),
+    "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
+    "torch.distributed.checkpoint.metadata": (
+        *("Metadata", "MetadataIndex", "StorageMeta", "TensorStorageMetadata", "BytesStorageMetadata"),
+        *("ChunkStorageMetadata", "TensorProperties", "_MEM_FORMAT_ENCODING"),
+    ),
+}
 
 
 def last_checkpoint(checkpoints: Path) -> Path | None:
@@ -78,6 +92,20 @@ def refuse_other_engine(checkpoint: Path, trainer: Any) -> None:
     if wrote not in (None, engine_of(trainer)):
         fix = "launch the training in the same way, or remove the run's folder to start over"
         raise BaditError(f"{checkpoint}: was written with {wrote}; {fix}")
+
+
+class _MetadataUnpickler(Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if name not in _METADATA.get(module, ()):
+            raise UnpicklingError(f"{module}.{name}")
+        return super().find_class(module, name)
+
+
+def refuse_pickled_code(checkpoint: Path) -> None:
+    """Raises UnpicklingError if the metadata of a sharded checkpoint refers to anything that torch does not write."""
+    for path in checkpoint.rglob("*.metadata"):
+        with path.open("rb") as file:
+            _MetadataUnpickler(file).load()
 
 
 class SealCheckpoints(TrainerCallback):

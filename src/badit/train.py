@@ -31,6 +31,7 @@ from badit.checkpoint import (
     discard,
     last_checkpoint,
     refuse_other_engine,
+    refuse_pickled_code,
 )
 from badit.data import (
     AnswerCollator,
@@ -238,6 +239,8 @@ def _train_stage(plan: Plan, number: int, progress: bool, allow_changed_inputs: 
     trainer.add_callback(stop := StopOnSignal())
     with stop, fast_on_short_sequences(base), tracker_folders(recipe.training, folder.path):
         try:
+            if checkpoint is not None:
+                refuse_pickled_code(checkpoint)
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         except UnpicklingError:  # torch's loader found something other than tensors and plain values
             raise BaditError(

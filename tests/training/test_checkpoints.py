@@ -1,6 +1,7 @@
 """Checkpoints are complete or absent; damaged ones are skipped, none is executed. Signals and logs of a resumed run."""
 
 import os
+import pickle
 import shutil
 import signal
 
@@ -73,9 +74,11 @@ def test_a_run_continues_from_the_last_good_checkpoint(recipe_values, tmp_path, 
 def test_no_code_in_a_checkpoint_is_run_even_if_it_is_sealed(recipe_values, tmp_path, stopped):
     checkpoint, marker = stopped.checkpoints_path / "checkpoint-10", tmp_path / "attacked"
     good = shutil.copytree(checkpoint, tmp_path / "good")
-    for file in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin"):
+    for file in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "optimizer_0/.metadata", "training_args.bin"):
         staged = shutil.copytree(good, stopped.checkpoints_path / STAGING / "checkpoint-10")
-        torch.save(Mark(marker), staged / file)
+        (staged / file).parent.mkdir(exist_ok=True)
+        with (staged / file).open("wb") as stream:
+            (pickle.dump if file.endswith(".metadata") else torch.save)(Mark(marker), stream)  # as torch writes them
         (staged / SEAL).unlink()
         seal(staged, stopped.checkpoints_path)
         assert last_checkpoint(stopped.checkpoints_path) == checkpoint
