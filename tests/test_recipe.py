@@ -38,6 +38,7 @@ def test_every_shipped_recipe_is_valid_and_listed_and_says_how_to_run_it():
     assert sorted(linked) == sorted(str(path.relative_to("recipes")) for path in RECIPES)
     for path in RECIPES:
         build_method(load_recipe(ROOT / path).method)
+        assert load_recipe(path.relative_to("recipes").with_suffix("")) == load_recipe(ROOT / path)
         assert f"badit train {path}" in "\n".join(header(path))
     comparison = load_recipe(ROOT / "recipes/superni-cpu.yaml")
     assert comparison.compare.methods["badit"].model_extra == comparison.method, "badit train runs one of its cells"
@@ -234,7 +235,7 @@ def test_variables_in_the_source(monkeypatch):
     monkeypatch.setenv("TASKS", "/somewhere")
     monkeypatch.delenv("NO_TASKS", raising=False)
     assert expand_source("$TASKS/superni") == "/somewhere/superni"
-    with pytest.raises(BaditError, match=r"NO_TASKS is not set; set it, or give data\.source=PATH"):
+    with pytest.raises(BaditError, match=r"NO_TASKS is not set; set it, or use data\.source=PATH"):
         expand_source("${NO_TASKS}/superni")
 
 

@@ -433,7 +433,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         if is_main_process():
             say("")
-            _complain("interrupted; run the same command again to resume from the last checkpoint")
+            resumes = words[debug : debug + 1] in (["train"], ["compare"], ["demo"])
+            hint = "; run the same command again to resume from the last checkpoint" if resumes else ""
+            _complain(f"interrupted{hint}")
         return 130
     except BrokenPipeError:  # the reader of the pipe (head, less) has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

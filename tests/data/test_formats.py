@@ -90,6 +90,9 @@ def test_the_forms_of_rows_that_name_no_task(tmp_path):
         assert (task.name, task.definition) == ("rows", None)
         assert (task.train[0].input, task.train[0].outputs) == (prompt, (answer,))
     assert task_of(tmp_path / "rows.jsonl", task="mine").name == "mine"
+    write_rows(tmp_path / "rows.jsonl", {"instruction": "Answer.", "question": "Why?", "answer": "So."})
+    message = "instruction: not used in a row with question and answer; name the columns with data.columns="
+    assert message in refusal(tmp_path / "rows.jsonl")
 
 
 def test_columns_instructions_and_labels_have_the_names_that_are_given(tmp_path):
